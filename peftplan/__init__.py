@@ -1,0 +1,1 @@
+"""peftplan: what a fine-tuning run needs, before a GPU is rented."""

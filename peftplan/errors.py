@@ -1,0 +1,48 @@
+"""One base class for every error that a user can cause; each message is one line that can be shown as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PeftplanError(Exception):
+    """Base of all errors that peftplan raises on purpose."""
+
+
+class InputError(PeftplanError, ValueError):
+    """Bad input: names the field, the value, and what is accepted."""
+
+    def __init__(self, field: str, value: object, accepted: str) -> None:
+        self.field, self.value, self.accepted = field, value, accepted
+        shown = repr(value)
+        if len(shown) > 120:
+            shown = shown[:117] + "..."
+        super().__init__(f"{field}: {shown} is not accepted; {accepted}".replace("\n", " "))
+
+
+class UnknownNameError(InputError):
+    """A name outside a closed set; shows the nearest accepted names."""
+
+    def __init__(self, field: str, value: object, choices: Iterable[str], *, most: int = 12) -> None:
+        self.choices = sorted(choices)
+        near = get_close_matches(str(value).lower(), self.choices, n=3, cutoff=0.5)
+        if len(self.choices) <= most:
+            accepted = "accepted: " + ", ".join(self.choices)
+        else:
+            accepted = f"accepted: one of {len(self.choices)} names, such as {', '.join(self.choices[:5])}"
+        if near:
+            accepted = f"did you mean {' or '.join(near)}? {accepted}"
+        super().__init__(field, value, accepted)
+
+
+class RefusedError(PeftplanError):
+    """A combination that makes sense as input but that the real libraries refuse, for the reason given."""
+
+
+class MissingExtraError(PeftplanError):
+    """Something that needs an optional extra which is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        self.extra = extra
+        super().__init__(f"{what} needs an optional extra: pip install 'peftplan[{extra}]'")

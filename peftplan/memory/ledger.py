@@ -1,0 +1,93 @@
+"""The ledger: every byte belongs to a line, a line is a tensor with named sizes, and totals are sums over lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from peftplan.dtypes import ITEMSIZE
+from peftplan.units import round512
+
+Category = Literal[
+    "weights",
+    "adapter_weights",
+    "quant_state",
+    "gradients",
+    "optimizer_states",
+    "activations",
+    "logits",
+    "temporaries",
+    "buffers",
+    "workspaces",
+]
+CATEGORIES: tuple[Category, ...] = Category.__args__  # type: ignore[attr-defined]
+"""The closed set of categories inside `allocated`, in the order in which they are shown."""
+
+Place = Literal["device", "managed", "host"]
+"""Where a tensor lives: the torch allocator, CUDA managed memory (paged optimizers), or the CPU."""
+
+Dim = int | str
+"""A dimension: an integer, or the name of a size computed once from the setup (`b`, `s`, `t = b·s`, …)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """One tensor that a stored weight or an optimizer state needs: what it is called, its dtype and its dims."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+    place: Place = "device"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor itself, before the allocator rounds them."""
+        return ITEMSIZE[self.dtype] * prod(self.dims)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """`copies` tensors of one name, dtype and shape; bytes = copies × round512(itemsize × ∏ dims)."""
+
+    name: str
+    category: Category
+    dtype: str
+    dims: tuple[Dim, ...]
+    copies: int
+    source: str
+    place: Place = "device"
+
+    def bytes(self, sizes: Mapping[str, int] | None = None) -> int:
+        """Bytes that the allocator counts for this line; named dims are looked up in `sizes`."""
+        numel = prod(dim if isinstance(dim, int) else (sizes or {})[dim] for dim in self.dims)
+        return self.copies * round512(ITEMSIZE[self.dtype] * numel)
+
+    @property
+    def formula(self) -> str:
+        """The bytes as they are derived: `80 × round512(2 × 8192 × 1024)`."""
+        dims = " × ".join(str(dim) for dim in self.dims) or "1"
+        return f"{self.copies} × round512({ITEMSIZE[self.dtype]} × {dims})"
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """An ordered set of lines; every total is derived from them."""
+
+    lines: tuple[Line, ...]
+
+    def __iter__(self) -> Iterator[Line]:
+        return iter(self.lines)
+
+    def __add__(self, other: Ledger) -> Ledger:
+        return Ledger(self.lines + other.lines)
+
+    def bytes(self, categories: Iterable[Category] = CATEGORIES, *, place: Place = "device") -> int:
+        """Sum of the lines of these categories that live in `place`."""
+        wanted = set(categories)
+        return sum(line.bytes() for line in self.lines if line.category in wanted and line.place == place)
+
+    def by_category(self) -> dict[Category, int]:
+        """Device bytes of each category, in the fixed order of `CATEGORIES`."""
+        return {category: self.bytes([category]) for category in CATEGORIES}

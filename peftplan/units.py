@@ -1,0 +1,37 @@
+"""Bytes and counts: how the CUDA allocator rounds, and how numbers are shown."""
+
+from __future__ import annotations
+
+GIB = 2**30
+MIB = 2**20
+GB = 10**9
+"""Vendors and some papers count in GB = 10⁹; everywhere else this project says GiB = 2³⁰."""
+
+ALLOCATION_ROUNDING = 512
+"""Smallest block of the CUDA caching allocator, in bytes (`kMinBlockSize`, c10/cuda/CUDACachingAllocator.cpp)."""
+
+
+def ceil_div(n: int, d: int) -> int:
+    """⌈n / d⌉ for integers."""
+    return -(-n // d)
+
+
+def round512(num_bytes: int) -> int:
+    """Bytes that the allocator counts for a request of `num_bytes` (`round_size`: up to a multiple of 512, 0 for 0)."""
+    return ceil_div(num_bytes, ALLOCATION_ROUNDING) * ALLOCATION_ROUNDING
+
+
+def format_bytes(num_bytes: int) -> str:
+    """`41.27 GiB`, `18.0 MiB`, `512 B`: three or four significant figures, binary units."""
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 2**10)):
+        if abs(num_bytes) >= size:
+            return f"{num_bytes / size:,.2f} {unit}"
+    return f"{num_bytes} B"
+
+
+def format_count(count: int) -> str:
+    """Parameters as people say them: `6.74 B`, `16.8 M`, `512`."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
