@@ -1,0 +1,130 @@
+"""From a backbone (what `AutoModel` builds) to the model class of a task: prefixed names, a head, and ties."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from peftplan.arch.fields import Fields
+from peftplan.arch.modules import Architecture, Block, Buffer, Module, PromptDims, linear
+from peftplan.errors import UnknownNameError
+
+TASK_TYPES: dict[str, str] = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
+    "MASKED_LM": "ForMaskedLM",
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "IMAGE_CLS": "ForImageClassification",
+    "FEATURE_EXTRACTION": "Model",
+}
+"""peft's `TaskType` names, with MASKED_LM and IMAGE_CLS added, and the class suffix that transformers gives each."""
+
+DECODER_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
+"""What transformers' generic heads offer for a decoder (`transformers/modeling_layers.py`), question answering left out."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The bare model of a `model_type`, names without prefix, in the order of `named_modules()`.
+
+    `stem` starts transformers' class names (`Llama` in `LlamaForCausalLM`); `prefix` is the attribute under which task models
+    hold the bare model (`base_model_prefix`); `embedding` is the token embedding's name inside it.
+    """
+
+    model_type: str
+    stem: str
+    prefix: str
+    modules: tuple[Module, ...]
+    blocks: tuple[Block, ...]
+    hidden_size: int
+    vocab_size: int = 0
+    embedding: str | None = None
+    buffers: tuple[Buffer, ...] = ()
+    ties: tuple[tuple[str, str], ...] = ()
+    keep_in_fp32: tuple[str, ...] = ()
+    prompt: PromptDims | None = None
+
+    def model_class(self, task_type: str) -> str:
+        """The name of transformers' class for a task: `LlamaForCausalLM`, `BertModel`."""
+        return self.stem + TASK_TYPES[task_type]
+
+
+def check_task(task_type: str, accepted: Iterable[str], *, model_type: str) -> None:
+    """Raises UnknownNameError where the model type has no model class for the task."""
+    if task_type not in tuple(accepted):
+        raise UnknownNameError(f"task_type (of {model_type})", task_type, accepted)
+
+
+def attach(
+    backbone: Backbone,
+    task_type: str,
+    head: tuple[Module, ...],
+    *,
+    ties: tuple[tuple[str, str], ...] = (),
+    output_embedding: str | None = None,
+    model_class: str | None = None,
+) -> Architecture:
+    """The task model: the backbone under its prefix (bare for FEATURE_EXTRACTION), then the head's modules."""
+    prefix = "" if task_type == "FEATURE_EXTRACTION" or not backbone.prefix else backbone.prefix + "."
+    return Architecture(
+        model_type=backbone.model_type,
+        model_class=model_class or backbone.model_class(task_type),
+        task_type=task_type,
+        modules=(*(replace(m, name=prefix + m.name) for m in backbone.modules), *head),
+        blocks=backbone.blocks,
+        ties=(*((prefix + a, prefix + b) for a, b in backbone.ties), *ties),
+        buffers=tuple(replace(b, name=prefix + b.name) for b in backbone.buffers),
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        input_embedding=None if backbone.embedding is None else prefix + backbone.embedding,
+        output_embedding=output_embedding,
+        keep_in_fp32=backbone.keep_in_fp32,
+        prompt=backbone.prompt,
+    )
+
+
+def num_labels(c: Fields) -> int:
+    """`num_labels` as transformers derives it: stated, or the number of `id2label` entries, or 2."""
+    labels = c.raw.get("id2label")
+    return c.int("num_labels", default=len(labels) if isinstance(labels, dict) and labels else 2)
+
+
+def decoder_model(
+    backbone: Backbone,
+    c: Fields,
+    task_type: str,
+    *,
+    tasks: tuple[str, ...] = DECODER_TASKS,
+    tie_word_embeddings: bool = False,
+    head_bias: bool = False,
+    token_cls_bias: bool = True,
+) -> Architecture:
+    """A decoder with one of transformers' generic heads: `lm_head` or `score`.
+
+    `tie_word_embeddings` is the config class's own default, used where the config does not state it.
+    """
+    check_task(task_type, tasks, model_type=backbone.model_type)
+    h = backbone.hidden_size
+    if task_type == "CAUSAL_LM":
+        tied = c.bool("tie_word_embeddings", default=tie_word_embeddings)
+        return attach(
+            backbone,
+            task_type,
+            (linear("lm_head", h, backbone.vocab_size, head_bias),),
+            ties=(("lm_head.weight", f"{backbone.prefix}.{backbone.embedding}.weight"),) if tied else (),
+            output_embedding="lm_head",
+        )
+    head: tuple[Module, ...] = ()
+    if task_type == "SEQ_CLS":
+        head = (linear("score", h, num_labels(c)),)
+    elif task_type == "TOKEN_CLS":
+        head = (linear("score", h, num_labels(c), token_cls_bias),)
+    return attach(backbone, task_type, head)
+
+
+def rotary_buffers(name: str, rotary_dim: int) -> tuple[Buffer, ...]:
+    """The two fp32 frequency tables that a rotary embedding registers, rotary_dim / 2 entries each."""
+    return tuple(Buffer(f"{name}.{part}", "fp32", (rotary_dim // 2,)) for part in ("inv_freq", "original_inv_freq"))
+

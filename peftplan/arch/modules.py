@@ -1,0 +1,218 @@
+"""The nouns of an architecture: module families, blocks, and the frozen `Architecture` that holds them.
+
+A *family* is one module, or one per layer index: `model.layers.{}.self_attn.q_proj` for layers 0 … 79. Names are expanded
+only for `inspect`, patterns and tests; everything else counts a family once and multiplies by its number of copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+Shape = tuple[int, ...]
+
+LINEAR_KINDS = ("Linear", "LinearSubclass", "Conv1D")
+"""Kinds that peft's `all-linear` takes: `isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D))`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One family of modules that own parameters directly.
+
+    `kind` is the torch class that other libraries test for: `Linear`, `LinearSubclass` (not exactly `nn.Linear`), `Conv1D`,
+    `Embedding`, `LayerNorm`, `RMSNorm`, `Conv1d`, `Conv2d`, `Conv3d`; `Router` and `Experts` for transformers' fused
+    mixture-of-experts modules; `Module` for anything else. `params` are the direct parameters with torch's shapes, in order.
+    """
+
+    name: str
+    kind: str
+    params: tuple[tuple[str, Shape], ...]
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def copies(self) -> int:
+        """How many modules this family stands for."""
+        return 1 if self.layers is None else len(self.layers)
+
+    def names(self) -> Iterator[str]:
+        """The full name of every module of the family, as `named_modules()` gives it."""
+        if self.layers is None:
+            yield self.name
+        else:
+            for layer in self.layers:
+                yield self.name.replace("{}", str(layer))
+
+    def shape(self, param: str) -> Shape:
+        """Shape of one direct parameter. Raises KeyError where the module has none of that name."""
+        return dict(self.params)[param]
+
+    @property
+    def leaf(self) -> str:
+        """The last part of the name: `q_proj`."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def in_features(self) -> int:
+        """Input width of a linear layer (Conv1D stores its weight transposed) or of a convolution; num_embeddings."""
+        weight = self.shape("weight")
+        return weight[0] if self.kind in ("Conv1D", "Embedding") else weight[1]
+
+    @property
+    def out_features(self) -> int:
+        """Output width of a linear layer (Conv1D stores its weight transposed) or of a convolution; embedding_dim."""
+        weight = self.shape("weight")
+        return weight[1] if self.kind in ("Conv1D", "Embedding") else weight[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One family of registered buffers: tensors on the device that never train."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One attention module of a block. `num_key_value_heads` < `num_attention_heads` is GQA, 1 is MQA."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    variant: Literal["standard", "mla"] = "standard"
+    value_head_dim: int | None = None
+    positions: Literal["rotary", "learned", "alibi", "relative", "disentangled", "none"] = "rotary"
+    window: int | None = None
+    qk_norm: bool = False
+    fused_qkv: bool = False
+    causal: bool = True
+    cross: bool = False
+    sinks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """The feed-forward part of a block: plain (two matrices), gated (three), or a mixture of gated experts."""
+
+    variant: Literal["plain", "gated", "moe"]
+    intermediate_size: int
+    activation: str
+    fused_gate_up: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    shared_intermediate_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Identical layers of one stack: what the activation engine needs to know besides the weights."""
+
+    stack: Literal["decoder", "encoder"]
+    layers: tuple[int, ...]
+    attentions: tuple[Attention, ...]
+    mlp: Mlp
+    norm: Literal["rmsnorm", "layernorm"]
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
+    parallel: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PromptDims:
+    """What peft's virtual-token methods read from a model's config (`_prepare_prompt_learning_config`, peft/utils/other.py)."""
+
+    num_layers: int
+    token_dim: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    num_transformer_submodules: int = 1
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Every weight of a model as named tensors, and the blocks that they form.
+
+    `modules` are in the order of first appearance in `named_modules()` of transformers' `model_class`. `ties` maps the name of a
+    parameter to the one whose storage it shares. `keep_in_fp32` are the model class's `_keep_in_fp32_modules`.
+    """
+
+    model_type: str
+    model_class: str
+    task_type: str
+    modules: tuple[Module, ...]
+    blocks: tuple[Block, ...] = ()
+    ties: tuple[tuple[str, str], ...] = ()
+    buffers: tuple[Buffer, ...] = ()
+    hidden_size: int = 0
+    vocab_size: int = 0
+    input_embedding: str | None = None
+    output_embedding: str | None = None
+    keep_in_fp32: tuple[str, ...] = ()
+    prompt: PromptDims | None = None
+    name: str = ""
+    source: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def tied_names(self) -> frozenset[str]:
+        """Names of the parameters that share another's storage, and so count zero."""
+        return frozenset(alias for alias, _ in self.ties)
+
+    def owned_params(self, module: Module) -> tuple[tuple[str, Shape], ...]:
+        """Direct parameters of a module without those tied to another module's."""
+        return tuple((p, shape) for p, shape in module.params if f"{module.name}.{p}" not in self.tied_names)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Number of parameters; a tied tensor counts once."""
+        return sum(m.copies * sum(prod(shape) for _, shape in self.owned_params(m)) for m in self.modules)
+
+    @cached_property
+    def containers(self) -> frozenset[str]:
+        """Names of the modules that only hold others, as templates."""
+        found: set[str] = set()
+        for module in self.modules:
+            parts = module.name.split(".")
+            found.update(".".join(parts[:i]) for i in range(1, len(parts)))
+        return frozenset(found - {module.name for module in self.modules})
+
+    def named_parameters(self) -> Iterator[tuple[str, Shape]]:
+        """Every parameter with its full name, as `named_parameters()` of the real model gives it (ties once)."""
+        for module in self.modules:
+            for name in module.names():
+                for param, shape in self.owned_params(module):
+                    yield f"{name}.{param}" if name else param, shape
+
+    def last_module(self) -> Module:
+        """The module that owns the last parameter of `named_parameters()`; bitsandbytes leaves it in 16 bit."""
+        return next(m for m in reversed(self.modules) if self.owned_params(m))
+
+
+def linear(name: str, n_in: int, n_out: int, bias: bool = False, layers: tuple[int, ...] | None = None) -> Module:
+    """An `nn.Linear`: weight (n_out, n_in), bias (n_out)."""
+    return Module(name, "Linear", (("weight", (n_out, n_in)), *((("bias", (n_out,)),) if bias else ())), layers)
+
+
+def conv1d(name: str, n_in: int, n_out: int, layers: tuple[int, ...] | None = None) -> Module:
+    """transformers' `Conv1D` (GPT-2): weight (n_in, n_out), transposed against `nn.Linear`, and a bias (n_out)."""
+    return Module(name, "Conv1D", (("weight", (n_in, n_out)), ("bias", (n_out,))), layers)
+
+
+def embedding(name: str, rows: int, width: int, layers: tuple[int, ...] | None = None) -> Module:
+    """An `nn.Embedding`: weight (rows, width)."""
+    return Module(name, "Embedding", (("weight", (rows, width)),), layers)
+
+
+def rmsnorm(name: str, width: int, layers: tuple[int, ...] | None = None) -> Module:
+    """An RMSNorm: one weight vector."""
+    return Module(name, "RMSNorm", (("weight", (width,)),), layers)
+
+
+def layernorm(name: str, width: int, bias: bool = True, layers: tuple[int, ...] | None = None) -> Module:
+    """An `nn.LayerNorm` with an affine weight and, usually, a bias."""
+    return Module(name, "LayerNorm", (("weight", (width,)), *((("bias", (width,)),) if bias else ())), layers)

@@ -1,0 +1,59 @@
+"""The witness of the architecture tests: transformers' own model, built on the meta device from a config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from peftplan.arch.modules import Architecture
+
+NN_KINDS = ("Linear", "Embedding", "LayerNorm", "Conv1d", "Conv2d", "Conv3d")
+
+
+def build(config: dict[str, Any], model_class: str) -> Any:
+    """transformers' `model_class` on the meta device, ties as the config states them."""
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    hf_config = transformers.AutoConfig.for_model(config["model_type"], **fields)
+    cls = getattr(transformers, model_class)
+    with torch.device("meta"):
+        return cls._from_config(hf_config)
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The torch class that matters to peft and bitsandbytes, or None where it is none of those."""
+    if type(module).__name__ == "Conv1D":
+        return "Conv1D"
+    if isinstance(module, nn.Linear):
+        return "Linear" if type(module) is nn.Linear else "LinearSubclass"
+    return next((kind for kind in NN_KINDS if isinstance(module, getattr(nn, kind))), None)
+
+
+def assert_same(arch: Architecture, model: Any) -> None:
+    """Names, shapes, kinds, order of families, ties, buffers and totals of `arch` equal those of the real model."""
+    assert dict(arch.named_parameters()) == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert arch.num_parameters == sum(p.numel() for p in model.parameters())
+
+    real = {name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    ours = {name: module for module in arch.modules for name in module.names()}
+    assert set(ours) == set(real)
+    for name, module in ours.items():
+        expected = kind_of(real[name])
+        assert module.kind == expected or expected is None and module.kind not in (*NN_KINDS, "Conv1D"), name
+    order = {name: index for index, name in enumerate(real)}
+    firsts = [order[next(module.names())] for module in arch.modules]
+    assert firsts == sorted(firsts), "families are in the order in which named_modules() first meets them"
+
+    tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+    assert {alias for alias, _ in arch.ties} == tied
+    assert arch.last_module().name == list(model.named_parameters())[-1][0].rpartition(".")[0]
+    output = model.get_output_embeddings()
+    assert arch.output_embedding == next((n for n, m in model.named_modules() if m is output and output is not None), None)
+    embedding = model.get_input_embeddings() if arch.input_embedding else None
+    assert arch.input_embedding == next((n for n, m in model.named_modules() if m is embedding and m is not None), None)
+    assert {
+        (b.name if b.layers is None else b.name.replace("{}", str(i)), b.shape) for b in arch.buffers for i in b.layers or (0,)
+    } == {(n, tuple(b.shape)) for n, b in model.named_buffers()}
+    assert set(arch.keep_in_fp32) == set(model._keep_in_fp32_modules or ())
