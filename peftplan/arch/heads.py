@@ -44,6 +44,7 @@ class Backbone:
     buffers: tuple[Buffer, ...] = ()
     ties: tuple[tuple[str, str], ...] = ()
     keep_in_fp32: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     prompt: PromptDims | None = None
 
     def model_class(self, task_type: str) -> str:
@@ -81,14 +82,15 @@ def attach(
         input_embedding=None if backbone.embedding is None else prefix + backbone.embedding,
         output_embedding=output_embedding,
         keep_in_fp32=backbone.keep_in_fp32,
+        frozen=tuple(prefix + name for name in backbone.frozen),
         prompt=backbone.prompt,
     )
 
 
-def num_labels(c: Fields) -> int:
-    """`num_labels` as transformers derives it: stated, or the number of `id2label` entries, or 2."""
+def num_labels(c: Fields, *, default: int = 2) -> int:
+    """`num_labels` as transformers derives it: stated, or the number of `id2label` entries, or the class's default."""
     labels = c.raw.get("id2label")
-    return c.int("num_labels", default=len(labels) if isinstance(labels, dict) and labels else 2)
+    return c.int("num_labels", default=len(labels) if isinstance(labels, dict) and labels else default)
 
 
 def decoder_model(

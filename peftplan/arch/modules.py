@@ -138,7 +138,8 @@ class Architecture:
     """Every weight of a model as named tensors, and the blocks that they form.
 
     `modules` are in the order of first appearance in `named_modules()` of transformers' `model_class`. `ties` maps the name of a
-    parameter to the one whose storage it shares. `keep_in_fp32` are the model class's `_keep_in_fp32_modules`.
+    parameter to the one whose storage it shares. `keep_in_fp32` are the model class's `_keep_in_fp32_modules`; `frozen` are
+    parameters that the model class itself creates with `requires_grad=False`, so that not even full fine-tuning trains them.
     """
 
     model_type: str
@@ -153,6 +154,7 @@ class Architecture:
     input_embedding: str | None = None
     output_embedding: str | None = None
     keep_in_fp32: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     prompt: PromptDims | None = None
     name: str = ""
     source: str = ""

@@ -19,7 +19,12 @@ def build(config: dict[str, Any], model_class: str) -> Any:
     hf_config = transformers.AutoConfig.for_model(config["model_type"], **fields)
     cls = getattr(transformers, model_class)
     with torch.device("meta"):
-        return cls._from_config(hf_config)
+        model = cls._from_config(hf_config)
+        if config["model_type"] in ("t5", "mt5") and config.get("tie_word_embeddings") is False and hasattr(model, "lm_head"):
+            # The config class forces ties on, but `from_pretrained` undoes this one for a checkpoint whose lm_head differs
+            # from its embedding, as every checkpoint that states false ships it (test_t5.py loads one).
+            model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+        return model
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -57,3 +62,4 @@ def assert_same(arch: Architecture, model: Any) -> None:
         (b.name if b.layers is None else b.name.replace("{}", str(i)), b.shape) for b in arch.buffers for i in b.layers or (0,)
     } == {(n, tuple(b.shape)) for n, b in model.named_buffers()}
     assert set(arch.keep_in_fp32) == set(model._keep_in_fp32_modules or ())
+    assert set(arch.frozen) == {n for n, p in model.named_parameters() if not p.requires_grad}
