@@ -37,6 +37,14 @@ class Fields:
             raise InputError(f"{self.name}: {names[0]}", value, f"accepted: {accepted}")
         return value
 
+    def number(self, *names: str, default: Any = REQUIRED, low: float, high: float) -> float:
+        """A number in [low, high], whole or not."""
+        accepted = f"a number from {low} to {high}"
+        value = self._get(names, default, accepted)
+        if isinstance(value, bool) or not isinstance(value, (float, int)) or not low <= value <= high:
+            raise InputError(f"{self.name}: {names[0]}", value, f"accepted: {accepted}")
+        return float(value)
+
     def optional_int(self, *names: str, low: int = 1, high: int = MAX_DIMENSION) -> int | None:
         """A whole number in [low, high], or None where the config does not state it."""
         return None if all(self.raw.get(n) is None for n in names) else self.int(*names, low=low, high=high)

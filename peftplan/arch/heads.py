@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from peftplan.arch.fields import Fields
 from peftplan.arch.modules import Architecture, Block, Buffer, Module, PromptDims, linear
-from peftplan.errors import UnknownNameError
+from peftplan.errors import InputError, UnknownNameError
 
 TASK_TYPES: dict[str, str] = {
     "CAUSAL_LM": "ForCausalLM",
@@ -102,10 +102,12 @@ def decoder_model(
     tie_word_embeddings: bool = False,
     head_bias: bool = False,
     token_cls_bias: bool = True,
+    token_cls: str = "score",
 ) -> Architecture:
     """A decoder with one of transformers' generic heads: `lm_head` or `score`.
 
-    `tie_word_embeddings` is the config class's own default, used where the config does not state it.
+    `tie_word_embeddings` is the config class's own default, used where the config does not state it; `token_cls` names the head
+    of TOKEN_CLS, which older classes call `classifier`.
     """
     check_task(task_type, tasks, model_type=backbone.model_type)
     h = backbone.hidden_size
@@ -122,11 +124,36 @@ def decoder_model(
     if task_type == "SEQ_CLS":
         head = (linear("score", h, num_labels(c)),)
     elif task_type == "TOKEN_CLS":
-        head = (linear("score", h, num_labels(c), token_cls_bias),)
+        head = (linear(token_cls, h, num_labels(c), token_cls_bias),)
     return attach(backbone, task_type, head)
 
 
 def rotary_buffers(name: str, rotary_dim: int) -> tuple[Buffer, ...]:
-    """The two fp32 frequency tables that a rotary embedding registers, rotary_dim / 2 entries each."""
-    return tuple(Buffer(f"{name}.{part}", "fp32", (rotary_dim // 2,)) for part in ("inv_freq", "original_inv_freq"))
+    """The two fp32 frequency tables that a rotary embedding registers, rotary_dim / 2 entries each (rounded up)."""
+    half = (rotary_dim + 1) // 2
+    return tuple(Buffer(f"{name}.{part}", "fp32", (half,)) for part in ("inv_freq", "original_inv_freq"))
 
+
+def partial_rotary_dim(c: Fields, head_dim: int, *, default: float, legacy: str = "partial_rotary_factor") -> int:
+    """How many of a head's dimensions are rotated: int(head_dim × partial_rotary_factor), as `modeling_rope_utils.py` has it.
+
+    The factor stands in `rope_parameters` (formerly `rope_scaling`), or beside it under its `legacy` name.
+    """
+    rope = c.raw.get("rope_scaling") or c.raw.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise InputError(f"{c.name}: rope_parameters", rope, "accepted: an object with rope_type and its numbers")
+    beside = c.number(legacy, default=default, low=0, high=1)
+    inside = Fields(rope, name=f"{c.name}: rope_parameters")
+    return int(head_dim * inside.number("partial_rotary_factor", default=beside, low=0, high=1))
+
+
+def equal_head_dim(c: Fields, hidden_size: int, heads: int) -> int:
+    """hidden_size / num_attention_heads, for model classes without a `head_dim` of their own; another value is refused."""
+    d = c.divide("hidden_size", hidden_size, "num_attention_heads", heads)
+    return c.int("head_dim", default=d, low=d, high=d)
+
+
+def prompt_dims(c: Fields, num_layers: int, hidden_size: int, heads: int | None) -> PromptDims:
+    """`PromptDims` of a config class that has no key/value heads of its own; a stated field is read by peft all the same."""
+    kv, d = c.optional_int("num_key_value_heads"), c.optional_int("head_dim")
+    return PromptDims(num_layers, hidden_size, heads, num_key_value_heads=kv, head_dim=d)

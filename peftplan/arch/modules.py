@@ -110,7 +110,10 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Identical layers of one stack: what the activation engine needs to know besides the weights."""
+    """Identical layers of one stack: what the activation engine needs to know besides the weights.
+
+    `parallel`: attention and MLP both read the layer's input, and their outputs are added; `shared_norm`: through one norm.
+    """
 
     stack: Literal["decoder", "encoder"]
     layers: tuple[int, ...]
@@ -119,15 +122,19 @@ class Block:
     norm: Literal["rmsnorm", "layernorm"]
     norm_position: Literal["pre", "post", "sandwich"] = "pre"
     parallel: bool = False
+    shared_norm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PromptDims:
-    """What peft's virtual-token methods read from a model's config (`_prepare_prompt_learning_config`, peft/utils/other.py)."""
+    """What peft's virtual-token methods read from a model's config (`_prepare_prompt_learning_config`, peft/utils/other.py).
+
+    `num_attention_heads` is None where peft finds no name that it knows, and asks for it in its own config (MPT's `n_heads`).
+    """
 
     num_layers: int
     token_dim: int
-    num_attention_heads: int
+    num_attention_heads: int | None
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     num_transformer_submodules: int = 1
@@ -182,6 +189,11 @@ class Architecture:
             parts = module.name.split(".")
             found.update(".".join(parts[:i]) for i in range(1, len(parts)))
         return frozenset(found - {module.name for module in self.modules})
+
+    @cached_property
+    def layer_indices(self) -> tuple[int, ...]:
+        """Every layer index that a family uses."""
+        return tuple(sorted({i for module in self.modules for i in module.layers or ()}))
 
     def named_parameters(self) -> Iterator[tuple[str, Shape]]:
         """Every parameter with its full name, as `named_parameters()` of the real model gives it (ties once)."""
