@@ -1,0 +1,105 @@
+"""What a PEFT method does to a model: the tensors that it adds, and the parameters of the base that it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from peftplan.arch.modules import Architecture, Module, Shape
+from peftplan.errors import PeftplanError
+
+
+class NeedsPeftError(PeftplanError):
+    """A configuration that only the installed peft can count (extra `trace`); the message says which part of it."""
+
+
+class MethodConfig(BaseModel):
+    """Base of all method configurations: peft's own field names, checked once, frozen.
+
+    `no_effect` names the fields of peft's config class that change no tensor (initialisation, scaling, bookkeeping);
+    everything else that is set and unknown here is counted by peft itself.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    no_effect: ClassVar[frozenset[str]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class AddedTensor:
+    """One family of tensors that a method adds, named as in `named_parameters()` without peft's `base_model.model.` and
+    `.default`. `dtype` says whose dtype it takes: peft casts an adapter's own parameters (`autocast_adapter_dtype`), a
+    `modules_to_save` copy keeps its module's. `numbered` counts tensors that share a name template but no layer index.
+    """
+
+    name: str
+    shape: Shape
+    layers: tuple[int, ...] | None = None
+    trainable: bool = True
+    dtype: Literal["adapter", "base"] = "adapter"
+    in_embedding: bool = False
+
+    @property
+    def copies(self) -> int:
+        """How many tensors this family stands for."""
+        return 1 if self.layers is None else len(self.layers)
+
+    def names(self) -> Iterator[str]:
+        """The full name of every tensor of the family."""
+        for layer in self.layers or (None,):
+            yield self.name if layer is None else self.name.replace("{}", str(layer))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedParam:
+    """One family of base parameters that the method leaves trainable, such as every bias in BitFit."""
+
+    module: str
+    param: str
+    shape: Shape
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def copies(self) -> int:
+        """How many parameters this family stands for."""
+        return 1 if self.layers is None else len(self.layers)
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """The outcome of a method on an architecture. `matched` are the module families that it targets, as they were resolved."""
+
+    added: tuple[AddedTensor, ...] = ()
+    trained: tuple[TrainedParam, ...] = ()
+    matched: tuple[Module, ...] = ()
+    resolved: tuple[tuple[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_trainable(self) -> int:
+        """What peft's `get_nb_trainable_parameters()` returns first."""
+        added = sum(t.copies * prod(t.shape) for t in self.added if t.trainable)
+        return added + sum(p.copies * prod(p.shape) for p in self.trained)
+
+    @property
+    def num_added(self) -> int:
+        """Parameters that the method adds to the base, trainable or not."""
+        return sum(t.copies * prod(t.shape) for t in self.added)
+
+
+def trained_params(arch: Architecture, modules: tuple[Module, ...], *, only: str | None = None) -> tuple[TrainedParam, ...]:
+    """The direct parameters of `modules`, ties once; `only` keeps one parameter name, such as `bias`."""
+    return tuple(
+        TrainedParam(m.name, param, shape, m.layers)
+        for m in modules
+        for param, shape in arch.owned_params(m)
+        if only is None or param == only
+    )
+
+
+def restricted(module: Module, layers: tuple[int, ...]) -> Module:
+    """The same family over some of its layers only."""
+    return module if module.layers == layers else replace(module, layers=layers)

@@ -1,0 +1,98 @@
+"""How peft rewrites LoRA targets for models whose experts transformers v5 fused into 3-D parameters.
+
+Source: peft 0.21.2, `utils/transformers_weight_conversion.py` (`_convert_peft_config_moe`, `_resolve_string_target_modules`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from peftplan.arch.modules import LINEAR_KINDS, Architecture
+from peftplan.errors import RefusedError
+
+_QWEN2_MOE = (
+    "Dots3NoteTextModel afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo "
+    "glm4_moe glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen2_moe qwen3_moe qwen3_next "
+    "qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker sarvam_mla solar_open"
+)
+CONVERSIONS: dict[str, str] = {
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), "mixtral"),
+    **dict.fromkeys(_QWEN2_MOE.split(), "qwen2_moe"),
+}
+"""model_type → whose rewriting rules apply (`_MODEL_TO_CONVERSION_PATTERN`, transformers 5.24 `conversion_mapping.py`)."""
+
+RENAMED: dict[str, dict[str, str]] = {
+    "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
+    "qwen2_moe": {
+        "gate": "gate.weight",
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+        "down_proj": "down_proj",
+    },
+}
+"""Names of expert projections before the fusion → the parameter that holds them now."""
+FUSED: dict[str, tuple[str, str]] = {"mixtral": ("w1", "w3"), "qwen2_moe": ("gate_proj", "up_proj")}
+"""The two projections inside `gate_up_proj`: both must be targeted, and its rank doubles."""
+
+
+class _Config(Protocol):
+    @property
+    def r(self) -> int: ...
+    @property
+    def target_parameters(self) -> tuple[str, ...] | None: ...
+
+
+@dataclass(frozen=True)
+class ResolvedTargets:
+    """Targets after the rewriting: modules, parameters, and the ranks that change."""
+
+    target_modules: tuple[str, ...] | str | None
+    target_parameters: tuple[str, ...] = ()
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+
+
+def fused_expert_targets(arch: Architecture, config: _Config, target_modules: tuple[str, ...] | str) -> ResolvedTargets:
+    """Rewrite expert names to parameters, as peft does for LoRA on these model types; others pass unchanged.
+
+    Raises RefusedError where only one of the two fused projections is targeted, as peft does.
+    """
+    parameters = tuple(config.target_parameters or ())
+    base = CONVERSIONS.get(arch.model_type)
+    if base is None:
+        return ResolvedTargets(target_modules, parameters)
+    renamed = RENAMED[base]
+    names = _leaf_names(arch, target_modules, renamed) if isinstance(target_modules, str) else target_modules
+    if names is None:
+        return ResolvedTargets(target_modules, parameters)
+    moved = {n: old for n in names for old in renamed if n == old or n.endswith("." + old)}
+    present = {old for old in moved.values() if old in FUSED[base]}
+    if len(present) == 1:
+        missing = next(old for old in FUSED[base] if old not in present)
+        raise RefusedError(
+            f"target_modules: cannot convert {present.pop()} without also targeting {missing}: they are fused into gate_up_proj"
+        )
+    return ResolvedTargets(
+        target_modules=tuple(n for n in names if n not in moved),
+        target_parameters=tuple(sorted({*parameters, *(renamed[old] for old in moved.values())})),
+        rank_pattern={rf".*\.{re.escape('gate_up_proj')}": 2 * config.r} if present else {},
+    )
+
+
+def _leaf_names(arch: Architecture, target: str, renamed: dict[str, str]) -> tuple[str, ...] | None:
+    """The leaf names that a word or a regular expression stands for before the fusion; None leaves it as it is."""
+    if target == "all-linear":
+        linear = {m.leaf for m in arch.modules if m.kind in LINEAR_KINDS and m.name != arch.output_embedding}
+        return tuple(sorted(linear | renamed.keys()))
+    if target in ("peft-default", "attention", "mlp"):
+        return None
+    pattern = re.compile(target)
+    modules = [name for m in arch.modules for name in m.names()]
+    params = [f"{name}.{p}" for m in arch.modules for name in m.names() for p, _ in m.params]
+    found = {name.rpartition(".")[2] for name in (*modules, *params) if pattern.fullmatch(name)}
+    for old, new in renamed.items():
+        holders = (name.rpartition(".")[0] for name in params if name.endswith("." + new))
+        if any(pattern.fullmatch(f"{holder}.{old}") for holder in holders):
+            found.add(old)
+    return tuple(sorted(found)) or None

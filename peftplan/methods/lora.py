@@ -1,0 +1,172 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685, §4.1) and what rides on it: DoRA, rsLoRA, LoRA-FA, LoRA+, adapted experts.
+
+ΔW = B·A per adapted weight of shape (out, in): A is (r, in) and B is (out, r), so r·(in + out) parameters.
+Source of names and shapes: peft 0.21.2, `tuners/lora/layer.py` (`Linear`, `Embedding`, `ParamWrapper`) and `lora/dora.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module, Shape
+from peftplan.errors import InputError, RefusedError
+from peftplan.methods.adaptation import Adaptation, AddedTensor, NeedsPeftError, TrainedParam, trained_params
+from peftplan.methods.experts import fused_expert_targets
+from peftplan.methods.targets import (
+    ALL_LINEAR,
+    Names,
+    TargetedConfig,
+    by_rank,
+    match,
+    rank_of,
+    resolve_targets,
+    saved_copies,
+    saved_modules,
+)
+
+Rank = Annotated[int, Field(ge=1, le=2**20)]
+
+
+class LoraConfig(TargetedConfig):
+    """peft's `LoraConfig`, less the fields that change no tensor; `lora_alpha` scales and counts nothing."""
+
+    r: Rank = 8
+    lora_alpha: float | None = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+    trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
+    target_parameters: Names = None
+    freeze_a: bool = False
+    """LoRA-FA (arXiv 2308.03303): `create_lorafa_optimizer` freezes every A."""
+
+    no_effect: ClassVar[frozenset[str]] = frozenset(
+        {"alpha_pattern", "init_lora_weights", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config",
+         "qalora_group_size", "runtime_config", "lora_ga_config"}
+    )  # fmt: skip
+
+
+def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
+    """The tensors that `get_peft_model` adds for a LoraConfig; `target_modules` None means all linear layers."""
+    resolved = fused_expert_targets(arch, config, config.target_modules or ALL_LINEAR)
+    targets = resolve_targets(arch, resolved.target_modules, peft_type="LORA") if resolved.target_modules else ()
+    matched = match(arch, config, targets) if targets else ()
+    rank_pattern = {**config.rank_pattern, **resolved.rank_pattern}
+
+    added: list[AddedTensor] = []
+    for module in matched:
+        for family, r in by_rank(module, r=config.r, rank_pattern=rank_pattern):
+            added += _module_tensors(family, r, config)
+    wrapped = _parameter_tensors(arch, config, resolved.target_parameters, rank_pattern)
+    added += wrapped
+    if not added:
+        raise InputError("target_parameters", list(resolved.target_parameters), f"no parameter of {arch.model_type} matches")
+    added += saved_copies(arch, saved_modules(arch, config))
+    added += _token_deltas(arch, config)
+    return Adaptation(
+        added=tuple(added),
+        trained=_trained_biases(arch, config, matched),
+        matched=matched,
+        resolved=(("target_modules", targets), ("target_parameters", resolved.target_parameters)),
+    )
+
+
+def _module_tensors(module: Module, r: int, config: LoraConfig) -> list[AddedTensor]:
+    """A, B, and where asked for B's bias and DoRA's magnitude vector (arXiv 2402.09353, eq. 5: one norm per output)."""
+    n_in, n_out = _features(module)
+
+    def tensor(part: str, shape: Shape, *, trainable: bool = True) -> AddedTensor:
+        return AddedTensor(f"{module.name}.{part}", shape, module.layers, trainable)
+
+    if module.kind == "Embedding":
+        if config.lora_bias:
+            raise RefusedError(f"lora_bias: peft does not support it for embedding layers ({module.name})")
+        tensors = [tensor("lora_embedding_A", (r, n_in), trainable=not config.freeze_a), tensor("lora_embedding_B", (n_out, r))]
+    else:
+        tensors = [tensor("lora_A.weight", (r, n_in), trainable=not config.freeze_a), tensor("lora_B.weight", (n_out, r))]
+    if config.lora_bias:
+        tensors.append(tensor("lora_B.bias", (n_out,)))
+    if config.use_dora:
+        tensors.append(tensor("lora_magnitude_vector.weight", (n_out,)))
+    return tensors
+
+
+def _features(module: Module) -> tuple[int, int]:
+    if module.kind in LINEAR_KINDS or module.kind == "Embedding":
+        return module.in_features, module.out_features
+    if module.kind.startswith("Conv"):
+        raise NeedsPeftError(f"LoRA on {module.name}, a {module.kind}")
+    raise RefusedError(
+        f"target_modules: {module.name} is a {module.kind}, which peft refuses as not supported "
+        "(torch.nn.Linear, Embedding, Conv1d, Conv2d, Conv3d, Conv1D and MultiheadAttention are)"
+    )
+
+
+def _parameter_tensors(
+    arch: Architecture, config: LoraConfig, names: tuple[str, ...], rank_pattern: dict[str, int]
+) -> list[AddedTensor]:
+    """LoRA on parameters themselves (`ParamWrapper`): A (r·E, in), B (out, r·E) for E stacked experts.
+
+    Wrappers of one module nest in the order of its parameters: the last one is outermost, the others sit in its `base_layer`.
+    """
+    if names and (config.lora_dropout or config.lora_bias or config.use_dora):
+        raise RefusedError("target_parameters: peft's ParamWrapper works with none of lora_dropout, lora_bias and use_dora")
+    suffixes = tuple("." + name for name in names)
+    added = []
+    for module in arch.modules:
+        hits = [
+            (param, shape) for param, shape in module.params
+            if (key := f"{module.name}.{param}") in names or (suffixes and key.endswith(suffixes))
+        ]  # fmt: skip
+        for depth, (param, shape) in enumerate(reversed(hits)):
+            experts, n_in, n_out = _expert_shape(module, param, shape)
+            r = rank_of(f"{module.name}.{param}", r=config.r, rank_pattern=rank_pattern) * experts
+            prefix = module.name + ".base_layer" * depth
+            added += [
+                AddedTensor(f"{prefix}.lora_A.weight", (r, n_in), module.layers, not config.freeze_a),
+                AddedTensor(f"{prefix}.lora_B.weight", (n_out, r), module.layers),
+            ]
+    return added
+
+
+def _expert_shape(module: Module, param: str, shape: Shape) -> tuple[int, int, int]:
+    """(experts, in, out) of a 2-D weight (out, in) or of 3-D experts, stored (E, out, in) or, transposed, (E, in, out)."""
+    if len(shape) == 2:
+        return 1, shape[1], shape[0]
+    if len(shape) != 3:
+        raise RefusedError(f"target_parameters: {module.name}.{param} has {len(shape)} dimensions; peft supports 2 and 3")
+    experts, first, second = shape
+    return (experts, first, second) if module.kind == "ExpertsTransposed" else (experts, second, first)
+
+
+def _trained_biases(arch: Architecture, config: LoraConfig, matched: tuple[Module, ...]) -> tuple[TrainedParam, ...]:
+    if config.bias == "all":
+        return trained_params(arch, arch.modules, only="bias")
+    return trained_params(arch, matched, only="bias") if config.bias == "lora_only" else ()
+
+
+def _token_deltas(arch: Architecture, config: LoraConfig) -> list[AddedTensor]:
+    """`trainable_token_indices`: one row of deltas per token; a tied head shares the embedding's."""
+    wanted: Any = config.trainable_token_indices
+    if not wanted:
+        return []
+    if not isinstance(wanted, dict):
+        wanted = {(arch.input_embedding or "embed_tokens").rpartition(".")[2]: wanted}
+    added = []
+    for name, indices in wanted.items():
+        module = next((m for m in arch.modules if m.name == name or re.search(rf"(^|\.){re.escape(name)}$", m.name)), None)
+        if module is None:
+            raise InputError("trainable_token_indices", name, "no module has this name")
+        if f"{module.name}.weight" in arch.tied_names and len(wanted) > 1:
+            continue
+        rows, width = module.shape("weight")
+        if any(not 0 <= i < rows for i in indices):
+            raise InputError("trainable_token_indices", list(indices), f"accepted: token ids from 0 to {rows - 1}")
+        added.append(AddedTensor(f"{module.name}.token_adapter.trainable_tokens_delta", (len(indices), width)))
+    return added

@@ -1,0 +1,242 @@
+"""Which modules a PEFT config targets: peft's matching rules, applied to families.
+
+Source: peft 0.21.2, `tuners/tuners_utils.py` (`check_target_module_exists`, `_maybe_include_all_linear_layers`) and
+`utils/other.py` (`get_pattern_key`, `_set_trainable`, `set_additional_trainable_modules`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+from peftplan import datafiles
+from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
+from peftplan.errors import InputError, RefusedError
+from peftplan.methods.adaptation import AddedTensor, MethodConfig, restricted
+
+ALL_LINEAR = "all-linear"
+PEFT_DEFAULT = "peft-default"
+WORDS = (ALL_LINEAR, PEFT_DEFAULT, "attention", "mlp")
+"""Words for `target_modules`: peft's own `all-linear`, and ours, which are resolved to lists that are printed."""
+
+_LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
+_ATTENTION = re.compile(r"(attn|attention)", re.IGNORECASE)
+SEQ_CLS_HEADS = ("score", "classifier")
+"""`SEQ_CLS_HEAD_NAMES` (peft/utils/constants.py): heads that `all-linear` leaves out for peft's task type SEQ_CLS."""
+
+SAVED_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads that peft adds to `modules_to_save` by task type (peft/peft_model.py, `PeftModelFor…`)."""
+
+
+def _words(value: object) -> object:
+    """A comma-separated text is a list of names, as on the command line; a word or a regex stays a text."""
+    if isinstance(value, str):
+        if value.lower() in WORDS:
+            return value.lower()
+        if re.fullmatch(r"[\w.-]+(,[\w.-]+)*", value):
+            return tuple(value.split(","))
+        return value
+    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else value
+
+
+Targets = Annotated[tuple[str, ...] | str | None, BeforeValidator(_words)]
+"""Module names (matched as whole suffixes), one regular expression (matched in full), or a word."""
+Names = Annotated[tuple[str, ...] | None, BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)]
+
+
+class TargetedConfig(MethodConfig):
+    """The fields that all of peft's targeted methods share."""
+
+    target_modules: Targets = None
+    exclude_modules: Targets = None
+    modules_to_save: Names = None
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: tuple[str, ...] | str | None = None
+
+
+def match(arch: Architecture, config: TargetedConfig, targets: tuple[str, ...] | str) -> tuple[Module, ...]:
+    """The module families that the config targets, each over the layers that match.
+
+    `targets` is `config.target_modules` once words are resolved. Raises InputError where nothing matches (near names are
+    shown), RefusedError where a container module matches, which peft refuses too.
+    """
+    wanted = _matcher(targets)
+    templates = frozenset(t for t in targets if "{" in t) if isinstance(targets, tuple) else frozenset()
+    excluded = _matcher(config.exclude_modules) if config.exclude_modules else lambda _: False
+    saved = [re.compile(rf"(^|.*\.){m}($|\..*)") for m in saved_modules(arch, config)]
+    by_layer = config.layers_to_transform is not None
+    if by_layer and (isinstance(targets, str) or any("{" in target for target in targets)):
+        raise RefusedError("layers_to_transform: peft refuses it with a target_modules that is not a list of names")
+
+    def matches(name: str, template: str) -> bool:
+        if excluded(name) or any(pattern.match(name) for pattern in saved):
+            return False
+        if template in templates:
+            return True
+        return wanted(name) and (not by_layer or name in targets or _in_layers(name, config))
+
+    names_layers = any(map(_has_digit, (*_flat(targets), *_flat(config.exclude_modules)))) or by_layer
+    found = [m for module in arch.modules if (m := _matching_layers(module, matches, alike=not names_layers)) is not None]
+    container = next((c for c in sorted(arch.containers) if matches(c.replace("{}", "0"), c)), None)
+    if container is not None:
+        raise RefusedError(f"target_modules: {container} is not a layer that can be adapted; peft refuses it as not supported")
+    if not found:
+        raise InputError("target_modules", targets, _nothing_matched(arch, targets))
+    return tuple(found)
+
+
+def resolve_targets(arch: Architecture, target_modules: tuple[str, ...] | str | None, *, peft_type: str) -> tuple[str, ...] | str:
+    """Turn a word (or nothing: peft's own mapping) into the names that peft would match.
+
+    Raises RefusedError where peft has no default for the model type, InputError where a word finds no module.
+    """
+    if target_modules in (None, PEFT_DEFAULT):
+        mapping: Mapping[str, list[str]] = datafiles.load("peft_targets.json")["target_modules"].get(peft_type, {})
+        if arch.model_type not in mapping:
+            raise RefusedError(
+                f"target_modules: peft has no default targets of {peft_type} for model_type {arch.model_type!r}; "
+                "please specify `target_modules`"
+            )
+        defaults = mapping[arch.model_type]
+        return defaults if isinstance(defaults, str) else tuple(defaults)
+    if target_modules == ALL_LINEAR:
+        return all_linear(arch)
+    if target_modules in ("attention", "mlp"):
+        return _part(arch, attention=target_modules == "attention")
+    assert target_modules is not None
+    return target_modules
+
+
+def all_linear(arch: Architecture) -> tuple[str, ...]:
+    """Name templates of every `nn.Linear` and `Conv1D`, the output embedding or a SEQ_CLS head left out, as peft does it."""
+    if arch.task_type == "TOKEN_CLS":
+        raise RefusedError(
+            "target_modules: peft 0.21 raises a TypeError for 'all-linear' with task type TOKEN_CLS; name the modules"
+        )
+    skip = {arch.output_embedding}
+    if arch.output_embedding is None and arch.task_type == "SEQ_CLS":
+        skip = {name for name in SEQ_CLS_HEADS if any(m.name == name for m in arch.modules)}
+    names = tuple(m.name for m in arch.modules if m.kind in LINEAR_KINDS and m.name not in skip)
+    if not names:
+        raise InputError("target_modules", ALL_LINEAR, "this model has no nn.Linear or Conv1D modules")
+    return names
+
+
+def _part(arch: Architecture, *, attention: bool) -> tuple[str, ...]:
+    """Names of the linear layers inside attention modules, or of the other ones inside layers.
+
+    A leaf name that both parts use (`c_proj` in GPT-2) is written with its parent, so that it matches one part only.
+    """
+    linear = [m for m in arch.modules if m.kind in LINEAR_KINDS and m.layers is not None]
+    parts = {m.name: bool(_ATTENTION.search(m.name.rpartition(".")[0].rpartition("{}")[2])) for m in linear}
+    shared = {m.leaf for m in linear if parts[m.name]} & {m.leaf for m in linear if not parts[m.name]}
+    names = [".".join(m.name.split(".")[-2:]) if m.leaf in shared else m.leaf for m in linear if parts[m.name] == attention]
+    if not names:
+        what = "attention" if attention else "mlp"
+        raise InputError("target_modules", what, "no nn.Linear there (fused experts are parameters: use target_parameters)")
+    return tuple(dict.fromkeys(names))
+
+
+def rank_of(name: str, *, r: int, rank_pattern: Mapping[str, int]) -> int:
+    """The rank of one module: the first pattern that matches the end of its name (`get_pattern_key`), else r."""
+    for pattern, rank in rank_pattern.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return rank
+    return r
+
+
+def by_rank(module: Module, *, r: int, rank_pattern: Mapping[str, int], suffix: str = "") -> list[tuple[Module, int]]:
+    """Split a family into one family per rank that `rank_pattern` gives its layers."""
+    if not rank_pattern or module.layers is None:
+        return [(module, rank_of(module.name + suffix, r=r, rank_pattern=rank_pattern))]
+    groups: dict[int, list[int]] = {}
+    for layer, name in zip(module.layers, module.names(), strict=True):
+        groups.setdefault(rank_of(name + suffix, r=r, rank_pattern=rank_pattern), []).append(layer)
+    return [(restricted(module, tuple(layers)), rank) for rank, layers in groups.items()]
+
+
+def saved_modules(arch: Architecture, config: TargetedConfig) -> tuple[str, ...]:
+    """`modules_to_save` as peft completes it by task type."""
+    heads = SAVED_HEADS.get(arch.task_type, ())
+    return tuple(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
+
+
+def saved_copies(arch: Architecture, names: Iterable[str]) -> tuple[AddedTensor, ...]:
+    """The trainable copies that `modules_to_save` makes: every parameter under a module whose name ends with one of `names`.
+
+    Raises InputError for a name that the user gave and that no module ends with; heads added by task type may be absent.
+    """
+    copies: list[AddedTensor] = []
+    taken: set[str] = set()
+    for wanted in names:
+        roots = [n for n in (*(m.name for m in arch.modules), *sorted(arch.containers)) if n.endswith(wanted)]
+        if not roots and wanted not in {h for heads in SAVED_HEADS.values() for h in heads}:
+            known = {m.leaf for m in arch.modules}
+            raise InputError("modules_to_save", wanted, f"no module ends with it; near: {_near(wanted, known)}")
+        for root in roots:
+            for module in arch.modules:
+                if (module.name != root and not module.name.startswith(root + ".")) or module.name in taken:
+                    continue
+                taken.add(module.name)
+                inner = module.name[len(root) :]
+                copies += [
+                    AddedTensor(f"{root}.modules_to_save{inner}.{p}", shape, module.layers, dtype="base")
+                    for p, shape in module.params
+                ]
+    return tuple(copies)
+
+
+def _matcher(targets: tuple[str, ...] | str) -> Callable[[str], bool]:
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise InputError("target_modules", targets, f"not a regular expression: {error}") from None
+        return lambda name: pattern.fullmatch(name) is not None
+    names, suffixes = frozenset(targets), tuple("." + t for t in targets)
+    return lambda name: name in names or name.endswith(suffixes)
+
+
+def _matching_layers(module: Module, matches: Callable[[str, str], bool], *, alike: bool) -> Module | None:
+    """The family over the layers that match; one look is enough where the targets do not tell layers apart."""
+    if module.layers is None or alike:
+        return module if matches(module.name, module.name) else None
+    layers = tuple(i for i, name in zip(module.layers, module.names(), strict=True) if matches(name, module.name))
+    return restricted(module, layers) if layers else None
+
+
+def _in_layers(name: str, config: TargetedConfig) -> bool:
+    patterns = config.layers_pattern
+    found = None
+    if not patterns:
+        found = _LAYER_INDEX.match(name)
+    else:
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            if (found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)) is not None:
+                break
+    wanted = config.layers_to_transform
+    return found is not None and int(found["idx"]) in ((wanted,) if isinstance(wanted, int) else wanted or ())
+
+
+def _has_digit(text: str) -> bool:
+    return any(char.isdigit() for char in text)
+
+
+def _flat(targets: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    # A regular expression may tell layers apart in ways that its text does not show, so it counts as one that does.
+    return () if targets is None else ("0",) if isinstance(targets, str) else targets
+
+
+def _near(wanted: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    return ", ".join(get_close_matches(wanted, names, n=4, cutoff=0.3) or names[:6])
+
+
+def _nothing_matched(arch: Architecture, targets: tuple[str, ...] | str) -> str:
+    leaves = {m.leaf for m in arch.modules if m.kind in (*LINEAR_KINDS, "Embedding")}
+    wanted = targets if isinstance(targets, str) else targets[0] if targets else ""
+    return f"no module of {arch.model_type} matches; near: {_near(wanted, leaves)}"
