@@ -19,6 +19,26 @@ ADAPTERS: dict[str, tuple[str, str, str]] = {
     "mistral": ("llama", "mistral", "CAUSAL_LM"),
     "qwen2": ("llama", "qwen2", "CAUSAL_LM"),
     "qwen3": ("llama", "qwen3", "CAUSAL_LM"),
+    "gpt2": ("gpt2", "gpt2", "CAUSAL_LM"),
+    "gpt_bigcode": ("gpt2", "gpt_bigcode", "CAUSAL_LM"),
+    "gptj": ("gptj", "gptj", "CAUSAL_LM"),
+    "gpt_neox": ("gptj", "gpt_neox", "CAUSAL_LM"),
+    "phi": ("gptj", "phi", "CAUSAL_LM"),
+    "opt": ("opt", "opt", "CAUSAL_LM"),
+    "bloom": ("bloom", "bloom", "CAUSAL_LM"),
+    "mpt": ("bloom", "mpt", "CAUSAL_LM"),
+    "falcon": ("falcon", "falcon", "CAUSAL_LM"),
+    "bert": ("bert", "bert", "MASKED_LM"),
+    "roberta": ("bert", "roberta", "MASKED_LM"),
+    "xlm-roberta": ("bert", "roberta", "MASKED_LM"),
+    "distilbert": ("distilbert", "distilbert", "MASKED_LM"),
+    "deberta-v2": ("deberta", "deberta_v2", "MASKED_LM"),
+    "modernbert": ("modernbert", "modernbert", "MASKED_LM"),
+    "t5": ("t5", "t5", "SEQ_2_SEQ_LM"),
+    "mt5": ("t5", "t5", "SEQ_2_SEQ_LM"),
+    "bart": ("bart", "bart", "SEQ_2_SEQ_LM"),
+    "whisper": ("bart", "whisper", "SEQ_2_SEQ_LM"),
+    "vit": ("vit", "vit", "IMAGE_CLS"),
 }
 
 
@@ -44,7 +64,8 @@ def _stated_task(config: Mapping[str, Any]) -> str | None:
     """The task of the class that `architectures` names, longest suffix first, or None where it names none we know."""
     stated = config.get("architectures")
     name = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
-    for task, suffix in sorted(TASK_TYPES.items(), key=lambda item: -len(item[1])):
+    suffixes = [*((suffix, task) for task, suffix in TASK_TYPES.items()), ("LMHeadModel", "CAUSAL_LM")]
+    for suffix, task in sorted(suffixes, key=lambda item: -len(item[0])):
         if name.endswith(suffix):
             return task
     return None

@@ -1,0 +1,149 @@
+"""Decoders whose attention and MLP read the layer's input side by side: GPT-J, Phi 1 … 2, GPT-NeoX (Pythia).
+
+Sources: transformers 5.24, `models/<model_type>/modeling_<model_type>.py` and the config class's defaults beside it.
+"""
+
+from __future__ import annotations
+
+from peftplan.arch.fields import Fields
+from peftplan.arch.heads import (
+    Backbone,
+    decoder_model,
+    equal_head_dim,
+    partial_rotary_dim,
+    prompt_dims,
+    rotary_buffers,
+)
+from peftplan.arch.modules import (
+    Architecture,
+    Attention,
+    Block,
+    Buffer,
+    Mlp,
+    Module,
+    PromptDims,
+    embedding,
+    layernorm,
+    linear,
+)
+from peftplan.errors import RefusedError
+
+
+def gptj(c: Fields, task_type: str) -> Architecture:
+    """GPT-J: one norm for both halves, no biases in attention, a bias in `lm_head`, a table of rotations as buffer.
+
+    h n_embd, i n_inner, v vocab_size, a heads, d head_dim.
+    """
+    h, v, a = c.int("n_embd", "hidden_size"), c.int("vocab_size"), c.int("n_head", "num_attention_heads")
+    d = equal_head_dim(c, h, a)
+    i = c.int("n_inner", default=4 * h)
+    layers = c.layers("n_layer", "num_hidden_layers")
+    rotary_dim = c.int("rotary_dim", default=64, high=d)
+    # A sine and a cosine for every second dimension, 0, 2, 4 …: rotary_dim columns, one more where it is odd.
+    rotations = (c.int("n_positions", "max_position_embeddings"), 2 * ((rotary_dim + 1) // 2))
+    backbone = Backbone(
+        model_type=c.str("model_type"),
+        stem="GPTJ",
+        prefix="transformer",
+        modules=(
+            embedding("wte", v, h),
+            layernorm("h.{}.ln_1", h, layers=layers),
+            *(linear(f"h.{{}}.attn.{n}", h, h, layers=layers) for n in ("k_proj", "v_proj", "q_proj", "out_proj")),
+            linear("h.{}.mlp.fc_in", h, i, True, layers),
+            linear("h.{}.mlp.fc_out", i, h, True, layers),
+            layernorm("ln_f", h),
+        ),
+        blocks=(_block(layers, Attention(a, a, d), Mlp("plain", i, c.str("activation_function", default="gelu_new"))),),
+        hidden_size=h,
+        vocab_size=v,
+        embedding="wte",
+        buffers=(Buffer("rotary_emb.embed_positions", "fp32", rotations),),
+        prompt=prompt_dims(c, len(layers), h, a),
+    )
+    return decoder_model(backbone, c, task_type, tasks=("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"), head_bias=True)
+
+
+def phi(c: Fields, task_type: str) -> Architecture:
+    """Phi 1, 1.5, 2: one norm for both halves, biases everywhere, `lm_head` included; part of each head rotates.
+
+    h hidden_size, i intermediate_size, v vocab_size, a query heads, kv key/value heads, d head_dim.
+    """
+    h, i, v, a = c.int("hidden_size"), c.int("intermediate_size"), c.int("vocab_size"), c.int("num_attention_heads")
+    kv = c.int("num_key_value_heads", default=a)
+    d = c.optional_int("head_dim") or c.divide("hidden_size", h, "num_attention_heads", a)
+    layers = c.layers("num_hidden_layers")
+    qk_norm = c.bool("qk_layernorm", default=False)
+    if qk_norm and d != h // a:
+        raise RefusedError(f"{c.name}: qk_layernorm norms hidden_size / num_attention_heads = {h // a} numbers, head_dim is {d}")
+
+    def layer(name: str, n_in: int, n_out: int) -> Module:
+        return linear(f"layers.{{}}.{name}", n_in, n_out, True, layers)
+
+    norms = (layernorm(f"layers.{{}}.self_attn.{n}", d, layers=layers) for n in ("q_layernorm", "k_layernorm") if qk_norm)
+    backbone = Backbone(
+        model_type=c.str("model_type"),
+        stem="Phi",
+        prefix="model",
+        modules=(
+            embedding("embed_tokens", v, h),
+            layer("self_attn.q_proj", h, a * d),
+            layer("self_attn.k_proj", h, kv * d),
+            layer("self_attn.v_proj", h, kv * d),
+            layer("self_attn.dense", a * d, h),
+            *norms,
+            layer("mlp.fc1", h, i),
+            layer("mlp.fc2", i, h),
+            layernorm("layers.{}.input_layernorm", h, layers=layers),
+            layernorm("final_layernorm", h),
+        ),
+        blocks=(
+            _block(layers, Attention(a, kv, d, qk_norm=qk_norm), Mlp("plain", i, c.str("hidden_act", default="gelu_new"))),
+        ),
+        hidden_size=h,
+        vocab_size=v,
+        embedding="embed_tokens",
+        buffers=rotary_buffers("rotary_emb", partial_rotary_dim(c, d, default=0.5)),
+        prompt=PromptDims(len(layers), h, a, num_key_value_heads=kv, head_dim=c.optional_int("head_dim")),
+    )
+    return decoder_model(backbone, c, task_type, head_bias=True)
+
+
+def gpt_neox(c: Fields, task_type: str) -> Architecture:
+    """GPT-NeoX and Pythia: two norms, a fused query_key_value, a part (`rotary_pct`) of each head rotates.
+
+    h hidden_size, i intermediate_size, v vocab_size, a heads, d head_dim.
+    """
+    h, i, v, a = c.int("hidden_size"), c.int("intermediate_size"), c.int("vocab_size"), c.int("num_attention_heads")
+    d = equal_head_dim(c, h, a)
+    layers = c.layers("num_hidden_layers")
+    bias = c.bool("attention_bias", default=True)
+    attention = Attention(a, a, d, fused_qkv=True)
+    mlp = Mlp("plain", i, c.str("hidden_act", default="gelu"))
+    parallel = c.bool("use_parallel_residual", default=True)
+    backbone = Backbone(
+        model_type=c.str("model_type"),
+        stem="GPTNeoX",
+        prefix="gpt_neox",
+        modules=(
+            embedding("embed_in", v, h),
+            layernorm("layers.{}.input_layernorm", h, layers=layers),
+            layernorm("layers.{}.post_attention_layernorm", h, layers=layers),
+            linear("layers.{}.attention.query_key_value", h, 3 * h, bias, layers),
+            linear("layers.{}.attention.dense", h, h, bias, layers),
+            linear("layers.{}.mlp.dense_h_to_4h", h, i, True, layers),
+            linear("layers.{}.mlp.dense_4h_to_h", i, h, True, layers),
+            layernorm("final_layer_norm", h),
+        ),
+        blocks=(Block("decoder", layers, (attention,), mlp, "layernorm", parallel=parallel),),
+        hidden_size=h,
+        vocab_size=v,
+        embedding="embed_in",
+        buffers=rotary_buffers("rotary_emb", partial_rotary_dim(c, d, default=0.25, legacy="rotary_pct")),
+        prompt=prompt_dims(c, len(layers), h, a),
+    )
+    return decoder_model(backbone, c, task_type, token_cls="classifier")
+
+
+def _block(layers: tuple[int, ...], attention: Attention, mlp: Mlp) -> Block:
+    """Attention and MLP side by side behind one norm."""
+    return Block("decoder", layers, (attention,), mlp, "layernorm", parallel=True, shared_norm=True)
