@@ -1,0 +1,16 @@
+"""Bytes of optimizer state, one entry per name that transformers' `TrainingArguments.optim` accepts."""
+
+from peftplan.optim.names import OPTIMIZERS, REFUSED, parse_optim
+from peftplan.optim.optimizer import Optimizer, StepImplementation
+from peftplan.optim.parameter_states import parse_optim_args, shared_states, states
+
+__all__ = [
+    "OPTIMIZERS",
+    "REFUSED",
+    "Optimizer",
+    "StepImplementation",
+    "parse_optim",
+    "parse_optim_args",
+    "shared_states",
+    "states",
+]

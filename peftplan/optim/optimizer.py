@@ -1,0 +1,100 @@
+"""What one optimizer is: a parameter goes in, the tensors that its first step creates come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peftplan.memory.ledger import Allocation, Place
+
+StepImplementation = Literal["fused", "foreach", "kernel", "for-loop", "in-backward"]
+"""How the default path of the optimizer runs on CUDA, which decides the temporaries of the step.
+
+- `fused`: multi-tensor kernels that update parameters and states in place.
+- `foreach`: multi-tensor operations, so temporaries as large as all the parameters they cover.
+- `kernel`: one kernel per parameter, in place.
+- `for-loop`: plain operations per parameter, temporaries as large as one parameter.
+- `in-backward`: a hook steps each parameter as soon as its gradient exists and then frees the gradient.
+"""
+
+OptimArgs = Mapping[str, str]
+"""`TrainingArguments.optim_args`, split at its commas: the values are text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """What an optimizer sees of one parameter; the gradient has the parameter's shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    in_embedding: bool
+    in_target: bool
+
+
+StatesFunction = Callable[[Param, OptimArgs], tuple[Allocation, ...]]
+SharedFunction = Callable[[Iterable[Allocation]], tuple[Allocation, ...]]
+
+
+def nothing_shared(states: Iterable[Allocation]) -> tuple[Allocation, ...]:
+    """Most optimizers hold no tensor besides the states of their parameters."""
+    return ()
+
+
+VERSIONS: dict[str, str] = {
+    "torch": "2.13.0",
+    "transformers": "5.24.0",
+    "bitsandbytes": "0.50.2",
+    "torchao": "0.18.0",
+    "galore-torch": "1.0",
+    "apollo-torch": "1.0.3",
+    "lomo-optim": "0.1.1",
+    "grokadamw": "0.1.2",
+    "schedulefree": "1.4.1",
+    "torch-optimi": "0.3.3",
+}
+"""The packages that optimizers come from, at the version whose source was read and run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """One name that `TrainingArguments.optim` accepts, and the class that transformers makes for it.
+
+    `reads` lists the keys of `optim_args` that transformers reads for it, each with the reader it applies.
+    `low_rank`: states depend on whether `optim_target_modules` selects the parameter.
+    `states_for_frozen`: frozen parameters get states too.
+    """
+
+    name: str
+    package: str
+    cls: str
+    step_implementation: StepImplementation
+    param_states: StatesFunction
+    reads: Mapping[str, Callable[[str], object]] = field(default_factory=dict)
+    shared: SharedFunction = nothing_shared
+    low_rank: bool = False
+    states_for_frozen: bool = False
+
+    @property
+    def source(self) -> str:
+        """The class, the package it comes from, and the version that was read: `torch.optim.AdamW (torch 2.13.0)`."""
+        return f"{self.cls} ({self.package} {VERSIONS[self.package]})"
+
+
+def like(param: Param, name: str, *, dtype: str | None = None, place: Place = "device") -> Allocation:
+    """`torch.zeros_like(p)`: the parameter's shape, and its dtype unless another is given."""
+    return Allocation(name, dtype or param.dtype, param.shape, place)
+
+
+def scalar(name: str, *, dtype: str = "fp32", place: Place = "device") -> Allocation:
+    """A 0-dimensional tensor; on the device the allocator still rounds it to 512 B."""
+    return Allocation(name, dtype, (), place)
+
+
+def truth(text: str) -> bool:
+    """transformers' `strtobool` (utils/generic.py 5.24); raises ValueError for anything else."""
+    if text.lower() in ("y", "yes", "t", "true", "on", "1"):
+        return True
+    if text.lower() in ("n", "no", "f", "false", "off", "0"):
+        return False
+    raise ValueError(text)

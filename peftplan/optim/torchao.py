@@ -1,0 +1,45 @@
+"""torchao's AdamW4bit and AdamW8bit: a state is a tensor subclass of codes, scales and its own table.
+
+Counted: the inner tensors of `exp_avg` and `exp_avg_sq`. The tables are made per state, not shared: 2 × 1024 B (8-bit) or
+2 × 64 B (4-bit) per parameter, which the allocator rounds to 512 B.
+Source: torchao 0.18.0 `optim/adam.py` (`_new_buffer`), `subclass_{4,8}bit.py` (`zeros`); transformers 5.24
+`_get_torchao_optimizer`, which sets `block_size` 256 for both (torchao's own default for 4-bit is 128).
+Left out: `lr`, one fp32 CPU scalar per parameter group; what the compiled step allocates.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from peftplan.errors import RefusedError
+from peftplan.memory.ledger import Allocation
+from peftplan.optim.optimizer import OptimArgs, Param, StatesFunction, like, scalar
+
+BLOCK_SIZE = 256
+"""transformers' default for `block_size`."""
+MIN_QUANTIZED_SIZE = 4096
+"""Parameters with fewer elements, or not a multiple of the block size, keep states like themselves (`_new_buffer`)."""
+
+
+def torchao(*, bits: int) -> StatesFunction:
+    """n ≥ 4096 and n a multiple of 256: n·bits/8 B of codes + 4n/256 B of scales + a table of 2^bits fp32, per moment."""
+
+    def param_states(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
+        if "block_size" in optim_args:
+            raise RefusedError("optim_args: transformers 5.24 hands block_size to torchao as text, which torchao refuses")
+        step = scalar("step", place="host")
+        return (step, *_moment(param, "exp_avg", bits), *_moment(param, "exp_avg_sq", bits))
+
+    return param_states
+
+
+def _moment(param: Param, name: str, bits: int) -> tuple[Allocation, ...]:
+    n = prod(param.shape)
+    if n < MIN_QUANTIZED_SIZE or n % BLOCK_SIZE:
+        return (like(param, name),)
+    codes = param.shape if bits == 8 else (n // 2,)
+    return (
+        Allocation(f"{name}.codes", "uint8", codes),
+        Allocation(f"{name}.scale", "fp32", (n // BLOCK_SIZE,)),
+        Allocation(f"{name}.qmap", "fp32", (2**bits,)),
+    )
