@@ -30,7 +30,7 @@ ADAPTERS: dict[str, tuple[str, str, str]] = {
     "falcon": ("falcon", "falcon", "CAUSAL_LM"),
     "bert": ("bert", "bert", "MASKED_LM"),
     "roberta": ("bert", "roberta", "MASKED_LM"),
-    "xlm-roberta": ("bert", "roberta", "MASKED_LM"),
+    "xlm-roberta": ("bert", "xlm_roberta", "MASKED_LM"),
     "distilbert": ("distilbert", "distilbert", "MASKED_LM"),
     "deberta-v2": ("deberta", "deberta_v2", "MASKED_LM"),
     "modernbert": ("modernbert", "modernbert", "MASKED_LM"),

@@ -66,14 +66,19 @@ def attach(
     ties: tuple[tuple[str, str], ...] = (),
     output_embedding: str | None = None,
     model_class: str | None = None,
+    head_first: bool = False,
 ) -> Architecture:
-    """The task model: the backbone under its prefix (bare for FEATURE_EXTRACTION), then the head's modules."""
+    """The task model: the backbone under its prefix (bare for FEATURE_EXTRACTION), then the head's modules.
+
+    `head_first`: the class registers its head before the backbone (XLM-RoBERTa), and so owns what the two share.
+    """
     prefix = "" if task_type == "FEATURE_EXTRACTION" or not backbone.prefix else backbone.prefix + "."
+    body = tuple(replace(m, name=prefix + m.name) for m in backbone.modules)
     return Architecture(
         model_type=backbone.model_type,
         model_class=model_class or backbone.model_class(task_type),
         task_type=task_type,
-        modules=(*(replace(m, name=prefix + m.name) for m in backbone.modules), *head),
+        modules=(*head, *body) if head_first else (*body, *head),
         blocks=backbone.blocks,
         ties=(*((prefix + a, prefix + b) for a, b in backbone.ties), *ties),
         buffers=tuple(replace(b, name=prefix + b.name) for b in backbone.buffers),

@@ -53,7 +53,7 @@ def assert_same(arch: Architecture, model: Any) -> None:
 
     tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
     assert {alias for alias, _ in arch.ties} == tied
-    assert arch.last_module().name == list(model.named_parameters())[-1][0].rpartition(".")[0]
+    assert list(arch.last_module().names())[-1] == list(model.named_parameters())[-1][0].rpartition(".")[0]
     output = model.get_output_embeddings()
     assert arch.output_embedding == next((n for n, m in model.named_modules() if m is output and output is not None), None)
     embedding = model.get_input_embeddings() if arch.input_embedding else None
