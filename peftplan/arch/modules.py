@@ -69,7 +69,10 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """One family of registered buffers: tensors on the device that never train."""
+    """One family of registered buffers: tensors on the device that never train.
+
+    `dtype` is one of `dtypes.ITEMSIZE`, or `model`: the dtype that the model is loaded in (a float buffer made in its default).
+    """
 
     name: str
     dtype: str
@@ -189,11 +192,6 @@ class Architecture:
             parts = module.name.split(".")
             found.update(".".join(parts[:i]) for i in range(1, len(parts)))
         return frozenset(found - {module.name for module in self.modules})
-
-    @cached_property
-    def layer_indices(self) -> tuple[int, ...]:
-        """Every layer index that a family uses."""
-        return tuple(sorted({i for module in self.modules for i in module.layers or ()}))
 
     def named_parameters(self) -> Iterator[tuple[str, Shape]]:
         """Every parameter with its full name, as `named_parameters()` of the real model gives it (ties once)."""
