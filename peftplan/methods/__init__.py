@@ -1,0 +1,217 @@
+"""The PEFT methods: a literal registry, and the three doors to it (options, a peft adapter config, an architecture).
+
+Importing this package loads none of the methods; each lies in its own module, which is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from peftplan.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from peftplan.arch.modules import Architecture
+    from peftplan.methods.adaptation import Adaptation, MethodConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One entry of the registry: where the method is implemented, and what its name presets.
+
+    `defaults` are options that the name implies (`dora` is LoRA with `use_dora`); `quant` is the storage of the frozen base that
+    the name implies. `peft_type` is None for a method that peft does not have.
+    """
+
+    name: str
+    peft_type: str | None
+    module: str
+    config: str
+    function: str
+    summary: str
+    source: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    quant: str | None = None
+
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method("full", None, "full", "FullConfig", "full", "every parameter of the base trains", "plain fine-tuning"),
+        Method("lora", "LORA", "lora", "LoraConfig", "lora", "low-rank update B·A per layer", "Hu et al. 2021, arXiv 2106.09685"),
+        Method(
+            "qlora", "LORA", "lora", "LoraConfig", "lora", "LoRA on a 4-bit NF4 base", "Dettmers et al. 2023, arXiv 2305.14314",
+            quant="nf4",
+        ),
+        Method(
+            "dora", "LORA", "lora", "LoraConfig", "lora", "LoRA with a trained magnitude per output",
+            "Liu et al. 2024, arXiv 2402.09353", {"use_dora": True},
+        ),
+        Method(
+            "qdora", "LORA", "lora", "LoraConfig", "lora", "DoRA on a 4-bit NF4 base", "Liu et al. 2024, arXiv 2402.09353",
+            {"use_dora": True}, "nf4",
+        ),
+        Method(
+            "rslora", "LORA", "lora", "LoraConfig", "lora", "LoRA scaled by alpha / sqrt(r)",
+            "Kalajdzievski 2023, arXiv 2312.03732", {"use_rslora": True},
+        ),
+        Method(
+            "lora+", "LORA", "lora", "LoraConfig", "lora", "LoRA with a higher learning rate for B; the tensors of LoRA",
+            "Hayou et al. 2024, arXiv 2402.12354",
+        ),
+        Method(
+            "lora-fa", "LORA", "lora", "LoraConfig", "lora", "LoRA whose A stays frozen", "Zhang et al. 2023, arXiv 2308.03303",
+            {"freeze_a": True},
+        ),
+        Method(
+            "adalora", "ADALORA", "adalora", "AdaLoraConfig", "adalora", "SVD-shaped LoRA whose ranks shrink while training",
+            "Zhang et al. 2023, arXiv 2303.10512",
+        ),
+        Method(
+            "loha", "LOHA", "loha", "LoHaConfig", "loha", "Hadamard product of two low-rank updates",
+            "Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098",
+        ),
+        Method(
+            "lokr", "LOKR", "lokr", "LoKrConfig", "lokr", "Kronecker product of two small matrices",
+            "Yeh et al. 2023 (LyCORIS), arXiv 2309.14859",
+        ),
+        Method(
+            "vera", "VERA", "vera", "VeraConfig", "vera", "two vectors per layer around shared frozen random matrices",
+            "Kopiczko et al. 2023, arXiv 2310.11454",
+        ),
+        Method("ia3", "IA3", "ia3", "IA3Config", "ia3", "one scaling vector per layer", "Liu et al. 2022, arXiv 2205.05638"),
+        Method(
+            "oft", "OFT", "oft", "OFTConfig", "oft", "block-diagonal orthogonal rotation of the input",
+            "Qiu et al. 2023, arXiv 2306.07280",
+        ),
+        Method(
+            "boft", "BOFT", "boft", "BOFTConfig", "boft", "butterfly product of orthogonal blocks and a scale per output",
+            "Liu et al. 2023, arXiv 2311.06243",
+        ),
+        Method(
+            "prefix-tuning", "PREFIX_TUNING", "virtual_tokens", "PrefixTuningConfig", "prefix_tuning",
+            "trained keys and values of virtual tokens in every layer", "Li and Liang 2021, arXiv 2101.00190",
+        ),
+        Method(
+            "prompt-tuning", "PROMPT_TUNING", "virtual_tokens", "PromptTuningConfig", "prompt_tuning",
+            "trained embeddings of virtual tokens", "Lester et al. 2021, arXiv 2104.08691",
+        ),
+        Method(
+            "p-tuning", "P_TUNING", "virtual_tokens", "PromptEncoderConfig", "p_tuning",
+            "embeddings of virtual tokens behind a trained encoder", "Liu et al. 2021, arXiv 2103.10385",
+        ),
+        Method(
+            "ln-tuning", "LN_TUNING", "ln_tuning", "LNTuningConfig", "ln_tuning", "trained copies of the normalisation layers",
+            "Zhao et al. 2023, arXiv 2312.11420",
+        ),
+        Method(
+            "bitfit", None, "bitfit", "BitFitConfig", "bitfit", "every bias of the base trains",
+            "Ben-Zaken et al. 2021, arXiv 2106.10199",
+        ),
+        Method(
+            "fourierft", "FOURIERFT", "fourierft", "FourierFTConfig", "fourierft", "trained Fourier coefficients of the update",
+            "Gao et al. 2024, arXiv 2405.03003",
+        ),
+        Method(
+            "houlsby", None, "bottleneck", "HoulsbyConfig", "houlsby", "bottleneck adapters after attention and after the MLP",
+            "Houlsby et al. 2019, arXiv 1902.00751",
+        ),
+        Method(
+            "pfeiffer", None, "bottleneck", "PfeifferConfig", "pfeiffer", "one bottleneck adapter per layer, after the MLP",
+            "Pfeiffer et al. 2020, arXiv 2005.00247",
+        ),
+    )
+}  # fmt: skip
+"""Every method with closed formulas, by the name that `--method` takes."""
+
+BOOKKEEPING = frozenset(
+    {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+)
+"""Fields of every peft config that describe the checkpoint (`PeftConfigMixin`, `PeftConfig`, peft 0.21.2 `config.py`)."""
+
+UNSET: tuple[Any, ...] = (None, False, {}, [], ())
+"""Values of a field unknown here that leave a feature off."""
+
+
+def method_named(name: str) -> Method:
+    """The method of that name; case and `_` against `-` make no difference."""
+    key = name.strip().lower().replace("_", "-")
+    if key not in METHODS:
+        raise UnknownNameError("method", name, METHODS, most=len(METHODS))
+    return METHODS[key]
+
+
+def config_class(method: Method) -> type[MethodConfig]:
+    """The configuration class of a method."""
+    found: type[MethodConfig] = getattr(import_module(f"peftplan.methods.{method.module}"), method.config)
+    return found
+
+
+def configure(name: str, options: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
+    """The method of that name with its options checked: peft's own field names, those without effect on a tensor included.
+
+    Raises UnknownNameError for an unknown method or option, InputError for a value that is not accepted.
+    """
+    method = method_named(name)
+    cls = config_class(method)
+    for option in options:
+        if option not in cls.model_fields and option not in cls.no_effect:
+            raise UnknownNameError(f"option of {method.name}", option, cls.model_fields, most=len(cls.model_fields))
+    given = {key: value for key, value in options.items() if key not in cls.no_effect}
+    return method, _validated(cls, {**method.defaults, **given})
+
+
+def from_peft_config(raw: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
+    """The method and configuration of a peft `adapter_config.json`.
+
+    Fields that describe the checkpoint or change no tensor are left out. Raises NeedsPeftError for a peft type, or a field that
+    is set, which only peft itself can count; InputError for values that are not accepted.
+    """
+    from peftplan.methods.adaptation import NeedsPeftError
+
+    peft_type = str(getattr(raw.get("peft_type"), "value", raw.get("peft_type")))
+    names = [m.name for m in METHODS.values() if m.peft_type == peft_type]
+    if not names:
+        raise NeedsPeftError(f"peft_type: {peft_type!r}")
+    method = METHODS[names[0]]
+    if peft_type == "LORA":
+        method = METHODS["dora" if raw.get("use_dora") else "rslora" if raw.get("use_rslora") else "lora"]
+    cls = config_class(method)
+    fields = {key: value for key, value in raw.items() if key not in BOOKKEEPING and key not in cls.no_effect}
+    unknown = sorted(key for key, value in fields.items() if key not in cls.model_fields and value not in UNSET)
+    if unknown:
+        raise NeedsPeftError(f"{peft_type} with {', '.join(unknown)}")
+    known = {key: value for key, value in fields.items() if key in cls.model_fields and value is not None}
+    if "target_modules" in cls.model_fields:
+        known.setdefault("target_modules", "peft-default")
+    return method, _validated(cls, known)
+
+
+def adapt(arch: Architecture, method: Method, config: MethodConfig) -> Adaptation:
+    """What the method adds to the architecture, and what it trains."""
+    function = getattr(import_module(f"peftplan.methods.{method.module}"), method.function)
+    found: Adaptation = function(arch, config)
+    return found
+
+
+def _validated(cls: type[MethodConfig], values: Mapping[str, Any]) -> MethodConfig:
+    from pydantic import ValidationError
+
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise _one_line(error) from None
+
+
+def _one_line(error: ValidationError) -> InputError:
+    """The first of pydantic's errors as field, value, accepted."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return cause
+    name = ".".join(str(part) for part in first["loc"][:1]) or "options"
+    return InputError(name, first["input"], first["msg"].removeprefix("Value error, ").replace("Input should be", "accepted:"))
