@@ -1,0 +1,109 @@
+"""What a process holds on a card outside torch's allocator (the CUDA context), and torch's cuBLAS workspace inside it.
+
+A context differs by card, driver, CUDA and by the kernels that were loaded, and no formula gives it: only public
+measurements of the exact card are used, and where there is none the answer is None with the reason.
+Source: data/context.json, each row with its own source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftplan import datafiles
+from peftplan.hardware.gpus import Gpu
+from peftplan.units import MIB
+
+TRAINING = "training"
+CREATED = ("bare", "first tensor")
+"""States of a measured process (data/context.json): a step of training was run, or only the context was created."""
+
+EAGER = "eager"
+"""Every kernel loaded at start, as before CUDA 11.7: 942 MiB where lazy loading takes 481 (A100, torch 2.1)."""
+
+DEFAULT_WORKSPACE_BYTES = (4096 * 2 + 16 * 8) * 1024
+"""`CUBLAS_WORKSPACE_CONFIG` default `:4096:2:16:8`, pairs of KiB and count: 8,519,680 bytes."""
+
+HOPPER_WORKSPACE_BYTES = 4096 * 8 * 1024
+"""`:4096:8`: 33,554,432 bytes."""
+
+HOPPER_WORKSPACE_CAPABILITIES = ("9.0", "10.0", "11.0", "12.0")
+_FIRST_UNCERTAIN_MAJOR = 9
+_WORKSPACE_SOURCE = "torch aten/src/ATen/cuda/CublasHandlePool.cpp"
+
+
+@dataclass(frozen=True, slots=True)
+class ContextMeasurement:
+    """One public measurement. `exact` is false where it was read from rounded or mixed output; `mib` is as recorded."""
+
+    gpu: str
+    state: str
+    mib: float
+    how: str
+    torch: str | None
+    cuda: str | None
+    driver: str | None
+    os: str | None
+    year: int | None
+    module_loading: str | None
+    exact: bool
+    source: str
+    note: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """Bytes that were looked up, or None, with the reason and, where there is a figure, its source."""
+
+    bytes: int | None
+    why: str
+    source: str | None = None
+
+
+def context_measurements(gpu: Gpu) -> tuple[ContextMeasurement, ...]:
+    """Every public measurement on exactly this card, in whatever state and with whatever software."""
+    rows = datafiles.load("context.json")["measurements"]
+    return tuple(ContextMeasurement(**row) for row in rows if row["gpu"] == gpu.id)
+
+
+def context_bytes(gpu: Gpu) -> Looked:
+    """The context of a process with today's lazy module loading: after a training step if measured so, else as created.
+
+    The largest such figure of this card. Left out where only a created context was measured: the kernels that training
+    loads on top (36 MiB on a T4, the one card where both are recorded).
+    """
+    measured = context_measurements(gpu)
+    current = [m for m in measured if m.module_loading != EAGER]
+    usable = [m for m in current if m.state == TRAINING] or [m for m in current if m.state in CREATED]
+    if not usable:
+        return Looked(None, _nothing_current(measured))
+    largest = max(usable, key=lambda m: m.mib)
+    state = "after a training step" if largest.state == TRAINING else "as created, before training loads its kernels"
+    software = f"torch {largest.torch}" if largest.torch else "torch version not recorded"
+    rounding = "" if largest.exact else f"; {largest.note}"
+    why = f"{largest.mib:g} MiB measured {state} ({software}){rounding}"
+    return Looked(int(largest.mib * MIB), why, largest.source)
+
+
+def _nothing_current(measured: tuple[ContextMeasurement, ...]) -> str:
+    if not measured:
+        return "no public measurement of this card's CUDA context is known"
+    seen = ", ".join(f"{m.mib:g} MiB ({m.state}{', eager' if m.module_loading == EAGER else ''})" for m in measured)
+    return f"no public measurement of this card's CUDA context with lazy module loading is known; others: {seen}"
+
+
+def cublas_workspace_bytes(compute_capability: str | None) -> Looked:
+    """Default workspace that torch allocates per cuBLAS handle and stream, in bytes; it counts as allocated memory.
+
+    Equation: Σ size × count over `CUBLAS_WORKSPACE_CONFIG`. Larger on 9.0 and, in recent torch, on 10.0, 11.0 and 12.0
+    (older torch: 8,519,680 there). None for other capabilities from 9.0 on (10.3, 12.1) and for AMD: not recorded. Left
+    out: what the environment variable changes, and a second handle (backward runs in its own thread).
+    """
+    if compute_capability is None:
+        return Looked(None, "the card's compute capability is not known")
+    if compute_capability in HOPPER_WORKSPACE_CAPABILITIES:
+        return Looked(HOPPER_WORKSPACE_BYTES, f":4096:8 on compute capability {compute_capability}", _WORKSPACE_SOURCE)
+    major = compute_capability.partition(".")[0]
+    if major.isdigit() and int(major) < _FIRST_UNCERTAIN_MAJOR:
+        why = f":4096:2:16:8 on compute capability {compute_capability}"
+        return Looked(DEFAULT_WORKSPACE_BYTES, why, _WORKSPACE_SOURCE)
+    return Looked(None, f"torch's default workspace on {compute_capability} is not recorded")

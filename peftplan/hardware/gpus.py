@@ -1,0 +1,130 @@
+"""The GPU catalogue: what each card is sold as, what `nvidia-smi` shows, what a program is told, and where each was read.
+
+Three sizes of one card differ and are kept apart, per device that a program sees:
+marketed (`RTX 4090, 24 GB`) > `nvidia-smi` total (24,564 MiB) > CUDA device total (24,080 MiB on Linux; on Windows about
+the `nvidia-smi` total). Source: data/gpus.json, each row with its own sources.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from peftplan import datafiles
+from peftplan.errors import InputError, UnknownNameError
+from peftplan.units import GB, GIB, MIB
+
+_UNITS = {"gib": GIB, "gb": GB, "mib": MIB, "mb": 10**6}
+_CAPACITY = re.compile(r"(\d+(?:\.\d+)?)\s*(gib|gb|mib|mb)", re.IGNORECASE)
+_MAKER = re.compile(r"(nvidia|amd|geforce)+")
+_NOT_IN_KEY = re.compile(r"[^a-z0-9+]")
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """One public record of the device total that a program was told: torch `total_memory`, `cudaMemGetInfo` or HIP's."""
+
+    mib: int
+    os: str | None
+    how: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """The `nvidia-smi` total under other settings than the usual ones (ECC the other way, an older driver, a modified card)."""
+
+    mib: int
+    when: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One card, or an anonymous capacity that a user gave (then only `id`, `name` and `capacity_bytes` are set).
+
+    `compute_capability` is CUDA's (`8.9`) or AMD's chip name (`gfx942`); `bf16` and `fp8` mean arithmetic in hardware
+    (torch emulates bf16 below compute capability 8.0). `unified`: memory shared with the CPU.
+    """
+
+    id: str
+    name: str
+    aliases: tuple[str, ...] = ()
+    vendor: str | None = None
+    kind: str | None = None
+    unified: bool = False
+    marketed_gb: int | None = None
+    total_mib: int | None = None
+    total_mib_source: str | None = None
+    total_mib_variants: tuple[Variant, ...] = ()
+    cuda_total_mib: tuple[Reported, ...] = ()
+    compute_capability: str | None = None
+    bf16: bool | None = None
+    fp8: bool | None = None
+    flags_source: str | None = None
+    bandwidth_gb_per_s: float | None = None
+    bandwidth_source: str | None = None
+    notes: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    capacity_bytes: int | None = None
+
+
+@cache
+def gpus() -> tuple[Gpu, ...]:
+    """Every card of the catalogue, in its order."""
+    return tuple(_gpu(row["id"]) for row in datafiles.load("gpus.json")["gpus"])
+
+
+def find_gpu(name: str) -> Gpu:
+    """The card with this id, driver name or alias, or an anonymous card for a capacity such as `24GiB` or `40000MiB`.
+
+    Case, spaces, dashes and a leading maker's name do not matter. A name that several cards share means the one that its
+    row documents as an alias, which is the smallest (`a100` is the 40 GB card).
+    """
+    if (capacity := _CAPACITY.fullmatch(name.strip())) is not None:
+        return _anonymous(name.strip(), number=float(capacity[1]), unit=capacity[2].lower())
+    found = _ids_by_key().get(_key(name))
+    if found is None:
+        raise UnknownNameError("gpu", name, (row["id"] for row in datafiles.load("gpus.json")["gpus"]))
+    return _gpu(found)
+
+
+def _anonymous(name: str, *, number: float, unit: str) -> Gpu:
+    num_bytes = round(number * _UNITS[unit])
+    if num_bytes == 0:
+        raise InputError("gpu", name, "a capacity is above zero, such as 24GiB")
+    return Gpu(id=name, name=name, capacity_bytes=num_bytes)
+
+
+def _key(name: str) -> str:
+    key = _NOT_IN_KEY.sub("", name.lower())
+    maker = _MAKER.match(key)
+    return key[maker.end() :] if maker else key
+
+
+@cache
+def _ids_by_key() -> dict[str, str]:
+    """Every name to its card's id. Rows are ordered small before large, so a driver name that two cards share is the smaller."""
+    rows = datafiles.load("gpus.json")["gpus"]
+    ids: dict[str, str] = {_key(row["id"]): row["id"] for row in rows}
+    for row in rows:
+        for name in (*row["aliases"], row["name"]):
+            ids.setdefault(_key(name), row["id"])
+    return ids
+
+
+@cache
+def _rows_by_id() -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in datafiles.load("gpus.json")["gpus"]}
+
+
+@cache
+def _gpu(gpu_id: str) -> Gpu:
+    row = dict(_rows_by_id()[gpu_id])
+    for field in ("aliases", "notes", "sources"):
+        row[field] = tuple(row[field])
+    row["total_mib_variants"] = tuple(Variant(**variant) for variant in row["total_mib_variants"])
+    row["cuda_total_mib"] = tuple(Reported(**reported) for reported in row["cuda_total_mib"])
+    return Gpu(**row)
