@@ -1,0 +1,100 @@
+"""The built-in models: found by name, alias or repository id in one small index, without opening the others.
+
+`data/models/index.json` has a row per model; `data/models/<name>.json` holds its config and where that came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
+
+from peftplan.datafiles import load as load_data
+from peftplan.errors import InputError, UnknownNameError
+
+INDEX = "models/index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One built-in model.
+
+    `aliases` are further names of the same repository, `siblings` ids of other checkpoints of the same shapes (an instruct
+    model beside its base). `num_parameters` is that of transformers' `model_class`, ties once; `verified` says whether it
+    equals the published count, or differs from it for a reason that the model's note gives. `exactness` says how the config
+    was obtained.
+    """
+
+    name: str
+    repo_id: str
+    aliases: tuple[str, ...]
+    siblings: tuple[str, ...]
+    model_type: str
+    model_class: str
+    num_parameters: int
+    verified: bool
+    exactness: str
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a name, alias or id contains the pattern, or matches it where it has `*`, `?` or `[`; case is ignored."""
+        wanted = pattern.lower()
+        wanted = wanted if any(c in wanted for c in "*?[") else f"*{wanted}*"
+        names = (self.name, self.repo_id, *self.aliases, *self.siblings, self.model_type)
+        return any(fnmatchcase(name.lower(), wanted) for name in names)
+
+    def is_sibling(self, name: str) -> bool:
+        """Whether a name that finds this entry is the id of another checkpoint of the same shapes."""
+        return _key(name) in map(_key, self.siblings)
+
+    def facts(self) -> dict[str, Any]:
+        """The model's own file: `config`, `source`, `note`, `published_params` and the rest; treat it as read-only."""
+        return dict(load_data(f"models/{self.name}.json"))
+
+
+class UnknownModelError(UnknownNameError):
+    """A name that is no built-in model; says which are near, and what else names a model."""
+
+    def __init__(self, value: object, choices: tuple[str, ...]) -> None:
+        self.choices = sorted(choices)
+        near = get_close_matches(_key(str(value)), self.choices, n=3, cutoff=0.5)
+        InputError.__init__(
+            self,
+            "model",
+            value,
+            (f"did you mean {' or '.join(near)}? " if near else "")
+            + f"accepted: one of {len(models())} built-in names, a Hub id (owner/name), or a path to a config.json or its folder",
+        )
+
+
+@cache
+def _entries() -> tuple[ModelEntry, ...]:
+    return tuple(
+        ModelEntry(**{**row, "aliases": tuple(row["aliases"]), "siblings": tuple(row["siblings"])}) for row in load_data(INDEX)
+    )
+
+
+@cache
+def _by_key() -> dict[str, ModelEntry]:
+    return {_key(name): entry for entry in _entries() for name in (entry.name, entry.repo_id, *entry.aliases, *entry.siblings)}
+
+
+def _key(name: str) -> str:
+    """What is compared: lower case, `_` and blanks as `-`."""
+    return name.strip().lower().replace("_", "-").replace(" ", "-")
+
+
+def models(pattern: str | None = None) -> tuple[ModelEntry, ...]:
+    """The built-in models by name; with a pattern, those of which a name, alias, id or model type contains or matches it."""
+    return _entries() if pattern is None else tuple(entry for entry in _entries() if entry.matches(pattern))
+
+
+def find(name: str) -> ModelEntry | None:
+    """The built-in model of a name, alias or repository id; case, `_` and blanks do not matter. None where there is none."""
+    return _by_key().get(_key(name))
+
+
+def unknown(name: str) -> UnknownModelError:
+    """The error for a name that is neither built in, nor a path, nor a Hub id."""
+    return UnknownModelError(name, tuple(key for key in _by_key() if "/" not in key))

@@ -1,0 +1,97 @@
+"""A model's config.json by Hub id: from the local Hugging Face cache, else from the Hub. Nothing else is ever fetched.
+
+The cache is read by its documented layout, so that a cached model needs no extra; the Hub needs `huggingface_hub` (extra `hub`),
+which honours HF_ENDPOINT, HF_TOKEN and HF_HOME.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from peftplan.arch.configfile import CONFIG_NAME, MAX_CONFIG_BYTES
+from peftplan.errors import InputError, MissingExtraError, PeftplanError
+
+_REPO_ID = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
+MAX_REPO_ID = 96
+"""The Hub's own limit (`validate_repo_id`, huggingface_hub/utils/_validators.py)."""
+
+_TRUE = frozenset({"1", "ON", "YES", "TRUE"})
+
+
+class HubError(PeftplanError):
+    """A config that the Hub does not give: a gated or missing repository, no config.json in it, no connection."""
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether a text has the form `owner/name` that the Hub accepts."""
+    return len(text) <= MAX_REPO_ID and _REPO_ID.fullmatch(text) is not None and not text.endswith((".", "-", ".git"))
+
+
+def cached_config(repo_id: str) -> Path | None:
+    """The config.json of `main` in the local Hugging Face cache, or None where it is not there."""
+    repo = _cache_folder() / f"models--{repo_id.replace('/', '--')}"
+    try:
+        commit = (repo / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    path = repo / "snapshots" / commit / CONFIG_NAME
+    return path if path.is_file() else None
+
+
+def fetch_config(repo_id: str) -> Path:
+    """Fetch the config.json of `main` from the Hub into the local cache and return its path.
+
+    Raises HubError, one line, where the Hub does not give it; MissingExtraError without `huggingface_hub`.
+    """
+    if _offline():
+        raise HubError(f"{repo_id}: not in the local Hugging Face cache, and HF_HUB_OFFLINE forbids to ask the Hub")
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        raise MissingExtraError(f"{repo_id} is not built in and not in the local cache; reading it from the Hub", "hub") from None
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    try:
+        size = hub.get_hf_file_metadata(hub.hf_hub_url(repo_id, CONFIG_NAME, endpoint=endpoint)).size
+        if size is not None and size > MAX_CONFIG_BYTES:
+            raise InputError("model", repo_id, f"its config.json has {size} bytes; accepted: at most {MAX_CONFIG_BYTES}")
+        return Path(hub.hf_hub_download(repo_id, CONFIG_NAME, endpoint=endpoint, cache_dir=_cache_folder()))
+    except InputError:
+        raise
+    except Exception as error:
+        # The HTTP client's own errors (requests or httpx, by version) share no base class with the Hub's.
+        raise HubError(f"{repo_id}: {_reason(error, hub)}") from None
+
+
+def _reason(error: Exception, hub: Any) -> str:
+    """What a failed request means, in one line, without the server's own text (it can be long and can name a token)."""
+    errors = hub.errors
+    site = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return f"gated: ask for access on its page at {site}, then set HF_TOKEN (or run `hf auth login`)"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such model at {site}, or a private one (then set HF_TOKEN)"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return f"not in the local Hugging Face cache, and {site} cannot be reached"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"the repository has no {CONFIG_NAME} (a GGUF, adapter or original-format repository?); give its base model"
+    if status == 401:
+        return f"{site} does not accept the token: check HF_TOKEN"
+    if status is not None:
+        return f"{site} answers with HTTP status {status}"
+    return f"{site} cannot be reached ({type(error).__name__})"
+
+
+def _offline() -> bool:
+    return any(os.environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+
+
+def _cache_folder() -> Path:
+    """Where huggingface_hub keeps repositories (`HF_HUB_CACHE`, huggingface_hub/constants.py)."""
+    if folder := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(os.path.expandvars(folder)).expanduser()
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.path.expandvars(home)).expanduser() / "hub"

@@ -1,0 +1,167 @@
+"""Where a model comes from: a built-in name, a path, a Hub id, a config object; each becomes an `Architecture`.
+
+A built-in name or id comes first (write `./gpt2` for a folder of that name), then an existing path, then the Hub. A model type
+with an adapter is read by it; a built-in model without one has a weight table; any other is read by the installed transformers
+on the meta device (extra `trace`). No code from a model repository is ever executed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from peftplan.arch import catalogue, hub
+from peftplan.arch.adapters import ADAPTERS, read_config
+from peftplan.arch.configfile import CONFIG_NAME, check, read_file
+from peftplan.arch.heads import TASK_TYPES
+from peftplan.arch.modules import Architecture
+from peftplan.arch.table import load_table
+from peftplan.errors import InputError, RefusedError, UnknownNameError
+
+MAX_LABELS = 2**24
+BUILT_INS_KEPT = 512
+"""More than there are built-in models: each is read once per process and task."""
+
+
+@runtime_checkable
+class ConfigObject(Protocol):
+    """What is used of a transformers `PretrainedConfig`."""
+
+    model_type: str
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+Model = str | os.PathLike[str] | Mapping[str, Any] | ConfigObject
+
+
+def load(
+    model: Model, *, task_type: str | None = None, num_labels: int | None = None, trust_remote_code: bool = False
+) -> Architecture:
+    """The `Architecture` of a model.
+
+    `model` is a built-in name, alias or repository id; a path to a config.json or its folder; a Hub id; a parsed config; or a
+    transformers `PretrainedConfig`. `task_type` is one of `heads.TASK_TYPES`, None for the task that the config names;
+    `num_labels` sets the classes of a classification head. `trust_remote_code` is accepted for the ecosystem's sake and
+    changes one message: code from a repository is never executed.
+    """
+    if task_type is not None and task_type not in TASK_TYPES:
+        raise UnknownNameError("task_type", task_type, TASK_TYPES)
+    _check_labels(num_labels)
+    if isinstance(model, str) and (entry := catalogue.find(model)):
+        return _built_in(entry.name, model if entry.is_sibling(model) else None, task_type, num_labels)
+    config, name, source = _config(model)
+    arch = _read(_with_labels(config, num_labels), name=name, task_type=task_type, trust_remote_code=trust_remote_code)
+    return replace(arch, name=name, source=source, notes=(*arch.notes, *_notes(config)))
+
+
+def _check_labels(num_labels: object) -> None:
+    whole = isinstance(num_labels, int) and not isinstance(num_labels, bool) and 1 <= num_labels <= MAX_LABELS
+    if num_labels is not None and not whole:
+        raise InputError("num_labels", num_labels, f"accepted: a whole number from 1 to {MAX_LABELS}")
+
+
+def load_config(model: Model) -> dict[str, Any]:
+    """The config of a model, as `load` finds it: a new dict."""
+    if isinstance(model, str) and (entry := catalogue.find(model)):
+        return dict(entry.facts()["config"])
+    return _config(model)[0]
+
+
+@lru_cache(maxsize=BUILT_INS_KEPT)
+def _built_in(name: str, sibling: str | None, task_type: str | None, num_labels: int | None) -> Architecture:
+    """A built-in model: by its adapter, else by its weight table, else (another task or head) by transformers."""
+    entry = catalogue.find(name)
+    assert entry is not None
+    facts = entry.facts()
+    table = None if entry.model_type in ADAPTERS else load_table(entry.name)
+    if table is not None and num_labels is None and task_type in (None, table.task_type):
+        arch = table
+    else:
+        arch = _read(_with_labels(facts["config"], num_labels), name=name, task_type=task_type, trust_remote_code=False)
+    source = f"built-in: {entry.repo_id}, {entry.exactness} ({facts['source']})"
+    return replace(arch, name=name, source=source, notes=(*arch.notes, *_built_in_notes(entry, facts.get("note"), sibling)))
+
+
+def _built_in_notes(entry: catalogue.ModelEntry, note: str | None, sibling: str | None) -> Iterator[str]:
+    if sibling:
+        yield f"{sibling} has the shapes of the built-in {entry.repo_id}, which is used for it"
+    if note:
+        yield note
+    if not entry.verified:
+        yield "no published count was found to check this one against"
+
+
+def _config(model: Model) -> tuple[dict[str, Any], str, str]:
+    """The config, the name and the source of a model that is not built in."""
+    if isinstance(model, Mapping):
+        config = check(model, name="config")
+        return config, _own_name(config), "a config given as a mapping"
+    if isinstance(model, (str, os.PathLike)):
+        return _from_text(os.fspath(model))
+    if isinstance(model, ConfigObject):
+        config = check(model.to_dict(), name=type(model).__name__)
+        return config, _own_name(config), f"a {type(model).__name__} object"
+    raise InputError("model", model, "accepted: a built-in name, a Hub id, a path, a parsed config, or a transformers config")
+
+
+def _from_text(text: str) -> tuple[dict[str, Any], str, str]:
+    path = Path(text).expanduser()
+    if os.path.exists(path):
+        file = _config_file(path, text)
+        return read_file(file, name=text), text, f"file {file}"
+    if text.startswith((".", "~", os.sep)) or text.endswith(".json") or "\\" in text:
+        raise InputError("model", text, "there is no such file or folder")
+    if not hub.is_repo_id(text):
+        raise catalogue.unknown(text)
+    cached = hub.cached_config(text)
+    source = f"Hub {text}" + (", from the local cache" if cached else "")
+    return read_file(cached or hub.fetch_config(text), name=text), text, source
+
+
+def _config_file(path: Path, text: str) -> Path:
+    file = path / CONFIG_NAME if path.is_dir() else path
+    if not file.is_file():
+        if (path / "adapter_config.json").is_file():
+            raise InputError("model", text, "it holds a peft adapter: give its base model")
+        raise InputError("model", text, f"accepted: a {CONFIG_NAME} or a folder that holds one")
+    return file
+
+
+def _own_name(config: Mapping[str, Any]) -> str:
+    stated = config.get("_name_or_path")
+    return stated if isinstance(stated, str) and stated else str(config["model_type"])
+
+
+def _with_labels(config: Mapping[str, Any], num_labels: int | None) -> Mapping[str, Any]:
+    """The config with `num_labels` in place of what it says about labels."""
+    if num_labels is None:
+        return config
+    return {**{k: v for k, v in config.items() if k not in ("id2label", "label2id")}, "num_labels": num_labels}
+
+
+def _notes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    if not config.get("auto_map"):
+        return ()
+    return (f"the repository ships its own code (auto_map); transformers' own {config['model_type']} is what is counted",)
+
+
+def _read(config: Mapping[str, Any], *, name: str, task_type: str | None, trust_remote_code: bool) -> Architecture:
+    """By the adapter of the model type, else by transformers on the meta device."""
+    model_type = config["model_type"]
+    if model_type in ADAPTERS:
+        return read_config(config, name=name, task_type=task_type)
+    from peftplan.trace import meta
+
+    if config.get("auto_map") and not meta.is_native(model_type):
+        raise _remote_code(name, model_type, trust_remote_code)
+    return meta.read_architecture(config, name=name, task_type=task_type)
+
+
+def _remote_code(name: str, model_type: str, trust_remote_code: bool) -> RefusedError:
+    why = "code from a model repository is never executed" + (" here, trust_remote_code or not" if trust_remote_code else "")
+    return RefusedError(f"{name}: model_type {model_type!r} is not in transformers, only in the repository's own code; {why}")

@@ -1,0 +1,73 @@
+"""Weight tables: an `Architecture` as compact JSON, for built-in models whose model type has no adapter.
+
+`data/weights/<name>.json` is written from transformers' own model on the meta device (`tools/weight_tables.py`), so that counts
+and stored bytes are exact without torch. Blocks, name, source and notes are not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftplan.arch.modules import Architecture, Buffer, Module, PromptDims
+from peftplan.datafiles import DATA
+from peftplan.datafiles import load as load_data
+
+SCALARS = ("model_type", "model_class", "task_type", "hidden_size", "vocab_size", "input_embedding", "output_embedding")
+PROMPT = ("num_layers", "token_dim", "num_attention_heads", "num_key_value_heads", "head_dim", "num_transformer_submodules")
+
+
+def to_table(arch: Architecture) -> dict[str, Any]:
+    """The architecture as JSON values; layers as ranges, `0-3,5`."""
+    return {
+        **{key: getattr(arch, key) for key in SCALARS},
+        "keep_in_fp32": list(arch.keep_in_fp32),
+        "frozen": list(arch.frozen),
+        "prompt": None if arch.prompt is None else {key: getattr(arch.prompt, key) for key in PROMPT},
+        "ties": [list(tie) for tie in arch.ties],
+        "buffers": [[b.name, b.dtype, list(b.shape), _ranges(b.layers)] for b in arch.buffers],
+        "modules": [[m.name, m.kind, {p: list(shape) for p, shape in m.params}, _ranges(m.layers)] for m in arch.modules],
+    }
+
+
+def from_table(table: Mapping[str, Any]) -> Architecture:
+    """The architecture of a table that `to_table` made."""
+    return Architecture(
+        **{key: table[key] for key in SCALARS},
+        keep_in_fp32=tuple(table["keep_in_fp32"]),
+        frozen=tuple(table["frozen"]),
+        prompt=None if table["prompt"] is None else PromptDims(**table["prompt"]),
+        ties=tuple((alias, owner) for alias, owner in table["ties"]),
+        buffers=tuple(Buffer(name, dtype, tuple(shape), _indices(layers)) for name, dtype, shape, layers in table["buffers"]),
+        modules=tuple(
+            Module(name, kind, tuple((p, tuple(shape)) for p, shape in params.items()), _indices(layers))
+            for name, kind, params, layers in table["modules"]
+        ),
+    )
+
+
+def load_table(name: str) -> Architecture | None:
+    """The shipped weight table of a built-in model, or None where it has none."""
+    file = f"weights/{name}.json"
+    return from_table(load_data(file)) if (DATA / file).is_file() else None
+
+
+def _ranges(layers: tuple[int, ...] | None) -> str | None:
+    """`(0, 1, 2, 5)` → `0-2,5`."""
+    if layers is None:
+        return None
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _indices(text: str | None) -> tuple[int, ...] | None:
+    """`0-2,5` → `(0, 1, 2, 5)`."""
+    if text is None:
+        return None
+    pairs = (part.partition("-") for part in text.split(","))
+    return tuple(i for first, _, last in pairs for i in range(int(first), int(last or first) + 1))
