@@ -1,7 +1,7 @@
 """Decoders with ALiBi instead of position embeddings and a fused query, key, value: BLOOM and MPT.
 
 Sources: transformers 5.24, `models/<model_type>/modeling_<model_type>.py` and the config class's defaults beside it. Both
-compute attention eagerly, whatever `attn_implementation` asks for.
+classes have eager attention only.
 """
 
 from __future__ import annotations
