@@ -44,7 +44,10 @@ class Backbone:
     buffers: tuple[Buffer, ...] = ()
     ties: tuple[tuple[str, str], ...] = ()
     keep_in_fp32: tuple[str, ...] = ()
+    keep_in_fp32_strict: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
+    logits_ops: tuple[str, ...] = ()
+    supports_sdpa: bool = True
     prompt: PromptDims | None = None
 
     def model_class(self, task_type: str) -> str:
@@ -87,7 +90,10 @@ def attach(
         input_embedding=None if backbone.embedding is None else prefix + backbone.embedding,
         output_embedding=output_embedding,
         keep_in_fp32=backbone.keep_in_fp32,
+        keep_in_fp32_strict=backbone.keep_in_fp32_strict,
         frozen=tuple(prefix + name for name in backbone.frozen),
+        logits_ops=backbone.logits_ops if output_embedding else (),
+        supports_sdpa=backbone.supports_sdpa,
         prompt=backbone.prompt,
     )
 

@@ -82,7 +82,10 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One attention module of a block. `num_key_value_heads` < `num_attention_heads` is GQA, 1 is MQA."""
+    """One attention module of a block. `num_key_value_heads` < `num_attention_heads` is GQA, 1 is MQA.
+
+    `value_head_dim` is stated where values are narrower than keys (MLA); `softcap`: scores go through a scaled tanh.
+    """
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -96,6 +99,7 @@ class Attention:
     causal: bool = True
     cross: bool = False
     sinks: bool = False
+    softcap: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,9 @@ class Architecture:
     `modules` are in the order of first appearance in `named_modules()` of transformers' `model_class`. `ties` maps the name of a
     parameter to the one whose storage it shares. `keep_in_fp32` are the model class's `_keep_in_fp32_modules`; `frozen` are
     parameters that the model class itself creates with `requires_grad=False`, so that not even full fine-tuning trains them.
+    `keep_in_fp32_strict` are its `_keep_in_fp32_modules_strict`: patterns searched in parameter names, fp32 under bf16 as well.
+    `logits_ops` are what the class does to the head's output: `scale`, `softcap` (divide, tanh, multiply). `supports_sdpa` is its
+    `_supports_sdpa`: without it transformers falls back to eager attention.
     """
 
     model_type: str
@@ -164,7 +171,10 @@ class Architecture:
     input_embedding: str | None = None
     output_embedding: str | None = None
     keep_in_fp32: tuple[str, ...] = ()
+    keep_in_fp32_strict: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
+    logits_ops: tuple[str, ...] = ()
+    supports_sdpa: bool = True
     prompt: PromptDims | None = None
     name: str = ""
     source: str = ""
