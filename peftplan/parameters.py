@@ -1,0 +1,257 @@
+"""Architecture + method + storage → parameters: every tensor with its shape, its bytes on the device, and whether it trains.
+
+Counts, weights, gradients and optimizer states are sums over this one list, so two wrongs cannot cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+from peftplan.arch.modules import Architecture, Module, Shape
+from peftplan.dtypes import ITEMSIZE
+from peftplan.errors import InputError, RefusedError
+from peftplan.memory.ledger import Allocation, Category, Ledger, Line
+from peftplan.methods.adaptation import Adaptation, AddedTensor
+from peftplan.optim import Optimizer, shared_states, states
+from peftplan.storage import QuantConfig, category, dense, quantized_modules, shared, stored
+
+PREPARED = ("nf4", "fp4", "int8", "fp8", "mxfp4", "awq")
+"""Formats for which `prepare_model_for_kbit_training` casts what stayed in 16 bits to fp32; gptq and hqq are left as they are
+(peft 0.21.2, utils/other.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One family of parameters: `copies` tensors of one shape, each held by the same allocations."""
+
+    name: str
+    shape: Shape
+    copies: int
+    dtype: str
+    trainable: bool
+    owner: Literal["base", "adapter"]
+    allocations: tuple[Allocation, ...]
+    source: str
+    in_embedding: bool = False
+    is_linear: bool = False
+    """The `weight` of an `nn.Linear`, which `optim_target_modules` can select."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of one copy; a 4-bit weight counts its real elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """All parameters of the adapted model, and the tensors that all quantized weights share."""
+
+    all: tuple[Parameter, ...]
+    shared: tuple[Allocation, ...] = ()
+    quantized: int = 0
+    """How many base parameters are stored in the quantized format, in elements."""
+
+    @property
+    def num_trainable(self) -> int:
+        """What `get_nb_trainable_parameters()` returns first."""
+        return sum(p.copies * p.numel for p in self.all if p.trainable)
+
+    @property
+    def num_total(self) -> int:
+        """What `get_nb_trainable_parameters()` returns second: base and adapter, ties once."""
+        return sum(p.copies * p.numel for p in self.all)
+
+
+def build(
+    arch: Architecture,
+    adaptation: Adaptation,
+    *,
+    dtype: str,
+    adapter_dtype: str,
+    quant: QuantConfig | None,
+    kbit_prepare: bool,
+) -> Parameters:
+    """The parameters once the model is loaded, quantized, prepared and adapted.
+
+    `dtype` is what the base is loaded in, `adapter_dtype` what peft leaves the adapter in. Raises RefusedError where a
+    quantized weight would have to train.
+    """
+    converted = _converted_layers(arch, quant)
+    upcast = "fp32" if quant is not None and kbit_prepare and quant.name in PREPARED else None
+    trained = {(p.module, p.param): frozenset(p.layers or (0,)) for p in adaptation.trained}
+    found: list[Parameter] = []
+    quantized = 0
+    for module in arch.modules:
+        weight_layers = converted.get(module.name, frozenset())
+        for param, shape in arch.owned_params(module):
+            held_dense = upcast or _loaded_dtype(arch, f"{module.name}.{param}", dtype)
+            in_format = weight_layers if len(shape) > 1 else frozenset()
+            trains = trained.get((module.name, param), frozenset())
+            for is_quantized, is_trained, copies in _split(module, in_format, trains):
+                if is_quantized and is_trained:
+                    raise RefusedError(
+                        f"{module.name}.{param} is stored as {quant and quant.name} and cannot train; use --quant none"
+                    )
+                quantized += copies * prod(shape) if is_quantized else 0
+                found.append(
+                    Parameter(
+                        name=f"{module.name}.{param}".lstrip("."),
+                        shape=shape,
+                        copies=copies,
+                        dtype=held_dense,
+                        trainable=is_trained,
+                        owner="base",
+                        allocations=stored(quant, shape=shape, dtype=dtype, kind=module.kind)
+                        if is_quantized
+                        else dense(dtype=held_dense, shape=shape),
+                        source=arch.model_class,
+                        in_embedding=module.kind == "Embedding",
+                        is_linear=module.kind.startswith("Linear") and param == "weight",
+                    )
+                )
+    base_dtype = {p.name: p.dtype for p in found}
+    found += [_added(tensor, adapter_dtype, base_dtype, fallback=upcast or dtype) for tensor in adaptation.added]
+    return Parameters(tuple(found), shared(quant), quantized)
+
+
+def weight_lines(parameters: Parameters) -> Ledger:
+    """What the weights and the adapter occupy after loading: categories weights, quant_state and adapter_weights."""
+    lines = []
+    for p in parameters.all:
+        for a in p.allocations:
+            name = p.name if a.name == "weight" else f"{p.name.removesuffix('.weight')}.{a.name}"
+            kind: Category = "adapter_weights" if p.owner == "adapter" else category(a.name)
+            lines.append(Line(name, kind, a.dtype, a.dims, p.copies, p.source, a.place))
+    lines += [Line(a.name, "quant_state", a.dtype, a.dims, 1, "one per process", a.place) for a in parameters.shared]
+    return Ledger(tuple(lines))
+
+
+def gradient_lines(parameters: Parameters) -> Ledger:
+    """`.grad` of every trainable parameter: its shape and dtype (torch accumulates in the parameter's own dtype)."""
+    return Ledger(
+        tuple(
+            Line(f"{p.name}.grad", "gradients", p.dtype, p.shape, p.copies, "torch: AccumulateGrad keeps the parameter's dtype")
+            for p in parameters.all
+            if p.trainable
+        )
+    )
+
+
+def optimizer_lines(
+    parameters: Parameters,
+    optimizer: Optimizer,
+    optim_args: Mapping[str, str],
+    *,
+    by_trainer: bool,
+    target_modules: tuple[str, ...] | None,
+) -> Ledger:
+    """The optimizer's states after its first step, per trainable parameter, and what it holds once.
+
+    `by_trainer`: transformers' Trainer makes the optimizer, which keeps 32-bit states for embeddings under 8-bit optimizers.
+    `target_modules` are `optim_target_modules`, which GaLore and APOLLO need.
+    """
+    if optimizer.low_rank and not target_modules:
+        raise InputError("optim_target_modules", None, f"{optimizer.name} needs the names of the modules to project")
+    if target_modules and any(char.isdigit() for target in target_modules for char in target):
+        raise InputError("optim_target_modules", list(target_modules), "accepted: names that hold for every layer")
+    lines: list[Line] = []
+    every: list[Allocation] = []
+    for p in parameters.all:
+        of_one = states(
+            optimizer,
+            shape=p.shape,
+            dtype=p.dtype,
+            in_embedding=p.in_embedding and by_trainer,
+            in_target=p.is_linear and any(t == "all-linear" or t in p.name for t in target_modules or ()),
+            frozen=not p.trainable,
+            optim_args=optim_args,
+        )
+        every += of_one
+        lines += [
+            Line(f"{p.name}.{a.name}", "optimizer_states", a.dtype, a.dims, p.copies, optimizer.source, a.place) for a in of_one
+        ]
+    once = shared_states(optimizer, states=every)
+    lines += [Line(a.name, "optimizer_states", a.dtype, a.dims, 1, optimizer.source, a.place) for a in once]
+    return Ledger(tuple(lines))
+
+
+def buffer_lines(arch: Architecture) -> Ledger:
+    """Registered buffers: tensors that never train, such as rotary frequencies."""
+    return Ledger(
+        tuple(
+            Line(b.name, "buffers", b.dtype, b.shape, 1 if b.layers is None else len(b.layers), arch.model_class)
+            for b in arch.buffers
+        )
+    )
+
+
+def _converted_layers(arch: Architecture, quant: QuantConfig | None) -> dict[str, frozenset[int]]:
+    """module name template → the layers of it that the format stores ({0} for a module without layers)."""
+    if quant is None:
+        return {}
+    # Only a user's own skip list can tell layers apart; otherwise the first layer speaks for its family.
+    whole = not any(char.isdigit() for pattern in quant.skip_modules or () for char in pattern)
+    expanded = [
+        (name, module.kind, module.name, layer)
+        for module in arch.modules
+        for layer, name in zip(module.layers or (0,), module.names(), strict=True)
+        if not whole or layer == (module.layers or (0,))[0]
+    ]
+    names = quantized_modules(
+        quant,
+        modules=[(name, kind) for name, kind, _, _ in expanded],
+        ties=dict(arch.ties),
+        output_embedding=arch.output_embedding,
+        last_parameter=_last_parameter(arch),
+        keep_in_fp32=arch.keep_in_fp32,
+        model_type=arch.model_type,
+    )
+    layers: dict[str, set[int]] = {}
+    for name, _, template, layer in expanded:
+        if name in names:
+            layers.setdefault(template, set()).add(layer)
+    families = {module.name: module.layers or (0,) for module in arch.modules}
+    return {name: frozenset(families[name] if whole else found) for name, found in layers.items()}
+
+
+def _last_parameter(arch: Architecture) -> str:
+    module = arch.last_module()
+    *_, name = module.names()
+    return f"{name}.{arch.owned_params(module)[-1][0]}"
+
+
+def _loaded_dtype(arch: Architecture, name: str, dtype: str) -> str:
+    """fp32 for what a class keeps so when it is loaded in fp16, by its name or a part of it, else `dtype`.
+
+    Source: `_get_dtype_plan` (transformers 5.24, modeling_utils.py), searched in the name (core_model_loading.py).
+    """
+    kept = dtype == "fp16" and any(part in name for part in arch.keep_in_fp32)
+    return "fp32" if kept else dtype
+
+
+def _split(module: Module, quantized: frozenset[int], trained: frozenset[int]) -> list[tuple[bool, bool, int]]:
+    """How many layers of a family are (quantized, trained), for each combination that occurs."""
+    groups: dict[tuple[bool, bool], int] = {}
+    for layer in module.layers or (0,):
+        key = (layer in quantized, layer in trained)
+        groups[key] = groups.get(key, 0) + 1
+    return [(*key, copies) for key, copies in groups.items()]
+
+
+def _added(tensor: AddedTensor, adapter_dtype: str, base_dtype: Mapping[str, str], *, fallback: str) -> Parameter:
+    dtype = adapter_dtype if tensor.dtype == "adapter" else base_dtype.get(tensor.name.replace(".modules_to_save", ""), fallback)
+    return Parameter(
+        name=tensor.name,
+        shape=tensor.shape,
+        copies=tensor.copies,
+        dtype=dtype,
+        trainable=tensor.trainable,
+        owner="adapter",
+        allocations=(replace(dense(dtype=dtype, shape=tensor.shape)[0], name="weight"),),
+        source=f"peft, {ITEMSIZE[dtype]} B per element ({dtype})",
+        in_embedding=tensor.in_embedding,
+        is_linear=tensor.name.endswith(("lora_A.weight", "lora_B.weight")),
+    )

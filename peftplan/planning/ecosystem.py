@@ -1,0 +1,86 @@
+"""The ecosystem's own objects, read by duck typing: peft's configs, `BitsAndBytesConfig`, `TrainingArguments`, `SFTConfig`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peftplan.errors import InputError
+
+MAX_ADAPTER_CONFIG_BYTES = 2**20
+"""adapter_config.json files are a few KB; FourierFT's or a long target list's stay far below this."""
+
+TRAINING_FIELDS = {
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
+    "optim": "optim",
+    "optim_args": "optim_args",
+    "optim_target_modules": "optim_target_modules",
+    "max_length": "seq_len",
+}
+"""Fields of transformers' TrainingArguments and TRL's SFTConfig → ours. `activation_checkpointing` is 5.24's name."""
+
+
+def adapter_config(peft_config: Any) -> dict[str, Any]:
+    """The fields of an adapter config given as a path to a JSON file, a dict, or a peft `PeftConfig`."""
+    if isinstance(peft_config, Mapping):
+        return dict(peft_config)
+    if hasattr(peft_config, "to_dict"):
+        return {key: _plain(value) for key, value in peft_config.to_dict().items()}
+    path = Path(os.fspath(peft_config))
+    path = path / "adapter_config.json" if path.is_dir() else path
+    try:
+        if path.stat().st_size > MAX_ADAPTER_CONFIG_BYTES:
+            raise InputError("peft_config", str(path), f"accepted: a JSON file of at most {MAX_ADAPTER_CONFIG_BYTES} bytes")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError("peft_config", str(path), f"not a readable adapter_config.json: {error}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("peft_type"), str):
+        raise InputError("peft_config", str(path), "accepted: a JSON object with a peft_type")
+    return raw
+
+
+def quant_options(config: Any) -> dict[str, Any]:
+    """Our options for a transformers `BitsAndBytesConfig` (or its dict)."""
+    if config is None:
+        return {}
+    raw = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    if raw.get("load_in_8bit"):
+        return {"quant": "int8", "quant_skip_modules": _names(raw.get("llm_int8_skip_modules"))}
+    if not raw.get("load_in_4bit"):
+        raise InputError(
+            "quantization_config", type(config).__name__, "accepted: a BitsAndBytesConfig with load_in_4bit or load_in_8bit"
+        )
+    return {
+        "quant": raw.get("bnb_4bit_quant_type", "fp4"),
+        "double_quant": bool(raw.get("bnb_4bit_use_double_quant", False)),
+        "compute_dtype": raw.get("bnb_4bit_compute_dtype") or "fp32",
+        "quant_skip_modules": _names(raw.get("llm_int8_skip_modules")),
+    }
+
+
+def training_options(args: Any) -> dict[str, Any]:
+    """Our options for a `TrainingArguments` or `SFTConfig`; a TRL class means `--trainer trl`."""
+    if args is None:
+        return {}
+    found = {ours: _plain(getattr(args, name)) for name, ours in TRAINING_FIELDS.items() if getattr(args, name, None) is not None}
+    found["trainer"] = "trl" if type(args).__name__ == "SFTConfig" else "transformers"
+    found["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"
+    return found
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    return tuple(value) if value else None
+
+
+def _plain(value: Any) -> Any:
+    """Enums by value, sets as sorted lists."""
+    value = getattr(value, "value", value)
+    return sorted(value) if isinstance(value, (set, frozenset)) else value

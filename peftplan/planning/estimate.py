@@ -1,0 +1,195 @@
+"""`estimate`: from a model, a method and a setup to an `Estimate`. Composition only; the arithmetic lives down the flow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peftplan import methods, parameters
+from peftplan.arch import sources as architectures
+from peftplan.arch.modules import Architecture
+from peftplan.errors import RefusedError, UnknownNameError
+from peftplan.hardware.gpus import find_gpu
+from peftplan.hardware.usable import usable_bytes
+from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
+from peftplan.optim import Optimizer, parse_optim, parse_optim_args
+from peftplan.planning import ecosystem
+from peftplan.planning.result import Estimate, Verdict
+from peftplan.planning.setup import Engine, Setup, parse_setup, resolved
+from peftplan.storage import QuantConfig, check_trainable, parse_quant
+
+NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
+"""What the analytic engine does not count yet; so it states no peak."""
+
+
+def estimate(
+    model: Any,
+    *,
+    method: str | None = None,
+    peft_config: Any = None,
+    quantization_config: Any = None,
+    training_args: Any = None,
+    gpus: Iterable[str] = (),
+    engine: Engine = "analytic",
+    **options: Any,
+) -> Estimate:
+    """What fine-tuning `model` needs.
+
+    `model`: a built-in name, a Hub id, a path to a config.json or its folder, a config dict, or a transformers
+    `PretrainedConfig`. `method`: a name of `peftplan.methods.METHODS` (default `lora`), or give `peft_config`: an
+    adapter_config dict or any peft `PeftConfig`. `quantization_config`: a transformers `BitsAndBytesConfig`.
+    `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `options`: fields of `planning.setup.Setup`, and
+    the method's own fields under peft's names (`r`, `target_modules`, …). An explicit option wins over the objects.
+
+    Raises InputError, UnknownNameError, RefusedError or MissingExtraError, each with a message of one line.
+    """
+    if engine not in ("analytic", "trace"):
+        raise UnknownNameError("engine", engine, ("analytic", "trace"))
+    if engine == "trace":
+        raise RefusedError("engine: trace is not built yet; analytic is")
+    given, method_options = _separate(
+        {**ecosystem.training_options(training_args), **ecosystem.quant_options(quantization_config), **options}
+    )
+    chosen, config, adapter = _method(method, peft_config, method_options)
+    setup = parse_setup({**_method_setup(chosen, given), **given})
+    architecture = architectures.load(
+        model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
+    )
+    quant = _quant(setup, chosen)
+    setup = resolved(setup, quantized=quant is not None)
+    optimizer = parse_optim(str(setup.optim))
+    adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
+    built = parameters.build(
+        architecture,
+        adaptation,
+        dtype=setup.dtype,
+        adapter_dtype=str(setup.adapter_dtype),
+        quant=quant,
+        kbit_prepare=bool(setup.kbit_prepare),
+    )
+    ledger = (
+        parameters.weight_lines(built)
+        + parameters.buffer_lines(architecture)
+        + parameters.gradient_lines(built)
+        + _optimizer(built, optimizer, setup)
+    )
+    return Estimate(
+        engine=engine,
+        model=_model_facts(architecture),
+        method={
+            "name": chosen.name if chosen else str(adapter.get("peft_type")).lower(),
+            "config": _config_facts(config, adapter),
+        },
+        parameters=built,
+        adaptation=adaptation,
+        ledger=ledger,
+        assumptions=_assumptions(setup, quant, architecture, adaptation),
+        not_modelled=NOT_COUNTED,
+        gpus=tuple(_verdict(name, ledger.bytes()) for name in gpus),
+    )
+
+
+def _separate(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the setup, and the rest: fields of the method."""
+    known = Setup.model_fields
+    return {k: v for k, v in options.items() if k in known}, {k: v for k, v in options.items() if k not in known}
+
+
+def _method(
+    name: str | None, peft_config: Any, options: Mapping[str, Any]
+) -> tuple[methods.Method | None, MethodConfig | None, dict[str, Any]]:
+    """The method and its checked config; without them, the adapter config that only peft itself can count."""
+    if peft_config is None:
+        method, config = methods.configure(name or "lora", options)
+        return method, config, {}
+    raw = ecosystem.adapter_config(peft_config)
+    try:
+        method, config = methods.from_peft_config({**raw, **options})
+        return method, config, raw
+    except NeedsPeftError:
+        return None, None, {**raw, **options}
+
+
+def _method_setup(method: methods.Method | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method name implies for the setup: QLoRA is NF4 with double quantization."""
+    if method is None or method.quant is None or given.get("quant") not in (None, method.quant):
+        return {}
+    return {"quant": method.quant, "double_quant": True}
+
+
+def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:
+    quant = parse_quant(
+        setup.quant or "none",
+        double_quant=setup.double_quant,
+        bits=setup.quant_bits,
+        group_size=setup.quant_group_size,
+        blocksize=setup.quant_blocksize,
+        compute_dtype=setup.compute_dtype or (setup.dtype if setup.quant in ("nf4", "fp4") else None),
+        skip_modules=setup.quant_skip_modules,
+    )
+    check_trainable(quant)
+    if quant is not None and method is not None and method.name == "full":
+        raise RefusedError(f"quant: a base stored as {quant.name} cannot be trained in full; use a PEFT method or --quant none")
+    return quant
+
+
+def _adapt(
+    architecture: Architecture,
+    model: Any,
+    method: methods.Method | None,
+    config: MethodConfig | None,
+    adapter: Mapping[str, Any],
+    setup: Setup,
+) -> Adaptation:
+    try:
+        if method is not None and config is not None:
+            return methods.adapt(architecture, method, config)
+    except NeedsPeftError:
+        if not adapter:
+            raise
+    from peftplan.trace.count import count_with_peft
+
+    return count_with_peft(architectures.load_config(model), adapter, task_type=architecture.task_type)
+
+
+def _optimizer(built: parameters.Parameters, optimizer: Optimizer, setup: Setup) -> parameters.Ledger:
+    return parameters.optimizer_lines(
+        built,
+        optimizer,
+        parse_optim_args(setup.optim_args),
+        by_trainer=setup.trainer != "plain",
+        target_modules=setup.optim_target_modules,
+    )
+
+
+def _model_facts(architecture: Architecture) -> dict[str, Any]:
+    return {
+        "name": architecture.name,
+        "model_type": architecture.model_type,
+        "model_class": architecture.model_class,
+        "num_parameters": architecture.num_parameters,
+        "source": architecture.source,
+    }
+
+
+def _config_facts(config: MethodConfig | None, adapter: Mapping[str, Any]) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude_none=True) if config is not None else dict(adapter)
+
+
+def _assumptions(setup: Setup, quant: QuantConfig | None, architecture: Architecture, adaptation: Adaptation) -> dict[str, Any]:
+    """Every value that the numbers rest on, defaults included."""
+    assumed: dict[str, Any] = {"model": architecture.source, "model_class": architecture.model_class}
+    assumed |= {key: value for key, value in setup.model_dump(mode="json").items() if value is not None}
+    assumed["quant"] = quant.name if quant else "none"
+    assumed |= {} if quant is None else {"double_quant": quant.double_quant, "compute_dtype": quant.compute_dtype}
+    assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in adaptation.resolved if value}
+    notes = (*architecture.notes, *adaptation.notes)
+    return assumed | ({"notes": list(notes)} if notes else {})
+
+
+def _verdict(name: str, counted: int) -> Verdict:
+    """Without a peak only a shortfall is certain: what is counted is a lower bound."""
+    gpu = find_gpu(name)
+    usable = usable_bytes(gpu)
+    headroom = usable.bytes - counted
+    return Verdict(gpu.id, usable.bytes, usable.why, "unknown" if headroom >= 0 else "does_not_fit", headroom)

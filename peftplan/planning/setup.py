@@ -1,0 +1,136 @@
+"""The setup of a training run: what the user sets, and the trainer presets that fill in the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from peftplan.dtypes import MODEL_DTYPES, parse_dtype
+from peftplan.errors import InputError, UnknownNameError
+
+Trainer = Literal["plain", "transformers", "trl", "qlora-paper"]
+Engine = Literal["analytic", "trace"]
+Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth"]
+Autocast = Literal["none", "bf16", "fp16"]
+
+
+def _dtype(field: str) -> BeforeValidator:
+    return BeforeValidator(lambda v: v if v is None else parse_dtype(v, field=field, accepted=MODEL_DTYPES))
+
+
+ModelDtype = Annotated[str, _dtype("dtype")]
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)]
+Count = Annotated[int, Field(ge=1, le=2**31)]
+
+
+class Setup(BaseModel):
+    """Everything besides model and method that decides what a run needs; None means: from the trainer preset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    trainer: Trainer = "transformers"
+    task_type: str | None = None
+    num_labels: Count | None = None
+    quant: str | None = None
+    double_quant: bool | None = None
+    quant_bits: int | None = None
+    quant_group_size: int | None = None
+    quant_blocksize: int | None = None
+    quant_skip_modules: Names | None = None
+    compute_dtype: Annotated[str | None, _dtype("compute_dtype")] = None
+    dtype: ModelDtype = "bf16"
+    adapter_dtype: Annotated[str | None, _dtype("adapter_dtype")] = None
+    autocast: Autocast | None = None
+    optim: str | None = None
+    optim_args: str | None = None
+    optim_target_modules: Names | None = None
+    batch_size: Count = 1
+    seq_len: Count = 2048
+    gradient_accumulation_steps: Count = 1
+    gradient_checkpointing: bool | None = None
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    loss: Loss = "auto"
+    padding: bool = False
+    keep_outputs: bool | None = None
+    keep_gradients: bool = False
+    kbit_prepare: bool | None = None
+    use_cache: bool | None = None
+    trust_remote_code: bool = False
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "transformers": {
+        "autocast": "bf16",
+        "gradient_checkpointing": True,
+        "optim": "adamw_torch_fused",
+        "loss": "full",
+        "keep_outputs": False,
+        "use_cache": False,
+        "kbit_prepare": True,
+    },
+    "trl": {
+        "autocast": "bf16",
+        "gradient_checkpointing": True,
+        "optim": "adamw_torch_fused",
+        "loss": "trl-chunked",
+        "keep_outputs": False,
+        "use_cache": False,
+        "kbit_prepare": False,
+    },
+    "plain": {
+        "autocast": "none",
+        "gradient_checkpointing": False,
+        "optim": "adamw_torch",
+        "loss": "full",
+        "keep_outputs": True,
+        "use_cache": None,
+        "kbit_prepare": True,
+    },
+    "qlora-paper": {
+        "autocast": "bf16",
+        "gradient_checkpointing": True,
+        "optim": "paged_adamw_32bit",
+        "loss": "full",
+        "keep_outputs": False,
+        "use_cache": False,
+        "kbit_prepare": True,
+    },
+}
+"""What each trainer sets where the user does not: Trainer as people run it for PEFT, TRL's SFTTrainer ≥ 1.16, a hand-written
+loop, and the QLoRA paper's script (arXiv 2305.14314). `use_cache` None: as the model's config says."""
+
+
+def parse_setup(options: Mapping[str, Any]) -> Setup:
+    """Check the options of a run. Raises InputError or UnknownNameError: one line with field, value and what is accepted."""
+    unknown = next((name for name in options if name not in Setup.model_fields), None)
+    if unknown is not None:
+        raise UnknownNameError("option", unknown, Setup.model_fields)
+    try:
+        return Setup(**options)
+    except ValidationError as error:
+        raise first_error(error) from None
+
+
+def first_error(error: ValidationError, *, prefix: str = "") -> InputError:
+    """The first of pydantic's errors as our one line."""
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return cause
+    field = ".".join(str(part) for part in first["loc"])
+    return InputError(f"{prefix}{field}", first["input"], f"accepted: {first['msg'][0].lower()}{first['msg'][1:]}")
+
+
+def resolved(setup: Setup, *, quantized: bool) -> Setup:
+    """The setup with every unset field filled from its trainer preset.
+
+    peft leaves adapters in fp32 (`autocast_adapter_dtype`); TRL casts them to bf16, on a quantized base only.
+    """
+    filled = {k: v for k, v in PRESETS[setup.trainer].items() if getattr(setup, k) in (None, "auto")}
+    if not quantized:
+        filled["kbit_prepare"] = False
+    if setup.adapter_dtype is None:
+        filled["adapter_dtype"] = "bf16" if setup.trainer == "trl" and quantized else "fp32"
+    return setup.model_copy(update=filled)
