@@ -64,8 +64,9 @@ def _stated_task(config: Mapping[str, Any]) -> str | None:
     """The task of the class that `architectures` names, longest suffix first, or None where it names none we know."""
     stated = config.get("architectures")
     name = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
-    suffixes = [*((suffix, task) for task, suffix in TASK_TYPES.items()), ("LMHeadModel", "CAUSAL_LM"), ("DoubleHeadsModel", "CAUSAL_LM")]
-    for suffix, task in sorted(suffixes, key=lambda item: -len(item[0])):
+    suffixes = {suffix: task for task, suffix in TASK_TYPES.items()}
+    suffixes |= {"LMHeadModel": "CAUSAL_LM", "DoubleHeadsModel": "CAUSAL_LM"}
+    for suffix, task in sorted(suffixes.items(), key=lambda item: -len(item[0])):
         if name.endswith(suffix):
             return task
     return None

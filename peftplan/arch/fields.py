@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from peftplan.errors import InputError
 
@@ -14,6 +13,11 @@ REQUIRED: Final = object()
 MAX_DIMENSION = 2**24
 """No published model has a dimension above 16 M (the largest vocabulary is 262,208); more is a damaged config."""
 MAX_LAYERS = 4096
+
+# Inside `Fields`, which has methods of these names, a type checker takes `int` for the method.
+Int: TypeAlias = int
+Str: TypeAlias = str
+Bool: TypeAlias = bool
 
 
 class Fields:
@@ -38,7 +42,7 @@ class Fields:
             raise InputError(f"{self.name}: {names[0]}", value, f"accepted: {accepted}")
         return value
 
-    def number(self, *names: builtins.str, default: Any = REQUIRED, low: float, high: float) -> float:
+    def number(self, *names: Str, default: Any = REQUIRED, low: float, high: float) -> float:
         """A number in [low, high], whole or not."""
         accepted = f"a number from {low} to {high}"
         value = self._get(names, default, accepted)
@@ -46,31 +50,31 @@ class Fields:
             raise InputError(f"{self.name}: {names[0]}", value, f"accepted: {accepted}")
         return float(value)
 
-    def optional_int(self, *names: builtins.str, absent: builtins.int | None = None, low: builtins.int = 1, high: builtins.int = MAX_DIMENSION) -> builtins.int | None:
+    def optional_int(self, *names: Str, absent: Int | None = None, low: Int = 1, high: Int = MAX_DIMENSION) -> Int | None:
         """A whole number in [low, high], or None for null. A config without the field at all has the class's default `absent`."""
         if all(self.raw.get(n) is None for n in names):
             return None if any(n in self.raw for n in names) else absent
         return self.int(*names, low=low, high=high)
 
-    def layers(self, *names: builtins.str, default: Any = REQUIRED) -> tuple[builtins.int, ...]:
+    def layers(self, *names: Str, default: Any = REQUIRED) -> tuple[Int, ...]:
         """Layer indices 0 … n-1 from a field that states their number."""
         return tuple(range(self.int(*names, default=default, high=MAX_LAYERS)))
 
-    def bool(self, *names: builtins.str, default: Any = REQUIRED) -> builtins.bool:
+    def bool(self, *names: Str, default: Any = REQUIRED) -> Bool:
         """true or false."""
         value = self._get(names, default, "true or false")
         if not isinstance(value, bool):
             raise InputError(f"{self.name}: {names[0]}", value, "accepted: true or false")
         return value
 
-    def str(self, *names: builtins.str, default: Any = REQUIRED) -> builtins.str:
+    def str(self, *names: Str, default: Any = REQUIRED) -> Str:
         """A text."""
         value = self._get(names, default, "a text")
         if not isinstance(value, str):
             raise InputError(f"{self.name}: {names[0]}", value, "accepted: a text")
         return value
 
-    def ints(self, *names: builtins.str, default: Any = REQUIRED, low: builtins.int = 0, high: builtins.int = MAX_DIMENSION) -> tuple[builtins.int, ...]:
+    def ints(self, *names: Str, default: Any = REQUIRED, low: Int = 0, high: Int = MAX_DIMENSION) -> tuple[Int, ...]:
         """A list of whole numbers in [low, high]."""
         accepted = f"a list of whole numbers from {low} to {high}"
         value = self._get(names, default, accepted)
@@ -80,14 +84,14 @@ class Fields:
             raise InputError(f"{self.name}: {names[0]}", value, f"accepted: {accepted}")
         return tuple(value)
 
-    def strs(self, *names: builtins.str, default: Any = REQUIRED) -> tuple[builtins.str, ...]:
+    def strs(self, *names: Str, default: Any = REQUIRED) -> tuple[Str, ...]:
         """A list of texts."""
         value = self._get(names, default, "a list of texts")
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
             raise InputError(f"{self.name}: {names[0]}", value, "accepted: a list of texts")
         return tuple(value)
 
-    def divide(self, numerator: builtins.str, whole: builtins.int, denominator: builtins.str, parts: builtins.int) -> builtins.int:
+    def divide(self, numerator: Str, whole: Int, denominator: Str, parts: Int) -> Int:
         """whole / parts, which must come out even, such as hidden_size / num_attention_heads."""
         if whole % parts:
             raise InputError(f"{self.name}: {numerator}", whole, f"accepted: a multiple of {denominator} ({parts})")
