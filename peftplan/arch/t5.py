@@ -29,6 +29,7 @@ TASKS = ("SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRAC
 STEMS = {"t5": "T5", "mt5": "MT5"}
 FEED_FORWARD = {"t5": "relu", "mt5": "gated-gelu"}
 """`feed_forward_proj` where the config does not state it."""
+UNTIED_NOTE = "lm_head is counted apart from the embedding, as its checkpoint holds it and from_pretrained loads it"
 
 Stack = Literal["encoder", "decoder"]
 
@@ -54,20 +55,22 @@ def t5(c: Fields, task_type: str) -> Architecture:
 
 
 def _generator(c: Fields, backbone: Backbone) -> Architecture:
-    """`lm_head`, tied unless the config states `tie_word_embeddings: false`.
+    """`lm_head`, tied unless the config states `tie_word_embeddings: false`, or T5's `scale_decoder_outputs: false`.
 
-    The config class of transformers 5.24 forces ties on, so a model made from the config alone has no `lm_head` of its own;
-    but `from_pretrained` leaves it untied where the checkpoint's lm_head differs from its embedding (`tie_weights`,
-    modeling_utils.py), as every checkpoint that states false ships it: T5 1.1, Flan-T5, mT5, T0. This counts the loaded model.
+    The config class of transformers 5.24 forces ties on, and keeps the former as the latter; so a model made from the config
+    alone has no `lm_head` of its own. But `from_pretrained` leaves it untied where the checkpoint's lm_head differs from its
+    embedding (`tie_weights`, modeling_utils.py), as every checkpoint that states false ships it: T5 1.1, Flan-T5, mT5, T0.
+    This is the loaded model. Left out: an mT5 saved anew by transformers 5, whose config states true whatever its lm_head.
     """
-    tied = c.bool("tie_word_embeddings", default=True)
-    return attach(
+    tied = c.bool("tie_word_embeddings", default=True) and c.bool("scale_decoder_outputs", default=True)
+    model = attach(
         replace(backbone, prompt=_prompt(c, submodules=2)),
         "SEQ_2_SEQ_LM",
         (linear("lm_head", backbone.hidden_size, backbone.vocab_size),),
         ties=(("lm_head.weight", "shared.weight"),) if tied else (),
         output_embedding="lm_head",
     )
+    return model if tied else replace(model, notes=(UNTIED_NOTE,))
 
 
 def _states_encoder_model(c: Fields) -> bool:

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 
+from peftplan.arch.adapters import read_config
 from peftplan.arch.modules import Architecture
 
 NN_KINDS = ("Linear", "Embedding", "LayerNorm", "Conv1d", "Conv2d", "Conv3d")
@@ -20,7 +21,8 @@ def build(config: dict[str, Any], model_class: str) -> Any:
     cls = getattr(transformers, model_class)
     with torch.device("meta"):
         model = cls._from_config(hf_config)
-        if config["model_type"] in ("t5", "mt5") and config.get("tie_word_embeddings") is False and hasattr(model, "lm_head"):
+        untied = config.get("tie_word_embeddings") is False or config.get("scale_decoder_outputs") is False
+        if config["model_type"] in ("t5", "mt5") and untied and hasattr(model, "lm_head"):
             # The config class forces ties on, but `from_pretrained` undoes this one for a checkpoint whose lm_head differs
             # from its embedding, as every checkpoint that states false ships it (test_t5.py loads one).
             model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
@@ -46,7 +48,7 @@ def assert_same(arch: Architecture, model: Any) -> None:
     assert set(ours) == set(real)
     for name, module in ours.items():
         expected = kind_of(real[name])
-        assert module.kind == expected or expected is None and module.kind not in (*NN_KINDS, "Conv1D"), name
+        assert module.kind == expected or (expected is None and module.kind not in (*NN_KINDS, "Conv1D")), name
     order = {name: index for index, name in enumerate(real)}
     firsts = [order[next(module.names())] for module in arch.modules]
     assert firsts == sorted(firsts), "families are in the order in which named_modules() first meets them"
@@ -63,3 +65,27 @@ def assert_same(arch: Architecture, model: Any) -> None:
     } == {(n, tuple(b.shape)) for n, b in model.named_buffers()}
     assert set(arch.keep_in_fp32) == set(model._keep_in_fp32_modules or ())
     assert set(arch.frozen) == {n for n, p in model.named_parameters() if not p.requires_grad}
+
+
+def assert_task(config: dict[str, Any], task_type: str | None = None) -> Architecture:
+    """The adapter's architecture of a made-up config equals the real model of the same class; returns it."""
+    arch = read_config(config, name="made up", task_type=task_type)
+    assert_same(arch, build(config, arch.model_class))
+    return arch
+
+
+def assert_prompt(arch: Architecture, config: dict[str, Any]) -> None:
+    """`arch.prompt` leads to what peft's prefix tuning works out from the real config object."""
+    from peft import PrefixTuningConfig
+    from peft.utils.other import _prepare_prompt_learning_config
+
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    hf_config = transformers.AutoConfig.for_model(config["model_type"], **fields)
+    real = _prepare_prompt_learning_config(PrefixTuningConfig(num_virtual_tokens=1), hf_config)
+    ours = arch.prompt
+    assert ours is not None
+    assert ours.num_attention_heads is not None
+    heads, width = ours.num_attention_heads, ours.token_dim
+    if ours.num_key_value_heads is not None:
+        heads, width = ours.num_key_value_heads, (ours.head_dim or width // heads) * ours.num_key_value_heads
+    assert (ours.num_layers, width, heads) == (real.num_layers, real.token_dim, real.num_attention_heads)
