@@ -1,7 +1,7 @@
 """Decoders with ALiBi instead of position embeddings and a fused query, key, value: BLOOM and MPT.
 
 Sources: transformers 5.24, `models/<model_type>/modeling_<model_type>.py` and the config class's defaults beside it. Both
-classes have eager attention only.
+classes have eager attention only (`_supports_sdpa` is unset).
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def bloom(c: Fields, task_type: str) -> Architecture:
         vocab_size=v,
         embedding="word_embeddings",
         prompt=prompt_dims(c, len(layers), h, a),
+        supports_sdpa=False,
     )
     return decoder_model(backbone, c, task_type, tie_word_embeddings=True, token_cls="classifier")
 
@@ -87,6 +88,7 @@ def mpt(c: Fields, task_type: str) -> Architecture:
         vocab_size=v,
         embedding="wte",
         prompt=prompt_dims(c, len(layers), h, None),
+        supports_sdpa=False,
     )
     return decoder_model(backbone, c, task_type, tie_word_embeddings=True, token_cls="classifier")
 

@@ -93,6 +93,7 @@ def test_is_the_real_model(model_type: str, changes: Config, task_type: str) -> 
     arch = read(model_type, task_type, **changes)
     model = build(config_of(model_type, **changes), arch.model_class)
     assert_same(arch, model)
+    assert arch.supports_sdpa == bool(model._supports_sdpa)
     assert {b.name: b.dtype for b in arch.buffers} == {n: parse_dtype(b.dtype) for n, b in model.named_buffers()}
 
 
