@@ -1,0 +1,79 @@
+"""Bytes of a stored weight: which tensors each format keeps on the device, and which modules it converts.
+
+`stored` gives one `Allocation` per CUDA tensor, unrounded; the ledger's lines round each to the allocator's 512
+bytes. A quantized weight still counts as its real number of elements wherever parameters are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peftplan.errors import InputError
+from peftplan.memory.ledger import Allocation, Category
+from peftplan.storage import bnb, floats, packed
+from peftplan.storage.config import FORMATS, Format, QuantConfig, check_trainable, parse_quant
+from peftplan.storage.dense import dense
+from peftplan.storage.modules import is_skipped, keys_to_not_convert, quantized_modules, skip_list
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "QuantConfig",
+    "category",
+    "check_trainable",
+    "dense",
+    "is_skipped",
+    "keys_to_not_convert",
+    "parse_quant",
+    "quantized_modules",
+    "shared",
+    "skip_list",
+    "stored",
+]
+
+_LAYOUTS: dict[str, Callable[..., tuple[Allocation, ...]]] = {
+    "nf4": bnb.four_bit,
+    "fp4": bnb.four_bit,
+    "int8": bnb.int8,
+    "fp8": floats.fp8,
+    "mxfp4": floats.mxfp4,
+    "gptq": packed.gptq,
+    "awq": packed.awq,
+    "hqq": packed.hqq,
+}
+
+_RANKS: dict[str, tuple[int, ...]] = {"fp8": (2, 3), "mxfp4": (3,)}
+"""Dimensions of the weights that a format stores, where it is not the 2 of a linear layer."""
+
+_WEIGHTS = frozenset({"weight", "qweight", "W_q"})
+
+
+def stored(
+    quant: QuantConfig | None, *, shape: tuple[int, ...], dtype: str, kind: str = "Linear"
+) -> tuple[Allocation, ...]:
+    """The tensors that hold one weight of the model: one dense tensor, or those of its format.
+
+    `shape` is the parameter's shape in the unquantized model, `dtype` the dtype that the model is loaded in, `kind`
+    the module's torch class: Conv1D stores (in, out), and is transposed before it is quantized. Raises InputError for
+    a shape that the format does not store, RefusedError for sizes that the library refuses.
+    """
+    if quant is None:
+        return dense(dtype=dtype, shape=shape)
+    ranks = _RANKS.get(quant.name, (2,))
+    if len(shape) not in ranks:
+        accepted = " or ".join(map(str, ranks))
+        raise InputError("shape", shape, f"{quant.name} stores weights of {accepted} dimensions")
+    return _LAYOUTS[quant.name](quant, shape=shape[::-1] if kind == "Conv1D" else shape, dtype=dtype)
+
+
+def shared(quant: QuantConfig | None) -> tuple[Allocation, ...]:
+    """The tensors that all weights of a process share: one dynamic map for double quantization, else nothing.
+
+    Made when a weight is quantized, so a checkpoint that is already double quantized does without.
+    """
+    return (bnb.dynamic_map(),) if quant and quant.double_quant and not quant.pre_quantized else ()
+
+
+def category(name: str) -> Category:
+    """The ledger's category of a tensor of `stored` or `shared`: packed weights, all else quant_state."""
+    return "weights" if name in _WEIGHTS else "quant_state"

@@ -1,0 +1,165 @@
+"""The words of `--quant`: what each format accepts, its defaults, and whether such a model can be fine-tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftplan.dtypes import MODEL_DTYPES, parse_dtype
+from peftplan.errors import InputError, RefusedError, UnknownNameError
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What one storage format accepts; a tuple's first entry is the default, an empty one means no such option.
+
+    `untrainable` says why adapters cannot be trained on top (None: they can). `compute_capability` is the oldest GPU on
+    which transformers keeps the format: below it the weights are dequantized while loading.
+    """
+
+    library: str
+    bits: tuple[int, ...]
+    blocksizes: tuple[int, ...] = ()
+    group_sizes: tuple[int, ...] = ()
+    double_quant: bool = False
+    compute_dtypes: tuple[str, ...] = ()
+    quant_storages: tuple[str, ...] = ()
+    skip_modules: bool = True
+    untrainable: str | None = None
+    compute_capability: tuple[int, int] | None = None
+
+
+_BNB_4BIT = Format(
+    library="bitsandbytes",
+    bits=(4,),
+    blocksizes=(64, 32, 128, 256, 512, 1024, 2048, 4096),
+    double_quant=True,
+    compute_dtypes=("fp32", "bf16", "fp16"),
+    quant_storages=("uint8", "int8", "bf16", "fp16", "fp32", "fp64"),
+)
+
+FORMATS: dict[str, Format] = {
+    "nf4": _BNB_4BIT,
+    "fp4": _BNB_4BIT,
+    "int8": Format(library="bitsandbytes", bits=(8,)),
+    "fp8": Format(library="transformers", bits=(8,), blocksizes=(128,), compute_capability=(8, 9)),
+    "mxfp4": Format(
+        library="transformers",
+        bits=(4,),
+        blocksizes=(32,),
+        untrainable="transformers does not train on mxfp4 experts (Mxfp4HfQuantizer.is_trainable is False); "
+        "they are fine-tuned dequantized: quant none, which is Mxfp4Config(dequantize=True)",
+        compute_capability=(7, 5),
+    ),
+    "gptq": Format(
+        library="gptqmodel", bits=(4, 2, 3, 8), group_sizes=(128, -1, 16, 32, 64, 256, 512, 1024), skip_modules=False
+    ),
+    "awq": Format(library="gptqmodel", bits=(4,), group_sizes=(128, -1, 32, 64)),
+    "hqq": Format(
+        library="hqq",
+        bits=(4, 8, 3, 2, 1),
+        group_sizes=(64, 8, 16, 32, 128, 256, 512, 1024),
+        compute_dtypes=MODEL_DTYPES,
+        skip_modules=False,
+    ),
+}
+"""Every word of `--quant` besides `none`.
+
+Sources: `quantize_4bit` and `quantize_blockwise` in bitsandbytes/functional.py 0.50.2 (block sizes),
+`BitsAndBytesConfig`, `FineGrainedFP8Config`, `Mxfp4Config`, `GPTQConfig`, `AwqConfig`, `HqqConfig` in
+transformers/utils/quantization_config.py 5.24.0, `TritonV2Linear` and `AwqGEMMTritonLinear` in gptqmodel 7.7.0 (the
+CUDA kernels that `auto_trainable` picks). transformers has no option for the block size of nf4 and fp4: it is 64
+unless bitsandbytes is called directly.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantConfig:
+    """How the linear layers of a frozen base model are stored; made by `parse_quant`.
+
+    `blocksize` (0: none) is bitsandbytes' (elements per absmax), the side of fp8's square tiles, or mxfp4's 32;
+    `group_size` (0: none) that of gptq, awq and hqq, -1 for a whole row. `compute_dtype` decides no stored byte of
+    nf4 and fp4, only their dequantized temporaries, but it is the dtype of hqq's scales and zeros (None there: the
+    model's dtype). `quant_storage` changes the dtype of packed nf4 and fp4, not their bytes. `skip_modules` is None
+    for the library's own list. `pre_quantized` is a checkpoint that is already stored so: it matters for fp8 alone.
+    """
+
+    name: str
+    bits: int
+    double_quant: bool = False
+    blocksize: int = 0
+    group_size: int = 0
+    compute_dtype: str | None = None
+    quant_storage: str = "uint8"
+    skip_modules: tuple[str, ...] | None = None
+    pre_quantized: bool = False
+
+
+def parse_quant(
+    name: str,
+    *,
+    double_quant: bool | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    blocksize: int | None = None,
+    compute_dtype: object = None,
+    quant_storage: object = None,
+    skip_modules: tuple[str, ...] | None = None,
+    pre_quantized: bool = False,
+) -> QuantConfig | None:
+    """The storage that `--quant name` means, or None for `none`; options left None get the library's own default.
+
+    Raises UnknownNameError for an unknown format, InputError for an option that the format does not have.
+    """
+    if name == "none":
+        return None
+    if name not in FORMATS:
+        raise UnknownNameError("quant", name, ["none", *FORMATS])
+    known = FORMATS[name]
+    if double_quant and not known.double_quant:
+        raise InputError("double_quant", True, f"{name} has no double quantization; nf4 and fp4 have")
+    if skip_modules is not None and not known.skip_modules:
+        raise InputError("quant_skip_modules", skip_modules, f"{name} has no list of modules to skip")
+    return QuantConfig(
+        name=name,
+        bits=_pick("quant_bits", bits, known.bits, name=name),
+        double_quant=bool(double_quant),
+        blocksize=_pick("quant_blocksize", blocksize, known.blocksizes, name=name),
+        group_size=_pick("quant_group_size", group_size, known.group_sizes, name=name),
+        compute_dtype=_compute_dtype(compute_dtype, known.compute_dtypes, name=name),
+        quant_storage=_quant_storage(quant_storage, known.quant_storages, name=name),
+        skip_modules=skip_modules,
+        pre_quantized=pre_quantized or known.library == "gptqmodel",
+    )
+
+
+def check_trainable(quant: QuantConfig | None) -> None:
+    """Raise RefusedError where the libraries refuse to train adapters on a base model stored so."""
+    reason = FORMATS[quant.name].untrainable if quant else None
+    if reason:
+        raise RefusedError(reason)
+
+
+def _pick(field: str, value: int | None, accepted: tuple[int, ...], *, name: str) -> int:
+    if value is None:
+        return accepted[0] if accepted else 0
+    if value not in accepted:
+        listed = ", ".join(map(str, sorted(accepted)))
+        raise InputError(field, value, f"{name} accepts {listed}" if accepted else f"{name} has no such option")
+    return value
+
+
+def _compute_dtype(value: object, accepted: tuple[str, ...], *, name: str) -> str | None:
+    """Where none is given: hqq the model's dtype, bitsandbytes fp32; the other formats have none to choose."""
+    if value is None:
+        return None if name == "hqq" or not accepted else accepted[0]
+    if not accepted:
+        raise InputError("compute_dtype", value, f"{name} has no compute dtype; nf4, fp4 and hqq have")
+    return parse_dtype(value, field="compute_dtype", accepted=accepted)
+
+
+def _quant_storage(value: object, accepted: tuple[str, ...], *, name: str) -> str:
+    if value is None:
+        return "uint8"
+    if not accepted:
+        raise InputError("quant_storage", value, f"{name} has no storage dtype to choose; nf4 and fp4 have")
+    return parse_dtype(value, field="quant_storage", accepted=accepted)

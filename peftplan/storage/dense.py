@@ -1,0 +1,10 @@
+"""A weight as it is: one tensor in its own dtype."""
+
+from __future__ import annotations
+
+from peftplan.memory.ledger import Allocation
+
+
+def dense(*, dtype: str, shape: tuple[int, ...]) -> tuple[Allocation, ...]:
+    """The one tensor of an unquantized weight: itemsize × ∏ shape bytes."""
+    return (Allocation("weight", dtype, shape),)
