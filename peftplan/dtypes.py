@@ -11,6 +11,7 @@ ITEMSIZE: dict[str, int] = {
     "fp16": 2,
     "fp8_e4m3": 1,
     "fp8_e5m2": 1,
+    "complex64": 8,
     "int64": 8,
     "int32": 4,
     "int16": 2,

@@ -13,7 +13,17 @@ from peftplan.arch.modules import Architecture, Buffer, Module, PromptDims
 from peftplan.datafiles import DATA
 from peftplan.datafiles import load as load_data
 
-SCALARS = ("model_type", "model_class", "task_type", "hidden_size", "vocab_size", "input_embedding", "output_embedding")
+SCALARS = (
+    "model_type",
+    "model_class",
+    "task_type",
+    "hidden_size",
+    "vocab_size",
+    "input_embedding",
+    "output_embedding",
+    "supports_sdpa",
+)
+NAME_LISTS = ("keep_in_fp32", "keep_in_fp32_strict", "frozen", "logits_ops")
 PROMPT = ("num_layers", "token_dim", "num_attention_heads", "num_key_value_heads", "head_dim", "num_transformer_submodules")
 
 
@@ -21,8 +31,7 @@ def to_table(arch: Architecture) -> dict[str, Any]:
     """The architecture as JSON values; layers as ranges, `0-3,5`."""
     return {
         **{key: getattr(arch, key) for key in SCALARS},
-        "keep_in_fp32": list(arch.keep_in_fp32),
-        "frozen": list(arch.frozen),
+        **{key: list(getattr(arch, key)) for key in NAME_LISTS},
         "prompt": None if arch.prompt is None else {key: getattr(arch.prompt, key) for key in PROMPT},
         "ties": [list(tie) for tie in arch.ties],
         "buffers": [[b.name, b.dtype, list(b.shape), _ranges(b.layers)] for b in arch.buffers],
@@ -35,7 +44,9 @@ def from_table(table: Mapping[str, Any]) -> Architecture:
     return Architecture(
         **{key: table[key] for key in SCALARS},
         keep_in_fp32=tuple(table["keep_in_fp32"]),
+        keep_in_fp32_strict=tuple(table["keep_in_fp32_strict"]),
         frozen=tuple(table["frozen"]),
+        logits_ops=tuple(table["logits_ops"]),
         prompt=None if table["prompt"] is None else PromptDims(**table["prompt"]),
         ties=tuple((alias, owner) for alias, owner in table["ties"]),
         buffers=tuple(Buffer(name, dtype, tuple(shape), _indices(layers)) for name, dtype, shape, layers in table["buffers"]),

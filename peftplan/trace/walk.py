@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -27,18 +27,21 @@ Key = TypeVar("Key")
 def walk(model: Any, *, model_type: str, task_type: str) -> Architecture:
     """The architecture of a model built with bf16 as its dtype (see `meta.build_model`)."""
     text_config = model.config.get_text_config()
+    ties = ties_of(model)
     return Architecture(
         model_type=model_type,
         model_class=type(model).__name__,
         task_type=task_type,
-        modules=modules_of(model),
-        ties=ties_of(model),
+        modules=modules_of(model, ties),
+        ties=ties,
         buffers=buffers_of(model),
         hidden_size=int(getattr(text_config, "hidden_size", None) or 0),
         vocab_size=int(getattr(text_config, "vocab_size", None) or 0),
         input_embedding=_name_of(model, _input_embedding(model)),
         output_embedding=_name_of(model, model.get_output_embeddings()),
         keep_in_fp32=tuple(sorted(model._keep_in_fp32_modules or ())),
+        keep_in_fp32_strict=tuple(sorted(model._keep_in_fp32_modules_strict or ())),
+        supports_sdpa=model._supports_sdpa,
         frozen=tuple(name for name, p in model.named_parameters() if not p.requires_grad),
         prompt=prompt_dims(model.config, seq2seq=task_type == "SEQ_2_SEQ_LM"),
     )
@@ -55,14 +58,19 @@ def kind_of(module: nn.Module) -> str:
     return torch_kind or next((kind for part, kind in NAMED_KINDS if part in name), "Module")
 
 
-def modules_of(model: nn.Module) -> tuple[Module, ...]:
-    """Families of the modules that own parameters, in the order in which `named_modules()` first meets them."""
+def modules_of(model: nn.Module, ties: tuple[tuple[str, str], ...]) -> tuple[Module, ...]:
+    """Families of the modules that own parameters, in the order in which `named_modules()` first meets them.
+
+    A module with a frozen parameter, or one tied to another's, is a family of its own, so that both are named in full.
+    """
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    special = {name.rpartition(".")[0] for name in (*frozen, *(alias for alias, _ in ties))}
     found = []
     for name, module in model.named_modules():
         params = tuple((n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False, remove_duplicate=False))
         if params:
             found.append((name, (kind_of(module), params)))
-    return tuple(Module(name, kind, params, layers) for name, layers, (kind, params) in families(found))
+    return tuple(Module(name, kind, params, layers) for name, layers, (kind, params) in families(found, apart=special))
 
 
 def buffers_of(model: nn.Module) -> tuple[Buffer, ...]:
@@ -75,13 +83,16 @@ def _buffer_dtype(buffer: torch.Tensor) -> str:
     return "model" if buffer.dtype == torch.bfloat16 else parse_dtype(buffer.dtype)
 
 
-def families(named: Iterable[tuple[str, Key]]) -> list[tuple[str, tuple[int, ...] | None, Key]]:
-    """Names that differ only in their first numbered part, with equal properties, as one template and its indices."""
+def families(named: Iterable[tuple[str, Key]], *, apart: Container[str] = ()) -> list[tuple[str, tuple[int, ...] | None, Key]]:
+    """Names that differ only in their first numbered part, with equal properties, as one template and its indices.
+
+    Names in `apart` stay as they are.
+    """
     found: dict[tuple[str, Key], list[int]] = {}
     for name, key in named:
         parts = name.split(".")
         position = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        if position is None:
+        if position is None or name in apart:
             found[name, key] = []
         else:
             index, parts[position] = int(parts[position]), "{}"
