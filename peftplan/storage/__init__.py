@@ -48,9 +48,7 @@ _RANKS: dict[str, tuple[int, ...]] = {"fp8": (2, 3), "mxfp4": (3,)}
 _WEIGHTS = frozenset({"weight", "qweight", "W_q"})
 
 
-def stored(
-    quant: QuantConfig | None, *, shape: tuple[int, ...], dtype: str, kind: str = "Linear"
-) -> tuple[Allocation, ...]:
+def stored(quant: QuantConfig | None, *, shape: tuple[int, ...], dtype: str, kind: str = "Linear") -> tuple[Allocation, ...]:
     """The tensors that hold one weight of the model: one dense tensor, or those of its format.
 
     `shape` is the parameter's shape in the unquantized model, `dtype` the dtype that the model is loaded in, `kind`

@@ -50,9 +50,7 @@ FORMATS: dict[str, Format] = {
         "they are fine-tuned dequantized: quant none, which is Mxfp4Config(dequantize=True)",
         compute_capability=(7, 5),
     ),
-    "gptq": Format(
-        library="gptqmodel", bits=(4, 2, 3, 8), group_sizes=(128, -1, 16, 32, 64, 256, 512, 1024), skip_modules=False
-    ),
+    "gptq": Format(library="gptqmodel", bits=(4, 2, 3, 8), group_sizes=(128, -1, 16, 32, 64, 256, 512, 1024), skip_modules=False),
     "awq": Format(library="gptqmodel", bits=(4,), group_sizes=(128, -1, 32, 64)),
     "hqq": Format(
         library="hqq",
