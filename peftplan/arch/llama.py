@@ -5,97 +5,198 @@ Sources: transformers 5.24, `models/<model_type>/modeling_<model_type>.py` and t
 
 from __future__ import annotations
 
-from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, decoder_model, rotary_buffers
-from peftplan.arch.modules import (
-    Architecture,
-    Attention,
-    Block,
-    Mlp,
-    Module,
-    PromptDims,
-    embedding,
-    linear,
-    rmsnorm,
+from dataclasses import replace
+
+from peftplan.arch.decoder import (
+    Dims,
+    attention_modules,
+    decoder_backbone,
+    fused_mlp,
+    gated_mlp,
+    grouped_blocks,
+    layer_windows,
+    qk_norms,
+    read_dims,
+    rmsnorms,
+    windowed_blocks,
 )
+from peftplan.arch.fields import Fields
+from peftplan.arch.heads import Backbone, decoder_model, partial_rotary_dim
+from peftplan.arch.modules import Architecture, Attention, Block, Mlp, Module, linear, rmsnorm
+from peftplan.errors import InputError
+
+BARE = ("CAUSAL_LM", "FEATURE_EXTRACTION")
+NO_TOKEN_CLS = ("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
 
 
 def llama(c: Fields, task_type: str) -> Architecture:
     """Llama 1 … 3: `attention_bias` on q, k, v and o; `mlp_bias` on all three of the MLP."""
-    bias = c.bool("attention_bias", default=False)
-    return decoder_model(_backbone(c, "Llama", qkv_bias=bias, o_bias=bias), c, task_type)
+    return decoder_model(_with_both_biases(c, read_dims(c, shows_head_dim=True), stem="Llama"), c, task_type)
+
+
+def granite(c: Fields, task_type: str) -> Architecture:
+    """Granite 3: Llama whose logits are divided by `logits_scaling`."""
+    backbone = replace(_with_both_biases(c, read_dims(c), stem="Granite"), logits_ops=("scale",))
+    return decoder_model(backbone, c, task_type, tasks=BARE)
 
 
 def mistral(c: Fields, task_type: str) -> Architecture:
-    """Mistral: Llama with a sliding window and no biases."""
-    return decoder_model(_backbone(c, "Mistral", window=c.optional_int("sliding_window")), c, task_type)
+    """Mistral: Llama with a sliding window in every layer and no biases."""
+    n = read_dims(c, kv=8, shows_head_dim=True)
+    window = c.optional_int("sliding_window", absent=4096)
+    return decoder_model(_plain(c, n, stem="Mistral", attention=replace(n.attention, window=window)), c, task_type)
 
 
 def qwen2(c: Fields, task_type: str) -> Architecture:
-    """Qwen1.5 … 2.5: biases on q, k and v."""
-    return decoder_model(_backbone(c, "Qwen2", qkv_bias=True), c, task_type)
+    """Qwen1.5 … 2.5: biases on q, k and v; a window from layer `max_window_layers` on where `use_sliding_window` says so."""
+    n = read_dims(c, kv=32)
+    backbone = _plain(c, n, stem="Qwen2", qkv_bias=True)
+    return decoder_model(replace(backbone, blocks=_qwen_windows(c, backbone.blocks[0])), c, task_type)
 
 
 def qwen3(c: Fields, task_type: str) -> Architecture:
-    """Qwen3: an RMSNorm on each head of q and k."""
+    """Qwen3: Qwen2 with an RMSNorm on each head of q and k, and biases only where `attention_bias` asks for them."""
+    n = read_dims(c, kv=32, head_dim=128)
     bias = c.bool("attention_bias", default=False)
-    return decoder_model(
-        _backbone(c, "Qwen3", qkv_bias=bias, o_bias=bias, qk_norm=True, head_dim=c.int("head_dim", default=128)), c, task_type
+    attention = replace(n.attention, qk_norm=True)
+    backbone = _plain(c, n, stem="Qwen3", qkv_bias=bias, o_bias=bias, norms=qk_norms(n), attention=attention)
+    return decoder_model(replace(backbone, blocks=_qwen_windows(c, backbone.blocks[0])), c, task_type)
+
+
+def smollm3(c: Fields, task_type: str) -> Architecture:
+    """SmolLM3: Llama in which some layers (every fourth, or as `no_rope_layers` says) have no positions."""
+    n = read_dims(c, kv=4)
+    interval = c.int("no_rope_layer_interval", default=4)
+    rotary = c.ints("no_rope_layers", default=tuple(int((layer + 1) % interval != 0) for layer in n.layers), high=1)
+    if len(rotary) < len(n.layers):
+        raise InputError(f"{c.name}: no_rope_layers", list(rotary), f"accepted: at least {len(n.layers)} entries of 0 or 1")
+    window = c.optional_int("sliding_window") if c.bool("use_sliding_window", default=False) else None
+    windows = layer_windows(c, n.layers, sliding=lambda layer: window is not None and not rotary[layer], window=window)
+    attentions = [
+        replace(n.attention, window=w, positions="rotary" if r else "none")
+        for w, r in zip(windows, rotary[: len(n.layers)], strict=True)
+    ]
+    backbone = _with_both_biases(c, n, stem="SmolLM3")
+    block = backbone.blocks[0]
+    blocks = grouped_blocks(n.layers, attentions, [block.mlp] * len(n.layers), block)
+    return decoder_model(replace(backbone, blocks=blocks), c, task_type, tie_word_embeddings=True)
+
+
+def olmo(c: Fields, task_type: str) -> Architecture:
+    """OLMo 1: Llama whose LayerNorms have no parameters, and so appear only in the blocks."""
+    n = read_dims(c)
+    bias = c.bool("attention_bias", default=False)
+    backbone = decoder_backbone(
+        c,
+        n,
+        stem="Olmo",
+        layer=(*attention_modules(n, qkv_bias=bias, o_bias=bias), *gated_mlp(n.h, n.i, n.layers)),
+        blocks=(replace(_block(c, n, n.attention), norm="layernorm"),),
     )
+    without_norm = replace(backbone, modules=backbone.modules[:-1])
+    return decoder_model(without_norm, c, task_type, tasks=NO_TOKEN_CLS)
 
 
-def _backbone(
+def olmo2(c: Fields, task_type: str) -> Architecture:
+    """OLMo 2: norms after attention and MLP instead of before, and an RMSNorm over all heads of q (and of k) at once."""
+    n = read_dims(c)
+    bias = c.bool("attention_bias", default=False)
+    backbone = decoder_backbone(
+        c,
+        n,
+        stem="Olmo2",
+        layer=(
+            *attention_modules(n, qkv_bias=bias, o_bias=bias),
+            rmsnorm("layers.{}.self_attn.q_norm", n.a * n.d, n.layers),
+            rmsnorm("layers.{}.self_attn.k_norm", n.kv * n.d, n.layers),
+            *gated_mlp(n.h, n.i, n.layers),
+            *rmsnorms(n, "post_attention_layernorm", "post_feedforward_layernorm"),
+        ),
+        blocks=(replace(_block(c, n, replace(n.attention, qk_norm=True)), norm_position="post"),),
+    )
+    return decoder_model(backbone, c, task_type, tasks=NO_TOKEN_CLS)
+
+
+def phi3(c: Fields, task_type: str) -> Architecture:
+    """Phi-3, Phi-4: q, k and v in one matrix, gate and up in one; no biases; `partial_rotary_factor` of a head is rotated."""
+    n = read_dims(c)
+    attention = replace(n.attention, fused_qkv=True, window=c.optional_int("sliding_window"))
+    backbone = decoder_backbone(
+        c,
+        n,
+        stem="Phi3",
+        layer=(
+            linear("layers.{}.self_attn.o_proj", n.a * n.d, n.h, layers=n.layers),
+            linear("layers.{}.self_attn.qkv_proj", n.h, (n.a + 2 * n.kv) * n.d, layers=n.layers),
+            *fused_mlp(n),
+            *rmsnorms(n, "input_layernorm", "post_attention_layernorm"),
+        ),
+        blocks=(_block(c, n, attention, fused_gate_up=True),),
+        rotary_dim=partial_rotary_dim(c, n.d, default=1.0),
+    )
+    return decoder_model(backbone, c, task_type)
+
+
+def glm4(c: Fields, task_type: str) -> Architecture:
+    """GLM-4: gate and up in one matrix, norms before and after attention and MLP, half of a head rotated; o has no bias."""
+    n = read_dims(c, kv=2, head_dim=128)
+    norms = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm")
+    backbone = decoder_backbone(
+        c,
+        n,
+        stem="Glm4",
+        layer=(
+            *attention_modules(n, qkv_bias=c.bool("attention_bias", default=True)),
+            *fused_mlp(n),
+            *rmsnorms(n, *norms),
+        ),
+        blocks=(replace(_block(c, n, n.attention, fused_gate_up=True), norm_position="sandwich"),),
+        rotary_dim=partial_rotary_dim(c, n.d, default=0.5),
+    )
+    return decoder_model(backbone, c, task_type)
+
+
+def _with_both_biases(c: Fields, n: Dims, *, stem: str) -> Backbone:
+    bias = c.bool("attention_bias", default=False)
+    return _plain(c, n, stem=stem, qkv_bias=bias, o_bias=bias, mlp_bias=c.bool("mlp_bias", default=False))
+
+
+def _plain(
     c: Fields,
-    stem: str,
+    n: Dims,
     *,
+    stem: str,
     qkv_bias: bool = False,
     o_bias: bool = False,
-    qk_norm: bool = False,
-    window: int | None = None,
-    head_dim: int | None = None,
+    mlp_bias: bool = False,
+    norms: tuple[Module, ...] = (),
+    attention: Attention | None = None,
 ) -> Backbone:
-    """h hidden_size, i intermediate_size, a query heads, kv key/value heads, d head_dim; weights are (out, in)."""
-    h, i, v = c.int("hidden_size"), c.int("intermediate_size"), c.int("vocab_size")
-    a = c.int("num_attention_heads")
-    kv = c.int("num_key_value_heads", default=a)
-    d = head_dim or c.optional_int("head_dim") or c.divide("hidden_size", h, "num_attention_heads", a)
-    layers = c.layers("num_hidden_layers")
-    mlp_bias = c.bool("mlp_bias", default=False) if stem == "Llama" else False
-
-    def layer(name: str, n_in: int, n_out: int, bias: bool) -> Module:
-        return linear(f"layers.{{}}.{name}", n_in, n_out, bias, layers)
-
-    norms = tuple(rmsnorm(f"layers.{{}}.self_attn.{n}", d, layers) for n in ("q_norm", "k_norm")) if qk_norm else ()
-    return Backbone(
-        model_type=c.str("model_type"),
+    """Llama itself; `norms` are those inside the attention."""
+    return decoder_backbone(
+        c,
+        n,
         stem=stem,
-        prefix="model",
-        modules=(
-            embedding("embed_tokens", v, h),
-            layer("self_attn.q_proj", h, a * d, qkv_bias),
-            layer("self_attn.k_proj", h, kv * d, qkv_bias),
-            layer("self_attn.v_proj", h, kv * d, qkv_bias),
-            layer("self_attn.o_proj", a * d, h, o_bias),
+        layer=(
+            *attention_modules(n, qkv_bias=qkv_bias, o_bias=o_bias),
             *norms,
-            layer("mlp.gate_proj", h, i, mlp_bias),
-            layer("mlp.up_proj", h, i, mlp_bias),
-            layer("mlp.down_proj", i, h, mlp_bias),
-            rmsnorm("layers.{}.input_layernorm", h, layers),
-            rmsnorm("layers.{}.post_attention_layernorm", h, layers),
-            rmsnorm("norm", h),
+            *gated_mlp(n.h, n.i, n.layers, bias=mlp_bias),
+            *rmsnorms(n, "input_layernorm", "post_attention_layernorm"),
         ),
-        blocks=(
-            Block(
-                stack="decoder",
-                layers=layers,
-                attentions=(Attention(a, kv, d, qk_norm=qk_norm, window=window),),
-                mlp=Mlp("gated", i, c.str("hidden_act", default="silu")),
-                norm="rmsnorm",
-            ),
-        ),
-        hidden_size=h,
-        vocab_size=v,
-        embedding="embed_tokens",
-        buffers=rotary_buffers("rotary_emb", d),
-        prompt=PromptDims(len(layers), h, a, num_key_value_heads=kv, head_dim=c.optional_int("head_dim") or head_dim),
+        blocks=(_block(c, n, attention or n.attention),),
     )
+
+
+def _block(c: Fields, n: Dims, attention: Attention, *, fused_gate_up: bool = False) -> Block:
+    """All layers as one block: RMSNorms before attention and MLP."""
+    mlp = Mlp("gated", n.i, c.str("hidden_act", default="silu"), fused_gate_up=fused_gate_up)
+    return Block(stack="decoder", layers=n.layers, attentions=(attention,), mlp=mlp, norm="rmsnorm")
+
+
+def _qwen_windows(c: Fields, block: Block) -> tuple[Block, ...]:
+    """Qwen2 and Qwen3: the first `max_window_layers` layers see everything."""
+    use = c.bool("use_sliding_window", default=False)
+    window = c.optional_int("sliding_window", absent=4096) if use else None
+    full = c.int("max_window_layers", default=28, low=0)
+    windows = layer_windows(c, block.layers, sliding=lambda layer: window is not None and layer >= full, window=window)
+    return windowed_blocks(block, windows)

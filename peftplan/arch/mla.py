@@ -1,0 +1,131 @@
+"""DeepSeek-V2 and V3: multi-head latent attention, leading dense layers, then experts beside shared experts.
+
+Sources: transformers 5.24, `models/deepseek_v2/modeling_deepseek_v2.py`, `models/deepseek_v3/modeling_deepseek_v3.py`; the layers
+for multi-token prediction (`num_nextn_predict_layers`) are in the checkpoint but not in the model, and not here either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from peftplan.arch.decoder import Dims, decoder_backbone, first_met, gated_mlp, rmsnorms
+from peftplan.arch.fields import Fields
+from peftplan.arch.heads import Backbone, decoder_model
+from peftplan.arch.modules import Architecture, Attention, Buffer, Module, linear, rmsnorm
+from peftplan.arch.moe import NORMS, experts, mixed_blocks, moe_mlp, router
+
+
+def deepseek_v2(c: Fields, task_type: str) -> Architecture:
+    """DeepSeek-V2: `mlp_bias` on dense and shared experts; the router stays in fp32."""
+    ranks = _read_ranks(c)
+    n = _read_dims(c, ranks)
+    shape = _Experts(
+        e=c.int("n_routed_experts", "num_experts", default=64),
+        i=c.int("moe_intermediate_size", default=1407),
+        shared=c.int("n_shared_experts", default=2),
+        top_k=c.int("num_experts_per_tok"),
+        dense=c.int("first_k_dense_replace", default=0, low=0),
+        bias=c.bool("mlp_bias", default=False),
+    )
+    backbone = replace(_backbone(c, n, ranks, shape, stem="DeepseekV2"), keep_in_fp32_strict=("gate.weight",))
+    return decoder_model(backbone, c, task_type, tasks=("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"))
+
+
+def deepseek_v3(c: Fields, task_type: str) -> Architecture:
+    """DeepSeek-V3, R1: as V2, with a score correction for each expert, a buffer in fp32."""
+    ranks = _read_ranks(c)
+    c.int("head_dim", default=ranks.rope, low=ranks.rope, high=ranks.rope)
+    n = _read_dims(c, ranks)
+    shape = _Experts(
+        e=c.int("n_routed_experts", "num_local_experts", default=256),
+        i=c.int("moe_intermediate_size", default=2048),
+        shared=c.int("n_shared_experts", default=1),
+        top_k=c.int("num_experts_per_tok", default=8),
+        dense=c.int("first_k_dense_replace", default=3, low=0),
+    )
+    backbone = _backbone(c, n, ranks, shape, stem="DeepseekV3")
+    sparse = n.layers[shape.dense :]
+    bias = (Buffer("layers.{}.mlp.gate.e_score_correction_bias", "fp32", (shape.e,), sparse),) if sparse else ()
+    backbone = replace(
+        backbone, buffers=(*bias, *backbone.buffers), keep_in_fp32_strict=("e_score_correction_bias", "gate.weight")
+    )
+    return decoder_model(backbone, c, task_type)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """q and kv: ranks of the compressed projections (q None: not compressed); nope, rope, v: dimensions of a head."""
+
+    q: int | None
+    kv: int
+    nope: int
+    rope: int
+    v: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """e experts of width i, top_k a token; `shared` more that every token sees; the first `dense` layers have none."""
+
+    e: int
+    i: int
+    shared: int
+    top_k: int
+    dense: int
+    bias: bool = False
+
+
+def _read_ranks(c: Fields) -> _Ranks:
+    return _Ranks(
+        q=c.optional_int("q_lora_rank", absent=1536),
+        kv=c.int("kv_lora_rank", default=512),
+        nope=c.int("qk_nope_head_dim", default=128),
+        rope=c.int("qk_rope_head_dim", default=64),
+        v=c.int("v_head_dim", default=128),
+    )
+
+
+def _read_dims(c: Fields, ranks: _Ranks) -> Dims:
+    """d is what the config calls `head_dim`: the rotated part. Every query head has keys and values of its own."""
+    h, a = c.int("hidden_size"), c.int("num_attention_heads")
+    kv = c.int("num_key_value_heads", default=a, low=a, high=a)
+    i, v, layers = c.int("intermediate_size"), c.int("vocab_size"), c.layers("num_hidden_layers")
+    return Dims(h=h, i=i, v=v, a=a, kv=kv, d=ranks.rope, layers=layers, shown_head_dim=ranks.rope)
+
+
+def _backbone(c: Fields, n: Dims, ranks: _Ranks, shape: _Experts, *, stem: str) -> Backbone:
+    dense, sparse = n.layers[: shape.dense], n.layers[shape.dense :]
+    shared = shape.shared * shape.i
+    layer = (
+        *_attention_modules(n, ranks, bias=c.bool("attention_bias", default=False)),
+        *gated_mlp(n.h, n.i, dense, bias=shape.bias),
+        experts("layers.{}.mlp.experts", e=shape.e, h=n.h, i=shape.i, layers=sparse),
+        router("layers.{}.mlp.gate", e=shape.e, h=n.h, layers=sparse),
+        *gated_mlp(n.h, shared, sparse, bias=shape.bias, name="layers.{}.mlp.shared_experts"),
+        *rmsnorms(n, *NORMS),
+    )
+    attention = Attention(n.a, n.kv, ranks.nope + ranks.rope, variant="mla", value_head_dim=ranks.v)
+    mlp = moe_mlp(c, shape.i, shape.e, shape.top_k, shared=shared)
+    blocks = mixed_blocks(c, n, [attention] * len(n.layers), mlp, sparse)
+    return decoder_backbone(c, n, stem=stem, layer=first_met(layer), blocks=blocks)
+
+
+def _attention_modules(n: Dims, ranks: _Ranks, *, bias: bool) -> tuple[Module, ...]:
+    """q, compressed or not; keys and values through one low rank plus a rotated part that all heads share; o."""
+
+    def proj(name: str, n_in: int, n_out: int, bias: bool = False) -> Module:
+        return linear(f"layers.{{}}.self_attn.{name}", n_in, n_out, bias, n.layers)
+
+    q_width = n.a * (ranks.nope + ranks.rope)
+    if ranks.q is None:
+        q: tuple[Module, ...] = (proj("q_proj", n.h, q_width),)
+    else:
+        norm = rmsnorm("layers.{}.self_attn.q_a_layernorm", ranks.q, n.layers)
+        q = (proj("q_a_proj", n.h, ranks.q, bias), norm, proj("q_b_proj", ranks.q, q_width))
+    return (
+        *q,
+        proj("kv_a_proj_with_mqa", n.h, ranks.kv + ranks.rope, bias),
+        rmsnorm("layers.{}.self_attn.kv_a_layernorm", ranks.kv, n.layers),
+        proj("kv_b_proj", ranks.kv, n.a * (ranks.nope + ranks.v)),
+        proj("o_proj", n.a * ranks.v, n.h, bias),
+    )
