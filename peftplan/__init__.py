@@ -1,1 +1,49 @@
-"""peftplan: what a fine-tuning run needs, before a GPU is rented."""
+"""peftplan: what a fine-tuning run needs, before a GPU is rented.
+
+Public names are resolved on first use, so that importing peftplan imports neither torch nor rich.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftplan.errors import InputError, MissingExtraError, PeftplanError, RefusedError, UnknownNameError
+    from peftplan.planning.estimate import estimate
+    from peftplan.planning.inspection import inspect
+    from peftplan.planning.result import Estimate
+
+_HOMES = {
+    "Estimate": "planning.result",
+    "InputError": "errors",
+    "MissingExtraError": "errors",
+    "PeftplanError": "errors",
+    "RefusedError": "errors",
+    "UnknownNameError": "errors",
+    "estimate": "planning.estimate",
+    "inspect": "planning.inspection",
+}
+
+__all__ = [
+    "Estimate",
+    "InputError",
+    "MissingExtraError",
+    "PeftplanError",
+    "RefusedError",
+    "UnknownNameError",
+    "estimate",
+    "inspect",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'peftplan' has no attribute {name!r}")
+    value = getattr(import_module(f"peftplan.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

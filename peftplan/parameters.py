@@ -5,6 +5,7 @@ Counts, weights, gradients and optimizer states are sums over this one list, so 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -129,15 +130,18 @@ def weight_lines(parameters: Parameters) -> Ledger:
     return Ledger(tuple(lines))
 
 
-def gradient_lines(parameters: Parameters) -> Ledger:
-    """`.grad` of every trainable parameter: its shape and dtype (torch accumulates in the parameter's own dtype)."""
-    return Ledger(
-        tuple(
-            Line(f"{p.name}.grad", "gradients", p.dtype, p.shape, p.copies, "torch: AccumulateGrad keeps the parameter's dtype")
-            for p in parameters.all
-            if p.trainable
-        )
-    )
+def gradient_lines(parameters: Parameters, optimizer: Optimizer) -> Ledger:
+    """`.grad` of every trainable parameter, in its own shape and dtype, as all of them live when backward ends.
+
+    An optimizer that steps inside backward (LOMO, layer-wise GaLore) frees each gradient at once: then only the largest counts.
+    """
+    source = "torch: AccumulateGrad keeps the parameter's dtype"
+    trained = [p for p in parameters.all if p.trainable]
+    if optimizer.step_implementation == "in-backward" and trained:
+        largest = max(trained, key=lambda p: ITEMSIZE[p.dtype] * p.numel)
+        source = f"{optimizer.cls} steps inside backward: one gradient at a time, the largest counts"
+        trained = [replace(largest, copies=1)]
+    return Ledger(tuple(Line(f"{p.name}.grad", "gradients", p.dtype, p.shape, p.copies, source) for p in trained))
 
 
 def optimizer_lines(
@@ -178,11 +182,18 @@ def optimizer_lines(
     return Ledger(tuple(lines))
 
 
-def buffer_lines(arch: Architecture) -> Ledger:
-    """Registered buffers: tensors that never train, such as rotary frequencies."""
+def buffer_lines(arch: Architecture, *, dtype: str) -> Ledger:
+    """Registered buffers: tensors that never train, such as rotary frequencies; some follow the dtype the model is loaded in."""
     return Ledger(
         tuple(
-            Line(b.name, "buffers", b.dtype, b.shape, 1 if b.layers is None else len(b.layers), arch.model_class)
+            Line(
+                b.name,
+                "buffers",
+                dtype if b.dtype == "model" else b.dtype,
+                b.shape,
+                1 if b.layers is None else len(b.layers),
+                arch.model_class,
+            )
             for b in arch.buffers
         )
     )
@@ -192,29 +203,31 @@ def _converted_layers(arch: Architecture, quant: QuantConfig | None) -> dict[str
     """module name template → the layers of it that the format stores ({0} for a module without layers)."""
     if quant is None:
         return {}
-    # Only a user's own skip list can tell layers apart; otherwise the first layer speaks for its family.
-    whole = not any(char.isdigit() for pattern in quant.skip_modules or () for char in pattern)
-    expanded = [
-        (name, module.kind, module.name, layer)
+    # Only a user's own skip list can tell layers apart, and the last parameter where it lies inside the last layer (OPT without
+    # affine norms); in every other family the first layer speaks for all.
+    layered = any(char.isdigit() for pattern in quant.skip_modules or () for char in pattern)
+    apart = {module.name for module in arch.modules if layered or module.name == arch.last_module().name}
+    asked = [
+        (name, module, layer)
         for module in arch.modules
         for layer, name in zip(module.layers or (0,), module.names(), strict=True)
-        if not whole or layer == (module.layers or (0,))[0]
+        if module.name in apart or layer == (module.layers or (0,))[0]
     ]
     names = quantized_modules(
         quant,
-        modules=[(name, kind) for name, kind, _, _ in expanded],
+        modules=[(name, module.kind) for name, module, _ in asked],
         ties=dict(arch.ties),
         output_embedding=arch.output_embedding,
         last_parameter=_last_parameter(arch),
         keep_in_fp32=arch.keep_in_fp32,
         model_type=arch.model_type,
     )
-    layers: dict[str, set[int]] = {}
-    for name, _, template, layer in expanded:
+    converted: dict[str, frozenset[int]] = {}
+    for name, module, layer in asked:
         if name in names:
-            layers.setdefault(template, set()).add(layer)
-    families = {module.name: module.layers or (0,) for module in arch.modules}
-    return {name: frozenset(families[name] if whole else found) for name, found in layers.items()}
+            found = {layer} if module.name in apart else set(module.layers or (0,))
+            converted[module.name] = converted.get(module.name, frozenset()) | found
+    return converted
 
 
 def _last_parameter(arch: Architecture) -> str:
@@ -224,12 +237,13 @@ def _last_parameter(arch: Architecture) -> str:
 
 
 def _loaded_dtype(arch: Architecture, name: str, dtype: str) -> str:
-    """fp32 for what a class keeps so when it is loaded in fp16, by its name or a part of it, else `dtype`.
+    """fp32 for what a class keeps so, by its name or a part of it, else `dtype`.
 
-    Source: `_get_dtype_plan` (transformers 5.24, modeling_utils.py), searched in the name (core_model_loading.py).
+    Source: `_get_dtype_plan` (transformers 5.24, modeling_utils.py): `_keep_in_fp32_modules` when loaded in fp16, the strict
+    list under bf16 as well; both are searched in the name (core_model_loading.py).
     """
-    kept = dtype == "fp16" and any(part in name for part in arch.keep_in_fp32)
-    return "fp32" if kept else dtype
+    kept = (*(arch.keep_in_fp32 if dtype == "fp16" else ()), *(arch.keep_in_fp32_strict if dtype != "fp32" else ()))
+    return "fp32" if any(re.search(pattern, name) for pattern in kept) else dtype
 
 
 def _split(module: Module, quantized: frozenset[int], trained: frozenset[int]) -> list[tuple[bool, bool, int]]:

@@ -1,0 +1,67 @@
+"""The command line: a lazy click group, one file per command, no logic. Exit codes: 0, 1 for a failed check, 2 for bad input."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+COMMANDS: dict[str, str] = {
+    "estimate": "What a fine-tuning run needs: counts, bytes, verdicts.",
+    "inspect": "The module tree of a model: shapes, counts, bytes, and what a pattern matches.",
+    "models": "The built-in models and their parameter counts.",
+    "methods": "The PEFT methods, and the fields of one.",
+    "gpus": "The GPU catalogue: what each card has and what a program can get of it.",
+}
+"""Commands and their one-line help; the module `peftplan.cli.<name>` is imported when its command runs."""
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module only when that command is asked for, so that `--help` starts fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"peftplan.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="peftplan")
+def cli() -> None:
+    """peftplan tells what a fine-tuning run needs before you rent a GPU."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; bad input ends with one line on stderr and exit code 2, never with a traceback."""
+    from peftplan.errors import PeftplanError
+
+    try:
+        code = cli.main(args=args, prog_name="peftplan", standalone_mode=False)
+    except PeftplanError as error:
+        _stop(str(error))
+    except click.NoSuchOption as error:
+        near = f"; did you mean {' or '.join(sorted(error.possibilities))}?" if error.possibilities else ""
+        _stop(f"no such option: {error.option_name}{near} (see --help)")
+    except click.ClickException as error:
+        _stop(error.format_message().replace("\n", " "))
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader has gone (`peftplan models | head`); keep the interpreter from flushing into the closed pipe.
+        sys.stdout = None  # type: ignore[assignment]
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(message: str) -> None:
+    click.echo(f"peftplan: {message}", err=True)
+    sys.exit(2)

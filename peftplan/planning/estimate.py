@@ -11,6 +11,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.errors import RefusedError, UnknownNameError
 from peftplan.hardware.gpus import find_gpu
 from peftplan.hardware.usable import usable_bytes
+from peftplan.memory.ledger import Ledger
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.planning import ecosystem
@@ -69,8 +70,8 @@ def estimate(
     )
     ledger = (
         parameters.weight_lines(built)
-        + parameters.buffer_lines(architecture)
-        + parameters.gradient_lines(built)
+        + parameters.buffer_lines(architecture, dtype=setup.dtype)
+        + parameters.gradient_lines(built, optimizer)
         + _optimizer(built, optimizer, setup)
     )
     return Estimate(
@@ -152,7 +153,7 @@ def _adapt(
     return count_with_peft(architectures.load_config(model), adapter, task_type=architecture.task_type)
 
 
-def _optimizer(built: parameters.Parameters, optimizer: Optimizer, setup: Setup) -> parameters.Ledger:
+def _optimizer(built: parameters.Parameters, optimizer: Optimizer, setup: Setup) -> Ledger:
     return parameters.optimizer_lines(
         built,
         optimizer,

@@ -1,0 +1,1 @@
+"""Text for people and programs: rich tables, JSON, CSV, Markdown. Reads results, computes nothing."""

@@ -1,0 +1,25 @@
+"""`peftplan gpus [PATTERN]`."""
+
+from __future__ import annotations
+
+import click
+
+from peftplan.cli import options
+
+
+@click.command("gpus")
+@click.argument("pattern", required=False)
+@click.option("--format", "fmt", default="table", metavar="NAME", show_default=True, help="table | json | csv | markdown")
+def command(pattern: str | None, fmt: str) -> int:
+    """List the cards whose name or alias contains PATTERN: marketed size, nvidia-smi total, and what a program can get."""
+    options.check_format(fmt)
+    from peftplan.errors import UnknownNameError
+    from peftplan.hardware.gpus import gpus
+    from peftplan.report import render
+
+    wanted = (pattern or "").lower()
+    found = [gpu for gpu in gpus() if any(wanted in name.lower() for name in (gpu.id, gpu.name, *gpu.aliases))]
+    if not found:
+        raise UnknownNameError("pattern", pattern, (gpu.id for gpu in gpus()))
+    render.gpus(found, fmt=fmt)
+    return 0

@@ -1,0 +1,24 @@
+"""`peftplan models [PATTERN]`."""
+
+from __future__ import annotations
+
+import click
+
+from peftplan.cli import options
+
+
+@click.command("models")
+@click.argument("pattern", required=False)
+@click.option("--format", "fmt", default="table", metavar="NAME", show_default=True, help="table | json | csv | markdown")
+def command(pattern: str | None, fmt: str) -> int:
+    """List the built-in models whose name, alias, id or model type contains PATTERN (`*` and `?` match as in a shell)."""
+    options.check_format(fmt)
+    from peftplan.arch import catalogue
+    from peftplan.errors import UnknownNameError
+    from peftplan.report import render
+
+    entries = catalogue.models(pattern)
+    if not entries:
+        raise UnknownNameError("pattern", pattern, (entry.name for entry in catalogue.models()))
+    render.models(entries, fmt=fmt)
+    return 0

@@ -1,0 +1,80 @@
+"""`inspect`: the modules of a model as rows, with what a target pattern would match."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from peftplan.arch import sources
+from peftplan.arch.modules import Architecture, Module
+from peftplan.dtypes import ITEMSIZE, MODEL_DTYPES, parse_dtype
+from peftplan.methods.lora import LoraConfig
+from peftplan.methods.targets import match, resolve_targets
+from peftplan.units import round512
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One module, or one family of `copies` of them; `num_parameters` and `bytes` are those of all copies, ties excluded."""
+
+    name: str
+    kind: str
+    shapes: str
+    copies: int
+    num_parameters: int
+    bytes: int
+    matched: int
+    """How many of the copies the pattern matches."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The rows of a model, in the order of its modules, and how the pattern was resolved."""
+
+    architecture: Architecture
+    dtype: str
+    rows: tuple[Row, ...]
+    pattern: str | None
+    targets: tuple[str, ...] | str | None
+
+
+def inspect(
+    model: Any,
+    *,
+    pattern: str | None = None,
+    expand: bool = False,
+    dtype: str = "bf16",
+    task_type: str | None = None,
+    num_labels: int | None = None,
+) -> Inspection:
+    """The module tree of a model; `pattern` is a LoRA `target_modules`, `expand` gives a row per module instead of family.
+
+    Raises InputError or UnknownNameError for an unknown model, dtype, or a pattern that matches nothing.
+    """
+    dtype = parse_dtype(dtype, accepted=MODEL_DTYPES)
+    arch = sources.load(model, task_type=task_type, num_labels=num_labels)
+    targets, matched = None, {}
+    if pattern is not None:
+        config = LoraConfig(target_modules=pattern)
+        targets = resolve_targets(arch, config.target_modules, peft_type="LORA")
+        matched = {m.name: frozenset(m.names()) for m in match(arch, config, targets)}
+    rows = []
+    for module in arch.modules:
+        hits = matched.get(module.name, frozenset())
+        if expand:
+            rows += [_row(arch, module, name, 1, dtype, int(name in hits)) for name in module.names()]
+        else:
+            rows.append(_row(arch, module, module.name, module.copies, dtype, len(hits)))
+    return Inspection(arch, dtype, tuple(rows), pattern, targets)
+
+
+def _row(arch: Architecture, module: Module, name: str, copies: int, dtype: str, matched: int) -> Row:
+    owned = arch.owned_params(module)
+    tied = {param for param, _ in module.params} - {param for param, _ in owned}
+    shapes = ", ".join(
+        f"{param} {'×'.join(map(str, shape))}{' (tied)' if param in tied else ''}" for param, shape in module.params
+    )
+    numels = [prod(shape) for _, shape in owned]
+    num_bytes = sum(round512(ITEMSIZE[dtype] * numel) for numel in numels)
+    return Row(name, module.kind, shapes, copies, copies * sum(numels), copies * num_bytes, matched)
