@@ -135,7 +135,7 @@ def entry_of(config: Mapping[str, Any], args: argparse.Namespace) -> dict[str, A
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, folder: Path = MODELS) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, help="a config.json")
     parser.add_argument("--reindex", action="store_true", help="only rewrite the index")
@@ -151,8 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.reindex:
         if args.config is None or not args.repo_id or not args.source:
             parser.error("a config.json, --repo-id and --source are needed, or --reindex")
-        print(write_entry(entry_of(json.loads(args.config.read_text(encoding="utf-8")), args)))
-    reindex()
+        print(write_entry(entry_of(json.loads(args.config.read_text(encoding="utf-8")), args), folder))
+    reindex(folder)
     return 0
 
 
