@@ -108,6 +108,7 @@ def _backbone(c: Fields) -> Backbone:
         embedding="embeddings.word_embeddings",
         buffers=(Buffer("embeddings.position_ids", "int64", (1, c.int("max_position_embeddings"))),),
         prompt=prompt_dims(c, len(layers), h, a),
+        supports_sdpa=False,
     )
 
 

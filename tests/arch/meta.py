@@ -64,6 +64,8 @@ def assert_same(arch: Architecture, model: Any) -> None:
         (b.name if b.layers is None else b.name.replace("{}", str(i)), b.shape) for b in arch.buffers for i in b.layers or (0,)
     } == {(n, tuple(b.shape)) for n, b in model.named_buffers()}
     assert set(arch.keep_in_fp32) == set(model._keep_in_fp32_modules or ())
+    assert set(arch.keep_in_fp32_strict) == set(model._keep_in_fp32_modules_strict or ())
+    assert arch.supports_sdpa == bool(model._supports_sdpa)
     assert set(arch.frozen) == {n for n, p in model.named_parameters() if not p.requires_grad}
 
 
