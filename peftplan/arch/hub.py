@@ -50,6 +50,7 @@ def fetch_config(repo_id: str) -> Path:
         raise HubError(f"{repo_id}: not in the local Hugging Face cache, and HF_HUB_OFFLINE forbids to ask the Hub")
     try:
         import huggingface_hub as hub
+        from huggingface_hub import errors
     except ImportError:
         raise MissingExtraError(f"{repo_id} is not built in and not in the local cache; reading it from the Hub", "hub") from None
     endpoint = os.environ.get("HF_ENDPOINT") or None
@@ -62,12 +63,11 @@ def fetch_config(repo_id: str) -> Path:
         raise
     except Exception as error:
         # The HTTP client's own errors (requests or httpx, by version) share no base class with the Hub's.
-        raise HubError(f"{repo_id}: {_reason(error, hub)}") from None
+        raise HubError(f"{repo_id}: {_reason(error, errors)}") from None
 
 
-def _reason(error: Exception, hub: Any) -> str:
+def _reason(error: Exception, errors: Any) -> str:
     """What a failed request means, in one line, without the server's own text (it can be long and can name a token)."""
-    errors = hub.errors
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status == 403:
@@ -79,7 +79,7 @@ def _reason(error: Exception, hub: Any) -> str:
     if isinstance(error, errors.EntryNotFoundError):
         return f"the repository has no {CONFIG_NAME} (a GGUF, adapter or original-format repository?); give its base model"
     if status == 401:
-        return f"{site} does not accept the token: check HF_TOKEN"
+        return f"{site} wants a token, or another than this: check HF_TOKEN"
     if status is not None:
         return f"{site} answers with HTTP status {status}"
     return f"{site} cannot be reached ({type(error).__name__})"

@@ -42,6 +42,7 @@ def read_architecture(config: Mapping[str, Any], *, name: str, task_type: str | 
     without torch or transformers, UnknownNameError for a model type or task that the installed transformers does not have,
     InputError for a config that its class refuses.
     """
+    _transformers(config["model_type"])
     with quiet_transformers():
         hf_config = build_config(config, name=name)
         cls = model_class(config, hf_config, name=name, task_type=task_type)
@@ -53,7 +54,7 @@ def read_architecture(config: Mapping[str, Any], *, name: str, task_type: str | 
 
 def is_native(model_type: str) -> bool:
     """Whether the installed transformers has the model type. Raises MissingExtraError without transformers."""
-    return model_type in _transformers().CONFIG_MAPPING
+    return model_type in _transformers(model_type).CONFIG_MAPPING
 
 
 def build_config(config: Mapping[str, Any], *, name: str) -> Any:
@@ -131,12 +132,12 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _transformers() -> Any:
+def _transformers(model_type: str = "any") -> Any:
     try:
         import torch  # noqa: F401
         import transformers
     except ImportError:
-        raise MissingExtraError("reading this model type (it has no adapter)", "trace") from None
+        raise MissingExtraError(f"reading model_type {model_type!r}, which has no adapter,", "trace") from None
     return transformers
 
 
