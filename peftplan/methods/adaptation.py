@@ -32,7 +32,7 @@ class MethodConfig(BaseModel):
 class AddedTensor:
     """One family of tensors that a method adds, named as in `named_parameters()` without peft's `base_model.model.` and
     `.default`. `dtype` says whose dtype it takes: peft casts an adapter's own parameters (`autocast_adapter_dtype`), a
-    `modules_to_save` copy keeps its module's. `numbered` counts tensors that share a name template but no layer index.
+    `modules_to_save` copy keeps its module's. `in_embedding` marks the weight of an `nn.Embedding`.
     """
 
     name: str
@@ -51,6 +51,21 @@ class AddedTensor:
         """The full name of every tensor of the family."""
         for layer in self.layers or (None,):
             yield self.name if layer is None else self.name.replace("{}", str(layer))
+
+
+@dataclass(frozen=True, slots=True)
+class AddedBuffer:
+    """One family of buffers that a method adds: on the device, in no parameter count. `adapter` is the dtype of the adapter."""
+
+    name: str
+    shape: Shape
+    dtype: Literal["adapter", "float32", "int64"]
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def copies(self) -> int:
+        """How many buffers this family stands for."""
+        return 1 if self.layers is None else len(self.layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +91,7 @@ class Adaptation:
     trained: tuple[TrainedParam, ...] = ()
     matched: tuple[Module, ...] = ()
     resolved: tuple[tuple[str, Any], ...] = ()
+    buffers: tuple[AddedBuffer, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

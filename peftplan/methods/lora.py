@@ -7,30 +7,35 @@ Source of names and shapes: peft 0.21.2, `tuners/lora/layer.py` (`Linear`, `Embe
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module, Shape
-from peftplan.errors import InputError, RefusedError
-from peftplan.methods.adaptation import Adaptation, AddedTensor, NeedsPeftError, TrainedParam, trained_params
+from peftplan.errors import InputError, RefusedError, UnknownNameError
+from peftplan.methods.adaptation import Adaptation, AddedTensor, NeedsPeftError
 from peftplan.methods.experts import fused_expert_targets
-from peftplan.methods.targets import (
-    ALL_LINEAR,
-    Names,
-    TargetedConfig,
-    by_rank,
-    match,
-    rank_of,
-    resolve_targets,
-    saved_copies,
-    saved_modules,
-)
+from peftplan.methods.saved import refuse_both, saved_copies, saved_modules, token_deltas
+from peftplan.methods.targets import ALL_LINEAR, LayeredConfig, Names, by_rank, match, rank_of, resolve_targets
+from peftplan.methods.tuner import trained_biases
 
 Rank = Annotated[int, Field(ge=1, le=2**20)]
 
+EVA = "init_lora_weights 'eva': counted as get_peft_model makes it; the ranks move between layers once EVA sees data"
+INITIALISATIONS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
+"""Texts that `init_lora_weights` takes in peft 0.21.2, besides `pissa_niter_[number]`."""
 
-class LoraConfig(TargetedConfig):
+
+def _initialisation(value: bool | str) -> bool | str:
+    if isinstance(value, str) and value not in INITIALISATIONS and not re.fullmatch(r"pissa_niter_\d+", value):
+        raise UnknownNameError("init_lora_weights", value, INITIALISATIONS)
+    return value
+
+
+Initialisation = Annotated[bool | str, AfterValidator(_initialisation)]
+
+
+class LoraConfig(LayeredConfig):
     """peft's `LoraConfig`, less the fields that change no tensor; `lora_alpha` scales and counts nothing."""
 
     r: Rank = 8
@@ -43,17 +48,21 @@ class LoraConfig(TargetedConfig):
     rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
     target_parameters: Names = None
+    init_lora_weights: Initialisation = True
+    """Initialisation; it changes no size, but `mica` (arXiv 2604.01694) freezes every B."""
     freeze_a: bool = False
     """LoRA-FA (arXiv 2308.03303): `create_lorafa_optimizer` freezes every A."""
 
+    refuses_layers: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
     no_effect: ClassVar[frozenset[str]] = frozenset(
-        {"alpha_pattern", "init_lora_weights", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config",
+        {"alpha_pattern", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config",
          "qalora_group_size", "runtime_config", "lora_ga_config"}
     )  # fmt: skip
 
 
 def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
     """The tensors that `get_peft_model` adds for a LoraConfig; `target_modules` None means all linear layers."""
+    _refuse(arch, config)
     resolved = fused_expert_targets(arch, config, config.target_modules or ALL_LINEAR)
     targets = resolve_targets(arch, resolved.target_modules, peft_type="LORA") if resolved.target_modules else ()
     matched = match(arch, config, targets) if targets else ()
@@ -63,18 +72,28 @@ def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
     for module in matched:
         for family, r in by_rank(module, r=config.r, rank_pattern=rank_pattern):
             added += _module_tensors(family, r, config)
-    wrapped = _parameter_tensors(arch, config, resolved.target_parameters, rank_pattern)
-    added += wrapped
+    added += _parameter_tensors(arch, config, resolved.target_parameters, rank_pattern)
     if not added:
         raise InputError("target_parameters", list(resolved.target_parameters), f"no parameter of {arch.model_type} matches")
-    added += saved_copies(arch, saved_modules(arch, config))
-    added += _token_deltas(arch, config)
+    copies = saved_copies(arch, saved_modules(arch, config))
     return Adaptation(
-        added=tuple(added),
-        trained=_trained_biases(arch, config, matched),
+        added=(*added, *copies, *token_deltas(arch, config.trainable_token_indices)),
+        trained=trained_biases(arch, matched, copies, bias=config.bias),
         matched=matched,
         resolved=(("target_modules", targets), ("target_parameters", resolved.target_parameters)),
+        notes=(EVA,) if config.init_lora_weights == "eva" else (),
     )
+
+
+def _refuse(arch: Architecture, config: LoraConfig) -> None:
+    """Raise RefusedError or NeedsPeftError for combinations that peft refuses, or that make another variant of LoRA."""
+    if config.lora_bias and config.use_dora:
+        raise RefusedError("lora_bias: peft does not support it with use_dora")
+    if config.lora_bias and not isinstance(config.init_lora_weights, bool):
+        raise RefusedError("lora_bias: peft supports it only with init_lora_weights True or False")
+    if config.init_lora_weights == "mica" and config.use_dora:
+        raise NeedsPeftError("LORA with init_lora_weights 'mica' and use_dora")
+    refuse_both(saved_modules(arch, config), config.trainable_token_indices)
 
 
 def _module_tensors(module: Module, r: int, config: LoraConfig) -> list[AddedTensor]:
@@ -84,12 +103,13 @@ def _module_tensors(module: Module, r: int, config: LoraConfig) -> list[AddedTen
     def tensor(part: str, shape: Shape, *, trainable: bool = True) -> AddedTensor:
         return AddedTensor(f"{module.name}.{part}", shape, module.layers, trainable)
 
-    if module.kind == "Embedding":
-        if config.lora_bias:
-            raise RefusedError(f"lora_bias: peft does not support it for embedding layers ({module.name})")
-        tensors = [tensor("lora_embedding_A", (r, n_in), trainable=not config.freeze_a), tensor("lora_embedding_B", (n_out, r))]
-    else:
-        tensors = [tensor("lora_A.weight", (r, n_in), trainable=not config.freeze_a), tensor("lora_B.weight", (n_out, r))]
+    if module.kind == "Embedding" and config.lora_bias:
+        raise RefusedError(f"lora_bias: peft does not support it for embedding layers ({module.name})")
+    a, b = ("lora_embedding_A", "lora_embedding_B") if module.kind == "Embedding" else ("lora_A.weight", "lora_B.weight")
+    tensors = [
+        tensor(a, (r, n_in), trainable=not config.freeze_a),
+        tensor(b, (n_out, r), trainable=config.init_lora_weights != "mica"),
+    ]
     if config.lora_bias:
         tensors.append(tensor("lora_B.bias", (n_out,)))
     if config.use_dora:
@@ -143,30 +163,3 @@ def _expert_shape(module: Module, param: str, shape: Shape) -> tuple[int, int, i
         raise RefusedError(f"target_parameters: {module.name}.{param} has {len(shape)} dimensions; peft supports 2 and 3")
     experts, first, second = shape
     return (experts, first, second) if module.kind == "ExpertsTransposed" else (experts, second, first)
-
-
-def _trained_biases(arch: Architecture, config: LoraConfig, matched: tuple[Module, ...]) -> tuple[TrainedParam, ...]:
-    if config.bias == "all":
-        return trained_params(arch, arch.modules, only="bias")
-    return trained_params(arch, matched, only="bias") if config.bias == "lora_only" else ()
-
-
-def _token_deltas(arch: Architecture, config: LoraConfig) -> list[AddedTensor]:
-    """`trainable_token_indices`: one row of deltas per token; a tied head shares the embedding's."""
-    wanted: Any = config.trainable_token_indices
-    if not wanted:
-        return []
-    if not isinstance(wanted, dict):
-        wanted = {(arch.input_embedding or "embed_tokens").rpartition(".")[2]: wanted}
-    added = []
-    for name, indices in wanted.items():
-        module = next((m for m in arch.modules if m.name == name or re.search(rf"(^|\.){re.escape(name)}$", m.name)), None)
-        if module is None:
-            raise InputError("trainable_token_indices", name, "no module has this name")
-        if f"{module.name}.weight" in arch.tied_names and len(wanted) > 1:
-            continue
-        rows, width = module.shape("weight")
-        if any(not 0 <= i < rows for i in indices):
-            raise InputError("trainable_token_indices", list(indices), f"accepted: token ids from 0 to {rows - 1}")
-        added.append(AddedTensor(f"{module.name}.token_adapter.trainable_tokens_delta", (len(indices), width)))
-    return added

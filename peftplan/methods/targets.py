@@ -1,7 +1,7 @@
 """Which modules a PEFT config targets: peft's matching rules, applied to families.
 
 Source: peft 0.21.2, `tuners/tuners_utils.py` (`check_target_module_exists`, `_maybe_include_all_linear_layers`) and
-`utils/other.py` (`get_pattern_key`, `_set_trainable`, `set_additional_trainable_modules`).
+`utils/other.py` (`get_pattern_key`).
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Annotated
+from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import BeforeValidator
 
 from peftplan import datafiles
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
 from peftplan.errors import InputError, RefusedError
-from peftplan.methods.adaptation import AddedTensor, MethodConfig, restricted
+from peftplan.methods.adaptation import MethodConfig, restricted
+from peftplan.methods.saved import saved_modules
+
+Value = TypeVar("Value")
 
 ALL_LINEAR = "all-linear"
 PEFT_DEFAULT = "peft-default"
@@ -27,9 +30,6 @@ _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 _ATTENTION = re.compile(r"(attn|attention)", re.IGNORECASE)
 SEQ_CLS_HEADS = ("score", "classifier")
 """`SEQ_CLS_HEAD_NAMES` (peft/utils/constants.py): heads that `all-linear` leaves out for peft's task type SEQ_CLS."""
-
-SAVED_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""Heads that peft adds to `modules_to_save` by task type (peft/peft_model.py, `PeftModelFor…`)."""
 
 
 def _words(value: object) -> object:
@@ -54,8 +54,18 @@ class TargetedConfig(MethodConfig):
     target_modules: Targets = None
     exclude_modules: Targets = None
     modules_to_save: Names = None
+
+
+class LayeredConfig(TargetedConfig):
+    """The fields of the methods that can leave out layers.
+
+    `refuses_layers` names those fields that peft's config class refuses beside a `target_modules` that is one text: a regular
+    expression or `all-linear`. Where it does not refuse them, it ignores them.
+    """
+
     layers_to_transform: tuple[int, ...] | int | None = None
-    layers_pattern: tuple[str, ...] | str | None = None
+    layers_pattern: Names = None
+    refuses_layers: ClassVar[tuple[str, ...]] = ()
 
 
 def match(arch: Architecture, config: TargetedConfig, targets: tuple[str, ...] | str) -> tuple[Module, ...]:
@@ -68,18 +78,16 @@ def match(arch: Architecture, config: TargetedConfig, targets: tuple[str, ...] |
     templates = frozenset(t for t in targets if "{" in t) if isinstance(targets, tuple) else frozenset()
     excluded = _matcher(config.exclude_modules) if config.exclude_modules else lambda _: False
     saved = [re.compile(rf"(^|.*\.){m}($|\..*)") for m in saved_modules(arch, config)]
-    by_layer = config.layers_to_transform is not None
-    if by_layer and (isinstance(targets, str) or any("{" in target for target in targets)):
-        raise RefusedError("layers_to_transform: peft refuses it with a target_modules that is not a list of names")
+    layers = config if isinstance(config, LayeredConfig) and _uses_layers(config) else None
 
     def matches(name: str, template: str) -> bool:
         if excluded(name) or any(pattern.match(name) for pattern in saved):
             return False
         if template in templates:
             return True
-        return wanted(name) and (not by_layer or name in targets or _in_layers(name, config))
+        return wanted(name) and (layers is None or name in targets or _in_layers(name, layers))
 
-    names_layers = any(map(_has_digit, (*_flat(targets), *_flat(config.exclude_modules)))) or by_layer
+    names_layers = any(map(_has_digit, (*_flat(targets), *_flat(config.exclude_modules)))) or layers is not None
     found = [m for module in arch.modules if (m := _matching_layers(module, matches, alike=not names_layers)) is not None]
     container = next((c for c in sorted(arch.containers) if matches(c.replace("{}", "0"), c)), None)
     if container is not None:
@@ -151,43 +159,19 @@ def rank_of(name: str, *, r: int, rank_pattern: Mapping[str, int]) -> int:
 
 def by_rank(module: Module, *, r: int, rank_pattern: Mapping[str, int], suffix: str = "") -> list[tuple[Module, int]]:
     """Split a family into one family per rank that `rank_pattern` gives its layers."""
-    if not rank_pattern or module.layers is None:
-        return [(module, rank_of(module.name + suffix, r=r, rank_pattern=rank_pattern))]
-    groups: dict[int, list[int]] = {}
+    if not rank_pattern:
+        return [(module, r)]
+    return split(module, lambda name: rank_of(name + suffix, r=r, rank_pattern=rank_pattern))
+
+
+def split(module: Module, value: Callable[[str], Value]) -> list[tuple[Module, Value]]:
+    """Split a family into one family per value that its modules' names give."""
+    if module.layers is None:
+        return [(module, value(module.name))]
+    groups: dict[Value, list[int]] = {}
     for layer, name in zip(module.layers, module.names(), strict=True):
-        groups.setdefault(rank_of(name + suffix, r=r, rank_pattern=rank_pattern), []).append(layer)
-    return [(restricted(module, tuple(layers)), rank) for rank, layers in groups.items()]
-
-
-def saved_modules(arch: Architecture, config: TargetedConfig) -> tuple[str, ...]:
-    """`modules_to_save` as peft completes it by task type."""
-    heads = SAVED_HEADS.get(arch.task_type, ())
-    return tuple(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
-
-
-def saved_copies(arch: Architecture, names: Iterable[str]) -> tuple[AddedTensor, ...]:
-    """The trainable copies that `modules_to_save` makes: every parameter under a module whose name ends with one of `names`.
-
-    Raises InputError for a name that the user gave and that no module ends with; heads added by task type may be absent.
-    """
-    copies: list[AddedTensor] = []
-    taken: set[str] = set()
-    for wanted in names:
-        roots = [n for n in (*(m.name for m in arch.modules), *sorted(arch.containers)) if n.endswith(wanted)]
-        if not roots and wanted not in {h for heads in SAVED_HEADS.values() for h in heads}:
-            known = {m.leaf for m in arch.modules}
-            raise InputError("modules_to_save", wanted, f"no module ends with it; near: {_near(wanted, known)}")
-        for root in roots:
-            for module in arch.modules:
-                if (module.name != root and not module.name.startswith(root + ".")) or module.name in taken:
-                    continue
-                taken.add(module.name)
-                inner = module.name[len(root) :]
-                copies += [
-                    AddedTensor(f"{root}.modules_to_save{inner}.{p}", shape, module.layers, dtype="base")
-                    for p, shape in module.params
-                ]
-    return tuple(copies)
+        groups.setdefault(value(name), []).append(layer)
+    return [(restricted(module, tuple(layers)), found) for found, layers in groups.items()]
 
 
 def _matcher(targets: tuple[str, ...] | str) -> Callable[[str], bool]:
@@ -209,13 +193,23 @@ def _matching_layers(module: Module, matches: Callable[[str, str], bool], *, ali
     return restricted(module, layers) if layers else None
 
 
-def _in_layers(name: str, config: TargetedConfig) -> bool:
-    patterns = config.layers_pattern
+def _uses_layers(config: LayeredConfig) -> bool:
+    """Whether layers are left out by index. Raises RefusedError for what peft's config class refuses."""
+    one_text = isinstance(config.target_modules, str) and config.target_modules not in ("attention", "mlp", PEFT_DEFAULT)
+    for name in config.refuses_layers:
+        if one_text and getattr(config, name) is not None:
+            raise RefusedError(f"{name}: peft refuses it with a target_modules that is not a list of names")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise RefusedError("layers_pattern: peft asks for layers_to_transform beside it")
+    return config.layers_to_transform not in (None, ()) and not one_text
+
+
+def _in_layers(name: str, config: LayeredConfig) -> bool:
     found = None
-    if not patterns:
+    if not config.layers_pattern:
         found = _LAYER_INDEX.match(name)
     else:
-        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        for pattern in config.layers_pattern:
             if (found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)) is not None:
                 break
     wanted = config.layers_to_transform

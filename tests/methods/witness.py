@@ -26,10 +26,11 @@ def peft_model(model: Any, config: peft.PeftConfig, *, device: str = "meta") -> 
 def split(base: Any, adapted: Any) -> tuple[dict[str, tuple[tuple[int, ...], bool]], set[str]]:
     """What peft added, name → (shape, trains), and the names of the base's own parameters that it left trainable."""
     known = {name for name, _ in base.named_parameters()}
+    prefix = "base_model." if adapted.active_peft_config.is_prompt_learning else "base_model.model."
     added: dict[str, tuple[tuple[int, ...], bool]] = {}
     trained: set[str] = set()
     for name, param in adapted.named_parameters():
-        short = re.sub(r"\.default(?=\.|$)", "", name.removeprefix("base_model.model.").removeprefix("base_model."))
+        short = re.sub(r"\.default(?=\.|$)", "", name.removeprefix(prefix))
         plain = re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", short)
         if plain not in known or ".modules_to_save." in short:
             added[short] = (tuple(param.shape), param.requires_grad)

@@ -1,0 +1,75 @@
+"""BOFT (Liu et al. 2023, arXiv 2311.06243, eq. 3): a rotation of the input that is a product of m butterfly factors, and a scale.
+
+An input of width `in` is cut into n blocks of size b, in = n·b: R is (m, n, b, b), whole blocks, and s is (out, 1). Each layer
+also registers P (m, in, in) in fp32, the permutation matrices: in no count, but on the device once the model moves there.
+Source: peft 0.21.2, `tuners/boft/layer.py` (`BOFTLayer.update_layer`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from peftplan.arch.modules import Architecture, Module
+from peftplan.errors import RefusedError
+from peftplan.methods.adaptation import Adaptation, AddedBuffer, AddedTensor
+from peftplan.methods.targets import LayeredConfig
+from peftplan.methods.tuner import LINEAR, require_kind, tune
+
+Blocks = Annotated[int, Field(ge=0, le=2**24)]
+
+FALLBACK = "boft_n_butterfly_factor: peft falls back to 1 where its CUDA extension cannot be built"
+
+
+class BOFTConfig(LayeredConfig):
+    """peft's `BOFTConfig`, less what changes no tensor. Exactly one of `boft_block_size` and `boft_block_num` is not zero."""
+
+    boft_block_size: Blocks = 4
+    boft_block_num: Blocks = 0
+    boft_n_butterfly_factor: Annotated[int, Field(ge=1, le=32)] = 1
+    boft_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    bias: Literal["none", "all", "boft_only"] = "none"
+    no_effect: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "init_weights"})
+
+
+def boft(arch: Architecture, config: BOFTConfig) -> Adaptation:
+    """The tensors that `get_peft_model` adds for a BOFTConfig where peft's CUDA extension builds."""
+    if (config.boft_block_size == 0) == (config.boft_block_num == 0):
+        raise RefusedError(
+            f"boft_block_size, boft_block_num: peft takes exactly one of boft_block_size ({config.boft_block_size}) and "
+            f"boft_block_num ({config.boft_block_num}), the other must be 0, because their product is in_features"
+        )
+    m = config.boft_n_butterfly_factor
+
+    def tensors(module: Module) -> list[AddedTensor]:
+        require_kind(module, LINEAR, method="BOFT", by_peft=("Conv2d",))
+        n, b = _blocks(module, config)
+        return [
+            AddedTensor(f"{module.name}.boft_R", (m, n, b, b), module.layers),
+            AddedTensor(f"{module.name}.boft_s", (module.out_features, 1), module.layers),
+        ]
+
+    def buffers(module: Module) -> list[AddedBuffer]:
+        width = module.in_features
+        return [AddedBuffer(f"{module.name}.boft_P", (m, width, width), "float32", module.layers)]
+
+    found = tune(arch, config, tensors, peft_type="BOFT", bias=config.bias, buffers=buffers)
+    return replace(found, notes=(FALLBACK,)) if m > 1 else found
+
+
+def _blocks(module: Module, config: BOFTConfig) -> tuple[int, int]:
+    """(number of blocks, block size), where both divide the width and leave room for the butterfly's pairs."""
+    width, extra = module.in_features, config.boft_n_butterfly_factor - 1
+    name = "boft_block_size" if config.boft_block_size else "boft_block_num"
+    given = config.boft_block_size or config.boft_block_num
+    if width % given:
+        raise RefusedError(f"{name}: in_features ({width}) of {module.name} must be divisible by {name} ({given})")
+    n, b = (width // given, given) if config.boft_block_size else (given, width // given)
+    if extra and (n % 2**extra or n % 2 or b % 2):
+        raise RefusedError(
+            f"boft_n_butterfly_factor: invalid combination of {extra + 1} factors with {n} blocks of size {b} at {module.name} "
+            f"(the number of blocks must divide by {2**extra}, the block size by 2)"
+        )
+    return n, b

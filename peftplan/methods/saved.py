@@ -1,0 +1,120 @@
+"""What every peft method can train besides its adapter: copies of whole modules, and single rows of an embedding.
+
+Source: peft 0.21.2, `utils/other.py` (`_set_trainable`, `ModulesToSaveWrapper`, `set_additional_trainable_modules`) and
+`peft_model.py` (`PeftModelForSequenceClassification` and its siblings, which add the head of their task).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Protocol
+
+from peftplan.arch.modules import Architecture, Module
+from peftplan.errors import InputError, RefusedError
+from peftplan.methods.adaptation import AddedTensor, restricted
+
+SAVED_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads that peft adds to `modules_to_save` by task type."""
+ALL_HEADS = frozenset(head for heads in SAVED_HEADS.values() for head in heads)
+
+TokenIndices = tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
+
+
+class SavesModules(Protocol):
+    """A configuration with peft's `modules_to_save`."""
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...] | None: ...
+
+
+def saved_modules(arch: Architecture, config: SavesModules) -> tuple[str, ...]:
+    """`modules_to_save` as peft completes it by task type."""
+    return tuple(dict.fromkeys((*(config.modules_to_save or ()), *SAVED_HEADS.get(arch.task_type, ()))))
+
+
+def saved_copies(arch: Architecture, names: Iterable[str]) -> tuple[AddedTensor, ...]:
+    """The trainable copies that `modules_to_save` makes: every parameter under a module whose name ends with one of `names`.
+
+    A copy holds its own tensors, also of a tied weight. Raises InputError for a name that the user gave and that no module ends
+    with; heads added by task type may be absent.
+    """
+    copies: list[AddedTensor] = []
+    taken: set[tuple[str, int | None]] = set()
+    for wanted in names:
+        roots = _roots(arch, wanted)
+        if not roots and wanted not in ALL_HEADS:
+            raise InputError("modules_to_save", wanted, f"no module ends with it; near: {_near(arch, wanted)}")
+        for root, layers in roots:
+            for module in arch.modules:
+                if module.name != root and not module.name.startswith(root + "."):
+                    continue
+                kept = [i for i in module.layers or (None,) if (layers is None or i in layers) and (module.name, i) not in taken]
+                taken |= {(module.name, i) for i in kept}
+                if kept:
+                    indices = None if module.layers is None else tuple(i for i in kept if i is not None)
+                    copies += _copies(arch, root, module if indices is None else restricted(module, indices))
+    return tuple(copies)
+
+
+def is_saved(copies: Iterable[AddedTensor]) -> frozenset[str]:
+    """Names of the base parameters, as templates, that `modules_to_save` copied and thereby froze."""
+    return frozenset(t.name.replace(".modules_to_save", "") for t in copies)
+
+
+def token_deltas(arch: Architecture, wanted: TokenIndices) -> tuple[AddedTensor, ...]:
+    """`trainable_token_indices`: one row of deltas per token; a tied head shares the embedding's."""
+    if not wanted:
+        return ()
+    if not isinstance(wanted, Mapping):
+        wanted = {(arch.input_embedding or "embed_tokens").rpartition(".")[2]: wanted}
+    added = []
+    for name, indices in wanted.items():
+        module = next((m for m in arch.modules if m.name == name or m.name.endswith("." + name)), None)
+        if module is None:
+            raise InputError("trainable_token_indices", name, f"no module has this name; near: {_near(arch, name)}")
+        if f"{module.name}.weight" in arch.tied_names and len(wanted) > 1:
+            continue
+        rows, width = module.shape("weight")
+        if any(not 0 <= i < rows for i in indices):
+            raise InputError("trainable_token_indices", list(indices), f"accepted: token ids from 0 to {rows - 1}")
+        added.append(AddedTensor(f"{module.name}.token_adapter.trainable_tokens_delta", (len(indices), width)))
+    return tuple(added)
+
+
+def refuse_both(saved: Iterable[str], wanted: TokenIndices) -> None:
+    """Raise RefusedError where an embedding is saved as a whole and by its rows."""
+    both = set(saved) & set(wanted if isinstance(wanted, Mapping) else ("embed_tokens",) if wanted else ())
+    if both:
+        raise RefusedError(f"trainable_token_indices: {both.pop()} is already in modules_to_save; peft takes only one of both")
+
+
+def _roots(arch: Architecture, wanted: str) -> list[tuple[str, frozenset[int] | None]]:
+    """Templates of the modules whose name ends with `wanted`, and the layers where it does (None: all)."""
+    found: list[tuple[str, frozenset[int] | None]] = []
+    for template in dict.fromkeys((*(m.name for m in arch.modules), *sorted(arch.containers))):
+        if template.endswith(wanted):
+            found.append((template, None))
+        elif "{}" in template and any(char.isdigit() for char in wanted):
+            under = [m for m in arch.modules if m.name == template or m.name.startswith(template + ".")]
+            layers = {i for m in under for i in m.layers or () if template.replace("{}", str(i)).endswith(wanted)}
+            if layers:
+                found.append((template, frozenset(layers)))
+    return found
+
+
+def _copies(arch: Architecture, root: str, module: Module) -> list[AddedTensor]:
+    inner = module.name[len(root) :]
+    owners = dict(arch.ties)
+    return [
+        AddedTensor(
+            f"{root}.modules_to_save{inner}.{param}", shape, module.layers, dtype="base", in_embedding=module.kind == "Embedding"
+        )
+        for param, shape in module.params
+        if not owners.get(f"{module.name}.{param}", "").startswith(root + ".")  # a tie inside the copy stays a tie
+    ]
+
+
+def _near(arch: Architecture, wanted: str) -> str:
+    leaves = sorted({m.leaf for m in arch.modules})
+    return ", ".join(get_close_matches(wanted, leaves, n=4, cutoff=0.3) or leaves[:6])
