@@ -62,6 +62,9 @@ def fused_expert_targets(arch: Architecture, config: _Config, target_modules: tu
     base = CONVERSIONS.get(arch.model_type)
     if base is None:
         return ResolvedTargets(target_modules, parameters)
+    if target_modules == "peft-default":
+        # peft turns None into an empty set of targets here, before it looks its default up, and then finds none.
+        raise RefusedError(f"target_modules: peft has no default targets for model_type {arch.model_type!r}; name them")
     renamed = RENAMED[base]
     names = _leaf_names(arch, target_modules, renamed) if isinstance(target_modules, str) else target_modules
     if names is None:

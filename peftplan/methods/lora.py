@@ -15,7 +15,7 @@ from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module, Shape
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, NeedsPeftError
 from peftplan.methods.experts import fused_expert_targets
-from peftplan.methods.saved import refuse_both, saved_copies, saved_modules, token_deltas
+from peftplan.methods.saved import refuse_both, refuse_targeted, saved_copies, saved_modules, token_deltas
 from peftplan.methods.targets import ALL_LINEAR, LayeredConfig, Names, by_rank, match, rank_of, resolve_targets
 from peftplan.methods.tuner import trained_biases
 
@@ -76,6 +76,7 @@ def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
     if not added:
         raise InputError("target_parameters", list(resolved.target_parameters), f"no parameter of {arch.model_type} matches")
     copies = saved_copies(arch, saved_modules(arch, config))
+    refuse_targeted(matched, copies)
     return Adaptation(
         added=(*added, *copies, *token_deltas(arch, config.trainable_token_indices)),
         trained=trained_biases(arch, matched, copies, bias=config.bias),

@@ -12,10 +12,12 @@ from typing import Protocol
 
 from peftplan.arch.modules import Architecture, Module
 from peftplan.errors import InputError, RefusedError
-from peftplan.methods.adaptation import AddedTensor, restricted
+from peftplan.methods.adaptation import AddedTensor, NeedsPeftError, restricted
 
 SAVED_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Heads that peft adds to `modules_to_save` by task type."""
+KNOWN_BEFORE_MATCHING = ("SEQ_CLS",)
+"""Tasks whose head peft adds before it matches targets, so that no target can be in the head."""
 ALL_HEADS = frozenset(head for heads in SAVED_HEADS.values() for head in heads)
 
 TokenIndices = tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
@@ -31,6 +33,25 @@ class SavesModules(Protocol):
 def saved_modules(arch: Architecture, config: SavesModules) -> tuple[str, ...]:
     """`modules_to_save` as peft completes it by task type."""
     return tuple(dict.fromkeys((*(config.modules_to_save or ()), *SAVED_HEADS.get(arch.task_type, ()))))
+
+
+def never_targeted(arch: Architecture, config: SavesModules) -> tuple[str, ...]:
+    """The part of `modules_to_save` that peft knows while it matches targets."""
+    heads = SAVED_HEADS[arch.task_type] if arch.task_type in KNOWN_BEFORE_MATCHING else ()
+    return tuple(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
+
+
+def refuse_targeted(matched: Iterable[Module], copies: Iterable[AddedTensor]) -> None:
+    """Raise RefusedError where a targeted module would also be saved, NeedsPeftError where it lies inside a saved one."""
+    saved = {t.name.rpartition(".")[0] for t in copies}
+    for module in matched:
+        if f"{module.name}.modules_to_save" in saved:
+            raise RefusedError(
+                f"target_modules: {module.name} is targeted and saved by modules_to_save, which peft refuses with a TypeError; "
+                "name the targets, or exclude it by exclude_modules"
+            )
+        if any(name.replace(".modules_to_save", "") == module.name for name in saved):
+            raise NeedsPeftError(f"modules_to_save of a module that holds the target {module.name}")
 
 
 def saved_copies(arch: Architecture, names: Iterable[str]) -> tuple[AddedTensor, ...]:

@@ -17,7 +17,7 @@ from peftplan import datafiles
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
 from peftplan.errors import InputError, RefusedError
 from peftplan.methods.adaptation import MethodConfig, restricted
-from peftplan.methods.saved import saved_modules
+from peftplan.methods.saved import never_targeted
 
 Value = TypeVar("Value")
 
@@ -77,7 +77,7 @@ def match(arch: Architecture, config: TargetedConfig, targets: tuple[str, ...] |
     wanted = _matcher(targets)
     templates = frozenset(t for t in targets if "{" in t) if isinstance(targets, tuple) else frozenset()
     excluded = _matcher(config.exclude_modules) if config.exclude_modules else lambda _: False
-    saved = [re.compile(rf"(^|.*\.){m}($|\..*)") for m in saved_modules(arch, config)]
+    saved = [re.compile(rf"(^|.*\.){m}($|\..*)") for m in never_targeted(arch, config)]
     layers = config if isinstance(config, LayeredConfig) and _uses_layers(config) else None
 
     def matches(name: str, template: str) -> bool:
@@ -121,10 +121,6 @@ def resolve_targets(arch: Architecture, target_modules: tuple[str, ...] | str | 
 
 def all_linear(arch: Architecture) -> tuple[str, ...]:
     """Name templates of every `nn.Linear` and `Conv1D`, the output embedding or a SEQ_CLS head left out, as peft does it."""
-    if arch.task_type == "TOKEN_CLS":
-        raise RefusedError(
-            "target_modules: peft 0.21 raises a TypeError for 'all-linear' with task type TOKEN_CLS; name the modules"
-        )
     skip = {arch.output_embedding}
     if arch.output_embedding is None and arch.task_type == "SEQ_CLS":
         skip = {name for name in SEQ_CLS_HEADS if any(m.name == name for m in arch.modules)}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from peftplan.arch.modules import Architecture, Module
 from peftplan.errors import RefusedError
 from peftplan.methods.adaptation import Adaptation, AddedBuffer, AddedTensor, NeedsPeftError, TrainedParam, trained_params
-from peftplan.methods.saved import is_saved, saved_copies, saved_modules
+from peftplan.methods.saved import is_saved, refuse_targeted, saved_copies, saved_modules
 from peftplan.methods.targets import TargetedConfig, match, resolve_targets
 
 LINEAR = ("Linear", "LinearSubclass")
@@ -34,6 +34,7 @@ def tune(
     targets = resolve_targets(arch, config.target_modules, peft_type=peft_type)
     matched = match(arch, config, targets)
     copies = saved_copies(arch, saved_modules(arch, config))
+    refuse_targeted(matched, copies)
     return Adaptation(
         added=(*(t for module in matched for t in tensors(module)), *copies),
         trained=trained_biases(arch, matched, copies, bias=bias),
