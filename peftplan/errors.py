@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
+from collections.abc import Iterable, Sequence
+
+
+def nearest(name: str, choices: Sequence[str], *, most: int = 3, cutoff: float = 0.5) -> list[str]:
+    """The choices that read most like `name`, best first."""
+    from difflib import get_close_matches  # needed only once something is wrong
+
+    return get_close_matches(name, choices, n=most, cutoff=cutoff)
 
 
 class PeftplanError(Exception):
@@ -26,7 +32,7 @@ class UnknownNameError(InputError):
 
     def __init__(self, field: str, value: object, choices: Iterable[str], *, most: int = 12) -> None:
         self.choices = sorted(choices)
-        near = get_close_matches(str(value).lower(), self.choices, n=3, cutoff=0.5)
+        near = nearest(str(value).lower(), self.choices)
         if len(self.choices) <= most:
             accepted = "accepted: " + ", ".join(self.choices)
         else:

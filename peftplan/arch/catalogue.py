@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
 from peftplan.datafiles import load as load_data
-from peftplan.errors import InputError, UnknownNameError
+from peftplan.errors import InputError, UnknownNameError, nearest
 
 INDEX = "models/index.json"
 
@@ -58,7 +57,7 @@ class UnknownModelError(UnknownNameError):
 
     def __init__(self, value: object, choices: tuple[str, ...]) -> None:
         self.choices = sorted(choices)
-        near = get_close_matches(_key(str(value)), self.choices, n=3, cutoff=0.5)
+        near = nearest(_key(str(value)), self.choices)
         InputError.__init__(
             self,
             "model",

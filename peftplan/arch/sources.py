@@ -14,12 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from peftplan.arch import catalogue, hub
+from peftplan.arch import catalogue
 from peftplan.arch.adapters import ADAPTERS, read_config
 from peftplan.arch.configfile import CONFIG_NAME, check, read_file
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
-from peftplan.arch.table import load_table
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 
 MAX_LABELS = 2**24
@@ -78,13 +77,21 @@ def _built_in(name: str, sibling: str | None, task_type: str | None, num_labels:
     entry = catalogue.find(name)
     assert entry is not None
     facts = entry.facts()
-    table = None if entry.model_type in ADAPTERS else load_table(entry.name)
+    table = _table(entry)
     if table is not None and num_labels is None and task_type in (None, table.task_type):
         arch = table
     else:
         arch = _read(_with_labels(facts["config"], num_labels), name=name, task_type=task_type, trust_remote_code=False)
     source = f"built-in: {entry.repo_id}, {entry.exactness} ({facts['source']})"
     return replace(arch, name=name, source=source, notes=(*arch.notes, *_built_in_notes(entry, facts.get("note"), sibling)))
+
+
+def _table(entry: catalogue.ModelEntry) -> Architecture | None:
+    if entry.model_type in ADAPTERS:
+        return None
+    from peftplan.arch.table import load_table
+
+    return load_table(entry.name)
 
 
 def _built_in_notes(entry: catalogue.ModelEntry, note: str | None, sibling: str | None) -> Iterator[str]:
@@ -116,6 +123,8 @@ def _from_text(text: str) -> tuple[dict[str, Any], str, str]:
         return read_file(file, name=text), text, f"file {file}"
     if text.startswith((".", "~", os.sep)) or text.endswith(".json") or "\\" in text:
         raise InputError("model", text, "there is no such file or folder")
+    from peftplan.arch import hub
+
     if not hub.is_repo_id(text):
         raise catalogue.unknown(text)
     cached = hub.cached_config(text)

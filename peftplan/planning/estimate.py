@@ -9,12 +9,9 @@ from peftplan import methods, parameters
 from peftplan.arch import sources as architectures
 from peftplan.arch.modules import Architecture
 from peftplan.errors import RefusedError, UnknownNameError
-from peftplan.hardware.gpus import find_gpu
-from peftplan.hardware.usable import usable_bytes
 from peftplan.memory.ledger import Ledger
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
-from peftplan.planning import ecosystem
 from peftplan.planning.result import Estimate, Verdict
 from peftplan.planning.setup import Engine, Setup, parse_setup, resolved
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
@@ -48,9 +45,11 @@ def estimate(
         raise UnknownNameError("engine", engine, ("analytic", "trace"))
     if engine == "trace":
         raise RefusedError("engine: trace is not built yet; analytic is")
-    given, method_options = _separate(
-        {**ecosystem.training_options(training_args), **ecosystem.quant_options(quantization_config), **options}
-    )
+    if training_args is not None or quantization_config is not None:
+        from peftplan.planning import ecosystem
+
+        options = {**ecosystem.training_options(training_args), **ecosystem.quant_options(quantization_config), **options}
+    given, method_options = _separate(options)
     chosen, config, adapter = _method(method, peft_config, method_options)
     setup = parse_setup({**_method_setup(chosen, given), **given})
     architecture = architectures.load(
@@ -103,6 +102,8 @@ def _method(
     if peft_config is None:
         method, config = methods.configure(name or "lora", options)
         return method, config, {}
+    from peftplan.planning import ecosystem
+
     raw = ecosystem.adapter_config(peft_config)
     try:
         method, config = methods.from_peft_config({**raw, **options})
@@ -190,6 +191,9 @@ def _assumptions(setup: Setup, quant: QuantConfig | None, architecture: Architec
 
 def _verdict(name: str, counted: int) -> Verdict:
     """Without a peak only a shortfall is certain: what is counted is a lower bound."""
+    from peftplan.hardware.gpus import find_gpu
+    from peftplan.hardware.usable import usable_bytes
+
     gpu = find_gpu(name)
     usable = usable_bytes(gpu)
     headroom = usable.bytes - counted

@@ -7,10 +7,11 @@ bytes. A quantized weight still counts as its real number of elements wherever p
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 from peftplan.errors import InputError
 from peftplan.memory.ledger import Allocation, Category
-from peftplan.storage import bnb, floats, packed
+from peftplan.storage import bnb
 from peftplan.storage.config import FORMATS, Format, QuantConfig, check_trainable, parse_quant
 from peftplan.storage.dense import dense
 from peftplan.storage.modules import is_skipped, keys_to_not_convert, quantized_modules, skip_list
@@ -31,15 +32,26 @@ __all__ = [
     "stored",
 ]
 
+
+def _lazily(module: str, function: str) -> Callable[..., tuple[Allocation, ...]]:
+    """A layout whose module is imported when it is first used: few runs need more than bitsandbytes' formats."""
+
+    def layout(*args: object, **kwargs: object) -> tuple[Allocation, ...]:
+        found: tuple[Allocation, ...] = getattr(import_module(f"peftplan.storage.{module}"), function)(*args, **kwargs)
+        return found
+
+    return layout
+
+
 _LAYOUTS: dict[str, Callable[..., tuple[Allocation, ...]]] = {
     "nf4": bnb.four_bit,
     "fp4": bnb.four_bit,
     "int8": bnb.int8,
-    "fp8": floats.fp8,
-    "mxfp4": floats.mxfp4,
-    "gptq": packed.gptq,
-    "awq": packed.awq,
-    "hqq": packed.hqq,
+    "fp8": _lazily("floats", "fp8"),
+    "mxfp4": _lazily("floats", "mxfp4"),
+    "gptq": _lazily("packed", "gptq"),
+    "awq": _lazily("packed", "awq"),
+    "hqq": _lazily("packed", "hqq"),
 }
 
 _RANKS: dict[str, tuple[int, ...]] = {"fp8": (2, 3), "mxfp4": (3,)}

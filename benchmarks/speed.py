@@ -1,0 +1,77 @@
+"""How fast an estimate is, against the numbers to hold: cold from a shell, and warm in a process.
+
+    python benchmarks/speed.py [--repeat 20]
+
+Cold: `peftplan estimate llama-2-70b --method qlora --r 16` against the imports that any such tool needs (click, rich, pydantic
+and one small model), both as fresh processes, interleaved; the best of each counts, the others measure the machine's noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import peftplan
+
+FLOOR = "import click, rich.console, rich.table\nfrom pydantic import BaseModel\nclass A(BaseModel):\n    x: int"
+MAIN = "from peftplan.cli import main; main(['estimate', 'llama-2-70b', '--method', 'qlora', '--r', '16'])"
+HELP = "from peftplan.cli import main; main(['--help'])"
+COLD_BAR, WARM_BAR_MS = 1.3, 1.0
+
+
+def cold(code: str) -> float:
+    """Seconds of one fresh interpreter running `code`."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def warm(model: str, method: str, *, repeat: int) -> float:
+    """Milliseconds of one estimate in this process, architecture cached: the median."""
+    peftplan.estimate(model, method=method)
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        peftplan.estimate(model, method=method)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def cpu_model() -> str:
+    """The processor's name where Linux tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=20)
+    repeat = parser.parse_args().repeat
+    cold(MAIN), cold(FLOOR)  # fill the page cache and write the bytecode
+    rounds = [(cold(FLOOR), cold(MAIN), cold(HELP)) for _ in range(repeat)]
+    floor, estimate, help_ = (min(column) for column in zip(*rounds, strict=True))
+    print(f"machine: {cpu_model()}, Python {platform.python_version()}, best of {repeat}\n")
+    print("| what | measured | bar |\n| --- | --- | --- |")
+    print(f"| floor: click, rich, pydantic and one model | {1000 * floor:.0f} ms | |")
+    print(f"| `peftplan --help` | {1000 * help_:.0f} ms = {help_ / floor:.2f} × floor | |")
+    print(
+        f"| `peftplan estimate llama-2-70b …`, cold | {1000 * estimate:.0f} ms = {estimate / floor:.2f} × floor | ≤ {COLD_BAR} × |"
+    )
+    for model, method in (
+        ("llama-2-70b", "qlora"),
+        ("llama-2-7b", "full"),
+        ("mixtral-8x7b", "lora"),
+        ("bert-base-uncased", "bitfit"),
+    ):
+        print(f"| warm: {model}, {method} | {warm(model, method, repeat=200):.2f} ms | ≤ {WARM_BAR_MS} ms |")
+
+
+if __name__ == "__main__":
+    main()
