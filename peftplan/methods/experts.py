@@ -11,17 +11,19 @@ from typing import Protocol
 
 from peftplan.arch.modules import LINEAR_KINDS, Architecture
 from peftplan.errors import RefusedError
+from peftplan.methods.targets import part
 
 _QWEN2_MOE = (
-    "Dots3NoteTextModel afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo "
-    "glm4_moe glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen2_moe qwen3_moe qwen3_next "
+    "Dots3NoteTextModel UnlimitedOcrTextModel afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 "
+    "ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next "
     "qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker sarvam_mla solar_open"
 )
 CONVERSIONS: dict[str, str] = {
     **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), "mixtral"),
     **dict.fromkeys(_QWEN2_MOE.split(), "qwen2_moe"),
 }
-"""model_type → whose rewriting rules apply (`_MODEL_TO_CONVERSION_PATTERN`, transformers 5.24 `conversion_mapping.py`)."""
+"""model_type → whose rewriting rules apply (`_MODEL_TO_CONVERSION_PATTERN`, transformers 5.24 `conversion_mapping.py`, to which
+peft adds mixtral). `qwen2_moe` lends its name to the rules but is not in that mapping, so its own experts are left alone."""
 
 RENAMED: dict[str, dict[str, str]] = {
     "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
@@ -33,6 +35,8 @@ RENAMED: dict[str, dict[str, str]] = {
     },
 }
 """Names of expert projections before the fusion → the parameter that holds them now."""
+ROUTER = "gate"
+"""The renamed module that is no expert."""
 FUSED: dict[str, tuple[str, str]] = {"mixtral": ("w1", "w3"), "qwen2_moe": ("gate_proj", "up_proj")}
 """The two projections inside `gate_up_proj`: both must be targeted, and its rank doubles."""
 
@@ -85,11 +89,13 @@ def fused_expert_targets(arch: Architecture, config: _Config, target_modules: tu
 
 def _leaf_names(arch: Architecture, target: str, renamed: dict[str, str]) -> tuple[str, ...] | None:
     """The leaf names that a word or a regular expression stands for before the fusion; None leaves it as it is."""
+    if target == "mlp":
+        return tuple(name for name in renamed if name != ROUTER)
+    if target == "attention":
+        return part(arch, attention=True)
     if target == "all-linear":
         linear = {m.leaf for m in arch.modules if m.kind in LINEAR_KINDS and m.name != arch.output_embedding}
         return tuple(sorted(linear | renamed.keys()))
-    if target in ("peft-default", "attention", "mlp"):
-        return None
     pattern = re.compile(target)
     modules = [name for m in arch.modules for name in m.names()]
     params = [f"{name}.{p}" for m in arch.modules for name in m.names() for p, _ in m.params]

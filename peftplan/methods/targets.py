@@ -84,7 +84,7 @@ def match(arch: Architecture, config: TargetedConfig, targets: tuple[str, ...] |
         if excluded(name) or any(pattern.match(name) for pattern in saved):
             return False
         if template in templates:
-            return True
+            return layers is None or _in_layers(name, layers)
         return wanted(name) and (layers is None or name in targets or _in_layers(name, layers))
 
     names_layers = any(map(_has_digit, (*_flat(targets), *_flat(config.exclude_modules)))) or layers is not None
@@ -114,7 +114,7 @@ def resolve_targets(arch: Architecture, target_modules: tuple[str, ...] | str | 
     if target_modules == ALL_LINEAR:
         return all_linear(arch)
     if target_modules in ("attention", "mlp"):
-        return _part(arch, attention=target_modules == "attention")
+        return part(arch, attention=target_modules == "attention")
     assert target_modules is not None
     return target_modules
 
@@ -130,19 +130,33 @@ def all_linear(arch: Architecture) -> tuple[str, ...]:
     return names
 
 
-def _part(arch: Architecture, *, attention: bool) -> tuple[str, ...]:
+def part(arch: Architecture, *, attention: bool) -> tuple[str, ...]:
     """Names of the linear layers inside attention modules, or of the other ones inside layers.
 
-    A leaf name that both parts use (`c_proj` in GPT-2) is written with its parent, so that it matches one part only.
+    Each is the shortest end of a name that matches no module of another part: `attn.c_proj` in GPT-2; a whole template where
+    nothing shorter does, such as BERT's `bert.encoder.layer.{}.output.dense`.
     """
-    linear = [m for m in arch.modules if m.kind in LINEAR_KINDS and m.layers is not None]
-    parts = {m.name: bool(_ATTENTION.search(m.name.rpartition(".")[0].rpartition("{}")[2])) for m in linear}
-    shared = {m.leaf for m in linear if parts[m.name]} & {m.leaf for m in linear if not parts[m.name]}
-    names = [".".join(m.name.split(".")[-2:]) if m.leaf in shared else m.leaf for m in linear if parts[m.name] == attention]
-    if not names:
+    wanted = [m for m in arch.modules if m.kind in LINEAR_KINDS and m.layers is not None and _in_attention(m) == attention]
+    others = [m.name for m in arch.modules if m not in wanted]
+    if not wanted:
         what = "attention" if attention else "mlp"
         raise InputError("target_modules", what, "no nn.Linear there (fused experts are parameters: use target_parameters)")
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(_own_end(m.name, others) for m in wanted))
+
+
+def _in_attention(module: Module) -> bool:
+    return bool(_ATTENTION.search(module.name.rpartition(".")[0].rpartition("{}")[2]))
+
+
+def _own_end(name: str, others: list[str]) -> str:
+    parts = name.split(".")
+    for size in range(1, len(parts)):
+        end = ".".join(parts[-size:])
+        if "{}" in end:
+            break
+        if not any(other == end or other.endswith("." + end) for other in others):
+            return end
+    return name
 
 
 def rank_of(name: str, *, r: int, rank_pattern: Mapping[str, int]) -> int:
