@@ -1,0 +1,6 @@
+"""`python -m peftplan`."""
+
+from peftplan.cli import run
+
+if __name__ == "__main__":
+    run()
