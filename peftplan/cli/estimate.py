@@ -30,7 +30,7 @@ def command(model: str, fmt: str, verbose: bool, require_fit: bool, gpus: tuple[
     options.check_format(fmt)
     from peftplan.planning.estimate import estimate
 
-    result = estimate(model, gpus=gpus, engine=engine, **options.given(given))  # type: ignore[arg-type]
+    result = estimate(model, gpu=gpus, engine=engine, **options.given(given))  # type: ignore[arg-type]
     from peftplan.report import render
 
     render.estimate(result, fmt=fmt, verbose=verbose)

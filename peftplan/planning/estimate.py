@@ -8,7 +8,7 @@ from typing import Any
 from peftplan import methods, parameters
 from peftplan.arch import sources as architectures
 from peftplan.arch.modules import Architecture
-from peftplan.errors import RefusedError, UnknownNameError
+from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.memory.ledger import Ledger
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
@@ -27,7 +27,7 @@ def estimate(
     peft_config: Any = None,
     quantization_config: Any = None,
     training_args: Any = None,
-    gpus: Iterable[str] = (),
+    gpu: str | Iterable[str] = (),
     engine: Engine = "analytic",
     **options: Any,
 ) -> Estimate:
@@ -37,7 +37,8 @@ def estimate(
     `PretrainedConfig`. `method`: a name of `peftplan.methods.METHODS` (default `lora`), or give `peft_config`: an
     adapter_config dict or any peft `PeftConfig`. `quantization_config`: a transformers `BitsAndBytesConfig`.
     `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `options`: fields of `planning.setup.Setup`, and
-    the method's own fields under peft's names (`r`, `target_modules`, …). An explicit option wins over the objects.
+    the method's own fields under peft's names (`r`, `target_modules`, …). `gpu`: names of cards, or capacities such as 24GiB.
+    An explicit option wins over the objects.
 
     Raises InputError, UnknownNameError, RefusedError or MissingExtraError, each with a message of one line.
     """
@@ -51,12 +52,17 @@ def estimate(
         options = {**ecosystem.training_options(training_args), **ecosystem.quant_options(quantization_config), **options}
     given, method_options = _separate(options)
     chosen, config, adapter = _method(method, peft_config, method_options)
-    setup = parse_setup({**_method_setup(chosen, given), **given})
+    setup = parse_setup({**_method_setup(chosen, given), **{k: v for k, v in given.items() if v is not None}})
     architecture = architectures.load(
         model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
     )
     quant = _quant(setup, chosen)
-    setup = resolved(setup, quantized=quant is not None)
+    setup = resolved(
+        setup,
+        quantized=quant is not None,
+        supports_sdpa=architecture.supports_sdpa,
+        use_cache=bool(architectures.load_config(model).get("use_cache", True)),
+    )
     optimizer = parse_optim(str(setup.optim))
     adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
     built = parameters.build(
@@ -85,7 +91,7 @@ def estimate(
         ledger=ledger,
         assumptions=_assumptions(setup, quant, architecture, adaptation),
         not_modelled=NOT_COUNTED,
-        gpus=tuple(_verdict(name, ledger.bytes()) for name in gpus),
+        gpus=tuple(_verdict(name, ledger.bytes()) for name in ((gpu,) if isinstance(gpu, str) else gpu)),
     )
 
 
@@ -113,10 +119,14 @@ def _method(
 
 
 def _method_setup(method: methods.Method | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a method name implies for the setup: QLoRA is NF4 with double quantization."""
-    if method is None or method.quant is None or given.get("quant") not in (None, method.quant):
+    """What a method name implies for the setup: QLoRA is NF4 with double quantization and bf16 compute."""
+    if method is None or method.quant is None:
         return {}
-    return {"quant": method.quant, "double_quant": True}
+    quant = given.get("quant") or method.quant
+    if quant == "none":
+        raise InputError("quant", "none", f"{method.name} is adapters on a quantized base; accepted: a format, or another method")
+    four_bit = {"double_quant": True, "compute_dtype": "bf16"} if quant in ("nf4", "fp4") else {}
+    return {"quant": quant, **four_bit}
 
 
 def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:
@@ -185,6 +195,8 @@ def _assumptions(setup: Setup, quant: QuantConfig | None, architecture: Architec
     assumed["quant"] = quant.name if quant else "none"
     assumed |= {} if quant is None else {"double_quant": quant.double_quant, "compute_dtype": quant.compute_dtype}
     assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in adaptation.resolved if value}
+    if adaptation.matched:
+        assumed["matched_modules"] = sum(module.copies for module in adaptation.matched)
     notes = (*architecture.notes, *adaptation.notes)
     return assumed | ({"notes": list(notes)} if notes else {})
 

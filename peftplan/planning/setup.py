@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
-from peftplan.errors import InputError, UnknownNameError
+from peftplan.errors import InputError, RefusedError, UnknownNameError
 
 Trainer = Literal["plain", "transformers", "trl", "qlora-paper"]
 Engine = Literal["analytic", "trace"]
@@ -50,7 +50,7 @@ class Setup(BaseModel):
     seq_len: Count = 2048
     gradient_accumulation_steps: Count = 1
     gradient_checkpointing: bool | None = None
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     loss: Loss = "auto"
     padding: bool = False
     keep_outputs: bool | None = None
@@ -123,14 +123,22 @@ def first_error(error: ValidationError, *, prefix: str = "") -> InputError:
     return InputError(f"{prefix}{field}", first["input"], f"accepted: {first['msg'][0].lower()}{first['msg'][1:]}")
 
 
-def resolved(setup: Setup, *, quantized: bool) -> Setup:
-    """The setup with every unset field filled from its trainer preset.
+def resolved(setup: Setup, *, quantized: bool, supports_sdpa: bool, use_cache: bool) -> Setup:
+    """The setup with every unset field filled from its trainer preset, and from the model where the preset leaves it open.
 
-    peft leaves adapters in fp32 (`autocast_adapter_dtype`); TRL casts them to bf16, on a quantized base only.
+    peft leaves adapters in fp32 (`autocast_adapter_dtype`); TRL casts them to bf16, on a quantized base only. transformers takes
+    sdpa where the model class has it, else eager, and raises where sdpa is asked of a class without it. `use_cache` is what the
+    model's config says.
     """
     filled = {k: v for k, v in PRESETS[setup.trainer].items() if getattr(setup, k) in (None, "auto")}
     if not quantized:
         filled["kbit_prepare"] = False
+    if setup.use_cache is None and filled["use_cache"] is None:
+        filled["use_cache"] = use_cache
     if setup.adapter_dtype is None:
         filled["adapter_dtype"] = "bf16" if setup.trainer == "trl" and quantized else "fp32"
+    if setup.attn_implementation is None:
+        filled["attn_implementation"] = "sdpa" if supports_sdpa else "eager"
+    elif setup.attn_implementation == "sdpa" and not supports_sdpa:
+        raise RefusedError("attn_implementation: this model class has no sdpa attention in transformers; accepted: eager")
     return setup.model_copy(update=filled)
