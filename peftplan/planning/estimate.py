@@ -104,18 +104,31 @@ def _separate(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 def _method(
     name: str | None, peft_config: Any, options: Mapping[str, Any]
 ) -> tuple[methods.Method | None, MethodConfig | None, dict[str, Any]]:
-    """The method and its checked config; without them, the adapter config that only peft itself can count."""
+    """The method and its checked config; without them, the adapter config that only peft itself can count.
+
+    A method named beside an adapter config must be of its peft type; it adds what its name presets (`lora-fa`, `qlora`).
+    """
     if peft_config is None:
         method, config = methods.configure(name or "lora", options)
         return method, config, {}
     from peftplan.planning import ecosystem
 
     raw = ecosystem.adapter_config(peft_config)
+    named = methods.method_named(name) if name else None
+    if named is not None and named.peft_type != _peft_type(raw):
+        raise InputError("method", name, f"the peft_config is of type {_peft_type(raw)}; accepted: a method of that type")
+    raw = {**raw, **(named.defaults if named else {}), **options}
     try:
-        method, config = methods.from_peft_config({**raw, **options})
-        return method, config, raw
+        method, config = methods.from_peft_config(raw)
+        return named or method, config, raw
     except NeedsPeftError:
-        return None, None, {**raw, **options}
+        if named is not None and named.defaults:
+            raise
+        return named, None, raw
+
+
+def _peft_type(raw: Mapping[str, Any]) -> str:
+    return str(getattr(raw.get("peft_type"), "value", raw.get("peft_type")))
 
 
 def _method_setup(method: methods.Method | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,7 +174,8 @@ def _adapt(
             raise
     from peftplan.trace.count import count_with_peft
 
-    return count_with_peft(architectures.load_config(model), adapter, task_type=architecture.task_type)
+    labels = {} if setup.num_labels is None else {"num_labels": setup.num_labels}
+    return count_with_peft({**architectures.load_config(model), **labels}, adapter, task_type=architecture.task_type)
 
 
 def _optimizer(built: parameters.Parameters, optimizer: Optimizer, setup: Setup) -> Ledger:
