@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import io
+import os
 import sys
 from importlib import import_module
 
@@ -45,8 +47,11 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2, never with a traceback."""
     from peftplan.errors import PeftplanError
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console without `×` gets a question mark, not a traceback
     try:
         code = cli.main(args=args, prog_name="peftplan", standalone_mode=False)
+        sys.stdout.flush()
     except PeftplanError as error:
         _stop(str(error))
     except click.NoSuchOption as error:
@@ -58,7 +63,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         # The reader has gone (`peftplan models | head`); keep the interpreter from flushing into the closed pipe.
-        sys.stdout = None  # type: ignore[assignment]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     sys.exit(code if isinstance(code, int) else 0)
 

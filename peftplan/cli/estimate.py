@@ -9,15 +9,17 @@ import click
 from peftplan.cli import options
 
 
-@click.command("estimate")
+@click.command("estimate", cls=options.Command)
 @click.argument("model")
-@options.method_options
-@options.setup_options
+@options.group("Method", options.METHOD)
+@options.group("Model", options.MODEL)
+@options.group("Precision and storage", options.STORAGE)
+@options.group("Training", options.TRAINING)
 @click.option("--engine", default="analytic", metavar="NAME", show_default=True, help="analytic | trace")
 @click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a capacity such as 24GiB; repeatable")
 @click.option("--require-fit", is_flag=True, help="exit 1 unless the job is known to fit every --gpu")
-@click.option("--format", "fmt", default="table", metavar="NAME", show_default=True, help="table | json | csv | markdown")
-@click.option("-v", "--verbose", is_flag=True, help="every line with its formula and source")
+@options.format_option
+@click.option("-v", "--verbose", is_flag=True, help="every line with its formula and source, and why so much is usable")
 def command(model: str, fmt: str, verbose: bool, require_fit: bool, gpus: tuple[str, ...], engine: str, **given: Any) -> int:
     """What fine-tuning MODEL needs.
 

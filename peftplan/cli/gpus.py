@@ -9,7 +9,7 @@ from peftplan.cli import options
 
 @click.command("gpus")
 @click.argument("pattern", required=False)
-@click.option("--format", "fmt", default="table", metavar="NAME", show_default=True, help="table | json | csv | markdown")
+@options.format_option
 def command(pattern: str | None, fmt: str) -> int:
     """List the cards whose name or alias contains PATTERN: marketed size, nvidia-smi total, and what a program can get."""
     options.check_format(fmt)

@@ -18,7 +18,7 @@ from peftplan.cli import options
 @click.option("--dtype", default="bf16", metavar="VALUE", show_default=True, help="dtype of the weights")
 @click.option("--task-type", default=None, metavar="VALUE", help="peft's task type: CAUSAL_LM, SEQ_CLS, …")
 @click.option("--num-labels", default=None, type=int, help="classes of a classification head")
-@click.option("--format", "fmt", default="table", metavar="NAME", show_default=True, help="table | json | csv | markdown")
+@options.format_option
 def command(model: str, pattern: str | None, expand: bool, dtype: str, fmt: str, **task: Any) -> int:
     """The module tree of MODEL: shapes, parameters, bytes, and which modules a pattern matches.
 

@@ -9,7 +9,7 @@ from peftplan.cli import options
 
 @click.command("models")
 @click.argument("pattern", required=False)
-@click.option("--format", "fmt", default="table", metavar="NAME", show_default=True, help="table | json | csv | markdown")
+@options.format_option
 def command(pattern: str | None, fmt: str) -> int:
     """List the built-in models whose name, alias, id or model type contains PATTERN (`*` and `?` match as in a shell)."""
     options.check_format(fmt)

@@ -1,66 +1,68 @@
-"""The options of `estimate` and `inspect`, under the ecosystem's names. Values stay text; the library checks them."""
+"""The options of the commands, under the ecosystem's names. Values stay text; the library checks them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from peftplan.errors import InputError
+from peftplan.errors import InputError, UnknownNameError
 
 FORMATS = ("table", "json", "csv", "markdown")
 
-TEXT: dict[str, str] = {
-    "task_type": "peft's task type: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, …; default: as the config says",
-    "num_labels": "classes of a classification head",
-    "trainer": "plain | transformers | trl | qlora-paper: fills what is not set",
-    "dtype": "dtype of the base model: bf16 | fp16 | fp32",
-    "adapter_dtype": "dtype of the adapter; peft's default is fp32",
-    "autocast": "none | bf16 | fp16",
-    "quant": "storage of the frozen base: none | nf4 | fp4 | int8 | fp8 | mxfp4 | gptq | awq | hqq",
-    "quant_bits": "bits of gptq and hqq",
-    "quant_group_size": "group size of gptq, awq and hqq",
-    "quant_blocksize": "block size of nf4 and fp4",
-    "quant_skip_modules": "modules left unquantized, comma-separated (replaces the default list)",
-    "compute_dtype": "compute dtype of 4-bit layers",
-    "optim": "a name of TrainingArguments.optim",
-    "optim_args": "as in TrainingArguments: key=value,…",
-    "optim_target_modules": "modules that GaLore and APOLLO project",
-    "batch_size": "per device and step (micro batch)",
-    "seq_len": "tokens per sequence",
-    "gradient_accumulation_steps": "micro batches per optimizer step",
-    "attn_implementation": "sdpa | eager | flash_attention_2",
-    "loss": "auto | full | trl-chunked | liger | unsloth",
+METHOD: dict[str, str] = {
+    "--method": "see `peftplan methods`; default: lora",
+    "--peft-config": "a peft adapter_config.json, any method",
+    "--r": "rank",
+    "--lora-alpha": "scaling of the update",
+    "--lora-dropout": "dropout before A",
+    "--target-modules": "all-linear | attention | mlp | peft-default | names, comma-separated | a regular expression",
+    "--exclude-modules": "modules left out: names or a regular expression",
+    "--target-parameters": "parameters adapted directly, such as fused experts",
+    "--modules-to-save": "modules trained in full beside the adapter",
+    "--layers-to-transform": "layer indices, comma-separated",
+    "--rank-pattern": 'rank per module, JSON: {"q_proj": 4}',
+    "--bias": "none | all | lora_only",
+    "--num-virtual-tokens": "virtual tokens of prefix, prompt and p-tuning",
+    "--use-dora/--no-use-dora": "DoRA on top of LoRA",
+    "--use-rslora/--no-use-rslora": "scale by alpha / sqrt(r)",
+    "--set": "any other field of the method's config, FIELD=VALUE; repeatable",
 }
-SWITCHES: dict[str, str] = {
-    "double_quant": "double quantization of nf4 and fp4",
-    "gradient_checkpointing": "recompute each decoder layer in backward",
-    "padding": "batches with a real padding mask",
-    "kbit_prepare": "prepare_model_for_kbit_training on a quantized base",
-    "use_cache": "build a KV cache in training",
+MODEL: dict[str, str] = {
+    "--task-type": "peft's task type: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, …; default: as the config says",
+    "--num-labels": "classes of a classification head",
+    "--trust-remote-code/--no-trust-remote-code": "accepted, but no such code is ever run",
 }
-KEEPS: dict[str, str] = {
-    "outputs": "whether the caller holds the model's outputs through backward and step",
-    "gradients": "whether gradients stay allocated (zero_grad(set_to_none=False))",
+STORAGE: dict[str, str] = {
+    "--dtype": "dtype of the base model: bf16 | fp16 | fp32",
+    "--adapter-dtype": "dtype of the adapter; peft's default is fp32",
+    "--autocast": "none | bf16 | fp16",
+    "--quant": "storage of the frozen base: none | nf4 | fp4 | int8 | fp8 | mxfp4 | gptq | awq | hqq",
+    "--quant-bits": "bits of gptq and hqq",
+    "--quant-group-size": "group size of gptq, awq and hqq",
+    "--quant-blocksize": "block size of nf4 and fp4",
+    "--quant-skip-modules": "modules left unquantized, comma-separated (replaces the default list)",
+    "--double-quant/--no-double-quant": "double quantization of nf4 and fp4",
+    "--compute-dtype": "compute dtype of 4-bit layers",
+    "--kbit-prepare/--no-kbit-prepare": "prepare_model_for_kbit_training on a quantized base",
 }
-METHOD_TEXT: dict[str, str] = {
-    "r": "rank",
-    "lora_alpha": "scaling of the update",
-    "lora_dropout": "dropout before A",
-    "target_modules": "all-linear | attention | mlp | peft-default | names, comma-separated | a regular expression",
-    "exclude_modules": "modules left out: names or a regular expression",
-    "target_parameters": "parameters adapted directly, such as fused experts",
-    "modules_to_save": "modules trained in full beside the adapter",
-    "layers_to_transform": "layer indices, comma-separated",
-    "rank_pattern": 'rank per module, JSON: {"q_proj": 4}',
-    "bias": "none | all | lora_only",
-    "num_virtual_tokens": "virtual tokens of prefix, prompt and p-tuning",
-}
-METHOD_FLAGS: dict[str, str] = {
-    "use_dora": "DoRA on top of LoRA",
-    "use_rslora": "scale by alpha / sqrt(r)",
+TRAINING: dict[str, str] = {
+    "--trainer": "plain | transformers | trl | qlora-paper: fills what is not set",
+    "--batch-size": "per device and step (micro batch)",
+    "--seq-len": "tokens per sequence",
+    "--gradient-accumulation-steps": "micro batches per optimizer step",
+    "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
+    "--optim": "a name of TrainingArguments.optim",
+    "--optim-args": "as in TrainingArguments: key=value,…",
+    "--optim-target-modules": "modules that GaLore and APOLLO project",
+    "--attn-implementation": "sdpa | eager | flash_attention_2",
+    "--loss": "auto | full | trl-chunked | liger | unsloth",
+    "--padding/--no-padding": "batches with a real padding mask",
+    "--use-cache/--no-use-cache": "build a KV cache in training",
+    "--keep-outputs/--drop-outputs": "whether the caller holds the model's outputs through backward and step",
+    "--keep-gradients/--drop-gradients": "whether gradients stay allocated (zero_grad(set_to_none=False))",
 }
 INT_LISTS = ("layers_to_transform",)
 JSON_VALUES = ("rank_pattern",)
@@ -68,45 +70,57 @@ JSON_VALUES = ("rank_pattern",)
 Decorated = Callable[..., Any]
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+class Option(click.Option):
+    """An option that knows under which heading `--help` shows it."""
+
+    def __init__(self, *args: Any, heading: str = "Output", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.heading = heading
 
 
-def setup_options(command: Decorated) -> Decorated:
-    """Add every option of `planning.setup.Setup` to a command."""
-    for name, text in reversed(KEEPS.items()):
-        command = click.option(f"--keep-{name}/--drop-{name}", default=None, help=text)(command)
-    for name, text in reversed(SWITCHES.items()):
-        command = click.option(f"{_flag(name)}/--no-{name.replace('_', '-')}", default=None, help=text)(command)
-    for name, text in reversed(TEXT.items()):
-        command = click.option(_flag(name), default=None, metavar="VALUE", help=text)(command)
-    return click.option("--trust-remote-code", is_flag=True, default=None, help="accepted, but no such code is ever run")(command)
+class Command(click.Command):
+    """A command whose `--help` shows its options under their headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)) is not None:
+                groups.setdefault(getattr(param, "heading", "Output"), []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
 
-def method_options(command: Decorated) -> Decorated:
-    """Add --method, --peft-config, the common fields of peft's configs, and --set for all others."""
-    command = click.option(
-        "--set", "set_fields", multiple=True, metavar="FIELD=VALUE", help="any other field of the method's config"
-    )(command)
-    for name, text in reversed(METHOD_FLAGS.items()):
-        command = click.option(_flag(name), is_flag=True, default=None, help=text)(command)
-    for name, text in reversed(METHOD_TEXT.items()):
-        command = click.option(_flag(name), default=None, metavar="VALUE", help=text)(command)
-    command = click.option("--peft-config", default=None, metavar="FILE", help="a peft adapter_config.json, any method")(command)
-    return click.option("--method", default=None, metavar="NAME", help="see `peftplan methods`; default: lora")(command)
+def group(heading: str, options: dict[str, str]) -> Callable[[Decorated], Decorated]:
+    """A decorator that adds options in their order: a switch where the name has two halves, else one text."""
+
+    def decorate(command: Decorated) -> Decorated:
+        for name, text in reversed(options.items()):
+            value: dict[str, Any] = {} if "/" in name else {"metavar": "VALUE"}
+            if name == "--set":
+                value |= {"multiple": True}
+            command = click.option(name, default=None, help=text, cls=Option, heading=heading, **value)(command)
+        return command
+
+    return decorate
+
+
+format_option = click.option(
+    "--format", "fmt", default="table", metavar="NAME", show_default=True, cls=Option, help=" | ".join(FORMATS)
+)
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were set, lists and JSON values parsed, `--set` fields merged in."""
     options = dict(options)
-    fields = dict(_field(text) for text in options.pop("set_fields", ()))
+    fields = dict(_field(text) for text in options.pop("set"))
     found = {name: value for name, value in options.items() if value is not None}
     for name in INT_LISTS:
         if name in found:
-            found[name] = _json(name, f"[{found[name]}]", "whole numbers, comma-separated")
+            found[name] = _json(name, f"[{found[name]}]", found[name], "whole numbers, comma-separated")
     for name in JSON_VALUES:
         if name in found:
-            found[name] = _json(name, found[name], "a JSON object")
+            found[name] = _json(name, found[name], found[name], "a JSON object")
     return {**found, **fields}
 
 
@@ -116,21 +130,18 @@ def _field(text: str) -> tuple[str, Any]:
         raise InputError("--set", text, "accepted: FIELD=VALUE")
     try:
         return name.replace("-", "_"), json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name.replace("-", "_"), value
 
 
-def _json(name: str, text: str, accepted: str) -> Any:
+def _json(name: str, text: str, shown: str, accepted: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
-        raise InputError(name, text, f"accepted: {accepted}") from None
+    except (ValueError, RecursionError):
+        raise InputError(name, shown, f"accepted: {accepted}") from None
 
 
-def check_format(name: str, accepted: Iterable[str] = FORMATS) -> str:
+def check_format(name: str) -> None:
     """Raises UnknownNameError where the output format is unknown."""
-    from peftplan.errors import UnknownNameError
-
-    if name not in tuple(accepted):
-        raise UnknownNameError("format", name, accepted)
-    return name
+    if name not in FORMATS:
+        raise UnknownNameError("format", name, FORMATS)

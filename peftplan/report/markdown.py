@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from peftplan.planning.result import Estimate
-from peftplan.report.tabular import LINE_COLUMNS, assumption_rows, category_rows, line_rows
+from peftplan.report.tabular import LINE_COLUMNS, assumption_rows, category_rows, line_facts, texts
 from peftplan.units import format_bytes
 
 
@@ -29,11 +29,13 @@ def estimate(result: Estimate, *, verbose: bool) -> str:
             (*category_rows(result), ("**sum**", f"{result.persistent_bytes:,}", format_bytes(result.persistent_bytes))),
         ),
     ]
+    if result.managed_bytes:
+        parts.append(f"And {format_bytes(result.managed_bytes)} of paged optimizer states in CUDA managed memory.")
     if result.gpus:
-        rows = [(v.gpu, f"{v.usable_bytes:,}", f"{v.headroom_bytes:,}", v.verdict, v.why) for v in result.gpus]
+        rows = [texts((v.gpu, v.usable_bytes, v.headroom_bytes, v.verdict, v.why)) for v in result.gpus]
         parts.append(table(("gpu", "usable bytes", "left over", "verdict", "usable because"), rows))
     if verbose:
-        parts.append(table(LINE_COLUMNS, line_rows(result)))
+        parts.append(table(LINE_COLUMNS, [texts(line.values()) for line in line_facts(result)]))
     parts.append(table(("assumption", "value"), assumption_rows(result.assumptions)))
     parts += [f"Note: {note}" for note in result.assumptions.get("notes", ())]
     parts.append(f"Not counted yet, so no peak is stated: {', '.join(result.not_modelled)}.")

@@ -1,4 +1,4 @@
-"""Where an estimate becomes text: one function per thing shown, one branch per format."""
+"""Where a result becomes text: one function per thing shown. Tables and Markdown are for people, JSON and CSV for programs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 from peftplan.planning.result import Estimate
 from peftplan.report import tabular
+from peftplan.report.tabular import Column
 from peftplan.units import MIB
 
 if TYPE_CHECKING:
     from peftplan.arch.catalogue import ModelEntry
     from peftplan.hardware.gpus import Gpu
-    from peftplan.planning.inspection import Inspection
+    from peftplan.planning.inspection import Inspection, Row
+
+Cells = Sequence[Sequence[str | int | None]]
+Facts = Sequence[Mapping[str, Any]]
 
 
 def estimate(result: Estimate, *, fmt: str, verbose: bool) -> None:
     """Write an estimate to stdout as a table, JSON, CSV (one row per line of the ledger) or Markdown."""
     if fmt == "json":
-        print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+        _json(result.to_dict())
     elif fmt == "csv":
-        tabular.write_csv(tabular.LINE_COLUMNS, tabular.line_rows(result), sys.stdout)
+        tabular.write_csv(tabular.line_facts(result), sys.stdout)
     elif fmt == "markdown":
         from peftplan.report import markdown
 
@@ -35,102 +39,111 @@ def estimate(result: Estimate, *, fmt: str, verbose: bool) -> None:
 
 
 def models(entries: Sequence[ModelEntry], *, fmt: str) -> None:
-    """The catalogue: name, parameters, model type, id; `verified` says whether the count equals a published one."""
-    columns = (("name", "left"), ("parameters", "right"), ("model type", "left"), ("id", "left"))
-    rows = [(e.name, f"{e.num_parameters:,}" + ("" if e.verified else " (unverified)"), e.model_type, e.repo_id) for e in entries]
-    _rows(columns, rows, [_fields(e) for e in entries], fmt=fmt)
+    """The catalogue: name, parameters, model type, id."""
+    columns = (Column("model"), Column("parameters", right=True), Column("model type"), Column("id", wide=True))
+    cells = [(e.name, e.num_parameters, e.model_type, e.repo_id) for e in entries]
+    _rows(columns, cells, [_fields(e) for e in entries], fmt=fmt, below=f"{len(entries)} models")
 
 
-def methods(name: str | None, *, fmt: str) -> None:
-    """The registry of methods, or one method's fields with their defaults."""
-    from peftplan import methods as registry
+def methods(*, fmt: str) -> None:
+    """The registry of methods."""
+    from peftplan.methods import METHODS
 
-    if name is None:
-        columns = (("method", "left"), ("what trains", "left"), ("source", "left"))
-        found = list(registry.METHODS.values())
-        _rows(columns, [(m.name, m.summary, m.source) for m in found], [_fields(m) for m in found], fmt=fmt)
-        return
-    method = registry.method_named(name)
-    known = registry.config_class(method).model_fields
-    defaults = {key: method.defaults.get(key, f.get_default(call_default_factory=True)) for key, f in known.items()}
-    if fmt == "table":
-        print(f"{method.name}: {method.summary} ({method.source})\n")
-    rows = [(key, "required" if known[key].is_required() else _value(value)) for key, value in defaults.items()]
-    facts = [{"field": key, "required": known[key].is_required(), "default": _plain(value)} for key, value in defaults.items()]
-    _rows((("field", "left"), ("default", "left")), rows, facts, fmt=fmt)
+    columns = (Column("method"), Column("what trains"), Column("source", wide=True))
+    cells = [(m.name, m.summary, m.source) for m in METHODS.values()]
+    shown = ("name", "peft_type", "summary", "source", "quant")
+    _rows(columns, cells, [{key: getattr(m, key) for key in shown} for m in METHODS.values()], fmt=fmt)
+
+
+def method(name: str, *, fmt: str) -> None:
+    """One method's fields with their defaults."""
+    from peftplan.methods import config_class, method_named
+
+    found = method_named(name)
+    config = config_class(found)
+    cells, facts = [], []
+    for key, field in config.model_fields.items():
+        required = field.is_required()
+        default = None if required else _plain(found.defaults.get(key, field.get_default(call_default_factory=True)))
+        cells.append((key, "required" if required else None if default in (None, {}, []) else str(default)))
+        facts.append({"field": key, "required": required, "default": default})
+    title = f"{found.name}: {found.summary} ({found.source})"
+    ignored = f"taken, and without effect on memory: {', '.join(sorted(config.no_effect))}" if config.no_effect else None
+    _rows((Column("field"), Column("default")), cells, facts, fmt=fmt, above=title, below=ignored)
 
 
 def gpus(found: Sequence[Gpu], *, fmt: str) -> None:
     """The cards: what is printed on the box, what nvidia-smi shows, what a program can get, and why."""
     from peftplan.hardware.usable import usable_bytes
 
-    columns = (("gpu", "left"), ("marketed", "right"), ("nvidia-smi", "right"), ("usable", "right"), ("cc", "left"))
-    rows, facts = [], []
+    columns = (
+        Column("gpu"),
+        Column("marketed", right=True),
+        Column("nvidia-smi", right=True),
+        Column("usable", right=True),
+        Column("compute capability"),
+        Column("name", wide=True),
+    )
+    cells, facts = [], []
     for gpu in found:
         usable = usable_bytes(gpu)
-        rows.append(
-            (
-                gpu.id,
-                f"{gpu.marketed_gb} GB" if gpu.marketed_gb else "-",
-                f"{gpu.total_mib} MiB" if gpu.total_mib else "-",
-                f"{usable.bytes / MIB:.0f} MiB",
-                gpu.compute_capability or "-",
-            )
-        )
+        marketed = f"{gpu.marketed_gb} GB" if gpu.marketed_gb else None
+        total = f"{gpu.total_mib:,} MiB" if gpu.total_mib else None
+        cells.append((gpu.id, marketed, total, f"{usable.bytes // MIB:,} MiB", gpu.compute_capability, gpu.name))
         facts.append({**_fields(gpu), "usable_bytes": usable.bytes, "usable_source": usable.why})
-    _rows(columns, rows, facts, fmt=fmt)
+    _rows(columns, cells, facts, fmt=fmt)
 
 
 def inspection(found: Inspection, *, fmt: str) -> None:
     """The modules of a model; with a pattern, how many of each family it matches."""
     arch = found.architecture
     matching = found.pattern is not None
-    columns: tuple[tuple[str, str], ...] = (("module", "left"), ("class", "left"), ("shapes", "left"))
-    columns += (("copies", "right"), ("parameters", "right"), ("bytes", "right"), *((("matched", "right"),) if matching else ()))
-    rows = [
-        (
-            r.name.replace("{}", "*") or "(model)",
-            r.kind,
-            r.shapes,
-            str(r.copies),
-            f"{r.num_parameters:,}",
-            f"{r.bytes:,}",
-            *((str(r.matched) if r.matched else "",) if matching else ()),
-        )
-        for r in found.rows
-    ]
+    modules = [{**_fields(row), "name": tabular.family(row.name)} for row in found.rows]
     if fmt == "json":
-        modules = [{**_fields(r), "name": r.name.replace("{}", "*")} for r in found.rows]
-        facts = {"model_class": arch.model_class, "num_parameters": arch.num_parameters, "dtype": found.dtype}
-        print(json.dumps({"name": arch.name, **facts, "targets": _plain(found.targets), "modules": modules}, indent=2))
+        counts = {"model_class": arch.model_class, "num_parameters": arch.num_parameters, "dtype": found.dtype}
+        _json({"name": arch.name, **counts, "targets": _plain(found.targets), "modules": modules})
         return
-    if fmt == "table":
-        print(f"{arch.name} · {arch.model_class} · {arch.num_parameters:,} parameters · {found.dtype}\n")
-    _rows(columns, rows, [], fmt=fmt)
-    if fmt == "table" and matching:
-        print(f"\n{found.pattern!r} matches {sum(r.matched for r in found.rows)} modules")
+    columns = (
+        Column("module"),
+        Column("class", wide=True),
+        Column("weight"),
+        Column("matched" if matching else "copies", right=True),
+        Column("parameters", right=True),
+        Column("bytes", right=True, wide=True),
+    )
+    title = f"{arch.name} · {arch.model_class} · {arch.num_parameters:,} parameters · {found.dtype}"
+    matched = f"{found.pattern!r} matches {sum(row.matched for row in found.rows):,} modules" if matching else None
+    cells = [_module_cells(row, matching=matching) for row in found.rows]
+    _rows(columns, cells, modules, fmt=fmt, above=title, below=matched)
+
+
+def _module_cells(row: Row, *, matching: bool) -> tuple[str | int, ...]:
+    """`q_proj`, `Linear`, `4096×4096`, `32/32` (matched/copies). A weight is what nearly every module has, so it needs no name."""
+    copies = f"{row.matched or '-'}/{row.copies}" if matching else row.copies
+    shapes = row.shapes.removeprefix("weight ")
+    return tabular.family(row.name) or "(model)", row.kind, shapes, copies, row.num_parameters, row.bytes
 
 
 def _rows(
-    columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], facts: Sequence[Mapping[str, Any]], *, fmt: str
+    columns: Sequence[Column], cells: Cells, facts: Facts, *, fmt: str, above: str | None = None, below: str | None = None
 ) -> None:
-    """One list of rows in the asked format; JSON has all facts of each row."""
-    headers = [header for header, _ in columns]
+    """One list in the asked format: cells for people (with a line above and below in a table), facts for programs."""
     if fmt == "json":
-        print(json.dumps(list(facts), indent=2, ensure_ascii=False))
+        _json(facts)
     elif fmt == "csv":
-        tabular.write_csv(headers, rows, sys.stdout)
+        tabular.write_csv(facts, sys.stdout)
     elif fmt == "markdown":
         from peftplan.report import markdown
 
-        print(markdown.table(headers, rows))
+        print(markdown.table([column.header for column in columns], map(tabular.texts, cells)))
     else:
         from peftplan.report import terminal
 
-        shown = terminal.table(*columns)
-        for row in rows:
-            shown.add_row(*row)
-        terminal.show(shown)
+        terminal.rows(columns, map(tabular.texts, cells), above=above, below=below)
+
+
+def _json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _fields(item: Any) -> dict[str, Any]:
@@ -146,7 +159,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(v) for key, v in value.items()}
     return value
-
-
-def _value(value: Any) -> str:
-    return "-" if value in (None, {}, ()) else str(value)

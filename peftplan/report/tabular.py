@@ -1,10 +1,11 @@
-"""Rows of text that every format shares."""
+"""Rows that every format shares: cells of text for people, facts for programs."""
 
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from peftplan.memory.ledger import CATEGORIES
 from peftplan.planning.result import COUNTED, Estimate
@@ -13,12 +14,32 @@ from peftplan.units import format_bytes
 LINE_COLUMNS = ("category", "name", "bytes", "place", "formula", "source")
 
 
-def line_rows(result: Estimate) -> list[tuple[str, ...]]:
-    """One row per line of the ledger."""
+class Column(NamedTuple):
+    """One column of a table; numbers stand to the right, and `wide` ones are left out of a narrow terminal."""
+
+    header: str
+    right: bool = False
+    wide: bool = False
+
+
+def line_facts(result: Estimate) -> list[dict[str, Any]]:
+    """One record per line of the ledger."""
     return [
-        (line.category, line.name.replace("{}", "*"), str(line.bytes()), line.place, line.formula, line.source)
-        for line in result.ledger
+        {
+            "category": line.category,
+            "name": family(line.name),
+            "bytes": line.bytes(),
+            "place": line.place,
+            "formula": line.formula,
+            "source": line.source,
+        }
+        for line in sorted(result.ledger, key=lambda line: CATEGORIES.index(line.category))
     ]
+
+
+def family(name: str) -> str:
+    """A module or tensor family as it is shown: `model.layers.*.mlp.up_proj`."""
+    return name.replace("{}", "*")
 
 
 def category_rows(result: Estimate) -> list[tuple[str, str, str]]:
@@ -45,8 +66,21 @@ def assumption_rows(assumptions: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def write_csv(columns: Sequence[str], rows: Iterable[Sequence[str]], stream: IO[str]) -> None:
-    """RFC 4180 rows with a header."""
+def write_csv(facts: Sequence[Mapping[str, Any]], stream: IO[str]) -> None:
+    """RFC 4180 rows under a header of the facts' names: null is empty, a list of texts is joined by `;`, other nests are JSON."""
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
+    writer.writerow(facts[0])
+    writer.writerows([_csv_cell(value) for value in fact.values()] for fact in facts)
+
+
+def _csv_cell(value: Any) -> Any:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ";".join(value)
+    if isinstance(value, (list, dict, bool)):
+        return json.dumps(value, ensure_ascii=False)
+    return value
+
+
+def texts(row: Iterable[str | int | None]) -> list[str]:
+    """Cells as people read them: thousands separated, `-` for what is not known or not set."""
+    return ["-" if cell is None else f"{cell:,}" if isinstance(cell, int) else cell for cell in row]

@@ -1,9 +1,12 @@
-"""Rich tables for the terminal: readable at 80 columns and without colour."""
+"""Rich tables for the terminal: readable at 80 columns and without colour. A pipe gets every column, one line per row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import zip_longest
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import groupby, zip_longest
+from operator import itemgetter
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -11,39 +14,48 @@ from rich.table import Table
 from rich.text import Text
 
 from peftplan.planning.result import Estimate, Verdict
-from peftplan.report.tabular import assumption_rows, category_rows, line_rows
+from peftplan.report.tabular import Column, assumption_rows, category_rows, line_facts
 from peftplan.units import format_bytes, format_count
 
+WIDE = 110
+"""Terminals of at least this many columns show the wide columns of a table too."""
+PIPE_WIDTH = 10_000
+"""A pipe without COLUMNS has no width: nothing is folded, so that grep and awk see whole rows."""
+SHORT = 20
+"""Assumptions of up to this many characters share a row, two to a row; longer ones get a line of their own."""
 
-def show(*parts: RenderableType) -> None:
-    """Print to stdout. Markup and number highlighting are off, and a pipe gets no colour and no trailing blanks."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    if console.is_terminal:
+
+def console() -> Console:
+    """Where text goes: stdout, with markup, highlighting and emoji off."""
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(highlight=False, markup=False, emoji=False, width=PIPE_WIDTH if piped else None)
+
+
+def show(out: Console, parts: Iterable[RenderableType]) -> None:
+    """Print to the console; what is no terminal gets no colour and no trailing blanks."""
+    if out.is_terminal:
         for part in parts:
-            console.print(part)
+            out.print(part)
         return
-    with console.capture() as captured:
+    with out.capture() as captured:
         for part in parts:
-            console.print(part)
+            out.print(part)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def table(*columns: tuple[str, str], footer: Sequence[str] = ()) -> Table:
-    """A plain table; each column is (header, left or right). Left columns fold long words, right ones never wrap."""
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=bool(footer))
-    for index, (header, justify) in enumerate(columns):
-        made.add_column(
-            header,
-            justify="right" if justify == "right" else "left",
-            overflow="fold",
-            footer=footer[index] if footer else "",
-            no_wrap=justify == "right",
-        )
-    return made
+def rows(columns: Sequence[Column], cells: Iterable[Sequence[str]], *, above: str | None, below: str | None) -> None:
+    """One table, with a line above and a line below it where there is something to say."""
+    out = console()
+    kept = [index for index, column in enumerate(columns) if not column.wide or out.width >= WIDE]
+    table = _table(*(columns[index] for index in kept))
+    for row in cells:
+        table.add_row(*(row[index] for index in kept))
+    show(out, (*((above, "") if above else ()), table, *(("", below) if below else ())))
 
 
 def estimate(result: Estimate, *, verbose: bool) -> None:
     """Counts, bytes by category, verdicts, assumptions, and what is not counted."""
+    out = console()
     config = result.method["config"]
     rank = f" r={config['r']}" if "r" in config else ""
     parts: list[RenderableType] = [
@@ -57,18 +69,34 @@ def estimate(result: Estimate, *, verbose: bool) -> None:
         managed = format_bytes(result.managed_bytes)
         parts.append(f"and {managed} of paged optimizer states in CUDA managed memory, outside torch's allocator")
     if result.gpus:
-        parts += ["", _verdicts(result.gpus), *(f"{v.gpu}: {v.why}" for v in result.gpus)]
+        parts += ["", _verdicts(result.gpus)]
     if verbose:
-        parts += ["", _lines(result)]
-    parts += ["", Text("Assumptions", style="bold"), *_assumptions(result)]
+        parts += [f"{v.gpu}: {v.why}" for v in result.gpus]
+        parts += ["", *_lines(result, wide=out.width >= WIDE)]
+    parts += ["", Text("Assumptions", style="bold"), *_assumptions(result, verbose=verbose)]
     parts += [f"note: {note}" for note in result.assumptions.get("notes", ())]
     parts += ["", f"Not counted yet, so no peak is stated: {', '.join(result.not_modelled)}."]
-    show(*parts)
+    show(out, parts)
+
+
+def _table(*columns: Column, footer: Sequence[str] = (), header: bool = True) -> Table:
+    """A plain table. Names and numbers (the first column, and those to the right) never wrap where there is room for them."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=bool(footer), collapse_padding=True)
+    made.show_header = header
+    for index, column in enumerate(columns):
+        made.add_column(
+            column.header,
+            justify="right" if column.right else "left",
+            overflow="fold",
+            footer=footer[index] if footer else "",
+            no_wrap=column.right or index == 0,
+        )
+    return made
 
 
 def _counts(result: Estimate) -> Table:
     share = result.trainable_parameters / result.total_parameters
-    shown = table(("parameters", "left"), ("count", "right"), ("", "right"), ("", "right"))
+    shown = _table(Column("parameters"), Column("count", right=True), Column("", right=True), Column("", right=True))
     trainable = result.trainable_parameters
     shown.add_row("trainable", f"{trainable:,}", format_count(trainable), f"{share:.4%}")
     shown.add_row("total", f"{result.total_parameters:,}", format_count(result.total_parameters), "")
@@ -78,36 +106,41 @@ def _counts(result: Estimate) -> Table:
 def _categories(result: Estimate) -> Table:
     total = result.persistent_bytes
     footer = ("sum, a lower bound of the peak", f"{total:,}", format_bytes(total))
-    shown = table(("memory that is counted", "left"), ("bytes", "right"), ("", "right"), footer=footer)
+    shown = _table(Column("memory that is counted"), Column("bytes", right=True), Column("", right=True), footer=footer)
     for row in category_rows(result):
         shown.add_row(*row)
     return shown
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> Table:
-    shown = table(("gpu", "left"), ("usable", "right"), ("left over", "right"), ("verdict", "left"))
+    shown = _table(Column("gpu"), Column("usable", right=True), Column("left over", right=True), Column("verdict"))
     for v in verdicts:
         words = v.verdict.replace("_", " ") + (" until the peak is modelled" if v.verdict == "unknown" else "")
         shown.add_row(v.gpu, format_bytes(v.usable_bytes), format_bytes(v.headroom_bytes), words)
     return shown
 
 
-def _lines(result: Estimate) -> Table:
-    shown = table(("category", "left"), ("line", "left"), ("bytes", "right"), ("formula · source", "left"))
-    for category, name, num_bytes, _, formula, source in line_rows(result):
-        shown.add_row(category, name, f"{int(num_bytes):,}", f"{formula} · {source}")
-    return shown
+def _lines(result: Estimate, *, wide: bool) -> list[RenderableType]:
+    """Every line of the ledger under its category, source and place; in a narrow terminal a formula stands below its line."""
+    parts: list[RenderableType] = [Text("Lines: bytes = copies × round512(itemsize × dims)", style="bold")]
+    for (category, source, place), lines in groupby(line_facts(result), key=itemgetter("category", "source", "place")):
+        where = "" if place == "device" else f" · {place} memory"
+        shown = _table(Column(""), Column("", right=True), *((Column(""),) if wide else ()), header=False)
+        for line in lines:
+            cells = (f"  {line['name']}", f"{line['bytes']:,}", line["formula"])
+            shown.add_row(*(cells if wide else (f"{cells[0]}\n    {cells[2]}", cells[1])))
+        parts += [Text(f"{category} · {source}{where}", style="bold"), shown]
+    return parts
 
 
-SHORT = 20
-"""Values up to this many characters share a row, two to a row; longer ones get a line of their own."""
-
-
-def _assumptions(result: Estimate) -> list[RenderableType]:
-    rows = assumption_rows(result.assumptions)
-    short = [row for row in rows if len(row[1]) <= SHORT]
+def _assumptions(result: Estimate, *, verbose: bool) -> list[RenderableType]:
+    found = dict(assumption_rows(result.assumptions))
+    if not verbose:
+        # Where a built-in config was found is in parentheses behind what it is.
+        found["model"] = found["model"].partition(" (")[0]
+    short = [row for row in found.items() if len(row[1]) <= SHORT]
     half = (len(short) + 1) // 2
     grid = Table.grid(padding=(0, 2))
     for left, right in zip_longest(short[:half], short[half:], fillvalue=("", "")):
         grid.add_row(*left, *right)
-    return [*(f"{name}: {value}" for name, value in rows if len(value) > SHORT), grid]
+    return [*(f"{name}: {value}" for name, value in found.items() if len(value) > SHORT), grid]
