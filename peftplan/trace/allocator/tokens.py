@@ -1,0 +1,66 @@
+"""The small language of `PYTORCH_ALLOC_CONF`: `key:value` pairs separated by commas, a value may be a list `[a:b,c:d]`."""
+
+from __future__ import annotations
+
+import re
+
+from peftplan.errors import InputError
+
+Value = str | list[tuple[str, str]]
+"""What follows a key: one word, or the pairs of a list."""
+
+_ITEM = re.compile(r"(?P<key>[^:,\[\]]+):(?:(?P<word>[^:,\[\]]+)|\[(?P<pairs>[^\[\]]*)\])(?:,|$)")
+_WHITESPACE = re.compile(r"\s+")
+
+
+def items(text: str) -> list[tuple[str, Value]]:
+    """The options in order; whitespace is ignored, as torch does."""
+    rest = _WHITESPACE.sub("", text)
+    found: list[tuple[str, Value]] = []
+    while rest:
+        match = _ITEM.match(rest)
+        if match is None:
+            raise InputError("allocator options", text, "accepted: key:value,key:value with lists as key:[size:value,...]")
+        word = match["word"]
+        found.append((match["key"], _pairs(match["key"], match["pairs"]) if word is None else word))
+        rest = rest[match.end() :]
+    return found
+
+
+def whole_number(key: str, value: Value) -> int:
+    """A decimal integer without sign."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    raise InputError(key, value, "accepted: a whole number")
+
+
+def power_of_2(key: str, value: str) -> int:
+    """1, 2, 4, …"""
+    number = whole_number(key, value)
+    if number.bit_count() != 1:
+        raise InputError(key, value, "accepted: powers of 2")
+    return number
+
+
+def fraction(key: str, value: Value) -> float:
+    """A decimal number from 0 to 1."""
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?|\.\d+", value, re.ASCII) and float(value) <= 1:
+        return float(value)
+    raise InputError(key, value, "accepted: a decimal number from 0 to 1")
+
+
+def flag(key: str, value: Value) -> bool:
+    """`True` or `False`, spelled so."""
+    if value in ("True", "False"):
+        return value == "True"
+    raise InputError(key, value, "accepted: True, False")
+
+
+def _pairs(key: str, text: str) -> list[tuple[str, str]]:
+    pairs = []
+    for pair in text.split(",") if text else []:
+        size, colon, number = pair.partition(":")
+        if not (size and colon and number):
+            raise InputError(key, text, "accepted: a list of size:value")
+        pairs.append((size, number))
+    return pairs
