@@ -173,7 +173,9 @@ def from_peft_config(raw: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
     """
     from peftplan.methods.adaptation import NeedsPeftError
 
-    peft_type = str(getattr(raw.get("peft_type"), "value", raw.get("peft_type")))
+    if raw.get("peft_type") is None:
+        raise InputError("peft_type", None, "every adapter_config.json states it")
+    peft_type = str(getattr(raw["peft_type"], "value", raw["peft_type"]))
     names = [m.name for m in METHODS.values() if m.peft_type == peft_type]
     if not names:
         raise NeedsPeftError(f"peft_type: {peft_type!r}")
@@ -213,5 +215,7 @@ def _one_line(error: ValidationError) -> InputError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
         return cause
-    name = ".".join(str(part) for part in first["loc"][:1]) or "options"
+    name = str(first["loc"][0]) if first["loc"] else "options"
+    if first["type"] == "missing":
+        return InputError(name, None, "it must be given: peft has no default for it")
     return InputError(name, first["input"], first["msg"].removeprefix("Value error, ").replace("Input should be", "accepted:"))

@@ -14,7 +14,7 @@ from pydantic import Field
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
 from peftplan.errors import RefusedError
 from peftplan.methods.adaptation import Adaptation, AddedTensor
-from peftplan.methods.targets import LayeredConfig, split
+from peftplan.methods.targets import LayeredConfig, Pattern, split
 from peftplan.methods.tuner import require_kind, tune
 
 Frequencies = Annotated[int, Field(ge=1)]
@@ -24,7 +24,7 @@ class FourierFTConfig(LayeredConfig):
     """peft's `FourierFTConfig`, less what changes no tensor."""
 
     n_frequency: Frequencies = 1000
-    n_frequency_pattern: dict[str, Frequencies] = Field(default_factory=dict)
+    n_frequency_pattern: dict[Pattern, Frequencies] = Field(default_factory=dict)
     bias: Literal["none", "all", "fourier_only"] = "none"
     refuses_layers: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
     no_effect: ClassVar[frozenset[str]] = frozenset({"scaling", "random_loc_seed", "fan_in_fan_out", "init_weights"})

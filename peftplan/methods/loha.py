@@ -12,7 +12,7 @@ from pydantic import Field
 
 from peftplan.arch.modules import Architecture, Module
 from peftplan.methods.adaptation import Adaptation, AddedTensor
-from peftplan.methods.targets import LayeredConfig, by_rank
+from peftplan.methods.targets import LayeredConfig, Pattern, by_rank
 from peftplan.methods.tuner import LINEAR, require_kind, tune
 
 Rank = Annotated[int, Field(ge=1, le=2**20)]
@@ -25,7 +25,7 @@ class LoHaConfig(LayeredConfig):
     r: Rank = 8
     rank_dropout: Probability = 0.0
     module_dropout: Probability = 0.0
-    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+    rank_pattern: dict[Pattern, Rank] = Field(default_factory=dict)
     no_effect: ClassVar[frozenset[str]] = frozenset({"alpha", "alpha_pattern", "init_weights", "use_effective_conv2d"})
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from peftplan.arch.modules import Architecture, Module, Shape
 from peftplan.methods.adaptation import Adaptation, AddedTensor
 from peftplan.methods.loha import Probability, Rank
-from peftplan.methods.targets import LayeredConfig, by_rank
+from peftplan.methods.targets import LayeredConfig, Pattern, by_rank
 from peftplan.methods.tuner import LINEAR, require_kind, tune
 
 NEAR_SQUARE = -1
@@ -29,7 +29,7 @@ class LoKrConfig(LayeredConfig):
     module_dropout: Probability = 0.0
     decompose_both: bool = False
     decompose_factor: int = Field(default=NEAR_SQUARE, ge=NEAR_SQUARE)
-    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+    rank_pattern: dict[Pattern, Rank] = Field(default_factory=dict)
     no_effect: ClassVar[frozenset[str]] = frozenset(
         {"alpha", "alpha_pattern", "init_weights", "use_effective_conv2d", "rank_dropout_scale"}
     )

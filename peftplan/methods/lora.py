@@ -16,7 +16,7 @@ from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, NeedsPeftError
 from peftplan.methods.experts import fused_expert_targets
 from peftplan.methods.saved import refuse_both, refuse_targeted, saved_copies, saved_modules, token_deltas
-from peftplan.methods.targets import ALL_LINEAR, LayeredConfig, Names, by_rank, match, rank_of, resolve_targets
+from peftplan.methods.targets import ALL_LINEAR, LayeredConfig, Names, Pattern, by_rank, match, rank_of, resolve_targets
 from peftplan.methods.tuner import trained_biases
 
 Rank = Annotated[int, Field(ge=1, le=2**20)]
@@ -45,13 +45,13 @@ class LoraConfig(LayeredConfig):
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
-    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+    rank_pattern: dict[Pattern, Rank] = Field(default_factory=dict)
     trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
     target_parameters: Names = None
     init_lora_weights: Initialisation = True
     """Initialisation; it changes no size, but `mica` (arXiv 2604.01694) freezes every B."""
     freeze_a: bool = False
-    """LoRA-FA (arXiv 2308.03303): `create_lorafa_optimizer` freezes every A."""
+    """LoRA-FA (arXiv 2308.03303): `create_lorafa_optimizer` freezes every `lora_A`, but not an embedding's."""
 
     refuses_layers: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
     no_effect: ClassVar[frozenset[str]] = frozenset(
@@ -108,7 +108,7 @@ def _module_tensors(module: Module, r: int, config: LoraConfig) -> list[AddedTen
         raise RefusedError(f"lora_bias: peft does not support it for embedding layers ({module.name})")
     a, b = ("lora_embedding_A", "lora_embedding_B") if module.kind == "Embedding" else ("lora_A.weight", "lora_B.weight")
     tensors = [
-        tensor(a, (r, n_in), trainable=not config.freeze_a),
+        tensor(a, (r, n_in), trainable=module.kind == "Embedding" or not config.freeze_a),
         tensor(b, (n_out, r), trainable=config.init_lora_weights != "mica"),
     ]
     if config.lora_bias:

@@ -20,6 +20,9 @@ KNOWN_BEFORE_MATCHING = ("SEQ_CLS",)
 """Tasks whose head peft adds before it matches targets, so that no target can be in the head."""
 ALL_HEADS = frozenset(head for heads in SAVED_HEADS.values() for head in heads)
 
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "lm_head")
+"""Last names of input and output embeddings."""
+
 TokenIndices = tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
 
 
@@ -104,8 +107,10 @@ def token_deltas(arch: Architecture, wanted: TokenIndices) -> tuple[AddedTensor,
 
 
 def refuse_both(saved: Iterable[str], wanted: TokenIndices) -> None:
-    """Raise RefusedError where an embedding is saved as a whole and by its rows."""
-    both = set(saved) & set(wanted if isinstance(wanted, Mapping) else ("embed_tokens",) if wanted else ())
+    """Raise RefusedError where an embedding is saved as a whole and by its rows, NeedsPeftError where that is left open."""
+    if isinstance(wanted, tuple) and wanted and any(name.rpartition(".")[2] in EMBEDDINGS for name in saved):
+        raise NeedsPeftError("trainable_token_indices beside an embedding in modules_to_save")
+    both = set(saved) & set(wanted) if isinstance(wanted, Mapping) else set()
     if both:
         raise RefusedError(f"trainable_token_indices: {both.pop()} is already in modules_to_save; peft takes only one of both")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, ClassVar, TypeVar
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from peftplan import datafiles
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
@@ -45,7 +45,19 @@ def _words(value: object) -> object:
 
 Targets = Annotated[tuple[str, ...] | str | None, BeforeValidator(_words)]
 """Module names (matched as whole suffixes), one regular expression (matched in full), or a word."""
-Names = Annotated[tuple[str, ...] | None, BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)]
+
+
+def _regex(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_regex)]
+"""A text that peft puts into a regular expression."""
+Names = Annotated[tuple[Pattern, ...] | None, BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)]
 
 
 class TargetedConfig(MethodConfig):

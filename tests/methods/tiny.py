@@ -17,7 +17,9 @@ from peftplan.methods.adaptation import Adaptation
 from tests.arch import meta
 from tests.methods import witness
 
-_WIDE: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 96}
+_WIDE: dict[str, Any] = {
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 96,
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _WIDE | {"num_key_value_heads": 2, "tie_word_embeddings": False},
     "qwen2": _WIDE | {"num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -42,6 +44,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
              "encoder_ffn_dim": 80, "decoder_ffn_dim": 80, "vocab_size": 96, "max_position_embeddings": 32},
     "vit": {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6, "image_size": 32},
     "mixtral": _WIDE | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": _WIDE | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": _WIDE | {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+                          "shared_expert_intermediate_size": 56},
+    "qwen3_moe": _WIDE | {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+                          "head_dim": 8},
+    "deepseek_v3": _WIDE | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "q_lora_rank": 12,
+                            "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+                            "first_k_dense_replace": 1, "n_shared_experts": 1, "num_key_value_heads": 6, "n_group": 1,
+                            "topk_group": 1},
 }  # fmt: skip
 
 PEFT_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
@@ -77,17 +88,24 @@ def ours(model: str, method: str, task: str | None = None, **options: Any) -> Ad
 
 def assert_like_peft(model: str, method: str, task: str | None = None, *, device: str = "meta", **options: Any) -> Adaptation:
     """Our adaptation has peft's tensors, name by name; `options` are given to both, by peft's own names."""
-    arch = architecture(model, task)
     found = ours(model, method, task, **options)
+    adapted = peft_of(model, method, task, device=device, **options)
+    witness.assert_same(architecture(model, task), found, real(model, task, device), adapted)
+    return found
+
+
+def peft_of(model: str, method: str, task: str | None = None, *, device: str = "meta", **options: Any) -> Any:
+    """peft's own model."""
+    arch = architecture(model, task)
     peft_type = METHODS[method].peft_type
     config_class = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type)]
     task_type = arch.task_type if arch.task_type in PEFT_TASKS else None
-    base = real(model, task, device)
+    if task_type is None and "num_virtual_tokens" in options:
+        task_type = "FEATURE_EXTRACTION"  # virtual tokens need one of peft's tasks, and a masked LM has none
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = config_class(task_type=task_type, **{**METHODS[method].defaults, **options})
-        witness.assert_same(arch, found, base, witness.peft_model(base, config, device=device))
-    return found
+        return witness.peft_model(real(model, task, device), config, device=device)
 
 
 def total(tensors: Any) -> int:
