@@ -28,7 +28,9 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
-            return None
+            from peftplan.errors import UnknownNameError
+
+            raise UnknownNameError("command", cmd_name, COMMANDS)
         command: click.Command = import_module(f"peftplan.cli.{cmd_name}").command
         return command
 
@@ -37,10 +39,15 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(package_name="peftplan")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """peftplan tells what a fine-tuning run needs before you rent a GPU."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main(args: list[str] | None = None) -> None:
@@ -58,7 +65,7 @@ def main(args: list[str] | None = None) -> None:
         near = f"; did you mean {' or '.join(sorted(error.possibilities))}?" if error.possibilities else ""
         _stop(f"no such option: {error.option_name}{near} (see --help)")
     except click.ClickException as error:
-        _stop(error.format_message().replace("\n", " "))
+        _stop(f"{error.format_message().rstrip('.')} (see --help)".replace("\n", " "))
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:

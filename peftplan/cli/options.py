@@ -64,6 +64,8 @@ TRAINING: dict[str, str] = {
     "--keep-outputs/--drop-outputs": "whether the caller holds the model's outputs through backward and step",
     "--keep-gradients/--drop-gradients": "whether gradients stay allocated (zero_grad(set_to_none=False))",
 }
+NOT_FIELDS = ("model", "method", "peft_config", "quantization_config", "training_args", "gpu", "engine")
+"""Arguments of `estimate` that are no fields of a method, so that --set does not take them."""
 INT_LISTS = ("layers_to_transform",)
 JSON_VALUES = ("rank_pattern",)
 
@@ -126,12 +128,13 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _field(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise InputError("--set", text, "accepted: FIELD=VALUE")
+    name = name.replace("-", "_")
+    if not equals or not name or name in NOT_FIELDS:
+        raise InputError("--set", text, "accepted: FIELD=VALUE, with a field of `peftplan methods NAME`")
     try:
-        return name.replace("-", "_"), json.loads(value)
+        return name, json.loads(value)
     except (ValueError, RecursionError):
-        return name.replace("-", "_"), value
+        return name, value
 
 
 def _json(name: str, text: str, shown: str, accepted: str) -> Any:

@@ -18,6 +18,8 @@ from peftplan.units import GB, GIB, MIB
 
 _UNITS = {"gib": GIB, "gb": GB, "mib": MIB, "mb": 10**6}
 _CAPACITY = re.compile(r"(\d+(?:\.\d+)?)\s*(gib|gb|mib|mb)", re.IGNORECASE)
+MAX_CAPACITY = 2**20 * GIB
+"""No device comes near it: a capacity above it is a slip of the pen."""
 _MAKER = re.compile(r"(nvidia|amd|geforce)+")
 _NOT_IN_KEY = re.compile(r"[^a-z0-9+]")
 
@@ -92,9 +94,9 @@ def find_gpu(name: str) -> Gpu:
 
 
 def _anonymous(name: str, *, number: float, unit: str) -> Gpu:
+    if not 1 <= number * _UNITS[unit] <= MAX_CAPACITY:
+        raise InputError("gpu", name, f"a capacity is above zero and at most {MAX_CAPACITY // GIB} GiB, such as 24GiB")
     num_bytes = round(number * _UNITS[unit])
-    if num_bytes == 0:
-        raise InputError("gpu", name, "a capacity is above zero, such as 24GiB")
     return Gpu(id=name, name=name, capacity_bytes=num_bytes)
 
 

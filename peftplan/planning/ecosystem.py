@@ -32,16 +32,26 @@ def adapter_config(peft_config: Any) -> dict[str, Any]:
         return dict(peft_config)
     if hasattr(peft_config, "to_dict"):
         return {key: _plain(value) for key, value in peft_config.to_dict().items()}
+    if not isinstance(peft_config, (str, os.PathLike)):
+        raise InputError("peft_config", peft_config, "accepted: a path to an adapter_config.json, its dict, or a peft PeftConfig")
     path = Path(os.fspath(peft_config))
-    path = path / "adapter_config.json" if path.is_dir() else path
+    return _adapter_file(path / "adapter_config.json" if path.is_dir() else path)
+
+
+def _adapter_file(path: Path) -> dict[str, Any]:
+    """The object in an adapter_config.json. Raises InputError, one line, for anything else under that name."""
     try:
-        if path.stat().st_size > MAX_ADAPTER_CONFIG_BYTES:
+        with path.open("rb") as file:
+            content = file.read(MAX_ADAPTER_CONFIG_BYTES + 1)
+        if len(content) > MAX_ADAPTER_CONFIG_BYTES:
             raise InputError("peft_config", str(path), f"accepted: a JSON file of at most {MAX_ADAPTER_CONFIG_BYTES} bytes")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError("peft_config", str(path), f"not a readable adapter_config.json: {error}") from None
+        raw = json.loads(content.decode("utf-8"))
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError("peft_config", str(path), f"it cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError("peft_config", str(path), f"not a JSON file: {error}") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("peft_type"), str):
         raise InputError("peft_config", str(path), "accepted: a JSON object with a peft_type")
     return raw
@@ -51,13 +61,11 @@ def quant_options(config: Any) -> dict[str, Any]:
     """Our options for a transformers `BitsAndBytesConfig` (or its dict)."""
     if config is None:
         return {}
-    raw = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    raw = dict(config) if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
     if raw.get("load_in_8bit"):
         return {"quant": "int8", "quant_skip_modules": _names(raw.get("llm_int8_skip_modules"))}
     if not raw.get("load_in_4bit"):
-        raise InputError(
-            "quantization_config", type(config).__name__, "accepted: a BitsAndBytesConfig with load_in_4bit or load_in_8bit"
-        )
+        raise InputError("quantization_config", config, "accepted: a BitsAndBytesConfig with load_in_4bit or load_in_8bit")
     return {
         "quant": raw.get("bnb_4bit_quant_type", "fp4"),
         "double_quant": bool(raw.get("bnb_4bit_use_double_quant", False)),
@@ -70,6 +78,8 @@ def training_options(args: Any) -> dict[str, Any]:
     """Our options for a `TrainingArguments` or `SFTConfig`; a TRL class means `--trainer trl`."""
     if args is None:
         return {}
+    if not hasattr(args, "per_device_train_batch_size"):
+        raise InputError("training_args", args, "accepted: a transformers TrainingArguments or a TRL SFTConfig")
     found = {ours: _plain(getattr(args, name)) for name, ours in TRAINING_FIELDS.items() if getattr(args, name, None) is not None}
     found["trainer"] = "trl" if type(args).__name__ == "SFTConfig" else "transformers"
     found["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"

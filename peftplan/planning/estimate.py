@@ -49,7 +49,10 @@ def estimate(
     if training_args is not None or quantization_config is not None:
         from peftplan.planning import ecosystem
 
-        options = {**ecosystem.training_options(training_args), **ecosystem.quant_options(quantization_config), **options}
+        stored = ecosystem.quant_options(quantization_config)
+        if options.get("quant") not in (None, stored.get("quant")):
+            stored = {}  # another format than the object's: its details do not apply
+        options = {**ecosystem.training_options(training_args), **stored, **options}
     given, method_options = _separate(options)
     chosen, config, adapter = _method(method, peft_config, method_options)
     setup = parse_setup({**_method_setup(chosen, given), **{k: v for k, v in given.items() if v is not None}})
@@ -91,7 +94,7 @@ def estimate(
         ledger=ledger,
         assumptions=_assumptions(setup, quant, architecture, adaptation),
         not_modelled=NOT_COUNTED,
-        gpus=tuple(_verdict(name, ledger.bytes()) for name in ((gpu,) if isinstance(gpu, str) else gpu)),
+        gpus=tuple(_verdict(name, ledger.bytes()) for name in _names(gpu)),
     )
 
 
@@ -109,7 +112,7 @@ def _method(
     A method named beside an adapter config must be of its peft type; it adds what its name presets (`lora-fa`, `qlora`).
     """
     if peft_config is None:
-        method, config = methods.configure(name or "lora", options)
+        method, config = methods.configure("lora" if name is None else str(name), options)
         return method, config, {}
     from peftplan.planning import ecosystem
 
@@ -213,6 +216,14 @@ def _assumptions(setup: Setup, quant: QuantConfig | None, architecture: Architec
         assumed["matched_modules"] = sum(module.copies for module in adaptation.matched)
     notes = (*architecture.notes, *adaptation.notes)
     return assumed | ({"notes": list(notes)} if notes else {})
+
+
+def _names(gpu: str | Iterable[str]) -> Iterable[str]:
+    names = (gpu,) if isinstance(gpu, str) else tuple(gpu) if isinstance(gpu, Iterable) else (gpu,)
+    wrong = next((name for name in names if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise InputError("gpu", wrong, "accepted: names of cards (`peftplan gpus`), or capacities such as 24GiB")
+    return names
 
 
 def _verdict(name: str, counted: int) -> Verdict:

@@ -120,7 +120,8 @@ def first_error(error: ValidationError, *, prefix: str = "") -> InputError:
     if isinstance(cause, InputError):
         return cause
     field = ".".join(str(part) for part in first["loc"])
-    return InputError(f"{prefix}{field}", first["input"], f"accepted: {first['msg'][0].lower()}{first['msg'][1:]}")
+    wanted = first["msg"].removeprefix("Input should be ").partition(", unable to")[0]
+    return InputError(f"{prefix}{field}", first["input"], f"accepted: {wanted}")
 
 
 def resolved(setup: Setup, *, quantized: bool, supports_sdpa: bool, use_cache: bool) -> Setup:

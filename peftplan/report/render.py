@@ -118,7 +118,7 @@ def inspection(found: Inspection, *, fmt: str) -> None:
 
 
 def _module_cells(row: Row, *, matching: bool) -> tuple[str | int, ...]:
-    """`q_proj`, `Linear`, `4096×4096`, `32/32` (matched/copies). A weight is what nearly every module has, so it needs no name."""
+    """`q_proj`, `Linear`, `4096×4096`, `32/32` (matched/copies). Nearly every module has a weight, so it needs no name."""
     copies = f"{row.matched or '-'}/{row.copies}" if matching else row.copies
     shapes = row.shapes.removeprefix("weight ")
     return tabular.family(row.name) or "(model)", row.kind, shapes, copies, row.num_parameters, row.bytes

@@ -109,6 +109,11 @@ def parse_quant(
     Raises UnknownNameError for an unknown format, InputError for an option that the format does not have.
     """
     if name == "none":
+        given: dict[str, object] = {"double_quant": double_quant or None, "quant_bits": bits, "quant_group_size": group_size}
+        given |= {"quant_blocksize": blocksize, "compute_dtype": compute_dtype, "quant_skip_modules": skip_modules}
+        without = next((field for field, value in given.items() if value is not None), None)
+        if without is not None:
+            raise InputError(without, given[without], "nothing is quantized; it needs a quant, such as nf4")
         return None
     if name not in FORMATS:
         raise UnknownNameError("quant", name, ["none", *FORMATS])
