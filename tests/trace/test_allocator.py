@@ -56,6 +56,13 @@ def test_a_small_segment_splits_down_to_512_bytes() -> None:
     assert (allocator.requested, allocator.allocated, allocator.reserved) == (2 * MIB - 510, 2 * MIB + 512, 4 * MIB)
 
 
+def test_a_small_remainder_of_512_is_split_off() -> None:
+    allocator = Allocator()
+    allocator.malloc(1, MIB)
+    allocator.malloc(2, MIB - 512)
+    assert [block["size"] for block in allocator.snapshot()[0]["blocks"]] == [MIB, MIB - 512, 512]
+
+
 def test_a_large_block_keeps_a_tail_of_up_to_1_mib() -> None:
     script = Script()
     script.malloc(9, 9.75)
@@ -172,6 +179,14 @@ def test_an_oversize_block_waits_for_an_oversize_request() -> None:
     assert script.sizes == [[64], [30], [20], [40]]
 
 
+def test_at_20_mib_the_shared_segments_themselves_are_oversize() -> None:
+    script = Script("max_split_size_mb:20")
+    script.malloc(4)
+    script.free(1)
+    script.malloc(4, first=2)  # the free 20 is not under 20: another 20
+    assert script.sizes == [[-20], [4, -16]]
+
+
 def test_below_max_split_size_blocks_split_as_ever() -> None:
     script = Script("max_split_size_mb:32")
     script.malloc(30)
@@ -197,11 +212,11 @@ def test_release_of_several_oversize_blocks_from_the_largest() -> None:
 
 
 def test_where_oversize_blocks_are_not_enough_all_is_released() -> None:
-    script = Script("max_split_size_mb:32", capacity=80)
-    script.malloc(40, 30)
-    script.free(1, 2)
-    script.malloc(70, first=3)  # 40 < 70 after the oversize one; then the 30 too
-    assert script.history[2:] == [("free", 40), ("free", 30), ("alloc", 70)]
+    script = Script("max_split_size_mb:32", capacity=100)
+    script.malloc(40, 26, 30)
+    script.free(1, 2, 3)
+    script.malloc(70, first=4)  # only 40 is oversize, under 70: then all, by size
+    assert script.history[3:] == [("free", 40), ("free", 26), ("free", 30), ("alloc", 70)]
 
 
 def test_garbage_collection_releases_what_waited_longest() -> None:
@@ -255,7 +270,8 @@ def test_peaks_by_phase_start_at_the_level_they_meet() -> None:
     allocator.begin_phase("forward")
     allocator.malloc(3, 2 * MIB)  # event 3: from the free 12, split
     allocator.begin_phase("load")
-    allocator.mark()  # event 4
+    allocator.malloc(4, 10 * MIB)  # event 4: the 10 behind 3; 24 MiB again, which changes nothing
+    allocator.free(4)  # event 5
     load, forward = allocator.peaks_by_phase["load"], allocator.peaks_by_phase["forward"]
     assert (load.allocated, load.allocated_at, load.requested) == (24 * MIB, 1, 24 * MIB - 100)
     assert (forward.allocated, forward.allocated_at, forward.requested) == (14 * MIB, 3, 14 * MIB - 100)
@@ -264,3 +280,11 @@ def test_peaks_by_phase_start_at_the_level_they_meet() -> None:
     allocator.reset_peaks()
     assert allocator.peaks.allocated == 14 * MIB
     assert allocator.peaks_by_phase["load"] == load
+
+
+def test_a_peak_belongs_to_the_first_event_that_reached_it() -> None:
+    allocator = Allocator()
+    for _ in range(2):
+        allocator.malloc(1, MIB)
+        allocator.free(1)
+    assert (allocator.peaks.allocated_at, allocator.peaks.requested_at, allocator.peaks.reserved_at) == (0, 0, 0)
