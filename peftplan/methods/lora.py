@@ -63,7 +63,9 @@ class LoraConfig(LayeredConfig):
 def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
     """The tensors that `get_peft_model` adds for a LoraConfig; `target_modules` None means all linear layers."""
     _refuse(arch, config)
-    resolved = fused_expert_targets(arch, config, config.target_modules or ALL_LINEAR)
+    resolved = fused_expert_targets(arch, config, ALL_LINEAR if config.target_modules is None else config.target_modules)
+    if not resolved.target_modules and not resolved.target_parameters:
+        raise InputError("target_modules", list(config.target_modules or ()), "peft refuses it; name modules or parameters")
     targets = resolve_targets(arch, resolved.target_modules, peft_type="LORA") if resolved.target_modules else ()
     matched = match(arch, config, targets) if targets else ()
     rank_pattern = {**config.rank_pattern, **resolved.rank_pattern}

@@ -17,6 +17,7 @@ from peftplan import datafiles
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
 from peftplan.errors import InputError, RefusedError
 from peftplan.methods.adaptation import MethodConfig, restricted
+from peftplan.methods.condensed import exact_names
 from peftplan.methods.saved import never_targeted
 
 Value = TypeVar("Value")
@@ -32,21 +33,6 @@ SEQ_CLS_HEADS = ("score", "classifier")
 """`SEQ_CLS_HEAD_NAMES` (peft/utils/constants.py): heads that `all-linear` leaves out for peft's task type SEQ_CLS."""
 
 
-def _words(value: object) -> object:
-    """A comma-separated text is a list of names, as on the command line; a word or a regex stays a text."""
-    if isinstance(value, str):
-        if value.lower() in WORDS:
-            return value.lower()
-        if re.fullmatch(r"[\w.-]+(,[\w.-]+)*", value):
-            return tuple(value.split(","))
-        return value
-    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else value
-
-
-Targets = Annotated[tuple[str, ...] | str | None, BeforeValidator(_words)]
-"""Module names (matched as whole suffixes), one regular expression (matched in full), or a word."""
-
-
 def _regex(value: str) -> str:
     try:
         re.compile(value)
@@ -55,6 +41,19 @@ def _regex(value: str) -> str:
     return value
 
 
+def _words(value: object) -> object:
+    """A comma-separated text is a list of names, as on the command line, an empty one no name; a word or a regex stays."""
+    if isinstance(value, str):
+        if value.lower() in WORDS:
+            return value.lower()
+        if re.fullmatch(r"[\w.-]+(,[\w.-]+)*", value):
+            return tuple(value.split(","))
+        return _regex(value) if value else ()
+    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else value
+
+
+Targets = Annotated[tuple[str, ...] | str | None, BeforeValidator(_words)]
+"""Module names (matched as whole suffixes), one regular expression (matched in full), or a word."""
 Pattern = Annotated[str, AfterValidator(_regex)]
 """A text that peft puts into a regular expression."""
 Names = Annotated[tuple[Pattern, ...] | None, BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)]
@@ -80,33 +79,40 @@ class LayeredConfig(TargetedConfig):
     refuses_layers: ClassVar[tuple[str, ...]] = ()
 
 
-def match(arch: Architecture, config: TargetedConfig, targets: tuple[str, ...] | str) -> tuple[Module, ...]:
+def match(
+    arch: Architecture, config: TargetedConfig, targets: tuple[str, ...] | str, *, may_be_none: bool = False
+) -> tuple[Module, ...]:
     """The module families that the config targets, each over the layers that match.
 
     `targets` is `config.target_modules` once words are resolved. Raises InputError where nothing matches (near names are
-    shown), RefusedError where a container module matches, which peft refuses too.
+    shown) unless that may be, RefusedError where a container module matches, which peft refuses too.
     """
     wanted = _matcher(targets)
     templates = frozenset(t for t in targets if "{" in t) if isinstance(targets, tuple) else frozenset()
-    excluded = _matcher(config.exclude_modules) if config.exclude_modules else lambda _: False
-    saved = [re.compile(rf"(^|.*\.){m}($|\..*)") for m in never_targeted(arch, config)]
+    left_out = excluded(arch, config)
     layers = config if isinstance(config, LayeredConfig) and _uses_layers(config) else None
+    exact = exact_names(arch, targets) if layers else frozenset()
 
     def matches(name: str, template: str) -> bool:
-        if excluded(name) or any(pattern.match(name) for pattern in saved):
+        if left_out(name) or not (template in templates or wanted(name)):
             return False
-        if template in templates:
-            return layers is None or _in_layers(name, layers)
-        return wanted(name) and (layers is None or name in targets or _in_layers(name, layers))
+        return layers is None or name in exact or _in_layers(name, layers)
 
     names_layers = any(map(_has_digit, (*_flat(targets), *_flat(config.exclude_modules)))) or layers is not None
     found = [m for module in arch.modules if (m := _matching_layers(module, matches, alike=not names_layers)) is not None]
     container = next((c for c in sorted(arch.containers) if matches(c.replace("{}", "0"), c)), None)
     if container is not None:
         raise RefusedError(f"target_modules: {container} is not a layer that can be adapted; peft refuses it as not supported")
-    if not found:
+    if not found and not may_be_none:
         raise InputError("target_modules", targets, _nothing_matched(arch, targets))
     return tuple(found)
+
+
+def excluded(arch: Architecture, config: TargetedConfig) -> Callable[[str], bool]:
+    """Whether a name is left out before any target is looked at: by `exclude_modules`, or as part of a saved module."""
+    unwanted = _matcher(config.exclude_modules) if config.exclude_modules else lambda _: False
+    saved = [re.compile(rf"(^|.*\.){m}($|\..*)") for m in never_targeted(arch, config)]
+    return lambda name: unwanted(name) or any(pattern.match(name) for pattern in saved)
 
 
 def resolve_targets(arch: Architecture, target_modules: tuple[str, ...] | str | None, *, peft_type: str) -> tuple[str, ...] | str:
