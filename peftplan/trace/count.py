@@ -17,7 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 from peftplan.arch.modules import Shape
-from peftplan.errors import MissingExtraError, RefusedError, UnknownNameError
+from peftplan.errors import MissingExtraError, PeftplanError, RefusedError, UnknownNameError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, TrainedParam
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
 
@@ -49,6 +49,8 @@ def count_with_peft(config: Mapping[str, Any], peft_config: Mapping[str, Any] | 
             adapted = _adapted(model, method)
             if freeze_a:
                 peft.optimizers.create_lorafa_optimizer(adapted, r=method.r, lora_alpha=method.lora_alpha, lr=LORAFA_LR)
+        except PeftplanError:
+            raise
         except Exception as error:  # peft raises whatever its code meets
             raise RefusedError(f"peft {peft.__version__} refuses it: {type(error).__name__}: {_first_line(error)}") from None
     return _checked(_adaptation(base, adapted, method), base, adapted)
@@ -102,6 +104,11 @@ def _config_object(peft_config: Mapping[str, Any] | Any, task_type: str | None) 
         method.task_type = task_type
     if getattr(method, "prompt_tuning_init", None) in ("TEXT", "SAMPLE_VOCAB"):
         method.prompt_tuning_init = "RANDOM"
+    if method.peft_type.value == "ADAMSS" and method.subspace_rank > 1:
+        raise RefusedError(
+            f"subspace_rank: with {method.subspace_rank}, what AdaMSS adds depends on how it clusters the weights; only a "
+            "subspace_rank of 1 has a count without them"
+        )
     if method.peft_type.value == "SHIRA":
         method.mask_fn = None  # the mask only places `shira_weight`, whose length is r·(in + out)
     return method
@@ -131,7 +138,7 @@ def _principal_components(tensor: Any, r: int, device: Any, dtype: Any = None, r
 
 
 def _even_clusters(rows: Any, num_subspaces: int, iterations: int) -> tuple[Any, int]:
-    """Clusters of equal size: the count is exact while no cluster of the real weights is smaller than `subspace_rank`."""
+    """Clusters of equal size: those of the real weights differ, the sum of their sizes does not."""
     import torch
 
     clusters = min(num_subspaces, rows.shape[0])

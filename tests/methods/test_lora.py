@@ -72,7 +72,7 @@ def test_equal_to_peft(model: str, task: str | None, options: dict[str, Any]) ->
     assert_like_peft(model, "lora", task, device="cpu" if options.get("init_lora_weights") == "mica" else "meta", **options)
 
 
-NO_DEFAULT = ("distilbert", "vit", "mixtral", "granitemoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")
+NO_DEFAULT = ("distilbert", "vit", "whisper", "mixtral", "granitemoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")
 """Model types for which peft 0.21.2 has, or finds, no default targets of LoRA."""
 
 
