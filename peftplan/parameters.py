@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from peftplan.arch.modules import Architecture, Module, Shape
 from peftplan.dtypes import ITEMSIZE
@@ -24,8 +24,7 @@ PREPARED = ("nf4", "fp4", "int8", "fp8", "mxfp4", "awq")
 (peft 0.21.2, utils/other.py)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One family of parameters: `copies` tensors of one shape, each held by the same allocations."""
 
     name: str
@@ -140,7 +139,7 @@ def gradient_lines(parameters: Parameters, optimizer: Optimizer) -> Ledger:
     if optimizer.step_implementation == "in-backward" and trained:
         largest = max(trained, key=lambda p: ITEMSIZE[p.dtype] * p.numel)
         source = f"{optimizer.cls} steps inside backward: one gradient at a time, the largest counts"
-        trained = [replace(largest, copies=1)]
+        trained = [largest._replace(copies=1)]
     return Ledger(tuple(Line(f"{p.name}.grad", "gradients", p.dtype, p.shape, p.copies, source) for p in trained))
 
 
@@ -264,7 +263,7 @@ def _added(tensor: AddedTensor, adapter_dtype: str, base_dtype: Mapping[str, str
         dtype=dtype,
         trainable=tensor.trainable,
         owner="adapter",
-        allocations=(replace(dense(dtype=dtype, shape=tensor.shape)[0], name="weight"),),
+        allocations=dense(dtype=dtype, shape=tensor.shape),
         source=f"peft, {ITEMSIZE[dtype]} B per element ({dtype})",
         in_embedding=tensor.in_embedding,
         is_linear=tensor.name.endswith(("lora_A.weight", "lora_B.weight")),

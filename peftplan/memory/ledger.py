@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.units import round512
@@ -32,8 +32,7 @@ Dim = int | str
 """A dimension: an integer, or the name of a size computed once from the setup (`b`, `s`, `t = b·s`, …)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Allocation:
+class Allocation(NamedTuple):
     """One tensor that a stored weight or an optimizer state needs: what it is called, its dtype and its dims."""
 
     name: str
@@ -47,8 +46,7 @@ class Allocation:
         return ITEMSIZE[self.dtype] * prod(self.dims)
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """`copies` tensors of one name, dtype and shape; bytes = copies × round512(itemsize × ∏ dims)."""
 
     name: str

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 from peftplan.memory.ledger import Allocation, Place
 
@@ -22,8 +22,7 @@ OptimArgs = Mapping[str, str]
 """`TrainingArguments.optim_args`, split at its commas: the values are text."""
 
 
-@dataclass(frozen=True, slots=True)
-class Param:
+class Param(NamedTuple):
     """What an optimizer sees of one parameter; the gradient has the parameter's shape and dtype."""
 
     shape: tuple[int, ...]
@@ -56,8 +55,7 @@ VERSIONS: dict[str, str] = {
 """The packages that optimizers come from, at the version whose source was read and run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Optimizer:
+class Optimizer(NamedTuple):
     """One name that `TrainingArguments.optim` accepts, and the class that transformers makes for it.
 
     `reads` lists the keys of `optim_args` that transformers reads for it, each with the reader it applies.
@@ -70,7 +68,7 @@ class Optimizer:
     cls: str
     step_implementation: StepImplementation
     param_states: StatesFunction
-    reads: Mapping[str, Callable[[str], object]] = field(default_factory=dict)
+    reads: Mapping[str, Callable[[str], object]] = MappingProxyType({})
     shared: SharedFunction = nothing_shared
     low_rank: bool = False
     states_for_frozen: bool = False

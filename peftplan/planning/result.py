@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftplan.memory.ledger import CATEGORIES, Category, Ledger
 from peftplan.methods.adaptation import Adaptation
@@ -23,8 +23,7 @@ COUNTED: tuple[Category, ...] = (
 """Categories that the analytic engine counts today; the others are null in the JSON, never 0."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Whether a job fits a card: `does_not_fit` where what is counted alone exceeds it, else `unknown` without a peak."""
 
     gpu: str

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Format(NamedTuple):
     """What one storage format accepts; a tuple's first entry is the default, an empty one means no such option.
 
     `untrainable` says why adapters cannot be trained on top (None: they can). `compute_capability` is the oldest GPU on
@@ -70,8 +69,7 @@ unless bitsandbytes is called directly.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class QuantConfig:
+class QuantConfig(NamedTuple):
     """How the linear layers of a frozen base model are stored; made by `parse_quant`.
 
     `blocksize` (0: none) is bitsandbytes' (elements per absmax), the side of fp8's square tiles, or mxfp4's 32;
