@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple
 
-from peftplan.arch.modules import Architecture, Module, Shape
-from peftplan.dtypes import ITEMSIZE
+from peftplan.arch.modules import Architecture, Buffer, Module, Shape
+from peftplan.dtypes import ITEMSIZE, parse_dtype
 from peftplan.errors import InputError, RefusedError
 from peftplan.memory.ledger import Allocation, Category, Ledger, Line
-from peftplan.methods.adaptation import Adaptation, AddedTensor
+from peftplan.methods.adaptation import Adaptation, AddedBuffer, AddedTensor
 from peftplan.optim import Optimizer, shared_states, states
 from peftplan.storage import QuantConfig, category, dense, quantized_modules, shared, stored
 
@@ -181,21 +181,19 @@ def optimizer_lines(
     return Ledger(tuple(lines))
 
 
-def buffer_lines(arch: Architecture, *, dtype: str) -> Ledger:
-    """Registered buffers: tensors that never train, such as rotary frequencies; some follow the dtype the model is loaded in."""
-    return Ledger(
-        tuple(
-            Line(
-                b.name,
-                "buffers",
-                dtype if b.dtype == "model" else b.dtype,
-                b.shape,
-                1 if b.layers is None else len(b.layers),
-                arch.model_class,
-            )
-            for b in arch.buffers
-        )
-    )
+def buffer_lines(arch: Architecture, adaptation: Adaptation, *, dtype: str, adapter_dtype: str) -> Ledger:
+    """Registered buffers: tensors that never train, the model's (rotary frequencies) and the method's (VeRA's shared matrices).
+
+    `dtype` is what the model is loaded in, which some of its buffers follow; `adapter_dtype` that of the adapter.
+    """
+
+    def line(buffer: Buffer | AddedBuffer, held: str, source: str) -> Line:
+        copies = 1 if buffer.layers is None else len(buffer.layers)
+        return Line(buffer.name, "buffers", held, buffer.shape, copies, source)
+
+    own = [line(b, dtype if b.dtype == "model" else b.dtype, arch.model_class) for b in arch.buffers]
+    added = [line(b, adapter_dtype if b.dtype == "adapter" else parse_dtype(b.dtype), "peft") for b in adaptation.buffers]
+    return Ledger((*own, *added))
 
 
 def _converted_layers(arch: Architecture, quant: QuantConfig | None) -> dict[str, frozenset[int]]:

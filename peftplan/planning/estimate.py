@@ -27,7 +27,7 @@ def estimate(
     peft_config: Any = None,
     quantization_config: Any = None,
     training_args: Any = None,
-    gpu: str | Iterable[str] = (),
+    gpu: str | Iterable[str] | None = None,
     engine: Engine = "analytic",
     **options: Any,
 ) -> Estimate:
@@ -78,7 +78,7 @@ def estimate(
     )
     ledger = (
         parameters.weight_lines(built)
-        + parameters.buffer_lines(architecture, dtype=setup.dtype)
+        + parameters.buffer_lines(architecture, adaptation, dtype=setup.dtype, adapter_dtype=str(setup.adapter_dtype))
         + parameters.gradient_lines(built, optimizer)
         + _optimizer(built, optimizer, setup)
     )
@@ -218,11 +218,11 @@ def _assumptions(setup: Setup, quant: QuantConfig | None, architecture: Architec
     return assumed | ({"notes": list(notes)} if notes else {})
 
 
-def _names(gpu: str | Iterable[str]) -> Iterable[str]:
-    names = (gpu,) if isinstance(gpu, str) else tuple(gpu) if isinstance(gpu, Iterable) else (gpu,)
-    wrong = next((name for name in names if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise InputError("gpu", wrong, "accepted: names of cards (`peftplan gpus`), or capacities such as 24GiB")
+def _names(gpu: str | Iterable[str] | None) -> tuple[str, ...]:
+    names = (gpu,) if isinstance(gpu, str) else () if gpu is None else tuple(gpu) if isinstance(gpu, Iterable) else (gpu,)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise InputError("gpu", wrong[0], "accepted: names of cards (`peftplan gpus`), or capacities such as 24GiB")
     return names
 
 
