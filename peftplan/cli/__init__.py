@@ -20,6 +20,10 @@ COMMANDS: dict[str, str] = {
 """Commands and their one-line help; the module `peftplan.cli.<name>` is imported when its command runs."""
 
 
+class ReaderGoneError(Exception):
+    """Nobody reads what is left of the output."""
+
+
 class LazyGroup(click.Group):
     """Imports a command's module only when that command is asked for, so that `--help` starts fast."""
 
@@ -33,6 +37,12 @@ class LazyGroup(click.Group):
             raise UnknownNameError("command", cmd_name, COMMANDS)
         command: click.Command = import_module(f"peftplan.cli.{cmd_name}").command
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise ReaderGoneError from None  # click itself would exit with 1, which is a failed check here
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -68,7 +78,7 @@ def main(args: list[str] | None = None) -> None:
         _stop(f"{error.format_message().rstrip('.')} (see --help)".replace("\n", " "))
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except BrokenPipeError:
+    except (ReaderGoneError, BrokenPipeError):
         # The reader has gone (`peftplan models | head`); keep the interpreter from flushing into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -77,6 +77,21 @@ class Estimate:
         """Bytes in CUDA managed memory (paged optimizer states): outside torch's allocator, paged out under pressure."""
         return self.ledger.bytes(place="managed")
 
+    def lines(self) -> list[dict[str, Any]]:
+        """One record per line of the ledger; `model.layers.*.mlp.up_proj.weight` stands for the weights of all its layers."""
+        return [
+            {
+                "category": line.category,
+                "name": line.name.replace("{}", "*"),
+                "bytes": line.bytes(),
+                "bytes_by_phase": {},
+                "place": line.place,
+                "formula": line.formula,
+                "source": line.source,
+            }
+            for line in self.ledger
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON contract, bytes as integers; null is what this engine does not count."""
         by_category = self.ledger.by_category()
@@ -88,18 +103,7 @@ class Estimate:
             "trainable_parameters": self.trainable_parameters,
             "total_parameters": self.total_parameters,
             "memory": {
-                "lines": [
-                    {
-                        "category": line.category,
-                        "name": line.name,
-                        "bytes": line.bytes(),
-                        "bytes_by_phase": {},
-                        "place": line.place,
-                        "formula": line.formula,
-                        "source": line.source,
-                    }
-                    for line in self.ledger
-                ],
+                "lines": self.lines(),
                 "by_category": {c: by_category[c] if c in COUNTED else None for c in CATEGORIES},
                 "persistent": self.persistent_bytes,
                 "managed": self.managed_bytes,

@@ -23,22 +23,13 @@ class Column(NamedTuple):
 
 
 def line_facts(result: Estimate) -> list[dict[str, Any]]:
-    """One record per line of the ledger."""
-    return [
-        {
-            "category": line.category,
-            "name": family(line.name),
-            "bytes": line.bytes(),
-            "place": line.place,
-            "formula": line.formula,
-            "source": line.source,
-        }
-        for line in sorted(result.ledger, key=lambda line: CATEGORIES.index(line.category))
-    ]
+    """One record per line of the ledger, category by category."""
+    lines = sorted(result.lines(), key=lambda line: CATEGORIES.index(line["category"]))
+    return [{column: line[column] for column in LINE_COLUMNS} for line in lines]
 
 
 def family(name: str) -> str:
-    """A module or tensor family as it is shown: `model.layers.*.mlp.up_proj`."""
+    """A family of modules as it is shown: `model.layers.*.mlp.up_proj`."""
     return name.replace("{}", "*")
 
 

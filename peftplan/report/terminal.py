@@ -21,6 +21,8 @@ WIDE = 110
 """Terminals of at least this many columns show the wide columns of a table too."""
 PIPE_WIDTH = 10_000
 """A pipe without COLUMNS has no width: nothing is folded, so that grep and awk see whole rows."""
+GAP = 2
+"""Blanks between the columns of the assumptions."""
 SHORT = 20
 """Assumptions of up to this many characters share a row, two to a row; longer ones get a line of their own."""
 
@@ -73,7 +75,7 @@ def estimate(result: Estimate, *, verbose: bool) -> None:
     if verbose:
         parts += [f"{v.gpu}: {v.why}" for v in result.gpus]
         parts += ["", *_lines(result, wide=out.width >= WIDE)]
-    parts += ["", Text("Assumptions", style="bold"), *_assumptions(result, verbose=verbose)]
+    parts += ["", Text("Assumptions", style="bold"), *_assumptions(result, verbose=verbose, width=out.width)]
     parts += [f"note: {note}" for note in result.assumptions.get("notes", ())]
     parts += ["", f"Not counted yet, so no peak is stated: {', '.join(result.not_modelled)}."]
     show(out, parts)
@@ -133,14 +135,19 @@ def _lines(result: Estimate, *, wide: bool) -> list[RenderableType]:
     return parts
 
 
-def _assumptions(result: Estimate, *, verbose: bool) -> list[RenderableType]:
+def _assumptions(result: Estimate, *, verbose: bool, width: int) -> list[RenderableType]:
+    """Lists and long values first, a line each; then the short ones, two to a row where there is room."""
     found = dict(assumption_rows(result.assumptions))
     if not verbose:
         # Where a built-in config was found is in parentheses behind what it is.
         found["model"] = found["model"].partition(" (")[0]
-    short = [row for row in found.items() if len(row[1]) <= SHORT]
+    lists = {name for name, value in result.assumptions.items() if isinstance(value, list)}
+    long = [name for name, value in found.items() if len(value) > SHORT or name in lists]
+    short = [(name, value) for name, value in found.items() if name not in long]
     half = (len(short) + 1) // 2
-    grid = Table.grid(padding=(0, 2))
-    for left, right in zip_longest(short[:half], short[half:], fillvalue=("", "")):
-        grid.add_row(*left, *right)
-    return [*(f"{name}: {value}" for name, value in found.items() if len(value) > SHORT), grid]
+    pairs = [(*left, *right) for left, right in zip_longest(short[:half], short[half:], fillvalue=("", ""))]
+    room = sum(max(map(len, column)) + GAP for column in zip(*pairs, strict=True)) <= width + GAP
+    grid = Table.grid(padding=(0, GAP))
+    for row in pairs if room else short:
+        grid.add_row(*row)
+    return [*(f"{name}: {found[name]}" for name in long), grid]

@@ -1,0 +1,132 @@
+"""Exit codes, pipes, terminals, and that every command is documented."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from peftplan.cli import COMMANDS, LazyGroup, cli
+from peftplan.planning.setup import Setup
+from tests.cli.run import HERE, run
+
+README = HERE.parents[1] / "README.md"
+MAIN = (sys.executable, "-m", "peftplan")
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "FORCE_COLOR", "NO_COLOR")}
+
+
+@pytest.mark.parametrize(
+    "args", [(), ("--help",), ("-h",), ("--version",), *((name, "--help") for name in COMMANDS)], ids=" ".join
+)
+def test_help_exits_0(args: tuple[str, ...]) -> None:
+    done = run(*args)
+    assert (done.code, done.err) == (0, "")
+    assert done.out
+
+
+def test_require_fit_exits_1_where_a_card_is_not_known_to_fit() -> None:
+    job = ("estimate", "llama-2-70b", "--method", "qlora")
+    assert run(*job, "--gpu", "rtx-4090").code == 0
+    assert run(*job, "--gpu", "rtx-4090", "--require-fit").code == 1
+    assert run(*job, "--gpu", "b200", "--require-fit").code == 1  # unknown is no promise
+    assert run(*job, "--require-fit").code == 0
+
+
+def test_every_command_is_in_the_readme() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"peftplan {name}" not in text] == []
+
+
+def test_the_readme_shows_what_the_command_prints() -> None:
+    command, shown = re.search(
+        r"bin/peftplan ([^\n]+)\n```\n\n```text\n(.*?)```", README.read_text(encoding="utf-8"), re.S
+    ).groups()  # type: ignore[union-attr]
+    assert run(*command.split()).out == shown
+
+
+def test_every_option_of_the_setup_is_an_option_of_estimate() -> None:
+    assert isinstance(cli, LazyGroup)
+    command = cli.get_command(click.Context(cli), "estimate")
+    assert command is not None
+    assert set(Setup.model_fields) <= {param.name for param in command.params}
+
+
+def test_help_of_estimate_groups_its_options() -> None:
+    shown = run("estimate", "--help").out
+    headings = re.findall(r"^([A-Z][a-z ]+):$", shown, re.M)
+    assert headings == ["Method", "Model", "Precision and storage", "Training", "Output"]
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("models",), ("estimate", "gpt2", "-v"), ("estimate", "gpt2", "--format", "json"), ("gpus", "--format", "csv")],
+    ids=" ".join,
+)
+def test_a_reader_that_leaves_early_is_no_error(args: tuple[str, ...]) -> None:
+    with subprocess.Popen((*MAIN, *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
+def test_a_pipe_gets_whole_rows_without_escape_codes() -> None:
+    done = subprocess.run((*MAIN, "inspect", "deepseek-v3"), capture_output=True, check=True, env=ENVIRONMENT)
+    text = done.stdout.decode()
+    assert "\x1b" not in text
+    (experts,) = [line for line in text.splitlines() if "mlp.experts" in line]
+    assert "gate_up_proj 256×4096×7168, down_proj 256×7168×2048" in experts
+    assert text.splitlines() == [line.rstrip() for line in text.splitlines()]
+
+
+def test_a_terminal_without_unicode_gets_no_traceback() -> None:
+    for args in (("estimate", "gpt2"), ("inspect", "gpt2", "--format", "json")):
+        done = subprocess.run((*MAIN, *args), capture_output=True, check=True, env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"})
+        assert done.stdout.decode("ascii")
+
+
+def in_terminal(*args: str, columns: int, **environment: str) -> str:
+    """What a command writes to a terminal of that width, escape codes included."""
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, b"".join(size.to_bytes(2, sys.byteorder) for size in (50, columns, 0, 0)))
+    with subprocess.Popen(
+        (*MAIN, *args), stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT | {"TERM": "xterm"} | environment
+    ):
+        os.close(theirs)
+        written = b""
+        try:
+            while chunk := os.read(ours, 2**16):
+                written += chunk
+        except OSError:  # Linux: the other side has closed
+            pass
+    os.close(ours)
+    return written.decode()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_terminal_is_never_overrun(columns: int) -> None:
+    for args in (("estimate", "mixtral-8x7b", "--gpu", "rtx-4090"), ("models",), ("inspect", "bart-base"), ("methods", "lora")):
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", in_terminal(*args, columns=columns))
+        assert max(len(line) for line in plain.splitlines()) <= columns
+
+
+def test_no_color_is_respected() -> None:
+    shown = in_terminal("estimate", "gpt2", columns=80, NO_COLOR="1")
+    codes = {int(code) for codes in re.findall(r"\x1b\[([0-9;]*)m", shown) for code in codes.split(";") if code}
+    assert codes <= {0, 1}, "bold is no colour, all else is"
+
+
+def test_the_console_script_is_this_main() -> None:
+    script = Path(sys.executable).with_name("peftplan")
+    if not script.exists():
+        pytest.skip("not installed beside this interpreter")
+    assert subprocess.run((script, "--version"), capture_output=True, text=True, check=True).stdout.startswith("peftplan")
