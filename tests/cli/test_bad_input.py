@@ -1,0 +1,202 @@
+"""Bad input: one line on stderr that names the field, the value and what is accepted; exit 2; nothing on stdout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.run import HERE, Done, run
+
+TINY = json.loads((HERE / "tiny.json").read_text(encoding="utf-8"))
+
+
+def refused(*args: str) -> str:
+    """The one line that a refused command prints."""
+    done = run(*args)
+    assert done == Done(2, "", done.err)
+    assert done.err.count("\n") == 1
+    assert done.err.startswith("peftplan: ")
+    assert len(done.err) < 600
+    return done.err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        # a field, the value, and what is accepted or near
+        ("estimate lama-2-7b", ["model", "'lama-2-7b'", "did you mean llama-2-7b", "built-in names", "config.json"]),
+        ("estimate owner/nothing", ["owner/nothing", "HF_HUB_OFFLINE"]),
+        ("inspect nothing", ["model", "'nothing'"]),
+        ("estimate ./nothing.json", ["model", "'./nothing.json'", "no such file"]),
+        ("estimate gpt2 --method lra", ["method", "'lra'", "did you mean lora", "qlora"]),
+        ("methods lra", ["method", "'lra'", "did you mean lora"]),
+        ("estimate gpt2 --dtype fp31", ["dtype", "'fp31'", "bf16, fp16, fp32"]),
+        ("estimate gpt2 --adapter-dtype int8", ["adapter_dtype", "'int8'", "bf16, fp16, fp32"]),
+        ("estimate gpt2 --compute-dtype int8 --quant nf4", ["compute_dtype", "'int8'", "bf16, fp16, fp32"]),
+        ("inspect gpt2 --dtype fp31", ["dtype", "'fp31'", "bf16, fp16, fp32"]),
+        ("estimate gpt2 --optim adamw_trch", ["optim", "'adamw_trch'", "adamw_torch"]),
+        ("estimate gpt2 --quant nf5", ["quant", "'nf5'", "nf4", "int8"]),
+        ("estimate gpt2 --gpu rtx-4091", ["gpu", "'rtx-4091'", "rtx-4090"]),
+        ("estimate gpt2 --gpu 0GiB", ["gpu", "'0GiB'", "above zero"]),
+        (f"estimate gpt2 --gpu {'9' * 400}GiB", ["gpu", "at most"]),
+        ("gpus rtx-9999", ["pattern", "'rtx-9999'"]),
+        ("models nothing-of-that", ["pattern", "'nothing-of-that'"]),
+        ("estimate gpt2 --format xml", ["format", "'xml'", "csv, json, markdown, table"]),
+        ("models --format xml", ["format", "'xml'", "csv, json, markdown, table"]),
+        ("estimate gpt2 --rang 4", ["no such option: --rang", "--help"]),
+        ("estimate gpt2 --optimm sgd", ["--optimm", "did you mean --optim"]),
+        ("estimates gpt2", ["command", "'estimates'", "did you mean estimate"]),
+        ("estimate", ["MODEL"]),
+        ("estimate gpt2 llama-2-7b", ["llama-2-7b"]),
+        ("estimate gpt2 --r", ["--r"]),
+        # numbers
+        ("estimate gpt2 --r 0", ["r: '0'", "greater than or equal to 1"]),
+        ("estimate gpt2 --r abc", ["r: 'abc'", "integer"]),
+        ("estimate gpt2 --r 1e30", ["r: '1e30'", "integer"]),
+        ("estimate gpt2 --r 99999999999", ["r: '99999999999'", "less than or equal to"]),
+        ("estimate gpt2 --batch-size -1", ["batch_size: '-1'", "greater than or equal to 1"]),
+        ("estimate gpt2 --batch-size 1.5", ["batch_size: '1.5'", "integer"]),
+        ("estimate gpt2 --seq-len 0", ["seq_len: '0'", "greater than or equal to 1"]),
+        ("estimate gpt2 --num-labels 0", ["num_labels: '0'", "greater than or equal to 1"]),
+        ("inspect gpt2 --num-labels many", ["--num-labels", "'many'", "integer"]),
+        ("estimate gpt2 --lora-dropout 2", ["lora_dropout: '2'", "less than 1"]),
+        ("estimate gpt2 --layers-to-transform one,two", ["layers_to_transform: 'one,two'", "whole numbers"]),
+        ("estimate gpt2 --rank-pattern {", ["rank_pattern: '{'", "JSON"]),
+        ("estimate gpt2 --rank-pattern [1]", ["rank_pattern: [1]", "dictionary"]),
+        ('estimate gpt2 --rank-pattern {"(":4}', ["rank_pattern", "regular expression"]),
+        # closed sets
+        ("estimate gpt2 --trainer hf", ["trainer: 'hf'", "plain", "trl"]),
+        ("estimate gpt2 --autocast tf32", ["autocast: 'tf32'", "none", "bf16"]),
+        ("estimate gpt2 --attn-implementation flash", ["attn_implementation: 'flash'", "sdpa", "flash_attention_2"]),
+        ("estimate gpt2 --loss mse", ["loss: 'mse'", "auto", "liger"]),
+        ("estimate gpt2 --bias some", ["bias: 'some'", "none", "lora_only"]),
+        ("estimate gpt2 --task-type CHAT", ["task_type: 'CHAT'", "CAUSAL_LM"]),
+        ("estimate gpt2 --engine guess", ["engine: 'guess'", "analytic, trace"]),
+        # methods and their fields
+        ("estimate gpt2 --set rank=4", ["option of lora", "'rank'", "accepted", "r,"]),
+        ("estimate gpt2 --set r", ["--set", "'r'", "FIELD=VALUE"]),
+        ("estimate gpt2 --set r=four", ["r: 'four'", "integer"]),
+        ("estimate gpt2 --set model=gpt2-xl", ["--set", "'model=gpt2-xl'", "FIELD=VALUE"]),
+        ("estimate gpt2 --set peft_config=1", ["--set", "'peft_config=1'", "FIELD=VALUE"]),
+        ("estimate gpt2 --method prefix-tuning", ["num_virtual_tokens", "must be given"]),
+        ("estimate gpt2 --method prefix-tuning --num-virtual-tokens 4 --r 8", ["option of prefix-tuning", "'r'"]),
+        # targets: near names are shown
+        ("estimate llama-2-7b --target-modules q_pro", ["target_modules", "'q_pro'", "near: q_proj"]),
+        ("inspect llama-2-7b --match q_pro", ["target_modules", "'q_pro'", "near: q_proj"]),
+        ("estimate llama-2-7b --target-modules (", ["target_modules: '('", "regular expression"]),
+        ("estimate mixtral-8x7b --target-modules (", ["target_modules: '('", "regular expression"]),
+        ("estimate llama-2-7b --exclude-modules (", ["exclude_modules: '('", "regular expression"]),
+        ("estimate llama-2-7b --modules-to-save lm_haed", ["modules_to_save", "'lm_haed'", "near: lm_head"]),
+        ("estimate llama-2-7b --target-modules norm", ["target_modules", "model.norm", "RMSNorm"]),
+        # combinations that the libraries refuse, or that say two things at once
+        ("estimate llama-2-7b --method full --quant nf4", ["quant", "nf4", "in full", "none"]),
+        ("estimate llama-2-7b --method qlora --quant none", ["quant", "'none'", "accepted"]),
+        ("estimate llama-2-7b --double-quant", ["double_quant", "nothing is quantized"]),
+        ("estimate llama-2-7b --quant-bits 4", ["quant_bits: 4", "nothing is quantized"]),
+        ("estimate llama-2-7b --quant int8 --double-quant", ["double_quant", "int8", "nf4"]),
+        ("estimate llama-2-7b --quant nf4 --quant-bits 3", ["quant_bits: 3", "nf4 accepts 4"]),
+        ("estimate llama-2-7b --quant mxfp4", ["mxfp4", "dequantize"]),
+        ("estimate llama-2-7b --optim galore_adamw", ["optim_target_modules", "galore_adamw"]),
+        ("estimate llama-2-7b --optim-args lr", ["optim_args: 'lr'", "key=value"]),
+        ("estimate bloom-560m --attn-implementation sdpa", ["attn_implementation", "sdpa", "eager"]),
+    ],
+)  # fmt: skip
+def test_what_is_said(command: str, said: list[str]) -> None:
+    line = refused(*command.split())
+    assert [text for text in said if text not in line] == [], line
+
+
+@pytest.mark.parametrize(
+    "args", [("estimate", ""), ("estimate", " "), ("estimate", "\x00"), ("estimate", "a\nb"), ("models", "\n")]
+)
+def test_odd_names(args: tuple[str, ...]) -> None:
+    refused(*args)
+
+
+def test_an_empty_text_is_no_default() -> None:
+    for option in ("--target-modules", "--peft-config", "--gpu", "--optim", "--dtype", "--r", "--method"):
+        refused("estimate", "llama-2-7b", option, "")
+
+
+def config(tmp_path: Path, content: bytes | str | dict[str, Any]) -> str:
+    """A config.json with that content."""
+    path = tmp_path / "config.json"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (json.dumps(TINY)[:60], ["not JSON", "line 1"]),
+        ("", ["not JSON"]),
+        ("weights", ["not JSON"]),
+        (b"\xff\xfe{}", ["UTF-8"]),
+        (b"{}" + b" " * (10 * 2**20), ["at most", "bytes"]),
+        ("[" * 100_000, ["nested too deeply"]),
+        ('{"model_type": "llama", "hidden_size": ' + "9" * 5000 + "}", ["digits"]),
+        ("[]", ["list"]),
+        ("{}", ["model_type"]),
+        ({**TINY, "model_type": 7}, ["model_type", "7"]),
+        ({key: value for key, value in TINY.items() if key != "hidden_size"}, ["hidden_size", "must state it"]),
+        ({**TINY, "hidden_size": None}, ["hidden_size", "must state it"]),
+        ({**TINY, "hidden_size": "64"}, ["hidden_size", "'64'", "whole number"]),
+        ({**TINY, "hidden_size": -64}, ["hidden_size", "-64", "whole number from 1"]),
+        ({**TINY, "hidden_size": 2**40}, ["hidden_size", "1099511627776", "to 16777216"]),
+        ({**TINY, "hidden_size": float("inf")}, ["hidden_size", "inf", "whole number"]),
+        ({**TINY, "hidden_size": float("nan")}, ["NaN"]),
+        ({**TINY, "hidden_size": 65}, ["hidden_size", "65", "multiple"]),
+        ({**TINY, "num_hidden_layers": 10**9}, ["num_hidden_layers", "1000000000", "to 4096"]),
+        ({**TINY, "num_attention_heads": 0}, ["num_attention_heads", "0"]),
+        ({**TINY, "tie_word_embeddings": "yes"}, ["tie_word_embeddings", "'yes'", "true or false"]),
+        ({"peft_type": "LORA", "r": 8}, ["adapter", "base model"]),
+    ],
+)  # fmt: skip
+def test_a_damaged_config(tmp_path: Path, content: bytes | str | dict[str, Any], said: list[str]) -> None:
+    for command in ("estimate", "inspect"):
+        line = refused(command, config(tmp_path, content))
+        assert [text for text in said if text not in line] == [], line
+
+
+def test_code_of_a_repository_is_never_run(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")  # which knows the model types that are not built in
+    own = {"model_type": "their-own", "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnModel"}}
+    (tmp_path / "modeling_own.py").write_text("raise SystemExit('ran')", encoding="utf-8")
+    for switch in ((), ("--trust-remote-code",)):
+        assert "never executed" in refused("estimate", config(tmp_path, own), *switch)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, ["peft_config", "cannot be read"]),
+        ("{", ["peft_config", "not a JSON file"]),
+        (b"\xff\xfe", ["peft_config", "not a JSON file"]),
+        ('{"peft_type": "LORA", "x": ' + "[" * 100_000, ["peft_config", "not a JSON file"]),
+        ("[]", ["peft_config", "peft_type"]),
+        ("{}", ["peft_config", "peft_type"]),
+        ('{"peft_type": "LORA"}' + " " * 2**20, ["peft_config", "at most"]),
+        ('{"peft_type": "LORA", "r": "abc"}', ["r: 'abc'", "integer"]),
+        ('{"peft_type": "LORA", "r": NaN}', ["r: nan"]),
+        ('{"peft_type": "LORA", "modules_to_save": "("}', ["modules_to_save", "regular expression"]),
+    ],
+)
+def test_a_damaged_adapter_config(tmp_path: Path, content: bytes | str | None, said: list[str]) -> None:
+    path = tmp_path / "adapter_config.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = refused("estimate", "llama-2-7b", "--peft-config", str(path))
+    assert [text for text in said if text not in line] == [], line
+
+
+def test_an_endless_file_is_not_read_to_its_end() -> None:
+    if not Path("/dev/zero").exists():
+        pytest.skip("no /dev/zero here")
+    for command in (("estimate", "/dev/zero"), ("estimate", "gpt2", "--peft-config", "/dev/zero")):
+        refused(*command)
