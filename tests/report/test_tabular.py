@@ -1,0 +1,100 @@
+"""Rows and cells that every format shares, and what each format makes of odd ones."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from peftplan.report import markdown, terminal
+from peftplan.report.tabular import Column, assumption_rows, texts, write_csv
+from tests.cli.run import run
+
+
+def test_cells_for_people() -> None:
+    assert texts(("q_proj", 1234567, None, 0, "")) == ["q_proj", "1,234,567", "-", "0", ""]
+
+
+def test_csv_cells_come_back() -> None:
+    facts = [
+        {
+            "name": 'odd, "quoted"',
+            "count": 12345,
+            "none": None,
+            "list": ["a", "b"],
+            "flag": True,
+            "nest": {"x": [1]},
+            "rows": [{"y": 2}],
+        },
+        {"name": "line\nbreak", "count": 0, "none": None, "list": [], "flag": False, "nest": {}, "rows": []},
+    ]
+    stream = io.StringIO()
+    write_csv(facts, stream)
+    first, second = csv.DictReader(io.StringIO(stream.getvalue()))
+    assert first == {
+        "name": 'odd, "quoted"',
+        "count": "12345",
+        "none": "",
+        "list": "a;b",
+        "flag": "true",
+        "nest": '{"x": [1]}',
+        "rows": '[{"y": 2}]',
+    }
+    assert (second["name"], second["list"], second["flag"]) == ("line\nbreak", "", "false")
+
+
+def test_assumptions_in_words() -> None:
+    rows = assumption_rows(
+        {
+            "kbit_prepare": True,
+            "padding": False,
+            "trust_remote_code": False,
+            "notes": ["shown elsewhere"],
+            "target_modules": ["model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.up_proj", "lm_head"],
+            "optim_target_modules": ["attn", "mlp"],
+            "seq_len": 2048,
+        }
+    )
+    assert rows == [
+        ("kbit_prepare", "yes"),
+        ("padding", "no"),
+        ("target_modules", "q_proj, up_proj, lm_head"),
+        ("optim_target_modules", "attn, mlp"),
+        ("seq_len", "2048"),
+    ]
+
+
+def test_markdown_escapes_pipes() -> None:
+    assert markdown.table(["a"], [["x|y"]]).splitlines() == ["| a |", "| --- |", "| x\\|y |"]
+
+
+def test_wide_columns_are_left_out_of_a_narrow_terminal(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    columns = (Column("name"), Column("bytes", right=True), Column("source", wide=True))
+    for width, header in ((109, "name  bytes"), (110, "name  bytes  source")):
+        monkeypatch.setenv("COLUMNS", str(width))
+        terminal.rows(columns, [("a", "1", "b")], above=None, below=None)
+        assert capsys.readouterr().out.splitlines()[0] == header
+    monkeypatch.delenv("COLUMNS")
+    terminal.rows(columns, [("a", "1", "b" * 500)], above="title", below="end")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "title"
+    assert shown[-1] == "end"
+    assert shown[4] == f"a         1  {'b' * 500}"
+
+
+def test_markup_in_names_is_text() -> None:
+    done = run("estimate", "./tiny.json", "--target-modules", ".*[qk]_proj")
+    assert ".*[qk]_proj" in done.out
+
+
+def test_verdicts_state_what_is_left_over() -> None:
+    # 24 GiB as given, less the 13,543,941,632 bytes of golden/estimate-pipe.txt: 12,225,862,144 bytes.
+    done = run("estimate", "llama-2-7b", "--method", "prefix-tuning", "--num-virtual-tokens", "16", "--gpu", "24GiB")
+    (row,) = [line for line in done.out.splitlines() if line.startswith("24GiB")]
+    assert row.split() == ["24GiB", "24.00", "GiB", "11.39", "GiB", "unknown", "until", "the", "peak", "is", "modelled"]
+
+
+def test_a_method_shows_what_is_required_and_what_does_nothing() -> None:
+    shown = run("methods", "prefix-tuning").out
+    assert "num_virtual_tokens" in shown
+    assert "required" in shown
+    assert "without effect on memory" in run("methods", "lora").out
