@@ -186,7 +186,7 @@ def _gpt_oss_experts(n: Dims, e: int) -> tuple[Module, ...]:
     )
     return (
         Module("layers.{}.mlp.router", "Router", (("weight", (e, n.h)), ("bias", (e,))), n.layers),
-        Module("layers.{}.mlp.experts", "Experts", weights, n.layers),
+        Module("layers.{}.mlp.experts", "ExpertsTransposed", weights, n.layers),
     )
 
 

@@ -18,7 +18,7 @@ from peftplan.methods.adaptation import Adaptation, AddedTensor, NeedsPeftError
 from peftplan.methods.lora import LoraConfig
 from peftplan.methods.saved import refuse_both, saved_modules, token_deltas
 from peftplan.methods.targets import LayeredConfig
-from peftplan.methods.tuner import require_kind, tune
+from peftplan.methods.tuner import refuse_mamba, require_kind, tune
 
 
 class AdaLoraConfig(LayeredConfig):
@@ -48,6 +48,7 @@ def adalora(arch: Architecture, config: AdaLoraConfig) -> Adaptation:
         raise NeedsPeftError("ADALORA with target_parameters")
     refuse_both(saved_modules(arch, config), config.trainable_token_indices)
     found = tune(arch, config, lambda module: _tensors(module, config.init_r), peft_type="ADALORA", bias=config.bias)
+    refuse_mamba(arch, found.matched)
     notes = (f"r={config.r} is not used by AdaLoRA; init_r={config.init_r} sets the rank",) if config.r != 8 else ()
     return replace(found, added=(*found.added, *token_deltas(arch, config.trainable_token_indices)), notes=notes)
 

@@ -6,12 +6,13 @@ Source: peft 0.21.2, `utils/transformers_weight_conversion.py` (`_convert_peft_c
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from peftplan.arch.modules import LINEAR_KINDS, Architecture
 from peftplan.errors import RefusedError
-from peftplan.methods.targets import part
+from peftplan.methods.targets import PEFT_DEFAULT, part
 
 _QWEN2_MOE = (
     "Dots3NoteTextModel UnlimitedOcrTextModel afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 "
@@ -42,13 +43,6 @@ FUSED: dict[str, tuple[str, str]] = {"mixtral": ("w1", "w3"), "qwen2_moe": ("gat
 """The two projections inside `gate_up_proj`: both must be targeted, and its rank doubles."""
 
 
-class _Config(Protocol):
-    @property
-    def r(self) -> int: ...
-    @property
-    def target_parameters(self) -> tuple[str, ...] | None: ...
-
-
 @dataclass(frozen=True)
 class ResolvedTargets:
     """Targets after the rewriting: modules, parameters, and the ranks that change."""
@@ -58,20 +52,32 @@ class ResolvedTargets:
     rank_pattern: dict[str, int] = field(default_factory=dict)
 
 
-def fused_expert_targets(arch: Architecture, config: _Config, target_modules: tuple[str, ...] | str) -> ResolvedTargets:
+class _Config(Protocol):
+    @property
+    def r(self) -> int: ...
+    @property
+    def target_parameters(self) -> tuple[str, ...] | None: ...
+
+
+def fused_expert_targets(
+    arch: Architecture, config: _Config, target_modules: tuple[str, ...] | str, *, left_out: Callable[[str], bool]
+) -> ResolvedTargets:
     """Rewrite expert names to parameters, as peft does for LoRA on these model types; others pass unchanged.
 
-    Raises RefusedError where only one of the two fused projections is targeted, as peft does.
+    `left_out` tells the names that no regular expression matches (see `targets.excluded`). Raises RefusedError where only one of
+    the two fused projections is targeted, as peft does.
     """
     parameters = tuple(config.target_parameters or ())
     base = CONVERSIONS.get(arch.model_type)
     if base is None:
         return ResolvedTargets(target_modules, parameters)
-    if target_modules == "peft-default":
+    if target_modules == PEFT_DEFAULT:
+        if parameters:
+            return ResolvedTargets((), parameters)
         # peft turns None into an empty set of targets here, before it looks its default up, and then finds none.
         raise RefusedError(f"target_modules: peft has no default targets for model_type {arch.model_type!r}; name them")
     renamed = RENAMED[base]
-    names = _leaf_names(arch, target_modules, renamed) if isinstance(target_modules, str) else target_modules
+    names = _leaf_names(arch, target_modules, renamed, left_out) if isinstance(target_modules, str) else target_modules
     if names is None:
         return ResolvedTargets(target_modules, parameters)
     moved = {n: old for n in names for old in renamed if n == old or n.endswith("." + old)}
@@ -88,7 +94,9 @@ def fused_expert_targets(arch: Architecture, config: _Config, target_modules: tu
     )
 
 
-def _leaf_names(arch: Architecture, target: str, renamed: dict[str, str]) -> tuple[str, ...] | None:
+def _leaf_names(
+    arch: Architecture, target: str, renamed: dict[str, str], left_out: Callable[[str], bool]
+) -> tuple[str, ...] | None:
     """The leaf names that a word or a regular expression stands for before the fusion; None leaves it as it is."""
     if target == "mlp":
         return tuple(name for name in renamed if name != ROUTER)
@@ -98,11 +106,15 @@ def _leaf_names(arch: Architecture, target: str, renamed: dict[str, str]) -> tup
         linear = {m.leaf for m in arch.modules if m.kind in LINEAR_KINDS and m.name != arch.output_embedding}
         return tuple(sorted(linear | renamed.keys()))
     pattern = re.compile(target)
+
+    def matches(name: str) -> bool:
+        return pattern.fullmatch(name) is not None and not left_out(name)
+
     modules = [name for m in arch.modules for name in m.names()]
     params = [f"{name}.{p}" for m in arch.modules for name in m.names() for p, _ in m.params]
-    found = {name.rpartition(".")[2] for name in (*modules, *params) if pattern.fullmatch(name)}
+    found = {name.rpartition(".")[2] for name in (*modules, *params) if matches(name)}
     for old, new in renamed.items():
         holders = (name.rpartition(".")[0] for name in params if name.endswith("." + new))
-        if any(pattern.fullmatch(f"{holder}.{old}") for holder in holders):
+        if any(matches(f"{holder}.{old}") for holder in holders):
             found.add(old)
     return tuple(sorted(found)) or None

@@ -14,7 +14,7 @@ from peftplan import datafiles
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
 from peftplan.errors import InputError, RefusedError
 from peftplan.methods.adaptation import Adaptation, AddedTensor
-from peftplan.methods.targets import TargetedConfig, Targets, split
+from peftplan.methods.targets import TargetedConfig, Targets, resolve_targets, split
 from peftplan.methods.tuner import CONVOLUTIONS, require_kind, tune
 
 
@@ -28,6 +28,8 @@ class IA3Config(TargetedConfig):
 def ia3(arch: Architecture, config: IA3Config) -> Adaptation:
     """The tensors that `get_peft_model` adds for an IA3Config."""
     targets, given = config.target_modules, config.feedforward_modules
+    if targets in ("attention", "mlp"):
+        targets = resolve_targets(arch, targets, peft_type="IA3")
     if isinstance(targets, tuple) and isinstance(given, tuple) and not set(given) <= set(targets):
         raise RefusedError("feedforward_modules: peft asks for a subset of target_modules")
     is_feedforward = _matcher(_default_feedforward(arch) if given is None else given)

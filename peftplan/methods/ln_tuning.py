@@ -6,13 +6,17 @@ they keep the dtype of the base. Source: peft 0.21.2, `tuners/ln_tuning/layer.py
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from peftplan.arch.modules import Architecture, Module
 from peftplan.errors import RefusedError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, NeedsPeftError
-from peftplan.methods.targets import TargetedConfig
+from peftplan.methods.targets import TargetedConfig, match, resolve_targets
 from peftplan.methods.tuner import tune
+
+IDENTITIES = {"modernbert": "attn_norm"}
+"""model_type → the norm that is an `nn.Identity` in layer 0: a module without parameters, on which peft 0.21.2 raises."""
 
 
 class LNTuningConfig(TargetedConfig):
@@ -24,12 +28,24 @@ class LNTuningConfig(TargetedConfig):
 def ln_tuning(arch: Architecture, config: LNTuningConfig) -> Adaptation:
     """The copies that `get_peft_model` makes for an LNTuningConfig."""
     try:
-        return tune(arch, config, _copy, peft_type="LN_TUNING")
+        found = tune(arch, config, _copy, peft_type="LN_TUNING")
     except RefusedError as refusal:
         # Copies of modules that hold others are nested: the one method for which peft takes them.
         if "is not a layer that can be adapted" in str(refusal):
             raise NeedsPeftError("LN_TUNING of modules that hold other modules") from None
         raise
+    for module in found.matched:
+        if any(other.name.startswith(module.name + ".") for other in arch.modules):
+            raise NeedsPeftError(f"LN_TUNING of {module.name}, which holds other modules")
+        if module.leaf == IDENTITIES.get(arch.model_type):
+            _refuse_identity(arch, config, replace(module, layers=(0,)))
+    return found
+
+
+def _refuse_identity(arch: Architecture, config: LNTuningConfig, identity: Module) -> None:
+    targets = resolve_targets(arch, config.target_modules, peft_type="LN_TUNING")
+    if match(replace(arch, modules=(identity,)), config, targets, may_be_none=True):
+        raise RefusedError(f"target_modules: {identity.name} is an nn.Identity in layer 0, on which peft's LN_TUNING raises")
 
 
 def _copy(module: Module) -> list[AddedTensor]:

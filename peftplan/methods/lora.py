@@ -15,9 +15,21 @@ from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module, Shape
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, NeedsPeftError
 from peftplan.methods.experts import fused_expert_targets
+from peftplan.methods.parameters import parameter_tensors
 from peftplan.methods.saved import refuse_both, refuse_targeted, saved_copies, saved_modules, token_deltas
-from peftplan.methods.targets import ALL_LINEAR, LayeredConfig, Names, Pattern, by_rank, match, rank_of, resolve_targets
-from peftplan.methods.tuner import trained_biases
+from peftplan.methods.targets import (
+    ALL_LINEAR,
+    PEFT_DEFAULT,
+    LayeredConfig,
+    Names,
+    Pattern,
+    by_rank,
+    excluded,
+    has_default,
+    match,
+    resolve_targets,
+)
+from peftplan.methods.tuner import refuse_mamba, trained_biases
 
 Rank = Annotated[int, Field(ge=1, le=2**20)]
 
@@ -63,18 +75,22 @@ class LoraConfig(LayeredConfig):
 def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
     """The tensors that `get_peft_model` adds for a LoraConfig; `target_modules` None means all linear layers."""
     _refuse(arch, config)
-    resolved = fused_expert_targets(arch, config, ALL_LINEAR if config.target_modules is None else config.target_modules)
+    wanted = ALL_LINEAR if config.target_modules is None else config.target_modules
+    if wanted == PEFT_DEFAULT and config.target_parameters and not has_default(arch, peft_type="LORA"):
+        wanted = ()  # peft then adapts the parameters alone
+    resolved = fused_expert_targets(arch, config, wanted, left_out=excluded(arch, config))
     if not resolved.target_modules and not resolved.target_parameters:
         raise InputError("target_modules", list(config.target_modules or ()), "peft refuses it; name modules or parameters")
     targets = resolve_targets(arch, resolved.target_modules, peft_type="LORA") if resolved.target_modules else ()
-    matched = match(arch, config, targets) if targets else ()
+    matched = match(arch, config, targets, may_be_none=bool(resolved.target_parameters)) if targets else ()
+    refuse_mamba(arch, matched)
     rank_pattern = {**config.rank_pattern, **resolved.rank_pattern}
 
     added: list[AddedTensor] = []
     for module in matched:
         for family, r in by_rank(module, r=config.r, rank_pattern=rank_pattern):
             added += _module_tensors(family, r, config)
-    added += _parameter_tensors(arch, config, resolved.target_parameters, rank_pattern)
+    added += parameter_tensors(arch, config, resolved.target_parameters, rank_pattern, matched)
     if not added:
         raise InputError("target_parameters", list(resolved.target_parameters), f"no parameter of {arch.model_type} matches")
     copies = saved_copies(arch, saved_modules(arch, config))
@@ -129,40 +145,3 @@ def _features(module: Module) -> tuple[int, int]:
         f"target_modules: {module.name} is a {module.kind}, which peft refuses as not supported "
         "(torch.nn.Linear, Embedding, Conv1d, Conv2d, Conv3d, Conv1D and MultiheadAttention are)"
     )
-
-
-def _parameter_tensors(
-    arch: Architecture, config: LoraConfig, names: tuple[str, ...], rank_pattern: dict[str, int]
-) -> list[AddedTensor]:
-    """LoRA on parameters themselves (`ParamWrapper`): A (r·E, in), B (out, r·E) for E stacked experts.
-
-    Wrappers of one module nest in the order of its parameters: the last one is outermost, the others sit in its `base_layer`.
-    """
-    if names and (config.lora_dropout or config.lora_bias or config.use_dora):
-        raise RefusedError("target_parameters: peft's ParamWrapper works with none of lora_dropout, lora_bias and use_dora")
-    suffixes = tuple("." + name for name in names)
-    added = []
-    for module in arch.modules:
-        hits = [
-            (param, shape) for param, shape in module.params
-            if (key := f"{module.name}.{param}") in names or (suffixes and key.endswith(suffixes))
-        ]  # fmt: skip
-        for depth, (param, shape) in enumerate(reversed(hits)):
-            experts, n_in, n_out = _expert_shape(module, param, shape)
-            r = rank_of(f"{module.name}.{param}", r=config.r, rank_pattern=rank_pattern) * experts
-            prefix = module.name + ".base_layer" * depth
-            added += [
-                AddedTensor(f"{prefix}.lora_A.weight", (r, n_in), module.layers, not config.freeze_a),
-                AddedTensor(f"{prefix}.lora_B.weight", (n_out, r), module.layers),
-            ]
-    return added
-
-
-def _expert_shape(module: Module, param: str, shape: Shape) -> tuple[int, int, int]:
-    """(experts, in, out) of a 2-D weight (out, in) or of 3-D experts, stored (E, out, in) or, transposed, (E, in, out)."""
-    if len(shape) == 2:
-        return 1, shape[1], shape[0]
-    if len(shape) != 3:
-        raise RefusedError(f"target_parameters: {module.name}.{param} has {len(shape)} dimensions; peft supports 2 and 3")
-    experts, first, second = shape
-    return (experts, first, second) if module.kind == "ExpertsTransposed" else (experts, second, first)

@@ -23,6 +23,9 @@ ALL_HEADS = frozenset(head for heads in SAVED_HEADS.values() for head in heads)
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "lm_head")
 """Last names of input and output embeddings."""
 
+TIED_BY_CLASS = ("t5", "mt5")
+"""Model types whose config class states tied embeddings whatever the checkpoint says, which is what peft reads."""
+
 TokenIndices = tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
 
 
@@ -61,8 +64,10 @@ def saved_copies(arch: Architecture, names: Iterable[str]) -> tuple[AddedTensor,
     """The trainable copies that `modules_to_save` makes: every parameter under a module whose name ends with one of `names`.
 
     A copy holds its own tensors, also of a tied weight. Raises InputError for a name that the user gave and that no module ends
-    with; heads added by task type may be absent.
+    with, NeedsPeftError for a saved module inside another one; heads added by task type may be absent.
     """
+    names = tuple(names)
+    _refuse_nested([root for name in names for root in _roots(arch, name)])
     copies: list[AddedTensor] = []
     taken: set[tuple[str, int | None]] = set()
     for wanted in names:
@@ -81,29 +86,63 @@ def saved_copies(arch: Architecture, names: Iterable[str]) -> tuple[AddedTensor,
     return tuple(copies)
 
 
+def _refuse_nested(roots: list[tuple[str, frozenset[int] | None]]) -> None:
+    for outer, layers in roots:
+        for inner, inner_layers in roots:
+            if inner.startswith(outer + ".") and (layers is None or inner_layers is None or layers & inner_layers):
+                raise NeedsPeftError(f"modules_to_save of {inner} inside {outer}, which is saved too")
+
+
 def is_saved(copies: Iterable[AddedTensor]) -> frozenset[str]:
     """Names of the base parameters, as templates, that `modules_to_save` copied and thereby froze."""
     return frozenset(t.name.replace(".modules_to_save", "") for t in copies)
 
 
 def token_deltas(arch: Architecture, wanted: TokenIndices) -> tuple[AddedTensor, ...]:
-    """`trainable_token_indices`: one row of deltas per token; a tied head shares the embedding's."""
+    """`trainable_token_indices`: one row of deltas per token; a tied head shares the embedding's.
+
+    Of several entries with the same tokens peft leaves out those that are the full name of a module tied to the embedding.
+    """
     if not wanted:
         return ()
     if not isinstance(wanted, Mapping):
         wanted = {(arch.input_embedding or "embed_tokens").rpartition(".")[2]: wanted}
-    added = []
+    shared = _tied_to_embedding(arch)
+    if len(wanted) > 1 and arch.model_type in TIED_BY_CLASS and arch.output_embedding not in shared:
+        raise NeedsPeftError(f"trainable_token_indices of several modules of an untied {arch.model_type}")
+    skipped = shared if len(wanted) > 1 and len(set(map(tuple, wanted.values()))) == 1 else frozenset()
+    owners = {alias.rpartition(".")[0]: owner.rpartition(".")[0] for alias, owner in arch.ties}
+    added: dict[str, AddedTensor] = {}
     for name, indices in wanted.items():
-        module = next((m for m in arch.modules if m.name == name or m.name.endswith("." + name)), None)
-        if module is None:
-            raise InputError("trainable_token_indices", name, f"no module has this name; near: {_near(arch, name)}")
-        if f"{module.name}.weight" in arch.tied_names and len(wanted) > 1:
+        if name in skipped:
             continue
+        module = _module_of_tokens(arch, name)
         rows, width = module.shape("weight")
         if any(not 0 <= i < rows for i in indices):
             raise InputError("trainable_token_indices", list(indices), f"accepted: token ids from 0 to {rows - 1}")
-        added.append(AddedTensor(f"{module.name}.token_adapter.trainable_tokens_delta", (len(indices), width)))
-    return tuple(added)
+        # A tied head takes the embedding's adapter; where the class registers it first (XLM-RoBERTa), it owns the name.
+        owner = owners.get(module.name, module.name) if module.name == arch.input_embedding else module.name
+        place = module.name if any(owner.endswith(other) for other in wanted) else owner
+        added[place] = AddedTensor(f"{place}.token_adapter.trainable_tokens_delta", (len(indices), width))
+    return tuple(added.values())
+
+
+def _module_of_tokens(arch: Architecture, name: str) -> Module:
+    """The one module whose name ends with `name`. Raises NeedsPeftError where there are more, each of which peft wraps."""
+    found = [m for m in arch.modules if m.name.endswith(name)]
+    if not found:
+        raise InputError("trainable_token_indices", name, f"no module has this name; near: {_near(arch, name)}")
+    if sum(m.copies for m in found) > 1:
+        raise NeedsPeftError(f"trainable_token_indices of {name!r}, with which several modules end")
+    return found[0]
+
+
+def _tied_to_embedding(arch: Architecture) -> frozenset[str]:
+    """Names of the other modules that share the input embedding's weight."""
+    embedding = f"{arch.input_embedding}.weight"
+    owner = dict(arch.ties).get(embedding, embedding)
+    group = {owner, *(alias for alias, source in arch.ties if source == owner)} - {embedding}
+    return frozenset(name.rpartition(".")[0] for name in group)
 
 
 def refuse_both(saved: Iterable[str], wanted: TokenIndices) -> None:

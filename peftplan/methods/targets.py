@@ -121,7 +121,7 @@ def resolve_targets(arch: Architecture, target_modules: tuple[str, ...] | str | 
     Raises RefusedError where peft has no default for the model type, InputError where a word finds no module.
     """
     if target_modules in (None, PEFT_DEFAULT):
-        mapping: Mapping[str, list[str]] = datafiles.load("peft_targets.json")["target_modules"].get(peft_type, {})
+        mapping = _defaults(peft_type)
         if arch.model_type not in mapping:
             raise RefusedError(
                 f"target_modules: peft has no default targets of {peft_type} for model_type {arch.model_type!r}; "
@@ -135,6 +135,16 @@ def resolve_targets(arch: Architecture, target_modules: tuple[str, ...] | str | 
         return part(arch, attention=target_modules == "attention")
     assert target_modules is not None
     return target_modules
+
+
+def has_default(arch: Architecture, *, peft_type: str) -> bool:
+    """Whether peft has targets of its own for the model type."""
+    return arch.model_type in _defaults(peft_type)
+
+
+def _defaults(peft_type: str) -> Mapping[str, list[str] | str]:
+    found: Mapping[str, list[str] | str] = datafiles.load("peft_targets.json")["target_modules"].get(peft_type, {})
+    return found
 
 
 def all_linear(arch: Architecture) -> tuple[str, ...]:
@@ -229,7 +239,7 @@ def _uses_layers(config: LayeredConfig) -> bool:
             raise RefusedError(f"{name}: peft refuses it with a target_modules that is not a list of names")
     if config.layers_pattern and config.layers_to_transform is None:
         raise RefusedError("layers_pattern: peft asks for layers_to_transform beside it")
-    return config.layers_to_transform not in (None, ()) and not one_text
+    return config.layers_to_transform not in (None, ()) and (not one_text or config.target_modules == ALL_LINEAR)
 
 
 def _in_layers(name: str, config: LayeredConfig) -> bool:

@@ -55,6 +55,18 @@ def trained_biases(
     return tuple(p for p in found if f"{p.module}.{p.param}" not in frozen)
 
 
+MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+MAMBA_KEPT = ("out_proj", "conv1d")
+"""Modules that peft's LoRA and AdaLoRA refuse in those model types (`_check_lora_target_modules_mamba`)."""
+
+
+def refuse_mamba(arch: Architecture, matched: Iterable[Module]) -> None:
+    """Raise RefusedError where LoRA or AdaLoRA would adapt a module that Mamba's kernels read past its forward."""
+    found = next((m for m in matched if m.leaf in MAMBA_KEPT), None)
+    if arch.model_type in MAMBA_TYPES and found is not None:
+        raise RefusedError(f"target_modules: peft refuses {found.leaf} in {arch.model_type}; leave it out by exclude_modules")
+
+
 def require_kind(module: Module, supported: tuple[str, ...], *, method: str, by_peft: tuple[str, ...] = ()) -> None:
     """Raise RefusedError for a kind of module that the method does not support, NeedsPeftError for one that only peft counts."""
     if module.kind in by_peft:

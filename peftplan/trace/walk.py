@@ -55,7 +55,8 @@ def kind_of(module: nn.Module) -> str:
     if isinstance(module, nn.Linear):
         return "Linear" if type(module) is nn.Linear else "LinearSubclass"
     torch_kind = next((kind for kind in NN_KINDS if isinstance(module, getattr(nn, kind))), None)
-    return torch_kind or next((kind for part, kind in NAMED_KINDS if part in name), "Module")
+    kind = torch_kind or next((kind for part, kind in NAMED_KINDS if part in name), "Module")
+    return "ExpertsTransposed" if kind == "Experts" and getattr(module, "is_transposed", False) else kind
 
 
 def modules_of(model: nn.Module, ties: tuple[tuple[str, str], ...]) -> tuple[Module, ...]:

@@ -138,7 +138,10 @@ def test_modules_have_the_kinds_of_fused_experts(model_type: str, changes: Confi
     arch = read(model_type, **changes)
     real = dict(build(config_of(model_type, **changes), arch.model_class).named_modules())
     kinds = {name: m.kind for m in arch.modules for name in m.names()}
-    assert {n for n, kind in kinds.items() if kind == "Experts"} == {n for n, m in real.items() if "Experts" in type(m).__name__}
+    experts = {n: m for n, m in real.items() if "Experts" in type(m).__name__}
+    assert {n for n, kind in kinds.items() if kind.startswith("Experts")} == experts.keys()
+    turned = {n for n, m in experts.items() if getattr(m, "is_transposed", False)}
+    assert {n for n, kind in kinds.items() if kind == "ExpertsTransposed"} == turned
     assert {n for n, kind in kinds.items() if kind == "Router"} == {n for n, m in real.items() if "Router" in type(m).__name__}
     assert {n for n, kind in kinds.items() if kind == "RMSNorm"} == {n for n, m in real.items() if "RMSNorm" in type(m).__name__}
 

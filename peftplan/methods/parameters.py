@@ -1,0 +1,89 @@
+"""LoRA on parameters themselves (`target_parameters`): stacked experts, or the weight of one layer.
+
+A parameter of shape (E, out, in), or (out, in) with E = 1, gets A (r·E, in) and B (out, r·E). Wrappers of one module nest in the
+order of its parameters: the last one is outermost, the others sit in its `base_layer`.
+Source: peft 0.21.2, `tuners/lora/layer.py` (`ParamWrapper`), `tuners/tuners_utils.py` (`_inject_parameters`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from peftplan.arch.modules import Architecture, Module, Shape
+from peftplan.errors import RefusedError
+from peftplan.methods.adaptation import AddedTensor
+from peftplan.methods.targets import by_rank
+from peftplan.methods.tuner import refuse_mamba
+
+
+class ParameterConfig(Protocol):
+    """What is read of a LoraConfig."""
+
+    @property
+    def r(self) -> int: ...
+    @property
+    def lora_dropout(self) -> float: ...
+    @property
+    def lora_bias(self) -> bool: ...
+    @property
+    def use_dora(self) -> bool: ...
+    @property
+    def freeze_a(self) -> bool: ...
+
+
+def parameter_tensors(
+    arch: Architecture,
+    config: ParameterConfig,
+    names: tuple[str, ...],
+    rank_pattern: Mapping[str, int],
+    matched: tuple[Module, ...],
+) -> list[AddedTensor]:
+    """The tensors for the parameters whose names end with `names`; `matched` are the families that target_modules found.
+
+    Raises RefusedError for what peft's wrapper does not work with.
+    """
+    suffixes = tuple("." + name for name in names)
+    added = []
+    for module in arch.modules if names else ():
+        hits = [
+            (param, shape)
+            for param, shape in module.params
+            if (key := f"{module.name}.{param}") in names or key.endswith(suffixes)
+        ]  # fmt: skip
+        if hits:
+            _refuse(arch, config, module, matched)
+        for depth, (param, shape) in enumerate(reversed(hits)):
+            for family, r in by_rank(module, r=config.r, rank_pattern=rank_pattern, suffix="." + param):
+                added += _tensors(family, param, shape, r=r, depth=depth, freeze_a=config.freeze_a)
+    return added
+
+
+def _refuse(arch: Architecture, config: ParameterConfig, module: Module, matched: Iterable[Module]) -> None:
+    refuse_mamba(arch, (module,))
+    if config.lora_dropout or config.lora_bias or config.use_dora:
+        raise RefusedError("target_parameters: peft's ParamWrapper works with none of lora_dropout, lora_bias and use_dora")
+    for other in matched:
+        if set(module.names()) & set(other.names()):
+            raise RefusedError(f"target_parameters: {module.name} is also targeted by target_modules; peft takes one of both")
+        if other.kind == "Conv1D":
+            raise RefusedError("target_parameters: peft refuses them beside target_modules that are Conv1D (fan_in_fan_out)")
+
+
+def _tensors(module: Module, param: str, shape: Shape, *, r: int, depth: int, freeze_a: bool) -> list[AddedTensor]:
+    experts, n_in, n_out = _expert_shape(module, param, shape)
+    prefix = module.name + ".base_layer" * depth
+    return [
+        AddedTensor(f"{prefix}.lora_A.weight", (r * experts, n_in), module.layers, not freeze_a),
+        AddedTensor(f"{prefix}.lora_B.weight", (n_out, r * experts), module.layers),
+    ]
+
+
+def _expert_shape(module: Module, param: str, shape: Shape) -> tuple[int, int, int]:
+    """(experts, in, out) of a 2-D weight (out, in) or of 3-D experts, stored (E, out, in) or, transposed, (E, in, out)."""
+    if len(shape) == 2:
+        return 1, shape[1], shape[0]
+    if len(shape) != 3:
+        raise RefusedError(f"target_parameters: {module.name}.{param} has {len(shape)} dimensions; peft supports 2 and 3")
+    experts, first, second = shape
+    return (experts, first, second) if module.kind == "ExpertsTransposed" else (experts, second, first)
