@@ -75,15 +75,25 @@ def quant_options(config: Any) -> dict[str, Any]:
 
 
 def training_options(args: Any) -> dict[str, Any]:
-    """Our options for a `TrainingArguments` or `SFTConfig`; a TRL class means `--trainer trl`."""
+    """Our options for a `TrainingArguments` or `SFTConfig`."""
     if args is None:
         return {}
     if not hasattr(args, "per_device_train_batch_size"):
         raise InputError("training_args", args, "accepted: a transformers TrainingArguments or a TRL SFTConfig")
     found = {ours: _plain(getattr(args, name)) for name, ours in TRAINING_FIELDS.items() if getattr(args, name, None) is not None}
-    found["trainer"] = "trl" if type(args).__name__ == "SFTConfig" else "transformers"
+    found["trainer"] = _trainer(args)
     found["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"
-    return found
+    return found | ({"loss": "liger"} if getattr(args, "use_liger_kernel", False) else {})
+
+
+def _trainer(args: Any) -> str:
+    """`trl` for an SFTConfig; TRL's other trainers run the model more than once a step, and are refused."""
+    classes = type(args).__mro__
+    if any(cls.__name__ == "SFTConfig" for cls in classes):
+        return "trl"
+    if any(cls.__module__.partition(".")[0] == "trl" for cls in classes):
+        raise InputError("training_args", type(args).__name__, "accepted: a transformers TrainingArguments or a TRL SFTConfig")
+    return "transformers"
 
 
 def _names(value: Any) -> tuple[str, ...] | None:

@@ -52,7 +52,8 @@ def estimate(
         stored = ecosystem.quant_options(quantization_config)
         if options.get("quant") not in (None, stored.get("quant")):
             stored = {}  # another format than the object's: its details do not apply
-        options = {**ecosystem.training_options(training_args), **stored, **options}
+        set_here = {name: value for name, value in options.items() if value is not None}
+        options = {**ecosystem.training_options(training_args), **stored, **set_here}
     given, method_options = _separate(options)
     chosen, config, adapter = _method(method, peft_config, method_options)
     setup = parse_setup({**_method_setup(chosen, given), **{k: v for k, v in given.items() if v is not None}})

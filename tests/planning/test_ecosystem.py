@@ -1,0 +1,210 @@
+"""The ecosystem's own objects in place of options: the same estimate, and what is set beside them wins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peftplan
+from tests.planning.tiny import CONFIG
+
+COMMON = {"output_dir": "unused", "report_to": [], "use_cpu": True}
+
+
+def choices(found: peftplan.Estimate) -> dict[str, Any]:
+    """What an estimate assumed, but for where the model was read from; peft keeps names as sets, so their order says nothing."""
+    return {k: sorted(v) if isinstance(v, list) else v for k, v in found.assumptions.items() if k != "model"}
+
+
+def same(one: peftplan.Estimate, other: peftplan.Estimate) -> bool:
+    """Whether two estimates rest on the same lines and the same choices."""
+    return one.lines() == other.lines() and choices(one) == choices(other)
+
+
+def test_a_transformers_config_is_a_model() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**{k: v for k, v in CONFIG.items() if k != "model_type"})
+    assert same(peftplan.estimate(config), peftplan.estimate(CONFIG))
+
+
+def test_a_config_of_another_kind_is_a_model_too() -> None:
+    transformers = pytest.importorskip("transformers")
+    found = peftplan.estimate(transformers.BertConfig(num_labels=3), task_type="SEQ_CLS", target_modules="query")
+    # r·(in + out) per layer, and the classifier that peft trains for this task: 768·3 + 3
+    assert found.trainable_parameters == 12 * 8 * (768 + 768) + 2_307
+
+
+PEFT_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # class of peft: (its arguments, ours)
+    "LoraConfig": ({"r": 4, "target_modules": ["q_proj", "v_proj"]}, {"r": 4, "target_modules": "q_proj,v_proj"}),
+    "IA3Config": (
+        {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        {"method": "ia3", "target_modules": "k_proj,down_proj", "feedforward_modules": "down_proj"},
+    ),
+    "LoHaConfig": ({"r": 4, "target_modules": ["q_proj"]}, {"method": "loha", "r": 4, "target_modules": "q_proj"}),
+    "LoKrConfig": ({"r": 4, "target_modules": ["q_proj"]}, {"method": "lokr", "r": 4, "target_modules": "q_proj"}),
+    "VeraConfig": ({"r": 16, "target_modules": ["q_proj"]}, {"method": "vera", "r": 16, "target_modules": "q_proj"}),
+    "OFTConfig": (
+        {"oft_block_size": 16, "target_modules": ["q_proj"]},
+        {"method": "oft", "oft_block_size": 16, "target_modules": "q_proj"},
+    ),
+    "AdaLoraConfig": (
+        {"init_r": 6, "total_step": 10, "target_modules": ["q_proj"]},
+        {"method": "adalora", "init_r": 6, "total_step": 10, "target_modules": "q_proj"},
+    ),
+    "PrefixTuningConfig": (
+        {"num_virtual_tokens": 5, "task_type": "CAUSAL_LM"},
+        {"method": "prefix-tuning", "num_virtual_tokens": 5},
+    ),
+    "LNTuningConfig": ({"target_modules": ["norm"]}, {"method": "ln-tuning", "target_modules": "norm"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PEFT_CONFIGS)
+def test_a_peft_config_is_a_method(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    theirs, ours = PEFT_CONFIGS[name]
+    with_object = peftplan.estimate(CONFIG, peft_config=getattr(peft, name)(**theirs))
+    assert same(with_object, peftplan.estimate(CONFIG, **ours))
+    assert with_object.trainable_parameters > 0
+
+
+def test_a_saved_adapter_is_a_method(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True).save_pretrained(tmp_path)
+    expected = peftplan.estimate(CONFIG, method="dora", r=4, target_modules="q_proj")
+    for path in (tmp_path, str(tmp_path), tmp_path / "adapter_config.json"):
+        assert same(peftplan.estimate(CONFIG, peft_config=path), expected)
+    raw = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert same(peftplan.estimate(CONFIG, peft_config=raw), expected)
+
+
+def test_what_is_set_wins_over_a_peft_config() -> None:
+    raw = {"peft_type": "LORA", "r": 64, "target_modules": ["q_proj"], "use_dora": True}
+    found = peftplan.estimate(CONFIG, peft_config=raw, r=4, target_modules="v_proj")
+    assert found.trainable_parameters == 2 * (4 * (64 + 32) + 32)  # and the magnitudes of DoRA stay
+    assert found.method["name"] == "dora"
+    with pytest.raises(peftplan.InputError, match="of type LORA"):
+        peftplan.estimate(CONFIG, peft_config=raw, method="ia3")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"load_in_8bit": True}, {"quant": "int8"}),
+        ({"load_in_8bit": True, "llm_int8_skip_modules": ["q_proj"]}, {"quant": "int8", "quant_skip_modules": "q_proj"}),
+        ({"load_in_4bit": True}, {"quant": "fp4", "compute_dtype": "fp32"}),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"quant": "nf4", "compute_dtype": "fp32"}),
+        (
+            {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": "bfloat16",
+            },
+            {"quant": "nf4", "double_quant": True, "compute_dtype": "bf16"},
+        ),
+    ],
+)
+def test_a_bitsandbytes_config_is_a_storage(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    found = peftplan.estimate(CONFIG, quantization_config=transformers.BitsAndBytesConfig(**theirs))
+    assert same(found, peftplan.estimate(CONFIG, **ours))
+
+
+def test_what_is_set_wins_over_a_bitsandbytes_config() -> None:
+    raw = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    assert peftplan.estimate(CONFIG, quantization_config=raw, double_quant=False).assumptions["double_quant"] is False
+    assert same(peftplan.estimate(CONFIG, quantization_config=raw, quant="int8"), peftplan.estimate(CONFIG, quant="int8"))
+    assert same(peftplan.estimate(CONFIG, quantization_config=raw, quant="none"), peftplan.estimate(CONFIG))
+    # The object says what `qlora` leaves open, and what it presets.
+    plain = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    found = peftplan.estimate(CONFIG, method="qlora", quantization_config=plain).assumptions
+    assert (found["quant"], found["double_quant"], found["compute_dtype"]) == ("fp4", False, "fp32")
+
+
+def test_training_arguments_are_a_setup() -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    args = transformers.TrainingArguments(
+        **COMMON, per_device_train_batch_size=3, gradient_accumulation_steps=5, optim="adafactor", gradient_checkpointing=True
+    )
+    found = peftplan.estimate(CONFIG, training_args=args)
+    ours = {"batch_size": 3, "gradient_accumulation_steps": 5, "optim": "adafactor", "gradient_checkpointing": True}
+    assert same(found, peftplan.estimate(CONFIG, autocast="none", **ours))
+    assert found.assumptions["trainer"] == "transformers"
+
+
+def test_training_arguments_say_what_they_leave_off() -> None:
+    # Their own defaults, unlike our preset: no checkpointing, no mixed precision, a batch of 8 on each device.
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    found = peftplan.estimate(CONFIG, training_args=transformers.TrainingArguments(**COMMON)).assumptions
+    assert (found["batch_size"], found["gradient_checkpointing"], found["autocast"]) == (8, False, "none")
+    assert found["optim"] == "adamw_torch_fused"
+
+
+def test_optimizer_arguments_come_along() -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    args = transformers.TrainingArguments(**COMMON, optim="galore_adamw", optim_args="rank=4", optim_target_modules=["attn"])
+    ours = {"optim": "galore_adamw", "optim_args": "rank=4", "optim_target_modules": "attn", "method": "full"}
+    found = peftplan.estimate(CONFIG, training_args=args, method="full")
+    assert found.lines() == peftplan.estimate(CONFIG, **ours).lines()
+
+
+def test_an_sft_config_is_trl() -> None:
+    trl = pytest.importorskip("trl")
+    args = trl.SFTConfig(**COMMON, max_length=512, per_device_train_batch_size=2, bf16=False)
+    found = peftplan.estimate(CONFIG, training_args=args, quant="nf4").assumptions
+    shown = {
+        name: found[name] for name in ("trainer", "seq_len", "batch_size", "loss", "kbit_prepare", "adapter_dtype", "autocast")
+    }
+    assert shown == {
+        "trainer": "trl",
+        "seq_len": 512,
+        "batch_size": 2,
+        "loss": "trl-chunked",
+        "kbit_prepare": False,
+        "adapter_dtype": "bf16",
+        "autocast": "none",
+    }
+    assert found["gradient_checkpointing"] is True  # TRL's own default
+
+
+def test_other_trainers_of_trl_are_refused() -> None:
+    trl = pytest.importorskip("trl")
+    with pytest.raises(peftplan.InputError, match=r"training_args: 'DPOConfig' is not accepted; accepted: .* SFTConfig"):
+        peftplan.estimate(CONFIG, training_args=trl.DPOConfig(**COMMON, bf16=False))
+
+
+def test_what_is_set_wins_over_training_arguments() -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    args = transformers.TrainingArguments(**COMMON, per_device_train_batch_size=3, optim="adafactor")
+    found = peftplan.estimate(
+        CONFIG, training_args=args, optim="sgd", trainer="plain", batch_size=1, gradient_accumulation_steps=None
+    )
+    shown = {name: found.assumptions[name] for name in ("optim", "trainer", "batch_size", "gradient_accumulation_steps")}
+    # None sets nothing.
+    assert shown == {"optim": "sgd", "trainer": "plain", "batch_size": 1, "gradient_accumulation_steps": 1}
+    assert peftplan.estimate(CONFIG, training_args=args, optim=None).assumptions["optim"] == "adafactor"
+
+
+@pytest.mark.parametrize(
+    ("argument", "accepted"),
+    [
+        ("peft_config", "PeftConfig"),
+        ("quantization_config", "BitsAndBytesConfig"),
+        ("training_args", "TrainingArguments"),
+        ("gpu", "names of cards"),
+        ("model", "built-in name"),
+    ],
+)
+def test_an_object_of_another_kind_is_refused(argument: str, accepted: str) -> None:
+    with pytest.raises(peftplan.InputError, match=accepted):
+        peftplan.estimate(**{"model": CONFIG, argument: 3.5})

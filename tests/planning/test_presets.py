@@ -1,0 +1,149 @@
+"""What each trainer sets where the user does not, written down by hand; what is set wins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import peftplan
+from tests.planning.tiny import CONFIG
+
+ALWAYS = {
+    "batch_size": 1,
+    "seq_len": 2048,
+    "gradient_accumulation_steps": 1,
+    "padding": False,
+    "dtype": "bf16",
+    "attn_implementation": "sdpa",
+    "keep_gradients": False,
+}
+TRAINER = {
+    "autocast": "bf16",
+    "gradient_checkpointing": True,
+    "optim": "adamw_torch_fused",
+    "loss": "full",
+    "keep_outputs": False,
+    "use_cache": False,
+}
+EXPECTED: dict[str, dict[str, Any]] = {
+    "transformers": TRAINER,
+    "trl": {**TRAINER, "loss": "trl-chunked"},
+    "plain": {
+        "autocast": "none",
+        "gradient_checkpointing": False,
+        "optim": "adamw_torch",
+        "loss": "full",
+        "keep_outputs": True,
+        "use_cache": True,  # as the model's config says, and transformers' default is True
+    },
+    "qlora-paper": {**TRAINER, "optim": "paged_adamw_32bit"},
+}
+ON_QUANTIZED = {
+    # (kbit_prepare, adapter_dtype)
+    "transformers": (True, "fp32"),
+    "trl": (False, "bf16"),
+    "plain": (True, "fp32"),
+    "qlora-paper": (True, "fp32"),
+}
+
+
+def assumed(model: Any = CONFIG, **options: Any) -> dict[str, Any]:
+    """What an estimate assumed."""
+    return dict(peftplan.estimate(model, **options).assumptions)
+
+
+@pytest.mark.parametrize("trainer", EXPECTED)
+def test_a_preset_fills_what_is_not_set(trainer: str) -> None:
+    found = assumed(trainer=trainer)
+    expected = ALWAYS | EXPECTED[trainer] | {"trainer": trainer, "quant": "none", "kbit_prepare": False, "adapter_dtype": "fp32"}
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("trainer", EXPECTED)
+def test_a_preset_on_a_quantized_base(trainer: str) -> None:
+    found = assumed(trainer=trainer, quant="nf4")
+    assert (found["kbit_prepare"], found["adapter_dtype"]) == ON_QUANTIZED[trainer]
+    assert (found["double_quant"], found["compute_dtype"]) == (False, "bf16")
+
+
+def test_the_default_trainer_is_transformers() -> None:
+    assert assumed()["trainer"] == "transformers"
+    assert assumed() == assumed(trainer="transformers")
+
+
+SET = {
+    "autocast": "fp16",
+    "gradient_checkpointing": None,  # the opposite of the preset's, see the test
+    "optim": "sgd",
+    "loss": "liger",
+    "keep_outputs": None,
+    "use_cache": None,
+    "kbit_prepare": None,
+    "adapter_dtype": "fp16",
+    "batch_size": 7,
+    "seq_len": 33,
+    "gradient_accumulation_steps": 3,
+    "padding": True,
+    "dtype": "fp16",
+    "attn_implementation": "eager",
+    "keep_gradients": True,
+}
+
+
+@pytest.mark.parametrize("name", SET)
+@pytest.mark.parametrize("trainer", EXPECTED)
+def test_what_is_set_wins(trainer: str, name: str) -> None:
+    preset = assumed(trainer=trainer, quant="nf4")
+    value = not preset[name] if SET[name] is None else SET[name]
+    assert preset[name] != value
+    found = assumed(trainer=trainer, quant="nf4", **{name: value})
+    also = {"dtype": {"compute_dtype": "fp16"}}.get(name, {})  # which follows the dtype where it is not set
+    assert found == preset | {name: value} | also
+
+
+def test_qlora_is_nf4_with_double_quantization() -> None:
+    found = assumed(method="qlora")
+    assert (found["quant"], found["double_quant"], found["compute_dtype"], found["kbit_prepare"]) == ("nf4", True, "bf16", True)
+    assert assumed(method="qlora", double_quant=False)["double_quant"] is False
+    assert assumed(method="qlora", dtype="fp16")["compute_dtype"] == "bf16"
+    assert assumed(method="qlora", quant="int8")["quant"] == "int8"
+
+
+@pytest.mark.parametrize(
+    ("method", "targets"),
+    [
+        # LoRA's family adapts all linear layers; every other method what peft's own mapping says for Llama
+        ("lora", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("qlora", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("dora", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("ia3", ["k_proj", "v_proj", "down_proj"]),
+        ("vera", ["q_proj", "v_proj"]),
+    ],
+)
+def test_default_targets(method: str, targets: list[str]) -> None:
+    assert {name.rpartition(".")[2] for name in assumed(method=method)["target_modules"]} == set(targets)
+
+
+def test_an_adapter_config_without_targets_takes_pefts_own() -> None:
+    assert assumed(peft_config={"peft_type": "LORA", "target_modules": None})["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_words_of_target_modules_are_resolved() -> None:
+    assert assumed(target_modules="attention")["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert assumed(target_modules="mlp")["target_modules"] == ["gate_proj", "up_proj", "down_proj"]
+    assert assumed(target_modules="attention")["matched_modules"] == 2 * 4
+
+
+def test_a_model_without_sdpa_runs_eager() -> None:
+    assert assumed("bloom-560m")["attn_implementation"] == "eager"
+    with pytest.raises(peftplan.RefusedError, match="accepted: eager"):
+        assumed("bloom-560m", attn_implementation="sdpa")
+
+
+def test_a_plain_loop_asks_the_config_for_the_cache() -> None:
+    assert assumed({**CONFIG, "use_cache": False}, trainer="plain")["use_cache"] is False
+
+
+def test_r_is_8_where_it_is_not_set() -> None:
+    assert peftplan.estimate(CONFIG).method["config"]["r"] == 8
