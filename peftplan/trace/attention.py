@@ -1,0 +1,169 @@
+"""What CUDA's attention kernels keep and take: functions without values that allocate what the real kernels allocate.
+
+Letters: b batch, h query heads, g key/value heads, s queries, k keys, d head size.
+Source: torch 2.13 aten/src/ATen/native/transformers/cuda/attention.cu, attention_backward.cu, flash_attn/flash_api.cpp,
+mem_eff_attention/kernel_backward.h, and the choice between them, cuda/sdp_utils.cpp. Left out: flash decoding's split
+accumulators (batches too small to fill the card), cuDNN's kernel, nested tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from peftplan.units import ceil_div
+
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_CAPABILITY = (8, 0)
+"""Flash attention needs sm80; on older cards the memory-efficient kernel runs, which has no grouped queries."""
+MAX_FLASH_HEAD = 256
+HEAD_MULTIPLE = 8
+"""Head sizes are padded to it (`pad_last_dim<8>`)."""
+LSE_ALIGNMENT = 32
+"""`kAlignLSE` of the memory-efficient kernel: queries in its logsumexp are padded to it."""
+MASK_ALIGNMENT = 8
+"""`pad_bias`: rows of a mask are padded to it for the memory-efficient kernel."""
+FLASH_BLOCK = 128
+"""Queries per block in flash's fp32 accumulators (`seqlen_q_rounded`), and the step of its head sizes (32)."""
+FLASH_HEAD_STEP = 32
+RF_HEAD = 128
+"""Largest head whose output the memory-efficient forward keeps in registers; above, it accumulates in an fp32 buffer."""
+EFFICIENT_BLOCK = 64
+"""Queries and head elements per tile of the memory-efficient backward's fp32 accumulator of dQ."""
+
+Capability = tuple[int, int]
+
+
+def sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    capability: Capability,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` as CUDA runs it on a card of this compute capability."""
+    kernel = choose(query, key, value, attn_mask, enable_gqa=enable_gqa, capability=capability)
+    if kernel == "math":
+        out: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+        )[0]
+        return out
+    if kernel == "flash":
+        head = query.shape[-1]
+        padded = [pad_last(t, HEAD_MULTIPLE) for t in (query, key, value)]
+        flash: torch.Tensor = Flash.apply(*padded)  # type: ignore[no-untyped-call]
+        return flash[..., :head]
+    efficient: torch.Tensor = Efficient.apply(query, key, value, prepared_mask(attn_mask, query, key))  # type: ignore[no-untyped-call]
+    return efficient
+
+
+def choose(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    *,
+    enable_gqa: bool,
+    capability: Capability,
+) -> str:
+    """Which kernel torch takes: flash, else the memory-efficient one, else math (`select_sdp_backend`)."""
+    head = query.shape[-1]
+    same_head = head == value.shape[-1]
+    if query.dim() != len("bhsd"):
+        return "math"
+    if (
+        attn_mask is None
+        and query.dtype in FLASH_DTYPES
+        and capability >= FLASH_CAPABILITY
+        and head <= MAX_FLASH_HEAD
+        and same_head
+    ):
+        return "flash"
+    grouped = enable_gqa and query.shape[1] != key.shape[1]
+    half = query.dtype == torch.float16 or (query.dtype == torch.bfloat16 and capability >= FLASH_CAPABILITY)
+    aligned = head % HEAD_MULTIPLE == 0 if query.dtype in FLASH_DTYPES else head % (HEAD_MULTIPLE // 2) == 0
+    mask_grad = attn_mask is not None and attn_mask.requires_grad
+    if (half or query.dtype == torch.float32) and not grouped and aligned and not mask_grad:
+        return "efficient"
+    return "math"
+
+
+def pad_last(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
+    """The tensor with its last dim padded, a copy, or itself where it fits."""
+    missing = -tensor.shape[-1] % multiple
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+
+
+def prepared_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """A boolean mask becomes one of the query's dtype (`convert_boolean_attn_mask`), with its rows padded (`pad_bias`)."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = mask.to(query.dtype)
+    mask = pad_last(mask, MASK_ALIGNMENT)
+    return mask[..., : key.shape[2]].expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+class Flash(torch.autograd.Function):
+    """FlashAttention-2: keeps q, k, v, the output and an fp32 logsumexp per query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        b, h, s, d = q.shape
+        out = q.new_empty(b, s, h, d).transpose(1, 2)
+        lse = q.new_empty(b, h, s, dtype=torch.float32)
+        rng = q.new_empty(2, dtype=torch.int64)
+        ctx.save_for_backward(q, k, v, out, lse, rng)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        q, k, *_ = ctx.saved_tensors
+        b, h, s, d = q.shape
+        groups, keys = k.shape[1], k.shape[2]
+        rounded = ceil_div(s, FLASH_BLOCK) * FLASH_BLOCK
+        head = ceil_div(d, FLASH_HEAD_STEP) * FLASH_HEAD_STEP
+        dq = q.new_empty(b, s, h, d)
+        dk, dv = (q.new_empty(b, keys, groups, d) for _ in "kv")
+        delta = q.new_empty(b, h, rounded, dtype=torch.float32)
+        accumulator = q.new_empty(b, rounded, h, head, dtype=torch.float32)
+        expanded = [q.new_empty(b, keys, h, d) for _ in "kv"] if groups != h else []
+        del delta, accumulator, expanded
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+class Efficient(torch.autograd.Function):
+    """The memory-efficient kernel: keeps q, k, v, the mask, the output and a padded fp32 logsumexp."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        b, h, s, _ = q.shape
+        d = v.shape[-1]
+        out = q.new_empty(b, s, h, d).transpose(1, 2)
+        lse = q.new_empty(b, h, ceil_div(s, LSE_ALIGNMENT) * LSE_ALIGNMENT, dtype=torch.float32)
+        if d > RF_HEAD and q.dtype != torch.float32:
+            accumulator = q.new_empty(b, s, h, d, dtype=torch.float32)
+            del accumulator
+        ctx.save_for_backward(q, k, v, out, lse, mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        q, k, v, out, _, _ = ctx.saved_tensors
+        b, h, s, d = q.shape
+        dq, dk, dv = (t.new_empty(b, t.shape[2], h, t.shape[3]) for t in (q, k, v))
+        if q.dtype == torch.float32:
+            delta = (grads[0] * out).sum(-1)
+        else:
+            delta = q.new_empty(b, h, s, dtype=torch.float32)
+            tiles = ceil_div(s, EFFICIENT_BLOCK) * ceil_div(d, EFFICIENT_BLOCK) * EFFICIENT_BLOCK**2
+            workspace = q.new_empty(b * h * tiles, dtype=torch.float32)
+            del workspace
+        del delta
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None

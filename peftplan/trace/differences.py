@@ -1,0 +1,155 @@
+"""Every known difference between a step on fake CPU tensors and the same step on CUDA, with its cause, and its correction.
+
+| what | cause | corrected by |
+| --- | --- | --- |
+| attention | CPU has its own flash kernel, and math for masks and dropout | `attention.sdpa`: CUDA's kernels |
+| dropout | CPU multiplies by a mask of the input's dtype; CUDA's `native_dropout` keeps a boolean one | `_dropout` |
+| softmax(fp16, dtype=fp32) | CUDA's kernel reads fp16, writes fp32; CPU copies to fp32 first (ATen SoftMax.cpp) | `_softmax` |
+| softmax backward | CUDA's kernel makes `grad * output` first (SoftMax.cu: `softmax_backward_cuda_out`) | `KERNEL_TEMPORARIES` |
+| autocast | CUDA runs softmax, norms, sums, powers and losses in fp32, CPU fewer of them (autocast_mode.h) | `FP32_UNDER_CUDA` |
+| `torch.is_autocast_enabled()` | without an argument it asks about CUDA | `as_on_cuda` |
+| masks | transformers builds a full mask for fake tensors (`is_tracing`), none for real unpadded ones | `as_on_cuda` |
+
+Left out: scalars that live on the host on CUDA count here as 512 bytes each where the tracker cannot tell; staging buffers of
+large reductions, sorts of an embedding's gradient: temporaries of a few MB inside one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+
+from peftplan.trace.attention import Capability, sdpa
+
+F = torch.nn.functional
+
+FP32_UNDER_CUDA: frozenset[Any] = frozenset(
+    {
+        F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax,
+        F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softplus, F.softmin,
+        torch.norm, torch.Tensor.norm, torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.rsqrt, torch.Tensor.rsqrt,
+        torch.sum, torch.Tensor.sum, torch.prod, torch.Tensor.prod, torch.cumsum, torch.Tensor.cumsum, torch.cumprod,
+        torch.exp, torch.Tensor.exp, torch.expm1, torch.log, torch.Tensor.log, torch.log2, torch.log10, torch.log1p,
+        torch.reciprocal, torch.Tensor.reciprocal, torch.acos, torch.asin, torch.cosh, torch.sinh, torch.tan, torch.erfinv,
+        torch.cdist, F.cosine_similarity, F.nll_loss, F.mse_loss, F.smooth_l1_loss, F.l1_loss, F.kl_div, F.huber_loss,
+    }
+)  # fmt: skip
+"""What CUDA's autocast runs in fp32 (`AT_FORALL_FP32`, aten/src/ATen/autocast_mode.h, torch 2.13); those that a Python name
+reaches. `cross_entropy` is made of `log_softmax` and `nll_loss`, both listed."""
+
+
+class CudaLike(TorchFunctionMode):
+    """Runs CUDA's version of the functions that differ."""
+
+    def __init__(self, *, capability: Capability, autocast: bool) -> None:
+        super().__init__()
+        self._capability = capability
+        self._autocast = autocast
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace, cast, or pass on."""
+        kwargs = kwargs or {}
+        rule = RULES.get(func)
+        if rule is not None:
+            return rule(self, func, args, kwargs)
+        if self._autocast and func in FP32_UNDER_CUDA and torch.is_autocast_enabled("cpu"):
+            return in_fp32(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def attention(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`scaled_dot_product_attention`, with autocast's cast of its inputs."""
+        if self._autocast and torch.is_autocast_enabled("cpu"):
+            low = torch.get_autocast_dtype("cpu")
+            args = tuple(a.to(low) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+        return sdpa(*args, **kwargs, capability=self._capability)
+
+    def dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`native_dropout`, which CUDA takes for training (ATen Dropout.cpp: `is_fused_kernel_acceptable`)."""
+        x, p, train, inplace = _dropout_arguments(*args, **kwargs)
+        if inplace or not train or not 0 < p < 1:
+            return func(*args, **kwargs)
+        return torch.ops.aten.native_dropout(x, p, True)[0]
+
+    def softmax(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`softmax` and `log_softmax`; from fp16 to fp32 in one kernel, else as autocast says."""
+        x = args[0] if args else kwargs["input"]
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if x.dtype == torch.float16 and kwargs.get("dtype") == torch.float32 and dim is not None:
+            is_log = "log" in func.__name__
+            kernel = torch.ops.aten._log_softmax if is_log else torch.ops.aten._softmax
+            return kernel(x, dim, True)
+        if self._autocast and kwargs.get("dtype") is None and torch.is_autocast_enabled("cpu"):
+            return in_fp32(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def backward(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`torch.autograd.backward` of one scalar with this mode on: a mode's own handler runs without it, but recomputation
+        needs it."""
+        roots = (args[0],) if isinstance(args[0], torch.Tensor) else tuple(args[0])
+        given = kwargs.get("grad_tensors", args[1] if len(args) > 1 else None)
+        grads = given or tuple(torch.ones_like(root) for root in roots)
+        with self:
+            return _engine_run_backward(roots, tuple(grads), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def _dropout_arguments(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, **train: bool) -> Any:
+    return input, p, train.get("train", training), inplace
+
+
+RULES: dict[Any, Callable[[CudaLike, Any, Any, Any], Any]] = {
+    torch.Tensor.backward: CudaLike.backward,
+    torch.autograd.backward: CudaLike.backward,
+    F.scaled_dot_product_attention: CudaLike.attention,
+    F.dropout: CudaLike.dropout,
+    torch.dropout: CudaLike.dropout,
+    F.softmax: CudaLike.softmax,
+    torch.softmax: CudaLike.softmax,
+    torch.Tensor.softmax: CudaLike.softmax,
+    F.log_softmax: CudaLike.softmax,
+    torch.log_softmax: CudaLike.softmax,
+}
+
+
+KERNEL_TEMPORARIES: dict[Any, Callable[..., torch.Tensor]] = {
+    torch.ops.aten._softmax_backward_data.default: lambda grad, output, dim, input_dtype: grad,
+}
+"""Operations whose CUDA kernel takes a further tensor while it runs → the argument that it is as large as."""
+
+
+def in_fp32(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function with its 16-bit tensors cast, autocast off, as `fp32` policy does."""
+    low = (torch.float16, torch.bfloat16)
+
+    def cast(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.dtype in low else value
+
+    with torch.autocast("cpu", enabled=False):
+        return func(*(cast(a) for a in args), **{k: cast(v) for k, v in kwargs.items()})
+
+
+@contextmanager
+def cuda_autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast for fake CPU tensors, seen by code that asks whether CUDA's is on. None: no autocast."""
+    if dtype is None:
+        yield
+        return
+    with torch.autocast("cpu", dtype=dtype):
+        yield
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Let torch answer for the fake device where it is asked about CUDA, and transformers take fake tensors for real ones."""
+    enabled, low = torch.is_autocast_enabled, torch.get_autocast_dtype
+    with (
+        patch("torch.is_autocast_enabled", lambda device=None: enabled(device or "cpu")),
+        patch("torch.get_autocast_gpu_dtype", lambda: low("cpu")),
+        patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False),
+    ):
+        yield

@@ -1,0 +1,162 @@
+"""`trace`: a real training step of the real model on fake tensors, and what it took, phase by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from peftplan.errors import RefusedError
+from peftplan.memory.ledger import Category
+from peftplan.planning.setup import Setup
+from peftplan.storage import QuantConfig
+from peftplan.trace.allocator import Event, Replay, replay
+from peftplan.trace.attention import Capability
+from peftplan.trace.differences import KERNEL_TEMPORARIES, CudaLike, as_on_cuda
+from peftplan.trace.fake import to_fake
+from peftplan.trace.load import load
+from peftplan.trace.model import Built, build
+from peftplan.trace.optimizers import make_optimizer
+from peftplan.trace.peaks import Alive, Peak, Window, peaks, windows
+from peftplan.trace.steps import Run, program
+from peftplan.trace.tracker import Moment, Tracker
+from peftplan.trace.workspaces import Workspaces
+
+DEFAULT_CAPABILITY: Capability = (8, 0)
+"""Where no device is named: kernels and workspaces of sm80 and sm86, the cards that most runs use."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a trace saw. Bytes are allocated bytes, each storage rounded to 512."""
+
+    peaks: Mapping[str, Peak]
+    num_trainable: int
+    num_total: int
+    log: tuple[Moment, ...]
+    windows: tuple[Window, ...]
+    managed_bytes: int
+    unknown_ops: Mapping[str, int]
+    """Module → how often it asked for a value that a fake tensor does not have."""
+
+    @cached_property
+    def peak_by_phase(self) -> dict[str, int]:
+        """Phase → peak of allocated bytes in it; forward, backward and step are those of the second optimizer step."""
+        return {phase: peak.bytes for phase, peak in self.peaks.items()}
+
+    @cached_property
+    def events(self) -> tuple[Event, ...]:
+        """The log for the allocator's replay; what belongs to no counted phase carries the phase `warmup`."""
+        phases = ["warmup"] * len(self.log)
+        for window in self.windows:
+            phases[window.start : window.end] = [window.phase] * (window.end - window.start)
+        return tuple(
+            Event(m.kind, m.storage.id, m.storage.nbytes, 0, phase, m.storage.op, m.module)  # type: ignore[arg-type]
+            for m, phase in zip(self.log, phases, strict=True)
+        )
+
+    @cached_property
+    def replayed(self) -> Replay:
+        """The log through torch's allocator with default options: peaks with the tails of blocks, and reserved bytes."""
+        return replay(self.events)
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase of the overall peak; ties go to the earlier one."""
+        return max(self.peaks, key=lambda phase: self.peaks[phase].bytes)
+
+    @property
+    def alive(self) -> tuple[Alive, ...]:
+        """What is alive at the overall peak, grouped, largest first."""
+        return self.peaks[self.peak_phase].alive
+
+    def by_category(self, phase: str | None = None) -> dict[Category, int]:
+        """Bytes per category at a phase's peak, or at the overall one."""
+        found: dict[Category, int] = {}
+        for group in self.peaks[phase or self.peak_phase].alive:
+            found[group.category] = found.get(group.category, 0) + group.bytes
+        return found
+
+
+def trace(
+    config: Mapping[str, Any],
+    *,
+    task_type: str | None = None,
+    peft_config: Any = None,
+    quant: QuantConfig | None = None,
+    setup: Setup,
+    device: Capability | None = None,
+    outputs_outlive_step: bool = False,
+) -> Traced:
+    """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors.
+
+    `peft_config`: a peft config object or an adapter_config dict; None trains every parameter. `setup` is resolved
+    (`planning.setup.resolved`). `device` is a compute capability, which decides kernels and workspaces.
+    `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. Raises RefusedError for what
+    cannot be traced.
+    """
+    run_program = program(setup)
+    built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup)
+    capability = device or DEFAULT_CAPABILITY
+    tokens = _token_counts(built, setup)
+    vocab = built.hf_config.get_text_config().vocab_size
+
+    def is_logits(tensor: torch.Tensor) -> bool:
+        return tensor.dim() > 1 and tensor.shape[-1] == vocab and tensor.numel() // vocab in tokens
+
+    tracker = Tracker(
+        is_logits=is_logits,
+        scalar=lambda tensor: _scalar(tensor, padding=setup.padding),
+        temporaries=KERNEL_TEMPORARIES,
+        before=Workspaces(capability).before,
+    )
+    tracker.watch((built.names[id(m)], m) for m in built.model.modules() if built.names[id(m)])
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    to_fake(built.model, mode)
+    with ExitStack() as stack:
+        for context in (mode, CudaLike(capability=capability, autocast=setup.autocast != "none"), as_on_cuda(), tracker):
+            stack.enter_context(context)
+        load(built, tracker, setup, quant)
+        optimizer = make_optimizer(setup, built.model, tracker)
+        run = Run(built.model, _batch(built, setup), optimizer, tracker, setup, outputs_outlive_step)
+        run_program(run)
+        log = tuple(tracker.log)
+    counted = windows(tracker.began, length=len(log), started=run.started)
+    return Traced(
+        peaks=peaks(log, counted),
+        num_trainable=built.num_trainable,
+        num_total=built.num_total,
+        log=log,
+        windows=counted,
+        managed_bytes=getattr(optimizer, "managed_bytes", 0),
+        unknown_ops=dict(tracker.data_dependent),
+    )
+
+
+def _batch(built: Built, setup: Setup) -> dict[str, torch.Tensor]:
+    """The inputs of one micro batch of a causal language model."""
+    if not hasattr(built.hf_config.get_text_config(), "vocab_size"):
+        raise RefusedError(f"model type {built.hf_config.model_type} cannot be traced yet; language models can")
+    shape = (setup.batch_size, setup.seq_len)
+    batch = {"input_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.zeros(shape, dtype=torch.int64)}
+    if setup.padding:
+        batch["attention_mask"] = torch.ones(shape, dtype=torch.int64)
+    return {**batch, "use_cache": bool(setup.use_cache)}  # type: ignore[dict-item]
+
+
+def _token_counts(built: Built, setup: Setup) -> set[int]:
+    """How many rows a tensor over the vocabulary can have: all positions, virtual ones included, or all but the last."""
+    lengths = {setup.seq_len, setup.seq_len - 1}
+    peft_config = getattr(built.model, "active_peft_config", None)
+    virtual = getattr(peft_config, "num_virtual_tokens", None) or 0
+    return {setup.batch_size * (length + extra) for length in lengths for extra in (0, virtual)}
+
+
+def _scalar(tensor: torch.Tensor, *, padding: bool) -> Any:
+    """The value of a fake scalar: of a mask's `all()`, whether there is no padding; of a step counter, 1."""
+    return not padding if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1

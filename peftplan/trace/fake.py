@@ -1,0 +1,52 @@
+"""From a model on the meta device to one on fake tensors: every storage has a size and a life, and no memory.
+
+The fake device is `cpu`: fake `cuda` tensors need CUDA in the process as soon as autograd switches devices (torch 2.13).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from peftplan.trace.quantized import QUANT_TENSORS
+
+DEVICE = torch.device("cpu")
+
+
+class _Converter:
+    """Remembers what was converted, and keeps it alive, so that a tied tensor stays one tensor."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self.known: dict[int, tuple[torch.Tensor, Any]] = {}
+
+    def tensor(self, tensor: torch.Tensor) -> Any:
+        if id(tensor) not in self.known:
+            meta = tensor.detach() if tensor.device.type == "meta" else tensor.detach().to("meta")
+            self.known[id(tensor)] = (tensor, FakeTensor(self.mode, meta, DEVICE))
+        return self.known[id(tensor)][1]
+
+    def parameter(self, parameter: nn.Parameter) -> Any:
+        if id(parameter) not in self.known:
+            made = nn.Parameter(FakeTensor(self.mode, parameter.detach().to("meta"), DEVICE), parameter.requires_grad)
+            made.__dict__.update({k: v for k, v in parameter.__dict__.items() if not k.startswith("_")})
+            self.known[id(parameter)] = (parameter, made)
+        return self.known[id(parameter)][1]
+
+
+def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace every parameter and buffer, and the tensors that quantized modules keep beside them, in place."""
+    converter = _Converter(mode)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = converter.parameter(parameter)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = converter.tensor(buffer)
+        beside = module.__dict__.get(QUANT_TENSORS)
+        if beside is not None:
+            module.__dict__[QUANT_TENSORS] = {name: converter.tensor(tensor) for name, tensor in beside.items()}

@@ -1,0 +1,106 @@
+"""The load phase: how weights reach the device, tensor by tensor, since it decides the holes that later allocations meet.
+
+A quantized model is loaded on the device: transformers reserves one block of the size of the stored weights, frees it, then
+copies each tensor in the order of its name, and quantizes it there. A dense model is moved module by module. Source: transformers
+5.24 `core_model_loading.py` (`convert_and_load_state_dict_in_model`), `modeling_utils.py` (`caching_allocator_warmup`),
+bitsandbytes 0.50.2 `functional.py` (`quantize_4bit`), peft 0.21.2 `prepare_model_for_kbit_training`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import torch
+
+from peftplan.dtypes import ITEMSIZE
+from peftplan.planning.setup import Setup
+from peftplan.storage import QuantConfig, category, shared
+from peftplan.trace.model import Built
+from peftplan.trace.quantized import QUANT_TENSORS
+from peftplan.trace.tracker import Storage, Tracker
+
+WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
+"""Bytes per element that the warm-up counts for a quantized weight (`quantized_element_size`)."""
+
+Part = tuple[str, Any, str, torch.nn.Parameter]
+"""Full name, module, name within the module, parameter."""
+
+
+def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
+    """Register every tensor that lasts, base first, then adapters, with what loading takes in passing."""
+    parts = [part for part in _parts(built) if built.owners[part[0]] == "weights"]
+    halves: dict[str, Storage] = {}
+    if quant is not None:
+        parts.sort(key=lambda part: _natural(_base_name(built, part)))
+        _warm_up(parts, tracker, quant, dtype=setup.dtype)
+        for a in shared(quant):
+            made = tracker.passing(nbytes=a.nbytes, shape=a.dims, dtype=a.dtype, op="load", category="quant_state")
+            made.name = a.name
+    for name, module, leaf, parameter in parts:
+        if leaf == "weight" and QUANT_TENSORS in module.__dict__:
+            _quantized(tracker, name, module, dtype=setup.dtype)
+        elif name in built.upcast:
+            halves[name] = _dense(tracker, tuple(parameter.shape), setup.dtype)
+        else:
+            tracker.register(parameter, "weights", name)
+    for name, buffer in built.model.named_buffers():
+        tracker.register(buffer, "buffers", name)
+    for name, _, _, parameter in _parts(built):
+        if name in halves:
+            tracker.register(parameter, "weights", name)
+            tracker.end(halves[name])
+    for name, _, _, parameter in _parts(built):
+        if built.owners[name] == "adapter_weights":
+            tracker.register(parameter, "adapter_weights", name)
+
+
+def _parts(built: Built) -> Iterator[Part]:
+    """Every parameter once, in the order of `named_parameters()`."""
+    seen: set[int] = set()
+    for prefix, module in built.model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{prefix}.{leaf}".lstrip("."), module, leaf, parameter
+
+
+def _base_name(built: Built, part: Part) -> str:
+    return f"{built.names[id(part[1])]}.{part[2]}"
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """`dot_natural_key`: parts between dots, digits by value and before words."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def _dense(tracker: Tracker, shape: tuple[int, ...], dtype: str) -> Storage:
+    return tracker.passing(nbytes=ITEMSIZE[dtype] * prod(shape), shape=shape, dtype=dtype, op="load")
+
+
+def _warm_up(parts: list[Part], tracker: Tracker, quant: QuantConfig, *, dtype: str) -> None:
+    """One allocation of the bytes of all weights as they will be stored, freed at once."""
+    total = 0.0
+    for _, module, leaf, parameter in parts:
+        packed = leaf == "weight" and QUANT_TENSORS in module.__dict__
+        numel = module.in_features * module.out_features if packed else parameter.numel()
+        total += numel * (WARMUP_BYTES[quant.name] if packed else ITEMSIZE[dtype])
+    tracker.end(_dense(tracker, (int(total // ITEMSIZE["fp16"]),), "fp16"))
+
+
+def _quantized(tracker: Tracker, name: str, module: Any, *, dtype: str) -> None:
+    """A dense weight arrives and is quantized; with double quantization its fp32 absmax, and that less its mean, come first."""
+    prefix = name.removesuffix(".weight")
+    beside = module.__dict__[QUANT_TENSORS]
+    passing = [_dense(tracker, (module.out_features, module.in_features), dtype)]
+    nested = "offset" in beside
+    if nested:
+        passing.append(_dense(tracker, tuple(beside["absmax"].shape), "fp32"))
+    tracker.register(module.weight, "weights", name)
+    if nested:
+        passing.append(_dense(tracker, tuple(beside["absmax"].shape), "fp32"))
+    for part, tensor in beside.items():
+        tracker.register(tensor, category(part), f"{prefix}.{part}")
+    for storage in reversed(passing):
+        tracker.end(storage)

@@ -1,0 +1,158 @@
+"""The model of a traced run, as the user's script would make it: loaded, quantized, prepared, adapted, checkpointed, all on meta.
+
+Everything that changes a module or a dtype happens here, before the tensors become fake ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from peftplan.errors import RefusedError
+from peftplan.memory.ledger import Category
+from peftplan.planning.setup import Setup
+from peftplan.storage import QuantConfig, quantized_modules
+from peftplan.trace.count import COPIES, LORAFA_LR, PREFIXES, _config_object, stand_ins
+from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.trace.quantized import QUANT_TENSORS, TORCH_DTYPES, quantize
+from peftplan.trace.walk import kind_of, ties_of
+
+FLASH_ATTENTION = "flash_attention_2"
+
+
+@dataclass
+class Built:
+    """A model on meta, ready to train. `dense` are the shapes that quantized weights had, by parameter name."""
+
+    model: Any
+    base: Any
+    hf_config: Any
+    num_trainable: int
+    num_total: int
+    names: dict[int, str] = field(default_factory=dict)
+    """id of a module → its name in the base model's terms."""
+    owners: dict[str, Category] = field(default_factory=dict)
+    """Full name of a parameter → weights or adapter_weights."""
+    upcast: frozenset[str] = frozenset()
+    """Full names of the parameters that kbit preparation cast to fp32."""
+
+
+def build(
+    config: Mapping[str, Any], *, task_type: str | None, peft_config: Any, quant: QuantConfig | None, setup: Setup
+) -> Built:
+    """Build the model that `setup` describes. `peft_config` None trains every parameter."""
+    with quiet_transformers():
+        hf_config = build_config(config, name="model")
+        cls = model_class(config, hf_config, name="model", task_type=task_type)
+        hf_config._attn_implementation = "sdpa" if setup.attn_implementation == FLASH_ATTENTION else setup.attn_implementation
+        base = build_model(config, hf_config, cls, name="model")
+        _load_dtype(base, setup.dtype)
+        if quant is not None:
+            quantize(base, _quantized(base, quant), quant, dtype=setup.dtype)
+        if setup.attn_implementation == FLASH_ATTENTION:
+            for part in (base.config, *_sub_configs(base.config)):
+                part._attn_implementation_internal = FLASH_ATTENTION
+        original = {id(p) for p in base.parameters()}
+        upcast = _kbit_prepare(base) if quant is not None and setup.kbit_prepare else set()
+        if setup.gradient_checkpointing:
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model = base if peft_config is None else _adapt(base, peft_config, task_type, quant, setup)
+    model.train()
+    return _described(model, base, original, upcast, prefixed=peft_config is not None)
+
+
+def _load_dtype(model: Any, dtype: str) -> None:
+    """Cast as `from_pretrained(dtype=...)` loads: the dtype, and fp32 for what the class keeps so (`_get_dtype_plan`, 5.24)."""
+    kept = (
+        *((model._keep_in_fp32_modules or ()) if dtype == "fp16" else ()),
+        *((model._keep_in_fp32_modules_strict or ()) if dtype != "fp32" else ()),
+    )
+    for name, parameter in model.named_parameters():
+        target = torch.float32 if any(re.search(pattern, name) for pattern in kept) else TORCH_DTYPES[dtype]
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(target)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.dtype == torch.bfloat16:
+                module._buffers[name] = buffer.to(TORCH_DTYPES[dtype])
+    for part in (model.config, *_sub_configs(model.config)):
+        part.dtype = TORCH_DTYPES[dtype]
+
+
+def _sub_configs(config: Any) -> Iterable[Any]:
+    return [sub for key in config.sub_configs if (sub := getattr(config, key)) is not None]
+
+
+def _quantized(model: Any, quant: QuantConfig) -> set[str]:
+    """Names of the modules that transformers quantizes in this model."""
+    head = model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    return quantized_modules(
+        quant,
+        modules=[(name, kind_of(module)) for name, module in model.named_modules() if "weight" in module._parameters],
+        ties=dict(ties_of(model)),
+        output_embedding=None if head is None else names[id(head)],
+        last_parameter=[name for name, _ in model.named_parameters()][-1],
+        keep_in_fp32=tuple(model._keep_in_fp32_modules or ()),
+        model_type=model.config.model_type,
+    )
+
+
+def _kbit_prepare(model: Any) -> set[int]:
+    """`prepare_model_for_kbit_training`, whose own checkpointing is left to `build`; ids of the parameters that it cast."""
+    import peft
+
+    before = {id(p): p.dtype for p in model.parameters()}
+    peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
+    return {id(p) for p in model.parameters() if p.dtype != before[id(p)]}
+
+
+def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfig | None, setup: Setup) -> Any:
+    """`get_peft_model`, and what the trainer does to the adapter's dtype.
+
+    peft makes adapters in fp32 (`autocast_adapter_dtype`); TRL ≥ 1 casts every trainable parameter of a quantized model to bf16.
+    """
+    import peft
+    import peft.optimizers
+
+    method = _config_object(peft_config, task_type)
+    before = {id(p) for p in base.parameters()}
+    try:
+        with stand_ins(method.peft_type.value), torch.device("meta"):
+            model = peft.get_peft_model(base, method, autocast_adapter_dtype=True)
+        if isinstance(peft_config, Mapping) and peft_config.get("freeze_a"):
+            peft.optimizers.create_lorafa_optimizer(model, r=method.r, lora_alpha=method.lora_alpha, lr=LORAFA_LR)
+    except Exception as error:  # peft raises whatever its code meets
+        lines = " ".join(str(error).split())[:200]
+        raise RefusedError(f"peft {peft.__version__} refuses it: {type(error).__name__}: {lines}") from None
+    target = TORCH_DTYPES[str(setup.adapter_dtype)]
+    for name, parameter in model.named_parameters():
+        is_copy = any(part in name for part in COPIES)
+        if id(parameter) not in before and not is_copy and parameter.dtype != target and parameter.is_floating_point():
+            parameter.data = parameter.data.to(target)
+    return model
+
+
+def _described(model: Any, base: Any, original: set[int], upcast: set[int], *, prefixed: bool) -> Built:
+    """Counts as `get_nb_trainable_parameters` gives them, and the names of modules and parameters."""
+    prompt = prefixed and bool(getattr(model, "active_peft_config", None)) and model.active_peft_config.is_prompt_learning
+    prefix = PREFIXES[prompt] if prefixed else ""
+    dense = {
+        f"{name}.weight": module.in_features * module.out_features
+        for name, module in model.named_modules()
+        if QUANT_TENSORS in module.__dict__
+    }
+    trainable = total = 0
+    owners: dict[str, Category] = {}
+    for name, parameter in model.named_parameters():
+        numel = dense.get(name, parameter.numel())
+        total += numel
+        trainable += numel if parameter.requires_grad else 0
+        owners[name] = "weights" if id(parameter) in original else "adapter_weights"
+    names = {id(module): name.removeprefix(prefix).removesuffix(".base_layer") for name, module in model.named_modules()}
+    cast = frozenset(name for name, parameter in model.named_parameters() if id(parameter) in upcast)
+    return Built(model, base, base.config, trainable, total, names, owners, cast)

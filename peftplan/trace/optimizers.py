@@ -1,0 +1,156 @@
+"""Optimizers on fake tensors: torch's and transformers' own classes, and stand-ins for those whose kernels need CUDA.
+
+A stand-in makes exactly the states of `peftplan.optim` in its first step and updates them in place, as one kernel per parameter
+does; states in managed memory are summed apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from peftplan.dtypes import parse_dtype
+from peftplan.errors import RefusedError
+from peftplan.memory.ledger import Allocation
+from peftplan.optim import Optimizer, parse_optim, parse_optim_args, shared_states, states
+from peftplan.planning.setup import Setup
+from peftplan.trace.tracker import Tracker
+from peftplan.units import round512
+
+LEARNING_RATE = 1e-3
+"""Changes no byte."""
+
+
+class Steps(Protocol):
+    """What a step program asks of an optimizer."""
+
+    def step(self) -> None: ...
+    def zero_grad(self, *, set_to_none: bool) -> None: ...
+    def after_step(self) -> None: ...
+
+
+Named = list[tuple[str, nn.Parameter]]
+
+
+def make_optimizer(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
+    """The optimizer of the setup over the trainable parameters, in the order that Trainer and scripts give them.
+
+    Raises RefusedError for the names that cannot be traced yet.
+    """
+    optimizer = parse_optim(str(setup.optim))
+    arguments = parse_optim_args(setup.optim_args)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if optimizer.step_implementation == "kernel" and not optimizer.low_rank:
+        by_trainer = setup.trainer != "plain"
+        embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+        in_embedding = {name: by_trainer and id(p) in embeddings for name, p in named}
+        return StandIn(optimizer, arguments, named, in_embedding, tracker)
+    made = _torch_optimizer(optimizer.name, [p for _, p in named], arguments)
+    return Real(made, named, tracker, host_steps=optimizer.step_implementation == "foreach")
+
+
+def _torch_optimizer(name: str, params: list[nn.Parameter], arguments: Mapping[str, str]) -> Any:
+    momentum = float(arguments.get("momentum", 0))
+    if name in ("adamw_torch", "adamw_torch_fused"):
+        fused = name.endswith("fused")
+        return torch.optim.AdamW(params, lr=LEARNING_RATE, fused=fused, foreach=not fused)
+    if name == "sgd":
+        return torch.optim.SGD(params, lr=LEARNING_RATE, momentum=momentum, foreach=True)
+    if name == "adagrad":
+        return torch.optim.Adagrad(params, lr=LEARNING_RATE, foreach=True)
+    if name == "rmsprop":
+        centered = arguments.get("centered", "false").lower() in ("true", "1", "yes")
+        return torch.optim.RMSprop(params, lr=LEARNING_RATE, momentum=momentum, centered=centered, foreach=True)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(params, lr=LEARNING_RATE, scale_parameter=False, relative_step=False)  # type: ignore[no-untyped-call]
+    raise RefusedError(f"optim: {name} cannot be traced yet; torch's own, adafactor and bitsandbytes' can")
+
+
+@dataclass
+class Real:
+    """A real optimizer on fake tensors. `host_steps`: its `step` counters lie on the CPU."""
+
+    optimizer: Any
+    named: Named
+    tracker: Tracker
+    host_steps: bool
+
+    def step(self) -> None:
+        """The optimizer's own step."""
+        self.optimizer.step()
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """The optimizer's own `zero_grad`."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def after_step(self) -> None:
+        """Name the states; those on the host leave the log."""
+        names = {id(p): name for name, p in self.named}
+        host = []
+        for p, found in self.optimizer.state.items():
+            for key, value in found.items():
+                if not isinstance(value, torch.Tensor):
+                    continue
+                if key == "step" and self.host_steps:
+                    host.append(value)
+                else:
+                    self.tracker.register(value, "optimizer_states", f"{names[id(p)]}.{key}", op="optimizer")
+        self.tracker.forget(host)
+
+
+@dataclass
+class StandIn:
+    """States of `peftplan.optim`, made in the first step; nothing else is taken."""
+
+    optimizer: Optimizer
+    arguments: Mapping[str, str]
+    named: Named
+    in_embedding: Mapping[str, bool]
+    tracker: Tracker
+    managed_bytes: int = 0
+    _made: bool = field(default=False)
+
+    def step(self) -> None:
+        """Make the states once."""
+        if self._made:
+            return
+        self._made = True
+        every: list[Allocation] = []
+        for name, p in self.named:
+            of_one = states(
+                self.optimizer,
+                shape=tuple(p.shape),
+                dtype=parse_dtype(p.dtype),
+                in_embedding=self.in_embedding[name],
+                optim_args=self.arguments,
+            )
+            every += of_one
+            self._take(name, of_one)
+        self._take("optimizer", shared_states(self.optimizer, states=every))
+
+    def _take(self, name: str, allocations: Iterable[Allocation]) -> None:
+        for a in allocations:
+            if a.place == "device":
+                made = self.tracker.passing(
+                    nbytes=a.nbytes, shape=a.dims, dtype=a.dtype, op="optimizer", category="optimizer_states"
+                )
+                made.name = f"{name}.{a.name}"
+            elif a.place == "managed":
+                self.managed_bytes += round512(a.nbytes)
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """As `torch.optim.Optimizer.zero_grad`."""
+        for _, p in self.named:
+            if p.grad is not None and set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.zero_()
+
+    def after_step(self) -> None:
+        """Nothing is left to name."""

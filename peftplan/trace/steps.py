@@ -1,0 +1,137 @@
+"""Step programs: the loop around the model decides what is alive when, so each trainer has its own.
+
+`plain`: a hand-written loop. `transformers`: Trainer's `training_step` under accelerate (transformers 5.24, accelerate 1.15).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftplan.errors import RefusedError
+from peftplan.planning.setup import Setup
+from peftplan.trace.differences import cuda_autocast
+from peftplan.trace.optimizers import Steps
+from peftplan.trace.quantized import TORCH_DTYPES
+from peftplan.trace.tracker import Tracker
+
+STEPS = 2
+"""Optimizer steps of a trace: the first makes the states, the second is the steady state."""
+
+MAX_GRAD_NORM = 1.0
+"""Trainer's default clipping."""
+
+
+@dataclass
+class Run:
+    """What a program works on; `started` is how many phases had begun before the steady step."""
+
+    model: nn.Module
+    batch: dict[str, torch.Tensor]
+    optimizer: Steps
+    tracker: Tracker
+    setup: Setup
+    outputs_outlive_step: bool = False
+    started: int = 0
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer updates."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def name_gradients(self) -> None:
+        """Say which storages are gradients of parameters."""
+        for name, p in self.model.named_parameters():
+            if p.grad is not None:
+                self.tracker.register(p.grad, "gradients", f"{name}.grad", op="backward")
+
+    def forward(self) -> Any:
+        """One forward under the run's autocast."""
+        self.tracker.begin("forward")
+        autocast = None if self.setup.autocast == "none" else TORCH_DTYPES[str(self.setup.autocast)]
+        with cuda_autocast(autocast):
+            return self.model(**self.batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """One backward; the gradients are named when it ends."""
+        self.tracker.begin("backward")
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.name_gradients()
+
+    def update(self) -> None:
+        """The optimizer's step and `zero_grad`."""
+        if self.tracker.phase != "step":
+            self.tracker.begin("step")
+        self.optimizer.step()
+        self.optimizer.after_step()
+        self.optimizer.zero_grad(set_to_none=not self.setup.keep_gradients)
+
+
+def plain(run: Run) -> None:
+    """`outputs = model(**batch); outputs.loss.backward(); optimizer.step(); optimizer.zero_grad()`.
+
+    With `keep_outputs` the name `outputs` holds the logits through backward and step: the step is a function of its own. In a
+    loop without one (`outputs_outlive_step`) they stay until the next forward has returned.
+    """
+    outputs = None
+    for _ in range(STEPS):
+        run.started = len(run.tracker.began)
+        for _ in range(run.setup.gradient_accumulation_steps):
+            outputs = run.forward()
+            loss = _loss(outputs)
+            if not run.setup.keep_outputs:
+                outputs = None
+            run.backward(loss)
+            del loss
+        run.update()
+        if not run.outputs_outlive_step:
+            outputs = None
+
+
+def transformers(run: Run) -> None:
+    """`Trainer.training_step`: `compute_loss` drops the outputs before backward; gradients are clipped before the step."""
+    for _ in range(STEPS):
+        run.started = len(run.tracker.began)
+        for _ in range(run.setup.gradient_accumulation_steps):
+            loss = _compute_loss(run)
+            run.backward(loss)
+            del loss
+        run.tracker.begin("step")
+        nn.utils.clip_grad_norm_(run.trainable, MAX_GRAD_NORM, foreach=True)
+        run.update()
+
+
+def _compute_loss(run: Run) -> torch.Tensor:
+    """`Trainer.compute_loss` on a model that accelerate prepared: under autocast it returns fp32 copies of all outputs.
+
+    Source: accelerate `ConvertOutputsToFp32` (utils/operations.py): the 16-bit outputs live until the copies are made.
+    """
+    outputs = run.forward()
+    if run.setup.autocast != "none":
+        from accelerate.utils import convert_to_fp32  # type: ignore[import-untyped]
+
+        outputs = convert_to_fp32(outputs)
+    return _loss(outputs)
+
+
+def _loss(outputs: Any) -> torch.Tensor:
+    loss: torch.Tensor = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+    return loss
+
+
+PROGRAMS: dict[str, Callable[[Run], None]] = {"plain": plain, "transformers": transformers, "qlora-paper": transformers}
+
+
+def program(setup: Setup) -> Callable[[Run], None]:
+    """The program of the setup's trainer. Raises RefusedError for what cannot be traced yet."""
+    if setup.loss != "full":
+        raise RefusedError(f"loss: {setup.loss} cannot be traced yet; full can")
+    if setup.trainer not in PROGRAMS:
+        raise RefusedError(f"trainer: {setup.trainer} cannot be traced yet; {', '.join(PROGRAMS)} can")
+    if setup.trainer != "plain" and setup.keep_outputs:
+        raise RefusedError(f"keep_outputs: {setup.trainer} drops the outputs in compute_loss")
+    return PROGRAMS[setup.trainer]

@@ -1,0 +1,231 @@
+"""Watches every storage of a traced step: when it is made and freed, by which operation and module, in which phase.
+
+A `TorchDispatchMode` sees every operation below autograd. Each new storage gets a weak reference, whose callback is the free.
+Bytes are those of the storage; rounding is the reader's. Left out: memory that an operation takes and frees within one call, and
+storages that are resized in place.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftplan.dtypes import parse_dtype
+from peftplan.memory.ledger import Category
+
+IGNORED = frozenset({torch.ops.prim.device.default, torch.ops.aten.detach.default})
+"""Operations that make no storage and come often: a FakeTensor answers `.device` through the dispatcher."""
+
+
+@dataclass(slots=True, eq=False)
+class Storage:
+    """One allocation. `segment` numbers the runs of forward code and of backward code in which it was made and freed."""
+
+    id: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    op: str
+    module: str
+    phase: str
+    segment: int
+    in_forward: bool
+    category: Category | None = None
+    name: str | None = None
+    freed_segment: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One line of the log: `alloc` or `free` of a storage, in the phase and the module that did it."""
+
+    kind: str
+    storage: Storage
+    phase: str
+    module: str
+
+
+class _Ref(weakref.ref):  # type: ignore[type-arg]
+    """A weak reference to a torch storage that knows its record."""
+
+    __slots__ = ("record",)
+    record: Storage
+
+
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The log of one traced run."""
+
+    def __init__(
+        self,
+        *,
+        is_logits: Callable[[torch.Tensor], bool],
+        scalar: Callable[[torch.Tensor], Any],
+        temporaries: Mapping[Any, Callable[..., torch.Tensor]],
+        before: Callable[[Tracker, Any, Any], None],
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.log: list[Moment] = []
+        self.phase = "load"
+        self.began: list[tuple[int, str]] = [(0, "load")]
+        self.data_dependent: dict[str, int] = {}
+        self._is_logits = is_logits
+        self._scalar = scalar
+        self._temporaries = temporaries
+        self._before = before
+        self._live: dict[int, _Ref] = {}
+        self._stack: list[str] = []
+        self._module_of_node: dict[int, str] = {}
+        self._segment = 0
+        self._in_forward = False
+        self._paused = 0
+        self._count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and record the storages that it made."""
+        if func in IGNORED:
+            return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.data_dependent[self.module] = self.data_dependent.get(self.module, 0) + 1
+            return self._scalar(args[0])
+        self._enter_op()
+        self._before(self, func, args)
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self._see(out, func)
+        elif isinstance(out, (tuple, list)):
+            for item in out:
+                if isinstance(item, torch.Tensor):
+                    self._see(item, func)
+        if func in self._temporaries:
+            self._pass_temporary(self._temporaries[func](*args, **(kwargs or {})), op=str(func))
+        return out
+
+    def begin(self, phase: str) -> None:
+        """From here on the log belongs to this phase."""
+        self.phase = phase
+        self.began.append((len(self.log), phase))
+
+    def _pass_temporary(self, like: torch.Tensor, *, op: str) -> None:
+        nbytes = like.numel() * like.element_size()
+        self.end(self.passing(nbytes=nbytes, shape=tuple(like.shape), dtype=parse_dtype(like.dtype), op=op))
+
+    @property
+    def module(self) -> str:
+        """The module that is running: the innermost forward, or in backward the one whose forward made the node."""
+        if self._stack:
+            return self._stack[-1]
+        node = torch._C._current_autograd_node()
+        return "" if node is None else self._module_of_node.get(node._sequence_nr(), "")
+
+    def _enter_op(self) -> None:
+        """Note the module of the autograd node just made, and whether forward code or backward code is running.
+
+        Forward code within backward is recomputation: gradients are on, or a module's forward is on the stack.
+        """
+        forward = self.phase == "forward" or (self.phase == "backward" and (bool(self._stack) or torch.is_grad_enabled()))
+        if forward != self._in_forward:
+            self._in_forward = forward
+            self._segment += 1
+        if forward and self._stack:
+            self._module_of_node[torch._C._autograd._get_sequence_nr() - 1] = self._stack[-1]
+
+    def _see(self, tensor: torch.Tensor, func: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._live or self._paused:
+                return
+            self._add(storage, tensor, op=str(func))
+
+    def _add(self, storage: torch.UntypedStorage, tensor: torch.Tensor, *, op: str) -> Storage:
+        record = Storage(
+            id=self._count,
+            nbytes=storage.nbytes(),
+            shape=tuple(tensor.shape),
+            dtype=parse_dtype(tensor.dtype),
+            op=op,
+            module=self.module,
+            phase=self.phase,
+            segment=self._segment,
+            in_forward=self._in_forward,
+            category="logits" if self._is_logits(tensor) else None,
+        )
+        self._count += 1
+        key = storage._cdata
+        reference = _Ref(storage, lambda ref: self._freed(key, ref))
+        reference.record = record
+        self._live[key] = reference
+        self.log.append(Moment("alloc", record, self.phase, record.module))
+        return record
+
+    def _freed(self, key: int, reference: _Ref) -> None:
+        if self._live.get(key) is reference:
+            del self._live[key]
+        record = reference.record
+        record.freed_segment = self._segment
+        self.log.append(Moment("free", record, self.phase, self._stack[-1] if self._stack else ""))
+
+    def register(self, tensor: torch.Tensor, category: Category, name: str, *, op: str = "load") -> None:
+        """Say what a tensor's storage is; one that was not seen yet counts as allocated now."""
+        with torch._C.DisableTorchFunction():
+            storage = tensor.untyped_storage()
+            known = self._live.get(storage._cdata)
+            record = known.record if known is not None else self._add(storage, tensor, op=op)
+        record.category, record.name = category, name
+
+    def forget(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Take tensors out of the log that do not live on the device."""
+        references = [self._live.pop(tensor.untyped_storage()._cdata, None) for tensor in tensors]
+        gone = {id(reference.record) for reference in references if reference is not None}
+        if gone:
+            self.log[:] = [moment for moment in self.log if id(moment.storage) not in gone]
+
+    def passing(self, *, nbytes: int, shape: tuple[int, ...], dtype: str, op: str, category: Category | None = None) -> Storage:
+        """Record an allocation that no tensor of the trace shows; `end` frees it."""
+        record = Storage(
+            self._count, nbytes, shape, dtype, op, self.module, self.phase, self._segment, self._in_forward, category
+        )
+        self._count += 1
+        self.log.append(Moment("alloc", record, self.phase, record.module))
+        return record
+
+    def end(self, record: Storage) -> None:
+        """Free what `passing` recorded."""
+        record.freed_segment = self._segment
+        self.log.append(Moment("free", record, self.phase, record.module))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record no new storage: for host tensors."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def watch(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        """Let these modules say when their forward runs."""
+
+        def entering(name: str) -> Callable[..., None]:
+            return lambda module, args: self._stack.append(name)
+
+        def leaving(module: nn.Module, args: Any, output: Any) -> None:
+            self._stack.pop()
+
+        for name, module in modules:
+            module.register_forward_pre_hook(entering(name))
+            module.register_forward_hook(leaving, always_call=True)
+
+
+def category_of(record: Storage) -> Category:
+    """What a storage is: said (a parameter, a gradient, a state, logits), else activations if it was made by forward code and
+    outlived it (something saved it for backward), else temporaries."""
+    if record.category is not None:
+        return record.category
+    return "activations" if record.in_forward and record.freed_segment != record.segment else "temporaries"
