@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -24,12 +24,11 @@ class MethodConfig(BaseModel):
     everything else that is set and unknown here is counted by peft itself.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     no_effect: ClassVar[frozenset[str]] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class AddedTensor:
+class AddedTensor(NamedTuple):
     """One family of tensors that a method adds, named as in `named_parameters()` without peft's `base_model.model.` and
     `.default`. `dtype` says whose dtype it takes: peft casts an adapter's own parameters (`autocast_adapter_dtype`), a
     `modules_to_save` copy keeps its module's. `in_embedding` marks the weight of an `nn.Embedding`.
@@ -53,8 +52,7 @@ class AddedTensor:
             yield self.name if layer is None else self.name.replace("{}", str(layer))
 
 
-@dataclass(frozen=True, slots=True)
-class AddedBuffer:
+class AddedBuffer(NamedTuple):
     """One family of buffers that a method adds: on the device, in no parameter count. `adapter` is the dtype of the adapter."""
 
     name: str
@@ -68,8 +66,7 @@ class AddedBuffer:
         return 1 if self.layers is None else len(self.layers)
 
 
-@dataclass(frozen=True, slots=True)
-class TrainedParam:
+class TrainedParam(NamedTuple):
     """One family of base parameters that the method leaves trainable, such as every bias in BitFit."""
 
     module: str

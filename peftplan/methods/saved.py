@@ -7,11 +7,10 @@ Source: peft 0.21.2, `utils/other.py` (`_set_trainable`, `ModulesToSaveWrapper`,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Protocol
 
 from peftplan.arch.modules import Architecture, Module
-from peftplan.errors import InputError, RefusedError
+from peftplan.errors import InputError, RefusedError, nearest
 from peftplan.methods.adaptation import AddedTensor, NeedsPeftError, restricted
 
 SAVED_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -182,4 +181,4 @@ def _copies(arch: Architecture, root: str, module: Module) -> list[AddedTensor]:
 
 def _near(arch: Architecture, wanted: str) -> str:
     leaves = sorted({m.leaf for m in arch.modules})
-    return ", ".join(get_close_matches(wanted, leaves, n=4, cutoff=0.3) or leaves[:6])
+    return ", ".join(nearest(wanted, leaves, most=4, cutoff=0.3) or leaves[:6])

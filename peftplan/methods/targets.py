@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator
 
 from peftplan import datafiles
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
-from peftplan.errors import InputError, RefusedError
+from peftplan.errors import InputError, RefusedError, nearest
 from peftplan.methods.adaptation import MethodConfig, restricted
 from peftplan.methods.condensed import exact_names
 from peftplan.methods.saved import never_targeted
@@ -265,7 +264,7 @@ def _flat(targets: tuple[str, ...] | str | None) -> tuple[str, ...]:
 
 def _near(wanted: str, known: Iterable[str]) -> str:
     names = sorted(known)
-    return ", ".join(get_close_matches(wanted, names, n=4, cutoff=0.3) or names[:6])
+    return ", ".join(nearest(wanted, names, most=4, cutoff=0.3) or names[:6])
 
 
 def _nothing_matched(arch: Architecture, targets: tuple[str, ...] | str) -> str:
