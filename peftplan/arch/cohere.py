@@ -52,7 +52,7 @@ def _model(
     block = Block(
         stack="decoder",
         layers=n.layers,
-        attentions=(replace(n.attention, qk_norm=bool(norms)),),
+        attentions=(n.attention._replace(qk_norm=bool(norms)),),
         mlp=Mlp("gated", n.i, c.str("hidden_act", default="silu")),
         norm="layernorm",
         parallel=True,
@@ -77,4 +77,4 @@ def _model(
 def _positions(block: Block, rotary_in_full: bool) -> Block:
     attention = block.attentions[0]
     rotary = rotary_in_full or attention.window is not None
-    return replace(block, attentions=(replace(attention, positions="rotary" if rotary else "none"),))
+    return block._replace(attentions=(attention._replace(positions="rotary" if rotary else "none"),))

@@ -6,7 +6,7 @@ Sources: transformers 5.24, `models/<model_type>/modeling_<model_type>.py` and `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, rotary_buffers
@@ -124,13 +124,13 @@ def grouped_blocks(
     for layer, attention, mlp in zip(layers, attentions, mlps, strict=True):
         groups.setdefault((attention, mlp), []).append(layer)
     return tuple(
-        replace(like, layers=tuple(group), attentions=(attention,), mlp=mlp) for (attention, mlp), group in groups.items()
+        like._replace(layers=tuple(group), attentions=(attention,), mlp=mlp) for (attention, mlp), group in groups.items()
     )
 
 
 def windowed_blocks(block: Block, windows: Iterable[int | None]) -> tuple[Block, ...]:
     """The block split by the window of its layers."""
-    attentions = [replace(block.attentions[0], window=window) for window in windows]
+    attentions = [block.attentions[0]._replace(window=window) for window in windows]
     return grouped_blocks(block.layers, attentions, [block.mlp] * len(block.layers), block)
 
 

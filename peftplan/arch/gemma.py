@@ -43,7 +43,7 @@ def gemma(c: Fields, task_type: str) -> Architecture:
 def gemma2(c: Fields, task_type: str) -> Architecture:
     """Gemma 2: norms before and after, every other layer slides, attention scores and logits are soft-capped; no sdpa."""
     n = read_dims(c, kv=4, head_dim=HEAD_DIM)
-    attention = replace(_attention(c, n), softcap=_capped(c, "attn_logit_softcapping", absent=50.0))
+    attention = _attention(c, n)._replace(softcap=_capped(c, "attn_logit_softcapping", absent=50.0))
     window = c.optional_int("sliding_window", absent=4096)
     blocks = _sandwich_blocks(c, n, attention, sliding=lambda layer: (layer + 1) % 2 != 0, window=window)
     backbone = replace(
@@ -57,7 +57,7 @@ def gemma2(c: Fields, task_type: str) -> Architecture:
 def gemma3_text(c: Fields, task_type: str) -> Architecture:
     """Gemma 3, text only: an RMSNorm on each head of q and k, five sliding layers to one full; rotary tables for each kind."""
     n = read_dims(c, kv=4, head_dim=HEAD_DIM)
-    attention = replace(_attention(c, n), qk_norm=True, softcap=_capped(c, "attn_logit_softcapping", absent=None))
+    attention = _attention(c, n)._replace(qk_norm=True, softcap=_capped(c, "attn_logit_softcapping", absent=None))
     window = c.optional_int("sliding_window", absent=4096)
     if not attention.causal and window is not None:
         window = window // 2 + 1  # half to each side, the token itself included
@@ -75,7 +75,7 @@ def gemma3_text(c: Fields, task_type: str) -> Architecture:
 
 
 def _attention(c: Fields, n: Dims) -> Attention:
-    return replace(n.attention, causal=not c.bool("use_bidirectional_attention", default=False))
+    return n.attention._replace(causal=not c.bool("use_bidirectional_attention", default=False))
 
 
 def _capped(c: Fields, name: str, *, absent: float | None) -> bool:

@@ -70,7 +70,7 @@ def _backbone(c: Fields, stem: str, *, multi_query: bool = False) -> Backbone:
         embedding="wte",
         buffers=() if is_gpt2 else (Buffer("bias", "bool", (p, p)),),
         # GPTBigCodeConfig writes num_key_value_heads itself, from multi_query.
-        prompt=prompt if is_gpt2 else replace(prompt, num_key_value_heads=kv),
+        prompt=prompt if is_gpt2 else prompt._replace(num_key_value_heads=kv),
     )
 
 

@@ -96,9 +96,7 @@ def phi(c: Fields, task_type: str) -> Architecture:
             layernorm("layers.{}.input_layernorm", h, layers=layers),
             layernorm("final_layernorm", h),
         ),
-        blocks=(
-            _block(layers, Attention(a, kv, d, qk_norm=qk_norm), Mlp("plain", i, c.str("hidden_act", default="gelu_new"))),
-        ),
+        blocks=(_block(layers, Attention(a, kv, d, qk_norm=qk_norm), Mlp("plain", i, c.str("hidden_act", default="gelu_new"))),),
         hidden_size=h,
         vocab_size=v,
         embedding="embed_tokens",

@@ -84,7 +84,7 @@ def attach(
         modules=(*head, *body) if head_first else (*body, *head),
         blocks=backbone.blocks,
         ties=(*((prefix + a, prefix + b) for a, b in backbone.ties), *ties),
-        buffers=tuple(replace(b, name=prefix + b.name) for b in backbone.buffers),
+        buffers=tuple(b._replace(name=prefix + b.name) for b in backbone.buffers),
         hidden_size=backbone.hidden_size,
         vocab_size=backbone.vocab_size,
         input_embedding=None if backbone.embedding is None else prefix + backbone.embedding,

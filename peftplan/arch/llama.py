@@ -44,7 +44,7 @@ def mistral(c: Fields, task_type: str) -> Architecture:
     """Mistral: Llama with a sliding window in every layer and no biases."""
     n = read_dims(c, kv=8, shows_head_dim=True)
     window = c.optional_int("sliding_window", absent=4096)
-    return decoder_model(_plain(c, n, stem="Mistral", attention=replace(n.attention, window=window)), c, task_type)
+    return decoder_model(_plain(c, n, stem="Mistral", attention=n.attention._replace(window=window)), c, task_type)
 
 
 def qwen2(c: Fields, task_type: str) -> Architecture:
@@ -58,7 +58,7 @@ def qwen3(c: Fields, task_type: str) -> Architecture:
     """Qwen3: Qwen2 with an RMSNorm on each head of q and k, and biases only where `attention_bias` asks for them."""
     n = read_dims(c, kv=32, head_dim=128)
     bias = c.bool("attention_bias", default=False)
-    attention = replace(n.attention, qk_norm=True)
+    attention = n.attention._replace(qk_norm=True)
     backbone = _plain(c, n, stem="Qwen3", qkv_bias=bias, o_bias=bias, norms=qk_norms(n), attention=attention)
     return decoder_model(replace(backbone, blocks=_qwen_windows(c, backbone.blocks[0])), c, task_type)
 
@@ -73,7 +73,7 @@ def smollm3(c: Fields, task_type: str) -> Architecture:
     window = c.optional_int("sliding_window") if c.bool("use_sliding_window", default=False) else None
     windows = layer_windows(c, n.layers, sliding=lambda layer: window is not None and not rotary[layer], window=window)
     attentions = [
-        replace(n.attention, window=w, positions="rotary" if r else "none")
+        n.attention._replace(window=w, positions="rotary" if r else "none")
         for w, r in zip(windows, rotary[: len(n.layers)], strict=True)
     ]
     backbone = _with_both_biases(c, n, stem="SmolLM3")
@@ -91,7 +91,7 @@ def olmo(c: Fields, task_type: str) -> Architecture:
         n,
         stem="Olmo",
         layer=(*attention_modules(n, qkv_bias=bias, o_bias=bias), *gated_mlp(n.h, n.i, n.layers)),
-        blocks=(replace(_block(c, n, n.attention), norm="layernorm"),),
+        blocks=(_block(c, n, n.attention)._replace(norm="layernorm"),),
     )
     without_norm = replace(backbone, modules=backbone.modules[:-1])
     return decoder_model(without_norm, c, task_type, tasks=NO_TOKEN_CLS)
@@ -112,7 +112,7 @@ def olmo2(c: Fields, task_type: str) -> Architecture:
             *gated_mlp(n.h, n.i, n.layers),
             *rmsnorms(n, "post_attention_layernorm", "post_feedforward_layernorm"),
         ),
-        blocks=(replace(_block(c, n, replace(n.attention, qk_norm=True)), norm_position="post"),),
+        blocks=(_block(c, n, n.attention._replace(qk_norm=True))._replace(norm_position="post"),),
     )
     return decoder_model(backbone, c, task_type, tasks=NO_TOKEN_CLS)
 
@@ -120,7 +120,7 @@ def olmo2(c: Fields, task_type: str) -> Architecture:
 def phi3(c: Fields, task_type: str) -> Architecture:
     """Phi-3, Phi-4: q, k and v in one matrix, gate and up in one; no biases; `partial_rotary_factor` of a head is rotated."""
     n = read_dims(c)
-    attention = replace(n.attention, fused_qkv=True, window=c.optional_int("sliding_window"))
+    attention = n.attention._replace(fused_qkv=True, window=c.optional_int("sliding_window"))
     backbone = decoder_backbone(
         c,
         n,
@@ -150,7 +150,7 @@ def glm4(c: Fields, task_type: str) -> Architecture:
             *fused_mlp(n),
             *rmsnorms(n, *norms),
         ),
-        blocks=(replace(_block(c, n, n.attention, fused_gate_up=True), norm_position="sandwich"),),
+        blocks=(_block(c, n, n.attention, fused_gate_up=True)._replace(norm_position="sandwich"),),
         rotary_dim=partial_rotary_dim(c, n.d, default=0.5),
     )
     return decoder_model(backbone, c, task_type)

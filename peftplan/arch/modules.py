@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Shape = tuple[int, ...]
 
@@ -68,8 +68,7 @@ class Module:
         return weight[1] if self.kind in ("Conv1D", "Embedding") else weight[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Buffer:
+class Buffer(NamedTuple):
     """One family of registered buffers: tensors on the device that never train.
 
     `dtype` is one of `dtypes.ITEMSIZE`, or `model`: the dtype that the model is loaded in (a float buffer made in its default).
@@ -81,8 +80,7 @@ class Buffer:
     layers: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Attention:
+class Attention(NamedTuple):
     """One attention module of a block. `num_key_value_heads` < `num_attention_heads` is GQA, 1 is MQA.
 
     `value_head_dim` is stated where values are narrower than keys (MLA); `softcap`: scores go through a scaled tanh.
@@ -103,8 +101,7 @@ class Attention:
     softcap: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Mlp:
+class Mlp(NamedTuple):
     """The feed-forward part of a block: plain (two matrices), gated (three), or a mixture of gated experts."""
 
     variant: Literal["plain", "gated", "moe"]
@@ -116,8 +113,7 @@ class Mlp:
     shared_intermediate_size: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """Identical layers of one stack: what the activation engine needs to know besides the weights.
 
     `parallel`: attention and MLP both read the layer's input, and their outputs are added; `shared_norm`: through one norm.
@@ -133,8 +129,7 @@ class Block:
     shared_norm: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class PromptDims:
+class PromptDims(NamedTuple):
     """What peft's virtual-token methods read from a model's config (`_prepare_prompt_learning_config`, peft/utils/other.py).
 
     `num_attention_heads` is None where peft finds no name that it knows, and asks for it in its own config (MPT's `n_heads`).

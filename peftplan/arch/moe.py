@@ -53,7 +53,7 @@ def mixtral(c: Fields, task_type: str) -> Architecture:
     """Mixtral: Mistral with experts in every layer."""
     n = read_dims(c, kv=8)
     e = c.int("num_local_experts", "num_experts", default=8)
-    attention = replace(n.attention, window=c.optional_int("sliding_window"))
+    attention = n.attention._replace(window=c.optional_int("sliding_window"))
     mlp = moe_mlp(c, n.i, e, c.int("num_experts_per_tok", default=2))
     backbone = decoder_backbone(
         c,
@@ -111,7 +111,7 @@ def qwen2_moe(c: Fields, task_type: str) -> Architecture:
     until = c.int("max_window_layers", default=28, low=0)
     window = c.optional_int("sliding_window", absent=4096) if use else None
     windows = layer_windows(c, n.layers, sliding=lambda at: use and (at + 1) % 2 != 0 and at < until, window=window)
-    attentions = [replace(n.attention, window=w) for w in windows]
+    attentions = [n.attention._replace(window=w) for w in windows]
     mlp = moe_mlp(c, i, e, c.int("num_experts_per_tok", default=4), shared=shared) if sparse else None
     blocks = mixed_blocks(c, n, attentions, mlp, sparse)
     return decoder_model(decoder_backbone(c, n, stem="Qwen2Moe", layer=first_met(layer), blocks=blocks), c, task_type)
@@ -132,7 +132,7 @@ def qwen3_moe(c: Fields, task_type: str) -> Architecture:
         *rmsnorms(n, *NORMS),
     )
     window = c.optional_int("sliding_window", absent=4096) if c.bool("use_sliding_window", default=False) else None
-    attentions = [replace(n.attention, qk_norm=True, window=window)] * len(n.layers)
+    attentions = [n.attention._replace(qk_norm=True, window=window)] * len(n.layers)
     mlp = moe_mlp(c, i, e, c.int("num_experts_per_tok", default=8)) if sparse else None
     blocks = mixed_blocks(c, n, attentions, mlp, sparse)
     return decoder_model(decoder_backbone(c, n, stem="Qwen3Moe", layer=first_met(layer), blocks=blocks), c, task_type)
@@ -149,8 +149,8 @@ def gpt_oss(c: Fields, task_type: str) -> Architecture:
     windows = layer_windows(
         c, n.layers, sliding=lambda at: (at + 1) % 2 != 0, window=c.optional_int("sliding_window", absent=128)
     )
-    mlp = replace(moe_mlp(c, n.i, e, c.int("num_experts_per_tok", default=4)), activation="clamped_swiglu")
-    block = Block("decoder", n.layers, (replace(n.attention, sinks=True),), mlp, "rmsnorm")
+    mlp = moe_mlp(c, n.i, e, c.int("num_experts_per_tok", default=4))._replace(activation="clamped_swiglu")
+    block = Block("decoder", n.layers, (n.attention._replace(sinks=True),), mlp, "rmsnorm")
     backbone = decoder_backbone(
         c,
         n,

@@ -5,8 +5,6 @@ Sources: transformers 5.24, `models/stablelm/modeling_stablelm.py`, `models/star
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from peftplan.arch.decoder import Dims, attention_modules, decoder_backbone, gated_mlp, read_dims
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import decoder_model, equal_head_dim, partial_rotary_dim
@@ -33,7 +31,7 @@ def stablelm(c: Fields, task_type: str) -> Architecture:
             Block(
                 stack="decoder",
                 layers=n.layers,
-                attentions=(replace(n.attention, qk_norm=qk_norm),),
+                attentions=(n.attention._replace(qk_norm=qk_norm),),
                 mlp=Mlp("gated", n.i, c.str("hidden_act", default="silu")),
                 norm="layernorm",
                 parallel=parallel,
@@ -64,7 +62,7 @@ def starcoder2(c: Fields, task_type: str) -> Architecture:
             Block(
                 stack="decoder",
                 layers=n.layers,
-                attentions=(replace(n.attention, window=c.optional_int("sliding_window")),),
+                attentions=(n.attention._replace(window=c.optional_int("sliding_window")),),
                 mlp=Mlp("plain", n.i, c.str("hidden_act", default="gelu_pytorch_tanh")),
                 norm="layernorm",
             ),
