@@ -13,8 +13,8 @@ MAIN_JOB = ("estimate", "llama-2-70b", "--method", "qlora", "--r", "16")
 
 
 def main_job() -> str:
-    """What the main job prints at 100 columns, without colour."""
-    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
+    """What the main job prints at 80 columns, without colour."""
+    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
     command = [sys.executable, "-m", "peftplan", *MAIN_JOB]
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.rstrip()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Any
 
 from peftplan import methods, parameters
@@ -13,7 +14,7 @@ from peftplan.memory.ledger import Ledger
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.planning.result import Estimate, Verdict
-from peftplan.planning.setup import Engine, Setup, parse_setup, resolved
+from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, parse_setup, resolved
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
 
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
@@ -69,17 +70,19 @@ def estimate(
     )
     optimizer = parse_optim(str(setup.optim))
     adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
+    adapter_dtype, trained_dtype = _adapter_dtypes(setup)
     built = parameters.build(
         architecture,
         adaptation,
         dtype=setup.dtype,
-        adapter_dtype=str(setup.adapter_dtype),
+        adapter_dtype=adapter_dtype,
         quant=quant,
         kbit_prepare=bool(setup.kbit_prepare),
+        trained_dtype=trained_dtype,
     )
     ledger = (
         parameters.weight_lines(built)
-        + parameters.buffer_lines(architecture, adaptation, dtype=setup.dtype, adapter_dtype=str(setup.adapter_dtype))
+        + parameters.buffer_lines(architecture, adaptation, dtype=setup.dtype, adapter_dtype=adapter_dtype)
         + parameters.gradient_lines(built, optimizer)
         + _optimizer(built, optimizer, setup)
     )
@@ -93,7 +96,7 @@ def estimate(
         parameters=built,
         adaptation=adaptation,
         ledger=ledger,
-        assumptions=_assumptions(setup, quant, architecture, adaptation),
+        assumptions=_assumptions(setup, quant, architecture, adaptation, quantized=built.quantized),
         not_modelled=NOT_COUNTED,
         gpus=tuple(_verdict(name, ledger.bytes()) for name in _names(gpu)),
     )
@@ -182,6 +185,13 @@ def _adapt(
     return count_with_peft({**architectures.load_config(model), **labels}, adapter, task_type=architecture.task_type)
 
 
+def _adapter_dtypes(setup: Setup) -> tuple[str, str | None]:
+    """What peft leaves the adapter in, and what the trainer then casts all that trains to: TRL bf16, on a quantized base."""
+    if setup.trainer == "trl" and setup.quant in CAST_BY_TRL and setup.adapter_dtype == "bf16":
+        return "fp32", "bf16"
+    return str(setup.adapter_dtype), None
+
+
 def _optimizer(built: parameters.Parameters, optimizer: Optimizer, setup: Setup) -> Ledger:
     return parameters.optimizer_lines(
         built,
@@ -206,7 +216,9 @@ def _config_facts(config: MethodConfig | None, adapter: Mapping[str, Any]) -> di
     return config.model_dump(mode="json", exclude_none=True) if config is not None else dict(adapter)
 
 
-def _assumptions(setup: Setup, quant: QuantConfig | None, architecture: Architecture, adaptation: Adaptation) -> dict[str, Any]:
+def _assumptions(
+    setup: Setup, quant: QuantConfig | None, architecture: Architecture, adaptation: Adaptation, *, quantized: int
+) -> dict[str, Any]:
     """Every value that the numbers rest on, defaults included."""
     assumed: dict[str, Any] = {"model": architecture.source, "model_class": architecture.model_class}
     assumed |= {key: value for key, value in setup.model_dump(mode="json").items() if value is not None}
@@ -215,8 +227,20 @@ def _assumptions(setup: Setup, quant: QuantConfig | None, architecture: Architec
     assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in adaptation.resolved if value}
     if adaptation.matched:
         assumed["matched_modules"] = sum(module.copies for module in adaptation.matched)
-    notes = (*architecture.notes, *adaptation.notes)
-    return assumed | ({"notes": list(notes)} if notes else {})
+    notes = [*architecture.notes, *adaptation.notes]
+    if quant is not None:
+        assumed["quantized_parameters"] = quantized
+        notes += _left_in_16_bits(architecture, quant, quantized)
+    return assumed | ({"notes": notes} if notes else {})
+
+
+def _left_in_16_bits(architecture: Architecture, quant: QuantConfig, quantized: int) -> list[str]:
+    """What surprises most: formats that replace linear layers leave the fused experts of mixture models as they are."""
+    experts = sum(m.copies * prod(shape) for m in architecture.modules if m.kind.startswith("Experts") for _, shape in m.params)
+    if not experts or quantized >= experts:
+        return []
+    share = experts / architecture.num_parameters
+    return [f"{quant.name} leaves the fused experts ({experts:,} parameters, {share:.0%} of the model) unquantized"]
 
 
 def _names(gpu: str | Iterable[str] | None) -> tuple[str, ...]:

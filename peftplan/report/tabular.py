@@ -43,6 +43,10 @@ def category_rows(result: Estimate) -> list[tuple[str, str, str]]:
     ]
 
 
+GROUPED_FROM = 100_000
+"""Whole numbers from here on are read with their thousands apart; batch sizes and lengths as people type them."""
+
+
 def assumption_rows(assumptions: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, value) as text: lists joined, booleans as yes and no, names of module families shortened to what is told apart."""
     rows = []
@@ -53,6 +57,8 @@ def assumption_rows(assumptions: Mapping[str, Any]) -> list[tuple[str, str]]:
             value = list(dict.fromkeys(target.rpartition("}.")[2].rpartition(".")[2] for target in value))
         if isinstance(value, bool):
             value = "yes" if value else "no"
+        if isinstance(value, int) and value >= GROUPED_FROM:
+            value = f"{value:,}"
         rows.append((name, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)))
     return rows
 
