@@ -23,6 +23,13 @@ PREPARED = ("nf4", "fp4", "int8", "fp8", "mxfp4", "awq")
 """Formats for which `prepare_model_for_kbit_training` casts what stayed in 16 bits to fp32; gptq and hqq are left as they are
 (peft 0.21.2, utils/other.py)."""
 
+CASTS_BIAS = ("nf4", "fp4")
+"""Formats whose layers leave their bias in the compute dtype after the first forward (`Linear4bit.forward`, bitsandbytes 0.50.2,
+nn/modules.py). Left out: int8's layers cast theirs to the dtype of their input, 2 B per element between fp32 and 16 bits."""
+
+KEPT_BY_TRL = "lora_magnitude_vector"
+"""What TRL leaves in fp32 when it casts all that trains on a quantized base to bf16 (trl 1.16, `SFTTrainer.__init__`)."""
+
 
 class Parameter(NamedTuple):
     """One family of parameters: `copies` tensors of one shape, each held by the same allocations."""
@@ -73,13 +80,15 @@ def build(
     adapter_dtype: str,
     quant: QuantConfig | None,
     kbit_prepare: bool,
+    trained_dtype: str | None = None,
 ) -> Parameters:
-    """The parameters once the model is loaded, quantized, prepared and adapted.
+    """The parameters once the model is loaded, quantized, prepared and adapted, and has run forward.
 
-    `dtype` is what the base is loaded in, `adapter_dtype` what peft leaves the adapter in. Raises RefusedError where a
-    quantized weight would have to train.
+    `dtype` is what the base is loaded in, `adapter_dtype` what peft leaves the adapter in, `trained_dtype` what the trainer
+    casts all that trains to (None: nothing). Raises RefusedError where a quantized weight would have to train.
     """
     converted = _converted_layers(arch, quant)
+    _refuse_quantized_copies(adaptation, converted, quant)
     upcast = "fp32" if quant is not None and kbit_prepare and quant.name in PREPARED else None
     trained = {(p.module, p.param): frozenset(p.layers or (0,)) for p in adaptation.trained}
     found: list[Parameter] = []
@@ -87,10 +96,13 @@ def build(
     for module in arch.modules:
         weight_layers = converted.get(module.name, frozenset())
         for param, shape in arch.owned_params(module):
-            held_dense = upcast or _loaded_dtype(arch, f"{module.name}.{param}", dtype)
-            in_format = weight_layers if len(shape) > 1 else frozenset()
+            prepared = upcast or _loaded_dtype(arch, f"{module.name}.{param}", dtype)
             trains = trained.get((module.name, param), frozenset())
-            for is_quantized, is_trained, copies in _split(module, in_format, trains):
+            for is_converted, is_trained, copies in _split(module, weight_layers, trains):
+                is_quantized = is_converted and len(shape) > 1
+                held_dense = (trained_dtype if is_trained else None) or prepared
+                if is_converted and quant is not None and quant.name in CASTS_BIAS:
+                    held_dense = str(quant.compute_dtype)
                 if is_quantized and is_trained:
                     raise RefusedError(
                         f"{module.name}.{param} is stored as {quant and quant.name} and cannot train; use --quant none"
@@ -113,8 +125,9 @@ def build(
                     )
                 )
     base_dtype = {p.name: p.dtype for p in found}
-    found += [_added(tensor, adapter_dtype, base_dtype, fallback=upcast or dtype) for tensor in adaptation.added]
-    return Parameters(tuple(found), shared(quant), quantized)
+    fallback = upcast or dtype
+    found += [_added(t, adapter_dtype, base_dtype, fallback=fallback, trained_dtype=trained_dtype) for t in adaptation.added]
+    return Parameters(tuple(found), shared(quant) if quantized else (), quantized)
 
 
 def weight_lines(parameters: Parameters) -> Ledger:
@@ -252,8 +265,29 @@ def _split(module: Module, quantized: frozenset[int], trained: frozenset[int]) -
     return [(*key, copies) for key, copies in groups.items()]
 
 
-def _added(tensor: AddedTensor, adapter_dtype: str, base_dtype: Mapping[str, str], *, fallback: str) -> Parameter:
-    dtype = adapter_dtype if tensor.dtype == "adapter" else base_dtype.get(tensor.name.replace(".modules_to_save", ""), fallback)
+def _base_name(copy: AddedTensor) -> str:
+    """The name of the base parameter that a copy stands for."""
+    return re.sub(r"\.(modules_to_save|ln_tuning_layers)(?=\.)", "", copy.name)
+
+
+def _refuse_quantized_copies(adaptation: Adaptation, converted: Mapping[str, frozenset[int]], quant: QuantConfig | None) -> None:
+    """Raise RefusedError where a trainable copy would be of a quantized module, at which peft raises a RuntimeError."""
+    for tensor in adaptation.added:
+        module, _, param = _base_name(tensor).rpartition(".")
+        layers = converted.get(module, frozenset()) & frozenset(tensor.layers or (0,))
+        if quant is not None and tensor.dtype == "base" and param == "weight" and layers:
+            raise RefusedError(
+                f"{module} is stored as {quant.name}, and a trainable copy of it (modules_to_save) cannot train; "
+                f"add it to quant_skip_modules: {module.rpartition('.')[2]}"
+            )
+
+
+def _added(
+    tensor: AddedTensor, adapter_dtype: str, base_dtype: Mapping[str, str], *, fallback: str, trained_dtype: str | None
+) -> Parameter:
+    dtype = adapter_dtype if tensor.dtype == "adapter" else base_dtype.get(_base_name(tensor), fallback)
+    if trained_dtype is not None and tensor.trainable and KEPT_BY_TRL not in tensor.name:
+        dtype = trained_dtype
     return Parameter(
         name=tensor.name,
         shape=tensor.shape,

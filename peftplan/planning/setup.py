@@ -101,6 +101,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What each trainer sets where the user does not: Trainer as people run it for PEFT, TRL's SFTTrainer ≥ 1.16, a hand-written
 loop, and the QLoRA paper's script (arXiv 2305.14314). `use_cache` None: as the model's config says."""
 
+CAST_BY_TRL = ("nf4", "fp4", "int8")
+"""Formats on which TRL 1.16 casts what trains to bf16: it asks for `is_loaded_in_4bit` and `is_loaded_in_8bit`."""
+
 
 def parse_setup(options: Mapping[str, Any]) -> Setup:
     """Check the options of a run. Raises InputError or UnknownNameError: one line with field, value and what is accepted."""
@@ -127,9 +130,9 @@ def first_error(error: ValidationError, *, prefix: str = "") -> InputError:
 def resolved(setup: Setup, *, quantized: bool, supports_sdpa: bool, use_cache: bool) -> Setup:
     """The setup with every unset field filled from its trainer preset, and from the model where the preset leaves it open.
 
-    peft leaves adapters in fp32 (`autocast_adapter_dtype`); TRL casts them to bf16, on a quantized base only. transformers takes
-    sdpa where the model class has it, else eager, and raises where sdpa is asked of a class without it. `use_cache` is what the
-    model's config says.
+    peft leaves adapters in fp32 (`autocast_adapter_dtype`); TRL casts them to bf16, on a bitsandbytes base only. transformers
+    takes sdpa where the model class has it, else eager, and raises where sdpa is asked of a class without it. `use_cache` is what
+    the model's config says.
     """
     filled = {k: v for k, v in PRESETS[setup.trainer].items() if getattr(setup, k) in (None, "auto")}
     if not quantized:
@@ -137,7 +140,7 @@ def resolved(setup: Setup, *, quantized: bool, supports_sdpa: bool, use_cache: b
     if setup.use_cache is None and filled["use_cache"] is None:
         filled["use_cache"] = use_cache
     if setup.adapter_dtype is None:
-        filled["adapter_dtype"] = "bf16" if setup.trainer == "trl" and quantized else "fp32"
+        filled["adapter_dtype"] = "bf16" if setup.trainer == "trl" and quantized and setup.quant in CAST_BY_TRL else "fp32"
     if setup.attn_implementation is None:
         filled["attn_implementation"] = "sdpa" if supports_sdpa else "eager"
     elif setup.attn_implementation == "sdpa" and not supports_sdpa:
