@@ -16,7 +16,7 @@ from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
 from peftplan.errors import RefusedError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, NeedsPeftError
 from peftplan.methods.lora import LoraConfig
-from peftplan.methods.saved import refuse_both, saved_modules, token_deltas
+from peftplan.methods.saved import refuse_both, saved_modules, token_deltas, token_originals
 from peftplan.methods.targets import LayeredConfig
 from peftplan.methods.tuner import refuse_mamba, require_kind, tune
 
@@ -50,7 +50,8 @@ def adalora(arch: Architecture, config: AdaLoraConfig) -> Adaptation:
     found = tune(arch, config, lambda module: _tensors(module, config.init_r), peft_type="ADALORA", bias=config.bias)
     refuse_mamba(arch, found.matched)
     notes = (f"r={config.r} is not used by AdaLoRA; init_r={config.init_r} sets the rank",) if config.r != 8 else ()
-    return replace(found, added=(*found.added, *token_deltas(arch, config.trainable_token_indices)), notes=notes)
+    deltas = token_deltas(arch, config.trainable_token_indices)
+    return replace(found, added=(*found.added, *deltas), buffers=token_originals(deltas), notes=notes)
 
 
 def _tensors(module: Module, r: int) -> list[AddedTensor]:

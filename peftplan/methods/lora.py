@@ -16,7 +16,7 @@ from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, NeedsPeftError
 from peftplan.methods.experts import fused_expert_targets
 from peftplan.methods.parameters import parameter_tensors
-from peftplan.methods.saved import refuse_both, refuse_targeted, saved_copies, saved_modules, token_deltas
+from peftplan.methods.saved import refuse_both, refuse_targeted, saved_copies, saved_modules, token_deltas, token_originals
 from peftplan.methods.targets import (
     ALL_LINEAR,
     PEFT_DEFAULT,
@@ -95,8 +95,10 @@ def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
         raise InputError("target_parameters", list(resolved.target_parameters), f"no parameter of {arch.model_type} matches")
     copies = saved_copies(arch, saved_modules(arch, config))
     refuse_targeted(matched, copies)
+    deltas = token_deltas(arch, config.trainable_token_indices)
     return Adaptation(
-        added=(*added, *copies, *token_deltas(arch, config.trainable_token_indices)),
+        added=(*added, *copies, *deltas),
+        buffers=token_originals(deltas),
         trained=trained_biases(arch, matched, copies, bias=config.bias),
         matched=matched,
         resolved=(("target_modules", targets), ("target_parameters", resolved.target_parameters)),

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from peftplan.arch.modules import Architecture, Module
 from peftplan.errors import InputError, RefusedError, nearest
-from peftplan.methods.adaptation import AddedTensor, NeedsPeftError, restricted
+from peftplan.methods.adaptation import AddedBuffer, AddedTensor, NeedsPeftError, restricted
 
 SAVED_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Heads that peft adds to `modules_to_save` by task type."""
@@ -124,6 +124,11 @@ def token_deltas(arch: Architecture, wanted: TokenIndices) -> tuple[AddedTensor,
         place = module.name if any(owner.endswith(other) for other in wanted) else owner
         added[place] = AddedTensor(f"{place}.token_adapter.trainable_tokens_delta", (len(indices), width))
     return tuple(added.values())
+
+
+def token_originals(deltas: Iterable[AddedTensor]) -> tuple[AddedBuffer, ...]:
+    """The rows that the deltas replace, which peft keeps as a buffer beside each (`trainable_tokens_original`)."""
+    return tuple(AddedBuffer(d.name.replace("_delta", "_original"), d.shape, "adapter") for d in deltas)
 
 
 def _module_of_tokens(arch: Architecture, name: str) -> Module:
