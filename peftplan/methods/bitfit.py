@@ -9,7 +9,6 @@ from __future__ import annotations
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError
 from peftplan.methods.adaptation import Adaptation, MethodConfig, trained_params
-from peftplan.methods.full import without_frozen
 from peftplan.methods.heads import head_params
 
 
@@ -19,8 +18,7 @@ class BitFitConfig(MethodConfig):
 
 def bitfit(arch: Architecture, config: BitFitConfig) -> Adaptation:
     """The biases and the head that train. Raises InputError for a base without biases, such as Llama."""
-    everything = without_frozen(arch, trained_params(arch, arch.modules))
-    biases = tuple(p for p in everything if p.param.endswith("bias"))
+    biases = tuple(p for p in trained_params(arch, arch.modules) if p.param.endswith("bias"))
     if not biases:
         raise InputError("method", "bitfit", f"{arch.model_type} has no biases to train (try ln-tuning)")
     head = tuple(p for p in head_params(arch) if not p.param.endswith("bias"))

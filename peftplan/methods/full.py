@@ -1,9 +1,13 @@
-"""Full fine-tuning: every parameter of the base trains, but those that the model class itself creates frozen."""
+"""Full fine-tuning: every parameter of the base trains.
+
+Those that a model class creates frozen too (Whisper's sinusoidal positions): `from_pretrained` of transformers 5.24 makes each
+loaded parameter anew, with `requires_grad` (`set_param_for_module`, core_model_loading.py).
+"""
 
 from __future__ import annotations
 
 from peftplan.arch.modules import Architecture
-from peftplan.methods.adaptation import Adaptation, MethodConfig, TrainedParam, trained_params
+from peftplan.methods.adaptation import Adaptation, MethodConfig, trained_params
 
 
 class FullConfig(MethodConfig):
@@ -12,9 +16,4 @@ class FullConfig(MethodConfig):
 
 def full(arch: Architecture, config: FullConfig) -> Adaptation:
     """Nothing is added, every parameter trains; a tied tensor counts once."""
-    return Adaptation(trained=without_frozen(arch, trained_params(arch, arch.modules)))
-
-
-def without_frozen(arch: Architecture, params: tuple[TrainedParam, ...]) -> tuple[TrainedParam, ...]:
-    """The parameters less those that the model class creates with `requires_grad=False`."""
-    return tuple(p for p in params if f"{p.module}.{p.param}" not in arch.frozen)
+    return Adaptation(trained=trained_params(arch, arch.modules))

@@ -54,7 +54,7 @@ def test_hand_sum_of_whisper():
     assert read_config(WHISPER, name="made up").num_parameters == 384 + 2 * 592 + 16 + 232 + 820 + 16
 
 
-def test_whisper_never_trains_its_sinusoid():
+def test_whisper_creates_its_sinusoid_frozen():
     assert read_config(WHISPER, name="made up").frozen == ("model.encoder.embed_positions.weight",)
 
 
