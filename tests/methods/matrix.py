@@ -85,7 +85,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 NOT_BUILT_IN: dict[str, dict[str, Any]] = {
     "granitemoe": {
         "model_type": "granitemoe", "hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 6,
-        "num_key_value_heads": 2, "vocab_size": 120, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True,
+        "num_key_value_heads": 2, "vocab_size": 120, "num_local_experts": 4, "num_experts_per_tok": 2,
     },
 }  # fmt: skip
 """Configs of the types that have an adapter and no built-in model."""

@@ -4,8 +4,8 @@ Both sides must give the same tensors, by name, shape and what trains, and the s
 differences are meant, and have no case: peft ignores a name in `modules_to_save` that no module ends with, where peftplan refuses
 what reads like a typing error; and AdaLoRA's `total_step`, which peft asks for and which changes no tensor, may be left out.
 
-LoRA is tried with all of its options on every type; of the other methods' options each type gets a third, in turn, so that each
-option meets a third of the types. `PEFTPLAN_FULL_MATRIX=1` tries them all.
+LoRA is tried with all of its options on every type; of most other methods' options each type gets a quarter, in turn, so that
+each option meets a quarter of the types. `PEFTPLAN_FULL_MATRIX=1` tries them all, 30,000 cases.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+
+import peft
 
 from peftplan import datafiles
 from peftplan.arch.adapters import ADAPTERS
@@ -33,7 +35,7 @@ if peft.__version__ != datafiles.load("peft_targets.json")["peft"]:
     pytest.skip("peft's default targets are of another version: run tools/peft_targets.py", allow_module_level=True)
 
 OF_PEFT = [name for name, method in METHODS.items() if method.peft_type is not None]
-TURNS = 1 if os.environ.get("PEFTPLAN_FULL_MATRIX") else 3
+TURNS = 1 if os.environ.get("PEFTPLAN_FULL_MATRIX") else 4
 WHOLE = ("lora", "adalora", "ln-tuning", "prefix-tuning", "prompt-tuning", "p-tuning")
 """Methods whose options are few or cheap, or whose rules are many: never in turns."""
 
@@ -41,13 +43,13 @@ WHOLE = ("lora", "adalora", "ln-tuning", "prefix-tuning", "prompt-tuning", "p-tu
 def _cases(model_type: str, method: str) -> list[Case]:
     """The cases of one type and method: of the usual task, and some of every other task that the type has."""
     found = [Case(model_type, method, options) for options in cases(method, matrix.architecture(model_type))]
-    if method not in WHOLE:
-        found = found[TYPES.index(model_type) % TURNS :: TURNS]
-    for task in matrix.tasks_of(model_type):
-        found += [
-            Case(model_type, method, options, task) for options in task_cases(method, matrix.architecture(model_type, task))
-        ]
-    return found
+    others = [
+        Case(model_type, method, options, task)
+        for task in matrix.tasks_of(model_type)
+        for options in task_cases(method, matrix.architecture(model_type, task))
+    ]
+    turn = TYPES.index(model_type) % TURNS
+    return [*(found if method in WHOLE else found[turn::TURNS]), *(others if method == "lora" else others[turn::TURNS])]
 
 
 @pytest.mark.parametrize("method", OF_PEFT)
@@ -72,7 +74,7 @@ def test_full_and_bitfit(model_type: str) -> None:
     """The methods that peft does not have: what the real model has, by name, for every task of the type."""
     for task in (None, *matrix.tasks_of(model_type)):
         model, arch = matrix.real(model_type, task), matrix.architecture(model_type, task)
-        every = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        every = {name: p.numel() for name, p in model.named_parameters()}  # once loaded, all of them train: see test_full.py
         assert matrix.trained(Case(model_type, "full", task=task)) == (every.keys(), sum(every.values()))
         biases = {name for name in every if name.rpartition(".")[2].endswith("bias")}
         if not biases:
@@ -90,7 +92,7 @@ def test_how_many_cases() -> None:
     assert set(TYPES) > set(ADAPTERS)
     counts = {method: sum(len(_cases(model_type, method)) for model_type in TYPES) for method in OF_PEFT}
     assert sum(counts.values()) >= 10_000, counts
-    assert min(counts.values()) >= 300, counts
+    assert min(counts.values()) >= 250, counts
 
 
 def test_a_wrong_count_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
