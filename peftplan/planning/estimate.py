@@ -20,6 +20,9 @@ from peftplan.storage import QuantConfig, check_trainable, parse_quant
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
 """What the analytic engine does not count yet; so it states no peak."""
 
+NOT_ON_4_BIT = ("loha", "lokr")
+"""Methods whose forward adds an update to the packed weight itself (`LycorisLayer`, peft 0.21.2) and raises a RuntimeError."""
+
 
 def estimate(
     model: Any,
@@ -162,6 +165,8 @@ def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:
     check_trainable(quant)
     if quant is not None and method is not None and method.name == "full":
         raise RefusedError(f"quant: a base stored as {quant.name} cannot be trained in full; use a PEFT method or --quant none")
+    if quant is not None and method is not None and method.name in NOT_ON_4_BIT and quant.name in ("nf4", "fp4"):
+        raise RefusedError(f"quant: peft's {method.name} fails on the packed weights of a 4-bit base; accepted: int8 or none")
     return quant
 
 
