@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftplan import methods, parameters
 from peftplan.arch import sources as architectures
@@ -13,12 +13,18 @@ from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.memory.ledger import Ledger
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
-from peftplan.planning.result import Estimate, Verdict
+from peftplan.planning.result import TIGHT, Estimate, Peaks, Verdict
 from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, parse_setup, resolved
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
 
+if TYPE_CHECKING:
+    from peftplan.hardware.gpus import Gpu
+
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
 """What the analytic engine does not count yet; so it states no peak."""
+
+NOT_TRACED = ("CUDA context",)
+"""What the trace engine does not count: it lies outside torch's allocator."""
 
 NOT_ON_4_BIT = ("loha", "lokr")
 """Methods whose forward adds an update to the packed weight itself (`LycorisLayer`, peft 0.21.2) and raises a RuntimeError."""
@@ -48,8 +54,6 @@ def estimate(
     """
     if engine not in ("analytic", "trace"):
         raise UnknownNameError("engine", engine, ("analytic", "trace"))
-    if engine == "trace":
-        raise RefusedError("engine: trace is not built yet; analytic is")
     if training_args is not None or quantization_config is not None:
         from peftplan.planning import ecosystem
 
@@ -83,11 +87,15 @@ def estimate(
         kbit_prepare=bool(setup.kbit_prepare),
         trained_dtype=trained_dtype,
     )
-    ledger = (
+    static = (
         parameters.weight_lines(built)
         + parameters.buffer_lines(architecture, adaptation, dtype=setup.dtype, adapter_dtype=adapter_dtype)
         + parameters.gradient_lines(built, optimizer)
         + _optimizer(built, optimizer, setup)
+    )
+    cards = _cards(gpu)
+    peaks = (
+        None if engine == "analytic" else _traced(model, architecture, (chosen, config, adapter), adaptation, quant, setup, cards)
     )
     return Estimate(
         engine=engine,
@@ -98,10 +106,11 @@ def estimate(
         },
         parameters=built,
         adaptation=adaptation,
-        ledger=ledger,
+        static=static,
         assumptions=_assumptions(setup, quant, architecture, adaptation, quantized=built.quantized),
-        not_modelled=NOT_COUNTED,
-        gpus=tuple(_verdict(name, ledger.bytes()) for name in _names(gpu)),
+        not_modelled=NOT_COUNTED if peaks is None else NOT_TRACED,
+        gpus=tuple(_verdict(card, static.bytes(), peaks) for card in cards),
+        peaks=peaks,
     )
 
 
@@ -186,8 +195,34 @@ def _adapt(
             raise
     from peftplan.trace.count import count_with_peft
 
+    return count_with_peft(_config_of(model, setup), adapter, task_type=architecture.task_type)
+
+
+def _config_of(model: Any, setup: Setup) -> dict[str, Any]:
     labels = {} if setup.num_labels is None else {"num_labels": setup.num_labels}
-    return count_with_peft({**architectures.load_config(model), **labels}, adapter, task_type=architecture.task_type)
+    return {**architectures.load_config(model), **labels}
+
+
+def _traced(
+    model: Any,
+    architecture: Architecture,
+    chosen: tuple[methods.Method | None, MethodConfig | None, dict[str, Any]],
+    adaptation: Adaptation,
+    quant: QuantConfig | None,
+    setup: Setup,
+    cards: list[Gpu],
+) -> Peaks:
+    """The peaks of the trace engine, with the kernels of the first card."""
+    from peftplan.planning.traced import as_peft_config, trace_peaks
+
+    return trace_peaks(
+        _config_of(model, setup),
+        architecture=architecture,
+        peft_config=as_peft_config(*chosen, adaptation),
+        quant=quant,
+        setup=setup,
+        compute_capability=cards[0].compute_capability if cards else None,
+    )
 
 
 def _adapter_dtypes(setup: Setup) -> tuple[str, str | None]:
@@ -248,20 +283,31 @@ def _left_in_16_bits(architecture: Architecture, quant: QuantConfig, quantized: 
     return [f"{quant.name} leaves the fused experts ({experts:,} parameters, {share:.0%} of the model) unquantized"]
 
 
-def _names(gpu: str | Iterable[str] | None) -> tuple[str, ...]:
+def _cards(gpu: str | Iterable[str] | None) -> list[Gpu]:
     names = (gpu,) if isinstance(gpu, str) else () if gpu is None else tuple(gpu) if isinstance(gpu, Iterable) else (gpu,)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise InputError("gpu", wrong[0], "accepted: names of cards (`peftplan gpus`), or capacities such as 24GiB")
-    return names
-
-
-def _verdict(name: str, counted: int) -> Verdict:
-    """Without a peak only a shortfall is certain: what is counted is a lower bound."""
+    if not names:
+        return []
     from peftplan.hardware.gpus import find_gpu
+
+    return [find_gpu(name) for name in names]
+
+
+def _verdict(card: Gpu, static_bytes: int, peaks: Peaks | None) -> Verdict:
+    """Without a peak only a shortfall is certain: what is counted is a lower bound."""
+    from peftplan.hardware.context import context_bytes
     from peftplan.hardware.usable import usable_bytes
 
-    gpu = find_gpu(name)
-    usable = usable_bytes(gpu)
-    headroom = usable.bytes - counted
-    return Verdict(gpu.id, usable.bytes, usable.why, "unknown" if headroom >= 0 else "does_not_fit", headroom)
+    usable = usable_bytes(card)
+    context = context_bytes(card).bytes if card.capacity_bytes is None else None
+    needed = static_bytes if peaks is None else (peaks.reserved or peaks.allocated) + (context or 0)
+    headroom = usable.bytes - needed
+    if headroom < 0:
+        word = "does_not_fit"
+    elif peaks is None or peaks.incomplete:
+        word = "unknown"
+    else:
+        word = "fits" if headroom >= TIGHT * usable.bytes else "tight"
+    return Verdict(card.id, usable.bytes, usable.why, word, headroom, context)

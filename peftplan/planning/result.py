@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from peftplan.memory.ledger import CATEGORIES, Category, Ledger
+from peftplan.memory.ledger import CATEGORIES, Category, Ledger, Line
 from peftplan.methods.adaptation import Adaptation
 from peftplan.parameters import Parameters
 
@@ -21,16 +22,50 @@ COUNTED: tuple[Category, ...] = (
     "buffers",
 )
 """Categories that the analytic engine counts today; the others are null in the JSON, never 0."""
+TIGHT = 0.05
+"""Less than this share of a card left over is tight."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The peaks of a steady training step: what is alive at each phase's own peak moment, and what the allocator reserves.
+
+    `incomplete` lists what the engine met and could not follow; the peaks are then lower bounds.
+    """
+
+    ledgers: Mapping[str, Ledger]
+    reserved: int | None = None
+    reserved_source: str | None = None
+    incomplete: tuple[str, ...] = ()
+
+    @cached_property
+    def by_phase(self) -> dict[str, int]:
+        """Phase → allocated bytes at its peak, in the order of `PHASES`."""
+        return {phase: self.ledgers[phase].bytes() for phase in PHASES}
+
+    @property
+    def phase(self) -> str:
+        """The phase of the overall peak; ties go to the earlier one."""
+        return max(PHASES, key=lambda phase: self.by_phase[phase])
+
+    @property
+    def allocated(self) -> int:
+        """The overall peak, comparable with `torch.cuda.max_memory_allocated()`."""
+        return self.by_phase[self.phase]
 
 
 class Verdict(NamedTuple):
-    """Whether a job fits a card: `does_not_fit` where what is counted alone exceeds it, else `unknown` without a peak."""
+    """Whether a job fits a card. Without a peak only `does_not_fit` is certain, where what lasts alone exceeds it.
+
+    `headroom_bytes` is what is left of the usable bytes; `context_bytes` the CUDA context, counted where it is known.
+    """
 
     gpu: str
     usable_bytes: int
     why: str
     verdict: str
     headroom_bytes: int
+    context_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of `gpus` in the JSON."""
@@ -52,10 +87,21 @@ class Estimate:
     method: Mapping[str, Any]
     parameters: Parameters
     adaptation: Adaptation
-    ledger: Ledger
+    static: Ledger
     assumptions: Mapping[str, Any]
     not_modelled: tuple[str, ...]
     gpus: tuple[Verdict, ...] = ()
+    peaks: Peaks | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        """What is alive at the overall peak, or, without one, what lasts from step to step."""
+        return self.peaks.ledgers[self.peaks.phase] if self.peaks else self.static
+
+    @property
+    def counted(self) -> tuple[Category, ...]:
+        """The categories that this engine counts."""
+        return CATEGORIES if self.peaks else COUNTED
 
     @property
     def trainable_parameters(self) -> int:
@@ -69,22 +115,27 @@ class Estimate:
 
     @property
     def persistent_bytes(self) -> int:
-        """Device bytes of all that is counted: what lasts from one step to the next, plus the gradients."""
-        return self.ledger.bytes()
+        """Device bytes of what lasts from one step to the next, plus the gradients."""
+        return self.static.bytes()
 
     @property
     def managed_bytes(self) -> int:
         """Bytes in CUDA managed memory (paged optimizer states): outside torch's allocator, paged out under pressure."""
-        return self.ledger.bytes(place="managed")
+        return self.static.bytes(place="managed")
 
     def lines(self) -> list[dict[str, Any]]:
         """One record per line of the ledger; `model.layers.*.mlp.up_proj.weight` stands for the weights of all its layers."""
+        by_phase: dict[tuple[Any, ...], dict[str, int]] = {}
+        for phase, ledger in (self.peaks.ledgers if self.peaks else {}).items():
+            for line in ledger:
+                of_line = by_phase.setdefault(_identity(line), {})
+                of_line[phase] = of_line.get(phase, 0) + line.bytes()
         return [
             {
                 "category": line.category,
                 "name": line.name.replace("{}", "*"),
                 "bytes": line.bytes(),
-                "bytes_by_phase": {},
+                "bytes_by_phase": by_phase.get(_identity(line), {}),
                 "place": line.place,
                 "formula": line.formula,
                 "source": line.source,
@@ -104,18 +155,32 @@ class Estimate:
             "total_parameters": self.total_parameters,
             "memory": {
                 "lines": self.lines(),
-                "by_category": {c: by_category[c] if c in COUNTED else None for c in CATEGORIES},
+                "by_category": {c: by_category[c] if c in self.counted else None for c in CATEGORIES},
                 "persistent": self.persistent_bytes,
                 "managed": self.managed_bytes,
-                "peak_by_phase": dict.fromkeys(PHASES),
-                "peak_phase": None,
-                "peak_allocated": None,
-                "peak_reserved": None,
-                "reserved_source": None,
-                "runtime_context": None,
-                "device_total": None,
+                **self._peak_facts(),
             },
             "assumptions": dict(self.assumptions),
             "not_modelled": list(self.not_modelled),
             "gpus": [verdict.to_dict() for verdict in self.gpus],
         }
+
+    def _peak_facts(self) -> dict[str, Any]:
+        """The peak's part of the JSON; context and device total are facts of one card, so they need exactly one."""
+        peaks = self.peaks
+        context = self.gpus[0].context_bytes if len(self.gpus) == 1 else None
+        reserved = peaks.reserved if peaks else None
+        return {
+            "peak_by_phase": peaks.by_phase if peaks else dict.fromkeys(PHASES),
+            "peak_phase": peaks.phase if peaks else None,
+            "peak_allocated": peaks.allocated if peaks else None,
+            "peak_reserved": reserved,
+            "reserved_source": peaks.reserved_source if peaks else None,
+            "runtime_context": context,
+            "device_total": None if context is None or reserved is None else reserved + context,
+        }
+
+
+def _identity(line: Line) -> tuple[Any, ...]:
+    """What makes a line of one phase the same as a line of another; its copies may differ."""
+    return (line.category, line.name, line.dtype, line.dims, line.source)

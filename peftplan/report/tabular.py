@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 from peftplan.memory.ledger import CATEGORIES
-from peftplan.planning.result import COUNTED, Estimate
+from peftplan.planning.result import Estimate
 from peftplan.units import format_bytes
 
 LINE_COLUMNS = ("category", "name", "bytes", "place", "formula", "source")
@@ -39,8 +39,14 @@ def category_rows(result: Estimate) -> list[tuple[str, str, str]]:
     return [
         (category, f"{by_category[category]:,}", format_bytes(by_category[category]))
         for category in CATEGORIES
-        if category in COUNTED and by_category[category]
+        if category in result.counted and by_category[category]
     ]
+
+
+def not_counted(result: Estimate) -> str:
+    """What the numbers leave out."""
+    what = ", ".join(result.not_modelled)
+    return f"Not counted: {what}." if result.peaks else f"Not counted yet, so no peak is stated: {what}."
 
 
 GROUPED_FROM = 100_000

@@ -13,8 +13,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peftplan.planning.result import Estimate, Verdict
-from peftplan.report.tabular import Column, assumption_rows, category_rows, line_facts
+from peftplan.planning.result import Estimate, Peaks
+from peftplan.report.tabular import Column, assumption_rows, category_rows, line_facts, not_counted
 from peftplan.units import format_bytes, format_count
 
 WIDE = 110
@@ -67,17 +67,19 @@ def estimate(result: Estimate, *, verbose: bool) -> None:
         "",
         _categories(result),
     ]
+    if result.peaks:
+        parts += _peaks(result.peaks)
     if result.managed_bytes:
         managed = format_bytes(result.managed_bytes)
         parts.append(f"and {managed} of paged optimizer states in CUDA managed memory, outside torch's allocator")
     if result.gpus:
-        parts += ["", _verdicts(result.gpus)]
+        parts += ["", _verdicts(result)]
     if verbose:
         parts += [f"{v.gpu}: {v.why}" for v in result.gpus]
         parts += ["", *_lines(result, wide=out.width >= WIDE)]
     parts += ["", Text("Assumptions", style="bold"), *_assumptions(result, verbose=verbose, width=out.width)]
     parts += [f"note: {note}" for note in result.assumptions.get("notes", ())]
-    parts += ["", f"Not counted yet, so no peak is stated: {', '.join(result.not_modelled)}."]
+    parts += ["", not_counted(result)]
     show(out, parts)
 
 
@@ -106,18 +108,32 @@ def _counts(result: Estimate) -> Table:
 
 
 def _categories(result: Estimate) -> Table:
-    total = result.persistent_bytes
-    footer = ("sum, a lower bound of the peak", f"{total:,}", format_bytes(total))
-    shown = _table(Column("memory that is counted"), Column("bytes", right=True), Column("", right=True), footer=footer)
+    total = result.ledger.bytes()
+    peaks = result.peaks
+    title = f"memory at the peak, in {peaks.phase}" if peaks else "memory that is counted"
+    footer = ("sum, the peak" if peaks else "sum, a lower bound of the peak", f"{total:,}", format_bytes(total))
+    shown = _table(Column(title), Column("bytes", right=True), Column("", right=True), footer=footer)
     for row in category_rows(result):
         shown.add_row(*row)
     return shown
 
 
-def _verdicts(verdicts: Sequence[Verdict]) -> Table:
+def _peaks(peaks: Peaks) -> list[RenderableType]:
+    """Each phase's own peak, and what the allocator reserves."""
+    shown = _table(Column("peak of each phase"), Column("bytes", right=True), Column("", right=True))
+    for phase, num_bytes in peaks.by_phase.items():
+        shown.add_row(phase, f"{num_bytes:,}", format_bytes(num_bytes))
+    parts: list[RenderableType] = ["", shown]
+    if peaks.reserved is not None:
+        parts.append(f"reserved: {peaks.reserved:,} bytes, {format_bytes(peaks.reserved)} ({peaks.reserved_source})")
+    return parts + [f"incomplete: {what}" for what in peaks.incomplete]
+
+
+def _verdicts(result: Estimate) -> Table:
+    unknown = "since the trace is incomplete" if result.peaks else "until the peak is modelled"
     shown = _table(Column("gpu"), Column("usable", right=True), Column("left over", right=True), Column("verdict"))
-    for v in verdicts:
-        words = v.verdict.replace("_", " ") + (" until the peak is modelled" if v.verdict == "unknown" else "")
+    for v in result.gpus:
+        words = v.verdict.replace("_", " ") + (f" {unknown}" if v.verdict == "unknown" else "")
         shown.add_row(v.gpu, format_bytes(v.usable_bytes), format_bytes(v.headroom_bytes), words)
     return shown
 

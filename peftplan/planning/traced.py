@@ -1,0 +1,98 @@
+"""The trace engine as an `Estimate` sees it: peaks per phase as ledgers, from a real step on fake tensors (extra `trace`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from peftplan import methods
+from peftplan.arch.modules import Architecture
+from peftplan.dtypes import ITEMSIZE
+from peftplan.errors import MissingExtraError, PeftplanError, RefusedError
+from peftplan.memory.ledger import Ledger, Line
+from peftplan.methods.adaptation import Adaptation, MethodConfig
+from peftplan.methods.targets import WORDS
+from peftplan.planning.result import Peaks
+from peftplan.planning.setup import Setup
+from peftplan.storage import QuantConfig
+from peftplan.units import round512
+
+
+def trace_peaks(
+    config: Mapping[str, Any],
+    *,
+    architecture: Architecture,
+    peft_config: Mapping[str, Any] | None,
+    quant: QuantConfig | None,
+    setup: Setup,
+    compute_capability: str | None,
+) -> Peaks:
+    """Trace two optimizer steps and return the second's peaks.
+
+    `compute_capability` of the card, such as `8.9`, decides kernels and workspaces. Raises MissingExtraError without torch,
+    RefusedError for what cannot be traced.
+    """
+    try:
+        from peftplan.trace.engine import trace
+        from peftplan.trace.meta import quiet_transformers
+    except ImportError as error:
+        raise MissingExtraError(f"engine: trace ({error.name or error})", "trace") from None
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs what is raised below
+    try:
+        with quiet_transformers():
+            found = trace(
+                config,
+                task_type=architecture.task_type,
+                peft_config=peft_config,
+                quant=quant,
+                setup=setup,
+                device=_capability(compute_capability),
+            )
+    except PeftplanError:
+        raise
+    except Exception as error:  # the model's own code, on inputs that it may not take
+        reason = " ".join(str(error).split())[:200]
+        raise RefusedError(f"engine: the trace of {architecture.model_class} failed: {type(error).__name__}: {reason}") from error
+    return Peaks(
+        ledgers={phase: Ledger(tuple(map(_line, peak.alive))) for phase, peak in found.peaks.items()},
+        reserved=found.replayed.peaks.reserved,
+        reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
+        incomplete=tuple(
+            f"{module or 'the run'} asked {times} times for a value that a fake tensor does not have"
+            for module, times in found.unknown_ops.items()
+        ),
+    )
+
+
+def as_peft_config(
+    method: methods.Method | None, config: MethodConfig | None, adapter: Mapping[str, Any], adaptation: Adaptation
+) -> dict[str, Any] | None:
+    """The adapter config that peft itself is given; None trains everything. Raises RefusedError for methods that peft lacks."""
+    if method is None or config is None:
+        return dict(adapter)
+    if method.name == "full":
+        return None
+    if method.peft_type is None:
+        raise RefusedError(f"engine: trace runs peft's own methods, and {method.name} is not one of them; accepted: analytic")
+    fields = {**adapter, **config.model_dump(exclude_none=True), "peft_type": method.peft_type}
+    targets = fields.get("target_modules")
+    if targets is None and method.peft_type == "LORA":
+        fields["target_modules"] = "all-linear"
+    elif targets in WORDS and targets != "all-linear":
+        fields["target_modules"] = list(dict(adaptation.resolved)["target_modules"])
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+
+def _line(alive: Any) -> Line:
+    """A group of equal storages as a line; storages that are not exactly their tensors (a slice keeps the whole) as bytes."""
+    source = f"traced: {alive.op}"
+    if alive.copies * round512(ITEMSIZE[alive.dtype] * prod(alive.shape)) == alive.bytes:
+        return Line(alive.name, alive.category, alive.dtype, alive.shape, alive.copies, source)
+    return Line(alive.name, alive.category, "uint8", (alive.bytes,), 1, f"{source}, {alive.copies} storages")
+
+
+def _capability(text: str | None) -> tuple[int, int] | None:
+    major, _, minor = (text or "").partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None

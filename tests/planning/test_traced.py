@@ -1,0 +1,89 @@
+"""`estimate(engine="trace")`: the same `Estimate`, with peaks; its static bytes are the witness of what a trace finds alive."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+import peftplan
+from peftplan.planning.result import PHASES
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "tie_word_embeddings": False,
+}
+SHORT = {"batch_size": 2, "seq_len": 64, "trainer": "plain", "engine": "trace"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "lora", "r": 4},
+        {"method": "lora", "r": 4, "target_modules": "attention", "gradient_checkpointing": True},
+        {"method": "qlora", "r": 4},
+        {"method": "ia3"},
+        {"method": "full"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_a_trace_holds_what_the_ledger_says_and_more(options: dict[str, Any]) -> None:
+    traced = peftplan.estimate(TINY, **options, **SHORT)
+    static = peftplan.estimate(TINY, **options, **{**SHORT, "engine": "analytic"})
+    memory = traced.to_dict()["memory"]
+    assert traced.trainable_parameters == static.trainable_parameters
+    assert set(memory["peak_by_phase"]) == set(PHASES)
+    assert memory["peak_allocated"] == max(memory["peak_by_phase"].values()) == sum(memory["by_category"].values())
+    assert memory["peak_allocated"] == sum(line["bytes"] for line in memory["lines"])
+    assert memory["peak_reserved"] >= memory["peak_allocated"]
+    assert memory["peak_allocated"] > static.persistent_bytes > 0
+    lasting = static.to_dict()["memory"]["by_category"]
+    for category in ("adapter_weights", "quant_state", "optimizer_states"):
+        assert memory["by_category"][category] == lasting[category], category
+    assert memory["by_category"]["logits"] >= 2 * 64 * 512 * 2  # the outputs, kept: a bf16 logit per token and vocabulary entry
+    at_step = {line["name"]: line["bytes_by_phase"] for line in memory["lines"]}
+    assert any("step" in phases and "backward" in phases for phases in at_step.values())
+
+
+def test_a_traced_job_gets_a_verdict() -> None:
+    enough, too_little = (peftplan.estimate(TINY, method="lora", gpu=size, **SHORT).gpus[0].verdict for size in ("1GiB", "1MiB"))
+    assert (enough, too_little) == ("fits", "does_not_fit")
+
+
+def test_methods_that_peft_lacks_are_refused() -> None:
+    with pytest.raises(peftplan.RefusedError, match="houlsby is not one of them; accepted: analytic"):
+        peftplan.estimate(TINY, method="houlsby", **SHORT)
+
+
+def test_without_torch_the_extra_is_named() -> None:
+    hidden = {name: None for name in sys.modules if name.startswith("peftplan.trace.engine")} | {"peftplan.trace.engine": None}
+    with patch.dict(sys.modules, hidden), pytest.raises(peftplan.MissingExtraError, match=r"pip install 'peftplan\[trace\]'"):
+        peftplan.estimate(TINY, method="lora", **SHORT)
+
+
+def test_a_model_that_fails_says_so_in_one_line() -> None:
+    bert = {
+        "model_type": "bert",
+        "architectures": ["BertForMaskedLM"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 128,
+        "max_position_embeddings": 32,
+    }
+    with pytest.raises(peftplan.RefusedError, match=r"^engine: the trace of BertForMaskedLM failed: \w+: [^\n]+$"):
+        peftplan.estimate(bert, method="lora", **SHORT)
