@@ -84,6 +84,7 @@ def test_a_model_that_fails_says_so_in_one_line() -> None:
         "num_attention_heads": 2,
         "vocab_size": 128,
         "max_position_embeddings": 32,
+        "type_vocab_size": 2,
     }
     with pytest.raises(peftplan.RefusedError, match=r"^engine: the trace of BertForMaskedLM failed: \w+: [^\n]+$"):
         peftplan.estimate(bert, method="lora", **SHORT)
