@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.trace.allocator import Event, Replay, replay
 from peftplan.trace.attention import Capability
+from peftplan.trace.depth import LAYERS_FIELD, SAMPLE_LAYERS, names_layers, repeating_stack, with_layers
 from peftplan.trace.differences import KERNEL_TEMPORARIES, CudaLike, as_on_cuda
+from peftplan.trace.expand import NotRepeatingError, Sample, grown
 from peftplan.trace.fake import to_fake
 from peftplan.trace.load import load
 from peftplan.trace.model import Built, build
@@ -40,9 +42,13 @@ class Traced:
     num_total: int
     log: tuple[Moment, ...]
     windows: tuple[Window, ...]
+    began: tuple[tuple[int, str], ...]
+    started: int
     managed_bytes: int
     unknown_ops: Mapping[str, int]
     """Module → how often it asked for a value that a fake tensor does not have."""
+    depths: tuple[int, ...] = ()
+    """Depths at which layers were traced that the log then repeats; empty for a trace in full."""
 
     @cached_property
     def peak_by_phase(self) -> dict[str, int]:
@@ -92,17 +98,91 @@ def trace(
     setup: Setup,
     device: Capability | None = None,
     outputs_outlive_step: bool = False,
+    full_depth: bool = False,
 ) -> Traced:
     """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors.
 
     `peft_config`: a peft config object or an adapter_config dict; None trains every parameter. `setup` is resolved
     (`planning.setup.resolved`). `device` is a compute capability, which decides kernels and workspaces.
-    `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. Raises RefusedError for what
-    cannot be traced.
+    `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. A model of identical layers is
+    traced at two small depths and its log made from them, unless `full_depth`. Raises RefusedError for what cannot be traced.
     """
-    run_program = program(setup)
+    run = partial(
+        _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
+        capability=device or DEFAULT_CAPABILITY, outputs_outlive_step=outputs_outlive_step,
+    )  # fmt: skip
+    program(setup)
+    by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
+    stack = None if by_layer else repeating_stack(config, task_type=task_type)
+    if stack is not None:
+        small, large = (run(with_layers(config, layers)) for layers in SAMPLE_LAYERS)
+        try:
+            return _deepened(small, large, stack=stack, layers=config[LAYERS_FIELD])
+        except NotRepeatingError:
+            pass
+    return run(config)
+
+
+def _deepened(small: Traced, large: Traced, *, stack: str, layers: int) -> Traced:
+    """What the model with `layers` layers shows, from two traces that differ by one layer: everything is linear in it."""
+    samples = [
+        Sample.of(sample.log, list(sample.began), layers=depth, stack=stack)
+        for sample, depth in zip((small, large), SAMPLE_LAYERS, strict=True)
+    ]
+    deep = grown(*samples, layers=layers)
+    more = layers - SAMPLE_LAYERS[1]
+    counted = windows(deep.began, length=len(deep.log), started=large.started)
+    return replace(
+        large,
+        peaks=peaks(deep.log, counted),
+        num_trainable=large.num_trainable + more * (large.num_trainable - small.num_trainable),
+        num_total=large.num_total + more * (large.num_total - small.num_total),
+        log=deep.log,
+        windows=counted,
+        began=tuple(deep.began),
+        managed_bytes=large.managed_bytes + more * (large.managed_bytes - small.managed_bytes),
+        depths=SAMPLE_LAYERS,
+    )
+
+
+def _run(
+    config: Mapping[str, Any],
+    *,
+    task_type: str | None,
+    peft_config: Any,
+    quant: QuantConfig | None,
+    setup: Setup,
+    capability: Capability,
+    outputs_outlive_step: bool,
+) -> Traced:
+    """One trace of exactly this model."""
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup)
-    capability = device or DEFAULT_CAPABILITY
+    tracker = _tracker(built, setup, capability)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    to_fake(built.model, mode)
+    with ExitStack() as stack:
+        for context in (mode, CudaLike(capability=capability, autocast=setup.autocast != "none"), as_on_cuda(), tracker):
+            stack.enter_context(context)
+        load(built, tracker, setup, quant)
+        optimizer = make_optimizer(setup, built.model, tracker)
+        run = Run(built.model, _batch(built, setup), optimizer, tracker, setup, outputs_outlive_step)
+        program(setup)(run)
+        log = tuple(tracker.log)
+    counted = windows(tracker.began, length=len(log), started=run.started)
+    return Traced(
+        peaks=peaks(log, counted),
+        num_trainable=built.num_trainable,
+        num_total=built.num_total,
+        log=log,
+        windows=counted,
+        began=tuple(tracker.began),
+        started=run.started,
+        managed_bytes=getattr(optimizer, "managed_bytes", 0),
+        unknown_ops=dict(tracker.data_dependent),
+    )
+
+
+def _tracker(built: Built, setup: Setup, capability: Capability) -> Tracker:
     tokens = _token_counts(built, setup)
     vocab = built.hf_config.get_text_config().vocab_size
 
@@ -116,26 +196,7 @@ def trace(
         before=Workspaces(capability).before,
     )
     tracker.watch((built.names[id(m)], m) for m in built.model.modules() if built.names[id(m)])
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    to_fake(built.model, mode)
-    with ExitStack() as stack:
-        for context in (mode, CudaLike(capability=capability, autocast=setup.autocast != "none"), as_on_cuda(), tracker):
-            stack.enter_context(context)
-        load(built, tracker, setup, quant)
-        optimizer = make_optimizer(setup, built.model, tracker)
-        run = Run(built.model, _batch(built, setup), optimizer, tracker, setup, outputs_outlive_step)
-        run_program(run)
-        log = tuple(tracker.log)
-    counted = windows(tracker.began, length=len(log), started=run.started)
-    return Traced(
-        peaks=peaks(log, counted),
-        num_trainable=built.num_trainable,
-        num_total=built.num_total,
-        log=log,
-        windows=counted,
-        managed_bytes=getattr(optimizer, "managed_bytes", 0),
-        unknown_ops=dict(tracker.data_dependent),
-    )
+    return tracker
 
 
 def _batch(built: Built, setup: Setup) -> dict[str, torch.Tensor]:

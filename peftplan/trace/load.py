@@ -42,7 +42,7 @@ def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None
         if leaf == "weight" and QUANT_TENSORS in module.__dict__:
             _quantized(tracker, name, module, dtype=setup.dtype)
         elif name in built.upcast:
-            halves[name] = _dense(tracker, tuple(parameter.shape), setup.dtype)
+            halves[name] = _dense(tracker, tuple(parameter.shape), setup.dtype, name=name)
         else:
             tracker.register(parameter, "weights", name)
     for name, buffer in built.model.named_buffers():
@@ -75,8 +75,10 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
-def _dense(tracker: Tracker, shape: tuple[int, ...], dtype: str) -> Storage:
-    return tracker.passing(nbytes=ITEMSIZE[dtype] * prod(shape), shape=shape, dtype=dtype, op="load")
+def _dense(tracker: Tracker, shape: tuple[int, ...], dtype: str, *, name: str) -> Storage:
+    made = tracker.passing(nbytes=ITEMSIZE[dtype] * prod(shape), shape=shape, dtype=dtype, op="load")
+    made.name = name
+    return made
 
 
 def _warm_up(parts: list[Part], tracker: Tracker, quant: QuantConfig, *, dtype: str) -> None:
@@ -86,20 +88,20 @@ def _warm_up(parts: list[Part], tracker: Tracker, quant: QuantConfig, *, dtype: 
         packed = leaf == "weight" and QUANT_TENSORS in module.__dict__
         numel = module.in_features * module.out_features if packed else parameter.numel()
         total += numel * (WARMUP_BYTES[quant.name] if packed else ITEMSIZE[dtype])
-    tracker.end(_dense(tracker, (int(total // ITEMSIZE["fp16"]),), "fp16"))
+    tracker.end(_dense(tracker, (int(total // ITEMSIZE["fp16"]),), "fp16", name="warm-up"))
 
 
 def _quantized(tracker: Tracker, name: str, module: Any, *, dtype: str) -> None:
     """A dense weight arrives and is quantized; with double quantization its fp32 absmax, and that less its mean, come first."""
     prefix = name.removesuffix(".weight")
     beside = module.__dict__[QUANT_TENSORS]
-    passing = [_dense(tracker, (module.out_features, module.in_features), dtype)]
+    passing = [_dense(tracker, (module.out_features, module.in_features), dtype, name=name)]
     nested = "offset" in beside
     if nested:
-        passing.append(_dense(tracker, tuple(beside["absmax"].shape), "fp32"))
+        passing.append(_dense(tracker, tuple(beside["absmax"].shape), "fp32", name=name))
     tracker.register(module.weight, "weights", name)
     if nested:
-        passing.append(_dense(tracker, tuple(beside["absmax"].shape), "fp32"))
+        passing.append(_dense(tracker, tuple(beside["absmax"].shape), "fp32", name=name))
     for part, tensor in beside.items():
         tracker.register(tensor, category(part), f"{prefix}.{part}")
     for storage in reversed(passing):

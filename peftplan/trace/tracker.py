@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,8 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peftplan.dtypes import parse_dtype
 from peftplan.memory.ledger import Category
 
-IGNORED = frozenset({torch.ops.prim.device.default, torch.ops.aten.detach.default})
-"""Operations that make no storage and come often: a FakeTensor answers `.device` through the dispatcher."""
+AUTOGRAD = "autograd"
+"""The module of nodes that no forward made: accumulation of gradients."""
+
+DEVICE_OF = torch.ops.prim.device.default
+"""A FakeTensor answers `.device` through the dispatcher, twice as often as anything else."""
+IGNORED = frozenset({torch.ops.aten.detach.default})
+"""Operations that make no storage and come often."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,8 +47,7 @@ class Storage:
     freed_segment: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(NamedTuple):
     """One line of the log: `alloc` or `free` of a storage, in the phase and the module that did it."""
 
     kind: str
@@ -89,20 +93,25 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and record the storages that it made."""
+        if func is DEVICE_OF:
+            return args[0].fake_device
         if func in IGNORED:
             return func(*args, **(kwargs or {}))
         if func is torch.ops.aten._local_scalar_dense.default:
-            self.data_dependent[self.module] = self.data_dependent.get(self.module, 0) + 1
+            # What a mask's `all()` and an optimizer's step counter would say is known; any other value is a stand-in.
+            if self.phase != "step" and args[0].dtype != torch.bool:
+                self.data_dependent[self.module] = self.data_dependent.get(self.module, 0) + 1
             return self._scalar(args[0])
         self._enter_op()
         self._before(self, func, args)
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
-            self._see(out, func)
+            self._see(out, func, args[0] if args else None)
         elif isinstance(out, (tuple, list)):
-            for item in out:
+            listed = bool(args) and isinstance(args[0], (tuple, list)) and len(args[0]) == len(out)
+            for number, item in enumerate(out):
                 if isinstance(item, torch.Tensor):
-                    self._see(item, func)
+                    self._see(item, func, args[0][number] if listed else None)
         if func in self._temporaries:
             self._pass_temporary(self._temporaries[func](*args, **(kwargs or {})), op=str(func))
         return out
@@ -118,11 +127,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def module(self) -> str:
-        """The module that is running: the innermost forward, or in backward the one whose forward made the node."""
+        """The module that is running: the innermost forward, or in backward the one whose forward made the node; empty for the
+        caller's own code.
+        """
         if self._stack:
             return self._stack[-1]
         node = torch._C._current_autograd_node()
-        return "" if node is None else self._module_of_node.get(node._sequence_nr(), "")
+        return "" if node is None else self._module_of_node.get(node._sequence_nr(), AUTOGRAD)
 
     def _enter_op(self) -> None:
         """Note the module of the autograd node just made, and whether forward code or backward code is running.
@@ -136,12 +147,18 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if forward and self._stack:
             self._module_of_node[torch._C._autograd._get_sequence_nr() - 1] = self._stack[-1]
 
-    def _see(self, tensor: torch.Tensor, func: Any) -> None:
+    def _see(self, tensor: torch.Tensor, func: Any, source: Any) -> None:
+        """Record a new storage. In the optimizer's step it belongs to the parameter of the tensor that it was made from."""
         with torch._C.DisableTorchFunction():
             storage = tensor.untyped_storage()
             if storage._cdata in self._live or self._paused:
                 return
-            self._add(storage, tensor, op=str(func))
+            made = self._add(storage, tensor, op=str(func))
+            if self.phase == "step" and isinstance(source, torch.Tensor):
+                known = self._live.get(source.untyped_storage()._cdata)
+                made.name = None if known is None else known.record.name
+            elif self.phase == "step" and isinstance(source, (tuple, list)) and any(map(torch.is_tensor, source)):
+                made.name = "all parameters"
 
     def _add(self, storage: torch.UntypedStorage, tensor: torch.Tensor, *, op: str) -> Storage:
         record = Storage(
@@ -169,7 +186,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             del self._live[key]
         record = reference.record
         record.freed_segment = self._segment
-        self.log.append(Moment("free", record, self.phase, self._stack[-1] if self._stack else ""))
+        self.log.append(Moment("free", record, self.phase, self.module))
 
     def register(self, tensor: torch.Tensor, category: Category, name: str, *, op: str = "load") -> None:
         """Say what a tensor's storage is; one that was not seen yet counts as allocated now."""

@@ -56,7 +56,7 @@ def test_gradients_are_gone_in_forward_unless_kept() -> None:
     dropped = traced(llama(), lora(TARGETS), trainer="plain", seq_len=16)
     kept = traced(llama(), lora(TARGETS), trainer="plain", seq_len=16, keep_gradients=True)
     assert "gradients" not in dropped.by_category("forward")
-    # q_proj: A 8×256, B 256×8; down_proj: A 8×704, B 256×8; fp32, 2 layers: 4 × 2 × (3×2048 + 5632) = 94,208 B, all multiples of 512.
+    # q_proj: A 8×256, B 256×8; down_proj: A 8×704, B 256×8; fp32, 2 layers: 4 × 2 × (3 × 2048 + 5632) = 94,208 B
     assert kept.by_category("forward")["gradients"] == 94_208
 
 
