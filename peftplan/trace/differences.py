@@ -16,6 +16,7 @@ large reductions, sorts of an embedding's gradient: temporaries of a few MB insi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -151,5 +152,6 @@ def as_on_cuda() -> Iterator[None]:
         patch("torch.is_autocast_enabled", lambda device=None: enabled(device or "cpu")),
         patch("torch.get_autocast_gpu_dtype", lambda: low("cpu")),
         patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False),
+        patch.object(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True),  # it prints what is raised anyway
     ):
         yield

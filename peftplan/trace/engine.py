@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftplan.errors import RefusedError
+from peftplan.errors import PeftplanError, RefusedError
 from peftplan.memory.ledger import Category
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
@@ -166,7 +166,13 @@ def _run(
         load(built, tracker, setup, quant)
         optimizer = make_optimizer(setup, built.model, tracker)
         run = Run(built.model, _batch(built, setup), optimizer, tracker, setup, outputs_outlive_step)
-        program(setup)(run)
+        try:
+            program(setup)(run)
+        except PeftplanError:
+            raise
+        except Exception as error:  # any operation of any model
+            where = f" in {tracker.last_module}" if tracker.last_module else ""
+            raise RefusedError(f"trace: {tracker.phase} fails{where}: {type(error).__name__}: {_first_line(error)}") from error
         log = tuple(tracker.log)
     counted = windows(tracker.began, length=len(log), started=run.started)
     return Traced(
@@ -221,3 +227,8 @@ def _token_counts(built: Built, setup: Setup) -> set[int]:
 def _scalar(tensor: torch.Tensor, *, padding: bool) -> Any:
     """The value of a fake scalar: of a mask's `all()`, whether there is no padding; of a step counter, 1."""
     return not padding if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:1])[:200]

@@ -90,6 +90,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._in_forward = False
         self._paused = 0
         self._count = 0
+        self.last_module = ""
+        """The module that ran last: where a trace that fails has failed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and record the storages that it made."""
@@ -144,6 +146,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if forward != self._in_forward:
             self._in_forward = forward
             self._segment += 1
+        if self._stack:
+            self.last_module = self._stack[-1]
         if forward and self._stack:
             self._module_of_node[torch._C._autograd._get_sequence_nr() - 1] = self._stack[-1]
 

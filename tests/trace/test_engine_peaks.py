@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 
 pytest.importorskip("torch")
@@ -112,3 +114,13 @@ def test_choice_of_the_attention_kernel(dtype: str, mask: bool, gqa: bool, capab
 def test_what_cannot_be_traced_is_refused_by_name(options: dict[str, object], named: str) -> None:
     with pytest.raises(RefusedError, match=named):
         traced(llama(1), lora(Q), seq_len=8, **options)  # type: ignore[arg-type]
+
+
+def test_a_trace_that_fails_says_where_in_one_line() -> None:
+    broken = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}
+    with (
+        patch("torch.nn.functional.silu", side_effect=ValueError("no such kernel\nand more")),
+        pytest.raises(RefusedError) as error,
+    ):
+        traced(llama(1), broken, trainer="plain", seq_len=8)
+    assert str(error.value) == "trace: forward fails in model.layers.0.mlp.gate_proj: ValueError: no such kernel"
