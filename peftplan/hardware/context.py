@@ -31,6 +31,10 @@ _FIRST_UNCERTAIN_MAJOR = 9
 _WORKSPACE_SOURCE = "torch aten/src/ATen/cuda/CublasHandlePool.cpp"
 
 
+DEFAULT_CAPABILITY = (8, 0)
+"""Whose kernels and workspaces count where no card is named: those of sm80 and sm86, the cards that most runs use."""
+
+
 @dataclass(frozen=True, slots=True)
 class ContextMeasurement:
     """One public measurement. `exact` is false where it was read from rounded or mixed output; `mib` is as recorded."""

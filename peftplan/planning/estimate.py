@@ -97,6 +97,9 @@ def estimate(
     peaks = (
         None if engine == "analytic" else _traced(model, architecture, (chosen, config, adapter), adaptation, quant, setup, cards)
     )
+    assumptions = _assumptions(setup, quant, architecture, adaptation, quantized=built.quantized)
+    if peaks is not None:
+        assumptions["compute_capability"] = _capability(cards)
     return Estimate(
         engine=engine,
         model=_model_facts(architecture),
@@ -107,7 +110,7 @@ def estimate(
         parameters=built,
         adaptation=adaptation,
         static=static,
-        assumptions=_assumptions(setup, quant, architecture, adaptation, quantized=built.quantized),
+        assumptions=assumptions,
         not_modelled=NOT_COUNTED if peaks is None else NOT_TRACED,
         gpus=tuple(_verdict(card, static.bytes(), peaks) for card in cards),
         peaks=peaks,
@@ -221,7 +224,7 @@ def _traced(
         peft_config=as_peft_config(*chosen, adaptation),
         quant=quant,
         setup=setup,
-        compute_capability=cards[0].compute_capability if cards else None,
+        compute_capability=_capability(cards),
     )
 
 
@@ -281,6 +284,14 @@ def _left_in_16_bits(architecture: Architecture, quant: QuantConfig, quantized: 
         return []
     share = experts / architecture.num_parameters
     return [f"{quant.name} leaves the fused experts ({experts:,} parameters, {share:.0%} of the model) unquantized"]
+
+
+def _capability(cards: list[Gpu]) -> str:
+    """The CUDA compute capability of the first card, whose kernels a trace takes; a default where it has none."""
+    from peftplan.hardware.context import DEFAULT_CAPABILITY
+
+    stated = cards[0].compute_capability if cards else None
+    return stated if stated and stated[0].isdigit() else ".".join(map(str, DEFAULT_CAPABILITY))
 
 
 def _cards(gpu: str | Iterable[str] | None) -> list[Gpu]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -27,13 +27,15 @@ def trace_peaks(
     peft_config: Mapping[str, Any] | None,
     quant: QuantConfig | None,
     setup: Setup,
-    compute_capability: str | None,
+    compute_capability: str,
 ) -> Peaks:
     """Trace two optimizer steps and return the second's peaks.
 
     `compute_capability` of the card, such as `8.9`, decides kernels and workspaces. Raises MissingExtraError without torch,
     RefusedError for what cannot be traced.
     """
+    if setup.attn_implementation == "flash_attention_2":
+        raise RefusedError("attn_implementation: flash_attention_2 cannot be traced yet; accepted with engine trace: sdpa, eager")
     try:
         from peftplan.trace.engine import trace
         from peftplan.trace.meta import quiet_transformers
@@ -48,16 +50,17 @@ def trace_peaks(
                 peft_config=peft_config,
                 quant=quant,
                 setup=setup,
-                device=_capability(compute_capability),
+                device=_pair(compute_capability),
             )
     except PeftplanError:
         raise
     except Exception as error:  # the model's own code, on inputs that it may not take
         reason = " ".join(str(error).split())[:200]
         raise RefusedError(f"engine: the trace of {architecture.model_class} failed: {type(error).__name__}: {reason}") from error
+    replayed = found.replayed
     return Peaks(
-        ledgers={phase: Ledger(tuple(map(_line, peak.alive))) for phase, peak in found.peaks.items()},
-        reserved=found.replayed.peaks.reserved,
+        ledgers={phase: _with_tails(peak.alive, replayed.by_phase[phase].allocated) for phase, peak in found.peaks.items()},
+        reserved=replayed.peaks.reserved,
         reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
         incomplete=tuple(
             f"{module or 'the run'} asked {times} times for a value that a fake tensor does not have"
@@ -85,6 +88,15 @@ def as_peft_config(
     return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
 
+def _with_tails(alive: Iterable[Any], allocated: int) -> Ledger:
+    """The lines of one phase's peak, and the tails of blocks that the allocator hands out whole: they count as allocated."""
+    lines = tuple(map(_line, alive))
+    tails = allocated - Ledger(lines).bytes()
+    if tails <= 0:
+        return Ledger(lines)
+    return Ledger((*lines, Line("tails of unsplit blocks", "temporaries", "uint8", (tails,), 1, "replay of torch's allocator")))
+
+
 def _line(alive: Any) -> Line:
     """A group of equal storages as a line; storages that are not exactly their tensors (a slice keeps the whole) as bytes."""
     source = f"traced: {alive.op}"
@@ -93,6 +105,6 @@ def _line(alive: Any) -> Line:
     return Line(alive.name, alive.category, "uint8", (alive.bytes,), 1, f"{source}, {alive.copies} storages")
 
 
-def _capability(text: str | None) -> tuple[int, int] | None:
-    major, _, minor = (text or "").partition(".")
-    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+def _pair(compute_capability: str) -> tuple[int, int]:
+    major, minor = compute_capability.split(".")
+    return int(major), int(minor)

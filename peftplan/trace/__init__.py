@@ -1,4 +1,4 @@
-"""What needs torch: architectures read and counted by the real libraries on meta, and the trace of a real step on fake tensors."""
+"""What needs torch: architectures read and counted by the real libraries on meta, and real steps traced on fake tensors."""
 
 import logging
 

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftplan.errors import PeftplanError, RefusedError
+from peftplan.hardware.context import DEFAULT_CAPABILITY
 from peftplan.memory.ledger import Category
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
@@ -28,9 +29,6 @@ from peftplan.trace.peaks import Alive, Peak, Window, peaks, windows
 from peftplan.trace.steps import Run, program
 from peftplan.trace.tracker import Moment, Tracker
 from peftplan.trace.workspaces import Workspaces
-
-DEFAULT_CAPABILITY: Capability = (8, 0)
-"""Where no device is named: kernels and workspaces of sm80 and sm86, the cards that most runs use."""
 
 
 @dataclass(frozen=True)
