@@ -128,6 +128,13 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 """Every method with closed formulas, by the name that `--method` takes."""
 
+OTHER_PEFT_TYPES: tuple[str, ...] = (
+    "ADAMSS", "ADAPTION_PROMPT", "BEFT", "C3A", "CARTRIDGE", "CPT", "DEFT", "DELORA", "FROD", "GLORA", "GRALORA", "HIRA",
+    "HRA", "LILY", "MISS", "MULTITASK_PROMPT_TUNING", "OSF", "PEANUT", "POLY", "PSOFT", "PVERA", "RANDLORA", "ROAD",
+    "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "WAVEFT", "XLORA",
+)  # fmt: skip
+"""peft 0.21.2's other types: no formulas here, counted by running the installed peft on meta tensors (extra `trace`)."""
+
 BOOKKEEPING = frozenset(
     {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 )
@@ -141,8 +148,15 @@ def method_named(name: str) -> Method:
     """The method of that name; case and `_` against `-` make no difference."""
     key = name.strip().lower().replace("_", "-")
     if key not in METHODS:
-        raise UnknownNameError("method", name, METHODS, most=len(METHODS))
+        others = (other.lower().replace("_", "-") for other in OTHER_PEFT_TYPES)
+        raise UnknownNameError("method", name, (*METHODS, *others), most=100)
     return METHODS[key]
+
+
+def other_peft_type(name: object) -> str | None:
+    """The peft type that a method name stands for where it has no formulas here, so that the installed peft counts it."""
+    key = name.strip().upper().replace("-", "_") if isinstance(name, str) else ""
+    return key if key in OTHER_PEFT_TYPES else None
 
 
 def config_class(method: Method) -> type[MethodConfig]:

@@ -13,8 +13,9 @@ from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.memory.ledger import Ledger
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
-from peftplan.planning.result import TIGHT, Estimate, Peaks, Verdict
+from peftplan.planning.result import Estimate, Peaks
 from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, parse_setup, resolved
+from peftplan.planning.verdicts import capability, find_cards, verdict
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
 
 if TYPE_CHECKING:
@@ -93,13 +94,13 @@ def estimate(
         + parameters.gradient_lines(built, optimizer)
         + _optimizer(built, optimizer, setup)
     )
-    cards = _cards(gpu)
+    cards = find_cards(gpu)
     peaks = (
         None if engine == "analytic" else _traced(model, architecture, (chosen, config, adapter), adaptation, quant, setup, cards)
     )
     assumptions = _assumptions(setup, quant, architecture, adaptation, quantized=built.quantized)
     if peaks is not None:
-        assumptions["compute_capability"] = _capability(cards)
+        assumptions["compute_capability"] = capability(cards)
     return Estimate(
         engine=engine,
         model=_model_facts(architecture),
@@ -112,7 +113,7 @@ def estimate(
         static=static,
         assumptions=assumptions,
         not_modelled=NOT_COUNTED if peaks is None else NOT_TRACED,
-        gpus=tuple(_verdict(card, static.bytes(), peaks) for card in cards),
+        gpus=tuple(verdict(card, static.bytes(), peaks) for card in cards),
         peaks=peaks,
     )
 
@@ -130,6 +131,12 @@ def _method(
 
     A method named beside an adapter config must be of its peft type; it adds what its name presets (`lora-fa`, `qlora`).
     """
+    if peft_config is None and (other := methods.other_peft_type(name)) is not None:
+        from peftplan.trace.count import check_fields
+
+        raw = {"peft_type": other, **options}
+        check_fields(raw)
+        return None, None, raw
     if peft_config is None:
         method, config = methods.configure("lora" if name is None else str(name), options)
         return method, config, {}
@@ -224,7 +231,7 @@ def _traced(
         peft_config=as_peft_config(*chosen, adaptation),
         quant=quant,
         setup=setup,
-        compute_capability=_capability(cards),
+        compute_capability=capability(cards),
     )
 
 
@@ -284,41 +291,3 @@ def _left_in_16_bits(architecture: Architecture, quant: QuantConfig, quantized: 
         return []
     share = experts / architecture.num_parameters
     return [f"{quant.name} leaves the fused experts ({experts:,} parameters, {share:.0%} of the model) unquantized"]
-
-
-def _capability(cards: list[Gpu]) -> str:
-    """The CUDA compute capability of the first card, whose kernels a trace takes; a default where it has none."""
-    from peftplan.hardware.context import DEFAULT_CAPABILITY
-
-    stated = cards[0].compute_capability if cards else None
-    return stated if stated and stated[0].isdigit() else ".".join(map(str, DEFAULT_CAPABILITY))
-
-
-def _cards(gpu: str | Iterable[str] | None) -> list[Gpu]:
-    names = (gpu,) if isinstance(gpu, str) else () if gpu is None else tuple(gpu) if isinstance(gpu, Iterable) else (gpu,)
-    wrong = [name for name in names if not isinstance(name, str)]
-    if wrong:
-        raise InputError("gpu", wrong[0], "accepted: names of cards (`peftplan gpus`), or capacities such as 24GiB")
-    if not names:
-        return []
-    from peftplan.hardware.gpus import find_gpu
-
-    return [find_gpu(name) for name in names]
-
-
-def _verdict(card: Gpu, static_bytes: int, peaks: Peaks | None) -> Verdict:
-    """Without a peak only a shortfall is certain: what is counted is a lower bound."""
-    from peftplan.hardware.context import context_bytes
-    from peftplan.hardware.usable import usable_bytes
-
-    usable = usable_bytes(card)
-    context = context_bytes(card).bytes if card.capacity_bytes is None else None
-    needed = static_bytes if peaks is None else (peaks.reserved or peaks.allocated) + (context or 0)
-    headroom = usable.bytes - needed
-    if headroom < 0:
-        word = "does_not_fit"
-    elif peaks is None or peaks.incomplete:
-        word = "unknown"
-    else:
-        word = "fits" if headroom >= TIGHT * usable.bytes else "tight"
-    return Verdict(card.id, usable.bytes, usable.why, word, headroom, context)

@@ -47,12 +47,14 @@ def models(entries: Sequence[ModelEntry], *, fmt: str) -> None:
 
 def methods(*, fmt: str) -> None:
     """The registry of methods."""
-    from peftplan.methods import METHODS
+    from peftplan.methods import METHODS, OTHER_PEFT_TYPES
 
     columns = (Column("method"), Column("what trains"), Column("source", wide=True))
     cells = [(m.name, m.summary, m.source) for m in METHODS.values()]
     shown = ("name", "peft_type", "summary", "source", "quant")
-    _rows(columns, cells, [{key: getattr(m, key) for key in shown} for m in METHODS.values()], fmt=fmt)
+    others = ", ".join(other.lower().replace("_", "-") for other in OTHER_PEFT_TYPES)
+    below = f"counted by the installed peft (extra trace): {others}"
+    _rows(columns, cells, [{key: getattr(m, key) for key in shown} for m in METHODS.values()], fmt=fmt, below=below)
 
 
 def method(name: str, *, fmt: str) -> None:

@@ -11,7 +11,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 from unittest.mock import patch
@@ -89,15 +89,24 @@ def _adapted(model: Any, method: Any) -> Any:
         return _peft().get_peft_model(model, method)
 
 
+def check_fields(peft_config: Mapping[str, Any]) -> None:
+    """Raises UnknownNameError for a field that the config class of its peft type does not have; peft only warns of it."""
+    peft = _peft()
+    known = [field.name for field in fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_config["peft_type"])])]
+    unknown = next((name for name in peft_config if name not in known), None)
+    if unknown is not None:
+        raise UnknownNameError(f"option of {peft_config['peft_type']}", unknown, known)
+
+
 def _config_object(peft_config: Mapping[str, Any] | Any, task_type: str | None) -> Any:
     """A peft config for one use: peft resolves `target_modules` in place. Initialisation that needs values or files is undone."""
     peft = _peft()
     if isinstance(peft_config, Mapping):
-        fields = {key: value for key, value in peft_config.items() if key != "freeze_a"}
+        given = {key: value for key, value in peft_config.items() if key != "freeze_a"}
         types = {t.value for t in peft.PeftType}
-        if fields.get("peft_type") not in types:
-            raise UnknownNameError("peft_type", fields.get("peft_type"), types, most=len(types))
-        method = peft.PeftConfig.from_peft_type(**fields)
+        if given.get("peft_type") not in types:
+            raise UnknownNameError("peft_type", given.get("peft_type"), types, most=len(types))
+        method = peft.PeftConfig.from_peft_type(**given)
     else:
         method = copy.deepcopy(peft_config)
     if method.task_type is None and task_type in {t.value for t in peft.TaskType}:
