@@ -58,3 +58,15 @@ def test_all_methods_with_closed_formulas_in_the_benchmark_need_no_peft() -> Non
     assert {"FULL_FINETUNING", "ADALORA", "BOFT", "FOURIERFT", "IA3", "LOKR", "LORA"} <= closed
     assert {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"} <= closed
     assert len(ROWS) == 31
+
+
+def test_default_targets_of_the_lora_family() -> None:
+    """lora, qlora and dora adapt all linear layers; the others peft's own q and v, as the published LoRA-FA run did."""
+    # B alone, on q (3072) and v (1024) of 28 layers at r 32: 28·32·(3072 + 1024) = 3,670,016
+    assert peftplan.estimate("llama-3.2-3b", method="lora-fa", r=32).trainable_parameters == 3_670_016
+    # A and B there: 28·32·(3072 + 3072 + 3072 + 1024) = 9,175,040
+    for method in ("rslora", "lora+"):
+        assert peftplan.estimate("llama-3.2-3b", method=method, r=32).trainable_parameters == 9_175_040
+    # all seven: in + out of q, k, v, o, gate, up, down = 6144 + 4096 + 4096 + 6144 + 3·11264 = 54,272; 28·32·54,272 = 48,627,712
+    for method in ("lora", "qlora"):
+        assert peftplan.estimate("llama-3.2-3b", method=method, r=32).trainable_parameters == 48_627_712

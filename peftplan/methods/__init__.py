@@ -57,15 +57,15 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "rslora", "LORA", "lora", "LoraConfig", "lora", "LoRA scaled by alpha / sqrt(r)",
-            "Kalajdzievski 2023, arXiv 2312.03732", {"use_rslora": True},
+            "Kalajdzievski 2023, arXiv 2312.03732", {"use_rslora": True, "target_modules": "peft-default"},
         ),
         Method(
             "lora+", "LORA", "lora", "LoraConfig", "lora", "LoRA with a higher learning rate for B; the tensors of LoRA",
-            "Hayou et al. 2024, arXiv 2402.12354",
+            "Hayou et al. 2024, arXiv 2402.12354", {"target_modules": "peft-default"},
         ),
         Method(
             "lora-fa", "LORA", "lora", "LoraConfig", "lora", "LoRA whose A stays frozen", "Zhang et al. 2023, arXiv 2308.03303",
-            {"freeze_a": True},
+            {"freeze_a": True, "target_modules": "peft-default"},
         ),
         Method(
             "adalora", "ADALORA", "adalora", "AdaLoraConfig", "adalora", "SVD-shaped LoRA whose ranks shrink while training",

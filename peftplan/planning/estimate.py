@@ -146,12 +146,13 @@ def _method(
     named = methods.method_named(name) if name else None
     if named is not None and named.peft_type != _peft_type(raw):
         raise InputError("method", name, f"the peft_config is of type {_peft_type(raw)}; accepted: a method of that type")
-    raw = {**raw, **(named.defaults if named else {}), **options}
+    presets = {key: value for key, value in (named.defaults if named else {}).items() if key != "target_modules"}
+    raw = {**raw, **presets, **options}
     try:
         method, config = methods.from_peft_config(raw)
         return named or method, config, raw
     except NeedsPeftError:
-        if named is not None and named.defaults:
+        if presets:
             raise
         return named, None, raw
 
