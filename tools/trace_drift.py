@@ -47,8 +47,8 @@ INTRO = """# Drift of traced peaks
 
 Peaks that other people's runs measured on a GPU, and what `peftplan.trace` gives for the same run, replayed through its model of
 torch's caching allocator. Drift is traced ÷ measured − 1: plus is too much. Nothing is fitted but one length that a source does
-not record, stated below. Written by `python tools/trace_drift.py --tokens 664 668 672 --write`; the measured numbers, with source and
-licence, are in `data/published/`."""
+not record, stated below. Written by `python tools/trace_drift.py --tokens 664 668 672 --write`; the measured numbers, with source
+and licence, are in `data/published/`."""
 
 T4_NOTE = """fitcheck-llm 0.3.1 (MIT), `data/published/peaks_t4.jsonl`: LoRA r 32 on q, k, v, o; fp16 base with fp32 adapters,
 AdamW, non-reentrant checkpointing, a plain loop that holds the outputs, exact-length batches, a warm step and then a measured
