@@ -120,10 +120,11 @@ def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfi
     import peft.optimizers
 
     method = _config_object(peft_config, task_type)
+    autocast = setup.adapter_dtype == "fp32" or setup.trainer == "trl"  # TRL casts what trains afterwards, and no buffer
     before = {id(p) for p in base.parameters()}
     try:
         with stand_ins(method.peft_type.value), torch.device("meta"):
-            model = peft.get_peft_model(base, method, autocast_adapter_dtype=True)
+            model = peft.get_peft_model(base, method, autocast_adapter_dtype=autocast)
         if isinstance(peft_config, Mapping) and peft_config.get("freeze_a"):
             peft.optimizers.create_lorafa_optimizer(model, r=method.r, lora_alpha=method.lora_alpha, lr=LORAFA_LR)
     except Exception as error:  # peft raises whatever its code meets
