@@ -68,9 +68,8 @@ CAUSES = """## Known open causes
   the 15 quantized TinyLlama rows measured from 1,070.05 to 1,078.05 MiB: allocated bytes of these rows are not known closer.
 - Reserved bytes depend on every earlier step, since what lasts pins the segments it lies in. The trace has seen one step before
   the steady one, of the same length; steps of other lengths, evaluation and saving are not replayed.
-- OSF: peft 0.19 computes each whole weight anew in the forward, peft 0.21 no longer does; and the trace makes every adapter in
-  fp32 and then casts its parameters, so what OSF keeps as buffers stays fp32, where this run had bf16. Traced with peft 0.19.1
-  and `autocast_adapter_dtype=False` at 668 tokens, this row comes to 38.79 GB (+0.63 %).
+- OSF: peft 0.19 computes each whole weight anew in the forward, which peft 0.21, traced here, no longer does. Traced with peft
+  0.19.1 at 668 tokens, this row comes to 38.79 GB (+0.63 %).
 - The LoRA-FA row is exactly 50 MiB below LoRA's, about what the gradients and states of A take, so the inputs of A were saved for
   backward all the same. A frozen A saves none. Why they were is not known.
 - Prefix tuning is short, and prompt tuning, p-tuning and adaption prompt are over, by more than the rest; peft 0.19.1 gives the
