@@ -55,14 +55,7 @@ def estimate(
     """
     if engine not in ("analytic", "trace"):
         raise UnknownNameError("engine", engine, ("analytic", "trace"))
-    if training_args is not None or quantization_config is not None:
-        from peftplan.planning import ecosystem
-
-        stored = ecosystem.quant_options(quantization_config)
-        if options.get("quant") not in (None, stored.get("quant")):
-            stored = {}  # another format than the object's: its details do not apply
-        set_here = {name: value for name, value in options.items() if value is not None}
-        options = {**ecosystem.training_options(training_args), **stored, **set_here}
+    options = _with_objects(options, training_args=training_args, quantization_config=quantization_config)
     given, method_options = _separate(options)
     chosen, config, adapter = _method(method, peft_config, method_options)
     setup = parse_setup({**_method_setup(chosen, given), **{k: v for k, v in given.items() if v is not None}})
@@ -76,24 +69,8 @@ def estimate(
         supports_sdpa=architecture.supports_sdpa,
         use_cache=bool(architectures.load_config(model).get("use_cache", True)),
     )
-    optimizer = parse_optim(str(setup.optim))
     adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
-    adapter_dtype, trained_dtype = _adapter_dtypes(setup)
-    built = parameters.build(
-        architecture,
-        adaptation,
-        dtype=setup.dtype,
-        adapter_dtype=adapter_dtype,
-        quant=quant,
-        kbit_prepare=bool(setup.kbit_prepare),
-        trained_dtype=trained_dtype,
-    )
-    static = (
-        parameters.weight_lines(built)
-        + parameters.buffer_lines(architecture, adaptation, dtype=setup.dtype, adapter_dtype=adapter_dtype)
-        + parameters.gradient_lines(built, optimizer)
-        + _optimizer(built, optimizer, setup)
-    )
+    built, static = _static(architecture, adaptation, quant, setup)
     cards = find_cards(gpu)
     peaks = (
         None if engine == "analytic" else _traced(model, architecture, (chosen, config, adapter), adaptation, quant, setup, cards)
@@ -116,6 +93,43 @@ def estimate(
         gpus=tuple(verdict(card, static.bytes(), peaks) for card in cards),
         peaks=peaks,
     )
+
+
+def _with_objects(options: dict[str, Any], *, training_args: Any, quantization_config: Any) -> dict[str, Any]:
+    """The options with what the ecosystem's objects say beneath them; an option given as None sets nothing."""
+    if training_args is None and quantization_config is None:
+        return options
+    from peftplan.planning import ecosystem
+
+    stored = ecosystem.quant_options(quantization_config)
+    if options.get("quant") not in (None, stored.get("quant")):
+        stored = {}  # another format than the object's: its details do not apply
+    set_here = {name: value for name, value in options.items() if value is not None}
+    return {**ecosystem.training_options(training_args), **stored, **set_here}
+
+
+def _static(
+    architecture: Architecture, adaptation: Adaptation, quant: QuantConfig | None, setup: Setup
+) -> tuple[parameters.Parameters, Ledger]:
+    """The parameters, and the lines of what lasts from step to step with the gradients."""
+    optimizer = parse_optim(str(setup.optim))
+    adapter_dtype, trained_dtype = _adapter_dtypes(setup)
+    built = parameters.build(
+        architecture,
+        adaptation,
+        dtype=setup.dtype,
+        adapter_dtype=adapter_dtype,
+        quant=quant,
+        kbit_prepare=bool(setup.kbit_prepare),
+        trained_dtype=trained_dtype,
+    )
+    static = (
+        parameters.weight_lines(built)
+        + parameters.buffer_lines(architecture, adaptation, dtype=setup.dtype, adapter_dtype=adapter_dtype)
+        + parameters.gradient_lines(built, optimizer)
+        + _optimizer(built, optimizer, setup)
+    )
+    return built, static
 
 
 def _separate(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
