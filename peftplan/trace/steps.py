@@ -6,24 +6,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from peftplan.errors import RefusedError
+from peftplan.memory.ledger import Category
 from peftplan.planning.setup import Setup
 from peftplan.trace.differences import cuda_autocast
 from peftplan.trace.optimizers import Steps
 from peftplan.trace.quantized import TORCH_DTYPES
-from peftplan.trace.tracker import Tracker
 
 STEPS = 2
 """Optimizer steps of a trace: the first makes the states, the second is the steady state."""
 
 MAX_GRAD_NORM = 1.0
 """Trainer's default clipping."""
+
+
+class Watcher(Protocol):
+    """What a program tells: the phase that begins, and what a tensor is. A trace's `Tracker`, or a measurement's recorder."""
+
+    phase: str
+    began: list[tuple[int, str]]
+
+    def begin(self, phase: str) -> None: ...
+    def register(self, tensor: torch.Tensor, category: Category, name: str, *, op: str = ...) -> None: ...
 
 
 @dataclass
@@ -33,10 +44,11 @@ class Run:
     model: nn.Module
     batch: dict[str, torch.Tensor]
     optimizer: Steps
-    tracker: Tracker
+    tracker: Watcher
     setup: Setup
     outputs_outlive_step: bool = False
     started: int = 0
+    steps: int = STEPS
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -49,11 +61,14 @@ class Run:
             if p.grad is not None:
                 self.tracker.register(p.grad, "gradients", f"{name}.grad", op="backward")
 
+    def autocast(self) -> AbstractContextManager[None]:
+        """The run's autocast, on fake tensors."""
+        return cuda_autocast(None if self.setup.autocast == "none" else TORCH_DTYPES[str(self.setup.autocast)])
+
     def forward(self) -> Any:
         """One forward under the run's autocast."""
         self.tracker.begin("forward")
-        autocast = None if self.setup.autocast == "none" else TORCH_DTYPES[str(self.setup.autocast)]
-        with cuda_autocast(autocast):
+        with self.autocast():
             return self.model(**self.batch)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -78,7 +93,7 @@ def plain(run: Run) -> None:
     loop without one (`outputs_outlive_step`) they stay until the next forward has returned.
     """
     outputs = None
-    for _ in range(STEPS):
+    for _ in range(run.steps):
         run.started = len(run.tracker.began)
         for _ in range(run.setup.gradient_accumulation_steps):
             outputs = run.forward()
@@ -94,7 +109,7 @@ def plain(run: Run) -> None:
 
 def transformers(run: Run) -> None:
     """`Trainer.training_step`: `compute_loss` drops the outputs before backward; gradients are clipped before the step."""
-    for _ in range(STEPS):
+    for _ in range(run.steps):
         run.started = len(run.tracker.began)
         for _ in range(run.setup.gradient_accumulation_steps):
             loss = _compute_loss(run)
