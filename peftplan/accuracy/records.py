@@ -1,0 +1,189 @@
+"""The run record: one training run that somebody measured, in peftplan's own words, with its circumstances.
+
+Bytes are integers as torch counts them (`max_memory_allocated`, `max_memory_reserved`) or as the driver does (`device_bytes`).
+A record says what its source left open (`unknown`) and what its setup cannot say (`differs`); a record with neither is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from peftplan.planning.setup import PRESETS, parse_setup
+
+SCHEMA_VERSION = 1
+
+Phase = Literal["load", "forward", "backward", "step"]
+PHASES: tuple[Phase, ...] = ("load", "forward", "backward", "step")
+Metric = Literal["allocated", "reserved", "device"]
+METRICS: tuple[Metric, ...] = ("allocated", "reserved", "device")
+
+NumBytes = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+
+PINNED = frozenset({"trainer", "dtype", "adapter_dtype", "batch_size", "seq_len", "gradient_accumulation_steps"}) | frozenset(
+    {"attn_implementation", "padding", "keep_gradients", *PRESETS["plain"]}
+)
+"""Options that every record states, so that no default of a later peftplan changes what was measured."""
+
+
+class Part(BaseModel):
+    """A part of a record: frozen, strict in its types, closed to unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Run(Part):
+    """What ran: the arguments of `peftplan.estimate`.
+
+    `method` with `method_config` (its fields, under peft's names), or `peft_config` (a whole adapter config), or both, where the
+    method adds to the config what its name implies. `options` are fields of `planning.setup.Setup`; those in `PINNED` must be there.
+    """
+
+    model: Text
+    method: Text | None = None
+    peft_config: dict[str, Any] | None = None
+    method_config: dict[str, Any] = {}
+    options: dict[str, Any]
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        parse_setup(options)
+        missing = sorted(name for name in PINNED if options.get(name) is None)
+        if missing:
+            raise ValueError(f"a record states every option; missing: {', '.join(missing)}")
+        return options
+
+    @model_validator(mode="after")
+    def _method(self) -> Run:
+        if self.method is None and self.peft_config is None:
+            raise ValueError("either method or peft_config is needed")
+        return self
+
+    @property
+    def method_name(self) -> str:
+        """The method as it is shown: its name, or the peft type of its config."""
+        return self.method or str((self.peft_config or {}).get("peft_type", "")).lower()
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `peftplan.estimate` besides the model, the card and the engine."""
+        return {"method": self.method, "peft_config": self.peft_config, **self.method_config, **self.options}
+
+
+class Circumstances(Part):
+    """Where, when and with what it ran, and who published it."""
+
+    gpu: Text
+    gpu_id: str | None = None
+    """The card's id in peftplan's catalogue, where it is there."""
+    compute_capability: str | None = None
+    num_gpus: Annotated[int, Field(ge=1)] = 1
+    rank: Annotated[int, Field(ge=0)] = 0
+    driver: str | None = None
+    cuda: str | None = None
+    versions: dict[str, str] = {}
+    """Package → version: torch, transformers, peft, bitsandbytes, trl, accelerate, …"""
+    allocator: str | None = None
+    """`PYTORCH_ALLOC_CONF` as it was set; None where it was not, or where nothing is said about it."""
+    framework: str | None = None
+    commit: str | None = None
+    date: str | None = None
+    source: Text
+    """Who measured: the name by which drift is grouped."""
+    repo: str | None = None
+    path: str | None = None
+    licence: Text
+
+
+class Peak(Part):
+    """A peak as torch's allocator counts it; None where it was not read."""
+
+    allocated: NumBytes | None = None
+    reserved: NumBytes | None = None
+
+
+class Measured(Part):
+    """The peaks of a run. `by_phase` holds each phase's own, with the counters reset in between; `overall` is that of the run."""
+
+    by_phase: dict[Phase, Peak] = {}
+    overall: Peak = Peak()
+    device_bytes: NumBytes | None = None
+    """What the device showed for the process or as used (NVML, nvidia-smi): reserved, context and all else."""
+    context_bytes: NumBytes | None = None
+    """The part of `device_bytes` that was there before the first tensor, where it was measured."""
+    rounding_bytes: NumBytes = 0
+    """The last digit that the source printed: 0.01 GiB is 10,737,418 bytes; 0 where bytes were printed."""
+
+    def figure(self, metric: Metric, phase: Phase | None = None) -> int | None:
+        """The measured number of bytes, or None."""
+        if metric == "device":
+            return None if phase else self.device_bytes
+        peak = self.by_phase.get(phase, Peak()) if phase else self.overall
+        return peak.allocated if metric == "allocated" else peak.reserved
+
+
+class Counts(Part):
+    """Parameters as the run printed them."""
+
+    trainable: Count | None = None
+    total: Count | None = None
+
+
+class Tolerance(Part):
+    """The largest drift without sign, in percent, that an engine may show against this record: overall, and in each phase."""
+
+    allocated: Annotated[float, Field(gt=0)] | None = None
+    reserved: Annotated[float, Field(gt=0)] | None = None
+    device: Annotated[float, Field(gt=0)] | None = None
+
+
+class Record(Part):
+    """One measured run."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    id: Text
+    run: Run
+    circumstances: Circumstances
+    outcome: Literal["ok", "oom", "failed"]
+    error: str | None = None
+    """The first line of what an oom or a failed run said."""
+    covers: Literal["steady-step", "training", "whole-run"]
+    """What the overall peak is the maximum over: one steady step; training without loading; or the process, loading included."""
+    peaks: Measured = Measured()
+    counts: Counts = Counts()
+    kept_alive: tuple[Text, ...] = ()
+    """What the program held on to from forward to the end of the step, or longer: outputs, gradients, kv cache, …"""
+    steps: tuple[dict[str, Any], ...] = ()
+    """Raw figures as the program read them, step by step."""
+    unknown: tuple[Text, ...] = ()
+    """What the source does not say, and what the setup assumes instead."""
+    differs: tuple[Text, ...] = ()
+    """What ran differently from what the setup says."""
+    tolerance: dict[Literal["analytic", "trace"], Tolerance] = {}
+    note: str | None = None
+
+    @model_validator(mode="after")
+    def _measured(self) -> Record:
+        overall = self.peaks.overall
+        if self.outcome == "ok" and (overall.allocated, overall.reserved, self.peaks.device_bytes) == (None, None, None):
+            raise ValueError("a run that went well states at least one overall peak")
+        return self
+
+    @cached_property
+    def exact(self) -> bool:
+        """Whether the setup says all that ran: only then is drift the engine's own."""
+        return not self.unknown and not self.differs
+
+    def payload(self) -> dict[str, Any]:
+        """The record as JSON: fields with their default value are left out."""
+        return {"schema_version": self.schema_version, **self.model_dump(mode="json", exclude_defaults=True)}
+
+
+def full_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a resolved setup that say something, as a record states them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if value is not None}
