@@ -13,6 +13,7 @@ from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.memory.ledger import Ledger
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
+from peftplan.planning.job import Job
 from peftplan.planning.result import Estimate, Peaks
 from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, parse_setup, resolved
 from peftplan.planning.verdicts import capability, find_cards, verdict
@@ -55,21 +56,16 @@ def estimate(
     """
     if engine not in ("analytic", "trace"):
         raise UnknownNameError("engine", engine, ("analytic", "trace"))
-    options = _with_objects(options, training_args=training_args, quantization_config=quantization_config)
-    given, method_options = _separate(options)
-    chosen, config, adapter = _method(method, peft_config, method_options)
-    setup = parse_setup({**_method_setup(chosen, given), **{k: v for k, v in given.items() if v is not None}})
-    architecture = architectures.load(
-        model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
+    job = prepare(
+        model,
+        method=method,
+        peft_config=peft_config,
+        quantization_config=quantization_config,
+        training_args=training_args,
+        **options,
     )
-    quant = _quant(setup, chosen)
-    setup = resolved(
-        setup,
-        quantized=quant is not None,
-        supports_sdpa=architecture.supports_sdpa,
-        use_cache=bool(architectures.load_config(model).get("use_cache", True)),
-    )
-    adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
+    architecture, adaptation, quant, setup = job.architecture, job.adaptation, job.quant, job.setup
+    chosen, config, adapter = job.method, job.config, job.adapter
     built, static = _static(architecture, adaptation, quant, setup)
     cards = find_cards(gpu)
     peaks = (
@@ -93,6 +89,34 @@ def estimate(
         gpus=tuple(verdict(card, static.bytes(), peaks) for card in cards),
         peaks=peaks,
     )
+
+
+def prepare(
+    model: Any,
+    *,
+    method: str | None = None,
+    peft_config: Any = None,
+    quantization_config: Any = None,
+    training_args: Any = None,
+    **options: Any,
+) -> Job:
+    """What is asked for, checked and resolved: the same for every engine. Arguments and errors as `estimate`."""
+    options = _with_objects(options, training_args=training_args, quantization_config=quantization_config)
+    given, method_options = _separate(options)
+    chosen, config, adapter = _method(method, peft_config, method_options)
+    setup = parse_setup({**_method_setup(chosen, given), **{k: v for k, v in given.items() if v is not None}})
+    architecture = architectures.load(
+        model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
+    )
+    quant = _quant(setup, chosen)
+    setup = resolved(
+        setup,
+        quantized=quant is not None,
+        supports_sdpa=architecture.supports_sdpa,
+        use_cache=bool(architectures.load_config(model).get("use_cache", True)),
+    )
+    adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
+    return Job(model, chosen, config, adapter, setup, quant, architecture, adaptation)
 
 
 def _with_objects(options: dict[str, Any], *, training_args: Any, quantization_config: Any) -> dict[str, Any]:

@@ -1,0 +1,193 @@
+"""The device: the only module that asks torch.cuda and NVML anything. Tests put a double in its place.
+
+Bytes are integers. `allocated` and `reserved` are those of torch's caching allocator (`torch.cuda.memory_stats`, torch 2.13);
+`process` is what the driver counts for this process, context included, and `used` for the whole device (NVML, nvidia-ml-py 13).
+In a container the driver does not know the process by our id: `process` is then None, never a guess.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from peftplan.errors import MissingExtraError, PeftplanError
+
+SNAPSHOT_ENTRIES = 1_000_000
+"""Allocator events that a snapshot keeps; the oldest go first (`_record_memory_history(max_entries=)`)."""
+
+ALLOCATOR_VARIABLES = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUBLASLT_WORKSPACE_SIZE",
+    "CUDA_MODULE_LOADING",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
+)
+"""Environment variables that change what is allocated or reserved."""
+
+
+class NoCudaError(PeftplanError):
+    """There is no CUDA device to measure on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a measurement depends on besides its setup."""
+
+    gpu: str
+    compute_capability: str
+    total_bytes: int
+    """What CUDA reports as the device's memory."""
+    driver: str | None
+    cuda: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The allocator's counters: now, and their peaks since the last reset."""
+
+    allocated: int
+    reserved: int
+    peak_allocated: int
+    peak_reserved: int
+
+
+class Device(Protocol):
+    """What a measurement asks of a device."""
+
+    torch_device: torch.device
+    backend: str
+
+    def facts(self) -> Facts: ...
+    def synchronize(self) -> None: ...
+    def empty_cache(self) -> None: ...
+    def reset_peaks(self) -> None: ...
+    def read(self) -> Reading: ...
+    def free_bytes(self) -> int: ...
+    def process_bytes(self) -> int | None: ...
+    def used_bytes(self) -> int | None: ...
+    def autocast(self, dtype: torch.dtype) -> AbstractContextManager[Any]: ...
+    def is_out_of_memory(self, error: BaseException) -> bool: ...
+    def start_history(self) -> None: ...
+    def save_history(self, path: Path) -> None: ...
+
+
+class Cuda:
+    """One CUDA device of this process."""
+
+    backend = "nccl"
+
+    def __init__(self, index: int) -> None:
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(index)
+        self._nvml = _nvml_handle(index)
+
+    def facts(self) -> Facts:
+        """Name, compute capability and memory as CUDA reports them, driver and CUDA versions."""
+        properties = torch.cuda.get_device_properties(self.torch_device)
+        return Facts(
+            gpu=properties.name,
+            compute_capability=f"{properties.major}.{properties.minor}",
+            total_bytes=properties.total_memory,
+            driver=_driver_version() if self._nvml is not None else None,
+            cuda=torch.version.cuda,
+        )
+
+    def synchronize(self) -> None:
+        """Wait for every kernel, so that no free is still to come."""
+        torch.cuda.synchronize(self.torch_device)
+
+    def empty_cache(self) -> None:
+        """Give every segment without a live block back to the driver."""
+        torch.cuda.empty_cache()
+
+    def reset_peaks(self) -> None:
+        """Peaks start again from what is there now."""
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def read(self) -> Reading:
+        """The allocator's counters."""
+        stats = torch.cuda.memory_stats(self.torch_device)
+        kinds = ("allocated_bytes", "reserved_bytes")
+        return Reading(*(int(stats.get(f"{kind}.all.{at}", 0)) for at in ("current", "peak") for kind in kinds))
+
+    def free_bytes(self) -> int:
+        """What the driver can still give (`cudaMemGetInfo`)."""
+        return int(torch.cuda.mem_get_info(self.torch_device)[0])
+
+    def process_bytes(self) -> int | None:
+        """What the driver counts for this process: context, kernels, allocator; None where it does not say."""
+        if self._nvml is None:
+            return None
+        import pynvml  # type: ignore[import-untyped]
+
+        try:
+            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._nvml)
+        except pynvml.NVMLError:
+            return None
+        return next((int(p.usedGpuMemory) for p in processes if p.pid == os.getpid() and p.usedGpuMemory), None)
+
+    def used_bytes(self) -> int | None:
+        """What the driver counts as used on the whole device, by every process."""
+        if self._nvml is None:
+            return None
+        import pynvml
+
+        return int(pynvml.nvmlDeviceGetMemoryInfo(self._nvml).used)
+
+    def autocast(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
+        """CUDA's autocast."""
+        return torch.autocast("cuda", dtype=dtype)
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """torch's own error, and CUDA's where a library outside the allocator asked (bitsandbytes, NCCL)."""
+        return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+    def start_history(self) -> None:
+        """Record every allocation from here on, without stacks."""
+        torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES, stacks="python")
+
+    def save_history(self, path: Path) -> None:
+        """Write torch's memory snapshot (a pickle, as pytorch.org/memory_viz reads it) and stop recording."""
+        torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def open_device(index: int | None = None) -> Device:
+    """The CUDA device of this process: `index`, else `LOCAL_RANK` as torchrun and accelerate set it, else 0.
+
+    Raises NoCudaError where there is none.
+    """
+    if not torch.cuda.is_available():
+        built = f"this torch {torch.__version__} is built without CUDA" if torch.version.cuda is None else "torch sees no device"
+        raise NoCudaError(f"measure needs a CUDA GPU, and {built}; `peftplan estimate --engine trace` needs none")
+    return Cuda(int(os.environ.get("LOCAL_RANK", "0")) if index is None else index)
+
+
+def allocator_settings() -> dict[str, str]:
+    """The variables of `ALLOCATOR_VARIABLES` that are set."""
+    return {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
+
+
+def _nvml_handle(index: int) -> Any:
+    """NVML's handle of the device, found by its UUID, since `CUDA_VISIBLE_DEVICES` renumbers; None where NVML has none (MIG)."""
+    try:
+        import pynvml
+    except ImportError:
+        raise MissingExtraError("measure (nvidia-ml-py)", "measure") from None
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+    except pynvml.NVMLError:
+        return None
+
+
+def _driver_version() -> str:
+    import pynvml
+
+    return str(pynvml.nvmlSystemGetDriverVersion())

@@ -1,0 +1,35 @@
+"""A job: a model, a method and a setup, checked and resolved, before an engine looks at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peftplan import methods
+from peftplan.arch.modules import Architecture
+from peftplan.methods.adaptation import Adaptation, MethodConfig
+from peftplan.planning.setup import Setup
+from peftplan.storage import QuantConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `estimate` counts, `trace` traces and `measure` runs.
+
+    `method` and `config` are None where only peft itself can count the `adapter` config; `adapter` is empty where a method was
+    named and no adapter config given.
+    """
+
+    model: Any
+    method: methods.Method | None
+    config: MethodConfig | None
+    adapter: dict[str, Any]
+    setup: Setup
+    quant: QuantConfig | None
+    architecture: Architecture
+    adaptation: Adaptation
+
+    @property
+    def method_name(self) -> str:
+        """The method as it is shown."""
+        return self.method.name if self.method else str(self.adapter.get("peft_type")).lower()
