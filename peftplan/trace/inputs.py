@@ -1,0 +1,202 @@
+"""The batch that a model's forward takes in training: by its class, its config and the arguments of its forward.
+
+Text is `batch_size × seq_len`; what else a sample holds (pictures, sound, a decoder's tokens) follows from the model's own config
+and the field's habits, and is said in `Inputs.facts`. Values are zeros: only shapes and dtypes matter to a trace.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftplan.errors import InputError, RefusedError
+from peftplan.planning.setup import Setup
+from peftplan.trace.pictures import picture_inputs
+
+SAMPLING_RATE = 16_000
+MAX_SECONDS = 20
+"""Longest clip of `run_speech_recognition_ctc.py` (`max_duration_in_seconds`) and `run_audio_classification.py`
+(`max_length_seconds`), transformers' examples; speech encoders read 16 kHz."""
+FRAMES_PER_POSITION = 2
+"""Whisper's second convolution has stride 2: mel frames per encoder position."""
+
+PER_SAMPLE = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification", "ForVideoClassification")
+PER_TOKEN = ("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+ACCEPTED = (*PER_SAMPLE, *PER_TOKEN, "ForQuestionAnswering", "ForCTC")
+
+
+@dataclass
+class Inputs:
+    """What one micro batch holds. `tokens` are the numbers of rows that a tensor over the vocabulary can have, without virtual
+    tokens, per sample."""
+
+    batch: dict[str, Any]
+    tokens: frozenset[int]
+    facts: dict[str, int | str] = field(default_factory=dict)
+
+
+def inputs(model: Any, setup: Setup) -> Inputs:
+    """The batch for a model of transformers, before peft wraps it. Raises InputError for a length that the model's position
+    table does not hold, RefusedError for a class without a loss."""
+    takes = frozenset(inspect.signature(model.forward).parameters)
+    config = model.config
+    if "input_features" in takes and config.is_encoder_decoder:
+        return _transcription(model, setup)
+    if "input_values" in takes:
+        return _sound(model, setup)
+    if "input_ids" not in takes:
+        return _pictures(model, takes, setup)
+    if config.is_encoder_decoder:
+        return _seq2seq(model, setup)
+    return _text(model, takes, setup)
+
+
+def _text(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
+    b, s = setup.batch_size, setup.seq_len
+    check_length(model, "seq_len", s)
+    batch: dict[str, Any] = {"input_ids": ids(b, s)}
+    if setup.padding:
+        batch["attention_mask"] = ids(b, s, value=1)
+    pictures = picture_inputs(model, takes, setup)
+    batch |= pictures.batch | labels(model, takes, b, s)
+    if "use_cache" in takes and hasattr(model.config, "use_cache"):
+        batch["use_cache"] = bool(setup.use_cache)
+    return Inputs(batch, frozenset({s, s - 1, 1}), pictures.facts)
+
+
+def _seq2seq(model: Any, setup: Setup) -> Inputs:
+    """Encoder and decoder both of `seq_len`; a decoder with a shorter position table takes what it holds."""
+    b, s = setup.batch_size, setup.seq_len
+    check_length(model, "seq_len", s, side="encoder")
+    longest = max_positions(model, side="decoder")
+    d = s if longest is None else min(s, longest)
+    batch: dict[str, Any] = {"input_ids": ids(b, s)}
+    if setup.padding:
+        batch["attention_mask"] = ids(b, s, value=1)
+    name = type(model).__name__
+    of_decoder = name.endswith("ForConditionalGeneration")
+    if of_decoder:
+        check_decoder_start(model)
+    batch |= labels(model, frozenset(inspect.signature(model.forward).parameters), b, d if of_decoder else s)
+    facts: dict[str, int | str] = {"decoder_seq_len": d} if of_decoder else {}
+    return Inputs({**batch, "use_cache": bool(setup.use_cache)}, frozenset({d, d - 1}), facts)
+
+
+def _transcription(model: Any, setup: Setup) -> Inputs:
+    """Whisper's kind: every clip is padded to the encoder's whole window, and the labels are `seq_len` tokens."""
+    b, s = setup.batch_size, setup.seq_len
+    check_length(model, "seq_len", s, side="decoder")
+    check_decoder_start(model)
+    frames = FRAMES_PER_POSITION * model.config.max_source_positions
+    sound = torch.zeros((b, model.config.num_mel_bins, frames), dtype=_dtype(model, setup))
+    batch = {"input_features": sound, "labels": ids(b, s), "use_cache": bool(setup.use_cache)}
+    return Inputs(batch, frozenset({s, s - 1}), {"mel_frames": frames, "decoder_seq_len": s})
+
+
+def _sound(model: Any, setup: Setup) -> Inputs:
+    """Raw samples of the longest clip that the examples keep, or the spectrogram of the size that the config states."""
+    b, config = setup.batch_size, model.config
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+        shape, facts = (b, config.max_length, config.num_mel_bins), {"mel_frames": config.max_length}
+        sound = torch.zeros(shape, dtype=_dtype(model, setup))
+        return Inputs({"input_values": sound, **labels(model, frozenset({"labels"}), b, 1)}, frozenset(), dict(facts))
+    samples = MAX_SECONDS * SAMPLING_RATE
+    frames = int(model._get_feat_extract_output_lengths(torch.tensor(samples)))
+    tokens = min(setup.seq_len, frames)
+    batch = {"input_values": torch.zeros((b, samples), dtype=_dtype(model, setup))}
+    batch |= labels(model, frozenset(inspect.signature(model.forward).parameters), b, tokens)
+    of_text: dict[str, int | str] = {"label_tokens": tokens} if type(model).__name__.endswith("ForCTC") else {}
+    return Inputs(batch, frozenset({frames}), {"audio_seconds": MAX_SECONDS, "sampling_rate": SAMPLING_RATE, **of_text})
+
+
+def _pictures(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
+    """One picture (or clip) per sample, of the size that the config states."""
+    found = picture_inputs(model, takes, setup)
+    if not found.batch:
+        raise RefusedError(f"engine: trace knows no input of {type(model).__name__}; accepted: text, pictures, sound")
+    return Inputs({**found.batch, **labels(model, takes, setup.batch_size, 1)}, frozenset(), found.facts)
+
+
+def labels(model: Any, takes: frozenset[str], b: int, s: int) -> dict[str, Any]:
+    """What the class computes its loss from: the shape follows from the end of its name."""
+    name = type(model).__name__
+    if "start_positions" in takes and name.endswith("ForQuestionAnswering"):
+        return {"start_positions": ids(b), "end_positions": ids(b)}
+    if "return_loss" in takes:
+        return {"return_loss": True}
+    if "labels" in takes and name.endswith(PER_SAMPLE):
+        return {"labels": _classes(model.config, b)}
+    if "labels" in takes and name.endswith((*PER_TOKEN, "ForCTC")):
+        return {"labels": ids(b, s)}
+    known = ", ".join(f"…{end}" for end in ACCEPTED)
+    raise RefusedError(f"engine: {name} has no loss that a trace could train; accepted with task_type: {known}")
+
+
+def _classes(config: Any, b: int) -> torch.Tensor:
+    """One label per sample; floats where the config states regression, one per class where it states several labels."""
+    if config.problem_type == "multi_label_classification":
+        return torch.zeros((b, config.num_labels))
+    if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
+        return torch.zeros((b,) if config.num_labels == 1 else (b, config.num_labels))
+    return ids(b)
+
+
+def ids(*shape: int, value: int = 0) -> torch.Tensor:
+    """A tensor of token ids, or of ones as a mask."""
+    return torch.full(shape, value, dtype=torch.int64)
+
+
+def _dtype(model: Any, setup: Setup) -> torch.dtype:
+    """Of pictures and sound: the processor gives fp32, which only autocast takes beside weights of 16 bits."""
+    return torch.float32 if setup.autocast != "none" else model.dtype
+
+
+def check_decoder_start(model: Any) -> None:
+    """Labels become decoder inputs by shifting, which needs a token to start with (`shift_tokens_right`)."""
+    config = model.config.get_text_config(decoder=True)
+    for name in ("decoder_start_token_id", "pad_token_id"):
+        if getattr(config, name, None) is None and getattr(model.config, name, None) is None:
+            raise InputError(f"model: {name}", None, f"accepted: a token id; {type(model).__name__} shifts its labels with it")
+
+
+def check_length(model: Any, name: str, length: int, *, side: str = "") -> None:
+    """Raises InputError for more tokens than the side's position table has rows."""
+    longest = max_positions(model, side=side)
+    if longest is not None and length > longest:
+        raise InputError(name, length, f"accepted: up to {longest}, the positions of {type(model).__name__}")
+
+
+OTHER_SIDES = ("vision", "visual", "image", "audio", "speech", "qformer")
+
+
+def max_positions(model: Any, *, side: str = "") -> int | None:
+    """Rows of the smallest table of absolute positions that tokens of one side pass through; None without a table.
+
+    `side` is `encoder` or `decoder` of a model with both. Rotary and relative positions have no table and no bound.
+    """
+    found = []
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if any(other in part for part in parts for other in OTHER_SIDES) or (side and side not in parts):
+            continue
+        if isinstance(module, nn.Embedding) and _counts_positions(parts[-1]):
+            found.append(_rows(module))
+        elif "embed_positions" in module._buffers:
+            found.append(module._buffers["embed_positions"].shape[0])
+    return min(found, default=None)
+
+
+def _counts_positions(leaf: str) -> bool:
+    return leaf == "wpe" or ("position" in leaf and "relative" not in leaf and "bias" not in leaf)
+
+
+def _rows(table: nn.Embedding) -> int:
+    """Positions that a table holds: OPT and BART skip `offset` rows, RoBERTa the rows up to the padding's."""
+    if hasattr(table, "offset"):
+        return table.num_embeddings - int(table.offset)
+    return table.num_embeddings if table.padding_idx is None else table.num_embeddings - table.padding_idx - 1
