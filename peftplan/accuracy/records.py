@@ -40,11 +40,12 @@ class Part(BaseModel):
 class Run(Part):
     """What ran: the arguments of `peftplan.estimate`.
 
-    `method` with `method_config` (its fields, under peft's names), or `peft_config` (a whole adapter config), or both, where the
-    method adds to the config what its name implies. `options` are fields of `planning.setup.Setup`; those in `PINNED` must be there.
+    `model`: a built-in name, a Hub id, or a whole config. `method` with `method_config` (its fields, under peft's names), or
+    `peft_config` (a whole adapter config), or both, where the method adds to the config what its name implies. `options` are
+    fields of `planning.setup.Setup`; those in `PINNED` must be there.
     """
 
-    model: Text
+    model: Text | dict[str, Any]
     method: Text | None = None
     peft_config: dict[str, Any] | None = None
     method_config: dict[str, Any] = {}
@@ -64,6 +65,11 @@ class Run(Part):
         if self.method is None and self.peft_config is None:
             raise ValueError("either method or peft_config is needed")
         return self
+
+    @property
+    def model_name(self) -> str:
+        """The model as it is shown."""
+        return self.model if isinstance(self.model, str) else str(self.model.get("_name_or_path") or self.model.get("model_type"))
 
     @property
     def method_name(self) -> str:
@@ -145,7 +151,7 @@ class Tolerance(Part):
 class Record(Part):
     """One measured run."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     id: Text
     run: Run
     circumstances: Circumstances
