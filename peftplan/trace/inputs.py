@@ -26,7 +26,7 @@ FRAMES_PER_POSITION = 2
 """Whisper's second convolution has stride 2: mel frames per encoder position."""
 
 PER_SAMPLE = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification", "ForVideoClassification")
-PER_TOKEN = ("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+PER_TOKEN = ("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "LMHeadModel", "MTModel", "ForConditionalGeneration")
 ACCEPTED = (*PER_SAMPLE, *PER_TOKEN, "ForQuestionAnswering", "ForCTC")
 
 
@@ -79,7 +79,7 @@ def _seq2seq(model: Any, setup: Setup) -> Inputs:
     if setup.padding:
         batch["attention_mask"] = ids(b, s, value=1)
     name = type(model).__name__
-    of_decoder = name.endswith("ForConditionalGeneration")
+    of_decoder = name.endswith(("MTModel", "ForConditionalGeneration"))
     if of_decoder:
         check_decoder_start(model)
     batch |= labels(model, frozenset(inspect.signature(model.forward).parameters), b, d if of_decoder else s)

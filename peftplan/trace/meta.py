@@ -78,7 +78,7 @@ def model_class(config: Mapping[str, Any], hf_config: Any, *, name: str, task_ty
     cls = getattr(transformers, stated, None)
     known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     stated_task = task_of(stated, hf_config) if stated else None
-    if known and task_type in (None, stated_task):
+    if known and (not task_type or task_type == stated_task):
         return cls
     task = task_type or stated_task
     for candidate in (task,) if task else ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
@@ -115,6 +115,8 @@ def task_of(class_name: str, hf_config: Any) -> str | None:
         return "SEQ_2_SEQ_LM" if hf_config.is_encoder_decoder else "CAUSAL_LM"
     if class_name.endswith("LMHeadModel"):
         return "CAUSAL_LM"
+    if class_name.endswith("MTModel"):
+        return "SEQ_2_SEQ_LM"
     return next((task for task, end in sorted(TASK_TYPES.items(), key=lambda t: -len(t[1])) if class_name.endswith(end)), None)
 
 
