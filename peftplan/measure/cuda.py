@@ -62,6 +62,8 @@ class Device(Protocol):
 
     torch_device: torch.device
     backend: str
+    before_bytes: int | None
+    """What the driver counted as used on the whole device before this process touched it."""
 
     def facts(self) -> Facts: ...
     def synchronize(self) -> None: ...
@@ -71,6 +73,7 @@ class Device(Protocol):
     def free_bytes(self) -> int: ...
     def process_bytes(self) -> int | None: ...
     def used_bytes(self) -> int | None: ...
+    def context_bytes(self) -> int | None: ...
     def autocast(self, dtype: torch.dtype) -> AbstractContextManager[Any]: ...
     def is_out_of_memory(self, error: BaseException) -> bool: ...
     def start_history(self) -> None: ...
@@ -84,8 +87,9 @@ class Cuda:
 
     def __init__(self, index: int) -> None:
         self.torch_device = torch.device("cuda", index)
-        torch.cuda.set_device(index)
         self._nvml = _nvml_handle(index)
+        self.before_bytes = self.used_bytes()
+        torch.cuda.set_device(index)
 
     def facts(self) -> Facts:
         """Name, compute capability and memory as CUDA reports them, driver and CUDA versions."""
@@ -139,6 +143,13 @@ class Cuda:
         import pynvml
 
         return int(pynvml.nvmlDeviceGetMemoryInfo(self._nvml).used)
+
+    def context_bytes(self) -> int | None:
+        """What the driver counts for this process besides the allocator's segments; before the first tensor, the context."""
+        process, used = self.process_bytes(), self.used_bytes()
+        if process is None and used is not None and self.before_bytes is not None:
+            process = used - self.before_bytes
+        return None if process is None else process - self.read().reserved
 
     def autocast(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
         """CUDA's autocast."""

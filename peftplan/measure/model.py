@@ -1,0 +1,171 @@
+"""The model of a measured run, as the user's script would make it, on a real device: loaded, prepared, adapted, checkpointed.
+
+Weights come from `from_pretrained` itself, with a state dict whose tensors are made when they are asked for: its own order,
+casts, warm-up and quantization, one tensor in host memory at a time for a quantized base, and no download. Values are random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from peftplan.arch import sources
+from peftplan.errors import RefusedError
+from peftplan.planning.job import Job
+from peftplan.planning.setup import CAST_BY_TRL, Setup
+from peftplan.planning.traced import as_peft_config
+from peftplan.storage import QuantConfig
+from peftplan.trace.count import COPIES, LORAFA_LR, _config_object
+from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.trace.quantized import TORCH_DTYPES
+
+MEASURED = ("nf4", "fp4", "int8")
+"""Formats that `from_pretrained` quantizes dense weights to."""
+
+POOL_ELEMENTS = 2**20
+"""Random numbers that weights are tiled with: as good as fresh ones for memory, and made in no time."""
+SCALE = 0.02
+"""Standard deviation of the weights, that of transformers' `initializer_range`: activations stay finite."""
+
+
+MAGNITUDE = "lora_magnitude_vector"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model ready to train, and its base inside peft's wrapper; counts as `get_nb_trainable_parameters` gives them."""
+
+    model: Any
+    base: Any
+    num_trainable: int
+    num_total: int
+
+
+class Weight:
+    """A tensor of a checkpoint that is made when it is indexed, as a slice of a safetensors file is read."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, pool: torch.Tensor) -> None:
+        self.shape, self.dtype, self.pool = shape, dtype, pool
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        numel = prod(self.shape)
+        tiled = self.pool.repeat(-(-numel // POOL_ELEMENTS))[:numel] if numel > POOL_ELEMENTS else self.pool[:numel].clone()
+        whole = tiled.reshape(self.shape)
+        return whole if index is Ellipsis else whole[index]
+
+
+def make(job: Job, device: torch.device) -> Made:
+    """The whole model on the device. Raises RefusedError for what cannot be built."""
+    with quiet_transformers():
+        base = load(job, device)
+        setup = job.setup
+        if job.quant is not None and setup.kbit_prepare:
+            _kbit_prepare(base)
+        if setup.gradient_checkpointing:
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        peft_config = as_peft_config(job.method, job.config, job.adapter, job.adaptation)
+        model = base if peft_config is None else adapt(base, peft_config, job)
+    model.train()
+    return Made(model, base, *counts(model))
+
+
+def load(job: Job, device: torch.device) -> Any:
+    """The base model: a quantized one is loaded on the device, a dense one on the host and then moved, as Trainer does it."""
+    setup, config = job.setup, config_of(job)
+    hf_config = build_config(config, name="model")
+    cls = model_class(config, hf_config, name="model", task_type=job.architecture.task_type)
+    state = weights(build_model(config, hf_config, cls, name="model"), TORCH_DTYPES[setup.dtype])
+    quantized = {} if job.quant is None else {"quantization_config": _bnb_config(job.quant), "device_map": {"": device}}
+    model = cls.from_pretrained(
+        None,
+        config=hf_config,
+        state_dict=state,
+        dtype=TORCH_DTYPES[setup.dtype],
+        attn_implementation=setup.attn_implementation,
+        **quantized,
+    )
+    return model if job.quant is not None else model.to(device)
+
+
+def config_of(job: Job) -> dict[str, Any]:
+    """The config.json of the job, with the number of labels that was asked for."""
+    labels = {} if job.setup.num_labels is None else {"num_labels": job.setup.num_labels}
+    return {**sources.load_config(job.model), **labels}
+
+
+def weights(model: Any, dtype: torch.dtype) -> dict[str, Weight]:
+    """A checkpoint for a model on meta: every parameter once, and the buffers that are saved."""
+    pool = torch.randn(POOL_ELEMENTS, generator=torch.Generator().manual_seed(0)).mul_(SCALE).to(dtype)
+    own = dict(model.named_parameters())
+    saved = {name: tensor for name, tensor in model.state_dict().items() if name in dict(model.named_buffers())}
+    return {name: Weight(tensor.shape, dtype, pool) for name, tensor in {**own, **saved}.items()}
+
+
+def _bnb_config(quant: QuantConfig) -> Any:
+    """transformers' own config for a format of ours. Raises RefusedError for formats not in `MEASURED`."""
+    from transformers import BitsAndBytesConfig
+
+    if quant.name not in MEASURED:
+        raise RefusedError(f"quant: {quant.name} cannot be measured; {', '.join(MEASURED)} can")
+    skip = {"llm_int8_skip_modules": list(quant.skip_modules)} if quant.skip_modules else {}
+    if quant.name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, **skip)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.name,
+        bnb_4bit_use_double_quant=bool(quant.double_quant),
+        bnb_4bit_compute_dtype=TORCH_DTYPES[str(quant.compute_dtype)],
+        **skip,
+    )
+
+
+def _kbit_prepare(model: Any) -> None:
+    """`prepare_model_for_kbit_training`; its checkpointing is left to `make`."""
+    import peft
+
+    peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
+
+
+def adapt(base: Any, peft_config: Mapping[str, Any], job: Job) -> Any:
+    """`get_peft_model`, LoRA-FA's freezing, and the adapter's dtype: peft's fp32, TRL's bf16, or what the setup says."""
+    import peft
+    import peft.optimizers
+
+    setup = job.setup
+    cast_by_trl = setup.trainer == "trl" and setup.quant in CAST_BY_TRL
+    before = {id(p) for p in base.parameters()}
+    try:
+        method = _config_object(peft_config, job.architecture.task_type)
+        model: Any = peft.get_peft_model(base, method, autocast_adapter_dtype=cast_by_trl or setup.adapter_dtype == "fp32")
+        if peft_config.get("freeze_a"):
+            peft.optimizers.create_lorafa_optimizer(model, r=method.r, lora_alpha=method.lora_alpha, lr=LORAFA_LR)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # peft raises whatever its code meets
+        lines = " ".join(str(error).split())[:200]
+        raise RefusedError(f"peft {peft.__version__} refuses it: {type(error).__name__}: {lines}") from error
+    _cast(model, before, setup, by_trl=cast_by_trl)
+    return model
+
+
+def _cast(model: Any, before: set[int], setup: Setup, *, by_trl: bool) -> None:
+    """What peft made, in the adapter's dtype; copies of the base's own modules keep theirs. TRL 1.16 casts all that trains, and
+    leaves DoRA's magnitudes (`SFTTrainer.__init__`)."""
+    target = TORCH_DTYPES[str(setup.adapter_dtype)]
+    for name, parameter in model.named_parameters():
+        made = id(parameter) not in before and not any(part in name for part in COPIES)
+        by_trainer = by_trl and parameter.requires_grad and MAGNITUDE not in name
+        if (by_trainer if by_trl else made) and parameter.is_floating_point():
+            parameter.data = parameter.data.to(target)
+
+
+def counts(model: Any) -> tuple[int, int]:
+    """Trainable and total parameters, 4-bit weights at their real count, as peft and transformers count them."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        trainable, total = model.get_nb_trainable_parameters()
+        return int(trainable), int(total)
+    return int(model.num_parameters(only_trainable=True)), int(model.num_parameters())

@@ -1,0 +1,72 @@
+"""The real optimizer of a run: Trainer's own `create_optimizer`, or for a plain loop the class that Trainer would take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from peftplan.errors import RefusedError
+from peftplan.optim import parse_optim
+from peftplan.planning.setup import Setup
+
+
+@dataclass
+class Real:
+    """An optimizer as a step program asks for it."""
+
+    optimizer: Any
+
+    def step(self) -> None:
+        """The optimizer's own step."""
+        self.optimizer.step()
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """The optimizer's own `zero_grad`."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def after_step(self) -> None:
+        """Nothing is left to name."""
+
+
+def make_optimizer(setup: Setup, model: Any, device: torch.device) -> Real:
+    """The setup's optimizer over the trainable parameters of a model on the device.
+
+    Trainer groups them by weight decay, and tells 8-bit optimizers to leave embeddings in 32 bits; a plain loop does neither.
+    Raises RefusedError for an optimizer that steps inside backward, which the step programs do not run.
+    """
+    known = parse_optim(str(setup.optim))
+    if known.step_implementation == "in-backward":
+        raise RefusedError(f"optim: {known.name} steps inside backward and cannot be measured; the others can")
+    with TemporaryDirectory() as folder:
+        arguments = _arguments(setup, folder, device)
+        if setup.trainer == "plain":
+            return Real(_plain(arguments, model))
+        from transformers import Trainer
+
+        return Real(Trainer(model=model, args=arguments).create_optimizer())
+
+
+def _arguments(setup: Setup, folder: str, device: torch.device) -> Any:
+    """TrainingArguments that say nothing but the optimizer."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=folder,
+        optim=str(setup.optim),
+        optim_args=setup.optim_args,
+        optim_target_modules=list(setup.optim_target_modules) if setup.optim_target_modules else None,
+        use_cpu=device.type == "cpu",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def _plain(arguments: Any, model: Any) -> Any:
+    from transformers import Trainer
+
+    made, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    parameters = options.pop("params", None) or [p for p in model.parameters() if p.requires_grad]
+    return made(parameters, **options)

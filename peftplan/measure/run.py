@@ -1,0 +1,145 @@
+"""One measured run: the model is made, a step program runs on it, and each phase's peaks are read from the device.
+
+The program is the trace engine's own (`trace.steps`): both engines run the same loop. An out-of-memory error is an outcome, and
+so is any other failure; what was read until then is kept. Left out: data loader, logging, evaluation, saving, fp16's GradScaler.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from peftplan.errors import InputError, RefusedError
+from peftplan.measure.cuda import Device
+from peftplan.measure.model import make
+from peftplan.measure.optimizers import make_optimizer
+from peftplan.measure.recorder import Figure, Recorder
+from peftplan.planning.job import Job
+from peftplan.trace.inputs import inputs
+from peftplan.trace.quantized import TORCH_DTYPES
+from peftplan.trace.steps import Run, program
+
+WARMUP, STEPS = 1, 2
+"""Optimizer steps: the first makes the optimizer's states; two more show whether the steady state is one."""
+
+PADDED = 1
+"""Tokens of each sequence that a padding mask hides: enough to make it a real one."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run showed. `context_bytes`: what the driver counted before the first tensor; `before_bytes`: what it counted on the
+    whole device before this process touched it."""
+
+    outcome: Literal["ok", "oom", "failed"]
+    error: str | None
+    figures: tuple[Figure, ...]
+    warmup: int
+    num_trainable: int | None
+    num_total: int | None
+    context_bytes: int | None
+    before_bytes: int | None
+
+
+@dataclass
+class DeviceRun(Run):
+    """A step program's run on a real device."""
+
+    device: Device = field(kw_only=True)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The run's autocast, the device's own."""
+        name = str(self.setup.autocast)
+        return nullcontext() if name == "none" else self.device.autocast(TORCH_DTYPES[name])
+
+    def name_gradients(self) -> None:
+        """Names are a trace's matter."""
+
+
+def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEPS, snapshot: Path | None = None) -> Outcome:
+    """Run `warmup` + `steps` optimizer steps of a job on the device and read every phase.
+
+    `snapshot`: where torch's memory snapshot is written. Raises RefusedError for a job that cannot be run, InputError for counts
+    that make no sense.
+    """
+    if warmup < 0 or steps < 1:
+        raise InputError("steps", (warmup, steps), "accepted: at least one step, after no or more warm-up steps")
+    stepping = program(job.setup)
+    device.synchronize()
+    device.empty_cache()
+    device.reset_peaks()
+    context = device.context_bytes()
+    if snapshot is not None:
+        device.start_history()
+    recorder = Recorder(device)
+    counted: tuple[int | None, int | None] = (None, None)
+    outcome, message = "ok", None
+    try:
+        made = make(job, device.torch_device)
+        counted = made.num_trainable, made.num_total
+        model = _distributed(made.model, device)
+        batch = filled(inputs(made.base, job.setup).batch, made.base, device.torch_device)
+        optimizer = make_optimizer(job.setup, made.model, device.torch_device)
+        run = DeviceRun(model, batch, optimizer, recorder, job.setup, steps=warmup + steps, device=device)
+        stepping(run)
+        recorder.close()
+    except (RefusedError, InputError):
+        raise
+    except Exception as error:  # any operation of any model
+        outcome, message = ("oom" if device.is_out_of_memory(error) else "failed"), _first_line(error, recorder.phase)
+        if outcome == "oom":
+            recorder.close()
+    if snapshot is not None:
+        device.save_history(snapshot)
+    return Outcome(outcome, message, tuple(recorder.figures), warmup, *counted, context, device.before_bytes)  # type: ignore[arg-type]
+
+
+def filled(batch: dict[str, Any], model: Any, device: torch.device) -> dict[str, Any]:
+    """The batch on the device, with random tokens, since a mixture's memory depends on where its router sends them, and with a
+    mask that hides something."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            if name == "input_ids" and vocabulary and not value.any():
+                value = torch.randint(vocabulary, value.shape, generator=generator)
+            elif name == "attention_mask":
+                value = value.clone()
+                value[:, -PADDED:] = 0
+            value = value.to(device)
+        found[name] = value
+    return found
+
+
+def world_size() -> int:
+    """Processes of this run, as torchrun and accelerate say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _distributed(model: nn.Module, device: Device) -> nn.Module:
+    """With several processes, torch's DistributedDataParallel with its defaults, as accelerate wraps a model."""
+    if world_size() == 1:
+        return model
+    from torch.distributed import init_process_group, is_initialized
+
+    if not is_initialized():
+        init_process_group(device.backend)
+    of_gpu = device.torch_device.type == "cuda"
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device.torch_device.index] if of_gpu else None)
+
+
+def _first_line(error: Exception, phase: str) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{phase}: {type(error).__name__}: {' '.join(lines[:1])[:300]}"
