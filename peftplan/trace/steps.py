@@ -1,6 +1,7 @@
 """Step programs: the loop around the model decides what is alive when, so each trainer has its own.
 
 `plain`: a hand-written loop. `transformers`: Trainer's `training_step` under accelerate (transformers 5.24, accelerate 1.15).
+`trl`: SFTTrainer, which computes the loss itself (trl 1.16 `SFTTrainer.compute_loss`).
 """
 
 from __future__ import annotations
@@ -109,10 +110,22 @@ def plain(run: Run) -> None:
 
 def transformers(run: Run) -> None:
     """`Trainer.training_step`: `compute_loss` drops the outputs before backward; gradients are clipped before the step."""
+    _by_trainer(run, _compute_loss)
+
+
+def trl(run: Run) -> None:
+    """Trainer's steps around SFTTrainer's loss. Its collator always gives a mask, of ones where nothing is padded."""
+    if "attention_mask" not in run.batch:
+        run.batch["attention_mask"] = torch.ones_like(run.batch["input_ids"])
+    run.batch["use_cache"] = False  # type: ignore[assignment]
+    _by_trainer(run, _compute_loss if run.setup.loss == "unsloth" else _compute_loss_of_trl)
+
+
+def _by_trainer(run: Run, compute_loss: Callable[[Run], torch.Tensor]) -> None:
     for _ in range(run.steps):
         run.started = len(run.tracker.began)
         for _ in range(run.setup.gradient_accumulation_steps):
-            loss = _compute_loss(run)
+            loss = compute_loss(run)
             run.backward(loss)
             del loss
         run.tracker.begin("step")
@@ -121,7 +134,26 @@ def transformers(run: Run) -> None:
 
 
 def _compute_loss(run: Run) -> torch.Tensor:
-    """`Trainer.compute_loss` on a model that accelerate prepared: under autocast it returns fp32 copies of all outputs.
+    """`Trainer.compute_loss`: the model's own loss."""
+    return _loss(_prepared_forward(run))
+
+
+def _compute_loss_of_trl(run: Run) -> torch.Tensor:
+    """`SFTTrainer.compute_loss`: the loss from per-token log-probabilities; entropy and accuracy are summed while they live.
+
+    Left out: `.item()` and the sums over processes; `num_items_in_batch`, a scalar.
+    """
+    outputs = _prepared_forward(run)
+    per_token_loss = -outputs["log_probs"]
+    num_tokens = outputs["label_mask"].sum()
+    loss: torch.Tensor = per_token_loss.sum() / num_tokens.clamp(min=1)
+    outputs["entropy"].detach().sum() / num_tokens
+    outputs["is_top1"].sum() / num_tokens
+    return loss
+
+
+def _prepared_forward(run: Run) -> Any:
+    """The forward of a model that accelerate prepared: under autocast it returns fp32 copies of all 16-bit outputs.
 
     Source: accelerate `ConvertOutputsToFp32` (utils/operations.py): the 16-bit outputs live until the copies are made.
     """
@@ -130,7 +162,7 @@ def _compute_loss(run: Run) -> torch.Tensor:
         from accelerate.utils import convert_to_fp32  # type: ignore[import-untyped]
 
         outputs = convert_to_fp32(outputs)
-    return _loss(outputs)
+    return outputs
 
 
 def _loss(outputs: Any) -> torch.Tensor:
@@ -138,15 +170,28 @@ def _loss(outputs: Any) -> torch.Tensor:
     return loss
 
 
-PROGRAMS: dict[str, Callable[[Run], None]] = {"plain": plain, "transformers": transformers, "qlora-paper": transformers}
+PROGRAMS: dict[str, Callable[[Run], None]] = {
+    "plain": plain,
+    "transformers": transformers,
+    "qlora-paper": transformers,
+    "trl": trl,
+}
+LOSSES_OF_TRL = ("trl-chunked", "unsloth")
+"""SFTTrainer 1.16 projects in chunks whatever `loss_type` says, and refuses Liger's fused loss (it keeps Liger's layer kernels);
+Unsloth replaces its `compute_loss` by Trainer's."""
+
+
+def phases_begun(setup: Setup) -> int:
+    """How many phases a whole run begins: load, and those of each step."""
+    return 1 + STEPS * (2 * setup.gradient_accumulation_steps + 1)
 
 
 def program(setup: Setup) -> Callable[[Run], None]:
-    """The program of the setup's trainer. Raises RefusedError for what cannot be traced yet."""
-    if setup.loss != "full":
-        raise RefusedError(f"loss: {setup.loss} cannot be traced yet; full can")
-    if setup.trainer not in PROGRAMS:
-        raise RefusedError(f"trainer: {setup.trainer} cannot be traced yet; {', '.join(PROGRAMS)} can")
+    """The program of the setup's trainer. Raises RefusedError for what no trainer does."""
+    if setup.trainer == "trl" and setup.loss not in LOSSES_OF_TRL:
+        raise RefusedError(
+            f"loss: SFTTrainer of trl 1.16 cannot compute the {setup.loss} loss; accepted: {', '.join(LOSSES_OF_TRL)}"
+        )
     if setup.trainer != "plain" and setup.keep_outputs:
         raise RefusedError(f"keep_outputs: {setup.trainer} drops the outputs in compute_loss")
     return PROGRAMS[setup.trainer]

@@ -20,7 +20,13 @@ CUBLASLT_BYTES = 1 * MIB
 """`CUBLASLT_WORKSPACE_SIZE`'s default, 1024 KiB."""
 
 _ATEN = torch.ops.aten
-PRODUCTS = frozenset({_ATEN.mm.default, _ATEN.bmm.default, _ATEN.addmm.default, _ATEN.baddbmm.default, _ATEN.addbmm.default})
+PRODUCTS = frozenset(
+    {
+        _ATEN.mm.default, _ATEN.mm.out, _ATEN.mm.dtype, _ATEN.mm.dtype_out, _ATEN.bmm.default,
+        _ATEN.addmm.default, _ATEN.addmm.out, _ATEN.addmm.dtype_out, _ATEN.addmm_.default,
+        _ATEN.baddbmm.default, _ATEN.addbmm.default,
+    }
+)  # fmt: skip
 """Matrix products that cuBLAS computes."""
 
 

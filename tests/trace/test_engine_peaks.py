@@ -104,8 +104,7 @@ def test_choice_of_the_attention_kernel(dtype: str, mask: bool, gqa: bool, capab
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"trainer": "trl"}, "trl"),
-        ({"trainer": "plain", "loss": "liger"}, "liger"),
+        ({"trainer": "trl", "loss": "full"}, "full"),
         ({"trainer": "plain", "quant": "hqq"}, "hqq"),
         ({"trainer": "plain", "optim": "grokadamw"}, "grokadamw"),
         ({"trainer": "transformers", "keep_outputs": True}, "keep_outputs"),

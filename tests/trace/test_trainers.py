@@ -1,0 +1,170 @@
+"""SFTTrainer's step: TRL's own class on a tiny model on the CPU, storage by storage, against the step program."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, patch
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+import peft
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftplan.errors import RefusedError
+from peftplan.planning.setup import parse_setup, resolved
+from peftplan.trace import losses
+from peftplan.trace.model import cast_by_trl
+from peftplan.trace.steps import Run, program
+from tests.trace.engine_case import llama, lora, traced
+
+ROWS, LENGTH, VOCAB = 2, 40, 40_000
+TOKENS = ROWS * (LENGTH - 1)
+SCALARS = 64
+"""Storages up to so many bytes are counts and single numbers."""
+
+
+class Storages(TorchDispatchMode):
+    """Sizes of new storages in order, and the largest sum of those alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[int] = []
+        self.known: set[int] = set()
+        self.alive = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor.untyped_storage())
+        return out
+
+    def see(self, storage: Any) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.alive += nbytes
+        self.peak = max(self.peak, self.alive)
+        if nbytes > SCALARS:
+            self.made.append(nbytes)
+        weakref.finalize(storage, self.freed, key, nbytes)
+
+    def freed(self, key: int, nbytes: int) -> None:
+        self.known.discard(key)
+        self.alive -= nbytes
+
+
+class Launched:
+    """A Triton kernel that does nothing: `kernel[grid](...)`."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def tiny_model() -> Any:
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB
+    )
+    base = transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    return peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+def batch() -> dict[str, Any]:
+    ids = torch.ones(ROWS, LENGTH, dtype=torch.int64)
+    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+
+
+def storages_of_trl(model: Any, tmp_path: Any) -> Storages:
+    """SFTTrainer's `compute_loss` and backward, with kernels that do nothing in place of Triton's and of products into fp32."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from trl.kernels import chunked_logprob
+
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "a": 1})), pad_token="<pad>", eos_token="<pad>"
+    )
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path), bf16=True, use_cpu=True, report_to=[], gradient_checkpointing=False, max_length=LENGTH
+    )
+    data = Dataset.from_list([{"input_ids": [1] * LENGTH}] * ROWS)
+    trainer = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+    prepared = trainer.accelerator.prepare_model(trainer.model)
+    nothing = Launched()
+    with (
+        patch.object(chunked_logprob, "_use_triton", lambda device: True),
+        patch("trl.trainer.utils._use_triton", lambda device: True),
+        patch.object(chunked_logprob, "_forward_kernel", nothing),
+        patch.object(chunked_logprob, "_backward_kernel", nothing),
+        patch.object(chunked_logprob, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b)), create=True),
+        patch.object(chunked_logprob, "_addmm_fp32", lambda acc, a, b: None),
+        Storages() as seen,
+    ):
+        trainer.compute_loss(prepared, batch()).backward()
+    return seen
+
+
+def storages_of_ours(model: Any) -> Storages:
+    """The step program's loss and backward on the same model, with real tensors."""
+    setup = resolved(parse_setup({"trainer": "trl"}), quantized=False, supports_sdpa=True, use_cache=True)
+    losses.install(model.get_base_model(), loss="trl-chunked", seq_len=LENGTH, capability=(8, 0))
+    watcher = MagicMock()
+    watcher.began = []
+    with (
+        patch.object(losses, "accumulate", lambda into, a, b: None),
+        patch("torch.nn.utils.clip_grad_norm_"),
+        Storages() as seen,
+    ):
+        program(setup)(Run(model, batch(), MagicMock(), watcher, setup, steps=1))
+    return seen
+
+
+def test_sft_trainer_makes_these_storages(tmp_path: Any) -> None:
+    """Every storage of TRL's is one of ours, and as much is alive at most.
+
+    Ours shows what indexing by a mask takes inside one kernel on CUDA: int64 indices, two per token, of hidden states, labels, and
+    of the gradients of hidden states and of what was scattered (4 × 16 n); prefix sums of three masks (3 × 8 n). Theirs shows a
+    copy of the hidden states' gradient, which `index_backward` makes only under a dispatch mode (torch 2.13 FunctionsManual.cpp).
+    """
+    model = tiny_model()
+    theirs, ours = storages_of_trl(deepcopy(model), tmp_path), storages_of_ours(model)
+    copy_under_a_mode = TOKENS * 64 * 2
+    assert Counter(theirs.made) - Counter(ours.made) == Counter([copy_under_a_mode])
+    assert Counter(ours.made) - Counter(theirs.made) == Counter([16 * TOKENS] * 4 + [8 * TOKENS] * 3)
+    assert TOKENS * 32768 * 2 in ours.made  # the tile: 78 tokens of 4096, 32,768 columns whatever the vocabulary
+    assert abs(theirs.peak - ours.peak) <= copy_under_a_mode
+
+
+def test_a_mask_of_ones_is_in_every_batch_of_trl() -> None:
+    trace = traced(llama(1), lora(["q_proj"]), trainer="trl", seq_len=64)
+    assert any(m.storage.shape == (1, 64) and m.storage.dtype == "int64" for m in trace.log)
+
+
+@pytest.mark.parametrize("loss", ["full", "liger"])
+def test_losses_that_trl_cannot_compute_are_refused(loss: str) -> None:
+    with pytest.raises(RefusedError, match=f"cannot compute the {loss} loss; accepted: trl-chunked, unsloth"):
+        traced(llama(1), lora(["q_proj"]), trainer="trl", loss=loss, seq_len=8)
+
+
+def test_trl_leaves_only_magnitudes_in_fp32_on_a_quantized_base() -> None:
+    """SFTTrainer casts what trains to bf16, `lora_magnitude_vector` excepted; copies of whole modules too."""
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in llama(1).items() if k != "architectures"}))
+    config = peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(base, config)
+    cast_by_trl(model, torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight"
+    }
+    assert dtypes["base_model.model.lm_head.modules_to_save.default.weight"] == torch.bfloat16
