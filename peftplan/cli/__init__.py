@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "models": "The built-in models and their parameter counts.",
     "methods": "The PEFT methods, and the fields of one.",
     "gpus": "The GPU catalogue: what each card has and what a program can get of it.",
+    "check": "The engines against measured runs: drift, verdicts, and what moved.",
 }
 """Commands and their one-line help; the module `peftplan.cli.<name>` is imported when its command runs."""
 

@@ -1,0 +1,196 @@
+"""Drift: what an engine states against what was measured, figure by figure, and its summary over many runs.
+
+Drift is signed, in percent of what was measured: stated ÷ measured − 1. Verdicts are asked of cards made for one run: 1 % below
+its measured peak (`fits` is wrong there) and 10 % above it (`does_not_fit` is wrong there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from peftplan.accuracy.engines import OVERALL, Case, Figure, Stated
+from peftplan.accuracy.records import Phase, Record
+
+WITHIN = (1, 3, 5)
+"""Percent: the shares of a summary."""
+BELOW, ABOVE = 0.99, 1.10
+"""The two synthetic cards, as shares of the measured peak."""
+
+Wrong = Literal["own", "below", "above"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One figure of one run, in bytes."""
+
+    figure: Figure
+    measured: int
+    stated: int
+    rounding: int = 0
+
+    @property
+    def drift(self) -> float:
+        """Signed, in percent of what was measured."""
+        return 100 * (self.stated / self.measured - 1)
+
+    @property
+    def slack(self) -> float:
+        """Percent that the source's rounding leaves open: half its last digit."""
+        return 50 * self.rounding / self.measured
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one engine states of one case."""
+
+    case: Case
+    stated: Stated
+
+    @property
+    def record(self) -> Record:
+        return self.case.record
+
+    @property
+    def compared(self) -> tuple[Compared, ...]:
+        """Every figure that was both measured and stated."""
+        rounding = self.record.peaks.rounding_bytes
+        both = ((figure, measured, self.stated.figures.get(figure)) for figure, measured in measured_figures(self.record))
+        return tuple(Compared(figure, measured, stated, rounding) for figure, measured, stated in both if stated is not None)
+
+    @property
+    def overall(self) -> tuple[Compared, ...]:
+        """Those that are peaks of the whole run."""
+        return tuple(found for found in self.compared if found.figure in OVERALL)
+
+    @property
+    def miscounts(self) -> tuple[tuple[str, int, int], ...]:
+        """(what, printed by the run, stated) of each count that differs."""
+        counts = self.record.counts
+        pairs = (("trainable", counts.trainable, self.stated.trainable), ("total", counts.total, self.stated.total))
+        return tuple((what, printed, stated) for what, printed, stated in pairs if _differ(printed, stated))  # type: ignore[misc]
+
+    @property
+    def wrong_verdicts(self) -> dict[Wrong, str]:
+        """Verdicts that what was measured contradicts: on the card it ran on, and on cards just below and well above its peak."""
+        return dict(_wrong(self))
+
+
+def _differ(printed: int | None, stated: int | None) -> bool:
+    return printed is not None and stated is not None and printed != stated
+
+
+def measured_figures(record: Record) -> Iterator[tuple[Figure, int]]:
+    """What a record measured: overall peaks, then the allocated bytes of each phase."""
+    for metric in OVERALL:
+        found = record.peaks.figure(metric)  # type: ignore[arg-type]
+        if found:
+            yield metric, found
+    phases: Iterable[Phase] = record.peaks.by_phase
+    for phase in phases:
+        found = record.peaks.figure("allocated", phase)
+        if found:
+            yield phase, found
+
+
+def _wrong(answer: Answer) -> Iterator[tuple[Wrong, str]]:
+    own, outcome = answer.stated.verdict, answer.record.outcome
+    if outcome == "ok" and own == "does_not_fit":
+        yield "own", own
+    if outcome == "oom" and own == "fits":
+        yield "own", own
+    peak = next(iter(sorted(answer.overall, key=lambda found: ("reserved", "allocated", "device").index(found.figure))), None)
+    if peak is None:
+        return
+    if (below := synthetic_verdict(peak, share=BELOW)) == "fits":
+        yield "below", below
+    if (above := synthetic_verdict(peak, share=ABOVE)) == "does_not_fit":
+        yield "above", above
+
+
+def synthetic_verdict(peak: Compared, *, share: float) -> str:
+    """What peftplan says of a card with `share` of the measured peak, asked with the stated one."""
+    from peftplan.hardware.gpus import Gpu
+    from peftplan.planning.result import Peaks
+    from peftplan.planning.verdicts import verdict
+
+    card = Gpu(id="synthetic", name="synthetic", capacity_bytes=int(share * peak.measured))
+    return verdict(card, 0, Peaks(ledgers={}, reserved=peak.stated)).verdict
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Drift of one figure over the runs of one group."""
+
+    group: str
+    figure: Figure
+    rows: int
+    median: float
+    median_unsigned: float
+    worst: float
+    worst_id: str
+    within: tuple[float, ...]
+    """Shares of the rows within `WITHIN` percent."""
+
+
+GROUPINGS: dict[str, Callable[[Record], str]] = {
+    "source": lambda record: record.circumstances.source,
+    "method": lambda record: record.run.method_name,
+    "model": lambda record: record.run.model_name,
+    "setup": lambda record: "says all that ran" if record.exact else "leaves something open",
+}
+
+
+def summaries(answers: Sequence[Answer], by: str, figures: Sequence[Figure] = OVERALL) -> list[Summary]:
+    """A summary per group and figure, groups in alphabetical order."""
+    found: dict[tuple[str, Figure], list[tuple[float, str]]] = {}
+    for answer in answers:
+        for one in answer.compared:
+            if one.figure in figures:
+                found.setdefault((GROUPINGS[by](answer.record), one.figure), []).append((one.drift, answer.record.id))
+    order = sorted(found, key=lambda key: (key[0].lower(), figures.index(key[1])))
+    return [_summary(group, figure, found[group, figure]) for group, figure in order]
+
+
+def _summary(group: str, figure: Figure, drifts: Sequence[tuple[float, str]]) -> Summary:
+    only = [drift for drift, _ in drifts]
+    worst, worst_id = max(drifts, key=lambda pair: abs(pair[0]))
+    within = tuple(sum(abs(drift) <= limit for drift in only) / len(only) for limit in WITHIN)
+    return Summary(group, figure, len(only), median(only), median(map(abs, only)), worst, worst_id, within)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a check did with its records, and how many verdicts were asked and wrong."""
+
+    records: int
+    with_peak: int
+    no_peak: int
+    refused: int
+    counts_equal: int
+    counts_printed: int
+    verdicts: dict[Wrong, tuple[int, int]]
+    """Kind of card → (wrong, asked)."""
+
+
+def totals(answers: Sequence[Answer]) -> Totals:
+    """Totals over all answers."""
+    refused = [answer for answer in answers if answer.stated.refused is not None]
+    with_peak = [answer for answer in answers if answer.stated.figures]
+    counted = [answer for answer in answers if answer.record.counts.trainable is not None and answer.stated.trainable is not None]
+    asked: dict[Wrong, int] = {
+        "own": sum(answer.stated.verdict in ("fits", "tight", "does_not_fit") for answer in answers),
+        "below": sum(bool(answer.overall) for answer in answers),
+        "above": sum(bool(answer.overall) for answer in answers),
+    }
+    return Totals(
+        records=len(answers),
+        with_peak=len(with_peak),
+        no_peak=len(answers) - len(with_peak) - len(refused),
+        refused=len(refused),
+        counts_equal=sum(not answer.miscounts for answer in counted),
+        counts_printed=len(counted),
+        verdicts={kind: (sum(kind in answer.wrong_verdicts for answer in answers), number) for kind, number in asked.items()},
+    )

@@ -1,0 +1,62 @@
+"""`peftplan check [FILE…]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from peftplan.cli.options import Command
+
+
+@click.command("check", cls=Command)
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--engine", default="analytic", metavar="NAME", show_default=True, help="analytic | trace")
+@click.option("--id", "ids", multiple=True, metavar="ID", help="only this record; repeatable")
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="only N records, drawn by --seed")
+@click.option("--seed", type=int, default=0, metavar="S", show_default=True, help="of --sample")
+@click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE", help="default: data/runs/baseline.json")
+@click.option("--update-baseline", is_flag=True, help="store what is stated now, instead of comparing with it")
+@click.option("--report", is_flag=True, help="write docs/accuracy.md and its plots (needs matplotlib: extra dev)")
+@click.option("--repair", is_flag=True, help="set a truncated last line of FILE aside, and check nothing")
+@click.option("--format", "fmt", default="table", metavar="NAME", show_default=True, help="table | json | markdown | junit")
+def command(
+    files: tuple[Path, ...],
+    engine: str,
+    ids: tuple[str, ...],
+    sample: int | None,
+    seed: int,
+    baseline: Path | None,
+    update_baseline: bool,
+    report: bool,
+    repair: bool,
+    fmt: str,
+) -> int:
+    """What an engine states of measured runs, against what was measured.
+
+    Each FILE holds run records in JSON Lines; without one, those that ship with peftplan. Exit code 1 where a record's
+    tolerance is exceeded, a parameter count differs, or something moved against the baseline.
+
+    \b
+    peftplan check
+    peftplan check my-runs.jsonl --engine trace --sample 5
+    """
+    from peftplan.accuracy import regression
+    from peftplan.errors import UnknownNameError
+    from peftplan.report import accuracy
+
+    if fmt not in accuracy.FORMATS:
+        raise UnknownNameError("format", fmt, accuracy.FORMATS)
+    if repair:
+        for line in regression.repaired(files):
+            click.echo(line)
+        return 0
+    found = regression.run(
+        files, engine=engine, ids=ids, sample=sample, seed=seed, baseline=baseline, update_baseline=update_baseline
+    )
+    if report:
+        from peftplan.report import accuracy_page
+
+        accuracy_page.write(found)
+    accuracy.check(found, fmt=fmt)
+    return 1 if found.failures else 0

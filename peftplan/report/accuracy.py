@@ -1,0 +1,200 @@
+"""A check as text: tables for people, JSON for programs, JUnit XML for CI."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+from xml.etree import ElementTree
+
+from peftplan.accuracy.check import Check, shown
+from peftplan.accuracy.drift import GROUPINGS, WITHIN, Answer, Summary, Totals, summaries, totals
+from peftplan.accuracy.engines import BY_PHASE, FIGURES, OVERALL
+from peftplan.report import markdown
+from peftplan.report.tabular import Column
+
+FORMATS = ("table", "json", "markdown", "junit")
+SCHEMA_VERSION = 1
+SHARES = tuple(f"≤ {limit} %" for limit in WITHIN)
+SUMMARY = ("peak", "rows", "median", "median without sign", "worst", "of")
+UPDATE = "Where this is meant, `peftplan check --engine {engine} --update-baseline` stores what is stated now."
+
+
+def check(found: Check, *, fmt: str) -> None:
+    """Write a check to stdout."""
+    if fmt == "json":
+        json.dump(facts(found), sys.stdout, indent=2, ensure_ascii=False)
+        print()
+    elif fmt == "junit":
+        print(junit(found))
+    elif fmt == "markdown":
+        print("\n\n".join(as_markdown(found)))
+    else:
+        _terminal(found)
+
+
+def summary_cells(rows: Iterable[Summary]) -> list[tuple[str, ...]]:
+    """Summaries as cells under (group, *SUMMARY, *SHARES)."""
+    return [
+        (
+            row.group,
+            row.figure,
+            str(row.rows),
+            f"{row.median:+.2f} %",
+            f"{row.median_unsigned:.2f} %",
+            f"{row.worst:+.2f} %",
+            row.worst_id,
+            *(f"{share:.0%}" for share in row.within),
+        )
+        for row in rows
+    ]
+
+
+def headline(engine: str, found: Totals) -> list[str]:
+    """What was checked, in lines."""
+    lines = [
+        f"{found.records} measured runs, engine {engine}: {found.with_peak} with a stated peak,"
+        f" {found.no_peak} with no peak stated, {found.refused} refused.",
+        f"Parameter counts: {found.counts_equal} of {found.counts_printed} printed by the runs are equal.",
+    ]
+    cards = {"own": "on the card it ran on", "below": "on a card 1 % below its peak", "above": "on a card 10 % above its peak"}
+    verdicts = [f"{wrong} of {asked} {cards[kind]}" for kind, (wrong, asked) in found.verdicts.items() if asked]
+    return lines + ([f"Wrong verdicts: {', '.join(verdicts)}."] if verdicts else [])
+
+
+def endings(found: Check) -> list[str]:
+    """Failures, and what to do about them."""
+    lines = [failure.text(found.engine) for failure in found.failures]
+    if any(failure.kind == "baseline" for failure in found.failures):
+        lines.append(UPDATE.format(engine=found.engine))
+    if found.new:
+        lines.append(f"{found.new} records state more than the baseline holds; --update-baseline adds it.")
+    return lines or ["Nothing moved against the baseline, and no tolerance is exceeded."]
+
+
+def refused(answers: Sequence[Answer]) -> list[tuple[str, str]]:
+    """(how many, why) of what the engine refuses, most frequent first."""
+    reasons: dict[str, int] = {}
+    for answer in answers:
+        if answer.stated.refused is not None:
+            reasons[answer.stated.refused] = reasons.get(answer.stated.refused, 0) + 1
+    return [(str(times), why) for why, times in sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))]
+
+
+def as_markdown(found: Check) -> list[str]:
+    """The paragraphs of a check."""
+    parts = ["\n".join(f"- {line}" for line in headline(found.engine, totals(found.answers)))]
+    parts += tables(found.answers)
+    if refusals := refused(found.answers):
+        parts.append(markdown.table(("refused", "why"), refusals))
+    return [*parts, "\n".join(f"- {line}" for line in endings(found))]
+
+
+def tables(answers: Sequence[Answer]) -> list[str]:
+    """Markdown tables of drift by group and by phase; none where no peak is stated."""
+    parts = []
+    for by in GROUPINGS:
+        if rows := summaries(answers, by, OVERALL):
+            parts.append(markdown.table((by, *SUMMARY, *SHARES), summary_cells(rows)))
+    if rows := summaries(answers, "source", BY_PHASE):
+        parts.append(markdown.table(("by phase", *SUMMARY, *SHARES), summary_cells(rows)))
+    return parts
+
+
+def _terminal(found: Check) -> None:
+    """Tables by source, method and model, then what failed."""
+    from peftplan.report import terminal
+
+    print("\n".join(headline(found.engine, totals(found.answers))))
+    columns = [Column(name, right=name not in ("peak", "of"), wide=name in ("of", "median without sign")) for name in SUMMARY]
+    columns += [Column(name, right=True) for name in SHARES]
+    for by in GROUPINGS:
+        figures = OVERALL if by != "setup" else FIGURES
+        if rows := summaries(found.answers, by, figures):
+            print()
+            terminal.rows([Column(by), *columns], summary_cells(rows), above=None, below=None)
+    print()
+    for times, why in refused(found.answers):
+        print(f"refused: {times} × {why}")
+    print("\n".join(endings(found)))
+
+
+def facts(found: Check) -> dict[str, Any]:
+    """The JSON of a check: versioned, bytes as integers, drift in percent."""
+    total = totals(found.answers)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "engine": found.engine,
+        "records": total.records,
+        "with_peak": total.with_peak,
+        "no_peak_stated": total.no_peak,
+        "refused": total.refused,
+        "counts": {"printed": total.counts_printed, "equal": total.counts_equal},
+        "verdicts": {kind: {"wrong": wrong, "asked": asked} for kind, (wrong, asked) in total.verdicts.items()},
+        "summary": {by: [_summary_facts(row) for row in summaries(found.answers, by, FIGURES)] for by in GROUPINGS},
+        "rows": [_row_facts(answer) for answer in found.answers],
+        "failures": [
+            {"kind": f.kind, "id": f.case.record.id, "file": shown(f.case.path), "line": f.case.line, "what": f.what}
+            for f in found.failures
+        ],
+    }
+
+
+def _summary_facts(row: Summary) -> dict[str, Any]:
+    return {
+        "group": row.group,
+        "peak": row.figure,
+        "rows": row.rows,
+        "median_percent": round(row.median, 4),
+        "median_unsigned_percent": round(row.median_unsigned, 4),
+        "worst_percent": round(row.worst, 4),
+        "worst_id": row.worst_id,
+        "within": {str(limit): round(share, 4) for limit, share in zip(WITHIN, row.within, strict=True)},
+    }
+
+
+def _row_facts(answer: Answer) -> dict[str, Any]:
+    record, stated = answer.record, answer.stated
+    return {
+        "id": record.id,
+        "file": shown(answer.case.path),
+        "line": answer.case.line,
+        "source": record.circumstances.source,
+        "model": record.run.model_name,
+        "method": record.run.method_name,
+        "exact": record.exact,
+        "refused": stated.refused,
+        "figures": [
+            {"peak": one.figure, "measured": one.measured, "stated": one.stated, "drift_percent": round(one.drift, 4)}
+            for one in answer.compared
+        ],
+        "trainable": {"printed": record.counts.trainable, "stated": stated.trainable},
+        "total": {"printed": record.counts.total, "stated": stated.total},
+        "verdict": stated.verdict,
+        "wrong_verdicts": answer.wrong_verdicts,
+    }
+
+
+def junit(found: Check) -> str:
+    """One test case per record, named by source and id; skipped where there is nothing to compare."""
+    suite = ElementTree.Element("testsuite", name=f"peftplan check, engine {found.engine}", tests=str(len(found.answers)))
+    failed = {answer.record.id: [f for f in found.failures if f.case is answer.case] for answer in found.answers}
+    suite.set("failures", str(sum(bool(failures) for failures in failed.values())))
+    suite.set("errors", "0")
+    skipped = 0
+    for answer in found.answers:
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=answer.record.circumstances.source, name=answer.record.id, file=shown(answer.case.path)
+        )
+        if failures := failed[answer.record.id]:
+            text = "\n".join(failure.text(found.engine) for failure in failures)
+            ElementTree.SubElement(case, "failure", message=failures[0].what).text = text
+        elif not answer.compared and answer.record.counts.trainable is None:
+            skipped += 1
+            ElementTree.SubElement(case, "skipped", message=answer.stated.refused or "no peak stated")
+        drifts = "; ".join(f"{one.figure} {one.drift:+.2f} %" for one in answer.compared)
+        ElementTree.SubElement(case, "system-out").text = drifts or "no peak stated"
+    suite.set("skipped", str(skipped))
+    ElementTree.indent(suite)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode")
