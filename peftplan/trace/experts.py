@@ -36,8 +36,10 @@ def as_on_card(capability: Capability) -> Iterator[None]:
 def _grouped_mm(mat_a: torch.Tensor, mat_b: torch.Tensor, *, offs: torch.Tensor | None, **rest: Any) -> torch.Tensor:
     """The output of `_grouped_mm_cuda`: rows padded to 16 bytes (`create_grouped_gemm_output_tensor`)."""
     for name, operand in (("mat_a", mat_a), ("mat_b", mat_b)):
-        torch._check(operand.dtype in FLOATS, lambda n=name, o=operand: f"{n} of {o.dtype} in a grouped product")
-        torch._check(_aligned(operand), lambda n=name, o=operand: f"{n} of shape {tuple(o.shape)}: rows are not multiples of 16 bytes")
+        if operand.dtype not in FLOATS or not _aligned(operand):
+            raise RuntimeError(
+                f"grouped_mm: {name} {tuple(operand.shape)} of {operand.dtype}; rows must be multiples of 16 bytes"
+            )
     groups = [] if offs is None else [offs.shape[0]]
     if mat_a.dim() == mat_b.dim() == len(("rows", "columns")):
         shape = [*groups, mat_a.shape[0], mat_b.shape[1]]

@@ -7,7 +7,6 @@ and the field's habits, and is said in `Inputs.facts`. Values are zeros: only sh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,11 +32,12 @@ ACCEPTED = (*PER_SAMPLE, *PER_TOKEN, "ForQuestionAnswering", "ForCTC")
 @dataclass
 class Inputs:
     """What one micro batch holds. `tokens` are the numbers of rows that a tensor over the vocabulary can have, without virtual
-    tokens, per sample."""
+    tokens, per sample; `selected` is how many places of a mask of samples × positions are true, where the model asks."""
 
     batch: dict[str, Any]
     tokens: frozenset[int]
     facts: dict[str, int | str] = field(default_factory=dict)
+    selected: int | None = None
 
 
 def inputs(model: Any, setup: Setup) -> Inputs:
@@ -84,7 +84,8 @@ def _seq2seq(model: Any, setup: Setup) -> Inputs:
         check_decoder_start(model)
     batch |= labels(model, frozenset(inspect.signature(model.forward).parameters), b, d if of_decoder else s)
     facts: dict[str, int | str] = {"decoder_seq_len": d} if of_decoder else {}
-    return Inputs({**batch, "use_cache": bool(setup.use_cache)}, frozenset({d, d - 1}), facts)
+    # a classifier reads the state of each sample's last token: one end of text per sample
+    return Inputs({**batch, "use_cache": bool(setup.use_cache)}, frozenset({d, d - 1}), facts, selected=b)
 
 
 def _transcription(model: Any, setup: Setup) -> Inputs:
@@ -110,8 +111,19 @@ def _sound(model: Any, setup: Setup) -> Inputs:
     tokens = min(setup.seq_len, frames)
     batch = {"input_values": torch.zeros((b, samples), dtype=_dtype(model, setup))}
     batch |= labels(model, frozenset(inspect.signature(model.forward).parameters), b, tokens)
-    of_text: dict[str, int | str] = {"label_tokens": tokens} if type(model).__name__.endswith("ForCTC") else {}
-    return Inputs(batch, frozenset({frames}), {"audio_seconds": MAX_SECONDS, "sampling_rate": SAMPLING_RATE, **of_text})
+    facts: dict[str, int | str] = {"audio_seconds": MAX_SECONDS, "sampling_rate": SAMPLING_RATE}
+    masked = _masked_frames(config, frames)
+    facts |= {"masked_frames": masked} if masked else {}
+    facts |= {"label_tokens": tokens} if type(model).__name__.endswith("ForCTC") else {}
+    return Inputs(batch, frozenset({frames}), facts, selected=b * masked)
+
+
+def _masked_frames(config: Any, frames: int) -> int:
+    """Frames per sample that SpecAugment masks in training, at most: its spans may overlap (`_compute_mask_indices`, 5.24)."""
+    if not getattr(config, "apply_spec_augment", False) or not config.mask_time_prob:
+        return 0
+    spans = max(int(config.mask_time_prob * frames / config.mask_time_length), config.mask_time_min_masks)
+    return spans * config.mask_time_length
 
 
 def _pictures(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:

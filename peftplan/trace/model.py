@@ -5,6 +5,7 @@ Everything that changes a module or a dtype happens here, before the tensors bec
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from peftplan.storage import QuantConfig, quantized_modules
 from peftplan.trace.count import COPIES, LORAFA_LR, PREFIXES, _config_object, stand_ins
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
 from peftplan.trace.quantized import QUANT_TENSORS, TORCH_DTYPES, quantize
+from peftplan.trace.reasons import reason
 from peftplan.trace.walk import kind_of, ties_of
 
 FLASH_ATTENTION = "flash_attention_2"
@@ -53,11 +55,14 @@ def build(
         _load_dtype(base, setup.dtype)
         if quant is not None:
             quantize(base, _quantized(base, quant), quant, dtype=setup.dtype)
+            _mark_quantized(base)
         if setup.attn_implementation == FLASH_ATTENTION:
             for part in (base.config, *_sub_configs(base.config)):
                 part._attn_implementation_internal = FLASH_ATTENTION
         original = {id(p) for p in base.parameters()}
         upcast = _kbit_prepare(base) if quant is not None and setup.kbit_prepare else set()
+        if setup.gradient_checkpointing and not base.supports_gradient_checkpointing:
+            raise RefusedError(f"gradient_checkpointing: {cls.__name__} does not support it in transformers; accepted: off")
         if setup.gradient_checkpointing:
             base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model = base if peft_config is None else _adapt(base, peft_config, task_type, quant, setup)
@@ -102,6 +107,12 @@ def _quantized(model: Any, quant: QuantConfig) -> set[str]:
     )
 
 
+def _mark_quantized(model: Any) -> None:
+    """As transformers marks configs (`_assign_is_quantized`): some models then call a layer whose weight they else multiply by."""
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        config._is_quantized = True
+
+
 def _kbit_prepare(model: Any) -> set[int]:
     """`prepare_model_for_kbit_training`, whose own checkpointing is left to `build`; ids of the parameters that it cast."""
     import peft
@@ -119,7 +130,8 @@ def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfi
     import peft
     import peft.optimizers
 
-    method = _config_object(peft_config, task_type)
+    reads_text = "input_ids" in inspect.signature(base.forward).parameters
+    method = _config_object(peft_config, task_type if reads_text else None)  # peft's task wrappers pass input_ids
     autocast = setup.adapter_dtype == "fp32" or setup.trainer == "trl"  # TRL casts what trains afterwards, and no buffer
     before = {id(p) for p in base.parameters()}
     try:
@@ -128,14 +140,23 @@ def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfi
         if isinstance(peft_config, Mapping) and peft_config.get("freeze_a"):
             peft.optimizers.create_lorafa_optimizer(model, r=method.r, lora_alpha=method.lora_alpha, lr=LORAFA_LR)
     except Exception as error:  # peft raises whatever its code meets
-        lines = " ".join(str(error).split())[:200]
-        raise RefusedError(f"peft {peft.__version__} refuses it: {type(error).__name__}: {lines}") from None
+        raise RefusedError(f"peft {peft.__version__} refuses it: {reason(error)}") from None
     target = TORCH_DTYPES[str(setup.adapter_dtype)]
+    if setup.trainer == "trl" and quant is not None:
+        cast_by_trl(model, target)
+        return model
     for name, parameter in model.named_parameters():
         is_copy = any(part in name for part in COPIES)
         if id(parameter) not in before and not is_copy and parameter.dtype != target and parameter.is_floating_point():
             parameter.data = parameter.data.to(target)
     return model
+
+
+def cast_by_trl(model: Any, dtype: torch.dtype) -> None:
+    """SFTTrainer's cast of what trains on a quantized base, DoRA's magnitudes excepted (trl 1.16 `SFTTrainer.__init__`)."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _described(model: Any, base: Any, original: set[int], upcast: set[int], *, prefixed: bool) -> Built:

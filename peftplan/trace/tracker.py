@@ -90,6 +90,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._in_forward = False
         self._paused = 0
         self._count = 0
+        self.on_begin: Callable[[], None] = lambda: None
+        """Called whenever a phase begins."""
         self.last_module = ""
         """The module that ran last: where a trace that fails has failed."""
 
@@ -122,6 +124,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """From here on the log belongs to this phase."""
         self.phase = phase
         self.began.append((len(self.log), phase))
+        self.on_begin()
 
     def _pass_temporary(self, like: torch.Tensor, *, op: str) -> None:
         nbytes = like.numel() * like.element_size()
@@ -199,6 +202,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             known = self._live.get(storage._cdata)
             record = known.record if known is not None else self._add(storage, tensor, op=op)
         record.category, record.name = category, name
+
+    def made_by(self, tensor: torch.Tensor) -> str:
+        """The operation that made a tensor's storage; empty where it was not seen."""
+        with torch._C.DisableTorchFunction():
+            known = self._live.get(tensor.untyped_storage()._cdata)
+        return "" if known is None else known.record.op
 
     def forget(self, tensors: Iterable[torch.Tensor]) -> None:
         """Take tensors out of the log that do not live on the device."""

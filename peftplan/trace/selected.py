@@ -1,0 +1,43 @@
+"""Tensors whose size depends on values: where it is known how many places of a mask are true, they have that many rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+class Selected(TorchDispatchMode):
+    """Runs indexing by a boolean mask as indexing by the positions of `rows` true places.
+
+    None: such an operation is left to raise, as fake tensors do. `unique_consecutive` gives one value: what models ask it for is
+    whether all samples are alike.
+    """
+
+    def __init__(self, rows: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rows = rows
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace masks by positions, and pass everything else on."""
+        kwargs = kwargs or {}
+        if self._rows is None:
+            return func(*args, **kwargs)
+        if func is aten.index.Tensor and any(map(_is_mask, args[1])):
+            return func(args[0], [place for index in args[1] for place in self._places(index)])
+        if func is aten.unique_consecutive.default:
+            return args[0].new_empty(1), args[0].new_empty(0), args[0].new_empty(0)
+        return func(*args, **kwargs)
+
+    def _places(self, index: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """A mask's true places, one tensor of positions per dim; any other index as it is."""
+        if index is None or not _is_mask(index):
+            return [index]
+        return [index.new_empty(self._rows, dtype=torch.int64) for _ in range(index.dim())]
+
+
+def _is_mask(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype == torch.bool
