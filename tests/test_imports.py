@@ -16,7 +16,7 @@ import peftplan
 PACKAGE = Path(peftplan.__file__).parent
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "dtypes", "units", "datafiles"),
+    ("errors", "dtypes", "units", "datafiles", "files"),
     ("arch",),
     ("methods", "storage", "optim", "hardware", "memory"),
     ("parameters",),
@@ -33,8 +33,8 @@ DOORS = ("__init__", "__main__")
 """The package itself: its public names and its console script."""
 
 COMPUTES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "numpy")
-TERMINAL = {"click": ("cli",), "rich": ("report",)}
-"""Which room talks to the terminal, and by what."""
+TERMINAL = {"click": ("cli",), "rich": ("report",), "matplotlib": ("report",)}
+"""Which room talks to the terminal or draws, and by what."""
 
 
 class Import(NamedTuple):

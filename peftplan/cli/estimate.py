@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from peftplan.cli import options
+
+if TYPE_CHECKING:
+    from peftplan.planning.result import Estimate
 
 
 @click.command("estimate", cls=options.Command)
@@ -19,8 +22,22 @@ from peftplan.cli import options
 @click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a capacity such as 24GiB; repeatable")
 @click.option("--require-fit", is_flag=True, help="exit 1 unless the job is known to fit every --gpu")
 @options.format_option
+@click.option("--explain-peak", is_flag=True, help="the largest tensors alive at the peak (all of them with -v)")
+@click.option(
+    "--timeline", default=None, metavar="FILE", help="memory over one optimizer step as FILE.png, .html, or .json (for replay)"
+)
 @click.option("-v", "--verbose", is_flag=True, help="every line with its formula and source, and why so much is usable")
-def command(model: str, fmt: str, verbose: bool, require_fit: bool, gpus: tuple[str, ...], engine: str, **given: Any) -> int:
+def command(
+    model: str,
+    fmt: str,
+    verbose: bool,
+    require_fit: bool,
+    gpus: tuple[str, ...],
+    engine: str,
+    explain_peak: bool,
+    timeline: str | None,
+    **given: Any,
+) -> int:
     """What fine-tuning MODEL needs.
 
     MODEL is a built-in name (`peftplan models`), a Hub id, or a path to a config.json or its folder.
@@ -30,10 +47,28 @@ def command(model: str, fmt: str, verbose: bool, require_fit: bool, gpus: tuple[
     peftplan estimate ./config.json --method dora --target-modules q_proj,v_proj --gpu rtx-4090
     """
     options.check_format(fmt)
-    from peftplan.planning.estimate import estimate
+    if timeline is not None:
+        from peftplan.report.timeline import check
 
-    result = estimate(model, gpu=gpus, engine=engine, **options.given(given))  # type: ignore[arg-type]
+        check(timeline)
+    result = _estimate(model, engine, record=timeline is not None, gpu=gpus, **options.given(given))
+    if timeline is not None:
+        from peftplan.report.timeline import write
+
+        write(result, timeline)
     from peftplan.report import render
 
-    render.estimate(result, fmt=fmt, verbose=verbose)
+    render.estimate(result, fmt=fmt, verbose=verbose, explain_peak=explain_peak)
     return 1 if require_fit and any(verdict.verdict not in ("fits", "tight") for verdict in result.gpus) else 0
+
+
+def _estimate(model: str, engine: str, **given: Any) -> Estimate:
+    """The estimate; one that takes seconds says on a terminal how far it is."""
+    from peftplan.planning.estimate import estimate
+
+    if engine != "trace":
+        return estimate(model, engine=engine, **given)  # type: ignore[arg-type]
+    from peftplan.report.progress import waiting
+
+    with waiting("tracing") as progress:
+        return estimate(model, engine="trace", progress=progress, **given)

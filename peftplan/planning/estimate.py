@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ def estimate(
     training_args: Any = None,
     gpu: str | Iterable[str] | None = None,
     engine: Engine = "analytic",
+    record: bool = False,
+    progress: Callable[[str, float], None] | None = None,
     **options: Any,
 ) -> Estimate:
     """What fine-tuning `model` needs.
@@ -50,7 +52,8 @@ def estimate(
     adapter_config dict or any peft `PeftConfig`. `quantization_config`: a transformers `BitsAndBytesConfig`.
     `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `options`: fields of `planning.setup.Setup`, and
     the method's own fields under peft's names (`r`, `target_modules`, …). `gpu`: names of cards, or capacities such as 24GiB.
-    An explicit option wins over the objects.
+    An explicit option wins over the objects. Of the trace engine: `record` keeps the whole run as `peaks.recording`, and
+    `progress` is called with what is done now and the share that is behind.
 
     Raises InputError, UnknownNameError, RefusedError or MissingExtraError, each with a message of one line.
     """
@@ -69,7 +72,11 @@ def estimate(
     built, static = _static(architecture, adaptation, quant, setup)
     cards = find_cards(gpu)
     peaks = (
-        None if engine == "analytic" else _traced(model, architecture, (chosen, config, adapter), adaptation, quant, setup, cards)
+        None
+        if engine == "analytic"
+        else _traced(
+            model, architecture, (chosen, config, adapter), adaptation, quant, setup, cards, record=record, progress=progress
+        )
     )
     assumptions = _assumptions(setup, quant, architecture, adaptation, quantized=built.quantized)
     if peaks is not None:
@@ -260,6 +267,7 @@ def _traced(
     quant: QuantConfig | None,
     setup: Setup,
     cards: list[Gpu],
+    **how: Any,
 ) -> Peaks:
     """The peaks of the trace engine, with the kernels of the first card."""
     from peftplan.planning.traced import as_peft_config, trace_peaks
@@ -271,6 +279,7 @@ def _traced(
         quant=quant,
         setup=setup,
         compute_capability=capability(cards),
+        **how,
     )
 
 

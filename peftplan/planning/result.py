@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from peftplan.memory.ledger import CATEGORIES, Category, Ledger, Line
+from peftplan.memory.series import Recording
 from peftplan.methods.adaptation import Adaptation
 from peftplan.parameters import Parameters
 
@@ -30,13 +31,15 @@ TIGHT = 0.05
 class Peaks:
     """The peaks of a steady training step: what is alive at each phase's own peak moment, and what the allocator reserves.
 
-    `incomplete` lists what the engine met and could not follow; the peaks are then lower bounds.
+    `incomplete` lists what the engine met and could not follow; the peaks are then lower bounds. `recording` is the whole run,
+    where it was asked for and the engine has one.
     """
 
     ledgers: Mapping[str, Ledger]
     reserved: int | None = None
     reserved_source: str | None = None
     incomplete: tuple[str, ...] = ()
+    recording: Recording | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
@@ -176,6 +179,7 @@ class Estimate:
             "peak_allocated": peaks.allocated if peaks else None,
             "peak_reserved": reserved,
             "reserved_source": peaks.reserved_source if peaks else None,
+            "incomplete": list(peaks.incomplete) if peaks else [],
             "runtime_context": context,
             "device_total": None if context is None or reserved is None else reserved + context,
         }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -19,6 +20,9 @@ from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.units import round512
 
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+"""The number of a layer in the name of a module."""
+
 
 def trace_peaks(
     config: Mapping[str, Any],
@@ -28,17 +32,21 @@ def trace_peaks(
     quant: QuantConfig | None,
     setup: Setup,
     compute_capability: str,
+    record: bool = False,
+    progress: Callable[[str, float], None] | None = None,
 ) -> Peaks:
     """Trace two optimizer steps and return the second's peaks.
 
-    `compute_capability` of the card, such as `8.9`, decides kernels and workspaces. Raises MissingExtraError without torch,
-    RefusedError for what cannot be traced.
+    `compute_capability` of the card, such as `8.9`, decides kernels and workspaces. `record` keeps the event log (tens of MB for
+    a large model); `progress` is told what runs and how much is done. Raises MissingExtraError without torch, RefusedError for
+    what cannot be traced.
     """
     if setup.attn_implementation == "flash_attention_2":
         raise RefusedError("attn_implementation: flash_attention_2 cannot be traced yet; accepted with engine trace: sdpa, eager")
     try:
         from peftplan.trace.engine import trace
         from peftplan.trace.meta import quiet_transformers
+        from peftplan.trace.recorded import Recorded
     except ImportError as error:
         raise MissingExtraError(f"engine: trace ({error.name or error})", "trace") from None
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs what is raised below
@@ -51,6 +59,7 @@ def trace_peaks(
                 quant=quant,
                 setup=setup,
                 device=_pair(compute_capability),
+                progress=progress,
             )
     except PeftplanError:
         raise
@@ -62,10 +71,19 @@ def trace_peaks(
         ledgers={phase: _with_tails(peak.alive, replayed.by_phase[phase].allocated) for phase, peak in found.peaks.items()},
         reserved=replayed.peaks.reserved,
         reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
-        incomplete=tuple(
-            f"{module or 'the run'} asked {times} times for a value that a fake tensor does not have"
-            for module, times in found.unknown_ops.items()
-        ),
+        incomplete=_unknown(found.unknown_ops),
+        recording=Recorded(found) if record else None,
+    )
+
+
+def _unknown(unknown_ops: Mapping[str, int]) -> tuple[str, ...]:
+    """What a trace could not follow, module family by module family."""
+    families: dict[str, int] = {}
+    for module, times in unknown_ops.items():
+        family = _INDEX.sub("*", module) or "the run"
+        families[family] = families.get(family, 0) + times
+    return tuple(
+        f"{family} asked {times} times for a value that a fake tensor does not have" for family, times in families.items()
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from peftplan.planning.result import Estimate
-from peftplan.report.tabular import LINE_COLUMNS, assumption_rows, category_rows, line_facts, not_counted, texts
+from peftplan.report import peak
+from peftplan.report.tabular import LINE_COLUMNS, assumption_rows, category_rows, incomplete, line_facts, not_counted, texts
 from peftplan.units import format_bytes
 
 
@@ -16,7 +17,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def estimate(result: Estimate, *, verbose: bool) -> str:
+def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> str:
     """An estimate as a Markdown section."""
     peaks, total = result.peaks, result.ledger.bytes()
     parts = [
@@ -34,7 +35,9 @@ def estimate(result: Estimate, *, verbose: bool) -> str:
         rows = [(phase, f"{num_bytes:,}", format_bytes(num_bytes)) for phase, num_bytes in peaks.by_phase.items()]
         reserved = [] if peaks.reserved is None else [("reserved", f"{peaks.reserved:,}", format_bytes(peaks.reserved))]
         parts.append(table(("peak of each phase", "bytes", ""), (*rows, *reserved)))
-        parts += [f"Incomplete: {what}" for what in peaks.incomplete]
+        parts += [f"**Incomplete:** {what}" for what in incomplete(peaks)]
+    if explain_peak:
+        parts.append(_largest(result, everything=verbose))
     if result.managed_bytes:
         parts.append(f"And {format_bytes(result.managed_bytes)} of paged optimizer states in CUDA managed memory.")
     if result.gpus:
@@ -46,3 +49,21 @@ def estimate(result: Estimate, *, verbose: bool) -> str:
     parts += [f"Note: {note}" for note in result.assumptions.get("notes", ())]
     parts.append(not_counted(result))
     return "\n\n".join(parts)
+
+
+def _largest(result: Estimate, *, everything: bool) -> str:
+    """The largest groups of tensors at the peak."""
+    found = peak.rows(result)
+    shown, rest = peak.split(found, everything=everything)
+    total = sum(row.bytes for row in found)
+    cells = [
+        (f"`{peak.kind(row.name)}`", row.category, peak.tensor(row), peak.operation(row), f"{row.copies:,}", f"{row.bytes:,}",
+         f"{row.share:.1%}")
+        for row in shown
+    ]  # fmt: skip
+    if rest:
+        copies, num_bytes = sum(row.copies for row in rest), sum(row.bytes for row in rest)
+        cells.append((f"… and {len(rest):,} more lines", "", "", "", f"{copies:,}", f"{num_bytes:,}", f"{num_bytes / total:.1%}"))
+    cells.append(("**sum, the peak**", "", "", "", f"{sum(row.copies for row in found):,}", f"{total:,}", "100.0%"))
+    title = f"largest at the peak, in {peak.peaks_of(result).phase}"
+    return table((title, "what", "tensor", "made by", "copies", "bytes", "share"), cells)

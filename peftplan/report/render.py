@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftplan.planning.result import Estimate
-from peftplan.report import tabular
+from peftplan.report import peak, tabular
 from peftplan.report.tabular import Column
 from peftplan.units import MIB
 
@@ -22,20 +22,25 @@ Cells = Sequence[Sequence[str | int | None]]
 Facts = Sequence[Mapping[str, Any]]
 
 
-def estimate(result: Estimate, *, fmt: str, verbose: bool) -> None:
-    """Write an estimate to stdout as a table, JSON, CSV (one row per line of the ledger) or Markdown."""
+def estimate(result: Estimate, *, fmt: str, verbose: bool, explain_peak: bool = False) -> None:
+    """Write an estimate to stdout as a table, JSON, CSV (one row per line of the ledger) or Markdown.
+
+    `explain_peak` adds the largest tensors alive at the peak: a section for people, the key `largest` in JSON, and in CSV these
+    instead of the lines.
+    """
     if fmt == "json":
-        _json(result.to_dict())
+        _json(result.to_dict() | ({"largest": peak.facts(result)} if explain_peak else {}))
     elif fmt == "csv":
-        tabular.write_csv(tabular.line_facts(result), sys.stdout)
+        facts = peak.facts(result) if explain_peak else tabular.line_facts(result)
+        tabular.write_csv([*facts, *tabular.incomplete_facts(result, facts[0])], sys.stdout)
     elif fmt == "markdown":
         from peftplan.report import markdown
 
-        print(markdown.estimate(result, verbose=verbose))
+        print(markdown.estimate(result, verbose=verbose, explain_peak=explain_peak))
     else:
         from peftplan.report import terminal
 
-        terminal.estimate(result, verbose=verbose)
+        terminal.estimate(result, verbose=verbose, explain_peak=explain_peak)
 
 
 def models(entries: Sequence[ModelEntry], *, fmt: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 from peftplan.memory.ledger import CATEGORIES
-from peftplan.planning.result import Estimate
+from peftplan.planning.result import Estimate, Peaks
 from peftplan.units import format_bytes
 
 LINE_COLUMNS = ("category", "name", "bytes", "place", "formula", "source")
@@ -41,6 +41,17 @@ def category_rows(result: Estimate) -> list[tuple[str, str, str]]:
         for category in CATEGORIES
         if category in result.counted and by_category[category]
     ]
+
+
+def incomplete(peaks: Peaks) -> list[str]:
+    """What a peak leaves out, in lines: none where it is complete."""
+    return [f"the peak is a lower bound: {what}" for what in peaks.incomplete]
+
+
+def incomplete_facts(result: Estimate, columns: Iterable[str]) -> list[dict[str, Any]]:
+    """Rows of a CSV that label an incomplete result: category `incomplete`, no bytes."""
+    found = result.peaks.incomplete if result.peaks else ()
+    return [{**dict.fromkeys(columns), "category": "incomplete", "name": what} for what in found]
 
 
 def not_counted(result: Estimate) -> str:

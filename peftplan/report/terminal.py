@@ -14,11 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from peftplan.planning.result import Estimate, Peaks
-from peftplan.report.tabular import Column, assumption_rows, category_rows, line_facts, not_counted
+from peftplan.report import peak
+from peftplan.report.tabular import Column, assumption_rows, category_rows, incomplete, line_facts, not_counted
 from peftplan.units import format_bytes, format_count
 
 WIDE = 110
 """Terminals of at least this many columns show the wide columns of a table too."""
+WIDER = 150
+"""Tensors alive at the peak have one row each from here on; below, what they are stands under their names."""
 PIPE_WIDTH = 10_000
 """A pipe without COLUMNS has no width: nothing is folded, so that grep and awk see whole rows."""
 GAP = 2
@@ -55,7 +58,7 @@ def rows(columns: Sequence[Column], cells: Iterable[Sequence[str]], *, above: st
     show(out, (*((above, "") if above else ()), table, *(("", below) if below else ())))
 
 
-def estimate(result: Estimate, *, verbose: bool) -> None:
+def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> None:
     """Counts, bytes by category, verdicts, assumptions, and what is not counted."""
     out = console()
     config = result.method["config"]
@@ -69,6 +72,8 @@ def estimate(result: Estimate, *, verbose: bool) -> None:
     ]
     if result.peaks:
         parts += _peaks(result.peaks)
+    if explain_peak:
+        parts += ["", *_largest(result, everything=verbose, wide=out.width >= WIDER)]
     if result.managed_bytes:
         managed = format_bytes(result.managed_bytes)
         parts.append(f"and {managed} of paged optimizer states in CUDA managed memory, outside torch's allocator")
@@ -111,7 +116,11 @@ def _categories(result: Estimate) -> Table:
     total = result.ledger.bytes()
     peaks = result.peaks
     title = f"memory at the peak, in {peaks.phase}" if peaks else "memory that is counted"
-    footer = ("sum, the peak" if peaks else "sum, a lower bound of the peak", f"{total:,}", format_bytes(total))
+    footer = (
+        "sum, the peak" if peaks and not peaks.incomplete else "sum, a lower bound of the peak",
+        f"{total:,}",
+        format_bytes(total),
+    )
     shown = _table(Column(title), Column("bytes", right=True), Column("", right=True), footer=footer)
     for row in category_rows(result):
         shown.add_row(*row)
@@ -126,7 +135,33 @@ def _peaks(peaks: Peaks) -> list[RenderableType]:
     parts: list[RenderableType] = ["", shown]
     if peaks.reserved is not None:
         parts.append(f"reserved: {peaks.reserved:,} bytes, {format_bytes(peaks.reserved)} ({peaks.reserved_source})")
-    return parts + [f"incomplete: {what}" for what in peaks.incomplete]
+    return parts + [Text(f"incomplete: {what}", style="bold") for what in incomplete(peaks)]
+
+
+def _largest(result: Estimate, *, everything: bool, wide: bool) -> list[RenderableType]:
+    """The largest groups of tensors at the peak; in a narrow terminal what a group is stands below whose it is."""
+    found = peak.rows(result)
+    shown, rest = peak.split(found, everything=everything)
+    total = sum(row.bytes for row in found)
+    middle = (Column("what"), Column("tensor"), Column("made by")) if wide else ()
+    blanks = [""] * len(middle)
+    table = _table(
+        Column(f"largest at the peak, in {peak.peaks_of(result).phase}"),
+        *middle,
+        Column("copies", right=True),
+        Column("bytes", right=True),
+        Column("share", right=True),
+        footer=("sum, the peak", *blanks, f"{sum(row.copies for row in found):,}", f"{total:,}", "100.0%"),
+    )
+    table.columns[0].no_wrap = False
+    for row in shown:
+        what = (row.category, peak.tensor(row), peak.operation(row))
+        name = (peak.kind(row.name), *what) if wide else (f"{peak.kind(row.name)}\n  {' · '.join(filter(None, what))}",)
+        table.add_row(*name, f"{row.copies:,}", f"{row.bytes:,}", f"{row.share:.1%}")
+    if rest:
+        copies, num_bytes = sum(row.copies for row in rest), sum(row.bytes for row in rest)
+        table.add_row(f"… and {len(rest):,} more lines", *blanks, f"{copies:,}", f"{num_bytes:,}", f"{num_bytes / total:.1%}")
+    return [table]
 
 
 def _verdicts(result: Estimate) -> Table:

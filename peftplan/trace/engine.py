@@ -26,8 +26,9 @@ from peftplan.trace.load import load
 from peftplan.trace.model import Built, build
 from peftplan.trace.optimizers import make_optimizer
 from peftplan.trace.peaks import Alive, Peak, Window, peaks, windows
-from peftplan.trace.steps import Run, program
-from peftplan.trace.tracker import Moment, Tracker
+from peftplan.trace.progress import Tell, part, silent
+from peftplan.trace.steps import Run, phases_begun, program
+from peftplan.trace.tracker import Moment, Tracker, category_of
 from peftplan.trace.workspaces import Workspaces
 
 
@@ -59,10 +60,7 @@ class Traced:
         phases = ["warmup"] * len(self.log)
         for window in self.windows:
             phases[window.start : window.end] = [window.phase] * (window.end - window.start)
-        return tuple(
-            Event(m.kind, m.storage.id, m.storage.nbytes, 0, phase, m.storage.op, m.module)  # type: ignore[arg-type]
-            for m, phase in zip(self.log, phases, strict=True)
-        )
+        return tuple(map(_event, self.log, phases))
 
     @cached_property
     def replayed(self) -> Replay:
@@ -97,28 +95,34 @@ def trace(
     device: Capability | None = None,
     outputs_outlive_step: bool = False,
     full_depth: bool = False,
+    progress: Tell | None = None,
 ) -> Traced:
     """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors.
 
     `peft_config`: a peft config object or an adapter_config dict; None trains every parameter. `setup` is resolved
     (`planning.setup.resolved`). `device` is a compute capability, which decides kernels and workspaces.
     `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. A model of identical layers is
-    traced at two small depths and its log made from them, unless `full_depth`. Raises RefusedError for what cannot be traced.
+    traced at two small depths and its log made from them, unless `full_depth`. `progress` is told what runs and how much is done.
+    Raises RefusedError for what cannot be traced.
     """
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
         capability=device or DEFAULT_CAPABILITY, outputs_outlive_step=outputs_outlive_step,
     )  # fmt: skip
     program(setup)
+    tell = progress or silent
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
     stack = None if by_layer else repeating_stack(config, task_type=task_type)
     if stack is not None:
-        small, large = (run(with_layers(config, layers)) for layers in SAMPLE_LAYERS)
+        small, large = (
+            run(with_layers(config, layers), tell=part(tell, number=number, of=len(SAMPLE_LAYERS)))
+            for number, layers in enumerate(SAMPLE_LAYERS)
+        )
         try:
             return _deepened(small, large, stack=stack, layers=config[LAYERS_FIELD])
         except NotRepeatingError:
             pass
-    return run(config)
+    return run(config, tell=tell)
 
 
 def _deepened(small: Traced, large: Traced, *, stack: str, layers: int) -> Traced:
@@ -152,10 +156,13 @@ def _run(
     setup: Setup,
     capability: Capability,
     outputs_outlive_step: bool,
+    tell: Tell,
 ) -> Traced:
     """One trace of exactly this model."""
+    tell("making the model", 0.0)
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup)
     tracker = _tracker(built, setup, capability)
+    tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode)
     with ExitStack() as stack:
@@ -168,6 +175,8 @@ def _run(
             program(setup)(run)
         except PeftplanError:
             raise
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"in {tracker.phase} of the trace, after {tracker.last_module or 'loading'}") from None
         except Exception as error:  # any operation of any model
             where = f" in {tracker.last_module}" if tracker.last_module else ""
             raise RefusedError(f"trace: {tracker.phase} fails{where}: {type(error).__name__}: {_first_line(error)}") from error
@@ -225,6 +234,14 @@ def _token_counts(built: Built, setup: Setup) -> set[int]:
 def _scalar(tensor: torch.Tensor, *, padding: bool) -> Any:
     """The value of a fake scalar: of a mask's `all()`, whether there is no padding; of a step counter, 1."""
     return not padding if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
+
+
+def _event(moment: Moment, phase: str) -> Event:
+    """A line of the log as the allocator takes it; what a storage is stands where it is allocated."""
+    kind, storage, _, module = moment
+    if kind == "free":
+        return Event("free", storage.id, phase=phase, module=module)
+    return Event("alloc", storage.id, storage.nbytes, 0, phase, storage.op, module, category_of(storage), storage.name or "")
 
 
 def _first_line(error: Exception) -> str:

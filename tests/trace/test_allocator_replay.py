@@ -1,4 +1,4 @@
-"""Event logs: replayed, saved and loaded; snapshots of torch read, compared, and refused where they could run code."""
+"""Event logs replayed; snapshots of torch read, compared, and refused where they could run code."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from peftplan.trace.allocator import (
     Event,
     SegmentEvent,
     compare,
-    load_events,
     load_snapshot,
     parse_config,
     read_trace,
-    save_events,
 )
 from peftplan.trace.allocator import replay as replay_events
 from peftplan.units import MIB
@@ -58,58 +56,6 @@ def test_replay_stops_where_memory_runs_out() -> None:
     assert result.timeline is not None
     assert len(result.timeline.allocated) == 2
     assert list(result.by_phase) == ["load", "forward"]
-
-
-def test_a_log_comes_back_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    save_events(STEP, path)
-    assert load_events(path) == STEP
-    assert path.read_text().splitlines()[2] == '{"kind":"alloc","id":2,"nbytes":3145727,"phase":"forward","op":"aten.mm"}'
-
-
-def test_a_log_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    save_events(STEP[:1], path)
-
-    def broken() -> Any:
-        yield STEP[0]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        save_events(broken(), path)
-    assert load_events(path) == STEP[:1]
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    ("line", "error", "message"),
-    [
-        ("{", InputError, "line 2"),
-        ("[]", InputError, "line 2"),
-        ('{"kind":"alloc","bytes":1}', UnknownNameError, "did you mean nbytes"),
-        ('{"kind":"malloc"}', UnknownNameError, "did you mean alloc"),
-        ('{"id":1}', UnknownNameError, "kind"),
-        ('{"kind":"alloc","nbytes":-1}', InputError, "nbytes"),
-        ('{"kind":"alloc","nbytes":true}', InputError, "nbytes"),
-        ('{"kind":"alloc","phase":1}', InputError, "phase"),
-    ],
-)
-def test_a_damaged_log_is_refused(tmp_path: Path, line: str, error: type[InputError], message: str) -> None:
-    path = tmp_path / "events.jsonl"
-    save_events([], path)
-    with path.open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(error, match=message):
-        load_events(path)
-
-
-def test_other_files_are_no_logs(tmp_path: Path) -> None:
-    path = tmp_path / "other.jsonl"
-    path.write_text('{"kind":"alloc"}\n')
-    with pytest.raises(InputError, match="peftplan-allocator-events"):
-        load_events(path)
-    with pytest.raises(InputError, match="cannot be read"):
-        load_events(tmp_path / "absent")
 
 
 BASE = 0x7F0000000000

@@ -6,7 +6,7 @@ Pure Python without torch. It follows c10/cuda/CUDACachingAllocator.cpp of torch
 from peftplan.trace.allocator.config import AllocatorConfig, from_environ, parse_config
 from peftplan.trace.allocator.core import Allocator
 from peftplan.trace.allocator.device import SegmentEvent
-from peftplan.trace.allocator.events import Event, load_events, save_events
+from peftplan.trace.allocator.events import Event
 from peftplan.trace.allocator.oom import OutOfMemory
 from peftplan.trace.allocator.replay import Replay, Timeline, replay
 from peftplan.trace.allocator.snapshots import Comparison, RecordedTrace, compare, load_snapshot, read_trace
@@ -25,10 +25,8 @@ __all__ = [
     "Timeline",
     "compare",
     "from_environ",
-    "load_events",
     "load_snapshot",
     "parse_config",
     "read_trace",
     "replay",
-    "save_events",
 ]

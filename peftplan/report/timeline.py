@@ -1,0 +1,81 @@
+"""Memory over one optimizer step as a file: a picture (png), a page (html), or the event log (json)."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
+from peftplan.files import replacing
+from peftplan.memory.ledger import Category
+from peftplan.memory.series import Recording
+from peftplan.planning.result import Estimate
+
+SUFFIXES = (".png", ".html", ".json")
+
+COLOURS: dict[Category, str] = {
+    "weights": "#4e79a7",
+    "adapter_weights": "#a0cbe8",
+    "quant_state": "#86bcb6",
+    "gradients": "#e15759",
+    "optimizer_states": "#f1ce63",
+    "activations": "#59a14f",
+    "logits": "#b07aa1",
+    "temporaries": "#f28e2b",
+    "buffers": "#79706e",
+    "workspaces": "#bab0ac",
+}
+"""One colour per category, from the ground up; Tableau's palette."""
+
+
+def check(path: str) -> None:
+    """Ask before any work is done. Raises InputError for what is no such file, MissingExtraError for a png without matplotlib."""
+    file = Path(path)
+    if file.suffix not in SUFFIXES:
+        raise UnknownNameError("timeline", path, SUFFIXES)
+    if not file.parent.is_dir() or file.is_dir():
+        raise InputError("timeline", path, "accepted: a file in a folder that exists")
+    if file.suffix == ".png" and find_spec("matplotlib") is None:
+        raise MissingExtraError("timeline: a png", "plot")
+
+
+def write(result: Estimate, path: str) -> None:
+    """Write the timeline of a recorded estimate; the file appears whole or not at all."""
+    recording, suffix = recording_of(result), Path(path).suffix
+    if suffix == ".json":
+        recording.save(path, title=title(result))
+        return
+    content = _page(result, recording) if suffix == ".html" else _picture(result, recording)
+    with replacing(path, field="timeline") as file:
+        file.write(content)
+
+
+def recording_of(result: Estimate) -> Recording:
+    """The recording of a result that has one."""
+    if result.peaks is None or result.peaks.recording is None:
+        raise RefusedError(f"timeline: the {result.engine} engine keeps no event log; accepted: engine trace")
+    return result.peaks.recording
+
+
+def title(result: Estimate) -> str:
+    """`llama-2-7b · qlora r=8 · batch 1 × 2048 tokens · traced`."""
+    config, assumed = result.method["config"], result.assumptions
+    rank = f" r={config['r']}" if "r" in config else ""
+    job = f"{result.model['name']} · {result.method['name']}{rank}"
+    return f"{job} · batch {assumed['batch_size']} × {assumed['seq_len']} tokens · {result.engine}"
+
+
+def _page(result: Estimate, recording: Recording) -> bytes:
+    from peftplan.report import timeline_html
+
+    return timeline_html.page(recording.series(), title=title(result), notes=_notes(result)).encode()
+
+
+def _picture(result: Estimate, recording: Recording) -> bytes:
+    from peftplan.report import timeline_png
+
+    return timeline_png.picture(recording.series(), title=title(result), notes=_notes(result))
+
+
+def _notes(result: Estimate) -> tuple[str, ...]:
+    return tuple(f"incomplete: {what}" for what in (result.peaks.incomplete if result.peaks else ()))
