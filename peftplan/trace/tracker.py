@@ -203,6 +203,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             record = known.record if known is not None else self._add(storage, tensor, op=op)
         record.category, record.name = category, name
 
+    def made_by(self, tensor: torch.Tensor) -> str:
+        """The operation that made a tensor's storage; empty where it was not seen."""
+        with torch._C.DisableTorchFunction():
+            known = self._live.get(tensor.untyped_storage()._cdata)
+        return "" if known is None else known.record.op
+
     def forget(self, tensors: Iterable[torch.Tensor]) -> None:
         """Take tensors out of the log that do not live on the device."""
         references = [self._live.pop(tensor.untyped_storage()._cdata, None) for tensor in tensors]
