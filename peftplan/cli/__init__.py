@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "The module tree of a model: shapes, counts, bytes, and what a pattern matches.",
     "models": "The built-in models and their parameter counts.",
     "methods": "The PEFT methods, and the fields of one.",
+    "measure": "Measure a run on this machine's GPU, with random weights, and record it.",
     "gpus": "The GPU catalogue: what each card has and what a program can get of it.",
     "check": "The engines against measured runs: drift, verdicts, and what moved.",
 }

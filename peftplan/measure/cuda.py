@@ -174,10 +174,20 @@ def open_device(index: int | None = None) -> Device:
 
     Raises NoCudaError where there is none.
     """
-    if not torch.cuda.is_available():
-        built = f"this torch {torch.__version__} is built without CUDA" if torch.version.cuda is None else "torch sees no device"
-        raise NoCudaError(f"measure needs a CUDA GPU, and {built}; `peftplan estimate --engine trace` needs none")
+    _check_cuda()
     return Cuda(int(os.environ.get("LOCAL_RANK", "0")) if index is None else index)
+
+
+def card_name() -> str:
+    """The name of the first device, without a context on it. Raises NoCudaError where there is none."""
+    _check_cuda()
+    return str(torch.cuda.get_device_name(0))
+
+
+def _check_cuda() -> None:
+    if not torch.cuda.is_available():
+        why = f"torch {torch.__version__} is built without CUDA" if torch.version.cuda is None else "torch sees none"
+        raise NoCudaError(f"measure needs a CUDA GPU, and {why}; `peftplan estimate --engine trace` needs none")
 
 
 def allocator_settings() -> dict[str, str]:

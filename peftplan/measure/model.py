@@ -6,7 +6,9 @@ casts, warm-up and quantization, one tensor in host memory at a time for a quant
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 import torch
 
 from peftplan.arch import sources
-from peftplan.errors import RefusedError
+from peftplan.errors import PeftplanError, RefusedError
+from peftplan.measure import losses
 from peftplan.planning.job import Job
 from peftplan.planning.setup import CAST_BY_TRL, Setup
 from peftplan.planning.traced import as_peft_config
@@ -60,17 +63,30 @@ class Weight:
 
 def make(job: Job, device: torch.device) -> Made:
     """The whole model on the device. Raises RefusedError for what cannot be built."""
-    with quiet_transformers():
+    with quiet_transformers(), _without_bars():
         base = load(job, device)
         setup = job.setup
         if job.quant is not None and setup.kbit_prepare:
             _kbit_prepare(base)
         if setup.gradient_checkpointing:
             base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        losses.install(base, setup)
         peft_config = as_peft_config(job.method, job.config, job.adapter, job.adaptation)
         model = base if peft_config is None else adapt(base, peft_config, job)
     model.train()
     return Made(model, base, *counts(model))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bar of `from_pretrained`."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load(job: Job, device: torch.device) -> Any:
@@ -139,11 +155,12 @@ def adapt(base: Any, peft_config: Mapping[str, Any], job: Job) -> Any:
     cast_by_trl = setup.trainer == "trl" and setup.quant in CAST_BY_TRL
     before = {id(p) for p in base.parameters()}
     try:
-        method = _config_object(peft_config, job.architecture.task_type)
+        reads_text = "input_ids" in inspect.signature(base.forward).parameters
+        method = _config_object(peft_config, job.architecture.task_type if reads_text else None)  # its wrappers pass input_ids
         model: Any = peft.get_peft_model(base, method, autocast_adapter_dtype=cast_by_trl or setup.adapter_dtype == "fp32")
         if peft_config.get("freeze_a"):
             peft.optimizers.create_lorafa_optimizer(model, r=method.r, lora_alpha=method.lora_alpha, lr=LORAFA_LR)
-    except torch.OutOfMemoryError:
+    except (PeftplanError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # peft raises whatever its code meets
         lines = " ".join(str(error).split())[:200]

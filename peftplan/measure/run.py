@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftplan.errors import InputError, RefusedError
+from peftplan.errors import InputError, PeftplanError
+from peftplan.measure import losses
 from peftplan.measure.cuda import Device
 from peftplan.measure.model import make
 from peftplan.measure.optimizers import make_optimizer
@@ -84,12 +85,12 @@ def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEP
         made = make(job, device.torch_device)
         counted = made.num_trainable, made.num_total
         model = _distributed(made.model, device)
-        batch = filled(inputs(made.base, job.setup).batch, made.base, device.torch_device)
+        batch = filled(inputs(made.base, job.setup).batch, made.base, device.torch_device) | losses.arguments(job.setup)
         optimizer = make_optimizer(job.setup, made.model, device.torch_device)
         run = DeviceRun(model, batch, optimizer, recorder, job.setup, steps=warmup + steps, device=device)
         stepping(run)
         recorder.close()
-    except (RefusedError, InputError):
+    except PeftplanError:
         raise
     except Exception as error:  # any operation of any model
         outcome, message = ("oom" if device.is_out_of_memory(error) else "failed"), _first_line(error, recorder.phase)

@@ -1,0 +1,100 @@
+"""`peftplan measure MODEL`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peftplan.cli import options
+from peftplan.errors import InputError, MissingExtraError, UnknownNameError
+
+if TYPE_CHECKING:
+    from peftplan.planning.setup import Engine
+
+ENGINES = ("analytic", "trace")
+
+
+@click.command("measure", cls=options.Command)
+@click.argument("model", required=False)
+@options.group("Method", options.METHOD)
+@options.group("Model", options.MODEL)
+@options.group("Precision and storage", options.STORAGE)
+@options.group("Training", options.TRAINING)
+@click.option("--steps", type=int, default=2, show_default=True, metavar="N", help="measured optimizer steps")
+@click.option("--warmup", type=int, default=1, show_default=True, metavar="N", help="steps before them, which make the states")
+@click.option("--suite", default=None, metavar="FILE", help="measure every line of a suite, each in a process of its own")
+@click.option("--timeout", type=float, default=600, show_default=True, metavar="SECONDS", help="for each run of a suite")
+@click.option(
+    "--engine", default="analytic", metavar="NAME", show_default=True, help="drift against: analytic | trace (and both)"
+)
+@click.option(
+    "--snapshot", default=None, metavar="FILE", help="save torch's memory snapshot, for replay or pytorch.org/memory_viz"
+)
+@click.option("--output", default="runs.jsonl", metavar="FILE", show_default=True, help="the record is appended to it")
+def command(
+    model: str | None,
+    steps: int,
+    warmup: int,
+    suite: str | None,
+    timeout: float,
+    engine: str,
+    snapshot: str | None,
+    output: str,
+    **given: Any,
+) -> int:
+    """Measure a fine-tuning run of MODEL on this machine's GPU: random weights, no download, real steps.
+
+    MODEL and the options are those of `peftplan estimate`; the record of the run is appended to a file, and so is one that ran
+    out of memory. Several GPUs: start it with torchrun, and each rank appends a record.
+
+    \b
+    peftplan measure llama-3.2-1b --method qlora --batch-size 4
+    peftplan measure --suite default --output runs.jsonl
+    """
+    if engine not in ENGINES:
+        raise UnknownNameError("engine", engine, ENGINES)
+    engines: tuple[Engine, ...] = ("analytic",) if engine == "analytic" else ("analytic", "trace")
+    chosen = options.given(given)
+    try:
+        if suite is not None:
+            if model is not None or chosen or snapshot is not None:
+                raise InputError(
+                    "--suite", suite, "its lines say what runs; accepted beside it: --output, --steps, --warmup, --engine"
+                )
+            return _suite(suite, Path(output), engines, warmup=warmup, steps=steps, timeout=timeout)
+        if model is None:
+            raise InputError("MODEL", None, "accepted: a model as for `peftplan estimate`, or --suite FILE")
+        return _one(model, Path(output), engines, warmup=warmup, steps=steps, snapshot=snapshot, **chosen)
+    except ImportError as error:
+        raise MissingExtraError(f"measure ({error.name or error})", "measure") from None
+
+
+def _one(model: str, output: Path, engines: tuple[Engine, ...], *, snapshot: str | None, **given: Any) -> int:
+    from peftplan.measure import lines
+    from peftplan.measure.one import measure_and_record
+
+    record = measure_and_record(model, output=output, snapshot=Path(snapshot) if snapshot else None, **given)
+    click.echo("\n".join(lines.of_record(record, lines.answers(record, engines))))
+    click.echo(f"{record.id} appended to {output}")
+    return 1 if record.outcome == "failed" else 0
+
+
+def _suite(suite: str, output: Path, engines: tuple[Engine, ...], *, warmup: int, steps: int, timeout: float) -> int:
+    from peftplan.datafiles import DATA
+    from peftplan.measure import lines
+    from peftplan.measure.suite import pending, read_suite, run_suite
+
+    shipped = DATA / "suites" / f"{suite}.jsonl"
+    entries = read_suite(shipped if shipped.is_file() else Path(suite))
+    already = len(entries) - len(pending(entries, output))
+    if already:
+        click.echo(f"{already} of {len(entries)} runs are in {output} already")
+    records, stated = [], []
+    for done in run_suite(entries, output=output, timeout=timeout, warmup=warmup, steps=steps):
+        records.append(done.record)
+        stated.append(lines.answers(done.record, engines))
+        click.echo(lines.of_run(done.number, done.of, done.record, stated[-1], seconds=done.seconds))
+    click.echo("\n".join(lines.of_suite(records, stated)))
+    return 1 if any(record.outcome == "failed" for record in records) else 0

@@ -1,0 +1,41 @@
+"""One run of a suite in a process of its own: `python -m peftplan.measure.child`, its order as one line of JSON on stdin.
+
+The suite keeps stdin open; when it goes away, so does this process, and the GPU is free for whoever resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+from peftplan.errors import PeftplanError
+from peftplan.measure.one import measure_and_record
+
+REFUSED, ORPHANED = 2, 3
+"""Exit codes: the configuration cannot be run, as stderr says in its last line; the suite has gone."""
+
+
+def main() -> int:
+    """Run what stdin says, and append its record."""
+    order = json.loads(sys.stdin.readline())
+    threading.Thread(target=_leave_with_the_suite, daemon=True).start()
+    try:
+        measure_and_record(
+            order["model"], output=Path(order["output"]), warmup=order["warmup"], steps=order["steps"], **order["options"]
+        )
+    except PeftplanError as error:
+        print(error, file=sys.stderr)
+        return REFUSED
+    return 0
+
+
+def _leave_with_the_suite() -> None:
+    sys.stdin.read()
+    os._exit(ORPHANED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

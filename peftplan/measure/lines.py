@@ -1,0 +1,86 @@
+"""Measured runs in plain lines of text: one record beside what the engines state, and one line per run of a suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+
+from peftplan.accuracy.drift import Answer, Compared, measured_figures
+from peftplan.accuracy.engines import Case, ask
+from peftplan.accuracy.records import Record
+from peftplan.planning.setup import Engine
+from peftplan.units import format_bytes
+
+ONE_LINE = ("allocated", "reserved")
+"""The figures of a suite's line: the overall peaks."""
+WIDTHS = (12, 14)
+"""Of the first column, and of the others."""
+
+
+def answers(record: Record, engines: Sequence[Engine]) -> dict[Engine, Answer]:
+    """What each engine states of a record."""
+    case = Case(Path("measured"), 1, record)
+    return {engine: Answer(case, ask(record, engine)) for engine in engines}
+
+
+def of_record(record: Record, stated: dict[Engine, Answer]) -> list[str]:
+    """A record as lines: its title, each figure with every engine's drift, counts, and what an engine does not state."""
+    title = f"{record.run.model} · {record.run.method_name} · {record.circumstances.gpu} · {record.outcome}"
+    if record.error:
+        return [title, record.error]
+    lines = [title, "", _row("", "measured", *stated)]
+    for figure, measured in measured_figures(record):
+        lines.append(_row(figure, format_bytes(measured), *(_drift(answer, figure) for answer in stated.values())))
+    return [*lines, "", *_counts(record, stated), *_silent(stated)]
+
+
+def of_run(done_number: int, of: int, record: Record, stated: dict[Engine, Answer], *, seconds: float) -> str:
+    """One run of a suite: `[ 3/48] llama-3.2-1b lora ok  allocated 4.12 GiB (analytic +0.4 %)  reserved 4.50 GiB  12 s`."""
+    parts = [f"[{done_number:>{len(str(of))}}/{of}] {record.run.model} {record.run.method_name} {record.outcome}"]
+    if record.error:
+        parts.append(record.error)
+    for name in ONE_LINE:
+        measured = record.peaks.figure(name)  # type: ignore[arg-type]
+        if measured:
+            drifts = [f"{engine} {text}" for engine, answer in stated.items() if (text := _drift(answer, name)) != "–"]
+            parts.append(f"{name} {format_bytes(measured)}" + (f" ({', '.join(drifts)})" if drifts else ""))
+    return "  ".join([*parts, f"{seconds:.0f} s"])
+
+
+def of_suite(records: Iterable[Record], stated: Iterable[dict[Engine, Answer]]) -> list[str]:
+    """A finished suite: outcomes, and the median and worst drift of each engine."""
+    outcomes = [record.outcome for record in records]
+    lines = [", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in ("ok", "oom", "failed"))]
+    drifts: dict[tuple[str, str], list[float]] = {}
+    for answered in stated:
+        for engine, answer in answered.items():
+            for found in answer.overall:
+                drifts.setdefault((engine, found.figure), []).append(found.drift)
+    for (name, figure), listed in drifts.items():
+        worst = max(listed, key=abs)
+        lines.append(f"{name}: {figure} drift over {len(listed)} runs: median {median(listed):+.2f} %, worst {worst:+.2f} %")
+    return lines
+
+
+def _drift(answer: Answer, figure: str) -> str:
+    found: Compared | None = next((one for one in answer.compared if one.figure == figure), None)
+    return "–" if found is None else f"{found.drift:+.2f} %"
+
+
+def _counts(record: Record, stated: dict[Engine, Answer]) -> list[str]:
+    counts = record.counts
+    text = f"trainable {counts.trainable:,} of {counts.total:,} parameters" if counts.trainable is not None else "not counted"
+    wrong = [f"{what}: {said:,} estimated" for answer in stated.values() for what, _, said in answer.miscounts]
+    return [f"{text}; {', '.join(dict.fromkeys(wrong)) or 'as estimated'}"]
+
+
+def _silent(stated: dict[Engine, Answer]) -> list[str]:
+    """Engines that state no peak, with the reason where there is one."""
+    silent = {engine: answer.stated.refused for engine, answer in stated.items() if not answer.compared}
+    return [f"{engine}: {refused or 'states no peak of this run'}" for engine, refused in silent.items()]
+
+
+def _row(first: str, *others: str) -> str:
+    name, cell = WIDTHS
+    return first.ljust(name) + "".join(other.rjust(cell) for other in others)

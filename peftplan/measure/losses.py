@@ -1,0 +1,36 @@
+"""The real code of a loss, put in place of the model's own as its library does it, before peft wraps the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftplan.errors import MissingExtraError, RefusedError
+from peftplan.planning.setup import Setup
+
+OUTPUTS_OF_SFT = ("log_probs", "entropy", "is_top1")
+"""What SFTTrainer asks of its fused head (trl 1.16 `SFTTrainer.__init__`)."""
+
+
+def install(base: Any, setup: Setup) -> None:
+    """Put the setup's loss in. Raises RefusedError for one that changes more than the loss."""
+    if setup.loss == "trl-chunked":
+        try:
+            from trl.trainer.utils import add_fused_lm_head
+        except ImportError:
+            raise MissingExtraError("loss trl-chunked", "trl") from None
+        add_fused_lm_head(base, outputs=OUTPUTS_OF_SFT)
+    elif setup.loss == "liger":
+        try:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore[import-not-found]
+        except ImportError:
+            raise RefusedError("loss: liger needs liger-kernel, which is not installed; accepted: full, trl-chunked") from None
+        _apply_liger_kernel_to_instance(model=base)
+    elif setup.loss != "full":
+        raise RefusedError(
+            f"loss: {setup.loss} cannot be measured: it patches the whole model; accepted: full, trl-chunked, liger"
+        )
+
+
+def arguments(setup: Setup) -> dict[str, bool]:
+    """What the forward is given beside the batch, so that the loss is taken."""
+    return {"fused_lm_head": True} if setup.loss == "trl-chunked" else {}

@@ -1,0 +1,172 @@
+"""A suite: many configurations, one process each, resumed where it stopped.
+
+A suite file is JSON Lines: each line an object with `model` and options of `peftplan.estimate`. What the output already has,
+whatever its outcome, is not run again; a run is recognised by its setup, not by its line.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import IO, Any
+
+from peftplan.accuracy.jsonl import RecordFileError, append, read, repair
+from peftplan.accuracy.records import Record, Run
+from peftplan.errors import InputError, PeftplanError
+from peftplan.measure import cuda
+from peftplan.measure.record import key, lost, run_of
+from peftplan.measure.run import STEPS, WARMUP
+from peftplan.planning.estimate import prepare
+
+CHILD: tuple[str, ...] = (sys.executable, "-m", "peftplan.measure.child")
+"""What runs one configuration."""
+
+TIMEOUT = 600.0
+"""Seconds after which a run counts as hung: an 8B model is made, quantized and stepped well within."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a suite."""
+
+    line: int
+    model: str
+    options: dict[str, Any]
+    run: Run
+
+    @property
+    def key(self) -> str:
+        """What tells it from the other lines, and from other records."""
+        return key(self.run)
+
+
+@dataclass(frozen=True)
+class Done:
+    """One finished run of a suite: which of how many, how long it took, and its record."""
+
+    number: int
+    of: int
+    seconds: float
+    record: Record
+
+
+def read_suite(path: Path) -> list[Entry]:
+    """Every configuration of a suite file, each of them prepared, so that nothing is refused halfway.
+
+    Raises RecordFileError with the line that is not a configuration, that cannot be estimated, or that repeats another.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError("suite", str(path), f"it cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError("suite", str(path), "not UTF-8 text") from None
+    entries: list[Entry] = []
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        entry = _entry(path, number, line)
+        first = lines.setdefault(entry.key, number)
+        if first != number:
+            raise RecordFileError(path, number, f"the same configuration as line {first}")
+        entries.append(entry)
+    if not entries:
+        raise InputError("suite", str(path), "accepted: JSON Lines, each an object with model and options of `peftplan estimate`")
+    return entries
+
+
+def _entry(path: Path, number: int, line: str) -> Entry:
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecordFileError(path, number, f"not JSON ({error})") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("model"), str):
+        raise RecordFileError(path, number, "accepted: a JSON object with a model")
+    options = {name: value for name, value in raw.items() if name != "model"}
+    taken = next((name for name in ("output", "warmup", "steps", "snapshot") if name in options), None)
+    if taken is not None:
+        raise RecordFileError(path, number, f"{taken} is set for the whole suite, not for one run")
+    try:
+        job = prepare(raw["model"], **options)
+    except PeftplanError as error:
+        raise RecordFileError(path, number, str(error)) from None
+    return Entry(number, raw["model"], options, run_of(job))
+
+
+def recorded(output: Path) -> list[Record]:
+    """The records of an output file, whose last line may have been cut by a power failure; none where there is no file."""
+    if not output.exists():
+        return []
+    repair(output)
+    return read(output)
+
+
+def pending(entries: Sequence[Entry], output: Path) -> list[Entry]:
+    """The entries that the output does not have yet."""
+    done = {key(record.run) for record in recorded(output)}
+    return [entry for entry in entries if entry.key not in done]
+
+
+def run_suite(
+    entries: Sequence[Entry],
+    *,
+    output: Path,
+    warmup: int = WARMUP,
+    steps: int = STEPS,
+    timeout: float = TIMEOUT,
+    starting: Callable[[int, int, Entry], None] = lambda number, of, entry: None,
+) -> Iterator[Done]:
+    """Run what is pending, one process after the other, and yield each run once its record is in `output`.
+
+    A process that leaves no record gets one that says why. Raises NoCudaError without a GPU.
+    """
+    card = cuda.card_name()
+    todo = pending(entries, output)
+    before = len(entries) - len(todo)
+    for number, entry in enumerate(todo, start=before + 1):
+        starting(number, len(entries), entry)
+        started = monotonic()
+        error = _in_own_process(entry, output=output, warmup=warmup, steps=steps, timeout=timeout)
+        record = next((r for r in reversed(recorded(output)) if key(r.run) == entry.key), None)
+        if record is None:
+            record = lost(entry.run, gpu=card, error=error or "the process ended without a record")
+            append(output, [record])
+        yield Done(number, len(entries), monotonic() - started, record)
+
+
+def _in_own_process(entry: Entry, *, output: Path, warmup: int, steps: int, timeout: float) -> str | None:
+    """Run one entry; what went wrong with its process, or None."""
+    order = {"model": entry.model, "options": entry.options, "output": str(output), "warmup": warmup, "steps": steps}
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=said, stderr=said)
+        try:
+            return _waited(process, json.dumps(order) + "\n", said, timeout)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _waited(process: subprocess.Popen[bytes], order: str, said: IO[bytes], timeout: float) -> str | None:
+    stdin = process.stdin
+    assert stdin is not None
+    try:
+        stdin.write(order.encode())
+        stdin.flush()
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return f"still running after {timeout:g} s"
+    except BrokenPipeError:
+        code = process.wait()
+    if code == 0:
+        return None
+    said.seek(0)
+    lines = [line.strip() for line in said.read().decode(errors="replace").splitlines() if line.strip()]
+    ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{ended}: {lines[-1][:300]}" if lines else ended
