@@ -34,7 +34,7 @@ class Compared:
     @property
     def drift(self) -> float:
         """Signed, in percent of what was measured."""
-        return 100 * (self.stated / self.measured - 1)
+        return 100 * (self.stated - self.measured) / self.measured
 
     @property
     def slack(self) -> float:
