@@ -1,8 +1,8 @@
 """Unsloth's fused linear cross entropy: the gradient of the hidden states is made in forward, tile by tile, from fp32 logits.
 
 Letters: n scored tokens, h hidden size, v vocabulary. Source: unsloth_zoo 2026.10.9 `fused_losses/fused_linear.py`: `_ce_impl`,
-`_tiled_forward`, `_tiled_layout`, `fused_linear_rows`, `_Buffers`; `_ce_backward`. Its tiles depend on the card: as on one of over
-24.5 GiB with 4 GiB or more of them free, without its environment variables. Left out: its other kernels.
+`_tiled_forward`, `_tiled_layout`, `fused_linear_rows`, `_Buffers`; `_ce_backward`. Its tiles depend on the card: as on one of
+over 24.5 GiB with 4 GiB or more of them free, without its environment variables. Left out: its other kernels.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from peftplan.units import GIB, ceil_div
 HALF = (torch.float16, torch.bfloat16)
 SPLIT_COLUMNS = 16384
 """Vocabulary entries per partial softmax (`_SPLIT_COLS`)."""
+FEW_SPLITS = 2
+"""Up to so many parts of the vocabulary are one (`_tiled_vocab`)."""
 MAX_ROWS = 4096
 """Tokens per chunk at most, and per tile of the pass for frozen heads (`_MAX_ROWS`, `_BWD_ROWS`)."""
 FEWEST_LOGITS = 512 * 151936
@@ -56,7 +58,7 @@ class FusedLinear(torch.autograd.Function):
         log_probs = hidden.new_empty(scored, dtype=torch.float32)
         modern = capability >= TENSOR_CORES_OF_BF16
         fp32 = dtype == torch.float16 or (dtype == torch.bfloat16 and modern)
-        many = ceil_div(weight.shape[0], SPLIT_COLUMNS) > 2
+        many = ceil_div(weight.shape[0], SPLIT_COLUMNS) > FEW_SPLITS
         with torch.autocast("cpu", enabled=False):
             if fp32 and modern and many and scored >= FLASH_FROM_ROWS and not (into_weight or into_bias):
                 _tiled(hidden, stored, kept, dtype)
@@ -119,7 +121,8 @@ def _chunked(
         targets = kept.index_select(0, kept[first : first + rows])
         logits = buffer[: h.shape[0], :vocab]
         torch.mm(h, weight.t(), out=logits, **({"out_dtype": torch.float32} if fp32 else {}))
-        statistics = hidden.new_empty(STATISTICS, ceil_div(vocab, SPLIT_COLUMNS), h.shape[0], dtype=torch.float32)
+        splits = ceil_div(vocab, SPLIT_COLUMNS)
+        statistics = hidden.new_empty(STATISTICS if splits > FEW_SPLITS else 0, splits, h.shape[0], dtype=torch.float32)
         del statistics, targets
         dz = (buffer.view(dtype) if fp32 else buffer)[: h.shape[0], :vocab]
         if grad_hidden.numel():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from copy import deepcopy
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ pytest.importorskip("peft")
 import peft
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftplan.errors import RefusedError
 from peftplan.planning.setup import parse_setup, resolved
@@ -26,43 +24,10 @@ from peftplan.trace import losses
 from peftplan.trace.model import cast_by_trl
 from peftplan.trace.steps import Run, program
 from tests.trace.engine_case import llama, lora, traced
+from tests.trace.storages import Storages
 
 ROWS, LENGTH, VOCAB = 2, 40, 40_000
 TOKENS = ROWS * (LENGTH - 1)
-SCALARS = 64
-"""Storages up to so many bytes are counts and single numbers."""
-
-
-class Storages(TorchDispatchMode):
-    """Sizes of new storages in order, and the largest sum of those alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[int] = []
-        self.known: set[int] = set()
-        self.alive = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.see(tensor.untyped_storage())
-        return out
-
-    def see(self, storage: Any) -> None:
-        key, nbytes = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.alive += nbytes
-        self.peak = max(self.peak, self.alive)
-        if nbytes > SCALARS:
-            self.made.append(nbytes)
-        weakref.finalize(storage, self.freed, key, nbytes)
-
-    def freed(self, key: int, nbytes: int) -> None:
-        self.known.discard(key)
-        self.alive -= nbytes
 
 
 class Launched:
@@ -133,8 +98,8 @@ def storages_of_ours(model: Any) -> Storages:
 def test_sft_trainer_makes_these_storages(tmp_path: Any) -> None:
     """Every storage of TRL's is one of ours, and as much is alive at most.
 
-    Ours shows what indexing by a mask takes inside one kernel on CUDA: int64 indices, two per token, of hidden states, labels, and
-    of the gradients of hidden states and of what was scattered (4 × 16 n); prefix sums of three masks (3 × 8 n). Theirs shows a
+    Ours shows what indexing by a mask takes inside one kernel on CUDA: int64 indices, two per token, of hidden states, labels,
+    and of the gradients of hidden states and of what was scattered (4 × 16 n); prefix sums of three masks (3 × 8 n). Theirs has a
     copy of the hidden states' gradient, which `index_backward` makes only under a dispatch mode (torch 2.13 FunctionsManual.cpp).
     """
     model = tiny_model()
