@@ -22,6 +22,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("parameters",),
     ("planning",),
     ("trace", "measure", "accuracy"),
+    ("integrations",),
     ("report",),
     ("cli",),
 )

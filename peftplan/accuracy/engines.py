@@ -78,6 +78,11 @@ def ask(record: Record, engine: Engine) -> Stated:
         return Stated(refused=str(error), lacks_extra=True)
     except PeftplanError as error:
         return Stated(refused=str(error))
+    return stated(record, result)
+
+
+def stated(record: Record, result: Estimate) -> Stated:
+    """An estimate's numbers, those that compare with the record's."""
     return Stated(
         trainable=result.trainable_parameters,
         total=result.total_parameters,

@@ -29,10 +29,10 @@ def of_record(record: Record, stated: dict[Engine, Answer]) -> list[str]:
     title = f"{record.run.model} · {record.run.method_name} · {record.circumstances.gpu} · {record.outcome}"
     if record.error:
         return [title, record.error]
-    lines = [title, "", _row("", "measured", *stated)]
+    lines = [title, _row("", "measured", *stated)]
     for figure, measured in measured_figures(record):
         lines.append(_row(figure, format_bytes(measured), *(_drift(answer, figure) for answer in stated.values())))
-    return [*lines, "", *_counts(record, stated), *_silent(stated)]
+    return [*lines, *_counts(record, stated), *_silent(stated)]
 
 
 def of_run(done_number: int, of: int, record: Record, stated: dict[Engine, Answer], *, seconds: float) -> str:

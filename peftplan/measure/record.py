@@ -53,7 +53,7 @@ def record_of(job: Job, outcome: Outcome, device: Device) -> Record:
         run=run,
         circumstances=circumstances(
             gpu=facts.gpu,
-            gpu_id=_gpu_id(facts.gpu),
+            gpu_id=gpu_id(facts.gpu),
             compute_capability=facts.compute_capability,
             driver=facts.driver,
             cuda=facts.cuda,
@@ -137,7 +137,8 @@ def _id(run: Run) -> str:
     return "-".join([words[-80:], key(run), moment, *([f"rank{rank()}"] if world_size() > 1 else [])])
 
 
-def _gpu_id(name: str) -> str | None:
+def gpu_id(name: str) -> str | None:
+    """The id that the catalogue has for a driver's name of a card, or None."""
     try:
         return find_gpu(name).id
     except PeftplanError:

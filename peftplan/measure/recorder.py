@@ -10,7 +10,10 @@ import torch
 from peftplan.measure.cuda import Device, Reading
 from peftplan.memory.ledger import Category
 
-LOAD = "load"
+LOAD, BETWEEN = "load", "between"
+"""Before the first step; and between steps, where a trainer logs, evaluates and saves."""
+STEP_GOES_ON = ("forward", "backward")
+"""Phases after which a forward belongs to the same step: accumulation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Recorder:
     def begin(self, phase: str) -> None:
         """Close the phase that runs and begin another; a forward after a step begins the next step."""
         self.close()
-        if phase == "forward" and self.phase in (LOAD, "step"):
+        if phase == "forward" and self.phase not in STEP_GOES_ON:
             self.step += 1
         self.phase = phase
         self.began.append((len(self.figures), phase))

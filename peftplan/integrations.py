@@ -1,0 +1,19 @@
+"""What plugs into other libraries. Nothing of theirs is imported before a name is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAMES = ("MemoryCallback",)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from peftplan.measure.callback import MemoryCallback
+    except ImportError as error:
+        from peftplan.errors import MissingExtraError
+
+        raise MissingExtraError(f"MemoryCallback ({error.name or error})", "measure") from None
+    return MemoryCallback

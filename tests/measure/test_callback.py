@@ -1,0 +1,210 @@
+"""`MemoryCallback` inside a real Trainer and a real SFTTrainer on the CPU, with the double in CUDA's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.measure.tiny import TINY
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from peftplan.accuracy.jsonl import read
+from peftplan.integrations import MemoryCallback
+from peftplan.units import GIB
+from tests.measure.double import Double
+
+# r × (in + out) of q (64+64), k and v (64+32 each), o (64+64), in 2 layers, r 4
+NUM_LORA = 2 * 4 * (128 + 96 + 96 + 128)
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+
+
+@pytest.fixture
+def double() -> Iterator[Double]:
+    with Double() as device:
+        yield device
+
+
+def model() -> Any:
+    fields = {key: value for key, value in TINY.items() if key not in ("model_type", "architectures")}
+    return LlamaForCausalLM(LlamaConfig(**fields))
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
+
+
+def samples(lengths: list[int]) -> list[dict[str, Any]]:
+    return [{"input_ids": (ids := torch.arange(length) % 512), "labels": ids} for length in lengths]
+
+
+def arguments(folder: Path, **fields: Any) -> dict[str, Any]:
+    common = {"per_device_train_batch_size": 1, "max_steps": 4, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    return {"output_dir": str(folder), **common, "save_strategy": "no", "logging_strategy": "no", "bf16": False, **fields}
+
+
+def trained(folder: Path, callback: Any, *, lengths: list[int], **fields: Any) -> None:
+    """A real training of one sequence per step."""
+    wrapped = get_peft_model(model(), lora())
+    given = TrainingArguments(**arguments(folder, **fields))
+    given.train_sampling_strategy = "sequential"
+    Trainer(model=wrapped, args=given, train_dataset=samples(lengths), callbacks=[callback]).train()
+
+
+def test_a_trainer_prints_measured_beside_estimated_and_leaves_a_record(tmp_path: Path, double: Double) -> None:
+    said: list[str] = []
+    output = tmp_path / "runs.jsonl"
+    trained(tmp_path, MemoryCallback(device=double, tell=said.append, output=output), lengths=[16] * 4)
+    assert all(line.startswith("peftplan: ") for line in said)
+    assert "peftplan: after 2 steps, the largest of 1 × 16 tokens" in said
+    (title,) = [line for line in said if " · ok" in line]
+    assert "lora" in title
+    assert any(f"trainable {NUM_LORA:,} of" in line and "as estimated" in line for line in said)
+    (record,) = read(output)
+    options = record.run.options
+    assert (options["batch_size"], options["seq_len"], options["dtype"], options["adapter_dtype"]) == (1, 16, "fp32", "fp32")
+    assert (options["trainer"], options["autocast"], options["gradient_checkpointing"]) == ("transformers", "none", False)
+    assert record.counts.trainable == NUM_LORA
+    assert set(record.peaks.by_phase) == {"load", "forward", "backward", "step"}
+
+
+def test_phases_follow_the_trainer_through_accumulation(tmp_path: Path, double: Double) -> None:
+    output = tmp_path / "runs.jsonl"
+    trained(
+        tmp_path, MemoryCallback(device=double, tell=lambda line: None, output=output), lengths=[8] * 8,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    (record,) = read(output)
+    assert [(figure["step"], figure["phase"]) for figure in record.steps] == [
+        (0, "load"),
+        *((step, phase) for step in (1, 2) for phase in ("forward", "backward", "forward", "backward", "step", "between")),
+    ][:-1]
+    assert record.run.options["gradient_accumulation_steps"] == 2
+
+
+def test_gradients_and_states_are_what_a_step_leaves_alive(tmp_path: Path, double: Double) -> None:
+    """AdamW in the first step makes two fp32 states per trained parameter; gradients go with zero_grad."""
+    output = tmp_path / "runs.jsonl"
+    trained(tmp_path, MemoryCallback(device=double, tell=lambda line: None, output=output), lengths=[16] * 4)
+    (record,) = read(output)
+    after = {(figure["step"], figure["phase"]): figure["allocated_after"] for figure in record.steps}
+    gradients = after[2, "backward"] - after[1, "step"]
+    states = after[1, "step"] - after[0, "load"]
+    assert 4 * NUM_LORA <= gradients <= 1.1 * 4 * NUM_LORA
+    assert 8 * NUM_LORA <= states <= 1.25 * 8 * NUM_LORA  # and a step counter of 512 B per parameter
+
+
+def test_it_warns_before_the_batch_that_will_not_fit(tmp_path: Path, double: Double) -> None:
+    """The third sequence is eight times as long; the driver has less left than the trace says it needs."""
+    said: list[str] = []
+    callback = MemoryCallback(device=double, tell=said.append, engine="trace", after=1)
+    begun = callback._begin
+    at_warning: list[int] = []
+
+    def begin(phase: str) -> None:
+        at_warning.append(sum("is likely to run out of memory" in line for line in said))
+        begun(phase)
+
+    callback._begin = begin  # type: ignore[method-assign]
+    # what the trace says of 64 tokens fits, of 512 tokens it does not
+    small, large = (callback_estimate(length) for length in (64, 512))
+    double.free_bytes = lambda: (small + large) // 2 - double.counter.reserved  # type: ignore[method-assign]
+    trained(tmp_path, callback, lengths=[64, 64, 512, 64])
+    (warning,) = [line for line in said if "is likely to run out of memory" in line]
+    assert "a batch of 1 × 512 tokens" in warning
+    # 0 before the forward of step 3, 1 from there on: said before the step ran, and once
+    assert at_warning.index(1) == [i for i, _ in enumerate(at_warning)][at_warning.index(1)]
+    assert at_warning[-1] == 1
+
+
+def callback_estimate(length: int) -> int:
+    import peftplan
+
+    found = peftplan.estimate(
+        LlamaConfig(**{k: v for k, v in TINY.items() if k not in ("model_type",)}), peft_config=lora(), engine="trace",
+        dtype="fp32", autocast="none", gradient_checkpointing=False, seq_len=length,
+    )  # fmt: skip
+    assert found.peaks is not None
+    return found.peaks.allocated
+
+
+def test_without_cuda_it_says_so_and_prints_the_estimate(tmp_path: Path) -> None:
+    said: list[str] = []
+    trained(tmp_path, MemoryCallback(tell=said.append), lengths=[16] * 4)
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert any("needs a CUDA GPU" in line for line in said)
+    assert any("estimated for 1 × 16 tokens" in line for line in said)
+
+
+def test_the_model_is_left_without_hooks(tmp_path: Path, double: Double) -> None:
+    wrapped = get_peft_model(model(), lora())
+    callback = MemoryCallback(device=double, tell=lambda line: None)
+    given = TrainingArguments(**arguments(tmp_path, max_steps=2))
+    Trainer(model=wrapped, args=given, train_dataset=samples([8] * 4), callbacks=[callback]).train()
+    assert not wrapped._forward_hooks
+    assert not wrapped._forward_pre_hooks
+
+
+def test_full_fine_tuning_is_recognised(tmp_path: Path, double: Double) -> None:
+    output = tmp_path / "runs.jsonl"
+    callback = MemoryCallback(device=double, tell=lambda line: None, output=output)
+    whole = model()
+    given = TrainingArguments(**arguments(tmp_path, max_steps=2))
+    Trainer(model=whole, args=given, train_dataset=samples([8] * 4), callbacks=[callback]).train()
+    (record,) = read(output)
+    assert record.run.method_name == "full"
+    assert record.counts.trainable == record.counts.total == whole.num_parameters()
+
+
+def test_in_sft_trainer(tmp_path: Path, double: Double) -> None:
+    """TRL's trainer: its chunked loss, its checkpointing by default, tokens as its data set has them."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    said: list[str] = []
+    output = tmp_path / "runs.jsonl"
+    given = trl.SFTConfig(**arguments(tmp_path, max_steps=3, max_length=24))
+    data = datasets.Dataset.from_dict({"input_ids": [list(range(24))] * 6})
+    tokenizer = _tokenizer()
+    trainer = trl.SFTTrainer(
+        model=model(), args=given, train_dataset=data, processing_class=tokenizer, peft_config=lora(),
+        callbacks=[MemoryCallback(device=double, tell=said.append, output=output)],
+    )  # fmt: skip
+    trainer.train()
+    (record,) = read(output)
+    assert (record.run.options["trainer"], record.run.options["loss"]) == ("trl", "trl-chunked")
+    assert record.run.options["gradient_checkpointing"] is True
+    assert record.run.options["seq_len"] == 24
+    assert record.counts.trainable == NUM_LORA
+    assert any("after 2 steps" in line for line in said)
+
+
+def _tokenizer() -> Any:
+    """512 words, no download."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(511)} | {"<pad>": 511}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="w0")
+
+
+def test_the_name_is_lazy_and_wrong_names_are_errors() -> None:
+    import peftplan.integrations
+
+    with pytest.raises(AttributeError, match="no attribute 'Memory'"):
+        peftplan.integrations.Memory  # noqa: B018
+    assert GIB > 0
