@@ -46,6 +46,10 @@ class RefusedError(PeftplanError):
     """A combination that makes sense as input but that the real libraries refuse, for the reason given."""
 
 
+class NeedsTraceError(PeftplanError):
+    """What the closed formulas do not know and the trace engine finds out; the message says which part of the job it is."""
+
+
 class MissingExtraError(PeftplanError):
     """Something that needs an optional extra which is not installed."""
 

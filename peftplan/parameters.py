@@ -45,6 +45,9 @@ class Parameter(NamedTuple):
     in_embedding: bool = False
     is_linear: bool = False
     """The `weight` of an `nn.Linear`, which `optim_target_modules` can select."""
+    layers: frozenset[int] | None = None
+    """The layers whose tensors these are; None outside layers."""
+    quantized: bool = False
 
     @property
     def numel(self) -> int:
@@ -98,7 +101,8 @@ def build(
         for param, shape in arch.owned_params(module):
             prepared = upcast or _loaded_dtype(arch, f"{module.name}.{param}", dtype)
             trains = trained.get((module.name, param), frozenset())
-            for is_converted, is_trained, copies in _split(module, weight_layers, trains):
+            for is_converted, is_trained, layers in _split(module, weight_layers, trains):
+                copies = len(layers)
                 is_quantized = is_converted and len(shape) > 1
                 held_dense = (trained_dtype if is_trained else None) or prepared
                 if is_converted and quant is not None and quant.name in CASTS_BIAS:
@@ -122,6 +126,8 @@ def build(
                         source=arch.model_class,
                         in_embedding=module.kind == "Embedding",
                         is_linear=module.kind.startswith("Linear") and param == "weight",
+                        layers=layers if module.layers is not None else None,
+                        quantized=is_quantized,
                     )
                 )
     base_dtype = {p.name: p.dtype for p in found}
@@ -256,13 +262,12 @@ def _loaded_dtype(arch: Architecture, name: str, dtype: str) -> str:
     return "fp32" if any(re.search(pattern, name) for pattern in kept) else dtype
 
 
-def _split(module: Module, quantized: frozenset[int], trained: frozenset[int]) -> list[tuple[bool, bool, int]]:
-    """How many layers of a family are (quantized, trained), for each combination that occurs."""
-    groups: dict[tuple[bool, bool], int] = {}
+def _split(module: Module, quantized: frozenset[int], trained: frozenset[int]) -> list[tuple[bool, bool, frozenset[int]]]:
+    """Which layers of a family are (quantized, trained), for each combination that occurs."""
+    groups: dict[tuple[bool, bool], list[int]] = {}
     for layer in module.layers or (0,):
-        key = (layer in quantized, layer in trained)
-        groups[key] = groups.get(key, 0) + 1
-    return [(*key, copies) for key, copies in groups.items()]
+        groups.setdefault((layer in quantized, layer in trained), []).append(layer)
+    return [(*key, frozenset(layers)) for key, layers in groups.items()]
 
 
 def _base_name(copy: AddedTensor) -> str:
@@ -299,4 +304,5 @@ def _added(
         source=f"peft, {ITEMSIZE[dtype]} B per element ({dtype})",
         in_embedding=tensor.in_embedding,
         is_linear=tensor.name.endswith(("lora_A.weight", "lora_B.weight")),
+        layers=None if tensor.layers is None else frozenset(tensor.layers),
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peftplan import methods, parameters
 from peftplan.arch import sources as architectures
 from peftplan.arch.modules import Architecture
-from peftplan.errors import InputError, RefusedError, UnknownNameError
+from peftplan.errors import InputError, NeedsTraceError, RefusedError, UnknownNameError
 from peftplan.memory.ledger import Ledger
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
 
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
-"""What the analytic engine does not count yet; so it states no peak."""
+"""What is missing from an estimate that states no peak."""
 
-NOT_TRACED = ("CUDA context",)
-"""What the trace engine does not count: it lies outside torch's allocator."""
+OUTSIDE = ("CUDA context",)
+"""What lies outside torch's allocator, and so outside every peak."""
 
 NOT_ON_4_BIT = ("loha", "lokr")
 """Methods whose forward adds an update to the packed weight itself (`LycorisLayer`, peft 0.21.2) and raises a RuntimeError."""
@@ -71,13 +71,14 @@ def estimate(
     chosen, config, adapter = job.method, job.config, job.adapter
     built, static = _static(architecture, adaptation, quant, setup)
     cards = find_cards(gpu)
-    peaks = (
-        None
+    found = (
+        _analytic(job, built, static, cards)
         if engine == "analytic"
         else _traced(
             model, architecture, (chosen, config, adapter), adaptation, quant, setup, cards, record=record, progress=progress
         )
     )
+    peaks = None if isinstance(found, str) else found
     assumptions = _assumptions(setup, quant, architecture, adaptation, quantized=built.quantized)
     if peaks is not None:
         assumptions["compute_capability"] = capability(cards)
@@ -92,10 +93,20 @@ def estimate(
         adaptation=adaptation,
         static=static,
         assumptions=assumptions,
-        not_modelled=NOT_COUNTED if peaks is None else NOT_TRACED,
+        not_modelled=OUTSIDE if peaks is not None else (f"{found} (--engine trace knows)", *NOT_COUNTED),
         gpus=tuple(verdict(card, static.bytes(), peaks) for card in cards),
         peaks=peaks,
     )
+
+
+def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu]) -> Peaks | str:
+    """The peaks by formula, or what part of the job has none."""
+    from peftplan.planning.analytic import analytic_peaks
+
+    try:
+        return analytic_peaks(job, built, static, compute_capability=capability(cards))
+    except NeedsTraceError as missing:
+        return str(missing)
 
 
 def prepare(

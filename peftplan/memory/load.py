@@ -1,0 +1,89 @@
+"""The load phase: what is alive while weights reach the device, are quantized, prepared and adapted.
+
+A dense model is moved weight by weight, so its peak is its end. A quantized one is loaded on the device: a warm-up block of the
+size of all stored weights is taken and freed, then each weight arrives in the load dtype, in the natural order of names, and is
+quantized there. Source: transformers 5.24, core_model_loading.py and modeling_utils.py (`caching_allocator_warmup`);
+bitsandbytes 0.50.2, functional.py (`quantize_4bit`); peft 0.21.2, `prepare_model_for_kbit_training`. The trace's `trace.load`
+does the same tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+from peftplan.dtypes import ITEMSIZE
+from peftplan.memory.ledger import Ledger, Line
+from peftplan.parameters import Parameter, Parameters
+from peftplan.units import round512
+
+SOURCE = "transformers 5.24: loading a quantized model"
+Key = tuple[tuple[bool, int, str], ...]
+
+
+def load_passing(parameters: Parameters, buffers: Ledger, *, dtype: str, doubled: bool) -> tuple[Line, ...]:
+    """What the peak of loading holds beyond the tensors that last: one line, or none where the end is the peak.
+
+    `dtype` is what weights are loaded in; `doubled`: double quantization, whose fp32 absmax passes twice.
+    """
+    base = [p for p in parameters.all if p.owner == "base"]
+    if not any(p.quantized for p in base):
+        return ()
+    once = sum(round512(a.nbytes) for a in parameters.shared)
+    end = once + sum(_bytes(p) * p.copies for p in parameters.all) + buffers.bytes()
+    peak = max(once + _quantizing(base, dtype=dtype, doubled=doubled), _preparing(base, buffers, once, dtype=dtype))
+    return (Line("weights while loading", "temporaries", "uint8", (peak - end,), 1, SOURCE),) if peak > end else ()
+
+
+def _quantizing(base: list[Parameter], *, dtype: str, doubled: bool) -> int:
+    """The highest level while weights arrive and are quantized."""
+    peak = 0
+    for p in base:
+        if not p.quantized:
+            continue
+        key = _key(p, max(p.layers) if p.layers else None)
+        level = sum(_before(other, key) * _loaded(other, dtype) for other in base)
+        passing = round512(ITEMSIZE[dtype] * p.numel)
+        absmax = next((a for a in p.allocations if a.name == "absmax"), None)
+        if doubled and absmax is not None:
+            passing += 2 * round512(ITEMSIZE["fp32"] * prod(absmax.dims))
+        peak = max(peak, level + passing + _bytes(p))
+    return peak
+
+
+def _preparing(base: list[Parameter], buffers: Ledger, once: int, *, dtype: str) -> int:
+    """The highest level while kbit preparation makes fp32 copies, one weight after the other."""
+    level = once + buffers.bytes() + sum(p.copies * _loaded(p, dtype) for p in base)
+    peak = level
+    for p in base:
+        wide, low = _bytes(p), _loaded(p, dtype)
+        if not p.quantized and wide > low:
+            peak = max(peak, level + (p.copies - 1) * (wide - low) + wide)
+            level += p.copies * (wide - low)
+    return peak
+
+
+def _bytes(p: Parameter) -> int:
+    return sum(round512(a.nbytes) for a in p.allocations if a.place == "device")
+
+
+def _loaded(p: Parameter, dtype: str) -> int:
+    """Bytes of one tensor once loaded and quantized, before preparation casts it."""
+    return _bytes(p) if p.quantized else min(_bytes(p), round512(ITEMSIZE[dtype] * p.numel))
+
+
+def _before(p: Parameter, key: Key) -> int:
+    """How many of a family's tensors come before a name (`dot_natural_key`: numbers by value, before words)."""
+    if p.layers is None:
+        return p.copies if _key(p, None) < key else 0
+    first, last = min(p.layers), max(p.layers)
+    if _key(p, last) < key:
+        return p.copies
+    if _key(p, first) >= key:
+        return 0
+    return sum(_key(p, layer) < key for layer in p.layers)
+
+
+def _key(p: Parameter, layer: int | None) -> Key:
+    parts: Iterable[str] = (p.name if layer is None else p.name.replace("{}", str(layer), 1)).split(".")
+    return tuple((not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts)

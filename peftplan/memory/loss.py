@@ -1,0 +1,35 @@
+"""Loss and logits: what each way of computing a language model's loss makes of the hidden states.
+
+Source: transformers 5.24, loss/loss_utils.py (`ForCausalLMLoss`): logits in fp32, labels padded and shifted, cross entropy over
+all positions. torch's cross entropy is log_softmax and nll_loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftplan.memory import ops
+from peftplan.memory.tape import Node, Tape, Tensor
+
+
+def cross_entropy(f: Tape, logits: Tensor, *extra: Any) -> Tensor:
+    """`cross_entropy` of fp32 logits: keeps the log probabilities, and one weight."""
+    log_probabilities = ops.keeps_output(f, f.to(logits, "fp32"), "log_softmax")
+    labels = f.new(logits.dims[:-1], "int64", "labels")
+    node = f.record(_nll_backward, (log_probabilities,), log_probabilities.dims, labels)
+    loss = f.new((), "fp32", "nll_loss", node)
+    f.keep(node, f.new((), "fp32", "nll_loss total weight"))
+    return loss
+
+
+def _nll_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], "fp32", "nll_loss_backward")
+
+
+def causal_lm_loss(f: Tape, logits: Tensor) -> Tensor:
+    """`ForCausalLMLoss`."""
+    wide = f.to(logits, "fp32")
+    padded = f.new(logits.dims[:-1], "int64", "padded labels")
+    loss = cross_entropy(f, wide)
+    del padded
+    return loss

@@ -1,0 +1,10 @@
+"""What each PEFT method makes and keeps where it wraps a module: peft's forward, written on the tape."""
+
+from __future__ import annotations
+
+from peftplan.memory.methods.ia3 import ia3
+from peftplan.memory.methods.lora import lora
+from peftplan.memory.model import Adapter
+
+ADAPTERS: dict[str, Adapter] = {"LORA": lora, "IA3": ia3}
+"""peft type → how it wraps a linear layer. Methods that are not here, and add tensors to modules, need the trace engine."""

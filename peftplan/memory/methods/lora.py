@@ -1,0 +1,40 @@
+"""LoRA and DoRA (peft 0.21.2, tuners/lora/layer.py `Linear.forward`, bnb.py `Linear4bit.forward`, dora.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peftplan.memory import ops
+from peftplan.memory.model import Part, Running
+from peftplan.memory.tape import Tape, Tensor
+
+
+def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
+    """`result + lora_B(lora_A(dropout(x))) * scaling`, with x in the adapter's dtype: each module makes its own copy.
+
+    On a 4-bit base the result is cloned first, and x is cast only without autocast.
+    """
+    result = base(x)
+    a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
+    given = result.dtype
+    if part.quant is not None and part.quant.name in ("nf4", "fp4"):
+        result = ops.copied(f, result, "clone")
+    converts = part.quant is None or running.autocast is None
+    if converts:
+        x = f.to(x, a.dtype)
+    if running.config.use_dora:
+        from peftplan.memory.methods.dora import dora
+
+        result = dora(f, part, x, result, running)
+        return f.to(result, given) if converts else result  # type: ignore[no-any-return]
+    f.module = f"{part.name}.lora_A"
+    low = ops.linear(f, ops.dropout(f, x, running.config.lora_dropout), a)
+    f.module = f"{part.name}.lora_B"
+    out = ops.linear(f, low, b, part.params.get("lora_B.bias"))
+    del low
+    f.module = part.name
+    out = ops.scale(f, out)
+    if part.quant is not None and converts:
+        out = f.to(out, given)
+    result = ops.add(f, result, out)
+    return result if part.quant is not None else f.to(result, given)

@@ -1,0 +1,213 @@
+"""The adapted model as a step runs it: modules found by name and layer, each called as transformers and peft call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftplan.arch.modules import Architecture
+from peftplan.memory import ops
+from peftplan.memory.tape import Dims, Node, Parameter, Tape, Tensor
+from peftplan.memory.timeline import Stack
+from peftplan.methods.adaptation import Adaptation
+from peftplan.parameters import Parameters
+from peftplan.storage import QuantConfig
+
+
+@dataclass(frozen=True)
+class Running:
+    """What decides how a step runs: resolved fields of the setup, the method's config, the card's kernels."""
+
+    autocast: str | None
+    checkpointing: bool
+    attention: str
+    padding: bool
+    use_cache: bool
+    flash: bool = True
+    """Whether the card has FlashAttention (compute capability 8.0 and newer)."""
+    peft_type: str | None = None
+    config: Any = None
+    seq_len: int = 2048
+
+
+class Part:
+    """One module of one layer: its parameters by name, and the kind of class it is."""
+
+    __slots__ = ("bias", "kind", "name", "params", "quant", "weight")
+
+    def __init__(self, name: str, kind: str, params: dict[str, Parameter], quant: QuantConfig | None) -> None:
+        self.name = name
+        self.kind = kind
+        self.params = params
+        self.quant = quant
+        self.weight = params.get("weight")
+        self.bias = params.get("bias")
+
+
+Adapter = Callable[[Tape, Part, Tensor, Callable[[Tensor], Tensor], Running], Tensor]
+
+
+@dataclass
+class Model:
+    """The modules of a run on one tape. `adapters` wraps the calls of modules that carry adapter tensors."""
+
+    tape: Tape
+    arch: Architecture
+    parameters: Parameters
+    adaptation: Adaptation
+    running: Running
+    quant: QuantConfig | None
+    adapter: Adapter | None = None
+    kept: list[Any] = field(default_factory=list)
+    """What the outputs hold besides logits: the KV cache."""
+    stacks: list[Stack] = field(default_factory=list)
+    _parts: dict[tuple[str, int | None], Part] = field(default_factory=dict)
+    _families: Mapping[str, list[Any]] = field(default_factory=dict)
+    _kinds: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Index the parameters by the module that holds them, adapter tensors by the module that they adapt."""
+        self._kinds = {m.name: m.kind for m in self.arch.modules}
+        owners = sorted((m.name for m in self.adaptation.matched), key=len, reverse=True)
+        families: dict[str, list[Any]] = {}
+        for p in self.parameters.all:
+            module = p.name.rpartition(".")[0]
+            if p.owner == "adapter":
+                module = next((name for name in owners if p.name.startswith(f"{name}.")), module.partition(".modules_to_save")[0])
+            families.setdefault(module, []).append((p, p.name[len(module) :].lstrip(".")))
+        for tied, original in self.arch.ties:
+            module, _, leaf = tied.rpartition(".")
+            held, _, _ = original.rpartition(".")
+            found = next(((p, leaf) for p, part in families.get(held, ()) if part == original.rpartition(".")[2]), None)
+            if found is not None:
+                families.setdefault(module, []).append(found)
+        self._families = families
+
+    def has(self, name: str, layer: int | None = None) -> bool:
+        """Whether the model has this module."""
+        return bool(self.part(name, layer).params)
+
+    def part(self, name: str, layer: int | None = None) -> Part:
+        """A module by its full name, `{}` for the layer's number."""
+        key = (name, layer)
+        found = self._parts.get(key)
+        if found is None:
+            found = self._parts[key] = self._made(name, layer)
+        return found
+
+    def _made(self, name: str, layer: int | None) -> Part:
+        params: dict[str, Parameter] = {}
+        quantized = False
+        for p, part in self._families.get(name, ()):
+            if p.layers is not None and layer is not None and layer not in p.layers:
+                continue
+            part = part.removeprefix("modules_to_save.")
+            quantized |= p.quantized
+            params[part] = self._parameter(p, layer)
+        return Part(name, self._kinds.get(name, ""), params, self.quant if quantized else None)
+
+    def _parameter(self, p: Any, layer: int | None) -> Parameter:
+        key = (p.name, layer if p.layers is not None else None)
+        held = self._held.get(key)
+        if held is None:
+            held = self._held[key] = Parameter(p.name, p.shape, p.dtype, trainable=p.trainable)
+        return held
+
+    _held: dict[tuple[str, int | None], Parameter] = field(default_factory=dict)
+
+    def linear(self, name: str, x: Tensor, layer: int | None = None) -> Tensor:
+        """Call a linear layer, through its adapter if it has one."""
+        part = self.part(name, layer)
+        if self.adapter is not None and len(part.params) > 1 and any(key not in ("weight", "bias") for key in part.params):
+            return self.adapter(self.tape, part, x, lambda x: self.base(part, x), self.running)
+        return self.base(part, x)
+
+    def base(self, part: Part, x: Tensor) -> Tensor:
+        """The layer without its adapter: dense, 4-bit or 8-bit."""
+        f = self.tape
+        f.module = part.name
+        if part.quant is None:
+            return ops.linear(f, x, part.weight, part.bias, transposed=part.kind == "Conv1D")
+        from peftplan.memory.quantized import QUANTIZED
+
+        return QUANTIZED[part.quant.name](f, part, x)
+
+    @property
+    def seq(self) -> str:
+        """The named size of the hidden states' sequence."""
+        return "s"
+
+    def inputs(self) -> Tensor:
+        """The token embeddings, with a gradient where checkpointing asks for one (`enable_input_require_grads`)."""
+        assert self.arch.input_embedding is not None
+        x = self.embedding(self.arch.input_embedding, ("b", self.seq))
+        if x.node is None and self.running.checkpointing:
+            x.node = Node(0, self.tape.module, _nothing, (), None)
+        return x
+
+    def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The KV cache: a copy of keys and values that the outputs hold, unless `use_cache` is off (never with checkpointing)."""
+        if not self.running.use_cache or self.running.checkpointing:
+            return k, v
+        k, v = ops.copied(self.tape, k, "cat"), ops.copied(self.tape, v, "cat")
+        self.kept.append((k.detach(), v.detach()))
+        return k, v
+
+    def embedding(self, name: str, dims: Dims) -> Tensor:
+        """Look up an embedding."""
+        self.tape.module = name
+        return ops.embedding(self.tape, self.part(name).weight, dims)
+
+    def rmsnorm(self, name: str, x: Tensor, layer: int | None = None, **how: Any) -> Tensor:
+        """Call an RMSNorm."""
+        self.tape.module = name
+        return ops.rmsnorm(self.tape, x, self.part(name, layer).weight, **how)
+
+
+def run_stack(
+    model: Model, kinds: tuple[int, ...], x: Tensor, call: Callable[[int, Tensor], Tensor], *, name: str, checkpointed: bool
+) -> Tensor:
+    """Run the first layer of each kind, then the last of each; `kinds[l]` is the kind of layer l.
+
+    The layers between stand in the log as copies of the last of their kind (`memory.timeline`).
+    """
+    f = model.tape
+    first = {kind: layer for layer, kind in reversed([*enumerate(kinds)])}
+    last = {kind: layer for layer, kind in enumerate(kinds) if layer != first[kind]}
+    sections = [*sorted(first.values()), *sorted(last.values())]
+    copies = {f"{name} {sections.index(layer)}": kinds.count(kind) - 2 for kind, layer in last.items()}
+    stack = Stack(name, len(first), copies, set())
+    model.stacks.append(stack)
+    for number, layer in enumerate(sections):
+        x = boundary(f, x, f"{name} {number}")
+        x = f.checkpoint(call, layer, x) if checkpointed else call(layer, x)
+        if x.storage is not None:
+            stack.passed.add(x.storage.number)
+    return boundary(f, x, f"{name} end")
+
+
+def boundary(f: Tape, x: Tensor, what: str) -> Tensor:
+    """A mark in the log where forward passes, and another where the gradient does."""
+    f.mark(what)
+    return Tensor(x.storage, x.dims, x.dtype, f.record(_boundary_backward, (x,), what))
+
+
+def _boundary_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    f.mark(saved[0])
+    return g
+
+
+def kinds_of(model: Model, stack: str = "decoder") -> tuple[int, ...]:
+    """The kind of each layer of a stack: its block, and which tensors it has that other layers lack."""
+    block_of = {layer: index for index, b in enumerate(model.arch.blocks) if b.stack == stack for layer in b.layers}
+    every = len(block_of)
+    partial = [p.layers for p in model.parameters.all if p.layers is not None and len(p.layers) < every]
+    seen: dict[Any, int] = {}
+    return tuple(
+        seen.setdefault((block_of[layer], *(layer in layers for layers in partial)), len(seen)) for layer in sorted(block_of)
+    )
+
+
+def _nothing(f: Tape, node: Node, saved: Any, g: Tensor) -> tuple[()]:
+    return ()

@@ -1,0 +1,26 @@
+"""The forward pass of each model type, written on the tape as transformers' modeling file has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from peftplan.memory.model import Model
+from peftplan.memory.tape import Tensor
+
+Forward = Callable[[Model], Tensor]
+
+FORWARDS: dict[str, tuple[str, str]] = {
+    "llama": ("llama", "llama"),
+    "mistral": ("llama", "llama"),
+    "qwen2": ("llama", "llama"),
+    "qwen3": ("llama", "llama"),
+}
+"""model type → module of this folder and its function: from token ids to the last hidden states."""
+
+
+def forward_of(model_type: str) -> Forward:
+    """The forward of a model type in `FORWARDS`."""
+    module, function = FORWARDS[model_type]
+    found: Forward = getattr(import_module(f"peftplan.memory.models.{module}"), function)
+    return found

@@ -1,0 +1,249 @@
+"""torch's operations as they allocate: what each makes, keeps for backward, and takes while its backward runs.
+
+Each function names the formula of torch 2.13's tools/autograd/derivatives.yaml whose saved tensors it keeps. Gradients are made
+in the order of that file's entries, which are sorted by argument name (`mat2` before `self`, `other` before `self`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftplan.memory.ledger import Dim
+from peftplan.memory.tape import Dims, Node, Tape, Tensor
+
+WIDER = {("bf16", "fp16"): "fp32", ("fp16", "bf16"): "fp32"}
+
+
+def promoted(a: str, b: str) -> str:
+    """The dtype of a binary operation on two floating dtypes."""
+    return a if a == b else "fp32"
+
+
+def _sum_to(f: Tape, grad: Tensor, like: Dims) -> Tensor:
+    """The gradient of a broadcast input (`sum_to_size`)."""
+    return grad if grad.dims == like else f.new(like, grad.dtype, "sum")
+
+
+def embedding(f: Tape, weight: Any, rows: Dims) -> Tensor:
+    """`embedding`: keeps the indices, which live anyway; backward makes a gradient of the whole table."""
+    return f.new((*rows, weight.dims[1]), weight.dtype, "embedding", f.record(_embedding_backward, (weight,), weight))
+
+
+def _embedding_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0].dims, g.dtype, "embedding_dense_backward")
+
+
+def linear(f: Tape, x: Tensor, weight: Any, bias: Any = None, *, transposed: bool = False) -> Tensor:
+    """`linear` (mm, addmm): keeps x if the weight trains, and the weight if x has a gradient. Under autocast in its dtype.
+
+    The weight is (out, in); `transposed` (Conv1D, `x @ W`) is (in, out).
+    """
+    if f.autocast:
+        x, weight, bias = f.cast(x, f.autocast), f.cast(weight, f.autocast), f.cast(bias, f.autocast)
+    kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, bias)
+    node = f.record(_linear_backward, (x, weight, bias), *kept)
+    return f.new((*x.dims[:-1], weight.dims[1 if transposed else 0]), x.dtype, "linear", node)
+
+
+def _linear_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    _, _, x_dims, w_dims, bias = saved
+    to_x, to_weight, to_bias = node.edges
+    grad_weight = f.new(w_dims, g.dtype, "mm") if to_weight else None
+    grad_x = f.new(x_dims, g.dtype, "mm") if to_x else None
+    grad_bias = f.new(bias.dims, g.dtype, "sum") if to_bias else None
+    return grad_x, grad_weight, grad_bias
+
+
+def add(f: Tape, a: Tensor, b: Any) -> Tensor:
+    """`add`: keeps nothing; b may be broadcast."""
+    return f.new(a.dims, promoted(a.dtype, b.dtype), "add", f.record(_add_backward, (a, b), b.dims))
+
+
+def _add_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    return g, _sum_to(f, g, saved[0]) if node.edges[1] else None
+
+
+def mul(f: Tape, a: Tensor, b: Any) -> Tensor:
+    """`mul`: keeps each factor whose partner has a gradient; b may be broadcast."""
+    node = f.record(_mul_backward, (a, b), a if b.node else None, b if a.node else None, b.dims)
+    return f.new(a.dims, promoted(a.dtype, b.dtype), "mul", node)
+
+
+def _mul_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    grad_b = f.new(g.dims, g.dtype, "mul") if node.edges[1] else None
+    grad_a = f.new(g.dims, g.dtype, "mul") if node.edges[0] else None
+    return grad_a, None if grad_b is None else _sum_to(f, grad_b, saved[2])
+
+
+def scale(f: Tape, x: Tensor, op: str = "mul") -> Tensor:
+    """`mul` or `div` by a number, `neg`: keeps nothing, and its backward makes one tensor."""
+    return f.new(x.dims, x.dtype, op, f.record(_scale_backward, (x,)))
+
+
+def _scale_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "mul")
+
+
+def keeps_input(f: Tape, x: Tensor, op: str) -> Tensor:
+    """`silu`, `gelu` and other activations that keep their input."""
+    return f.new(x.dims, x.dtype, op, f.record(_same_backward, (x,), x))
+
+
+def keeps_output(f: Tape, x: Tensor, op: str) -> Tensor:
+    """`relu`, `tanh`, `sigmoid`, `exp`, `rsqrt`: keep their result."""
+    node = f.record(_same_backward, (x,))
+    out = f.new(x.dims, x.dtype, op, node)
+    f.keep(node, out.detach())
+    return out
+
+
+def _same_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "backward")
+
+
+def rmsnorm(f: Tape, x: Tensor, weight: Any, *, cast_last: bool = False) -> Tensor:
+    """Llama's RMSNorm: `x32 * rsqrt(mean(x32²) + eps)`, cast back, times the weight.
+
+    Keeps the fp32 copy of x and rsqrt's result, and the normalized x if the weight trains. `cast_last` (Gemma): the weight
+    multiplies before the cast. Source: transformers 5.24, `LlamaRMSNorm.forward`.
+    """
+    x32 = f.to(x, "fp32")
+    row = (*x.dims[:-1], 1)
+    squared = f.new(x.dims, "fp32", "pow")
+    mean = f.new(row, "fp32", "mean")
+    del squared
+    shifted = f.new(row, "fp32", "add")
+    rstd = f.new(row, "fp32", "rsqrt")
+    del shifted
+    normed = f.new(x.dims, "fp32", "mul", f.record(_normalize_backward, (x32,), x32, rstd))
+    del rstd, x32
+    if cast_last:
+        out = normed if weight is None else mul(f, normed, weight)
+        del normed
+        narrow: Tensor = f.to(out, x.dtype)
+        return narrow
+    low = f.to(normed, x.dtype)
+    out = low if weight is None else mul(f, low, weight)
+    del normed, mean
+    return out
+
+
+def _normalize_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    dims, row = g.dims, (*g.dims[:-1], 1)
+    to_rstd = f.new(dims, "fp32", "mul")
+    to_x = f.new(dims, "fp32", "mul")
+    summed = f.new(row, "fp32", "sum")
+    del to_rstd, g
+    inner = f.new(row, "fp32", "mul")
+    del summed
+    spread = f.new(dims, "fp32", "div")
+    del inner
+    power = f.new(dims, "fp32", "pow")
+    doubled = f.new(dims, "fp32", "mul")
+    more = f.new(dims, "fp32", "mul")
+    del power, doubled, spread, saved
+    return f.new(dims, "fp32", "add") if to_x and more else to_x
+
+
+def rotary(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x * cos + rotate_half(x) * sin`: nothing is kept but cos and sin. Source: transformers 5.24, `apply_rotary_pos_emb`."""
+    dtype = promoted(x.dtype, cos.dtype)
+    half = (*x.dims[:-1], _half(x.dims[-1]))
+    by_cos = f.new(x.dims, dtype, "mul")
+    negated = f.new(half, x.dtype, "neg")
+    turned = f.new(x.dims, x.dtype, "cat")
+    del negated
+    by_sin = f.new(x.dims, dtype, "mul")
+    del turned
+    out = f.new(x.dims, dtype, "add", f.record(_rotary_backward, (x,), cos, sin, x.dtype))
+    del by_cos, by_sin
+    return out
+
+
+def _rotary_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    dims, dtype = g.dims, saved[2]
+    turned = f.new(dims, g.dtype, "mul")
+    if dtype != g.dtype:
+        turned = f.new(dims, dtype, "to")
+    negated = f.new((*dims[:-1], _half(dims[-1])), dtype, "neg")
+    first = f.new(dims, dtype, "slice_backward")
+    del negated
+    second = f.new(dims, dtype, "slice_backward")
+    del turned
+    both = f.new(dims, dtype, "add")
+    del first, second
+    by_cos = f.new(dims, g.dtype, "mul")
+    del g
+    if by_cos.dtype != dtype:
+        by_cos = f.new(dims, dtype, "to")
+    out = f.new(dims, dtype, "add")
+    del by_cos, both
+    return out
+
+
+def _half(dim: Dim) -> int:
+    assert isinstance(dim, int)
+    return dim // 2
+
+
+def heads(f: Tape, x: Tensor, dims: Dims, *, clones: bool = False) -> Tensor:
+    """`view(…).transpose(1, 2)`: the same storage; where the gradient comes back head by head its reshape makes a copy."""
+    return Tensor(x.storage, dims, x.dtype, f.record(_heads_backward, (x,), x.dims)) if clones else x.view(dims)
+
+
+def _heads_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "clone")
+
+
+def copied(f: Tape, x: Tensor, op: str, dims: Dims | None = None) -> Tensor:
+    """A copy whose gradient is a view of its own gradient: `cat` with nothing, `contiguous`, `reshape` of a transposed tensor."""
+    return f.new(dims or x.dims, x.dtype, op, f.record(_view_backward, (x,)))
+
+
+def _view_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return g
+
+
+def dropout(f: Tape, x: Tensor, p: float) -> Tensor:
+    """`native_dropout`: keeps a boolean mask; nothing at p = 0."""
+    if not p:
+        return x
+    node = f.record(_scale_backward, (x,))
+    out = f.new(x.dims, x.dtype, "dropout", node)
+    f.keep(node, f.new(x.dims, "bool", "dropout mask"))
+    return out
+
+
+def layernorm(f: Tape, x: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    """`native_layer_norm`: keeps its input and fp32 mean and rstd of each row. Autocast runs it in fp32."""
+    if f.autocast:
+        x, weight, bias = f.cast(x, "fp32"), f.cast(weight, "fp32"), f.cast(bias, "fp32")
+    row = (*x.dims[:-1], 1)
+    node = f.record(_layernorm_backward, (x, weight, bias), x, weight)
+    out = f.new(x.dims, x.dtype, "layer_norm", node)
+    f.keep(node, f.new(row, "fp32", "mean"), f.new(row, "fp32", "rstd"))
+    return out
+
+
+def _layernorm_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    grad = f.new(saved[0].dims, g.dtype, "native_layer_norm_backward") if node.edges[0] else None
+    width = (saved[0].dims[-1],)
+    weight = f.new(width, g.dtype, "sum") if node.edges[1] else None
+    bias = f.new(width, g.dtype, "sum") if node.edges[2] else None
+    return grad, weight, bias
+
+
+def softcap(f: Tape, x: Tensor) -> Tensor:
+    """`cap * tanh(x / cap)`."""
+    x = scale(f, x, "div")
+    x = keeps_output(f, x, "tanh")
+    return scale(f, x)
+
+
+KEEPS_OUTPUT = ("relu", "tanh", "sigmoid")
+"""Activations whose derivative follows from their result."""
+
+
+def activation(f: Tape, x: Tensor, name: str) -> Tensor:
+    """An entry of transformers' `ACT2FN` that is one kernel of torch."""
+    return keeps_output(f, x, name) if name in KEEPS_OUTPUT else keeps_input(f, x, name)

@@ -1,0 +1,105 @@
+"""Linear layers of bitsandbytes: what the packed weight takes while it is used.
+
+Source: bitsandbytes 0.50.2, `autograd/_functions.py` (`MatMul4Bit`, `MatMul8bitLt`), `backends/cuda/ops.py`, `nn/modules.py`.
+Left out: the fused 4-bit kernel of some cards for up to 1536 tokens, and int8's outlier columns, which depend on the data.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peftplan.memory.tape import Node, Tape, Tensor
+from peftplan.units import ceil_div
+
+if TYPE_CHECKING:
+    from peftplan.memory.model import Part
+
+BLOCKSIZE = 64
+
+
+def linear4bit(f: Tape, part: Part, x: Tensor) -> Tensor:
+    """`Linear4bit`: the input in the compute dtype, the whole weight dequantized, the output back in the input's dtype."""
+    assert part.quant is not None
+    assert part.weight is not None
+    given = x.dtype
+    x = f.to(x, str(part.quant.compute_dtype))
+    n_out, n_in = part.weight.dims
+    absmax = _absmax(f, part, keep_both=True)
+    weight = f.new((n_out, n_in), x.dtype, "dequantized")
+    out = f.new((*x.dims[:-1], n_out), x.dtype, "linear", f.record(_linear4bit_backward, (x, part.bias), part, x.dims))
+    del weight, absmax
+    return f.to(out, given)  # type: ignore[no-any-return]
+
+
+def _absmax(f: Tape, part: Part, *, keep_both: bool) -> list[Tensor]:
+    """The fp32 absmax of a double quantized weight, as it is restored before use."""
+    assert part.quant is not None
+    assert part.weight is not None
+    if not part.quant.double_quant:
+        return []
+    n_out, n_in = part.weight.dims
+    assert isinstance(n_out, int)
+    assert isinstance(n_in, int)
+    blocks = (ceil_div(n_out * n_in, BLOCKSIZE),)
+    return [f.new(blocks, "fp32", "absmax") for _ in range(1 + keep_both)]
+
+
+def _linear4bit_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    part, x_dims = saved
+    bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] else None
+    absmax = _absmax(f, part, keep_both=False)
+    weight = f.new(part.weight.dims, part.weight.dtype, "dequantized")
+    del absmax
+    if weight.dtype != g.dtype:
+        weight = f.new(part.weight.dims, g.dtype, "to")
+    grad = f.new(x_dims, g.dtype, "mm") if node.edges[0] else None
+    del weight
+    return grad, bias
+
+
+def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
+    """`Linear8bitLt`: an int8 copy of the input, int32 and fp16 outputs; it keeps its input outside autograd's saved tensors."""
+    assert part.weight is not None
+    n_out, _ = part.weight.dims
+    rows = x.dims[:-1]
+    half = x if x.dtype == "fp16" else f.new(x.dims, "fp16", "to")
+    scales = f.new(rows, "fp32", "row scales")
+    quantized = f.new(x.dims, "int8", "int8 input")
+    absolute = f.new(x.dims, "fp16", "abs")
+    outliers = f.new(x.dims, "bool", "outliers")
+    del outliers, absolute, half
+    product = f.new((*rows, n_out), "int32", "int8 product")
+    out = f.new((*rows, n_out), "fp16", "linear")
+    if x.dtype != "fp16":
+        out = f.new((*rows, n_out), x.dtype, "to")
+    out.node = f.record(_linear8bit_backward, (x, part.bias), part, _Kept(x))
+    del quantized, scales, product
+    return out
+
+
+class _Kept:
+    """A tensor on the node itself (`ctx.kept`), which checkpointing does not reach."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
+def _linear8bit_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    part, kept = saved
+    x = kept.tensor
+    bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] else None
+    if not node.edges[0]:
+        return None, bias
+    n_out, n_in = part.weight.dims
+    scale = f.new((n_out, 1), "fp32", "mul")
+    weight = f.new((n_out, n_in), x.dtype, "dequantized")
+    low = g if g.dtype == x.dtype else f.new(g.dims, x.dtype, "to")
+    grad = f.new(x.dims, x.dtype, "mm")
+    del weight, scale, low
+    return grad, bias
+
+
+QUANTIZED = {"nf4": linear4bit, "fp4": linear4bit, "int8": linear8bit}
+"""Formats whose layers the analytic engine runs; the others need the trace engine, or train nowhere."""

@@ -1,0 +1,324 @@
+"""A pocket autograd: runs modeling code on tensors that have names, dims and a dtype but no values, and logs what is alive when.
+
+Blocks are written as transformers writes them, with Python's own scoping: a tensor is freed when its last name goes, a tensor that
+an operation saves for backward lives until backward has passed it. So what autograd keeps is derived in the order in which the
+modeling code runs, and nothing about lifetimes depends on batch or sequence: dims stay symbolic, and the log is evaluated later
+(`memory.timeline`). Which operation keeps what is in `memory.ops`.
+
+Sources: torch 2.13, csrc/autograd/engine.cpp (order, accumulation), tools/autograd/derivatives.yaml (what is saved),
+utils/checkpoint.py (`_CheckpointFrame`), aten/src/ATen/autocast_mode.cpp (the cache of casts). It needs CPython's reference counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from peftplan.memory.ledger import Category, Dim
+
+Dims = tuple[Dim, ...]
+Backward = Callable[..., Any]
+
+
+class Storage:
+    """One allocation; it ends when nothing refers to it any more."""
+
+    __slots__ = ("number", "tape")
+
+    def __init__(self, tape: Tape, number: int) -> None:
+        self.tape = tape
+        self.number = number
+
+    def __del__(self) -> None:
+        tape = self.tape
+        tape.log.append(-self.number)
+        tape.freed[self.number] = tape.segment
+
+
+class Tensor:
+    """Dims and dtype over a storage; `node` is the autograd node that made it, None where no gradient flows."""
+
+    __slots__ = ("dims", "dtype", "index", "node", "storage")
+
+    def __init__(
+        self, storage: Storage | None, dims: Dims, dtype: str, node: Node | Parameter | None = None, index: int = 0
+    ) -> None:
+        self.storage = storage
+        self.dims = dims
+        self.dtype = dtype
+        self.node = node
+        self.index = index
+
+    def view(self, dims: Dims) -> Tensor:
+        """The same storage under other dims; the gradient goes the same way."""
+        return Tensor(self.storage, dims, self.dtype, self.node, self.index)
+
+    def detach(self) -> Tensor:
+        """The same storage without a gradient."""
+        return Tensor(self.storage, self.dims, self.dtype)
+
+
+class Parameter:
+    """A weight, whose bytes the ledger of parameters counts; as an autograd node it accumulates its gradient."""
+
+    __slots__ = ("dims", "dtype", "grad", "name", "node", "trainable")
+    storage = None
+    index = 0
+
+    def __init__(self, name: str, dims: Dims, dtype: str, *, trainable: bool) -> None:
+        self.name = name
+        self.dims = dims
+        self.dtype = dtype
+        self.trainable = trainable
+        self.grad: Tensor | None = None
+        self.node = self if trainable else None
+
+    def receive(self, tape: Tape, index: int, grad: Tensor) -> None:
+        """`AccumulateGrad`: takes the first gradient as it is, adds later ones in place."""
+        if self.grad is None:
+            self.grad = grad.detach() if grad.storage else tape.new(self.dims, self.dtype, "clone")
+            number = self.grad.storage.number  # type: ignore[union-attr]
+            tape.category[number] = "gradients"
+            tape.names[number] = f"{self.name}.grad"
+
+
+class Node:
+    """One operation in the graph: what it saved, and where its gradients go."""
+
+    __slots__ = ("backward", "edges", "frame", "grads", "module", "saved", "sequence")
+
+    def __init__(self, sequence: int, module: str, backward: Backward, edges: tuple[Any, ...], frame: Frame | None) -> None:
+        self.sequence = sequence
+        self.module = module
+        self.backward = backward
+        self.edges = edges
+        self.frame = frame
+        self.saved: Any = ()
+        self.grads: list[Tensor | None] = [None]
+
+    def receive(self, tape: Tape, index: int, grad: Tensor) -> None:
+        """`InputBuffer`: several gradients of one output are summed into a new tensor."""
+        grads = self.grads
+        while len(grads) <= index:
+            grads.append(None)
+        before = grads[index]
+        grads[index] = grad if before is None else tape.new(grad.dims, grad.dtype, "add")
+
+
+class StopRecomputationError(Exception):
+    """Every saved tensor of a checkpointed layer is there again."""
+
+
+class Frame:
+    """A checkpointed call: how many tensors it would have saved, and those that its recomputation has made again."""
+
+    __slots__ = ("count", "recomputed", "replayed", "rerun")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.replayed = 0
+        self.recomputed: dict[int, Any] | None = None
+        self.rerun: Callable[[], Any] | None = None
+
+
+class Place(NamedTuple):
+    """Where a checkpointed layer's saved tensor will be once it is recomputed."""
+
+    frame: Frame
+    number: int
+
+
+class Tape:
+    """The log of one traced step. `log` holds the number of a storage when it is made, and its negative when it is freed."""
+
+    def __init__(self, *, autocast: str | None = None) -> None:
+        self.log: list[int] = []
+        self.dims: list[Dims] = [()]
+        self.dtypes: list[str] = ["uint8"]
+        self.names: list[str] = [""]
+        self.made: list[int] = [0]
+        """Segment in which a storage was made, negative in backward code; storages count from 1."""
+        self.freed: dict[int, int] = {}
+        self.category: dict[int, Category] = {}
+        self.module = ""
+        self.segment = 1
+        self.autocast = autocast
+        self.grad_enabled = True
+        self.marks: list[tuple[int, str]] = []
+        self._sequence = 0
+        self._frame: Frame | None = None
+        self._casts: dict[Any, Tensor] = {}
+        self._replaying: Frame | None = None
+
+    def new(self, dims: Dims, dtype: str, op: str, node: Node | None = None) -> Tensor:
+        """Allocate a tensor, the result of `node` if a gradient flows to it."""
+        number = len(self.dims)
+        self.dims.append(dims)
+        self.dtypes.append(dtype)
+        self.names.append(f"{self.module} {op}")
+        self.made.append(self.segment)
+        self.log.append(number)
+        return Tensor(Storage(self, number), dims, dtype, node)
+
+    def many(self, dims: Dims, dtype: str, op: str, count: int) -> list[Tensor]:
+        """Allocate several tensors of one kind."""
+        return [self.new(dims, dtype, op) for _ in range(count)]
+
+    def mark(self, what: str) -> None:
+        """Note a position of the log: a phase that begins, a layer that ends."""
+        self.marks.append((len(self.log), what))
+
+    def record(self, backward: Backward, inputs: tuple[Any, ...], *saved: Any) -> Node | None:
+        """The autograd node of an operation on `inputs` that keeps `saved`; None where no gradient flows.
+
+        Called before the result is allocated, as torch saves inputs before the kernel runs: the recomputation of a checkpointed
+        layer ends there. Results are kept by `keep`.
+        """
+        if not self.grad_enabled:
+            return None
+        for i in inputs:
+            if i is not None and i.node is not None:
+                break
+        else:
+            return None
+        self._sequence += 1
+        edges = tuple(None if i is None or i.node is None else (i.node, i.index, i.dtype) for i in inputs)
+        node = Node(self._sequence, self.module, backward, edges, self._frame)
+        self.keep(node, *saved)
+        return node
+
+    def keep(self, node: Node | None, *saved: Any) -> None:
+        """Let a node keep more tensors: results of its own operation."""
+        if node is not None and saved:
+            packed = saved if self._frame is None and self._replaying is None else tuple(map(self._pack, saved))
+            node.saved = (*node.saved, *packed)
+
+    def _pack(self, value: Any) -> Any:
+        """What a checkpointed call saves: first the place of each tensor, on recomputation the tensor for that place."""
+        if type(value) is not Tensor:
+            return value
+        if self._replaying is None:
+            frame = self._frame
+            assert frame is not None
+            frame.count += 1
+            return Place(frame, frame.count)
+        frame = self._replaying
+        assert frame.recomputed is not None
+        frame.replayed += 1
+        frame.recomputed[frame.replayed] = value.detach()
+        if frame.replayed == frame.count:
+            raise StopRecomputationError
+        return None
+
+    def backward(self, root: Tensor) -> None:
+        """Run the graph backwards: the latest node first, each saved tensor released when its node is done."""
+        assert isinstance(root.node, Node)
+        self.segment = -(abs(self.segment) + 1)
+        root.node.grads = [self.new((), root.dtype, "ones_like")]
+        order = _reachable(root.node)
+        while order:
+            node = order.pop()
+            grads, node.grads = node.grads, [None]
+            if any(grads):
+                self._apply(node, grads)
+
+    def _apply(self, node: Node, grads: list[Tensor | None]) -> None:
+        self.module = node.module
+        saved, node.saved = node.saved, ()
+        if node.frame is not None:
+            saved = tuple(map(self._unpack, saved))
+        found = node.backward(self, node, saved, *grads)
+        self.module = node.module
+        del saved, grads
+        if type(found) is Tensor:
+            found = (found,)
+        edges = node.edges
+        for i in range(len(edges)):
+            grad, edge = found[i], edges[i]
+            if edge is None or grad is None:
+                continue
+            if grad.dtype != edge[2]:
+                grad = self.new(grad.dims, edge[2], "to")
+            edge[0].receive(self, edge[1], grad)
+
+    def _unpack(self, value: Any) -> Any:
+        if type(value) is not Place:
+            return value
+        frame = value.frame
+        if frame.recomputed is None:
+            self._recompute(frame)
+        assert frame.recomputed is not None
+        return frame.recomputed.pop(value.number)
+
+    def _recompute(self, frame: Frame) -> None:
+        module, casts, outer = self.module, self._casts, self._frame
+        self.segment = abs(self.segment) + 1
+        frame.recomputed, self._replaying, self._casts, self._frame = {}, frame, {}, None
+        try:
+            frame.rerun()  # type: ignore[misc]
+        except StopRecomputationError:
+            pass
+        self._casts.clear()
+        self._replaying, self._casts, self._frame, self.module = None, casts, outer, module
+        frame.rerun = None
+        self.segment = -(self.segment + 1)
+
+    def checkpoint(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`torch.utils.checkpoint`, non-reentrant: keeps the arguments, runs the function again when backward first needs it."""
+        frame = self._frame = Frame()
+        frame.rerun = lambda: function(*args)
+        out = function(*args)
+        self._frame = None
+        return out
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        """Autocast's cast; of a trainable fp32 weight it is made once and kept until autocast ends."""
+        if x is None or x.dtype == dtype or x.dtype not in ("fp32", "fp16", "bf16"):
+            return x
+        if type(x) is not Parameter or not x.trainable:
+            return self.to(x, dtype)
+        if x not in self._casts:
+            self._casts[x] = self.to(x, dtype)
+        return self._casts[x]
+
+    def to(self, x: Any, dtype: str) -> Any:
+        """`x.to(dtype)`: itself where it has it."""
+        if x.dtype == dtype:
+            return x
+        return self.new(x.dims, dtype, "to", self.record(_to_backward, (x,)))
+
+    @contextmanager
+    def no_grad(self) -> Iterator[None]:
+        """Nothing saves anything."""
+        before, self.grad_enabled = self.grad_enabled, False
+        try:
+            yield
+        finally:
+            self.grad_enabled = before
+
+    def end_autocast(self) -> None:
+        """Autocast's cache of casts is cleared."""
+        self._casts.clear()
+
+
+def _to_backward(tape: Tape, node: Node, saved: Any, grad: Tensor) -> Tensor:
+    return grad  # cast by `_apply`, as the engine does
+
+
+def _reachable(root: Node) -> list[Node]:
+    """Every node that the root's gradient can reach, earliest first."""
+    seen = {root}
+    stack = [root]
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is not None:
+                parent = edge[0]
+                if type(parent) is Node and parent not in seen:
+                    seen.add(parent)
+                    stack.append(parent)
+    return sorted(seen, key=_sequence_of)
+
+
+def _sequence_of(node: Node) -> int:
+    return node.sequence

@@ -1,0 +1,197 @@
+"""From the log of a tape to peaks: what is alive at each moment, evaluated at named sizes.
+
+The log holds two layers of each kind. The layers between stand in it as copies: what the last one of its kind added and freed
+between two boundaries, times their number (`model.run_stack`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from peftplan.dtypes import ITEMSIZE
+from peftplan.memory.ledger import Category, Dim, Line
+from peftplan.memory.tape import Tape
+from peftplan.units import ALLOCATION_ROUNDING
+
+PHASES = ("forward", "backward", "step")
+
+
+class Kind(NamedTuple):
+    """What tells lines of activations apart."""
+
+    name: str
+    category: Category
+    dtype: str
+    dims: tuple[Dim, ...]
+
+
+class Stack(NamedTuple):
+    """A stack whose sections were run between marks: `copies` further layers stand at the mark of section `middle`."""
+
+    name: str
+    middle: int
+    copies: Mapping[str, int]
+    passed: set[int]
+    """Storages of the hidden states that one layer hands to the next."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Every event of a step: which kind of tensor, how many are made (or freed), and where each phase begins."""
+
+    kinds: tuple[Kind, ...]
+    events: tuple[tuple[int, int], ...]
+    windows: tuple[tuple[str, int, int], ...]
+
+    def peaks(self, sizes: Mapping[str, int], standing: int = 0) -> dict[str, tuple[int, int]]:
+        """Phase → (bytes, how many events lead to them), on top of `standing` bytes that are always there."""
+        nbytes = [_bytes(kind, sizes) for kind in self.kinds]
+        found: dict[str, tuple[int, int]] = {}
+        level, at = standing, 0
+        for phase, start, end in self.windows:
+            best, place = found.get(phase, (-1, 0))
+            if level > best:
+                best, place = level, start
+            at = start
+            for kind, count in self.events[start:end]:
+                at += 1
+                level += count * nbytes[kind]
+                if level > best:
+                    best, place = level, at
+            found[phase] = (best, place)
+        return found
+
+    def lines(self, end: int, source: str) -> tuple[Line, ...]:
+        """What the first `end` events leave alive.
+
+        A copied layer hands on one hidden state and takes another, whose categories can differ: they balance by name.
+        """
+        alive: dict[tuple[str, str, tuple[Dim, ...]], dict[Category, int]] = {}
+        for kind, count in self.events[:end]:
+            k = self.kinds[kind]
+            of_name = alive.setdefault((k.name, k.dtype, k.dims), {})
+            of_name[k.category] = of_name.get(k.category, 0) + count
+        found = []
+        for (name, dtype, dims), by_category in alive.items():
+            if min(by_category.values()) < 0:
+                by_category = {max(by_category, key=lambda c: by_category[c]): sum(by_category.values())}
+            found += [Line(name, category, dtype, dims, count, source) for category, count in by_category.items() if count]
+        return tuple(found)
+
+
+def _bytes(kind: Kind, sizes: Mapping[str, int]) -> int:
+    numel = ITEMSIZE[kind.dtype]
+    for dim in kind.dims:
+        numel *= dim if isinstance(dim, int) else sizes[dim]
+    return -(-numel // ALLOCATION_ROUNDING) * ALLOCATION_ROUNDING
+
+
+def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timeline:
+    """The timeline of a tape whose marks bound the sections of `stacks`."""
+    classes = [_category(tape, number, vocab) for number in range(len(tape.dims))]
+    index: dict[Kind, int] = {}
+    kind_of = [
+        index.setdefault(Kind(tape.names[n].strip(), classes[n], tape.dtypes[n], tape.dims[n]), len(index))
+        for n in range(len(tape.dims))
+    ]
+    kinds = tuple(index)
+    events: list[tuple[int, int]] = []
+    starts: list[tuple[str, int]] = []
+    copies = _copies(tape, stacks)
+    alive_after = _outliving(tape, stacks)
+    standing_for: dict[int, int] = {}
+    done = 0
+    for at, what in (*tape.marks, (len(tape.log), "")):
+        for n in tape.log[done:at]:
+            if n > 0:
+                events.append((kind_of[n], 1))
+            else:
+                events.append((kind_of[-n], -1 - standing_for.pop(-n, 0)))
+        done = at
+        for n, count in copies.get((at, what), ()):
+            if n in alive_after:
+                standing_for[n] = count
+            kind = kinds[kind_of[abs(n)]]
+            if kind.category == "temporaries":  # what each of many layers leaves alive is kept
+                kind = kind._replace(category="activations")
+            events.append((index.setdefault(kind, len(index)), count if n > 0 else -count))
+        if what in PHASES:
+            starts.append((what, len(events)))
+    ends = [start for _, start in starts[1:]] + [len(events)]
+    windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
+    return Timeline(tuple(index), tuple(events), windows)
+
+
+def _copies(tape: Tape, stacks: Iterable[Stack]) -> dict[tuple[int, str], list[tuple[int, int]]]:
+    """Where copies of layers are made and freed: (position, mark) → storages (negative: freed) and how many of each."""
+    found: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    for stack in stacks:
+        marks = [(at, what) for at, what in tape.marks if what.startswith(f"{stack.name} ")]
+        middle = f"{stack.name} {stack.middle}"
+        for forward in (True, False):
+            run = list(_run(marks, end=f"{stack.name} end", forward=forward))
+            where = next(((at, what) for at, what in run if what == middle), None)
+            for (start, before), (stop, after) in zip(run, run[1:], strict=False):
+                count = stack.copies.get(before if forward else after, 0)
+                if count and where is not None:
+                    found.setdefault(where, []).extend((n, count) for n in _net(tape, start, stop))
+    return found
+
+
+def _run(marks: list[tuple[int, str]], *, end: str, forward: bool) -> Iterator[tuple[int, str]]:
+    """The marks of the forward pass, up to `end`, or those of the backward pass, from the second `end` on."""
+    ended = False
+    for at, what in marks:
+        if ended is not forward:
+            yield at, what
+        ended = ended or what == end
+
+
+def _outliving(tape: Tape, stacks: Iterable[Stack]) -> set[int]:
+    """Storages that are freed neither within a stack nor while backward runs: autocast's casts, what the caller holds.
+
+    The hidden states between layers are not among them: each layer's are the next one's input.
+    """
+    found = {-n for n in tape.log if n < 0}
+    phases = {what: at for at, what in tape.marks if what in PHASES}
+    for stack in stacks:
+        start = next(at for at, what in tape.marks if what == f"{stack.name} 0")
+        end = next(at for at, what in tape.marks if what == f"{stack.name} end")
+        found -= {-n for n in tape.log[start:end] if n < 0} | stack.passed
+    return found - {-n for n in tape.log[phases["backward"] : phases["step"]] if n < 0}
+
+
+def _net(tape: Tape, start: int, stop: int) -> list[int]:
+    """What a layer leaves changed: made and not freed, or freed (negative) though made before.
+
+    A layer that frees its input and leaves an output of the same kind changes nothing.
+    """
+    log = tape.log[start:stop]
+    made = {n for n in log if n > 0}
+    freed = {-n for n in log if n < 0}
+    kept = [n for n in log if n > 0 and n not in freed]
+    for n in (n for n in log if n < 0 and -n not in made):
+        twin = next((k for k in kept if k > 0 and _alike(tape, k, -n)), None)
+        if twin is None:
+            kept.append(n)
+        else:
+            kept.remove(twin)
+    return kept
+
+
+def _alike(tape: Tape, one: int, other: int) -> bool:
+    return (tape.names[one], tape.dims[one], tape.dtypes[one]) == (tape.names[other], tape.dims[other], tape.dtypes[other])
+
+
+def _category(tape: Tape, number: int, vocab: int | None) -> Category:
+    """As the trace engine sorts: stated, logits by their last dim, activations if forward code made it and something kept it."""
+    stated = tape.category.get(number)
+    if stated is not None:
+        return stated
+    dims = tape.dims[number]
+    if vocab is not None and len(dims) > 1 and dims[-1] == vocab and not isinstance(dims[0], int):
+        return "logits"
+    made = tape.made[number]
+    return "activations" if made > 0 and tape.freed.get(number) != made else "temporaries"
