@@ -1,18 +1,19 @@
 """A pocket autograd: runs modeling code on tensors that have names, dims and a dtype but no values, and logs what is alive when.
 
-Blocks are written as transformers writes them, with Python's own scoping: a tensor is freed when its last name goes, a tensor that
+Blocks are written as transformers writes them, with Python's own scoping: a tensor is freed when its last name goes, and one that
 an operation saves for backward lives until backward has passed it. So what autograd keeps is derived in the order in which the
 modeling code runs, and nothing about lifetimes depends on batch or sequence: dims stay symbolic, and the log is evaluated later
 (`memory.timeline`). Which operation keeps what is in `memory.ops`.
 
 Sources: torch 2.13, csrc/autograd/engine.cpp (order, accumulation), tools/autograd/derivatives.yaml (what is saved),
-utils/checkpoint.py (`_CheckpointFrame`), aten/src/ATen/autocast_mode.cpp (the cache of casts). It needs CPython's reference counts.
+utils/checkpoint.py (`_CheckpointFrame`), aten/src/ATen/autocast_mode.cpp (the cache of casts). It needs CPython, which counts
+references.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from peftplan.memory.ledger import Category, Dim
@@ -255,10 +256,8 @@ class Tape:
         module, casts, outer = self.module, self._casts, self._frame
         self.segment = abs(self.segment) + 1
         frame.recomputed, self._replaying, self._casts, self._frame = {}, frame, {}, None
-        try:
+        with suppress(StopRecomputationError):
             frame.rerun()  # type: ignore[misc]
-        except StopRecomputationError:
-            pass
         self._casts.clear()
         self._replaying, self._casts, self._frame, self.module = None, casts, outer, module
         frame.rerun = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
@@ -133,7 +134,7 @@ def _copies(tape: Tape, stacks: Iterable[Stack]) -> dict[tuple[int, str], list[t
         for forward in (True, False):
             run = list(_run(marks, end=f"{stack.name} end", forward=forward))
             where = next(((at, what) for at, what in run if what == middle), None)
-            for (start, before), (stop, after) in zip(run, run[1:], strict=False):
+            for (start, before), (stop, after) in pairwise(run):
                 count = stack.copies.get(before if forward else after, 0)
                 if count and where is not None:
                     found.setdefault(where, []).extend((n, count) for n in _net(tape, start, stop))

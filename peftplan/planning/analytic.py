@@ -29,7 +29,7 @@ SOURCE = "analytic: modeling code on tensors without values"
 
 
 def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Peaks:
-    """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell, RefusedError for what cannot run."""
+    """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell."""
     architecture, adaptation, setup, quant = job.architecture, job.adaptation, job.setup, job.quant
     peft_type = None if job.method is None else job.method.peft_type
     model = Model(
@@ -108,3 +108,7 @@ def _peaks(found: Timeline, standing: Ledger, loading: Ledger, sizes: Mapping[st
         )
         ledgers[phase] = standing + Ledger(tuple(lines))
     return Peaks(ledgers=ledgers)
+
+
+def _sized(line: Line, sizes: Mapping[str, int]) -> Line:
+    return line._replace(dims=tuple(dim if isinstance(dim, int) else sizes[dim] for dim in line.dims))
