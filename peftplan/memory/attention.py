@@ -1,8 +1,10 @@
-"""Attention kernels: what eager attention and torch's `scaled_dot_product_attention` make and keep on CUDA.
+"""Attention: what eager attention and torch's `scaled_dot_product_attention` make and keep on CUDA.
 
-Letters: b batch, a query heads, g key/value heads, q queries, k keys, d head size, e head size of the values.
-Sources: torch 2.13, aten/src/ATen/native/transformers/cuda (sdp_utils.cpp chooses; attention.cu, attention_backward.cu),
-flash_attn/flash_api.cpp, mem_eff_attention/kernel_backward.h; transformers 5.24, integrations/sdpa_attention.py.
+Letters: b batch, a query heads, g key/value heads, s queries, k keys, d head size. Queries, keys and values are (b, heads, s, d) views
+of projections that lie (b, s, heads, d), as transformers makes them.
+Sources: torch 2.13, aten/src/ATen/native/transformers/attention.cpp (`_scaled_dot_product_attention_math`), cuda/sdp_utils.cpp (the
+choice), cuda/attention.cu and attention_backward.cu, flash_attn/flash_api.cpp, mem_eff_attention/kernel_backward.h; transformers
+5.24, integrations/sdpa_attention.py, masking_utils.py, models/llama/modeling_llama.py (`eager_attention_forward`).
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from peftplan.arch.modules import Attention
+from peftplan.errors import NeedsTraceError
+from peftplan.memory import ops
 from peftplan.memory.ledger import Dim
 from peftplan.memory.tape import Node, Tape, Tensor
 from peftplan.units import ceil_div
@@ -21,7 +25,14 @@ FLASH_CAPABILITY = (8, 0)
 """FlashAttention needs sm80; older cards run the memory-efficient kernel, which has no grouped queries."""
 MAX_FLASH_HEAD = 256
 FLASH_HEAD_STEP = 32
+FLASH_BLOCK = 128
 HEAD_MULTIPLE = 8
+MASK_MULTIPLE = 8
+LSE_MULTIPLE = 32
+EFFICIENT_BLOCK = 64
+RF_HEAD = 128
+"""Largest head whose output the memory-efficient forward keeps in registers; above, it accumulates in an fp32 buffer."""
+HALF = ("bf16", "fp16")
 
 
 def padded(dim: Dim, multiple: int) -> Dim:
@@ -29,10 +40,162 @@ def padded(dim: Dim, multiple: int) -> Dim:
     return ceil_div(dim, multiple) * multiple if isinstance(dim, int) else f"{dim}%{multiple}"
 
 
+def causal_mask(model: Model, dtype: str, window: int | None = None) -> Tensor | None:
+    """`create_causal_mask`: for eager a mask of the model's dtype; for sdpa a boolean one where there is padding, or a window
+    shorter than the sequence; else none, since the kernels know causal attention.
+    """
+    f, s = model.tape, model.seq
+    windowed = window is not None and model.running.seq_len > window
+    if model.running.attention == "eager":
+        return f.new(("b", 1, s, s), dtype, "attention_mask")
+    if model.running.attention == "sdpa" and (model.running.padding or windowed):
+        return f.new(("b" if model.running.padding else 1, 1, s, s), "bool", "attention_mask")
+    return None
+
+
+def attend(
+    model: Model,
+    a: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    rotated: bool = True,
+) -> Tensor:
+    """transformers' attention function; in (b, a, s, d), out (b, s, a·d).
+
+    `rotated`: queries and keys went through rotary embeddings, whose gradients come head by head anyway.
+    """
+    f = model.tape
+    grouped = a.num_attention_heads != a.num_key_value_heads
+    if model.running.attention == "eager":
+        q, k, v = _by_head(f, q, k, v, rotated=rotated)
+        return eager(model, a, q, k, v, mask, dropout=dropout)
+    gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
+    if model.running.attention == "sdpa" and grouped and not gqa:
+        (v,) = _by_head(f, v, rotated=False)
+        k, v = repeat_kv(f, k, a), repeat_kv(f, v, a)
+    if f.autocast:
+        q, k, v = f.cast(q, f.autocast), f.cast(k, f.autocast), f.cast(v, f.autocast)
+    kernel = _kernel(model, q, k, v, mask)
+    if kernel == "flash":
+        out = flash(f, q, k, v)
+    elif kernel == "efficient":
+        out = efficient(f, q, k, v, mask, ragged=bool(model.running.seq_len % MASK_MULTIPLE))
+    else:
+        q, k, v = _by_head(f, q, k, v, rotated=rotated)
+        return math(model, a, q, k, v, mask, dropout=dropout)
+    b, heads, s, d = out.dims
+    return out.view((b, s, _product(heads, d)))
+
+
+def _kernel(model: Model, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
+    """Which kernel torch takes: flash, else the memory-efficient one, else math (`select_sdp_backend`)."""
+    head, running = q.dims[3], model.running
+    if running.attention == "flash_attention_2":
+        if running.padding or q.dtype not in HALF:
+            raise NeedsTraceError("flash_attention_2 with padding or fp32 inputs")
+        return "flash"
+    if mask is None and q.dtype in HALF and running.flash and _at_most(head, MAX_FLASH_HEAD) and head == v.dims[3]:
+        return "flash"
+    aligned = not _number(head) % (HEAD_MULTIPLE if q.dtype in HALF else HEAD_MULTIPLE // 2)
+    known = q.dtype in ("fp16", "fp32") or (q.dtype == "bf16" and running.flash)
+    wants_grad = mask is not None and mask.node is not None
+    return "efficient" if known and aligned and q.dims[1] == k.dims[1] and not wants_grad else "math"
+
+
+def _by_head(f: Tape, *tensors: Tensor, rotated: bool) -> tuple[Tensor, ...]:
+    """Views whose gradients come back head by head, so that the projections' gradients need a copy."""
+    return tuple(
+        x if rotated and number < 2 else ops.heads(f, x, x.dims, clones=True) for number, x in enumerate(tensors)
+    )
+
+
+def repeat_kv(f: Tape, x: Tensor, a: Attention) -> Tensor:
+    """`repeat_kv`: a copy with every head repeated; its gradient is summed over the repetitions."""
+    if a.num_attention_heads == a.num_key_value_heads:
+        return x
+    b, _, s, d = x.dims
+    return f.new((b, a.num_attention_heads, s, d), x.dtype, "repeat_kv", f.record(_repeat_backward, (x,), x.dims))
+
+
+def _repeat_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "sum")
+
+
+def _batched(model: Model, x: Tensor) -> Tensor:
+    """What `matmul` makes of a (b, heads, …) view that lies (b, s, heads, d): a copy, unless the batch is one."""
+    return ops.copied(model.tape, x, "clone") if model.running.batch_size > 1 else x
+
+
+def eager(
+    model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, scales: bool = True
+) -> Tensor:
+    """`eager_attention_forward`: scores, softmax in fp32, and the weights, which live until the layer returns."""
+    f = model.tape
+    keys, values = repeat_kv(f, k, a), repeat_kv(f, v, a)
+    copied = a.num_attention_heads != a.num_key_value_heads or model.caches
+    given = q.dtype
+    scores = _scores(f, _batched(model, q), keys if copied else _batched(model, keys))
+    if scales:
+        scores = ops.scale(f, scores)
+    if mask is not None:
+        scores = ops.add(f, scores, mask)
+    weights = ops.softmax(f, scores, "fp32")
+    weights = f.to(weights, given)
+    weights = ops.dropout(f, weights, dropout)
+    model.layer_locals.append(weights)
+    out = ops.matmul(f, weights, values if copied else _batched(model, values), (*q.dims[:3], v.dims[3]))
+    return _gathered(model, out)
+
+
+def _scores(f: Tape, q: Tensor, k: Tensor) -> Tensor:
+    return ops.matmul(f, q, k, (*q.dims[:3], k.dims[2]))
+
+
+def _gathered(model: Model, out: Tensor) -> Tensor:
+    """`transpose(1, 2).contiguous()`; the gradient comes back as a view, which `matmul` copies for more than one sequence."""
+    f = model.tape
+    b, heads, s, d = out.dims
+    clones = model.running.batch_size > 1
+    node = f.record(_gathered_backward, (out,), out.dims, clones)
+    return f.new((b, s, heads, d), out.dtype, "clone", node).view((b, s, _product(heads, d)))
+
+
+def _gathered_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    dims, clones = saved
+    return f.new(dims, g.dtype, "clone") if clones else g
+
+
+def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float) -> Tensor:
+    """The math kernel: plain operations; 16-bit inputs are computed in fp32. Both sides are scaled by the root of the scale."""
+    f = model.tape
+    given = q.dtype
+    wide = "fp32" if given in HALF else given
+    q, k, v = f.to(q, wide), f.to(k, wide), f.to(v, wide)
+    q = ops.scale(f, q)
+    s, keys = q.dims[2], k.dims[2]
+    if mask is None:
+        bias = f.new((s, keys), wide, "causal mask")
+    else:
+        bias = f.new(mask.dims, wide, "mask") if mask.dtype != wide else mask
+    k, v = repeat_kv(f, k, a), repeat_kv(f, v, a)
+    k = ops.scale(f, k)
+    copied = a.num_attention_heads != a.num_key_value_heads or model.caches
+    scores = ops.add(f, _scores(f, _batched(model, q), k), bias)
+    weights = ops.dropout(f, ops.keeps_output(f, scores, "softmax", passing=True), dropout)
+    del scores
+    out = f.to(ops.matmul(f, weights, v if copied else _batched(model, v), (*q.dims[:3], v.dims[3])), given)
+    del q, k, v, weights, bias
+    return _gathered(model, out)
+
+
 def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention-2: keeps q, k, v, its output and an fp32 logsumexp; dims (b, a, q, d), (b, g, k, d)."""
+    """FlashAttention-2: keeps q, k, v, its output and an fp32 logsumexp; dims (b, a, s, d), (b, g, k, d)."""
     b, a, s, d = q.dims
-    if isinstance(d, int) and d % HEAD_MULTIPLE:
+    if _number(d) % HEAD_MULTIPLE:
         q, k, v = (_padded_head(f, x) for x in (q, k, v))
     node = f.record(_flash_backward, (q, k, v), q.detach(), k.detach(), v.detach())
     out = f.new((b, s, a, q.dims[3]), q.dtype, "flash attention", node)
@@ -53,7 +216,7 @@ def _flash_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     q, k = saved[:2]
     b, a, s, d = q.dims
     keys = (b, k.dims[2], k.dims[1], d)
-    rounded = padded(s, 128)
+    rounded = padded(s, FLASH_BLOCK)
     dq = f.new((b, s, a, d), q.dtype, "dq")
     dk, dv = f.new(keys, q.dtype, "dk"), f.new(keys, q.dtype, "dv")
     delta = f.new((b, a, rounded), "fp32", "delta")
@@ -65,9 +228,53 @@ def _flash_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     return dq, dk, dv
 
 
-def attend(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """transformers' attention function: sdpa with CUDA's choice of kernel, or eager; (b, a, q, d) in and out."""
-    f = model.tape
-    if f.autocast:
-        q, k, v = f.cast(q, f.autocast), f.cast(k, f.autocast), f.cast(v, f.autocast)
-    return flash(f, q, k, v)
+def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, ragged: bool) -> Tensor:
+    """The memory-efficient kernel: keeps q, k, v, its output, an fp32 logsumexp, and its own copy of a boolean mask.
+
+    `ragged`: the number of keys is no multiple of 8, so the rows of a mask are padded, in another copy.
+    """
+    b, a, s, _ = q.dims
+    d = v.dims[3]
+    if mask is not None and mask.dtype != q.dtype:
+        mask = f.new(mask.dims, q.dtype, "mask")
+    if mask is not None and ragged:
+        mask = f.new((*mask.dims[:3], padded(mask.dims[3], MASK_MULTIPLE)), q.dtype, "mask, padded")
+    node = f.record(_efficient_backward, (q, k, v), q.detach(), k.detach(), v.detach())
+    out = f.new((b, s, a, d), q.dtype, "memory-efficient attention", node)
+    lse = f.new((b, a, padded(s, LSE_MULTIPLE)), "fp32", "logsumexp")
+    if _number(d) > RF_HEAD and q.dtype != "fp32":
+        accumulator = f.new((b, s, a, d), "fp32", "accumulator")
+        del accumulator
+    f.keep(node, out.detach(), lse, mask)
+    return out.view((b, a, s, d))
+
+
+def _efficient_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    q, k, v = saved[:3]
+    b, a, s, d = q.dims
+    dq = f.new((b, s, a, d), q.dtype, "dq")
+    dk = f.new((b, k.dims[2], a, d), q.dtype, "dk")
+    dv = f.new((b, v.dims[2], a, v.dims[3]), q.dtype, "dv")
+    if q.dtype == "fp32":
+        product = f.new(g.dims, "fp32", "mul")
+        delta = f.new((b, a, s), "fp32", "delta")
+        del product
+    else:
+        delta = f.new((b, a, s), "fp32", "delta")
+        workspace = f.new((b, a, padded(s, EFFICIENT_BLOCK), padded(d, EFFICIENT_BLOCK)), "fp32", "dq accumulator")
+        del workspace
+    del delta
+    return dq, dk, dv
+
+
+def _number(dim: Dim) -> int:
+    assert isinstance(dim, int)
+    return dim
+
+
+def _at_most(dim: Dim, bound: int) -> bool:
+    return _number(dim) <= bound
+
+
+def _product(heads: Dim, head: Dim) -> int:
+    return _number(heads) * _number(head)

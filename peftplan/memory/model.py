@@ -29,6 +29,7 @@ class Running:
     peft_type: str | None = None
     config: Any = None
     seq_len: int = 2048
+    batch_size: int = 1
 
 
 class Part:
@@ -61,6 +62,8 @@ class Model:
     adapter: Adapter | None = None
     kept: list[Any] = field(default_factory=list)
     """What the outputs hold besides logits: the KV cache."""
+    layer_locals: list[Any] = field(default_factory=list)
+    """What a layer's own names hold until it returns, such as eager attention's weights."""
     stacks: list[Stack] = field(default_factory=list)
     _parts: dict[tuple[str, int | None], Part] = field(default_factory=dict)
     _families: Mapping[str, list[Any]] = field(default_factory=dict)
@@ -143,12 +146,17 @@ class Model:
         assert self.arch.input_embedding is not None
         x = self.embedding(self.arch.input_embedding, ("b", self.seq))
         if x.node is None and self.running.checkpointing:
-            x.node = Node(0, self.tape.module, _nothing, (), None)
+            x.node = Node(0, self.tape.module, _nothing, (), checkpointed=False)
         return x
+
+    @property
+    def caches(self) -> bool:
+        """Whether the outputs hold a KV cache; with checkpointing transformers turns it off."""
+        return self.running.use_cache and not self.running.checkpointing
 
     def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The KV cache: a copy of keys and values that the outputs hold, unless `use_cache` is off (never with checkpointing)."""
-        if not self.running.use_cache or self.running.checkpointing:
+        if not self.caches:
             return k, v
         k, v = ops.copied(self.tape, k, "cat"), ops.copied(self.tape, v, "cat")
         self.kept.append((k.detach(), v.detach()))
@@ -177,11 +185,18 @@ def run_stack(
     last = {kind: layer for layer, kind in enumerate(kinds) if layer != first[kind]}
     sections = [*sorted(first.values()), *sorted(last.values())]
     copies = {f"{name} {sections.index(layer)}": kinds.count(kind) - 2 for kind, layer in last.items()}
+
+    def run(layer: int, x: Tensor) -> Tensor:
+        try:
+            return call(layer, x)
+        finally:
+            model.layer_locals.clear()
+
     stack = Stack(name, len(first), copies, set())
     model.stacks.append(stack)
     for number, layer in enumerate(sections):
         x = boundary(f, x, f"{name} {number}")
-        x = f.checkpoint(call, layer, x) if checkpointed else call(layer, x)
+        x = f.checkpoint(run, layer, x) if checkpointed else run(layer, x)
         if x.storage is not None:
             stack.passed.add(x.storage.number)
     return boundary(f, x, f"{name} end")

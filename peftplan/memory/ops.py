@@ -89,9 +89,9 @@ def keeps_input(f: Tape, x: Tensor, op: str) -> Tensor:
     return f.new(x.dims, x.dtype, op, f.record(_same_backward, (x,), x))
 
 
-def keeps_output(f: Tape, x: Tensor, op: str) -> Tensor:
-    """`relu`, `tanh`, `sigmoid`, `exp`, `rsqrt`: keep their result."""
-    node = f.record(_same_backward, (x,))
+def keeps_output(f: Tape, x: Tensor, op: str, *, passing: bool = False) -> Tensor:
+    """`relu`, `tanh`, `sigmoid`, `exp`, `rsqrt`: keep their result. `passing`: their backward takes a tensor more while it runs."""
+    node = f.record(_passing_backward if passing else _same_backward, (x,))
     out = f.new(x.dims, x.dtype, op, node)
     f.keep(node, out.detach())
     return out
@@ -99,6 +99,47 @@ def keeps_output(f: Tape, x: Tensor, op: str) -> Tensor:
 
 def _same_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "backward")
+
+
+def _passing_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    out = f.new(g.dims, g.dtype, "backward")
+    passing = f.new(g.dims, g.dtype, "grad * output")
+    del passing
+    return out
+
+
+def softmax(f: Tape, x: Tensor, dtype: str) -> Tensor:
+    """`softmax(x, dim=-1, dtype=…)`: keeps its result. CUDA's kernel reads fp16 and writes fp32; bf16 is copied first.
+
+    Its backward makes `grad * output` first (SoftMax.cu, `softmax_backward_cuda_out`).
+    """
+    if x.dtype == "fp16" and dtype == "fp32":
+        node = f.record(_half_softmax_backward, (x,))
+        out = f.new(x.dims, dtype, "softmax", node)
+        f.keep(node, out.detach())
+        return out
+    return keeps_output(f, f.to(x, dtype), "softmax", passing=True)
+
+
+def _half_softmax_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    out = f.new(g.dims, "fp16", "backward")
+    passing = f.new(g.dims, g.dtype, "grad * output")
+    del passing
+    return out
+
+
+def matmul(f: Tape, a: Tensor, b: Tensor, dims: Dims) -> Tensor:
+    """`matmul` of two activations (bmm): keeps each whose partner has a gradient. Under autocast in its dtype."""
+    if f.autocast:
+        a, b = f.cast(a, f.autocast), f.cast(b, f.autocast)
+    node = f.record(_matmul_backward, (a, b), a if b.node else None, b if a.node else None, a.dims, b.dims)
+    return f.new(dims, a.dtype, "bmm", node)
+
+
+def _matmul_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    grad_b = f.new(saved[3], g.dtype, "bmm") if node.edges[1] else None
+    grad_a = f.new(saved[2], g.dtype, "bmm") if node.edges[0] else None
+    return grad_a, grad_b
 
 
 def rmsnorm(f: Tape, x: Tensor, weight: Any, *, cast_last: bool = False) -> Tensor:

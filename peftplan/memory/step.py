@@ -27,7 +27,7 @@ class Program(NamedTuple):
 def steady_step(model: Model, program: Program) -> None:
     """One steady optimizer step."""
     f = model.tape
-    batch = [f.new(("b", "s"), "int64", name) for name in ("input_ids", "labels")]
+    batch = [f.new(("b", "s"), "int64", name) for name in ("input_ids", "labels", "attention_mask")[: 2 + model.running.padding]]
     f.mark("forward")
     loss, logits = _forward(model)
     outputs: Tensor | None = logits

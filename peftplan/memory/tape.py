@@ -87,14 +87,14 @@ class Parameter:
 class Node:
     """One operation in the graph: what it saved, and where its gradients go."""
 
-    __slots__ = ("backward", "edges", "frame", "grads", "module", "saved", "sequence")
+    __slots__ = ("backward", "checkpointed", "edges", "grads", "module", "saved", "sequence")
 
-    def __init__(self, sequence: int, module: str, backward: Backward, edges: tuple[Any, ...], frame: Frame | None) -> None:
+    def __init__(self, sequence: int, module: str, backward: Backward, edges: tuple[Any, ...], *, checkpointed: bool) -> None:
         self.sequence = sequence
         self.module = module
         self.backward = backward
         self.edges = edges
-        self.frame = frame
+        self.checkpointed = checkpointed
         self.saved: Any = ()
         self.grads: list[Tensor | None] = [None]
 
@@ -185,7 +185,7 @@ class Tape:
             return None
         self._sequence += 1
         edges = tuple(None if i is None or i.node is None else (i.node, i.index, i.dtype) for i in inputs)
-        node = Node(self._sequence, self.module, backward, edges, self._frame)
+        node = Node(self._sequence, self.module, backward, edges, checkpointed=self._frame is not None)
         self.keep(node, *saved)
         return node
 
@@ -220,28 +220,28 @@ class Tape:
         order = _reachable(root.node)
         while order:
             node = order.pop()
-            grads, node.grads = node.grads, [None]
-            if any(grads):
-                self._apply(node, grads)
+            if any(node.grads):
+                self._apply(node)
 
-    def _apply(self, node: Node, grads: list[Tensor | None]) -> None:
+    def _apply(self, node: Node) -> None:
+        grads, node.grads = node.grads, [None]
         self.module = node.module
         saved, node.saved = node.saved, ()
-        if node.frame is not None:
-            saved = tuple(map(self._unpack, saved))
-        found = node.backward(self, node, saved, *grads)
+        if node.checkpointed:
+            saved = [self._unpack(value) for value in saved]
+        result = node.backward(self, node, saved, *grads)
         self.module = node.module
         del saved, grads
-        if type(found) is Tensor:
-            found = (found,)
-        edges = node.edges
-        for i in range(len(edges)):
-            grad, edge = found[i], edges[i]
+        found = [result] if type(result) is Tensor else list(result)
+        del result
+        for i, edge in enumerate(node.edges):
+            grad, found[i] = found[i], None
             if edge is None or grad is None:
                 continue
             if grad.dtype != edge[2]:
                 grad = self.new(grad.dims, edge[2], "to")
             edge[0].receive(self, edge[1], grad)
+            del grad
 
     def _unpack(self, value: Any) -> Any:
         if type(value) is not Place:
@@ -260,7 +260,6 @@ class Tape:
             frame.rerun()  # type: ignore[misc]
         self._casts.clear()
         self._replaying, self._casts, self._frame, self.module = None, casts, outer, module
-        frame.rerun = None
         self.segment = -(self.segment + 1)
 
     def checkpoint(self, function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -179,11 +179,11 @@ def _net(tape: Tape, start: int, stop: int) -> list[int]:
             kept.append(n)
         else:
             kept.remove(twin)
-    return kept
+    return sorted(kept, key=lambda n: n > 0)  # frees first: the copies are one step, and overshoot nothing
 
 
 def _alike(tape: Tape, one: int, other: int) -> bool:
-    return (tape.names[one], tape.dims[one], tape.dtypes[one]) == (tape.names[other], tape.dims[other], tape.dtypes[other])
+    return (tape.dims[one], tape.dtypes[one]) == (tape.dims[other], tape.dtypes[other])
 
 
 def _category(tape: Tape, number: int, vocab: int | None) -> Category:

@@ -25,6 +25,8 @@ from peftplan.planning.setup import Setup
 if TYPE_CHECKING:
     from peftplan.planning.estimate import Job
 
+MULTIPLES = (8, 32, 64, 128)
+"""Multiples to which kernels round the sequence."""
 SOURCE = "analytic: modeling code on tensors without values"
 
 
@@ -80,13 +82,14 @@ def _running(job: Job, compute_capability: str) -> Running:
         peft_type=None if job.method is None else job.method.peft_type,
         config=job.config,
         seq_len=setup.seq_len,
+        batch_size=setup.batch_size,
     )
 
 
 def sizes(setup: Setup) -> dict[str, int]:
     """The named sizes of a setup."""
     b, s = setup.batch_size, setup.seq_len
-    return {"b": b, "s": s, "s%128": -(-s // 128) * 128}
+    return {"b": b, "s": s, **{f"s%{multiple}": -(-s // multiple) * multiple for multiple in MULTIPLES}}
 
 
 def _workspaces(compute_capability: str) -> tuple[Line, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.memory import ops
-from peftplan.memory.attention import attend
+from peftplan.memory.attention import attend, causal_mask
 from peftplan.memory.model import Model, kinds_of, run_stack
 from peftplan.memory.tape import Tensor
 
@@ -20,19 +20,25 @@ def llama(model: Model) -> Tensor:
     cos, sin = (f.new((1, model.seq, head), x.dtype, name) for name in ("cos", "sin"))
     blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
 
+    windows = {block.attentions[0].window for block in model.arch.blocks}
+    masks = {window: causal_mask(model, x.dtype, window) for window in windows}
+
     def layer(number: int, x: Tensor) -> Tensor:
-        return decoder_layer(model, blocks[number], number, x, cos, sin)
+        block = blocks[number]
+        return decoder_layer(model, block, number, x, cos, sin, masks[block.attentions[0].window])
 
     x = run_stack(model, kinds_of(model), x, layer, name="layers", checkpointed=model.running.checkpointing)
     return model.rmsnorm("model.norm", x)
 
 
-def decoder_layer(model: Model, block: Block, number: int, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def decoder_layer(
+    model: Model, block: Block, number: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None
+) -> Tensor:
     """`LlamaDecoderLayer.forward`."""
     f = model.tape
     residual = x
     x = model.rmsnorm("model.layers.{}.input_layernorm", x, number)
-    x = attention(model, block.attentions[0], number, x, cos, sin)
+    x = attention(model, block.attentions[0], number, x, cos, sin, mask)
     f.module = "model.layers.{}"
     x = ops.add(f, residual, x)
     residual = x
@@ -42,7 +48,9 @@ def decoder_layer(model: Model, block: Block, number: int, x: Tensor, cos: Tenso
     return ops.add(f, residual, x)
 
 
-def attention(model: Model, a: Attention, number: int, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def attention(
+    model: Model, a: Attention, number: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None
+) -> Tensor:
     """`LlamaAttention.forward`."""
     f = model.tape
     b, s, _ = x.dims
@@ -55,7 +63,7 @@ def attention(model: Model, a: Attention, number: int, x: Tensor, cos: Tensor, s
     f.module = name
     q, k = ops.rotary(f, q, cos, sin), ops.rotary(f, k, cos, sin)
     k, v = model.cached(k, v)
-    out = attend(model, a, q, k, v).view((b, s, a.num_attention_heads * a.head_dim))
+    out = attend(model, a, q, k, v, mask)
     return model.linear(f"{name}.o_proj", out, number)
 
 
