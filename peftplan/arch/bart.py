@@ -12,12 +12,13 @@ from typing import Literal
 
 from peftplan.arch.bert import classifier
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, attach, check_task, num_labels
+from peftplan.arch.heads import Backbone, attach, check_task, num_labels, probability
 from peftplan.arch.modules import (
     Architecture,
     Attention,
     Block,
     Buffer,
+    Dropout,
     Mlp,
     Module,
     PromptDims,
@@ -34,6 +35,8 @@ BART_POSITION_OFFSET = 2
 BART_NUM_LABELS = 3
 """`BartConfig`'s own default: entailment, neutral, contradiction."""
 WHISPER_CONV_KERNEL = 3
+DROPOUTS = {"Bart": 0.1, "Whisper": 0.0}
+"""`dropout` where the config does not state it."""
 
 Stack = Literal["encoder", "decoder"]
 BOTH: tuple[Stack, ...] = ("encoder", "decoder")
@@ -126,6 +129,7 @@ def _backbone(
     """The stacks; peft counts layers and heads by the encoder's, which transformers calls the model's own."""
     h = c.int("d_model", "hidden_size")
     encoder_layers, encoder_heads = c.int("encoder_layers", "num_hidden_layers"), _heads(c, "encoder")
+    hidden = probability(c, "dropout", default=DROPOUTS[stem])
     return Backbone(
         model_type=c.str("model_type"),
         stem=stem,
@@ -136,6 +140,13 @@ def _backbone(
         vocab_size=c.int("vocab_size"),
         embedding="decoder.embed_tokens",
         prompt=PromptDims(encoder_layers, h, encoder_heads, num_transformer_submodules=2 if task_type == "SEQ_2_SEQ_LM" else 1),
+        dropout=Dropout(
+            hidden,
+            probability(c, "attention_dropout"),
+            probability(c, "activation_dropout"),
+            embedding=hidden,
+            classifier=probability(c, "classifier_dropout"),
+        ),
     )
 
 

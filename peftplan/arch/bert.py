@@ -7,7 +7,7 @@ v vocab_size, p max_position_embeddings. Left out: the pre-training, next-senten
 from __future__ import annotations
 
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, attach, check_task, num_labels, prompt_dims
+from peftplan.arch.heads import Backbone, attach, check_task, dropout_of, num_labels, prompt_dims
 from peftplan.arch.modules import (
     Architecture,
     Attention,
@@ -135,6 +135,7 @@ def _backbone(c: Fields, stem: str, *, prefix: str, embeddings: tuple[str, ...],
         embedding="embeddings.word_embeddings",
         buffers=tuple(Buffer(f"embeddings.{name}", "int64", (1, p)) for name in ("position_ids", "token_type_ids")),
         prompt=prompt_dims(c, len(layers), h, a),
+        dropout=dropout_of(c),
     )
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from peftplan.arch.bert import classifier
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, attach, check_task, prompt_dims
+from peftplan.arch.heads import BERT_DROPOUT, Backbone, attach, check_task, probability, prompt_dims
 from peftplan.arch.modules import (
     Architecture,
     Attention,
     Block,
     Buffer,
+    Dropout,
     Mlp,
     Module,
     embedding,
@@ -109,7 +110,15 @@ def _backbone(c: Fields) -> Backbone:
         buffers=(Buffer("embeddings.position_ids", "int64", (1, c.int("max_position_embeddings"))),),
         prompt=prompt_dims(c, len(layers), h, a),
         supports_sdpa=False,
+        dropout=_dropout(c),
     )
+
+
+def _dropout(c: Fields) -> Dropout:
+    """`cls_dropout` of the classifier; the pooler's own is `pooler_dropout`, of the sequence's first token."""
+    hidden = probability(c, "hidden_dropout_prob", default=BERT_DROPOUT)
+    attention = probability(c, "attention_probs_dropout_prob", default=BERT_DROPOUT)
+    return Dropout(hidden, attention, embedding=hidden, classifier=probability(c, "cls_dropout", default=hidden))
 
 
 def _head_dim(c: Fields) -> int:

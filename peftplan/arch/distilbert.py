@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from peftplan.arch.bert import classifier
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, attach, check_task
-from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Mlp, embedding, layernorm, linear
+from peftplan.arch.heads import Backbone, attach, check_task, probability
+from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Dropout, Mlp, embedding, layernorm, linear
 from peftplan.errors import InputError
 
 TASKS = ("MASKED_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+DEFAULT_DROPOUT = 0.1
+SEQ_CLS_DROPOUT = 0.2
 DEFAULT_HIDDEN_DIM = 3072
 """The MLP's width where `hidden_dim` is absent; the config class does not read `intermediate_size`."""
 
@@ -19,7 +21,7 @@ DEFAULT_HIDDEN_DIM = 3072
 def distilbert(c: Fields, task_type: str) -> Architecture:
     """DistilBERT with the head of a task; the classification head has a hidden layer, the language model a transform."""
     check_task(task_type, TASKS, model_type="distilbert")
-    backbone = _backbone(c)
+    backbone = _backbone(c, task_type)
     h, v = backbone.hidden_size, backbone.vocab_size
     if task_type == "MASKED_LM":
         tied = c.bool("tie_word_embeddings", default=True)
@@ -45,7 +47,17 @@ def _hidden_dim(c: Fields) -> int:
     return width
 
 
-def _backbone(c: Fields) -> Backbone:
+def _dropout(c: Fields, task_type: str) -> Dropout:
+    hidden = probability(c, "dropout", default=DEFAULT_DROPOUT)
+    classifier = {
+        "SEQ_CLS": probability(c, "seq_classif_dropout", default=SEQ_CLS_DROPOUT),
+        "QUESTION_ANS": probability(c, "qa_dropout", default=DEFAULT_DROPOUT),
+    }.get(task_type, hidden)
+    attention = probability(c, "attention_dropout", default=DEFAULT_DROPOUT)
+    return Dropout(hidden, attention, embedding=hidden, classifier=classifier)
+
+
+def _backbone(c: Fields, task_type: str) -> Backbone:
     """peft finds no token_dim in this config (`dim` is not a name it looks for), so `prompt` stays None."""
     h, v, p = c.int("dim", "hidden_size"), c.int("vocab_size"), c.int("max_position_embeddings")
     a, i = c.int("n_heads", "num_attention_heads"), _hidden_dim(c)
@@ -80,4 +92,5 @@ def _backbone(c: Fields) -> Backbone:
         vocab_size=v,
         embedding="embeddings.word_embeddings",
         buffers=(Buffer("embeddings.position_ids", "int64", (1, p)),),
+        dropout=_dropout(c, task_type),
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from peftplan.arch.fields import Fields
-from peftplan.arch.modules import Architecture, Block, Buffer, Module, PromptDims, linear
+from peftplan.arch.modules import NO_DROPOUT, Architecture, Block, Buffer, Dropout, Module, PromptDims, linear
 from peftplan.errors import InputError, UnknownNameError
 
 TASK_TYPES: dict[str, str] = {
@@ -20,6 +20,9 @@ TASK_TYPES: dict[str, str] = {
     "FEATURE_EXTRACTION": "Model",
 }
 """peft's `TaskType` names, with MASKED_LM and IMAGE_CLS added, and the class suffix that transformers gives each."""
+
+BERT_DROPOUT = 0.1
+"""What BERT's config classes set `hidden_dropout_prob` and `attention_probs_dropout_prob` to."""
 
 DECODER_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
 """What transformers' generic heads offer for a decoder (`transformers/modeling_layers.py`), question answering left out."""
@@ -49,6 +52,7 @@ class Backbone:
     logits_ops: tuple[str, ...] = ()
     supports_sdpa: bool = True
     prompt: PromptDims | None = None
+    dropout: Dropout = NO_DROPOUT
 
     def model_class(self, task_type: str) -> str:
         """The name of transformers' class for a task: `LlamaForCausalLM`, `BertModel`."""
@@ -95,6 +99,7 @@ def attach(
         logits_ops=backbone.logits_ops if output_embedding else (),
         supports_sdpa=backbone.supports_sdpa,
         prompt=backbone.prompt,
+        dropout=backbone.dropout,
     )
 
 
@@ -162,6 +167,18 @@ def equal_head_dim(c: Fields, hidden_size: int, heads: int) -> int:
     """hidden_size / num_attention_heads, for model classes without a `head_dim` of their own; another value is refused."""
     d = c.divide("hidden_size", hidden_size, "num_attention_heads", heads)
     return c.int("head_dim", default=d, low=d, high=d)
+
+
+def probability(c: Fields, *names: str, default: float = 0.0) -> float:
+    """A dropout probability by its field's names, or the class's own default."""
+    return c.number(*names, default=default, low=0, high=1)
+
+
+def dropout_of(c: Fields, *, default: float = BERT_DROPOUT) -> Dropout:
+    """BERT's names: one probability after sublayers, of embeddings and, unless stated apart, of the classifier."""
+    hidden = probability(c, "hidden_dropout_prob", default=default)
+    attention = probability(c, "attention_probs_dropout_prob", default=default)
+    return Dropout(hidden, attention, embedding=hidden, classifier=probability(c, "classifier_dropout", default=hidden))
 
 
 def prompt_dims(c: Fields, num_layers: int, hidden_size: int, heads: int | None) -> PromptDims:

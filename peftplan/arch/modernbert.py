@@ -6,12 +6,13 @@ Source: transformers 5.24, `models/modernbert/{configuration,modeling}_modernber
 from __future__ import annotations
 
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, attach, check_task, equal_head_dim, num_labels, prompt_dims
+from peftplan.arch.heads import Backbone, attach, check_task, equal_head_dim, num_labels, probability, prompt_dims
 from peftplan.arch.modules import (
     Architecture,
     Attention,
     Block,
     Buffer,
+    Dropout,
     Mlp,
     Module,
     embedding,
@@ -81,6 +82,12 @@ def _backbone(c: Fields) -> Backbone:
             for part in ("inv_freq", "original_inv_freq")
         ),
         prompt=prompt_dims(c, len(layers), h, a),
+        dropout=Dropout(
+            probability(c, "mlp_dropout"),
+            probability(c, "attention_dropout"),
+            embedding=probability(c, "embedding_dropout"),
+            classifier=probability(c, "classifier_dropout"),
+        ),
     )
 
 

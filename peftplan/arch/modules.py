@@ -129,6 +129,22 @@ class Block(NamedTuple):
     shared_norm: bool = False
 
 
+class Dropout(NamedTuple):
+    """Probabilities with which training zeroes activations; where one is 0, nothing is made or kept.
+
+    `hidden` follows a block's sublayers, `attention` its weights, `activation` the MLP's first half; `classifier`: a task's head.
+    """
+
+    hidden: float = 0.0
+    attention: float = 0.0
+    activation: float = 0.0
+    embedding: float = 0.0
+    classifier: float = 0.0
+
+
+NO_DROPOUT = Dropout()
+
+
 class PromptDims(NamedTuple):
     """What peft's virtual-token methods read from a model's config (`_prepare_prompt_learning_config`, peft/utils/other.py).
 
@@ -172,6 +188,7 @@ class Architecture:
     logits_ops: tuple[str, ...] = ()
     supports_sdpa: bool = True
     prompt: PromptDims | None = None
+    dropout: Dropout = NO_DROPOUT
     name: str = ""
     source: str = ""
     notes: tuple[str, ...] = field(default=())

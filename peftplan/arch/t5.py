@@ -11,11 +11,12 @@ from typing import Literal
 
 from peftplan.arch.bert import classifier
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, attach, check_task, num_labels
+from peftplan.arch.heads import Backbone, attach, check_task, num_labels, probability
 from peftplan.arch.modules import (
     Architecture,
     Attention,
     Block,
+    Dropout,
     Mlp,
     Module,
     PromptDims,
@@ -29,6 +30,7 @@ TASKS = ("SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRAC
 STEMS = {"t5": "T5", "mt5": "MT5"}
 FEED_FORWARD = {"t5": "relu", "mt5": "gated-gelu"}
 """`feed_forward_proj` where the config does not state it."""
+DROPOUT_RATE = 0.1
 UNTIED_NOTE = "lm_head is counted apart from the embedding, as its checkpoint holds it and from_pretrained loads it"
 
 Stack = Literal["encoder", "decoder"]
@@ -90,7 +92,7 @@ def _layers(c: Fields, stack: Stack) -> tuple[int, ...]:
 def _backbone(c: Fields, stacks: tuple[Stack, ...]) -> Backbone:
     """`shared` and the stacks, whose `embed_tokens` are it. No prefix: only classification holds this model inside another."""
     h, v = c.int("d_model", "hidden_size"), c.int("vocab_size")
-    model_type = c.str("model_type")
+    model_type, rate = c.str("model_type"), probability(c, "dropout_rate", default=DROPOUT_RATE)
     modules: list[Module] = [embedding("shared", v, h)]
     for stack in stacks:
         modules += (embedding(f"{stack}.embed_tokens", v, h), *_stack(c, stack), rmsnorm(f"{stack}.final_layer_norm", h))
@@ -106,6 +108,7 @@ def _backbone(c: Fields, stacks: tuple[Stack, ...]) -> Backbone:
         ties=tuple((f"{stack}.embed_tokens.weight", "shared.weight") for stack in stacks),
         keep_in_fp32=("wo",),
         prompt=_prompt(c),
+        dropout=Dropout(rate, rate, rate, rate, probability(c, "classifier_dropout")),
     )
 
 

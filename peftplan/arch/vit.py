@@ -6,7 +6,7 @@ Source: transformers 5.24, `models/vit/{configuration,modeling}_vit.py`. Left ou
 from __future__ import annotations
 
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, attach, check_task, num_labels, prompt_dims
+from peftplan.arch.heads import Backbone, attach, check_task, dropout_of, num_labels, prompt_dims
 from peftplan.arch.modules import Architecture, Attention, Block, Mlp, Module, layernorm, linear
 from peftplan.errors import InputError
 
@@ -69,4 +69,5 @@ def _backbone(c: Fields, pooler: tuple[Module, ...]) -> Backbone:
         ),
         hidden_size=h,
         prompt=prompt_dims(c, len(layers), h, a),
+        dropout=dropout_of(c, default=0.0),
     )
