@@ -23,8 +23,8 @@ from peftplan.trace.meta import build_config, build_model, model_class, quiet_tr
 
 PREFIXES = {True: "base_model.", False: "base_model.model."}
 """What peft puts before the base model's own names, by whether the method is one of virtual tokens."""
-COPIES = (".modules_to_save.", ".ln_tuning_layers.")
-"""Tensors that are copies of the base's, and keep its dtype."""
+COPIES = (".modules_to_save.", ".ln_tuning_layers.", ".adaption_prompt", ".adaption_gate")
+"""Tensors that keep the base's dtype: copies of the base's, and adaption prompts, whose model peft does not autocast."""
 _ADAPTER = re.compile(r"\.default(?=\.|$)")
 LORAFA_LR = 1e-4
 """A learning rate, which `create_lorafa_optimizer` asks for and which changes no count."""
@@ -119,7 +119,7 @@ def _config_object(peft_config: Mapping[str, Any] | Any, task_type: str | None) 
             "subspace_rank of 1 has a count without them"
         )
     if method.peft_type.value == "SHIRA":
-        method.mask_fn = None  # the mask only places `shira_weight`, whose length is r·(in + out)
+        method.mask_fn = None  # its stand-in makes what the mask would: the places of r·(in + out) entries
     return method
 
 
@@ -184,6 +184,16 @@ def _frod_u_and_lambda(layer: Any, v: Any, weight: Any) -> tuple[Any, Any]:
     return torch.empty((n_out, n_in), device="cpu"), torch.empty((n_in,))
 
 
+def _shira_update(layer: Any, adapter_name: str, mask: Any, r: int, config: Any, **kwargs: Any) -> None:
+    """SHiRA's `update_layer` without a mask, and the int32 places that it would be read into."""
+    import torch
+    from peft.tuners.shira.layer import ShiraLayer
+
+    ShiraLayer.update_layer(layer, adapter_name, None, r, config, **kwargs)
+    entries = layer.shira_weight[adapter_name].numel()
+    layer.shira_indices[adapter_name] = torch.empty((2, entries), dtype=torch.int32)
+
+
 STAND_INS: dict[str, dict[str, Any]] = {
     "ADAMSS": {
         "peft.tuners.adamss.layer.slice_pca": _principal_components,
@@ -198,12 +208,13 @@ STAND_INS: dict[str, dict[str, Any]] = {
         "peft.tuners.frod.model.FrodModel._init_frod_projections": _frod_projections,
         "peft.tuners.frod.layer.FrodLayer._calculate_frod_u_and_lambda": _frod_u_and_lambda,
     },
+    "SHIRA": {"peft.tuners.shira.layer.Linear.update_layer": _shira_update},
     "UNILORA": {
         # It fills index buffers whose shapes are fixed before.
         "peft.tuners.unilora.model.UniLoraModel._assign_unilora_indices_and_scales": lambda model, adapter_name: None,
     },
 }
-"""peft type → what is replaced (peft 0.21.2). SHiRA's mask is left out by its config instead."""
+"""peft type → what is replaced (peft 0.21.2)."""
 
 
 def _adaptation(base: Base, adapted: Any, method: Any) -> Adaptation:

@@ -27,8 +27,9 @@ from peftplan.trace.model import Built, build
 from peftplan.trace.optimizers import make_optimizer
 from peftplan.trace.peaks import Alive, Peak, Window, peaks, windows
 from peftplan.trace.progress import Tell, part, silent
-from peftplan.trace.steps import Run, phases_begun, program
+from peftplan.trace.steps import STEPS, Run, phases_begun, program
 from peftplan.trace.tracker import Moment, Tracker, category_of
+from peftplan.trace.tuner_layers import adapter_from_host, on_fake_tensors
 from peftplan.trace.workspaces import Workspaces
 
 
@@ -95,19 +96,22 @@ def trace(
     device: Capability | None = None,
     outputs_outlive_step: bool = False,
     full_depth: bool = False,
+    earlier_seq_lens: tuple[int, ...] = (),
     progress: Tell | None = None,
 ) -> Traced:
     """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors.
 
     `peft_config`: a peft config object or an adapter_config dict; None trains every parameter. `setup` is resolved
     (`planning.setup.resolved`). `device` is a compute capability, which decides kernels and workspaces.
-    `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. A model of identical layers is
+    `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. `earlier_seq_lens`: lengths of
+    the steps before the counted one, one per step; without them one step of the same length. A model of identical layers is
     traced at two small depths and its log made from them, unless `full_depth`. `progress` is told what runs and how much is done.
     Raises RefusedError for what cannot be traced.
     """
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
         capability=device or DEFAULT_CAPABILITY, outputs_outlive_step=outputs_outlive_step,
+        earlier_seq_lens=earlier_seq_lens,
     )  # fmt: skip
     program(setup)
     tell = progress or silent
@@ -156,6 +160,7 @@ def _run(
     setup: Setup,
     capability: Capability,
     outputs_outlive_step: bool,
+    earlier_seq_lens: tuple[int, ...],
     tell: Tell,
 ) -> Traced:
     """One trace of exactly this model."""
@@ -168,9 +173,12 @@ def _run(
     with ExitStack() as stack:
         for context in (mode, CudaLike(capability=capability, autocast=setup.autocast != "none"), as_on_cuda(), tracker):
             stack.enter_context(context)
+        stack.enter_context(on_fake_tensors(from_host=adapter_from_host(setup, quant)))
         load(built, tracker, setup, quant)
         optimizer = make_optimizer(setup, built.model, tracker)
         run = Run(built.model, _batch(built, setup), optimizer, tracker, setup, outputs_outlive_step)
+        run.earlier = [_batch(built, setup.model_copy(update={"seq_len": length})) for length in earlier_seq_lens]
+        run.steps = max(STEPS, len(run.earlier) + 1)
         try:
             program(setup)(run)
         except PeftplanError:

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from peftplan.trace.quantized import QUANT_TENSORS
+from peftplan.trace.tuner_layers import LASTING
 
 DEVICE = torch.device("cpu")
 
@@ -47,6 +48,10 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = converter.tensor(buffer)
+        for attribute in LASTING:
+            if attribute in module.__dict__:
+                kept = module.__dict__[attribute]
+                kept.update({name: converter.tensor(tensor) for name, tensor in kept.items()})
         beside = module.__dict__.get(QUANT_TENSORS)
         if beside is not None:
             module.__dict__[QUANT_TENSORS] = {name: converter.tensor(tensor) for name, tensor in beside.items()}

@@ -20,6 +20,7 @@ from peftplan.storage import QuantConfig, category, shared
 from peftplan.trace.model import Built
 from peftplan.trace.quantized import QUANT_TENSORS
 from peftplan.trace.tracker import Storage, Tracker
+from peftplan.trace.tuner_layers import HOST_BUFFERS, LASTING, adapter_from_host, offloaded
 
 WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
 """Bytes per element that the warm-up counts for a quantized weight (`quantized_element_size`)."""
@@ -45,7 +46,7 @@ def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None
             halves[name] = _dense(tracker, tuple(parameter.shape), setup.dtype, name=name)
         else:
             tracker.register(parameter, "weights", name)
-    for name, buffer in built.model.named_buffers():
+    for name, buffer in _on_device(built, setup, quant):
         tracker.register(buffer, "buffers", name)
     for name, _, _, parameter in _parts(built):
         if name in halves:
@@ -56,9 +57,21 @@ def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None
             tracker.register(parameter, "adapter_weights", name)
 
 
+def _on_device(built: Built, setup: Setup, quant: QuantConfig | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers but those that peft leaves on the host, and the tensors that its layers keep in plain dicts."""
+    from_host = adapter_from_host(setup, quant)
+    for name, buffer in built.model.named_buffers():
+        if not from_host or not any(part in HOST_BUFFERS for part in name.split(".")):
+            yield name, buffer
+    for prefix, module in built.model.named_modules():
+        for attribute in LASTING:
+            for adapter, tensor in getattr(module, attribute, {}).items():
+                yield f"{prefix}.{attribute}.{adapter}", tensor
+
+
 def _parts(built: Built) -> Iterator[Part]:
-    """Every parameter once, in the order of `named_parameters()`."""
-    seen: set[int] = set()
+    """Every parameter once, in the order of `named_parameters()`, but those that a method moves to the host."""
+    seen = {id(module.get_base_layer().weight) for module in built.model.modules() if offloaded(module)}
     for prefix, module in built.model.named_modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in seen:

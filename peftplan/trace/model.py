@@ -19,6 +19,7 @@ from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig, quantized_modules
 from peftplan.trace.count import COPIES, LORAFA_LR, PREFIXES, _config_object, stand_ins
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.trace.peft_steps import LORAFA
 from peftplan.trace.quantized import QUANT_TENSORS, TORCH_DTYPES, quantize
 from peftplan.trace.reasons import reason
 from peftplan.trace.walk import kind_of, ties_of
@@ -139,6 +140,7 @@ def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfi
             model = peft.get_peft_model(base, method, autocast_adapter_dtype=autocast)
         if isinstance(peft_config, Mapping) and peft_config.get("freeze_a"):
             peft.optimizers.create_lorafa_optimizer(model, r=method.r, lora_alpha=method.lora_alpha, lr=LORAFA_LR)
+            model.__dict__[LORAFA] = True
     except Exception as error:  # peft raises whatever its code meets
         raise RefusedError(f"peft {peft.__version__} refuses it: {reason(error)}") from None
     target = TORCH_DTYPES[str(setup.adapter_dtype)]

@@ -18,6 +18,7 @@ from peftplan.errors import RefusedError
 from peftplan.memory.ledger import Allocation
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args, shared_states, states
 from peftplan.planning.setup import Setup
+from peftplan.trace.peft_steps import WithAllocator, allocator_of, lorafa_optimizer, uses_lorafa
 from peftplan.trace.tracker import Tracker
 from peftplan.units import round512
 
@@ -37,13 +38,21 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 def make_optimizer(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
-    """The optimizer of the setup over the trainable parameters, in the order that Trainer and scripts give them.
+    """The optimizer of the setup over the trainable parameters, in the order that Trainer and scripts give them, with what a
+    method of peft adds to its steps.
 
     Raises RefusedError for the names that cannot be traced yet.
     """
+    made = _of_setup(setup, model, tracker)
+    return made if allocator_of(model) is None else WithAllocator(made, model, tracker)
+
+
+def _of_setup(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
     optimizer = parse_optim(str(setup.optim))
     arguments = parse_optim_args(setup.optim_args)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if uses_lorafa(model, optimizer.name):
+        return Real(lorafa_optimizer(model, learning_rate=LEARNING_RATE), named, tracker, host_steps=False)
     if optimizer.step_implementation == "kernel" and not optimizer.low_rank:
         by_trainer = setup.trainer != "plain"
         embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
@@ -91,7 +100,7 @@ class Real:
 
     def after_step(self) -> None:
         """Name the states; those on the host leave the log."""
-        names = {id(p): name for name, p in self.named}
+        names: dict[Any, str] = {id(p): name for name, p in self.named}
         host = []
         for p, found in self.optimizer.state.items():
             for key, value in found.items():
@@ -100,7 +109,9 @@ class Real:
                 if key == "step" and self.host_steps:
                     host.append(value)
                 else:
-                    self.tracker.register(value, "optimizer_states", f"{names[id(p)]}.{key}", op="optimizer")
+                    self.tracker.register(
+                        value, "optimizer_states", f"{p if isinstance(p, str) else names[id(p)]}.{key}", op="optimizer"
+                    )
         self.tracker.forget(host)
 
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -50,6 +50,10 @@ class Run:
     outputs_outlive_step: bool = False
     started: int = 0
     steps: int = STEPS
+    earlier: Sequence[dict[str, torch.Tensor]] = ()
+    """Batches of the first steps where they differ; `batch` is that of the rest."""
+    done: int = 0
+    """Optimizer steps so far."""
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -69,8 +73,9 @@ class Run:
     def forward(self) -> Any:
         """One forward under the run's autocast."""
         self.tracker.begin("forward")
+        batch = self.earlier[self.done] if self.done < len(self.earlier) else self.batch
         with self.autocast():
-            return self.model(**self.batch)
+            return self.model(**batch)
 
     def backward(self, loss: torch.Tensor) -> None:
         """One backward; the gradients are named when it ends."""
@@ -84,6 +89,7 @@ class Run:
             self.tracker.begin("step")
         self.optimizer.step()
         self.optimizer.after_step()
+        self.done += 1
         self.optimizer.zero_grad(set_to_none=not self.setup.keep_gradients)
 
 
