@@ -12,6 +12,7 @@ import click
 
 COMMANDS: dict[str, str] = {
     "estimate": "What a fine-tuning run needs: counts, bytes, verdicts.",
+    "replay": "A recorded run through the allocator's model: with less memory, or other options.",
     "inspect": "The module tree of a model: shapes, counts, bytes, and what a pattern matches.",
     "models": "The built-in models and their parameter counts.",
     "methods": "The PEFT methods, and the fields of one.",
@@ -78,7 +79,9 @@ def main(args: list[str] | None = None) -> None:
         _stop(f"no such option: {error.option_name}{near} (see --help)")
     except click.ClickException as error:
         _stop(f"{error.format_message().rstrip('.')} (see --help)".replace("\n", " "))
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as stopped:
+        where = str(stopped.__cause__ or stopped)
+        click.echo(f"peftplan: interrupted{where and ' '}{where}", err=True)
         sys.exit(130)
     except (ReaderGoneError, BrokenPipeError):
         # The reader has gone (`peftplan models | head`); keep the interpreter from flushing into the closed pipe.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peftplan.arch.catalogue import ModelEntry
     from peftplan.hardware.gpus import Gpu
     from peftplan.planning.inspection import Inspection, Row
+    from peftplan.trace.replayed import Replayed
 
 Cells = Sequence[Sequence[str | int | None]]
 Facts = Sequence[Mapping[str, Any]]
@@ -41,6 +42,19 @@ def estimate(result: Estimate, *, fmt: str, verbose: bool, explain_peak: bool = 
         from peftplan.report import terminal
 
         terminal.estimate(result, verbose=verbose, explain_peak=explain_peak)
+
+
+def replayed(found: Replayed, *, fmt: str) -> None:
+    """A replay: peaks by phase; for people, also what fragmentation cost and where memory ran out."""
+    from peftplan.report import replayed as report
+
+    if fmt == "json":
+        _json(report.document(found))
+        return
+    below = "\n".join(report.remarks(found))
+    _rows(report.COLUMNS, report.cells(found), report.facts(found), fmt=fmt, above=report.heading(found), below=below)
+    if fmt == "markdown":
+        print(f"\n{report.heading(found)}", *report.remarks(found), sep="\n\n")
 
 
 def models(entries: Sequence[ModelEntry], *, fmt: str) -> None:

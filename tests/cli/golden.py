@@ -62,7 +62,8 @@ def output(name: str) -> str:
 
 
 if __name__ == "__main__":
+    written = {name: output(name) for name in CASES}  # all or nothing
     for old in GOLDEN.iterdir():
         old.unlink()
-    for name in CASES:
-        (GOLDEN / name).write_text(output(name), encoding="utf-8")
+    for name, text in written.items():
+        (GOLDEN / name).write_text(text, encoding="utf-8")

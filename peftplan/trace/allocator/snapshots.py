@@ -16,9 +16,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
-from peftplan.errors import InputError, RefusedError, UnknownNameError
+from peftplan.errors import InputError, PeftplanError, RefusedError, UnknownNameError
 from peftplan.trace.allocator.config import AllocatorConfig, parse_config
-from peftplan.trace.allocator.device import SegmentEvent
+from peftplan.trace.allocator.device import ENDLESS, SegmentEvent
 from peftplan.trace.allocator.events import Event
 from peftplan.trace.allocator.replay import Replay, replay
 
@@ -40,7 +40,7 @@ class _ContainersOnly(pickle.Unpickler):
     """Dicts, lists, tuples, sets, text, numbers: they need no name to be looked up, and nothing else is let in."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise RefusedError(f"the snapshot names {module}.{name}: only plain containers, text and numbers are read")
+        raise RefusedError(f"the snapshot names {f'{module}.{name}'!r}: only plain containers, text and numbers are read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,11 @@ class RecordedTrace:
     segment_events: tuple[SegmentEvent, ...]
     segments: tuple[dict[str, Any], ...]
     untraced: int
+
+    @property
+    def peak_reserved(self) -> int:
+        """Highest bytes of all segments, by the segment events of the trace."""
+        return _peak(self.segment_events)
 
     @property
     def reserved(self) -> int:
@@ -105,7 +110,9 @@ def read_trace(path: Path | str, *, device: int = 0) -> RecordedTrace:
             segments=segments,
             untraced=reading.unmatched_frees + _untraced(segments, reading.live),
         )
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except PeftplanError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InputError("snapshot", str(path), f"a field is missing or has another shape: {error!r}") from error
 
 
@@ -115,7 +122,7 @@ def compare(trace: RecordedTrace) -> Comparison:
     pairs = zip_longest(trace.segment_events, replayed.segment_events)
     return Comparison(
         replayed=replayed,
-        recorded_peak_reserved=_peak(trace.segment_events),
+        recorded_peak_reserved=trace.peak_reserved,
         recorded_reserved=trace.reserved,
         first_difference=next((pair for pair in pairs if pair[0] != pair[1]), None),
     )
@@ -136,6 +143,8 @@ class _Reading:
         action, size, stream = entry["action"], int(entry["size"]), int(entry["stream"])
         if action not in ACTIONS:
             raise UnknownNameError("snapshot, action", action, ACTIONS)
+        if action != "oom" and not 0 <= size < ENDLESS:
+            raise InputError("snapshot, size", size, "accepted: bytes that a device can have")
         if tuple(entry.get("pool_id", entry.get("segment_pool_id", DEFAULT_POOL))) != DEFAULT_POOL:
             raise RefusedError("the snapshot uses private memory pools (CUDA graphs, MemPool), which are not modelled")
         if action in ("segment_free", "segment_unmap"):

@@ -1,0 +1,58 @@
+"""`peftplan replay FILE`."""
+
+from __future__ import annotations
+
+import click
+
+from peftplan.cli import options
+
+
+@click.command("replay", cls=options.Command)
+@click.argument("file")
+@click.option("--capacity", default=None, metavar="SIZE", help="what the device gives: a capacity such as 24GiB, or a card")
+@click.option("--alloc-conf", default=None, metavar="OPTIONS", help="as in PYTORCH_ALLOC_CONF: expandable_segments:True,…")
+@click.option("--device", default=0, metavar="N", type=int, show_default=True, help="which device of a snapshot")
+@click.option("--device-memory", default=None, metavar="SIZE", help="all of the device's, for per_process_memory_fraction")
+@click.option("--require-fit", is_flag=True, help="exit 1 where memory runs out")
+@options.format_option
+def command(
+    file: str,
+    capacity: str | None,
+    alloc_conf: str | None,
+    device: int,
+    device_memory: str | None,
+    require_fit: bool,
+    fmt: str,
+) -> int:
+    """Replay a recorded run through a model of torch's CUDA caching allocator.
+
+    FILE is an event log (`peftplan estimate … --engine trace --timeline FILE.json`) or what
+    torch.cuda.memory._dump_snapshot() wrote; nothing in it is run.
+
+    \b
+    peftplan replay log.json --capacity 24GiB
+    peftplan replay snapshot.pickle --alloc-conf expandable_segments:True
+    """
+    options.check_format(fmt)
+    from peftplan.report import render
+    from peftplan.trace.replayed import replay_file
+
+    found = replay_file(
+        file,
+        capacity_bytes=_bytes(capacity),
+        alloc_conf=alloc_conf,
+        device=device,
+        device_bytes=_bytes(device_memory),
+    )
+    render.replayed(found, fmt=fmt)
+    return 1 if require_fit and found.result.oom is not None else 0
+
+
+def _bytes(size: str | None) -> int | None:
+    """What a program can get of a card, or a capacity as given."""
+    if size is None:
+        return None
+    from peftplan.hardware.gpus import find_gpu
+    from peftplan.hardware.usable import usable_bytes
+
+    return usable_bytes(find_gpu(size)).bytes
