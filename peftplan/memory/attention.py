@@ -108,9 +108,7 @@ def _kernel(model: Model, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) 
 
 def _by_head(f: Tape, *tensors: Tensor, rotated: bool) -> tuple[Tensor, ...]:
     """Views whose gradients come back head by head, so that the projections' gradients need a copy."""
-    return tuple(
-        x if rotated and number < 2 else ops.heads(f, x, x.dims, clones=True) for number, x in enumerate(tensors)
-    )
+    return tuple(x if rotated and number < 2 else ops.heads(f, x, x.dims, clones=True) for number, x in enumerate(tensors))
 
 
 def repeat_kv(f: Tape, x: Tensor, a: Attention) -> Tensor:

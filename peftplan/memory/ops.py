@@ -84,6 +84,16 @@ def _scale_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "mul")
 
 
+def divide(f: Tape, x: Any, by: Tensor) -> Tensor:
+    """`x / y` where y has no gradient: keeps y."""
+    return f.new(x.dims, promoted(x.dtype, by.dtype), "div", f.record(_scale_backward, (x,), by))
+
+
+def shift(f: Tape, x: Tensor) -> Tensor:
+    """`x - 1`: keeps nothing, and passes its gradient on."""
+    return f.new(x.dims, x.dtype, "sub", f.record(_view_backward, (x,)))
+
+
 def keeps_input(f: Tape, x: Tensor, op: str) -> Tensor:
     """`silu`, `gelu` and other activations that keep their input."""
     return f.new(x.dims, x.dtype, op, f.record(_same_backward, (x,), x))

@@ -44,12 +44,18 @@ def _absmax(f: Tape, part: Part, *, keep_both: bool) -> list[Tensor]:
     return [f.new(blocks, "fp32", "absmax") for _ in range(1 + keep_both)]
 
 
+def dequantized(f: Tape, part: Part) -> Tensor:
+    """`dequantize_module_weight`: the whole weight in the dtype that it was loaded in."""
+    absmax = _absmax(f, part, keep_both=False)
+    weight = f.new(part.weight.dims, part.weight.dtype, "dequantized")  # type: ignore[union-attr]
+    del absmax
+    return weight
+
+
 def _linear4bit_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     part, x_dims = saved
     bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] else None
-    absmax = _absmax(f, part, keep_both=False)
-    weight = f.new(part.weight.dims, part.weight.dtype, "dequantized")
-    del absmax
+    weight = dequantized(f, part)
     if weight.dtype != g.dtype:
         weight = f.new(part.weight.dims, g.dtype, "to")
     grad = f.new(x_dims, g.dtype, "mm") if node.edges[0] else None
@@ -72,23 +78,16 @@ def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     out = f.new((*rows, n_out), "fp16", "linear")
     if x.dtype != "fp16":
         out = f.new((*rows, n_out), x.dtype, "to")
-    out.node = f.record(_linear8bit_backward, (x, part.bias), part, _Kept(x))
+    out.node = f.record(_linear8bit_backward, (x, part.bias), part)
+    if out.node is not None:
+        out.node.context = x.detach()  # `ctx.kept`, which checkpointing does not reach and backward does not release
     del quantized, scales, product
     return out
 
 
-class _Kept:
-    """A tensor on the node itself (`ctx.kept`), which checkpointing does not reach."""
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()
-
-
 def _linear8bit_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
-    part, kept = saved
-    x = kept.tensor
+    (part,) = saved
+    x = node.context
     bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] else None
     if not node.edges[0]:
         return None, bias

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from peftplan.memory.ledger import Category, Dim
 
@@ -87,7 +87,7 @@ class Parameter:
 class Node:
     """One operation in the graph: what it saved, and where its gradients go."""
 
-    __slots__ = ("backward", "checkpointed", "edges", "grads", "module", "saved", "sequence")
+    __slots__ = ("backward", "checkpointed", "context", "edges", "grads", "module", "saved", "sequence")
 
     def __init__(self, sequence: int, module: str, backward: Backward, edges: tuple[Any, ...], *, checkpointed: bool) -> None:
         self.sequence = sequence
@@ -95,6 +95,7 @@ class Node:
         self.backward = backward
         self.edges = edges
         self.checkpointed = checkpointed
+        self.context: Tensor | None = None
         self.saved: Any = ()
         self.grads: list[Tensor | None] = [None]
 
@@ -114,20 +115,28 @@ class StopRecomputationError(Exception):
 class Frame:
     """A checkpointed call: how many tensors it would have saved, and those that its recomputation has made again."""
 
-    __slots__ = ("count", "recomputed", "replayed", "rerun")
+    __slots__ = ("count", "held", "recomputed", "replayed", "rerun")
 
     def __init__(self) -> None:
         self.count = 0
+        self.held: set[int] = set()
         self.replayed = 0
         self.recomputed: dict[int, Any] | None = None
         self.rerun: Callable[[], Any] | None = None
 
 
-class Place(NamedTuple):
-    """Where a checkpointed layer's saved tensor will be once it is recomputed."""
+class Place:
+    """Where a checkpointed layer's saved tensor will be once it is recomputed; without a holder it is not kept then."""
 
-    frame: Frame
-    number: int
+    __slots__ = ("frame", "number")
+
+    def __init__(self, frame: Frame, number: int) -> None:
+        self.frame = frame
+        self.number = number
+        frame.held.add(number)
+
+    def __del__(self) -> None:
+        self.frame.held.discard(self.number)
 
 
 class Tape:
@@ -207,7 +216,8 @@ class Tape:
         frame = self._replaying
         assert frame.recomputed is not None
         frame.replayed += 1
-        frame.recomputed[frame.replayed] = value.detach()
+        if frame.replayed in frame.held:
+            frame.recomputed[frame.replayed] = value.detach()
         if frame.replayed == frame.count:
             raise StopRecomputationError
         return None

@@ -100,8 +100,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
     kinds = tuple(index)
     events: list[tuple[int, int]] = []
     starts: list[tuple[str, int]] = []
-    copies = _copies(tape, stacks)
-    alive_after = _outliving(tape, stacks)
+    copies, outliving = _copies(tape, stacks)
     standing_for: dict[int, int] = {}
     done = 0
     for at, what in (*tape.marks, (len(tape.log), "")):
@@ -112,7 +111,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
                 events.append((kind_of[-n], -1 - standing_for.pop(-n, 0)))
         done = at
         for n, count in copies.get((at, what), ()):
-            if n in alive_after:
+            if n in outliving:
                 standing_for[n] = count
             kind = kinds[kind_of[abs(n)]]
             if kind.category == "temporaries":  # what each of many layers leaves alive is kept
@@ -125,9 +124,17 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
     return Timeline(tuple(index), tuple(events), windows)
 
 
-def _copies(tape: Tape, stacks: Iterable[Stack]) -> dict[tuple[int, str], list[tuple[int, int]]]:
-    """Where copies of layers are made and freed: (position, mark) → storages (negative: freed) and how many of each."""
-    found: dict[tuple[int, str], list[tuple[int, int]]] = {}
+Copies = dict[tuple[int, str], list[tuple[int, int]]]
+
+
+def _copies(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, set[int]]:
+    """Where copies of layers are made and freed: (position, mark) → storages (negative: freed) and how many of each.
+
+    And the storages that outlive their layer's backward: autocast's casts, what nodes and the caller hold. Their copies go when
+    they go. The hidden states between layers are not among them: each layer's are the next one's input.
+    """
+    found: Copies = {}
+    outliving: set[int] = set()
     for stack in stacks:
         marks = [(at, what) for at, what in tape.marks if what.startswith(f"{stack.name} ")]
         middle = f"{stack.name} {stack.middle}"
@@ -136,9 +143,15 @@ def _copies(tape: Tape, stacks: Iterable[Stack]) -> dict[tuple[int, str], list[t
             where = next(((at, what) for at, what in run if what == middle), None)
             for (start, before), (stop, after) in pairwise(run):
                 count = stack.copies.get(before if forward else after, 0)
-                if count and where is not None:
-                    found.setdefault(where, []).extend((n, count) for n in _net(tape, start, stop))
-    return found
+                if not count or where is None:
+                    continue
+                net = _net(tape, start, stop)
+                found.setdefault(where, []).extend((n, count) for n in net)
+                if forward:
+                    outliving |= {n for n in net if n > 0} - stack.passed
+                else:
+                    outliving -= {-n for n in tape.log[start:stop] if n < 0}
+    return found, outliving
 
 
 def _run(marks: list[tuple[int, str]], *, end: str, forward: bool) -> Iterator[tuple[int, str]]:
@@ -148,20 +161,6 @@ def _run(marks: list[tuple[int, str]], *, end: str, forward: bool) -> Iterator[t
         if ended is not forward:
             yield at, what
         ended = ended or what == end
-
-
-def _outliving(tape: Tape, stacks: Iterable[Stack]) -> set[int]:
-    """Storages that are freed neither within a stack nor while backward runs: autocast's casts, what the caller holds.
-
-    The hidden states between layers are not among them: each layer's are the next one's input.
-    """
-    found = {-n for n in tape.log if n < 0}
-    phases = {what: at for at, what in tape.marks if what in PHASES}
-    for stack in stacks:
-        start = next(at for at, what in tape.marks if what == f"{stack.name} 0")
-        end = next(at for at, what in tape.marks if what == f"{stack.name} end")
-        found -= {-n for n in tape.log[start:end] if n < 0} | stack.passed
-    return found - {-n for n in tape.log[phases["backward"] : phases["step"]] if n < 0}
 
 
 def _net(tape: Tape, start: int, stop: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""IA3 (peft 0.21.2, tuners/ia3/layer.py `Linear.forward`): a vector scales the output, or the input of feed-forward modules."""
+"""IA3 (peft 0.21.2, tuners/ia3/layer.py `Linear.forward`, bnb.py): a vector scales the output, or a feed-forward module's input."""
 
 from __future__ import annotations
 
@@ -10,11 +10,23 @@ from peftplan.memory.tape import Tape, Tensor
 
 
 def ia3(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
-    """Feed-forward: the base on `x * ia3_l` in x's dtype; else `base(x) * ia3_l`, back in the base's dtype."""
+    """`base((x * l))` or `base(x) * l`, computed in the vector's dtype."""
     vector = part.params["ia3_l"]
-    if vector.dims[0] == 1:
-        given = x.dtype
-        return base(f.to(ops.mul(f, x, vector), given))
+    feedforward = vector.dims[0] == 1
+    f.module = part.name
+    factor = ops.scale(f, vector).view((vector.dims[1 if feedforward else 0],))
+    given = x.dtype
+    if part.quant is not None:
+        converts = f.autocast is None and x.dtype != "fp32"
+        x = f.to(x, "fp32") if converts else x
+        result = base(ops.mul(f, x, factor)) if feedforward else base(x)
+        expected = result.dtype
+        result = result if feedforward else ops.mul(f, result, factor)
+        return f.to(result, expected) if converts else result  # type: ignore[no-any-return]
+    if feedforward:
+        x = f.to(x, vector.dtype)
+        inner = f.to(ops.mul(f, x, factor), given)
+        return base(inner)
     result = base(x)
     given = result.dtype
-    return f.to(ops.mul(f, result, vector), given)  # type: ignore[no-any-return]
+    return f.to(ops.mul(f, result, factor), given)  # type: ignore[no-any-return]

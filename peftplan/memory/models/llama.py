@@ -31,9 +31,7 @@ def llama(model: Model) -> Tensor:
     return model.rmsnorm("model.norm", x)
 
 
-def decoder_layer(
-    model: Model, block: Block, number: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None
-) -> Tensor:
+def decoder_layer(model: Model, block: Block, number: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
     """`LlamaDecoderLayer.forward`."""
     f = model.tape
     residual = x
@@ -48,9 +46,7 @@ def decoder_layer(
     return ops.add(f, residual, x)
 
 
-def attention(
-    model: Model, a: Attention, number: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None
-) -> Tensor:
+def attention(model: Model, a: Attention, number: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
     """`LlamaAttention.forward`."""
     f = model.tape
     b, s, _ = x.dims

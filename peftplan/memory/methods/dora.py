@@ -1,0 +1,66 @@
+"""DoRA (arXiv 2402.09353) as peft 0.21.2 computes it: tuners/lora/dora.py (`DoraLinearLayer.forward`), lora/variants.py.
+
+The norm of W + ΔW needs ΔW itself, made by sending an identity matrix through A and B, so each module takes matrices of its
+weight's size while its forward runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftplan.memory import ops
+from peftplan.memory.model import Part, Running
+from peftplan.memory.quantized import dequantized
+from peftplan.memory.tape import Tape, Tensor
+
+
+def dora(f: Tape, part: Part, x: Tensor, result: Tensor, running: Running) -> Tensor:
+    """`result + (m - 1) * base + m * lora_B(lora_A(x)) * scaling`, with m = magnitude / ‖W + ΔW‖."""
+    base_result: Tensor | None = result
+    if running.config.lora_dropout:
+        x = ops.dropout(f, x, running.config.lora_dropout)
+        base_result = None
+    return ops.add(f, result, _update(f, part, x, base_result))
+
+
+def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tensor:
+    a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
+    lora_weight = f.to(_lora_weight(f, part, a, b), x.dtype)
+    f.module = part.name
+    weight = f.to(dequantized(f, part) if part.quant is not None else part.weight, x.dtype)
+    norm = _norm(f, weight, lora_weight)
+    magnitude = part.params["lora_magnitude_vector.weight"]
+    scale = ops.divide(f, magnitude, norm)
+    f.module = f"{part.name}.lora_A"
+    low = ops.linear(f, x, a)
+    f.module = f"{part.name}.lora_B"
+    lora_result = ops.linear(f, low, b)
+    del low
+    f.module = part.name
+    if base_result is None:
+        base_result = ops.linear(f, x, weight)
+    elif part.bias is not None:
+        base_result = ops.add(f, base_result, part.bias)
+    kept = ops.mul(f, base_result, ops.shift(f, scale))
+    scaled = ops.scale(f, ops.mul(f, lora_result, scale))
+    out = ops.add(f, kept, scaled)
+    del kept, scaled, lora_weight, weight, norm
+    return out
+
+
+def _lora_weight(f: Tape, part: Part, a: Any, b: Any) -> Tensor:
+    """ΔWᵀ: an identity matrix through A and B, with their graph."""
+    n_in = a.dims[1]
+    f.module = f"{part.name}.lora_A"
+    identity = f.new((n_in, n_in), a.dtype, "eye")
+    low = ops.linear(f, identity, a)
+    f.module = f"{part.name}.lora_B"
+    return ops.linear(f, low, b)
+
+
+def _norm(f: Tape, weight: Any, lora_weight: Tensor) -> Tensor:
+    """`linalg.norm(W + scaling * ΔW, dim=1)`, without a gradient."""
+    scaled = f.new(weight.dims, lora_weight.dtype, "mul")
+    total = f.new(weight.dims, ops.promoted(weight.dtype, lora_weight.dtype), "add")
+    del scaled
+    return f.new((weight.dims[0],), total.dtype, "norm")

@@ -1,0 +1,65 @@
+"""Slices, splits and joins: views whose gradients are whole tensors, and copies whose gradients are views.
+
+Source: torch 2.13, tools/autograd/derivatives.yaml (`slice`, `split`, `cat`) and FunctionsManual.cpp (`split_backward`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from peftplan.memory import ops
+from peftplan.memory.tape import Dims, Node, Tape, Tensor
+
+Rotate = Callable[[Tape, Tensor, Tensor, Tensor], Tensor]
+
+
+def sliced(f: Tape, x: Tensor, dims: Dims) -> Tensor:
+    """`x[..., i:j]`: the same storage; its gradient is as large as x (`slice_backward`)."""
+    return Tensor(x.storage, dims, x.dtype, f.record(_sliced_backward, (x,), x.dims))
+
+
+def _sliced_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "slice_backward")
+
+
+def split(f: Tape, x: Tensor, parts: Iterable[Dims]) -> tuple[Tensor, ...]:
+    """`split`, `chunk`: views of one storage; the gradients of all are joined in one new tensor."""
+    node = f.record(_split_backward, (x,), x.dims)
+    return tuple(Tensor(x.storage, dims, x.dtype, node, number) for number, dims in enumerate(parts))
+
+
+def _split_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) -> Tensor:
+    first = next(g for g in grads if g is not None)
+    return f.new(saved[0], first.dtype, "cat")
+
+
+def cat(f: Tape, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+    """`cat`: a copy of all parts, whose gradients are views of its own."""
+    dtype = parts[0].dtype
+    for part in parts[1:]:
+        dtype = ops.promoted(dtype, part.dtype)
+    return f.new(dims, dtype, "cat", f.record(_cat_backward, tuple(parts), *(part.dims for part in parts)))
+
+
+def _cat_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    return tuple(Tensor(g.storage, dims, g.dtype) for dims in saved)
+
+
+def partly_rotary(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotate: Rotate = ops.rotary) -> tuple[Tensor, Tensor]:
+    """Rotate the first `cos.dims[-1]` numbers of each head, join them with the rest."""
+    q_rot, q_pass = _parts(f, q, cos)
+    k_rot, k_pass = _parts(f, k, cos)
+    q_rot, k_rot = rotate(f, q_rot, cos, sin), rotate(f, k_rot, cos, sin)
+    q_rot = cat(f, (q_rot, q_pass), q.dims)
+    return q_rot, cat(f, (k_rot, k_pass), k.dims)
+
+
+def _parts(f: Tape, x: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
+    """What is rotated, and what is passed on; a slice of everything is the tensor itself."""
+    *before, head = x.dims
+    rotated = cos.dims[-1]
+    assert isinstance(head, int)
+    assert isinstance(rotated, int)
+    rot = x if rotated == head else sliced(f, x, (*before, rotated))
+    return rot, sliced(f, x, (*before, head - rotated))
