@@ -1,10 +1,10 @@
 """Attention: what eager attention and torch's `scaled_dot_product_attention` make and keep on CUDA.
 
-Letters: b batch, a query heads, g key/value heads, s queries, k keys, d head size. Queries, keys and values are (b, heads, s, d) views
-of projections that lie (b, s, heads, d), as transformers makes them.
-Sources: torch 2.13, aten/src/ATen/native/transformers/attention.cpp (`_scaled_dot_product_attention_math`), cuda/sdp_utils.cpp (the
-choice), cuda/attention.cu and attention_backward.cu, flash_attn/flash_api.cpp, mem_eff_attention/kernel_backward.h; transformers
-5.24, integrations/sdpa_attention.py, masking_utils.py, models/llama/modeling_llama.py (`eager_attention_forward`).
+Letters: b batch, a query heads, g key/value heads, s queries, k keys, d head size. Queries, keys and values are (b, heads, s, d)
+views of projections that lie (b, s, heads, d), as transformers makes them.
+Sources: torch 2.13, aten/src/ATen/native/transformers/attention.cpp (`_scaled_dot_product_attention_math`), cuda/sdp_utils.cpp
+(the choice), cuda/attention.cu and attention_backward.cu, flash_attn/flash_api.cpp, mem_eff_attention/kernel_backward.h;
+transformers 5.24, integrations/sdpa_attention.py, masking_utils.py, models/llama/modeling_llama.py (`eager_attention_forward`).
 """
 
 from __future__ import annotations

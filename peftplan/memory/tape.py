@@ -216,11 +216,12 @@ class Tape:
         frame = self._replaying
         assert frame.recomputed is not None
         frame.replayed += 1
+        kept = value.detach()
         if frame.replayed in frame.held:
-            frame.recomputed[frame.replayed] = value.detach()
+            frame.recomputed[frame.replayed] = kept
         if frame.replayed == frame.count:
             raise StopRecomputationError
-        return None
+        return kept
 
     def backward(self, root: Tensor) -> None:
         """Run the graph backwards: the latest node first, each saved tensor released when its node is done."""
