@@ -59,7 +59,11 @@ def load(path: Path) -> Baseline:
 
 def updated(baseline: Baseline, engine: Engine, answers: Sequence[Answer], *, versions: dict[str, str]) -> Baseline:
     """The baseline with these answers in place of the engine's old ones; records that were not asked keep theirs."""
-    entries = {answer.record.id: Entry(**_given(answer.stated)) for answer in answers if not answer.stated.lacks_extra}
+    entries = {
+        answer.record.id: Entry(**_given(answer.stated))
+        for answer in answers
+        if not (answer.stated.lacks_extra or answer.stated.crashed)
+    }
     return baseline.model_copy(
         update={
             "versions": {**baseline.versions, engine: versions},
@@ -95,7 +99,7 @@ def _given(stated: Stated) -> dict[str, Any]:
 
 def moves(answer: Answer, old: Stated | None) -> list[str]:
     """What the engine states otherwise than the baseline says; to state something new is no move."""
-    if old is None or answer.stated.lacks_extra:
+    if old is None or answer.stated.lacks_extra or answer.stated.crashed:
         return []
     found = [
         f"{figure}: {_was(old.figures[figure], answer.stated.figures.get(figure), measured=measured)}"

@@ -19,7 +19,7 @@ class Failure:
 
     case: Case
     kind: str
-    """`tolerance`, `baseline` or `count`."""
+    """`tolerance`, `baseline`, `count` or `crash`."""
     what: str
 
     def text(self, engine: Engine) -> str:
@@ -73,6 +73,8 @@ def _says_more(now: Stated, before: Stated | None) -> bool:
 
 
 def _failures(answer: Answer, engine: Engine, old: Stated | None) -> Iterator[Failure]:
+    if answer.stated.crashed:
+        yield Failure(answer.case, "crash", str(answer.stated.refused))
     yield from (Failure(answer.case, "count", what) for what in _miscounts(answer))
     yield from (Failure(answer.case, "tolerance", what) for what in _exceeded(answer, engine))
     yield from (Failure(answer.case, "baseline", what) for what in stored.moves(answer, old))

@@ -135,8 +135,10 @@ class Summary:
     """Shares of the rows within `WITHIN` percent."""
 
 
+OPEN = " (open)"
+"""Marks the runs of a source that do not say all that ran."""
 GROUPINGS: dict[str, Callable[[Record], str]] = {
-    "source": lambda record: record.circumstances.source,
+    "source": lambda record: record.circumstances.source + ("" if record.exact else OPEN),
     "method": lambda record: record.run.method_name,
     "model": lambda record: record.run.model_name,
     "setup": lambda record: "says all that ran" if record.exact else "leaves something open",

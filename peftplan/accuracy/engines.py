@@ -46,6 +46,8 @@ class Stated:
     verdict: str | None = None
     refused: str | None = None
     """Why the engine says nothing at all."""
+    crashed: bool = False
+    """Whether that was an error of peftplan's own, which is a failure of the check."""
     lacks_extra: bool = False
     """Whether only an extra is missing here, so that nothing can be concluded."""
 
@@ -78,6 +80,8 @@ def ask(record: Record, engine: Engine) -> Stated:
         return Stated(refused=str(error), lacks_extra=True)
     except PeftplanError as error:
         return Stated(refused=str(error))
+    except Exception as error:  # one engine's bug on one record; the check goes on and fails
+        return Stated(refused=f"crashed: {type(error).__name__}: {' '.join(str(error).split())[:200]}", crashed=True)
     return stated(record, result)
 
 

@@ -57,6 +57,6 @@ def command(
     if report:
         from peftplan.report import accuracy_page
 
-        accuracy_page.write(found)
+        accuracy_page.write()
     accuracy.check(found, fmt=fmt)
     return 1 if found.failures else 0

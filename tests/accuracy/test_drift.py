@@ -226,6 +226,20 @@ def test_a_missing_extra_is_no_answer_of_the_trace_engine() -> None:
     assert stored.moves(Answer(Case(Path("x"), 1, record()), found), before) == []
 
 
+def test_a_bug_on_one_record_fails_the_check_and_stops_nothing() -> None:
+    def sometimes(model: str, **kwargs: Any) -> Estimate:
+        if kwargs["r"] == 9:
+            raise ZeroDivisionError("division by zero")
+        return estimate(model, **kwargs)
+
+    bad = record(id="bad", run={**PAYLOAD["run"], "method_config": {"r": 9}})
+    with patch.object(engines, "estimate", sometimes):
+        found = check([Case(Path("x"), 1, bad), Case(Path("x"), 2, record())], "analytic", baseline=stored.Baseline())
+    (failure,) = [failure for failure in found.failures if failure.kind == "crash"]
+    assert failure.what == "crashed: ZeroDivisionError: division by zero"
+    assert found.answers[1].stated.trainable == 19_988_480
+
+
 def test_a_baseline_that_is_none_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "baseline.json"
     assert stored.load(file) == stored.Baseline()

@@ -1,0 +1,77 @@
+"""The plots of the accuracy page, as SVG: the same bytes from the same data with the same matplotlib (extra `plot`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftplan.accuracy.drift import Answer
+from peftplan.errors import MissingExtraError
+from peftplan.units import GIB
+
+SIZE = (8.0, 4.5)
+"""Inches."""
+EDGE = 10.0
+"""Percent: drift beyond it is counted in the outermost bars."""
+BAR = 0.5
+"""Percent: the width of a bar."""
+STYLE = {"svg.hashsalt": "peftplan", "svg.fonttype": "none", "font.size": 9}
+METADATA = {"Date": None, "Creator": None}
+
+
+def histogram(series: Mapping[str, Sequence[float]], path: Path) -> None:
+    """How many overall peaks drift by how much, one colour per engine."""
+    plt = _pyplot()
+    bars = [number * BAR - EDGE for number in range(int(2 * EDGE / BAR) + 1)]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=SIZE)
+        inside = [[min(max(drift, -EDGE + BAR / 2), EDGE - BAR / 2) for drift in drifts] for drifts in series.values()]
+        axes.hist(inside, bins=bars, label=list(series), stacked=False)
+        axes.set_xlabel(f"drift, % of what was measured; the outermost bars hold everything beyond ± {EDGE:g} %")
+        axes.set_ylabel("overall peaks")
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.legend()
+        _save(figure, path)
+
+
+def scatter(answers: Sequence[Answer], path: Path, *, word: str) -> None:
+    """Stated against measured overall peaks on log axes, one colour per source."""
+    plt = _pyplot()
+    points: dict[str, list[tuple[float, float]]] = {}
+    for answer in answers:
+        for one in answer.overall:
+            pair = (one.measured / GIB, one.stated / GIB)
+            points.setdefault(answer.record.circumstances.source, []).append(pair)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=SIZE)
+        for source in sorted(points, key=str.lower):
+            axes.scatter(*zip(*points[source], strict=True), s=14, label=source)
+        ends = [min(min(pair) for pairs in points.values() for pair in pairs), max(max(p) for ps in points.values() for p in ps)]
+        axes.plot(ends, ends, color="black", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("measured, GiB")
+        axes.set_ylabel(f"{word}, GiB")
+        axes.legend(fontsize=7)
+        _save(figure, path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtraError("--report: its plots", "plot") from None
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="svg", metadata=METADATA)
+    _pyplot().close(figure)
+    text = path.read_text(encoding="utf-8")
+    path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n", encoding="utf-8")

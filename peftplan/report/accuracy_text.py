@@ -1,0 +1,62 @@
+"""The prose of the accuracy page."""
+
+from __future__ import annotations
+
+INTRO = """# Accuracy
+
+What the engines state of runs that somebody measured on a GPU. Written by `peftplan check --report` from `data/runs/`: the
+records, the stored baseline of each engine (`baseline.json`) and the stored run of other tools (`peers.json`); edit those, not
+this. `peftplan check` compares the engines of today with that baseline, so a number here that is no longer true fails it."""
+
+DEFINITIONS = """## What the words mean
+
+- **Estimated** is the analytic engine, **traced** the trace engine, **measured** a figure read on a GPU.
+- **Drift** is signed: stated ÷ measured − 1, in percent. Plus is too much. **Median without sign** is the median of its
+  absolute value; **worst** is the drift that is largest without its sign.
+- **allocated** is `torch.cuda.max_memory_allocated()`, **reserved** `max_memory_reserved()`, **device** what the driver showed
+  (NVML, nvidia-smi): reserved bytes, the CUDA context and all else. For `device` the measured context of the run is added where
+  it was recorded, else the card's as published; where neither is known, nothing is stated.
+- **forward**, **backward**, **step** are the allocated peaks of that part of a steady optimizer step.
+- Where a record covers the whole process, loading counts in the stated peak; where it covers training or one steady step, it
+  does not.
+- A run **says all that ran** if its source leaves nothing open that the setup needs and nothing is known to have run otherwise;
+  every other record states, in `unknown` and `differs`, what was assumed and what differs. Only the drift of the former is the
+  engine's own; in tables by source the others are marked as open.
+- **Wrong verdicts**: `does_not_fit` on the card on which it ran; `fits` on a card 1 % below the measured peak; `does_not_fit`
+  on a card 10 % above it. Reserved bytes decide where they were measured and stated, else allocated bytes, else the device's.
+  `fits` means that at least 5 % of the card are left over; less is `tight`, which is wrong on neither card.
+- Sources print with few digits: half the last digit is granted to a tolerance, not to the drift shown here."""
+
+OTHERS = """## Published records of others
+
+What was published about predictors of training memory, each on its own test set. The sets differ from this one: none of them
+holds LoRA, QLoRA, DoRA, IA3 or prefix tuning, and full training of small models has other peaks (fp32 states and activations)
+than adapters on a frozen base have. So the numbers stand beside each other; they do not rank."""
+
+OTHERS_COLUMNS = ("work", "median error", "measured on")
+OTHERS_ROWS = (
+    (
+        "xMem (Middleware 2025, arXiv 2510.21048)",
+        "3.66 %, and 9.46 % wrong out-of-memory verdicts",
+        "5,209 full trainings of 25 models up to 1 B; NVML peak of the process",
+    ),
+    (
+        "LLMem (IJCAI 2024)",
+        "at most 1.6 % on one GPU, 3.0 % on several; 74 % when run again by xMem's authors",
+        "full fine-tuning of 4 models up to 560 M",
+    ),
+    ("MemTracker (torch, `torch/distributed/_tools`)", "its tests allow ± 10 %", "toy MLPs"),
+)
+
+PEERS_INTRO = """## Other tools on the same runs
+
+`python benchmarks/peers.py --write` asked every tool about every record, as far as it can be told ({python}). One figure per
+record is compared: allocated bytes where they were measured, else reserved, else the device's; a tool that keeps its allowance
+for context and fragmentation apart is compared without it for allocated bytes and with it for the others. Verdicts follow from
+the number by the rule above, the same for all. What a tool has no word for it refuses, and that is counted as not accepted.
+fitcheck-llm's coefficients were fitted on its own T4 runs, and canifinetune's RTX 4080 runs informed its formulas; both sets are
+among these records. peftplan fits nothing but the length of the longest batch of peft's benchmark, 668 tokens, which is told to
+every tool. Cold start: a fresh Python that imports the tool and estimates one LoRA job, best of five, all on one machine.
+
+Not asked: loggetta plans its own executor, whose kernels and storage these runs did not have; Unsloth's estimate describes
+Unsloth's kernels; `accelerate estimate-memory` knows no adapters; web calculators cannot be run offline."""
