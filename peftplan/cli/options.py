@@ -54,6 +54,7 @@ TRAINING: dict[str, str] = {
     "--seq-len": "tokens per sequence",
     "--gradient-accumulation-steps": "micro batches per optimizer step",
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
+    "--use-reentrant/--no-use-reentrant": "reentrant checkpointing (older default of transformers and peft)",
     "--optim": "a name of TrainingArguments.optim",
     "--optim-args": "as in TrainingArguments: key=value,…",
     "--optim-target-modules": "modules that GaLore and APOLLO project",

@@ -50,6 +50,7 @@ class Setup(BaseModel):
     seq_len: Count = 2048
     gradient_accumulation_steps: Count = 1
     gradient_checkpointing: bool | None = None
+    use_reentrant: bool = False
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     loss: Loss = "auto"
     padding: bool = False

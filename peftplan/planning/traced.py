@@ -41,8 +41,6 @@ def trace_peaks(
     a large model); `progress` is told what runs and how much is done. Raises MissingExtraError without torch, RefusedError for
     what cannot be traced.
     """
-    if setup.attn_implementation == "flash_attention_2":
-        raise RefusedError("attn_implementation: flash_attention_2 cannot be traced yet; accepted with engine trace: sdpa, eager")
     try:
         from peftplan.trace.engine import trace
         from peftplan.trace.meta import quiet_transformers

@@ -1,9 +1,11 @@
 """What CUDA's attention kernels keep and take: functions without values that allocate what the real kernels allocate.
 
 Letters: b batch, h query heads, g key/value heads, s queries, k keys, d head size.
-Source: torch 2.13 aten/src/ATen/native/transformers/cuda/attention.cu, attention_backward.cu, flash_attn/flash_api.cpp,
-mem_eff_attention/kernel_backward.h, and the choice between them, cuda/sdp_utils.cpp. Left out: flash decoding's split
-accumulators (batches too small to fill the card), cuDNN's kernel, nested tensors.
+Source: torch 2.13 aten/src/ATen/native/transformers/cuda/attention.cu, attention_backward.cu, flash_attn/flash_api.cpp (whose
+buffers are those of the flash-attn package, `flash.py`), mem_eff_attention/kernel_backward.h, and the choice between them,
+cuda/sdp_utils.cpp; what is returned and kept also in torch/_meta_registrations.py. Left out: flash decoding's split accumulators
+(batches too small to fill the card), cuDNN's kernel, nested tensors, dK and dV in fp32 of the memory-efficient backward of heads
+above 128 (under 100 KiB per head and sequence).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 
+from peftplan.trace.flash import backward_buffers, expanded_gradients, pad_last
 from peftplan.units import ceil_div
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
@@ -25,8 +28,11 @@ LSE_ALIGNMENT = 32
 MASK_ALIGNMENT = 8
 """`pad_bias`: rows of a mask are padded to it for the memory-efficient kernel."""
 FLASH_BLOCK = 128
-"""Queries per block in flash's fp32 accumulators (`seqlen_q_rounded`), and the step of its head sizes (32)."""
-FLASH_HEAD_STEP = 32
+"""Queries per block in flash's fp32 accumulators (`seqlen_q_rounded`)."""
+NO_WIDE_BACKWARD = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
+"""Cards whose flash backward lacks heads above 192 and up to 224
+(`check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120`)."""
+WIDE_HEADS = range(193, 225)
 RF_HEAD = 128
 """Largest head whose output the memory-efficient forward keeps in registers; above, it accumulates in an fp32 buffer."""
 EFFICIENT_BLOCK = 64
@@ -83,6 +89,7 @@ def choose(
         and capability >= FLASH_CAPABILITY
         and head <= MAX_FLASH_HEAD
         and same_head
+        and not (query.requires_grad and capability in NO_WIDE_BACKWARD and head in WIDE_HEADS)
     ):
         return "flash"
     grouped = enable_gqa and query.shape[1] != key.shape[1]
@@ -92,12 +99,6 @@ def choose(
     if (half or query.dtype == torch.float32) and not grouped and aligned and not mask_grad:
         return "efficient"
     return "math"
-
-
-def pad_last(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
-    """The tensor with its last dim padded, a copy, or itself where it fits."""
-    missing = -tensor.shape[-1] % multiple
-    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 def prepared_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
@@ -111,30 +112,26 @@ def prepared_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Ten
 
 
 class Flash(torch.autograd.Function):
-    """FlashAttention-2: keeps q, k, v, the output and an fp32 logsumexp per query and head."""
+    """FlashAttention-2: keeps q, k, v, the output, an fp32 logsumexp per query and head, and a random state of two tensors."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        b, h, s, d = q.shape
-        out = q.new_empty(b, s, h, d).transpose(1, 2)
+        b, h, s, _ = q.shape
+        out = torch.empty_like(q)
         lse = q.new_empty(b, h, s, dtype=torch.float32)
-        rng = q.new_empty(2, dtype=torch.int64)
-        ctx.save_for_backward(q, k, v, out, lse, rng)
+        rng_state, unused = q.new_empty(2, dtype=torch.int64), q.new_empty((), dtype=torch.int64)
+        ctx.save_for_backward(q, k, v, out, lse, rng_state, unused)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        q, k, *_ = ctx.saved_tensors
-        b, h, s, d = q.shape
-        groups, keys = k.shape[1], k.shape[2]
-        rounded = ceil_div(s, FLASH_BLOCK) * FLASH_BLOCK
-        head = ceil_div(d, FLASH_HEAD_STEP) * FLASH_HEAD_STEP
-        dq = q.new_empty(b, s, h, d)
-        dk, dv = (q.new_empty(b, keys, groups, d) for _ in "kv")
-        delta = q.new_empty(b, h, rounded, dtype=torch.float32)
-        accumulator = q.new_empty(b, rounded, h, head, dtype=torch.float32)
-        expanded = [q.new_empty(b, keys, h, d) for _ in "kv"] if groups != h else []
-        del delta, accumulator, expanded
+        q, k, v, out = (t.transpose(1, 2) for t in ctx.saved_tensors[:4])
+        copies = grads[0].transpose(1, 2).contiguous(), out.contiguous()
+        dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+        b, s, h, _ = q.shape
+        rows = ceil_div(s, FLASH_BLOCK) * FLASH_BLOCK
+        taken = backward_buffers(q, rows=(b, rows), lse=(b, h, rows)), expanded_gradients(q, k)
+        del copies, taken
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -157,13 +154,14 @@ class Efficient(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         q, k, v, out, _, _ = ctx.saved_tensors
         b, h, s, d = q.shape
+        grad = grads[0].transpose(1, 2).contiguous()
         dq, dk, dv = (t.new_empty(b, t.shape[2], h, t.shape[3]) for t in (q, k, v))
         if q.dtype == torch.float32:
-            delta = (grads[0] * out).sum(-1)
+            delta = (grad * out.transpose(1, 2)).sum(-1).transpose(1, 2).contiguous()
         else:
             delta = q.new_empty(b, h, s, dtype=torch.float32)
             tiles = ceil_div(s, EFFICIENT_BLOCK) * ceil_div(d, EFFICIENT_BLOCK) * EFFICIENT_BLOCK**2
             workspace = q.new_empty(b * h * tiles, dtype=torch.float32)
             del workspace
-        del delta
+        del grad, delta
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None

@@ -48,8 +48,8 @@ LIGER_MODELS = frozenset(
 TENSOR_CORES_OF_BF16 = (8, 0)
 
 
-def install(model: Any, *, loss: str, seq_len: int, capability: Capability) -> None:
-    """Put a loss's forward in place of a causal language model's own, as the libraries do. `seq_len`: labelled tokens per row."""
+def install(model: Any, *, loss: str, prompt: int, capability: Capability) -> None:
+    """Put a loss's forward in place of a causal language model's own, as the libraries do. `prompt`: `prompt_tokens`."""
     if loss == "full":
         return
     head = model.get_output_embeddings()
@@ -59,7 +59,15 @@ def install(model: Any, *, loss: str, seq_len: int, capability: Capability) -> N
         raise RefusedError(f"loss: liger-kernel 0.8.5 patches no {model.config.model_type} models; accepted: full, trl-chunked")
     if loss != "liger" and hasattr(head, "base_layer"):
         raise RefusedError(f"target_modules: {loss} reads lm_head.weight itself, so that an adapter on it would not train")
-    model.forward = FORWARDS[loss](model, seq_len, capability)
+    model.forward = FORWARDS[loss](model, prompt, capability)
+
+
+def prompt_tokens(model: Any) -> int:
+    """Virtual tokens that peft puts before a row's own, labelled -100; prefix tuning puts them into the cache instead."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning or config.peft_type.value == "PREFIX_TUNING":
+        return 0
+    return int(config.num_virtual_tokens)
 
 
 def tiles(loss: str, *, tokens: Iterable[int], config: Any) -> frozenset[tuple[int, int]]:
@@ -78,13 +86,13 @@ def tiles(loss: str, *, tokens: Iterable[int], config: Any) -> frozenset[tuple[i
 Forward = Callable[..., dict[str, Any]]
 
 
-def trl_chunked(model: Any, seq_len: int, capability: Capability) -> Forward:
+def trl_chunked(model: Any, prompt: int, capability: Capability) -> Forward:
     """`add_fused_lm_head`'s forward with the outputs that SFTTrainer asks for."""
 
     def forward(*args: Any, labels: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         kwargs["use_cache"] = False
         hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
-        scored = scored_tokens(labels, seq_len)
+        scored = scored_tokens(labels, prompt)
         labels = labels[:, 1:]
         head = model.get_output_embeddings()
         mask = labels != IGNORED
@@ -102,7 +110,7 @@ def trl_chunked(model: Any, seq_len: int, capability: Capability) -> Forward:
     return forward
 
 
-def liger(model: Any, seq_len: int, capability: Capability) -> Forward:
+def liger(model: Any, prompt: int, capability: Capability) -> Forward:
     """`lce_forward` in training: no logits."""
 
     def forward(*args: Any, labels: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -116,12 +124,12 @@ def liger(model: Any, seq_len: int, capability: Capability) -> Forward:
     return forward
 
 
-def unsloth(model: Any, seq_len: int, capability: Capability) -> Forward:
+def unsloth(model: Any, prompt: int, capability: Capability) -> Forward:
     """Unsloth's forward in training: `unsloth_fused_ce_loss`."""
 
     def forward(*args: Any, labels: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         hidden = model.base_model(*args, **kwargs).last_hidden_state
-        scored = scored_tokens(labels, seq_len)
+        scored = scored_tokens(labels, prompt)
         ignored = torch.full_like(labels[..., :1], IGNORED)
         targets = torch.cat((labels[..., 1:], ignored), dim=-1).reshape(-1)
         head = model.get_output_embeddings()

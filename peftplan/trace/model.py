@@ -58,6 +58,8 @@ def build(
             quantize(base, _quantized(base, quant), quant, dtype=setup.dtype)
             _mark_quantized(base)
         if setup.attn_implementation == FLASH_ATTENTION:
+            if not base._supports_flash_attn:
+                raise RefusedError(f"attn_implementation: {cls.__name__} has no flash_attention_2 in transformers; accepted: sdpa, eager")
             for part in (base.config, *_sub_configs(base.config)):
                 part._attn_implementation_internal = FLASH_ATTENTION
         original = {id(p) for p in base.parameters()}
@@ -65,7 +67,7 @@ def build(
         if setup.gradient_checkpointing and not base.supports_gradient_checkpointing:
             raise RefusedError(f"gradient_checkpointing: {cls.__name__} does not support it in transformers; accepted: off")
         if setup.gradient_checkpointing:
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": setup.use_reentrant})
         model = base if peft_config is None else _adapt(base, peft_config, task_type, quant, setup)
     model.train()
     return _described(model, base, original, upcast, prefixed=peft_config is not None)
@@ -109,7 +111,7 @@ def _quantized(model: Any, quant: QuantConfig) -> set[str]:
 
 
 def _mark_quantized(model: Any) -> None:
-    """As transformers marks configs (`_assign_is_quantized`): some models then call a layer whose weight they else multiply by."""
+    """As transformers marks configs (`_assign_is_quantized`): some models then call layers whose weights they else multiply by."""
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         config._is_quantized = True
 

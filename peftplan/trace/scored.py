@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 
-def scored_tokens(labels: torch.Tensor, seq_len: int) -> int:
-    """Labels that have a token before them: all but each row's first, unless virtual tokens come before it."""
+def scored_tokens(labels: torch.Tensor, prompt: int) -> int:
+    """Labels that have a token before them: all but each row's first, unless `prompt` unlabelled ones come before it."""
     rows, length = labels.shape
-    return int(rows * min(seq_len, length - 1))
+    return int(rows * (length - max(prompt, 1)))
 
 
 class Rows(torch.autograd.Function):

@@ -121,9 +121,10 @@ def transformers(run: Run) -> None:
 
 def trl(run: Run) -> None:
     """Trainer's steps around SFTTrainer's loss. Its collator always gives a mask, of ones where nothing is padded."""
-    if "attention_mask" not in run.batch:
-        run.batch["attention_mask"] = torch.ones_like(run.batch["input_ids"])
-    run.batch["use_cache"] = False  # type: ignore[assignment]
+    for batch in (run.batch, *run.earlier):
+        if "attention_mask" not in batch:
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["use_cache"] = False  # type: ignore[assignment]
     _by_trainer(run, _compute_loss if run.setup.loss == "unsloth" else _compute_loss_of_trl)
 
 

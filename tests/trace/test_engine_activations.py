@@ -18,8 +18,8 @@ from tests.trace.engine_case import ALL_LINEAR, HEADS, HIDDEN, KV, MLP, llama, l
 
 h, i, kv, a, r = HIDDEN, MLP, KV, HEADS, 8
 TOKENS = 2 * 512
-RNG = 512 / TOKENS
-"""Flash attention's random state: 16 bytes per layer, rounded to 512."""
+RNG = 2 * 512 / TOKENS
+"""Flash attention's random state: two tensors per layer, of 16 and 8 bytes, each rounded to 512."""
 
 # two norms' fp32 inputs 8h and rstd 8; q and output 4h; k, v 4kv; logsumexp 4a; gate, act, up 6i
 COMMON = 8 * h + 8 + 4 * h + 4 * kv + 4 * a + 6 * i + RNG

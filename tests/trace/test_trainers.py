@@ -83,7 +83,7 @@ def storages_of_trl(model: Any, tmp_path: Any) -> Storages:
 def storages_of_ours(model: Any) -> Storages:
     """The step program's loss and backward on the same model, with real tensors."""
     setup = resolved(parse_setup({"trainer": "trl"}), quantized=False, supports_sdpa=True, use_cache=True)
-    losses.install(model.get_base_model(), loss="trl-chunked", seq_len=LENGTH, capability=(8, 0))
+    losses.install(model.get_base_model(), loss="trl-chunked", prompt=0, capability=(8, 0))
     watcher = MagicMock()
     watcher.began = []
     with (
