@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
@@ -46,8 +47,14 @@ class Allocation(NamedTuple):
         return ITEMSIZE[self.dtype] * prod(self.dims)
 
 
+NO_SIZES: Mapping[str, int] = MappingProxyType({})
+
+
 class Line(NamedTuple):
-    """`copies` tensors of one name, dtype and shape; bytes = copies × round512(itemsize × ∏ dims)."""
+    """`copies` tensors of one name, dtype and shape; bytes = copies × round512(itemsize × ∏ dims).
+
+    `sizes` holds the values of named dims: one mapping, shared by all lines of an estimate.
+    """
 
     name: str
     category: Category
@@ -56,17 +63,27 @@ class Line(NamedTuple):
     copies: int
     source: str
     place: Place = "device"
+    sizes: Mapping[str, int] = NO_SIZES
 
-    def bytes(self, sizes: Mapping[str, int] | None = None) -> int:
-        """Bytes that the allocator counts for this line; named dims are looked up in `sizes`."""
-        numel = prod(dim if isinstance(dim, int) else (sizes or {})[dim] for dim in self.dims)
-        return self.copies * round512(ITEMSIZE[self.dtype] * numel)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The dims as numbers."""
+        return tuple(dim if isinstance(dim, int) else self.sizes[dim] for dim in self.dims)
+
+    def bytes(self) -> int:
+        """Bytes that the allocator counts for this line."""
+        return self.copies * round512(ITEMSIZE[self.dtype] * prod(self.shape))
 
     @property
     def formula(self) -> str:
-        """The bytes as they are derived: `80 × round512(2 × 8192 × 1024)`."""
+        """The bytes as they are derived: `80 × round512(2 × b × s × 8192)`."""
         dims = " × ".join(str(dim) for dim in self.dims) or "1"
         return f"{self.copies} × round512({ITEMSIZE[self.dtype]} × {dims})"
+
+    @property
+    def numbers(self) -> str:
+        """The formula with its numbers put in: `80 × round512(2 × 1 × 2048 × 8192)`."""
+        return self._replace(dims=self.shape).formula
 
 
 @dataclass(frozen=True, slots=True)

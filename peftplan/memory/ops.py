@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.memory.ledger import Dim
-from peftplan.memory.tape import Dims, Node, Tape, Tensor
+from peftplan.memory.tape import Dims, Node, Parameter, Tape, Tensor
 
 WIDER = {("bf16", "fp16"): "fp32", ("fp16", "bf16"): "fp32"}
 
@@ -24,9 +24,9 @@ def _sum_to(f: Tape, grad: Tensor, like: Dims) -> Tensor:
     return grad if grad.dims == like else f.new(like, grad.dtype, "sum")
 
 
-def embedding(f: Tape, weight: Any, rows: Dims) -> Tensor:
-    """`embedding`: keeps the indices, which live anyway; backward makes a gradient of the whole table."""
-    return f.new((*rows, weight.dims[1]), weight.dtype, "embedding", f.record(_embedding_backward, (weight,), weight))
+def embedding(f: Tape, weight: Any, rows: Dims, ids: Tensor | None = None) -> Tensor:
+    """`embedding`: keeps the indices, `ids` unless the batch holds them; backward makes a gradient of the whole table."""
+    return f.new((*rows, weight.dims[1]), weight.dtype, "embedding", f.record(_embedding_backward, (weight,), weight, ids))
 
 
 def _embedding_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def _mul_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     return grad_a, None if grad_b is None else _sum_to(f, grad_b, saved[2])
 
 
-def scale(f: Tape, x: Tensor, op: str = "mul") -> Tensor:
+def scale(f: Tape, x: Tensor | Parameter, op: str = "mul") -> Tensor:
     """`mul` or `div` by a number, `neg`: keeps nothing, and its backward makes one tensor."""
     return f.new(x.dims, x.dtype, op, f.record(_scale_backward, (x,)))
 
@@ -100,7 +100,7 @@ def keeps_input(f: Tape, x: Tensor, op: str) -> Tensor:
 
 
 def keeps_output(f: Tape, x: Tensor, op: str, *, passing: bool = False) -> Tensor:
-    """`relu`, `tanh`, `sigmoid`, `exp`, `rsqrt`: keep their result. `passing`: their backward takes a tensor more while it runs."""
+    """`relu`, `tanh`, `sigmoid`, `exp`: keep their result. `passing`: their backward takes a tensor more while it runs."""
     node = f.record(_passing_backward if passing else _same_backward, (x,))
     out = f.new(x.dims, x.dtype, op, node)
     f.keep(node, out.detach())
@@ -298,3 +298,12 @@ KEEPS_OUTPUT = ("relu", "tanh", "sigmoid")
 def activation(f: Tape, x: Tensor, name: str) -> Tensor:
     """An entry of transformers' `ACT2FN` that is one kernel of torch."""
     return keeps_output(f, x, name) if name in KEEPS_OUTPUT else keeps_input(f, x, name)
+
+
+def selected(f: Tape, x: Tensor, dims: Dims) -> Tensor:
+    """`x[:, 0]`: the same storage; its gradient is as large as x (`select_backward`)."""
+    return Tensor(x.storage, dims, x.dtype, f.record(_selected_backward, (x,), x.dims))
+
+
+def _selected_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "select_backward")

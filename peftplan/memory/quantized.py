@@ -88,6 +88,7 @@ def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
 def _linear8bit_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     (part,) = saved
     x = node.context
+    assert x is not None
     bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] else None
     if not node.edges[0]:
         return None, bias

@@ -151,6 +151,7 @@ class Tape:
         """Segment in which a storage was made, negative in backward code; storages count from 1."""
         self.freed: dict[int, int] = {}
         self.category: dict[int, Category] = {}
+        self.savers: dict[int, str] = {}
         self.module = ""
         self.segment = 1
         self.autocast = autocast
@@ -166,7 +167,7 @@ class Tape:
         number = len(self.dims)
         self.dims.append(dims)
         self.dtypes.append(dtype)
-        self.names.append(f"{self.module} {op}")
+        self.names.append(f"{self.module} {op}" if self.module else op)
         self.made.append(self.segment)
         self.log.append(number)
         return Tensor(Storage(self, number), dims, dtype, node)
@@ -201,6 +202,9 @@ class Tape:
     def keep(self, node: Node | None, *saved: Any) -> None:
         """Let a node keep more tensors: results of its own operation."""
         if node is not None and saved:
+            for value in saved:
+                if type(value) is Tensor:
+                    self.savers[value.storage.number] = node.backward.__name__  # type: ignore[union-attr]
             packed = saved if self._frame is None and self._replaying is None else tuple(map(self._pack, saved))
             node.saved = (*node.saved, *packed)
 

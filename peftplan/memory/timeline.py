@@ -43,6 +43,7 @@ class Timeline:
     """Every event of a step: which kind of tensor, how many are made (or freed), and where each phase begins."""
 
     kinds: tuple[Kind, ...]
+    sources: tuple[str, ...]
     events: tuple[tuple[int, int], ...]
     windows: tuple[tuple[str, int, int], ...]
 
@@ -64,21 +65,30 @@ class Timeline:
             found[phase] = (best, place)
         return found
 
-    def lines(self, end: int, source: str) -> tuple[Line, ...]:
+    def lines(self, end: int, sizes: Mapping[str, int]) -> tuple[Line, ...]:
         """What the first `end` events leave alive.
 
         A copied layer hands on one hidden state and takes another, whose categories can differ: they balance by name.
         """
-        alive: dict[tuple[str, str, tuple[Dim, ...]], dict[Category, int]] = {}
+        counts: dict[int, int] = {}
         for kind, count in self.events[:end]:
-            k = self.kinds[kind]
-            of_name = alive.setdefault((k.name, k.dtype, k.dims), {})
-            of_name[k.category] = of_name.get(k.category, 0) + count
+            counts[kind] = counts.get(kind, 0) + count
+        alive: dict[tuple[str, str, tuple[Dim, ...]], dict[Category, int]] = {}
+        sources: dict[tuple[str, str, tuple[Dim, ...]], str] = {}
+        for kind, count in counts.items():
+            if count:
+                k = self.kinds[kind]
+                of_name = alive.setdefault((k.name, k.dtype, k.dims), {})
+                of_name[k.category] = of_name.get(k.category, 0) + count
+                sources[k.name, k.dtype, k.dims] = self.sources[kind]
         found = []
         for (name, dtype, dims), by_category in alive.items():
             if min(by_category.values()) < 0:
                 by_category = {max(by_category, key=lambda c: by_category[c]): sum(by_category.values())}
-            found += [Line(name, category, dtype, dims, count, source) for category, count in by_category.items() if count]
+            source = sources[name, dtype, dims]
+            found += [
+                Line(name, category, dtype, dims, count, source, sizes=sizes) for category, count in by_category.items() if count
+            ]
         return tuple(found)
 
 
@@ -91,12 +101,15 @@ def _bytes(kind: Kind, sizes: Mapping[str, int]) -> int:
 
 def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timeline:
     """The timeline of a tape whose marks bound the sections of `stacks`."""
-    classes = [_category(tape, number, vocab) for number in range(len(tape.dims))]
     index: dict[Kind, int] = {}
-    kind_of = [
-        index.setdefault(Kind(tape.names[n].strip(), classes[n], tape.dtypes[n], tape.dims[n]), len(index))
-        for n in range(len(tape.dims))
-    ]
+    sources: list[str] = []
+    kind_of = [0]
+    for n in range(1, len(tape.dims)):
+        kind = Kind(tape.names[n], _category(tape, n, vocab), tape.dtypes[n], tape.dims[n])
+        place = index.setdefault(kind, len(index))
+        kind_of.append(place)
+        if place == len(sources):
+            sources.append(_source(tape.savers.get(n)))
     kinds = tuple(index)
     events: list[tuple[int, int]] = []
     starts: list[tuple[str, int]] = []
@@ -105,10 +118,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
     done = 0
     for at, what in (*tape.marks, (len(tape.log), "")):
         for n in tape.log[done:at]:
-            if n > 0:
-                events.append((kind_of[n], 1))
-            else:
-                events.append((kind_of[-n], -1 - standing_for.pop(-n, 0)))
+            events.append((kind_of[n], 1) if n > 0 else (kind_of[-n], -1 - standing_for.pop(-n, 0)))
         done = at
         for n, count in copies.get((at, what), ()):
             if n in outliving:
@@ -116,12 +126,20 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
             kind = kinds[kind_of[abs(n)]]
             if kind.category == "temporaries":  # what each of many layers leaves alive is kept
                 kind = kind._replace(category="activations")
-            events.append((index.setdefault(kind, len(index)), count if n > 0 else -count))
+            place = index.setdefault(kind, len(index))
+            if place == len(sources):
+                sources.append(sources[kind_of[abs(n)]])
+            events.append((place, count if n > 0 else -count))
         if what in PHASES:
             starts.append((what, len(events)))
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
-    return Timeline(tuple(index), tuple(events), windows)
+    return Timeline(tuple(index), tuple(sources), tuple(events), windows)
+
+
+def _source(saver: str | None) -> str:
+    """Who keeps a tensor: the operation whose backward needs it (torch 2.13, derivatives.yaml)."""
+    return "analytic" if saver is None else f"analytic: kept by {saver.strip('_').removesuffix('_backward')}"
 
 
 Copies = dict[tuple[int, str], list[tuple[int, int]]]

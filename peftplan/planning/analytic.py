@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
 
+from peftplan.arch.modules import Architecture
 from peftplan.errors import NeedsTraceError
 from peftplan.hardware.context import cublas_workspace_bytes
-from peftplan.memory.attention import FLASH_CAPABILITY
+from peftplan.memory.attention import FLASH_CAPABILITY, MASK_MULTIPLE
 from peftplan.memory.ledger import Ledger, Line
 from peftplan.memory.load import load_passing
 from peftplan.memory.methods import ADAPTERS
@@ -23,38 +24,77 @@ from peftplan.planning.result import Peaks
 from peftplan.planning.setup import Setup
 
 if TYPE_CHECKING:
-    from peftplan.planning.estimate import Job
+    from peftplan.planning.job import Job
 
 MULTIPLES = (8, 32, 64, 128)
 """Multiples to which kernels round the sequence."""
-SOURCE = "analytic: modeling code on tensors without values"
 
 
 def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Peaks:
     """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell."""
-    architecture, adaptation, setup, quant = job.architecture, job.adaptation, job.setup, job.quant
-    peft_type = None if job.method is None else job.method.peft_type
-    model = Model(
-        Tape(autocast=None if setup.autocast == "none" else setup.autocast),
-        architecture,
-        parameters,
-        adaptation,
-        _running(job, compute_capability),
-        quant,
-        adapter=ADAPTERS.get(str(peft_type)),
-    )
-    _check(job)
-    steady_step(model, Program(setup.trainer, bool(setup.keep_outputs), parse_optim(str(setup.optim))))
-    found = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
+    found = compiled(job, parameters, compute_capability=compute_capability)
+    standing, loading = lasting(job, parameters, static, compute_capability=compute_capability)
+    named = sizes(job.setup)
+    ledgers = {"load": loading}
+    for phase, (_, end) in found.peaks(named, standing.bytes()).items():
+        ledgers[phase] = standing + Ledger(found.lines(end, named))
+    return Peaks(ledgers=ledgers)
+
+
+def lasting(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> tuple[Ledger, Ledger]:
+    """What a steady step stands on, and what loading peaks at."""
     standing = Ledger(
         tuple(line for line in static if line.category != "gradients" and line.place == "device")
         + _workspaces(compute_capability)
     )
     buffers = Ledger(tuple(line for line in static if line.category == "buffers"))
-    doubled = quant is not None and bool(quant.double_quant)
-    lasting = Ledger(tuple(line for line in standing if line.category not in ("optimizer_states", "workspaces")))
-    passing = load_passing(parameters, buffers, dtype=setup.dtype, doubled=doubled)
-    return _peaks(found, standing, lasting + Ledger(passing), sizes(setup))
+    doubled = job.quant is not None and bool(job.quant.double_quant)
+    kept = tuple(line for line in standing if line.category not in ("optimizer_states", "workspaces"))
+    return standing, Ledger(kept + load_passing(parameters, buffers, dtype=job.setup.dtype, doubled=doubled))
+
+
+COMPILED: OrderedDict[tuple[Any, ...], tuple[Architecture, Timeline]] = OrderedDict()
+"""Timelines of the last jobs: they hold for every batch and sequence on the same side of what `_shape_facts` tells."""
+COMPILED_KEPT = 256
+
+
+def compiled(job: Job, parameters: Parameters, *, compute_capability: str) -> Timeline:
+    """The timeline of a job, made once for all batch sizes and sequence lengths that run the same operations."""
+    setup = job.setup
+    key = (
+        id(job.architecture), job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability, *_shape_facts(job),
+        *(getattr(setup, name) for name in Setup.model_fields if name not in SIZES),
+    )  # fmt: skip
+    if key in COMPILED:
+        COMPILED.move_to_end(key)
+        return COMPILED[key][1]
+    _check(job)
+    model = Model(
+        Tape(autocast=None if setup.autocast == "none" else setup.autocast),
+        job.architecture,
+        parameters,
+        job.adaptation,
+        _running(job, compute_capability),
+        job.quant,
+        adapter=ADAPTERS.get(str(job.method and job.method.peft_type)),
+    )
+    steady_step(model, Program(setup.trainer, bool(setup.keep_outputs), parse_optim(str(setup.optim))))
+    found = timeline(model.tape, model.stacks, vocab=job.architecture.vocab_size)
+    COMPILED[key] = (job.architecture, found)
+    if len(COMPILED) > COMPILED_KEPT:
+        COMPILED.popitem(last=False)
+    return found
+
+
+SIZES = ("batch_size", "seq_len")
+"""Fields of the setup that only size tensors, but for `_shape_facts`."""
+
+
+def _shape_facts(job: Job) -> tuple[bool, ...]:
+    """What of batch and sequence decides which operations run: one sequence, a ragged mask, windows shorter than the sequence."""
+    b, s = job.setup.batch_size, job.setup.seq_len
+    windows = sorted({a.window for block in job.architecture.blocks for a in block.attentions if a.window})
+    return (b > 1, s % MASK_MULTIPLE > 0, *(s > window for window in windows))
 
 
 def _check(job: Job) -> None:
@@ -99,19 +139,3 @@ def _workspaces(compute_capability: str) -> tuple[Line, ...]:
         for thread in ("forward", "backward")
         if cublas.bytes is not None
     )
-
-
-def _peaks(found: Timeline, standing: Ledger, loading: Ledger, sizes: Mapping[str, int]) -> Peaks:
-    base = standing.bytes()
-    ledgers = {"load": loading}
-    for phase, (_, end) in found.peaks(sizes, base).items():
-        lines = (
-            line._replace(dims=tuple(d if isinstance(d, int) else sizes[d] for d in line.dims))
-            for line in found.lines(end, SOURCE)
-        )
-        ledgers[phase] = standing + Ledger(tuple(lines))
-    return Peaks(ledgers=ledgers)
-
-
-def _sized(line: Line, sizes: Mapping[str, int]) -> Line:
-    return line._replace(dims=tuple(dim if isinstance(dim, int) else sizes[dim] for dim in line.dims))

@@ -22,7 +22,7 @@ def ia3(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runnin
         result = base(ops.mul(f, x, factor)) if feedforward else base(x)
         expected = result.dtype
         result = result if feedforward else ops.mul(f, result, factor)
-        return f.to(result, expected) if converts else result  # type: ignore[no-any-return]
+        return f.to(result, expected) if converts else result
     if feedforward:
         x = f.to(x, vector.dtype)
         inner = f.to(ops.mul(f, x, factor), given)

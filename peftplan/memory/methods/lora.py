@@ -26,7 +26,7 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
         from peftplan.memory.methods.dora import dora
 
         result = dora(f, part, x, result, running)
-        return f.to(result, given) if converts else result  # type: ignore[no-any-return]
+        return f.to(result, given) if converts else result
     f.module = f"{part.name}.lora_A"
     low = ops.linear(f, ops.dropout(f, x, running.config.lora_dropout), a)
     f.module = f"{part.name}.lora_B"
