@@ -87,12 +87,12 @@ def _miscounts(answer: Answer) -> Iterator[str]:
 
 
 def _exceeded(answer: Answer, engine: Engine) -> Iterator[str]:
-    """Figures outside the record's own tolerance, the source's rounding granted; phases have that of `allocated`."""
+    """Figures outside the record's own tolerance, the source's rounding granted."""
     tolerance = answer.record.tolerance.get(engine)
     if tolerance is None:
         return
     for one in answer.compared:
-        limit: float | None = getattr(tolerance, "allocated" if one.figure in PHASES else one.figure)
+        limit: float | None = getattr(tolerance, "phases" if one.figure in PHASES else one.figure)
         if limit is not None and abs(one.drift) > limit + one.slack:
             numbers = f"stated {one.stated:,} bytes, measured {one.measured:,} ({one.drift:+.2f} %)"
             yield f"{one.figure}: {numbers}; the tolerance is {limit:g} %"

@@ -141,11 +141,12 @@ class Counts(Part):
 
 
 class Tolerance(Part):
-    """The largest drift without sign, in percent, that an engine may show against this record: overall, and in each phase."""
+    """The largest drift without sign, in percent, that an engine may show: of overall peaks, and of each phase."""
 
     allocated: Annotated[float, Field(gt=0)] | None = None
     reserved: Annotated[float, Field(gt=0)] | None = None
     device: Annotated[float, Field(gt=0)] | None = None
+    phases: Annotated[float, Field(gt=0)] | None = None
 
 
 class Record(Part):

@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from peftplan.accuracy.check import Check, shown
-from peftplan.accuracy.drift import GROUPINGS, WITHIN, Answer, Summary, Totals, summaries, totals
+from peftplan.accuracy.drift import GROUPINGS, WITHIN, Answer, Summary, summaries, totals
 from peftplan.accuracy.engines import BY_PHASE, FIGURES, OVERALL
 from peftplan.report import markdown
 from peftplan.report.tabular import Column
@@ -51,16 +51,24 @@ def summary_cells(rows: Iterable[Summary]) -> list[tuple[str, ...]]:
     ]
 
 
-def headline(engine: str, found: Totals) -> list[str]:
+def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
     """What was checked, in lines."""
+    found = totals(answers)
     lines = [
         f"{found.records} measured runs, engine {engine}: {found.with_peak} with a stated peak,"
         f" {found.no_peak} with no peak stated, {found.refused} refused.",
         f"Parameter counts: {found.counts_equal} of {found.counts_printed} printed by the runs are equal.",
     ]
+    exact = [answer for answer in answers if answer.record.exact]
+    lines += _verdicts("Wrong verdicts, of runs that say all that ran", exact)
+    return lines + _verdicts("Wrong verdicts, of runs that leave something open", [a for a in answers if not a.record.exact])
+
+
+def _verdicts(title: str, answers: Sequence[Answer]) -> list[str]:
     cards = {"own": "on the card it ran on", "below": "on a card 1 % below its peak", "above": "on a card 10 % above its peak"}
-    verdicts = [f"{wrong} of {asked} {cards[kind]}" for kind, (wrong, asked) in found.verdicts.items() if asked]
-    return lines + ([f"Wrong verdicts: {', '.join(verdicts)}."] if verdicts else [])
+    asked = totals(answers).verdicts.items()
+    counts = [f"{wrong} of {number} {cards[kind]}" for kind, (wrong, number) in asked if number]
+    return [f"{title}: {', '.join(counts)}."] if counts else []
 
 
 def endings(found: Check) -> list[str]:
@@ -84,7 +92,7 @@ def refused(answers: Sequence[Answer]) -> list[tuple[str, str]]:
 
 def as_markdown(found: Check) -> list[str]:
     """The paragraphs of a check."""
-    parts = ["\n".join(f"- {line}" for line in headline(found.engine, totals(found.answers)))]
+    parts = ["\n".join(f"- {line}" for line in headline(found.engine, found.answers))]
     parts += tables(found.answers)
     if refusals := refused(found.answers):
         parts.append(markdown.table(("refused", "why"), refusals))
@@ -106,7 +114,7 @@ def _terminal(found: Check) -> None:
     """Tables by source, method and model, then what failed."""
     from peftplan.report import terminal
 
-    print("\n".join(headline(found.engine, totals(found.answers))))
+    print("\n".join(headline(found.engine, found.answers)))
     columns = [Column(name, right=name not in ("peak", "of"), wide=name in ("of", "median without sign")) for name in SUMMARY]
     columns += [Column(name, right=True) for name in SHARES]
     for by in GROUPINGS:

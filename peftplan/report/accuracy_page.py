@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peftplan.accuracy import baseline as stored
 from peftplan.accuracy import peers
-from peftplan.accuracy.drift import Answer, totals
+from peftplan.accuracy.drift import Answer
 from peftplan.accuracy.engines import NOT_EXPRESSIBLE, OVERALL, Case, read_cases
 from peftplan.accuracy.records import Record
 from peftplan.planning.setup import Engine
@@ -65,7 +65,7 @@ def _engines(answers: dict[Engine, list[Answer]]) -> Iterable[str]:
     for engine, found in answers.items():
         yield f"## Engine {engine}"
         by = ", ".join(f"{name} {version}" for name, version in versions.get(engine, {}).items())
-        lines = [*accuracy.headline(engine, totals(found)), f"Stored with {by}."]
+        lines = [*accuracy.headline(engine, found), f"Stored with {by}."]
         yield "\n".join(f"- {line}" for line in lines)
         if _drifts(found):
             yield f"![{ENGINES[engine].capitalize()} against measured, by source]({PLOTS}/{engine}.svg)"
