@@ -58,8 +58,8 @@ def cells(found: Replayed) -> list[tuple[str, ...]]:
 
 
 def heading(found: Replayed) -> str:
-    """`event log · llama-2-7b · qlora · 67,000 events`."""
-    return " · ".join(filter(None, (found.source, printable(found.title), f"{found.num_events:,} events")))
+    """`event log · llama-2-7b · qlora r=8 · events: 67,000`."""
+    return " · ".join(filter(None, (found.source, printable(found.title), f"events: {found.num_events:,}")))
 
 
 def remarks(found: Replayed) -> list[str]:
@@ -73,7 +73,7 @@ def remarks(found: Replayed) -> list[str]:
         more = peaks.reserved - found.recorded_peak_reserved
         said.append(f"recorded: {found.recorded_peak_reserved:,} bytes reserved at the peak, the replay {more:+,}")
     if found.untraced:
-        said.append(f"incomplete: {found.untraced:,} blocks were allocated before the recording began")
+        said.append(f"incomplete: blocks that were allocated before the recording began: {found.untraced:,}")
     return [*said, *_out_of_memory(found)]
 
 

@@ -1,0 +1,135 @@
+"""Ctrl-C and failing traces: an exit code, one line, no half-written file; and a bar for whoever waits at a terminal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftplan.report import progress
+from tests.cli.test_exit import ENVIRONMENT, in_terminal
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+# The real command; once its trace is in the second forward, or its log is being written, it gets the signal that Ctrl-C sends.
+STOPPED_IN_TRACE = """
+import os, signal
+from peftplan.trace.tracker import Tracker
+begin = Tracker.begin
+def stopped(self, phase):
+    begin(self, phase)
+    if phase == "backward":
+        os.kill(os.getpid(), signal.SIGINT)
+Tracker.begin = stopped
+"""
+STOPPED_IN_FILE = """
+import os, signal
+from peftplan.trace import eventlog
+text = eventlog._text
+def stopped(event):
+    if event.id == 100:
+        os.kill(os.getpid(), signal.SIGINT)
+    return text(event)
+eventlog._text = stopped
+"""
+MAIN = "\nfrom peftplan.cli import main\nimport sys\nmain(sys.argv[1:])"
+JOB = ("estimate", "gpt2", "--method", "lora", "--engine", "trace", "--seq-len", "32")
+
+
+def finished(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        (sys.executable, "-c", code + MAIN, *args), capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(STOPPED_IN_TRACE, "interrupted in backward of the trace, after "), (STOPPED_IN_FILE, "interrupted")]
+)
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, code: str, said: str) -> None:
+    done = finished(code, *JOB, "--timeline", str(tmp_path / "log.json"))
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.strip().startswith(f"peftplan: {said}")
+    assert done.stderr.strip().count("\n") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_from_outside(tmp_path: Path) -> None:
+    command = (sys.executable, "-m", "peftplan", *JOB, "--timeline", str(tmp_path / "log.html"))
+    # A bar on stderr would need a terminal: the process has none, so its start is seen by the first module that it loads.
+    with subprocess.Popen(
+        (sys.executable, "-v", *command[1:]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        for line in process.stderr:
+            if "peftplan.trace.engine" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+        assert process.wait(60) == 130
+        assert "peftplan: interrupted" in rest
+        assert "Traceback" not in rest
+        assert process.stdout.read() == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_trace_says_what_and_where(tmp_path: Path) -> None:
+    code = """
+import torch
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+def forward(self, hidden_states):
+    return hidden_states @ torch.zeros(3, 3)
+GPT2MLP.forward = forward
+"""
+    done = finished(code, *JOB, "--timeline", str(tmp_path / "log.png"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("peftplan: trace: forward fails in transformer.h.0.mlp")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_sees_no_bar() -> None:
+    done = subprocess.run(
+        (sys.executable, "-m", "peftplan", *JOB), capture_output=True, text=True, env=ENVIRONMENT, check=True, timeout=120
+    )
+    assert done.stderr == ""
+    with progress.waiting("tracing") as told:
+        assert told is None, "this stderr is no terminal"
+
+
+def test_a_terminal_sees_a_bar_that_goes_away() -> None:
+    shown = in_terminal(*JOB, columns=100)
+    before, _, after = shown.rpartition("tracing ")
+    assert "%" in after or "%" in before
+    assert "importing torch and transformers" in before + after
+    assert after.rindex("\x1b[2K") < after.rindex("gpt2 · lora"), "the line is wiped before the result is shown"
+
+
+def test_nothing_is_left_of_a_file_that_fails(tmp_path: Path) -> None:
+    from peftplan.files import replacing
+
+    target = tmp_path / "kept"
+    target.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), replacing(target, field="file") as file:
+        file.write(b"half")
+        file.flush()
+        assert target.read_bytes() == b"old"
+        raise KeyboardInterrupt
+    assert target.read_bytes() == b"old"
+    with replacing(target, field="file") as file:
+        file.write(b"new")
+    assert target.read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert target.stat().st_mode & 0o777 == 0o666 & ~_umask(), "as any file, not as a temporary one"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
