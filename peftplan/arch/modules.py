@@ -83,7 +83,8 @@ class Buffer(NamedTuple):
 class Attention(NamedTuple):
     """One attention module of a block. `num_key_value_heads` < `num_attention_heads` is GQA, 1 is MQA.
 
-    `value_head_dim` is stated where values are narrower than keys (MLA); `softcap`: scores go through a scaled tanh.
+    `value_head_dim` is stated where values are narrower than keys (MLA); `softcap`: scores go through a scaled tanh;
+    `rotary_dim`: how many numbers of a head are rotated, None for all.
     """
 
     num_attention_heads: int
@@ -99,6 +100,7 @@ class Attention(NamedTuple):
     cross: bool = False
     sinks: bool = False
     softcap: bool = False
+    rotary_dim: int | None = None
 
 
 class Mlp(NamedTuple):
@@ -168,7 +170,8 @@ class Architecture:
     parameters that the model class itself creates with `requires_grad=False`; `from_pretrained` of transformers 5.24 undoes it.
     `keep_in_fp32_strict` are its `_keep_in_fp32_modules_strict`: patterns searched in parameter names, fp32 under bf16 as well.
     `logits_ops` are what the class does to the head's output: `scale`, `softcap` (divide, tanh, multiply). `supports_sdpa` is its
-    `_supports_sdpa`: without it transformers falls back to eager attention.
+    `_supports_sdpa`: without it transformers falls back to eager attention. `picture`: channels, height and width of the pictures
+    that the model reads instead of text.
     """
 
     model_type: str
@@ -189,6 +192,7 @@ class Architecture:
     supports_sdpa: bool = True
     prompt: PromptDims | None = None
     dropout: Dropout = NO_DROPOUT
+    picture: Shape = ()
     name: str = ""
     source: str = ""
     notes: tuple[str, ...] = field(default=())

@@ -5,6 +5,8 @@ Source: transformers 5.24, `models/vit/{configuration,modeling}_vit.py`. Left ou
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, attach, check_task, dropout_of, num_labels, prompt_dims
 from peftplan.arch.modules import Architecture, Attention, Block, Mlp, Module, layernorm, linear
@@ -18,9 +20,11 @@ def vit(c: Fields, task_type: str) -> Architecture:
     check_task(task_type, TASKS, model_type="vit")
     h = c.int("hidden_size")
     if task_type == "IMAGE_CLS":
-        return attach(_backbone(c, ()), task_type, (linear("classifier", h, num_labels(c), True),))
-    pooler = linear("pooler.dense", h, c.int("pooler_output_size", default=h), True)
-    return attach(_backbone(c, (pooler,)), task_type, ())
+        model = attach(_backbone(c, ()), task_type, (linear("classifier", h, num_labels(c), True),))
+    else:
+        pooler = linear("pooler.dense", h, c.int("pooler_output_size", default=h), True)
+        model = attach(_backbone(c, (pooler,)), task_type, ())
+    return replace(model, picture=(c.int("num_channels"), *_sides(c, "image_size")))
 
 
 def _sides(c: Fields, name: str) -> tuple[int, int]:

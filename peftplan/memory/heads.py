@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
+from peftplan.memory import encoder_heads, ops
 from peftplan.memory.loss import causal_lm_loss
 from peftplan.memory.model import Model
+from peftplan.memory.models.bert import ROBERTA
 from peftplan.memory.tape import Tensor
 
 Head = Callable[[Model, Tensor], tuple[Tensor, Tensor]]
@@ -24,13 +25,26 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     return causal_lm_loss(f, logits), logits
 
 
-HEADS: dict[str, Head] = {"CAUSAL_LM": causal_lm}
+HEADS: dict[str, Head] = {
+    "CAUSAL_LM": causal_lm,
+    "TOKEN_CLS": encoder_heads.token_classification,
+    "QUESTION_ANS": encoder_heads.question_answering,
+}
 """Task → head."""
+
+OF_MODEL: dict[tuple[str, str], Head] = {
+    **{("bert", task): encoder_heads.bert_lm for task in ("MASKED_LM", "CAUSAL_LM")},
+    ("bert", "SEQ_CLS"): encoder_heads.bert_classification,
+    **{(name, task): encoder_heads.roberta_lm for name in ROBERTA for task in ("MASKED_LM", "CAUSAL_LM")},
+    **{(name, "SEQ_CLS"): encoder_heads.hidden_classification for name in ROBERTA},
+}
+"""(model type, task) → head, where a class has its own."""
 
 
 def head_of(model: Model) -> Head:
     """The head of a model's task. Raises NeedsTraceError for tasks that only the trace engine knows."""
-    task = model.arch.task_type
-    if task not in HEADS:
-        raise NeedsTraceError(f"task_type {task} of {model.arch.model_type}: its activations need --engine trace")
-    return HEADS[task]
+    task, model_type = model.arch.task_type, model.arch.model_type
+    found = OF_MODEL.get((model_type, task)) or HEADS.get(task)
+    if found is None:
+        raise NeedsTraceError(f"task_type {task} of {model_type}: its activations need --engine trace")
+    return found

@@ -33,3 +33,18 @@ def causal_lm_loss(f: Tape, logits: Tensor) -> Tensor:
     loss = cross_entropy(f, wide)
     del padded
     return loss
+
+
+def plain_cross_entropy(f: Tape, logits: Tensor) -> Tensor:
+    """`CrossEntropyLoss` of logits as they are: in their own dtype, or in fp32 under autocast."""
+    x = f.cast(logits, "fp32") if f.autocast else logits
+    log_probabilities = ops.keeps_output(f, x, "log_softmax")
+    del x
+    node = f.record(_plain_nll_backward, (log_probabilities,), log_probabilities)
+    loss = f.new((), log_probabilities.dtype, "nll_loss", node)
+    f.keep(node, f.new((), log_probabilities.dtype, "nll_loss total weight"))
+    return loss
+
+
+def _plain_nll_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0].dims, saved[0].dtype, "nll_loss_backward")

@@ -162,15 +162,21 @@ class Model:
         self.kept.append((k.detach(), v.detach()))
         return k, v
 
-    def embedding(self, name: str, dims: Dims) -> Tensor:
-        """Look up an embedding."""
+    def embedding(self, name: str, dims: Dims, ids: Tensor | None = None) -> Tensor:
+        """Look up an embedding; `ids` are kept where they are not the batch's own."""
         self.tape.module = name
-        return ops.embedding(self.tape, self.part(name).weight, dims)
+        return ops.embedding(self.tape, self.part(name).weight, dims, ids)
 
     def rmsnorm(self, name: str, x: Tensor, layer: int | None = None, **how: Any) -> Tensor:
         """Call an RMSNorm."""
         self.tape.module = name
         return ops.rmsnorm(self.tape, x, self.part(name, layer).weight, **how)
+
+    def layernorm(self, name: str, x: Tensor, layer: int | None = None) -> Tensor:
+        """Call a LayerNorm."""
+        self.tape.module = name
+        part = self.part(name, layer)
+        return ops.layernorm(self.tape, x, part.weight, part.bias)
 
 
 def run_stack(

@@ -42,7 +42,7 @@ def linear(f: Tape, x: Tensor, weight: Any, bias: Any = None, *, transposed: boo
         x, weight, bias = f.cast(x, f.autocast), f.cast(weight, f.autocast), f.cast(bias, f.autocast)
     kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, bias)
     node = f.record(_linear_backward, (x, weight, bias), *kept)
-    return f.new((*x.dims[:-1], weight.dims[1 if transposed else 0]), x.dtype, "linear", node)
+    return f.new((*x.dims[:-1], weight.dims[1 if transposed else 0]), x.dtype, "linear" if bias is None else "addmm", node)
 
 
 def _linear_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:

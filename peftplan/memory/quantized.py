@@ -26,7 +26,8 @@ def linear4bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     n_out, n_in = part.weight.dims
     absmax = _absmax(f, part, keep_both=True)
     weight = f.new((n_out, n_in), x.dtype, "dequantized")
-    out = f.new((*x.dims[:-1], n_out), x.dtype, "linear", f.record(_linear4bit_backward, (x, part.bias), part, x.dims))
+    op = "linear" if part.bias is None else "addmm"
+    out = f.new((*x.dims[:-1], n_out), x.dtype, op, f.record(_linear4bit_backward, (x, part.bias), part, x.dims))
     del weight, absmax
     return f.to(out, given)  # type: ignore[no-any-return]
 
@@ -75,7 +76,7 @@ def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     outliers = f.new(x.dims, "bool", "outliers")
     del outliers, absolute, half
     product = f.new((*rows, n_out), "int32", "int8 product")
-    out = f.new((*rows, n_out), "fp16", "linear")
+    out = f.new((*rows, n_out), "fp16", "int8 linear")
     if x.dtype != "fp16":
         out = f.new((*rows, n_out), x.dtype, "to")
     out.node = f.record(_linear8bit_backward, (x, part.bias), part)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from peftplan.memory.batch import batch_of
 from peftplan.memory.heads import head_of
 from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
@@ -27,7 +28,7 @@ class Program(NamedTuple):
 def steady_step(model: Model, program: Program) -> None:
     """One steady optimizer step."""
     f = model.tape
-    batch = [f.new(("b", "s"), "int64", name) for name in ("input_ids", "labels", "attention_mask")[: 2 + model.running.padding]]
+    batch = batch_of(model)
     f.mark("forward")
     loss, logits = _forward(model)
     outputs: Tensor | None = logits

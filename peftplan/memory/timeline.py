@@ -46,6 +46,8 @@ class Timeline:
     sources: tuple[str, ...]
     events: tuple[tuple[int, int], ...]
     windows: tuple[tuple[str, int, int], ...]
+    products: frozenset[tuple[str, str]] = frozenset()
+    """(library, thread) of each workspace that a matrix product takes."""
 
     def peaks(self, sizes: Mapping[str, int], standing: int = 0) -> dict[str, tuple[int, int]]:
         """Phase → (bytes, how many events lead to them), on top of `standing` bytes that are always there."""
@@ -134,7 +136,23 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
             starts.append((what, len(events)))
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
-    return Timeline(tuple(index), tuple(sources), tuple(events), windows)
+    return Timeline(tuple(index), tuple(sources), tuple(events), windows, frozenset(_products(tape)))
+
+
+PRODUCTS = {"linear": "cuBLAS", "mm": "cuBLAS", "bmm": "cuBLAS", "addmm": "cuBLASLt"}
+"""Matrix products → the library that computes them: those that add a bias go to cuBLASLt."""
+
+
+def _products(tape: Tape) -> Iterator[tuple[str, str]]:
+    """Autograd's backward, and what it recomputes, runs in a thread of its own, with handles of its own."""
+    thread = "forward"
+    marks = dict(tape.marks)
+    for at, n in enumerate(tape.log):
+        if marks.get(at) in PHASES:
+            thread = "backward" if marks[at] == "backward" else "forward"
+        library = PRODUCTS.get(tape.names[n].rpartition(" ")[2]) if n > 0 else None
+        if library is not None:
+            yield library, thread
 
 
 def _source(saver: str | None) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from peftplan.arch.modules import Architecture
 from peftplan.errors import NeedsTraceError
-from peftplan.hardware.context import cublas_workspace_bytes
+from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
 from peftplan.memory.attention import FLASH_CAPABILITY, MASK_MULTIPLE
 from peftplan.memory.ledger import Ledger, Line
 from peftplan.memory.load import load_passing
@@ -32,34 +33,26 @@ MULTIPLES = (8, 32, 64, 128)
 
 def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Peaks:
     """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell."""
-    found = compiled(job, parameters, compute_capability=compute_capability)
-    standing, loading = lasting(job, parameters, static, compute_capability=compute_capability)
+    found, passing = compiled(job, parameters, static, compute_capability=compute_capability)
+    standing = Ledger(
+        tuple(line for line in static if line.category != "gradients" and line.place == "device")
+        + _workspaces(found.products, compute_capability)
+    )
     named = sizes(job.setup)
-    ledgers = {"load": loading}
+    loaded = (line for line in standing if line.category not in ("optimizer_states", "workspaces"))
+    ledgers = {"load": Ledger((*loaded, *passing))}
     for phase, (_, end) in found.peaks(named, standing.bytes()).items():
         ledgers[phase] = standing + Ledger(found.lines(end, named))
     return Peaks(ledgers=ledgers)
 
 
-def lasting(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> tuple[Ledger, Ledger]:
-    """What a steady step stands on, and what loading peaks at."""
-    standing = Ledger(
-        tuple(line for line in static if line.category != "gradients" and line.place == "device")
-        + _workspaces(compute_capability)
-    )
-    buffers = Ledger(tuple(line for line in static if line.category == "buffers"))
-    doubled = job.quant is not None and bool(job.quant.double_quant)
-    kept = tuple(line for line in standing if line.category not in ("optimizer_states", "workspaces"))
-    return standing, Ledger(kept + load_passing(parameters, buffers, dtype=job.setup.dtype, doubled=doubled))
-
-
-COMPILED: OrderedDict[tuple[Any, ...], tuple[Architecture, Timeline]] = OrderedDict()
-"""Timelines of the last jobs: they hold for every batch and sequence on the same side of what `_shape_facts` tells."""
+COMPILED: OrderedDict[tuple[Any, ...], tuple[Architecture, Timeline, tuple[Line, ...]]] = OrderedDict()
+"""Timelines of the last jobs, and what loading takes: they hold for every batch and sequence on the same side of what `_shape_facts` tells."""
 COMPILED_KEPT = 256
 
 
-def compiled(job: Job, parameters: Parameters, *, compute_capability: str) -> Timeline:
-    """The timeline of a job, made once for all batch sizes and sequence lengths that run the same operations."""
+def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> tuple[Timeline, tuple[Line, ...]]:
+    """The timeline of a job and what loading takes in passing, made once for all sizes that run the same operations."""
     setup = job.setup
     key = (
         id(job.architecture), job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability, *_shape_facts(job),
@@ -67,7 +60,7 @@ def compiled(job: Job, parameters: Parameters, *, compute_capability: str) -> Ti
     )  # fmt: skip
     if key in COMPILED:
         COMPILED.move_to_end(key)
-        return COMPILED[key][1]
+        return COMPILED[key][1:]
     _check(job)
     model = Model(
         Tape(autocast=None if setup.autocast == "none" else setup.autocast),
@@ -80,10 +73,13 @@ def compiled(job: Job, parameters: Parameters, *, compute_capability: str) -> Ti
     )
     steady_step(model, Program(setup.trainer, bool(setup.keep_outputs), parse_optim(str(setup.optim))))
     found = timeline(model.tape, model.stacks, vocab=job.architecture.vocab_size)
-    COMPILED[key] = (job.architecture, found)
+    buffers = Ledger(tuple(line for line in static if line.category == "buffers"))
+    doubled = job.quant is not None and bool(job.quant.double_quant)
+    passing = load_passing(parameters, buffers, dtype=job.setup.dtype, doubled=doubled)
+    COMPILED[key] = (job.architecture, found, passing)
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
-    return found
+    return found, passing
 
 
 SIZES = ("batch_size", "seq_len")
@@ -132,10 +128,11 @@ def sizes(setup: Setup) -> dict[str, int]:
     return {"b": b, "s": s, **{f"s%{multiple}": -(-s // multiple) * multiple for multiple in MULTIPLES}}
 
 
-def _workspaces(compute_capability: str) -> tuple[Line, ...]:
-    cublas = cublas_workspace_bytes(compute_capability)
+def _workspaces(products: Iterable[tuple[str, str]], compute_capability: str) -> tuple[Line, ...]:
+    """One workspace per library and thread that multiplies matrices, from the first product on."""
+    nbytes = {"cuBLAS": cublas_workspace_bytes(compute_capability).bytes, "cuBLASLt": CUBLASLT_WORKSPACE_BYTES}
     return tuple(
-        Line(f"cuBLAS workspace, {thread} thread", "workspaces", "uint8", (int(cublas.bytes),), 1, "cuBLAS")
-        for thread in ("forward", "backward")
-        if cublas.bytes is not None
+        Line(f"{library} workspace, {thread} thread", "workspaces", "uint8", (int(size),), 1, library)
+        for library, thread in sorted(products, reverse=True)
+        if (size := nbytes[library]) is not None
     )

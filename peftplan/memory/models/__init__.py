@@ -11,6 +11,9 @@ from peftplan.memory.tape import Tensor
 Forward = Callable[[Model], Tensor]
 
 FORWARDS: dict[str, tuple[str, str]] = {
+    "bert": ("bert", "bert"),
+    "roberta": ("bert", "bert"),
+    "xlm-roberta": ("bert", "bert"),
     "llama": ("llama", "llama"),
     "mistral": ("llama", "llama"),
     "qwen2": ("llama", "llama"),

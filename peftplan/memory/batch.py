@@ -1,0 +1,56 @@
+"""What a step's batch holds on the device: the tensors that a model's forward takes, of the shapes that the trace engine gives.
+
+Source: the data collators of transformers 5.24; pictures and sound of the sizes that the config states. Letters: b samples, s tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peftplan.memory.ledger import Dim
+from peftplan.memory.model import Model
+from peftplan.memory.tape import Tensor
+
+PER_SAMPLE = ("SEQ_CLS", "IMAGE_CLS")
+MEL_FRAMES_PER_POSITION = 2
+"""Whisper's second convolution has stride 2."""
+
+
+def batch_of(model: Model) -> list[Tensor]:
+    """The batch, made."""
+    f = model.tape
+    return [f.new(dims, dtype, name) for name, dtype, dims in _tensors(model)]
+
+
+def _tensors(model: Model) -> Iterator[tuple[str, str, tuple[Dim, ...]]]:
+    arch = model.arch
+    if arch.model_type == "whisper" and model.has("model.encoder.conv1"):
+        yield "input_features", _dtype(model), sound(model)
+    elif arch.picture:
+        yield "pixel_values", _dtype(model), ("b", *arch.picture)
+    else:
+        yield "input_ids", "int64", ("b", "s")
+    if arch.task_type == "QUESTION_ANS":
+        yield from ((name, "int64", ("b",)) for name in ("start_positions", "end_positions"))
+    else:
+        yield "labels", "int64", ("b",) if arch.task_type in PER_SAMPLE else ("b", "s")
+    if model.running.padding and not arch.picture:
+        yield "attention_mask", "int64", ("b", "s")
+
+
+def sound(model: Model) -> tuple[Dim, ...]:
+    """Mel frames of a whole window."""
+    positions, mels = (model.part(f"model.encoder.{name}").weight for name in ("embed_positions", "conv1"))
+    assert positions is not None
+    assert mels is not None
+    frames = positions.dims[0]
+    assert isinstance(frames, int)
+    return ("b", mels.dims[1], MEL_FRAMES_PER_POSITION * frames)
+
+
+def _dtype(model: Model) -> str:
+    """Processors give fp32, which only autocast takes beside weights of 16 bits."""
+    if model.running.autocast:
+        return "fp32"
+    first = model.arch.modules[0]
+    return next(iter(model.part(first.name).params.values())).dtype

@@ -1,0 +1,97 @@
+"""Heads of encoders: masked language models, classifiers of sequences and of tokens, and answers to questions.
+
+Sources: transformers 5.24, models/*/modeling_*.py (`…ForMaskedLM`, `…ForSequenceClassification`, `…ForTokenClassification`,
+`…ForQuestionAnswering`). Left out: regression and several labels per sample beyond what one label takes (tensors of batch × labels).
+"""
+
+from __future__ import annotations
+
+from peftplan.memory import ops
+from peftplan.memory.activations import activation
+from peftplan.memory.loss import causal_lm_loss, plain_cross_entropy
+from peftplan.memory.model import Model
+from peftplan.memory.shaping import split
+from peftplan.memory.tape import Tensor
+
+Output = tuple[Tensor, Tensor]
+
+
+def language_model(model: Model, x: Tensor) -> Output:
+    """The decoder over the vocabulary and `CrossEntropyLoss` in the logits' own dtype; `ForCausalLMLoss` for CAUSAL_LM."""
+    assert model.arch.output_embedding is not None
+    logits = model.linear(model.arch.output_embedding, x)
+    del x
+    model.tape.module = ""
+    loss = causal_lm_loss if model.arch.task_type == "CAUSAL_LM" else plain_cross_entropy
+    return loss(model.tape, logits), logits
+
+
+def transformed(model: Model, x: Tensor, dense: str, norm: str, act: str) -> Tensor:
+    """`BertPredictionHeadTransform.forward`."""
+    x = model.linear(dense, x)
+    model.tape.module = norm.rpartition(".")[0]
+    x = activation(model.tape, x, act)
+    return model.layernorm(norm, x)
+
+
+def bert_lm(model: Model, x: Tensor) -> Output:
+    """`BertForMaskedLM`, `BertLMHeadModel`."""
+    name = "cls.predictions.transform"
+    return language_model(model, transformed(model, x, f"{name}.dense", f"{name}.LayerNorm", model.arch.blocks[0].mlp.activation))
+
+
+def roberta_lm(model: Model, x: Tensor) -> Output:
+    """`RobertaLMHead.forward`, whose activation is gelu whatever the config says."""
+    return language_model(model, transformed(model, x, "lm_head.dense", "lm_head.layer_norm", "gelu"))
+
+
+def bert_classification(model: Model, x: Tensor) -> Output:
+    """`BertPooler` and a linear layer, of the first token."""
+    f = model.tape
+    first = ops.selected(f, x, (x.dims[0], x.dims[2]))
+    pooled = ops.keeps_output(f, model.linear("bert.pooler.dense", first), "tanh")
+    f.module = "dropout"
+    return classified(model, "classifier", ops.dropout(f, pooled, model.arch.dropout.classifier))
+
+
+def hidden_classification(model: Model, x: Tensor) -> Output:
+    """`RobertaClassificationHead.forward`."""
+    f, p = model.tape, model.arch.dropout.classifier
+    first = ops.dropout(f, ops.selected(f, x, (x.dims[0], x.dims[2])), p)
+    hidden = ops.keeps_output(f, model.linear("classifier.dense", first), "tanh")
+    return classified(model, "classifier.out_proj", ops.dropout(f, hidden, p))
+
+
+def token_classification(model: Model, x: Tensor) -> Output:
+    """Dropout and a linear layer on every token."""
+    f = model.tape
+    f.module = "dropout"
+    hidden = ops.dropout(f, x, model.arch.dropout.classifier)
+    return classified(model, "classifier", hidden)
+
+
+def classified(model: Model, name: str, x: Tensor) -> Output:
+    """A linear layer over the labels and `CrossEntropyLoss`."""
+    logits = model.linear(name, x)
+    model.tape.module = ""
+    return plain_cross_entropy(model.tape, logits), logits
+
+
+def question_answering(model: Model, x: Tensor) -> Output:
+    """`qa_outputs`, whose two columns are copied; the mean of two losses over positions."""
+    f = model.tape
+    logits = model.linear("qa_outputs", x)
+    f.module = ""
+    return spans(model, logits)
+
+
+def spans(model: Model, logits: Tensor) -> Output:
+    """The loss from logits of starts and ends."""
+    f = model.tape
+    start, end = (ops.copied(f, part, "clone") for part in split(f, logits, [logits.dims[:-1]] * 2))
+    positions = f.many(("b",), "int64", "clamp", 2)
+    losses = plain_cross_entropy(f, start), plain_cross_entropy(f, end)
+    loss = ops.scale(f, ops.add(f, *losses), "div")
+    del positions
+    model.kept.append(end)
+    return loss, start

@@ -1,0 +1,91 @@
+"""Encoders of the BERT shape (transformers 5.24, models/{bert,roberta,xlm_roberta}/modeling_*.py).
+
+Left out: cross-attention, which no task of a lone encoder runs.
+"""
+
+from __future__ import annotations
+
+from peftplan.arch.modules import Block
+from peftplan.errors import NeedsTraceError
+from peftplan.memory import ops
+from peftplan.memory.activations import activation
+from peftplan.memory.attention import attend, causal_mask
+from peftplan.memory.model import Model, kinds_of, run_stack
+from peftplan.memory.tape import Tensor
+
+ROBERTA = ("roberta", "xlm-roberta")
+
+
+def bert(model: Model) -> Tensor:
+    """`BertModel.forward` up to the last hidden states; a pooler belongs to the head."""
+    block = model.arch.blocks[0]
+    if len(block.attentions) > 1:
+        raise NeedsTraceError(f"cross-attention of {model.arch.model_type}")
+    prefix = "roberta" if model.arch.model_type in ROBERTA else "bert"
+    x = embeddings(model, f"{prefix}.embeddings")
+    mask = (causal_mask if block.attentions[0].causal else bidirectional_mask)(model, x.dtype)
+
+    def layer(number: int, x: Tensor) -> Tensor:
+        return encoder_layer(model, block, f"{prefix}.encoder.layer.{{}}", number, x, mask)
+
+    kinds = kinds_of(model, block.stack)
+    return run_stack(model, kinds, x, layer, name="layers", checkpointed=model.running.checkpointing)
+
+
+def bidirectional_mask(model: Model, dtype: str) -> Tensor | None:
+    """`create_bidirectional_mask`: one only where there is padding, of the model's dtype for eager and boolean for sdpa."""
+    if not model.running.padding or model.running.attention == "flash_attention_2":
+        return None
+    s = model.seq
+    return model.tape.new(("b", 1, s, s), dtype if model.running.attention == "eager" else "bool", "attention_mask")
+
+
+def embeddings(model: Model, name: str) -> Tensor:
+    """`BertEmbeddings.forward`; RoBERTa counts the positions of each sample."""
+    f, s = model.tape, model.seq
+    f.module = name
+    rows = ("b", s) if model.arch.model_type in ROBERTA else (1, s)
+    position_ids = f.new(rows, "int64", "position_ids") if model.arch.model_type in ROBERTA else None
+    token_type_ids = f.new(rows, "int64", "token_type_ids")
+    words = model.inputs()
+    token_types = model.embedding(f"{name}.token_type_embeddings", ("b", s), token_type_ids)
+    f.module = name
+    x = ops.add(f, words, token_types)
+    positions = model.embedding(f"{name}.position_embeddings", rows, position_ids)
+    f.module = name
+    x = ops.add(f, x, positions)
+    x = model.layernorm(f"{name}.LayerNorm", x)
+    f.module = f"{name}.dropout"
+    return ops.dropout(f, x, model.arch.dropout.embedding)
+
+
+def encoder_layer(model: Model, block: Block, name: str, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
+    """`BertLayer.forward`."""
+    f = model.tape
+    attention_output = attention(model, block, f"{name}.attention", number, x, mask)
+    inner = model.linear(f"{name}.intermediate.dense", attention_output, number)
+    f.module = f"{name}.intermediate.intermediate_act_fn"
+    inner = activation(f, inner, block.mlp.activation)
+    return output(model, f"{name}.output", number, inner, attention_output)
+
+
+def attention(model: Model, block: Block, name: str, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
+    """`BertAttention.forward`: self-attention and its output."""
+    a = block.attentions[0]
+    dims = ("b", a.num_attention_heads, model.seq, a.head_dim)
+    q, k, v = (model.linear(f"{name}.self.{part}", x, number).view(dims) for part in ("query", "key", "value"))
+    model.tape.module = f"{name}.self"
+    out = attend(model, a, q, k, v, mask, dropout=model.arch.dropout.attention, rotated=False)
+    del q, k, v
+    return output(model, f"{name}.output", number, out, x)
+
+
+def output(model: Model, name: str, number: int, x: Tensor, residual: Tensor) -> Tensor:
+    """`BertSelfOutput.forward`, `BertOutput.forward`."""
+    f = model.tape
+    x = model.linear(f"{name}.dense", x, number)
+    f.module = f"{name}.dropout"
+    x = ops.dropout(f, x, model.arch.dropout.hidden)
+    f.module = name
+    x = ops.add(f, x, residual)
+    return model.layernorm(f"{name}.LayerNorm", x, number)
