@@ -36,13 +36,16 @@ def load_passing(parameters: Parameters, buffers: Ledger, *, dtype: str, doubled
 
 
 def _quantizing(base: list[Parameter], *, dtype: str, doubled: bool) -> int:
-    """The highest level while weights arrive and are quantized."""
+    """The highest level while weights arrive and are quantized.
+
+    Levels only grow, so of each family the last layer decides, and of its layers all tensors but some of the last come before.
+    """
+    places = [(_key(p, max(p.layers) if p.layers else None), p) for p in base]
     peak = 0
-    for p in base:
+    for key, p in places:
         if not p.quantized:
             continue
-        key = _key(p, max(p.layers) if p.layers else None)
-        level = sum(_before(other, key) * _loaded(other, dtype) for other in base)
+        level = sum(_before(other, place, key) * _loaded(other, dtype) for place, other in places)
         passing = round512(ITEMSIZE[dtype] * p.numel)
         absmax = next((a for a in p.allocations if a.name == "absmax"), None)
         if doubled and absmax is not None:
@@ -72,18 +75,18 @@ def _loaded(p: Parameter, dtype: str) -> int:
     return _bytes(p) if p.quantized else min(_bytes(p), round512(ITEMSIZE[dtype] * p.numel))
 
 
-def _before(p: Parameter, key: Key) -> int:
-    """How many of a family's tensors come before a name (`dot_natural_key`: numbers by value, before words)."""
-    if p.layers is None:
-        return p.copies if _key(p, None) < key else 0
-    first, last = min(p.layers), max(p.layers)
-    if _key(p, last) < key:
+def _before(p: Parameter, last: Key, key: Key) -> int:
+    """How many of a family's tensors, whose last is `last`, come before `key`."""
+    if last < key:
         return p.copies
-    if _key(p, first) >= key:
+    if p.layers is None or _key(p, min(p.layers)) >= key:
         return 0
-    return sum(_key(p, layer) < key for layer in p.layers)
+    at = p.name.split(".").index("{}")
+    bound = key[at][1]  # the layer that the key belongs to
+    return sum(layer < bound for layer in p.layers) + (bound in p.layers and _key(p, bound) < key)
 
 
 def _key(p: Parameter, layer: int | None) -> Key:
+    """`dot_natural_key`: the parts of a name, numbers by value and before words."""
     parts: Iterable[str] = (p.name if layer is None else p.name.replace("{}", str(layer), 1)).split(".")
     return tuple((not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts)

@@ -7,7 +7,7 @@ Source: torch 2.13, optim/adamw.py, optim/adagrad.py, optim/rmsprop.py (`_multi_
 from __future__ import annotations
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory.tape import Tape, Tensor
+from peftplan.memory.tape import Tape
 from peftplan.optim import Optimizer
 from peftplan.parameters import Parameter
 
@@ -27,17 +27,16 @@ def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, c
     if copies is None:
         raise NeedsTraceError(f"optim {optimizer.name}: what its step takes needs --engine trace")
     for dtype in dict.fromkeys(p.dtype for p in trained):
-        held = [_copies(f, p, f"{p.name} {optimizer.name}") for _ in range(copies) for p in trained if p.dtype == dtype]
+        held = [
+            f.many(p.shape, p.dtype, f"{p.name} {optimizer.name}", copies * p.copies) for p in trained if copies and p.dtype == dtype
+        ]
         del held
 
 
 def _clip(f: Tape, trained: list[Parameter]) -> None:
     """`clip_grad_norm_`: the norm of each gradient, their stack, and the norm of that."""
-    norms = [f.many((), "fp32", "norm of gradients", sum(p.copies for p in trained))]
-    stack = f.new((sum(p.copies for p in trained),), "fp32", "stack of norms")
-    norms.append([f.new((), "fp32", "total norm")])
-    del stack, norms
-
-
-def _copies(f: Tape, p: Parameter, op: str) -> list[Tensor]:
-    return f.many(p.shape, p.dtype, op, p.copies)
+    count = sum(p.copies for p in trained)
+    norms = f.many((), "fp32", "norm of a gradient", count)
+    stack = f.new((count,), "fp32", "stack of norms")
+    total = f.new((), "fp32", "total norm")
+    del stack, norms, total

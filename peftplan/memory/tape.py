@@ -152,6 +152,8 @@ class Tape:
         self.freed: dict[int, int] = {}
         self.category: dict[int, Category] = {}
         self.savers: dict[int, str] = {}
+        self.counts: dict[int, int] = {}
+        """How many storages a number stands for, where it is more than one."""
         self.module = ""
         self.segment = 1
         self.autocast = autocast
@@ -172,9 +174,12 @@ class Tape:
         self.log.append(number)
         return Tensor(Storage(self, number), dims, dtype, node)
 
-    def many(self, dims: Dims, dtype: str, op: str, count: int) -> list[Tensor]:
-        """Allocate several tensors of one kind."""
-        return [self.new(dims, dtype, op) for _ in range(count)]
+    def many(self, dims: Dims, dtype: str, op: str, count: int) -> Tensor:
+        """Allocate several tensors of one kind that live equally long; one stands for all."""
+        made = self.new(dims, dtype, op)
+        assert made.storage is not None
+        self.counts[made.storage.number] = count
+        return made
 
     def mark(self, what: str) -> None:
         """Note a position of the log: a phase that begins, a layer that ends."""

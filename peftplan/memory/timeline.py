@@ -117,10 +117,14 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
     starts: list[tuple[str, int]] = []
     copies, outliving = _copies(tape, stacks)
     standing_for: dict[int, int] = {}
+    counts = tape.counts
     done = 0
     for at, what in (*tape.marks, (len(tape.log), "")):
         for n in tape.log[done:at]:
-            events.append((kind_of[n], 1) if n > 0 else (kind_of[-n], -1 - standing_for.pop(-n, 0)))
+            if n in counts or -n in counts:
+                events.append((kind_of[n], counts[n]) if n > 0 else (kind_of[-n], -counts[-n]))
+            else:
+                events.append((kind_of[n], 1) if n > 0 else (kind_of[-n], -1 - standing_for.pop(-n, 0)))
         done = at
         for n, count in copies.get((at, what), ()):
             if n in outliving:
