@@ -82,8 +82,29 @@ def training_options(args: Any) -> dict[str, Any]:
         raise InputError("training_args", args, "accepted: a transformers TrainingArguments or a TRL SFTConfig")
     found = {ours: _plain(getattr(args, name)) for name, ours in TRAINING_FIELDS.items() if getattr(args, name, None) is not None}
     found["trainer"] = _trainer(args)
+    found |= _checkpointing(args)
     found["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"
-    return found | ({"loss": "liger"} if getattr(args, "use_liger_kernel", False) else {})
+    return found | _liger(args, str(found["trainer"]))
+
+
+def _checkpointing(args: Any) -> dict[str, bool]:
+    """What `gradient_checkpointing_kwargs` say (5.24: `activation_checkpointing_kwargs`); None is not reentrant.
+
+    Raises InputError for every few layers, and for activations held on the host: neither is counted.
+    """
+    given = getattr(args, "activation_checkpointing_kwargs", None) or getattr(args, "gradient_checkpointing_kwargs", None) or {}
+    given = json.loads(given) if isinstance(given, str) else dict(given)
+    for name, usual in (("every_n_layers", 1), ("offload", False), ("selective", False)):
+        if given.get(name, usual) != usual:
+            raise InputError(f"gradient_checkpointing_kwargs.{name}", given[name], f"accepted: {usual}")
+    return {"use_reentrant": bool(given["use_reentrant"])} if given.get("use_reentrant") is not None else {}
+
+
+def _liger(args: Any, trainer: str) -> dict[str, str]:
+    """SFTTrainer applies Liger's layer kernels only, and keeps its own loss; so does who turns Liger's loss off."""
+    kernels = getattr(args, "liger_kernel_config", None) or {}
+    fused = getattr(args, "use_liger_kernel", False) and kernels.get("fused_linear_cross_entropy", True)
+    return {"loss": "liger"} if fused and trainer != "trl" else {}
 
 
 def _trainer(args: Any) -> str:

@@ -208,3 +208,31 @@ def test_what_is_set_wins_over_training_arguments() -> None:
 def test_an_object_of_another_kind_is_refused(argument: str, accepted: str) -> None:
     with pytest.raises(peftplan.InputError, match=accepted):
         peftplan.estimate(**{"model": CONFIG, argument: 3.5})
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_kwargs_say_whether_it_is_reentrant(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    for kwargs, expected in (({"use_reentrant": True}, True), ({"use_reentrant": False}, False), (None, False)):
+        args = transformers.TrainingArguments(**COMMON, **{name: True, f"{name}_kwargs": kwargs})
+        assert peftplan.estimate(CONFIG, training_args=args).assumptions["use_reentrant"] is expected
+
+
+@pytest.mark.parametrize("kwargs", [{"every_n_layers": 2}, {"offload": True}])
+def test_checkpointing_that_is_not_counted_is_refused(kwargs: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    args = transformers.TrainingArguments(**COMMON, activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
+    with pytest.raises(peftplan.InputError, match=next(iter(kwargs))):
+        peftplan.estimate(CONFIG, training_args=args)
+
+
+def test_liger_means_its_loss_to_trainer_and_only_its_layers_to_sft_trainer() -> None:
+    trl = pytest.importorskip("trl")
+    transformers = pytest.importorskip("transformers")
+    by_trainer = transformers.TrainingArguments(**COMMON, use_liger_kernel=True)
+    without_loss = transformers.TrainingArguments(
+        **COMMON, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": False}
+    )
+    by_trl = trl.SFTConfig(**COMMON, use_liger_kernel=True, bf16=False)
+    losses = [peftplan.estimate(CONFIG, training_args=args).assumptions["loss"] for args in (by_trainer, without_loss, by_trl)]
+    assert losses == ["liger", "full", "trl-chunked"]
