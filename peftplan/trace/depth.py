@@ -1,21 +1,29 @@
 """Deep models at the price of shallow ones: two traces of few layers, and the log of many made from them (`expand`).
 
-Only where all layers of the stack are alike: same modules, same shapes, same settings. Otherwise the model is traced in full.
+Only where all layers of a stack are alike: same modules, same shapes, same settings. A model may have two such stacks (encoder and
+decoder, vision tower and text); any other is traced in full.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from peftplan.errors import PeftplanError
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
 
-LAYERS_FIELD = "num_hidden_layers"
 SAMPLE_LAYERS = (3, 4)
 """Layers of the two traces: first, middle and last; and one more, which checks the rule."""
+MAX_STACKS = 2
+"""Every further stack doubles the traces."""
+LAYERS_FIELDS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "depth",
+)  # fmt: skip
+"""Names under which configs of transformers say how many layers a stack has."""
 _INDEX = re.compile(r"(?:^|[.\[(|,\\{' ])\d")
 """A number where a layer's would stand: `layers.3`, `[0-7]`, `(1|2)`; not `fc1`."""
 _SETTINGS = (bool, int, float, str, type(None))
@@ -23,14 +31,60 @@ _PLACE = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx"})
 """Attributes that say which layer it is, and nothing else."""
 
 
-def stack_of(model: nn.Module, layers: int) -> str | None:
-    """The name of the only module list with that many entries, if they are all alike."""
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    if len(lists) != 1:
+@dataclass(frozen=True)
+class Stack:
+    """A module list of like layers; `section` and `field` are where the config says how many they are."""
+
+    name: str
+    layers: int
+    section: str | None
+    field: str
+
+
+def repeating_stacks(config: Mapping[str, Any], *, task_type: str | None) -> tuple[Stack, ...]:
+    """The stacks of a model that are worth tracing at two depths, the deepest first."""
+    deep = [place for place in _places(config) if place[2] > sum(SAMPLE_LAYERS)]
+    if not deep:
+        return ()
+    model = _model(config, task_type)
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    found = [stack for place in deep if (stack := _stack(config, *place, lists, task_type)) is not None]
+    return tuple(sorted(found, key=lambda stack: -stack.layers)[:MAX_STACKS])
+
+
+def _places(config: Mapping[str, Any]) -> Iterator[tuple[str | None, str, int]]:
+    """Section, field and value of every number of layers in a config."""
+    sections = [(None, config), *((key, value) for key, value in config.items() if isinstance(value, Mapping))]
+    for section, fields in sections:
+        for field in LAYERS_FIELDS:
+            if isinstance(fields.get(field), int):
+                yield section, field, fields[field]
+
+
+def _stack(
+    config: Mapping[str, Any], section: str | None, field: str, layers: int, lists: Mapping[str, Any], task_type: str | None
+) -> Stack | None:
+    """The stack whose length a field says: the only list that another value makes shorter, if its layers are all alike."""
+    try:
+        shallow = _model(_with(config, section, field, layers, SAMPLE_LAYERS[0]), task_type)
+    except PeftplanError:
         return None
-    name, stack = lists[0]
-    first = _likeness(stack[0])
-    return name if all(_likeness(layer) == first for layer in stack) else None
+    lengths = {name: len(m) for name, m in shallow.named_modules() if isinstance(m, nn.ModuleList)}
+    changed = [name for name, m in lists.items() if lengths.get(name, 0) != len(m)]
+    outer = [name for name in changed if not any(name.startswith(f"{other}.") for other in changed)]
+    if len(outer) != 1 or len(lists[outer[0]]) != layers:
+        return None
+    first = _likeness(lists[outer[0]][0])
+    alike = all(_likeness(layer) == first for layer in lists[outer[0]])
+    return Stack(outer[0], layers, section, field) if alike else None
+
+
+def _model(config: Mapping[str, Any], task_type: str | None) -> nn.Module:
+    with quiet_transformers():
+        hf_config = build_config(config, name="model")
+        cls = model_class(config, hf_config, name="model", task_type=task_type)
+        model: nn.Module = build_model(config, hf_config, cls, name="model")
+        return model
 
 
 def _likeness(layer: nn.Module) -> list[Any]:
@@ -56,19 +110,13 @@ def names_layers(peft_config: Any, quant_skip: tuple[str, ...] | None) -> bool:
     return any(value is not None for value in asked) or any(_INDEX.search(t) or "\\d" in t for t in (*texts, *(quant_skip or ())))
 
 
-def repeating_stack(config: Mapping[str, Any], *, task_type: str | None) -> str | None:
-    """The name of the stack of a model that is worth tracing at two depths, None for one to be traced in full."""
-    layers = config.get(LAYERS_FIELD)
-    if not isinstance(layers, int) or layers <= sum(SAMPLE_LAYERS):
-        return None
-    with quiet_transformers():
-        hf_config = build_config(config, name="model")
-        cls = model_class(config, hf_config, name="model", task_type=task_type)
-        return stack_of(build_model(config, hf_config, cls, name="model"), layers)
+def with_layers(config: Mapping[str, Any], stack: Stack, layers: int) -> dict[str, Any]:
+    """The config of the same model with fewer layers in one stack; lists with one entry per layer are cut."""
+    return _with(config, stack.section, stack.field, stack.layers, layers)
 
 
-def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """The config of the same model with fewer layers; lists with one entry per layer are cut."""
-    depth = config[LAYERS_FIELD]
+def _with(config: Mapping[str, Any], section: str | None, field: str, depth: int, layers: int) -> dict[str, Any]:
+    if section is not None:
+        return {**config, section: _with(config[section], None, field, depth, layers)}
     cut = {k: v[:layers] for k, v in config.items() if isinstance(v, list) and len(v) == depth}
-    return {**config, **cut, LAYERS_FIELD: layers}
+    return {**config, **cut, field: layers}

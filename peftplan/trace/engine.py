@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,15 +18,21 @@ from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.trace.allocator import Event, Replay, replay
 from peftplan.trace.attention import Capability
-from peftplan.trace.depth import LAYERS_FIELD, SAMPLE_LAYERS, names_layers, repeating_stack, with_layers
+from peftplan.trace.ctc import ctc_on_cuda
+from peftplan.trace.depth import SAMPLE_LAYERS, Stack, names_layers, repeating_stacks, with_layers
 from peftplan.trace.differences import KERNEL_TEMPORARIES, CudaLike, as_on_cuda
 from peftplan.trace.expand import NotRepeatingError, Sample, grown
+from peftplan.trace.experts import experts_on
 from peftplan.trace.fake import to_fake
+from peftplan.trace.inputs import Inputs, inputs
+from peftplan.trace.kernels import kernel_packages
 from peftplan.trace.load import load
 from peftplan.trace.model import Built, build
 from peftplan.trace.optimizers import make_optimizer
 from peftplan.trace.peaks import Alive, Peak, Window, peaks, windows
 from peftplan.trace.progress import Tell, part, silent
+from peftplan.trace.reasons import reason
+from peftplan.trace.selected import Selected
 from peftplan.trace.steps import STEPS, Run, phases_begun, program
 from peftplan.trace.tracker import Moment, Tracker, category_of
 from peftplan.trace.tuner_layers import adapter_from_host, on_fake_tensors
@@ -49,6 +55,10 @@ class Traced:
     """Module → how often it asked for a value that a fake tensor does not have."""
     depths: tuple[int, ...] = ()
     """Depths at which layers were traced that the log then repeats; empty for a trace in full."""
+    facts: Mapping[str, int | str] = field(default_factory=dict)
+    """What the batch holds besides batch × seq tokens."""
+    replaced: tuple[str, ...] = ()
+    """Packages whose kernels the model would take if they were installed; its torch code was traced."""
 
     @cached_property
     def peak_by_phase(self) -> dict[str, int]:
@@ -116,17 +126,23 @@ def trace(
     program(setup)
     tell = progress or silent
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
-    stack = None if by_layer else repeating_stack(config, task_type=task_type)
-    if stack is not None:
-        small, large = (
-            run(with_layers(config, layers), tell=part(tell, number=number, of=len(SAMPLE_LAYERS)))
-            for number, layers in enumerate(SAMPLE_LAYERS)
-        )
-        try:
-            return _deepened(small, large, stack=stack, layers=config[LAYERS_FIELD])
-        except NotRepeatingError:
-            pass
-    return run(config, tell=tell)
+    stacks = () if by_layer else repeating_stacks(config, task_type=task_type)
+    return _by_stacks(run, config, stacks, tell)
+
+
+def _by_stacks(run: Callable[..., Traced], config: Mapping[str, Any], stacks: tuple[Stack, ...], tell: Tell) -> Traced:
+    """The trace of a model, each of its repeating stacks made from two small depths; one that does not repeat is traced in full."""
+    if not stacks:
+        return run(config, tell=tell)
+    stack, *rest = stacks
+    small, large = (
+        _by_stacks(run, with_layers(config, stack, layers), tuple(rest), part(tell, number=number, of=len(SAMPLE_LAYERS)))
+        for number, layers in enumerate(SAMPLE_LAYERS)
+    )
+    try:
+        return _deepened(small, large, stack=stack.name, layers=stack.layers)
+    except NotRepeatingError:
+        return _by_stacks(run, config, tuple(rest), tell)
 
 
 def _deepened(small: Traced, large: Traced, *, stack: str, layers: int) -> Traced:
@@ -166,19 +182,23 @@ def _run(
     """One trace of exactly this model."""
     tell("making the model", 0.0)
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup)
-    tracker = _tracker(built, setup, capability)
+    given = inputs(built.base, setup)
+    earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in earlier_seq_lens]
+    lengths = given.tokens.union(*(of_step.tokens for of_step in earlier))
+    tracker = _tracker(built, replace(given, tokens=lengths), setup, capability)
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode)
     with ExitStack() as stack:
-        for context in (mode, CudaLike(capability=capability, autocast=setup.autocast != "none"), as_on_cuda(), tracker):
+        stack.enter_context(mode)
+        stack.enter_context(CudaLike(capability=capability, autocast=setup.autocast != "none"))
+        for context in (as_on_cuda(), experts_on(capability), ctc_on_cuda(), Selected(given.selected), tracker):
             stack.enter_context(context)
         stack.enter_context(on_fake_tensors(from_host=adapter_from_host(setup, quant)))
         load(built, tracker, setup, quant)
         optimizer = make_optimizer(setup, built.model, tracker)
-        run = Run(built.model, _batch(built, setup), optimizer, tracker, setup, outputs_outlive_step)
-        run.earlier = [_batch(built, setup.model_copy(update={"seq_len": length})) for length in earlier_seq_lens]
-        run.steps = max(STEPS, len(run.earlier) + 1)
+        run = Run(built.model, given.batch, optimizer, tracker, setup, outputs_outlive_step)
+        run.earlier, run.steps = [of_step.batch for of_step in earlier], max(STEPS, len(earlier) + 1)
         try:
             program(setup)(run)
         except PeftplanError:
@@ -187,7 +207,7 @@ def _run(
             raise KeyboardInterrupt(f"in {tracker.phase} of the trace, after {tracker.last_module or 'loading'}") from None
         except Exception as error:  # any operation of any model
             where = f" in {tracker.last_module}" if tracker.last_module else ""
-            raise RefusedError(f"trace: {tracker.phase} fails{where}: {type(error).__name__}: {_first_line(error)}") from error
+            raise RefusedError(f"trace: {tracker.phase} fails{where}: {reason(error)}") from error
         log = tuple(tracker.log)
     counted = windows(tracker.began, length=len(log), started=run.started)
     return Traced(
@@ -200,19 +220,22 @@ def _run(
         started=run.started,
         managed_bytes=getattr(optimizer, "managed_bytes", 0),
         unknown_ops=dict(tracker.data_dependent),
+        facts=given.facts,
+        replaced=kernel_packages(built.base),
     )
 
 
-def _tracker(built: Built, setup: Setup, capability: Capability) -> Tracker:
-    tokens = _token_counts(built, setup)
-    vocab = built.hf_config.get_text_config().vocab_size
+def _tracker(built: Built, given: Inputs, setup: Setup, capability: Capability) -> Tracker:
+    tokens = _token_counts(built, given, setup)
+    vocab = getattr(built.hf_config.get_text_config(decoder=True), "vocab_size", None)
+
 
     def is_logits(tensor: torch.Tensor) -> bool:
         return tensor.dim() > 1 and tensor.shape[-1] == vocab and tensor.numel() // vocab in tokens
 
     tracker = Tracker(
         is_logits=is_logits,
-        scalar=lambda tensor: _scalar(tensor, padding=setup.padding),
+        scalar=lambda tensor: _scalar(tensor, tracker.made_by(tensor), padding=setup.padding),
         temporaries=KERNEL_TEMPORARIES,
         before=Workspaces(capability).before,
     )
@@ -220,28 +243,21 @@ def _tracker(built: Built, setup: Setup, capability: Capability) -> Tracker:
     return tracker
 
 
-def _batch(built: Built, setup: Setup) -> dict[str, torch.Tensor]:
-    """The inputs of one micro batch of a causal language model."""
-    if not hasattr(built.hf_config.get_text_config(), "vocab_size"):
-        raise RefusedError(f"model type {built.hf_config.model_type} cannot be traced yet; language models can")
-    shape = (setup.batch_size, setup.seq_len)
-    batch = {"input_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.zeros(shape, dtype=torch.int64)}
-    if setup.padding:
-        batch["attention_mask"] = torch.ones(shape, dtype=torch.int64)
-    return {**batch, "use_cache": bool(setup.use_cache)}  # type: ignore[dict-item]
-
-
-def _token_counts(built: Built, setup: Setup) -> set[int]:
-    """How many rows a tensor over the vocabulary can have: all positions, virtual ones included, or all but the last."""
-    lengths = {setup.seq_len, setup.seq_len - 1}
+def _token_counts(built: Built, given: Inputs, setup: Setup) -> set[int]:
+    """How many rows a tensor over the vocabulary can have: the tokens of the batch, virtual ones included."""
     peft_config = getattr(built.model, "active_peft_config", None)
     virtual = getattr(peft_config, "num_virtual_tokens", None) or 0
-    return {setup.batch_size * (length + extra) for length in lengths for extra in (0, virtual)}
+    return {setup.batch_size * (length + extra) for length in given.tokens for extra in (0, virtual)}
 
 
-def _scalar(tensor: torch.Tensor, *, padding: bool) -> Any:
-    """The value of a fake scalar: of a mask's `all()`, whether there is no padding; of a step counter, 1."""
-    return not padding if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
+def _scalar(tensor: torch.Tensor, op: str, *, padding: bool) -> Any:
+    """The value of a fake scalar: of a mask's `all()`, whether there is no padding; of a step counter, 1.
+
+    Any other comparison guards against bad input (a label past the vocabulary), which there is none of.
+    """
+    if tensor.dtype == torch.bool:
+        return not padding if "all" in op else False
+    return 1.0 if tensor.is_floating_point() else 1
 
 
 def _event(moment: Moment, phase: str) -> Event:
@@ -250,8 +266,3 @@ def _event(moment: Moment, phase: str) -> Event:
     if kind == "free":
         return Event("free", storage.id, phase=phase, module=module)
     return Event("alloc", storage.id, storage.nbytes, 0, phase, storage.op, module, category_of(storage), storage.name or "")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:1])[:200]

@@ -24,7 +24,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @contextmanager
-def as_on_card(capability: Capability) -> Iterator[None]:
+def experts_on(capability: Capability) -> Iterator[None]:
     """Let the experts of transformers run as on a card of this compute capability."""
     with (
         patch("torch._meta_registrations._meta_grouped_mm_common", _grouped_mm),

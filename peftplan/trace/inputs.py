@@ -66,7 +66,7 @@ def _text(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
     batch |= pictures.batch | labels(model, takes, b, s)
     if "use_cache" in takes and hasattr(model.config, "use_cache"):
         batch["use_cache"] = bool(setup.use_cache)
-    return Inputs(batch, frozenset({s, s - 1, 1}), pictures.facts)
+    return Inputs(batch, frozenset({s, s - 1}), pictures.facts)
 
 
 def _seq2seq(model: Any, setup: Setup) -> Inputs:

@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
 from peftplan.trace import engine
-from peftplan.trace.depth import names_layers, repeating_stack
+from peftplan.trace.depth import names_layers, repeating_stacks
 from peftplan.trace.expand import in_order, same
 from tests.trace.engine_case import llama, lora, traced
 
@@ -22,7 +22,7 @@ NF4 = {"quant": "nf4", "double_quant": True, "compute_dtype": "bf16"}
 
 
 def in_full(*args: Any, **kwargs: Any) -> engine.Traced:
-    with patch.object(engine, "repeating_stack", lambda config, task_type: None):
+    with patch.object(engine, "repeating_stacks", lambda config, task_type: ()):
         return traced(*args, **kwargs)
 
 
@@ -66,9 +66,9 @@ def test_layers_that_differ_are_traced_in_full() -> None:
         "vocab_size": 200,
         "num_hidden_layers": 12,
     }
-    assert repeating_stack(sliding, task_type="CAUSAL_LM") is None
-    assert repeating_stack(llama(12), task_type="CAUSAL_LM") == "model.layers"
-    assert repeating_stack(llama(7), task_type="CAUSAL_LM") is None  # two traces of 3 + 4 layers would cost as much
+    assert repeating_stacks(sliding, task_type="CAUSAL_LM") == ()
+    assert [s.name for s in repeating_stacks(llama(12), task_type="CAUSAL_LM")] == ["model.layers"]
+    assert repeating_stacks(llama(7), task_type="CAUSAL_LM") == ()  # two traces of 3 + 4 layers would cost as much
 
 
 @pytest.mark.parametrize(
