@@ -137,6 +137,11 @@ class Model:
         return QUANTIZED[part.quant.name](f, part, x)
 
     @property
+    def virtual_tokens(self) -> int:
+        """How many virtual tokens the method puts before each sequence, or before its keys and values."""
+        return getattr(self.running.config, "num_virtual_tokens", None) or 0
+
+    @property
     def seq(self) -> str:
         """The named size of the hidden states' sequence."""
         return "s"
@@ -147,6 +152,7 @@ class Model:
         x = self.embedding(self.arch.input_embedding, ("b", self.seq))
         if x.node is None and self.running.checkpointing:
             x.node = Node(0, self.tape.module, _nothing, (), checkpointed=False)
+            x.node.saved = (x.detach(),)  # a leaf's `AccumulateGrad` holds the leaf
         return x
 
     @property

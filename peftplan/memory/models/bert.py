@@ -87,5 +87,4 @@ def output(model: Model, name: str, number: int, x: Tensor, residual: Tensor) ->
     f.module = f"{name}.dropout"
     x = ops.dropout(f, x, model.arch.dropout.hidden)
     f.module = name
-    x = ops.add(f, x, residual)
-    return model.layernorm(f"{name}.LayerNorm", x, number)
+    return model.layernorm(f"{name}.LayerNorm", ops.add(f, x, residual), number)
