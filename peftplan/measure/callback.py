@@ -18,8 +18,9 @@ from peftplan.accuracy.jsonl import append
 from peftplan.accuracy.records import Record
 from peftplan.errors import PeftplanError
 from peftplan.measure import cuda, lines
+from peftplan.measure.identity import gpu_id
 from peftplan.measure.model import counts
-from peftplan.measure.record import gpu_id, record_of
+from peftplan.measure.record import record_of
 from peftplan.measure.recorder import BETWEEN, Recorder
 from peftplan.measure.run import Outcome
 from peftplan.measure.training import Seen, described, seen

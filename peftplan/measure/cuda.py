@@ -20,16 +20,6 @@ from peftplan.errors import MissingExtraError, PeftplanError
 SNAPSHOT_ENTRIES = 1_000_000
 """Allocator events that a snapshot keeps; the oldest go first (`_record_memory_history(max_entries=)`)."""
 
-ALLOCATOR_VARIABLES = (
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "CUBLASLT_WORKSPACE_SIZE",
-    "CUDA_MODULE_LOADING",
-    "PYTORCH_NO_CUDA_MEMORY_CACHING",
-)
-"""Environment variables that change what is allocated or reserved."""
-
 
 class NoCudaError(PeftplanError):
     """There is no CUDA device to measure on."""
@@ -188,11 +178,6 @@ def _check_cuda() -> None:
     if not torch.cuda.is_available():
         why = f"torch {torch.__version__} is built without CUDA" if torch.version.cuda is None else "torch sees none"
         raise NoCudaError(f"measure needs a CUDA GPU, and {why}; `peftplan estimate --engine trace` needs none")
-
-
-def allocator_settings() -> dict[str, str]:
-    """The variables of `ALLOCATOR_VARIABLES` that are set."""
-    return {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
 
 
 def _nvml_handle(index: int) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 from peftplan.accuracy.jsonl import append
 from peftplan.accuracy.records import Record
 from peftplan.measure import cuda
+from peftplan.measure.identity import STEPS, WARMUP
 from peftplan.measure.record import record_of
-from peftplan.measure.run import STEPS, WARMUP, measure
+from peftplan.measure.run import measure
 from peftplan.planning.estimate import prepare
 
 OUTPUT = Path("runs.jsonl")

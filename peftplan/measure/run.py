@@ -6,7 +6,6 @@ so is any other failure; what was read until then is kept. Left out: data loader
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from peftplan.errors import InputError, PeftplanError
 from peftplan.measure import losses
 from peftplan.measure.cuda import Device
+from peftplan.measure.identity import STEPS, WARMUP, world_size
 from peftplan.measure.model import make
 from peftplan.measure.optimizers import make_optimizer
 from peftplan.measure.recorder import Figure, Recorder
@@ -25,9 +25,6 @@ from peftplan.planning.job import Job
 from peftplan.trace.inputs import inputs
 from peftplan.trace.quantized import TORCH_DTYPES
 from peftplan.trace.steps import Run, program
-
-WARMUP, STEPS = 1, 2
-"""Optimizer steps: the first makes the optimizer's states; two more show whether the steady state is one."""
 
 PADDED = 1
 """Tokens of each sequence that a padding mask hides: enough to make it a real one."""
@@ -117,16 +114,6 @@ def filled(batch: dict[str, Any], model: Any, device: torch.device) -> dict[str,
             value = value.to(device)
         found[name] = value
     return found
-
-
-def world_size() -> int:
-    """Processes of this run, as torchrun and accelerate say it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """This process among them."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def _distributed(model: nn.Module, device: Device) -> nn.Module:

@@ -19,9 +19,7 @@ from typing import IO, Any
 from peftplan.accuracy.jsonl import RecordFileError, append, read, repair
 from peftplan.accuracy.records import Record, Run
 from peftplan.errors import InputError, PeftplanError
-from peftplan.measure import cuda
-from peftplan.measure.record import key, lost, run_of
-from peftplan.measure.run import STEPS, WARMUP
+from peftplan.measure.identity import STEPS, WARMUP, key, lost, run_of
 from peftplan.planning.estimate import prepare
 
 CHILD: tuple[str, ...] = (sys.executable, "-m", "peftplan.measure.child")
@@ -127,6 +125,8 @@ def run_suite(
 
     A process that leaves no record gets one that says why. Raises NoCudaError without a GPU.
     """
+    from peftplan.measure import cuda  # torch, which reading a suite does without
+
     card = cuda.card_name()
     todo = pending(entries, output)
     before = len(entries) - len(todo)

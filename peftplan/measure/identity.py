@@ -1,0 +1,137 @@
+"""Who a measured run is: its configuration in a record's words, the key that a suite recognises it by, and its circumstances.
+
+Nothing here needs torch, so that a suite can tell what is left to do at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from peftplan.accuracy.records import Circumstances, Record, Run, full_options
+from peftplan.errors import PeftplanError
+from peftplan.hardware.gpus import find_gpu
+from peftplan.planning.job import Job
+
+WARMUP, STEPS = 1, 2
+"""Optimizer steps: the first makes the optimizer's states; two more show whether the steady state is one."""
+
+PACKAGES = ("peftplan", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "triton", "numpy")
+SOURCE = "peftplan measure"
+LICENCE = "Apache-2.0"
+"""Of what is measured with and added to this project."""
+
+ALLOCATOR_VARIABLES = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUBLASLT_WORKSPACE_SIZE",
+    "CUDA_MODULE_LOADING",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
+)
+"""Environment variables that change what is allocated or reserved."""
+
+
+def run_of(job: Job) -> Run:
+    """The job in a record's words: the method's own fields, and every option that says something."""
+    named = job.method is not None and job.config is not None and not job.adapter
+    return Run(
+        model=job.model if isinstance(job.model, str) else job.architecture.name,
+        method=job.method.name if named and job.method else None,
+        peft_config=None if named else _plain(job.adapter),
+        method_config=_plain(job.config.model_dump(mode="json", exclude_unset=True)) if named and job.config else {},
+        options=_plain(full_options(job.setup.model_dump(mode="json"))),
+    )
+
+
+def key(run: Run) -> str:
+    """What tells one configuration from another: ten hexadecimal digits of its sha256."""
+    text = json.dumps(run.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def lost(run: Run, *, gpu: str, error: str) -> Record:
+    """The record of a run whose process left none: it crashed, was killed, or took too long."""
+    return Record(
+        id=new_id(run), run=run, circumstances=circumstances(gpu=gpu), outcome="failed", error=error, covers="whole-run"
+    )
+
+
+def circumstances(*, gpu: str, **facts: Any) -> Circumstances:
+    """Where, when and with what this process runs."""
+    return Circumstances(
+        gpu=gpu,
+        num_gpus=world_size(),
+        rank=rank(),
+        versions=_versions(PACKAGES),
+        allocator=allocator_settings().get("PYTORCH_ALLOC_CONF", allocator_settings().get("PYTORCH_CUDA_ALLOC_CONF")),
+        framework=SOURCE,
+        commit=_commit(),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        source=SOURCE,
+        licence=LICENCE,
+        **facts,
+    )
+
+
+def world_size() -> int:
+    """Processes of this run, as torchrun and accelerate say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def allocator_settings() -> dict[str, str]:
+    """The variables of `ALLOCATOR_VARIABLES` that are set."""
+    return {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
+
+
+def gpu_id(name: str) -> str | None:
+    """The id that the catalogue has for a driver's name of a card, or None."""
+    try:
+        return find_gpu(name).id
+    except PeftplanError:
+        return None
+
+
+def new_id(run: Run) -> str:
+    """`llama-3.2-1b-qlora-1f3a5c7e9b-20260131T101112Z`, with the rank where there are several."""
+    words = re.sub(r"[^a-z0-9.+]+", "-", f"{run.model} {run.method_name}".lower()).strip("-.")
+    moment = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    return "-".join([words[-80:], key(run), moment, *([f"rank{rank()}"] if world_size() > 1 else [])])
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that runs, None outside of one."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(("git", "-C", str(here), "rev-parse", "HEAD"), capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: lists for tuples and sets."""
+    return json.loads(json.dumps(value, default=list))
