@@ -81,7 +81,7 @@ def estimate(
     peaks = None if isinstance(found, str) else found
     assumptions = _assumptions(setup, quant, architecture, adaptation, quantized=built.quantized)
     if peaks is not None:
-        assumptions["compute_capability"] = capability(cards)
+        assumptions |= {"compute_capability": capability(cards), **peaks.assumed}
     return Estimate(
         engine=engine,
         model=_model_facts(architecture),
@@ -96,6 +96,27 @@ def estimate(
         not_modelled=OUTSIDE if peaks is not None else (f"{found} (--engine trace knows)", *NOT_COUNTED),
         gpus=tuple(verdict(card, static.bytes(), peaks) for card in cards),
         peaks=peaks,
+        resize=None if engine == "trace" or peaks is None else partial(_at, job, built, static, cards, gpu),
+    )
+
+
+def _at(
+    job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu], gpu: Any, batch_size: Any, seq_len: Any
+) -> Any:
+    """The job at other sizes: an Estimate for whole numbers, a Grid for arrays."""
+    b = job.setup.batch_size if batch_size is None else batch_size
+    s = job.setup.seq_len if seq_len is None else seq_len
+
+    def at(b: int, s: int) -> Job:
+        return replace(job, setup=parse_setup({**job.setup.model_dump(), "batch_size": b, "seq_len": s}))
+
+    if all(isinstance(size, int) for size in (b, s)):
+        return _estimated(at(b, s), built, static, cards)
+    from peftplan.planning.analytic import compiled
+    from peftplan.planning.grid import evaluate
+
+    return evaluate(
+        lambda b, s: compiled(at(b, s), built, static, compute_capability=capability(cards)), batch_size=b, seq_len=s
     )
 
 

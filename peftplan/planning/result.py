@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from peftplan.errors import InputError
 from peftplan.memory.ledger import CATEGORIES, Category, Ledger, Line
 from peftplan.memory.series import Recording
 from peftplan.methods.adaptation import Adaptation
@@ -40,6 +41,8 @@ class Peaks:
     reserved_source: str | None = None
     incomplete: tuple[str, ...] = ()
     recording: Recording | None = field(default=None, repr=False, compare=False)
+    assumed: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine took for granted besides the setup: what else a sample holds, which kernels ran."""
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
@@ -95,6 +98,23 @@ class Estimate:
     not_modelled: tuple[str, ...]
     gpus: tuple[Verdict, ...] = ()
     peaks: Peaks | None = None
+    resize: Callable[[Any, Any], Any] | None = field(default=None, repr=False, compare=False)
+
+    def at(self, *, batch_size: Any = None, seq_len: Any = None) -> Any:
+        """The same job at another `batch_size` (per device) and `seq_len` (tokens), without building it again.
+
+        Whole numbers give an `Estimate`; numpy arrays, broadcast against each other, give a `planning.grid.Grid` of peaks in
+        bytes. Analytic estimates only. Raises InputError for sizes that are no whole numbers of at least 1.
+        """
+        if self.resize is None:
+            raise InputError("engine", self.engine, "accepted: analytic, whose lines keep their sizes as names")
+        return self.resize(batch_size, seq_len)
+
+    def explain(self) -> str:
+        """Every line of the overall peak as a formula, with its numbers put in and its source; the sum is the peak."""
+        from peftplan.report.explain import explained
+
+        return explained(self)
 
     @property
     def ledger(self) -> Ledger:

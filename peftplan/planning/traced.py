@@ -70,8 +70,14 @@ def trace_peaks(
         reserved=replayed.peaks.reserved,
         reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
         incomplete=_unknown(found.unknown_ops),
+        assumed={**found.facts, **_without(found.replaced)},
         recording=Recorded(found) if record else None,
     )
+
+
+def _without(packages: tuple[str, ...]) -> dict[str, str]:
+    """Which optional packages the trace ran without: their kernels keep other tensors than the torch code in their place."""
+    return {"kernels": f"torch code in place of the kernels of {', '.join(packages)}, which are not installed"} if packages else {}
 
 
 def _unknown(unknown_ops: Mapping[str, int]) -> tuple[str, ...]:
