@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, decoder_model, equal_head_dim, prompt_dims
-from peftplan.arch.modules import Architecture, Attention, Block, Mlp, embedding, layernorm, linear
+from peftplan.arch.heads import Backbone, decoder_model, equal_head_dim, probability, prompt_dims
+from peftplan.arch.modules import Architecture, Attention, Block, Dropout, Mlp, embedding, layernorm, linear
 from peftplan.errors import InputError, RefusedError
 
 MLP_RATIO = 4
 """`BloomMLP` and `MptMLP` write 4 × hidden_size into the code."""
+
+CLASSIFIER_DROPOUT = 0.1
+"""Of a token classifier whose config states none (`MptForTokenClassification`)."""
 
 MPT_FIXED: Mapping[str, Any] = {"expansion_ratio": MLP_RATIO, "no_bias": True}
 MPT_ATTENTION_FIXED: Mapping[str, Any] = {
@@ -36,6 +39,7 @@ def bloom(c: Fields, task_type: str) -> Architecture:
     h, v, a = c.int("n_embed", "hidden_size"), c.int("vocab_size"), c.int("n_head", "num_attention_heads")
     i = MLP_RATIO * h
     layers = c.layers("n_layer", "num_hidden_layers")
+    hidden = probability(c, "hidden_dropout")
     # Its own autograd function, which keeps the input only: not the same as any of transformers' activations.
     mlp = Mlp("plain", i, "bloom_gelu")
     backbone = Backbone(
@@ -59,13 +63,16 @@ def bloom(c: Fields, task_type: str) -> Architecture:
         embedding="word_embeddings",
         prompt=prompt_dims(c, len(layers), h, a),
         supports_sdpa=False,
+        dropout=Dropout(
+            hidden, probability(c, "attention_dropout"), classifier=probability(c, "classifier_dropout", default=hidden)
+        ),
     )
     return decoder_model(backbone, c, task_type, tie_word_embeddings=True, token_cls="classifier")
 
 
 def mpt(c: Fields, task_type: str) -> Architecture:
     """MPT: no biases, not even in the norms. h d_model, v vocab_size, a heads, d head_dim."""
-    _refuse_ignored(c)
+    dropped = probability(_refuse_ignored(c), "attn_pdrop")
     h, v, a = c.int("d_model", "hidden_size"), c.int("vocab_size"), c.int("n_heads", "num_attention_heads")
     i = MLP_RATIO * h
     layers = c.layers("n_layers", "num_hidden_layers")
@@ -89,6 +96,8 @@ def mpt(c: Fields, task_type: str) -> Architecture:
         embedding="wte",
         prompt=prompt_dims(c, len(layers), h, None),
         supports_sdpa=False,
+        # One probability for attention weights and after both sublayers; resid_pdrop and emb_pdrop are never read.
+        dropout=Dropout(dropped, dropped, classifier=_classifier_dropout(c)),
     )
     return decoder_model(backbone, c, task_type, tie_word_embeddings=True, token_cls="classifier")
 
@@ -101,8 +110,8 @@ def _block(layers: tuple[int, ...], attention: Attention, mlp: Mlp) -> Block:
     return Block("decoder", layers, (attention,), mlp, "layernorm")
 
 
-def _refuse_ignored(c: Fields) -> None:
-    """Raises RefusedError where an MPT config states what transformers' classes ignore."""
+def _refuse_ignored(c: Fields) -> Fields:
+    """The fields of `attn_config`. Raises RefusedError where an MPT config states what transformers' classes ignore."""
     attention = c.raw.get("attn_config") or {}
     if not isinstance(attention, Mapping):
         raise InputError(f"{c.name}: attn_config", attention, "accepted: an object with attn_type and so on")
@@ -110,3 +119,10 @@ def _refuse_ignored(c: Fields) -> None:
         for field, only in fixed.items():
             if fields.get(field, only) != only:
                 raise RefusedError(f"{c.name}: {field} is {fields[field]!r}, but transformers' MPT classes always take {only!r}")
+    return Fields(attention, name=f"{c.name}: attn_config")
+
+
+def _classifier_dropout(c: Fields) -> float:
+    """`classifier_dropout`, or `hidden_dropout`, whichever the config has; neither is a field of `MptConfig`."""
+    stated = probability(c, "hidden_dropout", default=CLASSIFIER_DROPOUT)
+    return probability(c, "classifier_dropout", default=stated)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, rotary_buffers
-from peftplan.arch.modules import Attention, Block, Mlp, Module, PromptDims, embedding, linear, rmsnorm
+from peftplan.arch.heads import Backbone, probability, rotary_buffers
+from peftplan.arch.modules import Attention, Block, Dropout, Mlp, Module, PromptDims, embedding, linear, rmsnorm
 from peftplan.errors import InputError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -151,17 +151,27 @@ def decoder_backbone(
     blocks: tuple[Block, ...],
     rotary_dim: int | None = None,
     norm: Module | None = None,
+    dropout: Dropout | None = None,
 ) -> Backbone:
-    """The bare model: token embedding, layers, final norm (an RMSNorm unless given), rotary tables of `rotary_dim` (or d)."""
+    """The bare model: token embedding, layers, final norm (an RMSNorm unless given), rotary tables of `rotary_dim` (or d).
+
+    `dropout` is that of attention weights alone unless given.
+    """
     return Backbone(
         model_type=c.str("model_type"),
         stem=stem,
         prefix="model",
         modules=(embedding("embed_tokens", n.v, n.h), *layer, norm or rmsnorm("norm", n.h)),
-        blocks=blocks,
+        blocks=blocks if rotary_dim is None else tuple(_rotated(block, rotary_dim) for block in blocks),
         hidden_size=n.h,
         vocab_size=n.v,
         embedding="embed_tokens",
         buffers=rotary_buffers("rotary_emb", n.d if rotary_dim is None else rotary_dim),
         prompt=n.prompt,
+        dropout=dropout or Dropout(attention=probability(c, "attention_dropout")),
     )
+
+
+def _rotated(block: Block, rotary_dim: int) -> Block:
+    """The block with part of each head rotated."""
+    return block._replace(attentions=tuple(a._replace(rotary_dim=rotary_dim) for a in block.attentions))

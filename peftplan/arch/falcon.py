@@ -7,8 +7,8 @@ a subclass of `nn.Linear`; the rotary tables are buffers even with ALiBi.
 from __future__ import annotations
 
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, decoder_model, prompt_dims, rotary_buffers
-from peftplan.arch.modules import Architecture, Attention, Block, Mlp, Module, embedding, layernorm, linear
+from peftplan.arch.heads import Backbone, decoder_model, probability, prompt_dims, rotary_buffers
+from peftplan.arch.modules import Architecture, Attention, Block, Dropout, Mlp, Module, embedding, layernorm, linear
 from peftplan.errors import RefusedError
 
 
@@ -27,6 +27,7 @@ def falcon(c: Fields, task_type: str) -> Architecture:
         return Module(plain.name, "LinearSubclass", plain.params, layers)
 
     alibi = _flag(c, "alibi", default=False)
+    hidden = probability(c, "hidden_dropout")
     backbone = Backbone(
         model_type=c.str("model_type"),
         stem="Falcon",
@@ -56,6 +57,9 @@ def falcon(c: Fields, task_type: str) -> Architecture:
         embedding="word_embeddings",
         buffers=rotary_buffers("rotary_emb", d),
         prompt=prompt_dims(c, len(layers), h, a),
+        dropout=Dropout(
+            hidden, probability(c, "attention_dropout"), classifier=probability(c, "classifier_dropout", default=hidden)
+        ),
     )
     return decoder_model(backbone, c, task_type, tie_word_embeddings=True, token_cls="classifier")
 

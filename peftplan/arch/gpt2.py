@@ -8,9 +8,24 @@ from __future__ import annotations
 from dataclasses import replace
 
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, decoder_model, equal_head_dim, prompt_dims
-from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Mlp, Module, conv1d, embedding, layernorm, linear
+from peftplan.arch.heads import Backbone, decoder_model, equal_head_dim, probability, prompt_dims
+from peftplan.arch.modules import (
+    Architecture,
+    Attention,
+    Block,
+    Buffer,
+    Dropout,
+    Mlp,
+    Module,
+    conv1d,
+    embedding,
+    layernorm,
+    linear,
+)
 from peftplan.errors import RefusedError
+
+DROPOUT = 0.1
+"""Every dropout probability that a config does not state."""
 
 
 def gpt2(c: Fields, task_type: str) -> Architecture:
@@ -71,6 +86,12 @@ def _backbone(c: Fields, stem: str, *, multi_query: bool = False) -> Backbone:
         buffers=() if is_gpt2 else (Buffer("bias", "bool", (p, p)),),
         # GPTBigCodeConfig writes num_key_value_heads itself, from multi_query.
         prompt=prompt if is_gpt2 else prompt._replace(num_key_value_heads=kv),
+        dropout=Dropout(
+            probability(c, "resid_pdrop", default=DROPOUT),
+            probability(c, "attn_pdrop", default=DROPOUT),
+            embedding=probability(c, "embd_pdrop", default=DROPOUT),
+            classifier=probability(c, "classifier_dropout", "hidden_dropout", default=DROPOUT),
+        ),
     )
 
 

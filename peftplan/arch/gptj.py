@@ -11,6 +11,7 @@ from peftplan.arch.heads import (
     decoder_model,
     equal_head_dim,
     partial_rotary_dim,
+    probability,
     prompt_dims,
     rotary_buffers,
 )
@@ -19,6 +20,7 @@ from peftplan.arch.modules import (
     Attention,
     Block,
     Buffer,
+    Dropout,
     Mlp,
     Module,
     PromptDims,
@@ -27,6 +29,8 @@ from peftplan.arch.modules import (
     linear,
 )
 from peftplan.errors import RefusedError
+
+NEOX_CLASSIFIER_DROPOUT = 0.1
 
 
 def gptj(c: Fields, task_type: str) -> Architecture:
@@ -53,12 +57,19 @@ def gptj(c: Fields, task_type: str) -> Architecture:
             linear("h.{}.mlp.fc_out", i, h, True, layers),
             layernorm("ln_f", h),
         ),
-        blocks=(_block(layers, Attention(a, a, d), Mlp("plain", i, c.str("activation_function", default="gelu_new"))),),
+        blocks=(
+            _block(
+                layers,
+                Attention(a, a, d, rotary_dim=rotary_dim),
+                Mlp("plain", i, c.str("activation_function", default="gelu_new")),
+            ),
+        ),
         hidden_size=h,
         vocab_size=v,
         embedding="wte",
         buffers=(Buffer("rotary_emb.embed_positions", "fp32", rotations),),
         prompt=prompt_dims(c, len(layers), h, a),
+        dropout=_dropout(c, attention="attn_pdrop"),
     )
     return decoder_model(backbone, c, task_type, tasks=("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"), head_bias=True)
 
@@ -79,6 +90,8 @@ def phi(c: Fields, task_type: str) -> Architecture:
     def layer(name: str, n_in: int, n_out: int) -> Module:
         return linear(f"layers.{{}}.{name}", n_in, n_out, True, layers)
 
+    rotary_dim = partial_rotary_dim(c, d, default=0.5)
+    attention = Attention(a, kv, d, qk_norm=qk_norm, rotary_dim=rotary_dim)
     norms = (layernorm(f"layers.{{}}.self_attn.{n}", d, layers=layers) for n in ("q_layernorm", "k_layernorm") if qk_norm)
     backbone = Backbone(
         model_type=c.str("model_type"),
@@ -96,12 +109,13 @@ def phi(c: Fields, task_type: str) -> Architecture:
             layernorm("layers.{}.input_layernorm", h, layers=layers),
             layernorm("final_layernorm", h),
         ),
-        blocks=(_block(layers, Attention(a, kv, d, qk_norm=qk_norm), Mlp("plain", i, c.str("hidden_act", default="gelu_new"))),),
+        blocks=(_block(layers, attention, Mlp("plain", i, c.str("hidden_act", default="gelu_new"))),),
         hidden_size=h,
         vocab_size=v,
         embedding="embed_tokens",
-        buffers=rotary_buffers("rotary_emb", partial_rotary_dim(c, d, default=0.5)),
+        buffers=rotary_buffers("rotary_emb", rotary_dim),
         prompt=PromptDims(len(layers), h, a, num_key_value_heads=kv, head_dim=c.optional_int("head_dim")),
+        dropout=_dropout(c, attention="attention_dropout"),
     )
     return decoder_model(backbone, c, task_type, head_bias=True)
 
@@ -115,9 +129,12 @@ def gpt_neox(c: Fields, task_type: str) -> Architecture:
     d = equal_head_dim(c, h, a)
     layers = c.layers("num_hidden_layers")
     bias = c.bool("attention_bias", default=True)
-    attention = Attention(a, a, d, fused_qkv=True)
+    rotary_dim = partial_rotary_dim(c, d, default=0.25, legacy="rotary_pct")
+    attention = Attention(a, a, d, fused_qkv=True, rotary_dim=rotary_dim)
     mlp = Mlp("plain", i, c.str("hidden_act", default="gelu"))
     parallel = c.bool("use_parallel_residual", default=True)
+    hidden = probability(c, "hidden_dropout")
+    classifier = probability(c, "classifier_dropout", default=NEOX_CLASSIFIER_DROPOUT)
     backbone = Backbone(
         model_type=c.str("model_type"),
         stem="GPTNeoX",
@@ -136,8 +153,9 @@ def gpt_neox(c: Fields, task_type: str) -> Architecture:
         hidden_size=h,
         vocab_size=v,
         embedding="embed_in",
-        buffers=rotary_buffers("rotary_emb", partial_rotary_dim(c, d, default=0.25, legacy="rotary_pct")),
+        buffers=rotary_buffers("rotary_emb", rotary_dim),
         prompt=prompt_dims(c, len(layers), h, a),
+        dropout=Dropout(hidden, probability(c, "attention_dropout"), embedding=hidden, classifier=classifier),
     )
     return decoder_model(backbone, c, task_type, token_cls="classifier")
 
@@ -145,3 +163,7 @@ def gpt_neox(c: Fields, task_type: str) -> Architecture:
 def _block(layers: tuple[int, ...], attention: Attention, mlp: Mlp) -> Block:
     """Attention and MLP side by side behind one norm."""
     return Block("decoder", layers, (attention,), mlp, "layernorm", parallel=True, shared_norm=True)
+
+
+def _dropout(c: Fields, *, attention: str) -> Dropout:
+    return Dropout(probability(c, "resid_pdrop"), probability(c, attention), embedding=probability(c, "embd_pdrop"))

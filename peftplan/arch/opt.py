@@ -6,11 +6,13 @@ Source: transformers 5.24, `models/opt/modeling_opt.py` and `configuration_opt.p
 from __future__ import annotations
 
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, attach, check_task, equal_head_dim, num_labels, prompt_dims
-from peftplan.arch.modules import Architecture, Attention, Block, Mlp, Module, embedding, layernorm, linear
+from peftplan.arch.heads import Backbone, attach, check_task, equal_head_dim, num_labels, probability, prompt_dims
+from peftplan.arch.modules import Architecture, Attention, Block, Dropout, Mlp, Module, embedding, layernorm, linear
 
 POSITION_OFFSET = 2
 """`OPTLearnedPositionalEmbedding` keeps two rows more than there are positions."""
+DROPOUT = 0.1
+"""`dropout` where the config does not state it; attention has its own, 0 by default."""
 
 
 def opt(c: Fields, task_type: str) -> Architecture:
@@ -75,4 +77,5 @@ def _backbone(c: Fields) -> Backbone:
         vocab_size=v,
         embedding="decoder.embed_tokens",
         prompt=prompt_dims(c, len(layers), h, a),
+        dropout=Dropout(probability(c, "dropout", default=DROPOUT), probability(c, "attention_dropout")),
     )

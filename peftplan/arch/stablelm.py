@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from peftplan.arch.decoder import Dims, attention_modules, decoder_backbone, gated_mlp, read_dims
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import decoder_model, equal_head_dim, partial_rotary_dim
-from peftplan.arch.modules import Architecture, Block, Mlp, Module, layernorm, linear
+from peftplan.arch.heads import decoder_model, equal_head_dim, partial_rotary_dim, probability
+from peftplan.arch.modules import Architecture, Block, Dropout, Mlp, Module, layernorm, linear
 
 
 def stablelm(c: Fields, task_type: str) -> Architecture:
@@ -40,6 +40,7 @@ def stablelm(c: Fields, task_type: str) -> Architecture:
         ),
         rotary_dim=partial_rotary_dim(c, n.d, default=0.25),
         norm=layernorm("norm", n.h),
+        dropout=Dropout(probability(c, "hidden_dropout"), probability(c, "attention_dropout")),
     )
     return decoder_model(backbone, c, task_type)
 
@@ -68,6 +69,11 @@ def starcoder2(c: Fields, task_type: str) -> Architecture:
             ),
         ),
         norm=layernorm("norm", n.h),
+        dropout=Dropout(
+            probability(c, "residual_dropout"),
+            probability(c, "attention_dropout"),
+            embedding=probability(c, "embedding_dropout"),
+        ),
     )
     return decoder_model(backbone, c, task_type, tie_word_embeddings=True)
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from peftplan.arch import catalogue
-from peftplan.arch.modules import Architecture, Buffer, Module, PromptDims
+from peftplan.arch.modules import NO_DROPOUT, Architecture, Buffer, Module, PromptDims
 from peftplan.arch.sources import load
 from peftplan.arch.table import from_table, load_table, to_table
 from peftplan.datafiles import DATA
@@ -59,7 +59,9 @@ def test_every_field_survives_the_round_trip() -> None:
 
 def test_an_adapters_architecture_survives_without_its_blocks() -> None:
     arch = load("gpt2")
-    assert from_table(to_table(arch)) == replace(arch, blocks=(), logits_ops=arch.logits_ops, name="", source="", notes=())
+    assert from_table(to_table(arch)) == replace(
+        arch, blocks=(), dropout=NO_DROPOUT, logits_ops=arch.logits_ops, name="", source="", notes=()
+    )
 
 
 def test_a_table_counts_what_the_index_states() -> None:
