@@ -20,6 +20,7 @@ from peftplan.planning.setup import Setup
 from peftplan.trace.differences import cuda_autocast
 from peftplan.trace.optimizers import Steps
 from peftplan.trace.quantized import TORCH_DTYPES
+from peftplan.trace.scaler import Scaler
 
 STEPS = 2
 """Optimizer steps of a trace: the first makes the states, the second is the steady state."""
@@ -129,15 +130,21 @@ def trl(run: Run) -> None:
 
 
 def _by_trainer(run: Run, compute_loss: Callable[[Run], torch.Tensor]) -> None:
+    """The loop of `Trainer` under accelerate, which scales the loss of fp16 training."""
+    scaler = Scaler(run.trainable[0].device) if run.setup.autocast == "fp16" else None
     for _ in range(run.steps):
         run.started = len(run.tracker.began)
         for _ in range(run.setup.gradient_accumulation_steps):
             loss = compute_loss(run)
-            run.backward(loss)
+            run.backward(loss if scaler is None else scaler.scaled(loss))
             del loss
         run.tracker.begin("step")
+        if scaler is not None:
+            scaler.unscale(run.trainable)
         nn.utils.clip_grad_norm_(run.trainable, MAX_GRAD_NORM, foreach=True)
         run.update()
+        if scaler is not None:
+            scaler.update()
 
 
 def _compute_loss(run: Run) -> torch.Tensor:

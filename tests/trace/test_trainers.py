@@ -133,3 +133,25 @@ def test_trl_leaves_only_magnitudes_in_fp32_on_a_quantized_base() -> None:
         "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight"
     }
     assert dtypes["base_model.model.lm_head.modules_to_save.default.weight"] == torch.bfloat16
+
+
+def test_fp16_training_holds_a_scale_and_a_counter() -> None:
+    """Four scalars of 512 bytes: scale and counter last, the mark of infinity and the inverse come with each step."""
+    trace = traced(llama(1), lora(["q_proj"]), trainer="transformers", dtype="fp16", autocast="fp16", seq_len=64)
+    without = traced(llama(1), lora(["q_proj"]), trainer="transformers", dtype="fp16", autocast="bf16", seq_len=64)
+    lasting = [m.storage for m in trace.log if m.kind == "alloc" and m.storage.op == "aten.full.default" and not m.storage.module]
+    assert {(s.dtype, s.nbytes) for s in lasting} == {("fp32", 4), ("int32", 4)}
+    more = trace.peak_by_phase["step"] - without.peak_by_phase["step"]
+    assert 0 < more <= 4 * 512
+
+
+def test_fp16_gradients_cannot_be_unscaled() -> None:
+    """torch: "Attempting to unscale FP16 gradients."."""
+    with pytest.raises(RefusedError, match="cannot unscale fp16 gradients"):
+        traced(llama(1), None, trainer="transformers", dtype="fp16", autocast="fp16", seq_len=64)
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))
+    weight.grad = torch.zeros_like(weight)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    with pytest.raises(ValueError, match="unscale FP16"):
+        scaler.unscale_(torch.optim.SGD([weight]))

@@ -1,0 +1,46 @@
+"""The gradient scaler of fp16 training: numbers on the device, and a refusal.
+
+Source: torch 2.13 `amp/grad_scaler.py`; accelerate 1.15 makes it for `mixed_precision="fp16"`. Gradients are unscaled in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from peftplan.errors import RefusedError
+
+INITIAL_SCALE = 2.0**16
+GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL = 2.0, 0.5, 2000
+
+
+class Scaler:
+    """`GradScaler`: a scale and a counter that last, their inverse and a mark of infinity per step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), INITIAL_SCALE, dtype=torch.float32, device=device)
+        self.growth_tracker = torch.full((), 0, dtype=torch.int32, device=device)
+        self.found_inf: torch.Tensor | None = None
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """`scale`: what backward starts from."""
+        return loss * self.scale
+
+    def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """`unscale_`. Raises RefusedError for fp16 gradients, as torch raises ValueError."""
+        inverse = self.scale.double().reciprocal().float()
+        self.found_inf = torch.full((), 0.0, dtype=torch.float32, device=self.scale.device)
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for parameter in parameters:
+            if parameter.grad is not None:
+                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        if torch.float16 in by_dtype:
+            raise RefusedError("autocast: fp16 training cannot unscale fp16 gradients; accepted: what trains in fp32, or bf16")
+        for gradients in by_dtype.values():
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found_inf, inverse)
+
+    def update(self) -> None:
+        """`update`: the scale for the next step."""
+        torch._amp_update_scale_(self.scale, self.growth_tracker, self.found_inf, GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL)
+        self.found_inf = None
