@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftplan.arch.modules import Architecture
@@ -31,40 +32,63 @@ MULTIPLES = (8, 32, 64, 128)
 """Multiples to which kernels round the sequence."""
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A job without its sizes: what always stands, what loading peaks at, and the timeline of a step."""
+
+    architecture: Architecture
+    timeline: Timeline
+    standing: Ledger
+    loading: Ledger
+    virtual_tokens: int
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding windows of the model's layers."""
+        return windows_of(self.architecture)
+
+
 def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Peaks:
     """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell."""
-    found, passing = compiled(job, parameters, static, compute_capability=compute_capability)
-    standing = Ledger(
-        tuple(line for line in static if line.category != "gradients" and line.place == "device")
-        + _workspaces(found.products, compute_capability)
-    )
-    named = sizes(job.setup)
-    loaded = (line for line in standing if line.category not in ("optimizer_states", "workspaces"))
-    ledgers = {"load": Ledger((*loaded, *passing))}
-    for phase, (_, end) in found.peaks(named, standing.bytes()).items():
-        ledgers[phase] = standing + Ledger(found.lines(end, named))
+    found = compiled(job, parameters, static, compute_capability=compute_capability)
+    named = sizes(job.setup.batch_size, job.setup.seq_len, virtual_tokens=found.virtual_tokens)
+    ledgers = {"load": found.loading}
+    for phase, (_, end) in found.timeline.peaks(named, found.standing.bytes()).items():
+        ledgers[phase] = found.standing + Ledger(found.timeline.lines(end, named))
     return Peaks(ledgers=ledgers)
 
 
-COMPILED: OrderedDict[tuple[Any, ...], tuple[Architecture, Timeline, tuple[Line, ...]]] = OrderedDict()
-"""Timelines of the last jobs, and what loading takes: they hold for every batch and sequence on the same side of what `_shape_facts` tells."""
+COMPILED: OrderedDict[tuple[Any, ...], Compiled] = OrderedDict()
+"""The last jobs without their sizes: each holds wherever `shape_facts` are the same."""
 COMPILED_KEPT = 256
 
 
-def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> tuple[Timeline, tuple[Line, ...]]:
-    """The timeline of a job and what loading takes in passing, made once for all sizes that run the same operations."""
+def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Compiled:
+    """The job made ready for all sizes that run the same operations, once."""
     setup = job.setup
+    facts = shape_facts(setup.batch_size, setup.seq_len, windows_of(job.architecture))
+    described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
     key = (
-        id(job.architecture), job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability, *_shape_facts(job),
-        *(getattr(setup, name) for name in Setup.model_fields if name not in SIZES),
-    )  # fmt: skip
+        id(job.architecture),
+        *described,
+        *facts,
+        *(getattr(setup, name) for name in Setup.model_fields if name not in ("batch_size", "seq_len")),
+    )
     if key in COMPILED:
         COMPILED.move_to_end(key)
-        return COMPILED[key][1:]
+        return COMPILED[key]
     _check(job)
+    COMPILED[key] = found = _compile(job, parameters, static, compute_capability=compute_capability)
+    if len(COMPILED) > COMPILED_KEPT:
+        COMPILED.popitem(last=False)
+    return found
+
+
+def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Compiled:
+    setup, architecture = job.setup, job.architecture
     model = Model(
         Tape(autocast=None if setup.autocast == "none" else setup.autocast),
-        job.architecture,
+        architecture,
         parameters,
         job.adaptation,
         _running(job, compute_capability),
@@ -72,25 +96,31 @@ def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         adapter=ADAPTERS.get(str(job.method and job.method.peft_type)),
     )
     steady_step(model, Program(setup.trainer, bool(setup.keep_outputs), parse_optim(str(setup.optim))))
-    found = timeline(model.tape, model.stacks, vocab=job.architecture.vocab_size)
-    buffers = Ledger(tuple(line for line in static if line.category == "buffers"))
+    found = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
+    lasting = tuple(line for line in static if line.category != "gradients" and line.place == "device")
+    buffers = Ledger(tuple(line for line in lasting if line.category == "buffers"))
     doubled = job.quant is not None and bool(job.quant.double_quant)
-    passing = load_passing(parameters, buffers, dtype=job.setup.dtype, doubled=doubled)
-    COMPILED[key] = (job.architecture, found, passing)
-    if len(COMPILED) > COMPILED_KEPT:
-        COMPILED.popitem(last=False)
-    return found, passing
+    loaded = tuple(line for line in lasting if line.category != "optimizer_states")
+    return Compiled(
+        architecture,
+        found,
+        standing=Ledger(lasting + _workspaces(found.products, compute_capability)),
+        loading=Ledger(loaded + load_passing(parameters, buffers, dtype=setup.dtype, doubled=doubled)),
+        virtual_tokens=model.virtual_tokens,
+    )
 
 
-SIZES = ("batch_size", "seq_len")
-"""Fields of the setup that only size tensors, but for `_shape_facts`."""
+def windows_of(architecture: Architecture) -> tuple[int, ...]:
+    """The sliding windows of a model's layers, each once."""
+    return tuple(sorted({a.window for block in architecture.blocks for a in block.attentions if a.window}))
 
 
-def _shape_facts(job: Job) -> tuple[bool, ...]:
-    """What of batch and sequence decides which operations run: one sequence, a ragged mask, windows shorter than the sequence."""
-    b, s = job.setup.batch_size, job.setup.seq_len
-    windows = sorted({a.window for block in job.architecture.blocks for a in block.attentions if a.window})
-    return (b > 1, s % MASK_MULTIPLE > 0, *(s > window for window in windows))
+def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...]) -> tuple[Any, ...]:
+    """What of batch and sequence decides which operations run: one sequence, a ragged mask, windows shorter than the sequence.
+
+    Whole numbers or arrays of them.
+    """
+    return (batch_size > 1, seq_len % MASK_MULTIPLE > 0, *(seq_len > window for window in windows))
 
 
 def _check(job: Job) -> None:
@@ -122,10 +152,10 @@ def _running(job: Job, compute_capability: str) -> Running:
     )
 
 
-def sizes(setup: Setup) -> dict[str, int]:
-    """The named sizes of a setup."""
-    b, s = setup.batch_size, setup.seq_len
-    return {"b": b, "s": s, **{f"s%{multiple}": -(-s // multiple) * multiple for multiple in MULTIPLES}}
+def sizes(b: Any, s: Any, *, virtual_tokens: int = 0) -> dict[str, Any]:
+    """The named sizes of a batch of b sequences of s tokens, numbers or arrays: k is the sequence with virtual tokens."""
+    found = {"b": b, "s": s, "k": s + virtual_tokens}
+    return found | {f"{name}%{m}": -(-found[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
 
 
 def _workspaces(products: Iterable[tuple[str, str]], compute_capability: str) -> tuple[Line, ...]:

@@ -1,0 +1,60 @@
+"""An estimate at other sizes: one, or a grid of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peftplan.errors import InputError, MissingExtraError
+from peftplan.memory.grid import Moments
+from peftplan.planning.analytic import Compiled, shape_facts, sizes
+
+try:
+    import numpy as np
+except ImportError:
+    raise MissingExtraError("a grid of sizes (numpy)", "sweep") from None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Peaks of one job at many sizes; arrays have the broadcast shape of `batch_size` and `seq_len`, bytes as int64."""
+
+    batch_size: Any
+    seq_len: Any
+    peak_by_phase: dict[str, Any]
+
+    @property
+    def peak_allocated(self) -> Any:
+        """The overall peak at each point."""
+        return np.maximum.reduce(list(self.peak_by_phase.values()))
+
+
+def evaluate(compile_at: Callable[[int, int], Compiled], *, batch_size: Any, seq_len: Any) -> Grid:
+    """The peaks at every pair of `batch_size` and `seq_len` (whole numbers or arrays of them, broadcast against each other).
+
+    `compile_at` compiles the job at one size; points that run the same operations share what it returns. Raises InputError for
+    sizes below 1.
+    """
+    b, s = np.broadcast_arrays(np.asarray(batch_size), np.asarray(seq_len))
+    for name, values in (("batch_size", b), ("seq_len", s)):
+        if values.dtype.kind not in "iu" or values.size == 0 or values.min() < 1:
+            raise InputError(name, values.tolist(), "accepted: whole numbers of at least 1")
+    flat = {"b": b.astype(np.int64).ravel(), "s": s.astype(np.int64).ravel()}
+    first = compile_at(int(flat["b"][0]), int(flat["s"][0]))
+    facts = shape_facts(flat["b"], flat["s"], first.windows)
+    codes: Any = sum(np.asarray(fact).astype(np.int64) << bit for bit, fact in enumerate(facts))
+    found: dict[str, Any] = {}
+    for code in np.unique(codes):
+        points = np.flatnonzero(codes == code)
+        part = {name: values[points] for name, values in flat.items()}
+        compiled = compile_at(int(part["b"][0]), int(part["s"][0]))
+        for phase, values in _peaks(compiled, part).items():
+            found.setdefault(phase, np.empty(len(codes), dtype=np.int64))[points] = values
+    return Grid(b, s, {phase: values.reshape(b.shape) for phase, values in found.items()})
+
+
+def _peaks(compiled: Compiled, at: dict[str, Any]) -> dict[str, Any]:
+    named = sizes(at["b"], at["s"], virtual_tokens=compiled.virtual_tokens)
+    loading = np.full(len(at["b"]), compiled.loading.bytes())
+    return {"load": loading, **Moments(compiled.timeline).peaks(named, compiled.standing.bytes())}
