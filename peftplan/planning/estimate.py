@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -67,67 +69,65 @@ def estimate(
         training_args=training_args,
         **options,
     )
-    architecture, adaptation, quant, setup = job.architecture, job.adaptation, job.quant, job.setup
-    chosen, config, adapter = job.method, job.config, job.adapter
-    built, static = _static(architecture, adaptation, quant, setup)
+    built, static = _static(job.architecture, job.adaptation, job.quant, job.setup)
     cards = find_cards(gpu)
-    found = (
-        _analytic(job, built, static, cards)
-        if engine == "analytic"
-        else _traced(
-            model, architecture, (chosen, config, adapter), adaptation, quant, setup, cards, record=record, progress=progress
-        )
-    )
+    if engine == "trace":
+        return _estimated(job, built, static, cards, _traced(job, cards, record=record, progress=progress), engine=engine)
+    return _analytic(job, built, static, cards)
+
+
+def _estimated(
+    job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu], found: Peaks | str, *, engine: Engine
+) -> Estimate:
+    """The result; `found` are the peaks, or what part of the job has none."""
     peaks = None if isinstance(found, str) else found
-    assumptions = _assumptions(setup, quant, architecture, adaptation, quantized=built.quantized)
+    assumptions = _assumptions(job.setup, job.quant, job.architecture, job.adaptation, quantized=built.quantized)
     if peaks is not None:
         assumptions |= {"compute_capability": capability(cards), **peaks.assumed}
     return Estimate(
         engine=engine,
-        model=_model_facts(architecture),
+        model=_model_facts(job.architecture),
         method={
-            "name": chosen.name if chosen else str(adapter.get("peft_type")).lower(),
-            "config": _config_facts(config, adapter),
+            "name": job.method.name if job.method else str(job.adapter.get("peft_type")).lower(),
+            "config": _config_facts(job.config, job.adapter),
         },
         parameters=built,
-        adaptation=adaptation,
+        adaptation=job.adaptation,
         static=static,
         assumptions=assumptions,
         not_modelled=OUTSIDE if peaks is not None else (f"{found} (--engine trace knows)", *NOT_COUNTED),
         gpus=tuple(verdict(card, static.bytes(), peaks) for card in cards),
         peaks=peaks,
-        resize=None if engine == "trace" or peaks is None else partial(_at, job, built, static, cards, gpu),
+        resize=None if engine == "trace" or peaks is None else partial(_at, job, built, static, cards),
     )
 
 
-def _at(
-    job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu], gpu: Any, batch_size: Any, seq_len: Any
-) -> Any:
+def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu]) -> Estimate:
+    """The estimate by formula, without peaks where a part of the job has none."""
+    from peftplan.planning.analytic import analytic_peaks
+
+    found: Peaks | str
+    try:
+        found = analytic_peaks(job, built, static, compute_capability=capability(cards))
+    except NeedsTraceError as missing:
+        found = str(missing)
+    return _estimated(job, built, static, cards, found, engine="analytic")
+
+
+def _at(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu], batch_size: Any, seq_len: Any) -> Any:
     """The job at other sizes: an Estimate for whole numbers, a Grid for arrays."""
     b = job.setup.batch_size if batch_size is None else batch_size
     s = job.setup.seq_len if seq_len is None else seq_len
 
-    def at(b: int, s: int) -> Job:
+    def at(b: Any, s: Any) -> Job:
         return replace(job, setup=parse_setup({**job.setup.model_dump(), "batch_size": b, "seq_len": s}))
 
-    if all(isinstance(size, int) for size in (b, s)):
-        return _estimated(at(b, s), built, static, cards)
+    if not hasattr(b, "shape") and not hasattr(s, "shape"):
+        return _analytic(at(b, s), built, static, cards)
     from peftplan.planning.analytic import compiled
     from peftplan.planning.grid import evaluate
 
-    return evaluate(
-        lambda b, s: compiled(at(b, s), built, static, compute_capability=capability(cards)), batch_size=b, seq_len=s
-    )
-
-
-def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu]) -> Peaks | str:
-    """The peaks by formula, or what part of the job has none."""
-    from peftplan.planning.analytic import analytic_peaks
-
-    try:
-        return analytic_peaks(job, built, static, compute_capability=capability(cards))
-    except NeedsTraceError as missing:
-        return str(missing)
+    return evaluate(lambda b, s: compiled(at(b, s), built, static, compute_capability=capability(cards)), batch_size=b, seq_len=s)
 
 
 def prepare(
@@ -291,25 +291,16 @@ def _config_of(model: Any, setup: Setup) -> dict[str, Any]:
     return {**architectures.load_config(model), **labels}
 
 
-def _traced(
-    model: Any,
-    architecture: Architecture,
-    chosen: tuple[methods.Method | None, MethodConfig | None, dict[str, Any]],
-    adaptation: Adaptation,
-    quant: QuantConfig | None,
-    setup: Setup,
-    cards: list[Gpu],
-    **how: Any,
-) -> Peaks:
+def _traced(job: Job, cards: list[Gpu], **how: Any) -> Peaks:
     """The peaks of the trace engine, with the kernels of the first card."""
     from peftplan.planning.traced import as_peft_config, trace_peaks
 
     return trace_peaks(
-        _config_of(model, setup),
-        architecture=architecture,
-        peft_config=as_peft_config(*chosen, adaptation),
-        quant=quant,
-        setup=setup,
+        _config_of(job.model, job.setup),
+        architecture=job.architecture,
+        peft_config=as_peft_config(job.method, job.config, job.adapter, job.adaptation),
+        quant=job.quant,
+        setup=job.setup,
         compute_capability=capability(cards),
         **how,
     )

@@ -43,8 +43,6 @@ class Peaks:
     recording: Recording | None = field(default=None, repr=False, compare=False)
     assumed: Mapping[str, Any] = field(default_factory=dict)
     """What the engine took for granted besides the setup: what else a sample holds, which kernels ran."""
-    assumed: Mapping[str, Any] = field(default_factory=dict)
-    """What the engine took for granted besides the setup: what else a sample holds, which kernels ran."""
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
