@@ -77,7 +77,8 @@ def trace_peaks(
 
 def _without(packages: tuple[str, ...]) -> dict[str, str]:
     """Which optional packages the trace ran without: their kernels keep other tensors than the torch code in their place."""
-    return {"kernels": f"torch code in place of the kernels of {', '.join(packages)}, which are not installed"} if packages else {}
+    names = ", ".join(packages)
+    return {"kernels": f"torch code in place of the kernels of {names}, which are not installed"} if packages else {}
 
 
 def _unknown(unknown_ops: Mapping[str, int]) -> tuple[str, ...]:

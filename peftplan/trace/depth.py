@@ -1,7 +1,7 @@
 """Deep models at the price of shallow ones: two traces of few layers, and the log of many made from them (`expand`).
 
-Only where all layers of a stack are alike: same modules, same shapes, same settings. A model may have two such stacks (encoder and
-decoder, vision tower and text); any other is traced in full.
+Only where all layers of a stack are alike: same modules, same shapes, same settings. A model may have two such stacks (encoder
+and decoder, vision tower and text); any other is traced in full.
 """
 
 from __future__ import annotations

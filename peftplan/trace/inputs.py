@@ -103,9 +103,9 @@ def _sound(model: Any, setup: Setup) -> Inputs:
     """Raw samples of the longest clip that the examples keep, or the spectrogram of the size that the config states."""
     b, config = setup.batch_size, model.config
     if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
-        shape, facts = (b, config.max_length, config.num_mel_bins), {"mel_frames": config.max_length}
-        sound = torch.zeros(shape, dtype=_dtype(model, setup))
-        return Inputs({"input_values": sound, **labels(model, frozenset({"labels"}), b, 1)}, frozenset(), dict(facts))
+        sound = torch.zeros((b, config.max_length, config.num_mel_bins), dtype=_dtype(model, setup))
+        batch = {"input_values": sound, **labels(model, frozenset({"labels"}), b, 1)}
+        return Inputs(batch, frozenset(), {"mel_frames": config.max_length})
     samples = MAX_SECONDS * SAMPLING_RATE
     frames = int(model._get_feat_extract_output_lengths(torch.tensor(samples)))
     tokens = min(setup.seq_len, frames)
@@ -123,7 +123,7 @@ def _masked_frames(config: Any, frames: int) -> int:
     if not getattr(config, "apply_spec_augment", False) or not config.mask_time_prob:
         return 0
     spans = max(int(config.mask_time_prob * frames / config.mask_time_length), config.mask_time_min_masks)
-    return spans * config.mask_time_length
+    return int(spans * config.mask_time_length)
 
 
 def _pictures(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
@@ -198,8 +198,8 @@ def max_positions(model: Any, *, side: str = "") -> int | None:
             continue
         if isinstance(module, nn.Embedding) and _counts_positions(parts[-1]):
             found.append(_rows(module))
-        elif "embed_positions" in module._buffers:
-            found.append(module._buffers["embed_positions"].shape[0])
+        elif isinstance(table := module._buffers.get("embed_positions"), torch.Tensor):
+            found.append(table.shape[0])
     return min(found, default=None)
 
 
@@ -210,5 +210,5 @@ def _counts_positions(leaf: str) -> bool:
 def _rows(table: nn.Embedding) -> int:
     """Positions that a table holds: OPT and BART skip `offset` rows, RoBERTa the rows up to the padding's."""
     if hasattr(table, "offset"):
-        return table.num_embeddings - int(table.offset)
+        return table.num_embeddings - int(str(table.offset))
     return table.num_embeddings if table.padding_idx is None else table.num_embeddings - table.padding_idx - 1

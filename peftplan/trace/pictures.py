@@ -75,7 +75,7 @@ def _with_text(tokens: Callable[[Any], int], *, token_types: bool = False) -> Ca
 def _patches(config: Any) -> int:
     height, width = _size(config.vision_config)
     size = config.vision_config.patch_size
-    return (height // size) * (width // size)
+    return int(height // size) * int(width // size)
 
 
 def _llava_tokens(config: Any) -> int:

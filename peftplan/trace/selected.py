@@ -27,16 +27,17 @@ class Selected(TorchDispatchMode):
         if self._rows is None:
             return func(*args, **kwargs)
         if func is aten.index.Tensor and any(map(_is_mask, args[1])):
-            return func(args[0], [place for index in args[1] for place in self._places(index)])
+            return func(args[0], [place for index in args[1] for place in _places(index, self._rows)])
         if func is aten.unique_consecutive.default:
             return args[0].new_empty(1), args[0].new_empty(0), args[0].new_empty(0)
         return func(*args, **kwargs)
 
-    def _places(self, index: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """A mask's true places, one tensor of positions per dim; any other index as it is."""
-        if index is None or not _is_mask(index):
-            return [index]
-        return [index.new_empty(self._rows, dtype=torch.int64) for _ in range(index.dim())]
+
+def _places(index: torch.Tensor | None, rows: int) -> list[torch.Tensor | None]:
+    """A mask's true places, one tensor of positions per dim; any other index as it is."""
+    if index is None or not _is_mask(index):
+        return [index]
+    return [index.new_empty(rows, dtype=torch.int64) for _ in range(index.dim())]
 
 
 def _is_mask(index: torch.Tensor | None) -> bool:
