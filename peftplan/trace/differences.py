@@ -9,6 +9,10 @@
 | autocast | CUDA runs softmax, norms, sums, powers and losses in fp32, CPU fewer of them (autocast_mode.h) | `FP32_UNDER_CUDA` |
 | `torch.is_autocast_enabled()` | without an argument it asks about CUDA | `as_on_cuda` |
 | masks | transformers builds a full mask for fake tensors (`is_tracing`), none for real unpadded ones | `as_on_cuda` |
+| backward of indexing | under a mode a copy of the zeros (FunctionsManual.cpp), else in place | `in_place` |
+| `tensor[mask]` | its size is data: fake tensors refuse | `scored.Rows`, `flash.Picked` |
+| TRL's chunked loss | without Triton each tile is copied to fp32, and so are factors of products | `losses.ChunkedLogProbs` |
+| flash-attn, Liger, Unsloth | kernels of packages that need CUDA | `flash`, `losses`, `unsloth` |
 
 Left out: scalars that live on the host on CUDA count here as 512 bytes each where the tracker cannot tell; staging buffers of
 large reductions, sorts of an embedding's gradient: temporaries of a few MB inside one kernel.
@@ -121,6 +125,26 @@ KERNEL_TEMPORARIES: dict[Any, Callable[..., torch.Tensor]] = {
     torch.ops.aten._softmax_backward_data.default: lambda grad, output, dim, input_dtype: grad,
 }
 """Operations whose CUDA kernel takes a further tensor while it runs → the argument that it is as large as."""
+
+
+_ATEN = torch.ops.aten
+IN_PLACE: dict[tuple[str, Any], Any] = {
+    ("IndexBackward0", _ATEN.index_put.default): _ATEN.index_put_.default,
+    ("IndexSelectBackward0", _ATEN.index_add.default): _ATEN.index_add_.default,
+    ("GatherBackward0", _ATEN.scatter_add.default): _ATEN.scatter_add_.default,
+    **{(f"{name}Backward0", _ATEN.scatter.src): _ATEN.scatter_.src for name in ("Max", "Min", "Topk", "Sort")},
+}
+"""(node of autograd, operation) → the operation that it does to the zeros it just made where no mode watches
+(`areAnyTensorSubclassLike`, torch 2.13 torch/csrc/autograd/FunctionsManual.cpp)."""
+_COPYING = frozenset(op for _, op in IN_PLACE)
+
+
+def in_place(func: Any) -> Any:
+    """The operation that runs on CUDA where this one runs under a mode."""
+    if func not in _COPYING:
+        return func
+    node = torch._C._current_autograd_node()
+    return func if node is None else IN_PLACE.get((node.name(), func), func)
 
 
 def in_fp32(func: Any, args: Any, kwargs: Any) -> Any:

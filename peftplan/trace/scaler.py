@@ -42,5 +42,7 @@ class Scaler:
 
     def update(self) -> None:
         """`update`: the scale for the next step."""
-        torch._amp_update_scale_(self.scale, self.growth_tracker, self.found_inf, GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL)
+        if self.found_inf is not None:
+            growth = GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL
+            torch._amp_update_scale_(self.scale, self.growth_tracker, self.found_inf, *growth)
         self.found_inf = None

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftplan.dtypes import parse_dtype
 from peftplan.memory.ledger import Category
+from peftplan.trace.differences import in_place
 
 AUTOGRAD = "autograd"
 """The module of nodes that no forward made: accumulation of gradients."""
@@ -107,6 +108,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.data_dependent[self.module] = self.data_dependent.get(self.module, 0) + 1
             return self._scalar(args[0])
         self._enter_op()
+        func = in_place(func)
         self._before(self, func, args)
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
