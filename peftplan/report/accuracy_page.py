@@ -14,7 +14,7 @@ from peftplan.accuracy.engines import NOT_EXPRESSIBLE, OVERALL, Case, read_cases
 from peftplan.accuracy.records import Record
 from peftplan.planning.setup import Engine
 from peftplan.report import accuracy, accuracy_plots
-from peftplan.report.accuracy_text import DEFINITIONS, INTRO, OTHERS, PEERS_INTRO
+from peftplan.report.accuracy_text import CAUSES, DEFINITIONS, INTRO, OTHERS, OTHERS_COLUMNS, OTHERS_ROWS, PEERS_INTRO
 from peftplan.report.markdown import table
 
 PAGE = Path("docs") / "accuracy.md"
@@ -47,14 +47,9 @@ def stored_answers(engine: Engine) -> list[Answer]:
 def text(answers: dict[Engine, list[Answer]]) -> str:
     """The whole page."""
     cases = read_cases([])
-    parts = [
-        INTRO,
-        *_engines(answers),
-        *_runs(cases),
-        *_other_tools([case.record for case in cases], answers),
-        OTHERS,
-        DEFINITIONS,
-    ]
+    others = [OTHERS, table(OTHERS_COLUMNS, OTHERS_ROWS)]
+    tools = _other_tools([case.record for case in cases], answers)
+    parts = [INTRO, *_engines(answers), CAUSES, *_runs(cases), *tools, *others, DEFINITIONS]
     return "\n\n".join(parts) + "\n"
 
 

@@ -27,6 +27,17 @@ DEFINITIONS = """## What the words mean
   `fits` means that at least 5 % of the card are left over; less is `tight`, which is wrong on neither card.
 - Sources print with few digits: half the last digit is granted to a tolerance, not to the drift shown here."""
 
+CAUSES = """## Known causes of drift
+
+- fitcheck-llm's sdpa runs: its program pins the memory-efficient kernel and expands grouped keys and values for it. Without
+  that, sdpa with grouped queries runs the math kernel on a T4, which holds the matrix of scores; that is what the engines state.
+- fms-acceleration, transformers 4.39: 0.50 GiB more than with 4.43 in full fine-tuning, whatever the batch (67.961 against
+  67.461 GiB). Why is not known.
+- fms-acceleration, transformers 4.48.1: LoRA, and QLoRA without kbit preparation, take about 64,000 bytes per token more than
+  with 4.45.2, which is one more 16-bit tensor of logits (32,000 entries).
+- peft's benchmark: [the drift of traces](trace-drift.md) replays what a setup cannot say, outputs that outlive the step and
+  `empty_cache` between steps."""
+
 OTHERS = """## Published records of others
 
 What was published about predictors of training memory, each on its own test set. The sets differ from this one: none of them

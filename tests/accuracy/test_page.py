@@ -37,7 +37,7 @@ def test_written_twice_it_is_the_same(tmp_path: Path) -> None:
         accuracy_page.write(tmp_path / name)
         written.append({path.name: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()})
     assert written[0] == written[1]
-    assert {"accuracy.md", "drift.svg", "trace.svg"} <= set(written[0])
+    assert {"accuracy.md", "drift.svg"} <= set(written[0])
     assert b"<dc:date>" not in written[0]["drift.svg"]
 
 
