@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -16,6 +16,7 @@ from peftplan.hardware.context import DEFAULT_CAPABILITY
 from peftplan.memory.ledger import Category
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
+from peftplan.trace import losses
 from peftplan.trace.allocator import Event, Replay, replay
 from peftplan.trace.attention import Capability
 from peftplan.trace.ctc import ctc_on_cuda
@@ -24,6 +25,7 @@ from peftplan.trace.differences import KERNEL_TEMPORARIES, CudaLike, as_on_cuda
 from peftplan.trace.expand import NotRepeatingError, Sample, grown
 from peftplan.trace.experts import experts_on
 from peftplan.trace.fake import to_fake
+from peftplan.trace.flash import flash_attn_installed
 from peftplan.trace.inputs import Inputs, inputs
 from peftplan.trace.kernels import kernel_packages
 from peftplan.trace.load import load
@@ -111,8 +113,8 @@ def trace(
 ) -> Traced:
     """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors.
 
-    `peft_config`: a peft config object or an adapter_config dict; None trains every parameter. `setup` is resolved
-    (`planning.setup.resolved`). `device` is a compute capability, which decides kernels and workspaces.
+    `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains every
+    parameter. `setup` is resolved (`planning.setup.resolved`). `device` is a compute capability, which decides kernels and workspaces.
     `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. `earlier_seq_lens`: lengths of
     the steps before the counted one, one per step; without them one step of the same length. A model of identical layers is
     traced at two small depths and its log made from them, unless `full_depth`. `progress` is told what runs and how much is done.
@@ -131,7 +133,7 @@ def trace(
 
 
 def _by_stacks(run: Callable[..., Traced], config: Mapping[str, Any], stacks: tuple[Stack, ...], tell: Tell) -> Traced:
-    """The trace of a model, each of its repeating stacks made from two small depths; one that does not repeat is traced in full."""
+    """The trace of a model, each repeating stack made from two small depths; one that does not repeat is traced in full."""
     if not stacks:
         return run(config, tell=tell)
     stack, *rest = stacks
@@ -184,17 +186,18 @@ def _run(
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup)
     given = inputs(built.base, setup)
     earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in earlier_seq_lens]
+    losses.install(built.base, loss=setup.loss, prompt=losses.prompt_tokens(built.model), capability=capability)
     lengths = given.tokens.union(*(of_step.tokens for of_step in earlier))
     tracker = _tracker(built, replace(given, tokens=lengths), setup, capability)
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode)
-    with ExitStack() as stack:
-        stack.enter_context(mode)
-        stack.enter_context(CudaLike(capability=capability, autocast=setup.autocast != "none"))
-        for context in (as_on_cuda(), experts_on(capability), ctc_on_cuda(), Selected(given.selected), tracker):
-            stack.enter_context(context)
-        stack.enter_context(on_fake_tensors(from_host=adapter_from_host(setup, quant)))
+    with (
+        _as_on_card(mode, capability, autocast=setup.autocast != "none"),
+        Selected(given.selected),
+        tracker,
+        on_fake_tensors(from_host=adapter_from_host(setup, quant)),
+    ):
         load(built, tracker, setup, quant)
         optimizer = make_optimizer(setup, built.model, tracker)
         run = Run(built.model, given.batch, optimizer, tracker, setup, outputs_outlive_step)
@@ -225,13 +228,29 @@ def _run(
     )
 
 
+@contextmanager
+def _as_on_card(mode: FakeTensorMode, capability: Capability, *, autocast: bool) -> Iterator[None]:
+    """Fake tensors, and torch, transformers and flash-attn as they are on a card."""
+    with (
+        mode,
+        CudaLike(capability=capability, autocast=autocast),
+        as_on_cuda(),
+        flash_attn_installed(),
+        experts_on(capability),
+        ctc_on_cuda(),
+    ):
+        yield
+
+
 def _tracker(built: Built, given: Inputs, setup: Setup, capability: Capability) -> Tracker:
     tokens = _token_counts(built, given, setup)
     vocab = getattr(built.hf_config.get_text_config(decoder=True), "vocab_size", None)
 
+    parts = losses.tiles(setup.loss, tokens=tokens, config=built.hf_config)
 
     def is_logits(tensor: torch.Tensor) -> bool:
-        return tensor.dim() > 1 and tensor.shape[-1] == vocab and tensor.numel() // vocab in tokens
+        whole = tensor.dim() > 1 and tensor.shape[-1] == vocab and tensor.numel() // vocab in tokens
+        return whole or tuple(tensor.shape) in parts
 
     tracker = Tracker(
         is_logits=is_logits,

@@ -15,6 +15,7 @@ import torch
 
 from peftplan.errors import RefusedError
 from peftplan.memory.ledger import Category
+from peftplan.methods.adaptation import Adaptation
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig, quantized_modules
 from peftplan.trace.count import COPIES, LORAFA_LR, PREFIXES, _config_object, stand_ins
@@ -22,6 +23,7 @@ from peftplan.trace.meta import build_config, build_model, model_class, quiet_tr
 from peftplan.trace.peft_steps import LORAFA
 from peftplan.trace.quantized import QUANT_TENSORS, TORCH_DTYPES, quantize
 from peftplan.trace.reasons import reason
+from peftplan.trace.reference import apply_reference
 from peftplan.trace.walk import kind_of, ties_of
 
 FLASH_ATTENTION = "flash_attention_2"
@@ -47,7 +49,7 @@ class Built:
 def build(
     config: Mapping[str, Any], *, task_type: str | None, peft_config: Any, quant: QuantConfig | None, setup: Setup
 ) -> Built:
-    """Build the model that `setup` describes. `peft_config` None trains every parameter."""
+    """Build the model that `setup` describes. `peft_config` None trains every parameter; an `Adaptation` is one that peft lacks."""
     with quiet_transformers():
         hf_config = build_config(config, name="model")
         cls = model_class(config, hf_config, name="model", task_type=task_type)
@@ -59,7 +61,7 @@ def build(
             _mark_quantized(base)
         if setup.attn_implementation == FLASH_ATTENTION:
             if not base._supports_flash_attn:
-                raise RefusedError(f"attn_implementation: {cls.__name__} has no flash_attention_2 in transformers; accepted: sdpa, eager")
+                raise RefusedError(f"attn_implementation: {cls.__name__} has no flash_attention_2; accepted: sdpa, eager")
             for part in (base.config, *_sub_configs(base.config)):
                 part._attn_implementation_internal = FLASH_ATTENTION
         original = {id(p) for p in base.parameters()}
@@ -68,9 +70,19 @@ def build(
             raise RefusedError(f"gradient_checkpointing: {cls.__name__} does not support it in transformers; accepted: off")
         if setup.gradient_checkpointing:
             base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": setup.use_reentrant})
-        model = base if peft_config is None else _adapt(base, peft_config, task_type, quant, setup)
+        model = _adapted(base, peft_config, task_type, quant, setup)
     model.train()
-    return _described(model, base, original, upcast, prefixed=peft_config is not None)
+    return _described(model, base, original, upcast, prefixed=not (peft_config is None or isinstance(peft_config, Adaptation)))
+
+
+def _adapted(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfig | None, setup: Setup) -> Any:
+    """The base as it is, or with the adapter of peft or of ours (`reference`)."""
+    if peft_config is None:
+        return base
+    if isinstance(peft_config, Adaptation):
+        with torch.device("meta"):
+            return apply_reference(base, peft_config, dtype=TORCH_DTYPES[str(setup.adapter_dtype)])
+    return _adapt(base, peft_config, task_type, quant, setup)
 
 
 def _load_dtype(model: Any, dtype: str) -> None:
@@ -111,7 +123,7 @@ def _quantized(model: Any, quant: QuantConfig) -> set[str]:
 
 
 def _mark_quantized(model: Any) -> None:
-    """As transformers marks configs (`_assign_is_quantized`): some models then call layers whose weights they else multiply by."""
+    """As transformers marks configs (`_assign_is_quantized`): some models then call layers whose weight they else multiply by."""
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         config._is_quantized = True
 
