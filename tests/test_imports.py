@@ -39,7 +39,7 @@ TERMINAL = {"click": ("cli",), "rich": ("report",), "matplotlib": ("report",)}
 
 
 class Import(NamedTuple):
-    """One import statement: what it names, and whether it runs only when a function is called."""
+    """One import statement: what it names, and whether it runs only when a function is called, or never (`TYPE_CHECKING`)."""
 
     name: str
     lazy: bool
@@ -60,7 +60,8 @@ def imports(tree: ast.AST, *, package: str, lazy: bool = False) -> Iterator[Impo
             if isinstance(text, ast.Constant):
                 yield Import(str(text.value), lazy, node.lineno)
         in_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        yield from imports(node, package=package, lazy=lazy or in_function)
+        never_runs = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        yield from imports(node, package=package, lazy=lazy or in_function or never_runs)
 
 
 def room_of(name: str) -> str | None:
