@@ -24,6 +24,7 @@ from peftplan.planning.traced import as_peft_config
 from peftplan.storage import QuantConfig
 from peftplan.trace.count import COPIES, LORAFA_LR, _config_object
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.trace.peft_steps import LORAFA, lorafa_optimizer
 from peftplan.trace.quantized import TORCH_DTYPES
 
 MEASURED = ("nf4", "fp4", "int8")
@@ -35,6 +36,8 @@ SCALE = 0.02
 """Standard deviation of the weights, that of transformers' `initializer_range`: activations stay finite."""
 
 
+TOTAL_STEPS = 1000
+"""Steps that AdaLoRA is told to plan for where nothing is said: it changes when ranks are cut, and no byte."""
 MAGNITUDE = "lora_magnitude_vector"
 
 
@@ -69,7 +72,9 @@ def make(job: Job, device: torch.device) -> Made:
         if job.quant is not None and setup.kbit_prepare:
             _kbit_prepare(base)
         if setup.gradient_checkpointing:
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            if not base.supports_gradient_checkpointing:
+                raise RefusedError(f"gradient_checkpointing: {type(base).__name__} does not support it; accepted: off")
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": setup.use_reentrant})
         losses.install(base, setup)
         peft_config = as_peft_config(job.method, job.config, job.adapter, job.adaptation)
         model = base if peft_config is None else adapt(base, peft_config, job)
@@ -149,17 +154,19 @@ def _kbit_prepare(model: Any) -> None:
 def adapt(base: Any, peft_config: Mapping[str, Any], job: Job) -> Any:
     """`get_peft_model`, LoRA-FA's freezing, and the adapter's dtype: peft's fp32, TRL's bf16, or what the setup says."""
     import peft
-    import peft.optimizers
 
     setup = job.setup
     cast_by_trl = setup.trainer == "trl" and setup.quant in CAST_BY_TRL
     before = {id(p) for p in base.parameters()}
     try:
+        if peft_config.get("peft_type") == "ADALORA":
+            peft_config = {"total_step": TOTAL_STEPS, **peft_config}
         reads_text = "input_ids" in inspect.signature(base.forward).parameters
         method = _config_object(peft_config, job.architecture.task_type if reads_text else None)  # its wrappers pass input_ids
         model: Any = peft.get_peft_model(base, method, autocast_adapter_dtype=cast_by_trl or setup.adapter_dtype == "fp32")
         if peft_config.get("freeze_a"):
-            peft.optimizers.create_lorafa_optimizer(model, r=method.r, lora_alpha=method.lora_alpha, lr=LORAFA_LR)
+            lorafa_optimizer(model, learning_rate=LORAFA_LR)  # freezes A
+            model.__dict__[LORAFA] = True
     except (PeftplanError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # peft raises whatever its code meets

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 
 from peftplan.errors import RefusedError
+from peftplan.measure.recorder import Recorder
 from peftplan.optim import parse_optim
 from peftplan.planning.setup import Setup
+from peftplan.trace.count import LORAFA_LR
+from peftplan.trace.optimizers import Steps
+from peftplan.trace.peft_steps import WithAllocator, allocator_of, lorafa_optimizer, uses_lorafa
 
 
 @dataclass
@@ -31,22 +35,29 @@ class Real:
         """Nothing is left to name."""
 
 
-def make_optimizer(setup: Setup, model: Any, device: torch.device) -> Real:
-    """The setup's optimizer over the trainable parameters of a model on the device.
+def make_optimizer(setup: Setup, model: Any, recorder: Recorder) -> Steps:
+    """The setup's optimizer over the trainable parameters of a model on the device, with what a method of peft adds to its steps.
 
     Trainer groups them by weight decay, and tells 8-bit optimizers to leave embeddings in 32 bits; a plain loop does neither.
     Raises RefusedError for an optimizer that steps inside backward, which the step programs do not run.
     """
+    made = Real(_of_setup(setup, model, recorder.device.torch_device))
+    return made if allocator_of(model) is None else WithAllocator(made, model, recorder)  # type: ignore[arg-type]
+
+
+def _of_setup(setup: Setup, model: Any, device: torch.device) -> Any:
     known = parse_optim(str(setup.optim))
     if known.step_implementation == "in-backward":
         raise RefusedError(f"optim: {known.name} steps inside backward and cannot be measured; the others can")
+    if uses_lorafa(model, known.name):
+        return lorafa_optimizer(model, learning_rate=LORAFA_LR)
     with TemporaryDirectory() as folder:
         arguments = _arguments(setup, folder, device)
         if setup.trainer == "plain":
-            return Real(_plain(arguments, model))
+            return _plain(arguments, model)
         from transformers import Trainer
 
-        return Real(Trainer(model=model, args=arguments).create_optimizer())
+        return Trainer(model=model, args=arguments).create_optimizer()
 
 
 def _arguments(setup: Setup, folder: str, device: torch.device) -> Any:

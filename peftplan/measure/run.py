@@ -1,7 +1,7 @@
 """One measured run: the model is made, a step program runs on it, and each phase's peaks are read from the device.
 
 The program is the trace engine's own (`trace.steps`): both engines run the same loop. An out-of-memory error is an outcome, and
-so is any other failure; what was read until then is kept. Left out: data loader, logging, evaluation, saving, fp16's GradScaler.
+so is any other failure; what was read until then is kept. Left out: data loader, logging, evaluation, saving.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEP
         counted = made.num_trainable, made.num_total
         model = _distributed(made.model, device)
         batch = filled(inputs(made.base, job.setup).batch, made.base, device.torch_device) | losses.arguments(job.setup)
-        optimizer = make_optimizer(job.setup, made.model, device.torch_device)
+        optimizer = make_optimizer(job.setup, made.model, recorder)
         run = DeviceRun(model, batch, optimizer, recorder, job.setup, steps=warmup + steps, device=device)
         stepping(run)
         recorder.close()

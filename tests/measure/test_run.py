@@ -165,7 +165,8 @@ def test_weights_are_random_and_ties_are_kept() -> None:
         (TINY, {"method": "qlora", "trainer": "trl"}),
         (TINY, {"method": "dora", "lora_dropout": 0.1}),
         (TINY, {"method": "prefix-tuning", "num_virtual_tokens": 4, "gradient_checkpointing": False}),
-        (TINY, {"method": "lora", "optim": "adafactor"}),
+        (TINY, {"method": "adalora", "dtype": "fp32"}),  # on a 16-bit base peft trains `ranknum` by accident
+        (TINY, {"method": "lora", "optim": "adafactor", "use_reentrant": True}),
         (TINY, {"method": "lora", "optim": "paged_adamw_8bit", "quant": "int8"}),
         (TINY, {"method": "lora-fa", "dtype": "fp16", "autocast": "fp16"}),
     ],
