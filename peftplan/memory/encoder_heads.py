@@ -62,6 +62,59 @@ def hidden_classification(model: Model, x: Tensor) -> Output:
     return classified(model, "classifier.out_proj", ops.dropout(f, hidden, p))
 
 
+def distilbert_lm(model: Model, x: Tensor) -> Output:
+    """`DistilBertForMaskedLM.forward`."""
+    act = model.arch.blocks[0].mlp.activation
+    return language_model(model, transformed(model, x, "vocab_transform", "vocab_layer_norm", act))
+
+
+def distilbert_classification(model: Model, x: Tensor) -> Output:
+    """`DistilBertForSequenceClassification.forward`."""
+    f = model.tape
+    hidden = model.linear("pre_classifier", ops.selected(f, x, (x.dims[0], x.dims[2])))
+    hidden = ops.dropout(f, ops.keeps_output(f, hidden, "relu"), model.arch.dropout.classifier)
+    return classified(model, "classifier", hidden)
+
+
+def distilbert_answering(model: Model, x: Tensor) -> Output:
+    """`DistilBertForQuestionAnswering.forward`: dropout before `qa_outputs`."""
+    model.tape.module = "dropout"
+    return question_answering(model, ops.dropout(model.tape, x, model.arch.dropout.classifier))
+
+
+def modernbert_lm(model: Model, x: Tensor) -> Output:
+    """`ModernBertForMaskedLM.forward`: `ForMaskedLMLoss`, of logits in fp32."""
+    assert model.arch.output_embedding is not None
+    logits = model.linear(model.arch.output_embedding, modernbert_head(model, x))
+    model.tape.module = ""
+    return plain_cross_entropy(model.tape, model.tape.to(logits, "fp32")), logits
+
+
+def modernbert_head(model: Model, x: Tensor) -> Tensor:
+    """`ModernBertPredictionHead.forward`."""
+    x = model.linear("head.dense", x)
+    model.tape.module = "head.act"
+    return model.layernorm("head.norm", activation(model.tape, x, "gelu"))
+
+
+def modernbert_classification(model: Model, x: Tensor) -> Output:
+    """`ModernBertForSequenceClassification.forward`, pooling the first token; `ModernBertForTokenClassification.forward`."""
+    f = model.tape
+    if model.arch.task_type == "SEQ_CLS":
+        x = ops.selected(f, x, (x.dims[0], x.dims[2]))
+    hidden = modernbert_head(model, x)
+    f.module = "drop"
+    return classified(model, "classifier", ops.dropout(f, hidden, model.arch.dropout.classifier))
+
+
+def modernbert_answering(model: Model, x: Tensor) -> Output:
+    """`ModernBertForQuestionAnswering.forward`."""
+    f = model.tape
+    hidden = modernbert_head(model, x)
+    f.module = "drop"
+    return spans(model, model.linear("classifier", ops.dropout(f, hidden, model.arch.dropout.classifier)))
+
+
 def token_classification(model: Model, x: Tensor) -> Output:
     """Dropout and a linear layer on every token."""
     f = model.tape

@@ -37,6 +37,12 @@ OF_MODEL: dict[tuple[str, str], Head] = {
     ("bert", "SEQ_CLS"): encoder_heads.bert_classification,
     **{(name, task): encoder_heads.roberta_lm for name in ROBERTA for task in ("MASKED_LM", "CAUSAL_LM")},
     **{(name, "SEQ_CLS"): encoder_heads.hidden_classification for name in ROBERTA},
+    ("distilbert", "MASKED_LM"): encoder_heads.distilbert_lm,
+    ("distilbert", "SEQ_CLS"): encoder_heads.distilbert_classification,
+    ("distilbert", "QUESTION_ANS"): encoder_heads.distilbert_answering,
+    ("modernbert", "MASKED_LM"): encoder_heads.modernbert_lm,
+    **{("modernbert", task): encoder_heads.modernbert_classification for task in ("SEQ_CLS", "TOKEN_CLS")},
+    ("modernbert", "QUESTION_ANS"): encoder_heads.modernbert_answering,
 }
 """(model type, task) → head, where a class has its own."""
 

@@ -159,14 +159,8 @@ def rmsnorm(f: Tape, x: Tensor, weight: Any, *, cast_last: bool = False) -> Tens
     multiplies before the cast. Source: transformers 5.24, `LlamaRMSNorm.forward`.
     """
     x32 = f.to(x, "fp32")
-    row = (*x.dims[:-1], 1)
-    squared = f.new(x.dims, "fp32", "pow")
-    mean = f.new(row, "fp32", "mean")
-    del squared
-    shifted = f.new(row, "fp32", "add")
-    rstd = f.new(row, "fp32", "rsqrt")
-    del shifted
-    normed = f.new(x.dims, "fp32", "mul", f.record(_normalize_backward, (x32,), x32, rstd))
+    rstd = _inverse_rms(f, x32)
+    normed = mul(f, x32, rstd)
     del rstd, x32
     if cast_last:
         out = normed if weight is None else mul(f, normed, weight)
@@ -175,25 +169,34 @@ def rmsnorm(f: Tape, x: Tensor, weight: Any, *, cast_last: bool = False) -> Tens
         return narrow
     low = f.to(normed, x.dtype)
     out = low if weight is None else mul(f, low, weight)
-    del normed, mean
+    del normed
     return out
 
 
-def _normalize_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
-    dims, row = g.dims, (*g.dims[:-1], 1)
-    to_rstd = f.new(dims, "fp32", "mul")
-    to_x = f.new(dims, "fp32", "mul")
-    summed = f.new(row, "fp32", "sum")
-    del to_rstd, g
-    inner = f.new(row, "fp32", "mul")
-    del summed
+def _inverse_rms(f: Tape, x32: Tensor) -> Tensor:
+    """`rsqrt(x.pow(2).mean(-1) + eps)`: keeps x and its result."""
+    row = (*x32.dims[:-1], 1)
+    node = f.record(_inverse_rms_backward, (x32,), x32)
+    squared = f.new(x32.dims, "fp32", "pow")
+    mean = f.new(row, "fp32", "mean")
+    del squared
+    shifted = f.new(row, "fp32", "add")
+    rstd = f.new(row, "fp32", "rsqrt", node)
+    f.keep(node, rstd.detach())
+    del shifted, mean
+    return rstd
+
+
+def _inverse_rms_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    dims = saved[0].dims
+    inner = f.new(g.dims, "fp32", "mul")
     spread = f.new(dims, "fp32", "div")
     del inner
     power = f.new(dims, "fp32", "pow")
     doubled = f.new(dims, "fp32", "mul")
-    more = f.new(dims, "fp32", "mul")
-    del power, doubled, spread, saved
-    return f.new(dims, "fp32", "add") if to_x and more else to_x
+    out = f.new(dims, "fp32", "mul")
+    del spread, power, doubled
+    return out
 
 
 def rotary(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -307,3 +310,38 @@ def selected(f: Tape, x: Tensor, dims: Dims) -> Tensor:
 
 def _selected_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "select_backward")
+
+
+def rotary_in_fp32(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x.float() * cos + rotate_half(x.float()) * sin`, in fp32. Source: transformers 5.24, modeling_modernbert.py."""
+    half = (*x.dims[:-1], _half(x.dims[-1]))
+    narrow = x.dtype != "fp32"
+    wide = f.new(x.dims, "fp32", "to") if narrow else None
+    by_cos = f.new(x.dims, "fp32", "mul")
+    del wide
+    wide = f.new(x.dims, "fp32", "to") if narrow else None
+    negated = f.new(half, "fp32", "neg")
+    turned = f.new(x.dims, "fp32", "cat")
+    del negated, wide
+    by_sin = f.new(x.dims, "fp32", "mul")
+    del turned
+    out = f.new(x.dims, "fp32", "add", f.record(_rotary_in_fp32_backward, (x,), cos, sin, x.dtype))
+    del by_cos, by_sin
+    return out
+
+
+def _rotary_in_fp32_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    dims, dtype = g.dims, saved[2]
+    turned = f.new(dims, "fp32", "mul")
+    negated = f.new((*dims[:-1], _half(dims[-1])), "fp32", "neg")
+    first = f.new(dims, "fp32", "slice_backward")
+    del negated
+    second = f.new(dims, "fp32", "slice_backward")
+    del turned
+    both = f.new(dims, "fp32", "add")
+    del first, second
+    both = f.to(both, dtype)
+    by_cos = f.to(f.new(dims, "fp32", "mul"), dtype)
+    out = f.new(dims, dtype, "add")
+    del by_cos, both
+    return out

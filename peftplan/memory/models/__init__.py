@@ -12,12 +12,21 @@ Forward = Callable[[Model], Tensor]
 
 FORWARDS: dict[str, tuple[str, str]] = {
     "bert": ("bert", "bert"),
+    "distilbert": ("distilbert", "distilbert"),
+    "modernbert": ("modernbert", "modernbert"),
     "roberta": ("bert", "bert"),
     "xlm-roberta": ("bert", "bert"),
     "llama": ("llama", "llama"),
     "mistral": ("llama", "llama"),
     "qwen2": ("llama", "llama"),
     "qwen3": ("llama", "llama"),
+    "smollm3": ("llama", "llama"),
+    "granite": ("llama", "granite"),
+    "olmo": ("llama", "olmo"),
+    "olmo2": ("llama", "olmo2"),
+    "phi3": ("llama", "phi3"),
+    "glm4": ("llama", "glm4"),
+    "starcoder2": ("llama", "starcoder2"),
 }
 """model type → module of this folder and its function: from token ids to the last hidden states."""
 

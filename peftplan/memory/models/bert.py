@@ -32,12 +32,18 @@ def bert(model: Model) -> Tensor:
     return run_stack(model, kinds, x, layer, name="layers", checkpointed=model.running.checkpointing)
 
 
-def bidirectional_mask(model: Model, dtype: str) -> Tensor | None:
-    """`create_bidirectional_mask`: one only where there is padding, of the model's dtype for eager and boolean for sdpa."""
-    if not model.running.padding or model.running.attention == "flash_attention_2":
+def bidirectional_mask(model: Model, dtype: str, window: int | None = None) -> Tensor | None:
+    """`create_bidirectional_mask`: one only where there is padding, or a window of less than the sequence to each side; of the
+    model's dtype for eager and boolean for sdpa.
+    """
+    s, running = model.seq, model.running
+    windowed = window is not None and running.seq_len >= window // 2
+    if running.attention == "flash_attention_2" or not (running.padding or windowed):
         return None
-    s = model.seq
-    return model.tape.new(("b", 1, s, s), dtype if model.running.attention == "eager" else "bool", "attention_mask")
+    dims = ("b" if running.padding else 1, 1, s, s)
+    if running.attention == "eager":
+        dims = ("b", 1, s, s)
+    return model.tape.new(dims, dtype if running.attention == "eager" else "bool", "attention_mask")
 
 
 def embeddings(model: Model, name: str) -> Tensor:

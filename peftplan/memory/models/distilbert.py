@@ -1,0 +1,69 @@
+"""DistilBERT (transformers 5.24, models/distilbert/modeling_distilbert.py)."""
+
+from __future__ import annotations
+
+from peftplan.arch.modules import Block
+from peftplan.memory import ops
+from peftplan.memory.activations import activation
+from peftplan.memory.attention import attend
+from peftplan.memory.model import Model, kinds_of, run_stack
+from peftplan.memory.models.bert import bidirectional_mask
+from peftplan.memory.tape import Tensor
+
+EMBEDDINGS = "distilbert.embeddings"
+
+
+def distilbert(model: Model) -> Tensor:
+    """`DistilBertModel.forward`."""
+    block = model.arch.blocks[0]
+    x = embeddings(model)
+    mask = bidirectional_mask(model, x.dtype)
+
+    def layer(number: int, x: Tensor) -> Tensor:
+        return transformer_block(model, block, number, x, mask)
+
+    return run_stack(model, kinds_of(model, "encoder"), x, layer, name="layers", checkpointed=model.running.checkpointing)
+
+
+def embeddings(model: Model) -> Tensor:
+    """`Embeddings.forward`."""
+    f = model.tape
+    words = model.inputs()
+    positions = model.embedding(f"{EMBEDDINGS}.position_embeddings", (1, model.seq))
+    f.module = EMBEDDINGS
+    x = ops.add(f, words, positions)
+    x = model.layernorm(f"{EMBEDDINGS}.LayerNorm", x)
+    f.module = f"{EMBEDDINGS}.dropout"
+    return ops.dropout(f, x, model.arch.dropout.embedding)
+
+
+def transformer_block(model: Model, block: Block, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
+    """`TransformerBlock.forward`."""
+    f, name = model.tape, "distilbert.transformer.layer.{}"
+    attended = attention(model, block, f"{name}.attention", number, x, mask)
+    f.module = name
+    attended = model.layernorm(f"{name}.sa_layer_norm", ops.add(f, attended, x), number)
+    out = ffn(model, block, f"{name}.ffn", number, attended)
+    f.module = name
+    return model.layernorm(f"{name}.output_layer_norm", ops.add(f, out, attended), number)
+
+
+def attention(model: Model, block: Block, name: str, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
+    """`DistilBertSelfAttention.forward`."""
+    a = block.attentions[0]
+    dims = ("b", a.num_attention_heads, model.seq, a.head_dim)
+    q, k, v = (model.linear(f"{name}.{part}_lin", x, number).view(dims) for part in "qkv")
+    model.tape.module = name
+    out = attend(model, a, q, k, v, mask, dropout=model.arch.dropout.attention, rotated=False)
+    return model.linear(f"{name}.out_lin", out, number)
+
+
+def ffn(model: Model, block: Block, name: str, number: int, x: Tensor) -> Tensor:
+    """`FFN.ff_chunk`."""
+    f = model.tape
+    hidden = model.linear(f"{name}.lin1", x, number)
+    f.module = f"{name}.activation"
+    hidden = activation(f, hidden, block.mlp.activation)
+    hidden = model.linear(f"{name}.lin2", hidden, number)
+    f.module = f"{name}.dropout"
+    return ops.dropout(f, hidden, model.arch.dropout.hidden)

@@ -1,0 +1,90 @@
+"""ModernBERT (transformers 5.24, models/modernbert/modeling_modernbert.py): its attention through sdpa, not FlashAttention's unpadding."""
+
+from __future__ import annotations
+
+from peftplan.arch.modules import Block
+from peftplan.memory import ops
+from peftplan.memory.activations import activation
+from peftplan.memory.attention import attend
+from peftplan.memory.model import Model, kinds_of, run_stack
+from peftplan.memory.models.bert import bidirectional_mask
+from peftplan.memory.shaping import split
+from peftplan.memory.tape import Tensor
+
+Turns = tuple[Tensor, Tensor]
+
+
+def modernbert(model: Model) -> Tensor:
+    """`ModernBertModel.forward`."""
+    f = model.tape
+    f.module = "model"
+    _positions = f.new((1, model.seq), "int64", "position_ids")
+    x = embeddings(model)
+    blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
+    windows = {block.attentions[0].window for block in model.arch.blocks}
+    masks = {window: bidirectional_mask(model, x.dtype, window) for window in (None, *windows)}
+    f.module = "model.rotary_emb"
+    head = model.arch.blocks[0].attentions[0].head_dim
+    turns = {w: tuple(f.new((1, model.seq, head), x.dtype, part) for part in ("cos", "sin")) for w in windows}
+
+    def layer(number: int, x: Tensor) -> Tensor:
+        block = blocks[number]
+        window = block.attentions[0].window
+        cos, sin = turns[window]
+        return encoder_layer(model, block, number, x, masks[window], (cos, sin))
+
+    x = run_stack(model, kinds_of(model, "encoder"), x, layer, name="layers", checkpointed=model.running.checkpointing)
+    return model.layernorm("model.final_norm", x)
+
+
+def embeddings(model: Model) -> Tensor:
+    """`ModernBertEmbeddings.forward`."""
+    f = model.tape
+    x = model.layernorm("model.embeddings.norm", model.inputs())
+    f.module = "model.embeddings.drop"
+    return ops.dropout(f, x, model.arch.dropout.embedding)
+
+
+def encoder_layer(model: Model, block: Block, number: int, x: Tensor, mask: Tensor | None, turns: Turns) -> Tensor:
+    """`ModernBertEncoderLayer.forward`; layer 0 has no norm before its attention."""
+    f, name = model.tape, "model.layers.{}"
+    attended = attention(
+        model, block, number, x if number == 0 else model.layernorm(f"{name}.attn_norm", x, number), mask, turns
+    )
+    f.module = name
+    x = ops.add(f, x, attended)
+    out = mlp(model, block, number, model.layernorm(f"{name}.mlp_norm", x, number))
+    f.module = name
+    return ops.add(f, x, out)
+
+
+def attention(model: Model, block: Block, number: int, x: Tensor, mask: Tensor | None, turns: Turns) -> Tensor:
+    """`ModernBertAttention.forward`: queries and keys are turned in fp32; the three are views of one projection."""
+    f, a, name = model.tape, block.attentions[0], "model.layers.{}.attn"
+    qkv = model.linear(f"{name}.Wqkv", x, number)
+    f.module = name
+    q, k, v = split(f, qkv, [("b", a.num_attention_heads, model.seq, a.head_dim)] * 3)
+    q, k = rotated(model, q, k, *turns)
+    out = attend(model, a, q, k, v, mask, dropout=model.arch.dropout.attention)
+    out = model.linear(f"{name}.Wo", out, number)
+    f.module = name
+    return ops.dropout(f, out, model.arch.dropout.attention)
+
+
+def rotated(model: Model, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`apply_rotary_pos_emb`."""
+    f, given = model.tape, q.dtype
+    wide_q, wide_k = ops.rotary_in_fp32(f, q, cos, sin), ops.rotary_in_fp32(f, k, cos, sin)
+    return f.to(wide_q, given), f.to(wide_k, given)
+
+
+def mlp(model: Model, block: Block, number: int, x: Tensor) -> Tensor:
+    """`ModernBertMLP.forward`."""
+    f, name = model.tape, "model.layers.{}.mlp"
+    both = model.linear(f"{name}.Wi", x, number)
+    f.module = name
+    half = ("b", model.seq, block.mlp.intermediate_size)
+    first, gate = split(f, both, [half, half])
+    del both
+    x = ops.mul(f, activation(f, first, block.mlp.activation), gate)
+    return model.linear(f"{name}.Wo", ops.dropout(f, x, model.arch.dropout.hidden), number)
