@@ -82,14 +82,9 @@ def _without(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _unknown(unknown_ops: Mapping[str, int]) -> tuple[str, ...]:
-    """What a trace could not follow, module family by module family."""
-    families: dict[str, int] = {}
-    for module, times in unknown_ops.items():
-        family = _INDEX.sub("*", module) or "the run"
-        families[family] = families.get(family, 0) + times
-    return tuple(
-        f"{family} asked {times} times for a value that a fake tensor does not have" for family, times in families.items()
-    )
+    """What a trace could not follow, module family by module family; how often depends on the depth that was traced."""
+    families = dict.fromkeys(_INDEX.sub("*", module) or "the run" for module in unknown_ops)
+    return tuple(f"{family} asked for a value that a fake tensor does not have" for family in families)
 
 
 def as_peft_config(

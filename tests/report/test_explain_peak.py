@@ -16,7 +16,7 @@ from peftplan.report import peak, render
 from tests.cli.run import run
 from tests.report.made import LINES, MANY, MANY_PEAK, PEAK, made
 
-UNKNOWN = ("model.layers.*.gate asked 3 times for a value that a fake tensor does not have",)
+UNKNOWN = ("model.layers.*.gate asked for a value that a fake tensor does not have",)
 
 
 def shown(capsys: pytest.CaptureFixture[str], result: Any, *, fmt: str = "table", verbose: bool = False) -> str:

@@ -14,6 +14,7 @@ pytest.importorskip("peft")
 import peftplan
 from peftplan.memory.series import Series
 from peftplan.planning.result import Estimate, Peaks
+from peftplan.planning.traced import _unknown
 from peftplan.trace import eventlog
 from peftplan.trace.allocator import replay
 from peftplan.trace.replayed import replay_file
@@ -116,3 +117,11 @@ def test_progress_goes_up_and_names_the_phases(traced: Estimate) -> None:
 def test_nothing_is_kept_unless_asked_for() -> None:
     plain = peftplan.estimate(TINY, method="lora", batch_size=1, seq_len=8, engine="trace")
     assert peaks_of(plain).recording is None
+
+
+def test_what_cannot_be_followed_is_listed_by_family() -> None:
+    unknown = {"model.layers.0.mlp.gate": 2, "model.layers.1.mlp.gate": 2, "": 1}
+    assert _unknown(unknown) == (
+        "model.layers.*.mlp.gate asked for a value that a fake tensor does not have",
+        "the run asked for a value that a fake tensor does not have",
+    )
