@@ -18,6 +18,7 @@ from peftplan.errors import RefusedError
 from peftplan.memory.ledger import Allocation
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args, shared_states, states
 from peftplan.planning.setup import Setup
+from peftplan.trace import community
 from peftplan.trace.peft_steps import WithAllocator, allocator_of, lorafa_optimizer, uses_lorafa
 from peftplan.trace.tracker import Tracker
 from peftplan.units import round512
@@ -78,7 +79,10 @@ def _torch_optimizer(name: str, params: list[nn.Parameter], arguments: Mapping[s
         from transformers.optimization import Adafactor
 
         return Adafactor(params, lr=LEARNING_RATE, scale_parameter=False, relative_step=False)  # type: ignore[no-untyped-call]
-    raise RefusedError(f"optim: {name} cannot be traced yet; torch's own, adafactor and bitsandbytes' can")
+    if name in community.CLASSES:
+        return community.CLASSES[name](params)
+    accepted = f"torch's own, adafactor, bitsandbytes', torchao's, stable_adamw, {', '.join(community.CLASSES)}"
+    raise RefusedError(f"optim: {name} cannot be traced yet; accepted with engine trace: {accepted}")
 
 
 @dataclass

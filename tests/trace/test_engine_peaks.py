@@ -106,7 +106,7 @@ def test_choice_of_the_attention_kernel(dtype: str, mask: bool, gqa: bool, capab
     [
         ({"trainer": "trl", "loss": "full"}, "full"),
         ({"trainer": "plain", "quant": "hqq"}, "hqq"),
-        ({"trainer": "plain", "optim": "grokadamw"}, "grokadamw"),
+        ({"trainer": "plain", "optim": "lomo"}, "lomo"),
         ({"trainer": "transformers", "keep_outputs": True}, "keep_outputs"),
     ],
 )
