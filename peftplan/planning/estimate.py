@@ -293,12 +293,12 @@ def _config_of(model: Any, setup: Setup) -> dict[str, Any]:
 
 def _traced(job: Job, cards: list[Gpu], **how: Any) -> Peaks:
     """The peaks of the trace engine, with the kernels of the first card."""
-    from peftplan.planning.traced import as_peft_config, trace_peaks
+    from peftplan.planning.traced import trace_peaks, traced_config
 
     return trace_peaks(
         _config_of(job.model, job.setup),
         architecture=job.architecture,
-        peft_config=as_peft_config(job.method, job.config, job.adapter, job.adaptation),
+        peft_config=traced_config(job.method, job.config, job.adapter, job.adaptation),
         quant=job.quant,
         setup=job.setup,
         compute_capability=capability(cards),

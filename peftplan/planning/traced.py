@@ -28,7 +28,7 @@ def trace_peaks(
     config: Mapping[str, Any],
     *,
     architecture: Architecture,
-    peft_config: Mapping[str, Any] | None,
+    peft_config: Mapping[str, Any] | Adaptation | None,
     quant: QuantConfig | None,
     setup: Setup,
     compute_capability: str,
@@ -91,6 +91,23 @@ def as_peft_config(
     method: methods.Method | None, config: MethodConfig | None, adapter: Mapping[str, Any], adaptation: Adaptation
 ) -> dict[str, Any] | None:
     """The adapter config that peft itself is given; None trains everything. Raises RefusedError for methods that peft lacks."""
+    if method is not None and method.peft_type is None and method.name != "full":
+        raise RefusedError(f"peft has no {method.name}; accepted: engine analytic or trace")
+    return _peft_config(method, config, adapter, adaptation)
+
+
+def traced_config(
+    method: methods.Method | None, config: MethodConfig | None, adapter: Mapping[str, Any], adaptation: Adaptation
+) -> dict[str, Any] | Adaptation | None:
+    """What the trace is given: peft's adapter config, None for full, or the adaptation itself for methods that peft lacks."""
+    if method is not None and method.peft_type is None and method.name != "full":
+        return adaptation
+    return _peft_config(method, config, adapter, adaptation)
+
+
+def _peft_config(
+    method: methods.Method | None, config: MethodConfig | None, adapter: Mapping[str, Any], adaptation: Adaptation
+) -> dict[str, Any] | None:
     if method is None or config is None:
         return dict(adapter)
     if method.name == "full":

@@ -194,6 +194,15 @@ def _shira_update(layer: Any, adapter_name: str, mask: Any, r: int, config: Any,
     layer.shira_indices[adapter_name] = torch.empty((2, entries), dtype=torch.int32)
 
 
+def _unilora_scales(model: Any, adapter_name: str) -> None:
+    """UniLoRA's scales, empty: one per index, of which the layers have made buffers of the right shape."""
+    import torch
+
+    for layer in model._iter_unilora_layers():
+        indices = (layer.unilora_indices_A[adapter_name], layer.unilora_indices_B[adapter_name])
+        layer.update_scaling(adapter_name, *(torch.empty(i.shape) for i in indices))
+
+
 STAND_INS: dict[str, dict[str, Any]] = {
     "ADAMSS": {
         "peft.tuners.adamss.layer.slice_pca": _principal_components,
@@ -210,8 +219,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
     },
     "SHIRA": {"peft.tuners.shira.layer.Linear.update_layer": _shira_update},
     "UNILORA": {
-        # It fills index buffers whose shapes are fixed before.
-        "peft.tuners.unilora.model.UniLoraModel._assign_unilora_indices_and_scales": lambda model, adapter_name: None,
+        "peft.tuners.unilora.model.UniLoraModel._assign_unilora_indices_and_scales": _unilora_scales,
     },
 }
 """peft type → what is replaced (peft 0.21.2)."""

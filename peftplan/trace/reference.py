@@ -1,0 +1,82 @@
+"""Methods that peft does not have, as small modules of ours in the real model: Houlsby and Pfeiffer adapters, BitFit.
+
+What is added and what trains is said by the method's own `Adaptation` (`methods/bottleneck.py`, `methods/bitfit.py`). An adapter
+is `x + up(relu(down(x)))`, after self-attention or after the MLP, before the layer's own residual: adapters 1.3.0,
+`methods/modeling.py` (`Adapter.forward`, `residual_before_ln`). It computes in its own dtype, as peft's layers do, and returns
+its input's. Left out: layers that name these parts otherwise, and those whose norm lies inside them (BERT's `attention.output`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftplan.errors import RefusedError
+from peftplan.methods.adaptation import Adaptation
+
+ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
+MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+PLACES = {"attention_adapters": ATTENTIONS, "output_adapters": MLPS}
+"""Name of an adapter in a layer → the names of the module that it follows."""
+NORM_INSIDE = "output"
+"""A part with a child of this name adds its residual and its norm itself."""
+FIRST_WEIGHT = ".adapter_down.0.weight"
+
+
+class Bottleneck(nn.Module):
+    """Down-projection, ReLU, up-projection, added to the input."""
+
+    def __init__(self, width: int, bottleneck: int) -> None:
+        super().__init__()
+        self.adapter_down = nn.Sequential(nn.Linear(width, bottleneck), nn.ReLU())
+        self.adapter_up = nn.Linear(bottleneck, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The adapted hidden states."""
+        inner = self.adapter_up(self.adapter_down(x.to(self.adapter_up.weight.dtype)))
+        out: torch.Tensor = x + inner.to(x.dtype)
+        return out
+
+
+def apply_reference(base: nn.Module, adaptation: Adaptation, *, dtype: torch.dtype) -> nn.Module:
+    """Freeze the base, let train what the adaptation names, and put its adapters in; layers that the model lacks are passed."""
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    names = {name for name, _ in base.named_parameters()}
+    for family in adaptation.trained:
+        for layer in family.layers or (None,):
+            name = f"{family.module}.{family.param}".lstrip(".")
+            name = name if layer is None else name.replace("{}", str(layer))
+            if name in names:
+                base.get_parameter(name).requires_grad_(True)
+    modules = dict(base.named_modules())
+    for tensor in adaptation.added:
+        if tensor.name.endswith(FIRST_WEIGHT):
+            bottleneck, width = tensor.shape
+            for name in tensor.names():
+                layer_name, _, place = name.removesuffix(FIRST_WEIGHT).rpartition(".")
+                if layer_name in modules:
+                    _insert(modules[layer_name], place, Bottleneck(width, bottleneck).to(dtype))
+    return base
+
+
+def _insert(layer: nn.Module, place: str, adapter: Bottleneck) -> None:
+    """Put an adapter behind the part of the layer that its place names."""
+    part = next((child for name, child in layer.named_children() if name in PLACES[place]), None)
+    if part is None or hasattr(part, NORM_INSIDE):
+        names = " or ".join(PLACES[place])
+        raise RefusedError(
+            f"engine: trace puts adapters behind {names} with no norm of its own, and there is none in "
+            f"{type(layer).__name__}; accepted: analytic"
+        )
+    layer.add_module(place, adapter)
+    part.register_forward_hook(_behind(adapter))
+
+
+def _behind(adapter: Bottleneck) -> Any:
+    def adapted(module: nn.Module, args: Any, output: Any) -> Any:
+        return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
+
+    return adapted
