@@ -223,7 +223,7 @@ def _run(
         started=run.started,
         managed_bytes=getattr(optimizer, "managed_bytes", 0),
         unknown_ops=dict(tracker.data_dependent),
-        facts=given.facts,
+        facts={**given.facts, **losses.facts(setup.loss)},
         replaced=kernel_packages(built.base),
     )
 

@@ -62,6 +62,23 @@ def install(model: Any, *, loss: str, prompt: int, capability: Capability) -> No
     model.forward = FORWARDS[loss](model, prompt, capability)
 
 
+ALL_SCORED = "every label counts"
+FACTS: dict[str, dict[str, str]] = {
+    "full": {},
+    "trl-chunked": {"loss_source": "trl 1.16 add_fused_lm_head", "scored_tokens": ALL_SCORED},
+    "liger": {"loss_source": "liger-kernel 0.8.5 fused linear cross entropy, without its layer kernels"},
+    "unsloth": {
+        "loss_source": "unsloth_zoo 2026.10.9 fused linear cross entropy on a card of over 24.5 GiB, without its other kernels",
+        "scored_tokens": ALL_SCORED,
+    },
+}
+
+
+def facts(loss: str) -> dict[str, str]:
+    """What a trace with this loss rests on."""
+    return FACTS[loss]
+
+
 def prompt_tokens(model: Any) -> int:
     """Virtual tokens that peft puts before a row's own, labelled -100; prefix tuning puts them into the cache instead."""
     config = getattr(model, "active_peft_config", None)

@@ -19,6 +19,7 @@ pytest.importorskip("peft")
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import peftplan
 from peftplan.errors import RefusedError
 from peftplan.trace.losses import LigerCrossEntropy, liger_rows
 from peftplan.trace.unsloth import FusedLinear, chunk_rows
@@ -150,6 +151,12 @@ def test_tiles_count_as_logits() -> None:
     assert trace.by_category("backward")["logits"] == 63 * 32768 * 2  # one label fewer than tokens
     liger = traced(llama(1, vocab_size=40_000), lora(["q_proj"]), trainer="plain", loss="liger", seq_len=1024)
     assert (8, 40_000) in [m.storage.shape for m in liger.log if m.storage.category == "logits"]  # ⌈1024 / ⌈v / h⌉⌉ = 7 → 8
+
+
+def test_an_estimate_says_whose_loss_it_is() -> None:
+    made = peftplan.estimate(llama(1), method="lora", engine="trace", trainer="trl", seq_len=64)
+    assert made.to_dict()["assumptions"]["loss_source"].startswith("trl 1.16")
+    assert "loss_source" not in traced(llama(1), lora(["q_proj"]), trainer="plain", seq_len=64).facts
 
 
 def test_a_head_that_trains_gets_an_fp32_gradient_of_trl_in_passing() -> None:
