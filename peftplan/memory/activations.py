@@ -46,9 +46,8 @@ def power(f: Tape, x: Tensor) -> Tensor:
 def _power_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     raised = f.new(g.dims, g.dtype, "pow")
     scaled = f.new(g.dims, g.dtype, "mul")
-    del raised
     out = f.new(g.dims, g.dtype, "mul")
-    del scaled
+    del raised, scaled
     return out
 
 

@@ -62,6 +62,8 @@ class Model:
     adapter: Adapter | None = None
     kept: list[Any] = field(default_factory=list)
     """What the outputs hold besides logits: the KV cache."""
+    batch: dict[str, Tensor] = field(default_factory=dict)
+    """The step's batch, by the names of the forward's arguments."""
     layer_locals: list[Any] = field(default_factory=list)
     """What a layer's own names hold until it returns, such as eager attention's weights."""
     stacks: list[Stack] = field(default_factory=list)
@@ -149,10 +151,15 @@ class Model:
     def inputs(self) -> Tensor:
         """The token embeddings, with a gradient where checkpointing asks for one (`enable_input_require_grads`)."""
         assert self.arch.input_embedding is not None
-        x = self.embedding(self.arch.input_embedding, ("b", self.seq))
+        return self.asking_gradient(self.embedding(self.arch.input_embedding, ("b", self.seq)))
+
+    def asking_gradient(self, x: Tensor) -> Tensor:
+        """The output of the input layer, made a leaf where checkpointing would find nothing that trains before it."""
         if x.node is None and self.running.checkpointing:
             x.node = Node(0, self.tape.module, _nothing, (), checkpointed=False)
             x.node.saved = (x.detach(),)  # a leaf's `AccumulateGrad` holds the leaf
+            if x.storage is not None:
+                self.tape.leaves.add(x.storage.number)
         return x
 
     @property

@@ -40,17 +40,17 @@ def linear(f: Tape, x: Tensor, weight: Any, bias: Any = None, *, transposed: boo
     """
     if f.autocast:
         x, weight, bias = f.cast(x, f.autocast), f.cast(weight, f.autocast), f.cast(bias, f.autocast)
-    kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, bias)
+    kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None if bias is None else bias.dims)
     node = f.record(_linear_backward, (x, weight, bias), *kept)
     return f.new((*x.dims[:-1], weight.dims[1 if transposed else 0]), x.dtype, "linear" if bias is None else "addmm", node)
 
 
 def _linear_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
-    _, _, x_dims, w_dims, bias = saved
+    _, _, x_dims, w_dims, bias_dims = saved
     to_x, to_weight, to_bias = node.edges
     grad_weight = f.new(w_dims, g.dtype, "mm") if to_weight else None
     grad_x = f.new(x_dims, g.dtype, "mm") if to_x else None
-    grad_bias = f.new(bias.dims, g.dtype, "sum") if to_bias else None
+    grad_bias = f.new(bias_dims, g.dtype, "sum") if to_bias else None
     return grad_x, grad_weight, grad_bias
 
 
@@ -345,3 +345,12 @@ def _rotary_in_fp32_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tens
     out = f.new(dims, dtype, "add")
     del by_cos, both
     return out
+
+
+def expanded(f: Tape, x: Any, dims: Dims) -> Tensor:
+    """`expand`: the same storage; its gradient is summed over what was repeated."""
+    return Tensor(x.storage, dims, x.dtype, f.record(_expanded_backward, (x,), x.dims))
+
+
+def _expanded_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "sum")

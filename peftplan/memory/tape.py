@@ -159,6 +159,8 @@ class Tape:
         self.autocast = autocast
         self.grad_enabled = True
         self.marks: list[tuple[int, str]] = []
+        self.leaves: set[int] = set()
+        """Storages of tensors that no operation made and that have a gradient: embeddings under `enable_input_require_grads`."""
         self._sequence = 0
         self._frame: Frame | None = None
         self._casts: dict[Any, Tensor] = {}
@@ -215,7 +217,7 @@ class Tape:
 
     def _pack(self, value: Any) -> Any:
         """What a checkpointed call saves: first the place of each tensor, on recomputation the tensor for that place."""
-        if type(value) is not Tensor:
+        if type(value) is not Tensor and type(value) is not Parameter:
             return value
         if self._replaying is None:
             frame = self._frame
@@ -225,7 +227,7 @@ class Tape:
         frame = self._replaying
         assert frame.recomputed is not None
         frame.replayed += 1
-        kept = value.detach()
+        kept = value.detach() if type(value) is Tensor else value
         if frame.replayed in frame.held:
             frame.recomputed[frame.replayed] = kept
         if frame.replayed == frame.count:
@@ -291,14 +293,15 @@ class Tape:
         return out
 
     def cast(self, x: Any, dtype: str) -> Any:
-        """Autocast's cast; of a trainable fp32 weight it is made once and kept until autocast ends."""
+        """Autocast's cast; of an fp32 leaf that has a gradient it is made once and kept until autocast ends."""
         if x is None or x.dtype == dtype or x.dtype not in ("fp32", "fp16", "bf16"):
             return x
-        if type(x) is not Parameter or not x.trainable:
+        leaf = x if type(x) is Parameter and x.trainable else x.storage
+        if leaf is None or (leaf is not x and leaf.number not in self.leaves):
             return self.to(x, dtype)
-        if x not in self._casts:
-            self._casts[x] = self.to(x, dtype)
-        return self._casts[x]
+        if leaf not in self._casts:
+            self._casts[leaf] = self.to(x, dtype)
+        return self._casts[leaf]
 
     def to(self, x: Any, dtype: str) -> Any:
         """`x.to(dtype)`: itself where it has it."""

@@ -15,6 +15,7 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "distilbert": ("distilbert", "distilbert"),
     "modernbert": ("modernbert", "modernbert"),
     "roberta": ("bert", "bert"),
+    "vit": ("vit", "vit"),
     "xlm-roberta": ("bert", "bert"),
     "llama": ("llama", "llama"),
     "mistral": ("llama", "llama"),

@@ -1,0 +1,238 @@
+"""Decoders of the Llama shape: embedding, layers of attention and MLP with norms around them, final norm.
+
+What a family does differently is a `Style`. Source: transformers 5.24, models/llama/modeling_llama.py and its relatives, whose
+order of operations and whose names of locals these functions follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from peftplan.arch.modules import Attention, Block
+from peftplan.memory import ops
+from peftplan.memory.activations import activation
+from peftplan.memory.attention import attend, causal_mask
+from peftplan.memory.model import Model, kinds_of, run_stack
+from peftplan.memory.norms import rms
+from peftplan.memory.shaping import sliced, split
+from peftplan.memory.tape import Tape, Tensor
+
+Norm = Callable[[Model, str, Tensor, "int | None"], Tensor]
+Rotation = Callable[[Tape, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+LAYER = "model.layers.{}"
+
+
+class Call(NamedTuple):
+    """One layer's call: what it reads besides its input."""
+
+    model: Model
+    style: Style
+    block: Block
+    number: int
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+
+    @property
+    def tape(self) -> Tape:
+        """The tape."""
+        return self.model.tape
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """A linear layer of this layer."""
+        return self.model.linear(f"{LAYER}.{name}", x, self.number)
+
+    def norm(self, name: str | None, x: Tensor) -> Tensor:
+        """A norm of this layer; x itself where it has none."""
+        return x if name is None else self.style.norm(self.model, f"{LAYER}.{name}", x, self.number)
+
+    def at(self, name: str = "") -> Tape:
+        """The tape, for operations of the layer itself or of a module of it."""
+        self.model.tape.module = f"{LAYER}.{name}" if name else LAYER
+        return self.model.tape
+
+
+def rotate_all(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`apply_rotary_pos_emb` of whole heads."""
+    q = ops.rotary(f, q, cos, sin)
+    return q, ops.rotary(f, k, cos, sin)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a family differs from Llama.
+
+    `norms` are those before and after attention, before and after the MLP. `qk_norm`: on the projection as it comes (`flat`), on
+    its heads (`head`), or on heads moved before the sequence (`moved`). `multiplied`: what a sublayer adds, and the embedding, are
+    multiplied. `output` and `plain` are names: of attention's last projection, of the two matrices of an MLP without gate.
+    `tables_by_window`: sliding layers have rotary tables of their own; `wide_tables`: in fp32, whatever the hidden states are.
+    """
+
+    norm: Norm = rms
+    norms: tuple[str | None, str | None, str | None, str | None] = ("input_layernorm", None, "post_attention_layernorm", None)
+    rotate: Rotation = rotate_all
+    layer: Callable[[Call, Tensor], Tensor] | None = None
+    qk_norm: Literal["flat", "head", "moved"] = "head"
+    qk_names: tuple[str, str] = ("q_norm", "k_norm")
+    multiplied: bool = False
+    output: str = "o_proj"
+    plain: tuple[str, str] = ("c_fc", "c_proj")
+    final_norm: str = "norm"
+    tables_by_window: bool = False
+    wide_tables: bool = False
+
+
+def decoder(model: Model, style: Style) -> Tensor:
+    """`…Model.forward`."""
+    f = model.tape
+    embedded = x = model.inputs()
+    f.module = "model"
+    if style.multiplied:
+        embedded = x = ops.scale(f, x)
+    x = ops.dropout(f, x, model.arch.dropout.embedding)
+    _positions = f.new((model.seq,), "int64", "position_ids")
+    blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
+    windows = {block.attentions[0].window for block in model.arch.blocks}
+    masks = {window: causal_mask(model, x.dtype, window) for window in windows}
+    tables = {
+        window: _tables(model, "fp32" if style.wide_tables else x.dtype)
+        for window in (windows if style.tables_by_window else (None,))
+    }
+
+    def layer(number: int, x: Tensor) -> Tensor:
+        block = blocks[number]
+        window = block.attentions[0].window
+        call = Call(model, style, block, number, *tables[window if style.tables_by_window else None], masks[window])
+        return (style.layer or serial)(call, x)
+
+    x = run_stack(model, kinds_of(model), x, layer, name="layers", checkpointed=model.running.checkpointing)
+    out = style.norm(model, f"model.{style.final_norm}", x, None)
+    del embedded
+    return out
+
+
+def _tables(model: Model, dtype: str) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, as wide as the part of a head that is rotated."""
+    a = model.arch.blocks[0].attentions[0]
+    width = a.head_dim if a.rotary_dim is None else a.rotary_dim
+    model.tape.module = "model.rotary_emb"
+    cos = model.tape.new((1, model.seq, width), dtype, "cos")
+    return cos, model.tape.new((1, model.seq, width), dtype, "sin")
+
+
+def serial(c: Call, x: Tensor) -> Tensor:
+    """`LlamaDecoderLayer.forward`, with norms where the style has them."""
+    before, after, before_mlp, after_mlp = c.style.norms
+    residual = x
+    x = c.norm(before, x)
+    x = attention(c, x)
+    x = c.norm(after, x)
+    x = added(c, residual, x)
+    residual = x
+    x = c.norm(before_mlp, x)
+    x = mlp(c, x)
+    x = c.norm(after_mlp, x)
+    return added(c, residual, x)
+
+
+def added(c: Call, residual: Tensor, x: Tensor) -> Tensor:
+    """What a sublayer adds to the residual, dropped out, multiplied."""
+    f = c.at()
+    x = ops.dropout(f, x, c.model.arch.dropout.hidden)
+    if c.style.multiplied:
+        x = ops.scale(f, x)
+    return ops.add(f, residual, x)
+
+
+def attention(c: Call, x: Tensor) -> Tensor:
+    """`LlamaAttention.forward`."""
+    a = c.block.attentions[0]
+    q, k, v = fused(c, a, x) if a.fused_qkv else projected(c, a, x)
+    f = c.at("self_attn")
+    if a.positions == "rotary":
+        q, k = c.style.rotate(f, q, k, c.cos, c.sin)
+    k, v = c.model.cached(k, v)
+    x = attend(c.model, a, q, k, v, c.mask, dropout=c.model.arch.dropout.attention, rotated=a.positions == "rotary")
+    return c.linear(f"self_attn.{c.style.output}", x)
+
+
+def projected(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v from a projection each, q and k normed where the model norms them."""
+    q, k = c.linear("self_attn.q_proj", x), None
+    if a.qk_norm:
+        q = _normed(c, a, 0, q)
+        k = _normed(c, a, 1, c.linear("self_attn.k_proj", x))
+    else:
+        q = _by_head(c, a, 0, q)
+        k = _by_head(c, a, 1, c.linear("self_attn.k_proj", x))
+    v = c.linear("self_attn.v_proj", x)
+    return q, k, v.view(_head_dims(a, 1, v))
+
+
+def _head_dims(a: Attention, side: int, x: Tensor) -> tuple[str | int, ...]:
+    b, s, _ = x.dims
+    return (b, (a.num_attention_heads, a.num_key_value_heads)[side], s, a.head_dim)
+
+
+def _by_head(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
+    return ops.heads(c.tape, x, _head_dims(a, side, x), clones=a.positions == "rotary")
+
+
+def _normed(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
+    name = f"self_attn.{c.style.qk_names[side]}"
+    dims = _head_dims(a, side, x)
+    if c.style.qk_norm == "flat":
+        return _by_head(c, a, side, c.norm(name, x))
+    if c.style.qk_norm == "moved":
+        return c.norm(name, _by_head(c, a, side, x))
+    x = c.norm(name, x.view((dims[0], dims[2], dims[1], dims[3])))
+    return x.view(dims)
+
+
+def fused(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as slices of one projection (`Phi3Attention.forward`)."""
+    f = c.tape
+    qkv = c.linear("self_attn.qkv_proj", x)
+    b, s, _ = qkv.dims
+    q, k, v = (
+        sliced(f, qkv, (b, s, heads * a.head_dim))
+        for heads in (a.num_attention_heads, a.num_key_value_heads, a.num_key_value_heads)
+    )
+    del qkv
+    return _by_head(c, a, 0, q), _by_head(c, a, 1, k), v.view(_head_dims(a, 1, v))
+
+
+def mlp(c: Call, x: Tensor) -> Tensor:
+    """The MLP of the block's kind."""
+    if c.block.mlp.variant == "plain":
+        return plain_mlp(c, x)
+    return fused_mlp(c, x) if c.block.mlp.fused_gate_up else gated_mlp(c, x)
+
+
+def gated_mlp(c: Call, x: Tensor) -> Tensor:
+    """`LlamaMLP.forward`."""
+    gate = c.linear("mlp.gate_proj", x)
+    gate = activation(c.at("mlp.act_fn"), gate, c.block.mlp.activation)
+    up = c.linear("mlp.up_proj", x)
+    x = ops.mul(c.at("mlp"), gate, up)
+    del gate, up
+    return c.linear("mlp.down_proj", x)
+
+
+def fused_mlp(c: Call, x: Tensor) -> Tensor:
+    """`Phi3MLP.forward`: gate and up are halves of one projection."""
+    x = c.linear("mlp.gate_up_proj", x)
+    half = (*x.dims[:-1], c.block.mlp.intermediate_size)
+    gate, x = split(c.at("mlp"), x, (half, half))
+    x = ops.mul(c.tape, x, activation(c.at("mlp.activation_fn"), gate, c.block.mlp.activation))
+    return c.linear("mlp.down_proj", x)
+
+
+def plain_mlp(c: Call, x: Tensor) -> Tensor:
+    """An MLP without gate."""
+    first, second = c.style.plain
+    x = c.linear(f"mlp.{first}", x)
+    x = activation(c.at("mlp.act"), x, c.block.mlp.activation)
+    return c.linear(f"mlp.{second}", x)

@@ -1,0 +1,84 @@
+"""Norms that transformers' modeling files write out as plain operations.
+
+Sources: transformers 5.24, models/{llama,olmo,olmo2,gemma,cohere}/modeling_*.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftplan.memory import ops
+from peftplan.memory.activations import power, shift
+from peftplan.memory.model import Model
+from peftplan.memory.tape import Node, Tape, Tensor
+
+
+def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
+    """`LlamaRMSNorm`."""
+    return model.rmsnorm(name, x, layer)
+
+
+def rms_cast_last(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
+    """`Olmo2RMSNorm`: the weight multiplies in fp32."""
+    return model.rmsnorm(name, x, layer, cast_last=True)
+
+
+def rms_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
+    """`GemmaRMSNorm`: `(1 + weight)` multiplies in fp32."""
+    f = model.tape
+    f.module = name
+    weight = shift(f, f.to(model.part(name, layer).weight, "fp32"))
+    return ops.rmsnorm(f, x, weight, cast_last=True)
+
+
+def layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
+    """`nn.LayerNorm`."""
+    part = model.part(name, layer)
+    model.tape.module = name
+    return ops.layernorm(model.tape, x, part.weight, part.bias)
+
+
+def bare_layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
+    """`OlmoLayerNorm`: in fp32, without parameters."""
+    f = model.tape
+    f.module = name
+    narrow: Tensor = f.to(ops.layernorm(f, f.to(x, "fp32"), None), x.dtype)
+    return narrow
+
+
+def written_layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
+    """`CohereLayerNorm`: the difference to the mean is made twice, once for the variance; the weight multiplies in fp32."""
+    f = model.tape
+    f.module = name
+    given, weight = x.dtype, model.part(name, layer).weight
+    x = f.to(x, "fp32")
+    center = mean(f, x)
+    variance = mean(f, power(f, minus(f, x, center)))
+    centered = minus(f, x, center)
+    rstd = ops.keeps_output(f, shift(f, variance), "rsqrt")
+    x = ops.mul(f, centered, rstd)
+    del centered, rstd
+    x = ops.mul(f, x, f.to(weight, "fp32"))
+    narrow: Tensor = f.to(x, given)
+    return narrow
+
+
+def mean(f: Tape, x: Tensor) -> Tensor:
+    """`x.mean(-1, keepdim=True)`: keeps nothing; its gradient is spread over the row and divided."""
+    return f.new((*x.dims[:-1], 1), x.dtype, "mean", f.record(_mean_backward, (x,), x.dims))
+
+
+def _mean_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "div")
+
+
+def minus(f: Tape, x: Tensor, row: Tensor) -> Tensor:
+    """`x - row`, one number of `row` for each row of x: keeps nothing."""
+    return f.new(x.dims, x.dtype, "sub", f.record(_minus_backward, (x, row), row.dims))
+
+
+def _minus_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    negative = f.new(g.dims, g.dtype, "neg")
+    to_row = f.new(saved[0], g.dtype, "sum")
+    del negative
+    return g, to_row
