@@ -16,10 +16,10 @@ MEL_FRAMES_PER_POSITION = 2
 """Whisper's second convolution has stride 2."""
 
 
-def batch_of(model: Model) -> list[Tensor]:
-    """The batch, made."""
+def batch_of(model: Model) -> dict[str, Tensor]:
+    """The batch, made, by the names of the forward's arguments."""
     f = model.tape
-    return [f.new(dims, dtype, name) for name, dtype, dims in _tensors(model)]
+    return {name: f.new(dims, dtype, name) for name, dtype, dims in _tensors(model)}
 
 
 def _tensors(model: Model) -> Iterator[tuple[str, str, tuple[Dim, ...]]]:

@@ -115,6 +115,11 @@ def modernbert_answering(model: Model, x: Tensor) -> Output:
     return spans(model, model.linear("classifier", ops.dropout(f, hidden, model.arch.dropout.classifier)))
 
 
+def picture_classification(model: Model, x: Tensor) -> Output:
+    """`ViTForImageClassification.forward`: a linear layer on the class token."""
+    return classified(model, "classifier", ops.selected(model.tape, x, (x.dims[0], x.dims[2])))
+
+
 def token_classification(model: Model, x: Tensor) -> Output:
     """Dropout and a linear layer on every token."""
     f = model.tape

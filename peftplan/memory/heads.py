@@ -27,6 +27,7 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
 
 HEADS: dict[str, Head] = {
     "CAUSAL_LM": causal_lm,
+    "IMAGE_CLS": encoder_heads.picture_classification,
     "TOKEN_CLS": encoder_heads.token_classification,
     "QUESTION_ANS": encoder_heads.question_answering,
 }

@@ -28,7 +28,7 @@ class Program(NamedTuple):
 def steady_step(model: Model, program: Program) -> None:
     """One steady optimizer step."""
     f = model.tape
-    batch = batch_of(model)
+    model.batch = batch_of(model)
     f.mark("forward")
     loss, logits = _forward(model)
     outputs: Tensor | None = logits
@@ -47,7 +47,7 @@ def steady_step(model: Model, program: Program) -> None:
     del loss
     f.mark("step")
     optimizer_step(f, program.optimizer, [p for p in model.parameters.all if p.trainable], clips=program.trainer != "plain")
-    del outputs, batch
+    del outputs
 
 
 def _forward(model: Model) -> tuple[Tensor, Tensor]:
