@@ -102,8 +102,11 @@ def _wrong(answer: Answer) -> Iterator[tuple[Wrong, str]]:
     if outcome == "oom" and own == "fits":
         yield "own", own
     peak = next(iter(sorted(answer.overall, key=lambda found: ("reserved", "allocated", "device").index(found.figure))), None)
-    if peak is None:
-        return
+    if peak is not None:
+        yield from _wrong_on_cards(peak)
+
+
+def _wrong_on_cards(peak: Compared) -> Iterator[tuple[Wrong, str]]:
     if (below := synthetic_verdict(peak, share=BELOW)) == "fits":
         yield "below", below
     if (above := synthetic_verdict(peak, share=ABOVE)) == "does_not_fit":
@@ -133,6 +136,8 @@ class Summary:
     worst_id: str
     within: tuple[float, ...]
     """Shares of the rows within `WITHIN` percent."""
+    wrong: int
+    """Rows with a wrong verdict, by this figure, on one of the two cards made for them."""
 
 
 OPEN = " (open)"
@@ -147,20 +152,21 @@ GROUPINGS: dict[str, Callable[[Record], str]] = {
 
 def summaries(answers: Sequence[Answer], by: str, figures: Sequence[Figure] = OVERALL) -> list[Summary]:
     """A summary per group and figure, groups in alphabetical order."""
-    found: dict[tuple[str, Figure], list[tuple[float, str]]] = {}
+    found: dict[tuple[str, Figure], list[tuple[Compared, str]]] = {}
     for answer in answers:
         for one in answer.compared:
             if one.figure in figures:
-                found.setdefault((GROUPINGS[by](answer.record), one.figure), []).append((one.drift, answer.record.id))
+                found.setdefault((GROUPINGS[by](answer.record), one.figure), []).append((one, answer.record.id))
     order = sorted(found, key=lambda key: (key[0].lower(), figures.index(key[1])))
     return [_summary(group, figure, found[group, figure]) for group, figure in order]
 
 
-def _summary(group: str, figure: Figure, drifts: Sequence[tuple[float, str]]) -> Summary:
-    only = [drift for drift, _ in drifts]
-    worst, worst_id = max(drifts, key=lambda pair: abs(pair[0]))
-    within = tuple(sum(abs(drift) <= limit for drift in only) / len(only) for limit in WITHIN)
-    return Summary(group, figure, len(only), median(only), median(map(abs, only)), worst, worst_id, within)
+def _summary(group: str, figure: Figure, rows: Sequence[tuple[Compared, str]]) -> Summary:
+    drifts = [one.drift for one, _ in rows]
+    worst, worst_id = max(rows, key=lambda row: abs(row[0].drift))
+    within = tuple(sum(abs(drift) <= limit for drift in drifts) / len(rows) for limit in WITHIN)
+    wrong = sum(bool(dict(_wrong_on_cards(one))) for one, _ in rows)
+    return Summary(group, figure, len(rows), median(drifts), median(map(abs, drifts)), worst.drift, worst_id, within, wrong)
 
 
 @dataclass(frozen=True)

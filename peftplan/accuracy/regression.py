@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from peftplan.accuracy import baseline as stored
 from peftplan.accuracy.check import Check, check, shown
+from peftplan.accuracy.drift import Answer
 from peftplan.accuracy.engines import Case, read_cases, sampled
 from peftplan.accuracy.jsonl import repair
 from peftplan.errors import InputError, UnknownNameError
@@ -29,6 +30,7 @@ def run(
     seed: int = 0,
     baseline: Path | None = None,
     update_baseline: bool = False,
+    progress: Callable[[Answer], None] = lambda answer: None,
 ) -> Check:
     """Check the records of `files`, or those that ship.
 
@@ -40,7 +42,7 @@ def run(
     cases = sampled(_chosen(read_cases(files), ids), number=sample, seed=seed)
     path = baseline or stored.BASELINE
     before = stored.load(path)
-    found = check(cases, engine, baseline=before)
+    found = check(cases, engine, baseline=before, progress=progress)
     if not update_baseline:
         return found
     after = stored.updated(before, engine, found.answers, versions=versions(engine))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from peftplan.cli.options import Command
+
+if TYPE_CHECKING:
+    from peftplan.accuracy.drift import Answer
 
 
 @click.command("check", cls=Command)
@@ -51,8 +56,21 @@ def command(
         for line in regression.repaired(files):
             click.echo(line)
         return 0
+
+    def tell(answer: Answer) -> None:
+        if engine == "trace" and sys.stderr.isatty():  # a trace takes seconds
+            drifts = ", ".join(f"{one.figure} {one.drift:+.2f} %" for one in answer.overall)
+            click.echo(f"{answer.record.id}: {answer.stated.refused or drifts or 'no peak stated'}", err=True)
+
     found = regression.run(
-        files, engine=engine, ids=ids, sample=sample, seed=seed, baseline=baseline, update_baseline=update_baseline
+        files,
+        engine=engine,
+        ids=ids,
+        sample=sample,
+        seed=seed,
+        baseline=baseline,
+        update_baseline=update_baseline,
+        progress=tell,
     )
     if report:
         from peftplan.report import accuracy_page

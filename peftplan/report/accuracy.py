@@ -16,7 +16,7 @@ from peftplan.report.tabular import Column
 
 FORMATS = ("table", "json", "markdown", "junit")
 SCHEMA_VERSION = 1
-SHARES = tuple(f"≤ {limit} %" for limit in WITHIN)
+SHARES = (*(f"≤ {limit} %" for limit in WITHIN), "wrong verdicts")
 SUMMARY = ("peak", "rows", "median", "median without sign", "worst", "of")
 UPDATE = "Where this is meant, `peftplan check --engine {engine} --update-baseline` stores what is stated now."
 
@@ -46,6 +46,7 @@ def summary_cells(rows: Iterable[Summary]) -> list[tuple[str, ...]]:
             f"{row.worst:+.2f} %",
             row.worst_id,
             *(f"{share:.0%}" for share in row.within),
+            str(row.wrong),
         )
         for row in rows
     ]
@@ -158,6 +159,7 @@ def _summary_facts(row: Summary) -> dict[str, Any]:
         "median_unsigned_percent": round(row.median_unsigned, 4),
         "worst_percent": round(row.worst, 4),
         "worst_id": row.worst_id,
+        "wrong_verdicts": row.wrong,
         "within": {str(limit): round(share, 4) for limit, share in zip(WITHIN, row.within, strict=True)},
     }
 

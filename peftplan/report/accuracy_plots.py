@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftplan.accuracy.drift import Answer
+from peftplan.accuracy.drift import GROUPINGS, OPEN, Answer
 from peftplan.errors import MissingExtraError
 from peftplan.units import GIB
 
@@ -16,6 +16,8 @@ EDGE = 10.0
 """Percent: drift beyond it is counted in the outermost bars."""
 BAR = 0.5
 """Percent: the width of a bar."""
+TICKS = [2**power for power in range(11)]
+"""GiB."""
 STYLE = {"svg.hashsalt": "peftplan", "svg.fonttype": "none", "font.size": 9}
 METADATA = {"Date": None, "Creator": None}
 
@@ -38,19 +40,28 @@ def histogram(series: Mapping[str, Sequence[float]], path: Path) -> None:
 def scatter(answers: Sequence[Answer], path: Path, *, word: str) -> None:
     """Stated against measured overall peaks on log axes, one colour per source."""
     plt = _pyplot()
+    from matplotlib import ticker
+
     points: dict[str, list[tuple[float, float]]] = {}
     for answer in answers:
         for one in answer.overall:
             pair = (one.measured / GIB, one.stated / GIB)
-            points.setdefault(answer.record.circumstances.source, []).append(pair)
+            points.setdefault(GROUPINGS["source"](answer.record), []).append(pair)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=SIZE)
-        for source in sorted(points, key=str.lower):
-            axes.scatter(*zip(*points[source], strict=True), s=14, label=source)
+        for number, source in enumerate(sorted(points, key=str.lower)):
+            hollow = {"facecolors": "none"} if source.endswith(OPEN) else {}
+            axes.scatter(
+                *zip(*points[source], strict=True), s=14, label=source, edgecolors=f"C{number}", color=f"C{number}", **hollow
+            )
         ends = [min(min(pair) for pairs in points.values() for pair in pairs), max(max(p) for ps in points.values() for p in ps)]
         axes.plot(ends, ends, color="black", linewidth=0.8)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(ticker.FixedLocator(TICKS))
+            axis.set_major_formatter(ticker.ScalarFormatter())
+            axis.set_minor_locator(ticker.NullLocator())
         axes.set_xlabel("measured, GiB")
         axes.set_ylabel(f"{word}, GiB")
         axes.legend(fontsize=7)

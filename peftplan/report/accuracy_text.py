@@ -24,7 +24,8 @@ DEFINITIONS = """## What the words mean
   engine's own; in tables by source the others are marked as open.
 - **Wrong verdicts**: `does_not_fit` on the card on which it ran; `fits` on a card 1 % below the measured peak; `does_not_fit`
   on a card 10 % above it. Reserved bytes decide where they were measured and stated, else allocated bytes, else the device's.
-  `fits` means that at least 5 % of the card are left over; less is `tight`, which is wrong on neither card.
+  `fits` means that at least 5 % of the card are left over; less is `tight`, which is wrong on neither card. In the tables by
+  group: runs with a wrong verdict, by that figure, on one of these two cards.
 - Sources print with few digits: half the last digit is granted to a tolerance, not to the drift shown here."""
 
 CAUSES = """## Known causes of drift

@@ -91,6 +91,9 @@ def test_a_summary_by_hand() -> None:
     assert (found.group, found.figure, found.rows, found.worst_id) == ("tests", "allocated", 4, "960")
     assert (found.median, found.median_unsigned, found.worst) == pytest.approx((-0.25, 1.5, -4))
     assert found.within == (0.5, 0.75, 1.0)
+    assert found.wrong == 0
+    too_much = answer(overall(allocated=1000), {"allocated": 1101}, id="too much")
+    assert [row.wrong for row in summaries([*answers, too_much], "source")] == [1]
     assert [row.group for row in summaries(answers, "method")] == ["lora"]
     assert [row.group for row in summaries(answers, "model")] == ["llama-2-7b"]
 
