@@ -132,6 +132,12 @@ def _check(job: Job) -> None:
         raise NeedsTraceError("activations of this peft type")
     if job.adaptation.matched and job.method.peft_type not in ADAPTERS:
         raise NeedsTraceError(f"activations of method {job.method.name}")
+    if job.method.peft_type in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING") or job.method.name in ("houlsby", "pfeiffer"):
+        raise NeedsTraceError(f"activations of method {job.method.name}")
+    if job.setup.loss != "full":
+        raise NeedsTraceError(f"logits of loss {job.setup.loss}")
+    if job.setup.gradient_accumulation_steps > 1 or job.setup.keep_gradients:
+        raise NeedsTraceError("gradients that live through the forward")
     if job.quant is not None and job.quant.name not in QUANTIZED:
         raise NeedsTraceError(f"activations of {job.quant.name} layers")
 
