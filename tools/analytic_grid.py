@@ -1,0 +1,252 @@
+"""The analytic engine against the trace engine over a grid of jobs: prints a Markdown page, `--write` writes docs/analytic-drift.md.
+
+    python tools/analytic_grid.py [--sample N] [--seed S] [--jobs J] [--model-type T ...] [--write]
+
+Every model type with an adapter, at the widths of a published model and a few layers; every method, dtype, kernel, trainer and
+optimizer of `AXES`, drawn for each cell with a seed. Drift is analytic ÷ traced − 1, of the allocated peak and of each phase. What
+one engine refuses the other must refuse too. Needs the extra `trace`; the whole grid takes half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from peftplan.arch import catalogue
+from peftplan.arch.adapters import ADAPTERS
+from peftplan.arch.sources import load_config
+from peftplan.errors import PeftplanError
+from peftplan.planning.estimate import estimate
+from peftplan.report.markdown import table
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "analytic-drift.md"
+LAYERS = 6
+LAYER_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+PHASES = ("load", "forward", "backward", "step")
+MEDIAN_BAR, WORST_BAR = 0.01, 0.04
+
+Options = dict[str, Any]
+METHODS: tuple[Options, ...] = (
+    {"method": "full"},
+    {"method": "lora"},
+    {"method": "lora", "target_modules": "attention"},
+    {"method": "lora", "target_modules": "peft-default"},
+    {"method": "qlora"},
+    {"method": "qlora", "double_quant": False},
+    {"method": "dora"},
+    {"method": "ia3"},
+    {"method": "prefix-tuning", "num_virtual_tokens": 30},
+    {"method": "prompt-tuning", "num_virtual_tokens": 30},
+    {"method": "pfeiffer"},
+)
+DRAWS = 2
+"""Cells per model type and method."""
+AXES: dict[str, tuple[Options, ...]] = {
+    "trainer": ({"trainer": "plain"}, {"trainer": "transformers"}, {"trainer": "trl"}),
+    "precision": (
+        {"dtype": "fp32", "autocast": "none"},
+        {"dtype": "bf16", "autocast": "none"},
+        {"dtype": "fp16", "autocast": "none"},
+        {"dtype": "fp32", "autocast": "bf16"},
+        {"dtype": "bf16", "autocast": "bf16"},
+    ),
+    "checkpointing": ({"gradient_checkpointing": True}, {"gradient_checkpointing": False}),
+    "attention": ({"attn_implementation": "sdpa"}, {"attn_implementation": "eager"}),
+    "dropout": ({}, {"lora_dropout": 0.1}),
+    "padding": ({"padding": False}, {"padding": True}),
+    "shape": (
+        {"batch_size": 1, "seq_len": 448},
+        {"batch_size": 2, "seq_len": 256},
+        {"batch_size": 4, "seq_len": 384},
+        {"batch_size": 3, "seq_len": 250},
+    ),
+    "optim": ({"optim": "adamw_torch"}, {"optim": "adamw_torch_fused"}, {"optim": "adamw_8bit"}),
+}
+DROPOUT_METHODS = ("lora", "qlora", "dora")
+
+
+class Cell(NamedTuple):
+    """One job: a model at reduced depth, and its options."""
+
+    model_type: str
+    model: str
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def command(self) -> str:
+        """The call that repeats it."""
+        given = ", ".join(f"{name}={value!r}" for name, value in self.options)
+        return f"peftplan.estimate(analytic_grid.shallow({self.model!r}), {given})"
+
+
+class Outcome(NamedTuple):
+    """Bytes by phase of both engines, or why one has none."""
+
+    cell: Cell
+    analytic: dict[str, int] | str
+    traced: dict[str, int] | str
+
+    def drift(self, phase: str) -> float | None:
+        """Analytic ÷ traced − 1 of a phase, or of the overall `peak`; None where an engine has no number."""
+        if isinstance(self.analytic, str) or isinstance(self.traced, str):
+            return None
+        ours, theirs = self.analytic, self.traced
+        if phase == "peak":
+            return max(ours.values()) / max(theirs.values()) - 1
+        return ours[phase] / theirs[phase] - 1
+
+
+@cache
+def _model_of(model_type: str) -> str:
+    """The smallest built-in model of a type."""
+    found = [entry for entry in catalogue.models() if load_config(entry.name).get("model_type") == model_type]
+    return min(found, key=lambda entry: entry.facts().get("meta_params") or 0).name
+
+
+def shallow(model: str) -> dict[str, Any]:
+    """The config of a built-in model with at most `LAYERS` layers in each stack, its width as it is."""
+    config = load_config(model)
+    deep = max((config[field] for field in LAYER_FIELDS if isinstance(config.get(field), int)), default=0)
+    for field in LAYER_FIELDS:
+        if isinstance(config.get(field), int):
+            config[field] = min(config[field], LAYERS)
+    for field, value in config.items():
+        if isinstance(value, list) and len(value) == deep > LAYERS:
+            config[field] = value[:LAYERS]
+    return config
+
+
+def cells(*, model_types: Iterable[str] | None = None) -> Iterator[Cell]:
+    """The whole grid; every cell's options depend on its model type, method and number alone."""
+    for model_type in model_types or ADAPTERS:
+        for method in METHODS:
+            for number in range(DRAWS):
+                draw = random.Random(f"{model_type} {sorted(method.items())} {number}")
+                options: Options = dict(method)
+                for axis, choices in AXES.items():
+                    if axis == "dropout" and method["method"] not in DROPOUT_METHODS:
+                        continue
+                    options |= draw.choice(choices)
+                if options["method"] == "qlora" and options["dtype"] == "fp32":
+                    options["dtype"] = "bf16"
+                yield Cell(model_type, _model_of(model_type), tuple(options.items()))
+
+
+def outcome(cell: Cell) -> Outcome:
+    """Both engines on one cell."""
+    config = shallow(cell.model)
+    return Outcome(cell, _peaks(config, cell, "analytic"), _peaks(config, cell, "trace"))
+
+
+def _peaks(config: dict[str, Any], cell: Cell, engine: Any) -> dict[str, int] | str:
+    try:
+        found = estimate(config, engine=engine, **dict(cell.options))
+    except PeftplanError as error:
+        return f"refused: {error}"
+    return dict(found.peaks.by_phase) if found.peaks else f"no formula: {found.not_modelled[0]}"
+
+
+def run(chosen: list[Cell], *, jobs: int) -> list[Outcome]:
+    """All cells, in processes of their own where `jobs` is more than one."""
+    if jobs == 1:
+        return [outcome(cell) for cell in chosen]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(outcome, chosen, chunksize=4))
+
+
+def page(outcomes: list[Outcome], *, worst: int = 25) -> str:
+    """The drift of all cells, by phase, by model type and by method; the worst cells, and those without a number."""
+    scored = [o for o in outcomes if o.drift("peak") is not None]
+    parts = [f"{len(outcomes)} cells: {len(scored)} scored, {_count(outcomes, both=True)} refused by both engines."]
+    phases = [(phase, *_summary(scored, phase)) for phase in ("peak", *PHASES)]
+    parts.append(table(("peak of", "cells", "median without sign", "median", "lowest", "highest"), phases))
+    for title, key in (("model type", lambda o: o.cell.model_type), ("method", _method), ("trainer", _of("trainer"))):
+        groups: dict[str, list[Outcome]] = defaultdict(list)
+        for o in scored:
+            groups[key(o)].append(o)
+        rows = [(name, *_summary(found, "peak")) for name, found in groups.items()]
+        parts.append(table((title, "cells", "median without sign", "median", "lowest", "highest"), rows))
+    ordered = sorted(scored, key=_farthest, reverse=True)[:worst]
+    rows = [(_percent(o.drift("peak")), *(_percent(o.drift(p)) for p in PHASES), f"`{o.cell.command}`") for o in ordered]
+    parts.append("## The farthest cells\n\n" + table(("peak", *PHASES, "repeat"), rows))
+    missing = [o for o in outcomes if o.drift("peak") is None and not _refused_by_both(o)]
+    if missing:
+        rows = [(_reason(o.analytic), _reason(o.traced), f"`{o.cell.command}`") for o in missing]
+        parts.append("## Cells that one engine alone has no number for\n\n" + table(("analytic", "traced", "repeat"), rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _of(option: str) -> Any:
+    return lambda o: str(dict(o.cell.options)[option])
+
+
+def _method(o: Outcome) -> str:
+    given = dict(o.cell.options)
+    return " ".join(str(given[name]) for name in ("method", "target_modules", "double_quant") if name in given)
+
+
+def _farthest(o: Outcome) -> float:
+    return max(abs(o.drift(phase) or 0) for phase in ("peak", *PHASES))
+
+
+def _refused_by_both(o: Outcome) -> bool:
+    return all(isinstance(found, str) and found.startswith("refused") for found in (o.analytic, o.traced))
+
+
+def _count(outcomes: list[Outcome], *, both: bool) -> int:
+    return sum(_refused_by_both(o) is both for o in outcomes)
+
+
+def _reason(found: dict[str, int] | str) -> str:
+    return found[:160] if isinstance(found, str) else "a number"
+
+
+def _summary(outcomes: list[Outcome], phase: str) -> tuple[str, ...]:
+    drifts = [d for o in outcomes if (d := o.drift(phase)) is not None]
+    if not drifts:
+        return ("0", "", "", "", "")
+    shown = (median(map(abs, drifts)), median(drifts), min(drifts), max(drifts))
+    return (str(len(drifts)), f"{100 * shown[0]:.3f} %", *map(_percent, shown[1:]))
+
+
+def _percent(drift: float | None) -> str:
+    return "" if drift is None else f"{100 * drift:+.3f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, help="so many cells, drawn with --seed, instead of all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--model-type", nargs="*", choices=sorted(ADAPTERS))
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    chosen = list(cells(model_types=given.model_type))
+    if given.sample:
+        chosen = random.Random(given.seed).sample(chosen, min(given.sample, len(chosen)))
+    text = page(run(chosen, jobs=given.jobs))
+    print(text)
+    if given.write:
+        PAGE.write_text(HEADER + text, encoding="utf-8")
+
+
+HEADER = """# Drift of analytic peaks from traced ones
+
+What the closed formulas say of a training step against a real step of the installed libraries on fake tensors. Drift is
+analytic ÷ traced − 1 of allocated bytes: plus is too much. The cells are drawn with a seed from every model type with an adapter
+(the smallest built-in model of each, at most six layers deep), every method, dtype, attention, trainer, optimizer and shape that
+`tools/analytic_grid.py` lists. Traced peaks count the tails of blocks that the allocator hands out whole; the formulas do not.
+Written by `python tools/analytic_grid.py --write`.
+
+"""
+
+if __name__ == "__main__":
+    main()
