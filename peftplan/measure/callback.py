@@ -18,7 +18,7 @@ from peftplan.accuracy.jsonl import append
 from peftplan.accuracy.records import Record
 from peftplan.errors import PeftplanError
 from peftplan.measure import cuda, lines
-from peftplan.measure.identity import gpu_id
+from peftplan.measure.identity import gpu_id, rank
 from peftplan.measure.model import counts
 from peftplan.measure.record import record_of
 from peftplan.measure.recorder import BETWEEN, Recorder
@@ -94,8 +94,9 @@ class MemoryCallback(TrainerCallback):
             hook.remove()
 
     def say(self, text: str) -> None:
-        """One line of the callback's."""
-        self._say(PREFIX + text)
+        """One line of the callback's, from the first process."""
+        if rank() == 0:
+            self._say(PREFIX + text)
 
     def _begin(self, phase: str) -> None:
         if self._recorder is not None and not self._reported:

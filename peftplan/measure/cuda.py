@@ -150,7 +150,7 @@ class Cuda:
         return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
     def start_history(self) -> None:
-        """Record every allocation from here on, without stacks."""
+        """Record every allocation from here on, with the Python code that asked."""
         torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES, stacks="python")
 
     def save_history(self, path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from peftplan.accuracy.drift import Answer, Compared, measured_figures
-from peftplan.accuracy.engines import Case, ask
+from peftplan.accuracy.engines import Case, Stated, ask
 from peftplan.accuracy.records import Record
 from peftplan.planning.setup import Engine
 from peftplan.units import format_bytes
@@ -19,9 +19,16 @@ WIDTHS = (12, 14)
 
 
 def answers(record: Record, engines: Sequence[Engine]) -> dict[Engine, Answer]:
-    """What each engine states of a record."""
+    """What each engine states of a record. A fault of an engine is no reason to stop measuring: it is shown as a refusal."""
     case = Case(Path("measured"), 1, record)
-    return {engine: Answer(case, ask(record, engine)) for engine in engines}
+    return {engine: Answer(case, _asked(record, engine)) for engine in engines}
+
+
+def _asked(record: Record, engine: Engine) -> Stated:
+    try:
+        return ask(record, engine)
+    except Exception as error:
+        return Stated(refused=f"{type(error).__name__}: {error}")
 
 
 def of_record(record: Record, stated: dict[Engine, Answer]) -> list[str]:

@@ -19,6 +19,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+import peftplan
 from peftplan.accuracy.jsonl import RecordFileError, read
 from peftplan.datafiles import DATA
 from peftplan.errors import InputError
@@ -210,6 +211,14 @@ def test_bad_input_is_one_line(args: tuple[str, ...], why: str) -> None:
     done = run("measure", *args)
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert why in done.err
+
+
+def test_every_configuration_of_the_default_suite_can_be_estimated() -> None:
+    """And all but the one that is made not to fit do fit one card of 80 GB, as far as the engine can tell."""
+    entries = read_suite(DATA / "suites" / "default.jsonl")
+    estimates = [peftplan.estimate(entry.model, gpu="h100-80gb", **entry.options) for entry in entries]
+    assert [made.gpus[0].verdict for made in estimates].count("does_not_fit") == 1
+    assert estimates[-1].gpus[0].verdict == "does_not_fit"
 
 
 def test_the_default_suite_is_what_it_says() -> None:
