@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
-pynvml = pytest.importorskip("pynvml")
+pytest.importorskip("torch")
+pytest.importorskip("pynvml")
+
+import pynvml
+import torch
 
 from peftplan.measure import cuda
 from peftplan.measure.identity import allocator_settings
@@ -27,8 +30,10 @@ STATS = {
 class Machine:
     """What the driver says, changed by tests as they go."""
 
-    used = 500 * MIB
-    processes: list[Any] = []
+    def __init__(self) -> None:
+        self.used = 500 * MIB
+        self.processes: list[Any] = []
+        self.asked: list[str] = []
 
 
 @pytest.fixture
@@ -44,16 +49,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         "mem_get_info": lambda device: (70 * 2**30, 80 * 2**30),
     }.items():
         monkeypatch.setattr(torch.cuda, name, answer)
-    asked: list[str] = []
     for name, answer in {
         "nvmlInit": lambda: None,
-        "nvmlDeviceGetHandleByUUID": lambda uuid: asked.append(uuid) or "handle",  # type: ignore[func-returns-value]
+        "nvmlDeviceGetHandleByUUID": lambda uuid: here.asked.append(uuid) or "handle",  # type: ignore[func-returns-value]
         "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(used=here.used),
         "nvmlDeviceGetComputeRunningProcesses": lambda handle: here.processes,
         "nvmlSystemGetDriverVersion": lambda: "550.54.15",
     }.items():
         monkeypatch.setattr(pynvml, name, answer)
-    here.asked = asked  # type: ignore[attr-defined]
     return here
 
 
@@ -62,7 +65,7 @@ def test_facts_and_counters(machine: Machine) -> None:
     facts = device.facts()
     assert (facts.gpu, facts.compute_capability, facts.total_bytes) == ("NVIDIA H100 80GB HBM3", "9.0", 80 * 2**30)
     assert (facts.driver, facts.cuda) == ("550.54.15", torch.version.cuda)
-    assert machine.asked == [f"GPU-{UUID}"]  # type: ignore[attr-defined]
+    assert machine.asked == [f"GPU-{UUID}"]
     assert device.read() == cuda.Reading(allocated=1, reserved=2, peak_allocated=3, peak_reserved=4)
     assert device.free_bytes() == 70 * 2**30
 
