@@ -296,12 +296,15 @@ class Tape:
         """Autocast's cast; of an fp32 leaf that has a gradient it is made once and kept until autocast ends."""
         if x is None or x.dtype == dtype or x.dtype not in ("fp32", "fp16", "bf16"):
             return x
-        leaf = x if type(x) is Parameter and x.trainable else x.storage
-        if leaf is None or (leaf is not x and leaf.number not in self.leaves):
+        if x.dtype != "fp32" or not self._is_leaf(x):
             return self.to(x, dtype)
+        leaf = x if type(x) is Parameter else x.storage
         if leaf not in self._casts:
             self._casts[leaf] = self.to(x, dtype)
         return self._casts[leaf]
+
+    def _is_leaf(self, x: Any) -> bool:
+        return bool(x.trainable if type(x) is Parameter else x.storage is not None and x.storage.number in self.leaves)
 
     def to(self, x: Any, dtype: str) -> Any:
         """`x.to(dtype)`: itself where it has it."""

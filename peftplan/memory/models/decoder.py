@@ -65,8 +65,8 @@ class Style:
     """How a family differs from Llama.
 
     `norms` are those before and after attention, before and after the MLP. `qk_norm`: on the projection as it comes (`flat`), on
-    its heads (`head`), or on heads moved before the sequence (`moved`). `multiplied`: what a sublayer adds, and the embedding, are
-    multiplied. `output` and `plain` are names: of attention's last projection, of the two matrices of an MLP without gate.
+    its heads (`head`), or on heads moved before the sequence (`moved`). `multiplied`: the embedding, and what a sublayer
+    adds, are multiplied. `output` and `plain` are names: of attention's last projection, of the two matrices of an MLP without gate.
     `tables_by_window`: sliding layers have rotary tables of their own; `wide_tables`: in fp32, whatever the hidden states are.
     """
 
