@@ -28,6 +28,17 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "phi3": ("llama", "phi3"),
     "glm4": ("llama", "glm4"),
     "starcoder2": ("llama", "starcoder2"),
+    "gemma": ("gemma", "gemma"),
+    "gemma2": ("gemma", "gemma2"),
+    "gemma3_text": ("gemma", "gemma3"),
+    "cohere": ("parallel", "cohere"),
+    "cohere2": ("parallel", "cohere"),
+    "stablelm": ("parallel", "stablelm"),
+    "phi": ("parallel", "phi"),
+    "gptj": ("parallel", "gptj"),
+    "gpt_neox": ("parallel", "gpt_neox"),
+    "gpt2": ("gpt2", "gpt2"),
+    "gpt_bigcode": ("gpt2", "gpt2"),
 }
 """model type → module of this folder and its function: from token ids to the last hidden states."""
 

@@ -16,23 +16,21 @@ from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend, causal_mask
 from peftplan.memory.model import Model, kinds_of, run_stack
 from peftplan.memory.norms import rms
-from peftplan.memory.shaping import sliced, split
+from peftplan.memory.shaping import cat, sliced, split
 from peftplan.memory.tape import Tape, Tensor
 
 Norm = Callable[[Model, str, Tensor, "int | None"], Tensor]
 Rotation = Callable[[Tape, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-LAYER = "model.layers.{}"
 
 
 class Call(NamedTuple):
-    """One layer's call: what it reads besides its input."""
+    """One layer's call: what it reads besides its input. `tables`: cosines and sines, or what else its attention adds."""
 
     model: Model
     style: Style
     block: Block
     number: int
-    cos: Tensor
-    sin: Tensor
+    tables: tuple[Tensor, ...]
     mask: Tensor | None
 
     @property
@@ -42,16 +40,26 @@ class Call(NamedTuple):
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """A linear layer of this layer."""
-        return self.model.linear(f"{LAYER}.{name}", x, self.number)
+        return self.model.linear(f"{self.style.stack}.{name}", x, self.number)
 
     def norm(self, name: str | None, x: Tensor) -> Tensor:
         """A norm of this layer; x itself where it has none."""
-        return x if name is None else self.style.norm(self.model, f"{LAYER}.{name}", x, self.number)
+        return x if name is None else self.style.norm(self.model, f"{self.style.stack}.{name}", x, self.number)
 
     def at(self, name: str = "") -> Tape:
         """The tape, for operations of the layer itself or of a module of it."""
-        self.model.tape.module = f"{LAYER}.{name}" if name else LAYER
+        self.model.tape.module = f"{self.style.stack}.{name}" if name else self.style.stack
         return self.model.tape
+
+    def dropout(self, x: Tensor) -> Tensor:
+        """The dropout that follows sublayers."""
+        return ops.dropout(self.model.tape, x, self.model.arch.dropout.hidden)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, rotated: bool) -> Tensor:
+        """Attention over cached keys and values."""
+        k, v = self.model.cached(k, v)
+        dropout = self.model.arch.dropout.attention
+        return attend(self.model, self.block.attentions[0], q, k, v, self.mask, dropout=dropout, rotated=rotated)
 
 
 def rotate_all(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,27 +73,29 @@ class Style:
     """How a family differs from Llama.
 
     `norms` are those before and after attention, before and after the MLP. `qk_norm`: on the projection as it comes (`flat`), on
-    its heads (`head`), or on heads moved before the sequence (`moved`). `multiplied`: the embedding, and what a sublayer
-    adds, are multiplied. `output` and `plain` are names: of attention's last projection, of the two matrices of an MLP without gate.
-    `tables_by_window`: sliding layers have rotary tables of their own; `wide_tables`: in fp32, whatever the hidden states are.
+    its heads (`head`), on heads moved before the sequence (`moved`), or on each head with a norm of its own (`each`). `output` and
+    `plain` are names: of attention's last projection, of the two matrices of an MLP without gate. `multiplied`: the embedding, and
+    what a sublayer adds, are multiplied. `tables_by_window`: sliding layers have rotary tables of their own; `wide_tables`: in
+    fp32, whatever the hidden states are.
     """
 
     norm: Norm = rms
     norms: tuple[str | None, str | None, str | None, str | None] = ("input_layernorm", None, "post_attention_layernorm", None)
     rotate: Rotation = rotate_all
     layer: Callable[[Call, Tensor], Tensor] | None = None
-    qk_norm: Literal["flat", "head", "moved"] = "head"
+    qk_norm: Literal["flat", "head", "moved", "each"] = "head"
     qk_names: tuple[str, str] = ("q_norm", "k_norm")
-    multiplied: bool = False
     output: str = "o_proj"
-    plain: tuple[str, str] = ("c_fc", "c_proj")
-    final_norm: str = "norm"
+    plain: tuple[str, str] = ("mlp.c_fc", "mlp.c_proj")
+    stack: str = "model.layers.{}"
+    final_norm: str | None = "model.norm"
+    multiplied: bool = False
     tables_by_window: bool = False
     wide_tables: bool = False
 
 
 def decoder(model: Model, style: Style) -> Tensor:
-    """`…Model.forward`."""
+    """`…Model.forward` of a rotary decoder."""
     f = model.tape
     embedded = x = model.inputs()
     f.module = "model"
@@ -93,27 +103,29 @@ def decoder(model: Model, style: Style) -> Tensor:
         embedded = x = ops.scale(f, x)
     x = ops.dropout(f, x, model.arch.dropout.embedding)
     _positions = f.new((model.seq,), "int64", "position_ids")
+    windows = {block.attentions[0].window for block in model.arch.blocks} if style.tables_by_window else {None}
+    tables = {window: rotary_tables(model, "fp32" if style.wide_tables else x.dtype) for window in windows}
+    x = run_layers(model, style, x, lambda window: tables[window if style.tables_by_window else None])
+    del embedded
+    return x
+
+
+def run_layers(model: Model, style: Style, x: Tensor, tables: Callable[[int | None], tuple[Tensor, ...]]) -> Tensor:
+    """The masks, all layers, and the final norm; `tables` finds those of a layer by its window."""
     blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
-    windows = {block.attentions[0].window for block in model.arch.blocks}
-    masks = {window: causal_mask(model, x.dtype, window) for window in windows}
-    tables = {
-        window: _tables(model, "fp32" if style.wide_tables else x.dtype)
-        for window in (windows if style.tables_by_window else (None,))
-    }
+    masks = {w: causal_mask(model, x.dtype, w) for w in {block.attentions[0].window for block in model.arch.blocks}}
 
     def layer(number: int, x: Tensor) -> Tensor:
         block = blocks[number]
         window = block.attentions[0].window
-        call = Call(model, style, block, number, *tables[window if style.tables_by_window else None], masks[window])
+        call = Call(model, style, block, number, tables(window), masks[window])
         return (style.layer or serial)(call, x)
 
     x = run_stack(model, kinds_of(model), x, layer, name="layers", checkpointed=model.running.checkpointing)
-    out = style.norm(model, f"model.{style.final_norm}", x, None)
-    del embedded
-    return out
+    return x if style.final_norm is None else style.norm(model, style.final_norm, x, None)
 
 
-def _tables(model: Model, dtype: str) -> tuple[Tensor, Tensor]:
+def rotary_tables(model: Model, dtype: str) -> tuple[Tensor, Tensor]:
     """Cosines and sines, as wide as the part of a head that is rotated."""
     a = model.arch.blocks[0].attentions[0]
     width = a.head_dim if a.rotary_dim is None else a.rotary_dim
@@ -140,7 +152,7 @@ def serial(c: Call, x: Tensor) -> Tensor:
 def added(c: Call, residual: Tensor, x: Tensor) -> Tensor:
     """What a sublayer adds to the residual, dropped out, multiplied."""
     f = c.at()
-    x = ops.dropout(f, x, c.model.arch.dropout.hidden)
+    x = c.dropout(x)
     if c.style.multiplied:
         x = ops.scale(f, x)
     return ops.add(f, residual, x)
@@ -151,22 +163,18 @@ def attention(c: Call, x: Tensor) -> Tensor:
     a = c.block.attentions[0]
     q, k, v = fused(c, a, x) if a.fused_qkv else projected(c, a, x)
     f = c.at("self_attn")
-    if a.positions == "rotary":
-        q, k = c.style.rotate(f, q, k, c.cos, c.sin)
-    k, v = c.model.cached(k, v)
-    x = attend(c.model, a, q, k, v, c.mask, dropout=c.model.arch.dropout.attention, rotated=a.positions == "rotary")
+    rotated = a.positions == "rotary"
+    if rotated:
+        q, k = c.style.rotate(f, q, k, *c.tables)
+    x = c.attend(q, k, v, rotated=rotated)
     return c.linear(f"self_attn.{c.style.output}", x)
 
 
 def projected(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v from a projection each, q and k normed where the model norms them."""
-    q, k = c.linear("self_attn.q_proj", x), None
-    if a.qk_norm:
-        q = _normed(c, a, 0, q)
-        k = _normed(c, a, 1, c.linear("self_attn.k_proj", x))
-    else:
-        q = _by_head(c, a, 0, q)
-        k = _by_head(c, a, 1, c.linear("self_attn.k_proj", x))
+    side = _normed if a.qk_norm else _by_head
+    q = side(c, a, 0, c.linear("self_attn.q_proj", x))
+    k = side(c, a, 1, c.linear("self_attn.k_proj", x))
     v = c.linear("self_attn.v_proj", x)
     return q, k, v.view(_head_dims(a, 1, v))
 
@@ -187,8 +195,18 @@ def _normed(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
         return _by_head(c, a, side, c.norm(name, x))
     if c.style.qk_norm == "moved":
         return c.norm(name, _by_head(c, a, side, x))
-    x = c.norm(name, x.view((dims[0], dims[2], dims[1], dims[3])))
-    return x.view(dims)
+    if c.style.qk_norm == "each":
+        return _normed_each(c, name, _by_head(c, a, side, x))
+    return c.norm(name, x.view((dims[0], dims[2], dims[1], dims[3]))).view(dims)
+
+
+def _normed_each(c: Call, name: str, x: Tensor) -> Tensor:
+    """`StableLmLayerNormPerHead`: split by heads, normed head by head, and joined."""
+    b, heads, s, d = x.dims
+    assert isinstance(heads, int)
+    parts = split(c.at(name), x, [(b, 1, s, d)] * heads)
+    normed = [c.norm(f"{name}.norms.{number}", part) for number, part in enumerate(parts)]
+    return cat(c.at(name), normed, x.dims)
 
 
 def fused(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,6 +251,6 @@ def fused_mlp(c: Call, x: Tensor) -> Tensor:
 def plain_mlp(c: Call, x: Tensor) -> Tensor:
     """An MLP without gate."""
     first, second = c.style.plain
-    x = c.linear(f"mlp.{first}", x)
+    x = c.linear(first, x)
     x = activation(c.at("mlp.act"), x, c.block.mlp.activation)
-    return c.linear(f"mlp.{second}", x)
+    return c.linear(second, x)

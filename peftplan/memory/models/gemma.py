@@ -1,0 +1,17 @@
+"""Gemma 1 … 3 (text): norms with one plus a weight, a scaled embedding.
+
+Sources: transformers 5.24, models/{gemma,gemma2,gemma3}/modeling_*.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from peftplan.memory.models.decoder import Style, decoder
+from peftplan.memory.norms import rms_plus_one
+
+SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+gemma = partial(decoder, style=Style(norm=rms_plus_one))
+gemma2 = partial(decoder, style=Style(norm=rms_plus_one, norms=SANDWICH))
+gemma3 = partial(decoder, style=Style(norm=rms_plus_one, norms=SANDWICH, qk_norm="moved", tables_by_window=True))

@@ -1,0 +1,77 @@
+"""GPT-2 and StarCoder 1: learned positions, one projection for q, k and v.
+
+Sources: transformers 5.24, models/{gpt2,gpt_bigcode}/modeling_*.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from peftplan.arch.modules import Attention
+from peftplan.memory import ops
+from peftplan.memory.model import Model
+from peftplan.memory.models.decoder import Call, Style, mlp, run_layers
+from peftplan.memory.norms import layer_norm
+from peftplan.memory.shaping import split
+from peftplan.memory.tape import Tensor
+
+
+def model_forward(model: Model, style: Style) -> Tensor:
+    """`GPT2Model.forward`: token and position embeddings live until it returns."""
+    f = model.tape
+    tokens = model.inputs()
+    f.module = "transformer"
+    _positions = f.new((model.seq,), "int64", "position_ids")
+    positions = model.embedding("transformer.wpe", (1, model.seq), _positions)
+    f.module = "transformer"
+    x = ops.add(f, tokens, positions)
+    x = ops.dropout(f, x, model.arch.dropout.embedding)
+    x = run_layers(model, style, x, lambda window: ())
+    del tokens, positions
+    return x
+
+
+def block(c: Call, x: Tensor) -> Tensor:
+    """`GPT2Block.forward`."""
+    residual = x
+    x = c.norm("ln_1", x)
+    attended = attention(c, x)
+    x = ops.add(c.at(), attended, residual)
+    residual = x
+    x = c.norm("ln_2", x)
+    out = c.dropout(mlp(c, x))
+    return ops.add(c.at(), residual, out)
+
+
+def attention(c: Call, x: Tensor) -> Tensor:
+    """`GPT2Attention.forward`, `GPTBigCodeAttention.forward`."""
+    a = c.block.attentions[0]
+    q, k, v = (by_head if _interleaved(c, a) else side_by_side)(c, a, c.linear("attn.c_attn", x))
+    x = c.attend(q, k, v, rotated=False)
+    x = c.linear("attn.c_proj", x)
+    c.at("attn")
+    return c.dropout(x)
+
+
+def _interleaved(c: Call, a: Attention) -> bool:
+    """StarCoder 1 without multi-query keeps each head's q, k and v together."""
+    return c.model.arch.model_type == "gpt_bigcode" and a.num_key_value_heads > 1
+
+
+def side_by_side(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v of all heads, one after the other."""
+    b, s, _ = x.dims
+    heads = (a.num_attention_heads, a.num_key_value_heads, a.num_key_value_heads)
+    parts = split(c.at("attn"), x, [(b, s, count * a.head_dim) for count in heads])
+    return tuple(part.view((b, count, s, a.head_dim)) for part, count in zip(parts, heads, strict=True))
+
+
+def by_head(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, ...]:
+    """Heads first, then q, k and v of each."""
+    b, s, _ = x.dims
+    f = c.at("attn")
+    x = ops.heads(f, x, (b, a.num_attention_heads, s, 3 * a.head_dim), clones=True)
+    return split(f, x, [(b, a.num_attention_heads, s, a.head_dim)] * 3)
+
+
+gpt2 = partial(model_forward, style=Style(norm=layer_norm, layer=block, stack="transformer.h.{}", final_norm="transformer.ln_f"))

@@ -1,0 +1,194 @@
+"""Rotary decoders whose attention and MLP read the layer's input side by side, and StableLM, which can.
+
+Sources: transformers 5.24, models/{cohere,cohere2,stablelm,phi,gptj,gpt_neox}/modeling_*.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from peftplan.memory import ops
+from peftplan.memory.model import Model
+from peftplan.memory.models.decoder import Call, Style, attention, decoder, mlp, run_layers
+from peftplan.memory.norms import layer_norm, written_layer_norm
+from peftplan.memory.shaping import cat, partly_rotary, sliced, split
+from peftplan.memory.tape import Tape, Tensor
+
+
+def cohere_layer(c: Call, x: Tensor) -> Tensor:
+    """`CohereDecoderLayer.forward`: residual + attention + MLP."""
+    residual = x
+    x = c.norm("input_layernorm", x)
+    attended = attention(c, x)
+    out = mlp(c, x)
+    f = c.at()
+    return ops.add(f, ops.add(f, residual, attended), out)
+
+
+def cohere_rotary(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated in fp32."""
+    given = q.dtype
+    q, k = f.to(q, "fp32"), f.to(k, "fp32")
+    q_embed = ops.rotary(f, q, cos, sin)
+    k_embed = ops.rotary(f, k, cos, sin)
+    narrow: Tensor = f.to(q_embed, given)
+    return narrow, f.to(k_embed, given)
+
+
+def stablelm_layer(c: Call, x: Tensor) -> Tensor:
+    """`StableLmDecoderLayer.forward`: serial, or parallel behind one norm; the MLP's output alone is dropped out."""
+    residual = x
+    x = c.norm("input_layernorm", x)
+    attended = attention(c, x)
+    if c.block.parallel:
+        out = mlp(c, x)
+        f = c.at()
+        out = c.dropout(out)
+        return ops.add(f, ops.add(f, residual, attended), out)
+    residual = ops.add(c.at(), residual, attended)
+    out = mlp(c, c.norm("post_attention_layernorm", residual))
+    f = c.at()
+    out = c.dropout(out)
+    return ops.add(f, residual, out)
+
+
+def phi_layer(c: Call, x: Tensor) -> Tensor:
+    """`PhiDecoderLayer.forward`: attention + MLP + residual, both dropped out."""
+    residual = x
+    x = c.norm("input_layernorm", x)
+    attended = attention(c, x)
+    attended = c.dropout(attended)
+    out = mlp(c, x)
+    f = c.at()
+    out = c.dropout(out)
+    return ops.add(f, ops.add(f, attended, out), residual)
+
+
+def neox_layer(c: Call, x: Tensor) -> Tensor:
+    """`GPTNeoXLayer.forward`: two norms; serial or parallel."""
+    attended = neox_attention(c, c.norm("input_layernorm", x))
+    attended = c.dropout(attended)
+    if c.block.parallel:
+        out = mlp(c, c.norm("post_attention_layernorm", x))
+        out = c.dropout(out)
+        f = c.at()
+        return ops.add(f, ops.add(f, out, attended), x)
+    attended = ops.add(c.at(), attended, x)
+    out = mlp(c, c.norm("post_attention_layernorm", attended))
+    out = c.dropout(out)
+    return ops.add(c.at(), out, attended)
+
+
+def neox_attention(c: Call, x: Tensor) -> Tensor:
+    """`GPTNeoXAttention.forward`: each head's q, k and v side by side in one projection."""
+    a = c.block.attentions[0]
+    qkv = c.linear("attention.query_key_value", x)
+    b, s, _ = qkv.dims
+    f = c.at("attention")
+    qkv = ops.heads(f, qkv, (b, a.num_attention_heads, s, 3 * a.head_dim), clones=True)
+    q, k, v = split(f, qkv, [(b, a.num_attention_heads, s, a.head_dim)] * 3)
+    q, k = partly_rotary(f, q, k, *c.tables)
+    x = c.attend(q, k, v, rotated=True)
+    return c.linear("attention.dense", x)
+
+
+def gptj_layer(c: Call, x: Tensor) -> Tensor:
+    """`GPTJBlock.forward`: attention + MLP + residual."""
+    residual = x
+    x = c.norm("ln_1", x)
+    attended = c.dropout(gptj_attention(c, x))
+    out = c.dropout(mlp(c, x))
+    f = c.at()
+    return ops.add(f, ops.add(f, attended, out), residual)
+
+
+def gptj_attention(c: Call, x: Tensor) -> Tensor:
+    """`GPTJAttention.forward`: heads are rotated before they move in front of the sequence, k first."""
+    a = c.block.attentions[0]
+    b, s, _ = x.dims
+    by_token = (b, s, a.num_attention_heads, a.head_dim)
+    by_head = (b, a.num_attention_heads, s, a.head_dim)
+    q = c.linear("attn.q_proj", x).view(by_token)
+    k = c.linear("attn.k_proj", x).view(by_token)
+    v = c.linear("attn.v_proj", x).view(by_head)
+    f = c.at("attn")
+    k_rot, k_pass = gptj_parts(c, f, k)
+    q_rot, q_pass = gptj_parts(c, f, q)
+    k_rot, q_rot = gptj_rotary(c, f, k_rot), gptj_rotary(c, f, q_rot)
+    k = cat(f, (k_rot, k_pass), by_token)
+    q = cat(f, (q_rot, q_pass), by_token)
+    x = c.attend(q.view(by_head), k.view(by_head), v, rotated=True)
+    del k_rot, k_pass, q_rot, q_pass
+    return c.linear("attn.out_proj", x)
+
+
+def gptj_parts(c: Call, f: Tape, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What is rotated, and the rest."""
+    a = c.block.attentions[0]
+    assert a.rotary_dim is not None
+    rest = a.head_dim - a.rotary_dim
+    rot = sliced(f, x, (*x.dims[:3], a.rotary_dim)) if rest else x
+    return rot, sliced(f, x, (*x.dims[:3], rest))
+
+
+def gptj_rotary(c: Call, f: Tape, x: Tensor) -> Tensor:
+    """`apply_rotary_pos_emb`: makes its own copies of sines and cosines, each number twice."""
+    table = c.tables[0]
+    dims = (1, table.dims[1], 1, x.dims[3])
+    sin, cos = (f.new(dims, table.dtype, "repeat_interleave") for _ in range(2))
+    return ops.rotary(f, x, cos, sin)
+
+
+def gptj(model: Model) -> Tensor:
+    """`GPTJModel.forward`: rows of a table of sines and cosines."""
+    f = model.tape
+    embedded = x = model.inputs()
+    f.module = "transformer"
+    x = ops.dropout(f, x, model.arch.dropout.embedding)
+    _positions = f.new((model.seq,), "int64", "position_ids")
+    rotary_dim = model.arch.blocks[0].attentions[0].rotary_dim
+    assert rotary_dim is not None
+    table = f.new((1, model.seq, rotary_dim), x.dtype, "sines and cosines")
+    x = run_layers(model, GPTJ, x, lambda window: (table,))
+    del embedded
+    return x
+
+
+GPTJ = Style(
+    norm=layer_norm,
+    layer=gptj_layer,
+    plain=("mlp.fc_in", "mlp.fc_out"),
+    stack="transformer.h.{}",
+    final_norm="transformer.ln_f",
+)
+
+cohere = partial(decoder, style=Style(norm=written_layer_norm, layer=cohere_layer, rotate=cohere_rotary))
+stablelm = partial(
+    decoder,
+    style=Style(
+        norm=layer_norm, layer=stablelm_layer, rotate=partly_rotary, qk_norm="each", qk_names=("q_layernorm", "k_layernorm")
+    ),
+)
+phi = partial(
+    decoder,
+    style=Style(
+        norm=layer_norm,
+        layer=phi_layer,
+        rotate=partly_rotary,
+        qk_norm="moved",
+        qk_names=("q_layernorm", "k_layernorm"),
+        output="dense",
+        plain=("mlp.fc1", "mlp.fc2"),
+        final_norm="model.final_layernorm",
+    ),
+)
+gpt_neox = partial(
+    decoder,
+    style=Style(
+        norm=layer_norm,
+        layer=neox_layer,
+        plain=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        stack="gpt_neox.layers.{}",
+        final_norm="gpt_neox.final_layer_norm",
+    ),
+)
