@@ -168,6 +168,12 @@ def cuda_autocast(dtype: torch.dtype | None) -> Iterator[None]:
         yield
 
 
+def _all_by_name(mask: torch.Tensor) -> torch.Tensor:
+    """`fast_all`, which compares the sum of a mask with its size: as `all`, by which the trace knows what is asked."""
+    mask.sum()
+    return mask.all()
+
+
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Let torch answer for the fake device where it is asked about CUDA, and transformers take fake tensors for real ones."""
@@ -176,6 +182,7 @@ def as_on_cuda() -> Iterator[None]:
         patch("torch.is_autocast_enabled", lambda device=None: enabled(device or "cpu")),
         patch("torch.get_autocast_gpu_dtype", lambda: low("cpu")),
         patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False),
+        patch("transformers.masking_utils.fast_all", _all_by_name),
         patch.object(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True),  # it prints what is raised anyway
     ):
         yield
