@@ -1,0 +1,273 @@
+"""Every kind of model is traced: counts against peft's own, categories against peaks, batches against what each class reads."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import peftplan
+from peftplan.errors import InputError, PeftplanError, RefusedError
+from peftplan.planning.setup import Setup, parse_setup, resolved
+from peftplan.storage import parse_quant
+from peftplan.trace import engine
+from peftplan.trace.engine import Traced, trace
+from peftplan.trace.experts import experts_on
+from peftplan.trace.inputs import inputs
+from tests.arch.meta import build
+from tests.trace.family_configs import BART, FAMILIES, GQA, LOCAL_EXPERTS, PLAIN, VIT, Family
+
+B, S = 2, 24
+NF4 = {"quant": "nf4", "double_quant": True, "compute_dtype": "bf16"}
+
+
+def model(family: Family) -> Any:
+    """transformers' own model, on meta."""
+    return build(family.config, family.model_class)
+
+
+def setup_of(family: Family, *, quantized: bool = False, **options: Any) -> Setup:
+    """The setup that `estimate` would resolve."""
+    sdpa = bool(getattr(__import__("transformers"), family.model_class)._supports_sdpa)
+    given = {"batch_size": B, "seq_len": S, "gradient_checkpointing": family.checkpointing, **options}
+    return resolved(parse_setup(given), quantized=quantized, supports_sdpa=sdpa, use_cache=False)
+
+
+def traced(family: Family, kind: str, *, skip: tuple[str, ...] | None = None, **options: Any) -> Traced:
+    """The trace of one way to train a family."""
+    adapter = None if kind == "full" else {"peft_type": "LORA", "r": 4, "target_modules": family.targets}
+    quant = parse_quant("nf4", double_quant=True, compute_dtype="bf16", skip_modules=skip or None) if kind == "qlora" else None
+    return trace(
+        {**family.config, "architectures": [family.model_class]},
+        task_type=family.task,
+        peft_config=adapter,
+        quant=quant,
+        setup=setup_of(family, quantized=quant is not None, **options),
+        device=(8, 0),
+    )
+
+
+def counts(family: Family, kind: str) -> tuple[int, int]:
+    """(trainable, all) as the real model, adapted by peft itself, counts them."""
+    real = model(family)
+    if kind == "full":
+        return sum(p.numel() for p in real.parameters() if p.requires_grad), sum(p.numel() for p in real.parameters())
+    task = family.task if family.task in {t.value for t in peft.TaskType} else None
+    with torch.device("meta"):
+        adapted = peft.get_peft_model(real, peft.LoraConfig(task_type=task, r=4, target_modules=family.targets))
+    found: tuple[int, int] = adapted.get_nb_trainable_parameters()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_traced_counts_and_sums(name: str, kind: str) -> None:
+    family = FAMILIES[name]
+    found = traced(family, kind, skip=family.qlora_skip)
+    assert (found.num_trainable, found.num_total) == counts(family, kind)
+    for phase, peak in found.peak_by_phase.items():
+        assert sum(found.by_category(phase).values()) == peak
+    assert found.by_category("backward")["activations"] > 0
+    assert found.unknown_ops == {}
+
+
+def test_more_than_forty_model_types() -> None:
+    assert len({family.config["model_type"] for family in FAMILIES.values()}) > 40
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("roberta", "quant_skip_modules"),  # the head that peft trains is the last module, and quantized: bitsandbytes' own error
+        ("mamba", "packed 4-bit weight"),  # `dt_proj.weight @ …` in transformers' mixer
+    ],
+)
+def test_what_qlora_cannot_train_is_refused_with_a_way_out(name: str, words: str) -> None:
+    with pytest.raises(RefusedError, match=words):
+        traced(FAMILIES[name], "qlora")
+
+
+BATCHES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, int | str]]] = {
+    "gpt2": ({"input_ids": (2, 24), "labels": (2, 24)}, {}),
+    "roberta": ({"input_ids": (2, 24), "labels": (2,)}, {}),
+    "xlm-roberta": ({"input_ids": (2, 24), "start_positions": (2,), "end_positions": (2,)}, {}),
+    "bart": ({"input_ids": (2, 24), "labels": (2, 24)}, {"decoder_seq_len": 24}),
+    "bart-classifier": ({"input_ids": (2, 24), "labels": (2,)}, {}),
+    # Whisper's second convolution halves the frames: 20 positions are 40 of them
+    "whisper": ({"input_features": (2, 16, 40), "labels": (2, 24)}, {"mel_frames": 40, "decoder_seq_len": 24}),
+    # 20 s of 16 kHz; 999 frames; SpecAugment: int(0.05 · 999 / 10) = 4 spans of 10 frames
+    "wav2vec2": (
+        {"input_values": (2, 320_000), "labels": (2, 24)},
+        {"audio_seconds": 20, "sampling_rate": 16_000, "masked_frames": 40, "label_tokens": 24},
+    ),
+    "ast": ({"input_values": (2, 40, 16), "labels": (2,)}, {"mel_frames": 40}),
+    "vit": ({"pixel_values": (2, 3, 32, 32), "labels": (2,)}, {"images_per_sample": 1, "image_size": "32x32"}),
+    "videomae": ({"pixel_values": (2, 4, 3, 32, 32), "labels": (2,)}, {"frames_per_sample": 4, "image_size": "32x32"}),
+    "clip": ({"input_ids": (2, 24), "pixel_values": (2, 3, 32, 32)}, {"images_per_sample": 1, "image_size": "32x32"}),
+    # (32 / 8)² patches, the class token left out
+    "llava": (
+        {"input_ids": (2, 24), "labels": (2, 24), "pixel_values": (2, 3, 32, 32)},
+        {"images_per_sample": 1, "image_size": "32x32", "image_tokens": 16},
+    ),
+    "qwen2_vl": ({"input_ids": (2, 24), "labels": (2, 24)}, {"images_per_sample": 0}),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_batch(name: str) -> None:
+    family = FAMILIES[name]
+    found = inputs(model(family), setup_of(family))
+    shapes, facts = BATCHES[name]
+    assert {key: tuple(value.shape) for key, value in found.batch.items() if torch.is_tensor(value)} == shapes
+    assert found.facts == facts
+
+
+def test_a_mask_comes_with_padding() -> None:
+    for name in ("llama", "bert", "bart"):
+        found = inputs(model(FAMILIES[name]), setup_of(FAMILIES[name], padding=True))
+        assert found.batch["attention_mask"].shape == (B, S)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem", "shape", "dtype"),
+    [
+        (3, None, (B,), torch.int64),
+        (1, None, (B,), torch.float32),
+        (3, "regression", (B, 3), torch.float32),
+        (3, "multi_label_classification", (B, 3), torch.float32),
+    ],
+)
+def test_labels_of_a_classifier(labels: int, problem: str | None, shape: tuple[int, ...], dtype: Any) -> None:
+    config = {"model_type": "bert", **PLAIN, "num_labels": labels, "problem_type": problem}
+    family = Family(config, "BertForSequenceClassification", "SEQ_CLS")
+    found = inputs(model(family), setup_of(family)).batch["labels"]
+    assert (tuple(found.shape), found.dtype) == (shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("bert-base-uncased", {"seq_len": 513}, "seq_len: 513 .* up to 512"),
+        ("roberta-base", {"seq_len": 513}, "seq_len: 513 .* up to 512"),  # 514 rows, the first two are the padding's
+        ("gpt2", {"seq_len": 2048}, "seq_len: 2048 .* up to 1024"),
+        ("opt-350m", {"seq_len": 2049}, "seq_len: 2049 .* up to 2048"),
+        ("whisper-tiny", {"seq_len": 449}, "seq_len: 449 .* up to 448"),
+    ],
+)
+def test_lengths_past_the_positions_are_refused(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        peftplan.estimate(name, method="full", engine="trace", **options)
+
+
+def test_a_decoder_with_fewer_positions_takes_what_it_holds() -> None:
+    config = {"model_type": "led", **BART, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 16}
+    family = Family(config, "LEDForConditionalGeneration", "SEQ_2_SEQ_LM")
+    found = inputs(model(family), setup_of(family))
+    assert (found.batch["labels"].shape, found.facts) == ((B, 16), {"decoder_seq_len": 16})
+
+
+def test_what_has_no_loss_or_no_start_is_refused() -> None:
+    bare = Family({"model_type": "bert", **PLAIN}, "BertModel", "FEATURE_EXTRACTION")
+    with pytest.raises(RefusedError, match="BertModel has no loss"):
+        inputs(model(bare), setup_of(bare))
+    config = {**FAMILIES["t5"].config, "decoder_start_token_id": None}
+    with pytest.raises(InputError, match="decoder_start_token_id"):
+        inputs(model(FAMILIES["t5"]._replace(config=config)), setup_of(FAMILIES["t5"]))
+    picture = FAMILIES["llava"]
+    with pytest.raises(InputError, match="seq_len: 16 .* more than 16"):
+        inputs(model(picture), setup_of(picture, seq_len=16))
+    with pytest.raises(RefusedError, match="gradient_checkpointing: AlbertFor"):
+        traced(FAMILIES["albert"], "full", gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("bart", 48), ("t5", 48), ("bert", 48), ("whisper", 48), ("llava", 48), ("vit", 0)])
+def test_logits_are_tokens_of_the_decoder_by_vocabulary(name: str, rows: int) -> None:
+    found = traced(FAMILIES[name], "lora")
+    logits = {m.storage.shape for m in found.log if m.storage.category == "logits"}
+    assert {shape[-1] for shape in logits} == ({200} if rows else set())
+    # a causal loss shifts: without the last token of each of the two samples
+    assert {int(torch.Size(shape).numel()) // 200 for shape in logits} <= {rows, rows - B}
+
+
+SHAPES = {"2d x 3d": ((6, 16), (2, 16, 32)), "2d x 2d": ((16, 6), (6, 32)), "3d x 3d": ((2, 8, 16), (2, 16, 32))}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("layout", SHAPES)
+def test_a_grouped_product_has_the_real_kernels_shape(layout: str, dtype: Any) -> None:
+    def product() -> Any:
+        a, b = (torch.ones(shape, dtype=dtype) for shape in SHAPES[layout])
+        offsets = None if layout == "3d x 3d" else torch.tensor([2, 6], dtype=torch.int32)
+        return torch.nn.functional.grouped_mm(a, b, offs=offsets)
+
+    try:
+        real = product()
+    except RuntimeError as error:
+        assert "16 bytes" in str(error)
+        with experts_on((8, 0)), FakeTensorMode(), pytest.raises(RuntimeError, match="16 bytes"):
+            product()
+        return
+    with experts_on((8, 0)), FakeTensorMode():
+        fake = product()
+    assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+
+
+def test_experts_in_fp32_and_on_old_cards() -> None:
+    family = FAMILIES["mixtral"]
+    found = traced(family, "qlora")
+    experts = [m.storage for m in found.log if (m.storage.name or "").endswith("experts.down_proj")]
+    assert {(s.dtype, s.shape) for s in experts} == {("bf16", (4, 64, 96)), ("fp32", (4, 64, 96))}  # loaded, then cast for kbit
+    assert any("_grouped_mm" in m.storage.op for m in found.log)
+    config = {"model_type": "mixtral", **GQA, **LOCAL_EXPERTS, "architectures": ["MixtralForCausalLM"]}
+    old = trace(config, peft_config=None, setup=setup_of(family), device=(7, 5))
+    assert any("grouped_mm_fallback" in m.storage.op for m in old.log)
+
+
+def test_the_kernels_that_were_not_there_are_named() -> None:
+    found = peftplan.estimate(FAMILIES["mamba"].config, engine="trace", seq_len=8, target_modules=["in_proj"])
+    assert "mamba_ssm" in found.assumptions["kernels"]
+    shown = peftplan.estimate(FAMILIES["bart"].config, engine="trace", seq_len=8, target_modules=["q_proj"])
+    assert shown.assumptions["decoder_seq_len"] == 8
+    assert "kernels" not in shown.assumptions
+
+
+DEEP: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "gpt2": ({"n_layer": 8}, ["transformer.h"]),
+    "distilbert": ({"n_layers": 8}, ["distilbert.transformer.layer"]),
+    "clip": (
+        {"text_config": {**PLAIN, "num_hidden_layers": 8}, "vision_config": {**VIT, "num_hidden_layers": 9}},
+        ["vision_model.encoder.layers", "text_model.encoder.layers"],
+    ),
+}
+"""Changes that make a model deep, and the stacks that then repeat, the deepest first."""
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_stacks_are_the_full_trace(name: str) -> None:
+    changes, stacks = DEEP[name]
+    family = FAMILIES[name]._replace(config={**FAMILIES[name].config, **changes})
+    config = {**family.config, "architectures": [family.model_class]}
+    assert [s.name for s in engine.repeating_stacks(config, task_type=family.task)] == stacks
+    made = traced(family, "lora")
+    with patch.object(engine, "repeating_stacks", lambda config, task_type: ()):
+        full = traced(family, "lora")
+    assert (made.depths, full.depths) == ((3, 4), ())
+    assert made.peak_by_phase == full.peak_by_phase
+    assert made.by_category() == full.by_category()
+    assert (made.num_trainable, made.num_total) == (full.num_trainable, full.num_total) == counts(family, "lora")
+    assert made.replayed.peaks == full.replayed.peaks
+
+
+def test_no_traceback_for_a_model_without_known_input() -> None:
+    config = {"model_type": "timesformer", **VIT, "num_frames": 2}
+    family = Family(config, "TimesformerModel", None)
+    with pytest.raises(PeftplanError, match="no loss"):
+        inputs(model(family), setup_of(family))
