@@ -66,6 +66,15 @@ class Answer:
         return tuple(found for found in self.compared if found.figure in OVERALL)
 
     @property
+    def bound(self) -> Compared | None:
+        """Where no overall peak compares: the stated allocated bytes beside measured reserved or device bytes, which are more."""
+        stated = self.stated.figures.get("allocated")
+        if self.overall or stated is None:
+            return None
+        above = [(figure, size) for figure, size in measured_figures(self.record) if figure in ("reserved", "device")]
+        return Compared(above[0][0], above[0][1], stated, self.record.peaks.rounding_bytes) if above else None
+
+    @property
     def miscounts(self) -> tuple[tuple[str, int, int], ...]:
         """(what, printed by the run, stated) of each count that differs."""
         counts = self.record.counts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Any
 from xml.etree import ElementTree
 
@@ -60,9 +61,23 @@ def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
         f" {found.no_peak} with no peak stated, {found.refused} refused.",
         f"Parameter counts: {found.counts_equal} of {found.counts_printed} printed by the runs are equal.",
     ]
+    lines += _bounds(answers)
     exact = [answer for answer in answers if answer.record.exact]
     lines += _verdicts("Wrong verdicts, of runs that say all that ran", exact)
     return lines + _verdicts("Wrong verdicts, of runs that leave something open", [a for a in answers if not a.record.exact])
+
+
+def _bounds(answers: Sequence[Answer]) -> list[str]:
+    found = [answer.bound for answer in answers if answer.bound is not None]
+    if not found:
+        return []
+    shares = [one.stated / one.measured for one in found]
+    above = sum(share > 1 for share in shares)
+    return [
+        f"{len(found)} more runs measured only reserved or device bytes, which this engine does not state: of these the stated"
+        f" allocated peak is {median(shares):.0%} (median), {min(shares):.0%} to {max(shares):.0%}; {above} lie above,"
+        " which cannot be."
+    ]
 
 
 def _verdicts(title: str, answers: Sequence[Answer]) -> list[str]:

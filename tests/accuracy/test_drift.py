@@ -53,6 +53,16 @@ def test_phases_compare_with_phases_and_stay_out_of_the_overall() -> None:
     assert [one.figure for one in found.overall] == ["allocated"]
 
 
+def test_allocated_bytes_stand_beside_reserved_ones_where_nothing_else_compares() -> None:
+    bound = answer(overall(reserved=400), {"allocated": 300}).bound
+    assert bound is not None
+    assert (bound.figure, bound.measured, bound.stated) == ("reserved", 400, 300)
+    assert answer(overall(reserved=400), {"allocated": 300, "reserved": 410}).bound is None
+    assert answer(overall(allocated=400), {"allocated": 300}).bound is None
+    lines = accuracy.headline("analytic", [answer(overall(reserved=400), {"allocated": size}) for size in (300, 360, 440)])
+    assert any("90% (median), 75% to 110%; 1 lie above" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("stated", "wrong"),
     [
