@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peftplan.memory.tape import Node, Tape, Tensor
+from peftplan.memory.tape import Dims, Node, Tape, Tensor
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
@@ -23,13 +23,19 @@ def linear4bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     assert part.weight is not None
     given = x.dtype
     x = f.to(x, str(part.quant.compute_dtype))
-    n_out, n_in = part.weight.dims
+    n_out, n_in = _sizes(part)
     absmax = _absmax(f, part, keep_both=True)
     weight = f.new((n_out, n_in), x.dtype, "dequantized")
     op = "linear" if part.bias is None else "addmm"
     out = f.new((*x.dims[:-1], n_out), x.dtype, op, f.record(_linear4bit_backward, (x, part.bias), part, x.dims))
     del weight, absmax
     return f.to(out, given)  # type: ignore[no-any-return]
+
+
+def _sizes(part: Part) -> Dims:
+    """Outputs and inputs; a `Conv1D` states them the other way round."""
+    assert part.weight is not None
+    return tuple(reversed(part.weight.dims)) if part.kind == "Conv1D" else part.weight.dims
 
 
 def _absmax(f: Tape, part: Part, *, keep_both: bool) -> list[Tensor]:
@@ -67,7 +73,7 @@ def _linear4bit_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
 def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     """`Linear8bitLt`: an int8 copy of the input, int32 and fp16 outputs; it keeps its input outside autograd's saved tensors."""
     assert part.weight is not None
-    n_out, _ = part.weight.dims
+    n_out, _ = _sizes(part)
     rows = x.dims[:-1]
     half = x if x.dtype == "fp16" else f.new(x.dims, "fp16", "to")
     scales = f.new(rows, "fp32", "row scales")
@@ -93,7 +99,7 @@ def _linear8bit_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] else None
     if not node.edges[0]:
         return None, bias
-    n_out, n_in = part.weight.dims
+    n_out, n_in = _sizes(part)
     scale = f.new((n_out, 1), "fp32", "mul")
     weight = f.new((n_out, n_in), x.dtype, "dequantized")
     low = g if g.dtype == x.dtype else f.new(g.dims, x.dtype, "to")

@@ -55,6 +55,15 @@ def partly_rotary(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotat
     return q_rot, cat(f, (k_rot, k_pass), k.dims)
 
 
+def partly_rotary_inline(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """The same in a forward's own code: what was rotated and what was not live until that returns."""
+    q_rot, q_pass = _parts(f, q, cos)
+    k_rot, k_pass = _parts(f, k, cos)
+    q_rot, k_rot = ops.rotary(f, q_rot, cos, sin), ops.rotary(f, k_rot, cos, sin)
+    q = cat(f, (q_rot, q_pass), q.dims)
+    return q, cat(f, (k_rot, k_pass), k.dims), q_rot, q_pass, k_rot, k_pass
+
+
 def _parts(f: Tape, x: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
     """What is rotated, and what is passed on; a slice of everything is the tensor itself."""
     *before, head = x.dims

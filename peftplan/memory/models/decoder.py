@@ -20,7 +20,8 @@ from peftplan.memory.shaping import cat, sliced, split
 from peftplan.memory.tape import Tape, Tensor
 
 Norm = Callable[[Model, str, Tensor, "int | None"], Tensor]
-Rotation = Callable[[Tape, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Rotation = Callable[[Tape, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+"""q, k, cosines and sines → q and k rotated, and what else lives until attention returns."""
 
 
 class Call(NamedTuple):
@@ -73,10 +74,10 @@ class Style:
     """How a family differs from Llama.
 
     `norms` are those before and after attention, before and after the MLP. `qk_norm`: on the projection as it comes (`flat`), on
-    its heads (`head`), on heads moved before the sequence (`moved`), or on each head with a norm of its own (`each`). `output` and
-    `plain` are names: of attention's last projection, of the two matrices of an MLP without gate. `multiplied`: the embedding, and
-    what a sublayer adds, are multiplied. `tables_by_window`: sliding layers have rotary tables of their own; `wide_tables`: in
-    fp32, whatever the hidden states are.
+    its heads (`head`), on heads moved before the sequence (`moved`), or on each head with a norm of its own (`each`).
+    `output` and `plain` are names: of attention's last projection, of the two matrices of an MLP without gate. `multiplied`: the
+    embedding, and what a sublayer adds, are multiplied. `tables_by_window`: sliding layers have rotary tables of their own;
+    `wide_tables`: in fp32, whatever the hidden states are.
     """
 
     norm: Norm = rms
@@ -165,7 +166,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
     f = c.at("self_attn")
     rotated = a.positions == "rotary"
     if rotated:
-        q, k = c.style.rotate(f, q, k, *c.tables)
+        q, k, *_held = c.style.rotate(f, q, k, *c.tables)
     x = c.attend(q, k, v, rotated=rotated)
     return c.linear(f"self_attn.{c.style.output}", x)
 

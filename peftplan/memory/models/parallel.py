@@ -11,7 +11,7 @@ from peftplan.memory import ops
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, attention, decoder, mlp, run_layers
 from peftplan.memory.norms import layer_norm, written_layer_norm
-from peftplan.memory.shaping import cat, partly_rotary, sliced, split
+from peftplan.memory.shaping import cat, partly_rotary, partly_rotary_inline, sliced, split
 from peftplan.memory.tape import Tape, Tensor
 
 
@@ -87,7 +87,8 @@ def neox_attention(c: Call, x: Tensor) -> Tensor:
     f = c.at("attention")
     qkv = ops.heads(f, qkv, (b, a.num_attention_heads, s, 3 * a.head_dim), clones=True)
     q, k, v = split(f, qkv, [(b, a.num_attention_heads, s, a.head_dim)] * 3)
-    q, k = partly_rotary(f, q, k, *c.tables)
+    cos, sin = c.tables
+    q, k = partly_rotary(f, q, k, cos, sin)
     x = c.attend(q, k, v, rotated=True)
     return c.linear("attention.dense", x)
 
@@ -166,7 +167,11 @@ cohere = partial(decoder, style=Style(norm=written_layer_norm, layer=cohere_laye
 stablelm = partial(
     decoder,
     style=Style(
-        norm=layer_norm, layer=stablelm_layer, rotate=partly_rotary, qk_norm="each", qk_names=("q_layernorm", "k_layernorm")
+        norm=layer_norm,
+        layer=stablelm_layer,
+        rotate=partly_rotary_inline,
+        qk_norm="each",
+        qk_names=("q_layernorm", "k_layernorm"),
     ),
 )
 phi = partial(
@@ -174,7 +179,7 @@ phi = partial(
     style=Style(
         norm=layer_norm,
         layer=phi_layer,
-        rotate=partly_rotary,
+        rotate=partly_rotary_inline,
         qk_norm="moved",
         qk_names=("q_layernorm", "k_layernorm"),
         output="dense",
