@@ -1,0 +1,81 @@
+"""OPT: learned positions from a running sum over the mask, norms before or after, queries scaled before attention.
+
+Source: transformers 5.24, models/opt/modeling_opt.py.
+"""
+
+from __future__ import annotations
+
+from peftplan.errors import NeedsTraceError
+from peftplan.memory import ops
+from peftplan.memory.activations import activation
+from peftplan.memory.model import Model
+from peftplan.memory.models.decoder import Call, Style, run_layers
+from peftplan.memory.norms import layer_norm
+from peftplan.memory.tape import Tensor
+
+
+def opt(model: Model) -> Tensor:
+    """`OPTDecoder.forward`."""
+    f = model.tape
+    tokens = model.inputs()
+    f.module = "model.decoder"
+    _mask = None if model.running.padding else f.new(("b", model.seq), "fp32", "attention_mask")
+    dtype = "int64" if _mask is None else "fp32"
+    sums = [f.new(("b", model.seq), dtype, "cumsum"), f.new(("b", model.seq), dtype, "mul")]
+    _positions = f.new(("b", model.seq), "int64", "position_ids")
+    del sums
+    f.module = "model.decoder.embed_positions"
+    positions = model.embedding(f.module, ("b", model.seq), f.new(("b", model.seq), "int64", "position_ids + offset"))
+    if model.has("model.decoder.project_in"):
+        tokens = model.linear("model.decoder.project_in", tokens)
+    f.module = "model.decoder"
+    x = ops.add(f, tokens, positions)
+    x = run_layers(model, STYLE, x, lambda window: ())
+    if model.has("model.decoder.final_layer_norm"):
+        x = layer_norm(model, "model.decoder.final_layer_norm", x, None)
+    if model.has("model.decoder.project_out"):
+        x = model.linear("model.decoder.project_out", x)
+    del tokens, positions
+    return x
+
+
+def layer(c: Call, x: Tensor) -> Tensor:
+    """`OPTDecoderLayer.forward`."""
+    if not c.model.has(f"{c.style.stack}.final_layer_norm", c.number):
+        raise NeedsTraceError("activations of OPT without affine norms")
+    before = c.block.norm_position == "pre"
+    residual = x
+    if before:
+        x = c.norm("self_attn_layer_norm", x)
+    x = attention(c, x)
+    c.at()
+    x = c.dropout(x)
+    x = ops.add(c.at(), residual, x)
+    if not before:
+        x = c.norm("self_attn_layer_norm", x)
+    residual = x
+    if before:
+        x = c.norm("final_layer_norm", x)
+    x = c.linear("fc1", x)
+    x = activation(c.at("activation_fn"), x, c.block.mlp.activation)
+    x = c.linear("fc2", x)
+    c.at()
+    x = c.dropout(x)
+    x = ops.add(c.at(), residual, x)
+    return x if before else c.norm("final_layer_norm", x)
+
+
+def attention(c: Call, x: Tensor) -> Tensor:
+    """`OPTAttention.forward`."""
+    a = c.block.attentions[0]
+    b, s, _ = x.dims
+    by_head = (b, a.num_attention_heads, s, a.head_dim)
+    q = c.linear("self_attn.q_proj", x)
+    q = ops.scale(c.at("self_attn"), q).view(by_head)
+    k = c.linear("self_attn.k_proj", x)
+    v = c.linear("self_attn.v_proj", x)
+    x = c.attend(q, k.view(by_head), v.view(by_head), rotated=False)
+    return c.linear("self_attn.out_proj", x)
+
+
+STYLE = Style(norm=layer_norm, layer=layer, stack="model.decoder.layers.{}", final_norm=None)
