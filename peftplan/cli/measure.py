@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from peftplan.cli import options
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
 
 if TYPE_CHECKING:
+    from peftplan.measure.suite import Entry
     from peftplan.planning.setup import Engine
 
 ENGINES = ("analytic", "trace")
@@ -92,9 +94,15 @@ def _suite(suite: str, output: Path, engines: tuple[Engine, ...], *, warmup: int
     if already:
         click.echo(f"{already} of {len(entries)} runs are in {output} already")
     records, stated = [], []
-    for done in run_suite(entries, output=output, timeout=timeout, warmup=warmup, steps=steps):
+    for done in run_suite(entries, output=output, timeout=timeout, warmup=warmup, steps=steps, starting=_starting):
         records.append(done.record)
         stated.append(lines.answers(done.record, engines))
         click.echo(lines.of_run(done.number, done.of, done.record, stated[-1], seconds=done.seconds))
     click.echo("\n".join(lines.of_suite(records, stated)))
     return 1 if any(record.outcome == "failed" for record in records) else 0
+
+
+def _starting(number: int, of: int, entry: Entry) -> None:
+    """On a terminal, what runs now; its line is overwritten by the result's."""
+    if sys.stderr.isatty():
+        click.echo(f"[{number:>{len(str(of))}}/{of}] {entry.model} {entry.run.method_name} …\r", nl=False, err=True)
