@@ -136,6 +136,8 @@ def _check(job: Job) -> None:
         raise NeedsTraceError(f"activations of method {job.method.name}")
     if job.setup.loss != "full":
         raise NeedsTraceError(f"logits of loss {job.setup.loss}")
+    if job.setup.gradient_checkpointing and job.setup.use_reentrant:
+        raise NeedsTraceError("reentrant checkpointing")
     if job.setup.gradient_accumulation_steps > 1 or job.setup.keep_gradients:
         raise NeedsTraceError("gradients that live through the forward")
     if job.quant is not None and job.quant.name not in QUANTIZED:
