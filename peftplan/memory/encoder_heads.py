@@ -151,5 +151,5 @@ def spans(model: Model, logits: Tensor) -> Output:
     losses = plain_cross_entropy(f, start), plain_cross_entropy(f, end)
     loss = ops.scale(f, ops.add(f, *losses), "div")
     del positions
-    model.kept.append(end)
+    model.outputs.append(end)
     return loss, start

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import encoder_heads, ops
+from peftplan.memory import encoder_heads, ops, seq2seq_heads
 from peftplan.memory.loss import causal_lm_loss
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import ROBERTA
@@ -41,6 +41,11 @@ OF_MODEL: dict[tuple[str, str], Head] = {
     ("distilbert", "MASKED_LM"): encoder_heads.distilbert_lm,
     ("distilbert", "SEQ_CLS"): encoder_heads.distilbert_classification,
     ("distilbert", "QUESTION_ANS"): encoder_heads.distilbert_answering,
+    ("bart", "SEQ_2_SEQ_LM"): seq2seq_heads.bart_lm,
+    ("whisper", "SEQ_2_SEQ_LM"): encoder_heads.language_model,
+    ("bart", "SEQ_CLS"): seq2seq_heads.end_classification,
+    ("t5", "SEQ_CLS"): seq2seq_heads.end_classification,
+    ("mt5", "SEQ_CLS"): seq2seq_heads.end_classification,
     ("modernbert", "MASKED_LM"): encoder_heads.modernbert_lm,
     **{("modernbert", task): encoder_heads.modernbert_classification for task in ("SEQ_CLS", "TOKEN_CLS")},
     ("modernbert", "QUESTION_ANS"): encoder_heads.modernbert_answering,

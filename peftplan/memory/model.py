@@ -30,6 +30,8 @@ class Running:
     config: Any = None
     seq_len: int = 2048
     batch_size: int = 1
+    dtype: str = "bf16"
+    """What the model is loaded in, and a quantized weight dequantized to."""
 
 
 class Part:
@@ -62,6 +64,8 @@ class Model:
     adapter: Adapter | None = None
     kept: list[Any] = field(default_factory=list)
     """What the outputs hold besides logits: the KV cache."""
+    outputs: list[Tensor] = field(default_factory=list)
+    """Tensors of the outputs besides loss and logits."""
     batch: dict[str, Tensor] = field(default_factory=dict)
     """The step's batch, by the names of the forward's arguments."""
     layer_locals: list[Any] = field(default_factory=list)
@@ -116,7 +120,8 @@ class Model:
         key = (p.name, layer if p.layers is not None else None)
         held = self._held.get(key)
         if held is None:
-            held = self._held[key] = Parameter(p.name, p.shape, p.dtype, trainable=p.trainable)
+            dtype = self.running.dtype if p.quantized else p.dtype
+            held = self._held[key] = Parameter(p.name, p.shape, dtype, trainable=p.trainable)
         return held
 
     _held: dict[tuple[str, int | None], Parameter] = field(default_factory=dict)
@@ -156,7 +161,8 @@ class Model:
     def asking_gradient(self, x: Tensor) -> Tensor:
         """The output of the input layer, made a leaf where checkpointing would find nothing that trains before it."""
         if x.node is None and self.running.checkpointing:
-            x.node = Node(0, self.tape.module, _nothing, (), checkpointed=False)
+            x.node = Node(0, self.tape.module, _leaf_backward, (), checkpointed=False)
+            x.node.context = x.detach()
             x.node.saved = (x.detach(),)  # a leaf's `AccumulateGrad` holds the leaf
             if x.storage is not None:
                 self.tape.leaves.add(x.storage.number)
@@ -192,12 +198,48 @@ class Model:
         return ops.layernorm(self.tape, x, part.weight, part.bias)
 
 
+class SharedNode(Node):
+    """What every layer of a stack reads: its gradient is one sum, which no further layer makes anew."""
+
+    __slots__ = ("sums",)
+    sums: set[int]
+
+    def receive(self, tape: Tape, index: int, grad: Tensor) -> None:
+        """Numbers the storages that hold the sum, one after the other."""
+        super().receive(tape, index, grad)
+        storage = self.grads[index].storage  # type: ignore[union-attr]
+        if storage is not None:
+            self.sums.add(storage.number)
+
+
+def shared(f: Tape, x: Tensor, sums: set[int]) -> Tensor:
+    """A tensor from outside a stack that all its layers read; `sums` will hold the storages of its gradient."""
+    node = f.record(_pass_backward, (x,))
+    if node is None:
+        return x
+    own = SharedNode(node.sequence, node.module, node.backward, node.edges, checkpointed=node.checkpointed)
+    own.sums = sums
+    return Tensor(x.storage, x.dims, x.dtype, own)
+
+
+def _pass_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return g
+
+
 def run_stack(
-    model: Model, kinds: tuple[int, ...], x: Tensor, call: Callable[[int, Tensor], Tensor], *, name: str, checkpointed: bool
+    model: Model,
+    kinds: tuple[int, ...],
+    x: Tensor,
+    call: Callable[[int, Tensor], Tensor],
+    *,
+    name: str,
+    checkpointed: bool,
+    sums: set[int] | None = None,
 ) -> Tensor:
     """Run the first layer of each kind, then the last of each; `kinds[l]` is the kind of layer l.
 
-    The layers between stand in the log as copies of the last of their kind (`memory.timeline`).
+    The layers between stand in the log as copies of the last of their kind (`memory.timeline`). `sums`: the gradients of what all
+    layers read (`shared`).
     """
     f = model.tape
     first = {kind: layer for layer, kind in reversed([*enumerate(kinds)])}
@@ -211,7 +253,7 @@ def run_stack(
         finally:
             model.layer_locals.clear()
 
-    stack = Stack(name, len(first), copies, set())
+    stack = Stack(name, len(first), copies, set(), set() if sums is None else sums)
     model.stacks.append(stack)
     for number, layer in enumerate(sections):
         x = boundary(f, x, f"{name} {number}")
@@ -243,5 +285,6 @@ def kinds_of(model: Model, stack: str = "decoder") -> tuple[int, ...]:
     )
 
 
-def _nothing(f: Tape, node: Node, saved: Any, g: Tensor) -> tuple[()]:
+def _leaf_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> tuple[()]:
+    node.context = (node.context, g)  # `requires_grad_` makes it a leaf, whose `.grad` stays with it
     return ()

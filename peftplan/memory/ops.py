@@ -354,3 +354,8 @@ def expanded(f: Tape, x: Any, dims: Dims) -> Tensor:
 
 def _expanded_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "sum")
+
+
+def gathered(f: Tape, x: Tensor, dims: Dims) -> Tensor:
+    """`x[mask]`: a copy of the rows that a mask chooses; its gradient is as large as x (`index_put`)."""
+    return f.new(dims, x.dtype, "index", f.record(_selected_backward, (x,), x.dims))

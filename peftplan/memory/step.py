@@ -31,16 +31,17 @@ def steady_step(model: Model, program: Program) -> None:
     model.batch = batch_of(model)
     f.mark("forward")
     loss, logits = _forward(model)
-    outputs: Tensor | None = logits
+    outputs = [logits, *model.outputs]
     del logits
+    model.outputs.clear()
     if program.trainer != "plain":
-        if f.autocast and outputs is not None:
+        if f.autocast:
             f.module = ""
-            outputs = f.to(outputs.detach(), "fp32")  # accelerate's copies of the outputs
-        outputs = None
+            outputs = [f.to(x.detach(), "fp32") for x in outputs]  # accelerate's copies of the outputs
+        outputs.clear()
         model.kept.clear()
     elif not program.keep_outputs:
-        outputs = None
+        outputs.clear()
         model.kept.clear()
     f.mark("backward")
     f.backward(loss)

@@ -95,7 +95,7 @@ class Node:
         self.backward = backward
         self.edges = edges
         self.checkpointed = checkpointed
-        self.context: Tensor | None = None
+        self.context: Any = None
         self.saved: Any = ()
         self.grads: list[Tensor | None] = [None]
 
@@ -165,6 +165,11 @@ class Tape:
         self._frame: Frame | None = None
         self._casts: dict[Any, Tensor] = {}
         self._replaying: Frame | None = None
+
+    @property
+    def replaying(self) -> bool:
+        """Whether a checkpointed call is being recomputed."""
+        return self._replaying is not None
 
     def new(self, dims: Dims, dtype: str, op: str, node: Node | None = None) -> Tensor:
         """Allocate a tensor, the result of `node` if a gradient flows to it."""
@@ -338,7 +343,7 @@ def _reachable(root: Node) -> list[Node]:
         for edge in stack.pop().edges:
             if edge is not None:
                 parent = edge[0]
-                if type(parent) is Node and parent not in seen:
+                if type(parent) is not Parameter and parent not in seen:
                     seen.add(parent)
                     stack.append(parent)
     return sorted(seen, key=_sequence_of)

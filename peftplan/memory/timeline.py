@@ -36,6 +36,8 @@ class Stack(NamedTuple):
     copies: Mapping[str, int]
     passed: set[int]
     """Storages of the hidden states that one layer hands to the next."""
+    sums: set[int]
+    """Storages of gradients that all layers add to: one after the other, each freeing the one before."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def _copies(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, set[int]]:
                 count = stack.copies.get(before if forward else after, 0)
                 if not count or where is None:
                     continue
-                net = _net(tape, start, stop)
+                net = _net(tape, start, stop, stack.sums)
                 found.setdefault(where, []).extend((n, count) for n in net)
                 if forward:
                     outliving |= {n for n in net if n > 0} - stack.passed
@@ -203,12 +205,12 @@ def _run(marks: list[tuple[int, str]], *, end: str, forward: bool) -> Iterator[t
         ended = ended or what == end
 
 
-def _net(tape: Tape, start: int, stop: int) -> list[int]:
+def _net(tape: Tape, start: int, stop: int, sums: set[int]) -> list[int]:
     """What a layer leaves changed: made and not freed, or freed (negative) though made before.
 
     A layer that frees its input and leaves an output of the same kind changes nothing.
     """
-    log = tape.log[start:stop]
+    log = [n for n in tape.log[start:stop] if abs(n) not in sums] if sums else tape.log[start:stop]
     made = {n for n in log if n > 0}
     freed = {-n for n in log if n < 0}
     kept = [n for n in log if n > 0 and n not in freed]

@@ -157,6 +157,7 @@ def _running(job: Job, compute_capability: str) -> Running:
         config=job.config,
         seq_len=setup.seq_len,
         batch_size=setup.batch_size,
+        dtype=setup.dtype,
     )
 
 

@@ -11,11 +11,13 @@ from peftplan.memory.tape import Tensor
 Forward = Callable[[Model], Tensor]
 
 FORWARDS: dict[str, tuple[str, str]] = {
+    "bart": ("bart", "bart"),
     "bert": ("bert", "bert"),
     "distilbert": ("distilbert", "distilbert"),
     "modernbert": ("modernbert", "modernbert"),
     "roberta": ("bert", "bert"),
     "vit": ("vit", "vit"),
+    "whisper": ("bart", "bart"),
     "xlm-roberta": ("bert", "bert"),
     "llama": ("llama", "llama"),
     "mistral": ("llama", "llama"),
@@ -39,6 +41,8 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "gpt_neox": ("parallel", "gpt_neox"),
     "gpt2": ("gpt2", "gpt2"),
     "gpt_bigcode": ("gpt2", "gpt2"),
+    "opt": ("opt", "opt"),
+    "bloom": ("alibi", "bloom"),
 }
 """model type → module of this folder and its function: from token ids to the last hidden states."""
 

@@ -11,7 +11,6 @@ from peftplan.memory.model import Model, kinds_of, run_stack
 from peftplan.memory.shaping import cat
 from peftplan.memory.tape import Tensor
 
-
 PATCHES = "vit.embeddings.patch_embeddings.projection"
 
 

@@ -1,0 +1,200 @@
+"""BART and Whisper (transformers 5.24, models/{bart,whisper}/modeling_*.py): norms after each part, or before.
+
+Encoder and decoder run in one graph: what each decoder layer's cross-attention gives the encoder's output is summed there. Left
+out: LayerDrop, which skips layers by chance.
+"""
+
+from __future__ import annotations
+
+from peftplan.arch.modules import Attention, Block
+from peftplan.errors import NeedsTraceError
+from peftplan.memory import ops
+from peftplan.memory.activations import activation
+from peftplan.memory.attention import attend
+from peftplan.memory.convolution import convolution
+from peftplan.memory.model import Model, kinds_of, run_stack, shared
+from peftplan.memory.models.bert import bidirectional_mask
+from peftplan.memory.tape import Tensor
+
+
+def bart(model: Model) -> Tensor:
+    """`BartModel.forward`: labels (or, for classification, the inputs) shifted right are what the decoder reads."""
+    if model.arch.task_type == "CAUSAL_LM":
+        raise NeedsTraceError(f"task_type CAUSAL_LM of {model.arch.model_type}")
+    ids = model.tape.new(("b", model.seq), "int64", "decoder_input_ids")
+    encoded = whisper_encoder(model) if is_whisper(model) else bart_encoder(model)
+    out = decoder(model, ids, encoded)
+    model.outputs.append(encoded)
+    return out
+
+
+def is_whisper(model: Model) -> bool:
+    """Whether the model is Whisper, not BART."""
+    return model.arch.model_type == "whisper"
+
+
+def block_of(model: Model, stack: str) -> Block:
+    """The block of one stack."""
+    return next(block for block in model.arch.blocks if block.stack == stack)
+
+
+def words_of(model: Model, name: str, ids: Tensor | None) -> Tensor:
+    """`embed_tokens`, which BART multiplies by a scale, even where it is 1."""
+    f = model.tape
+    words = model.embedding(f"{name}.embed_tokens", ("b", model.seq), ids)
+    return model.asking_gradient(words if is_whisper(model) else ops.scale(f, words))
+
+
+def bart_encoder(model: Model) -> Tensor:
+    """`BartEncoder.forward`."""
+    f, name = model.tape, "model.encoder"
+    words = words_of(model, name, None)
+    rows = ("b", model.seq)
+    positions = model.embedding(f"{name}.embed_positions", rows, f.new(rows, "int64", "position_ids"))
+    f.module = name
+    x = ops.add(f, words, positions)
+    x = model.layernorm(f"{name}.layernorm_embedding", x)
+    f.module = name
+    x = ops.dropout(f, x, model.arch.dropout.embedding)
+    return run_encoder(model, x, bidirectional_mask(model, words.dtype))
+
+
+def whisper_encoder(model: Model) -> Tensor:
+    """`WhisperEncoder.forward`: two convolutions over mel frames, the second with stride 2."""
+    f, name, h = model.tape, "model.encoder", model.arch.hidden_size
+    sound = model.batch["input_features"]
+    positions = model.part(f"{name}.embed_positions").weight
+    assert positions is not None
+    count = positions.dims[0]
+    x = convolution(model, f"{name}.conv1", sound, ("b", h, sound.dims[2]))
+    x = model.asking_gradient(x)
+    f.module = name
+    x = convolution(model, f"{name}.conv2", ops.keeps_input(f, x, "gelu"), ("b", h, count))
+    f.module = name
+    x = ops.keeps_input(f, x, "gelu").view(("b", count, h))
+    all_positions = f.new((count,), "int64", "positions")
+    inputs_embeds = x
+    f.module = name
+    x = ops.add(f, inputs_embeds, model.embedding(f"{name}.embed_positions", (count,), all_positions))
+    x = ops.dropout(f, x, model.arch.dropout.embedding)
+    x = run_encoder(model, x, None)
+    return model.layernorm(f"{name}.layer_norm", x)
+
+
+def run_encoder(model: Model, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The encoder's layers."""
+    block, kinds = block_of(model, "encoder"), kinds_of(model, "encoder")
+
+    def layer(number: int, x: Tensor) -> Tensor:
+        return encoder_layer(model, block, number, x, mask)
+
+    return run_stack(model, kinds, x, layer, name="encoder", checkpointed=model.running.checkpointing)
+
+
+def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
+    """`BartDecoder.forward`, `WhisperDecoder.forward`."""
+    f, s, name, whisper = model.tape, model.seq, "model.decoder", is_whisper(model)
+    words = words_of(model, name, ids)
+    rows = ("b", s) if whisper else (1, s)
+    positions = model.embedding(f"{name}.embed_positions", rows, f.new(rows, "int64", "position_ids"))
+    f.module = name
+    mask = decoder_mask(model, words.dtype)
+    cross_mask = None if whisper else bidirectional_mask(model, words.dtype)
+    x = ops.add(f, words, positions)
+    if not whisper:
+        x = model.layernorm(f"{name}.layernorm_embedding", x)
+    x = ops.dropout(f, x, model.arch.dropout.embedding)
+    block = block_of(model, "decoder")
+
+    sums: set[int] = set()
+    encoded = shared(f, encoded, sums)
+
+    def layer(number: int, x: Tensor) -> Tensor:
+        return decoder_layer(model, block, number, x, encoded, mask, cross_mask)
+
+    kinds = kinds_of(model, "decoder")
+    x = run_stack(model, kinds, x, layer, name="decoder", checkpointed=model.running.checkpointing, sums=sums)
+    return model.layernorm(f"{name}.layer_norm", x) if whisper else x
+
+
+def decoder_mask(model: Model, dtype: str) -> Tensor | None:
+    """`create_causal_mask` of targets without padding: none but for eager."""
+    s = model.seq
+    return model.tape.new(("b", 1, s, s), dtype, "causal mask") if model.running.attention == "eager" else None
+
+
+def encoder_layer(model: Model, block: Block, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
+    """`BartEncoderLayer.forward`, `WhisperEncoderLayer.forward`."""
+    name = "model.encoder.layers.{}"
+    x = attended(model, block, block.attentions[0], f"{name}.self_attn", number, x, None, mask)
+    return feed_forward(model, block, name, number, x)
+
+
+def decoder_layer(
+    model: Model, block: Block, number: int, x: Tensor, encoded: Tensor, mask: Tensor | None, cross_mask: Tensor | None
+) -> Tensor:
+    """`BartDecoderLayer.forward`, `WhisperDecoderLayer.forward`."""
+    name = "model.decoder.layers.{}"
+    own, cross = block.attentions
+    x = attended(model, block, own, f"{name}.self_attn", number, x, None, mask)
+    x = attended(model, block, cross, f"{name}.encoder_attn", number, x, encoded, cross_mask)
+    return feed_forward(model, block, name, number, x)
+
+
+def attended(
+    model: Model, block: Block, a: Attention, name: str, number: int, x: Tensor, states: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """One attention of a layer with its residual and its norm."""
+    f = model.tape
+    residual = x
+    if block.norm_position == "pre":
+        x = model.layernorm(f"{name}_layer_norm", x, number)
+    x = attention(model, block, a, name, number, x, states, mask)
+    f.module = name.rpartition(".")[0]
+    x = ops.dropout(f, x, model.arch.dropout.hidden)
+    x = ops.add(f, residual, x)
+    return model.layernorm(f"{name}_layer_norm", x, number) if block.norm_position == "post" else x
+
+
+def feed_forward(model: Model, block: Block, name: str, number: int, x: Tensor) -> Tensor:
+    """`fc1` and `fc2` with their residual and norm."""
+    f, p = model.tape, model.arch.dropout
+    residual = x
+    if block.norm_position == "pre":
+        x = model.layernorm(f"{name}.final_layer_norm", x, number)
+    x = model.linear(f"{name}.fc1", x, number)
+    f.module = f"{name}.activation_fn"
+    x = activation(f, x, block.mlp.activation)
+    f.module = name
+    x = ops.dropout(f, x, p.activation)
+    x = model.linear(f"{name}.fc2", x, number)
+    f.module = name
+    x = ops.dropout(f, x, p.hidden)
+    x = ops.add(f, residual, x)
+    return model.layernorm(f"{name}.final_layer_norm", x, number) if block.norm_position == "post" else x
+
+
+def attention(
+    model: Model, block: Block, a: Attention, name: str, number: int, x: Tensor, states: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """`BartAttention.forward`; Whisper scales queries itself, and copies all three head by head."""
+    f, heads, d = model.tape, a.num_attention_heads, a.head_dim
+    whisper = is_whisper(model)
+    q = model.linear(f"{name}.q_proj", x, number)
+    f.module = name
+    q = split_heads(model, ops.scale(f, q) if whisper else q, heads, d)
+    source = x if states is None else states
+    k = split_heads(model, model.linear(f"{name}.k_proj", source, number), heads, d)
+    v = split_heads(model, model.linear(f"{name}.v_proj", source, number), heads, d)
+    f.module = name
+    if whisper and block.stack == "decoder":
+        k, v = model.cached(k, v)
+    out = attend(model, a, q, k, v, mask, dropout=model.arch.dropout.attention, rotated=False)
+    return model.linear(f"{name}.out_proj", out, number)
+
+
+def split_heads(model: Model, x: Tensor, heads: int, d: int) -> Tensor:
+    """`view(…).transpose(1, 2)`, and `contiguous()` where the class calls it."""
+    b, s, _ = x.dims
+    x = x.view((b, heads, s, d))
+    return ops.copied(model.tape, x, "clone") if is_whisper(model) else x

@@ -1,0 +1,32 @@
+"""Heads of encoder-decoders (transformers 5.24, models/{bart,t5}/modeling_*.py)."""
+
+from __future__ import annotations
+
+from peftplan.memory import ops
+from peftplan.memory.encoder_heads import Output, classified
+from peftplan.memory.loss import plain_cross_entropy
+from peftplan.memory.model import Model
+from peftplan.memory.tape import Tensor
+
+
+def bart_lm(model: Model, x: Tensor) -> Output:
+    """`BartForConditionalGeneration.forward`: a buffer is added to the logits."""
+    f = model.tape
+    assert model.arch.output_embedding is not None
+    logits = model.linear(model.arch.output_embedding, x)
+    f.module = ""
+    bias = Tensor(None, (1, model.arch.vocab_size), model.running.dtype)
+    logits = ops.add(f, logits, bias)
+    return plain_cross_entropy(f, logits), logits
+
+
+def end_classification(model: Model, x: Tensor) -> Output:
+    """`BartForSequenceClassification`, `T5ForSequenceClassification`: two layers on the state of each sample's end of text."""
+    f, p = model.tape, model.arch.dropout.classifier
+    b, s, h = x.dims
+    mask = f.new((b, s), "bool", "eos_mask")
+    chosen = ops.gathered(f, x, (b, h))
+    hidden = ops.dropout(f, chosen, p)
+    hidden = ops.keeps_output(f, model.linear("classification_head.dense", hidden), "tanh")
+    del mask
+    return classified(model, "classification_head.out_proj", ops.dropout(f, hidden, p))
