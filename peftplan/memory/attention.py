@@ -63,16 +63,19 @@ def attend(
     *,
     dropout: float = 0.0,
     rotated: bool = True,
+    wide: bool = True,
+    by_head: bool = False,
 ) -> Tensor:
     """transformers' attention function; in (b, a, s, d), out (b, s, a·d).
 
-    `rotated`: queries and keys went through rotary embeddings, whose gradients come head by head anyway.
+    `rotated`: queries and keys went through rotary embeddings, whose gradients come head by head anyway. `wide`: eager attention
+    asks for a softmax in fp32, as decoders do. `by_head`: the three lie (b, a, s, d), as copies that the class made.
     """
     f = model.tape
     grouped = a.num_attention_heads != a.num_key_value_heads
     if model.running.attention == "eager":
         q, k, v = _by_head(f, q, k, v, rotated=rotated)
-        return eager(model, a, q, k, v, mask, dropout=dropout)
+        return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide)
     gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
     if model.running.attention == "sdpa" and grouped and not gqa:
         (v,) = _by_head(f, v, rotated=False)
@@ -81,7 +84,9 @@ def attend(
         q, k, v = f.cast(q, f.autocast), f.cast(k, f.autocast), f.cast(v, f.autocast)
     kernel = _kernel(model, q, k, v, mask)
     if kernel == "flash":
-        out = flash(f, q, k, v)
+        out = flash(f, q, k, v, by_head=by_head)
+        if by_head:
+            out = ops.copied(f, out, "clone")
     elif kernel == "efficient":
         out = efficient(f, q, k, v, mask, ragged=bool(model.running.seq_len % MASK_MULTIPLE))
     else:
@@ -129,9 +134,21 @@ def _batched(model: Model, x: Tensor) -> Tensor:
 
 
 def eager(
-    model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, scales: bool = True
+    model: Model,
+    a: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    scales: bool = True,
+    wide: bool = True,
 ) -> Tensor:
-    """`eager_attention_forward`: scores, softmax in fp32, and the weights, which live until the layer returns."""
+    """`eager_attention_forward`: scores, softmax, and the weights, which live until the layer returns.
+
+    `wide`: softmax in fp32 and its result cast back; else in the scores' dtype, or as autocast says, in fp32 without casting back.
+    """
     f = model.tape
     keys, values = repeat_kv(f, k, a), repeat_kv(f, v, a)
     copied = a.num_attention_heads != a.num_key_value_heads or model.caches
@@ -141,8 +158,9 @@ def eager(
         scores = ops.scale(f, scores)
     if mask is not None:
         scores = ops.add(f, scores, mask)
-    weights = ops.softmax(f, scores, "fp32")
-    weights = f.to(weights, given)
+    weights = ops.softmax(f, scores, "fp32" if wide or f.autocast else scores.dtype)
+    if wide:
+        weights = f.to(weights, given)
     weights = ops.dropout(f, weights, dropout)
     model.layer_locals.append(weights)
     out = ops.matmul(f, weights, values if copied else _batched(model, values), (*q.dims[:3], v.dims[3]))
@@ -190,12 +208,15 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     return _gathered(model, out)
 
 
-def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention-2: keeps q, k, v, its output and an fp32 logsumexp; dims (b, a, s, d), (b, g, k, d)."""
+def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, by_head: bool = False) -> Tensor:
+    """FlashAttention-2: keeps q, k, v, its output and an fp32 logsumexp; dims (b, a, s, d), (b, g, k, d).
+
+    `by_head`: the output lies as the queries do, so that backward copies it.
+    """
     b, a, s, d = q.dims
     if _number(d) % HEAD_MULTIPLE:
         q, k, v = (_padded_head(f, x) for x in (q, k, v))
-    node = f.record(_flash_backward, (q, k, v), q.detach(), k.detach(), v.detach())
+    node = f.record(_flash_backward, (q, k, v), q.detach(), k.detach(), v.detach(), by_head)
     out = f.new((b, s, a, q.dims[3]), q.dtype, "flash attention", node)
     f.keep(node, out.detach(), f.new((b, a, s), "fp32", "logsumexp"), f.new((2,), "int64", "rng state"))
     return out.view((b, a, s, d))
@@ -213,6 +234,7 @@ def _pad_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
 def _flash_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     q, k = saved[:2]
     b, a, s, d = q.dims
+    copied = f.new((b, s, a, d), q.dtype, "out, copied") if saved[3] else None
     keys = (b, k.dims[2], k.dims[1], d)
     rounded = padded(s, FLASH_BLOCK)
     dq = f.new((b, s, a, d), q.dtype, "dq")
@@ -222,7 +244,7 @@ def _flash_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     if k.dims[1] != a:
         expanded = [f.new((b, k.dims[2], a, d), q.dtype, "expanded dk, dv") for _ in "kv"]
         del expanded
-    del delta, accumulator
+    del delta, accumulator, copied
     return dq, dk, dv
 
 
@@ -234,7 +256,7 @@ def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
     b, a, s, _ = q.dims
     d = v.dims[3]
     if mask is not None and mask.dtype != q.dtype:
-        mask = f.new(mask.dims, q.dtype, "mask")
+        mask = f.new((b, *mask.dims[1:]), q.dtype, "mask")
     if mask is not None and ragged:
         mask = f.new((*mask.dims[:3], padded(mask.dims[3], MASK_MULTIPLE)), q.dtype, "mask, padded")
     node = f.record(_efficient_backward, (q, k, v), q.detach(), k.detach(), v.detach())

@@ -189,7 +189,9 @@ def attention(
     f.module = name
     if whisper and block.stack == "decoder":
         k, v = model.cached(k, v)
-    out = attend(model, a, q, k, v, mask, dropout=model.arch.dropout.attention, rotated=False)
+    out = attend(
+        model, a, q, k, v, mask, dropout=model.arch.dropout.attention, rotated=False, wide=False, by_head=whisper
+    )
     return model.linear(f"{name}.out_proj", out, number)
 
 
@@ -197,4 +199,4 @@ def split_heads(model: Model, x: Tensor, heads: int, d: int) -> Tensor:
     """`view(…).transpose(1, 2)`, and `contiguous()` where the class calls it."""
     b, s, _ = x.dims
     x = x.view((b, heads, s, d))
-    return ops.copied(model.tape, x, "clone") if is_whisper(model) else x
+    return ops.copied(model.tape, ops.heads(model.tape, x, x.dims, clones=True), "clone") if is_whisper(model) else x

@@ -81,7 +81,7 @@ def attention(model: Model, block: Block, name: str, number: int, x: Tensor, mas
     dims = ("b", a.num_attention_heads, model.seq, a.head_dim)
     q, k, v = (model.linear(f"{name}.self.{part}", x, number).view(dims) for part in ("query", "key", "value"))
     model.tape.module = f"{name}.self"
-    out = attend(model, a, q, k, v, mask, dropout=model.arch.dropout.attention, rotated=False)
+    out = attend(model, a, q, k, v, mask, dropout=model.arch.dropout.attention, rotated=False, wide=False)
     del q, k, v
     return output(model, f"{name}.output", number, out, x)
 

@@ -54,7 +54,7 @@ def attention(model: Model, block: Block, name: str, number: int, x: Tensor, mas
     dims = ("b", a.num_attention_heads, model.seq, a.head_dim)
     q, k, v = (model.linear(f"{name}.{part}_lin", x, number).view(dims) for part in "qkv")
     model.tape.module = name
-    out = attend(model, a, q, k, v, mask, dropout=model.arch.dropout.attention, rotated=False)
+    out = attend(model, a, q, k, v, mask, dropout=model.arch.dropout.attention, rotated=False, wide=False)
     return model.linear(f"{name}.out_lin", out, number)
 
 
