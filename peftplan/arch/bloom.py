@@ -17,6 +17,7 @@ from peftplan.errors import InputError, RefusedError
 MLP_RATIO = 4
 """`BloomMLP` and `MptMLP` write 4 × hidden_size into the code."""
 
+MPT_MAX_SEQ_LEN = 2048
 CLASSIFIER_DROPOUT = 0.1
 """Of a token classifier whose config states none (`MptForTokenClassification`)."""
 
@@ -75,6 +76,7 @@ def mpt(c: Fields, task_type: str) -> Architecture:
     dropped = probability(_refuse_ignored(c), "attn_pdrop")
     h, v, a = c.int("d_model", "hidden_size"), c.int("vocab_size"), c.int("n_heads", "num_attention_heads")
     i = MLP_RATIO * h
+    attention = _alibi(c, h, a)._replace(alibi_length=c.int("max_seq_len", default=MPT_MAX_SEQ_LEN))
     layers = c.layers("n_layers", "num_hidden_layers")
     backbone = Backbone(
         model_type=c.str("model_type"),
@@ -90,7 +92,7 @@ def mpt(c: Fields, task_type: str) -> Architecture:
             linear("blocks.{}.ffn.down_proj", i, h, layers=layers),
             layernorm("norm_f", h, False),
         ),
-        blocks=(_block(layers, _alibi(c, h, a), Mlp("plain", i, "gelu")),),
+        blocks=(_block(layers, attention, Mlp("plain", i, "gelu")),),
         hidden_size=h,
         vocab_size=v,
         embedding="wte",

@@ -84,7 +84,7 @@ class Attention(NamedTuple):
     """One attention module of a block. `num_key_value_heads` < `num_attention_heads` is GQA, 1 is MQA.
 
     `value_head_dim` is stated where values are narrower than keys (MLA); `softcap`: scores go through a scaled tanh;
-    `rotary_dim`: how many numbers of a head are rotated, None for all.
+    `rotary_dim`: how many numbers of a head are rotated, None for all; `alibi_length`: of how many positions MPT makes its bias.
     """
 
     num_attention_heads: int
@@ -101,6 +101,7 @@ class Attention(NamedTuple):
     sinks: bool = False
     softcap: bool = False
     rotary_dim: int | None = None
+    alibi_length: int | None = None
 
 
 class Mlp(NamedTuple):

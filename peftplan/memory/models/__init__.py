@@ -43,6 +43,7 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "gpt_bigcode": ("gpt2", "gpt2"),
     "opt": ("opt", "opt"),
     "bloom": ("alibi", "bloom"),
+    "mpt": ("alibi", "mpt"),
 }
 """model type → module of this folder and its function: from token ids to the last hidden states."""
 

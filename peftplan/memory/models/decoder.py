@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.memory import ops
@@ -77,7 +77,8 @@ class Style:
     its heads (`head`), on heads moved before the sequence (`moved`), or on each head with a norm of its own (`each`).
     `output` and `plain` are names: of attention's last projection, of the two matrices of an MLP without gate. `multiplied`: the
     embedding, and what a sublayer adds, are multiplied. `tables_by_window`: sliding layers have rotary tables of their own;
-    `wide_tables`: in fp32, whatever the hidden states are.
+    `wide_tables`: in fp32, whatever the hidden states are. `hands_out_weights`: a layer's outputs, attention weights among them,
+    live until the next layer's take their name.
     """
 
     norm: Norm = rms
@@ -93,6 +94,7 @@ class Style:
     multiplied: bool = False
     tables_by_window: bool = False
     wide_tables: bool = False
+    hands_out_weights: bool = False
 
 
 def decoder(model: Model, style: Style) -> Tensor:
@@ -111,19 +113,38 @@ def decoder(model: Model, style: Style) -> Tensor:
     return x
 
 
-def run_layers(model: Model, style: Style, x: Tensor, tables: Callable[[int | None], tuple[Tensor, ...]]) -> Tensor:
-    """The masks, all layers, and the final norm; `tables` finds those of a layer by its window."""
+def run_layers(
+    model: Model,
+    style: Style,
+    x: Tensor,
+    tables: Callable[[int | None], tuple[Tensor, ...]],
+    *,
+    dtype: str | None = None,
+    masked: bool = True,
+) -> Tensor:
+    """The masks, all layers, and the final norm; `tables` finds those of a layer by its window.
+
+    `dtype` is that of the embeddings, and so of masks, where it is not that of x; without `masked` the tables hold the mask.
+    """
     blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
-    masks = {w: causal_mask(model, x.dtype, w) for w in {block.attentions[0].window for block in model.arch.blocks}}
+    windows = {block.attentions[0].window for block in model.arch.blocks}
+    masks = {window: causal_mask(model, dtype or x.dtype, window) if masked else None for window in windows}
+    outputs: list[Any] = []
 
     def layer(number: int, x: Tensor) -> Tensor:
         block = blocks[number]
         window = block.attentions[0].window
         call = Call(model, style, block, number, tables(window), masks[window])
-        return (style.layer or serial)(call, x)
+        out = (style.layer or serial)(call, x)
+        if style.hands_out_weights and not model.tape.replaying:
+            outputs[:] = model.layer_locals[-1:]
+        return out
 
     x = run_stack(model, kinds_of(model), x, layer, name="layers", checkpointed=model.running.checkpointing)
-    return x if style.final_norm is None else style.norm(model, style.final_norm, x, None)
+    if style.final_norm is not None:
+        x = style.norm(model, style.final_norm, x, None)
+    outputs.clear()
+    return x
 
 
 def rotary_tables(model: Model, dtype: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,171 @@
+"""BLOOM and MPT: attention of their own, whose scores take a bias that grows with distance (ALiBi).
+
+Sources: transformers 5.24, models/{bloom,mpt}/modeling_*.py; torch 2.13, derivatives.yaml (`baddbmm`, `masked_fill`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftplan.memory import ops
+from peftplan.memory.activations import activation
+from peftplan.memory.attention import batched, gathered
+from peftplan.memory.model import Model
+from peftplan.memory.models.decoder import Call, Style, run_layers
+from peftplan.memory.norms import layer_norm
+from peftplan.memory.shaping import sliced, split
+from peftplan.memory.tape import Node, Tape, Tensor
+
+
+def bloom(model: Model) -> Tensor:
+    """`BloomModel.forward`."""
+    f = model.tape
+    tokens = model.inputs()
+    x = layer_norm(model, "transformer.word_embeddings_layernorm", tokens, None)
+    f.module = "transformer"
+    heads = model.arch.blocks[0].attentions[0].num_attention_heads
+    alibi = f.new(("b", heads, 1, model.seq), x.dtype, "alibi")
+    x = run_layers(model, BLOOM, x, lambda window: (alibi,), dtype=tokens.dtype)
+    del tokens
+    return x
+
+
+def bloom_layer(c: Call, x: Tensor) -> Tensor:
+    """`BloomBlock.forward`."""
+    normed = c.norm("input_layernorm", x)
+    attended = bloom_attention(c, normed, x)
+    normed = c.norm("post_attention_layernorm", attended)
+    out = c.linear("mlp.dense_h_to_4h", normed)
+    out = bloom_gelu(c.at("mlp.gelu_impl"), out)
+    out = c.linear("mlp.dense_4h_to_h", out)
+    c.at("mlp")
+    out = c.dropout(out)
+    return ops.add(c.at("mlp"), attended, out)
+
+
+def bloom_attention(c: Call, x: Tensor, residual: Tensor) -> Tensor:
+    """`BloomAttention.forward`."""
+    a = c.block.attentions[0]
+    b, s, _ = x.dims
+    by_head = (b, a.num_attention_heads, s, a.head_dim)
+    qkv = c.linear("self_attention.query_key_value", x)
+    f = c.at("self_attention")
+    q, k, v = (sliced(f, qkv, by_head) for _ in range(3))
+    k, v = c.model.cached(k, v)
+    q = ops.copied(f, q, "clone")
+    if not c.model.caches:
+        k, v = ops.copied(f, k, "clone"), ops.copied(f, v, "clone")
+    scores = baddbmm(f, q, k, (b, a.num_attention_heads, s, s))
+    weights = scores if c.mask is None else ops.add(f, scores, c.mask)
+    probabilities = f.to(ops.softmax(f, weights, "fp32"), q.dtype)
+    probabilities = ops.dropout(f, probabilities, c.model.arch.dropout.attention)
+    c.model.layer_locals.append(probabilities)
+    context = ops.matmul(f, probabilities, v, by_head)
+    context = gathered(c.model, context)
+    out = c.linear("self_attention.dense", context)
+    c.at("self_attention")
+    out = c.dropout(out)
+    return ops.add(c.at("self_attention"), residual, out)
+
+
+def baddbmm(f: Tape, q: Tensor, k: Tensor, dims: tuple[Any, ...]) -> Tensor:
+    """`alibi.baddbmm(q, k)`: keeps both factors. Autocast runs it in its dtype."""
+    if f.autocast:
+        q, k = f.cast(q, f.autocast), f.cast(k, f.autocast)
+    node = f.record(_baddbmm_backward, (q, k), q if k.node else None, k if q.node else None, q.dims, k.dims)
+    return f.new(dims, q.dtype, "baddbmm", node)
+
+
+def _baddbmm_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    made = []
+    for dims, edge in zip(saved[2:], node.edges, strict=True):
+        product = f.new(dims, g.dtype, "bmm") if edge else None
+        made.append(None if product is None else f.new(dims, g.dtype, "mul"))
+        del product
+    return made
+
+
+def bloom_gelu(f: Tape, x: Tensor) -> Tensor:
+    """`GeLUFunction`: keeps its input alone."""
+    held = [f.new(x.dims, x.dtype, "mul")]
+    for _ in range(2):
+        passing = f.new(x.dims, x.dtype, "mul")
+        more = f.new(x.dims, x.dtype, "mul")
+        del passing, more
+    held.append(f.new(x.dims, x.dtype, "tanh"))
+    return f.new(x.dims, x.dtype, "mul", f.record(_bloom_gelu_backward, (x,), x))
+
+
+def _bloom_gelu_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    tanh = f.new(g.dims, g.dtype, "tanh")
+    held = f.many(g.dims, g.dtype, "mul", 3)
+    factor = f.new(g.dims, g.dtype, "add")
+    del held
+    out = f.new(g.dims, g.dtype, "mul")
+    del tanh, factor
+    return out
+
+
+def mpt(model: Model) -> Tensor:
+    """`MptModel.forward`: the mask as booleans, the bias of `max_seq_len` positions."""
+    f = model.tape
+    tokens = model.inputs()
+    f.module = "transformer"
+    a = model.arch.blocks[0].attentions[0]
+    assert a.alibi_length is not None
+    alibi = f.new((a.num_attention_heads, 1, a.alibi_length), "fp32", "alibi")
+    mask = f.new(("b", 1, model.seq, model.seq), "bool", "attention_mask")
+    x = run_layers(model, MPT, tokens, lambda window: (alibi, mask), masked=False)
+    del tokens
+    return x
+
+
+def mpt_layer(c: Call, x: Tensor) -> Tensor:
+    """`MptBlock.forward`."""
+    normed = c.norm("norm_1", x)
+    attended = mpt_attention(c, normed)
+    c.at()
+    x = ops.add(c.at(), c.dropout(attended), x)
+    normed = c.norm("norm_2", x)
+    return mpt_mlp(c, normed, x)
+
+
+def mpt_mlp(c: Call, x: Tensor, residual: Tensor) -> Tensor:
+    """`MptMLP.forward`."""
+    x = c.linear("ffn.up_proj", x)
+    x = activation(c.at("ffn.act"), x, c.block.mlp.activation)
+    out = c.linear("ffn.down_proj", x)
+    out = ops.dropout(c.at("ffn"), out, c.model.arch.dropout.hidden)
+    return ops.add(c.at("ffn"), out, residual)
+
+
+def mpt_attention(c: Call, x: Tensor) -> Tensor:
+    """`MptAttention.forward`: the scores become fp32 with the bias, and stay so."""
+    a = c.block.attentions[0]
+    b, s, h = x.dims
+    alibi, mask = c.tables
+    by_head = (b, a.num_attention_heads, s, a.head_dim)
+    qkv = c.linear("attn.Wqkv", x)
+    f = c.at("attn")
+    q, k, v = (part.view(by_head) for part in split(f, qkv, [(b, s, h)] * 3))
+    k, v = c.model.cached(k, v)
+    own = (lambda model, y: y) if c.model.caches else batched
+    scores = ops.scale(f, ops.matmul(f, batched(c.model, q), own(c.model, k), (b, a.num_attention_heads, s, s)))
+    scores = ops.add(f, scores, alibi)
+    scores = f.new(scores.dims, scores.dtype, "masked_fill", f.record(_masked_backward, (scores,), mask))
+    weights = f.to(ops.softmax(f, scores, "fp32"), v.dtype)
+    weights = ops.dropout(f, weights, c.model.arch.dropout.attention)
+    c.model.layer_locals.append(weights)
+    context = ops.matmul(f, weights, own(c.model, v), by_head)
+    context = gathered(c.model, context)
+    return c.linear("attn.out_proj", context)
+
+
+def _masked_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "masked_fill")
+
+
+BLOOM = Style(norm=layer_norm, layer=bloom_layer, stack="transformer.h.{}", final_norm="transformer.ln_f", hands_out_weights=True)
+MPT = Style(
+    norm=layer_norm, layer=mpt_layer, stack="transformer.blocks.{}", final_norm="transformer.norm_f", hands_out_weights=True
+)
