@@ -27,8 +27,8 @@ GPT2: Config = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "voc
 LOCAL_EXPERTS: Config = {"num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS: Config = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 MLA: Config = {
-    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
     "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 SSM: Config = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 200}
@@ -43,8 +43,8 @@ T5: Config = {
     "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True,
 }  # fmt: skip
 VIT: Config = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
-    "num_channels": 3,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 8, "num_channels": 3,
 }  # fmt: skip
 SOUND: Config = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 30,
@@ -95,8 +95,8 @@ FAMILIES: dict[str, Family] = {
     "bert": Family({"model_type": "bert", **PLAIN}, "BertForMaskedLM", "MASKED_LM", QUERY),
     "roberta": Family({"model_type": "roberta", **PLAIN}, "RobertaForSequenceClassification", "SEQ_CLS", QUERY,
         qlora_skip=("classifier",)),
-    "electra": Family({"model_type": "electra", **PLAIN, "embedding_size": 64}, "ElectraForTokenClassification", "TOKEN_CLS", QUERY,
-        qlora_skip=("classifier",)),
+    "electra": Family({"model_type": "electra", **PLAIN, "embedding_size": 64}, "ElectraForTokenClassification", "TOKEN_CLS",
+        QUERY, qlora_skip=("classifier",)),
     "xlm-roberta": Family({"model_type": "xlm-roberta", **PLAIN}, "XLMRobertaForQuestionAnswering", "QUESTION_ANS", QUERY,
         qlora_skip=("qa_outputs",)),
     "distilbert": Family({"model_type": "distilbert", "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "vocab_size": 200,
@@ -104,7 +104,8 @@ FAMILIES: dict[str, Family] = {
     "deberta-v2": Family({"model_type": "deberta-v2", **PLAIN, "type_vocab_size": 0, "relative_attention": True,
         "position_buckets": 16, "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
         "DebertaV2ForTokenClassification", "TOKEN_CLS", ["query_proj"], qlora_skip=("classifier",)),
-    "modernbert": Family({"model_type": "modernbert", **PLAIN, "local_attention": 16}, "ModernBertForMaskedLM", "MASKED_LM", ["Wqkv"]),
+    "modernbert": Family({"model_type": "modernbert", **PLAIN, "local_attention": 16}, "ModernBertForMaskedLM", "MASKED_LM",
+        ["Wqkv"]),
     "albert": Family({"model_type": "albert", **PLAIN, "embedding_size": 32}, "AlbertForSequenceClassification", "SEQ_CLS",
         ["query"], qlora_skip=("classifier",), checkpointing=False),
     "t5": Family({"model_type": "t5", **T5}, "T5ForConditionalGeneration", "SEQ_2_SEQ_LM", ["q", "v"]),
@@ -112,16 +113,16 @@ FAMILIES: dict[str, Family] = {
     "bart-classifier": Family({"model_type": "bart", **BART}, "BartForSequenceClassification", "SEQ_CLS", QV,
         qlora_skip=("classification_head",)),
     "marian": Family({"model_type": "marian", **BART}, "MarianMTModel", "SEQ_2_SEQ_LM", QV),
-    "whisper": Family({"model_type": "whisper", **BART, "max_source_positions": 20, "max_target_positions": 32, "num_mel_bins": 16,
-        "begin_suppress_tokens": None}, "WhisperForConditionalGeneration", None, QV),
+    "whisper": Family({"model_type": "whisper", **BART, "max_source_positions": 20, "max_target_positions": 32,
+        "num_mel_bins": 16, "begin_suppress_tokens": None}, "WhisperForConditionalGeneration", None, QV),
     "wav2vec2": Family({"model_type": "wav2vec2", **SOUND}, "Wav2Vec2ForCTC", None, QV),
     "hubert": Family({"model_type": "hubert", **SOUND}, "HubertForSequenceClassification", None, QV),
     "ast": Family({"model_type": "audio-spectrogram-transformer", **VIT, "max_length": 40, "num_mel_bins": 16},
         "ASTForAudioClassification", None, QV),
     "vit": Family({"model_type": "vit", **VIT}, "ViTForImageClassification", None, QV),
     "dinov2": Family({"model_type": "dinov2", **VIT, "mlp_ratio": 2}, "Dinov2ForImageClassification", None, QV),
-    "swin": Family({"model_type": "swin", "image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2],
-        "window_size": 4}, "SwinForImageClassification", None, ["query", "q_proj"], checkpointing=False),
+    "swin": Family({"model_type": "swin", "image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1],
+        "num_heads": [2, 2], "window_size": 4}, "SwinForImageClassification", None, ["query", "q_proj"], checkpointing=False),
     "convnext": Family({"model_type": "convnext", "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2},
         "ConvNextForImageClassification", None, ["pwconv1"], checkpointing=False),
     "videomae": Family({"model_type": "videomae", **VIT, "num_frames": 4}, "VideoMAEForVideoClassification", None, QUERY),
@@ -137,6 +138,7 @@ FAMILIES: dict[str, Family] = {
         "Gemma3ForConditionalGeneration", "CAUSAL_LM", QV),
     "mllama": Family({"model_type": "mllama", **MLLAMA}, "MllamaForConditionalGeneration", "CAUSAL_LM", QV),
     "qwen2_vl": Family({"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text", **GQA, "rope_parameters": {
-        "rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}, "vision_config": {"depth": 2, "embed_dim": 64,
-        "num_heads": 4, "hidden_size": 64, "patch_size": 8}}, "Qwen2VLForConditionalGeneration", "CAUSAL_LM", QV),
+        "rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}, "vision_config": {"depth": 2,
+        "embed_dim": 64, "num_heads": 4, "hidden_size": 64, "patch_size": 8}},
+        "Qwen2VLForConditionalGeneration", "CAUSAL_LM", QV),
 }  # fmt: skip
