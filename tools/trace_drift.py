@@ -1,7 +1,8 @@
 """Traced peaks against peaks that other people's runs measured: prints a Markdown page, `--write` writes docs/trace-drift.md.
 
-`python tools/trace_drift.py [--tokens N ...] [--write]`. The rows are data/published/peaks_t4.jsonl (allocated bytes by phase,
-reserved bytes) and data/published/peft_metamath.jsonl (reserved bytes). Needs the extra `trace`; takes minutes.
+`python tools/trace_drift.py [--lengths BEFORE/LONGEST ...] [--write]`. The rows are data/published/peaks_t4.jsonl (allocated
+bytes by phase, reserved bytes), data/published/peft_metamath.jsonl (reserved bytes) and peft_metamath_unscored.jsonl
+(configurations without a run). Needs the extra `trace`; takes a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from peftplan.storage import parse_quant
 from peftplan.trace.allocator import Event, replay
 from peftplan.trace.engine import Traced, trace
 from peftplan.trace.meta import quiet_transformers
+from peftplan.trace.peft_steps import lorafa_optimizer
 from peftplan.trace.tracker import category_of
 from peftplan.units import MIB
 
@@ -37,18 +39,24 @@ RESERVED = "reserved"
 TURING, ADA = (7, 5), (8, 9)
 LLAMA = "llama-3.2-3b"
 
-TOKENS = 668
-"""Length of the longest padded batch of peft's benchmark. It is not recorded: chosen once, by the rows in `CHOSEN_BY`."""
+Lengths = tuple[int, int]
+"""Length of the batch before the longest one, and of the longest one."""
+LENGTHS: tuple[Lengths, ...] = ((104, 690), (120, 688))
+"""Of peft's benchmark, which does not record them: the first was chosen by the rows in `CHOSEN_BY`, the second is a neighbour."""
 
-CHOSEN_BY = ("full-finetuning/llama-3.2-3B-lr_0.00001", "lora/llama-3.2-3B-rank32", "ia3/llama-3.2-3B-default")
+CHOSEN_BY = ("lora/llama-3.2-3B-rank32", "ia3/llama-3.2-3B-default")
 LORA_FA = "lora/llama-3.2-3B-rank32-lorafa"
+OTHER_CODE = (LORA_FA, "osf/llama-3.2-3B-rank128")
+"""Rows whose run did not do what peft documents or what peft 0.21 does: causes on the page."""
+BENCHMARK = {"dtype": "bfloat16", "autocast_adapter_dtype": True, "batch_size": 4, "gradient_checkpointing": False}
+"""What the benchmark's runs share, for configurations without a run."""
 
 INTRO = """# Drift of traced peaks
 
 Peaks that other people's runs measured on a GPU, and what `peftplan.trace` gives for the same run, replayed through its model of
-torch's caching allocator. Drift is traced ÷ measured − 1: plus is too much. Nothing is fitted but one length that a source does
-not record, stated below. Written by `python tools/trace_drift.py --tokens 664 668 672 --write`; the measured numbers, with source
-and licence, are in `data/published/`."""
+torch's caching allocator. Drift is traced ÷ measured − 1: plus is too much. Nothing is fitted but two lengths that a source does
+not record, stated below. Written by `python tools/trace_drift.py --write`; the measured numbers, with source and licence, are in
+`data/published/`."""
 
 T4_NOTE = """fitcheck-llm 0.3.1 (MIT), `data/published/peaks_t4.jsonl`: LoRA r 32 on q, k, v, o; fp16 base with fp32 adapters,
 AdamW, non-reentrant checkpointing, a plain loop that holds the outputs, exact-length batches, a warm step and then a measured
@@ -58,22 +66,46 @@ expands grouped keys and values itself, and so does the trace. Forward, backward
 
 METAMATH_NOTE = """huggingface/peft (Apache-2.0), `data/published/peft_metamath.jsonl`: Llama-3.2-3B on an L40S, batch 4, bf16
 base, SDPA with a padding mask, AdamW, no checkpointing, torch 2.13; `max_memory_reserved` of the whole run, evaluation included.
-Traced: two steps in which the outputs live until the next forward has returned. Between them comes `empty_cache()`, which the
-gradients outlive, since that loop calls `zero_grad` at the start of a step. GB = 10⁹ bytes. The longest padded batch is not
-recorded: {tokens} tokens were chosen as near the best for the full, the LoRA and the IA3 row, so the summary leaves these out."""
+Traced: two steps in which the outputs live until the next forward has returned. After each comes `empty_cache()`, which the
+gradients outlive, since that loop calls `zero_grad` at the start of a step. GB = 10⁹ bytes.
 
-CAUSES = """## Known open causes
+Batches come from buckets of samples sorted from long to short, so the batch before the longest one, whose logits are alive in its
+forward, is a short one. Neither length is recorded. {before} and {longest} tokens were chosen by the LoRA and the IA3 row, which
+the summary leaves out; with two steps of one length, LoRA fits 668 tokens, and the rows scatter from -0.7 to +2.4 %. The second
+column says what other lengths change."""
 
-- Loading a quantized base leaves other holes on each run. What is allocated after it depends on neither batch nor attention, yet
-  the 15 quantized TinyLlama rows measured from 1,070.05 to 1,078.05 MiB: allocated bytes of these rows are not known closer.
-- Reserved bytes depend on every earlier step, since what lasts pins the segments it lies in. The trace has seen one step before
-  the steady one, of the same length; steps of other lengths, evaluation and saving are not replayed.
-- OSF: peft 0.19 computes each whole weight anew in the forward, which peft 0.21, traced here, no longer does. Traced with peft
-  0.19.1 at 668 tokens, this row comes to 38.79 GB (+0.63 %).
-- The LoRA-FA row is exactly 50 MiB below LoRA's, about what the gradients and states of A take, so the inputs of A were saved for
-  backward all the same. A frozen A saves none. Why they were is not known.
-- Prefix tuning is short, and prompt tuning, p-tuning and adaption prompt are over, by more than the rest; peft 0.19.1 gives the
-  same. Why is not known.
+UNSCORED_NOTE = """`data/published/peft_metamath_unscored.jsonl`: adapter configurations of the same benchmark for which this
+project has no measurement. Reserved bytes of the same two steps, {before} and {longest} tokens."""
+
+CAUSES = """## Causes of drift above 1.5 %
+
+- OSF: peft 0.19, which ran, computes each whole weight anew in the forward; peft 0.21, traced here, no longer does. Traced with
+  peft 0.19.1, by steps of 668 tokens both, the row came to +0.63 %.
+- LoRA-FA: the row is 50 MiB below LoRA's. `create_lorafa_optimizer` freezes every A, and a frozen A saves none of its inputs
+  (2.0 GB). If A requires gradients again while the optimizer stays LoRA-FA's, the trace comes to the second LoRA-FA line: A's
+  inputs and gradients are there, its two states (42 MiB) are not. Leaving `model.disable_adapter()` does that to a frozen A, as
+  does any other `set_adapter`; which of them the benchmark's script calls is not known here.
+- Prefix tuning: the training steps are not the run's peak. Evaluation generates with 200 virtual tokens before each prompt, and
+  the caches of a layer grow by one token a step, each time in a new block that the old one is too small for. Generation written
+  out as allocations (50 prompts, 300 new tokens) reserves 20.1 GiB for prompts of 180 tokens and 19.7 for 200, measured are 20.4;
+  without the virtual tokens it reserves 9.6, less than any training step. The evaluation's batch and prompts are not recorded, so
+  this is no score. Ruled out: an fp32 cache, another attention kernel (math would save 3.1 GB of weights), retained prompts.
+
+Causes found and mended: logits of the batch before (-0.7 to +2.4 % became ± 0.4 %: prompt tuning, p-tuning, GLoRA, MiSS and the
+rest); adaption prompts stay in the base's dtype, since peft does not autocast their model (its file has 2 bytes a parameter);
+AdaLoRA's three sensitivities per parameter (210 MiB); BOFT's permutation and FRoD's projections lie on the host and are copied in
+each forward; FRoD offloads the base weights that it replaces.
+
+## Known open causes
+
+- Full fine-tuning: reserved bytes depend on the first batches, between whose activations the 12 GB of states come to lie: after
+  one step of 400 tokens the row traces to 36,722 MiB instead of the page's, measured are 37,068.
+- WaveFT: 288 MiB too much. What is saved is what the code saves (the stack of four coefficient planes, by the transposed
+  convolution); what cuDNN takes for it while it runs is not modelled.
+- T4: loading a quantized base leaves other holes on each run. What is allocated after it depends on neither batch nor attention,
+  yet the 15 quantized TinyLlama rows measured from 1,070.05 to 1,078.05 MiB: allocated bytes are not known closer.
+- Reserved bytes depend on every earlier step, since what lasts pins the segments it lies in. Evaluation and saving are not
+  replayed.
 - The rows were measured with other versions of torch, transformers and peft than those above."""
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -142,14 +174,15 @@ def t4_figures(row: Row) -> Figures:
     return {name: Figure(row["measured_mib"][name] * MIB, traced[name]) for name in traced}
 
 
-def metamath_trace(row: Row, *, tokens: int) -> Traced:
-    """Two steps of a row of peft_metamath.jsonl, with batches of `tokens`."""
+def metamath_trace(row: Row, *, lengths: Lengths) -> Traced:
+    """Two steps of a row of peft_metamath.jsonl: a batch of the first length, then one of the second."""
+    before, longest = lengths
     options = {
         "trainer": "plain",
         "dtype": row["dtype"],
         "adapter_dtype": "fp32" if row["autocast_adapter_dtype"] else row["dtype"],
         "batch_size": row["batch_size"],
-        "seq_len": tokens,
+        "seq_len": longest,
         "padding": True,
         "gradient_checkpointing": row["gradient_checkpointing"],
     }
@@ -161,26 +194,52 @@ def metamath_trace(row: Row, *, tokens: int) -> Traced:
         setup=resolved(parse_setup(options), quantized=False, supports_sdpa=True, use_cache=True),
         device=ADA,
         outputs_outlive_step=True,
+        earlier_seq_lens=(before,),
     )
 
 
 def with_empty_cache(traced: Traced) -> list[Event]:
-    """The log with `empty_cache()` between the two steps, before the gradients of the first are freed."""
-    start = end = traced.windows[1].start
-    while traced.log[start - 1].kind == "free":
-        start -= 1
-    ends = range(start, end)
-    gradients = [at for at in ends if category_of(traced.log[at].storage) == "gradients"]
-    others = [at for at in ends if at not in set(gradients)]
-    events = traced.events
-    order = [*(events[at] for at in others), Event("empty_cache", phase="warmup"), *(events[at] for at in gradients)]
-    return [*events[:start], *order, *events[end:]]
+    """The log with `empty_cache()` after every step, before the gradients of that step are freed."""
+    events: list[Event] = []
+    done = 0
+    for at in [at for at, phase in traced.began if phase == "forward"][1:]:
+        start = at
+        while traced.log[start - 1].kind == "free":
+            start -= 1
+        gradients = [i for i in range(start, at) if category_of(traced.log[i].storage) == "gradients"]
+        others = [i for i in range(start, at) if i not in set(gradients)]
+        events += traced.events[done:start]
+        events += [*(traced.events[i] for i in others), Event("empty_cache", phase="warmup")]
+        events += [traced.events[i] for i in gradients]
+        done = at
+    return [*events, *traced.events[done:]]
 
 
-def metamath_figures(row: Row, *, tokens: Sequence[int]) -> Figures:
-    """Reserved bytes of the whole run, by the length of the longest batch."""
-    replays = {n: replay(with_empty_cache(metamath_trace(row, tokens=n))) for n in tokens}
-    return {str(n): Figure(row["max_memory_reserved_bytes"], found.peaks.reserved) for n, found in replays.items()}
+def reserved(row: Row, *, lengths: Lengths) -> int:
+    """Reserved bytes of a row's two steps."""
+    return replay(with_empty_cache(metamath_trace(row, lengths=lengths))).peaks.reserved
+
+
+def metamath_figures(row: Row, *, lengths: Sequence[Lengths]) -> Figures:
+    """Reserved bytes of the whole run, by the lengths of its last two batches."""
+    return {_head(pair): Figure(row["max_memory_reserved_bytes"], reserved(row, lengths=pair)) for pair in lengths}
+
+
+def with_a_training(row: Row, *, lengths: Sequence[Lengths]) -> Done:
+    """The LoRA-FA row with gradients of A, which its optimizer leaves alone."""
+
+    def unfrozen(model: Any, *, learning_rate: float) -> Any:
+        made = lorafa_optimizer(model, learning_rate=learning_rate)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or "lora_A" in name)
+        return made
+
+    with patch("peftplan.trace.optimizers.lorafa_optimizer", unfrozen):
+        return {**row, "experiment": f"{row['experiment']}, A with gradients"}, metamath_figures(row, lengths=lengths)
+
+
+def _head(lengths: Lengths) -> str:
+    return "{} after {}".format(*reversed(lengths))
 
 
 def tried(rows: Sequence[Row], figures: Callable[[Row], Figures], *, key: str) -> tuple[list[Done], list[Refused]]:
@@ -205,13 +264,16 @@ def summary(found: Sequence[Figures], head: str) -> str:
     return table((head, "rows", "median without sign", "median", "lowest", "highest"), lines)
 
 
-def page(*, tokens: Sequence[int]) -> str:
+def page(*, lengths: Sequence[Lengths]) -> str:
     """The whole page."""
     versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in LIBRARIES)
     t4, t4_refused = tried(load_rows("peaks_t4.jsonl"), t4_figures, key="id")
-    every = sorted(load_rows("peft_metamath.jsonl"), key=lambda row: row["experiment"] not in CHOSEN_BY)
-    metamath, refused = tried(every, lambda row: metamath_figures(row, tokens=tokens), key="experiment")
-    scored = [figures for row, figures in metamath if row["experiment"] not in CHOSEN_BY]
+    metamath, refused = _metamath(lengths)
+    scored = [(row["experiment"], figures) for row, figures in metamath if row["experiment"] not in CHOSEN_BY]
+    same_code = [figures for name, figures in scored if not name.startswith(OTHER_CODE)]
+    unscored, untraced = _unscored(lengths[0])
+    missing = t4_refused + refused + untraced
+    facts = dict(zip(("before", "longest"), lengths[0], strict=True))
     parts = [
         INTRO,
         f"Traced with {versions}.",
@@ -220,14 +282,41 @@ def page(*, tokens: Sequence[int]) -> str:
         summary([figures for _, figures in t4], "peak"),
         table(("id", "model", "base", "attention", "batch × tokens", *PHASES, RESERVED), [_t4_line(*one) for one in t4]),
         "## peft's benchmark, reserved bytes by method",
-        METAMATH_NOTE.format(tokens=TOKENS),
-        summary(scored, "tokens"),
-        table(("run", *map("{} tokens".format, tokens)), [_metamath_line(*one) for one in metamath]),
+        METAMATH_NOTE.format(**facts),
+        summary([figures for name, figures in scored if "," not in name], "tokens"),
+        "Without OSF and LoRA-FA, whose runs did other things than are traced (causes below):",
+        summary(same_code, "tokens"),
+        table(("run", *map(_head, lengths)), [_metamath_line(*one) for one in metamath]),
+        "## peft's benchmark, configurations without a measurement",
+        UNSCORED_NOTE.format(**facts),
+        table(("configuration", "trainable", "traced reserved, GB"), unscored),
         "## Not traced",
-        table(("row", "why"), t4_refused + refused) if t4_refused + refused else "Every row was traced.",
+        table(("row", "why"), missing) if missing else "Every row was traced.",
         CAUSES,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _metamath(lengths: Sequence[Lengths]) -> tuple[list[Done], list[Refused]]:
+    every = sorted(load_rows("peft_metamath.jsonl"), key=lambda row: row["experiment"] not in CHOSEN_BY)
+    done, refused = tried(every, lambda row: metamath_figures(row, lengths=lengths), key="experiment")
+    place = next(at for at, (row, _) in enumerate(done) if row["experiment"] == LORA_FA)
+    done.insert(place + 1, with_a_training(done[place][0], lengths=lengths))
+    return done, refused
+
+
+def _unscored(lengths: Lengths) -> tuple[list[tuple[str, ...]], list[Refused]]:
+    lines: list[tuple[str, ...]] = []
+    refused: list[Refused] = []
+    for row in load_rows("peft_metamath_unscored.jsonl"):
+        try:
+            traced = metamath_trace({**BENCHMARK, **row}, lengths=lengths)
+        except RefusedError as error:
+            refused.append((row["experiment"], str(error)))
+            continue
+        found = replay(with_empty_cache(traced)).peaks.reserved
+        lines.append((row["experiment"], f"{traced.num_trainable:,}", f"{found / 10**9:.2f}"))
+    return lines, refused
 
 
 def _t4_line(row: Row, figures: Figures) -> tuple[str, ...]:
@@ -241,14 +330,19 @@ def _metamath_line(row: Row, figures: Figures) -> tuple[str, ...]:
     return row["experiment"], *(figure.cell(10**9, 2) for figure in figures.values())
 
 
+def _lengths(text: str) -> Lengths:
+    before, longest = map(int, text.split("/"))
+    return before, longest
+
+
 def main() -> None:
     """Print the page, or write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[TOKENS], help="longest batch of peft's benchmark")
+    parser.add_argument("--lengths", nargs="+", help="last two batches of peft's benchmark, as BEFORE/LONGEST")
     parser.add_argument("--write", action="store_true", help=f"write {OUTPUT.relative_to(ROOT)}")
     args = parser.parse_args()
     with quiet_transformers():
-        text = page(tokens=args.tokens)
+        text = page(lengths=[_lengths(text) for text in args.lengths] if args.lengths else LENGTHS)
     if args.write:
         OUTPUT.write_text(text, encoding="utf-8")
     else:

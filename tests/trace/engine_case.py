@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peftplan.methods.adaptation import Adaptation
 from peftplan.planning.setup import parse_setup, resolved
 from peftplan.storage import parse_quant
 from peftplan.trace.engine import Traced, trace
@@ -37,13 +38,14 @@ def lora(targets: list[str] = ALL_LINEAR, *, r: int = 8, **fields: Any) -> dict[
 
 def traced(
     config: dict[str, Any],
-    peft_config: dict[str, Any] | None = None,
+    peft_config: dict[str, Any] | Adaptation | None = None,
     *,
     quant: str | None = None,
     double_quant: bool = False,
     compute_dtype: str | None = None,
     device: tuple[int, int] | None = None,
     outputs_outlive_step: bool = False,
+    earlier_seq_lens: tuple[int, ...] = (),
     **options: Any,
 ) -> Traced:
     """Trace a causal language model."""
@@ -57,4 +59,5 @@ def traced(
         setup=setup,
         device=device,
         outputs_outlive_step=outputs_outlive_step,
+        earlier_seq_lens=earlier_seq_lens,
     )

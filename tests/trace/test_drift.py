@@ -16,7 +16,9 @@ pytest.importorskip("bitsandbytes")
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 0.5
-"""Percent, either way, of allocated bytes in each phase."""
+"""Percent, either way, of allocated bytes in each phase and of reserved bytes."""
+FULL_LIMIT = 2.5
+"""Of what full fine-tuning reserves: where its states lie depends on the first batches, which are not recorded."""
 
 
 def tool() -> ModuleType:
@@ -41,14 +43,30 @@ def test_allocated_bytes_of_each_phase_on_a_t4(row: str) -> None:
 
 
 def test_gradients_that_outlive_empty_cache_decide_what_full_fine_tuning_reserves() -> None:
-    """Measured 38.87 GB. Emptied after the gradients are freed, the optimizer's temporaries find no room: 6.9 % more."""
+    """Measured 38.87 GB. Emptied after the gradients are freed, the optimizer's temporaries find no room: several percent more."""
     row = METAMATH["full-finetuning/llama-3.2-3B-lr_0.00001"]
-    figures = drift.metamath_figures(row, tokens=[drift.TOKENS])
-    assert abs(figures[str(drift.TOKENS)].drift) < LIMIT
+    (figure,) = drift.metamath_figures(row, lengths=drift.LENGTHS[:1]).values()
+    assert abs(figure.drift) < FULL_LIMIT
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["lora/llama-3.2-3B-rank32-mica", "miss/llama-3.2-3B-default", "boft/llama-3.2-3B-default", "adalora/llama-3.2-3B-rank32"],
+)
+def test_reserved_bytes_of_rows_that_chose_nothing(method: str) -> None:
+    (figure,) = drift.metamath_figures(METAMATH[method], lengths=drift.LENGTHS[:1]).values()
+    assert abs(figure.drift) < LIMIT
+
+
+def test_lora_fa_ran_with_gradients_of_a() -> None:
+    """Measured 22.24 GB: 2 GB above what a frozen A saves, and 42 MiB of states below LoRA."""
+    _, figures = drift.with_a_training(METAMATH[drift.LORA_FA], lengths=drift.LENGTHS[:1])
+    (figure,) = figures.values()
+    assert abs(figure.drift) < LIMIT
 
 
 def test_empty_cache_comes_once_and_no_event_is_lost() -> None:
-    traced = drift.metamath_trace(METAMATH["lora/llama-3.2-3B-rank32"], tokens=8)
+    traced = drift.metamath_trace(METAMATH["lora/llama-3.2-3B-rank32"], lengths=(8, 8))
     events = drift.with_empty_cache(traced)
     emptied = [at for at, event in enumerate(events) if event.kind == "empty_cache"]
     assert len(emptied) == 1
