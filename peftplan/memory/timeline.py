@@ -50,6 +50,8 @@ class Timeline:
     windows: tuple[tuple[str, int, int], ...]
     products: frozenset[tuple[str, str]] = frozenset()
     """(library, thread) of each workspace that a matrix product takes."""
+    storages: tuple[int, ...] = ()
+    """Which storage of the tape each event makes or frees."""
 
     def peaks(self, sizes: Mapping[str, int], standing: int = 0) -> dict[str, tuple[int, int]]:
         """Phase → (bytes, how many events lead to them), on top of `standing` bytes that are always there."""
@@ -116,6 +118,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
             sources.append(_source(tape.savers.get(n)))
     kinds = tuple(index)
     events: list[tuple[int, int]] = []
+    storages: list[int] = []
     starts: list[tuple[str, int]] = []
     copies, outliving = _copies(tape, stacks)
     standing_for: dict[int, int] = {}
@@ -127,6 +130,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
                 events.append((kind_of[n], counts[n]) if n > 0 else (kind_of[-n], -counts[-n]))
             else:
                 events.append((kind_of[n], 1) if n > 0 else (kind_of[-n], -1 - standing_for.pop(-n, 0)))
+            storages.append(abs(n))
         done = at
         for n, count in copies.get((at, what), ()):
             if n in outliving:
@@ -138,11 +142,12 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
             if place == len(sources):
                 sources.append(sources[kind_of[abs(n)]])
             events.append((place, count if n > 0 else -count))
+            storages.append(abs(n))
         if what in PHASES:
             starts.append((what, len(events)))
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
-    return Timeline(tuple(index), tuple(sources), tuple(events), windows, frozenset(_products(tape)))
+    return Timeline(tuple(index), tuple(sources), tuple(events), windows, frozenset(_products(tape)), tuple(storages))
 
 
 PRODUCTS = {"linear": "cuBLAS", "mm": "cuBLAS", "bmm": "cuBLAS", "addmm": "cuBLASLt"}
@@ -193,6 +198,7 @@ def _copies(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, set[int]]:
                     outliving |= {n for n in net if n > 0} - stack.passed
                 else:
                     outliving -= {-n for n in tape.log[start:stop] if n < 0}
+                    outliving |= tape.lasting.intersection(net)
     return found, outliving
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peftplan.arch.modules import Architecture
-from peftplan.errors import NeedsTraceError
+from peftplan.errors import NeedsTraceError, RefusedError
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
 from peftplan.memory.attention import FLASH_CAPABILITY, MASK_MULTIPLE
 from peftplan.memory.ledger import Ledger, Line
 from peftplan.memory.load import load_passing
 from peftplan.memory.methods import ADAPTERS
-from peftplan.memory.model import Model, Running
+from peftplan.memory.model import PROMPTED, Model, Running
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.quantized import QUANTIZED
 from peftplan.memory.step import Program, steady_step
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 MULTIPLES = (8, 32, 64, 128)
 """Multiples to which kernels round the sequence."""
+OWN_PREFIX = ("bloom", "gpt_bigcode", "gemma2", "gemma3_text", "gemma4_text")
+"""Model types whose prefix peft gives a form of its own (`TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING`, `get_prompt`)."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,27 @@ def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_
     ledgers = {"load": found.loading}
     for phase, (_, end) in found.timeline.peaks(named, found.standing.bytes()).items():
         ledgers[phase] = found.standing + Ledger(found.timeline.lines(end, named))
-    return Peaks(ledgers=ledgers)
+    return Peaks(
+        ledgers=ledgers,
+        reserve=partial(_reserved, found, named),
+        reserved_source=RESERVED_SOURCE,
+        runs_within=partial(_runs_within, found, named),
+    )
+
+
+RESERVED_SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, default options"
+
+
+def _reserved(found: Compiled, named: dict[str, Any]) -> int:
+    from peftplan.planning.reserved import replayed
+
+    return replayed(found, named)[""].reserved
+
+
+def _runs_within(found: Compiled, named: dict[str, Any], capacity_bytes: int) -> bool:
+    from peftplan.planning.reserved import runs_within
+
+    return runs_within(found, named, capacity_bytes)
 
 
 COMPILED: OrderedDict[tuple[Any, ...], Compiled] = OrderedDict()
@@ -66,7 +89,8 @@ COMPILED_KEPT = 256
 def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Compiled:
     """The job made ready for all sizes that run the same operations, once."""
     setup = job.setup
-    facts = shape_facts(setup.batch_size, setup.seq_len, windows_of(job.architecture))
+    virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
+    facts = shape_facts(setup.batch_size, setup.seq_len + virtual_tokens, windows_of(job.architecture))
     described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
     key = (
         id(job.architecture),
@@ -132,7 +156,8 @@ def _check(job: Job) -> None:
         raise NeedsTraceError("activations of this peft type")
     if job.adaptation.matched and job.method.peft_type not in ADAPTERS:
         raise NeedsTraceError(f"activations of method {job.method.name}")
-    if job.method.peft_type in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING") or job.method.name in ("houlsby", "pfeiffer"):
+    _check_virtual_tokens(job)
+    if job.method.name in ("houlsby", "pfeiffer"):
         raise NeedsTraceError(f"activations of method {job.method.name}")
     if job.setup.loss != "full":
         raise NeedsTraceError(f"logits of loss {job.setup.loss}")
@@ -142,6 +167,19 @@ def _check(job: Job) -> None:
         raise NeedsTraceError("gradients that live through the forward")
     if job.quant is not None and job.quant.name not in QUANTIZED:
         raise NeedsTraceError(f"activations of {job.quant.name} layers")
+
+
+def _check_virtual_tokens(job: Job) -> None:
+    """Virtual tokens: known before decoders. Raises RefusedError where peft does."""
+    peft_type = job.method.peft_type if job.method else None
+    if peft_type == "PREFIX_TUNING" and job.setup.gradient_checkpointing:
+        raise RefusedError("peft 0.21.2 refuses it: ValueError: PREFIX_TUNING does not work with gradient checkpointing.")
+    if peft_type not in (*PROMPTED, "PREFIX_TUNING"):
+        return
+    if job.architecture.task_type != "CAUSAL_LM":
+        raise NeedsTraceError(f"virtual tokens of task_type {job.architecture.task_type}")
+    if peft_type == "PREFIX_TUNING" and job.architecture.model_type in OWN_PREFIX:
+        raise NeedsTraceError(f"a prefix of model type {job.architecture.model_type}")
 
 
 def _running(job: Job, compute_capability: str) -> Running:

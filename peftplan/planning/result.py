@@ -32,22 +32,35 @@ TIGHT = 0.05
 class Peaks:
     """The peaks of a steady training step: what is alive at each phase's own peak moment, and what the allocator reserves.
 
-    `incomplete` lists what the engine met and could not follow; the peaks are then lower bounds. `recording` is the whole run,
-    where it was asked for and the engine has one.
+    `reserve` are the reserved bytes, or what finds them out, where that takes longer than all the rest. `incomplete` lists what
+    the engine met and could not follow; the peaks are then lower bounds. `recording` is the whole run, where it was asked for and
+    the engine has one.
     """
 
     ledgers: Mapping[str, Ledger]
-    reserved: int | None = None
+    reserve: int | Callable[[], int] | None = None
     reserved_source: str | None = None
     incomplete: tuple[str, ...] = ()
     recording: Recording | None = field(default=None, repr=False, compare=False)
     assumed: Mapping[str, Any] = field(default_factory=dict)
     """What the engine took for granted besides the setup: what else a sample holds, which kernels ran."""
+    runs_within: Callable[[int], bool] | None = field(default=None, repr=False, compare=False)
+    """Whether the job runs where the allocator can take so many bytes: it gives cached memory back before it fails."""
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
         """Phase → allocated bytes at its peak, in the order of `PHASES`."""
         return {phase: self.ledgers[phase].bytes() for phase in PHASES}
+
+    @cached_property
+    def reserved(self) -> int | None:
+        """What the allocator holds at most, comparable with `torch.cuda.max_memory_reserved()`; None where it is not known."""
+        return self.reserve() if callable(self.reserve) else self.reserve
+
+    @property
+    def reserved_at_hand(self) -> bool:
+        """Whether `reserved` is known without a replay of milliseconds."""
+        return not callable(self.reserve) or "reserved" in self.__dict__
 
     @property
     def phase(self) -> str:

@@ -42,6 +42,7 @@ def trace_peaks(
     what cannot be traced.
     """
     try:
+        from peftplan.trace.allocator import replay
         from peftplan.trace.engine import trace
         from peftplan.trace.meta import quiet_transformers
         from peftplan.trace.recorded import Recorded
@@ -67,7 +68,8 @@ def trace_peaks(
     replayed = found.replayed
     return Peaks(
         ledgers={phase: _with_tails(peak.alive, replayed.by_phase[phase].allocated) for phase, peak in found.peaks.items()},
-        reserved=replayed.peaks.reserved,
+        reserve=replayed.peaks.reserved,
+        runs_within=lambda capacity: replay(found.events, capacity_bytes=capacity).oom is None,
         reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
         incomplete=_unknown(found.unknown_ops),
         assumed={**found.facts, **_without(found.replaced)},

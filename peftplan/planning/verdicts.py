@@ -36,7 +36,8 @@ def find_cards(gpu: str | Iterable[str] | None) -> list[Gpu]:
 def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None) -> Verdict:
     """Reserved bytes and the context, where it is known, against what a program can get of the card.
 
-    Without a peak only a shortfall is certain: `static_bytes` is a lower bound, and so is an incomplete peak.
+    Where they are more, the job still runs, tightly, if the allocator gets by once it gives cached memory back: a replay with that
+    capacity says so. Without a peak only a shortfall is certain: `static_bytes` is a lower bound, and so is an incomplete peak.
     """
     from peftplan.hardware.context import context_bytes
     from peftplan.hardware.usable import usable_bytes
@@ -45,6 +46,10 @@ def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None) -> Verdict:
     context = context_bytes(card).bytes if card.capacity_bytes is None else None
     needed = static_bytes if peaks is None else (peaks.reserved or peaks.allocated) + (context or 0)
     headroom = usable.bytes - needed
+    if headroom < 0 and peaks is not None and peaks.runs_within is not None and not peaks.incomplete:
+        least = usable.bytes - peaks.allocated - (context or 0)
+        if least >= 0 and peaks.runs_within(usable.bytes - (context or 0)):
+            return Verdict(card.id, usable.bytes, usable.why, "tight", least, context)
     if headroom < 0:
         word = "does_not_fit"
     elif peaks is None or peaks.incomplete:

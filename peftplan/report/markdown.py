@@ -33,7 +33,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
     ]
     if peaks:
         rows = [(phase, f"{num_bytes:,}", format_bytes(num_bytes)) for phase, num_bytes in peaks.by_phase.items()]
-        reserved = [] if peaks.reserved is None else [("reserved", f"{peaks.reserved:,}", format_bytes(peaks.reserved))]
+        reserved = [] if not peaks.reserved_at_hand or peaks.reserved is None else [("reserved", f"{peaks.reserved:,}", format_bytes(peaks.reserved))]
         parts.append(table(("peak of each phase", "bytes", ""), (*rows, *reserved)))
         parts += [f"**Incomplete:** {what}" for what in incomplete(peaks)]
     if explain_peak:
