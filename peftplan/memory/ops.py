@@ -359,3 +359,13 @@ def _expanded_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
 def gathered(f: Tape, x: Tensor, dims: Dims) -> Tensor:
     """`x[mask]`: a copy of the rows that a mask chooses; its gradient is as large as x (`index_put`)."""
     return f.new(dims, x.dtype, "index", f.record(_selected_backward, (x,), x.dims))
+
+
+def product(f: Tape, x: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    """`x @ weight.T + bias` (`FalconLinear`): autocast casts the transposed weight anew each time, and the sum is wider."""
+    if f.autocast:
+        x, weight = f.cast(x, f.autocast), f.to(weight, f.autocast)
+    kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None)
+    node = f.record(_linear_backward, (x, weight, None), *kept)
+    out = f.new((*x.dims[:-1], weight.dims[0]), x.dtype, "mm", node)
+    return out if bias is None else add(f, out, bias)

@@ -44,6 +44,7 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "opt": ("opt", "opt"),
     "bloom": ("alibi", "bloom"),
     "mpt": ("alibi", "mpt"),
+    "falcon": ("falcon", "falcon"),
 }
 """model type → module of this folder and its function: from token ids to the last hidden states."""
 

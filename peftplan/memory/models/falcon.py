@@ -1,0 +1,137 @@
+"""Falcon 1: attention through torch's own `scaled_dot_product_attention` with a mask always, rotary or ALiBi, serial or parallel.
+
+Source: transformers 5.24, models/falcon/modeling_falcon.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftplan.arch.modules import Attention
+from peftplan.errors import NeedsTraceError
+from peftplan.memory import ops
+from peftplan.memory.attention import attend
+from peftplan.memory.model import Model
+from peftplan.memory.models.decoder import Call, Style, mlp, rotary_tables, rotate_all, run_layers
+from peftplan.memory.norms import layer_norm
+from peftplan.memory.shaping import sliced
+from peftplan.memory.tape import Dims, Node, Tape, Tensor
+
+
+def falcon(model: Model) -> Tensor:
+    """`FalconModel.forward`."""
+    if model.running.attention != "sdpa":
+        raise NeedsTraceError(f"activations of falcon with {model.running.attention} attention")
+    f = model.tape
+    tokens = model.inputs()
+    f.module = "transformer"
+    a = model.arch.blocks[0].attentions[0]
+    _positions = f.new((model.seq,), "int64", "position_ids")
+    mask = f.new(("b", 1, model.seq, model.seq), "bool", "attention_mask")
+    tables: tuple[Tensor, ...] = ()
+    if a.positions == "alibi":
+        _alibi = f.new(("b", a.num_attention_heads, 1, model.seq), tokens.dtype, "alibi")
+        mask = _alibi_mask(f, mask, a, tokens.dtype)
+    tables = rotary_tables(model, tokens.dtype)
+    x = run_layers(model, STYLE, tokens, lambda window: (mask, *tables), masked=False)
+    del tokens
+    return x
+
+
+def _alibi_mask(f: Tape, mask: Tensor, a: Attention, dtype: str) -> Tensor:
+    """The bias where a query sees a key, the least number elsewhere."""
+    plain = f.new(mask.dims, dtype, "where")
+    scaled = f.new((mask.dims[0], a.num_attention_heads, 1, mask.dims[3]), dtype, "div")
+    hidden = f.new(mask.dims, "bool", "lt")
+    out = f.new((mask.dims[0], a.num_attention_heads, *mask.dims[2:]), dtype, "masked_fill")
+    del plain, scaled, hidden
+    return out
+
+
+def layer(c: Call, x: Tensor) -> Tensor:
+    """`FalconDecoderLayer.forward`."""
+    residual = x
+    two = c.block.parallel and not c.block.shared_norm
+    normed = c.norm("ln_attn" if two else "input_layernorm", x)
+    into_mlp = c.norm("ln_mlp", x) if two else normed
+    attended = attention(c, normed)
+    if not c.block.parallel:
+        dropped = ops.dropout(c.at(), attended, c.model.arch.dropout.attention)
+        residual = ops.add(c.at(), residual, dropped)
+        del dropped
+        into_mlp = c.norm("post_attention_layernorm", residual)
+    out = mlp(c, into_mlp)
+    f = c.at()
+    if c.block.parallel:
+        out = Tensor(out.storage, out.dims, out.dtype, f.record(_add_in_place_backward, (out, attended)))
+    return ops.add(f, residual, c.dropout(out))
+
+
+def _add_in_place_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    return g, g
+
+
+def attention(c: Call, x: Tensor) -> Tensor:
+    """`FalconAttention.forward` with sdpa."""
+    a = c.block.attentions[0]
+    mask, *tables = c.tables
+    qkv = c.linear("self_attention.query_key_value", x)
+    f = c.at("self_attention")
+    q, k, v = heads(c, a, qkv)
+    rotated = a.positions == "rotary"
+    if rotated:
+        q, k = rotate_all(f, q, k, *tables)
+    k, v = c.model.cached(k, v)
+    alike = a._replace(num_key_value_heads=a.num_attention_heads)
+    dropout = 0.0 if rotated else c.model.arch.dropout.attention
+    x = attend(c.model, alike, q, k, v, mask, dropout=dropout, rotated=rotated)
+    return c.linear("self_attention.dense", x)
+
+
+def heads(c: Call, a: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_split_heads`: views of the projection with as many key/value heads as queries; else keys and values are copies."""
+    f = c.tape
+    b, s, _ = qkv.dims
+    by_head = (b, a.num_attention_heads, s, a.head_dim)
+    if a.num_key_value_heads == a.num_attention_heads and not grouped(c):
+        q, k, v = (sliced(f, qkv, by_head) for _ in range(3))
+        return q, k, v
+    q = sliced(f, qkv, by_head)
+    one = (b, a.num_key_value_heads, s, a.head_dim)
+    k, v = indexed(f, qkv, one), indexed(f, qkv, one)
+    if not grouped(c):
+        return q, k, v
+    q, k, v = ops.copied(f, q, "clone"), expanded(f, k, by_head), expanded(f, v, by_head)
+    return q, k, v
+
+
+def grouped(c: Call) -> bool:
+    """`new_decoder_architecture`: key/value heads stand between their queries, and are copied for each of them."""
+    return c.block.parallel and c.block.attentions[0].num_key_value_heads > 1
+
+
+def indexed(f: Tape, x: Tensor, dims: Dims) -> Tensor:
+    """`x[..., [-1], :]`: a copy, whose gradient is put into zeros as large as x."""
+    return f.new(dims, x.dtype, "index", f.record(_indexed_backward, (x,), x.dims))
+
+
+def _indexed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "index_put")
+
+
+def expanded(f: Tape, x: Tensor, dims: Dims) -> Tensor:
+    """`broadcast_to` and `flatten`: a copy, whose gradient is summed."""
+    return f.new(dims, x.dtype, "clone", f.record(_expanded_backward, (x,), x.dims))
+
+
+def _expanded_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "sum")
+
+
+STYLE = Style(
+    norm=layer_norm,
+    layer=layer,
+    plain=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    stack="transformer.h.{}",
+    final_norm="transformer.ln_f",
+)
