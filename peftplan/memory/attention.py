@@ -41,15 +41,15 @@ def padded(dim: Dim, multiple: int) -> Dim:
 
 
 def causal_mask(model: Model, dtype: str, window: int | None = None) -> Tensor | None:
-    """`create_causal_mask`: for eager a mask of the model's dtype; for sdpa a boolean one where there is padding, or a window
-    shorter than the sequence; else none, since the kernels know causal attention.
+    """`create_causal_mask`: for eager a mask of the model's dtype; for sdpa a boolean one where there is padding, a window
+    shorter than the sequence, or a prefix; else none, since the kernels know causal attention.
     """
     f, s = model.tape, model.seq
-    windowed = window is not None and model.running.seq_len > window
+    windowed = window is not None and model.key_len > window
     if model.running.attention == "eager":
-        return f.new(("b", 1, s, s), dtype, "attention_mask")
-    if model.running.attention == "sdpa" and (model.running.padding or windowed):
-        return f.new(("b" if model.running.padding else 1, 1, s, s), "bool", "attention_mask")
+        return f.new(("b", 1, s, model.keys), dtype, "attention_mask")
+    if model.running.attention == "sdpa" and (model.running.padding or windowed or model.keys != s):
+        return f.new(("b" if model.running.padding else 1, 1, s, model.keys), "bool", "attention_mask")
     return None
 
 
@@ -88,7 +88,7 @@ def attend(
         if by_head:
             out = ops.copied(f, out, "clone")
     elif kernel == "efficient":
-        out = efficient(f, q, k, v, mask, ragged=bool(model.running.seq_len % MASK_MULTIPLE))
+        out = efficient(f, q, k, v, mask, ragged=bool(model.key_len % MASK_MULTIPLE))
     else:
         q, k, v = _by_head(f, q, k, v, rotated=rotated)
         return math(model, a, q, k, v, mask, dropout=dropout)
@@ -128,7 +128,7 @@ def _repeat_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "sum")
 
 
-def _batched(model: Model, x: Tensor) -> Tensor:
+def batched(model: Model, x: Tensor) -> Tensor:
     """What `matmul` makes of a (b, heads, …) view that lies (b, s, heads, d): a copy, unless the batch is one."""
     return ops.copied(model.tape, x, "clone") if model.running.batch_size > 1 else x
 
@@ -153,7 +153,7 @@ def eager(
     keys, values = repeat_kv(f, k, a), repeat_kv(f, v, a)
     copied = a.num_attention_heads != a.num_key_value_heads or model.caches
     given = q.dtype
-    scores = _scores(f, _batched(model, q), keys if copied else _batched(model, keys))
+    scores = _scores(f, batched(model, q), keys if copied else batched(model, keys))
     if scales:
         scores = ops.scale(f, scores)
     if mask is not None:
@@ -161,17 +161,18 @@ def eager(
     weights = ops.softmax(f, scores, "fp32" if wide or f.autocast else scores.dtype)
     if wide:
         weights = f.to(weights, given)
+    del scores
     weights = ops.dropout(f, weights, dropout)
     model.layer_locals.append(weights)
-    out = ops.matmul(f, weights, values if copied else _batched(model, values), (*q.dims[:3], v.dims[3]))
-    return _gathered(model, out)
+    out = ops.matmul(f, weights, values if copied else batched(model, values), (*q.dims[:3], v.dims[3]))
+    return gathered(model, out)
 
 
 def _scores(f: Tape, q: Tensor, k: Tensor) -> Tensor:
     return ops.matmul(f, q, k, (*q.dims[:3], k.dims[2]))
 
 
-def _gathered(model: Model, out: Tensor) -> Tensor:
+def gathered(model: Model, out: Tensor) -> Tensor:
     """`transpose(1, 2).contiguous()`; the gradient comes back as a view, which `matmul` copies for more than one sequence."""
     f = model.tape
     b, heads, s, d = out.dims
@@ -200,12 +201,12 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     k, v = repeat_kv(f, k, a), repeat_kv(f, v, a)
     k = ops.scale(f, k)
     copied = a.num_attention_heads != a.num_key_value_heads or model.caches
-    scores = ops.add(f, _scores(f, _batched(model, q), k), bias)
+    scores = ops.add(f, _scores(f, batched(model, q), k), bias)
     weights = ops.dropout(f, ops.keeps_output(f, scores, "softmax", passing=True), dropout)
     del scores
-    out = f.to(ops.matmul(f, weights, v if copied else _batched(model, v), (*q.dims[:3], v.dims[3])), given)
+    out = f.to(ops.matmul(f, weights, v if copied else batched(model, v), (*q.dims[:3], v.dims[3])), given)
     del q, k, v, weights, bias
-    return _gathered(model, out)
+    return gathered(model, out)
 
 
 def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, by_head: bool = False) -> Tensor:

@@ -16,14 +16,22 @@ from peftplan.memory.tape import Tensor
 Output = tuple[Tensor, Tensor]
 
 
-def language_model(model: Model, x: Tensor) -> Output:
-    """The decoder over the vocabulary and `CrossEntropyLoss` in the logits' own dtype; `ForCausalLMLoss` for CAUSAL_LM."""
+def logits_of(model: Model, x: Tensor) -> Tensor:
+    """The decoder over the vocabulary."""
     assert model.arch.output_embedding is not None
-    logits = model.linear(model.arch.output_embedding, x)
-    del x
+    return model.linear(model.arch.output_embedding, x)
+
+
+def language_loss(model: Model, logits: Tensor) -> Output:
+    """`CrossEntropyLoss` in the logits' own dtype; `ForCausalLMLoss` for CAUSAL_LM."""
     model.tape.module = ""
     loss = causal_lm_loss if model.arch.task_type == "CAUSAL_LM" else plain_cross_entropy
     return loss(model.tape, logits), logits
+
+
+def language_model(model: Model, x: Tensor) -> Output:
+    """`WhisperForConditionalGeneration.forward`: no more than logits and loss."""
+    return language_loss(model, logits_of(model, x))
 
 
 def transformed(model: Model, x: Tensor, dense: str, norm: str, act: str) -> Tensor:
@@ -37,12 +45,13 @@ def transformed(model: Model, x: Tensor, dense: str, norm: str, act: str) -> Ten
 def bert_lm(model: Model, x: Tensor) -> Output:
     """`BertForMaskedLM`, `BertLMHeadModel`."""
     name = "cls.predictions.transform"
-    return language_model(model, transformed(model, x, f"{name}.dense", f"{name}.LayerNorm", model.arch.blocks[0].mlp.activation))
+    act = model.arch.blocks[0].mlp.activation
+    return language_loss(model, logits_of(model, transformed(model, x, f"{name}.dense", f"{name}.LayerNorm", act)))
 
 
 def roberta_lm(model: Model, x: Tensor) -> Output:
     """`RobertaLMHead.forward`, whose activation is gelu whatever the config says."""
-    return language_model(model, transformed(model, x, "lm_head.dense", "lm_head.layer_norm", "gelu"))
+    return language_loss(model, logits_of(model, transformed(model, x, "lm_head.dense", "lm_head.layer_norm", "gelu")))
 
 
 def bert_classification(model: Model, x: Tensor) -> Output:
@@ -65,7 +74,7 @@ def hidden_classification(model: Model, x: Tensor) -> Output:
 def distilbert_lm(model: Model, x: Tensor) -> Output:
     """`DistilBertForMaskedLM.forward`."""
     act = model.arch.blocks[0].mlp.activation
-    return language_model(model, transformed(model, x, "vocab_transform", "vocab_layer_norm", act))
+    return language_loss(model, logits_of(model, transformed(model, x, "vocab_transform", "vocab_layer_norm", act)))
 
 
 def distilbert_classification(model: Model, x: Tensor) -> Output:
@@ -84,8 +93,7 @@ def distilbert_answering(model: Model, x: Tensor) -> Output:
 
 def modernbert_lm(model: Model, x: Tensor) -> Output:
     """`ModernBertForMaskedLM.forward`: `ForMaskedLMLoss`, of logits in fp32."""
-    assert model.arch.output_embedding is not None
-    logits = model.linear(model.arch.output_embedding, modernbert_head(model, x))
+    logits = logits_of(model, modernbert_head(model, x))
     model.tape.module = ""
     return plain_cross_entropy(model.tape, model.tape.to(logits, "fp32")), logits
 

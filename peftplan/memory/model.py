@@ -48,6 +48,9 @@ class Part:
         self.bias = params.get("bias")
 
 
+PROMPTED = ("PROMPT_TUNING", "P_TUNING")
+"""peft types whose virtual tokens come before the embeddings."""
+
 Adapter = Callable[[Tape, Part, Tensor, Callable[[Tensor], Tensor], Running], Tensor]
 
 
@@ -64,12 +67,20 @@ class Model:
     adapter: Adapter | None = None
     kept: list[Any] = field(default_factory=list)
     """What the outputs hold besides logits: the KV cache."""
+    can_cache: bool = True
+    """Whether the class makes a KV cache in training: encoders have none."""
     outputs: list[Tensor] = field(default_factory=list)
     """Tensors of the outputs besides loss and logits."""
     batch: dict[str, Tensor] = field(default_factory=dict)
     """The step's batch, by the names of the forward's arguments."""
     layer_locals: list[Any] = field(default_factory=list)
     """What a layer's own names hold until it returns, such as eager attention's weights."""
+    call_locals: list[Any] = field(default_factory=list)
+    """What the names of peft's own forward hold until it returns."""
+    past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Keys and values of virtual tokens that layers have not taken yet."""
+    copied_past: Tensor | None = None
+    """Those of the layers that stand as copies of another."""
     stacks: list[Stack] = field(default_factory=list)
     _parts: dict[tuple[str, int | None], Part] = field(default_factory=dict)
     _families: Mapping[str, list[Any]] = field(default_factory=dict)
@@ -137,6 +148,8 @@ class Model:
         """The layer without its adapter: dense, 4-bit or 8-bit."""
         f = self.tape
         f.module = part.name
+        if part.kind == "LinearSubclass" and part.quant is None:
+            return ops.product(f, x, part.weight, part.bias)
         if part.quant is None:
             return ops.linear(f, x, part.weight, part.bias, transposed=part.kind == "Conv1D")
         from peftplan.memory.quantized import QUANTIZED
@@ -151,12 +164,31 @@ class Model:
     @property
     def seq(self) -> str:
         """The named size of the hidden states' sequence."""
-        return "s"
+        return "k" if self.running.peft_type in PROMPTED else "s"
+
+    @property
+    def keys(self) -> str:
+        """The named size of the keys and values that a causal layer's queries see."""
+        return "k" if self.virtual_tokens else "s"
+
+    @property
+    def key_len(self) -> int:
+        """How long they are."""
+        return self.running.seq_len + self.virtual_tokens
 
     def inputs(self) -> Tensor:
         """The token embeddings, with a gradient where checkpointing asks for one (`enable_input_require_grads`)."""
         assert self.arch.input_embedding is not None
-        return self.asking_gradient(self.embedding(self.arch.input_embedding, ("b", self.seq)))
+        if not self.virtual_tokens:
+            return self.asking_gradient(self.embedding(self.arch.input_embedding, ("b", "s")))
+        from peftplan.memory.methods import virtual_tokens
+
+        virtual_tokens.masked(self)
+        prompted = self.running.peft_type in PROMPTED
+        if not prompted:
+            self.past = virtual_tokens.prefixed(self)
+        words = self.asking_gradient(self.embedding(self.arch.input_embedding, ("b", "s")))
+        return virtual_tokens.prompted(self, words) if prompted else words
 
     def asking_gradient(self, x: Tensor) -> Tensor:
         """The output of the input layer, made a leaf where checkpointing would find nothing that trains before it."""
@@ -170,11 +202,15 @@ class Model:
 
     @property
     def caches(self) -> bool:
-        """Whether the outputs hold a KV cache; with checkpointing transformers turns it off."""
-        return self.running.use_cache and not self.running.checkpointing
+        """Whether the outputs hold a KV cache; with checkpointing transformers turns it off, and many classes with labels."""
+        return self.can_cache and self.running.use_cache and not self.running.checkpointing
 
     def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The KV cache: a copy of keys and values that the outputs hold, unless `use_cache` is off (never with checkpointing)."""
+        if self.past:
+            from peftplan.memory.methods.virtual_tokens import continued
+
+            return continued(self, k, v)
         if not self.caches:
             return k, v
         k, v = ops.copied(self.tape, k, "cat"), ops.copied(self.tape, v, "cat")
@@ -242,10 +278,8 @@ def run_stack(
     layers read (`shared`).
     """
     f = model.tape
-    first = {kind: layer for layer, kind in reversed([*enumerate(kinds)])}
-    last = {kind: layer for layer, kind in enumerate(kinds) if layer != first[kind]}
-    sections = [*sorted(first.values()), *sorted(last.values())]
-    copies = {f"{name} {sections.index(layer)}": kinds.count(kind) - 2 for kind, layer in last.items()}
+    sections, extra = sections_of(kinds)
+    copies = {f"{name} {number}": count for number, count in extra.items()}
 
     def run(layer: int, x: Tensor) -> Tensor:
         try:
@@ -253,7 +287,7 @@ def run_stack(
         finally:
             model.layer_locals.clear()
 
-    stack = Stack(name, len(first), copies, set(), set() if sums is None else sums)
+    stack = Stack(name, len(set(kinds)), copies, set(), set() if sums is None else sums)
     model.stacks.append(stack)
     for number, layer in enumerate(sections):
         x = boundary(f, x, f"{name} {number}")
@@ -261,6 +295,14 @@ def run_stack(
         if x.storage is not None:
             stack.passed.add(x.storage.number)
     return boundary(f, x, f"{name} end")
+
+
+def sections_of(kinds: tuple[int, ...]) -> tuple[list[int], dict[int, int]]:
+    """The layers that are run, first of each kind and then last of each; section → how many more layers it stands for."""
+    first = {kind: layer for layer, kind in reversed([*enumerate(kinds)])}
+    last = {kind: layer for layer, kind in enumerate(kinds) if layer != first[kind]}
+    sections = [*sorted(first.values()), *sorted(last.values())]
+    return sections, {sections.index(layer): kinds.count(kind) - 2 for kind, layer in last.items()}
 
 
 def boundary(f: Tape, x: Tensor, what: str) -> Tensor:

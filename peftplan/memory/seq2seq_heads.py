@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftplan.memory import ops
-from peftplan.memory.encoder_heads import Output, classified
+from peftplan.memory.encoder_heads import Output, classified, logits_of
 from peftplan.memory.loss import plain_cross_entropy
 from peftplan.memory.model import Model
 from peftplan.memory.tape import Tensor
@@ -12,8 +12,7 @@ from peftplan.memory.tape import Tensor
 def bart_lm(model: Model, x: Tensor) -> Output:
     """`BartForConditionalGeneration.forward`: a buffer is added to the logits."""
     f = model.tape
-    assert model.arch.output_embedding is not None
-    logits = model.linear(model.arch.output_embedding, x)
+    logits = logits_of(model, x)
     f.module = ""
     bias = Tensor(None, (1, model.arch.vocab_size), model.running.dtype)
     logits = ops.add(f, logits, bias)

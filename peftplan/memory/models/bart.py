@@ -21,6 +21,7 @@ def bart(model: Model) -> Tensor:
     """`BartModel.forward`: labels (or, for classification, the inputs) shifted right are what the decoder reads."""
     if model.arch.task_type == "CAUSAL_LM":
         raise NeedsTraceError(f"task_type CAUSAL_LM of {model.arch.model_type}")
+    model.can_cache = is_whisper(model)
     ids = model.tape.new(("b", model.seq), "int64", "decoder_input_ids")
     encoded = whisper_encoder(model) if is_whisper(model) else bart_encoder(model)
     out = decoder(model, ids, encoded)
@@ -189,9 +190,7 @@ def attention(
     f.module = name
     if whisper and block.stack == "decoder":
         k, v = model.cached(k, v)
-    out = attend(
-        model, a, q, k, v, mask, dropout=model.arch.dropout.attention, rotated=False, wide=False, by_head=whisper
-    )
+    out = attend(model, a, q, k, v, mask, dropout=model.arch.dropout.attention, rotated=False, wide=False, by_head=whisper)
     return model.linear(f"{name}.out_proj", out, number)
 
 

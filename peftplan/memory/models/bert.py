@@ -18,6 +18,7 @@ ROBERTA = ("roberta", "xlm-roberta")
 
 def bert(model: Model) -> Tensor:
     """`BertModel.forward` up to the last hidden states; a pooler belongs to the head."""
+    model.can_cache = False
     block = model.arch.blocks[0]
     if len(block.attentions) > 1:
         raise NeedsTraceError(f"cross-attention of {model.arch.model_type}")

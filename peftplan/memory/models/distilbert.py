@@ -15,6 +15,7 @@ EMBEDDINGS = "distilbert.embeddings"
 
 def distilbert(model: Model) -> Tensor:
     """`DistilBertModel.forward`."""
+    model.can_cache = False
     block = model.arch.blocks[0]
     x = embeddings(model)
     mask = bidirectional_mask(model, x.dtype)

@@ -17,6 +17,7 @@ Turns = tuple[Tensor, Tensor]
 def modernbert(model: Model) -> Tensor:
     """`ModernBertModel.forward`."""
     f = model.tape
+    model.can_cache = False
     f.module = "model"
     _positions = f.new((1, model.seq), "int64", "position_ids")
     x = embeddings(model)
@@ -48,9 +49,7 @@ def embeddings(model: Model) -> Tensor:
 def encoder_layer(model: Model, block: Block, number: int, x: Tensor, mask: Tensor | None, turns: Turns) -> Tensor:
     """`ModernBertEncoderLayer.forward`; layer 0 has no norm before its attention."""
     f, name = model.tape, "model.layers.{}"
-    attended = attention(
-        model, block, number, x if number == 0 else model.layernorm(f"{name}.attn_norm", x, number), mask, turns
-    )
+    attended = attention(model, block, number, x if number == 0 else model.layernorm(f"{name}.attn_norm", x, number), mask, turns)
     f.module = name
     x = ops.add(f, x, attended)
     out = mlp(model, block, number, model.layernorm(f"{name}.mlp_norm", x, number))

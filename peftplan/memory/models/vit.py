@@ -16,6 +16,7 @@ PATCHES = "vit.embeddings.patch_embeddings.projection"
 
 def vit(model: Model) -> Tensor:
     """`ViTModel.forward`."""
+    model.can_cache = False
     block = model.arch.blocks[0]
     weight = model.part(PATCHES).weight
     assert weight is not None
