@@ -94,16 +94,22 @@ def test_lora_counts_and_gradients_by_hand(double: Double) -> None:
     "options",
     [
         {"method": "lora", "gradient_checkpointing": False},
-        {"method": "lora", "trainer": "plain"},
+        {"method": "lora", "trainer": "plain", "optim": "adamw_torch_fused"},
         {"method": "qlora"},
+        {"method": "dora"},
+        {"method": "lora-fa"},
+        {"method": "lora", "optim": "adafactor", "gradient_accumulation_steps": 2},
         {"method": "ia3", "padding": True, "attn_implementation": "eager"},
         {"method": "full", "trainer": "plain", "optim": "sgd"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_the_trace_engine_says_the_same(double: Double, options: dict[str, Any]) -> None:
-    """Two engines, one loop: fake tensors against real ones. The trace adds cuBLAS's two workspaces; the kernels differ little on
-    so small a model, and the CPU's own attention and dropout are the rest."""
+    """Two engines, one loop: fake tensors against real ones, within 1 % (nearly all within 0.2 %, scalars in blocks of 512 B).
+
+    The trace adds cuBLAS's two workspaces. Left out is what a CPU does otherwise: foreach optimizers and dropout (whole
+    temporaries, a mask of the input's dtype), TRL's chunks (fp32 copies of tiles), int8 products.
+    """
     outcome, record = measured(double, **options)
     assert outcome.error is None
     traced = peftplan.estimate(TINY, seq_len=SEQ_LEN, engine="trace", gpu="a100-80gb", **options)
@@ -113,7 +119,7 @@ def test_the_trace_engine_says_the_same(double: Double, options: dict[str, Any])
         workspaces = traced.peaks.ledgers[phase].bytes(["workspaces"])
         ours = record.peaks.by_phase[phase].allocated  # type: ignore[index]
         assert ours is not None
-        assert ours == pytest.approx(traced.peaks.by_phase[phase] - workspaces, rel=0.15), phase
+        assert ours == pytest.approx(traced.peaks.by_phase[phase] - workspaces, rel=0.01), phase
 
 
 @pytest.mark.parametrize(
