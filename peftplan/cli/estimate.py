@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 @click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a capacity such as 24GiB; repeatable")
 @click.option("--require-fit", is_flag=True, help="exit 1 unless the job is known to fit every --gpu")
 @options.format_option
+@click.option(
+    "--explain", is_flag=True, help="every line of the peak as a formula with its numbers and its source, and nothing else"
+)
 @click.option("--explain-peak", is_flag=True, help="the largest tensors alive at the peak (all of them with -v)")
 @click.option(
     "--timeline", default=None, metavar="FILE", help="memory over one optimizer step as FILE.png, .html, or .json (for replay)"
@@ -34,6 +37,7 @@ def command(
     require_fit: bool,
     gpus: tuple[str, ...],
     engine: str,
+    explain: bool,
     explain_peak: bool,
     timeline: str | None,
     **given: Any,
@@ -58,7 +62,14 @@ def command(
         write(result, timeline)
     from peftplan.report import render
 
+    if explain:
+        click.echo(result.explain())
+        return _code(result, require_fit=require_fit)
     render.estimate(result, fmt=fmt, verbose=verbose, explain_peak=explain_peak)
+    return _code(result, require_fit=require_fit)
+
+
+def _code(result: Estimate, *, require_fit: bool) -> int:
     return 1 if require_fit and any(verdict.verdict not in ("fits", "tight") for verdict in result.gpus) else 0
 
 

@@ -73,7 +73,20 @@ def estimate(
     cards = find_cards(gpu)
     if engine == "trace":
         return _estimated(job, built, static, cards, _traced(job, cards, record=record, progress=progress), engine=engine)
-    return _analytic(job, built, static, cards)
+
+    def again(**changes: Any) -> Estimate:
+        given = {
+            "method": method, "peft_config": peft_config, "quantization_config": quantization_config,
+            "training_args": training_args, **options,
+        }  # fmt: skip
+        return estimate(model, **{**given, **changes})
+
+    def advise(now: Estimate, card: str) -> Any:
+        from peftplan.planning.advice import advice
+
+        return advice(job, again, now, gpu=card)
+
+    return replace(_analytic(job, built, static, cards), advise=advise)
 
 
 def _estimated(

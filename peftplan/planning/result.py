@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import InputError
 from peftplan.memory.ledger import CATEGORIES, Category, Ledger, Line
 from peftplan.memory.series import Recording
 from peftplan.methods.adaptation import Adaptation
 from peftplan.parameters import Parameters
+
+if TYPE_CHECKING:
+    from peftplan.planning.advice import Advice
 
 SCHEMA_VERSION = 1
 PHASES = ("load", "forward", "backward", "step")
@@ -112,6 +115,13 @@ class Estimate:
     gpus: tuple[Verdict, ...] = ()
     peaks: Peaks | None = None
     resize: Callable[[Any, Any], Any] | None = field(default=None, repr=False, compare=False)
+    advise: Callable[[Estimate, str], tuple[Advice, ...]] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def advice(self) -> dict[str, tuple[Advice, ...]]:
+        """Card that the job does not fit → changes that would make it fit, or bring it nearer, each with what it saves."""
+        unfit = [verdict.gpu for verdict in self.gpus if verdict.verdict == "does_not_fit"]
+        return {gpu: self.advise(self, gpu) for gpu in unfit} if self.advise and self.peaks else {}
 
     def at(self, *, batch_size: Any = None, seq_len: Any = None) -> Any:
         """The same job at another `batch_size` (per device) and `seq_len` (tokens), without building it again.
@@ -198,7 +208,9 @@ class Estimate:
             },
             "assumptions": dict(self.assumptions),
             "not_modelled": list(self.not_modelled),
-            "gpus": [verdict.to_dict() for verdict in self.gpus],
+            "gpus": [
+                verdict.to_dict() | {"advice": [a.to_dict() for a in self.advice.get(verdict.gpu, ())]} for verdict in self.gpus
+            ],
         }
 
     def _peak_facts(self) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
     ]
     if peaks:
         rows = [(phase, f"{num_bytes:,}", format_bytes(num_bytes)) for phase, num_bytes in peaks.by_phase.items()]
-        reserved = [] if not peaks.reserved_at_hand or peaks.reserved is None else [("reserved", f"{peaks.reserved:,}", format_bytes(peaks.reserved))]
+        held = peaks.reserved if peaks.reserved_at_hand else None
+        reserved = [] if held is None else [("reserved", f"{held:,}", format_bytes(held))]
         parts.append(table(("peak of each phase", "bytes", ""), (*rows, *reserved)))
         parts += [f"**Incomplete:** {what}" for what in incomplete(peaks)]
     if explain_peak:
@@ -43,6 +44,11 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
     if result.gpus:
         verdicts = [texts((v.gpu, v.usable_bytes, v.headroom_bytes, v.verdict, v.why)) for v in result.gpus]
         parts.append(table(("gpu", "usable bytes", "left over", "verdict", "usable because"), verdicts))
+        for gpu, found in result.advice.items():
+            from peftplan.report import advice
+
+            title, *others = advice.COLUMNS
+            parts.append(table((f"{title}, for {gpu}", *others), map(advice.row, found)))
     if verbose:
         parts.append(table(LINE_COLUMNS, [texts(line.values()) for line in line_facts(result)]))
     parts.append(table(("assumption", "value"), assumption_rows(result.assumptions)))

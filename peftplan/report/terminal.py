@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby, zip_longest
 from operator import itemgetter
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -14,6 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from peftplan.planning.result import Estimate, Peaks
+
+if TYPE_CHECKING:
+    from peftplan.planning.advice import Advice
 from peftplan.report import peak
 from peftplan.report.tabular import Column, assumption_rows, category_rows, incomplete, line_facts, not_counted
 from peftplan.units import format_bytes, format_count
@@ -79,6 +83,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
         parts.append(f"and {managed} of paged optimizer states in CUDA managed memory, outside torch's allocator")
     if result.gpus:
         parts += ["", _verdicts(result)]
+        parts += [part for gpu, found in result.advice.items() if found for part in ("", _advice(gpu, found))]
     if verbose:
         parts += [f"{v.gpu}: {v.why}" for v in result.gpus]
         parts += ["", *_lines(result, wide=out.width >= WIDE)]
@@ -170,6 +175,18 @@ def _verdicts(result: Estimate) -> Table:
     for v in result.gpus:
         words = v.verdict.replace("_", " ") + (f" {unknown}" if v.verdict == "unknown" else "")
         shown.add_row(v.gpu, format_bytes(v.usable_bytes), format_bytes(v.headroom_bytes), words)
+    return shown
+
+
+def _advice(gpu: str, found: Iterable[Advice]) -> Table:
+    """What would make the job fit a card, or bring it nearer."""
+    from peftplan.report import advice
+
+    first, *others = advice.COLUMNS
+    shown = _table(Column(f"{first}, for {gpu}"), *(Column(name, right=name != "then") for name in others))
+    shown.columns[0].no_wrap = False
+    for change in found:
+        shown.add_row(*advice.row(change))
     return shown
 
 
