@@ -128,6 +128,12 @@ def _repeat_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "sum")
 
 
+def spread(f: Tape, x: Tensor, heads: Dim) -> Tensor:
+    """What `matmul` makes of one head for many: a copy for each; its gradient is summed."""
+    b, _, s, d = x.dims
+    return f.new((b, heads, s, d), x.dtype, "clone", f.record(_repeat_backward, (x,), x.dims))
+
+
 def batched(model: Model, x: Tensor) -> Tensor:
     """What `matmul` makes of a (b, heads, …) view that lies (b, s, heads, d): a copy, unless the batch is one."""
     return ops.copied(model.tape, x, "clone") if model.running.batch_size > 1 else x
@@ -200,11 +206,16 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
         bias = f.new(mask.dims, wide, "mask") if mask.dtype != wide else mask
     k, v = repeat_kv(f, k, a), repeat_kv(f, v, a)
     k = ops.scale(f, k)
-    copied = a.num_attention_heads != a.num_key_value_heads or model.caches
-    scores = ops.add(f, _scores(f, batched(model, q), k), bias)
+    broadcast = q.dims[1] != k.dims[1]
+    copied = a.num_attention_heads != a.num_key_value_heads or (model.caches and not broadcast)
+    scores = ops.add(f, _scores(f, batched(model, q), spread(f, k, q.dims[1]) if broadcast else k), bias)
     weights = ops.dropout(f, ops.keeps_output(f, scores, "softmax", passing=True), dropout)
     del scores
-    out = f.to(ops.matmul(f, weights, v if copied else batched(model, v), (*q.dims[:3], v.dims[3])), given)
+    if broadcast:
+        v = spread(f, v, q.dims[1])
+    elif not copied:
+        v = batched(model, v)
+    out = f.to(ops.matmul(f, weights, v, (*q.dims[:3], v.dims[3])), given)
     del q, k, v, weights, bias
     return gathered(model, out)
 

@@ -55,5 +55,6 @@ def _forward(model: Model) -> tuple[Tensor, Tensor]:
     """The loss and the logits."""
     head = head_of(model)
     found = head(model, forward_of(model.arch.model_type)(model))
+    model.call_locals.clear()
     model.tape.end_autocast()
     return found

@@ -161,6 +161,8 @@ class Tape:
         self.marks: list[tuple[int, str]] = []
         self.leaves: set[int] = set()
         """Storages of tensors that no operation made and that have a gradient: embeddings under `enable_input_require_grads`."""
+        self.lasting: set[int] = set()
+        """Storages that a layer's backward makes and that live until all layers' is done."""
         self._sequence = 0
         self._frame: Frame | None = None
         self._casts: dict[Any, Tensor] = {}

@@ -185,6 +185,7 @@ def _copies(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, set[int]]:
     for stack in stacks:
         marks = [(at, what) for at, what in tape.marks if what.startswith(f"{stack.name} ")]
         middle = f"{stack.name} {stack.middle}"
+        own = next((n for n in tape.log[marks[0][0] :] if n > 0), 0)
         for forward in (True, False):
             run = list(_run(marks, end=f"{stack.name} end", forward=forward))
             where = next(((at, what) for at, what in run if what == middle), None)
@@ -193,6 +194,8 @@ def _copies(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, set[int]]:
                 if not count or where is None:
                     continue
                 net = _net(tape, start, stop, stack.sums)
+                if not forward:  # what came before the stack goes once
+                    net = [n for n in net if n > 0 or -n >= own]
                 found.setdefault(where, []).extend((n, count) for n in net)
                 if forward:
                     outliving |= {n for n in net if n > 0} - stack.passed

@@ -1,0 +1,108 @@
+"""What each PEFT method makes and keeps, against the trace of the real peft, and against sums by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peftplan import estimate
+from peftplan.errors import RefusedError
+from peftplan.units import round512
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+B, S, P = 4, 256, 20
+TOLERANCE = 0.005
+"""The lists of small integers (positions, padded labels) that only the trace has."""
+
+PLAIN = {"trainer": "plain"}
+TRAINER = {"trainer": "transformers"}
+OFF = {"trainer": "transformers", "gradient_checkpointing": False}
+VIRTUAL = {"num_virtual_tokens": P}
+
+
+def _peaks(engine: str, method: str, options: dict[str, Any]) -> dict[str, int]:
+    sizes = {"batch_size": B, "seq_len": S, **options}
+    found = estimate(LLAMA, method=method, engine=engine, **sizes).peaks
+    assert found is not None
+    return {
+        phase: sum(line.bytes() for line in ledger if line.place == "device" and line.name != "tails of unsplit blocks")
+        for phase, ledger in found.ledgers.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("prompt-tuning", {**PLAIN, **VIRTUAL}),
+        ("prompt-tuning", {**TRAINER, **VIRTUAL, "padding": True}),
+        ("p-tuning", {**TRAINER, **VIRTUAL, "quant": "nf4"}),
+        ("prefix-tuning", {**PLAIN, **VIRTUAL}),
+        ("prefix-tuning", {**OFF, **VIRTUAL, "dtype": "fp32", "padding": True}),
+        ("prefix-tuning", {**PLAIN, **VIRTUAL, "prefix_projection": True, "attn_implementation": "eager"}),
+    ],
+)
+def test_each_phase_peaks_where_the_trace_does(method: str, options: dict[str, Any]) -> None:
+    """Load, forward, backward and step."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    analytic, traced = (_peaks(engine, method, options) for engine in ("analytic", "trace"))
+    assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
+
+
+def test_a_prefix_refuses_checkpointing_as_peft_does() -> None:
+    """peft raises when the prompt encoder is made."""
+    with pytest.raises(RefusedError, match="PREFIX_TUNING does not work with gradient checkpointing"):
+        _peaks("analytic", "prefix-tuning", {**TRAINER, **VIRTUAL})
+
+
+def _kept(method: str, depths: tuple[int, int], options: dict[str, Any]) -> int:
+    """Bytes by which one more layer raises what is alive when the forward ends, weights and their likes left out."""
+    found = []
+    for depth in depths:
+        e = estimate({**LLAMA, "num_hidden_layers": depth}, method=method, engine="analytic", batch_size=B, seq_len=S, **options)
+        assert e.peaks is not None
+        found.append(
+            sum(line.bytes() for line in e.peaks.ledgers["forward"] if line.category in ("activations", "logits", "temporaries"))
+        )
+    return (found[1] - found[0]) // (depths[1] - depths[0])
+
+
+def test_a_prompt_lengthens_every_sequence() -> None:
+    """Prompt tuning with P tokens keeps in each layer what the same layer keeps for sequences of S + P."""
+    assert _kept("prompt-tuning", (5, 6), {**PLAIN, **VIRTUAL}) == _frozen_layer(S + P)
+
+
+def _frozen_layer(s: int) -> int:
+    """What a frozen Llama layer keeps of a hidden state with a gradient: bf16, flash attention, a KV cache in the outputs."""
+    n = B * s
+    h, kv, i, heads = 256, 128, 768, 8
+    norm = 4 * n * h + round512(4 * n)  # x in fp32, 1/rms of each row; a frozen weight keeps no normalized x
+    attention = 2 * n * h + 2 * (2 * n * kv) + 2 * n * h + 4 * n * heads + 512  # q; k, v in the cache; output; logsumexp; rng
+    mlp = 3 * (2 * n * i)  # gate before and after silu, up
+    return 2 * norm + attention + mlp  # the sums of the residual keep nothing
+
+
+def test_a_prefix_adds_only_longer_keys_and_values() -> None:
+    """Prefix tuning keeps what a frozen layer keeps for S tokens, with another kernel, and P tokens more of keys and values.
+
+    A mask that is not square rules out flash attention, so keys and values are repeated for all heads and the memory-efficient
+    kernel keeps a bf16 copy of the mask, its rows of 276 padded to 280; the cache holds keys and values as they were.
+    """
+    n, keys, h, kv = B * S, B * (S + P), 256, 128
+    frozen_less_flash = _frozen_layer(S) - (2 * (2 * n * kv) + 512)
+    cache = 2 * (2 * keys * kv)
+    repeated = 2 * (2 * keys * h)
+    mask = 2 * B * S * 280
+    assert _kept("prefix-tuning", (5, 6), {**PLAIN, **VIRTUAL}) == frozen_less_flash + cache + repeated + mask
