@@ -27,7 +27,8 @@ def falcon(model: Model) -> Tensor:
     f.module = "transformer"
     a = model.arch.blocks[0].attentions[0]
     _positions = f.new((model.seq,), "int64", "position_ids")
-    mask = f.new(("b", 1, model.seq, model.seq), "bool", "attention_mask")
+    every = ("b", 1, model.seq, model.seq)
+    mask = f.new(every if model.running.padding else (1, *every[1:]), "bool", "attention_mask").view(every)
     tables: tuple[Tensor, ...] = ()
     if a.positions == "alibi":
         _alibi = f.new(("b", a.num_attention_heads, 1, model.seq), tokens.dtype, "alibi")
