@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, metavar="S", show_default=True, help="of --sample")
 @click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE", help="default: data/runs/baseline.json")
 @click.option("--update-baseline", is_flag=True, help="store what is stated now, instead of comparing with it")
-@click.option("--report", is_flag=True, help="write docs/accuracy.md and its plots (needs matplotlib: extra dev)")
+@click.option("--report", is_flag=True, help="write docs/accuracy.md and its plots (needs matplotlib: extra plot)")
 @click.option("--repair", is_flag=True, help="set a truncated last line of FILE aside, and check nothing")
 @click.option("--format", "fmt", default="table", metavar="NAME", show_default=True, help="table | json | markdown | junit")
 def command(
