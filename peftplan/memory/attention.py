@@ -65,17 +65,18 @@ def attend(
     rotated: bool = True,
     wide: bool = True,
     by_head: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """transformers' attention function; in (b, a, s, d), out (b, s, a·d).
 
     `rotated`: queries and keys went through rotary embeddings, whose gradients come head by head anyway. `wide`: eager attention
-    asks for a softmax in fp32, as decoders do. `by_head`: the three lie (b, a, s, d), as copies that the class made.
+    asks for a softmax in fp32, as decoders do. `bias`: what eager attention adds before the mask. `by_head`: the three lie (b, a, s, d), as copies that the class made.
     """
     f = model.tape
     grouped = a.num_attention_heads != a.num_key_value_heads
     if model.running.attention == "eager":
         q, k, v = _by_head(f, q, k, v, rotated=rotated)
-        return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide)
+        return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide, bias=bias)
     gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
     if model.running.attention == "sdpa" and grouped and not gqa:
         (v,) = _by_head(f, v, rotated=False)
@@ -150,6 +151,7 @@ def eager(
     dropout: float,
     scales: bool = True,
     wide: bool = True,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`eager_attention_forward`: scores, softmax, and the weights, which live until the layer returns.
 
@@ -162,6 +164,8 @@ def eager(
     scores = _scores(f, batched(model, q), keys if copied else batched(model, keys))
     if scales:
         scores = ops.scale(f, scores)
+    if a.softcap:
+        scores = ops.softcap(f, scores)
     if mask is not None:
         scores = ops.add(f, scores, mask)
     weights = ops.softmax(f, scores, "fp32" if wide or f.autocast else scores.dtype)
@@ -203,7 +207,7 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     if mask is None:
         bias = f.new((s, keys), wide, "causal mask")
     else:
-        bias = f.new(mask.dims, wide, "mask") if mask.dtype != wide else mask
+        bias = f.new(mask.dims, wide, "mask") if mask.dtype == "bool" else mask
     k, v = repeat_kv(f, k, a), repeat_kv(f, v, a)
     k = ops.scale(f, k)
     broadcast = q.dims[1] != k.dims[1]
@@ -230,7 +234,8 @@ def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, by_head: bool = False) ->
         q, k, v = (_padded_head(f, x) for x in (q, k, v))
     node = f.record(_flash_backward, (q, k, v), q.detach(), k.detach(), v.detach(), by_head)
     out = f.new((b, s, a, q.dims[3]), q.dtype, "flash attention", node)
-    f.keep(node, out.detach(), f.new((b, a, s), "fp32", "logsumexp"), f.new((2,), "int64", "rng state"))
+    logsumexp, *random_state = f.new((b, a, s), "fp32", "logsumexp"), f.new((2,), "int64", "rng state"), f.new((), "int64", "unused")
+    f.keep(node, out.detach(), logsumexp, *random_state)
     return out.view((b, a, s, d))
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from peftplan.arch.modules import Attention, Block
 from peftplan.memory import ops
 from peftplan.memory.activations import activation
-from peftplan.memory.attention import attend, causal_mask
+from peftplan.memory.attention import attend, batched, causal_mask, gathered
 from peftplan.memory.model import Model, kinds_of, run_stack
 from peftplan.memory.norms import rms
 from peftplan.memory.shaping import cat, sliced, split
@@ -59,8 +59,32 @@ class Call(NamedTuple):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, rotated: bool) -> Tensor:
         """Attention over cached keys and values."""
         k, v = self.model.cached(k, v)
-        dropout = self.model.arch.dropout.attention
-        return attend(self.model, self.block.attentions[0], q, k, v, self.mask, dropout=dropout, rotated=rotated)
+        a, dropout = self.block.attentions[0], self.model.arch.dropout.attention
+        if self.style.narrow_eager and self.model.running.attention == "eager":
+            return narrow_eager(self, q, k, v, dropout, rotated=rotated)
+        if a.softcap and not self.style.softcaps:
+            a = a._replace(softcap=False)
+        return attend(self.model, a, q, k, v, self.mask, dropout=dropout, rotated=rotated)
+
+
+def narrow_eager(c: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, rotated: bool) -> Tensor:
+    """GPT-2's and GPT-J's `eager_attention_forward`: softmax in the scores' dtype, its result in the values'."""
+    f, model = c.tape, c.model
+    if not rotated:
+        q, k = ops.heads(f, q, q.dims, clones=True), ops.heads(f, k, k.dims, clones=True)
+    v = ops.heads(f, v, v.dims, clones=True)
+    if c.style.wide_scores:
+        q, k = f.to(q, "fp32"), f.to(k, "fp32")
+    own = (lambda model, y: y) if model.caches else batched
+    scores = ops.scale(f, ops.matmul(f, batched(model, q), own(model, k), (*q.dims[:3], k.dims[2])))
+    if c.mask is not None:
+        scores = ops.add(f, scores, c.mask)
+    weights = ops.softmax(f, scores, "fp32" if f.autocast else scores.dtype)
+    weights = f.to(weights, v.dtype)
+    weights = ops.dropout(f, weights, dropout)
+    del scores
+    model.layer_locals.append(weights)
+    return gathered(model, ops.matmul(f, weights, own(model, v), q.dims))
 
 
 def rotate_all(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +102,8 @@ class Style:
     `output` and `plain` are names: of attention's last projection, of the two matrices of an MLP without gate. `multiplied`: the
     embedding, and what a sublayer adds, are multiplied. `tables_by_window`: sliding layers have rotary tables of their own;
     `wide_tables`: in fp32, whatever the hidden states are. `hands_out_weights`: a layer's outputs, attention weights among them,
-    live until the next layer's take their name.
+    live until the next layer's take their name. `softcaps`: attention heeds the config's cap. `narrow_eager`: eager
+    attention is that of GPT-2, with `wide_scores` that of GPT-J.
     """
 
     norm: Norm = rms
@@ -95,6 +120,9 @@ class Style:
     tables_by_window: bool = False
     wide_tables: bool = False
     hands_out_weights: bool = False
+    softcaps: bool = True
+    narrow_eager: bool = False
+    wide_scores: bool = False
 
 
 def decoder(model: Model, style: Style) -> Tensor:

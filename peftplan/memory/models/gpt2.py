@@ -5,6 +5,7 @@ Sources: transformers 5.24, models/{gpt2,gpt_bigcode}/modeling_*.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from peftplan.arch.modules import Attention
@@ -74,4 +75,7 @@ def by_head(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, ...]:
     return split(f, x, [(b, a.num_attention_heads, s, a.head_dim)] * 3)
 
 
-gpt2 = partial(model_forward, style=Style(norm=layer_norm, layer=block, stack="transformer.h.{}", final_norm="transformer.ln_f"))
+STYLE = Style(norm=layer_norm, layer=block, stack="transformer.h.{}", final_norm="transformer.ln_f")
+
+gpt2 = partial(model_forward, style=replace(STYLE, narrow_eager=True))
+gpt_bigcode = partial(model_forward, style=STYLE)

@@ -161,6 +161,8 @@ GPTJ = Style(
     plain=("mlp.fc_in", "mlp.fc_out"),
     stack="transformer.h.{}",
     final_norm="transformer.ln_f",
+    narrow_eager=True,
+    wide_scores=True,
 )
 
 cohere = partial(decoder, style=Style(norm=written_layer_norm, layer=cohere_layer, rotate=cohere_rotary))
