@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 FLASH_CAPABILITY = (8, 0)
 """FlashAttention needs sm80; older cards run the memory-efficient kernel, which has no grouped queries."""
 MAX_FLASH_HEAD = 256
-FLASH_HEAD_STEP = 32
+FLASH_SMALL_HEAD = 128
+FLASH_HEAD_STEPS = (32, 64)
+"""What heads up to `FLASH_SMALL_HEAD`, and larger ones, are rounded up to in the accumulator of dQ."""
 FLASH_BLOCK = 128
 HEAD_MULTIPLE = 8
 MASK_MULTIPLE = 8
@@ -234,8 +236,8 @@ def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, by_head: bool = False) ->
         q, k, v = (_padded_head(f, x) for x in (q, k, v))
     node = f.record(_flash_backward, (q, k, v), q.detach(), k.detach(), v.detach(), by_head)
     out = f.new((b, s, a, q.dims[3]), q.dtype, "flash attention", node)
-    logsumexp, *random_state = f.new((b, a, s), "fp32", "logsumexp"), f.new((2,), "int64", "rng state"), f.new((), "int64", "unused")
-    f.keep(node, out.detach(), logsumexp, *random_state)
+    logsumexp = f.new((b, a, s), "fp32", "logsumexp")
+    f.keep(node, out.detach(), logsumexp, f.new((2,), "int64", "rng state"), f.new((), "int64", "unused"))
     return out.view((b, a, s, d))
 
 
@@ -257,7 +259,7 @@ def _flash_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     dq = f.new((b, s, a, d), q.dtype, "dq")
     dk, dv = f.new(keys, q.dtype, "dk"), f.new(keys, q.dtype, "dv")
     delta = f.new((b, a, rounded), "fp32", "delta")
-    accumulator = f.new((b, rounded, a, padded(d, FLASH_HEAD_STEP)), "fp32", "dq accumulator")
+    accumulator = f.new((b, rounded, a, padded(d, FLASH_HEAD_STEPS[_number(d) > FLASH_SMALL_HEAD])), "fp32", "dq accumulator")
     if k.dims[1] != a:
         expanded = [f.new((b, k.dims[2], a, d), q.dtype, "expanded dk, dv") for _ in "kv"]
         del expanded
