@@ -69,8 +69,9 @@ base, SDPA with a padding mask, AdamW, no checkpointing, torch 2.13; `max_memory
 Traced: two steps in which the outputs live until the next forward has returned. After each comes `empty_cache()`, which the
 gradients outlive, since that loop calls `zero_grad` at the start of a step. GB = 10⁹ bytes.
 
-Batches come from buckets of samples sorted from long to short, so the batch before the longest one, whose logits are alive in its
-forward, is a short one. Neither length is recorded. {before} and {longest} tokens were chosen by the LoRA and the IA3 row, which
+The logits of the batch before are alive in the forward of the longest one, and all rows say that it was a short one, as buckets
+of samples sorted from long to short give it. Neither length is recorded. {before} and {longest} tokens were chosen by the LoRA and
+the IA3 row, which
 the summary leaves out; with two steps of one length, LoRA fits 668 tokens, and the rows scatter from -0.7 to +2.4 %. The second
 column says what other lengths change."""
 
@@ -87,9 +88,9 @@ CAUSES = """## Causes of drift above 1.5 %
   does any other `set_adapter`; which of them the benchmark's script calls is not known here.
 - Prefix tuning: the training steps are not the run's peak. Evaluation generates with 200 virtual tokens before each prompt, and
   the caches of a layer grow by one token a step, each time in a new block that the old one is too small for. Generation written
-  out as allocations (50 prompts, 300 new tokens) reserves 20.1 GiB for prompts of 180 tokens and 19.7 for 200, measured are 20.4;
-  without the virtual tokens it reserves 9.6, less than any training step. The evaluation's batch and prompts are not recorded, so
-  this is no score. Ruled out: an fp32 cache, another attention kernel (math would save 3.1 GB of weights), retained prompts.
+  out as allocations (50 prompts, 300 new tokens) reserves 20.7 GiB for prompts of 180 tokens and 19.7 for 200; measured are
+  20.4. Without the virtual tokens it reserves 9.9 at most, less than any training step. The evaluation's batch and prompts are
+  not recorded, so this is no score. Ruled out: an fp32 cache, another attention kernel (math would save 3.3 GB).
 
 Causes found and mended: logits of the batch before (-0.7 to +2.4 % became ± 0.4 %: prompt tuning, p-tuning, GLoRA, MiSS and the
 rest); adaption prompts stay in the base's dtype, since peft does not autocast their model (its file has 2 bytes a parameter);
@@ -100,7 +101,7 @@ each forward; FRoD offloads the base weights that it replaces.
 
 - Full fine-tuning: reserved bytes depend on the first batches, between whose activations the 12 GB of states come to lie: after
   one step of 400 tokens the row traces to 36,722 MiB instead of the page's, measured are 37,068.
-- WaveFT: 288 MiB too much. What is saved is what the code saves (the stack of four coefficient planes, by the transposed
+- WaveFT: 1.2 % too much. What is saved is what the code saves (the stack of four coefficient planes, by the transposed
   convolution); what cuDNN takes for it while it runs is not modelled.
 - T4: loading a quantized base leaves other holes on each run. What is allocated after it depends on neither batch nor attention,
   yet the 15 quantized TinyLlama rows measured from 1,070.05 to 1,078.05 MiB: allocated bytes are not known closer.
@@ -238,6 +239,10 @@ def with_a_training(row: Row, *, lengths: Sequence[Lengths]) -> Done:
         return {**row, "experiment": f"{row['experiment']}, A with gradients"}, metamath_figures(row, lengths=lengths)
 
 
+def _facts(lengths: Lengths) -> dict[str, int]:
+    return {"before": lengths[0], "longest": lengths[1]}
+
+
 def _head(lengths: Lengths) -> str:
     return "{} after {}".format(*reversed(lengths))
 
@@ -271,9 +276,8 @@ def page(*, lengths: Sequence[Lengths]) -> str:
     metamath, refused = _metamath(lengths)
     scored = [(row["experiment"], figures) for row, figures in metamath if row["experiment"] not in CHOSEN_BY]
     same_code = [figures for name, figures in scored if not name.startswith(OTHER_CODE)]
-    unscored, untraced = _unscored(lengths[0])
+    unscored, untraced = _unscored(lengths[-1])
     missing = t4_refused + refused + untraced
-    facts = dict(zip(("before", "longest"), lengths[0], strict=True))
     parts = [
         INTRO,
         f"Traced with {versions}.",
@@ -282,13 +286,13 @@ def page(*, lengths: Sequence[Lengths]) -> str:
         summary([figures for _, figures in t4], "peak"),
         table(("id", "model", "base", "attention", "batch × tokens", *PHASES, RESERVED), [_t4_line(*one) for one in t4]),
         "## peft's benchmark, reserved bytes by method",
-        METAMATH_NOTE.format(**facts),
+        METAMATH_NOTE.format(**_facts(lengths[0])),
         summary([figures for name, figures in scored if "," not in name], "tokens"),
         "Without OSF and LoRA-FA, whose runs did other things than are traced (causes below):",
         summary(same_code, "tokens"),
         table(("run", *map(_head, lengths)), [_metamath_line(*one) for one in metamath]),
         "## peft's benchmark, configurations without a measurement",
-        UNSCORED_NOTE.format(**facts),
+        UNSCORED_NOTE.format(**_facts(lengths[-1])),
         table(("configuration", "trainable", "traced reserved, GB"), unscored),
         "## Not traced",
         table(("row", "why"), missing) if missing else "Every row was traced.",

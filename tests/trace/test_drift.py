@@ -43,7 +43,7 @@ def test_allocated_bytes_of_each_phase_on_a_t4(row: str) -> None:
 
 
 def test_gradients_that_outlive_empty_cache_decide_what_full_fine_tuning_reserves() -> None:
-    """Measured 38.87 GB. Emptied after the gradients are freed, the optimizer's temporaries find no room: several percent more."""
+    """Measured 38.87 GB. Emptied after the gradients are freed, the optimizer's temporaries find no room: several percent."""
     row = METAMATH["full-finetuning/llama-3.2-3B-lr_0.00001"]
     (figure,) = drift.metamath_figures(row, lengths=drift.LENGTHS[:1]).values()
     assert abs(figure.drift) < FULL_LIMIT
