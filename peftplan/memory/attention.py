@@ -167,7 +167,9 @@ def eager(
     if scales:
         scores = ops.scale(f, scores)
     if a.softcap:
-        scores = ops.softcap(f, scores)
+        scores = ops.scale(f, scores, "div")
+        scores = ops.keeps_output(f, scores, "tanh")
+        scores = ops.scale(f, scores)
     if mask is not None:
         scores = ops.add(f, scores, mask)
     weights = ops.softmax(f, scores, "fp32" if wide or f.autocast else scores.dtype)

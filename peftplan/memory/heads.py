@@ -44,6 +44,8 @@ OF_MODEL: dict[tuple[str, str], Head] = {
     ("bart", "SEQ_2_SEQ_LM"): seq2seq_heads.bart_lm,
     ("whisper", "SEQ_2_SEQ_LM"): encoder_heads.language_model,
     ("bart", "SEQ_CLS"): seq2seq_heads.end_classification,
+    ("t5", "SEQ_2_SEQ_LM"): seq2seq_heads.t5_lm,
+    ("mt5", "SEQ_2_SEQ_LM"): seq2seq_heads.t5_lm,
     ("t5", "SEQ_CLS"): seq2seq_heads.end_classification,
     ("mt5", "SEQ_CLS"): seq2seq_heads.end_classification,
     ("modernbert", "MASKED_LM"): encoder_heads.modernbert_lm,

@@ -248,6 +248,20 @@ class SharedNode(Node):
             self.sums.add(storage.number)
 
 
+class SharedLeaf(Parameter):
+    """A tensor that asks for a gradient though nothing trains it, and that every layer of a stack reads."""
+
+    __slots__ = ("sums",)
+    sums: set[int]
+
+    def receive(self, tape: Tape, index: int, grad: Tensor) -> None:
+        """The first gradient stays; later ones are added in place."""
+        super().receive(tape, index, grad)
+        number = self.grad.storage.number  # type: ignore[union-attr]
+        tape.category.pop(number, None)
+        self.sums.add(number)
+
+
 def shared(f: Tape, x: Tensor, sums: set[int]) -> Tensor:
     """A tensor from outside a stack that all its layers read; `sums` will hold the storages of its gradient."""
     node = f.record(_pass_backward, (x,))

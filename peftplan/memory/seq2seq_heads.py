@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftplan.memory import ops
-from peftplan.memory.encoder_heads import Output, classified, logits_of
+from peftplan.memory.encoder_heads import Output, classified, language_loss, logits_of
 from peftplan.memory.loss import plain_cross_entropy
 from peftplan.memory.model import Model
 from peftplan.memory.tape import Tensor
@@ -17,6 +17,15 @@ def bart_lm(model: Model, x: Tensor) -> Output:
     bias = Tensor(None, (1, model.arch.vocab_size), model.running.dtype)
     logits = ops.add(f, logits, bias)
     return plain_cross_entropy(f, logits), logits
+
+
+def t5_lm(model: Model, x: Tensor) -> Output:
+    """`T5ForConditionalGeneration.forward`: states are scaled first where the config's embeddings are tied."""
+    f = model.tape
+    f.module = ""
+    if any(alias == "lm_head.weight" for alias, _ in model.arch.ties):
+        x = ops.scale(f, x)
+    return language_loss(model, logits_of(model, x))
 
 
 def end_classification(model: Model, x: Tensor) -> Output:

@@ -345,7 +345,7 @@ def _reachable(root: Node) -> list[Node]:
         for edge in stack.pop().edges:
             if edge is not None:
                 parent = edge[0]
-                if type(parent) is not Parameter and parent not in seen:
+                if isinstance(parent, Node) and parent not in seen:
                     seen.add(parent)
                     stack.append(parent)
     return sorted(seen, key=_sequence_of)

@@ -1,0 +1,216 @@
+"""T5 and mT5 (transformers 5.24, models/t5/modeling_t5.py): relative positions from layer 0, which all layers of a stack add.
+
+Under sdpa the positions are a mask with a gradient where they train, which only torch's math kernel takes. Left out: the clamps of
+fp16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftplan.arch.modules import Attention, Block
+from peftplan.errors import NeedsTraceError
+from peftplan.memory import ops
+from peftplan.memory.activations import activation, power, shift
+from peftplan.memory.attention import attend
+from peftplan.memory.model import Model, SharedLeaf, kinds_of, run_stack, shared
+from peftplan.memory.models.bart import block_of, decoder_mask
+from peftplan.memory.models.bert import bidirectional_mask
+from peftplan.memory.tape import Node, Tape, Tensor
+
+
+def t5(model: Model) -> Tensor:
+    """`T5Model.forward`: labels (or, for classification, the inputs) shifted right are what the decoder reads."""
+    model.can_cache = model.arch.task_type == "SEQ_2_SEQ_LM"
+    if not any(block.stack == "decoder" for block in model.arch.blocks):
+        raise NeedsTraceError(f"the encoder of {model.arch.model_type} alone")
+    if model.running.dtype == "fp16":
+        raise NeedsTraceError(f"{model.arch.model_type} in fp16")
+    prefix = "transformer." if model.has("transformer.shared") else ""
+    encoded = Stack(model, prefix, "encoder").run(None, None)
+    ids = model.tape.new(("b", model.seq), "int64", "decoder_input_ids")
+    out = Stack(model, prefix, "decoder").run(ids, encoded)
+    model.outputs.append(encoded)
+    return out
+
+
+def norm(model: Model, name: str, x: Tensor, number: int | None = None) -> Tensor:
+    """`T5LayerNorm.forward`: x itself is multiplied, in fp32 by promotion; the mean is of a copy in fp32."""
+    f = model.tape
+    f.module = name
+    weight = model.part(name, number).weight
+    assert weight is not None
+    squared = power(f, f.to(x, "fp32"))
+    variance = mean(f, squared)
+    del squared
+    x = ops.mul(f, x, ops.keeps_output(f, shift(f, variance), "rsqrt"))
+    if weight.dtype in ("fp16", "bf16"):
+        x = f.to(x, weight.dtype)
+    return ops.mul(f, x, weight)
+
+
+def mean(f: Tape, x: Tensor) -> Tensor:
+    """`mean(-1, keepdim=True)`: keeps nothing; backward spreads and divides."""
+    return f.new((*x.dims[:-1], 1), x.dtype, "mean", f.record(_mean_backward, (x,), x.dims))
+
+
+def _mean_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "div")
+
+
+def where(f: Tape, x: Tensor, dims: tuple[Any, ...]) -> Tensor:
+    """`torch.where(mask, x, number)`; x may be broadcast."""
+    return f.new(dims, x.dtype, "where", f.record(_where_backward, (x,), x.dims))
+
+
+def _where_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    out = f.new(g.dims, g.dtype, "where")
+    return out if g.dims == saved[0] else f.new(saved[0], g.dtype, "sum")
+
+
+class Stack:
+    """`T5Stack.forward` of one side; `biases` are made by layer 0 and read by all."""
+
+    def __init__(self, model: Model, prefix: str, side: str) -> None:
+        self.model = model
+        self.side = side
+        self.name = f"{prefix}{side}"
+        self.block: Block = block_of(model, side)
+        self.biases: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor | None] = {}
+        self.sums: set[int] = set()
+
+    def run(self, ids: Tensor | None, encoded: Tensor | None) -> Tensor:
+        """From token ids to the last hidden states."""
+        model, f, p = self.model, self.model.tape, self.model.arch.dropout.embedding
+        words = model.asking_gradient(model.embedding(f"{self.name}.embed_tokens", ("b", model.seq), ids))
+        f.module = self.name
+        if self.side == "encoder":
+            self.masks["own"] = bidirectional_mask(model, words.dtype)
+        else:
+            self.masks["own"] = decoder_mask(model, words.dtype)
+            self.masks["cross"] = bidirectional_mask(model, words.dtype)
+        x = ops.dropout(f, words, p)
+        states = None if encoded is None else shared(f, encoded, self.sums)
+
+        def layer(number: int, x: Tensor) -> Tensor:
+            return self.layer(number, x, states)
+
+        kinds = tuple((kind, number == 0) for number, kind in enumerate(kinds_of(model, self.side)))
+        order: dict[Any, int] = {}
+        numbers = tuple(order.setdefault(kind, len(order)) for kind in kinds)
+        x = run_stack(
+            model, numbers, x, layer, name=self.side, checkpointed=model.running.checkpointing, sums=self.sums
+        )
+        x = norm(model, f"{self.name}.final_layer_norm", x)
+        f.module = self.name
+        return ops.dropout(f, x, p)
+
+    def layer(self, number: int, x: Tensor, states: Tensor | None) -> Tensor:
+        """`T5Block.forward`."""
+        own, *cross = self.block.attentions
+        x = self.attended("0.SelfAttention", own, number, x, None)
+        if cross:
+            x = self.attended("1.EncDecAttention", cross[0], number, x, states)
+        return self.feed_forward(number, x)
+
+    def attended(self, part: str, a: Attention, number: int, x: Tensor, states: Tensor | None) -> Tensor:
+        """`T5LayerSelfAttention.forward`, `T5LayerCrossAttention.forward`."""
+        model, f, at = self.model, self.model.tape, f"{self.name}.block.{{}}.layer.{part[0]}"
+        normed = norm(model, f"{at}.layer_norm", x, number)
+        out = self.attention(f"{self.name}.block.{{}}.layer.{part}", a, number, normed, states)
+        f.module = at
+        return ops.add(f, x, ops.dropout(f, out, model.arch.dropout.hidden))
+
+    def attention(self, name: str, a: Attention, number: int, x: Tensor, states: Tensor | None) -> Tensor:
+        """`T5Attention.forward`."""
+        model, f = self.model, self.model.tape
+        dims = ("b", a.num_attention_heads, model.seq, a.head_dim)
+        source = x if states is None else states
+        q = model.linear(f"{name}.q", x, number).view(dims)
+        k = model.linear(f"{name}.k", source, number).view(dims)
+        v = model.linear(f"{name}.v", source, number).view(dims)
+        f.module = name
+        if self.side == "decoder":
+            k, v = model.cached(k, v)
+        bias = self.bias(name, a, number, q.dtype, cross=states is not None)
+        mask = self.masks["own" if states is None else "cross"]
+        dropout = model.arch.dropout.attention
+        if model.running.attention == "eager":
+            out = attend(model, a, q, k, v, mask, dropout=dropout, rotated=False, wide=False, bias=bias)
+        else:
+            out = attend(model, a, q, k, v, self.additive(a, bias, mask), dropout=dropout, rotated=False)
+        return model.linear(f"{name}.o", out, number)
+
+    def additive(self, a: Attention, bias: Tensor, mask: Tensor | None) -> Tensor:
+        """`create_position_bias_mask`: a copy per layer, of the positions and what the mask or causality hides."""
+        f = self.model.tape
+        dims = ("b" if mask is not None else 1, *bias.dims[1:])
+        if mask is not None or a.causal:
+            bias = where(f, bias, dims)
+        if not a.cross:  # positions lie head by head innermost
+            bias = ops.copied(f, bias, "clone")
+        cast: Tensor = f.cast(bias, f.autocast) if f.autocast else bias
+        return cast
+
+    def bias(self, name: str, a: Attention, number: int, dtype: str, *, cross: bool) -> Tensor:
+        """The positions that layer 0 makes: an embedding of distances, or zeros for cross-attention.
+
+        Under checkpointing the zeros ask for a gradient.
+        """
+        model, f, s = self.model, self.model.tape, self.model.seq
+        key = "cross" if cross else "own"
+        if number:
+            return self.biases[key]
+        dims = (1, a.num_attention_heads, s, s)
+        if cross:
+            made = f.new(dims, dtype, "position_bias")
+            if model.running.checkpointing:
+                leaf = SharedLeaf("encoder_decoder_position_bias", dims, dtype, trainable=True)
+                leaf.sums = self.sums
+                made.node = leaf
+        else:
+            table = name.replace("{}", "0") + ".relative_attention_bias"
+            distances = f.new((s, s), "int64", "relative_position")
+            made = model.embedding(table, (s, s), f.new((s, s), "int64", "relative_position_bucket")).view(dims)
+            del distances
+            made = shared(f, made, self.sums)
+        self.biases.setdefault(key, made)  # a recomputed layer 0 makes them anew, for itself
+        return made
+
+    def feed_forward(self, number: int, x: Tensor) -> Tensor:
+        """`T5LayerFF.forward`."""
+        model, f = self.model, self.model.tape
+        at = f"{self.name}.block.{{}}.layer.{len(self.block.attentions)}"
+        normed = norm(model, f"{at}.layer_norm", x, number)
+        dense = self.gated if self.block.mlp.variant == "gated" else self.plain
+        normed = dense(f"{at}.DenseReluDense", number, normed)
+        f.module = at
+        return ops.add(f, x, ops.dropout(f, normed, model.arch.dropout.hidden))
+
+    def gated(self, name: str, number: int, x: Tensor) -> Tensor:
+        """`T5DenseGatedActDense.forward`."""
+        model, f = self.model, self.model.tape
+        gate = model.linear(f"{name}.wi_0", x, number)
+        f.module = f"{name}.act"
+        gate = activation(f, gate, self.block.mlp.activation)
+        up = model.linear(f"{name}.wi_1", x, number)
+        f.module = name
+        return self.down(name, number, ops.mul(f, gate, up))
+
+    def plain(self, name: str, number: int, x: Tensor) -> Tensor:
+        """`T5DenseActDense.forward`."""
+        model, f = self.model, self.model.tape
+        x = model.linear(f"{name}.wi", x, number)
+        f.module = f"{name}.act"
+        return self.down(name, number, activation(f, x, self.block.mlp.activation))
+
+    def down(self, name: str, number: int, x: Tensor) -> Tensor:
+        """Dropout, a cast to the dtype that `wo` is kept in, and `wo`."""
+        model, f = self.model, self.model.tape
+        f.module = name
+        x = ops.dropout(f, x, model.arch.dropout.activation)
+        part = model.part(f"{name}.wo", number)
+        if part.quant is None and part.weight is not None:
+            x = f.to(x, part.weight.dtype)
+        return model.linear(f"{name}.wo", x, number)
