@@ -201,31 +201,45 @@ def _gathered_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
 
 
 def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float) -> Tensor:
-    """The math kernel: plain operations; 16-bit inputs are computed in fp32. Both sides are scaled by the root of the scale."""
+    """The math kernel: plain operations; 16-bit inputs are computed in fp32. Both sides are scaled by the root of the scale.
+
+    Its second result, the weights in the inputs' dtype, is made before the first and thrown away.
+    """
     f = model.tape
     given = q.dtype
     wide = "fp32" if given in HALF else given
     q, k, v = f.to(q, wide), f.to(k, wide), f.to(v, wide)
-    q = ops.scale(f, q)
+    scaled = ops.scale(f, q)
     s, keys = q.dims[2], k.dims[2]
     if mask is None:
         bias = f.new((s, keys), wide, "causal mask")
     else:
         bias = f.new(mask.dims, wide, "mask") if mask.dtype == "bool" else mask
-    k, v = repeat_kv(f, k, a), repeat_kv(f, v, a)
-    k = ops.scale(f, k)
-    broadcast = q.dims[1] != k.dims[1]
+    heads, values = repeat_kv(f, k, a), repeat_kv(f, v, a)
+    broadcast = q.dims[1] != heads.dims[1]
     copied = a.num_attention_heads != a.num_key_value_heads or (model.caches and not broadcast)
-    scores = ops.add(f, _scores(f, batched(model, q), spread(f, k, q.dims[1]) if broadcast else k), bias)
+    scores = _math_scores(model, scaled, ops.scale(f, heads), broadcast=broadcast, copied=copied)
+    scores = ops.add(f, scores, bias)
     weights = ops.dropout(f, ops.keeps_output(f, scores, "softmax", passing=True), dropout)
     del scores
+    low = f.to(weights.detach(), given)
     if broadcast:
-        v = spread(f, v, q.dims[1])
+        values = spread(f, values, q.dims[1])
     elif not copied:
-        v = batched(model, v)
-    out = f.to(ops.matmul(f, weights, v, (*q.dims[:3], v.dims[3])), given)
-    del q, k, v, weights, bias
+        values = batched(model, values)
+    out = f.to(ops.matmul(f, weights, values, (*q.dims[:3], v.dims[3])), given)
+    del q, k, v, scaled, heads, values, weights, bias, low
     return gathered(model, out)
+
+
+def _math_scores(model: Model, q: Tensor, k: Tensor, *, broadcast: bool, copied: bool) -> Tensor:
+    f = model.tape
+    q = batched(model, q)
+    if broadcast:
+        k = spread(f, k, q.dims[1])
+    elif not copied:
+        k = batched(model, k)
+    return _scores(f, q, k)
 
 
 def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, by_head: bool = False) -> Tensor:

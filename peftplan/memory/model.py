@@ -48,6 +48,7 @@ class Part:
         self.bias = params.get("bias")
 
 
+TOKEN_ADAPTER = ".token_adapter"
 PROMPTED = ("PROMPT_TUNING", "P_TUNING")
 """peft types whose virtual tokens come before the embeddings."""
 
@@ -85,6 +86,7 @@ class Model:
     _parts: dict[tuple[str, int | None], Part] = field(default_factory=dict)
     _families: Mapping[str, list[Any]] = field(default_factory=dict)
     _kinds: Mapping[str, str] = field(default_factory=dict)
+    _token_adapters: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Index the parameters by the module that holds them, adapter tensors by the module that they adapt."""
@@ -103,6 +105,9 @@ class Model:
             if found is not None:
                 families.setdefault(module, []).append(found)
         self._families = families
+        held = {name.removesuffix(TOKEN_ADAPTER): name for name in families if name.endswith(TOKEN_ADAPTER)}
+        tied = {tied.rpartition(".")[0]: original.rpartition(".")[0] for tied, original in self.arch.ties}
+        self._token_adapters = held | {name: held[original] for name, original in tied.items() if original in held}
 
     def has(self, name: str, layer: int | None = None) -> bool:
         """Whether the model has this module."""
@@ -122,7 +127,7 @@ class Model:
         for p, part in self._families.get(name, ()):
             if p.layers is not None and layer is not None and layer not in p.layers:
                 continue
-            part = part.removeprefix("modules_to_save.")
+            part = part.removeprefix("modules_to_save.").removeprefix("ln_tuning_layers.")
             quantized |= p.quantized
             params[part] = self._parameter(p, layer)
         return Part(name, self._kinds.get(name, ""), params, self.quant if quantized else None)
@@ -142,6 +147,9 @@ class Model:
         part = self.part(name, layer)
         if self.adapter is not None and len(part.params) > 1 and any(key not in ("weight", "bias") for key in part.params):
             return self.adapter(self.tape, part, x, lambda x: self.base(part, x), self.running)
+        if name in self._token_adapters:
+            self.tape.module = name
+            return ops.linear(self.tape, x, self._rows(name, part))
         return self.base(part, x)
 
     def base(self, part: Part, x: Tensor) -> Tensor:
@@ -219,8 +227,22 @@ class Model:
 
     def embedding(self, name: str, dims: Dims, ids: Tensor | None = None) -> Tensor:
         """Look up an embedding; `ids` are kept where they are not the batch's own."""
+        part = self.part(name)
         self.tape.module = name
-        return ops.embedding(self.tape, self.part(name).weight, dims, ids)
+        if "lora_embedding_A" in part.params:
+            from peftplan.memory.methods.embeddings import lora_embedding
+
+            return lora_embedding(self, part, dims, ids)
+        return ops.embedding(self.tape, self._rows(name, part), dims, ids)
+
+    def _rows(self, name: str, part: Part) -> Any:
+        """The table of an embedding; the output of `index_copy` where some rows of it train."""
+        adapter = self._token_adapters.get(name)
+        if adapter is None:
+            return part.weight
+        from peftplan.memory.methods.embeddings import merged_rows
+
+        return merged_rows(self.tape, part, self.part(adapter))
 
     def rmsnorm(self, name: str, x: Tensor, layer: int | None = None, **how: Any) -> Tensor:
         """Call an RMSNorm."""
@@ -251,7 +273,8 @@ class SharedNode(Node):
 class SharedLeaf(Parameter):
     """A tensor that asks for a gradient though nothing trains it, and that every layer of a stack reads."""
 
-    __slots__ = ("sums",)
+    __slots__ = ("held", "sums")
+    held: Tensor
     sums: set[int]
 
     def receive(self, tape: Tape, index: int, grad: Tensor) -> None:
@@ -335,10 +358,17 @@ def kinds_of(model: Model, stack: str = "decoder") -> tuple[int, ...]:
     block_of = {layer: index for index, b in enumerate(model.arch.blocks) if b.stack == stack for layer in b.layers}
     every = len(block_of)
     partial = [p.layers for p in model.parameters.all if p.layers is not None and len(p.layers) < every]
+    if any(_interleaved(layers, every) for layers in partial):
+        return tuple(range(every))
     seen: dict[Any, int] = {}
     return tuple(
         seen.setdefault((block_of[layer], *(layer in layers for layers in partial)), len(seen)) for layer in sorted(block_of)
     )
+
+
+def _interleaved(layers: tuple[int, ...], every: int) -> bool:
+    """Whether layers that have a tensor and layers that lack it alternate, so that no layer may stand for a distant one."""
+    return sum((layer in layers) != (layer - 1 in layers) for layer in range(1, every)) > 1
 
 
 def _leaf_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> tuple[()]:

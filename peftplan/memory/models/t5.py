@@ -167,7 +167,8 @@ class Stack:
             made = f.new(dims, dtype, "position_bias")
             if model.running.checkpointing:
                 leaf = SharedLeaf("encoder_decoder_position_bias", dims, dtype, trainable=True)
-                leaf.sums = self.sums
+                leaf.node = None  # refers to itself else
+                leaf.held, leaf.sums = made.detach(), self.sums
                 made.node = leaf
         else:
             table = name.replace("{}", "0") + ".relative_attention_bias"
