@@ -71,8 +71,8 @@ gradients outlive, since that loop calls `zero_grad` at the start of a step. GB 
 
 The logits of the batch before are alive in the forward of the longest one, and all rows say that it was a short one, as buckets
 of samples sorted from long to short give it. Neither length is recorded. {before} and {longest} tokens were chosen by the LoRA
-and the IA3 row, which the summary leaves out; with two steps of one length, LoRA fits 668 tokens, and the rows scatter from -0.7 to
-+2.4 %. The second column says what other lengths change."""
+and the IA3 row, which the summary leaves out; with two steps of one length, LoRA fits 668 tokens, and the rows scatter from -0.7
+to +2.4 %. The second column says what other lengths change."""
 
 UNSCORED_NOTE = """`data/published/peft_metamath_unscored.jsonl`: adapter configurations of the same benchmark for which this
 project has no measurement. Reserved bytes of the same two steps, {before} and {longest} tokens."""
