@@ -36,6 +36,7 @@ SCALE = 0.02
 """Standard deviation of the weights, that of transformers' `initializer_range`: activations stay finite."""
 
 
+FIRST_TOKEN = 0
 TOTAL_STEPS = 1000
 """Steps that AdaLoRA is told to plan for where nothing is said: it changes when ranks are cut, and no byte."""
 MAGNITUDE = "lora_magnitude_vector"
@@ -98,6 +99,8 @@ def load(job: Job, device: torch.device) -> Any:
     """The base model: a quantized one is loaded on the device, a dense one on the host and then moved, as Trainer does it."""
     setup, config = job.setup, config_of(job)
     hf_config = build_config(config, name="model")
+    if hf_config.is_encoder_decoder:
+        _start_decoder(hf_config)
     cls = model_class(config, hf_config, name="model", task_type=job.architecture.task_type)
     state = weights(build_model(config, hf_config, cls, name="model"), TORCH_DTYPES[setup.dtype])
     quantized = {} if job.quant is None else {"quantization_config": _bnb_config(job.quant), "device_map": {"": device}}
@@ -110,6 +113,13 @@ def load(job: Job, device: torch.device) -> Any:
         **quantized,
     )
     return model if job.quant is not None else model.to(device)
+
+
+def _start_decoder(hf_config: Any) -> None:
+    """A token that the decoder's inputs start with, where the built-in config leaves it out: any id takes the same bytes."""
+    for name in ("decoder_start_token_id", "pad_token_id"):
+        if getattr(hf_config, name, None) is None:
+            setattr(hf_config, name, FIRST_TOKEN)
 
 
 def config_of(job: Job) -> dict[str, Any]:

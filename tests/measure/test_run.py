@@ -185,7 +185,7 @@ def test_what_else_runs(double: Double, config: dict[str, Any], options: dict[st
     assert (record.counts.trainable, record.counts.total) == (expected.trainable_parameters, expected.total_parameters)
 
 
-def test_an_encoder_and_a_mixture_run(double: Double) -> None:
+def test_an_encoder_both_sides_and_a_mixture_run(double: Double) -> None:
     encoder = {
         "model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 64, "type_vocab_size": 2,
@@ -193,6 +193,12 @@ def test_an_encoder_and_a_mixture_run(double: Double) -> None:
     outcome, record = measured(double, encoder, method="lora", padding=True, task_type="SEQ_CLS", num_labels=3)
     assert outcome.error is None
     assert record.run.options["num_labels"] == 3
+    both = {
+        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "feed_forward_proj": "gated-gelu",
+        "d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "vocab_size": 512,
+    }  # fmt: skip
+    outcome, _ = measured(double, both, method="lora", gradient_checkpointing=False)
+    assert outcome.error is None
     mixture = {
         **TINY, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"],
         "num_local_experts": 4, "num_experts_per_tok": 2,
