@@ -32,6 +32,9 @@ class Running:
     batch_size: int = 1
     dtype: str = "bf16"
     """What the model is loaded in, and a quantized weight dequantized to."""
+    loss: str = "full"
+    loss_facts: tuple[bool, ...] = ()
+    """What of the batch decides which operations the loss runs (`LossSizes.facts`)."""
 
 
 class Part:

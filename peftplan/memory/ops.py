@@ -26,11 +26,11 @@ def _sum_to(f: Tape, grad: Tensor, like: Dims) -> Tensor:
 
 def embedding(f: Tape, weight: Any, rows: Dims, ids: Tensor | None = None) -> Tensor:
     """`embedding`: keeps the indices, `ids` unless the batch holds them; backward makes a gradient of the whole table."""
-    return f.new((*rows, weight.dims[1]), weight.dtype, "embedding", f.record(_embedding_backward, (weight,), weight, ids))
+    return f.new((*rows, weight.dims[1]), weight.dtype, "embedding", f.record(_embedding_backward, (weight,), weight.dims, ids))
 
 
 def _embedding_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
-    return f.new(saved[0].dims, g.dtype, "embedding_dense_backward")
+    return f.new(saved[0], g.dtype, "embedding_dense_backward")
 
 
 def linear(f: Tape, x: Tensor, weight: Any, bias: Any = None, *, transposed: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ Source: torch 2.13, optim/adamw.py, optim/adagrad.py, optim/rmsprop.py (`_multi_
 from __future__ import annotations
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory.tape import Tape
+from peftplan.memory.tape import Tape, Tensor
 from peftplan.optim import Optimizer
 from peftplan.parameters import Parameter
 
@@ -26,11 +26,12 @@ def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, c
     copies = FOREACH_COPIES.get(optimizer.name)
     if copies is None:
         raise NeedsTraceError(f"optim {optimizer.name}: what its step takes needs --engine trace")
+    held: list[Tensor] = []  # the loop's names keep one dtype's until the next one's are made
     for dtype in dict.fromkeys(p.dtype for p in trained):
         held = [
             f.many(p.shape, p.dtype, f"{p.name} {optimizer.name}", copies * p.copies) for p in trained if copies and p.dtype == dtype
         ]
-        del held
+    del held
 
 
 def _clip(f: Tape, trained: list[Parameter]) -> None:

@@ -154,7 +154,7 @@ def _check(job: Job) -> None:
         raise NeedsTraceError(f"activations of model type {model_type}")
     if job.method is None:
         raise NeedsTraceError("activations of this peft type")
-    if job.adaptation.matched and job.method.peft_type not in ADAPTERS:
+    if job.adaptation.matched and job.method.peft_type not in (*ADAPTERS, "LN_TUNING"):
         raise NeedsTraceError(f"activations of method {job.method.name}")
     _check_virtual_tokens(job)
     if job.method.name in ("houlsby", "pfeiffer"):

@@ -51,6 +51,13 @@ def _peaks(engine: str, method: str, options: dict[str, Any]) -> dict[str, int]:
         ("prefix-tuning", {**PLAIN, **VIRTUAL}),
         ("prefix-tuning", {**OFF, **VIRTUAL, "dtype": "fp32", "padding": True}),
         ("prefix-tuning", {**PLAIN, **VIRTUAL, "prefix_projection": True, "attn_implementation": "eager"}),
+        ("ln-tuning", PLAIN),
+        ("lora-fa", TRAINER),
+        ("lora", {**PLAIN, "modules_to_save": ["lm_head", "embed_tokens"]}),
+        ("lora", {**PLAIN, "lora_bias": True, "lora_dropout": 0.1, "rank_pattern": {"q_proj": 32}}),
+        ("lora", {**TRAINER, "layers_to_transform": [1, 3], "target_modules": ["q_proj"]}),
+        ("lora", {**TRAINER, "target_modules": ["q_proj", "embed_tokens"]}),
+        ("lora", {**PLAIN, "trainable_token_indices": [1, 2, 3]}),
     ],
 )
 def test_each_phase_peaks_where_the_trace_does(method: str, options: dict[str, Any]) -> None:

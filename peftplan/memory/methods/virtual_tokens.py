@@ -23,7 +23,7 @@ PROJECTION = ("transform.0", "transform.2")
 def masked(model: Model) -> None:
     """Ones for the virtual tokens before the batch's mask, in fp32; the wrapper's forward holds them until it returns."""
     f, p = model.tape, model.virtual_tokens
-    if model.running.padding:
+    if "attention_mask" in model.batch:
         f.module = ""
         model.call_locals += [f.new(("b", p), "fp32", "ones"), f.new(("b", "k"), "fp32", "attention_mask")]
 

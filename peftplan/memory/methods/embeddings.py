@@ -1,0 +1,55 @@
+"""LoRA on an embedding, and rows of it that train.
+
+Source: peft 0.21.2, tuners/lora/layer.py (`Embedding.forward`), tuners/trainable_tokens/layer.py (`get_merged_weights`,
+`forward_adapters`): the whole table is copied with the trained rows in it, for the embedding and once more for a tied head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftplan.errors import NeedsTraceError
+from peftplan.memory import ops
+from peftplan.memory.model import Model, Part
+from peftplan.memory.tape import Dims, Node, Tape, Tensor
+
+SCALED = ("gemma", "gemma2", "gemma3_text", "gemma3", "gemma4_text")
+"""Model types whose embedding multiplies its rows itself, which peft repeats on what it adds."""
+
+
+def lora_embedding(model: Model, part: Part, dims: Dims, ids: Tensor | None) -> Tensor:
+    """`result + (embedding(x, Aᵀ) @ Bᵀ) * scaling`, in the adapter's dtype."""
+    f = model.tape
+    if model.arch.model_type in SCALED:
+        raise NeedsTraceError(f"LoRA on the embedding of {model.arch.model_type}")
+    if model.running.config.use_dora:
+        raise NeedsTraceError("DoRA on an embedding")
+    result = model.asking_gradient(ops.embedding(f, part.weight, dims, ids))  # its hook is on the base layer
+    a, b = part.params["lora_embedding_A"], part.params["lora_embedding_B"]
+    rank = a.dims[0]
+    low = f.new((*dims, rank), a.dtype, "embedding", f.record(_transposed_backward, (a,), a.dims, ids))
+    out = ops.scale(f, ops.linear(f, low, b))
+    narrow: Tensor = f.to(ops.add(f, result, out), result.dtype)
+    return narrow
+
+
+def _transposed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    """The gradient of Aᵀ, which is copied to lie as A does."""
+    rank, rows = saved[0]
+    grad = f.new((rows, rank), g.dtype, "embedding_dense_backward")
+    return f.new((rank, rows), grad.dtype, "clone")
+
+
+def merged_rows(f: Tape, part: Part, adapter: Part) -> Tensor:
+    """`weight.index_copy(0, index, deltas)`: keeps the index and the rows."""
+    f.module = adapter.name
+    deltas = adapter.params["trainable_tokens_delta"]
+    weight = part.weight
+    assert weight is not None
+    index = f.new((deltas.dims[0],), "int64", "token_indices")
+    rows = f.to(deltas, weight.dtype)
+    return f.new(weight.dims, weight.dtype, "index_copy", f.record(_rows_backward, (rows,), rows, index))
+
+
+def _rows_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0].dims, g.dtype, "index_select")
