@@ -58,9 +58,9 @@ def _mean_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "div")
 
 
-def where(f: Tape, x: Tensor, dims: tuple[Any, ...]) -> Tensor:
-    """`torch.where(mask, x, number)`; x may be broadcast."""
-    return f.new(dims, x.dtype, "where", f.record(_where_backward, (x,), x.dims))
+def where(f: Tape, mask: Tensor, x: Tensor, dims: tuple[Any, ...]) -> Tensor:
+    """`torch.where(mask, x, number)`: keeps the mask; x may be broadcast."""
+    return f.new(dims, x.dtype, "where", f.record(_where_backward, (x,), x.dims, mask))
 
 
 def _where_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
@@ -79,6 +79,7 @@ class Stack:
         self.biases: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor | None] = {}
         self.sums: set[int] = set()
+        self.recomputed = False
 
     def run(self, ids: Tensor | None, encoded: Tensor | None) -> Tensor:
         """From token ids to the last hidden states."""
@@ -109,6 +110,9 @@ class Stack:
     def layer(self, number: int, x: Tensor, states: Tensor | None) -> Tensor:
         """`T5Block.forward`."""
         own, *cross = self.block.attentions
+        if number == 0 and self.biases:  # recomputed last: no other layer holds what it made, nor will
+            self.biases.clear()
+            self.recomputed = True
         x = self.attended("0.SelfAttention", own, number, x, None)
         if cross:
             x = self.attended("1.EncDecAttention", cross[0], number, x, states)
@@ -147,7 +151,9 @@ class Stack:
         f = self.model.tape
         dims = ("b" if mask is not None else 1, *bias.dims[1:])
         if mask is not None or a.causal:
-            bias = where(f, bias, dims)
+            hidden = mask if mask is not None else f.new(dims[2:], "bool", "causal mask")
+            bias = where(f, hidden, bias, dims)
+            del hidden
         if not a.cross:  # positions lie head by head innermost
             bias = ops.copied(f, bias, "clone")
         cast: Tensor = f.cast(bias, f.autocast) if f.autocast else bias
@@ -176,7 +182,9 @@ class Stack:
             made = model.embedding(table, (s, s), f.new((s, s), "int64", "relative_position_bucket")).view(dims)
             del distances
             made = shared(f, made, self.sums)
-        self.biases.setdefault(key, made)  # a recomputed layer 0 makes them anew, for itself
+        if not self.recomputed:
+            self.biases[key] = made
+        f.module = name
         return made
 
     def feed_forward(self, number: int, x: Tensor) -> Tensor:
