@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,8 @@ class Model:
     copied_past: Tensor | None = None
     """Those of the layers that stand as copies of another."""
     stacks: list[Stack] = field(default_factory=list)
+    micro_batch: int = 0
+    """Which of a step's micro batches runs: each has stacks of its own."""
     _parts: dict[tuple[str, int | None], Part] = field(default_factory=dict)
     _families: Mapping[str, list[Any]] = field(default_factory=dict)
     _kinds: Mapping[str, str] = field(default_factory=dict)
@@ -108,9 +110,9 @@ class Model:
             if found is not None:
                 families.setdefault(module, []).append(found)
         self._families = families
-        held = {name.removesuffix(TOKEN_ADAPTER): name for name in families if name.endswith(TOKEN_ADAPTER)}
-        tied = {tied.rpartition(".")[0]: original.rpartition(".")[0] for tied, original in self.arch.ties}
-        self._token_adapters = held | {name: held[original] for name, original in tied.items() if original in held}
+        own = {name.removesuffix(TOKEN_ADAPTER): name for name in families if name.endswith(TOKEN_ADAPTER)}
+        ties = {tied.rpartition(".")[0]: original.rpartition(".")[0] for tied, original in self.arch.ties}
+        self._token_adapters = own | {name: own[original] for name, original in ties.items() if original in own}
 
     def has(self, name: str, layer: int | None = None) -> bool:
         """Whether the model has this module."""
@@ -141,7 +143,20 @@ class Model:
         if held is None:
             dtype = self.running.dtype if p.quantized else p.dtype
             held = self._held[key] = Parameter(p.name, p.shape, dtype, trainable=p.trainable)
+            held.grad = self._kept_gradients.get(p.name)
         return held
+
+    def keep_gradients(self) -> None:
+        """Make all gradients before the step, as those of the step before that `zero_grad(set_to_none=False)` left."""
+        for p in self.parameters.all:
+            if p.trainable:
+                grad = self.tape.many(p.shape, p.dtype, "", p.copies)
+                assert grad.storage is not None
+                self.tape.category[grad.storage.number] = "gradients"
+                self.tape.names[grad.storage.number] = f"{p.name}.grad"
+                self._kept_gradients[p.name] = grad
+
+    _kept_gradients: dict[str, Tensor] = field(default_factory=dict)
 
     _held: dict[tuple[str, int | None], Parameter] = field(default_factory=dict)
 
@@ -318,6 +333,7 @@ def run_stack(
     layers read (`shared`).
     """
     f = model.tape
+    name = f"{name}/{model.micro_batch}" if model.micro_batch else name
     sections, extra = sections_of(kinds)
     copies = {f"{name} {number}": count for number, count in extra.items()}
 
@@ -369,7 +385,7 @@ def kinds_of(model: Model, stack: str = "decoder") -> tuple[int, ...]:
     )
 
 
-def _interleaved(layers: tuple[int, ...], every: int) -> bool:
+def _interleaved(layers: Collection[int], every: int) -> bool:
     """Whether layers that have a tensor and layers that lack it alternate, so that no layer may stand for a distant one."""
     return sum((layer in layers) != (layer - 1 in layers) for layer in range(1, every)) > 1
 

@@ -96,7 +96,7 @@ def _frozen_layer(s: int) -> int:
     n = B * s
     h, kv, i, heads = 256, 128, 768, 8
     norm = 4 * n * h + round512(4 * n)  # x in fp32, 1/rms of each row; a frozen weight keeps no normalized x
-    attention = 2 * n * h + 2 * (2 * n * kv) + 2 * n * h + 4 * n * heads + 512  # q; k, v in the cache; output; logsumexp; rng
+    attention = 2 * n * h + 2 * (2 * n * kv) + 2 * n * h + 4 * n * heads + 2 * 512  # q; cached k, v; output; logsumexp; rng
     mlp = 3 * (2 * n * i)  # gate before and after silu, up
     return 2 * norm + attention + mlp  # the sums of the residual keep nothing
 
@@ -108,7 +108,7 @@ def test_a_prefix_adds_only_longer_keys_and_values() -> None:
     kernel keeps a bf16 copy of the mask, its rows of 276 padded to 280; the cache holds keys and values as they were.
     """
     n, keys, h, kv = B * S, B * (S + P), 256, 128
-    frozen_less_flash = _frozen_layer(S) - (2 * (2 * n * kv) + 512)
+    frozen_less_flash = _frozen_layer(S) - (2 * (2 * n * kv) + 2 * 512)
     cache = 2 * (2 * keys * kv)
     repeated = 2 * (2 * keys * h)
     mask = 2 * B * S * 280
