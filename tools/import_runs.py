@@ -161,7 +161,10 @@ def fms(row: Row) -> Record:
         peaks={"overall": {"allocated": row["value_bytes"]}, "device_bytes": int(smi * MIB) if smi else None},
         steps=[{name: value for name, value in extra.items() if value is not None}],
         unknown=[] if row.get("versions") else ["versions of the libraries: those of 2024 assumed"],
-        differs=[f"transformers {version}, whose trainer and modeling code are not those of transformers 5"],
+        differs=[
+            "device bytes are nvidia-smi's once a second, less its first sample, and may miss the peak",
+            f"transformers {version}, whose trainer and modeling code are not those of transformers 5",
+        ],
     )
 
 
