@@ -18,8 +18,7 @@ PACKAGE = Path(peftplan.__file__).parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "dtypes", "units", "datafiles", "files"),
     ("arch",),
-    ("methods", "storage", "optim", "hardware", "memory"),
-    ("parameters",),
+    ("methods", "storage", "optim", "hardware", "memory", "parameters"),
     ("planning",),
     ("trace", "measure", "accuracy"),
     ("integrations",),
@@ -33,7 +32,9 @@ LAZY = ("trace", "measure")
 DOORS = ("__init__", "__main__")
 """The package itself: its public names and its console script."""
 
-COMPUTES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "numpy")
+COMPUTES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
+ARRAYS = ("memory/grid.py", "planning/grid.py")
+"""The files that evaluate many sizes at once, with numpy; nothing imports them before it is asked to."""
 TERMINAL = {"click": ("cli",), "rich": ("report",), "matplotlib": ("report",)}
 """Which room talks to the terminal or draws, and by what."""
 
@@ -70,11 +71,13 @@ def room_of(name: str) -> str | None:
     return rest.partition(".")[0] if top == "peftplan" and rest else None
 
 
-def fault(room: str, found: Import) -> str | None:
+def fault(room: str, found: Import, *, file: str) -> str | None:
     """What is wrong with one import in a room, or None."""
     top = found.name.partition(".")[0]
     if top in COMPUTES and room not in LAZY:
         return f"imports {top}, which only {' and '.join(LAZY)} may"
+    if top == "numpy" and room not in LAZY and file not in ARRAYS:
+        return f"imports numpy, which only {', '.join(ARRAYS)} may"
     if top in TERMINAL and room not in TERMINAL[top]:
         return f"imports {top}, which only {', '.join(TERMINAL[top])} may"
     other = room_of(found.name)
@@ -92,7 +95,7 @@ def faults(package: Path) -> list[str]:
         parts = file.relative_to(package).with_suffix("").parts
         holder = ".".join(("peftplan", *parts[:-1]))
         for statement in imports(ast.parse(file.read_text(encoding="utf-8")), package=holder):
-            if (why := fault(parts[0], statement)) is not None:
+            if (why := fault(parts[0], statement, file="/".join(parts) + ".py")) is not None:
                 found.append(f"{'/'.join(parts)}.py:{statement.line} {why}")
     return found
 
@@ -160,11 +163,11 @@ RUN = "from contextlib import suppress\nfrom peftplan.cli import main\nwith supp
 
 
 def test_importing_peftplan_loads_next_to_nothing() -> None:
-    assert loaded_by("import peftplan").isdisjoint({*COMPUTES, "rich", "pydantic", "click", "huggingface_hub"})
+    assert loaded_by("import peftplan").isdisjoint({*COMPUTES, "numpy", "rich", "pydantic", "click", "huggingface_hub"})
 
 
 def test_the_command_line_loads_no_tensors() -> None:
-    assert loaded_by("import peftplan.cli").isdisjoint({*COMPUTES, "rich", "pydantic", "huggingface_hub"})
+    assert loaded_by("import peftplan.cli").isdisjoint({*COMPUTES, "numpy", "rich", "pydantic", "huggingface_hub"})
 
 
 @pytest.mark.parametrize(
@@ -180,5 +183,5 @@ def test_the_command_line_loads_no_tensors() -> None:
 def test_a_command_loads_only_what_it_needs(args: list[str], needs: set[str]) -> None:
     loaded = loaded_by(RUN.format(args=args))
     assert needs <= loaded
-    assert loaded.isdisjoint({*COMPUTES, "huggingface_hub"})
+    assert loaded.isdisjoint({*COMPUTES, "numpy", "huggingface_hub"})
     assert "rich" in needs or "rich" not in loaded

@@ -252,7 +252,11 @@ def _peft_type(raw: Mapping[str, Any]) -> str:
 
 
 def _method_setup(method: methods.Method | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a method name implies for the setup: QLoRA is NF4 with double quantization and bf16 compute."""
+    """What a method implies for the setup where it is not set: QLoRA is NF4 with double quantization and bf16 compute; prefix
+    tuning runs without checkpointing, with which peft refuses it.
+    """
+    if method is not None and method.peft_type == "PREFIX_TUNING":
+        return {"gradient_checkpointing": False}
     if method is None or method.quant is None:
         return {}
     quant = given.get("quant") or method.quant

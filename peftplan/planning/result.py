@@ -135,7 +135,7 @@ class Estimate:
 
     def explain(self) -> str:
         """Every line of the overall peak as a formula, with its numbers put in and its source; the sum is the peak."""
-        from peftplan.report.explain import explained
+        from peftplan.planning.explain import explained
 
         return explained(self)
 

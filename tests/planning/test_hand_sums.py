@@ -1,4 +1,4 @@
-"""A whole estimate of a tiny model, summed by hand line by line, and what each choice of precision changes in it."""
+"""What lasts of a tiny model, summed by hand line by line, and what each choice of precision changes in it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ BUFFERS = {"model.rotary_emb.inv_freq": 512, "model.rotary_emb.original_inv_freq
 
 def lines(category: str | None = None, **options: Any) -> dict[str, int]:
     """name → bytes of the lines of one category, or of all."""
-    found = peftplan.estimate(CONFIG, **{"r": 4, "target_modules": "q_proj,v_proj", **options})
-    return {line["name"]: line["bytes"] for line in found.lines() if category in (None, line["category"])}
+    found = peftplan.estimate(CONFIG, **{"r": 4, "target_modules": "q_proj,v_proj", **options}).static
+    return {line.name.replace("{}", "*"): line.bytes() for line in found if category in (None, line.category)}
 
 
 def total(*categories: str, **options: Any) -> int:
@@ -53,7 +53,7 @@ def total(*categories: str, **options: Any) -> int:
 def test_every_line() -> None:
     result = peftplan.estimate(CONFIG, r=4, target_modules="q_proj,v_proj")
     assert lines() == WEIGHTS | ADAPTER | GRADIENTS | STATES | BUFFERS
-    assert result.ledger.by_category() == {
+    assert result.static.by_category() == {
         "weights": 151_040,  # 2·12,800 + 49,152 + 73,728 + 2,560
         "adapter_weights": 7_168,
         "quant_state": 0,
@@ -76,8 +76,8 @@ def test_every_line() -> None:
 def test_foreach_keeps_its_steps_on_the_cpu() -> None:
     # `adamw_torch` is neither fused nor capturable: its steps are CPU tensors, and take nothing of the device.
     found = peftplan.estimate(CONFIG, r=4, target_modules="q_proj,v_proj", optim="adamw_torch")
-    assert found.ledger.by_category()["optimizer_states"] == 2 * 7_168
-    assert {line["place"] for line in found.lines() if line["name"].endswith(".step")} == {"host"}
+    assert found.static.by_category()["optimizer_states"] == 2 * 7_168
+    assert {line.place for line in found.static if line.name.endswith(".step")} == {"host"}
 
 
 def test_sgd_without_momentum_has_no_states() -> None:
@@ -88,7 +88,7 @@ def test_full_fine_tuning() -> None:
     # Every weight trains in bf16: gradients and both moments are as large as the weights; each of 2·9 + 3 tensors has a step.
     found = peftplan.estimate(CONFIG, method="full")
     assert found.trainable_parameters == found.total_parameters == 74_560
-    by_category = found.ledger.by_category()
+    by_category = found.static.by_category()
     assert by_category["gradients"] == by_category["weights"] == 151_040
     assert by_category["adapter_weights"] == 0
     assert by_category["optimizer_states"] == 2 * 151_040 + 512 * (2 * 9 + 3)
@@ -134,7 +134,7 @@ def test_paged_states_live_in_managed_memory() -> None:
     # bitsandbytes pages states of at least 100,000 elements (`get_paged`): 32·4096 = 131,072 are, 16·4096 = 65,536 are not.
     def placed(r: int) -> tuple[int, int]:
         found = peftplan.estimate("llama-2-7b", r=r, target_modules="q_proj", optim="paged_adamw_32bit")
-        return found.managed_bytes, found.ledger.by_category()["optimizer_states"]
+        return found.managed_bytes, found.static.by_category()["optimizer_states"]
 
     # 32 layers × A and B × 2 states × 4 bytes
     assert placed(32) == (32 * 2 * 2 * 4 * 131_072, 0)

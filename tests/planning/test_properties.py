@@ -60,7 +60,7 @@ def test_lora_has_r_times_in_plus_out_for_each_target(config: dict[str, Any], r:
 def test_more_rank_is_more_of_everything(config: dict[str, Any], r: int, more: int, quant: str) -> None:
     small, large = (peftplan.estimate(config, r=rank, quant=quant) for rank in (r, r + more))
     assert small.trainable_parameters < large.trainable_parameters
-    of_small, of_large = small.ledger.by_category(), large.ledger.by_category()
+    of_small, of_large = small.static.by_category(), large.static.by_category()
     assert all(of_small[category] <= of_large[category] for category in of_small)
     assert of_small["weights"] == of_large["weights"]
 
@@ -74,7 +74,7 @@ each takes a multiple of 512 bytes."""
 @given(config=WIDE)
 def test_nf4_is_smaller_than_bf16_and_double_quantization_smaller_still(config: dict[str, Any]) -> None:
     def stored(**storage: Any) -> int:
-        found = peftplan.estimate(config, kbit_prepare=False, **storage).ledger.by_category()
+        found = peftplan.estimate(config, kbit_prepare=False, **storage).static.by_category()
         return found["weights"] + found["quant_state"]
 
     assert stored(quant="nf4", double_quant=True) <= stored(quant="nf4") <= stored(quant="int8") <= stored()
@@ -87,24 +87,24 @@ def test_nf4_is_smaller_than_bf16_and_double_quantization_smaller_still(config: 
     optim=st.sampled_from(["adamw_torch_fused", "adafactor", "adamw_8bit", "sgd", "lion_32bit"]),
 )
 def test_lora_trains_less_than_full(config: dict[str, Any], r: int, optim: str) -> None:
-    lora = peftplan.estimate(config, r=r, optim=optim).ledger.by_category()
-    full = peftplan.estimate(config, method="full", optim=optim).ledger.by_category()
+    lora = peftplan.estimate(config, r=r, optim=optim).static.by_category()
+    full = peftplan.estimate(config, method="full", optim=optim).static.by_category()
     assert lora["gradients"] <= full["gradients"]
     assert lora["optimizer_states"] <= full["optimizer_states"]
 
 
 @QUICK
 @given(
-    config=llamas(), dtype=st.sampled_from(["bf16", "fp16", "fp32"]), optim=st.sampled_from(["adamw_torch_fused", "adafactor"])
+    config=llamas(), dtype=st.sampled_from(["bf16", "fp16", "fp32"]), optim=st.sampled_from(["adamw_torch_fused", "adamw_torch"])
 )
 def test_totals_are_sums_of_lines(config: dict[str, Any], dtype: str, optim: str) -> None:
-    found = peftplan.estimate(config, dtype=dtype, optim=optim)
+    found = peftplan.estimate(config, dtype=dtype, optim=optim, seq_len=64)
     memory = found.to_dict()["memory"]
     on_device = [line for line in memory["lines"] if line["place"] == "device"]
-    assert sum(line["bytes"] for line in on_device) == memory["persistent"] == found.persistent_bytes
-    counted = {category: value for category, value in memory["by_category"].items() if value is not None}
-    assert sum(counted.values()) == memory["persistent"]
-    for category, value in counted.items():
+    assert sum(line["bytes"] for line in on_device) == memory["peak_allocated"] == max(memory["peak_by_phase"].values())
+    assert sum(memory["by_category"].values()) == memory["peak_allocated"]
+    assert all(line["bytes"] > 0 for line in memory["lines"])
+    for category, value in memory["by_category"].items():
         assert value == sum(line["bytes"] for line in on_device if line["category"] == category)
     # No line is smaller than its tensor, and none is 512 bytes larger for each copy of it.
     itemsize = {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]
@@ -119,9 +119,9 @@ def test_every_method_adds_up_on_a_real_model(method: str) -> None:
     found = peftplan.estimate("opt-350m" if method == "bitfit" else "llama-3.2-1b", method=method, **needed)
     assert 0 < found.trainable_parameters <= found.total_parameters
     assert found.total_parameters - found.adaptation.num_added == found.model["num_parameters"]
-    assert sum(found.ledger.by_category().values()) == found.persistent_bytes
+    assert sum(found.static.by_category().values()) == found.persistent_bytes
     # AdamW keeps two moments beside each gradient, in its dtype, and a step of one block.
-    by_category = found.ledger.by_category()
+    by_category = found.static.by_category()
     trained = sum(parameter.copies for parameter in found.parameters.all if parameter.trainable)
     assert by_category["optimizer_states"] == 2 * by_category["gradients"] + 512 * trained
 

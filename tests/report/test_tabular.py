@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 
 from peftplan.report import markdown, terminal
 from peftplan.report.tabular import Column, assumption_rows, texts, write_csv
@@ -87,10 +88,13 @@ def test_markup_in_names_is_text() -> None:
 
 
 def test_verdicts_state_what_is_left_over() -> None:
-    # 24 GiB as given, less the 13,543,941,632 bytes of golden/estimate-pipe.txt: 12,225,862,144 bytes.
-    done = run("estimate", "llama-2-7b", "--method", "prefix-tuning", "--num-virtual-tokens", "16", "--gpu", "24GiB")
-    (row,) = [line for line in done.out.splitlines() if line.startswith("24GiB")]
-    assert row.split() == ["24GiB", "24.00", "GiB", "11.39", "GiB", "unknown", "until", "the", "peak", "is", "modelled"]
+    # In JSON: what is usable, less what the allocator reserves; 24GiB is a capacity as given, with no context of its own.
+    job = ("estimate", "llama-2-7b", "--batch-size", "2", "--gpu", "24GiB")
+    exact = json.loads(run(*job, "--format", "json").out)
+    left = exact["gpus"][0]["headroom_bytes"]
+    assert left == 24 * 2**30 - exact["memory"]["peak_reserved"]
+    (row,) = [line for line in run(*job).out.splitlines() if line.startswith("24GiB")]
+    assert row.split() == ["24GiB", "24.00", "GiB", f"{left / 2**30:.2f}", "GiB", "fits"]
 
 
 def test_a_method_shows_what_is_required_and_what_does_nothing() -> None:

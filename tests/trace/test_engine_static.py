@@ -45,7 +45,7 @@ def test_lasting_bytes_and_counts(method: str, options: dict[str, Any], tied: bo
     analytic = peftplan.estimate(config, method=method, seq_len=48, **adapter, **options)
     trace = traced(config, lora(TARGETS) if adapter else None, seq_len=48, **options)
 
-    counted = analytic.ledger.by_category()
+    counted = analytic.static.by_category()
     at_step = trace.by_category("step")
     assert {c: at_step.get(c, 0) for c in LASTING} == {c: counted[c] for c in LASTING}
     assert (trace.num_trainable, trace.num_total) == (analytic.trainable_parameters, analytic.total_parameters)
