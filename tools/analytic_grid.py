@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from peftplan.arch import catalogue
 from peftplan.arch.adapters import ADAPTERS
-from peftplan.arch.sources import load_config
+from peftplan.arch.sources import load, load_config
 from peftplan.errors import PeftplanError
 from peftplan.planning.estimate import estimate
 from peftplan.report.markdown import table
@@ -104,16 +104,25 @@ class Outcome(NamedTuple):
         return ours[phase] / theirs[phase] - 1
 
 
+MADE_UP: dict[str, dict[str, Any]] = {
+    "granitemoe": {
+        "model_type": "granitemoe", "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 24, "vocab_size": 49155,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "num_local_experts": 32, "num_experts_per_tok": 8,
+    }
+}  # fmt: skip
+"""Configs of the types that no built-in model has."""
+
+
 @cache
 def _model_of(model_type: str) -> str:
-    """The smallest built-in model of a type."""
+    """The built-in model of a type with the fewest parameters, or the type itself where there is none."""
     found = [entry for entry in catalogue.models() if load_config(entry.name).get("model_type") == model_type]
-    return min(found, key=lambda entry: entry.facts().get("meta_params") or 0).name
+    return min(found, key=lambda entry: load(entry.name).num_parameters).name if found else model_type
 
 
 def shallow(model: str) -> dict[str, Any]:
     """The config of a built-in model with at most `LAYERS` layers in each stack, its width as it is."""
-    config = load_config(model)
+    config = dict(MADE_UP[model]) if model in MADE_UP else load_config(model)
     deep = max((config[field] for field in LAYER_FIELDS if isinstance(config.get(field), int)), default=0)
     for field in LAYER_FIELDS:
         if isinstance(config.get(field), int):
