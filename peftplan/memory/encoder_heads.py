@@ -1,7 +1,7 @@
 """Heads of encoders: masked language models, classifiers of sequences and of tokens, and answers to questions.
 
 Sources: transformers 5.24, models/*/modeling_*.py (`…ForMaskedLM`, `…ForSequenceClassification`, `…ForTokenClassification`,
-`…ForQuestionAnswering`). Left out: regression and several labels per sample beyond what one label takes (tensors of batch × labels).
+`…ForQuestionAnswering`). Left out: regression and several labels per sample beyond what one label takes (batch × labels).
 """
 
 from __future__ import annotations

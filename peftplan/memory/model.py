@@ -51,6 +51,7 @@ class Part:
         self.bias = params.get("bias")
 
 
+FOUR_BIT = ("nf4", "fp4")
 TOKEN_ADAPTER = ".token_adapter"
 PROMPTED = ("PROMPT_TUNING", "P_TUNING")
 """peft types whose virtual tokens come before the embeddings."""
@@ -334,7 +335,7 @@ def run_stack(
     """
     f = model.tape
     name = f"{name}/{model.micro_batch}" if model.micro_batch else name
-    sections, extra = sections_of(kinds)
+    sections, extra = sections_of(kinds, summing=sums is not None)
     copies = {f"{name} {number}": count for number, count in extra.items()}
 
     def run(layer: int, x: Tensor) -> Tensor:
@@ -353,12 +354,25 @@ def run_stack(
     return boundary(f, x, f"{name} end")
 
 
-def sections_of(kinds: tuple[int, ...]) -> tuple[list[int], dict[int, int]]:
-    """The layers that are run, first of each kind and then last of each; section → how many more layers it stands for."""
+def sections_of(kinds: tuple[int, ...], *, summing: bool = False) -> tuple[list[int], dict[int, int]]:
+    """The layers that are run, first of each kind and then last of each; section → how many more layers it stands for.
+
+    `summing`: the layer before the last as well, where all add to one gradient.
+    """
     first = {kind: layer for layer, kind in reversed([*enumerate(kinds)])}
     last = {kind: layer for layer, kind in enumerate(kinds) if layer != first[kind]}
-    sections = [*sorted(first.values()), *sorted(last.values())]
-    return sections, {sections.index(layer): kinds.count(kind) - 2 for kind, layer in last.items()}
+    before = _second_last(kinds, first, last) if summing else {}
+    sections = [*sorted(first.values()), *sorted(before.values()), *sorted(last.values())]
+    return sections, {sections.index(layer): kinds.count(kind) - 2 - (kind in before) for kind, layer in last.items()}
+
+
+def _second_last(kinds: tuple[int, ...], first: dict[int, int], last: dict[int, int]) -> dict[int, int]:
+    """The layer before the last of each kind: in backward the first that adds to a sum, above everything still kept."""
+    found: dict[int, int] = {}
+    for layer, kind in enumerate(kinds):
+        if kind in last and first[kind] < layer < last[kind]:
+            found[kind] = layer
+    return found
 
 
 def boundary(f: Tape, x: Tensor, what: str) -> Tensor:

@@ -131,7 +131,8 @@ def test_a_bert_layer_keeps_what_its_modules_need() -> None:
     base = {**BERT, "architectures": ["BertForMaskedLM"]}
     sizes = {"method": "full", "batch_size": 4, "seq_len": 256, "trainer": "plain"}
     four, five = (estimate({**base, "num_hidden_layers": n}, **sizes).peaks for n in (4, 5))
-    assert four is not None and five is not None
+    assert four is not None
+    assert five is not None
 
     def activations(peaks: Any) -> int:
         return sum(line.bytes() for line in peaks.ledgers["forward"] if line.category == "activations")

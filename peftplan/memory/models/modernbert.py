@@ -1,4 +1,4 @@
-"""ModernBERT (transformers 5.24, models/modernbert/modeling_modernbert.py): its attention through sdpa, not FlashAttention's unpadding."""
+"""ModernBERT (transformers 5.24, models/modernbert/modeling_modernbert.py) through sdpa or eager attention."""
 
 from __future__ import annotations
 
