@@ -308,7 +308,7 @@ def shared(f: Tape, x: Tensor, sums: set[int]) -> Tensor:
     """A tensor from outside a stack that all its layers read; `sums` will hold the storages of its gradient."""
     node = f.record(_pass_backward, (x,))
     if node is None:
-        return x
+        return Tensor(x.storage, x.dims, x.dtype)
     own = SharedNode(node.sequence, node.module, node.backward, node.edges, checkpointed=node.checkpointed)
     own.sums = sums
     return Tensor(x.storage, x.dims, x.dtype, own)

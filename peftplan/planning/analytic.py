@@ -14,11 +14,12 @@ from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace
 from peftplan.memory.attention import FLASH_CAPABILITY, MASK_MULTIPLE
 from peftplan.memory.ledger import Ledger, Line
 from peftplan.memory.load import load_passing
+from peftplan.memory.loss_sizes import LossSizes
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.model import PROMPTED, Model, Running
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.quantized import QUANTIZED
-from peftplan.memory.step import Program, steady_step
+from peftplan.memory.step import Program, check, steady_step
 from peftplan.memory.tape import Tape
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.optim import parse_optim
@@ -44,17 +45,21 @@ class Compiled:
     standing: Ledger
     loading: Ledger
     virtual_tokens: int
+    loss: LossSizes
 
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """The sliding windows of the model's layers."""
-        return windows_of(self.architecture)
+    def facts(self, batch_size: Any, seq_len: Any) -> tuple[Any, ...]:
+        """`shape_facts` of this job at other sizes, numbers or arrays."""
+        return shape_facts(batch_size, seq_len + self.virtual_tokens, windows_of(self.architecture), self.loss)
+
+    def sizes(self, batch_size: Any, seq_len: Any) -> dict[str, Any]:
+        """The named sizes at other sizes, numbers or arrays."""
+        return sizes(batch_size, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
 
 
 def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Peaks:
     """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell."""
     found = compiled(job, parameters, static, compute_capability=compute_capability)
-    named = sizes(job.setup.batch_size, job.setup.seq_len, virtual_tokens=found.virtual_tokens)
+    named = found.sizes(job.setup.batch_size, job.setup.seq_len)
     ledgers = {"load": found.loading}
     for phase, (_, end) in found.timeline.peaks(named, found.standing.bytes()).items():
         ledgers[phase] = found.standing + Ledger(found.timeline.lines(end, named))
@@ -90,7 +95,8 @@ def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     """The job made ready for all sizes that run the same operations, once."""
     setup = job.setup
     virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
-    facts = shape_facts(setup.batch_size, setup.seq_len + virtual_tokens, windows_of(job.architecture))
+    loss = _loss_sizes(job)
+    facts = shape_facts(setup.batch_size, setup.seq_len + virtual_tokens, windows_of(job.architecture), loss)
     described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
     key = (
         id(job.architecture),
@@ -119,7 +125,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         job.quant,
         adapter=ADAPTERS.get(str(job.method and job.method.peft_type)),
     )
-    steady_step(model, Program(setup.trainer, bool(setup.keep_outputs), parse_optim(str(setup.optim))))
+    steady_step(model, _program(job))
     found = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
     lasting = tuple(line for line in static if line.category != "gradients" and line.place == "device")
     buffers = Ledger(tuple(line for line in lasting if line.category == "buffers"))
@@ -131,6 +137,18 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         standing=Ledger(lasting + _workspaces(found.products, compute_capability)),
         loading=Ledger(loaded + load_passing(parameters, buffers, dtype=setup.dtype, doubled=doubled)),
         virtual_tokens=model.virtual_tokens,
+        loss=_loss_sizes(job),
+    )
+
+
+def _program(job: Job) -> Program:
+    setup = job.setup
+    return Program(
+        setup.trainer,
+        bool(setup.keep_outputs),
+        parse_optim(str(setup.optim)),
+        accumulation=setup.gradient_accumulation_steps,
+        keep_gradients=setup.keep_gradients,
     )
 
 
@@ -139,17 +157,21 @@ def windows_of(architecture: Architecture) -> tuple[int, ...]:
     return tuple(sorted({a.window for block in architecture.blocks for a in block.attentions if a.window}))
 
 
-def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...]) -> tuple[Any, ...]:
-    """What of batch and sequence decides which operations run: one sequence, a ragged mask, windows shorter than the sequence.
+def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...], loss: LossSizes) -> tuple[Any, ...]:
+    """What of batch and sequence decides which operations run: one sequence, a ragged mask, windows shorter than the sequence, how
+    many chunks a loss has.
 
-    Whole numbers or arrays of them.
+    Whole numbers or arrays of them; `seq_len` with virtual tokens.
     """
-    return (batch_size > 1, seq_len % MASK_MULTIPLE > 0, *(seq_len > window for window in windows))
+    ragged = seq_len % MASK_MULTIPLE > 0
+    return (batch_size > 1, ragged, *(seq_len > window for window in windows), *loss.facts(batch_size, loss.length(seq_len)))
 
 
 def _check(job: Job) -> None:
     """Raise NeedsTraceError for the parts of a job that have no formulas here."""
     model_type = job.architecture.model_type
+    setup = job.setup
+    check(trainer=setup.trainer, loss=setup.loss, keep_outputs=bool(setup.keep_outputs))
     if model_type not in FORWARDS:
         raise NeedsTraceError(f"activations of model type {model_type}")
     if job.method is None:
@@ -157,14 +179,12 @@ def _check(job: Job) -> None:
     if job.adaptation.matched and job.method.peft_type not in (*ADAPTERS, "LN_TUNING"):
         raise NeedsTraceError(f"activations of method {job.method.name}")
     _check_virtual_tokens(job)
+    if getattr(job.config, "rank_dropout", 0):
+        raise NeedsTraceError(f"rank_dropout of {job.method.name}")
     if job.method.name in ("houlsby", "pfeiffer"):
         raise NeedsTraceError(f"activations of method {job.method.name}")
-    if job.setup.loss != "full":
-        raise NeedsTraceError(f"logits of loss {job.setup.loss}")
     if job.setup.gradient_checkpointing and job.setup.use_reentrant:
         raise NeedsTraceError("reentrant checkpointing")
-    if job.setup.gradient_accumulation_steps > 1 or job.setup.keep_gradients:
-        raise NeedsTraceError("gradients that live through the forward")
     if job.quant is not None and job.quant.name not in QUANTIZED:
         raise NeedsTraceError(f"activations of {job.quant.name} layers")
 
@@ -182,27 +202,41 @@ def _check_virtual_tokens(job: Job) -> None:
         raise NeedsTraceError(f"a prefix of model type {job.architecture.model_type}")
 
 
+def _loss_sizes(job: Job) -> LossSizes:
+    before_embeddings = job.method is not None and job.method.peft_type in PROMPTED
+    return LossSizes(
+        job.setup.loss,
+        hidden_size=job.architecture.hidden_size or 0,
+        vocab_size=job.architecture.vocab_size or 0,
+        virtual_tokens=getattr(job.config, "num_virtual_tokens", None) or 0,
+        prompted=before_embeddings,
+    )
+
+
 def _running(job: Job, compute_capability: str) -> Running:
-    setup = job.setup
+    setup, loss = job.setup, _loss_sizes(job)
     return Running(
         autocast=None if setup.autocast == "none" else setup.autocast,
         checkpointing=bool(setup.gradient_checkpointing),
         attention=str(setup.attn_implementation),
         padding=setup.padding,
-        use_cache=bool(setup.use_cache),
+        use_cache=bool(setup.use_cache) and setup.trainer != "trl" and setup.loss != "trl-chunked",
         flash=tuple(map(int, compute_capability.split("."))) >= FLASH_CAPABILITY,
         peft_type=None if job.method is None else job.method.peft_type,
         config=job.config,
         seq_len=setup.seq_len,
         batch_size=setup.batch_size,
         dtype=setup.dtype,
+        loss=setup.loss,
+        loss_facts=loss.facts(setup.batch_size, loss.length(setup.seq_len + loss.virtual_tokens)),
     )
 
 
-def sizes(b: Any, s: Any, *, virtual_tokens: int = 0) -> dict[str, Any]:
+def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, Any]:
     """The named sizes of a batch of b sequences of s tokens, numbers or arrays: k is the sequence with virtual tokens."""
     found = {"b": b, "s": s, "k": s + virtual_tokens}
-    return found | {f"{name}%{m}": -(-found[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
+    found |= {f"{name}%{m}": -(-found[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
+    return found | loss.named(b, loss.length(s + virtual_tokens))
 
 
 def _workspaces(products: Iterable[tuple[str, str]], compute_capability: str) -> tuple[Line, ...]:

@@ -29,6 +29,8 @@ TOLERANCE = 0.005
 PLAIN = {"trainer": "plain"}
 TRAINER = {"trainer": "transformers"}
 OFF = {"trainer": "transformers", "gradient_checkpointing": False}
+SHORT = {"trainer": "transformers", "gradient_checkpointing": False, "seq_len": 32}
+"""Few tokens, so that what is as large as a weight decides the peak."""
 VIRTUAL = {"num_virtual_tokens": P}
 
 
@@ -58,6 +60,10 @@ def _peaks(engine: str, method: str, options: dict[str, Any]) -> dict[str, int]:
         ("lora", {**TRAINER, "layers_to_transform": [1, 3], "target_modules": ["q_proj"]}),
         ("lora", {**TRAINER, "target_modules": ["q_proj", "embed_tokens"]}),
         ("lora", {**PLAIN, "trainable_token_indices": [1, 2, 3]}),
+        ("vera", PLAIN),
+        ("vera", {**TRAINER, "quant": "nf4"}),
+        *((method, {**SHORT, "target_modules": "all-linear"}) for method in ("loha", "lokr", "fourierft")),
+        ("lokr", {**TRAINER, "r": 16, "decompose_both": True, "quant": "int8"}),
     ],
 )
 def test_each_phase_peaks_where_the_trace_does(method: str, options: dict[str, Any]) -> None:

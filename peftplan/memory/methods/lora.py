@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftplan.memory import ops
-from peftplan.memory.model import Part, Running
+from peftplan.memory.model import FOUR_BIT, Part, Running
 from peftplan.memory.tape import Tape, Tensor
 
 
@@ -17,7 +17,7 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     result = base(x)
     a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
     given = result.dtype
-    if part.quant is not None and part.quant.name in ("nf4", "fp4"):
+    if part.quant is not None and part.quant.name in FOUR_BIT:
         result = ops.copied(f, result, "clone")
     converts = part.quant is None or running.autocast is None
     if converts:

@@ -1,0 +1,34 @@
+"""VeRA (peft 0.21.2, tuners/vera/layer.py `Linear.forward`): two trained vectors around frozen matrices that all layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peftplan.memory import ops
+from peftplan.memory.methods.sides import sides
+from peftplan.memory.model import FOUR_BIT, Part, Running
+from peftplan.memory.tape import Parameter, Tape, Tensor
+
+
+def vera(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
+    """`result + λ_b * (B (λ_d * (A dropout(x))))`, in the dtype of λ; a 4-bit base's result is cloned first."""
+    previous = x.dtype
+    result = base(x)
+    given = result.dtype
+    if part.quant is not None and part.quant.name in FOUR_BIT:
+        result = ops.copied(f, result, "clone")
+    n_in, n_out = sides(part)
+    outer, inner = part.params["vera_lambda_b"], part.params["vera_lambda_d"]
+    rank = inner.dims[0]
+    a = Parameter("vera_A", (rank, n_in), inner.dtype, trainable=False)
+    b = Parameter("vera_B", (n_out, rank), inner.dtype, trainable=False)
+    f.module = part.name
+    x = f.to(x, inner.dtype)
+    low = ops.linear(f, ops.dropout(f, x, running.config.vera_dropout), a)
+    out = ops.linear(f, ops.mul(f, low, inner), b)
+    del low
+    out = ops.mul(f, out, outer)
+    result = ops.add(f, result, out)
+    del out
+    result = f.to(result, given)
+    return f.to(result, previous)  # type: ignore[no-any-return]
