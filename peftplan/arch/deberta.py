@@ -24,6 +24,9 @@ from peftplan.arch.modules import (
 
 TASKS = ("MASKED_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
+POSITION_PROJECTIONS = {"c2p": "pos_key_proj", "p2c": "pos_query_proj"}
+"""The kind of score → the projection that it has of its own, unless positions share the content's."""
+
 
 def deberta_v2(c: Fields, task_type: str) -> Architecture:
     """DeBERTa v2 with the head of a task; sequence classification puts a `pooler` between model and classifier."""
@@ -97,6 +100,7 @@ def _backbone(c: Fields) -> Backbone:
                         _head_dim(c),
                         positions="disentangled" if c.bool("relative_attention", default=False) else "learned",
                         causal=False,
+                        relative=_position_kinds(c),
                     ),
                 ),
                 mlp=Mlp("plain", c.int("intermediate_size"), c.str("hidden_act", default="gelu")),
@@ -153,12 +157,19 @@ def _layer(c: Fields, h: int, layers: tuple[int, ...]) -> tuple[Module, ...]:
     )
 
 
-def _position_projections(c: Fields) -> tuple[str, ...]:
-    if not c.bool("relative_attention", default=False) or c.bool("share_att_key", default=False):
+def _position_kinds(c: Fields) -> tuple[str, ...]:
+    """Content against positions (`c2p`), positions against content (`p2c`)."""
+    if not c.bool("relative_attention", default=False):
         return ()
     stated = c.raw.get("pos_att_type")
     kinds = [k.strip() for k in stated.lower().split("|")] if isinstance(stated, str) else c.strs("pos_att_type", default=())
-    return tuple(name for kind, name in (("c2p", "pos_key_proj"), ("p2c", "pos_query_proj")) if kind in kinds)
+    return tuple(kind for kind in POSITION_PROJECTIONS if kind in kinds)
+
+
+def _position_projections(c: Fields) -> tuple[str, ...]:
+    if c.bool("share_att_key", default=False):
+        return ()
+    return tuple(POSITION_PROJECTIONS[kind] for kind in _position_kinds(c))
 
 
 def _shared(c: Fields, h: int) -> tuple[Module, ...]:

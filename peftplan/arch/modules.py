@@ -81,7 +81,7 @@ class Buffer(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """One attention module of a block. `num_key_value_heads` < `num_attention_heads` is GQA, 1 is MQA.
+    """One attention module of a block. `relative`: DeBERTa's kinds of scores with positions. `num_key_value_heads` < `num_attention_heads` is GQA, 1 is MQA.
 
     `value_head_dim` is stated where values are narrower than keys (MLA); `softcap`: scores go through a scaled tanh;
     `rotary_dim`: how many numbers of a head are rotated, None for all; `alibi_length`: of how many positions MPT makes its bias.
@@ -99,9 +99,19 @@ class Attention(NamedTuple):
     causal: bool = True
     cross: bool = False
     sinks: bool = False
+    relative: tuple[str, ...] = ()
     softcap: bool = False
     rotary_dim: int | None = None
     alibi_length: int | None = None
+
+
+class Router(NamedTuple):
+    """How a mixture chooses experts: weights that sum to one, groups of experts first; noise on its input, a loss of its own."""
+
+    norm_topk_prob: bool = False
+    groups: int = 0
+    noise: bool = False
+    loss: bool = False
 
 
 class Mlp(NamedTuple):
@@ -114,6 +124,7 @@ class Mlp(NamedTuple):
     num_experts: int = 0
     num_experts_per_tok: int = 0
     shared_intermediate_size: int = 0
+    router: Router = Router()
 
 
 class Block(NamedTuple):

@@ -6,6 +6,7 @@ Sources: transformers 5.24, models/*/modeling_*.py (`…ForMaskedLM`, `…ForSeq
 
 from __future__ import annotations
 
+from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.loss import causal_lm_loss, plain_cross_entropy
@@ -69,6 +70,21 @@ def hidden_classification(model: Model, x: Tensor) -> Output:
     first = ops.dropout(f, ops.selected(f, x, (x.dims[0], x.dims[2])), p)
     hidden = ops.keeps_output(f, model.linear("classifier.dense", first), "tanh")
     return classified(model, "classifier.out_proj", ops.dropout(f, hidden, p))
+
+
+def deberta_lm(model: Model, x: Tensor) -> Output:
+    """`DebertaV2ForMaskedLM.forward` with its legacy head, which is BERT's."""
+    if not model.has("cls.predictions.decoder"):
+        raise NeedsTraceError("DeBERTa's head with legacy: false")
+    return bert_lm(model, x)
+
+
+def deberta_classification(model: Model, x: Tensor) -> Output:
+    """`ContextPooler`, whose activation is gelu unless the config says otherwise, dropout and a linear layer."""
+    f = model.tape
+    first = ops.selected(f, x, (x.dims[0], x.dims[2]))
+    pooled = activation(f, model.linear("pooler.dense", first), "gelu")
+    return classified(model, "classifier", ops.dropout(f, pooled, model.arch.dropout.classifier))
 
 
 def distilbert_lm(model: Model, x: Tensor) -> Output:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import encoder_heads, ops, seq2seq_heads
+from peftplan.memory import decoder_heads, encoder_heads, ops, seq2seq_heads
+from peftplan.memory.chunked_loss import trl_chunked
 from peftplan.memory.loss import causal_lm_loss
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import ROBERTA
 from peftplan.memory.tape import Tensor
 
-Head = Callable[[Model, Tensor], tuple[Tensor, Tensor]]
+Head = Callable[[Model, Tensor], tuple[Tensor, ...]]
+"""Model and last hidden states → the loss, and what else the outputs hold: logits, where they exist."""
 
 
 def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,6 +30,7 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
 HEADS: dict[str, Head] = {
     "CAUSAL_LM": causal_lm,
     "IMAGE_CLS": encoder_heads.picture_classification,
+    "SEQ_CLS": decoder_heads.last_token,
     "TOKEN_CLS": encoder_heads.token_classification,
     "QUESTION_ANS": encoder_heads.question_answering,
 }
@@ -38,6 +41,8 @@ OF_MODEL: dict[tuple[str, str], Head] = {
     ("bert", "SEQ_CLS"): encoder_heads.bert_classification,
     **{(name, task): encoder_heads.roberta_lm for name in ROBERTA for task in ("MASKED_LM", "CAUSAL_LM")},
     **{(name, "SEQ_CLS"): encoder_heads.hidden_classification for name in ROBERTA},
+    ("deberta-v2", "MASKED_LM"): encoder_heads.deberta_lm,
+    ("deberta-v2", "SEQ_CLS"): encoder_heads.deberta_classification,
     ("distilbert", "MASKED_LM"): encoder_heads.distilbert_lm,
     ("distilbert", "SEQ_CLS"): encoder_heads.distilbert_classification,
     ("distilbert", "QUESTION_ANS"): encoder_heads.distilbert_answering,
@@ -55,10 +60,24 @@ OF_MODEL: dict[tuple[str, str], Head] = {
 """(model type, task) → head, where a class has its own."""
 
 
+OF_LOSS: dict[str, Head] = {"trl-chunked": trl_chunked}
+"""Loss → head of a causal language model, in place of its own."""
+
+
 def head_of(model: Model) -> Head:
-    """The head of a model's task. Raises NeedsTraceError for tasks that only the trace engine knows."""
+    """The head of a model's task, or of a loss that never holds all logits.
+
+    Raises NeedsTraceError for tasks that only the trace engine knows.
+    """
     task, model_type = model.arch.task_type, model.arch.model_type
+    loss = model.running.loss
+    if loss != "full" and (task != "CAUSAL_LM" or (model_type, task) in OF_MODEL or loss not in OF_LOSS):
+        raise NeedsTraceError(f"loss {loss} of task_type {task} of {model_type}")
+    if loss != "full":
+        return OF_LOSS[loss]
     found = OF_MODEL.get((model_type, task)) or HEADS.get(task)
+    if task == "TOKEN_CLS" and model.arch.blocks[0].stack == "decoder":
+        found = decoder_heads.every_token
     if found is None:
         raise NeedsTraceError(f"task_type {task} of {model_type}: its activations need --engine trace")
     return found

@@ -159,6 +159,8 @@ class Tape:
         self.autocast = autocast
         self.grad_enabled = True
         self.marks: list[tuple[int, str]] = []
+        self.products: list[tuple[int, str]] = []
+        """Positions of the log where a matrix product writes into what exists, and the library that computes it."""
         self.leaves: set[int] = set()
         """Storages of tensors that no operation made and that have a gradient: embeddings under `enable_input_require_grads`."""
         self.lasting: set[int] = set()
@@ -217,8 +219,8 @@ class Tape:
         """Let a node keep more tensors: results of its own operation."""
         if node is not None and saved:
             for value in saved:
-                if type(value) is Tensor:
-                    self.savers[value.storage.number] = node.backward.__name__  # type: ignore[union-attr]
+                if type(value) is Tensor and value.storage is not None:
+                    self.savers[value.storage.number] = node.backward.__name__
             packed = saved if self._frame is None and self._replaying is None else tuple(map(self._pack, saved))
             node.saved = (*node.saved, *packed)
 

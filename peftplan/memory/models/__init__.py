@@ -13,6 +13,7 @@ Forward = Callable[[Model], Tensor]
 FORWARDS: dict[str, tuple[str, str]] = {
     "bart": ("bart", "bart"),
     "bert": ("bert", "bert"),
+    "deberta-v2": ("deberta", "deberta"),
     "distilbert": ("distilbert", "distilbert"),
     "modernbert": ("modernbert", "modernbert"),
     "roberta": ("bert", "bert"),
@@ -47,6 +48,10 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "bloom": ("alibi", "bloom"),
     "mpt": ("alibi", "mpt"),
     "falcon": ("falcon", "falcon"),
+    "mixtral": ("moe", "mixtral"),
+    "qwen2_moe": ("moe", "qwen2_moe"),
+    "qwen3_moe": ("moe", "qwen3_moe"),
+    "granitemoe": ("moe", "granitemoe"),
 }
 """model type → module of this folder and its function: from token ids to the last hidden states."""
 

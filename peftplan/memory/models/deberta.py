@@ -1,0 +1,209 @@
+"""DeBERTa v2 and v3 (transformers 5.24, models/deberta_v2/modeling_deberta_v2.py): scores of content and of relative positions.
+
+Left out: v2's convolution after layer 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peftplan.arch.modules import Attention, Block
+from peftplan.errors import NeedsTraceError
+from peftplan.memory import ops
+from peftplan.memory.activations import activation
+from peftplan.memory.model import Model, kinds_of, run_stack, shared
+from peftplan.memory.models.bert import output
+from peftplan.memory.shaping import sliced
+from peftplan.memory.tape import Node, Tape, Tensor
+
+EMBEDDINGS = "deberta.embeddings"
+LAYER = "deberta.encoder.layer.{}"
+
+
+def deberta(model: Model) -> Tensor:
+    """`DebertaV2Model.forward`; the output of every layer is held until it returns."""
+    model.can_cache = False
+    f, block, s = model.tape, model.arch.blocks[0], model.seq
+    if model.has("deberta.encoder.conv.conv"):
+        raise NeedsTraceError("DeBERTa's convolution")
+    if block.attentions[0].positions == "disentangled" and not block.attentions[0].relative:
+        raise NeedsTraceError("DeBERTa's relative attention without pos_att_type")
+    ones = model.batch.get("attention_mask") or f.new(("b", s), "fp32", "attention_mask")
+    token_type_ids = f.new(("b", s), "int64", "token_type_ids")
+    x = embeddings(model, token_type_ids, ones)
+    f.module = "deberta.encoder"
+    mask = f.new(("b", 1, s, s), ones.dtype, "attention_mask")
+    distances = f.new((1, s, s), "int64", "relative_pos") if block.attentions[0].relative else None
+    sums: set[int] = set()
+    positions = position_embeddings(model, sums) if distances is not None else None
+    held = [x]
+
+    def layer(number: int, x: Tensor) -> Tensor:
+        x = encoder_layer(model, block, number, x, mask, distances, positions)
+        if not model.running.checkpointing:
+            held.append(x.detach())
+        return x
+
+    x = run_stack(
+        model, kinds_of(model, "encoder"), x, layer, name="layers", checkpointed=model.running.checkpointing, sums=sums
+    )
+    del ones
+    return x
+
+
+def embeddings(model: Model, token_type_ids: Tensor, mask: Tensor) -> Tensor:
+    """`DebertaV2Embeddings.forward`: padding is multiplied away."""
+    f, s = model.tape, model.seq
+    words = model.inputs()
+    f.module = EMBEDDINGS
+    if model.has(f"{EMBEDDINGS}.position_embeddings"):
+        positions = model.embedding(f"{EMBEDDINGS}.position_embeddings", (1, s))
+        x = ops.add(f, words, positions)
+    else:
+        positions = f.new(words.dims, words.dtype, "zeros_like")
+        x = words
+    if model.has(f"{EMBEDDINGS}.token_type_embeddings"):
+        token_types = model.embedding(f"{EMBEDDINGS}.token_type_embeddings", ("b", s), token_type_ids)
+        f.module = EMBEDDINGS
+        x = ops.add(f, x, token_types)
+    if model.has(f"{EMBEDDINGS}.embed_proj"):
+        x = model.linear(f"{EMBEDDINGS}.embed_proj", x)
+    x = model.layernorm(f"{EMBEDDINGS}.LayerNorm", x)
+    f.module = EMBEDDINGS
+    factor = f.new(("b", s, 1), x.dtype, "to") if mask.dtype != x.dtype else mask.view(("b", s, 1))
+    x = ops.mul(f, x, factor)
+    return ops.dropout(f, x, model.arch.dropout.embedding)
+
+
+def position_embeddings(model: Model, sums: set[int]) -> Tensor:
+    """`get_rel_embedding`: the table itself, or its norm, which all layers read."""
+    f = model.tape
+    weight = model.part("deberta.encoder.rel_embeddings").weight
+    assert weight is not None
+    table: Any = weight
+    if model.has("deberta.encoder.LayerNorm"):
+        table = model.layernorm("deberta.encoder.LayerNorm", table)
+    return shared(f, table, sums)
+
+
+def encoder_layer(
+    model: Model, block: Block, number: int, x: Tensor, mask: Tensor, distances: Tensor | None, positions: Tensor | None
+) -> Tensor:
+    """`DebertaV2Layer.forward`."""
+    f = model.tape
+    out = Scores(model, block.attentions[0], number).attention(x, mask, distances, positions)
+    attention_output = output(model, f"{LAYER}.attention.output", number, out, x)
+    inner = model.linear(f"{LAYER}.intermediate.dense", attention_output, number)
+    f.module = f"{LAYER}.intermediate.intermediate_act_fn"
+    inner = activation(f, inner, block.mlp.activation)
+    return output(model, f"{LAYER}.output", number, inner, attention_output)
+
+
+def gather(f: Tape, x: Tensor, index: Tensor, dims: tuple[Any, ...]) -> Tensor:
+    """`gather`: keeps x and the index; backward scatters into zeros as large as x."""
+    return f.new(dims, x.dtype, "gather", f.record(_gather_backward, (x,), x, index))
+
+
+def _gather_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0].dims, g.dtype, "scatter_add")
+
+
+def masked_fill(f: Tape, x: Tensor, mask: Tensor) -> Tensor:
+    """`masked_fill`: keeps the mask."""
+    return f.new(x.dims, x.dtype, "masked_fill", f.record(_masked_fill_backward, (x,), mask))
+
+
+def _masked_fill_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "masked_fill")
+
+
+def repeated(f: Tape, x: Tensor, dims: tuple[Any, ...]) -> Tensor:
+    """`repeat`: a copy per sample; its gradient is their sum."""
+    return f.new(dims, x.dtype, "repeat", f.record(_repeated_backward, (x,), x.dims))
+
+
+def _repeated_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "sum")
+
+
+class Scores:
+    """`DisentangledSelfAttention` of one layer."""
+
+    def __init__(self, model: Model, a: Attention, number: int) -> None:
+        self.model = model
+        self.a = a
+        self.number = number
+        self.name = f"{LAYER}.attention.self"
+
+    def by_head(self, part: str, x: Tensor) -> Tensor:
+        """A projection, and `transpose_for_scores`, which copies it."""
+        f, a = self.model.tape, self.a
+        b, s, _ = x.dims
+        x = self.model.linear(f"{self.name}.{part}", x, self.number)
+        f.module = self.name
+        dims = (b, a.num_attention_heads, s, a.head_dim)
+        return ops.copied(f, ops.heads(f, x, dims, clones=True), "clone")
+
+    def attention(self, x: Tensor, mask: Tensor, distances: Tensor | None, positions: Tensor | None) -> Tensor:
+        """`forward`."""
+        model, f = self.model, self.model.tape
+        q, k, v = (self.by_head(part, x) for part in ("query_proj", "key_proj", "value_proj"))
+        dims = (*q.dims[:3], k.dims[2])
+        scores = ops.matmul(f, q, ops.scale(f, k, "div"), dims)
+        if distances is not None and positions is not None:
+            positions = ops.dropout(f, positions, model.arch.dropout.hidden)
+            bias = self.bias(q, k, distances, positions)
+            scores = ops.add(f, scores, bias)
+        shown = f.new(mask.dims, "bool", "bool")
+        scores = masked_fill(f, scores, f.new(mask.dims, "bool", "not"))
+        weights = ops.softmax(f, scores, "fp32" if f.autocast else scores.dtype)
+        weights = ops.dropout(f, weights, model.arch.dropout.attention)
+        out = ops.matmul(f, weights, v, q.dims)
+        del shown
+        return ops.copied(f, out, "clone").view((q.dims[0], q.dims[2], self.a.num_attention_heads * self.a.head_dim))
+
+    def bias(self, q: Tensor, k: Tensor, distances: Tensor, positions: Tensor) -> Tensor:
+        """`disentangled_attention_bias`."""
+        f, span = self.model.tape, positions.dims[0]
+        table = sliced(f, positions, positions.dims).view((1, *positions.dims))
+        shares = not any(self.model.has(f"{self.name}.{part}", self.number) for part in ("pos_key_proj", "pos_query_proj"))
+        read: Callable[[str, str], Tensor] = lambda own, content: self.positions(content if shares else own, table, q)
+        need_key, need_query = "c2p" in self.a.relative or shares, "p2c" in self.a.relative or shares
+        if shares:
+            queries, keys = read("", "query_proj"), read("", "key_proj")
+        else:
+            keys = read("pos_key_proj", "") if need_key else None
+            queries = read("pos_query_proj", "") if need_query else None
+        score: Tensor | None = None
+        for kind, content, against in (("c2p", q, keys), ("p2c", k, queries)):
+            if kind not in self.a.relative or against is None:
+                continue
+            score = self.scored(content, against, distances, span, score)
+        assert score is not None
+        return score
+
+    def positions(self, part: str, table: Tensor, q: Tensor) -> Tensor:
+        """Positions projected, once per sample."""
+        x = self.by_head(part, table)
+        return repeated(self.model.tape, x, (q.dims[0], *x.dims[1:]))
+
+    def scored(self, content: Tensor, against: Tensor, distances: Tensor, span: Any, before: Tensor | None) -> Tensor:
+        """One kind of score: of every position in the table, then those of each pair, added to what there is in place."""
+        f = self.model.tape
+        every = ops.matmul(f, content, against, (*content.dims[:3], span))
+        index = f.new(distances.dims, "int64", "clamp")
+        picked = gather(f, every, index, (*content.dims[:3], content.dims[2]))
+        del every, index
+        picked = ops.scale(f, picked, "div")
+        if before is None:
+            return f.new(picked.dims, picked.dtype, "add", f.record(_pass, (picked,)))
+        return Tensor(before.storage, before.dims, before.dtype, f.record(_both, (before, picked)))
+
+
+def _pass(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return g
+
+
+def _both(f: Tape, node: Node, saved: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    return g, g
