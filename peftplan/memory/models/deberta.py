@@ -22,7 +22,7 @@ LAYER = "deberta.encoder.layer.{}"
 
 
 def deberta(model: Model) -> Tensor:
-    """`DebertaV2Model.forward`; the output of every layer is held until it returns."""
+    """`DebertaV2Model.forward`. Left out: until it returns it holds every layer's output, which else only LoRA's casts would free."""
     model.can_cache = False
     f, block, s = model.tape, model.arch.blocks[0], model.seq
     if model.has("deberta.encoder.conv.conv"):
@@ -37,13 +37,9 @@ def deberta(model: Model) -> Tensor:
     distances = f.new((1, s, s), "int64", "relative_pos") if block.attentions[0].relative else None
     sums: set[int] = set()
     positions = position_embeddings(model, sums) if distances is not None else None
-    held = [x]
 
     def layer(number: int, x: Tensor) -> Tensor:
-        x = encoder_layer(model, block, number, x, mask, distances, positions)
-        if not model.running.checkpointing:
-            held.append(x.detach())
-        return x
+        return encoder_layer(model, block, number, x, mask, distances, positions)
 
     x = run_stack(
         model, kinds_of(model, "encoder"), x, layer, name="layers", checkpointed=model.running.checkpointing, sums=sums
@@ -176,10 +172,13 @@ class Scores:
             keys = read("pos_key_proj", "") if need_key else None
             queries = read("pos_query_proj", "") if need_query else None
         score: Tensor | None = None
+        held = []
         for kind, content, against in (("c2p", q, keys), ("p2c", k, queries)):
             if kind not in self.a.relative or against is None:
                 continue
-            score = self.scored(content, against, distances, span, score)
+            picked, index = self.picked(content, against, distances, span)
+            held.append((picked, index))
+            score = added(f, ops.scale(f, picked, "div"), score)
         assert score is not None
         return score
 
@@ -188,17 +187,19 @@ class Scores:
         x = self.by_head(part, table)
         return repeated(self.model.tape, x, (q.dims[0], *x.dims[1:]))
 
-    def scored(self, content: Tensor, against: Tensor, distances: Tensor, span: Any, before: Tensor | None) -> Tensor:
-        """One kind of score: of every position in the table, then those of each pair, added to what there is in place."""
+    def picked(self, content: Tensor, against: Tensor, distances: Tensor, span: Any) -> tuple[Tensor, Tensor]:
+        """One kind of score: of every position in the table, then those of each pair; and which they are."""
         f = self.model.tape
         every = ops.matmul(f, content, against, (*content.dims[:3], span))
         index = f.new(distances.dims, "int64", "clamp")
-        picked = gather(f, every, index, (*content.dims[:3], content.dims[2]))
-        del every, index
-        picked = ops.scale(f, picked, "div")
-        if before is None:
-            return f.new(picked.dims, picked.dtype, "add", f.record(_pass, (picked,)))
-        return Tensor(before.storage, before.dims, before.dtype, f.record(_both, (before, picked)))
+        return gather(f, every, index, (*content.dims[:3], content.dims[2])), index
+
+
+def added(f: Tape, x: Tensor, score: Tensor | None) -> Tensor:
+    """`score += x`: a new tensor from 0, then in place."""
+    if score is None:
+        return f.new(x.dims, x.dtype, "add", f.record(_pass, (x,)))
+    return Tensor(score.storage, score.dims, score.dtype, f.record(_both, (score, x)))
 
 
 def _pass(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
