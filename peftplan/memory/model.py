@@ -327,11 +327,12 @@ def run_stack(
     name: str,
     checkpointed: bool,
     sums: set[int] | None = None,
+    holds: bool = False,
 ) -> Tensor:
     """Run the first layer of each kind, then the last of each; `kinds[l]` is the kind of layer l.
 
     The layers between stand in the log as copies of the last of their kind (`memory.timeline`). `sums`: the gradients of what all
-    layers read (`shared`).
+    layers read (`shared`). `holds`: the caller keeps what every layer returns until the forward ends.
     """
     f = model.tape
     name = f"{name}/{model.micro_batch}" if model.micro_batch else name
@@ -344,7 +345,7 @@ def run_stack(
         finally:
             model.layer_locals.clear()
 
-    stack = Stack(name, len(set(kinds)), copies, set(), set() if sums is None else sums)
+    stack = Stack(name, len(set(kinds)), copies, set(), set() if sums is None else sums, holds)
     model.stacks.append(stack)
     for number, layer in enumerate(sections):
         x = boundary(f, x, f"{name} {number}")
@@ -363,7 +364,9 @@ def sections_of(kinds: tuple[int, ...], *, summing: bool = False) -> tuple[list[
     last = {kind: layer for layer, kind in enumerate(kinds) if layer != first[kind]}
     before = _second_last(kinds, first, last) if summing else {}
     sections = [*sorted(first.values()), *sorted(before.values()), *sorted(last.values())]
-    return sections, {sections.index(layer): kinds.count(kind) - 2 - (kind in before) for kind, layer in last.items()}
+    return sections, {
+        sections.index(before.get(kind, layer)): kinds.count(kind) - 2 - (kind in before) for kind, layer in last.items()
+    }
 
 
 def _second_last(kinds: tuple[int, ...], first: dict[int, int], last: dict[int, int]) -> dict[int, int]:

@@ -38,6 +38,8 @@ class Stack(NamedTuple):
     """Storages of the hidden states that one layer hands to the next."""
     sums: set[int]
     """Storages of gradients that all layers add to: one after the other, each freeing the one before."""
+    holds: bool = False
+    """Whether what every layer returns lives until the forward ends."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,10 @@ def _products(tape: Tape) -> Iterator[tuple[str, str]]:
         library = PRODUCTS.get(tape.names[n].rpartition(" ")[2]) if n > 0 else None
         if library is not None:
             yield library, thread
+    phases = [(at, what) for at, what in tape.marks if what in PHASES]
+    for at, library in tape.products:
+        phase = max((start, what) for start, what in phases if start <= at)[1]
+        yield library, "backward" if phase == "backward" else "forward"
 
 
 def _source(saver: str | None) -> str:
@@ -198,11 +204,17 @@ def _copies(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, set[int]]:
                     net = [n for n in net if n > 0 or -n >= own]
                 found.setdefault(where, []).extend((n, count) for n in net)
                 if forward:
-                    outliving |= {n for n in net if n > 0} - stack.passed
+                    outliving |= {n for n in net if n > 0} - (stack.passed - (_early(tape, stop) if stack.holds else set()))
                 else:
                     outliving -= {-n for n in tape.log[start:stop] if n < 0}
                     outliving |= tape.lasting.intersection(net)
     return found, outliving
+
+
+def _early(tape: Tape, since: int) -> set[int]:
+    """Storages that are freed before backward begins."""
+    until = next(at for at, what in tape.marks if what == "backward" and at >= since)
+    return {-n for n in tape.log[since:until] if n < 0}
 
 
 def _run(marks: list[tuple[int, str]], *, end: str, forward: bool) -> Iterator[tuple[int, str]]:

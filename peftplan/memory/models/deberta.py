@@ -22,7 +22,7 @@ LAYER = "deberta.encoder.layer.{}"
 
 
 def deberta(model: Model) -> Tensor:
-    """`DebertaV2Model.forward`. Left out: until it returns it holds every layer's output, which else only LoRA's casts would free."""
+    """`DebertaV2Model.forward`, which holds the output of every layer until it returns."""
     model.can_cache = False
     f, block, s = model.tape, model.arch.blocks[0], model.seq
     if model.has("deberta.encoder.conv.conv"):
@@ -38,11 +38,17 @@ def deberta(model: Model) -> Tensor:
     sums: set[int] = set()
     positions = position_embeddings(model, sums) if distances is not None else None
 
+    held: list[Tensor] = []
+    checkpointed = model.running.checkpointing
+
     def layer(number: int, x: Tensor) -> Tensor:
+        if not checkpointed:
+            held.append(x.detach())
         return encoder_layer(model, block, number, x, mask, distances, positions)
 
+    kinds = kinds_of(model, "encoder")
     x = run_stack(
-        model, kinds_of(model, "encoder"), x, layer, name="layers", checkpointed=model.running.checkpointing, sums=sums
+        model, kinds, x, layer, name="layers", checkpointed=checkpointed, sums=sums, holds=not checkpointed
     )
     del ones
     return x
