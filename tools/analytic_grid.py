@@ -1,10 +1,10 @@
-"""The analytic engine against the trace engine over a grid of jobs: prints a Markdown page, `--write` writes docs/analytic-drift.md.
+"""The analytic engine against the trace engine over a grid of jobs: prints a page, `--write` writes docs/analytic-drift.md.
 
     python tools/analytic_grid.py [--sample N] [--seed S] [--jobs J] [--model-type T ...] [--write]
 
 Every model type with an adapter, at the widths of a published model and a few layers; every method, dtype, kernel, trainer and
-optimizer of `AXES`, drawn for each cell with a seed. Drift is analytic ÷ traced − 1, of the allocated peak and of each phase. What
-one engine refuses the other must refuse too. Needs the extra `trace`; the whole grid takes half an hour on two cores.
+optimizer of `AXES`, drawn for each cell with a seed. Drift is analytic ÷ traced − 1, of the allocated peak and of each phase.
+What one engine refuses the other must refuse too. Needs the extra `trace`; the whole grid takes half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ from peftplan.report.markdown import table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "analytic-drift.md"
 LAYERS = 6
-LAYER_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+LAYER_FIELDS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+)
 PHASES = ("load", "forward", "backward", "step")
 MEDIAN_BAR, WORST_BAR = 0.01, 0.04
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, decoder_model, equal_head_dim, probability, prompt_dims
+from peftplan.arch.heads import Backbone, classifier_dropout, decoder_model, equal_head_dim, probability, prompt_dims
 from peftplan.arch.modules import Architecture, Attention, Block, Dropout, Mlp, embedding, layernorm, linear
 from peftplan.errors import InputError, RefusedError
 
@@ -18,9 +18,6 @@ MLP_RATIO = 4
 """`BloomMLP` and `MptMLP` write 4 × hidden_size into the code."""
 
 MPT_MAX_SEQ_LEN = 2048
-CLASSIFIER_DROPOUT = 0.1
-"""Of a token classifier whose config states none (`MptForTokenClassification`)."""
-
 MPT_FIXED: Mapping[str, Any] = {"expansion_ratio": MLP_RATIO, "no_bias": True}
 MPT_ATTENTION_FIXED: Mapping[str, Any] = {
     "attn_type": "multihead_attention",
@@ -99,7 +96,7 @@ def mpt(c: Fields, task_type: str) -> Architecture:
         prompt=prompt_dims(c, len(layers), h, None),
         supports_sdpa=False,
         # One probability for attention weights and after both sublayers; resid_pdrop and emb_pdrop are never read.
-        dropout=Dropout(dropped, dropped, classifier=_classifier_dropout(c)),
+        dropout=Dropout(dropped, dropped, classifier=classifier_dropout(c)),
     )
     return decoder_model(backbone, c, task_type, tie_word_embeddings=True, token_cls="classifier")
 
@@ -122,9 +119,3 @@ def _refuse_ignored(c: Fields) -> Fields:
             if fields.get(field, only) != only:
                 raise RefusedError(f"{c.name}: {field} is {fields[field]!r}, but transformers' MPT classes always take {only!r}")
     return Fields(attention, name=f"{c.name}: attn_config")
-
-
-def _classifier_dropout(c: Fields) -> float:
-    """`classifier_dropout`, or `hidden_dropout`, whichever the config has; neither is a field of `MptConfig`."""
-    stated = probability(c, "hidden_dropout", default=CLASSIFIER_DROPOUT)
-    return probability(c, "classifier_dropout", default=stated)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, probability, rotary_buffers
+from peftplan.arch.heads import Backbone, classifier_dropout, probability, rotary_buffers
 from peftplan.arch.modules import Attention, Block, Dropout, Mlp, Module, PromptDims, embedding, linear, rmsnorm
 from peftplan.errors import InputError
 
@@ -155,7 +155,7 @@ def decoder_backbone(
 ) -> Backbone:
     """The bare model: token embedding, layers, final norm (an RMSNorm unless given), rotary tables of `rotary_dim` (or d).
 
-    `dropout` is that of attention weights alone unless given.
+    `dropout` is that of attention weights, and before a token classifier, unless given.
     """
     return Backbone(
         model_type=c.str("model_type"),
@@ -168,7 +168,7 @@ def decoder_backbone(
         embedding="embed_tokens",
         buffers=rotary_buffers("rotary_emb", n.d if rotary_dim is None else rotary_dim),
         prompt=n.prompt,
-        dropout=dropout or Dropout(attention=probability(c, "attention_dropout")),
+        dropout=dropout or Dropout(attention=probability(c, "attention_dropout"), classifier=classifier_dropout(c)),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import (
     Backbone,
+    classifier_dropout,
     decoder_model,
     equal_head_dim,
     partial_rotary_dim,
@@ -166,4 +167,9 @@ def _block(layers: tuple[int, ...], attention: Attention, mlp: Mlp) -> Block:
 
 
 def _dropout(c: Fields, *, attention: str) -> Dropout:
-    return Dropout(probability(c, "resid_pdrop"), probability(c, attention), embedding=probability(c, "embd_pdrop"))
+    return Dropout(
+        probability(c, "resid_pdrop"),
+        probability(c, attention),
+        embedding=probability(c, "embd_pdrop"),
+        classifier=classifier_dropout(c),
+    )

@@ -24,6 +24,8 @@ TASK_TYPES: dict[str, str] = {
 BERT_DROPOUT = 0.1
 """What BERT's config classes set `hidden_dropout_prob` and `attention_probs_dropout_prob` to."""
 
+DECODER_CLASSIFIER_DROPOUT = 0.1
+
 DECODER_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
 """What transformers' generic heads offer for a decoder (`transformers/modeling_layers.py`), question answering left out."""
 
@@ -172,6 +174,12 @@ def equal_head_dim(c: Fields, hidden_size: int, heads: int) -> int:
 def probability(c: Fields, *names: str, default: float = 0.0) -> float:
     """A dropout probability by its field's names, or the class's own default."""
     return c.number(*names, default=default, low=0, high=1)
+
+
+def classifier_dropout(c: Fields) -> float:
+    """Before a decoder's token classifier (`GenericForTokenClassification`): whichever of two fields the config has, or 0.1."""
+    stated = probability(c, "hidden_dropout", default=DECODER_CLASSIFIER_DROPOUT)
+    return probability(c, "classifier_dropout", default=stated)
 
 
 def dropout_of(c: Fields, *, default: float = BERT_DROPOUT) -> Dropout:

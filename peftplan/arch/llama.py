@@ -21,7 +21,7 @@ from peftplan.arch.decoder import (
     windowed_blocks,
 )
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import Backbone, decoder_model, partial_rotary_dim, probability
+from peftplan.arch.heads import Backbone, classifier_dropout, decoder_model, partial_rotary_dim, probability
 from peftplan.arch.modules import Architecture, Attention, Block, Dropout, Mlp, Module, linear, rmsnorm
 from peftplan.errors import InputError
 
@@ -133,7 +133,7 @@ def phi3(c: Fields, task_type: str) -> Architecture:
         ),
         blocks=(_block(c, n, attention, fused_gate_up=True),),
         rotary_dim=partial_rotary_dim(c, n.d, default=1.0),
-        dropout=Dropout(probability(c, "resid_pdrop"), probability(c, "attention_dropout")),
+        dropout=Dropout(probability(c, "resid_pdrop"), probability(c, "attention_dropout"), classifier=classifier_dropout(c)),
     )
     return decoder_model(backbone, c, task_type)
 

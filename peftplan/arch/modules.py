@@ -81,7 +81,9 @@ class Buffer(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """One attention module of a block. `relative`: DeBERTa's kinds of scores with positions. `num_key_value_heads` < `num_attention_heads` is GQA, 1 is MQA.
+    """One attention module of a block. `relative`: DeBERTa's kinds of scores with positions.
+
+    `num_key_value_heads` < `num_attention_heads` is GQA, 1 is MQA.
 
     `value_head_dim` is stated where values are narrower than keys (MLA); `softcap`: scores go through a scaled tanh;
     `rotary_dim`: how many numbers of a head are rotated, None for all; `alibi_length`: of how many positions MPT makes its bias.

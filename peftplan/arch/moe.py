@@ -24,7 +24,7 @@ from peftplan.arch.decoder import (
 )
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import decoder_model
-from peftplan.arch.modules import Architecture, Attention, Block, Mlp, Module, linear
+from peftplan.arch.modules import Architecture, Attention, Block, Mlp, Module, Router, linear
 from peftplan.errors import InputError
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -46,7 +46,12 @@ def moe_mlp(c: Fields, width: int, e: int, top_k: int, *, shared: int = 0) -> Ml
         accepted = f"accepted: a whole number from 1 to {e}, the number of experts"
         raise InputError(f"{c.name}: num_experts_per_tok", top_k, accepted)
     act = c.str("hidden_act", default="silu")
-    return Mlp("moe", width, act, True, num_experts=e, num_experts_per_tok=top_k, shared_intermediate_size=shared)
+    router = Router(
+        norm_topk_prob=c.bool("norm_topk_prob", default=False),
+        noise=c.number("router_jitter_noise", default=0.0, low=0.0, high=1.0) > 0,
+        loss=c.bool("output_router_logits", default=False),
+    )
+    return Mlp("moe", width, act, True, num_experts=e, num_experts_per_tok=top_k, shared_intermediate_size=shared, router=router)
 
 
 def mixtral(c: Fields, task_type: str) -> Architecture:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from peftplan.arch.decoder import Dims, attention_modules, decoder_backbone, gated_mlp, read_dims
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import decoder_model, equal_head_dim, partial_rotary_dim, probability
+from peftplan.arch.heads import classifier_dropout, decoder_model, equal_head_dim, partial_rotary_dim, probability
 from peftplan.arch.modules import Architecture, Block, Dropout, Mlp, Module, layernorm, linear
 
 
@@ -15,6 +15,7 @@ def stablelm(c: Fields, task_type: str) -> Architecture:
     """StableLM: a quarter of a head rotated; `use_parallel_residual` drops the second norm; `qk_layernorm` norms head by head."""
     n = read_dims(c, kv=32)
     equal_head_dim(c, n.h, n.a)
+    hidden = probability(c, "hidden_dropout")
     parallel = c.bool("use_parallel_residual", default=False)
     qk_norm = c.bool("qk_layernorm", default=False)
     backbone = decoder_backbone(
@@ -40,7 +41,9 @@ def stablelm(c: Fields, task_type: str) -> Architecture:
         ),
         rotary_dim=partial_rotary_dim(c, n.d, default=0.25),
         norm=layernorm("norm", n.h),
-        dropout=Dropout(probability(c, "hidden_dropout"), probability(c, "attention_dropout")),
+        dropout=Dropout(
+            hidden, probability(c, "attention_dropout"), classifier=probability(c, "classifier_dropout", default=hidden)
+        ),
     )
     return decoder_model(backbone, c, task_type)
 
@@ -73,6 +76,7 @@ def starcoder2(c: Fields, task_type: str) -> Architecture:
             probability(c, "residual_dropout"),
             probability(c, "attention_dropout"),
             embedding=probability(c, "embedding_dropout"),
+            classifier=classifier_dropout(c),
         ),
     )
     return decoder_model(backbone, c, task_type, tie_word_embeddings=True)

@@ -51,7 +51,7 @@ def causal_mask(model: Model, dtype: str, window: int | None = None) -> Tensor |
     if model.running.attention == "eager":
         return f.new(("b", 1, s, model.keys), dtype, "attention_mask")
     if model.running.attention == "sdpa" and (model.running.padding or windowed or model.keys != s):
-        return f.new(("b" if model.running.padding else 1, 1, s, model.keys), "bool", "attention_mask")
+        return f.new(("b" if "attention_mask" in model.batch else 1, 1, s, model.keys), "bool", "attention_mask")
     return None
 
 
@@ -72,7 +72,8 @@ def attend(
     """transformers' attention function; in (b, a, s, d), out (b, s, a·d).
 
     `rotated`: queries and keys went through rotary embeddings, whose gradients come head by head anyway. `wide`: eager attention
-    asks for a softmax in fp32, as decoders do. `bias`: what eager attention adds before the mask. `by_head`: the three lie (b, a, s, d), as copies that the class made.
+    asks for a softmax in fp32, as decoders do. `bias`: what eager attention adds before the mask. `by_head`: the three lie
+    (b, a, s, d), as copies that the class made.
     """
     f = model.tape
     grouped = a.num_attention_heads != a.num_key_value_heads
@@ -157,7 +158,7 @@ def eager(
 ) -> Tensor:
     """`eager_attention_forward`: scores, softmax, and the weights, which live until the layer returns.
 
-    `wide`: softmax in fp32 and its result cast back; else in the scores' dtype, or as autocast says, in fp32 without casting back.
+    `wide`: softmax in fp32 and its result cast back; else in the scores' dtype, or as autocast says, in fp32 and left so.
     """
     f = model.tape
     keys, values = repeat_kv(f, k, a), repeat_kv(f, v, a)

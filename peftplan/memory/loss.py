@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from peftplan.errors import RefusedError
 from peftplan.memory import ops
+from peftplan.memory.model import Model, Part
 from peftplan.memory.tape import Node, Tape, Tensor
 
 
@@ -48,3 +50,19 @@ def plain_cross_entropy(f: Tape, logits: Tensor) -> Tensor:
 
 def _plain_nll_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return f.new(saved[0].dims, saved[0].dtype, "nll_loss_backward")
+
+
+def projection(model: Model) -> Part:
+    """The output projection whose weight a loss reads itself; a KV cache that the model returned goes, a prefix the caller holds.
+
+    Raises RefusedError where an adapter on it would not train; Liger reads the weight of what it adapts.
+    """
+    if model.running.peft_type != "PREFIX_TUNING":
+        model.kept.clear()
+    assert model.arch.output_embedding is not None
+    head = model.part(model.arch.output_embedding)
+    if model.running.loss != "liger" and any(key not in ("weight", "bias") for key in head.params):
+        raise RefusedError(
+            f"target_modules: {model.running.loss} reads lm_head.weight itself, so that an adapter on it would not train"
+        )
+    return head

@@ -29,7 +29,9 @@ def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, c
     held: list[Tensor] = []  # the loop's names keep one dtype's until the next one's are made
     for dtype in dict.fromkeys(p.dtype for p in trained):
         held = [
-            f.many(p.shape, p.dtype, f"{p.name} {optimizer.name}", copies * p.copies) for p in trained if copies and p.dtype == dtype
+            f.many(p.shape, p.dtype, f"{p.name} {optimizer.name}", copies * p.copies)
+            for p in trained
+            if copies and p.dtype == dtype
         ]
     del held
 

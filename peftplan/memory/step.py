@@ -1,20 +1,38 @@
 """Step programs: the loop around the model decides what is alive when.
 
-Source: transformers 5.24, trainer.py (`training_step`, `compute_loss`); accelerate 1.15, utils/operations.py
-(`ConvertOutputsToFp32`). The same programs as `trace.steps` runs.
+Source: transformers 5.24, trainer.py (`training_step`, `compute_loss`); trl 1.16, `SFTTrainer.compute_loss`; accelerate 1.15,
+utils/operations.py (`ConvertOutputsToFp32`). The same programs as `trace.steps` runs.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from peftplan.errors import RefusedError
 from peftplan.memory.batch import batch_of
+from peftplan.memory.chunked_loss import loss_of_trl
 from peftplan.memory.heads import head_of
 from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
 from peftplan.memory.optimizer import optimizer_step
+from peftplan.memory.scaler import Scaler
 from peftplan.memory.tape import Tensor
 from peftplan.optim import Optimizer
+
+MICRO_BATCHES = 2
+"""Of many micro batches per step, the first finds no gradients and the second finds those of the first, as all later ones do."""
+HALF = ("fp16", "bf16")
+LOSSES_OF_TRL = ("trl-chunked", "unsloth")
+"""SFTTrainer 1.16 projects in chunks whatever `loss_type` says, and refuses Liger's fused loss (it keeps Liger's layer kernels);
+Unsloth replaces its `compute_loss` by Trainer's."""
+
+
+def check(*, trainer: str, loss: str, keep_outputs: bool) -> None:
+    """Raise RefusedError for what no trainer does."""
+    if trainer == "trl" and loss not in LOSSES_OF_TRL:
+        raise RefusedError(f"loss: SFTTrainer of trl 1.16 cannot compute the {loss} loss; accepted: {', '.join(LOSSES_OF_TRL)}")
+    if trainer != "plain" and keep_outputs:
+        raise RefusedError(f"keep_outputs: {trainer} drops the outputs in compute_loss")
 
 
 class Program(NamedTuple):
@@ -23,38 +41,67 @@ class Program(NamedTuple):
     trainer: str
     keep_outputs: bool
     optimizer: Optimizer
+    accumulation: int = 1
+    keep_gradients: bool = False
 
 
 def steady_step(model: Model, program: Program) -> None:
     """One steady optimizer step."""
     f = model.tape
     model.batch = batch_of(model)
-    f.mark("forward")
-    loss, logits = _forward(model)
-    outputs = [logits, *model.outputs]
-    del logits
-    model.outputs.clear()
-    if program.trainer != "plain":
-        if f.autocast:
-            f.module = ""
-            outputs = [f.to(x.detach(), "fp32") for x in outputs]  # accelerate's copies of the outputs
-        outputs.clear()
-        model.kept.clear()
-    elif not program.keep_outputs:
-        outputs.clear()
-        model.kept.clear()
-    f.mark("backward")
-    f.backward(loss)
-    del loss
+    if program.trainer == "trl" and "attention_mask" not in model.batch:  # its collator always gives one
+        model.batch["attention_mask"] = f.new(("b", "s"), "int64", "attention_mask")
+    if program.keep_gradients:
+        model.keep_gradients()
+    scaler = Scaler(f) if f.autocast == "fp16" and program.trainer != "plain" else None
+    outputs: list[Tensor] = []
+    for number in range(1 if program.keep_gradients else min(program.accumulation, MICRO_BATCHES)):
+        model.micro_batch = number
+        f.mark("forward")
+        loss = _plain_loss(model, outputs, program) if program.trainer == "plain" else _loss_of_trainer(model, program)
+        f.mark("backward")
+        scaled = loss if scaler is None else scaler.scaled(f, loss)
+        f.backward(scaled)
+        del loss, scaled
     f.mark("step")
+    f.module = ""
+    if scaler is not None:
+        scaler.unscale(f, model.parameters)
     optimizer_step(f, program.optimizer, [p for p in model.parameters.all if p.trainable], clips=program.trainer != "plain")
-    del outputs
+    outputs.clear()
+    model.kept.clear()
 
 
-def _forward(model: Model) -> tuple[Tensor, Tensor]:
-    """The loss and the logits."""
+def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor:
+    """`outputs = model(**batch)`: the outputs of the micro batch before live until this forward has returned."""
+    loss, *found = _forward(model)
+    outputs[:] = found
+    if not program.keep_outputs:
+        outputs.clear()
+        model.kept.clear()
+    return loss
+
+
+def _loss_of_trainer(model: Model, program: Program) -> Tensor:
+    """`compute_loss`, which drops the outputs, fp32 copies of them under accelerate's autocast."""
+    f = model.tape
+    loss, *outputs = _forward(model)
+    f.module = ""
+    if f.autocast:
+        outputs = [f.to(x.detach(), "fp32") if x.dtype in HALF else x for x in outputs]
+    if program.trainer == "trl" and model.running.loss == "trl-chunked":
+        loss = loss_of_trl(f, *outputs)
+    model.kept.clear()
+    return loss
+
+
+def _forward(model: Model) -> list[Tensor]:
+    """The loss, and what else the outputs hold."""
     head = head_of(model)
-    found = head(model, forward_of(model.arch.model_type)(model))
+    found = [*head(model, forward_of(model.arch.model_type)(model)), *model.outputs]
+    model.outputs.clear()
     model.call_locals.clear()
+    if model.running.loss != "full":
+        model.kept.clear()
     model.tape.end_autocast()
     return found

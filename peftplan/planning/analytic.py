@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MULTIPLES = (8, 32, 64, 128)
 """Multiples to which kernels round the sequence."""
 OWN_PREFIX = ("bloom", "gpt_bigcode", "gemma2", "gemma3_text", "gemma4_text")
-"""Model types whose prefix peft gives a form of its own (`TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING`, `get_prompt`)."""
+"""Types whose prefix peft gives a form of its own (`TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING`, `get_prompt`)."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,7 @@ def windows_of(architecture: Architecture) -> tuple[int, ...]:
 
 
 def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...], loss: LossSizes) -> tuple[Any, ...]:
-    """What of batch and sequence decides which operations run: one sequence, a ragged mask, windows shorter than the sequence, how
-    many chunks a loss has.
+    """What of batch and sequence decides which operations run: one sequence, ragged masks, shorter windows, chunks of a loss.
 
     Whole numbers or arrays of them; `seq_len` with virtual tokens.
     """

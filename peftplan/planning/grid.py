@@ -8,7 +8,7 @@ from typing import Any
 
 from peftplan.errors import InputError, MissingExtraError
 from peftplan.memory.grid import Moments
-from peftplan.planning.analytic import Compiled, shape_facts, sizes
+from peftplan.planning.analytic import Compiled
 
 try:
     import numpy as np
@@ -42,7 +42,7 @@ def evaluate(compile_at: Callable[[int, int], Compiled], *, batch_size: Any, seq
             raise InputError(name, values.tolist(), "accepted: whole numbers of at least 1")
     flat = {"b": b.astype(np.int64).ravel(), "s": s.astype(np.int64).ravel()}
     first = compile_at(int(flat["b"][0]), int(flat["s"][0]))
-    facts = shape_facts(flat["b"], flat["s"], first.windows)
+    facts = first.facts(flat["b"], flat["s"])
     codes: Any = sum(np.asarray(fact).astype(np.int64) << bit for bit, fact in enumerate(facts))
     found: dict[str, Any] = {}
     for code in np.unique(codes):
@@ -55,6 +55,6 @@ def evaluate(compile_at: Callable[[int, int], Compiled], *, batch_size: Any, seq
 
 
 def _peaks(compiled: Compiled, at: dict[str, Any]) -> dict[str, Any]:
-    named = sizes(at["b"], at["s"], virtual_tokens=compiled.virtual_tokens)
+    named = compiled.sizes(at["b"], at["s"])
     loading = np.full(len(at["b"]), compiled.loading.bytes())
     return {"load": loading, **Moments(compiled.timeline).peaks(named, compiled.standing.bytes())}

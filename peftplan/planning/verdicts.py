@@ -36,8 +36,8 @@ def find_cards(gpu: str | Iterable[str] | None) -> list[Gpu]:
 def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None) -> Verdict:
     """Reserved bytes and the context, where it is known, against what a program can get of the card.
 
-    Where they are more, the job still runs, tightly, if the allocator gets by once it gives cached memory back: a replay with that
-    capacity says so. Without a peak only a shortfall is certain: `static_bytes` is a lower bound, and so is an incomplete peak.
+    Where they are more, the job runs, tightly, if the allocator gets by once it gives cached memory back: a replay with that
+    capacity says so. Without a peak only a shortfall is certain: `static_bytes` is a lower bound, as is an incomplete peak.
     """
     from peftplan.hardware.context import context_bytes
     from peftplan.hardware.usable import usable_bytes

@@ -113,8 +113,8 @@ def trace(
 ) -> Traced:
     """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors.
 
-    `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains every
-    parameter. `setup` is resolved (`planning.setup.resolved`). `device` is a compute capability, which decides kernels and workspaces.
+    `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains all
+    parameters. `setup` is resolved (`planning.setup.resolved`). `device` is a compute capability: it decides kernels.
     `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. `earlier_seq_lens`: lengths of
     the steps before the counted one, one per step; without them one step of the same length. A model of identical layers is
     traced at two small depths and its log made from them, unless `full_depth`. `progress` is told what runs and how much is done.

@@ -49,7 +49,7 @@ class Built:
 def build(
     config: Mapping[str, Any], *, task_type: str | None, peft_config: Any, quant: QuantConfig | None, setup: Setup
 ) -> Built:
-    """Build the model that `setup` describes. `peft_config` None trains every parameter; an `Adaptation` is one that peft lacks."""
+    """Build the model that `setup` describes. `peft_config` None trains them all; an `Adaptation` is one that peft lacks."""
     with quiet_transformers():
         hf_config = build_config(config, name="model")
         cls = model_class(config, hf_config, name="model", task_type=task_type)

@@ -77,7 +77,7 @@ def test_each_phase_peaks_where_the_trace_does(method: str, options: dict[str, A
 def test_a_prefix_refuses_checkpointing_as_peft_does() -> None:
     """peft raises when the prompt encoder is made."""
     with pytest.raises(RefusedError, match="PREFIX_TUNING does not work with gradient checkpointing"):
-        _peaks("analytic", "prefix-tuning", {**TRAINER, **VIRTUAL})
+        _peaks("analytic", "prefix-tuning", {**TRAINER, **VIRTUAL, "gradient_checkpointing": True})
 
 
 def _kept(method: str, depths: tuple[int, int], options: dict[str, Any]) -> int:

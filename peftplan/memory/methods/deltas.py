@@ -50,7 +50,7 @@ def _hadamard(f: Tape, part: Part) -> Tensor:
     node = f.record(_hadamard_backward, factors, *(p.dims for p in factors), factors[0].dtype)
     dtype = factors[0].dtype
     if f.autocast:
-        dtype = [f.cast(p, f.autocast) for p in factors][0].dtype
+        dtype = [f.cast(p, f.autocast) for p in factors].pop().dtype  # each is cast
     first, second = (f.new((n_out, n_in), dtype, "mm") for _ in "12")
     product = f.new((n_out, n_in), dtype, "mul")
     del first, second
@@ -107,9 +107,9 @@ def fourierft(f: Tape, part: Part, x: Tensor, base: Base, running: Running) -> T
     delta = _transformed(f, part)
     x = f.to(x, delta.dtype)
     result = ops.add(f, result, ops.linear(f, x, delta))
-    result = f.to(result, given)
+    narrow: Tensor = f.to(result, given)
     del delta
-    return result
+    return narrow
 
 
 def _transformed(f: Tape, part: Part) -> Tensor:

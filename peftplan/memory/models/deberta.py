@@ -5,7 +5,6 @@ Left out: v2's convolution after layer 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from peftplan.arch.modules import Attention, Block
@@ -47,9 +46,7 @@ def deberta(model: Model) -> Tensor:
         return encoder_layer(model, block, number, x, mask, distances, positions)
 
     kinds = kinds_of(model, "encoder")
-    x = run_stack(
-        model, kinds, x, layer, name="layers", checkpointed=checkpointed, sums=sums, holds=not checkpointed
-    )
+    x = run_stack(model, kinds, x, layer, name="layers", checkpointed=checkpointed, sums=sums, holds=not checkpointed)
     del ones
     return x
 
@@ -170,13 +167,13 @@ class Scores:
         f, span = self.model.tape, positions.dims[0]
         table = sliced(f, positions, positions.dims).view((1, *positions.dims))
         shares = not any(self.model.has(f"{self.name}.{part}", self.number) for part in ("pos_key_proj", "pos_query_proj"))
-        read: Callable[[str, str], Tensor] = lambda own, content: self.positions(content if shares else own, table, q)
-        need_key, need_query = "c2p" in self.a.relative or shares, "p2c" in self.a.relative or shares
+        keys: Tensor | None = None
+        queries: Tensor | None = None
         if shares:
-            queries, keys = read("", "query_proj"), read("", "key_proj")
+            queries, keys = self.positions("query_proj", table, q), self.positions("key_proj", table, q)
         else:
-            keys = read("pos_key_proj", "") if need_key else None
-            queries = read("pos_query_proj", "") if need_query else None
+            keys = self.positions("pos_key_proj", table, q) if "c2p" in self.a.relative else None
+            queries = self.positions("pos_query_proj", table, q) if "p2c" in self.a.relative else None
         score: Tensor | None = None
         held = []
         for kind, content, against in (("c2p", q, keys), ("p2c", k, queries)):

@@ -64,7 +64,7 @@ class Call(NamedTuple):
             return narrow_eager(self, q, k, v, dropout, rotated=rotated)
         if a.softcap and not self.style.softcaps:
             a = a._replace(softcap=False)
-        return attend(self.model, a, q, k, v, self.mask, dropout=dropout, rotated=rotated)
+        return attend(self.model, a, q, k, v, self.mask, dropout=dropout, rotated=rotated, by_head=self.style.by_head)
 
 
 def narrow_eager(c: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, rotated: bool) -> Tensor:
@@ -87,6 +87,9 @@ def narrow_eager(c: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, ro
     return gathered(model, ops.matmul(f, weights, own(model, v), q.dims))
 
 
+Sublayer = Callable[[Call, Tensor], Tensor]
+
+
 def rotate_all(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb` of whole heads."""
     q = ops.rotary(f, q, cos, sin)
@@ -95,21 +98,24 @@ def rotate_all(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple
 
 @dataclass(frozen=True)
 class Style:
-    """How a family differs from Llama.
+    """How a family differs from Llama: in its whole `layer`, its `attention`, its `mixture` of experts, or in parts of these.
 
     `norms` are those before and after attention, before and after the MLP. `qk_norm`: on the projection as it comes (`flat`), on
     its heads (`head`), on heads moved before the sequence (`moved`), or on each head with a norm of its own (`each`).
     `output` and `plain` are names: of attention's last projection, of the two matrices of an MLP without gate. `multiplied`: the
     embedding, and what a sublayer adds, are multiplied. `tables_by_window`: sliding layers have rotary tables of their own;
     `wide_tables`: in fp32, whatever the hidden states are. `hands_out_weights`: a layer's outputs, attention weights among them,
-    live until the next layer's take their name. `softcaps`: attention heeds the config's cap. `narrow_eager`: eager
+    live until the next layer's take their name. `softcaps`: attention heeds the config's cap. `by_head`: rotation leaves
+    copies that lie head by head. `narrow_eager`: eager
     attention is that of GPT-2, with `wide_scores` that of GPT-J.
     """
 
     norm: Norm = rms
     norms: tuple[str | None, str | None, str | None, str | None] = ("input_layernorm", None, "post_attention_layernorm", None)
     rotate: Rotation = rotate_all
-    layer: Callable[[Call, Tensor], Tensor] | None = None
+    layer: Sublayer | None = None
+    attention: Sublayer | None = None
+    mixture: Sublayer | None = None
     qk_norm: Literal["flat", "head", "moved", "each"] = "head"
     qk_names: tuple[str, str] = ("q_norm", "k_norm")
     output: str = "o_proj"
@@ -121,6 +127,7 @@ class Style:
     wide_tables: bool = False
     hands_out_weights: bool = False
     softcaps: bool = True
+    by_head: bool = False
     narrow_eager: bool = False
     wide_scores: bool = False
 
@@ -189,7 +196,7 @@ def serial(c: Call, x: Tensor) -> Tensor:
     before, after, before_mlp, after_mlp = c.style.norms
     residual = x
     x = c.norm(before, x)
-    x = attention(c, x)
+    x = (c.style.attention or attention)(c, x)
     x = c.norm(after, x)
     x = added(c, residual, x)
     residual = x
@@ -274,19 +281,21 @@ def fused(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def mlp(c: Call, x: Tensor) -> Tensor:
     """The MLP of the block's kind."""
+    if c.block.mlp.variant == "moe" and c.style.mixture is not None:
+        return c.style.mixture(c, x)
     if c.block.mlp.variant == "plain":
         return plain_mlp(c, x)
     return fused_mlp(c, x) if c.block.mlp.fused_gate_up else gated_mlp(c, x)
 
 
-def gated_mlp(c: Call, x: Tensor) -> Tensor:
+def gated_mlp(c: Call, x: Tensor, name: str = "mlp") -> Tensor:
     """`LlamaMLP.forward`."""
-    gate = c.linear("mlp.gate_proj", x)
-    gate = activation(c.at("mlp.act_fn"), gate, c.block.mlp.activation)
-    up = c.linear("mlp.up_proj", x)
-    x = ops.mul(c.at("mlp"), gate, up)
+    gate = c.linear(f"{name}.gate_proj", x)
+    gate = activation(c.at(f"{name}.act_fn"), gate, c.block.mlp.activation)
+    up = c.linear(f"{name}.up_proj", x)
+    x = ops.mul(c.at(name), gate, up)
     del gate, up
-    return c.linear("mlp.down_proj", x)
+    return c.linear(f"{name}.down_proj", x)
 
 
 def fused_mlp(c: Call, x: Tensor) -> Tensor:

@@ -40,12 +40,13 @@ olmo2 = partial(
         qk_norm="flat",
     ),
 )
-phi3 = partial(decoder, style=Style(rotate=partly_rotary))
+phi3 = partial(decoder, style=Style(rotate=partly_rotary, by_head=True))
 glm4 = partial(
     decoder,
     style=Style(
         norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
         rotate=interleaved,
+        by_head=True,
     ),
 )
 starcoder2 = partial(decoder, style=Style(norm=layer_norm))

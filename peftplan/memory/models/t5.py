@@ -100,9 +100,7 @@ class Stack:
         kinds = tuple((kind, number == 0) for number, kind in enumerate(kinds_of(model, self.side)))
         order: dict[Any, int] = {}
         numbers = tuple(order.setdefault(kind, len(order)) for kind in kinds)
-        x = run_stack(
-            model, numbers, x, layer, name=self.side, checkpointed=model.running.checkpointing, sums=self.sums
-        )
+        x = run_stack(model, numbers, x, layer, name=self.side, checkpointed=model.running.checkpointing, sums=self.sums)
         x = norm(model, f"{self.name}.final_layer_norm", x)
         f.module = self.name
         return ops.dropout(f, x, p)

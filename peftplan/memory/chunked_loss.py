@@ -1,0 +1,184 @@
+"""TRL's loss, which projects hidden states in tiles, and what SFTTrainer makes of it.
+
+n scored tokens, h hidden size, v vocabulary; every label counts as scored. Source: trl 1.16 `kernels/chunked_logprob.py`
+(`ChunkedLogProbFunction`), `trainer/utils.py` (`add_fused_lm_head`), `SFTTrainer.compute_loss`. Its Triton kernels take nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peftplan.memory import ops
+from peftplan.memory.ledger import Dim
+from peftplan.memory.loss import projection
+from peftplan.memory.loss_sizes import VOCAB_TILE
+from peftplan.memory.model import Model
+from peftplan.memory.shaping import sliced
+from peftplan.memory.tape import Node, Tape, Tensor
+
+LABELS = ("b", "s-1")
+"""Positions that have a next token."""
+RUNNING = 6
+"""Running maximum, sums of exponentials, of their squares and of x times them, of logits, maximum before the target."""
+
+
+def trl_chunked(model: Model, x: Tensor) -> tuple[Tensor, ...]:
+    """`add_fused_lm_head`'s forward: loss, log-probabilities, entropy, whether the label came first, and which labels count."""
+    f = model.tape
+    hidden = sliced(f, x, (*LABELS, x.dims[-1]))
+    head = projection(model)
+    f.module = ""
+    mask = f.new(LABELS, "bool", "label mask")
+    chosen = _rows(f, hidden, mask)
+    targets = _rows(f, Tensor(None, LABELS, "int64"), mask)
+    found = _log_probs(model, chosen, head.weight, head.bias, targets)
+    del chosen, targets
+    log_probs, entropy, is_top1 = (_scattered(f, part, mask) for part in found)
+    del found
+    loss = _mean(f, ops.scale(f, _sum(f, log_probs), "neg"), mask)
+    return loss, log_probs, entropy, is_top1, mask
+
+
+def loss_of_trl(f: Tape, log_probs: Tensor, entropy: Tensor, is_top1: Tensor, mask: Tensor) -> Tensor:
+    """`SFTTrainer.compute_loss`: the loss from log-probabilities; entropy and accuracy are summed while they live."""
+    per_token = ops.scale(f, log_probs, "neg")
+    tokens = f.new((), "int64", "sum")
+    loss = _mean(f, _sum(f, per_token), mask, tokens)
+    for metric in (entropy, is_top1):
+        total = f.new((), "int64" if metric.dtype == "bool" else "fp32", "sum")
+        mean = f.new((), "fp32", "div")
+        del total, mean
+    return loss
+
+
+def _mean(f: Tape, total: Tensor, mask: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """`total / mask.sum().clamp(min=1)`."""
+    if tokens is None:
+        tokens = f.new((), "int64", "sum")
+    count = f.new((), "int64", "clamp")
+    node = f.record(_mean_backward, (total,), count)
+    return f.new((), "fp32", "div", node)
+
+
+def _mean_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new((), g.dtype, "div")
+
+
+def _sum(f: Tape, x: Tensor) -> Tensor:
+    return f.new((), x.dtype, "sum", f.record(_sum_backward, (x,), x.dims))
+
+
+def _sum_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return Tensor(g.storage, saved[0], g.dtype)  # expanded, a view
+
+
+def _rows(f: Tape, x: Tensor, mask: Tensor) -> Tensor:
+    """`x[mask]`: indices of the chosen in passing, then their rows."""
+    rest = x.dims[len(mask.dims) :]
+    node = f.record(_rows_backward, (x,), mask, x.dims)
+    indices = f.new(("n", len(mask.dims)), "int64", "nonzero")
+    out = f.new(("n", *rest), x.dtype, "index", node)
+    del indices
+    return out
+
+
+def _rows_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    mask, dims = saved
+    out = f.new(dims, g.dtype, "new_zeros")
+    indices = f.new(("n", len(mask.dims)), "int64", "nonzero")
+    del indices
+    return out
+
+
+def _scattered(f: Tape, chosen: Tensor, mask: Tensor) -> Tensor:
+    """`chosen.new_zeros(mask.shape).masked_scatter(mask, chosen)`: with a prefix sum in passing."""
+    node = f.record(_scattered_backward, (chosen,), mask)
+    zeros = f.new(mask.dims, chosen.dtype, "new_zeros")
+    out = f.new(mask.dims, chosen.dtype, "masked_scatter", node)
+    prefix_sum = f.new(mask.dims, "int64", "prefix sum")
+    del zeros, prefix_sum
+    return out
+
+
+def _scattered_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    indices = f.new(("n", len(saved[0].dims)), "int64", "nonzero")
+    out = f.new(("n",), g.dtype, "masked_select")
+    del indices
+    return out
+
+
+def _chunks(model: Model) -> tuple[Dim, ...]:
+    """Tokens of each chunk, those between the first and the last once: they are equal."""
+    tokens, *more = model.running.loss_facts
+    return (*("rows",) * (sum(more)), "rest") if tokens else ()
+
+
+def _vocab_tiles(vocab: int) -> Iterator[int]:
+    return (min(VOCAB_TILE, vocab - start) for start in range(0, vocab, VOCAB_TILE))
+
+
+def _buffer(f: Tape, dtype: str) -> Tensor:
+    buffer = f.new(("rows", VOCAB_TILE), dtype, "logits, in tiles")
+    f.category[buffer.storage.number] = "logits"  # type: ignore[union-attr]
+    return buffer
+
+
+def _log_probs(model: Model, hidden: Tensor, weight: Any, bias: Any, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`ChunkedLogProbFunction` with entropy and `is_top1`: log-probability of each label, from tiles of logits."""
+    f = model.tape
+    chunks = _chunks(model)
+    node = f.record(_log_probs_backward, (hidden, weight, bias))
+    dtype = f.autocast or hidden.dtype
+    held = f.many(("n",), "fp32", "running sums", RUNNING + 1)  # and the logit of the target
+    buffer = _buffer(f, dtype)
+    chunk = None
+    f.products.append((len(f.log), "cuBLAS"))
+    for rows in chunks:
+        chunk = _cast(f, (rows, hidden.dims[-1]), hidden.dtype, dtype)
+        for columns in _vocab_tiles(weight.dims[0]):
+            part = _cast(f, (columns, hidden.dims[-1]), weight.dtype, dtype)
+            del part
+            part = None if bias is None else _cast(f, (columns,), bias.dtype, dtype)
+            del part
+    passing = f.new(("n",), "fp32", "log")
+    log_z = f.new(("n",), "fp32", "add")
+    del passing
+    log_probs = f.new(("n",), "fp32", "sub", node)
+    passing = f.new(("n",), "fp32", "div")
+    entropy = f.new(("n",), "fp32", "sub", node)
+    entropy.index = 1
+    del passing
+    passing = f.many(("n",), "bool", "ge, gt", 2)
+    is_top1 = f.new(("n",), "bool", "bitwise_and")
+    del passing
+    f.keep(node, hidden.detach(), weight, bias, targets, log_z, entropy.detach(), chunks, dtype)
+    del held, buffer, chunk
+    return log_probs, entropy, is_top1
+
+
+def _cast(f: Tape, dims: tuple[Dim, ...], given: str, dtype: str) -> Tensor | None:
+    """A part in another dtype: a copy, or nothing where it has it."""
+    return None if given == dtype else f.new(dims, dtype, "to")
+
+
+def _log_probs_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) -> Any:
+    """Tiles are projected again, and their gradients added up in fp32."""
+    hidden, weight, bias, _, _, _, chunks, dtype = saved
+    wide = [
+        f.new(x.dims, "fp32", "new_zeros") if edge else None for x, edge in zip((hidden, weight, bias), node.edges, strict=True)
+    ]
+    buffer = _buffer(f, dtype)
+    chunk = part = None
+    f.products.append((len(f.log), "cuBLAS"))
+    for rows in chunks:
+        chunk = _cast(f, (rows, hidden.dims[-1]), hidden.dtype, dtype)
+        for columns in _vocab_tiles(weight.dims[0]):
+            part = _cast(f, (columns, hidden.dims[-1]), weight.dtype, dtype)
+            passing = None if bias is None else _cast(f, (columns,), bias.dtype, dtype)
+            del passing
+            passing = f.new((columns,), "fp32", "sum") if node.edges[2] else None
+            del passing
+    found = tuple(None if w is None else f.to(w, x.dtype) for w, x in zip(wide, (hidden, weight, bias), strict=True))
+    del chunk, part, buffer
+    return found

@@ -1,0 +1,47 @@
+"""Heads that transformers gives every decoder: a score of the last token, or of each token.
+
+Source: transformers 5.24, modeling_layers.py (`GenericForSequenceClassification`, `GenericForTokenClassification`),
+loss/loss_utils.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftplan.memory import ops
+from peftplan.memory.loss import plain_cross_entropy
+from peftplan.memory.model import Model
+from peftplan.memory.tape import Dims, Node, Tape, Tensor
+
+
+def last_token(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of every token, of which those of each sequence's last token that is no padding are taken."""
+    f = model.tape
+    logits = model.linear("score", x)
+    f.module = ""
+    mask, numbers = f.new(("b", model.seq), "int32", "non_pad_mask"), f.new((model.seq,), "int32", "token_indices")
+    last = f.new(("b",), "int64", "last_non_pad_token")
+    pooled = _indexed(f, logits, ("b", logits.dims[2]))
+    loss = plain_cross_entropy(f, pooled)
+    del mask, numbers, last
+    return loss, pooled
+
+
+def _indexed(f: Tape, x: Tensor, dims: Dims) -> Tensor:
+    return f.new(dims, x.dtype, "index", f.record(_indexed_backward, (x,), x.dims))
+
+
+def _indexed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "index_put")
+
+
+def every_token(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dropout, scores of every token, their loss in fp32. Older classes call their layer `classifier`."""
+    f = model.tape
+    f.module = "dropout"
+    x = ops.dropout(f, x, model.arch.dropout.classifier)
+    logits = model.linear("score" if model.has("score") else "classifier", x)
+    f.module = ""
+    loss = plain_cross_entropy(f, f.to(logits, "fp32"))
+    model.kept.clear()  # `TokenClassifierOutput` has no cache
+    return loss, logits

@@ -1,0 +1,197 @@
+"""A mixture of experts: tokens sorted by expert, two grouped products, and what each token's experts add.
+
+Letters: n tokens (b·s), k experts a token, e experts, h hidden size, i width of an expert. Rows sorted by expert have dims
+(b, s, k, …) here, whatever their order. Sources: transformers 5.24, integrations/moe.py (`grouped_mm_experts_forward`,
+`_grouped_mm`, `_default_apply_gate`); torch 2.13, native/GroupedMMUtils.h and derivatives.yaml (`_grouped_mm`, `index`, `topk`).
+Left out, as in the trace engine: the sort inside the backward of `index`, and the kernel's few KiB of offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peftplan.dtypes import ITEMSIZE
+from peftplan.errors import RefusedError
+from peftplan.memory import ops
+from peftplan.memory.ledger import Dim
+from peftplan.memory.methods.param_wrapper import Stacked
+from peftplan.memory.shaping import split
+from peftplan.memory.tape import Node, Tape, Tensor
+
+ALIGNMENT_BYTES = 16
+"""Rows of a grouped product's operands must be multiples of it."""
+
+Gate = Callable[[Tape, Tensor], Tensor]
+"""Gate and up as one tensor → what the second product takes."""
+
+
+def top_k(f: Tape, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`topk`: values and indices, which it keeps; its gradient is as large as x."""
+    dims = (*x.dims[:-1], k)
+    node = f.record(_taken_backward, (x,), x.dims)
+    values = f.new(dims, x.dtype, "topk", node)
+    indices = f.new(dims, "int64", "topk indices")
+    f.keep(node, indices)
+    return values, indices
+
+
+def _taken_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "new_zeros")
+
+
+def taken(f: Tape, x: Any, indices: Tensor, dims: tuple[Dim, ...], op: str = "index") -> Tensor:
+    """`x[indices]`, `gather`: keeps the indices; its gradient is as large as x."""
+    return f.new(dims, x.dtype, op, f.record(_taken_backward, (x,), x.dims, indices))
+
+
+def divided_in_place(f: Tape, x: Tensor, by: Tensor) -> Tensor:
+    """`x /= y`, one y for each row of x: keeps a copy of what x was, and y."""
+    before = f.new(x.dims, x.dtype, "clone") if f.grad_enabled and x.node is not None else None
+    node = f.record(_divided_backward, (x, by), before, by)
+    return Tensor(x.storage, x.dims, x.dtype, node)
+
+
+def _divided_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    quotient = f.new(g.dims, g.dtype, "div")
+    again = f.new(g.dims, g.dtype, "div")
+    negative = f.new(g.dims, g.dtype, "neg")
+    by_row = f.new(g.dims, g.dtype, "mul")
+    del negative, again, quotient
+    to_x = f.new(g.dims, g.dtype, "div")
+    to_y = f.new(saved[1].dims, g.dtype, "sum")
+    del by_row
+    return to_x, to_y
+
+
+def row_sum(f: Tape, x: Tensor) -> Tensor:
+    """`x.sum(-1, keepdim=True)`: its gradient is a view."""
+    return f.new((*x.dims[:-1], 1), x.dtype, "sum", f.record(_row_sum_backward, (x,), x.dims))
+
+
+def _row_sum_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return Tensor(g.storage, saved[0], g.dtype)
+
+
+def grouped(f: Tape, x: Tensor, weight: Any, width: Dim, *, kernel: bool, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """`_grouped_linear`: one product over all experts, x in the weight's dtype, which autocast does not change.
+
+    Keeps the offsets, x if the weight trains, and the weight if x has a gradient. Without the kernel (before compute capability
+    8.0) transformers' own loop keeps both and makes both gradients.
+    """
+    _check_rows(x, weight)
+    x = f.to(x, weight.dtype)
+    kept = (x, weight) if not kernel else (x if weight.node else None, weight if x.node else None)
+    node = f.record(_grouped_backward, (x, weight), *kept, offsets, x.dims, weight.dims, kernel)
+    out = f.new((*x.dims[:-1], width), x.dtype, "grouped_mm", node)
+    if bias is None:
+        return out
+    return Tensor(out.storage, out.dims, out.dtype, f.record(_added_backward, (out, bias)))
+
+
+def _grouped_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    *_, x_dims, w_dims, kernel = saved
+    if not kernel:
+        to_x = f.new(x_dims, g.dtype, "zeros_like")
+        return to_x, f.new(w_dims, g.dtype, "zeros_like")
+    to_weight = f.new(w_dims, g.dtype, "grouped_mm") if node.edges[1] else None
+    return f.new(x_dims, g.dtype, "grouped_mm") if node.edges[0] else None, to_weight
+
+
+def _added_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    return g, g
+
+
+def _check_rows(x: Tensor, weight: Any) -> None:
+    """Raise RefusedError where the kernel refuses the operands."""
+    for operand in (x, weight):
+        row = operand.dims[-1]
+        assert isinstance(row, int)
+        if row * ITEMSIZE[weight.dtype] % ALIGNMENT_BYTES:
+            raise RefusedError(
+                f"torch 2.13 refuses it: rows of {row} {weight.dtype} numbers in a grouped product of experts are no multiple of "
+                f"{ALIGNMENT_BYTES} bytes"
+            )
+
+
+def weighted(f: Tape, x: Tensor, weights: Tensor) -> Tensor:
+    """`x * weights`, one weight for each row of x.
+
+    The engine casts the gradient of x before it sums the other, and what a checkpointed layer saved is gone by then.
+    """
+    node = f.record(_weighted_backward, (x, weights), x if weights.node else None, weights if x.node else None, x.dtype)
+    return f.new(x.dims, ops.promoted(x.dtype, weights.dtype), "mul", node)
+
+
+def _weighted_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    to_weights = f.new(g.dims, g.dtype, "mul") if node.edges[1] else None
+    to_x = f.new(g.dims, g.dtype, "mul") if node.edges[0] else None
+    given = saved[2]
+    if node.checkpointed:
+        saved.clear()
+    if to_x is not None:
+        to_x = f.to(to_x, given)
+    return to_x, None if to_weights is None else f.new((*g.dims[:-1], 1), g.dtype, "sum")
+
+
+def summed(f: Tape, x: Tensor) -> Tensor:
+    """`x.view(n, k, h).sum(dim=1)`: its gradient, a view of k equal rows, is copied for the rows.
+
+    Autocast asks for an fp32 result, which CUDA's kernel writes from 16-bit numbers without a copy (`make_reduction_from_ty`).
+    """
+    *tokens, _, h = x.dims
+    node = f.record(_summed_backward, (x,), x.dims, x.dtype)
+    return f.new((*tokens, h), "fp32" if f.autocast else x.dtype, "sum", node)
+
+
+def _summed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], saved[1], "clone")
+
+
+def chunked_gate(activation: Gate) -> Gate:
+    """`_default_apply_gate`: the activation of the first half, times the second."""
+
+    def apply(f: Tape, x: Tensor) -> Tensor:
+        *rows, width = x.dims
+        assert isinstance(width, int)
+        half = (*rows, width // 2)
+        gate, up = split(f, x, (half, half))
+        return ops.mul(f, activation(f, gate), up)
+
+    return apply
+
+
+def experts(
+    f: Tape, x: Tensor, indices: Tensor, weights: Tensor, params: Stacked, gate: Gate, *, kernel: bool, transposed: bool
+) -> Tensor:
+    """`grouped_mm_experts_forward` over `params`: gate_up_proj, down_proj and their biases."""
+    given = x.dtype
+    e, *first = params.dims("gate_up_proj")
+    _, *second = params.dims("down_proj")
+    wide, h = (first[1], second[1]) if transposed else (first[0], second[0])
+    rows = indices.dims
+    ids, order = f.new(rows, "int64", "sort"), f.new(rows, "int64", "sort")
+    chosen = taken(f, x, f.new(rows, "int64", "floor_divide"), (*rows, x.dims[-1]))
+    weights = taken(f, weights, order, rows)
+    _counted = f.new(rows, "int32", "to"), f.new((e,), "int32", "histc")
+    offsets = f.new((e,), "int32", "cumsum")
+    weight = params["gate_up_proj"]
+    bias = _bias(f, params, "gate_up_proj_bias", ids)
+    out = grouped(f, chosen, weight, wide, kernel=kernel, bias=bias, offsets=offsets)
+    out = gate(f, out)
+    weight = params["down_proj"]
+    bias = _bias(f, params, "down_proj_bias", ids)
+    out = grouped(f, out, weight, h, kernel=kernel, bias=bias, offsets=offsets)
+    added = weighted(f, out, weights.view((*rows, 1)))
+    back = f.new(rows, "int64", "empty_like")
+    added = taken(f, added, back, added.dims)
+    total = summed(f, added)
+    narrow: Tensor = f.to(total, given)
+    return narrow
+
+
+def _bias(f: Tape, params: Stacked, name: str, ids: Tensor) -> Tensor | None:
+    """The bias of each row's expert."""
+    if name not in params:
+        return None
+    return taken(f, params[name], ids, (*ids.dims, params.dims(name)[1]))

@@ -1,0 +1,111 @@
+"""Sizes of the losses that never hold all logits: how many tokens they score, and how many of them at once.
+
+A formula of batch and sequence, which may be whole numbers or arrays of them. n tokens, h hidden size, v vocabulary.
+Sources: trl 1.16 `kernels/chunked_logprob.py`; liger-kernel 0.8.5 `ops/fused_linear_cross_entropy.py`; unsloth_zoo 2026.10.9
+`fused_losses/fused_linear.py` (`fused_linear_rows`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from peftplan.units import GIB, ceil_div
+
+TOKEN_TILE = 4096
+VOCAB_TILE = 32768
+"""TRL projects tiles of so many tokens times so many vocabulary entries; its buffer has that width whatever the vocabulary."""
+
+MAX_ROWS = 4096
+"""Unsloth's tokens per chunk at most, and per tile of the pass for frozen heads (`_MAX_ROWS`, `_BWD_ROWS`)."""
+FEWEST_LOGITS = 512 * 151936
+"""A chunk of Unsloth's holds about so many logits at least (`_MIN_LOGITS`), and 512 tokens."""
+FEWEST_ROWS = 512
+CHUNK_BYTES = 2 * GIB
+FLASH_FROM_ROWS = 4096
+"""From so many scored tokens on, a frozen head never sees a whole row of logits (`_flash_min_rows` of a large card)."""
+SPLIT_COLUMNS = 16384
+"""Vocabulary entries per partial softmax (`_SPLIT_COLS`)."""
+HALF, WIDE = 2, 4
+"""Bytes of a 16-bit and of an fp32 number."""
+MOST_DOUBLINGS = 40
+"""No batch has 2⁴⁰ tokens."""
+
+
+class LossSizes(NamedTuple):
+    """What a loss's sizes depend on besides the batch. `prompted`: the virtual tokens come before a row's own, without labels."""
+
+    loss: str
+    hidden_size: int
+    vocab_size: int
+    virtual_tokens: int
+    prompted: bool
+
+    def length(self, seq_len: Any) -> Any:
+        """Hidden states per row, of a sequence with virtual tokens."""
+        return seq_len if self.prompted else seq_len - self.virtual_tokens
+
+    def named(self, b: Any, length: Any) -> dict[str, Any]:
+        """The named sizes of b rows of `length` hidden states, numbers or arrays."""
+        if self.loss == "full":
+            return {}
+        if self.loss == "liger":
+            rows = liger_rows(b * length, hidden_size=self.hidden_size, vocab_size=self.vocab_size)
+            return {"n": b * length, "rows": rows}
+        n = self._scored(b, length)
+        if self.loss == "trl-chunked":
+            return {"n": n, "s-1": length - 1, "rows": _least(n, TOKEN_TILE), "rest": _rest(n, TOKEN_TILE)}
+        tile = _least(n, MAX_ROWS)
+        by_itemsize = {
+            f"rows{size}": unsloth_rows(n, hidden_size=self.hidden_size, vocab_size=self.vocab_size, itemsize=size)
+            for size in (HALF, WIDE)
+        }
+        found = {"n": n, "tile": tile, "tile rest": _rest(n, MAX_ROWS), **by_itemsize}
+        return found | {f"{name} rest": _rest(n, rows) for name, rows in by_itemsize.items()}
+
+    def facts(self, b: Any, length: Any) -> tuple[Any, ...]:
+        """What of these sizes decides which operations run: whether there are tokens, more than a chunk, more than two."""
+        if self.loss in ("full", "liger"):
+            return ()
+        n = self._scored(b, length)
+        if self.loss == "trl-chunked":
+            return (n > 0, n > TOKEN_TILE, n > 2 * TOKEN_TILE)
+        named = self.named(b, length)
+        chunks = (MAX_ROWS, *(named[f"rows{size}"] for size in (HALF, WIDE)))
+        return (n > 0, n >= FLASH_FROM_ROWS, *(n > times * rows for rows in chunks for times in (1, 2)))
+
+    def _scored(self, b: Any, length: Any) -> Any:
+        """Labels that have a token before them: all but each row's first, unless virtual tokens come before it."""
+        return b * (length - max(self.virtual_tokens * self.prompted, 1))
+
+
+def _least(a: Any, b: Any) -> Any:
+    return a - (a > b) * (a - b)
+
+
+def _most(a: Any, b: Any) -> Any:
+    return a + (b > a) * (b - a)
+
+
+def _rest(n: Any, rows: Any) -> Any:
+    """The last chunk of n tokens."""
+    return (n - 1) % rows + 1
+
+
+def liger_rows(tokens: Any, *, hidden_size: int, vocab_size: int) -> Any:
+    """Tokens per chunk: as many logits as the input has elements, rounded up to a power of two of tokens."""
+    per_chunk = ceil_div(vocab_size, hidden_size)
+    chunk = -(-tokens // per_chunk)
+    power = 1 + sum((chunk > 2**i) * 2**i for i in range(MOST_DOUBLINGS))
+    return _least(power, tokens)
+
+
+def unsloth_rows(scored: Any, *, hidden_size: int, vocab_size: int, itemsize: int) -> Any:
+    """Tokens per chunk: a power of two at or below n · h / v, within bounds."""
+    fewest = min(max(_power_at_most(FEWEST_LOGITS // vocab_size), FEWEST_ROWS), MAX_ROWS)
+    rows = _most(_power_at_most(scored * hidden_size // vocab_size), fewest)
+    return _most(_least(_least(rows, min(MAX_ROWS, max(CHUNK_BYTES // (vocab_size * itemsize), 2))), scored), 1)
+
+
+def _power_at_most(number: Any) -> Any:
+    """The largest power of two that is not above a number, 1 below 1."""
+    return 1 + sum((number >= 2 ** (i + 1)) * 2**i for i in range(MOST_DOUBLINGS))
