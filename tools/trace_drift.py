@@ -19,10 +19,10 @@ from unittest.mock import patch
 
 from peftplan.arch.sources import load_config
 from peftplan.errors import RefusedError
+from peftplan.memory.allocator import Event, replay
 from peftplan.planning.setup import parse_setup, resolved
 from peftplan.report.markdown import table
 from peftplan.storage import parse_quant
-from peftplan.trace.allocator import Event, replay
 from peftplan.trace.engine import Traced, trace
 from peftplan.trace.meta import quiet_transformers
 from peftplan.trace.peft_steps import lorafa_optimizer

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from peftplan.errors import RefusedError
 from peftplan.memory.batch import batch_of
 from peftplan.memory.chunked_loss import loss_of_trl
 from peftplan.memory.heads import head_of
@@ -22,17 +21,6 @@ from peftplan.optim import Optimizer
 MICRO_BATCHES = 2
 """Of many micro batches per step, the first finds no gradients and the second finds those of the first, as all later ones do."""
 HALF = ("fp16", "bf16")
-LOSSES_OF_TRL = ("trl-chunked", "unsloth")
-"""SFTTrainer 1.16 projects in chunks whatever `loss_type` says, and refuses Liger's fused loss (it keeps Liger's layer kernels);
-Unsloth replaces its `compute_loss` by Trainer's."""
-
-
-def check(*, trainer: str, loss: str, keep_outputs: bool) -> None:
-    """Raise RefusedError for what no trainer does."""
-    if trainer == "trl" and loss not in LOSSES_OF_TRL:
-        raise RefusedError(f"loss: SFTTrainer of trl 1.16 cannot compute the {loss} loss; accepted: {', '.join(LOSSES_OF_TRL)}")
-    if trainer != "plain" and keep_outputs:
-        raise RefusedError(f"keep_outputs: {trainer} drops the outputs in compute_loss")
 
 
 class Program(NamedTuple):

@@ -19,7 +19,7 @@ from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.model import PROMPTED, Model, Running
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.quantized import QUANTIZED
-from peftplan.memory.step import Program, check, steady_step
+from peftplan.memory.step import Program, steady_step
 from peftplan.memory.tape import Tape
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.optim import parse_optim
@@ -169,8 +169,6 @@ def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...], loss: L
 def _check(job: Job) -> None:
     """Raise NeedsTraceError for the parts of a job that have no formulas here."""
     model_type = job.architecture.model_type
-    setup = job.setup
-    check(trainer=setup.trainer, loss=setup.loss, keep_outputs=bool(setup.keep_outputs))
     if model_type not in FORWARDS:
         raise NeedsTraceError(f"activations of model type {model_type}")
     if job.method is None:

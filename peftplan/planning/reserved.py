@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from peftplan.dtypes import ITEMSIZE
+from peftplan.memory.allocator.core import Allocator
+from peftplan.memory.allocator.stats import Peaks
 from peftplan.memory.ledger import Line
 from peftplan.memory.timeline import Timeline
 from peftplan.planning.analytic import Compiled
-from peftplan.trace.allocator.core import Allocator
-from peftplan.trace.allocator.stats import Peaks
 
 
 def runs_within(compiled: Compiled, named: Mapping[str, int], capacity_bytes: int) -> bool:

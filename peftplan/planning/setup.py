@@ -102,6 +102,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What each trainer sets where the user does not: Trainer as people run it for PEFT, TRL's SFTTrainer ≥ 1.16, a hand-written
 loop, and the QLoRA paper's script (arXiv 2305.14314). `use_cache` None: as the model's config says."""
 
+LOSSES_OF_TRL = ("trl-chunked", "unsloth")
+"""SFTTrainer 1.16 projects in chunks whatever `loss_type` says, and refuses Liger's fused loss (it keeps Liger's layer kernels);
+Unsloth replaces its `compute_loss` by Trainer's."""
+
 CAST_BY_TRL = ("nf4", "fp4", "int8")
 """Formats on which TRL 1.16 casts what trains to bf16: it asks for `is_loaded_in_4bit` and `is_loaded_in_8bit`."""
 
@@ -146,4 +150,16 @@ def resolved(setup: Setup, *, quantized: bool, supports_sdpa: bool, use_cache: b
         filled["attn_implementation"] = "sdpa" if supports_sdpa else "eager"
     elif setup.attn_implementation == "sdpa" and not supports_sdpa:
         raise RefusedError("attn_implementation: this model class has no sdpa attention in transformers; accepted: eager")
-    return setup.model_copy(update=filled)
+    found = setup.model_copy(update=filled)
+    _check_trainer(found)
+    return found
+
+
+def _check_trainer(setup: Setup) -> None:
+    """Raise RefusedError for what no trainer does."""
+    if setup.trainer == "trl" and setup.loss not in LOSSES_OF_TRL:
+        raise RefusedError(
+            f"loss: SFTTrainer of trl 1.16 cannot compute the {setup.loss} loss; accepted: {', '.join(LOSSES_OF_TRL)}"
+        )
+    if setup.trainer != "plain" and setup.keep_outputs:
+        raise RefusedError(f"keep_outputs: {setup.trainer} drops the outputs in compute_loss")

@@ -42,7 +42,7 @@ def trace_peaks(
     what cannot be traced.
     """
     try:
-        from peftplan.trace.allocator import replay
+        from peftplan.memory.allocator import replay
         from peftplan.trace.engine import trace
         from peftplan.trace.meta import quiet_transformers
         from peftplan.trace.recorded import Recorded

@@ -9,7 +9,7 @@ from peftplan.report.tabular import Column
 from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
-    from peftplan.trace.allocator import Peaks
+    from peftplan.memory.allocator import Peaks
     from peftplan.trace.replayed import Replayed
 
 COLUMNS = (

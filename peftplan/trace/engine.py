@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.hardware.context import DEFAULT_CAPABILITY
+from peftplan.memory.allocator import Event, Replay, replay
 from peftplan.memory.ledger import Category
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.trace import losses
-from peftplan.trace.allocator import Event, Replay, replay
 from peftplan.trace.attention import Capability
 from peftplan.trace.ctc import ctc_on_cuda
 from peftplan.trace.depth import SAMPLE_LAYERS, Stack, names_layers, repeating_stacks, with_layers
@@ -35,7 +35,7 @@ from peftplan.trace.peaks import Alive, Peak, Window, peaks, windows
 from peftplan.trace.progress import Tell, part, silent
 from peftplan.trace.reasons import reason
 from peftplan.trace.selected import Selected
-from peftplan.trace.steps import STEPS, Run, phases_begun, program
+from peftplan.trace.steps import PROGRAMS, STEPS, Run, phases_begun
 from peftplan.trace.tracker import Moment, Tracker, category_of
 from peftplan.trace.tuner_layers import adapter_from_host, on_fake_tensors
 from peftplan.trace.workspaces import Workspaces
@@ -125,7 +125,6 @@ def trace(
         capability=device or DEFAULT_CAPABILITY, outputs_outlive_step=outputs_outlive_step,
         earlier_seq_lens=earlier_seq_lens,
     )  # fmt: skip
-    program(setup)
     tell = progress or silent
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
     stacks = () if by_layer else repeating_stacks(config, task_type=task_type)
@@ -203,7 +202,7 @@ def _run(
         run = Run(built.model, given.batch, optimizer, tracker, setup, outputs_outlive_step)
         run.earlier, run.steps = [of_step.batch for of_step in earlier], max(STEPS, len(earlier) + 1)
         try:
-            program(setup)(run)
+            PROGRAMS[setup.trainer](run)
         except PeftplanError:
             raise
         except KeyboardInterrupt:

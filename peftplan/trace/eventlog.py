@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from peftplan.errors import InputError, UnknownNameError
 from peftplan.files import replacing
-from peftplan.trace.allocator.device import ENDLESS
-from peftplan.trace.allocator.events import KINDS, Event
+from peftplan.memory.allocator.device import ENDLESS
+from peftplan.memory.allocator.events import KINDS, Event
 
 FORMAT = "peftplan-events"
 SCHEMA_VERSION = 1

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 
+from peftplan.memory.allocator import replay
 from peftplan.memory.ledger import CATEGORIES, Category
 from peftplan.memory.series import Group, Series, Span, extremes
 from peftplan.trace import eventlog
-from peftplan.trace.allocator import replay
 from peftplan.trace.engine import Traced
 from peftplan.trace.tracker import Moment, category_of
 from peftplan.units import round512

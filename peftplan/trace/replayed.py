@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftplan.errors import InputError
+from peftplan.memory.allocator import AllocatorConfig, Event, Replay, parse_config, read_trace, replay
 from peftplan.trace import eventlog
-from peftplan.trace.allocator import AllocatorConfig, Event, Replay, parse_config, read_trace, replay
 
 PICKLE = b"\x80"
 """What every pickle since protocol 2 begins with, and no JSON does."""

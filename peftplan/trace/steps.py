@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from peftplan.errors import RefusedError
 from peftplan.memory.ledger import Category
 from peftplan.planning.setup import Setup
 from peftplan.trace.differences import cuda_autocast
@@ -190,22 +189,8 @@ PROGRAMS: dict[str, Callable[[Run], None]] = {
     "qlora-paper": transformers,
     "trl": trl,
 }
-LOSSES_OF_TRL = ("trl-chunked", "unsloth")
-"""SFTTrainer 1.16 projects in chunks whatever `loss_type` says, and refuses Liger's fused loss (it keeps Liger's layer kernels);
-Unsloth replaces its `compute_loss` by Trainer's."""
 
 
 def phases_begun(setup: Setup) -> int:
     """How many phases a whole run begins: load, and those of each step."""
     return 1 + STEPS * (2 * setup.gradient_accumulation_steps + 1)
-
-
-def program(setup: Setup) -> Callable[[Run], None]:
-    """The program of the setup's trainer. Raises RefusedError for what no trainer does."""
-    if setup.trainer == "trl" and setup.loss not in LOSSES_OF_TRL:
-        raise RefusedError(
-            f"loss: SFTTrainer of trl 1.16 cannot compute the {setup.loss} loss; accepted: {', '.join(LOSSES_OF_TRL)}"
-        )
-    if setup.trainer != "plain" and setup.keep_outputs:
-        raise RefusedError(f"keep_outputs: {setup.trainer} drops the outputs in compute_loss")
-    return PROGRAMS[setup.trainer]

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from peftplan.errors import PeftplanError
+from peftplan.memory.allocator import Event
 from peftplan.trace import eventlog
-from peftplan.trace.allocator import Event
 from peftplan.trace.replayed import replay_file
 from peftplan.units import MIB
 from tests.cli.run import run

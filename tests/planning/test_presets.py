@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.errors import RefusedError
 from tests.planning.tiny import CONFIG
 
 ALWAYS = {
@@ -93,11 +94,20 @@ SET = {
 }
 
 
+IMPOSSIBLE = (("transformers", "keep_outputs"), ("qlora-paper", "keep_outputs"), ("trl", "keep_outputs"))
+
+
 @pytest.mark.parametrize("name", SET)
 @pytest.mark.parametrize("trainer", EXPECTED)
 def test_what_is_set_wins(trainer: str, name: str) -> None:
     preset = assumed(trainer=trainer, quant="nf4")
     value = not preset[name] if SET[name] is None else SET[name]
+    if trainer == "trl" and name == "loss":
+        value = "unsloth"
+    if (trainer, name) in IMPOSSIBLE:
+        with pytest.raises(RefusedError, match=f"keep_outputs: {trainer} drops the outputs"):
+            assumed(trainer=trainer, keep_outputs=True)
+        return
     assert preset[name] != value
     found = assumed(trainer=trainer, quant="nf4", **{name: value})
     also = {"dtype": {"compute_dtype": "fp16"}}.get(name, {})  # which follows the dtype where it is not set

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftplan.errors import InputError, UnknownNameError
+from peftplan.memory.allocator import Event, replay
 from peftplan.trace import eventlog
-from peftplan.trace.allocator import Event, replay
 from peftplan.units import MIB
 
 STEP = (

@@ -12,11 +12,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import peftplan
+from peftplan.memory.allocator import replay
 from peftplan.memory.series import Series
 from peftplan.planning.result import Estimate, Peaks
 from peftplan.planning.traced import _unknown
 from peftplan.trace import eventlog
-from peftplan.trace.allocator import replay
 from peftplan.trace.replayed import replay_file
 
 TINY: dict[str, Any] = {

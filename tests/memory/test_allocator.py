@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from peftplan.errors import InputError
-from peftplan.trace.allocator import Allocator, OutOfMemory, parse_config
+from peftplan.memory.allocator import Allocator, OutOfMemory, parse_config
 from peftplan.units import MIB
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from peftplan.errors import InputError, UnknownNameError
-from peftplan.trace.allocator import AllocatorConfig, from_environ, parse_config
-from peftplan.trace.allocator.config import DIVISION_INTERVALS, allocation_size, round_size
+from peftplan.memory.allocator import AllocatorConfig, from_environ, parse_config
+from peftplan.memory.allocator.config import DIVISION_INTERVALS, allocation_size, round_size
 from peftplan.units import GIB, MIB
 
 NO_DIVISIONS = (0,) * DIVISION_INTERVALS

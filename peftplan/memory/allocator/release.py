@@ -6,9 +6,9 @@ c10/cuda/CUDACachingAllocator.cpp.
 
 from __future__ import annotations
 
-from peftplan.trace.allocator.blocks import Block, BlockPool
-from peftplan.trace.allocator.device import Device
-from peftplan.trace.allocator.expandable import unmap
+from peftplan.memory.allocator.blocks import Block, BlockPool
+from peftplan.memory.allocator.device import Device
+from peftplan.memory.allocator.expandable import unmap
 
 
 def release_cached_blocks(pool: BlockPool, device: Device) -> None:

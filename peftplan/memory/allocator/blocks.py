@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
-from peftplan.trace.allocator.config import MIN_BLOCK_SIZE, SMALL_SIZE, AllocatorConfig
+from peftplan.memory.allocator.config import MIN_BLOCK_SIZE, SMALL_SIZE, AllocatorConfig
 
 
 class ExpandableSegment:

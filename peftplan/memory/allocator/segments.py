@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Literal, TypedDict
 
-from peftplan.trace.allocator.blocks import Block
+from peftplan.memory.allocator.blocks import Block
 
 
 class BlockInfo(TypedDict):

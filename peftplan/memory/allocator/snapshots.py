@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from peftplan.errors import InputError, PeftplanError, RefusedError, UnknownNameError
-from peftplan.trace.allocator.config import AllocatorConfig, parse_config
-from peftplan.trace.allocator.device import ENDLESS, SegmentEvent
-from peftplan.trace.allocator.events import Event
-from peftplan.trace.allocator.replay import Replay, replay
+from peftplan.memory.allocator.config import AllocatorConfig, parse_config
+from peftplan.memory.allocator.device import ENDLESS, SegmentEvent
+from peftplan.memory.allocator.events import Event
+from peftplan.memory.allocator.replay import Replay, replay
 
 ACTIONS = (
     "alloc",

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftplan.trace.allocator import Allocator, parse_config
+from peftplan.memory.allocator import Allocator, parse_config
 from peftplan.units import MIB
 
 OPTIONS = (

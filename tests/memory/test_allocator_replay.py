@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from peftplan.errors import InputError, RefusedError, UnknownNameError
-from peftplan.trace.allocator import (
+from peftplan.memory.allocator import (
     Event,
     SegmentEvent,
     compare,
@@ -18,7 +18,7 @@ from peftplan.trace.allocator import (
     parse_config,
     read_trace,
 )
-from peftplan.trace.allocator import replay as replay_events
+from peftplan.memory.allocator import replay as replay_events
 from peftplan.units import MIB
 
 STEP = [

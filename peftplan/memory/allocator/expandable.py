@@ -7,8 +7,8 @@ the option `large_segment_size_mb` of torch 2.13 also sets the page is inferred 
 
 from __future__ import annotations
 
-from peftplan.trace.allocator.blocks import Block, BlockPool, ExpandableSegment, try_merge
-from peftplan.trace.allocator.device import Device
+from peftplan.memory.allocator.blocks import Block, BlockPool, ExpandableSegment, try_merge
+from peftplan.memory.allocator.device import Device
 from peftplan.units import ceil_div
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from peftplan.errors import InputError, UnknownNameError
-from peftplan.trace.allocator.tokens import Value, flag, fraction, items, power_of_2, whole_number
+from peftplan.memory.allocator.tokens import Value, flag, fraction, items, power_of_2, whole_number
 from peftplan.units import ALLOCATION_ROUNDING, MIB, ceil_div
 
 MIN_BLOCK_SIZE = ALLOCATION_ROUNDING

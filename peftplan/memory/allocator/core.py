@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peftplan.errors import InputError
-from peftplan.trace.allocator.blocks import Block, BlockPool, should_split, try_merge
-from peftplan.trace.allocator.config import SMALL_BUFFER, SMALL_SIZE, AllocatorConfig, allocation_size, round_size
-from peftplan.trace.allocator.device import Device, SegmentEvent
-from peftplan.trace.allocator.expandable import allocate_expandable, bytes_to_map
-from peftplan.trace.allocator.oom import OutOfMemory
-from peftplan.trace.allocator.release import (
+from peftplan.memory.allocator.blocks import Block, BlockPool, should_split, try_merge
+from peftplan.memory.allocator.config import SMALL_BUFFER, SMALL_SIZE, AllocatorConfig, allocation_size, round_size
+from peftplan.memory.allocator.device import Device, SegmentEvent
+from peftplan.memory.allocator.expandable import allocate_expandable, bytes_to_map
+from peftplan.memory.allocator.oom import OutOfMemory
+from peftplan.memory.allocator.release import (
     garbage_collect_cached_blocks,
     release_available_cached_blocks,
     release_cached_blocks,
 )
-from peftplan.trace.allocator.segments import Segment, segments_of
-from peftplan.trace.allocator.stats import Peaks, Stats
+from peftplan.memory.allocator.segments import Segment, segments_of
+from peftplan.memory.allocator.stats import Peaks, Stats
 
 
 class Allocator:

@@ -6,13 +6,13 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from peftplan.trace.allocator.config import AllocatorConfig
-from peftplan.trace.allocator.core import Allocator
-from peftplan.trace.allocator.device import SegmentEvent
-from peftplan.trace.allocator.events import Event
-from peftplan.trace.allocator.oom import OutOfMemory
-from peftplan.trace.allocator.segments import Segment
-from peftplan.trace.allocator.stats import Peaks
+from peftplan.memory.allocator.config import AllocatorConfig
+from peftplan.memory.allocator.core import Allocator
+from peftplan.memory.allocator.device import SegmentEvent
+from peftplan.memory.allocator.events import Event
+from peftplan.memory.allocator.oom import OutOfMemory
+from peftplan.memory.allocator.segments import Segment
+from peftplan.memory.allocator.stats import Peaks
 
 
 @dataclass(frozen=True, slots=True)

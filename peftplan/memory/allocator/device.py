@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from peftplan.trace.allocator.config import ROUND_LARGE
-from peftplan.trace.allocator.stats import Stats
+from peftplan.memory.allocator.config import ROUND_LARGE
+from peftplan.memory.allocator.stats import Stats
 from peftplan.units import ceil_div
 
 ENDLESS = 2**46

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.trace.test_allocator import Script
+from tests.memory.test_allocator import Script
 
 ON = "expandable_segments:True"
 
