@@ -24,7 +24,7 @@ from peftplan.measure.recorder import Figure, Recorder
 from peftplan.planning.job import Job
 from peftplan.trace.inputs import inputs
 from peftplan.trace.quantized import TORCH_DTYPES
-from peftplan.trace.steps import Run, program
+from peftplan.trace.steps import PROGRAMS, Run
 
 PADDED = 1
 """Tokens of each sequence that a padding mask hides: enough to make it a real one."""
@@ -68,7 +68,7 @@ def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEP
     """
     if warmup < 0 or steps < 1:
         raise InputError("steps", (warmup, steps), "accepted: at least one step, after no or more warm-up steps")
-    stepping = program(job.setup)
+    stepping = PROGRAMS[job.setup.trainer]
     device.synchronize()
     device.empty_cache()
     device.reset_peaks()
