@@ -219,13 +219,21 @@ class Model:
 
     def asking_gradient(self, x: Tensor) -> Tensor:
         """The output of the input layer, made a leaf where checkpointing would find nothing that trains before it."""
-        if x.node is None and self.running.checkpointing:
+        if x.node is None and self._asks_gradients:
             x.node = Node(0, self.tape.module, _leaf_backward, (), checkpointed=False)
             x.node.context = x.detach()
             x.node.saved = (x.detach(),)  # a leaf's `AccumulateGrad` holds the leaf
             if x.storage is not None:
                 self.tape.leaves.add(x.storage.number)
         return x
+
+    @property
+    def _asks_gradients(self) -> bool:
+        """Under checkpointing transformers hooks the input layers of models that read `input_ids`, peft those of all that
+        bitsandbytes did not quantize (transformers 5.24 `_activation_checkpointing_enable`, peft 0.21.2
+        `_prepare_model_for_gradient_checkpointing`)."""
+        hooked_by_peft = self.running.peft_type is not None and self.quant is None
+        return self.running.checkpointing and ("input_ids" in self.batch or hooked_by_peft)
 
     @property
     def caches(self) -> bool:
@@ -296,9 +304,9 @@ class SharedLeaf(Parameter):
     held: Tensor
     sums: set[int]
 
-    def receive(self, tape: Tape, index: int, grad: Tensor) -> None:
+    def accumulate(self, tape: Tape, grad: Tensor) -> None:
         """The first gradient stays; later ones are added in place."""
-        super().receive(tape, index, grad)
+        super().accumulate(tape, grad)
         number = self.grad.storage.number  # type: ignore[union-attr]
         tape.category.pop(number, None)
         self.sums.add(number)

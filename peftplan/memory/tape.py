@@ -63,7 +63,7 @@ class Tensor:
 class Parameter:
     """A weight, whose bytes the ledger of parameters counts; as an autograd node it accumulates its gradient."""
 
-    __slots__ = ("dims", "dtype", "grad", "name", "node", "trainable")
+    __slots__ = ("buffered", "dims", "dtype", "grad", "name", "node", "trainable", "uses")
     storage = None
     index = 0
 
@@ -74,9 +74,23 @@ class Parameter:
         self.trainable = trainable
         self.grad: Tensor | None = None
         self.node = self if trainable else None
+        self.uses = 1
+        """How many gradients are still to come in this backward pass: a tied weight has two."""
+        self.buffered: Tensor | None = None
 
-    def receive(self, tape: Tape, index: int, grad: Tensor) -> None:
-        """`AccumulateGrad`: takes the first gradient as it is, adds later ones in place."""
+    def receive(self, tape: Tape, index: int, grad: Tensor | None) -> None:
+        """Gradients of all uses are summed first, each sum a new tensor (`InputBuffer`)."""
+        if grad is not None:
+            before, self.buffered = self.buffered, None
+            self.buffered = grad if before is None else tape.new(self.dims, self.dtype, "add")
+            del before
+        self.uses -= 1
+        if self.uses <= 0 and self.buffered is not None:
+            grad, self.buffered = self.buffered, None
+            self.accumulate(tape, grad)
+
+    def accumulate(self, tape: Tape, grad: Tensor) -> None:
+        """`AccumulateGrad`: takes the first gradient as it is, adds that of a later pass in place."""
         if self.grad is None:
             self.grad = grad.detach() if grad.storage else tape.new(self.dims, self.dtype, "clone")
             number = self.grad.storage.number  # type: ignore[union-attr]
@@ -267,7 +281,11 @@ class Tape:
         del result
         for i, edge in enumerate(node.edges):
             grad, found[i] = found[i], None
-            if edge is None or grad is None:
+            if edge is None:
+                continue
+            if grad is None:
+                if type(edge[0]) is Parameter:
+                    edge[0].receive(self, edge[1], None)
                 continue
             if grad.dtype != edge[2]:
                 grad = self.new(grad.dims, edge[2], "to")
@@ -340,16 +358,20 @@ def _to_backward(tape: Tape, node: Node, saved: Any, grad: Tensor) -> Tensor:
 
 
 def _reachable(root: Node) -> list[Node]:
-    """Every node that the root's gradient can reach, earliest first."""
+    """Every node that the root's gradient can reach, earliest first; counts how often each weight will get one."""
     seen = {root}
     stack = [root]
+    uses: dict[Parameter, int] = {}
     while stack:
         for edge in stack.pop().edges:
-            if edge is not None:
-                parent = edge[0]
-                if isinstance(parent, Node) and parent not in seen:
-                    seen.add(parent)
-                    stack.append(parent)
+            if edge is None:
+                continue
+            parent = edge[0]
+            if type(parent) is Parameter:
+                parent.uses = uses[parent] = uses.get(parent, 0) + 1
+            elif isinstance(parent, Node) and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
     return sorted(seen, key=_sequence_of)
 
 

@@ -1,0 +1,54 @@
+"""The pocket autograd against torch's: what it makes for a weight that is used twice, and when it is freed."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftplan.memory import ops
+from peftplan.memory.tape import Parameter, Tape, Tensor
+
+ROWS, WIDTH, VOCAB = 8, 16, 64
+
+
+def tied(f: Tape, weight: Parameter) -> Tensor:
+    """`(embedding(ids) @ weight.T).sum()`, the sum as a product that keeps nothing."""
+    hidden = ops.embedding(f, weight, (ROWS,))
+    return ops.linear(f, hidden, weight)
+
+
+def most_alive(f: Tape, dims: tuple[int, ...]) -> int:
+    """The most tensors of these dims that are alive at once."""
+    level = most = 0
+    for number in f.log:
+        if f.dims[abs(number)] == dims:
+            level += 1 if number > 0 else -1
+            most = max(most, level)
+    return most
+
+
+def test_a_tied_weight_has_its_gradients_summed_in_a_new_tensor_before_one_stays() -> None:
+    f, weight = Tape(), Parameter("embed.weight", (VOCAB, WIDTH), "fp32", trainable=True)
+    f.backward(tied(f, weight))
+    assert most_alive(f, (VOCAB, WIDTH)) == 3  # of the head, of the embedding, their sum
+    assert weight.grad is not None
+    assert f.names[weight.grad.storage.number] == "embed.weight.grad"  # type: ignore[union-attr]
+
+
+def test_torch_sums_the_gradients_of_a_tied_weight_in_a_new_tensor() -> None:
+    torch = pytest.importorskip("torch")
+    from torch.profiler import ProfilerActivity, profile
+
+    weight = torch.randn(VOCAB, WIDTH, requires_grad=True)
+    hidden = torch.nn.functional.embedding(torch.arange(ROWS), weight)
+    loss = torch.nn.functional.linear(hidden, weight).sum()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        loss.backward()
+    names = [event.name for event in seen.events()]
+    assert "aten::add" in names
+    assert "aten::add_" not in names
+
+
+def test_a_weight_used_once_keeps_its_first_gradient_as_it_is() -> None:
+    f, weight = Tape(), Parameter("head.weight", (VOCAB, WIDTH), "fp32", trainable=True)
+    f.backward(ops.linear(f, f.new((ROWS, WIDTH), "fp32", "x"), weight))
+    assert most_alive(f, (VOCAB, WIDTH)) == 1
