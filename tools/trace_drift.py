@@ -19,14 +19,14 @@ from unittest.mock import patch
 
 from peftplan.arch.sources import load_config
 from peftplan.errors import RefusedError
-from peftplan.memory.allocator import Event, replay
+from peftplan.memory.allocator import replay
 from peftplan.planning.setup import parse_setup, resolved
 from peftplan.report.markdown import table
 from peftplan.storage import parse_quant
 from peftplan.trace.engine import Traced, trace
 from peftplan.trace.meta import quiet_transformers
 from peftplan.trace.peft_steps import lorafa_optimizer
-from peftplan.trace.tracker import category_of
+from peftplan.trace.scripted import repeating_kv, with_empty_cache
 from peftplan.units import MIB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,7 +156,7 @@ def t4_trace(row: Row) -> Traced:
         "lora_alpha": row["peft"]["alpha"],
         "target_modules": row["peft"]["targets"],
     }
-    with patch("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *_: False):
+    with repeating_kv(True):
         return trace(
             load_config(row["model"]),
             task_type="CAUSAL_LM",
@@ -196,23 +196,6 @@ def metamath_trace(row: Row, *, lengths: Lengths) -> Traced:
         outputs_outlive_step=True,
         earlier_seq_lens=(before,),
     )
-
-
-def with_empty_cache(traced: Traced) -> list[Event]:
-    """The log with `empty_cache()` after every step, before the gradients of that step are freed."""
-    events: list[Event] = []
-    done = 0
-    for at in [at for at, phase in traced.began if phase == "forward"][1:]:
-        start = at
-        while traced.log[start - 1].kind == "free":
-            start -= 1
-        gradients = [i for i in range(start, at) if category_of(traced.log[i].storage) == "gradients"]
-        others = [i for i in range(start, at) if i not in set(gradients)]
-        events += traced.events[done:start]
-        events += [*(traced.events[i] for i in others), Event("empty_cache", phase="warmup")]
-        events += [traced.events[i] for i in gradients]
-        done = at
-    return [*events, *traced.events[done:]]
 
 
 def reserved(row: Row, *, lengths: Lengths) -> int:

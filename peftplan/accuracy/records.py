@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import PRESETS, parse_setup
 
 SCHEMA_VERSION = 1
@@ -42,7 +43,7 @@ class Run(Part):
 
     `model`: a built-in name, a Hub id, or a whole config. `method` with `method_config` (its fields, under peft's names), or
     `peft_config` (a whole adapter config), or both, where the method adds to the config what its name implies. `options` are
-    fields of `planning.setup.Setup`; those in `PINNED` must be there.
+    fields of `planning.setup.Setup`; those in `PINNED` must be there. `script`: what the program did besides.
     """
 
     model: Text | dict[str, Any]
@@ -50,6 +51,7 @@ class Run(Part):
     peft_config: dict[str, Any] | None = None
     method_config: dict[str, Any] = {}
     options: dict[str, Any]
+    script: Script = NO_SCRIPT
 
     @field_validator("options")
     @classmethod
@@ -78,7 +80,13 @@ class Run(Part):
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of `peftplan.estimate` besides the model, the card and the engine."""
-        return {"method": self.method, "peft_config": self.peft_config, **self.method_config, **self.options}
+        return {
+            "method": self.method,
+            "peft_config": self.peft_config,
+            **self.method_config,
+            **self.options,
+            "script": self.script,
+        }
 
 
 class Circumstances(Part):

@@ -81,7 +81,7 @@ def attend(
         q, k, v = _by_head(f, q, k, v, rotated=rotated)
         return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide, bias=bias)
     gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
-    if model.running.attention == "sdpa" and grouped and not gqa:
+    if model.running.attention == "sdpa" and grouped and (model.running.repeats_kv or not gqa):
         (v,) = _by_head(f, v, rotated=False)
         k, v = repeat_kv(f, k, a), repeat_kv(f, v, a)
     if f.autocast:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftplan.arch.modules import Architecture
 from peftplan.memory import ops
@@ -15,8 +15,7 @@ from peftplan.parameters import Parameters
 from peftplan.storage import QuantConfig
 
 
-@dataclass(frozen=True)
-class Running:
+class Running(NamedTuple):
     """What decides how a step runs: resolved fields of the setup, the method's config, the card's kernels."""
 
     autocast: str | None
@@ -32,6 +31,8 @@ class Running:
     batch_size: int = 1
     dtype: str = "bf16"
     """What the model is loaded in, and a quantized weight dequantized to."""
+    repeats_kv: bool = False
+    """Whether the program repeats grouped keys and values before sdpa sees them."""
     loss: str = "full"
     loss_facts: tuple[bool, ...] = ()
     """What of the batch decides which operations the loss runs (`LossSizes.facts`)."""
@@ -270,6 +271,14 @@ class Model:
         from peftplan.memory.methods.embeddings import merged_rows
 
         return merged_rows(self.tape, part, self.part(adapter))
+
+    def behind(self, name: str, x: Tensor, layer: int) -> Tensor:
+        """The output of a layer's part, through the adapter behind it if the method puts one there."""
+        if not self.has(f"{name}.adapter_up", layer):
+            return x
+        from peftplan.memory.methods.bottleneck import bottleneck
+
+        return bottleneck(self, name, x, layer)
 
     def rmsnorm(self, name: str, x: Tensor, layer: int | None = None, **how: Any) -> Tensor:
         """Call an RMSNorm."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.arch.modules import Architecture
 from peftplan.errors import NeedsTraceError, RefusedError
@@ -22,9 +21,11 @@ from peftplan.memory.quantized import QUANTIZED
 from peftplan.memory.step import Program, steady_step
 from peftplan.memory.tape import Tape
 from peftplan.memory.timeline import Timeline, timeline
+from peftplan.methods.bottleneck import BOTTLENECKS, refuse_unplaced
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters
 from peftplan.planning.result import Peaks
+from peftplan.planning.script import Script
 from peftplan.planning.setup import Setup
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ OWN_PREFIX = ("bloom", "gpt_bigcode", "gemma2", "gemma3_text", "gemma4_text")
 """Types whose prefix peft gives a form of its own (`TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING`, `get_prompt`)."""
 
 
-@dataclass(frozen=True)
-class Compiled:
+class Compiled(NamedTuple):
     """A job without its sizes: what always stands, what loading peaks at, and the timeline of a step."""
 
     architecture: Architecture
@@ -63,27 +63,39 @@ def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_
     ledgers = {"load": found.loading}
     for phase, (_, end) in found.timeline.peaks(named, found.standing.bytes()).items():
         ledgers[phase] = found.standing + Ledger(found.timeline.lines(end, named))
+
+    def steps() -> Steps:
+        of_warmup = job.script.earlier_seq_lens or (job.setup.seq_len,)
+        each = [job._replace(setup=job.setup.model_copy(update={"seq_len": tokens})) for tokens in of_warmup]
+        before = [compiled(one, parameters, static, compute_capability=compute_capability) for one in each]
+        sizes_of = zip(before, of_warmup, strict=True)
+        return *((one, one.sizes(job.setup.batch_size, tokens)) for one, tokens in sizes_of), (found, named)
+
     return Peaks(
         ledgers=ledgers,
-        reserve=partial(_reserved, found, named),
+        reserve=partial(_reserved, steps, job.script),
         reserved_source=RESERVED_SOURCE,
-        runs_within=partial(_runs_within, found, named),
+        runs_within=partial(_runs_within, steps, job.script),
     )
 
 
 RESERVED_SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, default options"
 
 
-def _reserved(found: Compiled, named: dict[str, Any]) -> int:
+Steps = tuple[tuple[Compiled, dict[str, Any]], ...]
+"""The steps of a run, each with its sizes; the last one counts."""
+
+
+def _reserved(steps: Callable[[], Steps], script: Script) -> int:
     from peftplan.planning.reserved import replayed
 
-    return replayed(found, named)[""].reserved
+    return replayed(steps(), script)[""].reserved
 
 
-def _runs_within(found: Compiled, named: dict[str, Any], capacity_bytes: int) -> bool:
+def _runs_within(steps: Callable[[], Steps], script: Script, capacity_bytes: int) -> bool:
     from peftplan.planning.reserved import runs_within
 
-    return runs_within(found, named, capacity_bytes)
+    return runs_within(steps(), script, capacity_bytes)
 
 
 COMPILED: OrderedDict[tuple[Any, ...], Compiled] = OrderedDict()
@@ -97,7 +109,7 @@ def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
     loss = _loss_sizes(job)
     facts = shape_facts(setup.batch_size, setup.seq_len + virtual_tokens, windows_of(job.architecture), loss)
-    described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
+    described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability, job.script.repeats_kv)
     key = (
         id(job.architecture),
         *described,
@@ -178,8 +190,8 @@ def _check(job: Job) -> None:
     _check_virtual_tokens(job)
     if getattr(job.config, "rank_dropout", 0):
         raise NeedsTraceError(f"rank_dropout of {job.method.name}")
-    if job.method.name in ("houlsby", "pfeiffer"):
-        raise NeedsTraceError(f"activations of method {job.method.name}")
+    if job.method.name in BOTTLENECKS:
+        refuse_unplaced(job.architecture, job.adaptation)
     if job.setup.gradient_checkpointing and job.setup.use_reentrant:
         raise NeedsTraceError("reentrant checkpointing")
     if job.quant is not None and job.quant.name not in QUANTIZED:
@@ -218,6 +230,7 @@ def _running(job: Job, compute_capability: str) -> Running:
         attention=str(setup.attn_implementation),
         padding=setup.padding,
         use_cache=bool(setup.use_cache) and setup.trainer != "trl" and setup.loss != "trl-chunked",
+        repeats_kv=job.script.repeats_kv,
         flash=tuple(map(int, compute_capability.split("."))) >= FLASH_CAPABILITY,
         peft_type=None if job.method is None else job.method.peft_type,
         config=job.config,

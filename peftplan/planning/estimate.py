@@ -17,6 +17,7 @@ from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.planning.job import Job
 from peftplan.planning.result import Estimate, Peaks
+from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, parse_setup, resolved
 from peftplan.planning.verdicts import capability, find_cards, verdict
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
@@ -43,6 +44,7 @@ def estimate(
     training_args: Any = None,
     gpu: str | Iterable[str] | None = None,
     engine: Engine = "analytic",
+    script: Script = NO_SCRIPT,
     record: bool = False,
     progress: Callable[[str, float], None] | None = None,
     **options: Any,
@@ -54,8 +56,8 @@ def estimate(
     adapter_config dict or any peft `PeftConfig`. `quantization_config`: a transformers `BitsAndBytesConfig`.
     `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `options`: fields of `planning.setup.Setup`, and
     the method's own fields under peft's names (`r`, `target_modules`, …). `gpu`: names of cards, or capacities such as 24GiB.
-    An explicit option wins over the objects. Of the trace engine: `record` keeps the whole run as `peaks.recording`, and
-    `progress` is called with what is done now and the share that is behind.
+    An explicit option wins over the objects. `script`: what a hand-written program does besides. Of the trace engine: `record`
+    keeps the whole run as `peaks.recording`, and `progress` is called with what is done now and the share that is behind.
 
     Raises InputError, UnknownNameError, RefusedError or MissingExtraError, each with a message of one line.
     """
@@ -69,6 +71,7 @@ def estimate(
         training_args=training_args,
         **options,
     )
+    job = job._replace(script=script)
     built, static = _static(job.architecture, job.adaptation, job.quant, job.setup)
     cards = find_cards(gpu)
     if engine == "trace":
@@ -77,7 +80,7 @@ def estimate(
     def again(**changes: Any) -> Estimate:
         given = {
             "method": method, "peft_config": peft_config, "quantization_config": quantization_config,
-            "training_args": training_args, **options,
+            "training_args": training_args, "script": script, **options,
         }  # fmt: skip
         return estimate(model, **{**given, **changes})
 
@@ -133,7 +136,7 @@ def _at(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu]
     s = job.setup.seq_len if seq_len is None else seq_len
 
     def at(b: Any, s: Any) -> Job:
-        return replace(job, setup=parse_setup({**job.setup.model_dump(), "batch_size": b, "seq_len": s}))
+        return job._replace(setup=parse_setup({**job.setup.model_dump(), "batch_size": b, "seq_len": s}))
 
     if not hasattr(b, "shape") and not hasattr(s, "shape"):
         return _analytic(at(b, s), built, static, cards)
@@ -318,6 +321,7 @@ def _traced(job: Job, cards: list[Gpu], **how: Any) -> Peaks:
         peft_config=traced_config(job.method, job.config, job.adapter, job.adaptation),
         quant=job.quant,
         setup=job.setup,
+        script=job.script,
         compute_capability=capability(cards),
         **how,
     )

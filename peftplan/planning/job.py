@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftplan import methods
 from peftplan.arch.modules import Architecture
 from peftplan.methods.adaptation import Adaptation, MethodConfig
+from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """What `estimate` counts, `trace` traces and `measure` runs.
 
     `method` and `config` are None where only peft itself can count the `adapter` config; `adapter` is empty where a method was
@@ -28,6 +27,7 @@ class Job:
     quant: QuantConfig | None
     architecture: Architecture
     adaptation: Adaptation
+    script: Script = NO_SCRIPT
 
     @property
     def method_name(self) -> str:

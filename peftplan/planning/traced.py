@@ -16,6 +16,7 @@ from peftplan.memory.ledger import Ledger, Line
 from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.methods.targets import WORDS
 from peftplan.planning.result import Peaks
+from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.units import round512
@@ -32,6 +33,7 @@ def trace_peaks(
     quant: QuantConfig | None,
     setup: Setup,
     compute_capability: str,
+    script: Script = NO_SCRIPT,
     record: bool = False,
     progress: Callable[[str, float], None] | None = None,
 ) -> Peaks:
@@ -46,11 +48,12 @@ def trace_peaks(
         from peftplan.trace.engine import trace
         from peftplan.trace.meta import quiet_transformers
         from peftplan.trace.recorded import Recorded
+        from peftplan.trace.scripted import events_of, repeating_kv
     except ImportError as error:
         raise MissingExtraError(f"engine: trace ({error.name or error})", "trace") from None
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs what is raised below
     try:
-        with quiet_transformers():
+        with quiet_transformers(), repeating_kv(script.repeats_kv):
             found = trace(
                 config,
                 task_type=architecture.task_type,
@@ -58,6 +61,8 @@ def trace_peaks(
                 quant=quant,
                 setup=setup,
                 device=_pair(compute_capability),
+                outputs_outlive_step=script.outputs_outlive_step,
+                earlier_seq_lens=script.earlier_seq_lens,
                 progress=progress,
             )
     except PeftplanError:
@@ -65,11 +70,12 @@ def trace_peaks(
     except Exception as error:  # the model's own code, on inputs that it may not take
         reason = " ".join(str(error).split())[:200]
         raise RefusedError(f"engine: the trace of {architecture.model_class} failed: {type(error).__name__}: {reason}") from error
-    replayed = found.replayed
+    events = events_of(found, empties_cache=script.empties_cache)
+    replayed = replay(events)
     return Peaks(
         ledgers={phase: _with_tails(peak.alive, replayed.by_phase[phase].allocated) for phase, peak in found.peaks.items()},
         reserve=replayed.peaks.reserved,
-        runs_within=lambda capacity: replay(found.events, capacity_bytes=capacity).oom is None,
+        runs_within=lambda capacity: replay(events, capacity_bytes=capacity).oom is None,
         reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
         incomplete=_unknown(found.unknown_ops),
         assumed={**found.facts, **_without(found.replaced)},

@@ -1,0 +1,28 @@
+"""What a program did around the step that was measured, where no option of a setup says it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Script(BaseModel):
+    """Facts about a hand-written program; a run of today's `plain` loop has none of them.
+
+    Reserved bytes depend on what ran before, so a record of somebody else's run needs them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    earlier_seq_lens: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Tokens per sequence of the steps before the counted one; without them one step of the same length."""
+    outputs_outlive_step: bool = False
+    """Whether the name of the outputs is rebound only when the next forward has returned."""
+    empties_cache: bool = False
+    """Whether `torch.cuda.empty_cache()` runs after each step, before the gradients of that step are freed."""
+    repeats_kv: bool = False
+    """Whether grouped keys and values are repeated before torch's sdpa sees them, as kernels without grouped queries need it."""
+
+
+NO_SCRIPT = Script()

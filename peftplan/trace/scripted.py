@@ -1,0 +1,43 @@
+"""What a hand-written program does that no option says (`planning.script`), in a trace and in the log that is replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from unittest.mock import patch
+
+from peftplan.memory.allocator import Event
+from peftplan.trace.engine import Traced
+from peftplan.trace.tracker import category_of
+
+
+@contextmanager
+def repeating_kv(repeats: bool) -> Iterator[None]:
+    """transformers' sdpa attention as it repeats keys and values itself, which torch's grouped kernels make needless."""
+    if not repeats:
+        yield
+        return
+    with patch("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *_: False):
+        yield
+
+
+def events_of(traced: Traced, *, empties_cache: bool) -> Sequence[Event]:
+    """The log for the allocator's replay."""
+    return with_empty_cache(traced) if empties_cache else traced.events
+
+
+def with_empty_cache(traced: Traced) -> list[Event]:
+    """The log with `empty_cache()` after every step, before the gradients of that step are freed."""
+    events: list[Event] = []
+    done = 0
+    for at in [at for at, phase in traced.began if phase == "forward"][1:]:
+        start = at
+        while traced.log[start - 1].kind == "free":
+            start -= 1
+        gradients = [i for i in range(start, at) if category_of(traced.log[i].storage) == "gradients"]
+        others = [i for i in range(start, at) if i not in set(gradients)]
+        events += traced.events[done:start]
+        events += [*(traced.events[i] for i in others), Event("empty_cache", phase="warmup")]
+        events += [traced.events[i] for i in gradients]
+        done = at
+    return [*events, *traced.events[done:]]
