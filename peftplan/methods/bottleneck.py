@@ -11,6 +11,7 @@ freezes the base model and the embeddings, so that a task's head trains beside t
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from typing import Annotated
 
 from pydantic import Field
@@ -34,6 +35,15 @@ class HoulsbyConfig(BottleneckConfig):
 
 class PfeifferConfig(BottleneckConfig):
     """AdapterHub's `SeqBnConfig`."""
+
+
+BOTTLENECKS = ("houlsby", "pfeiffer")
+ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
+MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+PLACES = {"attention_adapters": ATTENTIONS, "output_adapters": MLPS}
+"""Name of an adapter in a layer → the names of the module that it follows."""
+NORM_INSIDE = "output"
+"""A part with a child of this name adds its residual and its norm itself."""
 
 
 def houlsby(arch: Architecture, config: HoulsbyConfig) -> Adaptation:
@@ -64,6 +74,34 @@ def _adapters(arch: Architecture, config: BottleneckConfig, places: tuple[str, .
             ]
     trained = head_params(arch, (*CLASSIFICATION, "MASKED_LM"))
     return Adaptation(added=tuple(added), trained=trained, resolved=(("bottleneck_size", b),))
+
+
+def part_before(place: str, parts: Mapping[str, Container[str]]) -> str:
+    """The part of a layer that an adapter follows; `parts`: the modules of the layer, each with those inside it.
+
+    Raises RefusedError where the engines have no place for the adapter.
+    """
+    part = next((name for name in parts if name in PLACES[place]), None)
+    if part is None or NORM_INSIDE in parts[part]:
+        names = " or ".join(PLACES[place])
+        raise RefusedError(
+            f"method: adapters go behind {names} with no norm of its own, which a layer of this model lacks; "
+            "accepted: peftplan inspect, which counts them"
+        )
+    return part
+
+
+def refuse_unplaced(arch: Architecture, adaptation: Adaptation) -> None:
+    """Raise RefusedError where a layer has no part that one of its adapters could follow."""
+    for stack in _stacks(arch):
+        parts: dict[str, set[str]] = {}
+        for module in arch.modules:
+            if module.layers is not None and _layer_of(module) == stack:
+                part, inner, *_ = (*module.name[len(stack) + 1 :].split("."), "")
+                parts.setdefault(part, set()).add(inner)
+        for place in PLACES:
+            if any(t.name.startswith(f"{stack}.{place}.") for t in adaptation.added):
+                part_before(place, parts)
 
 
 def _stacks(arch: Architecture) -> dict[str, tuple[int, ...]]:

@@ -13,15 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftplan.errors import RefusedError
 from peftplan.methods.adaptation import Adaptation
+from peftplan.methods.bottleneck import part_before
 
-ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
-MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
-PLACES = {"attention_adapters": ATTENTIONS, "output_adapters": MLPS}
-"""Name of an adapter in a layer → the names of the module that it follows."""
-NORM_INSIDE = "output"
-"""A part with a child of this name adds its residual and its norm itself."""
 FIRST_WEIGHT = ".adapter_down.0.weight"
 
 
@@ -64,13 +58,8 @@ def apply_reference(base: nn.Module, adaptation: Adaptation, *, dtype: torch.dty
 
 def _insert(layer: nn.Module, place: str, adapter: Bottleneck) -> None:
     """Put an adapter behind the part of the layer that its place names."""
-    part = next((child for name, child in layer.named_children() if name in PLACES[place]), None)
-    if part is None or hasattr(part, NORM_INSIDE):
-        names = " or ".join(PLACES[place])
-        raise RefusedError(
-            f"engine: trace puts adapters behind {names} with no norm of its own, and there is none in "
-            f"{type(layer).__name__}; accepted: analytic"
-        )
+    parts = {name: [inner for inner, _ in part.named_children()] for name, part in layer.named_children()}
+    part = layer.get_submodule(part_before(place, parts))
     layer.add_module(place, adapter)
     part.register_forward_hook(_behind(adapter))
 

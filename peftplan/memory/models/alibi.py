@@ -33,14 +33,15 @@ def bloom(model: Model) -> Tensor:
 def bloom_layer(c: Call, x: Tensor) -> Tensor:
     """`BloomBlock.forward`."""
     normed = c.norm("input_layernorm", x)
-    attended = bloom_attention(c, normed, x)
+    attended = c.behind("attention", bloom_attention(c, normed, x))
     normed = c.norm("post_attention_layernorm", attended)
     out = c.linear("mlp.dense_h_to_4h", normed)
     out = bloom_gelu(c.at("mlp.gelu_impl"), out)
     out = c.linear("mlp.dense_4h_to_h", out)
     c.at("mlp")
     out = c.dropout(out)
-    return ops.add(c.at("mlp"), attended, out)
+    out = ops.add(c.at("mlp"), attended, out)
+    return c.behind("output", out)
 
 
 def bloom_attention(c: Call, x: Tensor, residual: Tensor) -> Tensor:
@@ -123,11 +124,11 @@ def mpt(model: Model) -> Tensor:
 def mpt_layer(c: Call, x: Tensor) -> Tensor:
     """`MptBlock.forward`."""
     normed = c.norm("norm_1", x)
-    attended = mpt_attention(c, normed)
+    attended = c.behind("attention", mpt_attention(c, normed))
     c.at()
     x = ops.add(c.at(), c.dropout(attended), x)
     normed = c.norm("norm_2", x)
-    return mpt_mlp(c, normed, x)
+    return c.behind("output", mpt_mlp(c, normed, x))
 
 
 def mpt_mlp(c: Call, x: Tensor, residual: Tensor) -> Tensor:

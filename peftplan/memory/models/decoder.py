@@ -56,6 +56,10 @@ class Call(NamedTuple):
         """The dropout that follows sublayers."""
         return ops.dropout(self.model.tape, x, self.model.arch.dropout.hidden)
 
+    def behind(self, part: str, x: Tensor) -> Tensor:
+        """The output of this layer's `attention` or `output`, through the adapter behind it."""
+        return self.model.behind(f"{self.style.stack}.{part}_adapters", x, self.number)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, rotated: bool) -> Tensor:
         """Attention over cached keys and values."""
         k, v = self.model.cached(k, v)
@@ -196,12 +200,12 @@ def serial(c: Call, x: Tensor) -> Tensor:
     before, after, before_mlp, after_mlp = c.style.norms
     residual = x
     x = c.norm(before, x)
-    x = (c.style.attention or attention)(c, x)
+    x = c.behind("attention", (c.style.attention or attention)(c, x))
     x = c.norm(after, x)
     x = added(c, residual, x)
     residual = x
     x = c.norm(before_mlp, x)
-    x = mlp(c, x)
+    x = c.behind("output", mlp(c, x))
     x = c.norm(after_mlp, x)
     return added(c, residual, x)
 

@@ -42,9 +42,11 @@ def transformer_block(model: Model, block: Block, number: int, x: Tensor, mask: 
     """`TransformerBlock.forward`."""
     f, name = model.tape, "distilbert.transformer.layer.{}"
     attended = attention(model, block, f"{name}.attention", number, x, mask)
+    attended = model.behind(f"{name}.attention_adapters", attended, number)
     f.module = name
     attended = model.layernorm(f"{name}.sa_layer_norm", ops.add(f, attended, x), number)
     out = ffn(model, block, f"{name}.ffn", number, attended)
+    out = model.behind(f"{name}.output_adapters", out, number)
     f.module = name
     return model.layernorm(f"{name}.output_layer_norm", ops.add(f, out, attended), number)
 

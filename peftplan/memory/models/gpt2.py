@@ -36,11 +36,11 @@ def block(c: Call, x: Tensor) -> Tensor:
     """`GPT2Block.forward`."""
     residual = x
     x = c.norm("ln_1", x)
-    attended = attention(c, x)
+    attended = c.behind("attention", attention(c, x))
     x = ops.add(c.at(), attended, residual)
     residual = x
     x = c.norm("ln_2", x)
-    out = c.dropout(mlp(c, x))
+    out = c.behind("output", c.dropout(mlp(c, x)))
     return ops.add(c.at(), residual, out)
 
 

@@ -50,9 +50,11 @@ def encoder_layer(model: Model, block: Block, number: int, x: Tensor, mask: Tens
     """`ModernBertEncoderLayer.forward`; layer 0 has no norm before its attention."""
     f, name = model.tape, "model.layers.{}"
     attended = attention(model, block, number, x if number == 0 else model.layernorm(f"{name}.attn_norm", x, number), mask, turns)
+    attended = model.behind(f"{name}.attention_adapters", attended, number)
     f.module = name
     x = ops.add(f, x, attended)
     out = mlp(model, block, number, model.layernorm(f"{name}.mlp_norm", x, number))
+    out = model.behind(f"{name}.output_adapters", out, number)
     f.module = name
     return ops.add(f, x, out)
 

@@ -47,7 +47,7 @@ def layer(c: Call, x: Tensor) -> Tensor:
     residual = x
     if before:
         x = c.norm("self_attn_layer_norm", x)
-    x = attention(c, x)
+    x = c.behind("attention", attention(c, x))
     c.at()
     x = c.dropout(x)
     x = ops.add(c.at(), residual, x)

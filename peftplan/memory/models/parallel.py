@@ -19,8 +19,8 @@ def cohere_layer(c: Call, x: Tensor) -> Tensor:
     """`CohereDecoderLayer.forward`: residual + attention + MLP."""
     residual = x
     x = c.norm("input_layernorm", x)
-    attended = attention(c, x)
-    out = mlp(c, x)
+    attended = c.behind("attention", attention(c, x))
+    out = c.behind("output", mlp(c, x))
     f = c.at()
     return ops.add(f, ops.add(f, residual, attended), out)
 
@@ -39,14 +39,14 @@ def stablelm_layer(c: Call, x: Tensor) -> Tensor:
     """`StableLmDecoderLayer.forward`: serial, or parallel behind one norm; the MLP's output alone is dropped out."""
     residual = x
     x = c.norm("input_layernorm", x)
-    attended = attention(c, x)
+    attended = c.behind("attention", attention(c, x))
     if c.block.parallel:
-        out = mlp(c, x)
+        out = c.behind("output", mlp(c, x))
         f = c.at()
         out = c.dropout(out)
         return ops.add(f, ops.add(f, residual, attended), out)
     residual = ops.add(c.at(), residual, attended)
-    out = mlp(c, c.norm("post_attention_layernorm", residual))
+    out = c.behind("output", mlp(c, c.norm("post_attention_layernorm", residual)))
     f = c.at()
     out = c.dropout(out)
     return ops.add(f, residual, out)
@@ -56,9 +56,9 @@ def phi_layer(c: Call, x: Tensor) -> Tensor:
     """`PhiDecoderLayer.forward`: attention + MLP + residual, both dropped out."""
     residual = x
     x = c.norm("input_layernorm", x)
-    attended = attention(c, x)
+    attended = c.behind("attention", attention(c, x))
     attended = c.dropout(attended)
-    out = mlp(c, x)
+    out = c.behind("output", mlp(c, x))
     f = c.at()
     out = c.dropout(out)
     return ops.add(f, ops.add(f, attended, out), residual)
@@ -66,15 +66,15 @@ def phi_layer(c: Call, x: Tensor) -> Tensor:
 
 def neox_layer(c: Call, x: Tensor) -> Tensor:
     """`GPTNeoXLayer.forward`: two norms; serial or parallel."""
-    attended = neox_attention(c, c.norm("input_layernorm", x))
+    attended = c.behind("attention", neox_attention(c, c.norm("input_layernorm", x)))
     attended = c.dropout(attended)
     if c.block.parallel:
-        out = mlp(c, c.norm("post_attention_layernorm", x))
+        out = c.behind("output", mlp(c, c.norm("post_attention_layernorm", x)))
         out = c.dropout(out)
         f = c.at()
         return ops.add(f, ops.add(f, out, attended), x)
     attended = ops.add(c.at(), attended, x)
-    out = mlp(c, c.norm("post_attention_layernorm", attended))
+    out = c.behind("output", mlp(c, c.norm("post_attention_layernorm", attended)))
     out = c.dropout(out)
     return ops.add(c.at(), out, attended)
 
@@ -97,8 +97,8 @@ def gptj_layer(c: Call, x: Tensor) -> Tensor:
     """`GPTJBlock.forward`: attention + MLP + residual."""
     residual = x
     x = c.norm("ln_1", x)
-    attended = c.dropout(gptj_attention(c, x))
-    out = c.dropout(mlp(c, x))
+    attended = c.behind("attention", c.dropout(gptj_attention(c, x)))
+    out = c.behind("output", c.dropout(mlp(c, x)))
     f = c.at()
     return ops.add(f, ops.add(f, attended, out), residual)
 

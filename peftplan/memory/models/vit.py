@@ -52,14 +52,14 @@ def encoder_layer(model: Model, block: Block, number: int, x: Tensor) -> Tensor:
     f, name, p = model.tape, "vit.layers.{}", model.arch.dropout.hidden
     residual = x
     x = model.layernorm(f"{name}.layernorm_before", x, number)
-    x = attention(model, block, number, x)
+    x = model.behind(f"{name}.attention_adapters", attention(model, block, number, x), number)
     f.module = f"{name}.dropout"
     x = ops.dropout(f, x, p)
     f.module = name
     x = ops.add(f, x, residual)
     residual = x
     x = model.layernorm(f"{name}.layernorm_after", x, number)
-    x = mlp(model, block, number, x)
+    x = model.behind(f"{name}.output_adapters", mlp(model, block, number, x), number)
     f.module = f"{name}.dropout"
     x = ops.dropout(f, x, p)
     f.module = name

@@ -1,0 +1,20 @@
+"""Bottleneck adapters behind a part of a layer, as the trace puts them into the model (`trace.reference.Bottleneck`)."""
+
+from __future__ import annotations
+
+from peftplan.memory import ops
+from peftplan.memory.model import Model
+from peftplan.memory.tape import Tensor
+
+
+def bottleneck(model: Model, name: str, x: Tensor, layer: int) -> Tensor:
+    """`x + up(relu(down(x)))`, inside in the adapter's dtype."""
+    f = model.tape
+    weight = model.part(f"{name}.adapter_up", layer).weight
+    assert weight is not None
+    f.module = name
+    inner = model.linear(f"{name}.adapter_down.0", f.to(x, weight.dtype), layer)
+    f.module = f"{name}.adapter_down.1"
+    inner = model.linear(f"{name}.adapter_up", ops.keeps_output(f, inner, "relu"), layer)
+    f.module = name
+    return ops.add(f, x, f.to(inner, x.dtype))
