@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -55,8 +54,7 @@ class Parameter(NamedTuple):
         return prod(self.shape)
 
 
-@dataclass(frozen=True)
-class Parameters:
+class Parameters(NamedTuple):
     """All parameters of the adapted model, and the tensors that all quantized weights share."""
 
     all: tuple[Parameter, ...]

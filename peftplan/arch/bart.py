@@ -61,7 +61,7 @@ def bart(c: Fields, task_type: str) -> Architecture:
     if task_type == "CAUSAL_LM":
         return _language_model(backbone, task_type, "lm_head", tied=tied)
     sharing = tuple((f"{stack}.embed_tokens.weight", "shared.weight") for stack in stacks) if tied else ()
-    backbone = replace(backbone, embedding="shared", ties=sharing)
+    backbone = backbone._replace(embedding="shared", ties=sharing)
     if task_type == "SEQ_2_SEQ_LM":
         model = _language_model(backbone, task_type, "lm_head", tied=tied)
         return replace(model, buffers=(Buffer("final_logits_bias", "model", (1, v)),))
@@ -96,7 +96,7 @@ def whisper(c: Fields, task_type: str) -> Architecture:
         modules += (*front[stack], *_layers(c, stack, key_bias=False), layernorm(f"{stack}.layer_norm", h))
     backbone = _backbone(c, "Whisper", task_type, stacks, tuple(modules), norm_position="pre")
     if "encoder" in stacks:
-        backbone = replace(backbone, frozen=("encoder.embed_positions.weight",))
+        backbone = backbone._replace(frozen=("encoder.embed_positions.weight",))
     if task_type == "FEATURE_EXTRACTION":
         return attach(backbone, task_type, ())
     return _language_model(backbone, task_type, "proj_out", tied=tied)

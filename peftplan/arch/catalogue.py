@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftplan.datafiles import load as load_data
 from peftplan.errors import InputError, UnknownNameError, nearest
@@ -16,8 +15,7 @@ from peftplan.errors import InputError, UnknownNameError, nearest
 INDEX = "models/index.json"
 
 
-@dataclass(frozen=True, slots=True)
-class ModelEntry:
+class ModelEntry(NamedTuple):
     """One built-in model.
 
     `aliases` are further names of the same repository, `siblings` ids of other checkpoints of the same shapes (an instruct

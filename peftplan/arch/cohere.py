@@ -7,7 +7,6 @@ plain operations, and is no `nn.LayerNorm`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from peftplan.arch.decoder import Dims, attention_modules, decoder_backbone, gated_mlp, layer_windows, read_dims, windowed_blocks
 from peftplan.arch.fields import Fields
@@ -71,7 +70,7 @@ def _model(
         blocks=tuple(_positions(b, rotary_in_full) for b in windowed_blocks(block, windows)),
         norm=Module("norm", "Module", (("weight", (n.h,)),)),
     )
-    return decoder_model(replace(backbone, logits_ops=("scale",)), c, task_type, tasks=TASKS, tie_word_embeddings=True)
+    return decoder_model(backbone._replace(logits_ops=("scale",)), c, task_type, tasks=TASKS, tie_word_embeddings=True)
 
 
 def _positions(block: Block, rotary_in_full: bool) -> Block:

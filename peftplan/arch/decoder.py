@@ -6,7 +6,7 @@ Sources: transformers 5.24, `models/<model_type>/modeling_<model_type>.py` and `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, classifier_dropout, probability, rotary_buffers
@@ -16,8 +16,7 @@ from peftplan.errors import InputError
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-@dataclass(frozen=True, slots=True)
-class Dims:
+class Dims(NamedTuple):
     """h hidden_size, i intermediate_size, v vocab_size, a query heads, kv key/value heads, d head_dim, and the layers.
 
     `shown_head_dim` is the `head_dim` of the config's `to_dict()`, None where it has none.

@@ -7,7 +7,6 @@ that scales the embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from peftplan.arch.decoder import (
     Dims,
@@ -46,8 +45,7 @@ def gemma2(c: Fields, task_type: str) -> Architecture:
     attention = _attention(c, n)._replace(softcap=_capped(c, "attn_logit_softcapping", absent=50.0))
     window = c.optional_int("sliding_window", absent=4096)
     blocks = _sandwich_blocks(c, n, attention, sliding=lambda layer: (layer + 1) % 2 != 0, window=window)
-    backbone = replace(
-        _backbone(c, n, stem="Gemma2", blocks=blocks, layer_norms=SANDWICH_NORMS),
+    backbone = _backbone(c, n, stem="Gemma2", blocks=blocks, layer_norms=SANDWICH_NORMS)._replace(
         logits_ops=("softcap",) if _capped(c, "final_logit_softcapping", absent=30.0) else (),
         supports_sdpa=False,
     )
@@ -65,8 +63,7 @@ def gemma3_text(c: Fields, task_type: str) -> Architecture:
     blocks = _sandwich_blocks(c, n, attention, sliding=lambda layer: (layer + 1) % pattern != 0, window=window)
     stem = "Gemma3" if task_type == "CAUSAL_LM" else "Gemma3Text"
     backbone = _backbone(c, n, stem=stem, blocks=blocks, layer_norms=SANDWICH_NORMS, attention_norms=qk_norms(n))
-    backbone = replace(
-        backbone,
+    backbone = backbone._replace(
         buffers=(backbone.buffers[0], *_rotary_by_layer_type(n, blocks)),
         logits_ops=("softcap",) if _capped(c, "final_logit_softcapping", absent=None) else (),
     )
@@ -111,7 +108,7 @@ def _backbone(
         *rmsnorms(n, *layer_norms),
     )
     backbone = decoder_backbone(c, n, stem=stem, layer=layer, blocks=blocks)
-    return replace(backbone, buffers=(Buffer("embed_tokens.embed_scale", "model", ()), *backbone.buffers))
+    return backbone._replace(buffers=(Buffer("embed_tokens.embed_scale", "model", ()), *backbone.buffers))
 
 
 def _rotary_by_layer_type(n: Dims, blocks: tuple[Block, ...]) -> tuple[Buffer, ...]:

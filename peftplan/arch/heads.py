@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from peftplan.arch.fields import Fields
 from peftplan.arch.modules import NO_DROPOUT, Architecture, Block, Buffer, Dropout, Module, PromptDims, linear
@@ -30,8 +30,7 @@ DECODER_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
 """What transformers' generic heads offer for a decoder (`transformers/modeling_layers.py`), question answering left out."""
 
 
-@dataclass(frozen=True)
-class Backbone:
+class Backbone(NamedTuple):
     """The bare model of a `model_type`, names without prefix, in the order of `named_modules()`.
 
     `stem` starts transformers' class names (`Llama` in `LlamaForCausalLM`); `prefix` is the attribute under which task models
@@ -82,7 +81,7 @@ def attach(
     `head_first`: the class registers its head before the backbone (XLM-RoBERTa), and so owns what the two share.
     """
     prefix = "" if task_type == "FEATURE_EXTRACTION" or not backbone.prefix else backbone.prefix + "."
-    body = tuple(replace(m, name=prefix + m.name) for m in backbone.modules)
+    body = tuple(m._replace(name=prefix + m.name) for m in backbone.modules)
     return Architecture(
         model_type=backbone.model_type,
         model_class=model_class or backbone.model_class(task_type),

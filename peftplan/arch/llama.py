@@ -5,8 +5,6 @@ Sources: transformers 5.24, `models/<model_type>/modeling_<model_type>.py` and t
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from peftplan.arch.decoder import (
     Dims,
     attention_modules,
@@ -36,7 +34,7 @@ def llama(c: Fields, task_type: str) -> Architecture:
 
 def granite(c: Fields, task_type: str) -> Architecture:
     """Granite 3: Llama whose logits are divided by `logits_scaling`."""
-    backbone = replace(_with_both_biases(c, read_dims(c), stem="Granite"), logits_ops=("scale",))
+    backbone = _with_both_biases(c, read_dims(c), stem="Granite")._replace(logits_ops=("scale",))
     return decoder_model(backbone, c, task_type, tasks=BARE)
 
 
@@ -51,7 +49,7 @@ def qwen2(c: Fields, task_type: str) -> Architecture:
     """Qwen1.5 … 2.5: biases on q, k and v; a window from layer `max_window_layers` on where `use_sliding_window` says so."""
     n = read_dims(c, kv=32)
     backbone = _plain(c, n, stem="Qwen2", qkv_bias=True)
-    return decoder_model(replace(backbone, blocks=_qwen_windows(c, backbone.blocks[0])), c, task_type)
+    return decoder_model(backbone._replace(blocks=_qwen_windows(c, backbone.blocks[0])), c, task_type)
 
 
 def qwen3(c: Fields, task_type: str) -> Architecture:
@@ -60,7 +58,7 @@ def qwen3(c: Fields, task_type: str) -> Architecture:
     bias = c.bool("attention_bias", default=False)
     attention = n.attention._replace(qk_norm=True)
     backbone = _plain(c, n, stem="Qwen3", qkv_bias=bias, o_bias=bias, norms=qk_norms(n), attention=attention)
-    return decoder_model(replace(backbone, blocks=_qwen_windows(c, backbone.blocks[0])), c, task_type)
+    return decoder_model(backbone._replace(blocks=_qwen_windows(c, backbone.blocks[0])), c, task_type)
 
 
 def smollm3(c: Fields, task_type: str) -> Architecture:
@@ -79,7 +77,7 @@ def smollm3(c: Fields, task_type: str) -> Architecture:
     backbone = _with_both_biases(c, n, stem="SmolLM3")
     block = backbone.blocks[0]
     blocks = grouped_blocks(n.layers, attentions, [block.mlp] * len(n.layers), block)
-    return decoder_model(replace(backbone, blocks=blocks), c, task_type, tie_word_embeddings=True)
+    return decoder_model(backbone._replace(blocks=blocks), c, task_type, tie_word_embeddings=True)
 
 
 def olmo(c: Fields, task_type: str) -> Architecture:
@@ -93,7 +91,7 @@ def olmo(c: Fields, task_type: str) -> Architecture:
         layer=(*attention_modules(n, qkv_bias=bias, o_bias=bias), *gated_mlp(n.h, n.i, n.layers)),
         blocks=(_block(c, n, n.attention)._replace(norm="layernorm"),),
     )
-    without_norm = replace(backbone, modules=backbone.modules[:-1])
+    without_norm = backbone._replace(modules=backbone.modules[:-1])
     return decoder_model(without_norm, c, task_type, tasks=NO_TOKEN_CLS)
 
 

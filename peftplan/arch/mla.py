@@ -6,7 +6,7 @@ for multi-token prediction (`num_nextn_predict_layers`) are in the checkpoint bu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from peftplan.arch.decoder import Dims, decoder_backbone, first_met, gated_mlp, rmsnorms
 from peftplan.arch.fields import Fields
@@ -27,7 +27,7 @@ def deepseek_v2(c: Fields, task_type: str) -> Architecture:
         dense=c.int("first_k_dense_replace", default=0, low=0),
         bias=c.bool("mlp_bias", default=False),
     )
-    backbone = replace(_backbone(c, n, ranks, shape, stem="DeepseekV2"), keep_in_fp32_strict=("gate.weight",))
+    backbone = _backbone(c, n, ranks, shape, stem="DeepseekV2")._replace(keep_in_fp32_strict=("gate.weight",))
     return decoder_model(backbone, c, task_type, tasks=("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"))
 
 
@@ -46,14 +46,13 @@ def deepseek_v3(c: Fields, task_type: str) -> Architecture:
     backbone = _backbone(c, n, ranks, shape, stem="DeepseekV3")
     sparse = n.layers[shape.dense :]
     bias = (Buffer("layers.{}.mlp.gate.e_score_correction_bias", "fp32", (shape.e,), sparse),) if sparse else ()
-    backbone = replace(
-        backbone, buffers=(*bias, *backbone.buffers), keep_in_fp32_strict=("e_score_correction_bias", "gate.weight")
+    backbone = backbone._replace(
+        buffers=(*bias, *backbone.buffers), keep_in_fp32_strict=("e_score_correction_bias", "gate.weight")
     )
     return decoder_model(backbone, c, task_type)
 
 
-@dataclass(frozen=True, slots=True)
-class _Ranks:
+class _Ranks(NamedTuple):
     """q and kv: ranks of the compressed projections (q None: not compressed); nope, rope, v: dimensions of a head."""
 
     q: int | None
@@ -63,8 +62,7 @@ class _Ranks:
     v: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Experts:
+class _Experts(NamedTuple):
     """e experts of width i, top_k a token; `shared` more that every token sees; the first `dense` layers have none."""
 
     e: int

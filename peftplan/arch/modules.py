@@ -18,8 +18,7 @@ LINEAR_KINDS = ("Linear", "LinearSubclass", "Conv1D")
 """Kinds that peft's `all-linear` takes: `isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D))`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
+class Module(NamedTuple):
     """One family of modules that own parameters directly.
 
     `kind` is the torch class that other libraries test for: `Linear`, `LinearSubclass` (not exactly `nn.Linear`), `Conv1D`,

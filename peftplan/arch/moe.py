@@ -7,7 +7,6 @@ module, gate and up fused, and the router as a class of its own that is no `nn.L
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from peftplan.arch.decoder import (
     Dims,
@@ -94,7 +93,7 @@ def granitemoe(c: Fields, task_type: str) -> Architecture:
         blocks=(Block("decoder", n.layers, (n.attention,), mlp, "rmsnorm"),),
     )
     tasks = ("CAUSAL_LM", "FEATURE_EXTRACTION")
-    return decoder_model(replace(backbone, logits_ops=("scale",)), c, task_type, tasks=tasks)
+    return decoder_model(backbone._replace(logits_ops=("scale",)), c, task_type, tasks=tasks)
 
 
 def qwen2_moe(c: Fields, task_type: str) -> Architecture:
@@ -168,7 +167,7 @@ def gpt_oss(c: Fields, task_type: str) -> Architecture:
         ),
         blocks=windowed_blocks(block, windows),
     )
-    backbone = replace(backbone, supports_sdpa=False, keep_in_fp32=(*NORMS, "norm"))
+    backbone = backbone._replace(supports_sdpa=False, keep_in_fp32=(*NORMS, "norm"))
     return decoder_model(backbone, c, task_type)
 
 

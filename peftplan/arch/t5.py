@@ -49,9 +49,9 @@ def t5(c: Fields, task_type: str) -> Architecture:
         names = ("dense", "out_proj")
         widths = (h, num_labels(c))
         head = tuple(linear(f"classification_head.{n}", h, w, True) for n, w in zip(names, widths, strict=True))
-        return attach(replace(backbone, prefix="transformer"), task_type, head)
+        return attach(backbone._replace(prefix="transformer"), task_type, head)
     if task_type == "TOKEN_CLS":
-        return attach(replace(backbone, prefix="transformer"), task_type, classifier(c, task_type, h))
+        return attach(backbone._replace(prefix="transformer"), task_type, classifier(c, task_type, h))
     model_class = f"{backbone.stem}EncoderModel" if encoder_only else None
     return attach(backbone, task_type, classifier(c, task_type, h), model_class=model_class)
 
@@ -66,7 +66,7 @@ def _generator(c: Fields, backbone: Backbone) -> Architecture:
     """
     tied = c.bool("tie_word_embeddings", default=True) and c.bool("scale_decoder_outputs", default=True)
     model = attach(
-        replace(backbone, prompt=_prompt(c, submodules=2)),
+        backbone._replace(prompt=_prompt(c, submodules=2)),
         "SEQ_2_SEQ_LM",
         (linear("lm_head", backbone.hidden_size, backbone.vocab_size),),
         ties=(("lm_head.weight", "shared.weight"),) if tied else (),

@@ -7,7 +7,7 @@ Source: data/context.json, each row with its own source.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from peftplan import datafiles
 from peftplan.hardware.gpus import Gpu
@@ -38,8 +38,7 @@ DEFAULT_CAPABILITY = (8, 0)
 """Whose kernels and workspaces count where no card is named: those of sm80 and sm86, the cards that most runs use."""
 
 
-@dataclass(frozen=True, slots=True)
-class ContextMeasurement:
+class ContextMeasurement(NamedTuple):
     """One public measurement. `exact` is false where it was read from rounded or mixed output; `mib` is as recorded."""
 
     gpu: str
@@ -57,8 +56,7 @@ class ContextMeasurement:
     note: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Looked:
+class Looked(NamedTuple):
     """Bytes that were looked up, or None, with the reason and, where there is a figure, its source."""
 
     bytes: int | None

@@ -8,9 +8,8 @@ the `nvidia-smi` total). Source: data/gpus.json, each row with its own sources.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftplan import datafiles
 from peftplan.errors import InputError, UnknownNameError
@@ -24,8 +23,7 @@ _MAKER = re.compile(r"(nvidia|amd|geforce)+")
 _NOT_IN_KEY = re.compile(r"[^a-z0-9+]")
 
 
-@dataclass(frozen=True, slots=True)
-class Reported:
+class Reported(NamedTuple):
     """One public record of the device total that a program was told: torch `total_memory`, `cudaMemGetInfo` or HIP's."""
 
     mib: int
@@ -34,8 +32,7 @@ class Reported:
     source: str
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
+class Variant(NamedTuple):
     """The `nvidia-smi` total under other settings than the usual ones (ECC the other way, an older driver, a modified card)."""
 
     mib: int
@@ -43,8 +40,7 @@ class Variant:
     source: str
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
+class Gpu(NamedTuple):
     """One card, or an anonymous capacity that a user gave (then only `id`, `name` and `capacity_bytes` are set).
 
     `compute_capability` is CUDA's (`8.9`) or AMD's chip name (`gfx942`); `bf16` and `fp8` mean arithmetic in hardware

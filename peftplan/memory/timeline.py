@@ -7,7 +7,6 @@ between two boundaries, times their number (`model.run_stack`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -42,8 +41,7 @@ class Stack(NamedTuple):
     """Whether what every layer returns lives until the forward ends."""
 
 
-@dataclass(frozen=True)
-class Timeline:
+class Timeline(NamedTuple):
     """Every event of a step: which kind of tensor, how many are made (or freed), and where each phase begins."""
 
     kinds: tuple[Kind, ...]

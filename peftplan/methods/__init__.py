@@ -6,9 +6,9 @@ Importing this package loads none of the methods; each lies in its own module, w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import InputError, UnknownNameError
 
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from peftplan.methods.adaptation import Adaptation, MethodConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
+class Method(NamedTuple):
     """One entry of the registry: where the method is implemented, and what its name presets.
 
     `defaults` are options that the name implies (`dora` is LoRA with `use_dora`); `quant` is the storage of the frozen base that
@@ -34,7 +33,7 @@ class Method:
     function: str
     summary: str
     source: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = MappingProxyType({})
     quant: str | None = None
 
 

@@ -9,7 +9,6 @@ more per weight, and 512 B for each of its gradient and states.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -53,7 +52,7 @@ def adalora(arch: Architecture, config: AdaLoraConfig) -> Adaptation:
     refuse_mamba(arch, found.matched)
     notes = (f"r={config.r} is not used by AdaLoRA; init_r={config.init_r} sets the rank",) if config.r != 8 else ()
     deltas = token_deltas(arch, config.trainable_token_indices)
-    return replace(found, added=(*found.added, *deltas), buffers=token_originals(deltas), notes=notes)
+    return found._replace(added=(*found.added, *deltas), buffers=token_originals(deltas), notes=notes)
 
 
 def _tensors(module: Module, r: int) -> list[AddedTensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -80,8 +79,7 @@ class TrainedParam(NamedTuple):
         return 1 if self.layers is None else len(self.layers)
 
 
-@dataclass(frozen=True)
-class Adaptation:
+class Adaptation(NamedTuple):
     """The outcome of a method on an architecture. `matched` are the module families that it targets, as they were resolved."""
 
     added: tuple[AddedTensor, ...] = ()
@@ -115,4 +113,4 @@ def trained_params(arch: Architecture, modules: tuple[Module, ...], *, only: str
 
 def restricted(module: Module, layers: tuple[int, ...]) -> Module:
     """The same family over some of its layers only."""
-    return module if module.layers == layers else replace(module, layers=layers)
+    return module if module.layers == layers else module._replace(layers=layers)

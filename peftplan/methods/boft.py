@@ -7,7 +7,6 @@ Source: peft 0.21.2, `tuners/boft/layer.py` (`BOFTLayer.update_layer`).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -56,7 +55,7 @@ def boft(arch: Architecture, config: BOFTConfig) -> Adaptation:
         return [AddedBuffer(f"{module.name}.boft_P", (m, width, width), "float32", module.layers)]
 
     found = tune(arch, config, tensors, peft_type="BOFT", bias=config.bias, buffers=buffers)
-    return replace(found, notes=(FALLBACK,)) if m > 1 else found
+    return found._replace(notes=(FALLBACK,)) if m > 1 else found
 
 
 def _blocks(module: Module, config: BOFTConfig) -> tuple[int, int]:

@@ -6,9 +6,9 @@ Source: peft 0.21.2, `utils/transformers_weight_conversion.py` (`_convert_peft_c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 from peftplan.arch.modules import LINEAR_KINDS, Architecture
 from peftplan.errors import RefusedError
@@ -43,13 +43,12 @@ FUSED: dict[str, tuple[str, str]] = {"mixtral": ("w1", "w3"), "qwen2_moe": ("gat
 """The two projections inside `gate_up_proj`: both must be targeted, and its rank doubles."""
 
 
-@dataclass(frozen=True)
-class ResolvedTargets:
+class ResolvedTargets(NamedTuple):
     """Targets after the rewriting: modules, parameters, and the ranks that change."""
 
     target_modules: tuple[str, ...] | str | None
     target_parameters: tuple[str, ...] = ()
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = MappingProxyType({})
 
 
 class _Config(Protocol):

@@ -38,7 +38,7 @@ def ln_tuning(arch: Architecture, config: LNTuningConfig) -> Adaptation:
         if any(other.name.startswith(module.name + ".") for other in arch.modules):
             raise NeedsPeftError(f"LN_TUNING of {module.name}, which holds other modules")
         if module.leaf == IDENTITIES.get(arch.model_type):
-            _refuse_identity(arch, config, replace(module, layers=(0,)))
+            _refuse_identity(arch, config, module._replace(layers=(0,)))
     return found
 
 

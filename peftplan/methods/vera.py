@@ -7,7 +7,6 @@ Source: peft 0.21.2, `tuners/vera/model.py` (`_init_vera_A_vera_B`, `_find_dim`)
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -39,7 +38,7 @@ def vera(arch: Architecture, config: VeraConfig) -> Adaptation:
         AddedBuffer("vera_A", (config.r, widest_in), "adapter"),
         AddedBuffer("vera_B", (widest_out, config.r), "adapter"),
     )
-    return replace(found, buffers=shared)
+    return found._replace(buffers=shared)
 
 
 def _tensors(module: Module, r: int) -> list[AddedTensor]:

@@ -10,8 +10,7 @@ Source: peft 0.21.2, `tuners/prefix_tuning/model.py`, `tuners/prompt_tuning/mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -61,8 +60,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-@dataclass(frozen=True)
-class _Dims:
+class _Dims(NamedTuple):
     """A model's sizes as peft resolves them."""
 
     num_layers: int

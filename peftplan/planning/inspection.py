@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftplan.arch import sources
 from peftplan.arch.modules import Architecture, Module
@@ -14,8 +14,7 @@ from peftplan.methods.targets import match, resolve_targets
 from peftplan.units import round512
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One module, or one family of `copies` of them; `num_parameters` and `bytes` are those of all copies, ties excluded."""
 
     name: str

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftplan.errors import RefusedError
 from peftplan.planning.result import Estimate, Peaks
@@ -18,8 +17,7 @@ _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|$)|\.default(?=\
 """What peft puts around the names that transformers gives."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """`copies` equal tensors: what they are, whose, made by what; `share` is of the peak."""
 
     category: str
@@ -61,7 +59,7 @@ def peaks_of(result: Estimate) -> Peaks:
 
 def facts(result: Estimate) -> list[dict[str, Any]]:
     """One record per group for programs; `share` with six decimals."""
-    return [{**asdict(row), "shape": list(row.shape), "share": round(row.share, 6)} for row in rows(result)]
+    return [{**row._asdict(), "shape": list(row.shape), "share": round(row.share, 6)} for row in rows(result)]
 
 
 def kind(name: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftplan.planning.result import Estimate
@@ -168,12 +167,12 @@ def _json(value: Any) -> None:
 
 
 def _fields(item: Any) -> dict[str, Any]:
-    """A dataclass as JSON-able values."""
-    return {f.name: _plain(getattr(item, f.name)) for f in fields(item)}
+    """A named tuple as JSON-able values."""
+    return {name: _plain(value) for name, value in item._asdict().items()}
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
+    if hasattr(value, "_asdict"):
         return _fields(value)
     if isinstance(value, (tuple, list, set, frozenset)):
         return [_plain(v) for v in value]
