@@ -24,7 +24,7 @@ from peftplan.trace.depth import SAMPLE_LAYERS, Stack, names_layers, repeating_s
 from peftplan.trace.differences import KERNEL_TEMPORARIES, CudaLike, as_on_cuda
 from peftplan.trace.expand import NotRepeatingError, Sample, grown
 from peftplan.trace.experts import experts_on
-from peftplan.trace.fake import to_fake
+from peftplan.trace.fake import fake_batch, to_fake
 from peftplan.trace.flash import flash_attn_installed
 from peftplan.trace.inputs import Inputs, inputs
 from peftplan.trace.kernels import kernel_packages
@@ -191,6 +191,7 @@ def _run(
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode)
+    batch, *before = [fake_batch(of_step.batch, mode) for of_step in (given, *earlier)]
     with (
         _as_on_card(mode, capability, autocast=setup.autocast != "none"),
         Selected(given.selected),
@@ -199,8 +200,8 @@ def _run(
     ):
         load(built, tracker, setup, quant)
         optimizer = make_optimizer(setup, built.model, tracker)
-        run = Run(built.model, given.batch, optimizer, tracker, setup, outputs_outlive_step)
-        run.earlier, run.steps = [of_step.batch for of_step in earlier], max(STEPS, len(earlier) + 1)
+        run = Run(built.model, batch, optimizer, tracker, setup, outputs_outlive_step)
+        run.earlier, run.steps = before, max(STEPS, len(earlier) + 1)
         try:
             PROGRAMS[setup.trainer](run)
         except PeftplanError:

@@ -38,6 +38,16 @@ class _Converter:
         return self.known[id(parameter)][1]
 
 
+def fake_batch(batch: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
+    """A batch whose pictures and sound are fake tensors, so that their storages are watched; indices stay as they are, a few
+    bytes per token."""
+    converter = _Converter(mode)
+    return {
+        name: converter.tensor(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+
+
 def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     """Replace every parameter and buffer, and the tensors that quantized modules keep beside them, in place."""
     converter = _Converter(mode)

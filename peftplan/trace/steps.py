@@ -74,6 +74,9 @@ class Run:
         """One forward under the run's autocast."""
         self.tracker.begin("forward")
         batch = self.earlier[self.done] if self.done < len(self.earlier) else self.batch
+        for name, value in batch.items():
+            if torch.is_tensor(value) and value.is_floating_point():
+                self.tracker.register(value, "activations", name, op="batch")
         with self.autocast():
             return self.model(**batch)
 
