@@ -64,8 +64,11 @@ def _text(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
         batch["attention_mask"] = ids(b, s, value=1)
     pictures = picture_inputs(model, takes, setup)
     batch |= pictures.batch | labels(model, takes, b, s)
-    if "use_cache" in takes and hasattr(model.config, "use_cache"):
-        batch["use_cache"] = bool(setup.use_cache)
+    if hasattr(model.config, "use_cache"):
+        if "use_cache" in takes:
+            batch["use_cache"] = bool(setup.use_cache)
+        else:  # as `Trainer.__init__` does, for a forward that leaves it to the config
+            model.config.use_cache = bool(setup.use_cache)
     return Inputs(batch, frozenset({s, s - 1}), pictures.facts)
 
 
