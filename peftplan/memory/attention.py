@@ -171,6 +171,8 @@ def eager(
         scores = ops.scale(f, scores, "div")
         scores = ops.keeps_output(f, scores, "tanh")
         scores = ops.scale(f, scores)
+    if bias is not None:
+        scores = ops.add(f, scores, bias)
     if mask is not None:
         scores = ops.add(f, scores, mask)
     weights = ops.softmax(f, scores, "fp32" if wide or f.autocast else scores.dtype)
