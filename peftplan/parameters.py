@@ -198,6 +198,18 @@ def optimizer_lines(
     return Ledger(tuple(lines))
 
 
+def sensitivity_lines(parameters: Parameters) -> Ledger:
+    """What AdaLoRA's rank allocator keeps of each of its parameters (peft 0.21.2, tuners/adalora/layer.py `RankAllocator`)."""
+    if not any(p.name.endswith(".lora_E") for p in parameters.all):
+        return Ledger(())
+    kinds = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+    trained = [p for p in parameters.all if p.owner == "adapter" and p.trainable and ".lora_" in p.name]
+    source = "peft: RankAllocator.update_ipt"
+    return Ledger(
+        tuple(Line(f"{p.name}.{kind}", "optimizer_states", p.dtype, p.shape, p.copies, source) for p in trained for kind in kinds)
+    )
+
+
 def buffer_lines(arch: Architecture, adaptation: Adaptation, *, dtype: str, adapter_dtype: str) -> Ledger:
     """Registered buffers: tensors that never train, the model's (rotary frequencies) and the method's (VeRA's shared matrices).
 

@@ -87,6 +87,8 @@ class Model:
     """Keys and values of virtual tokens that layers have not taken yet."""
     copied_past: Tensor | None = None
     """Those of the layers that stand as copies of another."""
+    waiting: list[Tensor] = field(default_factory=list)
+    """Gradients of layers that stand as copies of another, made outside of the layers."""
     stacks: list[Stack] = field(default_factory=list)
     micro_batch: int = 0
     """Which of a step's micro batches runs: each has stacks of its own."""
@@ -147,6 +149,10 @@ class Model:
             held = self._held[key] = Parameter(p.name, p.shape, dtype, trainable=p.trainable)
             held.grad = self._kept_gradients.get(p.name)
         return held
+
+    def held(self, name: str) -> list[Parameter]:
+        """The tensors of a family of parameters that the step has used so far."""
+        return [p for (family, _), p in self._held.items() if family == name]
 
     def keep_gradients(self) -> None:
         """Make all gradients before the step, as those of the step before that `zero_grad(set_to_none=False)` left."""

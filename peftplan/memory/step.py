@@ -56,6 +56,10 @@ def steady_step(model: Model, program: Program) -> None:
     if scaler is not None:
         scaler.unscale(f, model.parameters)
     optimizer_step(f, program.optimizer, [p for p in model.parameters.all if p.trainable], clips=program.trainer != "plain")
+    if model.running.peft_type == "ADALORA":
+        from peftplan.memory.methods.adalora import allocate
+
+        allocate(model)
     outputs.clear()
     model.kept.clear()
 
@@ -87,6 +91,10 @@ def _forward(model: Model) -> list[Tensor]:
     """The loss, and what else the outputs hold."""
     head = head_of(model)
     found = [*head(model, forward_of(model.arch.model_type)(model)), *model.outputs]
+    if model.running.peft_type == "ADALORA" and model.running.loss != "trl-chunked":
+        from peftplan.memory.methods.adalora import regularized
+
+        found[0] = regularized(model, found[0])
     model.outputs.clear()
     model.call_locals.clear()
     if model.running.loss != "full":

@@ -29,6 +29,11 @@ class AdaLoraConfig(LayeredConfig):
     target_r: int = 8
     r: int = 8
     lora_alpha: float | None = None
+    total_step: Annotated[int, Field(ge=1)] = 1000
+    """peft has no default for it; it decides when which ranks are masked."""
+    tinit: Annotated[int, Field(ge=0)] = 0
+    tfinal: Annotated[int, Field(ge=0)] = 0
+    deltaT: Annotated[int, Field(ge=1)] = 1
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
     use_dora: bool = False
@@ -36,8 +41,7 @@ class AdaLoraConfig(LayeredConfig):
     target_parameters: tuple[str, ...] | None = None
     refuses_layers: ClassVar[tuple[str, ...]] = ("layers_to_transform",)
     no_effect: ClassVar[frozenset[str]] = LoraConfig.no_effect | {
-        "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "lora_bias", "use_rslora",
-        "init_lora_weights",
+        "beta1", "beta2", "orth_reg_weight", "lora_bias", "use_rslora", "init_lora_weights",
     }  # fmt: skip
 
 

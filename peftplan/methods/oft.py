@@ -2,7 +2,7 @@
 
 An input of width `in` is cut into r blocks of size b, in = r·b; each block keeps the b·(b-1)/2 entries of a skew-symmetric
 matrix, so the weight is (r, b·(b-1)/2), or (1, b·(b-1)/2) where blocks share. A size that does not divide `in` moves to the
-nearest divisor. `coft`, `eps` and the Cayley-Neumann settings change no tensor.
+nearest divisor. `coft` and the Cayley-Neumann settings change what a step makes, and no weight.
 Source: peft 0.21.2, `tuners/oft/layer.py` (`OFTLayer.update_layer`, `OFTRotationModule`, `adjust_oft_parameters`).
 """
 
@@ -29,9 +29,10 @@ class OFTConfig(LayeredConfig):
     module_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     bias: Literal["none", "all", "oft_only"] = "none"
     block_share: bool = False
-    no_effect: ClassVar[frozenset[str]] = frozenset(
-        {"fan_in_fan_out", "init_weights", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"}
-    )
+    coft: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: Annotated[int, Field(ge=1)] = 5
+    no_effect: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "init_weights", "eps"})
 
 
 def oft(arch: Architecture, config: OFTConfig) -> Adaptation:

@@ -207,6 +207,7 @@ def _static(
         + parameters.buffer_lines(architecture, adaptation, dtype=setup.dtype, adapter_dtype=adapter_dtype)
         + parameters.gradient_lines(built, optimizer)
         + _optimizer(built, optimizer, setup)
+        + parameters.sensitivity_lines(built)
     )
     return built, static
 

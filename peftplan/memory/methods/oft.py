@@ -1,0 +1,89 @@
+"""OFT (peft 0.21.2, tuners/oft/layer.py): the input is rotated block by block, by matrices that each forward makes anew.
+
+n blocks of size k. Left out: `coft`, and the exact Cayley transform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peftplan.errors import NeedsTraceError
+from peftplan.memory import ops
+from peftplan.memory.methods.sides import sides
+from peftplan.memory.model import Part, Running
+from peftplan.memory.tape import Dims, Node, Tape, Tensor
+
+
+def oft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
+    """`base(rotated x)`: the rotated x lives in the adapter's dtype until the layer returns."""
+    config, given = running.config, x.dtype
+    if config.coft or not config.use_cayley_neumann:
+        raise NeedsTraceError("OFT with coft or without use_cayley_neumann")
+    n_in, _ = sides(part)
+    f.module = f"{part.name}.oft_R"
+    x = _rotated(f, f.to(x, part.params["oft_R.weight"].dtype), part.params["oft_R.weight"], n_in, config)
+    f.module = part.name
+    result = base(f.to(x, given))
+    return f.to(result, given)  # type: ignore[no-any-return]
+
+
+def _rotated(f: Tape, x: Tensor, weight: Any, n_in: int, config: Any) -> Tensor:
+    """`OFTRotationModule.forward`: `einsum` is a product by blocks, whose result is copied token by token."""
+    count, entries = weight.dims
+    k = next(k for k in range(1, n_in + 1) if k * (k - 1) // 2 == entries and (k > 1 or count == n_in))
+    rotation = _neumann(f, weight, (count, k, k), config.num_cayley_neumann_terms)
+    blocks = n_in // k
+    if config.block_share:
+        node = f.record(_repeated_backward, (rotation,), rotation.dims)
+        rotation = f.new((blocks, k, k), rotation.dtype, "repeat", node)
+    b, s, _ = x.dims
+    product = ops.matmul(f, x.view((blocks, b, s, k)), rotation, (blocks, b, s, k))
+    return ops.copied(f, product, "clone", x.dims) if blocks > 1 else product.view(x.dims)
+
+
+def _repeated_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "sum")
+
+
+def _neumann(f: Tape, weight: Any, dims: Dims, terms: int) -> Tensor:
+    """`_cayley_batch`: I + 2Q + 2Q² + … + Qⁿ, of a skew-symmetric Q."""
+    q = _skew(f, weight, dims)
+    identity = f.new(dims[1:], q.dtype, "eye")
+    total = f.new(dims, q.dtype, "repeat")
+    del identity
+    if terms == 1:
+        return total
+    total = _added(f, total, q, scales=True)
+    power = q
+    for number in range(2, terms):
+        power = ops.matmul(f, power, q, dims)
+        total = _added(f, total, power, scales=number < terms - 1 or terms == 3)
+    return total
+
+
+def _skew(f: Tape, weight: Any, dims: Dims) -> Tensor:
+    """`_pytorch_skew_symmetric`: the weight put above the diagonal, less its transpose."""
+    upper = f.new(dims, weight.dtype, "zeros", f.record(_upper_backward, (weight,), weight.dims))
+    return f.new(dims, weight.dtype, "sub", f.record(_less_transposed_backward, (upper,)))
+
+
+def _upper_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "index")
+
+
+def _less_transposed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    negative = f.new(g.dims, g.dtype, "neg")
+    total = f.new(g.dims, g.dtype, "add")
+    del negative
+    return total
+
+
+def _added(f: Tape, total: Tensor, power: Tensor, *, scales: bool) -> Tensor:
+    """`total.add_(power, alpha)`."""
+    node = f.record(_added_backward, (total, power), scales)
+    return Tensor(total.storage, total.dims, total.dtype, node)
+
+
+def _added_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    return g, f.new(g.dims, g.dtype, "mul") if saved[0] else g
