@@ -7,11 +7,13 @@ Source: data/context.json, each row with its own source.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan import datafiles
-from peftplan.hardware.gpus import Gpu
 from peftplan.units import MIB
+
+if TYPE_CHECKING:
+    from peftplan.hardware.gpus import Gpu
 
 TRAINING = "training"
 CREATED = ("bare", "first tensor")
