@@ -17,7 +17,7 @@ from peftplan.memory.tape import Node, Tape, Tensor
 def cross_entropy(f: Tape, logits: Tensor, *extra: Any) -> Tensor:
     """`cross_entropy` of fp32 logits: keeps the log probabilities, and one weight."""
     log_probabilities = ops.keeps_output(f, f.to(logits, "fp32"), "log_softmax")
-    labels = f.new(logits.dims[:-1], "int64", "labels")
+    labels = f.new(logits.dims[:-1], "int64", "shifted labels")
     node = f.record(_nll_backward, (log_probabilities,), log_probabilities.dims, labels)
     loss = f.new((), "fp32", "nll_loss", node)
     f.keep(node, f.new((), "fp32", "nll_loss total weight"))

@@ -28,6 +28,7 @@ def t5(model: Model) -> Tensor:
         raise NeedsTraceError(f"{model.arch.model_type} in fp16")
     prefix = "transformer." if model.has("transformer.shared") else ""
     encoded = Stack(model, prefix, "encoder").run(None, None)
+    model.tape.module = ""
     ids = model.tape.new(("b", model.seq), "int64", "decoder_input_ids")
     out = Stack(model, prefix, "decoder").run(ids, encoded)
     model.outputs.append(encoded)
