@@ -6,10 +6,10 @@ for multi-token prediction (`num_nextn_predict_layers`) are in the checkpoint bu
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peftplan.arch.decoder import Dims, decoder_backbone, first_met, gated_mlp, rmsnorms
-from peftplan.arch.fields import Fields
+from peftplan.arch.fields import REQUIRED, Fields
 from peftplan.arch.heads import Backbone, decoder_model
 from peftplan.arch.modules import Architecture, Attention, Buffer, Module, linear, rmsnorm
 from peftplan.arch.moe import NORMS, experts, mixed_blocks, moe_mlp, router
@@ -26,6 +26,7 @@ def deepseek_v2(c: Fields, task_type: str) -> Architecture:
         top_k=c.int("num_experts_per_tok"),
         dense=c.int("first_k_dense_replace", default=0, low=0),
         bias=c.bool("mlp_bias", default=False),
+        groups=_groups(c) if c.str("topk_method", default="greedy") == "group_limited_greedy" else (0, 0),
     )
     backbone = _backbone(c, n, ranks, shape, stem="DeepseekV2")._replace(keep_in_fp32_strict=("gate.weight",))
     return decoder_model(backbone, c, task_type, tasks=("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"))
@@ -42,6 +43,9 @@ def deepseek_v3(c: Fields, task_type: str) -> Architecture:
         shared=c.int("n_shared_experts", default=1),
         top_k=c.int("num_experts_per_tok", default=8),
         dense=c.int("first_k_dense_replace", default=3, low=0),
+        groups=_groups(c, default=(8, 4)),
+        normed=True,
+        interleaved=c.bool("rope_interleave", default=True),
     )
     backbone = _backbone(c, n, ranks, shape, stem="DeepseekV3")
     sparse = n.layers[shape.dense :]
@@ -63,7 +67,11 @@ class _Ranks(NamedTuple):
 
 
 class _Experts(NamedTuple):
-    """e experts of width i, top_k a token; `shared` more that every token sees; the first `dense` layers have none."""
+    """e experts of width i, top_k a token; `shared` more that every token sees; the first `dense` layers have none.
+
+    `groups`: how many of experts, how many of those each token's come from; `normed`: the class's default for weights that sum to
+    one; `interleaved`: how heads are rotated.
+    """
 
     e: int
     i: int
@@ -71,6 +79,14 @@ class _Experts(NamedTuple):
     top_k: int
     dense: int
     bias: bool = False
+    groups: tuple[int, int] = (0, 0)
+    normed: bool = False
+    interleaved: bool = False
+
+
+def _groups(c: Fields, *, default: tuple[Any, Any] = (REQUIRED, REQUIRED)) -> tuple[int, int]:
+    """Groups of experts, and how many of them a token's experts come from."""
+    return c.int("n_group", default=default[0]), c.int("topk_group", default=default[1])
 
 
 def _read_ranks(c: Fields) -> _Ranks:
@@ -102,8 +118,9 @@ def _backbone(c: Fields, n: Dims, ranks: _Ranks, shape: _Experts, *, stem: str) 
         *gated_mlp(n.h, shared, sparse, bias=shape.bias, name="layers.{}.mlp.shared_experts"),
         *rmsnorms(n, *NORMS),
     )
-    attention = Attention(n.a, n.kv, ranks.nope + ranks.rope, variant="mla", value_head_dim=ranks.v)
-    mlp = moe_mlp(c, shape.i, shape.e, shape.top_k, shared=shared)
+    attention = Attention(n.a, n.kv, ranks.nope + ranks.rope, variant="mla", value_head_dim=ranks.v, rotary_dim=ranks.rope)
+    attention = attention._replace(interleaved=shape.interleaved)
+    mlp = moe_mlp(c, shape.i, shape.e, shape.top_k, shared=shared, groups=shape.groups, normed=shape.normed)
     blocks = mixed_blocks(c, n, [attention] * len(n.layers), mlp, sparse)
     return decoder_backbone(c, n, stem=stem, layer=first_met(layer), blocks=blocks)
 

@@ -85,7 +85,9 @@ class Attention(NamedTuple):
     `num_key_value_heads` < `num_attention_heads` is GQA, 1 is MQA.
 
     `value_head_dim` is stated where values are narrower than keys (MLA); `softcap`: scores go through a scaled tanh;
-    `rotary_dim`: how many numbers of a head are rotated, None for all; `alibi_length`: of how many positions MPT makes its bias.
+    `rotary_dim`: how many numbers of a head are rotated, None for all; `interleaved`: each two
+    of them side by side (MLA); `alibi_length`: of how many positions MPT makes its bias;
+    `cached_heads`: heads in a KV cache, where keys are repeated before they go there (Falcon), None for the key/value heads.
     """
 
     num_attention_heads: int
@@ -104,13 +106,17 @@ class Attention(NamedTuple):
     softcap: bool = False
     rotary_dim: int | None = None
     alibi_length: int | None = None
+    interleaved: bool = False
+    cached_heads: int | None = None
 
 
 class Router(NamedTuple):
-    """How a mixture chooses experts: weights that sum to one, groups of experts first; noise on its input, a loss of its own."""
+    """How a mixture chooses experts: weights that sum to one; `groups` of experts first (0: none), of which some are `chosen`;
+    noise on its input, a loss of its own."""
 
     norm_topk_prob: bool = False
     groups: int = 0
+    chosen: int = 0
     noise: bool = False
     loss: bool = False
 

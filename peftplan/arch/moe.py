@@ -39,14 +39,22 @@ def router(name: str, *, e: int, h: int, layers: tuple[int, ...]) -> Module:
     return Module(name, "Router", (("weight", (e, h)),), layers)
 
 
-def moe_mlp(c: Fields, width: int, e: int, top_k: int, *, shared: int = 0) -> Mlp:
-    """A mixture of e experts of `width`, `top_k` of them for each token, beside `shared` columns that every token sees."""
+def moe_mlp(
+    c: Fields, width: int, e: int, top_k: int, *, shared: int = 0, groups: tuple[int, int] = (0, 0), normed: bool = False
+) -> Mlp:
+    """A mixture of e experts of `width`, `top_k` of them for each token, beside `shared` columns that every token sees.
+
+    `groups`: into how many the router sorts experts, and how many of them it chooses first. `normed`: the class's default for
+    weights that sum to one.
+    """
     if top_k > e:
         accepted = f"accepted: a whole number from 1 to {e}, the number of experts"
         raise InputError(f"{c.name}: num_experts_per_tok", top_k, accepted)
     act = c.str("hidden_act", default="silu")
     router = Router(
-        norm_topk_prob=c.bool("norm_topk_prob", default=False),
+        norm_topk_prob=c.bool("norm_topk_prob", default=normed),
+        groups=groups[0],
+        chosen=groups[1],
         noise=c.number("router_jitter_noise", default=0.0, low=0.0, high=1.0) > 0,
         loss=c.bool("output_router_logits", default=False),
     )

@@ -155,16 +155,18 @@ def eager(
     scales: bool = True,
     wide: bool = True,
     bias: Tensor | None = None,
+    joined: bool = False,
 ) -> Tensor:
     """`eager_attention_forward`: scores, softmax, and the weights, which live until the layer returns.
 
+    `joined`: queries and keys are copies that the class joined of parts, head by head, and values are no cached ones.
     `wide`: softmax in fp32 and its result cast back; else in the scores' dtype, or as autocast says, in fp32 and left so.
     """
     f = model.tape
     keys, values = repeat_kv(f, k, a), repeat_kv(f, v, a)
-    copied = a.num_attention_heads != a.num_key_value_heads or model.caches
+    copied = a.num_attention_heads != a.num_key_value_heads or (model.caches and not joined)
     given = q.dtype
-    scores = _scores(f, batched(model, q), keys if copied else batched(model, keys))
+    scores = _scores(f, q if joined else batched(model, q), keys if copied or joined else batched(model, keys))
     if scales:
         scores = ops.scale(f, scores)
     if a.softcap:

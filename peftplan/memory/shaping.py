@@ -64,6 +64,26 @@ def partly_rotary_inline(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
     return q, cat(f, (k_rot, k_pass), k.dims), q_rot, q_pass, k_rot, k_pass
 
 
+def halves_rotated(f: Tape, first: Tensor, second: Tensor, cos: Tensor, sin: Tensor, dims: Dims) -> Tensor:
+    """`cat((first * cos - second * sin, second * cos + first * sin))`, tables as wide as a half."""
+    by_cos, by_sin = ops.mul(f, first, cos), ops.mul(f, second, sin)
+    one = difference(f, by_cos, by_sin)
+    del by_cos, by_sin
+    by_cos, by_sin = ops.mul(f, second, cos), ops.mul(f, first, sin)
+    other = ops.add(f, by_cos, by_sin)
+    del by_cos, by_sin
+    return cat(f, (one, other), dims)
+
+
+def difference(f: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """`a - b`: keeps nothing."""
+    return f.new(a.dims, ops.promoted(a.dtype, b.dtype), "sub", f.record(_difference_backward, (a, b)))
+
+
+def _difference_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    return g, f.new(g.dims, g.dtype, "neg") if node.edges[1] else None
+
+
 def _parts(f: Tape, x: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
     """What is rotated, and what is passed on; a slice of everything is the tensor itself."""
     *before, head = x.dims

@@ -52,6 +52,8 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "qwen2_moe": ("moe", "qwen2_moe"),
     "qwen3_moe": ("moe", "qwen3_moe"),
     "granitemoe": ("moe", "granitemoe"),
+    "deepseek_v2": ("mla", "deepseek_v2"),
+    "deepseek_v3": ("mla", "deepseek_v3"),
 }
 """model type → module of this folder and its function: from token ids to the last hidden states."""
 

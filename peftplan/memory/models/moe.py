@@ -1,21 +1,23 @@
 """Mixtures of experts in decoders of the Llama shape: routers and the blocks around the experts.
 
-Sources: transformers 5.24, models/{mixtral,qwen2_moe,qwen3_moe,granitemoe}/modeling_*.py. Router losses are left out, as those
-classes compute them only where `output_router_logits` is set.
+Sources: transformers 5.24, models/{mixtral,qwen2_moe,qwen3_moe,granitemoe,deepseek_v2,deepseek_v3}/modeling_*.py. Router losses
+are left out, as those classes compute them only where `output_router_logits` is set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+from peftplan.arch.modules import Router
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
 from peftplan.memory.activations import activation
-from peftplan.memory.experts import chunked_gate, divided_in_place, experts, row_sum, top_k
+from peftplan.memory.experts import chunked_gate, divided_in_place, experts, row_sum, taken, top_k
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
 from peftplan.memory.models.decoder import Call, Style, decoder, gated_mlp
-from peftplan.memory.tape import Tensor
+from peftplan.memory.tape import Node, Tape, Tensor
 
 Routed = tuple[Tensor, Tensor, Tensor]
 Route = Callable[[Call, Tensor, str], Routed]
@@ -87,6 +89,75 @@ def qwen2_block(c: Call, x: Tensor) -> Tensor:
     shared = ops.mul(c.at("mlp"), shared, gate)
     del gate
     return ops.add(c.tape, out, shared)
+
+
+def wide_logits(c: Call, x: Tensor, name: str) -> Tensor:
+    """`F.linear(x.type(torch.float32), weight.type(torch.float32))`."""
+    f = c.at(name)
+    weight, _update = matrix(c.model, f"{c.style.stack}.{name}", c.number)
+    return ops.linear(f, f.to(x, "fp32"), f.to(weight, "fp32"))
+
+
+def deepseek_v2_route(c: Call, x: Tensor, name: str) -> Routed:
+    """`DeepseekV2TopkRouter.forward`: the best of a softmax; first of groups by their best expert, if the config says so."""
+    f, router = c.tape, c.block.mlp.router
+    logits = wide_logits(c, x, name)
+    scores = ops.softmax(f, logits, "fp32")
+    if router.groups:
+        of_groups, _ = top_k(f, _by_group(scores, router), 1)
+        scores, *_held = of_best_groups(c, scores, of_groups)
+    weights, indices = top_k(f, scores, c.block.mlp.num_experts_per_tok)
+    return logits, ops.scale(f, weights), indices
+
+
+def deepseek_v3_route(c: Call, x: Tensor, name: str) -> Routed:
+    """`DeepseekV3TopkRouter.forward`: of groups by their two best experts after a correction; weights are sigmoids without it."""
+    f, mlp = c.tape, c.block.mlp
+    logits = wide_logits(c, x, name)
+    scores = ops.keeps_output(f, logits, "sigmoid")
+    corrected = ops.add(f, scores, Tensor(None, (mlp.num_experts,), "fp32"))
+    of_groups = row_sum(f, top_k(f, _by_group(corrected, mlp.router), BEST_OF_GROUP)[0])
+    corrected, *_held = of_best_groups(c, corrected, of_groups)
+    indices = f.new((*scores.dims[:-1], mlp.num_experts_per_tok), "int64", "topk indices")
+    weights = taken(f, scores, indices, indices.dims, "gather")
+    if mlp.router.norm_topk_prob:
+        weights = divided_in_place(f, weights, ops.shift(f, row_sum(f, weights)))
+    return logits, ops.scale(f, weights), indices
+
+
+BEST_OF_GROUP = 2
+
+
+def _by_group(scores: Tensor, router: Router) -> Tensor:
+    *rows, e = scores.dims
+    assert isinstance(e, int)
+    return scores.view((*rows, router.groups, e // router.groups))
+
+
+def of_best_groups(c: Call, scores: Tensor, of_groups: Tensor) -> tuple[Tensor, ...]:
+    """The scores, those of groups that are not among the best overwritten; and what else lives until the router returns."""
+    f, dims = c.tape, scores.dims
+    best = f.new((*dims[:-1], c.block.mlp.router.chosen), "int64", "topk indices")
+    chosen = f.new(of_groups.dims, "fp32", "zeros_like")
+    mask = f.new(dims, "fp32", "clone")
+    as_bool = f.new(dims, "bool", "to")
+    others = f.new(dims, "bool", "bitwise_not")
+    del as_bool
+    out = f.new(dims, scores.dtype, "masked_fill", f.record(_masked_backward, (scores,), others))
+    return out, of_groups, best, chosen, mask
+
+
+def _masked_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "masked_fill")
+
+
+def deepseek_block(c: Call, x: Tensor, *, route: Route) -> Tensor:
+    """`DeepseekV3MoE.forward`: experts beside shared ones."""
+    check(c)
+    _logits, weights, indices = route(c, x, "mlp.gate")
+    out = run_experts(c, x, indices, weights)
+    shared = gated_mlp(c, x, "mlp.shared_experts")
+    return ops.add(c.at("mlp"), out, shared)
 
 
 def check(c: Call) -> None:
