@@ -210,15 +210,17 @@ def sensitivity_lines(parameters: Parameters) -> Ledger:
     )
 
 
-def buffer_lines(arch: Architecture, adaptation: Adaptation, *, dtype: str, adapter_dtype: str) -> Ledger:
+def buffer_lines(arch: Architecture, adaptation: Adaptation, *, dtype: str, adapter_dtype: str, on_host: bool) -> Ledger:
     """Registered buffers: tensors that never train, the model's (rotary frequencies) and the method's (VeRA's shared matrices).
 
-    `dtype` is what the model is loaded in, which some of its buffers follow; `adapter_dtype` that of the adapter.
+    `dtype` is what the model is loaded in, which some of its buffers follow; `adapter_dtype` that of the adapter. `on_host`:
+    buffers that peft makes on the host stay there.
     """
 
     def line(buffer: Buffer | AddedBuffer, held: str, source: str) -> Line:
         copies = 1 if buffer.layers is None else len(buffer.layers)
-        return Line(buffer.name, "buffers", held, buffer.shape, copies, source)
+        stays = on_host and isinstance(buffer, AddedBuffer) and buffer.from_host
+        return Line(buffer.name, "buffers", held, buffer.shape, copies, source, "host" if stays else "device")
 
     own = [line(b, dtype if b.dtype == "model" else b.dtype, arch.model_class) for b in arch.buffers]
     added = [line(b, adapter_dtype if b.dtype == "adapter" else parse_dtype(b.dtype), "peft") for b in adaptation.buffers]

@@ -31,6 +31,8 @@ class Running(NamedTuple):
     batch_size: int = 1
     dtype: str = "bf16"
     """What the model is loaded in, and a quantized weight dequantized to."""
+    adapter_on_host: bool = False
+    """Whether buffers that peft makes on the host stay there."""
     repeats_kv: bool = False
     """Whether the program repeats grouped keys and values before sdpa sees them."""
     loss: str = "full"

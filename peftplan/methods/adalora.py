@@ -21,6 +21,9 @@ from peftplan.methods.saved import refuse_both, saved_modules, token_deltas, tok
 from peftplan.methods.targets import LayeredConfig
 from peftplan.methods.tuner import refuse_mamba, require_kind, tune
 
+STEPS_TO_ALLOCATE = 1000
+"""Steps between `tinit` and `tfinal` where `total_step` is not said."""
+
 
 class AdaLoraConfig(LayeredConfig):
     """peft's `AdaLoraConfig`, less what changes no tensor. `r` is LoRA's field, which peft ignores here."""
@@ -29,8 +32,8 @@ class AdaLoraConfig(LayeredConfig):
     target_r: int = 8
     r: int = 8
     lora_alpha: float | None = None
-    total_step: Annotated[int, Field(ge=1)] = 1000
-    """peft has no default for it; it decides when which ranks are masked."""
+    total_step: Annotated[int, Field(ge=1)] | None = None
+    """peft wants it said; it decides when which ranks are masked, and no size."""
     tinit: Annotated[int, Field(ge=0)] = 0
     tfinal: Annotated[int, Field(ge=0)] = 0
     deltaT: Annotated[int, Field(ge=1)] = 1

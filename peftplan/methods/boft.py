@@ -52,7 +52,7 @@ def boft(arch: Architecture, config: BOFTConfig) -> Adaptation:
 
     def buffers(module: Module) -> list[AddedBuffer]:
         width = module.in_features
-        return [AddedBuffer(f"{module.name}.boft_P", (m, width, width), "float32", module.layers)]
+        return [AddedBuffer(f"{module.name}.boft_P", (m, width, width), "float32", module.layers, from_host=True)]
 
     found = tune(arch, config, tensors, peft_type="BOFT", bias=config.bias, buffers=buffers)
     return found._replace(notes=(FALLBACK,)) if m > 1 else found

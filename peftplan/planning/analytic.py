@@ -21,6 +21,7 @@ from peftplan.memory.quantized import QUANTIZED
 from peftplan.memory.step import Program, steady_step
 from peftplan.memory.tape import Tape
 from peftplan.memory.timeline import Timeline, timeline
+from peftplan.methods.adaptation import adapter_on_host
 from peftplan.methods.bottleneck import BOTTLENECKS, refuse_unplaced
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters
@@ -230,6 +231,7 @@ def _running(job: Job, compute_capability: str) -> Running:
         attention=str(setup.attn_implementation),
         padding=setup.padding,
         use_cache=bool(setup.use_cache) and setup.trainer != "trl" and setup.loss != "trl-chunked",
+        adapter_on_host=adapter_on_host(setup.trainer, quantized=job.quant is not None),
         repeats_kv=job.script.repeats_kv,
         flash=tuple(map(int, compute_capability.split("."))) >= FLASH_CAPABILITY,
         peft_type=None if job.method is None else job.method.peft_type,

@@ -13,7 +13,7 @@ from peftplan.arch import sources as architectures
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, NeedsTraceError, RefusedError, UnknownNameError
 from peftplan.memory.ledger import Ledger
-from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
+from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError, adapter_on_host
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.planning.job import Job
 from peftplan.planning.result import Estimate, Peaks
@@ -204,7 +204,13 @@ def _static(
     )
     static = (
         parameters.weight_lines(built)
-        + parameters.buffer_lines(architecture, adaptation, dtype=setup.dtype, adapter_dtype=adapter_dtype)
+        + parameters.buffer_lines(
+            architecture,
+            adaptation,
+            dtype=setup.dtype,
+            adapter_dtype=adapter_dtype,
+            on_host=adapter_on_host(setup.trainer, quantized=quant is not None),
+        )
         + parameters.gradient_lines(built, optimizer)
         + _optimizer(built, optimizer, setup)
         + parameters.sensitivity_lines(built)

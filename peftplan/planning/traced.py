@@ -123,6 +123,10 @@ def _peft_config(
     if method.peft_type is None:
         raise RefusedError(f"engine: trace runs peft's own methods, and {method.name} is not one of them; accepted: analytic")
     fields = {**adapter, **config.model_dump(exclude_none=True), "peft_type": method.peft_type}
+    if method.peft_type == "ADALORA":
+        from peftplan.methods.adalora import STEPS_TO_ALLOCATE
+
+        fields.setdefault("total_step", fields["tinit"] + STEPS_TO_ALLOCATE + fields["tfinal"])
     targets = fields.get("target_modules")
     if targets is None and method.peft_type == "LORA":
         fields["target_modules"] = "all-linear"

@@ -132,6 +132,15 @@ def stand_ins(peft_type: str) -> Iterator[None]:
         yield
 
 
+def _butterfly(layer: Any, n: int, b: int, r: int = 3, n_butterfly_factor: int = 1) -> Any:
+    """As many indices; peft's order reads values."""
+    import torch
+
+    if n_butterfly_factor and b * r * 2 > n:
+        raise ValueError("Invalid number of blocks!")
+    return torch.arange(n)
+
+
 def _permutation(layer: Any, indices: Any) -> Any:
     import torch
 
@@ -209,6 +218,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
         "peft.tuners.adamss.layer.clustering_Z": _even_clusters,
     },
     "BOFT": {
+        "peft.tuners.boft.layer.BOFTLayer.block_butterfly_perm": _butterfly,
         "peft.tuners.boft.layer.BOFTLayer.perm2mat": _permutation,
         # The CUDA extension counts as built, as on the machine that trains; without it peft sets the butterfly factor to 1.
         "peft.tuners.boft.layer.get_fbd_cuda": object,

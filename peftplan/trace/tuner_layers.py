@@ -16,7 +16,7 @@ entries takes while it runs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from peftplan.methods.adaptation import adapter_on_host
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
 
@@ -35,8 +36,8 @@ LASTING = ("shira_indices",)
 
 
 def adapter_from_host(setup: Setup, quant: QuantConfig | None) -> bool:
-    """Whether `HOST_BUFFERS` stay there: a plain loop loads a model on its device, Trainer moves it, unless quantized."""
-    return setup.trainer == "plain" or quant is not None
+    """Whether `HOST_BUFFERS` stay there."""
+    return adapter_on_host(setup.trainer, quantized=quant is not None)
 
 
 def offloaded(module: Any) -> bool:
@@ -132,6 +133,17 @@ def _lycoris_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> 
     return out
 
 
+@contextmanager
+def _copied_places(layer: Any, dtype: torch.dtype) -> Iterator[None]:
+    """BOFT's permutation copied from the host, even where its dtype is that of the input, until the layer returns."""
+    own = layer.boft_P
+    layer.boft_P = own.to(dtype, copy=True)
+    try:
+        yield
+    finally:
+        layer.boft_P = own
+
+
 def _shira_delta(layer: Any, adapter: str) -> Any:
     """`ShiraLayer.get_delta_weight`."""
     values = layer.shira_weight[adapter] * layer.scaling[adapter]
@@ -141,7 +153,15 @@ def _shira_delta(layer: Any, adapter: str) -> Any:
 @contextmanager
 def on_fake_tensors(*, from_host: bool) -> Iterator[None]:
     """Let these layers run without values. `from_host`: as `adapter_from_host` says."""
+    from peft.tuners.boft.layer import Linear as BoftLinear
     from peft.tuners.waveft.layer import WaveFTLayer
+
+    rotated = BoftLinear.forward
+
+    def boft_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with _copied_places(layer, x.dtype) if from_host else nullcontext():
+            out: torch.Tensor = rotated(layer, x, *args, **kwargs)
+            return out
 
     delta = WaveFTLayer.get_delta_weight
 
@@ -153,6 +173,7 @@ def on_fake_tensors(*, from_host: bool) -> Iterator[None]:
         return _frod_tensors(layer, adapter, **kwargs, from_host=from_host)
 
     replaced = {
+        "peft.tuners.boft.layer.Linear.forward": boft_forward,
         "peft.tuners.boft.layer.get_fbd_cuda": lambda: FastBlockDiagonal,
         "peft.tuners.frod.layer.Linear._get_frod_tensors": frod_tensors,
         "peft.tuners.frod.layer.Linear._sparse_activation_mm": _frod_product,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peftplan.memory.methods.adalora import adalora
+from peftplan.memory.methods.boft import boft
 from peftplan.memory.methods.deltas import fourierft, loha, lokr
 from peftplan.memory.methods.ia3 import ia3
 from peftplan.memory.methods.lora import lora
@@ -12,6 +13,7 @@ from peftplan.memory.model import Adapter
 
 ADAPTERS: dict[str, Adapter] = {
     "ADALORA": adalora,
+    "BOFT": boft,
     "FOURIERFT": fourierft,
     "IA3": ia3,
     "LOHA": loha,
