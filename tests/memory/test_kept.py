@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")  # imported within a trace, its constants would be storages of it
+
+import torch
 
 from peftplan import estimate
 from peftplan.dtypes import parse_dtype
@@ -197,7 +199,7 @@ def traced(job: Job, sizes: dict[str, int]) -> Counter[Key]:
 
 
 def dtype_on_cuda(storage: Storage) -> str:
-    """Mean and rstd of a LayerNorm are fp32 on CUDA (ATen layer_norm_kernel.cu), and of the input's dtype on the CPU of a trace."""
+    """Mean and rstd of a LayerNorm are fp32 on CUDA (ATen layer_norm_kernel.cu), of the input's dtype on the CPU of a trace."""
     statistics = storage.op == "aten.native_layer_norm.default" and storage.shape[-1] == 1
     return "fp32" if statistics else storage.dtype
 
