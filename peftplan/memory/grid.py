@@ -23,7 +23,8 @@ CHUNK = 2**14
 """Points at a time: what a processor's cache holds."""
 
 Size = tuple[int, tuple[Dim, ...]]
-"""Bytes of an element, and the dims in a fixed order."""
+"""What a column counts: units of `ALLOCATION_ROUNDING` bytes times these named sizes, where the number is 0; else tensors of so
+many bytes times these named sizes, each rounded up."""
 
 
 class Moments:
@@ -31,12 +32,17 @@ class Moments:
 
     def __init__(self, timeline: Timeline) -> None:
         index: dict[Size, int] = {}
-        column = [index.setdefault(_size(k.dtype, k.dims), len(index)) for k in timeline.kinds]
+        column: list[int] = []
+        units: list[int] = []
+        for of_kind in timeline.kinds:
+            size, times = _size(of_kind.dtype, of_kind.dims)
+            column.append(index.setdefault(size, len(index)))
+            units.append(times)
         self.sizes = tuple(index)
-        steps = np.zeros((len(timeline.events), len(index)), dtype=np.int32)
+        steps = np.zeros((len(timeline.events), len(index)), dtype=np.int64)
         for at, (kind, count) in enumerate(timeline.events):
-            steps[at, column[kind]] += count
-        levels = np.vstack([np.zeros((1, len(index)), dtype=np.int32), np.cumsum(steps, axis=0, dtype=np.int32)])
+            steps[at, column[kind]] += count * units[kind]
+        levels = np.vstack([np.zeros((1, len(index)), dtype=np.int64), np.cumsum(steps, axis=0)])
         self.by_phase: dict[str, Any] = {}
         for phase, start, end in timeline.windows:
             rows = np.unique(levels[start : end + 1], axis=0)
@@ -49,26 +55,29 @@ class Moments:
         length = len(next(iter(named.values())))
         found = {phase: np.empty(length, dtype=np.int64) for phase in self.by_phase}
         for start in range(0, length, CHUNK):
-            part = {name: values[start : start + CHUNK] for name, values in named.items()}
+            part = {name: values[start : start + CHUNK].astype(np.float64) for name, values in named.items()}
             points = len(next(iter(part.values())))
-            nbytes = np.empty((len(self.sizes), points))
-            for row, (itemsize, dims) in enumerate(self.sizes):
-                numel: Any = itemsize
+            blocks = np.empty((len(self.sizes), points))
+            for row, (number, dims) in enumerate(self.sizes):
+                numel: Any = 1.0
                 for dim in dims:
-                    numel = numel * (dim if isinstance(dim, int) else part[dim])
-                nbytes[row] = (numel + (ALLOCATION_ROUNDING - 1)) // ALLOCATION_ROUNDING
+                    numel = numel * part[str(dim)]
+                blocks[row] = np.ceil(numel * (number / ALLOCATION_ROUNDING)) if number else numel
             for phase, rows in self.by_phase.items():
-                best = (rows @ nbytes).max(axis=0).astype(np.int64)
+                best = (rows @ blocks).max(axis=0).astype(np.int64)
                 found[phase][start : start + points] = best * ALLOCATION_ROUNDING + standing
         return found
 
 
-def _size(dtype: str, dims: tuple[Dim, ...]) -> Size:
-    """Numbers multiplied, named sizes sorted."""
+def _size(dtype: str, dims: tuple[Dim, ...]) -> tuple[Size, int]:
+    """The column of a tensor, and how much one tensor adds to it: what always fills whole units is counted in these."""
     number = ITEMSIZE[dtype]
     for dim in dims:
         number *= dim if isinstance(dim, int) else 1
-    return number, tuple(sorted(dim for dim in dims if not isinstance(dim, int)))
+    named = tuple(sorted(dim for dim in dims if not isinstance(dim, int)))
+    if number % ALLOCATION_ROUNDING and named:
+        return (number, named), 1
+    return (0, named), -(-number // ALLOCATION_ROUNDING)
 
 
 def _undominated(rows: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from peftplan.arch.modules import Architecture
@@ -363,6 +364,8 @@ def run_stack(
     name = f"{name}/{model.micro_batch}" if model.micro_batch else name
     sections, extra = sections_of(kinds, summing=sums is not None)
     copies = {f"{name} {number}": count for number, count in extra.items()}
+    middle = f"{name} {len(set(kinds))}"
+    places = {section: section if _in_runs(kinds) else middle for section in copies}
 
     def run(layer: int, x: Tensor) -> Tensor:
         try:
@@ -370,7 +373,7 @@ def run_stack(
         finally:
             model.layer_locals.clear()
 
-    stack = Stack(name, len(set(kinds)), copies, set(), set() if sums is None else sums, holds)
+    stack = Stack(name, places, copies, set(), set() if sums is None else sums, holds)
     model.stacks.append(stack)
     for number, layer in enumerate(sections):
         x = boundary(f, x, f"{name} {number}")
@@ -383,15 +386,22 @@ def run_stack(
 def sections_of(kinds: tuple[int, ...], *, summing: bool = False) -> tuple[list[int], dict[int, int]]:
     """The layers that are run, first of each kind and then last of each; section → how many more layers it stands for.
 
-    `summing`: the layer before the last as well, where all add to one gradient.
+    In the order of the layers where those of a kind follow each other. `summing`: the layer before the last as well, where all add to one gradient.
     """
     first = {kind: layer for layer, kind in reversed([*enumerate(kinds)])}
     last = {kind: layer for layer, kind in enumerate(kinds) if layer != first[kind]}
     before = _second_last(kinds, first, last) if summing else {}
     sections = [*sorted(first.values()), *sorted(before.values()), *sorted(last.values())]
+    if _in_runs(kinds):
+        sections.sort()
     return sections, {
         sections.index(before.get(kind, layer)): kinds.count(kind) - 2 - (kind in before) for kind, layer in last.items()
     }
+
+
+def _in_runs(kinds: tuple[int, ...]) -> bool:
+    """Whether all layers of a kind follow each other."""
+    return 1 + sum(a != b for a, b in pairwise(kinds)) == len(set(kinds))
 
 
 def _second_last(kinds: tuple[int, ...], first: dict[int, int], last: dict[int, int]) -> dict[int, int]:

@@ -28,10 +28,10 @@ class Kind(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """A stack whose sections were run between marks: `copies` further layers stand at the mark of section `middle`."""
+    """A stack whose sections were run between marks: `copies` of a section stand at the mark of the section in `places`."""
 
     name: str
-    middle: int
+    places: Mapping[str, str]
     copies: Mapping[str, int]
     passed: set[int]
     """Storages of the hidden states that one layer hands to the next."""
@@ -57,7 +57,7 @@ class Timeline(NamedTuple):
         """Phase → (bytes, how many events lead to them), on top of `standing` bytes that are always there."""
         nbytes = [_bytes(kind, sizes) for kind in self.kinds]
         found: dict[str, tuple[int, int]] = {}
-        level, at = standing, 0
+        level, at = standing + sum(count * nbytes[kind] for kind, count in self.events[: self.windows[0][1]]), 0
         for phase, start, end in self.windows:
             best, place = found.get(phase, (-1, 0))
             if level > best:
@@ -188,13 +188,14 @@ def _copies(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, set[int]]:
     outliving: set[int] = set()
     for stack in stacks:
         marks = [(at, what) for at, what in tape.marks if what.startswith(f"{stack.name} ")]
-        middle = f"{stack.name} {stack.middle}"
         own = next((n for n in tape.log[marks[0][0] :] if n > 0), 0)
         for forward in (True, False):
             run = list(_run(marks, end=f"{stack.name} end", forward=forward))
-            where = next(((at, what) for at, what in run if what == middle), None)
+            position = {what: (at, what) for at, what in reversed(run)}
             for (start, before), (stop, after) in pairwise(run):
-                count = stack.copies.get(before if forward else after, 0)
+                section = before if forward else after
+                count = stack.copies.get(section, 0)
+                where = position.get(stack.places.get(section, ""))
                 if not count or where is None:
                     continue
                 net = _net(tape, start, stop, stack.sums)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MULTIPLES = (8, 32, 64, 128)
 """Multiples to which kernels round the sequence."""
-OWN_PREFIX = ("bloom", "gpt_bigcode", "gemma2", "gemma3_text", "gemma4_text")
+OWN_PREFIX = ("gemma4_text",)
 """Types whose prefix peft gives a form of its own (`TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING`, `get_prompt`)."""
 
 
@@ -45,6 +45,8 @@ class Compiled(NamedTuple):
     timeline: Timeline
     standing: Ledger
     loading: Ledger
+    standing_bytes: int
+    loading_bytes: int
     virtual_tokens: int
     loss: LossSizes
 
@@ -61,9 +63,7 @@ def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_
     """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell."""
     found = compiled(job, parameters, static, compute_capability=compute_capability)
     named = found.sizes(job.setup.batch_size, job.setup.seq_len)
-    ledgers = {"load": found.loading}
-    for phase, (_, end) in found.timeline.peaks(named, found.standing.bytes()).items():
-        ledgers[phase] = found.standing + Ledger(found.timeline.lines(end, named))
+    moments = found.timeline.peaks(named, found.standing_bytes)
 
     def steps() -> Steps:
         of_warmup = job.script.earlier_seq_lens or (job.setup.seq_len,)
@@ -73,11 +73,32 @@ def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_
         return *((one, one.sizes(job.setup.batch_size, tokens)) for one, tokens in sizes_of), (found, named)
 
     return Peaks(
-        ledgers=ledgers,
+        ledgers=Ledgers(found, moments, named),
+        totals={"load": found.loading_bytes, **{phase: total for phase, (total, _) in moments.items()}},
         reserve=partial(_reserved, steps, job.script),
         reserved_source=RESERVED_SOURCE,
         runs_within=partial(_runs_within, steps, job.script),
     )
+
+
+class Ledgers(Mapping[str, Ledger]):
+    """Phase → what is alive at its peak, each written when it is first read."""
+
+    def __init__(self, compiled: Compiled, moments: Mapping[str, tuple[int, int]], named: Mapping[str, int]) -> None:
+        self._compiled, self._moments, self._named = compiled, moments, named
+        self._written = {"load": compiled.loading}
+
+    def __getitem__(self, phase: str) -> Ledger:
+        if phase not in self._written:
+            lines = self._compiled.timeline.lines(self._moments[phase][1], self._named)
+            self._written[phase] = self._compiled.standing + Ledger(lines)
+        return self._written[phase]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from ("load", *self._moments)
+
+    def __len__(self) -> int:
+        return 1 + len(self._moments)
 
 
 RESERVED_SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, default options"
@@ -144,11 +165,15 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     buffers = Ledger(tuple(line for line in lasting if line.category == "buffers"))
     doubled = job.quant is not None and bool(job.quant.double_quant)
     loaded = tuple(line for line in lasting if line.category != "optimizer_states")
+    standing = Ledger(lasting + _workspaces(found.products, compute_capability))
+    loading = Ledger(loaded + load_passing(parameters, buffers, dtype=setup.dtype, doubled=doubled))
     return Compiled(
         architecture,
         found,
-        standing=Ledger(lasting + _workspaces(found.products, compute_capability)),
-        loading=Ledger(loaded + load_passing(parameters, buffers, dtype=setup.dtype, doubled=doubled)),
+        standing=standing,
+        loading=loading,
+        standing_bytes=standing.bytes(),
+        loading_bytes=loading.bytes(),
         virtual_tokens=model.virtual_tokens,
         loss=_loss_sizes(job),
     )
@@ -208,6 +233,11 @@ def _check_virtual_tokens(job: Job) -> None:
         return
     if job.architecture.task_type != "CAUSAL_LM":
         raise NeedsTraceError(f"virtual tokens of task_type {job.architecture.task_type}")
+    latent = any(a.variant == "mla" and a.num_attention_heads > 1 for block in job.architecture.blocks for a in block.attentions)
+    if peft_type == "PREFIX_TUNING" and latent:
+        raise RefusedError(
+            "transformers 5.24 refuses it: RuntimeError: a prefix with keys of each head beside a cache of latents"
+        )
     if peft_type == "PREFIX_TUNING" and job.architecture.model_type in OWN_PREFIX:
         raise NeedsTraceError(f"a prefix of model type {job.architecture.model_type}")
 

@@ -56,5 +56,5 @@ def evaluate(compile_at: Callable[[int, int], Compiled], *, batch_size: Any, seq
 
 def _peaks(compiled: Compiled, at: dict[str, Any]) -> dict[str, Any]:
     named = compiled.sizes(at["b"], at["s"])
-    loading = np.full(len(at["b"]), compiled.loading.bytes())
-    return {"load": loading, **Moments(compiled.timeline).peaks(named, compiled.standing.bytes())}
+    loading = np.full(len(at["b"]), compiled.loading_bytes)
+    return {"load": loading, **Moments(compiled.timeline).peaks(named, compiled.standing_bytes)}

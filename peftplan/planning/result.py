@@ -49,11 +49,13 @@ class Peaks:
     """What the engine took for granted besides the setup: what else a sample holds, which kernels ran."""
     runs_within: Callable[[int], bool] | None = field(default=None, repr=False, compare=False)
     """Whether the job runs where the allocator can take so many bytes: it gives cached memory back before it fails."""
+    totals: Mapping[str, int] | None = field(default=None, repr=False, compare=False)
+    """Phase → sum of its ledger, where that is known before the ledger is written."""
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
         """Phase → allocated bytes at its peak, in the order of `PHASES`."""
-        return {phase: self.ledgers[phase].bytes() for phase in PHASES}
+        return {phase: self.totals[phase] if self.totals else self.ledgers[phase].bytes() for phase in PHASES}
 
     @cached_property
     def reserved(self) -> int | None:
