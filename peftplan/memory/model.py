@@ -250,6 +250,11 @@ class Model:
         """Whether the outputs hold a KV cache; with checkpointing transformers turns it off, and many classes with labels."""
         return self.can_cache and self.running.use_cache and not self.running.checkpointing
 
+    @property
+    def joins(self) -> bool:
+        """Whether keys and values are copies that a cache made, head by head: it keeps them, or has a prefix before them."""
+        return self.caches or self.keys != self.seq
+
     def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The KV cache: a copy of keys and values that the outputs hold, unless `use_cache` is off (never with checkpointing)."""
         if self.past:
@@ -386,7 +391,8 @@ def run_stack(
 def sections_of(kinds: tuple[int, ...], *, summing: bool = False) -> tuple[list[int], dict[int, int]]:
     """The layers that are run, first of each kind and then last of each; section → how many more layers it stands for.
 
-    In the order of the layers where those of a kind follow each other. `summing`: the layer before the last as well, where all add to one gradient.
+    In the order of the layers where those of a kind follow each other. `summing`: the layer before the last as well, where all add
+    to one gradient.
     """
     first = {kind: layer for layer, kind in reversed([*enumerate(kinds)])}
     last = {kind: layer for layer, kind in enumerate(kinds) if layer != first[kind]}
