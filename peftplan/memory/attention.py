@@ -82,8 +82,9 @@ def attend(
         return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide, bias=bias)
     gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
     if model.running.attention == "sdpa" and grouped and (model.running.repeats_kv or not gqa):
-        (v,) = _by_head(f, v, rotated=False)
-        k, v = repeat_kv(f, k, a), repeat_kv(f, v, a)
+        single = a.num_key_value_heads == 1
+        (v,) = (v,) if single else _by_head(f, v, rotated=False)
+        k, v = (repeat_kv(f, x, a, copies=not single) for x in (k, v))
     if f.autocast:
         q, k, v = f.cast(q, f.autocast), f.cast(k, f.autocast), f.cast(v, f.autocast)
     kernel = _kernel(model, q, k, v, mask)
@@ -120,12 +121,16 @@ def _by_head(f: Tape, *tensors: Tensor, rotated: bool) -> tuple[Tensor, ...]:
     return tuple(x if rotated and number < 2 else ops.heads(f, x, x.dims, clones=True) for number, x in enumerate(tensors))
 
 
-def repeat_kv(f: Tape, x: Tensor, a: Attention) -> Tensor:
-    """`repeat_kv`: a copy with every head repeated; its gradient is summed over the repetitions."""
+def repeat_kv(f: Tape, x: Tensor, a: Attention, *, copies: bool = True) -> Tensor:
+    """`repeat_kv`: a copy with every head repeated; its gradient is summed over the repetitions.
+
+    A single head is a view, which `matmul` copies for more than one sequence.
+    """
     if a.num_attention_heads == a.num_key_value_heads:
         return x
     b, _, s, d = x.dims
-    return f.new((b, a.num_attention_heads, s, d), x.dtype, "repeat_kv", f.record(_repeat_backward, (x,), x.dims))
+    dims, node = (b, a.num_attention_heads, s, d), f.record(_repeat_backward, (x,), x.dims)
+    return f.new(dims, x.dtype, "repeat_kv", node) if copies else Tensor(x.storage, dims, x.dtype, node)
 
 
 def _repeat_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
@@ -163,8 +168,8 @@ def eager(
     `wide`: softmax in fp32 and its result cast back; else in the scores' dtype, or as autocast says, in fp32 and left so.
     """
     f = model.tape
-    keys, values = repeat_kv(f, k, a), repeat_kv(f, v, a)
-    copied = a.num_attention_heads != a.num_key_value_heads or (model.caches and not joined)
+    keys, values = (repeat_kv(f, x, a, copies=a.num_key_value_heads > 1 or model.running.batch_size > 1) for x in (k, v))
+    copied = a.num_attention_heads != a.num_key_value_heads or (model.joins and not joined)
     given = q.dtype
     scores = _scores(f, q if joined else batched(model, q), keys if copied or joined else batched(model, keys))
     if scales:
@@ -222,7 +227,7 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
         bias = f.new(mask.dims, wide, "mask") if mask.dtype == "bool" else mask
     heads, values = repeat_kv(f, k, a), repeat_kv(f, v, a)
     broadcast = q.dims[1] != heads.dims[1]
-    copied = a.num_attention_heads != a.num_key_value_heads or (model.caches and not broadcast)
+    copied = a.num_attention_heads != a.num_key_value_heads or (model.joins and not broadcast)
     scores = _math_scores(model, scaled, ops.scale(f, heads), broadcast=broadcast, copied=copied)
     scores = ops.add(f, scores, bias)
     weights = ops.dropout(f, ops.keeps_output(f, scores, "softmax", passing=True), dropout)

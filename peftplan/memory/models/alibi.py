@@ -24,7 +24,7 @@ def bloom(model: Model) -> Tensor:
     x = layer_norm(model, "transformer.word_embeddings_layernorm", tokens, None)
     f.module = "transformer"
     heads = model.arch.blocks[0].attentions[0].num_attention_heads
-    alibi = f.new(("b", heads, 1, model.seq), x.dtype, "alibi")
+    alibi = f.new(("b", heads, 1, model.keys), x.dtype, "alibi")
     x = run_layers(model, BLOOM, x, lambda window: (alibi,), dtype=tokens.dtype)
     del tokens
     return x
@@ -54,9 +54,9 @@ def bloom_attention(c: Call, x: Tensor, residual: Tensor) -> Tensor:
     q, k, v = (sliced(f, qkv, by_head) for _ in range(3))
     k, v = c.model.cached(k, v)
     q = ops.copied(f, q, "clone")
-    if not c.model.caches:
+    if not c.model.joins:
         k, v = ops.copied(f, k, "clone"), ops.copied(f, v, "clone")
-    scores = baddbmm(f, q, k, (b, a.num_attention_heads, s, s))
+    scores = baddbmm(f, q, k, (b, a.num_attention_heads, s, k.dims[2]))
     weights = scores if c.mask is None else ops.add(f, scores, c.mask)
     probabilities = f.to(ops.softmax(f, weights, "fp32"), q.dtype)
     probabilities = ops.dropout(f, probabilities, c.model.arch.dropout.attention)
@@ -150,7 +150,7 @@ def mpt_attention(c: Call, x: Tensor) -> Tensor:
     f = c.at("attn")
     q, k, v = (part.view(by_head) for part in split(f, qkv, [(b, s, h)] * 3))
     k, v = c.model.cached(k, v)
-    own = (lambda model, y: y) if c.model.caches else batched
+    own = (lambda model, y: y) if c.model.joins else batched
     scores = ops.scale(f, ops.matmul(f, batched(c.model, q), own(c.model, k), (b, a.num_attention_heads, s, s)))
     scores = ops.add(f, scores, alibi)
     scores = f.new(scores.dims, scores.dtype, "masked_fill", f.record(_masked_backward, (scores,), mask))

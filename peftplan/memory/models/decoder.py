@@ -79,7 +79,7 @@ def narrow_eager(c: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, ro
     v = ops.heads(f, v, v.dims, clones=True)
     if c.style.wide_scores:
         q, k = f.to(q, "fp32"), f.to(k, "fp32")
-    own = (lambda model, y: y) if model.caches else batched
+    own = (lambda model, y: y) if model.joins else batched
     scores = ops.scale(f, ops.matmul(f, batched(model, q), own(model, k), (*q.dims[:3], k.dims[2])))
     if c.mask is not None:
         scores = ops.add(f, scores, c.mask)
