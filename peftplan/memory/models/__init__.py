@@ -54,6 +54,7 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "granitemoe": ("moe", "granitemoe"),
     "deepseek_v2": ("mla", "deepseek_v2"),
     "deepseek_v3": ("mla", "deepseek_v3"),
+    "gpt_oss": ("gpt_oss", "gpt_oss"),
 }
 """model type → module of this folder and its function: from token ids to the last hidden states."""
 

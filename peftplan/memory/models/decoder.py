@@ -7,7 +7,6 @@ order of operations and whose names of locals these functions follow.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from peftplan.arch.modules import Attention, Block
@@ -100,8 +99,7 @@ def rotate_all(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple
     return q, ops.rotary(f, k, cos, sin)
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     """How a family differs from Llama: in its whole `layer`, its `attention`, its `mixture` of experts, or in parts of these.
 
     `norms` are those before and after attention, before and after the MLP. `qk_norm`: on the projection as it comes (`flat`), on
@@ -110,8 +108,8 @@ class Style:
     embedding, and what a sublayer adds, are multiplied. `tables_by_window`: sliding layers have rotary tables of their own;
     `wide_tables`: in fp32, whatever the hidden states are. `hands_out_weights`: a layer's outputs, attention weights among them,
     live until the next layer's take their name. `softcaps`: attention heeds the config's cap. `by_head`: rotation leaves
-    copies that lie head by head. `narrow_eager`: eager
-    attention is that of GPT-2, with `wide_scores` that of GPT-J.
+    copies that lie head by head. `both_masks`: of full and of sliding attention, whatever layers there are. `narrow_eager`:
+    eager attention is that of GPT-2, with `wide_scores` that of GPT-J.
     """
 
     norm: Norm = rms
@@ -132,6 +130,7 @@ class Style:
     hands_out_weights: bool = False
     softcaps: bool = True
     by_head: bool = False
+    both_masks: bool = False
     narrow_eager: bool = False
     wide_scores: bool = False
 
@@ -167,6 +166,8 @@ def run_layers(
     """
     blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
     windows = {block.attentions[0].window for block in model.arch.blocks}
+    if style.both_masks and len(windows) == 1:
+        windows |= {0} if None in windows else {None}
     masks = {window: causal_mask(model, dtype or x.dtype, window) if masked else None for window in windows}
     outputs: list[Any] = []
 

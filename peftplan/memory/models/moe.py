@@ -169,7 +169,7 @@ def check(c: Call) -> None:
 
 
 mixtral = partial(decoder, style=Style(mixture=partial(routed_block, route=mixtral_route, router="mlp.gate", name="mlp.experts")))
-qwen2_moe = partial(decoder, style=Style(mixture=qwen2_block))
+qwen2_moe = partial(decoder, style=Style(mixture=qwen2_block, both_masks=True))
 qwen3_moe = partial(decoder, style=Style(mixture=partial(routed_block, route=qwen_route, router="mlp.gate", name="mlp.experts")))
 granitemoe = partial(
     decoder,
