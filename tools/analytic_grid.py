@@ -78,6 +78,15 @@ AXES: dict[str, tuple[Options, ...]] = {
     ),
     "optim": ({"optim": "adamw_torch"}, {"optim": "adamw_torch_fused"}, {"optim": "adamw_8bit"}),
 }
+SEQUENCES: Options = {"task_type": "SEQ_CLS", "num_labels": 3}
+TOKENS: Options = {"task_type": "TOKEN_CLS", "num_labels": 9}
+PICTURES: Options = {"task_type": "IMAGE_CLS", "num_labels": 10}
+TASKS: dict[str, tuple[Options, ...]] = {
+    "deberta-v2": (SEQUENCES, TOKENS),
+    "vit": (PICTURES,),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "distilbert", "modernbert"), ({}, SEQUENCES, TOKENS)),
+}
+"""What the types train that state no task, or that are trained on more than one."""
 DROPOUT_METHODS = ("lora", "qlora", "dora")
 
 
@@ -154,6 +163,7 @@ def cells(*, model_types: Iterable[str] | None = None) -> Iterator[Cell]:
                     options |= draw.choice(choices)
                 if options["method"] == "qlora" and options["dtype"] == "fp32":
                     options["dtype"] = "bf16"
+                options |= draw.choice(TASKS.get(model_type, ({},)))
                 yield Cell(model_type, _model_of(model_type), tuple(options.items()))
 
 

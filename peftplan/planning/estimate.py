@@ -19,6 +19,7 @@ from peftplan.planning.job import Job
 from peftplan.planning.result import Estimate, Peaks
 from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, parse_setup, resolved
+from peftplan.planning.tasks import check_task
 from peftplan.planning.verdicts import capability, find_cards, verdict
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
 
@@ -170,6 +171,7 @@ def prepare(
         supports_sdpa=architecture.supports_sdpa,
         use_cache=bool(architectures.load_config(model).get("use_cache", True)),
     )
+    check_task(model, architecture, setup)
     adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
     return Job(model, chosen, config, adapter, setup, quant, architecture, adaptation)
 

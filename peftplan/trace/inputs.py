@@ -69,7 +69,9 @@ def _text(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
             batch["use_cache"] = bool(setup.use_cache)
         else:  # as `Trainer.__init__` does, for a forward that leaves it to the config
             model.config.use_cache = bool(setup.use_cache)
-    return Inputs(batch, frozenset({s, s - 1}), pictures.facts)
+    # DeBERTa's classifier picks the samples that have a label: all of them
+    labelled = b if type(model).__name__.endswith("ForSequenceClassification") else None
+    return Inputs(batch, frozenset({s, s - 1}), pictures.facts, selected=labelled)
 
 
 def _seq2seq(model: Any, setup: Setup) -> Inputs:

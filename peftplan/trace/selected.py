@@ -11,7 +11,7 @@ aten = torch.ops.aten
 
 
 class Selected(TorchDispatchMode):
-    """Runs indexing by a boolean mask as indexing by the positions of `rows` true places.
+    """Runs indexing by a boolean mask as indexing by the positions of `rows` true places, and gives those to who asks for them.
 
     None: such an operation is left to raise, as fake tensors do. `unique_consecutive` gives one value: what models ask it for is
     whether all samples are alike.
@@ -28,6 +28,8 @@ class Selected(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten.index.Tensor and any(map(_is_mask, args[1])):
             return func(args[0], [place for index in args[1] for place in _places(index, self._rows)])
+        if func is aten.nonzero.default:
+            return args[0].new_empty((self._rows, args[0].dim()), dtype=torch.int64)
         if func is aten.unique_consecutive.default:
             return args[0].new_empty(1), args[0].new_empty(0), args[0].new_empty(0)
         return func(*args, **kwargs)

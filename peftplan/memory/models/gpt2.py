@@ -5,7 +5,6 @@ Sources: transformers 5.24, models/{gpt2,gpt_bigcode}/modeling_*.py.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 from peftplan.arch.modules import Attention
@@ -77,5 +76,5 @@ def by_head(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, ...]:
 
 STYLE = Style(norm=layer_norm, layer=block, stack="transformer.h.{}", final_norm="transformer.ln_f")
 
-gpt2 = partial(model_forward, style=replace(STYLE, narrow_eager=True))
+gpt2 = partial(model_forward, style=STYLE._replace(narrow_eager=True))
 gpt_bigcode = partial(model_forward, style=STYLE)
