@@ -1,4 +1,4 @@
-"""A check as text: tables for people, JSON for programs, JUnit XML for CI."""
+"""A check as text: Markdown for people, JSON for programs, JUnit XML for CI; in a terminal by `accuracy_terminal`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from peftplan.accuracy.check import Check, shown
 from peftplan.accuracy.drift import GROUPINGS, WITHIN, Answer, Summary, summaries, totals
 from peftplan.accuracy.engines import BY_PHASE, FIGURES, OVERALL
 from peftplan.report import markdown
-from peftplan.report.tabular import Column
 
 FORMATS = ("table", "json", "markdown", "junit")
 SCHEMA_VERSION = 1
@@ -32,7 +31,9 @@ def check(found: Check, *, fmt: str) -> None:
     elif fmt == "markdown":
         print("\n\n".join(as_markdown(found)))
     else:
-        _terminal(found)
+        from peftplan.report import accuracy_terminal
+
+        accuracy_terminal.check(found)
 
 
 def summary_cells(rows: Iterable[Summary]) -> list[tuple[str, ...]]:
@@ -124,24 +125,6 @@ def tables(answers: Sequence[Answer]) -> list[str]:
     if rows := summaries(answers, "source", BY_PHASE):
         parts.append(markdown.table(("by phase", *SUMMARY, *SHARES), summary_cells(rows)))
     return parts
-
-
-def _terminal(found: Check) -> None:
-    """Tables by source, method and model, then what failed."""
-    from peftplan.report import terminal
-
-    print("\n".join(headline(found.engine, found.answers)))
-    columns = [Column(name, right=name not in ("peak", "of"), wide=name in ("of", "median without sign")) for name in SUMMARY]
-    columns += [Column(name, right=True) for name in SHARES]
-    for by in GROUPINGS:
-        figures = OVERALL if by != "setup" else FIGURES
-        if rows := summaries(found.answers, by, figures):
-            print()
-            terminal.rows([Column(by), *columns], summary_cells(rows), above=None, below=None)
-    print()
-    for times, why in refused(found.answers):
-        print(f"refused: {times} × {why}")
-    print("\n".join(endings(found)))
 
 
 def facts(found: Check) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""The regression itself, as CI runs it: every measured run that ships, against what was measured and against the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+from unittest.mock import patch
+
+import pytest
+
+from peftplan.accuracy import baseline as stored
+from peftplan.accuracy import regression
+from peftplan.accuracy.check import Check
+from peftplan.accuracy.engines import RUNS, read_cases
+from peftplan.accuracy.records import PHASES
+from peftplan.memory import ops
+from peftplan.memory.tape import Tape, Tensor
+from peftplan.planning import analytic
+
+T4 = RUNS / "fitcheck_t4.jsonl"
+SEED, SAMPLE = 1, 4
+"""Of the traced records: seconds each."""
+
+
+@pytest.fixture(scope="module")
+def every() -> Check:
+    return regression.run([], engine="analytic")
+
+
+def said(found: Check) -> str:
+    """The failures, each with the command that repeats it; shown by pytest where there are some."""
+    return "\n".join(failure.text(found.engine) for failure in found.failures)
+
+
+def test_every_run_estimated(every: Check) -> None:
+    assert said(every) == ""
+    assert len(every.answers) == len(read_cases([]))
+
+
+def test_the_baseline_holds_every_figure_that_is_stated(every: Check) -> None:
+    assert every.new == 0, "peftplan check --update-baseline"
+
+
+def test_t4_runs_by_phase(every: Check) -> None:
+    """Runs that say all that ran: at most 2 % in the median and 5 % at worst, in each phase."""
+    runs = [answer for answer in every.answers if answer.case.path == T4]
+    assert len(runs) == 29
+    for phase in PHASES[1:]:
+        drifts = [abs(one.drift) for answer in runs for one in answer.compared if one.figure == phase]
+        assert len(drifts) == 29
+        assert median(drifts) <= 2.0
+        assert max(drifts) <= 5.0
+
+
+def test_every_run_gets_a_card_that_it_ran_on(every: Check) -> None:
+    wrong = [answer.record.id for answer in every.answers if "own" in answer.wrong_verdicts]
+    assert wrong == []
+
+
+def test_a_sample_traced() -> None:
+    """Without the libraries of the baseline only the tolerances count."""
+    pytest.importorskip("bitsandbytes")
+    found = regression.run([], engine="trace", sample=SAMPLE, seed=SEED)
+    same = stored.load(stored.BASELINE).versions["trace"] == regression.versions("trace")
+    failures = [failure.text("trace") for failure in found.failures if same or failure.kind != "baseline"]
+    assert failures == []
+    assert all(answer.compared for answer in found.answers)
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    analytic.COMPILED.clear()
+    yield
+    analytic.COMPILED.clear()
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_a_wrong_formula_makes_it_fail() -> None:
+    """Log probabilities written over the logits they are of: one tokens × vocabulary tensor in fp32 too few."""
+    right = ops.keeps_output
+
+    def in_place(f: Tape, x: Tensor, name: str) -> Tensor:
+        return x if name == "log_softmax" else right(f, x, name)
+
+    with patch.object(ops, "keeps_output", in_place):
+        found = regression.run([T4], engine="analytic")
+    kinds = {(failure.case.record.id, failure.kind) for failure in found.failures}
+    assert ("pk01156", "tolerance") in kinds
+    assert ("pk01156", "baseline") in kinds

@@ -1,0 +1,98 @@
+"""What a hand-written program does besides its options: both engines, each the other's witness, and sums by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.planning.result import Estimate
+from peftplan.planning.script import Script
+
+WIDE: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+"""Wide enough for every activation to have a segment of its own."""
+RUN: dict[str, Any] = {"method": "lora", "r": 8, "trainer": "plain", "use_cache": False, "batch_size": 4, "seq_len": 512}
+LOGITS = 2 * 4 * 512 * 32000
+"""Bytes of the bf16 logits: 125 MiB."""
+
+
+def run(script: Script, *, engine: str = "analytic", **changes: Any) -> Estimate:
+    return peftplan.estimate(WIDE, engine=engine, script=script, **{**RUN, **changes})  # type: ignore[arg-type]
+
+
+def reserved(script: Script, **changes: Any) -> int:
+    peaks = run(script, **changes).peaks
+    assert peaks is not None
+    assert peaks.reserved is not None
+    return peaks.reserved
+
+
+def test_without_facts_nothing_changes() -> None:
+    assert reserved(Script()) == reserved(Script(earlier_seq_lens=(512,)))
+
+
+def test_outputs_that_outlive_the_step_are_there_twice() -> None:
+    """Two steps of one length: the first's logits stand through the second's forward, in the way of one fp32 copy of them."""
+    more = reserved(Script(outputs_outlive_step=True)) - reserved(Script())
+    assert LOGITS <= more <= 2 * LOGITS
+
+
+def test_a_shorter_step_before_leaves_less_behind() -> None:
+    outlive = Script(outputs_outlive_step=True)
+    assert reserved(Script(outputs_outlive_step=True, earlier_seq_lens=(64,))) < reserved(outlive)
+    assert run(outlive).peaks.by_phase == run(Script()).peaks.by_phase  # type: ignore[union-attr]
+
+
+def test_an_emptied_cache_gives_the_earlier_step_back() -> None:
+    """A step four times as long before: without `empty_cache` its segments stay."""
+    longer = (2048,)
+    kept = reserved(Script(earlier_seq_lens=longer))
+    emptied = reserved(Script(earlier_seq_lens=longer, empties_cache=True))
+    assert emptied <= kept
+
+
+def test_repeated_keys_and_values_by_hand() -> None:
+    """On a T4 sdpa of grouped heads is the math kernel, with its scores; repeated, it is the memory-efficient one."""
+    card = {"gpu": "t4", "dtype": "fp16"}
+    grouped, repeated = (run(script, **card).peaks for script in (Script(), Script(repeats_kv=True)))
+    assert grouped is not None
+    assert repeated is not None
+    scores = 2 * 4 * 16 * 512 * 512  # fp16, one layer: 32 MiB
+    assert grouped.allocated - repeated.allocated > scores
+
+
+@pytest.mark.parametrize(
+    ("script", "changes"),
+    [
+        (Script(outputs_outlive_step=True, earlier_seq_lens=(96,), empties_cache=True), {"padding": True, "use_cache": True}),
+        (Script(outputs_outlive_step=True), {}),
+        (Script(repeats_kv=True), {"gpu": "t4", "dtype": "fp16", "gradient_checkpointing": True}),
+    ],
+    ids=["peft-benchmark", "outlives", "repeats-kv"],
+)
+def test_the_trace_says_the_same(script: Script, changes: dict[str, Any]) -> None:
+    for module in ("torch", "transformers", "peft"):
+        pytest.importorskip(module)
+    traced, estimated = (run(script, engine=engine, **changes).peaks for engine in ("trace", "analytic"))
+    assert traced is not None
+    assert estimated is not None
+    assert estimated.allocated == pytest.approx(traced.allocated, rel=0.01)
+    assert estimated.reserved == pytest.approx(traced.reserved, rel=0.03)
+
+
+def test_a_script_is_closed_to_other_facts() -> None:
+    with pytest.raises(ValueError, match="Extra inputs"):
+        Script(evaluates=True)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="greater than or equal"):
+        Script(earlier_seq_lens=(0,))
