@@ -78,7 +78,10 @@ def choose(
     enable_gqa: bool,
     capability: Capability,
 ) -> str:
-    """Which kernel torch takes: flash, else the memory-efficient one, else math (`select_sdp_backend`)."""
+    """Which kernel torch takes: flash, else the memory-efficient one, else math (`select_sdp_backend`).
+
+    Fused kernels broadcast no heads, and flash alone groups them (`check_batch_size_and_num_heads_dense`).
+    """
     head = query.shape[-1]
     same_head = head == value.shape[-1]
     if query.dim() != len("bhsd"):
@@ -89,10 +92,11 @@ def choose(
         and capability >= FLASH_CAPABILITY
         and head <= MAX_FLASH_HEAD
         and same_head
+        and (enable_gqa or query.shape[1] == key.shape[1])
         and not (query.requires_grad and capability in NO_WIDE_BACKWARD and head in WIDE_HEADS)
     ):
         return "flash"
-    grouped = enable_gqa and query.shape[1] != key.shape[1]
+    grouped = query.shape[1] != key.shape[1]
     half = query.dtype == torch.float16 or (query.dtype == torch.bfloat16 and capability >= FLASH_CAPABILITY)
     aligned = head % HEAD_MULTIPLE == 0 if query.dtype in FLASH_DTYPES else head % (HEAD_MULTIPLE // 2) == 0
     mask_grad = attn_mask is not None and attn_mask.requires_grad
