@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peftplan.accuracy import baseline as stored
 from peftplan.accuracy.drift import Answer
-from peftplan.accuracy.engines import Case, Stated, ask
+from peftplan.accuracy.engines import Case, Stated, ask, same_answer
 from peftplan.accuracy.records import PHASES
 from peftplan.planning.setup import Engine
 
@@ -57,10 +57,17 @@ def check(
     baseline: stored.Baseline,
     progress: Callable[[Answer], None] = lambda answer: None,
 ) -> Check:
-    """Ask the engine about every case, and compare with what was measured, with the tolerances and with the baseline."""
+    """Ask the engine about every case, and compare with what was measured, with the tolerances and with the baseline.
+
+    What was run twice is asked once.
+    """
     answers = []
+    stated: dict[str, Stated] = {}
     for case in cases:
-        answers.append(Answer(case, ask(case.record, engine)))
+        same = same_answer(case.record)
+        if same not in stated:
+            stated[same] = ask(case.record, engine)
+        answers.append(Answer(case, stated[same]))
         progress(answers[-1])
     old = {answer.record.id: baseline.stated(engine, answer.record.id) for answer in answers}
     failures = [failure for answer in answers for failure in _failures(answer, engine, old[answer.record.id])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,12 @@ def ask(record: Record, engine: Engine) -> Stated:
     except Exception as error:  # one engine's bug on one record; the check goes on and fails
         return Stated(refused=f"crashed: {type(error).__name__}: {' '.join(str(error).split())[:200]}", crashed=True)
     return stated(record, result)
+
+
+def same_answer(record: Record) -> str:
+    """All that `ask` reads of a record: where it is the same, so is the answer."""
+    read = (record.run.model_dump(mode="json"), record.circumstances.gpu_id, record.covers, record.peaks.context_bytes)
+    return json.dumps(read, sort_keys=True)
 
 
 def stated(record: Record, result: Estimate) -> Stated:

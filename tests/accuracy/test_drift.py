@@ -403,3 +403,17 @@ def test_tables_keep_within_the_terminal(columns: int) -> None:
     assert lines[at + 1].split()[:2] == ["allocated", "10"]
     assert ("pk" in lines[at + 1]) is (columns == 120)
     assert len([word for word in lines[at + 1].split() if word == "%"]) == 3
+
+
+def test_what_ran_twice_is_asked_once() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def counting(*args: Any, **kwargs: Any) -> Estimate:
+        asked.append(kwargs)
+        return estimate(*args, **kwargs)
+
+    runs = [record(id="a"), record(id="b", peaks=overall(allocated=1)), record(id="c", covers="whole-run")]
+    with patch.object(engines, "estimate", counting):
+        found = check([Case(Path("x"), line, one) for line, one in enumerate(runs)], "analytic", baseline=stored.Baseline())
+    assert len(asked) == 2
+    assert [answer.record.id for answer in found.answers] == ["a", "b", "c"]
