@@ -85,7 +85,7 @@ class Model:
     layer_locals: list[Any] = field(default_factory=list)
     """What a layer's own names hold until it returns, such as eager attention's weights."""
     call_locals: list[Any] = field(default_factory=list)
-    """What the names of peft's own forward hold until it returns."""
+    """What the names of the model's own forward, or of peft's, hold until it returns."""
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Keys and values of virtual tokens that layers have not taken yet."""
     copied_past: Tensor | None = None

@@ -20,10 +20,12 @@ def bart_lm(model: Model, x: Tensor) -> Output:
 
 
 def t5_lm(model: Model, x: Tensor) -> Output:
-    """`T5ForConditionalGeneration.forward`: states are scaled first where the config's embeddings are tied."""
+    """`T5ForConditionalGeneration.forward`: states are scaled first where the config's embeddings are tied; `decoder_outputs`
+    holds them as they were."""
     f = model.tape
     f.module = ""
     if any(alias == "lm_head.weight" for alias, _ in model.arch.ties):
+        model.call_locals.append(x)
         x = ops.scale(f, x)
     return language_loss(model, logits_of(model, x))
 

@@ -68,10 +68,14 @@ class CudaLike(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def attention(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`scaled_dot_product_attention`, with autocast's cast of its inputs."""
+        """`scaled_dot_product_attention`, with autocast's cast of its inputs, the mask included."""
         if self._autocast and torch.is_autocast_enabled("cpu"):
             low = torch.get_autocast_dtype("cpu")
-            args = tuple(a.to(low) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+
+            def cast(value: Any) -> Any:
+                return value.to(low) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+            args, kwargs = tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
         return sdpa(*args, **kwargs, capability=self._capability)
 
     def dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
