@@ -49,6 +49,14 @@ class RefusedError(PeftplanError):
 class NeedsTraceError(PeftplanError):
     """What the closed formulas do not know and the trace engine finds out; the message says which part of the job it is."""
 
+    hint = " (--engine trace knows)"
+
+
+class NoEngineError(NeedsTraceError):
+    """What the trace engine does not reproduce either; the message says why."""
+
+    hint = ""
+
 
 class MissingExtraError(PeftplanError):
     """Something that needs an optional extra which is not installed."""

@@ -57,7 +57,7 @@ def bart(c: Fields, task_type: str) -> Architecture:
             *_layers(c, stack, key_bias=True),
             layernorm(f"{stack}.layernorm_embedding", h),
         )
-    backbone = _backbone(c, "Bart", task_type, stacks, tuple(modules), norm_position="post")
+    backbone = _backbone(c, "Bart", task_type, stacks, tuple(modules), norm_position="post")._replace(max_positions=p)
     if task_type == "CAUSAL_LM":
         return _language_model(backbone, task_type, "lm_head", tied=tied)
     sharing = tuple((f"{stack}.embed_tokens.weight", "shared.weight") for stack in stacks) if tied else ()
@@ -95,6 +95,7 @@ def whisper(c: Fields, task_type: str) -> Architecture:
     for stack in stacks:
         modules += (*front[stack], *_layers(c, stack, key_bias=False), layernorm(f"{stack}.layer_norm", h))
     backbone = _backbone(c, "Whisper", task_type, stacks, tuple(modules), norm_position="pre")
+    backbone = backbone._replace(max_positions=c.int("max_target_positions"))
     if "encoder" in stacks:
         backbone = backbone._replace(frozen=("encoder.embed_positions.weight",))
     if task_type == "FEATURE_EXTRACTION":

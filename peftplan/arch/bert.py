@@ -61,6 +61,9 @@ def _roberta(c: Fields, task_type: str, stem: str, *, head_first: bool) -> Archi
         embeddings=("word_embeddings", "token_type_embeddings", "LayerNorm", "position_embeddings"),
         pooler=task_type == "FEATURE_EXTRACTION",
     )
+    # Positions are counted from the row behind the padding's (`create_position_ids_from_input_ids`).
+    before = c.int("pad_token_id", default=1, low=0) + 1
+    backbone = backbone._replace(max_positions=max(c.int("max_position_embeddings") - before, 0))
     h = backbone.hidden_size
     if task_type in ("MASKED_LM", "CAUSAL_LM"):
         return _language_model(c, backbone, task_type, ("lm_head", "dense", "layer_norm"), head_first=head_first)
@@ -136,6 +139,7 @@ def _backbone(c: Fields, stem: str, *, prefix: str, embeddings: tuple[str, ...],
         buffers=tuple(Buffer(f"embeddings.{name}", "int64", (1, p)) for name in ("position_ids", "token_type_ids")),
         prompt=prompt_dims(c, len(layers), h, a),
         dropout=dropout_of(c),
+        max_positions=p,
     )
 
 

@@ -115,6 +115,7 @@ def _backbone(c: Fields) -> Backbone:
         prompt=prompt_dims(c, len(layers), h, a),
         supports_sdpa=False,
         dropout=_dropout(c),
+        max_positions=c.int("max_position_embeddings") if c.bool("position_biased_input", default=True) else None,
     )
 
 

@@ -93,4 +93,5 @@ def _backbone(c: Fields, task_type: str) -> Backbone:
         embedding="embeddings.word_embeddings",
         buffers=(Buffer("embeddings.position_ids", "int64", (1, p)),),
         dropout=_dropout(c, task_type),
+        max_positions=p,
     )

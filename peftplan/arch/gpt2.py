@@ -92,6 +92,7 @@ def _backbone(c: Fields, stem: str, *, multi_query: bool = False) -> Backbone:
             embedding=probability(c, "embd_pdrop", default=DROPOUT),
             classifier=probability(c, "classifier_dropout", "hidden_dropout", default=DROPOUT),
         ),
+        max_positions=p,
     )
 
 

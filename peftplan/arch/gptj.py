@@ -71,6 +71,7 @@ def gptj(c: Fields, task_type: str) -> Architecture:
         buffers=(Buffer("rotary_emb.embed_positions", "fp32", rotations),),
         prompt=prompt_dims(c, len(layers), h, a),
         dropout=_dropout(c, attention="attn_pdrop"),
+        max_positions=rotations[0],
     )
     return decoder_model(backbone, c, task_type, tasks=("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"), head_bias=True)
 

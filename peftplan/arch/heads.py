@@ -54,6 +54,7 @@ class Backbone(NamedTuple):
     supports_sdpa: bool = True
     prompt: PromptDims | None = None
     dropout: Dropout = NO_DROPOUT
+    max_positions: int | None = None
 
     def model_class(self, task_type: str) -> str:
         """The name of transformers' class for a task: `LlamaForCausalLM`, `BertModel`."""
@@ -101,6 +102,7 @@ def attach(
         supports_sdpa=backbone.supports_sdpa,
         prompt=backbone.prompt,
         dropout=backbone.dropout,
+        max_positions=backbone.max_positions,
     )
 
 

@@ -190,7 +190,8 @@ class Architecture:
     `keep_in_fp32_strict` are its `_keep_in_fp32_modules_strict`: patterns searched in parameter names, fp32 under bf16 as well.
     `logits_ops` are what the class does to the head's output: `scale`, `softcap` (divide, tanh, multiply). `supports_sdpa` is its
     `_supports_sdpa`: without it transformers falls back to eager attention. `picture`: channels, height and width of the pictures
-    that the model reads instead of text.
+    that the model reads instead of text. `max_positions`: the longest sequence that a table of absolute positions holds (Whisper:
+    of the decoder); None where positions have no table.
     """
 
     model_type: str
@@ -212,6 +213,7 @@ class Architecture:
     prompt: PromptDims | None = None
     dropout: Dropout = NO_DROPOUT
     picture: Shape = ()
+    max_positions: int | None = None
     name: str = ""
     source: str = ""
     notes: tuple[str, ...] = field(default=())

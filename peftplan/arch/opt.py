@@ -78,4 +78,5 @@ def _backbone(c: Fields) -> Backbone:
         embedding="decoder.embed_tokens",
         prompt=prompt_dims(c, len(layers), h, a),
         dropout=Dropout(probability(c, "dropout", default=DROPOUT), probability(c, "attention_dropout")),
+        max_positions=p,
     )

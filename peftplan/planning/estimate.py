@@ -18,7 +18,7 @@ from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.planning.job import Job
 from peftplan.planning.result import Estimate, Peaks
 from peftplan.planning.script import NO_SCRIPT, Script
-from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, parse_setup, resolved
+from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, check_length, parse_setup, resolved
 from peftplan.planning.tasks import check_task
 from peftplan.planning.verdicts import capability, find_cards, verdict
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
@@ -103,16 +103,16 @@ def _estimated(
         assumptions |= {"compute_capability": capability(cards), **peaks.assumed}
     return Estimate(
         engine=engine,
-        model=_model_facts(job.architecture),
+        model=model_facts(job.architecture),
         method={
             "name": job.method.name if job.method else str(job.adapter.get("peft_type")).lower(),
-            "config": _config_facts(job.config, job.adapter),
+            "config": config_facts(job.config, job.adapter),
         },
         parameters=built,
         adaptation=job.adaptation,
         static=static,
         assumptions=assumptions,
-        not_modelled=OUTSIDE if peaks is not None else (f"{found} (--engine trace knows)", *NOT_COUNTED),
+        not_modelled=OUTSIDE if peaks is not None else (found, *NOT_COUNTED),
         gpus=tuple(verdict(card, static.bytes(), peaks) for card in cards),
         peaks=peaks,
         resize=None if engine == "trace" or peaks is None else partial(_at, job, built, static, cards),
@@ -127,7 +127,7 @@ def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: lis
     try:
         found = analytic_peaks(job, built, static, compute_capability=capability(cards))
     except NeedsTraceError as missing:
-        found = str(missing)
+        found = f"{missing}{missing.hint}"
     return _estimated(job, built, static, cards, found, engine="analytic")
 
 
@@ -137,14 +137,19 @@ def _at(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu]
     s = job.setup.seq_len if seq_len is None else seq_len
 
     def at(b: Any, s: Any) -> Job:
-        return job._replace(setup=parse_setup({**job.setup.model_dump(), "batch_size": b, "seq_len": s}))
+        setup = parse_setup({**job.setup.model_dump(), "batch_size": b, "seq_len": s})
+        check_length(setup.seq_len, job.architecture.max_positions)
+        return job._replace(setup=setup)
 
     if not hasattr(b, "shape") and not hasattr(s, "shape"):
         return _analytic(at(b, s), built, static, cards)
-    from peftplan.planning.analytic import compiled
+    from peftplan.planning.analytic import Compiled, compiled
     from peftplan.planning.grid import evaluate
 
-    return evaluate(lambda b, s: compiled(at(b, s), built, static, compute_capability=capability(cards)), batch_size=b, seq_len=s)
+    def compile_at(b: int, s: int) -> Compiled:
+        return compiled(at(b, s), built, static, compute_capability=capability(cards))
+
+    return evaluate(compile_at, batch_size=b, seq_len=s, max_positions=job.architecture.max_positions)
 
 
 def prepare(
@@ -170,6 +175,7 @@ def prepare(
         quantized=quant is not None,
         supports_sdpa=architecture.supports_sdpa,
         use_cache=bool(architectures.load_config(model).get("use_cache", True)),
+        max_positions=architecture.max_positions,
     )
     check_task(model, architecture, setup)
     adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
@@ -194,7 +200,7 @@ def _static(
 ) -> tuple[parameters.Parameters, Ledger]:
     """The parameters, and the lines of what lasts from step to step with the gradients."""
     optimizer = parse_optim(str(setup.optim))
-    adapter_dtype, trained_dtype = _adapter_dtypes(setup)
+    adapter_dtype, trained_dtype = adapter_dtypes(setup)
     built = parameters.build(
         architecture,
         adaptation,
@@ -336,7 +342,7 @@ def _traced(job: Job, cards: list[Gpu], **how: Any) -> Peaks:
     )
 
 
-def _adapter_dtypes(setup: Setup) -> tuple[str, str | None]:
+def adapter_dtypes(setup: Setup) -> tuple[str, str | None]:
     """What peft leaves the adapter in, and what the trainer then casts all that trains to: TRL bf16, on a quantized base."""
     if setup.trainer == "trl" and setup.quant in CAST_BY_TRL and setup.adapter_dtype == "bf16":
         return "fp32", "bf16"
@@ -353,7 +359,8 @@ def _optimizer(built: parameters.Parameters, optimizer: Optimizer, setup: Setup)
     )
 
 
-def _model_facts(architecture: Architecture) -> dict[str, Any]:
+def model_facts(architecture: Architecture) -> dict[str, Any]:
+    """What a result says of its model."""
     return {
         "name": architecture.name,
         "model_type": architecture.model_type,
@@ -363,7 +370,8 @@ def _model_facts(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def _config_facts(config: MethodConfig | None, adapter: Mapping[str, Any]) -> dict[str, Any]:
+def config_facts(config: MethodConfig | None, adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result says of its method's options."""
     return config.model_dump(mode="json", exclude_none=True) if config is not None else dict(adapter)
 
 

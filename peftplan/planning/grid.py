@@ -9,6 +9,7 @@ from typing import Any
 from peftplan.errors import InputError, MissingExtraError
 from peftplan.memory.grid import Moments
 from peftplan.planning.analytic import Compiled
+from peftplan.planning.setup import check_length
 
 try:
     import numpy as np
@@ -30,16 +31,17 @@ class Grid:
         return np.maximum.reduce(list(self.peak_by_phase.values()))
 
 
-def evaluate(compile_at: Callable[[int, int], Compiled], *, batch_size: Any, seq_len: Any) -> Grid:
+def evaluate(compile_at: Callable[[int, int], Compiled], *, batch_size: Any, seq_len: Any, max_positions: int | None) -> Grid:
     """The peaks at every pair of `batch_size` and `seq_len` (whole numbers or arrays of them, broadcast against each other).
 
     `compile_at` compiles the job at one size; points that run the same operations share what it returns. Raises InputError for
-    sizes below 1.
+    sizes below 1, and for sequences longer than `max_positions`.
     """
     b, s = np.broadcast_arrays(np.asarray(batch_size), np.asarray(seq_len))
     for name, values in (("batch_size", b), ("seq_len", s)):
         if values.dtype.kind not in "iu" or values.size == 0 or values.min() < 1:
             raise InputError(name, values.tolist(), "accepted: whole numbers of at least 1")
+    check_length(int(s.max()), max_positions)
     flat = {"b": b.astype(np.int64).ravel(), "s": s.astype(np.int64).ravel()}
     first = compile_at(int(flat["b"][0]), int(flat["s"][0]))
     facts = first.facts(flat["b"], flat["s"])

@@ -13,7 +13,7 @@ class Script(BaseModel):
     Reserved bytes depend on what ran before, so a record of somebody else's run needs them.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     earlier_seq_lens: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Tokens per sequence of the steps before the counted one; without them one step of the same length."""
@@ -25,4 +25,4 @@ class Script(BaseModel):
     """Whether grouped keys and values are repeated before torch's sdpa sees them, as kernels without grouped queries need it."""
 
 
-NO_SCRIPT = Script()
+NO_SCRIPT = Script.model_construct()

@@ -132,12 +132,12 @@ def first_error(error: ValidationError, *, prefix: str = "") -> InputError:
     return InputError(f"{prefix}{field}", first["input"], f"accepted: {wanted}")
 
 
-def resolved(setup: Setup, *, quantized: bool, supports_sdpa: bool, use_cache: bool) -> Setup:
+def resolved(setup: Setup, *, quantized: bool, supports_sdpa: bool, use_cache: bool, max_positions: int | None = None) -> Setup:
     """The setup with every unset field filled from its trainer preset, and from the model where the preset leaves it open.
 
     peft leaves adapters in fp32 (`autocast_adapter_dtype`); TRL casts them to bf16, on a bitsandbytes base only. transformers
     takes sdpa where the model class has it, else eager, and raises where sdpa is asked of a class without it. `use_cache` is what
-    the model's config says.
+    the model's config says. A `seq_len` that nobody set is no longer than `max_positions`; one that is set longer is refused.
     """
     filled = {k: v for k, v in PRESETS[setup.trainer].items() if getattr(setup, k) in (None, "auto")}
     if not quantized:
@@ -150,9 +150,18 @@ def resolved(setup: Setup, *, quantized: bool, supports_sdpa: bool, use_cache: b
         filled["attn_implementation"] = "sdpa" if supports_sdpa else "eager"
     elif setup.attn_implementation == "sdpa" and not supports_sdpa:
         raise RefusedError("attn_implementation: this model class has no sdpa attention in transformers; accepted: eager")
+    if max_positions is not None and "seq_len" not in setup.model_fields_set:
+        filled["seq_len"] = min(setup.seq_len, max_positions)
     found = setup.model_copy(update=filled)
+    check_length(found.seq_len, max_positions)
     _check_trainer(found)
     return found
+
+
+def check_length(seq_len: int, max_positions: int | None) -> None:
+    """Raise InputError for more tokens than the model's table of positions has rows."""
+    if max_positions is not None and seq_len > max_positions:
+        raise InputError("seq_len", seq_len, f"accepted: up to {max_positions}, the positions of the model")
 
 
 def _check_trainer(setup: Setup) -> None:

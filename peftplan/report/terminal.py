@@ -214,8 +214,12 @@ def _assumptions(result: Estimate, *, verbose: bool, width: int) -> list[Rendera
     short = [(name, value) for name, value in found.items() if name not in long]
     half = (len(short) + 1) // 2
     pairs = [(*left, *right) for left, right in zip_longest(short[:half], short[half:], fillvalue=("", ""))]
-    room = sum(max(map(len, column)) + GAP for column in zip(*pairs, strict=True)) <= width + GAP
-    grid = Table.grid(padding=(0, GAP))
-    for row in pairs if room else short:
-        grid.add_row(*row)
-    return [*(f"{name}: {found[name]}" for name in long), grid]
+    aligned = _aligned(pairs)
+    room = all(len(line) <= width for line in aligned)
+    return [*(f"{name}: {found[name]}" for name in long), *(aligned if room else _aligned(short))]
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text with their columns under each other."""
+    widths = [max(map(len, column)) + GAP for column in zip(*cells, strict=True)]
+    return ["".join(map(str.ljust, row, widths)).rstrip() for row in cells]

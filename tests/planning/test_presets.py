@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import peftplan
-from peftplan.errors import RefusedError
+from peftplan.errors import InputError, RefusedError
 from tests.planning.tiny import CONFIG
 
 ALWAYS = {
@@ -68,6 +68,17 @@ def test_a_preset_on_a_quantized_base(trainer: str) -> None:
     found = assumed(trainer=trainer, quant="nf4")
     assert (found["kbit_prepare"], found["adapter_dtype"]) == ON_QUANTIZED[trainer]
     assert (found["double_quant"], found["compute_dtype"]) == (False, "bf16")
+
+
+def test_a_position_table_bounds_the_sequence() -> None:
+    """GPT-2 has 1,024 positions, RoBERTa 514 rows of which two stand before the first, OPT 2,048 and two rows more."""
+    longest = {"gpt2": 1024, "roberta-base": 512, "opt-125m": 2048, "bart-base": 1024, "whisper-tiny": 448}
+    for model, positions in longest.items():
+        assert peftplan.estimate(model, method="full").assumptions["seq_len"] == positions
+        with pytest.raises(InputError, match=f"seq_len: 4096 is not accepted; accepted: up to {positions}, the positions"):
+            peftplan.estimate(model, method="full", seq_len=4096)
+    with pytest.raises(InputError, match="seq_len: 1025 is not accepted"):
+        peftplan.estimate("gpt2", method="full").at(seq_len=1025)
 
 
 def test_the_default_trainer_is_transformers() -> None:
