@@ -191,8 +191,11 @@ def _program(job: Job) -> Program:
 
 
 def windows_of(architecture: Architecture) -> tuple[int, ...]:
-    """The sliding windows of a model's layers, each once."""
-    return tuple(sorted({a.window for block in architecture.blocks for a in block.attentions if a.window}))
+    """The longest sequence that each sliding window of a model hides nothing of, each once; one that looks both ways hides less
+    than half of itself to each side (`bidirectional_mask`).
+    """
+    found = (a for block in architecture.blocks for a in block.attentions if a.window)
+    return tuple(sorted({a.window if a.causal else a.window // 2 - 1 for a in found if a.window}))
 
 
 def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...], loss: LossSizes) -> tuple[Any, ...]:
