@@ -50,6 +50,8 @@ def _linear_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     to_x, to_weight, to_bias = node.edges
     grad_weight = f.new(w_dims, g.dtype, "mm") if to_weight else None
     grad_x = f.new(x_dims, g.dtype, "mm") if to_x else None
+    if grad_x is not None and len(x_dims) > 2:
+        f.view_of(grad_x)  # the product has two dims: `reshape` gives it x's
     grad_bias = f.new(bias_dims, g.dtype, "sum") if to_bias else None
     return grad_x, grad_weight, grad_bias
 
@@ -147,8 +149,8 @@ def matmul(f: Tape, a: Tensor, b: Tensor, dims: Dims) -> Tensor:
 
 
 def _matmul_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
-    grad_b = f.new(saved[3], g.dtype, "bmm") if node.edges[1] else None
-    grad_a = f.new(saved[2], g.dtype, "bmm") if node.edges[0] else None
+    grad_b = f.view_of(f.new(saved[3], g.dtype, "bmm")) if node.edges[1] else None
+    grad_a = f.view_of(f.new(saved[2], g.dtype, "bmm")) if node.edges[0] else None
     return grad_a, grad_b
 
 
@@ -220,18 +222,15 @@ def _rotary_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     if dtype != g.dtype:
         turned = f.new(dims, dtype, "to")
     negated = f.new((*dims[:-1], _half(dims[-1])), dtype, "neg")
-    first = f.new(dims, dtype, "slice_backward")
+    out = f.new(dims, dtype, "slice_backward")
     del negated
-    second = f.new(dims, dtype, "slice_backward")
-    del turned
-    both = f.new(dims, dtype, "add")
-    del first, second
+    second = f.new(dims, dtype, "slice_backward")  # added into the first, as is the third
+    del turned, second
     by_cos = f.new(dims, g.dtype, "mul")
     del g
     if by_cos.dtype != dtype:
         by_cos = f.new(dims, dtype, "to")
-    out = f.new(dims, dtype, "add")
-    del by_cos, both
+    del by_cos
     return out
 
 
@@ -255,7 +254,7 @@ def copied(f: Tape, x: Tensor, op: str, dims: Dims | None = None) -> Tensor:
 
 
 def _view_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
-    return g
+    return f.view_of(g)
 
 
 def dropout(f: Tape, x: Tensor, p: float) -> Tensor:
@@ -334,16 +333,14 @@ def _rotary_in_fp32_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tens
     dims, dtype = g.dims, saved[2]
     turned = f.new(dims, "fp32", "mul")
     negated = f.new((*dims[:-1], _half(dims[-1])), "fp32", "neg")
-    first = f.new(dims, "fp32", "slice_backward")
+    both = f.new(dims, "fp32", "slice_backward")
     del negated
-    second = f.new(dims, "fp32", "slice_backward")
-    del turned
-    both = f.new(dims, "fp32", "add")
-    del first, second
-    both = f.to(both, dtype)
-    by_cos = f.to(f.new(dims, "fp32", "mul"), dtype)
-    out = f.new(dims, dtype, "add")
-    del by_cos, both
+    second = f.new(dims, "fp32", "slice_backward")  # added into the first
+    del turned, second
+    out: Tensor = f.to(both, dtype)
+    del both
+    by_cos = f.to(f.new(dims, "fp32", "mul"), dtype)  # added into the sum
+    del by_cos
     return out
 
 

@@ -6,7 +6,7 @@ Source: torch 2.13, optim/adamw.py, optim/adagrad.py, optim/rmsprop.py (`_multi_
 
 from __future__ import annotations
 
-from peftplan.errors import NeedsTraceError
+from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.memory.tape import Tape, Tensor
 from peftplan.optim import Optimizer
 from peftplan.parameters import Parameter
@@ -17,15 +17,19 @@ IN_PLACE = ("fused", "kernel")
 
 
 def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, clips: bool) -> None:
-    """Clipping, and then the step. Raises NeedsTraceError for optimizers whose temporaries are not known here."""
+    """Clipping, and then the step. Raises NeedsTraceError for optimizers whose temporaries are not known here, NoEngineError for
+    those that no engine knows.
+    """
     f.module = ""
+    if optimizer.untraced:
+        raise NoEngineError(f"optim {optimizer.name}: {optimizer.untraced}")
     if clips:
         _clip(f, trained)
-    if optimizer.step_implementation in IN_PLACE and not optimizer.low_rank:
+    if optimizer.step_implementation in IN_PLACE:
         return
     copies = FOREACH_COPIES.get(optimizer.name)
     if copies is None:
-        raise NeedsTraceError(f"optim {optimizer.name}: what its step takes needs --engine trace")
+        raise NeedsTraceError(f"optim {optimizer.name}: what its step takes")
     held: list[Tensor] = []  # the loop's names keep one dtype's until the next one's are made
     for dtype in dict.fromkeys(p.dtype for p in trained):
         held = [

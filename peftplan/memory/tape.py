@@ -5,7 +5,7 @@ an operation saves for backward lives until backward has passed it. So what auto
 modeling code runs, and nothing about lifetimes depends on batch or sequence: dims stay symbolic, and the log is evaluated later
 (`memory.timeline`). Which operation keeps what is in `memory.ops`.
 
-Sources: torch 2.13, csrc/autograd/engine.cpp (order, accumulation), tools/autograd/derivatives.yaml (what is saved),
+Sources: torch 2.13, csrc/autograd/engine.cpp (order), input_buffer.cpp (sums), tools/autograd/derivatives.yaml (what is saved),
 utils/checkpoint.py (`_CheckpointFrame`), aten/src/ATen/autocast_mode.cpp (the cache of casts). It needs CPython, which counts
 references.
 """
@@ -114,12 +114,10 @@ class Node:
         self.grads: list[Tensor | None] = [None]
 
     def receive(self, tape: Tape, index: int, grad: Tensor) -> None:
-        """`InputBuffer`: several gradients of one output are summed into a new tensor."""
-        grads = self.grads
-        while len(grads) <= index:
-            grads.append(None)
-        before = grads[index]
-        grads[index] = grad if before is None else tape.new(grad.dims, grad.dtype, "add")
+        """`InputBuffer`: several gradients of one output are summed."""
+        while len(self.grads) <= index:
+            self.grads.append(None)
+        tape.sum_into(self.grads, index, grad)
 
 
 class StopRecomputationError(Exception):
@@ -177,6 +175,8 @@ class Tape:
         """Positions of the log where a matrix product writes into what exists, and the library that computes it."""
         self.leaves: set[int] = set()
         """Storages of tensors that no operation made and that have a gradient: embeddings under `enable_input_require_grads`."""
+        self.views: set[int] = set()
+        """Storages of gradients that autograd's formulas give out as views."""
         self.lasting: set[int] = set()
         """Storages that a layer's backward makes and that live until all layers' is done."""
         self._sequence = 0
@@ -205,6 +205,34 @@ class Tape:
         assert made.storage is not None
         self.counts[made.storage.number] = count
         return made
+
+    def view_of(self, tensor: Tensor) -> Tensor:
+        """The tensor as a view, which holds its base: autograd never adds into it."""
+        if tensor.storage is not None:
+            self.views.add(tensor.storage.number)
+        return tensor
+
+    def sum_into(self, grads: list[Tensor | None], index: int, grad: Tensor) -> None:
+        """Add to what waits at `index`: in place if nothing else holds that tensor, else into a new one.
+
+        Source: torch 2.13 csrc/autograd/input_buffer.cpp (`can_accumulate_inplace`). What nothing else holds is freed with this
+        reference, and is then taken up again.
+        """
+        before = grads[index]
+        if before is None:
+            grads[index] = grad
+            return
+        if before.storage is None or before.storage.number in self.views:
+            grads[index] = self.new(grad.dims, grad.dtype, "add")
+            return
+        number = before.storage.number
+        grads[index] = before = None
+        if self.log[-1] == -number:
+            self.log.pop()
+            del self.freed[number]
+            grads[index] = Tensor(Storage(self, number), grad.dims, grad.dtype)
+        else:
+            grads[index] = self.new(grad.dims, grad.dtype, "add")
 
     def mark(self, what: str) -> None:
         """Note a position of the log: a phase that begins, a layer that ends."""

@@ -74,6 +74,15 @@ class Optimizer(NamedTuple):
     states_for_frozen: bool = False
 
     @property
+    def untraced(self) -> str | None:
+        """Why no engine knows what its step takes besides the states; None where the trace engine does."""
+        if self.step_implementation == "in-backward":
+            return "it steps inside backward and frees each gradient there, which no step program does; its states are counted"
+        if self.low_rank:
+            return f"the projections that {self.package} makes in its steps are not reproduced; its states are counted"
+        return None
+
+    @property
     def source(self) -> str:
         """The class, the package it comes from, and the version that was read: `torch.optim.AdamW (torch 2.13.0)`."""
         return f"{self.cls} ({self.package} {VERSIONS[self.package]})"

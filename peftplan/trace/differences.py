@@ -10,6 +10,7 @@
 | `torch.is_autocast_enabled()` | without an argument it asks about CUDA | `as_on_cuda` |
 | masks | transformers builds a full mask for fake tensors (`is_tracing`), none for real unpadded ones | `as_on_cuda` |
 | backward of indexing | under a mode a copy of the zeros (FunctionsManual.cpp), else in place | `in_place` |
+| sums of gradients | never in place into a tensor subclass (autograd `input_buffer.cpp`) | `tracker`, where torch would |
 | `tensor[mask]` | its size is data: fake tensors refuse | `scored.Rows`, `flash.Picked` |
 | TRL's chunked loss | without Triton each tile is copied to fp32, and so are factors of products | `losses.ChunkedLogProbs` |
 | flash-attn, Liger, Unsloth | kernels of packages that need CUDA | `flash`, `losses`, `unsloth` |

@@ -42,7 +42,7 @@ def make_optimizer(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
     """The optimizer of the setup over the trainable parameters, in the order that Trainer and scripts give them, with what a
     method of peft adds to its steps.
 
-    Raises RefusedError for the names that cannot be traced yet.
+    Raises RefusedError for those whose steps no program reproduces (`Optimizer.untraced`).
     """
     made = _of_setup(setup, model, tracker)
     return made if allocator_of(model) is None else WithAllocator(made, model, tracker)
@@ -54,7 +54,9 @@ def _of_setup(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if uses_lorafa(model, optimizer.name):
         return Real(lorafa_optimizer(model, learning_rate=LEARNING_RATE), named, tracker, host_steps=False)
-    if optimizer.step_implementation == "kernel" and not optimizer.low_rank:
+    if optimizer.untraced:
+        raise RefusedError(f"optim: {optimizer.name} cannot be traced: {optimizer.untraced} by --engine analytic")
+    if optimizer.step_implementation == "kernel":
         by_trainer = setup.trainer != "plain"
         embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
         in_embedding = {name: by_trainer and id(p) in embeddings for name, p in named}
@@ -79,10 +81,7 @@ def _torch_optimizer(name: str, params: list[nn.Parameter], arguments: Mapping[s
         from transformers.optimization import Adafactor
 
         return Adafactor(params, lr=LEARNING_RATE, scale_parameter=False, relative_step=False)  # type: ignore[no-untyped-call]
-    if name in community.CLASSES:
-        return community.CLASSES[name](params)
-    accepted = f"torch's own, adafactor, bitsandbytes', torchao's, stable_adamw, {', '.join(community.CLASSES)}"
-    raise RefusedError(f"optim: {name} cannot be traced yet; accepted with engine trace: {accepted}")
+    return community.CLASSES[name](params)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftplan.dtypes import parse_dtype
@@ -26,6 +27,9 @@ AUTOGRAD = "autograd"
 
 DEVICE_OF = torch.ops.prim.device.default
 """A FakeTensor answers `.device` through the dispatcher, twice as often as anything else."""
+SUM = torch.ops.aten.add.Tensor
+ALONE = 2
+"""References to a storage that one tensor has: the tensor's, and the name by which it is asked."""
 IGNORED = frozenset({torch.ops.aten.detach.default})
 """Operations that make no storage and come often."""
 
@@ -60,8 +64,10 @@ class Moment(NamedTuple):
 class _Ref(weakref.ref):  # type: ignore[type-arg]
     """A weak reference to a torch storage that knows its record."""
 
-    __slots__ = ("record",)
+    __slots__ = ("node", "record")
     record: Storage
+    node: int | None
+    """Number of the autograd node whose backward made it."""
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -91,6 +97,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._in_forward = False
         self._paused = 0
         self._count = 0
+        self._summed: tuple[_Ref, _Ref] | None = None
         self.on_begin: Callable[[], None] = lambda: None
         """Called whenever a phase begins."""
         self.last_module = ""
@@ -118,6 +125,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for number, item in enumerate(out):
                 if isinstance(item, torch.Tensor):
                     self._see(item, func, args[0][number] if listed else None)
+        if func is SUM and self.phase == "backward" and not torch.is_grad_enabled():
+            self._note_sum(args[0], out)
         if func in self._temporaries:
             self._pass_temporary(self._temporaries[func](*args, **(kwargs or {})), op=str(func))
         return out
@@ -186,13 +195,43 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         reference = _Ref(storage, lambda ref: self._freed(key, ref))
         reference.record = record
+        node = torch._C._current_autograd_node()
+        reference.node = None if node is None else node._sequence_nr()
         self._live[key] = reference
         self.log.append(Moment("alloc", record, self.phase, record.module))
         return record
 
+    def _note_sum(self, buffered: torch.Tensor, total: torch.Tensor) -> None:
+        """Remember a sum that autograd may have made of a gradient that waited for another one (`InputBuffer`).
+
+        Where it was alone with its storage, which a view never is (its base is there too), the sum is made in place on CUDA.
+        """
+        with torch._C.DisableTorchFunction():
+            storage = buffered.untyped_storage()
+            first, new = self._live.get(storage._cdata), self._live.get(total.untyped_storage()._cdata)
+            alone = torch._C._storage_Use_Count(storage._cdata) == ALONE
+        dense = buffered.shape == total.shape and is_non_overlapping_and_dense_or_false(buffered)
+        node = torch._C._current_autograd_node()
+        if alone and dense and first and new and node is not None and first.node != node._sequence_nr():
+            self._summed = first, new
+
+    def _was_in_place(self, reference: _Ref) -> bool:
+        """Whether the gradient that is freed now was summed into just before, and nothing else held it: CUDA adds into it."""
+        if self._summed is None or self._summed[0] is not reference:
+            return False
+        new = self._summed[1]
+        self._summed = None
+        if self.log[-1].kind != "alloc" or self.log[-1].storage is not new.record:
+            return False
+        self.log.pop()
+        new.record = reference.record
+        return True
+
     def _freed(self, key: int, reference: _Ref) -> None:
         if self._live.get(key) is reference:
             del self._live[key]
+        if self._was_in_place(reference):
+            return
         record = reference.record
         record.freed_segment = self._segment
         self.log.append(Moment("free", record, self.phase, self.module))

@@ -167,16 +167,27 @@ def test_out_of_memory_says_how_much_is_missing_and_why() -> None:
     assert script.malloc(12, first=7) is None  # the failed id is free to use, and 12 fits
 
 
+def test_of_two_large_segments_of_one_size_the_later_one_is_taken_first() -> None:
+    script = Script()
+    script.malloc(64, 64)
+    script.free(1, 2)
+    script.malloc(60, first=3)  # of two free 64s the lower address, which is the later range
+    assert script.sizes == [[60, -4], [-64]]
+    second = script.allocator.address(3)
+    script.malloc(60, first=4)
+    assert script.allocator.address(4) > second
+
+
 def test_an_oversize_block_waits_for_an_oversize_request() -> None:
     script = Script("max_split_size_mb:32,max_non_split_rounding_mb:24")
     script.malloc(64, 30)
     script.free(1)
     assert script.malloc(20, first=3) is None  # 64 ≥ 32 > 20: not given, a new segment of 20
-    assert script.sizes == [[-64], [30], [20]]
+    assert script.sizes == [[20], [30], [-64]]  # by address: small ranges upwards, large ones downwards
     script.malloc(40, first=4)  # oversize itself, but 64 ≥ 40 + 24: too much waste
-    assert script.sizes == [[-64], [30], [20], [40]]
+    assert script.sizes == [[20], [40], [30], [-64]]
     script.malloc(42, first=5)  # 64 < 42 + 24: given whole, never split
-    assert script.sizes == [[64], [30], [20], [40]]
+    assert script.sizes == [[20], [40], [30], [64]]
 
 
 def test_at_20_mib_the_shared_segments_themselves_are_oversize() -> None:

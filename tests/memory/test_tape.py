@@ -52,3 +52,20 @@ def test_a_weight_used_once_keeps_its_first_gradient_as_it_is() -> None:
     f, weight = Tape(), Parameter("head.weight", (VOCAB, WIDTH), "fp32", trainable=True)
     f.backward(ops.linear(f, f.new((ROWS, WIDTH), "fp32", "x"), weight))
     assert most_alive(f, (VOCAB, WIDTH)) == 1
+
+
+def test_a_residual_is_summed_into_what_waits_and_projections_into_a_new_tensor() -> None:
+    """As torch does (tests/trace/test_differences.py): the gradient of a linear layer of three dims is a view."""
+
+    def alive(*, residual: bool) -> int:
+        f, weight = Tape(), Parameter("proj.weight", (WIDTH, WIDTH), "fp32", trainable=False)
+        x = ops.add(f, f.new((1, ROWS, WIDTH), "fp32", "x"), Parameter("bias", (WIDTH,), "fp32", trainable=True))
+        first = x if residual else ops.linear(f, x, weight)
+        out = ops.add(f, first, ops.linear(f, x, weight))
+        del x, first
+        f.log.clear()
+        f.backward(out)
+        return most_alive(f, (1, ROWS, WIDTH))
+
+    assert alive(residual=True) == 2  # what waits, and what is added to it
+    assert alive(residual=False) == 3  # both, and their sum

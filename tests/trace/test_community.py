@@ -16,6 +16,9 @@ pytest.importorskip("peft")
 
 import torch
 
+from peftplan import estimate
+from peftplan.errors import RefusedError
+from peftplan.optim import OPTIMIZERS
 from peftplan.trace.community import CLASSES
 from tests.trace.engine_case import HIDDEN, llama, lora, traced
 from tests.trace.storages import Storages
@@ -73,3 +76,18 @@ def test_grokadamw_holds_nothing_on_the_device_between_parameters() -> None:
     assert "optimizer_states" not in at_step
     # of the second matrix: three averages, a multiple of the last, the sum with the gradient; of the first: its sum, still named
     assert at_step["temporaries"] // matrix == 6
+
+
+@pytest.mark.parametrize("name", [name for name, optimizer in OPTIMIZERS.items() if optimizer.untraced])
+def test_an_optimizer_that_no_engine_steps_is_refused_with_its_reason(name: str) -> None:
+    """The states are counted all the same; the analytic engine says no peak, and does not send to the trace."""
+    options: dict[str, Any] = {"optim": name}
+    if OPTIMIZERS[name].low_rank:
+        options["optim_target_modules"] = "all-linear"
+    with pytest.raises(RefusedError, match=f"optim: {name} cannot be traced: .*; its states are counted by --engine analytic"):
+        traced(llama(), lora(), **options)
+    counted = estimate(llama(), method="lora", target_modules=["q_proj"], **options)
+    assert counted.peaks is None
+    assert counted.not_modelled[0].startswith(f"optim {name}: ")
+    assert "--engine trace" not in counted.not_modelled[0]
+    assert bool(counted.static.by_category()["optimizer_states"]) == (name != "lomo")

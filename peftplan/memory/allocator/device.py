@@ -1,19 +1,24 @@
 """What stands for `cudaMalloc` and `cuMemCreate`: a capacity, addresses, and a record of every segment taken or given back.
 
-Addresses are this model's own: each new range lies above the ones before, on a multiple of 2 MiB, and is never reused. The
-driver's choice is unknown; it only decides between free blocks of exactly the same size in different segments.
+Addresses are this model's own, on multiples of 2 MiB, and never reused. They only decide between free blocks of exactly the same
+size in different segments. Ranges of more than 20 MiB lie each below the one before, as Linux maps them; smaller ones, which the
+driver takes out of larger ranges, each above. Inferred, since no source of the driver is public: so ordered, reserved bytes equal
+what six of ten unquantized runs on a T4 measured, to the MiB, and the rest within 0.5 %; upwards, eager runs are 9 % off.
 """
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from peftplan.memory.allocator.config import ROUND_LARGE
+from peftplan.memory.allocator.config import LARGE_SEGMENT_SIZE, ROUND_LARGE
 from peftplan.memory.allocator.stats import Stats
 from peftplan.units import ceil_div
 
 ENDLESS = 2**46
 """Addresses that an expandable segment reserves where the device's memory is unknown: 64 TiB, more than any device holds."""
+
+TOP = 2**60
+"""Where downward addresses begin."""
 
 SegmentAction = Literal["segment_alloc", "segment_free", "segment_map", "segment_unmap"]
 
@@ -34,7 +39,7 @@ class Device:
         self.address_space = ENDLESS if device_bytes is None else device_bytes + device_bytes // 8
         """Addresses that an expandable segment reserves: 1 1/8 of the device's memory (`address_space_size`)."""
         self.history: list[SegmentEvent] = []
-        self._next_address = ROUND_LARGE
+        self._above, self._below = ROUND_LARGE, TOP
 
     def permits(self, nbytes: int) -> bool:
         """Whether the set fraction leaves room (`allowed_memory_maximum`); asked before the device is."""
@@ -60,7 +65,10 @@ class Device:
         self.history.append(SegmentEvent(self.stats.event, action, nbytes))
 
     def addresses(self, nbytes: int) -> int:
-        """The start of a new range of addresses."""
-        address = self._next_address
-        self._next_address += ceil_div(nbytes, ROUND_LARGE) * ROUND_LARGE
-        return address
+        """The start of a new range of addresses: below all large ones so far, or above all small ones."""
+        size = ceil_div(nbytes, ROUND_LARGE) * ROUND_LARGE
+        if size > LARGE_SEGMENT_SIZE:
+            self._below -= size
+            return self._below
+        self._above += size
+        return self._above - size
