@@ -112,7 +112,7 @@ def _estimated(
         adaptation=job.adaptation,
         static=static,
         assumptions=assumptions,
-        not_modelled=OUTSIDE if peaks is not None else (found, *NOT_COUNTED),
+        not_modelled=OUTSIDE if peaks is not None else (f"{found}", *NOT_COUNTED),
         gpus=tuple(verdict(card, static.bytes(), peaks) for card in cards),
         peaks=peaks,
         resize=None if engine == "trace" or peaks is None else partial(_at, job, built, static, cards),
