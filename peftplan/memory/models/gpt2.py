@@ -39,7 +39,9 @@ def block(c: Call, x: Tensor) -> Tensor:
     x = ops.add(c.at(), attended, residual)
     residual = x
     x = c.norm("ln_2", x)
-    out = c.behind("output", c.dropout(mlp(c, x)))
+    x = mlp(c, x)
+    c.at("mlp")
+    out = c.behind("output", c.dropout(x))
     return ops.add(c.at(), residual, out)
 
 
