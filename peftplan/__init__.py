@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from peftplan.planning.estimate import estimate
     from peftplan.planning.inspection import inspect
     from peftplan.planning.result import Estimate
+    from peftplan.planning.serving import serving
+    from peftplan.planning.serving_result import Serving
 
 _HOMES = {
     "Estimate": "planning.result",
@@ -20,9 +22,11 @@ _HOMES = {
     "MissingExtraError": "errors",
     "PeftplanError": "errors",
     "RefusedError": "errors",
+    "Serving": "planning.serving_result",
     "UnknownNameError": "errors",
     "estimate": "planning.estimate",
     "inspect": "planning.inspection",
+    "serving": "planning.serving",
 }
 
 __all__ = [
@@ -31,9 +35,11 @@ __all__ = [
     "MissingExtraError",
     "PeftplanError",
     "RefusedError",
+    "Serving",
     "UnknownNameError",
     "estimate",
     "inspect",
+    "serving",
 ]
 
 

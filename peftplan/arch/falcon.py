@@ -26,7 +26,7 @@ def falcon(c: Fields, task_type: str) -> Architecture:
         plain = linear(f"h.{{}}.{name}", n_in, n_out, bias, layers)
         return Module(plain.name, "LinearSubclass", plain.params, layers)
 
-    alibi = _flag(c, "alibi", default=False)
+    alibi, new = _flag(c, "alibi", default=False), _flag(c, "new_decoder_architecture", default=False)
     hidden = probability(c, "hidden_dropout")
     backbone = Backbone(
         model_type=c.str("model_type"),
@@ -45,7 +45,11 @@ def falcon(c: Fields, task_type: str) -> Architecture:
             Block(
                 stack="decoder",
                 layers=layers,
-                attentions=(Attention(a, kv, d, positions="alibi" if alibi else "rotary", fused_qkv=True),),
+                attentions=(
+                    Attention(
+                        a, kv, d, positions="alibi" if alibi else "rotary", fused_qkv=True, cached_heads=a if new else None
+                    ),
+                ),
                 mlp=Mlp("plain", i, c.str("activation", default="gelu")),
                 norm="layernorm",
                 parallel=parallel,

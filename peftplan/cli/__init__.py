@@ -12,6 +12,7 @@ import click
 
 COMMANDS: dict[str, str] = {
     "estimate": "What a fine-tuning run needs: counts, bytes, verdicts.",
+    "serve": "After training: the adapter's file, the merge, the merged model, serving with a KV cache.",
     "replay": "A recorded run through the allocator's model: with less memory, or other options.",
     "inspect": "The module tree of a model: shapes, counts, bytes, and what a pattern matches.",
     "models": "The built-in models and their parameter counts.",

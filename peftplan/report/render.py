@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peftplan.arch.catalogue import ModelEntry
     from peftplan.hardware.gpus import Gpu
     from peftplan.planning.inspection import Inspection, Row
+    from peftplan.planning.serving_result import Serving
     from peftplan.trace.replayed import Replayed
 
 Cells = Sequence[Sequence[str | int | None]]
@@ -54,6 +55,22 @@ def replayed(found: Replayed, *, fmt: str) -> None:
     _rows(report.COLUMNS, report.cells(found), report.facts(found), fmt=fmt, above=report.heading(found), below=below)
     if fmt == "markdown":
         print(f"\n{report.heading(found)}", *report.remarks(found), sep="\n\n")
+
+
+def serving(found: Serving, *, fmt: str) -> None:
+    """Files, merge and device bytes: a table per section for people, a row per number in CSV."""
+    from peftplan.report import serving as report
+
+    if fmt == "json":
+        _json(found.to_dict())
+    elif fmt == "csv":
+        tabular.write_csv(report.facts(found), sys.stdout)
+    else:
+        print(f"## {report.heading(found)}\n" if fmt == "markdown" else f"{report.heading(found)}\n")
+        for section in report.sections(found):
+            _rows(section.columns, section.rows, (), fmt=fmt, below=section.below)
+            print(f"\n{section.below}\n" if fmt == "markdown" and section.below else "")
+        _remarks(report.remarks(found), fmt=fmt)
 
 
 def models(entries: Sequence[ModelEntry], *, fmt: str) -> None:
@@ -160,6 +177,16 @@ def _rows(
         from peftplan.report import terminal
 
         terminal.rows(columns, map(tabular.texts, cells), above=above, below=below)
+
+
+def _remarks(lines: Sequence[str], *, fmt: str) -> None:
+    """Lines of text: folded to the terminal, or as paragraphs."""
+    if fmt == "markdown":
+        print("\n\n".join(lines))
+    else:
+        from peftplan.report import terminal
+
+        terminal.show(terminal.console(), lines)
 
 
 def _json(value: Any) -> None:

@@ -1,0 +1,232 @@
+"""`serving`: what a fine-tuned model takes once training is over. Composition only; the arithmetic lies in `peftplan.serving`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from peftplan import parameters
+from peftplan.dtypes import MODEL_DTYPES, parse_dtype
+from peftplan.errors import InputError, RefusedError
+from peftplan.planning.estimate import adapter_dtypes, config_facts, model_facts, prepare
+from peftplan.planning.job import Job
+from peftplan.planning.serving_result import AdapterFile, Cache, Checkpoint, Held, MergeMemory, Serving
+from peftplan.planning.setup import Count, first_error
+from peftplan.serving import adapter_file, checkpoint, held, kv_cache, merging
+from peftplan.serving.safetensors import file_bytes
+from peftplan.serving.scratch import Device
+from peftplan.storage import QuantConfig
+
+Value = TypeVar("Value")
+
+LOADED_ADAPTER_DTYPE = "fp32"
+"""What `PeftModel.from_pretrained` makes of an adapter in 16 bits (`autocast_adapter_dtype`), and so what is merged."""
+
+
+class Request(BaseModel):
+    """What is served: how many adapters beside one base, to how many sequences with how many tokens in the cache."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    adapters: Annotated[int, Field(ge=1, le=2**20)] = 1
+    batch_size: Count = 1
+    context: Count
+    encoder_context: Count | None = None
+    serving_dtype: str
+
+
+def serving(
+    model: Any,
+    *,
+    method: str | None = None,
+    peft_config: Any = None,
+    quantization_config: Any = None,
+    adapters: int = 1,
+    batch_size: int = 1,
+    context: int | None = None,
+    encoder_context: int | None = None,
+    serving_dtype: object = None,
+    merge: bool = False,
+    **options: Any,
+) -> Serving:
+    """What `model`, fine-tuned by `method`, takes on disk, in a merge, and while it is served.
+
+    `model`, `method`, `peft_config`, `quantization_config` and `options` as `estimate` takes them; they also say in which dtypes
+    training leaves the adapter. `adapters` of one shape are served beside one base, in `serving_dtype` (None: that of the base),
+    to `batch_size` sequences with `context` tokens each in the cache (None: `seq_len`, 2048 unless the model holds fewer) and
+    `encoder_context` in the encoder (None: as many).
+    `merge` demands a merge: RefusedError where the method has none. Other errors as `estimate`.
+    """
+    job = prepare(model, method=method, peft_config=peft_config, quantization_config=quantization_config, **options)
+    stated = job.setup.dtype if serving_dtype is None else serving_dtype
+    request = _request(
+        adapters=adapters,
+        batch_size=batch_size,
+        context=job.setup.seq_len if context is None else context,
+        encoder_context=encoder_context,
+        serving_dtype=parse_dtype(stated, field="serving_dtype", accepted=MODEL_DTYPES),
+    )
+    if request.adapters > 1 and job.adaptation.trained:
+        raise RefusedError(
+            f"adapters: {_name(job)} changes parameters of the base itself, so only one is served by it; accepted: 1"
+        )
+    most = job.architecture.max_positions
+    if most is not None and request.context > most:
+        raise InputError("context", request.context, f"accepted: up to {most}, the positions of the model")
+    refused: dict[str, str] = {}
+    file = _unless_refused(refused, "adapter_file", lambda: _file(job, {**job.adapter, **options}))
+    merged = _unless_refused(refused, "merged_checkpoint", lambda: _checkpoint(job))
+    merges = _unless_refused(refused, "merge_memory", lambda: _merges(job), required=merge) or ()
+    if merges and job.quant is not None:
+        quantized = _unless_refused(refused, "merge_memory.gpu_quantized", lambda: _quantized_merge(job))
+        merges = (*merges, quantized) if quantized else merges
+    return Serving(
+        model=model_facts(job.architecture),
+        method={"name": _name(job), "config": config_facts(job.config, job.adapter)},
+        file=file,
+        checkpoint=merged,
+        merges=merges,
+        held=_held(job, request, file),
+        cache=_unless_refused(refused, "kv_cache", lambda: _cache(job, request)),
+        refused=refused,
+        assumptions=_assumptions(job, request),
+    )
+
+
+def _request(**values: Any) -> Request:
+    try:
+        return Request(**values)
+    except ValidationError as error:
+        raise first_error(error) from None
+
+
+def _unless_refused(refused: dict[str, str], part: str, make: Callable[[], Value], *, required: bool = False) -> Value | None:
+    """The part, or None with the reason noted; a required part raises."""
+    try:
+        return make()
+    except RefusedError as reason:
+        if required:
+            raise
+        refused[part] = str(reason)
+        return None
+
+
+def _name(job: Job) -> str:
+    return job.method_name.replace("_", "-")
+
+
+def _peft_type(job: Job) -> str | None:
+    """peft's name for the method, None where it has none."""
+    if job.method is not None:
+        return job.method.peft_type
+    return str(getattr(job.adapter["peft_type"], "value", job.adapter["peft_type"]))
+
+
+def _file(job: Job, given: Mapping[str, Any]) -> AdapterFile:
+    """The file as training leaves it, in the dtypes of the trained tensors; `given` holds fields that change no count too."""
+    peft_type = _peft_type(job)
+    if peft_type is None:
+        raise RefusedError(f"{_name(job)} is no method of peft, which writes no adapter file for it")
+    if job.method is None:
+        raise RefusedError(f"which tensors peft saves of {_name(job)} is not described here")
+    adapter_dtype, trained_dtype = adapter_dtypes(job.setup)
+    trained = parameters.build(
+        job.architecture,
+        job.adaptation,
+        dtype=job.setup.dtype,
+        adapter_dtype=adapter_dtype,
+        quant=job.quant,
+        kbit_prepare=bool(job.setup.kbit_prepare),
+        trained_dtype=trained_dtype,
+    )
+    saving = adapter_file.Saving(
+        peft_type,
+        bias=getattr(job.config, "bias", given.get("bias", "none")),
+        save_projection=bool(given.get("save_projection", True)),
+        token_indices=bool(getattr(job.config, "trainable_token_indices", given.get("trainable_token_indices"))),
+    )
+    tensors = adapter_file.adapter_tensors(job.architecture, job.adaptation, trained, saving, adapter_dtype=adapter_dtype)
+    return AdapterFile(file_bytes(tensors), tensors)
+
+
+def _loaded(job: Job, *, adapter_dtype: str, quant: QuantConfig | None) -> parameters.Parameters:
+    """Base and adapter as they are loaded for inference: nothing is prepared for training."""
+    return parameters.build(
+        job.architecture, job.adaptation, dtype=job.setup.dtype, adapter_dtype=adapter_dtype, quant=quant, kbit_prepare=False
+    )
+
+
+def _checkpoint(job: Job) -> Checkpoint:
+    """The merged model in the dtype of the base, not quantized; of a method that trains the base itself, that base."""
+    if _name(job) not in merging.TRAINS_BASE:
+        merging.refuse_unmergeable(_peft_type(job), name=_name(job), quant=None)
+    dense = _loaded(job, adapter_dtype=LOADED_ADAPTER_DTYPE, quant=None)
+    storages = checkpoint.merged_storages(job.architecture, job.adaptation, dense, dtype=job.setup.dtype)
+    return Checkpoint(job.setup.dtype, checkpoint.shards(storages), sum(map(len, storages)))
+
+
+def _merges(job: Job) -> tuple[MergeMemory, ...]:
+    """Into the base in its own dtype, on the CPU and on a GPU."""
+    merging.refuse_unmergeable(_peft_type(job), name=_name(job), quant=None)
+    return _merge_on(job, "cpu", None), _merge_on(job, "gpu", None)
+
+
+def _quantized_merge(job: Job) -> MergeMemory:
+    """Into the base as it is stored, on a GPU."""
+    merging.refuse_unmergeable(_peft_type(job), name=_name(job), quant=job.quant)
+    return _merge_on(job, "gpu", job.quant)
+
+
+def _merge_on(job: Job, device: Device, quant: QuantConfig | None) -> MergeMemory:
+    loaded, dtype = _loaded(job, adapter_dtype=LOADED_ADAPTER_DTYPE, quant=quant), job.setup.dtype
+    asked = merging.Merging(str(_peft_type(job)), dtype, LOADED_ADAPTER_DTYPE, device, quant)
+    adapter = held.adapter_bytes(job.adaptation, loaded, dtype=LOADED_ADAPTER_DTYPE, device=device)
+    return MergeMemory(
+        place=device if quant is None else "gpu_quantized",
+        base=held.base_bytes(job.architecture, loaded, dtype=dtype, device=device),
+        adapter=adapter + held.shared_bytes(job.adaptation, dtype=LOADED_ADAPTER_DTYPE, device=device),
+        need=merging.largest_need(job.architecture, job.adaptation, loaded, asked),
+    )
+
+
+def _held(job: Job, request: Request, file: AdapterFile | None) -> Held:
+    dtype = request.serving_dtype
+    loaded = _loaded(job, adapter_dtype=dtype, quant=job.quant)
+    prompt = next((t for t in (file.tensors if file else ()) if t.name == adapter_file.PROMPT_KEY), None)
+    return Held(
+        base=held.base_bytes(job.architecture, loaded, dtype=job.setup.dtype, device="gpu"),
+        adapter=held.adapter_bytes(job.adaptation, loaded, dtype=dtype, device="gpu")
+        if prompt is None
+        else held.prompt_bytes(prompt, loaded, dtype=dtype, device="gpu"),
+        shared=held.shared_bytes(job.adaptation, dtype=dtype, device="gpu"),
+        adapters=request.adapters,
+        batch_size=request.batch_size,
+    )
+
+
+def _cache(job: Job, request: Request) -> Cache:
+    """With the virtual tokens of the method: in the decoder's cache, or before the encoder's input where there is one."""
+    virtual = int(getattr(job.config, "num_virtual_tokens", 0))
+    in_encoder = job.architecture.task_type == "SEQ_2_SEQ_LM" and _peft_type(job) != "PREFIX_TUNING"
+    context = request.context + (0 if in_encoder else virtual)
+    encoder = (request.encoder_context or request.context) + (virtual if in_encoder else 0)
+    tensors = kv_cache.kv_cache(
+        job.architecture, batch_size=request.batch_size, context=context, encoder_context=encoder, dtype=job.setup.dtype
+    )
+    return Cache(tensors, context)
+
+
+def _assumptions(job: Job, request: Request) -> dict[str, Any]:
+    """Every value that the numbers rest on."""
+    _, trained_dtype = adapter_dtypes(job.setup)
+    arch = job.architecture
+    assumed: dict[str, Any] = {"model": arch.source, "model_class": arch.model_class, "dtype": job.setup.dtype}
+    assumed |= {"quant": job.quant.name if job.quant else "none", "double_quant": bool(job.quant and job.quant.double_quant)}
+    assumed |= {"trainer": job.setup.trainer, "adapter_dtype": trained_dtype or job.setup.adapter_dtype}
+    assumed |= {"merge_adapter_dtype": LOADED_ADAPTER_DTYPE}
+    assumed |= {key: value for key, value in request.model_dump().items() if value is not None}
+    assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in job.adaptation.resolved if value}
+    notes = [*arch.notes, *job.adaptation.notes]
+    return assumed | ({"notes": notes} if notes else {})

@@ -1,0 +1,164 @@
+"""The result of `serving`: files, merge, and device bytes, as frozen objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftplan.planning.result import SCHEMA_VERSION
+from peftplan.serving.kv_cache import CacheTensor, growing_bytes
+from peftplan.serving.merging import Need
+from peftplan.serving.safetensors import StoredTensor
+
+LEFT_OUT = ("activations and logits of decoding", "CUDA context and workspaces", "blocks that a serving engine allocates ahead")
+"""What no number here holds."""
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """`adapter_model.safetensors` of one adapter: its bytes with the header, and its tensors."""
+
+    num_bytes: int
+    tensors: tuple[StoredTensor, ...] = field(repr=False)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes of its tensors."""
+        return tuple(sorted({tensor.dtype for tensor in self.tensors}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        count = len(self.tensors)
+        return {"name": "adapter_model.safetensors", "bytes": self.num_bytes, "tensors": count, "dtypes": list(self.dtypes)}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The merged model's safetensors files: bytes of each, headers included; the index of a sharded one is not among them."""
+
+    dtype: str
+    files: tuple[int, ...]
+    tensors: int
+
+    @property
+    def num_bytes(self) -> int:
+        """All files."""
+        return sum(self.files)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"dtype": self.dtype, "bytes": self.num_bytes, "files": list(self.files), "tensors": self.tensors}
+
+
+@dataclass(frozen=True)
+class MergeMemory:
+    """Bytes at the peak of `merge_and_unload` in one place: `cpu`, `gpu`, or `gpu_quantized`, into weights as they are stored."""
+
+    place: str
+    base: int
+    adapter: int
+    need: Need
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.base + self.adapter + self.need.num_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; `host` waits on the CPU while the GPU merges."""
+        return {
+            "base": self.base,
+            "adapter": self.adapter,
+            "temporaries": self.need.num_bytes,
+            "total": self.total,
+            "host": self.need.host_bytes,
+            "largest": self.need.module.replace("{}", "*"),
+        }
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The KV cache: its tensors, and with how many tokens of each sequence they are filled, virtual ones included."""
+
+    tensors: tuple[CacheTensor, ...]
+    tokens: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Device bytes."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; `growing` is what one token more needs for a moment."""
+        return {
+            "bytes": self.num_bytes,
+            "tokens": self.tokens,
+            "growing": growing_bytes(self.tensors),
+            "tensors": [{**t._asdict(), "shape": list(t.shape), "bytes": t.num_bytes} for t in self.tensors],
+        }
+
+
+@dataclass(frozen=True)
+class Held:
+    """Device bytes while serving: the base, each adapter, what all adapters share, how many adapters and sequences there are."""
+
+    base: int
+    adapter: int
+    shared: int
+    adapters: int
+    batch_size: int
+
+    @property
+    def all_adapters(self) -> int:
+        """Every adapter, and what they share."""
+        return self.adapters * self.adapter + self.shared
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a fine-tuned model takes on disk, in a merge and while it is served.
+
+    A part is None, or `merges` empty, where there is no such thing or it is not known; `refused` says why, by the part's name.
+    """
+
+    model: Mapping[str, Any]
+    method: Mapping[str, Any]
+    file: AdapterFile | None
+    checkpoint: Checkpoint | None
+    merges: tuple[MergeMemory, ...]
+    held: Held
+    cache: Cache | None
+    refused: Mapping[str, str]
+    assumptions: Mapping[str, Any]
+    not_modelled: tuple[str, ...] = LEFT_OUT
+
+    @property
+    def total(self) -> int:
+        """Device bytes of base, adapters and cache, as far as it is known."""
+        return self.held.base + self.held.all_adapters + (self.cache.num_bytes if self.cache else 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, bytes as integers; null is what does not exist or is not known, with its reason under `refused`."""
+        held = self.held
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": dict(self.model),
+            "method": dict(self.method),
+            "adapter_file": self.file and self.file.to_dict(),
+            "merged_checkpoint": self.checkpoint and self.checkpoint.to_dict(),
+            "merge_memory": {merge.place: merge.to_dict() for merge in self.merges} or None,
+            "serving": {
+                "base": held.base,
+                "adapter": held.adapter,
+                "shared_by_adapters": held.shared,
+                "adapters": held.adapters,
+                "all_adapters": held.all_adapters,
+                "kv_cache": self.cache and self.cache.num_bytes,
+                "total": self.total,
+            },
+            "kv_cache": self.cache and self.cache.to_dict(),
+            "refused": dict(self.refused),
+            "assumptions": dict(self.assumptions),
+            "not_modelled": list(self.not_modelled),
+        }

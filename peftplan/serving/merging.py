@@ -1,0 +1,123 @@
+"""Memory of `merge_and_unload` on one device: base, adapter, and what the module that needs most makes while it is merged.
+
+peft merges module by module and drops each module's adapter tensors when it is done with it. Counted is the largest module beside
+the whole adapter, so that the true peak lies below by the adapter tensors of the modules before it.
+Source: peft 0.21.2, `tuners/tuners_utils.py` (`_unload_and_optionally_merge`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from peftplan.arch.modules import Architecture, Module
+from peftplan.errors import RefusedError
+from peftplan.methods.adaptation import Adaptation
+from peftplan.parameters import Parameter, Parameters
+from peftplan.serving import deltas, requantize
+from peftplan.serving.adapter_file import PROMPT_TYPES, SHARED_PROJECTIONS
+from peftplan.serving.scratch import Array, Device, Scratch
+from peftplan.storage import QuantConfig
+
+
+class Need(NamedTuple):
+    """What merging one module takes besides weights and adapter; `host_bytes` wait on the CPU meanwhile."""
+
+    module: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    host_bytes: int = 0
+
+
+NON_LINEAR = ("houlsby", "pfeiffer")
+TRAINS_BASE = ("full", "bitfit")
+NOTHING = Need("", (), 0)
+
+
+class Merging(NamedTuple):
+    """Of what kind the merge is: the base was loaded in `dtype`, and `quant` is how it is stored (None: as it is)."""
+
+    peft_type: str
+    dtype: str
+    adapter_dtype: str
+    device: Device
+    quant: QuantConfig | None = None
+
+
+def refuse_unmergeable(peft_type: str | None, *, name: str, quant: QuantConfig | None) -> None:
+    """Raise RefusedError for what has no merge in peft, or one that is not described here."""
+    if peft_type in PROMPT_TYPES:
+        raise RefusedError(f"merge: {name} trains virtual tokens and no weight, so there is nothing to merge into the base")
+    if name in NON_LINEAR:
+        raise RefusedError(f"merge: {name} adds layers with a non-linearity, which no weight of the base can take up")
+    if name in TRAINS_BASE:
+        raise RefusedError(f"merge: {name} trains the base itself, so there is nothing to merge: its checkpoint is the model")
+    if peft_type not in deltas.MERGES:
+        raise RefusedError(f"merge: how peft merges {name} is not described here")
+    if quant is not None and (peft_type != "LORA" or quant.name not in requantize.SUPPORTED):
+        raise RefusedError(
+            f"merge: {name} into weights stored as {quant.name} is not described here; into the base in 16 bits it is, "
+            f"and LoRA into {', '.join(requantize.SUPPORTED)}"
+        )
+
+
+def largest_need(arch: Architecture, adaptation: Adaptation, loaded: Parameters, asked: Merging) -> Need:
+    """The module whose merge makes most; `loaded` are base and adapter as they are loaded for it.
+
+    A quantized base is merged on the GPU alone.
+    """
+    held = {p.name: p for p in loaded.all if p.owner == "base"}
+    shared = {b.name: Array(asked.adapter_dtype, b.shape) for b in adaptation.buffers if b.name in SHARED_PROJECTIONS}
+    needs = [NOTHING, *_token_needs(arch, loaded, held, asked.device)]
+    for name, parts in _adapted(arch, loaded):
+        base = held[dict(arch.ties).get(name, name)]
+        s, host = Scratch(asked.device), 0
+        if base.quantized and asked.quant is not None:
+            host = requantize.merge(s, Array(asked.dtype, base.shape), parts, asked.quant)
+        else:
+            _merge_of(asked.peft_type, base.shape, parts)(s, Array(base.dtype, base.shape), {**parts, **shared})
+        needs.append(Need(name, base.shape, s.peak, host))
+    return max(needs, key=lambda need: need.num_bytes)
+
+
+def _merge_of(peft_type: str, shape: tuple[int, ...], parts: deltas.Parts) -> deltas.Merge:
+    if "lora_magnitude_vector" in parts:
+        return deltas.dora
+    return deltas.experts if len(shape) == 3 else deltas.MERGES[peft_type]
+
+
+def _adapted(arch: Architecture, parameters: Parameters) -> Iterator[tuple[str, dict[str, Array]]]:
+    """(weight, adapter tensors by part) for each family and set of layers."""
+    modules = {module.name: module for module in arch.modules}
+    copies = (".modules_to_save.", ".ln_tuning_layers.", ".token_adapter.")
+    groups: dict[tuple[str, frozenset[int] | None], dict[str, Array]] = {}
+    for p in parameters.all:
+        if p.owner == "adapter" and not any(copy in p.name for copy in copies) and not p.name.endswith(".bias"):
+            holder, _, part = p.name.removesuffix(".weight").rpartition(".")  # model.layers.{}.mlp.up_proj and lora_A
+            groups.setdefault((holder, p.layers), {})[part] = Array(p.dtype, p.shape)
+    for (holder, _), parts in groups.items():
+        module = modules[holder.replace(".base_layer", "")]
+        yield f"{module.name}.{_parameter_of(module, parts)}", parts
+
+
+def _parameter_of(module: Module, parts: Mapping[str, Array]) -> str:
+    """`weight`, or the parameter of fused experts whose widths the factors have."""
+    if not module.kind.startswith(("Experts", "Router")):
+        return "weight"
+    a, b = parts["lora_A"].dims, parts["lora_B"].dims
+    fitting = [p for p, shape in module.params if {a[1], b[0]} == set(shape[-2:])]
+    return fitting[0] if fitting else module.params[0][0]
+
+
+def _token_needs(arch: Architecture, parameters: Parameters, held: Mapping[str, Parameter], device: Device) -> Iterator[Need]:
+    """Trained rows of an embedding: the whole matrix is copied with the rows put in (`TrainableTokensLayer.merge`)."""
+    for p in parameters.all:
+        if p.owner == "adapter" and p.name.endswith(".token_adapter.trainable_tokens_delta"):
+            name = f"{p.name.partition('.token_adapter.')[0]}.weight"
+            base = held[dict(arch.ties).get(name, name)]
+            s = Scratch(device)
+            s.new(base.dtype, *base.shape)
+            if p.dtype != base.dtype:
+                s.new(base.dtype, *p.shape)
+            s.new("int64", p.shape[0])
+            yield Need(name, base.shape, s.peak)
