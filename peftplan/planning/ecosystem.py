@@ -90,10 +90,12 @@ def training_options(args: Any) -> dict[str, Any]:
 def _checkpointing(args: Any) -> dict[str, bool]:
     """What `gradient_checkpointing_kwargs` say (5.24: `activation_checkpointing_kwargs`); None is not reentrant.
 
-    Raises InputError for every few layers, and for activations held on the host: neither is counted.
+    Raises InputError for every few layers, and for activations held on the host (there and by TRL): neither is counted.
     """
     given = getattr(args, "activation_checkpointing_kwargs", None) or getattr(args, "gradient_checkpointing_kwargs", None) or {}
     given = json.loads(given) if isinstance(given, str) else dict(given)
+    if getattr(args, "activation_offloading", False):
+        raise InputError("activation_offloading", True, "accepted: False; activations that wait on the host are not counted")
     for name, usual in (("every_n_layers", 1), ("offload", False), ("selective", False)):
         if given.get(name, usual) != usual:
             raise InputError(f"gradient_checkpointing_kwargs.{name}", given[name], f"accepted: {usual}")

@@ -226,6 +226,13 @@ def test_checkpointing_that_is_not_counted_is_refused(kwargs: dict[str, Any]) ->
         peftplan.estimate(CONFIG, training_args=args)
 
 
+def test_activations_that_trl_moves_to_the_host_are_refused() -> None:
+    trl = pytest.importorskip("trl")
+    args = trl.SFTConfig(**COMMON, activation_offloading=True, bf16=False)
+    with pytest.raises(peftplan.InputError, match="activation_offloading: True is not accepted; accepted: False"):
+        peftplan.estimate(CONFIG, training_args=args)
+
+
 def test_liger_means_its_loss_to_trainer_and_only_its_layers_to_sft_trainer() -> None:
     trl = pytest.importorskip("trl")
     transformers = pytest.importorskip("transformers")
