@@ -93,7 +93,7 @@ def attend(
         if by_head:
             out = ops.copied(f, out, "clone")
     elif kernel == "efficient":
-        out = efficient(f, q, k, v, mask, ragged=bool(model.key_len % MASK_MULTIPLE))
+        out = efficient(f, q, k, v, mask, ragged=bool(model.length(k.dims[2]) % MASK_MULTIPLE))
     else:
         q, k, v = _by_head(f, q, k, v, rotated=rotated)
         return math(model, a, q, k, v, mask, dropout=dropout)

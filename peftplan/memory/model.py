@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from peftplan.arch.modules import Architecture
 from peftplan.memory import ops
+from peftplan.memory.ledger import Dim
 from peftplan.memory.tape import Dims, Node, Parameter, Tape, Tensor
 from peftplan.memory.timeline import Stack
 from peftplan.methods.adaptation import Adaptation
@@ -200,18 +201,34 @@ class Model:
 
     @property
     def seq(self) -> str:
-        """The named size of the hidden states' sequence."""
+        """The named size of the hidden states' sequence, of an encoder-decoder that of the decoder."""
+        return "k" if self.running.peft_type in PROMPTED and not self.translates else "s"
+
+    @property
+    def translates(self) -> bool:
+        """Whether an encoder reads the batch and a decoder its labels: virtual tokens come before what the encoder reads."""
+        return self.arch.task_type == "SEQ_2_SEQ_LM"
+
+    @property
+    def source(self) -> str:
+        """The named size of an encoder's sequence."""
         return "k" if self.running.peft_type in PROMPTED else "s"
 
     @property
     def keys(self) -> str:
         """The named size of the keys and values that a causal layer's queries see."""
-        return "k" if self.virtual_tokens else "s"
+        return "k" if self.virtual_tokens and not (self.translates and self.running.peft_type in PROMPTED) else "s"
 
     @property
     def key_len(self) -> int:
         """How long they are."""
-        return self.running.seq_len + self.virtual_tokens
+        return self.length(self.keys)
+
+    def length(self, dim: Dim) -> int:
+        """A sequence's length by its named size."""
+        if isinstance(dim, int):
+            return dim
+        return self.running.seq_len + (self.virtual_tokens if dim == "k" else 0)
 
     def inputs(self) -> Tensor:
         """The token embeddings, with a gradient where checkpointing asks for one (`enable_input_require_grads`)."""

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 MULTIPLES = (8, 32, 64, 128)
 """Multiples to which kernels round the sequence."""
+PEFT_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""peft 0.21.2's `TaskType`."""
+SOUND = ("whisper",)
+"""Types that read no text: they get no task type, since peft's classes for tasks pass `input_ids`."""
 OWN_PREFIX = ("gemma4_text",)
 """Types whose prefix peft gives a form of its own (`TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING`, `get_prompt`)."""
 
@@ -203,8 +207,8 @@ def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...], loss: L
 
     Whole numbers or arrays of them; `seq_len` with virtual tokens.
     """
-    ragged = seq_len % MASK_MULTIPLE > 0
-    return (batch_size > 1, ragged, *(seq_len > window for window in windows), *loss.facts(batch_size, loss.length(seq_len)))
+    ragged = (seq_len % MASK_MULTIPLE > 0, (seq_len - loss.virtual_tokens) % MASK_MULTIPLE > 0)
+    return (batch_size > 1, *ragged, *(seq_len > window for window in windows), *loss.facts(batch_size, loss.length(seq_len)))
 
 
 def _check(job: Job) -> None:
@@ -234,7 +238,11 @@ def _check_virtual_tokens(job: Job) -> None:
         raise RefusedError("peft 0.21.2 refuses it: ValueError: PREFIX_TUNING does not work with gradient checkpointing.")
     if peft_type not in (*PROMPTED, "PREFIX_TUNING"):
         return
-    if job.architecture.task_type != "CAUSAL_LM":
+    if job.architecture.task_type not in PEFT_TASKS or job.architecture.model_type in SOUND:
+        raise RefusedError("peft 0.21.2 refuses it: KeyError: None")  # its class for a task type that it does not know
+    if job.architecture.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or (
+        peft_type == "PREFIX_TUNING" and job.architecture.task_type == "SEQ_2_SEQ_LM"
+    ):
         raise NeedsTraceError(f"virtual tokens of task_type {job.architecture.task_type}")
     latent = any(a.variant == "mla" and a.num_attention_heads > 1 for block in job.architecture.blocks for a in block.attentions)
     if peft_type == "PREFIX_TUNING" and latent:

@@ -26,7 +26,8 @@ def boft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     ones = f.new((n_out, 1), given, "ones")
     rotation, _held = _rotation(f, part, identity, running)
     del identity
-    scale = ops.mul(f, part.params["boft_s"], ones)
+    boft_s: Any = part.params["boft_s"]
+    scale = ops.mul(f, boft_s, ones)
     del ones
     rotation = f.to(rotation, given)
     rotated = _product(f, x, rotation)

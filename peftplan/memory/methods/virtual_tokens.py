@@ -13,7 +13,7 @@ from typing import Any
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
 from peftplan.memory.model import Model, kinds_of, sections_of
-from peftplan.memory.shaping import cat
+from peftplan.memory.shaping import cat, sliced
 from peftplan.memory.tape import Dims, Node, Tape, Tensor
 
 MLP = ("mlp_head.0", "mlp_head.2", "mlp_head.4")
@@ -32,19 +32,23 @@ def prompted(model: Model, words: Tensor) -> Tensor:
     """The embeddings of virtual tokens before those of the batch's, and labels that ignore them."""
     f, p = model.tape, model.virtual_tokens
     f.module = ""
-    if "labels" in model.batch:
+    if "labels" in model.batch and not model.translates:
         model.call_locals += [f.new(("b", p), "int64", "labels of virtual tokens"), f.new(("b", "k"), "int64", "labels")]
     prompts = f.to(_prompt(model), words.dtype)
     model.call_locals.append(prompts)
     f.module = ""
-    x = cat(f, (prompts, words), ("b", "k", words.dims[-1]))
+    first = sliced(f, prompts, ("b", p, words.dims[-1])) if model.translates else prompts
+    x = cat(f, (first, words), ("b", "k", words.dims[-1]))
     model.call_locals.append(x)
     return x
 
 
 def _prompt(model: Model) -> Tensor:
-    """The prompt encoder's output for one sequence, repeated for each."""
-    f, p = model.tape, model.virtual_tokens
+    """The prompt encoder's output for one sequence, repeated for each; an encoder-decoder's has tokens for both stacks."""
+    f = model.tape
+    table = model.part("prompt_encoder.embedding").weight
+    assert table is not None
+    p = table.dims[0]
     ids = f.new(("b", p), "int64", "prompt_tokens")
     x = model.embedding("prompt_encoder.embedding", (1, p), ids)
     if model.running.peft_type == "P_TUNING":

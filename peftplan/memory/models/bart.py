@@ -12,7 +12,8 @@ from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
 from peftplan.memory.convolution import convolution
-from peftplan.memory.model import Model, kinds_of, run_stack, shared
+from peftplan.memory.methods import virtual_tokens
+from peftplan.memory.model import PROMPTED, Model, kinds_of, run_stack, shared
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.tape import Tensor
 
@@ -46,11 +47,20 @@ def words_of(model: Model, name: str, ids: Tensor | None) -> Tensor:
     return model.asking_gradient(words if is_whisper(model) else ops.scale(f, words))
 
 
+def encoder_words(model: Model, name: str) -> Tensor:
+    """What the encoder reads, behind virtual tokens if the method puts some there."""
+    if model.running.peft_type not in PROMPTED:
+        return words_of(model, name, None)
+    words = words_of(model, name, None)
+    virtual_tokens.masked(model)
+    return virtual_tokens.prompted(model, words)
+
+
 def bart_encoder(model: Model) -> Tensor:
     """`BartEncoder.forward`."""
     f, name = model.tape, "model.encoder"
-    words = words_of(model, name, None)
-    rows = ("b", model.seq)
+    words = encoder_words(model, name)
+    rows = ("b", model.source)
     positions = model.embedding(f"{name}.embed_positions", rows, f.new(rows, "int64", "position_ids"))
     f.module = name
     x = ops.add(f, words, positions)
@@ -100,7 +110,7 @@ def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
     positions = model.embedding(f"{name}.embed_positions", rows, f.new(rows, "int64", "position_ids"))
     f.module = name
     mask = decoder_mask(model, words.dtype)
-    cross_mask = None if whisper else bidirectional_mask(model, words.dtype)
+    cross_mask = None if whisper else bidirectional_mask(model, words.dtype, cross=True)
     x = ops.add(f, words, positions)
     if not whisper:
         x = model.layernorm(f"{name}.layernorm_embedding", x)

@@ -33,17 +33,18 @@ def bert(model: Model) -> Tensor:
     return run_stack(model, kinds, x, layer, name="layers", checkpointed=model.running.checkpointing)
 
 
-def bidirectional_mask(model: Model, dtype: str, window: int | None = None) -> Tensor | None:
+def bidirectional_mask(model: Model, dtype: str, window: int | None = None, *, cross: bool = False) -> Tensor | None:
     """`create_bidirectional_mask`: one only where there is padding, or a window of less than the sequence to each side; of the
-    model's dtype for eager and boolean for sdpa.
+    model's dtype for eager and boolean for sdpa. `cross`: a decoder's, over what the encoder returned.
     """
-    s, running = model.seq, model.running
+    s, running = model.source, model.running
     windowed = window is not None and running.seq_len >= window // 2
     if running.attention == "flash_attention_2" or not (running.padding or windowed):
         return None
-    dims = ("b" if running.padding else 1, 1, s, s)
+    queries = model.seq if cross else s
+    dims = ("b" if running.padding else 1, 1, queries, s)
     if running.attention == "eager":
-        dims = ("b", 1, s, s)
+        dims = ("b", 1, queries, s)
     return model.tape.new(dims, dtype if running.attention == "eager" else "bool", "attention_mask")
 
 

@@ -13,7 +13,8 @@ from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
 from peftplan.memory.activations import activation, power, shift
 from peftplan.memory.attention import attend
-from peftplan.memory.model import Model, SharedLeaf, kinds_of, run_stack, shared
+from peftplan.memory.methods import virtual_tokens
+from peftplan.memory.model import PROMPTED, Model, SharedLeaf, kinds_of, run_stack, shared
 from peftplan.memory.models.bart import block_of, decoder_mask
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.tape import Node, Tape, Tensor
@@ -69,6 +70,12 @@ def _where_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return out if g.dims == saved[0] else f.new(saved[0], g.dtype, "sum")
 
 
+def by_head(a: Attention, x: Tensor) -> Tensor:
+    """`view(…).transpose(1, 2)`."""
+    b, s, _ = x.dims
+    return x.view((b, a.num_attention_heads, s, a.head_dim))
+
+
 class Stack:
     """`T5Stack.forward` of one side; `biases` are made by layer 0 and read by all."""
 
@@ -82,16 +89,24 @@ class Stack:
         self.sums: set[int] = set()
         self.recomputed = False
 
+    @property
+    def length(self) -> str:
+        """The named size of this side's sequence."""
+        return self.model.source if self.side == "encoder" else self.model.seq
+
     def run(self, ids: Tensor | None, encoded: Tensor | None) -> Tensor:
         """From token ids to the last hidden states."""
         model, f, p = self.model, self.model.tape, self.model.arch.dropout.embedding
-        words = model.asking_gradient(model.embedding(f"{self.name}.embed_tokens", ("b", model.seq), ids))
+        words = model.asking_gradient(model.embedding(f"{self.name}.embed_tokens", ("b", "s"), ids))
+        if self.side == "encoder" and model.running.peft_type in PROMPTED:
+            virtual_tokens.masked(model)
+            words = virtual_tokens.prompted(model, words)
         f.module = self.name
         if self.side == "encoder":
             self.masks["own"] = bidirectional_mask(model, words.dtype)
         else:
             self.masks["own"] = decoder_mask(model, words.dtype)
-            self.masks["cross"] = bidirectional_mask(model, words.dtype)
+            self.masks["cross"] = bidirectional_mask(model, words.dtype, cross=True)
         x = ops.dropout(f, words, p)
         states = None if encoded is None else shared(f, encoded, self.sums)
 
@@ -128,11 +143,8 @@ class Stack:
     def attention(self, name: str, a: Attention, number: int, x: Tensor, states: Tensor | None) -> Tensor:
         """`T5Attention.forward`."""
         model, f = self.model, self.model.tape
-        dims = ("b", a.num_attention_heads, model.seq, a.head_dim)
         source = x if states is None else states
-        q = model.linear(f"{name}.q", x, number).view(dims)
-        k = model.linear(f"{name}.k", source, number).view(dims)
-        v = model.linear(f"{name}.v", source, number).view(dims)
+        q, k, v = (by_head(a, model.linear(f"{name}.{part}", y, number)) for part, y in (("q", x), ("k", source), ("v", source)))
         f.module = name
         if self.side == "decoder":
             k, v = model.cached(k, v)
@@ -163,11 +175,11 @@ class Stack:
 
         Under checkpointing the zeros ask for a gradient.
         """
-        model, f, s = self.model, self.model.tape, self.model.seq
+        model, f, s = self.model, self.model.tape, self.length
         key = "cross" if cross else "own"
         if number:
             return self.biases[key]
-        dims = (1, a.num_attention_heads, s, s)
+        dims = (1, a.num_attention_heads, s, model.source if cross else s)
         if cross:
             made = f.new(dims, dtype, "position_bias")
             if model.running.checkpointing:
