@@ -40,7 +40,7 @@ FP32_UNDER_CUDA: frozenset[Any] = frozenset(
         F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax,
         F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softplus, F.softmin,
         torch.norm, torch.Tensor.norm, torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.rsqrt, torch.Tensor.rsqrt,
-        torch.sum, torch.Tensor.sum, torch.prod, torch.Tensor.prod, torch.cumsum, torch.Tensor.cumsum, torch.cumprod,
+        torch.prod, torch.Tensor.prod, torch.cumsum, torch.Tensor.cumsum, torch.cumprod,
         torch.exp, torch.Tensor.exp, torch.expm1, torch.log, torch.Tensor.log, torch.log2, torch.log10, torch.log1p,
         torch.reciprocal, torch.Tensor.reciprocal, torch.acos, torch.asin, torch.cosh, torch.sinh, torch.tan, torch.erfinv,
         torch.cdist, F.cosine_similarity, F.nll_loss, F.mse_loss, F.smooth_l1_loss, F.l1_loss, F.kl_div, F.huber_loss,
@@ -53,8 +53,9 @@ reaches. `cross_entropy` is made of `log_softmax` and `nll_loss`, both listed.""
 class CudaLike(TorchFunctionMode):
     """Runs CUDA's version of the functions that differ."""
 
-    def __init__(self, *, capability: Capability, autocast: bool) -> None:
+    def __init__(self, *, capability: Capability, autocast: bool, device: str) -> None:
         super().__init__()
+        self._device = device
         self._capability = capability
         self._autocast = autocast
 
@@ -64,14 +65,14 @@ class CudaLike(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is not None:
             return rule(self, func, args, kwargs)
-        if self._autocast and func in FP32_UNDER_CUDA and torch.is_autocast_enabled("cpu"):
-            return in_fp32(func, args, kwargs)
+        if self._autocast and func in FP32_UNDER_CUDA and torch.is_autocast_enabled(self._device):
+            return in_fp32(func, args, kwargs, device=self._device)
         return func(*args, **kwargs)
 
     def attention(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`scaled_dot_product_attention`, with autocast's cast of its inputs, the mask included."""
-        if self._autocast and torch.is_autocast_enabled("cpu"):
-            low = torch.get_autocast_dtype("cpu")
+        if self._autocast and torch.is_autocast_enabled(self._device):
+            low = torch.get_autocast_dtype(self._device)
 
             def cast(value: Any) -> Any:
                 return value.to(low) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -94,9 +95,20 @@ class CudaLike(TorchFunctionMode):
             is_log = "log" in func.__name__
             kernel = torch.ops.aten._log_softmax if is_log else torch.ops.aten._softmax
             return kernel(x, dim, True)
-        if self._autocast and kwargs.get("dtype") is None and torch.is_autocast_enabled("cpu"):
-            return in_fp32(func, args, kwargs)
+        if self._autocast and kwargs.get("dtype") is None and torch.is_autocast_enabled(self._device):
+            return in_fp32(func, args, kwargs, device=self._device)
         return func(*args, **kwargs)
+
+    def sum(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`sum`, under autocast with an fp32 result: CUDA's kernel reads 16-bit numbers as they are (`make_reduction_from_ty`,
+        aten/src/ATen/native/ReduceOpsUtils.h, torch 2.13)."""
+        x = args[0] if args else kwargs["input"]
+        if not (
+            self._autocast and x.is_floating_point() and kwargs.get("dtype") is None and torch.is_autocast_enabled(self._device)
+        ):
+            return func(*args, **kwargs)
+        with torch.autocast(self._device, enabled=False):
+            return func(*args, **{**kwargs, "dtype": torch.float32})
 
     def backward(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`torch.autograd.backward` of one scalar with this mode on: a mode's own handler runs without it, but recomputation
@@ -119,6 +131,8 @@ RULES: dict[Any, Callable[[CudaLike, Any, Any, Any], Any]] = {
     F.dropout: CudaLike.dropout,
     torch.dropout: CudaLike.dropout,
     F.softmax: CudaLike.softmax,
+    torch.sum: CudaLike.sum,
+    torch.Tensor.sum: CudaLike.sum,
     torch.softmax: CudaLike.softmax,
     torch.Tensor.softmax: CudaLike.softmax,
     F.log_softmax: CudaLike.softmax,
@@ -152,24 +166,24 @@ def in_place(func: Any) -> Any:
     return func if node is None else IN_PLACE.get((node.name(), func), func)
 
 
-def in_fp32(func: Any, args: Any, kwargs: Any) -> Any:
+def in_fp32(func: Any, args: Any, kwargs: Any, *, device: str) -> Any:
     """Call a function with its 16-bit tensors cast, autocast off, as `fp32` policy does."""
     low = (torch.float16, torch.bfloat16)
 
     def cast(value: Any) -> Any:
         return value.float() if isinstance(value, torch.Tensor) and value.dtype in low else value
 
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(device, enabled=False):
         return func(*(cast(a) for a in args), **{k: cast(v) for k, v in kwargs.items()})
 
 
 @contextmanager
-def cuda_autocast(dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast for fake CPU tensors, seen by code that asks whether CUDA's is on. None: no autocast."""
+def cuda_autocast(dtype: torch.dtype | None, device: str) -> Iterator[None]:
+    """Autocast for the tensors of the fake device, seen by code that asks whether CUDA's is on. None: no autocast."""
     if dtype is None:
         yield
         return
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device, dtype=dtype):
         yield
 
 
@@ -180,12 +194,12 @@ def _all_by_name(mask: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def as_on_cuda() -> Iterator[None]:
+def as_on_cuda(device: str) -> Iterator[None]:
     """Let torch answer for the fake device where it is asked about CUDA, and transformers take fake tensors for real ones."""
     enabled, low = torch.is_autocast_enabled, torch.get_autocast_dtype
     with (
-        patch("torch.is_autocast_enabled", lambda device=None: enabled(device or "cpu")),
-        patch("torch.get_autocast_gpu_dtype", lambda: low("cpu")),
+        patch("torch.is_autocast_enabled", lambda asked=None: enabled(asked or device)),
+        patch("torch.get_autocast_gpu_dtype", lambda: low(device)),
         patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False),
         patch("transformers.masking_utils.fast_all", _all_by_name),
         patch.object(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True),  # it prints what is raised anyway

@@ -24,7 +24,7 @@ from peftplan.trace.depth import SAMPLE_LAYERS, Stack, names_layers, repeating_s
 from peftplan.trace.differences import KERNEL_TEMPORARIES, CudaLike, as_on_cuda
 from peftplan.trace.expand import NotRepeatingError, Sample, grown
 from peftplan.trace.experts import experts_on
-from peftplan.trace.fake import fake_batch, to_fake
+from peftplan.trace.fake import FakeOn, fake_batch, fake_device, to_fake
 from peftplan.trace.flash import flash_attn_installed
 from peftplan.trace.inputs import Inputs, inputs
 from peftplan.trace.kernels import kernel_packages
@@ -109,6 +109,7 @@ def trace(
     outputs_outlive_step: bool = False,
     full_depth: bool = False,
     earlier_seq_lens: tuple[int, ...] = (),
+    fake_on: FakeOn = "cpu",
     progress: Tell | None = None,
 ) -> Traced:
     """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors.
@@ -117,13 +118,14 @@ def trace(
     parameters. `setup` is resolved (`planning.setup.resolved`). `device` is a compute capability: it decides kernels.
     `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. `earlier_seq_lens`: lengths of
     the steps before the counted one, one per step; without them one step of the same length. A model of identical layers is
-    traced at two small depths and its log made from them, unless `full_depth`. `progress` is told what runs and how much is done.
+    traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see `fake.fake_device`. `progress` is
+    told what runs and how much is done.
     Raises RefusedError for what cannot be traced.
     """
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
         capability=device or DEFAULT_CAPABILITY, outputs_outlive_step=outputs_outlive_step,
-        earlier_seq_lens=earlier_seq_lens,
+        earlier_seq_lens=earlier_seq_lens, on=fake_device(fake_on),
     )  # fmt: skip
     tell = progress or silent
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
@@ -178,6 +180,7 @@ def _run(
     capability: Capability,
     outputs_outlive_step: bool,
     earlier_seq_lens: tuple[int, ...],
+    on: torch.device,
     tell: Tell,
 ) -> Traced:
     """One trace of exactly this model."""
@@ -190,10 +193,10 @@ def _run(
     tracker = _tracker(built, replace(given, tokens=lengths), setup, capability)
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    to_fake(built.model, mode)
-    batch, *before = [fake_batch(of_step.batch, mode) for of_step in (given, *earlier)]
+    to_fake(built.model, mode, on)
+    batch, *before = [fake_batch(of_step.batch, mode, on) for of_step in (given, *earlier)]
     with (
-        _as_on_card(mode, capability, autocast=setup.autocast != "none"),
+        _as_on_card(mode, capability, autocast=setup.autocast != "none", device=on.type),
         Selected(given.selected),
         tracker,
         on_fake_tensors(from_host=adapter_from_host(setup, quant)),
@@ -229,12 +232,12 @@ def _run(
 
 
 @contextmanager
-def _as_on_card(mode: FakeTensorMode, capability: Capability, *, autocast: bool) -> Iterator[None]:
+def _as_on_card(mode: FakeTensorMode, capability: Capability, *, autocast: bool, device: str) -> Iterator[None]:
     """Fake tensors, and torch, transformers and flash-attn as they are on a card."""
     with (
         mode,
-        CudaLike(capability=capability, autocast=autocast),
-        as_on_cuda(),
+        CudaLike(capability=capability, autocast=autocast, device=device),
+        as_on_cuda(device),
         flash_attn_installed(),
         experts_on(capability),
         ctc_on_cuda(),

@@ -1,11 +1,12 @@
 """From a model on the meta device to one on fake tensors: every storage has a size and a life, and no memory.
 
-The fake device is `cpu`: fake `cuda` tensors need CUDA in the process as soon as autograd switches devices (torch 2.13).
+The fake device is `cpu`, or `cuda` where a card is present and that is asked for: fake `cuda` tensors need CUDA in the process as
+soon as autograd switches devices (torch 2.13).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,43 +15,50 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from peftplan.trace.quantized import QUANT_TENSORS
 from peftplan.trace.tuner_layers import LASTING
 
-DEVICE = torch.device("cpu")
+FakeOn = Literal["cpu", "auto"]
+
+
+def fake_device(asked: FakeOn) -> torch.device:
+    """Where fake tensors are said to be: `auto` is CUDA where torch sees a card, else the CPU with CUDA's differences."""
+    return torch.device("cuda" if asked == "auto" and torch.cuda.is_available() else "cpu")
 
 
 class _Converter:
     """Remembers what was converted, and keeps it alive, so that a tied tensor stays one tensor."""
 
-    def __init__(self, mode: FakeTensorMode) -> None:
+    def __init__(self, mode: FakeTensorMode, device: torch.device) -> None:
         self.mode = mode
+        self.device = device
         self.known: dict[int, tuple[torch.Tensor, Any]] = {}
 
     def tensor(self, tensor: torch.Tensor) -> Any:
         if id(tensor) not in self.known:
             meta = tensor.detach() if tensor.device.type == "meta" else tensor.detach().to("meta")
-            self.known[id(tensor)] = (tensor, FakeTensor(self.mode, meta, DEVICE))
+            self.known[id(tensor)] = (tensor, FakeTensor(self.mode, meta, self.device))
         return self.known[id(tensor)][1]
 
     def parameter(self, parameter: nn.Parameter) -> Any:
         if id(parameter) not in self.known:
-            made = nn.Parameter(FakeTensor(self.mode, parameter.detach().to("meta"), DEVICE), parameter.requires_grad)
+            made = nn.Parameter(FakeTensor(self.mode, parameter.detach().to("meta"), self.device), parameter.requires_grad)
             made.__dict__.update({k: v for k, v in parameter.__dict__.items() if not k.startswith("_")})
             self.known[id(parameter)] = (parameter, made)
         return self.known[id(parameter)][1]
 
 
-def fake_batch(batch: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
-    """A batch whose pictures and sound are fake tensors, so that their storages are watched; indices stay as they are, a few
-    bytes per token."""
-    converter = _Converter(mode)
+def fake_batch(batch: dict[str, Any], mode: FakeTensorMode, device: torch.device) -> dict[str, Any]:
+    """A batch whose pictures and sound are fake tensors, so that their storages are watched; on the CPU indices stay as they are,
+    a few bytes per token."""
+    converter = _Converter(mode, device)
+    every = device.type != "cpu"
     return {
-        name: converter.tensor(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        name: converter.tensor(value) if isinstance(value, torch.Tensor) and (every or value.is_floating_point()) else value
         for name, value in batch.items()
     }
 
 
-def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+def to_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
     """Replace every parameter and buffer, and the tensors that quantized modules keep beside them, in place."""
-    converter = _Converter(mode)
+    converter = _Converter(mode, device)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

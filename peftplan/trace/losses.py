@@ -283,4 +283,5 @@ def accumulate(into: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
     """Autocast's dtype, else the input's."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

@@ -68,7 +68,8 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[None]:
         """The run's autocast, on fake tensors."""
-        return cuda_autocast(None if self.setup.autocast == "none" else TORCH_DTYPES[str(self.setup.autocast)])
+        dtype = None if self.setup.autocast == "none" else TORCH_DTYPES[str(self.setup.autocast)]
+        return cuda_autocast(dtype, self.trainable[0].device.type)
 
     def forward(self) -> Any:
         """One forward under the run's autocast."""

@@ -48,7 +48,8 @@ class FusedLinear(torch.autograd.Function):
         capability: Capability,
     ) -> torch.Tensor:
         into_hidden, into_weight, into_bias = hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         kept = targets.new_empty(scored)
         grad_hidden = torch.zeros_like(hidden) if into_hidden else hidden.new_empty(0)
         grad_weight = torch.zeros_like(weight) if into_weight else hidden.new_empty(0)
@@ -59,7 +60,7 @@ class FusedLinear(torch.autograd.Function):
         modern = capability >= TENSOR_CORES_OF_BF16
         fp32 = dtype == torch.float16 or (dtype == torch.bfloat16 and modern)
         many = ceil_div(weight.shape[0], SPLIT_COLUMNS) > FEW_SPLITS
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device, enabled=False):
             if fp32 and modern and many and scored >= FLASH_FROM_ROWS and not (into_weight or into_bias):
                 _tiled(hidden, stored, kept, dtype)
             else:

@@ -8,6 +8,7 @@ from peftplan.methods.adaptation import Adaptation
 from peftplan.planning.setup import parse_setup, resolved
 from peftplan.storage import parse_quant
 from peftplan.trace.engine import Traced, trace
+from peftplan.trace.fake import FakeOn
 
 HIDDEN, MLP, HEADS, KV_HEADS, VOCAB = 256, 704, 8, 4, 1000
 HEAD = HIDDEN // HEADS
@@ -46,6 +47,7 @@ def traced(
     device: tuple[int, int] | None = None,
     outputs_outlive_step: bool = False,
     earlier_seq_lens: tuple[int, ...] = (),
+    fake_on: FakeOn = "cpu",
     **options: Any,
 ) -> Traced:
     """Trace a causal language model."""
@@ -60,4 +62,5 @@ def traced(
         device=device,
         outputs_outlive_step=outputs_outlive_step,
         earlier_seq_lens=earlier_seq_lens,
+        fake_on=fake_on,
     )
