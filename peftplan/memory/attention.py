@@ -44,10 +44,10 @@ def padded(dim: Dim, multiple: int) -> Dim:
 
 def causal_mask(model: Model, dtype: str, window: int | None = None) -> Tensor | None:
     """`create_causal_mask`: for eager a mask of the model's dtype; for sdpa a boolean one where there is padding, a window
-    shorter than the sequence, or a prefix; else none, since the kernels know causal attention.
+    no longer than the sequence, or a prefix; else none, since the kernels know causal attention.
     """
     f, s = model.tape, model.seq
-    windowed = window is not None and model.key_len > window
+    windowed = window is not None and model.key_len >= window
     if model.running.attention == "eager":
         return f.new(("b", 1, s, model.keys), dtype, "attention_mask")
     if model.running.attention == "sdpa" and (model.running.padding or windowed or model.keys != s):
