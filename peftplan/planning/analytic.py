@@ -195,11 +195,11 @@ def _program(job: Job) -> Program:
 
 
 def windows_of(architecture: Architecture) -> tuple[int, ...]:
-    """The longest sequence that each sliding window of a model hides nothing of, each once; one that looks both ways hides less
-    than half of itself to each side (`bidirectional_mask`).
+    """The longest sequence that gets no mask for each sliding window of a model, each once (transformers 5.24, masking_utils.py:
+    `kv_length >= local_attention_size` gets one, where a window that looks both ways states the size of one side).
     """
     found = (a for block in architecture.blocks for a in block.attentions if a.window)
-    return tuple(sorted({a.window if a.causal else a.window // 2 - 1 for a in found if a.window}))
+    return tuple(sorted({(a.window if a.causal else a.window // 2) - 1 for a in found if a.window}))
 
 
 def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...], loss: LossSizes) -> tuple[Any, ...]:
