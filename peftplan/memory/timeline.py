@@ -235,7 +235,8 @@ def _net(tape: Tape, start: int, stop: int, sums: set[int]) -> list[int]:
     freed = {-n for n in log if n < 0}
     kept = [n for n in log if n > 0 and n not in freed]
     for n in (n for n in log if n < 0 and -n not in made):
-        twin = next((k for k in kept if k > 0 and k not in tape.lasting and _alike(tape, k, -n)), None)
+        alike = [k for k in kept if k > 0 and k not in tape.lasting and _alike(tape, k, -n)]
+        twin = next((k for k in alike if tape.names[k] == tape.names[-n]), next(iter(alike), None))
         if twin is None:
             kept.append(n)
         else:
