@@ -68,18 +68,19 @@ def attend(
     wide: bool = True,
     by_head: bool = False,
     bias: Tensor | None = None,
+    cached: bool | None = None,
 ) -> Tensor:
     """transformers' attention function; in (b, a, s, d), out (b, s, a·d).
 
     `rotated`: queries and keys went through rotary embeddings, whose gradients come head by head anyway. `wide`: eager attention
     asks for a softmax in fp32, as decoders do. `bias`: what eager attention adds before the mask. `by_head`: the three lie
-    (b, a, s, d), as copies that the class made.
+    (b, a, s, d), as copies that the class made. `cached`: a cache copied keys and values, where the model does not say it.
     """
     f = model.tape
     grouped = a.num_attention_heads != a.num_key_value_heads
     if model.running.attention == "eager":
         q, k, v = _by_head(f, q, k, v, rotated=rotated)
-        return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide, bias=bias)
+        return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide, bias=bias, cached=cached)
     gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
     if model.running.attention == "sdpa" and grouped and (model.running.repeats_kv or not gqa):
         single = a.num_key_value_heads == 1
@@ -161,6 +162,7 @@ def eager(
     wide: bool = True,
     bias: Tensor | None = None,
     joined: bool = False,
+    cached: bool | None = None,
 ) -> Tensor:
     """`eager_attention_forward`: scores, softmax, and the weights, which live until the layer returns.
 
@@ -169,7 +171,7 @@ def eager(
     """
     f = model.tape
     keys, values = (repeat_kv(f, x, a, copies=a.num_key_value_heads > 1 or model.running.batch_size > 1) for x in (k, v))
-    copied = a.num_attention_heads != a.num_key_value_heads or (model.joins and not joined)
+    copied = a.num_attention_heads != a.num_key_value_heads or ((model.joins if cached is None else cached) and not joined)
     given = q.dtype
     scores = _scores(f, q if joined else batched(model, q), keys if copied or joined else batched(model, keys))
     if scales:

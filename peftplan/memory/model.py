@@ -270,7 +270,7 @@ class Model:
     @property
     def joins(self) -> bool:
         """Whether keys and values are copies that a cache made, head by head: it keeps them, or has a prefix before them."""
-        return self.caches or self.keys != self.seq
+        return self.caches or (self.keys != self.seq and not self.translates)
 
     def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The KV cache: a copy of keys and values that the outputs hold, unless `use_cache` is off (never with checkpointing)."""

@@ -52,9 +52,16 @@ def _absmax(f: Tape, part: Part, *, keep_both: bool) -> list[Tensor]:
 
 
 def dequantized(f: Tape, part: Part) -> Tensor:
-    """`dequantize_module_weight`: the whole weight in the dtype that it was loaded in."""
+    """`dequantize_module_weight`: the whole weight in the dtype that it was loaded in; an int8 one in fp32, by two products."""
+    assert part.quant is not None
+    assert part.weight is not None
+    if part.quant.name == "int8":
+        product = f.new(_sizes(part), "fp32", "mul")
+        weight = f.new(_sizes(part), "fp32", "dequantized")
+        del product
+        return weight
     absmax = _absmax(f, part, keep_both=False)
-    weight = f.new(part.weight.dims, part.weight.dtype, "dequantized")  # type: ignore[union-attr]
+    weight = f.new(_sizes(part), part.weight.dtype, "dequantized")
     del absmax
     return weight
 

@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from peftplan.arch.modules import Architecture, PromptDims
-from peftplan.errors import RefusedError
+from peftplan.errors import NeedsTraceError, RefusedError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, MethodConfig
 from peftplan.methods.saved import saved_copies, saved_modules
 from peftplan.methods.targets import Names
@@ -109,6 +109,28 @@ def _dims(arch: Architecture, config: PromptLearningConfig, *, kv: bool = False)
     if kv and heads and known.num_key_value_heads is not None:
         token_dim = (known.head_dim or token_dim // heads) * known.num_key_value_heads
     return _Dims(num_layers, token_dim, config.num_transformer_submodules or known.num_transformer_submodules)
+
+
+def check_prefix(arch: Architecture, config: PrefixTuningConfig, *, batch_size: int) -> None:
+    """Raise RefusedError where a prefix's keys do not fit those of the decoder's attention, as peft or the model then do.
+
+    NeedsTraceError where peft is told other layers than the decoder's.
+    """
+    dims, known = _dims(arch, config, kv=True), arch.prompt
+    heads = (known and known.num_key_value_heads) or config.num_attention_heads or (known and known.num_attention_heads) or 1
+    p, head = config.num_virtual_tokens, dims.token_dim // heads
+    if heads * head != dims.token_dim:
+        shape, size = [batch_size, p, 2 * dims.num_layers, heads, head], batch_size * p * 2 * dims.num_layers * dims.token_dim
+        raise RefusedError(f"peft 0.21.2 refuses it: RuntimeError: shape '{shape}' is invalid for input of size {size}")
+    blocks = [block for block in arch.blocks if block.stack == "decoder"]
+    if any((block.attentions[0].num_key_value_heads, block.attentions[0].head_dim) != (heads, head) for block in blocks):
+        raise RefusedError(
+            f"transformers 5.24 refuses it: RuntimeError: a prefix of {heads} heads of {head} beside other keys; sizes must match"
+        )
+    if dims.num_layers != sum(len(block.layers) for block in blocks) or dims.submodules != (
+        known and known.num_transformer_submodules
+    ):
+        raise NeedsTraceError("a prefix for other layers than the decoder's")
 
 
 def _adaptation(arch: Architecture, config: PromptLearningConfig, encoder: list[AddedTensor]) -> Adaptation:

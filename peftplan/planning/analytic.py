@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from peftplan.arch.modules import Architecture
 from peftplan.errors import NeedsTraceError, RefusedError
@@ -23,6 +23,7 @@ from peftplan.memory.tape import Tape
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.methods.adaptation import adapter_on_host
 from peftplan.methods.bottleneck import BOTTLENECKS, refuse_unplaced
+from peftplan.methods.virtual_tokens import check_prefix
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters
 from peftplan.planning.result import Peaks
@@ -38,8 +39,8 @@ PEFT_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS
 """peft 0.21.2's `TaskType`."""
 SOUND = ("whisper",)
 """Types that read no text: they get no task type, since peft's classes for tasks pass `input_ids`."""
-OWN_PREFIX = ("gemma4_text",)
-"""Types whose prefix peft gives a form of its own (`TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING`, `get_prompt`)."""
+OWN_PREFIX = ("t5", "mt5")
+"""Types whose positions know a prefix in a way that is not written here."""
 
 
 class Compiled(NamedTuple):
@@ -249,6 +250,8 @@ def _check_virtual_tokens(job: Job) -> None:
         raise RefusedError(
             "transformers 5.24 refuses it: RuntimeError: a prefix with keys of each head beside a cache of latents"
         )
+    if peft_type == "PREFIX_TUNING":
+        check_prefix(job.architecture, cast("Any", job.config), batch_size=job.setup.batch_size)
     if peft_type == "PREFIX_TUNING" and job.architecture.model_type in OWN_PREFIX:
         raise NeedsTraceError(f"a prefix of model type {job.architecture.model_type}")
 

@@ -46,6 +46,10 @@ class FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc,name-defined]
         out: torch.Tensor = _Matmul4Bit.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
         return out.to(given)
 
+    def dequantized(self) -> torch.Tensor:
+        """`dequantize_4bit` of the weight."""
+        return _dequantized(self, self.weight)
+
     def absmax(self, like: torch.Tensor, *, keep_both: bool) -> list[torch.Tensor]:
         """The fp32 absmax of a double quantized weight: one copy, or two where `absmax_dq + offset` makes another."""
         nested = self.__dict__[QUANT_TENSORS]
@@ -95,6 +99,11 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc,name-defined]
         prepare(self, source, quant, dtype="fp16")
         self.state = SimpleNamespace(has_fp16_weights=False, threshold=INT8_THRESHOLD)
         self.index = None
+
+    def dequantized(self) -> torch.Tensor:
+        """`int8_vectorwise_dequant`: in fp32."""
+        out: torch.Tensor = self.weight * self.__dict__[QUANT_TENSORS]["SCB"].view(-1, 1) * 7.874015718698502e-3
+        return out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As `Linear8bitLt.forward`."""

@@ -155,6 +155,13 @@ def _principal_components(tensor: Any, r: int, device: Any, dtype: Any = None, r
     return torch.empty((b, c, r, w)), torch.empty((b, c, h, r))
 
 
+def _module_weight(module: Any) -> Any:
+    """The weight whose norm DoRA takes, of a stand-in for a quantized layer too."""
+    from peftplan.trace.quantized import module_weight
+
+    return module_weight(module)
+
+
 def _even_clusters(rows: Any, num_subspaces: int, iterations: int) -> tuple[Any, int]:
     """Clusters of equal size: those of the real weights differ, the sum of their sizes does not."""
     import torch
@@ -227,6 +234,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
         "peft.tuners.frod.model.FrodModel._init_frod_projections": _frod_projections,
         "peft.tuners.frod.layer.FrodLayer._calculate_frod_u_and_lambda": _frod_u_and_lambda,
     },
+    "LORA": {"peft.tuners.lora.dora.dequantize_module_weight": _module_weight},
     "SHIRA": {"peft.tuners.shira.layer.Linear.update_layer": _shira_update},
     "UNILORA": {
         "peft.tuners.unilora.model.UniLoraModel._assign_unilora_indices_and_scales": _unilora_scales,

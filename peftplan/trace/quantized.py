@@ -51,6 +51,13 @@ def prepare(made: Any, source: Any, quant: QuantConfig, *, dtype: str) -> None:
     made.__dict__[QUANT_TENSORS] = {allocation.name: _meta(allocation) for allocation in beside}
 
 
+def module_weight(module: Any) -> torch.Tensor:
+    """`dequantize_module_weight` of peft, which knows stand-ins too."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    return module.dequantized() if QUANT_TENSORS in module.__dict__ else dequantize_module_weight(module)
+
+
 def _features(source: Any) -> tuple[int, int]:
     """(in, out); transformers' Conv1D stores its weight that way round."""
     if isinstance(source, nn.Linear):

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from peftplan.methods.adaptation import adapter_on_host
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
+from peftplan.trace.quantized import module_weight
 
 HOST_BUFFERS = ("boft_P", "frod_U", "frod_V", "frod_s_indices", "frod_s_size")
 """Buffers that peft makes on the host. They stay there if the model was on its device before and is not moved again."""
@@ -177,6 +178,7 @@ def on_fake_tensors(*, from_host: bool) -> Iterator[None]:
         "peft.tuners.boft.layer.get_fbd_cuda": lambda: FastBlockDiagonal,
         "peft.tuners.frod.layer.Linear._get_frod_tensors": frod_tensors,
         "peft.tuners.frod.layer.Linear._sparse_activation_mm": _frod_product,
+        "peft.tuners.lora.dora.dequantize_module_weight": module_weight,
         "peft.tuners.loha.layer.LoHaLayer.forward": _lycoris_forward,
         "peft.tuners.lokr.layer.LoKrLayer.forward": _lycoris_forward,
         "peft.tuners.shira.layer.Linear.get_delta_weight": _shira_delta,

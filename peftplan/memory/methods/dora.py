@@ -28,7 +28,8 @@ def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tenso
     lora_weight = f.to(_lora_weight(f, part, a, b), x.dtype)
     f.module = part.name
     weight = f.to(dequantized(f, part) if part.quant is not None else part.weight, x.dtype)
-    norm = _norm(f, weight, lora_weight)
+    turned = part.kind == "Conv1D" and part.quant is None
+    norm = _norm(f, weight, lora_weight, turned=turned)
     magnitude = part.params["lora_magnitude_vector.weight"]
     scale = ops.divide(f, magnitude, norm)
     f.module = f"{part.name}.lora_A"
@@ -38,7 +39,7 @@ def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tenso
     del low
     f.module = part.name
     if base_result is None:
-        base_result = ops.linear(f, x, weight)
+        base_result = ops.linear(f, x, weight, transposed=turned)
     elif part.bias is not None:
         base_result = ops.add(f, base_result, part.bias)
     kept = ops.mul(f, base_result, ops.shift(f, scale))
@@ -58,9 +59,9 @@ def _lora_weight(f: Tape, part: Part, a: Any, b: Any) -> Tensor:
     return ops.linear(f, low, b)
 
 
-def _norm(f: Tape, weight: Any, lora_weight: Tensor) -> Tensor:
-    """`linalg.norm(W + scaling * ΔW, dim=1)`, without a gradient."""
+def _norm(f: Tape, weight: Any, lora_weight: Tensor, *, turned: bool) -> Tensor:
+    """`linalg.norm(W + scaling * ΔW, dim=1)`, without a gradient; a Conv1D's weight is turned round."""
     scaled = f.new(weight.dims, lora_weight.dtype, "mul")
     total = f.new(weight.dims, ops.promoted(weight.dtype, lora_weight.dtype), "add")
     del scaled
-    return f.new((weight.dims[0],), total.dtype, "norm")
+    return f.new((weight.dims[turned],), total.dtype, "norm")

@@ -12,6 +12,7 @@ from typing import Any
 
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
+from peftplan.memory.ledger import Dim
 from peftplan.memory.model import Model, kinds_of, sections_of
 from peftplan.memory.shaping import cat, sliced
 from peftplan.memory.tape import Dims, Node, Tape, Tensor
@@ -79,7 +80,8 @@ def _sequential(model: Model, x: Tensor, names: tuple[str, ...], activation: str
 
 def prefixed(model: Model) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of the virtual tokens of each layer that `run_stack` runs, in its order: copies that a cache made."""
-    f, p, a = model.tape, model.virtual_tokens, model.arch.blocks[0].attentions[0]
+    f, p = model.tape, model.virtual_tokens
+    a = next(block for block in model.arch.blocks if block.stack == "decoder").attentions[0]
     f.module = ""
     ids = f.new(("b", p), "int64", "prompt_tokens")
     x = model.embedding("prompt_encoder.embedding", ("b", p), ids)
@@ -91,18 +93,32 @@ def prefixed(model: Model) -> list[tuple[Tensor, Tensor]]:
     assert base is not None
     f.module = ""
     x = f.to(x, base.dtype)
-    sections, copies = sections_of(kinds_of(model))
+    sections, copies = sections_of(kinds_of(model), summing=model.translates)
     layers = len(kinds_of(model))
+    parts = 2
+    if model.translates:  # the same for cross-attention, which then takes none
+        parts = 4
+        x = f.new((*x.dims[:-1], _doubled(x.dims[-1])), x.dtype, "cat", f.record(_twice_backward, (x,), x.dims))
     one = ("b", a.num_key_value_heads, p, a.head_dim)
-    node = f.record(_permute_backward, (x,), x.dims, (2, *one), (2 * layers, *one), sum(copies.values()))
+    node = f.record(_permute_backward, (x,), x.dims, (parts, *one), (parts * layers, *one), sum(copies.values()))
     found = []
     for number in range(len(sections)):
-        pair = f.record(_unbind_backward, (Tensor(x.storage, (2, *one), x.dtype, node, number),), (2, *one))
+        pair = f.record(_unbind_backward, (Tensor(x.storage, (parts, *one), x.dtype, node, number),), (2, *one), (parts, *one))
         k, v = (ops.copied(f, Tensor(x.storage, one, x.dtype, pair, side), "cat") for side in range(2))
         found.append((k, v))
     if extra := sum(copies.values()):
         model.copied_past = f.many(one, x.dtype, "cat", 2 * extra)
     return found
+
+
+def _doubled(dim: Dim) -> int:
+    assert isinstance(dim, int)
+    return 2 * dim
+
+
+def _twice_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    """The gradients of both are views; their sum is new."""
+    return f.new(saved[0], g.dtype, "add")
 
 
 def _permute_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) -> Tensor:
@@ -120,7 +136,7 @@ def _unbind_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) -> 
     dtype = next(g.dtype for g in grads if g is not None)
     stacked = f.new(saved[0], dtype, "stack")
     del grads
-    out = f.new(saved[0], stacked.dtype, "slice_backward")
+    out = f.new(saved[1], stacked.dtype, "slice_backward")
     del stacked
     return out
 
@@ -132,6 +148,13 @@ def continued(model: Model, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     del past_k
     v = _continued(model.tape, past_v, v)
     del past_v
+    model.kept.append((k.detach(), v.detach()))
+    return k, v
+
+
+def crossed(model: Model, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-attention's keys and values, which the cache of a prefix copies and the outputs hold."""
+    k, v = ops.copied(model.tape, k, "cat"), ops.copied(model.tape, v, "cat")
     model.kept.append((k.detach(), v.detach()))
     return k, v
 

@@ -24,6 +24,8 @@ def bart(model: Model) -> Tensor:
         raise NeedsTraceError(f"task_type CAUSAL_LM of {model.arch.model_type}")
     model.can_cache = is_whisper(model)
     ids = model.tape.new(("b", model.seq), "int64", "decoder_input_ids")
+    if model.keys != model.seq:
+        model.past = virtual_tokens.prefixed(model)
     encoded = whisper_encoder(model) if is_whisper(model) else bart_encoder(model)
     out = decoder(model, ids, encoded)
     model.outputs.append(encoded)
@@ -130,8 +132,10 @@ def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
 
 def decoder_mask(model: Model, dtype: str) -> Tensor | None:
     """`create_causal_mask` of targets without padding: none but for eager."""
-    s = model.seq
-    return model.tape.new(("b", 1, s, s), dtype, "causal mask") if model.running.attention == "eager" else None
+    dims = ("b", 1, model.seq, model.keys)
+    if model.running.attention == "eager":
+        return model.tape.new(dims, dtype, "causal mask")
+    return None if model.keys == model.seq else model.tape.new(dims, "bool", "causal mask")
 
 
 def encoder_layer(model: Model, block: Block, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -198,9 +202,24 @@ def attention(
     k = split_heads(model, model.linear(f"{name}.k_proj", source, number), heads, d)
     v = split_heads(model, model.linear(f"{name}.v_proj", source, number), heads, d)
     f.module = name
+    prefixed = model.keys != model.seq and block.stack == "decoder"
     if whisper and block.stack == "decoder":
         k, v = model.cached(k, v)
-    out = attend(model, a, q, k, v, mask, dropout=model.arch.dropout.attention, rotated=False, wide=False, by_head=whisper)
+    elif prefixed:
+        k, v = (virtual_tokens.continued if states is None else virtual_tokens.crossed)(model, k, v)
+    out = attend(
+        model,
+        a,
+        q,
+        k,
+        v,
+        mask,
+        dropout=model.arch.dropout.attention,
+        rotated=False,
+        wide=False,
+        by_head=whisper,
+        cached=prefixed or None,
+    )
     return model.linear(f"{name}.out_proj", out, number)
 
 
