@@ -18,7 +18,7 @@ PACKAGE = Path(peftplan.__file__).parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "dtypes", "units", "datafiles", "files"),
     ("arch",),
-    ("methods", "storage", "optim", "hardware", "memory", "parameters", "serving"),
+    ("methods", "storage", "optim", "hardware", "memory", "parameters", "inference"),
     ("planning",),
     ("trace", "measure", "accuracy"),
     ("integrations",),

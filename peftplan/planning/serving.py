@@ -1,4 +1,4 @@
-"""`serving`: what a fine-tuned model takes once training is over. Composition only; the arithmetic lies in `peftplan.serving`."""
+"""`serving`: what a fine-tuned model takes once training is over. Composition only; the sums lie in `peftplan.inference`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from peftplan import parameters
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, RefusedError
+from peftplan.inference import adapter_file, checkpoint, held, kv_cache, merging
+from peftplan.inference.safetensors import file_bytes
+from peftplan.inference.scratch import Device
 from peftplan.planning.estimate import adapter_dtypes, config_facts, model_facts, prepare
 from peftplan.planning.job import Job
 from peftplan.planning.serving_result import AdapterFile, Cache, Checkpoint, Held, MergeMemory, Serving
 from peftplan.planning.setup import Count, first_error
-from peftplan.serving import adapter_file, checkpoint, held, kv_cache, merging
-from peftplan.serving.safetensors import file_bytes
-from peftplan.serving.scratch import Device
 from peftplan.storage import QuantConfig
 
 Value = TypeVar("Value")

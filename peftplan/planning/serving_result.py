@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from peftplan.inference.kv_cache import CacheTensor, growing_bytes
+from peftplan.inference.merging import Need
+from peftplan.inference.safetensors import StoredTensor
 from peftplan.planning.result import SCHEMA_VERSION
-from peftplan.serving.kv_cache import CacheTensor, growing_bytes
-from peftplan.serving.merging import Need
-from peftplan.serving.safetensors import StoredTensor
 
 LEFT_OUT = ("activations and logits of decoding", "CUDA context and workspaces", "blocks that a serving engine allocates ahead")
 """What no number here holds."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from peftplan.inference.kv_cache import growing_bytes
 from peftplan.planning.serving_result import MergeMemory, Serving
 from peftplan.report.tabular import Column, assumption_rows, family
-from peftplan.serving.kv_cache import growing_bytes
 from peftplan.units import format_bytes
 
 PLACES = {"cpu": "on the CPU", "gpu": "on a GPU", "gpu_quantized": "on a GPU, as stored"}

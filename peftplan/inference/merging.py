@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from peftplan.arch.modules import Architecture, Module
 from peftplan.errors import RefusedError
+from peftplan.inference import deltas, requantize
+from peftplan.inference.adapter_file import PROMPT_TYPES, SHARED_PROJECTIONS
+from peftplan.inference.scratch import Array, Device, Scratch
 from peftplan.methods.adaptation import Adaptation
 from peftplan.parameters import Parameter, Parameters
-from peftplan.serving import deltas, requantize
-from peftplan.serving.adapter_file import PROMPT_TYPES, SHARED_PROJECTIONS
-from peftplan.serving.scratch import Array, Device, Scratch
 from peftplan.storage import QuantConfig
 
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
+from peftplan.inference.safetensors import StoredTensor
 from peftplan.methods.adaptation import Adaptation
 from peftplan.parameters import Parameter, Parameters
-from peftplan.serving.safetensors import StoredTensor
 
 PROMPT_TYPES = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 """Virtual tokens: peft saves what the prompt encoder computes, not the encoder, under one key."""

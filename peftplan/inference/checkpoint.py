@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peftplan.arch.modules import Architecture, Shape
+from peftplan.inference.safetensors import StoredTensor, file_bytes
 from peftplan.methods.adaptation import Adaptation
 from peftplan.parameters import Parameters
-from peftplan.serving.safetensors import StoredTensor, file_bytes
 from peftplan.units import GB
 
 MAX_SHARD_BYTES = 50 * GB
@@ -106,7 +106,10 @@ def shards(storages: Iterable[Storage], *, max_shard_bytes: int = MAX_SHARD_BYTE
 
 
 def _names_of_ties(arch: Architecture, adaptation: Adaptation) -> dict[str, str]:
-    """Parameter → the name under which its storage is saved, for what shares one; the input embedding's name wins."""
+    """Parameter → the name under which its storage is saved, for what shares one.
+
+    The input embedding's name wins, or the owner's; where both have been copied, the last of the others by the alphabet.
+    """
     copied = {re.sub(r"\.modules_to_save(?=\.)", "", t.name) for t in adaptation.added if ".modules_to_save." in t.name}
     groups: dict[str, list[str]] = {}
     for alias, owner in arch.ties:
@@ -116,7 +119,7 @@ def _names_of_ties(arch: Architecture, adaptation: Adaptation) -> dict[str, str]
         together = [name for name in members if name not in copied]
         embedding = f"{arch.input_embedding}.weight"
         for name in together:
-            found[name] = embedding if embedding in together else together[0]
+            found[name] = next((main for main in (embedding, members[0]) if main in together), max(together))
     return found
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import parse_dtype
+from peftplan.inference.safetensors import StoredTensor
+from peftplan.inference.scratch import Array, Device, Scratch
 from peftplan.methods.adaptation import Adaptation
 from peftplan.parameters import Parameter, Parameters
-from peftplan.serving.safetensors import StoredTensor
-from peftplan.serving.scratch import Array, Device, Scratch
 
 ONE_PER_LAYER = (".boft_P",)
 """Buffers that all adapters of a layer share; the others come with each adapter."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from math import prod
 
-from peftplan.serving.deltas import Parts, dora_tail, lora_delta
-from peftplan.serving.scratch import Array, Scratch
+from peftplan.inference.deltas import Parts, dora_tail, lora_delta
+from peftplan.inference.scratch import Array, Scratch
 from peftplan.storage import QuantConfig, stored
 from peftplan.units import ceil_div
 

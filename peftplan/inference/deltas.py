@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod
 
-from peftplan.serving.scratch import SIXTEEN_BITS, Array, Scratch
+from peftplan.inference.scratch import SIXTEEN_BITS, Array, Scratch
 
 Parts = Mapping[str, Array]
 Merge = Callable[[Scratch, Array, Parts], None]
