@@ -171,16 +171,19 @@ def run_layers(
     masks = {window: causal_mask(model, dtype or x.dtype, window) if masked else None for window in windows}
     outputs: list[Any] = []
 
-    def layer(number: int, x: Tensor) -> Tensor:
+    def layer(number: int, x: Tensor, mask: Tensor | None) -> Tensor:
         block = blocks[number]
-        window = block.attentions[0].window
-        call = Call(model, style, block, number, tables(window), masks[window])
+        call = Call(model, style, block, number, tables(block.attentions[0].window), mask)
         out = (style.layer or serial)(call, x)
         if style.hands_out_weights and not model.tape.replaying:
             outputs[:] = model.layer_locals[-1:]
         return out
 
-    x = run_stack(model, kinds_of(model), x, layer, name="layers", checkpointed=model.running.checkpointing)
+    def its_mask(number: int) -> tuple[Tensor | None]:
+        return (masks[blocks[number].attentions[0].window],)
+
+    checkpointed = model.running.checkpointing
+    x = run_stack(model, kinds_of(model), x, layer, name="layers", checkpointed=checkpointed, own=its_mask)
     if style.final_norm is not None:
         x = style.norm(model, style.final_norm, x, None)
     outputs.clear()
