@@ -45,6 +45,7 @@ def steady_step(model: Model, program: Program) -> None:
     outputs: list[Tensor] = []
     for number in range(1 if program.keep_gradients else min(program.accumulation, MICRO_BATCHES)):
         model.micro_batch = number
+        f.segment = abs(f.segment) + 1  # forward code again, after the backward of the micro batch before
         f.mark("forward")
         loss = _plain_loss(model, outputs, program) if program.trainer == "plain" else _loss_of_trainer(model, program)
         f.mark("backward")
