@@ -1,6 +1,6 @@
 """A timeline at many sizes at once: the moments that can be a peak, as a matrix of how many tensors of each size are alive.
 
-numpy, from the extra `sweep`. Exact: bytes stay below 2⁵³, where float64 counts every integer.
+numpy, from the extra `sweep`. Exact up to 2⁵³ bytes, where float64 counts every integer; more is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftplan.dtypes import ITEMSIZE
-from peftplan.errors import MissingExtraError
+from peftplan.errors import InputError, MissingExtraError
 from peftplan.memory.ledger import Dim
 from peftplan.memory.timeline import Timeline
 from peftplan.units import ALLOCATION_ROUNDING
@@ -19,6 +19,8 @@ try:
 except ImportError:
     raise MissingExtraError("a grid of sizes (numpy)", "sweep") from None
 
+EXACT = 2**53 // ALLOCATION_ROUNDING
+"""Units of `ALLOCATION_ROUNDING` bytes up to which float64 counts each byte."""
 CHUNK = 2**14
 """Points at a time: what a processor's cache holds."""
 
@@ -64,8 +66,10 @@ class Moments:
                     numel = numel * part[str(dim)]
                 blocks[row] = np.ceil(numel * (number / ALLOCATION_ROUNDING)) if number else numel
             for phase, rows in self.by_phase.items():
-                best = (rows @ blocks).max(axis=0).astype(np.int64)
-                found[phase][start : start + points] = best * ALLOCATION_ROUNDING + standing
+                best = (rows @ blocks).max(axis=0)
+                if best.max() > EXACT:
+                    raise InputError("seq_len", "a grid", "accepted: batches and sequences whose peak is below 8 PiB")
+                found[phase][start : start + points] = best.astype(np.int64) * ALLOCATION_ROUNDING + standing
         return found
 
 

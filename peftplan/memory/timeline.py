@@ -234,18 +234,26 @@ def _net(tape: Tape, start: int, stop: int, sums: set[int]) -> list[int]:
     made = {n for n in log if n > 0}
     freed = {-n for n in log if n < 0}
     kept = [n for n in log if n > 0 and n not in freed]
-    for n in (n for n in log if n < 0 and -n not in made):
-        alike = [k for k in kept if k > 0 and k not in tape.lasting and _alike(tape, k, -n)]
-        twin = next((k for k in alike if tape.names[k] == tape.names[-n]), next(iter(alike), None))
-        if twin is None:
-            kept.append(n)
-        else:
-            kept.remove(twin)
-    return sorted(kept, key=lambda n: n > 0)  # frees first: the copies are one step, and overshoot nothing
+    gone = [-n for n in log if n < 0 and -n not in made]
+    for alike in (_same, _of_one_pass, _alike):  # the closest first: a gradient takes the place of a gradient
+        for n in [*gone]:
+            twin = next((k for k in kept if k not in tape.lasting and alike(tape, k, n)), None)
+            if twin is not None:
+                kept.remove(twin)
+                gone.remove(n)
+    return [*(-n for n in gone), *kept]  # frees first: the copies are one step, and overshoot nothing
 
 
 def _alike(tape: Tape, one: int, other: int) -> bool:
     return (tape.dims[one], tape.dtypes[one]) == (tape.dims[other], tape.dtypes[other])
+
+
+def _of_one_pass(tape: Tape, one: int, other: int) -> bool:
+    return (tape.made[one] > 0) == (tape.made[other] > 0) and _alike(tape, one, other)
+
+
+def _same(tape: Tape, one: int, other: int) -> bool:
+    return tape.names[one] == tape.names[other] and _of_one_pass(tape, one, other)
 
 
 def _category(tape: Tape, number: int, vocab: int | None) -> Category:

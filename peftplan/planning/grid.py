@@ -9,7 +9,7 @@ from typing import Any
 from peftplan.errors import InputError, MissingExtraError
 from peftplan.memory.grid import Moments
 from peftplan.planning.analytic import Compiled
-from peftplan.planning.setup import check_length
+from peftplan.planning.setup import MOST, check_length
 
 try:
     import numpy as np
@@ -39,8 +39,8 @@ def evaluate(compile_at: Callable[[int, int], Compiled], *, batch_size: Any, seq
     """
     b, s = np.broadcast_arrays(np.asarray(batch_size), np.asarray(seq_len))
     for name, values in (("batch_size", b), ("seq_len", s)):
-        if values.dtype.kind not in "iu" or values.size == 0 or values.min() < 1:
-            raise InputError(name, values.tolist(), "accepted: whole numbers of at least 1")
+        if values.dtype.kind not in "iu" or values.size == 0 or values.min() < 1 or values.max() > MOST:
+            raise InputError(name, values.tolist(), f"accepted: whole numbers from 1 to {MOST}")
     check_length(int(s.max()), max_positions)
     flat = {"b": b.astype(np.int64).ravel(), "s": s.astype(np.int64).ravel()}
     first = compile_at(int(flat["b"][0]), int(flat["s"][0]))

@@ -22,7 +22,9 @@ def _dtype(field: str) -> BeforeValidator:
 
 ModelDtype = Annotated[str, _dtype("dtype")]
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)]
-Count = Annotated[int, Field(ge=1, le=2**31)]
+MOST = 2**31
+"""The largest size of a batch, a sequence, …"""
+Count = Annotated[int, Field(ge=1, le=MOST)]
 
 
 class Setup(BaseModel):
