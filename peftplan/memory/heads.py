@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import decoder_heads, encoder_heads, ops, seq2seq_heads
-from peftplan.memory.chunked_loss import trl_chunked
+from peftplan.memory import ops
 from peftplan.memory.loss import causal_lm_loss
 from peftplan.memory.model import Model
-from peftplan.memory.models.bert import ROBERTA
 from peftplan.memory.tape import Tensor
 
 Head = Callable[[Model, Tensor], tuple[Tensor, ...]]
@@ -27,40 +26,44 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     return causal_lm_loss(f, logits), logits
 
 
-HEADS: dict[str, Head] = {
-    "CAUSAL_LM": causal_lm,
-    "IMAGE_CLS": encoder_heads.picture_classification,
-    "SEQ_CLS": decoder_heads.last_token,
-    "TOKEN_CLS": encoder_heads.token_classification,
-    "QUESTION_ANS": encoder_heads.question_answering,
+Place = tuple[str, str]
+"""A module of `peftplan.memory`, imported when a model asks for it, and its function."""
+ROBERTAS = ("roberta", "xlm-roberta")
+
+HEADS: dict[str, Place] = {
+    "CAUSAL_LM": ("heads", "causal_lm"),
+    "IMAGE_CLS": ("encoder_heads", "picture_classification"),
+    "SEQ_CLS": ("decoder_heads", "last_token"),
+    "TOKEN_CLS": ("encoder_heads", "token_classification"),
+    "QUESTION_ANS": ("encoder_heads", "question_answering"),
 }
 """Task → head."""
 
-OF_MODEL: dict[tuple[str, str], Head] = {
-    **{("bert", task): encoder_heads.bert_lm for task in ("MASKED_LM", "CAUSAL_LM")},
-    ("bert", "SEQ_CLS"): encoder_heads.bert_classification,
-    **{(name, task): encoder_heads.roberta_lm for name in ROBERTA for task in ("MASKED_LM", "CAUSAL_LM")},
-    **{(name, "SEQ_CLS"): encoder_heads.hidden_classification for name in ROBERTA},
-    ("deberta-v2", "MASKED_LM"): encoder_heads.deberta_lm,
-    ("deberta-v2", "SEQ_CLS"): encoder_heads.deberta_classification,
-    ("distilbert", "MASKED_LM"): encoder_heads.distilbert_lm,
-    ("distilbert", "SEQ_CLS"): encoder_heads.distilbert_classification,
-    ("distilbert", "QUESTION_ANS"): encoder_heads.distilbert_answering,
-    ("bart", "SEQ_2_SEQ_LM"): seq2seq_heads.bart_lm,
-    ("whisper", "SEQ_2_SEQ_LM"): encoder_heads.language_model,
-    ("bart", "SEQ_CLS"): seq2seq_heads.end_classification,
-    ("t5", "SEQ_2_SEQ_LM"): seq2seq_heads.t5_lm,
-    ("mt5", "SEQ_2_SEQ_LM"): seq2seq_heads.t5_lm,
-    ("t5", "SEQ_CLS"): seq2seq_heads.end_classification,
-    ("mt5", "SEQ_CLS"): seq2seq_heads.end_classification,
-    ("modernbert", "MASKED_LM"): encoder_heads.modernbert_lm,
-    **{("modernbert", task): encoder_heads.modernbert_classification for task in ("SEQ_CLS", "TOKEN_CLS")},
-    ("modernbert", "QUESTION_ANS"): encoder_heads.modernbert_answering,
+OF_MODEL: dict[tuple[str, str], Place] = {
+    **{("bert", task): ("encoder_heads", "bert_lm") for task in ("MASKED_LM", "CAUSAL_LM")},
+    ("bert", "SEQ_CLS"): ("encoder_heads", "bert_classification"),
+    **{(name, task): ("encoder_heads", "roberta_lm") for name in ROBERTAS for task in ("MASKED_LM", "CAUSAL_LM")},
+    **{(name, "SEQ_CLS"): ("encoder_heads", "hidden_classification") for name in ROBERTAS},
+    ("deberta-v2", "MASKED_LM"): ("encoder_heads", "deberta_lm"),
+    ("deberta-v2", "SEQ_CLS"): ("encoder_heads", "deberta_classification"),
+    ("distilbert", "MASKED_LM"): ("encoder_heads", "distilbert_lm"),
+    ("distilbert", "SEQ_CLS"): ("encoder_heads", "distilbert_classification"),
+    ("distilbert", "QUESTION_ANS"): ("encoder_heads", "distilbert_answering"),
+    ("bart", "SEQ_2_SEQ_LM"): ("seq2seq_heads", "bart_lm"),
+    ("whisper", "SEQ_2_SEQ_LM"): ("encoder_heads", "language_model"),
+    ("bart", "SEQ_CLS"): ("seq2seq_heads", "end_classification"),
+    ("t5", "SEQ_2_SEQ_LM"): ("seq2seq_heads", "t5_lm"),
+    ("mt5", "SEQ_2_SEQ_LM"): ("seq2seq_heads", "t5_lm"),
+    ("t5", "SEQ_CLS"): ("seq2seq_heads", "end_classification"),
+    ("mt5", "SEQ_CLS"): ("seq2seq_heads", "end_classification"),
+    ("modernbert", "MASKED_LM"): ("encoder_heads", "modernbert_lm"),
+    **{("modernbert", task): ("encoder_heads", "modernbert_classification") for task in ("SEQ_CLS", "TOKEN_CLS")},
+    ("modernbert", "QUESTION_ANS"): ("encoder_heads", "modernbert_answering"),
 }
 """(model type, task) → head, where a class has its own."""
 
 
-OF_LOSS: dict[str, Head] = {"trl-chunked": trl_chunked}
+OF_LOSS: dict[str, Place] = {"trl-chunked": ("chunked_loss", "trl_chunked")}
 """Loss → head of a causal language model, in place of its own."""
 
 
@@ -74,10 +77,16 @@ def head_of(model: Model) -> Head:
     if loss != "full" and (task != "CAUSAL_LM" or (model_type, task) in OF_MODEL or loss not in OF_LOSS):
         raise NeedsTraceError(f"loss {loss} of task_type {task} of {model_type}")
     if loss != "full":
-        return OF_LOSS[loss]
+        return _found(OF_LOSS[loss])
     found = OF_MODEL.get((model_type, task)) or HEADS.get(task)
     if task == "TOKEN_CLS" and model.arch.blocks[0].stack == "decoder":
-        found = decoder_heads.every_token
+        found = ("decoder_heads", "every_token")
     if found is None:
         raise NeedsTraceError(f"task_type {task} of {model_type}: its activations need --engine trace")
+    return _found(found)
+
+
+def _found(place: Place) -> Head:
+    module, function = place
+    found: Head = getattr(import_module(f"peftplan.memory.{module}"), function)
     return found

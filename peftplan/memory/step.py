@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from peftplan.memory.batch import batch_of
-from peftplan.memory.chunked_loss import loss_of_trl
 from peftplan.memory.heads import head_of
 from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
@@ -83,6 +82,8 @@ def _loss_of_trainer(model: Model, program: Program) -> Tensor:
     if f.autocast:
         outputs = [f.to(x.detach(), "fp32") if x.dtype in HALF else x for x in outputs]
     if program.trainer == "trl" and model.running.loss == "trl-chunked":
+        from peftplan.memory.chunked_loss import loss_of_trl
+
         loss = loss_of_trl(f, *outputs)
     model.kept.clear()
     return loss

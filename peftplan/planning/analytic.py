@@ -14,7 +14,7 @@ from peftplan.memory.attention import FLASH_CAPABILITY, MASK_MULTIPLE
 from peftplan.memory.ledger import Ledger, Line
 from peftplan.memory.load import load_passing
 from peftplan.memory.loss_sizes import LossSizes
-from peftplan.memory.methods import ADAPTERS
+from peftplan.memory.methods import ADAPTERS, adapter_of
 from peftplan.memory.model import PROMPTED, Model, Running
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.quantized import QUANTIZED
@@ -22,8 +22,6 @@ from peftplan.memory.step import Program, steady_step
 from peftplan.memory.tape import Tape
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.methods.adaptation import adapter_on_host
-from peftplan.methods.bottleneck import BOTTLENECKS, refuse_unplaced
-from peftplan.methods.virtual_tokens import check_prefix
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters
 from peftplan.planning.result import Peaks
@@ -162,7 +160,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         job.adaptation,
         _running(job, compute_capability),
         job.quant,
-        adapter=ADAPTERS.get(str(job.method and job.method.peft_type)),
+        adapter=adapter_of(job.method and job.method.peft_type),
     )
     steady_step(model, _program(job))
     found = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
@@ -222,9 +220,9 @@ def _check(job: Job) -> None:
     if job.adaptation.matched and job.method.peft_type not in (*ADAPTERS, "LN_TUNING"):
         raise NeedsTraceError(f"activations of method {job.method.name}")
     _check_virtual_tokens(job)
-    if getattr(job.config, "rank_dropout", 0):
-        raise NeedsTraceError(f"rank_dropout of {job.method.name}")
-    if job.method.name in BOTTLENECKS:
+    if job.method.module == "bottleneck":
+        from peftplan.methods.bottleneck import refuse_unplaced
+
         refuse_unplaced(job.architecture, job.adaptation)
     if job.setup.gradient_checkpointing and job.setup.use_reentrant:
         raise NeedsTraceError("reentrant checkpointing")
@@ -241,9 +239,7 @@ def _check_virtual_tokens(job: Job) -> None:
         return
     if job.architecture.task_type not in PEFT_TASKS or job.architecture.model_type in SOUND:
         raise RefusedError("peft 0.21.2 refuses it: KeyError: None")  # its class for a task type that it does not know
-    if job.architecture.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or (
-        peft_type == "PREFIX_TUNING" and job.architecture.task_type == "SEQ_2_SEQ_LM"
-    ):
+    if job.architecture.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise NeedsTraceError(f"virtual tokens of task_type {job.architecture.task_type}")
     latent = any(a.variant == "mla" and a.num_attention_heads > 1 for block in job.architecture.blocks for a in block.attentions)
     if peft_type == "PREFIX_TUNING" and latent:
@@ -251,6 +247,8 @@ def _check_virtual_tokens(job: Job) -> None:
             "transformers 5.24 refuses it: RuntimeError: a prefix with keys of each head beside a cache of latents"
         )
     if peft_type == "PREFIX_TUNING":
+        from peftplan.methods.virtual_tokens import check_prefix
+
         check_prefix(job.architecture, cast("Any", job.config), batch_size=job.setup.batch_size)
     if peft_type == "PREFIX_TUNING" and job.architecture.model_type in OWN_PREFIX:
         raise NeedsTraceError(f"a prefix of model type {job.architecture.model_type}")

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from peftplan.memory.methods.adalora import adalora
-from peftplan.memory.methods.boft import boft
-from peftplan.memory.methods.deltas import fourierft, loha, lokr
-from peftplan.memory.methods.ia3 import ia3
-from peftplan.memory.methods.lora import lora
-from peftplan.memory.methods.oft import oft
-from peftplan.memory.methods.vera import vera
+from importlib import import_module
+
 from peftplan.memory.model import Adapter
 
-ADAPTERS: dict[str, Adapter] = {
-    "ADALORA": adalora,
-    "BOFT": boft,
-    "FOURIERFT": fourierft,
-    "IA3": ia3,
-    "LOHA": loha,
-    "LOKR": lokr,
-    "LORA": lora,
-    "OFT": oft,
-    "VERA": vera,
+ADAPTERS: dict[str, tuple[str, str]] = {
+    "ADALORA": ("adalora", "adalora"),
+    "BOFT": ("boft", "boft"),
+    "FOURIERFT": ("deltas", "fourierft"),
+    "IA3": ("ia3", "ia3"),
+    "LOHA": ("deltas", "loha"),
+    "LOKR": ("deltas", "lokr"),
+    "LORA": ("lora", "lora"),
+    "OFT": ("oft", "oft"),
+    "VERA": ("vera", "vera"),
 }
-"""peft type → how it wraps a linear layer. Methods that are not here, and add tensors to modules, need the trace engine."""
+"""peft type → module of this folder and its function: how it wraps a linear layer. Methods that are not here, and add
+tensors to modules, need the trace engine."""
+
+
+def adapter_of(peft_type: str | None) -> Adapter | None:
+    """How a peft type wraps a linear layer; None for those that do not."""
+    if peft_type not in ADAPTERS:
+        return None
+    module, function = ADAPTERS[peft_type]
+    found: Adapter = getattr(import_module(f"peftplan.memory.methods.{module}"), function)
+    return found
