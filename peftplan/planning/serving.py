@@ -91,7 +91,7 @@ def serving(
         held=_held(job, request, file),
         cache=_unless_refused(refused, "kv_cache", lambda: _cache(job, request)),
         refused=refused,
-        assumptions=_assumptions(job, request),
+        assumptions=_assumptions(job, request, merges=bool(merges)),
     )
 
 
@@ -218,15 +218,18 @@ def _cache(job: Job, request: Request) -> Cache:
     return Cache(tensors, context)
 
 
-def _assumptions(job: Job, request: Request) -> dict[str, Any]:
+def _assumptions(job: Job, request: Request, *, merges: bool) -> dict[str, Any]:
     """Every value that the numbers rest on."""
     _, trained_dtype = adapter_dtypes(job.setup)
     arch = job.architecture
     assumed: dict[str, Any] = {"model": arch.source, "model_class": arch.model_class, "dtype": job.setup.dtype}
-    assumed |= {"quant": job.quant.name if job.quant else "none", "double_quant": bool(job.quant and job.quant.double_quant)}
+    assumed |= {"quant": job.quant.name if job.quant else "none"}
+    assumed |= {"double_quant": job.quant.double_quant} if job.quant else {}
     assumed |= {"trainer": job.setup.trainer, "adapter_dtype": trained_dtype or job.setup.adapter_dtype}
-    assumed |= {"merge_adapter_dtype": LOADED_ADAPTER_DTYPE}
-    assumed |= {key: value for key, value in request.model_dump().items() if value is not None}
+    assumed |= {"merge_adapter_dtype": LOADED_ADAPTER_DTYPE} if merges else {}
+    assumed |= request.model_dump(exclude={"encoder_context"})
+    if arch.task_type == "SEQ_2_SEQ_LM":
+        assumed["encoder_context"] = kv_cache.encoder_positions(arch) or request.encoder_context or request.context
     assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in job.adaptation.resolved if value}
     notes = [*arch.notes, *job.adaptation.notes]
     return assumed | ({"notes": notes} if notes else {})

@@ -30,7 +30,7 @@ def cpu_temporaries(build: Callable[[], Any]) -> int:
 
 
 class Storages(TorchDispatchMode):
-    """Bytes of all storages alive, those of a model from the start. Meta tensors take a GPU's path: nothing is cast on the way."""
+    """Bytes of all storages alive, those of a model from the start. Meta tensors take a GPU's path: no cast copies."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

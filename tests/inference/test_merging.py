@@ -110,7 +110,7 @@ def test_into_weights_of_4_bits_by_hand() -> None:
     merges = {m.place: m for m in peftplan.serving("llama-2-7b", method="qlora", r=16).merges}
     found, n = merges["gpu_quantized"], 11008 * 4096
     blocks = n // 64
-    # weight, absmax, code, nested absmax (11,008 B), nested code, offset; and twice the absmax in fp32 while it is quantized itself
+    # weight, absmax, code, nested absmax (11,008 B), nested code, offset; and twice the absmax in fp32 as it is quantized itself
     new = n // 2 + blocks + 512 + 22 * 512 + 1024 + 512 + 2 * 4 * blocks
     assert found.need.num_bytes == 2 * n + 4 * n + 4 * n + 4 * n + new
     assert found.need.host_bytes == 4 * n
