@@ -97,7 +97,7 @@ def build(
     for module in arch.modules:
         weight_layers = converted.get(module.name, frozenset())
         for param, shape in arch.owned_params(module):
-            prepared = upcast or _loaded_dtype(arch, f"{module.name}.{param}", dtype)
+            prepared = upcast or loaded_dtype(arch, f"{module.name}.{param}", dtype=dtype)
             trains = trained.get((module.name, param), frozenset())
             for is_converted, is_trained, layers in _split(module, weight_layers, trains):
                 copies = len(layers)
@@ -264,7 +264,7 @@ def _last_parameter(arch: Architecture) -> str:
     return f"{name}.{arch.owned_params(module)[-1][0]}"
 
 
-def _loaded_dtype(arch: Architecture, name: str, dtype: str) -> str:
+def loaded_dtype(arch: Architecture, name: str, *, dtype: str) -> str:
     """fp32 for what a class keeps so, by its name or a part of it, else `dtype`.
 
     Source: `_get_dtype_plan` (transformers 5.24, modeling_utils.py): `_keep_in_fp32_modules` when loaded in fp16, the strict

@@ -9,7 +9,7 @@ does the same tensor by tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 
 from peftplan.dtypes import ITEMSIZE
@@ -21,21 +21,25 @@ SOURCE = "transformers 5.24: loading a quantized model"
 Key = tuple[tuple[bool, int, str], ...]
 
 
-def load_passing(parameters: Parameters, buffers: Ledger, *, dtype: str, doubled: bool) -> tuple[Line, ...]:
+def load_passing(
+    parameters: Parameters, buffers: Ledger, *, dtype: str, dtype_of: Callable[[str], str], doubled: bool
+) -> tuple[Line, ...]:
     """What the peak of loading holds beyond the tensors that last: one line, or none where the end is the peak.
 
-    `dtype` is what weights are loaded in; `doubled`: double quantization, whose fp32 absmax passes twice.
+    `dtype` is what quantized weights are loaded in, `dtype_of` a name what others are; `doubled`: double quantization, whose fp32
+    absmax passes twice.
     """
     base = [p for p in parameters.all if p.owner == "base"]
     if not any(p.quantized for p in base):
         return ()
+    loaded = {id(p): _loaded(p, dtype_of(p.name)) for p in base}
     once = sum(round512(a.nbytes) for a in parameters.shared)
     end = once + sum(_bytes(p) * p.copies for p in parameters.all) + buffers.bytes()
-    peak = max(once + _quantizing(base, dtype=dtype, doubled=doubled), _preparing(base, buffers, once, dtype=dtype))
+    peak = max(once + _quantizing(base, loaded, dtype=dtype, doubled=doubled), _preparing(base, loaded, buffers, once))
     return (Line("weights while loading", "temporaries", "uint8", (peak - end,), 1, SOURCE),) if peak > end else ()
 
 
-def _quantizing(base: list[Parameter], *, dtype: str, doubled: bool) -> int:
+def _quantizing(base: list[Parameter], loaded: dict[int, int], *, dtype: str, doubled: bool) -> int:
     """The highest level while weights arrive and are quantized.
 
     Levels only grow, so of each family the last layer decides, and of its layers all tensors but some of the last come before.
@@ -45,7 +49,7 @@ def _quantizing(base: list[Parameter], *, dtype: str, doubled: bool) -> int:
     for key, p in places:
         if not p.quantized:
             continue
-        level = sum(_before(other, place, key) * _loaded(other, dtype) for place, other in places)
+        level = sum(_before(other, place, key) * loaded[id(other)] for place, other in places)
         passing = round512(ITEMSIZE[dtype] * p.numel)
         absmax = next((a for a in p.allocations if a.name == "absmax"), None)
         if doubled and absmax is not None:
@@ -54,12 +58,12 @@ def _quantizing(base: list[Parameter], *, dtype: str, doubled: bool) -> int:
     return peak
 
 
-def _preparing(base: list[Parameter], buffers: Ledger, once: int, *, dtype: str) -> int:
+def _preparing(base: list[Parameter], loaded: dict[int, int], buffers: Ledger, once: int) -> int:
     """The highest level while kbit preparation makes fp32 copies, one weight after the other."""
-    level = once + buffers.bytes() + sum(p.copies * _loaded(p, dtype) for p in base)
+    level = once + buffers.bytes() + sum(p.copies * loaded[id(p)] for p in base)
     peak = level
     for p in base:
-        wide, low = _bytes(p), _loaded(p, dtype)
+        wide, low = _bytes(p), loaded[id(p)]
         if not p.quantized and wide > low:
             peak = max(peak, level + (p.copies - 1) * (wide - low) + wide)
             level += p.copies * (wide - low)

@@ -370,17 +370,19 @@ def run_stack(
     model: Model,
     kinds: tuple[int, ...],
     x: Tensor,
-    call: Callable[[int, Tensor], Tensor],
+    call: Callable[..., Tensor],
     *,
     name: str,
     checkpointed: bool,
     sums: set[int] | None = None,
     holds: bool = False,
+    own: Callable[[int], tuple[Any, ...]] | None = None,
 ) -> Tensor:
     """Run the first layer of each kind, then the last of each; `kinds[l]` is the kind of layer l.
 
     The layers between stand in the log as copies of the last of their kind (`memory.timeline`). `sums`: the gradients of what all
-    layers read (`shared`). `holds`: the caller keeps what every layer returns until the forward ends.
+    layers read (`shared`). `holds`: the caller keeps what every layer returns until the forward ends. `own`: further arguments of
+    a layer, which it holds alone.
     """
     f = model.tape
     name = f"{name}/{model.micro_batch}" if model.micro_batch else name
@@ -389,9 +391,9 @@ def run_stack(
     middle = f"{name} {len(set(kinds))}"
     places = {section: section if _in_runs(kinds) else middle for section in copies}
 
-    def run(layer: int, x: Tensor) -> Tensor:
+    def run(layer: int, x: Tensor, *given: Any) -> Tensor:
         try:
-            return call(layer, x)
+            return call(layer, x, *given)
         finally:
             model.layer_locals.clear()
 
@@ -399,7 +401,8 @@ def run_stack(
     model.stacks.append(stack)
     for number, layer in enumerate(sections):
         x = boundary(f, x, f"{name} {number}")
-        x = f.checkpoint(run, layer, x) if checkpointed else run(layer, x)
+        given = own(layer) if own else ()
+        x = f.checkpoint(run, layer, x, *given) if checkpointed else run(layer, x, *given)
         if x.storage is not None:
             stack.passed.add(x.storage.number)
     return boundary(f, x, f"{name} end")
@@ -408,8 +411,8 @@ def run_stack(
 def sections_of(kinds: tuple[int, ...], *, summing: bool = False) -> tuple[list[int], dict[int, int]]:
     """The layers that are run, first of each kind and then last of each; section → how many more layers it stands for.
 
-    In the order of the layers where those of a kind follow each other. `summing`: the layer before the last as well, where all add
-    to one gradient.
+    In the order of the layers where those of a kind follow each other. `summing`: the layer before the last as well, where all
+    add to one gradient.
     """
     first = {kind: layer for layer, kind in reversed([*enumerate(kinds)])}
     last = {kind: layer for layer, kind in enumerate(kinds) if layer != first[kind]}

@@ -23,7 +23,7 @@ from peftplan.memory.tape import Tape
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.methods.adaptation import adapter_on_host
 from peftplan.optim import parse_optim
-from peftplan.parameters import Parameters
+from peftplan.parameters import Parameters, loaded_dtype
 from peftplan.planning.result import Peaks
 from peftplan.planning.script import Script
 from peftplan.planning.setup import Setup
@@ -166,10 +166,11 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     found = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
     lasting = tuple(line for line in static if line.category != "gradients" and line.place == "device")
     buffers = Ledger(tuple(line for line in lasting if line.category == "buffers"))
+    dtype_of = partial(loaded_dtype, architecture, dtype=setup.dtype)
     doubled = job.quant is not None and bool(job.quant.double_quant)
     loaded = tuple(line for line in lasting if line.category != "optimizer_states")
     standing = Ledger(lasting + _workspaces(found.products, compute_capability))
-    loading = Ledger(loaded + load_passing(parameters, buffers, dtype=setup.dtype, doubled=doubled))
+    loading = Ledger(loaded + load_passing(parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled))
     return Compiled(
         architecture,
         found,

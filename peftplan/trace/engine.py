@@ -257,7 +257,7 @@ def _tracker(built: Built, given: Inputs, setup: Setup, capability: Capability) 
 
     tracker = Tracker(
         is_logits=is_logits,
-        scalar=lambda tensor: _scalar(tensor, tracker.made_by(tensor), padding=setup.padding),
+        scalar=lambda tensor: _scalar(tensor, tracker.made_by(tensor), padding=setup.padding and not tracker.of_ones(tensor)),
         temporaries=KERNEL_TEMPORARIES,
         before=Workspaces(capability).before,
     )

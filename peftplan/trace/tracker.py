@@ -7,6 +7,7 @@ storages that are resized in place.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,15 @@ DEVICE_OF = torch.ops.prim.device.default
 SUM = torch.ops.aten.add.Tensor
 ALONE = 2
 """References to a storage that one tensor has: the tensor's, and the name by which it is asked."""
+_ATEN = torch.ops.aten
+KEEP_ONES = frozenset({_ATEN._to_copy.default, _ATEN.all.default, _ATEN.mul.Tensor})
+"""Operations that leave ones what they are."""
+MAKE_ONES: dict[Any, Callable[..., bool]] = {
+    _ATEN.ones.default: lambda size: True,
+    _ATEN.eq.Tensor: lambda a, b: a is b,
+    _ATEN.ne.Scalar: lambda a, b: b == math.inf,
+}
+"""Operations that make ones, if this holds of their arguments: new masks, and both halves of `isfinite` of finite values."""
 IGNORED = frozenset({torch.ops.aten.detach.default})
 """Operations that make no storage and come often."""
 
@@ -50,6 +60,8 @@ class Storage:
     category: Category | None = None
     name: str | None = None
     freed_segment: int | None = None
+    ones: bool = False
+    """Whether every element is known to be one."""
 
 
 class Moment(NamedTuple):
@@ -120,6 +132,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
             self._see(out, func, args[0] if args else None)
+            if func in MAKE_ONES or func in KEEP_ONES:
+                self._note_ones(out, func, args)
         elif isinstance(out, (tuple, list)):
             listed = bool(args) and isinstance(args[0], (tuple, list)) and len(args[0]) == len(out)
             for number, item in enumerate(out):
@@ -249,6 +263,18 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunction():
             known = self._live.get(tensor.untyped_storage()._cdata)
         return "" if known is None else known.record.op
+
+    def _note_ones(self, out: torch.Tensor, func: Any, args: Any) -> None:
+        if MAKE_ONES[func](*args) if func in MAKE_ONES else all(self.of_ones(a) for a in args if isinstance(a, torch.Tensor)):
+            with torch._C.DisableTorchFunction():
+                made = self._live.get(out.untyped_storage()._cdata)
+            if made is not None:
+                made.record.ones = True
+
+    def of_ones(self, tensor: torch.Tensor) -> bool:
+        """Whether every element of a tensor is known to be one."""
+        known = self._live.get(tensor.untyped_storage()._cdata)
+        return known is not None and known.record.ones
 
     def forget(self, tensors: Iterable[torch.Tensor]) -> None:
         """Take tensors out of the log that do not live on the device."""

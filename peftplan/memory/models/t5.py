@@ -1,7 +1,7 @@
 """T5 and mT5 (transformers 5.24, models/t5/modeling_t5.py): relative positions from layer 0, which all layers of a stack add.
 
-Under sdpa the positions are a mask with a gradient where they train, which only torch's math kernel takes. Left out: the clamps
-of fp16.
+Under sdpa the positions are a mask with a gradient where they train, which only torch's math kernel takes. `wo` stays fp32, so
+that beside fp16 weights the hidden states are fp32 from the first feed-forward on.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ def t5(model: Model) -> Tensor:
     model.can_cache = model.arch.task_type == "SEQ_2_SEQ_LM"
     if not any(block.stack == "decoder" for block in model.arch.blocks):
         raise NeedsTraceError(f"the encoder of {model.arch.model_type} alone")
-    if model.running.dtype == "fp16":
-        raise NeedsTraceError(f"{model.arch.model_type} in fp16")
     prefix = "transformer." if model.has("transformer.shared") else ""
     encoded = Stack(model, prefix, "encoder").run(None, None)
     model.tape.module = ""
@@ -74,6 +72,23 @@ def by_head(a: Attention, x: Tensor) -> Tensor:
     """`view(…).transpose(1, 2)`."""
     b, s, _ = x.dims
     return x.view((b, a.num_attention_heads, s, a.head_dim))
+
+
+def clamped(f: Tape, x: Tensor) -> Tensor:
+    """`clamp(x, -bound, bound)` of fp16 states, whose bound depends on `isinf(x)` (`abs`, then a comparison): keeps x."""
+    if x.dtype != "fp16":
+        return x
+    size = f.new(x.dims, x.dtype, "abs")
+    infinite = f.new(x.dims, "bool", "eq")
+    del size, infinite
+    return f.new(x.dims, x.dtype, "clamp", f.record(_clamped_backward, (x,), x))
+
+
+def _clamped_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    above, below = (f.new(g.dims, "bool", op) for op in ("ge", "le"))
+    out = f.new(g.dims, g.dtype, "where")
+    del above, below
+    return out
 
 
 class Stack:
@@ -127,10 +142,11 @@ class Stack:
         if number == 0 and self.biases:  # recomputed last: no other layer holds what it made, nor will
             self.biases.clear()
             self.recomputed = True
-        x = self.attended("0.SelfAttention", own, number, x, None)
+        f = self.model.tape
+        x = clamped(f, self.attended("0.SelfAttention", own, number, x, None))
         if cross:
-            x = self.attended("1.EncDecAttention", cross[0], number, x, states)
-        return self.feed_forward(number, x)
+            x = clamped(f, self.attended("1.EncDecAttention", cross[0], number, x, states))
+        return clamped(f, self.feed_forward(number, x))
 
     def attended(self, part: str, a: Attention, number: int, x: Tensor, states: Tensor | None) -> Tensor:
         """`T5LayerSelfAttention.forward`, `T5LayerCrossAttention.forward`."""
