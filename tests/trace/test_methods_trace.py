@@ -77,13 +77,16 @@ def bytes_of(trace: Traced, part: str, *, phase: str = "step") -> int:
 @pytest.mark.parametrize("peft_type", sorted({t.value for t in peft.PeftType} - REFUSED.keys()))
 def test_every_type_traces_with_pefts_counts(peft_type: str) -> None:
     config = of(peft_type, **OPTIONS.get(peft_type, {"target_modules": QV}))
-    trace = traced(llama(), config, **SHORT)
-    counted = count_with_peft(llama(), config, task_type="CAUSAL_LM")
+    model = llama(2 if peft_type in ACROSS_LAYERS else 1)
+    trace = traced(model, config, **SHORT)
+    counted = count_with_peft(model, config, task_type="CAUSAL_LM")
     assert trace.num_trainable == counted.num_trainable
     assert 0 < trace.peak_by_phase["load"] < trace.peak_by_phase["forward"]
     assert trace.by_category("step")["optimizer_states"] >= 2 * 4 * trace.num_trainable * (peft_type not in BASE_DTYPE)
 
 
+ACROSS_LAYERS = ("ADAPTION_PROMPT", "LILY", "RANDLORA", "SHADOW", "UNILORA", "VBLORA", "VERA", "PVERA")
+"""Types whose layers share something, or that count them."""
 BASE_DTYPE = ("ADAPTION_PROMPT", "LN_TUNING", "OSF", "SHADOW", "TRAINABLE_TOKENS", "LILY", "VBLORA")
 """Types of which something that trains keeps the base's bf16, or is shared."""
 
