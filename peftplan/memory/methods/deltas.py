@@ -1,8 +1,7 @@
 """Methods that make the whole update ΔW in each forward: LoHa, LoKr, FourierFT.
 
 Source: peft 0.21.2, tuners/{loha,lokr,fourierft}/layer.py. ΔW is as large as the layer's weight, in the adapter's dtype; `linear`
-keeps it where the layer's input has a gradient. Left out: `module_dropout`, which skips adapters at random, and LoHa's and LoKr's
-`rank_dropout`, which multiplies ΔW in place.
+keeps it where the layer's input has a gradient. Left out: `module_dropout`, which skips adapters at random.
 """
 
 from __future__ import annotations
@@ -20,22 +19,42 @@ Base = Callable[[Tensor], Tensor]
 
 def loha(f: Tape, part: Part, x: Tensor, base: Base, running: Running) -> Tensor:
     """`result + ΔW x`, with ΔW = (W1a W1b) ∘ (W2a W2b)."""
-    return _added(f, part, x, base, _hadamard)
+    return _added(f, part, x, base, _hadamard, running)
 
 
 def lokr(f: Tape, part: Part, x: Tensor, base: Base, running: Running) -> Tensor:
     """`result + ΔW x`, with ΔW = W1 ⊗ W2, either factor whole or a product."""
-    return _added(f, part, x, base, _kronecker)
+    return _added(f, part, x, base, _kronecker, running, is_view=True)
 
 
-def _added(f: Tape, part: Part, x: Tensor, base: Base, delta: Callable[[Tape, Part], Tensor]) -> Tensor:
+def _added(
+    f: Tape, part: Part, x: Tensor, base: Base, delta: Callable[[Tape, Part], Tensor], running: Running, *, is_view: bool = False
+) -> Tensor:
     given = x.dtype
     result = base(x)
     f.module = part.name
-    out = _applied(f, delta(f, part), x)
+    out = _applied(f, _dropped(f, delta(f, part), is_view=is_view) if running.config.rank_dropout else delta(f, part), x)
     total = ops.add(f, result, out)
     del result, out
     return f.to(total, given)  # type: ignore[no-any-return]
+
+
+def _dropped(f: Tape, weight: Tensor, *, is_view: bool) -> Tensor:
+    """`rank_dropout`: `weight *= drop`, which keeps one number per row; a view's gradient is copied twice (`CopySlices`)."""
+    drop = f.new((weight.dims[0], 1), weight.dtype, "rank_dropout")
+    backward = _dropped_view_backward if is_view else _dropped_backward
+    return Tensor(weight.storage, weight.dims, weight.dtype, f.record(backward, (weight,), drop))
+
+
+def _dropped_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "mul")
+
+
+def _dropped_view_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    out = f.new(g.dims, g.dtype, "CopySlices")
+    passing = f.new(g.dims, g.dtype, "clone"), f.new(g.dims, g.dtype, "mul")
+    del passing
+    return out
 
 
 def _applied(f: Tape, weight: Tensor, x: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ def _rotated(f: Tape, x: Tensor, weight: Any, n_in: int, config: Any) -> Tensor:
         rotation = f.new((blocks, k, k), rotation.dtype, "repeat", node)
     b, s, _ = x.dims
     product = ops.matmul(f, x.view((blocks, b, s, k)), rotation, (blocks, b, s, k))
-    return ops.copied(f, product, "clone", x.dims) if blocks > 1 else product.view(x.dims)
+    rotated = ops.copied(f, product, "clone", x.dims) if blocks > 1 else product.view(x.dims)
+    return f.to(rotated, x.dtype)  # type: ignore[no-any-return]
 
 
 def _repeated_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:

@@ -1,0 +1,52 @@
+"""Virtual tokens before encoder-decoders, prefixes of families with caches of their own, and what peft refuses of either."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peftplan import estimate
+from peftplan.errors import RefusedError
+from tests.memory.engines import OFF, PLAIN, TOLERANCE, TRAINER, phases, shallow
+
+TOKENS = {"num_virtual_tokens": 20}
+EAGER = {"attn_implementation": "eager", "padding": True}
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "options"),
+    [
+        ("prompt-tuning", "bart-base", PLAIN),
+        ("p-tuning", "mt0-small", {**TRAINER, **EAGER}),
+        ("prefix-tuning", "bart-base", {**OFF, "dtype": "fp32"}),
+        ("prefix-tuning", "bloom-560m", {**OFF, **EAGER}),
+        ("prefix-tuning", "gemma-3-270m", PLAIN),
+        ("prefix-tuning", "gpt2", {**OFF, **EAGER}),
+    ],
+)
+def test_each_phase_peaks_where_the_trace_does(method: str, model: str, options: dict[str, Any]) -> None:
+    """Load, forward, backward and step."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    config = shallow(model)
+    analytic, traced = (phases(config, engine, method=method, **TOKENS, **options) for engine in ("analytic", "trace"))
+    assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "reason"),
+    [
+        ("bert-base-cased", "prompt-tuning", "KeyError: None"),
+        ("whisper-tiny", "prompt-tuning", "KeyError: None"),
+        ("mt0-small", "prefix-tuning", r"shape '\[1, 20, 4, 6, 85\]' is invalid for input of size 40960"),
+        ("falcon-7b", "prefix-tuning", "izes.* must match"),
+    ],
+)
+def test_both_engines_refuse_what_peft_does(model: str, method: str, reason: str) -> None:
+    """A task type that peft has no class for, heads that do not divide the width, keys of another shape."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    for engine in ("analytic", "trace"):
+        with pytest.raises(RefusedError, match=reason):
+            estimate(shallow(model, 2), method=method, engine=engine, seq_len=32, **TOKENS, **OFF)  # type: ignore[arg-type]
