@@ -318,10 +318,11 @@ def _adapt(
             raise
     from peftplan.trace.count import count_with_peft
 
-    return count_with_peft(_config_of(model, setup), adapter, task_type=architecture.task_type)
+    return count_with_peft(config_of(model, setup), adapter, task_type=architecture.task_type)
 
 
-def _config_of(model: Any, setup: Setup) -> dict[str, Any]:
+def config_of(model: Any, setup: Setup) -> dict[str, Any]:
+    """The model's config with what the setup says about labels."""
     labels = {} if setup.num_labels is None else {"num_labels": setup.num_labels}
     return {**architectures.load_config(model), **labels}
 
@@ -331,7 +332,7 @@ def _traced(job: Job, cards: list[Gpu], **how: Any) -> Peaks:
     from peftplan.planning.traced import trace_peaks, traced_config
 
     return trace_peaks(
-        _config_of(job.model, job.setup),
+        config_of(job.model, job.setup),
         architecture=job.architecture,
         peft_config=traced_config(job.method, job.config, job.adapter, job.adaptation),
         quant=job.quant,

@@ -13,7 +13,7 @@ from peftplan.errors import InputError, RefusedError
 from peftplan.inference import adapter_file, checkpoint, held, kv_cache, merging
 from peftplan.inference.safetensors import file_bytes
 from peftplan.inference.scratch import Device
-from peftplan.planning.estimate import adapter_dtypes, config_facts, model_facts, prepare
+from peftplan.planning.estimate import adapter_dtypes, config_facts, config_of, model_facts, prepare
 from peftplan.planning.job import Job
 from peftplan.planning.serving_result import AdapterFile, Cache, Checkpoint, Held, MergeMemory, Serving
 from peftplan.planning.setup import Count, first_error
@@ -129,9 +129,19 @@ def _file(job: Job, given: Mapping[str, Any]) -> AdapterFile:
     peft_type = _peft_type(job)
     if peft_type is None:
         raise RefusedError(f"{_name(job)} is no method of peft, which writes no adapter file for it")
-    if job.method is None:
-        raise RefusedError(f"which tensors peft saves of {_name(job)} is not described here")
     adapter_dtype, trained_dtype = adapter_dtypes(job.setup)
+    if job.method is None:
+        from peftplan.trace.saved import saved_tensors
+
+        base_dtype = "fp32" if job.setup.kbit_prepare else job.setup.dtype
+        kept = saved_tensors(
+            config_of(job.model, job.setup),
+            job.adapter,
+            task_type=job.architecture.task_type,
+            dtype=base_dtype,
+            adapter_dtype=trained_dtype or adapter_dtype,
+        )
+        return AdapterFile(file_bytes(kept), kept)
     trained = parameters.build(
         job.architecture,
         job.adaptation,

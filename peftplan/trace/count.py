@@ -46,7 +46,7 @@ def count_with_peft(config: Mapping[str, Any], peft_config: Mapping[str, Any] | 
         base = Base.of(model)
         try:
             method = _config_object(peft_config, task_type)
-            adapted = _adapted(model, method)
+            adapted = on_meta(model, method)
             if freeze_a:
                 peft.optimizers.create_lorafa_optimizer(adapted, r=method.r, lora_alpha=method.lora_alpha, lr=LORAFA_LR)
         except PeftplanError:
@@ -82,7 +82,8 @@ class Base:
         return sum(param.numel() for _, param in self.params)
 
 
-def _adapted(model: Any, method: Any) -> Any:
+def on_meta(model: Any, method: Any) -> Any:
+    """`get_peft_model` of a model on the meta device."""
     import torch
 
     with stand_ins(method.peft_type.value), torch.device("meta"):
