@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from peftplan.cli import main
 from peftplan.report import progress
 from tests.cli.test_exit import ENVIRONMENT, in_terminal
 
@@ -33,12 +35,6 @@ MAIN = "\nfrom peftplan.cli import main\nimport sys\nmain(sys.argv[1:])"
 JOB = ("estimate", "gpt2", "--method", "lora", "--engine", "trace", "--seq-len", "32")
 
 
-def finished(code: str, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        (sys.executable, "-c", code + MAIN, *args), capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=120
-    )
-
-
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     command = (sys.executable, "-c", WAITS + MAIN, *JOB, "--timeline", str(tmp_path / "log.json"))
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
@@ -51,18 +47,21 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failing_trace_says_what_and_where(tmp_path: Path) -> None:
-    code = """
-import torch
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
-def forward(self, hidden_states):
-    return hidden_states @ torch.zeros(3, 3)
-GPT2MLP.forward = forward
-"""
-    done = finished(code, *JOB, "--timeline", str(tmp_path / "log.png"))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("peftplan: trace: forward fails in transformer.h.0.mlp")
-    assert done.stderr.count("\n") == 1
+def test_a_failing_trace_says_what_and_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    def forward(self: Any, hidden_states: Any) -> Any:
+        return hidden_states @ torch.zeros(3, 3)
+
+    monkeypatch.setattr("transformers.models.gpt2.modeling_gpt2.GPT2MLP.forward", forward)
+    with pytest.raises(SystemExit) as done:
+        main([*JOB, "--timeline", str(tmp_path / "log.png")])
+    out, err = capsys.readouterr()
+    assert (done.value.code, out) == (2, "")
+    assert err.startswith("peftplan: trace: forward fails in transformer.h.0.mlp")
+    assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
