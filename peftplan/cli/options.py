@@ -65,8 +65,11 @@ TRAINING: dict[str, str] = {
     "--keep-outputs/--drop-outputs": "whether the caller holds the model's outputs through backward and step",
     "--keep-gradients/--drop-gradients": "whether gradients stay allocated (zero_grad(set_to_none=False))",
 }
-NOT_FIELDS = ("model", "method", "peft_config", "quantization_config", "training_args", "gpu", "engine", "record", "progress")
-"""Arguments of `estimate` that are no fields of a method, so that --set does not take them."""
+NOT_FIELDS = (
+    *("model", "method", "peft_config", "quantization_config", "training_args", "gpu", "engine", "record", "progress"),
+    *("adapters", "context", "encoder_context", "serving_dtype", "merge"),
+)
+"""Arguments of `estimate` and `serving` that are no fields of a method, so that --set does not take them."""
 INT_LISTS = ("layers_to_transform",)
 JSON_VALUES = ("rank_pattern",)
 
