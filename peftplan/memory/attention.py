@@ -232,8 +232,9 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     copied = a.num_attention_heads != a.num_key_value_heads or (model.joins and not broadcast)
     scores = _math_scores(model, scaled, ops.scale(f, heads), broadcast=broadcast, copied=copied)
     scores = ops.add(f, scores, bias)
-    weights = ops.dropout(f, ops.keeps_output(f, scores, "softmax", passing=True), dropout)
+    weights = ops.keeps_output(f, scores, "softmax", passing=True)
     del scores
+    weights = ops.dropout(f, weights, dropout)
     low = f.to(weights.detach(), given)
     if broadcast:
         values = spread(f, values, q.dims[1])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from peftplan.trace.flash import backward_buffers, expanded_gradients, pad_last
+from peftplan.trace.math_attention import math_with_dropout
 from peftplan.units import ceil_div
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
@@ -55,6 +56,8 @@ def sdpa(
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` as CUDA runs it on a card of this compute capability."""
     kernel = choose(query, key, value, attn_mask, enable_gqa=enable_gqa, capability=capability)
+    if kernel == "math" and dropout_p:
+        return math_with_dropout(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if kernel == "math":
         out: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa

@@ -49,8 +49,7 @@ T5 = {
     "num_decoder_layers": 3,
     "vocab_size": 1000,
     "feed_forward_proj": "gated-gelu",
-    # torch's math kernel on a CPU keeps dropout's mask in fp32, CUDA's a boolean one
-    "dropout_rate": 0.0,
+    "dropout_rate": 0.1,
 }
 PLAIN: dict[str, Any] = {"trainer": "plain"}
 FP32 = {"trainer": "plain", "dtype": "fp32", "gradient_checkpointing": True}
