@@ -198,7 +198,7 @@ def _copies(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, set[int]]:
                 where = position.get(stack.places.get(section, ""))
                 if not count or where is None:
                     continue
-                net = _net(tape, start, stop, stack.sums)
+                net = _net(tape, start, stop, stack, _early(tape, stop) if forward else None)
                 if not forward:  # what came before the stack goes once
                     net = [n for n in net if n > 0 or -n >= own]
                 found.setdefault(where, []).extend((n, count) for n in net)
@@ -225,11 +225,13 @@ def _run(marks: list[tuple[int, str]], *, end: str, forward: bool) -> Iterator[t
         ended = ended or what == end
 
 
-def _net(tape: Tape, start: int, stop: int, sums: set[int]) -> list[int]:
+def _net(tape: Tape, start: int, stop: int, stack: Stack, early: set[int] | None) -> list[int]:
     """What a layer leaves changed: made and not freed, or freed (negative) though made before.
 
-    A layer that frees its input and leaves an output of the same kind changes nothing.
+    A layer that frees its input and leaves an output of the same kind changes nothing. What else it frees in forward, of a first
+    layer without gradients, goes once if its own stays until backward. `early`: what is freed before backward, in forward.
     """
+    sums = stack.sums
     log = [n for n in tape.log[start:stop] if abs(n) not in sums] if sums else tape.log[start:stop]
     made = {n for n in log if n > 0}
     freed = {-n for n in log if n < 0}
@@ -238,9 +240,11 @@ def _net(tape: Tape, start: int, stop: int, sums: set[int]) -> list[int]:
     for alike in (_same, _of_one_pass, _alike):  # the closest first: a gradient takes the place of a gradient
         for n in [*gone]:
             twin = next((k for k in kept if k not in tape.lasting and alike(tape, k, n)), None)
-            if twin is not None:
+            if twin is None:
+                continue
+            gone.remove(n)
+            if early is None or n in stack.passed or twin in early:
                 kept.remove(twin)
-                gone.remove(n)
     return [*(-n for n in gone), *kept]  # frees first: the copies are one step, and overshoot nothing
 
 
