@@ -27,10 +27,10 @@ def lora(s: Scratch, w: Array, parts: Parts) -> None:
     s.drop(delta)
 
 
-def lora_delta(s: Scratch, parts: Parts, *, cast_on_cpu: bool = True) -> Array:
+def lora_delta(s: Scratch, parts: Parts) -> Array:
     """B @ A · scaling in the adapter's dtype; on the CPU 16-bit factors are multiplied in fp32."""
     a, b = _factor(parts, "A"), _factor(parts, "B")
-    casts = [s.cast(x, "fp32") for x in (a, b)] if cast_on_cpu and _is_slow(s, b.dtype) else []
+    casts = [s.cast(x, "fp32") for x in (a, b)] if _is_slow(s, b.dtype) else []
     product = s.matmul(casts[1], casts[0]) if casts else s.matmul(b, a)
     delta = s.new(product.dtype, *product.dims)
     s.drop(product)
@@ -117,8 +117,8 @@ def vera(s: Scratch, w: Array, parts: Parts) -> None:
 
 
 def ia3(s: Scratch, w: Array, parts: Parts) -> None:
-    """W = (W ⊙ l) in W's dtype."""
-    product = s.combine(w, parts["ia3_l"])
+    """W = (W ⊙ l) in W's dtype, l along either side."""
+    product = s.combine(w, Array(parts["ia3_l"].dtype, (1, 1)))
     if product.dtype != w.dtype:
         s.drop(s.cast(product, w.dtype))
     s.drop(product)

@@ -75,12 +75,15 @@ def largest_need(arch: Architecture, adaptation: Adaptation, loaded: Parameters,
         if base.quantized and asked.quant is not None:
             host = requantize.merge(s, Array(asked.dtype, base.shape), parts, asked.quant)
         else:
-            _merge_of(asked.peft_type, base.shape, parts)(s, Array(base.dtype, base.shape), {**parts, **shared})
+            _merge_of(asked.peft_type, name, base.shape, parts)(s, Array(base.dtype, base.shape), {**parts, **shared})
         needs.append(Need(name, base.shape, s.peak, host))
     return max(needs, key=lambda need: need.num_bytes)
 
 
-def _merge_of(peft_type: str, shape: tuple[int, ...], parts: deltas.Parts) -> deltas.Merge:
+def _merge_of(peft_type: str, name: str, shape: tuple[int, ...], parts: deltas.Parts) -> deltas.Merge:
+    """The merge of one weight. Raises RefusedError for convolutions and rotated embeddings."""
+    if len(shape) not in (2, 3) or "oft_embedding_R" in parts:
+        raise RefusedError(f"merge: how peft merges {peft_type} into {name} is not described here")
     if "lora_magnitude_vector" in parts:
         return deltas.dora
     return deltas.experts if len(shape) == 3 else deltas.MERGES[peft_type]

@@ -26,7 +26,7 @@ def merge(s: Scratch, w: Array, parts: Parts, quant: QuantConfig) -> int:
     if "lora_magnitude_vector" in parts:
         total, held = _dora(s, w, parts, quant, output)
     else:
-        delta = lora_delta(s, parts, cast_on_cpu=False)
+        delta = lora_delta(s, parts)
         total, held = s.combine(output, delta), [delta]
     _quantized(s, total, quant)
     s.drop(output, total, *held)
@@ -36,7 +36,7 @@ def merge(s: Scratch, w: Array, parts: Parts, quant: QuantConfig) -> int:
 def _dora(s: Scratch, w: Array, parts: Parts, quant: QuantConfig, output: Array) -> tuple[Array, list[Array]]:
     """The weight is dequantized for the norm (and copied), and once more for the sum."""
     magnitude = parts["lora_magnitude_vector"]
-    delta = lora_delta(s, parts, cast_on_cpu=False)
+    delta = lora_delta(s, parts)
     first = _dequantized(s, w, quant)
     copy = s.cast(first, first.dtype)
     s.drop(first)

@@ -212,7 +212,6 @@ def _held(job: Job, request: Request, file: AdapterFile | None) -> Held:
         else held.prompt_bytes(prompt, loaded, dtype=dtype, device="gpu"),
         shared=held.shared_bytes(job.adaptation, dtype=dtype, device="gpu"),
         adapters=request.adapters,
-        batch_size=request.batch_size,
     )
 
 

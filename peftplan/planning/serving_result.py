@@ -101,13 +101,12 @@ class Cache:
 
 @dataclass(frozen=True)
 class Held:
-    """Device bytes while serving: the base, each adapter, what all adapters share, how many adapters and sequences there are."""
+    """Device bytes while serving: the base, each adapter, what all adapters share, and how many adapters there are."""
 
     base: int
     adapter: int
     shared: int
     adapters: int
-    batch_size: int
 
     @property
     def all_adapters(self) -> int:

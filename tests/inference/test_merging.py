@@ -139,3 +139,32 @@ def test_a_merge_into_stored_weights_that_is_not_described() -> None:
     found = peftplan.serving("llama-2-7b", method="ia3", quant="nf4")
     assert [merge.place for merge in found.merges] == ["cpu", "gpu"]
     assert "stored as nf4" in found.refused["merge_memory.gpu_quantized"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "vera", "ia3", "fourierft"])
+def test_a_transposed_weight(method: str) -> None:
+    """GPT-2's Conv1D holds (in, out)."""
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 128, "n_layer": 2, "n_head": 2,
+              "vocab_size": 64, "n_positions": 32}  # fmt: skip
+    cls, options = METHODS[method]
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        base = transformers.GPT2LMHeadModel(transformers.AutoConfig.for_model(**config)).to(torch.bfloat16)
+        made = getattr(peft, cls)(target_modules=["c_fc"], fan_in_fan_out=True, **options)
+        model = peft.get_peft_model(base, made).eval().requires_grad_(False)
+    ours = {k: v for k, v in options.items() if k != "use_dora"}
+    merges = {m.place: m for m in peftplan.serving(config, method=method, target_modules=["c_fc"], dtype="bf16", **ours).merges}
+    assert 0 <= merges["gpu"].need.num_bytes - meta_temporaries(model) < 4 * 512
+
+
+def test_lora_on_an_embedding() -> None:
+    model = adapted("lora", ["embed_tokens"], torch.bfloat16, "meta")
+    found = ours("lora", ["embed_tokens"], "bf16")["gpu"]
+    assert found.need.module == "model.embed_tokens.weight"
+    assert found.need.num_bytes == meta_temporaries(model)
+
+
+def test_rotated_embeddings_are_not_described() -> None:
+    found = peftplan.serving("llama-2-7b", method="oft", target_modules=["embed_tokens"])
+    assert found.merges == ()
+    assert "OFT into model.embed_tokens.weight" in found.refused["merge_memory"]
