@@ -97,7 +97,11 @@ def attend(
         out = efficient(f, q, k, v, mask, ragged=bool(model.length(k.dims[2]) % MASK_MULTIPLE))
     else:
         q, k, v = _by_head(f, q, k, v, rotated=rotated)
-        return math(model, a, q, k, v, mask, dropout=dropout)
+        autocast, f.autocast = f.autocast, None  # the wrapper that cast the inputs turns it off
+        try:
+            return math(model, a, q, k, v, mask, dropout=dropout)
+        finally:  # a recomputation may end inside
+            f.autocast = autocast
     b, heads, s, d = out.dims
     return out.view((b, s, _product(heads, d)))
 

@@ -71,7 +71,7 @@ class CudaLike(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def attention(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`scaled_dot_product_attention`, with autocast's cast of its inputs, the mask included."""
+        """`scaled_dot_product_attention`, with autocast's cast of its inputs, the mask included; inside there is no autocast."""
         if self._autocast and torch.is_autocast_enabled(self._device):
             low = torch.get_autocast_dtype(self._device)
 
@@ -79,6 +79,8 @@ class CudaLike(TorchFunctionMode):
                 return value.to(low) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
             args, kwargs = tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+            with torch.autocast(self._device, enabled=False):
+                return sdpa(*args, **kwargs, capability=self._capability)
         return sdpa(*args, **kwargs, capability=self._capability)
 
     def dropout(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from tests.memory.engines import BATCH, LLAMA, OFF, PLAIN, TOKENS, TOLERANCE, TR
         ("houlsby", "llama", {"trainer": "trl", "quant": "nf4", "gradient_checkpointing": False}),
         ("houlsby", "gpt2", {**PLAIN, "dtype": "fp32"}),
         ("pfeiffer", "pythia-14m", OFF),
-        ("houlsby", "falcon-7b", {**PLAIN, "bottleneck_size": 24}),
+        ("houlsby", "bloom-560m", {**PLAIN, "bottleneck_size": 24}),
         ("houlsby", "phi-1-5", OFF),
         ("houlsby", "modernbert-base", OFF),
     ],
