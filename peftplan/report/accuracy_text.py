@@ -40,8 +40,10 @@ CAUSES = """## Known causes of drift
   formulas leave them out; tensor by tensor both hold the same.
 - Reserved bytes: whichever hole a block comes to lie in decides what lies where afterwards, so a difference of one temporary can
   move them by a whole tensor of scores or of logits; runs of one setup measured twice differ by 1.2 % (pk01183, pk01206).
-- fms-acceleration, transformers 4.39: 0.50 GiB more than with 4.43 in full fine-tuning, whatever the batch (67.961 against
-  67.461 GiB). Why is not known.
+- fms-acceleration, transformers 4.39, and the runs without versions: 512 MiB more, whatever the batch. Each layer's
+  `MistralRotaryEmbedding` kept cosines and sines of all 32,768 positions there: 32 × 2 × 32,768 × 128 × 2 bytes
+  (modeling_mistral.py of 4.39.3, `_set_cos_sin_cache`; gone in 4.43.3). QLoRA with kbit preparation takes 1.8 GiB more per
+  16,384 tokens beyond that; why is not known.
 - fms-acceleration, transformers 4.48.1: LoRA, and QLoRA without kbit preparation, take about 64,000 bytes per token more than
   with 4.45.2, which is one more 16-bit tensor of logits (32,000 entries).
 - peft's benchmark: its records say that the outputs outlive the step, that the cache is emptied between steps, and which
