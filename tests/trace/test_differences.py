@@ -125,3 +125,18 @@ def test_the_two_gradients_of_one_operation_count_as_a_new_sum() -> None:
     """A formula's own sums look the same, so this one is left too large, by one tensor for one moment."""
     assert torch_sums(within) == [True]
     assert traced_sums(within) == 1
+
+
+def test_a_later_backward_is_added_into_the_gradient_that_is_there() -> None:
+    """Accumulation: the second micro batch makes its own gradient and no sum beside it (accumulate_grad.h, case 2.3)."""
+    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, before=lambda *args: None)
+    with FakeTensorMode(), tracker:
+        x, w = torch.empty(ROWS, WIDTH), torch.empty(WIDTH, WIDTH, requires_grad=True)
+        for _ in range(2):
+            loss: Any = (x @ w).sum()
+            tracker.begin("backward")
+            loss.backward()
+            tracker.begin("forward")
+    made = "aten.empty.memory_format"
+    weight_sized = [m.kind for m in tracker.log if m.storage.shape == (WIDTH, WIDTH) and m.storage.op != made]
+    assert weight_sized == ["alloc", "alloc", "free"]  # the first is stolen and stays, the second is added and goes
