@@ -7,6 +7,7 @@ Source: peft 0.21.2, `tuners/tuners_utils.py` (`_unload_and_optionally_merge`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ def largest_need(arch: Architecture, adaptation: Adaptation, loaded: Parameters,
     shared = {b.name: Array(asked.adapter_dtype, b.shape) for b in adaptation.buffers if b.name in SHARED_PROJECTIONS}
     needs = [NOTHING, *_token_needs(arch, loaded, held, asked.device)]
     for name, parts in _adapted(arch, loaded):
-        base = held[dict(arch.ties).get(name, name)]
+        base = _owner(arch, held, name)
         s, host = Scratch(asked.device), 0
         if base.quantized and asked.quant is not None:
             host = requantize.merge(s, Array(asked.dtype, base.shape), parts, asked.quant)
@@ -87,6 +88,12 @@ def _merge_of(peft_type: str, name: str, shape: tuple[int, ...], parts: deltas.P
     if "lora_magnitude_vector" in parts:
         return deltas.dora
     return deltas.experts if len(shape) == 3 else deltas.MERGES[peft_type]
+
+
+def _owner(arch: Architecture, held: Mapping[str, Parameter], name: str) -> Parameter:
+    """The base parameter of a name: of a tied one its owner, which may be one layer of a family."""
+    owner = dict(arch.ties).get(name, name)
+    return held[owner if owner in held else re.sub(r"\.\d+\.", ".{}.", owner, count=1)]
 
 
 def _adapted(arch: Architecture, parameters: Parameters) -> Iterator[tuple[str, dict[str, Array]]]:
@@ -117,7 +124,7 @@ def _token_needs(arch: Architecture, parameters: Parameters, held: Mapping[str, 
     for p in parameters.all:
         if p.owner == "adapter" and p.name.endswith(".token_adapter.trainable_tokens_delta"):
             name = f"{p.name.partition('.token_adapter.')[0]}.weight"
-            base = held[dict(arch.ties).get(name, name)]
+            base = _owner(arch, held, name)
             s = Scratch(device)
             s.new(base.dtype, *base.shape)
             if p.dtype != base.dtype:
