@@ -20,9 +20,11 @@ from typing import NamedTuple
 
 from peftplan.arch.modules import Architecture, Attention, Shape
 from peftplan.dtypes import ITEMSIZE
-from peftplan.errors import RefusedError
+from peftplan.errors import NeedsTraceError, RefusedError
 from peftplan.units import round512
 
+STATE = "state"
+"""What linear attention and convolutions keep, whatever the context."""
 GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 """Tasks whose models decode token by token."""
 
@@ -45,13 +47,13 @@ class CacheTensor(NamedTuple):
 def kv_cache(arch: Architecture, *, batch_size: int, context: int, encoder_context: int, dtype: str) -> tuple[CacheTensor, ...]:
     """The cache of `batch_size` sequences with `context` tokens each; cross-attention reads `encoder_context` positions.
 
-    Raises RefusedError for a model that does not decode, or whose blocks are not known here.
+    Raises RefusedError for a model that does not decode, NeedsTraceError for one whose blocks are not known here.
     """
     if arch.task_type not in GENERATES:
         raise RefusedError(f"{arch.model_class} keeps no KV cache: it does not generate")
     blocks = [block for block in arch.blocks if block.stack == "decoder"]
     if not blocks:
-        raise RefusedError(f"the attention of model_type {arch.model_type!r} is not described here, so its KV cache is unknown")
+        raise NeedsTraceError(f"the attention of model_type {arch.model_type!r} is not described here")
     found: dict[tuple[str, str, Shape], int] = {}
     for block in blocks:
         for attention in block.attentions:
@@ -67,8 +69,8 @@ def growing_bytes(cache: Iterable[CacheTensor]) -> int:
     layer: dict[str, list[int]] = {}
     for tensor in cache:
         layer.setdefault(tensor.kind, []).append(tensor.num_bytes // tensor.layers)
-    return max((sum(sizes) if kind.startswith("sliding") else max(sizes) for kind, sizes in layer.items() if kind != "cross"),
-               default=0)  # fmt: skip
+    growing = {kind: sizes for kind, sizes in layer.items() if kind not in ("cross", STATE)}
+    return max((sum(sizes) if kind.startswith("sliding") else max(sizes) for kind, sizes in growing.items()), default=0)
 
 
 def _tensors(arch: Architecture, attention: Attention, tokens: int) -> Iterable[tuple[str, str, Shape]]:

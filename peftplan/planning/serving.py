@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peftplan import parameters
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
-from peftplan.errors import InputError, RefusedError
+from peftplan.errors import InputError, MissingExtraError, NeedsTraceError, RefusedError
 from peftplan.inference import adapter_file, checkpoint, held, kv_cache, merging
 from peftplan.inference.safetensors import file_bytes
 from peftplan.inference.scratch import Device
@@ -106,7 +106,7 @@ def _unless_refused(refused: dict[str, str], part: str, make: Callable[[], Value
     """The part, or None with the reason noted; a required part raises."""
     try:
         return make()
-    except RefusedError as reason:
+    except (RefusedError, MissingExtraError) as reason:
         if required:
             raise
         refused[part] = str(reason)
@@ -216,14 +216,22 @@ def _held(job: Job, request: Request, file: AdapterFile | None) -> Held:
 
 
 def _cache(job: Job, request: Request) -> Cache:
-    """With the virtual tokens of the method: in the decoder's cache, or before the encoder's input where there is one."""
+    """With the virtual tokens of the method: in the decoder's cache, or before the encoder's input where there is one.
+
+    A model whose attention has no description here is run without weights by the installed transformers.
+    """
     virtual = int(getattr(job.config, "num_virtual_tokens", 0))
     in_encoder = job.architecture.task_type == "SEQ_2_SEQ_LM" and _peft_type(job) != "PREFIX_TUNING"
     context = request.context + (0 if in_encoder else virtual)
     encoder = (request.encoder_context or request.context) + (virtual if in_encoder else 0)
-    tensors = kv_cache.kv_cache(
-        job.architecture, batch_size=request.batch_size, context=context, encoder_context=encoder, dtype=job.setup.dtype
-    )
+    arch, size, dtype = job.architecture, request.batch_size, job.setup.dtype
+    try:
+        tensors = kv_cache.kv_cache(arch, batch_size=size, context=context, encoder_context=encoder, dtype=dtype)
+    except NeedsTraceError:
+        from peftplan.trace.cache import traced_cache
+
+        config = config_of(job.model, job.setup)
+        tensors = traced_cache(config, task_type=arch.task_type, batch_size=size, context=context, dtype=dtype)
     return Cache(tensors, context)
 
 
