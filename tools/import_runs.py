@@ -36,8 +36,13 @@ GPU_IDS = {
 }
 """Cards that the sources name beyond doubt."""
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-TOLERANCE = {"analytic": {"allocated": 4.0}, "trace": {"allocated": 1.5, "phases": 1.5, "reserved": 10.0}}
-"""Percent, for runs that say all that ran. Reserved bytes depend on every step before, of which the source tells little."""
+TOLERANCE = {
+    "analytic": {"allocated": 4.0, "phases": 5.0},
+    "trace": {"allocated": 1.5, "phases": 1.5, "reserved": 3.0, "device": 2.0},
+}
+"""Percent, for runs that say all that ran."""
+TOLERANCE_QUANTIZED = {**TOLERANCE, "trace": {"allocated": 1.5, "phases": 1.5, "reserved": 10.0}}
+"""Loading a quantized base leaves other holes in each run, and what is reserved later depends on them."""
 BEFORE, LONGEST = 104, 690
 """Lengths of the longest padded batch of peft's benchmark and of the one before it: not recorded, chosen once by two of its rows
 (docs/trace-drift.md)."""
@@ -123,7 +128,7 @@ def fitcheck(row: Row) -> Record:
         },
         kept_alive=["outputs"],
         steps=[{name: value for name, value in extra.items() if isinstance(value, (int, float))}],
-        tolerance=TOLERANCE,
+        tolerance=TOLERANCE_QUANTIZED if four_bit else TOLERANCE,
     )
 
 

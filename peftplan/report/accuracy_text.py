@@ -40,6 +40,8 @@ CAUSES = """## Known causes of drift
   formulas leave them out; tensor by tensor both hold the same.
 - Reserved bytes: whichever hole a block comes to lie in decides what lies where afterwards, so a difference of one temporary can
   move them by a whole tensor of scores or of logits; runs of one setup measured twice differ by 1.2 % (pk01183, pk01206).
+  Loading a quantized base leaves other holes in each run: fitcheck-llm's fp16 runs trace to within 0.5 % of the device's bytes,
+  the quantized ones to within 5.3 %.
 - fms-acceleration, transformers 4.39, and the runs without versions: 512 MiB more, whatever the batch. Each layer's
   `MistralRotaryEmbedding` kept cosines and sines of all 32,768 positions there: 32 × 2 × 32,768 × 128 × 2 bytes
   (modeling_mistral.py of 4.39.3, `_set_cos_sin_cache`; gone in 4.43.3). QLoRA with kbit preparation takes 1.8 GiB more per
