@@ -1,4 +1,5 @@
-"""Falcon 1: attention through torch's own `scaled_dot_product_attention` with a mask always, rotary or ALiBi, serial or parallel.
+"""Falcon 1: attention through torch's own `scaled_dot_product_attention` or eager, with a mask always, rotary or ALiBi, serial or
+parallel.
 
 Source: transformers 5.24, models/falcon/modeling_falcon.py.
 """
@@ -10,7 +11,7 @@ from typing import Any
 from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
-from peftplan.memory.attention import attend
+from peftplan.memory.attention import attend, batched, gathered, spread
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, mlp, rotary_tables, rotate_all, run_layers
 from peftplan.memory.norms import layer_norm
@@ -20,7 +21,7 @@ from peftplan.memory.tape import Dims, Node, Tape, Tensor
 
 def falcon(model: Model) -> Tensor:
     """`FalconModel.forward`."""
-    if model.running.attention != "sdpa":
+    if model.running.attention not in ("sdpa", "eager"):
         raise NeedsTraceError(f"activations of falcon with {model.running.attention} attention")
     f = model.tape
     tokens = model.inputs()
@@ -28,12 +29,16 @@ def falcon(model: Model) -> Tensor:
     a = model.arch.blocks[0].attentions[0]
     _positions = f.new((model.seq,), "int64", "position_ids")
     every = ("b", 1, model.seq, model.seq)
-    mask = f.new(every if model.running.padding else (1, *every[1:]), "bool", "attention_mask").view(every)
+    dtype = tokens.dtype
+    if model.running.attention == "eager":
+        mask = f.new(every, dtype, "attention_mask")
+    else:
+        mask = f.new(every if model.running.padding else (1, *every[1:]), "bool", "attention_mask").view(every)
     tables: tuple[Tensor, ...] = ()
     if a.positions == "alibi":
-        _alibi = f.new(("b", a.num_attention_heads, 1, model.seq), tokens.dtype, "alibi")
-        mask = _alibi_mask(f, mask, a, tokens.dtype)
-    tables = rotary_tables(model, tokens.dtype)
+        tables = (f.new(("b", a.num_attention_heads, 1, model.seq), dtype, "alibi"),)
+        mask = _alibi_mask(f, mask, a, dtype)
+    tables = (*tables, *rotary_tables(model, dtype))
     x = run_layers(model, STYLE, tokens, lambda window: (mask, *tables), masked=False)
     del tokens
     return x
@@ -41,7 +46,7 @@ def falcon(model: Model) -> Tensor:
 
 def _alibi_mask(f: Tape, mask: Tensor, a: Attention, dtype: str) -> Tensor:
     """The bias where a query sees a key, the least number elsewhere."""
-    plain = f.new(mask.dims, dtype, "where")
+    plain = f.new(mask.dims, dtype, "where") if mask.dtype == "bool" else mask
     scaled = f.new((mask.dims[0], a.num_attention_heads, 1, mask.dims[3]), dtype, "div")
     hidden = f.new(mask.dims, "bool", "lt")
     out = f.new((mask.dims[0], a.num_attention_heads, *mask.dims[2:]), dtype, "masked_fill")
@@ -73,7 +78,7 @@ def _add_in_place_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
 
 
 def attention(c: Call, x: Tensor) -> Tensor:
-    """`FalconAttention.forward` with sdpa."""
+    """`FalconAttention.forward`."""
     a = c.block.attentions[0]
     mask, *tables = c.tables
     qkv = c.linear("self_attention.query_key_value", x)
@@ -85,8 +90,60 @@ def attention(c: Call, x: Tensor) -> Tensor:
     k, v = c.model.cached(k, v)
     alike = a._replace(num_key_value_heads=a.num_attention_heads)
     dropout = 0.0 if rotated else c.model.arch.dropout.attention
+    if c.model.running.attention == "eager":
+        weights, *_held = (_rotated_weights if rotated else _biased_weights)(c, q, k, x.dtype, mask, *tables)
+        return c.linear("self_attention.dense", eager(c, q, v, weights))
     x = attend(c.model, alike, q, k, v, mask, dropout=dropout, rotated=rotated)
     return c.linear("self_attention.dense", x)
+
+
+def eager(c: Call, q: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+    """Weighted values; the weights are handed out."""
+    rotated = c.block.attentions[0].positions == "rotary"
+    weights = weights if rotated else ops.dropout(c.tape, weights, c.model.arch.dropout.attention)
+    c.model.layer_locals.append(weights)
+    return gathered(c.model, ops.matmul(c.tape, weights, _for_all(c, v), q.dims))
+
+
+def _rotated_weights(c: Call, q: Tensor, k: Tensor, dtype: str, mask: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+    """Softmax of scaled scores and mask, in the dtype of the hidden states."""
+    f = c.tape
+    scores = _divided_in_place(f, _scores(c, q, k))
+    return (ops.softmax(f, ops.add(f, scores, mask), dtype),)
+
+
+def _biased_weights(
+    c: Call, q: Tensor, k: Tensor, dtype: str, mask: Tensor, alibi: Tensor, *tables: Tensor
+) -> tuple[Tensor, ...]:
+    """The same with ALiBi: in fp32, and with three tensors that have names, which live until attention returns."""
+    f = c.tape
+    products = _scores(c, q, k)
+    scores = f.to(products, "fp32")
+    logits = _divided_in_place(f, ops.add(f, scores, alibi))
+    return ops.softmax(f, ops.add(f, logits, mask), dtype), products, scores, logits
+
+
+def _scores(c: Call, q: Tensor, k: Tensor) -> Tensor:
+    keys = _for_all(c, k)
+    return ops.matmul(c.tape, batched(c.model, q), keys, (*q.dims[:3], k.dims[2]))
+
+
+def _for_all(c: Call, x: Tensor) -> Tensor:
+    """Keys or values as `matmul` takes them: one head copied for all, but for one sequence; else copied from where they lie."""
+    every = c.block.attentions[0].num_attention_heads
+    if x.dims[1] == every:
+        return x if c.model.joins else batched(c.model, x)
+    if c.model.running.batch_size > 1:
+        return spread(c.tape, x, every)
+    return ops.expanded(c.tape, x, (x.dims[0], every, *x.dims[2:]))
+
+
+def _divided_in_place(f: Tape, x: Tensor) -> Tensor:
+    return Tensor(x.storage, x.dims, x.dtype, f.record(_divided_backward, (x,)))
+
+
+def _divided_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "div")
 
 
 def heads(c: Call, a: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,4 +192,5 @@ STYLE = Style(
     plain=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     stack="transformer.h.{}",
     final_norm="transformer.ln_f",
+    hands_out_weights=True,
 )
