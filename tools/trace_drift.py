@@ -1,15 +1,18 @@
 """Traced peaks against peaks that other people's runs measured: prints a Markdown page, `--write` writes docs/trace-drift.md.
 
-`python tools/trace_drift.py [--lengths BEFORE/LONGEST ...] [--write]`. The rows are data/published/peaks_t4.jsonl (allocated
-bytes by phase, reserved bytes), data/published/peft_metamath.jsonl (reserved bytes) and peft_metamath_unscored.jsonl
-(configurations without a run). Needs the extra `trace`; takes a quarter of an hour on two cores.
+`python tools/trace_drift.py [--parts t4 runs metamath unscored] [--lengths BEFORE/LONGEST ...] [--write]`. The rows are
+data/published/peaks_t4.jsonl (allocated bytes by phase, reserved bytes), data/runs (the runs of other trainers and stacks),
+data/published/peft_metamath.jsonl (reserved bytes) and peft_metamath_unscored.jsonl (configurations without a run). Parts not
+asked for stay as they are on the page; its words are tools/trace_drift.md. Needs the extra `trace`; the whole takes a quarter of
+an hour on two idle cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +20,9 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+from peftplan.accuracy.baseline import load
+from peftplan.accuracy.drift import Answer, summaries
+from peftplan.accuracy.engines import OVERALL, RUNS, ask, read_cases
 from peftplan.arch.sources import load_config
 from peftplan.errors import RefusedError
 from peftplan.memory.allocator import replay
@@ -32,6 +38,8 @@ from peftplan.units import MIB
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "data" / "published"
 OUTPUT = ROOT / "docs" / "trace-drift.md"
+TEMPLATE = ROOT / "tools" / "trace_drift.md"
+"""The words of the page; a comment with a part's name stands for what is traced."""
 Row = dict[str, Any]
 
 PHASES = ("forward", "backward", "step")
@@ -51,63 +59,8 @@ OTHER_CODE = (LORA_FA, "osf/llama-3.2-3B-rank128")
 BENCHMARK = {"dtype": "bfloat16", "autocast_adapter_dtype": True, "batch_size": 4, "gradient_checkpointing": False}
 """What the benchmark's runs share, for configurations without a run."""
 
-INTRO = """# Drift of traced peaks
-
-Peaks that other people's runs measured on a GPU, and what `peftplan.trace` gives for the same run, replayed through its model of
-torch's caching allocator. Drift is traced ÷ measured − 1: plus is too much. Nothing is fitted but two lengths that a source does
-not record, stated below. Written by `python tools/trace_drift.py --write`; the measured numbers, with source and licence, are in
-`data/published/`."""
-
-T4_NOTE = """fitcheck-llm 0.3.1 (MIT), `data/published/peaks_t4.jsonl`: LoRA r 32 on q, k, v, o; fp16 base with fp32 adapters,
-AdamW, non-reentrant checkpointing, a plain loop that holds the outputs, exact-length batches, a warm step and then a measured
-one; quantized bases (nf4) through `prepare_model_for_kbit_training`; torch 2.10 to 2.14, transformers 5.0 to 5.17. The measurer
-expands grouped keys and values itself, and so does the trace. Forward, backward and step are allocated bytes, reserved is
-`max_memory_reserved` of the whole run. MiB."""
-
-METAMATH_NOTE = """huggingface/peft (Apache-2.0), `data/published/peft_metamath.jsonl`: Llama-3.2-3B on an L40S, batch 4, bf16
-base, SDPA with a padding mask, AdamW, no checkpointing, torch 2.13; `max_memory_reserved` of the whole run, evaluation included.
-Traced: two steps in which the outputs live until the next forward has returned. After each comes `empty_cache()`, which the
-gradients outlive, since that loop calls `zero_grad` at the start of a step. GB = 10⁹ bytes.
-
-The logits of the batch before are alive in the forward of the longest one, and all rows say that it was a short one, as buckets
-of samples sorted from long to short give it. Neither length is recorded. {before} and {longest} tokens were chosen by the LoRA
-and the IA3 row, which the summary leaves out; with two steps of one length, LoRA fits 668 tokens, and the rows scatter from -0.7
-to +2.4 %. The second column says what other lengths change."""
-
-UNSCORED_NOTE = """`data/published/peft_metamath_unscored.jsonl`: adapter configurations of the same benchmark for which this
-project has no measurement. Reserved bytes of the same two steps, {before} and {longest} tokens."""
-
-CAUSES = """## Causes of drift above 1.5 %
-
-- OSF: peft 0.19, which ran, computes each whole weight anew in the forward; peft 0.21, traced here, no longer does. Traced with
-  peft 0.19.1, by steps of 668 tokens both, the row came to +0.63 %.
-- LoRA-FA: the row is 50 MiB below LoRA's. `create_lorafa_optimizer` freezes every A, and a frozen A saves none of its inputs
-  (2.0 GB). If A requires gradients again while the optimizer stays LoRA-FA's, the trace comes to the second LoRA-FA line: A's
-  inputs and gradients are there, its two states (42 MiB) are not. Leaving `model.disable_adapter()` does that to a frozen A, as
-  does any other `set_adapter`; which of them the benchmark's script calls is not known here.
-- Prefix tuning: the training steps are not the run's peak. Evaluation generates with 200 virtual tokens before each prompt, and
-  the caches of a layer grow by one token a step, each time in a new block that the old one is too small for. Generation written
-  out as allocations (50 prompts, 300 new tokens) reserves 20.7 GiB for prompts of 180 tokens and 19.7 for 200; measured are
-  20.4. Without the virtual tokens it reserves 9.9 at most, less than any training step. The evaluation's batch and prompts are
-  not recorded, so this is no score. Ruled out: an fp32 cache, another attention kernel (math would save 3.3 GB).
-
-Causes found and mended: logits of the batch before (-0.7 to +2.4 % became ± 0.4 %: prompt tuning, p-tuning, GLoRA, MiSS and the
-rest); adaption prompts stay in the base's dtype, since peft does not autocast their model (its file has 2 bytes a parameter);
-AdaLoRA's three sensitivities per parameter (210 MiB); BOFT's permutation and FRoD's projections lie on the host and are copied in
-each forward; FRoD offloads the base weights that it replaces.
-
-## Known open causes
-
-- Full fine-tuning: reserved bytes depend on the first batches, between whose activations the 12 GB of states come to lie: after
-  one step of 400 tokens the row traces to 36,722 MiB instead of the page's, measured are 37,068.
-- WaveFT: 1.2 % too much. What is saved is what the code saves (the stack of four coefficient planes, by the transposed
-  convolution); what cuDNN takes for it while it runs is not modelled.
-- T4: loading a quantized base leaves other holes on each run. What is allocated after it depends on neither batch nor attention,
-  yet the 15 quantized TinyLlama rows measured from 1,070.05 to 1,078.05 MiB: allocated bytes are not known closer.
-- Reserved bytes depend on every earlier step, since what lasts pins the segments it lies in. Evaluation and saving are not
-  replayed.
-- The rows were measured with other versions of torch, transformers and peft than those above."""
-
+RUN_FILES = ("fms_acceleration", "canifinetune", "distilbert", "bert_large", "ms_swift")
+"""Of data/runs: what is neither one of the two sources above."""
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -221,8 +174,40 @@ def with_a_training(row: Row, *, lengths: Sequence[Lengths]) -> Done:
         return {**row, "experiment": f"{row['experiment']}, A with gradients"}, metamath_figures(row, lengths=lengths)
 
 
-def _facts(lengths: Lengths) -> dict[str, int]:
-    return {"before": lengths[0], "longest": lengths[1]}
+def run_answers() -> list[Answer]:
+    """What the trace engine says of every other run, as `peftplan check` stored it; what it did not ask is asked now."""
+    stored = load(RUNS / "baseline.json")
+    cases = read_cases([RUNS / f"{name}.jsonl" for name in RUN_FILES])
+    return [Answer(case, stored.stated("trace", case.record.id) or ask(case.record, "trace")) for case in cases]
+
+
+def run_lines(answers: Sequence[Answer]) -> Iterator[tuple[str, ...]]:
+    """One line per setup and stack: how many runs, and of each figure the median measured, what is traced, and its drift."""
+    groups: dict[tuple[str, ...], list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault(_circumstances(answer), []).append(answer)
+    for circumstances, same in groups.items():
+        yield *circumstances, str(len(same)), *(_median_cell(same, figure) for figure in OVERALL)
+
+
+def _median_cell(answers: Sequence[Answer], figure: str) -> str:
+    found = [one for answer in answers for one in answer.overall if one.figure == figure]
+    if not found:
+        return ""
+    return Figure(median(one.measured for one in found), median(one.stated for one in found)).cell(MIB, 0)
+
+
+def _circumstances(answer: Answer) -> tuple[str, str, str]:
+    run, circumstances = answer.record.run, answer.record.circumstances
+    o = run.options
+    parts = [run.model_name.rpartition("/")[2], run.method_name, o["dtype"]]
+    parts += [f"autocast {o['autocast']}"] if o["autocast"] != "none" else []
+    parts += ["kbit preparation"] if o["kbit_prepare"] else []
+    parts += ["checkpointing"] if o["gradient_checkpointing"] else []
+    parts += [o["optim"]] if o["optim"] != "adamw_torch" else []
+    accumulated = o["gradient_accumulation_steps"]
+    parts.append(f"{o['batch_size']} × {o['seq_len']}" + (f" × {accumulated}" if accumulated > 1 else ""))
+    return circumstances.source.partition(" ")[0], ", ".join(parts), circumstances.versions.get("transformers", "not said")
 
 
 def _head(lengths: Lengths) -> str:
@@ -251,36 +236,88 @@ def summary(found: Sequence[Figures], head: str) -> str:
     return table((head, "rows", "median without sign", "median", "lowest", "highest"), lines)
 
 
-def page(*, lengths: Sequence[Lengths]) -> str:
-    """The whole page."""
-    versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in LIBRARIES)
-    t4, t4_refused = tried(load_rows("peaks_t4.jsonl"), t4_figures, key="id")
-    metamath, refused = _metamath(lengths)
-    scored = [(row["experiment"], figures) for row, figures in metamath if row["experiment"] not in CHOSEN_BY]
-    same_code = [figures for name, figures in scored if not name.startswith(OTHER_CODE)]
-    unscored, untraced = _unscored(lengths[-1])
-    missing = t4_refused + refused + untraced
+def part_t4(lengths: Sequence[Lengths]) -> str:
+    """The T4's rows."""
+    done, refused = tried(load_rows("peaks_t4.jsonl"), t4_figures, key="id")
     parts = [
-        INTRO,
-        f"Traced with {versions}.",
-        "## Tesla T4, by phase",
-        T4_NOTE,
-        summary([figures for _, figures in t4], "peak"),
-        table(("id", "model", "base", "attention", "batch × tokens", *PHASES, RESERVED), [_t4_line(*one) for one in t4]),
-        "## peft's benchmark, reserved bytes by method",
-        METAMATH_NOTE.format(**_facts(lengths[0])),
+        summary([figures for _, figures in done], "peak"),
+        table(("id", "model", "base", "attention", "batch × tokens", *PHASES, RESERVED), [_t4_line(*one) for one in done]),
+    ]
+    return "\n\n".join([*parts, *_not_traced(refused)])
+
+
+def part_runs(lengths: Sequence[Lengths]) -> str:
+    """The other runs, by source, and by what ran."""
+    answers = run_answers()
+    lines = [
+        (
+            s.group.removesuffix(" (open)"),
+            s.figure,
+            str(s.rows),
+            f"{s.median_unsigned:.2f} %",
+            f"{s.median:+.2f} %",
+            f"{s.worst:+.2f} %",
+        )
+        for s in summaries(answers, "source")
+    ]
+    refused = [(answer.record.id, answer.stated.refused) for answer in answers if answer.stated.refused]
+    parts = [
+        table(("source", "peak", "rows", "median without sign", "median", "worst"), lines),
+        table(("source", "run", "transformers", "rows", *OVERALL), run_lines(answers)),
+    ]
+    return "\n\n".join([*parts, *_not_traced(refused)])
+
+
+def part_metamath(lengths: Sequence[Lengths]) -> str:
+    """peft's benchmark."""
+    done, refused = _metamath(lengths)
+    scored = [(row["experiment"], figures) for row, figures in done if row["experiment"] not in CHOSEN_BY]
+    same_code = [figures for name, figures in scored if not name.startswith(OTHER_CODE)]
+    parts = [
         summary([figures for name, figures in scored if "," not in name], "tokens"),
         "Without OSF and LoRA-FA, whose runs did other things than are traced (causes below):",
         summary(same_code, "tokens"),
-        table(("run", *map(_head, lengths)), [_metamath_line(*one) for one in metamath]),
-        "## peft's benchmark, configurations without a measurement",
-        UNSCORED_NOTE.format(**_facts(lengths[-1])),
-        table(("configuration", "trainable", "traced reserved, GB"), unscored),
-        "## Not traced",
-        table(("row", "why"), missing) if missing else "Every row was traced.",
-        CAUSES,
+        table(("run", *map(_head, lengths)), [_metamath_line(*one) for one in done]),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *_not_traced(refused)])
+
+
+def part_unscored(lengths: Sequence[Lengths]) -> str:
+    """The benchmark's configurations that nobody measured."""
+    lines, refused = _unscored(lengths[-1])
+    shown = table(("configuration", "trainable", "traced reserved, GB"), lines)
+    return "\n\n".join([shown, *_not_traced(refused)])
+
+
+def _not_traced(refused: Sequence[Refused]) -> list[str]:
+    return ["Not traced:", table(("row", "why"), refused)] if refused else []
+
+
+def part_versions(lengths: Sequence[Lengths]) -> str:
+    """What the parts were traced with."""
+    stack = (f"{name} {version(name).partition('+')[0]}" for name in LIBRARIES)
+    return f"Traced with {', '.join(stack)}."
+
+
+PARTS: dict[str, Callable[[Sequence[Lengths]], str]] = {
+    "versions": part_versions,
+    "t4": part_t4,
+    "metamath": part_metamath,
+    "unscored": part_unscored,
+    "runs": part_runs,
+}
+BLOCK = re.compile(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->", flags=re.DOTALL)
+
+
+def page(*, lengths: Sequence[Lengths], parts: Sequence[str] = tuple(PARTS)) -> str:
+    """The whole page; what is not among `parts` as it is written now."""
+    written = dict(BLOCK.findall(OUTPUT.read_text(encoding="utf-8")))
+    facts = dict(zip(("before", "longest", "second_before", "second_longest"), (*lengths[0], *lengths[-1]), strict=True))
+    text = re.sub(r"\{(\w+)\}", lambda found: str(facts[found[1]]), TEMPLATE.read_text(encoding="utf-8"))
+    for name, made in PARTS.items():
+        block = made(lengths) if name in parts else written[name]
+        text = text.replace(f"<!-- {name} -->", f"<!-- {name} -->\n{block}\n<!-- end -->")
+    return text
 
 
 def _metamath(lengths: Sequence[Lengths]) -> tuple[list[Done], list[Refused]]:
@@ -325,10 +362,11 @@ def main() -> None:
     """Print the page, or write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", help="last two batches of peft's benchmark, as BEFORE/LONGEST")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="what to trace anew")
     parser.add_argument("--write", action="store_true", help=f"write {OUTPUT.relative_to(ROOT)}")
     args = parser.parse_args()
     with quiet_transformers():
-        text = page(lengths=[_lengths(text) for text in args.lengths] if args.lengths else LENGTHS)
+        text = page(lengths=[_lengths(text) for text in args.lengths] if args.lengths else LENGTHS, parts=args.parts)
     if args.write:
         OUTPUT.write_text(text, encoding="utf-8")
     else:
