@@ -66,6 +66,13 @@ def dequantized(f: Tape, part: Part) -> Tensor:
     return weight
 
 
+def bias_of(part: Part, x: Tensor) -> Any:
+    """A layer's bias after a forward of x: int8's layers leave it in the dtype of their input."""
+    if part.bias is None or part.quant is None or part.quant.name != "int8":
+        return part.bias
+    return Tensor(None, part.bias.dims, x.dtype, part.bias.node)
+
+
 def _linear4bit_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     part, x_dims = saved
     bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] else None
@@ -89,7 +96,7 @@ def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     outliers = f.new(x.dims, "bool", "outliers")
     del outliers, absolute, half
     product = f.new((*rows, n_out), "int32", "int8 product")
-    out = f.new((*rows, n_out), "fp16", "int8 linear")
+    out = f.new((*rows, n_out), "fp16", "int8 result")
     if x.dtype != "fp16":
         out = f.new((*rows, n_out), x.dtype, "to")
     out.node = f.record(_linear8bit_backward, (x, part.bias), part)

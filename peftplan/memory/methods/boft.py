@@ -12,6 +12,7 @@ from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.model import Part, Running
+from peftplan.memory.quantized import bias_of
 from peftplan.memory.tape import Node, Tape, Tensor
 
 
@@ -33,11 +34,12 @@ def boft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     rotated = _product(f, x, rotation)
     result = base(rotated)
     f.module = part.name
-    if part.bias is not None:
-        result = ops.add(f, result, part.bias)
+    bias = bias_of(part, rotated)
+    if bias is not None:
+        result = ops.add(f, result, bias)
     result = ops.mul(f, result, scale.view((n_out,)))
-    if part.bias is not None:
-        result = ops.add(f, result, part.bias)
+    if bias is not None:
+        result = ops.add(f, result, bias)
     return f.to(result, given)  # type: ignore[no-any-return]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from peftplan.memory import ops
 from peftplan.memory.model import Part, Running
-from peftplan.memory.quantized import dequantized
+from peftplan.memory.quantized import bias_of, dequantized
 from peftplan.memory.tape import Tape, Tensor
 
 
@@ -41,7 +41,7 @@ def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tenso
     if base_result is None:
         base_result = ops.linear(f, x, weight, transposed=turned)
     elif part.bias is not None:
-        base_result = ops.add(f, base_result, part.bias)
+        base_result = ops.add(f, base_result, bias_of(part, base_result))
     kept = ops.mul(f, base_result, ops.shift(f, scale))
     scaled = ops.scale(f, ops.mul(f, lora_result, scale))
     out = ops.add(f, kept, scaled)
