@@ -1,4 +1,4 @@
-"""The KV cache of any model that the installed transformers can run: its own, after a prompt and one token, without weights."""
+"""The KV cache of any model that the installed transformers can run: its own, after a few tokens, without weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from peftplan.trace.meta import build_config, build_model, model_class, quiet_tr
 
 BASE = "bf16"
 """The dtype that the model has on the meta device, in place of the one that it is loaded in."""
+CLASSES = "transformers.cache_utils"
+FEW = 8
+"""Tokens that are enough to see the shapes: linear attention takes a loop over as many as there are."""
+TOKENS = {"keys": 2, "values": 2, "indexer_keys": 1}
+"""Which dimension holds the tokens."""
 PARTS = ("keys", "values", "indexer_keys", "conv_states", "recurrent_states")
 """What transformers' cache layers hold: attention's tensors, and the states of linear attention and convolutions."""
 
@@ -29,7 +34,7 @@ def traced_cache(
         hf_config = build_config(config, name="model")
         model = build_model(config, hf_config, model_class(config, hf_config, name="model", task_type=task_type), name="model")
         try:
-            cache = _decoded(model.eval(), batch_size, context)
+            cache = _decoded(model.eval(), batch_size, min(context, FEW))
         except PeftplanError:
             raise
         except Exception as error:  # each model class raises its own kinds
@@ -37,11 +42,11 @@ def traced_cache(
             raise RefusedError(f"{type(model).__name__} does not run without weights: {type(error).__name__}: {reason}") from None
     counts: dict[tuple[str, str, str, tuple[int, ...]], int] = {}
     for layer in getattr(cache, "layers", ()):
+        if type(layer).__module__ != CLASSES:
+            raise RefusedError(f"{type(model).__name__} keeps a cache of its own, {type(layer).__name__}")
         for part, tensor in _tensors(layer):
-            stored = tensor.untyped_storage().nbytes() // tensor.element_size()
-            shape = tuple(tensor.shape) if stored == tensor.numel() else _whole(tensor, stored)
             held = parse_dtype(tensor.dtype)
-            key = (_kind(layer, part), part, dtype if held == BASE else held, shape)
+            key = (_kind(layer, part), part, dtype if held == BASE else held, _filled(layer, part, tuple(tensor.shape), context))
             counts[key] = counts.get(key, 0) + 1
     if not counts:
         raise RefusedError(f"{type(model).__name__} returns no cache that transformers' cache classes hold")
@@ -76,7 +81,10 @@ def _kind(layer: Any, part: str) -> str:
     return f"sliding {layer.sliding_window}" if getattr(layer, "is_sliding", False) else "full"
 
 
-def _whole(tensor: Any, stored: int) -> tuple[int, ...]:
-    """A window is a view of a longer tensor, all of which is held."""
-    b, heads, _, width = tensor.shape
-    return b, heads, stored // (b * heads * width), width
+def _filled(layer: Any, part: str, shape: tuple[int, ...], context: int) -> tuple[int, ...]:
+    """The shape with all tokens, or those of a window and the one that came last; states have no tokens."""
+    if part not in TOKENS:
+        return shape
+    place = TOKENS[part]
+    tokens = min(context, layer.sliding_window) if getattr(layer, "is_sliding", False) else context
+    return (*shape[:place], tokens, *shape[place + 1 :])
