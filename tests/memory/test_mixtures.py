@@ -1,0 +1,127 @@
+"""Mixtures of experts, latent attention, sinks, Falcon: peaks against the trace of the real classes, and a sum by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peftplan import estimate
+
+SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 1000}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+MIXTRAL = {**GROUPED, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+QWEN2 = {**GROUPED, "model_type": "qwen2_moe", "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
+QWEN2 |= {"shared_expert_intermediate_size": 320}
+QWEN3 = {**GROUPED, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
+QWEN3 |= {"head_dim": 64, "norm_topk_prob": True}
+GRANITE = {**GROUPED, "model_type": "granitemoe", "num_local_experts": 8, "num_experts_per_tok": 3}
+LATENT = {"kv_lora_rank": 64, "q_lora_rank": 96, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+DEEPSEEK = {
+    **SIZES,
+    **LATENT,
+    "num_key_value_heads": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 128,
+}
+V2 = {**DEEPSEEK, "model_type": "deepseek_v2", "q_lora_rank": None, "first_k_dense_replace": 1, "n_shared_experts": 2}
+V2_GROUPS = {**V2, "q_lora_rank": 96, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+V3 = {**DEEPSEEK, "model_type": "deepseek_v3", "first_k_dense_replace": 2, "n_shared_experts": 1, "n_group": 4, "topk_group": 2}
+V3_HALVES = {**V3, "rope_interleave": False}
+GPT_OSS = {
+    **GROUPED,
+    "model_type": "gpt_oss",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "head_dim": 32,
+    "sliding_window": 128,
+}
+FALCON = {"model_type": "falcon", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 1000}
+FALCON |= {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "alibi": False}
+FALCON_NEW = {**FALCON, "num_kv_heads": 2, "new_decoder_architecture": True}
+FALCON_ALIBI = {**FALCON, "multi_query": False, "parallel_attn": False, "alibi": True}
+
+PLAIN: dict[str, Any] = {"trainer": "plain"}
+FP32 = {"trainer": "plain", "dtype": "fp32", "gradient_checkpointing": True}
+TRAINER = {"trainer": "transformers"}
+OFF = {"trainer": "transformers", "gradient_checkpointing": False}
+EAGER = {"trainer": "plain", "attn_implementation": "eager"}
+EAGER_TRAINER = {"trainer": "transformers", "attn_implementation": "eager"}
+PADDED = {"trainer": "plain", "padding": True}
+EXPERTS = {"target_modules": ["o_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+TOLERANCE = 0.003
+"""The batch itself, integers for positions and the sorting of rows, and scalars."""
+
+
+def _peaks(config: dict[str, Any], engine: Any, method: str, options: dict[str, Any]) -> dict[str, int]:
+    found = estimate(config, method=method, engine=engine, batch_size=2, seq_len=256, **options).peaks
+    assert found is not None
+    return {
+        phase: sum(line.bytes() for line in ledger if line.place == "device" and line.name != "tails of unsplit blocks")
+        for phase, ledger in found.ledgers.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "options"),
+    [
+        (MIXTRAL, "full", PLAIN),
+        (MIXTRAL, "full", TRAINER),
+        (MIXTRAL, "lora", {**OFF, **EXPERTS}),
+        (MIXTRAL, "lora", {**TRAINER, **EXPERTS}),
+        (MIXTRAL, "qlora", PLAIN),
+        (QWEN2, "full", FP32),
+        (QWEN2, "lora", {**TRAINER, **EXPERTS}),
+        (QWEN2, "lora", EAGER_TRAINER),
+        (QWEN3, "full", PADDED),
+        (QWEN3, "qlora", TRAINER),
+        (GRANITE, "full", EAGER),
+        (GRANITE, "lora", OFF),
+        (V2, "full", PLAIN),
+        (V2, "lora", EAGER_TRAINER),
+        (V2_GROUPS, "full", FP32),
+        (V2_GROUPS, "qlora", TRAINER),
+        (V3, "full", TRAINER),
+        (V3, "lora", {**PADDED, **EXPERTS}),
+        (V3_HALVES, "lora", EAGER),
+        (GPT_OSS, "full", EAGER),
+        (GPT_OSS, "lora", {**EAGER_TRAINER, **EXPERTS}),
+        (GPT_OSS, "qlora", EAGER_TRAINER),
+        (FALCON, "full", EAGER),
+        (FALCON, "lora", EAGER_TRAINER),
+        (FALCON_NEW, "full", EAGER_TRAINER),
+        (FALCON_ALIBI, "full", EAGER),
+        (FALCON_ALIBI, "qlora", EAGER_TRAINER),
+    ],
+)
+def test_peaks_are_those_of_the_trace(config: dict[str, Any], method: str, options: dict[str, Any]) -> None:
+    pytest.importorskip("transformers")
+    ours = _peaks(config, "analytic", method, options)
+    traced = _peaks(config, "trace", method, options)
+    for phase in ("load", "forward", "backward", "step"):
+        assert ours[phase] == pytest.approx(traced[phase], rel=TOLERANCE), phase
+
+
+def test_the_experts_of_a_layer_keep_a_row_for_each_choice() -> None:
+    """Layers 4 and 5 of Mixtral differ by what one layer keeps: bytes of bf16, h = 256, i = 384, 8 heads of 32, 2 for keys.
+
+    Each of the n tokens stands in k = 2 rows, of which the experts keep gate and up, the activation, their product, and the
+    result that the router's weight multiplies; the chosen rows themselves, since the experts train.
+    """
+    sizes = {"method": "full", "batch_size": 2, "seq_len": 256, "trainer": "plain", "use_cache": False}
+    four, five = (estimate({**MIXTRAL, "num_hidden_layers": layers}, **sizes).peaks for layers in (4, 5))
+    assert four is not None
+    assert five is not None
+
+    def activations(peaks: Any) -> int:
+        return sum(line.bytes() for line in peaks.ledgers["forward"] if line.category == "activations")
+
+    n, k, e, h, i, g = 512, 2, 8, 256, 384, 64
+    norms = 2 * (4 * h + 2 * h + 2 * h + 4)  # twice: the fp32 input, before and after the weight, one fp32 rsqrt
+    attention = 2 * (h + 2 * g + h) + 4 * 8  # q, k, v and the output; one fp32 logsumexp per head
+    router = 4 * e + 4 * k + 8 * k + 4  # fp32 softmax, the best of it, their indices, their sum
+    rows = k * (2 * h + 2 * 2 * i + 2 * i + 2 * i + 2 * h)
+    order = k * (3 * 8 + 4)  # which token a row is of, where it goes and where it comes from; its fp32 weight
+    blocks = 3 * 512  # flash attention's random state, two tensors; where each expert's rows end
+    assert activations(five) - activations(four) == n * (norms + attention + router + rows + order) + blocks
