@@ -123,7 +123,7 @@ def check_prefix(arch: Architecture, config: PrefixTuningConfig, *, batch_size: 
         shape, size = [batch_size, p, 2 * dims.num_layers, heads, head], batch_size * p * 2 * dims.num_layers * dims.token_dim
         raise RefusedError(f"peft 0.21.2 refuses it: RuntimeError: shape '{shape}' is invalid for input of size {size}")
     blocks = [block for block in arch.blocks if block.stack == "decoder"]
-    if any((block.attentions[0].num_key_value_heads, block.attentions[0].head_dim) != (heads, head) for block in blocks):
+    if any((a.cached_heads or a.num_key_value_heads, a.head_dim) != (heads, head) for a in (b.attentions[0] for b in blocks)):
         raise RefusedError(
             f"transformers 5.24 refuses it: RuntimeError: a prefix of {heads} heads of {head} beside other keys; sizes must match"
         )

@@ -99,7 +99,7 @@ def prefixed(model: Model) -> list[tuple[Tensor, Tensor]]:
     if model.translates:  # the same for cross-attention, which then takes none
         parts = 4
         x = f.new((*x.dims[:-1], _doubled(x.dims[-1])), x.dtype, "cat", f.record(_twice_backward, (x,), x.dims))
-    one = ("b", a.num_key_value_heads, p, a.head_dim)
+    one = ("b", a.cached_heads or a.num_key_value_heads, p, a.head_dim)
     node = f.record(_permute_backward, (x,), x.dims, (parts, *one), (parts * layers, *one), sum(copies.values()))
     found = []
     for number in range(len(sections)):
