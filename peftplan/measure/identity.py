@@ -49,6 +49,7 @@ def run_of(job: Job) -> Run:
         peft_config=None if named else _plain(job.adapter),
         method_config=_plain(job.config.model_dump(mode="json", exclude_unset=True)) if named and job.config else {},
         options=_plain(full_options(job.setup.model_dump(mode="json"))),
+        script=job.script,
     )
 
 

@@ -70,9 +70,9 @@ def estimate(
         peft_config=peft_config,
         quantization_config=quantization_config,
         training_args=training_args,
+        script=script,
         **options,
     )
-    job = job._replace(script=script)
     built, static = _static(job.architecture, job.adaptation, job.quant, job.setup)
     cards = find_cards(gpu)
     if engine == "trace":
@@ -159,6 +159,7 @@ def prepare(
     peft_config: Any = None,
     quantization_config: Any = None,
     training_args: Any = None,
+    script: Script = NO_SCRIPT,
     **options: Any,
 ) -> Job:
     """What is asked for, checked and resolved: the same for every engine. Arguments and errors as `estimate`."""
@@ -179,7 +180,7 @@ def prepare(
     )
     check_task(model, architecture, setup)
     adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
-    return Job(model, chosen, config, adapter, setup, quant, architecture, adaptation)
+    return Job(model, chosen, config, adapter, setup, quant, architecture, adaptation, script)
 
 
 def _with_objects(options: dict[str, Any], *, training_args: Any, quantization_config: Any) -> dict[str, Any]:
