@@ -28,15 +28,16 @@ def falcon(model: Model) -> Tensor:
     f.module = "transformer"
     a = model.arch.blocks[0].attentions[0]
     _positions = f.new((model.seq,), "int64", "position_ids")
-    every = ("b", 1, model.seq, model.seq)
+    every = ("b", 1, model.seq, model.keys)
     dtype = tokens.dtype
     if model.running.attention == "eager":
         mask = f.new(every, dtype, "attention_mask")
     else:
-        mask = f.new(every if model.running.padding else (1, *every[1:]), "bool", "attention_mask").view(every)
+        rows = "b" if "attention_mask" in model.batch else 1
+        mask = f.new((rows, *every[1:]), "bool", "attention_mask").view(every)
     tables: tuple[Tensor, ...] = ()
     if a.positions == "alibi":
-        tables = (f.new(("b", a.num_attention_heads, 1, model.seq), dtype, "alibi"),)
+        tables = (f.new(("b", a.num_attention_heads, 1, model.keys), dtype, "alibi"),)
         mask = _alibi_mask(f, mask, a, dtype)
     tables = (*tables, *rotary_tables(model, dtype))
     x = run_layers(model, STYLE, tokens, lambda window: (mask, *tables), masked=False)
