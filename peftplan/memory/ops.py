@@ -48,7 +48,7 @@ def linear(f: Tape, x: Tensor, weight: Any, bias: Any = None, *, transposed: boo
 def _linear_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     _, _, x_dims, w_dims, bias_dims = saved
     to_x, to_weight, to_bias = node.edges
-    grad_weight = f.new(w_dims, g.dtype, "mm") if to_weight else None
+    grad_weight = f.view_of(f.new(w_dims, g.dtype, "mm")) if to_weight else None  # of the transposed weight's
     grad_x = f.new(x_dims, g.dtype, "mm") if to_x else None
     if grad_x is not None and len(x_dims) > 2:
         f.view_of(grad_x)  # the product has two dims: `reshape` gives it x's

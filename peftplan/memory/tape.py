@@ -76,17 +76,16 @@ class Parameter:
         self.node = self if trainable else None
         self.uses = 1
         """How many gradients are still to come in this backward pass: a tied weight has two."""
-        self.buffered: Tensor | None = None
+        self.buffered: list[Tensor | None] = [None]
 
     def receive(self, tape: Tape, index: int, grad: Tensor | None) -> None:
-        """Gradients of all uses are summed first, each sum a new tensor (`InputBuffer`)."""
+        """Gradients of all uses are summed first (`InputBuffer`)."""
         if grad is not None:
-            before, self.buffered = self.buffered, None
-            self.buffered = grad if before is None else tape.new(self.dims, self.dtype, "add")
-            del before
+            tape.sum_into(self.buffered, 0, grad)
         self.uses -= 1
-        if self.uses <= 0 and self.buffered is not None:
-            grad, self.buffered = self.buffered, None
+        grad = self.buffered[0]
+        if self.uses <= 0 and grad is not None:
+            self.buffered[0] = None
             self.accumulate(tape, grad)
 
     def accumulate(self, tape: Tape, grad: Tensor) -> None:

@@ -34,6 +34,15 @@ def test_a_tied_weight_has_its_gradients_summed_in_a_new_tensor_before_one_stays
     assert f.names[weight.grad.storage.number] == "embed.weight.grad"  # type: ignore[union-attr]
 
 
+def test_under_autocast_the_first_gradient_is_a_cast_that_the_second_is_added_into() -> None:
+    f, weight = Tape(autocast="bf16"), Parameter("embed.weight", (VOCAB, WIDTH), "fp32", trainable=True)
+    f.backward(tied(f, weight))
+    wide = {n for n in range(1, len(f.dims)) if f.dims[n] == (VOCAB, WIDTH) and f.dtypes[n] == "fp32"}
+    assert len(wide) == 2  # the cast of the head's gradient, and the embedding's; the first stays as the sum
+    assert weight.grad is not None
+    assert f.names[weight.grad.storage.number] == "embed.weight.grad"  # type: ignore[union-attr]
+
+
 def test_torch_sums_the_gradients_of_a_tied_weight_in_a_new_tensor() -> None:
     torch = pytest.importorskip("torch")
     from torch.profiler import ProfilerActivity, profile
