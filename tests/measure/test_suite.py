@@ -149,7 +149,7 @@ def test_one_record_per_rank_appended_at_once(tmp_path: Path) -> None:
         ('{"model": "gpt2", "methd": "lora"}', "methd"),
         ('{"model": "gpt2", "seq_len": 0}', "seq_len"),
         ('{"model": "gpt2", "output": "x"}', "output is set for the whole suite"),
-        ('{"model": "gpt2", "seq_len": 2048}', "the same configuration as line 1"),
+        ('{"model": "gpt2", "seq_len": 1024}', "the same configuration as line 1"),
         ('{"model": "gtp2"}', "gtp2"),
     ],
     ids=["json", "list", "no-model", "unknown-option", "bad-value", "output", "twice", "unknown-model"],
