@@ -1,4 +1,4 @@
-"""How fast an estimate is, against the numbers to hold: cold from a shell, and warm in a process.
+"""How fast an estimate is, against the numbers to hold: cold from a shell, warm in a process, and over a grid of sizes.
 
     python benchmarks/speed.py [--repeat 20]
 
@@ -20,7 +20,7 @@ import peftplan
 FLOOR = ("-c", "import click, rich.console, rich.table\nfrom pydantic import BaseModel\nclass A(BaseModel):\n    x: int")
 MAIN = ("-m", "peftplan", "estimate", "llama-2-70b", "--method", "qlora", "--r", "16")
 HELP = ("-m", "peftplan", "--help")
-COLD_BAR, WARM_BAR_MS = 1.3, 1.0
+COLD_BAR, WARM_BAR_MS, GRID_BAR_S = 1.3, 1.0, 1.0
 
 
 def cold(arguments: tuple[str, ...]) -> float:
@@ -39,6 +39,31 @@ def warm(model: str, method: str, *, repeat: int) -> float:
         peftplan.estimate(model, method=method)
         times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times)
+
+
+def at_other_sizes(model: str, method: str, *, repeat: int) -> float:
+    """Milliseconds of one estimate at other sizes, the job prepared: the median."""
+    prepared = peftplan.estimate(model, method=method)
+    times = []
+    for number in range(repeat):
+        start = time.perf_counter()
+        _ = prepared.at(batch_size=1 + number % 8).peaks.allocated
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def grid(model: str, method: str, *, repeat: int) -> float:
+    """Seconds for the peaks of 1,000 batch sizes × 1,000 sequence lengths: the best."""
+    import numpy as np
+
+    prepared = peftplan.estimate(model, method=method)
+    batches, lengths = np.arange(1, 1001)[:, None], np.arange(8, 8008, 8)[None]
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        prepared.at(batch_size=batches, seq_len=lengths)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def cpu_model() -> str:
@@ -69,6 +94,8 @@ def main() -> None:
         ("bert-base-uncased", "bitfit"),
     ):
         print(f"| warm: {model}, {method} | {warm(model, method, repeat=200):.2f} ms | ≤ {WARM_BAR_MS} ms |")
+    print(f"| warm, at other sizes: llama-2-70b, qlora | {at_other_sizes('llama-2-70b', 'qlora', repeat=200):.2f} ms | |")
+    print(f"| 1,000,000 points: llama-2-70b, qlora | {grid('llama-2-70b', 'qlora', repeat=5):.2f} s | ≤ {GRID_BAR_S} s |")
 
 
 if __name__ == "__main__":
