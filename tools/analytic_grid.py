@@ -4,7 +4,8 @@
 
 Every model type with an adapter, at the widths of a published model and a few layers; every method, dtype, kernel, trainer and
 optimizer of `AXES`, drawn for each cell with a seed. Drift is analytic ÷ traced − 1, of the allocated peak and of each phase.
-What one engine refuses the other must refuse too. Needs the extra `trace`; the whole grid takes three quarters of an hour on two cores.
+What one engine refuses the other must refuse too. Needs the extra `trace`; the whole grid takes three quarters of an hour on
+two cores.
 """
 
 from __future__ import annotations

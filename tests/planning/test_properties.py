@@ -120,7 +120,7 @@ def test_every_method_adds_up_on_a_real_model(method: str) -> None:
     assert 0 < found.trainable_parameters <= found.total_parameters
     assert found.total_parameters - found.adaptation.num_added == found.model["num_parameters"]
     assert sum(found.static.by_category().values()) == found.persistent_bytes
-    # AdamW keeps two moments beside each gradient, in its dtype, and a step of one block; AdaLoRA's allocator three sensitivities.
+    # AdamW keeps two moments beside each gradient, in its dtype and a step of one block; AdaLoRA three sensitivities.
     moments = 2 + 3 * (method == "adalora")
     by_category = found.static.by_category()
     trained = sum(parameter.copies for parameter in found.parameters.all if parameter.trainable)
