@@ -108,7 +108,7 @@ CASES = [
     Case("llama", "ln-tuning", "nf4"),
     Case("llama", "ln-tuning", "nf4", **TRL),
     Case("gpt2", "ln-tuning"),
-    Case("llama", "boft", "nf4"),
+    Case("llama", "boft"),
     Case("llama", "fourierft", "nf4", **TRL),
     Case("llama", "lokr"),
     Case("llama", "loha", "int8"),
@@ -206,7 +206,7 @@ def test_lycoris_on_a_4_bit_base_is_refused(method: str, folder: Path) -> None:
 
 def test_no_map_of_double_quantization_where_nothing_is_quantized() -> None:
     """Falcon's linear layers are a subclass, which bitsandbytes leaves."""
-    assert peftplan.estimate("falcon-7b", method="qlora").ledger.by_category()["quant_state"] == 0
+    assert peftplan.estimate("falcon-7b", method="qlora").static.by_category()["quant_state"] == 0
 
 
 def test_the_witness_has_an_adapter() -> None:

@@ -102,10 +102,11 @@ def architecture(case: Case) -> Architecture:
 
 
 def planned(case: Case) -> Ledger:
-    """The ledger of `peftplan.estimate`."""
+    """What lasts from step to step, as `peftplan.estimate` states it; AdaLoRA's rank allocator does not run here."""
     words = ("method", "quant", "optim", "trainer", "dtype", "kbit_prepare", "adapter_dtype", "task_type", "quant_skip_modules")
     said = {word: getattr(case, word) for word in words}
-    return peftplan.estimate(case.config, **said, double_quant=case.double_quant or None, **case.options).ledger
+    found = peftplan.estimate(case.config, **said, double_quant=case.double_quant or None, **case.options).static
+    return Ledger(tuple(line for line in found if "RankAllocator" not in line.source))
 
 
 def on_device(ledger: Ledger) -> Tensors:

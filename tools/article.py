@@ -212,7 +212,7 @@ def real_65b() -> str:
     rows = []
     for text, options in recipes:
         result = estimate("llama-65b", r=8, target_modules=ATTENTION, **options)
-        c = result.ledger.by_category()
+        c = result.static.by_category()
         adapter = c["adapter_weights"] + c["gradients"] + c["optimizer_states"]
         rows.append((text, gb(c["weights"]), gb(c["quant_state"]), gb(adapter), gb(held(result))))
     return table(("recipe", "base weights", "quantization state", "adapter, its gradients, Adam", "sum"), rows)
@@ -373,7 +373,7 @@ def double_quantization() -> str:
     ]
     tables = sum(a.nbytes for a in nf4(double_quant=True) if a.name in ("code", "nested_code", "offset"))
     plain, double = (
-        estimate("llama-65b", method="qlora", double_quant=on).ledger.by_category()["quant_state"] for on in (False, True)
+        estimate("llama-65b", method="qlora", double_quant=on).static.by_category()["quant_state"] for on in (False, True)
     )
     return section(
         "## Double quantization",

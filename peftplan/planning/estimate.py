@@ -19,7 +19,7 @@ from peftplan.planning.job import Job
 from peftplan.planning.result import Estimate, Peaks
 from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, check_length, parse_setup, resolved
-from peftplan.planning.tasks import check_task
+from peftplan.planning.tasks import check_task, without_loss
 from peftplan.planning.verdicts import capability, find_cards, verdict
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
 
@@ -76,6 +76,8 @@ def estimate(
     built, static = _static(job.architecture, job.adaptation, job.quant, job.setup)
     cards = find_cards(gpu)
     if engine == "trace":
+        if (why := without_loss(model, job.architecture)) is not None:
+            raise RefusedError(why)
         return _estimated(job, built, static, cards, _traced(job, cards, record=record, progress=progress), engine=engine)
 
     def again(**changes: Any) -> Estimate:
@@ -124,6 +126,8 @@ def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: lis
     from peftplan.planning.analytic import analytic_peaks
 
     found: Peaks | str
+    if (why := without_loss(job.model, job.architecture)) is not None:
+        return _estimated(job, built, static, cards, why, engine="analytic")
     try:
         found = analytic_peaks(job, built, static, compute_capability=capability(cards))
     except NeedsTraceError as missing:

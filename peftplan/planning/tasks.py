@@ -1,4 +1,4 @@
-"""What a model's task leaves to train: refused before any engine looks at a job, with one reason for all of them."""
+"""What a model's task leaves to train, with one reason for all engines."""
 
 from __future__ import annotations
 
@@ -17,13 +17,8 @@ CAUSAL = "CAUSAL_LM"
 
 
 def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:
-    """Raise RefusedError for a model without a loss, and for a trainer or a loss that only causal language models have.
-
-    `setup` is resolved. A bare model that has no adapter here can have a loss of its own (CLIP): only the trace knows.
-    """
+    """Raise RefusedError for a trainer or a loss that only causal language models have. `setup` is resolved."""
     task, found = architecture.task_type, architecture.model_class
-    if task == BARE and architecture.model_type in ADAPTERS:
-        raise RefusedError(f"task_type: {found} has no loss to train on; accepted: {', '.join(_with_loss(model))}")
     if task == CAUSAL:
         return
     if setup.trainer == "trl":
@@ -31,6 +26,16 @@ def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:
         raise RefusedError(f"trainer: SFTTrainer of trl 1.16 trains causal language models, not {found}; accepted: {others}")
     if setup.loss != "full":
         raise RefusedError(f"loss: {setup.loss} replaces the loss of causal language models, not of {found}; accepted: full")
+
+
+def without_loss(model: Any, architecture: Architecture) -> str | None:
+    """Why a bare model cannot train, so that it has counts but no peak; None for one that can.
+
+    A bare model that has no adapter here can have a loss of its own (CLIP): only the trace knows.
+    """
+    if architecture.task_type != BARE or architecture.model_type not in ADAPTERS:
+        return None
+    return f"task_type: {architecture.model_class} has no loss to train on; accepted: {', '.join(_with_loss(model))}"
 
 
 def _with_loss(model: Any) -> Iterator[str]:

@@ -33,7 +33,9 @@ def test_require_fit_exits_1_where_a_card_is_not_known_to_fit() -> None:
     job = ("estimate", "llama-2-70b", "--method", "qlora")
     assert run(*job, "--gpu", "rtx-4090").code == 0
     assert run(*job, "--gpu", "rtx-4090", "--require-fit").code == 1
-    assert run(*job, "--gpu", "b200", "--require-fit").code == 1  # unknown is no promise
+    assert run(*job, "--gpu", "b200", "--require-fit").code == 0
+    unknown = ("estimate", "gpt-neo-125m", "--gpu", "b200", "--require-fit")
+    assert run(*unknown).code == 1  # no formula, no peak: unknown is no promise
     assert run(*job, "--require-fit").code == 0
 
 

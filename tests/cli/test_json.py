@@ -12,7 +12,7 @@ import pytest
 from tests.cli.run import run
 
 COUNTED = {"weights", "adapter_weights", "quant_state", "gradients", "optimizer_states", "buffers"}
-NOT_COUNTED = {"activations", "logits", "temporaries", "workspaces"}
+OF_A_PEAK = {"activations", "logits", "temporaries", "workspaces"}
 JOBS = [
     ("llama-2-70b", "--method", "qlora", "--r", "16", "--gpu", "rtx-4090", "--gpu", "a100-80gb"),
     ("mixtral-8x7b", "--optim", "paged_adamw_32bit"),
@@ -52,29 +52,33 @@ def test_keys_and_types(job: tuple[str, ...]) -> None:
     for line in memory["lines"]:
         assert {"category", "name", "bytes", "bytes_by_phase", "formula", "source"} <= set(line)
         assert type(line["bytes"]) is int
-        assert line["category"] in COUNTED
+        assert line["category"] in COUNTED | OF_A_PEAK
         assert "{" not in line["name"]
-    assert set(memory["by_category"]) == COUNTED | NOT_COUNTED
+    assert set(memory["by_category"]) == COUNTED | OF_A_PEAK
     for verdict in result["gpus"]:
         assert {"name", "usable_bytes", "verdict", "headroom_bytes"} <= set(verdict)
         assert verdict["verdict"] in ("fits", "tight", "does_not_fit", "unknown")
-        assert verdict["headroom_bytes"] == verdict["usable_bytes"] - memory["persistent"]
+        assert verdict["headroom_bytes"] <= verdict["usable_bytes"] - memory["peak_allocated"]
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job[0])
 def test_lines_add_up(job: tuple[str, ...]) -> None:
     memory = estimate(*job)["memory"]
     on_device = [line for line in memory["lines"] if line["place"] == "device"]
-    for category in COUNTED:
-        assert memory["by_category"][category] == sum(line["bytes"] for line in on_device if line["category"] == category)
-    assert sum(memory["by_category"][category] for category in COUNTED) == memory["persistent"]
-    assert sum(line["bytes"] for line in memory["lines"] if line["place"] == "managed") == memory["managed"]
+    for category, stated in memory["by_category"].items():
+        assert stated == sum(line["bytes"] for line in on_device if line["category"] == category)
+    assert sum(memory["by_category"].values()) == memory["peak_allocated"] == memory["peak_by_phase"][memory["peak_phase"]]
+    assert all(line["bytes_by_phase"][memory["peak_phase"]] == line["bytes"] for line in on_device)
+    assert memory["peak_allocated"] == max(memory["peak_by_phase"].values())
+    assert {line["place"] for line in memory["lines"]} == {"device"}
+    # Paged moments live outside torch's allocator, and so in no line.
+    assert (memory["managed"] > 0) == ("paged_adamw_32bit" in job)
 
 
 def test_what_is_not_counted_is_null_and_named() -> None:
-    result = estimate("llama-2-7b")
+    result = estimate("gpt-neo-125m")  # no formulas: the trace engine knows its activations
     memory = result["memory"]
-    assert {memory["by_category"][category] for category in NOT_COUNTED} == {None}
+    assert {memory["by_category"][category] for category in OF_A_PEAK} == {None}
     assert memory["peak_by_phase"] == {"load": None, "forward": None, "backward": None, "step": None}
     for peak in ("peak_phase", "peak_allocated", "peak_reserved", "reserved_source", "runtime_context", "device_total"):
         assert memory[peak] is None
@@ -91,11 +95,11 @@ def test_known_numbers() -> None:
     assert result["method"]["config"]["r"] == 16
 
 
-def test_a_verdict_is_certain_only_where_it_can_be() -> None:
+def test_verdicts() -> None:
     small, large = estimate("llama-2-70b", "--method", "qlora", "--gpu", "rtx-4090", "--gpu", "b200")["gpus"]
     assert (small["name"], small["verdict"]) == ("rtx-4090", "does_not_fit")
     assert small["headroom_bytes"] < 0
-    assert (large["name"], large["verdict"]) == ("b200", "unknown")
+    assert (large["name"], large["verdict"]) == ("b200", "fits")
 
 
 def test_csv_holds_the_lines_of_the_json() -> None:

@@ -1,4 +1,4 @@
-"""What has no loss, or a trainer or loss of another kind of model, is refused by both engines with one reason."""
+"""What has no loss, or a trainer or loss of another kind of model: both engines give one reason."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from peftplan import estimate
 from peftplan.errors import RefusedError
 
 REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
-    ("deberta-v3-base", {}, "task_type: DebertaV2Model has no loss to train on; accepted: MASKED_LM, SEQ_CLS, TOKEN_CLS, QUEST"),
-    ("vit-base-patch16-224-in21k", {}, "task_type: ViTModel has no loss to train on; accepted: IMAGE_CLS"),
     ("bart-base", {"trainer": "trl"}, "trainer: SFTTrainer of trl 1.16 trains causal language models, not BartForConditional"),
     ("bert-base-cased", {"trainer": "trl"}, "not BertForMaskedLM; accepted: transformers, plain, qlora-paper"),
     ("llama-3.2-1b", {"trainer": "trl", "task_type": "SEQ_CLS"}, "not LlamaForSequenceClassification"),
@@ -25,6 +23,22 @@ def test_both_engines_refuse_at_the_door(model: str, options: dict[str, Any], re
     with pytest.raises(RefusedError) as refused:
         estimate(model, engine=engine, method="full", seq_len=64, **options)
     assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("deberta-v3-base", "task_type: DebertaV2Model has no loss to train on; accepted: MASKED_LM, SEQ_CLS, TOKEN_CLS, QUEST"),
+        ("vit-base-patch16-224-in21k", "task_type: ViTModel has no loss to train on; accepted: IMAGE_CLS"),
+    ],
+)
+def test_a_model_without_a_loss_has_counts_and_no_peak(model: str, reason: str) -> None:
+    found = estimate(model, method="full", seq_len=64)
+    assert (found.peaks, found.trainable_parameters > 0) == (None, True)
+    assert found.not_modelled[0].startswith(reason)
+    with pytest.raises(RefusedError) as refused:
+        estimate(model, engine="trace", method="full", seq_len=64)
+    assert str(refused.value).startswith(reason)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def test_unscored_configurations_count_too(row: dict[str, Any]) -> None:
 FOR_STAND_INS: dict[str, dict[str, Any]] = {
     "ADAMSS": {"r": 6, "num_subspaces": 4, "subspace_rank": 1, "target_modules": ["q_proj", "v_proj"]},
     "BOFT": {"target_modules": ["q_proj", "down_proj"]},
+    "LORA": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "v_proj"]},
     "FROD": {"sparse_rate": 0.1, "target_modules": ["q_proj", "v_proj", "down_proj"]},
     "UNILORA": {"r": 4, "theta_d_length": 32, "target_modules": ["q_proj", "v_proj"]},
     "SHIRA": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
