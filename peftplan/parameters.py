@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import islice
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -234,12 +235,12 @@ def _converted_layers(arch: Architecture, quant: QuantConfig | None) -> dict[str
     # Only a user's own skip list can tell layers apart, and the last parameter where it lies inside the last layer (OPT without
     # affine norms); in every other family the first layer speaks for all.
     layered = any(char.isdigit() for pattern in quant.skip_modules or () for char in pattern)
-    apart = {module.name for module in arch.modules if layered or module.name == arch.last_module().name}
+    last = arch.last_module().name
+    apart = {module.name for module in arch.modules if layered or module.name == last}
     asked = [
         (name, module, layer)
         for module in arch.modules
-        for layer, name in zip(module.layers or (0,), module.names(), strict=True)
-        if module.name in apart or layer == (module.layers or (0,))[0]
+        for layer, name in islice(zip(module.layers or (0,), module.names(), strict=True), None if module.name in apart else 1)
     ]
     names = quantized_modules(
         quant,

@@ -7,7 +7,7 @@ between two boundaries, times their number (`model.run_stack`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
@@ -56,19 +56,13 @@ class Timeline(NamedTuple):
     def peaks(self, sizes: Mapping[str, int], standing: int = 0) -> dict[str, tuple[int, int]]:
         """Phase → (bytes, how many events lead to them), on top of `standing` bytes that are always there."""
         nbytes = [_bytes(kind, sizes) for kind in self.kinds]
+        levels = list(accumulate([count * nbytes[kind] for kind, count in self.events], initial=standing))
         found: dict[str, tuple[int, int]] = {}
-        level, at = standing + sum(count * nbytes[kind] for kind, count in self.events[: self.windows[0][1]]), 0
         for phase, start, end in self.windows:
-            best, place = found.get(phase, (-1, 0))
-            if level > best:
-                best, place = level, start
-            at = start
-            for kind, count in self.events[start:end]:
-                at += 1
-                level += count * nbytes[kind]
-                if level > best:
-                    best, place = level, at
-            found[phase] = (best, place)
+            within = levels[start : end + 1]
+            best = max(within)
+            if best > found.get(phase, (-1, 0))[0]:
+                found[phase] = (best, start + within.index(best))
         return found
 
     def lines(self, end: int, sizes: Mapping[str, int]) -> tuple[Line, ...]:
