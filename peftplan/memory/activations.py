@@ -27,15 +27,6 @@ def activation(f: Tape, x: Tensor, name: str) -> Tensor:
     return COMPOSED[name](f, x)
 
 
-def shift(f: Tape, x: Tensor) -> Tensor:
-    """`x + number`: keeps nothing; its gradient passes through."""
-    return f.new(x.dims, x.dtype, "add", f.record(_shift_backward, (x,)))
-
-
-def _shift_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
-    return g
-
-
 def power(f: Tape, x: Tensor) -> Tensor:
     """`pow(x, number)`: keeps x; backward makes `grad * (exponent * x ** (exponent - 1))`. Autocast runs it in fp32."""
     if f.autocast:
@@ -60,7 +51,7 @@ def gelu_new(f: Tape, x: Tensor) -> Tensor:
     del cube
     inner = ops.scale(f, inner)
     inner = ops.keeps_output(f, inner, "tanh")
-    inner = shift(f, inner)
+    inner = ops.shift(f, inner)
     return ops.mul(f, half, inner)
 
 
@@ -69,9 +60,9 @@ def gelu_fast(f: Tape, x: Tensor) -> Tensor:
     half = ops.scale(f, x)
     scaled = ops.scale(f, x)
     square = ops.mul(f, ops.scale(f, x), x)
-    inner = ops.mul(f, scaled, shift(f, square))
+    inner = ops.mul(f, scaled, ops.shift(f, square))
     del scaled, square
-    inner = shift(f, ops.keeps_output(f, inner, "tanh"))
+    inner = ops.shift(f, ops.keeps_output(f, inner, "tanh"))
     return ops.mul(f, half, inner)
 
 

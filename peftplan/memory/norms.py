@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.memory import ops
-from peftplan.memory.activations import power, shift
+from peftplan.memory.activations import power
 from peftplan.memory.model import Model
 from peftplan.memory.tape import Node, Tape, Tensor
 
@@ -27,8 +27,9 @@ def rms_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -> Tenso
     """`GemmaRMSNorm`: `(1 + weight)` multiplies in fp32."""
     f = model.tape
     f.module = name
-    weight = shift(f, f.to(model.part(name, layer).weight, "fp32"))
-    return ops.rmsnorm(f, x, weight, cast_last=True)
+    held = model.part(name, layer).weight
+    assert held is not None
+    return ops.rmsnorm(f, x, ops.shift(f, f.to(held, "fp32")), cast_last=True)
 
 
 def layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
@@ -55,9 +56,10 @@ def written_layer_norm(model: Model, name: str, x: Tensor, layer: int | None) ->
     center = mean(f, x)
     variance = mean(f, power(f, minus(f, x, center)))
     centered = minus(f, x, center)
-    rstd = ops.keeps_output(f, shift(f, variance), "rsqrt")
+    rstd = ops.keeps_output(f, ops.shift(f, variance), "rsqrt")
     x = ops.mul(f, centered, rstd)
     del centered, rstd
+    assert weight is not None
     x = ops.mul(f, x, f.to(weight, "fp32"))
     narrow: Tensor = f.to(x, given)
     return narrow

@@ -91,9 +91,13 @@ def divide(f: Tape, x: Any, by: Tensor) -> Tensor:
     return f.new(x.dims, promoted(x.dtype, by.dtype), "div", f.record(_scale_backward, (x,), by))
 
 
-def shift(f: Tape, x: Tensor) -> Tensor:
-    """`x - 1`: keeps nothing, and passes its gradient on."""
-    return f.new(x.dims, x.dtype, "sub", f.record(_view_backward, (x,)))
+def shift(f: Tape, x: Tensor | Parameter) -> Tensor:
+    """`x + number`: keeps nothing; its gradient passes through."""
+    return f.new(x.dims, x.dtype, "add", f.record(_shift_backward, (x,)))
+
+
+def _shift_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return g
 
 
 def keeps_input(f: Tape, x: Tensor, op: str) -> Tensor:

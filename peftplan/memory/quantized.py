@@ -29,7 +29,7 @@ def linear4bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     op = "linear" if part.bias is None else "addmm"
     out = f.new((*x.dims[:-1], n_out), x.dtype, op, f.record(_linear4bit_backward, (x, part.bias), part, x.dims))
     del weight, absmax
-    return f.to(out, given)  # type: ignore[no-any-return]
+    return f.to(out, given)
 
 
 def _sizes(part: Part) -> Dims:

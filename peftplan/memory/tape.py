@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, overload
 
 from peftplan.memory.ledger import Category, Dim
 
@@ -360,7 +360,12 @@ class Tape:
     def _is_leaf(self, x: Any) -> bool:
         return bool(x.trainable if type(x) is Parameter else x.storage is not None and x.storage.number in self.leaves)
 
-    def to(self, x: Any, dtype: str) -> Any:
+    @overload
+    def to(self, x: Tensor, dtype: str) -> Tensor: ...
+    @overload
+    def to(self, x: Parameter, dtype: str) -> Tensor | Parameter: ...
+
+    def to(self, x: Tensor | Parameter, dtype: str) -> Tensor | Parameter:
         """`x.to(dtype)`: itself where it has it."""
         if x.dtype == dtype:
             return x

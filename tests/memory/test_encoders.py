@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from peftplan import estimate
+from tests.memory.engines import phases
 
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 1000}
 SIDES = {"d_model": 256, "encoder_ffn_dim": 768, "decoder_ffn_dim": 640, "encoder_layers": 4, "decoder_layers": 3}
@@ -71,16 +72,6 @@ TOLERANCE = 0.005
 """The batch itself, integers for masks and positions, and the fp32 statistics of LayerNorm, which a CPU keeps in bf16."""
 
 
-def _peaks(config: dict[str, Any], head: str, engine: str, method: str, options: dict[str, Any]) -> dict[str, int]:
-    made = {**config, "architectures": [head]}
-    found = estimate(made, method=method, engine=engine, batch_size=4, seq_len=256, **options).peaks
-    assert found is not None
-    return {
-        phase: sum(line.bytes() for line in ledger if line.place == "device" and line.name != "tails of unsplit blocks")
-        for phase, ledger in found.ledgers.items()
-    }
-
-
 @pytest.mark.parametrize(
     ("config", "head", "method", "options"),
     [
@@ -119,8 +110,9 @@ def test_peaks_are_those_of_the_trace(config: dict[str, Any], head: str, method:
     pytest.importorskip("transformers")
     if method != "full":
         options = {**options, "target_modules": TARGETS[config["model_type"]]}
-    ours = _peaks(config, head, "analytic", method, options)
-    traced = _peaks(config, head, "trace", method, options)
+    made = {**config, "architectures": [head]}
+    ours = phases(made, "analytic", method=method, **options)
+    traced = phases(made, "trace", method=method, **options)
     for phase in ("load", "forward", "backward", "step"):
         assert ours[phase] == pytest.approx(traced[phase], rel=TOLERANCE), phase
 

@@ -9,39 +9,12 @@ import pytest
 from peftplan import estimate
 from peftplan.errors import RefusedError
 from peftplan.units import round512
+from tests.memory.engines import BATCH, LLAMA, OFF, PLAIN, TOKENS, TOLERANCE, TRAINER, phases
 
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 1000,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
-B, S, P = 4, 256, 20
-TOLERANCE = 0.005
-"""The lists of small integers (positions, padded labels) that only the trace has."""
-
-PLAIN = {"trainer": "plain"}
-TRAINER = {"trainer": "transformers"}
-OFF = {"trainer": "transformers", "gradient_checkpointing": False}
+B, S, P = BATCH, TOKENS, 20
 SHORT = {"trainer": "transformers", "gradient_checkpointing": False, "seq_len": 32}
 """Few tokens, so that what is as large as a weight decides the peak."""
 VIRTUAL = {"num_virtual_tokens": P}
-
-
-def _peaks(engine: str, method: str, options: dict[str, Any]) -> dict[str, int]:
-    sizes = {"batch_size": B, "seq_len": S, **options}
-    found = estimate(LLAMA, method=method, engine=engine, **sizes).peaks
-    assert found is not None
-    return {
-        phase: sum(line.bytes() for line in ledger if line.place == "device" and line.name != "tails of unsplit blocks")
-        for phase, ledger in found.ledgers.items()
-    }
 
 
 @pytest.mark.parametrize(
@@ -70,14 +43,14 @@ def test_each_phase_peaks_where_the_trace_does(method: str, options: dict[str, A
     """Load, forward, backward and step."""
     pytest.importorskip("torch")
     pytest.importorskip("peft")
-    analytic, traced = (_peaks(engine, method, options) for engine in ("analytic", "trace"))
+    analytic, traced = (phases(LLAMA, engine, method=method, **options) for engine in ("analytic", "trace"))
     assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
 
 
 def test_a_prefix_refuses_checkpointing_as_peft_does() -> None:
     """peft raises when the prompt encoder is made."""
     with pytest.raises(RefusedError, match="PREFIX_TUNING does not work with gradient checkpointing"):
-        _peaks("analytic", "prefix-tuning", {**TRAINER, **VIRTUAL, "gradient_checkpointing": True})
+        phases(LLAMA, "analytic", method="prefix-tuning", **TRAINER, **VIRTUAL, gradient_checkpointing=True)
 
 
 def _kept(method: str, depths: tuple[int, int], options: dict[str, Any]) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from peftplan import estimate
+from tests.memory.engines import phases
 
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 1000}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
@@ -54,15 +55,6 @@ TOLERANCE = 0.003
 """The batch itself, integers for positions and the sorting of rows, and scalars."""
 
 
-def _peaks(config: dict[str, Any], engine: Any, method: str, options: dict[str, Any]) -> dict[str, int]:
-    found = estimate(config, method=method, engine=engine, batch_size=2, seq_len=256, **options).peaks
-    assert found is not None
-    return {
-        phase: sum(line.bytes() for line in ledger if line.place == "device" and line.name != "tails of unsplit blocks")
-        for phase, ledger in found.ledgers.items()
-    }
-
-
 @pytest.mark.parametrize(
     ("config", "method", "options"),
     [
@@ -87,8 +79,8 @@ def _peaks(config: dict[str, Any], engine: Any, method: str, options: dict[str, 
 )
 def test_peaks_are_those_of_the_trace(config: dict[str, Any], method: str, options: dict[str, Any]) -> None:
     pytest.importorskip("transformers")
-    ours = _peaks(config, "analytic", method, options)
-    traced = _peaks(config, "trace", method, options)
+    ours = phases(config, "analytic", method=method, batch_size=2, **options)
+    traced = phases(config, "trace", method=method, batch_size=2, **options)
     for phase in ("load", "forward", "backward", "step"):
         assert ours[phase] == pytest.approx(traced[phase], rel=TOLERANCE), phase
 

@@ -40,7 +40,7 @@ def boft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     result = ops.mul(f, result, scale.view((n_out,)))
     if bias is not None:
         result = ops.add(f, result, bias)
-    return f.to(result, given)  # type: ignore[no-any-return]
+    return f.to(result, given)
 
 
 def _product(f: Tape, x: Tensor, rotation: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def cayley(f: Tape, blocks: Any, dims: tuple[Any, ...]) -> Tensor:
     result = f.new(dims, "fp32", "solve", node)
     lu = f.new(dims, "fp32", "LU")
     f.keep(node, lu, pivots, result.detach())
-    return f.to(result, blocks.dtype)  # type: ignore[no-any-return]
+    return f.to(result, blocks.dtype)
 
 
 def _passed(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def _added(
     out = _applied(f, _dropped(f, delta(f, part), is_view=is_view) if running.config.rank_dropout else delta(f, part), x)
     total = ops.add(f, result, out)
     del result, out
-    return f.to(total, given)  # type: ignore[no-any-return]
+    return f.to(total, given)
 
 
 def _dropped(f: Tape, weight: Tensor, *, is_view: bool) -> Tensor:
@@ -144,7 +144,7 @@ def _transformed(f: Tape, part: Part) -> Tensor:
     real = Tensor(transformed.storage, dims, "fp32", f.record(_real_backward, (transformed,)))
     delta = ops.scale(f, real)
     del dense, transformed, real
-    return f.to(delta, spectrum.dtype)  # type: ignore[no-any-return]
+    return f.to(delta, spectrum.dtype)
 
 
 def _placed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:

@@ -29,4 +29,4 @@ def ia3(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runnin
         return base(inner)
     result = base(x)
     given = result.dtype
-    return f.to(ops.mul(f, result, factor), given)  # type: ignore[no-any-return]
+    return f.to(ops.mul(f, result, factor), given)

@@ -25,7 +25,7 @@ def oft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runnin
     x = _rotated(f, f.to(x, part.params["oft_R.weight"].dtype), part.params["oft_R.weight"], n_in, config)
     f.module = part.name
     result = base(f.to(x, given))
-    return f.to(result, given)  # type: ignore[no-any-return]
+    return f.to(result, given)
 
 
 def _rotated(f: Tape, x: Tensor, weight: Any, n_in: int, config: Any) -> Tensor:
@@ -40,7 +40,7 @@ def _rotated(f: Tape, x: Tensor, weight: Any, n_in: int, config: Any) -> Tensor:
     b, s, _ = x.dims
     product = ops.matmul(f, x.view((blocks, b, s, k)), rotation, (blocks, b, s, k))
     rotated = ops.copied(f, product, "clone", x.dims) if blocks > 1 else product.view(x.dims)
-    return f.to(rotated, x.dtype)  # type: ignore[no-any-return]
+    return f.to(rotated, x.dtype)
 
 
 def _repeated_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:

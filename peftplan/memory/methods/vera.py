@@ -31,4 +31,4 @@ def vera(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     result = ops.add(f, result, out)
     del out
     result = f.to(result, given)
-    return f.to(result, previous)  # type: ignore[no-any-return]
+    return f.to(result, previous)

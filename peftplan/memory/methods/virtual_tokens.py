@@ -13,8 +13,9 @@ from typing import Any
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
 from peftplan.memory.ledger import Dim
-from peftplan.memory.model import Model, kinds_of, sections_of
+from peftplan.memory.model import Model
 from peftplan.memory.shaping import cat, sliced
+from peftplan.memory.stack import kinds_of, sections_of
 from peftplan.memory.tape import Dims, Node, Tape, Tensor
 
 MLP = ("mlp_head.0", "mlp_head.2", "mlp_head.4")

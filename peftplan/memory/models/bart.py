@@ -13,8 +13,9 @@ from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
 from peftplan.memory.convolution import convolution
 from peftplan.memory.methods import virtual_tokens
-from peftplan.memory.model import PROMPTED, Model, kinds_of, run_stack, shared
+from peftplan.memory.model import PROMPTED, Model
 from peftplan.memory.models.bert import bidirectional_mask
+from peftplan.memory.stack import kinds_of, run_stack, shared
 from peftplan.memory.tape import Tensor
 
 

@@ -10,7 +10,8 @@ from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend, causal_mask
-from peftplan.memory.model import Model, kinds_of, run_stack
+from peftplan.memory.model import Model
+from peftplan.memory.stack import kinds_of, run_stack
 from peftplan.memory.tape import Tensor
 
 ROBERTA = ("roberta", "xlm-roberta")

@@ -11,9 +11,10 @@ from peftplan.arch.modules import Attention, Block
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
 from peftplan.memory.activations import activation
-from peftplan.memory.model import Model, kinds_of, run_stack, shared
+from peftplan.memory.model import Model
 from peftplan.memory.models.bert import output
 from peftplan.memory.shaping import sliced
+from peftplan.memory.stack import kinds_of, run_stack, shared
 from peftplan.memory.tape import Node, Tape, Tensor
 
 EMBEDDINGS = "deberta.embeddings"

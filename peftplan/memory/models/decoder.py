@@ -13,9 +13,10 @@ from peftplan.arch.modules import Attention, Block
 from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend, batched, causal_mask, gathered
-from peftplan.memory.model import Model, kinds_of, run_stack
+from peftplan.memory.model import Model
 from peftplan.memory.norms import rms
 from peftplan.memory.shaping import cat, sliced, split
+from peftplan.memory.stack import kinds_of, run_stack
 from peftplan.memory.tape import Tape, Tensor
 
 Norm = Callable[[Model, str, Tensor, "int | None"], Tensor]

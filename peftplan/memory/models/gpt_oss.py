@@ -10,7 +10,6 @@ from typing import Any
 
 from peftplan.arch.modules import Attention
 from peftplan.memory import ops
-from peftplan.memory.activations import shift
 from peftplan.memory.attention import batched, gathered, repeat_kv
 from peftplan.memory.experts import experts, top_k
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
@@ -123,7 +122,7 @@ def gated(f: Tape, x: Tensor) -> Tensor:
     gate, up = sliced(f, x, half), sliced(f, x, half)
     gate, up = clamped(f, gate, bounds=1), clamped(f, up, bounds=2)
     glu = ops.mul(f, gate, ops.keeps_output(f, ops.scale(f, gate), "sigmoid"))
-    return ops.mul(f, shift(f, up), glu)
+    return ops.mul(f, ops.shift(f, up), glu)
 
 
 def clamped(f: Tape, x: Tensor, *, bounds: int) -> Tensor:

@@ -6,9 +6,10 @@ from peftplan.arch.modules import Block
 from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
-from peftplan.memory.model import Model, kinds_of, run_stack
+from peftplan.memory.model import Model
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.shaping import split
+from peftplan.memory.stack import kinds_of, run_stack
 from peftplan.memory.tape import Tensor
 
 Turns = tuple[Tensor, Tensor]

@@ -11,12 +11,13 @@ from typing import Any
 from peftplan.arch.modules import Attention, Block
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
-from peftplan.memory.activations import activation, power, shift
+from peftplan.memory.activations import activation, power
 from peftplan.memory.attention import attend
 from peftplan.memory.methods import virtual_tokens
-from peftplan.memory.model import PROMPTED, Model, SharedLeaf, kinds_of, run_stack, shared
+from peftplan.memory.model import PROMPTED, Model
 from peftplan.memory.models.bart import block_of, decoder_mask
 from peftplan.memory.models.bert import bidirectional_mask
+from peftplan.memory.stack import SharedLeaf, kinds_of, run_stack, shared
 from peftplan.memory.tape import Node, Tape, Tensor
 
 
@@ -43,7 +44,7 @@ def norm(model: Model, name: str, x: Tensor, number: int | None = None) -> Tenso
     squared = power(f, f.to(x, "fp32"))
     variance = mean(f, squared)
     del squared
-    x = ops.mul(f, x, ops.keeps_output(f, shift(f, variance), "rsqrt"))
+    x = ops.mul(f, x, ops.keeps_output(f, ops.shift(f, variance), "rsqrt"))
     if weight.dtype in ("fp16", "bf16"):
         x = f.to(x, weight.dtype)
     return ops.mul(f, x, weight)

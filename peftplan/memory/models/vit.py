@@ -7,8 +7,9 @@ from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
 from peftplan.memory.convolution import convolution
-from peftplan.memory.model import Model, kinds_of, run_stack
+from peftplan.memory.model import Model
 from peftplan.memory.shaping import cat
+from peftplan.memory.stack import kinds_of, run_stack
 from peftplan.memory.tape import Tensor
 
 PATCHES = "vit.embeddings.patch_embeddings.projection"

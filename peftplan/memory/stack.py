@@ -1,0 +1,156 @@
+"""A stack of layers: a few of them are run, the others stand in the log as copies, and all may read one tensor from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from itertools import pairwise
+from typing import Any
+
+from peftplan.memory.model import Model
+from peftplan.memory.tape import Node, Parameter, Tape, Tensor
+from peftplan.memory.timeline import Stack
+
+
+class SharedNode(Node):
+    """What every layer of a stack reads: its gradient is one sum, which no further layer makes anew."""
+
+    __slots__ = ("sums",)
+    sums: set[int]
+
+    def receive(self, tape: Tape, index: int, grad: Tensor) -> None:
+        """Numbers the storages that hold the sum, one after the other."""
+        super().receive(tape, index, grad)
+        storage = self.grads[index].storage  # type: ignore[union-attr]
+        if storage is not None:
+            self.sums.add(storage.number)
+
+
+class SharedLeaf(Parameter):
+    """A tensor that asks for a gradient though nothing trains it, and that every layer of a stack reads."""
+
+    __slots__ = ("held", "sums")
+    held: Tensor
+    sums: set[int]
+
+    def accumulate(self, tape: Tape, grad: Tensor) -> None:
+        """The first gradient stays; later ones are added in place."""
+        super().accumulate(tape, grad)
+        number = self.grad.storage.number  # type: ignore[union-attr]
+        tape.category.pop(number, None)
+        self.sums.add(number)
+
+
+def shared(f: Tape, x: Tensor, sums: set[int]) -> Tensor:
+    """A tensor from outside a stack that all its layers read; `sums` will hold the storages of its gradient."""
+    node = f.record(_pass_backward, (x,))
+    if node is None:
+        return Tensor(x.storage, x.dims, x.dtype)
+    own = SharedNode(node.sequence, node.module, node.backward, node.edges, checkpointed=node.checkpointed)
+    own.sums = sums
+    return Tensor(x.storage, x.dims, x.dtype, own)
+
+
+def _pass_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return g
+
+
+def run_stack(
+    model: Model,
+    kinds: tuple[int, ...],
+    x: Tensor,
+    call: Callable[..., Tensor],
+    *,
+    name: str,
+    checkpointed: bool,
+    sums: set[int] | None = None,
+    holds: bool = False,
+    own: Callable[[int], tuple[Any, ...]] | None = None,
+) -> Tensor:
+    """Run the first layer of each kind, then the last of each; `kinds[l]` is the kind of layer l.
+
+    The layers between stand in the log as copies of the last of their kind (`memory.timeline`). `sums`: the gradients of what all
+    layers read (`shared`). `holds`: the caller keeps what every layer returns until the forward ends. `own`: further arguments of
+    a layer, which it holds alone.
+    """
+    f = model.tape
+    name = f"{name}/{model.micro_batch}" if model.micro_batch else name
+    sections, extra = sections_of(kinds, summing=sums is not None)
+    copies = {f"{name} {number}": count for number, count in extra.items()}
+    middle = f"{name} {len(set(kinds))}"
+    places = {section: section if _in_runs(kinds) else middle for section in copies}
+
+    def run(layer: int, x: Tensor, *given: Any) -> Tensor:
+        try:
+            return call(layer, x, *given)
+        finally:
+            model.layer_locals.clear()
+
+    stack = Stack(name, places, copies, set(), set() if sums is None else sums, holds)
+    model.stacks.append(stack)
+    for number, layer in enumerate(sections):
+        x = boundary(f, x, f"{name} {number}")
+        given = own(layer) if own else ()
+        x = f.checkpoint(run, layer, x, *given) if checkpointed else run(layer, x, *given)
+        if x.storage is not None:
+            stack.passed.add(x.storage.number)
+    return boundary(f, x, f"{name} end")
+
+
+def sections_of(kinds: tuple[int, ...], *, summing: bool = False) -> tuple[list[int], dict[int, int]]:
+    """The layers that are run, first of each kind and then last of each; section → how many more layers it stands for.
+
+    In the order of the layers where those of a kind follow each other. `summing`: the layer before the last as well, where all
+    add to one gradient.
+    """
+    first = {kind: layer for layer, kind in reversed([*enumerate(kinds)])}
+    last = {kind: layer for layer, kind in enumerate(kinds) if layer != first[kind]}
+    before = _second_last(kinds, first, last) if summing else {}
+    sections = [*sorted(first.values()), *sorted(before.values()), *sorted(last.values())]
+    if _in_runs(kinds):
+        sections.sort()
+    return sections, {
+        sections.index(before.get(kind, layer)): kinds.count(kind) - 2 - (kind in before) for kind, layer in last.items()
+    }
+
+
+def _in_runs(kinds: tuple[int, ...]) -> bool:
+    """Whether all layers of a kind follow each other."""
+    return 1 + sum(a != b for a, b in pairwise(kinds)) == len(set(kinds))
+
+
+def _second_last(kinds: tuple[int, ...], first: dict[int, int], last: dict[int, int]) -> dict[int, int]:
+    """The layer before the last of each kind: in backward the first that adds to a sum, above everything still kept."""
+    found: dict[int, int] = {}
+    for layer, kind in enumerate(kinds):
+        if kind in last and first[kind] < layer < last[kind]:
+            found[kind] = layer
+    return found
+
+
+def boundary(f: Tape, x: Tensor, what: str) -> Tensor:
+    """A mark in the log where forward passes, and another where the gradient does."""
+    f.mark(what)
+    return Tensor(x.storage, x.dims, x.dtype, f.record(_boundary_backward, (x,), what))
+
+
+def _boundary_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    f.mark(saved[0])
+    return g
+
+
+def kinds_of(model: Model, stack: str = "decoder") -> tuple[int, ...]:
+    """The kind of each layer of a stack: its block, and which tensors it has that other layers lack."""
+    block_of = {layer: index for index, b in enumerate(model.arch.blocks) if b.stack == stack for layer in b.layers}
+    every = len(block_of)
+    partial = [p.layers for p in model.parameters.all if p.layers is not None and len(p.layers) < every]
+    if any(_interleaved(layers, every) for layers in partial):
+        return tuple(range(every))
+    seen: dict[Any, int] = {}
+    return tuple(
+        seen.setdefault((block_of[layer], *(layer in layers for layers in partial)), len(seen)) for layer in sorted(block_of)
+    )
+
+
+def _interleaved(layers: Collection[int], every: int) -> bool:
+    """Whether layers that have a tensor and layers that lack it alternate, so that no layer may stand for a distant one."""
+    return sum((layer in layers) != (layer - 1 in layers) for layer in range(1, every)) > 1
