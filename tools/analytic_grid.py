@@ -179,7 +179,7 @@ def _peaks(config: dict[str, Any], cell: Cell, engine: Any) -> dict[str, int] | 
         found = estimate(config, engine=engine, **dict(cell.options))
     except PeftplanError as error:
         return f"refused: {error}"
-    return dict(found.peaks.by_phase) if found.peaks else f"no formula: {found.not_modelled[0]}"
+    return dict(found.peaks.replayed.by_phase) if found.peaks else f"no formula: {found.not_modelled[0]}"
 
 
 def run(chosen: list[Cell], *, jobs: int) -> list[Outcome]:

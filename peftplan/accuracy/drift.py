@@ -129,7 +129,7 @@ def synthetic_verdict(peak: Compared, *, share: float) -> str:
     from peftplan.planning.verdicts import verdict
 
     card = Gpu(id="synthetic", name="synthetic", capacity_bytes=int(share * peak.measured))
-    return verdict(card, 0, Peaks(ledgers={}, reserve=peak.stated)).verdict
+    return verdict(card, 0, Peaks(ledgers={}, reserved=peak.stated)).verdict
 
 
 @dataclass(frozen=True)

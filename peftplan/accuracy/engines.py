@@ -104,9 +104,9 @@ def stated(record: Record, result: Estimate) -> Stated:
 
 def _figures(record: Record, result: Estimate) -> Iterator[tuple[Figure, int]]:
     """The peaks that compare with the record's: loading counts where the record's peak covers it."""
-    peaks = result.peaks
-    if peaks is None:
+    if result.peaks is None:
         return
+    peaks = result.peaks.replayed
     covered = BY_PHASE if record.covers == "whole-run" else BY_PHASE[1:]
     yield "allocated", max(peaks.by_phase[phase] for phase in covered)
     context = record.peaks.context_bytes

@@ -98,6 +98,15 @@ class Ledger:
     def __add__(self, other: Ledger) -> Ledger:
         return Ledger(self.lines + other.lines)
 
+    def with_tails(self, allocated: int) -> Ledger:
+        """These lines, and what the allocator counts beyond them: the tails of blocks that it hands out whole."""
+        tails = allocated - self.bytes()
+        if tails <= 0:
+            return self
+        return self + Ledger(
+            (Line("tails of unsplit blocks", "temporaries", "uint8", (tails,), 1, "replay of torch's allocator"),)
+        )
+
     def bytes(self, categories: Iterable[Category] = CATEGORIES, *, place: Place = "device") -> int:
         """Sum of the lines of these categories that live in `place`."""
         wanted = set(categories)

@@ -9,16 +9,102 @@ does the same tensor by tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from math import prod
+from typing import Protocol
 
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.ledger import Ledger, Line
+from peftplan.memory.ledger import Allocation, Ledger, Line
 from peftplan.parameters import Parameter, Parameters
+from peftplan.storage import QuantConfig
 from peftplan.units import round512
 
 SOURCE = "transformers 5.24: loading a quantized model"
 Key = tuple[tuple[bool, int, str], ...]
+WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
+"""Bytes per element that the warm-up counts for a quantized weight (transformers 5.24, `quantized_element_size`)."""
+
+
+class Memory(Protocol):
+    """What tensors are loaded into."""
+
+    def malloc(self, nbytes: int) -> int:
+        """Make a tensor; the number that frees it."""
+
+    def free(self, number: int) -> None:
+        """Free a tensor."""
+
+
+def load_into(
+    memory: Memory,
+    parameters: Parameters,
+    buffers: Ledger,
+    *,
+    quant: QuantConfig | None,
+    dtype: str,
+    dtype_of: Callable[[str], str],
+) -> None:
+    """Load tensor by tensor, base first, then buffers, what preparation casts, adapters. Arguments as `load_passing`."""
+    base = [p for p in parameters.all if p.owner == "base"]
+    tensors = list(_tensors(base))
+    if quant is not None and parameters.quantized:
+        tensors.sort(key=lambda tensor: _key(*tensor))
+        memory.free(memory.malloc(_warm_up(base, quant, dtype=dtype)))
+        for a in parameters.shared:
+            memory.malloc(a.nbytes)
+    narrow: dict[tuple[str, int | None], list[int]] = {}
+    for p, layer in tensors:
+        if p.quantized:
+            _quantize_into(memory, p, dtype=dtype, doubled=quant is not None and bool(quant.double_quant))
+        elif _loaded(p, dtype_of(p.name)) < _bytes(p):
+            narrow.setdefault((p.name, layer), []).append(memory.malloc(ITEMSIZE[dtype_of(p.name)] * p.numel))
+        else:
+            _make(memory, p.allocations)
+    for line in buffers:
+        for _ in range(line.copies):
+            memory.malloc(ITEMSIZE[line.dtype] * prod(line.shape))
+    for p, layer in _tensors(base):
+        if (p.name, layer) in narrow:
+            _make(memory, p.allocations)
+            memory.free(narrow[p.name, layer].pop(0))
+    for p, _ in _tensors(p for p in parameters.all if p.owner == "adapter"):
+        _make(memory, p.allocations)
+
+
+def _tensors(parameters: Iterable[Parameter]) -> Iterator[tuple[Parameter, int | None]]:
+    """Every tensor of the families with its layer, in the order of `named_parameters()`: layer by layer."""
+    for _, families in groupby(parameters, key=lambda p: p.name if p.layers is None else p.name.partition("{}")[0]):
+        group = list(families)
+        for layer in sorted({layer for p in group for layer in p.layers or ()}) or (None,):
+            for p in group:
+                if layer is None or (p.layers and layer in p.layers):
+                    yield from [(p, layer)] * (p.copies // len(p.layers or (0,)))
+
+
+def _warm_up(base: Iterable[Parameter], quant: QuantConfig, *, dtype: str) -> int:
+    """Bytes of the block that is reserved first: all weights as they will be stored, in whole elements of fp16."""
+    total = sum(p.copies * p.numel * (WARMUP_BYTES[quant.name] if p.quantized else ITEMSIZE[dtype]) for p in base)
+    return int(total // ITEMSIZE["fp16"]) * ITEMSIZE["fp16"]
+
+
+def _quantize_into(memory: Memory, p: Parameter, *, dtype: str, doubled: bool) -> None:
+    """A dense weight arrives and is quantized; with double quantization its fp32 absmax, and that less its mean, come first."""
+    weight, *beside = (a for a in p.allocations if a.place == "device")
+    absmax = next((ITEMSIZE["fp32"] * prod(a.dims) for a in beside if doubled and a.name == "absmax"), None)
+    passing = [memory.malloc(ITEMSIZE[dtype] * p.numel)]
+    passing += [memory.malloc(absmax)] if absmax else []
+    _make(memory, (weight,))
+    passing += [memory.malloc(absmax)] if absmax else []
+    _make(memory, beside)
+    for number in reversed(passing):
+        memory.free(number)
+
+
+def _make(memory: Memory, allocations: Iterable[Allocation]) -> None:
+    for a in allocations:
+        if a.place == "device":
+            memory.malloc(a.nbytes)
 
 
 def load_passing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from peftplan.arch.modules import Architecture
@@ -12,7 +13,7 @@ from peftplan.errors import NeedsTraceError, RefusedError
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
 from peftplan.memory.attention import FLASH_CAPABILITY, MASK_MULTIPLE
 from peftplan.memory.ledger import Ledger, Line
-from peftplan.memory.load import load_passing
+from peftplan.memory.load import Memory, load_into, load_passing
 from peftplan.memory.loss_sizes import LossSizes
 from peftplan.memory.methods import ADAPTERS, adapter_of
 from peftplan.memory.model import PROMPTED, Model, Running
@@ -25,7 +26,6 @@ from peftplan.methods.adaptation import adapter_on_host
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters, loaded_dtype
 from peftplan.planning.result import Peaks
-from peftplan.planning.script import Script
 from peftplan.planning.setup import Setup
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Compiled(NamedTuple):
     timeline: Timeline
     standing: Ledger
     loading: Ledger
+    load: Callable[[Memory], None]
+    """Loads the model tensor by tensor."""
     standing_bytes: int
     loading_bytes: int
     virtual_tokens: int
@@ -75,27 +77,48 @@ def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_
         sizes_of = zip(before, of_warmup, strict=True)
         return *((one, one.sizes(job.setup.batch_size, tokens)) for one, tokens in sizes_of), (found, named)
 
-    return Peaks(
-        ledgers=Ledgers(found, moments, named),
-        totals={"load": found.loading_bytes, **{phase: total for phase, (total, _) in moments.items()}},
-        reserve=partial(_reserved, steps, job.script),
-        reserved_source=RESERVED_SOURCE,
-        runs_within=partial(_runs_within, steps, job.script),
-    )
+    totals = {"load": found.loading_bytes, **{phase: total for phase, (total, _) in moments.items()}}
+
+    def replayed() -> Peaks:
+        from peftplan.planning import reserved
+
+        run = reserved.Run(steps(), job.script)
+        of_run = run.peaks()
+        allocated = {phase: max(total, of_run[phase].allocated if phase in of_run else 0) for phase, total in totals.items()}
+        return Peaks(
+            ledgers=Ledgers(found, moments, named, allocated),
+            totals=allocated,
+            reserved=of_run[""].reserved,
+            reserved_source=reserved.SOURCE,
+            runs_within=run.fits,
+        )
+
+    return Peaks(ledgers=Ledgers(found, moments, named), totals=totals, replay=replayed)
 
 
 class Ledgers(Mapping[str, Ledger]):
-    """Phase → what is alive at its peak, each written when it is first read."""
+    """Phase → what is alive at its peak, each written when it is first read; with tails up to the bytes `allocated` by phase."""
 
-    def __init__(self, compiled: Compiled, moments: Mapping[str, tuple[int, int]], named: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        moments: Mapping[str, tuple[int, int]],
+        named: Mapping[str, int],
+        allocated: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self._compiled, self._moments, self._named = compiled, moments, named
-        self._written = {"load": compiled.loading}
+        self._allocated = allocated
+        self._written: dict[str, Ledger] = {}
 
     def __getitem__(self, phase: str) -> Ledger:
         if phase not in self._written:
-            lines = self._compiled.timeline.lines(self._moments[phase][1], self._named)
-            self._written[phase] = self._compiled.standing + Ledger(lines)
+            self._written[phase] = self._write(phase).with_tails(self._allocated.get(phase, 0))
         return self._written[phase]
+
+    def _write(self, phase: str) -> Ledger:
+        if phase == "load":
+            return self._compiled.loading
+        return self._compiled.standing + Ledger(self._compiled.timeline.lines(self._moments[phase][1], self._named))
 
     def __iter__(self) -> Iterator[str]:
         yield from ("load", *self._moments)
@@ -104,23 +127,8 @@ class Ledgers(Mapping[str, Ledger]):
         return 1 + len(self._moments)
 
 
-RESERVED_SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, default options"
-
-
 Steps = tuple[tuple[Compiled, dict[str, Any]], ...]
 """The steps of a run, each with its sizes; the last one counts."""
-
-
-def _reserved(steps: Callable[[], Steps], script: Script) -> int:
-    from peftplan.planning.reserved import replayed
-
-    return replayed(steps(), script)[""].reserved
-
-
-def _runs_within(steps: Callable[[], Steps], script: Script, capacity_bytes: int) -> bool:
-    from peftplan.planning.reserved import runs_within
-
-    return runs_within(steps(), script, capacity_bytes)
 
 
 COMPILED: OrderedDict[tuple[Any, ...], Compiled] = OrderedDict()
@@ -176,6 +184,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         found,
         standing=standing,
         loading=loading,
+        load=partial(load_into, parameters=parameters, buffers=buffers, quant=job.quant, dtype=setup.dtype, dtype_of=dtype_of),
         standing_bytes=standing.bytes(),
         loading_bytes=loading.bytes(),
         virtual_tokens=model.virtual_tokens,
@@ -225,8 +234,8 @@ def _check(job: Job) -> None:
         from peftplan.methods.bottleneck import refuse_unplaced
 
         refuse_unplaced(job.architecture, job.adaptation)
-    if job.setup.gradient_checkpointing and job.setup.use_reentrant:
-        raise NeedsTraceError("reentrant checkpointing")
+    if (job.setup.every_n_layers or 1) > 1:
+        raise NeedsTraceError("checkpointing of every n-th layer")
     if job.quant is not None and job.quant.name not in QUANTIZED:
         raise NeedsTraceError(f"activations of {job.quant.name} layers")
 
@@ -284,6 +293,7 @@ def _running(job: Job, compute_capability: str) -> Running:
         dtype=setup.dtype,
         loss=setup.loss,
         loss_facts=loss.facts(setup.batch_size, loss.length(setup.seq_len + loss.virtual_tokens)),
+        reentrant=setup.use_reentrant,
     )
 
 

@@ -130,6 +130,7 @@ def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: lis
         return _estimated(job, built, static, cards, why, engine="analytic")
     try:
         found = analytic_peaks(job, built, static, compute_capability=capability(cards))
+        found = found.replayed if cards else found
     except NeedsTraceError as missing:
         found = f"{missing}{missing.hint}"
     return _estimated(job, built, static, cards, found, engine="analytic")

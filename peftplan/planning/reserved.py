@@ -1,4 +1,4 @@
-"""Reserved bytes of an analytic estimate: its events, replayed through the model of torch's caching allocator.
+"""What torch's caching allocator makes of an analytic estimate: its events, replayed through the model of it.
 
 Two optimizer steps after loading, as the trace engine replays them: the first makes the optimizer's states, the second is the
 steady one; a script may say other steps (`planning.script`). Layers between the first and the last of their kind allocate what
@@ -8,7 +8,9 @@ they keep at one moment, without the temporaries between; so holes are those of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from itertools import groupby
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.memory.allocator.core import Allocator
@@ -21,32 +23,40 @@ if TYPE_CHECKING:
     from peftplan.planning.analytic import Steps
 
 
-def runs_within(steps: Steps, script: Script, capacity_bytes: int) -> bool:
-    """Whether the steps run where the allocator can take so many bytes: it gives cached segments back before it fails."""
-    try:
-        replayed(steps, script, capacity_bytes=capacity_bytes)
-    except MemoryError:
-        return False
-    return True
+SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, default options"
 
 
-def replayed(steps: Steps, script: Script = NO_SCRIPT, *, capacity_bytes: int | None = None) -> dict[str, Peaks]:
-    """Allocated bytes with the tails of blocks, and reserved bytes: phase → peaks, and `` for the whole run.
+class Run(NamedTuple):
+    """The steps of a run after loading; the last one counts."""
 
-    Raises MemoryError where `capacity_bytes` are not enough.
-    """
-    compiled, _ = steps[-1]
-    run = _Run(Allocator(capacity_bytes=capacity_bytes), script)
-    run.allocator.begin_phase("load")
-    run.take(line for line in compiled.loading if line.copies)
-    run.allocator.begin_phase("warmup")
-    kept = [line for line in compiled.standing if line.category in ("optimizer_states", "workspaces")]
-    for number, (of_step, named) in enumerate(steps, start=1):
-        run.step(of_step.timeline, named, states=kept if number == 1 else (), phases=number == len(steps))
-    return {**run.allocator.peaks_by_phase, "": run.allocator.peaks}
+    steps: Steps
+    script: Script = NO_SCRIPT
+
+    def fits(self, capacity_bytes: int) -> bool:
+        """Whether it runs where the allocator can take so many bytes: it gives cached segments back before it fails."""
+        try:
+            self.peaks(capacity_bytes=capacity_bytes)
+        except MemoryError:
+            return False
+        return True
+
+    def peaks(self, *, capacity_bytes: int | None = None) -> dict[str, Peaks]:
+        """Allocated bytes with the tails of blocks, and reserved bytes: phase → peaks, and `` for the whole run.
+
+        Raises MemoryError where `capacity_bytes` are not enough.
+        """
+        compiled, _ = self.steps[-1]
+        feed = _Feed(Allocator(capacity_bytes=capacity_bytes), self.script)
+        feed.allocator.begin_phase("load")
+        compiled.load(feed)
+        feed.allocator.begin_phase("warmup")
+        kept = [line for line in compiled.standing if line.category in ("optimizer_states", "workspaces")]
+        for number, (of_step, named) in enumerate(self.steps, start=1):
+            feed.step(of_step.timeline, named, states=kept if number == 1 else (), phases=number == len(self.steps))
+        return {**feed.allocator.peaks_by_phase, "": feed.allocator.peaks}
 
 
-class _Run:
+class _Feed:
     """Feeds an allocator and names its allocations."""
 
     def __init__(self, allocator: Allocator, script: Script) -> None:
@@ -57,23 +67,25 @@ class _Run:
         self._live: dict[int, list[int]] = {}
         self._spare: dict[int, list[int]] = {}
 
-    def _malloc(self, nbytes: int) -> int:
+    def malloc(self, nbytes: int) -> int:
+        """Make a tensor; the number that frees it. Raises MemoryError."""
         self._next += 1
         if self.allocator.malloc(self._next, nbytes) is not None:
             raise MemoryError
         return self._next
 
+    def free(self, number: int) -> None:
+        """Free a tensor."""
+        self.allocator.free(number)
+
     def take(self, lines: Iterable[Line]) -> None:
-        """Allocate lines for good; what loading takes in passing is freed again."""
-        passing = []
-        for line in lines:
-            nbytes = ITEMSIZE[line.dtype]
-            for dim in line.shape:
-                nbytes *= dim
-            made = [self._malloc(nbytes) for _ in range(line.copies)]
-            passing += made if line.category == "temporaries" else []
-        for number in passing:
-            self.allocator.free(number)
+        """Allocate lines for good, layer by layer."""
+        for _, group in groupby(lines, key=lambda line: line.name.partition("{}")[0]):
+            of_stack = [(line, ITEMSIZE[line.dtype] * prod(line.shape)) for line in group]
+            for layer in range(max(line.copies for line, _ in of_stack)):
+                for line, nbytes in of_stack:
+                    if layer < line.copies:
+                        self.malloc(nbytes)
 
     def step(self, timeline: Timeline, named: Mapping[str, int], *, states: Iterable[Line], phases: bool) -> None:
         """One optimizer step; `states` are made in it."""
@@ -112,7 +124,7 @@ class _Run:
         self._outputs.clear()
 
     def _make(self, storage: int, nbytes: int, count: int) -> None:
-        made = [self._malloc(nbytes) for _ in range(count)]
+        made = [self.malloc(nbytes) for _ in range(count)]
         if storage in self._live:
             self._spare.setdefault(nbytes, []).append(storage)
             self._live[storage] += made

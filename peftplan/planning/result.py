@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,13 +35,14 @@ TIGHT = 0.05
 class Peaks:
     """The peaks of a steady training step: what is alive at each phase's own peak moment, and what the allocator reserves.
 
-    `reserve` are the reserved bytes, or what finds them out, where that takes longer than all the rest. `incomplete` lists what
-    the engine met and could not follow; the peaks are then lower bounds. `recording` is the whole run, where it was asked for and
-    the engine has one.
+    Formulas alone give sums of tensors; `replayed` gives the same peaks as torch's allocator counts them, milliseconds later.
+    `incomplete` lists what the engine met and could not follow; the peaks are then lower bounds. `recording` is the whole run,
+    where it was asked for and the engine has one.
     """
 
     ledgers: Mapping[str, Ledger]
-    reserve: int | Callable[[], int] | None = None
+    reserved: int | None = None
+    """What the allocator holds at most, comparable with `torch.cuda.max_memory_reserved()`; None before a replay."""
     reserved_source: str | None = None
     incomplete: tuple[str, ...] = ()
     recording: Recording | None = field(default=None, repr=False, compare=False)
@@ -51,21 +52,18 @@ class Peaks:
     """Whether the job runs where the allocator can take so many bytes: it gives cached memory back before it fails."""
     totals: Mapping[str, int] | None = field(default=None, repr=False, compare=False)
     """Phase → sum of its ledger, where that is known before the ledger is written."""
+    replay: Callable[[], Peaks] | None = field(default=None, repr=False, compare=False)
+    """What feeds these events to a model of torch's caching allocator; None where that has been done."""
+
+    @cached_property
+    def replayed(self) -> Peaks:
+        """These peaks with the tails of blocks that the allocator hands out whole, and with reserved bytes."""
+        return self.replay() if self.replay else self
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
         """Phase → allocated bytes at its peak, in the order of `PHASES`."""
         return {phase: self.totals[phase] if self.totals else self.ledgers[phase].bytes() for phase in PHASES}
-
-    @cached_property
-    def reserved(self) -> int | None:
-        """What the allocator holds at most, comparable with `torch.cuda.max_memory_reserved()`; None where it is not known."""
-        return self.reserve() if callable(self.reserve) else self.reserve
-
-    @property
-    def reserved_at_hand(self) -> bool:
-        """Whether `reserved` is known without a replay of milliseconds."""
-        return not callable(self.reserve) or "reserved" in self.__dict__
 
     @property
     def phase(self) -> str:
@@ -74,7 +72,7 @@ class Peaks:
 
     @property
     def allocated(self) -> int:
-        """The overall peak, comparable with `torch.cuda.max_memory_allocated()`."""
+        """The overall peak, comparable with `torch.cuda.max_memory_allocated()` once it is `replayed`."""
         return self.by_phase[self.phase]
 
 
@@ -124,6 +122,14 @@ class Estimate:
         """Card that the job does not fit → changes that would make it fit, or bring it nearer, each with what it saves."""
         unfit = [verdict.gpu for verdict in self.gpus if verdict.verdict == "does_not_fit"]
         return {gpu: self.advise(self, gpu) for gpu in unfit} if self.advise and self.peaks else {}
+
+    def replayed(self) -> Estimate:
+        """This estimate with its peaks as torch's allocator counts them: the tails of blocks, and reserved bytes.
+
+        Takes milliseconds, where the estimate itself takes less than one. Done already where cards are named, by the trace
+        engine, and for `to_dict`.
+        """
+        return self if self.peaks is None else replace(self, peaks=self.peaks.replayed)
 
     def at(self, *, batch_size: Any = None, seq_len: Any = None) -> Any:
         """The same job at another `batch_size` (per device) and `seq_len` (tokens), without building it again.
@@ -192,7 +198,9 @@ class Estimate:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON contract, bytes as integers; null is what this engine does not count."""
+        """The JSON contract, bytes as integers; null is what this engine does not count. Peaks are replayed."""
+        if self.peaks is not None and self.peaks.replay:
+            return self.replayed().to_dict()
         by_category = self.ledger.by_category()
         return {
             "schema_version": SCHEMA_VERSION,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -73,8 +73,11 @@ def trace_peaks(
     events = events_of(found, empties_cache=script.empties_cache)
     replayed = replay(events)
     return Peaks(
-        ledgers={phase: _with_tails(peak.alive, replayed.by_phase[phase].allocated) for phase, peak in found.peaks.items()},
-        reserve=replayed.peaks.reserved,
+        ledgers={
+            phase: Ledger(tuple(map(_line, peak.alive))).with_tails(replayed.by_phase[phase].allocated)
+            for phase, peak in found.peaks.items()
+        },
+        reserved=replayed.peaks.reserved,
         runs_within=lambda capacity: replay(events, capacity_bytes=capacity).oom is None,
         reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
         incomplete=_unknown(found.unknown_ops),
@@ -133,15 +136,6 @@ def _peft_config(
     elif targets in WORDS and targets != "all-linear":
         fields["target_modules"] = list(dict(adaptation.resolved)["target_modules"])
     return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-
-
-def _with_tails(alive: Iterable[Any], allocated: int) -> Ledger:
-    """The lines of one phase's peak, and the tails of blocks that the allocator hands out whole: they count as allocated."""
-    lines = tuple(map(_line, alive))
-    tails = allocated - Ledger(lines).bytes()
-    if tails <= 0:
-        return Ledger(lines)
-    return Ledger((*lines, Line("tails of unsplit blocks", "temporaries", "uint8", (tails,), 1, "replay of torch's allocator")))
 
 
 def _line(alive: Any) -> Line:

@@ -33,7 +33,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
     ]
     if peaks:
         rows = [(phase, f"{num_bytes:,}", format_bytes(num_bytes)) for phase, num_bytes in peaks.by_phase.items()]
-        held = peaks.reserved if peaks.reserved_at_hand else None
+        held = peaks.reserved
         reserved = [] if held is None else [("reserved", f"{held:,}", format_bytes(held))]
         parts.append(table(("peak of each phase", "bytes", ""), (*rows, *reserved)))
         parts += [f"**Incomplete:** {what}" for what in incomplete(peaks)]

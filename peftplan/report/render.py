@@ -30,8 +30,10 @@ def estimate(result: Estimate, *, fmt: str, verbose: bool, explain_peak: bool = 
     instead of the lines.
     """
     if fmt == "json":
+        result = result.replayed()
         _json(result.to_dict() | ({"largest": peak.facts(result)} if explain_peak else {}))
     elif fmt == "csv":
+        result = result.replayed()
         facts = peak.facts(result) if explain_peak else tabular.line_facts(result)
         tabular.write_csv([*facts, *tabular.incomplete_facts(result, facts[0])], sys.stdout)
     elif fmt == "markdown":

@@ -11,6 +11,7 @@ from peftplan.memory.ledger import CATEGORIES
 from peftplan.planning.result import Estimate, Peaks
 from peftplan.units import format_bytes
 
+UNREPLAYED = "tails of the allocator's blocks and reserved bytes (name a card: --gpu)"
 LINE_COLUMNS = ("category", "name", "bytes", "place", "formula", "source")
 
 
@@ -56,7 +57,7 @@ def incomplete_facts(result: Estimate, columns: Iterable[str]) -> list[dict[str,
 
 def not_counted(result: Estimate) -> str:
     """What the numbers leave out."""
-    what = ", ".join(result.not_modelled)
+    what = ", ".join((*result.not_modelled, *((UNREPLAYED,) if result.peaks and result.peaks.replay else ())))
     return f"Not counted: {what}." if result.peaks else f"Not counted yet, so no peak is stated: {what}."
 
 

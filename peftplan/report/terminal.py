@@ -138,7 +138,7 @@ def _peaks(peaks: Peaks) -> list[RenderableType]:
     for phase, num_bytes in peaks.by_phase.items():
         shown.add_row(phase, f"{num_bytes:,}", format_bytes(num_bytes))
     parts: list[RenderableType] = ["", shown]
-    if peaks.reserved_at_hand and peaks.reserved is not None:
+    if peaks.reserved is not None:
         parts.append(f"reserved: {peaks.reserved:,} bytes, {format_bytes(peaks.reserved)} ({peaks.reserved_source})")
     return parts + [Text(f"incomplete: {what}", style="bold") for what in incomplete(peaks)]
 

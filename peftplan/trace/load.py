@@ -15,15 +15,13 @@ from typing import Any
 import torch
 
 from peftplan.dtypes import ITEMSIZE
+from peftplan.memory.load import WARMUP_BYTES
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig, category, shared
 from peftplan.trace.model import Built
 from peftplan.trace.quantized import QUANT_TENSORS
 from peftplan.trace.tracker import Storage, Tracker
 from peftplan.trace.tuner_layers import HOST_BUFFERS, LASTING, adapter_from_host, offloaded
-
-WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
-"""Bytes per element that the warm-up counts for a quantized weight (`quantized_element_size`)."""
 
 Part = tuple[str, Any, str, torch.nn.Parameter]
 """Full name, module, name within the module, parameter."""

@@ -136,7 +136,7 @@ def with_peak(num_bytes: int, reserved: int | None = None) -> Peaks:
         return Ledger((Line("all", "temporaries", "uint8", (size,), 1, "test"),))
 
     sizes = {"load": num_bytes // 2, "forward": num_bytes // 4, "backward": num_bytes, "step": num_bytes // 8}
-    return Peaks({phase: ledger(size) for phase, size in sizes.items()}, reserve=reserved)
+    return Peaks({phase: ledger(size) for phase, size in sizes.items()}, reserved=reserved)
 
 
 def engine_that_states(num_bytes: int, reserved: int | None = None) -> Any:
