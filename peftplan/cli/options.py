@@ -54,6 +54,7 @@ TRAINING: dict[str, str] = {
     "--seq-len": "tokens per sequence",
     "--gradient-accumulation-steps": "micro batches per optimizer step",
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
+    "--every-n-layers": "checkpoint only every n-th layer; the others keep what they save",
     "--use-reentrant/--no-use-reentrant": "reentrant checkpointing (older default of transformers and peft)",
     "--optim": "a name of TrainingArguments.optim",
     "--optim-args": "as in TrainingArguments: key=value,…",

@@ -19,7 +19,7 @@ from peftplan.arch import sources
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.measure import losses
 from peftplan.planning.job import Job
-from peftplan.planning.setup import CAST_BY_TRL, Setup
+from peftplan.planning.setup import CAST_BY_TRL, Setup, checkpointing_arguments
 from peftplan.planning.traced import as_peft_config
 from peftplan.storage import QuantConfig
 from peftplan.trace.count import COPIES, LORAFA_LR, _config_object
@@ -75,7 +75,7 @@ def make(job: Job, device: torch.device) -> Made:
         if setup.gradient_checkpointing:
             if not base.supports_gradient_checkpointing:
                 raise RefusedError(f"gradient_checkpointing: {type(base).__name__} does not support it; accepted: off")
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": setup.use_reentrant})
+            base.activation_checkpointing_enable(**checkpointing_arguments(setup))
         losses.install(base, setup)
         peft_config = as_peft_config(job.method, job.config, job.adapter, job.adaptation)
         model = base if peft_config is None else adapt(base, peft_config, job)

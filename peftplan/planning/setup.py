@@ -53,6 +53,7 @@ class Setup(BaseModel):
     gradient_accumulation_steps: Count = 1
     gradient_checkpointing: bool | None = None
     use_reentrant: bool = False
+    every_n_layers: Count | None = None
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     loss: Loss = "auto"
     padding: bool = False
@@ -157,6 +158,7 @@ def resolved(setup: Setup, *, quantized: bool, supports_sdpa: bool, use_cache: b
     found = setup.model_copy(update=filled)
     check_length(found.seq_len, max_positions)
     _check_trainer(found)
+    _check_checkpointing(found)
     return found
 
 
@@ -164,6 +166,18 @@ def check_length(seq_len: int, max_positions: int | None) -> None:
     """Raise InputError for more tokens than the model's table of positions has rows."""
     if max_positions is not None and seq_len > max_positions:
         raise InputError("seq_len", seq_len, f"accepted: up to {max_positions}, the positions of the model")
+
+
+def checkpointing_arguments(setup: Setup) -> dict[str, Any]:
+    """The arguments of `activation_checkpointing_enable` (transformers 5.24, modeling_utils.py)."""
+    every = {} if setup.every_n_layers is None else {"every_n_layers": setup.every_n_layers}
+    return {"activation_checkpointing_kwargs": {"use_reentrant": setup.use_reentrant}, **every}
+
+
+def _check_checkpointing(setup: Setup) -> None:
+    """Raise InputError for settings of checkpointing where it is off."""
+    if not setup.gradient_checkpointing and (setup.every_n_layers or 1) > 1:
+        raise InputError("every_n_layers", setup.every_n_layers, "accepted: 1, or any number with gradient_checkpointing on")
 
 
 def _check_trainer(setup: Setup) -> None:

@@ -1,14 +1,15 @@
 """Deep models at the price of shallow ones: two traces of few layers, and the log of many made from them (`expand`).
 
 Only where all layers of a stack are alike: same modules, same shapes, same settings. A model may have two such stacks (encoder
-and decoder, vision tower and text); any other is traced in full.
+and decoder, vision tower and text); any other is traced in full. Where every n-th layer is checkpointed, n layers repeat;
+all depths then differ by multiples of n, so that each later layer is the same one of its n, whatever stack it is in.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from peftplan.errors import PeftplanError
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
 
 SAMPLE_LAYERS = (3, 4)
-"""Layers of the two traces: first, middle and last; and one more, which checks the rule."""
+"""Layers of the two traces, or periods of them: first, middle and last; and one more, which checks the rule."""
 MAX_STACKS = 2
 """Every further stack doubles the traces."""
 LAYERS_FIELDS = (
@@ -33,22 +34,36 @@ _PLACE = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx"})
 
 @dataclass(frozen=True)
 class Stack:
-    """A module list of like layers; `section` and `field` are where the config says how many they are."""
+    """A module list of like layers; `section` and `field` are where the config says how many they are.
+
+    Layers that are `period` apart run alike.
+    """
 
     name: str
     layers: int
     section: str | None
     field: str
+    period: int = 1
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """The depths that it is traced at."""
+        return samples(self.layers, self.period)
 
 
-def repeating_stacks(config: Mapping[str, Any], *, task_type: str | None) -> tuple[Stack, ...]:
-    """The stacks of a model that are worth tracing at two depths, the deepest first."""
-    deep = [place for place in _places(config) if place[2] > sum(SAMPLE_LAYERS)]
+def samples(layers: int, period: int) -> tuple[int, ...]:
+    """The depths at which a stack is traced: so many whole periods, and what its own depth has beyond them."""
+    return tuple(number * period + layers % period for number in SAMPLE_LAYERS)
+
+
+def repeating_stacks(config: Mapping[str, Any], *, task_type: str | None, period: int = 1) -> tuple[Stack, ...]:
+    """The stacks of a model that are worth tracing at two depths, the deepest first; layers that are `period` apart run alike."""
+    deep = [place for place in _places(config) if place[2] > sum(samples(place[2], period))]
     if not deep:
         return ()
     model = _model(config, task_type)
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    found = [stack for place in deep if (stack := _stack(config, *place, lists, task_type)) is not None]
+    found = [replace(stack, period=period) for place in deep if (stack := _stack(config, *place, lists, task_type)) is not None]
     return tuple(sorted(found, key=lambda stack: -stack.layers)[:MAX_STACKS])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -20,7 +20,7 @@ from peftplan.storage import QuantConfig
 from peftplan.trace import losses
 from peftplan.trace.attention import Capability
 from peftplan.trace.ctc import ctc_on_cuda
-from peftplan.trace.depth import SAMPLE_LAYERS, Stack, names_layers, repeating_stacks, with_layers
+from peftplan.trace.depth import Stack, names_layers, repeating_stacks, with_layers
 from peftplan.trace.differences import KERNEL_TEMPORARIES, CudaLike, as_on_cuda
 from peftplan.trace.expand import NotRepeatingError, Sample, grown
 from peftplan.trace.experts import experts_on
@@ -61,6 +61,8 @@ class Traced:
     """What the batch holds besides batch × seq tokens."""
     replaced: tuple[str, ...] = ()
     """Packages whose kernels the model would take if they were installed; its torch code was traced."""
+    prepared: bool = False
+    """Whether peft prepared a quantized base, after which it empties the cache (0.20 on, `prepare_model_for_kbit_training`)."""
 
     @cached_property
     def peak_by_phase(self) -> dict[str, int]:
@@ -78,7 +80,12 @@ class Traced:
     @cached_property
     def replayed(self) -> Replay:
         """The log through torch's allocator with default options: peaks with the tails of blocks, and reserved bytes."""
-        return replay(self.events)
+        return replay(self.emptied(self.events))
+
+    def emptied(self, events: Sequence[Event]) -> Sequence[Event]:
+        """The events with the cache emptied behind the last tensor that preparation frees, before the adapters are made."""
+        at = max((i for i, e in enumerate(events) if e.kind == "free" and e.phase == "load"), default=-1) + 1
+        return [*events[:at], Event("empty_cache", phase="load"), *events[at:]] if self.prepared and at else events
 
     @property
     def peak_phase(self) -> str:
@@ -129,7 +136,8 @@ def trace(
     )  # fmt: skip
     tell = progress or silent
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
-    stacks = () if by_layer else repeating_stacks(config, task_type=task_type)
+    period = setup.every_n_layers or 1
+    stacks = () if by_layer else repeating_stacks(config, task_type=task_type, period=period)
     return _by_stacks(run, config, stacks, tell)
 
 
@@ -139,23 +147,23 @@ def _by_stacks(run: Callable[..., Traced], config: Mapping[str, Any], stacks: tu
         return run(config, tell=tell)
     stack, *rest = stacks
     small, large = (
-        _by_stacks(run, with_layers(config, stack, layers), tuple(rest), part(tell, number=number, of=len(SAMPLE_LAYERS)))
-        for number, layers in enumerate(SAMPLE_LAYERS)
+        _by_stacks(run, with_layers(config, stack, layers), tuple(rest), part(tell, number=number, of=len(stack.samples)))
+        for number, layers in enumerate(stack.samples)
     )
     try:
-        return _deepened(small, large, stack=stack.name, layers=stack.layers)
+        return _deepened(small, large, stack=stack)
     except NotRepeatingError:
         return _by_stacks(run, config, tuple(rest), tell)
 
 
-def _deepened(small: Traced, large: Traced, *, stack: str, layers: int) -> Traced:
-    """What the model with `layers` layers shows, from two traces that differ by one layer: everything is linear in it."""
+def _deepened(small: Traced, large: Traced, *, stack: Stack) -> Traced:
+    """What the model with all its layers shows, from two traces that differ by a period: everything is linear in it."""
     samples = [
-        Sample.of(sample.log, list(sample.began), layers=depth, stack=stack)
-        for sample, depth in zip((small, large), SAMPLE_LAYERS, strict=True)
+        Sample.of(sample.log, list(sample.began), layers=depth, stack=stack.name, period=stack.period)
+        for sample, depth in zip((small, large), stack.samples, strict=True)
     ]
-    deep = grown(*samples, layers=layers)
-    more = layers - SAMPLE_LAYERS[1]
+    deep = grown(*samples, layers=stack.layers)
+    more = (stack.layers - stack.samples[1]) // stack.period
     counted = windows(deep.began, length=len(deep.log), started=large.started)
     return replace(
         large,
@@ -166,7 +174,7 @@ def _deepened(small: Traced, large: Traced, *, stack: str, layers: int) -> Trace
         windows=counted,
         began=tuple(deep.began),
         managed_bytes=large.managed_bytes + more * (large.managed_bytes - small.managed_bytes),
-        depths=SAMPLE_LAYERS,
+        depths=stack.samples,
     )
 
 
@@ -228,6 +236,7 @@ def _run(
         unknown_ops=dict(tracker.data_dependent),
         facts={**given.facts, **losses.facts(setup.loss)},
         replaced=kernel_packages(built.base),
+        prepared=quant is not None and bool(setup.kbit_prepare),
     )
 
 

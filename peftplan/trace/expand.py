@@ -3,24 +3,27 @@
 A log is cut into runs of events that belong to one layer or to none. Where runs of all layers follow each other, up (forward,
 load, optimizer) or down (backward), they form a chain, and every chain gets the same number of copies of its second layer. What a
 copy frees is found by its distance: its own layer's or its neighbour's. A log of one layer more proves or refutes the rule.
+
+Where only every n-th layer is alike (`every_n_layers` of checkpointing), n layers are one unit, which is copied as a layer else;
+the last unit may have fewer.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cached_property
 
 from peftplan.errors import PeftplanError
+from peftplan.trace.layers import Layers
 from peftplan.trace.tracker import AUTOGRAD, Moment, Storage
 
 TEMPLATE = 1
-"""The layer that is copied: the first one may differ (its input is an embedding), the last one too."""
+"""The unit that is copied: the first one may differ (its input is an embedding), the last one too."""
 
 Began = list[tuple[int, str]]
 Place = tuple[int, int, int]
-"""Where a layer's storage was made: chain, layer, ordinal within the run."""
+"""Where a unit's storage was made: chain, unit, ordinal within the run."""
 Growth = tuple[int, tuple[int, ...]]
 """Bytes, and elements of each dim, that one layer more adds."""
 
@@ -31,7 +34,7 @@ class NotRepeatingError(PeftplanError):
 
 @dataclass
 class Run:
-    """Consecutive moments of one layer (None: of no layer) within one phase."""
+    """Consecutive moments of one unit (None: of no layer) within one phase."""
 
     window: int
     layer: int | None
@@ -48,43 +51,51 @@ class Chain:
 
 @dataclass(frozen=True)
 class Sample:
-    """The log of a model with `layers` layers in the module list `stack`, and where its phases begin."""
+    """The log of a model with `layers` layers in the module list `stack`, and where its phases begin; every `period`-th layer
+    is alike."""
 
     log: tuple[Moment, ...]
     began: Began
     layers: int
     stack: str
+    period: int = 1
 
     @classmethod
-    def of(cls, log: Sequence[Moment], began: Began, *, layers: int, stack: str) -> Sample:
+    def of(cls, log: Sequence[Moment], began: Began, *, layers: int, stack: str, period: int = 1) -> Sample:
         """A sample in the canonical order of frees."""
-        return cls(in_order(log, began, stack=stack), began, layers, stack)
+        return cls(in_order(log, began, stack=stack), began, layers, stack, period)
 
     @property
-    def pattern(self) -> re.Pattern[str]:
-        """Finds the layer in a name."""
-        return re.compile(rf"(?:^|\.){re.escape(self.stack)}\.(\d+)(?=\.|$)")
+    def units(self) -> int:
+        """How many units its layers make, the last of which may have fewer layers."""
+        return -(-self.layers // self.period)
+
+    @cached_property
+    def named(self) -> Layers:
+        """Finds its layers in names."""
+        return Layers(self.stack, self.period)
 
 
 def grown(small: Sample, large: Sample, *, layers: int) -> Sample:
-    """The log of a model with `layers` layers, from those of two that differ by one layer.
+    """The log of a model with `layers` layers, from those of two that differ by one unit.
 
-    The smaller log, one layer added, must be the larger one, event by event; what belongs to no layer (a stack of all gradients'
-    norms) may grow by the same bytes with each layer. Raises NotRepeatingError.
+    The smaller log, one unit added, must be the larger one, event by event; what belongs to no layer (a stack of all gradients'
+    norms) may grow by the same bytes with each unit. Raises NotRepeatingError.
     """
-    of_small, of_large = (list(_chains(_runs(s.log, s.began, s.pattern), s.layers)) for s in (small, large))
+    of_small, of_large = (list(_chains(_runs(s.log, s.began, s.named), s.units)) for s in (small, large))
     growth = _growth(of_small, of_large)
     predicted = _written(small, of_small, growth, added=1)
     if not same(predicted.log, large.log):
-        raise NotRepeatingError(f"one more than {small.layers} layers is not what a trace of {large.layers} layers shows")
-    return _written(large, of_large, growth, added=layers - large.layers)
+        raise NotRepeatingError(f"more than {small.layers} layers is not what a trace of {large.layers} layers shows")
+    return _written(large, of_large, growth, added=(layers - large.layers) // large.period)
 
 
 def _written(sample: Sample, parts: Sequence[Run | Chain], growth: Sequence[Growth], *, added: int) -> Sample:
-    writer = _Writer(parts, sample.pattern, growth, added=added)
+    writer = _Writer(parts, sample.named, growth, added=added)
     for part in parts:
         writer.write(part)
-    return Sample(tuple(writer.log), writer.phases(sample.began), sample.layers + added, sample.stack)
+    layers = sample.layers + added * sample.period
+    return Sample(tuple(writer.log), writer.phases(sample.began), layers, sample.stack, sample.period)
 
 
 def _outside(parts: Sequence[Run | Chain]) -> list[Storage]:
@@ -109,13 +120,13 @@ def in_order(log: Sequence[Moment], began: Began, *, stack: str) -> tuple[Moment
 
     Autocast empties its cache in the order of a hash table; what is freed without an allocation in between makes no difference.
     """
-    pattern = re.compile(rf"(?:^|\.){re.escape(stack)}\.(\d+)(?=\.|$)")
+    layers = Layers(stack)
     starts = {start for start, _ in began}
     found: list[Moment] = []
     batch: list[Moment] = []
 
     def rank(moment: Moment) -> tuple[bool, int, int]:
-        layer = _index(moment.storage.name or moment.storage.module, pattern)
+        layer = layers.number(moment.storage.name or moment.storage.module)
         return layer is None, (layer or 0) * (-1 if moment.phase == "backward" else 1), moment.storage.id
 
     for index, moment in enumerate(log):
@@ -130,40 +141,34 @@ def in_order(log: Sequence[Moment], began: Began, *, stack: str) -> tuple[Moment
     return (*found, *sorted(batch, key=rank))
 
 
-def _runs(log: Sequence[Moment], began: Began, pattern: re.Pattern[str]) -> list[Run]:
+def _runs(log: Sequence[Moment], began: Began, named: Layers) -> list[Run]:
     starts = {start: window for window, (start, _) in enumerate(began)}
     runs: list[Run] = []
     window = 0
     for index, moment in enumerate(log):
         window = starts.get(index, window)
         previous = runs[-1].layer if runs else None
-        layer = _layer(moment, pattern, previous)
+        layer = _unit(moment, named, previous)
         if not runs or runs[-1].layer != layer or runs[-1].window != window:
             runs.append(Run(window, layer))
         runs[-1].moments.append(moment)
     return runs
 
 
-def _layer(moment: Moment, pattern: re.Pattern[str], previous: int | None) -> int | None:
-    """The layer that a moment belongs to: that of the running module, else of the tensor's owner.
+def _unit(moment: Moment, named: Layers, previous: int | None) -> int | None:
+    """The unit that a moment belongs to: that of the running module, else of the tensor's owner.
 
-    What the caller of the layers frees between two of them belongs to the layer before.
+    What the caller of the layers frees between two of them belongs to the one before.
     """
     if moment.module:
-        found = _index(moment.module, pattern)
+        found = named.unit(moment.module)
         follows = moment.kind == "free" or moment.module == AUTOGRAD
         return previous if found is None and follows else found
     owner = moment.storage.name or moment.storage.module
-    return _index(owner, pattern) if owner else previous
+    return named.unit(owner) if owner else previous
 
 
-@cache
-def _index(name: str, pattern: re.Pattern[str]) -> int | None:
-    found = pattern.search(name)
-    return int(found.group(1)) if found else None
-
-
-def _chains(runs: list[Run], layers: int) -> Iterator[Run | Chain]:
+def _chains(runs: list[Run], units: int) -> Iterator[Run | Chain]:
     at = 0
     while at < len(runs):
         run = runs[at]
@@ -172,20 +177,20 @@ def _chains(runs: list[Run], layers: int) -> Iterator[Run | Chain]:
             at += 1
             continue
         step = 1 if run.layer == 0 else -1
-        found = runs[at : at + layers]
-        expected = list(range(layers)) if step == 1 else list(range(layers - 1, -1, -1))
+        found = runs[at : at + units]
+        expected = list(range(units)) if step == 1 else list(range(units - 1, -1, -1))
         if [r.layer for r in found] != expected or len({r.window for r in found}) != 1:
             raise NotRepeatingError(f"layers {[r.layer for r in found]} follow each other in {run.moments[0].phase}")
         yield Chain(found, step)
-        at += layers
+        at += units
 
 
 class _Writer:
     """Writes the longer log, part by part."""
 
-    def __init__(self, parts: Sequence[Run | Chain], pattern: re.Pattern[str], growth: Sequence[Growth], *, added: int) -> None:
+    def __init__(self, parts: Sequence[Run | Chain], named: Layers, growth: Sequence[Growth], *, added: int) -> None:
         self.log: list[Moment] = []
-        self._pattern = pattern
+        self._named = named
         self._added = added
         self._growth = iter(growth)
         self._places: dict[int, Place] = {}
@@ -252,7 +257,7 @@ class _Writer:
         ours, theirs = self._allocated[chain, layer], self._allocated[chain, other]
         from_end = len(theirs) - len(ours) + ordinal
         for found in (ordinal, from_end):
-            if 0 <= found < len(theirs) and _kin(ours[ordinal], theirs[found], self._pattern):
+            if 0 <= found < len(theirs) and _kin(ours[ordinal], theirs[found], self._named):
                 return found
         raise NotRepeatingError(f"layer {other} has no counterpart of {ours[ordinal].op} in {ours[ordinal].module}")
 
@@ -272,8 +277,7 @@ class _Writer:
     def _renamed(self, name: str, layer: int) -> str:
         key = (name, layer)
         if key not in self._names:
-            found = self._pattern.search(name)
-            self._names[key] = f"{name[: found.start(1)]}{layer}{name[found.end(1) :]}" if found else name
+            self._names[key] = self._named.renamed(name, layer)
         return self._names[key]
 
     def phases(self, began: Began) -> Began:
@@ -286,8 +290,8 @@ class _Writer:
         return found[::-1]
 
 
-def _kin(one: Storage, other: Storage, pattern: re.Pattern[str]) -> bool:
-    names = [pattern.sub("", s.name or s.module) for s in (one, other)]
+def _kin(one: Storage, other: Storage, named: Layers) -> bool:
+    names = [named.renamed(s.name or s.module, 0) for s in (one, other)]
     return (one.op, one.shape, one.dtype, names[0]) == (other.op, other.shape, other.dtype, names[1])
 
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peftplan.errors import RefusedError
 from peftplan.memory.ledger import Category
 from peftplan.methods.adaptation import Adaptation
-from peftplan.planning.setup import Setup
+from peftplan.planning.setup import Setup, checkpointing_arguments
 from peftplan.storage import QuantConfig, quantized_modules
 from peftplan.trace.count import COPIES, LORAFA_LR, PREFIXES, _config_object, stand_ins
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
@@ -69,8 +70,10 @@ def build(
         if setup.gradient_checkpointing and not base.supports_gradient_checkpointing:
             raise RefusedError(f"gradient_checkpointing: {cls.__name__} does not support it in transformers; accepted: off")
         if setup.gradient_checkpointing:
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": setup.use_reentrant})
+            base.activation_checkpointing_enable(**checkpointing_arguments(setup))
         model = _adapted(base, peft_config, task_type, quant, setup)
+        if setup.every_n_layers is not None:
+            _count_layers(base, setup.every_n_layers)
     model.train()
     return _described(model, base, original, upcast, prefixed=not (peft_config is None or isinstance(peft_config, Adaptation)))
 
@@ -83,6 +86,16 @@ def _adapted(base: Any, peft_config: Any, task_type: str | None, quant: QuantCon
         with torch.device("meta"):
             return apply_reference(base, peft_config, dtype=TORCH_DTYPES[str(setup.adapter_dtype)])
     return _adapt(base, peft_config, task_type, quant, setup)
+
+
+def _count_layers(base: Any, every: int) -> None:
+    """Let every n-th layer be checkpointed, those that peft replicated counted too, as where a trainer asks for it after peft.
+
+    Source: transformers 5.24, modeling_utils.py (`_set_gradient_checkpointing`).
+    """
+    layers = (module for module in base.modules() if isinstance(module, GradientCheckpointingLayer))
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number % every == 0
 
 
 def _load_dtype(model: Any, dtype: str) -> None:

@@ -22,7 +22,7 @@ NF4 = {"quant": "nf4", "double_quant": True, "compute_dtype": "bf16"}
 
 
 def in_full(*args: Any, **kwargs: Any) -> engine.Traced:
-    with patch.object(engine, "repeating_stacks", lambda config, task_type: ()):
+    with patch.object(engine, "repeating_stacks", lambda config, **_: ()):
         return traced(*args, **kwargs)
 
 

@@ -277,7 +277,7 @@ def test_deep_stacks_are_the_full_trace(name: str) -> None:
     config = {**family.config, "architectures": [family.model_class]}
     assert [s.name for s in engine.repeating_stacks(config, task_type=family.task)] == stacks
     made = traced(family, "lora")
-    with patch.object(engine, "repeating_stacks", lambda config, task_type: ()):
+    with patch.object(engine, "repeating_stacks", lambda config, **_: ()):
         full = traced(family, "lora")
     assert (made.depths, full.depths) == ((3, 4), ())
     assert made.peak_by_phase == full.peak_by_phase

@@ -1,0 +1,34 @@
+"""The layers of a stack, found in the names of modules and tensors."""
+
+from __future__ import annotations
+
+import re
+
+
+class Layers:
+    """Finds the layers of a stack in the names of modules and tensors, `period` of them to a unit."""
+
+    def __init__(self, stack: str, period: int = 1) -> None:
+        self.period = period
+        self._pattern = re.compile(rf"(?:^|\.){re.escape(stack)}\.(\d+)(?=\.|$)")
+        self._numbers: dict[str, int | None] = {}
+
+    def number(self, name: str) -> int | None:
+        """The layer in a name."""
+        if name not in self._numbers:
+            found = self._pattern.search(name)
+            self._numbers[name] = int(found.group(1)) if found else None
+        return self._numbers[name]
+
+    def unit(self, name: str) -> int | None:
+        """The unit that the layer in a name belongs to."""
+        number = self.number(name)
+        return None if number is None else number // self.period
+
+    def renamed(self, name: str, unit: int) -> str:
+        """The name of the same module or tensor in another unit."""
+        found = self._pattern.search(name)
+        if not found:
+            return name
+        number = unit * self.period + int(found.group(1)) % self.period
+        return f"{name[: found.start(1)]}{number}{name[found.end(1) :]}"
