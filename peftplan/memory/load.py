@@ -35,6 +35,9 @@ class Memory(Protocol):
     def free(self, number: int) -> None:
         """Free a tensor."""
 
+    def empty_cache(self) -> None:
+        """`torch.cuda.empty_cache()`."""
+
 
 def load_into(
     memory: Memory,
@@ -44,8 +47,9 @@ def load_into(
     quant: QuantConfig | None,
     dtype: str,
     dtype_of: Callable[[str], str],
+    prepared: bool,
 ) -> None:
-    """Load tensor by tensor, base first, then buffers, what preparation casts, adapters. Arguments as `load_passing`."""
+    """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`."""
     base = [p for p in parameters.all if p.owner == "base"]
     tensors = list(_tensors(base))
     if quant is not None and parameters.quantized:
@@ -68,6 +72,8 @@ def load_into(
         if (p.name, layer) in narrow:
             _make(memory, p.allocations)
             memory.free(narrow[p.name, layer].pop(0))
+    if prepared:  # peft 0.20 on
+        memory.empty_cache()
     for p, _ in _tensors(p for p in parameters.all if p.owner == "adapter"):
         _make(memory, p.allocations)
 

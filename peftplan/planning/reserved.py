@@ -78,6 +78,10 @@ class _Feed:
         """Free a tensor."""
         self.allocator.free(number)
 
+    def empty_cache(self) -> None:
+        """Give back every segment without a live block."""
+        self.allocator.empty_cache()
+
     def take(self, lines: Iterable[Line]) -> None:
         """Allocate lines for good, layer by layer."""
         for _, group in groupby(lines, key=lambda line: line.name.partition("{}")[0]):

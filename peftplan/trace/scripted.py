@@ -23,7 +23,7 @@ def repeating_kv(repeats: bool) -> Iterator[None]:
 
 def events_of(traced: Traced, *, empties_cache: bool) -> Sequence[Event]:
     """The log for the allocator's replay."""
-    return with_empty_cache(traced) if empties_cache else traced.events
+    return traced.emptied(with_empty_cache(traced) if empties_cache else traced.events)
 
 
 def with_empty_cache(traced: Traced) -> list[Event]:
