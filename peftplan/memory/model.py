@@ -39,6 +39,8 @@ class Running(NamedTuple):
     loss: str = "full"
     loss_facts: tuple[bool, ...] = ()
     """What of the batch decides which operations the loss runs (`LossSizes.facts`)."""
+    reentrant: bool = False
+    """Whether checkpointing is reentrant."""
 
 
 class Part:
@@ -228,6 +230,14 @@ class Model:
         if isinstance(dim, int):
             return dim
         return self.running.seq_len + (self.virtual_tokens if dim == "k" else 0)
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a layer under checkpointing."""
+        if self.running.reentrant:
+            from peftplan.memory.reentrant import checkpoint
+
+            return checkpoint(self.tape, function, *args)
+        return self.tape.checkpoint(function, *args)
 
     def inputs(self) -> Tensor:
         """The token embeddings, with a gradient where checkpointing asks for one (`enable_input_require_grads`)."""

@@ -29,6 +29,7 @@ class SharedLeaf(Parameter):
     """A tensor that asks for a gradient though nothing trains it, and that every layer of a stack reads."""
 
     __slots__ = ("held", "sums")
+    counts = False
     held: Tensor
     sums: set[int]
 
@@ -58,19 +59,22 @@ def run_stack(
     model: Model,
     kinds: tuple[int, ...],
     x: Tensor,
-    call: Callable[..., Tensor],
+    call: Callable[..., Any],
     *,
     name: str,
     checkpointed: bool,
     sums: set[int] | None = None,
     holds: bool = False,
     own: Callable[[int], tuple[Any, ...]] | None = None,
+    every: tuple[Any, ...] = (),
+    outputs: list[Any] | None = None,
 ) -> Tensor:
     """Run the first layer of each kind, then the last of each; `kinds[l]` is the kind of layer l.
 
     The layers between stand in the log as copies of the last of their kind (`memory.timeline`). `sums`: the gradients of what all
     layers read (`shared`). `holds`: the caller keeps what every layer returns until the forward ends. `own`: further arguments of
-    a layer, which it holds alone.
+    a layer, which it holds alone, by their names. `every`: further arguments of all layers, by position. `outputs`: holds what
+    layers return besides the hidden states until the next one returns.
     """
     f = model.tape
     name = f"{name}/{model.micro_batch}" if model.micro_batch else name
@@ -79,9 +83,9 @@ def run_stack(
     middle = f"{name} {len(set(kinds))}"
     places = {section: section if _in_runs(kinds) else middle for section in copies}
 
-    def run(layer: int, x: Tensor, *given: Any) -> Tensor:
+    def run(layer: int, given: tuple[Any, ...], x: Tensor, *every: Any) -> Any:
         try:
-            return call(layer, x, *given)
+            return call(layer, x, *given, *every)
         finally:
             model.layer_locals.clear()
 
@@ -90,7 +94,11 @@ def run_stack(
     for number, layer in enumerate(sections):
         x = boundary(f, x, f"{name} {number}")
         given = own(layer) if own else ()
-        x = f.checkpoint(run, layer, x, *given) if checkpointed else run(layer, x, *given)
+        found = model.checkpoint(run, layer, given, x, *every) if checkpointed else run(layer, given, x, *every)
+        x = found if outputs is None else found[0]
+        if outputs is not None:
+            outputs[:] = found[1:]
+        del found
         if x.storage is not None:
             stack.passed.add(x.storage.number)
     return boundary(f, x, f"{name} end")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, overload
 
+from peftplan.errors import RefusedError
 from peftplan.memory.ledger import Category, Dim
 
 Dims = tuple[Dim, ...]
@@ -61,8 +62,12 @@ class Tensor:
 
 
 class Parameter:
-    """A weight, whose bytes the ledger of parameters counts; as an autograd node it accumulates its gradient."""
+    """A weight, whose bytes the ledger of parameters counts; as an autograd node it accumulates its gradient.
 
+    Where it `counts` its uses it waits for the gradients of all.
+    """
+
+    counts = True
     __slots__ = ("buffered", "dims", "dtype", "grad", "name", "node", "trainable", "uses")
     storage = None
     index = 0
@@ -117,6 +122,10 @@ class Node:
         while len(self.grads) <= index:
             self.grads.append(None)
         tape.sum_into(self.grads, index, grad)
+
+
+RELEASED = ("released",)
+"""What is left of what a node saved once a nested backward has run it."""
 
 
 class StopRecomputationError(Exception):
@@ -182,11 +191,8 @@ class Tape:
         self._frame: Frame | None = None
         self._casts: dict[Any, Tensor] = {}
         self._replaying: Frame | None = None
-
-    @property
-    def replaying(self) -> bool:
-        """Whether a checkpointed call is being recomputed."""
-        return self._replaying is not None
+        self.nested = False
+        """Whether a backward runs within a backward, where it may reach what another one has run before."""
 
     def new(self, dims: Dims, dtype: str, op: str, node: Node | None = None) -> Tensor:
         """Allocate a tensor, the result of `node` if a gradient flows to it."""
@@ -286,10 +292,20 @@ class Tape:
 
     def backward(self, root: Tensor) -> None:
         """Run the graph backwards: the latest node first, each saved tensor released when its node is done."""
-        assert isinstance(root.node, Node)
+        if root.node is None:
+            raise RefusedError(
+                "torch 2.13 refuses it: RuntimeError: element 0 of tensors does not require grad and does not have a grad_fn"
+            )
         self.segment = -(abs(self.segment) + 1)
-        root.node.grads = [self.new((), root.dtype, "ones_like")]
-        order = _reachable(root.node)
+        self.backward_from([(root, self.new((), root.dtype, "ones_like"))])
+
+    def backward_from(self, roots: list[tuple[Tensor, Tensor]]) -> None:
+        """Run the graph behind tensors backwards from their gradients, perhaps within another backward."""
+        order = _reachable([x.node for x, _ in roots])
+        while roots:
+            x, grad = roots.pop(0)
+            x.node.receive(self, x.index, grad)  # type: ignore[union-attr]
+            del x, grad
         while order:
             node = order.pop()
             if any(node.grads):
@@ -299,6 +315,10 @@ class Tape:
         grads, node.grads = node.grads, [None]
         self.module = node.module
         saved, node.saved = node.saved, ()
+        if saved is RELEASED:
+            raise RefusedError("torch 2.13 refuses it: RuntimeError: Trying to backward through the graph a second time")
+        if self.nested and any(type(value) in (Tensor, Parameter) for value in saved):
+            node.saved = RELEASED
         if node.checkpointed:
             saved = [self._unpack(value) for value in saved]
         result = node.backward(self, node, saved, *grads)
@@ -311,7 +331,7 @@ class Tape:
             if edge is None:
                 continue
             if grad is None:
-                if type(edge[0]) is Parameter:
+                if isinstance(edge[0], Parameter) and edge[0].counts:
                     edge[0].receive(self, edge[1], None)
                 continue
             if grad.dtype != edge[2]:
@@ -329,16 +349,24 @@ class Tape:
         return frame.recomputed.pop(value.number)
 
     def _recompute(self, frame: Frame) -> None:
-        module, casts, outer = self.module, self._casts, self._frame
-        self.segment = abs(self.segment) + 1
-        frame.recomputed, self._replaying, self._casts, self._frame = {}, frame, {}, None
-        with suppress(StopRecomputationError):
+        outer, self._frame = self._frame, None
+        frame.recomputed, self._replaying = {}, frame
+        with self.recomputing(), suppress(StopRecomputationError):
             frame.rerun()  # type: ignore[misc]
+        self._replaying, self._frame = None, outer
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Forward code within a backward, under an autocast of its own."""
+        module, casts = self.module, self._casts
+        self.segment = abs(self.segment) + 1
+        self._casts = {}
+        yield
         self._casts.clear()
-        self._replaying, self._casts, self._frame, self.module = None, casts, outer, module
+        self._casts, self.module = casts, module
         self.segment = -(self.segment + 1)
 
-    def checkpoint(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
         """`torch.utils.checkpoint`, non-reentrant: keeps the arguments, runs the function again when backward first needs it."""
         frame = self._frame = Frame()
         frame.rerun = lambda: function(*args)
@@ -354,11 +382,15 @@ class Tape:
             return self.to(x, dtype)
         leaf = x if type(x) is Parameter else x.storage
         if leaf not in self._casts:
+            before, self.grad_enabled = self.grad_enabled, True  # so that the cast serves later calls too
             self._casts[leaf] = self.to(x, dtype)
+            self.grad_enabled = before
         return self._casts[leaf]
 
     def _is_leaf(self, x: Any) -> bool:
-        return bool(x.trainable if type(x) is Parameter else x.storage is not None and x.storage.number in self.leaves)
+        if type(x) is Parameter:
+            return x.trainable
+        return isinstance(x.node, Parameter) or (x.storage is not None and x.storage.number in self.leaves)
 
     @overload
     def to(self, x: Tensor, dtype: str) -> Tensor: ...
@@ -389,21 +421,26 @@ def _to_backward(tape: Tape, node: Node, saved: Any, grad: Tensor) -> Tensor:
     return grad  # cast by `_apply`, as the engine does
 
 
-def _reachable(root: Node) -> list[Node]:
-    """Every node that the root's gradient can reach, earliest first; counts how often each weight will get one."""
-    seen = {root}
-    stack = [root]
+def _reachable(roots: list[Any]) -> list[Node]:
+    """Every node that the roots' gradients can reach, earliest first; counts how often each weight will get one."""
+    seen: set[Node] = set()
+    stack: list[Node] = []
     uses: dict[Parameter, int] = {}
+
+    def reach(parent: Any) -> None:
+        if isinstance(parent, Parameter):
+            if parent.counts:
+                parent.uses = uses[parent] = uses.get(parent, 0) + 1
+        elif parent not in seen:
+            seen.add(parent)
+            stack.append(parent)
+
+    for root in roots:
+        reach(root)
     while stack:
         for edge in stack.pop().edges:
-            if edge is None:
-                continue
-            parent = edge[0]
-            if type(parent) is Parameter:
-                parent.uses = uses[parent] = uses.get(parent, 0) + 1
-            elif isinstance(parent, Node) and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
+            if edge is not None:
+                reach(edge[0])
     return sorted(seen, key=_sequence_of)
 
 

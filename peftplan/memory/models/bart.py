@@ -99,10 +99,10 @@ def run_encoder(model: Model, x: Tensor, mask: Tensor | None) -> Tensor:
     """The encoder's layers."""
     block, kinds = block_of(model, "encoder"), kinds_of(model, "encoder")
 
-    def layer(number: int, x: Tensor) -> Tensor:
+    def layer(number: int, x: Tensor, mask: Tensor | None) -> Tensor:
         return encoder_layer(model, block, number, x, mask)
 
-    return run_stack(model, kinds, x, layer, name="encoder", checkpointed=model.running.checkpointing)
+    return run_stack(model, kinds, x, layer, name="encoder", checkpointed=model.running.checkpointing, every=(mask,))
 
 
 def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
@@ -123,11 +123,11 @@ def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
     sums: set[int] = set()
     encoded = shared(f, encoded, sums)
 
-    def layer(number: int, x: Tensor) -> Tensor:
+    def layer(number: int, x: Tensor, mask: Tensor | None, encoded: Tensor) -> Tensor:
         return decoder_layer(model, block, number, x, encoded, mask, cross_mask)
 
-    kinds = kinds_of(model, "decoder")
-    x = run_stack(model, kinds, x, layer, name="decoder", checkpointed=model.running.checkpointing, sums=sums)
+    kinds, checkpointed = kinds_of(model, "decoder"), model.running.checkpointing
+    x = run_stack(model, kinds, x, layer, name="decoder", checkpointed=checkpointed, sums=sums, every=(mask, encoded))
     return model.layernorm(f"{name}.layer_norm", x) if whisper else x
 
 

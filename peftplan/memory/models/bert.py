@@ -27,11 +27,11 @@ def bert(model: Model) -> Tensor:
     x = embeddings(model, f"{prefix}.embeddings")
     mask = (causal_mask if block.attentions[0].causal else bidirectional_mask)(model, x.dtype)
 
-    def layer(number: int, x: Tensor) -> Tensor:
+    def layer(number: int, x: Tensor, mask: Tensor | None) -> Tensor:
         return encoder_layer(model, block, f"{prefix}.encoder.layer.{{}}", number, x, mask)
 
     kinds = kinds_of(model, block.stack)
-    return run_stack(model, kinds, x, layer, name="layers", checkpointed=model.running.checkpointing)
+    return run_stack(model, kinds, x, layer, name="layers", checkpointed=model.running.checkpointing, every=(mask,))
 
 
 def bidirectional_mask(model: Model, dtype: str, window: int | None = None, *, cross: bool = False) -> Tensor | None:

@@ -41,13 +41,14 @@ def deberta(model: Model) -> Tensor:
     held: list[Tensor] = []
     checkpointed = model.running.checkpointing
 
-    def layer(number: int, x: Tensor) -> Tensor:
+    def layer(number: int, x: Tensor, mask: Tensor) -> Tensor:
         if not checkpointed:
             held.append(x.detach())
         return encoder_layer(model, block, number, x, mask, distances, positions)
 
     kinds = kinds_of(model, "encoder")
-    x = run_stack(model, kinds, x, layer, name="layers", checkpointed=checkpointed, sums=sums, holds=not checkpointed)
+    holds = not checkpointed
+    x = run_stack(model, kinds, x, layer, name="layers", checkpointed=checkpointed, sums=sums, holds=holds, every=(mask,))
     del ones
     return x
 

@@ -110,7 +110,8 @@ class Style(NamedTuple):
     `wide_tables`: in fp32, whatever the hidden states are. `hands_out_weights`: a layer's outputs, attention weights among them,
     live until the next layer's take their name. `softcaps`: attention heeds the config's cap. `by_head`: rotation leaves
     copies that lie head by head. `both_masks`: of full and of sliding attention, whatever layers there are. `narrow_eager`:
-    eager attention is that of GPT-2, with `wide_scores` that of GPT-J.
+    eager attention is that of GPT-2, with `wide_scores` that of GPT-J. `mask_by_position`: layers take
+    the mask by position, not by name.
     """
 
     norm: Norm = rms
@@ -134,6 +135,7 @@ class Style(NamedTuple):
     both_masks: bool = False
     narrow_eager: bool = False
     wide_scores: bool = False
+    mask_by_position: bool = False
 
 
 def decoder(model: Model, style: Style) -> Tensor:
@@ -172,19 +174,26 @@ def run_layers(
     masks = {window: causal_mask(model, dtype or x.dtype, window) if masked else None for window in windows}
     outputs: list[Any] = []
 
-    def layer(number: int, x: Tensor, mask: Tensor | None) -> Tensor:
+    def layer(number: int, x: Tensor, mask: Tensor | None) -> Any:
         block = blocks[number]
         call = Call(model, style, block, number, tables(block.attentions[0].window), mask)
         out = (style.layer or serial)(call, x)
-        if style.hands_out_weights and not model.tape.replaying:
-            outputs[:] = model.layer_locals[-1:]
-        return out
+        return (out, *model.layer_locals[-1:]) if style.hands_out_weights else out
 
     def its_mask(number: int) -> tuple[Tensor | None]:
         return (masks[blocks[number].attentions[0].window],)
 
-    checkpointed = model.running.checkpointing
-    x = run_stack(model, kinds_of(model), x, layer, name="layers", checkpointed=checkpointed, own=its_mask)
+    x = run_stack(
+        model,
+        kinds_of(model),
+        x,
+        layer,
+        name="layers",
+        checkpointed=model.running.checkpointing,
+        own=None if style.mask_by_position else its_mask,
+        every=its_mask(0) if style.mask_by_position else (),
+        outputs=outputs if style.hands_out_weights else None,
+    )
     if style.final_norm is not None:
         x = style.norm(model, style.final_norm, x, None)
     outputs.clear()

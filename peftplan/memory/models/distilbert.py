@@ -21,10 +21,11 @@ def distilbert(model: Model) -> Tensor:
     x = embeddings(model)
     mask = bidirectional_mask(model, x.dtype)
 
-    def layer(number: int, x: Tensor) -> Tensor:
+    def layer(number: int, x: Tensor, mask: Tensor | None) -> Tensor:
         return transformer_block(model, block, number, x, mask)
 
-    return run_stack(model, kinds_of(model, "encoder"), x, layer, name="layers", checkpointed=model.running.checkpointing)
+    kinds, checkpointed = kinds_of(model, "encoder"), model.running.checkpointing
+    return run_stack(model, kinds, x, layer, name="layers", checkpointed=checkpointed, every=(mask,))
 
 
 def embeddings(model: Model) -> Tensor:

@@ -78,5 +78,5 @@ def by_head(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, ...]:
 
 STYLE = Style(norm=layer_norm, layer=block, stack="transformer.h.{}", final_norm="transformer.ln_f")
 
-gpt2 = partial(model_forward, style=STYLE._replace(narrow_eager=True))
+gpt2 = partial(model_forward, style=STYLE._replace(narrow_eager=True, mask_by_position=True))
 gpt_bigcode = partial(model_forward, style=STYLE)

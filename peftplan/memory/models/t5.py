@@ -17,6 +17,7 @@ from peftplan.memory.methods import virtual_tokens
 from peftplan.memory.model import PROMPTED, Model
 from peftplan.memory.models.bart import block_of, decoder_mask
 from peftplan.memory.models.bert import bidirectional_mask
+from peftplan.memory.reentrant import Leaf
 from peftplan.memory.stack import SharedLeaf, kinds_of, run_stack, shared
 from peftplan.memory.tape import Node, Tape, Tensor
 
@@ -127,12 +128,14 @@ class Stack:
         states = None if encoded is None else shared(f, encoded, self.sums)
 
         def layer(number: int, x: Tensor) -> Tensor:
-            return self.layer(number, x, states)
+            return self.reentrant(number, x, states) if reentrant else self.layer(number, x, states)
 
+        checkpointed = model.running.checkpointing
+        reentrant = checkpointed and model.running.reentrant
         kinds = tuple((kind, number == 0) for number, kind in enumerate(kinds_of(model, self.side)))
         order: dict[Any, int] = {}
         numbers = tuple(order.setdefault(kind, len(order)) for kind in kinds)
-        x = run_stack(model, numbers, x, layer, name=self.side, checkpointed=model.running.checkpointing, sums=self.sums)
+        x = run_stack(model, numbers, x, layer, name=self.side, checkpointed=checkpointed and not reentrant, sums=self.sums)
         x = norm(model, f"{self.name}.final_layer_norm", x)
         f.module = self.name
         return ops.dropout(f, x, p)
@@ -148,6 +151,15 @@ class Stack:
         if cross:
             x = clamped(f, self.attended("1.EncDecAttention", cross[0], number, x, states))
         return clamped(f, self.feed_forward(number, x))
+
+    def reentrant(self, number: int, x: Tensor, states: Tensor | None) -> Tensor:
+        """A layer under reentrant checkpointing: the positions are arguments and results of each."""
+
+        masks, biases, prefix = self.masks, self.biases, self.name.removesuffix(self.side)
+        given = (masks["own"], biases.get("own"), states, masks.get("cross"), biases.get("cross"))
+        x, *made = self.model.checkpoint(_layer_of, (self.model, prefix, self.side), number, x, *given)
+        biases |= dict(zip(("own", "cross"), made, strict=False))
+        return x
 
     def attended(self, part: str, a: Attention, number: int, x: Tensor, states: Tensor | None) -> Tensor:
         """`T5LayerSelfAttention.forward`, `T5LayerCrossAttention.forward`."""
@@ -199,7 +211,9 @@ class Stack:
         dims = (1, a.num_attention_heads, s, model.source if cross else s)
         if cross:
             made = f.new(dims, dtype, "position_bias")
-            if model.running.checkpointing:
+            if model.running.checkpointing and model.running.reentrant:
+                made.node = Leaf(dims, dtype)
+            elif model.running.checkpointing:
                 leaf = SharedLeaf("encoder_decoder_position_bias", dims, dtype, trainable=True)
                 leaf.node = None  # refers to itself else
                 leaf.held, leaf.sums = made.detach(), self.sums
@@ -251,3 +265,22 @@ class Stack:
         if part.quant is None and part.weight is not None:
             x = f.to(x, part.weight.dtype)
         return model.linear(f"{name}.wo", x, number)
+
+
+def _layer_of(
+    stack: tuple[Model, str, str],
+    number: int,
+    x: Tensor,
+    mask: Tensor | None,
+    own: Tensor | None,
+    states: Tensor | None,
+    cross_mask: Tensor | None,
+    cross: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """A layer of a stack that holds nothing but this call's arguments; its output, and its positions."""
+    called = Stack(*stack)
+    called.masks = {"own": mask, "cross": cross_mask}
+    called.biases = {key: made for key, made in (("own", own), ("cross", cross)) if made is not None}
+    x = called.layer(number, x, states)
+    called.model.layer_locals.clear()
+    return (x, *(called.biases[key] for key in ("own", "cross") if key in called.biases))
