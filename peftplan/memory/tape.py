@@ -323,20 +323,20 @@ class Tape:
             saved = [self._unpack(value) for value in saved]
         result = node.backward(self, node, saved, *grads)
         self.module = node.module
-        del saved, grads
         found = [result] if type(result) is Tensor else list(result)
         del result
+        if node.checkpointed:
+            del saved
+        for i, edge in enumerate(node.edges):  # `validate_outputs`, before the node releases what it saved
+            if edge is not None and found[i] is not None and found[i].dtype != edge[2]:
+                found[i] = self.new(found[i].dims, edge[2], "to")
+        saved = grads = None
         for i, edge in enumerate(node.edges):
             grad, found[i] = found[i], None
-            if edge is None:
-                continue
-            if grad is None:
-                if isinstance(edge[0], Parameter) and edge[0].counts:
-                    edge[0].receive(self, edge[1], None)
-                continue
-            if grad.dtype != edge[2]:
-                grad = self.new(grad.dims, edge[2], "to")
-            edge[0].receive(self, edge[1], grad)
+            if edge is not None and grad is not None:
+                edge[0].receive(self, edge[1], grad)
+            elif edge is not None and isinstance(edge[0], Parameter) and edge[0].counts:
+                edge[0].receive(self, edge[1], None)
             del grad
 
     def _unpack(self, value: Any) -> Any:
