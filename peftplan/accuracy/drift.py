@@ -1,11 +1,13 @@
 """Drift: what an engine states against what was measured, figure by figure, and its summary over many runs.
 
 Drift is signed, in percent of what was measured: stated ÷ measured − 1. Verdicts are asked of cards made for one run: 1 % below
-its measured peak (`fits` is wrong there) and 10 % above it (`does_not_fit` is wrong there).
+its measured peak (`fits` is wrong there) and 10 % above it (`does_not_fit` is wrong there); and of the card it ran on, where
+`does_not_fit` is wrong if the run went well, and `fits` if it ran out of memory.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -19,6 +21,8 @@ WITHIN = (1, 3, 5)
 BELOW, ABOVE = 0.99, 1.10
 """The two synthetic cards, as shares of the measured peak."""
 
+VERDICTS = ("fits", "tight", "does_not_fit")
+"""Those that say something."""
 Wrong = Literal["own", "below", "above"]
 
 
@@ -92,7 +96,12 @@ def _differ(printed: int | None, stated: int | None) -> bool:
 
 
 def measured_figures(record: Record) -> Iterator[tuple[Figure, int]]:
-    """What a record measured: overall peaks, then the allocated bytes of each phase."""
+    """What a record measured: overall peaks, then the allocated bytes of each phase.
+
+    Of a run that ended early nothing: its counters stood still at what it had reached, which is not what it needs.
+    """
+    if record.outcome != "ok":
+        return
     for metric in OVERALL:
         found = record.peaks.figure(metric)  # type: ignore[arg-type]
         if found:
@@ -186,6 +195,8 @@ class Totals:
     with_peak: int
     no_peak: int
     refused: int
+    out_of_memory: dict[str, int]
+    """Verdict on the card it ran on → runs that ran out of memory there; without those that got none."""
     counts_equal: int
     counts_printed: int
     verdicts: dict[Wrong, tuple[int, int]]
@@ -196,9 +207,10 @@ def totals(answers: Sequence[Answer]) -> Totals:
     """Totals over all answers."""
     refused = [answer for answer in answers if answer.stated.refused is not None]
     with_peak = [answer for answer in answers if answer.stated.figures]
+    ended = Counter(answer.stated.verdict for answer in answers if answer.record.outcome == "oom")
     counted = [answer for answer in answers if answer.record.counts.trainable is not None and answer.stated.trainable is not None]
     asked: dict[Wrong, int] = {
-        "own": sum(answer.stated.verdict in ("fits", "tight", "does_not_fit") for answer in answers),
+        "own": sum(answer.stated.verdict in VERDICTS and answer.record.outcome != "failed" for answer in answers),
         "below": sum(bool(answer.overall) for answer in answers),
         "above": sum(bool(answer.overall) for answer in answers),
     }
@@ -207,6 +219,7 @@ def totals(answers: Sequence[Answer]) -> Totals:
         with_peak=len(with_peak),
         no_peak=len(answers) - len(with_peak) - len(refused),
         refused=len(refused),
+        out_of_memory={verdict: ended[verdict] for verdict in VERDICTS if ended[verdict]},
         counts_equal=sum(not answer.miscounts for answer in counted),
         counts_printed=len(counted),
         verdicts={kind: (sum(kind in answer.wrong_verdicts for answer in answers), number) for kind, number in asked.items()},

@@ -63,6 +63,9 @@ def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
         f"Parameter counts: {found.counts_equal} of {found.counts_printed} printed by the runs are equal.",
     ]
     lines += _bounds(answers)
+    if found.out_of_memory:
+        said = ", ".join(f"{number} {verdict}" for verdict, number in found.out_of_memory.items())
+        lines.append(f"Said of the cards on which runs ran out of memory: {said}.")
     exact = [answer for answer in answers if answer.record.exact]
     lines += _verdicts("Wrong verdicts, of runs that say all that ran", exact)
     return lines + _verdicts("Wrong verdicts, of runs that leave something open", [a for a in answers if not a.record.exact])
@@ -138,6 +141,7 @@ def facts(found: Check) -> dict[str, Any]:
         "no_peak_stated": total.no_peak,
         "refused": total.refused,
         "counts": {"printed": total.counts_printed, "equal": total.counts_equal},
+        "out_of_memory": total.out_of_memory,
         "verdicts": {kind: {"wrong": wrong, "asked": asked} for kind, (wrong, asked) in total.verdicts.items()},
         "summary": {by: [_summary_facts(row) for row in summaries(found.answers, by, FIGURES)] for by in GROUPINGS},
         "rows": [_row_facts(answer) for answer in found.answers],
