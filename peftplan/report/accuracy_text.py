@@ -24,10 +24,11 @@ DEFINITIONS = """## What the words mean
   engine's own; in tables by source the others are marked as open.
 - A record's **script** says what its program did that no option says: lengths of the steps before, outputs that outlive the step,
   `empty_cache`, keys and values repeated by hand. Both engines run the same.
-- **Wrong verdicts**: `does_not_fit` on the card on which it ran; `fits` on a card 1 % below the measured peak; `does_not_fit`
-  on a card 10 % above it. Reserved bytes decide where they were measured and stated, else allocated bytes, else the device's.
-  `fits` means that at least 5 % of the card are left over; less is `tight`, which is wrong on neither card. In the tables by
-  group: runs with a wrong verdict, by that figure, on one of these two cards.
+- **Wrong verdicts**: `does_not_fit` on the card on which it ran, or `fits` on one on which it ran out of memory; `fits` on a
+  card 1 % below the measured peak; `does_not_fit` on a card 10 % above it. Reserved bytes decide where they were measured and
+  stated, else allocated bytes, else the device's. `fits` means that at least 5 % of the card are left over; less is `tight`,
+  which is wrong on none of these cards. In the tables by group: runs with a wrong verdict, by that figure, on one of the two
+  cards below and above. A run that ran out of memory has no peak to compare: its counters stood still at what it had reached.
 - Sources print with few digits: half the last digit is granted to a tolerance, not to the drift shown here."""
 
 CAUSES = """## Known causes of drift
@@ -35,13 +36,15 @@ CAUSES = """## Known causes of drift
 - fitcheck-llm's sdpa runs: its program pins the memory-efficient kernel and repeats grouped keys and values for it, which the
   record says (`script`) and both engines do. Without that, sdpa with grouped queries runs the math kernel on a T4, which holds
   the matrix of scores: + 70 % where the sequence is long.
-- fitcheck-llm's quantized runs: allocated bytes are estimated up to 1.7 % too low by the tails of blocks that the allocator
-  hands out whole, in holes that loading left: 19 to 23 MiB of TinyLlama, 11 to 14 of Qwen2.5-1.5B. The trace replays them, the
-  formulas leave them out; tensor by tensor both hold the same.
 - Reserved bytes: whichever hole a block comes to lie in decides what lies where afterwards, so a difference of one temporary can
-  move them by a whole tensor of scores or of logits; runs of one setup measured twice differ by 1.2 % (pk01183, pk01206).
-  Loading a quantized base leaves other holes in each run: fitcheck-llm's fp16 runs trace to within 0.5 % of the device's bytes,
-  the quantized ones to within 5.3 %.
+  move them by a whole tensor of scores or of logits; one setup, measured with torch 2.14 and with 2.10, differs by 1.2 %
+  (pk01183, pk01206).
+- fitcheck-llm's reserved bytes: of the ten fp16 runs the trace states six exactly, the others 12 or 32 MiB too many; the
+  quantized ones − 4.9 to + 5.6 %. Loading a quantized base leaves other holes each time: what is allocated after it, before
+  any step, differs between runs of one model with one adapter (`after_load_allocated_mib` under `steps`: 1070 to 1078 MiB of
+  TinyLlama, 1642 to 1647 of Qwen2.5-1.5B), and what comes later lies in those holes. transformers 5.0.0 copied weights to the
+  card in four threads ahead of their quantization (core_model_loading.py, `GLOBAL_WORKERS`). 5.17.0 copies them one by one
+  where it quantizes, as both engines do, and the runs with it differ among themselves too; why is not known.
 - fms-acceleration, transformers 4.39, and the runs without versions: 512 MiB more, whatever the batch. Each layer's
   `MistralRotaryEmbedding` kept cosines and sines of all 32,768 positions there: 32 × 2 × 32,768 × 128 × 2 bytes
   (modeling_mistral.py of 4.39.3, `_set_cos_sin_cache`; gone in 4.43.3). QLoRA with kbit preparation takes 1.8 GiB more per
