@@ -326,11 +326,11 @@ class Tape:
         found = [result] if type(result) is Tensor else list(result)
         del result
         if node.checkpointed:
-            del saved
+            saved = ()
         for i, edge in enumerate(node.edges):  # `validate_outputs`, before the node releases what it saved
             if edge is not None and found[i] is not None and found[i].dtype != edge[2]:
                 found[i] = self.new(found[i].dims, edge[2], "to")
-        saved = grads = None
+        del saved, grads
         for i, edge in enumerate(node.edges):
             grad, found[i] = found[i], None
             if edge is not None and grad is not None:

@@ -53,9 +53,9 @@ def bloom_attention(c: Call, x: Tensor, residual: Tensor) -> Tensor:
     f = c.at("self_attention")
     q, k, v = (sliced(f, qkv, by_head) for _ in range(3))
     k, v = c.model.cached(k, v)
-    q = ops.copied(f, q, "clone")
+    q = batched(c.model, q)
     if not c.model.joins:
-        k, v = ops.copied(f, k, "clone"), ops.copied(f, v, "clone")
+        k, v = batched(c.model, k), batched(c.model, v)
     scores = baddbmm(f, q, k, (b, a.num_attention_heads, s, k.dims[2]))
     weights = scores if c.mask is None else ops.add(f, scores, c.mask)
     probabilities = f.to(ops.softmax(f, weights, "fp32"), q.dtype)

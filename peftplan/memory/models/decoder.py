@@ -77,16 +77,14 @@ def narrow_eager(c: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, ro
     if not rotated:
         q, k = ops.heads(f, q, q.dims, clones=True), ops.heads(f, k, k.dims, clones=True)
     v = ops.heads(f, v, v.dims, clones=True)
-    if c.style.wide_scores:
-        q, k = f.to(q, "fp32"), f.to(k, "fp32")
     own = (lambda model, y: y) if model.joins else batched
-    scores = ops.scale(f, ops.matmul(f, batched(model, q), own(model, k), (*q.dims[:3], k.dims[2])))
+    wide = (lambda y: f.to(y, "fp32")) if c.style.wide_scores else (lambda y: y)
+    weights = ops.scale(f, ops.matmul(f, batched(model, wide(q)), own(model, wide(k)), (*q.dims[:3], k.dims[2])))
     if c.mask is not None:
-        scores = ops.add(f, scores, c.mask)
-    weights = ops.softmax(f, scores, "fp32" if f.autocast else scores.dtype)
+        weights = ops.add(f, weights, c.mask)
+    weights = ops.softmax(f, weights, "fp32" if f.autocast else weights.dtype)
     weights = f.to(weights, v.dtype)
     weights = ops.dropout(f, weights, dropout)
-    del scores
     model.layer_locals.append(weights)
     return gathered(model, ops.matmul(f, weights, own(model, v), q.dims))
 
