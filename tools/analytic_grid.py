@@ -58,6 +58,9 @@ METHODS: tuple[Options, ...] = (
 )
 DRAWS = 3
 """Cells per model type and method."""
+REENTRANT: Options = {"gradient_checkpointing": True, "use_reentrant": True}
+REENTRANT_DRAWS = 2
+"""Further cells per model type, of any method that allows checkpointing."""
 AXES: dict[str, tuple[Options, ...]] = {
     "trainer": ({"trainer": "plain"}, {"trainer": "transformers"}, {"trainer": "trl"}),
     "precision": (
@@ -152,20 +155,29 @@ def shallow(model: str) -> dict[str, Any]:
 
 
 def cells(*, model_types: Iterable[str] | None = None) -> Iterator[Cell]:
-    """The whole grid; every cell's options depend on its model type, method and number alone."""
-    for model_type in model_types or ADAPTERS:
+    """The whole grid; every cell's options depend on its model type, method and number alone, or on type and number."""
+    chosen = list(model_types or ADAPTERS)
+    for model_type in chosen:
         for method in METHODS:
             for number in range(DRAWS):
-                draw = random.Random(f"{model_type} {sorted(method.items())} {number}")
-                options: Options = dict(method)
-                for axis, choices in AXES.items():
-                    if axis == "dropout" and method["method"] not in DROPOUT_METHODS:
-                        continue
-                    options |= draw.choice(choices)
-                if options["method"] == "qlora" and options["dtype"] == "fp32":
-                    options["dtype"] = "bf16"
-                options |= draw.choice(TASKS.get(model_type, ({},)))
-                yield Cell(model_type, _model_of(model_type), tuple(options.items()))
+                yield _cell(model_type, method, random.Random(f"{model_type} {sorted(method.items())} {number}"))
+    checkpointed = [method for method in METHODS if method["method"] != "prefix-tuning"]
+    for model_type in chosen:
+        for number in range(REENTRANT_DRAWS):
+            draw = random.Random(f"{model_type} reentrant {number}")
+            yield _cell(model_type, draw.choice(checkpointed), draw, **REENTRANT)
+
+
+def _cell(model_type: str, method: Options, draw: random.Random, **stated: Any) -> Cell:
+    options: Options = dict(method)
+    for axis, choices in AXES.items():
+        if axis == "dropout" and method["method"] not in DROPOUT_METHODS:
+            continue
+        options |= draw.choice(choices)
+    if options["method"] == "qlora" and options["dtype"] == "fp32":
+        options["dtype"] = "bf16"
+    options |= draw.choice(TASKS.get(model_type, ({},)))
+    return Cell(model_type, _model_of(model_type), tuple((options | stated).items()))
 
 
 def outcome(cell: Cell) -> Outcome:
