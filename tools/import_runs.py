@@ -1,8 +1,7 @@
 """Published measurements as run records: writes data/runs/<source>.jsonl and data/runs/not_expressible.jsonl.
 
-`python tools/import_runs.py PEAKS METAMATH [FITCHECK]`: two JSON Lines files of rows copied from public sources, each row with
-its source and licence: single-GPU training peaks of many projects, and peft's benchmark, one run per method; and the folder
-`data/measurements` of fitcheck-llm's source distribution, of which the rows that PEAKS lacks are added. What a row leaves open is
+`python tools/import_runs.py PEAKS METAMATH`: two JSON Lines files of rows copied from public sources, each row with its source
+and licence: single-GPU training peaks of many projects, and peft's benchmark, one run per method. What a row leaves open is
 decided here, once, and said in its record under `unknown` (assumed) or `differs` (known not to be what the setup says).
 """
 
@@ -12,15 +11,11 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import fitcheck_archive
-
 from peftplan.accuracy.jsonl import digest, to_line
 from peftplan.accuracy.records import Record
-from peftplan.arch.catalogue import find
 from peftplan.planning.setup import PRESETS
 from peftplan.units import GB, GIB, MIB
 
@@ -111,10 +106,18 @@ def record(row: Row, run: Row, *, covers: str, peaks: Row, **more: Any) -> Recor
 def fitcheck(row: Row) -> Record:
     """fitcheck-llm's T4 runs: a plain loop, peaks by phase of a steady step (scripts/measure.py of its source distribution)."""
     extra = row["extra"]
+    four_bit = row["method"] == "qlora"
+    quant = {"quant": "nf4", "double_quant": row["double_quant"], "compute_dtype": "fp16"} if four_bit else {}
+    set_here = {"attn_implementation": row["attn"], "use_cache": False, "kbit_prepare": four_bit, **quant}
     names = {"forward": "peak_forward_mib", "backward": "peak_backward_mib", "step": "peak_optimizer_mib"}
     return record(
         row,
-        _fitcheck_run(row),
+        {
+            "model": row["model"],
+            **lora(row, row["peft"]["targets"]),
+            "options": options("plain", row, **set_here),
+            "script": {"repeats_kv": row["attn"] == "sdpa"},
+        },
         covers="steady-step",
         peaks={
             "by_phase": {phase: {"allocated": int(extra[name] * MIB)} for phase, name in names.items()},
@@ -125,29 +128,8 @@ def fitcheck(row: Row) -> Record:
         },
         kept_alive=["outputs"],
         steps=[{name: value for name, value in extra.items() if isinstance(value, (int, float))}],
-        tolerance=TOLERANCE_QUANTIZED if row["method"] == "qlora" else TOLERANCE,
+        tolerance=TOLERANCE_QUANTIZED if four_bit else TOLERANCE,
     )
-
-
-def fitcheck_verdict(row: Row) -> Record:
-    """A run of the same program of which only the process's bytes are known, or that it ran out of memory."""
-    context = int(row["extra"]["cuda_context_mib"] * MIB)
-    peaks = {"device_bytes": row["value_bytes"], "context_bytes": context, "rounding_bytes": 0}
-    return record(row, _fitcheck_run(row), covers="steady-step", peaks=peaks, kept_alive=["outputs"])
-
-
-def _fitcheck_run(row: Row) -> Row:
-    if find(row["model"]) is None:
-        raise NotExpressibleError("the config of the model is not among the published facts")
-    four_bit = row["method"] == "qlora"
-    quant = {"quant": "nf4", "double_quant": row["double_quant"], "compute_dtype": "fp16"} if four_bit else {}
-    set_here = {"attn_implementation": row["attn"], "use_cache": False, "kbit_prepare": four_bit, **quant}
-    return {
-        "model": row["model"],
-        **lora(row, row["peft"]["targets"]),
-        "options": options("plain", row, **set_here),
-        "script": {"repeats_kv": row["attn"] == "sdpa"},
-    }
 
 
 def fms(row: Row) -> Record:
@@ -385,21 +367,12 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-Converters = Iterable[tuple[str, Callable[[Row], Record], Row]]
-"""File, the function that maps a row, the row."""
-
-
-def archived(folder: Path, known: Iterable[str]) -> Converters:
-    """The rows of fitcheck-llm's archive whose `path` is not known, then its verdicts."""
-    yield from (("fitcheck_t4", fitcheck, row) for row in fitcheck_archive.measurements(folder, known))
-    yield from (("fitcheck_t4", fitcheck_verdict, row) for row in fitcheck_archive.verdicts(folder))
-
-
-def convert(peaks: Iterable[Row], benchmark: Iterable[Row], more: Converters = ()) -> tuple[dict[str, list[str]], Counter[str]]:
+def convert(peaks: Iterable[Row], benchmark: Iterable[Row]) -> tuple[dict[str, list[str]], Counter[str]]:
     """File name → lines; and how many rows each reason kept out."""
     files: dict[str, list[str]] = {"peft_metamath": [to_line(metamath(row)) for row in benchmark], "not_expressible": []}
     why: Counter[str] = Counter()
-    for name, to_record, row in chain(((*SOURCES[row["source"]], row) for row in peaks), more):
+    for row in peaks:
+        name, to_record = SOURCES[row["source"]]
         try:
             files.setdefault(name, []).append(to_line(to_record(row)))
         except NotExpressibleError as error:
@@ -413,11 +386,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peaks", type=Path)
     parser.add_argument("metamath", type=Path)
-    parser.add_argument("fitcheck", type=Path, nargs="?")
     args = parser.parse_args()
-    peaks = read_rows(args.peaks)
-    more = archived(args.fitcheck, [row["path"] for row in peaks]) if args.fitcheck else ()
-    files, why = convert(peaks, read_rows(args.metamath), more)
+    files, why = convert(read_rows(args.peaks), read_rows(args.metamath))
     RUNS.mkdir(parents=True, exist_ok=True)
     for name, lines in sorted(files.items()):
         (RUNS / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
-from collections.abc import Iterator
-from copy import deepcopy
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,20 +12,16 @@ import pytest
 from peftplan.accuracy.engines import read_cases
 from peftplan.datafiles import DATA
 
-TOOLS = DATA.parent / "tools"
-
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("import_runs", TOOLS / "import_runs.py")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("import_runs", DATA.parent / "tools" / "import_runs.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.syspath_prepend(str(TOOLS))
-        sys.modules["import_runs"] = module
-        spec.loader.exec_module(module)
-        yield module
+    sys.modules["import_runs"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 FMS: dict[str, Any] = {
@@ -107,94 +99,3 @@ def test_the_shipped_records_keep_what_their_sources_measured() -> None:
     assert (found["pk01702"].device_bytes, found["pk01702"].context_bytes) == (14949 * 2**20, 1343 * 2**20)
     assert found["pk02320"].overall.reserved == 5_370_000_000
     assert found["pk01871"].overall.reserved == round(66.72 * 2**30)
-
-
-IDENTITY: dict[str, Any] = {
-    "kernel": "eager",
-    "quantization": "nf4",
-    "double_quant": False,
-    "precision": "fp16",
-    "lora_rank": 32,
-    "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "grad_checkpoint": True,
-    "batch_size": 2,
-    "seq_len": 1024,
-}
-SESSION = {
-    "measured_on": "2026-09-15",
-    "gpu_name": "Tesla T4",
-    "torch": "2.14.0+cu130",
-    "transformers": "5.17.0",
-    "peft": "0.20.0",
-    "bitsandbytes": None,
-    "cuda_context_mib": 140.875,
-}
-SWEEP = "t4-sweep-2026-09-15.json"
-
-
-def shipped(record_id: str) -> dict[str, Any]:
-    (found,) = (case.record.payload() for case in read_cases([]) if case.record.id == record_id)
-    return found
-
-
-def archive(folder: Path, runs: list[dict[str, Any]], results: list[dict[str, Any]], **session: Any) -> Path:
-    """An archive of one session and one file, in the form of fitcheck-llm's."""
-    entries = [
-        {"role": "calibration", "session": "t4", "file": SWEEP, "index": at, "model_id": run["model_id"], "identity": run["run"]}
-        for at, run in enumerate(runs)
-    ]
-    manifest = {"sessions": {"t4": {**SESSION, **session}}, "rows": entries}
-    named = {"provenance": {"run_id": "the run"}}
-    (folder / "validation").mkdir()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / SWEEP).write_text(json.dumps({**named, "runs": runs}))
-    (folder / "validation" / "verdicts.json").write_text(json.dumps({**named, "results": results}))
-    return folder
-
-
-def in_archive(model: str = "Qwen/Qwen2.5-1.5B-Instruct", *, measured: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The first run of the sweep, which is pk01155."""
-    read = {**shipped("pk01155")["steps"][0], "sdpa_backend": "n/a (not sdpa)", "weight_breakdown": {"nf4_packed": 624.75}}
-    return {"model_id": model, "run": deepcopy(IDENTITY), "measured": {**read, **(measured or {})}}
-
-
-def imported(tool: ModuleType, folder: Path, known: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    files, _ = tool.convert([], [], tool.archived(folder, known))
-    return [json.loads(line) for name in sorted(files) for line in files[name]]
-
-
-def test_a_row_of_the_archive_is_the_record_that_its_copy_made(tool: ModuleType, tmp_path: Path) -> None:
-    (found,) = imported(tool, archive(tmp_path, [in_archive()], []))
-    kept = {name: value for name, value in found.items() if name not in ("id", "digest")}
-    assert kept == {name: value for name, value in shipped("pk01155").items() if name != "id"}
-    assert found["id"] == "fitcheck/t4/0"
-    assert imported(tool, tmp_path, (f"data/measurements/{SWEEP}#runs[0]",)) == []
-
-
-def test_what_was_measured_again_is_one_record(tool: ModuleType, tmp_path: Path) -> None:
-    """And says so; loaded by threads, a quantized base says that too."""
-    again = in_archive(measured={"peak_reserved_mib": 7536.0})
-    (found,) = imported(tool, archive(tmp_path, [in_archive(), again], [], transformers="5.0.0"))
-    assert found["peaks"]["overall"]["reserved"] == 7548 * 2**20
-    assert found["note"].endswith("are not the same twice. Measured 2 times: reserved 7548, 7536 MiB; allocated the same.")
-    assert "four threads" in found["note"]
-
-
-def test_a_model_without_facts_is_left_out_with_its_reason(tool: ModuleType, tmp_path: Path) -> None:
-    (found,) = imported(tool, archive(tmp_path, [in_archive("somebody/a-model-of-their-own")], []))
-    assert found["why"] == "the config of the model is not among the published facts"
-
-
-def test_verdicts_of_the_archive(tool: ModuleType, tmp_path: Path) -> None:
-    """One run that went well, of which the process's bytes are known, and one that ran out of memory."""
-    identity = {**IDENTITY, "model_id": "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "kernel": "flash"}
-    results = [
-        {"row_id": "a", "identity": identity, "outcome": "completed", "measured_process_mib": 100.875},
-        {"row_id": "b", "identity": {**identity, "batch_size": 64}, "outcome": "oom", "measured_process_mib": None},
-    ]
-    good, bad = imported(tool, archive(tmp_path, [in_archive()], results), (f"data/measurements/{SWEEP}#runs[0]",))
-    assert (good["id"], good["outcome"], good["peaks"]["device_bytes"]) == ("fitcheck/t4/a", "ok", int(100.875 * 2**20))
-    assert (bad["id"], bad["outcome"]) == ("fitcheck/t4/b", "oom")
-    assert bad["peaks"] == {"context_bytes": int(140.875 * 2**20)}
-    assert bad["run"]["script"] == {"repeats_kv": True}
-    assert bad["circumstances"]["path"] == "data/measurements/validation/verdicts.json#results[1]"
