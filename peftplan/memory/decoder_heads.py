@@ -15,10 +15,15 @@ from peftplan.memory.tape import Dims, Node, Tape, Tensor
 
 
 def last_token(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of every token, of which those of each sequence's last token that is no padding are taken."""
+    """Scores of every token, of which those of each sequence's last token that is no padding are taken; behind virtual tokens,
+    which come as `inputs_embeds`, those of the last."""
     f = model.tape
     logits = model.linear("score", x)
     f.module = ""
+    if model.seq == "k":
+        pooled = ops.selected(f, logits, (logits.dims[0], logits.dims[2]))
+        pooled = _indexed(f, pooled, pooled.dims)
+        return plain_cross_entropy(f, pooled), pooled
     mask, numbers = f.new(("b", model.seq), "int32", "non_pad_mask"), f.new((model.seq,), "int32", "token_indices")
     last = f.new(("b",), "int64", "last_non_pad_token")
     pooled = _indexed(f, logits, ("b", logits.dims[2]))

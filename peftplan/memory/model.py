@@ -61,6 +61,8 @@ FOUR_BIT = ("nf4", "fp4")
 TOKEN_ADAPTER = ".token_adapter"
 PROMPTED = ("PROMPT_TUNING", "P_TUNING")
 """peft types whose virtual tokens come before the embeddings."""
+SAVED = ".modules_to_save"
+"""Where a module's trainable copy is, below it."""
 
 Adapter = Callable[[Tape, Part, Tensor, Callable[[Tensor], Tensor], Running], Tensor]
 
@@ -86,6 +88,8 @@ class Model:
     """The step's batch, by the names of the forward's arguments."""
     layer_locals: list[Any] = field(default_factory=list)
     """What a layer's own names hold until it returns, such as eager attention's weights."""
+    mask: Tensor | None = None
+    """The attention mask that virtual tokens made longer."""
     call_locals: list[Any] = field(default_factory=list)
     """What the names of the model's own forward, or of peft's, hold until it returns."""
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -109,9 +113,13 @@ class Model:
         families: dict[str, list[Any]] = {}
         for p in self.parameters.all:
             module = p.name.rpartition(".")[0]
-            if p.owner == "adapter":
-                module = next((name for name in owners if p.name.startswith(f"{name}.")), module.partition(".modules_to_save")[0])
-            families.setdefault(module, []).append((p, p.name[len(module) :].lstrip(".")))
+            part = p.name[len(module) + 1 :]
+            if SAVED in module:
+                module = module.replace(SAVED, "")
+            elif p.owner == "adapter":
+                module = next((name for name in owners if p.name.startswith(f"{name}.")), module)
+                part = p.name[len(module) + 1 :]
+            families.setdefault(module, []).append((p, part))
         for tied, original in self.arch.ties:
             module, _, leaf = tied.rpartition(".")
             held, _, _ = original.rpartition(".")
@@ -141,7 +149,7 @@ class Model:
         for p, part in self._families.get(name, ()):
             if p.layers is not None and layer is not None and layer not in p.layers:
                 continue
-            part = part.removeprefix("modules_to_save.").removeprefix("ln_tuning_layers.")
+            part = part.removeprefix("ln_tuning_layers.")
             quantized |= p.quantized
             params[part] = self._parameter(p, layer)
         return Part(name, self._kinds.get(name, ""), params, self.quant if quantized else None)

@@ -6,10 +6,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.arch.modules import Architecture
-from peftplan.errors import NeedsTraceError, RefusedError
+from peftplan.errors import NeedsTraceError
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
 from peftplan.memory.attention import FLASH_CAPABILITY, MASK_MULTIPLE
 from peftplan.memory.ledger import Ledger, Line
@@ -27,18 +27,13 @@ from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters, loaded_dtype
 from peftplan.planning.result import Peaks
 from peftplan.planning.setup import Setup
+from peftplan.planning.virtual_tokens import check_virtual_tokens
 
 if TYPE_CHECKING:
     from peftplan.planning.job import Job
 
 MULTIPLES = (8, 32, 64, 128)
 """Multiples to which kernels round the sequence."""
-PEFT_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-"""peft 0.21.2's `TaskType`."""
-SOUND = ("whisper",)
-"""Types that read no text: they get no task type, since peft's classes for tasks pass `input_ids`."""
-OWN_PREFIX = ("t5", "mt5")
-"""Types whose positions know a prefix in a way that is not written here."""
 
 
 class Compiled(NamedTuple):
@@ -237,7 +232,7 @@ def _check(job: Job) -> None:
         raise NeedsTraceError("activations of this peft type")
     if job.adaptation.matched and job.method.peft_type not in (*ADAPTERS, "LN_TUNING"):
         raise NeedsTraceError(f"activations of method {job.method.name}")
-    _check_virtual_tokens(job)
+    check_virtual_tokens(job)
     if job.method.module == "bottleneck":
         from peftplan.methods.bottleneck import refuse_unplaced
 
@@ -246,30 +241,6 @@ def _check(job: Job) -> None:
         raise NeedsTraceError("checkpointing of every n-th layer")
     if job.quant is not None and job.quant.name not in QUANTIZED:
         raise NeedsTraceError(f"activations of {job.quant.name} layers")
-
-
-def _check_virtual_tokens(job: Job) -> None:
-    """Virtual tokens: known before decoders. Raises RefusedError where peft does."""
-    peft_type = job.method.peft_type if job.method else None
-    if peft_type == "PREFIX_TUNING" and job.setup.gradient_checkpointing:
-        raise RefusedError("peft 0.21.2 refuses it: ValueError: PREFIX_TUNING does not work with gradient checkpointing.")
-    if peft_type not in (*PROMPTED, "PREFIX_TUNING"):
-        return
-    if job.architecture.task_type not in PEFT_TASKS or job.architecture.model_type in SOUND:
-        raise RefusedError("peft 0.21.2 refuses it: KeyError: None")  # its class for a task type that it does not know
-    if job.architecture.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        raise NeedsTraceError(f"virtual tokens of task_type {job.architecture.task_type}")
-    latent = any(a.variant == "mla" and a.num_attention_heads > 1 for block in job.architecture.blocks for a in block.attentions)
-    if peft_type == "PREFIX_TUNING" and latent:
-        raise RefusedError(
-            "transformers 5.24 refuses it: RuntimeError: a prefix with keys of each head beside a cache of latents"
-        )
-    if peft_type == "PREFIX_TUNING":
-        from peftplan.methods.virtual_tokens import check_prefix
-
-        check_prefix(job.architecture, cast("Any", job.config), batch_size=job.setup.batch_size)
-    if peft_type == "PREFIX_TUNING" and job.architecture.model_type in OWN_PREFIX:
-        raise NeedsTraceError(f"a prefix of model type {job.architecture.model_type}")
 
 
 def _loss_sizes(job: Job) -> LossSizes:

@@ -27,14 +27,16 @@ def masked(model: Model) -> None:
     f, p = model.tape, model.virtual_tokens
     if "attention_mask" in model.batch:
         f.module = ""
-        model.call_locals += [f.new(("b", p), "fp32", "ones"), f.new(("b", "k"), "fp32", "attention_mask")]
+        ones = f.new(("b", p), "fp32", "ones")
+        model.mask = f.new(("b", "k"), "fp32", "attention_mask")
+        model.call_locals += [ones, model.mask]
 
 
 def prompted(model: Model, words: Tensor) -> Tensor:
-    """The embeddings of virtual tokens before those of the batch's, and labels that ignore them."""
+    """The embeddings of virtual tokens before those of the batch's, and labels that ignore them where each token has one."""
     f, p = model.tape, model.virtual_tokens
     f.module = ""
-    if "labels" in model.batch and not model.translates:
+    if model.arch.task_type == "CAUSAL_LM":
         model.call_locals += [f.new(("b", p), "int64", "labels of virtual tokens"), f.new(("b", "k"), "int64", "labels")]
     prompts = f.to(_prompt(model), words.dtype)
     model.call_locals.append(prompts)

@@ -39,7 +39,7 @@ def bidirectional_mask(model: Model, dtype: str, window: int | None = None, *, c
     model's dtype for eager and boolean for sdpa. `cross`: a decoder's, over what the encoder returned.
     """
     s, running = model.source, model.running
-    windowed = window is not None and running.seq_len >= window // 2
+    windowed = window is not None and model.length(s) >= window // 2
     if running.attention == "flash_attention_2" or not (running.padding or windowed):
         return None
     queries = model.seq if cross else s

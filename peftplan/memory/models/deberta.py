@@ -29,9 +29,12 @@ def deberta(model: Model) -> Tensor:
         raise NeedsTraceError("DeBERTa's convolution")
     if block.attentions[0].positions == "disentangled" and not block.attentions[0].relative:
         raise NeedsTraceError("DeBERTa's relative attention without pos_att_type")
-    ones = model.batch.get("attention_mask") or f.new(("b", s), "fp32", "attention_mask")
+    words = model.inputs()
+    f.module = "deberta"
+    ones = model.mask or model.batch.get("attention_mask") or f.new(("b", s), "fp32", "attention_mask")
     token_type_ids = f.new(("b", s), "int64", "token_type_ids")
-    x = embeddings(model, token_type_ids, ones)
+    x = embeddings(model, words, token_type_ids, ones)
+    del words
     f.module = "deberta.encoder"
     mask = f.new(("b", 1, s, s), ones.dtype, "attention_mask")
     distances = f.new((1, s, s), "int64", "relative_pos") if block.attentions[0].relative else None
@@ -53,10 +56,9 @@ def deberta(model: Model) -> Tensor:
     return x
 
 
-def embeddings(model: Model, token_type_ids: Tensor, mask: Tensor) -> Tensor:
+def embeddings(model: Model, words: Tensor, token_type_ids: Tensor, mask: Tensor) -> Tensor:
     """`DebertaV2Embeddings.forward`: padding is multiplied away."""
     f, s = model.tape, model.seq
-    words = model.inputs()
     f.module = EMBEDDINGS
     if model.has(f"{EMBEDDINGS}.position_embeddings"):
         positions = model.embedding(f"{EMBEDDINGS}.position_embeddings", (1, s))

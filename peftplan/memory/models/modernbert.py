@@ -88,5 +88,5 @@ def mlp(model: Model, block: Block, number: int, x: Tensor) -> Tensor:
     half = ("b", model.seq, block.mlp.intermediate_size)
     first, gate = split(f, both, [half, half])
     del both
-    x = ops.mul(f, activation(f, first, block.mlp.activation), gate)
-    return model.linear(f"{name}.Wo", ops.dropout(f, x, model.arch.dropout.hidden), number)
+    inner = ops.mul(f, activation(f, first, block.mlp.activation), gate)
+    return model.linear(f"{name}.Wo", ops.dropout(f, inner, model.arch.dropout.hidden), number)

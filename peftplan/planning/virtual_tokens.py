@@ -1,0 +1,86 @@
+"""Jobs with virtual tokens that peft, transformers or torch refuse, by their own words, and those without formulas.
+
+Sources: peft 0.21.2, peft_model.py (the class of each task: `forward`, `_prefix_tuning_forward`); transformers 5.24, the models'
+classes of each task; torch 2.13, nn/functional.py (`cross_entropy`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from peftplan.arch.modules import Architecture
+from peftplan.errors import NeedsTraceError, RefusedError
+from peftplan.memory.model import PROMPTED
+
+if TYPE_CHECKING:
+    from peftplan.planning.job import Job
+
+PREFIX = "PREFIX_TUNING"
+LANGUAGE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+PEFT_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""peft 0.21.2's `TaskType`."""
+SOUND = ("whisper",)
+"""Types that read no text: they get no task type, since peft's classes for tasks pass `input_ids`."""
+OWN_PREFIX = ("t5", "mt5")
+"""Types whose positions know a prefix in a way that is not written here."""
+SHAPED_BY_LABELS = ("bloom", "falcon", "mpt")
+"""Types whose token classifier views its scores in the shape of the labels before the loss compares the two."""
+
+
+def check_virtual_tokens(job: Job) -> None:
+    """Raises RefusedError where the libraries do, NeedsTraceError where a prefix has no formulas."""
+    peft_type = job.method.peft_type if job.method else None
+    if peft_type == PREFIX and job.setup.gradient_checkpointing:
+        raise RefusedError("peft 0.21.2 refuses it: ValueError: PREFIX_TUNING does not work with gradient checkpointing.")
+    if peft_type not in (*PROMPTED, PREFIX):
+        return
+    if job.architecture.task_type not in PEFT_TASKS or job.architecture.model_type in SOUND:
+        raise RefusedError("peft 0.21.2 refuses it: KeyError: None")  # its class for a task type that it does not know
+    if peft_type == PREFIX:
+        _check_prefix(job)
+    else:
+        _check_prompts(job)
+
+
+def _check_prefix(job: Job) -> None:
+    arch = job.architecture
+    if arch.task_type not in LANGUAGE:  # peft looks for an argument that transformers 5.24 renamed to `cache`
+        raise RefusedError(
+            "peft 0.21.2 refuses it: ValueError: Model does not support past key values which are required for prefix tuning."
+        )
+    if any(a.variant == "mla" and a.num_attention_heads > 1 for block in arch.blocks for a in block.attentions):
+        raise RefusedError(
+            "transformers 5.24 refuses it: RuntimeError: a prefix with keys of each head beside a cache of latents"
+        )
+    from peftplan.methods.virtual_tokens import check_prefix
+
+    check_prefix(arch, cast("Any", job.config), batch_size=job.setup.batch_size)
+    if arch.model_type in OWN_PREFIX:
+        raise NeedsTraceError(f"a prefix of model type {arch.model_type}")
+
+
+def _check_prompts(job: Job) -> None:
+    """Prompts reach a model as `inputs_embeds`, and make its scores of tokens more than the labels."""
+    arch, setup = job.architecture, job.setup
+    translates = {"encoder", "decoder"} <= {block.stack for block in arch.blocks}
+    if translates and arch.task_type == "SEQ_CLS":
+        raise RefusedError(
+            "transformers 5.24 refuses it: NotImplementedError: Passing input embeddings is currently not supported for "
+            f"{arch.model_class}"
+        )
+    if translates and arch.task_type == "QUESTION_ANS":
+        raise RefusedError(
+            "transformers 5.24 refuses it: ValueError: If no `decoder_input_ids` or `decoder_inputs_embeds` are passed, "
+            "`input_ids` cannot be `None`. Please pass either `input_ids` or `decoder_input_ids` or `decoder_inputs_embeds`."
+        )
+    if arch.task_type == "TOKEN_CLS":
+        labels = setup.batch_size * setup.seq_len
+        scored = labels + setup.batch_size * cast("Any", job.config).num_virtual_tokens
+        raise RefusedError(f"torch 2.13 refuses it: {_mismatch(arch, labels=labels, scored=scored)}")
+
+
+def _mismatch(arch: Architecture, *, labels: int, scored: int) -> str:
+    if arch.model_type not in SHAPED_BY_LABELS:
+        return f"ValueError: Expected input batch_size ({scored}) to match target batch_size ({labels})."
+    classes = arch.modules[-1].shape("weight")[0]
+    return f"RuntimeError: shape '[{labels}, {classes}]' is invalid for input of size {scored * classes}"
