@@ -277,8 +277,11 @@ def loaded_dtype(arch: Architecture, name: str, *, dtype: str) -> str:
 
 def _split(module: Module, quantized: frozenset[int], trained: frozenset[int]) -> list[tuple[bool, bool, frozenset[int]]]:
     """Which layers of a family are (quantized, trained), for each combination that occurs."""
+    every = frozenset(module.layers or (0,))
+    if trained.isdisjoint(every) and (quantized.isdisjoint(every) or every <= quantized):
+        return [(every <= quantized, False, every)]
     groups: dict[tuple[bool, bool], list[int]] = {}
-    for layer in module.layers or (0,):
+    for layer in sorted(every):
         groups.setdefault((layer in quantized, layer in trained), []).append(layer)
     return [(*key, frozenset(layers)) for key, layers in groups.items()]
 

@@ -64,7 +64,7 @@ def _refuse(arch: Architecture, config: ParameterConfig, module: Module, matched
     if config.lora_dropout or config.lora_bias or config.use_dora:
         raise RefusedError("target_parameters: peft's ParamWrapper works with none of lora_dropout, lora_bias and use_dora")
     for other in matched:
-        if set(module.names()) & set(other.names()):
+        if module.name == other.name and (module.layers is None or set(module.layers) & set(other.layers or ())):
             raise RefusedError(f"target_parameters: {module.name} is also targeted by target_modules; peft takes one of both")
         if other.kind == "Conv1D":
             raise RefusedError("target_parameters: peft refuses them beside target_modules that are Conv1D (fan_in_fan_out)")

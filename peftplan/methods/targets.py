@@ -186,6 +186,10 @@ def _own_end(name: str, others: list[str]) -> str:
     return name
 
 
+_PLAIN = re.compile(r"(?:[A-Za-z_]|\\\.|\.\*)*")
+"""Patterns of letters, dots and `.*`: the numbers of layers make no difference to them."""
+
+
 def rank_of(name: str, *, r: int, rank_pattern: Mapping[str, int]) -> int:
     """The rank of one module: the first pattern that matches the end of its name (`get_pattern_key`), else r."""
     for pattern, rank in rank_pattern.items():
@@ -195,9 +199,13 @@ def rank_of(name: str, *, r: int, rank_pattern: Mapping[str, int]) -> int:
 
 
 def by_rank(module: Module, *, r: int, rank_pattern: Mapping[str, int], suffix: str = "") -> list[tuple[Module, int]]:
-    """Split a family into one family per rank that `rank_pattern` gives its layers."""
+    """Split a family into one family per rank that `rank_pattern` gives its layers; one look is enough where no pattern can tell
+    layers apart.
+    """
     if not rank_pattern:
         return [(module, r)]
+    if all(map(_PLAIN.fullmatch, rank_pattern)):
+        return [(module, rank_of(next(module.names()) + suffix, r=r, rank_pattern=rank_pattern))]
     return split(module, lambda name: rank_of(name + suffix, r=r, rank_pattern=rank_pattern))
 
 
