@@ -41,6 +41,8 @@ class Running(NamedTuple):
     """What of the batch decides which operations the loss runs (`LossSizes.facts`)."""
     reentrant: bool = False
     """Whether checkpointing is reentrant."""
+    every_n_layers: int = 1
+    """Which layers checkpointing reaches: those whose number it divides."""
 
 
 class Part:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from peftplan.memory.model import Model
+from peftplan.memory.periods import checkpointed_layers, paired, sections_of_periods
 from peftplan.memory.tape import Node, Parameter, Tape, Tensor
 from peftplan.memory.timeline import Stack
 
@@ -77,11 +78,11 @@ def run_stack(
     layers return besides the hidden states until the next one returns.
     """
     f = model.tape
+    flags = checkpointed_layers(model, name, len(kinds)) if checkpointed else (False,) * len(kinds)
     name = f"{name}/{model.micro_batch}" if model.micro_batch else name
-    sections, extra = sections_of(kinds, summing=sums is not None)
+    sections, extra, at = _placed(paired(kinds, flags), summing=sums is not None, mixed=len(set(flags)) > 1)
     copies = {f"{name} {number}": count for number, count in extra.items()}
-    middle = f"{name} {len(set(kinds))}"
-    places = {section: section if _in_runs(kinds) else middle for section in copies}
+    places = {f"{name} {number}": f"{name} {place}" for number, place in at.items()}
 
     def run(layer: int, given: tuple[Any, ...], x: Tensor, *every: Any) -> Any:
         try:
@@ -94,7 +95,7 @@ def run_stack(
     for number, layer in enumerate(sections):
         x = boundary(f, x, f"{name} {number}")
         given = own(layer) if own else ()
-        found = model.checkpoint(run, layer, given, x, *every) if checkpointed else run(layer, given, x, *every)
+        found = model.checkpoint(run, layer, given, x, *every) if flags[layer] else run(layer, given, x, *every)
         x = found if outputs is None else found[0]
         if outputs is not None:
             outputs[:] = found[1:]
@@ -102,6 +103,15 @@ def run_stack(
         if x.storage is not None:
             stack.passed.add(x.storage.number)
     return boundary(f, x, f"{name} end")
+
+
+def _placed(kinds: tuple[int, ...], *, summing: bool, mixed: bool) -> tuple[list[int], dict[int, int], dict[int, int]]:
+    """The layers that are run; section → how many more layers it stands for; section → the section before which they stand."""
+    in_runs = _in_runs(kinds)
+    if mixed and not in_runs:
+        return sections_of_periods(kinds, summing=summing)
+    sections, copies = sections_of(kinds, summing=summing)
+    return sections, copies, {section: section if in_runs else len(set(kinds)) for section in copies}
 
 
 def sections_of(kinds: tuple[int, ...], *, summing: bool = False) -> tuple[list[int], dict[int, int]]:

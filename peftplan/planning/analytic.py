@@ -237,8 +237,6 @@ def _check(job: Job) -> None:
         from peftplan.methods.bottleneck import refuse_unplaced
 
         refuse_unplaced(job.architecture, job.adaptation)
-    if (job.setup.every_n_layers or 1) > 1:
-        raise NeedsTraceError("checkpointing of every n-th layer")
     if job.quant is not None and job.quant.name not in QUANTIZED:
         raise NeedsTraceError(f"activations of {job.quant.name} layers")
 
@@ -273,6 +271,7 @@ def _running(job: Job, compute_capability: str) -> Running:
         loss=setup.loss,
         loss_facts=loss.facts(setup.batch_size, loss.length(setup.seq_len + loss.virtual_tokens)),
         reentrant=setup.use_reentrant,
+        every_n_layers=setup.every_n_layers or 1,
     )
 
 

@@ -13,6 +13,7 @@ from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import output
+from peftplan.memory.periods import checkpointed_layers
 from peftplan.memory.shaping import sliced
 from peftplan.memory.stack import kinds_of, run_stack, shared
 from peftplan.memory.tape import Node, Tape, Tensor
@@ -42,16 +43,19 @@ def deberta(model: Model) -> Tensor:
     positions = position_embeddings(model, sums) if distances is not None else None
 
     held: list[Tensor] = []
-    checkpointed = model.running.checkpointing
+    checkpointed, kinds = model.running.checkpointing, kinds_of(model, "encoder")
+    recomputed = checkpointed_layers(model, "encoder", len(kinds)) if checkpointed else (False,) * len(kinds)
 
     def layer(number: int, x: Tensor, mask: Tensor) -> Tensor:
-        if not checkpointed:
+        if not recomputed[number]:  # whose frame holds it
             held.append(x.detach())
         return encoder_layer(model, block, number, x, mask, distances, positions)
 
-    kinds = kinds_of(model, "encoder")
-    holds = not checkpointed
+    if len(set(recomputed)) > 1:  # how long a layer's output lives is the next layer's matter: each is run
+        kinds = tuple(range(len(kinds)))
+    holds = not all(recomputed)
     x = run_stack(model, kinds, x, layer, name="layers", checkpointed=checkpointed, sums=sums, holds=holds, every=(mask,))
+    held.clear()  # which frames refer to
     del ones
     return x
 

@@ -1,0 +1,51 @@
+"""Stacks of which only every n-th layer is checkpointed: what kinds of layer they have, and which are run.
+
+Source: transformers 5.24, modeling_utils.py (`_set_gradient_checkpointing`): layers are numbered through the whole model, an
+encoder's before its decoder's, and those whose number n divides are checkpointed.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from peftplan.memory.model import Model
+
+
+def checkpointed_layers(model: Model, stack: str, layers: int) -> tuple[bool, ...]:
+    """Whether each layer of a stack is checkpointed."""
+    before = sum(len(block.layers) for block in model.arch.blocks if block.stack == "encoder") if stack == "decoder" else 0
+    return tuple((before + layer) % model.running.every_n_layers == 0 for layer in range(layers))
+
+
+def paired(kinds: tuple[int, ...], flags: tuple[bool, ...]) -> tuple[int, ...]:
+    """The kind of each layer, where a layer that is checkpointed is of another kind than one that is not."""
+    numbers: dict[tuple[int, bool], int] = {}
+    return tuple(numbers.setdefault(pair, len(numbers)) for pair in zip(kinds, flags, strict=True))
+
+
+def sections_of_periods(kinds: tuple[int, ...], *, summing: bool) -> tuple[list[int], dict[int, int], dict[int, int]]:
+    """The layers that are run, of kinds that alternate; section → how many more layers it stands for; section → where.
+
+    The first of each kind, and all from where the last period begins, since its backward finds everything else still kept: of
+    layers of a kind that follow each other there the first and the last. The layers between stand where the last period begins.
+    `summing`: all add to one gradient, which the last layer makes, so that it stands for no other one.
+    """
+    first = {kind: layer for layer, kind in reversed([*enumerate(kinds)])}
+    last = {kind: layer for layer, kind in enumerate(kinds[: len(kinds) - summing])}
+    tail = min((layer for kind, layer in last.items() if layer != first[kind]), default=len(kinds) - 2 * summing)
+    heads = sorted(layer for layer in first.values() if layer < tail)
+    sections, copies, places = [*heads], {}, {}
+    opening: dict[int, int] = {}
+    for kind, group in groupby(range(tail, len(kinds)), key=kinds.__getitem__):
+        run = [*group]
+        ends = run[-2:] if summing else run[-1:]
+        shown = [run[0], *(layer for layer in ends if layer != run[0])]
+        opening.setdefault(kind, len(sections))
+        if len(run) > len(shown):
+            copies[len(sections) + 1], places[len(sections) + 1] = len(run) - len(shown), len(sections) + 1
+        sections += shown
+    for kind, section in opening.items():
+        between = kinds[:tail].count(kind) - (first[kind] < tail)
+        if between:
+            copies[section], places[section] = between, len(heads)
+    return sections, copies, places

@@ -1,0 +1,77 @@
+"""Checkpointing of every n-th layer in the analytic engine: against the trace, and what it must be at both ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peftplan import estimate
+from peftplan.memory.periods import sections_of_periods
+from tests.memory.engines import LLAMA, TOLERANCE, phases, shallow
+from tests.memory.families import T5
+
+
+def peaks(config: dict[str, Any], **options: Any) -> dict[str, int]:
+    return phases(config, "analytic", batch_size=2, seq_len=128, **options)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_every_layer_is_today_s_checkpointing(method: str) -> None:
+    assert peaks(LLAMA, method=method, every_n_layers=1) == peaks(LLAMA, method=method)
+
+
+def test_no_more_than_the_first_layer_is_checkpointed_by_a_large_number() -> None:
+    """A second layer, which is not checkpointed, adds what it adds without checkpointing."""
+    two = peaks({**LLAMA, "num_hidden_layers": 2}, every_n_layers=2)
+    assert two == peaks({**LLAMA, "num_hidden_layers": 2}, every_n_layers=50)
+    three = peaks({**LLAMA, "num_hidden_layers": 3}, every_n_layers=3)
+    off = [peaks({**LLAMA, "num_hidden_layers": layers}, gradient_checkpointing=False) for layers in (2, 3)]
+    assert three["forward"] - two["forward"] == off[1]["forward"] - off[0]["forward"]
+    assert three["backward"] < off[1]["backward"]
+
+
+def test_more_layers_between_need_more() -> None:
+    found = [peaks({**LLAMA, "num_hidden_layers": 12}, every_n_layers=n)["backward"] for n in (1, 2, 3, 4, 6, 12)]
+    assert found == sorted(set(found))
+
+
+def test_every_layer_is_run_or_stands_as_a_copy() -> None:
+    """c n n c n n c n, of which the last period is run: 1 + 1 at the front, 2 + 1 between, 6 and 7 at the end."""
+    kinds = (0, 1, 1, 0, 1, 1, 0, 1)
+    assert sections_of_periods(kinds, summing=False) == ([0, 1, 6, 7], {2: 1, 3: 3}, {2: 2, 3: 2})
+    for summing in (False, True):
+        for every in (2, 3, 4, 5):
+            for layers in range(every + 1, 30):
+                kinds = tuple(int(layer % every > 0) for layer in range(layers))
+                sections, copies, places = sections_of_periods(kinds, summing=summing)
+                assert len(sections) + sum(copies.values()) == layers
+                assert sections == sorted(set(sections)) and sections[-1] == layers - 1
+                assert copies.keys() == places.keys()
+                stand = sum(copies.get(at, 0) + 1 for at, layer in enumerate(sections) if kinds[layer] == 0)
+                assert stand == kinds.count(0)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (LLAMA, {"method": "full", "every_n_layers": 2}),
+        (LLAMA, {"method": "qlora", "every_n_layers": 3, "trainer": "trl"}),
+        ("gpt2", {"method": "lora", "every_n_layers": 2, "trainer": "plain", "gradient_checkpointing": True}),
+        ({**T5, "num_layers": 5, "num_decoder_layers": 4}, {"method": "lora", "every_n_layers": 2}),
+        ("gemma-3-270m", {"method": "lora", "every_n_layers": 3}),
+        ("deberta-v3-base", {"method": "lora", "every_n_layers": 2, "task_type": "SEQ_CLS", "num_labels": 3}),
+    ],
+)
+def test_both_engines_agree(model: Any, options: dict[str, Any]) -> None:
+    for package in ("torch", "transformers", "peft", "bitsandbytes"):
+        pytest.importorskip(package)
+    config = shallow(model, 6) if isinstance(model, str) else model
+    analytic, traced = (phases(config, engine, batch_size=2, **options) for engine in ("analytic", "trace"))
+    for phase, expected in traced.items():
+        assert analytic[phase] == pytest.approx(expected, rel=TOLERANCE), phase
+
+
+def test_the_assumptions_say_so() -> None:
+    assert estimate(LLAMA, every_n_layers=2).assumptions["every_n_layers"] == 2
+    assert "every_n_layers" not in estimate(LLAMA).assumptions
