@@ -282,12 +282,14 @@ def _token_counts(built: Built, given: Inputs, setup: Setup) -> set[int]:
 
 
 def _scalar(tensor: torch.Tensor, op: str, *, padding: bool) -> Any:
-    """The value of a fake scalar: of a mask's `all()`, whether there is no padding; of a step counter, 1.
+    """The value of a fake scalar: of a mask's `all()`, whether there is no padding; of a step counter, 1; of a random draw, 0.
 
     Any other comparison guards against bad input (a label past the vocabulary), which there is none of.
     """
     if tensor.dtype == torch.bool:
         return not padding if "all" in op else False
+    if "randint" in op:
+        return 0
     return 1.0 if tensor.is_floating_point() else 1
 
 

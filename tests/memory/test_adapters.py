@@ -22,7 +22,10 @@ QD = ["q_proj", "down_proj"]
         ("adalora", {**TRAINER, "quant": "int8", "tinit": 5}),
         ("oft", PLAIN),
         ("oft", {**SHORT, "block_share": True, "target_modules": QD}),
+        ("oft", {**SHORT, "coft": True, "oft_block_size": 256, "target_modules": QD}),
+        ("oft", {**SHORT, "use_cayley_neumann": False, "oft_block_size": 256, "target_modules": QD}),
         ("boft", {**SHORT, "target_modules": QD}),
+        ("boft", {**SHORT, "target_modules": QD, "boft_dropout": 0.1, "boft_block_size": 64}),
         ("boft", {**PLAIN, "dtype": "fp32", "boft_n_butterfly_factor": 2, "target_modules": ["q_proj"]}),
         ("lokr", {**SHORT, "rank_dropout": 0.2, "target_modules": "all-linear"}),
         ("dora", {**PLAIN, "quant": "nf4"}),
@@ -64,6 +67,15 @@ def test_a_rotation_takes_the_square_of_the_input_width() -> None:
     one = 2 * 256 * 256
     # the copied permutation, the block-diagonal matrix's product with it, identity, rotation; blocks and scales are small
     assert 4 * one < wide < 6 * one
+
+
+def test_a_constrained_rotation_is_projected_first() -> None:
+    """What `coft` makes is gone when the layer returns: the same peaks, and more calls to the allocator."""
+    options = {**OFF, "target_modules": ["q_proj"], "oft_block_size": 256}
+    free, held = (estimate(LLAMA, method="oft", coft=coft, **options) for coft in (False, True))  # type: ignore[arg-type]
+    assert free.peaks is not None
+    assert held.peaks is not None
+    assert dict(free.peaks.by_phase) == dict(held.peaks.by_phase)
 
 
 def test_boft_leaves_its_permutation_on_the_host_in_a_plain_loop() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.model import Part, Running
@@ -18,8 +17,6 @@ from peftplan.memory.tape import Node, Tape, Tensor
 
 def boft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
     """`base(x @ rotation) * scale`; rotation, scale and what they are made of live until the layer returns."""
-    if running.config.boft_dropout:
-        raise NeedsTraceError("boft_dropout")
     given = x.dtype
     n_in, n_out = sides(part)
     f.module = part.name
@@ -56,6 +53,8 @@ def _rotation(f: Tape, part: Part, identity: Tensor, running: Running) -> tuple[
     assert isinstance(k, int)
     w, given = n * k, identity.dtype
     orthogonal = cayley(f, blocks, (m, n, k, k))
+    if running.config.boft_dropout:
+        orthogonal = _dropout(f, orthogonal, n)
     diagonal = f.new((m, w, w), "fp32", "zeros", f.record(_blocks_backward, (orthogonal,), orthogonal))
     copies = given != "fp32" or running.adapter_on_host
     places = f.new((m, w, w), given, "boft_P") if copies else None
@@ -76,16 +75,36 @@ def cayley(f: Tape, blocks: Any, dims: tuple[Any, ...]) -> Tensor:
     less = f.new(dims, blocks.dtype, "sub", node)
     skew = ops.scale(f, less)
     del less
-    identity = f.new((dims[-1], dims[-1]), "fp32", "eye")
+    return solved(f, skew, dims)
+
+
+def solved(f: Tape, skew: Tensor, dims: tuple[Any, ...]) -> Tensor:
+    """`linalg.solve(I + S, I - S, left=False)` in fp32, in the dtype of S."""
+    _identity = f.new((dims[-1], dims[-1]), "fp32", "eye")  # a name of peft's function
     plus = f.new(dims, "fp32", "add", f.record(_passed, (skew,)))
     minus = f.new(dims, "fp32", "sub", f.record(_negated, (skew,)))
-    del identity
     node = f.record(_solved_backward, (plus, minus), plus)
     pivots = f.new(dims[:-1], "int32", "pivots")
     result = f.new(dims, "fp32", "solve", node)
     lu = f.new(dims, "fp32", "LU")
     f.keep(node, lu, pivots, result.detach())
-    return f.to(result, blocks.dtype)
+    return f.to(result, skew.dtype)
+
+
+def _dropout(f: Tape, x: Tensor, n: int) -> Tensor:
+    """`MultiplicativeDropoutLayer.forward`: some blocks of one factor become the identity; its draws are made on the host."""
+    m, _, k, _ = x.dims
+    mask = f.new((n,), "fp32", "cat")
+    mask = f.new((n,), "fp32", "index")
+    full = f.new((m, n, 1, 1), "fp32", "full_mask")
+    identities = f.new((m, n, k, k), "fp32", "repeat")
+    kept = f.new(full.dims, "fp32", "rsub")
+    left = ops.mul(f, x, kept)
+    del kept
+    replaced = ops.mul(f, identities, full)
+    result = ops.add(f, left, replaced)
+    del left, replaced, mask, full, identities
+    return result
 
 
 def _passed(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:

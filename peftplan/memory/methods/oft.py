@@ -1,6 +1,6 @@
 """OFT (peft 0.21.2, tuners/oft/layer.py): the input is rotated block by block, by matrices that each forward makes anew.
 
-n blocks of size k. Left out: `coft`, and the exact Cayley transform.
+n blocks of size k. `module_dropout` is a module that no forward of peft's calls.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
+from peftplan.memory.methods.boft import solved
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.model import Part, Running
 from peftplan.memory.tape import Dims, Node, Tape, Tensor
@@ -18,8 +18,6 @@ from peftplan.memory.tape import Dims, Node, Tape, Tensor
 def oft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
     """`base(rotated x)`: the rotated x lives in the adapter's dtype until the layer returns."""
     config, given = running.config, x.dtype
-    if config.coft or not config.use_cayley_neumann:
-        raise NeedsTraceError("OFT with coft or without use_cayley_neumann")
     n_in, _ = sides(part)
     f.module = f"{part.name}.oft_R"
     x = _rotated(f, f.to(x, part.params["oft_R.weight"].dtype), part.params["oft_R.weight"], n_in, config)
@@ -32,7 +30,10 @@ def _rotated(f: Tape, x: Tensor, weight: Any, n_in: int, config: Any) -> Tensor:
     """`OFTRotationModule.forward`: `einsum` is a product by blocks, whose result is copied token by token."""
     count, entries = weight.dims
     k = next(k for k in range(1, n_in + 1) if k * (k - 1) // 2 == entries and (k > 1 or count == n_in))
-    rotation = _neumann(f, weight, (count, k, k), config.num_cayley_neumann_terms)
+    if config.coft:
+        with f.no_grad():
+            _project(f, weight, (count, k, k))
+    rotation = _cayley(f, weight, (count, k, k), config)
     blocks = n_in // k
     if config.block_share:
         node = f.record(_repeated_backward, (rotation,), rotation.dims)
@@ -47,9 +48,35 @@ def _repeated_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "sum")
 
 
-def _neumann(f: Tape, weight: Any, dims: Dims, terms: int) -> Tensor:
-    """`_cayley_batch`: I + 2Q + 2Q² + … + Qⁿ, of a skew-symmetric Q."""
+def _project(f: Tape, weight: Any, dims: Dims) -> None:
+    """`_project_batch`, copied into the weight: rotations that went too far from zero are drawn back."""
+    skew = _skew(f, weight, dims)
+    zeros = f.new(dims[1:], weight.dtype, "zeros")
+    difference = f.new(dims, weight.dtype, "sub")
+    again = f.new(dims, weight.dtype, "sub")
+    norm = f.new((dims[0], 1, 1), weight.dtype, "norm")
+    del again
+    near = f.new(norm.dims, "bool", "le")
+    quotient = f.new(dims, weight.dtype, "div")
+    scaled = f.new(dims, weight.dtype, "mul")
+    del quotient
+    moved = f.new(dims, weight.dtype, "add")
+    del scaled
+    out = f.new(dims, weight.dtype, "where")
+    del moved
+    f.new(weight.dims, weight.dtype, "index")
+    del out, near, norm, difference, zeros, skew
+
+
+def _cayley(f: Tape, weight: Any, dims: Dims, config: Any) -> Tensor:
+    """`_cayley_batch`: exact, or the first terms of its series."""
     q = _skew(f, weight, dims)
+    return _neumann(f, q, config.num_cayley_neumann_terms) if config.use_cayley_neumann else solved(f, q, dims)
+
+
+def _neumann(f: Tape, q: Tensor, terms: int) -> Tensor:
+    """I + 2Q + 2Q² + … + Qⁿ, of a skew-symmetric Q."""
+    dims = q.dims
     identity = f.new(dims[1:], q.dtype, "eye")
     total = f.new(dims, q.dtype, "repeat")
     del identity
