@@ -67,7 +67,7 @@ def run_stack(
     sums: set[int] | None = None,
     holds: bool = False,
     own: Callable[[int], tuple[Any, ...]] | None = None,
-    every: tuple[Any, ...] = (),
+    every: tuple[Any, ...] | Callable[[], tuple[Any, ...]] = (),
     outputs: list[Any] | None = None,
 ) -> Tensor:
     """Run the first layer of each kind, then the last of each; `kinds[l]` is the kind of layer l.
@@ -95,11 +95,12 @@ def run_stack(
     for number, layer in enumerate(sections):
         x = boundary(f, x, f"{name} {number}")
         given = own(layer) if own else ()
-        found = model.checkpoint(run, layer, given, x, *every) if flags[layer] else run(layer, given, x, *every)
+        beside = every() if callable(every) else every
+        found = model.checkpoint(run, layer, given, x, *beside) if flags[layer] else run(layer, given, x, *beside)
         x = found if outputs is None else found[0]
         if outputs is not None:
             outputs[:] = found[1:]
-        del found
+        del found, beside
         if x.storage is not None:
             stack.passed.add(x.storage.number)
     return boundary(f, x, f"{name} end")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from peftplan.arch.modules import Architecture
-from peftplan.errors import NeedsTraceError, RefusedError
+from peftplan.errors import RefusedError
 from peftplan.memory.model import PROMPTED
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ PEFT_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS
 """peft 0.21.2's `TaskType`."""
 SOUND = ("whisper",)
 """Types that read no text: they get no task type, since peft's classes for tasks pass `input_ids`."""
-OWN_PREFIX = ("t5", "mt5")
-"""Types whose positions know a prefix in a way that is not written here."""
 SHAPED_BY_LABELS = ("bloom", "falcon", "mpt")
 """Types whose token classifier views its scores in the shape of the labels before the loss compares the two."""
 
@@ -55,8 +53,6 @@ def _check_prefix(job: Job) -> None:
     from peftplan.methods.virtual_tokens import check_prefix
 
     check_prefix(arch, cast("Any", job.config), batch_size=job.setup.batch_size)
-    if arch.model_type in OWN_PREFIX:
-        raise NeedsTraceError(f"a prefix of model type {arch.model_type}")
 
 
 def _check_prompts(job: Job) -> None:

@@ -20,6 +20,8 @@ EAGER = {"attn_implementation": "eager", "padding": True}
         ("prompt-tuning", "bart-base", PLAIN),
         ("p-tuning", "mt0-small", {**TRAINER, **EAGER}),
         ("prefix-tuning", "bart-base", {**OFF, "dtype": "fp32"}),
+        ("prefix-tuning", "t5-small", {**OFF, **EAGER}),
+        ("prefix-tuning", "t5-small", {**PLAIN, "dtype": "fp32"}),
         ("prefix-tuning", "bloom-560m", {**OFF, **EAGER}),
         ("prefix-tuning", "gemma-3-270m", PLAIN),
         ("prefix-tuning", "gpt2", {**OFF, **EAGER}),

@@ -81,8 +81,11 @@ def _sequential(model: Model, x: Tensor, names: tuple[str, ...], activation: str
     return x
 
 
-def prefixed(model: Model) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of the virtual tokens of each layer that `run_stack` runs, in its order: copies that a cache made."""
+def prefixed(model: Model, kinds: tuple[int, ...] | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the virtual tokens of each layer that `run_stack` runs, in its order: copies that a cache made.
+
+    `kinds` of the decoder's layers, where they are not `kinds_of`.
+    """
     f, p = model.tape, model.virtual_tokens
     a = next(block for block in model.arch.blocks if block.stack == "decoder").attentions[0]
     f.module = ""
@@ -96,8 +99,9 @@ def prefixed(model: Model) -> list[tuple[Tensor, Tensor]]:
     assert base is not None
     f.module = ""
     x = f.to(x, base.dtype)
-    sections, copies = sections_of(kinds_of(model), summing=model.translates)
-    layers = len(kinds_of(model))
+    kinds = kinds or kinds_of(model)
+    sections, copies = sections_of(kinds, summing=model.translates)
+    layers = len(kinds)
     parts = 2
     if model.translates:  # the same for cross-attention, which then takes none
         parts = 4

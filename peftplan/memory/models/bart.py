@@ -12,6 +12,7 @@ from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
 from peftplan.memory.convolution import convolution
+from peftplan.memory.ledger import Dim
 from peftplan.memory.methods import virtual_tokens
 from peftplan.memory.model import PROMPTED, Model
 from peftplan.memory.models.bert import bidirectional_mask
@@ -117,7 +118,8 @@ def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
     x = ops.add(f, words, positions)
     if not whisper:
         x = model.layernorm(f"{name}.layernorm_embedding", x)
-    x = ops.dropout(f, x, model.arch.dropout.embedding)
+    given = [ops.dropout(f, x, model.arch.dropout.embedding)]  # no name holds it
+    del x
     block = block_of(model, "decoder")
 
     sums: set[int] = set()
@@ -127,13 +129,15 @@ def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
         return decoder_layer(model, block, number, x, encoded, mask, cross_mask)
 
     kinds, checkpointed = kinds_of(model, "decoder"), model.running.checkpointing
-    x = run_stack(model, kinds, x, layer, name="decoder", checkpointed=checkpointed, sums=sums, every=(mask, encoded))
+    every = (mask, encoded)
+    x = run_stack(model, kinds, given.pop(), layer, name="decoder", checkpointed=checkpointed, sums=sums, every=every)
     return model.layernorm(f"{name}.layer_norm", x) if whisper else x
 
 
 def decoder_mask(model: Model, dtype: str) -> Tensor | None:
-    """`create_causal_mask` of targets without padding: none but for eager."""
-    dims = ("b", 1, model.seq, model.keys)
+    """`create_causal_mask` of targets without padding: none but for eager or a prefix, to which BART adds a mask of ones."""
+    rows: Dim = "b" if model.running.attention == "eager" or model.arch.model_type == "bart" else 1
+    dims = (rows, 1, model.seq, model.keys)
     if model.running.attention == "eager":
         return model.tape.new(dims, dtype, "causal mask")
     return None if model.keys == model.seq else model.tape.new(dims, "bool", "causal mask")
@@ -154,6 +158,7 @@ def decoder_layer(
     own, cross = block.attentions
     x = attended(model, block, own, f"{name}.self_attn", number, x, None, mask)
     x = attended(model, block, cross, f"{name}.encoder_attn", number, x, encoded, cross_mask)
+    del model.layer_locals[:-1]  # one name for the weights of both
     return feed_forward(model, block, name, number, x)
 
 

@@ -6,7 +6,9 @@ that beside fp16 weights the hidden states are fp32 from the first feed-forward 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.errors import NeedsTraceError
@@ -28,12 +30,20 @@ def t5(model: Model) -> Tensor:
     if not any(block.stack == "decoder" for block in model.arch.blocks):
         raise NeedsTraceError(f"the encoder of {model.arch.model_type} alone")
     prefix = "transformer." if model.has("transformer.shared") else ""
+    if model.keys != model.seq:
+        model.past = virtual_tokens.prefixed(model, t5_kinds(model, "decoder"))
     encoded = Stack(model, prefix, "encoder").run(None, None)
     model.tape.module = ""
     ids = model.tape.new(("b", model.seq), "int64", "decoder_input_ids")
     out = Stack(model, prefix, "decoder").run(ids, encoded)
     model.outputs.append(encoded)
     return out
+
+
+def t5_kinds(model: Model, side: str) -> tuple[int, ...]:
+    """The kinds of a stack's layers, of which the first makes the positions."""
+    order: dict[Any, int] = {}
+    return tuple(order.setdefault((kind, number == 0), len(order)) for number, kind in enumerate(kinds_of(model, side)))
 
 
 def norm(model: Model, name: str, x: Tensor, number: int | None = None) -> Tensor:
@@ -93,6 +103,14 @@ def _clamped_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return out
 
 
+class How(NamedTuple):
+    """How `run_stack` calls the layers of a stack."""
+
+    call: Callable[..., Any]
+    every: tuple[Any, ...] | Callable[[], tuple[Any, ...]] = ()
+    outputs: list[Any] | None = None
+
+
 class Stack:
     """`T5Stack.forward` of one side; `biases` are made by layer 0 and read by all."""
 
@@ -124,21 +142,42 @@ class Stack:
         else:
             self.masks["own"] = decoder_mask(model, words.dtype)
             self.masks["cross"] = bidirectional_mask(model, words.dtype, cross=True)
-        x = ops.dropout(f, words, p)
         states = None if encoded is None else shared(f, encoded, self.sums)
 
-        def layer(number: int, x: Tensor) -> Tensor:
-            return self.reentrant(number, x, states) if reentrant else self.layer(number, x, states)
-
-        checkpointed = model.running.checkpointing
-        reentrant = checkpointed and model.running.reentrant
-        kinds = tuple((kind, number == 0) for number, kind in enumerate(kinds_of(model, self.side)))
-        order: dict[Any, int] = {}
-        numbers = tuple(order.setdefault(kind, len(order)) for kind in kinds)
-        x = run_stack(model, numbers, x, layer, name=self.side, checkpointed=checkpointed and not reentrant, sums=self.sums)
+        how = (self.reentrant if model.running.checkpointing and model.running.reentrant else self.layers)(states)
+        x = run_stack(
+            model,
+            t5_kinds(model, self.side),
+            ops.dropout(f, words, p),  # no name holds it
+            how.call,
+            name=self.side,
+            checkpointed=model.running.checkpointing,
+            sums=self.sums,
+            every=how.every,
+            outputs=how.outputs,
+        )
         x = norm(model, f"{self.name}.final_layer_norm", x)
         f.module = self.name
         return ops.dropout(f, x, p)
+
+    def layers(self, states: Tensor | None) -> How:
+        """How layers are called: they read the positions that the first one leaves here."""
+
+        def layer(number: int, x: Tensor) -> Tensor:
+            return self.layer(number, x, states)
+
+        return How(layer)
+
+    def reentrant(self, states: Tensor | None) -> How:
+        """How they are called under reentrant checkpointing: the positions are arguments and results of each."""
+        made: list[Tensor] = []
+
+        def every() -> tuple[Any, ...]:
+            own, cross = (*made, None, None)[:2]
+            return self.masks["own"], own, states, self.masks.get("cross"), cross
+
+        layer = partial(_layer_of, (self.model, self.name.removesuffix(self.side), self.side))
+        return How(layer, every, made)
 
     def layer(self, number: int, x: Tensor, states: Tensor | None) -> Tensor:
         """`T5Block.forward`."""
@@ -150,16 +189,8 @@ class Stack:
         x = clamped(f, self.attended("0.SelfAttention", own, number, x, None))
         if cross:
             x = clamped(f, self.attended("1.EncDecAttention", cross[0], number, x, states))
+            del self.model.layer_locals[:-1]  # one name for the weights of both
         return clamped(f, self.feed_forward(number, x))
-
-    def reentrant(self, number: int, x: Tensor, states: Tensor | None) -> Tensor:
-        """A layer under reentrant checkpointing: the positions are arguments and results of each."""
-
-        masks, biases, prefix = self.masks, self.biases, self.name.removesuffix(self.side)
-        given = (masks["own"], biases.get("own"), states, masks.get("cross"), biases.get("cross"))
-        x, *made = self.model.checkpoint(_layer_of, (self.model, prefix, self.side), number, x, *given)
-        biases |= dict(zip(("own", "cross"), made, strict=False))
-        return x
 
     def attended(self, part: str, a: Attention, number: int, x: Tensor, states: Tensor | None) -> Tensor:
         """`T5LayerSelfAttention.forward`, `T5LayerCrossAttention.forward`."""
@@ -175,13 +206,17 @@ class Stack:
         source = x if states is None else states
         q, k, v = (by_head(a, model.linear(f"{name}.{part}", y, number)) for part, y in (("q", x), ("k", source), ("v", source)))
         f.module = name
-        if self.side == "decoder":
+        prefixed = self.side == "decoder" and model.keys != model.seq
+        if prefixed:
+            k, v = (virtual_tokens.continued if states is None else virtual_tokens.crossed)(model, k, v)
+        elif self.side == "decoder":
             k, v = model.cached(k, v)
         bias = self.bias(name, a, number, q.dtype, cross=states is not None)
         mask = self.masks["own" if states is None else "cross"]
         dropout = model.arch.dropout.attention
         if model.running.attention == "eager":
-            out = attend(model, a, q, k, v, mask, dropout=dropout, rotated=False, wide=False, bias=bias)
+            wide, cached = False, prefixed or None
+            out = attend(model, a, q, k, v, mask, dropout=dropout, rotated=False, wide=wide, bias=bias, cached=cached)
         else:
             out = attend(model, a, q, k, v, self.additive(a, bias, mask), dropout=dropout, rotated=False)
         return model.linear(f"{name}.o", out, number)
@@ -208,7 +243,8 @@ class Stack:
         key = "cross" if cross else "own"
         if number:
             return self.biases[key]
-        dims = (1, a.num_attention_heads, s, model.source if cross else s)
+        keys = model.source if cross else model.keys if self.side == "decoder" else s
+        dims = (1, a.num_attention_heads, s, keys)
         if cross:
             made = f.new(dims, dtype, "position_bias")
             if model.running.checkpointing and model.running.reentrant:
@@ -220,8 +256,8 @@ class Stack:
                 made.node = leaf
         else:
             table = name.replace("{}", "0") + ".relative_attention_bias"
-            distances = f.new((s, s), "int64", "relative_position")
-            made = model.embedding(table, (s, s), f.new((s, s), "int64", "relative_position_bucket")).view(dims)
+            distances = f.new((s, keys), "int64", "relative_position")
+            made = model.embedding(table, (s, keys), f.new((s, keys), "int64", "relative_position_bucket")).view(dims)
             del distances
             made = shared(f, made, self.sums)
         if not self.recomputed:
@@ -247,24 +283,27 @@ class Stack:
         gate = activation(f, gate, self.block.mlp.activation)
         up = model.linear(f"{name}.wi_1", x, number)
         f.module = name
-        return self.down(name, number, ops.mul(f, gate, up))
+        x = self.widened(name, number, ops.mul(f, gate, up))
+        return model.linear(f"{name}.wo", x, number)
 
     def plain(self, name: str, number: int, x: Tensor) -> Tensor:
         """`T5DenseActDense.forward`."""
         model, f = self.model, self.model.tape
         x = model.linear(f"{name}.wi", x, number)
         f.module = f"{name}.act"
-        return self.down(name, number, activation(f, x, self.block.mlp.activation))
+        x = activation(f, x, self.block.mlp.activation)
+        x = self.widened(name, number, x)
+        return model.linear(f"{name}.wo", x, number)
 
-    def down(self, name: str, number: int, x: Tensor) -> Tensor:
-        """Dropout, a cast to the dtype that `wo` is kept in, and `wo`."""
+    def widened(self, name: str, number: int, x: Tensor) -> Tensor:
+        """Dropout, and a cast to the dtype that `wo` is kept in."""
         model, f = self.model, self.model.tape
         f.module = name
         x = ops.dropout(f, x, model.arch.dropout.activation)
         part = model.part(f"{name}.wo", number)
         if part.quant is None and part.weight is not None:
             x = f.to(x, part.weight.dtype)
-        return model.linear(f"{name}.wo", x, number)
+        return x
 
 
 def _layer_of(
@@ -282,5 +321,4 @@ def _layer_of(
     called.masks = {"own": mask, "cross": cross_mask}
     called.biases = {key: made for key, made in (("own", own), ("cross", cross)) if made is not None}
     x = called.layer(number, x, states)
-    called.model.layer_locals.clear()
     return (x, *(called.biases[key] for key in ("own", "cross") if key in called.biases))
