@@ -128,7 +128,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
         done = at
         for n, count in copies.get((at, what), ()):
             if n in outliving:
-                standing_for[n] = count
+                standing_for[outliving[n]] = count
             kind = kinds[kind_of[abs(n)]]
             if kind.category == "temporaries":  # what each of many layers leaves alive is kept
                 kind = kind._replace(category="activations")
@@ -172,14 +172,15 @@ def _source(saver: str | None) -> str:
 Copies = dict[tuple[int, str], list[tuple[int, int]]]
 
 
-def _copies(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, set[int]]:
+def _copies(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, dict[int, int]]:
     """Where copies of layers are made and freed: (position, mark) → storages (negative: freed) and how many of each.
 
-    And the storages that outlive their layer's backward: autocast's casts, what nodes and the caller hold. Their copies go when
-    they go. The hidden states between layers are not among them: each layer's are the next one's input.
+    And the storages that outlive their layer's backward → those with which their copies go: autocast's casts, what nodes and the
+    caller hold, themselves. The hidden states between layers are not among them, each layer's being the next one's input, unless
+    nodes hold them (int8's): they go with the state before.
     """
     found: Copies = {}
-    outliving: set[int] = set()
+    outliving: dict[int, int] = {}
     for stack in stacks:
         marks = [(at, what) for at, what in tape.marks if what.startswith(f"{stack.name} ")]
         own = next((n for n in tape.log[marks[0][0] :] if n > 0), 0)
@@ -197,11 +198,24 @@ def _copies(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, set[int]]:
                     net = [n for n in net if n > 0 or -n >= own]
                 found.setdefault(where, []).extend((n, count) for n in net)
                 if forward:
-                    outliving |= {n for n in net if n > 0} - (stack.passed - (_early(tape, stop) if stack.holds else set()))
+                    passed = stack.passed - (_early(tape, stop) if stack.holds else set())
+                    outliving |= {n: n for n in net if n > 0 and n not in passed}
+                    outliving |= _late(tape, stack, net, marks[-1][0])
                 else:
-                    outliving -= {-n for n in tape.log[start:stop] if n < 0}
-                    outliving |= tape.lasting.intersection(net)
+                    gone = {-n for n in tape.log[start:stop] if n < 0}
+                    outliving = {n: last for n, last in outliving.items() if last not in gone}
+                    outliving |= {n: n for n in tape.lasting.intersection(net)}
     return found, outliving
+
+
+def _late(tape: Tape, stack: Stack, net: list[int], end: int) -> dict[int, int]:
+    """What a layer hands on → the hidden state that it was given, where that is still alive when the stack's backward ends."""
+    handed = [n for n in net if n in stack.passed]
+    if not handed:
+        return {}
+    given = {n: max((p for p in stack.passed if p < n), default=n) for n in handed}
+    freed = {-n for n in tape.log[:end] if n < 0}
+    return {n: before for n, before in given.items() if before not in freed}
 
 
 def _early(tape: Tape, since: int) -> set[int]:

@@ -80,6 +80,7 @@ TOLERANCE = 0.005
         (BERT, "BertForMaskedLM", "full", EAGER),
         (BERT, "BertForMaskedLM", "lora", TRAINER),
         (BERT, "BertForMaskedLM", "qlora", TRAINER),
+        (BERT, "BertForMaskedLM", "lora", {**TRAINER, "quant": "int8"}),
         (BERT, "BertForSequenceClassification", "full", PLAIN),
         (BERT, "BertForTokenClassification", "full", FP32),
         (ROBERTA, "RobertaForMaskedLM", "lora", OFF),
@@ -97,6 +98,7 @@ TOLERANCE = 0.005
         (BART, "BartForConditionalGeneration", "full", PLAIN),
         (BART, "BartForConditionalGeneration", "full", TRAINER),
         (BART, "BartForConditionalGeneration", "lora", OFF),
+        (BART, "BartForConditionalGeneration", "lora", {**OFF, "quant": "int8"}),
         (BART, "BartForSequenceClassification", "full", FP32),
         (WHISPER, "WhisperForConditionalGeneration", "lora", TRAINER),
         (WHISPER, "WhisperForConditionalGeneration", "lora", EAGER),
@@ -108,6 +110,7 @@ TOLERANCE = 0.005
 )
 def test_peaks_are_those_of_the_trace(config: dict[str, Any], head: str, method: str, options: dict[str, Any]) -> None:
     pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
     if method != "full":
         options = {**options, "target_modules": TARGETS[config["model_type"]]}
     made = {**config, "architectures": [head]}
