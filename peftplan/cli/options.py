@@ -55,6 +55,7 @@ TRAINING: dict[str, str] = {
     "--gradient-accumulation-steps": "micro batches per optimizer step",
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
     "--every-n-layers": "checkpoint only every n-th layer; the others keep what they save",
+    "--offload-checkpoints/--no-offload-checkpoints": "what checkpointed layers save waits in host memory (offload)",
     "--use-reentrant/--no-use-reentrant": "reentrant checkpointing (older default of transformers and peft)",
     "--optim": "a name of TrainingArguments.optim",
     "--optim-args": "as in TrainingArguments: key=value,…",

@@ -54,6 +54,7 @@ class Setup(BaseModel):
     gradient_checkpointing: bool | None = None
     use_reentrant: bool = False
     every_n_layers: Count | None = None
+    offload_checkpoints: bool | None = None
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     loss: Loss = "auto"
     padding: bool = False
@@ -170,14 +171,19 @@ def check_length(seq_len: int, max_positions: int | None) -> None:
 
 def checkpointing_arguments(setup: Setup) -> dict[str, Any]:
     """The arguments of `activation_checkpointing_enable` (transformers 5.24, modeling_utils.py)."""
-    every = {} if setup.every_n_layers is None else {"every_n_layers": setup.every_n_layers}
-    return {"activation_checkpointing_kwargs": {"use_reentrant": setup.use_reentrant}, **every}
+    given = {"every_n_layers": setup.every_n_layers, "offload": setup.offload_checkpoints}
+    set_ones = {name: value for name, value in given.items() if value is not None}
+    return {"activation_checkpointing_kwargs": {"use_reentrant": setup.use_reentrant}, **set_ones}
 
 
 def _check_checkpointing(setup: Setup) -> None:
     """Raise InputError for settings of checkpointing where it is off."""
-    if not setup.gradient_checkpointing and (setup.every_n_layers or 1) > 1:
+    if setup.gradient_checkpointing:
+        return
+    if (setup.every_n_layers or 1) > 1:
         raise InputError("every_n_layers", setup.every_n_layers, "accepted: 1, or any number with gradient_checkpointing on")
+    if setup.offload_checkpoints:
+        raise InputError("offload_checkpoints", True, "accepted: False, or gradient_checkpointing on")
 
 
 def _check_trainer(setup: Setup) -> None:

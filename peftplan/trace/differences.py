@@ -14,6 +14,7 @@
 | sums of gradients | never in place into a tensor subclass (autograd `input_buffer.cpp`) | `tracker`, where torch would |
 | `tensor[mask]` | its size is data: fake tensors refuse | `scored.Rows`, `flash.Picked` |
 | TRL's chunked loss | without Triton each tile is copied to fp32, and so are factors of products | `losses.ChunkedLogProbs` |
+| `save_on_cpu` | its copies on the host would count as the device's | `hosted.SavedOnHost` |
 | flash-attn, Liger, Unsloth | kernels of packages that need CUDA | `flash`, `losses`, `unsloth` |
 
 Left out: scalars that live on the host on CUDA count here as 512 bytes each where the tracker cannot tell; staging buffers of
@@ -33,6 +34,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from peftplan.trace.attention import Capability, sdpa
+from peftplan.trace.hosted import SavedOnHost
 
 F = torch.nn.functional
 
@@ -205,6 +207,7 @@ def as_on_cuda(device: str) -> Iterator[None]:
         patch("torch.get_autocast_gpu_dtype", lambda: low(device)),
         patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False),
         patch("transformers.masking_utils.fast_all", _all_by_name),
+        patch("transformers.modeling_utils.save_on_cpu", SavedOnHost),
         patch.object(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True),  # it prints what is raised anyway
     ):
         yield

@@ -46,7 +46,8 @@ def test_every_layer_is_run_or_stands_as_a_copy() -> None:
                 kinds = tuple(int(layer % every > 0) for layer in range(layers))
                 sections, copies, places = sections_of_periods(kinds, summing=summing)
                 assert len(sections) + sum(copies.values()) == layers
-                assert sections == sorted(set(sections)) and sections[-1] == layers - 1
+                assert sections == sorted(set(sections))
+                assert sections[-1] == layers - 1
                 assert copies.keys() == places.keys()
                 stand = sum(copies.get(at, 0) + 1 for at, layer in enumerate(sections) if kinds[layer] == 0)
                 assert stand == kinds.count(0)
