@@ -130,7 +130,7 @@ class MemoryCallback(TrainerCallback):
         """The estimate of one shape; what is refused is said once."""
         card = None if self._device is None else gpu_id(self._device.facts().gpu)
         try:
-            return estimate(engine=self.engine, gpu=card, **self._arguments(batch))
+            return estimate(engine=self.engine, gpu=card, **self._arguments(batch)).replayed()
         except PeftplanError as error:
             if not any(self._estimates.values()):
                 self.say(f"no estimate: {error}")

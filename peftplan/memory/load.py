@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from math import prod
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.memory.ledger import Allocation, Ledger, Line
@@ -22,17 +22,18 @@ from peftplan.units import round512
 
 SOURCE = "transformers 5.24: loading a quantized model"
 Key = tuple[tuple[bool, int, str], ...]
+Held = TypeVar("Held")
 WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
 """Bytes per element that the warm-up counts for a quantized weight (transformers 5.24, `quantized_element_size`)."""
 
 
-class Memory(Protocol):
+class Memory(Protocol[Held]):
     """What tensors are loaded into."""
 
-    def malloc(self, nbytes: int) -> int:
-        """Make a tensor; the number that frees it."""
+    def allocate(self, nbytes: int) -> Held:
+        """Make a tensor; what frees it."""
 
-    def free(self, number: int) -> None:
+    def release(self, held: Held, /) -> None:
         """Free a tensor."""
 
     def empty_cache(self) -> None:
@@ -40,7 +41,7 @@ class Memory(Protocol):
 
 
 def load_into(
-    memory: Memory,
+    memory: Memory[Held],
     parameters: Parameters,
     buffers: Ledger,
     *,
@@ -54,24 +55,24 @@ def load_into(
     tensors = list(_tensors(base))
     if quant is not None and parameters.quantized:
         tensors.sort(key=lambda tensor: _key(*tensor))
-        memory.free(memory.malloc(_warm_up(base, quant, dtype=dtype)))
+        memory.release(memory.allocate(_warm_up(base, quant, dtype=dtype)))
         for a in parameters.shared:
-            memory.malloc(a.nbytes)
-    narrow: dict[tuple[str, int | None], list[int]] = {}
+            memory.allocate(a.nbytes)
+    narrow: dict[tuple[str, int | None], list[Held]] = {}
     for p, layer in tensors:
         if p.quantized:
             _quantize_into(memory, p, dtype=dtype, doubled=quant is not None and bool(quant.double_quant))
         elif _loaded(p, dtype_of(p.name)) < _bytes(p):
-            narrow.setdefault((p.name, layer), []).append(memory.malloc(ITEMSIZE[dtype_of(p.name)] * p.numel))
+            narrow.setdefault((p.name, layer), []).append(memory.allocate(ITEMSIZE[dtype_of(p.name)] * p.numel))
         else:
             _make(memory, p.allocations)
     for line in buffers:
         for _ in range(line.copies):
-            memory.malloc(ITEMSIZE[line.dtype] * prod(line.shape))
+            memory.allocate(ITEMSIZE[line.dtype] * prod(line.shape))
     for p, layer in _tensors(base):
         if (p.name, layer) in narrow:
             _make(memory, p.allocations)
-            memory.free(narrow[p.name, layer].pop(0))
+            memory.release(narrow[p.name, layer].pop(0))
     if prepared:  # peft 0.20 on
         memory.empty_cache()
     for p, _ in _tensors(p for p in parameters.all if p.owner == "adapter"):
@@ -94,23 +95,23 @@ def _warm_up(base: Iterable[Parameter], quant: QuantConfig, *, dtype: str) -> in
     return int(total // ITEMSIZE["fp16"]) * ITEMSIZE["fp16"]
 
 
-def _quantize_into(memory: Memory, p: Parameter, *, dtype: str, doubled: bool) -> None:
+def _quantize_into(memory: Memory[Held], p: Parameter, *, dtype: str, doubled: bool) -> None:
     """A dense weight arrives and is quantized; with double quantization its fp32 absmax, and that less its mean, come first."""
     weight, *beside = (a for a in p.allocations if a.place == "device")
     absmax = next((ITEMSIZE["fp32"] * prod(a.dims) for a in beside if doubled and a.name == "absmax"), None)
-    passing = [memory.malloc(ITEMSIZE[dtype] * p.numel)]
-    passing += [memory.malloc(absmax)] if absmax else []
+    passing = [memory.allocate(ITEMSIZE[dtype] * p.numel)]
+    passing += [memory.allocate(absmax)] if absmax else []
     _make(memory, (weight,))
-    passing += [memory.malloc(absmax)] if absmax else []
+    passing += [memory.allocate(absmax)] if absmax else []
     _make(memory, beside)
     for number in reversed(passing):
-        memory.free(number)
+        memory.release(number)
 
 
-def _make(memory: Memory, allocations: Iterable[Allocation]) -> None:
+def _make(memory: Memory[Held], allocations: Iterable[Allocation]) -> None:
     for a in allocations:
         if a.place == "device":
-            memory.malloc(a.nbytes)
+            memory.allocate(a.nbytes)
 
 
 def load_passing(

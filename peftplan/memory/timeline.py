@@ -6,8 +6,9 @@ between two boundaries, times their number (`model.run_stack`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
@@ -41,6 +42,26 @@ class Stack(NamedTuple):
     """Whether what every layer returns lives until the forward ends."""
 
 
+class Layers(NamedTuple):
+    """`number` layers that the log does not hold: each does what the events of `log` say, storages of the tape (negative: freed).
+
+    `net` is what each leaves changed. `moved`: a storage that each frees → the one that it makes in its place, for the next.
+    """
+
+    log: tuple[int, ...]
+    number: int
+    net: tuple[int, ...]
+    moved: Mapping[int, int]
+
+
+class Repeated(NamedTuple):
+    """Events of a timeline, `first` to before `last`, that stand for whole layers."""
+
+    first: int
+    last: int
+    layers: tuple[Layers, ...]
+
+
 class Timeline(NamedTuple):
     """Every event of a step: which kind of tensor, how many are made (or freed), and where each phase begins."""
 
@@ -52,6 +73,11 @@ class Timeline(NamedTuple):
     """(library, thread) of each workspace that a matrix product takes."""
     storages: tuple[int, ...] = ()
     """Which storage of the tape each event makes or frees."""
+    repeated: tuple[Repeated, ...] = ()
+    kind_of: Sequence[int] = ()
+    """Storage of the tape → its kind."""
+    tensors: Mapping[int, int] = MappingProxyType({})
+    """Storages that stand for several tensors → how many."""
 
     def peaks(self, sizes: Mapping[str, int], standing: int = 0) -> dict[str, tuple[int, int]]:
         """Phase → (bytes, how many events lead to them), on top of `standing` bytes that are always there."""
@@ -115,6 +141,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
     storages: list[int] = []
     starts: list[tuple[str, int]] = []
     copies, outliving = _copies(tape, stacks)
+    repeated: list[Repeated] = []
     standing_for: dict[int, int] = {}
     counts = tape.counts
     done = 0
@@ -126,7 +153,9 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
                 events.append((kind_of[n], 1) if n > 0 else (kind_of[-n], -1 - standing_for.pop(-n, 0)))
             storages.append(abs(n))
         done = at
-        for n, count in copies.get((at, what), ()):
+        here = copies.get((at, what), ())
+        before = len(events)
+        for n, count in ((n, layers.number) for layers in here for n in layers.net):
             if n in outliving:
                 standing_for[outliving[n]] = count
             kind = kinds[kind_of[abs(n)]]
@@ -137,11 +166,16 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
                 sources.append(sources[kind_of[abs(n)]])
             events.append((place, count if n > 0 else -count))
             storages.append(abs(n))
+        if here:
+            repeated.append(Repeated(before, len(events), tuple(here)))
         if what in PHASES:
             starts.append((what, len(events)))
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
-    return Timeline(tuple(index), tuple(sources), tuple(events), windows, frozenset(_products(tape)), tuple(storages))
+    products = frozenset(_products(tape))
+    return Timeline(
+        tuple(index), tuple(sources), tuple(events), windows, products, tuple(storages), tuple(repeated), kind_of, counts
+    )
 
 
 PRODUCTS = {"linear": "cuBLAS", "mm": "cuBLAS", "bmm": "cuBLAS", "addmm": "cuBLASLt"}
@@ -169,11 +203,11 @@ def _source(saver: str | None) -> str:
     return "analytic" if saver is None else f"analytic: kept by {saver.strip('_').removesuffix('_backward')}"
 
 
-Copies = dict[tuple[int, str], list[tuple[int, int]]]
+Copies = dict[tuple[int, str], list[Layers]]
 
 
 def _copies(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, dict[int, int]]:
-    """Where copies of layers are made and freed: (position, mark) → storages (negative: freed) and how many of each.
+    """Where copies of layers stand: (position, mark) → the layers.
 
     And the storages that outlive their layer's backward → those with which their copies go: autocast's casts, what nodes and the
     caller hold, themselves. The hidden states between layers are not among them, each layer's being the next one's input, unless
@@ -193,10 +227,11 @@ def _copies(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, dict[int, int]
                 where = position.get(stack.places.get(section, ""))
                 if not count or where is None:
                     continue
-                net = _net(tape, start, stop, stack, _early(tape, stop) if forward else None)
+                log = [n for n in tape.log[start:stop] if abs(n) not in stack.sums]
+                net, moved = _net(tape, log, stack, _early(tape, stop) if forward else None)
                 if not forward:  # what came before the stack goes once
                     net = [n for n in net if n > 0 or -n >= own]
-                found.setdefault(where, []).extend((n, count) for n in net)
+                found.setdefault(where, []).append(Layers(tuple(log), count, tuple(net), moved))
                 if forward:
                     passed = stack.passed - (_early(tape, stop) if stack.holds else set())
                     outliving |= {n: n for n in net if n > 0 and n not in passed}
@@ -233,14 +268,13 @@ def _run(marks: list[tuple[int, str]], *, end: str, forward: bool) -> Iterator[t
         ended = ended or what == end
 
 
-def _net(tape: Tape, start: int, stop: int, stack: Stack, early: set[int] | None) -> list[int]:
-    """What a layer leaves changed: made and not freed, or freed (negative) though made before.
+def _net(tape: Tape, log: list[int], stack: Stack, early: set[int] | None) -> tuple[list[int], dict[int, int]]:
+    """What a layer leaves changed: made and not freed, or freed (negative) though made before; and freed → made in its place.
 
     A layer that frees its input and leaves an output of the same kind changes nothing. What else it frees in forward, of a first
     layer without gradients, goes once if its own stays until backward. `early`: what is freed before backward, in forward.
     """
-    sums = stack.sums
-    log = [n for n in tape.log[start:stop] if abs(n) not in sums] if sums else tape.log[start:stop]
+    moved: dict[int, int] = {}
     made = {n for n in log if n > 0}
     freed = {-n for n in log if n < 0}
     kept = [n for n in log if n > 0 and n not in freed]
@@ -253,7 +287,8 @@ def _net(tape: Tape, start: int, stop: int, stack: Stack, early: set[int] | None
             gone.remove(n)
             if early is None or n in stack.passed or twin in early:
                 kept.remove(twin)
-    return [*(-n for n in gone), *kept]  # frees first: the copies are one step, and overshoot nothing
+                moved[n] = twin
+    return [*(-n for n in gone), *kept], moved  # frees first: the copies are one step, and overshoot nothing
 
 
 def _alike(tape: Tape, one: int, other: int) -> bool:

@@ -20,7 +20,9 @@ Again = Callable[..., "Estimate"]
 
 
 class Advice(NamedTuple):
-    """One change, or several: the options, the peak with them, what they save, and whether the job then fits."""
+    """One change, or several: the options, the peak with them, what they save, and whether the job then fits. Bytes are those of
+    tensors, before the allocator's tails.
+    """
 
     options: dict[str, Any]
     peak_allocated: int
@@ -32,14 +34,15 @@ class Advice(NamedTuple):
         return self._asdict()
 
 
-def advice(job: Job, again: Again, now: Estimate, *, gpu: str) -> tuple[Advice, ...]:
-    """Changes for a card that `now` does not fit, most useful first: those that suffice alone, then the others by what they save.
+def advice(job: Job, again: Again, *, gpu: str) -> tuple[Advice, ...]:
+    """Changes for a card that the job does not fit, most useful first: those that suffice alone, then the others by what they save.
 
     Changes that the formulas have no number for, or that make no sense with the job, are left out. If no change suffices
     alone, the last entry is the combination of the cheapest that does, if there is one.
     """
-    assert now.peaks is not None
-    before = now.peaks.allocated
+    unchanged = again().peaks
+    assert unchanged is not None
+    before = unchanged.allocated
     found = [a for options in _changes(job) if (a := _tried(again, options, before, gpu=gpu)) is not None and a.saving_bytes > 0]
     found += [a for fewer in (_batch, _sequence) if (a := fewer(job, again, before, gpu=gpu)) is not None]
     ordered = sorted(found, key=lambda a: (a.verdict not in FITS, -a.saving_bytes))
@@ -80,12 +83,13 @@ def _changes(job: Job) -> Iterator[dict[str, Any]]:
 def _tried(again: Again, options: dict[str, Any], before: int, *, gpu: str) -> Advice | None:
     """A change and its outcome; None where it has no number or makes no sense."""
     try:
-        result = again(gpu=gpu, **options)
+        result = again(**options)
     except PeftplanError:
         return None
     if result.peaks is None:
         return None
-    return Advice(options, result.peaks.allocated, before - result.peaks.allocated, result.gpus[0].verdict)
+    on_card = next(v.verdict for v in result.gpus if v.gpu == gpu)
+    return Advice(options, result.peaks.allocated, before - result.peaks.allocated, on_card)
 
 
 def _batch(job: Job, again: Again, before: int, *, gpu: str) -> Advice | None:

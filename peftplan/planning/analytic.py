@@ -43,7 +43,7 @@ class Compiled(NamedTuple):
     timeline: Timeline
     standing: Ledger
     loading: Ledger
-    load: Callable[[Memory], None]
+    load: Callable[[Memory[Any]], None]
     """Loads the model tensor by tensor."""
     standing_bytes: int
     loading_bytes: int
@@ -272,6 +272,7 @@ def _running(job: Job, compute_capability: str) -> Running:
         loss_facts=loss.facts(setup.batch_size, loss.length(setup.seq_len + loss.virtual_tokens)),
         reentrant=setup.use_reentrant,
         every_n_layers=setup.every_n_layers or 1,
+        hosted=bool(setup.offload_checkpoints),
     )
 
 

@@ -85,18 +85,26 @@ def estimate(
             "method": method, "peft_config": peft_config, "quantization_config": quantization_config,
             "training_args": training_args, "script": script, **options,
         }  # fmt: skip
-        return estimate(model, **{**given, **changes})
+        other = prepare(model, **{**given, **changes})
+        return _analytic(other, *_static(other.architecture, other.adaptation, other.quant, other.setup), cards, hasty=True)
 
-    def advise(now: Estimate, card: str) -> Any:
+    def advise(card: str) -> Any:
         from peftplan.planning.advice import advice
 
-        return advice(job, again, now, gpu=card)
+        return advice(job, again, gpu=card)
 
     return replace(_analytic(job, built, static, cards), advise=advise)
 
 
 def _estimated(
-    job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu], found: Peaks | str, *, engine: Engine
+    job: Job,
+    built: parameters.Parameters,
+    static: Ledger,
+    cards: list[Gpu],
+    found: Peaks | str,
+    *,
+    engine: Engine,
+    hasty: bool = False,
 ) -> Estimate:
     """The result; `found` are the peaks, or what part of the job has none."""
     peaks = None if isinstance(found, str) else found
@@ -115,14 +123,16 @@ def _estimated(
         static=static,
         assumptions=assumptions,
         not_modelled=OUTSIDE if peaks is not None else (f"{found}", *NOT_COUNTED),
-        gpus=tuple(verdict(card, static.bytes(), peaks) for card in cards),
+        gpus=tuple(verdict(card, static.bytes(), peaks, hasty=hasty) for card in cards),
         peaks=peaks,
         resize=None if engine == "trace" or peaks is None else partial(_at, job, built, static, cards),
     )
 
 
-def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu]) -> Estimate:
-    """The estimate by formula, without peaks where a part of the job has none."""
+def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu], *, hasty: bool = False) -> Estimate:
+    """The estimate by formula, without peaks where a part of the job has none. `hasty`: no replay for a job whose tensors alone do
+    not fit a card.
+    """
     from peftplan.planning.analytic import analytic_peaks
 
     found: Peaks | str
@@ -130,10 +140,9 @@ def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: lis
         return _estimated(job, built, static, cards, why, engine="analytic")
     try:
         found = analytic_peaks(job, built, static, compute_capability=capability(cards))
-        found = found.replayed if cards else found
     except NeedsTraceError as missing:
         found = f"{missing}{missing.hint}"
-    return _estimated(job, built, static, cards, found, engine="analytic")
+    return _estimated(job, built, static, cards, found, engine="analytic", hasty=hasty)
 
 
 def _at(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu], batch_size: Any, seq_len: Any) -> Any:

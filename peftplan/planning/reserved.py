@@ -1,22 +1,23 @@
 """What torch's caching allocator makes of an analytic estimate: its events, replayed through the model of it.
 
 Two optimizer steps after loading, as the trace engine replays them: the first makes the optimizer's states, the second is the
-steady one; a script may say other steps (`planning.script`). Layers between the first and the last of their kind allocate what
-they keep at one moment, without the temporaries between; so holes are those of two layers of each kind.
+steady one; a script may say other steps (`planning.script`). Layers between the first and the last of their kind, which the
+timeline only counts, do here what the last one does, event by event.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
+from peftplan.memory.allocator.blocks import Block
 from peftplan.memory.allocator.core import Allocator
 from peftplan.memory.allocator.stats import Peaks
 from peftplan.memory.ledger import Line
-from peftplan.memory.timeline import Timeline
+from peftplan.memory.timeline import Kind, Layers, Timeline
 from peftplan.planning.script import NO_SCRIPT, Script
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Run(NamedTuple):
         compiled, _ = self.steps[-1]
         feed = _Feed(Allocator(capacity_bytes=capacity_bytes), self.script)
         feed.allocator.begin_phase("load")
-        compiled.load(feed)
+        compiled.load(feed.allocator)
         feed.allocator.begin_phase("warmup")
         kept = [line for line in compiled.standing if line.category in ("optimizer_states", "workspaces")]
         for number, (of_step, named) in enumerate(self.steps, start=1):
@@ -57,30 +58,14 @@ class Run(NamedTuple):
 
 
 class _Feed:
-    """Feeds an allocator and names its allocations."""
+    """Feeds an allocator; holds its blocks by the storage of the tape that they are for."""
 
     def __init__(self, allocator: Allocator, script: Script) -> None:
         self.allocator = allocator
         self.script = script
-        self._outputs: list[int] = []
-        self._next = 0
-        self._live: dict[int, list[int]] = {}
+        self._outputs: list[Block | None] = []
+        self._live: dict[int, list[Block | None]] = {}
         self._spare: dict[int, list[int]] = {}
-
-    def malloc(self, nbytes: int) -> int:
-        """Make a tensor; the number that frees it. Raises MemoryError."""
-        self._next += 1
-        if self.allocator.malloc(self._next, nbytes) is not None:
-            raise MemoryError
-        return self._next
-
-    def free(self, number: int) -> None:
-        """Free a tensor."""
-        self.allocator.free(number)
-
-    def empty_cache(self) -> None:
-        """Give back every segment without a live block."""
-        self.allocator.empty_cache()
 
     def take(self, lines: Iterable[Line]) -> None:
         """Allocate lines for good, layer by layer."""
@@ -89,46 +74,80 @@ class _Feed:
             for layer in range(max(line.copies for line, _ in of_stack)):
                 for line, nbytes in of_stack:
                     if layer < line.copies:
-                        self.malloc(nbytes)
+                        self.allocator.allocate(nbytes)
 
     def step(self, timeline: Timeline, named: Mapping[str, int], *, states: Iterable[Line], phases: bool) -> None:
         """One optimizer step; `states` are made in it."""
-        nbytes = []
-        for made in timeline.kinds:
-            size = ITEMSIZE[made.dtype]
-            for dim in made.dims:
-                size *= dim if isinstance(dim, int) else named[dim]
-            nbytes.append(size)
+        nbytes = [_bytes(kind, named) for kind in timeline.kinds]
         borders = {start: phase for phase, start, _ in timeline.windows}
-        ends = timeline.windows[-1][1]
+        layers = {repeated.first: repeated for repeated in timeline.repeated}
+        outlives = len(timeline.events) if not self.script.outputs_outlive_step else timeline.windows[-1][1]
+        done = 0
         for at, ((kind, count), storage) in enumerate(zip(timeline.events, timeline.storages, strict=True)):
-            if phases and at in borders:
-                self.allocator.begin_phase(borders[at])
-            if borders.get(at) == "step":
-                self.take(states)
-            if borders.get(at) == "backward":  # the forward has returned
-                self._drop_outputs()
+            if at in borders:
+                self._begin(borders[at], states, counts=phases)
+            if at in layers:
+                self._repeat([_Layer.of(each, timeline, nbytes) for each in layers[at].layers])
+                done = layers[at].last
+            if at < done:
+                continue
             if count > 0:
                 self._make(storage, nbytes[kind], count)
-            elif at < ends or not self.script.outputs_outlive_step or timeline.kinds[kind].category == "temporaries":
+            elif at < outlives or timeline.kinds[kind].category == "temporaries":
                 self._free(storage, nbytes[kind], -count)
             else:
                 self._outputs += self._live.pop(storage, [])
         if self.script.empties_cache:
             self.allocator.empty_cache()
-        for numbers in self._live.values():  # gradients
-            for number in numbers:
-                self.allocator.free(number)
+        for blocks in self._live.values():  # gradients
+            self._give_back(blocks)
         self._live.clear()
         self._spare.clear()
 
-    def _drop_outputs(self) -> None:
-        for number in self._outputs:
-            self.allocator.free(number)
-        self._outputs.clear()
+    def _begin(self, phase: str, states: Iterable[Line], *, counts: bool) -> None:
+        if counts:
+            self.allocator.begin_phase(phase)
+        if phase == "step":
+            self.take(states)
+        if phase == "backward":  # the forward has returned
+            self._give_back(self._outputs)
+            self._outputs.clear()
+
+    def _repeat(self, layers: list[_Layer]) -> None:
+        """Layers that the timeline only counts, those of several kinds in turn."""
+        for turn in range(max(layer.number for layer in layers)):
+            for layer in layers:
+                if turn < layer.number:
+                    self._run(layer)
+
+    def _run(self, layer: _Layer) -> None:
+        """What one layer does. Its input may be the output of a copy, or of the layer that it is a copy of."""
+        allocate, release = self.allocator.allocate, self.allocator.release
+        own: dict[int, list[Block | None]] = {}
+        handed: dict[int, int] = {}
+        for what, storage, size, count in layer.events:
+            if what == "make":
+                own[storage] = [allocate(size) for _ in range(count)]
+            elif what == "free":
+                for block in own.pop(storage):
+                    release(block)
+            elif what == "keep":
+                self._make(storage, size, count)
+            elif what == "drop":
+                self._free(storage, size, count)
+            else:
+                new = layer.moved[storage]
+                handed[new] = storage if self._live.get(storage) else new
+                self._free(handed[new], size, count)
+        for new, storage in handed.items():
+            self._live.setdefault(storage, []).extend(own.pop(new))
+
+    def _give_back(self, blocks: Iterable[Block | None]) -> None:
+        for block in blocks:
+            self.allocator.release(block)
 
     def _make(self, storage: int, nbytes: int, count: int) -> None:
-        made = [self.malloc(nbytes) for _ in range(count)]
+        made = [self.allocator.allocate(nbytes) for _ in range(count)]
         if storage in self._live:
             self._spare.setdefault(nbytes, []).append(storage)
             self._live[storage] += made
@@ -138,9 +157,41 @@ class _Feed:
     def _free(self, storage: int, nbytes: int, count: int) -> None:
         """Free so many of a storage and its copies; a copy of a hidden state may stand under another layer's."""
         for _ in range(count):
-            numbers = self._live.get(storage) or self._other(nbytes)
-            if numbers:
-                self.allocator.free(numbers.pop())
+            blocks = self._live.get(storage) or self._other(nbytes)
+            if blocks:
+                self.allocator.release(blocks.pop())
 
-    def _other(self, nbytes: int) -> list[int]:
+    def _other(self, nbytes: int) -> list[Block | None]:
         return next((self._live[s] for s in self._spare.get(nbytes, ()) if self._live.get(s)), [])
+
+
+What = Literal["make", "free", "keep", "drop", "hand"]
+
+
+class _Layer(NamedTuple):
+    """`Layers` with sizes: what a layer makes and frees itself, what it keeps, drops of others, or puts in another's place."""
+
+    number: int
+    events: tuple[tuple[What, int, int, int], ...]
+    moved: Mapping[int, int]
+
+    @classmethod
+    def of(cls, layers: Layers, timeline: Timeline, nbytes: Sequence[int]) -> _Layer:
+        """The events of one layer: what, storage, bytes, how many."""
+        net, made = frozenset(layers.net), {n for n in layers.log if n > 0}
+        events: list[tuple[What, int, int, int]] = []
+        for n in layers.log:
+            storage = abs(n)
+            what: What | None
+            if n > 0:
+                what = "keep" if n in net else "make"
+            else:
+                what = "drop" if n in net else "free" if storage in made else "hand" if storage in layers.moved else None
+            if what is not None:
+                events.append((what, storage, nbytes[timeline.kind_of[storage]], timeline.tensors.get(storage, 1)))
+        return cls(layers.number, tuple(events), layers.moved)
+
+
+def _bytes(kind: Kind, named: Mapping[str, int]) -> int:
+    """Bytes of a tensor as asked for, before rounding."""
+    return ITEMSIZE[kind.dtype] * prod(named[dim] if isinstance(dim, str) else dim for dim in kind.dims)

@@ -115,19 +115,19 @@ class Estimate:
     gpus: tuple[Verdict, ...] = ()
     peaks: Peaks | None = None
     resize: Callable[[Any, Any], Any] | None = field(default=None, repr=False, compare=False)
-    advise: Callable[[Estimate, str], tuple[Advice, ...]] | None = field(default=None, repr=False, compare=False)
+    advise: Callable[[str], tuple[Advice, ...]] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def advice(self) -> dict[str, tuple[Advice, ...]]:
         """Card that the job does not fit → changes that would make it fit, or bring it nearer, each with what it saves."""
         unfit = [verdict.gpu for verdict in self.gpus if verdict.verdict == "does_not_fit"]
-        return {gpu: self.advise(self, gpu) for gpu in unfit} if self.advise and self.peaks else {}
+        return {gpu: self.advise(gpu) for gpu in unfit} if self.advise and self.peaks else {}
 
     def replayed(self) -> Estimate:
         """This estimate with its peaks as torch's allocator counts them: the tails of blocks, and reserved bytes.
 
-        Takes milliseconds, where the estimate itself takes less than one. Done already where cards are named, by the trace
-        engine, and for `to_dict`.
+        Takes milliseconds, where the estimate itself takes less than one. Done already by the trace engine, for verdicts and for
+        `to_dict`.
         """
         return self if self.peaks is None else replace(self, peaks=self.peaks.replayed)
 

@@ -33,17 +33,20 @@ def find_cards(gpu: str | Iterable[str] | None) -> list[Gpu]:
     return [find_gpu(name) for name in names]
 
 
-def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None) -> Verdict:
+def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, hasty: bool = False) -> Verdict:
     """Reserved bytes and the context, where it is known, against what a program can get of the card.
 
     Where they are more, the job runs, tightly, if the allocator gets by once it gives cached memory back: a replay with that
-    capacity says so. Without a peak only a shortfall is certain: `static_bytes` is a lower bound, as is an incomplete peak.
+    capacity says so. Without a peak only a shortfall is certain: `static_bytes` is a lower bound, as is an incomplete peak. `hasty`:
+    peaks whose tensors alone are more are not replayed for it.
     """
     from peftplan.hardware.context import context_bytes
     from peftplan.hardware.usable import usable_bytes
 
     usable = usable_bytes(card)
     context = context_bytes(card).bytes if card.capacity_bytes is None else None
+    if peaks is not None and peaks.replay and not (hasty and peaks.allocated + (context or 0) > usable.bytes):
+        peaks = peaks.replayed
     needed = static_bytes if peaks is None else (peaks.reserved or peaks.allocated) + (context or 0)
     headroom = usable.bytes - needed
     if headroom < 0 and peaks is not None and peaks.runs_within is not None and not peaks.incomplete:

@@ -44,14 +44,14 @@ def test_lines_add_up_before_and_after() -> None:
     assert (instant.reserved, instant.replayed.replayed) == (None, instant.replayed)
 
 
-def test_json_and_cards_imply_the_replay() -> None:
-    estimate = peftplan.estimate(SMALL, method="lora", seq_len=128)
-    memory = estimate.to_dict()["memory"]
-    with_card = peftplan.estimate(SMALL, method="lora", seq_len=128, gpu="a100-80gb").peaks
-    assert with_card is not None
-    assert memory["peak_by_phase"] == with_card.by_phase == estimate.replayed().peaks.by_phase  # type: ignore[union-attr]
-    assert memory["peak_reserved"] == with_card.reserved
+def test_json_is_replayed() -> None:
+    estimate = peftplan.estimate(SMALL, method="lora", seq_len=128, gpu="a100-80gb")
+    memory, replayed = estimate.to_dict()["memory"], estimate.replayed().peaks
+    assert replayed is not None
+    assert (memory["peak_by_phase"], memory["peak_reserved"]) == (replayed.by_phase, replayed.reserved)
     assert sum(line["bytes"] for line in memory["lines"]) == memory["peak_allocated"]
+    (verdict,) = estimate.gpus
+    assert verdict.headroom_bytes == verdict.usable_bytes - replayed.reserved - (verdict.context_bytes or 0)  # type: ignore[operator]
 
 
 def test_weights_of_five_mebibytes_by_hand() -> None:

@@ -72,19 +72,17 @@ class BlockPool:
         """What an expandable segment of this pool maps at a time, in bytes."""
         self.calls = 0
         """`get_free_blocks_call_count`: the clock of garbage collection, counted only while it is on."""
-        self._free: dict[int, list[tuple[int, int]]] = {}
-        self._unmapped: dict[int, list[int]] = {}
-        self._at: dict[int, Block] = {}
+        self._free: dict[int, list[tuple[int, int, Block]]] = {}
+        self._unmapped: dict[int, list[tuple[int, Block]]] = {}
 
     def __iter__(self) -> Iterator[Block]:
         """A copy of the free mapped blocks in the order of `BlockComparatorSize`: stream, size, address."""
-        return iter([self._at[address] for stream in sorted(self._free) for _, address in self._free[stream]])
+        return iter([block for stream in sorted(self._free) for *_, block in self._free[stream]])
 
     def insert(self, block: Block) -> None:
         """Make a mapped block available (`insert_into_blocks`)."""
         block.gc_count_base = self.calls
-        insort(self._free.setdefault(block.stream, []), (block.size, block.address))
-        self._at[block.address] = block
+        insort(self._free.setdefault(block.stream, []), (block.size, block.address, block))
 
     def erase(self, block: Block) -> None:
         """Take a free block out, mapped or not."""
@@ -93,8 +91,7 @@ class BlockPool:
             del sizes[bisect_left(sizes, (block.size, block.address))]
         else:
             addresses = self._unmapped[block.stream]
-            del addresses[bisect_left(addresses, block.address)]
-        del self._at[block.address]
+            del addresses[bisect_left(addresses, (block.address,))]
 
     def age(self, block: Block) -> int:
         """Searches in this pool since the block became free (`gc_count`)."""
@@ -102,18 +99,17 @@ class BlockPool:
 
     def insert_unmapped(self, block: Block) -> None:
         """Remember a range of an expandable segment that has no memory behind it."""
-        insort(self._unmapped.setdefault(block.stream, []), block.address)
-        self._at[block.address] = block
+        insort(self._unmapped.setdefault(block.stream, []), (block.address, block))
 
     def unmapped(self, stream: int) -> list[Block]:
         """The unmapped ranges of a stream, lowest address first."""
-        return [self._at[address] for address in self._unmapped.get(stream, ())]
+        return [block for _, block in self._unmapped.get(stream, ())]
 
     def at_least(self, size: int, stream: int) -> tuple[list[Block], list[Block]]:
         """The stream's free blocks, (smaller than `size`, the others), each in order (`lower_bound`)."""
         sizes = self._free.get(stream, [])
-        blocks = [self._at[address] for _, address in sizes]
-        split = bisect_left(sizes, (size, 0))
+        blocks = [block for *_, block in sizes]
+        split = bisect_left(sizes, (size,))
         return blocks[:split], blocks[split:]
 
     def take(self, size: int, stream: int, config: AllocatorConfig) -> Block | None:
@@ -123,13 +119,13 @@ class BlockPool:
         sizes = self._free.get(stream)
         if not sizes:
             return None
-        position = bisect_left(sizes, (size, 0))
+        position = bisect_left(sizes, (size,))
         if position == len(sizes):
             return None
-        block = self._at[sizes[position][1]]
+        block = sizes[position][2]
         if block.segment is not None:
             position = self._least_expandable(sizes, position)
-            block = self._at[sizes[position][1]]
+            block = sizes[position][2]
         limit = config.max_split_size
         if limit is not None:
             if size < limit <= block.size:
@@ -137,13 +133,21 @@ class BlockPool:
             if limit <= size and block.size >= size + config.max_non_split_rounding_size:
                 return None  # and they may waste only so much of it
         del sizes[position]
-        del self._at[block.address]
         return block
 
-    def _least_expandable(self, sizes: list[tuple[int, int]], position: int) -> int:
+    def best_fit(self, size: int, stream: int) -> Block | None:
+        """`take` with default options: neither garbage collection nor expandable segments, and no block too large to split."""
+        sizes = self._free.get(stream)
+        if sizes:
+            position = bisect_left(sizes, (size,))
+            if position < len(sizes):
+                return sizes.pop(position)[2]
+        return None
+
+    def _least_expandable(self, sizes: list[tuple[int, int, Block]], position: int) -> int:
         """From the best fit on, the block that with the unmapped range behind it is smaller than its successor."""
         while position + 1 < len(sizes):
-            here, after = (self._at[sizes[i][1]] for i in (position, position + 1))
+            here, after = (sizes[i][2] for i in (position, position + 1))
             if here.segment is None or _expandable_size(after) >= _expandable_size(here):
                 break
             position += 1

@@ -44,6 +44,9 @@ class Allocator:
         self._small = BlockPool(is_small=True, page=SMALL_BUFFER)
         self._large = BlockPool(is_small=False, page=self.config.large_segment_size)
         self._live: dict[int, Block | None] = {}
+        self._rounded: dict[int, int] = {}
+        config = self.config
+        self._plain = not (config.garbage_collects or config.expandable_segments or config.max_split_size)
 
     # -- events ------------------------------------------------------------------------------------------------------------
 
@@ -53,29 +56,40 @@ class Allocator:
             raise InputError("id", id, "it is allocated already: free it first, or use a new id")
         if nbytes < 0:
             raise InputError("nbytes", nbytes, "accepted: 0 or more")
-        self._stats.event += 1
         if nbytes == 0:
+            self._stats.event += 1
             self._live[id] = None
             return None
-        size = round_size(nbytes, divisions=self.config.roundup_power2_divisions)
-        pool = self.get_pool(size)
-        block = pool.take(size, stream, self.config) or self._miss(pool, size, stream)
+        block = self._take(nbytes, stream)
         if block is None:
-            return self._out_of_memory(id, nbytes, pool, size, stream)
-        if should_split(block, size, self.config):
-            block = _split(block, size)
-        block.allocated = True
-        block.requested = nbytes
+            size = round_size(nbytes, divisions=self.config.roundup_power2_divisions)
+            return self._out_of_memory(id, nbytes, self.get_pool(size), size, stream)
         self._live[id] = block
-        self._stats.allocate(block.size, nbytes)
         return None
 
     def free(self, id: int) -> None:
         """Free a live allocation: its block merges with free neighbours and returns to its pool (`free_block`)."""
         if id not in self._live:
             raise InputError("id", id, "no live allocation has this id")
-        self._stats.event += 1
         block = self._live.pop(id)
+        if block is None:
+            self._stats.event += 1
+        else:
+            self.release(block)
+
+    def allocate(self, nbytes: int) -> Block | None:
+        """As `malloc`, on the default stream and without a name: the block, None for zero bytes. Raises MemoryError."""
+        if nbytes == 0:
+            self._stats.event += 1
+            return None
+        block = self._take(nbytes, 0)
+        if block is None:
+            raise MemoryError
+        return block
+
+    def release(self, block: Block | None) -> None:
+        """Free a block."""
+        self._stats.event += 1
         if block is None:
             return
         self._stats.release(block.size, block.requested)
@@ -153,6 +167,24 @@ class Allocator:
     def get_pool(self, size: int) -> BlockPool:
         """The pool of a rounded size."""
         return self._small if size <= SMALL_SIZE else self._large
+
+    def _take(self, nbytes: int, stream: int) -> Block | None:
+        """A block for so many bytes; None where the device has no room."""
+        self._stats.event += 1
+        size = self._rounded.get(nbytes, 0)
+        if not size:
+            size = self._rounded[nbytes] = round_size(nbytes, divisions=self.config.roundup_power2_divisions)
+        pool = self._small if size <= SMALL_SIZE else self._large
+        found = pool.best_fit(size, stream) if self._plain else pool.take(size, stream, self.config)
+        block = found or self._miss(pool, size, stream)
+        if block is None:
+            return None
+        if should_split(block, size, self.config):
+            block = _split(block, size)
+        block.allocated = True
+        block.requested = nbytes
+        self._stats.allocate(block.size, nbytes)
+        return block
 
     def _blocks(self) -> Iterator[Block]:
         yield from self._small
