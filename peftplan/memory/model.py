@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from peftplan.arch.modules import Architecture
@@ -43,6 +44,8 @@ class Running(NamedTuple):
     """Whether checkpointing is reentrant."""
     every_n_layers: int = 1
     """Which layers checkpointing reaches: those whose number it divides."""
+    hosted: bool = False
+    """Whether the inputs of checkpointed layers wait on the host."""
 
 
 class Part:
@@ -61,10 +64,10 @@ class Part:
 
 FOUR_BIT = ("nf4", "fp4")
 TOKEN_ADAPTER = ".token_adapter"
-PROMPTED = ("PROMPT_TUNING", "P_TUNING")
-"""peft types whose virtual tokens come before the embeddings."""
 SAVED = ".modules_to_save"
 """Where a module's trainable copy is, below it."""
+PROMPTED = ("PROMPT_TUNING", "P_TUNING")
+"""peft types whose virtual tokens come before the embeddings."""
 
 Adapter = Callable[[Tape, Part, Tensor, Callable[[Tensor], Tensor], Running], Tensor]
 
@@ -88,10 +91,10 @@ class Model:
     """Tensors of the outputs besides loss and logits."""
     batch: dict[str, Tensor] = field(default_factory=dict)
     """The step's batch, by the names of the forward's arguments."""
-    layer_locals: list[Any] = field(default_factory=list)
-    """What a layer's own names hold until it returns, such as eager attention's weights."""
     mask: Tensor | None = None
     """The attention mask that virtual tokens made longer."""
+    layer_locals: list[Any] = field(default_factory=list)
+    """What a layer's own names hold until it returns, such as eager attention's weights."""
     call_locals: list[Any] = field(default_factory=list)
     """What the names of the model's own forward, or of peft's, hold until it returns."""
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -246,7 +249,11 @@ class Model:
         if self.running.reentrant:
             from peftplan.memory.reentrant import checkpoint
 
-            return checkpoint(self.tape, function, *args)
+            return checkpoint(self.tape, function, *args, hosted=self.running.hosted)
+        if self.running.hosted:
+            from peftplan.memory.hosted import fetched, stored
+
+            return self.tape.checkpoint(function, *args, inputs=partial(fetched, self.tape, stored(self.tape, args)))
         return self.tape.checkpoint(function, *args)
 
     def inputs(self) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from peftplan.memory.hosted import fetched, stored
 from peftplan.memory.tape import Dims, Node, Parameter, Tape, Tensor
 
 
@@ -27,10 +28,13 @@ class Leaf(Parameter):
         self.grad = grad.detach()
 
 
-def checkpoint(f: Tape, function: Callable[..., Any], *args: Any) -> Any:
-    """`checkpoint(function, *args, use_reentrant=True)`: saves the tensors among the arguments; the node holds the function."""
+def checkpoint(f: Tape, function: Callable[..., Any], *args: Any, hosted: bool = False) -> Any:
+    """`checkpoint(function, *args, use_reentrant=True)`: saves the tensors among the arguments; the node holds the function.
+
+    `hosted`: they are saved on the host.
+    """
     tensors = tuple(x for x in args if type(x) is Tensor)
-    node = f.record(_checkpoint_backward, tensors, *tensors)
+    node = f.record(_checkpoint_backward, tensors, *(stored(f, tensors) if hosted else tensors))
     with f.no_grad():
         out = function(*args)
     outputs = (out,) if type(out) is Tensor else out
@@ -47,6 +51,7 @@ TENSOR = object()
 
 def _checkpoint_backward(f: Tape, node: Node, saved: Any, *given: Tensor | None) -> Any:
     function, others, shapes = node.context
+    saved = fetched(f, tuple(saved))
     grads = [*given, *[None] * (len(shapes) - len(given))]
     for index, (dims, dtype) in enumerate(shapes):  # `materialize_grads`
         grads[index] = grads[index] or f.new(dims, dtype, "zeros")

@@ -135,14 +135,15 @@ class StopRecomputationError(Exception):
 class Frame:
     """A checkpointed call: how many tensors it would have saved, and those that its recomputation has made again."""
 
-    __slots__ = ("count", "held", "recomputed", "replayed", "rerun")
+    __slots__ = ("count", "held", "inputs", "recomputed", "replayed", "rerun")
 
     def __init__(self) -> None:
         self.count = 0
         self.held: set[int] = set()
         self.replayed = 0
         self.recomputed: dict[int, Any] | None = None
-        self.rerun: Callable[[], Any] | None = None
+        self.rerun: Callable[..., Any] | None = None
+        self.inputs: Callable[[], tuple[Any, ...]] = tuple
 
 
 class Place:
@@ -350,9 +351,10 @@ class Tape:
 
     def _recompute(self, frame: Frame) -> None:
         outer, self._frame = self._frame, None
+        args = frame.inputs()
         frame.recomputed, self._replaying = {}, frame
         with self.recomputing(), suppress(StopRecomputationError):
-            frame.rerun()  # type: ignore[misc]
+            frame.rerun(*args)  # type: ignore[misc]
         self._replaying, self._frame = None, outer
 
     @contextmanager
@@ -366,10 +368,13 @@ class Tape:
         self._casts, self.module = casts, module
         self.segment = -(self.segment + 1)
 
-    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`torch.utils.checkpoint`, non-reentrant: keeps the arguments, runs the function again when backward first needs it."""
+    def checkpoint(self, function: Callable[..., Any], *args: Any, inputs: Callable[[], tuple[Any, ...]] | None = None) -> Any:
+        """`torch.utils.checkpoint`, non-reentrant: keeps the arguments, runs the function again when backward first needs it.
+
+        `inputs`: gives the arguments then, in place of those kept.
+        """
         frame = self._frame = Frame()
-        frame.rerun = lambda: function(*args)
+        frame.rerun, frame.inputs = function, inputs or (lambda: args)
         out = function(*args)
         self._frame = None
         return out
