@@ -82,24 +82,29 @@ def training_options(args: Any) -> dict[str, Any]:
         raise InputError("training_args", args, "accepted: a transformers TrainingArguments or a TRL SFTConfig")
     found = {ours: _plain(getattr(args, name)) for name, ours in TRAINING_FIELDS.items() if getattr(args, name, None) is not None}
     found["trainer"] = _trainer(args)
-    found |= _checkpointing(args)
+    found |= _checkpointing(args, on=bool(found.get("gradient_checkpointing")))
     found["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"
     return found | _liger(args, str(found["trainer"]))
 
 
-def _checkpointing(args: Any) -> dict[str, bool]:
+CHECKPOINTING_FIELDS = {"every_n_layers": "every_n_layers", "offload": "offload_checkpoints"}
+"""Names in `activation_checkpointing_kwargs` that Trainer takes out for transformers (5.24, trainer.py) → ours."""
+
+
+def _checkpointing(args: Any, *, on: bool) -> dict[str, Any]:
     """What `gradient_checkpointing_kwargs` say (5.24: `activation_checkpointing_kwargs`); None is not reentrant.
 
-    Raises InputError for every few layers, and for activations held on the host (there and by TRL): neither is counted.
+    Where checkpointing is not on they say nothing. Raises InputError for TRL's `activation_offloading` and `selective`, which are
+    not counted.
     """
     given = getattr(args, "activation_checkpointing_kwargs", None) or getattr(args, "gradient_checkpointing_kwargs", None) or {}
     given = json.loads(given) if isinstance(given, str) else dict(given)
     if getattr(args, "activation_offloading", False):
-        raise InputError("activation_offloading", True, "accepted: False; activations that wait on the host are not counted")
-    for name, usual in (("every_n_layers", 1), ("offload", False), ("selective", False)):
-        if given.get(name, usual) != usual:
-            raise InputError(f"gradient_checkpointing_kwargs.{name}", given[name], f"accepted: {usual}")
-    return {"use_reentrant": bool(given["use_reentrant"])} if given.get("use_reentrant") is not None else {}
+        raise InputError("activation_offloading", True, "accepted: False; what TRL moves to the host is not counted")
+    if given.get("selective"):
+        raise InputError("gradient_checkpointing_kwargs.selective", given["selective"], "accepted: False")
+    reentrant = {"use_reentrant": bool(given["use_reentrant"])} if given.get("use_reentrant") is not None else {}
+    return reentrant | {ours: given[name] for name, ours in CHECKPOINTING_FIELDS.items() if on and given.get(name) is not None}
 
 
 def _liger(args: Any, trainer: str) -> dict[str, str]:

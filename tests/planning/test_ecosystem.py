@@ -218,11 +218,37 @@ def test_checkpointing_kwargs_say_whether_it_is_reentrant(name: str) -> None:
         assert peftplan.estimate(CONFIG, training_args=args).assumptions["use_reentrant"] is expected
 
 
-@pytest.mark.parametrize("kwargs", [{"every_n_layers": 2}, {"offload": True}])
-def test_checkpointing_that_is_not_counted_is_refused(kwargs: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"every_n_layers": 2}, {"every_n_layers": 2}),
+        ({"offload": True, "use_reentrant": True}, {"offload_checkpoints": True, "use_reentrant": True}),
+        ({}, {}),
+    ],
+)
+def test_checkpointing_kwargs_say_which_layers_and_where(kwargs: dict[str, Any], expected: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
-    args = transformers.TrainingArguments(**COMMON, activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
-    with pytest.raises(peftplan.InputError, match=next(iter(kwargs))):
+    for on in (True, False):
+        args = transformers.TrainingArguments(**COMMON, activation_checkpointing=on, activation_checkpointing_kwargs=kwargs)
+        found = peftplan.estimate(CONFIG, training_args=args).assumptions
+        names = {"every_n_layers", "offload_checkpoints"}
+        assert {name: found[name] for name in found if name in names} == {k: v for k, v in expected.items() if on and k in names}
+        assert found["use_reentrant"] is kwargs.get("use_reentrant", False)
+
+
+def test_checkpointing_that_is_not_counted_is_refused() -> None:
+    trl = pytest.importorskip("trl")
+    args = trl.SFTConfig(**COMMON, gradient_checkpointing_kwargs={"selective": True}, bf16=False)
+    with pytest.raises(peftplan.InputError, match="selective"):
+        peftplan.estimate(CONFIG, training_args=args)
+
+
+def test_checkpointing_kwargs_are_checked_as_options() -> None:
+    transformers = pytest.importorskip("transformers")
+    args = transformers.TrainingArguments(
+        **COMMON, activation_checkpointing=True, activation_checkpointing_kwargs={"every_n_layers": 0}
+    )
+    with pytest.raises(peftplan.InputError, match="every_n_layers: 0 is not accepted"):
         peftplan.estimate(CONFIG, training_args=args)
 
 

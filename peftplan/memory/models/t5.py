@@ -144,7 +144,8 @@ class Stack:
             self.masks["cross"] = bidirectional_mask(model, words.dtype, cross=True)
         states = None if encoded is None else shared(f, encoded, self.sums)
 
-        how = (self.reentrant if model.running.checkpointing and model.running.reentrant else self.layers)(states)
+        handed_on = model.running.checkpointing and (model.running.reentrant or model.running.hosted)
+        how = (self.handing_on if handed_on else self.layers)(states)
         x = run_stack(
             model,
             t5_kinds(model, self.side),
@@ -168,8 +169,8 @@ class Stack:
 
         return How(layer)
 
-    def reentrant(self, states: Tensor | None) -> How:
-        """How they are called under reentrant checkpointing: the positions are arguments and results of each."""
+    def handing_on(self, states: Tensor | None) -> How:
+        """How they are called where checkpointing holds their arguments otherwise: the positions are among these, and results."""
         made: list[Tensor] = []
 
         def every() -> tuple[Any, ...]:
