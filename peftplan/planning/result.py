@@ -153,6 +153,11 @@ class Estimate:
         return self.peaks.ledgers[self.peaks.phase] if self.peaks else self.static
 
     @property
+    def largest_line(self) -> Line:
+        """The line of the ledger that takes most of the device."""
+        return max((line for line in self.ledger if line.place == "device"), key=Line.bytes)
+
+    @property
     def counted(self) -> tuple[Category, ...]:
         """The categories that this engine counts."""
         return CATEGORIES if self.peaks else COUNTED
@@ -202,6 +207,8 @@ class Estimate:
         if self.peaks is not None and self.peaks.replay:
             return self.replayed().to_dict()
         by_category = self.ledger.by_category()
+        line = self.largest_line
+        largest = {"category": line.category, "name": line.name.replace("{}", "*"), "bytes": line.bytes()}
         return {
             "schema_version": SCHEMA_VERSION,
             "engine": self.engine,
@@ -219,7 +226,8 @@ class Estimate:
             "assumptions": dict(self.assumptions),
             "not_modelled": list(self.not_modelled),
             "gpus": [
-                verdict.to_dict() | {"advice": [a.to_dict() for a in self.advice.get(verdict.gpu, ())]} for verdict in self.gpus
+                verdict.to_dict() | {"largest_line": largest, "advice": [a.to_dict() for a in self.advice.get(verdict.gpu, ())]}
+                for verdict in self.gpus
             ],
         }
 

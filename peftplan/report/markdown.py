@@ -6,7 +6,16 @@ from collections.abc import Iterable, Sequence
 
 from peftplan.planning.result import Estimate
 from peftplan.report import peak
-from peftplan.report.tabular import LINE_COLUMNS, assumption_rows, category_rows, incomplete, line_facts, not_counted, texts
+from peftplan.report.tabular import (
+    LINE_COLUMNS,
+    assumption_rows,
+    category_rows,
+    incomplete,
+    largest_line,
+    line_facts,
+    not_counted,
+    texts,
+)
 from peftplan.units import format_bytes
 
 
@@ -44,6 +53,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
     if result.gpus:
         verdicts = [texts((v.gpu, v.usable_bytes, v.headroom_bytes, v.verdict, v.why)) for v in result.gpus]
         parts.append(table(("gpu", "usable bytes", "left over", "verdict", "usable because"), verdicts))
+        parts.append(f"Largest line: {largest_line(result)}.")
         for gpu, found in result.advice.items():
             from peftplan.report import advice
 

@@ -44,6 +44,12 @@ def category_rows(result: Estimate) -> list[tuple[str, str, str]]:
     ]
 
 
+def largest_line(result: Estimate) -> str:
+    """What fills a card most."""
+    line = result.largest_line
+    return f"{family(line.name)} ({line.category}), {format_bytes(line.bytes())}"
+
+
 def incomplete(peaks: Peaks) -> list[str]:
     """What a peak leaves out, in lines: none where it is complete."""
     return [f"the peak is a lower bound: {what}" for what in peaks.incomplete]

@@ -19,7 +19,7 @@ from peftplan.planning.result import Estimate, Peaks
 if TYPE_CHECKING:
     from peftplan.planning.advice import Advice
 from peftplan.report import peak
-from peftplan.report.tabular import Column, assumption_rows, category_rows, incomplete, line_facts, not_counted
+from peftplan.report.tabular import Column, assumption_rows, category_rows, incomplete, largest_line, line_facts, not_counted
 from peftplan.units import format_bytes, format_count
 
 WIDE = 110
@@ -82,7 +82,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
         managed = format_bytes(result.managed_bytes)
         parts.append(f"and {managed} of paged optimizer states in CUDA managed memory, outside torch's allocator")
     if result.gpus:
-        parts += ["", _verdicts(result)]
+        parts += ["", _verdicts(result), f"largest line: {largest_line(result)}"]
         parts += [part for gpu, found in result.advice.items() if found for part in ("", _advice(gpu, found))]
     if verbose:
         parts += [f"{v.gpu}: {v.why}" for v in result.gpus]
