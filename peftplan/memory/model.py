@@ -174,6 +174,11 @@ class Model:
 
     def keep_gradients(self) -> None:
         """Make all gradients before the step, as those of the step before that `zero_grad(set_to_none=False)` left."""
+    def idle(self) -> set[str]:
+        """The families that train and that the step gave no gradient, which optimizers pass over."""
+        held = self._held.items()
+        return {name for (name, _), p in held if p.trainable} - {name for (name, _), p in held if p.grad is not None}
+
         for p in self.parameters.all:
             if p.trainable:
                 grad = self.tape.many(p.shape, p.dtype, "", p.copies)

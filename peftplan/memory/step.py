@@ -55,7 +55,9 @@ def steady_step(model: Model, program: Program) -> None:
     f.module = ""
     if scaler is not None:
         scaler.unscale(f, model.parameters)
-    optimizer_step(f, program.optimizer, [p for p in model.parameters.all if p.trainable], clips=program.trainer != "plain")
+    idle = model.idle()
+    trained = [p for p in model.parameters.all if p.trainable and p.name not in idle]
+    optimizer_step(f, program.optimizer, trained, clips=program.trainer != "plain")
     if model.running.peft_type == "ADALORA":
         from peftplan.memory.methods.adalora import allocate
 

@@ -99,6 +99,7 @@ class Parameter:
             self.grad = grad.detach() if grad.storage else tape.new(self.dims, self.dtype, "clone")
             number = self.grad.storage.number  # type: ignore[union-attr]
             tape.category[number] = "gradients"
+            tape.made_as[number] = tape.names[number]
             tape.names[number] = f"{self.name}.grad"
 
 
@@ -168,6 +169,8 @@ class Tape:
         self.dims: list[Dims] = [()]
         self.dtypes: list[str] = ["uint8"]
         self.names: list[str] = [""]
+        self.made_as: dict[int, str] = {}
+        """What the names were of those that became gradients of parameters."""
         self.made: list[int] = [0]
         """Segment in which a storage was made, negative in backward code; storages count from 1."""
         self.freed: dict[int, int] = {}

@@ -189,7 +189,7 @@ def _products(tape: Tape) -> Iterator[tuple[str, str]]:
     for at, n in enumerate(tape.log):
         if marks.get(at) in PHASES:
             thread = "backward" if marks[at] == "backward" else "forward"
-        library = PRODUCTS.get(tape.names[n].rpartition(" ")[2]) if n > 0 else None
+        library = PRODUCTS.get(tape.made_as.get(n, tape.names[n]).rpartition(" ")[2]) if n > 0 else None
         if library is not None:
             yield library, thread
     phases = [(at, what) for at, what in tape.marks if what in PHASES]

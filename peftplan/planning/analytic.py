@@ -179,6 +179,10 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         found,
         standing=standing,
         loading=loading,
+    if idle := model.idle():  # what gets no gradient gets no state
+        stated = (line for line in lasting if line.category == "optimizer_states")
+        stateless = {line.name for line in stated if line.name.rpartition(".")[0] in idle}
+        lasting = tuple(line for line in lasting if line.name not in stateless)
         load=partial(
             load_into,
             parameters=parameters,

@@ -137,6 +137,8 @@ class StandIn:
         self._made = True
         every: list[Allocation] = []
         for name, p in self.named:
+            if p.grad is None:  # passed over, as bitsandbytes' `Optimizer8bit.step` does
+                continue
             of_one = states(
                 self.optimizer,
                 shape=tuple(p.shape),

@@ -35,9 +35,10 @@ BART = {
 }
 GPTJ = {"model_type": "gptj", "n_embd": 256, "n_head": 8, "n_layer": 4, "rotary_dim": 16, "vocab_size": 500, "n_positions": 512}
 JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "hidden states of bf16": (LLAMA, {"method": "full", "trainer": "plain"}),
-    "fp32 inputs under autocast": (LLAMA, {"method": "lora", "trainer": "transformers", "dtype": "fp32"}),
-    "several micro batches": (LLAMA, {"method": "lora", "trainer": "transformers", "gradient_accumulation_steps": 2}),
+    "micro batches under autocast": (
+        LLAMA,
+        {"method": "lora", "trainer": "transformers", "dtype": "fp32", "gradient_accumulation_steps": 2},
+    ),
     "a mask by position": (GPT2, {"method": "full", "trainer": "plain", "attn_implementation": "eager", "padding": True}),
     "casts of gradients": (GPTJ, {"method": "full", "trainer": "transformers"}),
     "attention weights as results": (BLOOM, {"method": "lora", "trainer": "plain", "attn_implementation": "eager"}),
@@ -126,6 +127,19 @@ def test_deberta_is_refused_where_its_positions_train() -> None:
     job: dict[str, Any] = {"method": "full", "task_type": "SEQ_CLS", "num_labels": 3, "seq_len": 64, **REENTRANT}
     with pytest.raises(RefusedError, match="Trying to backward through the graph a second time"):
         estimate("deberta-v3-base", attn_implementation="eager", **job)
+
+
+def test_what_gets_no_gradient_has_no_state() -> None:
+    """Nothing before a ViT's layers asks for a gradient where bitsandbytes quantized it: its head alone trains."""
+    job: dict[str, Any] = {"method": "qlora", "r": 8, "task_type": "IMAGE_CLS", "num_labels": 10, "optim": "adamw_torch"}
+    with_states = []
+    for use_reentrant in (False, True):
+        peaks = estimate("vit-base-patch16-224-in21k", **job, gradient_checkpointing=True, use_reentrant=use_reentrant).peaks
+        assert peaks is not None
+        with_states.append(
+            {line.name.rpartition(".")[0] for line in peaks.ledgers["step"] if line.category == "optimizer_states"}
+        )
+    assert with_states[1] == {name for name in with_states[0] if name.startswith("classifier")} < with_states[0]
 
 
 def test_a_quantized_model_that_reads_no_text_has_nothing_that_asks_for_a_gradient() -> None:
