@@ -10,6 +10,7 @@
 | autocast | CUDA runs softmax, norms, sums, powers and losses in fp32, CPU fewer of them (autocast_mode.h) | `FP32_UNDER_CUDA` |
 | `torch.is_autocast_enabled()` | without an argument it asks about CUDA | `as_on_cuda` |
 | masks | transformers builds a full mask for fake tensors (`is_tracing`), none for real unpadded ones | `as_on_cuda` |
+| statistics of LayerNorm | fp32 for 16-bit inputs (layer_norm_kernel.cu: `acc_type`), on a CPU the inputs' dtype | `statistics` |
 | backward of indexing | under a mode a copy of the zeros (FunctionsManual.cpp), else in place | `in_place` |
 | sums of gradients | never in place into a tensor subclass (autograd `input_buffer.cpp`) | `tracker`, where torch would |
 | `tensor[mask]` | its size is data: fake tensors refuse | `scored.Rows`, `flash.Picked` |
@@ -169,6 +170,13 @@ def in_place(func: Any) -> Any:
         return func
     node = torch._C._current_autograd_node()
     return func if node is None else IN_PLACE.get((node.name(), func), func)
+
+
+def statistics(func: Any, out: Any) -> Any:
+    """The outputs of LayerNorm with its mean and rstd as CUDA keeps them."""
+    if func is not _ATEN.native_layer_norm.default:
+        return out
+    return out[0], *(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in out[1:])
 
 
 def in_fp32(func: Any, args: Any, kwargs: Any, *, device: str) -> Any:

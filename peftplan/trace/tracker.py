@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftplan.dtypes import parse_dtype
 from peftplan.memory.ledger import Category
-from peftplan.trace.differences import in_place
+from peftplan.trace.differences import in_place, statistics
 
 AUTOGRAD = "autograd"
 """The module of nodes that no forward made: accumulation of gradients."""
@@ -129,7 +129,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._enter_op()
         func = in_place(func)
         self._before(self, func, args)
-        out = func(*args, **(kwargs or {}))
+        out = statistics(func, func(*args, **(kwargs or {})))
         if isinstance(out, torch.Tensor):
             self._see(out, func, args[0] if args else None)
             if func in MAKE_ONES or func in KEEP_ONES:

@@ -59,6 +59,19 @@ def test_a_copy_that_code_asks_for_stays_a_copy() -> None:
     assert [m.storage.nbytes for m in tracker.log if m.kind == "alloc"].count(WHOLE) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_layer_norm_keeps_its_statistics_in_fp32(dtype: torch.dtype) -> None:
+    """Mean and rstd of 256 rows: 1024 bytes each in any dtype; the gradients have the input's."""
+    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, before=lambda *args: None)
+    with FakeTensorMode(), tracker:
+        x, w, b = (torch.empty(*dims, dtype=dtype, requires_grad=True) for dims in ((256, WIDTH), (WIDTH,), (WIDTH,)))
+        out = torch.nn.functional.layer_norm(x, (WIDTH,), w, b)
+        made = [m.storage.nbytes for m in tracker.log if m.kind == "alloc" and m.storage.op.startswith("aten.native_layer_norm")]
+        grads = torch.autograd.grad(out, (x, w, b), torch.empty_like(out))
+    assert made[1:] == [1024, 1024]
+    assert [g.dtype for g in grads] == [dtype] * 3
+
+
 Summed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 linear = torch.nn.functional.linear
 
