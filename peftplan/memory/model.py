@@ -104,6 +104,8 @@ class Model:
     waiting: list[Tensor] = field(default_factory=list)
     """Gradients of layers that stand as copies of another, made outside of the layers."""
     stacks: list[Stack] = field(default_factory=list)
+    on_host: list[tuple[Dims, str, int]] = field(default_factory=list)
+    """Dims and dtype of tensors that wait on the host while a micro batch runs, and how many there are."""
     micro_batch: int = 0
     """Which of a step's micro batches runs: each has stacks of its own."""
     _parts: dict[tuple[str, int | None], Part] = field(default_factory=dict)

@@ -96,6 +96,8 @@ def run_stack(
         x = boundary(f, x, f"{name} {number}")
         given = own(layer) if own else ()
         beside = every() if callable(every) else every
+        if flags[layer] and model.running.hosted and not model.micro_batch:
+            model.on_host += [(y.dims, y.dtype, 1 + extra.get(number, 0)) for y in (x, *beside) if type(y) is Tensor]
         found = model.checkpoint(run, layer, given, x, *beside) if flags[layer] else run(layer, given, x, *beside)
         x = found if outputs is None else found[0]
         if outputs is not None:

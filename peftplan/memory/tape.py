@@ -388,7 +388,7 @@ class Tape:
             return x
         if x.dtype != "fp32" or not self._is_leaf(x):
             return self.to(x, dtype)
-        leaf = x if type(x) is Parameter else x.storage
+        leaf = x if type(x) is Parameter else x.storage.number  # the cache does not hold what it casts
         if leaf not in self._casts:
             before, self.grad_enabled = self.grad_enabled, True  # so that the cast serves later calls too
             self._casts[leaf] = self.to(x, dtype)

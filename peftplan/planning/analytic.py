@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.arch.modules import Architecture
+from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
 from peftplan.memory.attention import FLASH_CAPABILITY, MASK_MULTIPLE
@@ -49,6 +51,8 @@ class Compiled(NamedTuple):
     loading_bytes: int
     virtual_tokens: int
     loss: LossSizes
+    on_host: tuple[tuple[tuple[Any, ...], str, int], ...] = ()
+    """Dims, dtype and number of the tensors that wait on the host for backward."""
 
     def facts(self, batch_size: Any, seq_len: Any) -> tuple[Any, ...]:
         """`shape_facts` of this job at other sizes, numbers or arrays."""
@@ -57,6 +61,12 @@ class Compiled(NamedTuple):
     def sizes(self, batch_size: Any, seq_len: Any) -> dict[str, Any]:
         """The named sizes at other sizes, numbers or arrays."""
         return sizes(batch_size, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
+
+    def assumed(self, named: Mapping[str, Any]) -> dict[str, int]:
+        """What a result says besides the setup: bytes that wait on the host for backward."""
+        numels = ((count * ITEMSIZE[dtype], dims) for dims, dtype, count in self.on_host)
+        nbytes = sum(size * prod(dim if isinstance(dim, int) else named[dim] for dim in dims) for size, dims in numels)
+        return {"offloaded_bytes": nbytes} if nbytes else {}
 
 
 def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Peaks:
@@ -86,9 +96,10 @@ def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_
             reserved=of_run[""].reserved,
             reserved_source=reserved.SOURCE,
             runs_within=run.fits,
+            assumed=found.assumed(named),
         )
 
-    return Peaks(ledgers=Ledgers(found, moments, named), totals=totals, replay=replayed)
+    return Peaks(ledgers=Ledgers(found, moments, named), totals=totals, replay=replayed, assumed=found.assumed(named))
 
 
 class Ledgers(Mapping[str, Ledger]):
@@ -196,6 +207,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         loading_bytes=loading.bytes(),
         virtual_tokens=model.virtual_tokens,
         loss=_loss_sizes(job),
+        on_host=tuple(model.on_host),
     )
 
 

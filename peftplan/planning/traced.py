@@ -81,9 +81,14 @@ def trace_peaks(
         runs_within=lambda capacity: replay(events, capacity_bytes=capacity).oom is None,
         reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
         incomplete=_unknown(found.unknown_ops),
-        assumed={**found.facts, **_without(found.replaced)},
+        assumed={**found.facts, **_without(found.replaced), **_on_host(found.host_bytes)},
         recording=Recorded(found) if record else None,
     )
+
+
+def _on_host(nbytes: int) -> dict[str, int]:
+    """What a result says of inputs of checkpointed layers that wait on the host."""
+    return {"offloaded_bytes": nbytes} if nbytes else {}
 
 
 def _without(packages: tuple[str, ...]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from peftplan.trace.expand import NotRepeatingError, Sample, grown
 from peftplan.trace.experts import experts_on
 from peftplan.trace.fake import FakeOn, fake_batch, fake_device, to_fake
 from peftplan.trace.flash import flash_attn_installed
+from peftplan.trace.hosted import counted_host
 from peftplan.trace.inputs import Inputs, inputs
 from peftplan.trace.kernels import kernel_packages
 from peftplan.trace.load import load
@@ -61,6 +62,8 @@ class Traced:
     """What the batch holds besides batch × seq tokens."""
     replaced: tuple[str, ...] = ()
     """Packages whose kernels the model would take if they were installed; its torch code was traced."""
+    host_bytes: int = 0
+    """The most that waits on the host for backward."""
     prepared: bool = False
     """Whether peft prepared a quantized base, after which it empties the cache (0.20 on, `prepare_model_for_kbit_training`)."""
 
@@ -174,6 +177,7 @@ def _deepened(small: Traced, large: Traced, *, stack: Stack) -> Traced:
         windows=counted,
         began=tuple(deep.began),
         managed_bytes=large.managed_bytes + more * (large.managed_bytes - small.managed_bytes),
+        host_bytes=large.host_bytes + more * (large.host_bytes - small.host_bytes),
         depths=stack.samples,
     )
 
@@ -208,6 +212,7 @@ def _run(
         Selected(given.selected),
         tracker,
         on_fake_tensors(from_host=adapter_from_host(setup, quant)),
+        counted_host() as host,
     ):
         load(built, tracker, setup, quant)
         optimizer = make_optimizer(setup, built.model, tracker)
@@ -236,6 +241,7 @@ def _run(
         unknown_ops=dict(tracker.data_dependent),
         facts={**given.facts, **losses.facts(setup.loss)},
         replaced=kernel_packages(built.base),
+        host_bytes=host.most,
         prepared=quant is not None and bool(setup.kbit_prepare),
     )
 

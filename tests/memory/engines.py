@@ -43,7 +43,12 @@ def shallow(model: str, layers: int = 4) -> dict[str, Any]:
 
 def phases(config: dict[str, Any], engine: Any, **options: Any) -> dict[str, int]:
     """Bytes at the peak of each phase."""
-    found = estimate(config, engine=engine, **{"batch_size": BATCH, "seq_len": TOKENS, **options}).peaks
+    return by_phase(estimate(config, engine=engine, **{"batch_size": BATCH, "seq_len": TOKENS, **options}))
+
+
+def by_phase(estimated: Any) -> dict[str, int]:
+    """Bytes at the peak of each phase of an estimate."""
+    found = estimated.peaks
     assert found is not None
     return {
         phase: sum(line.bytes() for line in ledger if line.place == "device" and line.name != "tails of unsplit blocks")
