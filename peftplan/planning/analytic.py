@@ -179,6 +179,10 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     steady_step(model, _program(job))
     found = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
     lasting = tuple(line for line in static if line.category != "gradients" and line.place == "device")
+    if idle := model.idle():  # what gets no gradient gets no state
+        stated = (line for line in lasting if line.category == "optimizer_states")
+        stateless = {line.name for line in stated if line.name.rpartition(".")[0] in idle}
+        lasting = tuple(line for line in lasting if line.name not in stateless)
     buffers = Ledger(tuple(line for line in lasting if line.category == "buffers"))
     dtype_of = partial(loaded_dtype, architecture, dtype=setup.dtype)
     doubled = job.quant is not None and bool(job.quant.double_quant)
@@ -190,10 +194,6 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         found,
         standing=standing,
         loading=loading,
-    if idle := model.idle():  # what gets no gradient gets no state
-        stated = (line for line in lasting if line.category == "optimizer_states")
-        stateless = {line.name for line in stated if line.name.rpartition(".")[0] in idle}
-        lasting = tuple(line for line in lasting if line.name not in stateless)
         load=partial(
             load_into,
             parameters=parameters,
