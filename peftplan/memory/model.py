@@ -174,13 +174,13 @@ class Model:
         """The tensors of a family of parameters that the step has used so far."""
         return [p for (family, _), p in self._held.items() if family == name]
 
-    def keep_gradients(self) -> None:
-        """Make all gradients before the step, as those of the step before that `zero_grad(set_to_none=False)` left."""
     def idle(self) -> set[str]:
         """The families that train and that the step gave no gradient, which optimizers pass over."""
         held = self._held.items()
         return {name for (name, _), p in held if p.trainable} - {name for (name, _), p in held if p.grad is not None}
 
+    def keep_gradients(self) -> None:
+        """Make all gradients before the step, as those of the step before that `zero_grad(set_to_none=False)` left."""
         for p in self.parameters.all:
             if p.trainable:
                 grad = self.tape.many(p.shape, p.dtype, "", p.copies)
