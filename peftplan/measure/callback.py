@@ -24,7 +24,8 @@ from peftplan.measure.record import record_of
 from peftplan.measure.recorder import BETWEEN, Recorder
 from peftplan.measure.run import Outcome
 from peftplan.measure.training import Seen, described, seen
-from peftplan.planning.estimate import estimate, prepare
+from peftplan.planning.estimate import estimate
+from peftplan.planning.prepare import prepare
 from peftplan.planning.result import Estimate
 from peftplan.planning.setup import Engine
 from peftplan.units import format_bytes

@@ -11,7 +11,7 @@ from peftplan.measure import cuda
 from peftplan.measure.identity import STEPS, WARMUP
 from peftplan.measure.record import record_of
 from peftplan.measure.run import measure
-from peftplan.planning.estimate import prepare
+from peftplan.planning.prepare import prepare
 
 OUTPUT = Path("runs.jsonl")
 

@@ -35,7 +35,7 @@ class Advice(NamedTuple):
 
 
 def advice(job: Job, again: Again, *, gpu: str) -> tuple[Advice, ...]:
-    """Changes for a card that the job does not fit, most useful first: those that suffice alone, then the others by what they save.
+    """Changes for a card that a job does not fit, most useful first: those that suffice alone, the others by what they save.
 
     Changes that the formulas have no number for, or that make no sense with the job, are left out. If no change suffices
     alone, the last entry is the combination of the cheapest that does, if there is one.

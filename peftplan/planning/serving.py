@@ -13,8 +13,9 @@ from peftplan.errors import InputError, MissingExtraError, NeedsTraceError, Refu
 from peftplan.inference import adapter_file, checkpoint, held, kv_cache, merging
 from peftplan.inference.safetensors import file_bytes
 from peftplan.inference.scratch import Device
-from peftplan.planning.estimate import adapter_dtypes, config_facts, config_of, model_facts, prepare
+from peftplan.planning.estimate import adapter_dtypes, config_facts, model_facts
 from peftplan.planning.job import Job
+from peftplan.planning.prepare import config_of, prepare
 from peftplan.planning.serving_result import AdapterFile, Cache, Checkpoint, Held, MergeMemory, Serving
 from peftplan.planning.setup import Count, first_error
 from peftplan.storage import QuantConfig

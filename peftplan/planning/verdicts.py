@@ -37,8 +37,8 @@ def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, hasty: bool = 
     """Reserved bytes and the context, where it is known, against what a program can get of the card.
 
     Where they are more, the job runs, tightly, if the allocator gets by once it gives cached memory back: a replay with that
-    capacity says so. Without a peak only a shortfall is certain: `static_bytes` is a lower bound, as is an incomplete peak. `hasty`:
-    peaks whose tensors alone are more are not replayed for it.
+    capacity says so. Without a peak only a shortfall is certain: `static_bytes` is a lower bound, as is an incomplete peak.
+    `hasty`: peaks whose tensors alone are more are not replayed.
     """
     from peftplan.hardware.context import context_bytes
     from peftplan.hardware.usable import usable_bytes

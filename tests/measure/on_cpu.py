@@ -35,7 +35,7 @@ def quick(order: dict[str, Any]) -> None:
     from peftplan.accuracy.jsonl import append
     from peftplan.accuracy.records import Measured, Peak, Record
     from peftplan.measure.identity import circumstances, new_id, run_of
-    from peftplan.planning.estimate import prepare
+    from peftplan.planning.prepare import prepare
 
     run = run_of(prepare(order["model"], **order["options"]))
     time.sleep(QUICK_SECONDS)

@@ -26,7 +26,7 @@ from peftplan.measure.identity import key, run_of
 from peftplan.measure.model import make
 from peftplan.measure.record import record_of
 from peftplan.measure.run import Outcome, measure
-from peftplan.planning.estimate import prepare
+from peftplan.planning.prepare import prepare
 from tests.measure.double import CONTEXT, Double
 
 SEQ_LEN = 64

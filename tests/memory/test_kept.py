@@ -24,8 +24,8 @@ import torch
 from peftplan import estimate
 from peftplan.dtypes import parse_dtype
 from peftplan.planning.analytic import Compiled, compiled
-from peftplan.planning.estimate import prepare
 from peftplan.planning.job import Job
+from peftplan.planning.prepare import prepare
 from peftplan.planning.traced import traced_config
 from peftplan.trace import engine
 from peftplan.trace.tracker import Storage, category_of

@@ -1,0 +1,165 @@
+"""What is asked for, checked and resolved: the same job for every engine and for measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftplan import methods
+from peftplan.arch import sources as architectures
+from peftplan.arch.modules import Architecture
+from peftplan.errors import InputError, RefusedError
+from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
+from peftplan.planning.job import Job
+from peftplan.planning.script import NO_SCRIPT, Script
+from peftplan.planning.setup import Setup, parse_setup, resolved
+from peftplan.planning.tasks import check_task
+from peftplan.storage import QuantConfig, check_trainable, parse_quant
+
+NOT_ON_4_BIT = ("loha", "lokr")
+"""Methods whose forward adds an update to the packed weight itself (`LycorisLayer`, peft 0.21.2) and raises a RuntimeError."""
+
+
+def prepare(
+    model: Any,
+    *,
+    method: str | None = None,
+    peft_config: Any = None,
+    quantization_config: Any = None,
+    training_args: Any = None,
+    script: Script = NO_SCRIPT,
+    **options: Any,
+) -> Job:
+    """What is asked for, checked and resolved: the same for every engine. Arguments and errors as `estimate`."""
+    options = _with_objects(options, training_args=training_args, quantization_config=quantization_config)
+    given, method_options = _separate(options)
+    chosen, config, adapter = _method(method, peft_config, method_options)
+    setup = parse_setup({**_method_setup(chosen, given), **{k: v for k, v in given.items() if v is not None}})
+    architecture = architectures.load(
+        model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
+    )
+    quant = _quant(setup, chosen)
+    setup = resolved(
+        setup,
+        quantized=quant is not None,
+        supports_sdpa=architecture.supports_sdpa,
+        use_cache=bool(architectures.load_config(model).get("use_cache", True)),
+        max_positions=architecture.max_positions,
+    )
+    check_task(model, architecture, setup)
+    adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
+    return Job(model, chosen, config, adapter, setup, quant, architecture, adaptation, script)
+
+
+def _with_objects(options: dict[str, Any], *, training_args: Any, quantization_config: Any) -> dict[str, Any]:
+    """The options with what the ecosystem's objects say beneath them; an option given as None sets nothing."""
+    if training_args is None and quantization_config is None:
+        return options
+    from peftplan.planning import ecosystem
+
+    stored = ecosystem.quant_options(quantization_config)
+    if options.get("quant") not in (None, stored.get("quant")):
+        stored = {}  # another format than the object's: its details do not apply
+    set_here = {name: value for name, value in options.items() if value is not None}
+    return {**ecosystem.training_options(training_args), **stored, **set_here}
+
+
+def _separate(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the setup, and the rest: fields of the method."""
+    known = Setup.model_fields
+    return {k: v for k, v in options.items() if k in known}, {k: v for k, v in options.items() if k not in known}
+
+
+def _method(
+    name: str | None, peft_config: Any, options: Mapping[str, Any]
+) -> tuple[methods.Method | None, MethodConfig | None, dict[str, Any]]:
+    """The method and its checked config; without them, the adapter config that only peft itself can count.
+
+    A method named beside an adapter config must be of its peft type; it adds what its name presets (`lora-fa`, `qlora`).
+    """
+    if peft_config is None and (other := methods.other_peft_type(name)) is not None:
+        from peftplan.trace.count import check_fields
+
+        raw = {"peft_type": other, **options}
+        check_fields(raw)
+        return None, None, raw
+    if peft_config is None:
+        method, config = methods.configure("lora" if name is None else str(name), options)
+        return method, config, {}
+    from peftplan.planning import ecosystem
+
+    raw = ecosystem.adapter_config(peft_config)
+    named = methods.method_named(name) if name else None
+    if named is not None and named.peft_type != _peft_type(raw):
+        raise InputError("method", name, f"the peft_config is of type {_peft_type(raw)}; accepted: a method of that type")
+    presets = {key: value for key, value in (named.defaults if named else {}).items() if key != "target_modules"}
+    raw = {**raw, **presets, **options}
+    try:
+        method, config = methods.from_peft_config(raw)
+        return named or method, config, raw
+    except NeedsPeftError:
+        if presets:
+            raise
+        return named, None, raw
+
+
+def _peft_type(raw: Mapping[str, Any]) -> str:
+    return str(getattr(raw.get("peft_type"), "value", raw.get("peft_type")))
+
+
+def _method_setup(method: methods.Method | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method implies for the setup where it is not set: QLoRA is NF4 with double quantization and bf16 compute; prefix
+    tuning runs without checkpointing, with which peft refuses it.
+    """
+    if method is not None and method.peft_type == "PREFIX_TUNING":
+        return {"gradient_checkpointing": False}
+    if method is None or method.quant is None:
+        return {}
+    quant = given.get("quant") or method.quant
+    if quant == "none":
+        raise InputError("quant", "none", f"{method.name} is adapters on a quantized base; accepted: a format, or another method")
+    four_bit = {"double_quant": True, "compute_dtype": "bf16"} if quant in ("nf4", "fp4") else {}
+    return {"quant": quant, **four_bit}
+
+
+def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:
+    quant = parse_quant(
+        setup.quant or "none",
+        double_quant=setup.double_quant,
+        bits=setup.quant_bits,
+        group_size=setup.quant_group_size,
+        blocksize=setup.quant_blocksize,
+        compute_dtype=setup.compute_dtype or (setup.dtype if setup.quant in ("nf4", "fp4") else None),
+        skip_modules=setup.quant_skip_modules,
+    )
+    check_trainable(quant)
+    if quant is not None and method is not None and method.name == "full":
+        raise RefusedError(f"quant: a base stored as {quant.name} cannot be trained in full; use a PEFT method or --quant none")
+    if quant is not None and method is not None and method.name in NOT_ON_4_BIT and quant.name in ("nf4", "fp4"):
+        raise RefusedError(f"quant: peft's {method.name} fails on the packed weights of a 4-bit base; accepted: int8 or none")
+    return quant
+
+
+def _adapt(
+    architecture: Architecture,
+    model: Any,
+    method: methods.Method | None,
+    config: MethodConfig | None,
+    adapter: Mapping[str, Any],
+    setup: Setup,
+) -> Adaptation:
+    try:
+        if method is not None and config is not None:
+            return methods.adapt(architecture, method, config)
+    except NeedsPeftError:
+        if not adapter:
+            raise
+    from peftplan.trace.count import count_with_peft
+
+    return count_with_peft(config_of(model, setup), adapter, task_type=architecture.task_type)
+
+
+def config_of(model: Any, setup: Setup) -> dict[str, Any]:
+    """The model's config with what the setup says about labels."""
+    labels = {} if setup.num_labels is None else {"num_labels": setup.num_labels}
+    return {**architectures.load_config(model), **labels}
