@@ -16,8 +16,9 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.memory.allocator.blocks import Block
 from peftplan.memory.allocator.core import Allocator
 from peftplan.memory.allocator.stats import Peaks
+from peftplan.memory.copies import Layers
 from peftplan.memory.ledger import Line
-from peftplan.memory.timeline import Kind, Layers, Timeline
+from peftplan.memory.timeline import Kind, Timeline
 from peftplan.planning.script import NO_SCRIPT, Script
 
 if TYPE_CHECKING:

@@ -43,18 +43,22 @@ def deberta(model: Model) -> Tensor:
     positions = position_embeddings(model, sums) if distances is not None else None
 
     held: list[Tensor] = []
+    returned = False
     checkpointed, kinds = model.running.checkpointing, kinds_of(model, "encoder")
     recomputed = checkpointed_layers(model, "encoder", len(kinds)) if checkpointed else (False,) * len(kinds)
 
     def layer(number: int, x: Tensor, mask: Tensor) -> Tensor:
-        if not recomputed[number]:  # whose frame holds it
+        if not returned and (model.running.hosted or not recomputed[number]):  # else its frame holds it
             held.append(x.detach())
         return encoder_layer(model, block, number, x, mask, distances, positions)
 
-    if len(set(recomputed)) > 1:  # how long a layer's output lives is the next layer's matter: each is run
+    if (
+        len(set(recomputed)) > 1 or model.running.hosted
+    ):  # how long a layer's output lives is the next layer's matter: each is run
         kinds = tuple(range(len(kinds)))
-    holds = not all(recomputed)
+    holds = model.running.hosted or not all(recomputed)
     x = run_stack(model, kinds, x, layer, name="layers", checkpointed=checkpointed, sums=sums, holds=holds, every=(mask,))
+    returned = True
     held.clear()  # which frames refer to
     del ones
     return x
