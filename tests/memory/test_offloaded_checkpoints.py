@@ -34,6 +34,7 @@ def test_the_forward_keeps_none_and_the_host_keeps_all() -> None:
         ("gpt2", {"method": "full", "attn_implementation": "eager"}),
         ({**T5, "num_layers": 4, "num_decoder_layers": 4}, {"method": "lora"}),
         ("bert-base-uncased", {"method": "lora", "padding": True, "every_n_layers": 3}),
+        ("deberta-v3-base", {"method": "full", "task_type": "SEQ_CLS", "num_labels": 3}),  # it holds what every layer returns
     ],
 )
 def test_both_engines_agree(model: Any, options: dict[str, Any]) -> None:
