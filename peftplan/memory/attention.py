@@ -80,7 +80,7 @@ def attend(
     grouped = a.num_attention_heads != a.num_key_value_heads
     if model.running.attention == "eager":
         q, k, v = _by_head(f, q, k, v, rotated=rotated)
-        return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide, bias=bias, cached=cached)
+        return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide, bias=bias, by_head=by_head, cached=cached)
     gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
     if model.running.attention == "sdpa" and grouped and (model.running.repeats_kv or not gqa):
         single = a.num_key_value_heads == 1
@@ -166,6 +166,7 @@ def eager(
     wide: bool = True,
     bias: Tensor | None = None,
     joined: bool = False,
+    by_head: bool = False,
     cached: bool | None = None,
 ) -> Tensor:
     """`eager_attention_forward`: scores, softmax, and the weights, which live until the layer returns.
@@ -174,10 +175,13 @@ def eager(
     `wide`: softmax in fp32 and its result cast back; else in the scores' dtype, or as autocast says, in fp32 and left so.
     """
     f = model.tape
-    keys, values = (repeat_kv(f, x, a, copies=a.num_key_value_heads > 1 or model.running.batch_size > 1) for x in (k, v))
-    copied = a.num_attention_heads != a.num_key_value_heads or ((model.joins if cached is None else cached) and not joined)
+    single = a.num_key_value_heads == 1 != a.num_attention_heads  # a view, which `matmul` copies when it comes to it
+    keys, values = (repeat_kv(f, x, a, copies=not single) for x in (k, v))
+    grouped = a.num_attention_heads != a.num_key_value_heads
+    copied = not single and (grouped or ((model.joins if cached is None else cached) and not joined))
     given = q.dtype
-    scores = _scores(f, q if joined else batched(model, q), keys if copied or joined else batched(model, keys))
+    moved = joined or by_head
+    scores = _scores(f, q if moved else batched(model, q), keys if copied or moved else batched(model, keys))
     if scales:
         scores = ops.scale(f, scores)
     if a.softcap:

@@ -21,11 +21,11 @@ def bloom(model: Model) -> Tensor:
     """`BloomModel.forward`."""
     f = model.tape
     tokens = model.inputs()
-    x = layer_norm(model, "transformer.word_embeddings_layernorm", tokens, None)
+    given = [layer_norm(model, "transformer.word_embeddings_layernorm", tokens, None)]  # no name holds it while the layers run
     f.module = "transformer"
     heads = model.arch.blocks[0].attentions[0].num_attention_heads
-    alibi = f.new(("b", heads, 1, model.keys), x.dtype, "alibi")
-    x = run_layers(model, BLOOM, x, lambda window: (alibi,), dtype=tokens.dtype)
+    alibi = f.new(("b", heads, 1, model.keys), given[0].dtype, "alibi")
+    x = run_layers(model, BLOOM, given.pop(), lambda window: (alibi,), dtype=tokens.dtype)
     del tokens
     return x
 

@@ -143,11 +143,12 @@ def decoder(model: Model, style: Style) -> Tensor:
     f.module = "model"
     if style.multiplied:
         embedded = x = ops.scale(f, x)
-    x = ops.dropout(f, x, model.arch.dropout.embedding)
+    given = [ops.dropout(f, x, model.arch.dropout.embedding)]  # no name holds it while the layers run
+    del x
     _positions = f.new((model.seq,), "int64", "position_ids")
     windows = {block.attentions[0].window for block in model.arch.blocks} if style.tables_by_window else {None}
-    tables = {window: rotary_tables(model, "fp32" if style.wide_tables else x.dtype) for window in windows}
-    x = run_layers(model, style, x, lambda window: tables[window if style.tables_by_window else None])
+    tables = {window: rotary_tables(model, "fp32" if style.wide_tables else given[0].dtype) for window in windows}
+    x = run_layers(model, style, given.pop(), lambda window: tables[window if style.tables_by_window else None])
     del embedded
     return x
 
@@ -181,10 +182,12 @@ def run_layers(
     def its_mask(number: int) -> tuple[Tensor | None]:
         return (masks[blocks[number].attentions[0].window],)
 
+    given = [x]  # no name holds it while the layers run
+    del x
     x = run_stack(
         model,
         kinds_of(model),
-        x,
+        given.pop(),
         layer,
         name="layers",
         checkpointed=model.running.checkpointing,

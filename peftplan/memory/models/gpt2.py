@@ -24,9 +24,8 @@ def model_forward(model: Model, style: Style) -> Tensor:
     _positions = f.new((model.seq,), "int64", "position_ids")
     positions = model.embedding("transformer.wpe", (1, model.seq), _positions)
     f.module = "transformer"
-    x = ops.add(f, tokens, positions)
-    x = ops.dropout(f, x, model.arch.dropout.embedding)
-    x = run_layers(model, style, x, lambda window: ())
+    given = [ops.dropout(f, ops.add(f, tokens, positions), model.arch.dropout.embedding)]  # no name holds it while layers run
+    x = run_layers(model, style, given.pop(), lambda window: ())
     del tokens, positions
     return x
 
@@ -37,12 +36,11 @@ def block(c: Call, x: Tensor) -> Tensor:
     x = c.norm("ln_1", x)
     attended = c.behind("attention", attention(c, x))
     x = ops.add(c.at(), attended, residual)
-    residual = x
-    x = c.norm("ln_2", x)
-    x = mlp(c, x)
+    normed = c.norm("ln_2", x)
+    inner = [mlp(c, normed)]  # no name holds it once it went through dropout
     c.at("mlp")
-    out = c.behind("output", c.dropout(x))
-    return ops.add(c.at(), residual, out)
+    out = c.behind("output", c.dropout(inner.pop()))
+    return ops.add(c.at(), x, out)
 
 
 def attention(c: Call, x: Tensor) -> Tensor:

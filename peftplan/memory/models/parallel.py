@@ -143,14 +143,14 @@ def gptj_rotary(c: Call, f: Tape, x: Tensor) -> Tensor:
 def gptj(model: Model) -> Tensor:
     """`GPTJModel.forward`: rows of a table of sines and cosines."""
     f = model.tape
-    embedded = x = model.inputs()
+    embedded = model.inputs()
     f.module = "transformer"
-    x = ops.dropout(f, x, model.arch.dropout.embedding)
+    given = [ops.dropout(f, embedded, model.arch.dropout.embedding)]  # no name holds it while the layers run
     _positions = f.new((model.seq,), "int64", "position_ids")
     rotary_dim = model.arch.blocks[0].attentions[0].rotary_dim
     assert rotary_dim is not None
-    table = f.new((1, model.seq, rotary_dim), x.dtype, "sines and cosines")
-    x = run_layers(model, GPTJ, x, lambda window: (table,))
+    table = f.new((1, model.seq, rotary_dim), given[0].dtype, "sines and cosines")
+    x = run_layers(model, GPTJ, given.pop(), lambda window: (table,))
     del embedded
     return x
 
