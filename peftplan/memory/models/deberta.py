@@ -103,12 +103,19 @@ def encoder_layer(
 ) -> Tensor:
     """`DebertaV2Layer.forward`."""
     f = model.tape
-    out = Scores(model, block.attentions[0], number).attention(x, mask, distances, positions)
-    attention_output = output(model, f"{LAYER}.attention.output", number, out, x)
+    attention_output = attention(model, block, number, x, mask, distances, positions)
     inner = model.linear(f"{LAYER}.intermediate.dense", attention_output, number)
     f.module = f"{LAYER}.intermediate.intermediate_act_fn"
     inner = activation(f, inner, block.mlp.activation)
     return output(model, f"{LAYER}.output", number, inner, attention_output)
+
+
+def attention(
+    model: Model, block: Block, number: int, x: Tensor, mask: Tensor, distances: Tensor | None, positions: Tensor | None
+) -> Tensor:
+    """`DebertaV2Attention.forward`, which holds what self-attention returns."""
+    out = Scores(model, block.attentions[0], number).attention(x, mask, distances, positions)
+    return output(model, f"{LAYER}.attention.output", number, out, x)
 
 
 def gather(f: Tape, x: Tensor, index: Tensor, dims: tuple[Any, ...]) -> Tensor:
