@@ -148,6 +148,13 @@ def spread(f: Tape, x: Tensor, heads: Dim) -> Tensor:
     return f.new((b, heads, s, d), x.dtype, "clone", f.record(_repeat_backward, (x,), x.dims))
 
 
+def for_all(model: Model, x: Tensor, heads: Dim) -> Tensor:
+    """What `matmul` makes of one head for many: a copy for each, of one sequence a view."""
+    if model.running.batch_size > 1:
+        return spread(model.tape, x, heads)
+    return ops.expanded(model.tape, x, (x.dims[0], heads, *x.dims[2:]))
+
+
 def batched(model: Model, x: Tensor) -> Tensor:
     """What `matmul` makes of a (b, heads, …) view that lies (b, s, heads, d): a copy, unless the batch is one."""
     return ops.copied(model.tape, x, "clone") if model.running.batch_size > 1 else x
@@ -245,7 +252,7 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     weights = ops.dropout(f, weights, dropout)
     low = f.to(weights.detach(), given)
     if broadcast:
-        values = spread(f, values, q.dims[1])
+        values = for_all(model, values, q.dims[1])
     elif not copied:
         values = batched(model, values)
     out = f.to(ops.matmul(f, weights, values, (*q.dims[:3], v.dims[3])), given)
@@ -257,7 +264,7 @@ def _math_scores(model: Model, q: Tensor, k: Tensor, *, broadcast: bool, copied:
     f = model.tape
     q = batched(model, q)
     if broadcast:
-        k = spread(f, k, q.dims[1])
+        k = for_all(model, k, q.dims[1])
     elif not copied:
         k = batched(model, k)
     return _scores(f, q, k)

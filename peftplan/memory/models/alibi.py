@@ -87,14 +87,20 @@ def _baddbmm_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
 
 
 def bloom_gelu(f: Tape, x: Tensor) -> Tensor:
-    """`GeLUFunction`: keeps its input alone."""
-    held = [f.new(x.dims, x.dtype, "mul")]
-    for _ in range(2):
-        passing = f.new(x.dims, x.dtype, "mul")
-        more = f.new(x.dims, x.dtype, "mul")
-        del passing, more
-    held.append(f.new(x.dims, x.dtype, "tanh"))
-    return f.new(x.dims, x.dtype, "mul", f.record(_bloom_gelu_backward, (x,), x))
+    """`GeLUFunction`: keeps its input alone. `x * 0.5 * (1 + tanh(0.798 * x * (1 + 0.0447 * x * x)))`, an operation at a time."""
+    half, scaled, passing = (f.new(x.dims, x.dtype, "mul") for _ in range(3))
+    square = f.new(x.dims, x.dtype, "mul")
+    passing = f.new(x.dims, x.dtype, "add")
+    del square
+    inner = f.new(x.dims, x.dtype, "mul")
+    del scaled, passing
+    tanh = f.new(x.dims, x.dtype, "tanh")
+    del inner
+    plus = f.new(x.dims, x.dtype, "add")
+    del tanh
+    out = f.new(x.dims, x.dtype, "mul", f.record(_bloom_gelu_backward, (x,), x))
+    del half, plus
+    return out
 
 
 def _bloom_gelu_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
-from peftplan.memory.attention import attend, batched, gathered, spread
+from peftplan.memory.attention import attend, batched, for_all, gathered
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, mlp, rotary_tables, rotate_all, run_layers
 from peftplan.memory.norms import layer_norm
@@ -134,9 +134,7 @@ def _for_all(c: Call, x: Tensor) -> Tensor:
     every = c.block.attentions[0].num_attention_heads
     if x.dims[1] == every:
         return x if c.model.joins else batched(c.model, x)
-    if c.model.running.batch_size > 1:
-        return spread(c.tape, x, every)
-    return ops.expanded(c.tape, x, (x.dims[0], every, *x.dims[2:]))
+    return for_all(c.model, x, every)
 
 
 def _divided_in_place(f: Tape, x: Tensor) -> Tensor:
