@@ -58,9 +58,12 @@ METHODS: tuple[Options, ...] = (
 )
 DRAWS = 3
 """Cells per model type and method."""
-REENTRANT: Options = {"gradient_checkpointing": True, "use_reentrant": True}
-REENTRANT_DRAWS = 2
-"""Further cells per model type, of any method that allows checkpointing."""
+CHECKPOINTED: dict[str, tuple[int, Options]] = {
+    "reentrant": (2, {"use_reentrant": True}),
+    "every second": (1, {"every_n_layers": 2}),
+    "on the host": (1, {"offload_checkpoints": True}),
+}
+"""Further cells per model type, of any method that allows checkpointing: how many, and how it is done."""
 AXES: dict[str, tuple[Options, ...]] = {
     "trainer": ({"trainer": "plain"}, {"trainer": "transformers"}, {"trainer": "trl"}),
     "precision": (
@@ -163,9 +166,10 @@ def cells(*, model_types: Iterable[str] | None = None) -> Iterator[Cell]:
                 yield _cell(model_type, method, random.Random(f"{model_type} {sorted(method.items())} {number}"))
     checkpointed = [method for method in METHODS if method["method"] != "prefix-tuning"]
     for model_type in chosen:
-        for number in range(REENTRANT_DRAWS):
-            draw = random.Random(f"{model_type} reentrant {number}")
-            yield _cell(model_type, draw.choice(checkpointed), draw, **REENTRANT)
+        for way, (draws, stated) in CHECKPOINTED.items():
+            for number in range(draws):
+                draw = random.Random(f"{model_type} {way} {number}")
+                yield _cell(model_type, draw.choice(checkpointed), draw, gradient_checkpointing=True, **stated)
 
 
 def _cell(model_type: str, method: Options, draw: random.Random, **stated: Any) -> Cell:

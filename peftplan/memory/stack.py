@@ -80,7 +80,10 @@ def run_stack(
     f = model.tape
     flags = checkpointed_layers(model, name, len(kinds)) if checkpointed else (False,) * len(kinds)
     name = f"{name}/{model.micro_batch}" if model.micro_batch else name
-    sections, extra, at = _placed(paired(kinds, flags), summing=sums is not None, mixed=len(set(flags)) > 1)
+    mixed = len(set(flags)) > 1
+    if mixed and outputs is not None:  # how long they live is the next layer's matter too: each is run
+        kinds = tuple(range(len(kinds)))
+    sections, extra, at = _placed(paired(kinds, flags), summing=sums is not None, mixed=mixed)
     copies = {f"{name} {number}": count for number, count in extra.items()}
     places = {f"{name} {number}": f"{name} {place}" for number, place in at.items()}
 

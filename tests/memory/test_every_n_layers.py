@@ -61,6 +61,7 @@ def test_every_layer_is_run_or_stands_as_a_copy() -> None:
         ("gpt2", {"method": "lora", "every_n_layers": 2, "trainer": "plain", "gradient_checkpointing": True}),
         ({**T5, "num_layers": 5, "num_decoder_layers": 4}, {"method": "lora", "every_n_layers": 2}),
         ("gemma-3-270m", {"method": "lora", "every_n_layers": 3}),
+        ("bloom-560m", {"method": "lora", "every_n_layers": 2, "attn_implementation": "eager"}),  # hands its weights out
         ("deberta-v3-base", {"method": "lora", "every_n_layers": 2, "task_type": "SEQ_CLS", "num_labels": 3}),
     ],
 )
