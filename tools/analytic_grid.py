@@ -4,15 +4,16 @@
 
 Every model type with an adapter, at the widths of a published model and a few layers; every method, dtype, kernel, trainer and
 optimizer of `AXES`, drawn for each cell with a seed. Drift is analytic ÷ traced − 1, of the allocated peak and of each phase.
-What one engine refuses the other must refuse too. Needs the extra `trace`; the whole grid takes three quarters of an hour on
-two cores.
+What one engine refuses the other must refuse too, for the same reason. Needs the extra `trace`; the whole grid takes half an
+hour on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 from peftplan.arch import catalogue
 from peftplan.arch.adapters import ADAPTERS
 from peftplan.arch.sources import load, load_config
-from peftplan.errors import PeftplanError
+from peftplan.errors import NeedsTraceError, PeftplanError
 from peftplan.planning.estimate import estimate
 from peftplan.report.markdown import table
 
@@ -195,7 +196,10 @@ def _peaks(config: dict[str, Any], cell: Cell, engine: Any) -> dict[str, int] | 
         found = estimate(config, engine=engine, **dict(cell.options))
     except PeftplanError as error:
         return f"refused: {error}"
-    return dict(found.peaks.replayed.by_phase) if found.peaks else f"no formula: {found.not_modelled[0]}"
+    if found.peaks:
+        return dict(found.peaks.replayed.by_phase)
+    reason = found.not_modelled[0]
+    return f"no formula: {reason}" if reason.endswith(NeedsTraceError.hint) else f"refused: {reason}"
 
 
 def run(chosen: list[Cell], *, jobs: int) -> list[Outcome]:
@@ -209,7 +213,7 @@ def run(chosen: list[Cell], *, jobs: int) -> list[Outcome]:
 def page(outcomes: list[Outcome], *, worst: int = 25) -> str:
     """The drift of all cells, by phase, by model type and by method; the worst cells, and those without a number."""
     scored = [o for o in outcomes if o.drift("peak") is not None]
-    parts = [f"{len(outcomes)} cells: {len(scored)} scored, {_count(outcomes, both=True)} refused by both engines."]
+    parts = [f"{len(outcomes)} cells: {len(scored)} scored, {sum(map(_refused_by_both, outcomes))} refused by both engines."]
     phases = [(phase, *_summary(scored, phase)) for phase in ("peak", *PHASES)]
     parts.append(table(("peak of", "cells", "median without sign", "median", "lowest", "highest"), phases))
     for title, key in (("model type", lambda o: o.cell.model_type), ("method", _method), ("trainer", _of("trainer"))):
@@ -221,9 +225,12 @@ def page(outcomes: list[Outcome], *, worst: int = 25) -> str:
     ordered = sorted(scored, key=_farthest, reverse=True)[:worst]
     rows = [(_percent(o.drift("peak")), *(_percent(o.drift(p)) for p in PHASES), f"`{o.cell.command}`") for o in ordered]
     parts.append("## The farthest cells\n\n" + table(("peak", *PHASES, "repeat"), rows))
+    refused = Counter((reason(o.analytic), reason(o.traced)) for o in outcomes if _refused_by_both(o))
+    rows = [(str(count), ours, "the same" if ours == theirs else theirs) for (ours, theirs), count in refused.most_common()]
+    parts.append("## Cells that both engines refuse\n\n" + table(("cells", "analytic", "traced"), rows))
     missing = [o for o in outcomes if o.drift("peak") is None and not _refused_by_both(o)]
     if missing:
-        rows = [(_reason(o.analytic), _reason(o.traced), f"`{o.cell.command}`") for o in missing]
+        rows = [(reason(o.analytic), reason(o.traced), f"`{o.cell.command}`") for o in missing]
         parts.append("## Cells that one engine alone has no number for\n\n" + table(("analytic", "traced", "repeat"), rows))
     return "\n\n".join(parts) + "\n"
 
@@ -245,12 +252,12 @@ def _refused_by_both(o: Outcome) -> bool:
     return all(isinstance(found, str) and found.startswith("refused") for found in (o.analytic, o.traced))
 
 
-def _count(outcomes: list[Outcome], *, both: bool) -> int:
-    return sum(_refused_by_both(o) is both for o in outcomes)
-
-
-def _reason(found: dict[str, int] | str) -> str:
-    return found[:160] if isinstance(found, str) else "a number"
+def reason(found: dict[str, int] | str) -> str:
+    """Why there is no number: what a library raised without where it did and its counts, else our own words."""
+    if not isinstance(found, str):
+        return "a number"
+    raised = re.search(r"\w+(Error|Exception): .*", found)
+    return re.sub(r"\d+", "N", raised[0]) if raised else found.partition(": ")[2]
 
 
 def _summary(outcomes: list[Outcome], phase: str) -> tuple[str, ...]:
@@ -287,8 +294,8 @@ HEADER = """# Drift of analytic peaks from traced ones
 What the closed formulas say of a training step against a real step of the installed libraries on fake tensors. Drift is
 analytic ÷ traced − 1 of allocated bytes: plus is too much. The cells are drawn with a seed from every model type with an adapter
 (the smallest built-in model of each, at most six layers deep), every method, dtype, attention, trainer, optimizer and shape that
-`tools/analytic_grid.py` lists. Traced peaks count the tails of blocks that the allocator hands out whole; the formulas do not.
-Written by `python tools/analytic_grid.py --write`.
+`tools/analytic_grid.py` lists. Both count the tails of blocks that the allocator hands out whole, each from a replay of its own
+events. Written by `python tools/analytic_grid.py --write`.
 
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from peftplan.arch.modules import Architecture
-from peftplan.errors import RefusedError
+from peftplan.errors import NoEngineError, RefusedError
 from peftplan.memory.model import PROMPTED
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ SHAPED_BY_LABELS = ("bloom", "falcon", "mpt")
 
 
 def check_virtual_tokens(job: Job) -> None:
-    """Raises RefusedError where the libraries do, NeedsTraceError where a prefix has no formulas."""
+    """Raises RefusedError where the libraries do, NeedsTraceError where a prefix has no formulas.
+
+    NoEngineError, which leaves a job its counts, where earlier versions of the libraries ran what these refuse.
+    """
     peft_type = job.method.peft_type if job.method else None
     if peft_type == PREFIX and job.setup.gradient_checkpointing:
         raise RefusedError("peft 0.21.2 refuses it: ValueError: PREFIX_TUNING does not work with gradient checkpointing.")
@@ -43,8 +46,9 @@ def check_virtual_tokens(job: Job) -> None:
 def _check_prefix(job: Job) -> None:
     arch = job.architecture
     if arch.task_type not in LANGUAGE:  # peft looks for an argument that transformers 5.24 renamed to `cache`
-        raise RefusedError(
-            "peft 0.21.2 refuses it: ValueError: Model does not support past key values which are required for prefix tuning."
+        raise NoEngineError(
+            "peft 0.21.2 refuses to run it: "
+            "ValueError: Model does not support past key values which are required for prefix tuning."
         )
     if any(a.variant == "mla" and a.num_attention_heads > 1 for block in arch.blocks for a in block.attentions):
         raise RefusedError(
