@@ -38,10 +38,11 @@ def causal_lm_loss(f: Tape, logits: Tensor) -> Tensor:
 
 
 def plain_cross_entropy(f: Tape, logits: Tensor) -> Tensor:
-    """`CrossEntropyLoss` of logits as they are: in their own dtype, or in fp32 under autocast."""
-    x = f.cast(logits, "fp32") if f.autocast else logits
-    log_probabilities = ops.keeps_output(f, x, "log_softmax")
-    del x
+    """`CrossEntropyLoss` of logits as they are. Autocast leaves `log_softmax` alone, whose dtype torch states (aten LossNLL.cpp,
+    `cross_entropy_loss`; `set_opt_dtype` of autocast_mode.h), and casts for `nll_loss`."""
+    log_probabilities = ops.keeps_output(f, logits, "log_softmax")
+    if f.autocast:
+        log_probabilities = f.cast(log_probabilities, "fp32")
     node = f.record(_plain_nll_backward, (log_probabilities,), log_probabilities)
     loss = f.new((), log_probabilities.dtype, "nll_loss", node)
     f.keep(node, f.new((), log_probabilities.dtype, "nll_loss total weight"))

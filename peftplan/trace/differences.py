@@ -8,6 +8,7 @@
 | softmax(fp16, dtype=fp32) | CUDA's kernel reads fp16, writes fp32; CPU copies to fp32 first (ATen SoftMax.cpp) | `_softmax` |
 | softmax backward | CUDA's kernel makes `grad * output` first (SoftMax.cu: `softmax_backward_cuda_out`) | `KERNEL_TEMPORARIES` |
 | autocast | CUDA runs softmax, norms, sums, powers and losses in fp32, CPU fewer of them (autocast_mode.h) | `FP32_UNDER_CUDA` |
+| cross entropy in autocast | CPU casts logits, CUDA log probabilities (LossNLL.cpp, `set_opt_dtype`) | `cross_entropy` |
 | `torch.is_autocast_enabled()` | without an argument it asks about CUDA | `as_on_cuda` |
 | masks | transformers builds a full mask for fake tensors (`is_tracing`), none for real unpadded ones | `as_on_cuda` |
 | statistics of LayerNorm | fp32 for 16-bit inputs (layer_norm_kernel.cu: `acc_type`), on a CPU the inputs' dtype | `statistics` |
@@ -51,7 +52,7 @@ FP32_UNDER_CUDA: frozenset[Any] = frozenset(
     }
 )  # fmt: skip
 """What CUDA's autocast runs in fp32 (`AT_FORALL_FP32`, aten/src/ATen/autocast_mode.h, torch 2.13); those that a Python name
-reaches. `cross_entropy` is made of `log_softmax` and `nll_loss`, both listed."""
+reaches."""
 
 
 class CudaLike(TorchFunctionMode):
@@ -105,6 +106,16 @@ class CudaLike(TorchFunctionMode):
             return in_fp32(func, args, kwargs, device=self._device)
         return func(*args, **kwargs)
 
+    def cross_entropy(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`cross_entropy` of class indices under autocast: `log_softmax` in the dtype of the logits, which `cross_entropy_loss`
+        (LossNLL.cpp) states and CUDA's policy so leaves alone (`set_opt_dtype`, autocast_mode.h), then `nll_loss` in fp32."""
+        logits, target, smoothing, options = _entropy_arguments(*args, **kwargs)
+        if smoothing or target.is_floating_point() or not (self._autocast and torch.is_autocast_enabled(self._device)):
+            return func(*args, **kwargs)
+        with torch.autocast(self._device, enabled=False):
+            log_probabilities = torch.log_softmax(logits, 1 if logits.dim() > 1 else 0)
+        return F.nll_loss(log_probabilities.float(), target, **options)
+
     def sum(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`sum`, under autocast with an fp32 result: CUDA's kernel reads 16-bit numbers as they are (`make_reduction_from_ty`,
         aten/src/ATen/native/ReduceOpsUtils.h, torch 2.13)."""
@@ -130,6 +141,13 @@ def _dropout_arguments(input: Any, p: float = 0.5, training: bool = True, inplac
     return input, p, train.get("train", training), inplace
 
 
+def _entropy_arguments(
+    input: Any, target: Any, weight: Any = None, size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
+    reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Any:  # fmt: skip
+    return input, target, label_smoothing, {"weight": weight, "ignore_index": ignore_index, "reduction": reduction}
+
+
 RULES: dict[Any, Callable[[CudaLike, Any, Any, Any], Any]] = {
     torch.Tensor.backward: CudaLike.backward,
     torch.autograd.backward: CudaLike.backward,
@@ -137,6 +155,7 @@ RULES: dict[Any, Callable[[CudaLike, Any, Any, Any], Any]] = {
     F.dropout: CudaLike.dropout,
     torch.dropout: CudaLike.dropout,
     F.softmax: CudaLike.softmax,
+    F.cross_entropy: CudaLike.cross_entropy,
     torch.sum: CudaLike.sum,
     torch.Tensor.sum: CudaLike.sum,
     torch.softmax: CudaLike.softmax,

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
+from peftplan.trace.differences import CudaLike
 from peftplan.trace.tracker import Tracker
 
 ROWS, WIDTH = 64, 32
@@ -48,6 +49,18 @@ def test_backward_of_indexing_writes_into_its_zeros(pick: Callable[[torch.Tensor
     made = [m.storage.nbytes for m in tracker.log if m.kind == "alloc"]
     assert made.count(WHOLE) == 1
     assert found.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_casts_the_log_probabilities_of_a_cross_entropy_not_its_logits(dtype: torch.dtype) -> None:
+    """As CUDA's own dispatcher does, seen with a CUDA build of torch 2.12: 16-bit log probabilities, and a copy in fp32."""
+    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, before=lambda *args: None)
+    cuda = CudaLike(capability=(8, 0), autocast=True, device="cpu")
+    with FakeTensorMode(), cuda, tracker, torch.autocast("cpu", dtype=dtype):
+        logits = torch.empty(ROWS, WIDTH, dtype=dtype, requires_grad=True)
+        torch.nn.functional.cross_entropy(logits, torch.empty(ROWS, dtype=torch.int64))
+    made = [m.storage.nbytes for m in tracker.log if m.kind == "alloc"][1:]
+    assert [nbytes for nbytes in made if nbytes >= WHOLE // 2] == [WHOLE // 2, WHOLE]
 
 
 def test_a_copy_that_code_asks_for_stays_a_copy() -> None:
