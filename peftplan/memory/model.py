@@ -132,7 +132,7 @@ class Model:
             held, _, _ = original.rpartition(".")
             found = next(((p, leaf) for p, part in families.get(held, ()) if part == original.rpartition(".")[2]), None)
             if found is not None:
-                families.setdefault(module, []).append(found)
+                families.setdefault(module, []).insert(0, found)  # before a trainable copy, which takes its place
         self._families = families
         own = {name.removesuffix(TOKEN_ADAPTER): name for name in families if name.endswith(TOKEN_ADAPTER)}
         ties = {tied.rpartition(".")[0]: original.rpartition(".")[0] for tied, original in self.arch.ties}

@@ -47,6 +47,16 @@ def test_each_phase_peaks_where_the_trace_does(method: str, options: dict[str, A
     assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
 
 
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_the_trained_copy_of_a_tied_module_is_a_weight_of_its_own(modules: list[str]) -> None:
+    """Which the head multiplies by, and which gets a gradient and states."""
+    for package in ("torch", "transformers", "peft"):
+        pytest.importorskip(package)
+    tied = {**LLAMA, "tie_word_embeddings": True, "vocab_size": 20_000}
+    analytic, traced = (phases(tied, engine, **SHORT, method="lora", modules_to_save=modules) for engine in ("analytic", "trace"))
+    assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
+
+
 def test_a_prefix_refuses_checkpointing_as_peft_does() -> None:
     """peft raises when the prompt encoder is made."""
     with pytest.raises(RefusedError, match="PREFIX_TUNING does not work with gradient checkpointing"):
