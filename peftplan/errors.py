@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 
 
 def nearest(name: str, choices: Sequence[str], *, most: int = 3, cutoff: float = 0.5) -> list[str]:
-    """The choices that read most like `name`, best first."""
+    """The choices that read most like `name`, best first; those that begin with it before all others."""
     from difflib import get_close_matches  # needed only once something is wrong
 
-    return get_close_matches(name, choices, n=most, cutoff=cutoff)
+    longer = [choice for choice in choices if name and choice.startswith(name)]
+    return list(dict.fromkeys((*longer, *get_close_matches(name, choices, n=most, cutoff=cutoff))))[:most]
 
 
 class PeftplanError(Exception):
@@ -30,13 +31,13 @@ class InputError(PeftplanError, ValueError):
 class UnknownNameError(InputError):
     """A name outside a closed set; shows the nearest accepted names."""
 
-    def __init__(self, field: str, value: object, choices: Iterable[str], *, most: int = 12) -> None:
+    def __init__(self, field: str, value: object, choices: Iterable[str], *, most: int = 12, also: str = "") -> None:
         self.choices = sorted(choices)
         near = nearest(str(value).lower(), self.choices)
         if len(self.choices) <= most:
-            accepted = "accepted: " + ", ".join(self.choices)
+            accepted = "accepted: " + (", ".join(self.choices) or "nothing")
         else:
-            accepted = f"accepted: one of {len(self.choices)} names, such as {', '.join(self.choices[:5])}"
+            accepted = f"accepted: one of {len(self.choices)} names, such as {', '.join(self.choices[:5])}{also}"
         if near:
             accepted = f"did you mean {' or '.join(near)}? {accepted}"
         super().__init__(field, value, accepted)

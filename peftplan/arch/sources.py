@@ -8,6 +8,7 @@ on the meta device (extra `trace`). No code from a model repository is ever exec
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -94,11 +95,14 @@ def _table(entry: catalogue.ModelEntry) -> Architecture | None:
     return load_table(entry.name)
 
 
+_TOTAL = re.compile(r"published total is (\d+)")
+
+
 def _built_in_notes(entry: catalogue.ModelEntry, note: str | None, sibling: str | None) -> Iterator[str]:
     if sibling:
         yield f"{sibling} has the shapes of the built-in {entry.repo_id}, which is used for it"
     if note:
-        yield note
+        yield _TOTAL.sub(lambda found: f"published total is {int(found[1]):,}", note)
     if not entry.verified:
         yield "no published count was found to check this one against"
 

@@ -68,6 +68,8 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; bad input ends with one line on stderr and exit code 2, never with a traceback."""
     from peftplan.errors import PeftplanError
 
+    if sys.stdout is None:  # closed (`>&-`)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console without `×` gets a question mark, not a traceback
     try:
@@ -88,6 +90,9 @@ def main(args: list[str] | None = None) -> None:
         # The reader has gone (`peftplan models | head`); keep the interpreter from flushing into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _stop(f"{error.filename or 'output'}: {error.strerror}")
     sys.exit(code if isinstance(code, int) else 0)
 
 

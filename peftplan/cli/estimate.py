@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peftplan.cli import options
+from peftplan.errors import RefusedError
 
 if TYPE_CHECKING:
     from peftplan.planning.result import Estimate
@@ -51,6 +52,8 @@ def command(
     peftplan estimate ./config.json --method dora --target-modules q_proj,v_proj --gpu rtx-4090
     """
     options.check_format(fmt)
+    if require_fit and not gpus:
+        raise RefusedError("--require-fit: it needs a card (--gpu)")
     if timeline is not None:
         from peftplan.report.timeline import check
 
@@ -63,7 +66,7 @@ def command(
     from peftplan.report import render
 
     if explain:
-        click.echo(result.explain())
+        click.echo((result.replayed() if gpus else result).explain())
         return _code(result, require_fit=require_fit)
     render.estimate(result, fmt=fmt, verbose=verbose, explain_peak=explain_peak)
     return _code(result, require_fit=require_fit)

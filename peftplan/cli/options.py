@@ -81,7 +81,7 @@ Decorated = Callable[..., Any]
 class Option(click.Option):
     """An option that knows under which heading `--help` shows it."""
 
-    def __init__(self, *args: Any, heading: str = "Output", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, heading: str = "Options", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.heading = heading
 
@@ -93,7 +93,7 @@ class Command(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             if isinstance(param, click.Option) and (record := param.get_help_record(ctx)) is not None:
-                groups.setdefault(getattr(param, "heading", "Output"), []).append(record)
+                groups.setdefault(getattr(param, "heading", "Options"), []).append(record)
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)

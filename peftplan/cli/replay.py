@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from peftplan.cli import options
+from peftplan.errors import RefusedError
 
 
 @click.command("replay", cls=options.Command)
@@ -34,6 +35,8 @@ def command(
     peftplan replay snapshot.pickle --alloc-conf expandable_segments:True
     """
     options.check_format(fmt)
+    if require_fit and capacity is None and device_memory is None:
+        raise RefusedError("--require-fit: it needs a capacity (--capacity)")
     from peftplan.report import render
     from peftplan.trace.replayed import replay_file
 

@@ -85,7 +85,8 @@ def find_gpu(name: str) -> Gpu:
         return _anonymous(name.strip(), number=float(capacity[1]), unit=capacity[2].lower())
     found = _ids_by_key().get(_key(name))
     if found is None:
-        raise UnknownNameError("gpu", name, (row["id"] for row in datafiles.load("gpus.json")["gpus"]))
+        ids = (row["id"] for row in datafiles.load("gpus.json")["gpus"])
+        raise UnknownNameError("gpu", name, ids, also="; `peftplan gpus` lists them; or a capacity such as 24GiB")
     return _gpu(found)
 
 

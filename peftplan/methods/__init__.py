@@ -230,5 +230,6 @@ def _one_line(error: ValidationError) -> InputError:
         return cause
     name = str(first["loc"][0]) if first["loc"] else "options"
     if first["type"] == "missing":
-        return InputError(name, None, "it must be given: peft has no default for it")
-    return InputError(name, first["input"], first["msg"].removeprefix("Value error, ").replace("Input should be", "accepted:"))
+        return InputError(name, None, f"it must be given (--{name.replace('_', '-')}): peft has no default for it")
+    said = first["msg"].removeprefix("Value error, ").partition(", unable to")[0]
+    return InputError(name, first["input"], said.replace("Input should be", "accepted:"))

@@ -103,6 +103,10 @@ def match(
     if container is not None:
         raise RefusedError(f"target_modules: {container} is not a layer that can be adapted; peft refuses it as not supported")
     if not found and not may_be_none:
+        elsewhere = (wanted(name) or module.name in templates for module in arch.modules for name in module.names())
+        if layers is not None and any(elsewhere):
+            accepted = f"no such layer has a target; accepted: {_layers(arch)}"
+            raise InputError("layers_to_transform", layers.layers_to_transform, accepted)
         raise InputError("target_modules", targets, _nothing_matched(arch, targets))
     return tuple(found)
 
@@ -259,6 +263,10 @@ def _in_layers(name: str, config: LayeredConfig) -> bool:
                 break
     wanted = config.layers_to_transform
     return found is not None and int(found["idx"]) in ((wanted,) if isinstance(wanted, int) else wanted or ())
+
+
+def _layers(arch: Architecture) -> str:
+    return f"0 to {max((layer for module in arch.modules for layer in module.layers or ()), default=0)}"
 
 
 def _has_digit(text: str) -> bool:

@@ -47,7 +47,10 @@ def inspect(
     task_type: str | None = None,
     num_labels: int | None = None,
 ) -> Inspection:
-    """The module tree of a model; `pattern` is a LoRA `target_modules`, `expand` gives a row per module instead of family.
+    """The module tree of `model` (as `estimate` takes it): per family of modules its shapes, copies, parameters and bytes.
+
+    `pattern` is a LoRA `target_modules`, whose matches are counted; `expand` gives a row per module instead of family. `dtype`,
+    that of the weights, decides the bytes, each tensor's rounded as the allocator does.
 
     Raises InputError or UnknownNameError for an unknown model, dtype, or a pattern that matches nothing.
     """

@@ -60,8 +60,9 @@ def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
     lines = [
         f"{found.records} measured runs, engine {engine}: {found.with_peak} with a stated peak,"
         f" {found.no_peak} with no peak stated, {found.refused} refused.",
-        f"Parameter counts: {found.counts_equal} of {found.counts_printed} printed by the runs are equal.",
     ]
+    if found.counts_printed:
+        lines.append(f"Parameter counts: {found.counts_equal} of {found.counts_printed} printed by the runs are equal.")
     lines += _bounds(answers)
     if found.out_of_memory:
         said = ", ".join(f"{number} {verdict}" for verdict, number in found.out_of_memory.items())

@@ -72,7 +72,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise MissingExtraError("--report: its plots", "plot") from None
+        raise MissingExtraError("--report (matplotlib)", "plot") from None
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 

@@ -36,7 +36,7 @@ def test_require_fit_exits_1_where_a_card_is_not_known_to_fit() -> None:
     assert run(*job, "--gpu", "b200", "--require-fit").code == 0
     unknown = ("estimate", "gpt-neo-125m", "--gpu", "b200", "--require-fit")
     assert run(*unknown).code == 1  # no formula, no peak: unknown is no promise
-    assert run(*job, "--require-fit").code == 0
+    assert run(*job, "--require-fit").code == 2  # no card, nothing to fit
 
 
 def test_every_command_is_in_the_readme() -> None:
@@ -61,7 +61,7 @@ def test_every_option_of_the_setup_is_an_option_of_estimate() -> None:
 def test_help_of_estimate_groups_its_options() -> None:
     shown = run("estimate", "--help").out
     headings = re.findall(r"^([A-Z][a-z ]+):$", shown, re.M)
-    assert headings == ["Method", "Model", "Precision and storage", "Training", "Output"]
+    assert headings == ["Method", "Model", "Precision and storage", "Training", "Options"]
     assert max(map(len, shown.splitlines())) <= 100
 
 
@@ -78,6 +78,22 @@ def test_a_reader_that_leaves_early_is_no_error(args: tuple[str, ...]) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 0
+
+
+@pytest.mark.parametrize("args", [("models",), ("estimate", "gpt2"), ("estimate", "gpt2", "--explain")], ids=" ".join)
+def test_a_full_disk_is_one_line(args: tuple[str, ...]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run((*MAIN, *args), stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT, check=False)
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith("peftplan: output: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_narrow_terminal_cuts_no_digits() -> None:
+    narrow = run("estimate", "llama-2-70b", "--method", "qlora", columns=40).out
+    assert narrow == run("estimate", "llama-2-70b", "--method", "qlora", columns=80).out
 
 
 def test_a_pipe_gets_whole_rows_without_escape_codes() -> None:
