@@ -16,7 +16,7 @@ SEQUENCE_STEP = 128
 """Sequences are proposed in multiples of this many tokens."""
 
 Again = Callable[..., "Estimate"]
-"""The same estimate with some options changed."""
+"""The same estimate on one card with some options changed."""
 
 
 class Advice(NamedTuple):
@@ -34,7 +34,7 @@ class Advice(NamedTuple):
         return self._asdict()
 
 
-def advice(job: Job, again: Again, *, gpu: str) -> tuple[Advice, ...]:
+def advice(job: Job, again: Again) -> tuple[Advice, ...]:
     """Changes for a card that a job does not fit, most useful first: those that suffice alone, the others by what they save.
 
     Changes that the formulas have no number for, or that make no sense with the job, are left out. If no change suffices
@@ -43,12 +43,12 @@ def advice(job: Job, again: Again, *, gpu: str) -> tuple[Advice, ...]:
     unchanged = again().peaks
     assert unchanged is not None
     before = unchanged.allocated
-    found = [a for options in _changes(job) if (a := _tried(again, options, before, gpu=gpu)) is not None and a.saving_bytes > 0]
-    found += [a for fewer in (_batch, _sequence) if (a := fewer(job, again, before, gpu=gpu)) is not None]
+    found = [a for options in _changes(job) if (a := _tried(again, options, before)) is not None and a.saving_bytes > 0]
+    found += [a for fewer in (_batch, _sequence) if (a := fewer(job, again, before)) is not None]
     ordered = sorted(found, key=lambda a: (a.verdict not in FITS, -a.saving_bytes))
     if any(a.verdict in FITS for a in found):
         return tuple(ordered)
-    together = _together(found, again, before, gpu=gpu)
+    together = _together(found, again, before)
     return (*ordered, together) if together else tuple(ordered)
 
 
@@ -65,6 +65,8 @@ def _changes(job: Job) -> Iterator[dict[str, Any]]:
         yield {"attn_implementation": "sdpa"}
     if job.quant is not None and job.quant.name in ("nf4", "fp4") and not job.quant.double_quant:
         yield {"double_quant": True}
+    if setup.kbit_prepare:
+        yield {"kbit_prepare": False}
     if setup.optim in ("adamw_torch", "adamw_torch_fused"):
         yield {"optim": "paged_adamw_32bit"}
         yield {"optim": "adamw_8bit"}
@@ -80,7 +82,7 @@ def _changes(job: Job) -> Iterator[dict[str, Any]]:
         yield {"method": "lora"}
 
 
-def _tried(again: Again, options: dict[str, Any], before: int, *, gpu: str) -> Advice | None:
+def _tried(again: Again, options: dict[str, Any], before: int) -> Advice | None:
     """A change and its outcome; None where it has no number or makes no sense."""
     try:
         result = again(**options)
@@ -88,29 +90,29 @@ def _tried(again: Again, options: dict[str, Any], before: int, *, gpu: str) -> A
         return None
     if result.peaks is None:
         return None
-    on_card = next(v.verdict for v in result.gpus if v.gpu == gpu)
-    return Advice(options, result.peaks.allocated, before - result.peaks.allocated, on_card)
+    (on_card,) = result.gpus
+    return Advice(options, result.peaks.allocated, before - result.peaks.allocated, on_card.verdict)
 
 
-def _batch(job: Job, again: Again, before: int, *, gpu: str) -> Advice | None:
+def _batch(job: Job, again: Again, before: int) -> Advice | None:
     """The largest divisor of the batch that fits, the rest by accumulation; the smallest, if none does."""
     b = job.setup.batch_size
     tried = None
     for size in (size for size in range(b // 2, 0, -1) if b % size == 0):
         steps = job.setup.gradient_accumulation_steps * (b // size)
-        tried = _tried(again, {"batch_size": size, "gradient_accumulation_steps": steps}, before, gpu=gpu) or tried
+        tried = _tried(again, {"batch_size": size, "gradient_accumulation_steps": steps}, before) or tried
         if tried and tried.verdict in FITS:
             break
     return tried
 
 
-def _sequence(job: Job, again: Again, before: int, *, gpu: str) -> Advice | None:
+def _sequence(job: Job, again: Again, before: int) -> Advice | None:
     """The longest sequence that fits, found by bisection: peaks grow with it."""
     low, high = 0, (job.setup.seq_len - 1) // SEQUENCE_STEP
     best: Advice | None = None
     while low < high:
         middle = (low + high + 1) // 2
-        tried = _tried(again, {"seq_len": middle * SEQUENCE_STEP}, before, gpu=gpu)
+        tried = _tried(again, {"seq_len": middle * SEQUENCE_STEP}, before)
         if tried is not None and tried.verdict in FITS:
             low, best = middle, tried
         else:
@@ -118,14 +120,14 @@ def _sequence(job: Job, again: Again, before: int, *, gpu: str) -> Advice | None
     return best
 
 
-def _together(found: list[Advice], again: Again, before: int, *, gpu: str) -> Advice | None:
+def _together(found: list[Advice], again: Again, before: int) -> Advice | None:
     """The changes in the order of their price, one after the other, until the job fits; those that then save nothing drop out."""
     options: dict[str, Any] = {}
     best: Advice | None = None
     for change in found:
         if set(change.options) & set(options):
             continue
-        tried = _tried(again, {**options, **change.options}, before, gpu=gpu)
+        tried = _tried(again, {**options, **change.options}, before)
         if tried is None or (best is not None and tried.saving_bytes <= best.saving_bytes):
             continue
         options, best = {**options, **change.options}, tried

@@ -69,6 +69,12 @@ class Compiled(NamedTuple):
         return {"offloaded_bytes": nbytes} if nbytes else {}
 
 
+def kernels(compute_capability: str) -> tuple[bool, int | None]:
+    """What the formulas take from a card: whether it runs the flash kernel, and the bytes of a cuBLAS workspace."""
+    flash = tuple(map(int, compute_capability.split("."))) >= FLASH_CAPABILITY
+    return flash, cublas_workspace_bytes(compute_capability).bytes
+
+
 def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Peaks:
     """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell."""
     found = compiled(job, parameters, static, compute_capability=compute_capability)
@@ -278,7 +284,7 @@ def _running(job: Job, compute_capability: str) -> Running:
         use_cache=bool(setup.use_cache) and setup.trainer != "trl" and setup.loss != "trl-chunked",
         adapter_on_host=adapter_on_host(setup.trainer, quantized=job.quant is not None),
         repeats_kv=job.script.repeats_kv,
-        flash=tuple(map(int, compute_capability.split("."))) >= FLASH_CAPABILITY,
+        flash=kernels(compute_capability)[0],
         peft_type=None if job.method is None else job.method.peft_type,
         config=job.config,
         seq_len=setup.seq_len,
@@ -302,7 +308,7 @@ def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, 
 
 def _workspaces(products: Iterable[tuple[str, str]], compute_capability: str) -> tuple[Line, ...]:
     """One workspace per library and thread that multiplies matrices, from the first product on."""
-    nbytes = {"cuBLAS": cublas_workspace_bytes(compute_capability).bytes, "cuBLASLt": CUBLASLT_WORKSPACE_BYTES}
+    nbytes = {"cuBLAS": kernels(compute_capability)[1], "cuBLASLt": CUBLASLT_WORKSPACE_BYTES}
     return tuple(
         Line(f"{library} workspace, {thread} thread", "workspaces", "uint8", (int(size),), 1, library)
         for library, thread in sorted(products, reverse=True)

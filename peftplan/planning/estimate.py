@@ -20,7 +20,7 @@ from peftplan.planning.result import Estimate, Peaks
 from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, check_length, parse_setup
 from peftplan.planning.tasks import without_loss
-from peftplan.planning.verdicts import capability, find_cards, verdict
+from peftplan.planning.verdicts import capability, card_notes, find_cards, verdict
 from peftplan.storage import QuantConfig
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
 """What is missing from an estimate that states no peak."""
+
+OF_TOKENS = ("seq_len", "padding", "use_cache")
+"""What a model of images does not read: its tokens are patches."""
 
 OUTSIDE = ("CUDA context",)
 """What lies outside torch's allocator, and so outside every peak."""
@@ -52,10 +55,13 @@ def estimate(
     `model`: a built-in name, a Hub id, a path to a config.json or its folder, a config dict, or a transformers
     `PretrainedConfig`. `method`: a name of `peftplan.methods.METHODS` (default `lora`), or give `peft_config`: an
     adapter_config dict or any peft `PeftConfig`. `quantization_config`: a transformers `BitsAndBytesConfig`.
-    `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `options`: fields of `planning.setup.Setup`, and
-    the method's own fields under peft's names (`r`, `target_modules`, …). `gpu`: names of cards, or capacities such as 24GiB.
-    An explicit option wins over the objects. `script`: what a hand-written program does besides. Of the trace engine: `record`
-    keeps the whole run as `peaks.recording`, and `progress` is called with what is done now and the share that is behind.
+    `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `gpu`: names of cards, or capacities such as 24GiB.
+
+    `options`: those of the command line with `_` for `-` (`peftplan estimate --help`; `planning.setup.Setup` checks them), such
+    as `batch_size` (sequences per device and micro batch), `seq_len` (tokens), `dtype` (`bf16`), `optim`, `trainer`; and the
+    method's own fields under peft's names (`r`, `target_modules`, …; `peftplan methods NAME`). An explicit option wins over the
+    objects. `script`: what a hand-written program does besides. Of the trace engine: `record` keeps the whole run as
+    `peaks.recording`, and `progress` is called with what is done now and the share (0 to 1) that is behind.
 
     Raises InputError, UnknownNameError, RefusedError or MissingExtraError, each with a message of one line.
     """
@@ -75,20 +81,26 @@ def estimate(
     if engine == "trace":
         if (why := without_loss(model, job.architecture)) is not None:
             raise RefusedError(why)
-        return _estimated(job, built, static, cards, _traced(job, cards, record=record, progress=progress), engine=engine)
 
-    def again(**changes: Any) -> Estimate:
+        def traced(compute_capability: str) -> Peaks:
+            keep = record and compute_capability == capability(cards[0] if cards else None)
+            return _traced(job, compute_capability, record=keep, progress=progress)
+
+        return _estimated(job, built, static, cards, traced, engine=engine)
+
+    def again(card: Gpu, **changes: Any) -> Estimate:
         given = {
             "method": method, "peft_config": peft_config, "quantization_config": quantization_config,
             "training_args": training_args, "script": script, **options,
         }  # fmt: skip
         other = prepare(model, **{**given, **changes})
-        return _analytic(other, *_static(other.architecture, other.adaptation, other.quant, other.setup), cards, hasty=True)
+        return _analytic(other, *_static(other.architecture, other.adaptation, other.quant, other.setup), [card], hasty=True)
 
-    def advise(card: str) -> Any:
+    def advise(name: str) -> Any:
         from peftplan.planning.advice import advice
 
-        return advice(job, again, gpu=card)
+        card = next(card for card in cards if card.id == name)
+        return advice(job, partial(again, card))
 
     return replace(_analytic(job, built, static, cards), advise=advise)
 
@@ -98,16 +110,24 @@ def _estimated(
     built: parameters.Parameters,
     static: Ledger,
     cards: list[Gpu],
-    found: Peaks | str,
+    peaks_on: Callable[[str], Peaks | str],
     *,
     engine: Engine,
     hasty: bool = False,
 ) -> Estimate:
-    """The result; `found` are the peaks, or what part of the job has none."""
-    peaks = None if isinstance(found, str) else found
+    """The result: peaks and lines are those of the first card, the verdict on each card is from its own.
+
+    `peaks_on`: compute capability → the peaks, or what part of the job has none.
+    """
+    of_first = capability(cards[0] if cards else None)
+    found = {of: peaks_on(of) for of in dict.fromkeys((of_first, *map(capability, cards)))}
+    by_capability = {of: None if isinstance(peaks, str) else peaks for of, peaks in found.items()}
+    peaks = by_capability[of_first]
     assumptions = _assumptions(job.setup, job.quant, job.architecture, job.adaptation, quantized=built.quantized)
+    if notes := card_notes(cards, job.setup, job.quant):
+        assumptions["notes"] = [*assumptions.get("notes", ()), *notes]
     if peaks is not None:
-        assumptions |= {"compute_capability": capability(cards), **peaks.assumed}
+        assumptions |= {"compute_capability": of_first, **peaks.assumed}
     return Estimate(
         engine=engine,
         model=model_facts(job.architecture),
@@ -119,8 +139,8 @@ def _estimated(
         adaptation=job.adaptation,
         static=static,
         assumptions=assumptions,
-        not_modelled=OUTSIDE if peaks is not None else (f"{found}", *NOT_COUNTED),
-        gpus=tuple(verdict(card, static.bytes(), peaks, hasty=hasty) for card in cards),
+        not_modelled=OUTSIDE if peaks is not None else (f"{found[of_first]}", *NOT_COUNTED),
+        gpus=tuple(verdict(card, static.bytes(), by_capability[capability(card)], hasty=hasty) for card in cards),
         peaks=peaks,
         resize=None if engine == "trace" or peaks is None else partial(_at, job, built, static, cards),
     )
@@ -131,16 +151,22 @@ def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: lis
 
     `hasty`: no replay for a job whose tensors alone do not fit a card.
     """
-    from peftplan.planning.analytic import analytic_peaks
+    from peftplan.planning.analytic import analytic_peaks, kernels
 
-    found: Peaks | str
-    if (why := without_loss(job.model, job.architecture)) is not None:
-        return _estimated(job, built, static, cards, why, engine="analytic")
-    try:
-        found = analytic_peaks(job, built, static, compute_capability=capability(cards))
-    except NeedsTraceError as missing:
-        found = f"{missing}{missing.hint}"
-    return _estimated(job, built, static, cards, found, engine="analytic", hasty=hasty)
+    found: dict[Any, Peaks | str] = {}
+
+    def peaks_on(compute_capability: str) -> Peaks | str:
+        if (why := without_loss(job.model, job.architecture)) is not None:
+            return why
+        try:
+            key = kernels(compute_capability)
+            if key not in found:
+                found[key] = analytic_peaks(job, built, static, compute_capability=compute_capability)
+            return found[key]
+        except NeedsTraceError as missing:
+            return f"{missing}{missing.hint}"
+
+    return _estimated(job, built, static, cards, peaks_on, engine="analytic", hasty=hasty)
 
 
 def _at(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu], batch_size: Any, seq_len: Any) -> Any:
@@ -153,13 +179,13 @@ def _at(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu]
         check_length(setup.seq_len, job.architecture.max_positions)
         return job._replace(setup=setup)
 
-    if not hasattr(b, "shape") and not hasattr(s, "shape"):
+    if not getattr(b, "shape", ()) and not getattr(s, "shape", ()):
         return _analytic(at(b, s), built, static, cards)
     from peftplan.planning.analytic import Compiled, compiled
     from peftplan.planning.grid import evaluate
 
     def compile_at(b: int, s: int) -> Compiled:
-        return compiled(at(b, s), built, static, compute_capability=capability(cards))
+        return compiled(at(b, s), built, static, compute_capability=capability(cards[0] if cards else None))
 
     return evaluate(compile_at, batch_size=b, seq_len=s, max_positions=job.architecture.max_positions)
 
@@ -195,8 +221,8 @@ def _static(
     return built, static
 
 
-def _traced(job: Job, cards: list[Gpu], **how: Any) -> Peaks:
-    """The peaks of the trace engine, with the kernels of the first card."""
+def _traced(job: Job, compute_capability: str, **how: Any) -> Peaks:
+    """The peaks of the trace engine, with the kernels of a card."""
     from peftplan.planning.traced import trace_peaks, traced_config
 
     return trace_peaks(
@@ -206,7 +232,7 @@ def _traced(job: Job, cards: list[Gpu], **how: Any) -> Peaks:
         quant=job.quant,
         setup=job.setup,
         script=job.script,
-        compute_capability=capability(cards),
+        compute_capability=compute_capability,
         **how,
     )
 
@@ -249,7 +275,8 @@ def _assumptions(
 ) -> dict[str, Any]:
     """Every value that the numbers rest on, defaults included."""
     assumed: dict[str, Any] = {"model": architecture.source, "model_class": architecture.model_class}
-    assumed |= {key: value for key, value in setup.model_dump(mode="json").items() if value is not None}
+    unread = OF_TOKENS if architecture.task_type == "IMAGE_CLS" else ()
+    assumed |= {key: value for key, value in setup.model_dump(mode="json").items() if value is not None and key not in unread}
     assumed["quant"] = quant.name if quant else "none"
     assumed |= {} if quant is None else {"double_quant": quant.double_quant, "compute_dtype": quant.compute_dtype}
     assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in adaptation.resolved if value}
@@ -258,14 +285,17 @@ def _assumptions(
     notes = [*architecture.notes, *adaptation.notes]
     if quant is not None:
         assumed["quantized_parameters"] = quantized
-        notes += _left_in_16_bits(architecture, quant, quantized)
+        notes += _unquantized(architecture, quant, quantized, cast=bool(setup.kbit_prepare) and quant.name in parameters.PREPARED)
     return assumed | ({"notes": notes} if notes else {})
 
 
-def _left_in_16_bits(architecture: Architecture, quant: QuantConfig, quantized: int) -> list[str]:
-    """What surprises most: formats that replace linear layers leave the fused experts of mixture models as they are."""
+def _unquantized(architecture: Architecture, quant: QuantConfig, quantized: int, *, cast: bool) -> list[str]:
+    """What surprises most: formats that replace linear layers leave the fused experts of mixture models as they are, and peft's
+    `prepare_model_for_kbit_training` then casts them to fp32 with all else that is not quantized.
+    """
     experts = sum(m.copies * prod(shape) for m in architecture.modules if m.kind.startswith("Experts") for _, shape in m.params)
     if not experts or quantized >= experts:
         return []
     share = experts / architecture.num_parameters
-    return [f"{quant.name} leaves the fused experts ({experts:,} parameters, {share:.0%} of the model) unquantized"]
+    then = ", and prepare_model_for_kbit_training casts them to fp32 (--no-kbit-prepare)" if cast else ""
+    return [f"{quant.name} leaves the fused experts ({experts:,} parameters, {share:.0%} of the model) unquantized{then}"]

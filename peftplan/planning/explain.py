@@ -10,9 +10,16 @@ if TYPE_CHECKING:
     from peftplan.planning.result import Estimate
 
 
+WORDS = {"b": "sequences", "s": "tokens of a sequence", "k": "s and the virtual tokens", "n": "tokens of the loss"}
+
+
 def explained(result: Estimate) -> str:
     """The lines of the overall peak, largest first within each category, and their sum."""
-    lines = [f"bytes = copies × round512(bytes per element × dims){_named(result)}", ""]
+    lines = [
+        "bytes = copies × round512(bytes per element × dims); round512: up to a multiple of 512, the allocator's smallest block",
+        *_named(result),
+        "",
+    ]
     by_category: dict[str, list[Line]] = {}
     for line in result.ledger:
         if line.place == "device":
@@ -22,14 +29,23 @@ def explained(result: Estimate) -> str:
         for line in sorted(found, key=Line.bytes, reverse=True):
             numbers = "" if line.numbers == line.formula else f" = {line.numbers}"
             lines.append(f"  {line.name.replace('{}', '*')}: {line.formula}{numbers} = {line.bytes():,}  [{line.source}]")
-    phase = f", in {result.peaks.phase}" if result.peaks else ""
-    lines += ["", f"sum{phase}: {result.ledger.bytes():,}"]
+    what = f", in {result.peaks.phase}" if result.peaks else " of what is counted"
+    lines += ["", f"sum{what}: {result.ledger.bytes():,}"]
+    if result.peaks is None:
+        lines.append(f"not counted yet, so no peak is stated: {', '.join(result.not_modelled)}")
     return "\n".join(lines)
 
 
-def _named(result: Estimate) -> str:
+def _named(result: Estimate) -> list[str]:
     """What the named dims stand for."""
     sizes = next((line.sizes for line in result.ledger if line.sizes), {})
     used = {dim for line in result.ledger for dim in line.dims if isinstance(dim, str)}
-    named = ", ".join(f"{name} = {value}" for name, value in sizes.items() if name in used)
-    return f"; {named}" if named else ""
+    named = ", ".join(f"{name} = {value}{_words(name)}" for name, value in sizes.items() if name in used)
+    return [named] if named else []
+
+
+def _words(name: str) -> str:
+    """A named size in words: `s%8` is `s`, padded."""
+    base, _, multiple = name.partition("%")
+    words = f"{base} rounded up to a multiple of {multiple}" if multiple else WORDS.get(name)
+    return f" ({words})" if words else ""

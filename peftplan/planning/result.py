@@ -12,6 +12,7 @@ from peftplan.memory.ledger import CATEGORIES, Category, Ledger, Line
 from peftplan.memory.series import Recording
 from peftplan.methods.adaptation import Adaptation
 from peftplan.parameters import Parameters
+from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
     from peftplan.planning.advice import Advice
@@ -79,7 +80,8 @@ class Peaks:
 class Verdict(NamedTuple):
     """Whether a job fits a card. Without a peak only `does_not_fit` is certain, where what lasts alone exceeds it.
 
-    `headroom_bytes` is what is left of the usable bytes; `context_bytes` the CUDA context, counted where it is known.
+    `needed_bytes` are what torch's allocator holds at most with the card's own kernels, or, where it gets by with less, the
+    tensors' peak; `context_bytes` the CUDA context, where it is known; `headroom_bytes` what both leave of the usable bytes.
     """
 
     gpu: str
@@ -87,7 +89,8 @@ class Verdict(NamedTuple):
     why: str
     verdict: str
     headroom_bytes: int
-    context_bytes: int | None = None
+    context_bytes: int | None
+    needed_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of `gpus` in the JSON."""
@@ -96,13 +99,20 @@ class Verdict(NamedTuple):
             "usable_bytes": self.usable_bytes,
             "usable_source": self.why,
             "verdict": self.verdict,
+            "needed_bytes": self.needed_bytes,
+            "runtime_context": self.context_bytes,
             "headroom_bytes": self.headroom_bytes,
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
-    """What a run needs: exact counts, a ledger of lines, what was assumed, what is not modelled, a verdict per card."""
+    """What a run needs: exact counts, a ledger of lines, what was assumed, what is not modelled, a verdict per card.
+
+    Sizes are whole bytes, counts whole numbers of elements. `peaks` are those of a steady training step, None where a part of the
+    job has no formula (`not_modelled` says which); `ledger` holds the lines of the overall peak, `static` what lasts from step to
+    step with the gradients; `assumptions` every value that the numbers rest on, defaults included.
+    """
 
     engine: str
     model: Mapping[str, Any]
@@ -116,6 +126,12 @@ class Estimate:
     peaks: Peaks | None = None
     resize: Callable[[Any, Any], Any] | None = field(default=None, repr=False, compare=False)
     advise: Callable[[str], tuple[Advice, ...]] | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        peak = f"peak {format_bytes(self.peaks.allocated)} in {self.peaks.phase}" if self.peaks else "no peak stated"
+        cards = "".join(f", {verdict.gpu}: {verdict.verdict}" for verdict in self.gpus)
+        name, method = self.model["name"], self.method["name"]
+        return f"<Estimate {name} · {method} · {self.engine}: {self.trainable_parameters:,} trainable, {peak}{cards}>"
 
     @cached_property
     def advice(self) -> dict[str, tuple[Advice, ...]]:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from peftplan.errors import InputError
 from peftplan.planning.result import TIGHT, Peaks, Verdict
+from peftplan.planning.setup import Setup
+from peftplan.storage import QuantConfig
+from peftplan.storage.config import FORMATS
 
 if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
 
 
-def capability(cards: list[Gpu]) -> str:
-    """The CUDA compute capability of the first card, whose kernels a trace takes; a default where it has none."""
+FLASH_ATTENTION_2 = (8, 0)
+"""The oldest compute capability of the package flash-attn."""
+
+
+def capability(card: Gpu | None) -> str:
+    """The CUDA compute capability of a card, whose kernels an engine takes; a default where it has none."""
     from peftplan.hardware.context import DEFAULT_CAPABILITY
 
-    stated = cards[0].compute_capability if cards else None
+    stated = card.compute_capability if card else None
     return stated if stated and stated[0].isdigit() else ".".join(map(str, DEFAULT_CAPABILITY))
 
 
@@ -30,7 +37,34 @@ def find_cards(gpu: str | Iterable[str] | None) -> list[Gpu]:
         return []
     from peftplan.hardware.gpus import find_gpu
 
-    return [find_gpu(name) for name in names]
+    return [find_gpu(name) for several in names for name in several.split(",")]
+
+
+def card_notes(cards: Iterable[Gpu], setup: Setup, quant: QuantConfig | None) -> list[str]:
+    """What a card does otherwise than the setup says, which no number shows.
+
+    FlashAttention 2 runs on Ampere and later (its README, 2.8); torch emulates bf16 below compute capability 8.0; transformers
+    dequantizes a format that the card is too old for.
+    """
+    return [f"{card.id}: {note}" for card in dict.fromkeys(cards) for note in _notes(card, setup, quant)]
+
+
+def _notes(card: Gpu, setup: Setup, quant: QuantConfig | None) -> Iterator[str]:
+    has = capability(card)
+    if card.compute_capability is not None and card.compute_capability != has:
+        yield f"counted with the kernels of CUDA's compute capability {has}"
+    if card.bf16 is False and "bf16" in (setup.dtype, setup.autocast, setup.compute_dtype):
+        also = " --compute-dtype fp16" if setup.compute_dtype == "bf16" else ""
+        yield f"no bf16 in hardware: torch emulates it, slowly (--dtype fp16 --autocast fp16{also})"
+    if setup.attn_implementation == "flash_attention_2" and _pair(has) < FLASH_ATTENTION_2:
+        yield f"flash_attention_2 does not run on compute capability {has} (--attn-implementation sdpa)"
+    oldest = FORMATS[quant.name].compute_capability if quant else None
+    if quant and oldest and _pair(has) < oldest:
+        yield f"{quant.name} needs compute capability {oldest[0]}.{oldest[1]}: transformers loads the larger, dequantized model"
+
+
+def _pair(compute_capability: str) -> tuple[int, ...]:
+    return tuple(map(int, compute_capability.split(".")))
 
 
 def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, hasty: bool = False) -> Verdict:
@@ -47,16 +81,16 @@ def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, hasty: bool = 
     context = context_bytes(card).bytes if card.capacity_bytes is None else None
     if peaks is not None and peaks.replay and not (hasty and peaks.allocated + (context or 0) > usable.bytes):
         peaks = peaks.replayed
-    needed = static_bytes if peaks is None else (peaks.reserved or peaks.allocated) + (context or 0)
-    headroom = usable.bytes - needed
+    needed = static_bytes if peaks is None else peaks.reserved or peaks.allocated
+    headroom = usable.bytes - needed - (context or 0)
     if headroom < 0 and peaks is not None and peaks.runs_within is not None and not peaks.incomplete:
         least = usable.bytes - peaks.allocated - (context or 0)
         if least >= 0 and peaks.runs_within(usable.bytes - (context or 0)):
-            return Verdict(card.id, usable.bytes, usable.why, "tight", least, context)
+            return Verdict(card.id, usable.bytes, usable.why, "tight", least, context, peaks.allocated)
     if headroom < 0:
         word = "does_not_fit"
     elif peaks is None or peaks.incomplete:
         word = "unknown"
     else:
         word = "fits" if headroom >= TIGHT * usable.bytes else "tight"
-    return Verdict(card.id, usable.bytes, usable.why, word, headroom, context)
+    return Verdict(card.id, usable.bytes, usable.why, word, headroom, context, needed)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from peftplan.planning.advice import Advice
 from peftplan.units import format_bytes
 
-COLUMNS = ("change", "peak", "saves", "then")
+COLUMNS = ("change", "tensors", "saves", "then")
+NOW = "(none)"
+"""The job as it is, in the column of changes."""
+
+
+def rows(found: Sequence[Advice]) -> list[tuple[str, str, str, str]]:
+    """The job as it is, then each change. Bytes are sums of tensors, as `Advice` counts them."""
+    unchanged = found[0].peak_allocated + found[0].saving_bytes
+    return [(NOW, format_bytes(unchanged), "", "does not fit"), *map(row, found)]
 
 
 def row(advice: Advice) -> tuple[str, str, str, str]:

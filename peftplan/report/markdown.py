@@ -13,6 +13,7 @@ from peftplan.report.tabular import (
     incomplete,
     largest_line,
     line_facts,
+    needs,
     not_counted,
     texts,
 )
@@ -51,14 +52,17 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
     if result.managed_bytes:
         parts.append(f"And {format_bytes(result.managed_bytes)} of paged optimizer states in CUDA managed memory.")
     if result.gpus:
-        verdicts = [texts((v.gpu, v.usable_bytes, v.headroom_bytes, v.verdict, v.why)) for v in result.gpus]
-        parts.append(table(("gpu", "usable bytes", "left over", "verdict", "usable because"), verdicts))
-        parts.append(f"Largest line: {largest_line(result)}.")
+        verdicts = [
+            texts((v.gpu, v.usable_bytes, v.needed_bytes, v.context_bytes, v.headroom_bytes, v.verdict.replace("_", " "), v.why))
+            for v in result.gpus
+        ]
+        parts.append(table(("gpu", "usable bytes", "needed", "context", "left over", "verdict", "usable because"), verdicts))
+        parts += [*needs(result), f"Largest line: {largest_line(result)}."]
         for gpu, found in result.advice.items():
             from peftplan.report import advice
 
             title, *others = advice.COLUMNS
-            parts.append(table((f"{title}, for {gpu}", *others), map(advice.row, found)))
+            parts.append(table((f"{title}, for {gpu}", *others), advice.rows(found)))
     if verbose:
         parts.append(table(LINE_COLUMNS, [texts(line.values()) for line in line_facts(result)]))
     parts.append(table(("assumption", "value"), assumption_rows(result.assumptions)))

@@ -11,7 +11,7 @@ from peftplan.memory.ledger import CATEGORIES
 from peftplan.planning.result import Estimate, Peaks
 from peftplan.units import format_bytes
 
-UNREPLAYED = "tails of the allocator's blocks and reserved bytes (name a card: --gpu)"
+UNREPLAYED = "what torch's allocator holds beyond the tensors (name a card, --gpu, for reserved bytes)"
 LINE_COLUMNS = ("category", "name", "bytes", "place", "formula", "source")
 
 
@@ -50,6 +50,14 @@ def largest_line(result: Estimate) -> str:
     return f"{family(line.name)} ({line.category}), {format_bytes(line.bytes())}"
 
 
+def needs(result: Estimate) -> list[str]:
+    """What `needed` counts, where it is not the same on every card."""
+    if len({verdict.needed_bytes for verdict in result.gpus}) < 2:
+        return []
+    first = result.gpus[0].gpu
+    return [f"needed: reserved bytes with each card's kernels, fewer where torch frees cached memory; the sums are {first}'s"]
+
+
 def incomplete(peaks: Peaks) -> list[str]:
     """What a peak leaves out, in lines: none where it is complete."""
     return [f"the peak is a lower bound: {what}" for what in peaks.incomplete]
@@ -63,8 +71,10 @@ def incomplete_facts(result: Estimate, columns: Iterable[str]) -> list[dict[str,
 
 def not_counted(result: Estimate) -> str:
     """What the numbers leave out."""
-    what = ", ".join((*result.not_modelled, *((UNREPLAYED,) if result.peaks and result.peaks.replay else ())))
-    return f"Not counted: {what}." if result.peaks else f"Not counted yet, so no peak is stated: {what}."
+    if result.peaks is None:
+        return f"Not counted yet, so no peak is stated: {', '.join(result.not_modelled)}."
+    what = ", ".join((*result.not_modelled, *((UNREPLAYED,) if result.peaks.replay else ())))
+    return f"Not counted in the sums: {what}."
 
 
 GROUPED_FROM = 100_000

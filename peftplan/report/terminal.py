@@ -19,13 +19,24 @@ from peftplan.planning.result import Estimate, Peaks
 if TYPE_CHECKING:
     from peftplan.planning.advice import Advice
 from peftplan.report import peak
-from peftplan.report.tabular import Column, assumption_rows, category_rows, incomplete, largest_line, line_facts, not_counted
+from peftplan.report.tabular import (
+    Column,
+    assumption_rows,
+    category_rows,
+    incomplete,
+    largest_line,
+    line_facts,
+    needs,
+    not_counted,
+)
 from peftplan.units import format_bytes, format_count
 
 WIDE = 110
 """Terminals of at least this many columns show the wide columns of a table too."""
 WIDER = 150
 """Tensors alive at the peak have one row each from here on; below, what they are stands under their names."""
+NARROWEST = 80
+"""A terminal with fewer columns breaks the lines itself: a table made for it would cut digits off."""
 PIPE_WIDTH = 10_000
 """A pipe without COLUMNS has no width: nothing is folded, so that grep and awk see whole rows."""
 GAP = 2
@@ -37,7 +48,9 @@ SHORT = 20
 def console() -> Console:
     """Where text goes: stdout, with markup, highlighting and emoji off."""
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(highlight=False, markup=False, emoji=False, width=PIPE_WIDTH if piped else None)
+    made = Console(highlight=False, markup=False, emoji=False, width=PIPE_WIDTH if piped else None)
+    made.width = max(made.width, NARROWEST)
+    return made
 
 
 def show(out: Console, parts: Iterable[RenderableType]) -> None:
@@ -82,7 +95,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
         managed = format_bytes(result.managed_bytes)
         parts.append(f"and {managed} of paged optimizer states in CUDA managed memory, outside torch's allocator")
     if result.gpus:
-        parts += ["", _verdicts(result), f"largest line: {largest_line(result)}"]
+        parts += ["", _verdicts(result), *needs(result), f"largest line: {largest_line(result)}"]
         parts += [part for gpu, found in result.advice.items() if found for part in ("", _advice(gpu, found))]
     if verbose:
         parts += [f"{v.gpu}: {v.why}" for v in result.gpus]
@@ -171,22 +184,27 @@ def _largest(result: Estimate, *, everything: bool, wide: bool) -> list[Renderab
 
 def _verdicts(result: Estimate) -> Table:
     unknown = "since the trace is incomplete" if result.peaks else "until the peak is modelled"
-    shown = _table(Column("gpu"), Column("usable", right=True), Column("left over", right=True), Column("verdict"))
+    numbers = (Column(name, right=True) for name in ("usable", "needed", "context", "left over"))
+    shown = _table(Column("gpu"), *numbers, Column("verdict"))
+    shown.columns[0].no_wrap = False  # ids of up to 29 letters
+    shown.columns[-1].min_width = len("does not fit")
     for v in result.gpus:
         words = v.verdict.replace("_", " ") + (f" {unknown}" if v.verdict == "unknown" else "")
-        shown.add_row(v.gpu, format_bytes(v.usable_bytes), format_bytes(v.headroom_bytes), words)
+        context = "-" if v.context_bytes is None else format_bytes(v.context_bytes)
+        usable, needed, left = map(format_bytes, (v.usable_bytes, v.needed_bytes, v.headroom_bytes))
+        shown.add_row(v.gpu, usable, needed, context, left, words)
     return shown
 
 
-def _advice(gpu: str, found: Iterable[Advice]) -> Table:
+def _advice(gpu: str, found: Sequence[Advice]) -> Table:
     """What would make the job fit a card, or bring it nearer."""
     from peftplan.report import advice
 
     first, *others = advice.COLUMNS
     shown = _table(Column(f"{first}, for {gpu}"), *(Column(name, right=name != "then") for name in others))
     shown.columns[0].no_wrap = False
-    for change in found:
-        shown.add_row(*advice.row(change))
+    for row in advice.rows(found):
+        shown.add_row(*row)
     return shown
 
 

@@ -94,7 +94,9 @@ def test_verdicts_state_what_is_left_over() -> None:
     left = exact["gpus"][0]["headroom_bytes"]
     assert left == 24 * 2**30 - exact["memory"]["peak_reserved"]
     (row,) = [line for line in run(*job).out.splitlines() if line.startswith("24GiB")]
-    assert row.split() == ["24GiB", "24.00", "GiB", f"{left / 2**30:.2f}", "GiB", "fits"]
+    needed = exact["gpus"][0]["needed_bytes"]
+    sizes = ["24.00", "GiB", f"{needed / 2**30:.2f}", "GiB", "-", f"{left / 2**30:.2f}", "GiB"]
+    assert row.split() == ["24GiB", *sizes, "fits"]
 
 
 def test_a_method_shows_what_is_required_and_what_does_nothing() -> None:

@@ -1,0 +1,42 @@
+"""`explain` and what an `Estimate` says of itself."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from peftplan import estimate
+from tests.cli.run import run
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("llama-2-7b", {"method": "qlora"}),
+        ("llama-2-7b", {"method": "prefix-tuning", "num_virtual_tokens": 10}),
+        ("mixtral-8x7b", {"trainer": "trl"}),
+        ("llama-2-7b", {"optim": "paged_adamw_32bit"}),
+        ("bloom-560m", {"quant": "fp8"}),
+    ],
+)
+def test_the_lines_add_up(model: str, options: dict[str, object]) -> None:
+    found = estimate(model, **options)  # type: ignore[arg-type]
+    text = found.explain()
+    lines = sum(int(n.replace(",", "")) for n in re.findall(r"= ([\d,]+)  \[", text))
+    categories = sum(int(n.replace(",", "")) for n in re.findall(r"^\w+: ([\d,]+)$", text, re.M))
+    assert lines == categories == found.ledger.bytes()
+    assert f": {lines:,}" in text
+    assert ("not counted yet" in text) == (found.peaks is None)
+
+
+def test_a_named_card_is_explained_as_it_is_judged() -> None:
+    job = ("estimate", "llama-2-7b", "--method", "qlora", "--gpu", "a100-80gb")
+    (total,) = re.findall(r"^sum, the peak +([\d,]+)", run(*job).out, re.M)
+    assert run(*job, "--explain").out.endswith(f": {total}\n")
+
+
+def test_an_estimate_reads_as_one_line() -> None:
+    assert repr(estimate("llama-2-7b", method="qlora", gpu="24GiB")) == (
+        "<Estimate llama-2-7b · qlora · analytic: 19,988,480 trainable, peak 6.34 GiB in backward, 24GiB: fits>"
+    )
