@@ -68,8 +68,10 @@ def steady_step(model: Model, program: Program) -> None:
 
 def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor:
     """`outputs = model(**batch)`: the outputs of the micro batch before live until this forward has returned."""
+    before, model.kept = model.kept, []
     loss, *found = _forward(model)
     outputs[:] = found
+    del before
     if not program.keep_outputs:
         outputs.clear()
         model.kept.clear()

@@ -28,6 +28,7 @@ VIRTUAL = {"num_virtual_tokens": P}
         ("prefix-tuning", {**PLAIN, **VIRTUAL, "prefix_projection": True, "attn_implementation": "eager"}),
         ("ln-tuning", PLAIN),
         ("lora-fa", TRAINER),
+        ("qlora", {**PLAIN, "gradient_accumulation_steps": 2}),
         ("lora", {**PLAIN, "modules_to_save": ["lm_head", "embed_tokens"]}),
         ("lora", {**PLAIN, "lora_bias": True, "lora_dropout": 0.1, "rank_pattern": {"q_proj": 32}}),
         ("lora", {**TRAINER, "layers_to_transform": [1, 3], "target_modules": ["q_proj"]}),
