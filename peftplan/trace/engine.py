@@ -119,7 +119,7 @@ def trace(
     outputs_outlive_step: bool = False,
     full_depth: bool = False,
     earlier_seq_lens: tuple[int, ...] = (),
-    fake_on: FakeOn = "cpu",
+    fake_on: FakeOn = "auto",
     progress: Tell | None = None,
 ) -> Traced:
     """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors.

@@ -47,7 +47,7 @@ def traced(
     device: tuple[int, int] | None = None,
     outputs_outlive_step: bool = False,
     earlier_seq_lens: tuple[int, ...] = (),
-    fake_on: FakeOn = "cpu",
+    fake_on: FakeOn = "auto",
     **options: Any,
 ) -> Traced:
     """Trace a causal language model."""
