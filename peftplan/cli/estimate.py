@@ -52,6 +52,8 @@ def command(
     peftplan estimate ./config.json --method dora --target-modules q_proj,v_proj --gpu rtx-4090
     """
     options.check_format(fmt)
+    if explain and fmt != "table":
+        raise RefusedError(f"--explain: it prints text; --format {fmt} without it has each line's formula (markdown: with -v)")
     if require_fit and not gpus:
         raise RefusedError("--require-fit: it needs a card (--gpu)")
     if timeline is not None:

@@ -15,7 +15,7 @@ FORMATS = ("table", "json", "csv", "markdown")
 METHOD: dict[str, str] = {
     "--method": "see `peftplan methods`; default: lora",
     "--peft-config": "a peft adapter_config.json, any method",
-    "--r": "rank",
+    "--r": "rank; default: the method's (8 for LoRA)",
     "--lora-alpha": "scaling of the update",
     "--lora-dropout": "dropout before A",
     "--target-modules": "all-linear | attention | mlp | peft-default | names, comma-separated | a regular expression",
@@ -36,10 +36,10 @@ MODEL: dict[str, str] = {
     "--trust-remote-code/--no-trust-remote-code": "accepted, but no such code is ever run",
 }
 STORAGE: dict[str, str] = {
-    "--dtype": "dtype of the base model: bf16 | fp16 | fp32",
+    "--dtype": "dtype of the base model: bf16 | fp16 | fp32; default: bf16",
     "--adapter-dtype": "dtype of the adapter; peft's default is fp32",
     "--autocast": "none | bf16 | fp16",
-    "--quant": "storage of the frozen base: none | nf4 | fp4 | int8 | fp8 | mxfp4 | gptq | awq | hqq",
+    "--quant": "storage of the frozen base: none | nf4 | fp4 | int8 | fp8 | mxfp4 | gptq | awq | hqq; default: as the method says",
     "--quant-bits": "bits of gptq and hqq",
     "--quant-group-size": "group size of gptq, awq and hqq",
     "--quant-blocksize": "block size of nf4 and fp4",
@@ -49,10 +49,10 @@ STORAGE: dict[str, str] = {
     "--kbit-prepare/--no-kbit-prepare": "prepare_model_for_kbit_training on a quantized base",
 }
 TRAINING: dict[str, str] = {
-    "--trainer": "plain | transformers | trl | qlora-paper: fills what is not set",
-    "--batch-size": "per device and step (micro batch)",
-    "--seq-len": "tokens per sequence",
-    "--gradient-accumulation-steps": "micro batches per optimizer step",
+    "--trainer": "plain | transformers | trl | qlora-paper: fills what is not set; default: transformers",
+    "--batch-size": "sequences per device and step (micro batch); default: 1",
+    "--seq-len": "tokens per sequence; default: 2048, or as many as the model holds",
+    "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
     "--every-n-layers": "checkpoint only every n-th layer; the others keep what they save",
     "--offload-checkpoints/--no-offload-checkpoints": "what checkpointed layers save waits in host memory (offload)",

@@ -22,8 +22,14 @@ TRAINING_FIELDS = {
     "optim_args": "optim_args",
     "optim_target_modules": "optim_target_modules",
     "max_length": "seq_len",
+    "use_cache": "use_cache",
 }
 """Fields of transformers' TrainingArguments and TRL's SFTConfig → ours. `activation_checkpointing` is 5.24's name."""
+
+
+NOT_COUNTED = ("fsdp", "deepspeed", "parallelism_config", "torch_compile", "label_smoothing_factor", "neftune_noise_alpha")
+"""Fields of TrainingArguments that change what a step holds, in ways that no engine counts: models in parts on several cards,
+compiled kernels, another loss, noise on the embeddings."""
 
 
 def adapter_config(peft_config: Any) -> dict[str, Any]:
@@ -80,6 +86,9 @@ def training_options(args: Any) -> dict[str, Any]:
         return {}
     if not hasattr(args, "per_device_train_batch_size"):
         raise InputError("training_args", args, "accepted: a transformers TrainingArguments or a TRL SFTConfig")
+    for name in NOT_COUNTED:
+        if value := getattr(args, name, None):
+            raise InputError(f"training_args.{name}", value, "accepted: unset; what it changes is not counted")
     found = {ours: _plain(getattr(args, name)) for name, ours in TRAINING_FIELDS.items() if getattr(args, name, None) is not None}
     found["trainer"] = _trainer(args)
     found |= _checkpointing(args, on=bool(found.get("gradient_checkpointing")))

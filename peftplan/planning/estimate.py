@@ -285,11 +285,11 @@ def _assumptions(
     notes = [*architecture.notes, *adaptation.notes]
     if quant is not None:
         assumed["quantized_parameters"] = quantized
-        notes += _unquantized(architecture, quant, quantized, cast=bool(setup.kbit_prepare) and quant.name in parameters.PREPARED)
+        notes += unquantized(architecture, quant, quantized, cast=bool(setup.kbit_prepare) and quant.name in parameters.PREPARED)
     return assumed | ({"notes": notes} if notes else {})
 
 
-def _unquantized(architecture: Architecture, quant: QuantConfig, quantized: int, *, cast: bool) -> list[str]:
+def unquantized(architecture: Architecture, quant: QuantConfig, quantized: int, *, cast: bool) -> list[str]:
     """What surprises most: formats that replace linear layers leave the fused experts of mixture models as they are, and peft's
     `prepare_model_for_kbit_training` then casts them to fp32 with all else that is not quantized.
     """

@@ -13,7 +13,7 @@ from peftplan.errors import InputError, MissingExtraError, NeedsTraceError, Refu
 from peftplan.inference import adapter_file, checkpoint, held, kv_cache, merging
 from peftplan.inference.safetensors import file_bytes
 from peftplan.inference.scratch import Device
-from peftplan.planning.estimate import adapter_dtypes, config_facts, model_facts
+from peftplan.planning.estimate import adapter_dtypes, config_facts, model_facts, unquantized
 from peftplan.planning.job import Job
 from peftplan.planning.prepare import config_of, prepare
 from peftplan.planning.serving_result import AdapterFile, Cache, Checkpoint, Held, MergeMemory, Serving
@@ -250,4 +250,6 @@ def _assumptions(job: Job, request: Request, *, merges: bool) -> dict[str, Any]:
         assumed["encoder_context"] = kv_cache.encoder_positions(arch) or request.encoder_context or request.context
     assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in job.adaptation.resolved if value}
     notes = [*arch.notes, *job.adaptation.notes]
+    if job.quant is not None:
+        notes += unquantized(arch, job.quant, _loaded(job, adapter_dtype="fp32", quant=job.quant).quantized, cast=False)
     return assumed | ({"notes": notes} if notes else {})

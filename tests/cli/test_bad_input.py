@@ -45,6 +45,7 @@ def refused(*args: str) -> str:
         ("estimate gpt2 --gpu 0GiB", ["gpu", "'0GiB'", "above zero"]),
         ("estimate gpt2 --optim adam", ["optim", "'adam'", "did you mean adamw_"]),
         ("estimate gpt2 --require-fit", ["--require-fit", "--gpu"]),
+        ("estimate gpt2 --explain --format csv", ["--explain", "text", "csv"]),
         ("replay log.json --require-fit", ["--require-fit", "--capacity"]),
         (f"estimate gpt2 --gpu {'9' * 400}GiB", ["gpu", "at most"]),
         ("gpus rtx-9999", ["pattern", "'rtx-9999'"]),

@@ -269,3 +269,20 @@ def test_liger_means_its_loss_to_trainer_and_only_its_layers_to_sft_trainer() ->
     by_trl = trl.SFTConfig(**COMMON, use_liger_kernel=True, bf16=False)
     losses = [peftplan.estimate(CONFIG, training_args=args).assumptions["loss"] for args in (by_trainer, without_loss, by_trl)]
     assert losses == ["liger", "full", "trl-chunked"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("label_smoothing_factor", 0.1), ("neftune_noise_alpha", 5.0), ("torch_compile", True)]
+)
+def test_training_arguments_that_are_not_counted_are_refused(field: str, value: object) -> None:
+    transformers = pytest.importorskip("transformers")
+    args = transformers.TrainingArguments(**COMMON, **{field: value})
+    with pytest.raises(peftplan.InputError, match=f"training_args.{field}: .* not counted"):
+        peftplan.estimate(CONFIG, training_args=args)
+
+
+def test_the_cache_of_training_arguments_is_read() -> None:
+    transformers = pytest.importorskip("transformers")
+    for use_cache in (False, True):
+        args = transformers.TrainingArguments(**COMMON, use_cache=use_cache)
+        assert peftplan.estimate(CONFIG, training_args=args).assumptions["use_cache"] is use_cache
