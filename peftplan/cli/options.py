@@ -39,7 +39,7 @@ STORAGE: dict[str, str] = {
     "--dtype": "dtype of the base model: bf16 | fp16 | fp32; default: bf16",
     "--adapter-dtype": "dtype of the adapter; peft's default is fp32",
     "--autocast": "none | bf16 | fp16",
-    "--quant": "storage of the frozen base: none | nf4 | fp4 | int8 | fp8 | mxfp4 | gptq | awq | hqq; default: as the method says",
+    "--quant": "storage of the frozen base: none | nf4 | fp4 | int8 | fp8 | mxfp4 | gptq | awq | hqq; default: the method's",
     "--quant-bits": "bits of gptq and hqq",
     "--quant-group-size": "group size of gptq, awq and hqq",
     "--quant-blocksize": "block size of nf4 and fp4",
