@@ -22,6 +22,7 @@ from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, check_length, pa
 from peftplan.planning.tasks import without_loss
 from peftplan.planning.verdicts import capability, card_notes, find_cards, verdict
 from peftplan.storage import QuantConfig
+from peftplan.storage.modules import CONVERTED_KINDS
 
 if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
@@ -31,6 +32,15 @@ NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and st
 
 OF_TOKENS = ("seq_len", "padding", "use_cache")
 """What a model of images does not read: its tokens are patches."""
+
+LEFT_OUT = {
+    "the fused experts": ("Experts", "ExpertsTransposed"),
+    "the layers whose class is derived from nn.Linear": ("LinearSubclass",),
+}
+"""Kinds of modules with most of a model's weights that a format may not convert, in words."""
+
+NOTED = 0.01
+"""Less than this share of a model is not worth a note."""
 
 OUTSIDE = ("CUDA context",)
 """What lies outside torch's allocator, and so outside every peak."""
@@ -285,17 +295,20 @@ def _assumptions(
     notes = [*architecture.notes, *adaptation.notes]
     if quant is not None:
         assumed["quantized_parameters"] = quantized
-        notes += unquantized(architecture, quant, quantized, cast=bool(setup.kbit_prepare) and quant.name in parameters.PREPARED)
+        notes += unquantized(architecture, quant, cast=bool(setup.kbit_prepare) and quant.name in parameters.PREPARED)
     return assumed | ({"notes": notes} if notes else {})
 
 
-def unquantized(architecture: Architecture, quant: QuantConfig, quantized: int, *, cast: bool) -> list[str]:
-    """What surprises most: formats that replace linear layers leave the fused experts of mixture models as they are, and peft's
-    `prepare_model_for_kbit_training` then casts them to fp32 with all else that is not quantized.
+def unquantized(architecture: Architecture, quant: QuantConfig, *, cast: bool) -> list[str]:
+    """What surprises most: formats that replace linear layers leave fused experts and subclasses of `nn.Linear` (Falcon's) as
+    they are, and peft's `prepare_model_for_kbit_training` then casts them to fp32 with all else that is not quantized.
     """
-    experts = sum(m.copies * prod(shape) for m in architecture.modules if m.kind.startswith("Experts") for _, shape in m.params)
-    if not experts or quantized >= experts:
-        return []
-    share = experts / architecture.num_parameters
     then = ", and prepare_model_for_kbit_training casts them to fp32 (--no-kbit-prepare)" if cast else ""
-    return [f"{quant.name} leaves the fused experts ({experts:,} parameters, {share:.0%} of the model) unquantized{then}"]
+    notes = []
+    for what, kinds in LEFT_OUT.items():
+        left = [m for m in architecture.modules if m.kind in kinds and m.kind not in CONVERTED_KINDS[quant.name]]
+        count = sum(m.copies * prod(shape) for m in left for _, shape in m.params)
+        share = count / architecture.num_parameters
+        if share >= NOTED:
+            notes.append(f"{quant.name} leaves {what} ({count:,} parameters, {share:.0%} of the model) unquantized{then}")
+    return notes

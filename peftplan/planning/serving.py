@@ -251,5 +251,5 @@ def _assumptions(job: Job, request: Request, *, merges: bool) -> dict[str, Any]:
     assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in job.adaptation.resolved if value}
     notes = [*arch.notes, *job.adaptation.notes]
     if job.quant is not None:
-        notes += unquantized(arch, job.quant, _loaded(job, adapter_dtype="fp32", quant=job.quant).quantized, cast=False)
+        notes += unquantized(arch, job.quant, cast=False)
     return assumed | ({"notes": notes} if notes else {})

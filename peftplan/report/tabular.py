@@ -88,13 +88,19 @@ def assumption_rows(assumptions: Mapping[str, Any]) -> list[tuple[str, str]]:
         if name == "notes" or (name == "trust_remote_code" and not value):
             continue
         if name == "target_modules" and isinstance(value, list):
-            value = list(dict.fromkeys(target.rpartition("}.")[2].rpartition(".")[2] for target in value))
+            value = list(dict.fromkeys(_told_apart(target) for target in value))
         if isinstance(value, bool):
             value = "yes" if value else "no"
         if isinstance(value, int) and value >= GROUPED_FROM:
             value = f"{value:,}"
         rows.append((name, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)))
     return rows
+
+
+def _told_apart(target: str) -> str:
+    """The end of a module family's name: `q_proj`; with what it is an item of, where that is all (`mlp.*`)."""
+    parts = family(target).split(".")
+    return ".".join(parts[-2:]) if parts[-1] == "*" else parts[-1]
 
 
 def write_csv(facts: Sequence[Mapping[str, Any]], stream: IO[str]) -> None:

@@ -40,3 +40,24 @@ def test_an_estimate_reads_as_one_line() -> None:
     assert repr(estimate("llama-2-7b", method="qlora", gpu="24GiB")) == (
         "<Estimate llama-2-7b · qlora · analytic: 19,988,480 trainable, peak 6.34 GiB in backward, 24GiB: fits>"
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        ("mixtral-8x7b", {"method": "qlora"}, "fused experts (45,097,156,608 parameters, 97% of the model) unquantized, and"),
+        ("mixtral-8x7b", {"method": "qlora", "trainer": "trl"}, "97% of the model) unquantized"),
+        ("mixtral-8x7b", {"quant": "fp8"}, None),
+        # 32 layers of 4544·4672 + 4544·4544 + 2·4·4544²; transformers 5.24 converts what is exactly nn.Linear
+        (
+            "falcon-7b",
+            {"method": "qlora"},
+            "derived from nn.Linear (6,625,951,744 parameters, 96% of the model) unquantized, and",
+        ),
+        ("llama-2-7b", {"method": "qlora"}, None),
+    ],
+)
+def test_what_a_format_leaves_is_said(model: str, options: dict[str, str], said: str | None) -> None:
+    notes = [note for note in estimate(model, **options).assumptions.get("notes", ()) if "unquantized" in note]  # type: ignore[arg-type]
+    assert bool(notes) == (said is not None)
+    assert said is None or (said in notes[0] and notes[0].endswith("unquantized") == (not said.endswith(", and")))
