@@ -52,7 +52,7 @@ def test_an_estimate_reads_as_one_line() -> None:
         (
             "falcon-7b",
             {"method": "qlora"},
-            "derived from nn.Linear (6,625,951,744 parameters, 96% of the model) unquantized, and",
+            "nn.Linear (6,625,951,744 parameters, 96% of the model) unquantized, and",
         ),
         ("llama-2-7b", {"method": "qlora"}, None),
     ],
