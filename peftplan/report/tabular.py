@@ -64,8 +64,8 @@ def incomplete(peaks: Peaks) -> list[str]:
 
 
 def incomplete_facts(result: Estimate, columns: Iterable[str]) -> list[dict[str, Any]]:
-    """Rows of a CSV that label an incomplete result: category `incomplete`, no bytes."""
-    found = result.peaks.incomplete if result.peaks else ()
+    """Rows of a CSV that label an incomplete result, or one without a peak: category `incomplete`, no bytes."""
+    found = result.peaks.incomplete if result.peaks else result.not_modelled
     return [{**dict.fromkeys(columns), "category": "incomplete", "name": what} for what in found]
 
 

@@ -99,6 +99,13 @@ def test_verdicts_state_what_is_left_over() -> None:
     assert row.split() == ["24GiB", *sizes, "fits"]
 
 
+def test_a_csv_without_a_peak_says_so() -> None:
+    rows = list(csv.DictReader(io.StringIO(run("estimate", "llama-2-7b", "--loss", "liger", "--format", "csv").out)))
+    (first, *_) = labels = [row for row in rows if row["category"] == "incomplete"]
+    assert "liger" in first["name"]
+    assert {row["bytes"] for row in labels} == {""}
+
+
 def test_a_method_shows_what_is_required_and_what_does_nothing() -> None:
     shown = run("methods", "prefix-tuning").out
     assert "num_virtual_tokens" in shown
