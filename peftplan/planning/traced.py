@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -72,9 +72,10 @@ def trace_peaks(
         raise RefusedError(f"engine: the trace of {architecture.model_class} failed: {type(error).__name__}: {reason}") from error
     events = events_of(found, empties_cache=script.empties_cache)
     replayed = replay(events)
+    allocated = {phase: peaks.allocated for phase, peaks in replayed.by_phase.items()}  # no entry: nothing is allocated in it
     return Peaks(
         ledgers={
-            phase: Ledger(tuple(map(_line, peak.alive))).with_tails(replayed.by_phase[phase].allocated)
+            phase: Ledger(tuple(map(_line, peak.alive))).with_tails(allocated.get(phase, 0))
             for phase, peak in found.peaks.items()
         },
         reserved=replayed.peaks.reserved,
@@ -139,8 +140,17 @@ def _peft_config(
     if targets is None and method.peft_type == "LORA":
         fields["target_modules"] = "all-linear"
     elif targets in WORDS and targets != "all-linear":
-        fields["target_modules"] = list(dict(adaptation.resolved)["target_modules"])
+        fields["target_modules"] = list(_names(dict(adaptation.resolved)["target_modules"], adaptation))
     return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+
+def _names(targets: Iterable[str], adaptation: Adaptation) -> Iterator[str]:
+    """Targets as peft reads them: a template such as BERT's `bert.encoder.layer.{}.output.dense` with every layer's number."""
+    for target in targets:
+        if "{}" in target:
+            yield from (name for module in adaptation.matched if module.name == target for name in module.names())
+        else:
+            yield target
 
 
 def _line(alive: Any) -> Line:

@@ -56,13 +56,12 @@ def peaks(log: Sequence[Moment], windows: Sequence[Window]) -> dict[str, Peak]:
     best: dict[str, tuple[int, int]] = {}
     level, index = 0, 0
     for window in windows:
-        for at in range(index, window.end):
-            if at == window.start:
-                best[window.phase] = max(best.get(window.phase, (-1, 0)), (level, at), key=lambda found: found[0])
-            size = round512(log[at].storage.nbytes)
-            level += size if log[at].kind == "alloc" else -size
+        for at in range(index, window.end + 1):
             if at >= window.start and level > best.get(window.phase, (-1, 0))[0]:
-                best[window.phase] = (level, at + 1)
+                best[window.phase] = (level, at)
+            if at < window.end:
+                size = round512(log[at].storage.nbytes)
+                level += size if log[at].kind == "alloc" else -size
         index = window.end
     return {phase: Peak(best[phase][0], alive_at(log, best[phase][1])) for phase in PHASES if phase in best}
 
