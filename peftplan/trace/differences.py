@@ -37,6 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 from peftplan.trace.attention import Capability, sdpa
 from peftplan.trace.hosted import SavedOnHost
+from peftplan.trace.replacing import replaced
 
 F = torch.nn.functional
 
@@ -95,14 +96,15 @@ class CudaLike(TorchFunctionMode):
         return torch.ops.aten.native_dropout(x, p, True)[0]
 
     def softmax(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`softmax` and `log_softmax`; from fp16 to fp32 in one kernel, else as autocast says."""
+        """`softmax` and `log_softmax`, under autocast to fp32 (`set_opt_dtype`, autocast_mode.h): of fp16 in one kernel, of bf16
+        behind a copy (SoftMax.cpp)."""
         x = args[0] if args else kwargs["input"]
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if x.dtype == torch.float16 and kwargs.get("dtype") == torch.float32 and dim is not None:
-            is_log = "log" in func.__name__
-            kernel = torch.ops.aten._log_softmax if is_log else torch.ops.aten._softmax
+        by_autocast = self._autocast and kwargs.get("dtype") is None and torch.is_autocast_enabled(self._device)
+        if x.dtype == torch.float16 and dim is not None and (by_autocast or kwargs.get("dtype") == torch.float32):
+            kernel = torch.ops.aten._log_softmax if "log" in func.__name__ else torch.ops.aten._softmax
             return kernel(x, dim, True)
-        if self._autocast and kwargs.get("dtype") is None and torch.is_autocast_enabled(self._device):
+        if by_autocast:
             return in_fp32(func, args, kwargs, device=self._device)
         return func(*args, **kwargs)
 
@@ -229,12 +231,15 @@ def _all_by_name(mask: torch.Tensor) -> torch.Tensor:
 def as_on_cuda(device: str) -> Iterator[None]:
     """Let torch answer for the fake device where it is asked about CUDA, and transformers take fake tensors for real ones."""
     enabled, low = torch.is_autocast_enabled, torch.get_autocast_dtype
+    stand_ins = {
+        "torch.is_autocast_enabled": lambda asked=None: enabled(asked or device),
+        "torch.get_autocast_gpu_dtype": lambda: low(device),
+        "transformers.utils.import_utils.is_fake_tensor": lambda tensor: False,
+        "transformers.masking_utils.fast_all": _all_by_name,
+        "transformers.modeling_utils.save_on_cpu": SavedOnHost,
+    }
     with (
-        patch("torch.is_autocast_enabled", lambda asked=None: enabled(asked or device)),
-        patch("torch.get_autocast_gpu_dtype", lambda: low(device)),
-        patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False),
-        patch("transformers.masking_utils.fast_all", _all_by_name),
-        patch("transformers.modeling_utils.save_on_cpu", SavedOnHost),
+        replaced(stand_ins),
         patch.object(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True),  # it prints what is raised anyway
     ):
         yield
