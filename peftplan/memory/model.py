@@ -176,8 +176,8 @@ class Model:
 
     def idle(self) -> set[str]:
         """The families that train and that the step gave no gradient, which optimizers pass over."""
-        held = self._held.items()
-        return {name for (name, _), p in held if p.trainable} - {name for (name, _), p in held if p.grad is not None}
+        trained = {p.name for p in self.parameters.all if p.trainable}
+        return trained - {name for (name, _), p in self._held.items() if p.grad is not None}
 
     def keep_gradients(self) -> None:
         """Make all gradients before the step, as those of the step before that `zero_grad(set_to_none=False)` left."""

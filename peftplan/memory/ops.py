@@ -276,7 +276,7 @@ def layernorm(f: Tape, x: Tensor, weight: Any, bias: Any = None) -> Tensor:
     if f.autocast:
         x, weight, bias = f.cast(x, "fp32"), f.cast(weight, "fp32"), f.cast(bias, "fp32")
     row = (*x.dims[:-1], 1)
-    node = f.record(_layernorm_backward, (x, weight, bias), x, weight)
+    node = f.record(_layernorm_backward, (x, weight, bias), x, weight, bias)
     out = f.new(x.dims, x.dtype, "layer_norm", node)
     f.keep(node, f.new(row, "fp32", "mean"), f.new(row, "fp32", "rstd"))
     return out

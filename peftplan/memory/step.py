@@ -42,7 +42,8 @@ def steady_step(model: Model, program: Program) -> None:
         model.keep_gradients()
     scaler = Scaler(f) if f.autocast == "fp16" and program.trainer != "plain" else None
     outputs: list[Tensor] = []
-    for number in range(1 if program.keep_gradients else min(program.accumulation, MICRO_BATCHES)):
+    alike = program.keep_gradients and not program.keep_outputs  # every micro batch meets what the first does
+    for number in range(1 if alike else min(program.accumulation, MICRO_BATCHES)):
         model.micro_batch = number
         f.segment = abs(f.segment) + 1  # forward code again, after the backward of the micro batch before
         f.mark("forward")

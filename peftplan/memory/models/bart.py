@@ -198,7 +198,7 @@ def feed_forward(model: Model, block: Block, name: str, number: int, x: Tensor) 
 def attention(
     model: Model, block: Block, a: Attention, name: str, number: int, x: Tensor, states: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    """`BartAttention.forward`; Whisper scales queries itself, and copies all three head by head."""
+    """`BartAttention.forward`; Whisper scales queries itself, and copies all three head by head, as a cache would."""
     f, heads, d = model.tape, a.num_attention_heads, a.head_dim
     whisper = is_whisper(model)
     q = model.linear(f"{name}.q_proj", x, number)
@@ -224,7 +224,7 @@ def attention(
         rotated=False,
         wide=False,
         by_head=whisper,
-        cached=prefixed or None,
+        cached=whisper or prefixed or None,
     )
     return model.linear(f"{name}.out_proj", out, number)
 

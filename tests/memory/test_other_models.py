@@ -1,0 +1,49 @@
+"""Encoders, encoder-decoders and classifiers where the two engines once differed: peaks by phase against the trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+from peftplan import estimate
+from tests.memory.engines import LLAMA, OFF, PLAIN, TOLERANCE, TRAINER, phases
+from tests.memory.test_encoders import BART, BERT, T5, WHISPER
+
+BART_LM = {**BART, "architectures": ["BartForConditionalGeneration"]}
+WHISPER_LM = {**WHISPER, "architectures": ["WhisperForConditionalGeneration"]}
+T5_LM = {**T5, "architectures": ["T5ForConditionalGeneration"]}
+BERT_TOKENS = {**BERT, "architectures": ["BertForTokenClassification"]}
+EAGER = {"attn_implementation": "eager"}
+FP16 = {"dtype": "fp32", "autocast": "fp16"}
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "options"),
+    [
+        (BART_LM, "lora", {**PLAIN, "target_modules": ["q_proj"], "modules_to_save": ["shared"]}),  # neither side reads `shared`
+        (WHISPER_LM, "lora", {**TRAINER, **EAGER, **FP16, "target_modules": ["q_proj"]}),  # softmax from fp16 to fp32 at once
+        (WHISPER_LM, "lora", {**TRAINER, **EAGER, "target_modules": ["q_proj"]}),  # values that need no copy for `matmul`
+        (BERT_TOKENS, "lora", {**PLAIN, "target_modules": "mlp"}),  # `output.dense`, which attention has too
+        (BERT_TOKENS, "lora", {**OFF, "target_modules": ["query"]}),  # LayerNorm keeps its bias's copy
+        (T5_LM, "lora", {**PLAIN, "keep_gradients": True, "gradient_accumulation_steps": 2}),  # outputs of the batch before
+    ],
+)
+def test_each_phase_peaks_where_the_trace_does(config: dict[str, Any], method: str, options: dict[str, Any]) -> None:
+    ours, traced = (phases(config, engine, method=method, **options) for engine in ("analytic", "trace"))
+    for phase in ("load", "forward", "backward", "step"):
+        assert ours[phase] == pytest.approx(traced[phase], rel=TOLERANCE), phase
+
+
+def test_a_step_that_allocates_nothing_peaks_at_what_it_meets() -> None:
+    """A fused optimizer with kept gradients works in place."""
+    options = {**PLAIN, "optim": "adamw_torch_fused", "keep_gradients": True, "keep_outputs": False}
+    peaks = estimate(LLAMA, engine="trace", batch_size=2, seq_len=64, **options).peaks
+    assert peaks is not None
+    held = {line.category for line in peaks.replayed.ledgers["step"] if line.name != "tails of unsplit blocks"}
+    assert held >= {"weights", "adapter_weights", "gradients", "optimizer_states"}
