@@ -19,9 +19,10 @@ from peftplan.arch import sources
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.measure import losses
 from peftplan.planning.job import Job
-from peftplan.planning.setup import CAST_BY_TRL, Setup, checkpointing_arguments
+from peftplan.planning.setup import CAST_BY_TRL, Setup
 from peftplan.planning.traced import as_peft_config
 from peftplan.storage import QuantConfig
+from peftplan.trace.checkpointing import checkpoint_layers
 from peftplan.trace.count import COPIES, LORAFA_LR, _config_object
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
 from peftplan.trace.peft_steps import LORAFA, lorafa_optimizer
@@ -72,10 +73,7 @@ def make(job: Job, device: torch.device) -> Made:
         setup = job.setup
         if job.quant is not None and setup.kbit_prepare:
             _kbit_prepare(base)
-        if setup.gradient_checkpointing:
-            if not base.supports_gradient_checkpointing:
-                raise RefusedError(f"gradient_checkpointing: {type(base).__name__} does not support it; accepted: off")
-            base.activation_checkpointing_enable(**checkpointing_arguments(setup))
+        checkpoint_layers(base, setup)
         losses.install(base, setup)
         peft_config = as_peft_config(job.method, job.config, job.adapter, job.adaptation)
         model = base if peft_config is None else adapt(base, peft_config, job)

@@ -10,16 +10,16 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
-from unittest.mock import patch
 
 from peftplan.arch.modules import Shape
 from peftplan.errors import MissingExtraError, PeftplanError, RefusedError, UnknownNameError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, TrainedParam
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.trace.replacing import replaced
 
 PREFIXES = {True: "base_model.", False: "base_model.model."}
 """What peft puts before the base model's own names, by whether the method is one of virtual tokens."""
@@ -127,9 +127,7 @@ def _config_object(peft_config: Mapping[str, Any] | Any, task_type: str | None) 
 @contextmanager
 def stand_ins(peft_type: str) -> Iterator[None]:
     """Replace what a method computes on values by empty tensors of the same shapes, while its adapter is created."""
-    with ExitStack() as stack:
-        for target, stand_in in STAND_INS.get(peft_type, {}).items():
-            stack.enter_context(patch(target, stand_in))
+    with replaced(STAND_INS.get(peft_type, {})):
         yield
 
 
@@ -201,12 +199,12 @@ def _frod_u_and_lambda(layer: Any, v: Any, weight: Any) -> tuple[Any, Any]:
     return torch.empty((n_out, n_in), device="cpu"), torch.empty((n_in,))
 
 
-def _shira_update(layer: Any, adapter_name: str, mask: Any, r: int, config: Any, **kwargs: Any) -> None:
+def _shira_update(layer: Any, adapter_name: str, mask: Any, *args: Any, **kwargs: Any) -> None:
     """SHiRA's `update_layer` without a mask, and the int32 places that it would be read into."""
     import torch
     from peft.tuners.shira.layer import ShiraLayer
 
-    ShiraLayer.update_layer(layer, adapter_name, None, r, config, **kwargs)
+    ShiraLayer.update_layer(layer, adapter_name, None, *args, **kwargs)
     entries = layer.shira_weight[adapter_name].numel()
     layer.shira_indices[adapter_name] = torch.empty((2, entries), dtype=torch.int32)
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from peftplan.trace.attention import Capability
+from peftplan.trace.replacing import replaced
 
 GROUPED_CAPABILITY = (8, 0)
 ALIGNMENT_BYTES = 16
@@ -26,10 +26,11 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 @contextmanager
 def experts_on(capability: Capability) -> Iterator[None]:
     """Let the experts of transformers run as on a card of this compute capability."""
-    with (
-        patch("torch._meta_registrations._meta_grouped_mm_common", _grouped_mm),
-        patch("transformers.integrations.moe._can_use_grouped_mm", lambda *args: capability >= GROUPED_CAPABILITY),
-    ):
+    stand_ins = {
+        "torch._meta_registrations._meta_grouped_mm_common": _grouped_mm,
+        "transformers.integrations.moe._can_use_grouped_mm": lambda *args: capability >= GROUPED_CAPABILITY,
+    }
+    with replaced(stand_ins):
         yield
 
 

@@ -9,7 +9,7 @@ less. Left out: split accumulators of batches too small to fill the card, the de
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -219,17 +219,26 @@ def is_packed(position_ids: torch.Tensor | None, batch_size: int) -> bool:
     return False
 
 
+LOADED = (
+    "_loaded_implementation", "_flash_fn", "_flash_with_kvcache_fn", "_flash_varlen_fn", "_pad_fn", "_unpad_fn",
+    "_process_flash_kwargs_fn", "_process_with_kvcache_kwargs_fn",
+)  # fmt: skip
+"""What `lazy_import_flash_attention` sets once (transformers, modeling_flash_attention_utils.py)."""
+
+
 @contextmanager
 def flash_attn_installed() -> Iterator[None]:
-    """Let transformers find these kernels as the flash-attn package."""
+    """Let transformers find these kernels as the flash-attn package, and forget them afterwards."""
     from transformers import modeling_flash_attention_utils as utils
 
-    process = utils._lazy_define_process_function(flash_attn_varlen_func)  # type: ignore[no-untyped-call]
-    functions = (flash_attn_func, flash_attn_varlen_func, None, pad_input, unpad_input), (process, dict)
-    with (
-        patch.object(utils, "lazy_import_flash_attention", lambda *args, **kwargs: functions),
-        patch.object(utils, "_get_unpad_data", unpad_data),
-        patch.object(utils, "_index_first_axis", index_first_axis),
-        patch.object(utils, "_is_packed_sequence", is_packed),
-    ):
+    with_cache = (None,) if hasattr(utils, LOADED[2]) else ()  # transformers 5.0 has no kernel for caches
+    functions = (flash_attn_func, flash_attn_varlen_func, *with_cache, pad_input, unpad_input)
+    with ExitStack() as stack:
+        for name in LOADED:
+            if hasattr(utils, name):
+                stack.enter_context(patch.object(utils, name, None))
+        stack.enter_context(patch.object(utils, "_lazy_imports", lambda *args, **kwargs: functions))
+        stack.enter_context(patch.object(utils, "_get_unpad_data", unpad_data))
+        stack.enter_context(patch.object(utils, "_index_first_axis", index_first_axis))
+        stack.enter_context(patch.object(utils, "_is_packed_sequence", is_packed))
         yield

@@ -17,8 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from peftplan.errors import RefusedError
 from peftplan.memory.ledger import Category
 from peftplan.methods.adaptation import Adaptation
-from peftplan.planning.setup import Setup, checkpointing_arguments
+from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig, quantized_modules
+from peftplan.trace.checkpointing import checkpoint_layers
 from peftplan.trace.count import COPIES, LORAFA_LR, PREFIXES, _config_object, stand_ins
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
 from peftplan.trace.peft_steps import LORAFA
@@ -67,10 +68,7 @@ def build(
                 part._attn_implementation_internal = FLASH_ATTENTION
         original = {id(p) for p in base.parameters()}
         upcast = _kbit_prepare(base) if quant is not None and setup.kbit_prepare else set()
-        if setup.gradient_checkpointing and not base.supports_gradient_checkpointing:
-            raise RefusedError(f"gradient_checkpointing: {cls.__name__} does not support it in transformers; accepted: off")
-        if setup.gradient_checkpointing:
-            base.activation_checkpointing_enable(**checkpointing_arguments(setup))
+        checkpoint_layers(base, setup)
         model = _adapted(base, peft_config, task_type, quant, setup)
         if setup.every_n_layers is not None:
             _count_layers(base, setup.every_n_layers)

@@ -16,9 +16,8 @@ entries takes while it runs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -28,6 +27,7 @@ from peftplan.methods.adaptation import adapter_on_host
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.trace.quantized import module_weight
+from peftplan.trace.replacing import replaced
 
 HOST_BUFFERS = ("boft_P", "frod_U", "frod_V", "frod_s_indices", "frod_s_size")
 """Buffers that peft makes on the host. They stay there if the model was on its device before and is not moved again."""
@@ -173,7 +173,7 @@ def on_fake_tensors(*, from_host: bool) -> Iterator[None]:
     def frod_tensors(layer: Any, adapter: str, **kwargs: Any) -> Any:
         return _frod_tensors(layer, adapter, **kwargs, from_host=from_host)
 
-    replaced = {
+    stand_ins = {
         "peft.tuners.boft.layer.Linear.forward": boft_forward,
         "peft.tuners.boft.layer.get_fbd_cuda": lambda: FastBlockDiagonal,
         "peft.tuners.frod.layer.Linear._get_frod_tensors": frod_tensors,
@@ -184,7 +184,5 @@ def on_fake_tensors(*, from_host: bool) -> Iterator[None]:
         "peft.tuners.shira.layer.Linear.get_delta_weight": _shira_delta,
         "peft.tuners.waveft.layer.WaveFTLayer.get_delta_weight": all_inside,
     }
-    with ExitStack() as stack:
-        for target, stand_in in replaced.items():
-            stack.enter_context(patch(target, stand_in))
+    with replaced(stand_ins):
         yield
