@@ -313,7 +313,7 @@ class Model:
             return continued(self, k, v)
         if not self.caches:
             return k, v
-        k, v = ops.copied(self.tape, k, "cat"), ops.copied(self.tape, v, "cat")
+        k, v = ops.cached(self.tape, k), ops.cached(self.tape, v)
         self.kept.append((k.detach(), v.detach()))
         return k, v
 

@@ -111,7 +111,7 @@ def prefixed(model: Model, kinds: tuple[int, ...] | None = None) -> list[tuple[T
     found = []
     for number in range(len(sections)):
         pair = f.record(_unbind_backward, (Tensor(x.storage, (parts, *one), x.dtype, node, number),), (2, *one), (parts, *one))
-        k, v = (ops.copied(f, Tensor(x.storage, one, x.dtype, pair, side), "cat") for side in range(2))
+        k, v = (ops.cached(f, Tensor(x.storage, one, x.dtype, pair, side)) for side in range(2))
         found.append((k, v))
     if extra := sum(copies.values()):
         model.copied_past = f.many(one, x.dtype, "cat", 2 * extra)
@@ -161,13 +161,15 @@ def continued(model: Model, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def crossed(model: Model, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-attention's keys and values, which the cache of a prefix copies and the outputs hold."""
-    k, v = ops.copied(model.tape, k, "cat"), ops.copied(model.tape, v, "cat")
+    k, v = ops.cached(model.tape, k), ops.cached(model.tape, v)
     model.kept.append((k.detach(), v.detach()))
     return k, v
 
 
 def _continued(f: Tape, past: Tensor, x: Tensor) -> Tensor:
     dims: Dims = (*x.dims[:2], "k", x.dims[3])
+    if (wide := ops.promoted_by_autocast(f, past.dtype, x.dtype)) is not None:
+        past, x = f.cast(past, wide), f.cast(x, wide)
     return f.new(dims, ops.promoted(past.dtype, x.dtype), "cat", f.record(_continued_backward, (past, x), past.dims, x.dims))
 
 
