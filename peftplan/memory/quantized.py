@@ -18,7 +18,10 @@ BLOCKSIZE = 64
 
 
 def linear4bit(f: Tape, part: Part, x: Tensor) -> Tensor:
-    """`Linear4bit`: the input in the compute dtype, the whole weight dequantized, the output back in the input's dtype."""
+    """`Linear4bit`: the input in the compute dtype, the whole weight dequantized, the output back in the input's dtype.
+
+    Autocast casts what the product within takes, where the compute dtype is another than its own.
+    """
     assert part.quant is not None
     assert part.weight is not None
     given = x.dtype
@@ -27,8 +30,11 @@ def linear4bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     absmax = _absmax(f, part, keep_both=True)
     weight = f.new((n_out, n_in), x.dtype, "dequantized")
     op = "linear" if part.bias is None else "addmm"
-    out = f.new((*x.dims[:-1], n_out), x.dtype, op, f.record(_linear4bit_backward, (x, part.bias), part, x.dims))
-    del weight, absmax
+    node = f.record(_linear4bit_backward, (x, part.bias), part, x.dims)
+    taken = f.autocast or x.dtype
+    casts = [f.new(t.dims, taken, "to") for t in (x, weight, part.bias) if t is not None and x.dtype != taken]
+    out = f.new((*x.dims[:-1], n_out), taken, op, node)
+    del casts, weight, absmax
     return f.to(out, given)
 
 
