@@ -39,8 +39,8 @@ FREE: Reads = {"weight_lr_power": float, "r": float}
 STABLE: Reads = {"max_lr": float, "kahan_sum": str, "decouple_lr": str}
 
 
-def _torch(name: str, cls: str, states: StatesFunction, reads: Reads) -> Optimizer:
-    return Optimizer(name, "torch", f"torch.optim.{cls}", "foreach", states, reads)
+def _torch(name: str, cls: str, states: StatesFunction, reads: Reads, *, made_with_states: bool = False) -> Optimizer:
+    return Optimizer(name, "torch", f"torch.optim.{cls}", "foreach", states, reads, made_with_states=made_with_states)
 
 
 def _bnb(name: str, cls: str, states: StatesFunction, reads: Reads) -> Optimizer:
@@ -67,7 +67,7 @@ _ROWS = (
     _torch("adamw_torch", "AdamW", adamw, {}),
     Optimizer("adamw_torch_fused", "torch", "torch.optim.AdamW", "fused", adamw_fused),
     _torch("sgd", "SGD", sgd, SGD),
-    _torch("adagrad", "Adagrad", adagrad, ADAGRAD),
+    _torch("adagrad", "Adagrad", adagrad, ADAGRAD, made_with_states=True),
     _torch("rmsprop", "RMSprop", rmsprop, RMSPROP),
     Optimizer("adafactor", "transformers", "transformers.optimization.Adafactor", "for-loop", adafactor),
     _bnb("adamw_bnb_8bit", "AdamW", bnb(two_state, bits=8), {}),

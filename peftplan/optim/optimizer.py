@@ -60,7 +60,8 @@ class Optimizer(NamedTuple):
 
     `reads` lists the keys of `optim_args` that transformers reads for it, each with the reader it applies.
     `low_rank`: states depend on whether `optim_target_modules` selects the parameter.
-    `states_for_frozen`: frozen parameters get states too.
+    `states_for_frozen`: frozen parameters get states too. `made_with_states`: the constructor makes them, of every parameter that
+    it is given, where others wait for a gradient.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Optimizer(NamedTuple):
     shared: SharedFunction = nothing_shared
     low_rank: bool = False
     states_for_frozen: bool = False
+    made_with_states: bool = False
 
     @property
     def untraced(self) -> str | None:

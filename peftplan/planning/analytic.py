@@ -51,6 +51,8 @@ class Compiled(NamedTuple):
     loading_bytes: int
     virtual_tokens: int
     loss: LossSizes
+    early: tuple[Line, ...] = ()
+    """The states that the optimizer's constructor makes, before the first step."""
     on_host: tuple[tuple[tuple[Any, ...], str, int], ...] = ()
     """Dims, dtype and number of the tensors that wait on the host for backward."""
 
@@ -185,7 +187,9 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     steady_step(model, _program(job))
     found = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
     lasting = tuple(line for line in static if line.category != "gradients" and line.place == "device")
-    if idle := model.idle():  # what gets no gradient gets no state
+    optimizer = parse_optim(str(setup.optim))
+    early = tuple(line for line in lasting if optimizer.made_with_states and line.source == optimizer.source)
+    if not early and (idle := model.idle()):  # what gets no gradient gets no state
         stated = (line for line in lasting if line.category == "optimizer_states")
         stateless = {line.name for line in stated if line.name.rpartition(".")[0] in idle}
         lasting = tuple(line for line in lasting if line.name not in stateless)
@@ -195,6 +199,8 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     loaded = tuple(line for line in lasting if line.category != "optimizer_states")
     standing = Ledger(lasting + _workspaces(found.products, compute_capability))
     loading = Ledger(loaded + load_passing(parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled))
+    if early:  # the optimizer is made once the model is there
+        loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
     return Compiled(
         architecture,
         found,
@@ -211,6 +217,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         ),
         standing_bytes=standing.bytes(),
         loading_bytes=loading.bytes(),
+        early=early,
         virtual_tokens=model.virtual_tokens,
         loss=_loss_sizes(job),
         on_host=tuple(model.on_host),

@@ -51,8 +51,10 @@ class Run(NamedTuple):
         feed = _Feed(Allocator(capacity_bytes=capacity_bytes), self.script)
         feed.allocator.begin_phase("load")
         compiled.load(feed.allocator)
+        feed.take(compiled.early)
         feed.allocator.begin_phase("warmup")
-        kept = [line for line in compiled.standing if line.category in ("optimizer_states", "workspaces")]
+        made = [line for line in compiled.standing if line.category in ("optimizer_states", "workspaces")]
+        kept = [line for line in made if line not in compiled.early]
         for number, (of_step, named) in enumerate(self.steps, start=1):
             feed.step(of_step.timeline, named, states=kept if number == 1 else (), phases=number == len(self.steps))
         return {**feed.allocator.peaks_by_phase, "": feed.allocator.peaks}

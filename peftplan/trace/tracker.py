@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -281,6 +282,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         references = [self._live.pop(tensor.untyped_storage()._cdata, None) for tensor in tensors]
         gone = {id(reference.record) for reference in references if reference is not None}
         if gone:
+            taken = [at for at, moment in enumerate(self.log) if id(moment.storage) in gone]
+            self.began[:] = [(start - bisect_left(taken, start), phase) for start, phase in self.began]
             self.log[:] = [moment for moment in self.log if id(moment.storage) not in gone]
 
     def passing(self, *, nbytes: int, shape: tuple[int, ...], dtype: str, op: str, category: Category | None = None) -> Storage:
