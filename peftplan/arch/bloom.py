@@ -61,6 +61,7 @@ def bloom(c: Fields, task_type: str) -> Architecture:
         embedding="word_embeddings",
         prompt=prompt_dims(c, len(layers), h, a),
         supports_sdpa=False,
+        supports_flash_attn=False,
         dropout=Dropout(
             hidden, probability(c, "attention_dropout"), classifier=probability(c, "classifier_dropout", default=hidden)
         ),
@@ -95,6 +96,7 @@ def mpt(c: Fields, task_type: str) -> Architecture:
         embedding="wte",
         prompt=prompt_dims(c, len(layers), h, None),
         supports_sdpa=False,
+        supports_flash_attn=False,
         # One probability for attention weights and after both sublayers; resid_pdrop and emb_pdrop are never read.
         dropout=Dropout(dropped, dropped, classifier=classifier_dropout(c)),
     )

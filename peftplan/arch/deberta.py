@@ -114,6 +114,7 @@ def _backbone(c: Fields) -> Backbone:
         buffers=(Buffer("embeddings.position_ids", "int64", (1, c.int("max_position_embeddings"))),),
         prompt=prompt_dims(c, len(layers), h, a),
         supports_sdpa=False,
+        supports_flash_attn=False,
         dropout=_dropout(c),
         max_positions=c.int("max_position_embeddings") if c.bool("position_biased_input", default=True) else None,
     )

@@ -52,6 +52,7 @@ class Backbone(NamedTuple):
     frozen: tuple[str, ...] = ()
     logits_ops: tuple[str, ...] = ()
     supports_sdpa: bool = True
+    supports_flash_attn: bool = True
     prompt: PromptDims | None = None
     dropout: Dropout = NO_DROPOUT
     max_positions: int | None = None
@@ -100,6 +101,7 @@ def attach(
         frozen=tuple(prefix + name for name in backbone.frozen),
         logits_ops=backbone.logits_ops if output_embedding else (),
         supports_sdpa=backbone.supports_sdpa,
+        supports_flash_attn=backbone.supports_flash_attn,
         prompt=backbone.prompt,
         dropout=backbone.dropout,
         max_positions=backbone.max_positions,

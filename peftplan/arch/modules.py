@@ -189,7 +189,8 @@ class Architecture:
     parameters that the model class itself creates with `requires_grad=False`; `from_pretrained` of transformers 5.24 undoes it.
     `keep_in_fp32_strict` are its `_keep_in_fp32_modules_strict`: patterns searched in parameter names, fp32 under bf16 as well.
     `logits_ops` are what the class does to the head's output: `scale`, `softcap` (divide, tanh, multiply). `supports_sdpa` is its
-    `_supports_sdpa`: without it transformers falls back to eager attention. `picture`: channels, height and width of the pictures
+    `_supports_sdpa`: without it transformers falls back to eager attention; `supports_flash_attn` its `_supports_flash_attn`.
+    `picture`: channels, height and width of the pictures
     that the model reads instead of text. `max_positions`: the longest sequence that a table of absolute positions holds (Whisper:
     of the decoder); None where positions have no table.
     """
@@ -210,6 +211,7 @@ class Architecture:
     frozen: tuple[str, ...] = ()
     logits_ops: tuple[str, ...] = ()
     supports_sdpa: bool = True
+    supports_flash_attn: bool = True
     prompt: PromptDims | None = None
     dropout: Dropout = NO_DROPOUT
     picture: Shape = ()

@@ -107,6 +107,7 @@ def _backbone(c: Fields, stacks: tuple[Stack, ...]) -> Backbone:
         embedding="shared",
         ties=tuple((f"{stack}.embed_tokens.weight", "shared.weight") for stack in stacks),
         keep_in_fp32=("wo",),
+        supports_flash_attn=False,
         prompt=_prompt(c),
         dropout=Dropout(rate, rate, rate, rate, probability(c, "classifier_dropout")),
     )

@@ -43,6 +43,7 @@ def prepare(
         setup,
         quantized=quant is not None,
         supports_sdpa=architecture.supports_sdpa,
+        supports_flash_attn=architecture.supports_flash_attn,
         use_cache=bool(architectures.load_config(model).get("use_cache", True)),
         max_positions=architecture.max_positions,
     )

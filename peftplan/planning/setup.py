@@ -136,12 +136,21 @@ def first_error(error: ValidationError, *, prefix: str = "") -> InputError:
     return InputError(f"{prefix}{field}", first["input"], f"accepted: {wanted}")
 
 
-def resolved(setup: Setup, *, quantized: bool, supports_sdpa: bool, use_cache: bool, max_positions: int | None = None) -> Setup:
+def resolved(
+    setup: Setup,
+    *,
+    quantized: bool,
+    supports_sdpa: bool,
+    use_cache: bool,
+    supports_flash_attn: bool = True,
+    max_positions: int | None = None,
+) -> Setup:
     """The setup with every unset field filled from its trainer preset, and from the model where the preset leaves it open.
 
     peft leaves adapters in fp32 (`autocast_adapter_dtype`); TRL casts them to bf16, on a bitsandbytes base only. transformers
-    takes sdpa where the model class has it, else eager, and raises where sdpa is asked of a class without it. `use_cache` is what
-    the model's config says. A `seq_len` that nobody set is no longer than `max_positions`; one that is set longer is refused.
+    takes sdpa where the model class has it, else eager, and raises where sdpa or FlashAttention is asked of a class without it.
+    `use_cache` is what the model's config says. A `seq_len` that nobody set is no longer than `max_positions`; one that is set
+    longer is refused.
     """
     filled = {k: v for k, v in PRESETS[setup.trainer].items() if getattr(setup, k) in (None, "auto")}
     if not quantized:
@@ -154,6 +163,11 @@ def resolved(setup: Setup, *, quantized: bool, supports_sdpa: bool, use_cache: b
         filled["attn_implementation"] = "sdpa" if supports_sdpa else "eager"
     elif setup.attn_implementation == "sdpa" and not supports_sdpa:
         raise RefusedError("attn_implementation: this model class has no sdpa attention in transformers; accepted: eager")
+    elif setup.attn_implementation == "flash_attention_2" and not supports_flash_attn:
+        accepted = "sdpa, eager" if supports_sdpa else "eager"
+        raise RefusedError(
+            f"attn_implementation: this model class has no flash_attention_2 in transformers; accepted: {accepted}"
+        )
     if max_positions is not None and "seq_len" not in setup.model_fields_set:
         filled["seq_len"] = min(setup.seq_len, max_positions)
     found = setup.model_copy(update=filled)

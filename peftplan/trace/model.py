@@ -55,15 +55,14 @@ def build(
     with quiet_transformers():
         hf_config = build_config(config, name="model")
         cls = model_class(config, hf_config, name="model", task_type=task_type)
-        hf_config._attn_implementation = "sdpa" if setup.attn_implementation == FLASH_ATTENTION else setup.attn_implementation
+        known = "sdpa" if cls._supports_sdpa else "eager"
+        hf_config._attn_implementation = known if setup.attn_implementation == FLASH_ATTENTION else setup.attn_implementation
         base = build_model(config, hf_config, cls, name="model")
         _load_dtype(base, setup.dtype)
         if quant is not None:
             quantize(base, _quantized(base, quant), quant, dtype=setup.dtype)
             _mark_quantized(base)
         if setup.attn_implementation == FLASH_ATTENTION:
-            if not base._supports_flash_attn:
-                raise RefusedError(f"attn_implementation: {cls.__name__} has no flash_attention_2; accepted: sdpa, eager")
             for part in (base.config, *_sub_configs(base.config)):
                 part._attn_implementation_internal = FLASH_ATTENTION
         original = {id(p) for p in base.parameters()}

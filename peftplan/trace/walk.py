@@ -42,6 +42,7 @@ def walk(model: Any, *, model_type: str, task_type: str) -> Architecture:
         keep_in_fp32=tuple(sorted(model._keep_in_fp32_modules or ())),
         keep_in_fp32_strict=tuple(sorted(model._keep_in_fp32_modules_strict or ())),
         supports_sdpa=model._supports_sdpa,
+        supports_flash_attn=model._supports_flash_attn,
         frozen=tuple(name for name, p in model.named_parameters() if not p.requires_grad),
         prompt=prompt_dims(model.config, seq2seq=task_type == "SEQ_2_SEQ_LM"),
     )

@@ -66,6 +66,7 @@ def assert_same(arch: Architecture, model: Any) -> None:
     assert set(arch.keep_in_fp32) == set(model._keep_in_fp32_modules or ())
     assert set(arch.keep_in_fp32_strict) == set(model._keep_in_fp32_modules_strict or ())
     assert arch.supports_sdpa == bool(model._supports_sdpa)
+    assert arch.supports_flash_attn == bool(model._supports_flash_attn)
     assert set(arch.frozen) == {n for n, p in model.named_parameters() if not p.requires_grad}
 
 

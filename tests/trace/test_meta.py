@@ -70,6 +70,7 @@ def test_equal_to_the_adapter(name: str) -> None:
     for field in ("keep_in_fp32", "keep_in_fp32_strict", "frozen"):
         assert set(getattr(ours, field)) == set(getattr(theirs, field)), field
     assert ours.supports_sdpa == theirs.supports_sdpa
+    assert ours.supports_flash_attn == theirs.supports_flash_attn
 
 
 @pytest.mark.parametrize(
