@@ -14,7 +14,8 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import MissingExtraError, PeftplanError, RefusedError
 from peftplan.memory.ledger import Ledger, Line
 from peftplan.methods.adaptation import Adaptation, MethodConfig
-from peftplan.methods.targets import WORDS
+from peftplan.methods.lora import LoraConfig
+from peftplan.methods.targets import ALL_LINEAR, WORDS
 from peftplan.planning.result import Peaks
 from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import Setup
@@ -138,8 +139,9 @@ def _peft_config(
         fields.setdefault("total_step", fields["tinit"] + STEPS_TO_ALLOCATE + fields["tfinal"])
     targets = fields.get("target_modules")
     if targets is None and method.peft_type == "LORA":
-        fields["target_modules"] = "all-linear"
-    elif targets in WORDS and targets != "all-linear":
+        layered = any(fields.get(name) is not None for name in LoraConfig.refuses_layers)  # beside a list of names only
+        fields["target_modules"] = sorted({m.leaf for m in adaptation.matched}) if layered else ALL_LINEAR
+    elif targets in WORDS and targets != ALL_LINEAR:
         fields["target_modules"] = list(_names(dict(adaptation.resolved)["target_modules"], adaptation))
     return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 

@@ -1,0 +1,57 @@
+"""Combinations of options that a random search found the two engines to disagree on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+from peftplan import estimate
+from peftplan.errors import RefusedError
+from tests.memory.engines import LLAMA, OFF, PLAIN, TOLERANCE, phases, shallow
+
+WIDE_MLP = {**LLAMA, "intermediate_size": 4096, "vocab_size": 100}
+"""Its peak lies in an MLP, not in the logits."""
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        # the outputs of the micro batch before are alive in the next one's forward, whether gradients stay or not
+        (LLAMA, {**PLAIN, "gradient_accumulation_steps": 2, "keep_gradients": True, "keep_outputs": True}),
+        # autocast casts the fp32 input and the dequantized weight again, in the product within
+        (WIDE_MLP, {**OFF, "method": "qlora", "compute_dtype": "fp32", "gradient_checkpointing": True}),
+        # Adagrad's constructor makes its states, and its step counters lie on the host
+        (LLAMA, {**PLAIN, "optim": "adagrad", "r": 64}),
+        # peft takes layers beside a list of names only
+        (LLAMA, {**PLAIN, "layers_to_transform": (1, 3)}),
+    ],
+)
+def test_both_engines_agree(config: dict[str, Any], options: dict[str, Any]) -> None:
+    ours, theirs = phases(config, "analytic", **options), phases(config, "trace", **options)
+    assert ours == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "why"),
+    [
+        # BOFT hands its output back in the base's dtype, which `rotate_half` joins; a prefix is in it too
+        (LLAMA, {"method": "boft", "target_modules": ("q_proj",), "autocast": "fp16"}, "prioritize"),
+        (LLAMA, {"method": "prefix-tuning", "num_virtual_tokens": 8, "autocast": "fp16"}, "prioritize"),
+        (shallow("bloom-560m"), {"attn_implementation": "flash_attention_2"}, "no flash_attention_2"),
+    ],
+)
+def test_both_engines_refuse(config: dict[str, Any], options: dict[str, Any], why: str) -> None:
+    given = {**PLAIN, "seq_len": 64, **options}
+    try:
+        reason = estimate(config, **given).not_modelled[0]
+    except RefusedError as refused:
+        reason = str(refused)
+    assert why in reason
+    with pytest.raises(RefusedError, match=why):
+        estimate(config, engine="trace", **given)
