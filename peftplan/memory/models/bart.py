@@ -6,6 +6,8 @@ out: LayerDrop, which skips layers by chance.
 
 from __future__ import annotations
 
+from typing import Any
+
 from peftplan.arch.modules import Attention, Block
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
@@ -17,7 +19,7 @@ from peftplan.memory.methods import virtual_tokens
 from peftplan.memory.model import PROMPTED, Model
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.stack import kinds_of, run_stack, shared
-from peftplan.memory.tape import Tensor
+from peftplan.memory.tape import Node, Tape, Tensor
 
 
 def bart(model: Model) -> Tensor:
@@ -144,10 +146,23 @@ def decoder_mask(model: Model, dtype: str) -> Tensor | None:
 
 
 def encoder_layer(model: Model, block: Block, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
-    """`BartEncoderLayer.forward`, `WhisperEncoderLayer.forward`."""
+    """`BartEncoderLayer.forward`, `WhisperEncoderLayer.forward`, which clamps what is fp16."""
     name = "model.encoder.layers.{}"
     x = attended(model, block, block.attentions[0], f"{name}.self_attn", number, x, None, mask)
-    return feed_forward(model, block, name, number, x)
+    x = feed_forward(model, block, name, number, x)
+    return limited(model.tape, x) if is_whisper(model) and x.dtype == "fp16" else x
+
+
+def limited(f: Tape, x: Tensor) -> Tensor:
+    """`clamp(x, -bound, bound)`: keeps x."""
+    return f.new(x.dims, x.dtype, "clamp", f.record(_limited_backward, (x,), x))
+
+
+def _limited_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    above, below = (f.new(g.dims, "bool", op) for op in ("ge", "le"))
+    out = f.new(g.dims, g.dtype, "where")
+    del above, below
+    return out
 
 
 def decoder_layer(

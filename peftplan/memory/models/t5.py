@@ -17,7 +17,7 @@ from peftplan.memory.activations import activation, power
 from peftplan.memory.attention import attend
 from peftplan.memory.methods import virtual_tokens
 from peftplan.memory.model import PROMPTED, Model
-from peftplan.memory.models.bart import block_of, decoder_mask
+from peftplan.memory.models.bart import block_of, decoder_mask, limited
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.reentrant import Leaf
 from peftplan.memory.stack import SharedLeaf, kinds_of, run_stack, shared
@@ -93,14 +93,7 @@ def clamped(f: Tape, x: Tensor) -> Tensor:
     size = f.new(x.dims, x.dtype, "abs")
     infinite = f.new(x.dims, "bool", "eq")
     del size, infinite
-    return f.new(x.dims, x.dtype, "clamp", f.record(_clamped_backward, (x,), x))
-
-
-def _clamped_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
-    above, below = (f.new(g.dims, "bool", op) for op in ("ge", "le"))
-    out = f.new(g.dims, g.dtype, "where")
-    del above, below
-    return out
+    return limited(f, x)
 
 
 class How(NamedTuple):
