@@ -62,6 +62,7 @@ TRAINING: dict[str, str] = {
     "--optim-target-modules": "modules that GaLore and APOLLO project",
     "--attn-implementation": "sdpa | eager | flash_attention_2",
     "--loss": "auto | full | trl-chunked | liger | unsloth",
+    "--logits-to-keep": "logits and labels of the last N tokens of each sequence only, as the forward's argument",
     "--padding/--no-padding": "batches with a real padding mask",
     "--use-cache/--no-use-cache": "build a KV cache in training",
     "--keep-outputs/--drop-outputs": "whether the caller holds the model's outputs through backward and step",

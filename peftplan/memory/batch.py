@@ -33,7 +33,7 @@ def _tensors(model: Model) -> Iterator[tuple[str, str, tuple[Dim, ...]]]:
     if arch.task_type == "QUESTION_ANS":
         yield from ((name, "int64", ("b",)) for name in ("start_positions", "end_positions"))
     else:
-        yield "labels", "int64", ("b",) if arch.task_type in PER_SAMPLE else ("b", "s")
+        yield "labels", "int64", ("b",) if arch.task_type in PER_SAMPLE else ("b", model.running.logits_to_keep or "s")
     if model.running.padding and not arch.picture:
         yield "attention_mask", "int64", ("b", "s")
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
 from peftplan.memory.loss import causal_lm_loss
 from peftplan.memory.model import Model
-from peftplan.memory.tape import Tensor
+from peftplan.memory.shaping import sliced
+from peftplan.memory.tape import Strided, Tensor
 
 Head = Callable[[Model, Tensor], tuple[Tensor, ...]]
 """Model and last hidden states → the loss, and what else the outputs hold: logits, where they exist."""
@@ -24,6 +26,16 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     for op in model.arch.logits_ops:
         logits = ops.scale(f, logits, op) if op == "scale" else ops.softcap(f, logits)
     return causal_lm_loss(f, logits), logits
+
+
+def of_last_tokens(head: Head, model: Model, x: Tensor) -> tuple[Tensor, ...]:
+    """A head of `hidden_states[:, -n:, :]` (transformers 5.24, modeling_utils.py `slice_logits_to_keep`)."""
+    running, (batch, _, width) = model.running, x.dims
+    assert running.logits_to_keep is not None
+    last = sliced(model.tape, x, (batch, running.logits_to_keep, width))
+    if running.batch_size > 1 and running.logits_to_keep < running.seq_len:
+        last = Strided(last.storage, last.dims, last.dtype, last.node)
+    return head(model, last)
 
 
 Place = tuple[str, str]
@@ -68,10 +80,15 @@ OF_LOSS: dict[str, Place] = {"trl-chunked": ("chunked_loss", "trl_chunked")}
 
 
 def head_of(model: Model) -> Head:
-    """The head of a model's task, or of a loss that never holds all logits.
+    """The head of a model's task, or of a loss that never holds all logits; of the last tokens where not all have logits.
 
     Raises NeedsTraceError for tasks that only the trace engine knows.
     """
+    head = _head_of(model)
+    return head if model.running.logits_to_keep is None else partial(of_last_tokens, head)
+
+
+def _head_of(model: Model) -> Head:
     task, model_type = model.arch.task_type, model.arch.model_type
     loss = model.running.loss
     if loss != "full" and (task != "CAUSAL_LM" or (model_type, task) in OF_MODEL or loss not in OF_LOSS):

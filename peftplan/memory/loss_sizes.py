@@ -32,13 +32,15 @@ MOST_DOUBLINGS = 40
 
 
 class LossSizes(NamedTuple):
-    """What a loss's sizes depend on besides the batch. `prompted`: the virtual tokens come before a row's own, without labels."""
+    """What a loss's sizes depend on besides the batch. `prompted`: the virtual tokens come before a row's own, without labels;
+    `kept`: how many of a row's last tokens have logits, None for all."""
 
     loss: str
     hidden_size: int
     vocab_size: int
     virtual_tokens: int
     prompted: bool
+    kept: int | None = None
 
     def length(self, seq_len: Any) -> Any:
         """Hidden states per row, of a sequence with virtual tokens."""
@@ -49,8 +51,8 @@ class LossSizes(NamedTuple):
         if self.loss == "full":
             return {}
         if self.loss == "liger":
-            rows = liger_rows(b * length, hidden_size=self.hidden_size, vocab_size=self.vocab_size)
-            return {"n": b * length, "rows": rows}
+            n = b * (length if self.kept is None else self.kept)
+            return {"n": n, "rows": liger_rows(n, hidden_size=self.hidden_size, vocab_size=self.vocab_size)}
         n = self._scored(b, length)
         if self.loss == "trl-chunked":
             return {"n": n, "s-1": length - 1, "rows": _least(n, TOKEN_TILE), "rest": _rest(n, TOKEN_TILE)}
@@ -63,9 +65,10 @@ class LossSizes(NamedTuple):
         return found | {f"{name} rest": _rest(n, rows) for name, rows in by_itemsize.items()}
 
     def facts(self, b: Any, length: Any) -> tuple[Any, ...]:
-        """What of these sizes decides which operations run: whether there are tokens, more than a chunk, more than two."""
+        """What of these sizes decides which operations run: whether there are tokens, more than a chunk, more than two; tokens
+        without logits."""
         if self.loss in ("full", "liger"):
-            return ()
+            return () if self.kept is None else (length > self.kept,)
         n = self._scored(b, length)
         if self.loss == "trl-chunked":
             return (n > 0, n > TOKEN_TILE, n > 2 * TOKEN_TILE)

@@ -40,6 +40,8 @@ class Running(NamedTuple):
     loss: str = "full"
     loss_facts: tuple[bool, ...] = ()
     """What of the batch decides which operations the loss runs (`LossSizes.facts`)."""
+    logits_to_keep: int | None = None
+    """How many of each sequence's last tokens the head reads; None for all."""
     reentrant: bool = False
     """Whether checkpointing is reentrant."""
     every_n_layers: int = 1

@@ -10,7 +10,7 @@ from typing import Any
 
 from peftplan.errors import RefusedError
 from peftplan.memory.ledger import Dim
-from peftplan.memory.tape import Dims, Node, Parameter, Tape, Tensor
+from peftplan.memory.tape import Dims, Node, Parameter, Strided, Tape, Tensor
 
 WIDER = {("bf16", "fp16"): "fp32", ("fp16", "bf16"): "fp32"}
 
@@ -53,13 +53,17 @@ def _embedding_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
 def linear(f: Tape, x: Tensor, weight: Any, bias: Any = None, *, transposed: bool = False) -> Tensor:
     """`linear` (mm, addmm): keeps x if the weight trains, and the weight if x has a gradient. Under autocast in its dtype.
 
-    The weight is (out, in); `transposed` (Conv1D, `x @ W`) is (in, out).
+    The weight is (out, in); `transposed` (Conv1D, `x @ W`) is (in, out). A strided x never goes to addmm, and is copied if the
+    weight trains (torch 2.13 aten Linear.cpp `linear`, LinearAlgebra.cpp `should_fold`); else bmm takes it as it is.
     """
     if f.autocast:
         x, weight, bias = f.cast(x, f.autocast), f.cast(weight, f.autocast), f.cast(bias, f.autocast)
+    op = "linear" if bias is None or type(x) is Strided else "addmm"
+    if type(x) is Strided and weight.node is not None:
+        x = copied(f, x, "clone")
     kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None if bias is None else bias.dims)
     node = f.record(_linear_backward, (x, weight, bias), *kept)
-    return f.new((*x.dims[:-1], weight.dims[1 if transposed else 0]), x.dtype, "linear" if bias is None else "addmm", node)
+    return f.new((*x.dims[:-1], weight.dims[1 if transposed else 0]), x.dtype, op, node)
 
 
 def _linear_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peftplan.memory.tape import Dims, Node, Tape, Tensor
+from peftplan.memory.tape import Dims, Node, Strided, Tape, Tensor
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     assert part.weight is not None
     n_out, _ = _sizes(part)
     rows = x.dims[:-1]
-    half = x if x.dtype == "fp16" else f.new(x.dims, "fp16", "to")
+    kept = f.new(x.dims, x.dtype, "clone") if type(x) is Strided else x.detach()  # `reshape` to rows
+    half = kept if x.dtype == "fp16" else f.new(x.dims, "fp16", "to")
     scales = f.new(rows, "fp32", "row scales")
     quantized = f.new(x.dims, "int8", "int8 input")
     absolute = f.new(x.dims, "fp16", "abs")
@@ -107,7 +108,7 @@ def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
         out = f.new((*rows, n_out), x.dtype, "to")
     out.node = f.record(_linear8bit_backward, (x, part.bias), part)
     if out.node is not None:
-        out.node.context = x.detach()  # `ctx.kept`, which checkpointing does not reach and backward does not release
+        out.node.context = kept  # `ctx.kept`, which checkpointing does not reach and backward does not release
     del quantized, scales, product
     return out
 

@@ -61,6 +61,12 @@ class Tensor:
         return Tensor(self.storage, self.dims, self.dtype)
 
 
+class Strided(Tensor):
+    """A slice of the last tokens of several sequences: its rows do not follow each other."""
+
+    __slots__ = ()
+
+
 class Parameter:
     """A weight, whose bytes the ledger of parameters counts; as an autograd node it accumulates its gradient.
 

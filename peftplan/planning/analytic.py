@@ -278,6 +278,7 @@ def _loss_sizes(job: Job) -> LossSizes:
         vocab_size=job.architecture.vocab_size or 0,
         virtual_tokens=getattr(job.config, "num_virtual_tokens", None) or 0,
         prompted=before_embeddings,
+        kept=job.setup.logits_to_keep,
     )
 
 
@@ -299,6 +300,7 @@ def _running(job: Job, compute_capability: str) -> Running:
         dtype=setup.dtype,
         loss=setup.loss,
         loss_facts=loss.facts(setup.batch_size, loss.length(setup.seq_len + loss.virtual_tokens)),
+        logits_to_keep=setup.logits_to_keep,
         reentrant=setup.use_reentrant,
         every_n_layers=setup.every_n_layers or 1,
         hosted=bool(setup.offload_checkpoints),

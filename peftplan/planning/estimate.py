@@ -18,7 +18,7 @@ from peftplan.planning.job import Job
 from peftplan.planning.prepare import config_of, prepare
 from peftplan.planning.result import Estimate, Peaks
 from peftplan.planning.script import NO_SCRIPT, Script
-from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, check_length, parse_setup
+from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, check_length, check_logits_to_keep, parse_setup
 from peftplan.planning.tasks import without_loss
 from peftplan.planning.verdicts import capability, card_notes, find_cards, verdict
 from peftplan.storage import QuantConfig
@@ -187,6 +187,7 @@ def _at(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu]
     def at(b: Any, s: Any) -> Job:
         setup = parse_setup({**job.setup.model_dump(), "batch_size": b, "seq_len": s})
         check_length(setup.seq_len, job.architecture.max_positions)
+        check_logits_to_keep(setup.logits_to_keep, setup.seq_len)
         return job._replace(setup=setup)
 
     if not getattr(b, "shape", ()) and not getattr(s, "shape", ()):
@@ -197,7 +198,13 @@ def _at(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu]
     def compile_at(b: int, s: int) -> Compiled:
         return compiled(at(b, s), built, static, compute_capability=capability(cards[0] if cards else None))
 
-    return evaluate(compile_at, batch_size=b, seq_len=s, max_positions=job.architecture.max_positions)
+    return evaluate(
+        compile_at,
+        batch_size=b,
+        seq_len=s,
+        max_positions=job.architecture.max_positions,
+        logits_to_keep=job.setup.logits_to_keep,
+    )
 
 
 def _static(

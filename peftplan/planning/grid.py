@@ -9,7 +9,7 @@ from typing import Any
 from peftplan.errors import InputError, MissingExtraError
 from peftplan.memory.grid import Moments
 from peftplan.planning.analytic import Compiled
-from peftplan.planning.setup import MOST, check_length
+from peftplan.planning.setup import MOST, check_length, check_logits_to_keep
 
 try:
     import numpy as np
@@ -31,17 +31,25 @@ class Grid:
         return np.maximum.reduce(list(self.peak_by_phase.values()))
 
 
-def evaluate(compile_at: Callable[[int, int], Compiled], *, batch_size: Any, seq_len: Any, max_positions: int | None) -> Grid:
+def evaluate(
+    compile_at: Callable[[int, int], Compiled],
+    *,
+    batch_size: Any,
+    seq_len: Any,
+    max_positions: int | None,
+    logits_to_keep: int | None = None,
+) -> Grid:
     """The peaks at every pair of `batch_size` and `seq_len` (whole numbers or arrays of them, broadcast against each other).
 
     `compile_at` compiles the job at one size; points that run the same operations share what it returns. Raises InputError for
-    sizes below 1, and for sequences longer than `max_positions`.
+    sizes below 1, and for sequences longer than `max_positions` or shorter than `logits_to_keep`.
     """
     b, s = np.broadcast_arrays(np.asarray(batch_size), np.asarray(seq_len))
     for name, values in (("batch_size", b), ("seq_len", s)):
         if values.dtype.kind not in "iu" or values.size == 0 or values.min() < 1 or values.max() > MOST:
             raise InputError(name, values.tolist(), f"accepted: whole numbers from 1 to {MOST}")
     check_length(int(s.max()), max_positions)
+    check_logits_to_keep(logits_to_keep, int(s.min()))
     flat = {"b": b.astype(np.int64).ravel(), "s": s.astype(np.int64).ravel()}
     first = compile_at(int(flat["b"][0]), int(flat["s"][0]))
     facts = first.facts(flat["b"], flat["s"])

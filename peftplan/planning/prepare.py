@@ -12,7 +12,7 @@ from peftplan.errors import InputError, RefusedError
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.planning.job import Job
 from peftplan.planning.script import NO_SCRIPT, Script
-from peftplan.planning.setup import Setup, parse_setup, resolved
+from peftplan.planning.setup import Setup, check_logits_to_keep, parse_setup, resolved
 from peftplan.planning.tasks import check_task
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
 
@@ -48,6 +48,7 @@ def prepare(
         max_positions=architecture.max_positions,
     )
     check_task(model, architecture, setup)
+    check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *script.earlier_seq_lens)))
     adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
     return Job(model, chosen, config, adapter, setup, quant, architecture, adaptation, script)
 

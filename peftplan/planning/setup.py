@@ -57,6 +57,7 @@ class Setup(BaseModel):
     offload_checkpoints: bool | None = None
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     loss: Loss = "auto"
+    logits_to_keep: Count | None = None
     padding: bool = False
     keep_outputs: bool | None = None
     keep_gradients: bool = False
@@ -109,6 +110,10 @@ loop, and the QLoRA paper's script (arXiv 2305.14314). `use_cache` None: as the 
 LOSSES_OF_TRL = ("trl-chunked", "unsloth")
 """SFTTrainer 1.16 projects in chunks whatever `loss_type` says, and refuses Liger's fused loss (it keeps Liger's layer kernels);
 Unsloth replaces its `compute_loss` by Trainer's."""
+
+LOSSES_OF_SLICES = ("full", "liger")
+"""Losses of the last `logits_to_keep` tokens. TRL 1.16 (`add_fused_lm_head`) takes the hidden states of all tokens, for which the
+labels are then too few; Unsloth 2026.10.9 (`CausalLM_fast_forward`) computes logits and leaves its fused loss out."""
 
 CAST_BY_TRL = ("nf4", "fp4", "int8")
 """Formats on which TRL 1.16 casts what trains to bf16: it asks for `is_loaded_in_4bit` and `is_loaded_in_8bit`."""
@@ -172,6 +177,7 @@ def resolved(
         filled["seq_len"] = min(setup.seq_len, max_positions)
     found = setup.model_copy(update=filled)
     check_length(found.seq_len, max_positions)
+    check_logits_to_keep(found.logits_to_keep, found.seq_len)
     _check_trainer(found)
     _check_checkpointing(found)
     return found
@@ -183,11 +189,10 @@ def check_length(seq_len: int, max_positions: int | None) -> None:
         raise InputError("seq_len", seq_len, f"accepted: up to {max_positions}, the positions of the model")
 
 
-def checkpointing_arguments(setup: Setup) -> dict[str, Any]:
-    """The arguments of `activation_checkpointing_enable` (transformers 5.24, modeling_utils.py)."""
-    given = {"every_n_layers": setup.every_n_layers, "offload": setup.offload_checkpoints}
-    set_ones = {name: value for name, value in given.items() if value is not None}
-    return {"activation_checkpointing_kwargs": {"use_reentrant": setup.use_reentrant}, **set_ones}
+def check_logits_to_keep(logits_to_keep: int | None, seq_len: int) -> None:
+    """Raise InputError for logits of more tokens than a sequence has."""
+    if logits_to_keep is not None and logits_to_keep > seq_len:
+        raise InputError("logits_to_keep", logits_to_keep, f"accepted: up to {seq_len}, the tokens of a sequence")
 
 
 def _check_checkpointing(setup: Setup) -> None:
@@ -201,10 +206,14 @@ def _check_checkpointing(setup: Setup) -> None:
 
 
 def _check_trainer(setup: Setup) -> None:
-    """Raise RefusedError for what no trainer does."""
+    """Raise RefusedError for what no trainer does, InputError for an option that its loss does not take."""
     if setup.trainer == "trl" and setup.loss not in LOSSES_OF_TRL:
         raise RefusedError(
             f"loss: SFTTrainer of trl 1.16 cannot compute the {setup.loss} loss; accepted: {', '.join(LOSSES_OF_TRL)}"
+        )
+    if setup.logits_to_keep is not None and setup.loss not in LOSSES_OF_SLICES:
+        raise InputError(
+            "logits_to_keep", setup.logits_to_keep, f"accepted: with loss {' or '.join(LOSSES_OF_SLICES)}, not {setup.loss}"
         )
     if setup.trainer != "plain" and setup.keep_outputs:
         raise RefusedError(f"keep_outputs: {setup.trainer} drops the outputs in compute_loss")

@@ -9,16 +9,24 @@ from peftplan.arch import sources
 from peftplan.arch.adapters import ADAPTERS
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
-from peftplan.errors import PeftplanError, RefusedError
+from peftplan.errors import InputError, PeftplanError, RefusedError
 from peftplan.planning.setup import PRESETS, Setup
 
 BARE = "FEATURE_EXTRACTION"
 CAUSAL = "CAUSAL_LM"
 
+ALWAYS_ALL_LOGITS = (
+    "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody", "prophetnet", "trocr", "whisper", "xlstm",
+)  # fmt: skip
+"""Model types whose causal language model's forward has no `logits_to_keep` (transformers 5.24)."""
+
 
 def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:
-    """Raise RefusedError for a trainer or a loss that only causal language models have. `setup` is resolved."""
+    """Raise RefusedError for a trainer or a loss that only causal language models have, InputError for an option that only
+    their forwards take. `setup` is resolved."""
     task, found = architecture.task_type, architecture.model_class
+    if setup.logits_to_keep is not None and (task != CAUSAL or architecture.model_type in ALWAYS_ALL_LOGITS):
+        raise InputError("logits_to_keep", setup.logits_to_keep, f"accepted: with causal language models, not {found}")
     if task == CAUSAL:
         return
     if setup.trainer == "trl":

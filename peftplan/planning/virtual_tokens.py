@@ -60,7 +60,9 @@ def _check_prefix(job: Job) -> None:
 
 
 def _check_prompts(job: Job) -> None:
-    """Prompts reach a model as `inputs_embeds`, and make its scores of tokens more than the labels."""
+    """Prompts reach a model as `inputs_embeds`, and make its scores of tokens more than the labels; a language model's labels get
+    those of the prompts, which the logits of the last tokens leave out.
+    """
     arch, setup = job.architecture, job.setup
     translates = {"encoder", "decoder"} <= {block.stack for block in arch.blocks}
     if translates and arch.task_type == "SEQ_CLS":
@@ -73,14 +75,17 @@ def _check_prompts(job: Job) -> None:
             "transformers 5.24 refuses it: ValueError: If no `decoder_input_ids` or `decoder_inputs_embeds` are passed, "
             "`input_ids` cannot be `None`. Please pass either `input_ids` or `decoder_input_ids` or `decoder_inputs_embeds`."
         )
+    prompts = setup.batch_size * cast("Any", job.config).num_virtual_tokens
     if arch.task_type == "TOKEN_CLS":
         labels = setup.batch_size * setup.seq_len
-        scored = labels + setup.batch_size * cast("Any", job.config).num_virtual_tokens
-        raise RefusedError(f"torch 2.13 refuses it: {_mismatch(arch, labels=labels, scored=scored)}")
+        raise RefusedError(f"torch 2.13 refuses it: {_mismatch(arch, labels=labels, scored=labels + prompts)}")
+    if setup.logits_to_keep is not None:
+        scored = setup.batch_size * setup.logits_to_keep
+        raise RefusedError(f"torch 2.13 refuses it: {_mismatch(arch, labels=scored + prompts, scored=scored)}")
 
 
 def _mismatch(arch: Architecture, *, labels: int, scored: int) -> str:
-    if arch.model_type not in SHAPED_BY_LABELS:
+    if arch.task_type != "TOKEN_CLS" or arch.model_type not in SHAPED_BY_LABELS:
         return f"ValueError: Expected input batch_size ({scored}) to match target batch_size ({labels})."
     classes = arch.modules[-1].shape("weight")[0]
     return f"RuntimeError: shape '[{labels}, {classes}]' is invalid for input of size {scored * classes}"

@@ -42,7 +42,16 @@ class Inputs:
 
 def inputs(model: Any, setup: Setup) -> Inputs:
     """The batch for a model of transformers, before peft wraps it. Raises InputError for a length that the model's position
-    table does not hold, RefusedError for a class without a loss."""
+    table does not hold, and for `logits_to_keep` where the forward does not take it; RefusedError for a class without a loss."""
+    found = _of_class(model, setup)
+    if setup.logits_to_keep is not None and "logits_to_keep" not in found.batch:
+        raise InputError(
+            "logits_to_keep", setup.logits_to_keep, f"accepted: with causal language models, not {type(model).__name__}"
+        )
+    return found
+
+
+def _of_class(model: Any, setup: Setup) -> Inputs:
     takes = frozenset(inspect.signature(model.forward).parameters)
     config = model.config
     if "input_features" in takes and config.is_encoder_decoder:
@@ -63,7 +72,10 @@ def _text(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
     if setup.padding:
         batch["attention_mask"] = ids(b, s, value=1)
     pictures = picture_inputs(model, takes, setup)
-    batch |= pictures.batch | labels(model, takes, b, s)
+    scored = setup.logits_to_keep or s
+    batch |= pictures.batch | labels(model, takes, b, scored)
+    if setup.logits_to_keep is not None and "logits_to_keep" in takes:
+        batch["logits_to_keep"] = scored
     if hasattr(model.config, "use_cache"):
         if "use_cache" in takes:
             batch["use_cache"] = bool(setup.use_cache)
@@ -71,7 +83,7 @@ def _text(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
             model.config.use_cache = bool(setup.use_cache)
     # DeBERTa's classifier picks the samples that have a label: all of them
     labelled = b if type(model).__name__.endswith("ForSequenceClassification") else None
-    return Inputs(batch, frozenset({s, s - 1}), pictures.facts, selected=labelled)
+    return Inputs(batch, frozenset({scored, scored - 1}), pictures.facts, selected=labelled)
 
 
 def _seq2seq(model: Any, setup: Setup) -> Inputs:

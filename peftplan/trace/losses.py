@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from peftplan.errors import RefusedError
+from peftplan.errors import InputError, RefusedError
 from peftplan.trace.attention import Capability
 from peftplan.trace.scored import Rows, Scattered, scored_tokens
 from peftplan.trace.unsloth import FusedLinear, unsloth_tiles
@@ -130,8 +130,10 @@ def trl_chunked(model: Any, prompt: int, capability: Capability) -> Forward:
 def liger(model: Any, prompt: int, capability: Capability) -> Forward:
     """`lce_forward` in training: no logits."""
 
-    def forward(*args: Any, labels: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, slice(0, None), :]
+    def forward(*args: Any, labels: torch.Tensor, logits_to_keep: int = 0, **kwargs: Any) -> dict[str, Any]:
+        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, slice(-logits_to_keep, None), :]
+        if logits_to_keep and not hidden.is_contiguous():  # `LigerForCausalLMLoss` calls `view`
+            raise InputError("logits_to_keep", logits_to_keep, "accepted: with loss liger all tokens, or batch_size 1")
         labels = F.pad(labels, (0, 1), value=IGNORED)
         targets = labels[..., 1:].contiguous().view(-1)
         head = model.get_output_embeddings()
