@@ -21,7 +21,7 @@ class Hosted:
         self.dtype = x.dtype
         self.node = x.node
         self.index = x.index
-        self.leaf = x.storage is not None and x.storage.number in f.leaves
+        self.leaf = x.storage is not None and (x.storage.number, x.dims) in f.leaves
 
 
 def stored(f: Tape, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -38,5 +38,5 @@ def _copy(f: Tape, x: Hosted) -> Tensor:
     made = f.new(x.dims, x.dtype, "to")
     assert made.storage is not None
     if x.leaf:
-        f.leaves.add(made.storage.number)
+        f.leaves.add((made.storage.number, x.dims))
     return Tensor(made.storage, x.dims, x.dtype, x.node, x.index)

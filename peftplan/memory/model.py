@@ -286,7 +286,7 @@ class Model:
             x.node.context = x.detach()
             x.node.saved = (x.detach(),)  # a leaf's `AccumulateGrad` holds the leaf
             if x.storage is not None:
-                self.tape.leaves.add(x.storage.number)
+                self.tape.leaves.add((x.storage.number, x.dims))
         return x
 
     @property

@@ -191,7 +191,7 @@ class Tape:
         self.marks: list[tuple[int, str]] = []
         self.products: list[tuple[int, str]] = []
         """Positions of the log where a matrix product writes into what exists, and the library that computes it."""
-        self.leaves: set[int] = set()
+        self.leaves: set[tuple[int, Dims]] = set()
         """Storages of tensors that no operation made and that have a gradient: embeddings under `enable_input_require_grads`."""
         self.views: set[int] = set()
         """Storages of gradients that autograd's formulas give out as views."""
@@ -404,7 +404,9 @@ class Tape:
     def _is_leaf(self, x: Any) -> bool:
         if type(x) is Parameter:
             return x.trainable
-        return isinstance(x.node, Parameter) or (x.storage is not None and x.storage.number in self.leaves)
+        if isinstance(x.node, Parameter):
+            return bool(x.node.dims == x.dims)  # a view of a leaf is none
+        return x.storage is not None and (x.storage.number, x.dims) in self.leaves
 
     @overload
     def to(self, x: Tensor, dtype: str) -> Tensor: ...
