@@ -32,7 +32,7 @@ FP16 = {"dtype": "fp32", "autocast": "fp16"}
         (WHISPER_LM, "lora", {**OFF, "dtype": "fp16", "autocast": "fp16", "target_modules": ["q_proj"]}),  # a clamp
         (BERT_TOKENS, "lora", {**PLAIN, "target_modules": "mlp"}),  # `output.dense`, which attention has too
         (BERT_TOKENS, "lora", {**OFF, "target_modules": ["query"]}),  # LayerNorm keeps its bias's copy
-        (BERT_TOKENS, "oft", {**TRAINER, "dtype": "fp16", "use_reentrant": True, "target_modules": ["query"]}),  # no view is a leaf
+        (BERT_TOKENS, "oft", {**TRAINER, "dtype": "fp16", "use_reentrant": True, "target_modules": ["query"]}),  # no leaf
         (T5_LM, "lora", {**PLAIN, "keep_gradients": True, "gradient_accumulation_steps": 2}),  # outputs of the batch before
     ],
 )
