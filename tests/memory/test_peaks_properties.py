@@ -169,6 +169,7 @@ def test_lines_are_all_of_a_peak(job: dict[str, Any], batch: int, seq: int) -> N
         assert listed == peak if phase == memory["peak_phase"] else listed <= peak
 
 
+SIZE = re.compile(r"(\S+) = (\d+)(?: \(.*?\))?(?:, |$)")
 ROW = re.compile(
     r"  .+: (?P<formula>\d+ × round512\(.*?\))(?: = (?P<numbers>\d+ × round512\([\d × ]+\)))? = (?P<bytes>[\d,]+)  \["
 )
@@ -187,7 +188,7 @@ def test_explanations_evaluate_to_the_bytes_that_they_print(job: dict[str, Any],
     found = estimated(job, batch_size=batch, seq_len=seq)
     assert found.peaks is not None
     text = found.explain()
-    sizes = dict(size.split(" = ") for size in text.splitlines()[0].partition("; ")[2].split(", ") if size)
+    sizes = dict(SIZE.findall(text.splitlines()[1]))
     total = 0
     rows = [ROW.match(line) for line in text.splitlines() if line.startswith("  ")]
     assert rows
