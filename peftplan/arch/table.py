@@ -22,6 +22,7 @@ SCALARS = (
     "input_embedding",
     "output_embedding",
     "supports_sdpa",
+    "supports_flash_attn",
 )
 NAME_LISTS = ("keep_in_fp32", "keep_in_fp32_strict", "frozen", "logits_ops")
 PROMPT = ("num_layers", "token_dim", "num_attention_heads", "num_key_value_heads", "head_dim", "num_transformer_submodules")

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 from peftplan.arch.fields import MAX_LAYERS
@@ -101,7 +102,8 @@ def build_model(config: Mapping[str, Any], hf_config: Any, cls: Any, *, name: st
     try:
         with torch.device("meta"):
             model = cls._from_config(hf_config, dtype=torch.bfloat16)
-            model.tie_weights()  # transformers 5.0 leaves it to loading
+            if version("transformers").startswith("5.0."):  # leaves it to loading
+                model.tie_weights()
     except Exception as error:  # each model class raises its own kinds
         raise InputError("model", name, f"transformers' {cls.__name__} refuses it: {_first_line(error)}") from None
     head = model.get_output_embeddings() if hf_config.model_type in T5_TYPES else None
