@@ -281,9 +281,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     chosen = list(cells(model_types=given.model_type))
+    drawn = ""
     if given.sample:
+        drawn = f"Drawn from {len(chosen)} cells: `--sample {given.sample} --seed {given.seed}`.\n\n"
         chosen = random.Random(given.seed).sample(chosen, min(given.sample, len(chosen)))
-    text = page(run(chosen, jobs=given.jobs))
+    text = drawn + page(run(chosen, jobs=given.jobs))
     print(text)
     if given.write:
         PAGE.write_text(HEADER + text, encoding="utf-8")
