@@ -19,6 +19,7 @@ from peftplan.methods.targets import ALL_LINEAR, WORDS
 from peftplan.planning.result import Peaks
 from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import Setup
+from peftplan.planning.verdicts import pair
 from peftplan.storage import QuantConfig
 from peftplan.units import round512
 
@@ -61,7 +62,7 @@ def trace_peaks(
                 peft_config=peft_config,
                 quant=quant,
                 setup=setup,
-                device=_pair(compute_capability),
+                device=pair(compute_capability),
                 outputs_outlive_step=script.outputs_outlive_step,
                 earlier_seq_lens=script.earlier_seq_lens,
                 progress=progress,
@@ -161,8 +162,3 @@ def _line(alive: Any) -> Line:
     if alive.copies * round512(ITEMSIZE[alive.dtype] * prod(alive.shape)) == alive.bytes:
         return Line(alive.name, alive.category, alive.dtype, alive.shape, alive.copies, source)
     return Line(alive.name, alive.category, "uint8", (alive.bytes,), 1, f"{source}, {alive.copies} storages")
-
-
-def _pair(compute_capability: str) -> tuple[int, int]:
-    major, minor = compute_capability.split(".")
-    return int(major), int(minor)

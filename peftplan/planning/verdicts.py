@@ -56,15 +56,17 @@ def _notes(card: Gpu, setup: Setup, quant: QuantConfig | None) -> Iterator[str]:
     if card.bf16 is False and "bf16" in (setup.dtype, setup.autocast, setup.compute_dtype):
         also = " --compute-dtype fp16" if setup.compute_dtype == "bf16" else ""
         yield f"no bf16 in hardware: torch emulates it, slowly (--dtype fp16 --autocast fp16{also})"
-    if setup.attn_implementation == "flash_attention_2" and _pair(has) < FLASH_ATTENTION_2:
+    if setup.attn_implementation == "flash_attention_2" and pair(has) < FLASH_ATTENTION_2:
         yield f"flash_attention_2 does not run on compute capability {has} (--attn-implementation sdpa)"
     oldest = FORMATS[quant.name].compute_capability if quant else None
-    if quant and oldest and _pair(has) < oldest:
+    if quant and oldest and pair(has) < oldest:
         yield f"{quant.name} needs compute capability {oldest[0]}.{oldest[1]}: transformers loads the larger, dequantized model"
 
 
-def _pair(compute_capability: str) -> tuple[int, ...]:
-    return tuple(map(int, compute_capability.split(".")))
+def pair(compute_capability: str) -> tuple[int, int]:
+    """(major, minor) of a compute capability such as `8.9`."""
+    major, _, minor = compute_capability.partition(".")
+    return int(major), int(minor or 0)
 
 
 def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, hasty: bool = False) -> Verdict:

@@ -30,6 +30,21 @@ def test_only_what_is_there_is_replaced() -> None:
     assert transformers.masking_utils.create_causal_mask is before
 
 
+def test_the_versions_here_have_all_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that renames what a trace replaces would be traced as it is on the CPU: it has to be seen here."""
+    pytest.importorskip("peft")
+    from peftplan.trace import count, replacing
+    from tests.trace.engine_case import llama, lora, traced
+
+    asked: dict[str, bool] = {}
+    is_there = replacing._is_there
+    monkeypatch.setattr(replacing, "_is_there", lambda target: asked.setdefault(target, is_there(target)))
+    traced(llama(layers=1), lora(), seq_len=8, quant="nf4")
+    asked |= {target: is_there(target) for stand_ins in count.STAND_INS.values() for target in stand_ins}
+    assert {"transformers.masking_utils.fast_all", "peft.tuners.boft.layer.Linear.forward"} <= asked.keys()
+    assert [target for target, there in asked.items() if not there] == []
+
+
 class Older:
     """A model of transformers 5.0."""
 
