@@ -1,10 +1,10 @@
 """Traced peaks against peaks that other people's runs measured: prints a Markdown page, `--write` writes docs/trace-drift.md.
 
-`python tools/trace_drift.py [--parts t4 runs metamath unscored] [--lengths BEFORE/LONGEST ...] [--write]`. The rows are
-data/published/peaks_t4.jsonl (allocated bytes by phase, reserved bytes), data/runs (the runs of other trainers and stacks),
-data/published/peft_metamath.jsonl (reserved bytes) and peft_metamath_unscored.jsonl (configurations without a run). Parts not
-asked for stay as they are on the page; its words are tools/trace_drift.md. Needs the extra `trace`; the whole takes a quarter of
-an hour on two idle cores.
+`python tools/trace_drift.py [--parts t4 runs metamath unscored] [--lengths BEFORE/LONGEST ...] [--write]`, or `--run NAME`
+for one run of peft's benchmark alone. The rows are data/published/peaks_t4.jsonl (allocated bytes by phase, reserved bytes),
+data/runs (the runs of other trainers and stacks), data/published/peft_metamath.jsonl (reserved bytes) and
+peft_metamath_unscored.jsonl (configurations without a run). Parts not asked for stay as they are on the page; its words are
+tools/trace_drift.md. Needs the extra `trace`; the whole takes a quarter of an hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 from peftplan.accuracy.baseline import load
 from peftplan.accuracy.drift import Answer, summaries
@@ -31,7 +30,6 @@ from peftplan.report.markdown import table
 from peftplan.storage import parse_quant
 from peftplan.trace.engine import Traced, trace
 from peftplan.trace.meta import quiet_transformers
-from peftplan.trace.peft_steps import lorafa_optimizer
 from peftplan.trace.scripted import repeating_kv, with_empty_cache
 from peftplan.units import MIB
 
@@ -54,8 +52,8 @@ LENGTHS: tuple[Lengths, ...] = ((104, 690), (120, 688))
 
 CHOSEN_BY = ("lora/llama-3.2-3B-rank32", "ia3/llama-3.2-3B-default")
 LORA_FA = "lora/llama-3.2-3B-rank32-lorafa"
-OTHER_CODE = (LORA_FA, "osf/llama-3.2-3B-rank128")
-"""Rows whose run did not do what peft documents or what peft 0.21 does: causes on the page."""
+OTHER_CODE = ("osf/llama-3.2-3B-rank128",)
+"""Rows of methods that peft computed otherwise when it ran: causes on the page."""
 BENCHMARK = {"dtype": "bfloat16", "autocast_adapter_dtype": True, "batch_size": 4, "gradient_checkpointing": False}
 """What the benchmark's runs share, for configurations without a run."""
 
@@ -148,6 +146,7 @@ def metamath_trace(row: Row, *, lengths: Lengths) -> Traced:
         device=ADA,
         outputs_outlive_step=True,
         earlier_seq_lens=(before,),
+        enables_adapters_again=True,
     )
 
 
@@ -159,19 +158,6 @@ def reserved(row: Row, *, lengths: Lengths) -> int:
 def metamath_figures(row: Row, *, lengths: Sequence[Lengths]) -> Figures:
     """Reserved bytes of the whole run, by the lengths of its last two batches."""
     return {_head(pair): Figure(row["max_memory_reserved_bytes"], reserved(row, lengths=pair)) for pair in lengths}
-
-
-def with_a_training(row: Row, *, lengths: Sequence[Lengths]) -> Done:
-    """The LoRA-FA row with gradients of A, which its optimizer leaves alone."""
-
-    def unfrozen(model: Any, *, learning_rate: float) -> Any:
-        made = lorafa_optimizer(model, learning_rate=learning_rate)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad or "lora_A" in name)
-        return made
-
-    with patch("peftplan.trace.optimizers.lorafa_optimizer", unfrozen):
-        return {**row, "experiment": f"{row['experiment']}, A with gradients"}, metamath_figures(row, lengths=lengths)
 
 
 def run_answers() -> list[Answer]:
@@ -272,10 +258,10 @@ def part_metamath(lengths: Sequence[Lengths]) -> str:
     """peft's benchmark."""
     done, refused = _metamath(lengths)
     scored = [(row["experiment"], figures) for row, figures in done if row["experiment"] not in CHOSEN_BY]
-    same_code = [figures for name, figures in scored if not name.startswith(OTHER_CODE)]
+    same_code = [figures for name, figures in scored if name not in OTHER_CODE]
     parts = [
-        summary([figures for name, figures in scored if "," not in name], "tokens"),
-        "Without OSF and LoRA-FA, whose runs did other things than are traced (causes below):",
+        summary([figures for _, figures in scored], "tokens"),
+        "Without OSF, which the peft that ran computed otherwise (causes below):",
         summary(same_code, "tokens"),
         table(("run", *map(_head, lengths)), [_metamath_line(*one) for one in done]),
     ]
@@ -322,10 +308,7 @@ def page(*, lengths: Sequence[Lengths], parts: Sequence[str] = tuple(PARTS)) -> 
 
 def _metamath(lengths: Sequence[Lengths]) -> tuple[list[Done], list[Refused]]:
     every = sorted(load_rows("peft_metamath.jsonl"), key=lambda row: row["experiment"] not in CHOSEN_BY)
-    done, refused = tried(every, lambda row: metamath_figures(row, lengths=lengths), key="experiment")
-    place = next(at for at, (row, _) in enumerate(done) if row["experiment"] == LORA_FA)
-    done.insert(place + 1, with_a_training(done[place][0], lengths=lengths))
-    return done, refused
+    return tried(every, lambda row: metamath_figures(row, lengths=lengths), key="experiment")
 
 
 def _unscored(lengths: Lengths) -> tuple[list[tuple[str, ...]], list[Refused]]:
@@ -364,9 +347,15 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", help="last two batches of peft's benchmark, as BEFORE/LONGEST")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="what to trace anew")
     parser.add_argument("--write", action="store_true", help=f"write {OUTPUT.relative_to(ROOT)}")
+    parser.add_argument("--run", choices=[row["experiment"] for row in load_rows("peft_metamath.jsonl")], help="one run alone")
     args = parser.parse_args()
+    lengths = [_lengths(text) for text in args.lengths] if args.lengths else LENGTHS
     with quiet_transformers():
-        text = page(lengths=[_lengths(text) for text in args.lengths] if args.lengths else LENGTHS, parts=args.parts)
+        if args.run:
+            (row,) = (row for row in load_rows("peft_metamath.jsonl") if row["experiment"] == args.run)
+            print(*_metamath_line(row, metamath_figures(row, lengths=lengths)), sep="  ")
+            return
+        text = page(lengths=lengths, parts=args.parts)
     if args.write:
         OUTPUT.write_text(text, encoding="utf-8")
     else:

@@ -30,6 +30,8 @@ class Program(NamedTuple):
     optimizer: Optimizer
     accumulation: int = 1
     keep_gradients: bool = False
+    left_alone: frozenset[str] = frozenset()
+    """Parameters that get gradients and that the optimizer does not take."""
 
 
 def steady_step(model: Model, program: Program) -> None:
@@ -57,7 +59,7 @@ def steady_step(model: Model, program: Program) -> None:
     if scaler is not None:
         scaler.unscale(f, model.parameters)
     idle = model.idle()
-    trained = [p for p in model.parameters.all if p.trainable and p.name not in idle]
+    trained = [p for p in model.parameters.all if p.trainable and p.name not in idle | program.left_alone]
     optimizer_step(f, program.optimizer, trained, clips=program.trainer != "plain")
     if model.running.peft_type == "ADALORA":
         from peftplan.memory.methods.adalora import allocate

@@ -34,6 +34,11 @@ from peftplan.methods.tuner import refuse_mamba, trained_biases
 Rank = Annotated[int, Field(ge=1, le=2**20)]
 
 EVA = "init_lora_weights 'eva': counted as get_peft_model makes it; the ranks move between layers once EVA sees data"
+FROZEN_A = (
+    "A is frozen until adapters are switched: leaving model.disable_adapter(), or set_adapter(), lets it require gradients again, "
+    "and its inputs are then saved"
+)
+"""peft 0.21.2, tuners/tuners_utils.py, `BaseTunerLayer.set_adapter`; what a published run of LoRA-FA shows (docs/trace-drift.md)."""
 INITIALISATIONS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
 """Texts that `init_lora_weights` takes in peft 0.21.2, besides `pissa_niter_[number]`."""
 
@@ -102,7 +107,7 @@ def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
         trained=trained_biases(arch, matched, copies, bias=config.bias),
         matched=matched,
         resolved=(("target_modules", targets), ("target_parameters", resolved.target_parameters)),
-        notes=(EVA,) if config.init_lora_weights == "eva" else (),
+        notes=(*((EVA,) if config.init_lora_weights == "eva" else ()), *((FROZEN_A,) if config.freeze_a else ())),
     )
 
 

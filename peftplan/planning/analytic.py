@@ -156,10 +156,12 @@ def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
     loss = _loss_sizes(job)
     facts = shape_facts(setup.batch_size, setup.seq_len + virtual_tokens, windows_of(job.architecture), loss)
-    described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability, job.script.repeats_kv)
+    described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
+    scripted = (job.script.repeats_kv, job.script.enables_adapters_again)
     key = (
         id(job.architecture),
         *described,
+        *scripted,
         *facts,
         *(getattr(setup, name) for name in Setup.model_fields if name not in ("batch_size", "seq_len")),
     )
@@ -175,16 +177,17 @@ def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
 
 def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Compiled:
     setup, architecture = job.setup, job.architecture
+    revived = _revived(job, parameters)
     model = Model(
         Tape(autocast=None if setup.autocast == "none" else setup.autocast),
         architecture,
-        parameters,
+        parameters._replace(all=tuple(p._replace(trainable=p.trainable or p.name in revived) for p in parameters.all)),
         job.adaptation,
         _running(job, compute_capability),
         job.quant,
         adapter=adapter_of(job.method and job.method.peft_type),
     )
-    steady_step(model, _program(job))
+    steady_step(model, _program(job)._replace(left_alone=revived))
     found = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
     lasting = tuple(line for line in static if line.category != "gradients" and line.place == "device")
     optimizer = parse_optim(str(setup.optim))
@@ -222,6 +225,13 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         loss=_loss_sizes(job),
         on_host=tuple(model.on_host),
     )
+
+
+def _revived(job: Job, parameters: Parameters) -> frozenset[str]:
+    """LoRA-FA's A, where a script lets it require gradients again."""
+    if not (job.script.enables_adapters_again and getattr(job.config, "freeze_a", False)):
+        return frozenset()
+    return frozenset(p.name for p in parameters.all if p.owner == "adapter" and ".lora_A." in p.name)
 
 
 def _program(job: Job) -> Program:

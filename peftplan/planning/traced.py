@@ -65,6 +65,7 @@ def trace_peaks(
                 device=pair(compute_capability),
                 outputs_outlive_step=script.outputs_outlive_step,
                 earlier_seq_lens=script.earlier_seq_lens,
+                enables_adapters_again=script.enables_adapters_again,
                 progress=progress,
             )
     except PeftplanError:

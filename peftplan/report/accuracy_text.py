@@ -52,7 +52,7 @@ CAUSES = """## Known causes of drift
 - fms-acceleration, transformers 4.48.1: LoRA, and QLoRA without kbit preparation, take about 64,000 bytes per token more than
   with 4.45.2, which is one more 16-bit tensor of logits (32,000 entries).
 - peft's benchmark: its records say that the outputs outlive the step, that the cache is emptied between steps, and which
-  length came before the longest (`script`; [chosen once](trace-drift.md) by two rows). Prefix tuning and LoRA-FA: the causes
+  length came before the longest (`script`; [chosen once](trace-drift.md) by two rows). Prefix tuning and OSF: the causes
   are there."""
 
 OTHERS = """## Published records of others

@@ -119,6 +119,7 @@ def trace(
     outputs_outlive_step: bool = False,
     full_depth: bool = False,
     earlier_seq_lens: tuple[int, ...] = (),
+    enables_adapters_again: bool = False,
     fake_on: FakeOn = "auto",
     progress: Tell | None = None,
 ) -> Traced:
@@ -127,7 +128,8 @@ def trace(
     `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains all
     parameters. `setup` is resolved (`planning.setup.resolved`). `device` is a compute capability: it decides kernels.
     `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. `earlier_seq_lens`: lengths of
-    the steps before the counted one, one per step; without them one step of the same length. A model of identical layers is
+    the steps before the counted one, one per step; without them one step of the same length. `enables_adapters_again`: adapters
+    are disabled and enabled once the optimizer is there. A model of identical layers is
     traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see `fake.fake_device`. `progress` is
     told what runs and how much is done.
     Raises RefusedError for what cannot be traced.
@@ -135,7 +137,7 @@ def trace(
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
         capability=device or DEFAULT_CAPABILITY, outputs_outlive_step=outputs_outlive_step,
-        earlier_seq_lens=earlier_seq_lens, on=fake_device(fake_on),
+        earlier_seq_lens=earlier_seq_lens, enables_adapters_again=enables_adapters_again, on=fake_device(fake_on),
     )  # fmt: skip
     tell = progress or silent
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
@@ -192,6 +194,7 @@ def _run(
     capability: Capability,
     outputs_outlive_step: bool,
     earlier_seq_lens: tuple[int, ...],
+    enables_adapters_again: bool,
     on: torch.device,
     tell: Tell,
 ) -> Traced:
@@ -216,6 +219,9 @@ def _run(
     ):
         load(built, tracker, setup, quant)
         optimizer = make_optimizer(setup, built.model, tracker)
+        if enables_adapters_again and peft_config is not None:
+            with built.model.disable_adapter():
+                pass
         run = Run(built.model, batch, optimizer, tracker, setup, outputs_outlive_step)
         run.earlier, run.steps = before, max(STEPS, len(earlier) + 1)
         try:

@@ -23,12 +23,15 @@ WIDE: dict[str, Any] = {
 }
 """Wide enough for every activation to have a segment of its own."""
 RUN: dict[str, Any] = {"method": "lora", "r": 8, "trainer": "plain", "use_cache": False, "batch_size": 4, "seq_len": 512}
+LORA_FA = {"method": "lora-fa", "target_modules": ["q_proj", "v_proj"]}
+AGAIN = Script(enables_adapters_again=True)
 LOGITS = 2 * 4 * 512 * 32000
 """Bytes of the bf16 logits: 125 MiB."""
 
 
 def run(script: Script, *, engine: str = "analytic", **changes: Any) -> Estimate:
-    return peftplan.estimate(WIDE, engine=engine, script=script, **{**RUN, **changes})  # type: ignore[arg-type]
+    options = {name: value for name, value in {**RUN, **changes}.items() if value is not None}
+    return peftplan.estimate(WIDE, engine=engine, script=script, **options)  # type: ignore[arg-type]
 
 
 def reserved(script: Script, **changes: Any) -> int:
@@ -72,14 +75,37 @@ def test_repeated_keys_and_values_by_hand() -> None:
     assert grouped.allocated - repeated.allocated > scores
 
 
+def test_adapters_enabled_again_by_hand() -> None:
+    """A that requires gradients saves its input, an fp32 cast per adapted module: 4 layers x (q_proj and v_proj)."""
+    frozen, again = (run(script, **LORA_FA) for script in (Script(), AGAIN))
+    assert frozen.peaks is not None
+    assert again.peaks is not None
+    saved = 4 * 2 * (4 * 512 * 1024 * 4)
+    assert again.peaks.by_phase["forward"] - frozen.peaks.by_phase["forward"] == saved
+    assert again.trainable_parameters == frozen.trainable_parameters
+    assert again.peaks.by_phase["step"] - frozen.peaks.by_phase["step"] == 4 * 2 * (8 * 1024 * 4)  # gradients of A
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "vera", "adalora"])
+def test_peft_enables_other_adapters_as_they_were(method: str) -> None:
+    for module in ("torch", "transformers", "peft"):
+        pytest.importorskip(module)
+    once, again = (run(script, engine="trace", method=method, r=None).peaks for script in (Script(), AGAIN))
+    assert once is not None
+    assert again is not None
+    assert once.by_phase == again.by_phase
+
+
 @pytest.mark.parametrize(
     ("script", "changes"),
     [
         (Script(outputs_outlive_step=True, earlier_seq_lens=(96,), empties_cache=True), {"padding": True, "use_cache": True}),
         (Script(outputs_outlive_step=True), {}),
         (Script(repeats_kv=True), {"gpu": "t4", "dtype": "fp16", "gradient_checkpointing": True}),
+        (AGAIN, LORA_FA),
+        (AGAIN, {"method": "full", "r": None}),
     ],
-    ids=["peft-benchmark", "outlives", "repeats-kv"],
+    ids=["peft-benchmark", "outlives", "repeats-kv", "lora-fa-again", "full-again"],
 )
 def test_the_trace_says_the_same(script: Script, changes: dict[str, Any]) -> None:
     for module in ("torch", "transformers", "peft"):

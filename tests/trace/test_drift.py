@@ -60,8 +60,7 @@ def test_reserved_bytes_of_rows_that_chose_nothing(method: str) -> None:
 
 def test_lora_fa_ran_with_gradients_of_a() -> None:
     """Measured 22.24 GB: 2 GB above what a frozen A saves, and 42 MiB of states below LoRA."""
-    _, figures = drift.with_a_training(METAMATH[drift.LORA_FA], lengths=drift.LENGTHS[:1])
-    (figure,) = figures.values()
+    (figure,) = drift.metamath_figures(METAMATH[drift.LORA_FA], lengths=drift.LENGTHS[:1]).values()
     assert abs(figure.drift) < LIMIT
 
 
