@@ -10,7 +10,9 @@ from typing import Any
 
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
-from peftplan.memory.tape import Node, Tape, Tensor
+from peftplan.memory.graph import Node
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 KEEP_INPUT = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "mish", "leaky_relu", "relu6", "hardswish")
 KEEP_OUTPUT = ("relu", "tanh", "sigmoid")

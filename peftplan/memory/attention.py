@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
+from peftplan.memory.graph import Node
 from peftplan.memory.ledger import Dim
-from peftplan.memory.tape import Node, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:

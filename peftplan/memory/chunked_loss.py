@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from peftplan.memory import ops
+from peftplan.memory.graph import Node
 from peftplan.memory.ledger import Dim
 from peftplan.memory.loss import projection
 from peftplan.memory.loss_sizes import VOCAB_TILE
 from peftplan.memory.model import Model
 from peftplan.memory.shaping import sliced
-from peftplan.memory.tape import Node, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 LABELS = ("b", "s-1")
 """Positions that have a next token."""

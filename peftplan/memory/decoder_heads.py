@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.memory import ops
+from peftplan.memory.graph import Node
 from peftplan.memory.loss import plain_cross_entropy
 from peftplan.memory.model import Model
-from peftplan.memory.tape import Dims, Node, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Dims, Tensor
 
 
 def last_token(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from peftplan.memory.activations import activation
 from peftplan.memory.loss import causal_lm_loss, plain_cross_entropy
 from peftplan.memory.model import Model
 from peftplan.memory.shaping import split
-from peftplan.memory.tape import Tensor
+from peftplan.memory.tensors import Tensor
 
 Output = tuple[Tensor, Tensor]
 

@@ -14,10 +14,12 @@ from typing import Any
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import RefusedError
 from peftplan.memory import ops
+from peftplan.memory.graph import Node
 from peftplan.memory.ledger import Dim
 from peftplan.memory.methods.param_wrapper import Stacked
 from peftplan.memory.shaping import split
-from peftplan.memory.tape import Node, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 ALIGNMENT_BYTES = 16
 """Rows of a grouped product's operands must be multiples of it."""

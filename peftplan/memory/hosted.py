@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftplan.memory.tape import Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 
 class Hosted:

@@ -10,8 +10,10 @@ from typing import Any
 
 from peftplan.errors import RefusedError
 from peftplan.memory import ops
+from peftplan.memory.graph import Node
 from peftplan.memory.model import Model, Part
-from peftplan.memory.tape import Node, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 
 def cross_entropy(f: Tape, logits: Tensor, *extra: Any) -> Tensor:

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 from peftplan.arch.modules import Architecture
 from peftplan.memory import ops
 from peftplan.memory.copies import Stack
+from peftplan.memory.graph import Node
 from peftplan.memory.ledger import Dim
-from peftplan.memory.tape import Dims, Node, Parameter, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Dims, Parameter, Tensor
 from peftplan.methods.adaptation import Adaptation
 from peftplan.parameters import Parameters
 from peftplan.storage import QuantConfig

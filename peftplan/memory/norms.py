@@ -9,8 +9,10 @@ from typing import Any
 
 from peftplan.memory import ops
 from peftplan.memory.activations import power
+from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
-from peftplan.memory.tape import Node, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 
 def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.errors import RefusedError
+from peftplan.memory.graph import Node
 from peftplan.memory.ledger import Dim
-from peftplan.memory.tape import Dims, Node, Parameter, Strided, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Dims, Parameter, Strided, Tensor
 
 WIDER = {("bf16", "fp16"): "fp32", ("fp16", "bf16"): "fp32"}
 

@@ -7,7 +7,8 @@ Source: torch 2.13, optim/adamw.py, optim/adagrad.py, optim/rmsprop.py (`_multi_
 from __future__ import annotations
 
 from peftplan.errors import NeedsTraceError, NoEngineError
-from peftplan.memory.tape import Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 from peftplan.optim import Optimizer
 from peftplan.parameters import Parameter
 

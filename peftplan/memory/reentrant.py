@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from peftplan.memory.graph import Node
 from peftplan.memory.hosted import fetched, stored
-from peftplan.memory.tape import Dims, Node, Parameter, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Dims, Parameter, Tensor
 
 
 class Leaf(Parameter):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from peftplan.errors import RefusedError
 from peftplan.memory import ops
-from peftplan.memory.tape import Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 from peftplan.parameters import Parameters
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from peftplan.memory import ops
-from peftplan.memory.tape import Dims, Node, Tape, Tensor
+from peftplan.memory.graph import Node
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Dims, Tensor
 
 Rotate = Callable[[Tape, Tensor, Tensor, Tensor], Tensor]
 

@@ -7,9 +7,11 @@ from itertools import pairwise
 from typing import Any
 
 from peftplan.memory.copies import Stack
+from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
 from peftplan.memory.periods import checkpointed_layers, paired, sections_of_periods
-from peftplan.memory.tape import Node, Parameter, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Parameter, Tensor
 
 
 class SharedNode(Node):

@@ -14,7 +14,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
 from peftplan.memory.optimizer import optimizer_step
 from peftplan.memory.scaler import Scaler
-from peftplan.memory.tape import Tensor
+from peftplan.memory.tensors import Tensor
 from peftplan.optim import Optimizer
 
 MICRO_BATCHES = 2

@@ -17,154 +17,9 @@ from contextlib import contextmanager, suppress
 from typing import Any, overload
 
 from peftplan.errors import RefusedError
-from peftplan.memory.ledger import Category, Dim
-
-Dims = tuple[Dim, ...]
-Backward = Callable[..., Any]
-
-
-class Storage:
-    """One allocation; it ends when nothing refers to it any more."""
-
-    __slots__ = ("number", "tape")
-
-    def __init__(self, tape: Tape, number: int) -> None:
-        self.tape = tape
-        self.number = number
-
-    def __del__(self) -> None:
-        tape = self.tape
-        tape.log.append(-self.number)
-        tape.freed[self.number] = tape.segment
-
-
-class Tensor:
-    """Dims and dtype over a storage; `node` is the autograd node that made it, None where no gradient flows."""
-
-    __slots__ = ("dims", "dtype", "index", "node", "storage")
-
-    def __init__(
-        self, storage: Storage | None, dims: Dims, dtype: str, node: Node | Parameter | None = None, index: int = 0
-    ) -> None:
-        self.storage = storage
-        self.dims = dims
-        self.dtype = dtype
-        self.node = node
-        self.index = index
-
-    def view(self, dims: Dims) -> Tensor:
-        """The same storage under other dims; the gradient goes the same way."""
-        return Tensor(self.storage, dims, self.dtype, self.node, self.index)
-
-    def detach(self) -> Tensor:
-        """The same storage without a gradient."""
-        return Tensor(self.storage, self.dims, self.dtype)
-
-
-class Strided(Tensor):
-    """A slice of the last tokens of several sequences: its rows do not follow each other."""
-
-    __slots__ = ()
-
-
-class Parameter:
-    """A weight, whose bytes the ledger of parameters counts; as an autograd node it accumulates its gradient.
-
-    Where it `counts` its uses it waits for the gradients of all.
-    """
-
-    counts = True
-    __slots__ = ("buffered", "dims", "dtype", "grad", "name", "node", "trainable", "uses")
-    storage = None
-    index = 0
-
-    def __init__(self, name: str, dims: Dims, dtype: str, *, trainable: bool) -> None:
-        self.name = name
-        self.dims = dims
-        self.dtype = dtype
-        self.trainable = trainable
-        self.grad: Tensor | None = None
-        self.node = self if trainable else None
-        self.uses = 1
-        """How many gradients are still to come in this backward pass: a tied weight has two."""
-        self.buffered: list[Tensor | None] = [None]
-
-    def receive(self, tape: Tape, index: int, grad: Tensor | None) -> None:
-        """Gradients of all uses are summed first (`InputBuffer`)."""
-        if grad is not None:
-            tape.sum_into(self.buffered, 0, grad)
-        self.uses -= 1
-        grad = self.buffered[0]
-        if self.uses <= 0 and grad is not None:
-            self.buffered[0] = None
-            self.accumulate(tape, grad)
-
-    def accumulate(self, tape: Tape, grad: Tensor) -> None:
-        """`AccumulateGrad`: takes the first gradient as it is, adds that of a later pass in place."""
-        if self.grad is None:
-            self.grad = grad.detach() if grad.storage else tape.new(self.dims, self.dtype, "clone")
-            number = self.grad.storage.number  # type: ignore[union-attr]
-            tape.category[number] = "gradients"
-            tape.made_as[number] = tape.names[number]
-            tape.names[number] = f"{self.name}.grad"
-
-
-class Node:
-    """One operation in the graph: what it saved, and where its gradients go."""
-
-    __slots__ = ("backward", "checkpointed", "context", "edges", "grads", "module", "saved", "sequence")
-
-    def __init__(self, sequence: int, module: str, backward: Backward, edges: tuple[Any, ...], *, checkpointed: bool) -> None:
-        self.sequence = sequence
-        self.module = module
-        self.backward = backward
-        self.edges = edges
-        self.checkpointed = checkpointed
-        self.context: Any = None
-        self.saved: Any = ()
-        self.grads: list[Tensor | None] = [None]
-
-    def receive(self, tape: Tape, index: int, grad: Tensor) -> None:
-        """`InputBuffer`: several gradients of one output are summed."""
-        while len(self.grads) <= index:
-            self.grads.append(None)
-        tape.sum_into(self.grads, index, grad)
-
-
-RELEASED = ("released",)
-"""What is left of what a node saved once a nested backward has run it."""
-
-
-class StopRecomputationError(Exception):
-    """Every saved tensor of a checkpointed layer is there again."""
-
-
-class Frame:
-    """A checkpointed call: how many tensors it would have saved, and those that its recomputation has made again."""
-
-    __slots__ = ("count", "held", "inputs", "recomputed", "replayed", "rerun")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.held: set[int] = set()
-        self.replayed = 0
-        self.recomputed: dict[int, Any] | None = None
-        self.rerun: Callable[..., Any] | None = None
-        self.inputs: Callable[[], tuple[Any, ...]] = tuple
-
-
-class Place:
-    """Where a checkpointed layer's saved tensor will be once it is recomputed; without a holder it is not kept then."""
-
-    __slots__ = ("frame", "number")
-
-    def __init__(self, frame: Frame, number: int) -> None:
-        self.frame = frame
-        self.number = number
-        frame.held.add(number)
-
-    def __del__(self) -> None:
-        self.frame.held.discard(self.number)
+from peftplan.memory.graph import RELEASED, Backward, Frame, Node, Place, StopRecomputationError, reachable
+from peftplan.memory.ledger import Category
+from peftplan.memory.tensors import Dims, Parameter, Storage, Tensor
 
 
 class Tape:
@@ -311,7 +166,7 @@ class Tape:
 
     def backward_from(self, roots: list[tuple[Tensor, Tensor]]) -> None:
         """Run the graph behind tensors backwards from their gradients, perhaps within another backward."""
-        order = _reachable([x.node for x, _ in roots])
+        order = reachable([x.node for x, _ in roots])
         while roots:
             x, grad = roots.pop(0)
             x.node.receive(self, x.index, grad)  # type: ignore[union-attr]
@@ -435,30 +290,3 @@ class Tape:
 
 def _to_backward(tape: Tape, node: Node, saved: Any, grad: Tensor) -> Tensor:
     return grad  # cast by `_apply`, as the engine does
-
-
-def _reachable(roots: list[Any]) -> list[Node]:
-    """Every node that the roots' gradients can reach, earliest first; counts how often each weight will get one."""
-    seen: set[Node] = set()
-    stack: list[Node] = []
-    uses: dict[Parameter, int] = {}
-
-    def reach(parent: Any) -> None:
-        if isinstance(parent, Parameter):
-            if parent.counts:
-                parent.uses = uses[parent] = uses.get(parent, 0) + 1
-        elif parent not in seen:
-            seen.add(parent)
-            stack.append(parent)
-
-    for root in roots:
-        reach(root)
-    while stack:
-        for edge in stack.pop().edges:
-            if edge is not None:
-                reach(edge[0])
-    return sorted(seen, key=_sequence_of)
-
-
-def _sequence_of(node: Node) -> int:
-    return node.sequence

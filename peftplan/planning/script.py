@@ -24,8 +24,8 @@ class Script(BaseModel):
     repeats_kv: bool = False
     """Whether grouped keys and values are repeated before torch's sdpa sees them, as kernels without grouped queries need it."""
     enables_adapters_again: bool = False
-    """Whether adapters are disabled and enabled (`with model.disable_adapter():`) between the optimizer's making and the first step,
-    as where the base is evaluated. peft then lets all of an active adapter require gradients (tuners/tuners_utils.py,
+    """Whether adapters are disabled and enabled (`with model.disable_adapter():`) between the optimizer's making and the first
+    step, as where the base is evaluated. peft then lets all of an active adapter require gradients (tuners/tuners_utils.py,
     `enable_adapters`): of LoRA-FA A too, whose inputs are saved again and whose gradients its optimizer does not take."""
 
 

@@ -13,7 +13,8 @@ from peftplan.accuracy.check import Check
 from peftplan.accuracy.engines import RUNS, read_cases
 from peftplan.accuracy.records import PHASES
 from peftplan.memory import ops
-from peftplan.memory.tape import Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 from peftplan.planning import analytic
 
 T4 = RUNS / "fitcheck_t4.jsonl"

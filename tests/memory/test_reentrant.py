@@ -10,7 +10,8 @@ from peftplan import estimate
 from peftplan.errors import RefusedError
 from peftplan.memory import ops
 from peftplan.memory.reentrant import Leaf, checkpoint
-from peftplan.memory.tape import Parameter, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Parameter, Tensor
 from tests.memory.engines import BATCH, LLAMA, TOKENS, phases
 from tests.memory.families import GPT2, T5
 

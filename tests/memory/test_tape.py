@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from peftplan.memory import ops
-from peftplan.memory.tape import Parameter, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Parameter, Tensor
 
 ROWS, WIDTH, VOCAB = 8, 16, 64
 

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from peftplan.memory import ops
+from peftplan.memory.graph import Node
 from peftplan.memory.model import FOUR_BIT, Model, Part, Running
-from peftplan.memory.tape import Node, Parameter, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Parameter, Tensor
 from peftplan.parameters import Parameter as Family
 
 FACTORS = ("lora_A", "lora_B")

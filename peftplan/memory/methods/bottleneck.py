@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peftplan.memory import ops
 from peftplan.memory.model import Model
-from peftplan.memory.tape import Tensor
+from peftplan.memory.tensors import Tensor
 
 
 def bottleneck(model: Model, name: str, x: Tensor, layer: int) -> Tensor:

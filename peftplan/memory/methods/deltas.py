@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from peftplan.memory import ops
+from peftplan.memory.graph import Node
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.model import Part, Running
-from peftplan.memory.tape import Dims, Node, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Dims, Tensor
 
 Base = Callable[[Tensor], Tensor]
 

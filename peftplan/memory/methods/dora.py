@@ -11,7 +11,8 @@ from typing import Any
 from peftplan.memory import ops
 from peftplan.memory.model import Part, Running
 from peftplan.memory.quantized import bias_of, dequantized
-from peftplan.memory.tape import Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 
 def dora(f: Tape, part: Part, x: Tensor, result: Tensor, running: Running) -> Tensor:

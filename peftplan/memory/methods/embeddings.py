@@ -10,8 +10,10 @@ from typing import Any
 
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
+from peftplan.memory.graph import Node
 from peftplan.memory.model import Model, Part
-from peftplan.memory.tape import Dims, Node, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Dims, Tensor
 
 SCALED = ("gemma", "gemma2", "gemma3_text", "gemma3", "gemma4_text")
 """Model types whose embedding multiplies its rows itself, which peft repeats on what it adds."""

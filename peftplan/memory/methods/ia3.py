@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from peftplan.memory import ops
 from peftplan.memory.model import Part, Running
-from peftplan.memory.tape import Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 
 def ia3(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from peftplan.memory import ops
+from peftplan.memory.graph import Node
 from peftplan.memory.methods.boft import solved
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.model import Part, Running
-from peftplan.memory.tape import Dims, Node, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Dims, Tensor
 
 
 def oft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:

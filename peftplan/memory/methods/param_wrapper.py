@@ -12,8 +12,10 @@ from typing import Any
 
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
+from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
-from peftplan.memory.tape import Dims, Node, Parameter, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Dims, Parameter, Tensor
 
 PEFT_ALPHA = 8
 """`LoraConfig.lora_alpha` where nothing is said."""

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from peftplan.memory import ops
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.model import FOUR_BIT, Part, Running
-from peftplan.memory.tape import Parameter, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Parameter, Tensor
 
 
 def vera(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from peftplan.memory.model import Model
-from peftplan.memory.tape import Tensor
+from peftplan.memory.tensors import Tensor
 
 Forward = Callable[[Model], Tensor]
 

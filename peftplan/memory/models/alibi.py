@@ -10,11 +10,13 @@ from typing import Any
 from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import batched, gathered
+from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, run_layers
 from peftplan.memory.norms import layer_norm
 from peftplan.memory.shaping import sliced, split
-from peftplan.memory.tape import Node, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 
 def bloom(model: Model) -> Tensor:

@@ -14,12 +14,14 @@ from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
 from peftplan.memory.convolution import convolution
+from peftplan.memory.graph import Node
 from peftplan.memory.ledger import Dim
 from peftplan.memory.methods import virtual_tokens
 from peftplan.memory.model import PROMPTED, Model
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.stack import kinds_of, run_stack, shared
-from peftplan.memory.tape import Node, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 
 def bart(model: Model) -> Tensor:

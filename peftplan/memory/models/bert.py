@@ -12,7 +12,7 @@ from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend, causal_mask
 from peftplan.memory.model import Model
 from peftplan.memory.stack import kinds_of, run_stack
-from peftplan.memory.tape import Tensor
+from peftplan.memory.tensors import Tensor
 
 ROBERTA = ("roberta", "xlm-roberta")
 

@@ -17,7 +17,8 @@ from peftplan.memory.model import Model
 from peftplan.memory.norms import rms
 from peftplan.memory.shaping import cat, sliced, split
 from peftplan.memory.stack import kinds_of, run_stack
-from peftplan.memory.tape import Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 Norm = Callable[[Model, str, Tensor, "int | None"], Tensor]
 Rotation = Callable[[Tape, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]

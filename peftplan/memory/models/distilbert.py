@@ -9,7 +9,7 @@ from peftplan.memory.attention import attend
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.stack import kinds_of, run_stack
-from peftplan.memory.tape import Tensor
+from peftplan.memory.tensors import Tensor
 
 EMBEDDINGS = "distilbert.embeddings"
 

@@ -12,11 +12,13 @@ from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
 from peftplan.memory.attention import attend, batched, for_all, gathered
+from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, mlp, rotary_tables, rotate_all, run_layers
 from peftplan.memory.norms import layer_norm
 from peftplan.memory.shaping import sliced
-from peftplan.memory.tape import Dims, Node, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Dims, Tensor
 
 
 def falcon(model: Model) -> Tensor:

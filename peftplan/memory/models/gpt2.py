@@ -13,7 +13,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, mlp, run_layers
 from peftplan.memory.norms import layer_norm
 from peftplan.memory.shaping import split
-from peftplan.memory.tape import Tensor
+from peftplan.memory.tensors import Tensor
 
 
 def model_forward(model: Model, style: Style) -> Tensor:

@@ -11,7 +11,8 @@ from peftplan.memory import ops
 from peftplan.memory.models.decoder import Style, decoder
 from peftplan.memory.norms import bare_layer_norm, layer_norm, rms_cast_last
 from peftplan.memory.shaping import partly_rotary
-from peftplan.memory.tape import Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 
 def interleaved(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.shaping import split
 from peftplan.memory.stack import kinds_of, run_stack
-from peftplan.memory.tape import Tensor
+from peftplan.memory.tensors import Tensor
 
 Turns = tuple[Tensor, Tensor]
 

@@ -11,7 +11,7 @@ from peftplan.memory.activations import activation
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, run_layers
 from peftplan.memory.norms import layer_norm
-from peftplan.memory.tape import Tensor
+from peftplan.memory.tensors import Tensor
 
 
 def opt(model: Model) -> Tensor:

@@ -12,7 +12,8 @@ from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, attention, decoder, mlp, run_layers
 from peftplan.memory.norms import layer_norm, written_layer_norm
 from peftplan.memory.shaping import cat, partly_rotary, partly_rotary_inline, sliced, split
-from peftplan.memory.tape import Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 
 def cohere_layer(c: Call, x: Tensor) -> Tensor:

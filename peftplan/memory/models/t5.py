@@ -15,13 +15,15 @@ from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
 from peftplan.memory.activations import activation, power
 from peftplan.memory.attention import attend
+from peftplan.memory.graph import Node
 from peftplan.memory.methods import virtual_tokens
 from peftplan.memory.model import PROMPTED, Model
 from peftplan.memory.models.bart import block_of, decoder_mask, limited
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.reentrant import Leaf
 from peftplan.memory.stack import SharedLeaf, kinds_of, run_stack, shared
-from peftplan.memory.tape import Node, Tape, Tensor
+from peftplan.memory.tape import Tape
+from peftplan.memory.tensors import Tensor
 
 
 def t5(model: Model) -> Tensor:

@@ -10,7 +10,7 @@ from peftplan.memory.convolution import convolution
 from peftplan.memory.model import Model
 from peftplan.memory.shaping import cat
 from peftplan.memory.stack import kinds_of, run_stack
-from peftplan.memory.tape import Tensor
+from peftplan.memory.tensors import Tensor
 
 PATCHES = "vit.embeddings.patch_embeddings.projection"
 
