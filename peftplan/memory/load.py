@@ -53,7 +53,7 @@ def load_into(
     """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`."""
     base = [p for p in parameters.all if p.owner == "base"]
     tensors = list(_tensors(base))
-    if quant is not None and parameters.quantized:
+    if quant is not None:
         tensors.sort(key=lambda tensor: _key(*tensor))
         memory.release(memory.allocate(_warm_up(base, quant, dtype=dtype)))
         for a in parameters.shared:

@@ -6,7 +6,7 @@ between two boundaries, times their number (`memory.copies`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
@@ -44,8 +44,8 @@ class Timeline(NamedTuple):
     sources: tuple[str, ...]
     events: tuple[tuple[int, int], ...]
     windows: tuple[tuple[str, int, int], ...]
-    products: frozenset[tuple[str, str]] = frozenset()
-    """(library, thread) of each workspace that a matrix product takes."""
+    products: Mapping[tuple[str, str], int] = MappingProxyType({})
+    """(library, thread) of each workspace that a matrix product takes → the event before which the first one takes it."""
     storages: tuple[int, ...] = ()
     """Which storage of the tape each event makes or frees."""
     repeated: tuple[Repeated, ...] = ()
@@ -120,6 +120,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
     standing_for: dict[int, int] = {}
     counts = tape.counts
     done = 0
+    shifts = [(0, 0)]  # of events against the log, from a position on
     for at, what in (*tape.marks, (len(tape.log), "")):
         for n in tape.log[done:at]:
             if n in counts or -n in counts:
@@ -143,11 +144,12 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
             storages.append(abs(n))
         if here:
             repeated.append(Repeated(before, len(events), tuple(here)))
+            shifts.append((at, len(events) - at))
         if what in PHASES:
             starts.append((what, len(events)))
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
-    products = frozenset(_products(tape))
+    products = {taken: at + max(more for start, more in shifts if start <= at) for taken, at in _products(tape).items()}
     return Timeline(
         tuple(index), tuple(sources), tuple(events), windows, products, tuple(storages), tuple(repeated), kind_of, counts
     )
@@ -157,8 +159,12 @@ PRODUCTS = {"linear": "cuBLAS", "mm": "cuBLAS", "bmm": "cuBLAS", "addmm": "cuBLA
 """Matrix products → the library that computes them: those that add a bias go to cuBLASLt."""
 
 
-def _products(tape: Tape) -> Iterator[tuple[str, str]]:
-    """Autograd's backward, and what it recomputes, runs in a thread of its own, with handles of its own."""
+def _products(tape: Tape) -> dict[tuple[str, str], int]:
+    """Library and thread of each workspace → where in the log the first product takes it.
+
+    Autograd's backward, and what it recomputes, runs in a thread of its own, with handles of its own.
+    """
+    found: dict[tuple[str, str], int] = {}
     thread = "forward"
     marks = dict(tape.marks)
     for at, n in enumerate(tape.log):
@@ -166,11 +172,13 @@ def _products(tape: Tape) -> Iterator[tuple[str, str]]:
             thread = "backward" if marks[at] == "backward" else "forward"
         library = PRODUCTS.get(tape.made_as.get(n, tape.names[n]).rpartition(" ")[2]) if n > 0 else None
         if library is not None:
-            yield library, thread
+            found.setdefault((library, thread), at)
     phases = [(at, what) for at, what in tape.marks if what in PHASES]
     for at, library in tape.products:
         phase = max((start, what) for start, what in phases if start <= at)[1]
-        yield library, "backward" if phase == "backward" else "forward"
+        taken = (library, "backward" if phase == "backward" else "forward")
+        found[taken] = min(at, found.get(taken, at))
+    return found
 
 
 def _source(saver: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
 from types import MappingProxyType
@@ -53,6 +53,8 @@ class Compiled(NamedTuple):
     loss: LossSizes
     early: tuple[Line, ...] = ()
     """The states that the optimizer's constructor makes, before the first step."""
+    workspaces: tuple[tuple[int, Line], ...] = ()
+    """Each workspace with the event of the timeline before which it is taken."""
     on_host: tuple[tuple[tuple[Any, ...], str, int], ...] = ()
     """Dims, dtype and number of the tensors that wait on the host for backward."""
 
@@ -200,7 +202,8 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     dtype_of = partial(loaded_dtype, architecture, dtype=setup.dtype)
     doubled = job.quant is not None and bool(job.quant.double_quant)
     loaded = tuple(line for line in lasting if line.category != "optimizer_states")
-    standing = Ledger(lasting + _workspaces(found.products, compute_capability))
+    workspaces = _workspaces(found.products, compute_capability)
+    standing = Ledger(lasting + tuple(line for _, line in workspaces))
     loading = Ledger(loaded + load_passing(parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled))
     if early:  # the optimizer is made once the model is there
         loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
@@ -221,6 +224,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         standing_bytes=standing.bytes(),
         loading_bytes=loading.bytes(),
         early=early,
+        workspaces=workspaces,
         virtual_tokens=model.virtual_tokens,
         loss=_loss_sizes(job),
         on_host=tuple(model.on_host),
@@ -325,11 +329,11 @@ def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, 
     return found | loss.named(b, loss.length(s + virtual_tokens))
 
 
-def _workspaces(products: Iterable[tuple[str, str]], compute_capability: str) -> tuple[Line, ...]:
+def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str) -> tuple[tuple[int, Line], ...]:
     """One workspace per library and thread that multiplies matrices, from the first product on."""
     nbytes = {"cuBLAS": kernels(compute_capability)[1], "cuBLASLt": CUBLASLT_WORKSPACE_BYTES}
     return tuple(
-        Line(f"{library} workspace, {thread} thread", "workspaces", "uint8", (int(size),), 1, library)
-        for library, thread in sorted(products, reverse=True)
+        (at, Line(f"{library} workspace, {thread} thread", "workspaces", "uint8", (int(size),), 1, library))
+        for (library, thread), at in sorted(products.items(), reverse=True)
         if (size := nbytes[library]) is not None
     )

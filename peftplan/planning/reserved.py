@@ -53,11 +53,21 @@ class Run(NamedTuple):
         compiled.load(feed.allocator)
         feed.take(compiled.early)
         feed.allocator.begin_phase("warmup")
-        made = [line for line in compiled.standing if line.category in ("optimizer_states", "workspaces")]
-        kept = [line for line in made if line not in compiled.early]
+        states = [line for line in compiled.standing if line.category == "optimizer_states" and line not in compiled.early]
         for number, (of_step, named) in enumerate(self.steps, start=1):
-            feed.step(of_step.timeline, named, states=kept if number == 1 else (), phases=number == len(self.steps))
+            first = First(states, of_step.workspaces) if number == 1 else NOTHING
+            feed.step(of_step.timeline, named, first, phases=number == len(self.steps))
         return {**feed.allocator.peaks_by_phase, "": feed.allocator.peaks}
+
+
+class First(NamedTuple):
+    """What the first step makes for all: the optimizer's states, and workspaces, each before an event of the timeline."""
+
+    states: Sequence[Line] = ()
+    workspaces: tuple[tuple[int, Line], ...] = ()
+
+
+NOTHING = First()
 
 
 class _Feed:
@@ -79,16 +89,19 @@ class _Feed:
                     if layer < line.copies:
                         self.allocator.allocate(nbytes)
 
-    def step(self, timeline: Timeline, named: Mapping[str, int], *, states: Iterable[Line], phases: bool) -> None:
-        """One optimizer step; `states` are made in it."""
+    def step(self, timeline: Timeline, named: Mapping[str, int], first: First, *, phases: bool) -> None:
+        """One optimizer step."""
         nbytes = [_bytes(kind, named) for kind in timeline.kinds]
         borders = {start: phase for phase, start, _ in timeline.windows}
         layers = {repeated.first: repeated for repeated in timeline.repeated}
+        due = {place for place, _ in first.workspaces}
         outlives = len(timeline.events) if not self.script.outputs_outlive_step else timeline.windows[-1][1]
         done = 0
         for at, ((kind, count), storage) in enumerate(zip(timeline.events, timeline.storages, strict=True)):
             if at in borders:
-                self._begin(borders[at], states, counts=phases)
+                self._begin(borders[at], first.states, counts=phases)
+            if at in due:
+                self.take(line for place, line in first.workspaces if place == at)
             if at in layers:
                 self._repeat([_Layer.of(each, timeline, nbytes) for each in layers[at].layers])
                 done = layers[at].last
