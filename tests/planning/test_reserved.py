@@ -22,8 +22,7 @@ def test_reserved_is_the_traces_to_the_byte(job: str) -> None:
         pytest.importorskip(module)
     config, options = JOBS[job]
     analytic, traced = (
-        peftplan.estimate(config, engine=engine, **{"seq_len": 256, **options}).peaks
-        for engine in ("analytic", "trace")
+        peftplan.estimate(config, engine=engine, **{"seq_len": 256, **options}).peaks for engine in ("analytic", "trace")
     )
     assert analytic is not None
     assert traced is not None
