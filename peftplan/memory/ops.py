@@ -12,7 +12,7 @@ from peftplan.errors import RefusedError
 from peftplan.memory.graph import Node
 from peftplan.memory.ledger import Dim
 from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Dims, Parameter, Strided, Tensor
+from peftplan.memory.tensors import Broadcast, Dims, Parameter, Strided, Tensor
 
 WIDER = {("bf16", "fp16"): "fp32", ("fp16", "bf16"): "fp32"}
 
@@ -38,9 +38,9 @@ def promoted_by_autocast(f: Tape, *dtypes: str) -> str | None:
     return current
 
 
-def _sum_to(f: Tape, grad: Tensor, like: Dims) -> Tensor:
-    """The gradient of a broadcast input (`sum_to_size`)."""
-    return grad if grad.dims == like else f.new(like, grad.dtype, "sum")
+def _of_broadcast(grad: Tensor, like: Dims) -> Tensor:
+    """The gradient of an input that may be broadcast, which the engine sums (`reduce_grad`)."""
+    return grad if grad.dims == like else Broadcast(grad.storage, like, grad.dtype)
 
 
 def embedding(f: Tape, weight: Any, rows: Dims, ids: Tensor | None = None) -> Tensor:
@@ -85,7 +85,7 @@ def add(f: Tape, a: Tensor, b: Any) -> Tensor:
 
 
 def _add_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
-    return g, _sum_to(f, g, saved[0]) if node.edges[1] else None
+    return g, _of_broadcast(g, saved[0]) if node.edges[1] else None
 
 
 def mul(f: Tape, a: Tensor, b: Any) -> Tensor:
@@ -97,7 +97,7 @@ def mul(f: Tape, a: Tensor, b: Any) -> Tensor:
 def _mul_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     grad_b = f.new(g.dims, g.dtype, "mul") if node.edges[1] else None
     grad_a = f.new(g.dims, g.dtype, "mul") if node.edges[0] else None
-    return grad_a, None if grad_b is None else _sum_to(f, grad_b, saved[2])
+    return grad_a, None if grad_b is None else _of_broadcast(grad_b, saved[2])
 
 
 def scale(f: Tape, x: Tensor | Parameter, op: str = "mul") -> Tensor:

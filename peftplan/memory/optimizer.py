@@ -1,10 +1,13 @@
 """What the optimizer's step takes for as long as it runs.
 
 Source: torch 2.13, optim/adamw.py, optim/adagrad.py, optim/rmsprop.py (`_multi_tensor_*`), nn/utils/clip_grad.py; transformers
-5.24, trainer.py (clipping at 1.0 by default).
+5.24, trainer.py (clipping at 1.0 by default); peft 0.21.2, optimizers/lorafa.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
 
 from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.memory.tape import Tape
@@ -15,10 +18,12 @@ from peftplan.parameters import Parameter
 FOREACH_COPIES = {"adamw_torch": 1, "sgd": 0, "adagrad": 2, "rmsprop": 1}
 """Copies of all parameters of one dtype that the foreach implementation holds at once."""
 IN_PLACE = ("fused", "kernel")
+LORAFA_REPLACES = ("adamw_torch", "adamw_torch_fused")
+"""What peft's optimizer of LoRA-FA stands for; another optimizer is taken as asked."""
 
 
-def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, clips: bool) -> None:
-    """Clipping, and then the step. Raises NeedsTraceError for optimizers whose temporaries are not known here, NoEngineError for
+def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, clips: bool, freezes_a: bool) -> None:
+    """Clipping, and then the step; `freezes_a`: of LoRA-FA. Raises NeedsTraceError for optimizers whose temporaries are not known here, NoEngineError for
     those that no engine knows.
     """
     f.module = ""
@@ -26,6 +31,8 @@ def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, c
         raise NoEngineError(f"optim {optimizer.name}: {optimizer.untraced}")
     if clips:
         _clip(f, trained)
+    if freezes_a and optimizer.name in LORAFA_REPLACES:
+        return _lorafa_step(f, trained)
     if optimizer.step_implementation in IN_PLACE:
         return
     copies = FOREACH_COPIES.get(optimizer.name)
@@ -39,6 +46,48 @@ def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, c
             if copies and p.dtype == dtype
         ]
     del held
+
+
+def _lorafa_step(f: Tape, trained: list[Parameter]) -> None:
+    """`LoraFAOptimizer.step`, one parameter after the other: the loop's names hold the last one's gradient and denominator."""
+    inverse = gradient = denominator = None
+    for p in _two_layers(trained):
+        f.module = p.name
+        if ".lora_B." in p.name:
+            inverse = _pseudo_inverse(f, p.shape[1])
+            narrow = [f.new(p.shape, "bf16", "to"), f.new(inverse.dims, "bf16", "to")]
+            product = f.new(p.shape, "bf16", "mm")
+            del narrow
+            gradient = f.new(p.shape, "bf16", "mul")
+            del product
+            gradient = f.to(gradient, p.dtype)
+        denominator = f.new(p.shape, p.dtype, "sqrt")
+    del inverse, gradient, denominator
+    f.module = ""
+
+
+def _two_layers(trained: list[Parameter]) -> Iterator[Parameter]:
+    """The parameters in the model's order, of a stack those of two layers: the next ones find what the second does."""
+    for of_layers, group in groupby(trained, lambda p: p.layers is not None):
+        found = [*group]
+        yield from found
+        if of_layers:
+            yield from (p for p in found if p.copies > 1)
+
+
+def _pseudo_inverse(f: Tape, rank: int) -> Tensor:
+    """`pinv(A @ A.T + delta * eye(r))`: U, Vh, and Vh over the singular values."""
+    square = (rank, rank)
+    _covariance = f.new(square, "fp32", "mm")  # a name of the loop
+    identity = f.new(square, "fp32", "eye")
+    scaled = f.new(square, "fp32", "mul")
+    moved = f.new(square, "fp32", "add")
+    del identity, scaled
+    vectors = f.many(square, "fp32", "svd", 2)
+    scaled = f.new(square, "fp32", "mul")
+    inverse = f.new(square, "fp32", "matmul")
+    del moved, vectors, scaled
+    return inverse
 
 
 def _clip(f: Tape, trained: list[Parameter]) -> None:

@@ -60,7 +60,8 @@ def steady_step(model: Model, program: Program) -> None:
         scaler.unscale(f, model.parameters)
     idle = model.idle()
     trained = [p for p in model.parameters.all if p.trainable and p.name not in idle | program.left_alone]
-    optimizer_step(f, program.optimizer, trained, clips=program.trainer != "plain")
+    freezes_a = bool(getattr(model.running.config, "freeze_a", False))
+    optimizer_step(f, program.optimizer, trained, clips=program.trainer != "plain", freezes_a=freezes_a)
     if model.running.peft_type == "ADALORA":
         from peftplan.memory.methods.adalora import allocate
 

@@ -19,7 +19,7 @@ from typing import Any, overload
 from peftplan.errors import RefusedError
 from peftplan.memory.graph import RELEASED, Backward, Frame, Node, Place, StopRecomputationError, reachable
 from peftplan.memory.ledger import Category
-from peftplan.memory.tensors import Dims, Parameter, Storage, Tensor
+from peftplan.memory.tensors import Broadcast, Dims, Parameter, Storage, Tensor
 
 
 class Tape:
@@ -188,11 +188,13 @@ class Tape:
             saved = [self._unpack(value) for value in saved]
         result = node.backward(self, node, saved, *grads)
         self.module = node.module
-        found = [result] if type(result) is Tensor else list(result)
+        found = [result] if isinstance(result, Tensor) else list(result)
         del result
         if node.checkpointed:
             saved = ()
         for i, edge in enumerate(node.edges):  # `validate_outputs`, before the node releases what it saved
+            if type(found[i]) is Broadcast:
+                found[i] = self.new(found[i].dims, found[i].dtype, "sum")
             if edge is not None and found[i] is not None and found[i].dtype != edge[2]:
                 found[i] = self.new(found[i].dims, edge[2], "to")
         del saved, grads

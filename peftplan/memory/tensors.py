@@ -60,6 +60,12 @@ class Strided(Tensor):
     __slots__ = ()
 
 
+class Broadcast(Tensor):
+    """A gradient of a broadcast input, before it is summed to the input's dims, which it states."""
+
+    __slots__ = ()
+
+
 class Parameter:
     """A weight, whose bytes the ledger of parameters counts; as an autograd node it accumulates its gradient.
 

@@ -96,7 +96,10 @@ def _count_layers(base: Any, every: int) -> None:
 
 
 def _load_dtype(model: Any, dtype: str) -> None:
-    """Cast as `from_pretrained(dtype=...)` loads: the dtype, and fp32 for what the class keeps so (`_get_dtype_plan`, 5.24)."""
+    """Cast as `from_pretrained(dtype=...)` loads: the dtype, and fp32 for what the class keeps so (`_get_dtype_plan`, 5.24).
+
+    It makes each parameter anew, so that what the class freezes trains too (`set_param_for_module`, core_model_loading.py).
+    """
     kept = (
         *((model._keep_in_fp32_modules or ()) if dtype == "fp16" else ()),
         *((model._keep_in_fp32_modules_strict or ()) if dtype != "fp32" else ()),
@@ -105,6 +108,7 @@ def _load_dtype(model: Any, dtype: str) -> None:
         target = torch.float32 if any(re.search(pattern, name) for pattern in kept) else TORCH_DTYPES[dtype]
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(target)
+            parameter.requires_grad_(True)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.dtype == torch.bfloat16:

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftplan.memory.optimizer import LORAFA_REPLACES
 from peftplan.trace.tracker import Tracker
 
 LORAFA = "peftplan_lorafa"
 """Attribute of a model whose A's are frozen by `create_lorafa_optimizer`."""
-LORAFA_REPLACES = ("adamw_torch", "adamw_torch_fused")
-"""What LoRA-FA's optimizer stands for; another optimizer is taken as asked."""
 SENSITIVITIES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 

@@ -58,6 +58,25 @@ def test_the_trained_copy_of_a_tied_module_is_a_weight_of_its_own(modules: list[
     assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ia3", {"target_modules": ["k_proj", "lm_head"], "feedforward_modules": []}),
+        ("boft", {"target_modules": ["q_proj", "lm_head"]}),
+        ("adalora", {"target_modules": ["q_proj", "lm_head"]}),
+        ("lora-fa", {"target_modules": ["q_proj", "lm_head"], "r": 64}),
+        ("lora-fa", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    ],
+)
+def test_adapters_of_a_wide_head_peak_where_the_trace_does(method: str, options: dict[str, Any]) -> None:
+    """Where logits, and what a step takes per parameter, decide the peaks."""
+    for package in ("torch", "transformers", "peft"):
+        pytest.importorskip(package)
+    wide = {**LLAMA, "vocab_size": 20_000, "num_hidden_layers": 3}
+    analytic, traced = (phases(wide, engine, method=method, **PLAIN, **options) for engine in ("analytic", "trace"))
+    assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
+
+
 def test_a_prefix_refuses_checkpointing_as_peft_does() -> None:
     """peft raises when the prompt encoder is made."""
     with pytest.raises(RefusedError, match="PREFIX_TUNING does not work with gradient checkpointing"):

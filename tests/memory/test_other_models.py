@@ -29,6 +29,7 @@ FP16 = {"dtype": "fp32", "autocast": "fp16"}
         (BART_LM, "lora", {**PLAIN, "target_modules": ["q_proj"], "modules_to_save": ["shared"]}),  # neither side reads `shared`
         (WHISPER_LM, "lora", {**TRAINER, **EAGER, **FP16, "target_modules": ["q_proj"]}),  # softmax from fp16 to fp32 at once
         (WHISPER_LM, "lora", {**TRAINER, **EAGER, "target_modules": ["q_proj"]}),  # values that need no copy for `matmul`
+        (WHISPER_LM, "full", {**PLAIN, "batch_size": 1}),  # frozen positions that loading lets train
         (WHISPER_LM, "lora", {**OFF, "dtype": "fp16", "autocast": "fp16", "target_modules": ["q_proj"]}),  # a clamp
         (BERT_TOKENS, "lora", {**PLAIN, "target_modules": "mlp"}),  # `output.dense`, which attention has too
         (BERT_TOKENS, "lora", {**OFF, "target_modules": ["query"]}),  # LayerNorm keeps its bias's copy

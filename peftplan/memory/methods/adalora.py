@@ -38,7 +38,8 @@ def adalora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], ru
     del low
     if part.quant is not None and converts:
         out = f.to(out, result.dtype)
-    out = ops.divide(f, ops.scale(f, out), ranknum)
+    out = ops.scale(f, out)
+    out = ops.divide(f, out, ranknum)
     return ops.add(f, result, out) if part.quant is not None and part.quant.name not in FOUR_BIT else added(f, result, out)
 
 
