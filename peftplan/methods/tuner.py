@@ -64,7 +64,8 @@ def refuse_mamba(arch: Architecture, matched: Iterable[Module]) -> None:
     """Raise RefusedError where LoRA or AdaLoRA would adapt a module that Mamba's kernels read past its forward."""
     found = next((m for m in matched if m.leaf in MAMBA_KEPT), None)
     if arch.model_type in MAMBA_TYPES and found is not None:
-        raise RefusedError(f"target_modules: peft refuses {found.leaf} in {arch.model_type}; leave it out by exclude_modules")
+        remedy = f"leave it out by exclude_modules (--exclude-modules {found.leaf})"
+        raise RefusedError(f"target_modules: peft refuses {found.leaf} in {arch.model_type}; {remedy}")
 
 
 def require_kind(module: Module, supported: tuple[str, ...], *, method: str, by_peft: tuple[str, ...] = ()) -> None:

@@ -37,11 +37,13 @@ class Advice(NamedTuple):
 def advice(job: Job, again: Again) -> tuple[Advice, ...]:
     """Changes for a card that a job does not fit, most useful first: those that suffice alone, the others by what they save.
 
-    Changes that the formulas have no number for, or that make no sense with the job, are left out. If no change suffices
-    alone, the last entry is the combination of the cheapest that does, if there is one.
+    They are counted by formulas, whichever engine gave the verdict: none for a job without formulas. Changes that the formulas
+    have no number for, or that make no sense with the job, are left out. If no change suffices alone, the last entry is the
+    combination of the cheapest that does, if there is one.
     """
     unchanged = again().peaks
-    assert unchanged is not None
+    if unchanged is None:
+        return ()
     before = unchanged.allocated
     found = [a for options in _changes(job) if (a := _tried(again, options, before)) is not None and a.saving_bytes > 0]
     found += [a for fewer in (_batch, _sequence) if (a := fewer(job, again, before)) is not None]
@@ -59,8 +61,8 @@ def _changes(job: Job) -> Iterator[dict[str, Any]]:
         yield {"gradient_checkpointing": True}
     if setup.trainer == "plain" and setup.keep_outputs:
         yield {"keep_outputs": False}
-    if setup.loss == "full" and job.architecture.task_type == "CAUSAL_LM":
-        yield {"loss": "trl-chunked"}
+    if setup.trainer != "trl" and job.architecture.task_type == "CAUSAL_LM":
+        yield {"trainer": "trl", "loss": "trl-chunked"}  # the loss is SFTTrainer's: no option of another trainer turns it on
     if setup.attn_implementation == "eager":
         yield {"attn_implementation": "sdpa"}
     if job.quant is not None and job.quant.name in ("nf4", "fp4") and not job.quant.double_quant:

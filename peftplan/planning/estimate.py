@@ -19,7 +19,7 @@ from peftplan.planning.prepare import config_of, prepare
 from peftplan.planning.result import Estimate, Peaks
 from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, check_length, check_logits_to_keep, parse_setup
-from peftplan.planning.tasks import without_loss
+from peftplan.planning.tasks import OF_TOKENS, PICTURES, task_notes, without_loss
 from peftplan.planning.verdicts import capability, card_notes, find_cards, verdict
 from peftplan.storage import QuantConfig
 from peftplan.storage.modules import CONVERTED_KINDS
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
 """What is missing from an estimate that states no peak."""
 
-OF_TOKENS = ("seq_len", "padding", "use_cache")
-"""What a model of images does not read: its tokens are patches."""
+SAID_ELSEWHERE = {"r", "target_modules", "target_parameters", "lora_alpha"}
+"""Fields of a method that a result says by other words, or that change no number."""
 
 LEFT_OUT = {
     "the fused experts": ("Experts", "ExpertsTransposed"),
@@ -88,15 +88,6 @@ def estimate(
     )
     built, static = _static(job.architecture, job.adaptation, job.quant, job.setup)
     cards = find_cards(gpu)
-    if engine == "trace":
-        if (why := without_loss(model, job.architecture)) is not None:
-            raise RefusedError(why)
-
-        def traced(compute_capability: str) -> Peaks:
-            keep = record and compute_capability == capability(cards[0] if cards else None)
-            return _traced(job, compute_capability, record=keep, progress=progress)
-
-        return _estimated(job, built, static, cards, traced, engine=engine)
 
     def again(card: Gpu, **changes: Any) -> Estimate:
         given = {
@@ -112,7 +103,16 @@ def estimate(
         card = next(card for card in cards if card.id == name)
         return advice(job, partial(again, card))
 
-    return replace(_analytic(job, built, static, cards), advise=advise)
+    if engine == "analytic":
+        return replace(_analytic(job, built, static, cards), advise=advise)
+    if (why := without_loss(model, job.architecture)) is not None:
+        raise RefusedError(why)
+
+    def traced(compute_capability: str) -> Peaks:
+        keep = record and compute_capability == capability(cards[0] if cards else None)
+        return _traced(job, compute_capability, record=keep, progress=progress)
+
+    return replace(_estimated(job, built, static, cards, traced, engine=engine), advise=advise)
 
 
 def _estimated(
@@ -133,7 +133,7 @@ def _estimated(
     found = {of: peaks_on(of) for of in dict.fromkeys((of_first, *map(capability, cards)))}
     by_capability = {of: None if isinstance(peaks, str) else peaks for of, peaks in found.items()}
     peaks = by_capability[of_first]
-    assumptions = _assumptions(job.setup, job.quant, job.architecture, job.adaptation, quantized=built.quantized)
+    assumptions = _assumptions(job, quantized=built.quantized)
     if notes := card_notes(cards, job.setup, job.quant):
         assumptions["notes"] = [*assumptions.get("notes", ()), *notes]
     if peaks is not None:
@@ -185,7 +185,8 @@ def _at(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu]
     s = job.setup.seq_len if seq_len is None else seq_len
 
     def at(b: Any, s: Any) -> Job:
-        setup = parse_setup({**job.setup.model_dump(), "batch_size": b, "seq_len": s})
+        given = {} if seq_len is None else {"seq_len": s}
+        setup = parse_setup({**job.setup.model_dump(exclude_unset=True), "batch_size": b, **given})
         check_length(setup.seq_len, job.architecture.max_positions)
         check_logits_to_keep(setup.logits_to_keep, setup.seq_len)
         return job._replace(setup=setup)
@@ -287,19 +288,21 @@ def config_facts(config: MethodConfig | None, adapter: Mapping[str, Any]) -> dic
     return config.model_dump(mode="json", exclude_none=True) if config is not None else dict(adapter)
 
 
-def _assumptions(
-    setup: Setup, quant: QuantConfig | None, architecture: Architecture, adaptation: Adaptation, *, quantized: int
-) -> dict[str, Any]:
-    """Every value that the numbers rest on, defaults included."""
+def _assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
+    """Every value that the numbers rest on, defaults included; of the method's fields those that were set."""
+    setup, quant, architecture, adaptation = job.setup, job.quant, job.architecture, job.adaptation
     assumed: dict[str, Any] = {"model": architecture.source, "model_class": architecture.model_class}
-    unread = OF_TOKENS if architecture.task_type == "IMAGE_CLS" else ()
+    unread = OF_TOKENS if architecture.task_type == PICTURES else ()
     assumed |= {key: value for key, value in setup.model_dump(mode="json").items() if value is not None and key not in unread}
     assumed["quant"] = quant.name if quant else "none"
     assumed |= {} if quant is None else {"double_quant": quant.double_quant, "compute_dtype": quant.compute_dtype}
     assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in adaptation.resolved if value}
+    if job.method is not None and job.config is not None:
+        stated = job.config.model_dump(mode="json", exclude_defaults=True, exclude_none=True, exclude=SAID_ELSEWHERE)
+        assumed |= {name: value for name, value in stated.items() if job.method.defaults.get(name) != value}
     if adaptation.matched:
         assumed["matched_modules"] = sum(module.copies for module in adaptation.matched)
-    notes = [*architecture.notes, *adaptation.notes]
+    notes = [*architecture.notes, *adaptation.notes, *task_notes(job.model, architecture, setup)]
     if quant is not None:
         assumed["quantized_parameters"] = quantized
         notes += unquantized(architecture, quant, cast=bool(setup.kbit_prepare) and quant.name in parameters.PREPARED)

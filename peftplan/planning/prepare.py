@@ -48,6 +48,10 @@ def prepare(
         max_positions=architecture.max_positions,
     )
     check_task(model, architecture, setup)
+    if chosen is not None and chosen.module == "virtual_tokens":
+        from peftplan.planning.virtual_tokens import check_prompted_task
+
+        check_prompted_task(architecture)
     check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *script.earlier_seq_lens)))
     adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
     return Job(model, chosen, config, adapter, setup, quant, architecture, adaptation, script)

@@ -241,11 +241,13 @@ class Estimate:
             },
             "assumptions": dict(self.assumptions),
             "not_modelled": list(self.not_modelled),
-            "gpus": [
-                verdict.to_dict() | {"largest_line": largest, "advice": [a.to_dict() for a in self.advice.get(verdict.gpu, ())]}
-                for verdict in self.gpus
-            ],
+            "gpus": [verdict.to_dict() | {"largest_line": largest, **self._advice_facts(verdict.gpu)} for verdict in self.gpus],
         }
+
+    def _advice_facts(self, gpu: str) -> dict[str, Any]:
+        """A card's advice, and the engine that counted it."""
+        found = self.advice.get(gpu, ())
+        return {"advice": [a.to_dict() for a in found], "advice_engine": "analytic" if found else None}
 
     def _peak_facts(self) -> dict[str, Any]:
         """The peak's part of the JSON; context and device total are facts of one card, so they need exactly one."""

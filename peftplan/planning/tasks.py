@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peftplan.arch import sources
@@ -14,6 +14,16 @@ from peftplan.planning.setup import PRESETS, Setup
 
 BARE = "FEATURE_EXTRACTION"
 CAUSAL = "CAUSAL_LM"
+PICTURES = "IMAGE_CLS"
+OF_TOKENS = ("seq_len", "padding", "use_cache")
+"""What a model of images does not read: its tokens are patches."""
+
+WITH_PAD_TOKEN = (
+    "biogpt", "cohere_compass_text", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "helium", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "jamba", "ministral3", "mistral4", "olmo", "olmo2", "olmo3", "opt", "phi3", "seed_oss", "smollm3",
+    "t5gemma", "zamba", "zamba2",
+)  # fmt: skip
+"""Model types with a `score` of the last token whose config class has a pad token, stated or not (transformers 5.24)."""
 
 ALWAYS_ALL_LOGITS = (
     "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody", "prophetnet", "trocr", "whisper", "xlstm",
@@ -34,6 +44,27 @@ def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:
         raise RefusedError(f"trainer: SFTTrainer of trl 1.16 trains causal language models, not {found}; accepted: {others}")
     if setup.loss != "full":
         raise RefusedError(f"loss: {setup.loss} replaces the loss of causal language models, not of {found}; accepted: full")
+
+
+def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator[str]:
+    """What of the setup the task does not read, and what its class asks of its user besides."""
+    set_here = ("seq_len", "padding") if architecture.task_type == PICTURES else ()
+    for name in set_here:
+        if name in setup.model_fields_set:
+            yield f"{name} is not used: {architecture.model_class} reads pictures, of the size that its config states"
+    scores = architecture.task_type == "SEQ_CLS" and any(module.name == "score" for module in architecture.modules)
+    if scores and setup.batch_size > 1 and not _has_pad_token(sources.load_config(model)):
+        yield (
+            f"{architecture.model_class} takes more than one sequence only with a pad token, and the model's config has none: "
+            "set model.config.pad_token_id (counted as set)"
+        )
+
+
+def _has_pad_token(config: Mapping[str, Any]) -> bool:
+    """Whether the config of a decoder, or its config class, says which token is padding."""
+    of_text = config.get("text_config") or config
+    stated = "pad_token_id" in of_text
+    return of_text["pad_token_id"] is not None if stated else config.get("model_type") in WITH_PAD_TOKEN
 
 
 def without_loss(model: Any, architecture: Architecture) -> str | None:

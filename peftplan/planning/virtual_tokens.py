@@ -35,12 +35,21 @@ def check_virtual_tokens(job: Job) -> None:
         raise RefusedError("peft 0.21.2 refuses it: ValueError: PREFIX_TUNING does not work with gradient checkpointing.")
     if peft_type not in (*PROMPTED, PREFIX):
         return
-    if job.architecture.task_type not in PEFT_TASKS or job.architecture.model_type in SOUND:
-        raise RefusedError("peft 0.21.2 refuses it: KeyError: None")  # its class for a task type that it does not know
     if peft_type == PREFIX:
         _check_prefix(job)
     else:
         _check_prompts(job)
+
+
+def check_prompted_task(arch: Architecture) -> None:
+    """Raises RefusedError where peft has no class for the task of a model with virtual tokens, as `get_peft_model` does."""
+    if arch.task_type in PEFT_TASKS and arch.model_type not in SOUND:
+        return
+    if arch.model_type in SOUND or not arch.vocab_size:
+        why = f"virtual tokens stand before text, which {arch.model_class} does not read; accepted: other methods, such as lora"
+    else:
+        why = f"peft has no virtual tokens for the task_type {arch.task_type}; accepted: {', '.join(PEFT_TASKS)}"
+    raise RefusedError(f"peft 0.21.2 refuses it: KeyError: None ({why})")
 
 
 def _check_prefix(job: Job) -> None:

@@ -19,6 +19,11 @@ def rows(found: Sequence[Advice]) -> list[tuple[str, str, str, str]]:
     return [(NOW, format_bytes(unchanged), "", "does not fit"), *map(row, found)]
 
 
+def title(gpu: str, engine: str) -> str:
+    """The heading of the column of changes; a traced job's are not traced."""
+    return f"{COLUMNS[0]}, for {gpu}" + (" (by formulas)" if engine == "trace" else "")
+
+
 def row(advice: Advice) -> tuple[str, str, str, str]:
     """One change as its options on the command line, the peak with it, what it saves, the verdict."""
     words = " ".join(_option(name, value) for name, value in advice.options.items())

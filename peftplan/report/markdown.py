@@ -8,6 +8,7 @@ from peftplan.planning.result import Estimate
 from peftplan.report import peak
 from peftplan.report.tabular import (
     LINE_COLUMNS,
+    NO_ADVICE,
     assumption_rows,
     category_rows,
     incomplete,
@@ -61,8 +62,8 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
         for gpu, found in result.advice.items():
             from peftplan.report import advice
 
-            title, *others = advice.COLUMNS
-            parts.append(table((f"{title}, for {gpu}", *others), advice.rows(found)))
+            columns = (advice.title(gpu, result.engine), *advice.COLUMNS[1:])
+            parts.append(table(columns, advice.rows(found)) if found else NO_ADVICE.format(gpu=gpu))
     if verbose:
         parts.append(table(LINE_COLUMNS, [texts(line.values()) for line in line_facts(result)]))
     parts.append(table(("assumption", "value"), assumption_rows(result.assumptions)))

@@ -12,6 +12,7 @@ from peftplan.planning.result import Estimate, Peaks
 from peftplan.units import format_bytes
 
 UNREPLAYED = "what torch's allocator holds beyond the tensors (name a card, --gpu, for reserved bytes)"
+NO_ADVICE = "{gpu}: the formulas know no change that helps; --engine trace can try others"
 LINE_COLUMNS = ("category", "name", "bytes", "place", "formula", "source")
 
 

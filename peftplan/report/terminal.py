@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peftplan.planning.advice import Advice
 from peftplan.report import peak
 from peftplan.report.tabular import (
+    NO_ADVICE,
     Column,
     assumption_rows,
     category_rows,
@@ -96,7 +97,8 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
         parts.append(f"and {managed} of paged optimizer states in CUDA managed memory, outside torch's allocator")
     if result.gpus:
         parts += ["", _verdicts(result), *needs(result), f"largest line: {largest_line(result)}"]
-        parts += [part for gpu, found in result.advice.items() if found for part in ("", _advice(gpu, found))]
+        for gpu, found in result.advice.items():
+            parts += ["", _advice(gpu, found, engine=result.engine) if found else NO_ADVICE.format(gpu=gpu)]
     if verbose:
         parts += [f"{v.gpu}: {v.why}" for v in result.gpus]
         parts += ["", *_lines(result, wide=out.width >= WIDE)]
@@ -196,12 +198,12 @@ def _verdicts(result: Estimate) -> Table:
     return shown
 
 
-def _advice(gpu: str, found: Sequence[Advice]) -> Table:
+def _advice(gpu: str, found: Sequence[Advice], *, engine: str) -> Table:
     """What would make the job fit a card, or bring it nearer."""
     from peftplan.report import advice
 
-    first, *others = advice.COLUMNS
-    shown = _table(Column(f"{first}, for {gpu}"), *(Column(name, right=name != "then") for name in others))
+    others = advice.COLUMNS[1:]
+    shown = _table(Column(advice.title(gpu, engine)), *(Column(name, right=name != "then") for name in others))
     shown.columns[0].no_wrap = False
     for row in advice.rows(found):
         shown.add_row(*row)

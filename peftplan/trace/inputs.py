@@ -71,6 +71,7 @@ def _text(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
     batch: dict[str, Any] = {"input_ids": ids(b, s)}
     if setup.padding:
         batch["attention_mask"] = ids(b, s, value=1)
+    give_pad_token(model)
     pictures = picture_inputs(model, takes, setup)
     scored = setup.logits_to_keep or s
     batch |= pictures.batch | labels(model, takes, b, scored)
@@ -183,6 +184,14 @@ def ids(*shape: int, value: int = 0) -> torch.Tensor:
 def _dtype(model: Any, setup: Setup) -> torch.dtype:
     """Of pictures and sound: the processor gives fp32, which only autocast takes beside weights of 16 bits."""
     return torch.float32 if setup.autocast != "none" else model.dtype
+
+
+def give_pad_token(model: Any) -> None:
+    """As its users must, where the config has none: a classifier that scores each sequence's last token takes several sequences
+    only with a pad token (transformers 5.24, modeling_layers.py, `GenericForSequenceClassification.forward`)."""
+    config = model.config.get_text_config()
+    if type(model).__name__.endswith("ForSequenceClassification") and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0
 
 
 def check_decoder_start(model: Any) -> None:

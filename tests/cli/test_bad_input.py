@@ -100,6 +100,10 @@ def refused(*args: str) -> str:
         ("estimate llama-2-7b --modules-to-save lm_haed", ["modules_to_save", "'lm_haed'", "near: lm_head"]),
         ("estimate llama-2-7b --target-modules norm", ["target_modules", "model.norm", "RMSNorm"]),
         # combinations that the libraries refuse, or that say two things at once
+        ("estimate mamba-130m", ["target_modules", "peft refuses out_proj in mamba", "(--exclude-modules out_proj)"]),
+        ("estimate whisper-tiny --method p-tuning --num-virtual-tokens 4",
+         ["KeyError: None", "text, which WhisperForConditionalGeneration does not read", "accepted: other methods"]),
+        ("estimate bert-base-cased --method p-tuning --num-virtual-tokens 4", ["None", "MASKED_LM", "accepted: SEQ_CLS"]),
         ("estimate llama-2-7b --method full --quant nf4", ["quant", "nf4", "in full", "none"]),
         ("estimate llama-2-7b --method qlora --quant none", ["quant", "'none'", "accepted"]),
         ("estimate llama-2-7b --double-quant", ["double_quant", "nothing is quantized"]),

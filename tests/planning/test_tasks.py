@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from peftplan import estimate
+from peftplan.arch.sources import load_config
 from peftplan.errors import RefusedError
+from peftplan.planning.tasks import WITH_PAD_TOKEN
+from tests.memory.engines import TOLERANCE, phases, shallow
 
 REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("bart-base", {"trainer": "trl"}, "trainer: SFTTrainer of trl 1.16 trains causal language models, not BartForConditional"),
@@ -50,3 +53,53 @@ def test_an_accepted_task_has_peaks(model: str, task: str | None) -> None:
 
 def test_a_bare_model_with_a_loss_of_its_own_is_left_to_the_trace() -> None:
     assert estimate("clip-vit-base-patch16", method="full").peaks is None
+
+
+def notes(model: Any, **options: Any) -> str:
+    """The notes of an estimate, in one text."""
+    return "; ".join(estimate(model, **options).assumptions.get("notes", ()))
+
+
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "gpt2", "bloom-560m"])
+def test_a_classifier_without_a_pad_token_is_counted_with_one(model: str) -> None:
+    """transformers' class raises for two sequences until the user sets one: both engines count what users then get."""
+    pytest.importorskip("torch")
+    job: dict[str, Any] = {"method": "full", "task_type": "SEQ_CLS", "batch_size": 2, "seq_len": 64}
+    config = shallow(model, 2)
+    assert phases(config, "analytic", **job) == {
+        phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in phases(config, "trace", **job).items()
+    }
+    for engine in ("analytic", "trace"):
+        assert "set model.config.pad_token_id (counted as set)" in notes(config, engine=engine, **job)
+
+
+def test_a_pad_token_is_noted_only_where_one_is_missing() -> None:
+    """Classes of one sequence need none, Gemma's config class has one, BERT reads its first token."""
+    job: dict[str, Any] = {"method": "full", "task_type": "SEQ_CLS", "seq_len": 64}
+    assert "pad_token_id" in notes("llama-3.2-1b", batch_size=2, **job)
+    assert "pad_token_id" not in notes("llama-3.2-1b", batch_size=1, **job)
+    assert "pad_token_id" not in notes({**load_config("llama-3.2-1b"), "pad_token_id": 4}, batch_size=2, **job)
+    without = {key: value for key, value in load_config("gemma-2b").items() if key != "pad_token_id"}
+    assert "pad_token_id" not in notes(without, batch_size=2, **job)
+    assert "pad_token_id" in notes({**without, "pad_token_id": None}, batch_size=2, **job)
+    assert "pad_token_id" not in notes("bert-base-cased", batch_size=2, **job)
+
+
+def test_config_classes_with_a_pad_token_are_transformers() -> None:
+    pytest.importorskip("torch")
+    from transformers import CONFIG_MAPPING
+
+    for model_type in WITH_PAD_TOKEN:
+        assert CONFIG_MAPPING[model_type]().get_text_config().pad_token_id is not None, model_type
+    for model_type in ("llama", "gpt2", "bloom", "falcon", "qwen2", "qwen3", "mistral", "mixtral", "phi", "gpt_neox"):
+        assert CONFIG_MAPPING[model_type]().pad_token_id is None
+
+
+def test_options_of_tokens_are_said_to_be_unused_by_a_model_of_pictures() -> None:
+    model = "vit-base-patch16-224"
+    said = notes(model, seq_len=77, padding=True)
+    assert "seq_len is not used: ViTForImageClassification reads pictures" in said
+    assert "padding is not used" in said
+    assert "not used" not in notes(model, batch_size=4)
+    assert "not used" not in "; ".join(estimate(model).at(batch_size=4).assumptions.get("notes", ()))
+    assert "not used" not in notes("gpt2", seq_len=77)
