@@ -91,10 +91,38 @@ def training_options(args: Any) -> dict[str, Any]:
             raise InputError(f"training_args.{name}", value, "accepted: unset; what it changes is not counted")
     found = {ours: _plain(getattr(args, name)) for name, ours in TRAINING_FIELDS.items() if getattr(args, name, None) is not None}
     found["trainer"] = _trainer(args)
+    found |= _loading(args)
+    _refuse_padding_free(args)
     found |= _checkpointing(args, on=bool(found.get("gradient_checkpointing")))
     found["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"
     return found | _liger(args, str(found["trainer"]))
 
+
+LOADING_FIELDS = ("dtype", "attn_implementation")
+"""What `model_init_kwargs` of an SFTConfig say that is an option here too."""
+
+
+def _loading(args: Any) -> dict[str, Any]:
+    """How SFTTrainer loads a model that is given by its name; `auto` is left to our default."""
+    given = getattr(args, "model_init_kwargs", None) or {}
+    given = json.loads(given) if isinstance(given, str) else dict(given)
+    if given.get("quantization_config") is not None:
+        raise InputError("training_args.model_init_kwargs", "quantization_config", "accepted: as quantization_config=…")
+    return {name: given[name] for name in LOADING_FIELDS if given.get(name) not in (None, "auto")}
+
+
+def _refuse_padding_free(args: Any) -> None:
+    """Raises InputError where SFTTrainer puts a batch into one long sequence (trl 1.16, `SFTTrainer.__init__`)."""
+    strategy = getattr(args, "packing_strategy", None)
+    if getattr(args, "padding_free", False):
+        raise InputError("training_args.padding_free", True, "accepted: False; one sequence without padding is not counted")
+    if getattr(args, "packing", False) and strategy in PADDING_FREE:
+        accepted = "accepted: wrapped, or no packing; the one sequence that it makes of a batch is not counted"
+        raise InputError("training_args.packing_strategy", strategy, accepted)
+
+
+PADDING_FREE = ("bfd", "bfd_split")
+"""Strategies of packing that imply `padding_free` in trl 1.16."""
 
 CHECKPOINTING_FIELDS = {"every_n_layers": "every_n_layers", "offload": "offload_checkpoints"}
 """Names in `activation_checkpointing_kwargs` that Trainer takes out for transformers (5.24, trainer.py) → ours."""

@@ -10,6 +10,7 @@ from peftplan.arch import sources as architectures
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, RefusedError
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
+from peftplan.methods.saved import SAVED_HEADS
 from peftplan.planning.job import Job
 from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import Setup, check_logits_to_keep, parse_setup, resolved
@@ -34,7 +35,8 @@ def prepare(
     options = _with_objects(options, training_args=training_args, quantization_config=quantization_config)
     given, method_options = _separate(options)
     chosen, config, adapter = _method(method, peft_config, method_options)
-    setup = parse_setup({**_method_setup(chosen, given), **{k: v for k, v in given.items() if v is not None}})
+    set_here = {k: v for k, v in given.items() if v is not None}
+    setup = parse_setup({**_task_of(adapter), **_method_setup(chosen, given), **set_here})
     architecture = architectures.load(
         model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
     )
@@ -111,6 +113,16 @@ def _method(
 
 def _peft_type(raw: Mapping[str, Any]) -> str:
     return str(getattr(raw.get("peft_type"), "value", raw.get("peft_type")))
+
+
+def _task_of(adapter: Mapping[str, Any]) -> dict[str, str]:
+    """The task of an adapter with a head, which a model's config seldom names: its class is what the user loads for the adapter.
+
+    Other tasks are left to the config: CAUSAL_LM is what people write for models of pictures and text too.
+    """
+    task = adapter.get("task_type")
+    task = getattr(task, "value", task)
+    return {"task_type": str(task)} if task in SAVED_HEADS else {}
 
 
 def _method_setup(method: methods.Method | None, given: Mapping[str, Any]) -> dict[str, Any]:

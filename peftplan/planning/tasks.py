@@ -47,11 +47,14 @@ def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:
 
 
 def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator[str]:
-    """What of the setup the task does not read, and what its class asks of its user besides."""
+    """What of the setup the task does not read, what its class asks of its user besides, and how TRL 1.16 loads a model
+    (`create_model_from_path`)."""
     set_here = ("seq_len", "padding") if architecture.task_type == PICTURES else ()
     for name in set_here:
         if name in setup.model_fields_set:
             yield f"{name} is not used: {architecture.model_class} reads pictures, of the size that its config states"
+    if setup.trainer == "trl" and "dtype" not in setup.model_fields_set:
+        yield "SFTTrainer loads a model that is given by its name in fp32, unless model_init_kwargs say a dtype (--dtype fp32)"
     scores = architecture.task_type == "SEQ_CLS" and any(module.name == "score" for module in architecture.modules)
     if scores and setup.batch_size > 1 and not _has_pad_token(sources.load_config(model)):
         yield (

@@ -286,3 +286,54 @@ def test_the_cache_of_training_arguments_is_read() -> None:
     for use_cache in (False, True):
         args = transformers.TrainingArguments(**COMMON, use_cache=use_cache)
         assert peftplan.estimate(CONFIG, training_args=args).assumptions["use_cache"] is use_cache
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "trainable"),
+    [
+        # r·(in + out) of query and value per layer, and the classifier that peft trains: 768·2 + 2, for answers too
+        ("SEQ_CLS", "bert-base-uncased", 12 * 2 * 8 * (768 + 768) + 1_538),
+        ("QUESTION_ANS", "bert-base-uncased", 12 * 2 * 8 * (768 + 768) + 1_538),
+        # a score of two classes without a bias: 2048·2; q 2048 → 2048, v 2048 → 512
+        ("SEQ_CLS", "llama-3.2-1b", 16 * 8 * (2048 + 2048 + 2048 + 512) + 4_096),
+    ],
+)
+def test_the_task_of_an_adapter_with_a_head_is_the_jobs(task: str, model: str, trainable: int, tmp_path: Path) -> None:
+    """`LoraConfig(task_type="SEQ_CLS")` is for the class with that head, which config.json does not name; peft counts it so."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type=task, r=8)
+    config.save_pretrained(tmp_path)
+    for given in (config, tmp_path):
+        found = peftplan.estimate(model, peft_config=given)
+        assert found.model["model_class"].endswith({"SEQ_CLS": "ForSequenceClassification"}.get(task, "ForQuestionAnswering"))
+        assert found.trainable_parameters == trainable
+    assert peftplan.estimate(model, peft_config=config, task_type="FEATURE_EXTRACTION").model["model_class"].endswith("Model")
+
+
+def test_a_task_that_vision_models_borrow_leaves_their_class(tmp_path: Path) -> None:
+    """People write CAUSAL_LM for Qwen2-VL, whose class is the one that its config names."""
+    found = peftplan.estimate(
+        "qwen2-vl-2b-instruct", peft_config={"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+    )
+    assert found.model["model_class"] == "Qwen2VLForConditionalGeneration"
+
+
+def test_how_trl_loads_a_model() -> None:
+    trl, torch = pytest.importorskip("trl"), pytest.importorskip("torch")
+    kwargs = {"dtype": torch.float32, "attn_implementation": "eager", "revision": "main"}
+    args = trl.SFTConfig(**COMMON, model_init_kwargs=kwargs, max_length=512, bf16=False)
+    expected = peftplan.estimate(CONFIG, training_args=trl.SFTConfig(**COMMON, max_length=512, bf16=False), dtype="fp32",
+                                 attn_implementation="eager")  # fmt: skip
+    assert same(peftplan.estimate(CONFIG, training_args=args), expected)
+    in_fp32 = "SFTTrainer loads a model that is given by its name in fp32"
+    assert in_fp32 in str(peftplan.estimate(CONFIG, trainer="trl").assumptions["notes"])
+    assert "notes" not in expected.assumptions
+
+
+@pytest.mark.parametrize(("fields", "named"), [({"padding_free": True}, "padding_free"), ({"packing": True}, "packing_strategy")])
+def test_a_batch_as_one_sequence_is_refused(fields: dict[str, Any], named: str) -> None:
+    trl = pytest.importorskip("trl")
+    with pytest.raises(peftplan.InputError, match=f"training_args.{named}: .* is not counted"):
+        peftplan.estimate(CONFIG, training_args=trl.SFTConfig(**COMMON, bf16=False, **fields))
+    wrapped = trl.SFTConfig(**COMMON, bf16=False, packing=True, packing_strategy="wrapped")
+    assert peftplan.estimate(CONFIG, training_args=wrapped).peaks is not None
