@@ -157,10 +157,16 @@ def _with_labels(config: Mapping[str, Any], num_labels: int | None) -> Mapping[s
     return {**{k: v for k, v in config.items() if k not in ("id2label", "label2id")}, "num_labels": num_labels}
 
 
-def _notes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    if not config.get("auto_map"):
-        return ()
-    return (f"the repository ships its own code (auto_map); transformers' own {config['model_type']} is what is counted",)
+def _notes(config: Mapping[str, Any]) -> Iterator[str]:
+    if config.get("auto_map"):
+        yield f"the repository ships its own code (auto_map); transformers' own {config['model_type']} is what is counted"
+    stored = config.get("quantization_config")
+    if isinstance(stored, Mapping):
+        how = stored.get("quant_method") or "bitsandbytes"
+        taken = (
+            "taken from it unless --quant says otherwise" if how == "bitsandbytes" else "counted as --quant says, not as stored"
+        )
+        yield f"the config states a quantized checkpoint ({how}): {taken}"
 
 
 def _read(config: Mapping[str, Any], *, name: str, task_type: str | None, trust_remote_code: bool) -> Architecture:

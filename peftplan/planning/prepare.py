@@ -35,8 +35,10 @@ def prepare(
     options = _with_objects(options, training_args=training_args, quantization_config=quantization_config)
     given, method_options = _separate(options)
     chosen, config, adapter = _method(method, peft_config, method_options)
+    model_config = architectures.load_config(model)
     set_here = {k: v for k, v in given.items() if v is not None}
-    setup = parse_setup({**_task_of(adapter), **_method_setup(chosen, given), **set_here})
+    set_here = _stored(model_config, set_here) | set_here
+    setup = parse_setup({**_task_of(adapter), **_method_setup(chosen, set_here), **set_here})
     architecture = architectures.load(
         model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
     )
@@ -46,7 +48,7 @@ def prepare(
         quantized=quant is not None,
         supports_sdpa=architecture.supports_sdpa,
         supports_flash_attn=architecture.supports_flash_attn,
-        use_cache=bool(architectures.load_config(model).get("use_cache", True)),
+        use_cache=bool(model_config.get("use_cache", True)),
         max_positions=architecture.max_positions,
     )
     check_task(model, architecture, setup)
@@ -113,6 +115,16 @@ def _method(
 
 def _peft_type(raw: Mapping[str, Any]) -> str:
     return str(getattr(raw.get("peft_type"), "value", raw.get("peft_type")))
+
+
+def _stored(model_config: Mapping[str, Any], set_here: Mapping[str, Any]) -> dict[str, Any]:
+    """How bitsandbytes stored the checkpoint, if its config says so and no format is set: transformers loads it in no other."""
+    stored = model_config.get("quantization_config")
+    if "quant" in set_here or not isinstance(stored, Mapping) or not (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
+        return {}
+    from peftplan.planning import ecosystem
+
+    return {name: value for name, value in ecosystem.quant_options(stored).items() if value is not None}
 
 
 def _task_of(adapter: Mapping[str, Any]) -> dict[str, str]:

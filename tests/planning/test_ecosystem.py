@@ -318,6 +318,22 @@ def test_a_task_that_vision_models_borrow_leaves_their_class(tmp_path: Path) -> 
     assert found.model["model_class"] == "Qwen2VLForConditionalGeneration"
 
 
+def test_a_checkpoint_of_bitsandbytes_is_loaded_as_stored() -> None:
+    """As transformers loads it: a config.json with its own `quantization_config`."""
+    four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, **four_bit}
+    given = {**CONFIG, "quantization_config": stored}
+    for method in ("lora", "qlora"):
+        found, expected = peftplan.estimate(given, method=method), peftplan.estimate(CONFIG, method="qlora")
+        assert found.lines() == expected.lines()
+        assert "quantized checkpoint (bitsandbytes)" in str(found.assumptions["notes"])
+    assert peftplan.estimate(given, quant="none").lines() == peftplan.estimate(CONFIG).lines()
+    with pytest.raises(peftplan.errors.RefusedError, match="stored as nf4 cannot be trained in full"):
+        peftplan.estimate(given, method="full")
+    by_gptq = peftplan.estimate({**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    assert "(gptq): counted as --quant says" in str(by_gptq.assumptions["notes"])
+
+
 def test_how_trl_loads_a_model() -> None:
     trl, torch = pytest.importorskip("trl"), pytest.importorskip("torch")
     kwargs = {"dtype": torch.float32, "attn_implementation": "eager", "revision": "main"}
