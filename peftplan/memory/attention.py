@@ -9,6 +9,7 @@ transformers 5.24, integrations/sdpa_attention.py, masking_utils.py, models/llam
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peftplan.arch.modules import Attention
@@ -51,10 +52,31 @@ def causal_mask(model: Model, dtype: str, window: int | None = None) -> Tensor |
     f, s = model.tape, model.seq
     windowed = window is not None and model.key_len >= window
     if model.running.attention == "eager":
+        _seen = seen_keys(model, windowed=window is not None)
         return f.new(("b", 1, s, model.keys), dtype, "attention_mask")
     if model.running.attention == "sdpa" and (model.running.padding or windowed or model.keys != s):
-        return f.new(("b" if "attention_mask" in model.batch else 1, 1, s, model.keys), "bool", "attention_mask")
+        return seen_keys(model, windowed=window is not None)
     return None
+
+
+def seen_keys(model: Model, *, windowed: bool) -> Tensor:
+    """`sdpa_mask`: which keys a query sees, each condition `and`ed to those before (`and_masks`)."""
+    f = model.tape
+    of_all = (1, 1, model.seq, model.keys)
+    padded = "attention_mask" in model.batch
+    if windowed:
+        near = f.new(of_all, "bool", "gt")
+        seen = f.new(of_all, "bool", "bitwise_and")
+        del near
+        causal = f.new(of_all, "bool", "le")
+        seen = f.new(of_all, "bool", "bitwise_and" if padded else "attention_mask")
+        del causal
+    else:
+        seen = f.new(of_all, "bool", "le" if padded else "attention_mask")
+    if padded:
+        seen = f.new(of_all, "bool", "bitwise_and")
+        seen = f.new(("b", *of_all[1:]), "bool", "attention_mask")
+    return seen
 
 
 def attend(
@@ -71,25 +93,27 @@ def attend(
     by_head: bool = False,
     bias: Tensor | None = None,
     cached: bool | None = None,
+    moved: bool = False,
 ) -> Tensor:
     """transformers' attention function; in (b, a, s, d), out (b, s, a·d).
 
     `rotated`: queries and keys went through rotary embeddings, whose gradients come head by head anyway. `wide`: eager attention
     asks for a softmax in fp32, as decoders do. `bias`: what eager attention adds before the mask. `by_head`: the three lie
     (b, a, s, d), as copies that the class made. `cached`: a cache copied keys and values, where the model does not say it.
+    `moved`: the projections' gradients are copied already, behind a cache.
     """
     f = model.tape
     grouped = a.num_attention_heads != a.num_key_value_heads
     if model.running.attention == "eager":
-        q, k, v = _by_head(f, q, k, v, rotated=rotated)
+        q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
         return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide, bias=bias, by_head=by_head, cached=cached)
     gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
     if model.running.attention == "sdpa" and grouped and (model.running.repeats_kv or not gqa):
         single = a.num_key_value_heads == 1
-        (v,) = (v,) if single else _by_head(f, v, rotated=False)
+        v = v if single or moved else ops.heads(f, v, v.dims, clones=True)
         k, v = (repeat_kv(f, x, a, copies=not single) for x in (k, v))
     if f.autocast:
-        q, k, v = f.cast(q, f.autocast), f.cast(k, f.autocast), f.cast(v, f.autocast)
+        q, k, v = f.cast_all(f.autocast, q, k, v)
     kernel = _kernel(model, q, k, v, mask)
     if kernel == "flash":
         out = flash(f, q, k, v, by_head=by_head)
@@ -98,7 +122,7 @@ def attend(
     elif kernel == "efficient":
         out = efficient(f, q, k, v, mask, ragged=bool(model.length(k.dims[2]) % MASK_MULTIPLE))
     else:
-        q, k, v = _by_head(f, q, k, v, rotated=rotated)
+        q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
         autocast, f.autocast = f.autocast, None  # the wrapper that cast the inputs turns it off
         try:
             return math(model, a, q, k, v, mask, dropout=dropout)
@@ -123,9 +147,11 @@ def _kernel(model: Model, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) 
     return "efficient" if known and aligned and q.dims[1] == k.dims[1] and not wants_grad else "math"
 
 
-def _by_head(f: Tape, *tensors: Tensor, rotated: bool) -> tuple[Tensor, ...]:
+def by_heads(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, rotated: bool, moved: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Views whose gradients come back head by head, so that the projections' gradients need a copy."""
-    return tuple(x if rotated and number < 2 else ops.heads(f, x, x.dims, clones=True) for number, x in enumerate(tensors))
+    q = q if rotated else ops.heads(f, q, q.dims, clones=True)
+    k = k if rotated or moved else ops.heads(f, k, k.dims, clones=True)
+    return q, k, v if moved else ops.heads(f, v, v.dims, clones=True)
 
 
 def repeat_kv(f: Tape, x: Tensor, a: Attention, *, copies: bool = True) -> Tensor:
@@ -247,29 +273,28 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     heads, values = repeat_kv(f, k, a), repeat_kv(f, v, a)
     broadcast = q.dims[1] != heads.dims[1]
     copied = a.num_attention_heads != a.num_key_value_heads or (model.joins and not broadcast)
-    scores = _math_scores(model, scaled, ops.scale(f, heads), broadcast=broadcast, copied=copied)
+    spread = partial(_math_copy, model, heads=q.dims[1], broadcast=broadcast, copied=copied)
+    scaled_keys = ops.scale(f, heads)
+    scores = _scores(f, batched(model, scaled), spread(scaled_keys))
+    del scaled_keys
     scores = ops.add(f, scores, bias)
     weights = ops.keeps_output(f, scores, "softmax", passing=True)
     del scores
     weights = ops.dropout(f, weights, dropout)
     low = f.to(weights.detach(), given)
-    if broadcast:
-        values = for_all(model, values, q.dims[1])
-    elif not copied:
-        values = batched(model, values)
-    out = f.to(ops.matmul(f, weights, values, (*q.dims[:3], v.dims[3])), given)
+    out = ops.matmul(f, weights, spread(values), (*q.dims[:3], v.dims[3]))
+    out = ops.heads(f, out, out.dims, clones=model.running.batch_size > 1)
+    out = f.to(out, given)
     del q, k, v, scaled, heads, values, weights, bias, low
-    return gathered(model, out)
+    b, a_, s, d = out.dims
+    return ops.copied(f, out, "clone", (b, s, a_, d)).view((b, s, _product(a_, d)))
 
 
-def _math_scores(model: Model, q: Tensor, k: Tensor, *, broadcast: bool, copied: bool) -> Tensor:
-    f = model.tape
-    q = batched(model, q)
+def _math_copy(model: Model, x: Tensor, *, heads: Dim, broadcast: bool, copied: bool) -> Tensor:
+    """What `matmul` makes of keys or values: a copy of each head, or one that lies head by head."""
     if broadcast:
-        k = for_all(model, k, q.dims[1])
-    elif not copied:
-        k = batched(model, k)
-    return _scores(f, q, k)
+        return for_all(model, x, heads)
+    return x if copied else batched(model, x)
 
 
 def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, by_head: bool = False) -> Tensor:

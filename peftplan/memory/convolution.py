@@ -20,7 +20,7 @@ def convolution(model: Model, name: str, x: Tensor, dims: Dims) -> Tensor:
     f.module = name
     weight, bias = part.weight, part.bias
     if f.autocast:
-        x, weight, bias = f.cast(x, f.autocast), f.cast(weight, f.autocast), f.cast(bias, f.autocast)
+        x, weight, bias = f.cast_all(f.autocast, x, weight, bias)
     node = f.record(_convolution_backward, (x, weight, bias), x, weight, bias)
     return f.new(dims, x.dtype, "convolution", node)
 

@@ -21,7 +21,7 @@ class Node:
 
     __slots__ = ("backward", "checkpointed", "context", "edges", "grads", "module", "saved", "sequence")
 
-    def __init__(self, sequence: int, module: str, backward: Backward, edges: tuple[Any, ...], *, checkpointed: bool) -> None:
+    def __init__(self, sequence: float, module: str, backward: Backward, edges: tuple[Any, ...], *, checkpointed: bool) -> None:
         self.sequence = sequence
         self.module = module
         self.backward = backward
@@ -97,5 +97,5 @@ def reachable(roots: list[Any]) -> list[Node]:
     return sorted(seen, key=_sequence_of)
 
 
-def _sequence_of(node: Node) -> int:
+def _sequence_of(node: Node) -> float:
     return node.sequence

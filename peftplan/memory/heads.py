@@ -24,7 +24,12 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     logits = model.linear(model.arch.output_embedding, x)
     f.module = ""
     for op in model.arch.logits_ops:
-        logits = ops.scale(f, logits, op) if op == "scale" else ops.softcap(f, logits)
+        if op == "scale":
+            logits = ops.scale(f, logits, op)
+            continue
+        logits = ops.scale(f, logits, "div")  # soft-capped
+        logits = ops.keeps_output(f, logits, "tanh")
+        logits = ops.scale(f, logits)
     return causal_lm_loss(f, logits), logits
 
 

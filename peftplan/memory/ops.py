@@ -38,9 +38,14 @@ def promoted_by_autocast(f: Tape, *dtypes: str) -> str | None:
     return current
 
 
-def _of_broadcast(grad: Tensor, like: Dims) -> Tensor:
+def _broadcast(a: Tensor, b: Any) -> Dims | None:
+    """The dims of b where they are not those of a, which the result has."""
+    return None if a.dims == b.dims else b.dims
+
+
+def _of_broadcast(grad: Tensor, like: Dims | None) -> Tensor:
     """The gradient of an input that may be broadcast, which the engine sums (`reduce_grad`)."""
-    return grad if grad.dims == like else Broadcast(grad.storage, like, grad.dtype)
+    return grad if like is None or grad.dims == like else Broadcast(grad.storage, like, grad.dtype)
 
 
 def embedding(f: Tape, weight: Any, rows: Dims, ids: Tensor | None = None) -> Tensor:
@@ -59,12 +64,13 @@ def linear(f: Tape, x: Tensor, weight: Any, bias: Any = None, *, transposed: boo
     weight trains (torch 2.13 aten Linear.cpp `linear`, LinearAlgebra.cpp `should_fold`); else bmm takes it as it is.
     """
     if f.autocast:
-        x, weight, bias = f.cast(x, f.autocast), f.cast(weight, f.autocast), f.cast(bias, f.autocast)
+        x, weight, bias = f.cast_all(f.autocast, x, weight, bias)
     op = "linear" if bias is None or type(x) is Strided else "addmm"
     if type(x) is Strided and weight.node is not None:
         x = copied(f, x, "clone")
     kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None if bias is None else bias.dims)
-    node = f.record(_linear_backward, (x, weight, bias), *kept)
+    backward = _addmm_backward if op == "addmm" else _linear_backward
+    node = f.record(backward, (x, weight, bias), *kept)
     return f.new((*x.dims[:-1], weight.dims[1 if transposed else 0]), x.dtype, op, node)
 
 
@@ -79,9 +85,18 @@ def _linear_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     return grad_x, grad_weight, grad_bias
 
 
+def _addmm_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    """`mat1` before `mat2`; the sum for the bias is the engine's."""
+    _, _, x_dims, w_dims, bias_dims = saved
+    to_x, to_weight, to_bias = node.edges
+    grad_x = f.view_of(f.new(x_dims, g.dtype, "mm")) if to_x else None
+    grad_weight = f.view_of(f.new(w_dims, g.dtype, "mm")) if to_weight else None
+    return grad_x, grad_weight, Broadcast(g.storage, bias_dims, g.dtype) if to_bias else None
+
+
 def add(f: Tape, a: Tensor, b: Any) -> Tensor:
     """`add`: keeps nothing; b may be broadcast."""
-    return f.new(a.dims, promoted(a.dtype, b.dtype), "add", f.record(_add_backward, (a, b), b.dims))
+    return f.new(a.dims, promoted(a.dtype, b.dtype), "add", f.record(_add_backward, (a, b), _broadcast(a, b)))
 
 
 def _add_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
@@ -90,7 +105,7 @@ def _add_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
 
 def mul(f: Tape, a: Tensor, b: Any) -> Tensor:
     """`mul`: keeps each factor whose partner has a gradient; b may be broadcast."""
-    node = f.record(_mul_backward, (a, b), a if b.node else None, b if a.node else None, b.dims)
+    node = f.record(_mul_backward, (a, b), a if b.node else None, b if a.node else None, _broadcast(a, b))
     return f.new(a.dims, promoted(a.dtype, b.dtype), "mul", node)
 
 
@@ -170,7 +185,7 @@ def _half_softmax_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor
 def matmul(f: Tape, a: Tensor, b: Tensor, dims: Dims) -> Tensor:
     """`matmul` of two activations (bmm): keeps each whose partner has a gradient. Under autocast in its dtype."""
     if f.autocast:
-        a, b = f.cast(a, f.autocast), f.cast(b, f.autocast)
+        a, b = f.cast_all(f.autocast, a, b)
     node = f.record(_matmul_backward, (a, b), a if b.node else None, b if a.node else None, a.dims, b.dims)
     return f.new(dims, a.dtype, "bmm", node)
 
@@ -267,18 +282,34 @@ def _half(dim: Dim) -> int:
     return dim // 2
 
 
+RIGHT_BEHIND = 0.5
+"""A view's place among autograd's nodes: made with what it is a view of, wherever it is written here."""
+
+
 def heads(f: Tape, x: Tensor, dims: Dims, *, clones: bool = False) -> Tensor:
     """`view(…).transpose(1, 2)`: the same storage; where the gradient comes back head by head its reshape makes a copy."""
-    return Tensor(x.storage, dims, x.dtype, f.record(_heads_backward, (x,), x.dims)) if clones else x.view(dims)
+    if not clones:
+        return x.view(dims)
+    node = f.record(_heads_backward, (x,), x.dims)
+    if node is not None and type(x.node) is Node:
+        node.sequence = x.node.sequence + RIGHT_BEHIND
+    return Tensor(x.storage, dims, x.dtype, node)
 
 
 def _heads_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "clone")
 
 
-def copied(f: Tape, x: Tensor, op: str, dims: Dims | None = None) -> Tensor:
-    """A copy whose gradient is a view of its own gradient: `cat` with nothing, `contiguous`, `reshape` of a transposed tensor."""
-    return f.new(dims or x.dims, x.dtype, op, f.record(_view_backward, (x,)))
+def copied(f: Tape, x: Tensor, op: str, dims: Dims | None = None, *, viewed: bool = True) -> Tensor:
+    """A copy whose gradient is a view of its own gradient: `cat` with nothing, `reshape` of a transposed tensor; or that gradient
+    itself, where nothing is `viewed`: `contiguous`.
+    """
+    return f.new(dims or x.dims, x.dtype, op, f.record(_view_backward if viewed else _shift_backward, (x,)))
+
+
+def reshaped(f: Tape, x: Tensor) -> Tensor:
+    """A view that autograd knows: the gradient is one, too."""
+    return Tensor(x.storage, x.dims, x.dtype, f.record(_view_backward, (x,)))
 
 
 def _view_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
@@ -304,7 +335,7 @@ def dropout(f: Tape, x: Tensor, p: float) -> Tensor:
 def layernorm(f: Tape, x: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """`native_layer_norm`: keeps its input and fp32 mean and rstd of each row. Autocast runs it in fp32."""
     if f.autocast:
-        x, weight, bias = f.cast(x, "fp32"), f.cast(weight, "fp32"), f.cast(bias, "fp32")
+        x, weight, bias = f.cast_all("fp32", x, weight, bias)
     row = (*x.dims[:-1], 1)
     node = f.record(_layernorm_backward, (x, weight, bias), x, weight, bias)
     out = f.new(x.dims, x.dtype, "layer_norm", node)
@@ -318,13 +349,6 @@ def _layernorm_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     weight = f.new(width, g.dtype, "sum") if node.edges[1] else None
     bias = f.new(width, g.dtype, "sum") if node.edges[2] else None
     return grad, weight, bias
-
-
-def softcap(f: Tape, x: Tensor) -> Tensor:
-    """`cap * tanh(x / cap)`."""
-    x = scale(f, x, "div")
-    x = keeps_output(f, x, "tanh")
-    return scale(f, x)
 
 
 KEEPS_OUTPUT = ("relu", "tanh", "sigmoid")
@@ -395,7 +419,8 @@ def gathered(f: Tape, x: Tensor, dims: Dims) -> Tensor:
 def product(f: Tape, x: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """`x @ weight.T + bias` (`FalconLinear`): autocast casts the transposed weight anew each time, and the sum is wider."""
     if f.autocast:
-        x, weight = f.cast(x, f.autocast), f.to(weight, f.autocast)
+        weight = f.to(weight, f.autocast)
+        x = f.cast(x, f.autocast)
     kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None)
     node = f.record(_linear_backward, (x, weight, None), *kept)
     out = f.new((*x.dims[:-1], weight.dims[0]), x.dtype, "mm", node)

@@ -17,22 +17,26 @@ from peftplan.parameters import Parameter
 
 FOREACH_COPIES = {"adamw_torch": 1, "sgd": 0, "adagrad": 2, "rmsprop": 1}
 """Copies of all parameters of one dtype that the foreach implementation holds at once."""
+STATES = "states"
+"""The mark where the first step makes what the optimizer keeps."""
 IN_PLACE = ("fused", "kernel")
 LORAFA_REPLACES = ("adamw_torch", "adamw_torch_fused")
 """What peft's optimizer of LoRA-FA stands for; another optimizer is taken as asked."""
 
 
 def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, clips: bool, freezes_a: bool) -> None:
-    """Clipping, and then the step; `freezes_a`: of LoRA-FA. Raises NeedsTraceError for optimizers whose temporaries are not known here, NoEngineError for
-    those that no engine knows.
+    """Clipping, and then the step; `freezes_a`: of LoRA-FA. Raises NeedsTraceError for optimizers whose temporaries are not known
+    here, NoEngineError for those that no engine knows.
     """
     f.module = ""
     if optimizer.untraced:
         raise NoEngineError(f"optim {optimizer.name}: {optimizer.untraced}")
     if clips:
         _clip(f, trained)
+    f.mark(STATES)
     if freezes_a and optimizer.name in LORAFA_REPLACES:
-        return _lorafa_step(f, trained)
+        _lorafa_step(f, trained)
+        return
     if optimizer.step_implementation in IN_PLACE:
         return
     copies = FOREACH_COPIES.get(optimizer.name)
@@ -41,9 +45,10 @@ def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, c
     held: list[Tensor] = []  # the loop's names keep one dtype's until the next one's are made
     for dtype in dict.fromkeys(p.dtype for p in trained):
         held = [
-            f.many(p.shape, p.dtype, f"{p.name} {optimizer.name}", copies * p.copies)
+            f.many(p.shape, p.dtype, f"{p.name} {optimizer.name}", p.copies)
+            for _ in range(copies)
             for p in trained
-            if copies and p.dtype == dtype
+            if p.dtype == dtype
         ]
     del held
 
@@ -91,9 +96,14 @@ def _pseudo_inverse(f: Tape, rank: int) -> Tensor:
 
 
 def _clip(f: Tape, trained: list[Parameter]) -> None:
-    """`clip_grad_norm_`: the norm of each gradient, their stack, and the norm of that."""
+    """`clip_grad_norm_`: the norm of each gradient, their stack, the norm of that, and the factor."""
     count = sum(p.copies for p in trained)
     norms = f.many((), "fp32", "norm of a gradient", count)
     stack = f.new((count,), "fp32", "stack of norms")
     total = f.new((), "fp32", "total norm")
-    del stack, norms, total
+    del stack, norms
+    shifted, inverse = f.new((), "fp32", "add"), f.new((), "fp32", "reciprocal")
+    factor = f.new((), "fp32", "mul")
+    del shifted, inverse
+    limited = f.new((), "fp32", "clamp")
+    del factor, limited, total

@@ -162,7 +162,7 @@ class Tape:
                 "torch 2.13 refuses it: RuntimeError: element 0 of tensors does not require grad and does not have a grad_fn"
             )
         self.segment = -(abs(self.segment) + 1)
-        self.backward_from([(root, self.new((), root.dtype, "ones_like"))])
+        self.backward_from([(root, self.new(root.dims, root.dtype, "ones_like"))])
 
     def backward_from(self, roots: list[tuple[Tensor, Tensor]]) -> None:
         """Run the graph behind tensors backwards from their gradients, perhaps within another backward."""
@@ -184,6 +184,7 @@ class Tape:
             raise RefusedError("torch 2.13 refuses it: RuntimeError: Trying to backward through the graph a second time")
         if self.nested and any(type(value) in (Tensor, Parameter) for value in saved):
             node.saved = RELEASED
+        places = saved  # the node holds them, and they what their layer runs again on, until it is done
         if node.checkpointed:
             saved = [self._unpack(value) for value in saved]
         result = node.backward(self, node, saved, *grads)
@@ -197,7 +198,7 @@ class Tape:
                 found[i] = self.new(found[i].dims, found[i].dtype, "sum")
             if edge is not None and found[i] is not None and found[i].dtype != edge[2]:
                 found[i] = self.new(found[i].dims, edge[2], "to")
-        del saved, grads
+        del saved, grads, places
         for i, edge in enumerate(node.edges):
             grad, found[i] = found[i], None
             if edge is not None and grad is not None:
@@ -257,6 +258,12 @@ class Tape:
             self._casts[leaf] = self.to(x, dtype)
             self.grad_enabled = before
         return self._casts[leaf]
+
+    def cast_all(self, dtype: str, *values: Any) -> tuple[Any, ...]:
+        """Autocast's casts of an operation's arguments, the last one first: so GCC orders them (torch 2.13, autocast_mode.h,
+        `WrapFunction_`, which expands them within a call).
+        """
+        return (*reversed([self.cast(x, dtype) for x in reversed(values)]),)
 
     def _is_leaf(self, x: Any) -> bool:
         if type(x) is Parameter:

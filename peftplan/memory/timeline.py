@@ -14,6 +14,7 @@ from typing import NamedTuple
 from peftplan.dtypes import ITEMSIZE
 from peftplan.memory.copies import Layers, Stack, copies_of
 from peftplan.memory.ledger import Category, Dim, Line
+from peftplan.memory.optimizer import STATES
 from peftplan.memory.tape import Tape
 from peftplan.units import ALLOCATION_ROUNDING
 
@@ -53,6 +54,8 @@ class Timeline(NamedTuple):
     """Storage of the tape → its kind."""
     tensors: Mapping[int, int] = MappingProxyType({})
     """Storages that stand for several tensors → how many."""
+    states: int = 0
+    """The event before which the first step makes the optimizer's states."""
 
     def peaks(self, sizes: Mapping[str, int], standing: int = 0) -> dict[str, tuple[int, int]]:
         """Phase → (bytes, how many events lead to them), on top of `standing` bytes that are always there."""
@@ -119,7 +122,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
     repeated: list[Repeated] = []
     standing_for: dict[int, int] = {}
     counts = tape.counts
-    done = 0
+    done = states = 0
     shifts = [(0, 0)]  # of events against the log, from a position on
     for at, what in (*tape.marks, (len(tape.log), "")):
         for n in tape.log[done:at]:
@@ -147,11 +150,13 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
             shifts.append((at, len(events) - at))
         if what in PHASES:
             starts.append((what, len(events)))
+        if what == STATES:
+            states = len(events)
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
     products = {taken: at + max(more for start, more in shifts if start <= at) for taken, at in _products(tape).items()}
     return Timeline(
-        tuple(index), tuple(sources), tuple(events), windows, products, tuple(storages), tuple(repeated), kind_of, counts
+        tuple(index), tuple(sources), tuple(events), windows, products, tuple(storages), tuple(repeated), kind_of, counts, states
     )
 
 

@@ -7,6 +7,7 @@ timeline only counts, do here what the last one does, event by event.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from math import prod
@@ -22,8 +23,11 @@ from peftplan.memory.timeline import Kind, Timeline
 from peftplan.planning.script import NO_SCRIPT, Script
 
 if TYPE_CHECKING:
-    from peftplan.planning.analytic import Steps
+    from peftplan.planning.analytic import Compiled, Steps
 
+
+_LAYER = re.compile(r"(?<=\.)(\d+|\{\})(?=\.)")
+"""The place of a layer's number in a name, or the number of the only one that has the tensor."""
 
 SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, default options"
 
@@ -55,19 +59,29 @@ class Run(NamedTuple):
         feed.allocator.begin_phase("warmup")
         states = [line for line in compiled.standing if line.category == "optimizer_states" and line not in compiled.early]
         for number, (of_step, named) in enumerate(self.steps, start=1):
-            first = First(states, of_step.workspaces) if number == 1 else NOTHING
-            feed.step(of_step.timeline, named, first, phases=number == len(self.steps))
+            made = _made(states, of_step) if number == 1 else {}
+            feed.step(of_step.timeline, named, made, phases=number == len(self.steps))
         return {**feed.allocator.peaks_by_phase, "": feed.allocator.peaks}
 
 
-class First(NamedTuple):
-    """What the first step makes for all: the optimizer's states, and workspaces, each before an event of the timeline."""
+def _made(states: list[Line], compiled: Compiled) -> dict[int, list[Line]]:
+    """What the first step makes for all: the optimizer's states and workspaces, by the event that they precede."""
+    found = {compiled.timeline.states: states}
+    for at, line in compiled.workspaces:
+        found.setdefault(at, []).append(line)
+    return found
 
-    states: Sequence[Line] = ()
-    workspaces: tuple[tuple[int, Line], ...] = ()
+
+def _stack(name: str) -> str:
+    """What precedes the number of a layer in a name, or the name."""
+    return _LAYER.split(name, maxsplit=1)[0]
 
 
-NOTHING = First()
+def _layers(name: str, copies: int) -> range:
+    """The layers of a stack that have a tensor."""
+    found = _LAYER.search(name)
+    first = int(found[0]) if found and found[0] != "{}" else 0
+    return range(first, first + copies)
 
 
 class _Feed:
@@ -79,40 +93,44 @@ class _Feed:
         self._outputs: list[Block | None] = []
         self._live: dict[int, list[Block | None]] = {}
         self._spare: dict[int, list[int]] = {}
+        self._places: dict[int, int] = {}
+        """What a copied layer hands on → the storage in whose place it stands."""
 
     def take(self, lines: Iterable[Line]) -> None:
         """Allocate lines for good, layer by layer."""
-        for _, group in groupby(lines, key=lambda line: line.name.partition("{}")[0]):
-            of_stack = [(line, ITEMSIZE[line.dtype] * prod(line.shape)) for line in group]
-            for layer in range(max(line.copies for line, _ in of_stack)):
-                for line, nbytes in of_stack:
-                    if layer < line.copies:
+        for _, group in groupby(lines, key=lambda line: _stack(line.name)):
+            of_stack = [(_layers(line.name, line.copies), ITEMSIZE[line.dtype] * prod(line.shape)) for line in group]
+            for layer in range(max(layers.stop for layers, _ in of_stack)):
+                for layers, nbytes in of_stack:
+                    if layer in layers:
                         self.allocator.allocate(nbytes)
 
-    def step(self, timeline: Timeline, named: Mapping[str, int], first: First, *, phases: bool) -> None:
-        """One optimizer step."""
+    def step(self, timeline: Timeline, named: Mapping[str, int], made: Mapping[int, Sequence[Line]], *, phases: bool) -> None:
+        """One optimizer step; `made`: what lasts, by the event that it precedes."""
         nbytes = [_bytes(kind, named) for kind in timeline.kinds]
         borders = {start: phase for phase, start, _ in timeline.windows}
         layers = {repeated.first: repeated for repeated in timeline.repeated}
-        due = {place for place, _ in first.workspaces}
         outlives = len(timeline.events) if not self.script.outputs_outlive_step else timeline.windows[-1][1]
         done = 0
         for at, ((kind, count), storage) in enumerate(zip(timeline.events, timeline.storages, strict=True)):
             if at in borders:
-                self._begin(borders[at], first.states, counts=phases)
-            if at in due:
-                self.take(line for place, line in first.workspaces if place == at)
+                self._begin(borders[at], counts=phases)
+            if at in made:
+                self.take(made[at])
             if at in layers:
                 self._repeat([_Layer.of(each, timeline, nbytes) for each in layers[at].layers])
                 done = layers[at].last
             if at < done:
                 continue
-            if count > 0:
+            if count > 1 and at >= timeline.windows[-1][1]:
+                done = self._by_layer(timeline, nbytes, at)
+            elif count > 0:
                 self._make(storage, nbytes[kind], count)
             elif at < outlives or timeline.kinds[kind].category == "temporaries":
                 self._free(storage, nbytes[kind], -count)
             else:
                 self._outputs += self._live.pop(storage, [])
+        self.take(made.get(len(timeline.events), ()))
         if self.script.empties_cache:
             self.allocator.empty_cache()
         for blocks in self._live.values():  # gradients
@@ -120,14 +138,26 @@ class _Feed:
         self._live.clear()
         self._spare.clear()
 
-    def _begin(self, phase: str, states: Iterable[Line], *, counts: bool) -> None:
+    def _begin(self, phase: str, *, counts: bool) -> None:
         if counts:
             self.allocator.begin_phase(phase)
-        if phase == "step":
-            self.take(states)
         if phase == "backward":  # the forward has returned
             self._give_back(self._outputs)
             self._outputs.clear()
+
+    def _by_layer(self, timeline: Timeline, nbytes: Sequence[int], at: int) -> int:
+        """Make what an optimizer makes for all parameters of a stack, layer by layer; the event behind."""
+        run = []
+        for (kind, count), storage in zip(timeline.events[at:], timeline.storages[at:], strict=True):
+            name = timeline.kinds[kind].name
+            if count < 1 or _stack(name) != _stack(timeline.kinds[timeline.events[at][0]].name):
+                break
+            run.append((_layers(name, count), storage, nbytes[kind]))
+        for layer in range(max(layers.stop for layers, *_ in run)):
+            for layers, storage, size in run:
+                if layer in layers:
+                    self._live.setdefault(storage, []).append(self.allocator.allocate(size))
+        return at + len(run)
 
     def _repeat(self, layers: list[_Layer]) -> None:
         """Layers that the timeline only counts, those of several kinds in turn."""
@@ -153,7 +183,8 @@ class _Feed:
                 self._free(storage, size, count)
             else:
                 new = layer.moved[storage]
-                handed[new] = storage if self._live.get(storage) else new
+                handed[new] = next((s for s in (storage, self._places.get(storage, new)) if self._live.get(s)), new)
+                self._places[new] = handed[new]
                 self._free(handed[new], size, count)
         for new, storage in handed.items():
             self._live.setdefault(storage, []).extend(own.pop(new))

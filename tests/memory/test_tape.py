@@ -79,3 +79,16 @@ def test_a_residual_is_summed_into_what_waits_and_projections_into_a_new_tensor(
 
     assert alive(residual=True) == 2  # what waits, and what is added to it
     assert alive(residual=False) == 3  # both, and their sum
+
+
+def test_autocast_casts_the_last_argument_first_and_addmm_has_the_gradient_of_its_input_first() -> None:
+    """As a trace shows: the casts of `linear(x, weight, bias)`, and then their gradients, the sum for the bias made by the engine."""
+    f = Tape(autocast="bf16")
+    weight, bias = (Parameter(name, dims, "fp32", trainable=True) for name, dims in (("w", (16, WIDTH)), ("b", (16,))))
+    x = ops.scale(f, Parameter("x", (1, ROWS, WIDTH), "fp32", trainable=True))
+    f.log.clear()
+    out = ops.linear(f, x, weight, bias)
+    assert [f.dims[n] for n in f.log if n > 0] == [bias.dims, weight.dims, x.dims, out.dims]
+    f.log.clear()
+    f.backward(out)
+    assert [f.dims[n] for n in f.log if n > 0][:4] == [out.dims, x.dims, weight.dims, bias.dims]

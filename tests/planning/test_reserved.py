@@ -9,10 +9,17 @@ import pytest
 import peftplan
 from tests.memory.engines import shallow
 
-FALCON = shallow("falcon-7b", 3)
+PLAIN: dict[str, Any] = {"trainer": "plain"}
+FULL: dict[str, Any] = {"method": "full", "batch_size": 4, "seq_len": 512, "gradient_checkpointing": False}
 JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "workspaces are taken by the first products": (shallow("gpt2"), {"method": "lora", "trainer": "plain", "batch_size": 4}),
-    "a quantized model is loaded by name, though none of its layers is quantized": (FALCON, {"method": "lora", "quant": "int8"}),
+    "workspaces are taken by the first products": (shallow("gpt2"), {"method": "lora", "batch_size": 4, **PLAIN}),
+    "a quantized load goes by name, though no layer is quantized": (shallow("falcon-7b", 3), {"method": "lora", "quant": "int8"}),
+    "logits before a soft cap go with their name": (shallow("gemma-2-2b"), {"method": "lora", **PLAIN}),
+    "buckets of distances, the order of states, what a checkpointed layer holds": (
+        shallow("t5-small"),
+        {**FULL, "batch_size": 8, "gradient_checkpointing": True},
+    ),
+    "addmm's gradients and what a call holds": (shallow("pythia-160m"), FULL),
 }
 
 

@@ -84,7 +84,7 @@ def regularized(model: Model, loss: Tensor) -> Tensor:
 def _distance(f: Tape, p: Parameter) -> Tensor:
     """`norm(p @ p.T - I)`, of B's other side."""
     rank = _rank(p.name, p.dims)
-    one, other = (f.cast(p, f.autocast), f.to(p, f.autocast)) if f.autocast else (p, p)
+    other, one = (f.to(p, f.autocast), f.cast(p, f.autocast)) if f.autocast else (p, p)
     kept = [x for x in (one, other) if type(x) is Tensor]
     node = f.record(_covariance_backward, (one, other), one.dims, *kept)
     covariance = f.new((rank, rank), one.dtype, "mm", node)

@@ -38,4 +38,5 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     if part.quant is not None and converts:
         out = f.to(out, given)
     result = ops.add(f, result, out)
+    del out
     return result if part.quant is not None else f.to(result, given)

@@ -145,7 +145,7 @@ def matrix(model: Model, name: str, layer: int) -> tuple[Any, Any]:
 
 def _product(f: Tape, a: Parameter, b: Parameter) -> Tensor:
     """`B @ A`."""
-    left, right = (f.cast(b, f.autocast), f.cast(a, f.autocast)) if f.autocast else (b, a)
+    left, right = f.cast_all(f.autocast, b, a) if f.autocast else (b, a)
     kept = (None if type(left) is Parameter else left, None if type(right) is Parameter else right)
     node = f.record(_product_backward, (left, right), *kept, left.dims, right.dims)
     return f.new((left.dims[0], right.dims[1]), left.dtype, "mm", node)

@@ -74,7 +74,7 @@ def bloom_attention(c: Call, x: Tensor, residual: Tensor) -> Tensor:
 def baddbmm(f: Tape, q: Tensor, k: Tensor, dims: tuple[Any, ...]) -> Tensor:
     """`alibi.baddbmm(q, k)`: keeps both factors. Autocast runs it in its dtype."""
     if f.autocast:
-        q, k = f.cast(q, f.autocast), f.cast(k, f.autocast)
+        q, k = f.cast_all(f.autocast, q, k)
     node = f.record(_baddbmm_backward, (q, k), q if k.node else None, k if q.node else None, q.dims, k.dims)
     return f.new(dims, q.dtype, "baddbmm", node)
 
@@ -124,7 +124,7 @@ def mpt(model: Model) -> Tensor:
     assert a.alibi_length is not None
     alibi = f.new((a.num_attention_heads, 1, a.alibi_length), "fp32", "alibi")
     mask = f.new(("b", 1, model.seq, model.seq), "bool", "attention_mask")
-    x = run_layers(model, MPT, tokens, lambda window: (alibi, mask), masked=False)
+    x = run_layers(model, MPT, tokens, lambda window: (alibi, mask), masks={None: None})
     del tokens
     return x
 

@@ -75,7 +75,10 @@ def bart_encoder(model: Model) -> Tensor:
     x = model.layernorm(f"{name}.layernorm_embedding", x)
     f.module = name
     x = ops.dropout(f, x, model.arch.dropout.embedding)
-    return run_encoder(model, x, bidirectional_mask(model, words.dtype))
+    mask = bidirectional_mask(model, words.dtype)
+    given = [x]  # no name holds it
+    del x
+    return run_encoder(model, given, mask)
 
 
 def whisper_encoder(model: Model) -> Tensor:
@@ -96,18 +99,21 @@ def whisper_encoder(model: Model) -> Tensor:
     f.module = name
     x = ops.add(f, inputs_embeds, model.embedding(f"{name}.embed_positions", (count,), all_positions))
     x = ops.dropout(f, x, model.arch.dropout.embedding)
-    x = run_encoder(model, x, None)
+    given = [x]  # no name holds it
+    del x
+    x = run_encoder(model, given, None)
     return model.layernorm(f"{name}.layer_norm", x)
 
 
-def run_encoder(model: Model, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The encoder's layers."""
+def run_encoder(model: Model, given: list[Tensor], mask: Tensor | None) -> Tensor:
+    """The encoder's layers, on the states that are given alone."""
     block, kinds = block_of(model, "encoder"), kinds_of(model, "encoder")
 
     def layer(number: int, x: Tensor, mask: Tensor | None) -> Tensor:
         return encoder_layer(model, block, number, x, mask)
 
-    return run_stack(model, kinds, x, layer, name="encoder", checkpointed=model.running.checkpointing, every=(mask,))
+    checkpointed = model.running.checkpointing
+    return run_stack(model, kinds, given.pop(), layer, name="encoder", checkpointed=checkpointed, every=(mask,))
 
 
 def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
@@ -200,9 +206,10 @@ def feed_forward(model: Model, block: Block, name: str, number: int, x: Tensor) 
     residual = x
     if block.norm_position == "pre":
         x = model.layernorm(f"{name}.final_layer_norm", x, number)
-    x = model.linear(f"{name}.fc1", x, number)
+    wide = model.linear(f"{name}.fc1", x, number)
     f.module = f"{name}.activation_fn"
-    x = activation(f, x, block.mlp.activation)
+    x = activation(f, wide, block.mlp.activation)
+    del wide
     f.module = name
     x = ops.dropout(f, x, p.activation)
     x = model.linear(f"{name}.fc2", x, number)
@@ -220,7 +227,9 @@ def attention(
     whisper = is_whisper(model)
     q = model.linear(f"{name}.q_proj", x, number)
     f.module = name
-    q = split_heads(model, ops.scale(f, q) if whisper else q, heads, d)
+    if whisper:
+        q = ops.scale(f, q)
+    q = split_heads(model, q, heads, d)
     source = x if states is None else states
     k = split_heads(model, model.linear(f"{name}.k_proj", source, number), heads, d)
     v = split_heads(model, model.linear(f"{name}.v_proj", source, number), heads, d)

@@ -6,13 +6,13 @@ order of operations and whose names of locals these functions follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.memory import ops
 from peftplan.memory.activations import activation
-from peftplan.memory.attention import attend, batched, causal_mask, gathered
+from peftplan.memory.attention import attend, batched, by_heads, causal_mask, gathered
 from peftplan.memory.model import Model
 from peftplan.memory.norms import rms
 from peftplan.memory.shaping import cat, sliced, split
@@ -61,23 +61,33 @@ class Call(NamedTuple):
         """The output of this layer's `attention` or `output`, through the adapter behind it."""
         return self.model.behind(f"{self.style.stack}.{part}_adapters", x, self.number)
 
+    def cached(self, k: Tensor, v: Tensor, *, rotated: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values as a cache copies them: the gradients of the copies come back head by head."""
+        if self.moved:
+            k = k if rotated else ops.heads(self.tape, k, k.dims, clones=True)
+            v = ops.heads(self.tape, v, v.dims, clones=True)
+        return self.model.cached(k, v)
+
+    @property
+    def moved(self) -> bool:
+        """Whether a cache copies keys and values."""
+        return self.model.caches and not self.model.past
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, rotated: bool) -> Tensor:
-        """Attention over cached keys and values."""
-        k, v = self.model.cached(k, v)
+        """Attention over keys and values that `cached` gave."""
         a, dropout = self.block.attentions[0], self.model.arch.dropout.attention
         if self.style.narrow_eager and self.model.running.attention == "eager":
             return narrow_eager(self, q, k, v, dropout, rotated=rotated)
         if a.softcap and not self.style.softcaps:
             a = a._replace(softcap=False)
-        return attend(self.model, a, q, k, v, self.mask, dropout=dropout, rotated=rotated, by_head=self.style.by_head)
+        by_head, moved = self.style.by_head, self.moved
+        return attend(self.model, a, q, k, v, self.mask, dropout=dropout, rotated=rotated, by_head=by_head, moved=moved)
 
 
 def narrow_eager(c: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, rotated: bool) -> Tensor:
     """GPT-2's and GPT-J's `eager_attention_forward`: softmax in the scores' dtype, its result in the values'."""
     f, model = c.tape, c.model
-    if not rotated:
-        q, k = ops.heads(f, q, q.dims, clones=True), ops.heads(f, k, k.dims, clones=True)
-    v = ops.heads(f, v, v.dims, clones=True)
+    q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=c.moved)
     own = (lambda model, y: y) if model.joins else batched
     wide = (lambda y: f.to(y, "fp32")) if c.style.wide_scores else (lambda y: y)
     weights = ops.scale(f, ops.matmul(f, batched(model, wide(q)), own(model, wide(k)), (*q.dims[:3], k.dims[2])))
@@ -148,10 +158,19 @@ def decoder(model: Model, style: Style) -> Tensor:
     del x
     _positions = f.new((model.seq,), "int64", "position_ids")
     windows = {block.attentions[0].window for block in model.arch.blocks} if style.tables_by_window else {None}
+    masks = masks_of(model, style, given[0].dtype)
     tables = {window: rotary_tables(model, "fp32" if style.wide_tables else given[0].dtype) for window in windows}
-    x = run_layers(model, style, given.pop(), lambda window: tables[window if style.tables_by_window else None])
+    x = run_layers(model, style, given.pop(), lambda window: tables[window if style.tables_by_window else None], masks=masks)
     del embedded
     return x
+
+
+def masks_of(model: Model, style: Style, dtype: str) -> dict[int | None, Tensor | None]:
+    """Window → mask, of each kind of attention that the model has."""
+    windows = {block.attentions[0].window for block in model.arch.blocks}
+    if style.both_masks and len(windows) == 1:
+        windows |= {0} if None in windows else {None}
+    return {window: causal_mask(model, dtype, window) for window in sorted(windows, key=lambda window: window or 0)}
 
 
 def run_layers(
@@ -161,17 +180,14 @@ def run_layers(
     tables: Callable[[int | None], tuple[Tensor, ...]],
     *,
     dtype: str | None = None,
-    masked: bool = True,
+    masks: Mapping[int | None, Tensor | None] | None = None,
 ) -> Tensor:
     """The masks, all layers, and the final norm; `tables` finds those of a layer by its window.
 
-    `dtype` is that of the embeddings, and so of masks, where it is not that of x; without `masked` the tables hold the mask.
+    `dtype` is that of the embeddings, and so of masks, where it is not that of x; `masks`: those that are there already.
     """
     blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
-    windows = {block.attentions[0].window for block in model.arch.blocks}
-    if style.both_masks and len(windows) == 1:
-        windows |= {0} if None in windows else {None}
-    masks = {window: causal_mask(model, dtype or x.dtype, window) if masked else None for window in windows}
+    found = masks_of(model, style, dtype or x.dtype) if masks is None else masks
     outputs: list[Any] = []
 
     def layer(number: int, x: Tensor, mask: Tensor | None) -> Any:
@@ -181,7 +197,7 @@ def run_layers(
         return (out, *model.layer_locals[-1:]) if style.hands_out_weights else out
 
     def its_mask(number: int) -> tuple[Tensor | None]:
-        return (masks[blocks[number].attentions[0].window],)
+        return (found[blocks[number].attentions[0].window],)
 
     given = [x]  # no name holds it while the layers run
     del x
@@ -206,9 +222,20 @@ def rotary_tables(model: Model, dtype: str) -> tuple[Tensor, Tensor]:
     """Cosines and sines, as wide as the part of a head that is rotated."""
     a = model.arch.blocks[0].attentions[0]
     width = a.head_dim if a.rotary_dim is None else a.rotary_dim
-    model.tape.module = "model.rotary_emb"
-    cos = model.tape.new((1, model.seq, width), dtype, "cos")
-    return cos, model.tape.new((1, model.seq, width), dtype, "sin")
+    f, dims = model.tape, (1, model.seq, width)
+    f.module = "model.rotary_emb"
+    positions = f.new((1, model.seq, 1), "fp32", "to")
+    half = f.new((*dims[:-1], width // 2), "fp32", "mul")
+    del positions
+    angles = f.new(dims, "fp32", "cat")
+    cos = f.new(dims, "fp32", "cos")
+    cos = f.new(dims, "fp32", "cos")  # scaled
+    sin = f.new(dims, "fp32", "sin")
+    sin = f.new(dims, "fp32", "sin")
+    if dtype != "fp32":
+        cos, sin = f.new(dims, dtype, "cos"), f.new(dims, dtype, "sin")
+    del half, angles
+    return cos, sin
 
 
 def serial(c: Call, x: Tensor) -> Tensor:
@@ -243,6 +270,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
     rotated = a.positions == "rotary"
     if rotated:
         q, k, *_held = c.style.rotate(f, q, k, *c.tables)
+    k, v = c.cached(k, v, rotated=rotated)
     x = c.attend(q, k, v, rotated=rotated)
     return c.linear(f"self_attn.{c.style.output}", x)
 

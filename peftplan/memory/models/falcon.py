@@ -42,7 +42,7 @@ def falcon(model: Model) -> Tensor:
         tables = (f.new(("b", a.num_attention_heads, 1, model.keys), dtype, "alibi"),)
         mask = _alibi_mask(f, mask, a, dtype)
     tables = (*tables, *rotary_tables(model, dtype))
-    x = run_layers(model, STYLE, tokens, lambda window: (mask, *tables), masked=False)
+    x = run_layers(model, STYLE, tokens, lambda window: (mask, *tables), masks={None: None})
     del tokens
     return x
 

@@ -47,6 +47,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
     """`GPT2Attention.forward`, `GPTBigCodeAttention.forward`."""
     a = c.block.attentions[0]
     q, k, v = (by_head if _interleaved(c, a) else side_by_side)(c, a, c.linear("attn.c_attn", x))
+    k, v = c.cached(k, v, rotated=False)
     x = c.attend(q, k, v, rotated=False)
     x = c.linear("attn.c_proj", x)
     c.at("attn")

@@ -53,7 +53,7 @@ def layer(c: Call, x: Tensor) -> Tensor:
     x = ops.add(c.at(), residual, x)
     if not before:
         x = c.norm("self_attn_layer_norm", x)
-    residual = x
+    residual = x = ops.reshaped(c.at(), x)
     if before:
         x = c.norm("final_layer_norm", x)
     x = c.linear("fc1", x)
@@ -61,7 +61,7 @@ def layer(c: Call, x: Tensor) -> Tensor:
     x = c.linear("fc2", x)
     c.at()
     x = c.dropout(x)
-    x = ops.add(c.at(), residual, x)
+    x = ops.reshaped(c.at(), ops.add(c.at(), residual, x))
     return x if before else c.norm("final_layer_norm", x)
 
 
@@ -72,9 +72,10 @@ def attention(c: Call, x: Tensor) -> Tensor:
     by_head = (b, a.num_attention_heads, s, a.head_dim)
     q = c.linear("self_attn.q_proj", x)
     q = ops.scale(c.at("self_attn"), q).view(by_head)
-    k = c.linear("self_attn.k_proj", x)
-    v = c.linear("self_attn.v_proj", x)
-    x = c.attend(q, k.view(by_head), v.view(by_head), rotated=False)
+    k = c.linear("self_attn.k_proj", x).view(by_head)
+    v = c.linear("self_attn.v_proj", x).view(by_head)
+    k, v = c.cached(k, v, rotated=False)
+    x = c.attend(q, k, v, rotated=False)
     return c.linear("self_attn.out_proj", x)
 
 

@@ -90,8 +90,8 @@ def neox_attention(c: Call, x: Tensor) -> Tensor:
     q, k, v = split(f, qkv, [(b, a.num_attention_heads, s, a.head_dim)] * 3)
     cos, sin = c.tables
     q, k = partly_rotary(f, q, k, cos, sin)
-    x = c.attend(q, k, v, rotated=True)
-    return c.linear("attention.dense", x)
+    k, v = c.cached(k, v, rotated=True)
+    return c.linear("attention.dense", c.attend(q, k, v, rotated=True))
 
 
 def gptj_layer(c: Call, x: Tensor) -> Tensor:
@@ -117,9 +117,10 @@ def gptj_attention(c: Call, x: Tensor) -> Tensor:
     k_rot, k_pass = gptj_parts(c, f, k)
     q_rot, q_pass = gptj_parts(c, f, q)
     k_rot, q_rot = gptj_rotary(c, f, k_rot), gptj_rotary(c, f, q_rot)
-    k = cat(f, (k_rot, k_pass), by_token)
-    q = cat(f, (q_rot, q_pass), by_token)
-    x = c.attend(q.view(by_head), k.view(by_head), v, rotated=True)
+    k = cat(f, (k_rot, k_pass), by_token).view(by_head)
+    q = cat(f, (q_rot, q_pass), by_token).view(by_head)
+    k, v = c.cached(k, v, rotated=True)
+    x = c.attend(q, k, v, rotated=True)
     del k_rot, k_pass, q_rot, q_pass
     return c.linear("attn.out_proj", x)
 

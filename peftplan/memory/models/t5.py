@@ -23,7 +23,7 @@ from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.reentrant import Leaf
 from peftplan.memory.stack import SharedLeaf, kinds_of, run_stack, shared
 from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.memory.tensors import Dims, Tensor
 
 
 def t5(model: Model) -> Tensor:
@@ -98,6 +98,39 @@ def clamped(f: Tape, x: Tensor) -> Tensor:
     return limited(f, x)
 
 
+def relative_buckets(f: Tape, dims: Dims, *, signed: bool) -> Tensor:
+    """`T5Attention._relative_position_bucket`, an operation at a time; `signed`: of both directions (an encoder's)."""
+    if signed:
+        above = f.new(dims, "bool", "gt")
+        wide = f.new(dims, "int64", "to")
+        del above
+        halves = f.new(dims, "int64", "mul")
+        del wide
+        found = f.new(dims, "int64", "relative_position_bucket")
+        del halves
+        size = f.new(dims, "int64", "abs")
+    else:
+        zeros = f.new(dims, "int64", "zeros_like")
+        least = f.new(dims, "int64", "minimum")
+        del zeros
+        size = f.new(dims, "int64", "neg")
+        del least
+    small = f.new(dims, "bool", "lt")
+    large = f.new(dims, "fp32", "to")
+    for op in ("div", "log", "div", "mul"):
+        large = f.new(dims, "fp32", op)
+    large = f.new(dims, "int64", "to")
+    large = f.new(dims, "int64", "add")
+    limit = f.new(dims, "int64", "full_like")
+    large = f.new(dims, "int64", "minimum")
+    del limit
+    chosen = f.new(dims, "int64", "where")
+    if not signed:
+        found = f.new(dims, "int64", "relative_position_bucket")
+    del chosen, size, small, large
+    return found
+
+
 class How(NamedTuple):
     """How `run_stack` calls the layers of a stack."""
 
@@ -117,7 +150,6 @@ class Stack:
         self.biases: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor | None] = {}
         self.sums: set[int] = set()
-        self.recomputed = False
 
     @property
     def length(self) -> str:
@@ -177,10 +209,18 @@ class Stack:
 
     def layer(self, number: int, x: Tensor, states: Tensor | None) -> Tensor:
         """`T5Block.forward`."""
-        own, *cross = self.block.attentions
-        if number == 0 and self.biases:  # recomputed last: no other layer holds what it made, nor will
+        again = number == 0 and bool(self.biases)  # recomputed last: no other layer holds what it made, nor will
+        if again:
             self.biases.clear()
-            self.recomputed = True
+        try:
+            return self.run_layer(number, x, states)
+        finally:
+            if again:
+                self.biases.clear()
+
+    def run_layer(self, number: int, x: Tensor, states: Tensor | None) -> Tensor:
+        """The layer, whose biases are there or made."""
+        own, *cross = self.block.attentions
         f = self.model.tape
         x = clamped(f, self.attended("0.SelfAttention", own, number, x, None))
         if cross:
@@ -221,12 +261,12 @@ class Stack:
         """`create_position_bias_mask`: a copy per layer, of the positions and what the mask or causality hides."""
         f = self.model.tape
         dims = ("b" if mask is not None else 1, *bias.dims[1:])
+        hidden = mask
         if mask is not None or a.causal:
             hidden = mask if mask is not None else f.new(dims[2:], "bool", "causal mask")
             bias = where(f, hidden, bias, dims)
-            del hidden
         if not a.cross:  # positions lie head by head innermost
-            bias = ops.copied(f, bias, "clone")
+            bias = ops.copied(f, bias, "clone", viewed=False)
         cast: Tensor = f.cast(bias, f.autocast) if f.autocast else bias
         return cast
 
@@ -253,11 +293,11 @@ class Stack:
         else:
             table = name.replace("{}", "0") + ".relative_attention_bias"
             distances = f.new((s, keys), "int64", "relative_position")
-            made = model.embedding(table, (s, keys), f.new((s, keys), "int64", "relative_position_bucket")).view(dims)
-            del distances
+            buckets = relative_buckets(f, (s, keys), signed=self.side == "encoder")
+            made = model.embedding(table, (s, keys), buckets).view(dims)
+            del distances, buckets
             made = shared(f, made, self.sums)
-        if not self.recomputed:
-            self.biases[key] = made
+        self.biases[key] = made
         f.module = name
         return made
 

@@ -23,13 +23,15 @@ def vit(model: Model) -> Tensor:
     assert weight is not None
     model.tape.module = "vit"
     picture = model.tape.to(model.batch["pixel_values"], weight.dtype)
-    x = embeddings(model, picture)
+    x = embedded = embeddings(model, picture)
 
     def layer(number: int, x: Tensor) -> Tensor:
         return encoder_layer(model, block, number, x)
 
     x = run_stack(model, kinds_of(model, "encoder"), x, layer, name="layers", checkpointed=model.running.checkpointing)
-    return model.layernorm("vit.layernorm", x)
+    x = model.layernorm("vit.layernorm", x)
+    del embedded
+    return x
 
 
 def embeddings(model: Model, picture: Tensor) -> Tensor:
