@@ -39,6 +39,8 @@ LEFT_OUT = {
 }
 """Kinds of modules with most of a model's weights that a format may not convert, in words."""
 
+NO_PICTURES = "the traced batch is text alone: with pictures the vision tower runs too, and the peak is higher"
+
 NOTED = 0.01
 """Less than this share of a model is not worth a note."""
 
@@ -134,7 +136,10 @@ def _estimated(
     by_capability = {of: None if isinstance(peaks, str) else peaks for of, peaks in found.items()}
     peaks = by_capability[of_first]
     assumptions = _assumptions(job, quantized=built.quantized)
-    if notes := card_notes(cards, job.setup, job.quant):
+    notes = card_notes(cards, job.setup, job.quant)
+    if peaks is not None and peaks.assumed.get("images_per_sample") == 0:
+        notes.append(NO_PICTURES)
+    if notes:
         assumptions["notes"] = [*assumptions.get("notes", ()), *notes]
     if peaks is not None:
         assumptions |= {"compute_capability": of_first, **peaks.assumed}

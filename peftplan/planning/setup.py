@@ -159,6 +159,8 @@ def resolved(
     """
     filled = {k: v for k, v in PRESETS[setup.trainer].items() if getattr(setup, k) in (None, "auto")}
     if not quantized:
+        if setup.kbit_prepare:
+            raise InputError("kbit_prepare", True, "nothing is quantized; it needs a quant, such as nf4")
         filled["kbit_prepare"] = False
     if setup.use_cache is None and filled["use_cache"] is None:
         filled["use_cache"] = use_cache

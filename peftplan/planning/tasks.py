@@ -10,6 +10,7 @@ from peftplan.arch.adapters import ADAPTERS
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, PeftplanError, RefusedError
+from peftplan.optim import parse_optim
 from peftplan.planning.setup import PRESETS, Setup
 
 BARE = "FEATURE_EXTRACTION"
@@ -17,6 +18,8 @@ CAUSAL = "CAUSAL_LM"
 PICTURES = "IMAGE_CLS"
 OF_TOKENS = ("seq_len", "padding", "use_cache")
 """What a model of images does not read: its tokens are patches."""
+
+WITHOUT_LABELS = (CAUSAL, "SEQ_2_SEQ_LM", "MASKED_LM", BARE)
 
 WITH_PAD_TOKEN = (
     "biogpt", "cohere_compass_text", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "helium", "hunyuan_v1_dense",
@@ -47,18 +50,23 @@ def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:
 
 
 def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator[str]:
-    """What of the setup the task does not read, what its class asks of its user besides, and how TRL 1.16 loads a model
+    """What is set and not read, what the task's class asks of its user besides, and how TRL 1.16 loads a model
     (`create_model_from_path`)."""
-    set_here = ("seq_len", "padding") if architecture.task_type == PICTURES else ()
-    for name in set_here:
-        if name in setup.model_fields_set:
-            yield f"{name} is not used: {architecture.model_class} reads pictures, of the size that its config states"
+    found = architecture.model_class
+    unread: dict[str, str] = {}
+    if architecture.task_type == PICTURES:
+        unread |= dict.fromkeys(("seq_len", "padding"), f"{found} reads pictures, of the size that its config states")
+    if architecture.task_type in WITHOUT_LABELS:
+        unread["num_labels"] = f"{found} has no classes (--task-type)"
+    if not parse_optim(str(setup.optim)).low_rank:
+        unread["optim_target_modules"] = f"{setup.optim} projects no modules, GaLore and APOLLO do"
+    yield from (f"{name} is not used: {why}" for name, why in unread.items() if name in setup.model_fields_set)
     if setup.trainer == "trl" and "dtype" not in setup.model_fields_set:
         yield "SFTTrainer loads a model that is given by its name in fp32, unless model_init_kwargs say a dtype (--dtype fp32)"
     scores = architecture.task_type == "SEQ_CLS" and any(module.name == "score" for module in architecture.modules)
     if scores and setup.batch_size > 1 and not _has_pad_token(sources.load_config(model)):
         yield (
-            f"{architecture.model_class} takes more than one sequence only with a pad token, and the model's config has none: "
+            f"{found} takes more than one sequence only with a pad token, and the model's config has none: "
             "set model.config.pad_token_id (counted as set)"
         )
 

@@ -107,6 +107,7 @@ def refused(*args: str) -> str:
         ("estimate llama-2-7b --method full --quant nf4", ["quant", "nf4", "in full", "none"]),
         ("estimate llama-2-7b --method qlora --quant none", ["quant", "'none'", "accepted"]),
         ("estimate llama-2-7b --double-quant", ["double_quant", "nothing is quantized"]),
+        ("estimate llama-2-7b --kbit-prepare", ["kbit_prepare", "nothing is quantized"]),
         ("estimate llama-2-7b --quant-bits 4", ["quant_bits: 4", "nothing is quantized"]),
         ("estimate llama-2-7b --quant int8 --double-quant", ["double_quant", "int8", "nf4"]),
         ("estimate llama-2-7b --quant nf4 --quant-bits 3", ["quant_bits: 3", "nf4 accepts 4"]),

@@ -103,3 +103,18 @@ def test_options_of_tokens_are_said_to_be_unused_by_a_model_of_pictures() -> Non
     assert "not used" not in notes(model, batch_size=4)
     assert "not used" not in "; ".join(estimate(model).at(batch_size=4).assumptions.get("notes", ()))
     assert "not used" not in notes("gpt2", seq_len=77)
+
+
+def test_labels_and_projections_without_a_use_are_said() -> None:
+    assert "num_labels is not used: GPT2LMHeadModel has no classes (--task-type)" in notes("gpt2", num_labels=3)
+    assert "num_labels" not in notes("gpt2", num_labels=3, task_type="SEQ_CLS")
+    assert "optim_target_modules is not used: adamw_torch_fused" in notes("gpt2", optim_target_modules="attn")
+    assert "not used" not in notes("gpt2", method="full", optim="galore_adamw", optim_target_modules="attn", optim_args="rank=4")
+
+
+def test_a_trace_without_pictures_says_so() -> None:
+    pytest.importorskip("peft")
+    from tests.trace.family_configs import FAMILIES
+
+    said = {name: notes(FAMILIES[name].config, engine="trace", method="full", seq_len=24) for name in ("qwen2_vl", "llava")}
+    assert ["the traced batch is text alone" in said[name] for name in ("qwen2_vl", "llava")] == [True, False]
