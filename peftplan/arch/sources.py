@@ -163,6 +163,7 @@ def _notes(config: Mapping[str, Any]) -> Iterator[str]:
     stored = config.get("quantization_config")
     if isinstance(stored, Mapping):
         how = stored.get("quant_method") or "bitsandbytes"
+        how = getattr(how, "value", how)  # an enum in the config of a loaded model
         taken = (
             "taken from it unless --quant says otherwise" if how == "bitsandbytes" else "counted as --quant says, not as stored"
         )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 import peftplan
+from peftplan.errors import InputError
 from tests.planning.tiny import CONFIG
 
 # CUDA's allocator gives multiples of 512 bytes. Two layers, h = 64, MLP 96, 4 heads of 16, 2 of keys and values (32), 100 tokens.
@@ -106,7 +109,9 @@ def test_kbit_preparation_casts_what_is_not_quantized_to_fp32() -> None:
 
 
 def test_without_a_quantized_base_there_is_nothing_to_prepare() -> None:
-    assert lines(kbit_prepare=True) == lines(kbit_prepare=False)
+    assert lines() == lines(kbit_prepare=False)
+    with pytest.raises(InputError, match="nothing is quantized"):
+        lines(kbit_prepare=True)
 
 
 def test_dtype_of_the_adapter() -> None:
