@@ -18,7 +18,7 @@ from peftplan.memory import ops
 from peftplan.memory.graph import Node
 from peftplan.memory.ledger import Dim
 from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.memory.tensors import Dims, Tensor
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def attend(
     kernel = _kernel(model, q, k, v, mask)
     if kernel == "flash":
         out = flash(f, q, k, v, by_head=by_head)
+        del q, k, v  # autocast's copies
         if by_head:
             out = ops.copied(f, out, "clone")
     elif kernel == "efficient":
@@ -216,7 +217,7 @@ def eager(
     copied = not single and (grouped or ((model.joins if cached is None else cached) and not joined))
     given = q.dtype
     moved = joined or by_head
-    scores = _scores(f, q if moved else batched(model, q), keys if copied or moved else batched(model, keys))
+    scores = product(model, q, keys, (*q.dims[:3], k.dims[2]), joined=(moved, copied or moved))
     if scales:
         scores = ops.scale(f, scores)
     if a.softcap:
@@ -233,8 +234,16 @@ def eager(
     del scores
     weights = ops.dropout(f, weights, dropout)
     model.layer_locals.append(weights)
-    out = ops.matmul(f, weights, values if copied else batched(model, values), (*q.dims[:3], v.dims[3]))
+    out = product(model, weights, values, (*q.dims[:3], v.dims[3]), joined=(True, copied))
     return gathered(model, out)
+
+
+def product(model: Model, a: Tensor, b: Tensor, dims: Dims, *, joined: tuple[bool, bool]) -> Tensor:
+    """`matmul` of activations, which copies what does not lie head by head (`joined`: a, b do) once autocast has cast it."""
+    f = model.tape
+    if f.autocast:
+        a, b = f.cast_all(f.autocast, a, b)
+    return ops.matmul(f, a if joined[0] else batched(model, a), b if joined[1] else batched(model, b), dims)
 
 
 def _scores(f: Tape, q: Tensor, k: Tensor) -> Tensor:

@@ -135,11 +135,11 @@ def _log_probs(model: Model, hidden: Tensor, weight: Any, bias: Any, targets: Te
     held = f.many(("n",), "fp32", "running sums", RUNNING + 1)  # and the logit of the target
     buffer = _buffer(f, dtype)
     chunk = None
-    f.products.append((len(f.log), "cuBLAS"))
     for rows in chunks:
         chunk = _cast(f, (rows, hidden.dims[-1]), hidden.dtype, dtype)
         for columns in _vocab_tiles(weight.dims[0]):
             part = _cast(f, (columns, hidden.dims[-1]), weight.dtype, dtype)
+            f.products.append((len(f.log), "cuBLAS"))
             del part
             part = None if bias is None else _cast(f, (columns,), bias.dtype, dtype)
             del part
@@ -172,11 +172,11 @@ def _log_probs_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) 
     ]
     buffer = _buffer(f, dtype)
     chunk = part = None
-    f.products.append((len(f.log), "cuBLAS"))
     for rows in chunks:
         chunk = _cast(f, (rows, hidden.dims[-1]), hidden.dtype, dtype)
         for columns in _vocab_tiles(weight.dims[0]):
             part = _cast(f, (columns, hidden.dims[-1]), weight.dtype, dtype)
+            f.products.append((len(f.log), "cuBLAS"))
             passing = None if bias is None else _cast(f, (columns,), bias.dtype, dtype)
             del passing
             passing = f.new((columns,), "fp32", "sum") if node.edges[2] else None

@@ -82,7 +82,7 @@ def test_a_residual_is_summed_into_what_waits_and_projections_into_a_new_tensor(
 
 
 def test_autocast_casts_the_last_argument_first_and_addmm_has_the_gradient_of_its_input_first() -> None:
-    """As a trace shows: the casts of `linear(x, weight, bias)`, and then their gradients, the sum for the bias made by the engine."""
+    """As a trace shows: the casts of `linear(x, weight, bias)`, and then their gradients, the bias's summed by the engine."""
     f = Tape(autocast="bf16")
     weight, bias = (Parameter(name, dims, "fp32", trainable=True) for name, dims in (("w", (16, WIDTH)), ("b", (16,))))
     x = ops.scale(f, Parameter("x", (1, ROWS, WIDTH), "fp32", trainable=True))

@@ -14,7 +14,22 @@ FULL: dict[str, Any] = {"method": "full", "batch_size": 4, "seq_len": 512, "grad
 JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "workspaces are taken by the first products": (shallow("gpt2"), {"method": "lora", "batch_size": 4, **PLAIN}),
     "a quantized load goes by name, though no layer is quantized": (shallow("falcon-7b", 3), {"method": "lora", "quant": "int8"}),
-    "logits before a soft cap go with their name": (shallow("gemma-2-2b"), {"method": "lora", **PLAIN}),
+    "logits before a soft cap go with their name, hidden states through copies of two kinds": (
+        shallow("gemma-2-2b", 6),
+        {**FULL, **PLAIN},
+    ),
+    "autocast casts what matmul then copies": (
+        shallow("smollm2-135m", 30),
+        {"method": "lora", "quant": "int8", "batch_size": 2, "attn_implementation": "eager"},
+    ),
+    "a clone's gradient is no view, a tile's product comes behind its casts": (
+        shallow("phi-2", 3),
+        {"method": "qlora", "trainer": "trl", "batch_size": 4, "seq_len": 700},
+    ),
+    "what is rotated lives until attention returns": (
+        shallow("gpt-j-6b", 3),
+        {**FULL, "batch_size": 8, "gradient_checkpointing": True},
+    ),
     "buckets of distances, the order of states, what a checkpointed layer holds": (
         shallow("t5-small"),
         {**FULL, "batch_size": 8, "gradient_checkpointing": True},

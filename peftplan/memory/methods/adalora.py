@@ -28,7 +28,7 @@ def adalora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], ru
     a: Any
     a, b, e = (part.params[f"lora_{name}"] for name in "ABE")
     if part.quant is not None and part.quant.name in FOUR_BIT:
-        result = ops.copied(f, result, "clone")
+        result = ops.copied(f, result, "clone", viewed=False)
     ranknum = f.new((1,), "fp32", "ranknum")
     converts = part.quant is None or f.autocast is None
     if converts:

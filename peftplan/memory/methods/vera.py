@@ -17,7 +17,7 @@ def vera(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     result = base(x)
     given = result.dtype
     if part.quant is not None and part.quant.name in FOUR_BIT:
-        result = ops.copied(f, result, "clone")
+        result = ops.copied(f, result, "clone", viewed=False)
     n_in, n_out = sides(part)
     outer, inner = part.params["vera_lambda_b"], part.params["vera_lambda_d"]
     rank = inner.dims[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 from peftplan.memory import ops
 from peftplan.memory.activations import activation
-from peftplan.memory.attention import batched, gathered
+from peftplan.memory.attention import batched, gathered, product
 from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, run_layers
@@ -158,14 +158,14 @@ def mpt_attention(c: Call, x: Tensor) -> Tensor:
     f = c.at("attn")
     q, k, v = (part.view(by_head) for part in split(f, qkv, [(b, s, h)] * 3))
     k, v = c.model.cached(k, v)
-    own = (lambda model, y: y) if c.model.joins else batched
-    scores = ops.scale(f, ops.matmul(f, batched(c.model, q), own(c.model, k), (b, a.num_attention_heads, s, s)))
+    joined = c.model.joins
+    scores = ops.scale(f, product(c.model, q, k, (b, a.num_attention_heads, s, s), joined=(False, joined)))
     scores = ops.add(f, scores, alibi)
     scores = f.new(scores.dims, scores.dtype, "masked_fill", f.record(_masked_backward, (scores,), mask))
     weights = f.to(ops.softmax(f, scores, "fp32"), v.dtype)
     weights = ops.dropout(f, weights, c.model.arch.dropout.attention)
     c.model.layer_locals.append(weights)
-    context = ops.matmul(f, weights, own(c.model, v), by_head)
+    context = product(c.model, weights, v, by_head, joined=(True, joined))
     context = gathered(c.model, context)
     return c.linear("attn.out_proj", context)
 

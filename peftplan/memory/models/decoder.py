@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from peftplan.arch.modules import Attention, Block
 from peftplan.memory import ops
 from peftplan.memory.activations import activation
-from peftplan.memory.attention import attend, batched, by_heads, causal_mask, gathered
+from peftplan.memory.attention import attend, by_heads, causal_mask, gathered, product
 from peftplan.memory.model import Model
 from peftplan.memory.norms import rms
 from peftplan.memory.shaping import cat, sliced, split
@@ -88,16 +88,15 @@ def narrow_eager(c: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, ro
     """GPT-2's and GPT-J's `eager_attention_forward`: softmax in the scores' dtype, its result in the values'."""
     f, model = c.tape, c.model
     q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=c.moved)
-    own = (lambda model, y: y) if model.joins else batched
     wide = (lambda y: f.to(y, "fp32")) if c.style.wide_scores else (lambda y: y)
-    weights = ops.scale(f, ops.matmul(f, batched(model, wide(q)), own(model, wide(k)), (*q.dims[:3], k.dims[2])))
+    weights = ops.scale(f, product(model, wide(q), wide(k), (*q.dims[:3], k.dims[2]), joined=(False, model.joins)))
     if c.mask is not None:
         weights = ops.add(f, weights, c.mask)
     weights = ops.softmax(f, weights, "fp32" if f.autocast else weights.dtype)
     weights = f.to(weights, v.dtype)
     weights = ops.dropout(f, weights, dropout)
     model.layer_locals.append(weights)
-    return gathered(model, ops.matmul(f, weights, own(model, v), q.dims))
+    return gathered(model, product(model, weights, v, q.dims, joined=(True, model.joins)))
 
 
 Sublayer = Callable[[Call, Tensor], Tensor]

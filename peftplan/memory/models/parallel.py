@@ -120,9 +120,7 @@ def gptj_attention(c: Call, x: Tensor) -> Tensor:
     k = cat(f, (k_rot, k_pass), by_token).view(by_head)
     q = cat(f, (q_rot, q_pass), by_token).view(by_head)
     k, v = c.cached(k, v, rotated=True)
-    x = c.attend(q, k, v, rotated=True)
-    del k_rot, k_pass, q_rot, q_pass
-    return c.linear("attn.out_proj", x)
+    return c.linear("attn.out_proj", c.attend(q, k, v, rotated=True))
 
 
 def gptj_parts(c: Call, f: Tape, x: Tensor) -> tuple[Tensor, Tensor]:
