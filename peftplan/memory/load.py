@@ -123,8 +123,6 @@ def load_passing(
     absmax passes twice.
     """
     base = [p for p in parameters.all if p.owner == "base"]
-    if not any(p.quantized for p in base):
-        return ()
     loaded = {id(p): _loaded(p, dtype_of(p.name)) for p in base}
     once = sum(round512(a.nbytes) for a in parameters.shared)
     end = once + sum(_bytes(p) * p.copies for p in parameters.all) + buffers.bytes()
@@ -155,11 +153,9 @@ def _preparing(base: list[Parameter], loaded: dict[int, int], buffers: Ledger, o
     """The highest level while kbit preparation makes fp32 copies, one weight after the other."""
     level = once + buffers.bytes() + sum(p.copies * loaded[id(p)] for p in base)
     peak = level
-    for p in base:
-        wide, low = _bytes(p), loaded[id(p)]
-        if not p.quantized and wide > low:
-            peak = max(peak, level + (p.copies - 1) * (wide - low) + wide)
-            level += p.copies * (wide - low)
+    for p, _ in _tensors(p for p in base if _bytes(p) > loaded[id(p)]):
+        peak = max(peak, level + _bytes(p))
+        level += _bytes(p) - loaded[id(p)]
     return peak
 
 

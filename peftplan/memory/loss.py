@@ -64,6 +64,8 @@ def projection(model: Model) -> Part:
         model.kept.clear()
     assert model.arch.output_embedding is not None
     head = model.part(model.arch.output_embedding)
+    if head.name in model.token_adapters:
+        raise RefusedError("trl 1.16 refuses it: AttributeError: 'TrainableTokensWrapper' object has no attribute 'bias'")
     if model.running.loss != "liger" and any(key not in ("weight", "bias") for key in head.params):
         raise RefusedError(
             f"target_modules: {model.running.loss} reads lm_head.weight itself, so that an adapter on it would not train"

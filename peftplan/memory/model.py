@@ -115,7 +115,7 @@ class Model:
     _parts: dict[tuple[str, int | None], Part] = field(default_factory=dict)
     _families: Mapping[str, list[Any]] = field(default_factory=dict)
     _kinds: Mapping[str, str] = field(default_factory=dict)
-    _token_adapters: Mapping[str, str] = field(default_factory=dict)
+    token_adapters: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Index the parameters by the module that holds them, adapter tensors by the module that they adapt."""
@@ -140,7 +140,7 @@ class Model:
         self._families = families
         own = {name.removesuffix(TOKEN_ADAPTER): name for name in families if name.endswith(TOKEN_ADAPTER)}
         ties = {tied.rpartition(".")[0]: original.rpartition(".")[0] for tied, original in self.arch.ties}
-        self._token_adapters = own | {name: own[original] for name, original in ties.items() if original in own}
+        self.token_adapters = own | {name: own[original] for name, original in ties.items() if original in own}
 
     def has(self, name: str, layer: int | None = None) -> bool:
         """Whether the model has this module."""
@@ -202,9 +202,10 @@ class Model:
         part = self.part(name, layer)
         if self.adapter is not None and len(part.params) > 1 and any(key not in ("weight", "bias") for key in part.params):
             return self.adapter(self.tape, part, x, lambda x: self.base(part, x), self.running)
-        if name in self._token_adapters:
+        if name in self.token_adapters:
             self.tape.module = name
-            return ops.linear(self.tape, x, self._rows(name, part))
+            rows = self._rows(name, part)  # a name of the layer's forward, which holds them beside autocast's copy
+            return ops.linear(self.tape, x, rows)
         return self.base(part, x)
 
     def base(self, part: Part, x: Tensor) -> Tensor:
@@ -333,7 +334,7 @@ class Model:
 
     def _rows(self, name: str, part: Part) -> Any:
         """The table of an embedding; the output of `index_copy` where some rows of it train."""
-        adapter = self._token_adapters.get(name)
+        adapter = self.token_adapters.get(name)
         if adapter is None:
             return part.weight
         from peftplan.memory.methods.embeddings import merged_rows

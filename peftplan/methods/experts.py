@@ -41,6 +41,7 @@ ROUTER = "gate"
 """The renamed module that is no expert."""
 FUSED: dict[str, tuple[str, str]] = {"mixtral": ("w1", "w3"), "qwen2_moe": ("gate_proj", "up_proj")}
 """The two projections inside `gate_up_proj`: both must be targeted, and its rank doubles."""
+GATE_UP = "gate_up_proj"
 
 
 class ResolvedTargets(NamedTuple):
@@ -56,6 +57,11 @@ class _Config(Protocol):
     def r(self) -> int: ...
     @property
     def target_parameters(self) -> tuple[str, ...] | None: ...
+
+
+def fused_rank(r: int) -> dict[str, int]:
+    """The `rank_pattern` that peft gives two projections fused into one."""
+    return {rf".*\.{re.escape(GATE_UP)}": 2 * r}
 
 
 def fused_expert_targets(
@@ -89,7 +95,7 @@ def fused_expert_targets(
     return ResolvedTargets(
         target_modules=tuple(n for n in names if n not in moved),
         target_parameters=tuple(sorted({*parameters, *(renamed[old] for old in moved.values())})),
-        rank_pattern={rf".*\.{re.escape('gate_up_proj')}": 2 * config.r} if present else {},
+        rank_pattern=fused_rank(config.r) if present else {},
     )
 
 

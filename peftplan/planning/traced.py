@@ -14,6 +14,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import MissingExtraError, PeftplanError, RefusedError
 from peftplan.memory.ledger import Ledger, Line
 from peftplan.methods.adaptation import Adaptation, MethodConfig
+from peftplan.methods.experts import GATE_UP, fused_rank
 from peftplan.methods.lora import LoraConfig
 from peftplan.methods.targets import ALL_LINEAR, WORDS
 from peftplan.planning.result import Peaks
@@ -144,7 +145,12 @@ def _peft_config(
         layered = any(fields.get(name) is not None for name in LoraConfig.refuses_layers)  # beside a list of names only
         fields["target_modules"] = sorted({m.leaf for m in adaptation.matched}) if layered else ALL_LINEAR
     elif targets in WORDS and targets != ALL_LINEAR:
-        fields["target_modules"] = list(_names(dict(adaptation.resolved)["target_modules"], adaptation))
+        resolved = dict(adaptation.resolved)
+        fields["target_modules"] = list(_names(resolved["target_modules"], adaptation))
+        if parameters := resolved.get("target_parameters"):
+            fused = GATE_UP in parameters and GATE_UP not in (fields.get("target_parameters") or ())
+            fields["rank_pattern"] = {**fields["rank_pattern"], **(fused_rank(fields["r"]) if fused else {})}
+            fields["target_parameters"] = parameters
     return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
 

@@ -14,9 +14,14 @@ pytest.importorskip("bitsandbytes")
 from peftplan import estimate
 from peftplan.errors import RefusedError
 from tests.memory.engines import LLAMA, OFF, PLAIN, TOLERANCE, phases, shallow
+from tests.memory.test_mixtures import V2 as DEEPSEEK
 
 WIDE_MLP = {**LLAMA, "intermediate_size": 4096, "vocab_size": 100}
 """Its peak lies in an MLP, not in the logits."""
+TIED = {**LLAMA, "tie_word_embeddings": True, "vocab_size": 20_000}
+FALCON = {**LLAMA, "model_type": "falcon", "architectures": ["FalconForCausalLM"], "multi_query": True, "parallel_attn": True}
+"""Its layers are no `nn.Linear`, so that bitsandbytes quantizes none."""
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +35,12 @@ WIDE_MLP = {**LLAMA, "intermediate_size": 4096, "vocab_size": 100}
         (LLAMA, {**PLAIN, "optim": "adagrad", "r": 64}),
         # peft takes layers beside a list of names only
         (LLAMA, {**PLAIN, "layers_to_transform": (1, 3)}),
+        # kbit preparation makes fp32 copies of what bitsandbytes left as it was
+        (FALCON, {**PLAIN, "quant": "nf4", "target_modules": ["query_key_value"], "seq_len": 8}),
+        # the trained rows live beside autocast's copy of their table
+        (TIED, {**OFF, "target_modules": ["q_proj"], "trainable_token_indices": [1], "dtype": "fp32"}),
+        # the word stands for the parameters that hold the experts now
+        (MIXTRAL, {**OFF, "target_modules": "mlp", "r": 64}),
     ],
 )
 def test_both_engines_agree(config: dict[str, Any], options: dict[str, Any]) -> None:
@@ -43,6 +54,10 @@ def test_both_engines_agree(config: dict[str, Any], options: dict[str, Any]) -> 
         # BOFT hands its output back in the base's dtype, which `rotate_half` joins; a prefix is in it too
         (LLAMA, {"method": "boft", "target_modules": ("q_proj",), "autocast": "fp16"}, "prioritize"),
         (LLAMA, {"method": "prefix-tuning", "num_virtual_tokens": 8, "autocast": "fp16"}, "prioritize"),
+        # OFT takes latents of four dims for a picture
+        (DEEPSEEK, {"method": "oft", "target_modules": ["kv_b_proj"]}, "is invalid"),
+        # TRL reads the head's bias, which the wrapper of trained rows does not pass on
+        (TIED, {"trainer": "trl", "target_modules": ["q_proj"], "trainable_token_indices": [1]}, "no attribute 'bias'"),
         (shallow("bloom-560m"), {"attn_implementation": "flash_attention_2"}, "no flash_attention_2"),
     ],
 )

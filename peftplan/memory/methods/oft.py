@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from peftplan.errors import RefusedError
 from peftplan.memory import ops
 from peftplan.memory.graph import Node
 from peftplan.memory.methods.boft import solved
@@ -15,6 +16,9 @@ from peftplan.memory.methods.sides import sides
 from peftplan.memory.model import Part, Running
 from peftplan.memory.tape import Tape
 from peftplan.memory.tensors import Dims, Tensor
+
+PICTURE = 4
+"""Dims of an input that peft unfolds as a convolution does; latents of `kv_b_proj` have as many."""
 
 
 def oft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
@@ -40,6 +44,8 @@ def _rotated(f: Tape, x: Tensor, weight: Any, n_in: int, config: Any) -> Tensor:
     if config.block_share:
         node = f.record(_repeated_backward, (rotation,), rotation.dims)
         rotation = f.new((blocks, k, k), rotation.dtype, "repeat", node)
+    if len(x.dims) == PICTURE:
+        raise RefusedError("peft 0.21.2 refuses it: OFT takes an input of 4 dims for a picture: RuntimeError: shape is invalid")
     b, s, _ = x.dims
     product = ops.matmul(f, x.view((blocks, b, s, k)), rotation, (blocks, b, s, k))
     rotated = ops.copied(f, product, "clone", x.dims) if blocks > 1 else product.view(x.dims)
