@@ -18,6 +18,7 @@ import torch
 from peftplan.arch import sources
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.measure import losses
+from peftplan.methods.adaptation import adapter_on_host
 from peftplan.planning.job import Job
 from peftplan.planning.setup import CAST_BY_TRL, Setup
 from peftplan.planning.traced import as_peft_config
@@ -69,14 +70,19 @@ class Weight:
 def make(job: Job, device: torch.device) -> Made:
     """The whole model on the device. Raises RefusedError for what cannot be built."""
     with quiet_transformers(), _without_bars():
-        base = load(job, device)
         setup = job.setup
+        base = load(job, device)
+        there = adapter_on_host(setup.trainer, quantized=job.quant is not None)
+        if there and job.quant is None:
+            base.to(device)
         if job.quant is not None and setup.kbit_prepare:
             _kbit_prepare(base)
         checkpoint_layers(base, setup)
         losses.install(base, setup)
         peft_config = as_peft_config(job.method, job.config, job.adapter, job.adaptation)
         model = base if peft_config is None else adapt(base, peft_config, job)
+    if not there:
+        model.to(device)
     model.train()
     return Made(model, base, *counts(model))
 
@@ -94,7 +100,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def load(job: Job, device: torch.device) -> Any:
-    """The base model: a quantized one is loaded on the device, a dense one on the host and then moved, as Trainer does it."""
+    """The base model: a quantized one is loaded on the device, a dense one on the host."""
     setup, config = job.setup, config_of(job)
     hf_config = build_config(config, name="model")
     if hf_config.is_encoder_decoder:
@@ -102,7 +108,7 @@ def load(job: Job, device: torch.device) -> Any:
     cls = model_class(config, hf_config, name="model", task_type=job.architecture.task_type)
     state = weights(build_model(config, hf_config, cls, name="model"), TORCH_DTYPES[setup.dtype])
     quantized = {} if job.quant is None else {"quantization_config": _bnb_config(job.quant), "device_map": {"": device}}
-    model = cls.from_pretrained(
+    return cls.from_pretrained(
         None,
         config=hf_config,
         state_dict=state,
@@ -110,7 +116,6 @@ def load(job: Job, device: torch.device) -> Any:
         attn_implementation=setup.attn_implementation,
         **quantized,
     )
-    return model if job.quant is not None else model.to(device)
 
 
 def _start_decoder(hf_config: Any) -> None:

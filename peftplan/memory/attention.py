@@ -286,9 +286,10 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     scaled_keys = ops.scale(f, heads)
     scores = _scores(f, batched(model, scaled), spread(scaled_keys))
     del scaled_keys
-    scores = ops.add(f, scores, bias)
+    scores = ops.add_(f, scores, bias)
     weights = ops.keeps_output(f, scores, "softmax", passing=True)
-    del scores
+    hidden = f.new(scores.dims, "bool", "eq -inf")  # `_safe_softmax`
+    del scores, hidden
     weights = ops.dropout(f, weights, dropout)
     low = f.to(weights.detach(), given)
     out = ops.matmul(f, weights, spread(values), (*q.dims[:3], v.dims[3]))

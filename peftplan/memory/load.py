@@ -49,8 +49,13 @@ def load_into(
     dtype: str,
     dtype_of: Callable[[str], str],
     prepared: bool,
+    adapters_pass_in: str | None = None,
 ) -> None:
-    """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`."""
+    """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`.
+
+    `adapters_pass_in`: the dtype in which peft's layers put their tensors beside a base that is on the device, before it casts
+    them all (peft 0.21.2, `_move_adapter_to_device_of_base_layer`, `cast_adapter_dtype`); None where they arrive as they last.
+    """
     base = [p for p in parameters.all if p.owner == "base"]
     tensors = list(_tensors(base))
     if quant is not None:
@@ -75,8 +80,16 @@ def load_into(
             memory.release(narrow[p.name, layer].pop(0))
     if prepared:  # peft 0.20 on
         memory.empty_cache()
-    for p, _ in _tensors(p for p in parameters.all if p.owner == "adapter"):
+    passing = []
+    adapters = [p for p, _ in _tensors(p for p in parameters.all if p.owner == "adapter")]
+    for p in adapters:
+        if adapters_pass_in and p.dtype == "fp32":
+            passing.append((p, memory.allocate(ITEMSIZE[adapters_pass_in] * p.numel)))
+        else:
+            _make(memory, p.allocations)
+    for p, narrow_one in passing:
         _make(memory, p.allocations)
+        memory.release(narrow_one)
 
 
 def _tensors(parameters: Iterable[Parameter]) -> Iterator[tuple[Parameter, int | None]]:
@@ -115,19 +128,38 @@ def _make(memory: Memory[Held], allocations: Iterable[Allocation]) -> None:
 
 
 def load_passing(
-    parameters: Parameters, buffers: Ledger, *, dtype: str, dtype_of: Callable[[str], str], doubled: bool
+    parameters: Parameters,
+    buffers: Ledger,
+    *,
+    dtype: str,
+    dtype_of: Callable[[str], str],
+    doubled: bool,
+    adapters_pass_in: str | None = None,
 ) -> tuple[Line, ...]:
     """What the peak of loading holds beyond the tensors that last: one line, or none where the end is the peak.
 
     `dtype` is what quantized weights are loaded in, `dtype_of` a name what others are; `doubled`: double quantization, whose fp32
-    absmax passes twice.
+    absmax passes twice; `adapters_pass_in`: see `load_into`.
     """
     base = [p for p in parameters.all if p.owner == "base"]
     loaded = {id(p): _loaded(p, dtype_of(p.name)) for p in base}
     once = sum(round512(a.nbytes) for a in parameters.shared)
     end = once + sum(_bytes(p) * p.copies for p in parameters.all) + buffers.bytes()
     peak = max(once + _quantizing(base, loaded, dtype=dtype, doubled=doubled), _preparing(base, loaded, buffers, once))
+    if adapters_pass_in:
+        peak = max(peak, end + _casting(parameters, adapters_pass_in))
     return (Line("weights while loading", "temporaries", "uint8", (peak - end,), 1, SOURCE),) if peak > end else ()
+
+
+def _casting(parameters: Parameters, dtype: str) -> int:
+    """How far casting adapters to fp32, one tensor after the other, rises above its end (negative: it never does)."""
+    wide = [p for p, _ in _tensors(p for p in parameters.all if p.owner == "adapter" and p.dtype == "fp32")]
+    narrow = [round512(ITEMSIZE[dtype] * p.numel) for p in wide]
+    above, still = [], 0
+    for p, passing in zip(reversed(wide), reversed(narrow), strict=True):
+        above.append(still + passing)
+        still += passing - _bytes(p)
+    return max(above, default=0)
 
 
 def _quantizing(base: list[Parameter], loaded: dict[int, int], *, dtype: str, doubled: bool) -> int:

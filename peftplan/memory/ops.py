@@ -99,20 +99,29 @@ def add(f: Tape, a: Tensor, b: Any) -> Tensor:
     return f.new(a.dims, promoted(a.dtype, b.dtype), "add", f.record(_add_backward, (a, b), _broadcast(a, b)))
 
 
+def add_(f: Tape, a: Tensor, b: Any) -> Tensor:
+    """`a += b`: a's own storage."""
+    return Tensor(a.storage, a.dims, a.dtype, f.record(_add_backward, (a, b), _broadcast(a, b)))
+
+
 def _add_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     return g, _of_broadcast(g, saved[0]) if node.edges[1] else None
 
 
-def mul(f: Tape, a: Tensor, b: Any) -> Tensor:
-    """`mul`: keeps each factor whose partner has a gradient; b may be broadcast."""
-    node = f.record(_mul_backward, (a, b), a if b.node else None, b if a.node else None, _broadcast(a, b))
-    return f.new(a.dims, promoted(a.dtype, b.dtype), "mul", node)
+def mul(f: Tape, a: Any, b: Any) -> Tensor:
+    """`mul`: keeps each factor whose partner has a gradient; b may be broadcast, or a where it has fewer dims."""
+    likes = None if a.dims == b.dims else (a.dims, b.dims)
+    node = f.record(_mul_backward, (a, b), a if b.node else None, b if a.node else None, likes)
+    return f.new(max(a.dims, b.dims, key=len), promoted(a.dtype, b.dtype), "mul", node)
 
 
 def _mul_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     grad_b = f.new(g.dims, g.dtype, "mul") if node.edges[1] else None
     grad_a = f.new(g.dims, g.dtype, "mul") if node.edges[0] else None
-    return grad_a, None if grad_b is None else _of_broadcast(grad_b, saved[2])
+    if saved[2] is None:
+        return grad_a, grad_b
+    found = zip((grad_a, grad_b), saved[2], strict=True)
+    return [None if grad is None else _of_broadcast(grad, like) for grad, like in found]
 
 
 def scale(f: Tape, x: Tensor | Parameter, op: str = "mul") -> Tensor:
@@ -207,12 +216,12 @@ def rmsnorm(f: Tape, x: Tensor, weight: Any, *, cast_last: bool = False) -> Tens
     normed = mul(f, x32, rstd)
     del rstd, x32
     if cast_last:
-        out = normed if weight is None else mul(f, normed, weight)
+        out = normed if weight is None else mul(f, weight, normed)
         del normed
         narrow: Tensor = f.to(out, x.dtype)
         return narrow
     low = f.to(normed, x.dtype)
-    out = low if weight is None else mul(f, low, weight)
+    out = low if weight is None else mul(f, weight, low)
     del normed
     return out
 
@@ -327,9 +336,8 @@ def dropout(f: Tape, x: Tensor, p: float) -> Tensor:
     if not p:
         return x
     node = f.record(_scale_backward, (x,))
-    out = f.new(x.dims, x.dtype, "dropout", node)
     f.keep(node, f.new(x.dims, "bool", "dropout mask"))
-    return out
+    return f.new(x.dims, x.dtype, "dropout", node)
 
 
 def layernorm(f: Tape, x: Tensor, weight: Any, bias: Any = None) -> Tensor:

@@ -165,7 +165,7 @@ PRODUCTS = {"linear": "cuBLAS", "mm": "cuBLAS", "bmm": "cuBLAS", "addmm": "cuBLA
 
 
 def _products(tape: Tape) -> dict[tuple[str, str], int]:
-    """Library and thread of each workspace → where in the log the first product takes it.
+    """Library and thread of each workspace → where in the log the first product takes it, once its result is there.
 
     Autograd's backward, and what it recomputes, runs in a thread of its own, with handles of its own.
     """
@@ -177,7 +177,7 @@ def _products(tape: Tape) -> dict[tuple[str, str], int]:
             thread = "backward" if marks[at] == "backward" else "forward"
         library = PRODUCTS.get(tape.made_as.get(n, tape.names[n]).rpartition(" ")[2]) if n > 0 else None
         if library is not None:
-            found.setdefault((library, thread), at)
+            found.setdefault((library, thread), at + 1)
     phases = [(at, what) for at, what in tape.marks if what in PHASES]
     for at, library in tape.products:
         phase = max((start, what) for start, what in phases if start <= at)[1]

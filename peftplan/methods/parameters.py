@@ -53,7 +53,8 @@ def parameter_tensors(
         ]  # fmt: skip
         if hits:
             _refuse(arch, config, module, matched)
-        for depth, (param, shape) in enumerate(reversed(hits)):
+        for outside, (param, shape) in enumerate(hits, start=1):  # a wrapper around all before it
+            depth = len(hits) - outside
             for family, r in by_rank(module, r=config.r, rank_pattern=rank_pattern, suffix="." + param):
                 added += _tensors(family, param, shape, r=r, depth=depth, freeze_a=config.freeze_a)
     return added

@@ -204,7 +204,10 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     loaded = tuple(line for line in lasting if line.category != "optimizer_states")
     workspaces = _workspaces(found.products, compute_capability)
     standing = Ledger(lasting + tuple(line for _, line in workspaces))
-    loading = Ledger(loaded + load_passing(parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled))
+    passing = load_passing(
+        parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled, adapters_pass_in=_passed_in(job)
+    )
+    loading = Ledger(loaded + passing)
     if early:  # the optimizer is made once the model is there
         loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
     return Compiled(
@@ -220,6 +223,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
             dtype=setup.dtype,
             dtype_of=dtype_of,
             prepared=job.quant is not None and bool(setup.kbit_prepare),
+            adapters_pass_in=_passed_in(job),
         ),
         standing_bytes=standing.bytes(),
         loading_bytes=loading.bytes(),
@@ -236,6 +240,13 @@ def _revived(job: Job, parameters: Parameters) -> frozenset[str]:
     if not (job.script.enables_adapters_again and getattr(job.config, "freeze_a", False)):
         return frozenset()
     return frozenset(p.name for p in parameters.all if p.owner == "adapter" and ".lora_A." in p.name)
+
+
+def _passed_in(job: Job) -> str | None:
+    """The dtype of adapters before peft casts them: that of a 16-bit base which a plain loop has on the device."""
+    layered = job.method is not None and job.method.peft_type in ADAPTERS
+    there = job.quant is None and adapter_on_host(job.setup.trainer, quantized=False)
+    return job.setup.dtype if layered and there and job.setup.dtype in ("fp16", "bf16") else None
 
 
 def _program(job: Job) -> Program:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from peftplan.trace.flash import backward_buffers, expanded_gradients, pad_last
-from peftplan.trace.math_attention import math_with_dropout
+from peftplan.trace.math_attention import math_kernel
 from peftplan.units import ceil_div
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
@@ -38,6 +38,8 @@ RF_HEAD = 128
 """Largest head whose output the memory-efficient forward keeps in registers; above, it accumulates in an fp32 buffer."""
 EFFICIENT_BLOCK = 64
 """Queries and head elements per tile of the memory-efficient backward's fp32 accumulator of dQ."""
+TILE_HEADER = 4
+"""Numbers before each tile: a lock, a counter, and padding to 128 bits (`GradQTempStorage`, kernel_backward.h)."""
 
 Capability = tuple[int, int]
 
@@ -56,13 +58,8 @@ def sdpa(
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` as CUDA runs it on a card of this compute capability."""
     kernel = choose(query, key, value, attn_mask, enable_gqa=enable_gqa, capability=capability)
-    if kernel == "math" and dropout_p:
-        return math_with_dropout(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if kernel == "math":
-        out: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-        )[0]
-        return out
+        return math_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if kernel == "flash":
         head = query.shape[-1]
         padded = [pad_last(t, HEAD_MULTIPLE) for t in (query, key, value)]
@@ -132,13 +129,14 @@ class Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        q, k, v, out = (t.transpose(1, 2) for t in ctx.saved_tensors[:4])
+        saved = ctx.saved_tensors
+        q, k, v, out = (t.transpose(1, 2) for t in saved[:4])
         copies = grads[0].transpose(1, 2).contiguous(), out.contiguous()
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         b, s, h, _ = q.shape
         rows = ceil_div(s, FLASH_BLOCK) * FLASH_BLOCK
         taken = backward_buffers(q, rows=(b, rows), lse=(b, h, rows)), expanded_gradients(q, k)
-        del copies, taken
+        del copies, taken, saved
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -159,7 +157,7 @@ class Efficient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        q, k, v, out, _, _ = ctx.saved_tensors
+        q, k, v, out, lse, mask = ctx.saved_tensors
         b, h, s, d = q.shape
         grad = grads[0].transpose(1, 2).contiguous()
         dq, dk, dv = (t.new_empty(b, t.shape[2], h, t.shape[3]) for t in (q, k, v))
@@ -167,8 +165,8 @@ class Efficient(torch.autograd.Function):
             delta = (grad * out.transpose(1, 2)).sum(-1).transpose(1, 2).contiguous()
         else:
             delta = q.new_empty(b, h, s, dtype=torch.float32)
-            tiles = ceil_div(s, EFFICIENT_BLOCK) * ceil_div(d, EFFICIENT_BLOCK) * EFFICIENT_BLOCK**2
-            workspace = q.new_empty(b * h * tiles, dtype=torch.float32)
-            del workspace
-        del grad, delta
+            tiles = ceil_div(s, EFFICIENT_BLOCK) * ceil_div(d, EFFICIENT_BLOCK)
+            workspace = q.new_empty(b * h * tiles * (TILE_HEADER + EFFICIENT_BLOCK**2), dtype=torch.float32)
+            del delta, workspace
+        del grad, lse, mask
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None

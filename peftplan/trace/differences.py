@@ -3,7 +3,7 @@
 | what | cause | corrected by |
 | --- | --- | --- |
 | attention | CPU has its own flash kernel, and math for masks and dropout | `attention.sdpa`: CUDA's kernels |
-| dropout in the math kernel | as below, but inside C++ | `math_attention` |
+| the math kernel | dropout as below, but inside C++; under a mode the mask is added out of place | `math_attention` |
 | dropout | CPU multiplies by a mask of the input's dtype; CUDA's `native_dropout` keeps a boolean one | `_dropout` |
 | softmax(fp16, dtype=fp32) | CUDA's kernel reads fp16, writes fp32; CPU copies to fp32 first (ATen SoftMax.cpp) | `_softmax` |
 | softmax backward | CUDA's kernel makes `grad * output` first (SoftMax.cu: `softmax_backward_cuda_out`) | `KERNEL_TEMPORARIES` |
@@ -169,6 +169,8 @@ RULES: dict[Any, Callable[[CudaLike, Any, Any, Any], Any]] = {
 
 KERNEL_TEMPORARIES: dict[Any, Callable[..., torch.Tensor]] = {
     torch.ops.aten._softmax_backward_data.default: lambda grad, output, dim, input_dtype: grad,
+    torch.ops.aten._safe_softmax.default: lambda x, *_, **__: x.new_empty(x.shape, dtype=torch.bool),
+    torch.ops.aten.cumsum.default: lambda x, *_, **__: x.new_empty(x.shape if x.dtype == torch.bool else 0, dtype=torch.int64),
 }
 """Operations whose CUDA kernel takes a further tensor while it runs → the argument that it is as large as."""
 

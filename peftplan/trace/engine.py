@@ -280,7 +280,7 @@ def _tracker(built: Built, given: Inputs, setup: Setup, capability: Capability) 
         is_logits=is_logits,
         scalar=lambda tensor: _scalar(tensor, tracker.made_by(tensor), padding=setup.padding and not tracker.of_ones(tensor)),
         temporaries=KERNEL_TEMPORARIES,
-        before=Workspaces(capability).before,
+        after=Workspaces(capability).after,
     )
     tracker.watch((built.names[id(m)], m) for m in built.model.modules() if built.names[id(m)])
     return tracker

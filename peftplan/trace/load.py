@@ -1,20 +1,25 @@
 """The load phase: how weights reach the device, tensor by tensor, since it decides the holes that later allocations meet.
 
 A quantized model is loaded on the device: transformers reserves one block of the size of the stored weights, frees it, then
-copies each tensor in the order of its name, and quantizes it there. A dense model is moved module by module. Source: transformers
-5.24 `core_model_loading.py` (`convert_and_load_state_dict_in_model`), `modeling_utils.py` (`caching_allocator_warmup`),
-bitsandbytes 0.50.2 `functional.py` (`quantize_4bit`), peft 0.21.2 `prepare_model_for_kbit_training`.
+copies each tensor in the order of its name, and quantizes it there. A dense model is moved module by module, with its adapters
+where a trainer does it; in a plain loop they come later, each in the dtype of its base, and are cast once all are there. Source:
+transformers 5.24 `core_model_loading.py` (`convert_and_load_state_dict_in_model`), `modeling_utils.py`
+(`caching_allocator_warmup`), bitsandbytes 0.50.2 `functional.py` (`quantize_4bit`), torch 2.13 `nn/modules/module.py` (`_apply`),
+peft 0.21.2 `prepare_model_for_kbit_training`, `tuners/tuners_utils.py` (`_move_adapter_to_device_of_base_layer`,
+`cast_adapter_dtype`). Left out: buffers of adapters, such as VeRA's projections, pass in the base's dtype too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from peftplan.dtypes import ITEMSIZE
+from peftplan.memory.ledger import Category
 from peftplan.memory.load import WARMUP_BYTES
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig, category, shared
@@ -23,20 +28,79 @@ from peftplan.trace.quantized import QUANT_TENSORS
 from peftplan.trace.tracker import Storage, Tracker
 from peftplan.trace.tuner_layers import HOST_BUFFERS, LASTING, adapter_from_host, offloaded
 
+HALF = ("fp16", "bf16")
 Part = tuple[str, Any, str, torch.nn.Parameter]
 """Full name, module, name within the module, parameter."""
 
 
+class _Moved(NamedTuple):
+    """A tensor of a dense model. `tuned`: one that peft's layers hold beside their base layer."""
+
+    name: str
+    tensor: torch.Tensor
+    category: Category
+    tuned: bool
+
+
 def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
-    """Register every tensor that lasts, base first, then adapters, with what loading takes in passing."""
+    """Register every tensor that lasts, with what loading takes in passing."""
+    if quant is None:
+        _dense_model(built, tracker, setup)
+    else:
+        _quantized_model(built, tracker, setup, quant)
+
+
+def _dense_model(built: Built, tracker: Tracker, setup: Setup) -> None:
+    """Module by module; where the base was there before, what peft adds comes after it."""
+    there = adapter_from_host(setup, None)
+    later = []
+    for part in _moved(built):
+        if there and any(leaf in HOST_BUFFERS for leaf in part.name.split(".")):
+            continue
+        if there and (part.tuned or part.category == "adapter_weights"):
+            later.append(part)
+        else:
+            tracker.register(part.tensor, part.category, part.name)
+    halves = {}
+    for part in later:
+        if part.tuned and part.category != "buffers" and setup.dtype in HALF and part.tensor.dtype == torch.float32:
+            halves[part.name] = _dense(tracker, tuple(part.tensor.shape), setup.dtype, name=part.name)
+        else:
+            tracker.register(part.tensor, part.category, part.name)
+    for part in later:
+        if part.name in halves:
+            tracker.register(part.tensor, part.category, part.name)
+            tracker.end(halves[part.name])
+    for name, tensor in _in_dicts(built):
+        tracker.register(tensor, "buffers", name)
+
+
+def _moved(built: Built) -> Iterator[_Moved]:
+    """Every tensor in the order in which `model.to(device)` moves it: children first, then own parameters, then own buffers."""
+    names = {id(parameter): name for name, parameter in built.model.named_parameters()}
+    seen = {id(module.get_base_layer().weight) for module in built.model.modules() if offloaded(module)}
+
+    def below(module: torch.nn.Module, prefix: str, *, tuned: bool) -> Iterator[_Moved]:
+        tunes = isinstance(module, BaseTunerLayer)
+        for leaf, child in module.named_children():
+            yield from below(child, f"{prefix}{leaf}.", tuned=(tuned or tunes) and leaf != "base_layer")
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                name = names.get(id(tensor), f"{prefix}{leaf}")
+                yield _Moved(name, tensor, built.owners.get(name, "buffers"), tuned or tunes)
+
+    return below(built.model, "", tuned=False)
+
+
+def _quantized_model(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig) -> None:
     parts = [part for part in _parts(built) if built.owners[part[0]] == "weights"]
     halves: dict[str, Storage] = {}
-    if quant is not None:
-        parts.sort(key=lambda part: _natural(_base_name(built, part)))
-        _warm_up(parts, tracker, quant, dtype=setup.dtype)
-        for a in shared(quant):
-            made = tracker.passing(nbytes=a.nbytes, shape=a.dims, dtype=a.dtype, op="load", category="quant_state")
-            made.name = a.name
+    parts.sort(key=lambda part: _natural(_base_name(built, part)))
+    _warm_up(parts, tracker, quant, dtype=setup.dtype)
+    for a in shared(quant):
+        made = tracker.passing(nbytes=a.nbytes, shape=a.dims, dtype=a.dtype, op="load", category="quant_state")
+        made.name = a.name
     for name, module, leaf, parameter in parts:
         if leaf == "weight" and QUANT_TENSORS in module.__dict__:
             _quantized(tracker, name, module, dtype=setup.dtype)
@@ -61,6 +125,10 @@ def _on_device(built: Built, setup: Setup, quant: QuantConfig | None) -> Iterato
     for name, buffer in built.model.named_buffers():
         if not from_host or not any(part in HOST_BUFFERS for part in name.split(".")):
             yield name, buffer
+    yield from _in_dicts(built)
+
+
+def _in_dicts(built: Built) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in built.model.named_modules():
         for attribute in LASTING:
             for adapter, tensor in getattr(module, attribute, {}).items():

@@ -1,8 +1,9 @@
-"""The math kernel of `scaled_dot_product_attention` with dropout, operation by operation.
+"""The math kernel of `scaled_dot_product_attention`, operation by operation.
 
-torch's own composite runs inside C++, where a CPU drops out by a mask of the scores' dtype; CUDA keeps a boolean one
-(`native_dropout`). Source: torch 2.13 aten/src/ATen/native/transformers/attention.cpp (`_scaled_dot_product_attention_math`,
-`convert_boolean_attn_mask`, `pre_process_group_query_attention_input`). Every name lives until the function returns, as there.
+torch's own composite runs inside C++, where a CPU drops out by a mask of the scores' dtype and CUDA keeps a boolean one
+(`native_dropout`), and where a mode lets the mask be added to the scores out of place (`areAnyTensorSubclassLike`). Source:
+torch 2.13 aten/src/ATen/native/transformers/attention.cpp (`_scaled_dot_product_attention_math`, `convert_boolean_attn_mask`,
+`pre_process_group_query_attention_input`). Every name lives until the function returns, as there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ HALF = (torch.float16, torch.bfloat16)
 HEADS = -3
 
 
-def math_with_dropout(
+def math_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -35,9 +36,10 @@ def math_with_dropout(
     keys, values = _by_query_head(scaled, k, enable_gqa), _by_query_head(scaled, v, enable_gqa)
     weights = scaled @ (keys.transpose(-2, -1) * root)
     if mask is not None:
-        weights = weights + mask
+        weights += mask
     weights = torch.ops.aten._safe_softmax(weights, -1)
-    weights = torch.ops.aten.native_dropout(weights, dropout_p, True)[0]
+    if dropout_p:
+        weights = torch.ops.aten.native_dropout(weights, dropout_p, True)[0]
     low = weights.to(given)
     out: torch.Tensor = (weights @ values).to(given)
     del low

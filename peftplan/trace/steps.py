@@ -76,7 +76,7 @@ class Run:
         self.tracker.begin("forward")
         batch = self.earlier[self.done] if self.done < len(self.earlier) else self.batch
         for name, value in batch.items():
-            if torch.is_tensor(value) and value.is_floating_point():
+            if torch.is_tensor(value):
                 self.tracker.register(value, "activations", name, op="batch")
         with self.autocast():
             return self.model(**batch)

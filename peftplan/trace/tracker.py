@@ -43,6 +43,11 @@ MAKE_ONES: dict[Any, Callable[..., bool]] = {
 """Operations that make ones, if this holds of their arguments: new masks, and both halves of `isfinite` of finite values."""
 IGNORED = frozenset({torch.ops.aten.detach.default})
 """Operations that make no storage and come often."""
+LIFT_FRESH = torch.ops.aten.lift_fresh.default
+"""What `torch.tensor` ends with: in an optimizer, of a step counter on the host."""
+
+DROPOUT = torch.ops.aten.native_dropout.default
+"""Allocates its last result first, the mask (torch 2.13, aten/src/ATen/native/cuda/Dropout.cu: `dropout_cuda`)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +97,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_logits: Callable[[torch.Tensor], bool],
         scalar: Callable[[torch.Tensor], Any],
         temporaries: Mapping[Any, Callable[..., torch.Tensor]],
-        before: Callable[[Tracker, Any, Any], None],
+        after: Callable[[Tracker, Any, Any], None],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.log: list[Moment] = []
@@ -102,7 +107,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._is_logits = is_logits
         self._scalar = scalar
         self._temporaries = temporaries
-        self._before = before
+        self._after = after
         self._live: dict[int, _Ref] = {}
         self._stack: list[str] = []
         self._module_of_node: dict[int, str] = {}
@@ -120,7 +125,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operation and record the storages that it made."""
         if func is DEVICE_OF:
             return args[0].fake_device
-        if func in IGNORED:
+        if func in IGNORED or (func is LIFT_FRESH and self.phase == "step"):
             return func(*args, **(kwargs or {}))
         if func is torch.ops.aten._local_scalar_dense.default:
             # What a mask's `all()` and an optimizer's step counter would say is known; any other value is a stand-in.
@@ -129,7 +134,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._scalar(args[0])
         self._enter_op()
         func = in_place(func)
-        self._before(self, func, args)
         out = statistics(func, func(*args, **(kwargs or {})))
         if isinstance(out, torch.Tensor):
             self._see(out, func, args[0] if args else None)
@@ -137,9 +141,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._note_ones(out, func, args)
         elif isinstance(out, (tuple, list)):
             listed = bool(args) and isinstance(args[0], (tuple, list)) and len(args[0]) == len(out)
-            for number, item in enumerate(out):
+            for number, item in enumerate(reversed(out) if func is DROPOUT else out):
                 if isinstance(item, torch.Tensor):
                     self._see(item, func, args[0][number] if listed else None)
+        self._after(self, func, args)
         if func is SUM and self.phase == "backward" and not torch.is_grad_enabled():
             self._note_sum(args[0], out)
         if func in self._temporaries:
@@ -154,7 +159,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _pass_temporary(self, like: torch.Tensor, *, op: str) -> None:
         nbytes = like.numel() * like.element_size()
-        self.end(self.passing(nbytes=nbytes, shape=tuple(like.shape), dtype=parse_dtype(like.dtype), op=op))
+        if nbytes:
+            self.end(self.passing(nbytes=nbytes, shape=tuple(like.shape), dtype=parse_dtype(like.dtype), op=op))
 
     @property
     def module(self) -> str:

@@ -37,8 +37,9 @@ class Workspaces:
         self._cublas = cublas_workspace_bytes(".".join(map(str, capability)))
         self._taken: set[tuple[str, str]] = set()
 
-    def before(self, tracker: Tracker, func: Any, args: Any) -> None:
-        """Called before every operation. A product with a vector to add goes to cuBLASLt (`addmm` with a bias epilogue)."""
+    def after(self, tracker: Tracker, func: Any, args: Any) -> None:
+        """Called after every operation: a product's result is there before the library asks for its workspace. A product with a
+        vector to add goes to cuBLASLt (`addmm` with a bias epilogue)."""
         if func not in PRODUCTS:
             return
         thread = "backward" if tracker.phase == "backward" else "forward"

@@ -115,7 +115,7 @@ def traced(job: Job, sizes: dict[str, int]) -> Counter[Key]:
     return Counter(
         (module_name(s.module), shape_name(s.shape, sizes), dtype_on_cuda(s))
         for s in living.values()
-        if category_of(s) not in LASTING and not s.op.startswith(VIEWS)  # views make nothing: they show the batch
+        if category_of(s) not in LASTING and not s.op.startswith(("batch", *VIEWS))  # views make nothing: they show the batch
     )
 
 

@@ -39,7 +39,7 @@ def largest(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("pick", [indexed, selected, gathered, largest])
 def test_backward_of_indexing_writes_into_its_zeros(pick: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
     """One tensor as large as what was indexed: autograd's formula adds into the zeros that it makes."""
-    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, before=lambda *args: None)
+    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, after=lambda *args: None)
     with FakeTensorMode():
         x = torch.empty(ROWS, WIDTH, requires_grad=True)
         out = pick(x, torch.empty(ROWS // 2, dtype=torch.int64))
@@ -54,7 +54,7 @@ def test_backward_of_indexing_writes_into_its_zeros(pick: Callable[[torch.Tensor
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_casts_the_log_probabilities_of_a_cross_entropy_not_its_logits(dtype: torch.dtype) -> None:
     """As CUDA's own dispatcher does, seen with a CUDA build of torch 2.12: 16-bit log probabilities, and a copy in fp32."""
-    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, before=lambda *args: None)
+    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, after=lambda *args: None)
     cuda = CudaLike(capability=(8, 0), autocast=True, device="cpu")
     with FakeTensorMode(), cuda, tracker, torch.autocast("cpu", dtype=dtype):
         logits = torch.empty(ROWS, WIDTH, dtype=dtype, requires_grad=True)
@@ -64,7 +64,7 @@ def test_autocast_casts_the_log_probabilities_of_a_cross_entropy_not_its_logits(
 
 
 def test_a_copy_that_code_asks_for_stays_a_copy() -> None:
-    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, before=lambda *args: None)
+    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, after=lambda *args: None)
     with FakeTensorMode(), tracker:
         x: Any = torch.empty(ROWS, WIDTH)
         y = x.index_add(0, torch.empty(2, dtype=torch.int64), torch.empty(2, WIDTH))
@@ -75,7 +75,7 @@ def test_a_copy_that_code_asks_for_stays_a_copy() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_layer_norm_keeps_its_statistics_in_fp32(dtype: torch.dtype) -> None:
     """Mean and rstd of 256 rows: 1024 bytes each in any dtype; the gradients have the input's."""
-    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, before=lambda *args: None)
+    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, after=lambda *args: None)
     with FakeTensorMode(), tracker:
         x, w, b = (torch.empty(*dims, dtype=dtype, requires_grad=True) for dims in ((256, WIDTH), (WIDTH,), (WIDTH,)))
         out = torch.nn.functional.layer_norm(x, (WIDTH,), w, b)
@@ -130,7 +130,7 @@ def torch_sums(summed: Summed) -> list[bool]:
 
 def traced_sums(summed: Summed) -> int:
     """How many sums of gradients take a new tensor in a trace."""
-    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, before=lambda *args: None)
+    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, after=lambda *args: None)
     with FakeTensorMode(), tracker:
         x, w = torch.empty(ROWS, WIDTH, requires_grad=True), torch.empty(WIDTH, WIDTH, requires_grad=True)
         loss: Any = summed(x, w).sum()
@@ -155,7 +155,7 @@ def test_the_two_gradients_of_one_operation_count_as_a_new_sum() -> None:
 
 def test_a_later_backward_is_added_into_the_gradient_that_is_there() -> None:
     """Accumulation: the second micro batch makes its own gradient and no sum beside it (accumulate_grad.h, case 2.3)."""
-    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, before=lambda *args: None)
+    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, after=lambda *args: None)
     with FakeTensorMode(), tracker:
         x, w = torch.empty(ROWS, WIDTH), torch.empty(WIDTH, WIDTH, requires_grad=True)
         for _ in range(2):

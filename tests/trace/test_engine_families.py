@@ -75,7 +75,8 @@ def counts(family: Family, kind: str) -> tuple[int, int]:
     """(trainable, all) as the real model, adapted by peft itself, counts them."""
     real = model(family)
     if kind == "full":
-        return sum(p.numel() for p in real.parameters() if p.requires_grad), sum(p.numel() for p in real.parameters())
+        total = sum(p.numel() for p in real.parameters())
+        return total, total  # what the class freezes, Marian's and Whisper's positions, trains once a checkpoint is loaded
     task = family.task if family.task in {t.value for t in peft.TaskType} else None
     with torch.device("meta"):
         adapted = peft.get_peft_model(real, peft.LoraConfig(task_type=task, r=4, target_modules=family.targets))
