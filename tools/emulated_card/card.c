@@ -1,0 +1,224 @@
+/* A card whose kernels do nothing and whose memory is address space: enough of the CUDA driver and runtime for torch's CUDA build
+ * to run with its own caching allocator, so that every allocation of a step is real and no value is. See README.md.
+ *
+ * Copies from the card give zeros, one byte gives 1 (a mask's `all()` is true). EMULATED_CAPABILITY ("8.0") and EMULATED_BYTES
+ * (85899345920) describe the card; CONTEXT is what it holds before the first tensor. */
+#define _GNU_SOURCE
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#undef cudaGetDeviceProperties
+
+#define GRAIN ((size_t)2 << 20)
+#define SPACE ((size_t)1 << 40)
+#define CONTEXT ((size_t)110 << 20)
+
+static struct { char *at; size_t bytes; } segments[65536];
+static int count;
+static size_t used, taken;
+static char *base;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static __thread cudaError_t last;
+
+static size_t total(void) {
+    const char *given = getenv("EMULATED_BYTES");
+    return given ? strtoull(given, 0, 10) : (size_t)80 << 30;
+}
+
+static int capability(int part) {
+    const char *given = getenv("EMULATED_CAPABILITY");
+    return (given ? given : "8.0")[part ? 2 : 0] - '0';
+}
+
+static int turing(void) { return capability(0) == 7; }
+static int on_card(const void *at) { return base && (const char *)at >= base && (const char *)at < base + SPACE; }
+
+/* Segments lie one below the other, as on a real card. */
+cudaError_t cudaMalloc(void **at, size_t bytes) {
+    pthread_mutex_lock(&lock);
+    size_t whole = (bytes + GRAIN - 1) / GRAIN * GRAIN;
+    last = used + whole + CONTEXT > total() ? cudaErrorMemoryAllocation : cudaSuccess;
+    if (!base) {
+        base = mmap(0, SPACE + GRAIN, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        base = (char *)(((size_t)base + GRAIN - 1) / GRAIN * GRAIN);
+    }
+    if (!last) {
+        taken += whole;
+        used += whole;
+        *at = segments[count].at = base + SPACE - taken;
+        segments[count++].bytes = whole;
+    }
+    pthread_mutex_unlock(&lock);
+    return last;
+}
+
+cudaError_t cudaFree(void *at) {
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < count; i++)
+        if (segments[i].at == at) {
+            used -= segments[i].bytes;
+            segments[i] = segments[--count];
+            break;
+        }
+    pthread_mutex_unlock(&lock);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemGetInfo(size_t *unused, size_t *all) {
+    *all = total();
+    *unused = total() - used - CONTEXT;
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream) {
+    if (!on_card(to)) {
+        if (on_card(from)) memset(to, bytes == 1, bytes);
+        else memcpy(to, from, bytes);
+    }
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
+    return cudaMemcpyAsync(to, from, bytes, kind, 0);
+}
+
+cudaError_t cudaHostAlloc(void **at, size_t bytes, unsigned flags) {
+    *at = calloc(1, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void *at) {
+    free(at);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
+cudaError_t cudaGetDevice(int *n) { return *n = 0, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int *n) { return *n = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int *n) { return *n = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaPeekAtLastError(void) { return last; }
+
+cudaError_t cudaGetLastError(void) {
+    cudaError_t found = last;
+    last = cudaSuccess;
+    return found;
+}
+
+const char *cudaGetErrorString(cudaError_t error) { return error == cudaErrorMemoryAllocation ? "out of memory" : "emulated"; }
+const char *cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
+
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
+    memset(p, 0, sizeof *p);
+    strcpy(p->name, "emulated card");
+    p->totalGlobalMem = total();
+    p->major = capability(0);
+    p->minor = capability(1);
+    p->multiProcessorCount = turing() ? 40 : 108;
+    p->maxThreadsPerMultiProcessor = turing() ? 1024 : 2048;
+    p->sharedMemPerMultiprocessor = turing() ? 65536 : 167936;
+    p->sharedMemPerBlockOptin = turing() ? 65536 : 166912;
+    p->sharedMemPerBlock = 49152;
+    p->regsPerBlock = p->regsPerMultiprocessor = 65536;
+    p->warpSize = 32;
+    p->maxThreadsPerBlock = p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024;
+    p->maxThreadsDim[2] = 64;
+    p->maxGridSize[0] = 2147483647;
+    p->maxGridSize[1] = p->maxGridSize[2] = 65535;
+    p->textureAlignment = 512;
+    p->unifiedAddressing = p->managedMemory = p->concurrentKernels = 1;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) {
+    struct cudaDeviceProp p;
+    cudaGetDeviceProperties(&p, device);
+    switch (attribute) {
+    case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
+    case cudaDevAttrMaxBlockDimX: case cudaDevAttrMaxBlockDimY: *value = 1024; break;
+    case cudaDevAttrMaxBlockDimZ: *value = 64; break;
+    case cudaDevAttrMaxGridDimX: *value = p.maxGridSize[0]; break;
+    case cudaDevAttrMaxGridDimY: case cudaDevAttrMaxGridDimZ: *value = p.maxGridSize[1]; break;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = p.sharedMemPerBlock; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = p.sharedMemPerBlockOptin; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = p.sharedMemPerMultiprocessor; break;
+    case cudaDevAttrMaxRegistersPerBlock: *value = p.regsPerBlock; break;
+    case cudaDevAttrWarpSize: *value = p.warpSize; break;
+    case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = p.maxThreadsPerMultiProcessor; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = p.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
+    default: *value = 0;
+    }
+    return cudaSuccess;
+}
+
+/* Handles are told apart by their value alone: workspaces belong to a handle and a stream. */
+static void *handle(void) {
+    static char *next = (char *)64;
+    return next += 64;
+}
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int priority) { return *s = handle(), cudaSuccess; }
+cudaError_t cudaStreamCreate(cudaStream_t *s) { return *s = handle(), cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags) { return *e = handle(), cudaSuccess; }
+cudaError_t cudaEventCreate(cudaEvent_t *e) { return *e = handle(), cudaSuccess; }
+int cublasCreate_v2(void **h) { return *h = handle(), 0; }
+int cublasLtCreate(void **h) { return *h = handle(), 0; }
+size_t cublasLtGetVersion(void) { return CUDART_VERSION * 10; }
+
+int cublasLtMatmulAlgoGetHeuristic(void *lt, void *op, void *a, void *b, void *c, void *d, void *p, int asked, char *found, int *n) {
+    memset(found, 0, 96 * asked); /* sizeof(cublasLtMatmulHeuristicResult_t) */
+    return *n = 1, 0;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status) { return *status = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *most) { return *least = 0, *most = -5, cudaSuccess; }
+cudaError_t cudaDeviceCanAccessPeer(int *can, int a, int b) { return *can = 0, cudaSuccess; }
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) { return *ms = 1, cudaSuccess; }
+cudaError_t cudaGetSymbolAddress(void **at, const void *symbol) { return *at = handle(), cudaSuccess; }
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st *s) { return 1; } /* no launch */
+CUresult cuDevicePrimaryCtxGetState(CUdevice d, unsigned *flags, int *active) { return *flags = 0, *active = 1, CUDA_SUCCESS; }
+CUresult cuCtxGetCurrent(CUcontext *c) { return *c = handle(), CUDA_SUCCESS; }
+CUresult cuDeviceGet(CUdevice *d, int n) { return *d = 0, CUDA_SUCCESS; }
+CUresult cuGetErrorString(CUresult error, const char **text) { return *text = "emulated", CUDA_SUCCESS; }
+
+void **__cudaRegisterFatBinary(void *binary) {
+    static void *registered[2];
+    return registered;
+}
+
+cudaError_t cudaDeviceGetPCIBusId(char *id, int length, int device) {
+    strncpy(id, "0000:00:04.0", length);
+    return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *f) {
+    memset(a, 0, sizeof *a);
+    a->maxThreadsPerBlock = 1024;
+    a->numRegs = 32;
+    a->binaryVersion = a->ptxVersion = 10 * capability(0) + capability(1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n, const void *f, int block, size_t s, unsigned flags) {
+    return *n = 2, cudaSuccess;
+}
+
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *at) {
+    memset(a, 0, sizeof *a);
+    a->type = on_card(at) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+    a->devicePointer = (void *)at;
+    return cudaSuccess;
+}
+
+static int nothing(void) { return 0; }
+
+cudaError_t cudaGetDriverEntryPointByVersion(
+    const char *name, void **f, unsigned version, unsigned long long flags, enum cudaDriverEntryPointQueryResult *result) {
+    *f = (void *)nothing;
+    if (result) *result = 0;
+    return cudaSuccess;
+}
