@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
+import peftplan
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.memory.allocator import (
     Event,
@@ -114,6 +116,43 @@ def test_a_replay_agrees_with_its_record(tmp_path: Path) -> None:
     assert result.first_difference is None
     assert (result.recorded_peak_reserved, result.replayed.peaks.reserved) == (32 * MIB, 32 * MIB)
     assert (result.recorded_reserved, result.replayed.reserved) == (20 * MIB, 20 * MIB)
+
+
+RECORDED = Path(__file__).parent / "data" / "qlora_step.pickle.gz"
+"""Two QLoRA steps of a small Llama, recorded by torch 2.13's own allocator under `tools/emulated_card` (`peftplan measure CONFIG
+--method qlora --batch-size 4 --seq-len 512 --steps 1 --snapshot FILE`), without stack frames."""
+RECORDED_CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 8000,
+    "tie_word_embeddings": False,
+}
+
+
+def test_a_replay_reserves_what_torchs_allocator_did(tmp_path: Path) -> None:
+    """3,946 entries: every segment when and as large as torch took it, to the last byte."""
+    path = tmp_path / "snapshot.pickle"
+    path.write_bytes(gzip.decompress(RECORDED.read_bytes()))
+    trace = read_trace(path)
+    found = compare(trace)
+    assert trace.untraced == 0
+    assert found.first_difference is None
+    assert found.replayed.peaks.reserved == found.recorded_peak_reserved == 497_025_024
+
+
+@pytest.mark.parametrize("engine", ["analytic", "trace"])
+def test_both_engines_reserve_what_torchs_allocator_did(engine: Literal["analytic", "trace"]) -> None:
+    for module in ("torch", "transformers", "peft", "bitsandbytes"):
+        pytest.importorskip(module)
+    options = {"method": "qlora", "batch_size": 4, "seq_len": 512, "gpu": "a100-80gb"}
+    peaks = peftplan.estimate(RECORDED_CONFIG, engine=engine, **options).replayed().peaks  # type: ignore[arg-type]
+    assert peaks is not None
+    assert peaks.reserved == 497_025_024
 
 
 def test_a_replay_that_differs_says_where(tmp_path: Path) -> None:

@@ -66,6 +66,9 @@ def test_the_trained_copy_of_a_tied_module_is_a_weight_of_its_own(modules: list[
         ("adalora", {"target_modules": ["q_proj", "lm_head"]}),
         ("lora-fa", {"target_modules": ["q_proj", "lm_head"], "r": 64}),
         ("lora-fa", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+        ("vera", {"target_modules": ["q_proj", "lm_head"], "autocast": "bf16"}),
+        ("dora", {"target_modules": ["q_proj", "lm_head"], "autocast": "bf16"}),
+        ("prompt-tuning", {**VIRTUAL, "modules_to_save": ["embed_tokens"], "keep_gradients": True}),
     ],
 )
 def test_adapters_of_a_wide_head_peak_where_the_trace_does(method: str, options: dict[str, Any]) -> None:

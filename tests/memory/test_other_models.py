@@ -27,6 +27,7 @@ FP16 = {"dtype": "fp32", "autocast": "fp16"}
     ("config", "method", "options"),
     [
         (BART_LM, "lora", {**PLAIN, "target_modules": ["q_proj"], "modules_to_save": ["shared"]}),  # neither side reads `shared`
+        (BART_LM, "lora", {**OFF, "target_modules": ["q_proj"], "modules_to_save": ["shared"], "keep_gradients": True}),
         (WHISPER_LM, "lora", {**TRAINER, **EAGER, **FP16, "target_modules": ["q_proj"]}),  # softmax from fp16 to fp32 at once
         (WHISPER_LM, "lora", {**TRAINER, **EAGER, "target_modules": ["q_proj"]}),  # values that need no copy for `matmul`
         (WHISPER_LM, "full", {**PLAIN, "batch_size": 1}),  # frozen positions that loading lets train

@@ -21,6 +21,7 @@ WIDE_MLP = {**LLAMA, "intermediate_size": 4096, "vocab_size": 100}
 TIED = {**LLAMA, "tie_word_embeddings": True, "vocab_size": 20_000}
 FALCON = {**LLAMA, "model_type": "falcon", "architectures": ["FalconForCausalLM"], "multi_query": True, "parallel_attn": True}
 """Its layers are no `nn.Linear`, so that bitsandbytes quantizes none."""
+BLOOM = {"model_type": "bloom", "hidden_size": 256, "n_head": 8, "n_layer": 3, "vocab_size": 100}
 MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
 
 
@@ -39,6 +40,10 @@ MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausal
         (FALCON, {**PLAIN, "quant": "nf4", "target_modules": ["query_key_value"], "seq_len": 8}),
         # the trained rows live beside autocast's copy of their table
         (TIED, {**OFF, "target_modules": ["q_proj"], "trainable_token_indices": [1], "dtype": "fp32"}),
+        # the head's adapter wraps the one whose rows train
+        (TIED, {**PLAIN, "target_modules": ["lm_head"], "trainable_token_indices": [1]}),
+        # the peak of a forward without logits lies in its activation function
+        (BLOOM, {**PLAIN, "gradient_checkpointing": True, "logits_to_keep": 1}),
         # the word stands for the parameters that hold the experts now
         (MIXTRAL, {**OFF, "target_modules": "mlp", "r": 64}),
     ],
@@ -54,6 +59,7 @@ def test_both_engines_agree(config: dict[str, Any], options: dict[str, Any]) -> 
         # BOFT hands its output back in the base's dtype, which `rotate_half` joins; a prefix is in it too
         (LLAMA, {"method": "boft", "target_modules": ("q_proj",), "autocast": "fp16"}, "prioritize"),
         (LLAMA, {"method": "prefix-tuning", "num_virtual_tokens": 8, "autocast": "fp16"}, "prioritize"),
+        (LLAMA, {"method": "lora-fa", "lora_bias": True, "target_modules": ["q_proj"]}, "TypeError"),
         # OFT takes latents of four dims for a picture
         (DEEPSEEK, {"method": "oft", "target_modules": ["kv_b_proj"]}, "is invalid"),
         # TRL reads the head's bias, which the wrapper of trained rows does not pass on
