@@ -193,6 +193,13 @@ class Model:
                 self.tape.names[grad.storage.number] = f"{p.name}.grad"
                 self._kept_gradients[p.name] = grad
 
+    def forget_gradients(self, families: set[str]) -> None:
+        """The gradients that `keep_gradients` made for families that turned out to get none were never there."""
+        for family in families & self._kept_gradients.keys():
+            storage = self._kept_gradients[family].storage
+            assert storage is not None
+            self.tape.counts[storage.number] = 0
+
     _kept_gradients: dict[str, Tensor] = field(default_factory=dict)
 
     _held: dict[tuple[str, int | None], Parameter] = field(default_factory=dict)
@@ -202,16 +209,15 @@ class Model:
         part = self.part(name, layer)
         if self.adapter is not None and len(part.params) > 1 and any(key not in ("weight", "bias") for key in part.params):
             return self.adapter(self.tape, part, x, lambda x: self.base(part, x), self.running)
-        if name in self.token_adapters:
-            self.tape.module = name
-            rows = self._rows(name, part)  # a name of the layer's forward, which holds them beside autocast's copy
-            return ops.linear(self.tape, x, rows)
         return self.base(part, x)
 
     def base(self, part: Part, x: Tensor) -> Tensor:
         """The layer without its adapter: dense, 4-bit or 8-bit."""
         f = self.tape
         f.module = part.name
+        if part.name in self.token_adapters:
+            rows = self._rows(part.name, part)  # a name of the layer's forward, which holds them beside autocast's copy
+            return ops.linear(f, x, rows)
         if part.kind == "LinearSubclass" and part.quant is None:
             return ops.product(f, x, part.weight, part.bias)
         if part.quant is None:
@@ -324,13 +330,20 @@ class Model:
 
     def embedding(self, name: str, dims: Dims, ids: Tensor | None = None) -> Tensor:
         """Look up an embedding; `ids` are kept where they are not the batch's own."""
-        part = self.part(name)
         self.tape.module = name
+        if self.running.peft_type in PROMPTED:
+            return ops.embedding(self.tape, self._original(name), dims, ids)
+        part = self.part(name)
         if "lora_embedding_A" in part.params:
             from peftplan.memory.methods.embeddings import lora_embedding
 
             return lora_embedding(self, part, dims, ids)
         return ops.embedding(self.tape, self._rows(name, part), dims, ids)
+
+    def _original(self, name: str) -> Parameter:
+        """The table that prompts read, beside a trained copy that no forward then calls (peft 0.21.2, peft_model.py,
+        `_setup_prompt_encoder`)."""
+        return self._parameter(next(p for p, part in self._families[name] if part == "weight"), None)
 
     def _rows(self, name: str, part: Part) -> Any:
         """The table of an embedding; the output of `index_copy` where some rows of it train."""

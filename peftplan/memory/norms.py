@@ -62,7 +62,7 @@ def written_layer_norm(model: Model, name: str, x: Tensor, layer: int | None) ->
     x = ops.mul(f, centered, rstd)
     del centered, rstd
     assert weight is not None
-    x = ops.mul(f, x, f.to(weight, "fp32"))
+    x = ops.mul(f, f.to(weight, "fp32"), x)
     narrow: Tensor = f.to(x, given)
     return narrow
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from peftplan.errors import NeedsTraceError, NoEngineError
+from peftplan.errors import NeedsTraceError, NoEngineError, RefusedError
 from peftplan.memory.tape import Tape
 from peftplan.memory.tensors import Tensor
 from peftplan.optim import Optimizer
@@ -58,6 +58,8 @@ def _lorafa_step(f: Tape, trained: list[Parameter]) -> None:
     inverse = gradient = denominator = None
     for p in _two_layers(trained):
         f.module = p.name
+        if p.name.endswith(".lora_B.bias"):
+            raise RefusedError("peft 0.21.2 refuses it: LoRA-FA's optimizer takes a pair of A and B, not lora_bias: TypeError")
         if ".lora_B." in p.name:
             inverse = _pseudo_inverse(f, p.shape[1])
             narrow = [f.new(p.shape, "bf16", "to"), f.new(inverse.dims, "bf16", "to")]

@@ -59,6 +59,7 @@ def steady_step(model: Model, program: Program) -> None:
     if scaler is not None:
         scaler.unscale(f, model.parameters)
     idle = model.idle()
+    model.forget_gradients(idle)
     trained = [p for p in model.parameters.all if p.trainable and p.name not in idle | program.left_alone]
     freezes_a = bool(getattr(model.running.config, "freeze_a", False))
     optimizer_step(f, program.optimizer, trained, clips=program.trainer != "plain", freezes_a=freezes_a)

@@ -46,8 +46,8 @@ def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tenso
         base_result = ops.linear(f, x, weight, transposed=turned)
     elif part.bias is not None:
         base_result = ops.add(f, base_result, bias_of(part, base_result))
-    kept = ops.mul(f, base_result, ops.shift(f, scale))
-    scaled = ops.scale(f, ops.mul(f, lora_result, scale))
+    kept = ops.mul(f, ops.shift(f, scale), base_result)
+    scaled = ops.scale(f, ops.mul(f, scale, lora_result))
     out = ops.add(f, kept, scaled)
     del kept, scaled, lora_weight, weight, norm
     return out

@@ -26,9 +26,9 @@ def vera(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     f.module = part.name
     x = f.to(x, inner.dtype)
     low = ops.linear(f, ops.dropout(f, x, running.config.vera_dropout), a)
-    out = ops.linear(f, ops.mul(f, low, inner), b)
+    out = ops.linear(f, ops.mul(f, inner, low), b)
     del low
-    out = ops.mul(f, out, outer)
+    out = ops.mul(f, outer, out)
     result = ops.add(f, result, out)
     del out
     result = f.to(result, given)

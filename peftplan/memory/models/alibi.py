@@ -92,6 +92,7 @@ def bloom_gelu(f: Tape, x: Tensor) -> Tensor:
     """`GeLUFunction`: keeps its input alone. `x * 0.5 * (1 + tanh(0.798 * x * (1 + 0.0447 * x * x)))`, an operation at a time."""
     half, scaled, passing = (f.new(x.dims, x.dtype, "mul") for _ in range(3))
     square = f.new(x.dims, x.dtype, "mul")
+    del passing
     passing = f.new(x.dims, x.dtype, "add")
     del square
     inner = f.new(x.dims, x.dtype, "mul")

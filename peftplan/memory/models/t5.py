@@ -60,7 +60,7 @@ def norm(model: Model, name: str, x: Tensor, number: int | None = None) -> Tenso
     x = ops.mul(f, x, ops.keeps_output(f, ops.shift(f, variance), "rsqrt"))
     if weight.dtype in ("fp16", "bf16"):
         x = f.to(x, weight.dtype)
-    return ops.mul(f, x, weight)
+    return ops.mul(f, weight, x)
 
 
 def mean(f: Tape, x: Tensor) -> Tensor:
