@@ -16,7 +16,15 @@ from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, NeedsPeftError
 from peftplan.methods.experts import fused_expert_targets
 from peftplan.methods.parameters import parameter_tensors
-from peftplan.methods.saved import refuse_both, refuse_targeted, saved_copies, saved_modules, token_deltas, token_originals
+from peftplan.methods.saved import (
+    refuse_both,
+    refuse_targeted,
+    refuse_targeted_rows,
+    saved_copies,
+    saved_modules,
+    token_deltas,
+    token_originals,
+)
 from peftplan.methods.targets import (
     ALL_LINEAR,
     PEFT_DEFAULT,
@@ -101,6 +109,7 @@ def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
     copies = saved_copies(arch, saved_modules(arch, config))
     refuse_targeted(matched, copies)
     deltas = token_deltas(arch, config.trainable_token_indices)
+    refuse_targeted_rows(matched, deltas)
     return Adaptation(
         added=(*added, *copies, *deltas),
         buffers=token_originals(deltas),

@@ -59,6 +59,16 @@ def refuse_targeted(matched: Iterable[Module], copies: Iterable[AddedTensor]) ->
             raise NeedsPeftError(f"modules_to_save of a module that holds the target {module.name}")
 
 
+def refuse_targeted_rows(matched: Iterable[Module], deltas: Iterable[AddedTensor]) -> None:
+    """Raise RefusedError where rows of an embedding would train that an adapter wraps too."""
+    names = {t.name.removesuffix(".token_adapter.trainable_tokens_delta") for t in deltas}
+    for module in matched:
+        if module.kind == "Embedding" and module.name in names:
+            raise RefusedError(
+                f"trainable_token_indices: {module.name} is also targeted by target_modules, which peft refuses with a TypeError"
+            )
+
+
 def saved_copies(arch: Architecture, names: Iterable[str]) -> tuple[AddedTensor, ...]:
     """The trainable copies that `modules_to_save` makes: every parameter under a module whose name ends with one of `names`.
 

@@ -162,6 +162,7 @@ REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
     ("llama", None, {"target_modules": ["embed_tokens"], "lora_bias": True}, "lora_bias"),
     ("llama", None, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"],
                      "trainable_token_indices": {"embed_tokens": [1]}}, "not both"),
+    ("llama", None, {"target_modules": ["embed_tokens"], "trainable_token_indices": [1]}, "cannot be applied to modules of type"),
     ("mixtral", None, {}, "No `target_modules` passed"),
     ("mixtral", None, {"target_modules": ["w1"]}, "without also targeting w3"),
     ("mixtral", None, {"target_modules": "all-linear", "use_dora": True}, "does not work with use_dora"),
