@@ -83,7 +83,8 @@ class CudaLike(TorchFunctionMode):
             def cast(value: Any) -> Any:
                 return value.to(low) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-            args, kwargs = tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+            kwargs = {name: cast(value) for name, value in kwargs.items()}
+            args = tuple(reversed([cast(value) for value in reversed(args)]))  # the wrapper's C++ takes its last argument first
             with torch.autocast(self._device, enabled=False):
                 return sdpa(*args, **kwargs, capability=self._capability)
         return sdpa(*args, **kwargs, capability=self._capability)

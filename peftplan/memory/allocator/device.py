@@ -4,7 +4,9 @@ Addresses are this model's own, on multiples of 2 MiB, and never reused. They on
 size in different segments. Ranges of more than 20 MiB lie each below the one before, as Linux maps them; smaller ones, which the
 driver takes out of larger ranges, each above. Inferred, since no source of the driver is public: so ordered, reserved bytes equal
 what six of ten unquantized runs on a T4 measured, to the MiB, and the rest within 0.5 %; upwards, eager runs are 9 % off. Ten
-runs of another program on an RTX 4080 agree: 0.06 % in the median, -2.9 % at worst; upwards -18 % (docs/trace-drift.md).
+runs of another program on an RTX 4080 agree: 0.06 % in the median, -2.9 % at worst; upwards -18 % (docs/trace-drift.md). Left
+out: torch 2.13.0 takes the free block whose segment was made first, wherever it lies (`tools/emulated_card` shows it); 2.12.1
+does not, and measured runs with 2.10 and 2.14 did not.
 """
 
 from __future__ import annotations
