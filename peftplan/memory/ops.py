@@ -336,7 +336,8 @@ def dropout(f: Tape, x: Tensor, p: float) -> Tensor:
     if not p:
         return x
     node = f.record(_scale_backward, (x,))
-    f.keep(node, f.new(x.dims, "bool", "dropout mask"))
+    mask = f.new(x.dims, "bool", "dropout mask")  # there while the kernel runs, whether it is kept or not
+    f.keep(node, mask)
     return f.new(x.dims, x.dtype, "dropout", node)
 
 

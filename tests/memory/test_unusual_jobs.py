@@ -22,6 +22,8 @@ TIED = {**LLAMA, "tie_word_embeddings": True, "vocab_size": 20_000}
 FALCON = {**LLAMA, "model_type": "falcon", "architectures": ["FalconForCausalLM"], "multi_query": True, "parallel_attn": True}
 """Its layers are no `nn.Linear`, so that bitsandbytes quantizes none."""
 BLOOM = {"model_type": "bloom", "hidden_size": 256, "n_head": 8, "n_layer": 3, "vocab_size": 100}
+VIT = {"model_type": "vit", "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 512, "num_hidden_layers": 3}
+VIT |= {"architectures": ["ViTForImageClassification"], "image_size": 64, "patch_size": 8, "num_channels": 3}
 MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
 
 
@@ -44,6 +46,10 @@ MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausal
         (TIED, {**PLAIN, "target_modules": ["lm_head"], "trainable_token_indices": [1]}),
         # the peak of a forward without logits lies in its activation function
         (BLOOM, {**PLAIN, "gradient_checkpointing": True, "logits_to_keep": 1}),
+        # OFT rotates what a classifier reads, one row per picture
+        (VIT, {**PLAIN, "method": "oft", "target_modules": ["query", "classifier"], "num_labels": 3}),
+        # a checkpointed layer's first pass makes the masks that it does not keep
+        (WIDE_MLP, {**PLAIN, "gradient_checkpointing": True, "lora_dropout": 0.1, "target_modules": ["down_proj"]}),
         # the word stands for the parameters that hold the experts now
         (MIXTRAL, {**OFF, "target_modules": "mlp", "r": 64}),
     ],

@@ -46,8 +46,8 @@ def _rotated(f: Tape, x: Tensor, weight: Any, n_in: int, config: Any) -> Tensor:
         rotation = f.new((blocks, k, k), rotation.dtype, "repeat", node)
     if len(x.dims) == PICTURE:
         raise RefusedError("peft 0.21.2 refuses it: OFT takes an input of 4 dims for a picture: RuntimeError: shape is invalid")
-    b, s, _ = x.dims
-    product = ops.matmul(f, x.view((blocks, b, s, k)), rotation, (blocks, b, s, k))
+    by_block = (blocks, *x.dims[:-1], k)
+    product = ops.matmul(f, x.view(by_block), rotation, by_block)
     rotated = ops.copied(f, product, "clone", x.dims) if blocks > 1 else product.view(x.dims)
     return f.to(rotated, x.dtype)
 
