@@ -128,7 +128,7 @@ CASES = [
     Case("llama", "lora", options={"modules_to_save": ["norm"]}),
     Case("llama", "lora", options=TOKENS),
     Case("llama", "lora", adapter_dtype="bf16", options=TOKENS),
-    Case("llama-tied", "lora", "nf4", options=TOKENS, **TRL),
+    Case("llama-tied", "lora", "nf4", options=TOKENS),
     Case("llama", "lora", "nf4", options=TOKENS_TWICE),
     # optimizers
     *(

@@ -81,5 +81,6 @@ def test_a_constrained_rotation_is_projected_first() -> None:
 def test_boft_leaves_its_permutation_on_the_host_in_a_plain_loop() -> None:
     """As the trace does: Trainer moves it to the device, a plain loop made it beside a model that was there already."""
     options: dict[str, Any] = {"method": "boft", "target_modules": ["q_proj"]}
-    plain, trainer = (phases(LLAMA, "analytic", **options, **given)["load"] for given in (PLAIN, OFF))
+    found = (estimate(LLAMA, **{"batch_size": BATCH, "seq_len": TOKENS, **options, **given}).peaks for given in (PLAIN, OFF))
+    plain, trainer = (peaks.ledgers["load"].by_category()["buffers"] for peaks in found if peaks is not None)
     assert trainer - plain == 5 * 4 * 256 * 256
