@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -143,7 +144,21 @@ def trace(
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
     period = setup.every_n_layers or 1
     stacks = () if by_layer else repeating_stacks(config, task_type=task_type, period=period)
-    return _by_stacks(run, config, stacks, tell)
+    with _older_objects_frozen():
+        return _by_stacks(run, config, stacks, tell)
+
+
+@contextmanager
+def _older_objects_frozen() -> Iterator[None]:
+    """The garbage collector leaves alone what the imported libraries made: a fifth of a trace's time."""
+    if gc.get_freeze_count():  # somebody else's
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _by_stacks(run: Callable[..., Traced], config: Mapping[str, Any], stacks: tuple[Stack, ...], tell: Tell) -> Traced:
