@@ -381,6 +381,7 @@ def _efficient_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
         del product
     else:
         delta = f.new((b, a, s), "fp32", "delta")
+        # Left out: 16 bytes before each tile, a thousandth of it.
         workspace = f.new((b, a, padded(s, EFFICIENT_BLOCK), padded(d, EFFICIENT_BLOCK)), "fp32", "dq accumulator")
         del workspace
     del delta

@@ -21,7 +21,7 @@ from peftplan.memory.methods import ADAPTERS, adapter_of
 from peftplan.memory.model import PROMPTED, Model, Running
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.quantized import QUANTIZED
-from peftplan.memory.step import Program, steady_step
+from peftplan.memory.step import HALF, Program, steady_step
 from peftplan.memory.tape import Tape
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.methods.adaptation import adapter_on_host
@@ -246,7 +246,7 @@ def _passed_in(job: Job) -> str | None:
     """The dtype of adapters before peft casts them: that of a 16-bit base which a plain loop has on the device."""
     layered = job.method is not None and job.method.peft_type in ADAPTERS
     there = job.quant is None and adapter_on_host(job.setup.trainer, quantized=False)
-    return job.setup.dtype if layered and there and job.setup.dtype in ("fp16", "bf16") else None
+    return job.setup.dtype if layered and there and job.setup.dtype in HALF else None
 
 
 def _program(job: Job) -> Program:

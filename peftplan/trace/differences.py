@@ -7,6 +7,10 @@
 | dropout | CPU multiplies by a mask of the input's dtype; CUDA's `native_dropout` keeps a boolean one | `_dropout` |
 | softmax(fp16, dtype=fp32) | CUDA's kernel reads fp16, writes fp32; CPU copies to fp32 first (ATen SoftMax.cpp) | `_softmax` |
 | softmax backward | CUDA's kernel makes `grad * output` first (SoftMax.cu: `softmax_backward_cuda_out`) | `KERNEL_TEMPORARIES` |
+| `_safe_softmax` | on CUDA a composite, which compares the scores with minus infinity (SoftMax.cpp) | `KERNEL_TEMPORARIES` |
+| cumsum of a boolean mask | CUDA copies it to int64 first (ReduceOps.cpp) | `KERNEL_TEMPORARIES` |
+| dropout's results | CUDA allocates the mask before the output (Dropout.cu) | `tracker.DROPOUT` |
+| counters of an optimizer | they live on the host, whatever the device | `tracker.LIFT_FRESH` |
 | autocast | CUDA runs softmax, norms, sums, powers and losses in fp32, CPU fewer of them (autocast_mode.h) | `FP32_UNDER_CUDA` |
 | cross entropy in autocast | CPU casts logits, CUDA log probabilities (LossNLL.cpp, `set_opt_dtype`) | `cross_entropy` |
 | `torch.is_autocast_enabled()` | without an argument it asks about CUDA | `as_on_cuda` |

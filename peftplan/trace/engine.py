@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -234,8 +234,8 @@ def _run(
     ):
         load(built, tracker, setup, quant)
         optimizer = make_optimizer(setup, built.model, tracker)
-        if enables_adapters_again and peft_config is not None:
-            with built.model.disable_adapter():
+        if enables_adapters_again:
+            with getattr(built.model, "disable_adapter", nullcontext)():  # what peft did not adapt has none
                 pass
         run = Run(built.model, batch, optimizer, tracker, setup, outputs_outlive_step)
         run.earlier, run.steps = before, max(STEPS, len(earlier) + 1)

@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peftplan.dtypes import ITEMSIZE
 from peftplan.memory.ledger import Category
 from peftplan.memory.load import WARMUP_BYTES
+from peftplan.memory.step import HALF
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig, category, shared
 from peftplan.trace.model import Built
@@ -28,7 +29,6 @@ from peftplan.trace.quantized import QUANT_TENSORS
 from peftplan.trace.tracker import Storage, Tracker
 from peftplan.trace.tuner_layers import HOST_BUFFERS, LASTING, adapter_from_host, offloaded
 
-HALF = ("fp16", "bf16")
 Part = tuple[str, Any, str, torch.nn.Parameter]
 """Full name, module, name within the module, parameter."""
 
