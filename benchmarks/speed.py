@@ -1,15 +1,19 @@
-"""How fast an estimate is, against the numbers to hold: cold from a shell, warm in a process, and over a grid of sizes.
+"""How fast an estimate is, against the numbers to hold: cold from a shell, warm in a process, over a grid of sizes, and traced.
 
     python benchmarks/speed.py [--repeat 20]
 
 Cold: `peftplan estimate llama-2-70b --method qlora --r 16` against the imports that any such tool needs (click, rich, pydantic
 and one small model), both as fresh processes, interleaved; the best of each counts, the others measure the machine's noise.
+
+Traced: the same job with `--engine trace`; after imports is the first trace of a process that has imported torch, transformers,
+peft and this program's engine. The median of three of either counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -19,8 +23,17 @@ import peftplan
 
 FLOOR = ("-c", "import click, rich.console, rich.table\nfrom pydantic import BaseModel\nclass A(BaseModel):\n    x: int")
 MAIN = ("-m", "peftplan", "estimate", "llama-2-70b", "--method", "qlora", "--r", "16")
+TRACE = (*MAIN, "--engine", "trace")
+TRACE_IMPORTED = """
+import time, torch, transformers, peft, peftplan, peftplan.trace.engine
+from transformers.models.llama import modeling_llama
+start = time.perf_counter()
+peftplan.estimate("llama-2-70b", method="qlora", r=16, engine="trace")
+print(time.perf_counter() - start)
+"""
 HELP = ("-m", "peftplan", "--help")
 COLD_BAR, WARM_BAR_MS, GRID_BAR_S = 1.3, 1.0, 1.0
+TRACE_BAR_S, TRACE_COLD_BAR_S, TRACE_BAR_GIB = 3.0, 10.0, 2.0
 
 
 def cold(arguments: tuple[str, ...]) -> float:
@@ -77,6 +90,12 @@ def grid(model: str, method: str, *, repeat: int) -> float:
     return min(times)
 
 
+def after_imports() -> float:
+    """Seconds of the first trace of a fresh process."""
+    said = subprocess.run([sys.executable, "-c", TRACE_IMPORTED], check=True, capture_output=True, text=True)
+    return float(said.stdout)
+
+
 def cpu_model() -> str:
     """The processor's name where Linux tells it."""
     try:
@@ -109,6 +128,11 @@ def main() -> None:
     for model in ("llama-2-70b", "llama-2-7b"):
         print(f"| warm, replayed: {model}, qlora | {replayed(model, 'qlora', repeat=5):.0f} ms | |")
     print(f"| 1,000,000 points: llama-2-70b, qlora | {grid('llama-2-70b', 'qlora', repeat=5):.2f} s | ≤ {GRID_BAR_S} s |")
+    traced, imported = (statistics.median(seconds() for _ in range(3)) for seconds in (lambda: cold(TRACE), after_imports))
+    host = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"| trace of llama-2-70b, qlora, after imports | {imported:.1f} s | ≤ {TRACE_BAR_S} s |")
+    print(f"| the same, cold | {traced:.1f} s | ≤ {TRACE_COLD_BAR_S} s |")
+    print(f"| the same, memory of the host | {host:.2f} GiB | ≤ {TRACE_BAR_GIB} GiB |")
 
 
 if __name__ == "__main__":

@@ -247,17 +247,19 @@ def _static(
 def _traced(job: Job, compute_capability: str, **how: Any) -> Peaks:
     """The peaks of the trace engine, with the kernels of a card."""
     from peftplan.planning.traced import trace_peaks, traced_config
+    from peftplan.trace.collector import old_objects_let_be
 
-    return trace_peaks(
-        config_of(job.model, job.setup),
-        architecture=job.architecture,
-        peft_config=traced_config(job.method, job.config, job.adapter, job.adaptation),
-        quant=job.quant,
-        setup=job.setup,
-        script=job.script,
-        compute_capability=compute_capability,
-        **how,
-    )
+    with old_objects_let_be():
+        return trace_peaks(
+            config_of(job.model, job.setup),
+            architecture=job.architecture,
+            peft_config=traced_config(job.method, job.config, job.adapter, job.adaptation),
+            quant=job.quant,
+            setup=job.setup,
+            script=job.script,
+            compute_capability=compute_capability,
+            **how,
+        )
 
 
 def adapter_dtypes(setup: Setup) -> tuple[str, str | None]:

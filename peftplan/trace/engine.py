@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.trace import losses
 from peftplan.trace.attention import Capability
+from peftplan.trace.collector import old_objects_let_be
 from peftplan.trace.ctc import ctc_on_cuda
 from peftplan.trace.depth import Stack, names_layers, repeating_stacks, with_layers
 from peftplan.trace.differences import KERNEL_TEMPORARIES, CudaLike, as_on_cuda
@@ -36,7 +36,7 @@ from peftplan.trace.optimizers import make_optimizer
 from peftplan.trace.peaks import Alive, Peak, Window, peaks, windows
 from peftplan.trace.progress import Tell, part, silent
 from peftplan.trace.reasons import reason
-from peftplan.trace.selected import Selected
+from peftplan.trace.selected import selecting
 from peftplan.trace.steps import PROGRAMS, STEPS, Run, phases_begun
 from peftplan.trace.tracker import Moment, Tracker, category_of
 from peftplan.trace.tuner_layers import adapter_from_host, on_fake_tensors
@@ -144,21 +144,8 @@ def trace(
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
     period = setup.every_n_layers or 1
     stacks = () if by_layer else repeating_stacks(config, task_type=task_type, period=period)
-    with _older_objects_frozen():
+    with old_objects_let_be():
         return _by_stacks(run, config, stacks, tell)
-
-
-@contextmanager
-def _older_objects_frozen() -> Iterator[None]:
-    """The garbage collector leaves alone what the imported libraries made: a fifth of a trace's time."""
-    if gc.get_freeze_count():  # somebody else's
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _by_stacks(run: Callable[..., Traced], config: Mapping[str, Any], stacks: tuple[Stack, ...], tell: Tell) -> Traced:
@@ -227,7 +214,7 @@ def _run(
     batch, *before = [fake_batch(of_step.batch, mode, on) for of_step in (given, *earlier)]
     with (
         _as_on_card(mode, capability, autocast=setup.autocast != "none", device=on.type),
-        Selected(given.selected),
+        selecting(given.selected),
         tracker,
         on_fake_tensors(from_host=adapter_from_host(setup, quant)),
         counted_host() as host,

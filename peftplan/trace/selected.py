@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,22 +11,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 
 
+def selecting(rows: int | None) -> AbstractContextManager[Any]:
+    """`Selected`; None: an operation that depends on values is left to raise, as fake tensors do."""
+    return nullcontext() if rows is None else Selected(rows)
+
+
 class Selected(TorchDispatchMode):
     """Runs indexing by a boolean mask as indexing by the positions of `rows` true places, and gives those to who asks for them.
 
-    None: such an operation is left to raise, as fake tensors do. `unique_consecutive` gives one value: what models ask it for is
-    whether all samples are alike.
+    `unique_consecutive` gives one value: what models ask it for is whether all samples are alike.
     """
 
-    def __init__(self, rows: int | None) -> None:
+    def __init__(self, rows: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._rows = rows
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace masks by positions, and pass everything else on."""
         kwargs = kwargs or {}
-        if self._rows is None:
-            return func(*args, **kwargs)
         if func is aten.index.Tensor and any(map(_is_mask, args[1])):
             return func(args[0], [place for index in args[1] for place in _places(index, self._rows)])
         if func is aten.nonzero.default:

@@ -121,6 +121,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.last_module = ""
         """The module that ran last: where a trace that fails has failed."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled; a guard against it would take as long as the rest."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and record the storages that it made."""
         if func is DEVICE_OF:
