@@ -47,6 +47,16 @@ BEFORE, LONGEST = 104, 690
 """Lengths of the longest padded batch of peft's benchmark and of the one before it: not recorded, chosen once by two of its rows
 (docs/trace-drift.md)."""
 
+UNSAID = "2.4"
+"""The torch of rows that do not say: they are of 2022 to 2025, and before 2.12 it does not matter which (`planning.script`)."""
+OLDER = "2.10.0"
+"""The torch of fitcheck-llm's rows, also of those labelled 2.14.0: they reserve what 2.10.0 does, and 2.14.0 does not."""
+MISLABELLED = "taken as run with torch 2.10.0 and transformers 5.0.0, against its label: docs/trace-drift.md"
+IN_THREADS = (
+    "transformers 5.0.0 copies weights to the card in threads while others are quantized, so that one setup reserves other bytes "
+    "in every run (docs/trace-drift.md)"
+)
+
 AGAIN = (
     "whether adapters are enabled again before the first step: assumed, as LoRA-FA's run reserved on average what LoRA's did "
     "(14.37 and 14.40 GB), and as its trainable parameters were counted with A frozen"
@@ -104,6 +114,8 @@ def record(row: Row, run: Row, *, covers: str, peaks: Row, **more: Any) -> Recor
     """A record of a row of PEAKS."""
     counts = {name: row[f"{name}_params"] for name in ("trainable", "total") if row.get(f"{name}_params")}
     peaks = {"rounding_bytes": rounding(row["value"], row["unit"]), **peaks}
+    if "torch" not in (row.get("versions") or {}):
+        run = {**run, "script": {"torch": UNSAID, **run.get("script", {})}}
     fields = {"id": row["id"], "run": run, "circumstances": circumstances(row), "outcome": row["outcome"], "covers": covers}
     fields |= {"peaks": peaks, "counts": counts, "note": row.get("note"), **more}
     return Record.model_validate_json(json.dumps(fields))
@@ -122,7 +134,7 @@ def fitcheck(row: Row) -> Record:
             "model": row["model"],
             **lora(row, row["peft"]["targets"]),
             "options": options("plain", row, **set_here),
-            "script": {"repeats_kv": row["attn"] == "sdpa"},
+            "script": {"repeats_kv": row["attn"] == "sdpa", "torch": OLDER},
         },
         covers="steady-step",
         peaks={
@@ -135,6 +147,8 @@ def fitcheck(row: Row) -> Record:
         kept_alive=["outputs"],
         steps=[{name: value for name, value in extra.items() if isinstance(value, (int, float))}],
         tolerance=TOLERANCE_QUANTIZED if four_bit else TOLERANCE,
+        differs=[IN_THREADS] if four_bit else [],
+        note="; ".join(filter(None, [row.get("note"), MISLABELLED if "2.14" in row["versions"]["torch"] else None])),
     )
 
 

@@ -24,7 +24,7 @@ from peftplan.accuracy.drift import Answer, summaries
 from peftplan.accuracy.engines import OVERALL, RUNS, ask, read_cases
 from peftplan.arch.sources import load_config
 from peftplan.errors import RefusedError
-from peftplan.memory.allocator import replay
+from peftplan.memory.allocator import AllocatorConfig, replay
 from peftplan.planning.setup import parse_setup, resolved
 from peftplan.report.markdown import table
 from peftplan.storage import parse_quant
@@ -115,14 +115,16 @@ def t4_trace(row: Row) -> Traced:
             quant=quant,
             setup=resolved(parse_setup(options), quantized=quant is not None, supports_sdpa=True, use_cache=True),
             device=TURING,
+            cublaslt_apart=True,
         )
 
 
 def t4_figures(row: Row) -> Figures:
     """Allocated bytes by phase and reserved bytes."""
-    replayed = t4_trace(row).replayed
-    traced = {phase: replayed.by_phase[phase].allocated for phase in PHASES} | {RESERVED: replayed.peaks.reserved}
-    return {name: Figure(row["measured_mib"][name] * MIB, traced[name]) for name in traced}
+    traced = t4_trace(row)
+    replayed = replay(traced.emptied(traced.events), AllocatorConfig(ties_by_address=True))
+    found = {phase: replayed.by_phase[phase].allocated for phase in PHASES} | {RESERVED: replayed.peaks.reserved}
+    return {name: Figure(row["measured_mib"][name] * MIB, found[name]) for name in found}
 
 
 def metamath_trace(row: Row, *, lengths: Lengths) -> Traced:

@@ -15,6 +15,7 @@ from peftplan.datafiles import DATA
 from peftplan.errors import MissingExtraError, PeftplanError
 from peftplan.planning.estimate import estimate
 from peftplan.planning.result import Estimate
+from peftplan.planning.script import Script
 from peftplan.planning.setup import Engine
 
 RUNS = DATA / "runs"
@@ -74,7 +75,12 @@ def sampled(cases: Sequence[Case], *, number: int | None, seed: int) -> list[Cas
 def ask(record: Record, engine: Engine) -> Stated:
     """Estimate, or trace, one record's setup. What peftplan refuses is an answer too; without its extra, trace has none."""
     try:
-        result = estimate(record.run.model, gpu=record.circumstances.gpu_id, engine=engine, **record.run.arguments())
+        result = estimate(
+            record.run.model,
+            gpu=record.circumstances.gpu_id,
+            engine=engine,
+            **{**record.run.arguments(), "script": _script(record)},
+        )
     except MissingExtraError as error:
         if engine == "trace":
             raise
@@ -86,9 +92,15 @@ def ask(record: Record, engine: Engine) -> Stated:
     return stated(record, result)
 
 
+def _script(record: Record) -> Script:
+    """What the program did, on the torch that it says or that the record names."""
+    return record.run.script.ran_on(record.circumstances.versions.get("torch"))
+
+
 def same_answer(record: Record) -> str:
     """All that `ask` reads of a record: where it is the same, so is the answer."""
-    read = (record.run.model_dump(mode="json"), record.circumstances.gpu_id, record.covers, record.peaks.context_bytes)
+    script = _script(record).model_dump(mode="json")
+    read = (record.run.model_dump(mode="json"), script, record.circumstances.gpu_id, record.covers, record.peaks.context_bytes)
     return json.dumps(read, sort_keys=True)
 
 

@@ -159,7 +159,7 @@ def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     loss = _loss_sizes(job)
     facts = shape_facts(setup.batch_size, setup.seq_len + virtual_tokens, windows_of(job.architecture), loss)
     described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
-    scripted = (job.script.repeats_kv, job.script.enables_adapters_again)
+    scripted = (job.script.repeats_kv, job.script.enables_adapters_again, job.script.cublaslt_apart)
     key = (
         id(job.architecture),
         *described,
@@ -202,7 +202,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     dtype_of = partial(loaded_dtype, architecture, dtype=setup.dtype)
     doubled = job.quant is not None and bool(job.quant.double_quant)
     loaded = tuple(line for line in lasting if line.category != "optimizer_states")
-    workspaces = _workspaces(found.products, compute_capability)
+    workspaces = _workspaces(found.products, compute_capability, apart=job.script.cublaslt_apart)
     standing = Ledger(lasting + tuple(line for _, line in workspaces))
     passing = load_passing(
         parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled, adapters_pass_in=_passed_in(job)
@@ -340,11 +340,15 @@ def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, 
     return found | loss.named(b, loss.length(s + virtual_tokens))
 
 
-def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str) -> tuple[tuple[int, Line], ...]:
-    """One workspace per library and thread that multiplies matrices, from the first product on."""
+def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:
+    """One workspace per thread that multiplies matrices, from the first product on; `apart`: cuBLASLt has one of its own."""
     nbytes = {"cuBLAS": kernels(compute_capability)[1], "cuBLASLt": CUBLASLT_WORKSPACE_BYTES}
+    taken: dict[tuple[str, str], int] = {}
+    for (library, thread), at in products.items():
+        whose = (library if apart else "cuBLAS", thread)
+        taken[whose] = min(at, taken.get(whose, at))
     return tuple(
         (at, Line(f"{library} workspace, {thread} thread", "workspaces", "uint8", (int(size),), 1, library))
-        for (library, thread), at in sorted(products.items(), reverse=True)
+        for (library, thread), at in sorted(taken.items(), reverse=True)
         if (size := nbytes[library]) is not None
     )

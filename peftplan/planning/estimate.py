@@ -47,6 +47,11 @@ NOTED = 0.01
 OUTSIDE = ("CUDA context",)
 """What lies outside torch's allocator, and so outside every peak."""
 
+CUDNN_ATTENTION = ("9.0", "10.0")
+"""Compute capabilities on which `scaled_dot_product_attention` prefers cuDNN's kernel (torch 2.11 and 2.13, cuDNN 9.19 and 9.20:
+`_fused_sdp_choice`, asked on an emulated card). It is counted as the other fused kernels are."""
+BY_CUDNN = "what cuDNN's attention takes beyond torch's own kernels"
+
 
 def estimate(
     model: Any,
@@ -154,7 +159,7 @@ def _estimated(
         adaptation=job.adaptation,
         static=static,
         assumptions=assumptions,
-        not_modelled=OUTSIDE if peaks is not None else (f"{found[of_first]}", *NOT_COUNTED),
+        not_modelled=(f"{found[of_first]}", *NOT_COUNTED) if peaks is None else _outside(job.setup, of_first),
         gpus=tuple(verdict(card, static.bytes(), by_capability[capability(card)], hasty=hasty) for card in cards),
         peaks=peaks,
         resize=None if engine == "trace" or peaks is None else partial(_at, job, built, static, cards),
@@ -260,6 +265,13 @@ def _traced(job: Job, compute_capability: str, **how: Any) -> Peaks:
             compute_capability=compute_capability,
             **how,
         )
+
+
+def _outside(setup: Setup, compute_capability: str) -> tuple[str, ...]:
+    """What no peak holds: kernels of 16 bits may be cuDNN's."""
+    low = not {"fp16", "bf16"}.isdisjoint((setup.dtype, setup.autocast))
+    by_cudnn = setup.attn_implementation == "sdpa" and low and compute_capability in CUDNN_ATTENTION
+    return (*OUTSIDE, BY_CUDNN) if by_cudnn else OUTSIDE
 
 
 def adapter_dtypes(setup: Setup) -> tuple[str, str | None]:

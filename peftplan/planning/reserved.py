@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.memory.allocator.blocks import Block
+from peftplan.memory.allocator.config import AllocatorConfig
 from peftplan.memory.allocator.core import Allocator
 from peftplan.memory.allocator.stats import Peaks
 from peftplan.memory.copies import Layers
@@ -52,7 +53,7 @@ class Run(NamedTuple):
         Raises MemoryError where `capacity_bytes` are not enough.
         """
         compiled, _ = self.steps[-1]
-        feed = _Feed(Allocator(capacity_bytes=capacity_bytes), self.script)
+        feed = _Feed(Allocator(AllocatorConfig(ties_by_address=self.script.ties_by_address), capacity_bytes), self.script)
         feed.allocator.begin_phase("load")
         compiled.load(feed.allocator)
         feed.take(compiled.early)

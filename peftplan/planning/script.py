@@ -27,6 +27,25 @@ class Script(BaseModel):
     """Whether adapters are disabled and enabled (`with model.disable_adapter():`) between the optimizer's making and the first
     step, as where the base is evaluated. peft then lets all of an active adapter require gradients (tuners/tuners_utils.py,
     `enable_adapters`): of LoRA-FA A too, whose inputs are saved again and whose gradients its optimizer does not take."""
+    torch: Annotated[str, Field(pattern=r"^\d+\.\d+")] | None = None
+    """The torch that ran, as `2.10.0`; None: one like 2.13. Decides `cublaslt_apart` and `ties_by_address`."""
+
+    @property
+    def cublaslt_apart(self) -> bool:
+        """Whether cuBLASLt has workspaces of its own: before torch 2.12. Since then it takes cuBLAS's (`tools/emulated_card`)."""
+        return self._before(2, 12)
+
+    @property
+    def ties_by_address(self) -> bool:
+        """Whether the allocator orders equal free blocks by address: before torch 2.13. Since then by age of their segment."""
+        return self._before(2, 13)
+
+    def ran_on(self, torch: str | None) -> Script:
+        """The same with this torch, where the script itself does not say."""
+        return self if torch is None or self.torch is not None else self.model_copy(update={"torch": torch})
+
+    def _before(self, major: int, minor: int) -> bool:
+        return self.torch is not None and tuple(map(int, self.torch.split(".")[:2])) < (major, minor)
 
 
 NO_SCRIPT = Script.model_construct()

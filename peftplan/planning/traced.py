@@ -47,7 +47,7 @@ def trace_peaks(
     what cannot be traced.
     """
     try:
-        from peftplan.memory.allocator import replay
+        from peftplan.memory.allocator import AllocatorConfig, replay
         from peftplan.trace.engine import trace
         from peftplan.trace.meta import quiet_transformers
         from peftplan.trace.recorded import Recorded
@@ -67,6 +67,7 @@ def trace_peaks(
                 outputs_outlive_step=script.outputs_outlive_step,
                 earlier_seq_lens=script.earlier_seq_lens,
                 enables_adapters_again=script.enables_adapters_again,
+                cublaslt_apart=script.cublaslt_apart,
                 progress=progress,
             )
     except PeftplanError:
@@ -75,7 +76,8 @@ def trace_peaks(
         reason = " ".join(str(error).split())[:200]
         raise RefusedError(f"engine: the trace of {architecture.model_class} failed: {type(error).__name__}: {reason}") from error
     events = events_of(found, empties_cache=script.empties_cache)
-    replayed = replay(events)
+    allocator = AllocatorConfig(ties_by_address=script.ties_by_address)
+    replayed = replay(events, allocator)
     allocated = {phase: peaks.allocated for phase, peaks in replayed.by_phase.items()}  # no entry: nothing is allocated in it
     return Peaks(
         ledgers={
@@ -83,7 +85,7 @@ def trace_peaks(
             for phase, peak in found.peaks.items()
         },
         reserved=replayed.peaks.reserved,
-        runs_within=lambda capacity: replay(events, capacity_bytes=capacity).oom is None,
+        runs_within=lambda capacity: replay(events, allocator, capacity).oom is None,
         reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
         incomplete=_unknown(found.unknown_ops),
         assumed={**found.facts, **_without(found.replaced), **_on_host(found.host_bytes)},

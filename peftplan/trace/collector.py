@@ -13,7 +13,7 @@ NEVER = 2**30
 def old_objects_let_be() -> Iterator[None]:
     """Young objects are collected as ever, old ones are not: what the imported libraries made, and the log as it grows.
 
-    A trace makes objects by the hundred thousand and few of them in cycles; to look at all of them again took a third of its time.
+    A trace makes objects by the hundred thousand, few of them in cycles; looking at all of them again took a third of its time.
     """
     if gc.get_freeze_count():  # an outer one's, or somebody else's
         yield

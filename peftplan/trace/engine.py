@@ -121,6 +121,7 @@ def trace(
     full_depth: bool = False,
     earlier_seq_lens: tuple[int, ...] = (),
     enables_adapters_again: bool = False,
+    cublaslt_apart: bool = False,
     fake_on: FakeOn = "auto",
     progress: Tell | None = None,
 ) -> Traced:
@@ -130,15 +131,16 @@ def trace(
     parameters. `setup` is resolved (`planning.setup.resolved`). `device` is a compute capability: it decides kernels.
     `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. `earlier_seq_lens`: lengths of
     the steps before the counted one, one per step; without them one step of the same length. `enables_adapters_again`: adapters
-    are disabled and enabled once the optimizer is there. A model of identical layers is
-    traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see `fake.fake_device`. `progress` is
-    told what runs and how much is done.
+    are disabled and enabled once the optimizer is there. `cublaslt_apart`: cuBLASLt has workspaces of its own.
+    A model of identical layers is traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see
+    `fake.fake_device`. `progress` is told what runs and how much is done.
     Raises RefusedError for what cannot be traced.
     """
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
         capability=device or DEFAULT_CAPABILITY, outputs_outlive_step=outputs_outlive_step,
-        earlier_seq_lens=earlier_seq_lens, enables_adapters_again=enables_adapters_again, on=fake_device(fake_on),
+        earlier_seq_lens=earlier_seq_lens, enables_adapters_again=enables_adapters_again, cublaslt_apart=cublaslt_apart,
+        on=fake_device(fake_on),
     )  # fmt: skip
     tell = progress or silent
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
@@ -197,6 +199,7 @@ def _run(
     outputs_outlive_step: bool,
     earlier_seq_lens: tuple[int, ...],
     enables_adapters_again: bool,
+    cublaslt_apart: bool,
     on: torch.device,
     tell: Tell,
 ) -> Traced:
@@ -207,7 +210,8 @@ def _run(
     earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in earlier_seq_lens]
     losses.install(built.base, loss=setup.loss, prompt=losses.prompt_tokens(built.model), capability=capability)
     lengths = given.tokens.union(*(of_step.tokens for of_step in earlier))
-    tracker = _tracker(built, replace(given, tokens=lengths), setup, capability)
+    workspaces = Workspaces(capability, cublaslt_apart=cublaslt_apart)
+    tracker = _tracker(built, replace(given, tokens=lengths), setup, workspaces)
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode, on)
@@ -268,7 +272,7 @@ def _as_on_card(mode: FakeTensorMode, capability: Capability, *, autocast: bool,
         yield
 
 
-def _tracker(built: Built, given: Inputs, setup: Setup, capability: Capability) -> Tracker:
+def _tracker(built: Built, given: Inputs, setup: Setup, workspaces: Workspaces) -> Tracker:
     tokens = _token_counts(built, given, setup)
     vocab = getattr(built.hf_config.get_text_config(decoder=True), "vocab_size", None)
 
@@ -282,7 +286,7 @@ def _tracker(built: Built, given: Inputs, setup: Setup, capability: Capability) 
         is_logits=is_logits,
         scalar=lambda tensor: _scalar(tensor, tracker.made_by(tensor), padding=setup.padding and not tracker.of_ones(tensor)),
         temporaries=KERNEL_TEMPORARIES,
-        after=Workspaces(capability).after,
+        after=workspaces.after,
     )
     tracker.watch((built.names[id(m)], m) for m in built.model.modules() if built.names[id(m)])
     return tracker

@@ -1,8 +1,9 @@
 """Workspaces of cuBLAS and cuBLASLt: allocations inside torch's allocator that no tensor shows.
 
 Counted: one per library handle and stream, taken by the first matrix product that needs it, and kept. Handles belong to threads,
-and autograd's backward runs in another thread than forward. Source: torch aten/src/ATen/cuda/CublasHandlePool.cpp; two of each
-match measured peaks to the kibibyte (fitcheck-llm's T4 runs: without biases 2 × 8,519,680 bytes, with biases 2 MiB more).
+and autograd's backward runs in another thread than forward. Source: torch aten/src/ATen/cuda/CublasHandlePool.cpp; two match
+measured peaks to the kibibyte (fitcheck-llm's T4 runs: 2 × 8,519,680 bytes). Products with a bias go to cuBLASLt, which takes
+cuBLAS's workspace since torch 2.12; before, it had 1 MiB of its own (those runs with biases: 2 MiB more).
 """
 
 from __future__ import annotations
@@ -11,13 +12,9 @@ from typing import Any
 
 import torch
 
-from peftplan.hardware.context import cublas_workspace_bytes
+from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
 from peftplan.trace.attention import Capability
 from peftplan.trace.tracker import Tracker
-from peftplan.units import MIB
-
-CUBLASLT_BYTES = 1 * MIB
-"""`CUBLASLT_WORKSPACE_SIZE`'s default, 1024 KiB."""
 
 _ATEN = torch.ops.aten
 PRODUCTS = frozenset(
@@ -33,7 +30,8 @@ PRODUCTS = frozenset(
 class Workspaces:
     """Takes each workspace when the first product of its thread runs."""
 
-    def __init__(self, capability: Capability) -> None:
+    def __init__(self, capability: Capability, *, cublaslt_apart: bool = False) -> None:
+        self._apart = cublaslt_apart
         self._cublas = cublas_workspace_bytes(".".join(map(str, capability)))
         self._taken: set[tuple[str, str]] = set()
 
@@ -43,8 +41,8 @@ class Workspaces:
         if func not in PRODUCTS:
             return
         thread = "backward" if tracker.phase == "backward" else "forward"
-        if func is _ATEN.addmm.default and args[0].dim() == 1:
-            self._take(tracker, "cuBLASLt", thread, CUBLASLT_BYTES)
+        if self._apart and func is _ATEN.addmm.default and args[0].dim() == 1:
+            self._take(tracker, "cuBLASLt", thread, CUBLASLT_WORKSPACE_BYTES)
         elif self._cublas.bytes is not None:
             self._take(tracker, "cuBLAS", thread, self._cublas.bytes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from peftplan.errors import InputError
-from peftplan.memory.allocator import Allocator, OutOfMemory, parse_config
+from peftplan.memory.allocator import Allocator, AllocatorConfig, OutOfMemory, parse_config
 from peftplan.units import MIB
 
 
@@ -56,6 +56,22 @@ def test_a_small_segment_splits_down_to_512_bytes() -> None:
     assert (allocator.requested, allocator.allocated, allocator.reserved) == (2 * MIB - 510, 2 * MIB + 512, 4 * MIB)
 
 
+@pytest.mark.parametrize(("by_address", "taken"), [(False, [1, 2, 3, 4]), (True, [4, 3, 2, 1])])
+def test_of_equal_free_blocks_the_oldest_segment_goes_first_and_before_2_13_the_lowest_address(
+    by_address: bool, taken: list[int]
+) -> None:
+    """What torch 2.13.0, 2.14.0 and 2.15.0 do, and 2.10.0, 2.11.0 and 2.12.1, whose segments lie each below the one before."""
+    allocator = Allocator(AllocatorConfig(ties_by_address=by_address))
+    for id in (1, 2, 3, 4):
+        allocator.malloc(id, 30 * MIB)
+    place = {allocator.address(id): id for id in (1, 2, 3, 4)}
+    for id in (3, 1, 4, 2):
+        allocator.free(id)
+    for id in (5, 6, 7, 8):
+        allocator.malloc(id, 30 * MIB)
+    assert [place[allocator.address(id)] for id in (5, 6, 7, 8)] == taken
+
+
 def test_a_small_remainder_of_512_is_split_off() -> None:
     allocator = Allocator()
     allocator.malloc(1, MIB)
@@ -81,12 +97,12 @@ def test_large_segments_to_measure() -> None:
     assert script.sizes == [[10], [10.5, -1.5], [34]]
 
 
-def test_best_fit_is_the_smallest_and_then_the_lowest() -> None:
+def test_best_fit_is_the_smallest_and_then_the_oldest() -> None:
     script = Script()
     script.malloc(30, 14, 14, 22)
     second = script.allocator.address(2)
     script.free(1, 3, 2, 4)
-    script.malloc(13.5, first=5)  # 14, 14, 22 and 30 fit; of the two 14s the lower address, though freed last
+    script.malloc(13.5, first=5)  # 14, 14, 22 and 30 fit; of the two 14s the older segment's, though freed last
     assert script.allocator.address(5) == second
     assert script.reserved == 80
 
@@ -167,27 +183,16 @@ def test_out_of_memory_says_how_much_is_missing_and_why() -> None:
     assert script.malloc(12, first=7) is None  # the failed id is free to use, and 12 fits
 
 
-def test_of_two_large_segments_of_one_size_the_later_one_is_taken_first() -> None:
-    script = Script()
-    script.malloc(64, 64)
-    script.free(1, 2)
-    script.malloc(60, first=3)  # of two free 64s the lower address, which is the later range
-    assert script.sizes == [[60, -4], [-64]]
-    second = script.allocator.address(3)
-    script.malloc(60, first=4)
-    assert script.allocator.address(4) > second
-
-
 def test_an_oversize_block_waits_for_an_oversize_request() -> None:
     script = Script("max_split_size_mb:32,max_non_split_rounding_mb:24")
     script.malloc(64, 30)
     script.free(1)
     assert script.malloc(20, first=3) is None  # 64 ≥ 32 > 20: not given, a new segment of 20
-    assert script.sizes == [[20], [30], [-64]]  # by address: small ranges upwards, large ones downwards
+    assert script.sizes == [[-64], [30], [20]]
     script.malloc(40, first=4)  # oversize itself, but 64 ≥ 40 + 24: too much waste
-    assert script.sizes == [[20], [40], [30], [-64]]
+    assert script.sizes == [[-64], [30], [20], [40]]
     script.malloc(42, first=5)  # 64 < 42 + 24: given whole, never split
-    assert script.sizes == [[20], [40], [30], [64]]
+    assert script.sizes == [[64], [30], [20], [40]]
 
 
 def test_at_20_mib_the_shared_segments_themselves_are_oversize() -> None:

@@ -21,7 +21,7 @@ def test_the_small_pool_and_each_stream_have_their_own_segment() -> None:
     assert script.history == [("map", 2), ("map", 2)]
     script.malloc(1.5, first=4)
     script.malloc(1.5, first=5, stream=3)
-    assert script.sizes == [[1.5, -18.5], [1.5, -18.5], [0.5, 1, 1, -1.5]]  # by address, the latest range lowest
+    assert script.sizes == [[0.5, 1, 1, -1.5], [1.5, -18.5], [1.5, -18.5]]
 
 
 def test_large_blocks_split_down_to_512_bytes() -> None:
@@ -89,4 +89,4 @@ def test_address_space_is_an_eighth_more_than_the_device() -> None:
     script = Script(ON, capacity=200, device=160)  # 180 MiB of addresses
     script.malloc(*[20] * 9)
     script.malloc(20, first=10)  # a second segment
-    assert [sum(sizes) for sizes in script.sizes] == [20, 180]
+    assert [sum(sizes) for sizes in script.sizes] == [180, 20]

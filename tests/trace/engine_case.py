@@ -47,6 +47,7 @@ def traced(
     device: tuple[int, int] | None = None,
     outputs_outlive_step: bool = False,
     earlier_seq_lens: tuple[int, ...] = (),
+    cublaslt_apart: bool = False,
     fake_on: FakeOn = "auto",
     **options: Any,
 ) -> Traced:
@@ -62,5 +63,6 @@ def traced(
         device=device,
         outputs_outlive_step=outputs_outlive_step,
         earlier_seq_lens=earlier_seq_lens,
+        cublaslt_apart=cublaslt_apart,
         fake_on=fake_on,
     )

@@ -1,8 +1,8 @@
 /* A card whose kernels do nothing and whose memory is address space: enough of the CUDA driver and runtime for torch's CUDA build
  * to run with its own caching allocator, so that every allocation of a step is real and no value is. See README.md.
  *
- * Copies from the card give zeros, one byte gives 1 (a mask's `all()` is true). EMULATED_CAPABILITY ("8.0") and EMULATED_BYTES
- * (85899345920) describe the card; CONTEXT is what it holds before the first tensor. */
+ * Copies from the card give zeros, one byte gives 1 (a mask's `all()` is true). EMULATED_CAPABILITY ("8.0"), EMULATED_BYTES
+ * (85899345920) and EMULATED_NAME ("emulated card") describe the card; CONTEXT is what it holds before the first tensor. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -30,7 +30,8 @@ static size_t total(void) {
 
 static int capability(int part) {
     const char *given = getenv("EMULATED_CAPABILITY");
-    return (given ? given : "8.0")[part ? 2 : 0] - '0';
+    if (!given) given = "8.0";
+    return atoi(part ? strchr(given, '.') + 1 : given);
 }
 
 static int turing(void) { return capability(0) == 7; }
@@ -112,7 +113,7 @@ const char *cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(erro
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     memset(p, 0, sizeof *p);
-    strcpy(p->name, "emulated card");
+    strcpy(p->name, getenv("EMULATED_NAME") ? getenv("EMULATED_NAME") : "emulated card");
     p->totalGlobalMem = total();
     p->major = capability(0);
     p->minor = capability(1);
@@ -131,6 +132,10 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     p->unifiedAddressing = p->managedMemory = p->concurrentKernels = 1;
     return cudaSuccess;
 }
+
+#if CUDART_VERSION < 13000
+cudaError_t cudaGetDeviceProperties_v2(struct cudaDeviceProp *p, int device) { return cudaGetDeviceProperties(p, device); }
+#endif
 
 cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) {
     struct cudaDeviceProp p;

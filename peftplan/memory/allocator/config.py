@@ -59,6 +59,8 @@ class AllocatorConfig:
 
     `max_split_size` None: any block may be split. `per_process_memory_fraction` None: never set, which also switches garbage
     collection off (torch collects only under a set fraction; `torch.cuda.set_per_process_memory_fraction` sets it too).
+    `ties_by_address` is no option but torch before 2.13: of free blocks of one size the lowest address goes first, where since
+    then the one in the oldest segment does (`tools/emulated_card`).
     """
 
     max_split_size: int | None = None
@@ -68,6 +70,7 @@ class AllocatorConfig:
     expandable_segments: bool = False
     large_segment_size: int = LARGE_SEGMENT_SIZE
     per_process_memory_fraction: float | None = None
+    ties_by_address: bool = False
 
     @property
     def garbage_collects(self) -> bool:

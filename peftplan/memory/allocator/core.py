@@ -40,7 +40,13 @@ class Allocator:
         allowed = None if fraction is None or device_bytes is None else int(fraction * device_bytes)
         self._threshold = int(self.config.garbage_collection_threshold * (allowed or 0))
         self._stats = Stats()
-        self._device = Device(self._stats, capacity=capacity_bytes, allowed=allowed, device_bytes=device_bytes)
+        self._device = Device(
+            self._stats,
+            capacity=capacity_bytes,
+            allowed=allowed,
+            device_bytes=device_bytes,
+            downwards=self.config.ties_by_address,
+        )
         self._small = BlockPool(is_small=True, page=SMALL_BUFFER)
         self._large = BlockPool(is_small=False, page=self.config.large_segment_size)
         self._live: dict[int, Block | None] = {}

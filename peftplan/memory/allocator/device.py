@@ -1,12 +1,12 @@
 """What stands for `cudaMalloc` and `cuMemCreate`: a capacity, addresses, and a record of every segment taken or given back.
 
 Addresses are this model's own, on multiples of 2 MiB, and never reused. They only decide between free blocks of exactly the same
-size in different segments. Ranges of more than 20 MiB lie each below the one before, as Linux maps them; smaller ones, which the
-driver takes out of larger ranges, each above. Inferred, since no source of the driver is public: so ordered, reserved bytes equal
-what six of ten unquantized runs on a T4 measured, to the MiB, and the rest within 0.5 %; upwards, eager runs are 9 % off. Ten
-runs of another program on an RTX 4080 agree: 0.06 % in the median, -2.9 % at worst; upwards -18 % (docs/trace-drift.md). Left
-out: torch 2.13.0 takes the free block whose segment was made first, wherever it lies (`tools/emulated_card` shows it); 2.12.1
-does not, and measured runs with 2.10 and 2.14 did not.
+size in different segments. Since torch 2.13 the one whose segment was made first goes first, wherever it lies: every range lies
+above the one before. Until 2.12 the lowest address went first: there ranges of more than 20 MiB lie each below the one before, as
+Linux maps them, and smaller ones, which the driver takes out of larger ranges, each above. That is inferred, since no source of
+the driver is public: so ordered, reserved bytes equal what six of ten unquantized runs on a T4 measured, to the MiB, and the rest
+within 0.5 %; upwards, eager runs are 9 % off. Ten runs of another program on an RTX 4080 agree: 0.06 % in the median, -2.9 % at
+worst; upwards -18 % (docs/trace-drift.md).
 """
 
 from __future__ import annotations
@@ -37,11 +37,14 @@ class SegmentEvent(NamedTuple):
 class Device:
     """Memory that this process may take: `capacity` by what is physically there, `allowed` by a set fraction; None: no limit."""
 
-    def __init__(self, stats: Stats, *, capacity: int | None, allowed: int | None, device_bytes: int | None) -> None:
+    def __init__(
+        self, stats: Stats, *, capacity: int | None, allowed: int | None, device_bytes: int | None, downwards: bool
+    ) -> None:
         self.stats, self.capacity, self.allowed = stats, capacity, allowed
         self.address_space = ENDLESS if device_bytes is None else device_bytes + device_bytes // 8
         """Addresses that an expandable segment reserves: 1 1/8 of the device's memory (`address_space_size`)."""
         self.history: list[SegmentEvent] = []
+        self._downwards = downwards
         self._above, self._below = ROUND_LARGE, TOP
 
     def permits(self, nbytes: int) -> bool:
@@ -68,9 +71,9 @@ class Device:
         self.history.append(SegmentEvent(self.stats.event, action, nbytes))
 
     def addresses(self, nbytes: int) -> int:
-        """The start of a new range of addresses: below all large ones so far, or above all small ones."""
+        """The start of a new range of addresses: above all so far; downwards, below all large ones or above all small ones."""
         size = ceil_div(nbytes, ROUND_LARGE) * ROUND_LARGE
-        if size > LARGE_SEGMENT_SIZE:
+        if self._downwards and size > LARGE_SEGMENT_SIZE:
             self._below -= size
             return self._below
         self._above += size
