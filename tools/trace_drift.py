@@ -3,8 +3,9 @@
 `python tools/trace_drift.py [--parts t4 runs metamath unscored] [--lengths BEFORE/LONGEST ...] [--write]`, or `--run NAME`
 for one run of peft's benchmark alone. The rows are data/published/peaks_t4.jsonl (allocated bytes by phase, reserved bytes),
 data/runs (the runs of other trainers and stacks), data/published/peft_metamath.jsonl (reserved bytes) and
-peft_metamath_unscored.jsonl (configurations without a run). Parts not asked for stay as they are on the page; its words are
-tools/trace_drift.md. Needs the extra `trace`; the whole takes a quarter of an hour on two idle cores.
+peft_metamath_unscored.jsonl (configurations without a run). What today's peft computes otherwise than the one that ran is traced
+by the interpreter of `--other-peft`, whose environment has that one (0.19.1). Parts not asked for stay as they are on the page;
+its words are tools/trace_drift.md. Needs the extra `trace`; the whole takes a quarter of an hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -53,7 +56,7 @@ LENGTHS: tuple[Lengths, ...] = ((104, 690), (120, 688))
 CHOSEN_BY = ("lora/llama-3.2-3B-rank32", "ia3/llama-3.2-3B-default")
 LORA_FA = "lora/llama-3.2-3B-rank32-lorafa"
 OTHER_CODE = ("osf/llama-3.2-3B-rank128",)
-"""Rows of methods that peft computed otherwise when it ran: causes on the page."""
+"""Rows of methods that peft computed otherwise when it ran (0.19): causes on the page."""
 BENCHMARK = {"dtype": "bfloat16", "autocast_adapter_dtype": True, "batch_size": 4, "gradient_checkpointing": False}
 """What the benchmark's runs share, for configurations without a run."""
 
@@ -162,6 +165,13 @@ def metamath_figures(row: Row, *, lengths: Sequence[Lengths]) -> Figures:
     return {_head(pair): Figure(row["max_memory_reserved_bytes"], reserved(row, lengths=pair)) for pair in lengths}
 
 
+def by_other_peft(python: str, row: Row, *, lengths: Sequence[Lengths]) -> Figures:
+    """`metamath_figures` by another interpreter, whose environment has another peft."""
+    asked = ["--run", row["experiment"], "--bytes", "--lengths", *(f"{before}/{longest}" for before, longest in lengths)]
+    said = subprocess.run([python, __file__, *asked], check=True, capture_output=True, text=True)
+    return {head: Figure(row["max_memory_reserved_bytes"], traced) for head, traced in json.loads(said.stdout).items()}
+
+
 def run_answers() -> list[Answer]:
     """What the trace engine says of every other run, as `peftplan check` stored it; what it did not ask is asked now."""
     stored = load(RUNS / "baseline.json")
@@ -256,15 +266,19 @@ def part_runs(lengths: Sequence[Lengths]) -> str:
     return "\n\n".join([*parts, *_not_traced(refused)])
 
 
-def part_metamath(lengths: Sequence[Lengths]) -> str:
+def part_metamath(lengths: Sequence[Lengths], *, other_peft: str | None = None) -> str:
     """peft's benchmark."""
-    done, refused = _metamath(lengths)
-    scored = [(row["experiment"], figures) for row, figures in done if row["experiment"] not in CHOSEN_BY]
-    same_code = [figures for name, figures in scored if name not in OTHER_CODE]
+    every = sorted(load_rows("peft_metamath.jsonl"), key=lambda row: row["experiment"] not in CHOSEN_BY)
+
+    def figures(row: Row) -> Figures:
+        if other_peft and row["experiment"] in OTHER_CODE:
+            return by_other_peft(other_peft, row, lengths=lengths)
+        return metamath_figures(row, lengths=lengths)
+
+    done, refused = tried(every, figures, key="experiment")
     parts = [
-        summary([figures for _, figures in scored], "tokens"),
-        "Without OSF, which the peft that ran computed otherwise (causes below):",
-        summary(same_code, "tokens"),
+        summary([found for row, found in done if row["experiment"] not in CHOSEN_BY], "tokens"),
+        f"OSF is traced with {'the peft that ran' if other_peft else 'a later peft than ran'} (causes below).",
         table(("run", *map(_head, lengths)), [_metamath_line(*one) for one in done]),
     ]
     return "\n\n".join([*parts, *_not_traced(refused)])
@@ -297,20 +311,15 @@ PARTS: dict[str, Callable[[Sequence[Lengths]], str]] = {
 BLOCK = re.compile(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->", flags=re.DOTALL)
 
 
-def page(*, lengths: Sequence[Lengths], parts: Sequence[str] = tuple(PARTS)) -> str:
+def page(*, lengths: Sequence[Lengths], parts: Sequence[str] = tuple(PARTS), other_peft: str | None = None) -> str:
     """The whole page; what is not among `parts` as it is written now."""
     written = dict(BLOCK.findall(OUTPUT.read_text(encoding="utf-8")))
     facts = dict(zip(("before", "longest", "second_before", "second_longest"), (*lengths[0], *lengths[-1]), strict=True))
     text = re.sub(r"\{(\w+)\}", lambda found: str(facts[found[1]]), TEMPLATE.read_text(encoding="utf-8"))
-    for name, made in PARTS.items():
+    for name, made in {**PARTS, "metamath": partial(part_metamath, other_peft=other_peft)}.items():
         block = made(lengths) if name in parts else written[name]
         text = text.replace(f"<!-- {name} -->", f"<!-- {name} -->\n{block}\n<!-- end -->")
     return text
-
-
-def _metamath(lengths: Sequence[Lengths]) -> tuple[list[Done], list[Refused]]:
-    every = sorted(load_rows("peft_metamath.jsonl"), key=lambda row: row["experiment"] not in CHOSEN_BY)
-    return tried(every, lambda row: metamath_figures(row, lengths=lengths), key="experiment")
 
 
 def _unscored(lengths: Lengths) -> tuple[list[tuple[str, ...]], list[Refused]]:
@@ -350,14 +359,18 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="what to trace anew")
     parser.add_argument("--write", action="store_true", help=f"write {OUTPUT.relative_to(ROOT)}")
     parser.add_argument("--run", choices=[row["experiment"] for row in load_rows("peft_metamath.jsonl")], help="one run alone")
+    parser.add_argument("--bytes", action="store_true", help="of that run the traced bytes by lengths, as JSON")
+    parser.add_argument("--other-peft", metavar="PYTHON", help="an interpreter with the peft that ran, for OSF")
     args = parser.parse_args()
     lengths = [_lengths(text) for text in args.lengths] if args.lengths else LENGTHS
     with quiet_transformers():
         if args.run:
             (row,) = (row for row in load_rows("peft_metamath.jsonl") if row["experiment"] == args.run)
-            print(*_metamath_line(row, metamath_figures(row, lengths=lengths)), sep="  ")
+            figures = metamath_figures(row, lengths=lengths)
+            by_lengths = {head: figure.traced for head, figure in figures.items()}
+            print(json.dumps(by_lengths) if args.bytes else "  ".join(_metamath_line(row, figures)))
             return
-        text = page(lengths=lengths, parts=args.parts)
+        text = page(lengths=lengths, parts=args.parts, other_peft=args.other_peft)
     if args.write:
         OUTPUT.write_text(text, encoding="utf-8")
     else:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 
@@ -27,6 +28,7 @@ from peftplan.measure.training import Seen, described, seen
 from peftplan.planning.estimate import estimate
 from peftplan.planning.prepare import prepare
 from peftplan.planning.result import Estimate
+from peftplan.planning.script import NO_SCRIPT
 from peftplan.planning.setup import Engine
 from peftplan.units import format_bytes
 
@@ -131,7 +133,8 @@ class MemoryCallback(TrainerCallback):
         """The estimate of one shape; what is refused is said once."""
         card = None if self._device is None else gpu_id(self._device.facts().gpu)
         try:
-            return estimate(engine=self.engine, gpu=card, **self._arguments(batch)).replayed()
+            script = NO_SCRIPT.ran_on(torch.__version__)
+            return estimate(engine=self.engine, gpu=card, script=script, **self._arguments(batch)).replayed()
         except PeftplanError as error:
             if not any(self._estimates.values()):
                 self.say(f"no estimate: {error}")

@@ -23,7 +23,8 @@ DEFINITIONS = """## What the words mean
   every other record states, in `unknown` and `differs`, what was assumed and what differs. Only the drift of the former is the
   engine's own; in tables by source the others are marked as open.
 - A record's **script** says what its program did that no option says: lengths of the steps before, outputs that outlive the step,
-  `empty_cache`, keys and values repeated by hand. Both engines run the same.
+  `empty_cache`, keys and values repeated by hand, a torch that its label does not say. Both engines run the same, with the
+  allocator of the torch that ran.
 - **Wrong verdicts**: `does_not_fit` on the card on which it ran, or `fits` on one on which it ran out of memory; `fits` on a
   card 1 % below the measured peak; `does_not_fit` on a card 10 % above it. Reserved bytes decide where they were measured and
   stated, else allocated bytes, else the device's. `fits` means that at least 5 % of the card are left over; less is `tight`,
