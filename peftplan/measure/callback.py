@@ -132,9 +132,10 @@ class MemoryCallback(TrainerCallback):
     def _estimate(self, batch: Seen) -> Estimate | None:
         """The estimate of one shape; what is refused is said once."""
         card = None if self._device is None else gpu_id(self._device.facts().gpu)
+        given = self._arguments(batch)
+        script = given.pop("script", NO_SCRIPT).ran_on(torch.__version__)
         try:
-            script = NO_SCRIPT.ran_on(torch.__version__)
-            return estimate(engine=self.engine, gpu=card, script=script, **self._arguments(batch)).replayed()
+            return estimate(engine=self.engine, gpu=card, script=script, **given).replayed()
         except PeftplanError as error:
             if not any(self._estimates.values()):
                 self.say(f"no estimate: {error}")

@@ -159,7 +159,7 @@ def _estimated(
         adaptation=job.adaptation,
         static=static,
         assumptions=assumptions,
-        not_modelled=(f"{found[of_first]}", *NOT_COUNTED) if peaks is None else _outside(job.setup, of_first),
+        not_modelled=(f"{found[of_first]}", *NOT_COUNTED) if peaks is None else _outside(job.setup, found),
         gpus=tuple(verdict(card, static.bytes(), by_capability[capability(card)], hasty=hasty) for card in cards),
         peaks=peaks,
         resize=None if engine == "trace" or peaks is None else partial(_at, job, built, static, cards),
@@ -267,10 +267,10 @@ def _traced(job: Job, compute_capability: str, **how: Any) -> Peaks:
         )
 
 
-def _outside(setup: Setup, compute_capability: str) -> tuple[str, ...]:
-    """What no peak holds: kernels of 16 bits may be cuDNN's."""
+def _outside(setup: Setup, capabilities: Iterable[str]) -> tuple[str, ...]:
+    """What no peak holds: on one of the cards kernels of 16 bits may be cuDNN's."""
     low = not {"fp16", "bf16"}.isdisjoint((setup.dtype, setup.autocast))
-    by_cudnn = setup.attn_implementation == "sdpa" and low and compute_capability in CUDNN_ATTENTION
+    by_cudnn = setup.attn_implementation == "sdpa" and low and not set(CUDNN_ATTENTION).isdisjoint(capabilities)
     return (*OUTSIDE, BY_CUDNN) if by_cudnn else OUTSIDE
 
 

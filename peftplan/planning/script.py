@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
+
+VERSION = r"^\d+\.\d+"
+"""What a version of torch begins with."""
 
 
 class Script(BaseModel):
@@ -27,7 +31,7 @@ class Script(BaseModel):
     """Whether adapters are disabled and enabled (`with model.disable_adapter():`) between the optimizer's making and the first
     step, as where the base is evaluated. peft then lets all of an active adapter require gradients (tuners/tuners_utils.py,
     `enable_adapters`): of LoRA-FA A too, whose inputs are saved again and whose gradients its optimizer does not take."""
-    torch: Annotated[str, Field(pattern=r"^\d+\.\d+")] | None = None
+    torch: Annotated[str, Field(pattern=VERSION)] | None = None
     """The torch that ran, as `2.10.0`; None: one like 2.13. Decides `cublaslt_apart` and `ties_by_address`."""
 
     @property
@@ -41,11 +45,13 @@ class Script(BaseModel):
         return self._before(2, 13)
 
     def ran_on(self, torch: str | None) -> Script:
-        """The same with this torch, where the script itself does not say."""
-        return self if torch is None or self.torch is not None else self.model_copy(update={"torch": torch})
+        """The same with this torch, where the script itself does not say and this is a version (a record may say anything)."""
+        if self.torch is not None or not re.match(VERSION, torch or ""):
+            return self
+        return self.model_copy(update={"torch": torch})
 
     def _before(self, major: int, minor: int) -> bool:
-        return self.torch is not None and tuple(map(int, self.torch.split(".")[:2])) < (major, minor)
+        return self.torch is not None and tuple(map(int, re.findall(r"\d+", self.torch)[:2])) < (major, minor)
 
 
 NO_SCRIPT = Script.model_construct()

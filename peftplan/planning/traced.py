@@ -89,7 +89,7 @@ def trace_peaks(
         reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
         incomplete=_unknown(found.unknown_ops),
         assumed={**found.facts, **_without(found.replaced), **_on_host(found.host_bytes)},
-        recording=Recorded(found) if record else None,
+        recording=Recorded(found, events, allocator) if record else None,
     )
 
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
+from itertools import compress
 
-from peftplan.memory.allocator import replay
+from peftplan.memory.allocator import AllocatorConfig, Event, replay
 from peftplan.memory.ledger import CATEGORIES, Category
 from peftplan.memory.series import Group, Series, Span, extremes
 from peftplan.trace import eventlog
@@ -24,13 +25,17 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 @dataclass(frozen=True)
 class Recorded:
-    """What `peftplan.memory.series.Recording` asks for, from a trace."""
+    """What `peftplan.memory.series.Recording` asks for, from a trace: `events` are its log as it was replayed, with the cache
+    emptied here and there, under `allocator`.
+    """
 
     traced: Traced
+    events: Sequence[Event]
+    allocator: AllocatorConfig
 
     def save(self, path: str, *, title: str) -> None:
         """Write the event log, loading and the first step included, so that a replay starts with an empty device."""
-        eventlog.save(self.traced.events, path, title=title)
+        eventlog.save(self.events, path, title=title)
 
     def series(self) -> Series:
         """Levels at the highest and lowest moments of the steady step. All categories add up to what the allocator counts as
@@ -39,18 +44,20 @@ class Recorded:
         traced = self.traced
         steady = [window for window in traced.windows if window.phase != "load"]
         start, end = steady[0].start, steady[-1].end
-        line = replay(traced.events, timeline=True).timeline
+        line = replay(self.events, self.allocator, timeline=True).timeline
         assert line is not None
-        # Entry i of the line is the level after event i; time 0 is the level that the step meets, after event start - 1.
-        kept = extremes(line.allocated[start - 1 : end], most=MOST_POINTS)
+        of_log = [event.kind != "empty_cache" for event in self.events]
+        allocated, reserved = (list(compress(levels, of_log)) for levels in (line.allocated, line.reserved))
+        # Entry i is the level after event i; time 0 is the level that the step meets, after event start - 1.
+        kept = extremes(allocated[start - 1 : end], most=MOST_POINTS)
         levels, largest = _states(traced.log, [start + time for time in kept])
         for of_time, time in zip(levels, kept, strict=True):
-            of_time["temporaries"] += line.allocated[start - 1 + time] - sum(of_time.values())
+            of_time["temporaries"] += allocated[start - 1 + time] - sum(of_time.values())
         return Series(
             times=kept,
             by_category={c: [of_time[c] for of_time in levels] for c in CATEGORIES if any(of_time[c] for of_time in levels)},
             phases=[Span(window.phase, window.start - start, window.end - start) for window in steady],
-            reserved=[line.reserved[start - 1 + time] for time in kept],
+            reserved=[reserved[start - 1 + time] for time in kept],
             largest=largest,
         )
 

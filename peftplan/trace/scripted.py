@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from unittest.mock import patch
 
 from peftplan.memory.allocator import Event
@@ -30,7 +31,7 @@ def with_empty_cache(traced: Traced) -> list[Event]:
     """The log with `empty_cache()` after every step, before the gradients of that step are freed."""
     events: list[Event] = []
     done = 0
-    for at in [at for at, phase in traced.began if phase == "forward"][1:]:
+    for at in [at for (_, before), (at, phase) in pairwise(traced.began) if (before, phase) == ("step", "forward")]:
         start = at
         while traced.log[start - 1].kind == "free":
             start -= 1
