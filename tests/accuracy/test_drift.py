@@ -421,6 +421,29 @@ def test_tables_keep_within_the_terminal(columns: int) -> None:
     assert len([word for word in lines[at + 1].split() if word == "%"]) == 3
 
 
+@pytest.mark.parametrize(
+    ("versions", "script", "torch"),
+    [
+        ({"torch": "2.10.0"}, {}, "2.10.0"),
+        ({"torch": "2.14.0"}, {"torch": "2.10.0"}, "2.10.0"),
+        ({"torch": "of main"}, {}, None),
+        ({}, {}, None),
+    ],
+)
+def test_a_record_is_asked_with_the_torch_that_ran(versions: dict[str, str], script: dict[str, Any], torch: str | None) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def noting(*args: Any, **kwargs: Any) -> Estimate:
+        asked.append(kwargs)
+        return estimate(*args, **kwargs)
+
+    ran = record(run={**PAYLOAD["run"], "script": script}, circumstances={**PAYLOAD["circumstances"], "versions": versions})
+    with patch.object(engines, "estimate", noting):
+        assert not ask(ran, "analytic").crashed
+    assert asked[0]["script"].torch == torch
+    assert engines.same_answer(ran) != engines.same_answer(record())  # which ran on 2.13.0
+
+
 def test_what_ran_twice_is_asked_once() -> None:
     asked: list[dict[str, Any]] = []
 

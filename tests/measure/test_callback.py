@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -20,6 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from peftplan.accuracy.jsonl import read
 from peftplan.integrations import MemoryCallback
+from peftplan.planning.estimate import estimate
+from peftplan.planning.script import Script
 from tests.measure.double import Double
 
 # r × (in + out) of q (64+64), k and v (64+32 each), o (64+64), in 2 layers, r 4
@@ -150,6 +153,21 @@ def test_without_cuda_it_says_so_and_prints_the_estimate(tmp_path: Path) -> None
         pytest.skip("this machine has a GPU")
     assert any("needs a CUDA GPU" in line for line in said)
     assert any("estimated for 1 × 16 tokens" in line for line in said)
+
+
+def test_the_estimate_is_of_the_torch_that_runs_and_of_what_the_program_does(tmp_path: Path, double: Double) -> None:
+    asked: list[Script] = []
+    output = tmp_path / "runs.jsonl"
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["script"])
+        return estimate(*args, **kwargs)
+
+    with patch("peftplan.measure.callback.estimate", noting):
+        for options in ({}, {"script": Script(empties_cache=True)}):
+            trained(tmp_path, MemoryCallback(device=double, tell=lambda line: None, output=output, **options), lengths=[8] * 4)
+    assert [(script.empties_cache, script.torch) for script in asked] == [(False, torch.__version__), (True, torch.__version__)]
+    assert [record.run.script for record in read(output)] == [Script(), Script(empties_cache=True)]
 
 
 def test_the_model_is_left_without_hooks(tmp_path: Path, double: Double) -> None:

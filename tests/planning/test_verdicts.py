@@ -83,3 +83,20 @@ def test_what_a_card_does_otherwise_is_said(gpu: str, options: dict[str, str], s
     notes = [note for note in estimate("llama-2-7b", gpu=gpu, **options).assumptions["notes"] if note.startswith(gpu)]
     assert [note for note in notes if said is None or said not in note] == []
     assert bool(notes) == (said is not None)
+
+
+@pytest.mark.parametrize(
+    ("cards", "options", "said"),
+    [
+        ("h100-80gb", {}, True),
+        ("a100-80gb", {}, False),
+        ("a100-80gb,b200", {}, True),
+        ("b300", {}, False),  # 10.3: torch asks for a minor version of 0 (sdp_utils.cpp, check_prefer_cudnn_attention)
+        ("h100-80gb", {"attn_implementation": "eager"}, False),
+        ("h100-80gb", {"dtype": "fp32", "autocast": "none"}, False),
+        ("h100-80gb", {"dtype": "fp32"}, True),  # autocast bf16
+    ],
+)
+def test_attention_that_may_be_cudnns_is_said_wherever_a_card_prefers_it(cards: str, options: dict[str, str], said: bool) -> None:
+    found = estimate("llama-3.2-1b", gpu=cards, **options)
+    assert any("cuDNN" in what for what in found.not_modelled) is said

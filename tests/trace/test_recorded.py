@@ -12,12 +12,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import peftplan
-from peftplan.memory.allocator import replay
+from peftplan.memory.allocator import AllocatorConfig, replay
 from peftplan.memory.series import Series
 from peftplan.planning.result import Estimate, Peaks
+from peftplan.planning.script import Script
 from peftplan.planning.traced import _unknown
 from peftplan.trace import eventlog
 from peftplan.trace.replayed import replay_file
+from tests.planning.test_script import QLORA, RUN, WIDE
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -104,6 +106,26 @@ def test_the_saved_log_replays_to_the_stated_peaks(traced: Estimate, tmp_path: P
     assert enough.failed is None
     assert too_little.failed is not None
     assert too_little.failed.op
+
+
+@pytest.mark.parametrize(
+    ("options", "script"),
+    [
+        ({}, Script(empties_cache=True)),
+        (QLORA, Script(torch="2.12.1")),
+    ],
+    ids=["emptied-cache", "older-torch"],
+)
+def test_a_recording_is_replayed_as_the_trace_was(options: dict[str, Any], script: Script, tmp_path: Path) -> None:
+    """Of a model for which either moves what is reserved (tests/planning/test_script.py)."""
+    found = peaks_of(peftplan.estimate(WIDE, engine="trace", record=True, script=script, **{**RUN, **options}))
+    assert found.recording is not None
+    series = found.recording.series()
+    assert max(series.total) == found.allocated
+    assert max(series.reserved or ()) == found.reserved
+    found.recording.save(str(tmp_path / "log.json"), title="wide")
+    under = AllocatorConfig(ties_by_address=script.ties_by_address)
+    assert replay(eventlog.load(tmp_path / "log.json").events, under).peaks.reserved == found.reserved
 
 
 def test_progress_goes_up_and_names_the_phases(traced: Estimate) -> None:
