@@ -1,8 +1,9 @@
 """Deep models at the price of shallow ones: two traces of few layers, and the log of many made from them (`expand`).
 
-Only where all layers of a stack are alike: same modules, same shapes, same settings. A model may have two such stacks (encoder
-and decoder, vision tower and text); any other is traced in full. Where every n-th layer is checkpointed, n layers repeat;
-all depths then differ by multiples of n, so that each later layer is the same one of its n, whatever stack it is in.
+Only where all layers of a stack are alike: same modules, same shapes, same settings, and no number of one in the config. A model
+may have two such stacks (encoder and decoder, vision tower and text); any other is traced in full. Where every n-th layer is
+checkpointed, n layers repeat; all depths then differ by multiples of n, so that each later layer is the same one of its n,
+whatever stack it is in.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ LAYERS_FIELDS = (
 _INDEX = re.compile(r"(?:^|[.\[(|,\\{' ])\d")
 """A number where a layer's would stand: `layers.3`, `[0-7]`, `(1|2)`; not `fc1`."""
 _SETTINGS = (bool, int, float, str, type(None))
+NUMBERS_LAYERS = ("_indices", "_indexes")
+"""How fields of configs end that number single layers: those of its vision tower whose output Mllama reads. `_out_indices` is of
+backbones, all of whose layers run."""
 _PLACE = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx"})
 """Attributes that say which layer it is, and nothing else."""
 
@@ -88,6 +92,9 @@ def _stack(
     changed = [name for name, m in lists.items() if lengths.get(name, 0) != len(m)]
     outer = [name for name in changed if not any(name.startswith(f"{other}.") for other in changed)]
     if len(outer) != 1 or len(lists[outer[0]]) != layers:
+        return None
+    fields = vars(shallow.config if section is None else getattr(shallow.config, section))
+    if any(fields[name] for name in fields if name.endswith(NUMBERS_LAYERS) and not name.startswith("_")):
         return None
     first = _likeness(lists[outer[0]][0])
     alike = all(_likeness(layer) == first for layer in lists[outer[0]])

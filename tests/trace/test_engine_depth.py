@@ -16,6 +16,7 @@ from peftplan.trace import engine
 from peftplan.trace.depth import names_layers, repeating_stacks
 from peftplan.trace.expand import in_order, same
 from tests.trace.engine_case import llama, lora, traced
+from tests.trace.family_configs import MLLAMA
 
 DEPTH = 9
 NF4 = {"quant": "nf4", "double_quant": True, "compute_dtype": "bf16"}
@@ -69,6 +70,20 @@ def test_layers_that_differ_are_traced_in_full() -> None:
     assert repeating_stacks(sliding, task_type="CAUSAL_LM") == ()
     assert [s.name for s in repeating_stacks(llama(12), task_type="CAUSAL_LM")] == ["model.layers"]
     assert repeating_stacks(llama(7), task_type="CAUSAL_LM") == ()  # two traces of 3 + 4 layers would cost as much
+
+
+def test_layers_that_the_config_numbers_are_traced_in_full() -> None:
+    """Mllama reads the output of layer 7 of its vision tower, which a tower of 4 does not have."""
+    vision = {**MLLAMA["vision_config"], "num_hidden_layers": DEPTH}
+    places = [repeating_stacks(mllama(vision, indices), task_type="CAUSAL_LM") for indices in ([7], [])]
+    assert [[stack.name for stack in stacks] for stacks in places] == [[], ["model.vision_model.transformer.layers"]]
+    made = traced(mllama(vision, [7]), lora(), trainer="transformers", seq_len=16)
+    assert (made.depths, made.facts["images_per_sample"]) == ((), 1)
+
+
+def mllama(vision: dict[str, Any], indices: list[int]) -> dict[str, Any]:
+    of_vision = {**vision, "intermediate_layers_indices": indices}
+    return {"model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"], **MLLAMA, "vision_config": of_vision}
 
 
 @pytest.mark.parametrize(
