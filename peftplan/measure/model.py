@@ -6,7 +6,6 @@ casts, warm-up and quantization, one tensor in host memory at a time for a quant
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from peftplan.planning.setup import CAST_BY_TRL, Setup
 from peftplan.planning.traced import as_peft_config
 from peftplan.storage import QuantConfig
 from peftplan.trace.checkpointing import checkpoint_layers
-from peftplan.trace.count import COPIES, LORAFA_LR, _config_object
+from peftplan.trace.count import COPIES, LORAFA_LR, _config_object, wrapped_task
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
 from peftplan.trace.peft_steps import LORAFA, lorafa_optimizer
 from peftplan.trace.quantized import TORCH_DTYPES
@@ -174,8 +173,7 @@ def adapt(base: Any, peft_config: Mapping[str, Any], job: Job) -> Any:
     try:
         if peft_config.get("peft_type") == "ADALORA":
             peft_config = {"total_step": TOTAL_STEPS, **peft_config}
-        reads_text = "input_ids" in inspect.signature(base.forward).parameters
-        method = _config_object(peft_config, job.architecture.task_type if reads_text else None)  # its wrappers pass input_ids
+        method = _config_object(peft_config, wrapped_task(base, job.architecture.task_type))
         model: Any = peft.get_peft_model(base, method, autocast_adapter_dtype=cast_by_trl or setup.adapter_dtype == "fp32")
         if peft_config.get("freeze_a"):
             lorafa_optimizer(model, learning_rate=LORAFA_LR)  # freezes A

@@ -8,6 +8,7 @@ stand-ins that give tensors of the same shape. A method that needs values in ano
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -97,6 +98,15 @@ def check_fields(peft_config: Mapping[str, Any]) -> None:
     unknown = next((name for name in peft_config if name not in known), None)
     if unknown is not None:
         raise UnknownNameError(f"option of {peft_config['peft_type']}", unknown, known)
+
+
+def wrapped_task(model: Any, task_type: str | None) -> str | None:
+    """The task whose wrapper peft puts around a model. The wrappers hand on `input_ids` and `inputs_embeds` (peft 0.21,
+    peft_model.py): None for a model that takes no tokens, or, as CLIP, pictures beside them and no embeddings of tokens.
+    """
+    takes = inspect.signature(model.forward).parameters
+    of_pictures = "pixel_values" in takes and "inputs_embeds" not in takes
+    return task_type if "input_ids" in takes and not of_pictures else None
 
 
 def _config_object(peft_config: Mapping[str, Any] | Any, task_type: str | None) -> Any:

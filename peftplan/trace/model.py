@@ -5,7 +5,6 @@ Everything that changes a module or a dtype happens here, before the tensors bec
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from peftplan.methods.adaptation import Adaptation
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig, quantized_modules
 from peftplan.trace.checkpointing import checkpoint_layers
-from peftplan.trace.count import COPIES, LORAFA_LR, PREFIXES, _config_object, stand_ins
+from peftplan.trace.count import COPIES, LORAFA_LR, PREFIXES, _config_object, stand_ins, wrapped_task
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
 from peftplan.trace.peft_steps import LORAFA
 from peftplan.trace.quantized import QUANT_TENSORS, TORCH_DTYPES, quantize
@@ -159,8 +158,7 @@ def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfi
     import peft
     import peft.optimizers
 
-    reads_text = "input_ids" in inspect.signature(base.forward).parameters
-    method = _config_object(peft_config, task_type if reads_text else None)  # peft's task wrappers pass input_ids
+    method = _config_object(peft_config, wrapped_task(base, task_type))
     autocast = setup.adapter_dtype == "fp32" or setup.trainer == "trl"  # TRL casts what trains afterwards, and no buffer
     before = {id(p) for p in base.parameters()}
     try:

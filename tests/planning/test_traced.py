@@ -26,6 +26,14 @@ TINY: dict[str, Any] = {
     "vocab_size": 512,
     "tie_word_embeddings": False,
 }
+TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
 SHORT = {"batch_size": 2, "seq_len": 64, "trainer": "plain", "engine": "trace"}
 
 
@@ -68,6 +76,14 @@ def test_methods_that_peft_lacks_are_traced(method: str) -> None:
     found = peftplan.estimate(TINY, method=method, **SHORT)
     assert found.peaks is not None
     assert found.peaks.allocated > found.persistent_bytes
+
+
+def test_a_model_of_pictures_and_text_is_wrapped_for_no_task() -> None:
+    """peft's wrapper for features hands on `inputs_embeds`, which CLIP's forward passes to its encoder a second time."""
+    clip = {"model_type": "clip", "architectures": ["CLIPModel"], **dict.fromkeys(("text_config", "vision_config"), TOWER)}
+    traced = peftplan.estimate(clip, **{**SHORT, "batch_size": 3}, target_modules=["q_proj"], r=4)
+    assert traced.trainable_parameters == 2 * 2 * 4 * (64 + 64)  # A and B of one module in two layers of either tower
+    assert traced.assumptions["images_per_sample"] == 1
 
 
 def test_without_torch_the_extra_is_named() -> None:
