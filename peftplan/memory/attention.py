@@ -33,6 +33,7 @@ FLASH_HEAD_STEPS = (32, 64)
 FLASH_BLOCK = 128
 HEAD_MULTIPLE = 8
 MASK_MULTIPLE = 8
+MASK_GRADIENT_MULTIPLE = 16
 LSE_MULTIPLE = 32
 EFFICIENT_BLOCK = 64
 RF_HEAD = 128
@@ -144,8 +145,7 @@ def _kernel(model: Model, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) 
         return "flash"
     aligned = not _number(head) % (HEAD_MULTIPLE if q.dtype in HALF else HEAD_MULTIPLE // 2)
     known = q.dtype in ("fp16", "fp32") or (q.dtype == "bf16" and running.flash)
-    wants_grad = mask is not None and mask.node is not None
-    return "efficient" if known and aligned and q.dims[1] == k.dims[1] and not wants_grad else "math"
+    return "efficient" if known and aligned and q.dims[1] == k.dims[1] else "math"
 
 
 def by_heads(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, rotated: bool, moved: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -358,23 +358,34 @@ def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
     if mask is not None and mask.dtype != q.dtype:
         mask = f.new((b, *mask.dims[1:]), q.dtype, "mask")
     if mask is not None and ragged:
-        mask = f.new((*mask.dims[:3], padded(mask.dims[3], MASK_MULTIPLE)), q.dtype, "mask, padded")
-    node = f.record(_efficient_backward, (q, k, v), q.detach(), k.detach(), v.detach())
+        dims = (*mask.dims[:3], padded(mask.dims[3], MASK_MULTIPLE))
+        mask = f.new(dims, q.dtype, "mask, padded", f.record(_ragged_backward, (mask,), mask.dims, dims))
+    like = None if mask is None else mask.dims
+    node = f.record(_efficient_backward, (q, k, v, mask), q.detach(), k.detach(), v.detach(), like)
     out = f.new((b, s, a, d), q.dtype, "memory-efficient attention", node)
     lse = f.new((b, a, padded(s, LSE_MULTIPLE)), "fp32", "logsumexp")
     if _number(d) > RF_HEAD and q.dtype != "fp32":
         accumulator = f.new((b, s, a, d), "fp32", "accumulator")
         del accumulator
-    f.keep(node, out.detach(), lse, mask)
+    f.keep(node, out.detach(), lse, None if mask is None else mask.detach())
     return out.view((b, a, s, d))
 
 
+def _ragged_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    dims, rows = saved
+    whole = f.new(rows, g.dtype, "slice_backward")
+    del g
+    return f.new(dims, whole.dtype, "pad")
+
+
 def _efficient_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
-    q, k, v = saved[:3]
+    """A gradient of the mask comes for each sample and head, and is summed to what was broadcast."""
+    q, k, v, like = saved[:4]
     b, a, s, d = q.dims
     dq = f.new((b, s, a, d), q.dtype, "dq")
     dk = f.new((b, k.dims[2], a, d), q.dtype, "dk")
     dv = f.new((b, v.dims[2], a, v.dims[3]), q.dtype, "dv")
+    of_mask = f.new((b, a, s, padded(k.dims[2], MASK_GRADIENT_MULTIPLE)), q.dtype, "dmask") if node.edges[3] else None
     if q.dtype == "fp32":
         product = f.new(g.dims, "fp32", "mul")
         delta = f.new((b, a, s), "fp32", "delta")
@@ -384,8 +395,8 @@ def _efficient_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
         # Left out: 16 bytes before each tile, a thousandth of it.
         workspace = f.new((b, a, padded(s, EFFICIENT_BLOCK), padded(d, EFFICIENT_BLOCK)), "fp32", "dq accumulator")
         del workspace
-    del delta
-    return dq, dk, dv
+    del delta, g
+    return dq, dk, dv, None if of_mask is None else ops.of_broadcast(of_mask.view((b, a, s, k.dims[2])), like)
 
 
 def _number(dim: Dim) -> int:

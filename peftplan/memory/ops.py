@@ -43,7 +43,7 @@ def _broadcast(a: Tensor, b: Any) -> Dims | None:
     return None if a.dims == b.dims else b.dims
 
 
-def _of_broadcast(grad: Tensor, like: Dims | None) -> Tensor:
+def of_broadcast(grad: Tensor, like: Dims | None) -> Tensor:
     """The gradient of an input that may be broadcast, which the engine sums (`reduce_grad`)."""
     return grad if like is None or grad.dims == like else Broadcast(grad.storage, like, grad.dtype)
 
@@ -105,7 +105,7 @@ def add_(f: Tape, a: Tensor, b: Any) -> Tensor:
 
 
 def _add_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
-    return g, _of_broadcast(g, saved[0]) if node.edges[1] else None
+    return g, of_broadcast(g, saved[0]) if node.edges[1] else None
 
 
 def mul(f: Tape, a: Any, b: Any) -> Tensor:
@@ -121,7 +121,7 @@ def _mul_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     if saved[2] is None:
         return grad_a, grad_b
     found = zip((grad_a, grad_b), saved[2], strict=True)
-    return [None if grad is None else _of_broadcast(grad, like) for grad, like in found]
+    return [None if grad is None else of_broadcast(grad, like) for grad, like in found]
 
 
 def scale(f: Tape, x: Tensor | Parameter, op: str = "mul") -> Tensor:

@@ -34,7 +34,7 @@ from peftplan.planning.virtual_tokens import check_virtual_tokens
 if TYPE_CHECKING:
     from peftplan.planning.job import Job
 
-MULTIPLES = (8, 32, 64, 128)
+MULTIPLES = (8, 16, 32, 64, 128)
 """Multiples to which kernels round the sequence."""
 
 

@@ -28,6 +28,8 @@ LSE_ALIGNMENT = 32
 """`kAlignLSE` of the memory-efficient kernel: queries in its logsumexp are padded to it."""
 MASK_ALIGNMENT = 8
 """`pad_bias`: rows of a mask are padded to it for the memory-efficient kernel."""
+MASK_GRADIENT_ALIGNMENT = 16
+"""Rows of a mask's gradient are padded to it (`_efficient_attention_backward`)."""
 FLASH_BLOCK = 128
 """Queries per block in flash's fp32 accumulators (`seqlen_q_rounded`)."""
 NO_WIDE_BACKWARD = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
@@ -99,8 +101,7 @@ def choose(
     grouped = query.shape[1] != key.shape[1]
     half = query.dtype == torch.float16 or (query.dtype == torch.bfloat16 and capability >= FLASH_CAPABILITY)
     aligned = head % HEAD_MULTIPLE == 0 if query.dtype in FLASH_DTYPES else head % (HEAD_MULTIPLE // 2) == 0
-    mask_grad = attn_mask is not None and attn_mask.requires_grad
-    if (half or query.dtype == torch.float32) and not grouped and aligned and not mask_grad:
+    if (half or query.dtype == torch.float32) and not grouped and aligned:
         return "efficient"
     return "math"
 
@@ -161,6 +162,10 @@ class Efficient(torch.autograd.Function):
         b, h, s, d = q.shape
         grad = grads[0].transpose(1, 2).contiguous()
         dq, dk, dv = (t.new_empty(b, t.shape[2], h, t.shape[3]) for t in (q, k, v))
+        of_mask = None
+        if ctx.needs_input_grad[3]:
+            keys = k.shape[2]
+            of_mask = q.new_empty(b, h, s, ceil_div(keys, MASK_GRADIENT_ALIGNMENT) * MASK_GRADIENT_ALIGNMENT)[..., :keys]
         if q.dtype == torch.float32:
             delta = (grad * out.transpose(1, 2)).sum(-1).transpose(1, 2).contiguous()
         else:
@@ -169,4 +174,4 @@ class Efficient(torch.autograd.Function):
             workspace = q.new_empty(b * h * tiles * (TILE_HEADER + EFFICIENT_BLOCK**2), dtype=torch.float32)
             del delta, workspace
         del grad, lse, mask
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), of_mask

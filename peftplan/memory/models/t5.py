@@ -1,7 +1,7 @@
 """T5 and mT5 (transformers 5.24, models/t5/modeling_t5.py): relative positions from layer 0, which all layers of a stack add.
 
-Under sdpa the positions are a mask with a gradient where they train, which only torch's math kernel takes. `wo` stays fp32, so
-that beside fp16 weights the hidden states are fp32 from the first feed-forward on.
+Under sdpa the positions are a mask, with a gradient where they train. `wo` stays fp32, so that beside fp16 weights the hidden
+states are fp32 from the first feed-forward on.
 """
 
 from __future__ import annotations

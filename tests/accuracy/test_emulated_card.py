@@ -1,0 +1,45 @@
+"""Both engines against torch's own allocator: what it counted of `peftplan measure` on an emulated card (tools/emulated_card).
+
+Not counted, and so the limits: buffers of reductions of whole batches (trained norms and biases, 10 MB at most), the split
+accumulators of flash attention where the batch is too small for the card (gemma-3-270m), weight norms while DoRA is loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftplan.accuracy.engines import ask, read_cases
+from peftplan.accuracy.records import Record
+from peftplan.planning.setup import Engine
+
+RECORDS = [case.record for case in read_cases([Path(__file__).parent / "data" / "emulated_card.jsonl"])]
+LIMITS = {"load": 0.05, "forward": 0.15, "backward": 0.15, "step": 0.35, "reserved": 0.25}
+"""Percent."""
+DORA = {"load": 2.5, "reserved": 0.7}
+TRACED = ("t5-small-full", "smollm2-135m-qlora", "bert-base-uncased-full", "gpt2-lora", "smollm2-135m-lokr")
+"""Kinds of records that are traced here: seconds each."""
+
+
+def drifts(record: Record, engine: Engine) -> dict[str, float]:
+    found: Any = ask(record, engine).figures
+    measured = {phase: peak.allocated for phase, peak in record.peaks.by_phase.items()}
+    measured["reserved"] = record.peaks.overall.reserved
+    return {name: 100 * (found[name] / measured[name] - 1) for name in LIMITS if name in found}
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.id.rpartition("-")[0])
+def test_formulas(record: Record) -> None:
+    limits = LIMITS | (DORA if "dora" in record.id else {})
+    assert {name: drift for name, drift in drifts(record, "analytic").items() if abs(drift) > limits[name]} == {}
+
+
+@pytest.mark.parametrize(
+    "record", [r for r in RECORDS if r.id.startswith(TRACED)], ids=lambda record: record.id.rpartition("-")[0]
+)
+def test_traces(record: Record) -> None:
+    found = drifts(record, "trace")
+    assert found.keys() == LIMITS.keys()
+    assert {name: drift for name, drift in found.items() if abs(drift) > 0.05} == {}
