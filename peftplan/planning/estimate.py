@@ -314,7 +314,7 @@ def _assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
     unread = OF_TOKENS if architecture.task_type == PICTURES else ()
     assumed |= {key: value for key, value in setup.model_dump(mode="json").items() if value is not None and key not in unread}
     assumed["quant"] = quant.name if quant else "none"
-    assumed |= {} if quant is None else {"double_quant": quant.double_quant, "compute_dtype": quant.compute_dtype}
+    assumed |= {} if quant is None else quant.options()
     assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in adaptation.resolved if value}
     if job.method is not None and job.config is not None:
         stated = job.config.model_dump(mode="json", exclude_defaults=True, exclude_none=True, exclude=SAID_ELSEWHERE)

@@ -242,7 +242,8 @@ def _assumptions(job: Job, request: Request, *, merges: bool) -> dict[str, Any]:
     arch = job.architecture
     assumed: dict[str, Any] = {"model": arch.source, "model_class": arch.model_class, "dtype": job.setup.dtype}
     assumed |= {"quant": job.quant.name if job.quant else "none"}
-    assumed |= {"double_quant": job.quant.double_quant} if job.quant else {}
+    options = job.quant.options() if job.quant else {}
+    assumed |= {name: value for name, value in options.items() if name != "compute_dtype"}
     assumed |= {"trainer": job.setup.trainer, "adapter_dtype": trained_dtype or job.setup.adapter_dtype}
     assumed |= {"merge_adapter_dtype": LOADED_ADAPTER_DTYPE} if merges else {}
     assumed |= request.model_dump(exclude={"encoder_context"})

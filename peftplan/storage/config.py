@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, RefusedError, UnknownNameError
@@ -88,6 +88,14 @@ class QuantConfig(NamedTuple):
     quant_storage: str = "uint8"
     skip_modules: tuple[str, ...] | None = None
     pre_quantized: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """What may be chosen of this format, by the words of the command line; block sizes are said where they are set."""
+        known = FORMATS[self.name]
+        found: dict[str, Any] = {"double_quant": self.double_quant} if known.double_quant else {}
+        found |= {"compute_dtype": self.compute_dtype} if self.compute_dtype else {}
+        found |= {"quant_bits": self.bits} if len(known.bits) > 1 else {}
+        return found | ({"quant_group_size": self.group_size} if known.group_sizes else {})
 
 
 def parse_quant(

@@ -69,6 +69,27 @@ def test_a_preset_on_a_quantized_base(trainer: str) -> None:
     assert (found["double_quant"], found["compute_dtype"]) == (False, "bf16")
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"quant": "int8"}, {}),
+        ({"quant": "fp8"}, {}),
+        ({"quant": "awq", "quant_group_size": 32}, {"quant_group_size": 32}),
+        ({"quant": "gptq", "quant_bits": 8}, {"quant_bits": 8, "quant_group_size": 128}),
+        ({"quant": "hqq"}, {"quant_bits": 4, "quant_group_size": 64}),
+        ({"quant": "hqq", "compute_dtype": "fp16"}, {"quant_bits": 4, "quant_group_size": 64, "compute_dtype": "fp16"}),
+        ({"quant": "nf4"}, {"double_quant": False, "compute_dtype": "bf16"}),
+    ],
+)
+def test_a_format_says_its_own_options(given: dict[str, Any], said: dict[str, Any]) -> None:
+    """transformers 5.24, utils/quantization_config.py: GPTQConfig groups by 128, HqqConfig has 4 bits by 64."""
+    words = ("double_quant", "compute_dtype", "quant_bits", "quant_group_size")
+    found = assumed(**given)
+    assert {name: found[name] for name in words if name in found} == said
+    served = peftplan.serving(CONFIG, **given).assumptions
+    assert {name: served[name] for name in words if name in served} == {k: v for k, v in said.items() if k != "compute_dtype"}
+
+
 def test_a_position_table_bounds_the_sequence() -> None:
     """GPT-2 has 1,024 positions, RoBERTa 514 rows of which two stand before the first, OPT 2,048 and two rows more."""
     longest = {"gpt2": 1024, "roberta-base": 512, "opt-125m": 2048, "bart-base": 1024, "whisper-tiny": 448}
