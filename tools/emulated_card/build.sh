@@ -8,8 +8,11 @@ mkdir -p "$out"
 include="-I$(dirname "$(find "$packages/nvidia" -name cuda_runtime_api.h | head -1)") -I$packages/triton/backends/nvidia/include"
 compile() { gcc -shared -fPIC -O1 -w $include "$here/card.c" "$@" -lpthread; }
 compile -o "$out/some.so"
-# Every other symbol of CUDA that the libraries ask for is a function that returns success.
-nm -D --undefined-only "$packages"/torch/lib/*.so "$packages"/bitsandbytes/libbitsandbytes_cuda1[23]*.so 2>/dev/null |
+# Every other symbol of CUDA that the libraries ask for is a function that returns success; triton looks these up when it runs.
+triton="cuCtxGetDevice cuCtxGetLimit cuCtxSetCurrent cuCtxSetLimit cuDevicePrimaryCtxRetain cuDriverGetVersion cuFuncSetAttribute
+cuFuncSetCacheConfig cuLaunchKernelEx cuModuleGetFunction cuModuleLoadData cuModuleUnload cuOccupancyMaxActiveClusters
+cuPointerGetAttribute cuTensorMapEncodeTiled"
+{ nm -D --undefined-only "$packages"/torch/lib/*.so "$packages"/bitsandbytes/libbitsandbytes_cuda1[23]*.so 2>/dev/null; printf '%s\n' $triton; } |
     awk '{print $NF}' | sed 's/@.*//' | grep -E '^(cu[A-Z]|cuda|__cuda|cublas|cusolver|cusparse)' | sort -u > "$out/asked"
 nm -D --defined-only "$out/some.so" | awk '{print $NF}' | sort -u > "$out/there"
 comm -23 "$out/asked" "$out/there" | awk '{print "int " $1 "() { return 0; }"}' > "$out/rest.c"

@@ -1,7 +1,8 @@
 /* A card whose kernels do nothing and whose memory is address space: enough of the CUDA driver and runtime for torch's CUDA build
  * to run with its own caching allocator, so that every allocation of a step is real and no value is. See README.md.
  *
- * Copies from the card give zeros, one byte gives 1 (a mask's `all()` is true). EMULATED_CAPABILITY ("8.0"), EMULATED_BYTES
+ * Copies from the card give zeros, one byte EMULATED_BOOL (1: a mask's `all()` is true), 4 or 8 bytes EMULATED_INT (0: so many
+ * places of a mask are true). EMULATED_CAPABILITY ("8.0"), EMULATED_BYTES
  * (85899345920) and EMULATED_NAME ("emulated card") describe the card; CONTEXT is what it holds before the first tensor. */
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -74,9 +75,21 @@ cudaError_t cudaMemGetInfo(size_t *unused, size_t *all) {
     return cudaSuccess;
 }
 
+static long number(const char *name, long otherwise) {
+    const char *given = getenv(name);
+    return given ? atol(given) : otherwise;
+}
+
+static void said(void *to, size_t bytes) {
+    memset(to, 0, bytes);
+    if (bytes == 1) *(char *)to = number("EMULATED_BOOL", 1);
+    if (bytes == 4) *(int *)to = number("EMULATED_INT", 0);
+    if (bytes == 8) *(long *)to = number("EMULATED_INT", 0);
+}
+
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream) {
     if (!on_card(to)) {
-        if (on_card(from)) memset(to, bytes == 1, bytes);
+        if (on_card(from)) said(to, bytes);
         else memcpy(to, from, bytes);
     }
     return cudaSuccess;
@@ -186,6 +199,12 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) { retu
 cudaError_t cudaGetSymbolAddress(void **at, const void *symbol) { return *at = handle(), cudaSuccess; }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st *s) { return 1; } /* no launch */
 CUresult cuDevicePrimaryCtxGetState(CUdevice d, unsigned *flags, int *active) { return *flags = 0, *active = 1, CUDA_SUCCESS; }
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute a, CUdevice d) { return cudaDeviceGetAttribute(value, a, 0), CUDA_SUCCESS; }
+
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute a, CUfunction f) {
+    return *value = a == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0, CUDA_SUCCESS;
+}
+
 CUresult cuCtxGetCurrent(CUcontext *c) { return *c = handle(), CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *d, int n) { return *d = 0, CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult error, const char **text) { return *text = "emulated", CUDA_SUCCESS; }
