@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
-from peftplan.errors import RefusedError
+from peftplan.errors import InputError, RefusedError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, NeedsPeftError
 from peftplan.methods.lora import LoraConfig
 from peftplan.methods.saved import refuse_both, saved_modules, token_deltas, token_originals
@@ -52,6 +52,10 @@ def adalora(arch: Architecture, config: AdaLoraConfig) -> Adaptation:
     """The tensors that `get_peft_model` adds for an AdaLoraConfig."""
     if config.use_dora:
         raise RefusedError("use_dora: ADALORA does not support DoRA")
+    if config.total_step is not None and config.tinit >= config.total_step - config.tfinal:
+        raise InputError(
+            "total_step", config.total_step, f"accepted: more than tinit ({config.tinit}) + tfinal ({config.tfinal})"
+        )
     if config.target_parameters:
         raise NeedsPeftError("ADALORA with target_parameters")
     refuse_both(saved_modules(arch, config), config.trainable_token_indices)

@@ -86,7 +86,7 @@ def part_before(place: str, parts: Mapping[str, Container[str]]) -> str:
         names = " or ".join(PLACES[place])
         raise RefusedError(
             f"method: adapters go behind {names} with no norm of its own, which a layer of this model lacks; "
-            "accepted: peftplan inspect, which counts them"
+            "`peftplan serve` counts them"
         )
     return part
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peftplan import estimate
+from peftplan import estimate, serving
 from peftplan.errors import RefusedError
 from tests.memory.engines import BATCH, LLAMA, OFF, PLAIN, TOKENS, TOLERANCE, TRAINER, kept_per_layer, phases, shallow
 
@@ -45,6 +45,8 @@ def test_both_engines_refuse_the_same_layers(method: str, model: str) -> None:
             estimate(shallow(model, 2), method=method, engine=engine, trainer="plain", seq_len=32)  # type: ignore[arg-type]
         reasons.append(str(refused.value))
     assert reasons[0] == reasons[1]
+    assert reasons[0].endswith("`peftplan serve` counts them")
+    assert serving(shallow(model, 2), method=method).to_dict()["serving"]["adapter"] > 0
 
 
 def test_an_adapter_keeps_its_input_and_its_bottleneck() -> None:

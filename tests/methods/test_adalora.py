@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
-from peftplan.errors import RefusedError
+from peftplan.errors import InputError, RefusedError
 from peftplan.methods.adaptation import NeedsPeftError
 from tests.methods.tiny import assert_like_peft, ours, total
 
@@ -39,6 +39,16 @@ def test_r_is_ignored_as_peft_ignores_it() -> None:
     found = ours("llama", "adalora", r=64)
     assert found.num_trainable == ours("llama", "adalora").num_trainable
     assert "init_r=12" in found.notes[0]
+
+
+def test_a_schedule_leaves_steps_to_allocate_ranks_in() -> None:
+    """As peft's config does (tuners/adalora/config.py, `__post_init__`)."""
+    schedule = {"tinit": 6, "tfinal": 3}
+    with pytest.raises(ValueError, match="don't allow for a budgeting phase"):
+        peft.AdaLoraConfig(total_step=9, **schedule)
+    with pytest.raises(InputError, match=r"total_step: 9 is not accepted; accepted: more than tinit \(6\) \+ tfinal \(3\)"):
+        ours("llama", "adalora", total_step=9, **schedule)
+    assert ours("llama", "adalora", total_step=10, **schedule).added == ours("llama", "adalora").added
 
 
 def test_refused() -> None:
