@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+
+from peft import AdaLoraConfig
 
 from peftplan.errors import InputError, RefusedError
 from peftplan.methods.adaptation import NeedsPeftError
@@ -45,7 +47,7 @@ def test_a_schedule_leaves_steps_to_allocate_ranks_in() -> None:
     """As peft's config does (tuners/adalora/config.py, `__post_init__`)."""
     schedule = {"tinit": 6, "tfinal": 3}
     with pytest.raises(ValueError, match="don't allow for a budgeting phase"):
-        peft.AdaLoraConfig(total_step=9, **schedule)
+        AdaLoraConfig(total_step=9, **schedule)
     with pytest.raises(InputError, match=r"total_step: 9 is not accepted; accepted: more than tinit \(6\) \+ tfinal \(3\)"):
         ours("llama", "adalora", total_step=9, **schedule)
     assert ours("llama", "adalora", total_step=10, **schedule).added == ours("llama", "adalora").added
