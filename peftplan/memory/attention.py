@@ -36,6 +36,8 @@ MASK_MULTIPLE = 8
 MASK_GRADIENT_MULTIPLE = 16
 LSE_MULTIPLE = 32
 EFFICIENT_BLOCK = 64
+TILE_HEADER = 4
+"""Numbers before each tile of dQ: a lock, a counter, and padding to 128 bits (`GradQTempStorage`, kernel_backward.h)."""
 RF_HEAD = 128
 """Largest head whose output the memory-efficient forward keeps in registers; above, it accumulates in an fp32 buffer."""
 HALF = ("bf16", "fp16")
@@ -44,6 +46,11 @@ HALF = ("bf16", "fp16")
 def padded(dim: Dim, multiple: int) -> Dim:
     """A dim up to a multiple: a number, or a named size such as `s%128`."""
     return ceil_div(dim, multiple) * multiple if isinstance(dim, int) else f"{dim}%{multiple}"
+
+
+def blocks(dim: Dim, size: int) -> Dim:
+    """How many blocks a dim takes: a number, or a named size such as `s/64`."""
+    return ceil_div(dim, size) if isinstance(dim, int) else f"{dim}/{size}"
 
 
 def causal_mask(model: Model, dtype: str, window: int | None = None) -> Tensor | None:
@@ -392,8 +399,8 @@ def _efficient_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
         del product
     else:
         delta = f.new((b, a, s), "fp32", "delta")
-        # Left out: 16 bytes before each tile, a thousandth of it.
-        workspace = f.new((b, a, padded(s, EFFICIENT_BLOCK), padded(d, EFFICIENT_BLOCK)), "fp32", "dq accumulator")
+        tiles = (blocks(s, EFFICIENT_BLOCK), blocks(d, EFFICIENT_BLOCK))
+        workspace = f.new((b, a, *tiles, EFFICIENT_BLOCK**2 + TILE_HEADER), "fp32", "dq accumulator")
         del workspace
     del delta, g
     return dq, dk, dv, None if of_mask is None else ops.of_broadcast(of_mask.view((b, a, s, k.dims[2])), like)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 MULTIPLES = (8, 16, 32, 64, 128)
 """Multiples to which kernels round the sequence."""
+BLOCK = 64
+"""Rows that the memory-efficient kernel takes at a time."""
 
 
 class Compiled(NamedTuple):
@@ -336,6 +338,7 @@ def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, 
     """The named sizes of a batch of b sequences of s tokens, numbers or arrays: k is the sequence with virtual tokens."""
     found = {"b": b, "s": s, "k": s + virtual_tokens}
     found |= {f"{name}%{m}": -(-found[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
+    found |= {f"{name}/{BLOCK}": -(-found[name] // BLOCK) for name in ("s", "k")}
     found |= {f"{name}+1": found[name] + 1 for name in ("s", "k")}
     return found | loss.named(b, loss.length(s + virtual_tokens))
 

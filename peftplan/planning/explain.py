@@ -45,7 +45,12 @@ def _named(result: Estimate) -> list[str]:
 
 
 def _words(name: str) -> str:
-    """A named size in words: `s%8` is `s`, padded."""
+    """A named size in words: `s%8` is `s`, padded, and `s/64` in how many blocks it comes."""
     base, _, multiple = name.partition("%")
-    words = f"{base} rounded up to a multiple of {multiple}" if multiple else WORDS.get(name)
+    of, _, rows = name.partition("/")
+    words = WORDS.get(name)
+    if multiple:
+        words = f"{base} rounded up to a multiple of {multiple}"
+    elif rows:
+        words = f"blocks of {rows} in {of}"
     return f" ({words})" if words else ""
