@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.table import Column as TableColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -41,7 +42,9 @@ NARROWEST = 80
 PIPE_WIDTH = 10_000
 """A pipe without COLUMNS has no width: nothing is folded, so that grep and awk see whole rows."""
 GAP = 2
-"""Blanks between the columns of the assumptions."""
+"""Blanks between columns."""
+READABLE = 10
+"""Letters that a column of words keeps beside long names."""
 SHORT = 20
 """Assumptions of up to this many characters share a row, two to a row; longer ones get a line of their own."""
 
@@ -73,7 +76,7 @@ def rows(columns: Sequence[Column], cells: Iterable[Sequence[str]], *, above: st
     table = _table(*(columns[index] for index in kept))
     for row in cells:
         table.add_row(*(row[index] for index in kept))
-    show(out, (*((above, "") if above else ()), table, *(("", below) if below else ())))
+    show(out, (*((above, "") if above else ()), _fitted(table, out.width), *(("", below) if below else ())))
 
 
 def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> None:
@@ -101,7 +104,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
             parts += ["", _advice(gpu, found, engine=result.engine) if found else NO_ADVICE.format(gpu=gpu)]
     if verbose:
         parts += [f"{v.gpu}: {v.why}" for v in result.gpus]
-        parts += ["", *_lines(result, wide=out.width >= WIDE)]
+        parts += ["", *_lines(result, width=out.width)]
     parts += ["", Text("Assumptions", style="bold"), *_assumptions(result, verbose=verbose, width=out.width)]
     parts += [f"note: {note}" for note in result.assumptions.get("notes", ())]
     parts += ["", not_counted(result)]
@@ -121,6 +124,23 @@ def _table(*columns: Column, footer: Sequence[str] = (), header: bool = True) ->
             no_wrap=column.right or index == 0,
         )
     return made
+
+
+def _fitted(table: Table, width: int) -> Table:
+    """The table; its names fold where they and the numbers leave the words no room, since a number without its end is another."""
+    room = width
+    names, *others = table.columns
+    for column in others:
+        longest = _longest(column)
+        room -= GAP + (longest if column.no_wrap else min(longest, READABLE))
+    if _longest(names) > room:
+        names.no_wrap, names.width = False, room
+    return table
+
+
+def _longest(column: TableColumn) -> int:
+    """Letters of the longest line of a column."""
+    return max(len(line) for cell in (column.header, *column.cells) for line in str(cell).split("\n"))
 
 
 def _counts(result: Estimate) -> Table:
@@ -210,8 +230,9 @@ def _advice(gpu: str, found: Sequence[Advice], *, engine: str) -> Table:
     return shown
 
 
-def _lines(result: Estimate, *, wide: bool) -> list[RenderableType]:
+def _lines(result: Estimate, *, width: int) -> list[RenderableType]:
     """Every line of the ledger under its category, source and place; in a narrow terminal a formula stands below its line."""
+    wide = width >= WIDE
     parts: list[RenderableType] = [Text("Lines: bytes = copies × round512(itemsize × dims)", style="bold")]
     for (category, source, place), lines in groupby(line_facts(result), key=itemgetter("category", "source", "place")):
         where = "" if place == "device" else f" · {place} memory"
@@ -219,7 +240,7 @@ def _lines(result: Estimate, *, wide: bool) -> list[RenderableType]:
         for line in lines:
             cells = (f"  {line['name']}", f"{line['bytes']:,}", line["formula"])
             shown.add_row(*(cells if wide else (f"{cells[0]}\n    {cells[2]}", cells[1])))
-        parts += [Text(f"{category} · {source}{where}", style="bold"), shown]
+        parts += [Text(f"{category} · {source}{where}", style="bold"), _fitted(shown, width)]
     return parts
 
 

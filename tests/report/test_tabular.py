@@ -6,9 +6,13 @@ import csv
 import io
 import json
 
+import pytest
+
 from peftplan.report import markdown, terminal
 from peftplan.report.tabular import Column, assumption_rows, texts, write_csv
 from tests.cli.run import run
+
+LONG_NAMES = "llama-3.2-11b-vision"
 
 
 def test_cells_for_people() -> None:
@@ -80,6 +84,20 @@ def test_wide_columns_are_left_out_of_a_narrow_terminal(monkeypatch, capsys) -> 
     assert shown[0] == "title"
     assert shown[-1] == "end"
     assert shown[4] == f"a         1  {'b' * 500}"
+
+
+@pytest.mark.parametrize("columns", ["80", "100", "120"])
+def test_long_names_cut_no_number(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model.vision_model.global_transformer.layers.*.post_attention_layernorm`, 69 letters, beside numbers of eleven."""
+    monkeypatch.setenv("COLUMNS", columns)
+    modules = json.loads(run("inspect", LONG_NAMES, "--format", "json").out)["modules"]
+    lines = json.loads(run("estimate", LONG_NAMES, "--format", "json").out)["memory"]["lines"]
+    for shown, numbers in (
+        (run("inspect", LONG_NAMES).out, [module["num_parameters"] for module in modules]),
+        (run("estimate", LONG_NAMES, "-v").out, [line["bytes"] for line in lines]),
+    ):
+        assert max(map(len, shown.splitlines())) <= int(columns)
+        assert not {f"{number:,}" for number in numbers} - set(shown.split())
 
 
 def test_markup_in_names_is_text() -> None:
