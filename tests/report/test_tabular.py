@@ -86,17 +86,16 @@ def test_wide_columns_are_left_out_of_a_narrow_terminal(monkeypatch, capsys) -> 
     assert shown[4] == f"a         1  {'b' * 500}"
 
 
-@pytest.mark.parametrize("columns", ["80", "100", "120"])
-def test_long_names_cut_no_number(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("columns", [80, 100, 120])
+def test_long_names_cut_no_number(columns: int) -> None:
     """`model.vision_model.global_transformer.layers.*.post_attention_layernorm`, 69 letters, beside numbers of eleven."""
-    monkeypatch.setenv("COLUMNS", columns)
     modules = json.loads(run("inspect", LONG_NAMES, "--format", "json").out)["modules"]
     lines = json.loads(run("estimate", LONG_NAMES, "--format", "json").out)["memory"]["lines"]
     for shown, numbers in (
-        (run("inspect", LONG_NAMES).out, [module["num_parameters"] for module in modules]),
-        (run("estimate", LONG_NAMES, "-v").out, [line["bytes"] for line in lines]),
+        (run("inspect", LONG_NAMES, columns=columns).out, [module["num_parameters"] for module in modules]),
+        (run("estimate", LONG_NAMES, "-v", columns=columns).out, [line["bytes"] for line in lines]),
     ):
-        assert max(map(len, shown.splitlines())) <= int(columns)
+        assert max(map(len, shown.splitlines())) <= columns
         assert not {f"{number:,}" for number in numbers} - set(shown.split())
 
 
