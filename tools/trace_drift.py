@@ -28,6 +28,7 @@ from peftplan.accuracy.engines import OVERALL, RUNS, ask, read_cases
 from peftplan.arch.sources import load_config
 from peftplan.errors import RefusedError
 from peftplan.memory.allocator import AllocatorConfig, replay
+from peftplan.planning.script import Script
 from peftplan.planning.setup import parse_setup, resolved
 from peftplan.report.markdown import table
 from peftplan.storage import parse_quant
@@ -47,6 +48,8 @@ PHASES = ("forward", "backward", "step")
 RESERVED = "reserved"
 TURING, ADA = (7, 5), (8, 9)
 LLAMA = "llama-3.2-3b"
+T4_SCRIPT = Script(torch="2.10.0")
+"""The torch of the T4's rows, whatever their label says: the page has the reasons."""
 
 Lengths = tuple[int, int]
 """Length of the batch before the longest one, and of the longest one."""
@@ -118,14 +121,14 @@ def t4_trace(row: Row) -> Traced:
             quant=quant,
             setup=resolved(parse_setup(options), quantized=quant is not None, supports_sdpa=True, use_cache=True),
             device=TURING,
-            cublaslt_apart=True,
+            cublaslt_apart=T4_SCRIPT.cublaslt_apart,
         )
 
 
 def t4_figures(row: Row) -> Figures:
     """Allocated bytes by phase and reserved bytes."""
     traced = t4_trace(row)
-    replayed = replay(traced.emptied(traced.events), AllocatorConfig(ties_by_address=True))
+    replayed = replay(traced.emptied(traced.events), AllocatorConfig(ties_by_address=T4_SCRIPT.ties_by_address))
     found = {phase: replayed.by_phase[phase].allocated for phase in PHASES} | {RESERVED: replayed.peaks.reserved}
     return {name: Figure(row["measured_mib"][name] * MIB, found[name]) for name in found}
 
@@ -366,7 +369,8 @@ def main() -> None:
     with quiet_transformers():
         if args.run:
             (row,) = (row for row in load_rows("peft_metamath.jsonl") if row["experiment"] == args.run)
-            figures = metamath_figures(row, lengths=lengths)
+            other = args.other_peft if args.run in OTHER_CODE else None
+            figures = by_other_peft(other, row, lengths=lengths) if other else metamath_figures(row, lengths=lengths)
             by_lengths = {head: figure.traced for head, figure in figures.items()}
             print(json.dumps(by_lengths) if args.bytes else "  ".join(_metamath_line(row, figures)))
             return
