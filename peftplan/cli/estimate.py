@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
+@options.torch_option
 @click.option("--engine", default="analytic", metavar="NAME", show_default=True, help="analytic | trace")
 @click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a capacity such as 24GiB; repeatable")
 @click.option("--require-fit", is_flag=True, help="exit 1 unless the job is known to fit every --gpu")
@@ -38,6 +39,7 @@ def command(
     require_fit: bool,
     gpus: tuple[str, ...],
     engine: str,
+    torch: str | None,
     explain: bool,
     explain_peak: bool,
     timeline: str | None,
@@ -60,7 +62,10 @@ def command(
         from peftplan.report.timeline import check
 
         check(timeline)
-    result = _estimate(model, engine, record=timeline is not None, gpu=gpus, **options.given(given))
+    from peftplan.planning.script import Script
+
+    script = Script.on(torch)
+    result = _estimate(model, engine, record=timeline is not None, gpu=gpus, script=script, **options.given(given))
     if timeline is not None:
         from peftplan.report.timeline import write
 

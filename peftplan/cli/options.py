@@ -151,6 +151,11 @@ def _json(name: str, text: str, shown: str, accepted: str) -> Any:
         raise InputError(name, shown, f"accepted: {accepted}") from None
 
 
+torch_option = click.option(
+    "--torch", default=None, metavar="VERSION", help="the torch that runs it: before 2.13 its allocator fills other holes"
+)
+
+
 def check_format(name: str) -> None:
     """Raises UnknownNameError where the output format is unknown."""
     if name not in FORMATS:

@@ -12,6 +12,7 @@ from peftplan.errors import RefusedError
 @click.argument("file")
 @click.option("--capacity", default=None, metavar="SIZE", help="what the device gives: a capacity such as 24GiB, or a card")
 @click.option("--alloc-conf", default=None, metavar="OPTIONS", help="as in PYTORCH_ALLOC_CONF: expandable_segments:True,…")
+@options.torch_option
 @click.option("--device", default=0, metavar="N", type=int, show_default=True, help="which device of a snapshot")
 @click.option("--device-memory", default=None, metavar="SIZE", help="all of the device's, for per_process_memory_fraction")
 @click.option("--require-fit", is_flag=True, help="exit 1 where memory runs out")
@@ -20,6 +21,7 @@ def command(
     file: str,
     capacity: str | None,
     alloc_conf: str | None,
+    torch: str | None,
     device: int,
     device_memory: str | None,
     require_fit: bool,
@@ -44,6 +46,7 @@ def command(
         file,
         capacity_bytes=_bytes(capacity),
         alloc_conf=alloc_conf,
+        torch=torch,
         device=device,
         device_bytes=_bytes(device_memory),
     )

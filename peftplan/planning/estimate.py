@@ -319,6 +319,8 @@ def _assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
     if job.method is not None and job.config is not None:
         stated = job.config.model_dump(mode="json", exclude_defaults=True, exclude_none=True, exclude=SAID_ELSEWHERE)
         assumed |= {name: value for name, value in stated.items() if job.method.defaults.get(name) != value}
+    if job.script.torch is not None:
+        assumed["torch"] = job.script.torch
     if adaptation.matched:
         assumed["matched_modules"] = sum(module.copies for module in adaptation.matched)
     notes = [*architecture.notes, *adaptation.notes, *task_notes(job.model, architecture, setup)]

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from peftplan.errors import InputError
+
 VERSION = r"^\d+\.\d+"
 """What a version of torch begins with."""
 
@@ -43,6 +45,13 @@ class Script(BaseModel):
     def ties_by_address(self) -> bool:
         """Whether the allocator orders equal free blocks by address: before torch 2.13. Since then by age of their segment."""
         return self._before(2, 13)
+
+    @classmethod
+    def on(cls, torch: str | None) -> Script:
+        """A loop of today on this torch, as somebody typed it. Raises InputError for what is no version."""
+        if torch is not None and not re.match(VERSION, torch):
+            raise InputError("torch", torch, "accepted: a version such as 2.10")
+        return NO_SCRIPT.ran_on(torch)
 
     def ran_on(self, torch: str | None) -> Script:
         """The same with this torch, where the script itself does not say and this is a version (a record may say anything)."""

@@ -4,11 +4,12 @@ memory than it was recorded with. Needs no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftplan.errors import InputError
 from peftplan.memory.allocator import AllocatorConfig, Event, Replay, parse_config, read_trace, replay
+from peftplan.planning.script import Script
 from peftplan.trace import eventlog
 
 PICKLE = b"\x80"
@@ -40,19 +41,24 @@ def replay_file(
     *,
     capacity_bytes: int | None = None,
     alloc_conf: str | None = None,
+    torch: str | None = None,
     device: int = 0,
     device_bytes: int | None = None,
 ) -> Replayed:
     """Replay a file. `alloc_conf`: as in `PYTORCH_ALLOC_CONF`; without it a snapshot keeps the options it was recorded under,
-    and a log gets torch's defaults. Raises InputError, UnknownNameError or RefusedError for a file that is not understood.
+    and a log gets torch's defaults. `torch`: the version whose order of equal free blocks it is, which no file says; None: one
+    like 2.13. Raises InputError, UnknownNameError or RefusedError for a file that is not understood.
     """
     config = None if alloc_conf is None else parse_config(alloc_conf)
+    by_address = Script.on(torch).ties_by_address
     if _begins_with_pickle(path):
         trace = read_trace(path, device=device)
         own = (trace.peak_reserved, trace.untraced)
-        return _replayed("torch snapshot", "", trace.events, config or trace.config, capacity_bytes, device_bytes, *own)
+        ordered = replace(config or trace.config, ties_by_address=by_address)
+        return _replayed("torch snapshot", "", trace.events, ordered, capacity_bytes, device_bytes, *own)
     log = eventlog.load(path)
-    return _replayed("event log", log.title, log.events, config or AllocatorConfig(), capacity_bytes, device_bytes)
+    ordered = replace(config or AllocatorConfig(), ties_by_address=by_address)
+    return _replayed("event log", log.title, log.events, ordered, capacity_bytes, device_bytes)
 
 
 def _replayed(

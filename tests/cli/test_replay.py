@@ -107,6 +107,24 @@ def test_options_of_the_allocator_are_taken(log: str) -> None:
     }
 
 
+def test_an_older_torch_fills_other_holes(tmp_path: Path) -> None:
+    """Two free 20, one in the first segment of 40, one the second segment: whoever takes the latter leaves a whole 40 free."""
+    made = [
+        ("alloc", 0, 40),
+        ("alloc", 1, 20),
+        ("free", 0, 0),
+        ("alloc", 2, 20),
+        ("free", 1, 0),
+        ("alloc", 3, 20),
+        ("free", 2, 0),
+    ]
+    events = [Event(kind, id, size * MIB, phase="step") for kind, id, size in [*made, ("alloc", 4, 40)]]  # type: ignore[arg-type]
+    eventlog.save(events, tmp_path / "holes.json", title="")
+    for torch, reserved in (([], 100), (["--torch", "2.13"], 100), (["--torch", "2.12.1"], 60)):
+        found = json.loads(run("replay", str(tmp_path / "holes.json"), *torch, "--format", "json").out)
+        assert found["peaks"][-1]["reserved"] == reserved * MIB
+
+
 def test_every_format_says_the_same(log: str) -> None:
     document = json.loads(run("replay", log, "--format", "json").out)
     assert (document["schema_version"], document["source"], document["events"], document["capacity"]) == (1, "event log", 6, None)
@@ -136,6 +154,7 @@ def test_a_snapshot_is_replayed_beside_its_record(recorded: str) -> None:
         ("LOG --alloc-conf max_split:1", ["allocator option", "did you mean max_split_size_mb"]),
         ("LOG --alloc-conf expandable_segments:yes", ["expandable_segments", "True, False"]),
         ("LOG --alloc-conf per_process_memory_fraction:0.5", ["device_bytes", "per_process_memory_fraction"]),
+        ("LOG --torch main", ["torch: 'main'", "a version such as 2.10"]),
         ("LOG --capacity 0GiB", ["'0GiB'", "above zero"]),
         ("LOG --format xml", ["format", "'xml'"]),
         ("SNAPSHOT --device 3", ["device: 3", "1 devices"]),

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.errors import InputError
 from peftplan.planning.result import Estimate
-from peftplan.planning.script import Script
+from peftplan.planning.script import NO_SCRIPT, Script
 
 WIDE: dict[str, Any] = {
     "model_type": "llama",
@@ -167,6 +168,14 @@ def test_a_script_runs_on_a_torch_unless_it_says_another() -> None:
     assert Script(torch="2.14").ran_on("2.10.0").torch == "2.14"
     assert Script().ran_on(None) == Script().ran_on("main") == Script()
     assert (Script().cublaslt_apart, Script().ties_by_address) == (False, False)
+
+
+def test_a_torch_that_somebody_typed_is_a_version_and_an_assumption() -> None:
+    assert Script.on(None) is NO_SCRIPT
+    with pytest.raises(InputError, match="torch: 'main' is not accepted; accepted: a version such as 2.10"):
+        Script.on("main")
+    assert run(Script.on("2.10")).assumptions["torch"] == "2.10"
+    assert "torch" not in run(Script()).assumptions
 
 
 def test_a_script_is_closed_to_other_facts() -> None:
