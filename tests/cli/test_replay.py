@@ -109,16 +109,8 @@ def test_options_of_the_allocator_are_taken(log: str) -> None:
 
 def test_an_older_torch_fills_other_holes(tmp_path: Path) -> None:
     """Two free 20, one in the first segment of 40, one the second segment: whoever takes the latter leaves a whole 40 free."""
-    made = [
-        ("alloc", 0, 40),
-        ("alloc", 1, 20),
-        ("free", 0, 0),
-        ("alloc", 2, 20),
-        ("free", 1, 0),
-        ("alloc", 3, 20),
-        ("free", 2, 0),
-    ]
-    events = [Event(kind, id, size * MIB, phase="step") for kind, id, size in [*made, ("alloc", 4, 40)]]  # type: ignore[arg-type]
+    made = [(0, 40), (1, 20), (0, 0), (2, 20), (1, 0), (3, 20), (2, 0), (4, 40)]
+    events = [Event("alloc" if size else "free", id, size * MIB, phase="step") for id, size in made]
     eventlog.save(events, tmp_path / "holes.json", title="")
     for torch, reserved in (([], 100), (["--torch", "2.13"], 100), (["--torch", "2.12.1"], 60)):
         found = json.loads(run("replay", str(tmp_path / "holes.json"), *torch, "--format", "json").out)

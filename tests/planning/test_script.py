@@ -172,7 +172,7 @@ def test_a_script_runs_on_a_torch_unless_it_says_another() -> None:
 
 def test_a_torch_that_somebody_typed_is_a_version_and_an_assumption() -> None:
     assert Script.on(None) is NO_SCRIPT
-    with pytest.raises(InputError, match="torch: 'main' is not accepted; accepted: a version such as 2.10"):
+    with pytest.raises(InputError, match=r"torch: 'main' is not accepted; accepted: a version such as 2\.10"):
         Script.on("main")
     assert run(Script.on("2.10")).assumptions["torch"] == "2.10"
     assert "torch" not in run(Script()).assumptions
