@@ -191,7 +191,7 @@ def from_peft_config(raw: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
     peft_type = str(getattr(raw["peft_type"], "value", raw["peft_type"]))
     names = [m.name for m in METHODS.values() if m.peft_type == peft_type]
     if not names:
-        raise NeedsPeftError(f"peft_type: {peft_type!r}")
+        raise NeedsPeftError(f"peft_type {peft_type}")
     method = METHODS[names[0]]
     if peft_type == "LORA":
         method = METHODS["dora" if raw.get("use_dora") else "rslora" if raw.get("use_rslora") else "lora"]

@@ -9,6 +9,7 @@ from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from peftplan import methods
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError
@@ -24,7 +25,7 @@ from peftplan.memory.quantized import QUANTIZED
 from peftplan.memory.step import HALF, Program, steady_step
 from peftplan.memory.tape import Tape
 from peftplan.memory.timeline import Timeline, timeline
-from peftplan.methods.adaptation import adapter_on_host
+from peftplan.methods.adaptation import NeedsPeftError, adapter_on_host
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters, loaded_dtype
 from peftplan.planning.result import Peaks
@@ -285,7 +286,7 @@ def _check(job: Job) -> None:
     if model_type not in FORWARDS:
         raise NeedsTraceError(f"activations of model type {model_type}")
     if job.method is None:
-        raise NeedsTraceError("activations of this peft type")
+        raise NeedsTraceError(f"activations of {_unread(job.adapter)}")
     if job.adaptation.matched and job.method.peft_type not in (*ADAPTERS, "LN_TUNING"):
         raise NeedsTraceError(f"activations of method {job.method.name}")
     check_virtual_tokens(job)
@@ -295,6 +296,15 @@ def _check(job: Job) -> None:
         refuse_unplaced(job.architecture, job.adaptation)
     if job.quant is not None and job.quant.name not in QUANTIZED:
         raise NeedsTraceError(f"activations of {job.quant.name} layers")
+
+
+def _unread(adapter: Mapping[str, Any]) -> str:
+    """What of an adapter config only peft itself reads."""
+    try:
+        methods.from_peft_config(adapter)
+    except NeedsPeftError as what:
+        return str(what)
+    return "this adapter config"
 
 
 def _loss_sizes(job: Job) -> LossSizes:

@@ -353,3 +353,14 @@ def test_a_batch_as_one_sequence_is_refused(fields: dict[str, Any], named: str) 
         peftplan.estimate(CONFIG, training_args=trl.SFTConfig(**COMMON, bf16=False, **fields))
     wrapped = trl.SFTConfig(**COMMON, bf16=False, packing=True, packing_strategy="wrapped")
     assert peftplan.estimate(CONFIG, training_args=wrapped).peaks is not None
+
+
+@pytest.mark.parametrize(
+    ("adapter", "what"),
+    [({"peft_type": "LORA", "a_new_key": 3}, "LORA with a_new_key"), ({"peft_type": "SHIRA", "r": 8}, "peft_type SHIRA")],
+)
+def test_what_only_peft_reads_of_an_adapter_config_is_named(adapter: dict[str, Any], what: str) -> None:
+    """peft itself counts it, and no peak is stated."""
+    found = peftplan.estimate("llama-3.2-1b", peft_config={"target_modules": ["q_proj"], **adapter})
+    assert found.peaks is None
+    assert found.not_modelled[0].startswith(f"activations of {what} (")
