@@ -1,8 +1,8 @@
 """Both engines against torch's own allocator: what it counted of `peftplan measure` on an emulated card (tools/emulated_card).
 
 Not counted, and so the limits: buffers of reductions of whole batches (trained norms and biases, 10 MB at most), the split
-accumulators of flash attention where the batch is too small for the card (gemma-3-270m), weight norms while DoRA is loaded, and
-TRL's cast of fp32 adapters there.
+accumulators of flash attention where the batch is too small for the card (gemma-3-270m), weight norms while DoRA is loaded,
+TRL's cast of fp32 adapters there, and the batch, which `measure` has on the card before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ LIMITS = {"load": 0.05, "forward": 0.15, "backward": 0.15, "step": 0.35, "reserv
 """Percent."""
 DORA = {"load": 2.5, "reserved": 0.7}
 TRL = {"load": 3.2}
-TRACED = ("t5-small-full", "smollm2-135m-qlora", "bert-base-uncased-full", "gpt2-lora", "smollm2-135m-lokr")
+SCORES = {"load": 0.25}
+"""Of 13 MiB: t5-small with two layers, a narrow feed-forward and few tokens, whose peak is the gradient of its positions."""
+TRACED = ("t5-small-full", "smollm2-135m-qlora", "bert-base-uncased-full", "gpt2-lora", "smollm2-135m-lokr", "t5-wide-scores")
 """Kinds of records that are traced here: seconds each."""
 
 
@@ -32,9 +34,14 @@ def drifts(record: Record, engine: Engine) -> dict[str, float]:
     return {name: 100 * (found[name] / measured[name] - 1) for name in LIMITS if name in found}
 
 
+def more(record: Record) -> dict[str, float]:
+    """Wider limits of a record."""
+    return DORA if "dora" in record.id else SCORES if "scores" in record.id else {}
+
+
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.id.rpartition("-")[0])
 def test_formulas(record: Record) -> None:
-    limits = LIMITS | (DORA if "dora" in record.id else TRL if record.run.options["trainer"] == "trl" else {})
+    limits = LIMITS | more(record) | (TRL if record.run.options["trainer"] == "trl" else {})
     assert {name: drift for name, drift in drifts(record, "analytic").items() if abs(drift) > limits[name]} == {}
 
 
@@ -44,4 +51,5 @@ def test_formulas(record: Record) -> None:
 def test_traces(record: Record) -> None:
     found = drifts(record, "trace")
     assert found.keys() == LIMITS.keys()
-    assert {name: drift for name, drift in found.items() if abs(drift) > 0.05} == {}
+    limits = dict.fromkeys(LIMITS, 0.05) | more(record)
+    assert {name: drift for name, drift in found.items() if abs(drift) > limits[name]} == {}
