@@ -3,8 +3,8 @@
 Letters: b batch, a query heads, g key/value heads, s queries, k keys, d head size. Queries, keys and values are (b, heads, s, d)
 views of projections that lie (b, s, heads, d), as transformers makes them.
 Sources: torch 2.13, aten/src/ATen/native/transformers/attention.cpp (`_scaled_dot_product_attention_math`), cuda/sdp_utils.cpp
-(the choice), cuda/attention.cu and attention_backward.cu, flash_attn/flash_api.cpp, mem_eff_attention/kernel_backward.h;
-transformers 5.24, integrations/sdpa_attention.py, masking_utils.py, models/llama/modeling_llama.py (`eager_attention_forward`).
+(the choice); transformers 5.24, integrations/sdpa_attention.py, masking_utils.py, models/llama/modeling_llama.py
+(`eager_attention_forward`). The fused kernels are in `fused_attention`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
+from peftplan.memory.fused_attention import HEAD_MULTIPLE, MASK_MULTIPLE, efficient, flash, number
 from peftplan.memory.graph import Node
 from peftplan.memory.ledger import Dim
 from peftplan.memory.tape import Tape
 from peftplan.memory.tensors import Dims, Tensor
-from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
     from peftplan.memory.model import Model
@@ -27,30 +27,7 @@ if TYPE_CHECKING:
 FLASH_CAPABILITY = (8, 0)
 """FlashAttention needs sm80; older cards run the memory-efficient kernel, which has no grouped queries."""
 MAX_FLASH_HEAD = 256
-FLASH_SMALL_HEAD = 128
-FLASH_HEAD_STEPS = (32, 64)
-"""What heads up to `FLASH_SMALL_HEAD`, and larger ones, are rounded up to in the accumulator of dQ."""
-FLASH_BLOCK = 128
-HEAD_MULTIPLE = 8
-MASK_MULTIPLE = 8
-MASK_GRADIENT_MULTIPLE = 16
-LSE_MULTIPLE = 32
-EFFICIENT_BLOCK = 64
-TILE_HEADER = 4
-"""Numbers before each tile of dQ: a lock, a counter, and padding to 128 bits (`GradQTempStorage`, kernel_backward.h)."""
-RF_HEAD = 128
-"""Largest head whose output the memory-efficient forward keeps in registers; above, it accumulates in an fp32 buffer."""
 HALF = ("bf16", "fp16")
-
-
-def padded(dim: Dim, multiple: int) -> Dim:
-    """A dim up to a multiple: a number, or a named size such as `s%128`."""
-    return ceil_div(dim, multiple) * multiple if isinstance(dim, int) else f"{dim}%{multiple}"
-
-
-def blocks(dim: Dim, size: int) -> Dim:
-    """How many blocks a dim takes: a number, or a named size such as `s/64`."""
-    return ceil_div(dim, size) if isinstance(dim, int) else f"{dim}/{size}"
 
 
 def causal_mask(model: Model, dtype: str, window: int | None = None) -> Tensor | None:
@@ -150,7 +127,7 @@ def _kernel(model: Model, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) 
         return "flash"
     if mask is None and q.dtype in HALF and running.flash and _at_most(head, MAX_FLASH_HEAD) and head == v.dims[3]:
         return "flash"
-    aligned = not _number(head) % (HEAD_MULTIPLE if q.dtype in HALF else HEAD_MULTIPLE // 2)
+    aligned = not number(head) % (HEAD_MULTIPLE if q.dtype in HALF else HEAD_MULTIPLE // 2)
     known = q.dtype in ("fp16", "fp32") or (q.dtype == "bf16" and running.flash)
     return "efficient" if known and aligned and q.dims[1] == k.dims[1] else "math"
 
@@ -314,106 +291,9 @@ def _math_copy(model: Model, x: Tensor, *, heads: Dim, broadcast: bool, copied: 
     return x if copied else batched(model, x)
 
 
-def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, by_head: bool = False) -> Tensor:
-    """FlashAttention-2: keeps q, k, v, its output and an fp32 logsumexp; dims (b, a, s, d), (b, g, k, d).
-
-    `by_head`: the output lies as the queries do, so that backward copies it.
-    """
-    b, a, s, d = q.dims
-    if _number(d) % HEAD_MULTIPLE:
-        q, k, v = (_padded_head(f, x) for x in (q, k, v))
-    node = f.record(_flash_backward, (q, k, v), q.detach(), k.detach(), v.detach(), by_head)
-    out = f.new((b, s, a, q.dims[3]), q.dtype, "flash attention", node)
-    logsumexp = f.new((b, a, s), "fp32", "logsumexp")
-    f.keep(node, out.detach(), logsumexp, f.new((2,), "int64", "rng state"), f.new((), "int64", "unused"))
-    return out.view((b, a, s, d))
-
-
-def _padded_head(f: Tape, x: Tensor) -> Tensor:
-    dims = (*x.dims[:3], padded(x.dims[3], HEAD_MULTIPLE))
-    return f.new(dims, x.dtype, "pad", f.record(_pad_backward, (x,), x.dims))
-
-
-def _pad_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
-    return f.new(saved[0], g.dtype, "slice")
-
-
-def _flash_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
-    q, k = saved[:2]
-    b, a, s, d = q.dims
-    copied = f.new((b, s, a, d), q.dtype, "out, copied") if saved[3] else None
-    keys = (b, k.dims[2], k.dims[1], d)
-    rounded = padded(s, FLASH_BLOCK)
-    dq = f.new((b, s, a, d), q.dtype, "dq")
-    dk, dv = f.new(keys, q.dtype, "dk"), f.new(keys, q.dtype, "dv")
-    delta = f.new((b, a, rounded), "fp32", "delta")
-    accumulator = f.new((b, rounded, a, padded(d, FLASH_HEAD_STEPS[_number(d) > FLASH_SMALL_HEAD])), "fp32", "dq accumulator")
-    if k.dims[1] != a:
-        expanded = [f.new((b, k.dims[2], a, d), q.dtype, "expanded dk, dv") for _ in "kv"]
-        del expanded
-    del delta, accumulator, copied
-    return dq, dk, dv
-
-
-def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, ragged: bool) -> Tensor:
-    """The memory-efficient kernel: keeps q, k, v, its output, an fp32 logsumexp, and its own copy of a boolean mask.
-
-    `ragged`: the number of keys is no multiple of 8, so the rows of a mask are padded, in another copy.
-    """
-    b, a, s, _ = q.dims
-    d = v.dims[3]
-    if mask is not None and mask.dtype != q.dtype:
-        mask = f.new((b, *mask.dims[1:]), q.dtype, "mask")
-    if mask is not None and ragged:
-        dims = (*mask.dims[:3], padded(mask.dims[3], MASK_MULTIPLE))
-        mask = f.new(dims, q.dtype, "mask, padded", f.record(_ragged_backward, (mask,), mask.dims, dims))
-    like = None if mask is None else mask.dims
-    node = f.record(_efficient_backward, (q, k, v, mask), q.detach(), k.detach(), v.detach(), like)
-    out = f.new((b, s, a, d), q.dtype, "memory-efficient attention", node)
-    lse = f.new((b, a, padded(s, LSE_MULTIPLE)), "fp32", "logsumexp")
-    if _number(d) > RF_HEAD and q.dtype != "fp32":
-        accumulator = f.new((b, s, a, d), "fp32", "accumulator")
-        del accumulator
-    f.keep(node, out.detach(), lse, None if mask is None else mask.detach())
-    return out.view((b, a, s, d))
-
-
-def _ragged_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
-    dims, rows = saved
-    whole = f.new(rows, g.dtype, "slice_backward")
-    del g
-    return f.new(dims, whole.dtype, "pad")
-
-
-def _efficient_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
-    """A gradient of the mask comes for each sample and head, and is summed to what was broadcast."""
-    q, k, v, like = saved[:4]
-    b, a, s, d = q.dims
-    dq = f.new((b, s, a, d), q.dtype, "dq")
-    dk = f.new((b, k.dims[2], a, d), q.dtype, "dk")
-    dv = f.new((b, v.dims[2], a, v.dims[3]), q.dtype, "dv")
-    of_mask = f.new((b, a, s, padded(k.dims[2], MASK_GRADIENT_MULTIPLE)), q.dtype, "dmask") if node.edges[3] else None
-    if q.dtype == "fp32":
-        product = f.new(g.dims, "fp32", "mul")
-        delta = f.new((b, a, s), "fp32", "delta")
-        del product
-    else:
-        delta = f.new((b, a, s), "fp32", "delta")
-        tiles = (blocks(s, EFFICIENT_BLOCK), blocks(d, EFFICIENT_BLOCK))
-        workspace = f.new((b, a, *tiles, EFFICIENT_BLOCK**2 + TILE_HEADER), "fp32", "dq accumulator")
-        del workspace
-    del delta, g
-    return dq, dk, dv, None if of_mask is None else ops.of_broadcast(of_mask.view((b, a, s, k.dims[2])), like)
-
-
-def _number(dim: Dim) -> int:
-    assert isinstance(dim, int)
-    return dim
-
-
 def _at_most(dim: Dim, bound: int) -> bool:
-    return _number(dim) <= bound
+    return number(dim) <= bound
 
 
 def _product(heads: Dim, head: Dim) -> int:
-    return _number(heads) * _number(head)
+    return number(heads) * number(head)

@@ -14,7 +14,8 @@ from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
-from peftplan.memory.attention import FLASH_CAPABILITY, MASK_MULTIPLE
+from peftplan.memory.attention import FLASH_CAPABILITY
+from peftplan.memory.fused_attention import MASK_MULTIPLE
 from peftplan.memory.ledger import Ledger, Line
 from peftplan.memory.load import Memory, load_into, load_passing
 from peftplan.memory.loss_sizes import LossSizes
