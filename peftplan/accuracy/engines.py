@@ -93,8 +93,8 @@ def ask(record: Record, engine: Engine) -> Stated:
 
 
 def _script(record: Record) -> Script:
-    """What the program did, on the torch that it says or that the record names."""
-    return record.run.script.ran_on(record.circumstances.versions.get("torch"))
+    """What the program did, on the torch and transformers that it says or that the record names."""
+    return record.run.script.ran_on(record.circumstances.versions)
 
 
 def same_answer(record: Record) -> str:

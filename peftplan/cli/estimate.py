@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
 @options.torch_option
+@options.transformers_option
 @click.option("--engine", default="analytic", metavar="NAME", show_default=True, help="analytic | trace")
 @click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a capacity such as 24GiB; repeatable")
 @click.option("--require-fit", is_flag=True, help="exit 1 unless the job is known to fit every --gpu")
@@ -40,6 +41,7 @@ def command(
     gpus: tuple[str, ...],
     engine: str,
     torch: str | None,
+    transformers: str | None,
     explain: bool,
     explain_peak: bool,
     timeline: str | None,
@@ -64,7 +66,7 @@ def command(
         check(timeline)
     from peftplan.planning.script import Script
 
-    script = Script.on(torch)
+    script = Script.on(torch=torch, transformers=transformers)
     result = _estimate(model, engine, record=timeline is not None, gpu=gpus, script=script, **options.given(given))
     if timeline is not None:
         from peftplan.report.timeline import write

@@ -154,6 +154,9 @@ def _json(name: str, text: str, shown: str, accepted: str) -> Any:
 torch_option = click.option(
     "--torch", default=None, metavar="VERSION", help="the torch that runs it: before 2.13 its allocator fills other holes"
 )
+transformers_option = click.option(
+    "--transformers", default=None, metavar="VERSION", help="that runs it: before 5.15 cuBLAS takes its workspace earlier"
+)
 
 
 def check_format(name: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import TrainerCallback
 
@@ -133,7 +134,7 @@ class MemoryCallback(TrainerCallback):
         """The estimate of one shape; what is refused is said once."""
         card = None if self._device is None else gpu_id(self._device.facts().gpu)
         given = self._arguments(batch)
-        script = given.pop("script", NO_SCRIPT).ran_on(torch.__version__)
+        script = given.pop("script", NO_SCRIPT).ran_on({"torch": torch.__version__, "transformers": transformers.__version__})
         try:
             return estimate(engine=self.engine, gpu=card, script=script, **given).replayed()
         except PeftplanError as error:

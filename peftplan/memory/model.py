@@ -39,6 +39,8 @@ class Running(NamedTuple):
     """Whether buffers that peft makes on the host stay there."""
     repeats_kv: bool = False
     """Whether the program repeats grouped keys and values before sdpa sees them."""
+    rotary_by_product: bool = False
+    """Whether cuBLAS makes angles of positions, and so takes its workspace before the first layer."""
     loss: str = "full"
     loss_facts: tuple[bool, ...] = ()
     """What of the batch decides which operations the loss runs (`LossSizes.facts`)."""
@@ -297,6 +299,11 @@ class Model:
             if x.storage is not None:
                 self.tape.leaves.add((x.storage.number, x.dims))
         return x
+
+    def angles_made(self) -> None:
+        """Called where positions have become angles: cuBLAS's workspace is taken there if a product made them."""
+        if self.running.rotary_by_product:
+            self.tape.products.append((len(self.tape.log), "cuBLAS"))
 
     @property
     def _asks_gradients(self) -> bool:

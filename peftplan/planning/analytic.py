@@ -163,7 +163,7 @@ def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     loss = _loss_sizes(job)
     facts = shape_facts(setup.batch_size, setup.seq_len + virtual_tokens, windows_of(job.architecture), loss)
     described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
-    scripted = (job.script.repeats_kv, job.script.enables_adapters_again, job.script.cublaslt_apart)
+    scripted = (job.script.repeats_kv, job.script.enables_adapters_again, job.script.cublaslt_apart, job.script.rotary_by_product)
     key = (
         id(job.architecture),
         *described,
@@ -330,6 +330,7 @@ def _running(job: Job, compute_capability: str) -> Running:
         use_cache=bool(setup.use_cache) and setup.trainer != "trl" and setup.loss != "trl-chunked",
         adapter_on_host=adapter_on_host(setup.trainer, quantized=job.quant is not None),
         repeats_kv=job.script.repeats_kv,
+        rotary_by_product=job.script.rotary_by_product,
         flash=kernels(compute_capability)[0],
         peft_type=None if job.method is None else job.method.peft_type,
         config=job.config,

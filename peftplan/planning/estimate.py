@@ -17,7 +17,7 @@ from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.planning.job import Job
 from peftplan.planning.prepare import config_of, prepare
 from peftplan.planning.result import Estimate, Peaks
-from peftplan.planning.script import NO_SCRIPT, Script
+from peftplan.planning.script import NO_SCRIPT, SUCH, Script
 from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, check_length, check_logits_to_keep, parse_setup
 from peftplan.planning.tasks import OF_TOKENS, PICTURES, task_notes, without_loss
 from peftplan.planning.verdicts import capability, card_notes, find_cards, verdict
@@ -51,6 +51,8 @@ CUDNN_ATTENTION = ("9.0", "10.0")
 """Compute capabilities on which `scaled_dot_product_attention` prefers cuDNN's kernel (torch 2.11 and 2.13, cuDNN 9.19 and 9.20:
 `_fused_sdp_choice`, asked on an emulated card). It is counted as the other fused kernels are."""
 BY_CUDNN = "what cuDNN's attention takes beyond torch's own kernels"
+IN_THREADS = "what threads leave that copy weights to the card while others are quantized (transformers 5.0 to 5.3)"
+"""One job, measured twice within an hour, reserved 11,880 and 13,272 MiB (`data/runs/fitcheck_t4.jsonl`)."""
 
 
 def estimate(
@@ -159,7 +161,7 @@ def _estimated(
         adaptation=job.adaptation,
         static=static,
         assumptions=assumptions,
-        not_modelled=(f"{found[of_first]}", *NOT_COUNTED) if peaks is None else _outside(job.setup, found),
+        not_modelled=(f"{found[of_first]}", *NOT_COUNTED) if peaks is None else _outside(job, found),
         gpus=tuple(verdict(card, static.bytes(), by_capability[capability(card)], hasty=hasty) for card in cards),
         peaks=peaks,
         resize=None if engine == "trace" or peaks is None else partial(_at, job, built, static, cards),
@@ -267,11 +269,13 @@ def _traced(job: Job, compute_capability: str, **how: Any) -> Peaks:
         )
 
 
-def _outside(setup: Setup, capabilities: Iterable[str]) -> tuple[str, ...]:
+def _outside(job: Job, capabilities: Iterable[str]) -> tuple[str, ...]:
     """What no peak holds: on one of the cards kernels of 16 bits may be cuDNN's."""
+    setup = job.setup
     low = not {"fp16", "bf16"}.isdisjoint((setup.dtype, setup.autocast))
     by_cudnn = setup.attn_implementation == "sdpa" and low and not set(CUDNN_ATTENTION).isdisjoint(capabilities)
-    return (*OUTSIDE, BY_CUDNN) if by_cudnn else OUTSIDE
+    in_threads = job.quant is not None and job.script.loads_in_threads
+    return (*OUTSIDE, *([BY_CUDNN] if by_cudnn else []), *([IN_THREADS] if in_threads else []))
 
 
 def adapter_dtypes(setup: Setup) -> tuple[str, str | None]:
@@ -319,8 +323,8 @@ def _assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
     if job.method is not None and job.config is not None:
         stated = job.config.model_dump(mode="json", exclude_defaults=True, exclude_none=True, exclude=SAID_ELSEWHERE)
         assumed |= {name: value for name, value in stated.items() if job.method.defaults.get(name) != value}
-    if job.script.torch is not None:
-        assumed["torch"] = job.script.torch
+    ran = {package: getattr(job.script, package) for package in SUCH}
+    assumed |= {package: version for package, version in ran.items() if version is not None}
     if adaptation.matched:
         assumed["matched_modules"] = sum(module.copies for module in adaptation.matched)
     notes = [*architecture.notes, *adaptation.notes, *task_notes(job.model, architecture, setup)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from peftplan.errors import InputError
 
 VERSION = r"^\d+\.\d+"
-"""What a version of torch begins with."""
+"""What a version of a package begins with."""
+Version = Annotated[str, Field(pattern=VERSION)]
 
 
 class Script(BaseModel):
@@ -33,34 +35,56 @@ class Script(BaseModel):
     """Whether adapters are disabled and enabled (`with model.disable_adapter():`) between the optimizer's making and the first
     step, as where the base is evaluated. peft then lets all of an active adapter require gradients (tuners/tuners_utils.py,
     `enable_adapters`): of LoRA-FA A too, whose inputs are saved again and whose gradients its optimizer does not take."""
-    torch: Annotated[str, Field(pattern=VERSION)] | None = None
+    torch: Version | None = None
     """The torch that ran, as `2.10.0`; None: one like 2.13. Decides `cublaslt_apart` and `ties_by_address`."""
+    transformers: Version | None = None
+    """The transformers that ran; None: one like 5.24. Decides `rotary_by_product` and `loads_in_threads`."""
 
     @property
     def cublaslt_apart(self) -> bool:
         """Whether cuBLASLt has workspaces of its own: before torch 2.12. Since then it takes cuBLAS's (`tools/emulated_card`)."""
-        return self._before(2, 12)
+        return before(self.torch, 2, 12)
 
     @property
     def ties_by_address(self) -> bool:
         """Whether the allocator orders equal free blocks by address: before torch 2.13. Since then by age of their segment."""
-        return self._before(2, 13)
+        return before(self.torch, 2, 13)
+
+    @property
+    def rotary_by_product(self) -> bool:
+        """Whether a matrix product makes angles of positions, which takes cuBLAS's workspace before the first layer: transformers
+        before 5.15 (`LlamaRotaryEmbedding.forward`: `inv_freq_expanded.float() @ position_ids_expanded.float()`)."""
+        return before(self.transformers, 5, 15)
+
+    @property
+    def loads_in_threads(self) -> bool:
+        """Whether weights are copied to the card in threads while others are quantized there: transformers 5.0 to 5.3
+        (`core_model_loading.py`; 5.4 asks for `has_on_the_fly_quantization`)."""
+        return before(self.transformers, 5, 4) and not before(self.transformers, 5, 0)
 
     @classmethod
-    def on(cls, torch: str | None) -> Script:
-        """A loop of today on this torch, as somebody typed it. Raises InputError for what is no version."""
-        if torch is not None and not re.match(VERSION, torch):
-            raise InputError("torch", torch, "accepted: a version such as 2.10")
-        return NO_SCRIPT.ran_on(torch)
+    def on(cls, **versions: str | None) -> Script:
+        """A loop of today on this torch and transformers, as somebody typed them. Raises InputError for what is no version."""
+        for package, version in versions.items():
+            if version is not None and not re.match(VERSION, version):
+                raise InputError(package, version, f"accepted: a version such as {SUCH[package]}")
+        return NO_SCRIPT.ran_on(versions)
 
-    def ran_on(self, torch: str | None) -> Script:
-        """The same with this torch, where the script itself does not say and this is a version (a record may say anything)."""
-        if self.torch is not None or not re.match(VERSION, torch or ""):
-            return self
-        return self.model_copy(update={"torch": torch})
+    def ran_on(self, versions: Mapping[str, str | None]) -> Script:
+        """The same with these versions of torch and transformers, where the script itself does not say and they are versions (a
+        record may say anything)."""
+        said = {package: versions.get(package) or "" for package in SUCH if getattr(self, package) is None}
+        found = {package: version for package, version in said.items() if re.match(VERSION, version)}
+        return self.model_copy(update=found) if found else self
 
-    def _before(self, major: int, minor: int) -> bool:
-        return self.torch is not None and tuple(map(int, re.findall(r"\d+", self.torch)[:2])) < (major, minor)
+
+SUCH = {"torch": "2.10", "transformers": "5.3"}
+"""The packages of which a version can be said, each with one."""
+
+
+def before(version: str | None, major: int, minor: int) -> bool:
+    """Whether this is an older version; None is today's."""
+    return version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < (major, minor)
 
 
 NO_SCRIPT = Script.model_construct()

@@ -68,6 +68,7 @@ def trace_peaks(
                 earlier_seq_lens=script.earlier_seq_lens,
                 enables_adapters_again=script.enables_adapters_again,
                 cublaslt_apart=script.cublaslt_apart,
+                rotary_by_product=script.rotary_by_product,
                 progress=progress,
             )
     except PeftplanError:

@@ -122,6 +122,7 @@ def trace(
     earlier_seq_lens: tuple[int, ...] = (),
     enables_adapters_again: bool = False,
     cublaslt_apart: bool = False,
+    rotary_by_product: bool = False,
     fake_on: FakeOn = "auto",
     progress: Tell | None = None,
 ) -> Traced:
@@ -131,7 +132,8 @@ def trace(
     parameters. `setup` is resolved (`planning.setup.resolved`). `device` is a compute capability: it decides kernels.
     `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. `earlier_seq_lens`: lengths of
     the steps before the counted one, one per step; without them one step of the same length. `enables_adapters_again`: adapters
-    are disabled and enabled once the optimizer is there. `cublaslt_apart`: cuBLASLt has workspaces of its own.
+    are disabled and enabled once the optimizer is there. `cublaslt_apart`, `rotary_by_product`: which products take a workspace
+    (`planning.script`).
     A model of identical layers is traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see
     `fake.fake_device`. `progress` is told what runs and how much is done.
     Raises RefusedError for what cannot be traced.
@@ -139,7 +141,8 @@ def trace(
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
         capability=device or DEFAULT_CAPABILITY, outputs_outlive_step=outputs_outlive_step,
-        earlier_seq_lens=earlier_seq_lens, enables_adapters_again=enables_adapters_again, cublaslt_apart=cublaslt_apart,
+        earlier_seq_lens=earlier_seq_lens, enables_adapters_again=enables_adapters_again,
+        workspaces=partial(Workspaces, device or DEFAULT_CAPABILITY, apart=cublaslt_apart, by_rotary=rotary_by_product),
         on=fake_device(fake_on),
     )  # fmt: skip
     tell = progress or silent
@@ -199,7 +202,7 @@ def _run(
     outputs_outlive_step: bool,
     earlier_seq_lens: tuple[int, ...],
     enables_adapters_again: bool,
-    cublaslt_apart: bool,
+    workspaces: Callable[[], Workspaces],
     on: torch.device,
     tell: Tell,
 ) -> Traced:
@@ -210,8 +213,7 @@ def _run(
     earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in earlier_seq_lens]
     losses.install(built.base, loss=setup.loss, prompt=losses.prompt_tokens(built.model), capability=capability)
     lengths = given.tokens.union(*(of_step.tokens for of_step in earlier))
-    workspaces = Workspaces(capability, cublaslt_apart=cublaslt_apart)
-    tracker = _tracker(built, replace(given, tokens=lengths), setup, workspaces)
+    tracker = _tracker(built, replace(given, tokens=lengths), setup, workspaces())
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode, on)

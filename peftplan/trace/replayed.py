@@ -50,7 +50,7 @@ def replay_file(
     like 2.13. Raises InputError, UnknownNameError or RefusedError for a file that is not understood.
     """
     config = None if alloc_conf is None else parse_config(alloc_conf)
-    by_address = Script.on(torch).ties_by_address
+    by_address = Script.on(torch=torch).ties_by_address
     if _begins_with_pickle(path):
         trace = read_trace(path, device=device)
         own = (trace.peak_reserved, trace.untraced)

@@ -28,17 +28,23 @@ PRODUCTS = frozenset(
 
 
 class Workspaces:
-    """Takes each workspace when the first product of its thread runs."""
+    """Takes each workspace when the first product of its thread runs.
 
-    def __init__(self, capability: Capability, *, cublaslt_apart: bool = False) -> None:
-        self._apart = cublaslt_apart
+    `apart`: cuBLASLt has workspaces of its own. `by_rotary`: a product makes angles of positions, whatever the installed
+    transformers does (`planning.script`).
+    """
+
+    def __init__(self, capability: Capability, *, apart: bool = False, by_rotary: bool = False) -> None:
+        self._apart = apart
+        self._by_rotary = by_rotary
         self._cublas = cublas_workspace_bytes(".".join(map(str, capability)))
         self._taken: set[tuple[str, str]] = set()
 
     def after(self, tracker: Tracker, func: Any, args: Any) -> None:
         """Called after every operation: a product's result is there before the library asks for its workspace. A product with a
         vector to add goes to cuBLASLt (`addmm` with a bias epilogue)."""
-        if func not in PRODUCTS:
+        angles = self._by_rotary and func is _ATEN.mul.Tensor and tracker.last_module.endswith("rotary_emb")
+        if func not in PRODUCTS and not angles:
             return
         thread = "backward" if tracker.phase == "backward" else "forward"
         if self._apart and func is _ATEN.addmm.default and args[0].dim() == 1:

@@ -226,6 +226,7 @@ def rotary_tables(model: Model, dtype: str) -> tuple[Tensor, Tensor]:
     positions = f.new((1, model.seq, 1), "fp32", "to")
     half = f.new((*dims[:-1], width // 2), "fp32", "mul")
     del positions
+    model.angles_made()
     angles = f.new(dims, "fp32", "cat")
     cos = f.new(dims, "fp32", "cos")
     cos = f.new(dims, "fp32", "cos")  # scaled

@@ -31,6 +31,7 @@ def gpt_oss(model: Model) -> Tensor:
     _positions = f.new((model.seq,), "int64", "position_ids")
     half = (1, model.seq, model.arch.blocks[0].attentions[0].head_dim // 2)
     f.module = "model.rotary_emb"
+    model.angles_made()
     tables = f.new(half, tokens.dtype, "cos"), f.new(half, tokens.dtype, "sin")
     x = run_layers(model, STYLE, tokens, lambda window: tables)
     del tokens

@@ -32,6 +32,7 @@ def deepseek_v2(model: Model) -> Tensor:
     f.module = "model"
     _positions = f.new((model.seq,), "int64", "position_ids")
     f.module = "model.rotary_emb"
+    model.angles_made()
     rotations = f.new((1, model.seq, _rotated(model)), "fp32", "freqs_cis")
     x = run_layers(model, V2, tokens, lambda window: (rotations,))
     del tokens

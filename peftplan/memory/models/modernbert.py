@@ -26,6 +26,7 @@ def modernbert(model: Model) -> Tensor:
     windows = {block.attentions[0].window for block in model.arch.blocks}
     masks = {window: bidirectional_mask(model, x.dtype, window) for window in (None, *windows)}
     f.module = "model.rotary_emb"
+    model.angles_made()
     head = model.arch.blocks[0].attentions[0].head_dim
     turns = {w: tuple(f.new((1, model.seq, head), x.dtype, part) for part in ("cos", "sin")) for w in windows}
 
