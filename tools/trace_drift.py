@@ -1,8 +1,8 @@
 """Traced peaks against peaks that other people's runs measured: prints a Markdown page, `--write` writes docs/trace-drift.md.
 
 `python tools/trace_drift.py [--parts t4 runs metamath unscored] [--lengths BEFORE/LONGEST ...] [--write]`, or `--run NAME`
-for one run of peft's benchmark alone. The rows are data/published/peaks_t4.jsonl (allocated bytes by phase, reserved bytes),
-data/runs (the runs of other trainers and stacks), data/published/peft_metamath.jsonl (reserved bytes) and
+for one run of peft's benchmark alone. The rows are data/runs (the T4's, and those of other trainers and stacks; their traces are
+the baseline's: `peftplan check --engine trace --update-baseline`), data/published/peft_metamath.jsonl (reserved bytes) and
 peft_metamath_unscored.jsonl (configurations without a run). What today's peft computes otherwise than the one that ran is traced
 by the interpreter of `--other-peft`, whose environment has that one (0.19.1). Parts not asked for stay as they are on the page;
 its words are tools/trace_drift.md. Needs the extra `trace`; the whole takes a quarter of an hour on two idle cores.
@@ -27,14 +27,12 @@ from peftplan.accuracy.drift import Answer, summaries
 from peftplan.accuracy.engines import OVERALL, RUNS, ask, read_cases
 from peftplan.arch.sources import load_config
 from peftplan.errors import RefusedError
-from peftplan.memory.allocator import AllocatorConfig, replay
-from peftplan.planning.script import Script
+from peftplan.memory.allocator import replay
 from peftplan.planning.setup import parse_setup, resolved
 from peftplan.report.markdown import table
-from peftplan.storage import parse_quant
 from peftplan.trace.engine import Traced, trace
 from peftplan.trace.meta import quiet_transformers
-from peftplan.trace.scripted import repeating_kv, with_empty_cache
+from peftplan.trace.scripted import with_empty_cache
 from peftplan.units import MIB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,12 +42,9 @@ TEMPLATE = ROOT / "tools" / "trace_drift.md"
 """The words of the page; a comment with a part's name stands for what is traced."""
 Row = dict[str, Any]
 
-PHASES = ("forward", "backward", "step")
-RESERVED = "reserved"
-TURING, ADA = (7, 5), (8, 9)
+T4_FIGURES = ("forward", "backward", "step", "reserved", "device")
+ADA = (8, 9)
 LLAMA = "llama-3.2-3b"
-T4_SCRIPT = Script(torch="2.10.0")
-"""The torch of the T4's rows, whatever their label says: the page has the reasons."""
 
 Lengths = tuple[int, int]
 """Length of the batch before the longest one, and of the longest one."""
@@ -95,44 +90,6 @@ def load_rows(name: str) -> list[Row]:
     return [json.loads(line) for line in (PUBLISHED / name).read_text(encoding="utf-8").splitlines()]
 
 
-def t4_trace(row: Row) -> Traced:
-    """The run of a row of peaks_t4.jsonl."""
-    quant = parse_quant("nf4", double_quant=row["double_quant"], compute_dtype="fp16") if row.get("quant") else None
-    options = {
-        "trainer": "plain",
-        "dtype": "fp16",
-        "batch_size": row["micro_batch"],
-        "seq_len": row["seq_len"],
-        "gradient_checkpointing": row["grad_ckpt"],
-        "attn_implementation": row["attn"],
-        "use_cache": False,
-    }
-    lora = {
-        "peft_type": "LORA",
-        "r": row["peft"]["r"],
-        "lora_alpha": row["peft"]["alpha"],
-        "target_modules": row["peft"]["targets"],
-    }
-    with repeating_kv(True):
-        return trace(
-            load_config(row["model"]),
-            task_type="CAUSAL_LM",
-            peft_config=lora,
-            quant=quant,
-            setup=resolved(parse_setup(options), quantized=quant is not None, supports_sdpa=True, use_cache=True),
-            device=TURING,
-            cublaslt_apart=T4_SCRIPT.cublaslt_apart,
-        )
-
-
-def t4_figures(row: Row) -> Figures:
-    """Allocated bytes by phase and reserved bytes."""
-    traced = t4_trace(row)
-    replayed = replay(traced.emptied(traced.events), AllocatorConfig(ties_by_address=T4_SCRIPT.ties_by_address))
-    found = {phase: replayed.by_phase[phase].allocated for phase in PHASES} | {RESERVED: replayed.peaks.reserved}
-    return {name: Figure(row["measured_mib"][name] * MIB, found[name]) for name in found}
-
-
 def metamath_trace(row: Row, *, lengths: Lengths) -> Traced:
     """Two steps of a row of peft_metamath.jsonl: a batch of the first length, then one of the second."""
     before, longest = lengths
@@ -175,10 +132,10 @@ def by_other_peft(python: str, row: Row, *, lengths: Sequence[Lengths]) -> Figur
     return {head: Figure(row["max_memory_reserved_bytes"], traced) for head, traced in json.loads(said.stdout).items()}
 
 
-def run_answers() -> list[Answer]:
-    """What the trace engine says of every other run, as `peftplan check` stored it; what it did not ask is asked now."""
+def answers_of(*files: str) -> list[Answer]:
+    """What the trace engine says of the runs of these files, as `peftplan check` stored it; what it did not ask is asked now."""
     stored = load(RUNS / "baseline.json")
-    cases = read_cases([RUNS / f"{name}.jsonl" for name in RUN_FILES])
+    cases = read_cases([RUNS / f"{name}.jsonl" for name in files])
     return [Answer(case, stored.stated("trace", case.record.id) or ask(case.record, "trace")) for case in cases]
 
 
@@ -230,26 +187,55 @@ def tried(rows: Sequence[Row], figures: Callable[[Row], Figures], *, key: str) -
 def summary(found: Sequence[Figures], head: str) -> str:
     """Median, median of the absolute drift, and both ends, by column."""
     lines = []
-    for name in found[0]:
-        drifts = [figures[name].drift for figures in found]
+    for name in dict.fromkeys(name for figures in found for name in figures):
+        drifts = [figures[name].drift for figures in found if name in figures]
         ends = (median(drifts), min(drifts), max(drifts))
         lines.append((name, str(len(drifts)), f"{median(map(abs, drifts)):.2f} %", *(f"{end:+.2f} %" for end in ends)))
     return table((head, "rows", "median without sign", "median", "lowest", "highest"), lines)
 
 
 def part_t4(lengths: Sequence[Lengths]) -> str:
-    """The T4's rows."""
-    done, refused = tried(load_rows("peaks_t4.jsonl"), t4_figures, key="id")
-    parts = [
-        summary([figures for _, figures in done], "peak"),
-        table(("id", "model", "base", "attention", "batch × tokens", *PHASES, RESERVED), [_t4_line(*one) for one in done]),
-    ]
-    return "\n\n".join([*parts, *_not_traced(refused)])
+    """The T4's rows, by how the base was loaded; and the jobs that were measured more than once."""
+    answers = [answer for answer in answers_of("fitcheck_t4") if answer.record.outcome == "ok"]
+    parts = []
+    for loaded in LOADED:
+        same = [answer for answer in answers if loaded_as(answer) == loaded]
+        found = [{name: figures[name] for name in T4_FIGURES if name in (figures := _figures(one))} for one in same]
+        lines = [_t4_line(*both) for both in zip(same, found, strict=True)]
+        parts += [f"**{loaded}**", summary(found, "peak"), table((*T4_JOB, *T4_FIGURES), lines)]
+    return "\n\n".join([*parts, "Measured more than once, reserved bytes:", table(REPEATED, list(repeated_lines(answers)))])
+
+
+LOADED = ("fp16", "nf4, weights copied one by one", "nf4, weights copied in threads")
+T4_JOB = ("id", "model", "attention", "batch × tokens")
+REPEATED = (*T4_JOB[1:], *LOADED, "traced", "lowest and highest apart")
+
+
+def loaded_as(answer: Answer) -> str:
+    """How the base of a T4's run came to the card."""
+    one_by_one, in_threads = LOADED[1:]
+    return LOADED[0] if answer.record.run.options.get("quant") is None else in_threads if answer.record.differs else one_by_one
+
+
+def repeated_lines(answers: Sequence[Answer]) -> Iterator[tuple[str, ...]]:
+    """One line per job that was measured more than once: what it reserved each time."""
+    jobs: dict[str, list[Answer]] = {}
+    for answer in answers:
+        jobs.setdefault(str(answer.record.run), []).append(answer)
+    for same in jobs.values():
+        if len(same) > 1:
+            found = [_figures(answer)["reserved"] for answer in same]
+            times: dict[str, list[str]] = {loaded: [] for loaded in LOADED}
+            for answer, figure in zip(same, found, strict=True):
+                times[loaded_as(answer)].append(f"{figure.measured / MIB:,.0f}")
+            low, high = min(one.measured for one in found), max(one.measured for one in found)
+            traced = f"{found[0].traced / MIB:,.0f}"
+            yield *_job(same[0])[1:], *(", ".join(each) for each in times.values()), traced, f"{100 * (high / low - 1):.1f} %"
 
 
 def part_runs(lengths: Sequence[Lengths]) -> str:
     """The other runs, by source, and by what ran."""
-    answers = run_answers()
+    answers = answers_of(*RUN_FILES)
     lines = [
         (
             s.group.removesuffix(" (open)"),
@@ -319,7 +305,9 @@ def page(*, lengths: Sequence[Lengths], parts: Sequence[str] = tuple(PARTS), oth
     written = dict(BLOCK.findall(OUTPUT.read_text(encoding="utf-8")))
     facts = dict(zip(("before", "longest", "second_before", "second_longest"), (*lengths[0], *lengths[-1]), strict=True))
     text = re.sub(r"\{(\w+)\}", lambda found: str(facts[found[1]]), TEMPLATE.read_text(encoding="utf-8"))
-    for name, made in {**PARTS, "metamath": partial(part_metamath, other_peft=other_peft)}.items():
+    made_anew = dict(PARTS)
+    made_anew["metamath"] = partial(part_metamath, other_peft=other_peft)
+    for name, made in made_anew.items():
         block = made(lengths) if name in parts else written[name]
         text = text.replace(f"<!-- {name} -->", f"<!-- {name} -->\n{block}\n<!-- end -->")
     return text
@@ -339,11 +327,18 @@ def _unscored(lengths: Lengths) -> tuple[list[tuple[str, ...]], list[Refused]]:
     return lines, refused
 
 
-def _t4_line(row: Row, figures: Figures) -> tuple[str, ...]:
-    name = row["model"].partition("/")[2]
-    shape = f"{row['micro_batch']} × {row['seq_len']}"
-    cells = (figures[peak].cell(MIB, 1) for peak in (*PHASES, RESERVED))
-    return row["id"], name, row.get("quant") or "fp16", row["attn"], shape, *cells
+def _figures(answer: Answer) -> Figures:
+    return {one.figure: Figure(one.measured, one.stated) for one in answer.compared}
+
+
+def _job(answer: Answer) -> tuple[str, ...]:
+    run = answer.record.run
+    shape = f"{run.options['batch_size']} × {run.options['seq_len']}"
+    return answer.record.id, run.model_name.rpartition("/")[2], run.options["attn_implementation"], shape
+
+
+def _t4_line(answer: Answer, figures: Figures) -> tuple[str, ...]:
+    return *_job(answer), *(figures[name].cell(MIB, 1) if name in figures else "" for name in T4_FIGURES)
 
 
 def _metamath_line(row: Row, figures: Figures) -> tuple[str, ...]:

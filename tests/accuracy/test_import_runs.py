@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+import zipfile
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -99,3 +102,62 @@ def test_the_shipped_records_keep_what_their_sources_measured() -> None:
     assert (found["pk01702"].device_bytes, found["pk01702"].context_bytes) == (14949 * 2**20, 1343 * 2**20)
     assert found["pk02320"].overall.reserved == 5_370_000_000
     assert found["pk01871"].overall.reserved == round(66.72 * 2**30)
+
+
+IDENTITY: dict[str, Any] = {
+    "model_id": "deepseek-ai/deepseek-coder-1.3b-instruct",
+    "quantization": "nf4",
+    "lora_rank": 16,
+    "lora_targets": ["q_proj", "v_proj"],
+    "grad_checkpoint": True,
+    "batch_size": 4,
+    "seq_len": 1024,
+}
+MEASURED = {"peak_allocated_mib": 2070.0, "peak_reserved_mib": 2126.0, "cuda_context_mib": 141.0, "process_mib": 2267.0}
+
+
+@pytest.fixture
+def archive(tmp_path: Path, tool: ModuleType) -> Path:
+    """One run per session, and one at a ceiling that ran out of memory."""
+    folder = tmp_path / "data" / "measurements"
+    (folder / "incoming").mkdir(parents=True)
+    sessions = {
+        session: {
+            "measured_on": session[3:],
+            "torch": "2.10.0+cu128",
+            "transformers": "5.0.0",
+            "peft": "0.19.1",
+            "bitsandbytes": None,
+        }
+        for session in tool.ARCHIVE.values()
+    }
+    (folder / "manifest.json").write_text(json.dumps({"sessions": sessions}))
+    run = {"model_id": "meta-llama/Llama-3.2-1B", "measured": MEASURED, "run": {**IDENTITY, "attn_impl": "eager"}}
+    for name in tool.ARCHIVE:
+        (folder / f"{name}.json").write_text(json.dumps({"runs": [{**run, "run": {**run["run"], "model_id": run["model_id"]}}]}))
+    said = [
+        "File measure.py, line 818, in measure",
+        "torch.OutOfMemoryError: Tried to allocate 2.94 GiB. If reserved but unallocated",
+    ]
+    failed = {"registered": {"identity": {**IDENTITY, "kernel": "flash", "role": "ceiling-oom"}}, "stderr_tail": said}
+    with zipfile.ZipFile(folder / "incoming" / tool.CEILINGS, "w") as ceilings:
+        ceilings.writestr("final/abc.json", json.dumps(failed))
+        ceilings.writestr("final/predictions.json", "[]")
+    return tmp_path
+
+
+def test_runs_of_an_archive_that_the_rows_do_not_list(tool: ModuleType, archive: Path) -> None:
+    listed = {"data/measurements/t4-sweep-2026-09-15.json#runs[0]"}
+    records = [tool.fitcheck(row) for row in tool.archived(archive, listed)]
+    one_by_one, _, _, failed = records
+    assert [record.id for record in records] == [
+        "fitcheck/t4-qlora-2026-09-01/0", "fitcheck/t4-phase3-2026-09-16/0", "fitcheck/final-t4-20260921/0", "fitcheck/final/abc",
+    ]  # fmt: skip
+    assert [bool(record.differs) for record in records] == [False, True, True, True]
+    assert (one_by_one.run.script.transformers, one_by_one.circumstances.versions["transformers"]) == ("5.0.0", "5.0.0")
+    assert (one_by_one.peaks.overall.reserved, one_by_one.peaks.device_bytes) == (2126 * 2**20, 2267 * 2**20)
+    assert one_by_one.peaks.by_phase == {}  # that session printed none
+    assert (failed.outcome, failed.error) == ("oom", "torch.OutOfMemoryError: Tried to allocate 2.94 GiB.")
+    assert failed.note == "in the warm step"
+    assert failed.run.options["attn_implementation"] == "sdpa"
+    assert failed.run.model_name == IDENTITY["model_id"]
