@@ -38,14 +38,15 @@ CAUSES = """## Known causes of drift
   record says (`script`) and both engines do. Without that, sdpa with grouped queries runs the math kernel on a T4, which holds
   the matrix of scores: + 70 % where the sequence is long.
 - Reserved bytes: whichever hole a block comes to lie in decides what lies where afterwards, so a difference of one temporary can
-  move them by a whole tensor of scores or of logits; one setup, measured twice, differs by 1.2 % (pk01183, pk01206).
-- fitcheck-llm's reserved bytes: of the ten fp16 runs the trace states six exactly, the others 12 or 32 MiB too many; the
-  quantized ones − 4.9 to + 5.6 %. transformers 5.0.0 copied weights to the card in threads ahead of their quantization
-  (core_model_loading.py, `GLOBAL_WORKERS`), and later tensors lie in the holes that this leaves: which ones depends on how fast
-  either is. What is allocated after loading, before any step, differs between runs of one model with one adapter
-  (`after_load_allocated_mib` under `steps`: 1070 to 1078 MiB of TinyLlama, 1642 to 1647 of Qwen2.5-1.5B). Later versions copy
-  one by one, as both engines do. Sixteen of the records are labelled torch 2.14 and transformers 5.17, which reserve and
-  allocate otherwise; they are taken as run with the 2.10 and 5.0.0 of the others, which [give what was measured](trace-drift.md).
+  move them by a whole tensor of scores or of logits.
+- fitcheck-llm's reserved bytes: of the 34 runs that load the same each time both engines state 32 to the MiB, and two 2 MiB too
+  low. The quantized ones of its three later sessions come out at − 13 to + 15 %: transformers 5.0 to 5.3 copied weights to the
+  card in threads ahead of their quantization (core_model_loading.py, `GLOBAL_WORKERS`), and later tensors lie in the holes that
+  this leaves. One job, measured twice in one session, reserved 11,880 and 13,272 MiB. Later versions copy one by one, as both
+  engines do. Forty of the records are labelled torch 2.14 and transformers 5.17, which reserve and allocate otherwise; they are
+  taken as run with the 2.10 and 5.0.0 of the others, which [give what was measured](trace-drift.md).
+- Its four runs out of memory say what was allocated and what was asked for in vain: together the estimated peak, in the first
+  step less the states that no optimizer had made yet, to the 0.01 GiB that was printed.
 - fms-acceleration, transformers 4.39, and the runs without versions: 512 MiB more, whatever the batch. Each layer's
   `MistralRotaryEmbedding` kept cosines and sines of all 32,768 positions there: 32 × 2 × 32,768 × 128 × 2 bytes
   (modeling_mistral.py of 4.39.3, `_set_cos_sin_cache`; gone in 4.43.3). QLoRA with kbit preparation takes 1.8 GiB more per
