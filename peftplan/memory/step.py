@@ -32,6 +32,8 @@ class Program(NamedTuple):
     keep_gradients: bool = False
     left_alone: frozenset[str] = frozenset()
     """Parameters that get gradients and that the optimizer does not take."""
+    frees_outputs: bool = False
+    """Whether kept outputs are freed after each backward."""
 
 
 def steady_step(model: Model, program: Program) -> None:
@@ -54,6 +56,9 @@ def steady_step(model: Model, program: Program) -> None:
         scaled = loss if scaler is None else scaler.scaled(f, loss)
         f.backward(scaled)
         del loss, scaled
+        if program.frees_outputs:
+            outputs.clear()
+            model.kept.clear()
     f.mark("step")
     f.module = ""
     if scaler is not None:

@@ -163,11 +163,10 @@ def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     loss = _loss_sizes(job)
     facts = shape_facts(setup.batch_size, setup.seq_len + virtual_tokens, windows_of(job.architecture), loss)
     described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
-    scripted = (job.script.repeats_kv, job.script.enables_adapters_again, job.script.cublaslt_apart, job.script.rotary_by_product)
     key = (
         id(job.architecture),
         *described,
-        *scripted,
+        job.script,
         *facts,
         *(getattr(setup, name) for name in Setup.model_fields if name not in ("batch_size", "seq_len")),
     )
@@ -261,6 +260,7 @@ def _program(job: Job) -> Program:
         parse_optim(str(setup.optim)),
         accumulation=setup.gradient_accumulation_steps,
         keep_gradients=setup.keep_gradients,
+        frees_outputs=job.script.outputs_end_with_backward,
     )
 
 

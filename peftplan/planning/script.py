@@ -27,6 +27,8 @@ class Script(BaseModel):
     """Tokens per sequence of the steps before the counted one; without them one step of the same length."""
     outputs_outlive_step: bool = False
     """Whether the name of the outputs is rebound only when the next forward has returned."""
+    outputs_end_with_backward: bool = False
+    """Whether kept outputs are freed between backward and the optimizer's step (`del outputs`)."""
     empties_cache: bool = False
     """Whether `torch.cuda.empty_cache()` runs after each step, before the gradients of that step are freed."""
     repeats_kv: bool = False
@@ -53,8 +55,8 @@ class Script(BaseModel):
     @property
     def rotary_by_product(self) -> bool:
         """Whether a matrix product makes angles of positions, which takes cuBLAS's workspace before the first layer: transformers
-        before 5.15 (`LlamaRotaryEmbedding.forward`: `inv_freq_expanded.float() @ position_ids_expanded.float()`)."""
-        return before(self.transformers, 5, 15)
+        before 5.19 (`LlamaRotaryEmbedding.forward`: `inv_freq_expanded @ position_ids_expanded`)."""
+        return before(self.transformers, 5, 19)
 
     @property
     def loads_in_threads(self) -> bool:

@@ -88,7 +88,7 @@ def _runs(cases: Sequence[Case]) -> Iterable[str]:
     yield "## The measured runs"
     yield (
         "Each line of `data/runs/*.jsonl` is one run in peftplan's own words, with its circumstances, source and licence, and a"
-        " digest that notices edits. Imported by `tools/import_runs.py`; runs measured by `peftplan measure` have the same form."
+        " digest that notices edits. Imported by `tools/import_runs`; runs measured by `peftplan measure` have the same form."
     )
     by_file: dict[Path, list[Record]] = {}
     for case in cases:

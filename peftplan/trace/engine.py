@@ -118,6 +118,7 @@ def trace(
     setup: Setup,
     device: Capability | None = None,
     outputs_outlive_step: bool = False,
+    outputs_end_with_backward: bool = False,
     full_depth: bool = False,
     earlier_seq_lens: tuple[int, ...] = (),
     enables_adapters_again: bool = False,
@@ -130,8 +131,9 @@ def trace(
 
     `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains all
     parameters. `setup` is resolved (`planning.setup.resolved`). `device` is a compute capability: it decides kernels.
-    `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. `earlier_seq_lens`: lengths of
-    the steps before the counted one, one per step; without them one step of the same length. `enables_adapters_again`: adapters
+    `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. `outputs_end_with_backward`: it
+    is deleted before the optimizer's step. `earlier_seq_lens`: lengths of the steps before the counted one, one per step; without
+    them one step of the same length. `enables_adapters_again`: adapters
     are disabled and enabled once the optimizer is there. `cublaslt_apart`, `rotary_by_product`: which products take a workspace
     (`planning.script`).
     A model of identical layers is traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see
@@ -140,7 +142,8 @@ def trace(
     """
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
-        capability=device or DEFAULT_CAPABILITY, outputs_outlive_step=outputs_outlive_step,
+        capability=device or DEFAULT_CAPABILITY,
+        outputs_outlive_step=outputs_outlive_step, outputs_end_with_backward=outputs_end_with_backward,
         earlier_seq_lens=earlier_seq_lens, enables_adapters_again=enables_adapters_again,
         workspaces=partial(Workspaces, device or DEFAULT_CAPABILITY, apart=cublaslt_apart, by_rotary=rotary_by_product),
         on=fake_device(fake_on),
@@ -200,6 +203,7 @@ def _run(
     setup: Setup,
     capability: Capability,
     outputs_outlive_step: bool,
+    outputs_end_with_backward: bool,
     earlier_seq_lens: tuple[int, ...],
     enables_adapters_again: bool,
     workspaces: Callable[[], Workspaces],
@@ -230,7 +234,7 @@ def _run(
         if enables_adapters_again:
             with getattr(built.model, "disable_adapter", nullcontext)():  # what peft did not adapt has none
                 pass
-        run = Run(built.model, batch, optimizer, tracker, setup, outputs_outlive_step)
+        run = Run(built.model, batch, optimizer, tracker, setup, outputs_outlive_step, outputs_end_with_backward)
         run.earlier, run.steps = before, max(STEPS, len(earlier) + 1)
         try:
             PROGRAMS[setup.trainer](run)

@@ -48,6 +48,7 @@ class Run:
     tracker: Watcher
     setup: Setup
     outputs_outlive_step: bool = False
+    outputs_end_with_backward: bool = False
     started: int = 0
     steps: int = STEPS
     earlier: Sequence[dict[str, torch.Tensor]] = ()
@@ -101,7 +102,7 @@ def plain(run: Run) -> None:
     """`outputs = model(**batch); outputs.loss.backward(); optimizer.step(); optimizer.zero_grad()`.
 
     With `keep_outputs` the name `outputs` holds the logits through backward and step: the step is a function of its own. In a
-    loop without one (`outputs_outlive_step`) they stay until the next forward has returned.
+    loop without one (`outputs_outlive_step`) they stay until the next forward has returned; `del` may come before the step.
     """
     outputs = None
     for _ in range(run.steps):
@@ -113,6 +114,8 @@ def plain(run: Run) -> None:
                 outputs = None
             run.backward(loss)
             del loss
+            if run.outputs_end_with_backward:
+                outputs = None
         run.update()
         if not run.outputs_outlive_step:
             outputs = None

@@ -53,6 +53,15 @@ def test_a_t4_run(row: str, limit: float) -> None:
     assert {one.figure: one.drift for one in answer.compared if one.figure in wanted and abs(one.drift) > limit} == {}
 
 
+@pytest.mark.parametrize("row", [12, 14, 17], ids=["full", "autocast", "checkpointing"])
+def test_a_run_of_an_a6000(row: int) -> None:
+    """torch 2.14, transformers 4.57: a plain loop that frees outputs before the step."""
+    record = next(case.record for case in read_cases([RUNS / "vramcalc_a6000.jsonl"]) if case.record.id == f"vramcalc/{row}")
+    answer = Answer(Case(RUNS, 1, record), ask(record, "trace"))
+    assert [figure for figure in answer.compared if abs(figure.drift) > 0.01] == []
+    assert len(answer.compared) == 1
+
+
 def test_gradients_that_outlive_empty_cache_decide_what_full_fine_tuning_reserves() -> None:
     """Measured 38.87 GB. Emptied after the gradients are freed, the optimizer's temporaries find no room: several percent."""
     row = METAMATH["full-finetuning/llama-3.2-3B-lr_0.00001"]
