@@ -28,6 +28,7 @@ from peftplan.accuracy.engines import OVERALL, RUNS, ask, read_cases
 from peftplan.arch.sources import load_config
 from peftplan.errors import RefusedError
 from peftplan.memory.allocator import replay
+from peftplan.planning.script import Script
 from peftplan.planning.setup import parse_setup, resolved
 from peftplan.report.markdown import table
 from peftplan.trace.engine import Traced, trace
@@ -55,10 +56,16 @@ CHOSEN_BY = ("lora/llama-3.2-3B-rank32", "ia3/llama-3.2-3B-default")
 LORA_FA = "lora/llama-3.2-3B-rank32-lorafa"
 OTHER_CODE = ("osf/llama-3.2-3B-rank128",)
 """Rows of methods that peft computed otherwise when it ran (0.19): causes on the page."""
-BENCHMARK = {"dtype": "bfloat16", "autocast_adapter_dtype": True, "batch_size": 4, "gradient_checkpointing": False}
+BENCHMARK = {
+    "dtype": "bfloat16",
+    "autocast_adapter_dtype": True,
+    "batch_size": 4,
+    "gradient_checkpointing": False,
+    "transformers": "5.13.1",
+}
 """What the benchmark's runs share, for configurations without a run."""
 
-RUN_FILES = ("fms_acceleration", "canifinetune", "distilbert", "bert_large", "ms_swift")
+RUN_FILES = ("vramcalc_a6000", "fms_acceleration", "canifinetune", "distilbert", "bert_large", "ms_swift")
 """Of data/runs: what is neither one of the two sources above."""
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -112,6 +119,7 @@ def metamath_trace(row: Row, *, lengths: Lengths) -> Traced:
         outputs_outlive_step=True,
         earlier_seq_lens=(before,),
         enables_adapters_again=True,
+        rotary_by_product=Script().ran_on(row).rotary_by_product,
     )
 
 
@@ -221,9 +229,9 @@ def repeated_lines(answers: Sequence[Answer]) -> Iterator[tuple[str, ...]]:
     """One line per job that was measured more than once: what it reserved each time."""
     jobs: dict[str, list[Answer]] = {}
     for answer in answers:
-        jobs.setdefault(str(answer.record.run), []).append(answer)
+        jobs.setdefault(answer.record.run.model_dump_json(exclude={"script"}), []).append(answer)
     for same in jobs.values():
-        if len(same) > 1:
+        if len(same) > 1:  # whichever transformers ran
             found = [_figures(answer)["reserved"] for answer in same]
             times: dict[str, list[str]] = {loaded: [] for loaded in LOADED}
             for answer, figure in zip(same, found, strict=True):

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from peftplan.accuracy.engines import read_cases
-from peftplan.datafiles import DATA
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("import_runs", DATA.parent / "tools" / "import_runs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["import_runs"] = module
-    spec.loader.exec_module(module)
-    return module
-
+from tools.import_runs import fitcheck, projects, rows, vramcalc
+from tools.import_runs.__main__ import convert
 
 FMS: dict[str, Any] = {
     "id": "x1",
@@ -60,14 +46,14 @@ FMS: dict[str, Any] = {
         (5.0, "bytes", 1),
     ],
 )
-def test_the_last_digit_in_bytes(tool: ModuleType, value: float, unit: str, expected: int) -> None:
-    assert tool.rounding(value, unit) == expected
+def test_the_last_digit_in_bytes(value: float, unit: str, expected: int) -> None:
+    assert rows.rounding(value, unit) == expected
 
 
-def test_who_prepared_the_quantized_base_is_read_from_the_configuration(tool: ModuleType) -> None:
+def test_who_prepared_the_quantized_base_is_read_from_the_configuration() -> None:
     """TRL of that time called prepare_model_for_kbit_training; the accelerated plugin does not upcast."""
-    baseline = tool.fms(FMS)
-    accelerated = tool.fms({**FMS, "extra": {"framework_config": "accelerated-peft-bnb"}})
+    baseline = projects.fms(FMS)
+    accelerated = projects.fms({**FMS, "extra": {"framework_config": "accelerated-peft-bnb"}})
     assert (baseline.run.options["kbit_prepare"], accelerated.run.options["kbit_prepare"]) == (True, False)
     assert baseline.run.method_config["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert (baseline.run.options["dtype"], baseline.run.options["autocast"]) == ("fp16", "fp16")
@@ -86,8 +72,8 @@ def test_who_prepared_the_quantized_base_is_read_from_the_configuration(tool: Mo
         ({"source": "litgpt config_hub"}, "litgpt's own model code"),
     ],
 )
-def test_what_no_setup_describes_says_why(tool: ModuleType, change: dict[str, Any], why: str) -> None:
-    files, reasons = tool.convert([{**FMS, **change}], [])
+def test_what_no_setup_describes_says_why(change: dict[str, Any], why: str) -> None:
+    files, reasons = convert([{**FMS, **change}], [])
     assert list(files) == ["not_expressible"]
     assert why in files["not_expressible"][0]
     assert sum(reasons.values()) == 1
@@ -117,7 +103,9 @@ MEASURED = {"peak_allocated_mib": 2070.0, "peak_reserved_mib": 2126.0, "cuda_con
 
 
 @pytest.fixture
-def archive(tmp_path: Path, tool: ModuleType) -> Path:
+def archive(
+    tmp_path: Path,
+) -> Path:
     """One run per session, and one at a ceiling that ran out of memory."""
     folder = tmp_path / "data" / "measurements"
     (folder / "incoming").mkdir(parents=True)
@@ -129,35 +117,60 @@ def archive(tmp_path: Path, tool: ModuleType) -> Path:
             "peft": "0.19.1",
             "bitsandbytes": None,
         }
-        for session in tool.ARCHIVE.values()
+        for session in fitcheck.ARCHIVE.values()
     }
     (folder / "manifest.json").write_text(json.dumps({"sessions": sessions}))
     run = {"model_id": "meta-llama/Llama-3.2-1B", "measured": MEASURED, "run": {**IDENTITY, "attn_impl": "eager"}}
-    for name in tool.ARCHIVE:
+    for name in fitcheck.ARCHIVE:
         (folder / f"{name}.json").write_text(json.dumps({"runs": [{**run, "run": {**run["run"], "model_id": run["model_id"]}}]}))
     said = [
         "File measure.py, line 818, in measure",
         "torch.OutOfMemoryError: Tried to allocate 2.94 GiB. If reserved but unallocated",
     ]
     failed = {"registered": {"identity": {**IDENTITY, "kernel": "flash", "role": "ceiling-oom"}}, "stderr_tail": said}
-    with zipfile.ZipFile(folder / "incoming" / tool.CEILINGS, "w") as ceilings:
+    with zipfile.ZipFile(folder / "incoming" / fitcheck.CEILINGS, "w") as ceilings:
         ceilings.writestr("final/abc.json", json.dumps(failed))
         ceilings.writestr("final/predictions.json", "[]")
     return tmp_path
 
 
-def test_runs_of_an_archive_that_the_rows_do_not_list(tool: ModuleType, archive: Path) -> None:
+def test_runs_of_an_archive_that_the_rows_do_not_list(archive: Path) -> None:
     listed = {"data/measurements/t4-sweep-2026-09-15.json#runs[0]"}
-    records = [tool.fitcheck(row) for row in tool.archived(archive, listed)]
+    records = [fitcheck.fitcheck(row) for row in fitcheck.archived(archive, listed)]
     one_by_one, _, _, failed = records
     assert [record.id for record in records] == [
         "fitcheck/t4-qlora-2026-09-01/0", "fitcheck/t4-phase3-2026-09-16/0", "fitcheck/final-t4-20260921/0", "fitcheck/final/abc",
     ]  # fmt: skip
     assert [bool(record.differs) for record in records] == [False, True, True, True]
-    assert (one_by_one.run.script.transformers, one_by_one.circumstances.versions["transformers"]) == ("5.0.0", "5.0.0")
+    assert (one_by_one.run.script.transformers, one_by_one.circumstances.versions["transformers"]) == ("5.16.1", "5.0.0")
     assert (one_by_one.peaks.overall.reserved, one_by_one.peaks.device_bytes) == (2126 * 2**20, 2267 * 2**20)
     assert one_by_one.peaks.by_phase == {}  # that session printed none
     assert (failed.outcome, failed.error) == ("oom", "torch.OutOfMemoryError: Tried to allocate 2.94 GiB.")
     assert failed.note == "in the warm step"
     assert failed.run.options["attn_implementation"] == "sdpa"
     assert failed.run.model_name == IDENTITY["model_id"]
+
+
+def test_a_run_of_vramcalcs_benchmark(tmp_path: Path) -> None:
+    """Autocast loads in fp32; sdpa has a mask of its own; inference is no training step."""
+    said = {
+        "status": "ok", "gpu_name": "NVIDIA RTX A6000", "timestamp": "2026-10-10T14:41:30+00:00",
+        "versions": {"torch": "2.14.1+cu130", "transformers": "4.57.6", "peft": "0.21.2"},
+        "measured": {"weights": 5, "states": 3, "peak": 2, "total": 10, "overhead": 7},
+        "params": {
+            "arch": {"name": "Llama-3.2-1B"}, "mode": "train", "dtype": "bf16", "batch": 1, "seq_len": 2048, "lora_rank": 16,
+            "grad_checkpoint": True, "precision": "amp", "attn_impl": "sdpa",
+        },
+    }  # fmt: skip
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "results.jsonl").write_text(json.dumps(said))
+    (row,) = vramcalc.benchmark_rows(tmp_path)
+    record = vramcalc.vramcalc(row)
+    assert (record.id, record.peaks.overall.allocated, record.peaks.context_bytes) == ("vramcalc/0", 10, 7)
+    options = record.run.options
+    assert (options["dtype"], options["autocast"], options["padding"], options["keep_gradients"]) == ("fp32", "bf16", True, True)
+    assert record.run.method_config["lora_alpha"] == 16
+    assert record.run.script.outputs_end_with_backward
+    assert record.exact
+    with pytest.raises(rows.NotExpressibleError, match="no training step"):
+        vramcalc.vramcalc({**row, "mode": "inference"})

@@ -1,0 +1,1 @@
+"""Published measurements as run records: `python -m tools.import_runs`."""
