@@ -85,8 +85,8 @@ record is compared: allocated bytes where they were measured, else reserved, els
 for context and fragmentation apart is compared without it for allocated bytes and with it for the others. Verdicts follow from
 the number by the rule above, the same for all. What a tool has no word for it refuses, and that is counted as not accepted.
 fitcheck-llm's coefficients were fitted on its own T4 runs, canifinetune's RTX 4080 runs informed its formulas, and vramcalc ships
-its own A6000 runs; all are among these records. peftplan fits nothing but two lengths of peft's benchmark, of its longest batch and
-of the one before: 690 after 104 tokens. Every tool is told the first. Cold start: a fresh Python that imports the tool and
+its own A6000 runs; all are among these records. peftplan fits nothing but two lengths of peft's benchmark, of its longest batch
+and of the one before: 690 after 104 tokens. Every tool is told the first. Cold start: a fresh Python that imports the tool and
 estimates one LoRA job, best of five, all on one machine.
 
 Not asked: loggetta plans its own executor, whose kernels and storage these runs did not have; Unsloth's estimate describes
