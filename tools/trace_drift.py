@@ -116,10 +116,7 @@ def metamath_trace(row: Row, *, lengths: Lengths) -> Traced:
         peft_config={**adapter, "freeze_a": True} if row["experiment"] == LORA_FA else adapter,
         setup=resolved(parse_setup(options), quantized=False, supports_sdpa=True, use_cache=True),
         device=ADA,
-        outputs_outlive_step=True,
-        earlier_seq_lens=(before,),
-        enables_adapters_again=True,
-        rotary_by_product=Script().ran_on(row).rotary_by_product,
+        script=Script(outputs_outlive_step=True, earlier_seq_lens=(before,), enables_adapters_again=True).ran_on(row),
     )
 
 

@@ -155,7 +155,7 @@ torch_option = click.option(
     "--torch", default=None, metavar="VERSION", help="the torch that runs it: before 2.13 its allocator fills other holes"
 )
 transformers_option = click.option(
-    "--transformers", default=None, metavar="VERSION", help="that runs it: before 5.19 cuBLAS takes its workspace earlier"
+    "--transformers", default=None, metavar="VERSION", help="that runs it: before 4.49 the loss copied logits"
 )
 
 

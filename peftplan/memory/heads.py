@@ -30,7 +30,9 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = ops.scale(f, logits, "div")  # soft-capped
         logits = ops.keeps_output(f, logits, "tanh")
         logits = ops.scale(f, logits)
-    return causal_lm_loss(f, logits), logits
+    if model.running.logits_in_fp32:
+        logits = f.to(logits, "fp32")
+    return causal_lm_loss(f, logits, shifts=model.running.shifts_logits), logits
 
 
 def of_last_tokens(head: Head, model: Model, x: Tensor) -> tuple[Tensor, ...]:

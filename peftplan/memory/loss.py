@@ -12,6 +12,7 @@ from peftplan.errors import RefusedError
 from peftplan.memory import ops
 from peftplan.memory.graph import Node
 from peftplan.memory.model import Model, Part
+from peftplan.memory.shaping import sliced
 from peftplan.memory.tape import Tape
 from peftplan.memory.tensors import Tensor
 
@@ -30,9 +31,13 @@ def _nll_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return f.new(saved[0], "fp32", "nll_loss_backward")
 
 
-def causal_lm_loss(f: Tape, logits: Tensor) -> Tensor:
-    """`ForCausalLMLoss`."""
+def causal_lm_loss(f: Tape, logits: Tensor, *, shifts: bool = False) -> Tensor:
+    """`ForCausalLMLoss`. `shifts`: as transformers before 4.49, which copies the logits without the last position."""
     wide = f.to(logits, "fp32")
+    if shifts:
+        batch, seq, vocab = wide.dims
+        rest = (batch, seq - 1 if isinstance(seq, int) else f"{seq}-1", vocab)
+        return cross_entropy(f, ops.copied(f, sliced(f, wide, rest), "shifted logits", viewed=False))
     padded = f.new(logits.dims[:-1], "int64", "padded labels")
     loss = cross_entropy(f, wide)
     del padded

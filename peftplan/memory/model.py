@@ -41,6 +41,10 @@ class Running(NamedTuple):
     """Whether the program repeats grouped keys and values before sdpa sees them."""
     rotary_by_product: bool = False
     """Whether cuBLAS makes angles of positions, and so takes its workspace before the first layer."""
+    shifts_logits: bool = False
+    """Whether the loss copies the logits without the last position."""
+    logits_in_fp32: bool = False
+    """Whether logits are fp32 before any loss."""
     loss: str = "full"
     loss_facts: tuple[bool, ...] = ()
     """What of the batch decides which operations the loss runs (`LossSizes.facts`)."""

@@ -331,6 +331,8 @@ def _running(job: Job, compute_capability: str) -> Running:
         adapter_on_host=adapter_on_host(setup.trainer, quantized=job.quant is not None),
         repeats_kv=job.script.repeats_kv,
         rotary_by_product=job.script.rotary_by_product,
+        shifts_logits=job.script.shifts_logits,
+        logits_in_fp32=job.script.logits_in_fp32,
         flash=kernels(compute_capability)[0],
         peft_type=None if job.method is None else job.method.peft_type,
         config=job.config,
@@ -351,7 +353,7 @@ def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, 
     found = {"b": b, "s": s, "k": s + virtual_tokens}
     found |= {f"{name}%{m}": -(-found[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
     found |= {f"{name}/{BLOCK}": -(-found[name] // BLOCK) for name in ("s", "k")}
-    found |= {f"{name}+1": found[name] + 1 for name in ("s", "k")}
+    found |= {f"{name}{more:+}": found[name] + more for name in ("s", "k") for more in (1, -1)}
     return found | loss.named(b, loss.length(s + virtual_tokens))
 
 

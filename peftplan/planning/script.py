@@ -40,7 +40,8 @@ class Script(BaseModel):
     torch: Version | None = None
     """The torch that ran, as `2.10.0`; None: one like 2.13. Decides `cublaslt_apart` and `ties_by_address`."""
     transformers: Version | None = None
-    """The transformers that ran; None: one like 5.24. Decides `rotary_by_product` and `loads_in_threads`."""
+    """The transformers that ran; None: one like 5.24. Decides `rotary_by_product`, `shifts_logits`, `logits_in_fp32` and
+    `loads_in_threads`, as Llama's code and its like had it."""
 
     @property
     def cublaslt_apart(self) -> bool:
@@ -57,6 +58,18 @@ class Script(BaseModel):
         """Whether a matrix product makes angles of positions, which takes cuBLAS's workspace before the first layer: transformers
         before 5.19 (`LlamaRotaryEmbedding.forward`: `inv_freq_expanded @ position_ids_expanded`)."""
         return before(self.transformers, 5, 19)
+
+    @property
+    def shifts_logits(self) -> bool:
+        """Whether the loss of a causal language model copies the fp32 logits without the last position: transformers before 4.49
+        (`ForCausalLMLoss`: `logits[..., :-1, :].contiguous()`); since then labels are padded instead."""
+        return before(self.transformers, 4, 49)
+
+    @property
+    def logits_in_fp32(self) -> bool:
+        """Whether logits are fp32 before any loss, and so in the outputs: transformers before 4.46 (`logits = logits.float()`
+        in the model's own forward)."""
+        return before(self.transformers, 4, 46)
 
     @property
     def loads_in_threads(self) -> bool:

@@ -64,12 +64,7 @@ def trace_peaks(
                 quant=quant,
                 setup=setup,
                 device=pair(compute_capability),
-                outputs_outlive_step=script.outputs_outlive_step,
-                outputs_end_with_backward=script.outputs_end_with_backward,
-                earlier_seq_lens=script.earlier_seq_lens,
-                enables_adapters_again=script.enables_adapters_again,
-                cublaslt_apart=script.cublaslt_apart,
-                rotary_by_product=script.rotary_by_product,
+                script=script,
                 progress=progress,
             )
     except PeftplanError:

@@ -15,6 +15,7 @@ from peftplan.errors import PeftplanError, RefusedError
 from peftplan.hardware.context import DEFAULT_CAPABILITY
 from peftplan.memory.allocator import Event, Replay, replay
 from peftplan.memory.ledger import Category
+from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.trace import losses
@@ -117,13 +118,8 @@ def trace(
     quant: QuantConfig | None = None,
     setup: Setup,
     device: Capability | None = None,
-    outputs_outlive_step: bool = False,
-    outputs_end_with_backward: bool = False,
+    script: Script = NO_SCRIPT,
     full_depth: bool = False,
-    earlier_seq_lens: tuple[int, ...] = (),
-    enables_adapters_again: bool = False,
-    cublaslt_apart: bool = False,
-    rotary_by_product: bool = False,
     fake_on: FakeOn = "auto",
     progress: Tell | None = None,
 ) -> Traced:
@@ -131,22 +127,14 @@ def trace(
 
     `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains all
     parameters. `setup` is resolved (`planning.setup.resolved`). `device` is a compute capability: it decides kernels.
-    `outputs_outlive_step`: the caller's name for the outputs is rebound only by the next forward. `outputs_end_with_backward`: it
-    is deleted before the optimizer's step. `earlier_seq_lens`: lengths of the steps before the counted one, one per step; without
-    them one step of the same length. `enables_adapters_again`: adapters
-    are disabled and enabled once the optimizer is there. `cublaslt_apart`, `rotary_by_product`: which products take a workspace
-    (`planning.script`).
+    `script`: what the program did besides, and with which versions; its emptied caches and its allocator are the replay's.
     A model of identical layers is traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see
     `fake.fake_device`. `progress` is told what runs and how much is done.
     Raises RefusedError for what cannot be traced.
     """
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
-        capability=device or DEFAULT_CAPABILITY,
-        outputs_outlive_step=outputs_outlive_step, outputs_end_with_backward=outputs_end_with_backward,
-        earlier_seq_lens=earlier_seq_lens, enables_adapters_again=enables_adapters_again,
-        workspaces=partial(Workspaces, device or DEFAULT_CAPABILITY, apart=cublaslt_apart, by_rotary=rotary_by_product),
-        on=fake_device(fake_on),
+        capability=device or DEFAULT_CAPABILITY, script=script, on=fake_device(fake_on),
     )  # fmt: skip
     tell = progress or silent
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
@@ -202,11 +190,7 @@ def _run(
     quant: QuantConfig | None,
     setup: Setup,
     capability: Capability,
-    outputs_outlive_step: bool,
-    outputs_end_with_backward: bool,
-    earlier_seq_lens: tuple[int, ...],
-    enables_adapters_again: bool,
-    workspaces: Callable[[], Workspaces],
+    script: Script,
     on: torch.device,
     tell: Tell,
 ) -> Traced:
@@ -214,10 +198,12 @@ def _run(
     tell("making the model", 0.0)
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup)
     given = inputs(built.base, setup)
-    earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in earlier_seq_lens]
+    earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in script.earlier_seq_lens]
     losses.install(built.base, loss=setup.loss, prompt=losses.prompt_tokens(built.model), capability=capability)
+    losses.install_older(built.base, shifts=script.shifts_logits, in_fp32=script.logits_in_fp32)
     lengths = given.tokens.union(*(of_step.tokens for of_step in earlier))
-    tracker = _tracker(built, replace(given, tokens=lengths), setup, workspaces())
+    workspaces = Workspaces(capability, apart=script.cublaslt_apart, by_rotary=script.rotary_by_product)
+    tracker = _tracker(built, replace(given, tokens=lengths), setup, workspaces)
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode, on)
@@ -231,10 +217,10 @@ def _run(
     ):
         load(built, tracker, setup, quant)
         optimizer = make_optimizer(setup, built.model, tracker)
-        if enables_adapters_again:
+        if script.enables_adapters_again:
             with getattr(built.model, "disable_adapter", nullcontext)():  # what peft did not adapt has none
                 pass
-        run = Run(built.model, batch, optimizer, tracker, setup, outputs_outlive_step, outputs_end_with_backward)
+        run = Run(built.model, batch, optimizer, tracker, setup, script)
         run.earlier, run.steps = before, max(STEPS, len(earlier) + 1)
         try:
             PROGRAMS[setup.trainer](run)

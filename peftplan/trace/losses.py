@@ -62,6 +62,23 @@ def install(model: Any, *, loss: str, prompt: int, capability: Capability) -> No
     model.forward = FORWARDS[loss](model, prompt, capability)
 
 
+def install_older(model: Any, *, shifts: bool, in_fp32: bool) -> None:
+    """A causal language model's own loss as older transformers had it (`planning.script`: `shifts_logits`, `logits_in_fp32`)."""
+    head = model.get_output_embeddings() if type(model).__name__.endswith("ForCausalLM") else None
+    if head is not None and in_fp32:
+        head.register_forward_hook(lambda module, given, logits: logits.float())
+    if head is not None and shifts:
+        model.loss_function = _of_shifted_logits
+
+
+def _of_shifted_logits(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
+    """`ForCausalLMLoss` of transformers 4.48."""
+    logits = logits.float()
+    shift_logits = logits[..., :-1, :].contiguous()
+    shift_labels = labels[..., 1:].contiguous()
+    return F.cross_entropy(shift_logits.view(-1, vocab_size), shift_labels.view(-1), ignore_index=IGNORED)
+
+
 ALL_SCORED = "every label counts"
 FACTS: dict[str, dict[str, str]] = {
     "full": {},

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from peftplan.memory.ledger import Category
+from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import Setup
 from peftplan.trace.differences import cuda_autocast
 from peftplan.trace.optimizers import Steps
@@ -47,8 +48,7 @@ class Run:
     optimizer: Steps
     tracker: Watcher
     setup: Setup
-    outputs_outlive_step: bool = False
-    outputs_end_with_backward: bool = False
+    script: Script = NO_SCRIPT
     started: int = 0
     steps: int = STEPS
     earlier: Sequence[dict[str, torch.Tensor]] = ()
@@ -114,10 +114,10 @@ def plain(run: Run) -> None:
                 outputs = None
             run.backward(loss)
             del loss
-            if run.outputs_end_with_backward:
+            if run.script.outputs_end_with_backward:
                 outputs = None
         run.update()
-        if not run.outputs_outlive_step:
+        if not run.script.outputs_outlive_step:
             outputs = None
 
 

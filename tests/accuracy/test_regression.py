@@ -93,6 +93,21 @@ def test_runs_of_an_a6000(every: Check) -> None:
     assert median(abs(one.drift) for answer in runs for one in answer.compared) <= 0.001
 
 
+def test_lora_runs_of_an_a100(every: Check) -> None:
+    """transformers 4.43 to 4.48, packed to 4,096 tokens: LoRA, full fine-tuning, QLoRA without kbit preparation. The loss of
+    that time copied the logits."""
+    drifts = [
+        abs(one.drift)
+        for answer in every.answers
+        if answer.case.path.stem == "fms_acceleration" and not answer.record.run.options["kbit_prepare"]
+        if answer.record.circumstances.versions.get("transformers", "4.39") >= "4.43"
+        for one in answer.compared
+        if one.figure == "allocated"
+    ]
+    assert len(drifts) > 20
+    assert max(drifts) <= 0.05
+
+
 def test_every_run_gets_a_card_that_it_ran_on(every: Check) -> None:
     wrong = [answer.record.id for answer in every.answers if "own" in answer.wrong_verdicts]
     assert wrong == []

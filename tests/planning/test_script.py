@@ -121,6 +121,22 @@ def test_the_trace_says_the_same(script: Script, changes: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("engine", ["analytic", "trace"])
+def test_an_older_loss_copies_the_logits_without_the_last_position(engine: str) -> None:
+    """Where the logits decide the forward's peak: bf16, fp32, the copy, its log probabilities; before 4.46 without the first."""
+    if engine == "trace":
+        for module in ("torch", "transformers", "peft"):
+            pytest.importorskip(module)
+    today, shifted, early = (run(Script(transformers=version), engine=engine).peaks for version in (None, "4.48.1", "4.45.2"))
+    assert today is not None
+    assert shifted is not None
+    assert early is not None
+    copy = 2 * LOGITS * 511 / 512
+    assert shifted.by_phase["forward"] - today.by_phase["forward"] == pytest.approx(copy, rel=0.01)
+    assert shifted.by_phase["forward"] - early.by_phase["forward"] == pytest.approx(LOGITS, rel=0.01)  # tails of blocks
+    assert shifted.by_phase["step"] == pytest.approx(today.by_phase["step"], rel=0.01)
+
+
+@pytest.mark.parametrize("engine", ["analytic", "trace"])
 def test_outputs_that_end_with_backward_are_not_there_in_the_step(engine: str) -> None:
     """The step then has what it has without them, and the other phases what they have with them."""
     if engine == "trace":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.methods.adaptation import Adaptation
+from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import parse_setup, resolved
 from peftplan.storage import parse_quant
 from peftplan.trace.engine import Traced, trace
@@ -45,9 +46,7 @@ def traced(
     double_quant: bool = False,
     compute_dtype: str | None = None,
     device: tuple[int, int] | None = None,
-    outputs_outlive_step: bool = False,
-    earlier_seq_lens: tuple[int, ...] = (),
-    cublaslt_apart: bool = False,
+    script: Script = NO_SCRIPT,
     fake_on: FakeOn = "auto",
     **options: Any,
 ) -> Traced:
@@ -61,8 +60,6 @@ def traced(
         quant=stored,
         setup=setup,
         device=device,
-        outputs_outlive_step=outputs_outlive_step,
-        earlier_seq_lens=earlier_seq_lens,
-        cublaslt_apart=cublaslt_apart,
+        script=script,
         fake_on=fake_on,
     )

@@ -14,6 +14,7 @@ pytest.importorskip("bitsandbytes")
 import torch
 
 from peftplan.errors import RefusedError
+from peftplan.planning.script import Script
 from peftplan.trace.attention import choose
 from tests.trace.engine_case import HEADS, HIDDEN, llama, lora, traced
 
@@ -39,7 +40,7 @@ def test_bytes_per_logit(trainer: str, phase: str, per_logit: int) -> None:
 def test_outputs_of_a_loop_without_a_function_live_into_the_next_forward() -> None:
     config = llama(vocab_size=WIDE)
     inside = traced(config, lora(Q), trainer="plain", seq_len=SEQ)
-    outside = traced(config, lora(Q), trainer="plain", seq_len=SEQ, outputs_outlive_step=True)
+    outside = traced(config, lora(Q), trainer="plain", seq_len=SEQ, script=Script(outputs_outlive_step=True))
     more = outside.by_category("forward")["logits"] - inside.by_category("forward")["logits"]
     assert more == 2 * LOGITS
 
@@ -77,9 +78,9 @@ def test_two_workspaces_and_before_torch_2_12_two_more_with_biases() -> None:
     plain = traced(llama(), lora(Q), trainer="plain", seq_len=SEQ, device=(8, 0))
     assert plain.by_category("step")["workspaces"] == 2 * 8_519_680
     biases = llama(attention_bias=True)
-    for apart, lt in ((False, 0), (True, 2**20)):
-        options = {"trainer": "plain", "seq_len": SEQ, "gradient_checkpointing": True, "cublaslt_apart": apart}
-        biased = traced(biases, lora(Q), device=(8, 0), **options)
+    for script, lt in ((Script(), 0), (Script(torch="2.11.0"), 2**20)):
+        options = {"trainer": "plain", "seq_len": SEQ, "gradient_checkpointing": True}
+        biased = traced(biases, lora(Q), device=(8, 0), script=script, **options)
         assert biased.by_category("step")["workspaces"] == 2 * (8_519_680 + lt)
     hopper = traced(llama(), lora(Q), trainer="plain", seq_len=SEQ, device=(9, 0))
     assert hopper.by_category("step")["workspaces"] == 2 * 33_554_432

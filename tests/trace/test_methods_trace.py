@@ -21,6 +21,7 @@ from peftplan.arch.adapters import read_config
 from peftplan.errors import RefusedError
 from peftplan.methods import adapt, configure
 from peftplan.methods.adaptation import Adaptation
+from peftplan.planning.script import Script
 from peftplan.trace.count import count_with_peft
 from peftplan.trace.engine import Traced
 from tests.trace.engine_case import HIDDEN, KV, llama, lora, traced
@@ -151,7 +152,7 @@ def test_adaption_prompts_stay_in_the_dtype_of_the_base() -> None:
 def test_an_earlier_step_of_another_length_is_in_the_log_only() -> None:
     """The counted step does not change but by that batch; outputs of a shorter one before it take less of its forward."""
     alone, after_short = (
-        traced(llama(1), lora(QV), outputs_outlive_step=True, keep_outputs=True, earlier_seq_lens=lengths, **SHORT)
+        traced(llama(1), lora(QV), script=Script(outputs_outlive_step=True, earlier_seq_lens=lengths), keep_outputs=True, **SHORT)
         for lengths in ((), (8,))
     )
     batch = 3 * 512  # ids, labels and a mask of 2 x 8 int64, each in a block of 512 B
