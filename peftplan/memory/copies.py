@@ -30,12 +30,14 @@ class Layers(NamedTuple):
     """`number` layers that the log does not hold: each does what the events of `log` say, storages of the tape (negative: freed).
 
     `net` is what each leaves changed. `moved`: a storage that each frees → the one that it makes in its place, for the next.
+    `given`: a hidden state that each leaves alive → the one that it was given.
     """
 
     log: tuple[int, ...]
     number: int
     net: tuple[int, ...]
     moved: Mapping[int, int]
+    given: Mapping[int, int]
 
 
 Copies = dict[tuple[int, str], list[Layers]]
@@ -66,7 +68,8 @@ def copies_of(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, dict[int, in
                 net, moved = _net(tape, log, stack, _early(tape, stop) if forward else None)
                 if not forward:  # what came before the stack goes once
                     net = [n for n in net if n > 0 or -n >= own]
-                found.setdefault(where, []).append(Layers(tuple(log), count, tuple(net), moved))
+                given = _given(stack, net) if forward else {}
+                found.setdefault(where, []).append(Layers(tuple(log), count, tuple(net), moved, given))
                 if forward:
                     passed = stack.passed - (_early(tape, stop) if stack.holds else set())
                     outliving |= {n: n for n in net if n > 0 and n not in passed}
@@ -80,12 +83,13 @@ def copies_of(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, dict[int, in
 
 def _late(tape: Tape, stack: Stack, net: list[int], end: int) -> dict[int, int]:
     """What a layer hands on → the hidden state that it was given, where that is still alive when the stack's backward ends."""
-    handed = [n for n in net if n in stack.passed]
-    if not handed:
-        return {}
-    given = {n: max((p for p in stack.passed if p < n), default=n) for n in handed}
     freed = {-n for n in tape.log[:end] if n < 0}
-    return {n: before for n, before in given.items() if before not in freed}
+    return {n: before for n, before in _given(stack, net).items() if before not in freed}
+
+
+def _given(stack: Stack, net: Iterable[int]) -> dict[int, int]:
+    """What a layer hands on and leaves alive → the hidden state that it was given."""
+    return {n: max((p for p in stack.passed if p < n), default=n) for n in net if n in stack.passed}
 
 
 def _early(tape: Tape, since: int) -> set[int]:

@@ -34,11 +34,11 @@ def _nll_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
 def causal_lm_loss(f: Tape, logits: Tensor, *, shifts: bool = False) -> Tensor:
     """`ForCausalLMLoss`. `shifts`: as transformers before 4.49, which copies the logits without the last position."""
     wide = f.to(logits, "fp32")
+    batch, seq, vocab = wide.dims
+    less, more = (seq - 1, seq + 1) if isinstance(seq, int) else (f"{seq}-1", f"{seq}+1")
     if shifts:
-        batch, seq, vocab = wide.dims
-        rest = (batch, seq - 1 if isinstance(seq, int) else f"{seq}-1", vocab)
-        return cross_entropy(f, ops.copied(f, sliced(f, wide, rest), "shifted logits", viewed=False))
-    padded = f.new(logits.dims[:-1], "int64", "padded labels")
+        return cross_entropy(f, ops.copied(f, sliced(f, wide, (batch, less, vocab)), "shifted logits", viewed=False))
+    padded = f.new((batch, more), "int64", "padded labels")
     loss = cross_entropy(f, wide)
     del padded
     return loss

@@ -322,6 +322,7 @@ def _loss_sizes(job: Job) -> LossSizes:
 
 def _running(job: Job, compute_capability: str) -> Running:
     setup, loss = job.setup, _loss_sizes(job)
+    of_llama = job.architecture.model_class.endswith("ForCausalLM")  # GPT2LMHeadModel, say, had a loss of its own
     return Running(
         autocast=None if setup.autocast == "none" else setup.autocast,
         checkpointing=bool(setup.gradient_checkpointing),
@@ -331,8 +332,8 @@ def _running(job: Job, compute_capability: str) -> Running:
         adapter_on_host=adapter_on_host(setup.trainer, quantized=job.quant is not None),
         repeats_kv=job.script.repeats_kv,
         rotary_by_product=job.script.rotary_by_product,
-        shifts_logits=job.script.shifts_logits,
-        logits_in_fp32=job.script.logits_in_fp32,
+        shifts_logits=job.script.shifts_logits and of_llama,
+        logits_in_fp32=job.script.logits_in_fp32 and of_llama and not job.architecture.logits_ops,
         flash=kernels(compute_capability)[0],
         peft_type=None if job.method is None else job.method.peft_type,
         config=job.config,

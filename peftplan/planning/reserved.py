@@ -96,6 +96,8 @@ class _Feed:
         self._spare: dict[int, list[int]] = {}
         self._places: dict[int, int] = {}
         """What a copied layer hands on → the storage in whose place it stands."""
+        self._heirs: dict[int, int] = {}
+        """The hidden state before copied layers → the one behind them, of which all copies go before it in backward."""
 
     def take(self, lines: Iterable[Line]) -> None:
         """Allocate lines for good, layer by layer."""
@@ -138,6 +140,7 @@ class _Feed:
             self._give_back(blocks)
         self._live.clear()
         self._spare.clear()
+        self._heirs.clear()
 
     def _begin(self, phase: str, *, counts: bool) -> None:
         if counts:
@@ -162,6 +165,9 @@ class _Feed:
 
     def _repeat(self, layers: list[_Layer]) -> None:
         """Layers that the timeline only counts, those of several kinds in turn."""
+        given = {made: before for layer in layers for made, before in layer.given.items()}
+        before, behind = set(given.values()) - set(given), set(given) - set(given.values())
+        self._heirs |= zip(sorted(before), sorted(behind), strict=False)  # one each, but where nothing is handed on
         for turn in range(max(layer.number for layer in layers)):
             for layer in layers:
                 if turn < layer.number:
@@ -205,7 +211,7 @@ class _Feed:
     def _free(self, storage: int, nbytes: int, count: int) -> None:
         """Free so many of a storage and its copies; a copy of a hidden state may stand under another layer's."""
         for _ in range(count):
-            blocks = self._live.get(storage) or self._other(nbytes)
+            blocks = self._live.get(self._heirs.get(storage, storage)) or self._live.get(storage) or self._other(nbytes)
             if blocks:
                 self.allocator.release(blocks.pop())
 
@@ -222,6 +228,7 @@ class _Layer(NamedTuple):
     number: int
     events: tuple[tuple[What, int, int, int], ...]
     moved: Mapping[int, int]
+    given: Mapping[int, int]
 
     @classmethod
     def of(cls, layers: Layers, timeline: Timeline, nbytes: Sequence[int]) -> _Layer:
@@ -237,7 +244,7 @@ class _Layer(NamedTuple):
                 what = "drop" if n in net else "free" if storage in made else "hand" if storage in layers.moved else None
             if what is not None:
                 events.append((what, storage, nbytes[timeline.kind_of[storage]], timeline.tensors.get(storage, 1)))
-        return cls(layers.number, tuple(events), layers.moved)
+        return cls(layers.number, tuple(events), layers.moved, layers.given)
 
 
 def _bytes(kind: Kind, named: Mapping[str, int]) -> int:

@@ -41,7 +41,7 @@ class Script(BaseModel):
     """The torch that ran, as `2.10.0`; None: one like 2.13. Decides `cublaslt_apart` and `ties_by_address`."""
     transformers: Version | None = None
     """The transformers that ran; None: one like 5.24. Decides `rotary_by_product`, `shifts_logits`, `logits_in_fp32` and
-    `loads_in_threads`, as Llama's code and its like had it."""
+    `loads_in_threads`, as Llama's code had it (both losses: of classes called …ForCausalLM)."""
 
     @property
     def cublaslt_apart(self) -> bool:

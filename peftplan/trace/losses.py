@@ -62,10 +62,14 @@ def install(model: Any, *, loss: str, prompt: int, capability: Capability) -> No
     model.forward = FORWARDS[loss](model, prompt, capability)
 
 
+SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
 def install_older(model: Any, *, shifts: bool, in_fp32: bool) -> None:
     """A causal language model's own loss as older transformers had it (`planning.script`: `shifts_logits`, `logits_in_fp32`)."""
     head = model.get_output_embeddings() if type(model).__name__.endswith("ForCausalLM") else None
-    if head is not None and in_fp32:
+    scaled = any(getattr(model.config.get_text_config(), name, None) for name in SCALED_LOGITS)  # in 16 bits, and cast after it
+    if head is not None and in_fp32 and not scaled:
         head.register_forward_hook(lambda module, given, logits: logits.float())
     if head is not None and shifts:
         model.loss_function = _of_shifted_logits

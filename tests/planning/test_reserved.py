@@ -34,6 +34,10 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         shallow("t5-small"),
         {**FULL, "batch_size": 8, "gradient_checkpointing": True},
     ),
+    "a layer's input is what the layer before it made, in backward too": (
+        shallow("bart-base", 6),
+        {"method": "full", "batch_size": 4},
+    ),
     "addmm's gradients and what a call holds": (shallow("pythia-160m"), FULL),
 }
 
