@@ -340,7 +340,12 @@ class Model:
         return k, v
 
     def embedding(self, name: str, dims: Dims, ids: Tensor | None = None) -> Tensor:
-        """Look up an embedding; `ids` are kept where they are not the batch's own."""
+        """Look up an embedding, and scale it where its module does (Gemma); `ids` are kept where they are not the batch's own."""
+        found = self._looked_up(name, dims, ids)
+        scaled = any(buffer.name == f"{name}.embed_scale" for buffer in self.arch.buffers)
+        return ops.scale(self.tape, found) if scaled else found
+
+    def _looked_up(self, name: str, dims: Dims, ids: Tensor | None) -> Tensor:
         self.tape.module = name
         if self.running.peft_type in PROMPTED:
             return ops.embedding(self.tape, self._original(name), dims, ids)
