@@ -40,6 +40,8 @@ def refused(*args: str) -> str:
         ("estimate gpt2 --optim adamw_trch", ["optim", "'adamw_trch'", "adamw_torch"]),
         ("estimate gpt2 --quant nf5", ["quant", "'nf5'", "nf4", "int8"]),
         ("estimate gpt2 --gpu rtx-4091", ["gpu", "'rtx-4091'", "rtx-4090"]),
+        ("estimate gpt2 --torch main", ["torch: 'main'", "a version such as 2.10"]),
+        ("estimate gpt2 --transformers v5", ["transformers: 'v5'", "a version such as 5.3"]),
         ("estimate gpt2 --gpu 24", ["gpu", "'24'", "peftplan gpus", "24GiB"]),
         ("estimate gpt2 --gpu t4,rtx-4091", ["gpu", "'rtx-4091'", "rtx-4090"]),
         ("estimate gpt2 --gpu 0GiB", ["gpu", "'0GiB'", "above zero"]),
