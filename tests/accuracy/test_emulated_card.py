@@ -17,7 +17,7 @@ from peftplan.accuracy.records import Record
 from peftplan.planning.setup import Engine
 
 RECORDS = [case.record for case in read_cases([Path(__file__).parent / "data" / "emulated_card.jsonl"])]
-LIMITS = {"load": 0.05, "forward": 0.15, "backward": 0.15, "step": 0.35, "reserved": 0.5}
+LIMITS = {"load": 0.05, "forward": 0.05, "backward": 0.05, "step": 0.4, "reserved": 0.5}
 """Percent."""
 DORA = {"load": 2.5, "reserved": 0.7}
 TRL = {"load": 3.2}
