@@ -52,7 +52,7 @@ CUDNN_ATTENTION = ("9.0", "10.0")
 `_fused_sdp_choice`, asked on an emulated card). It is counted as the other fused kernels are."""
 BY_CUDNN = "what cuDNN's attention takes beyond torch's own kernels"
 IN_THREADS = "what threads leave that copy weights to the card while others are quantized (transformers 5.0 to 5.3)"
-"""One job, measured twice within an hour, reserved 11,880 and 13,272 MiB (`data/runs/fitcheck_t4.jsonl`)."""
+"""One job, measured twice in one session, reserved 11,880 and 13,272 MiB (`data/runs/fitcheck_t4.jsonl`)."""
 
 
 def estimate(
@@ -270,7 +270,7 @@ def _traced(job: Job, compute_capability: str, **how: Any) -> Peaks:
 
 
 def _outside(job: Job, capabilities: Iterable[str]) -> tuple[str, ...]:
-    """What no peak holds: on one of the cards kernels of 16 bits may be cuDNN's."""
+    """What no peak holds: kernels of 16 bits that may be cuDNN's on one of the cards, holes that threads leave while loading."""
     setup = job.setup
     low = not {"fp16", "bf16"}.isdisjoint((setup.dtype, setup.autocast))
     by_cudnn = setup.attn_implementation == "sdpa" and low and not set(CUDNN_ATTENTION).isdisjoint(capabilities)

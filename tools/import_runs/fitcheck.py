@@ -26,8 +26,13 @@ NOT_BUILT_IN = {
     }
 }
 """Models of fitcheck-llm's runs that peftplan does not know by name, as its archive describes them."""
-TOLERANCE_IN_THREADS = {"analytic": {"allocated": 4.0, "phases": 5.0}, "trace": {"allocated": 1.5, "phases": 1.5}}
+TOLERANCE_IN_THREADS = {
+    "analytic": {"allocated": 4.0, "phases": 5.0},
+    "trace": {"allocated": 1.5, "phases": 1.5, "reserved": 10.0},
+}
 """Of runs that loaded in threads: what they reserve differs from run to run (`IN_THREADS`)."""
+UNBOUNDED = ("fitcheck/t4-phase3-2026-09-16/4", "fitcheck/final-t4-20260921/5", "fitcheck/final-t4-20260921-133520/d043f8d89d19")
+"""Those of which what they reserved is further off than that: +15, -13 and -11 %."""
 OLDER = {"torch": "2.10.0", "transformers": "5.0.0"}
 """The stack of fitcheck-llm's rows, also of those labelled 2.14.0: they reserve what 2.10.0 does, and 2.14.0 does not."""
 MISLABELLED = "taken as run with torch 2.10.0 and transformers 5.0.0, against its label: docs/trace-drift.md"
@@ -61,6 +66,11 @@ def fitcheck(row: Row) -> Record:
     set_here = {"attn_implementation": row["attn"], "use_cache": False, "kbit_prepare": four_bit, **quant}
     names = {"forward": "peak_forward_mib", "backward": "peak_backward_mib", "step": "peak_optimizer_mib"}
     in_threads = four_bit and row["date"] != ONE_BY_ONE
+    tolerance = TOLERANCE_IN_THREADS if in_threads else TOLERANCE
+    if row["id"] in UNBOUNDED:
+        tolerance = {
+            engine: {name: bound for name, bound in of.items() if name != "reserved"} for engine, of in tolerance.items()
+        }
     notes = [
         row.get("note"),
         MISLABELLED if "2.14" in row["versions"]["torch"] else None,
@@ -86,7 +96,7 @@ def fitcheck(row: Row) -> Record:
         else {},
         kept_alive=["outputs"],
         steps=[{name: value for name, value in extra.items() if isinstance(value, (int, float))}] if extra else [],
-        tolerance=TOLERANCE_IN_THREADS if in_threads else TOLERANCE,
+        tolerance=tolerance,
         differs=[IN_THREADS] if in_threads else [],
         error=row.get("error"),
         note="; ".join(filter(None, notes)) or None,
@@ -119,6 +129,7 @@ def archived_row(run: Row, session: Row, setup: Row, ident: str, path: str) -> R
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     measured = run.get("measured", {})
     four_bit = setup["quantization"] == "nf4"
+    model = setup.get("model_id") or run["model_id"]
     return {
         "id": ident,
         "source": "fitcheck-llm archived T4 measurements",
@@ -129,7 +140,7 @@ def archived_row(run: Row, session: Row, setup: Row, ident: str, path: str) -> R
         "outcome": "ok" if measured else "oom",
         "error": None if measured else run["stderr_tail"][-1].partition(" If reserved but")[0],
         "note": None if measured else next(note for line, note in RAN_OUT.items() if line in run["stderr_tail"][0]),
-        "model": NOT_BUILT_IN.get(setup.get("model_id") or run["model_id"], setup.get("model_id") or run["model_id"]),
+        "model": NOT_BUILT_IN.get(model, model),
         "method": "qlora" if four_bit else "lora",
         "peft": {"r": setup["lora_rank"], "alpha": 2 * setup["lora_rank"], "dropout": 0.0, "targets": setup["lora_targets"]},
         "base_dtype": "float16",
