@@ -39,7 +39,7 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"method": "full", "batch_size": 4},
     ),
     "an embedding that is scaled is two tensors": (
-        shallow("gemma-2-2b", 6),
+        shallow("gemma-2-2b", 26),
         {"method": "qlora", "batch_size": 2, "seq_len": 384},
     ),
     "addmm's gradients and what a call holds": (shallow("pythia-160m"), FULL),
