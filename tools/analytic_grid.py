@@ -215,13 +215,13 @@ def page(outcomes: list[Outcome], *, worst: int = 25) -> str:
     scored = [o for o in outcomes if o.drift("peak") is not None]
     parts = [f"{len(outcomes)} cells: {len(scored)} scored, {sum(map(_refused_by_both, outcomes))} refused by both engines."]
     phases = [(phase, *_summary(scored, phase)) for phase in ("peak", *PHASES)]
-    parts.append(table(("peak of", "cells", "median without sign", "median", "lowest", "highest"), phases))
+    parts.append(table(("peak of", "cells", "median absolute error", "median", "lowest", "highest"), phases))
     for title, key in (("model type", lambda o: o.cell.model_type), ("method", _method), ("trainer", _of("trainer"))):
         groups: dict[str, list[Outcome]] = defaultdict(list)
         for o in scored:
             groups[key(o)].append(o)
         rows = [(name, *_summary(found, "peak")) for name, found in groups.items()]
-        parts.append(table((title, "cells", "median without sign", "median", "lowest", "highest"), rows))
+        parts.append(table((title, "cells", "median absolute error", "median", "lowest", "highest"), rows))
     ordered = sorted(scored, key=_farthest, reverse=True)[:worst]
     rows = [(_percent(o.drift("peak")), *(_percent(o.drift(p)) for p in PHASES), f"`{o.cell.command}`") for o in ordered]
     parts.append("## The farthest cells\n\n" + table(("peak", *PHASES, "repeat"), rows))

@@ -196,7 +196,7 @@ def summary(found: Sequence[Figures], head: str) -> str:
         drifts = [figures[name].drift for figures in found if name in figures]
         ends = (median(drifts), min(drifts), max(drifts))
         lines.append((name, str(len(drifts)), f"{median(map(abs, drifts)):.2f} %", *(f"{end:+.2f} %" for end in ends)))
-    return table((head, "rows", "median without sign", "median", "lowest", "highest"), lines)
+    return table((head, "rows", "median absolute error", "median", "lowest", "highest"), lines)
 
 
 def part_t4(lengths: Sequence[Lengths]) -> str:
@@ -254,7 +254,7 @@ def part_runs(lengths: Sequence[Lengths]) -> str:
     ]
     refused = [(answer.record.id, answer.stated.refused) for answer in answers if answer.stated.refused]
     parts = [
-        table(("source", "peak", "rows", "median without sign", "median", "worst"), lines),
+        table(("source", "peak", "rows", "median absolute error", "median", "worst"), lines),
         table(("source", "run", "transformers", "rows", *OVERALL), run_lines(answers)),
     ]
     return "\n\n".join([*parts, *_not_traced(refused)])

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Literal
 
 from peftplan.accuracy.engines import OVERALL, Case, Figure, Stated
-from peftplan.accuracy.records import Phase, Record
+from peftplan.accuracy.records import Phase, Record, SetupSaid
 
 WITHIN = (1, 3, 5)
 """Percent: the shares of a summary."""
@@ -158,13 +158,17 @@ class Summary:
     """Rows with a wrong verdict, by this figure, on one of the two cards made for them."""
 
 
-OPEN = " (open)"
-"""Marks the runs of a source that do not say all that ran."""
+MARKS: dict[SetupSaid, str] = {
+    "as labelled": "",
+    "with an inferred stack": " (inferred stack)",
+    "leaves something open": " (open)",
+}
+"""What follows a source's name, so that its runs are summed up apart."""
 GROUPINGS: dict[str, Callable[[Record], str]] = {
-    "source": lambda record: record.circumstances.source + ("" if record.exact else OPEN),
+    "source": lambda record: record.circumstances.source + MARKS[record.setup],
     "method": lambda record: record.run.method_name,
     "model": lambda record: record.run.model_name,
-    "setup": lambda record: "says all that ran" if record.exact else "leaves something open",
+    "setup": lambda record: record.setup,
 }
 
 

@@ -17,7 +17,7 @@ COLUMNS = (
     "tool",
     "version",
     "rows accepted",
-    "median without sign",
+    "median absolute error",
     "median",
     "worst",
     "≤ 5 %",
@@ -93,7 +93,7 @@ def _row(name: str, tool: Tool, found: dict[str, Compared], records: int) -> tup
 
 
 def against(name: str, peers: Peers, other: dict[str, Compared], records: Sequence[Record]) -> tuple[str, ...]:
-    """Median without sign and worst of a tool and of `other`, on the rows that both have."""
+    """Median absolute error and worst of a tool and of `other`, on the rows that both have."""
     found = compared(peers.tools[name], records)
     both = [record_id for record_id in found if record_id in other]
     if not both:

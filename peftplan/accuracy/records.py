@@ -22,6 +22,10 @@ PHASES: tuple[Phase, ...] = ("load", "forward", "backward", "step")
 Metric = Literal["allocated", "reserved", "device"]
 METRICS: tuple[Metric, ...] = ("allocated", "reserved", "device")
 
+SetupSaid = Literal["as labelled", "with an inferred stack", "leaves something open"]
+SETUPS: tuple[SetupSaid, ...] = ("as labelled", "with an inferred stack", "leaves something open")
+"""What ran is known and labelled so; is known, but part of it was inferred (`Record.inferred`); or is not all known."""
+
 NumBytes = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
@@ -149,12 +153,20 @@ class Counts(Part):
 
 
 class Tolerance(Part):
-    """The largest drift without sign, in percent, that an engine may show: of overall peaks, and of each phase."""
+    """The largest absolute drift, in percent, that an engine may show: of overall peaks, and of each phase."""
 
     allocated: Annotated[float, Field(gt=0)] | None = None
     reserved: Annotated[float, Field(gt=0)] | None = None
     device: Annotated[float, Field(gt=0)] | None = None
     phases: Annotated[float, Field(gt=0)] | None = None
+
+
+class Inference(Part):
+    """A choice in a record's setup that the source does not state, or states otherwise, and what it was chosen by."""
+
+    what: Text
+    evidence: Literal["measured bytes", "files of the source"]
+    """`measured bytes`: chosen by comparing what was measured with what other choices would give, of these runs or of others."""
 
 
 class Record(Part):
@@ -179,6 +191,8 @@ class Record(Part):
     """What the source does not say, and what the setup assumes instead."""
     differs: tuple[Text, ...] = ()
     """What ran differently from what the setup says."""
+    inferred: tuple[Inference, ...] = ()
+    """What the setup takes against the record's label, or where its source says nothing, with the evidence for it."""
     tolerance: dict[Literal["analytic", "trace"], Tolerance] = {}
     note: str | None = None
 
@@ -193,6 +207,11 @@ class Record(Part):
     def exact(self) -> bool:
         """Whether the setup says all that ran: only then is drift the engine's own."""
         return not self.unknown and not self.differs
+
+    @property
+    def setup(self) -> SetupSaid:
+        """How far the setup can be taken for what ran."""
+        return "leaves something open" if not self.exact else "with an inferred stack" if self.inferred else "as labelled"
 
     def payload(self) -> dict[str, Any]:
         """The record as JSON: fields with their default value are left out."""

@@ -12,12 +12,18 @@ from xml.etree import ElementTree
 from peftplan.accuracy.check import Check, shown
 from peftplan.accuracy.drift import GROUPINGS, WITHIN, Answer, Summary, summaries, totals
 from peftplan.accuracy.engines import BY_PHASE, FIGURES, OVERALL
+from peftplan.accuracy.records import SetupSaid
 from peftplan.report import markdown
 
 FORMATS = ("table", "json", "markdown", "junit")
 SCHEMA_VERSION = 1
 SHARES = (*(f"≤ {limit} %" for limit in WITHIN), "wrong verdicts")
-SUMMARY = ("peak", "rows", "median", "median without sign", "worst", "of")
+SUMMARY = ("peak", "rows", "median", "median absolute error", "worst", "of")
+TITLES: dict[SetupSaid, str] = {
+    "as labelled": "runs that say all that ran, as labelled",
+    "with an inferred stack": "runs that say all that ran, with an inferred stack",
+    "leaves something open": "runs that leave something open",
+}
 UPDATE = "Where this is meant, `peftplan check --engine {engine} --update-baseline` stores what is stated now."
 
 
@@ -67,9 +73,9 @@ def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
     if found.out_of_memory:
         said = ", ".join(f"{number} {verdict}" for verdict, number in found.out_of_memory.items())
         lines.append(f"Said of the cards on which runs ran out of memory: {said}.")
-    exact = [answer for answer in answers if answer.record.exact]
-    lines += _verdicts("Wrong verdicts, of runs that say all that ran", exact)
-    return lines + _verdicts("Wrong verdicts, of runs that leave something open", [a for a in answers if not a.record.exact])
+    for setup, runs in TITLES.items():
+        lines += _verdicts(f"Wrong verdicts, of {runs}", [answer for answer in answers if answer.record.setup == setup])
+    return lines
 
 
 def _bounds(answers: Sequence[Answer]) -> list[str]:
@@ -177,6 +183,7 @@ def _row_facts(answer: Answer) -> dict[str, Any]:
         "model": record.run.model_name,
         "method": record.run.method_name,
         "exact": record.exact,
+        "setup": record.setup,
         "refused": stated.refused,
         "figures": [
             {"peak": one.figure, "measured": one.measured, "stated": one.stated, "drift_percent": round(one.drift, 4)}

@@ -11,10 +11,20 @@ from peftplan.accuracy import baseline as stored
 from peftplan.accuracy import peers
 from peftplan.accuracy.drift import Answer
 from peftplan.accuracy.engines import NOT_EXPRESSIBLE, OVERALL, Case, read_cases
-from peftplan.accuracy.records import Record
+from peftplan.accuracy.records import SETUPS, Record
 from peftplan.planning.setup import Engine
 from peftplan.report import accuracy, accuracy_plots
-from peftplan.report.accuracy_text import CAUSES, DEFINITIONS, INTRO, OTHERS, OTHERS_COLUMNS, OTHERS_ROWS, PEERS_INTRO
+from peftplan.report.accuracy_text import (
+    CAUSES,
+    CHOICES,
+    DEFINITIONS,
+    INTRO,
+    OTHERS,
+    OTHERS_COLUMNS,
+    OTHERS_ROWS,
+    PEERS_INTRO,
+    UNBOUNDED,
+)
 from peftplan.report.markdown import table
 
 PAGE = Path("docs") / "accuracy.md"
@@ -94,10 +104,18 @@ def _runs(cases: Sequence[Case]) -> Iterable[str]:
     for case in cases:
         by_file.setdefault(case.path, []).append(case.record)
     rows = [_file_row(path, records) for path, records in by_file.items()]
-    yield table(("file", "source", "licence", "runs", "say all that ran", "measured", "GPU"), rows)
+    yield table(("file", "source", "licence", "runs", *SETUPS, "measured", "GPU"), rows)
     opens = Counter((path.name, what) for path, records in by_file.items() for record in records for what in _open(record))
     yield "What they leave open, or ran otherwise:"
     yield table(("file", "runs", "what"), [(name, str(times), what) for (name, what), times in sorted(opens.items())])
+    yield CHOICES
+    chosen = Counter((path.name, i.evidence, i.what) for path, records in by_file.items() for r in records for i in r.inferred)
+    yield table(
+        ("file", "runs", "evidence", "choice"),
+        [(name, str(times), evidence, what) for (name, evidence, what), times in sorted(chosen.items())],
+    )
+    unbounded = [record.id for records in by_file.values() for record in records if _unbounded(record)]
+    yield UNBOUNDED.format(runs=", ".join(unbounded))
     left_out = [json.loads(line) for line in NOT_EXPRESSIBLE.read_text(encoding="utf-8").splitlines()]
     yield f"Published rows that no setup describes ({len(left_out)}, in `data/runs/{NOT_EXPRESSIBLE.name}`):"
     reasons = Counter((row["source"], row["why"]) for row in left_out)
@@ -109,8 +127,15 @@ def _file_row(path: Path, records: Sequence[Record]) -> tuple[str, ...]:
     phases = ["by phase"] if any(record.peaks.by_phase for record in records) else []
     places = [sorted({of(record) for record in records}) for of in (_source, _licence, _gpu)]
     source, licence, gpu = (", ".join(found) for found in places)
-    exact = sum(record.exact for record in records)
-    return path.name, source, licence, str(len(records)), str(exact), ", ".join(measured + phases), gpu
+    setups = Counter(record.setup for record in records)
+    shares = [str(setups[setup]) for setup in SETUPS]
+    return path.name, source, licence, str(len(records)), *shares, ", ".join(measured + phases), gpu
+
+
+def _unbounded(record: Record) -> bool:
+    """Whether the trace is held to what the run allocated, and not to what it reserved."""
+    bounds = record.tolerance.get("trace")
+    return bounds is not None and bounds.reserved is None and record.peaks.figure("reserved") is not None
 
 
 def _source(record: Record) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftplan.accuracy.drift import GROUPINGS, OPEN, Answer
+from peftplan.accuracy.drift import GROUPINGS, MARKS, Answer
 from peftplan.errors import MissingExtraError
 from peftplan.units import GIB
 
@@ -50,7 +50,7 @@ def scatter(answers: Sequence[Answer], path: Path, *, word: str) -> None:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=SIZE)
         for number, source in enumerate(sorted(points, key=str.lower)):
-            hollow = {"facecolors": "none"} if source.endswith(OPEN) else {}
+            hollow = {"facecolors": "none"} if source.endswith(MARKS["leaves something open"]) else {}
             axes.scatter(
                 *zip(*points[source], strict=True), s=14, label=source, edgecolors=f"C{number}", color=f"C{number}", **hollow
             )

@@ -11,17 +11,18 @@ this. `peftplan check` compares the engines of today with that baseline, so a nu
 DEFINITIONS = """## What the words mean
 
 - **Estimated** is the analytic engine, **traced** the trace engine, **measured** a figure read on a GPU.
-- **Drift** is signed: stated ÷ measured − 1, in percent. Plus is too much. **Median without sign** is the median of its
-  absolute value; **worst** is the drift that is largest without its sign.
+- **Drift** is signed: stated ÷ measured − 1, in percent. Plus is too much. **Median absolute error** is the median of |drift|;
+  **worst** is the drift with the largest absolute value.
 - **allocated** is `torch.cuda.max_memory_allocated()`, **reserved** `max_memory_reserved()`, **device** what the driver showed
   (NVML, nvidia-smi): reserved bytes, the CUDA context and all else. For `device` the measured context of the run is added where
   it was recorded, else the card's as published; where neither is known, nothing is stated.
 - **forward**, **backward**, **step** are the allocated peaks of that part of a steady optimizer step.
 - Where a record covers the whole process, loading counts in the stated peak; where it covers training or one steady step, it
   does not.
-- A run **says all that ran** if its source leaves nothing open that the setup needs and nothing is known to have run otherwise;
-  every other record states, in `unknown` and `differs`, what was assumed and what differs. Only the drift of the former is the
-  engine's own; in tables by source the others are marked as open.
+- A run **says all that ran** if its source leaves nothing open that the setup needs and nothing is known to have run otherwise.
+  It counts **as labelled** where the setup takes what the source states, and **with an inferred stack** where a version was
+  replaced by one that explains what was found (`inferred`, with the evidence). Every other record **leaves something open**, and
+  states in `unknown` and `differs` what was assumed and what differs. Only runs as labelled test the engine alone.
 - A record's **script** says what its program did that no option says: lengths of the steps before, outputs that outlive the step,
   `empty_cache`, keys and values repeated by hand, a torch that its label does not say. Both engines run the same, with the
   allocator of the torch that ran.
@@ -59,6 +60,17 @@ CAUSES = """## Known causes of drift
   length came before the longest (`script`; [chosen once](trace-drift.md) by two rows). Prefix tuning and OSF: the causes
   are there."""
 
+CHOICES = """## Choices made from measured bytes
+
+No coefficient is fitted. But some facts about these runs are stated nowhere, and were chosen because they explain what was
+measured. Figures that rest on such a choice confirm it as much as they confirm the engine. Each record names its choices in
+`inferred`; this table is made from them. One more choice is a rule of the allocator's model, not of a record: for torch before
+2.13, new segments of more than 20 MiB lie below older ones (`memory/allocator/device.py`). It was chosen by what unquantized runs
+on the T4 reserved, so reserved bytes of every run with such a torch rest on it."""
+
+UNBOUNDED = """The trace is held to a tolerance for what each of fitcheck-llm's runs reserved, 10 % where its loader copied
+weights in threads. These runs are further off and have none: {runs}."""
+
 OTHERS = """## Published records of others
 
 What was published about predictors of training memory, each on its own test set. The sets differ from this one: none of them
@@ -87,9 +99,9 @@ record is compared: allocated bytes where they were measured, else reserved, els
 for context and fragmentation apart is compared without it for allocated bytes and with it for the others. Verdicts follow from
 the number by the rule above, the same for all. What a tool has no word for it refuses, and that is counted as not accepted.
 fitcheck-llm's coefficients were fitted on its own T4 runs, canifinetune's RTX 4080 runs informed its formulas, and vramcalc ships
-its own A6000 runs; all are among these records. peftplan fits nothing but two lengths of peft's benchmark, of its longest batch
-and of the one before: 690 after 104 tokens. Every tool is told the first. Cold start: a fresh Python that imports the tool and
-estimates one LoRA job, best of five, all on one machine.
+its own A6000 runs; all are among these records. What peftplan chose by looking at measured bytes is listed
+[above](#choices-made-from-measured-bytes); every tool is told the 690 tokens of peft's benchmark. Cold start: a fresh Python that
+imports the tool and estimates one LoRA job, best of five, all on one machine.
 
 Not asked: loggetta plans its own executor, whose kernels and storage these runs did not have; Unsloth's estimate describes
 Unsloth's kernels; `accelerate estimate-memory` knows no adapters; web calculators cannot be run offline."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from peftplan.accuracy.engines import read_cases
 from peftplan.accuracy.jsonl import RecordFileError, append, digest, read, repair, to_line
 from peftplan.errors import PeftplanError
 from tests.accuracy.example import OPTIONS, PAYLOAD, record
@@ -148,3 +149,29 @@ def test_a_figure_is_none_where_it_was_not_read() -> None:
 def test_a_record_is_frozen(change: Callable[[Any], None]) -> None:
     with pytest.raises(ValueError, match="frozen"):
         change(record())
+
+
+def test_statements_tell_labelled_runs_from_those_whose_stack_was_inferred() -> None:
+    """Counted from labels alone: a T4 run keeps its label where the script asks for the versions that the label states."""
+    says_all = [case.record for case in read_cases([]) if case.record.exact]
+    kept, replaced = [], []
+    for one in says_all:
+        said = {package: one.circumstances.versions[package].partition("+")[0] for package in ("torch", "transformers")}
+        asked = {package: getattr(one.run.script, package) or said[package] for package in said}
+        (kept if asked == said else replaced).append(one)
+    assert (len(kept), len(replaced)) == (17, 30)
+    assert {one.setup for one in kept} == {"as labelled"}
+    assert {one.setup for one in replaced} == {"with an inferred stack"}
+    by_bytes = [one for one in replaced if any(choice.evidence == "measured bytes" for choice in one.inferred)]
+    assert len(by_bytes) == 20
+
+
+def test_no_label_is_replaced_without_saying_so() -> None:
+    for case in read_cases([]):
+        versions, script = case.record.circumstances.versions, case.record.run.script
+        replaced = [
+            package
+            for package in ("torch", "transformers")
+            if package in versions and (asked := getattr(script, package)) is not None and not versions[package].startswith(asked)
+        ]
+        assert not replaced or case.record.inferred, case.record.id

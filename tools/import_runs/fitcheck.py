@@ -35,7 +35,10 @@ UNBOUNDED = ("fitcheck/t4-phase3-2026-09-16/4", "fitcheck/final-t4-20260921/5", 
 """Those of which what they reserved is further off than that: +15, -13 and -11 %."""
 OLDER = {"torch": "2.10.0", "transformers": "5.0.0"}
 """The stack of fitcheck-llm's rows, also of those labelled 2.14.0: they reserve what 2.10.0 does, and 2.14.0 does not."""
-MISLABELLED = "taken as run with torch 2.10.0 and transformers 5.0.0, against its label: docs/trace-drift.md"
+MISLABELLED = {
+    "what": "ran with torch 2.10.0 and transformers 5.0.0, not with the 2.14.0 and 5.17.0 of its label (docs/trace-drift.md)",
+    "evidence": "measured bytes",
+}
 IN_THREADS = (
     "transformers 5.0.0 copies weights to the card in threads while others are quantized, so that one setup reserves other bytes "
     "in every run (docs/trace-drift.md)"
@@ -44,7 +47,10 @@ ONE_BY_ONE = "2026-09-01"
 """The day of the one session whose weights were not copied in threads."""
 UPGRADED = {**OLDER, "transformers": "5.16.1"}
 """Its notebook (fitcheck.ipynb in the sdist of 0.3.0) first installs the newest transformers: a wheel of 12.1 MB."""
-COPIED_ONE_BY_ONE = "ran with transformers 5.16.1, against its label, which copies weights one by one: docs/trace-drift.md"
+COPIED_ONE_BY_ONE = {
+    "what": "ran with transformers 5.16.1, which copies weights one by one, not with its label's 5.0.0 (docs/trace-drift.md)",
+    "evidence": "files of the source",
+}
 ARCHIVE = {
     "t4-qlora-2026-09-01": "t4-2026-09-01",
     "t4-sweep-2026-09-15": "t4-2026-09-15",
@@ -71,10 +77,9 @@ def fitcheck(row: Row) -> Record:
         tolerance = {
             engine: {name: bound for name, bound in of.items() if name != "reserved"} for engine, of in tolerance.items()
         }
-    notes = [
-        row.get("note"),
-        MISLABELLED if "2.14" in row["versions"]["torch"] else None,
-        COPIED_ONE_BY_ONE if row["date"] == ONE_BY_ONE else None,
+    inferred = [
+        *([MISLABELLED] if "2.14" in row["versions"]["torch"] else []),
+        *([COPIED_ONE_BY_ONE] if row["date"] == ONE_BY_ONE else []),
     ]
     return record(
         row,
@@ -99,7 +104,8 @@ def fitcheck(row: Row) -> Record:
         tolerance=tolerance,
         differs=[IN_THREADS] if in_threads else [],
         error=row.get("error"),
-        note="; ".join(filter(None, notes)) or None,
+        inferred=inferred,
+        note=row.get("note"),
     )
 
 

@@ -16,6 +16,10 @@ AGAIN = (
     "(14.37 and 14.40 GB), and as its trainable parameters were counted with A frozen"
 )
 """Of peft's benchmark; it changes LoRA-FA alone."""
+LENGTHS_CHOSEN = (
+    f"{LONGEST} tokens in the longest padded batch, after {BEFORE}: chosen by the rows of LoRA and IA3, for all"
+)
+AGAIN_CHOSEN = "adapters are enabled again before the first step: chosen by the average that this run reserved, near LoRA's"
 
 
 def metamath(row: Row) -> Record:
@@ -63,6 +67,9 @@ def metamath(row: Row) -> Record:
         "unknown": [
             f"tokens of the longest padded batch, and of the one before: {LONGEST} after {BEFORE} assumed for every method",
             *([AGAIN] if adapter is not None else []),
+        ],
+        "inferred": [
+            {"what": what, "evidence": "measured bytes"} for what in (LENGTHS_CHOSEN, *([AGAIN_CHOSEN] if lora_fa else []))
         ],
         "differs": ["empty_cache ran every 10 steps, and evaluation by generation (batch 50, up to 800 tokens) is covered"],
         "note": f"adapter file: {row['file_size_bytes']} bytes",

@@ -72,7 +72,10 @@ def canifinetune(row: Row) -> Record:
         peaks={"overall": {"allocated": row["value_bytes"], "reserved": round(row["extra"]["peak_reserved_GiB"] * GIB)}},
         kept_alive=["outputs, until the next forward has returned"],
         steps=row["extra"]["snapshots_GiB"],
-        unknown=["autocast: none assumed, as the figures alone say; canifinetune 0.4.1, later than this commit, runs under bf16"],
+        unknown=["autocast: none assumed; canifinetune 0.4.1, later than this commit, runs under bf16"],
+        inferred=[
+            {"what": "no autocast: bf16 autocast would have made other bytes", "evidence": "measured bytes"}
+        ],
     )
 
 
