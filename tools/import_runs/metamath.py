@@ -16,9 +16,7 @@ AGAIN = (
     "(14.37 and 14.40 GB), and as its trainable parameters were counted with A frozen"
 )
 """Of peft's benchmark; it changes LoRA-FA alone."""
-LENGTHS_CHOSEN = (
-    f"{LONGEST} tokens in the longest padded batch, after {BEFORE}: chosen by the rows of LoRA and IA3, for all"
-)
+LENGTHS_CHOSEN = f"{LONGEST} tokens in the longest padded batch, after {BEFORE}: chosen by the rows of LoRA and IA3, for all"
 AGAIN_CHOSEN = "adapters are enabled again before the first step: chosen by the average that this run reserved, near LoRA's"
 
 

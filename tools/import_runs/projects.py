@@ -73,9 +73,7 @@ def canifinetune(row: Row) -> Record:
         kept_alive=["outputs, until the next forward has returned"],
         steps=row["extra"]["snapshots_GiB"],
         unknown=["autocast: none assumed; canifinetune 0.4.1, later than this commit, runs under bf16"],
-        inferred=[
-            {"what": "no autocast: bf16 autocast would have made other bytes", "evidence": "measured bytes"}
-        ],
+        inferred=[{"what": "no autocast: bf16 autocast would have made other bytes", "evidence": "measured bytes"}],
     )
 
 
