@@ -138,7 +138,7 @@ def synthetic_verdict(peak: Compared, *, share: float) -> str:
     from peftplan.planning.verdicts import verdict
 
     card = Gpu(id="synthetic", name="synthetic", capacity_bytes=int(share * peak.measured))
-    return verdict(card, 0, Peaks(ledgers={}, reserved=peak.stated)).verdict
+    return verdict(card, 0, Peaks(ledgers={}, reserved=peak.stated), context_mib=0).verdict
 
 
 @dataclass(frozen=True)

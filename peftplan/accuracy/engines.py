@@ -123,7 +123,7 @@ def _figures(record: Record, result: Estimate) -> Iterator[tuple[Figure, int]]:
     yield "allocated", max(peaks.by_phase[phase] for phase in covered)
     context = record.peaks.context_bytes
     if context is None and result.gpus:
-        context = result.gpus[0].context_bytes
+        context = result.gpus[0].runtime_context
     if peaks.reserved is not None:
         yield "reserved", peaks.reserved
         if context is not None:

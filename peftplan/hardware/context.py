@@ -1,12 +1,14 @@
 """What a process holds on a card outside torch's allocator (the CUDA context), and torch's cuBLAS workspace inside it.
 
-A context differs by card, driver, CUDA and by the kernels that were loaded, and no formula gives it: only public
-measurements of the exact card are used, and where there is none the answer is None with the reason.
+A context differs by card, driver, CUDA and by the kernels that were loaded, and no formula gives it. What is stated of a
+card comes from public measurements of exactly this card, else it is None with the reason. A verdict needs a figure, so where
+none is known it assumes one that was measured on another card (`context_for_verdict`).
 Source: data/context.json, each row with its own source.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan import datafiles
@@ -40,6 +42,18 @@ DEFAULT_CAPABILITY = (8, 0)
 """Whose kernels and workspaces count where no card is named: those of sm80 and sm86, the cards that most runs use."""
 
 
+GENERATIONS = {
+    **dict.fromkeys(("6.0", "6.1", "6.2"), "Pascal"),
+    **dict.fromkeys(("7.0", "7.2"), "Volta"),
+    "7.5": "Turing",
+    **dict.fromkeys(("8.0", "8.6", "8.7"), "Ampere"),
+    "8.9": "Ada",
+    "9.0": "Hopper",
+    **dict.fromkeys(("10.0", "10.3", "11.0", "12.0", "12.1"), "Blackwell"),
+}
+"""Compute capability → generation. Source: NVIDIA's list of GPUs by compute capability and the CUDA C++ Programming Guide."""
+
+
 class ContextMeasurement(NamedTuple):
     """One public measurement. `exact` is false where it was read from rounded or mixed output; `mib` is as recorded."""
 
@@ -68,8 +82,12 @@ class Looked(NamedTuple):
 
 def context_measurements(gpu: Gpu) -> tuple[ContextMeasurement, ...]:
     """Every public measurement on exactly this card, in whatever state and with whatever software."""
-    rows = datafiles.load("context.json")["measurements"]
-    return tuple(ContextMeasurement(**row) for row in rows if row["gpu"] == gpu.id)
+    return tuple(m for m in _measurements() if m.gpu == gpu.id)
+
+
+@cache
+def _measurements() -> tuple[ContextMeasurement, ...]:
+    return tuple(ContextMeasurement(**row) for row in datafiles.load("context.json")["measurements"])
 
 
 def context_bytes(gpu: Gpu) -> Looked:
@@ -89,6 +107,39 @@ def context_bytes(gpu: Gpu) -> Looked:
     rounding = "" if largest.exact else f"; {largest.note}"
     why = f"{largest.mib:g} MiB measured {state} ({software}){rounding}"
     return Looked(int(largest.mib * MIB), why, largest.source)
+
+
+class Context(NamedTuple):
+    """The context that a verdict counts, and whether it was measured on another card."""
+
+    bytes: int
+    why: str
+    assumed: bool
+
+
+def context_for_verdict(gpu: Gpu, *, given_mib: float | None = None) -> Context:
+    """The context of a card: as given, else as measured on it, else the largest current one of its generation, else of all.
+
+    Current means loaded lazily, in whatever state (`EAGER` is left out). A size without a card, and generations without a
+    measurement (Volta, Hopper, AMD's), take the largest of all: 828 MiB.
+    """
+    if given_mib is not None:
+        return Context(int(given_mib * MIB), "as given", assumed=False)
+    if gpu.capacity_bytes is None and (measured := context_bytes(gpu)).bytes is not None:
+        return Context(measured.bytes, measured.why, assumed=False)
+    current = [m for m in _measurements() if m.module_loading != EAGER]
+    generation = GENERATIONS.get(gpu.compute_capability or "")
+    of_generation = [m for m in current if generation and _generation(m.gpu) == generation]
+    largest = max(of_generation or current, key=lambda m: m.mib)
+    cards = f"{generation} card" if of_generation else "card"
+    why = f"not known of this card; assumed: {largest.mib:g} MiB, the largest recorded of any {cards} ({largest.gpu})"
+    return Context(int(largest.mib * MIB), why, assumed=True)
+
+
+def _generation(gpu_id: str) -> str | None:
+    from peftplan.hardware.gpus import find_gpu
+
+    return GENERATIONS.get(find_gpu(gpu_id).compute_capability or "")
 
 
 def _nothing_current(measured: tuple[ContextMeasurement, ...]) -> str:

@@ -78,30 +78,65 @@ class Peaks:
 
 
 class Verdict(NamedTuple):
-    """Whether a job fits a card. Without a peak only `does_not_fit` is certain, where what lasts alone exceeds it.
+    """Whether a job fits a card: `fits`, `tight`, `does_not_fit`, `does_not_run` or `unknown` (`planning.verdicts` defines them).
 
-    `needed_bytes` are what torch's allocator holds at most with the card's own kernels, or, where it gets by with less, the
-    tensors' peak; `context_bytes` the CUDA context, where it is known; `headroom_bytes` what both leave of the usable bytes.
+    `needed_bytes` are what torch's allocator reserves without a limit, with the card's own kernels, and the CUDA context. Where
+    there is no peak they are what lasts from step to step, and `lower_bound` is true. `headroom_bytes` are usable - needed.
     """
 
     gpu: str
     usable_bytes: int
     why: str
+    """Why so many bytes are usable."""
     verdict: str
-    headroom_bytes: int
-    context_bytes: int | None
     needed_bytes: int
+    context_bytes: int
+    """The CUDA context inside `needed_bytes`."""
+    context_source: str
+    context_assumed: bool = False
+    """Whether the context is that of another card, since none is known of this one."""
+    lower_bound: bool = False
+    runs_by_releasing_cache: bool = False
+    """Whether the job needs more than is usable, and runs because the allocator gives cached memory back before it fails."""
+    scope: str | None = None
+    """`text` where the job's pictures are not counted."""
+    reason: str | None = None
+    """Why the job does not run, with the line of the library that raises."""
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What the job leaves of the usable bytes; negative where it needs more."""
+        return self.usable_bytes - self.needed_bytes
+
+    @property
+    def runtime_context(self) -> int | None:
+        """The CUDA context where it is known of this card, or was given."""
+        return None if self.context_assumed else self.context_bytes
+
+    @property
+    def device_total(self) -> int | None:
+        """What nvidia-smi shows for the process; None where the context or the peak is not known."""
+        return None if self.context_assumed or self.lower_bound else self.needed_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of `gpus` in the JSON."""
+        scope = {} if self.scope is None else {"scope": self.scope}
         return {
             "name": self.gpu,
             "usable_bytes": self.usable_bytes,
             "usable_source": self.why,
             "verdict": self.verdict,
+            **scope,
+            "reason": self.reason,
             "needed_bytes": self.needed_bytes,
-            "runtime_context": self.context_bytes,
+            "needed_is_lower_bound": self.lower_bound,
+            "context_bytes": self.context_bytes,
+            "context_assumed": self.context_assumed,
+            "context_source": self.context_source,
+            "runtime_context": self.runtime_context,
+            "device_total": self.device_total,
             "headroom_bytes": self.headroom_bytes,
+            "runs_by_releasing_cache": self.runs_by_releasing_cache,
         }
 
 
@@ -252,17 +287,16 @@ class Estimate:
     def _peak_facts(self) -> dict[str, Any]:
         """The peak's part of the JSON; context and device total are facts of one card, so they need exactly one."""
         peaks = self.peaks
-        context = self.gpus[0].context_bytes if len(self.gpus) == 1 else None
-        reserved = peaks.reserved if peaks else None
+        card = self.gpus[0] if len(self.gpus) == 1 else None
         return {
             "peak_by_phase": peaks.by_phase if peaks else dict.fromkeys(PHASES),
             "peak_phase": peaks.phase if peaks else None,
             "peak_allocated": peaks.allocated if peaks else None,
-            "peak_reserved": reserved,
+            "peak_reserved": peaks.reserved if peaks else None,
             "reserved_source": peaks.reserved_source if peaks else None,
             "incomplete": list(peaks.incomplete) if peaks else [],
-            "runtime_context": context,
-            "device_total": None if context is None or reserved is None else reserved + context,
+            "runtime_context": card.runtime_context if card else None,
+            "device_total": card.device_total if card else None,
         }
 
 

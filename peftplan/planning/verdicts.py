@@ -69,30 +69,46 @@ def pair(compute_capability: str) -> tuple[int, int]:
     return int(major), int(minor or 0)
 
 
-def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, hasty: bool = False) -> Verdict:
-    """Reserved bytes and the context, where it is known, against what a program can get of the card.
+def verdict(
+    card: Gpu, static_bytes: int, peaks: Peaks | None, *, context_mib: float | None = None, hasty: bool = False
+) -> Verdict:
+    """Whether a job fits a card.
 
-    Where they are more, the job runs, tightly, if the allocator gets by once it gives cached memory back: a replay with that
-    capacity says so. Without a peak only a shortfall is certain: `static_bytes` is a lower bound, as is an incomplete peak.
-    `hasty`: peaks whose tensors alone are more are not replayed.
+    *Needed* are the bytes that the allocator reserves without a limit, and the CUDA context (`context_mib`, else the card's, else
+    an assumed one). `fits`: at least 5 % of the usable bytes are left. `tight`: less is left, or less than nothing while the
+    job runs where the allocator may take no more than is usable: it gives cached memory back before it fails. `does_not_fit`:
+    it fails there. `unknown`: there is no peak, or only a lower bound that is not too large.
+
+    `static_bytes`: what lasts from step to step, a lower bound where there is no peak. `hasty`: peaks whose tensors alone are
+    too large are not replayed.
     """
-    from peftplan.hardware.context import context_bytes
+    from peftplan.hardware.context import context_for_verdict
     from peftplan.hardware.usable import usable_bytes
 
     usable = usable_bytes(card)
-    context = context_bytes(card).bytes if card.capacity_bytes is None else None
-    if peaks is not None and peaks.replay and not (hasty and peaks.allocated + (context or 0) > usable.bytes):
+    context = context_for_verdict(card, given_mib=context_mib)
+    room = usable.bytes - context.bytes
+    if peaks is not None and peaks.replay and not (hasty and peaks.allocated > room):
         peaks = peaks.replayed
-    needed = static_bytes if peaks is None else peaks.reserved or peaks.allocated
-    headroom = usable.bytes - needed - (context or 0)
-    if headroom < 0 and peaks is not None and peaks.runs_within is not None and not peaks.incomplete:
-        least = usable.bytes - peaks.allocated - (context or 0)
-        if least >= 0 and peaks.runs_within(usable.bytes - (context or 0)):
-            return Verdict(card.id, usable.bytes, usable.why, "tight", least, context, peaks.allocated)
-    if headroom < 0:
-        word = "does_not_fit"
-    elif peaks is None or peaks.incomplete:
-        word = "unknown"
+    reserved = static_bytes if peaks is None else peaks.reserved or peaks.allocated
+    lower_bound = peaks is None or bool(peaks.incomplete)
+    releases_cache = False
+    if reserved > room:
+        releases_cache = peaks is not None and peaks.runs_within is not None and peaks.runs_within(room)
+        word = "does_not_fit" if not releases_cache else "tight"
     else:
-        word = "fits" if headroom >= TIGHT * usable.bytes else "tight"
-    return Verdict(card.id, usable.bytes, usable.why, word, headroom, context, needed)
+        word = "fits" if room - reserved >= TIGHT * usable.bytes else "tight"
+    if lower_bound and word != "does_not_fit":
+        word, releases_cache = "unknown", False
+    return Verdict(
+        card.id,
+        usable.bytes,
+        usable.why,
+        word,
+        needed_bytes=reserved + context.bytes,
+        context_bytes=context.bytes,
+        context_source=context.why,
+        context_assumed=context.assumed,
+        lower_bound=lower_bound,
+        runs_by_releasing_cache=releases_cache,
+    )

@@ -11,6 +11,7 @@ from peftplan.report.tabular import (
     NO_ADVICE,
     assumption_rows,
     category_rows,
+    context,
     incomplete,
     largest_line,
     line_facts,
@@ -54,10 +55,12 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
         parts.append(f"And {format_bytes(result.managed_bytes)} of paged optimizer states in CUDA managed memory.")
     if result.gpus:
         verdicts = [
-            texts((v.gpu, v.usable_bytes, v.needed_bytes, v.context_bytes, v.headroom_bytes, v.verdict.replace("_", " "), v.why))
+            texts((v.gpu, v.usable_bytes, v.needed_bytes, context(v), v.headroom_bytes, v.verdict.replace("_", " "), v.why))
             for v in result.gpus
         ]
-        parts.append(table(("gpu", "usable bytes", "needed", "context", "left over", "verdict", "usable because"), verdicts))
+        parts.append(
+            table(("gpu", "usable bytes", "needed", "context in it", "left over", "verdict", "usable because"), verdicts)
+        )
         parts += [*needs(result), f"Largest line: {largest_line(result)}."]
         for gpu, found in result.advice.items():
             from peftplan.report import advice

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 from peftplan.memory.ledger import CATEGORIES
-from peftplan.planning.result import Estimate, Peaks
+from peftplan.planning.result import Estimate, Peaks, Verdict
 from peftplan.units import format_bytes
 
 UNREPLAYED = "what torch's allocator holds beyond the tensors (name a card, --gpu, for reserved bytes)"
@@ -51,12 +51,17 @@ def largest_line(result: Estimate) -> str:
     return f"{family(line.name)} ({line.category}), {format_bytes(line.bytes())}"
 
 
+def context(verdict: Verdict) -> str:
+    """The CUDA context that a verdict counts, and whether it was assumed."""
+    return format_bytes(verdict.context_bytes) + (" assumed" if verdict.context_assumed else "")
+
+
 def needs(result: Estimate) -> list[str]:
     """What `needed` counts, where it is not the same on every card."""
-    if len({verdict.needed_bytes for verdict in result.gpus}) < 2:
+    if len({verdict.needed_bytes - verdict.context_bytes for verdict in result.gpus}) < 2:
         return []
     first = result.gpus[0].gpu
-    return [f"needed: reserved bytes with each card's kernels, fewer where torch frees cached memory; the sums are {first}'s"]
+    return [f"needed: reserved bytes with each card's kernels and its CUDA context; the sums are {first}'s"]
 
 
 def incomplete(peaks: Peaks) -> list[str]:

@@ -25,6 +25,7 @@ from peftplan.report.tabular import (
     Column,
     assumption_rows,
     category_rows,
+    context,
     incomplete,
     largest_line,
     line_facts,
@@ -212,9 +213,8 @@ def _verdicts(result: Estimate) -> Table:
     shown.columns[-1].min_width = len("does not fit")
     for v in result.gpus:
         words = v.verdict.replace("_", " ") + (f" {unknown}" if v.verdict == "unknown" else "")
-        context = "-" if v.context_bytes is None else format_bytes(v.context_bytes)
         usable, needed, left = map(format_bytes, (v.usable_bytes, v.needed_bytes, v.headroom_bytes))
-        shown.add_row(v.gpu, usable, needed, context, left, words)
+        shown.add_row(v.gpu, usable, needed, context(v), left, words)
     return shown
 
 

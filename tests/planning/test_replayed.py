@@ -51,7 +51,7 @@ def test_json_is_replayed() -> None:
     assert (memory["peak_by_phase"], memory["peak_reserved"]) == (replayed.by_phase, replayed.reserved)
     assert sum(line["bytes"] for line in memory["lines"]) == memory["peak_allocated"]
     (verdict,) = estimate.gpus
-    assert verdict.headroom_bytes == verdict.usable_bytes - replayed.reserved - (verdict.context_bytes or 0)  # type: ignore[operator]
+    assert verdict.headroom_bytes == verdict.usable_bytes - replayed.reserved - verdict.context_bytes  # type: ignore[operator]
 
 
 def test_weights_of_five_mebibytes_by_hand() -> None:

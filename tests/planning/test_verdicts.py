@@ -27,25 +27,26 @@ def peaks(reserved: int, *incomplete: str) -> Peaks:
     ],
 )
 def test_a_peak_against_a_capacity(reserved: int, left: int, word: str) -> None:
-    found = verdict(find_gpu("1GiB"), 512, peaks(reserved))
+    found = verdict(find_gpu("1GiB"), 512, peaks(reserved), context_mib=0)
     assert (found.headroom_bytes, found.verdict) == (left, word)
 
 
 def test_an_incomplete_peak_is_a_lower_bound() -> None:
-    assert verdict(find_gpu("1GiB"), 512, peaks(2**20, "a value")).verdict == "unknown"
-    assert verdict(find_gpu("1GiB"), 512, peaks(2**31, "a value")).verdict == "does_not_fit"
+    assert verdict(find_gpu("1GiB"), 512, peaks(2**20, "a value"), context_mib=0).verdict == "unknown"
+    assert verdict(find_gpu("1GiB"), 512, peaks(2**31, "a value"), context_mib=0).verdict == "does_not_fit"
 
 
 def test_without_a_peak_only_a_shortfall_is_certain() -> None:
-    assert verdict(find_gpu("1GiB"), 2**30, None).verdict == "unknown"
-    assert verdict(find_gpu("1GiB"), 2**30 + 512, None).verdict == "does_not_fit"
+    assert verdict(find_gpu("1GiB"), 2**30, None, context_mib=0).verdict == "unknown"
+    assert verdict(find_gpu("1GiB"), 2**30 + 512, None, context_mib=0).verdict == "does_not_fit"
 
 
 def test_a_known_context_is_taken_off() -> None:
     # T4: CUDA reports 14,912 MiB, and a training process held a context of 140.875 MiB = 147,718,144 bytes
     found = verdict(find_gpu("t4"), 512, peaks(10**9))
     assert found.headroom_bytes == 14_912 * 2**20 - 10**9 - 147_718_144
-    assert (found.needed_bytes, found.context_bytes) == (10**9, 147_718_144)
+    assert (found.needed_bytes, found.context_bytes) == (10**9 + 147_718_144, 147_718_144)
+    assert (found.runtime_context, found.device_total) == (147_718_144, 1_147_718_144)
 
 
 def test_each_card_is_judged_with_its_own_kernels() -> None:
@@ -60,7 +61,7 @@ def test_each_card_is_judged_with_its_own_kernels() -> None:
 
 def test_verdicts_subtract_what_they_show() -> None:
     for found in estimate("llama-2-70b", method="qlora", gpu="t4,a100-80gb,24GiB,h100-80gb").gpus:
-        assert found.headroom_bytes == found.usable_bytes - found.needed_bytes - (found.context_bytes or 0)
+        assert found.headroom_bytes == found.usable_bytes - found.needed_bytes
 
 
 @pytest.mark.parametrize(
