@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from peftplan.planning.serving import serving
     from peftplan.planning.serving_result import Serving
 
+    __version__: str
+
 _HOMES = {
     "Estimate": "planning.result",
     "InputError": "errors",
@@ -37,6 +39,7 @@ __all__ = [
     "RefusedError",
     "Serving",
     "UnknownNameError",
+    "__version__",
     "estimate",
     "inspect",
     "serving",
@@ -44,6 +47,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("peftplan")
     if name not in _HOMES:
         raise AttributeError(f"module 'peftplan' has no attribute {name!r}")
     value = getattr(import_module(f"peftplan.{_HOMES[name]}"), name)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+SIMILAR = 0.6
+"""The least `difflib` ratio of a name that is suggested: a typing error keeps more, another word less."""
+SHORTEST_BEGINNING = 2
+"""A name of fewer letters begins too many others to mean one of them."""
 
-def nearest(name: str, choices: Sequence[str], *, most: int = 3, cutoff: float = 0.5) -> list[str]:
+
+def nearest(name: str, choices: Sequence[str], *, most: int = 3, cutoff: float = SIMILAR) -> list[str]:
     """The choices that read most like `name`, best first; those that begin with it before all others."""
     from difflib import get_close_matches  # needed only once something is wrong
 
-    longer = [choice for choice in choices if name and choice.startswith(name)]
+    longer = [choice for choice in choices if len(name) >= SHORTEST_BEGINNING and choice.startswith(name)]
     return list(dict.fromkeys((*longer, *get_close_matches(name, choices, n=most, cutoff=cutoff))))[:most]
+
+
+def near_names(wanted: Iterable[str], known: Iterable[str], *, most: int = 6) -> str:
+    """`near: …` with what reads like one of the names, else `it has …`."""
+    names = sorted(known)
+    near = list(dict.fromkeys(choice for name in wanted for choice in nearest(name, names, most=2)))
+    return f"near: {', '.join(near[:most])}" if near else f"it has {', '.join(names[:most])}"
 
 
 class PeftplanError(Exception):
@@ -29,11 +41,13 @@ class InputError(PeftplanError, ValueError):
 
 
 class UnknownNameError(InputError):
-    """A name outside a closed set; shows the nearest accepted names."""
+    """A name outside a closed set; shows the nearest accepted names, `beside` included, which are accepted elsewhere."""
 
-    def __init__(self, field: str, value: object, choices: Iterable[str], *, most: int = 12, also: str = "") -> None:
+    def __init__(
+        self, field: str, value: object, choices: Iterable[str], *, most: int = 12, also: str = "", beside: Iterable[str] = ()
+    ) -> None:
         self.choices = sorted(choices)
-        near = nearest(str(value).lower(), self.choices)
+        near = nearest(str(value).lower(), [*self.choices, *beside])
         if len(self.choices) <= most:
             accepted = "accepted: " + (", ".join(self.choices) or "nothing")
         else:

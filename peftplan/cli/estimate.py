@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--engine", default="analytic", metavar="NAME", show_default=True, help="analytic | trace")
 @click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a capacity such as 24GiB; repeatable")
 @click.option("--require-fit", is_flag=True, help="exit 1 unless the job is known to fit every --gpu")
+@click.option("--strict", is_flag=True, help="warnings are errors: a name in target_modules that matches no module")
 @options.format_option
 @click.option(
     "--explain", is_flag=True, help="every line of the peak as a formula with its numbers and its source, and nothing else"

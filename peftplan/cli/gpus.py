@@ -13,13 +13,10 @@ from peftplan.cli import options
 def command(pattern: str | None, fmt: str) -> int:
     """List the cards whose name or alias contains PATTERN: marketed size, nvidia-smi total, and what a program can get."""
     options.check_format(fmt)
-    from peftplan.errors import UnknownNameError
     from peftplan.hardware.gpus import gpus
     from peftplan.report import render
 
     wanted = (pattern or "").lower()
-    found = [gpu for gpu in gpus() if any(wanted in name.lower() for name in (gpu.id, gpu.name, *gpu.aliases))]
-    if not found:
-        raise UnknownNameError("pattern", pattern, (gpu.id for gpu in gpus()))
-    render.gpus(found, fmt=fmt)
+    cards = [gpu for gpu in gpus() if any(wanted in name.lower() for name in (gpu.id, gpu.name, *gpu.aliases))]
+    render.gpus(cards, fmt=fmt)
     return 0

@@ -14,11 +14,7 @@ def command(pattern: str | None, fmt: str) -> int:
     """List the built-in models whose name, alias, id or model type contains PATTERN (`*` and `?` match as in a shell)."""
     options.check_format(fmt)
     from peftplan.arch import catalogue
-    from peftplan.errors import UnknownNameError
     from peftplan.report import render
 
-    entries = catalogue.models(pattern)
-    if not entries:
-        raise UnknownNameError("pattern", pattern, (entry.name for entry in catalogue.models()))
-    render.models(entries, fmt=fmt)
+    render.models(catalogue.models(pattern), fmt=fmt)
     return 0

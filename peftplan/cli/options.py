@@ -70,7 +70,7 @@ TRAINING: dict[str, str] = {
 }
 NOT_FIELDS = (
     *("model", "method", "peft_config", "quantization_config", "training_args", "gpu", "engine", "record", "progress"),
-    *("adapters", "context", "encoder_context", "serving_dtype", "merge"),
+    *("script", "strict", "adapters", "context", "encoder_context", "serving_dtype", "merge"),
 )
 """Arguments of `estimate` and `serving` that are no fields of a method, so that --set does not take them."""
 INT_LISTS = ("layers_to_transform",)

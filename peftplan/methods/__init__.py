@@ -5,7 +5,7 @@ Importing this package loads none of the methods; each lies in its own module, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -164,16 +164,19 @@ def config_class(method: Method) -> type[MethodConfig]:
     return found
 
 
-def configure(name: str, options: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
+def configure(name: str, options: Mapping[str, Any], *, beside: Iterable[str] = ()) -> tuple[Method, MethodConfig]:
     """The method of that name with its options checked: peft's own field names, those without effect on a tensor included.
 
+    `beside`: names of other options, of which a near one is suggested too.
     Raises UnknownNameError for an unknown method or option, InputError for a value that is not accepted.
     """
     method = method_named(name)
     cls = config_class(method)
     for option in options:
         if option not in cls.model_fields and option not in cls.no_effect:
-            raise UnknownNameError(f"option of {method.name}", option, cls.model_fields, most=len(cls.model_fields))
+            raise UnknownNameError(
+                f"option of {method.name}", option, cls.model_fields, most=len(cls.model_fields), beside=beside
+            )
     given = {key: value for key, value in options.items() if key not in cls.no_effect}
     return method, _validated(cls, {**method.defaults, **given})
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from peftplan.arch.modules import Architecture, Module
-from peftplan.errors import InputError, RefusedError, nearest
+from peftplan.errors import InputError, RefusedError, near_names
 from peftplan.methods.adaptation import AddedBuffer, AddedTensor, NeedsPeftError, restricted
 
 SAVED_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -82,7 +82,7 @@ def saved_copies(arch: Architecture, names: Iterable[str]) -> tuple[AddedTensor,
     for wanted in names:
         roots = _roots(arch, wanted)
         if not roots and wanted not in ALL_HEADS:
-            raise InputError("modules_to_save", wanted, f"no module ends with it; near: {_near(arch, wanted)}")
+            raise InputError("modules_to_save", wanted, f"no module ends with it; {_near(arch, wanted)}")
         for root, layers in roots:
             for module in arch.modules:
                 if module.name != root and not module.name.startswith(root + "."):
@@ -145,7 +145,7 @@ def _module_of_tokens(arch: Architecture, name: str) -> Module:
     """The one module whose name ends with `name`. Raises NeedsPeftError where there are more, each of which peft wraps."""
     found = [m for m in arch.modules if m.name.endswith(name)]
     if not found:
-        raise InputError("trainable_token_indices", name, f"no module has this name; near: {_near(arch, name)}")
+        raise InputError("trainable_token_indices", name, f"no module has this name; {_near(arch, name)}")
     if sum(m.copies for m in found) > 1:
         raise NeedsPeftError(f"trainable_token_indices of {name!r}, with which several modules end")
     return found[0]
@@ -196,4 +196,4 @@ def _copies(arch: Architecture, root: str, module: Module) -> list[AddedTensor]:
 
 def _near(arch: Architecture, wanted: str) -> str:
     leaves = sorted({m.leaf for m in arch.modules})
-    return ", ".join(nearest(wanted, leaves, most=4, cutoff=0.3) or leaves[:6])
+    return near_names((wanted,), leaves)

@@ -7,14 +7,14 @@ Source: peft 0.21.2, `tuners/tuners_utils.py` (`check_target_module_exists`, `_m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator
 
 from peftplan import datafiles
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
-from peftplan.errors import InputError, RefusedError, nearest
+from peftplan.errors import InputError, RefusedError, near_names
 from peftplan.methods.adaptation import MethodConfig, restricted
 from peftplan.methods.condensed import exact_names
 from peftplan.methods.saved import never_targeted
@@ -49,6 +49,12 @@ def _words(value: object) -> object:
             return tuple(value.split(","))
         return _regex(value) if value else ()
     return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else value
+
+
+def reads_as_names(targets: object) -> tuple[str, ...]:
+    """The names in a `target_modules`; nothing where it is a word, a regular expression or unset."""
+    names = _words(targets) if isinstance(targets, (str, set, frozenset)) else targets
+    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, (list, tuple)) else ()
 
 
 Targets = Annotated[tuple[str, ...] | str | None, BeforeValidator(_words)]
@@ -278,12 +284,11 @@ def _flat(targets: tuple[str, ...] | str | None) -> tuple[str, ...]:
     return () if targets is None else ("0",) if isinstance(targets, str) else targets
 
 
-def _near(wanted: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    return ", ".join(nearest(wanted, names, most=4, cutoff=0.3) or names[:6])
-
-
 def _nothing_matched(arch: Architecture, targets: tuple[str, ...] | str) -> str:
-    leaves = {m.leaf for m in arch.modules if m.kind in (*LINEAR_KINDS, "Embedding")}
-    wanted = targets if isinstance(targets, str) else targets[0] if targets else ""
-    return f"no module of {arch.model_type} matches; near: {_near(wanted, leaves)}"
+    names = (targets,) if isinstance(targets, str) else targets
+    return f"no module of {arch.model_type} matches; {near_names(names, leaves(arch))}"
+
+
+def leaves(arch: Architecture) -> set[str]:
+    """The last parts of the names that people target."""
+    return {module.leaf for module in arch.modules if module.kind in (*LINEAR_KINDS, "Embedding")}

@@ -65,6 +65,7 @@ def estimate(
     gpu: str | Iterable[str] | None = None,
     engine: Engine = "analytic",
     script: Script = NO_SCRIPT,
+    strict: bool = False,
     record: bool = False,
     progress: Callable[[str, float], None] | None = None,
     **options: Any,
@@ -79,7 +80,8 @@ def estimate(
     `options`: those of the command line with `_` for `-` (`peftplan estimate --help`; `planning.setup.Setup` checks them), such
     as `batch_size` (sequences per device and micro batch), `seq_len` (tokens), `dtype` (`bf16`), `optim`, `trainer`; and the
     method's own fields under peft's names (`r`, `target_modules`, …; `peftplan methods NAME`). An explicit option wins over the
-    objects. `script`: what a hand-written program does besides. Of the trace engine: `record` keeps the whole run as
+    objects. `script`: what a hand-written program does besides. `strict`: what `warnings` would say is an error, such as
+    a name in `target_modules` that matches no module. Of the trace engine: `record` keeps the whole run as
     `peaks.recording`, and `progress` is called with what is done now and the share (0 to 1) that is behind.
 
     Raises InputError, UnknownNameError, RefusedError or MissingExtraError, each with a message of one line.
@@ -93,6 +95,7 @@ def estimate(
         quantization_config=quantization_config,
         training_args=training_args,
         script=script,
+        strict=strict,
         **options,
     )
     built, static = _static(job.architecture, job.adaptation, job.quant, job.setup)
@@ -164,6 +167,7 @@ def _estimated(
         not_modelled=(f"{found[of_first]}", *NOT_COUNTED) if peaks is None else _outside(job, found),
         gpus=tuple(verdict(card, static.bytes(), by_capability[capability(card)], hasty=hasty) for card in cards),
         peaks=peaks,
+        warnings=job.warnings,
         resize=None if engine == "trace" or peaks is None else partial(_at, job, built, static, cards),
     )
 

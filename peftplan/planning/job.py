@@ -28,6 +28,8 @@ class Job(NamedTuple):
     architecture: Architecture
     adaptation: Adaptation
     script: Script = NO_SCRIPT
+    warnings: tuple[str, ...] = ()
+    """What was asked for and has no effect: shown with every result."""
 
     @property
     def method_name(self) -> str:

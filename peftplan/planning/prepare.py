@@ -8,9 +8,10 @@ from typing import Any
 from peftplan import methods
 from peftplan.arch import sources as architectures
 from peftplan.arch.modules import Architecture
-from peftplan.errors import InputError, RefusedError
+from peftplan.errors import InputError, MissingExtraError, RefusedError
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.methods.saved import SAVED_HEADS
+from peftplan.methods.unmatched import unmatched_targets
 from peftplan.planning.job import Job
 from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import Setup, check_logits_to_keep, parse_setup, resolved
@@ -29,6 +30,7 @@ def prepare(
     quantization_config: Any = None,
     training_args: Any = None,
     script: Script = NO_SCRIPT,
+    strict: bool = False,
     **options: Any,
 ) -> Job:
     """What is asked for, checked and resolved: the same for every engine. Arguments and errors as `estimate`."""
@@ -58,7 +60,10 @@ def prepare(
         check_prompted_task(architecture)
     check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *script.earlier_seq_lens)))
     adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
-    return Job(model, chosen, config, adapter, setup, quant, architecture, adaptation, script)
+    warnings = (*unmatched_targets(architecture, config, adapter), *(_ignored(adapter) if config is None and peft_config else ()))
+    if strict and warnings:
+        raise RefusedError(warnings[0])
+    return Job(model, chosen, config, adapter, setup, quant, architecture, adaptation, script, warnings)
 
 
 def _with_objects(options: dict[str, Any], *, training_args: Any, quantization_config: Any) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def _method(
         check_fields(raw)
         return None, None, raw
     if peft_config is None:
-        method, config = methods.configure("lora" if name is None else str(name), options)
+        method, config = methods.configure("lora" if name is None else str(name), options, beside=Setup.model_fields)
         return method, config, {}
     from peftplan.planning import ecosystem
 
@@ -186,7 +191,28 @@ def _adapt(
             raise
     from peftplan.trace.count import count_with_peft
 
-    return count_with_peft(config_of(model, setup), adapter, task_type=architecture.task_type)
+    try:
+        return count_with_peft(config_of(model, setup), adapter, task_type=architecture.task_type)
+    except MissingExtraError as missing:
+        raise MissingExtraError(f"{_why_peft(adapter)}: counting with peft", missing.extra) from None
+
+
+def _why_peft(adapter: Mapping[str, Any]) -> str:
+    """What of an adapter config has no formula here."""
+    try:
+        methods.from_peft_config(adapter)
+    except NeedsPeftError as reason:
+        return f"peft_config: no formula for {reason}"
+    return f"no formula for {_peft_type(adapter)} on this model"
+
+
+def _ignored(adapter: Mapping[str, Any]) -> tuple[str, ...]:
+    """A warning for each field that is set and that the installed peft does not know: it leaves them out."""
+    from peftplan.trace.count import unknown_fields
+
+    names = [name for name in unknown_fields(adapter) if adapter[name] not in methods.UNSET]
+    peft_type = _peft_type(adapter)
+    return tuple(f"peft_config: {name!r} is ignored: the installed peft has no such field of {peft_type}" for name in names)
 
 
 def config_of(model: Any, setup: Setup) -> dict[str, Any]:

@@ -159,6 +159,8 @@ class Estimate:
     not_modelled: tuple[str, ...]
     gpus: tuple[Verdict, ...] = ()
     peaks: Peaks | None = None
+    warnings: tuple[str, ...] = ()
+    """What was asked for and has no effect, such as a name in `target_modules` that matches no module."""
     resize: Callable[[Any, Any], Any] | None = field(default=None, repr=False, compare=False)
     advise: Callable[[str], tuple[Advice, ...]] | None = field(default=None, repr=False, compare=False)
 
@@ -275,6 +277,7 @@ class Estimate:
                 **self._peak_facts(),
             },
             "assumptions": dict(self.assumptions),
+            "warnings": list(self.warnings),
             "not_modelled": list(self.not_modelled),
             "gpus": [verdict.to_dict() | {"largest_line": largest, **self._advice_facts(verdict.gpu)} for verdict in self.gpus],
         }

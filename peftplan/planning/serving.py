@@ -16,7 +16,7 @@ from peftplan.inference.scratch import Device
 from peftplan.planning.estimate import adapter_dtypes, config_facts, model_facts, unquantized
 from peftplan.planning.job import Job
 from peftplan.planning.prepare import config_of, prepare
-from peftplan.planning.serving_result import AdapterFile, Cache, Checkpoint, Held, MergeMemory, Serving
+from peftplan.planning.serving_result import KV_CACHE, LEFT_OUT, AdapterFile, Cache, Checkpoint, Held, MergeMemory, Serving
 from peftplan.planning.setup import Count, first_error
 from peftplan.storage import QuantConfig
 
@@ -83,6 +83,8 @@ def serving(
     if merges and job.quant is not None:
         quantized = _unless_refused(refused, "merge_memory.gpu_quantized", lambda: _quantized_merge(job))
         merges = (*merges, quantized) if quantized else merges
+    cache = _unless_refused(refused, "kv_cache", lambda: _cache(job, request))
+    uncounted = cache is None and job.architecture.task_type in kv_cache.GENERATES
     return Serving(
         model=model_facts(job.architecture),
         method={"name": _name(job), "config": config_facts(job.config, job.adapter)},
@@ -90,9 +92,10 @@ def serving(
         checkpoint=merged,
         merges=merges,
         held=_held(job, request, file),
-        cache=_unless_refused(refused, "kv_cache", lambda: _cache(job, request)),
+        cache=cache,
         refused=refused,
         assumptions=_assumptions(job, request, merges=bool(merges)),
+        not_modelled=(KV_CACHE, *LEFT_OUT) if uncounted else LEFT_OUT,
     )
 
 
@@ -232,7 +235,11 @@ def _cache(job: Job, request: Request) -> Cache:
         from peftplan.trace.cache import traced_cache
 
         config = config_of(job.model, job.setup)
-        tensors = traced_cache(config, task_type=arch.task_type, batch_size=size, context=context, dtype=dtype)
+        try:
+            tensors = traced_cache(config, task_type=arch.task_type, batch_size=size, context=context, dtype=dtype)
+        except MissingExtraError as missing:
+            what = f"the KV cache is not in the sum: counting that of a {arch.model_type}"
+            raise MissingExtraError(what, missing.extra) from None
     return Cache(tensors, context)
 
 
@@ -250,7 +257,7 @@ def _assumptions(job: Job, request: Request, *, merges: bool) -> dict[str, Any]:
     if arch.task_type == "SEQ_2_SEQ_LM":
         assumed["encoder_context"] = kv_cache.encoder_positions(arch) or request.encoder_context or request.context
     assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in job.adaptation.resolved if value}
-    notes = [*arch.notes, *job.adaptation.notes]
+    notes = [*job.warnings, *arch.notes, *job.adaptation.notes]
     if job.quant is not None:
         notes += unquantized(arch, job.quant, cast=False)
     return assumed | ({"notes": notes} if notes else {})

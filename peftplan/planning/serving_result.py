@@ -13,6 +13,8 @@ from peftplan.planning.result import SCHEMA_VERSION
 
 LEFT_OUT = ("activations and logits of decoding", "CUDA context and workspaces", "blocks that a serving engine allocates ahead")
 """What no number here holds."""
+KV_CACHE = "the KV cache"
+"""What the sum leaves out besides, where the model keeps a cache that cannot be counted here."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,9 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
     if not parse_optim(str(setup.optim)).low_rank:
         unread["optim_target_modules"] = f"{setup.optim} projects no modules, GaLore and APOLLO do"
     yield from (f"{name} is not used: {why}" for name, why in unread.items() if name in setup.model_fields_set)
+    positions = _rotary_positions(model, architecture)
+    if positions is not None and setup.seq_len > positions and architecture.task_type != PICTURES:
+        yield f"seq_len {setup.seq_len:,} is beyond the config's max_position_embeddings, {positions:,}; all tokens are counted"
     if setup.trainer == "trl" and "dtype" not in setup.model_fields_set:
         yield "SFTTrainer loads a model that is given by its name in fp32, unless model_init_kwargs say a dtype (--dtype fp32)"
     scores = architecture.task_type == "SEQ_CLS" and any(module.name == "score" for module in architecture.modules)
@@ -69,6 +72,15 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
             f"{found} takes more than one sequence only with a pad token, and the model's config has none: "
             "set model.config.pad_token_id (counted as set)"
         )
+
+
+def _rotary_positions(model: Any, architecture: Architecture) -> int | None:
+    """How many positions the config names, of a model without a table that ends there; None where it names none."""
+    if architecture.max_positions is not None:
+        return None
+    config = sources.load_config(model)
+    stated = (config.get("text_config") or config).get("max_position_embeddings")
+    return stated if isinstance(stated, int) else None
 
 
 def _has_pad_token(config: Mapping[str, Any]) -> bool:

@@ -34,6 +34,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
     peaks, total = result.peaks, result.ledger.bytes()
     parts = [
         f"## {result.model['name']} · {result.method['name']}",
+        *(f"**Warning:** {warning}" for warning in result.warnings),
         table(
             ("parameters", "count"),
             (("trainable", f"{result.trainable_parameters:,}"), ("total", f"{result.total_parameters:,}")),

@@ -35,7 +35,7 @@ def estimate(result: Estimate, *, fmt: str, verbose: bool, explain_peak: bool = 
         _json(result.to_dict() | ({"largest": peak.facts(result)} if explain_peak else {}))
     elif fmt == "csv":
         facts = peak.facts(result) if explain_peak else tabular.line_facts(result)
-        tabular.write_csv([*facts, *tabular.incomplete_facts(result, facts[0])], sys.stdout)
+        tabular.write_csv([*facts, *tabular.labels(result, facts[0])], sys.stdout)
     elif fmt == "markdown":
         from peftplan.report import markdown
 
@@ -79,7 +79,7 @@ def models(entries: Sequence[ModelEntry], *, fmt: str) -> None:
     """The catalogue: name, parameters, model type, id."""
     columns = (Column("model"), Column("parameters", right=True), Column("model type"), Column("id", wide=True))
     cells = [(e.name, e.num_parameters, e.model_type, e.repo_id) for e in entries]
-    _rows(columns, cells, [_fields(e) for e in entries], fmt=fmt, below=f"{len(entries)} models")
+    _rows(columns, cells, [_fields(e) for e in entries], fmt=fmt, below=f"{len(entries)} model{'' if len(entries) == 1 else 's'}")
 
 
 def methods(*, fmt: str) -> None:
@@ -130,7 +130,8 @@ def gpus(found: Sequence[Gpu], *, fmt: str) -> None:
         total = f"{gpu.total_mib:,} MiB" if gpu.total_mib else None
         cells.append((gpu.id, marketed, total, f"{usable.bytes // MIB:,} MiB", gpu.compute_capability, gpu.name))
         facts.append({**_fields(gpu), "usable_bytes": usable.bytes, "usable_source": usable.why})
-    _rows(columns, cells, facts, fmt=fmt)
+    below = None if found else "0 cards"
+    _rows(columns, cells, facts, fmt=fmt, below=below)
 
 
 def inspection(found: Inspection, *, fmt: str) -> None:
@@ -166,9 +167,14 @@ def _module_cells(row: Row, *, matching: bool) -> tuple[str | int, ...]:
 def _rows(
     columns: Sequence[Column], cells: Cells, facts: Facts, *, fmt: str, above: str | None = None, below: str | None = None
 ) -> None:
-    """One list in the asked format: cells for people (with a line above and below in a table), facts for programs."""
+    """One list in the asked format: cells for people (with a line above and below in a table), facts for programs.
+
+    An empty list is no table: a CSV is empty then, and people read the line below.
+    """
     if fmt == "json":
         _json(facts)
+    elif not facts:
+        print(end=f"{below}\n" if below and fmt != "csv" else "")
     elif fmt == "csv":
         tabular.write_csv(facts, sys.stdout)
     elif fmt == "markdown":

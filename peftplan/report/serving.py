@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from peftplan.inference.kv_cache import growing_bytes
-from peftplan.planning.serving_result import MergeMemory, Serving
+from peftplan.planning.serving_result import KV_CACHE, MergeMemory, Serving
 from peftplan.report.tabular import Column, assumption_rows, family
 from peftplan.units import format_bytes
 
@@ -107,7 +107,8 @@ def _on_the_device(result: Serving) -> Section:
         rows.append(_sized(f"{_counted(held.adapters, 'adapter')}, {assumed['serving_dtype']}", held.all_adapters))
     if result.cache is not None:
         rows.append(_sized(f"KV cache, {assumed['batch_size']:,} × {result.cache.tokens:,} tokens", result.cache.num_bytes))
-    return Section((Column("serving"), BYTES, READ), [*rows, _sized("sum", result.total)])
+    total = "sum without the KV cache" if KV_CACHE in result.not_modelled else "sum"
+    return Section((Column("serving"), BYTES, READ), [*rows, _sized(total, result.total)])
 
 
 def _cache(result: Serving) -> Section:

@@ -69,10 +69,11 @@ def incomplete(peaks: Peaks) -> list[str]:
     return [f"the peak is a lower bound: {what}" for what in peaks.incomplete]
 
 
-def incomplete_facts(result: Estimate, columns: Iterable[str]) -> list[dict[str, Any]]:
-    """Rows of a CSV that label an incomplete result, or one without a peak: category `incomplete`, no bytes."""
-    found = result.peaks.incomplete if result.peaks else result.not_modelled
-    return [{**dict.fromkeys(columns), "category": "incomplete", "name": what} for what in found]
+def labels(result: Estimate, columns: Iterable[str]) -> list[dict[str, Any]]:
+    """Rows of a CSV without bytes: `incomplete` where a peak is a lower bound or missing, and each `warning`."""
+    incomplete = result.peaks.incomplete if result.peaks else result.not_modelled
+    rows = [*(("incomplete", what) for what in incomplete), *(("warning", what) for what in result.warnings)]
+    return [{**dict.fromkeys(columns), "category": category, "name": what} for category, what in rows]
 
 
 def not_counted(result: Estimate) -> str:

@@ -87,6 +87,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
     rank = f" r={config['r']}" if "r" in config else ""
     parts: list[RenderableType] = [
         Text(f"{result.model['name']} · {result.method['name']}{rank} · {result.engine}", style="bold"),
+        *(Text(f"warning: {warning}", style="yellow") for warning in result.warnings),
         "",
         _counts(result),
         "",

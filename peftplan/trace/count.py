@@ -93,11 +93,19 @@ def on_meta(model: Any, method: Any) -> Any:
 
 def check_fields(peft_config: Mapping[str, Any]) -> None:
     """Raises UnknownNameError for a field that the config class of its peft type does not have; peft only warns of it."""
+    if unknown := unknown_fields(peft_config):
+        raise UnknownNameError(f"option of {peft_config['peft_type']}", unknown[0], _known_fields(peft_config))
+
+
+def unknown_fields(peft_config: Mapping[str, Any]) -> list[str]:
+    """The fields that the installed peft does not have for that peft type, `freeze_a` of LoRA-FA aside."""
+    known = {*_known_fields(peft_config), "freeze_a"}
+    return [name for name in peft_config if name not in known]
+
+
+def _known_fields(peft_config: Mapping[str, Any]) -> list[str]:
     peft = _peft()
-    known = [field.name for field in fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_config["peft_type"])])]
-    unknown = next((name for name in peft_config if name not in known), None)
-    if unknown is not None:
-        raise UnknownNameError(f"option of {peft_config['peft_type']}", unknown, known)
+    return [field.name for field in fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_config["peft_type"])])]
 
 
 def wrapped_task(model: Any, task_type: str | None) -> str | None:

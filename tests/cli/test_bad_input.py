@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import peftplan
 from tests.cli.run import HERE, Done, run
 
 TINY = json.loads((HERE / "tiny.json").read_text(encoding="utf-8"))
@@ -50,8 +52,6 @@ def refused(*args: str) -> str:
         ("estimate gpt2 --explain --format csv", ["--explain", "text", "csv"]),
         ("replay log.json --require-fit", ["--require-fit", "--capacity"]),
         (f"estimate gpt2 --gpu {'9' * 400}GiB", ["gpu", "at most"]),
-        ("gpus rtx-9999", ["pattern", "'rtx-9999'"]),
-        ("models nothing-of-that", ["pattern", "'nothing-of-that'"]),
         ("estimate gpt2 --format xml", ["format", "'xml'", "csv, json, markdown, table"]),
         ("models --format xml", ["format", "'xml'", "csv, json, markdown, table"]),
         ("estimate gpt2 --rang 4", ["no such option: --rang", "--help"]),
@@ -124,11 +124,41 @@ def test_what_is_said(command: str, said: list[str]) -> None:
     assert [text for text in said if text not in line] == [], line
 
 
-@pytest.mark.parametrize(
-    "args", [("estimate", ""), ("estimate", " "), ("estimate", "\x00"), ("estimate", "a\nb"), ("models", "\n")]
-)
+@pytest.mark.parametrize("args", [("estimate", ""), ("estimate", " "), ("estimate", "\x00"), ("estimate", "a\nb")])
 def test_odd_names(args: tuple[str, ...]) -> None:
     refused(*args)
+
+
+@pytest.mark.parametrize(
+    ("args", "out"),
+    [
+        (("models", "siglip"), "0 models\n"),
+        (("models", "siglip", "--format", "json"), "[]\n"),
+        (("models", "siglip", "--format", "csv"), ""),
+        (("models", "\n", "--format", "markdown"), "0 models\n"),
+        (("gpus", "rtx-9999"), "0 cards\n"),
+        (("gpus", "rtx-9999", "--format", "json"), "[]\n"),
+    ],
+)
+def test_a_search_without_a_result_is_no_error(args: tuple[str, ...], out: str) -> None:
+    assert run(*args) == Done(0, out, "")
+
+
+@pytest.mark.parametrize("name", ["xyzzy", "qwerty", "q", "hello-there"])
+def test_nonsense_is_near_nothing(name: str) -> None:
+    for args in (("estimate", name), ("estimate", "gpt2", "--method", name), ("estimate", "gpt2", "--optim", name)):
+        done = run(*args)
+        assert done.code == 2
+        assert "did you mean" not in done.err
+
+
+def test_a_misspelt_keyword_of_the_setup_is_suggested() -> None:
+    with pytest.raises(peftplan.UnknownNameError, match="did you mean batch_size"):
+        peftplan.estimate("llama-2-7b", batchsize=3)
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert peftplan.__version__ == version("peftplan")
 
 
 def test_an_empty_text_is_no_default() -> None:

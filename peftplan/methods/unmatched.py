@@ -1,0 +1,41 @@
+"""Names of `target_modules` that match no module: peft raises only where none of them does (peft 0.21.2, `inject_adapter`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from peftplan.arch.modules import Architecture
+from peftplan.errors import near_names
+from peftplan.methods.adaptation import MethodConfig
+from peftplan.methods.targets import WORDS, leaves, reads_as_names
+
+
+def unmatched_targets(arch: Architecture, config: MethodConfig | None, adapter: Mapping[str, object]) -> tuple[str, ...]:
+    """A warning that names the targets which match nothing; none where all match.
+
+    `adapter` holds the fields of a config that only peft reads.
+    """
+    targets = adapter.get("target_modules") if config is None else getattr(config, "target_modules", None)
+    listed = reads_as_names(targets)
+    names = _unmatched(arch, listed)
+    if not names:
+        return ()
+    shown = ", ".join(map(repr, names))
+    verb = "adapts" if len(names) == 1 else "adapt"
+    return (f"target_modules: {shown} {verb} nothing: no module of {arch.model_type} matches; {_instead(arch, names, listed)}",)
+
+
+def _unmatched(arch: Architecture, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The names that are no module's name and no end of one, as peft compares them."""
+    if not targets:
+        return ()
+    names = {name for module in arch.modules for name in (module.name, *module.names())} | arch.containers
+    ends = {name[start:] for name in names for start in (0, *(i + 1 for i, char in enumerate(name) if char == "."))}
+    return tuple(target for target in dict.fromkeys(targets) if target not in ends)
+
+
+def _instead(arch: Architecture, names: tuple[str, ...], listed: tuple[str, ...]) -> str:
+    """What was probably meant: near names, or the word that has to stand alone."""
+    if (word := next((name for name in names if name in WORDS), None)) is not None:
+        return f"{word} is a word that stands alone, not a name in a list"
+    return near_names(names, leaves(arch).difference(listed))

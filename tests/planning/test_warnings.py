@@ -1,0 +1,99 @@
+"""What was asked for and has no effect is said: in Python, in JSON and in every text; `strict` makes it an error."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from torch import device
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import peftplan
+from tests.cli.run import run
+
+PHI3: dict[str, Any] = {
+    "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 48, "intermediate_size": 80, "vocab_size": 96,
+    "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def adapted_by_peft(targets: list[str]) -> set[str]:
+    """The last names of the modules that peft adapts in a small Phi-3."""
+    config, adapter = AutoConfig.for_model(**PHI3), LoraConfig(target_modules=targets, task_type="CAUSAL_LM")
+    with device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # peft says nothing of a name that matches nothing
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
+    return {name.rpartition(".")[2] for name in model.targeted_module_names}
+
+
+def test_names_of_separate_projections_in_a_model_that_fuses_them() -> None:
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    result = peftplan.estimate(PHI3, target_modules=targets)
+    assert adapted_by_peft(targets) == {"o_proj"}
+    assert {module.leaf for module in result.adaptation.matched} == {"o_proj"}
+    (warning,) = result.warnings
+    assert warning.startswith("target_modules: 'q_proj', 'k_proj', 'v_proj' adapt nothing")
+    assert warning.endswith("near: qkv_proj")
+    assert result.to_dict()["warnings"] == [warning]
+
+
+def test_a_word_in_a_list_is_a_name_to_peft() -> None:
+    targets = ["all-linear", "embed_tokens"]
+    result = peftplan.estimate(PHI3, target_modules=",".join(targets))
+    assert adapted_by_peft(targets) == {"embed_tokens"}
+    assert [module.leaf for module in result.adaptation.matched] == ["embed_tokens"]
+    assert "all-linear is a word that stands alone" in result.warnings[0]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "qkv_proj,o_proj", ".*qkv_proj", "layers.0.mlp.down_proj"])
+def test_nothing_is_said_where_every_name_matches(targets: str) -> None:
+    assert peftplan.estimate(PHI3, target_modules=targets, strict=True).warnings == ()
+
+
+def test_names_in_an_adapter_config_and_in_a_method_that_peft_counts() -> None:
+    listed = {"target_modules": ["o_proj", "query"], "r": 8}
+    for config in ({"peft_type": "LORA", **listed}, {"peft_type": "DELORA", **listed}):
+        (warning,) = peftplan.estimate(PHI3, peft_config=config).warnings
+        assert "'query' adapts nothing" in warning
+        assert "it has" in warning  # nothing is near
+
+
+def test_a_field_that_peft_does_not_know_is_named() -> None:
+    config = {"peft_type": "LORA", "r": 8, "target_modules": ["o_proj"], "lora_bais": True}
+    assert peftplan.estimate(PHI3, peft_config=config).warnings == (
+        "peft_config: 'lora_bais' is ignored: the installed peft has no such field of LORA",
+    )
+    assert peftplan.estimate(PHI3, peft_config=config | {"lora_bais": False}).warnings == ()
+
+
+def test_strict_makes_it_an_error() -> None:
+    with pytest.raises(peftplan.PeftplanError, match="target_modules: 'q_proj' adapts nothing"):
+        peftplan.estimate(PHI3, target_modules="q_proj,o_proj", strict=True)
+    done = run("estimate", "phi-4", "--target-modules", "q_proj,o_proj", "--strict")
+    assert (done.code, done.out) == (2, "")
+    assert "near: qkv_proj" in done.err
+
+
+@pytest.mark.parametrize("fmt", ["table", "json", "csv", "markdown"])
+def test_every_format_says_it_without_verbose(fmt: str) -> None:
+    done = run("estimate", "phi-4", "--target-modules", "q_proj,o_proj", "--format", fmt)
+    assert done.code == 0
+    assert "'q_proj' adapts nothing" in done.out
+    if fmt == "json":
+        assert len(json.loads(done.out)["warnings"]) == 1
+
+
+def test_serving_says_it_too() -> None:
+    notes = peftplan.serving(PHI3, target_modules="q_proj,o_proj").assumptions["notes"]
+    assert any("'q_proj' adapts nothing" in note for note in notes)
+
+
+def test_a_length_beyond_the_positions_of_the_config_is_noted() -> None:
+    """Llama-2's stored config names 2,048 positions: rotary ones, so that a longer sequence runs."""
+    noted = peftplan.estimate("llama-2-7b", seq_len=4096).assumptions.get("notes", [])
+    assert any("seq_len 4,096 is beyond the config's max_position_embeddings, 2,048" in note for note in noted)
+    noted = peftplan.estimate("llama-2-7b", seq_len=2048).assumptions.get("notes", [])
+    assert not any("max_position_embeddings" in note for note in noted)
