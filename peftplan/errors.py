@@ -20,8 +20,9 @@ def nearest(name: str, choices: Sequence[str], *, most: int = 3, cutoff: float =
 
 def near_names(wanted: Iterable[str], known: Iterable[str], *, most: int = 6) -> str:
     """`near: …` with what reads like one of the names, else `it has …`."""
-    names = sorted(known)
-    near = list(dict.fromkeys(choice for name in wanted for choice in nearest(name, names, most=2)))
+    names, wanted = sorted(known), tuple(wanted)
+    each = 1 if len(wanted) > 1 else 4
+    near = list(dict.fromkeys(choice for name in wanted for choice in nearest(name, names, most=each)))
     return f"near: {', '.join(near[:most])}" if near else f"it has {', '.join(names[:most])}"
 
 

@@ -62,7 +62,7 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
         unread["optim_target_modules"] = f"{setup.optim} projects no modules, GaLore and APOLLO do"
     yield from (f"{name} is not used: {why}" for name, why in unread.items() if name in setup.model_fields_set)
     positions = _rotary_positions(model, architecture)
-    if positions is not None and setup.seq_len > positions and architecture.task_type != PICTURES:
+    if positions is not None and setup.seq_len > positions and "seq_len" in setup.model_fields_set:
         yield f"seq_len {setup.seq_len:,} is beyond the config's max_position_embeddings, {positions:,}; all tokens are counted"
     if setup.trainer == "trl" and "dtype" not in setup.model_fields_set:
         yield "SFTTrainer loads a model that is given by its name in fp32, unless model_init_kwargs say a dtype (--dtype fp32)"

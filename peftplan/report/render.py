@@ -173,7 +173,7 @@ def _rows(
     """
     if fmt == "json":
         _json(facts)
-    elif not facts:
+    elif not cells:
         print(end=f"{below}\n" if below and fmt != "csv" else "")
     elif fmt == "csv":
         tabular.write_csv(facts, sys.stdout)

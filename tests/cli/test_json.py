@@ -40,6 +40,7 @@ def test_keys_and_types(job: tuple[str, ...]) -> None:
         "total_parameters",
         "memory",
         "assumptions",
+        "warnings",
         "not_modelled",
         "gpus",
     ]
