@@ -3,6 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from reprlib import Repr
+
+MOST_OF_A_MESSAGE = 1500
+"""Characters; a message that quotes a long name or many names is cut in its middle."""
+MOST_OF_A_VALUE = 120
+"""Characters that a message quotes of a value."""
+MOST_DIGITS = 100
+"""A whole number with more digits is described, not quoted: Python refuses to write out more than 4,300."""
+
+
+def one_line(text: str, *, most: int = MOST_OF_A_MESSAGE) -> str:
+    """Text as one line of at most `most` characters: white space as spaces, other control characters escaped, the middle cut."""
+    half = most // 2 - 3
+    if len(text) > 8 * most:  # no need to look at all of what will be cut
+        text = text[: 4 * most] + text[-4 * most :]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
+
+class _Quoted(Repr):
+    """The beginning of a value's repr, in bounded time: values may be huge, or hold one list a thousand times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxother = 3, MOST_OF_A_VALUE
+        self.maxtuple = self.maxlist = self.maxset = self.maxfrozenset = self.maxdict = 20
+
+    def repr_str(self, text: str, level: int) -> str:
+        return repr(text[:MOST_OF_A_VALUE])
+
+    def repr_bytes(self, data: bytes, level: int) -> str:
+        return repr(data[:MOST_OF_A_VALUE])
+
+    def repr_int(self, number: int, level: int) -> str:
+        digits = int(number.bit_length() * 0.30103) + 1  # log10(2)
+        return repr(number) if digits <= MOST_DIGITS else f"a number of about {digits} digits"
+
+
+def quoted(value: object) -> str:
+    """A value as messages show it, at most `MOST_OF_A_VALUE` characters."""
+    text = _Quoted().repr(value)
+    return text if len(text) <= MOST_OF_A_VALUE else text[: MOST_OF_A_VALUE - 3] + "..."
+
 
 SIMILAR = 0.6
 """The least `difflib` ratio of a name that is suggested: a typing error keeps more, another word less."""
@@ -27,7 +71,10 @@ def near_names(wanted: Iterable[str], known: Iterable[str], *, most: int = 6) ->
 
 
 class PeftplanError(Exception):
-    """Base of all errors that peftplan raises on purpose."""
+    """Base of all errors that peftplan raises on purpose. The message becomes one line of bounded length."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class InputError(PeftplanError, ValueError):
@@ -35,10 +82,7 @@ class InputError(PeftplanError, ValueError):
 
     def __init__(self, field: str, value: object, accepted: str) -> None:
         self.field, self.value, self.accepted = field, value, accepted
-        shown = repr(value)
-        if len(shown) > 120:
-            shown = shown[:117] + "..."
-        super().__init__(f"{field}: {shown} is not accepted; {accepted}".replace("\n", " "))
+        super().__init__(f"{field}: {quoted(value)} is not accepted; {accepted}")
 
 
 class UnknownNameError(InputError):
@@ -48,7 +92,8 @@ class UnknownNameError(InputError):
         self, field: str, value: object, choices: Iterable[str], *, most: int = 12, also: str = "", beside: Iterable[str] = ()
     ) -> None:
         self.choices = sorted(choices)
-        near = nearest(str(value).lower(), [*self.choices, *beside])
+        text = value if isinstance(value, str) else quoted(value)
+        near = nearest(text[:MOST_OF_A_VALUE].lower(), [*self.choices, *beside])
         if len(self.choices) <= most:
             accepted = "accepted: " + (", ".join(self.choices) or "nothing")
         else:

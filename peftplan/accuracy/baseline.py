@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from peftplan import files
 from peftplan.accuracy.drift import Answer
 from peftplan.accuracy.engines import RUNS, Figure, Stated
 from peftplan.errors import PeftplanError
@@ -49,10 +51,11 @@ class Baseline(BaseModel):
 
 def load(path: Path) -> Baseline:
     """The baseline of a file; an empty one where there is no such file."""
-    if not path.exists():
+    if not os.path.exists(path):
         return Baseline()
+    content = files.content(path, field="baseline")
     try:
-        return Baseline.model_validate_json(path.read_text(encoding="utf-8"))
+        return Baseline.model_validate_json(content)
     except ValidationError as error:
         raise PeftplanError(f"{path}: {first_error(error)}") from None
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from peftplan import files
 from peftplan.accuracy.records import SCHEMA_VERSION, Record
 from peftplan.errors import PeftplanError
 from peftplan.planning.setup import first_error
@@ -29,7 +30,7 @@ class RecordFileError(PeftplanError):
 
     def __init__(self, path: Path, line: int, why: str) -> None:
         self.path, self.line, self.why = path, line, why
-        super().__init__(f"{path}:{line}: {why}".replace("\n", " "))
+        super().__init__(f"{path}:{line}: {why}")
 
 
 def digest(payload: Mapping[str, Any]) -> str:
@@ -48,9 +49,7 @@ def to_line(record: Record) -> str:
 def read(path: Path) -> list[Record]:
     """Every record of a file. Raises RecordFileError at the first line that is not one."""
     try:
-        text = path.read_bytes().decode()
-    except OSError as error:
-        raise PeftplanError(f"{path}: {error.strerror}") from None
+        text = files.content(path, field="records").decode()
     except UnicodeDecodeError as error:
         raise RecordFileError(path, error.object[: error.start].count(b"\n") + 1, "not UTF-8 text") from None
     return [record for _, record in _numbered(path, text)]
@@ -92,7 +91,7 @@ def append(path: Path, records: Iterable[Record]) -> None:
     """
     data = "".join(map(to_line, records)).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    handle = files.regular(path, field="output", flags=os.O_RDWR | os.O_APPEND | os.O_CREAT)
     try:
         with _locked(handle):
             size = os.fstat(handle).st_size
@@ -111,10 +110,10 @@ def repair(path: Path) -> int:
 
     A last line that is a whole record and lacks only its newline gets the newline.
     """
-    handle = os.open(path, os.O_RDWR)
+    handle = files.regular(path, field="records", flags=os.O_RDWR)
     try:
         with _locked(handle):
-            content = path.read_bytes()
+            content = files.content(path, field="records")
             kept = content.rfind(b"\n") + 1
             tail = content[kept:]
             if not tail:

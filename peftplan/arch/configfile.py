@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from peftplan import files
 from peftplan.errors import InputError
 
 CONFIG_NAME = "config.json"
@@ -16,12 +17,7 @@ MAX_CONFIG_BYTES = 10 * 2**20
 
 def read_file(path: Path, *, name: str) -> dict[str, Any]:
     """The config in a file. Raises InputError, one line, for anything that is not a readable config.json."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise InputError("model", name, f"it cannot be read: {error.strerror}") from None
-    return parse(content, name=name)
+    return parse(files.content(path, field="model", most=MAX_CONFIG_BYTES), name=name)
 
 
 def parse(content: bytes, *, name: str) -> dict[str, Any]:

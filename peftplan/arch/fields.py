@@ -13,6 +13,8 @@ REQUIRED: Final = object()
 MAX_DIMENSION = 2**24
 """No published model has a dimension above 16 M (the largest vocabulary is 262,208); more is a damaged config."""
 MAX_LAYERS = 4096
+MAX_LABELS = 2**22
+"""Classes of a head. The largest public label sets have 3 M; transformers keeps two dictionaries of texts over all of them."""
 
 # Inside `Fields`, which has methods of these names, a type checker takes `int` for the method.
 Int: TypeAlias = int

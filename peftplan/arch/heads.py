@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from peftplan.arch.fields import Fields
+from peftplan.arch.fields import MAX_LABELS, Fields
 from peftplan.arch.modules import NO_DROPOUT, Architecture, Block, Buffer, Dropout, Module, PromptDims, linear
 from peftplan.errors import InputError, UnknownNameError
 
@@ -111,7 +111,7 @@ def attach(
 def num_labels(c: Fields, *, default: int = 2) -> int:
     """`num_labels` as transformers derives it: stated, or the number of `id2label` entries, or the class's default."""
     labels = c.raw.get("id2label")
-    return c.int("num_labels", default=len(labels) if isinstance(labels, dict) and labels else default)
+    return c.int("num_labels", default=len(labels) if isinstance(labels, dict) and labels else default, high=MAX_LABELS)
 
 
 def decoder_model(

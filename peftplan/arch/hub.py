@@ -11,10 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from peftplan import files
 from peftplan.arch.configfile import CONFIG_NAME, MAX_CONFIG_BYTES
 from peftplan.errors import InputError, MissingExtraError, PeftplanError
 
 _REPO_ID = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
+MOST_OF_A_COMMIT = 100
+"""Bytes of a file that holds a commit: 40 hexadecimal digits."""
 MAX_REPO_ID = 96
 """The Hub's own limit (`validate_repo_id`, huggingface_hub/utils/_validators.py)."""
 
@@ -34,11 +37,11 @@ def cached_config(repo_id: str) -> Path | None:
     """The config.json of `main` in the local Hugging Face cache, or None where it is not there."""
     repo = _cache_folder() / f"models--{repo_id.replace('/', '--')}"
     try:
-        commit = (repo / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
+        commit = files.text(repo / "refs" / "main", field="refs/main", most=MOST_OF_A_COMMIT).strip()
+    except InputError:
         return None
     path = repo / "snapshots" / commit / CONFIG_NAME
-    return path if path.is_file() else None
+    return path if files.is_file(path) else None
 
 
 def fetch_config(repo_id: str) -> Path:

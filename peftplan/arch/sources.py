@@ -18,11 +18,12 @@ from typing import Any, Protocol, runtime_checkable
 from peftplan.arch import catalogue
 from peftplan.arch.adapters import ADAPTERS, read_config
 from peftplan.arch.configfile import CONFIG_NAME, check, read_file
+from peftplan.arch.fields import MAX_LABELS
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, RefusedError, UnknownNameError
+from peftplan.files import is_file
 
-MAX_LABELS = 2**24
 BUILT_INS_KEPT = 512
 """More than there are built-in models: each is read once per process and task."""
 
@@ -49,7 +50,7 @@ def load(
     `num_labels` sets the classes of a classification head. `trust_remote_code` is accepted for the ecosystem's sake and
     changes one message: code from a repository is never executed.
     """
-    if task_type is not None and task_type not in TASK_TYPES:
+    if task_type is not None and (not isinstance(task_type, str) or task_type not in TASK_TYPES):
         raise UnknownNameError("task_type", task_type, TASK_TYPES)
     _check_labels(num_labels)
     if isinstance(model, str) and (entry := catalogue.find(model)):
@@ -121,7 +122,7 @@ def _config(model: Model) -> tuple[dict[str, Any], str, str]:
 
 
 def _from_text(text: str) -> tuple[dict[str, Any], str, str]:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # Path.expanduser raises where a name is no user's
     if os.path.exists(path):
         file = _config_file(path, text)
         return read_file(file, name=text), text, f"file {file}"
@@ -137,9 +138,9 @@ def _from_text(text: str) -> tuple[dict[str, Any], str, str]:
 
 
 def _config_file(path: Path, text: str) -> Path:
-    file = path / CONFIG_NAME if path.is_dir() else path
-    if not file.is_file():
-        if (path / "adapter_config.json").is_file():
+    file = path / CONFIG_NAME if os.path.isdir(path) else path
+    if not is_file(file):
+        if is_file(path / "adapter_config.json"):
             raise InputError("model", text, "it holds a peft adapter: give its base model")
         raise InputError("model", text, f"accepted: a {CONFIG_NAME} or a folder that holds one")
     return file

@@ -6,7 +6,10 @@ import gc
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -23,9 +26,21 @@ COMMANDS: dict[str, str] = {
 }
 """Commands and their one-line help; the module `peftplan.cli.<name>` is imported when its command runs."""
 
+MOST_OF_A_LINE = 1000
+"""Characters of what is written to stderr, `peftplan: ` and the line end included."""
+
 
 class ReaderGoneError(Exception):
     """Nobody reads what is left of the output."""
+
+
+@contextmanager
+def _reader_may_go() -> Iterator[None]:
+    """A broken pipe under a name that click does not know: it would exit with 1, which is a failed check here."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise ReaderGoneError from None
 
 
 class LazyGroup(click.Group):
@@ -42,11 +57,13 @@ class LazyGroup(click.Group):
         command: click.Command = import_module(f"peftplan.cli.{cmd_name}").command
         return command
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:  # `--help` prints while options are read
+        with _reader_may_go():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> object:
-        try:
+        with _reader_may_go():
             return super().invoke(ctx)
-        except BrokenPipeError:
-            raise ReaderGoneError from None  # click itself would exit with 1, which is a failed check here
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -81,7 +98,7 @@ def main(args: list[str] | None = None) -> None:
         near = f"; did you mean {' or '.join(sorted(error.possibilities))}?" if error.possibilities else ""
         _stop(f"no such option: {error.option_name}{near} (see --help)")
     except click.ClickException as error:
-        _stop(f"{error.format_message().rstrip('.')} (see --help)".replace("\n", " "))
+        _stop(f"{error.format_message().rstrip('.')} (see --help)")
     except (click.Abort, KeyboardInterrupt) as stopped:
         where = str(stopped.__cause__ or stopped)
         click.echo(f"peftplan: interrupted{where and ' '}{where}", err=True)
@@ -93,6 +110,8 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:  # a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _stop(f"{error.filename or 'output'}: {error.strerror}")
+    except MemoryError:
+        _stop("out of memory: the input is larger than this process can hold")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -106,5 +125,7 @@ def run() -> None:
 
 
 def _stop(message: str) -> None:
-    click.echo(f"peftplan: {message}", err=True)
+    from peftplan.errors import one_line
+
+    click.echo(one_line(f"peftplan: {message}", most=MOST_OF_A_LINE - len("\n")), err=True)
     sys.exit(2)

@@ -85,11 +85,12 @@ def _one(model: str, output: Path, engines: tuple[Engine, ...], *, snapshot: str
 
 def _suite(suite: str, output: Path, engines: tuple[Engine, ...], *, warmup: int, steps: int, timeout: float) -> int:
     from peftplan.datafiles import DATA
+    from peftplan.files import is_file
     from peftplan.measure import lines
     from peftplan.measure.suite import pending, read_suite, run_suite
 
     shipped = DATA / "suites" / f"{suite}.jsonl"
-    entries = read_suite(shipped if shipped.is_file() else Path(suite))
+    entries = read_suite(shipped if is_file(shipped) else Path(suite))
     already = len(entries) - len(pending(entries, output))
     if already:
         click.echo(f"{already} of {len(entries)} runs are in {output} already")

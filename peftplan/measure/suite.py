@@ -7,6 +7,7 @@ whatever its outcome, is not run again; a run is recognised by its setup, not by
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from time import monotonic
 from typing import IO, Any
 
+from peftplan import files
 from peftplan.accuracy.jsonl import RecordFileError, append, read, repair
 from peftplan.accuracy.records import Record, Run
 from peftplan.errors import InputError, PeftplanError
@@ -59,12 +61,7 @@ def read_suite(path: Path) -> list[Entry]:
 
     Raises RecordFileError with the line that is not a configuration, that cannot be estimated, or that repeats another.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError("suite", str(path), f"it cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError("suite", str(path), "not UTF-8 text") from None
+    text = files.text(path, field="suite")
     entries: list[Entry] = []
     lines: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -100,7 +97,7 @@ def _entry(path: Path, number: int, line: str) -> Entry:
 
 def recorded(output: Path) -> list[Record]:
     """The records of an output file, whose last line may have been cut by a power failure; none where there is no file."""
-    if not output.exists():
+    if not os.path.exists(output):
         return []
     repair(output)
     return read(output)

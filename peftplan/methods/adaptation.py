@@ -23,7 +23,7 @@ class MethodConfig(BaseModel):
     everything else that is set and unknown here is counted by peft itself.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, allow_inf_nan=False)
     no_effect: ClassVar[frozenset[str]] = frozenset()
 
 

@@ -35,7 +35,7 @@ SEQ_CLS_HEADS = ("score", "classifier")
 def _regex(value: str) -> str:
     try:
         re.compile(value)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"not a regular expression: {error}") from None
     return value
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peftplan import files
 from peftplan.errors import InputError
 
 MAX_ADAPTER_CONFIG_BYTES = 2**20
@@ -35,32 +36,39 @@ compiled kernels, another loss, noise on the embeddings."""
 def adapter_config(peft_config: Any) -> dict[str, Any]:
     """The fields of an adapter config given as a path to a JSON file, a dict, or a peft `PeftConfig`."""
     if isinstance(peft_config, Mapping):
-        return dict(peft_config)
-    if hasattr(peft_config, "to_dict"):
-        return {key: _plain(value) for key, value in peft_config.to_dict().items()}
-    if not isinstance(peft_config, (str, os.PathLike)):
-        raise InputError("peft_config", peft_config, "accepted: a path to an adapter_config.json, its dict, or a peft PeftConfig")
-    path = Path(os.fspath(peft_config))
-    return _adapter_file(path / "adapter_config.json" if path.is_dir() else path)
+        fields = dict(peft_config)
+    elif hasattr(peft_config, "to_dict"):
+        fields = {key: _plain(value) for key, value in peft_config.to_dict().items()}
+    elif isinstance(peft_config, (str, os.PathLike)):
+        path = Path(os.fspath(peft_config))
+        fields = _adapter_file(path / "adapter_config.json" if os.path.isdir(path) else path)
+    else:
+        accepted = "accepted: a path to an adapter_config.json, its dict, or a peft PeftConfig"
+        raise InputError("peft_config", peft_config, accepted)
+    _check_finite(fields)
+    return fields
 
 
 def _adapter_file(path: Path) -> dict[str, Any]:
     """The object in an adapter_config.json. Raises InputError, one line, for anything else under that name."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_ADAPTER_CONFIG_BYTES + 1)
-        if len(content) > MAX_ADAPTER_CONFIG_BYTES:
-            raise InputError("peft_config", str(path), f"accepted: a JSON file of at most {MAX_ADAPTER_CONFIG_BYTES} bytes")
-        raw = json.loads(content.decode("utf-8"))
+        raw = json.loads(files.content(path, field="peft_config", most=MAX_ADAPTER_CONFIG_BYTES).decode("utf-8"))
     except InputError:
         raise
-    except OSError as error:
-        raise InputError("peft_config", str(path), f"it cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError("peft_config", str(path), f"not a JSON file: {error}") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("peft_type"), str):
         raise InputError("peft_config", str(path), "accepted: a JSON object with a peft_type")
     return raw
+
+
+def _check_finite(fields: Mapping[str, Any]) -> None:
+    """Raises InputError for a field that JSON cannot hold: infinity, NaN, a list inside itself."""
+    for name, value in fields.items():
+        try:
+            json.dumps(value, allow_nan=False, skipkeys=True, default=repr)
+        except (ValueError, RecursionError):
+            raise InputError(f"peft_config: {name}", value, "accepted: finite numbers, nested a few levels deep") from None
 
 
 def quant_options(config: Any) -> dict[str, Any]:
@@ -104,8 +112,7 @@ LOADING_FIELDS = ("dtype", "attn_implementation")
 
 def _loading(args: Any) -> dict[str, Any]:
     """How SFTTrainer loads a model that is given by its name; `auto` is left to our default."""
-    given = getattr(args, "model_init_kwargs", None) or {}
-    given = json.loads(given) if isinstance(given, str) else dict(given)
+    given = _mapping(args, "model_init_kwargs")
     if given.get("quantization_config") is not None:
         raise InputError("training_args.model_init_kwargs", "quantization_config", "accepted: as quantization_config=…")
     return {name: given[name] for name in LOADING_FIELDS if given.get(name) not in (None, "auto")}
@@ -134,8 +141,7 @@ def _checkpointing(args: Any, *, on: bool) -> dict[str, Any]:
     Where checkpointing is not on they say nothing. Raises InputError for TRL's `activation_offloading` and `selective`, which are
     not counted.
     """
-    given = getattr(args, "activation_checkpointing_kwargs", None) or getattr(args, "gradient_checkpointing_kwargs", None) or {}
-    given = json.loads(given) if isinstance(given, str) else dict(given)
+    given = _mapping(args, "activation_checkpointing_kwargs") or _mapping(args, "gradient_checkpointing_kwargs")
     if getattr(args, "activation_offloading", False):
         raise InputError("activation_offloading", True, "accepted: False; what TRL moves to the host is not counted")
     if given.get("selective"):
@@ -146,7 +152,7 @@ def _checkpointing(args: Any, *, on: bool) -> dict[str, Any]:
 
 def _liger(args: Any, trainer: str) -> dict[str, str]:
     """SFTTrainer applies Liger's layer kernels only, and keeps its own loss; so does who turns Liger's loss off."""
-    kernels = getattr(args, "liger_kernel_config", None) or {}
+    kernels = _mapping(args, "liger_kernel_config")
     fused = getattr(args, "use_liger_kernel", False) and kernels.get("fused_linear_cross_entropy", True)
     return {"loss": "liger"} if fused and trainer != "trl" else {}
 
@@ -161,7 +167,21 @@ def _trainer(args: Any) -> str:
     return "transformers"
 
 
+def _mapping(args: Any, field: str) -> dict[str, Any]:
+    """A field of keyword arguments, which may be JSON. Raises InputError for anything else."""
+    value = getattr(args, field, None) or {}
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, Mapping):
+        raise InputError(f"training_args.{field}", value, "accepted: a dict, or a JSON object")
+    return dict(parsed)
+
+
 def _names(value: Any) -> tuple[str, ...] | None:
+    if value and not (isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)):
+        raise InputError("quantization_config.llm_int8_skip_modules", value, "accepted: a list of names")
     return tuple(value) if value else None
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
+from peftplan import methods
 from peftplan.arch import sources
 from peftplan.arch.modules import Architecture, Module
 from peftplan.dtypes import ITEMSIZE, MODEL_DTYPES, parse_dtype
@@ -58,7 +59,8 @@ def inspect(
     arch = sources.load(model, task_type=task_type, num_labels=num_labels)
     targets, matched = None, {}
     if pattern is not None:
-        config = LoraConfig(target_modules=pattern)
+        _, config = methods.configure("lora", {"target_modules": pattern})
+        assert isinstance(config, LoraConfig)
         targets = resolve_targets(arch, config.target_modules, peft_type="LORA")
         matched = {m.name: frozenset(m.names()) for m in match(arch, config, targets)}
     rows = []

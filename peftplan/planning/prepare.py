@@ -8,7 +8,7 @@ from typing import Any
 from peftplan import methods
 from peftplan.arch import sources as architectures
 from peftplan.arch.modules import Architecture
-from peftplan.errors import InputError, MissingExtraError, RefusedError
+from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.methods.saved import SAVED_HEADS
 from peftplan.methods.unmatched import unmatched_targets
@@ -34,6 +34,8 @@ def prepare(
     **options: Any,
 ) -> Job:
     """What is asked for, checked and resolved: the same for every engine. Arguments and errors as `estimate`."""
+    if not isinstance(script, Script):
+        raise InputError("script", script, "accepted: a Script of peftplan.planning.script")
     options = _with_objects(options, training_args=training_args, quantization_config=quantization_config)
     given, method_options = _separate(options)
     chosen, config, adapter = _method(method, peft_config, method_options)
@@ -104,6 +106,7 @@ def _method(
     from peftplan.planning import ecosystem
 
     raw = ecosystem.adapter_config(peft_config)
+    _check_peft_task(raw)
     named = methods.method_named(name) if name else None
     if named is not None and named.peft_type != _peft_type(raw):
         raise InputError("method", name, f"the peft_config is of type {_peft_type(raw)}; accepted: a method of that type")
@@ -116,6 +119,16 @@ def _method(
         if presets:
             raise
         return named, None, raw
+
+
+PEFT_TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
+"""peft 0.21.2's `TaskType`; `PeftConfigMixin.__post_init__` refuses any other."""
+
+
+def _check_peft_task(raw: Mapping[str, Any]) -> None:
+    task = getattr(raw.get("task_type"), "value", raw.get("task_type"))
+    if task is not None and (not isinstance(task, str) or task not in PEFT_TASKS):
+        raise UnknownNameError("peft_config: task_type", task, PEFT_TASKS)
 
 
 def _peft_type(raw: Mapping[str, Any]) -> str:

@@ -119,11 +119,11 @@ def refused(answers: Sequence[Answer]) -> list[tuple[str, str]]:
 
 def as_markdown(found: Check) -> list[str]:
     """The paragraphs of a check."""
-    parts = ["\n".join(f"- {line}" for line in headline(found.engine, found.answers))]
+    parts = ["\n".join(f"- {markdown.plain(line)}" for line in headline(found.engine, found.answers))]
     parts += tables(found.answers)
     if refusals := refused(found.answers):
         parts.append(markdown.table(("refused", "why"), refusals))
-    return [*parts, "\n".join(f"- {line}" for line in endings(found))]
+    return [*parts, "\n".join(f"- {markdown.plain(line)}" for line in endings(found))]
 
 
 def tables(answers: Sequence[Answer]) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
+from peftplan.errors import one_line
 from peftplan.planning.result import Estimate
 from peftplan.report import peak
 from peftplan.report.tabular import (
@@ -23,18 +25,26 @@ from peftplan.units import format_bytes
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """One Markdown table; pipes in cells are escaped."""
-    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    """One Markdown table. Links, HTML and pipes in its cells are text; emphasis and code are left as they are."""
+    lines = ["| " + " | ".join(map(plain, columns)) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    lines += ["| " + " | ".join(map(plain, row)) + " |" for row in rows]
     return "\n".join(lines)
+
+
+_MARKUP = re.compile(r"[\\<>\[\]|]")
+
+
+def plain(text: str) -> str:
+    """Text that may come from a file or a path, on one line, without links, HTML, or the end of a cell."""
+    return _MARKUP.sub(r"\\\g<0>", one_line(text, most=len(text) + 1))
 
 
 def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> str:
     """An estimate as a Markdown section."""
     peaks, total = result.peaks, result.ledger.bytes()
     parts = [
-        f"## {result.model['name']} · {result.method['name']}",
-        *(f"**Warning:** {warning}" for warning in result.warnings),
+        f"## {plain(result.model['name'])} · {plain(result.method['name'])}",
+        *(f"**Warning:** {plain(warning)}" for warning in result.warnings),
         table(
             ("parameters", "count"),
             (("trainable", f"{result.trainable_parameters:,}"), ("total", f"{result.total_parameters:,}")),
@@ -71,7 +81,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
     if verbose:
         parts.append(table(LINE_COLUMNS, [texts(line.values()) for line in line_facts(result)]))
     parts.append(table(("assumption", "value"), assumption_rows(result.assumptions)))
-    parts += [f"Note: {note}" for note in result.assumptions.get("notes", ())]
+    parts += [f"Note: {plain(note)}" for note in result.assumptions.get("notes", ())]
     parts.append(not_counted(result))
     return "\n\n".join(parts)
 

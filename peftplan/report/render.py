@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftplan.planning.result import Estimate
 from peftplan.report import peak, tabular
+from peftplan.report.markdown import plain
 from peftplan.report.tabular import Column
 from peftplan.units import MIB
 
@@ -56,7 +57,7 @@ def replayed(found: Replayed, *, fmt: str) -> None:
     below = "\n".join(report.remarks(found))
     _rows(report.COLUMNS, report.cells(found), report.facts(found), fmt=fmt, above=report.heading(found), below=below)
     if fmt == "markdown":
-        print(f"\n{report.heading(found)}", *report.remarks(found), sep="\n\n")
+        print(f"\n{plain(report.heading(found))}", *map(plain, report.remarks(found)), sep="\n\n")
 
 
 def serving(found: Serving, *, fmt: str) -> None:
@@ -68,7 +69,7 @@ def serving(found: Serving, *, fmt: str) -> None:
     elif fmt == "csv":
         tabular.write_csv(report.facts(found), sys.stdout)
     else:
-        print(f"## {report.heading(found)}\n" if fmt == "markdown" else f"{report.heading(found)}\n")
+        print(f"## {plain(report.heading(found))}\n" if fmt == "markdown" else f"{tabular.printable(report.heading(found))}\n")
         for section in report.sections(found):
             _rows(section.columns, section.rows, (), fmt=fmt, below=section.below)
             print(f"\n{section.below}\n" if fmt == "markdown" and section.below else "")
@@ -190,7 +191,7 @@ def _rows(
 def _remarks(lines: Sequence[str], *, fmt: str) -> None:
     """Lines of text: folded to the terminal, or as paragraphs."""
     if fmt == "markdown":
-        print("\n\n".join(lines))
+        print("\n\n".join(map(plain, lines)))
     else:
         from peftplan.report import terminal
 

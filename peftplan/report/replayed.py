@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from peftplan.report.tabular import Column
+from peftplan.report.tabular import Column, printable
 from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
@@ -99,8 +99,3 @@ def _windows(found: Replayed) -> dict[str, Peaks]:
 
 def _bytes(peaks: Peaks) -> dict[str, int]:
     return {"allocated": peaks.allocated, "requested": peaks.requested, "reserved": peaks.reserved}
-
-
-def printable(text: str) -> str:
-    """Text of a file from elsewhere, fit for a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

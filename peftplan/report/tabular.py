@@ -117,12 +117,28 @@ def write_csv(facts: Sequence[Mapping[str, Any]], stream: IO[str]) -> None:
     writer.writerows([_csv_cell(value) for value in fact.values()] for fact in facts)
 
 
+FORMULA = ("=", "+", "-", "@")
+"""A spreadsheet takes a cell that begins so for a formula; an apostrophe before it makes it text."""
+
+
 def _csv_cell(value: Any) -> Any:
+    cell = _csv_text(value)
+    if not isinstance(cell, str):
+        return cell
+    return f"'{printable(cell)}" if cell.startswith(FORMULA) else printable(cell)
+
+
+def _csv_text(value: Any) -> Any:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ";".join(value)
     if isinstance(value, (list, dict, bool)):
         return json.dumps(value, ensure_ascii=False)
     return value
+
+
+def printable(text: str) -> str:
+    """Text of a file from elsewhere, fit for a terminal: control characters other than line ends become question marks."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def texts(row: Iterable[str | int | None]) -> list[str]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby, zip_longest
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -31,6 +31,7 @@ from peftplan.report.tabular import (
     line_facts,
     needs,
     not_counted,
+    printable,
 )
 from peftplan.units import format_bytes, format_count
 
@@ -50,10 +51,17 @@ SHORT = 20
 """Assumptions of up to this many characters share a row, two to a row; longer ones get a line of their own."""
 
 
+class _Printable(Console):
+    """A console on which no name of a file or a config moves the cursor or changes colours."""
+
+    def render_str(self, text: str, **style: Any) -> Text:
+        return super().render_str(printable(text), **style)
+
+
 def console() -> Console:
     """Where text goes: stdout, with markup, highlighting and emoji off."""
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    made = Console(highlight=False, markup=False, emoji=False, width=PIPE_WIDTH if piped else None)
+    made = _Printable(highlight=False, markup=False, emoji=False, width=PIPE_WIDTH if piped else None)
     made.width = max(made.width, NARROWEST)
     return made
 
@@ -86,8 +94,8 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
     config = result.method["config"]
     rank = f" r={config['r']}" if "r" in config else ""
     parts: list[RenderableType] = [
-        Text(f"{result.model['name']} · {result.method['name']}{rank} · {result.engine}", style="bold"),
-        *(Text(f"warning: {warning}", style="yellow") for warning in result.warnings),
+        Text(printable(f"{result.model['name']} · {result.method['name']}{rank} · {result.engine}"), style="bold"),
+        *(Text(printable(f"warning: {warning}"), style="yellow") for warning in result.warnings),
         "",
         _counts(result),
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def check(path: str) -> None:
     file = Path(path)
     if file.suffix not in SUFFIXES:
         raise UnknownNameError("timeline", path, SUFFIXES)
-    if not file.parent.is_dir() or file.is_dir():
+    if not os.path.isdir(file.parent) or os.path.isdir(file):
         raise InputError("timeline", path, "accepted: a file in a folder that exists")
     if file.suffix == ".png" and find_spec("matplotlib") is None:
         raise MissingExtraError("timeline: a png", "plot")

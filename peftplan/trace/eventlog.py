@@ -18,7 +18,7 @@ from sys import intern
 from typing import Any, NamedTuple
 
 from peftplan.errors import InputError, UnknownNameError
-from peftplan.files import replacing
+from peftplan.files import content, replacing
 from peftplan.memory.allocator.device import ENDLESS
 from peftplan.memory.allocator.events import KINDS, Event
 
@@ -52,11 +52,11 @@ def save(events: Iterable[Event], path: Path | str, *, title: str = "") -> None:
 def load(path: Path | str) -> EventLog:
     """Read what `save` wrote. Raises InputError or UnknownNameError, which name the line or the field, for anything else."""
     try:
-        found = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise InputError("event log", str(path), f"it cannot be read: {error.strerror or error}") from error
+        found = json.loads(content(path, field="event log"))
     except json.JSONDecodeError as error:
         raise InputError("event log", str(path), f"line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError("event log", str(path), "it is not a JSON document") from error
     if not isinstance(found, dict) or (found.get("format"), found.get("schema_version")) != (FORMAT, SCHEMA_VERSION):
@@ -96,7 +96,7 @@ def _checked(events: list[Any]) -> tuple[Event, ...]:
 def _event(fields: Any, *, where: str) -> Event:
     if type(fields) is not dict:
         raise InputError(where, fields, "accepted: an object")
-    if fields.get("kind") not in KINDS:
+    if type(fields.get("kind")) is not str or fields["kind"] not in KINDS:
         raise UnknownNameError(f"{where}.kind", fields.get("kind"), KINDS)
     values: dict[str, Any] = {"kind": fields["kind"]}
     for key, value in fields.items():

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-from peftplan.arch.fields import MAX_LAYERS
+from peftplan.arch.fields import MAX_LABELS, MAX_LAYERS
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
@@ -150,8 +150,13 @@ def _check_counts(config: Mapping[str, Any], *, name: str) -> None:
     for key, value in config.items():
         if isinstance(value, Mapping):
             _check_counts(value, name=f"{name}: {key}")
-        elif isinstance(value, (int, float)) and _COUNT_FIELD.search(str(key)) and value > MAX_LAYERS:
-            raise InputError(f"{name}: {key}", value, f"accepted: a whole number up to {MAX_LAYERS}")
+        elif isinstance(value, (int, float)) and (most := _most(str(key))) is not None and value > most:
+            raise InputError(f"{name}: {key}", value, f"accepted: a whole number up to {most}")
+
+
+def _most(field: str) -> int | None:
+    """The largest value of a field that says how many modules, or labels, are made."""
+    return MAX_LABELS if field == "num_labels" else MAX_LAYERS if _COUNT_FIELD.search(field) else None
 
 
 def _first_line(error: Exception) -> str:

@@ -7,13 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peftplan.errors import InputError
+from peftplan import files
 from peftplan.memory.allocator import AllocatorConfig, Event, Replay, parse_config, read_trace, replay
+from peftplan.memory.allocator.pickles import MAGIC
 from peftplan.planning.script import Script
 from peftplan.trace import eventlog
-
-PICKLE = b"\x80"
-"""What every pickle since protocol 2 begins with, and no JSON does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +87,5 @@ def _replayed(
 
 
 def _begins_with_pickle(path: Path | str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(1) == PICKLE
-    except OSError as error:
-        raise InputError("file", str(path), f"it cannot be read: {error.strerror or error}") from error
+    with open(files.regular(path, field="file"), "rb") as file:
+        return file.read(1) == MAGIC

@@ -173,7 +173,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     by_opcode = (
         b"\x80\x04cos\nmkdir\n(V" + argument + b"\ntR.",  # GLOBAL, REDUCE
         b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93\x8c" + bytes([len(argument)]) + argument + b"\x85R.",  # STACK_GLOBAL
-        b"\x80\x02(V" + argument + b"\nios\nmkdir\n.",  # INST
+        b"\x80\x02(X" + len(argument).to_bytes(4, "little") + argument + b"ios\nmkdir\n.",  # INST
     )
     for number, attack in enumerate(by_opcode):
         path = tmp_path / f"{number}.pickle"

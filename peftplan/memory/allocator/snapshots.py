@@ -9,14 +9,15 @@ that waited for another stream (`record_stream`) counts as allocated until then.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from peftplan import files
 from peftplan.errors import InputError, PeftplanError, RefusedError, UnknownNameError
+from peftplan.memory.allocator import pickles
 from peftplan.memory.allocator.config import AllocatorConfig, parse_config
 from peftplan.memory.allocator.device import ENDLESS, SegmentEvent
 from peftplan.memory.allocator.events import Event
@@ -34,13 +35,10 @@ ACTIONS = (
     "snapshot",
 )
 DEFAULT_POOL = (0, 0)
-
-
-class _ContainersOnly(pickle.Unpickler):
-    """Dicts, lists, tuples, sets, text, numbers: they need no name to be looked up, and nothing else is let in."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise RefusedError(f"the snapshot names {f'{module}.{name}'!r}: only plain containers, text and numbers are read")
+MOST_ENTRIES = 2**21
+"""Of one device's trace, and blocks of its segments. A pickle can hold the same entry millions of times in a few bytes."""
+MOST_OF_A_NAME = 1000
+"""Characters that are kept of a frame's name; C++ symbols are long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ class RecordedTrace:
     @property
     def reserved(self) -> int:
         """Bytes of the segments that the snapshot ends with."""
-        return sum(segment["total_size"] for segment in self.segments)
+        return sum(_integer(segment, "total_size") for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +75,11 @@ class Comparison:
 
 def load_snapshot(path: Path | str) -> dict[str, Any]:
     """The dictionary in a snapshot file; a pickle that names any class or function is refused."""
+    content = files.content(path, field="snapshot", most=pickles.MOST_BYTES)
     try:
-        with open(path, "rb") as file:
-            snapshot = _ContainersOnly(file).load()
-    except RefusedError:
+        snapshot = pickles.load(content)
+    except (RefusedError, MemoryError):
         raise
-    except OSError as error:
-        raise InputError("snapshot", str(path), f"it cannot be read: {error}") from error
     except Exception as error:  # a damaged pickle raises almost anything
         raise InputError("snapshot", str(path), f"it is not a pickle of plain containers: {error}") from error
     if not isinstance(snapshot, dict) or not {"segments", "device_traces"} <= snapshot.keys():
@@ -95,14 +91,16 @@ def read_trace(path: Path | str, *, device: int = 0) -> RecordedTrace:
     """The trace of one device, as events; recording must have begun before the first allocation for a replay to agree."""
     snapshot = load_snapshot(path)
     try:
-        traces = snapshot["device_traces"]
+        traces = _list(snapshot["device_traces"], "device_traces")
         if not 0 <= device < len(traces):
             raise InputError("device", device, f"the snapshot has {len(traces)} devices, counted from 0")
         reading = _Reading()
-        for entry in traces[device]:
+        for entry in _list(traces[device], "device_traces"):
             reading.add(entry)
-        segments = tuple(segment for segment in snapshot["segments"] if segment.get("device", 0) == device)
+        segments = tuple(s for s in _list(snapshot["segments"], "segments") if s.get("device", 0) == device)
         settings = snapshot.get("allocator_settings", {}).get("PYTORCH_CUDA_ALLOC_CONF", "")
+        if type(settings) is not str:
+            raise InputError("snapshot, PYTORCH_CUDA_ALLOC_CONF", settings, "accepted: text")
         return RecordedTrace(
             config=parse_config(settings),
             events=tuple(reading.events),
@@ -114,6 +112,19 @@ def read_trace(path: Path | str, *, device: int = 0) -> RecordedTrace:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InputError("snapshot", str(path), f"a field is missing or has another shape: {error!r}") from error
+
+
+def _list(value: object, key: str) -> list[Any]:
+    """A list of a length that can be read. Raises InputError otherwise."""
+    if type(value) is not list or len(value) > MOST_ENTRIES:
+        raise InputError(f"snapshot, {key}", value, f"accepted: a list of at most {MOST_ENTRIES} entries")
+    return value
+
+
+def _integer(fields: dict[str, Any], key: str) -> int:
+    if type(fields[key]) is not int:
+        raise InputError(f"snapshot, {key}", fields[key], "accepted: a whole number")
+    return int(fields[key])
 
 
 def compare(trace: RecordedTrace) -> Comparison:
@@ -140,12 +151,12 @@ class _Reading:
         self._releasing = False
 
     def add(self, entry: dict[str, Any]) -> None:
-        action, size, stream = entry["action"], int(entry["size"]), int(entry["stream"])
+        action, size, stream = entry["action"], _integer(entry, "size"), _integer(entry, "stream")
         if action not in ACTIONS:
             raise UnknownNameError("snapshot, action", action, ACTIONS)
         if action != "oom" and not 0 <= size < ENDLESS:
             raise InputError("snapshot, size", size, "accepted: bytes that a device can have")
-        if tuple(entry.get("pool_id", entry.get("segment_pool_id", DEFAULT_POOL))) != DEFAULT_POOL:
+        if entry.get("pool_id", entry.get("segment_pool_id", DEFAULT_POOL)) not in (DEFAULT_POOL, list(DEFAULT_POOL)):
             raise RefusedError("the snapshot uses private memory pools (CUDA graphs, MemPool), which are not modelled")
         if action in ("segment_free", "segment_unmap"):
             if not self._releasing:
@@ -154,13 +165,13 @@ class _Reading:
         elif action in ("segment_alloc", "segment_map"):
             self.segment_events.append(SegmentEvent(len(self.events), action, size))  # belongs to the alloc that follows
         elif action == "alloc":
-            if entry["addr"] in self.live:
+            if (address := _integer(entry, "addr")) in self.live:
                 raise RefusedError("the snapshot allocates an address twice: its recording left out frees")
             self._allocations += 1
-            self.live[entry["addr"]] = self._allocations
+            self.live[address] = self._allocations
             self.events.append(Event("alloc", self._allocations, size, stream, op=_op(entry)))
         elif action == "free_completed":
-            self._free(entry["addr"], stream)
+            self._free(_integer(entry, "addr"), stream)
         elif action in ("oom", "snapshot"):
             self.events.append(Event("mark", nbytes=size, stream=stream, op=action))
         self._releasing = action in ("segment_free", "segment_unmap")
@@ -174,12 +185,19 @@ class _Reading:
 
 def _op(entry: dict[str, Any]) -> str:
     frames = entry.get("frames") or ()
-    return str(frames[0]["name"]) if frames else ""
+    name = frames[0]["name"] if frames else ""
+    if type(name) is not str:
+        raise InputError("snapshot, name", name, "accepted: text")
+    return name[:MOST_OF_A_NAME]
 
 
-def _untraced(segments: Iterable[dict[str, Any]], live: dict[int, int]) -> int:
+def _untraced(segments: tuple[dict[str, Any], ...], live: dict[int, int]) -> int:
+    """Raises InputError where there are more blocks than can be read."""
+    number = sum(len(_list(segment["blocks"], "blocks")) for segment in segments)
+    if number > MOST_ENTRIES:
+        raise InputError("snapshot, blocks", number, f"accepted: at most {MOST_ENTRIES}")
     blocks = (block for segment in segments for block in segment["blocks"])
-    return sum(block["state"] != "inactive" and block["address"] not in live for block in blocks)
+    return sum(block["state"] != "inactive" and _integer(block, "address") not in live for block in blocks)
 
 
 def _peak(segment_events: Iterable[SegmentEvent]) -> int:

@@ -9,12 +9,17 @@ from peftplan.errors import InputError
 Value = str | list[tuple[str, str]]
 """What follows a key: one word, or the pairs of a list."""
 
+MOST_DIGITS = 15
+MOST_OF_A_TEXT = 10_000
+"""Characters; all options of torch together take a few hundred."""
 _ITEM = re.compile(r"(?P<key>[^:,\[\]]+):(?:(?P<word>[^:,\[\]]+)|\[(?P<pairs>[^\[\]]*)\])(?:,|$)")
 _WHITESPACE = re.compile(r"\s+")
 
 
 def items(text: str) -> list[tuple[str, Value]]:
     """The options in order; whitespace is ignored, as torch does."""
+    if len(text) > MOST_OF_A_TEXT:
+        raise InputError("allocator options", text, f"accepted: at most {MOST_OF_A_TEXT} characters")
     rest = _WHITESPACE.sub("", text)
     found: list[tuple[str, Value]] = []
     while rest:
@@ -29,9 +34,9 @@ def items(text: str) -> list[tuple[str, Value]]:
 
 def whole_number(key: str, value: Value) -> int:
     """A decimal integer without sign."""
-    if isinstance(value, str) and value.isascii() and value.isdigit():
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= MOST_DIGITS:
         return int(value)
-    raise InputError(key, value, "accepted: a whole number")
+    raise InputError(key, value, f"accepted: a whole number of at most {MOST_DIGITS} digits")
 
 
 def power_of_2(key: str, value: str) -> int:
