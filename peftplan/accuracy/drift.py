@@ -137,8 +137,8 @@ def synthetic_verdict(peak: Compared, *, share: float) -> str:
     from peftplan.planning.result import Peaks
     from peftplan.planning.verdicts import verdict
 
-    card = Gpu(id="synthetic", name="synthetic", capacity_bytes=int(share * peak.measured))
-    return verdict(card, 0, Peaks(ledgers={}, reserved=peak.stated), context_mib=0).verdict
+    card = Gpu(id="synthetic", name="synthetic", capacity_bytes=int(share * peak.measured), context_mib=0)
+    return verdict(card, 0, Peaks(ledgers={}, reserved=peak.stated)).verdict
 
 
 @dataclass(frozen=True)

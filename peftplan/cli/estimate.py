@@ -22,8 +22,16 @@ if TYPE_CHECKING:
 @options.torch_option
 @options.transformers_option
 @click.option("--engine", default="analytic", metavar="NAME", show_default=True, help="analytic | trace")
-@click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a capacity such as 24GiB; repeatable")
-@click.option("--require-fit", is_flag=True, help="exit 1 unless the job is known to fit every --gpu")
+@click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a size such as 24GiB; repeatable")
+@click.option(
+    "--context",
+    default=None,
+    metavar="MIB",
+    help="CUDA context that a verdict counts; default: as measured on the card, else assumed",
+)
+@click.option("--require-fit", is_flag=True, help="exit 1 unless the job fits every --gpu")
+@click.option("--allow-tight", is_flag=True, help="--require-fit accepts tight too")
+@click.option("--text-only", is_flag=True, help="--require-fit accepts a verdict for text alone, without pictures")
 @click.option("--strict", is_flag=True, help="warnings are errors: a name in target_modules that matches no module")
 @options.format_option
 @click.option(
@@ -39,7 +47,10 @@ def command(
     fmt: str,
     verbose: bool,
     require_fit: bool,
+    allow_tight: bool,
+    text_only: bool,
     gpus: tuple[str, ...],
+    context: str | None,
     engine: str,
     torch: str | None,
     transformers: str | None,
@@ -55,12 +66,25 @@ def command(
     \b
     peftplan estimate llama-2-70b --method qlora --r 16
     peftplan estimate ./config.json --method dora --target-modules q_proj,v_proj --gpu rtx-4090
+
+    Each --gpu gets a verdict. A job needs what torch's allocator reserves where nothing limits it, and the CUDA context. Where
+    the card's context is not known, the largest measured one of its generation is assumed, else of all.
+
+    \b
+    fits           at least 5 % of the usable bytes are left
+    tight          less is left, or it needs more than is usable, and runs because
+                   the allocator gives cached memory back
+    does not fit   it runs out of memory
+    does not run   a library raises, or has no kernel for the card
+    unknown        there is no peak, or only a lower bound that is not too large
     """
     options.check_format(fmt)
     if explain and fmt != "table":
         raise RefusedError(f"--explain: it prints text; --format {fmt} without it has each line's formula (markdown: with -v)")
     if require_fit and not gpus:
         raise RefusedError("--require-fit: it needs a card (--gpu)")
+    if (allow_tight or text_only) and not require_fit:
+        raise RefusedError(f"{'--allow-tight' if allow_tight else '--text-only'}: it needs --require-fit")
     if timeline is not None:
         from peftplan.report.timeline import check
 
@@ -68,22 +92,21 @@ def command(
     from peftplan.planning.script import Script
 
     script = Script.on(torch=torch, transformers=transformers)
-    result = _estimate(model, engine, record=timeline is not None, gpu=gpus, script=script, **options.given(given))
+    result = _estimate(
+        model, engine, record=timeline is not None, gpu=gpus, context=context, script=script, **options.given(given)
+    )
     if timeline is not None:
         from peftplan.report.timeline import write
 
         write(result, timeline)
+    from peftplan.planning.verdicts import all_fit
     from peftplan.report import render
 
     if explain:
         click.echo((result.replayed() if gpus else result).explain())
-        return _code(result, require_fit=require_fit)
-    render.estimate(result, fmt=fmt, verbose=verbose, explain_peak=explain_peak)
-    return _code(result, require_fit=require_fit)
-
-
-def _code(result: Estimate, *, require_fit: bool) -> int:
-    return 1 if require_fit and any(verdict.verdict not in ("fits", "tight") for verdict in result.gpus) else 0
+    else:
+        render.estimate(result, fmt=fmt, verbose=verbose, explain_peak=explain_peak)
+    return 1 if require_fit and not all_fit(result.gpus, allow_tight=allow_tight, text_only=text_only) else 0
 
 
 def _estimate(model: str, engine: str, **given: Any) -> Estimate:

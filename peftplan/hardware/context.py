@@ -117,15 +117,15 @@ class Context(NamedTuple):
     assumed: bool
 
 
-def context_for_verdict(gpu: Gpu, *, given_mib: float | None = None) -> Context:
+def context_for_verdict(gpu: Gpu) -> Context:
     """The context of a card: as given, else as measured on it, else the largest current one of its generation, else of all.
 
     Current means loaded lazily, in whatever state (`EAGER` is left out). A size without a card, and generations without a
     measurement (Volta, Hopper, AMD's), take the largest of all: 828 MiB.
     """
-    if given_mib is not None:
-        return Context(int(given_mib * MIB), "as given", assumed=False)
-    if gpu.capacity_bytes is None and (measured := context_bytes(gpu)).bytes is not None:
+    if gpu.context_mib is not None:
+        return Context(int(gpu.context_mib * MIB), "as given", assumed=False)
+    if (measured := context_bytes(gpu)).bytes is not None:
         return Context(measured.bytes, measured.why, assumed=False)
     current = [m for m in _measurements() if m.module_loading != EAGER]
     generation = GENERATIONS.get(gpu.compute_capability or "")

@@ -15,8 +15,10 @@ from peftplan import datafiles
 from peftplan.errors import InputError, UnknownNameError
 from peftplan.units import GB, GIB, MIB
 
-_UNITS = {"gib": GIB, "gb": GB, "mib": MIB, "mb": 10**6}
-_CAPACITY = re.compile(r"(\d+(?:\.\d+)?)\s*(gib|gb|mib|mb)", re.IGNORECASE)
+_UNITS = {"gib": GIB, "gb": GB, "g": GB, "mib": MIB, "mb": 10**6}
+_SOLD = ("gb", "g")
+"""Units in which cards are sold: 24GB is what a card sold as 24 GB gives, not 24 × 10⁹ bytes."""
+_CAPACITY = re.compile(r"(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb)", re.IGNORECASE)
 MAX_CAPACITY = 2**20 * GIB
 """No device comes near it: a capacity above it is a slip of the pen."""
 _MAKER = re.compile(r"(nvidia|amd|geforce)+")
@@ -41,7 +43,7 @@ class Variant(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """One card, or an anonymous capacity that a user gave (then only `id`, `name` and `capacity_bytes` are set).
+    """One card, or a size that a user gave: `capacity_bytes` (24GiB) or `sold_gb` (24GB), then only `id` and `name` besides.
 
     `compute_capability` is CUDA's (`8.9`) or AMD's chip name (`gfx942`); `bf16` and `fp8` mean arithmetic in hardware
     (torch emulates bf16 below compute capability 8.0). `unified`: memory shared with the CPU.
@@ -53,7 +55,7 @@ class Gpu(NamedTuple):
     vendor: str | None = None
     kind: str | None = None
     unified: bool = False
-    marketed_gb: int | None = None
+    marketed_gb: float | None = None
     total_mib: int | None = None
     total_mib_source: str | None = None
     total_mib_variants: tuple[Variant, ...] = ()
@@ -67,6 +69,13 @@ class Gpu(NamedTuple):
     notes: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     capacity_bytes: int | None = None
+    sold_gb: float | None = None
+    context_mib: float | None = None
+    """The CUDA context that a user gave for it."""
+
+
+OF_A_REQUEST = ("sold_gb", "context_mib")
+"""Fields of `Gpu` that a user gives, and that no card of the catalogue has."""
 
 
 @cache
@@ -76,7 +85,7 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 def find_gpu(name: str) -> Gpu:
-    """The card with this id, driver name or alias, or an anonymous card for a capacity such as `24GiB` or `40000MiB`.
+    """The card with this id, driver name or alias; `24GiB` and `40000MiB` are exact sizes, `24GB` and `24G` a card sold as such.
 
     Case, spaces, dashes and a leading maker's name do not matter. A name that several cards share means the one that its
     row documents as an alias, which is the smallest (`a100` is the 40 GB card).
@@ -86,15 +95,16 @@ def find_gpu(name: str) -> Gpu:
     found = _ids_by_key().get(_key(name))
     if found is None:
         ids = (row["id"] for row in datafiles.load("gpus.json")["gpus"])
-        raise UnknownNameError("gpu", name, ids, also="; `peftplan gpus` lists them; or a capacity such as 24GiB")
+        raise UnknownNameError("gpu", name, ids, also="; `peftplan gpus` lists them; or a size such as 24GiB")
     return _gpu(found)
 
 
 def _anonymous(name: str, *, number: float, unit: str) -> Gpu:
     if not 1 <= number * _UNITS[unit] <= MAX_CAPACITY:
-        raise InputError("gpu", name, f"a capacity is above zero and at most {MAX_CAPACITY // GIB} GiB, such as 24GiB")
-    num_bytes = round(number * _UNITS[unit])
-    return Gpu(id=name, name=name, capacity_bytes=num_bytes)
+        raise InputError("gpu", name, f"a size is above zero and at most {MAX_CAPACITY // GIB} GiB, such as 24GiB")
+    if unit in _SOLD:
+        return Gpu(id=name, name=name, sold_gb=number)
+    return Gpu(id=name, name=name, capacity_bytes=round(number * _UNITS[unit]))
 
 
 def _key(name: str) -> str:

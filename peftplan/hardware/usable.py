@@ -7,6 +7,7 @@ A run that is said to fit must fit, so every rule takes the smallest figure that
    with at least half the memory (the share shrinks with size: 8 % of 4 GiB, 2 % of 24 GiB, 0.4 % of 141 GiB);
 3. else the marketed size read as GiB, less the largest share of it missing on any card of the same vendor.
 
+A size in GB (24GB) is a card sold as such: the least that rules 1 and 2 give of NVIDIA's cards sold with this size, else rule 3.
 Cards with their own memory and cards that share the CPU's are not compared with each other. Windows figures do not
 count: there CUDA reports about the `nvidia-smi` total, and on Linux hundreds of MiB less for the same card.
 Left out: the context of the process itself (hardware/context.py) and what a desktop on the same card takes.
@@ -41,13 +42,29 @@ def usable_bytes(gpu: Gpu) -> Usable:
     """What torch can get of one device, in bytes, context included; `why` says which of the rules above applied."""
     if gpu.capacity_bytes is not None:
         return Usable(gpu.capacity_bytes, f"{gpu.name} as given")
+    if gpu.sold_gb is not None:
+        return _as_sold(gpu.name, gpu.sold_gb)
     record = smallest_record(gpu)
     if record is not None:
         return Usable(record.mib * MIB, f"{_runtime(gpu)} reports {record.mib} MiB ({_of_records(gpu)}: {record.how})")
     if gpu.total_mib is not None:
         return _less_share(gpu, _total_mib, smallest=COMPARABLE_SIZE, shown=f"nvidia-smi total {gpu.total_mib} MiB")
-    shown = f"{gpu.marketed_gb} GB as marketed, read as GiB,"
-    return _less_share(gpu, _marketed_mib, smallest=0.0, shown=shown)
+    return _as_marketed(gpu)
+
+
+def _as_marketed(gpu: Gpu) -> Usable:
+    return _less_share(gpu, _marketed_mib, smallest=0.0, shown=f"{gpu.marketed_gb:g} GB as marketed, read as GiB,")
+
+
+def _as_sold(name: str, sold_gb: float) -> Usable:
+    """What a card sold with so many GB gives."""
+    same_size = [card for card in gpus() if (card.vendor, card.unified, card.marketed_gb) == ("NVIDIA", False, sold_gb)]
+    recorded = [card for card in same_size if card.total_mib is not None or smallest_record(card) is not None]
+    if not recorded:
+        return _as_marketed(Gpu(id=name, name=name, vendor="NVIDIA", marketed_gb=sold_gb))
+    least, card = min((usable_bytes(card).bytes, card.id) for card in recorded)
+    why = f"the least that one of {len(recorded)} cards sold as {sold_gb:g} GB gives ({card}); {sold_gb:g}GiB is exact"
+    return Usable(least, why)
 
 
 def smallest_record(gpu: Gpu) -> Reported | None:
@@ -80,7 +97,7 @@ def _total_mib(gpu: Gpu) -> int | None:
 
 
 def _marketed_mib(gpu: Gpu) -> int | None:
-    return None if gpu.marketed_gb is None else gpu.marketed_gb * MIB_PER_MARKETED_GB
+    return None if gpu.marketed_gb is None else int(gpu.marketed_gb * MIB_PER_MARKETED_GB)
 
 
 def _runtime(gpu: Gpu) -> str:

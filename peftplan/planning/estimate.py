@@ -16,11 +16,12 @@ from peftplan.methods.adaptation import Adaptation, MethodConfig, adapter_on_hos
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.planning.job import Job
 from peftplan.planning.prepare import config_of, prepare
+from peftplan.planning.requirements import unmet
 from peftplan.planning.result import Estimate, Peaks
 from peftplan.planning.script import NO_SCRIPT, SUCH, Script
 from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, check_length, check_logits_to_keep, parse_setup
 from peftplan.planning.tasks import OF_TOKENS, PICTURES, task_notes, without_loss
-from peftplan.planning.verdicts import capability, card_notes, find_cards, verdict
+from peftplan.planning.verdicts import capability, card_notes, find_cards, pair, verdict
 from peftplan.storage import QuantConfig
 from peftplan.storage.modules import CONVERTED_KINDS
 
@@ -63,6 +64,7 @@ def estimate(
     quantization_config: Any = None,
     training_args: Any = None,
     gpu: str | Iterable[str] | None = None,
+    context: float | None = None,
     engine: Engine = "analytic",
     script: Script = NO_SCRIPT,
     strict: bool = False,
@@ -75,7 +77,8 @@ def estimate(
     `model`: a built-in name, a Hub id, a path to a config.json or its folder, a config dict, or a transformers
     `PretrainedConfig`. `method`: a name of `peftplan.methods.METHODS` (default `lora`), or give `peft_config`: an
     adapter_config dict or any peft `PeftConfig`. `quantization_config`: a transformers `BitsAndBytesConfig`.
-    `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `gpu`: names of cards, or capacities such as 24GiB.
+    `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `gpu`: names of cards, or sizes such as 24GiB;
+    `context`: MiB of CUDA context that the verdicts count (None: as measured on the card, else assumed).
 
     `options`: those of the command line with `_` for `-` (`peftplan estimate --help`; `planning.setup.Setup` checks them), such
     as `batch_size` (sequences per device and micro batch), `seq_len` (tokens), `dtype` (`bf16`), `optim`, `trainer`; and the
@@ -99,7 +102,7 @@ def estimate(
         **options,
     )
     built, static = _static(job.architecture, job.adaptation, job.quant, job.setup)
-    cards = find_cards(gpu)
+    cards = find_cards(gpu, context=context)
 
     def again(card: Gpu, **changes: Any) -> Estimate:
         given = {
@@ -165,7 +168,10 @@ def _estimated(
         static=static,
         assumptions=assumptions,
         not_modelled=(f"{found[of_first]}", *NOT_COUNTED) if peaks is None else _outside(job, found),
-        gpus=tuple(verdict(card, static.bytes(), by_capability[capability(card)], hasty=hasty) for card in cards),
+        gpus=tuple(
+            verdict(card, static.bytes(), by_capability[of], refused=unmet(job.setup, pair(of)), hasty=hasty)
+            for card, of in ((card, capability(card)) for card in cards)
+        ),
         peaks=peaks,
         warnings=job.warnings,
         resize=None if engine == "trace" or peaks is None else partial(_at, job, built, static, cards),

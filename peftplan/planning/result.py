@@ -109,6 +109,13 @@ class Verdict(NamedTuple):
         return self.usable_bytes - self.needed_bytes
 
     @property
+    def words(self) -> str:
+        """The verdict as a person reads it, with its scope."""
+        scope = "" if self.scope is None else f", {self.scope} only"
+        released = ", runs because torch gives cached memory back" if self.runs_by_releasing_cache else ""
+        return self.verdict.replace("_", " ") + scope + released
+
+    @property
     def runtime_context(self) -> int | None:
         """The CUDA context where it is known of this card, or was given."""
         return None if self.context_assumed else self.context_bytes

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
 
 
-FLASH_ATTENTION_2 = (8, 0)
-"""The oldest compute capability of the package flash-attn."""
+MAX_CONTEXT_MIB = 2**20
+"""No context comes near one TiB: a larger one is a slip of the pen."""
+
+TEXT = "text"
+"""The scope of a verdict on a traced model whose pictures are not counted."""
 
 
 def capability(card: Gpu | None) -> str:
@@ -27,24 +30,39 @@ def capability(card: Gpu | None) -> str:
     return stated if stated and stated[0].isdigit() else ".".join(map(str, DEFAULT_CAPABILITY))
 
 
-def find_cards(gpu: str | Iterable[str] | None) -> list[Gpu]:
-    """The cards named by `gpu`: one name, several, or none. Raises InputError or UnknownNameError for what names no card."""
+def find_cards(gpu: str | Iterable[str] | None, *, context: object = None) -> list[Gpu]:
+    """The cards named by `gpu`, each once, in the order of their first names: one name, several, or none.
+
+    `context`: MiB of CUDA context to count on each; None leaves it to what is known. Raises InputError or UnknownNameError.
+    """
     names = (gpu,) if isinstance(gpu, str) else () if gpu is None else tuple(gpu) if isinstance(gpu, Iterable) else (gpu,)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
-        raise InputError("gpu", wrong[0], "accepted: names of cards (`peftplan gpus`), or capacities such as 24GiB")
+        raise InputError("gpu", wrong[0], "accepted: names of cards (`peftplan gpus`), or sizes such as 24GiB")
+    context_mib = None if context is None else parse_context(context)
     if not names:
         return []
     from peftplan.hardware.gpus import find_gpu
 
-    return [find_gpu(name) for several in names for name in several.split(",")]
+    cards = (find_gpu(name) for several in names for name in several.split(","))
+    return [card._replace(context_mib=context_mib) for card in dict.fromkeys(cards)]
+
+
+def parse_context(context: object) -> float:
+    """A CUDA context in MiB, from a number or its text. Raises InputError."""
+    try:
+        mib = float(context) if isinstance(context, (int, float, str)) and not isinstance(context, bool) else -1.0
+    except (ValueError, OverflowError):
+        mib = -1.0
+    if not 0 <= mib <= MAX_CONTEXT_MIB:
+        raise InputError("context", context, f"accepted: MiB of CUDA context, from 0 to {MAX_CONTEXT_MIB:,}")
+    return mib
 
 
 def card_notes(cards: Iterable[Gpu], setup: Setup, quant: QuantConfig | None) -> list[str]:
     """What a card does otherwise than the setup says, which no number shows.
 
-    FlashAttention 2 runs on Ampere and later (its README, 2.8); torch emulates bf16 below compute capability 8.0; transformers
-    dequantizes a format that the card is too old for.
+    torch emulates bf16 below compute capability 8.0; transformers dequantizes a format that the card is too old for.
     """
     return [f"{card.id}: {note}" for card in dict.fromkeys(cards) for note in _notes(card, setup, quant)]
 
@@ -56,8 +74,6 @@ def _notes(card: Gpu, setup: Setup, quant: QuantConfig | None) -> Iterator[str]:
     if card.bf16 is False and "bf16" in (setup.dtype, setup.autocast, setup.compute_dtype):
         also = " --compute-dtype fp16" if setup.compute_dtype == "bf16" else ""
         yield f"no bf16 in hardware: torch emulates it, slowly (--dtype fp16 --autocast fp16{also})"
-    if setup.attn_implementation == "flash_attention_2" and pair(has) < FLASH_ATTENTION_2:
-        yield f"flash_attention_2 does not run on compute capability {has} (--attn-implementation sdpa)"
     oldest = FORMATS[quant.name].compute_capability if quant else None
     if quant and oldest and pair(has) < oldest:
         yield f"{quant.name} needs compute capability {oldest[0]}.{oldest[1]}: transformers loads the larger, dequantized model"
@@ -69,15 +85,13 @@ def pair(compute_capability: str) -> tuple[int, int]:
     return int(major), int(minor or 0)
 
 
-def verdict(
-    card: Gpu, static_bytes: int, peaks: Peaks | None, *, context_mib: float | None = None, hasty: bool = False
-) -> Verdict:
+def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, refused: str | None = None, hasty: bool = False) -> Verdict:
     """Whether a job fits a card.
 
-    *Needed* are the bytes that the allocator reserves without a limit, and the CUDA context (`context_mib`, else the card's, else
-    an assumed one). `fits`: at least 5 % of the usable bytes are left. `tight`: less is left, or less than nothing while the
-    job runs where the allocator may take no more than is usable: it gives cached memory back before it fails. `does_not_fit`:
-    it fails there. `unknown`: there is no peak, or only a lower bound that is not too large.
+    *Needed* are the bytes that the allocator reserves without a limit, and the CUDA context, assumed where it is not known.
+    `fits`: at least 5 % of the usable bytes are left. `tight`: less is left, or less than nothing while the job runs where the
+    allocator may take no more than is usable: it gives cached memory back before it fails. `does_not_fit`: it fails there.
+    `does_not_run`: a library raises, for the reason `refused`. `unknown`: no peak, or a lower bound that is not too large.
 
     `static_bytes`: what lasts from step to step, a lower bound where there is no peak. `hasty`: peaks whose tensors alone are
     too large are not replayed.
@@ -86,20 +100,22 @@ def verdict(
     from peftplan.hardware.usable import usable_bytes
 
     usable = usable_bytes(card)
-    context = context_for_verdict(card, given_mib=context_mib)
+    context = context_for_verdict(card)
     room = usable.bytes - context.bytes
     if peaks is not None and peaks.replay and not (hasty and peaks.allocated > room):
         peaks = peaks.replayed
     reserved = static_bytes if peaks is None else peaks.reserved or peaks.allocated
     lower_bound = peaks is None or bool(peaks.incomplete)
-    releases_cache = False
-    if reserved > room:
-        releases_cache = peaks is not None and peaks.runs_within is not None and peaks.runs_within(room)
-        word = "does_not_fit" if not releases_cache else "tight"
+    runs_within = peaks.runs_within if peaks is not None and peaks.allocated <= room < reserved else None
+    releases_cache = runs_within is not None and runs_within(room)
+    if refused is not None:
+        word = "does_not_run"
+    elif reserved > room and not releases_cache:
+        word = "does_not_fit"
+    elif lower_bound:
+        word = "unknown"
     else:
         word = "fits" if room - reserved >= TIGHT * usable.bytes else "tight"
-    if lower_bound and word != "does_not_fit":
-        word, releases_cache = "unknown", False
     return Verdict(
         card.id,
         usable.bytes,
@@ -110,5 +126,13 @@ def verdict(
         context_source=context.why,
         context_assumed=context.assumed,
         lower_bound=lower_bound,
-        runs_by_releasing_cache=releases_cache,
+        runs_by_releasing_cache=releases_cache and word == "tight",
+        scope=TEXT if peaks is not None and peaks.assumed.get("images_per_sample") == 0 else None,
+        reason=refused,
     )
+
+
+def all_fit(verdicts: Iterable[Verdict], *, allow_tight: bool = False, text_only: bool = False) -> bool:
+    """Whether every card `fits`, or with `allow_tight` is at least `tight`; a verdict for text alone counts with `text_only`."""
+    words = ("fits", "tight") if allow_tight else ("fits",)
+    return all(verdict.verdict in words and (text_only or verdict.scope is None) for verdict in verdicts)

@@ -66,13 +66,16 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
         parts.append(f"And {format_bytes(result.managed_bytes)} of paged optimizer states in CUDA managed memory.")
     if result.gpus:
         verdicts = [
-            texts((v.gpu, v.usable_bytes, v.needed_bytes, context(v), v.headroom_bytes, v.verdict.replace("_", " "), v.why))
-            for v in result.gpus
+            texts((v.gpu, v.usable_bytes, v.needed_bytes, context(v), v.headroom_bytes, v.words, v.why)) for v in result.gpus
         ]
         parts.append(
             table(("gpu", "usable bytes", "needed", "context in it", "left over", "verdict", "usable because"), verdicts)
         )
-        parts += [*needs(result), f"Largest line: {largest_line(result)}."]
+        parts += [
+            *(f"{v.gpu}: {v.reason}" for v in result.gpus if v.reason),
+            *needs(result),
+            f"Largest line: {largest_line(result)}.",
+        ]
         for gpu, found in result.advice.items():
             from peftplan.report import advice
 

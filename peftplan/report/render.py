@@ -114,6 +114,7 @@ def method(name: str, *, fmt: str) -> None:
 
 def gpus(found: Sequence[Gpu], *, fmt: str) -> None:
     """The cards: what is printed on the box, what nvidia-smi shows, what a program can get, and why."""
+    from peftplan.hardware.gpus import OF_A_REQUEST
     from peftplan.hardware.usable import usable_bytes
 
     columns = (
@@ -130,7 +131,8 @@ def gpus(found: Sequence[Gpu], *, fmt: str) -> None:
         marketed = f"{gpu.marketed_gb} GB" if gpu.marketed_gb else None
         total = f"{gpu.total_mib:,} MiB" if gpu.total_mib else None
         cells.append((gpu.id, marketed, total, f"{usable.bytes // MIB:,} MiB", gpu.compute_capability, gpu.name))
-        facts.append({**_fields(gpu), "usable_bytes": usable.bytes, "usable_source": usable.why})
+        of_card = {name: value for name, value in _fields(gpu).items() if name not in OF_A_REQUEST}
+        facts.append({**of_card, "usable_bytes": usable.bytes, "usable_source": usable.why})
     below = None if found else "0 cards"
     _rows(columns, cells, facts, fmt=fmt, below=below)
 

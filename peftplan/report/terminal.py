@@ -109,11 +109,17 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
         managed = format_bytes(result.managed_bytes)
         parts.append(f"and {managed} of paged optimizer states in CUDA managed memory, outside torch's allocator")
     if result.gpus:
-        parts += ["", _verdicts(result), *needs(result), f"largest line: {largest_line(result)}"]
+        parts += [
+            "",
+            _verdicts(result),
+            *(f"{v.gpu}: {v.reason}" for v in result.gpus if v.reason),
+            *needs(result),
+            f"largest line: {largest_line(result)}",
+        ]
         for gpu, found in result.advice.items():
             parts += ["", _advice(gpu, found, engine=result.engine) if found else NO_ADVICE.format(gpu=gpu)]
     if verbose:
-        parts += [f"{v.gpu}: {v.why}" for v in result.gpus]
+        parts += [f"{v.gpu}: {v.why}; context: {v.context_source}" for v in result.gpus]
         parts += ["", *_lines(result, width=out.width)]
     parts += ["", Text("Assumptions", style="bold"), *_assumptions(result, verbose=verbose, width=out.width)]
     parts += [f"note: {note}" for note in result.assumptions.get("notes", ())]
@@ -221,7 +227,7 @@ def _verdicts(result: Estimate) -> Table:
     shown.columns[0].no_wrap = False  # ids of up to 29 letters
     shown.columns[-1].min_width = len("does not fit")
     for v in result.gpus:
-        words = v.verdict.replace("_", " ") + (f" {unknown}" if v.verdict == "unknown" else "")
+        words = v.words + (f" {unknown}" if v.verdict == "unknown" else "")
         usable, needed, left = map(format_bytes, (v.usable_bytes, v.needed_bytes, v.headroom_bytes))
         shown.add_row(v.gpu, usable, needed, context(v), left, words)
     return shown

@@ -39,6 +39,41 @@ def test_require_fit_exits_1_where_a_card_is_not_known_to_fit() -> None:
     assert run(*job, "--require-fit").code == 2  # no card, nothing to fit
 
 
+@pytest.mark.parametrize(
+    ("job", "code"),
+    [
+        # flash-attn has no kernel for compute capability 7.5
+        ("llama-3.2-1b --method qlora --gpu t4 --attn-implementation flash_attention_2 --require-fit --allow-tight", 1),
+        ("llama-3.2-1b --method qlora --gpu t4 --require-fit", 0),
+        # reserved 23.34 GiB of 22.16: it runs only where no context takes any of them, and then because cached memory is freed
+        ("qwen3-8b --r 16 --gpu l4 --seq-len 3008 --require-fit", 1),
+        ("qwen3-8b --r 16 --gpu l4 --seq-len 3008 --require-fit --allow-tight", 1),
+        ("qwen3-8b --r 16 --gpu l4 --seq-len 3008 --require-fit --context 0", 1),
+        ("qwen3-8b --r 16 --gpu l4 --seq-len 3008 --require-fit --allow-tight --context 0", 0),
+        ("qwen3-8b --r 16 --gpu l4 --seq-len 2752 --require-fit --allow-tight", 0),
+        ("qwen3-8b --r 16 --gpu h100,l4 --seq-len 2752 --require-fit", 1),
+        ("qwen3-8b --r 16 --gpu h100 --seq-len 2752 --require-fit", 0),
+        ("smollm2-135m --method full --seq-len 256 --batch-size 122 --gpu l4 --require-fit --allow-tight", 1),
+    ],
+)
+def test_require_fit_asks_for_fits_on_every_card(job: str, code: int) -> None:
+    done = run("estimate", *job.split())
+    assert (done.code, done.err) == (code, "")
+
+
+@pytest.mark.parametrize("option", ["--allow-tight", "--text-only"])
+def test_what_require_fit_accepts_needs_it(option: str) -> None:
+    done = run("estimate", "gpt2", "--gpu", "t4", option)
+    assert (done.code, done.out, done.err) == (2, "", f"peftplan: {option}: it needs --require-fit\n")
+
+
+@pytest.mark.parametrize("mib", ["-1", "much", "1e9", ""])
+def test_a_context_that_is_no_size_is_one_line(mib: str) -> None:
+    done = run("estimate", "gpt2", "--gpu", "t4", "--context", mib)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith("peftplan: ")
+
+
 def test_every_command_is_in_the_readme() -> None:
     text = README.read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f"peftplan {name}" not in text] == []

@@ -100,16 +100,21 @@ def test_unknown_name_shows_near_ones() -> None:
     ("given", "num_bytes"),
     [
         ("24GiB", 25_769_803_776),  # 24 × 2³⁰
-        ("24GB", 24_000_000_000),
         ("24 gib", 25_769_803_776),
         ("40000MiB", 41_943_040_000),  # 40,000 × 1,048,576
-        ("1.1GB", 1_100_000_000),
+        ("24000MB", 24_000_000_000),
         ("23.5 GiB", 25_232_932_864),  # 23.5 × 2³⁰
     ],
 )
 def test_a_capacity_is_an_anonymous_card(given: str, num_bytes: int) -> None:
     gpu = find_gpu(given)
     assert (gpu.name, gpu.capacity_bytes, gpu.vendor) == (given, num_bytes, None)
+
+
+@pytest.mark.parametrize("given", ["24GB", "24G", "24 gb", "24g"])
+def test_a_size_in_gb_is_a_card_sold_as_such(given: str) -> None:
+    gpu = find_gpu(given)
+    assert (gpu.id, gpu.name, gpu.sold_gb, gpu.capacity_bytes) == (given, given, 24, None)
 
 
 def test_a_capacity_of_nothing_is_refused() -> None:

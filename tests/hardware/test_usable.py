@@ -83,4 +83,22 @@ def test_why_names_the_evidence_and_says_what_was_not_measured() -> None:
 
 
 def test_a_capacity_is_usable_as_given() -> None:
-    assert usable_bytes(find_gpu("24GB")).bytes == 24_000_000_000
+    assert usable_bytes(find_gpu("24GiB")).bytes == 25_769_803_776
+
+
+def test_a_size_in_gb_is_what_the_least_card_sold_with_it_gives() -> None:
+    # Of the cards sold as 24 GB the A10 and the A10G show least in nvidia-smi, 23,028 MiB, of which a program gets 22,175;
+    # the L4 gives 22,693 MiB, the RTX 4090 24,080, the RTX 3090 24,121. The Tesla P40 has no recorded total.
+    usable = usable_bytes(find_gpu("24GB"))
+    assert usable.bytes == usable_bytes(find_gpu("a10")).bytes < 22_693 * 2**20
+    assert "sold as 24 GB" in usable.why
+    assert usable_bytes(find_gpu("24G")) == usable
+    for card in gpus():
+        if card.marketed_gb == 24 and card.vendor == "NVIDIA":
+            assert usable.bytes <= usable_bytes(card).bytes
+
+
+def test_a_size_that_no_card_is_sold_with_is_read_as_gib_less_the_largest_share() -> None:
+    # T4: 14,912 MiB of 16 GB; 7.5 × 1,024 × 14,912 / 16,384 = 6,990
+    assert not [card.id for card in gpus() if card.marketed_gb == 7.5]
+    assert usable_bytes(find_gpu("7.5GB")).bytes == 6_990 * 2**20
