@@ -15,10 +15,10 @@ from tests.planning.tiny import CONFIG
 
 MODEL = {**CONFIG, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "vocab_size": 32_000}
 JOBS: tuple[dict[str, Any], ...] = (
-    {"method": "full", "batch_size": 8, "seq_len": 1024, "gpu": "2GiB"},
-    {"method": "lora", "batch_size": 6, "seq_len": 2048, "trainer": "plain", "attn_implementation": "eager", "gpu": "3GiB"},
-    {"method": "dora", "batch_size": 2, "seq_len": 1024, "optim": "adamw_torch", "gpu": "1GiB"},
-    {"method": "qlora", "double_quant": False, "batch_size": 2, "seq_len": 1000, "gpu": "1GiB"},
+    {"method": "full", "batch_size": 8, "seq_len": 1024, "gpu": "2GiB", "context": 0},
+    {"method": "lora", "batch_size": 6, "seq_len": 2048, "trainer": "plain", "attn_implementation": "eager", "gpu": "3GiB", "context": 0},
+    {"method": "dora", "batch_size": 2, "seq_len": 1024, "optim": "adamw_torch", "gpu": "1GiB", "context": 0},
+    {"method": "qlora", "double_quant": False, "batch_size": 2, "seq_len": 1000, "gpu": "1GiB", "context": 0},
 )
 
 
@@ -41,13 +41,13 @@ def test_trls_loss_comes_with_its_trainer() -> None:
     """No option of Trainer computes the loss in chunks: SFTTrainer does, which takes causal language models only."""
     changes = [a.options for a in estimate(MODEL, **JOBS[0]).advice["2GiB"]]
     assert {"trainer": "trl", "loss": "trl-chunked"} in changes
-    other = estimate("t5-small", method="full", batch_size=64, gpu="1GiB").advice["1GiB"]
+    other = estimate("t5-small", method="full", batch_size=64, gpu="1GiB", context=0).advice["1GiB"]
     assert not any("trainer" in a.options for a in other)
 
 
 def test_a_traced_job_is_advised_by_formulas() -> None:
     pytest.importorskip("peft")
-    job: dict[str, Any] = {"method": "full", "batch_size": 4, "seq_len": 512, "gpu": "1GiB"}
+    job: dict[str, Any] = {"method": "full", "batch_size": 4, "seq_len": 512, "gpu": "1GiB", "context": 0}
     traced, analytic = (estimate(MODEL, engine=engine, **job) for engine in ("trace", "analytic"))  # type: ignore[arg-type]
     assert traced.advice == analytic.advice
     assert report.title("1GiB", traced.engine) == "change, for 1GiB (by formulas)"
