@@ -16,7 +16,15 @@ from tests.planning.tiny import CONFIG
 MODEL = {**CONFIG, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "vocab_size": 32_000}
 JOBS: tuple[dict[str, Any], ...] = (
     {"method": "full", "batch_size": 8, "seq_len": 1024, "gpu": "2GiB", "context": 0},
-    {"method": "lora", "batch_size": 6, "seq_len": 2048, "trainer": "plain", "attn_implementation": "eager", "gpu": "3GiB", "context": 0},
+    {
+        "method": "lora",
+        "batch_size": 6,
+        "seq_len": 2048,
+        "trainer": "plain",
+        "attn_implementation": "eager",
+        "gpu": "3GiB",
+        "context": 0,
+    },
     {"method": "dora", "batch_size": 2, "seq_len": 1024, "optim": "adamw_torch", "gpu": "1GiB", "context": 0},
     {"method": "qlora", "double_quant": False, "batch_size": 2, "seq_len": 1000, "gpu": "1GiB", "context": 0},
 )
