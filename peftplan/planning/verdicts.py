@@ -106,8 +106,7 @@ def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, refused: str |
         peaks = peaks.replayed
     reserved = static_bytes if peaks is None else peaks.reserved or peaks.allocated
     lower_bound = peaks is None or bool(peaks.incomplete)
-    runs_within = peaks.runs_within if peaks is not None and peaks.allocated <= room < reserved else None
-    releases_cache = runs_within is not None and runs_within(room)
+    releases_cache = peaks is not None and reserved > room and _runs_within(peaks, room)
     if refused is not None:
         word = "does_not_run"
     elif reserved > room and not releases_cache:
@@ -130,6 +129,11 @@ def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, refused: str |
         scope=TEXT if peaks is not None and peaks.assumed.get("images_per_sample") == 0 else None,
         reason=refused,
     )
+
+
+def _runs_within(peaks: Peaks, room: int) -> bool:
+    """Whether a replay ends without error where the allocator may take so many bytes; tensors that alone are more never do."""
+    return peaks.runs_within is not None and peaks.allocated <= room and peaks.runs_within(room)
 
 
 def all_fit(verdicts: Iterable[Verdict], *, allow_tight: bool = False, text_only: bool = False) -> bool:
