@@ -52,7 +52,7 @@ def test_a_wrong_count_and_a_silent_engine_are_said() -> None:
     wrong = Answer(Case(Path("x"), 1, made), Stated(trainable=999, total=10_000, refused=None))
     shown = lines.of_record(made, {"analytic": wrong})
     assert shown[-2] == "trainable 1,000 of 10,000 parameters; trainable: 999 estimated"
-    assert shown[-1] == "analytic: states no peak of this run"
+    assert shown[-1] == "analytic: gives no peak for this run"
 
 
 def test_one_line_of_a_suite_and_its_summary() -> None:
