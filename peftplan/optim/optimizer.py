@@ -81,9 +81,7 @@ class Optimizer(NamedTuple):
         if self.step_implementation == "in-backward":
             return "it steps inside backward, which neither engine reproduces; only its states are counted"
         if self.low_rank:
-            return (
-                f"neither engine reproduces the projections that {self.package} computes; only its states are counted"
-            )
+            return f"neither engine reproduces the projections that {self.package} computes; only its states are counted"
         return None
 
     @property
