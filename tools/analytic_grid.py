@@ -293,11 +293,13 @@ def main() -> None:
 
 HEADER = """# Drift of analytic peaks from traced ones
 
-What the closed formulas say of a training step against a real step of the installed libraries on fake tensors. Drift is
-analytic ÷ traced − 1 of allocated bytes: plus is too much. The cells are drawn with a seed from every model type with an adapter
-(the smallest built-in model of each, at most six layers deep), every method, dtype, attention, trainer, optimizer and shape that
-`tools/analytic_grid.py` lists. Both count the tails of blocks that the allocator hands out whole, each from a replay of its own
-events. Written by `python tools/analytic_grid.py --write`.
+How closely the instant formulas follow a real training step. The analytic engine computes a peak in milliseconds; the trace
+engine runs the real transformers and peft code on tensors without data. This page compares the two over a random sample of jobs.
+Drift is analytic ÷ traced − 1 of allocated bytes, so plus means that the formulas say too much.
+
+The jobs are drawn with a seed from every supported model type (its smallest built-in model, cut to at most six layers) and every
+method, dtype, attention, trainer, optimizer and shape in `tools/analytic_grid.py`. Both engines count the unused ends of blocks
+that the allocator does not split, each from a replay of its own events. `python tools/analytic_grid.py --write` writes this page.
 
 """
 

@@ -132,13 +132,13 @@ def gb(num_bytes: float) -> str:
 def introduction() -> str:
     return section(
         "# The explainer's numbers, recomputed",
-        """peftplan grew out of an explainer on LoRA and parameter-efficient fine-tuning. This page goes through its tables:
-        what it says, the formula behind it, the number that peftplan computes, and what is true of the real model where the
-        article is off. It is off for a few reasons that come back: keys and values are narrower than the model (grouped-query
-        attention), an MLP is not four times as wide as the model, and a rule of thumb leaves out what a library really
-        stores.""",
-        """Units: a count is a number of parameters; GB = 10⁹ bytes and MB = 10⁶ bytes, because the article counts so
-        (elsewhere peftplan shows GiB = 2³⁰). The page is written by `tools/article.py`; edit that, not this.""",
+        """peftplan grew out of an article that explains LoRA and parameter-efficient fine-tuning with tables of
+        numbers. This page recomputes each table: what the article says, the formula behind it, what peftplan
+        computes, and what holds for the real model where the article is off. It is off for a few recurring reasons:
+        keys and values are narrower than the model (grouped-query attention), an MLP is not four times as wide as the
+        model, and a rule of thumb leaves out what a library really stores.""",
+        """Units: a count is a number of parameters; GB = 10⁹ bytes and MB = 10⁶ bytes, as in the article (elsewhere peftplan
+        shows GiB = 2³⁰). `tools/article.py` writes this page; edit that file, not this one.""",
     )
 
 

@@ -36,9 +36,12 @@ KINDS: dict[str, str] = {
 
 INTRO = """# Published counts
 
-Trainable and total parameter counts that other people's runs printed, and what `peftplan.estimate` gives for the same run.
-`data/published/trainable_counts.jsonl` holds each with its source, the call, and how the printed number is to be read; the tests
-make every call and compare exactly. This page is written from that file by `tools/published_counts.py`."""
+Do peftplan's parameter counts match what others have printed? Model cards, notebooks and issues often show the line of
+`print_trainable_parameters()`. This page lists such counts beside what `peftplan.estimate` returns for the same run, and explains
+every difference.
+
+`data/published/trainable_counts.jsonl` holds each count with its source, the call, and how to read the printed number; the tests
+make every call and compare exactly. `tools/published_counts.py` writes this page from that file."""
 
 EQUAL_NOTE = """*Equal* is equality of every number that the source prints. In the second row, a number is no independent check of
 the fact that was read off it; a table below says which fact that is."""

@@ -11,7 +11,7 @@ from peftplan.memory.tensors import Tensor
 
 
 def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
-    """`result + lora_B(lora_A(dropout(x))) * scaling`, with x in the adapter's dtype: each module makes its own copy.
+    """`result + lora_B(lora_A(dropout(x))) * scaling`, with x in the adapter's dtype: each module copies it.
 
     On a 4-bit base the result is cloned first, and x is cast only without autocast.
     """

@@ -18,7 +18,7 @@ from peftplan.memory.tape import Tape
 from peftplan.memory.tensors import Dims, Parameter, Tensor
 
 PEFT_ALPHA = 8
-"""`LoraConfig.lora_alpha` where nothing is said."""
+"""The default of `LoraConfig.lora_alpha`."""
 STACKED_DIMS = 3
 
 
@@ -42,7 +42,7 @@ class Stacked:
         sides = (a.dims[1], b.dims[0])
         matching = [name for name, w in self.params.items() if len(w.dims) == STACKED_DIMS and _sides(w, transposed) == sides]
         if len(matching) != 1:
-            raise NeedsTraceError("LoRA on a parameter that is no stack of experts")
+            raise NeedsTraceError("LoRA on a parameter that is not a stack of experts")
         weight = self.params[matching[0]]
         self._factors[matching[0]] = factors(self.tape, weight, a, b, transposed=transposed)
         del weight

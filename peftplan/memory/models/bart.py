@@ -106,7 +106,7 @@ def whisper_encoder(model: Model) -> Tensor:
 
 
 def run_encoder(model: Model, states: list[Tensor], mask: Tensor | None) -> Tensor:
-    """The encoder's layers, on the states that are given alone."""
+    """The encoder's layers; `states` holds the only reference to their input."""
     block, kinds = block_of(model, "encoder"), kinds_of(model, "encoder")
 
     def layer(number: int, x: Tensor, mask: Tensor | None) -> Tensor:
