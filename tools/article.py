@@ -168,11 +168,11 @@ def real_full() -> str:
     rows = []
     for text, dtype, optim in recipes:
         small, large = (estimate(m, method="full", dtype=dtype, optim=optim) for m in ("llama-2-7b", "llama-65b"))
-        rows.append((text, f"{held(small) / small.total_parameters:.2f}", gb(held(small)), gb(held(large))))
+        rows.append((text, f"{counted(small) / small.total_parameters:.2f}", gb(counted(small)), gb(counted(large))))
     return table(("recipe", "bytes per parameter", "Llama-2-7B", "LLaMA-65B"), rows)
 
 
-def held(result: Estimate) -> int:
+def counted(result: Estimate) -> int:
     """All that is counted, in the allocator and in managed memory."""
     return result.persistent_bytes + result.managed_bytes
 
@@ -214,7 +214,7 @@ def real_65b() -> str:
         result = estimate("llama-65b", r=8, target_modules=ATTENTION, **options)
         c = result.static.by_category()
         adapter = c["adapter_weights"] + c["gradients"] + c["optimizer_states"]
-        rows.append((text, gb(c["weights"]), gb(c["quant_state"]), gb(adapter), gb(held(result))))
+        rows.append((text, gb(c["weights"]), gb(c["quant_state"]), gb(adapter), gb(counted(result))))
     return table(("recipe", "base weights", "quantization state", "adapter, its gradients, Adam", "sum"), rows)
 
 

@@ -65,15 +65,15 @@ def kind(row: Row) -> str:
 
 def readings(row: Row) -> list[str]:
     """The names in `READINGS` that a row uses."""
-    found = ("plus" if isinstance(reading, dict) else reading for reading in row.get("reading", {}).values())
-    return [name for name in found if name != "equal"]
+    names = ("plus" if isinstance(reading, dict) else reading for reading in row.get("reading", {}).values())
+    return [name for name in names if name != "equal"]
 
 
 def page(rows: list[Row]) -> str:
     """The whole page."""
     kinds = Counter(map(kind, rows))
     left_out = [row["not_expressible"] for row in rows if kind(row) == "not expressible"]
-    sums = sum("trainable_sum" in found for found in left_out)
+    sums = sum("trainable_sum" in row for row in left_out)
     parts = [
         INTRO,
         _table(("result", "rows"), [(text, str(kinds[name])) for name, text in KINDS.items()] + [("all", str(len(rows)))]),
@@ -93,8 +93,8 @@ def page(rows: list[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _counted(names: dict[str, str], found: Iterable[str]) -> list[tuple[str, str]]:
-    counts = Counter(found)
+def _counted(names: dict[str, str], used: Iterable[str]) -> list[tuple[str, str]]:
+    counts = Counter(used)
     return [(text, str(counts[name])) for name, text in names.items()]
 
 
@@ -103,8 +103,8 @@ def _why(row: Row) -> tuple[str, ...]:
 
 
 def _left_out(row: Row) -> tuple[str, ...]:
-    found = row["not_expressible"]
-    return row["id"], _model(row), row["method"], f"{found['reason']}: {found['because']}"
+    gap = row["not_expressible"]
+    return row["id"], _model(row), row["method"], f"{gap['reason']}: {gap['because']}"
 
 
 def _line(row: Row) -> tuple[str, ...]:

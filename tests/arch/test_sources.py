@@ -224,7 +224,7 @@ def test_a_folder_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
         load(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="give its base model"):
+    with pytest.raises(InputError, match="name its base model"):
         load(tmp_path)
 
 
