@@ -177,8 +177,8 @@ def configure(name: str, options: Mapping[str, Any], *, beside: Iterable[str] = 
             raise UnknownNameError(
                 f"option of {method.name}", option, cls.model_fields, most=len(cls.model_fields), beside=beside
             )
-    given = {key: value for key, value in options.items() if key not in cls.no_effect}
-    return method, _validated(cls, {**method.defaults, **given})
+    effective = {key: value for key, value in options.items() if key not in cls.no_effect}
+    return method, _validated(cls, {**method.defaults, **effective})
 
 
 def from_peft_config(raw: Mapping[str, Any]) -> tuple[Method, MethodConfig]:

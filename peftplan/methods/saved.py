@@ -143,12 +143,12 @@ def token_originals(deltas: Iterable[AddedTensor]) -> tuple[AddedBuffer, ...]:
 
 def _module_of_tokens(arch: Architecture, name: str) -> Module:
     """The one module whose name ends with `name`. Raises NeedsPeftError where there are more, each of which peft wraps."""
-    found = [m for m in arch.modules if m.name.endswith(name)]
-    if not found:
+    matching = [m for m in arch.modules if m.name.endswith(name)]
+    if not matching:
         raise InputError("trainable_token_indices", name, f"no module has this name; {_near(arch, name)}")
-    if sum(m.copies for m in found) > 1:
-        raise NeedsPeftError(f"trainable_token_indices of {name!r}, with which several modules end")
-    return found[0]
+    if sum(m.copies for m in matching) > 1:
+        raise NeedsPeftError(f"trainable_token_indices of {name!r}, which matches several modules")
+    return matching[0]
 
 
 def _tied_to_embedding(arch: Architecture) -> frozenset[str]:
