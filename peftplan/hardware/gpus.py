@@ -96,7 +96,7 @@ def find_gpu(name: str) -> Gpu:
     if gpu_id is None:
         ids = (row["id"] for row in datafiles.load("gpus.json")["gpus"])
         raise UnknownNameError("gpu", name, ids, also="; `peftplan gpus` lists them; or a size such as 24GiB")
-    return _gpu(found)
+    return _gpu(gpu_id)
 
 
 def _anonymous(name: str, *, number: float, unit: str) -> Gpu:

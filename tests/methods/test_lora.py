@@ -78,7 +78,7 @@ NO_DEFAULT = ("distilbert", "vit", "whisper", "mixtral", "granitemoe", "qwen2_mo
 
 @pytest.mark.parametrize("model", NO_DEFAULT)
 def test_no_default_targets(model: str) -> None:
-    with pytest.raises(RefusedError, match="no default (LORA )?targets"):
+    with pytest.raises(RefusedError, match=r"no default (LORA )?targets"):
         ours(model, "lora")
     with pytest.raises(ValueError, match="target_modules"):
         tiny.peft_of(model, "lora")
