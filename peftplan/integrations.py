@@ -1,4 +1,4 @@
-"""Integrations with other libraries, each imported on first use."""
+"""What plugs into other libraries. Nothing of theirs is imported before a name is asked for."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def _figures(record: Record, result: Estimate) -> Iterator[tuple[Figure, int]]:
     """The peaks that compare with the record's: loading counts where the record's peak covers it."""
     if result.peaks is None:
         return
-    peaks = result.peaks.replayed
+    peaks = result.peaks
     covered = BY_PHASE if record.covers == "whole-run" else BY_PHASE[1:]
     yield "allocated", max(peaks.by_phase[phase] for phase in covered)
     context = record.peaks.context_bytes

@@ -42,23 +42,23 @@ def run(
     cases = sampled(_chosen(read_cases(files), ids), number=sample, seed=seed)
     path = baseline or stored.BASELINE
     before = stored.load(path)
-    checked = check(cases, engine, baseline=before, progress=progress)
+    found = check(cases, engine, baseline=before, progress=progress)
     if not update_baseline:
-        return checked
-    after = stored.updated(before, engine, checked.answers, versions=versions(engine))
+        return found
+    after = stored.updated(before, engine, found.answers, versions=versions(engine))
     stored.save(after, path)
-    return Check(engine, checked.answers, tuple(f for f in checked.failures if f.kind != "baseline"), new=0)
+    return Check(engine, found.answers, tuple(f for f in found.failures if f.kind != "baseline"), new=0)
 
 
 def versions(engine: Engine) -> dict[str, str]:
     """Installed versions of what decides what the engine states, local tags (`+cpu`) left out."""
-    installed = {}
+    found = {}
     for name in LIBRARIES[engine]:
         try:
-            installed[name] = version(name).partition("+")[0]
+            found[name] = version(name).partition("+")[0]
         except PackageNotFoundError:
             continue
-    return installed
+    return found
 
 
 def repaired(files: Sequence[Path]) -> list[str]:

@@ -103,7 +103,7 @@ def command(
     from peftplan.report import render
 
     if explain:
-        click.echo((result.replayed() if gpus else result).explain())
+        click.echo(result.explain())
     else:
         render.estimate(result, fmt=fmt, verbose=verbose, explain_peak=explain_peak)
     return 1 if require_fit and not all_fit(result.gpus, allow_tight=allow_tight, text_only=text_only) else 0

@@ -1,7 +1,6 @@
-"""The identity of a measured run: its configuration as a record states it, the key by which a suite recognises it, and its
-circumstances.
+"""Who a measured run is: its configuration in a record's words, the key that a suite recognises it by, and its circumstances.
 
-Nothing here needs torch, so that a suite knows at once what is left to do.
+Nothing here needs torch, so that a suite can tell what is left to do at once.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ WARMUP, STEPS = 1, 2
 PACKAGES = ("peftplan", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "triton", "numpy")
 SOURCE = "peftplan measure"
 LICENCE = "Apache-2.0"
-"""The licence of records measured with this command and added to this project."""
+"""Of what is measured with and added to this project."""
 
 ALLOCATOR_VARIABLES = (
     "PYTORCH_ALLOC_CONF",
@@ -115,13 +114,13 @@ def new_id(run: Run) -> str:
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
-    versions = {}
+    found = {}
     for package in packages:
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 def _commit() -> str | None:

@@ -63,7 +63,7 @@ class Recorder:
         self.device.reset_peaks()
 
     def register(self, tensor: torch.Tensor, category: Category, name: str, *, op: str = "load") -> None:
-        """Only the trace engine names tensors."""
+        """Names are a trace's matter."""
 
 
 def _figure(step: int, phase: str, now: Reading, device: Device) -> Figure:

@@ -28,7 +28,7 @@ CHILD: tuple[str, ...] = (sys.executable, "-m", "peftplan.measure.child")
 """What runs one configuration."""
 
 TIMEOUT = 600.0
-"""Seconds after which a run counts as hung: an 8B model is made, quantized and stepped well within that time."""
+"""Seconds after which a run counts as hung: an 8B model is made, quantized and stepped well within."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """The key that distinguishes it from other lines and other records."""
+        """What tells it from the other lines, and from other records."""
         return key(self.run)
 
 

@@ -1,4 +1,4 @@
-"""The entry points of this package: states of one parameter, and what an optimizer holds once."""
+"""The door of this package: states of one parameter, and what an optimizer holds besides."""
 
 from __future__ import annotations
 

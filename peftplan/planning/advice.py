@@ -20,9 +20,7 @@ Again = Callable[..., "Estimate"]
 
 
 class Advice(NamedTuple):
-    """One change, or several: the options, the peak with them, what they save, and whether the job then fits. Bytes are those of
-    tensors, before the allocator's tails.
-    """
+    """One change, or several: the options, the peak with them, what they save, and whether the job then fits."""
 
     options: dict[str, Any]
     peak_allocated: int

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan import methods
@@ -35,6 +34,7 @@ from peftplan.planning.virtual_tokens import check_virtual_tokens
 
 if TYPE_CHECKING:
     from peftplan.planning.job import Job
+    from peftplan.planning.reserved import Written
 
 MULTIPLES = (8, 16, 32, 64, 128)
 """Multiples to which kernels round the sequence."""
@@ -61,6 +61,8 @@ class Compiled(NamedTuple):
     """Each workspace with the event of the timeline before which it is taken."""
     on_host: tuple[tuple[tuple[Any, ...], str, int], ...] = ()
     """Dims, dtype and number of the tensors that wait on the host for backward."""
+    programs: dict[tuple[int, ...], Written] = {}  # noqa: RUF012
+    """What `planning.reserved` wrote of runs whose last step this is."""
 
     def facts(self, batch_size: Any, seq_len: Any) -> tuple[Any, ...]:
         """`shape_facts` of this job at other sizes, numbers or arrays."""
@@ -85,66 +87,20 @@ def kernels(compute_capability: str) -> tuple[bool, int | None]:
 
 def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Peaks:
     """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell."""
+    from peftplan.planning.instant import InstantPeaks
+    from peftplan.planning.reserved import Run
+
     found = compiled(job, parameters, static, compute_capability=compute_capability)
     named = found.sizes(job.setup.batch_size, job.setup.seq_len)
     moments = found.timeline.peaks(named, found.standing_bytes)
 
-    def steps() -> Steps:
-        of_warmup = job.script.earlier_seq_lens or (job.setup.seq_len,)
-        each = [job._replace(setup=job.setup.model_copy(update={"seq_len": tokens})) for tokens in of_warmup]
-        before = [compiled(one, parameters, static, compute_capability=compute_capability) for one in each]
-        sizes_of = zip(before, of_warmup, strict=True)
-        return *((one, one.sizes(job.setup.batch_size, tokens)) for one, tokens in sizes_of), (found, named)
-
-    totals = {"load": found.loading_bytes, **{phase: total for phase, (total, _) in moments.items()}}
-
-    def replayed() -> Peaks:
-        from peftplan.planning import reserved
-
-        run = reserved.Run(steps(), job.script)
-        of_run = run.peaks()
-        allocated = {phase: max(total, of_run[phase].allocated if phase in of_run else 0) for phase, total in totals.items()}
-        return Peaks(
-            ledgers=Ledgers(found, moments, named, allocated),
-            totals=allocated,
-            reserved=of_run[""].reserved,
-            reserved_source=reserved.SOURCE,
-            runs_within=run.fits,
-            assumed=found.assumed(named),
-        )
-
-    return Peaks(ledgers=Ledgers(found, moments, named), totals=totals, replay=replayed, assumed=found.assumed(named))
-
-
-class Ledgers(Mapping[str, Ledger]):
-    """Phase → what is alive at its peak, each written when it is first read; with tails up to the bytes `allocated` by phase."""
-
-    def __init__(
-        self,
-        compiled: Compiled,
-        moments: Mapping[str, tuple[int, int]],
-        named: Mapping[str, int],
-        allocated: Mapping[str, int] = MappingProxyType({}),
-    ) -> None:
-        self._compiled, self._moments, self._named = compiled, moments, named
-        self._allocated = allocated
-        self._written: dict[str, Ledger] = {}
-
-    def __getitem__(self, phase: str) -> Ledger:
-        if phase not in self._written:
-            self._written[phase] = self._write(phase).with_tails(self._allocated.get(phase, 0))
-        return self._written[phase]
-
-    def _write(self, phase: str) -> Ledger:
-        if phase == "load":
-            return self._compiled.loading
-        return self._compiled.standing + Ledger(self._compiled.timeline.lines(self._moments[phase][1], self._named))
-
-    def __iter__(self) -> Iterator[str]:
-        yield from ("load", *self._moments)
-
-    def __len__(self) -> int:
-        return 1 + len(self._moments)
+    before = []
+    for tokens in job.script.earlier_seq_lens:
+        earlier = job._replace(setup=job.setup.model_copy(update={"seq_len": tokens}))
+        of_step = compiled(earlier, parameters, static, compute_capability=compute_capability)
+        before.append((of_step, of_step.sizes(job.setup.batch_size, tokens)))
+    last = (found, named)
+    return InstantPeaks(found, moments, named, Run((*before, last) if before else (last, last), job.script))
 
 
 Steps = tuple[tuple[Compiled, dict[str, Any]], ...]
@@ -235,6 +191,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         virtual_tokens=model.virtual_tokens,
         loss=_loss_sizes(job),
         on_host=tuple(model.on_host),
+        programs={},
     )
 
 

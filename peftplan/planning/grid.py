@@ -19,16 +19,18 @@ except ImportError:
 
 @dataclass(frozen=True)
 class Grid:
-    """Peaks of one job at many sizes; arrays have the broadcast shape of `batch_size` and `seq_len`, bytes as int64."""
+    """What tensors request at the peaks of one job at many sizes: arrays of the broadcast shape of `batch_size` and `seq_len`,
+    bytes as int64. An `Estimate` also counts the tails of blocks that torch's allocator hands out whole.
+    """
 
     batch_size: Any
     seq_len: Any
-    peak_by_phase: dict[str, Any]
+    requested_by_phase: dict[str, Any]
 
     @property
-    def peak_allocated(self) -> Any:
+    def peak_requested_bytes(self) -> Any:
         """The overall peak at each point."""
-        return np.maximum.reduce(list(self.peak_by_phase.values()))
+        return np.maximum.reduce(list(self.requested_by_phase.values()))
 
 
 def evaluate(

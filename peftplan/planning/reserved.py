@@ -1,4 +1,4 @@
-"""What torch's caching allocator makes of an analytic estimate: its events, replayed through the model of it.
+"""What torch's caching allocator makes of an analytic estimate: its events as a program, replayed through a model of it.
 
 Two optimizer steps after loading, as the trace engine replays them: the first makes the optimizer's states, the second is the
 steady one; a script may say other steps (`planning.script`). Layers between the first and the last of their kind, which the
@@ -8,18 +8,17 @@ timeline only counts, do here what the last one does, event by event.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from math import prod
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.allocator.blocks import Block
-from peftplan.memory.allocator.config import AllocatorConfig
-from peftplan.memory.allocator.core import Allocator
-from peftplan.memory.allocator.stats import Peaks
+from peftplan.memory import program as events
 from peftplan.memory.copies import Layers
 from peftplan.memory.ledger import Line
+from peftplan.memory.program import Program, Replayed, replay
 from peftplan.memory.timeline import Kind, Timeline
 from peftplan.planning.script import NO_SCRIPT, Script
 
@@ -47,30 +46,55 @@ class Run(NamedTuple):
             return False
         return True
 
-    def peaks(self, *, capacity_bytes: int | None = None) -> dict[str, Peaks]:
-        """Allocated bytes with the tails of blocks, and reserved bytes: phase → peaks, and `` for the whole run.
+    def peaks(self, *, capacity_bytes: int | None = None) -> Replayed:
+        """Allocated bytes of each phase with the tails of blocks, and reserved bytes.
 
         Raises MemoryError where `capacity_bytes` are not enough.
         """
+        program, sizes = self.program()
+        return replay(program, sizes, ties_by_address=self.script.ties_by_address, capacity=capacity_bytes)
+
+    def program(self) -> tuple[Program, list[int]]:
+        """The events, which are the same at all sizes at which the same operations run, and the sizes."""
         compiled, _ = self.steps[-1]
-        feed = _Feed(Allocator(AllocatorConfig(ties_by_address=self.script.ties_by_address), capacity_bytes), self.script)
-        feed.allocator.begin_phase("load")
-        compiled.load(feed.allocator)
-        feed.take(compiled.early)
-        feed.allocator.begin_phase("warmup")
-        states = [line for line in compiled.standing if line.category == "optimizer_states" and line not in compiled.early]
-        for number, (of_step, named) in enumerate(self.steps, start=1):
-            made = _made(states, of_step) if number == 1 else {}
-            feed.step(of_step.timeline, named, made, phases=number == len(self.steps))
-        return {**feed.allocator.peaks_by_phase, "": feed.allocator.peaks}
+        key = tuple(id(of_step) for of_step, _ in self.steps)
+        if key not in compiled.programs:
+            compiled.programs[key] = _write([of_step for of_step, _ in self.steps], self.script)
+        written = compiled.programs[key]
+        sizes = [_bytes(kind, named) for of_step, named in self.steps for kind in of_step.timeline.kinds]
+        return written.program, sizes + written.sizes
 
 
-def _made(states: list[Line], compiled: Compiled) -> dict[int, list[Line]]:
+class Written(NamedTuple):
+    """A program, the sizes that its table ends with, and the steps it was written for, which its key names by identity."""
+
+    program: Program
+    sizes: list[int]
+    steps: list[Compiled]
+
+
+def _write(steps: list[Compiled], script: Script) -> Written:
+    writer = _Writer(script, sum(len(of_step.timeline.kinds) for of_step in steps))
+    compiled = steps[-1]
+    writer.begin("load")
+    compiled.load(writer)
+    writer.take(compiled.early)
+    writer.begin("warmup")
+    states = [line for line in compiled.standing if line.category == "optimizer_states" and line not in compiled.early]
+    kinds = 0
+    for number, of_step in enumerate(steps, start=1):
+        lasting = _lasting(states, of_step) if number == 1 else {}
+        writer.step(of_step.timeline, kinds, lasting, phases=number == len(steps))
+        kinds += len(of_step.timeline.kinds)
+    return Written(writer.program(), list(writer.sizes), steps)
+
+
+def _lasting(states: list[Line], compiled: Compiled) -> dict[int, list[Line]]:
     """What the first step makes for all: the optimizer's states and workspaces, by the event that they precede."""
-    found = {compiled.timeline.states: states}
+    by_event = {compiled.timeline.states: states}
     for at, line in compiled.workspaces:
-        found.setdefault(at, []).append(line)
-    return found
+        by_event.setdefault(at, []).append(line)
+    return by_event
 
 
 def _stack(name: str) -> str:
@@ -80,171 +104,145 @@ def _stack(name: str) -> str:
 
 def _layers(name: str, copies: int) -> range:
     """The layers of a stack that have a tensor."""
-    found = _LAYER.search(name)
-    first = int(found[0]) if found and found[0] != "{}" else 0
+    number = _LAYER.search(name)
+    first = int(number[0]) if number and number[0] != "{}" else 0
     return range(first, first + copies)
 
 
-class _Feed:
-    """Feeds an allocator; holds its blocks by the storage of the tape that they are for."""
+class _Writer:
+    """Writes a program. Sizes of tensors of a step stand in the table by their kind, all others behind them."""
 
-    def __init__(self, allocator: Allocator, script: Script) -> None:
-        self.allocator = allocator
+    def __init__(self, script: Script, num_kinds: int) -> None:
         self.script = script
-        self._outputs: list[Block | None] = []
-        self._live: dict[int, list[Block | None]] = {}
-        self._spare: dict[int, list[int]] = {}
-        self._places: dict[int, int] = {}
-        """What a copied layer hands on → the storage in whose place it stands."""
-        self._heirs: dict[int, int] = {}
-        """The hidden state before copied layers → the one behind them, of which all copies go before it in backward."""
+        self.sizes: dict[int, int] = {}
+        self._num_kinds = num_kinds
+        self._events: list[int] = []
+        self._handles = 0
+        self._storages = 0
+        self._phases: list[str] = []
+
+    def program(self) -> Program:
+        """What has been written."""
+        return Program(array("q", self._events), self._storages + 1, self._handles, tuple(self._phases))
+
+    # -- loading: `memory.load.Memory` -------------------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int) -> int:
+        """Make a tensor; what frees it."""
+        self._events += (events.HOLD, self._handles, self._size(nbytes), 0, 0)
+        self._handles += 1
+        return self._handles - 1
+
+    def release(self, held: int, /) -> None:
+        """Free a tensor."""
+        self._events += (events.LET_GO, held, 0, 0, 0)
+
+    def empty_cache(self) -> None:
+        """`torch.cuda.empty_cache()`."""
+        self._write(events.EMPTY)
+
+    # -- steps -------------------------------------------------------------------------------------------------------------------
+
+    def begin(self, phase: str) -> None:
+        """What follows counts for this phase."""
+        if phase not in self._phases:
+            self._phases.append(phase)
+        self._write(events.PHASE, self._phases.index(phase))
 
     def take(self, lines: Iterable[Line]) -> None:
         """Allocate lines for good, layer by layer."""
         for _, group in groupby(lines, key=lambda line: _stack(line.name)):
-            of_stack = [(_layers(line.name, line.copies), ITEMSIZE[line.dtype] * prod(line.shape)) for line in group]
+            of_stack = [(_layers(line.name, line.copies), self._size(ITEMSIZE[line.dtype] * prod(line.shape))) for line in group]
             for layer in range(max(layers.stop for layers, _ in of_stack)):
-                for layers, nbytes in of_stack:
+                for layers, size in of_stack:
                     if layer in layers:
-                        self.allocator.allocate(nbytes)
+                        self._events += (events.TAKE, size, 1, 0, 0)
 
-    def step(self, timeline: Timeline, named: Mapping[str, int], made: Mapping[int, Sequence[Line]], *, phases: bool) -> None:
-        """One optimizer step; `made`: what lasts, by the event that it precedes."""
-        nbytes = [_bytes(kind, named) for kind in timeline.kinds]
+    def step(self, timeline: Timeline, kinds: int, lasting: Mapping[int, Sequence[Line]], *, phases: bool) -> None:
+        """One optimizer step, whose kinds stand in the table from `kinds` on; `lasting`: what lasts, by the event it precedes."""
         borders = {start: phase for phase, start, _ in timeline.windows}
         layers = {repeated.first: repeated for repeated in timeline.repeated}
         outlives = len(timeline.events) if not self.script.outputs_outlive_step else timeline.windows[-1][1]
+        self._storages = max(self._storages, len(timeline.kind_of))
         done = 0
         for at, ((kind, count), storage) in enumerate(zip(timeline.events, timeline.storages, strict=True)):
             if at in borders:
                 self._begin(borders[at], counts=phases)
-            if at in made:
-                self.take(made[at])
+            if at in lasting:
+                self.take(lasting[at])
             if at in layers:
-                self._repeat([_Layer.of(each, timeline, nbytes) for each in layers[at].layers])
+                self._repeat(layers[at].layers, timeline, kinds)
                 done = layers[at].last
             if at < done:
                 continue
             if count > 1 and at >= timeline.windows[-1][1]:
-                done = self._by_layer(timeline, nbytes, at)
+                done = self._by_layer(timeline, kinds, at)
             elif count > 0:
-                self._make(storage, nbytes[kind], count)
+                self._events += (events.MAKE, storage, kinds + kind, count, 0)
             elif at < outlives or timeline.kinds[kind].category == "temporaries":
-                self._free(storage, nbytes[kind], -count)
+                self._events += (events.FREE, storage, kinds + kind, -count, 0)
             else:
-                self._outputs += self._live.pop(storage, [])
-        self.take(made.get(len(timeline.events), ()))
+                self._write(events.OUTPUTS, storage)
+        self.take(lasting.get(len(timeline.events), ()))
         if self.script.empties_cache:
-            self.allocator.empty_cache()
-        for blocks in self._live.values():  # gradients
-            self._give_back(blocks)
-        self._live.clear()
-        self._spare.clear()
-        self._heirs.clear()
+            self._write(events.EMPTY)
+        self._write(events.END)
 
     def _begin(self, phase: str, *, counts: bool) -> None:
         if counts:
-            self.allocator.begin_phase(phase)
+            self.begin(phase)
         if phase == "backward":  # the forward has returned
-            self._give_back(self._outputs)
-            self._outputs.clear()
+            self._write(events.END_OUTPUTS)
 
-    def _by_layer(self, timeline: Timeline, nbytes: Sequence[int], at: int) -> int:
+    def _by_layer(self, timeline: Timeline, kinds: int, at: int) -> int:
         """Make what an optimizer makes for all parameters of a stack, layer by layer; the event behind."""
         run = []
         for (kind, count), storage in zip(timeline.events[at:], timeline.storages[at:], strict=True):
             name = timeline.kinds[kind].name
             if count < 1 or _stack(name) != _stack(timeline.kinds[timeline.events[at][0]].name):
                 break
-            run.append((_layers(name, count), storage, nbytes[kind]))
+            run.append((_layers(name, count), storage, kinds + kind))
         for layer in range(max(layers.stop for layers, *_ in run)):
             for layers, storage, size in run:
                 if layer in layers:
-                    self._live.setdefault(storage, []).append(self.allocator.allocate(size))
+                    self._write(events.ADD, storage, size)
         return at + len(run)
 
-    def _repeat(self, layers: list[_Layer]) -> None:
+    def _repeat(self, layers: Sequence[Layers], timeline: Timeline, kinds: int) -> None:
         """Layers that the timeline only counts, those of several kinds in turn."""
-        given = {made: before for layer in layers for made, before in layer.given.items()}
+        given = {after: before for layer in layers for after, before in layer.given.items()}
         before, behind = set(given.values()) - set(given), set(given) - set(given.values())
-        self._heirs |= zip(sorted(before), sorted(behind), strict=False)  # one each, but where nothing is handed on
-        for turn in range(max(layer.number for layer in layers)):
-            for layer in layers:
-                if turn < layer.number:
-                    self._run(layer)
+        for one, last in zip(sorted(before), sorted(behind), strict=False):  # one each, but where nothing is handed on
+            self._write(events.BEHIND, one, last)
+        self._write(events.REPEAT, len(layers))
+        for layer in layers:
+            of_layer = _events_of(layer, timeline, kinds)
+            self._write(events.LAYER, layer.number, len(of_layer) // events.WIDTH)
+            self._events += of_layer
 
-    def _run(self, layer: _Layer) -> None:
-        """What one layer does. Its input may be the output of a copy, or of the layer that it is a copy of."""
-        allocate, release = self.allocator.allocate, self.allocator.release
-        own: dict[int, list[Block | None]] = {}
-        handed: dict[int, int] = {}
-        for what, storage, size, count in layer.events:
-            if what == "make":
-                own[storage] = [allocate(size) for _ in range(count)]
-            elif what == "free":
-                for block in own.pop(storage):
-                    release(block)
-            elif what == "keep":
-                self._make(storage, size, count)
-            elif what == "drop":
-                self._free(storage, size, count)
-            else:
-                new = layer.moved[storage]
-                handed[new] = next((s for s in (storage, self._places.get(storage, new)) if self._live.get(s)), new)
-                self._places[new] = handed[new]
-                self._free(handed[new], size, count)
-        for new, storage in handed.items():
-            self._live.setdefault(storage, []).extend(own.pop(new))
+    def _size(self, nbytes: int) -> int:
+        return self._num_kinds + self.sizes.setdefault(nbytes, len(self.sizes))
 
-    def _give_back(self, blocks: Iterable[Block | None]) -> None:
-        for block in blocks:
-            self.allocator.release(block)
-
-    def _make(self, storage: int, nbytes: int, count: int) -> None:
-        made = [self.allocator.allocate(nbytes) for _ in range(count)]
-        if storage in self._live:
-            self._spare.setdefault(nbytes, []).append(storage)
-            self._live[storage] += made
-        else:
-            self._live[storage] = made
-
-    def _free(self, storage: int, nbytes: int, count: int) -> None:
-        """Free so many of a storage and its copies; a copy of a hidden state may stand under another layer's."""
-        for _ in range(count):
-            blocks = self._live.get(self._heirs.get(storage, storage)) or self._live.get(storage) or self._other(nbytes)
-            if blocks:
-                self.allocator.release(blocks.pop())
-
-    def _other(self, nbytes: int) -> list[Block | None]:
-        return next((self._live[s] for s in self._spare.get(nbytes, ()) if self._live.get(s)), [])
+    def _write(self, what: int, a: int = 0, b: int = 0) -> None:
+        self._events += (what, a, b, 0, 0)
 
 
-What = Literal["make", "free", "keep", "drop", "hand"]
-
-
-class _Layer(NamedTuple):
-    """`Layers` with sizes: what a layer makes and frees itself, what it keeps, drops of others, or puts in another's place."""
-
-    number: int
-    events: tuple[tuple[What, int, int, int], ...]
-    moved: Mapping[int, int]
-    given: Mapping[int, int]
-
-    @classmethod
-    def of(cls, layers: Layers, timeline: Timeline, nbytes: Sequence[int]) -> _Layer:
-        """The events of one layer: what, storage, bytes, how many."""
-        net, made = frozenset(layers.net), {n for n in layers.log if n > 0}
-        events: list[tuple[What, int, int, int]] = []
-        for n in layers.log:
-            storage = abs(n)
-            what: What | None
-            if n > 0:
-                what = "keep" if n in net else "make"
-            else:
-                what = "drop" if n in net else "free" if storage in made else "hand" if storage in layers.moved else None
-            if what is not None:
-                events.append((what, storage, nbytes[timeline.kind_of[storage]], timeline.tensors.get(storage, 1)))
-        return cls(layers.number, tuple(events), layers.moved, layers.given)
+def _events_of(layers: Layers, timeline: Timeline, kinds: int) -> list[int]:
+    """What one layer makes and frees itself, keeps, drops of others, or puts in another's place."""
+    net, made = frozenset(layers.net), {n for n in layers.log if n > 0}
+    written: list[int] = []
+    for n in layers.log:
+        storage = abs(n)
+        size, count = kinds + timeline.kind_of[storage], timeline.tensors.get(storage, 1)
+        if n in net:
+            written += (events.MAKE if n > 0 else events.FREE, storage, size, count, 0)
+        elif n > 0:
+            written += (events.OWN, storage, size, count, 0)
+        elif storage in made:
+            written += (events.END_OWN, storage, 0, 0, 0)
+        elif storage in layers.moved:
+            written += (events.HAND, storage, layers.moved[storage], size, count)
+    return written
 
 
 def _bytes(kind: Kind, named: Mapping[str, int]) -> int:

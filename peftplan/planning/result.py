@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,16 +34,16 @@ TIGHT = 0.05
 
 @dataclass(frozen=True)
 class Peaks:
-    """The peaks of a steady training step: what is alive at each phase's own peak moment, and what the allocator reserves.
+    """The peaks of a steady training step as torch's allocator counts them: what is alive at each phase's own peak moment, the
+    tails of blocks that it hands out whole included, and what it reserves.
 
-    Formulas alone give sums of tensors; `replayed` gives the same peaks as torch's allocator counts them, milliseconds later.
     `incomplete` lists what the engine met and could not follow; the peaks are then lower bounds. `recording` is the whole run,
     where it was asked for and the engine has one.
     """
 
     ledgers: Mapping[str, Ledger]
     reserved: int | None = None
-    """What the allocator holds at most, comparable with `torch.cuda.max_memory_reserved()`; None before a replay."""
+    """What the allocator holds at most, comparable with `torch.cuda.max_memory_reserved()`; None where it is not known."""
     reserved_source: str | None = None
     incomplete: tuple[str, ...] = ()
     recording: Recording | None = field(default=None, repr=False, compare=False)
@@ -51,20 +51,11 @@ class Peaks:
     """What the engine took for granted besides the setup: what else a sample holds, which kernels ran."""
     runs_within: Callable[[int], bool] | None = field(default=None, repr=False, compare=False)
     """Whether the job runs where the allocator can take so many bytes: it gives cached memory back before it fails."""
-    totals: Mapping[str, int] | None = field(default=None, repr=False, compare=False)
-    """Phase → sum of its ledger, where that is known before the ledger is written."""
-    replay: Callable[[], Peaks] | None = field(default=None, repr=False, compare=False)
-    """What feeds these events to a model of torch's caching allocator; None where that has been done."""
-
-    @cached_property
-    def replayed(self) -> Peaks:
-        """These peaks with the tails of blocks that the allocator hands out whole, and with reserved bytes."""
-        return self.replay() if self.replay else self
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
         """Phase → allocated bytes at its peak, in the order of `PHASES`."""
-        return {phase: self.totals[phase] if self.totals else self.ledgers[phase].bytes() for phase in PHASES}
+        return {phase: self.ledgers[phase].bytes() for phase in PHASES}
 
     @property
     def phase(self) -> str:
@@ -73,8 +64,13 @@ class Peaks:
 
     @property
     def allocated(self) -> int:
-        """The overall peak, comparable with `torch.cuda.max_memory_allocated()` once it is `replayed`."""
+        """The overall peak, comparable with `torch.cuda.max_memory_allocated()`."""
         return self.by_phase[self.phase]
+
+    @property
+    def at_least(self) -> int:
+        """Bytes below which the overall peak is not: known without a replay."""
+        return self.allocated
 
 
 class Verdict(NamedTuple):
@@ -183,19 +179,12 @@ class Estimate:
         unfit = [verdict.gpu for verdict in self.gpus if verdict.verdict == "does_not_fit"]
         return {gpu: self.advise(gpu) for gpu in unfit} if self.advise and self.peaks else {}
 
-    def replayed(self) -> Estimate:
-        """This estimate with its peaks as torch's allocator counts them: the tails of blocks, and reserved bytes.
-
-        Takes milliseconds, where the estimate itself takes less than one. Done already by the trace engine, for verdicts and for
-        `to_dict`.
-        """
-        return self if self.peaks is None else replace(self, peaks=self.peaks.replayed)
-
     def at(self, *, batch_size: Any = None, seq_len: Any = None) -> Any:
         """The same job at another `batch_size` (per device) and `seq_len` (tokens), without building it again.
 
-        Whole numbers give an `Estimate`; numpy arrays, broadcast against each other, give a `planning.grid.Grid` of peaks in
-        bytes. Analytic estimates only. Raises InputError for sizes that are no whole numbers of at least 1.
+        Whole numbers give an `Estimate`; numpy arrays, broadcast against each other, give a `planning.grid.Grid` of the
+        bytes that tensors request at the peak. Analytic estimates only. Raises InputError for sizes that are no whole numbers
+        of at least 1.
         """
         if self.resize is None:
             raise InputError("engine", self.engine, "accepted: analytic, whose lines keep their sizes as names")
@@ -263,9 +252,7 @@ class Estimate:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON contract, bytes as integers; null is what this engine does not count. Peaks are replayed."""
-        if self.peaks is not None and self.peaks.replay:
-            return self.replayed().to_dict()
+        """The JSON contract, bytes as integers; null is what this engine does not count."""
         by_category = self.ledger.by_category()
         line = self.largest_line
         largest = {"category": line.category, "name": line.name.replace("{}", "*"), "bytes": line.bytes()}

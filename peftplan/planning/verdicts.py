@@ -102,9 +102,8 @@ def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, refused: str |
     usable = usable_bytes(card)
     context = context_for_verdict(card)
     room = usable.bytes - context.bytes
-    if peaks is not None and peaks.replay and not (hasty and peaks.allocated > room):
-        peaks = peaks.replayed
-    reserved = static_bytes if peaks is None else peaks.reserved or peaks.allocated
+    unfit = hasty and peaks is not None and peaks.at_least > room
+    reserved = static_bytes if peaks is None else peaks.at_least if unfit else peaks.reserved or peaks.allocated
     lower_bound = peaks is None or bool(peaks.incomplete)
     releases_cache = peaks is not None and reserved > room and _runs_within(peaks, room)
     if refused is not None:
@@ -133,7 +132,7 @@ def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, refused: str |
 
 def _runs_within(peaks: Peaks, room: int) -> bool:
     """Whether a replay ends without error where the allocator may take so many bytes; tensors that alone are more never do."""
-    return peaks.runs_within is not None and peaks.allocated <= room and peaks.runs_within(room)
+    return peaks.runs_within is not None and peaks.at_least <= room and peaks.runs_within(room)
 
 
 def all_fit(verdicts: Iterable[Verdict], *, allow_tight: bool = False, text_only: bool = False) -> bool:

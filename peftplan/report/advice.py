@@ -8,13 +8,13 @@ from typing import Any
 from peftplan.planning.advice import Advice
 from peftplan.units import format_bytes
 
-COLUMNS = ("change", "tensors", "saves", "then")
+COLUMNS = ("change", "peak", "saves", "then")
 NOW = "(none)"
 """The job as it is, in the column of changes."""
 
 
 def rows(found: Sequence[Advice]) -> list[tuple[str, str, str, str]]:
-    """The job as it is, then each change. Bytes are sums of tensors, as `Advice` counts them."""
+    """The job as it is, then each change."""
     unchanged = found[0].peak_allocated + found[0].saving_bytes
     return [(NOW, format_bytes(unchanged), "", "does not fit"), *map(row, found)]
 

@@ -30,8 +30,6 @@ def estimate(result: Estimate, *, fmt: str, verbose: bool, explain_peak: bool = 
     `explain_peak` adds the largest tensors alive at the peak: a section for people, the key `largest` in JSON, and in CSV these
     instead of the lines.
     """
-    if result.gpus or fmt in ("json", "csv"):
-        result = result.replayed()
     if fmt == "json":
         _json(result.to_dict() | ({"largest": peak.facts(result)} if explain_peak else {}))
     elif fmt == "csv":

@@ -11,7 +11,6 @@ from peftplan.memory.ledger import CATEGORIES
 from peftplan.planning.result import Estimate, Peaks, Verdict
 from peftplan.units import format_bytes
 
-UNREPLAYED = "what torch's allocator holds beyond the tensors (name a card, --gpu, for reserved bytes)"
 NO_ADVICE = "{gpu}: the formulas know no change that helps; --engine trace can try others"
 LINE_COLUMNS = ("category", "name", "bytes", "place", "formula", "source")
 
@@ -80,8 +79,7 @@ def not_counted(result: Estimate) -> str:
     """What the numbers leave out."""
     if result.peaks is None:
         return f"Not counted yet, so no peak is stated: {', '.join(result.not_modelled)}."
-    what = ", ".join((*result.not_modelled, *((UNREPLAYED,) if result.peaks.replay else ())))
-    return f"Not counted in the sums: {what}."
+    return f"Not counted in the sums: {', '.join(result.not_modelled)}."
 
 
 GROUPED_FROM = 100_000

@@ -18,9 +18,9 @@ PLAIN: dict[str, Any] = {"trainer": "plain", "use_cache": False}
 
 
 def logits(phase: str, **options: Any) -> int:
-    peaks = estimate(MODEL, **{**SIZES, **PLAIN, **options}).peaks
-    assert peaks is not None
-    return sum(line.bytes() for line in peaks.ledgers[phase] if line.category == "logits")
+    found = estimate(MODEL, **{**SIZES, **PLAIN, **options}).peaks
+    assert found is not None
+    return sum(line.bytes() for line in found.ledgers[phase] if line.category == "logits")
 
 
 @pytest.mark.parametrize("count", [N, S])
@@ -34,9 +34,9 @@ def test_the_trained_head_keeps_a_copy_of_the_last_hidden_states_of_several_sequ
     """Rows of a slice do not follow each other: `linear` copies them where it must keep them (b × n × h in bf16)."""
     bytes_of = {"full": 2 * B * N * 256, "lora": 0}
     for method, expected in bytes_of.items():
-        several = estimate(MODEL, **SIZES, **PLAIN, method=method, logits_to_keep=N).peaks
-        assert several is not None
-        assert sum(line.bytes() for line in several.ledgers["forward"] if line.name == "lm_head clone") == expected
+        found = estimate(MODEL, **SIZES, **PLAIN, method=method, logits_to_keep=N).peaks
+        assert found is not None
+        assert sum(line.bytes() for line in found.ledgers["forward"] if line.name == "lm_head clone") == expected
         one = estimate(MODEL, seq_len=S, **PLAIN, method=method, logits_to_keep=N).peaks
         assert one is not None
         assert not [line for line in one.ledgers["forward"] if line.name == "lm_head clone"]
@@ -46,12 +46,12 @@ def test_the_trained_head_keeps_a_copy_of_the_last_hidden_states_of_several_sequ
 @pytest.mark.parametrize("batch_size", [1, B])
 def test_more_logits_need_no_less(options: dict[str, Any], batch_size: int) -> None:
     """Of all tokens there may be less: then the trained head needs no copy."""
-    job = {"batch_size": batch_size, "seq_len": S, **options}
-    by_kept = [phases(MODEL, "analytic", logits_to_keep=n, **job) for n in (1, 2, 7, 64, S - 1)]
-    for phase in by_kept[0]:
-        of_phase = [peaks[phase] for peaks in by_kept]
+    given = {"batch_size": batch_size, "seq_len": S, **options}
+    found = [phases(MODEL, "analytic", logits_to_keep=n, **given) for n in (1, 2, 7, 64, S - 1)]
+    for phase in found[0]:
+        of_phase = [peaks[phase] for peaks in found]
         assert of_phase == sorted(of_phase)
-    assert by_kept[0]["forward"] < by_kept[-1]["forward"]
+    assert found[0]["forward"] < found[-1]["forward"]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -60,12 +60,12 @@ def test_all_tokens_are_a_slice_too(method: str) -> None:
     kept, every = (estimate(MODEL, **SIZES, **PLAIN, method=method, logits_to_keep=n).peaks for n in (S, None))
     assert kept is not None
     assert every is not None
-    assert {phase: kept.totals[phase] - every.totals[phase] for phase in ("load", "forward", "step")} == {
+    assert {phase: kept.requested[phase] - every.requested[phase] for phase in ("load", "forward", "step")} == {
         "load": 0,
         "forward": 0,
         "step": 0,
     }
-    assert 0 <= kept.totals["backward"] - every.totals["backward"] <= 2 * B * S * 256
+    assert 0 <= kept.requested["backward"] - every.requested["backward"] <= 2 * B * S * 256
 
 
 def test_other_sizes_keep_the_count() -> None:
@@ -76,7 +76,7 @@ def test_other_sizes_keep_the_count() -> None:
     for number, (b, s) in enumerate(sizes):
         direct = by_phase(estimate(MODEL, batch_size=b, seq_len=s, **PLAIN, method="full", logits_to_keep=N))
         assert by_phase(base.at(batch_size=b, seq_len=s)) == direct
-        assert {phase: int(values[number]) for phase, values in grid.peak_by_phase.items()} == direct
+        assert {phase: int(values[number]) for phase, values in grid.requested_by_phase.items()} == direct
     for shorter in (N - 1, numpy.array([S, N - 1])):
         with pytest.raises(InputError, match=rf"logits_to_keep: {N} is not accepted; accepted: up to {N - 1}, the to"):
             base.at(seq_len=shorter)
@@ -113,8 +113,8 @@ def test_both_engines_agree(model: Any, options: dict[str, Any]) -> None:
     for package in ("torch", "transformers", "peft", "bitsandbytes"):
         pytest.importorskip(package)
     config = shallow(model, 2) if isinstance(model, str) else model
-    job = {**SIZES, "logits_to_keep": N, **options}
-    analytic, traced = (phases(config, engine, **job) for engine in ("analytic", "trace"))
+    given = {**SIZES, "logits_to_keep": N, **options}
+    analytic, traced = (phases(config, engine, **given) for engine in ("analytic", "trace"))
     assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
 
 

@@ -38,7 +38,7 @@ def test_a_named_card_is_explained_as_it_is_judged() -> None:
 
 def test_an_estimate_reads_as_one_line() -> None:
     assert repr(estimate("llama-2-7b", method="qlora", gpu="24GiB")) == (
-        "<Estimate llama-2-7b · qlora · analytic: 19,988,480 trainable, peak 6.34 GiB in backward, 24GiB: fits>"
+        "<Estimate llama-2-7b · qlora · analytic: 19,988,480 trainable, peak 6.35 GiB in backward, 24GiB: fits>"
     )
 
 

@@ -8,8 +8,9 @@ import pytest
 
 import peftplan
 from peftplan.memory.ledger import Ledger, Line
+from peftplan.planning.instant import InstantPeaks
 from peftplan.planning.result import PHASES, Peaks
-from peftplan.units import MIB
+from peftplan.units import MIB, format_bytes
 
 SMALL: dict[str, Any] = {
     "model_type": "llama",
@@ -36,22 +37,56 @@ def test_a_tail_is_a_line_by_hand() -> None:
     assert ledger.with_tails(3 * MIB).bytes(["temporaries"]) == MIB
 
 
-def test_lines_add_up_before_and_after() -> None:
-    instant = peaks(method="lora")
-    for found in (instant, instant.replayed):
-        assert {phase: found.ledgers[phase].bytes() for phase in PHASES} == found.by_phase
-    assert all(instant.replayed.by_phase[phase] >= instant.by_phase[phase] for phase in PHASES)
-    assert (instant.reserved, instant.replayed.replayed) == (None, instant.replayed)
+def test_lines_add_up_to_the_peaks() -> None:
+    found = peaks(method="lora")
+    assert {phase: found.ledgers[phase].bytes() for phase in PHASES} == found.by_phase
+    assert isinstance(found, InstantPeaks)
+    assert all(found.by_phase[phase] >= found.requested[phase] for phase in PHASES)
 
 
-def test_json_is_replayed() -> None:
+JOB: dict[str, Any] = {"method": "qlora", "seq_len": 1000}
+"""A job with tails at its peak."""
+
+
+def test_one_job_has_one_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python's, JSON's, the table's, that of the sizes asked for again, and the advice's first row, with a card and without."""
+    from peftplan.report import advice, render
+
+    estimate = peftplan.estimate(SMALL, **JOB)
+    assert estimate.peaks is not None
+    peak = estimate.peaks.allocated
+    assert isinstance(estimate.peaks, InstantPeaks)
+    assert peak > max(estimate.peaks.requested.values())  # there are tails
+    on_card = peftplan.estimate(SMALL, **JOB, gpu="0.5GiB")
+    for other in (estimate, on_card, peftplan.estimate(SMALL, **JOB, gpu=["a100-80gb", "t4"]), estimate.at(seq_len=1000)):
+        assert other.peaks.allocated == other.to_dict()["memory"]["peak_allocated"] == peak
+        render.estimate(other, fmt="markdown", verbose=False)
+        assert f"{peak:,}" in capsys.readouterr().out
+        render.estimate(other, fmt="table", verbose=True)
+        assert f"{peak:,}" in capsys.readouterr().out
+        assert f"{peak:,}" in other.explain()
+    (changes,) = on_card.advice.values()
+    assert all(change.peak_allocated + change.saving_bytes == peak for change in changes)
+    assert advice.rows(changes)[0][1] == format_bytes(peak)
+
+
+def test_an_array_of_sizes_says_that_tails_are_missing() -> None:
+    np = pytest.importorskip("numpy")
+    estimate = peftplan.estimate(SMALL, **JOB)
+    grid = estimate.at(seq_len=np.array([1000]))
+    assert not any("allocated" in name for name in dir(grid))
+    assert isinstance(estimate.peaks, InstantPeaks)
+    assert int(grid.peak_requested_bytes[0]) == max(estimate.peaks.requested.values())
+
+
+def test_json_is_of_the_replay() -> None:
     estimate = peftplan.estimate(SMALL, method="lora", seq_len=128, gpu="a100-80gb")
-    memory, replayed = estimate.to_dict()["memory"], estimate.replayed().peaks
-    assert replayed is not None
-    assert (memory["peak_by_phase"], memory["peak_reserved"]) == (replayed.by_phase, replayed.reserved)
+    memory, found = estimate.to_dict()["memory"], estimate.peaks
+    assert found is not None
+    assert (memory["peak_by_phase"], memory["peak_reserved"]) == (found.by_phase, found.reserved)
     assert sum(line["bytes"] for line in memory["lines"]) == memory["peak_allocated"]
     (verdict,) = estimate.gpus
-    assert verdict.headroom_bytes == verdict.usable_bytes - replayed.reserved - verdict.context_bytes  # type: ignore[operator]
+    assert verdict.needed_bytes == found.reserved + verdict.context_bytes  # type: ignore[operator]
 
 
 def test_weights_of_five_mebibytes_by_hand() -> None:
@@ -81,4 +116,4 @@ def test_weights_of_five_mebibytes_by_hand() -> None:
 def test_loading_is_the_traces_to_the_byte(options: dict[str, Any]) -> None:
     for module in ("torch", "transformers", "peft"):
         pytest.importorskip(module)
-    assert peaks(**options).replayed.by_phase["load"] == peaks(engine="trace", **options).by_phase["load"]
+    assert peaks(**options).by_phase["load"] == peaks(engine="trace", **options).by_phase["load"]

@@ -56,4 +56,4 @@ def test_reserved_is_the_traces_to_the_byte(job: str) -> None:
     )
     assert analytic is not None
     assert traced is not None
-    assert analytic.replayed.reserved == traced.reserved
+    assert analytic.reserved == traced.reserved

@@ -37,7 +37,7 @@ def run(script: Script, *, engine: str = "analytic", **changes: Any) -> Estimate
 
 
 def reserved(script: Script, **changes: Any) -> int:
-    peaks = run(script, **changes).replayed().peaks
+    peaks = run(script, **changes).peaks
     assert peaks is not None
     assert peaks.reserved is not None
     return peaks.reserved
@@ -113,7 +113,7 @@ def test_peft_enables_other_adapters_as_they_were(method: str) -> None:
 def test_the_trace_says_the_same(script: Script, changes: dict[str, Any]) -> None:
     for module in ("torch", "transformers", "peft"):
         pytest.importorskip(module)
-    traced, estimated = (run(script, engine=engine, **changes).replayed().peaks for engine in ("trace", "analytic"))
+    traced, estimated = (run(script, engine=engine, **changes).peaks for engine in ("trace", "analytic"))
     assert traced is not None
     assert estimated is not None
     assert estimated.allocated == pytest.approx(traced.allocated, rel=0.01)
@@ -159,7 +159,7 @@ def test_an_older_torch_takes_the_lowest_of_equal_free_blocks(engine: str) -> No
     if engine == "trace":
         for module in ("torch", "transformers", "peft"):
             pytest.importorskip(module)
-    today, newer, older = (run(Script(torch=torch), engine=engine, **QLORA).replayed() for torch in (None, "2.13.0", "2.12.1"))
+    today, newer, older = (run(Script(torch=torch), engine=engine, **QLORA) for torch in (None, "2.13.0", "2.12.1"))
     assert today.peaks is not None
     assert newer.peaks is not None
     assert older.peaks is not None
@@ -168,7 +168,7 @@ def test_an_older_torch_takes_the_lowest_of_equal_free_blocks(engine: str) -> No
     assert older.peaks.by_phase == today.peaks.by_phase
     assert older.peaks.runs_within is not None
     if engine == "analytic":
-        assert older.at(batch_size=4).replayed().peaks.reserved == older.peaks.reserved
+        assert older.at(batch_size=4).peaks.reserved == older.peaks.reserved
 
 
 @pytest.mark.parametrize("engine", ["analytic", "trace"])
@@ -209,9 +209,7 @@ def test_an_older_transformers_has_cublas_make_angles_of_positions(engine: str) 
         "gradient_checkpointing": True, "attn_implementation": "eager", "batch_size": 2, "seq_len": 512, "use_cache": False,
     }  # fmt: skip
     older, old, today = (
-        peftplan.estimate("tinyllama", engine=engine, script=Script(torch="2.10.0", transformers=version), **options)
-        .replayed()
-        .peaks
+        peftplan.estimate("tinyllama", engine=engine, script=Script(torch="2.10.0", transformers=version), **options).peaks
         for version in ("5.16.1", "5.18.0", "5.19.0")
     )
     assert older is not None

@@ -124,7 +124,7 @@ def test_needed_is_what_is_reserved_whatever_the_verdict(seq_len: int, context: 
     result = estimate(**QWEN, gpu="h100", seq_len=seq_len, context=context)
     (found,) = result.gpus
     assert (found.verdict, round(found.headroom_bytes / 2**30, 2)) == (word, gib)
-    peaks = result.replayed().peaks
+    peaks = result.peaks
     assert peaks is not None
     assert found.needed_bytes == (peaks.reserved or 0) + (828 * 2**20 if context is None else 0)
 

@@ -1,4 +1,4 @@
-"""The result of a request that does not fit."""
+"""The answer when memory does not suffice."""
 
 from __future__ import annotations
 
