@@ -44,9 +44,9 @@ def word(words: Mapping[str, str], value: str, what: str) -> str:
 
 
 def optimizer(job: Job, *, plain: str, eight_bit: str | None = None) -> str:
-    found = plain if job["optim"] in ADAMW else eight_bit if job["optim"] in ADAMW_8BIT else None
-    need(found is not None, f"no word for optimizer {job['optim']}")
-    return str(found)
+    word = plain if job["optim"] in ADAMW else eight_bit if job["optim"] in ADAMW_8BIT else None
+    need(word is not None, f"no word for optimizer {job['optim']}")
+    return str(word)
 
 
 def fitcheck(job: Job) -> dict[str, int]:
@@ -84,7 +84,7 @@ def vramcalc(job: Job) -> dict[str, int]:
     need(job["quant"] == "none", "no quantized training")
     need(job["method"] == "full" or job["targets"] == ATTENTION, "LoRA on q, k, v and o only")
     mixed = job["dtype"] == "fp32" and job["autocast"] != "none"
-    found = tool.estimate(
+    result = tool.estimate(
         job["config"],
         mode="train",
         dtype=job["autocast"] if mixed else job["dtype"],
@@ -96,7 +96,7 @@ def vramcalc(job: Job) -> dict[str, int]:
         precision="amp" if mixed else "pure",
         attn_impl=word({"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flash"}, job["attention"], "attention"),
     )
-    return answer(found.total, found.total + found.overhead)
+    return answer(result.total, result.total + result.overhead)
 
 
 def canifinetune(job: Job) -> dict[str, int]:
@@ -106,7 +106,7 @@ def canifinetune(job: Job) -> dict[str, int]:
     need(job["optim"] in (*ADAMW, *ADAMW_8BIT), f"no word for optimizer {job['optim']}")
     quantized = job["quant"] != "none"
     words = {("nf4", True): "nf4_double_quant", ("nf4", False): "nf4", ("none", False): "none"}
-    found = estimate(
+    result = estimate(
         EstimateRequest(
             model_id=job["folder"],
             method="qlora" if quantized else job["method"],
@@ -127,8 +127,8 @@ def canifinetune(job: Job) -> dict[str, int]:
             gpu_vram_gb=job["gpu_gib"],
         )
     ).memory
-    total = found.total_estimated_gb - found.safety_margin_gb
-    return answer((total - found.cuda_overhead_gb) * GIB, total * GIB)
+    total = result.total_estimated_gb - result.safety_margin_gb
+    return answer((total - result.cuda_overhead_gb) * GIB, total * GIB)
 
 
 def fitscout(job: Job) -> dict[str, int]:
@@ -137,7 +137,7 @@ def fitscout(job: Job) -> dict[str, int]:
 
     need(job["task"] == "CAUSAL_LM", "causal language models only")
     need(job["method"] == "full" or set(job["targets"]) == {"q_proj", "v_proj"}, "LoRA on q and v only")
-    found = estimate_memory(
+    result = estimate_memory(
         inspect_model(job["folder"], dtype_bytes=4 if job["dtype"] == "fp32" else 2),
         method="qlora" if job["quant"] != "none" else job["method"],
         micro_batch=job["batch"],
@@ -146,7 +146,7 @@ def fitscout(job: Job) -> dict[str, int]:
         opt_8bit=optimizer(job, plain="32", eight_bit="8") == "8",
         lora_rank=job["r"] or 16,
     )
-    return answer((found.total_gb - found.overhead_gb) * GIB, found.total_gb * GIB)
+    return answer((result.total_gb - result.overhead_gb) * GIB, result.total_gb * GIB)
 
 
 def ftuneai(job: Job) -> dict[str, int]:
@@ -158,7 +158,7 @@ def ftuneai(job: Job) -> dict[str, int]:
     need(tuple(job["targets"] or ()) in targets, "no word for these LoRA targets")
     need(job["task"] == "CAUSAL_LM", "causal language models only")
     with patch.object(hub, "fetch_model_config", lambda name: dict(job["config"])):
-        found = Estimator(
+        estimator = Estimator(
             model=job["model"],
             method="qlora" if job["quant"] != "none" else job["method"],
             quantization="4bit" if job["quant"] != "none" else "none",
@@ -170,14 +170,14 @@ def ftuneai(job: Job) -> dict[str, int]:
             lora_target=targets[tuple(job["targets"] or ())],
             flash_attention=job["attention"] == "flash_attention_2",
         ).estimate_memory()
-    return answer((found.total_gb - found.overhead_gb) * GIB, found.total_gb * GIB)
+    return answer((estimator.total_gb - estimator.overhead_gb) * GIB, estimator.total_gb * GIB)
 
 
 def qmemcalc(job: Job) -> dict[str, int]:
     from qmemcalc.memory import estimate_memory
 
     need(job["method"] == "lora", "full fine-tuning has no word of its own")
-    found = estimate_memory(
+    result = estimate_memory(
         job["folder"],
         job["batch"],
         job["seq"],
@@ -187,7 +187,7 @@ def qmemcalc(job: Job) -> dict[str, int]:
         optimizer=optimizer(job, plain="adamw"),
         gradient_checkpointing=job["checkpointing"],
     )
-    return answer((found["total_MB"] - found["buffers_MB"]) * MB, found["total_MB"] * MB)
+    return answer((result["total_MB"] - result["buffers_MB"]) * MB, result["total_MB"] * MB)
 
 
 TOOLS: dict[str, Callable[[Job], dict[str, int]]] = {

@@ -98,10 +98,10 @@ def offered(name: str, record: Record, folders: Path) -> dict[str, int]:
         raise Refused(f"{type(error).__name__}: {said[:110]}") from None
 
 
-def asked(name: str, records: list[Record], folders: Path) -> Tool | None:
+def answers_of(name: str, records: list[Record], folders: Path) -> Tool | None:
     """Every record through one tool; None where it is not installed."""
     try:
-        found = version(name)
+        installed = version(name)
     except PackageNotFoundError:
         return None
     stated: dict[str, dict[str, int]] = {}
@@ -111,7 +111,7 @@ def asked(name: str, records: list[Record], folders: Path) -> Tool | None:
             stated[record.id] = offered(name, record, folders)
         except Refused as error:
             refused[str(error)] += 1
-    return Tool(version=found, cold_seconds=cold(name, folders), stated=stated, refused=dict(refused.most_common()))
+    return Tool(version=installed, cold_seconds=cold(name, folders), stated=stated, refused=dict(refused.most_common()))
 
 
 def ours(records: list[Record], folders: Path) -> Tool:
@@ -119,12 +119,12 @@ def ours(records: list[Record], folders: Path) -> Tool:
     stated: dict[str, dict[str, int]] = {}
     refused: Counter[str] = Counter()
     for record in records:
-        found = ask(record, "analytic")
-        figures = {figure: found.figures[figure] for figure in ("allocated", "reserved", "device") if figure in found.figures}
+        answer = ask(record, "analytic")
+        figures = {figure: answer.figures[figure] for figure in ("allocated", "reserved", "device") if figure in answer.figures}
         if figures:
             stated[record.id] = figures
         else:
-            refused[found.refused or "no peak stated"] += 1
+            refused[answer.refused or "no peak stated"] += 1
     return Tool(version=peftplan_version(), cold_seconds=cold(OURS, folders), stated=stated, refused=dict(refused.most_common()))
 
 
@@ -171,14 +171,14 @@ def main() -> None:
         folders = Path(temporary)
         tools = {OURS: ours(records, folders)}
         for name in TOOLS:
-            if (tool := asked(name, records, folders)) is not None:
+            if (tool := answers_of(name, records, folders)) is not None:
                 tools[name] = tool
                 print(f"{name} {tool.version}: {len(tool.stated)} of {len(records)} records", file=sys.stderr)
-    found = Peers(python=platform.python_version(), records=len(records), tools=tools)
-    columns, rows = table(found, records)
+    peers = Peers(python=platform.python_version(), records=len(records), tools=tools)
+    columns, rows = table(peers, records)
     print(markdown.table(columns, rows))
     if args.write:
-        PEERS.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        PEERS.write_text(peers.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the shipped data lies: inside the wheel as `peftplan/data`, in a checkout as `data/` beside the package."""
+"""The location of the shipped data: `peftplan/data` in the wheel, `data/` beside the package in a checkout."""
 
 from __future__ import annotations
 

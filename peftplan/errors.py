@@ -108,9 +108,9 @@ class RefusedError(PeftplanError):
 
 
 class NeedsTraceError(PeftplanError):
-    """What the closed formulas do not know and the trace engine finds out; the message says which part of the job it is."""
+    """What the closed formulas do not cover and the trace engine does; the message names the part of the job."""
 
-    hint = " (--engine trace knows)"
+    hint = " (no formula yet: add --engine trace)"
 
 
 class NoEngineError(NeedsTraceError):

@@ -1,4 +1,4 @@
-"""What plugs into other libraries. Nothing of theirs is imported before a name is asked for."""
+"""Integrations with other libraries, each imported on first use."""
 
 from __future__ import annotations
 

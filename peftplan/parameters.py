@@ -28,7 +28,7 @@ CASTS_BIAS = ("nf4", "fp4")
 nn/modules.py). Left out: int8's layers cast theirs to the dtype of their input, 2 B per element between fp32 and 16 bits."""
 
 KEPT_BY_TRL = "lora_magnitude_vector"
-"""What TRL leaves in fp32 when it casts all that trains on a quantized base to bf16 (trl 1.16, `SFTTrainer.__init__`)."""
+"""What TRL leaves in fp32 when it casts trainable parameters on a quantized base to bf16 (trl 1.16, `SFTTrainer.__init__`)."""
 
 
 class Parameter(NamedTuple):
@@ -87,13 +87,13 @@ def build(
     """The parameters once the model is loaded, quantized, prepared and adapted, and has run forward.
 
     `dtype` is what the base is loaded in, `adapter_dtype` what peft leaves the adapter in, `trained_dtype` what the trainer
-    casts all that trains to (None: nothing). Raises RefusedError where a quantized weight would have to train.
+    casts trainable parameters to (None: no cast). Raises RefusedError where a quantized weight would have to train.
     """
     converted = _converted_layers(arch, quant)
     _refuse_quantized_copies(adaptation, converted, quant)
     upcast = "fp32" if quant is not None and kbit_prepare and quant.name in PREPARED else None
     trained = {(p.module, p.param): frozenset(p.layers or (0,)) for p in adaptation.trained}
-    found: list[Parameter] = []
+    parameters: list[Parameter] = []
     quantized = 0
     for module in arch.modules:
         weight_layers = converted.get(module.name, frozenset())
@@ -111,7 +111,7 @@ def build(
                         f"{module.name}.{param} is stored as {quant and quant.name} and cannot train; use --quant none"
                     )
                 quantized += copies * prod(shape) if is_quantized else 0
-                found.append(
+                parameters.append(
                     Parameter(
                         name=f"{module.name}.{param}".lstrip("."),
                         shape=shape,
@@ -129,10 +129,10 @@ def build(
                         quantized=is_quantized,
                     )
                 )
-    base_dtype = {p.name: p.dtype for p in found}
+    base_dtype = {p.name: p.dtype for p in parameters}
     fallback = upcast or dtype
-    found += [_added(t, adapter_dtype, base_dtype, fallback=fallback, trained_dtype=trained_dtype) for t in adaptation.added]
-    return Parameters(tuple(found), shared(quant) if quantized else (), quantized)
+    parameters += [_added(t, adapter_dtype, base_dtype, fallback=fallback, trained_dtype=trained_dtype) for t in adaptation.added]
+    return Parameters(tuple(parameters), shared(quant) if quantized else (), quantized)
 
 
 def weight_lines(parameters: Parameters) -> Ledger:
@@ -177,7 +177,9 @@ def optimizer_lines(
     if optimizer.low_rank and not target_modules:
         raise InputError("optim_target_modules", None, f"{optimizer.name} needs the names of the modules to project")
     if target_modules and any(char.isdigit() for target in target_modules for char in target):
-        raise InputError("optim_target_modules", list(target_modules), "accepted: names that hold for every layer")
+        raise InputError(
+            "optim_target_modules", list(target_modules), "accepted: names that select the same modules in every layer"
+        )
     lines: list[Line] = []
     every: list[Allocation] = []
     for p in parameters.all:
@@ -218,10 +220,10 @@ def buffer_lines(arch: Architecture, adaptation: Adaptation, *, dtype: str, adap
     buffers that peft makes on the host stay there.
     """
 
-    def line(buffer: Buffer | AddedBuffer, held: str, source: str) -> Line:
+    def line(buffer: Buffer | AddedBuffer, line_dtype: str, source: str) -> Line:
         copies = 1 if buffer.layers is None else len(buffer.layers)
         stays = on_host and isinstance(buffer, AddedBuffer) and buffer.from_host
-        return Line(buffer.name, "buffers", held, buffer.shape, copies, source, "host" if stays else "device")
+        return Line(buffer.name, "buffers", line_dtype, buffer.shape, copies, source, "host" if stays else "device")
 
     own = [line(b, dtype if b.dtype == "model" else b.dtype, arch.model_class) for b in arch.buffers]
     added = [line(b, adapter_dtype if b.dtype == "adapter" else parse_dtype(b.dtype), "peft") for b in adaptation.buffers]
@@ -237,14 +239,14 @@ def _converted_layers(arch: Architecture, quant: QuantConfig | None) -> dict[str
     layered = any(char.isdigit() for pattern in quant.skip_modules or () for char in pattern)
     last = arch.last_module().name
     apart = {module.name for module in arch.modules if layered or module.name == last}
-    asked = [
+    candidates = [
         (name, module, layer)
         for module in arch.modules
         for layer, name in islice(zip(module.layers or (0,), module.names(), strict=True), None if module.name in apart else 1)
     ]
     names = quantized_modules(
         quant,
-        modules=[(name, module.kind) for name, module, _ in asked],
+        modules=[(name, module.kind) for name, module, _ in candidates],
         ties=dict(arch.ties),
         output_embedding=arch.output_embedding,
         last_parameter=_last_parameter(arch),
@@ -252,10 +254,10 @@ def _converted_layers(arch: Architecture, quant: QuantConfig | None) -> dict[str
         model_type=arch.model_type,
     )
     converted: dict[str, frozenset[int]] = {}
-    for name, module, layer in asked:
+    for name, module, layer in candidates:
         if name in names:
-            found = {layer} if module.name in apart else set(module.layers or (0,))
-            converted[module.name] = converted.get(module.name, frozenset()) | found
+            layers = {layer} if module.name in apart else set(module.layers or (0,))
+            converted[module.name] = converted.get(module.name, frozenset()) | layers
     return converted
 
 
@@ -292,7 +294,7 @@ def _base_name(copy: AddedTensor) -> str:
 
 
 def _refuse_quantized_copies(adaptation: Adaptation, converted: Mapping[str, frozenset[int]], quant: QuantConfig | None) -> None:
-    """Raise RefusedError where a trainable copy would be of a quantized module, at which peft raises a RuntimeError."""
+    """Raise RefusedError where a trainable copy would copy a quantized module: peft raises a RuntimeError there."""
     for tensor in adaptation.added:
         module, _, param = _base_name(tensor).rpartition(".")
         layers = converted.get(module, frozenset()) & frozenset(tensor.layers or (0,))

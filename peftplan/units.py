@@ -30,7 +30,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def format_count(count: int) -> str:
-    """Parameters as people say them: `6.74 B`, `16.8 M`, `512`."""
+    """A parameter count in short form: `6.74 B`, `16.8 M`, `512`."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

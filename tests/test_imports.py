@@ -71,33 +71,33 @@ def room_of(name: str) -> str | None:
     return rest.partition(".")[0] if top == "peftplan" and rest else None
 
 
-def fault(room: str, found: Import, *, file: str) -> str | None:
+def fault(room: str, imported: Import, *, file: str) -> str | None:
     """What is wrong with one import in a room, or None."""
-    top = found.name.partition(".")[0]
+    top = imported.name.partition(".")[0]
     if top in COMPUTES and room not in LAZY:
         return f"imports {top}, which only {' and '.join(LAZY)} may"
     if top == "numpy" and room not in LAZY and file not in ARRAYS:
         return f"imports numpy, which only {', '.join(ARRAYS)} may"
     if top in TERMINAL and room not in TERMINAL[top]:
         return f"imports {top}, which only {', '.join(TERMINAL[top])} may"
-    other = room_of(found.name)
+    other = room_of(imported.name)
     if other is None or room in DOORS or other not in LEVEL:
         return None
     if other in LAZY and room not in LAZY:
-        return None if found.lazy else f"imports {other} at the top; only inside a function"
+        return None if imported.lazy else f"imports {other} at the top; only inside a function"
     return f"imports {other}, which lies above" if LEVEL[other] > LEVEL[room] else None
 
 
 def faults(package: Path) -> list[str]:
     """Every import of the package that breaks the rule: file, line, why."""
-    found = []
+    messages = []
     for file in sorted(package.rglob("*.py")):
         parts = file.relative_to(package).with_suffix("").parts
         holder = ".".join(("peftplan", *parts[:-1]))
         for statement in imports(ast.parse(file.read_text(encoding="utf-8")), package=holder):
             if (why := fault(parts[0], statement, file="/".join(parts) + ".py")) is not None:
-                found.append(f"{'/'.join(parts)}.py:{statement.line} {why}")
-    return found
+                messages.append(f"{'/'.join(parts)}.py:{statement.line} {why}")
+    return messages
 
 
 def test_every_room_has_its_level() -> None:
@@ -141,9 +141,9 @@ def test_a_planted_import_is_found(tmp_path: Path, file: str, planted: str, why:
     copy = tmp_path / file
     copy.parent.mkdir(exist_ok=True)
     copy.write_text(f"{source.read_text(encoding='utf-8')}\n{planted}\n", encoding="utf-8")
-    (found,) = faults(tmp_path)
-    assert found.startswith(file)
-    assert why in found
+    (message,) = faults(tmp_path)
+    assert message.startswith(file)
+    assert why in message
 
 
 LOADED = """

@@ -107,13 +107,13 @@ def test_a_printed_count_is_ours(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("row", LEFT_OUT, ids=[row["id"] for row in LEFT_OUT])
 def test_what_no_call_says_is_the_sum_that_the_row_gives(row: dict[str, Any]) -> None:
-    found = row["not_expressible"]
-    step = found.get("rounded_to", 1)  # ms-swift prints millions with four decimals
-    if "trainable_sum" in found:
-        assert (evaluate(found["trainable_sum"]) + step // 2) // step * step == row["trainable"]
-    if "total_sum" in found:
-        assert evaluate(found["total_sum"]) == row["total"]
-    assert "trainable_sum" in found or found["reason"] == "config unknown"
+    gap = row["not_expressible"]
+    step = gap.get("rounded_to", 1)  # ms-swift prints millions with four decimals
+    if "trainable_sum" in gap:
+        assert (evaluate(gap["trainable_sum"]) + step // 2) // step * step == row["trainable"]
+    if "total_sum" in gap:
+        assert evaluate(gap["total_sum"]) == row["total"]
+    assert "trainable_sum" in gap or gap["reason"] == "config unknown"
 
 
 def test_every_row_is_compared_or_left_out_with_a_reason() -> None:

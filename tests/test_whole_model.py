@@ -160,10 +160,10 @@ def difference(ours: Tensors, theirs: Tensors) -> dict[tuple[str, str, int], int
     return {key: ours[key] - theirs[key] for key in sorted(ours | theirs) if ours[key] != theirs[key]}
 
 
-def rounded(found: Tensors) -> dict[str, int]:
+def rounded(tensors: Tensors) -> dict[str, int]:
     """Bytes of each category as the allocator rounds them."""
     totals: Counter[str] = Counter()
-    for (category, _, nbytes), copies in found.items():
+    for (category, _, nbytes), copies in tensors.items():
         totals[category] += copies * round512(nbytes)
     return dict(totals)
 

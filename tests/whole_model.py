@@ -105,17 +105,17 @@ def planned(case: Case) -> Ledger:
     """What lasts from step to step, as `peftplan.estimate` states it; AdaLoRA's rank allocator does not run here."""
     words = ("method", "quant", "optim", "trainer", "dtype", "kbit_prepare", "adapter_dtype", "task_type", "quant_skip_modules")
     said = {word: getattr(case, word) for word in words}
-    found = peftplan.estimate(case.config, **said, double_quant=case.double_quant or None, **case.options).static
-    return Ledger(tuple(line for line in found if "RankAllocator" not in line.source))
+    static = peftplan.estimate(case.config, **said, double_quant=case.double_quant or None, **case.options).static
+    return Ledger(tuple(line for line in static if "RankAllocator" not in line.source))
 
 
 def on_device(ledger: Ledger) -> Tensors:
     """What the ledger states for the device, tensor by tensor."""
-    found: Tensors = Counter()
+    tensors: Tensors = Counter()
     for line in ledger:
         if line.place == "device":
-            found[line.category, line.dtype, ITEMSIZE[line.dtype] * prod(int(dim) for dim in line.dims)] += line.copies
-    return found
+            tensors[line.category, line.dtype, ITEMSIZE[line.dtype] * prod(int(dim) for dim in line.dims)] += line.copies
+    return tensors
 
 
 def alive(case: Case, folder: Path) -> Tensors:
@@ -267,10 +267,10 @@ def quant_state(module: torch.nn.Module) -> Iterator[torch.Tensor]:
         yield from (t for t in (module.weight.SCB, module.state.SCB) if t is not None)
 
 
-def once(found: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def once(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Each storage once, under the category that it first has."""
     seen: set[int] = set()
-    for category, tensor in found:
+    for category, tensor in tensors:
         place = tensor.untyped_storage().data_ptr()
         if place not in seen:
             seen.add(place)

@@ -69,12 +69,12 @@ def normalize(config: Mapping[str, Any], *, model_class: str) -> dict[str, Any]:
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for key, value in config.items():
         if key in NOISE or key == "architectures" or (key in ("id2label", "label2id") and _default_labels(value)):
             continue
-        found["dtype" if key == "torch_dtype" else key] = _facts(value) if isinstance(value, Mapping) else value
-    return dict(sorted(found.items()))
+        facts["dtype" if key == "torch_dtype" else key] = _facts(value) if isinstance(value, Mapping) else value
+    return dict(sorted(facts.items()))
 
 
 def _default_labels(labels: Mapping[str, Any]) -> bool:

@@ -108,8 +108,8 @@ class Cell(NamedTuple):
     @property
     def command(self) -> str:
         """The call that repeats it."""
-        given = ", ".join(f"{name}={value!r}" for name, value in self.options)
-        return f"peftplan.estimate(analytic_grid.shallow({self.model!r}), {given})"
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options)
+        return f"peftplan.estimate(analytic_grid.shallow({self.model!r}), {options})"
 
 
 class Outcome(NamedTuple):
@@ -141,8 +141,8 @@ MADE_UP: dict[str, dict[str, Any]] = {
 @cache
 def _model_of(model_type: str) -> str:
     """The built-in model of a type with the fewest parameters, or the type itself where there is none."""
-    found = [entry for entry in catalogue.models() if load_config(entry.name).get("model_type") == model_type]
-    return min(found, key=lambda entry: load(entry.name).num_parameters).name if found else model_type
+    entries = [entry for entry in catalogue.models() if load_config(entry.name).get("model_type") == model_type]
+    return min(entries, key=lambda entry: load(entry.name).num_parameters).name if entries else model_type
 
 
 def shallow(model: str) -> dict[str, Any]:
@@ -193,12 +193,12 @@ def outcome(cell: Cell) -> Outcome:
 
 def _peaks(config: dict[str, Any], cell: Cell, engine: Any) -> dict[str, int] | str:
     try:
-        found = estimate(config, engine=engine, **dict(cell.options))
+        result = estimate(config, engine=engine, **dict(cell.options))
     except PeftplanError as error:
         return f"refused: {error}"
-    if found.peaks:
-        return dict(found.peaks.by_phase)
-    reason = found.not_modelled[0]
+    if result.peaks:
+        return dict(result.peaks.by_phase)
+    reason = result.not_modelled[0]
     return f"no formula: {reason}" if reason.endswith(NeedsTraceError.hint) else f"refused: {reason}"
 
 
@@ -220,7 +220,7 @@ def page(outcomes: list[Outcome], *, worst: int = 25) -> str:
         groups: dict[str, list[Outcome]] = defaultdict(list)
         for o in scored:
             groups[key(o)].append(o)
-        rows = [(name, *_summary(found, "peak")) for name, found in groups.items()]
+        rows = [(name, *_summary(members, "peak")) for name, members in groups.items()]
         parts.append(table((title, "cells", "median absolute error", "median", "lowest", "highest"), rows))
     ordered = sorted(scored, key=_farthest, reverse=True)[:worst]
     rows = [(_percent(o.drift("peak")), *(_percent(o.drift(p)) for p in PHASES), f"`{o.cell.command}`") for o in ordered]
@@ -240,8 +240,8 @@ def _of(option: str) -> Any:
 
 
 def _method(o: Outcome) -> str:
-    given = dict(o.cell.options)
-    return " ".join(str(given[name]) for name in ("method", "target_modules", "double_quant") if name in given)
+    options = dict(o.cell.options)
+    return " ".join(str(options[name]) for name in ("method", "target_modules", "double_quant") if name in options)
 
 
 def _farthest(o: Outcome) -> float:
@@ -249,15 +249,15 @@ def _farthest(o: Outcome) -> float:
 
 
 def _refused_by_both(o: Outcome) -> bool:
-    return all(isinstance(found, str) and found.startswith("refused") for found in (o.analytic, o.traced))
+    return all(isinstance(answer, str) and answer.startswith("refused") for answer in (o.analytic, o.traced))
 
 
-def reason(found: dict[str, int] | str) -> str:
+def reason(answer: dict[str, int] | str) -> str:
     """Why there is no number: what a library raised without where it did and its counts, else our own words."""
-    if not isinstance(found, str):
+    if not isinstance(answer, str):
         return "a number"
-    raised = re.search(r"\w+(Error|Exception): .*", found)
-    return re.sub(r"\d+", "N", raised[0]) if raised else found.partition(": ")[2]
+    raised = re.search(r"\w+(Error|Exception): .*", answer)
+    return re.sub(r"\d+", "N", raised[0]) if raised else answer.partition(": ")[2]
 
 
 def _summary(outcomes: list[Outcome], phase: str) -> tuple[str, ...]:
@@ -279,25 +279,27 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--model-type", nargs="*", choices=sorted(ADAPTERS))
     parser.add_argument("--write", action="store_true")
-    given = parser.parse_args()
-    chosen = list(cells(model_types=given.model_type))
+    args = parser.parse_args()
+    chosen = list(cells(model_types=args.model_type))
     drawn = ""
-    if given.sample:
-        drawn = f"Drawn from {len(chosen)} cells: `--sample {given.sample} --seed {given.seed}`.\n\n"
-        chosen = random.Random(given.seed).sample(chosen, min(given.sample, len(chosen)))
-    text = drawn + page(run(chosen, jobs=given.jobs))
+    if args.sample:
+        drawn = f"Drawn from {len(chosen)} cells: `--sample {args.sample} --seed {args.seed}`.\n\n"
+        chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))
+    text = drawn + page(run(chosen, jobs=args.jobs))
     print(text)
-    if given.write:
+    if args.write:
         PAGE.write_text(HEADER + text, encoding="utf-8")
 
 
 HEADER = """# Drift of analytic peaks from traced ones
 
-What the closed formulas say of a training step against a real step of the installed libraries on fake tensors. Drift is
-analytic ÷ traced − 1 of allocated bytes: plus is too much. The cells are drawn with a seed from every model type with an adapter
-(the smallest built-in model of each, at most six layers deep), every method, dtype, attention, trainer, optimizer and shape that
-`tools/analytic_grid.py` lists. Both count the tails of blocks that the allocator hands out whole, each from a replay of its own
-events. Written by `python tools/analytic_grid.py --write`.
+How closely the instant formulas follow a real training step. The analytic engine computes a peak in milliseconds; the trace
+engine runs the real transformers and peft code on tensors without data. This page compares the two over a random sample of jobs.
+Drift is analytic ÷ traced − 1 of allocated bytes, so plus means that the formulas say too much.
+
+The jobs are drawn with a seed from every supported model type (its smallest built-in model, cut to at most six layers) and every
+method, dtype, attention, trainer, optimizer and shape in `tools/analytic_grid.py`. Both engines count the unused ends of blocks
+that the allocator does not split, each from a replay of its own events. `python tools/analytic_grid.py --write` writes this page.
 
 """
 

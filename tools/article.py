@@ -132,13 +132,13 @@ def gb(num_bytes: float) -> str:
 def introduction() -> str:
     return section(
         "# The explainer's numbers, recomputed",
-        """peftplan grew out of an explainer on LoRA and parameter-efficient fine-tuning. This page goes through its tables:
-        what it says, the formula behind it, the number that peftplan computes, and what is true of the real model where the
-        article is off. It is off for a few reasons that come back: keys and values are narrower than the model (grouped-query
-        attention), an MLP is not four times as wide as the model, and a rule of thumb leaves out what a library really
-        stores.""",
-        """Units: a count is a number of parameters; GB = 10⁹ bytes and MB = 10⁶ bytes, because the article counts so
-        (elsewhere peftplan shows GiB = 2³⁰). The page is written by `tools/article.py`; edit that, not this.""",
+        """peftplan grew out of an article that explains LoRA and parameter-efficient fine-tuning with tables of
+        numbers. This page recomputes each table: what the article says, the formula behind it, what peftplan
+        computes, and what holds for the real model where the article is off. It is off for a few recurring reasons:
+        keys and values are narrower than the model (grouped-query attention), an MLP is not four times as wide as the
+        model, and a rule of thumb leaves out what a library really stores.""",
+        """Units: a count is a number of parameters; GB = 10⁹ bytes and MB = 10⁶ bytes, as in the article (elsewhere peftplan
+        shows GiB = 2³⁰). `tools/article.py` writes this page; edit that file, not this one.""",
     )
 
 
@@ -168,11 +168,11 @@ def real_full() -> str:
     rows = []
     for text, dtype, optim in recipes:
         small, large = (estimate(m, method="full", dtype=dtype, optim=optim) for m in ("llama-2-7b", "llama-65b"))
-        rows.append((text, f"{held(small) / small.total_parameters:.2f}", gb(held(small)), gb(held(large))))
+        rows.append((text, f"{counted(small) / small.total_parameters:.2f}", gb(counted(small)), gb(counted(large))))
     return table(("recipe", "bytes per parameter", "Llama-2-7B", "LLaMA-65B"), rows)
 
 
-def held(result: Estimate) -> int:
+def counted(result: Estimate) -> int:
     """All that is counted, in the allocator and in managed memory."""
     return result.persistent_bytes + result.managed_bytes
 
@@ -214,7 +214,7 @@ def real_65b() -> str:
         result = estimate("llama-65b", r=8, target_modules=ATTENTION, **options)
         c = result.static.by_category()
         adapter = c["adapter_weights"] + c["gradients"] + c["optimizer_states"]
-        rows.append((text, gb(c["weights"]), gb(c["quant_state"]), gb(adapter), gb(held(result))))
+        rows.append((text, gb(c["weights"]), gb(c["quant_state"]), gb(adapter), gb(counted(result))))
     return table(("recipe", "base weights", "quantization state", "adapter, its gradients, Adam", "sum"), rows)
 
 

@@ -22,8 +22,8 @@ Mappings = dict[str, dict[str, list[str] | str]]
 
 def mappings(kind: str) -> Mappings:
     """Every mapping of `kind` (TARGET or FEEDFORWARD), by peft type, then by model type."""
-    found = {match["method"]: name for name in dir(constants) if (match := MAPPING.fullmatch(name)) and match["kind"] == kind}
-    return {_peft_type(method): dict(getattr(constants, name)) for method, name in sorted(found.items())}
+    constant = {match["method"]: name for name in dir(constants) if (match := MAPPING.fullmatch(name)) and match["kind"] == kind}
+    return {_peft_type(method): dict(getattr(constants, name)) for method, name in sorted(constant.items())}
 
 
 def _peft_type(method: str) -> str:
@@ -42,9 +42,9 @@ def as_text() -> str:
     return "{" + ",\n".join(head + body) + "}\n"
 
 
-def _block(found: Mappings) -> str:
+def _block(mapping: Mappings) -> str:
     methods = []
-    for peft_type, by_model_type in found.items():
+    for peft_type, by_model_type in mapping.items():
         rows = ",\n".join(f"  {json.dumps(model_type)}: {json.dumps(names)}" for model_type, names in by_model_type.items())
         methods.append(f" {json.dumps(peft_type)}: {{\n{rows}\n }}")
     return "{\n" + ",\n".join(methods) + "\n}"

@@ -36,9 +36,12 @@ KINDS: dict[str, str] = {
 
 INTRO = """# Published counts
 
-Trainable and total parameter counts that other people's runs printed, and what `peftplan.estimate` gives for the same run.
-`data/published/trainable_counts.jsonl` holds each with its source, the call, and how the printed number is to be read; the tests
-make every call and compare exactly. This page is written from that file by `tools/published_counts.py`."""
+Do peftplan's parameter counts match what others have printed? Model cards, notebooks and issues often show the line of
+`print_trainable_parameters()`. This page lists such counts beside what `peftplan.estimate` returns for the same run, and explains
+every difference.
+
+`data/published/trainable_counts.jsonl` holds each count with its source, the call, and how to read the printed number; the tests
+make every call and compare exactly. `tools/published_counts.py` writes this page from that file."""
 
 EQUAL_NOTE = """*Equal* is equality of every number that the source prints. In the second row, a number is no independent check of
 the fact that was read off it; a table below says which fact that is."""
@@ -62,15 +65,15 @@ def kind(row: Row) -> str:
 
 def readings(row: Row) -> list[str]:
     """The names in `READINGS` that a row uses."""
-    found = ("plus" if isinstance(reading, dict) else reading for reading in row.get("reading", {}).values())
-    return [name for name in found if name != "equal"]
+    names = ("plus" if isinstance(reading, dict) else reading for reading in row.get("reading", {}).values())
+    return [name for name in names if name != "equal"]
 
 
 def page(rows: list[Row]) -> str:
     """The whole page."""
     kinds = Counter(map(kind, rows))
     left_out = [row["not_expressible"] for row in rows if kind(row) == "not expressible"]
-    sums = sum("trainable_sum" in found for found in left_out)
+    sums = sum("trainable_sum" in row for row in left_out)
     parts = [
         INTRO,
         _table(("result", "rows"), [(text, str(kinds[name])) for name, text in KINDS.items()] + [("all", str(len(rows)))]),
@@ -90,8 +93,8 @@ def page(rows: list[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _counted(names: dict[str, str], found: Iterable[str]) -> list[tuple[str, str]]:
-    counts = Counter(found)
+def _counted(names: dict[str, str], used: Iterable[str]) -> list[tuple[str, str]]:
+    counts = Counter(used)
     return [(text, str(counts[name])) for name, text in names.items()]
 
 
@@ -100,8 +103,8 @@ def _why(row: Row) -> tuple[str, ...]:
 
 
 def _left_out(row: Row) -> tuple[str, ...]:
-    found = row["not_expressible"]
-    return row["id"], _model(row), row["method"], f"{found['reason']}: {found['because']}"
+    gap = row["not_expressible"]
+    return row["id"], _model(row), row["method"], f"{gap['reason']}: {gap['because']}"
 
 
 def _line(row: Row) -> tuple[str, ...]:

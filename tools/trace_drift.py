@@ -132,8 +132,8 @@ def metamath_figures(row: Row, *, lengths: Sequence[Lengths]) -> Figures:
 
 def by_other_peft(python: str, row: Row, *, lengths: Sequence[Lengths]) -> Figures:
     """`metamath_figures` by another interpreter, whose environment has another peft."""
-    asked = ["--run", row["experiment"], "--bytes", "--lengths", *(f"{before}/{longest}" for before, longest in lengths)]
-    said = subprocess.run([python, __file__, *asked], check=True, capture_output=True, text=True)
+    arguments = ["--run", row["experiment"], "--bytes", "--lengths", *(f"{before}/{longest}" for before, longest in lengths)]
+    said = subprocess.run([python, __file__, *arguments], check=True, capture_output=True, text=True)
     return {head: Figure(row["max_memory_reserved_bytes"], traced) for head, traced in json.loads(said.stdout).items()}
 
 
@@ -154,10 +154,10 @@ def run_lines(answers: Sequence[Answer]) -> Iterator[tuple[str, ...]]:
 
 
 def _median_cell(answers: Sequence[Answer], figure: str) -> str:
-    found = [one for answer in answers for one in answer.overall if one.figure == figure]
-    if not found:
+    compared = [one for answer in answers for one in answer.overall if one.figure == figure]
+    if not compared:
         return ""
-    return Figure(median(one.measured for one in found), median(one.stated for one in found)).cell(MIB, 0)
+    return Figure(median(one.measured for one in compared), median(one.stated for one in compared)).cell(MIB, 0)
 
 
 def _circumstances(answer: Answer) -> tuple[str, str, str]:
@@ -189,11 +189,11 @@ def tried(rows: Sequence[Row], figures: Callable[[Row], Figures], *, key: str) -
     return done, refused
 
 
-def summary(found: Sequence[Figures], head: str) -> str:
+def summary(rows: Sequence[Figures], head: str) -> str:
     """Median, median of the absolute drift, and both ends, by column."""
     lines = []
-    for name in dict.fromkeys(name for figures in found for name in figures):
-        drifts = [figures[name].drift for figures in found if name in figures]
+    for name in dict.fromkeys(name for figures in rows for name in figures):
+        drifts = [figures[name].drift for figures in rows if name in figures]
         ends = (median(drifts), min(drifts), max(drifts))
         lines.append((name, str(len(drifts)), f"{median(map(abs, drifts)):.2f} %", *(f"{end:+.2f} %" for end in ends)))
     return table((head, "rows", "median absolute error", "median", "lowest", "highest"), lines)
@@ -205,9 +205,9 @@ def part_t4(lengths: Sequence[Lengths]) -> str:
     parts = []
     for loaded in LOADED:
         same = [answer for answer in answers if loaded_as(answer) == loaded]
-        found = [{name: figures[name] for name in T4_FIGURES if name in (figures := _figures(one))} for one in same]
-        lines = [_t4_line(*both) for both in zip(same, found, strict=True)]
-        parts += [f"**{loaded}**", summary(found, "peak"), table((*T4_JOB, *T4_FIGURES), lines)]
+        rows = [{name: figures[name] for name in T4_FIGURES if name in (figures := _figures(one))} for one in same]
+        lines = [_t4_line(*both) for both in zip(same, rows, strict=True)]
+        parts += [f"**{loaded}**", summary(rows, "peak"), table((*T4_JOB, *T4_FIGURES), lines)]
     return "\n\n".join([*parts, "Measured more than once, reserved bytes:", table(REPEATED, list(repeated_lines(answers)))])
 
 
@@ -229,12 +229,12 @@ def repeated_lines(answers: Sequence[Answer]) -> Iterator[tuple[str, ...]]:
         jobs.setdefault(answer.record.run.model_dump_json(exclude={"script"}), []).append(answer)
     for same in jobs.values():
         if len(same) > 1:  # whichever transformers ran
-            found = [_figures(answer)["reserved"] for answer in same]
+            reserved = [_figures(answer)["reserved"] for answer in same]
             times: dict[str, list[str]] = {loaded: [] for loaded in LOADED}
-            for answer, figure in zip(same, found, strict=True):
+            for answer, figure in zip(same, reserved, strict=True):
                 times[loaded_as(answer)].append(f"{figure.measured / MIB:,.0f}")
-            low, high = min(one.measured for one in found), max(one.measured for one in found)
-            traced = f"{found[0].traced / MIB:,.0f}"
+            low, high = min(one.measured for one in reserved), max(one.measured for one in reserved)
+            traced = f"{reserved[0].traced / MIB:,.0f}"
             yield *_job(same[0])[1:], *(", ".join(each) for each in times.values()), traced, f"{100 * (high / low - 1):.1f} %"
 
 
@@ -271,7 +271,7 @@ def part_metamath(lengths: Sequence[Lengths], *, other_peft: str | None = None) 
 
     done, refused = tried(every, figures, key="experiment")
     parts = [
-        summary([found for row, found in done if row["experiment"] not in CHOSEN_BY], "tokens"),
+        summary([figures_of_row for row, figures_of_row in done if row["experiment"] not in CHOSEN_BY], "tokens"),
         f"OSF is traced with {'the peft that ran' if other_peft else 'a later peft than ran'} (causes below).",
         table(("run", *map(_head, lengths)), [_metamath_line(*one) for one in done]),
     ]
@@ -309,11 +309,11 @@ def page(*, lengths: Sequence[Lengths], parts: Sequence[str] = tuple(PARTS), oth
     """The whole page; what is not among `parts` as it is written now."""
     written = dict(BLOCK.findall(OUTPUT.read_text(encoding="utf-8")))
     facts = dict(zip(("before", "longest", "second_before", "second_longest"), (*lengths[0], *lengths[-1]), strict=True))
-    text = re.sub(r"\{(\w+)\}", lambda found: str(facts[found[1]]), TEMPLATE.read_text(encoding="utf-8"))
+    text = re.sub(r"\{(\w+)\}", lambda match: str(facts[match[1]]), TEMPLATE.read_text(encoding="utf-8"))
     made_anew = dict(PARTS)
     made_anew["metamath"] = partial(part_metamath, other_peft=other_peft)
-    for name, made in made_anew.items():
-        block = made(lengths) if name in parts else written[name]
+    for name, write_part in made_anew.items():
+        block = write_part(lengths) if name in parts else written[name]
         text = text.replace(f"<!-- {name} -->", f"<!-- {name} -->\n{block}\n<!-- end -->")
     return text
 
@@ -327,8 +327,8 @@ def _unscored(lengths: Lengths) -> tuple[list[tuple[str, ...]], list[Refused]]:
         except RefusedError as error:
             refused.append((row["experiment"], str(error)))
             continue
-        found = replay(with_empty_cache(traced)).peaks.reserved
-        lines.append((row["experiment"], f"{traced.num_trainable:,}", f"{found / 10**9:.2f}"))
+        reserved = replay(with_empty_cache(traced)).peaks.reserved
+        lines.append((row["experiment"], f"{traced.num_trainable:,}", f"{reserved / 10**9:.2f}"))
     return lines, refused
 
 

@@ -104,7 +104,7 @@ def moves(answer: Answer, old: Stated | None) -> list[str]:
     """What the engine states otherwise than the baseline says; to state something new is no move."""
     if old is None or answer.stated.lacks_extra or answer.stated.crashed:
         return []
-    found = [
+    changes = [
         f"{figure}: {_was(old.figures[figure], answer.stated.figures.get(figure), measured=measured)}"
         for figure, measured in _watched(answer, old)
         if _moved(old.figures[figure], answer.stated.figures.get(figure), measured)
@@ -112,10 +112,10 @@ def moves(answer: Answer, old: Stated | None) -> list[str]:
     for what in ("trainable", "total"):
         before, now = getattr(old, what), getattr(answer.stated, what)
         if before is not None and before != now:
-            found.append(f"{what} parameters: {before:,} in the baseline, {'none' if now is None else f'{now:,}'} now")
+            changes.append(f"{what} parameters: {before:,} in the baseline, {'none' if now is None else f'{now:,}'} now")
     if old.verdict not in (None, "unknown", answer.stated.verdict):
-        found.append(f"verdict on the card it ran on: {old.verdict} in the baseline, {answer.stated.verdict} now")
-    return found
+        changes.append(f"verdict on the card it ran on: {old.verdict} in the baseline, {answer.stated.verdict} now")
+    return changes
 
 
 def _watched(answer: Answer, old: Stated) -> Iterator[tuple[Figure, int]]:

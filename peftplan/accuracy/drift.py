@@ -67,7 +67,7 @@ class Answer:
     @property
     def overall(self) -> tuple[Compared, ...]:
         """Those that are peaks of the whole run."""
-        return tuple(found for found in self.compared if found.figure in OVERALL)
+        return tuple(one for one in self.compared if one.figure in OVERALL)
 
     @property
     def bound(self) -> Compared | None:
@@ -103,14 +103,14 @@ def measured_figures(record: Record) -> Iterator[tuple[Figure, int]]:
     if record.outcome != "ok":
         return
     for metric in OVERALL:
-        found = record.peaks.figure(metric)  # type: ignore[arg-type]
-        if found:
-            yield metric, found
+        nbytes = record.peaks.figure(metric)  # type: ignore[arg-type]
+        if nbytes:
+            yield metric, nbytes
     phases: Iterable[Phase] = record.peaks.by_phase
     for phase in phases:
-        found = record.peaks.figure("allocated", phase)
-        if found:
-            yield phase, found
+        nbytes = record.peaks.figure("allocated", phase)
+        if nbytes:
+            yield phase, nbytes
 
 
 def _wrong(answer: Answer) -> Iterator[tuple[Wrong, str]]:
@@ -119,7 +119,7 @@ def _wrong(answer: Answer) -> Iterator[tuple[Wrong, str]]:
         yield "own", own
     if outcome == "oom" and own == "fits":
         yield "own", own
-    peak = next(iter(sorted(answer.overall, key=lambda found: ("reserved", "allocated", "device").index(found.figure))), None)
+    peak = next(iter(sorted(answer.overall, key=lambda one: ("reserved", "allocated", "device").index(one.figure))), None)
     if peak is not None:
         yield from _wrong_on_cards(peak)
 
@@ -174,13 +174,13 @@ GROUPINGS: dict[str, Callable[[Record], str]] = {
 
 def summaries(answers: Sequence[Answer], by: str, figures: Sequence[Figure] = OVERALL) -> list[Summary]:
     """A summary per group and figure, groups in alphabetical order."""
-    found: dict[tuple[str, Figure], list[tuple[Compared, str]]] = {}
+    groups: dict[tuple[str, Figure], list[tuple[Compared, str]]] = {}
     for answer in answers:
         for one in answer.compared:
             if one.figure in figures:
-                found.setdefault((GROUPINGS[by](answer.record), one.figure), []).append((one, answer.record.id))
-    order = sorted(found, key=lambda key: (key[0].lower(), figures.index(key[1])))
-    return [_summary(group, figure, found[group, figure]) for group, figure in order]
+                groups.setdefault((GROUPINGS[by](answer.record), one.figure), []).append((one, answer.record.id))
+    order = sorted(groups, key=lambda key: (key[0].lower(), figures.index(key[1])))
+    return [_summary(group, figure, groups[group, figure]) for group, figure in order]
 
 
 def _summary(group: str, figure: Figure, rows: Sequence[tuple[Compared, str]]) -> Summary:
@@ -213,7 +213,7 @@ def totals(answers: Sequence[Answer]) -> Totals:
     with_peak = [answer for answer in answers if answer.stated.figures]
     ended = Counter(answer.stated.verdict for answer in answers if answer.record.outcome == "oom")
     counted = [answer for answer in answers if answer.record.counts.trainable is not None and answer.stated.trainable is not None]
-    asked: dict[Wrong, int] = {
+    judged: dict[Wrong, int] = {
         "own": sum(answer.stated.verdict in VERDICTS and answer.record.outcome != "failed" for answer in answers),
         "below": sum(bool(answer.overall) for answer in answers),
         "above": sum(bool(answer.overall) for answer in answers),
@@ -226,5 +226,5 @@ def totals(answers: Sequence[Answer]) -> Totals:
         out_of_memory={verdict: ended[verdict] for verdict in VERDICTS if ended[verdict]},
         counts_equal=sum(not answer.miscounts for answer in counted),
         counts_printed=len(counted),
-        verdicts={kind: (sum(kind in answer.wrong_verdicts for answer in answers), number) for kind, number in asked.items()},
+        verdicts={kind: (sum(kind in answer.wrong_verdicts for answer in answers), number) for kind, number in judged.items()},
     )

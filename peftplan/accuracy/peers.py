@@ -55,14 +55,14 @@ def load(path: Path = PEERS) -> Peers | None:
 
 def compared(tool: Tool, records: Sequence[Record]) -> dict[str, Compared]:
     """Record → the one figure that is compared: allocated bytes where they were measured, else reserved, else the device's."""
-    found: dict[str, Compared] = {}
+    figure_of: dict[str, Compared] = {}
     for record in records:
         figures = tool.stated.get(record.id, {})
         for figure, measured in measured_figures(record):
             if figure in OVERALL and figure in figures:
-                found[record.id] = Compared(figure, measured, figures[figure])
+                figure_of[record.id] = Compared(figure, measured, figures[figure])
                 break
-    return found
+    return figure_of
 
 
 def table(peers: Peers, records: Sequence[Record]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -70,14 +70,14 @@ def table(peers: Peers, records: Sequence[Record]) -> tuple[tuple[str, ...], lis
     return COLUMNS, [_row(name, tool, compared(tool, records), len(records)) for name, tool in peers.tools.items()]
 
 
-def _row(name: str, tool: Tool, found: dict[str, Compared], records: int) -> tuple[str, ...]:
+def _row(name: str, tool: Tool, figures: dict[str, Compared], records: int) -> tuple[str, ...]:
     cold = "" if tool.cold_seconds is None else f"{tool.cold_seconds:.2f} s"
-    accepted = f"{len(found)} of {records}"
-    if not found:
+    accepted = f"{len(figures)} of {records}"
+    if not figures:
         return (name, tool.version, accepted, *[""] * (len(COLUMNS) - 4), cold)
-    drifts = [one.drift for one in found.values()]
-    too_small = sum(synthetic_verdict(one, share=BELOW) == "fits" for one in found.values())
-    too_large = sum(synthetic_verdict(one, share=ABOVE) == "does_not_fit" for one in found.values())
+    drifts = [one.drift for one in figures.values()]
+    too_small = sum(synthetic_verdict(one, share=BELOW) == "fits" for one in figures.values())
+    too_large = sum(synthetic_verdict(one, share=ABOVE) == "does_not_fit" for one in figures.values())
     return (
         name,
         tool.version,
@@ -86,20 +86,20 @@ def _row(name: str, tool: Tool, found: dict[str, Compared], records: int) -> tup
         f"{median(drifts):+.1f} %",
         f"{max(drifts, key=abs):+.1f} %",
         f"{sum(abs(drift) <= 5 for drift in drifts) / len(drifts):.0%}",
-        f"{too_small} of {len(found)}",
-        f"{too_large} of {len(found)}",
+        f"{too_small} of {len(figures)}",
+        f"{too_large} of {len(figures)}",
         cold,
     )
 
 
 def against(name: str, peers: Peers, other: dict[str, Compared], records: Sequence[Record]) -> tuple[str, ...]:
     """Median absolute error and worst of a tool and of `other`, on the rows that both have."""
-    found = compared(peers.tools[name], records)
-    both = [record_id for record_id in found if record_id in other]
+    figures = compared(peers.tools[name], records)
+    both = [record_id for record_id in figures if record_id in other]
     if not both:
         return (name, "0", "", "", "", "")
     cells = []
-    for side in (found, other):
+    for side in (figures, other):
         drifts = [side[record_id].drift for record_id in both]
         cells += [f"{median(map(abs, drifts)):.2f} %", f"{max(drifts, key=abs):+.2f} %"]
     return (name, str(len(both)), *cells)

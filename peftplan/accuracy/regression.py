@@ -42,23 +42,23 @@ def run(
     cases = sampled(_chosen(read_cases(files), ids), number=sample, seed=seed)
     path = baseline or stored.BASELINE
     before = stored.load(path)
-    found = check(cases, engine, baseline=before, progress=progress)
+    checked = check(cases, engine, baseline=before, progress=progress)
     if not update_baseline:
-        return found
-    after = stored.updated(before, engine, found.answers, versions=versions(engine))
+        return checked
+    after = stored.updated(before, engine, checked.answers, versions=versions(engine))
     stored.save(after, path)
-    return Check(engine, found.answers, tuple(f for f in found.failures if f.kind != "baseline"), new=0)
+    return Check(engine, checked.answers, tuple(f for f in checked.failures if f.kind != "baseline"), new=0)
 
 
 def versions(engine: Engine) -> dict[str, str]:
     """Installed versions of what decides what the engine states, local tags (`+cpu`) left out."""
-    found = {}
+    installed = {}
     for name in LIBRARIES[engine]:
         try:
-            found[name] = version(name).partition("+")[0]
+            installed[name] = version(name).partition("+")[0]
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def repaired(files: Sequence[Path]) -> list[str]:

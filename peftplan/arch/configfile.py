@@ -50,11 +50,11 @@ def check(config: object, *, name: str) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         _refuse(name, f"a JSON {type(config).__name__}, not an object")
     if not all(isinstance(key, str) for key in config):
-        _refuse(name, "an object whose keys are not all text")
+        _refuse(name, "an object with keys that are not strings")
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
-        hint = "; this is a peft adapter's config, give its base model" if "peft_type" in config else ""
-        raise InputError(f"{name}: model_type", model_type, f"the config must state it as a text{hint}")
+        hint = "; this is the config of a peft adapter, name its base model" if "peft_type" in config else ""
+        raise InputError(f"{name}: model_type", model_type, f"the config must state it as a string{hint}")
     return dict(config)
 
 

@@ -73,7 +73,7 @@ class Fields:
         """A text."""
         value = self._get(names, default, "a text")
         if not isinstance(value, str):
-            raise InputError(f"{self.name}: {names[0]}", value, "accepted: a text")
+            raise InputError(f"{self.name}: {names[0]}", value, "accepted: a string")
         return value
 
     def ints(self, *names: Str, default: Any = REQUIRED, low: Int = 0, high: Int = MAX_DIMENSION) -> tuple[Int, ...]:
@@ -87,10 +87,10 @@ class Fields:
         return tuple(value)
 
     def strs(self, *names: Str, default: Any = REQUIRED) -> tuple[Str, ...]:
-        """A list of texts."""
-        value = self._get(names, default, "a list of texts")
+        """A list of strings."""
+        value = self._get(names, default, "a list of strings")
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
-            raise InputError(f"{self.name}: {names[0]}", value, "accepted: a list of texts")
+            raise InputError(f"{self.name}: {names[0]}", value, "accepted: a list of strings")
         return tuple(value)
 
     def divide(self, numerator: Str, whole: Int, denominator: Str, parts: Int) -> Int:

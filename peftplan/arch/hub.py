@@ -25,7 +25,7 @@ _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
 
 
 class HubError(PeftplanError):
-    """A config that the Hub does not give: a gated or missing repository, no config.json in it, no connection."""
+    """A config that cannot be fetched: a gated or missing repository, no config.json in it, no connection."""
 
 
 def is_repo_id(text: str) -> bool:
@@ -47,10 +47,10 @@ def cached_config(repo_id: str) -> Path | None:
 def fetch_config(repo_id: str) -> Path:
     """Fetch the config.json of `main` from the Hub into the local cache and return its path.
 
-    Raises HubError, one line, where the Hub does not give it; MissingExtraError without `huggingface_hub`.
+    Raises HubError, one line, where it cannot be fetched; MissingExtraError without `huggingface_hub`.
     """
     if _offline():
-        raise HubError(f"{repo_id}: not in the local Hugging Face cache, and HF_HUB_OFFLINE forbids to ask the Hub")
+        raise HubError(f"{repo_id}: not in the local Hugging Face cache, and HF_HUB_OFFLINE forbids asking the Hub")
     try:
         import huggingface_hub as hub
         from huggingface_hub import errors
@@ -74,15 +74,15 @@ def _reason(error: Exception, errors: Any) -> str:
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status == 403:
-        return f"gated: ask for access on its page at {site}, then set HF_TOKEN (or run `hf auth login`)"
+        return f"gated: request access on its page at {site}, then set HF_TOKEN (or run `hf auth login`)"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"no such model at {site}, or a private one (then set HF_TOKEN)"
+        return f"no such model at {site}, or it is private (if so, set HF_TOKEN)"
     if isinstance(error, errors.LocalEntryNotFoundError):
         return f"not in the local Hugging Face cache, and {site} cannot be reached"
     if isinstance(error, errors.EntryNotFoundError):
-        return f"the repository has no {CONFIG_NAME} (a GGUF, adapter or original-format repository?); give its base model"
+        return f"the repository has no {CONFIG_NAME} (a GGUF, adapter or original-format repository?); name its base model"
     if status == 401:
-        return f"{site} wants a token, or another than this: check HF_TOKEN"
+        return f"{site} requires a valid token: check HF_TOKEN"
     if status is not None:
         return f"{site} answers with HTTP status {status}"
     return f"{site} cannot be reached ({type(error).__name__})"

@@ -237,11 +237,11 @@ class Architecture:
     @cached_property
     def containers(self) -> frozenset[str]:
         """Names of the modules that only hold others, as templates."""
-        found: set[str] = set()
+        prefixes: set[str] = set()
         for module in self.modules:
             parts = module.name.split(".")
-            found.update(".".join(parts[:i]) for i in range(1, len(parts)))
-        return frozenset(found - {module.name for module in self.modules})
+            prefixes.update(".".join(parts[:i]) for i in range(1, len(parts)))
+        return frozenset(prefixes - {module.name for module in self.modules})
 
     def named_parameters(self) -> Iterator[tuple[str, Shape]]:
         """Every parameter with its full name, as `named_parameters()` of the real model gives it (ties once)."""

@@ -47,7 +47,7 @@ def load(
 
     `model` is a built-in name, alias or repository id; a path to a config.json or its folder; a Hub id; a parsed config; or a
     transformers `PretrainedConfig`. `task_type` is one of `heads.TASK_TYPES`, None for the task that the config names;
-    `num_labels` sets the classes of a classification head. `trust_remote_code` is accepted for the ecosystem's sake and
+    `num_labels` sets the classes of a classification head. `trust_remote_code` is accepted for compatibility and
     changes one message: code from a repository is never executed.
     """
     if task_type is not None and (not isinstance(task_type, str) or task_type not in TASK_TYPES):
@@ -103,7 +103,7 @@ def _built_in_notes(entry: catalogue.ModelEntry, note: str | None, sibling: str 
     if sibling:
         yield f"{sibling} has the shapes of the built-in {entry.repo_id}, which is used for it"
     if note:
-        yield _TOTAL.sub(lambda found: f"published total is {int(found[1]):,}", note)
+        yield _TOTAL.sub(lambda total: f"published total is {int(total[1]):,}", note)
     if not entry.verified:
         yield "no published count was found to check this one against"
 
@@ -127,7 +127,7 @@ def _from_text(text: str) -> tuple[dict[str, Any], str, str]:
         file = _config_file(path, text)
         return read_file(file, name=text), text, f"file {file}"
     if text.startswith((".", "~", os.sep)) or text.endswith(".json") or "\\" in text:
-        raise InputError("model", text, "there is no such file or folder")
+        raise InputError("model", text, "no such file or folder")
     from peftplan.arch import hub
 
     if not hub.is_repo_id(text):
@@ -141,7 +141,7 @@ def _config_file(path: Path, text: str) -> Path:
     file = path / CONFIG_NAME if os.path.isdir(path) else path
     if not is_file(file):
         if is_file(path / "adapter_config.json"):
-            raise InputError("model", text, "it holds a peft adapter: give its base model")
+            raise InputError("model", text, "the folder holds a peft adapter, name its base model")
         raise InputError("model", text, f"accepted: a {CONFIG_NAME} or a folder that holds one")
     return file
 
@@ -160,7 +160,7 @@ def _with_labels(config: Mapping[str, Any], num_labels: int | None) -> Mapping[s
 
 def _notes(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("auto_map"):
-        yield f"the repository ships its own code (auto_map); transformers' own {config['model_type']} is what is counted"
+        yield f"the repository ships its own code (auto_map); this counts transformers' own {config['model_type']}"
     stored = config.get("quantization_config")
     if isinstance(stored, Mapping):
         how = stored.get("quant_method") or "bitsandbytes"

@@ -92,11 +92,11 @@ def find_gpu(name: str) -> Gpu:
     """
     if (capacity := _CAPACITY.fullmatch(name.strip())) is not None:
         return _anonymous(name.strip(), number=float(capacity[1]), unit=capacity[2].lower())
-    found = _ids_by_key().get(_key(name))
-    if found is None:
+    gpu_id = _ids_by_key().get(_key(name))
+    if gpu_id is None:
         ids = (row["id"] for row in datafiles.load("gpus.json")["gpus"])
         raise UnknownNameError("gpu", name, ids, also="; `peftplan gpus` lists them; or a size such as 24GiB")
-    return _gpu(found)
+    return _gpu(gpu_id)
 
 
 def _anonymous(name: str, *, number: float, unit: str) -> Gpu:

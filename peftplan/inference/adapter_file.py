@@ -29,7 +29,7 @@ EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 
 @dataclass(frozen=True)
 class Saving:
-    """What of a peft config decides which tensors are saved: its type, its `bias`, VeRA's `save_projection`."""
+    """The fields of a peft config that decide which tensors are saved: its type, its `bias`, VeRA's `save_projection`."""
 
     peft_type: str
     bias: str = "none"
@@ -48,18 +48,18 @@ def adapter_tensors(
     own = [p for p in parameters.all if p.owner == "adapter"]
     if saving.peft_type in PROMPT_TYPES:
         return (_prompt_embeddings(own), *_expanded(own, "base_model.", only=".modules_to_save."))
-    found = [*_expanded(own, "base_model.model.")]
+    tensors = [*_expanded(own, "base_model.model.")]
     if saving.save_projection:
-        found += [
+        tensors += [
             StoredTensor(f"base_model.{b.name}", adapter_dtype, b.shape)
             for b in adaptation.buffers
             if b.name in SHARED_PROJECTIONS
         ]
     dtypes = {p.name: p.dtype for p in parameters.all if p.owner == "base"}
-    found += _biases(arch, adaptation, saving.bias, dtypes, own)
+    tensors += _biases(arch, adaptation, saving.bias, dtypes, own)
     if not saving.token_indices:
-        found += _embeddings(arch, adaptation, dtypes)
-    return tuple({tensor.name: tensor for tensor in found}.values())
+        tensors += _embeddings(arch, adaptation, dtypes)
+    return tuple({tensor.name: tensor for tensor in tensors}.values())
 
 
 def _expanded(own: Iterable[Parameter], prefix: str, *, only: str = "") -> Iterator[StoredTensor]:
@@ -133,7 +133,7 @@ def _has_valid_base(module: Module) -> bool:
 
 
 def _names_embedding(arch: Architecture, targets: object) -> bool:
-    """A list names it by these very words; a regular expression by matching a module of that last name."""
+    """A list must contain these exact words; a regular expression must match a module of that last name."""
     if isinstance(targets, str):
         names = (name for module in arch.modules for name in module.names())
         return any(re.fullmatch(targets, name) for name in names if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)

@@ -61,7 +61,7 @@ def merged_storages(arch: Architecture, adaptation: Adaptation, parameters: Para
     """Every tensor of the merged model's checkpoint, in the order of its state dict.
 
     `parameters` are those of the base that is merged into, not quantized, loaded in `dtype`. A merge keeps each weight's dtype
-    and shape; a copy of `modules_to_save` takes the place of its module, and so parts what was tied.
+    and shape; a copy in `modules_to_save` replaces its module, and so breaks a tie.
     """
     dtypes = {p.name: p.dtype for p in parameters.all if p.owner == "base"}
     kept = _names_of_ties(arch, adaptation)
@@ -71,13 +71,14 @@ def merged_storages(arch: Architecture, adaptation: Adaptation, parameters: Para
         for param, shape in module.params:
             key = f"{module.name}.{param}".lstrip(".")
             if kept.get(key, key) == key:
-                held = dtypes[owners.get(key, key)]
-                names += [(f"{name}.{param}".lstrip("."), held, shape) for name in module.names()]
+                param_dtype = dtypes[owners.get(key, key)]
+                names += [(f"{name}.{param}".lstrip("."), param_dtype, shape) for name in module.names()]
     for buffer in arch.buffers:
         if buffer.name.endswith(PERSISTENT_BUFFERS):
-            held = dtype if buffer.dtype == "model" else buffer.dtype
-            layers = buffer.layers or (None,)
-            names += [(buffer.name if i is None else buffer.name.replace("{}", str(i)), held, buffer.shape) for i in layers]
+            buffer_dtype = dtype if buffer.dtype == "model" else buffer.dtype
+            for i in buffer.layers or (None,):
+                name = buffer.name if i is None else buffer.name.replace("{}", str(i))
+                names.append((name, buffer_dtype, buffer.shape))
     tensors = [StoredTensor(*entry) for entry in names]
     sorts = any(_is_turned_back(arch.model_type, tensor.name) for tensor in tensors)
     ordered = sorted(tensors, key=lambda tensor: _natural(tensor.name)) if sorts else _in_order(tensors)
@@ -87,7 +88,7 @@ def merged_storages(arch: Architecture, adaptation: Adaptation, parameters: Para
 def shards(storages: Iterable[Storage], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> tuple[int, ...]:
     """Bytes of each file: a new one begins where the next storage would make the tensors of one exceed `max_shard_bytes`.
 
-    A storage that is larger by itself gets a file of its own, and what follows goes on in the file before.
+    A storage larger than that gets a file of its own; the next one continues the file before it.
     """
     files: list[list[Storage]] = []
     current: list[Storage] = []
@@ -108,19 +109,19 @@ def shards(storages: Iterable[Storage], *, max_shard_bytes: int = MAX_SHARD_BYTE
 def _names_of_ties(arch: Architecture, adaptation: Adaptation) -> dict[str, str]:
     """Parameter → the name under which its storage is saved, for what shares one.
 
-    The input embedding's name wins, or the owner's; where both have been copied, the last of the others by the alphabet.
+    The input embedding's name wins, or the owner's; where both have been copied, the alphabetically last of the others.
     """
     copied = {re.sub(r"\.modules_to_save(?=\.)", "", t.name) for t in adaptation.added if ".modules_to_save." in t.name}
     groups: dict[str, list[str]] = {}
     for alias, owner in arch.ties:
         groups.setdefault(owner, [owner]).append(alias)
-    found: dict[str, str] = {}
+    saved_as: dict[str, str] = {}
     for members in groups.values():
         together = [name for name in members if name not in copied]
         embedding = f"{arch.input_embedding}.weight"
         for name in together:
-            found[name] = next((main for main in (embedding, members[0]) if main in together), max(together))
-    return found
+            saved_as[name] = next((main for main in (embedding, members[0]) if main in together), max(together))
+    return saved_as
 
 
 def _in_order(tensors: Iterable[StoredTensor]) -> Iterator[StoredTensor]:

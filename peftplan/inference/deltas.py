@@ -93,11 +93,11 @@ def loha(s: Scratch, w: Array, parts: Parts) -> None:
 
 def lokr(s: Scratch, w: Array, parts: Parts) -> None:
     """W += (W1 ⊗ W2) · scale, each factor whole or a product of two."""
-    made = [s.matmul(parts[f"{name}_a"], parts[f"{name}_b"]) for name in ("lokr_w1", "lokr_w2") if name not in parts]
+    products = [s.matmul(parts[f"{name}_a"], parts[f"{name}_b"]) for name in ("lokr_w1", "lokr_w2") if name not in parts]
     dtype = next(iter(parts.values())).dtype
     kron = s.new(dtype, *w.dims)
     delta = s.new(dtype, *w.dims)
-    s.drop(kron, *made)
+    s.drop(kron, *products)
     s.add_in_place(w, delta)
     s.drop(delta)
 
@@ -126,14 +126,14 @@ def ia3(s: Scratch, w: Array, parts: Parts) -> None:
 
 def oft(s: Scratch, w: Array, parts: Parts) -> None:
     """W = (R @ Wᵀ)ᵀ with R (i, i) built from its blocks; blocks by Cayley-Neumann, peft's default."""
-    held = parts["oft_R"]
+    blocks = parts["oft_R"]
     i = w.dims[1]
-    size = _block_size(held.dims[1])
-    casts = [s.cast(held, "fp32")] if _is_slow(s, held.dtype) else []
-    dtype = "fp32" if casts else held.dtype
-    rotation = _rotation(s, dtype, i=i, blocks=held.dims[0], size=size)
+    size = _block_size(blocks.dims[1])
+    casts = [s.cast(blocks, "fp32")] if _is_slow(s, blocks.dtype) else []
+    dtype = "fp32" if casts else blocks.dtype
+    rotation = _rotation(s, dtype, i=i, blocks=blocks.dims[0], size=size)
     s.drop(*casts)
-    rotation = _back(s, rotation, held.dtype, [])
+    rotation = _back(s, rotation, blocks.dtype, [])
     wide = s.cast(w, rotation.dtype) if w.dtype != rotation.dtype else None
     result = s.new(rotation.dtype, i, w.dims[0])
     if wide is not None:
@@ -247,9 +247,9 @@ def _back(s: Scratch, array: Array, dtype: str, casts: list[Array]) -> Array:
     if array.dtype == dtype:
         s.drop(*casts)
         return array
-    found = s.cast(array, dtype)
+    cast = s.cast(array, dtype)
     s.drop(array, *casts)
-    return found
+    return cast
 
 
 def _transposing(s: Scratch, dims: tuple[int, ...], dtype: str) -> None:

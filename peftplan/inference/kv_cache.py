@@ -24,7 +24,7 @@ from peftplan.errors import NeedsTraceError, RefusedError
 from peftplan.units import round512
 
 STATE = "state"
-"""What linear attention and convolutions keep, whatever the context."""
+"""What linear attention and convolutions keep, independent of the context."""
 GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 """Tasks whose models decode token by token."""
 
@@ -53,19 +53,19 @@ def kv_cache(arch: Architecture, *, batch_size: int, context: int, encoder_conte
         raise RefusedError(f"{arch.model_class} keeps no KV cache: it does not generate")
     blocks = [block for block in arch.blocks if block.stack == "decoder"]
     if not blocks:
-        raise NeedsTraceError(f"the attention of model_type {arch.model_type!r} is not described here")
-    found: dict[tuple[str, str, Shape], int] = {}
+        raise NeedsTraceError(f"the KV cache of model_type {arch.model_type!r} is not modelled")
+    layers_of: dict[tuple[str, str, Shape], int] = {}
     for block in blocks:
         for attention in block.attentions:
             tokens = encoder_positions(arch) or encoder_context if attention.cross else context
             for kind, part, dims in _tensors(arch, attention, tokens):
                 key = (kind, part, (batch_size, *dims))
-                found[key] = found.get(key, 0) + len(block.layers)
-    return tuple(CacheTensor(kind, part, dtype, shape, layers) for (kind, part, shape), layers in found.items())
+                layers_of[key] = layers_of.get(key, 0) + len(block.layers)
+    return tuple(CacheTensor(kind, part, dtype, shape, layers) for (kind, part, shape), layers in layers_of.items())
 
 
 def growing_bytes(cache: Iterable[CacheTensor]) -> int:
-    """What one token more needs for a moment: a new copy of a layer's keys (a sliding layer: and values) beside the old one."""
+    """What appending one token needs briefly: a new copy of a layer's keys (and values in a sliding layer) beside the old one."""
     layer: dict[str, list[int]] = {}
     for tensor in cache:
         layer.setdefault(tensor.kind, []).append(tensor.num_bytes // tensor.layers)

@@ -1,7 +1,7 @@
-"""Memory of `merge_and_unload` on one device: base, adapter, and what the module that needs most makes while it is merged.
+"""Memory of `merge_and_unload` on one device: base, adapter, and the temporaries of the module that needs most.
 
-peft merges module by module and drops each module's adapter tensors when it is done with it. Counted is the largest module beside
-the whole adapter, so that the true peak lies below by the adapter tensors of the modules before it.
+peft merges module by module and drops each module's adapter tensors afterwards. This counts the largest module beside
+the whole adapter, so the true peak is lower by the adapter tensors of the modules merged before it.
 Source: peft 0.21.2, `tuners/tuners_utils.py` (`_unload_and_optionally_merge`).
 """
 
@@ -36,7 +36,7 @@ NOTHING = Need("", (), 0)
 
 
 class Merging(NamedTuple):
-    """Of what kind the merge is: the base was loaded in `dtype`, and `quant` is how it is stored (None: as it is)."""
+    """The kind of merge: the base was loaded in `dtype` and is stored as `quant` (None: not quantized)."""
 
     peft_type: str
     dtype: str
@@ -46,37 +46,37 @@ class Merging(NamedTuple):
 
 
 def refuse_unmergeable(peft_type: str | None, *, name: str, quant: QuantConfig | None) -> None:
-    """Raise RefusedError for what has no merge in peft, or one that is not described here."""
+    """Raise RefusedError for a method that has no merge in peft, or one that is not modelled."""
     if peft_type in PROMPT_TYPES:
-        raise RefusedError(f"merge: {name} trains virtual tokens and no weight, so there is nothing to merge into the base")
+        raise RefusedError(f"merge: {name} trains virtual tokens, not weights, so there is nothing to merge into the base")
     if name in NON_LINEAR:
-        raise RefusedError(f"merge: {name} adds layers with a non-linearity, which no weight of the base can take up")
+        raise RefusedError(f"merge: {name} adds layers with a non-linearity, which cannot be folded into a weight of the base")
     if name in TRAINS_BASE:
         raise RefusedError(f"merge: {name} trains the base itself, so there is nothing to merge: its checkpoint is the model")
     if peft_type not in deltas.MERGES:
-        raise RefusedError(f"merge: how peft merges {name} is not described here")
+        raise RefusedError(f"merge: how peft merges {name} is not modelled")
     if quant is not None and (peft_type != "LORA" or quant.name not in requantize.SUPPORTED):
         raise RefusedError(
-            f"merge: {name} into weights stored as {quant.name} is not described here; into the base in 16 bits it is, "
-            f"and LoRA into {', '.join(requantize.SUPPORTED)}"
+            f"merge: merging {name} into weights stored as {quant.name} is not modelled; into a 16-bit base it is, "
+            f"and so is LoRA into {', '.join(requantize.SUPPORTED)}"
         )
 
 
-def largest_need(arch: Architecture, adaptation: Adaptation, loaded: Parameters, asked: Merging) -> Need:
-    """The module whose merge makes most; `loaded` are base and adapter as they are loaded for it.
+def largest_need(arch: Architecture, adaptation: Adaptation, loaded: Parameters, merging: Merging) -> Need:
+    """The module whose merge needs most; `loaded` are base and adapter as they are loaded for it.
 
     A quantized base is merged on the GPU alone.
     """
-    held = {p.name: p for p in loaded.all if p.owner == "base"}
-    shared = {b.name: Array(asked.adapter_dtype, b.shape) for b in adaptation.buffers if b.name in SHARED_PROJECTIONS}
-    needs = [NOTHING, *_token_needs(arch, loaded, held, asked.device)]
+    of_base = {p.name: p for p in loaded.all if p.owner == "base"}
+    shared = {b.name: Array(merging.adapter_dtype, b.shape) for b in adaptation.buffers if b.name in SHARED_PROJECTIONS}
+    needs = [NOTHING, *_token_needs(arch, loaded, of_base, merging.device)]
     for name, parts in _adapted(arch, loaded):
-        base = _owner(arch, held, name)
-        s, host = Scratch(asked.device), 0
-        if base.quantized and asked.quant is not None:
-            host = requantize.merge(s, Array(asked.dtype, base.shape), parts, asked.quant)
+        base = _owner(arch, of_base, name)
+        s, host = Scratch(merging.device), 0
+        if base.quantized and merging.quant is not None:
+            host = requantize.merge(s, Array(merging.dtype, base.shape), parts, merging.quant)
         else:
-            _merge_of(asked.peft_type, name, base.shape, parts)(s, Array(base.dtype, base.shape), {**parts, **shared})
+            _merge_of(merging.peft_type, name, base.shape, parts)(s, Array(base.dtype, base.shape), {**parts, **shared})
         needs.append(Need(name, base.shape, s.peak, host))
     return max(needs, key=lambda need: need.num_bytes)
 
@@ -84,16 +84,16 @@ def largest_need(arch: Architecture, adaptation: Adaptation, loaded: Parameters,
 def _merge_of(peft_type: str, name: str, shape: tuple[int, ...], parts: deltas.Parts) -> deltas.Merge:
     """The merge of one weight. Raises RefusedError for convolutions and rotated embeddings."""
     if len(shape) not in (2, 3) or "oft_embedding_R" in parts:
-        raise RefusedError(f"merge: how peft merges {peft_type} into {name} is not described here")
+        raise RefusedError(f"merge: how peft merges {peft_type} into {name} is not modelled")
     if "lora_magnitude_vector" in parts:
         return deltas.dora
     return deltas.experts if len(shape) == 3 else deltas.MERGES[peft_type]
 
 
-def _owner(arch: Architecture, held: Mapping[str, Parameter], name: str) -> Parameter:
+def _owner(arch: Architecture, of_base: Mapping[str, Parameter], name: str) -> Parameter:
     """The base parameter of a name: of a tied one its owner, which may be one layer of a family."""
     owner = dict(arch.ties).get(name, name)
-    return held[owner if owner in held else re.sub(r"\.\d+\.", ".{}.", owner, count=1)]
+    return of_base[owner if owner in of_base else re.sub(r"\.\d+\.", ".{}.", owner, count=1)]
 
 
 def _adapted(arch: Architecture, parameters: Parameters) -> Iterator[tuple[str, dict[str, Array]]]:
@@ -119,12 +119,12 @@ def _parameter_of(module: Module, parts: Mapping[str, Array]) -> str:
     return fitting[0] if fitting else module.params[0][0]
 
 
-def _token_needs(arch: Architecture, parameters: Parameters, held: Mapping[str, Parameter], device: Device) -> Iterator[Need]:
+def _token_needs(arch: Architecture, parameters: Parameters, of_base: Mapping[str, Parameter], device: Device) -> Iterator[Need]:
     """Trained rows of an embedding: the whole matrix is copied with the rows put in (`TrainableTokensLayer.merge`)."""
     for p in parameters.all:
         if p.owner == "adapter" and p.name.endswith(".token_adapter.trainable_tokens_delta"):
             name = f"{p.name.partition('.token_adapter.')[0]}.weight"
-            base = _owner(arch, held, name)
+            base = _owner(arch, of_base, name)
             s = Scratch(device)
             s.new(base.dtype, *base.shape)
             if p.dtype != base.dtype:

@@ -1,4 +1,4 @@
-"""Merging LoRA into a weight that bitsandbytes stores: dequantized, added to, carried to the host, and quantized anew on the GPU.
+"""Merging LoRA into a weight that bitsandbytes stores: dequantize, add, move to the host, quantize again on the GPU.
 
 n elements of W (o, i). Source: peft 0.21.2, `tuners/lora/bnb.py` (`Linear4bit.merge`, `Linear8bitLt.merge`) and
 `lora/variants.py` (`DoraLinearVariant.merge_safe`); bitsandbytes 0.50.2, `nn/modules.py` (`Params4bit._quantize`,
@@ -17,19 +17,19 @@ from peftplan.units import ceil_div
 
 FOUR_BIT = ("nf4", "fp4")
 SUPPORTED = (*FOUR_BIT, "int8")
-"""Formats for which peft's LoRA layers have a merge of their own that is described here."""
+"""Formats with a merge of their own in peft's LoRA layers that is modelled here."""
 
 
 def merge(s: Scratch, w: Array, parts: Parts, quant: QuantConfig) -> int:
     """The merge of one module, W in the dtype that the model was loaded in; returns the bytes of the sum on the host."""
     output = _dequantized(s, w, quant)
     if "lora_magnitude_vector" in parts:
-        total, held = _dora(s, w, parts, quant, output)
+        total, temporaries = _dora(s, w, parts, quant, output)
     else:
         delta = lora_delta(s, parts)
-        total, held = s.combine(output, delta), [delta]
+        total, temporaries = s.combine(output, delta), [delta]
     _quantized(s, total, quant)
-    s.drop(output, total, *held)
+    s.drop(output, total, *temporaries)
     return s.bytes(total)
 
 
@@ -58,11 +58,11 @@ def _dequantized(s: Scratch, w: Array, quant: QuantConfig) -> Array:
 
 def _quantized(s: Scratch, total: Array, quant: QuantConfig) -> None:
     """The sum comes back from the host; the new weight is made beside the old one."""
-    held = s.new("fp16" if quant.name == "int8" else total.dtype, *total.dims)
+    weight = s.new("fp16" if quant.name == "int8" else total.dtype, *total.dims)
     absmax = [s.new("fp32", _blocks(total, quant)) for _ in range(2 if quant.double_quant else 0)]
     o, i = total.dims
     new = [s.new(a.dtype, *a.dims) for a in stored(quant, shape=(o, i), dtype=total.dtype)]
-    s.drop(held, *absmax, *new)
+    s.drop(weight, *absmax, *new)
 
 
 def _blocks(w: Array, quant: QuantConfig) -> int:

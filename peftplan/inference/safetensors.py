@@ -36,7 +36,7 @@ _RANK = {dtype: rank for rank, dtype in enumerate(CODES)}
 LENGTH_BYTES = 8
 """The header's length, an unsigned 64-bit number."""
 ALIGNMENT = 8
-"""The header is filled up with blanks to a multiple of this."""
+"""The header is padded with spaces to a multiple of this."""
 OF_TORCH: Mapping[str, str] = MappingProxyType({"format": "pt"})
 """The metadata that transformers and peft write."""
 
@@ -55,9 +55,9 @@ class StoredTensor(NamedTuple):
 
 
 def header_bytes(tensors: Iterable[StoredTensor], *, metadata: Mapping[str, str] = OF_TORCH) -> int:
-    """Bytes of the JSON header with its blanks, the eight bytes before it not counted.
+    """Bytes of the padded JSON header, without the eight bytes before it.
 
-    Tensors lie one behind the other, wide dtypes first and by name within a dtype, which decides the digits of their offsets.
+    Tensors are stored consecutively, wide dtypes first and by name within a dtype; this decides the digits of their offsets.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0

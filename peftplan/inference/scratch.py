@@ -1,4 +1,4 @@
-"""A ledger of temporaries: tensors are made and dropped in the order of a library's code, and the most at one time is kept.
+"""A ledger of temporaries: tensors are made and dropped in the order of a library's code, and the highest total is kept.
 
 On the GPU each tensor takes its bytes rounded up to 512, and an operation reads operands of another dtype as they are. On the CPU
 a tensor takes its own bytes, and an operation on mixed dtypes first makes copies in the common one, of its operands and, if in
@@ -20,7 +20,7 @@ WIDTH = {"int8": 0, "bf16": 1, "fp16": 1, "fp32": 2, "complex64": 3}
 
 
 class Array(NamedTuple):
-    """A tensor by its dtype and dims; whether it is counted here is the ledger's matter."""
+    """A tensor by its dtype and dims; the ledger decides whether it is counted."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -40,14 +40,14 @@ class Scratch:
         return round512(nbytes) if self.device == "gpu" else nbytes
 
     def new(self, dtype: str, *dims: int) -> Array:
-        """A tensor that comes alive."""
-        made = Array(dtype, dims)
-        self.alive += self.bytes(made)
+        """Allocate a tensor."""
+        array = Array(dtype, dims)
+        self.alive += self.bytes(array)
         self.peak = max(self.peak, self.alive)
-        return made
+        return array
 
     def drop(self, *arrays: Array) -> None:
-        """Tensors that nobody holds any more."""
+        """Free tensors."""
         self.alive -= sum(self.bytes(array) for array in arrays)
 
     def cast(self, array: Array, dtype: str) -> Array:
@@ -63,9 +63,9 @@ class Scratch:
         common = promote(a.dtype, b.dtype)
         copies = self._copies(common, a, b)
         dims = tuple(max(pair) for pair in zip(a.dims, b.dims, strict=True))
-        made = self.new(common, *dims)
+        result = self.new(common, *dims)
         self.drop(*copies)
-        return made
+        return result
 
     def add_in_place(self, target: Array, other: Array) -> None:
         """target += other: what it needs beside both."""

@@ -1,6 +1,6 @@
 """`MemoryCallback`: estimated against measured peak inside a transformers or TRL training, and a warning before a batch too long.
 
-Phases are told apart by what a Trainer lets one see: a forward begins and ends, the optimizer's step begins, the step ends.
+It tells phases apart by the events that Trainer exposes: forward begins and ends, the optimizer's step begins, the step ends.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class MemoryCallback(TrainerCallback):
     """Add it to a Trainer's `callbacks`.
 
     `after`: optimizer steps after which measured and estimated peaks are printed. `engine`: `analytic` (no time) or `trace`
-    (seconds). `output`: a file that a record of the run is appended to. `options`: of `peftplan.estimate`, where what is read
-    from the training is not what is meant. `tell` prints a line; `device` stands in for CUDA's. Without CUDA only the estimate
-    is printed. Until the report each phase waits for the GPU; afterwards only a new shape of batch costs anything.
+    (seconds). `output`: a file that a record of the run is appended to. `options`: arguments of `peftplan.estimate`
+    that override what is read from the training. `tell` prints a line; `device` stands in for CUDA's. Without CUDA only the
+    estimate is printed. Until the report each phase waits for the GPU; afterwards only a new shape of batch costs anything.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class MemoryCallback(TrainerCallback):
             hook.remove()
 
     def say(self, text: str) -> None:
-        """One line of the callback's, from the first process."""
+        """Print one line, from the first process only."""
         if rank() == 0:
             self._say(PREFIX + text)
 
@@ -131,19 +131,19 @@ class MemoryCallback(TrainerCallback):
         }
 
     def _estimate(self, batch: Seen) -> Estimate | None:
-        """The estimate of one shape; what is refused is said once."""
+        """The estimate of one shape; a refusal is reported once."""
         card = None if self._device is None else gpu_id(self._device.facts().gpu)
-        given = self._arguments(batch)
-        script = given.pop("script", NO_SCRIPT).ran_on({"torch": torch.__version__, "transformers": transformers.__version__})
+        options = self._arguments(batch)
+        script = options.pop("script", NO_SCRIPT).ran_on({"torch": torch.__version__, "transformers": transformers.__version__})
         try:
-            return estimate(engine=self.engine, gpu=card, script=script, **given)
+            return estimate(engine=self.engine, gpu=card, script=script, **options)
         except PeftplanError as error:
             if not any(self._estimates.values()):
                 self.say(f"no estimate: {error}")
             return None
 
     def _warn(self, batch: Seen) -> None:
-        """Say before the step that a batch needs more than torch can have: the driver's free memory and its own segments."""
+        """Warn before the step that a batch needs more than torch can get: the driver's free memory and torch's own segments."""
         expected = self._estimates[batch]
         if self._device is None or expected is None or expected.peaks is None:
             return
@@ -151,8 +151,8 @@ class MemoryCallback(TrainerCallback):
         possible = self._device.free_bytes() + self._device.read().reserved
         if needed > possible:
             self.say(
-                f"a batch of {batch} needs {format_bytes(needed)} ({self.engine}, peak in {expected.peaks.phase}), and torch can "
-                f"have {format_bytes(possible)}: this step is likely to run out of memory"
+                f"a batch of {batch} needs {format_bytes(needed)} ({self.engine}, peak in {expected.peaks.phase}), but torch can "
+                f"get only {format_bytes(possible)}: this step is likely to run out of memory"
             )
 
     def _report(self) -> None:

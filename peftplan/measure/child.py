@@ -1,6 +1,6 @@
-"""One run of a suite in a process of its own: `python -m peftplan.measure.child`, its order as one line of JSON on stdin.
+"""One run of a suite in its own process: `python -m peftplan.measure.child`, which reads its job as one line of JSON from stdin.
 
-The suite keeps stdin open; when it goes away, so does this process, and the GPU is free for whoever resumes.
+The suite keeps stdin open. When the suite ends, so does this process, and the GPU is free for the next run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The device: the only module that asks torch.cuda and NVML anything. Tests put a double in its place.
+"""The device: the only module that queries torch.cuda and NVML. Tests replace it with a double.
 
 Bytes are integers. `allocated` and `reserved` are those of torch's caching allocator (`torch.cuda.memory_stats`, torch 2.13);
 `process` is what the driver counts for this process, context included, and `used` for the whole device (NVML, nvidia-ml-py 13).
@@ -93,7 +93,7 @@ class Cuda:
         )
 
     def synchronize(self) -> None:
-        """Wait for every kernel, so that no free is still to come."""
+        """Wait for every kernel, so that no free is pending."""
         torch.cuda.synchronize(self.torch_device)
 
     def empty_cache(self) -> None:

@@ -1,6 +1,7 @@
-"""Who a measured run is: its configuration in a record's words, the key that a suite recognises it by, and its circumstances.
+"""The identity of a measured run: its configuration as a record states it, the key by which a suite recognises it, and its
+circumstances.
 
-Nothing here needs torch, so that a suite can tell what is left to do at once.
+Nothing here needs torch, so that a suite knows at once what is left to do.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ WARMUP, STEPS = 1, 2
 PACKAGES = ("peftplan", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "triton", "numpy")
 SOURCE = "peftplan measure"
 LICENCE = "Apache-2.0"
-"""Of what is measured with and added to this project."""
+"""The licence of records measured with this command and added to this project."""
 
 ALLOCATOR_VARIABLES = (
     "PYTORCH_ALLOC_CONF",
@@ -114,13 +115,13 @@ def new_id(run: Run) -> str:
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _commit() -> str | None:

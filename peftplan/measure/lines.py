@@ -15,7 +15,7 @@ from peftplan.units import format_bytes
 ONE_LINE = ("allocated", "reserved")
 """The figures of a suite's line: the overall peaks."""
 WIDTHS = (12, 14)
-"""Of the first column, and of the others."""
+"""Widths of the first column and of the others."""
 
 
 def answers(record: Record, engines: Sequence[Engine]) -> dict[Engine, Answer]:
@@ -62,8 +62,8 @@ def of_suite(records: Iterable[Record], stated: Iterable[dict[Engine, Answer]]) 
     drifts: dict[tuple[str, str], list[float]] = {}
     for answered in stated:
         for engine, answer in answered.items():
-            for found in answer.overall:
-                drifts.setdefault((engine, found.figure), []).append(found.drift)
+            for compared in answer.overall:
+                drifts.setdefault((engine, compared.figure), []).append(compared.drift)
     for (name, figure), listed in drifts.items():
         worst = max(listed, key=abs)
         lines.append(f"{name}: {figure} drift over {len(listed)} runs: median {median(listed):+.2f} %, worst {worst:+.2f} %")
@@ -71,8 +71,8 @@ def of_suite(records: Iterable[Record], stated: Iterable[dict[Engine, Answer]]) 
 
 
 def _drift(answer: Answer, figure: str) -> str:
-    found: Compared | None = next((one for one in answer.compared if one.figure == figure), None)
-    return "–" if found is None else f"{found.drift:+.2f} %"
+    compared: Compared | None = next((one for one in answer.compared if one.figure == figure), None)
+    return "–" if compared is None else f"{compared.drift:+.2f} %"
 
 
 def _counts(record: Record, stated: dict[Engine, Answer]) -> list[str]:
@@ -85,7 +85,7 @@ def _counts(record: Record, stated: dict[Engine, Answer]) -> list[str]:
 def _silent(stated: dict[Engine, Answer]) -> list[str]:
     """Engines that state no peak, with the reason where there is one."""
     silent = {engine: answer.stated.refused for engine, answer in stated.items() if not answer.compared}
-    return [f"{engine}: {refused or 'states no peak of this run'}" for engine, refused in silent.items()]
+    return [f"{engine}: {refused or 'gives no peak for this run'}" for engine, refused in silent.items()]
 
 
 def _row(first: str, *others: str) -> str:

@@ -1,4 +1,4 @@
-"""The real code of a loss, put in place of the model's own as its library does it, before peft wraps the model."""
+"""Install a loss library's own code in place of the model's loss, as the library does, before peft wraps the model."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def load(job: Job, device: torch.device) -> Any:
 
 
 def _start_decoder(hf_config: Any) -> None:
-    """A token that the decoder's inputs start with, where the built-in config leaves it out: any id takes the same bytes."""
+    """Set the decoder's start token where the built-in config leaves it out: any id takes the same bytes."""
     for name in ("decoder_start_token_id", "pad_token_id"):
         if getattr(hf_config, name, None) is None:
             setattr(hf_config, name, FIRST_TOKEN)
@@ -192,9 +192,9 @@ def _cast(model: Any, before: set[int], setup: Setup, *, by_trl: bool) -> None:
     leaves DoRA's magnitudes (`SFTTrainer.__init__`)."""
     target = TORCH_DTYPES[str(setup.adapter_dtype)]
     for name, parameter in model.named_parameters():
-        made = id(parameter) not in before and not any(part in name for part in COPIES)
+        is_new = id(parameter) not in before and not any(part in name for part in COPIES)
         by_trainer = by_trl and parameter.requires_grad and MAGNITUDE not in name
-        if (by_trainer if by_trl else made) and parameter.is_floating_point():
+        if (by_trainer if by_trl else is_new) and parameter.is_floating_point():
             parameter.data = parameter.data.to(target)
 
 

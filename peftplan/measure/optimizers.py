@@ -41,8 +41,8 @@ def make_optimizer(setup: Setup, model: Any, recorder: Recorder) -> Steps:
     Trainer groups them by weight decay, and tells 8-bit optimizers to leave embeddings in 32 bits; a plain loop does neither.
     Raises RefusedError for an optimizer that steps inside backward, which the step programs do not run.
     """
-    made = Real(_of_setup(setup, model, recorder.device.torch_device))
-    return made if allocator_of(model) is None else WithAllocator(made, model, recorder)  # type: ignore[arg-type]
+    optimizer = Real(_of_setup(setup, model, recorder.device.torch_device))
+    return optimizer if allocator_of(model) is None else WithAllocator(optimizer, model, recorder)  # type: ignore[arg-type]
 
 
 def _of_setup(setup: Setup, model: Any, device: torch.device) -> Any:
@@ -78,6 +78,6 @@ def _arguments(setup: Setup, folder: str, device: torch.device) -> Any:
 def _plain(arguments: Any, model: Any) -> Any:
     from transformers import Trainer
 
-    made, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     parameters = options.pop("params", None) or [p for p in model.parameters() if p.requires_grad]
-    return made(parameters, **options)
+    return optimizer_class(parameters, **options)

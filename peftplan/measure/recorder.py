@@ -63,7 +63,7 @@ class Recorder:
         self.device.reset_peaks()
 
     def register(self, tensor: torch.Tensor, category: Category, name: str, *, op: str = "load") -> None:
-        """Names are a trace's matter."""
+        """Only the trace engine names tensors."""
 
 
 def _figure(step: int, phase: str, now: Reading, device: Device) -> Figure:

@@ -57,7 +57,7 @@ class DeviceRun(Run):
         return nullcontext() if name == "none" else self.device.autocast(TORCH_DTYPES[name])
 
     def name_gradients(self) -> None:
-        """Names are a trace's matter."""
+        """Only the trace engine names gradients."""
 
 
 def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEPS, snapshot: Path | None = None) -> Outcome:
@@ -67,7 +67,7 @@ def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEP
     that make no sense.
     """
     if warmup < 0 or steps < 1:
-        raise InputError("steps", (warmup, steps), "accepted: at least one step, after no or more warm-up steps")
+        raise InputError("steps", (warmup, steps), "accepted: at least one step and zero or more warm-up steps")
     stepping = PROGRAMS[job.setup.trainer]
     device.synchronize()
     device.empty_cache()
@@ -79,11 +79,11 @@ def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEP
     counted: tuple[int | None, int | None] = (None, None)
     outcome, message = "ok", None
     try:
-        made = make(job, device.torch_device)
-        counted = made.num_trainable, made.num_total
-        model = _distributed(made.model, device)
-        batch = filled(inputs(made.base, job.setup).batch, made.base, device.torch_device) | losses.arguments(job.setup)
-        optimizer = make_optimizer(job.setup, made.model, recorder)
+        built = make(job, device.torch_device)
+        counted = built.num_trainable, built.num_total
+        model = _distributed(built.model, device)
+        batch = filled(inputs(built.base, job.setup).batch, built.base, device.torch_device) | losses.arguments(job.setup)
+        optimizer = make_optimizer(job.setup, built.model, recorder)
         run = DeviceRun(model, batch, optimizer, recorder, job.setup, steps=warmup + steps, device=device)
         stepping(run)
         recorder.close()
@@ -103,7 +103,7 @@ def filled(batch: dict[str, Any], model: Any, device: torch.device) -> dict[str,
     mask that hides something."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     generator = torch.Generator().manual_seed(0)
-    found = {}
+    tensors = {}
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
             if name == "input_ids" and vocabulary and not value.any():
@@ -112,8 +112,8 @@ def filled(batch: dict[str, Any], model: Any, device: torch.device) -> dict[str,
                 value = value.clone()
                 value[:, -PADDED:] = 0
             value = value.to(device)
-        found[name] = value
-    return found
+        tensors[name] = value
+    return tensors
 
 
 def _distributed(model: nn.Module, device: Device) -> nn.Module:

@@ -28,7 +28,7 @@ CHILD: tuple[str, ...] = (sys.executable, "-m", "peftplan.measure.child")
 """What runs one configuration."""
 
 TIMEOUT = 600.0
-"""Seconds after which a run counts as hung: an 8B model is made, quantized and stepped well within."""
+"""Seconds after which a run counts as hung: an 8B model is made, quantized and stepped well within that time."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """What tells it from the other lines, and from other records."""
+        """The key that distinguishes it from other lines and other records."""
         return key(self.run)
 
 

@@ -28,12 +28,12 @@ class Seen(NamedTuple):
 
 def seen(arguments: dict[str, Any]) -> Seen | None:
     """The shape of the batch that a model's forward is given; None where it is given neither tokens nor their embeddings."""
-    given = arguments.get("input_ids", arguments.get("inputs_embeds"))
-    if not isinstance(given, torch.Tensor):
+    tokens = arguments.get("input_ids", arguments.get("inputs_embeds"))
+    if not isinstance(tokens, torch.Tensor):
         return None
     mask = arguments.get("attention_mask")
-    hides = isinstance(mask, torch.Tensor) and mask.dim() == given.dim() and not bool(mask.all())
-    return Seen(given.shape[0], given.shape[1], hides)
+    hides = isinstance(mask, torch.Tensor) and mask.dim() == tokens.dim() and not bool(mask.all())
+    return Seen(tokens.shape[0], tokens.shape[1], hides)
 
 
 def described(model: Any, args: Any) -> dict[str, Any]:

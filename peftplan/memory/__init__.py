@@ -1,1 +1,1 @@
-"""What occupies the device: allocations, the ledger of lines, and (later) the timeline of a training step."""
+"""What occupies the device: allocations, the ledger of lines, and the timeline of a training step."""

@@ -84,7 +84,7 @@ def attend(
 
     `rotated`: queries and keys went through rotary embeddings, whose gradients come head by head anyway. `wide`: eager attention
     asks for a softmax in fp32, as decoders do. `bias`: what eager attention adds before the mask. `by_head`: the three lie
-    (b, a, s, d), as copies that the class made. `cached`: a cache copied keys and values, where the model does not say it.
+    (b, a, s, d), as copies that the class made. `cached`: a cache copied keys and values, which the model itself does not state.
     `moved`: the projections' gradients are copied already, behind a cache.
     """
     f = model.tape
@@ -199,7 +199,7 @@ def eager(
     keys, values = (repeat_kv(f, x, a, copies=not single) for x in (k, v))
     grouped = a.num_attention_heads != a.num_key_value_heads
     copied = not single and (grouped or ((model.joins if cached is None else cached) and not joined))
-    given = q.dtype
+    dtype = q.dtype
     moved = joined or by_head
     scores = product(model, q, keys, (*q.dims[:3], k.dims[2]), joined=(moved, copied or moved))
     if scales:
@@ -214,7 +214,7 @@ def eager(
         scores = ops.add(f, scores, mask)
     weights = ops.softmax(f, scores, "fp32" if wide or f.autocast else scores.dtype)
     if wide:
-        weights = f.to(weights, given)
+        weights = f.to(weights, dtype)
     del scores
     weights = ops.dropout(f, weights, dropout)
     model.layer_locals.append(weights)
@@ -254,8 +254,8 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     Its second result, the weights in the inputs' dtype, is made before the first and thrown away.
     """
     f = model.tape
-    given = q.dtype
-    wide = "fp32" if given in HALF else given
+    dtype = q.dtype
+    wide = "fp32" if dtype in HALF else dtype
     q, k, v = f.to(q, wide), f.to(k, wide), f.to(v, wide)
     scaled = ops.scale(f, q)
     s, keys = q.dims[2], k.dims[2]
@@ -275,10 +275,10 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     hidden = f.new(scores.dims, "bool", "eq -inf")  # `_safe_softmax`
     del scores, hidden
     weights = ops.dropout(f, weights, dropout)
-    low = f.to(weights.detach(), given)
+    low = f.to(weights.detach(), dtype)
     out = ops.matmul(f, weights, spread(values), (*q.dims[:3], v.dims[3]))
     out = ops.heads(f, out, out.dims, clones=model.running.batch_size > 1)
-    out = f.to(out, given)
+    out = f.to(out, dtype)
     del q, k, v, scaled, heads, values, weights, bias, low
     b, a_, s, d = out.dims
     return ops.copied(f, out, "clone", (b, s, a_, d)).view((b, s, _product(a_, d)))

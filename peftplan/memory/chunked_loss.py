@@ -34,10 +34,10 @@ def trl_chunked(model: Model, x: Tensor) -> tuple[Tensor, ...]:
     mask = f.new(LABELS, "bool", "label mask")
     chosen = _rows(f, hidden, mask)
     targets = _rows(f, Tensor(None, LABELS, "int64"), mask)
-    found = _log_probs(model, chosen, head.weight, head.bias, targets)
+    per_label = _log_probs(model, chosen, head.weight, head.bias, targets)
     del chosen, targets
-    log_probs, entropy, is_top1 = (_scattered(f, part, mask) for part in found)
-    del found
+    log_probs, entropy, is_top1 = (_scattered(f, part, mask) for part in per_label)
+    del per_label
     loss = _mean(f, ops.scale(f, _sum(f, log_probs), "neg"), mask)
     return loss, log_probs, entropy, is_top1, mask
 
@@ -132,7 +132,7 @@ def _log_probs(model: Model, hidden: Tensor, weight: Any, bias: Any, targets: Te
     chunks = _chunks(model)
     node = f.record(_log_probs_backward, (hidden, weight, bias))
     dtype = f.autocast or hidden.dtype
-    held = f.many(("n",), "fp32", "running sums", RUNNING + 1)  # and the logit of the target
+    sums = f.many(("n",), "fp32", "running sums", RUNNING + 1)  # and the logit of the target
     buffer = _buffer(f, dtype)
     chunk = None
     for rows in chunks:
@@ -155,13 +155,13 @@ def _log_probs(model: Model, hidden: Tensor, weight: Any, bias: Any, targets: Te
     is_top1 = f.new(("n",), "bool", "bitwise_and")
     del passing
     f.keep(node, hidden.detach(), weight, bias, targets, log_z, entropy.detach(), chunks, dtype)
-    del held, buffer, chunk
+    del sums, buffer, chunk
     return log_probs, entropy, is_top1
 
 
-def _cast(f: Tape, dims: tuple[Dim, ...], given: str, dtype: str) -> Tensor | None:
+def _cast(f: Tape, dims: tuple[Dim, ...], current: str, dtype: str) -> Tensor | None:
     """A part in another dtype: a copy, or nothing where it has it."""
-    return None if given == dtype else f.new(dims, dtype, "to")
+    return None if current == dtype else f.new(dims, dtype, "to")
 
 
 def _log_probs_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) -> Any:
@@ -181,6 +181,6 @@ def _log_probs_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) 
             del passing
             passing = f.new((columns,), "fp32", "sum") if node.edges[2] else None
             del passing
-    found = tuple(None if w is None else f.to(w, x.dtype) for w, x in zip(wide, (hidden, weight, bias), strict=True))
+    narrow = tuple(None if w is None else f.to(w, x.dtype) for w, x in zip(wide, (hidden, weight, bias), strict=True))
     del chunk, part, buffer
-    return found
+    return narrow

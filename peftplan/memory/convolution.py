@@ -27,5 +27,5 @@ def convolution(model: Model, name: str, x: Tensor, dims: Dims) -> Tensor:
 
 def _convolution_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     return tuple(
-        f.new(held.dims, g.dtype, "convolution_backward") if edge else None for held, edge in zip(saved, node.edges, strict=True)
+        f.new(x.dims, g.dtype, "convolution_backward") if edge else None for x, edge in zip(saved, node.edges, strict=True)
     )

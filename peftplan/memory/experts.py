@@ -111,7 +111,7 @@ def _check_rows(x: Tensor, weight: Any) -> None:
         assert isinstance(row, int)
         if row * ITEMSIZE[weight.dtype] % ALIGNMENT_BYTES:
             raise RefusedError(
-                f"torch 2.13 refuses it: rows of {row} {weight.dtype} numbers in a grouped product of experts are no multiple of "
+                f"torch 2.13 refuses it: rows of {row} {weight.dtype} numbers in grouped expert products are not a multiple of "
                 f"{ALIGNMENT_BYTES} bytes"
             )
 
@@ -128,11 +128,11 @@ def weighted(f: Tape, x: Tensor, weights: Tensor) -> Tensor:
 def _weighted_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     to_weights = f.new(g.dims, g.dtype, "mul") if node.edges[1] else None
     to_x = f.new(g.dims, g.dtype, "mul") if node.edges[0] else None
-    given = saved[2]
+    dtype = saved[2]
     if node.checkpointed:
         saved.clear()
     if to_x is not None:
-        to_x = f.to(to_x, given)
+        to_x = f.to(to_x, dtype)
     return to_x, None if to_weights is None else f.new((*g.dims[:-1], 1), g.dtype, "sum")
 
 
@@ -167,7 +167,7 @@ def experts(
     f: Tape, x: Tensor, indices: Tensor, weights: Tensor, params: Stacked, gate: Gate, *, kernel: bool, transposed: bool
 ) -> Tensor:
     """`grouped_mm_experts_forward` over `params`: gate_up_proj, down_proj and their biases."""
-    given = x.dtype
+    dtype = x.dtype
     e, *first = params.dims("gate_up_proj")
     _, *second = params.dims("down_proj")
     wide, h = (first[1], second[1]) if transposed else (first[0], second[0])
@@ -188,7 +188,7 @@ def experts(
     back = f.new(rows, "int64", "empty_like")
     added = taken(f, added, back, added.dims)
     total = summed(f, added)
-    narrow: Tensor = f.to(total, given)
+    narrow: Tensor = f.to(total, dtype)
     return narrow
 
 

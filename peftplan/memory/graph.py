@@ -49,11 +49,11 @@ class StopRecomputationError(Exception):
 class Frame:
     """A checkpointed call: how many tensors it would have saved, and those that its recomputation has made again."""
 
-    __slots__ = ("count", "held", "inputs", "recomputed", "replayed", "rerun")
+    __slots__ = ("alive", "count", "inputs", "recomputed", "replayed", "rerun")
 
     def __init__(self) -> None:
         self.count = 0
-        self.held: set[int] = set()
+        self.alive: set[int] = set()
         self.replayed = 0
         self.recomputed: dict[int, Any] | None = None
         self.rerun: Callable[..., Any] | None = None
@@ -68,10 +68,10 @@ class Place:
     def __init__(self, frame: Frame, number: int) -> None:
         self.frame = frame
         self.number = number
-        frame.held.add(number)
+        frame.alive.add(number)
 
     def __del__(self) -> None:
-        self.frame.held.discard(self.number)
+        self.frame.alive.discard(self.number)
 
 
 def reachable(roots: list[Any]) -> list[Node]:

@@ -55,7 +55,7 @@ class Moments:
     def peaks(self, named: Mapping[str, Any], standing: int) -> dict[str, Any]:
         """Phase → bytes at its peak for every point; `named` are arrays of one length."""
         length = len(next(iter(named.values())))
-        found = {phase: np.empty(length, dtype=np.int64) for phase in self.by_phase}
+        by_phase = {phase: np.empty(length, dtype=np.int64) for phase in self.by_phase}
         for start in range(0, length, CHUNK):
             part = {name: values[start : start + CHUNK].astype(np.float64) for name, values in named.items()}
             points = len(next(iter(part.values())))
@@ -68,9 +68,9 @@ class Moments:
             for phase, rows in self.by_phase.items():
                 best = (rows @ blocks).max(axis=0)
                 if best.max() > EXACT:
-                    raise InputError("seq_len", "a grid", "accepted: batches and sequences whose peak is below 8 PiB")
-                found[phase][start : start + points] = best.astype(np.int64) * ALLOCATION_ROUNDING + standing
-        return found
+                    raise InputError("seq_len", "a grid", "accepted: batches and sequences with a peak below 8 PiB")
+                by_phase[phase][start : start + points] = best.astype(np.int64) * ALLOCATION_ROUNDING + standing
+        return by_phase
 
 
 def _size(dtype: str, dims: tuple[Dim, ...]) -> tuple[Size, int]:

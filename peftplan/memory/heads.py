@@ -102,15 +102,15 @@ def _head_of(model: Model) -> Head:
         raise NeedsTraceError(f"loss {loss} of task_type {task} of {model_type}")
     if loss != "full":
         return _found(OF_LOSS[loss])
-    found = OF_MODEL.get((model_type, task)) or HEADS.get(task)
+    place = OF_MODEL.get((model_type, task)) or HEADS.get(task)
     if task == "TOKEN_CLS" and model.arch.blocks[0].stack == "decoder":
-        found = ("decoder_heads", "every_token")
-    if found is None:
-        raise NeedsTraceError(f"task_type {task} of {model_type}: its activations need --engine trace")
-    return _found(found)
+        place = ("decoder_heads", "every_token")
+    if place is None:
+        raise NeedsTraceError(f"activations of task_type {task} of {model_type}")
+    return _found(place)
 
 
 def _found(place: Place) -> Head:
     module, function = place
-    found: Head = getattr(import_module(f"peftplan.memory.{module}"), function)
-    return found
+    head: Head = getattr(import_module(f"peftplan.memory.{module}"), function)
+    return head

@@ -36,8 +36,8 @@ def fetched(f: Tape, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _copy(f: Tape, x: Hosted) -> Tensor:
-    made = f.new(x.dims, x.dtype, "to")
-    assert made.storage is not None
+    copy = f.new(x.dims, x.dtype, "to")
+    assert copy.storage is not None
     if x.leaf:
-        f.leaves.add((made.storage.number, x.dims))
-    return Tensor(made.storage, x.dims, x.dtype, x.node, x.index)
+        f.leaves.add((copy.storage.number, x.dims))
+    return Tensor(copy.storage, x.dims, x.dtype, x.node, x.index)

@@ -33,7 +33,7 @@ class Memory(Protocol[Held]):
     def allocate(self, nbytes: int) -> Held:
         """Make a tensor; what frees it."""
 
-    def release(self, held: Held, /) -> None:
+    def release(self, tensor: Held, /) -> None:
         """Free a tensor."""
 
     def empty_cache(self) -> None:

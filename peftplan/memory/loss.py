@@ -73,6 +73,6 @@ def projection(model: Model) -> Part:
         raise RefusedError("trl 1.16 refuses it: AttributeError: 'TrainableTokensWrapper' object has no attribute 'bias'")
     if model.running.loss != "liger" and any(key not in ("weight", "bias") for key in head.params):
         raise RefusedError(
-            f"target_modules: {model.running.loss} reads lm_head.weight itself, so that an adapter on it would not train"
+            f"target_modules: {model.running.loss} reads lm_head.weight itself, so an adapter on it would not train"
         )
     return head

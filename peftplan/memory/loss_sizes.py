@@ -32,7 +32,7 @@ MOST_DOUBLINGS = 40
 
 
 class LossSizes(NamedTuple):
-    """What a loss's sizes depend on besides the batch. `prompted`: the virtual tokens come before a row's own, without labels;
+    """The inputs of a loss's sizes besides the batch. `prompted`: virtual tokens precede each row and have no labels;
     `kept`: how many of a row's last tokens have logits, None for all."""
 
     loss: str
@@ -61,12 +61,12 @@ class LossSizes(NamedTuple):
             f"rows{size}": unsloth_rows(n, hidden_size=self.hidden_size, vocab_size=self.vocab_size, itemsize=size)
             for size in (HALF, WIDE)
         }
-        found = {"n": n, "tile": tile, "tile rest": _rest(n, MAX_ROWS), **by_itemsize}
-        return found | {f"{name} rest": _rest(n, rows) for name, rows in by_itemsize.items()}
+        sizes = {"n": n, "tile": tile, "tile rest": _rest(n, MAX_ROWS), **by_itemsize}
+        return sizes | {f"{name} rest": _rest(n, rows) for name, rows in by_itemsize.items()}
 
     def facts(self, b: Any, length: Any) -> tuple[Any, ...]:
-        """What of these sizes decides which operations run: whether there are tokens, more than a chunk, more than two; tokens
-        without logits."""
+        """The facts that decide which operations run: whether there are tokens, more than one chunk, more than two; whether there
+        are tokens without logits."""
         if self.loss in ("full", "liger"):
             return () if self.kept is None else (length > self.kept,)
         n = self._scored(b, length)

@@ -20,7 +20,7 @@ from peftplan.storage import QuantConfig
 
 
 class Running(NamedTuple):
-    """What decides how a step runs: resolved fields of the setup, the method's config, the card's kernels."""
+    """Everything that decides how a step runs: resolved fields of the setup, the method's config, the card's kernels."""
 
     autocast: str | None
     checkpointing: bool
@@ -47,7 +47,7 @@ class Running(NamedTuple):
     """Whether logits are fp32 before any loss."""
     loss: str = "full"
     loss_facts: tuple[bool, ...] = ()
-    """What of the batch decides which operations the loss runs (`LossSizes.facts`)."""
+    """The facts of the batch that decide which operations the loss runs (`LossSizes.facts`)."""
     logits_to_keep: int | None = None
     """How many of each sequence's last tokens the head reads; None for all."""
     reentrant: bool = False
@@ -104,9 +104,9 @@ class Model:
     mask: Tensor | None = None
     """The attention mask that virtual tokens made longer."""
     layer_locals: list[Any] = field(default_factory=list)
-    """What a layer's own names hold until it returns, such as eager attention's weights."""
+    """Tensors that a layer's local names keep alive until it returns, such as eager attention's weights."""
     call_locals: list[Any] = field(default_factory=list)
-    """What the names of the model's own forward, or of peft's, hold until it returns."""
+    """Tensors that local names in the model's forward, or in peft's, keep alive until it returns."""
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Keys and values of virtual tokens that layers have not taken yet."""
     copied_past: Tensor | None = None
@@ -139,10 +139,10 @@ class Model:
             families.setdefault(module, []).append((p, part))
         for tied, original in self.arch.ties:
             module, _, leaf = tied.rpartition(".")
-            held, _, _ = original.rpartition(".")
-            found = next(((p, leaf) for p, part in families.get(held, ()) if part == original.rpartition(".")[2]), None)
-            if found is not None:
-                families.setdefault(module, []).insert(0, found)  # before a trainable copy, which takes its place
+            module_name, _, _ = original.rpartition(".")
+            family = next(((p, leaf) for p, part in families.get(module_name, ()) if part == original.rpartition(".")[2]), None)
+            if family is not None:
+                families.setdefault(module, []).insert(0, family)  # before a trainable copy, which takes its place
         self._families = families
         own = {name.removesuffix(TOKEN_ADAPTER): name for name in families if name.endswith(TOKEN_ADAPTER)}
         ties = {tied.rpartition(".")[0]: original.rpartition(".")[0] for tied, original in self.arch.ties}
@@ -155,10 +155,10 @@ class Model:
     def part(self, name: str, layer: int | None = None) -> Part:
         """A module by its full name, `{}` for the layer's number."""
         key = (name, layer)
-        found = self._parts.get(key)
-        if found is None:
-            found = self._parts[key] = self._made(name, layer)
-        return found
+        part = self._parts.get(key)
+        if part is None:
+            part = self._parts[key] = self._made(name, layer)
+        return part
 
     def _made(self, name: str, layer: int | None) -> Part:
         params: dict[str, Parameter] = {}
@@ -173,24 +173,24 @@ class Model:
 
     def _parameter(self, p: Any, layer: int | None) -> Parameter:
         key = (p.name, layer if p.layers is not None else None)
-        held = self._held.get(key)
-        if held is None:
+        parameter = self._held.get(key)
+        if parameter is None:
             dtype = self.running.dtype if p.quantized else p.dtype
-            held = self._held[key] = Parameter(p.name, p.shape, dtype, trainable=p.trainable)
-            held.grad = self._kept_gradients.get(p.name)
-        return held
+            parameter = self._held[key] = Parameter(p.name, p.shape, dtype, trainable=p.trainable)
+            parameter.grad = self._kept_gradients.get(p.name)
+        return parameter
 
-    def held(self, name: str) -> list[Parameter]:
+    def used(self, name: str) -> list[Parameter]:
         """The tensors of a family of parameters that the step has used so far."""
         return [p for (family, _), p in self._held.items() if family == name]
 
     def idle(self) -> set[str]:
-        """The families that train and that the step gave no gradient, which optimizers pass over."""
+        """The trainable families that got no gradient in this step; optimizers skip them."""
         trained = {p.name for p in self.parameters.all if p.trainable}
         return trained - {name for (name, _), p in self._held.items() if p.grad is not None}
 
     def keep_gradients(self) -> None:
-        """Make all gradients before the step, as those of the step before that `zero_grad(set_to_none=False)` left."""
+        """Make all gradients before the step, as `zero_grad(set_to_none=False)` leaves them."""
         for p in self.parameters.all:
             if p.trainable:
                 grad = self.tape.many(p.shape, p.dtype, "", p.copies)
@@ -200,7 +200,7 @@ class Model:
                 self._kept_gradients[p.name] = grad
 
     def forget_gradients(self, families: set[str]) -> None:
-        """The gradients that `keep_gradients` made for families that turned out to get none were never there."""
+        """Drop the gradients that `keep_gradients` made for families that turned out to get none."""
         for family in families & self._kept_gradients.keys():
             storage = self._kept_gradients[family].storage
             assert storage is not None
@@ -341,9 +341,9 @@ class Model:
 
     def embedding(self, name: str, dims: Dims, ids: Tensor | None = None) -> Tensor:
         """Look up an embedding, and scale it where its module does (Gemma); `ids` are kept where they are not the batch's own."""
-        found = self._looked_up(name, dims, ids)
+        rows = self._looked_up(name, dims, ids)
         scaled = any(buffer.name == f"{name}.embed_scale" for buffer in self.arch.buffers)
-        return ops.scale(self.tape, found) if scaled else found
+        return ops.scale(self.tape, rows) if scaled else rows
 
     def _looked_up(self, name: str, dims: Dims, ids: Tensor | None) -> Tensor:
         self.tape.module = name

@@ -29,9 +29,9 @@ def rms_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -> Tenso
     """`GemmaRMSNorm`: `(1 + weight)` multiplies in fp32."""
     f = model.tape
     f.module = name
-    held = model.part(name, layer).weight
-    assert held is not None
-    return ops.rmsnorm(f, x, ops.shift(f, f.to(held, "fp32")), cast_last=True)
+    weight = model.part(name, layer).weight
+    assert weight is not None
+    return ops.rmsnorm(f, x, ops.shift(f, f.to(weight, "fp32")), cast_last=True)
 
 
 def layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
@@ -53,7 +53,7 @@ def written_layer_norm(model: Model, name: str, x: Tensor, layer: int | None) ->
     """`CohereLayerNorm`: the difference to the mean is made twice, once for the variance; the weight multiplies in fp32."""
     f = model.tape
     f.module = name
-    given, weight = x.dtype, model.part(name, layer).weight
+    dtype, weight = x.dtype, model.part(name, layer).weight
     x = f.to(x, "fp32")
     center = mean(f, x)
     variance = mean(f, power(f, minus(f, x, center)))
@@ -63,7 +63,7 @@ def written_layer_norm(model: Model, name: str, x: Tensor, layer: int | None) ->
     del centered, rstd
     assert weight is not None
     x = ops.mul(f, f.to(weight, "fp32"), x)
-    narrow: Tensor = f.to(x, given)
+    narrow: Tensor = f.to(x, dtype)
     return narrow
 
 

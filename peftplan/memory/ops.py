@@ -120,8 +120,8 @@ def _mul_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     grad_a = f.new(g.dims, g.dtype, "mul") if node.edges[0] else None
     if saved[2] is None:
         return grad_a, grad_b
-    found = zip((grad_a, grad_b), saved[2], strict=True)
-    return [None if grad is None else of_broadcast(grad, like) for grad, like in found]
+    pairs = zip((grad_a, grad_b), saved[2], strict=True)
+    return [None if grad is None else of_broadcast(grad, like) for grad, like in pairs]
 
 
 def scale(f: Tape, x: Tensor | Parameter, op: str = "mul") -> Tensor:

@@ -1,4 +1,4 @@
-"""What the optimizer's step takes for as long as it runs.
+"""Temporaries of the optimizer's step.
 
 Source: torch 2.13, optim/adamw.py, optim/adagrad.py, optim/rmsprop.py (`_multi_tensor_*`), nn/utils/clip_grad.py; transformers
 5.24, trainer.py (clipping at 1.0 by default); peft 0.21.2, optimizers/lorafa.py.
@@ -21,7 +21,7 @@ STATES = "states"
 """The mark where the first step makes what the optimizer keeps."""
 IN_PLACE = ("fused", "kernel")
 LORAFA_REPLACES = ("adamw_torch", "adamw_torch_fused")
-"""What peft's optimizer of LoRA-FA stands for; another optimizer is taken as asked."""
+"""The optimizers that peft's LoRA-FA optimizer replaces; any other runs as set."""
 
 
 def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, clips: bool, freezes_a: bool) -> None:
@@ -41,16 +41,16 @@ def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, c
         return
     copies = FOREACH_COPIES.get(optimizer.name)
     if copies is None:
-        raise NeedsTraceError(f"optim {optimizer.name}: what its step takes")
-    held: list[Tensor] = []  # the loop's names keep one dtype's until the next one's are made
+        raise NeedsTraceError(f"temporaries in a step of optim {optimizer.name}")
+    temporaries: list[Tensor] = []  # the loop's names keep one dtype's until the next one's are made
     for dtype in dict.fromkeys(p.dtype for p in trained):
-        held = [
+        temporaries = [
             f.many(p.shape, p.dtype, f"{p.name} {optimizer.name}", p.copies)
             for _ in range(copies)
             for p in trained
             if p.dtype == dtype
         ]
-    del held
+    del temporaries
 
 
 def _lorafa_step(f: Tape, trained: list[Parameter]) -> None:
@@ -74,12 +74,12 @@ def _lorafa_step(f: Tape, trained: list[Parameter]) -> None:
 
 
 def _two_layers(trained: list[Parameter]) -> Iterator[Parameter]:
-    """The parameters in the model's order, of a stack those of two layers: the next ones find what the second does."""
+    """The parameters in the model's order; of a stack those of two layers, since later layers repeat the second."""
     for of_layers, group in groupby(trained, lambda p: p.layers is not None):
-        found = [*group]
-        yield from found
+        members = [*group]
+        yield from members
         if of_layers:
-            yield from (p for p in found if p.copies > 1)
+            yield from (p for p in members if p.copies > 1)
 
 
 def _pseudo_inverse(f: Tape, rank: int) -> Tensor:

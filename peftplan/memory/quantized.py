@@ -26,7 +26,7 @@ def linear4bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     """
     assert part.quant is not None
     assert part.weight is not None
-    given = x.dtype
+    dtype = x.dtype
     x = f.to(x, str(part.quant.compute_dtype))
     n_out, n_in = _sizes(part)
     absmax = _absmax(f, part, keep_both=True)
@@ -37,7 +37,7 @@ def linear4bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     casts = [f.new(t.dims, taken, "to") for t in (x, weight, part.bias) if t is not None and x.dtype != taken]
     out = f.new((*x.dims[:-1], n_out), taken, op, node)
     del casts, weight, absmax
-    return f.to(out, given)
+    return f.to(out, dtype)
 
 
 def _sizes(part: Part) -> Dims:

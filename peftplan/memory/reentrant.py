@@ -43,18 +43,18 @@ def checkpoint(f: Tape, function: Callable[..., Any], *args: Any, hosted: bool =
     if node is not None:
         others = tuple(TENSOR if type(x) is Tensor else x for x in args)
         node.context = (function, others, tuple((x.dims, x.dtype) for x in outputs))
-    found = tuple(Tensor(x.storage, x.dims, x.dtype, node, index) for index, x in enumerate(outputs))
-    return found[0] if type(out) is Tensor else found
+    results = tuple(Tensor(x.storage, x.dims, x.dtype, node, index) for index, x in enumerate(outputs))
+    return results[0] if type(out) is Tensor else results
 
 
 TENSOR = object()
 """Stands for a saved tensor among the arguments."""
 
 
-def _checkpoint_backward(f: Tape, node: Node, saved: Any, *given: Tensor | None) -> Any:
+def _checkpoint_backward(f: Tape, node: Node, saved: Any, *grads_of_outputs: Tensor | None) -> Any:
     function, others, shapes = node.context
     saved = fetched(f, tuple(saved))
-    grads = [*given, *[None] * (len(shapes) - len(given))]
+    grads = [*grads_of_outputs, *[None] * (len(shapes) - len(grads_of_outputs))]
     for index, (dims, dtype) in enumerate(shapes):  # `materialize_grads`
         grads[index] = grads[index] or f.new(dims, dtype, "zeros")
     detached = [Tensor(x.storage, x.dims, x.dtype, Leaf(x.dims, x.dtype) if x.node else None) for x in saved]

@@ -1,4 +1,4 @@
-"""Memory over one optimizer step, whoever computed it: what a timeline draws."""
+"""Memory over one optimizer step, from any engine: the data that a timeline draws."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Series(NamedTuple):
 
 
 class Recording(Protocol):
-    """What an engine keeps of a run for those who ask to see all of it."""
+    """A full record of a run, kept by an engine on request."""
 
     def series(self) -> Series:
         """The steady step, thinned to what can be drawn."""

@@ -23,7 +23,7 @@ HALF = ("fp16", "bf16")
 
 
 class Program(NamedTuple):
-    """What of the setup decides the loop."""
+    """The fields of the setup that decide the loop."""
 
     trainer: str
     keep_outputs: bool
@@ -31,7 +31,7 @@ class Program(NamedTuple):
     accumulation: int = 1
     keep_gradients: bool = False
     left_alone: frozenset[str] = frozenset()
-    """Parameters that get gradients and that the optimizer does not take."""
+    """Parameters that get gradients but that the optimizer does not update."""
     frees_outputs: bool = False
     """Whether kept outputs are freed after each backward."""
 
@@ -79,8 +79,8 @@ def steady_step(model: Model, program: Program) -> None:
 def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor:
     """`outputs = model(**batch)`: the outputs of the micro batch before live until this forward has returned."""
     before, model.kept = model.kept, []
-    loss, *found = _forward(model)
-    outputs[:] = found
+    loss, *others = _forward(model)
+    outputs[:] = others
     del before
     if not program.keep_outputs:
         outputs.clear()
@@ -106,14 +106,14 @@ def _loss_of_trainer(model: Model, program: Program) -> Tensor:
 def _forward(model: Model) -> list[Tensor]:
     """The loss, and what else the outputs hold."""
     head = head_of(model)
-    found = [*head(model, forward_of(model.arch.model_type)(model)), *model.outputs]
+    outputs = [*head(model, forward_of(model.arch.model_type)(model)), *model.outputs]
     if model.running.peft_type == "ADALORA" and model.running.loss != "trl-chunked":
         from peftplan.memory.methods.adalora import regularized
 
-        found[0] = regularized(model, found[0])
+        outputs[0] = regularized(model, outputs[0])
     model.outputs.clear()
     model.call_locals.clear()
     if model.running.loss != "full":
         model.kept.clear()
     model.tape.end_autocast()
-    return found
+    return outputs

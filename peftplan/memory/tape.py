@@ -31,7 +31,7 @@ class Tape:
         self.dtypes: list[str] = ["uint8"]
         self.names: list[str] = [""]
         self.made_as: dict[int, str] = {}
-        """What the names were of those that became gradients of parameters."""
+        """The former names of tensors that became gradients of parameters."""
         self.made: list[int] = [0]
         """Segment in which a storage was made, negative in backward code; storages count from 1."""
         self.freed: dict[int, int] = {}
@@ -57,7 +57,7 @@ class Tape:
         self._casts: dict[Any, Tensor] = {}
         self._replaying: Frame | None = None
         self.nested = False
-        """Whether a backward runs within a backward, where it may reach what another one has run before."""
+        """Whether a backward runs within a backward, where it may reach nodes that another backward has already run."""
 
     def new(self, dims: Dims, dtype: str, op: str, node: Node | None = None) -> Tensor:
         """Allocate a tensor, the result of `node` if a gradient flows to it."""
@@ -71,10 +71,10 @@ class Tape:
 
     def many(self, dims: Dims, dtype: str, op: str, count: int) -> Tensor:
         """Allocate several tensors of one kind that live equally long; one stands for all."""
-        made = self.new(dims, dtype, op)
-        assert made.storage is not None
-        self.counts[made.storage.number] = count
-        return made
+        tensor = self.new(dims, dtype, op)
+        assert tensor.storage is not None
+        self.counts[tensor.storage.number] = count
+        return tensor
 
     def view_of(self, tensor: Tensor) -> Tensor:
         """The tensor as a view, which holds its base: autograd never adds into it."""
@@ -149,7 +149,7 @@ class Tape:
         assert frame.recomputed is not None
         frame.replayed += 1
         kept = value.detach() if type(value) is Tensor else value
-        if frame.replayed in frame.held:
+        if frame.replayed in frame.alive:
             frame.recomputed[frame.replayed] = kept
         if frame.replayed == frame.count:
             raise StopRecomputationError
@@ -189,18 +189,18 @@ class Tape:
             saved = [self._unpack(value) for value in saved]
         result = node.backward(self, node, saved, *grads)
         self.module = node.module
-        found = [result] if isinstance(result, Tensor) else list(result)
+        grads_of_inputs = [result] if isinstance(result, Tensor) else list(result)
         del result
         if node.checkpointed:
             saved = ()
         for i, edge in enumerate(node.edges):  # `validate_outputs`, before the node releases what it saved
-            if type(found[i]) is Broadcast:
-                found[i] = self.new(found[i].dims, found[i].dtype, "sum")
-            if edge is not None and found[i] is not None and found[i].dtype != edge[2]:
-                found[i] = self.new(found[i].dims, edge[2], "to")
+            if type(grads_of_inputs[i]) is Broadcast:
+                grads_of_inputs[i] = self.new(grads_of_inputs[i].dims, grads_of_inputs[i].dtype, "sum")
+            if edge is not None and grads_of_inputs[i] is not None and grads_of_inputs[i].dtype != edge[2]:
+                grads_of_inputs[i] = self.new(grads_of_inputs[i].dims, edge[2], "to")
         del saved, grads, places
         for i, edge in enumerate(node.edges):
-            grad, found[i] = found[i], None
+            grad, grads_of_inputs[i] = grads_of_inputs[i], None
             if edge is not None and grad is not None:
                 edge[0].receive(self, edge[1], grad)
             elif edge is not None and isinstance(edge[0], Parameter) and edge[0].counts:
@@ -260,8 +260,8 @@ class Tape:
         return self._casts[leaf]
 
     def cast_all(self, dtype: str, *values: Any) -> tuple[Any, ...]:
-        """Autocast's casts of an operation's arguments, the last one first: so GCC orders them (torch 2.13, autocast_mode.h,
-        `WrapFunction_`, which expands them within a call).
+        """Autocast's casts of an operation's arguments, the last one first, because GCC evaluates them in that order (torch 2.13,
+        autocast_mode.h, `WrapFunction_`, which expands them within a call).
         """
         return (*reversed([self.cast(x, dtype) for x in reversed(values)]),)
 

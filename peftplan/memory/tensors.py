@@ -1,4 +1,4 @@
-"""What a tape's operations take and give: tensors with names, dims and a dtype but no values, and weights.
+"""The operands of a tape: tensors with names, dims and a dtype but no values, and weights.
 
 Source: torch 2.13, csrc/autograd/functions/accumulate_grad.h, input_buffer.cpp.
 """
@@ -17,7 +17,7 @@ Dims = tuple[Dim, ...]
 
 
 class Storage:
-    """One allocation; it ends when nothing refers to it any more."""
+    """One allocation, freed when nothing refers to it any more."""
 
     __slots__ = ("number", "tape")
 

@@ -61,13 +61,13 @@ class Timeline(NamedTuple):
         """Phase → (bytes, how many events lead to them), on top of `standing` bytes that are always there."""
         nbytes = [_bytes(kind, sizes) for kind in self.kinds]
         levels = list(accumulate([count * nbytes[kind] for kind, count in self.events], initial=standing))
-        found: dict[str, tuple[int, int]] = {}
+        by_phase: dict[str, tuple[int, int]] = {}
         for phase, start, end in self.windows:
             within = levels[start : end + 1]
             best = max(within)
-            if best > found.get(phase, (-1, 0))[0]:
-                found[phase] = (best, start + within.index(best))
-        return found
+            if best > by_phase.get(phase, (-1, 0))[0]:
+                by_phase[phase] = (best, start + within.index(best))
+        return by_phase
 
     def lines(self, end: int, sizes: Mapping[str, int]) -> tuple[Line, ...]:
         """What the first `end` events leave alive.
@@ -85,15 +85,15 @@ class Timeline(NamedTuple):
                 of_name = alive.setdefault((k.name, k.dtype, k.dims), {})
                 of_name[k.category] = of_name.get(k.category, 0) + count
                 sources[k.name, k.dtype, k.dims] = self.sources[kind]
-        found = []
+        lines = []
         for (name, dtype, dims), by_category in alive.items():
             if min(by_category.values()) < 0:
                 by_category = {max(by_category, key=lambda c: by_category[c]): sum(by_category.values())}
             source = sources[name, dtype, dims]
-            found += [
+            lines += [
                 Line(name, category, dtype, dims, count, source, sizes=sizes) for category, count in by_category.items() if count
             ]
-        return tuple(found)
+        return tuple(lines)
 
 
 def _bytes(kind: Kind, sizes: Mapping[str, int]) -> int:
@@ -169,7 +169,7 @@ def _products(tape: Tape) -> dict[tuple[str, str], int]:
 
     Autograd's backward, and what it recomputes, runs in a thread of its own, with handles of its own.
     """
-    found: dict[tuple[str, str], int] = {}
+    first_product: dict[tuple[str, str], int] = {}
     thread = "forward"
     marks = dict(tape.marks)
     for at, n in enumerate(tape.log):
@@ -177,13 +177,13 @@ def _products(tape: Tape) -> dict[tuple[str, str], int]:
             thread = "backward" if marks[at] == "backward" else "forward"
         library = PRODUCTS.get(tape.made_as.get(n, tape.names[n]).rpartition(" ")[2]) if n > 0 else None
         if library is not None:
-            found.setdefault((library, thread), at + 1)
+            first_product.setdefault((library, thread), at + 1)
     phases = [(at, what) for at, what in tape.marks if what in PHASES]
     for at, library in tape.products:
         phase = max((start, what) for start, what in phases if start <= at)[1]
         taken = (library, "backward" if phase == "backward" else "forward")
-        found[taken] = min(at, found.get(taken, at))
-    return found
+        first_product[taken] = min(at, first_product.get(taken, at))
+    return first_product
 
 
 def _source(saver: str | None) -> str:
@@ -199,5 +199,5 @@ def _category(tape: Tape, number: int, vocab: int | None) -> Category:
     dims = tape.dims[number]
     if vocab is not None and len(dims) > 1 and dims[-1] == vocab and not isinstance(dims[0], int):
         return "logits"
-    made = tape.made[number]
-    return "activations" if made > 0 and tape.freed.get(number) != made else "temporaries"
+    made_in = tape.made[number]
+    return "activations" if made_in > 0 and tape.freed.get(number) != made_in else "temporaries"

@@ -1,6 +1,6 @@
-"""The PEFT methods: a literal registry, and the three doors to it (options, a peft adapter config, an architecture).
+"""The PEFT methods: a literal registry, and the three ways into it (options, a peft adapter config, an architecture).
 
-Importing this package loads none of the methods; each lies in its own module, which is imported when it is first asked for.
+Importing this package loads none of the methods; each has its own module, which is imported on first use.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ def other_peft_type(name: object) -> str | None:
 
 def config_class(method: Method) -> type[MethodConfig]:
     """The configuration class of a method."""
-    found: type[MethodConfig] = getattr(import_module(f"peftplan.methods.{method.module}"), method.config)
-    return found
+    cls: type[MethodConfig] = getattr(import_module(f"peftplan.methods.{method.module}"), method.config)
+    return cls
 
 
 def configure(name: str, options: Mapping[str, Any], *, beside: Iterable[str] = ()) -> tuple[Method, MethodConfig]:
@@ -177,8 +177,8 @@ def configure(name: str, options: Mapping[str, Any], *, beside: Iterable[str] = 
             raise UnknownNameError(
                 f"option of {method.name}", option, cls.model_fields, most=len(cls.model_fields), beside=beside
             )
-    given = {key: value for key, value in options.items() if key not in cls.no_effect}
-    return method, _validated(cls, {**method.defaults, **given})
+    effective = {key: value for key, value in options.items() if key not in cls.no_effect}
+    return method, _validated(cls, {**method.defaults, **effective})
 
 
 def from_peft_config(raw: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
@@ -212,8 +212,8 @@ def from_peft_config(raw: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
 def adapt(arch: Architecture, method: Method, config: MethodConfig) -> Adaptation:
     """What the method adds to the architecture, and what it trains."""
     function = getattr(import_module(f"peftplan.methods.{method.module}"), method.function)
-    found: Adaptation = function(arch, config)
-    return found
+    adaptation: Adaptation = function(arch, config)
+    return adaptation
 
 
 def _validated(cls: type[MethodConfig], values: Mapping[str, Any]) -> MethodConfig:
@@ -233,6 +233,6 @@ def _one_line(error: ValidationError) -> InputError:
         return cause
     name = str(first["loc"][0]) if first["loc"] else "options"
     if first["type"] == "missing":
-        return InputError(name, None, f"it must be given (--{name.replace('_', '-')}): peft has no default for it")
+        return InputError(name, None, f"it is required (--{name.replace('_', '-')}): peft has no default for it")
     said = first["msg"].removeprefix("Value error, ").partition(", unable to")[0]
     return InputError(name, first["input"], said.replace("Input should be", "accepted:"))

@@ -22,7 +22,7 @@ from peftplan.methods.targets import LayeredConfig
 from peftplan.methods.tuner import refuse_mamba, require_kind, tune
 
 STEPS_TO_ALLOCATE = 1000
-"""Steps between `tinit` and `tfinal` where `total_step` is not said."""
+"""Steps between `tinit` and `tfinal` where `total_step` is unset."""
 
 
 class AdaLoraConfig(LayeredConfig):
@@ -33,7 +33,7 @@ class AdaLoraConfig(LayeredConfig):
     r: int = 8
     lora_alpha: float | None = None
     total_step: Annotated[int, Field(ge=1)] | None = None
-    """peft wants it said; it decides when which ranks are masked, and no size."""
+    """peft requires it; it decides when ranks are masked and changes no size."""
     tinit: Annotated[int, Field(ge=0)] = 0
     tfinal: Annotated[int, Field(ge=0)] = 0
     deltaT: Annotated[int, Field(ge=1)] = 1
@@ -59,11 +59,11 @@ def adalora(arch: Architecture, config: AdaLoraConfig) -> Adaptation:
     if config.target_parameters:
         raise NeedsPeftError("ADALORA with target_parameters")
     refuse_both(saved_modules(arch, config), config.trainable_token_indices)
-    found = tune(arch, config, lambda module: _tensors(module, config.init_r), peft_type="ADALORA", bias=config.bias)
-    refuse_mamba(arch, found.matched)
+    adaptation = tune(arch, config, lambda module: _tensors(module, config.init_r), peft_type="ADALORA", bias=config.bias)
+    refuse_mamba(arch, adaptation.matched)
     notes = (f"r={config.r} is not used by AdaLoRA; init_r={config.init_r} sets the rank",) if config.r != 8 else ()
     deltas = token_deltas(arch, config.trainable_token_indices)
-    return found._replace(added=(*found.added, *deltas), buffers=token_originals(deltas), notes=notes)
+    return adaptation._replace(added=(*adaptation.added, *deltas), buffers=token_originals(deltas), notes=notes)
 
 
 def _tensors(module: Module, r: int) -> list[AddedTensor]:

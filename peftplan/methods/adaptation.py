@@ -13,7 +13,7 @@ from peftplan.errors import PeftplanError
 
 
 class NeedsPeftError(PeftplanError):
-    """A configuration that only the installed peft can count (extra `trace`); the message says which part of it."""
+    """A configuration that only the installed peft can count (extra `trace`); the message names the part."""
 
 
 class MethodConfig(BaseModel):
@@ -68,8 +68,8 @@ class AddedBuffer(NamedTuple):
 
 
 def adapter_on_host(trainer: str, *, quantized: bool) -> bool:
-    """Whether buffers that peft makes on the host stay there: a plain loop loads a model on its device, and makes the adapter
-    then; Trainer moves both, unless the model is quantized.
+    """Whether buffers that peft makes on the host stay there. A plain loop loads a model on its device before it makes the
+    adapter; Trainer moves both, unless the model is quantized.
     """
     return trainer == "plain" or quantized
 

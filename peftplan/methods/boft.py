@@ -38,7 +38,7 @@ def boft(arch: Architecture, config: BOFTConfig) -> Adaptation:
     if (config.boft_block_size == 0) == (config.boft_block_num == 0):
         raise RefusedError(
             f"boft_block_size, boft_block_num: peft takes exactly one of boft_block_size ({config.boft_block_size}) and "
-            f"boft_block_num ({config.boft_block_num}), the other must be 0, because their product is in_features"
+            f"boft_block_num ({config.boft_block_num}); the other must be 0, because their product is in_features"
         )
     m = config.boft_n_butterfly_factor
 
@@ -54,18 +54,18 @@ def boft(arch: Architecture, config: BOFTConfig) -> Adaptation:
         width = module.in_features
         return [AddedBuffer(f"{module.name}.boft_P", (m, width, width), "float32", module.layers, from_host=True)]
 
-    found = tune(arch, config, tensors, peft_type="BOFT", bias=config.bias, buffers=buffers)
-    return found._replace(notes=(FALLBACK,)) if m > 1 else found
+    adaptation = tune(arch, config, tensors, peft_type="BOFT", bias=config.bias, buffers=buffers)
+    return adaptation._replace(notes=(FALLBACK,)) if m > 1 else adaptation
 
 
 def _blocks(module: Module, config: BOFTConfig) -> tuple[int, int]:
     """(number of blocks, block size), where both divide the width and leave room for the butterfly's pairs."""
     width, extra = module.in_features, config.boft_n_butterfly_factor - 1
     name = "boft_block_size" if config.boft_block_size else "boft_block_num"
-    given = config.boft_block_size or config.boft_block_num
-    if width % given:
-        raise RefusedError(f"{name}: in_features ({width}) of {module.name} must be divisible by {name} ({given})")
-    n, b = (width // given, given) if config.boft_block_size else (given, width // given)
+    choice = config.boft_block_size or config.boft_block_num
+    if width % choice:
+        raise RefusedError(f"{name}: in_features ({width}) of {module.name} must be divisible by {name} ({choice})")
+    n, b = (width // choice, choice) if config.boft_block_size else (choice, width // choice)
     if extra and (n % 2**extra or n % 2 or b % 2):
         raise RefusedError(
             f"boft_n_butterfly_factor: invalid combination of {extra + 1} factors with {n} blocks of size {b} at {module.name} "

@@ -85,8 +85,8 @@ def part_before(place: str, parts: Mapping[str, Container[str]]) -> str:
     if part is None or NORM_INSIDE in parts[part]:
         names = " or ".join(PLACES[place])
         raise RefusedError(
-            f"method: adapters go behind {names} with no norm of its own, which a layer of this model lacks; "
-            "`peftplan serve` counts them"
+            f"method: adapters follow {names} without a norm of its own, and the layers of this model have none; "
+            "`peftplan serve` still counts them"
         )
     return part
 
@@ -106,11 +106,11 @@ def refuse_unplaced(arch: Architecture, adaptation: Adaptation) -> None:
 
 def _stacks(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Name template of each stack of layers (`model.layers.{}`), and its layer indices."""
-    found: dict[str, set[int]] = {}
+    layers_of: dict[str, set[int]] = {}
     for module in arch.modules:
         if module.layers is not None:
-            found.setdefault(_layer_of(module), set()).update(module.layers)
-    return {name: tuple(sorted(layers)) for name, layers in found.items()}
+            layers_of.setdefault(_layer_of(module), set()).update(module.layers)
+    return {name: tuple(sorted(layers)) for name, layers in layers_of.items()}
 
 
 def _layer_of(module: Module) -> str:

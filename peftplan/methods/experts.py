@@ -117,9 +117,9 @@ def _leaf_names(
 
     modules = [name for m in arch.modules for name in m.names()]
     params = [f"{name}.{p}" for m in arch.modules for name in m.names() for p, _ in m.params]
-    found = {name.rpartition(".")[2] for name in (*modules, *params) if matches(name)}
+    leaf_names = {name.rpartition(".")[2] for name in (*modules, *params) if matches(name)}
     for old, new in renamed.items():
         holders = (name.rpartition(".")[0] for name in params if name.endswith("." + new))
         if any(matches(f"{holder}.{old}") for holder in holders):
-            found.add(old)
-    return tuple(sorted(found)) or None
+            leaf_names.add(old)
+    return tuple(sorted(leaf_names)) or None

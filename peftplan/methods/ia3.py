@@ -27,12 +27,12 @@ class IA3Config(TargetedConfig):
 
 def ia3(arch: Architecture, config: IA3Config) -> Adaptation:
     """The tensors that `get_peft_model` adds for an IA3Config."""
-    targets, given = config.target_modules, config.feedforward_modules
+    targets, feedforward = config.target_modules, config.feedforward_modules
     if targets in ("attention", "mlp"):
         targets = resolve_targets(arch, targets, peft_type="IA3")
-    if isinstance(targets, tuple) and isinstance(given, tuple) and not set(given) <= set(targets):
-        raise RefusedError("feedforward_modules: peft asks for a subset of target_modules")
-    is_feedforward = _matcher(_default_feedforward(arch) if given is None else given)
+    if isinstance(targets, tuple) and isinstance(feedforward, tuple) and not set(feedforward) <= set(targets):
+        raise RefusedError("feedforward_modules: it must be a subset of target_modules, as peft requires")
+    is_feedforward = _matcher(_default_feedforward(arch) if feedforward is None else feedforward)
 
     def tensors(module: Module) -> list[AddedTensor]:
         require_kind(module, LINEAR_KINDS, method="IA3", by_peft=CONVOLUTIONS)

@@ -28,18 +28,18 @@ class LNTuningConfig(TargetedConfig):
 def ln_tuning(arch: Architecture, config: LNTuningConfig) -> Adaptation:
     """The copies that `get_peft_model` makes for an LNTuningConfig."""
     try:
-        found = tune(arch, config, _copy, peft_type="LN_TUNING")
+        adaptation = tune(arch, config, _copy, peft_type="LN_TUNING")
     except RefusedError as refusal:
         # Copies of modules that hold others are nested: the one method for which peft takes them.
         if "is not a layer that can be adapted" in str(refusal):
             raise NeedsPeftError("LN_TUNING of modules that hold other modules") from None
         raise
-    for module in found.matched:
+    for module in adaptation.matched:
         if any(other.name.startswith(module.name + ".") for other in arch.modules):
             raise NeedsPeftError(f"LN_TUNING of {module.name}, which holds other modules")
         if module.leaf == IDENTITIES.get(arch.model_type):
             _refuse_identity(arch, config, module._replace(layers=(0,)))
-    return found
+    return adaptation
 
 
 def _refuse_identity(arch: Architecture, config: LNTuningConfig, identity: Module) -> None:

@@ -43,12 +43,12 @@ Rank = Annotated[int, Field(ge=1, le=2**20)]
 
 EVA = "init_lora_weights 'eva': counted as get_peft_model makes it; the ranks move between layers once EVA sees data"
 FROZEN_A = (
-    "A is frozen until adapters are switched: leaving model.disable_adapter(), or set_adapter(), lets it require gradients "
-    "again, and its inputs are then saved"
+    "A stays frozen until adapters are switched: set_adapter(), or leaving model.disable_adapter(), makes it require "
+    "gradients again, and its inputs are then saved"
 )
 """peft 0.21.2, tuners/tuners_utils.py, `BaseTunerLayer.set_adapter`; a published run shows it (docs/trace-drift.md)."""
 INITIALISATIONS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
-"""Texts that `init_lora_weights` takes in peft 0.21.2, besides `pissa_niter_[number]`."""
+"""Strings that `init_lora_weights` accepts in peft 0.21.2, besides `pissa_niter_[number]`."""
 
 
 def _initialisation(value: bool | str) -> bool | str:

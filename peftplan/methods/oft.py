@@ -39,7 +39,7 @@ def oft(arch: Architecture, config: OFTConfig) -> Adaptation:
     """The tensors that `get_peft_model` adds for an OFTConfig; the buffers are the indices of the triangle's entries."""
     if (config.r == 0) == (config.oft_block_size == 0):
         raise RefusedError(
-            f"r, oft_block_size: peft takes exactly one of r ({config.r}) and oft_block_size ({config.oft_block_size}), the "
+            f"r, oft_block_size: peft takes exactly one of r ({config.r}) and oft_block_size ({config.oft_block_size}); the "
             "other must be 0, because r x oft_block_size = in_features"
         )
 

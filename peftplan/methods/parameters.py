@@ -63,12 +63,14 @@ def parameter_tensors(
 def _refuse(arch: Architecture, config: ParameterConfig, module: Module, matched: Iterable[Module]) -> None:
     refuse_mamba(arch, (module,))
     if config.lora_dropout or config.lora_bias or config.use_dora:
-        raise RefusedError("target_parameters: peft's ParamWrapper works with none of lora_dropout, lora_bias and use_dora")
+        raise RefusedError("target_parameters: peft's ParamWrapper supports none of lora_dropout, lora_bias and use_dora")
     for other in matched:
         if module.name == other.name and (module.layers is None or set(module.layers) & set(other.layers or ())):
-            raise RefusedError(f"target_parameters: {module.name} is also targeted by target_modules; peft takes one of both")
+            raise RefusedError(
+                f"target_parameters: {module.name} is also targeted by target_modules; peft accepts only one of the two"
+            )
         if other.kind == "Conv1D":
-            raise RefusedError("target_parameters: peft refuses them beside target_modules that are Conv1D (fan_in_fan_out)")
+            raise RefusedError("target_parameters: peft refuses them together with Conv1D target_modules (fan_in_fan_out)")
 
 
 def _tensors(module: Module, param: str, shape: Shape, *, r: int, depth: int, freeze_a: bool) -> list[AddedTensor]:

@@ -1,4 +1,4 @@
-"""What every peft method can train besides its adapter: copies of whole modules, and single rows of an embedding.
+"""What any peft method can train besides its adapter: copies of whole modules, and single rows of an embedding.
 
 Source: peft 0.21.2, `utils/other.py` (`_set_trainable`, `ModulesToSaveWrapper`, `set_additional_trainable_modules`) and
 `peft_model.py` (`PeftModelForSequenceClassification` and its siblings, which add the head of their task).
@@ -53,7 +53,7 @@ def refuse_targeted(matched: Iterable[Module], copies: Iterable[AddedTensor]) ->
         if f"{module.name}.modules_to_save" in saved:
             raise RefusedError(
                 f"target_modules: {module.name} is targeted and saved by modules_to_save, which peft refuses with a TypeError; "
-                "name the targets, or exclude it by exclude_modules"
+                "name the targets, or exclude it with exclude_modules"
             )
         if any(name.replace(".modules_to_save", "") == module.name for name in saved):
             raise NeedsPeftError(f"modules_to_save of a module that holds the target {module.name}")
@@ -143,12 +143,12 @@ def token_originals(deltas: Iterable[AddedTensor]) -> tuple[AddedBuffer, ...]:
 
 def _module_of_tokens(arch: Architecture, name: str) -> Module:
     """The one module whose name ends with `name`. Raises NeedsPeftError where there are more, each of which peft wraps."""
-    found = [m for m in arch.modules if m.name.endswith(name)]
-    if not found:
+    matching = [m for m in arch.modules if m.name.endswith(name)]
+    if not matching:
         raise InputError("trainable_token_indices", name, f"no module has this name; {_near(arch, name)}")
-    if sum(m.copies for m in found) > 1:
-        raise NeedsPeftError(f"trainable_token_indices of {name!r}, with which several modules end")
-    return found[0]
+    if sum(m.copies for m in matching) > 1:
+        raise NeedsPeftError(f"trainable_token_indices of {name!r}, which matches several modules")
+    return matching[0]
 
 
 def _tied_to_embedding(arch: Architecture) -> frozenset[str]:
@@ -165,21 +165,23 @@ def refuse_both(saved: Iterable[str], wanted: TokenIndices) -> None:
         raise NeedsPeftError("trainable_token_indices beside an embedding in modules_to_save")
     both = set(saved) & set(wanted) if isinstance(wanted, Mapping) else set()
     if both:
-        raise RefusedError(f"trainable_token_indices: {both.pop()} is already in modules_to_save; peft takes only one of both")
+        raise RefusedError(
+            f"trainable_token_indices: {both.pop()} is already in modules_to_save; peft accepts only one of the two"
+        )
 
 
 def _roots(arch: Architecture, wanted: str) -> list[tuple[str, frozenset[int] | None]]:
     """Templates of the modules whose name ends with `wanted`, and the layers where it does (None: all)."""
-    found: list[tuple[str, frozenset[int] | None]] = []
+    roots: list[tuple[str, frozenset[int] | None]] = []
     for template in dict.fromkeys((*(m.name for m in arch.modules), *sorted(arch.containers))):
         if template.endswith(wanted):
-            found.append((template, None))
+            roots.append((template, None))
         elif "{}" in template and any(char.isdigit() for char in wanted):
             under = [m for m in arch.modules if m.name == template or m.name.startswith(template + ".")]
             layers = {i for m in under for i in m.layers or () if template.replace("{}", str(i)).endswith(wanted)}
             if layers:
-                found.append((template, frozenset(layers)))
-    return found
+                roots.append((template, frozenset(layers)))
+    return roots
 
 
 def _copies(arch: Architecture, root: str, module: Module) -> list[AddedTensor]:

@@ -41,7 +41,7 @@ def _regex(value: str) -> str:
 
 
 def _words(value: object) -> object:
-    """A comma-separated text is a list of names, as on the command line, an empty one no name; a word or a regex stays."""
+    """A comma-separated string is a list of names, as on the command line; an empty one is no name; a word or a regex stays."""
     if isinstance(value, str):
         if value.lower() in WORDS:
             return value.lower()
@@ -60,7 +60,7 @@ def reads_as_names(targets: object) -> tuple[str, ...]:
 Targets = Annotated[tuple[str, ...] | str | None, BeforeValidator(_words)]
 """Module names (matched as whole suffixes), one regular expression (matched in full), or a word."""
 Pattern = Annotated[str, AfterValidator(_regex)]
-"""A text that peft puts into a regular expression."""
+"""A string that peft puts into a regular expression."""
 Names = Annotated[tuple[Pattern, ...] | None, BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)]
 
 
@@ -75,7 +75,7 @@ class TargetedConfig(MethodConfig):
 class LayeredConfig(TargetedConfig):
     """The fields of the methods that can leave out layers.
 
-    `refuses_layers` names those fields that peft's config class refuses beside a `target_modules` that is one text: a regular
+    `refuses_layers` names those fields that peft's config class refuses beside a `target_modules` that is one string: a regular
     expression or `all-linear`. Where it does not refuse them, it ignores them.
     """
 
@@ -104,17 +104,17 @@ def match(
         return layers is None or name in exact or _in_layers(name, layers)
 
     names_layers = any(map(_has_digit, (*_flat(targets), *_flat(config.exclude_modules)))) or layers is not None
-    found = [m for module in arch.modules if (m := _matching_layers(module, matches, alike=not names_layers)) is not None]
+    matched = [m for module in arch.modules if (m := _matching_layers(module, matches, alike=not names_layers)) is not None]
     container = next((c for c in sorted(arch.containers) if matches(c.replace("{}", "0"), c)), None)
     if container is not None:
         raise RefusedError(f"target_modules: {container} is not a layer that can be adapted; peft refuses it as not supported")
-    if not found and not may_be_none:
+    if not matched and not may_be_none:
         elsewhere = (wanted(name) or module.name in templates for module in arch.modules for name in module.names())
         if layers is not None and any(elsewhere):
-            accepted = f"no such layer has a target; accepted: {_layers(arch)}"
+            accepted = f"no target lies in these layers; accepted: {_layers(arch)}"
             raise InputError("layers_to_transform", layers.layers_to_transform, accepted)
         raise InputError("target_modules", targets, _nothing_matched(arch, targets))
-    return tuple(found)
+    return tuple(matched)
 
 
 def excluded(arch: Architecture, config: TargetedConfig) -> Callable[[str], bool]:
@@ -133,7 +133,7 @@ def resolve_targets(arch: Architecture, target_modules: tuple[str, ...] | str | 
         mapping = _defaults(peft_type)
         if arch.model_type not in mapping:
             raise RefusedError(
-                f"target_modules: peft has no default targets of {peft_type} for model_type {arch.model_type!r}; "
+                f"target_modules: peft has no default {peft_type} targets for model_type {arch.model_type!r}; "
                 "please specify `target_modules`"
             )
         defaults = mapping[arch.model_type]
@@ -152,8 +152,8 @@ def has_default(arch: Architecture, *, peft_type: str) -> bool:
 
 
 def _defaults(peft_type: str) -> Mapping[str, list[str] | str]:
-    found: Mapping[str, list[str] | str] = datafiles.load("peft_targets.json")["target_modules"].get(peft_type, {})
-    return found
+    targets: Mapping[str, list[str] | str] = datafiles.load("peft_targets.json")["target_modules"].get(peft_type, {})
+    return targets
 
 
 def all_linear(arch: Architecture) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ def all_linear(arch: Architecture) -> tuple[str, ...]:
 
 
 def part(arch: Architecture, *, attention: bool) -> tuple[str, ...]:
-    """Names of the linear layers inside attention modules, or of the other ones inside layers.
+    """Names of the linear layers inside attention modules, or of the others inside layers.
 
     Each is the shortest end of a name that matches no module of another part: `attn.c_proj` in GPT-2; a whole template where
     nothing shorter does, such as BERT's `bert.encoder.layer.{}.output.dense`.
@@ -226,7 +226,7 @@ def split(module: Module, value: Callable[[str], Value]) -> list[tuple[Module, V
     groups: dict[Value, list[int]] = {}
     for layer, name in zip(module.layers, module.names(), strict=True):
         groups.setdefault(value(name), []).append(layer)
-    return [(restricted(module, tuple(layers)), found) for found, layers in groups.items()]
+    return [(restricted(module, tuple(layers)), key) for key, layers in groups.items()]
 
 
 def _matcher(targets: tuple[str, ...] | str) -> Callable[[str], bool]:
@@ -255,20 +255,20 @@ def _uses_layers(config: LayeredConfig) -> bool:
         if one_text and getattr(config, name) is not None:
             raise RefusedError(f"{name}: peft refuses it with a target_modules that is not a list of names")
     if config.layers_pattern and config.layers_to_transform is None:
-        raise RefusedError("layers_pattern: peft asks for layers_to_transform beside it")
+        raise RefusedError("layers_pattern: peft requires layers_to_transform with it")
     return config.layers_to_transform not in (None, ()) and (not one_text or config.target_modules == ALL_LINEAR)
 
 
 def _in_layers(name: str, config: LayeredConfig) -> bool:
-    found = None
+    position = None
     if not config.layers_pattern:
-        found = _LAYER_INDEX.match(name)
+        position = _LAYER_INDEX.match(name)
     else:
         for pattern in config.layers_pattern:
-            if (found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)) is not None:
+            if (position := re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)) is not None:
                 break
     wanted = config.layers_to_transform
-    return found is not None and int(found["idx"]) in ((wanted,) if isinstance(wanted, int) else wanted or ())
+    return position is not None and int(position["idx"]) in ((wanted,) if isinstance(wanted, int) else wanted or ())
 
 
 def _layers(arch: Architecture) -> str:

@@ -50,9 +50,9 @@ def trained_biases(
     """The base's biases that peft's `bias` field trains; those of a saved module stay frozen, its copy trains."""
     if bias == "none":
         return ()
-    found = trained_params(arch, arch.modules if bias == "all" else matched, only="bias")
+    biases = trained_params(arch, arch.modules if bias == "all" else matched, only="bias")
     frozen = is_saved(copies)
-    return tuple(p for p in found if f"{p.module}.{p.param}" not in frozen)
+    return tuple(p for p in biases if f"{p.module}.{p.param}" not in frozen)
 
 
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -62,10 +62,10 @@ MAMBA_KEPT = ("out_proj", "conv1d")
 
 def refuse_mamba(arch: Architecture, matched: Iterable[Module]) -> None:
     """Raise RefusedError where LoRA or AdaLoRA would adapt a module that Mamba's kernels read past its forward."""
-    found = next((m for m in matched if m.leaf in MAMBA_KEPT), None)
-    if arch.model_type in MAMBA_TYPES and found is not None:
-        remedy = f"leave it out by exclude_modules (--exclude-modules {found.leaf})"
-        raise RefusedError(f"target_modules: peft refuses {found.leaf} in {arch.model_type}; {remedy}")
+    kept = next((m for m in matched if m.leaf in MAMBA_KEPT), None)
+    if arch.model_type in MAMBA_TYPES and kept is not None:
+        remedy = f"leave it out with exclude_modules (--exclude-modules {kept.leaf})"
+        raise RefusedError(f"target_modules: peft refuses {kept.leaf} in {arch.model_type}; {remedy}")
 
 
 def require_kind(module: Module, supported: tuple[str, ...], *, method: str, by_peft: tuple[str, ...] = ()) -> None:

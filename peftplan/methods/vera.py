@@ -1,7 +1,7 @@
 """VeRA (Kopiczko et al. 2023, arXiv 2310.11454, eq. 2): ΔW = Λb·B·Λd·A with A and B random, frozen and shared by all layers.
 
-Per weight (out, in): the vectors λb (out) and λd (r). A (r, widest in) and B (widest out, r) are buffers, so that no count holds
-them, but the device does. `d_initial` and `save_projection` change no tensor.
+Per weight (out, in): the vectors λb (out) and λd (r). A (r, widest in) and B (widest out, r) are buffers: the device holds
+them, but no count includes them. `d_initial` and `save_projection` change no tensor.
 Source: peft 0.21.2, `tuners/vera/model.py` (`_init_vera_A_vera_B`, `_find_dim`), `tuners/vera/layer.py`.
 """
 
@@ -31,14 +31,14 @@ class VeraConfig(LayeredConfig):
 
 def vera(arch: Architecture, config: VeraConfig) -> Adaptation:
     """The tensors that `get_peft_model` adds for a VeraConfig."""
-    found = tune(arch, config, lambda module: _tensors(module, config.r), peft_type="VERA", bias=config.bias)
-    widest_in = max(module.in_features for module in found.matched)
-    widest_out = max(module.out_features for module in found.matched)
+    adaptation = tune(arch, config, lambda module: _tensors(module, config.r), peft_type="VERA", bias=config.bias)
+    widest_in = max(module.in_features for module in adaptation.matched)
+    widest_out = max(module.out_features for module in adaptation.matched)
     shared = (
         AddedBuffer("vera_A", (config.r, widest_in), "adapter"),
         AddedBuffer("vera_B", (widest_out, config.r), "adapter"),
     )
-    return found._replace(buffers=shared)
+    return adaptation._replace(buffers=shared)
 
 
 def _tensors(module: Module, r: int) -> list[AddedTensor]:

@@ -112,9 +112,9 @@ def _dims(arch: Architecture, config: PromptLearningConfig, *, kv: bool = False)
 
 
 def check_prefix(arch: Architecture, config: PrefixTuningConfig, *, batch_size: int) -> None:
-    """Raise RefusedError where a prefix's keys do not fit those of the decoder's attention, as peft or the model then do.
+    """Raise RefusedError where a prefix's keys do not fit the decoder's attention: peft or the model fails there too.
 
-    NeedsTraceError where peft is told other layers than the decoder's.
+    NeedsTraceError where the peft config names other layers than the decoder's.
     """
     dims, known = _dims(arch, config, kv=True), arch.prompt
     heads = (known and known.num_key_value_heads) or config.num_attention_heads or (known and known.num_attention_heads) or 1

@@ -19,7 +19,7 @@ StepImplementation = Literal["fused", "foreach", "kernel", "for-loop", "in-backw
 """
 
 OptimArgs = Mapping[str, str]
-"""`TrainingArguments.optim_args`, split at its commas: the values are text."""
+"""`TrainingArguments.optim_args`, split at its commas: the values are strings."""
 
 
 class Param(NamedTuple):
@@ -77,11 +77,11 @@ class Optimizer(NamedTuple):
 
     @property
     def untraced(self) -> str | None:
-        """Why no engine knows what its step takes besides the states; None where the trace engine does."""
+        """Why no engine knows what a step needs besides the states; None where the trace engine knows it."""
         if self.step_implementation == "in-backward":
-            return "it steps inside backward and frees each gradient there, which no step program does; its states are counted"
+            return "it steps inside backward, which neither engine reproduces; only its states are counted"
         if self.low_rank:
-            return f"the projections that {self.package} makes in its steps are not reproduced; its states are counted"
+            return f"neither engine reproduces the projections that {self.package} computes; only its states are counted"
         return None
 
     @property

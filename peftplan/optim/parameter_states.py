@@ -1,4 +1,4 @@
-"""The door of this package: states of one parameter, and what an optimizer holds besides."""
+"""The entry points of this package: states of one parameter, and what an optimizer holds once."""
 
 from __future__ import annotations
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 INTRO = """# Accuracy
 
-What the engines state of runs that somebody measured on a GPU. Written by `peftplan check --report` from `data/runs/`: the
-records, the stored baseline of each engine (`baseline.json`) and the stored run of other tools (`peers.json`); edit those, not
-this. `peftplan check` compares the engines of today with that baseline, so a number here that is no longer true fails it."""
+How close peftplan's peak memory comes to what real fine-tuning runs used on a GPU. Each run below was measured by someone, most
+of them by other projects; both engines predict it, and the tables show by how many percent they miss, grouped by source, method,
+model and setup. Plus means that the prediction is too high. The terms are [explained at the end](#what-the-words-mean).
+
+`peftplan check --report` writes this page from `data/runs/`: the records, each engine's stored predictions (`baseline.json`) and
+those of other tools (`peers.json`). Edit those files, not this page. `peftplan check` compares today's engines with the stored
+predictions and fails where a number on this page no longer holds."""
 
 DEFINITIONS = """## What the words mean
 

@@ -37,8 +37,8 @@ def _lazily(module: str, function: str) -> Callable[..., tuple[Allocation, ...]]
     """A layout whose module is imported when it is first used: few runs need more than bitsandbytes' formats."""
 
     def layout(*args: object, **kwargs: object) -> tuple[Allocation, ...]:
-        found: tuple[Allocation, ...] = getattr(import_module(f"peftplan.storage.{module}"), function)(*args, **kwargs)
-        return found
+        allocations: tuple[Allocation, ...] = getattr(import_module(f"peftplan.storage.{module}"), function)(*args, **kwargs)
+        return allocations
 
     return layout
 

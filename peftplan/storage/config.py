@@ -90,12 +90,12 @@ class QuantConfig(NamedTuple):
     pre_quantized: bool = False
 
     def options(self) -> dict[str, Any]:
-        """What may be chosen of this format, by the words of the command line; block sizes are said where they are set."""
+        """The options of this format in the command line's words; a block size appears only where it was set."""
         known = FORMATS[self.name]
-        found: dict[str, Any] = {"double_quant": self.double_quant} if known.double_quant else {}
-        found |= {"compute_dtype": self.compute_dtype} if self.compute_dtype else {}
-        found |= {"quant_bits": self.bits} if len(known.bits) > 1 else {}
-        return found | ({"quant_group_size": self.group_size} if known.group_sizes else {})
+        options: dict[str, Any] = {"double_quant": self.double_quant} if known.double_quant else {}
+        options |= {"compute_dtype": self.compute_dtype} if self.compute_dtype else {}
+        options |= {"quant_bits": self.bits} if len(known.bits) > 1 else {}
+        return options | ({"quant_group_size": self.group_size} if known.group_sizes else {})
 
 
 def parse_quant(
@@ -115,17 +115,17 @@ def parse_quant(
     Raises UnknownNameError for an unknown format, InputError for an option that the format does not have.
     """
     if name == "none":
-        given: dict[str, object] = {"double_quant": double_quant or None, "quant_bits": bits, "quant_group_size": group_size}
-        given |= {"quant_blocksize": blocksize, "compute_dtype": compute_dtype, "quant_skip_modules": skip_modules}
-        without = next((field for field, value in given.items() if value is not None), None)
+        fields: dict[str, object] = {"double_quant": double_quant or None, "quant_bits": bits, "quant_group_size": group_size}
+        fields |= {"quant_blocksize": blocksize, "compute_dtype": compute_dtype, "quant_skip_modules": skip_modules}
+        without = next((field for field, value in fields.items() if value is not None), None)
         if without is not None:
-            raise InputError(without, given[without], "nothing is quantized; it needs a quant, such as nf4")
+            raise InputError(without, fields[without], "nothing is quantized; this option needs a quant, such as nf4")
         return None
     if name not in FORMATS:
         raise UnknownNameError("quant", name, ["none", *FORMATS])
     known = FORMATS[name]
     if double_quant and not known.double_quant:
-        raise InputError("double_quant", True, f"{name} has no double quantization; nf4 and fp4 have")
+        raise InputError("double_quant", True, f"{name} has no double quantization; nf4 and fp4 do")
     if skip_modules is not None and not known.skip_modules:
         raise InputError("quant_skip_modules", skip_modules, f"{name} has no list of modules to skip")
     return QuantConfig(
@@ -158,11 +158,11 @@ def _pick(field: str, value: int | None, accepted: tuple[int, ...], *, name: str
 
 
 def _compute_dtype(value: object, accepted: tuple[str, ...], *, name: str) -> str | None:
-    """Where none is given: hqq the model's dtype, bitsandbytes fp32; the other formats have none to choose."""
+    """The default: the model's dtype for hqq, fp32 for bitsandbytes; the other formats have none to choose."""
     if value is None:
         return None if name == "hqq" or not accepted else accepted[0]
     if not accepted:
-        raise InputError("compute_dtype", value, f"{name} has no compute dtype; nf4, fp4 and hqq have")
+        raise InputError("compute_dtype", value, f"{name} has no compute dtype; nf4, fp4 and hqq do")
     return parse_dtype(value, field="compute_dtype", accepted=accepted)
 
 
@@ -170,5 +170,5 @@ def _quant_storage(value: object, accepted: tuple[str, ...], *, name: str) -> st
     if value is None:
         return "uint8"
     if not accepted:
-        raise InputError("quant_storage", value, f"{name} has no storage dtype to choose; nf4 and fp4 have")
+        raise InputError("quant_storage", value, f"{name} has no storage dtype to choose; nf4 and fp4 do")
     return parse_dtype(value, field="quant_storage", accepted=accepted)

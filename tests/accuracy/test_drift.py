@@ -30,8 +30,8 @@ MIB = 2**20
 
 
 def answer(measured: dict[str, Any], stated: dict[Figure, int], *, verdict: str | None = None, **changes: Any) -> Answer:
-    found = record(peaks=measured, **changes)
-    return Answer(Case(Path("runs.jsonl"), 7, found), Stated(figures=stated, verdict=verdict))
+    run_record = record(peaks=measured, **changes)
+    return Answer(Case(Path("runs.jsonl"), 7, run_record), Stated(figures=stated, verdict=verdict))
 
 
 def overall(**peaks: int) -> dict[str, Any]:
@@ -39,8 +39,8 @@ def overall(**peaks: int) -> dict[str, Any]:
 
 
 def test_drift_is_signed_and_relative_to_what_was_measured() -> None:
-    found = answer(overall(allocated=200, reserved=400), {"allocated": 210, "reserved": 390, "device": 1})
-    assert [(one.figure, one.drift) for one in found.compared] == [
+    compared_run = answer(overall(allocated=200, reserved=400), {"allocated": 210, "reserved": 390, "device": 1})
+    assert [(one.figure, one.drift) for one in compared_run.compared] == [
         ("allocated", pytest.approx(5)),
         ("reserved", pytest.approx(-2.5)),
     ]
@@ -48,9 +48,9 @@ def test_drift_is_signed_and_relative_to_what_was_measured() -> None:
 
 def test_phases_compare_with_phases_and_stay_out_of_the_overall() -> None:
     peaks = {"by_phase": {"forward": {"allocated": 100}}, "overall": {"allocated": 200}}
-    found = answer(peaks, {"allocated": 200, "forward": 101, "step": 5})
-    assert {one.figure: one.drift for one in found.compared} == {"allocated": 0, "forward": pytest.approx(1)}
-    assert [one.figure for one in found.overall] == ["allocated"]
+    compared_run = answer(peaks, {"allocated": 200, "forward": 101, "step": 5})
+    assert {one.figure: one.drift for one in compared_run.compared} == {"allocated": 0, "forward": pytest.approx(1)}
+    assert [one.figure for one in compared_run.overall] == ["allocated"]
 
 
 def test_allocated_bytes_stand_beside_reserved_ones_where_nothing_else_compares() -> None:
@@ -100,11 +100,11 @@ def test_a_run_that_ran_out_of_memory_has_a_verdict_and_no_drift() -> None:
     verdicts = {"oom": "fits", "tight": "tight", "right": "does_not_fit"}
     ended = [answer(reached, {"allocated": 300}, verdict=said, outcome="oom", id=name) for name, said in verdicts.items()]
     failed = answer(reached, {"allocated": 300}, verdict="does_not_fit", outcome="failed", id="failed")
-    assert all(found.compared == () and found.bound is None for found in [*ended, failed])
+    assert all(sums.compared == () and sums.bound is None for sums in [*ended, failed])
     assert summaries([*ended, failed], "source") == []
-    found = totals([*ended, failed, answer(reached, {"allocated": 100}, verdict="fits")])
-    assert found.out_of_memory == {"fits": 1, "tight": 1, "does_not_fit": 1}
-    assert found.verdicts == {"own": (1, 4), "below": (0, 1), "above": (0, 1)}
+    sums = totals([*ended, failed, answer(reached, {"allocated": 100}, verdict="fits")])
+    assert sums.out_of_memory == {"fits": 1, "tight": 1, "does_not_fit": 1}
+    assert sums.verdicts == {"own": (1, 4), "below": (0, 1), "above": (0, 1)}
     lines = accuracy.headline("analytic", ended)
     assert "Said of the cards on which runs ran out of memory: 1 fits, 1 tight, 1 does_not_fit." in lines
 
@@ -112,11 +112,11 @@ def test_a_run_that_ran_out_of_memory_has_a_verdict_and_no_drift() -> None:
 def test_a_summary_by_hand() -> None:
     """Drifts −4, −1, +0.5 and +2 %: median −0.25, without sign 1.5; within 1 % two of four, 3 % three, 5 % all."""
     answers = [answer(overall(allocated=1000), {"allocated": stated}, id=str(stated)) for stated in (960, 990, 1005, 1020)]
-    (found,) = summaries(answers, "source")
-    assert (found.group, found.figure, found.rows, found.worst_id) == ("tests", "allocated", 4, "960")
-    assert (found.median, found.median_unsigned, found.worst) == pytest.approx((-0.25, 1.5, -4))
-    assert found.within == (0.5, 0.75, 1.0)
-    assert found.wrong == 0
+    (summary,) = summaries(answers, "source")
+    assert (summary.group, summary.figure, summary.rows, summary.worst_id) == ("tests", "allocated", 4, "960")
+    assert (summary.median, summary.median_unsigned, summary.worst) == pytest.approx((-0.25, 1.5, -4))
+    assert summary.within == (0.5, 0.75, 1.0)
+    assert summary.wrong == 0
     too_much = answer(overall(allocated=1000), {"allocated": 1101}, id="too much")
     assert [row.wrong for row in summaries([*answers, too_much], "source")] == [1]
     assert [row.group for row in summaries(answers, "method")] == ["lora"]
@@ -129,16 +129,16 @@ def test_totals() -> None:
         answer(overall(allocated=100), {}, verdict="unknown"),
         Answer(Case(Path("x"), 1, record()), Stated(refused="no")),
     ]
-    found = totals(answers)
-    assert (found.records, found.with_peak, found.no_peak, found.refused) == (3, 1, 1, 1)
-    assert found.verdicts == {"own": (0, 1), "below": (0, 1), "above": (1, 1)}
+    sums = totals(answers)
+    assert (sums.records, sums.with_peak, sums.no_peak, sums.refused) == (3, 1, 1, 1)
+    assert sums.verdicts == {"own": (0, 1), "below": (0, 1), "above": (1, 1)}
 
 
 def test_counts_that_differ_are_failures() -> None:
     printed = record(counts={"trainable": 19_988_481, "total": 6_758_404_096}, run={**PAYLOAD["run"], "model": "llama-2-7b"})
-    found = check([Case(Path("runs.jsonl"), 7, printed)], "analytic", baseline=stored.Baseline())
+    result = check([Case(Path("runs.jsonl"), 7, printed)], "analytic", baseline=stored.Baseline())
     # llama-2-7b, r 8 on all seven linears: 32·8·(4·(4096 + 4096) + 3·(4096 + 11008)) = 19,988,480
-    (failure,) = [failure for failure in found.failures if "trainable" in failure.what]
+    (failure,) = [failure for failure in result.failures if "trainable" in failure.what]
     assert failure.kind == "count"
     assert "stated 19,988,480, printed by the run 19,988,481 (-0.0000 %)" in failure.what
     assert failure.text("analytic").endswith("again: peftplan check runs.jsonl --id example --engine analytic")
@@ -172,8 +172,8 @@ GIB = 2**30
 RUN = record(peaks=overall(allocated=32 * GIB), tolerance={"analytic": {"allocated": 2.0}})
 
 
-def checked(baseline: stored.Baseline, *, found: Record = RUN) -> Check:
-    return check([Case(Path("runs.jsonl"), 3, found)], "analytic", baseline=baseline)
+def checked(baseline: stored.Baseline, *, run_record: Record = RUN) -> Check:
+    return check([Case(Path("runs.jsonl"), 3, run_record)], "analytic", baseline=baseline)
 
 
 def test_a_tolerance_is_held_and_exceeded() -> None:
@@ -191,8 +191,12 @@ def test_phases_have_a_tolerance_of_their_own() -> None:
     """The engine states a quarter of its peak in forward: 8 GiB against 7.5 measured is + 6.67 %."""
     peaks = {**overall(allocated=32 * GIB), "by_phase": {"forward": {"allocated": 15 * GIB // 2}}}
     with engine_that_states(32 * GIB):
-        loose = checked(stored.Baseline(), found=record(peaks=peaks, tolerance={"analytic": {"allocated": 1.0, "phases": 7.0}}))
-        tight = checked(stored.Baseline(), found=record(peaks=peaks, tolerance={"analytic": {"allocated": 1.0, "phases": 6.0}}))
+        loose = checked(
+            stored.Baseline(), run_record=record(peaks=peaks, tolerance={"analytic": {"allocated": 1.0, "phases": 7.0}})
+        )
+        tight = checked(
+            stored.Baseline(), run_record=record(peaks=peaks, tolerance={"analytic": {"allocated": 1.0, "phases": 6.0}})
+        )
     assert loose.failures == ()
     assert [failure.what.partition(":")[0] for failure in tight.failures] == ["forward"]
 
@@ -201,27 +205,27 @@ def test_what_the_source_rounded_is_granted() -> None:
     """32 GiB printed in whole GiB may be 31.5 to 32.5: 1.56 % besides the 2 %."""
     rounded = record(peaks={**overall(allocated=32 * GIB), "rounding_bytes": GIB}, tolerance={"analytic": {"allocated": 2.0}})
     with engine_that_states(33 * GIB):
-        assert checked(stored.Baseline(), found=rounded).failures == ()
+        assert checked(stored.Baseline(), run_record=rounded).failures == ()
     with engine_that_states(34 * GIB):
-        assert len(checked(stored.Baseline(), found=rounded).failures) == 1
+        assert len(checked(stored.Baseline(), run_record=rounded).failures) == 1
 
 
 def test_moves_against_the_baseline(tmp_path: Path) -> None:
     untolerated = record(peaks=overall(allocated=32 * GIB))
     with engine_that_states(32 * GIB):
-        before = checked(stored.Baseline(), found=untolerated)
+        before = checked(stored.Baseline(), run_record=untolerated)
     assert before.new == 1
     file = tmp_path / "baseline.json"
     stored.save(stored.updated(stored.Baseline(), "analytic", before.answers, versions={"peftplan": "0"}), file)
     with engine_that_states(32 * GIB):
-        same = checked(stored.load(file), found=untolerated)
+        same = checked(stored.load(file), run_record=untolerated)
     assert (same.failures, same.new) == ((), 0)
     with engine_that_states(32 * GIB + 4 * MIB):  # 4 / 32768 = 0.012 %, just above what is reported
-        (failure,) = checked(stored.load(file), found=untolerated).failures
+        (failure,) = checked(stored.load(file), run_record=untolerated).failures
     assert failure.kind == "baseline"
     assert failure.what == ("allocated: 34,359,738,368 bytes (+0.00 %) in the baseline, 34,363,932,672 (+0.01 %) now")
     with engine_that_states_nothing():
-        (failure,) = checked(stored.load(file), found=untolerated).failures
+        (failure,) = checked(stored.load(file), run_record=untolerated).failures
     assert failure.what == "allocated: 34,359,738,368 bytes (+0.00 %) in the baseline, none now"
 
 
@@ -246,9 +250,9 @@ def test_device_bytes_are_reserved_bytes_and_the_measured_context() -> None:
 
 def test_an_estimate_without_peaks_states_none() -> None:
     with engine_that_states_nothing():
-        found = ask(record(), "analytic")
-    assert found.figures == {}
-    assert found.trainable == 19_988_480
+        stated = ask(record(), "analytic")
+    assert stated.figures == {}
+    assert stated.trainable == 19_988_480
 
 
 def test_a_missing_extra_is_no_answer_of_the_trace_engine() -> None:
@@ -258,10 +262,10 @@ def test_a_missing_extra_is_no_answer_of_the_trace_engine() -> None:
     with patch.object(engines, "estimate", lacking):
         with pytest.raises(MissingExtraError):
             ask(record(), "trace")
-        found = ask(record(), "analytic")
-    assert found.lacks_extra
+        stated = ask(record(), "analytic")
+    assert stated.lacks_extra
     before = Stated(trainable=1, figures={"allocated": 1})
-    assert stored.moves(Answer(Case(Path("x"), 1, record()), found), before) == []
+    assert stored.moves(Answer(Case(Path("x"), 1, record()), stated), before) == []
 
 
 def test_a_bug_on_one_record_fails_the_check_and_stops_nothing() -> None:
@@ -272,10 +276,10 @@ def test_a_bug_on_one_record_fails_the_check_and_stops_nothing() -> None:
 
     bad = record(id="bad", run={**PAYLOAD["run"], "method_config": {"r": 9}})
     with patch.object(engines, "estimate", sometimes):
-        found = check([Case(Path("x"), 1, bad), Case(Path("x"), 2, record())], "analytic", baseline=stored.Baseline())
-    (failure,) = [failure for failure in found.failures if failure.kind == "crash"]
+        result = check([Case(Path("x"), 1, bad), Case(Path("x"), 2, record())], "analytic", baseline=stored.Baseline())
+    (failure,) = [failure for failure in result.failures if failure.kind == "crash"]
     assert failure.what == "crashed: ZeroDivisionError: division by zero"
-    assert found.answers[1].stated.trainable == 19_988_480
+    assert result.answers[1].stated.trainable == 19_988_480
 
 
 def test_a_baseline_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -313,8 +317,8 @@ def test_what_ships_can_be_read_and_is_told_apart() -> None:
 
 def test_junit_fails_what_failed_and_skips_what_has_no_number() -> None:
     with engine_that_states(33 * GIB):
-        found = checked(stored.Baseline())
-    suite = ElementTree.fromstring(accuracy.junit(found).partition("\n")[2])
+        result = checked(stored.Baseline())
+    suite = ElementTree.fromstring(accuracy.junit(result).partition("\n")[2])
     assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("1", "1", "0")
     assert "tolerance is 2 %" in (suite.find("testcase/failure").get("message") or "")  # type: ignore[union-attr]
     with engine_that_states_nothing():
@@ -431,28 +435,28 @@ def test_tables_keep_within_the_terminal(columns: int) -> None:
     ],
 )
 def test_a_record_is_asked_with_the_torch_that_ran(versions: dict[str, str], script: dict[str, Any], torch: str | None) -> None:
-    asked: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
 
     def noting(*args: Any, **kwargs: Any) -> Estimate:
-        asked.append(kwargs)
+        calls.append(kwargs)
         return estimate(*args, **kwargs)
 
     ran = record(run={**PAYLOAD["run"], "script": script}, circumstances={**PAYLOAD["circumstances"], "versions": versions})
     with patch.object(engines, "estimate", noting):
         assert not ask(ran, "analytic").crashed
-    assert asked[0]["script"].torch == torch
+    assert calls[0]["script"].torch == torch
     assert engines.same_answer(ran) != engines.same_answer(record())  # which ran on 2.13.0
 
 
 def test_what_ran_twice_is_asked_once() -> None:
-    asked: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
 
     def counting(*args: Any, **kwargs: Any) -> Estimate:
-        asked.append(kwargs)
+        calls.append(kwargs)
         return estimate(*args, **kwargs)
 
     runs = [record(id="a"), record(id="b", peaks=overall(allocated=1)), record(id="c", covers="whole-run")]
     with patch.object(engines, "estimate", counting):
-        found = check([Case(Path("x"), line, one) for line, one in enumerate(runs)], "analytic", baseline=stored.Baseline())
-    assert len(asked) == 2
-    assert [answer.record.id for answer in found.answers] == ["a", "b", "c"]
+        result = check([Case(Path("x"), line, one) for line, one in enumerate(runs)], "analytic", baseline=stored.Baseline())
+    assert len(calls) == 2
+    assert [answer.record.id for answer in result.answers] == ["a", "b", "c"]

@@ -28,10 +28,10 @@ TRACED = ("t5-small-full", "smollm2-135m-qlora", "bert-base-uncased-full", "gpt2
 
 
 def drifts(record: Record, engine: Engine) -> dict[str, float]:
-    found: Any = ask(record, engine).figures
+    figures: Any = ask(record, engine).figures
     measured = {phase: peak.allocated for phase, peak in record.peaks.by_phase.items()}
     measured["reserved"] = record.peaks.overall.reserved
-    return {name: 100 * (found[name] / measured[name] - 1) for name in LIMITS if name in found}
+    return {name: 100 * (figures[name] / measured[name] - 1) for name in LIMITS if name in figures}
 
 
 def more(record: Record) -> dict[str, float]:
@@ -49,7 +49,7 @@ def test_formulas(record: Record) -> None:
     "record", [r for r in RECORDS if r.id.startswith(TRACED)], ids=lambda record: record.id.rpartition("-")[0]
 )
 def test_traces(record: Record) -> None:
-    found = drifts(record, "trace")
-    assert found.keys() == LIMITS.keys()
+    by_figure = drifts(record, "trace")
+    assert by_figure.keys() == LIMITS.keys()
     limits = dict.fromkeys(LIMITS, 0.05) | more(record)
-    assert {name: drift for name, drift in found.items() if abs(drift) > limits[name]} == {}
+    assert {name: drift for name, drift in by_figure.items() if abs(drift) > limits[name]} == {}

@@ -81,13 +81,13 @@ def test_what_no_setup_describes_says_why(change: dict[str, Any], why: str) -> N
 
 def test_the_shipped_records_keep_what_their_sources_measured() -> None:
     """Hand-copied from the sources: bytes of one run each."""
-    found = {case.record.id: case.record.peaks for case in read_cases([])}
-    assert found["pk00008"].overall.allocated == 72_434_837_504
-    assert found["pk01155"].by_phase["backward"].allocated == int(6838.541015625 * 2**20)
-    assert found["peft/adalora/llama-3.2-3B-rank32"].overall.reserved == 22_781_362_176
-    assert (found["pk01702"].device_bytes, found["pk01702"].context_bytes) == (14949 * 2**20, 1343 * 2**20)
-    assert found["pk02320"].overall.reserved == 5_370_000_000
-    assert found["pk01871"].overall.reserved == round(66.72 * 2**30)
+    peaks = {case.record.id: case.record.peaks for case in read_cases([])}
+    assert peaks["pk00008"].overall.allocated == 72_434_837_504
+    assert peaks["pk01155"].by_phase["backward"].allocated == int(6838.541015625 * 2**20)
+    assert peaks["peft/adalora/llama-3.2-3B-rank32"].overall.reserved == 22_781_362_176
+    assert (peaks["pk01702"].device_bytes, peaks["pk01702"].context_bytes) == (14949 * 2**20, 1343 * 2**20)
+    assert peaks["pk02320"].overall.reserved == 5_370_000_000
+    assert peaks["pk01871"].overall.reserved == round(66.72 * 2**30)
 
 
 IDENTITY: dict[str, Any] = {

@@ -49,7 +49,7 @@ def test_tools_are_compared_by_one_figure_and_one_rule() -> None:
     """Measured 1000 MiB: 900 says `fits` of 990 (5 % of it is 49.5); 1101 says no to 1100; 1000 is right on both."""
     mib = 2**20
     records = [record(id=name, peaks={"overall": {"allocated": 1000 * mib, "reserved": 1}}) for name in ("a", "b", "c")]
-    found = peers.Peers(
+    stored_run = peers.Peers(
         python="3",
         records=3,
         tools={
@@ -58,21 +58,21 @@ def test_tools_are_compared_by_one_figure_and_one_rule() -> None:
             )
         },
     )
-    (row,) = peers.table(found, records)[1]
+    (row,) = peers.table(stored_run, records)[1]
     assert row == ("x", "1", "3 of 3", "10.0 %", "+0.0 %", "+10.1 %", "33%", "1 of 3", "1 of 3", "0.25 s")
     other = peers.compared(tool(b={"allocated": 1010 * mib}), records)
-    assert peers.against("x", found, other, records) == ("x", "1", "0.00 %", "+0.00 %", "1.00 %", "+1.00 %")
+    assert peers.against("x", stored_run, other, records) == ("x", "1", "0.00 %", "+0.00 %", "1.00 %", "+1.00 %")
 
 
 def test_a_tool_without_allocated_bytes_is_compared_by_the_next_figure() -> None:
     records = [record(peaks={"overall": {"allocated": 100, "reserved": 200}, "device_bytes": 300})]
-    (found,) = peers.compared(tool(example={"device": 330, "reserved": 220}), records).values()
-    assert (found.figure, found.drift) == ("reserved", 10)
+    (compared,) = peers.compared(tool(example={"device": 330, "reserved": 220}), records).values()
+    assert (compared.figure, compared.drift) == ("reserved", 10)
 
 
 def test_the_page_names_each_wrong_verdict() -> None:
-    found = record(peaks={"overall": {"allocated": 2**30}})
-    wrong = Answer(Case(Path("x.jsonl"), 1, found), Stated(figures={"allocated": 2**29}))
+    run_record = record(peaks={"overall": {"allocated": 2**30}})
+    wrong = Answer(Case(Path("x.jsonl"), 1, run_record), Stated(figures={"allocated": 2**29}))
     page = accuracy_page.text({"trace": [wrong], "analytic": []})
     assert "| example | 1 % below its peak | fits | allocated -50.00 % |" in page
 

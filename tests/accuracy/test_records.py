@@ -106,7 +106,7 @@ def test_nothing_is_added_behind_half_a_line(tmp_path: Path) -> None:
     assert repair(path) == 100
     assert Path(f"{path}.cut").read_text() == GOOD[:100] + "\n"
     append(path, [record(id="next")])
-    assert [found.id for found in read(path)] == ["example", "next"]
+    assert [one.id for one in read(path)] == ["example", "next"]
     assert repair(path) == 0
 
 
@@ -130,10 +130,10 @@ def test_two_processes_at_once_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name]) for name in "ab"]
     assert [writer.wait() for writer in writers] == [0, 0]
-    ids = [found.id for found in read(path)]
+    ids = [one.id for one in read(path)]
     assert sorted(ids) == sorted(f"{name}-{number}" for name in "ab" for number in range(100))
     for name in "ab":
-        own = [found for found in ids if found.startswith(name)]
+        own = [one for one in ids if one.startswith(name)]
         assert own == [f"{name}-{number}" for number in range(100)]
 
 
@@ -157,8 +157,8 @@ def test_statements_tell_labelled_runs_from_those_whose_stack_was_inferred() -> 
     kept, replaced = [], []
     for one in says_all:
         said = {package: one.circumstances.versions[package].partition("+")[0] for package in ("torch", "transformers")}
-        asked = {package: getattr(one.run.script, package) or said[package] for package in said}
-        (kept if asked == said else replaced).append(one)
+        ran_with = {package: getattr(one.run.script, package) or said[package] for package in said}
+        (kept if ran_with == said else replaced).append(one)
     assert (len(kept), len(replaced)) == (17, 30)
     assert {one.setup for one in kept} == {"as labelled"}
     assert {one.setup for one in replaced} == {"with an inferred stack"}
@@ -172,6 +172,8 @@ def test_no_label_is_replaced_without_saying_so() -> None:
         replaced = [
             package
             for package in ("torch", "transformers")
-            if package in versions and (asked := getattr(script, package)) is not None and not versions[package].startswith(asked)
+            if package in versions
+            and (version := getattr(script, package)) is not None
+            and not versions[package].startswith(version)
         ]
         assert not replaced or case.record.inferred, case.record.id

@@ -28,9 +28,9 @@ def every() -> Check:
     return regression.run([], engine="analytic")
 
 
-def said(found: Check) -> str:
+def said(result: Check) -> str:
     """The failures, each with the command that repeats it; shown by pytest where there are some."""
-    return "\n".join(failure.text(found.engine) for failure in found.failures)
+    return "\n".join(failure.text(result.engine) for failure in result.failures)
 
 
 def test_every_run_estimated(every: Check) -> None:
@@ -129,7 +129,7 @@ def test_a_wrong_formula_makes_it_fail() -> None:
         return x if name == "log_softmax" else right(f, x, name)
 
     with patch.object(ops, "keeps_output", in_place):
-        found = regression.run([T4], engine="analytic")
-    kinds = {(failure.case.record.id, failure.kind) for failure in found.failures}
+        result = regression.run([T4], engine="analytic")
+    kinds = {(failure.case.record.id, failure.kind) for failure in result.failures}
     assert ("pk01156", "tolerance") in kinds
     assert ("pk01156", "baseline") in kinds

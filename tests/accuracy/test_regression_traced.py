@@ -13,8 +13,8 @@ SEED, SAMPLE = 1, 4
 def test_a_sample_traced() -> None:
     """Without the libraries of the baseline only the tolerances count."""
     pytest.importorskip("bitsandbytes")
-    found = regression.run([], engine="trace", sample=SAMPLE, seed=SEED)
+    result = regression.run([], engine="trace", sample=SAMPLE, seed=SEED)
     same = stored.load(stored.BASELINE).versions["trace"] == regression.versions("trace")
-    failures = [failure.text("trace") for failure in found.failures if same or failure.kind != "baseline"]
+    failures = [failure.text("trace") for failure in result.failures if same or failure.kind != "baseline"]
     assert failures == []
-    assert all(answer.compared for answer in found.answers)
+    assert all(answer.compared for answer in result.answers)

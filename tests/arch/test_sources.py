@@ -224,7 +224,7 @@ def test_a_folder_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
         load(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="give its base model"):
+    with pytest.raises(InputError, match="name its base model"):
         load(tmp_path)
 
 
@@ -367,7 +367,7 @@ def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPa
 class Hub(BaseHTTPRequestHandler):
     """A stand-in that answers as huggingface.co does: the owner's name says how."""
 
-    asked: list[tuple[str, str, str | None]]
+    requests: list[tuple[str, str, str | None]]
 
     def do_HEAD(self) -> None:
         self.answer()
@@ -376,7 +376,7 @@ class Hub(BaseHTTPRequestHandler):
         self.answer()
 
     def answer(self) -> None:
-        type(self).asked.append((self.command, self.path, self.headers.get("Authorization")))
+        type(self).requests.append((self.command, self.path, self.headers.get("Authorization")))
         owner = self.path.split("/")[1]
         body = json.dumps(LLAMA).encode()
         status, headers = 200, {"ETag": '"0123"', "X-Repo-Commit": COMMIT}
@@ -418,7 +418,7 @@ class Hub(BaseHTTPRequestHandler):
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     pytest.importorskip("huggingface_hub")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Hub.asked = []
+    Hub.requests = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_test")
@@ -430,15 +430,15 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 def test_a_config_from_the_hub_is_the_only_file_and_is_kept(stand_in: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     arch = load("me/tiny")
     assert (arch.num_parameters, arch.source) == (LLAMA_PARAMETERS, "Hub me/tiny")
-    assert {path for _, path, _ in stand_in.asked} == {"/me/tiny/resolve/main/config.json"}
-    assert {token for _, _, token in stand_in.asked} == {"Bearer hf_secret_of_the_test"}
+    assert {path for _, path, _ in stand_in.requests} == {"/me/tiny/resolve/main/config.json"}
+    assert {token for _, _, token in stand_in.requests} == {"Bearer hf_secret_of_the_test"}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert load("me/tiny").source == "Hub me/tiny, from the local cache"
 
 
 def test_a_built_in_model_never_asks_the_hub(stand_in: type[Hub]) -> None:
     load("meta-llama/Llama-2-13b-hf")
-    assert stand_in.asked == []
+    assert stand_in.requests == []
 
 
 @pytest.mark.parametrize(

@@ -129,5 +129,5 @@ def test_lists_are_the_same_in_json_and_csv(command: tuple[str, ...]) -> None:
 
 
 def test_inspect_counts_every_parameter_once() -> None:
-    found = json.loads(run("inspect", "bart-base", "--format", "json").out)
-    assert sum(module["num_parameters"] for module in found["modules"]) == found["num_parameters"] == 139_420_416
+    document = json.loads(run("inspect", "bart-base", "--format", "json").out)
+    assert sum(module["num_parameters"] for module in document["modules"]) == document["num_parameters"] == 139_420_416

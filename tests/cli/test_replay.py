@@ -87,8 +87,8 @@ def test_what_is_lost_to_fragmentation_is_said(log: str, tmp_path: Path) -> None
     pieces = [Event("alloc", n, 5 * MIB, phase="forward") for n in range(8)]
     holes = [Event("free", n, phase="forward") for n in (0, 2, 4, 6)]
     eventlog.save([*pieces, *holes, Event("alloc", 9, 12 * MIB, phase="forward", op="big")], tmp_path / "holes.json")
-    found = json.loads(run("replay", str(tmp_path / "holes.json"), "--capacity", "50MiB", "--format", "json").out)
-    oom = found["out_of_memory"]
+    document = json.loads(run("replay", str(tmp_path / "holes.json"), "--capacity", "50MiB", "--format", "json").out)
+    oom = document["out_of_memory"]
     assert (oom["op"], oom["requested"], oom["fragmented"], oom["largest_free"]) == ("big", 12 * MIB, 20 * MIB, 5 * MIB)
     # 40 reserved and 12 more exceed 50 by 2
     assert (oom["missing"], oom["lost_to_fragmentation"]) == (2 * MIB, True)
@@ -98,8 +98,8 @@ def test_what_is_lost_to_fragmentation_is_said(log: str, tmp_path: Path) -> None
 
 def test_options_of_the_allocator_are_taken(log: str) -> None:
     # Expandable segments map pages of 20 MiB: 100, 140 for 130, 160; the two free 30 merge and take the 50.
-    found = json.loads(run("replay", log, "--alloc-conf", "expandable_segments:True", "--format", "json").out)
-    assert found["peaks"][-1] == {
+    document = json.loads(run("replay", log, "--alloc-conf", "expandable_segments:True", "--format", "json").out)
+    assert document["peaks"][-1] == {
         "phase": "whole run",
         "allocated": 160 * MIB,
         "requested": 160 * MIB - 100,
@@ -109,12 +109,12 @@ def test_options_of_the_allocator_are_taken(log: str) -> None:
 
 def test_an_older_torch_fills_other_holes(tmp_path: Path) -> None:
     """Two free 20, one in the first segment of 40, one the second segment: whoever takes the latter leaves a whole 40 free."""
-    made = [(0, 40), (1, 20), (0, 0), (2, 20), (1, 0), (3, 20), (2, 0), (4, 40)]
-    events = [Event("alloc" if size else "free", id, size * MIB, phase="step") for id, size in made]
+    sizes = [(0, 40), (1, 20), (0, 0), (2, 20), (1, 0), (3, 20), (2, 0), (4, 40)]
+    events = [Event("alloc" if size else "free", id, size * MIB, phase="step") for id, size in sizes]
     eventlog.save(events, tmp_path / "holes.json", title="")
     for torch, reserved in (([], 100), (["--torch", "2.13"], 100), (["--torch", "2.12.1"], 60)):
-        found = json.loads(run("replay", str(tmp_path / "holes.json"), *torch, "--format", "json").out)
-        assert found["peaks"][-1]["reserved"] == reserved * MIB
+        document = json.loads(run("replay", str(tmp_path / "holes.json"), *torch, "--format", "json").out)
+        assert document["peaks"][-1]["reserved"] == reserved * MIB
 
 
 def test_every_format_says_the_same(log: str) -> None:

@@ -29,10 +29,10 @@ def test_every_format_says_the_same() -> None:
 def test_values_are_the_library_s() -> None:
     import peftplan
 
-    found = peftplan.serving("gpt2", method="ia3", adapters=2, batch_size=4).to_dict()
+    document = peftplan.serving("gpt2", method="ia3", adapters=2, batch_size=4).to_dict()
     assert (
         json.loads(run("serve", "gpt2", "--method", "ia3", "--adapters", "2", "--batch-size", "4", "--format", "json").out)
-        == found
+        == document
     )
 
 

@@ -97,7 +97,7 @@ def test_unknown_name_shows_near_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "num_bytes"),
+    ("text", "num_bytes"),
     [
         ("24GiB", 25_769_803_776),  # 24 × 2³⁰
         ("24 gib", 25_769_803_776),
@@ -106,9 +106,9 @@ def test_unknown_name_shows_near_ones() -> None:
         ("23.5 GiB", 25_232_932_864),  # 23.5 × 2³⁰
     ],
 )
-def test_a_capacity_is_an_anonymous_card(given: str, num_bytes: int) -> None:
-    gpu = find_gpu(given)
-    assert (gpu.name, gpu.capacity_bytes, gpu.vendor) == (given, num_bytes, None)
+def test_a_capacity_is_an_anonymous_card(text: str, num_bytes: int) -> None:
+    gpu = find_gpu(text)
+    assert (gpu.name, gpu.capacity_bytes, gpu.vendor) == (text, num_bytes, None)
 
 
 @pytest.mark.parametrize("given", ["24GB", "24G", "24 gb", "24g"])

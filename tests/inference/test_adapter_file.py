@@ -67,13 +67,13 @@ def test_bytes_of_the_file(model: str, method: str, task: str | None, options: d
         warnings.simplefilter("ignore")
         adapted.save_pretrained(tmp_path)
     written = tmp_path / "adapter_model.safetensors"
-    found = ours(model, method, task, options)
+    file_of_ours = ours(model, method, task, options)
     from safetensors import safe_open
 
     with safe_open(written, "pt") as file:
         theirs = {key: (tuple(t.shape), parse_dtype(t.dtype)) for key in file.keys() for t in (file.get_tensor(key),)}  # noqa: SIM118
-    assert {t.name: (t.shape, t.dtype) for t in found.tensors} == theirs
-    assert found.num_bytes == written.stat().st_size
+    assert {t.name: (t.shape, t.dtype) for t in file_of_ours.tensors} == theirs
+    assert file_of_ours.num_bytes == written.stat().st_size
 
 
 def test_every_method_of_peft_is_among_the_cases() -> None:
@@ -88,9 +88,9 @@ def test_a_base_in_16_bits(dtype: str) -> None:
     with patch.object(tiny, "real", lambda *_: base):
         adapted = tiny.peft_of("llama", "lora", device="cpu", **options)
     theirs = {k: (tuple(v.shape), parse_dtype(v.dtype)) for k, v in peft.get_peft_model_state_dict(adapted).items()}
-    found = ours("llama", "lora", None, options, dtype=dtype)
-    assert {t.name: (t.shape, t.dtype) for t in found.tensors} == theirs
-    assert found.dtypes == (dtype, "fp32")
+    file_of_ours = ours("llama", "lora", None, options, dtype=dtype)
+    assert {t.name: (t.shape, t.dtype) for t in file_of_ours.tensors} == theirs
+    assert file_of_ours.dtypes == (dtype, "fp32")
     tiny.real.cache_clear()
 
 
@@ -101,8 +101,8 @@ def test_by_hand() -> None:
     names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight" for part in "AB"]
     # {"__metadata__":{"format":"pt"},"NAME":{"dtype":"F32","shape":[2,8],"data_offsets":[0,64]},"NAME":{...[8,2]...[64,128]}}
     header = 32 + sum(len(f'"{name}":') for name in names) + 52 + 1 + 54 + 1
-    found = peftplan.serving(config, target_modules=["q_proj"], r=2).file
-    assert found.num_bytes == 8 + -(-header // 8) * 8 + 2 * 64
+    adapter_file = peftplan.serving(config, target_modules=["q_proj"], r=2).file
+    assert adapter_file.num_bytes == 8 + -(-header // 8) * 8 + 2 * 64
     trl = peftplan.serving(config, target_modules=["q_proj"], r=2, trainer="trl", quant="nf4").file
     assert trl.dtypes == ("bf16",)
     # the same header, `BF16` for `F32` and shorter offsets: [0,32], [32,64]

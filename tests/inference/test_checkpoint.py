@@ -56,8 +56,8 @@ def test_the_merged_model(model: str, method: str, task: str | None, options: di
         warnings.simplefilter("ignore")
         merged = tiny.peft_of(model, method, task, device="cpu", **options).merge_and_unload()
         merged.save_pretrained(tmp_path)
-    found = peftplan.serving(tiny.config_of(model), method=method, task_type=task, dtype="fp32", **options).checkpoint
-    assert list(found.files) == sizes(tmp_path)
+    checkpoint = peftplan.serving(tiny.config_of(model), method=method, task_type=task, dtype="fp32", **options).checkpoint
+    assert list(checkpoint.files) == sizes(tmp_path)
 
 
 @pytest.mark.parametrize("model_type", list(matrix.ADAPTERS))
@@ -68,9 +68,9 @@ def test_every_model_type(model_type: str, tmp_path: Path) -> None:
     storages = merged_storages(arch, Adaptation(), built, dtype="fp32")
     for most in (MAX_SHARD_BYTES, 200_000):
         copy.copy(model).save_pretrained(tmp_path / str(most), max_shard_size=most)
-        found = shards(storages, max_shard_bytes=most)
+        sizes_of_ours = shards(storages, max_shard_bytes=most)
         if model_type != "modernbert" or most == MAX_SHARD_BYTES:
-            assert sorted(found) == sizes(tmp_path / str(most))
+            assert sorted(sizes_of_ours) == sizes(tmp_path / str(most))
 
 
 def test_a_buffer_of_the_state_dict_and_a_dtype(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ DECODING = ("llama", "gemma2", "cohere2", "gpt_oss", "deepseek_v2", "deepseek_v3
 
 def caches(outputs: Any) -> list[Any]:
     """The self-attention cache, and the cross-attention cache where there is one."""
-    held = getattr(outputs, "past_key_values", None) or outputs.cache
-    return [held.self_attention_cache, held.cross_attention_cache] if hasattr(held, "self_attention_cache") else [held]
+    cache = getattr(outputs, "past_key_values", None) or outputs.cache
+    return [cache.self_attention_cache, cache.cross_attention_cache] if hasattr(cache, "self_attention_cache") else [cache]
 
 
 def decoded(model: Any, arch: Any) -> list[Any]:
@@ -51,14 +51,14 @@ def decoded(model: Any, arch: Any) -> list[Any]:
         return caches(again)
 
 
-def stored(found: list[Any]) -> int:
+def stored(kv_caches: list[Any]) -> int:
     """Bytes of all storages."""
-    return sum(t.untyped_storage().nbytes() for cache in found for layer in cache.layers for t in (layer.keys, layer.values))
+    return sum(t.untyped_storage().nbytes() for cache in kv_caches for layer in cache.layers for t in (layer.keys, layer.values))
 
 
-def plain(found: tuple[CacheTensor, ...]) -> int:
+def plain(tensors: tuple[CacheTensor, ...]) -> int:
     """Our bytes before the allocator rounds them."""
-    return sum(t.layers * ITEMSIZE[t.dtype] * prod(t.shape) for t in found)
+    return sum(t.layers * ITEMSIZE[t.dtype] * prod(t.shape) for t in tensors)
 
 
 @pytest.mark.parametrize("model_type", DECODING)
@@ -82,8 +82,8 @@ def test_windows_shorter_than_the_context(model_type: str) -> None:
     arch = read_config({k: v for k, v in config.items() if v is not None}, name=model_type)
     from tests.arch import meta
 
-    made = meta.build({k: v for k, v in config.items() if v is not None}, arch.model_class)
-    model = made.float().to_empty(device="cpu").eval()
+    on_meta = meta.build({k: v for k, v in config.items() if v is not None}, arch.model_class)
+    model = on_meta.float().to_empty(device="cpu").eval()
     for p in (*model.parameters(), *model.buffers()):
         p.data.zero_()
     ours = kv_cache(arch, batch_size=B, context=T, encoder_context=S, dtype="fp32")
@@ -105,10 +105,10 @@ def test_virtual_tokens_are_cached_too(model_type: str, method: str) -> None:
         warnings.simplefilter("ignore")
         theirs = stored(caches(model(input_ids=ids, use_cache=True, **more)))
     context = 7 if more else S
-    found = peftplan.serving(matrix.config_of(model_type), method=method, num_virtual_tokens=5, dtype="fp32", batch_size=B,
+    serving = peftplan.serving(matrix.config_of(model_type), method=method, num_virtual_tokens=5, dtype="fp32", batch_size=B,
                              context=context, encoder_context=S)  # fmt: skip
-    assert found.cache is not None
-    assert plain(found.cache.tensors) == theirs
+    assert serving.cache is not None
+    assert plain(serving.cache.tensors) == theirs
 
 
 def test_by_hand() -> None:

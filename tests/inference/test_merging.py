@@ -49,8 +49,8 @@ def ours(method: str, targets: list[str], dtype: str) -> dict[str, Any]:
     """What peftplan states, by place."""
     options = {k: v for k, v in METHODS[method][1].items() if k not in ("use_dora",)}
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **CONFIG}
-    found = peftplan.serving(config, method=method, target_modules=targets, dtype=dtype, **options)
-    return {merge.place: merge for merge in found.merges}
+    serving = peftplan.serving(config, method=method, target_modules=targets, dtype=dtype, **options)
+    return {merge.place: merge for merge in serving.merges}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -58,32 +58,32 @@ def ours(method: str, targets: list[str], dtype: str) -> dict[str, Any]:
 @pytest.mark.parametrize("method", METHODS)
 def test_one_module_per_layer(method: str, target: str, dtype: str) -> None:
     """The first layer's module is merged while all adapter tensors are alive: equal but for Python's numbers."""
-    found, torch_dtype = ours(method, [target], dtype), {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    merges, torch_dtype = ours(method, [target], dtype), {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     on_cpu = cpu_temporaries(lambda: adapted(method, [target], torch_dtype, "cpu"))
-    assert 0 <= on_cpu - found["cpu"].need.num_bytes <= NUMBERS
+    assert 0 <= on_cpu - merges["cpu"].need.num_bytes <= NUMBERS
     if method != "boft":  # peft computes BOFT's permutation from values, which meta tensors lack
         on_gpu = meta_temporaries(adapted(method, [target], torch_dtype, "meta"))
-        assert 0 <= found["gpu"].need.num_bytes - on_gpu < 4 * 512, "each tensor rounded up to 512"
+        assert 0 <= merges["gpu"].need.num_bytes - on_gpu < 4 * 512, "each tensor rounded up to 512"
 
 
 def test_several_modules() -> None:
     """peft drops each module's adapter when it is merged: our sum of both is above by no more than the adapter."""
     targets = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
     for method in ("lora", "dora"):
-        found = ours(method, targets, "fp32")["cpu"]
+        merge = ours(method, targets, "fp32")["cpu"]
         theirs = cpu_temporaries(lambda method=method: adapted(method, targets, torch.float32, "cpu"))
-        assert 0 <= found.need.num_bytes - theirs <= found.adapter
+        assert 0 <= merge.need.num_bytes - theirs <= merge.adapter
 
 
 def test_base_and_adapter_are_what_is_loaded() -> None:
     model = adapted("lora", ONE, torch.bfloat16, "meta")
-    found = ours("lora", ONE, "bf16")["cpu"]
+    merge = ours("lora", ONE, "bf16")["cpu"]
     own = [p.nbytes for name, p in model.named_parameters() if "lora_" in name]
-    assert found.adapter == sum(own)
+    assert merge.adapter == sum(own)
     tables = sum(
         4 * buffer.numel() for buffer in model.buffers()
     )  # rotary tables stay in fp32 where a model is loaded in 16 bits
-    assert found.base == sum(parameter.nbytes for parameter in model.parameters()) - sum(own) + tables
+    assert merge.base == sum(parameter.nbytes for parameter in model.parameters()) - sum(own) + tables
 
 
 def test_stacked_experts() -> None:
@@ -92,29 +92,29 @@ def test_stacked_experts() -> None:
     with torch.device("meta"):
         base = transformers.MixtralForCausalLM(transformers.AutoConfig.for_model(**config)).to(torch.bfloat16)
         model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["w1", "w2", "w3"], r=4)).eval().requires_grad_(False)
-    found = {m.place: m for m in peftplan.serving(config, target_modules=["w1", "w2", "w3"], r=4, dtype="bf16").merges}["gpu"]
-    assert found.need.module.endswith("gate_up_proj")
-    assert found.need.num_bytes == meta_temporaries(model)
+    merge = {m.place: m for m in peftplan.serving(config, target_modules=["w1", "w2", "w3"], r=4, dtype="bf16").merges}["gpu"]
+    assert merge.need.module.endswith("gate_up_proj")
+    assert merge.need.num_bytes == meta_temporaries(model)
 
 
 def test_by_hand() -> None:
     # Llama-2-7B, gate_proj of 11008 × 4096: on a GPU B @ A and its scaled copy in fp32; on the CPU Δ and two copies of W in fp32
-    found = {merge.place: merge for merge in peftplan.serving("llama-2-7b", method="lora", r=16).merges}
-    assert found["gpu"].need.num_bytes == 2 * 4 * 11008 * 4096
-    assert found["cpu"].need.num_bytes == 3 * 4 * 11008 * 4096
-    assert found["cpu"].base == 2 * 6_738_415_616 + 2 * 4 * 64  # and two rotary tables of 64 in fp32
+    merges = {merge.place: merge for merge in peftplan.serving("llama-2-7b", method="lora", r=16).merges}
+    assert merges["gpu"].need.num_bytes == 2 * 4 * 11008 * 4096
+    assert merges["cpu"].need.num_bytes == 3 * 4 * 11008 * 4096
+    assert merges["cpu"].base == 2 * 6_738_415_616 + 2 * 4 * 64  # and two rotary tables of 64 in fp32
 
 
 def test_into_weights_of_4_bits_by_hand() -> None:
     """NF4 with double quantization: dequantized in bf16, Δ and the sum in fp32, the sum again on the GPU, and its new weight."""
     merges = {m.place: m for m in peftplan.serving("llama-2-7b", method="qlora", r=16).merges}
-    found, n = merges["gpu_quantized"], 11008 * 4096
+    merge, n = merges["gpu_quantized"], 11008 * 4096
     blocks = n // 64
     # weight, absmax, code, nested absmax (11,008 B), nested code, offset; and twice the absmax in fp32 as it is quantized itself
     new = n // 2 + blocks + 512 + 22 * 512 + 1024 + 512 + 2 * 4 * blocks
-    assert found.need.num_bytes == 2 * n + 4 * n + 4 * n + 4 * n + new
-    assert found.need.host_bytes == 4 * n
-    assert found.base < merges["gpu"].base / 3
+    assert merge.need.num_bytes == 2 * n + 4 * n + 4 * n + 4 * n + new
+    assert merge.need.host_bytes == 4 * n
+    assert merge.base < merges["gpu"].base / 3
 
 
 @pytest.mark.parametrize(
@@ -130,15 +130,15 @@ def test_into_weights_of_4_bits_by_hand() -> None:
 def test_what_has_no_merge_is_refused(method: str, options: dict[str, Any], why: str) -> None:
     with pytest.raises(RefusedError, match=why):
         peftplan.serving("llama-2-7b", method=method, merge=True, **options)
-    found = peftplan.serving("llama-2-7b", method=method, **options)
-    assert found.merges == ()
-    assert why in found.refused["merge_memory"]
+    serving = peftplan.serving("llama-2-7b", method=method, **options)
+    assert serving.merges == ()
+    assert why in serving.refused["merge_memory"]
 
 
 def test_a_merge_into_stored_weights_that_is_not_described() -> None:
-    found = peftplan.serving("llama-2-7b", method="ia3", quant="nf4")
-    assert [merge.place for merge in found.merges] == ["cpu", "gpu"]
-    assert "stored as nf4" in found.refused["merge_memory.gpu_quantized"]
+    serving = peftplan.serving("llama-2-7b", method="ia3", quant="nf4")
+    assert [merge.place for merge in serving.merges] == ["cpu", "gpu"]
+    assert "stored as nf4" in serving.refused["merge_memory.gpu_quantized"]
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "vera", "ia3", "fourierft"])
@@ -150,8 +150,8 @@ def test_a_transposed_weight(method: str) -> None:
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         base = transformers.GPT2LMHeadModel(transformers.AutoConfig.for_model(**config)).to(torch.bfloat16)
-        made = getattr(peft, cls)(target_modules=["c_fc"], fan_in_fan_out=True, **options)
-        model = peft.get_peft_model(base, made).eval().requires_grad_(False)
+        peft_config = getattr(peft, cls)(target_modules=["c_fc"], fan_in_fan_out=True, **options)
+        model = peft.get_peft_model(base, peft_config).eval().requires_grad_(False)
     ours = {k: v for k, v in options.items() if k != "use_dora"}
     merges = {m.place: m for m in peftplan.serving(config, method=method, target_modules=["c_fc"], dtype="bf16", **ours).merges}
     assert 0 <= merges["gpu"].need.num_bytes - meta_temporaries(model) < 4 * 512
@@ -159,12 +159,12 @@ def test_a_transposed_weight(method: str) -> None:
 
 def test_lora_on_an_embedding() -> None:
     model = adapted("lora", ["embed_tokens"], torch.bfloat16, "meta")
-    found = ours("lora", ["embed_tokens"], "bf16")["gpu"]
-    assert found.need.module == "model.embed_tokens.weight"
-    assert found.need.num_bytes == meta_temporaries(model)
+    merge = ours("lora", ["embed_tokens"], "bf16")["gpu"]
+    assert merge.need.module == "model.embed_tokens.weight"
+    assert merge.need.num_bytes == meta_temporaries(model)
 
 
 def test_rotated_embeddings_are_not_described() -> None:
-    found = peftplan.serving("llama-2-7b", method="oft", target_modules=["embed_tokens"])
-    assert found.merges == ()
-    assert "OFT into model.embed_tokens.weight" in found.refused["merge_memory"]
+    serving = peftplan.serving("llama-2-7b", method="oft", target_modules=["embed_tokens"])
+    assert serving.merges == ()
+    assert "OFT into model.embed_tokens.weight" in serving.refused["merge_memory"]

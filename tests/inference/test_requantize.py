@@ -30,12 +30,12 @@ def quantized(quant: str, *, double_quant: bool, dora: bool) -> Any:
         weight = layer.mlp.down_proj.weight.data
         out, width = weight.shape
         if quant == "int8":
-            made = bnb.nn.Linear8bitLt(width, out, bias=False, has_fp16_weights=False, threshold=6.0)
-            made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            linear = bnb.nn.Linear8bitLt(width, out, bias=False, has_fp16_weights=False, threshold=6.0)
+            linear.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         else:
-            made = bnb.nn.Linear4bit(width, out, bias=False, compress_statistics=double_quant, quant_type=quant)
-            made.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=double_quant, quant_type=quant)
-        layer.mlp.down_proj = made.to("cpu")
+            linear = bnb.nn.Linear4bit(width, out, bias=False, compress_statistics=double_quant, quant_type=quant)
+            linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=double_quant, quant_type=quant)
+        layer.mlp.down_proj = linear.to("cpu")
     setattr(model, "is_loaded_in_8bit" if quant == "int8" else "is_loaded_in_4bit", True)
     config = peft.LoraConfig(target_modules=["down_proj"], r=4, use_dora=dora)
     return peft.get_peft_model(model, config).eval().requires_grad_(False)
@@ -91,7 +91,9 @@ def test_a_merge_into_stored_weights(quant: str, double_quant: bool, dora: bool)
                 model.merge_and_unload()
     options = {"double_quant": double_quant} if quant != "int8" else {}
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **CONFIG}
-    found = peftplan.serving(config, method="dora" if dora else "lora", target_modules=["down_proj"], r=4, quant=quant, **options)
-    need = next(merge.need for merge in found.merges if merge.place == "gpu_quantized")
+    serving = peftplan.serving(
+        config, method="dora" if dora else "lora", target_modules=["down_proj"], r=4, quant=quant, **options
+    )
+    need = next(merge.need for merge in serving.merges if merge.place == "gpu_quantized")
     assert need.module.endswith("down_proj.weight")
     assert 0 <= need.num_bytes - (seen.peak - start) < 4 * 512, "each tensor rounded up to 512"

@@ -35,6 +35,6 @@ def test_as_the_library_writes_it(tmp_path: Path) -> None:
     for case in range(60):
         shapes = [tuple(dice.randint(1, 40) for _ in range(dice.randint(0, 3))) for _ in range(dice.randint(1, 30))]
         tensors = [StoredTensor(f"layer.{'é' * (case % 2)}{i}", dice.choice(list(TORCH)), s) for i, s in enumerate(shapes)]
-        made = {t.name: torch.zeros(t.shape).to(getattr(torch, TORCH[t.dtype])) for t in tensors}
-        save_file(made, tmp_path / "file", metadata={"format": "pt"})
+        zeros = {t.name: torch.zeros(t.shape).to(getattr(torch, TORCH[t.dtype])) for t in tensors}
+        save_file(zeros, tmp_path / "file", metadata={"format": "pt"})
         assert file_bytes(tensors) == (tmp_path / "file").stat().st_size

@@ -39,11 +39,11 @@ def quick(order: dict[str, Any]) -> None:
 
     run = run_of(prepare(order["model"], **order["options"]))
     time.sleep(QUICK_SECONDS)
-    made = Record(
+    record = Record(
         id=new_id(run), run=run, circumstances=circumstances(gpu=CARD), outcome="ok", covers="whole-run",
         peaks=Measured(overall=Peak(allocated=1, reserved=2)),
     )  # fmt: skip
-    append(Path(order["output"]), [made])
+    append(Path(order["output"]), [record])
 
 
 def child() -> int:

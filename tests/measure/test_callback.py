@@ -62,9 +62,9 @@ def arguments(folder: Path, **fields: Any) -> dict[str, Any]:
 def trained(folder: Path, callback: Any, *, lengths: list[int], **fields: Any) -> None:
     """A real training of one sequence per step."""
     wrapped = get_peft_model(model(), lora())
-    given = TrainingArguments(**arguments(folder, **fields))
-    given.train_sampling_strategy = "sequential"
-    Trainer(model=wrapped, args=given, train_dataset=samples(lengths), callbacks=[callback]).train()
+    training_args = TrainingArguments(**arguments(folder, **fields))
+    training_args.train_sampling_strategy = "sequential"
+    Trainer(model=wrapped, args=training_args, train_dataset=samples(lengths), callbacks=[callback]).train()
 
 
 def test_a_trainer_prints_measured_beside_estimated_and_leaves_a_record(tmp_path: Path, double: Double) -> None:
@@ -138,12 +138,12 @@ def test_it_warns_before_the_batch_that_will_not_fit(tmp_path: Path, double: Dou
 def callback_estimate(length: int) -> int:
     import peftplan
 
-    found = peftplan.estimate(
+    expected = peftplan.estimate(
         LlamaConfig(**{k: v for k, v in TINY.items() if k not in ("model_type",)}), peft_config=lora(), engine="trace",
         dtype="fp32", autocast="none", gradient_checkpointing=False, seq_len=length,
     )  # fmt: skip
-    assert found.peaks is not None
-    return found.peaks.allocated
+    assert expected.peaks is not None
+    return expected.peaks.allocated
 
 
 def test_without_cuda_it_says_so_and_prints_the_estimate(tmp_path: Path) -> None:
@@ -156,25 +156,25 @@ def test_without_cuda_it_says_so_and_prints_the_estimate(tmp_path: Path) -> None
 
 
 def test_the_estimate_is_of_the_torch_that_runs_and_of_what_the_program_does(tmp_path: Path, double: Double) -> None:
-    asked: list[Script] = []
+    scripts: list[Script] = []
     output = tmp_path / "runs.jsonl"
 
     def noting(*args: Any, **kwargs: Any) -> Any:
-        asked.append(kwargs["script"])
+        scripts.append(kwargs["script"])
         return estimate(*args, **kwargs)
 
     with patch("peftplan.measure.callback.estimate", noting):
         for options in ({}, {"script": Script(empties_cache=True)}):
             trained(tmp_path, MemoryCallback(device=double, tell=lambda line: None, output=output, **options), lengths=[8] * 4)
-    assert [(script.empties_cache, script.torch) for script in asked] == [(False, torch.__version__), (True, torch.__version__)]
+    assert [(script.empties_cache, script.torch) for script in scripts] == [(False, torch.__version__), (True, torch.__version__)]
     assert [record.run.script for record in read(output)] == [Script(), Script(empties_cache=True)]
 
 
 def test_the_model_is_left_without_hooks(tmp_path: Path, double: Double) -> None:
     wrapped = get_peft_model(model(), lora())
     callback = MemoryCallback(device=double, tell=lambda line: None)
-    given = TrainingArguments(**arguments(tmp_path, max_steps=2))
-    Trainer(model=wrapped, args=given, train_dataset=samples([8] * 4), callbacks=[callback]).train()
+    training_args = TrainingArguments(**arguments(tmp_path, max_steps=2))
+    Trainer(model=wrapped, args=training_args, train_dataset=samples([8] * 4), callbacks=[callback]).train()
     assert not wrapped._forward_hooks
     assert not wrapped._forward_pre_hooks
 
@@ -183,8 +183,8 @@ def test_full_fine_tuning_is_recognised(tmp_path: Path, double: Double) -> None:
     output = tmp_path / "runs.jsonl"
     callback = MemoryCallback(device=double, tell=lambda line: None, output=output)
     whole = model()
-    given = TrainingArguments(**arguments(tmp_path, max_steps=2))
-    Trainer(model=whole, args=given, train_dataset=samples([8] * 4), callbacks=[callback]).train()
+    training_args = TrainingArguments(**arguments(tmp_path, max_steps=2))
+    Trainer(model=whole, args=training_args, train_dataset=samples([8] * 4), callbacks=[callback]).train()
     (record,) = read(output)
     assert record.run.method_name == "full"
     assert record.counts.trainable == record.counts.total == whole.num_parameters()
@@ -196,11 +196,11 @@ def test_in_sft_trainer(tmp_path: Path, double: Double) -> None:
     datasets = pytest.importorskip("datasets")
     said: list[str] = []
     output = tmp_path / "runs.jsonl"
-    given = trl.SFTConfig(**arguments(tmp_path, max_steps=3, max_length=24))
+    sft_config = trl.SFTConfig(**arguments(tmp_path, max_steps=3, max_length=24))
     data = datasets.Dataset.from_dict({"input_ids": [list(range(24))] * 6})
     tokenizer = _tokenizer()
     trainer = trl.SFTTrainer(
-        model=model(), args=given, train_dataset=data, processing_class=tokenizer, peft_config=lora(),
+        model=model(), args=sft_config, train_dataset=data, processing_class=tokenizer, peft_config=lora(),
         callbacks=[MemoryCallback(device=double, tell=said.append, output=output)],
     )  # fmt: skip
     trainer.train()

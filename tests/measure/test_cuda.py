@@ -33,7 +33,7 @@ class Machine:
     def __init__(self) -> None:
         self.used = 500 * MIB
         self.processes: list[Any] = []
-        self.asked: list[str] = []
+        self.uuids: list[str] = []
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(torch.cuda, name, answer)
     for name, answer in {
         "nvmlInit": lambda: None,
-        "nvmlDeviceGetHandleByUUID": lambda uuid: here.asked.append(uuid) or "handle",  # type: ignore[func-returns-value]
+        "nvmlDeviceGetHandleByUUID": lambda uuid: here.uuids.append(uuid) or "handle",  # type: ignore[func-returns-value]
         "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(used=here.used),
         "nvmlDeviceGetComputeRunningProcesses": lambda handle: here.processes,
         "nvmlSystemGetDriverVersion": lambda: "550.54.15",
@@ -65,7 +65,7 @@ def test_facts_and_counters(machine: Machine) -> None:
     facts = device.facts()
     assert (facts.gpu, facts.compute_capability, facts.total_bytes) == ("NVIDIA H100 80GB HBM3", "9.0", 80 * 2**30)
     assert (facts.driver, facts.cuda) == ("550.54.15", torch.version.cuda)
-    assert machine.asked == [f"GPU-{UUID}"]
+    assert machine.uuids == [f"GPU-{UUID}"]
     assert device.read() == cuda.Reading(allocated=1, reserved=2, peak_allocated=3, peak_reserved=4)
     assert device.free_bytes() == 70 * 2**30
 
@@ -115,9 +115,9 @@ def test_out_of_memory_is_torchs_or_a_librarys(machine: Machine) -> None:
 def test_settings_of_the_allocator_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    found = allocator_settings()
-    assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in found
+    settings = allocator_settings()
+    assert settings["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in settings
 
 
 def test_no_other_module_asks_cuda() -> None:

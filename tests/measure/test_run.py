@@ -137,27 +137,27 @@ def test_what_was_kept_alive_is_said_and_seen(double: Double, options: dict[str,
     after = {(f.step, f.phase): f.allocated_after for f in outcome.figures}
     logits = 2 * SEQ_LEN * VOCAB
     left_by_backward = after[2, "backward"] - after[1, "step"]
-    held = (logits + 512) * ("outputs" in kept) + 4 * LORA_R8 * ("gradients" not in kept)
+    alive = (logits + 512) * ("outputs" in kept) + 4 * LORA_R8 * ("gradients" not in kept)
     cache = 2 * 2 * LAYERS * SEQ_LEN * KV * ("kv cache" in kept)
-    assert left_by_backward == held + cache
+    assert left_by_backward == alive + cache
 
 
 def test_quantized_layers_are_really_quantized(double: Double) -> None:
-    made = make(prepare(TINY, method="qlora"), torch.device("cpu"))
+    built = make(prepare(TINY, method="qlora"), torch.device("cpu"))
     packed = [
-        m for m in made.base.modules() if type(m).__name__ == "Linear4bit" and type(m).__module__.startswith("bitsandbytes")
+        m for m in built.base.modules() if type(m).__name__ == "Linear4bit" and type(m).__module__.startswith("bitsandbytes")
     ]
     assert len(packed) == 7 * LAYERS
     assert all(m.weight.dtype == torch.uint8 and m.weight.quant_state.nested for m in packed)
-    assert made.base.lm_head.weight.dtype == torch.float32  # kbit preparation
+    assert built.base.lm_head.weight.dtype == torch.float32  # kbit preparation
     # half a byte per weight of the seven linears
     stored = sum(m.weight.untyped_storage().nbytes() for m in packed)
     assert stored == LAYERS * (2 * HIDDEN * HIDDEN + 2 * KV * HIDDEN + 3 * MLP * HIDDEN) // 2
 
 
 def test_weights_are_random_and_ties_are_kept() -> None:
-    made = make(prepare({**TINY, "tie_word_embeddings": True}, method="lora"), torch.device("cpu"))
-    base = made.base
+    built = make(prepare({**TINY, "tie_word_embeddings": True}, method="lora"), torch.device("cpu"))
+    base = built.base
     assert base.lm_head.weight is base.model.embed_tokens.weight
     assert 0.01 < float(base.model.embed_tokens.weight.float().std()) < 0.03
     # the rotary table is the real one: 1 / 10000^(2i/16)
@@ -239,8 +239,8 @@ def test_the_record_asks_peftplan_the_same_question(double: Double, tmp_path: Pa
     append(tmp_path / "runs.jsonl", [record])
     (again,) = read(tmp_path / "runs.jsonl")
     assert again == record
-    asked = peftplan.estimate(again.run.model, **again.run.arguments())
-    assert asked.trainable_parameters == record.counts.trainable
+    estimate = peftplan.estimate(again.run.model, **again.run.arguments())
+    assert estimate.trainable_parameters == record.counts.trainable
     assert key(run_of(prepare(again.run.model, **again.run.arguments()))) == key(record.run)
     facts = record.circumstances
     assert (facts.gpu_id, facts.compute_capability, facts.versions["torch"]) == ("a100-80gb", "8.0", torch.__version__)

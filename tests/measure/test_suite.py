@@ -217,7 +217,7 @@ def test_every_configuration_of_the_default_suite_can_be_estimated() -> None:
     """And all but the one that is made not to fit do fit one card of 80 GB, as far as the engine can tell."""
     entries = read_suite(DATA / "suites" / "default.jsonl")
     estimates = [peftplan.estimate(entry.model, gpu="h100-80gb", **entry.options) for entry in entries]
-    assert [made.gpus[0].verdict for made in estimates].count("does_not_fit") == 1
+    assert [estimate.gpus[0].verdict for estimate in estimates].count("does_not_fit") == 1
     assert estimates[-1].gpus[0].verdict == "does_not_fit"
 
 

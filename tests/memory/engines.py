@@ -48,21 +48,21 @@ def phases(config: dict[str, Any], engine: Any, **options: Any) -> dict[str, int
 
 def by_phase(estimated: Any) -> dict[str, int]:
     """Bytes at the peak of each phase of an estimate."""
-    found = estimated.peaks
-    assert found is not None
+    peaks = estimated.peaks
+    assert peaks is not None
     return {
         phase: sum(line.bytes() for line in ledger if line.place == "device" and line.name != "tails of unsplit blocks")
-        for phase, ledger in found.ledgers.items()
+        for phase, ledger in peaks.ledgers.items()
     }
 
 
 def kept_per_layer(config: dict[str, Any], **options: Any) -> int:
     """Bytes by which one more layer raises what is alive when the forward ends, weights and their likes left out."""
-    found = []
+    at_depth = []
     for depth in (5, 6):
-        given = {"batch_size": BATCH, "seq_len": TOKENS, **options}
-        peaks = estimate({**config, "num_hidden_layers": depth}, **given).peaks
+        sizes = {"batch_size": BATCH, "seq_len": TOKENS, **options}
+        peaks = estimate({**config, "num_hidden_layers": depth}, **sizes).peaks
         assert peaks is not None
         forward = peaks.ledgers["forward"]
-        found.append(sum(line.bytes() for line in forward if line.category in ("activations", "logits", "temporaries")))
-    return found[1] - found[0]
+        at_depth.append(sum(line.bytes() for line in forward if line.category in ("activations", "logits", "temporaries")))
+    return at_depth[1] - at_depth[0]

@@ -54,9 +54,9 @@ def test_a_layer_of_adalora_keeps_its_input_and_its_ranks() -> None:
 def test_adalora_holds_five_tensors_like_each_parameter() -> None:
     """Adam's two states and three sensitivities; A and B are (8, 256) and (256, 8), E (8, 1) takes a block of 512 B."""
     config = {**LLAMA, "num_hidden_layers": 1}
-    found = estimate(config, method="adalora", init_r=8, target_modules=["q_proj"], **PLAIN)  # type: ignore[arg-type]
-    assert found.peaks is not None
-    lasting = sum(line.bytes() for line in found.peaks.ledgers["forward"] if line.category == "optimizer_states")
+    result = estimate(config, method="adalora", init_r=8, target_modules=["q_proj"], **PLAIN)  # type: ignore[arg-type]
+    assert result.peaks is not None
+    lasting = sum(line.bytes() for line in result.peaks.ledgers["forward"] if line.category == "optimizer_states")
     assert lasting == 5 * (8_192 + 8_192 + 512)
 
 
@@ -72,15 +72,15 @@ def test_a_rotation_takes_the_square_of_the_input_width() -> None:
 def test_a_constrained_rotation_is_projected_first() -> None:
     """What `coft` makes is gone when the layer returns: the same peaks, and more calls to the allocator."""
     options = {**OFF, "target_modules": ["q_proj"], "oft_block_size": 256}
-    free, held = (estimate(LLAMA, method="oft", coft=coft, **options) for coft in (False, True))  # type: ignore[arg-type]
+    free, constrained = (estimate(LLAMA, method="oft", coft=coft, **options) for coft in (False, True))  # type: ignore[arg-type]
     assert free.peaks is not None
-    assert held.peaks is not None
-    assert dict(free.peaks.by_phase) == dict(held.peaks.by_phase)
+    assert constrained.peaks is not None
+    assert dict(free.peaks.by_phase) == dict(constrained.peaks.by_phase)
 
 
 def test_boft_leaves_its_permutation_on_the_host_in_a_plain_loop() -> None:
     """As the trace does: Trainer moves it to the device, a plain loop made it beside a model that was there already."""
     options: dict[str, Any] = {"method": "boft", "target_modules": ["q_proj"]}
-    found = (estimate(LLAMA, **{"batch_size": BATCH, "seq_len": TOKENS, **options, **given}).peaks for given in (PLAIN, OFF))
-    plain, trainer = (peaks.ledgers["load"].by_category()["buffers"] for peaks in found if peaks is not None)
+    both = (estimate(LLAMA, **{"batch_size": BATCH, "seq_len": TOKENS, **options, **loop}).peaks for loop in (PLAIN, OFF))
+    plain, trainer = (peaks.ledgers["load"].by_category()["buffers"] for peaks in both if peaks is not None)
     assert trainer - plain == 5 * 4 * 256 * 256

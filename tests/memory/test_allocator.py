@@ -268,7 +268,7 @@ def test_a_memory_fraction_limits_like_a_capacity() -> None:
 def test_ids_are_checked() -> None:
     allocator = Allocator()
     allocator.malloc(1, 10)
-    with pytest.raises(InputError, match="allocated already"):
+    with pytest.raises(InputError, match="already allocated"):
         allocator.malloc(1, 10)
     with pytest.raises(InputError, match="no live allocation"):
         allocator.free(2)

@@ -139,10 +139,10 @@ def test_a_replay_reserves_what_torchs_allocator_did(tmp_path: Path) -> None:
     path = tmp_path / "snapshot.pickle"
     path.write_bytes(gzip.decompress(RECORDED.read_bytes()))
     trace = read_trace(path)
-    found = compare(trace)
+    comparison = compare(trace)
     assert trace.untraced == 0
-    assert found.first_difference is None
-    assert found.replayed.peaks.reserved == found.recorded_peak_reserved == 497_025_024
+    assert comparison.first_difference is None
+    assert comparison.replayed.peaks.reserved == comparison.recorded_peak_reserved == 497_025_024
 
 
 @pytest.mark.parametrize("engine", ["analytic", "trace"])

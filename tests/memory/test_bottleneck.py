@@ -41,11 +41,11 @@ def test_both_engines_refuse_the_same_layers(method: str, model: str) -> None:
     pytest.importorskip("transformers")
     reasons = []
     for engine in ("analytic", "trace"):
-        with pytest.raises(RefusedError, match="with no norm of its own") as refused:
+        with pytest.raises(RefusedError, match="without a norm of its own") as refused:
             estimate(shallow(model, 2), method=method, engine=engine, trainer="plain", seq_len=32)  # type: ignore[arg-type]
         reasons.append(str(refused.value))
     assert reasons[0] == reasons[1]
-    assert reasons[0].endswith("`peftplan serve` counts them")
+    assert reasons[0].endswith("`peftplan serve` still counts them")
     assert serving(shallow(model, 2), method=method).to_dict()["serving"]["adapter"] > 0
 
 

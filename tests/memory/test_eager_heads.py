@@ -50,6 +50,6 @@ def test_each_phase_peaks_where_the_trace_does(config: dict[str, Any], method: s
     """Load, forward, backward and step."""
     pytest.importorskip("torch")
     pytest.importorskip("peft")
-    given = {"attn_implementation": "eager", **options}
-    analytic, traced = (phases(config, engine, method=method, **given) for engine in ("analytic", "trace"))
+    job = {"attn_implementation": "eager", **options}
+    analytic, traced = (phases(config, engine, method=method, **job) for engine in ("analytic", "trace"))
     assert analytic == {phase: pytest.approx(nbytes, rel=CLOSE) for phase, nbytes in traced.items()}

@@ -113,9 +113,9 @@ def test_peaks_are_those_of_the_trace(config: dict[str, Any], head: str, method:
     pytest.importorskip("bitsandbytes")
     if method != "full":
         options = {**options, "target_modules": TARGETS[config["model_type"]]}
-    made = {**config, "architectures": [head]}
-    ours = phases(made, "analytic", method=method, **options)
-    traced = phases(made, "trace", method=method, **options)
+    model = {**config, "architectures": [head]}
+    ours = phases(model, "analytic", method=method, **options)
+    traced = phases(model, "trace", method=method, **options)
     for phase in ("load", "forward", "backward", "step"):
         assert ours[phase] == pytest.approx(traced[phase], rel=TOLERANCE), phase
 

@@ -32,8 +32,8 @@ def test_no_more_than_the_first_layer_is_checkpointed_by_a_large_number() -> Non
 
 
 def test_more_layers_between_need_more() -> None:
-    found = [peaks({**LLAMA, "num_hidden_layers": 12}, every_n_layers=n)["backward"] for n in (1, 2, 3, 4, 6, 12)]
-    assert found == sorted(set(found))
+    by_interval = [peaks({**LLAMA, "num_hidden_layers": 12}, every_n_layers=n)["backward"] for n in (1, 2, 3, 4, 6, 12)]
+    assert by_interval == sorted(set(by_interval))
 
 
 def test_every_layer_is_run_or_stands_as_a_copy() -> None:

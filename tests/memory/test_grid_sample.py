@@ -45,18 +45,18 @@ def sample() -> tuple[Any, ...]:
 
 
 def test_both_engines_have_a_number_or_refuse_for_the_same_reason() -> None:
-    for found in sample():
-        ours, theirs = (GRID.reason(each) for each in (found.analytic, found.traced))
-        assert ours == theirs, f"analytic: {ours}; trace: {theirs}; repeat: {found.cell.command}"
+    for outcome in sample():
+        ours, theirs = (GRID.reason(each) for each in (outcome.analytic, outcome.traced))
+        assert ours == theirs, f"analytic: {ours}; trace: {theirs}; repeat: {outcome.cell.command}"
 
 
 def test_no_phase_is_far_from_the_trace() -> None:
-    for found in sample():
+    for outcome in sample():
         for phase in GRID.PHASES:
-            drift = found.drift(phase) or 0
-            assert abs(drift) <= WORST, f"{phase} drifts by {drift:+.2%}; repeat: {found.cell.command}"
+            drift = outcome.drift(phase) or 0
+            assert abs(drift) <= WORST, f"{phase} drifts by {drift:+.2%}; repeat: {outcome.cell.command}"
 
 
 @pytest.mark.parametrize("phase", GRID.PHASES)
 def test_the_middle_of_the_drifts_is_close(phase: str) -> None:
-    assert median(abs(drift) for found in sample() if (drift := found.drift(phase)) is not None) <= MEDIAN
+    assert median(abs(drift) for outcome in sample() if (drift := outcome.drift(phase)) is not None) <= MEDIAN

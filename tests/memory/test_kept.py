@@ -59,36 +59,36 @@ def module_name(name: str) -> str:
 
 def shape_name(shape: tuple[int, ...], sizes: dict[str, int]) -> str:
     """A shape as the named sizes that it is made of, in alphabetical order: a storage is (b·s, h) as well as (b, s, h)."""
-    found: list[str] = []
+    parts: list[str] = []
     for dim in shape:
         made_of = [names for n in range(1, 5) for names in combinations(sizes, n) if prod(sizes[x] for x in names) == dim]
         assert len(made_of) <= 1, f"{dim} can be {made_of}: choose other sizes"
-        found += made_of[0] if made_of else () if dim == 1 else (str(dim),)
-    return "·".join(sorted(found))
+        parts += made_of[0] if made_of else () if dim == 1 else (str(dim),)
+    return "·".join(sorted(parts))
 
 
 def job_of(config: dict[str, Any], method: str, **options: Any) -> tuple[Job, Compiled]:
     """The job, and its analytic timeline."""
     adapter = {"r": R, "target_modules": "all-linear"} if method == "lora" else {}
-    asked = {"trainer": "plain", "use_cache": False, "batch_size": B, "seq_len": S, **adapter, **options}
-    job = prepare(config, method=method, **asked)
-    made = estimate(config, method=method, **asked)
-    return job, compiled(job, made.parameters, made.static, compute_capability="8.0")
+    chosen = {"trainer": "plain", "use_cache": False, "batch_size": B, "seq_len": S, **adapter, **options}
+    job = prepare(config, method=method, **chosen)
+    estimated_job = estimate(config, method=method, **chosen)
+    return job, compiled(job, estimated_job.parameters, estimated_job.static, compute_capability="8.0")
 
 
-def alive_after_forward(found: Compiled) -> list[Any]:
+def alive_after_forward(formulas: Compiled) -> list[Any]:
     """The analytic lines at the end of forward, without the batch."""
-    end = max(end for phase, _, end in found.timeline.windows if phase == "forward")
-    lines = found.timeline.lines(end, found.sizes(B, S))
+    end = max(end for phase, _, end in formulas.timeline.windows if phase == "forward")
+    lines = formulas.timeline.lines(end, formulas.sizes(B, S))
     return [line for line in lines if line.category not in LASTING and line.name not in BATCH]
 
 
-def estimated(job: Job, found: Compiled, sizes: dict[str, int]) -> Counter[Key]:
+def estimated(job: Job, formulas: Compiled, sizes: dict[str, int]) -> Counter[Key]:
     """Ours. A line's name is a module and an operation, or an operation of the model's own forward."""
     names = [m.name for m in job.architecture.modules]
     parents = {name.rpartition(".")[0] for name in names} | {name.partition(".")[0] for name in names}
     kept: Counter[Key] = Counter()
-    for line in alive_after_forward(found):
+    for line in alive_after_forward(formulas):
         module, _, operation = line.name.partition(" ")
         of_module = operation and ("." in module or module in parents)
         kept[module_name(module if of_module else ""), shape_name(line.shape, sizes), line.dtype] += line.copies
@@ -141,8 +141,8 @@ def test_what_forward_keeps_is_what_the_trace_keeps(
     config, sizes = MODELS[name]
     if name == "t5" and attention == "eager":  # torch's math kernel keeps another mask on a CPU: fp32 in place of boolean
         config = {**config, "dropout_rate": 0.1}
-    job, found = job_of(config, method, attn_implementation=attention)
-    ours, theirs = estimated(job, found, sizes), traced(job, sizes)
+    job, formulas = job_of(config, method, attn_implementation=attention)
+    ours, theirs = estimated(job, formulas, sizes), traced(job, sizes)
     assert sum(theirs.values()) > 40
     assert ours == theirs, differences(ours, theirs)
 
@@ -153,8 +153,8 @@ def test_layers_that_stand_as_copies_keep_the_same(name: str, monkeypatch: pytes
     monkeypatch.setattr(engine, "STEPS", 1)
     config, sizes = MODELS[name]
     config = {**config, **{key: 5 for key in ("num_hidden_layers", "num_layers", "num_decoder_layers") if key in config}}
-    job, found = job_of(config, "full")
-    ours, theirs = estimated(job, found, sizes), traced(job, sizes)
+    job, formulas = job_of(config, "full")
+    ours, theirs = estimated(job, formulas, sizes), traced(job, sizes)
     assert ours == theirs, differences(ours, theirs)
 
 
@@ -163,14 +163,14 @@ def test_what_autograd_saves_on_a_cpu_is_alive(name: str) -> None:
     """A real run in fp32 with eager attention, where no kernel of CUDA's differs: each saved tensor is a line of ours."""
     config, sizes = MODELS[name]
     config = {**config, "attn_implementation": "eager", **dict.fromkeys(NO_DROPOUT, 0.0)}
-    _, found = job_of(config, "full", attn_implementation="eager", dtype="fp32")
+    _, formulas = job_of(config, "full", attn_implementation="eager", dtype="fp32")
     kept: Counter[tuple[str, str]] = Counter()
-    for line in alive_after_forward(found):
+    for line in alive_after_forward(formulas):
         kept[shape_name(line.shape, sizes), line.dtype] += line.copies
     saved = saved_by_autograd(config, sizes)
     assert sum(saved.values()) > 40
-    held = Counter({("", "fp32"): 1, ("b·s·v", "fp32"): 1})  # by the caller: loss and logits
-    assert kept == saved + held, differences(kept, saved + held)
+    by_caller = Counter({("", "fp32"): 1, ("b·s·v", "fp32"): 1})  # by the caller: loss and logits
+    assert kept == saved + by_caller, differences(kept, saved + by_caller)
 
 
 NO_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_probs_dropout_prob", "hidden_dropout_prob")
@@ -185,11 +185,11 @@ def saved_by_autograd(config: dict[str, Any], sizes: dict[str, int]) -> Counter[
     model = getattr(transformers, config["architectures"][0])(hf_config).train()
     ids = torch.randint(3, config["vocab_size"], (B, S))
     batch = {"input_ids": ids, "labels": ids.clone()}
-    given = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *batch.values())}
+    inputs = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *batch.values())}
     saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in given:
+        if tensor.untyped_storage().data_ptr() not in inputs:
             saved[tensor.untyped_storage().data_ptr()] = tensor if tensor._base is None else tensor._base
         return tensor
 

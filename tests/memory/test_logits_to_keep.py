@@ -18,9 +18,9 @@ PLAIN: dict[str, Any] = {"trainer": "plain", "use_cache": False}
 
 
 def logits(phase: str, **options: Any) -> int:
-    found = estimate(MODEL, **{**SIZES, **PLAIN, **options}).peaks
-    assert found is not None
-    return sum(line.bytes() for line in found.ledgers[phase] if line.category == "logits")
+    peaks = estimate(MODEL, **{**SIZES, **PLAIN, **options}).peaks
+    assert peaks is not None
+    return sum(line.bytes() for line in peaks.ledgers[phase] if line.category == "logits")
 
 
 @pytest.mark.parametrize("count", [N, S])
@@ -34,9 +34,9 @@ def test_the_trained_head_keeps_a_copy_of_the_last_hidden_states_of_several_sequ
     """Rows of a slice do not follow each other: `linear` copies them where it must keep them (b × n × h in bf16)."""
     bytes_of = {"full": 2 * B * N * 256, "lora": 0}
     for method, expected in bytes_of.items():
-        found = estimate(MODEL, **SIZES, **PLAIN, method=method, logits_to_keep=N).peaks
-        assert found is not None
-        assert sum(line.bytes() for line in found.ledgers["forward"] if line.name == "lm_head clone") == expected
+        several = estimate(MODEL, **SIZES, **PLAIN, method=method, logits_to_keep=N).peaks
+        assert several is not None
+        assert sum(line.bytes() for line in several.ledgers["forward"] if line.name == "lm_head clone") == expected
         one = estimate(MODEL, seq_len=S, **PLAIN, method=method, logits_to_keep=N).peaks
         assert one is not None
         assert not [line for line in one.ledgers["forward"] if line.name == "lm_head clone"]
@@ -46,12 +46,12 @@ def test_the_trained_head_keeps_a_copy_of_the_last_hidden_states_of_several_sequ
 @pytest.mark.parametrize("batch_size", [1, B])
 def test_more_logits_need_no_less(options: dict[str, Any], batch_size: int) -> None:
     """Of all tokens there may be less: then the trained head needs no copy."""
-    given = {"batch_size": batch_size, "seq_len": S, **options}
-    found = [phases(MODEL, "analytic", logits_to_keep=n, **given) for n in (1, 2, 7, 64, S - 1)]
-    for phase in found[0]:
-        of_phase = [peaks[phase] for peaks in found]
+    job = {"batch_size": batch_size, "seq_len": S, **options}
+    by_kept = [phases(MODEL, "analytic", logits_to_keep=n, **job) for n in (1, 2, 7, 64, S - 1)]
+    for phase in by_kept[0]:
+        of_phase = [peaks[phase] for peaks in by_kept]
         assert of_phase == sorted(of_phase)
-    assert found[0]["forward"] < found[-1]["forward"]
+    assert by_kept[0]["forward"] < by_kept[-1]["forward"]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -113,8 +113,8 @@ def test_both_engines_agree(model: Any, options: dict[str, Any]) -> None:
     for package in ("torch", "transformers", "peft", "bitsandbytes"):
         pytest.importorskip(package)
     config = shallow(model, 2) if isinstance(model, str) else model
-    given = {**SIZES, "logits_to_keep": N, **options}
-    analytic, traced = (phases(config, engine, **given) for engine in ("analytic", "trace"))
+    job = {**SIZES, "logits_to_keep": N, **options}
+    analytic, traced = (phases(config, engine, **job) for engine in ("analytic", "trace"))
     assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
 
 

@@ -88,14 +88,14 @@ def test_a_prefix_refuses_checkpointing_as_peft_does() -> None:
 
 def _kept(method: str, depths: tuple[int, int], options: dict[str, Any]) -> int:
     """Bytes by which one more layer raises what is alive when the forward ends, weights and their likes left out."""
-    found = []
+    at_depth = []
     for depth in depths:
         e = estimate({**LLAMA, "num_hidden_layers": depth}, method=method, engine="analytic", batch_size=B, seq_len=S, **options)
         assert e.peaks is not None
-        found.append(
+        at_depth.append(
             sum(line.bytes() for line in e.peaks.ledgers["forward"] if line.category in ("activations", "logits", "temporaries"))
         )
-    return (found[1] - found[0]) // (depths[1] - depths[0])
+    return (at_depth[1] - at_depth[0]) // (depths[1] - depths[0])
 
 
 def test_a_prompt_lengthens_every_sequence() -> None:

@@ -41,8 +41,8 @@ def test_both_engines_agree(model: Any, options: dict[str, Any]) -> None:
     for package in ("torch", "transformers", "peft", "bitsandbytes"):
         pytest.importorskip(package)
     config = shallow(model, 4) if isinstance(model, str) else model
-    given = {"batch_size": BATCH, "seq_len": TOKENS, "offload_checkpoints": True, **options}
-    analytic, traced = (estimate(config, engine=engine, **given) for engine in ("analytic", "trace"))
+    job = {"batch_size": BATCH, "seq_len": TOKENS, "offload_checkpoints": True, **options}
+    analytic, traced = (estimate(config, engine=engine, **job) for engine in ("analytic", "trace"))
     for phase, expected in by_phase(traced).items():
         assert by_phase(analytic)[phase] == pytest.approx(expected, rel=TOLERANCE), phase
     assert analytic.assumptions["offloaded_bytes"] == traced.assumptions["offloaded_bytes"]

@@ -49,5 +49,5 @@ def test_a_step_that_allocates_nothing_peaks_at_what_it_meets() -> None:
     options = {**PLAIN, "optim": "adamw_torch_fused", "keep_gradients": True, "keep_outputs": False}
     peaks = estimate(LLAMA, engine="trace", batch_size=2, seq_len=64, **options).peaks
     assert peaks is not None
-    held = {line.category for line in peaks.ledgers["step"] if line.name != "tails of unsplit blocks"}
-    assert held >= {"weights", "adapter_weights", "gradients", "optimizer_states"}
+    categories = {line.category for line in peaks.ledgers["step"] if line.name != "tails of unsplit blocks"}
+    assert categories >= {"weights", "adapter_weights", "gradients", "optimizer_states"}

@@ -66,18 +66,18 @@ def estimated(job: dict[str, Any], **sizes: Any) -> Estimate:
     """Its estimate, compiled anew; what no trainer runs, or only the trace engine knows, is no example."""
     analytic.COMPILED.clear()
     try:
-        found = peftplan.estimate(**job, **sizes)
+        result = peftplan.estimate(**job, **sizes)
     except PeftplanError:
-        found = None
-    assume(found is not None and found.peaks is not None)
-    assert found is not None
-    return found
+        result = None
+    assume(result is not None and result.peaks is not None)
+    assert result is not None
+    return result
 
 
-def phases(found: Any) -> dict[str, int]:
+def phases(result: Any) -> dict[str, int]:
     """What its tensors request at their peaks: the tails of blocks, which are chance, need not grow."""
-    assert found.peaks is not None
-    return dict(found.peaks.requested)
+    assert result.peaks is not None
+    return dict(result.peaks.requested)
 
 
 def never_less(small: dict[str, int], large: dict[str, int]) -> None:
@@ -125,11 +125,11 @@ def test_a_window_that_begins_to_hide_takes_a_mask_and_with_it_another_kernel() 
 def test_a_grid_refuses_what_it_cannot_count() -> None:
     """Eager scores of 2³¹ tokens are 2⁶² numbers a head."""
     np = pytest.importorskip("numpy")
-    found = peftplan.estimate(LLAMA, attn_implementation="eager")
+    result = peftplan.estimate(LLAMA, attn_implementation="eager")
     with pytest.raises(InputError, match="8 PiB"):
-        found.at(seq_len=np.array([1024, 2**31]))
+        result.at(seq_len=np.array([1024, 2**31]))
     with pytest.raises(InputError, match="from 1 to"):
-        found.at(batch_size=np.array([1, 2**63], dtype=np.uint64))
+        result.at(batch_size=np.array([1, 2**63], dtype=np.uint64))
 
 
 @QUICK
@@ -154,12 +154,12 @@ def test_a_grid_has_the_peaks_of_its_points(job: dict[str, Any], points: list[tu
 @QUICK
 @given(job=jobs(configs=[*CONFIGS, MISTRAL, MODERNBERT]), batch=BATCHES, seq=SEQUENCES | EDGES)
 def test_lines_are_all_of_a_peak(job: dict[str, Any], batch: int, seq: int) -> None:
-    found = estimated(job, batch_size=batch, seq_len=seq)
-    assert found.peaks is not None
-    for phase, ledger in found.peaks.ledgers.items():
-        assert sum(line.bytes() for line in ledger if line.place == "device") == found.peaks.by_phase[phase]
+    result = estimated(job, batch_size=batch, seq_len=seq)
+    assert result.peaks is not None
+    for phase, ledger in result.peaks.ledgers.items():
+        assert sum(line.bytes() for line in ledger if line.place == "device") == result.peaks.by_phase[phase]
         assert all(line.copies > 0 and line.bytes() > 0 for line in ledger)
-    memory = found.to_dict()["memory"]
+    memory = result.to_dict()["memory"]
     on_device = [line for line in memory["lines"] if line["place"] == "device"]
     assert sum(line["bytes"] for line in on_device) == memory["peak_allocated"] == max(memory["peak_by_phase"].values())
     assert sum(memory["by_category"].values()) == memory["peak_allocated"]
@@ -185,9 +185,9 @@ def value(formula: str) -> int:
 @QUICK
 @given(job=jobs(), batch=BATCHES, seq=SEQUENCES | EDGES)
 def test_explanations_evaluate_to_the_bytes_that_they_print(job: dict[str, Any], batch: int, seq: int) -> None:
-    found = estimated(job, batch_size=batch, seq_len=seq)
-    assert found.peaks is not None
-    text = found.explain()
+    result = estimated(job, batch_size=batch, seq_len=seq)
+    assert result.peaks is not None
+    text = result.explain()
     sizes = dict(SIZE.findall(text.splitlines()[1]))
     total = 0
     rows = [ROW.match(line) for line in text.splitlines() if line.startswith("  ")]
@@ -199,5 +199,5 @@ def test_explanations_evaluate_to_the_bytes_that_they_print(job: dict[str, Any],
         named = f"{copies}round512({' × '.join(sizes.get(dim, dim) for dim in dims.split(' × '))})"
         assert value(named) == value(row["numbers"] or row["formula"]) == printed
         total += printed
-    assert total == found.peaks.allocated
-    assert text.splitlines()[-1] == f"sum, in {found.peaks.phase}: {total:,}"
+    assert total == result.peaks.allocated
+    assert text.splitlines()[-1] == f"sum, in {result.peaks.phase}: {total:,}"

@@ -47,8 +47,8 @@ def test_each_phase_peaks_where_the_trace_does(config: dict[str, Any], method: s
     """Load, forward, backward and step."""
     pytest.importorskip("torch")
     pytest.importorskip("peft")
-    given = {"num_virtual_tokens": 20, **options}
-    analytic, traced = (phases(config, engine, method=method, **given) for engine in ("analytic", "trace"))
+    job = {"num_virtual_tokens": 20, **options}
+    analytic, traced = (phases(config, engine, method=method, **job) for engine in ("analytic", "trace"))
     assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
 
 
@@ -87,9 +87,9 @@ def test_a_prefix_that_earlier_versions_ran_is_counted_without_a_peak(model: str
     pytest.importorskip("peft")
     options: dict[str, Any] = {"method": "prefix-tuning", "task_type": task, "num_virtual_tokens": 20, **OFF}
     reason = "ValueError: Model does not support past key values which are required for prefix tuning."
-    found = estimate(shallow(model, 2), **options)
-    assert found.peaks is None
-    assert reason in found.not_modelled[0]
+    result = estimate(shallow(model, 2), **options)
+    assert result.peaks is None
+    assert reason in result.not_modelled[0]
     with pytest.raises(RefusedError, match=reason):
         estimate(shallow(model, 2), engine="trace", **options)
 

@@ -74,11 +74,11 @@ def test_both_engines_agree(config: dict[str, Any], options: dict[str, Any]) -> 
     ],
 )
 def test_both_engines_refuse(config: dict[str, Any], options: dict[str, Any], why: str) -> None:
-    given = {**PLAIN, "seq_len": 64, **options}
+    job = {**PLAIN, "seq_len": 64, **options}
     try:
-        reason = estimate(config, **given).not_modelled[0]
+        reason = estimate(config, **job).not_modelled[0]
     except RefusedError as refused:
         reason = str(refused)
     assert why in reason
     with pytest.raises(RefusedError, match=why):
-        estimate(config, engine="trace", **given)
+        estimate(config, engine="trace", **job)

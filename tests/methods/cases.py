@@ -152,8 +152,8 @@ def _lora_parameters(names: Names) -> Iterator[Options]:
     yield {"target_modules": [], "target_parameters": [f"{names.last}.weight"], "r": 4}
     yield {"target_modules": "peft-default", "target_parameters": [f"{names.last}.weight"], "r": 4}
     yield {"target_modules": []}
-    for found in names.expert_params[:2]:
-        yield {"target_modules": [names.first], "target_parameters": [found], "r": 4}
+    for parameter in names.expert_params[:2]:
+        yield {"target_modules": [names.first], "target_parameters": [parameter], "r": 4}
     if names.expert_params:
         every = names.expert_params
         yield {"target_modules": [names.first], "target_parameters": every, "r": 3}

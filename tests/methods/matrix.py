@@ -148,14 +148,14 @@ def tasks_of(model_type: str) -> tuple[str, ...]:
     """The tasks beside the usual one that the type's adapter has; none for types that transformers reads."""
     if model_type not in ADAPTERS:
         return ()
-    found = []
+    tasks = []
     for task in AUTO_TASKS:
         try:
             if architecture(model_type, task).task_type != architecture(model_type).task_type:
-                found.append(task)
+                tasks.append(task)
         except PeftplanError:
             continue
-    return tuple(found)
+    return tuple(tasks)
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,10 @@ def difference(case: Case) -> str | None:
 
 def trained(case: Case) -> tuple[set[str], int]:
     """Names of the base parameters that a method of ours trains, and how many elements they have; it adds none."""
-    found = _ours(architecture(case.model_type, case.task), case)
-    assert found.num_added == 0
-    names = {f"{p.module}.{p.param}".lstrip(".").replace("{}", str(i)) for p in found.trained for i in p.layers or (0,)}
-    return names, found.num_trainable
+    adaptation = _ours(architecture(case.model_type, case.task), case)
+    assert adaptation.num_added == 0
+    names = {f"{p.module}.{p.param}".lstrip(".").replace("{}", str(i)) for p in adaptation.trained for i in p.layers or (0,)}
+    return names, adaptation.num_trainable
 
 
 def counts_at_real_size(case: Case) -> tuple[tuple[int, int] | Exception, tuple[int, int] | Exception]:
@@ -210,14 +210,14 @@ def counts_at_real_size(case: Case) -> tuple[tuple[int, int] | Exception, tuple[
     arch = load(name)
 
     def ours() -> tuple[int, int]:
-        found = _ours(arch, case)
-        return found.num_trainable, arch.num_parameters + found.num_added
+        adaptation = _ours(arch, case)
+        return adaptation.num_trainable, arch.num_parameters + adaptation.num_added
 
     def pefts() -> tuple[int, int]:
         with torch.device("meta"):
             adapted = peft.get_peft_model(meta.build(load_config(name), arch.model_class), _peft_config(arch, case))
-        found: tuple[int, int] = adapted.get_nb_trainable_parameters()
-        return found
+        counts: tuple[int, int] = adapted.get_nb_trainable_parameters()
+        return counts
 
     return _outcome(ours), _outcome(pefts)
 
@@ -264,7 +264,7 @@ def _word(arch: Architecture, word: str, *, lora: bool) -> list[str]:
     if lora and word == "mlp" and arch.model_type in CONVERSIONS:
         return [name for name in RENAMED[CONVERSIONS[arch.model_type]] if name != ROUTER]
     full = {m.name: list(m.names()) for m in arch.modules}
-    return [name for found in part(arch, attention=word == "attention") for name in full.get(found, [found])]
+    return [name for template in part(arch, attention=word == "attention") for name in full.get(template, [template])]
 
 
 def _device(case: Case) -> str:

@@ -16,10 +16,10 @@ from tests.methods.tiny import assert_like_peft, ours, total
 
 
 def test_hand_sum() -> None:
-    found = ours("llama", "adalora", init_r=4, target_modules=["q_proj", "v_proj"])
+    adaptation = ours("llama", "adalora", init_r=4, target_modules=["q_proj", "v_proj"])
     # per layer: q A 4·48, E 4, B 48·4; v A 4·48, E 4, B 16·4; and two frozen ranknums; three layers
-    assert found.num_trainable == 3 * (192 + 4 + 192 + 192 + 4 + 64)
-    assert total(found.added) - found.num_trainable == 3 * 2
+    assert adaptation.num_trainable == 3 * (192 + 4 + 192 + 192 + 4 + 64)
+    assert total(adaptation.added) - adaptation.num_trainable == 3 * 2
 
 
 @pytest.mark.parametrize(
@@ -38,9 +38,9 @@ def test_equal_to_peft(model: str, task: str | None, options: dict[str, Any]) ->
 
 
 def test_r_is_ignored_as_peft_ignores_it() -> None:
-    found = ours("llama", "adalora", r=64)
-    assert found.num_trainable == ours("llama", "adalora").num_trainable
-    assert "init_r=12" in found.notes[0]
+    adaptation = ours("llama", "adalora", r=64)
+    assert adaptation.num_trainable == ours("llama", "adalora").num_trainable
+    assert "init_r=12" in adaptation.notes[0]
 
 
 def test_a_schedule_leaves_steps_to_allocate_ranks_in() -> None:

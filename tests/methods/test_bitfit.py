@@ -24,10 +24,10 @@ from tests.methods import tiny
     ],
 )
 def test_biases_and_head(model: str, task: str | None, head: tuple[str, ...]) -> None:
-    found = tiny.ours(model, "bitfit", task)
+    adaptation = tiny.ours(model, "bitfit", task)
     expected = {n for n, _ in tiny.real(model, task).named_parameters() if n.endswith("bias") or (head and n.startswith(head))}
-    assert {f"{p.module}.{p.param}".replace("{}", str(i)) for p in found.trained for i in p.layers or (0,)} == expected
-    assert found.num_added == 0
+    assert {f"{p.module}.{p.param}".replace("{}", str(i)) for p in adaptation.trained for i in p.layers or (0,)} == expected
+    assert adaptation.num_added == 0
 
 
 def test_hand_sum() -> None:

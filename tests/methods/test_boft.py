@@ -15,10 +15,10 @@ from tests.methods.tiny import assert_like_peft, ours, peft_of
 
 
 def test_hand_sum() -> None:
-    found = ours("llama", "boft", boft_block_size=8, target_modules=["q_proj"])
+    adaptation = ours("llama", "boft", boft_block_size=8, target_modules=["q_proj"])
     # 48 / 8 = 6 blocks of 8·8, and 48 scales; three layers
-    assert found.num_trainable == 3 * (6 * 64 + 48)
-    (permutation,) = found.buffers
+    assert adaptation.num_trainable == 3 * (6 * 64 + 48)
+    (permutation,) = adaptation.buffers
     assert (permutation.shape, permutation.dtype, permutation.copies) == ((1, 48, 48), "float32", 3)
 
 
@@ -41,8 +41,8 @@ def test_equal_to_peft(model: str, task: str | None, options: dict[str, Any]) ->
 def test_butterfly(options: dict[str, Any], factors: int) -> None:
     chosen = {"target_modules": ["q_proj", "down_proj"], "boft_n_butterfly_factor": factors, **options}
     with patch("peft.tuners.boft.layer.get_fbd_cuda", object):
-        found = assert_like_peft("llama", "boft", device="cpu", **chosen)
-    assert "falls back to 1" in found.notes[0]
+        adaptation = assert_like_peft("llama", "boft", device="cpu", **chosen)
+    assert "falls back to 1" in adaptation.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ ADAPTERHUB = {
 
 @pytest.mark.parametrize("model", list(ADAPTERHUB))
 def test_as_adapterhub_counts(model: str) -> None:
-    found = ours(model, "houlsby"), ours(model, "pfeiffer")
-    assert tuple(total(f.added) for f in found) == ADAPTERHUB[model]
+    adaptations = ours(model, "houlsby"), ours(model, "pfeiffer")
+    assert tuple(total(f.added) for f in adaptations) == ADAPTERHUB[model]
 
 
 def test_hand_sum() -> None:
@@ -57,9 +57,9 @@ def test_heads_train_beside_the_adapters(model: str, task: str | None, trained: 
     ("options", "width"), [({"reduction_factor": 2}, 24), ({"reduction_factor": 100}, 1), ({"bottleneck_size": 7}, 7)]
 )
 def test_bottleneck_width(options: dict[str, float], width: int) -> None:
-    found = ours("llama", "pfeiffer", **options)
-    assert dict(found.resolved)["bottleneck_size"] == width
-    assert found.num_trainable == 3 * (2 * 48 * width + width + 48)
+    adaptation = ours("llama", "pfeiffer", **options)
+    assert dict(adaptation.resolved)["bottleneck_size"] == width
+    assert adaptation.num_trainable == 3 * (2 * 48 * width + width + 48)
 
 
 def test_one_adapter_per_layer_of_every_stack() -> None:

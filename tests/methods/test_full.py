@@ -13,11 +13,11 @@ from tests.methods import tiny  # noqa: E402
 
 @pytest.mark.parametrize("model", list(tiny.CONFIGS))
 def test_every_parameter_trains(model: str) -> None:
-    found = tiny.ours(model, "full")
+    adaptation = tiny.ours(model, "full")
     real = list(tiny.real(model).parameters())
-    assert found.num_trainable == sum(p.numel() for p in real)
-    assert sum(p.copies for p in found.trained) == len(real)
-    assert found.num_added == 0
+    assert adaptation.num_trainable == sum(p.numel() for p in real)
+    assert sum(p.copies for p in adaptation.trained) == len(real)
+    assert adaptation.num_added == 0
 
 
 def test_loading_trains_what_the_class_creates_frozen(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from tests.methods.tiny import assert_like_peft, ours
 
 
 def test_hand_sum() -> None:
-    found = ours("llama", "ln-tuning")
+    adaptation = ours("llama", "ln-tuning")
     # two norms of 48 in each of three layers, and the last one
-    assert found.num_trainable == 3 * 2 * 48 + 48
-    assert {t.dtype for t in found.added} == {"base"}
+    assert adaptation.num_trainable == 3 * 2 * 48 + 48
+    assert {t.dtype for t in adaptation.added} == {"base"}
 
 
 @pytest.mark.parametrize(

@@ -42,14 +42,14 @@ WHOLE = ("lora", "adalora", "ln-tuning", "prefix-tuning", "prompt-tuning", "p-tu
 
 def _cases(model_type: str, method: str) -> list[Case]:
     """The cases of one type and method: of the usual task, and some of every other task that the type has."""
-    found = [Case(model_type, method, options) for options in cases(method, matrix.architecture(model_type))]
+    usual = [Case(model_type, method, options) for options in cases(method, matrix.architecture(model_type))]
     others = [
         Case(model_type, method, options, task)
         for task in matrix.tasks_of(model_type)
         for options in task_cases(method, matrix.architecture(model_type, task))
     ]
     turn = TYPES.index(model_type) % TURNS
-    return [*(found if method in WHOLE else found[turn::TURNS]), *(others if method == "lora" else others[turn::TURNS])]
+    return [*(usual if method in WHOLE else usual[turn::TURNS]), *(others if method == "lora" else others[turn::TURNS])]
 
 
 @pytest.mark.parametrize("method", OF_PEFT)

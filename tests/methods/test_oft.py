@@ -21,10 +21,10 @@ def test_hand_sum() -> None:
     assert ours("llama", "oft", r=4, oft_block_size=0, target_modules=["q_proj"]).num_trainable == 3 * 4 * 66
 
 
-@pytest.mark.parametrize(("wanted", "found"), [(32, 24), (7, 6), (5, 4), (36, 24), (40, 48), (48, 48), (100, 48), (1, 1)])
-def test_nearest_divisor_of_48(wanted: int, found: int) -> None:
+@pytest.mark.parametrize(("wanted", "divisor"), [(32, 24), (7, 6), (5, 4), (36, 24), (40, 48), (48, 48), (100, 48), (1, 1)])
+def test_nearest_divisor_of_48(wanted: int, divisor: int) -> None:
     # 1, 2, 3, 4, 6, 8, 12, 16, 24, 48; of two at the same distance the lower
-    assert nearest_divisor(48, wanted) == found
+    assert nearest_divisor(48, wanted) == divisor
 
 
 @pytest.mark.parametrize(
@@ -38,10 +38,10 @@ def test_nearest_divisor_of_48(wanted: int, found: int) -> None:
     ],
 )
 def test_equal_to_peft(model: str, task: str | None, options: dict[str, Any]) -> None:
-    found = assert_like_peft(model, "oft", task, **options)
+    adaptation = assert_like_peft(model, "oft", task, **options)
     adapted = peft_of(model, "oft", task, **options)
     real = sum(b.numel() for n, b in adapted.named_buffers() if n.endswith((".rows", ".cols")))
-    assert sum(b.copies * b.shape[0] for b in found.buffers) == real
+    assert sum(b.copies * b.shape[0] for b in adaptation.buffers) == real
 
 
 @pytest.mark.parametrize("options", [{"r": 8}, {"oft_block_size": 0}])

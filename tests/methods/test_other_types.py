@@ -28,12 +28,12 @@ def test_every_type_of_peft_has_a_name() -> None:
 def test_a_name_counts_as_the_published_run_did() -> None:
     rows = {row["experiment"]: row for row in map(json.loads, ROWS)}
     published = rows["miss/llama-3.2-3B-default"]
-    found = peftplan.estimate("llama-3.2-3b", method="MiSS", r=64)
-    assert (found.trainable_parameters, found.total_parameters) == (
+    estimate = peftplan.estimate("llama-3.2-3b", method="MiSS", r=64)
+    assert (estimate.trainable_parameters, estimate.total_parameters) == (
         published["num_trainable_params"],
         published["num_total_params"],
     )
-    assert found.method["name"] == "miss"
+    assert estimate.method["name"] == "miss"
 
 
 def test_an_option_that_peft_does_not_know_is_one_line() -> None:

@@ -88,8 +88,11 @@ def test_published_counts(row: dict[str, Any]) -> None:
     """peft's benchmark on Llama-3.2-3B: trainable and total parameters as it recorded them."""
     raw = row["adapter_config"] | ({"freeze_a": True} if "lorafa" in row["experiment"] else {})
     arch = load("meta-llama/Llama-3.2-3B")
-    found = adapt(arch, *from_peft_config(raw))
-    assert (found.num_trainable, arch.num_parameters + found.num_added) == (row["num_trainable_params"], row["num_total_params"])
+    adaptation = adapt(arch, *from_peft_config(raw))
+    assert (adaptation.num_trainable, arch.num_parameters + adaptation.num_added) == (
+        row["num_trainable_params"],
+        row["num_total_params"],
+    )
 
 
 def test_published_full_fine_tuning() -> None:

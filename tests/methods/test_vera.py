@@ -14,11 +14,11 @@ from tests.methods.tiny import assert_like_peft, ours, peft_of
 
 
 def test_hand_sum() -> None:
-    found = ours("llama", "vera", r=7, target_modules=["q_proj", "down_proj"])
+    adaptation = ours("llama", "vera", r=7, target_modules=["q_proj", "down_proj"])
     # per layer: q 48 + 7, down 48 + 7
-    assert found.num_trainable == 3 * (55 + 55)
+    assert adaptation.num_trainable == 3 * (55 + 55)
     # the widest input is down's 80, the widest output 48
-    assert found.buffers == (AddedBuffer("vera_A", (7, 80), "adapter"), AddedBuffer("vera_B", (48, 7), "adapter"))
+    assert adaptation.buffers == (AddedBuffer("vera_A", (7, 80), "adapter"), AddedBuffer("vera_B", (48, 7), "adapter"))
 
 
 @pytest.mark.parametrize("options", [{}, {"r": 5, "target_modules": "all-linear"}])

@@ -91,10 +91,10 @@ def ours(model: str, method: str, task: str | None = None, **options: Any) -> Ad
 
 def assert_like_peft(model: str, method: str, task: str | None = None, *, device: str = "meta", **options: Any) -> Adaptation:
     """Our adaptation has peft's tensors, name by name; `options` are given to both, by peft's own names."""
-    found = ours(model, method, task, **options)
+    adaptation = ours(model, method, task, **options)
     adapted = peft_of(model, method, task, device=device, **options)
-    witness.assert_same(architecture(model, task), found, real(model, task, device), adapted)
-    return found
+    witness.assert_same(architecture(model, task), adaptation, real(model, task, device), adapted)
+    return adaptation
 
 
 def peft_of(model: str, method: str, task: str | None = None, *, device: str = "meta", **options: Any) -> Any:

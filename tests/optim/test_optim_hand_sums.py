@@ -9,10 +9,10 @@ from peftplan.optim import OPTIMIZERS, REFUSED, parse_optim, parse_optim_args, s
 
 
 def nbytes(optim, *, shape, place="device", dtype="bf16", shared=False, **options):
-    found = states(optim, shape=shape, dtype=dtype, **options)
+    allocations = states(optim, shape=shape, dtype=dtype, **options)
     if shared:
-        found += shared_states(optim, states=found)
-    return sum(state.nbytes for state in found if state.place == place)
+        allocations += shared_states(optim, states=allocations)
+    return sum(state.nbytes for state in allocations if state.place == place)
 
 
 MATRIX = (4096, 1024)  # n = 4,194,304 elements; ⌈n/256⌉ = 16,384
@@ -72,13 +72,13 @@ def test_embeddings_keep_32_bit_states_with_8_bit_optimizers():
 
 
 def test_code_tables_are_shared_once():
-    found = states("adamw_8bit", shape=MATRIX, dtype="bf16") + states("adamw_8bit", shape=(512, 512), dtype="bf16")
-    assert [(table.name, table.nbytes) for table in shared_states("adamw_8bit", states=found)] == [
+    allocations = states("adamw_8bit", shape=MATRIX, dtype="bf16") + states("adamw_8bit", shape=(512, 512), dtype="bf16")
+    assert [(table.name, table.nbytes) for table in shared_states("adamw_8bit", states=allocations)] == [
         ("qmap1", 1024),
         ("qmap2", 1024),
     ]
     assert shared_states("adamw_8bit", states=states("adamw_8bit", shape=(64,), dtype="bf16")) == ()
-    assert shared_states("adamw_torch", states=found) == ()
+    assert shared_states("adamw_torch", states=allocations) == ()
 
 
 @pytest.mark.parametrize(

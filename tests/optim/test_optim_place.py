@@ -35,8 +35,8 @@ def places(state):
 
 
 def ours(optim, shape, **optim_args):
-    found = states(optim, shape=shape, dtype="bf16", optim_args=optim_args)
-    return {state.name: (state.dtype, state.dims, state.place) for state in found}
+    allocations = states(optim, shape=shape, dtype="bf16", optim_args=optim_args)
+    return {state.name: (state.dtype, state.dims, state.place) for state in allocations}
 
 
 @pytest.mark.parametrize(

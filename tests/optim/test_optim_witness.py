@@ -14,18 +14,18 @@ NEEDS_TRITON = {"kahan_comp": 1, "mean_square": 4}  # bytes of what optimi adds 
 
 def expected(optim, *, shape, dtype, kind="other", optim_args=None):
     """What peftplan says, in the terms of the witness; on CPU nothing is paged."""
-    found = states(
+    allocations = states(
         optim, shape=shape, dtype=dtype, in_embedding=kind == "embedding", in_target=kind == "linear",
         optim_args=parse_optim_args(optim_args),
     )  # fmt: skip
-    found += shared_states(optim, states=found)
-    assert len({state.name for state in found}) == len(found)
-    return {state.name: (state.dtype, state.nbytes, state.dims) for state in found}
+    allocations += shared_states(optim, states=allocations)
+    assert len({state.name for state in allocations}) == len(allocations)
+    return {state.name: (state.dtype, state.nbytes, state.dims) for state in allocations}
 
 
-def without_views(found):
+def without_views(by_name):
     """Projections are views, whose shape is smaller than what they keep alive: compare dtype and bytes of those."""
-    return {name: value[:2] if "ortho_matrix" in name else value for name, value in found.items()}
+    return {name: value[:2] if "ortho_matrix" in name else value for name, value in by_name.items()}
 
 
 def agree(real_states, optim, **case):
@@ -52,8 +52,8 @@ def test_stacked_experts(real_states, optim):
 
 @pytest.mark.parametrize("optim", sorted(name for name in OPTIMIZERS if "8bit" in name))
 def test_embeddings(real_states, optim):
-    found = agree(real_states, optim, shape=(80, 64), dtype="bf16", kind="embedding")
-    state = found.get("state1", found.get("exp_avg.codes"))
+    by_name = agree(real_states, optim, shape=(80, 64), dtype="bf16", kind="embedding")
+    state = by_name.get("state1", by_name.get("exp_avg.codes"))
     trainer_overrides = OPTIMIZERS[optim].package == "bitsandbytes"
     assert state[0] == ("fp32" if trainer_overrides else "uint8")
 
@@ -105,9 +105,9 @@ def test_optim_args(real_states, optim, optim_args):
 
 def test_adalomo_keeps_states_for_frozen_parameters(real_states):
     pytest.importorskip("lomo_optim")
-    found = states("adalomo", shape=LARGE, dtype="bf16", frozen=True)
+    allocations = states("adalomo", shape=LARGE, dtype="bf16", frozen=True)
     theirs = real_states("adalomo", shape=LARGE, dtype="bf16", trainable=False)
-    assert {state.name: (state.dtype, state.nbytes, state.dims) for state in found} == theirs
+    assert {state.name: (state.dtype, state.nbytes, state.dims) for state in allocations} == theirs
     assert theirs
 
 

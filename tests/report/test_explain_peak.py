@@ -14,7 +14,7 @@ import pytest
 from peftplan.errors import RefusedError
 from peftplan.report import peak, render
 from tests.cli.run import run
-from tests.report.made import LINES, MANY, MANY_PEAK, PEAK, made
+from tests.report.tiny_estimate import LINES, MANY, MANY_PEAK, PEAK, tiny_estimate
 
 UNKNOWN = ("model.layers.*.gate asked for a value that a fake tensor does not have",)
 
@@ -26,9 +26,9 @@ def shown(capsys: pytest.CaptureFixture[str], result: Any, *, fmt: str = "table"
 
 
 def test_rows_are_sorted_and_add_up() -> None:
-    rows = peak.rows(made())
+    rows = peak.rows(tiny_estimate())
     assert [row.bytes for row in rows] == [393_216, 262_144, 262_144, 1_024]
-    assert sum(row.bytes for row in rows) == PEAK == made().to_dict()["memory"]["peak_allocated"]
+    assert sum(row.bytes for row in rows) == PEAK == tiny_estimate().to_dict()["memory"]["peak_allocated"]
     assert [round(row.share, 4) for row in rows] == [0.4281, 0.2854, 0.2854, 0.0011]  # 393,216 / 918,528 …
     assert (rows[0].copies, rows[0].shape, rows[0].dtype, rows[0].made_by) == (3, (2, 64, 256), "fp32", "aten.mul.Tensor")
 
@@ -56,7 +56,7 @@ def table_of(text: str) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("columns", ["80", "120", "200"])
 def test_a_table_adds_up_at_every_width(columns: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
-    text = shown(capsys, made(MANY))
+    text = shown(capsys, tiny_estimate(MANY))
     assert max(map(len, text.splitlines())) <= int(columns)
     rows = table_of(text)
     assert rows.pop("sum, the peak") == (60, MANY_PEAK)
@@ -68,13 +68,13 @@ def test_a_table_adds_up_at_every_width(columns: str, capsys: Any, monkeypatch: 
 
 def test_verbose_shows_every_line(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert "more lines" not in shown(capsys, made(MANY), verbose=True)
-    assert "more lines" not in shown(capsys, made(MANY[: peak.MOST + 1])), "a rest of one is no rest"
+    assert "more lines" not in shown(capsys, tiny_estimate(MANY), verbose=True)
+    assert "more lines" not in shown(capsys, tiny_estimate(MANY[: peak.MOST + 1])), "a rest of one is no rest"
 
 
 def test_what_a_row_is_stands_under_it(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    lines = shown(capsys, made()).splitlines()
+    lines = shown(capsys, tiny_estimate()).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("largest at the peak, in backward"))
     assert lines[start + 2].split() == ["model.layers.*.mlp", "3", "393,216", "42.8%"]
     assert lines[start + 3] == "  activations · fp32 2×64×256 · mul"
@@ -82,16 +82,16 @@ def test_what_a_row_is_stands_under_it(capsys: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_programs_get_every_group(capsys: Any) -> None:
-    document = json.loads(shown(capsys, made(MANY), fmt="json"))
+    document = json.loads(shown(capsys, tiny_estimate(MANY), fmt="json"))
     assert sum(group["bytes"] for group in document["largest"]) == document["memory"]["peak_allocated"] == MANY_PEAK
     assert document["largest"][0]["shape"] == [256, 30]
-    rows = list(csv.DictReader(io.StringIO(shown(capsys, made(MANY), fmt="csv"))))
+    rows = list(csv.DictReader(io.StringIO(shown(capsys, tiny_estimate(MANY), fmt="csv"))))
     assert sum(int(row["bytes"]) for row in rows) == MANY_PEAK
     assert list(rows[0]) == ["category", "name", "made_by", "dtype", "shape", "copies", "bytes", "share"]
 
 
 def test_markdown_adds_up(capsys: Any) -> None:
-    text = shown(capsys, made(MANY), fmt="markdown")
+    text = shown(capsys, tiny_estimate(MANY), fmt="markdown")
     section = text.partition("| largest at the peak, in backward |")[2].partition("\n\n")[0].splitlines()[2:]
     sizes = [int(row.split("|")[6].replace(",", "")) for row in section]
     assert sum(sizes[:-1]) == sizes[-1] == MANY_PEAK
@@ -100,18 +100,18 @@ def test_markdown_adds_up(capsys: Any) -> None:
 
 def test_what_lies_elsewhere_is_not_listed() -> None:
     assert [line.name for line in LINES if line.place != "device"] == ["paged"]
-    assert "paged" not in [row.name for row in peak.rows(made())]
+    assert "paged" not in [row.name for row in peak.rows(tiny_estimate())]
 
 
 def test_without_a_peak_it_is_refused(capsys: Any) -> None:
     with pytest.raises(RefusedError, match="explain_peak: the analytic engine states no peak"):
-        shown(capsys, replace(made(), engine="analytic", peaks=None))
+        shown(capsys, replace(tiny_estimate(), engine="analytic", peaks=None))
     assert capsys.readouterr().out == ""
 
 
 def test_an_incomplete_result_says_so_in_every_format(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    result = made(incomplete=UNKNOWN)
+    result = tiny_estimate(incomplete=UNKNOWN)
     table = shown(capsys, result)
     assert f"incomplete: the peak is a lower bound: {UNKNOWN[0]}" in table.replace("\n", " ")
     assert "sum, a lower bound of the peak" in table
@@ -122,7 +122,7 @@ def test_an_incomplete_result_says_so_in_every_format(capsys: Any, monkeypatch: 
         *rows, last = csv.DictReader(io.StringIO(capsys.readouterr().out))
         assert (last["category"], last["name"], last["bytes"]) == ("incomplete", UNKNOWN[0], "")
         assert "incomplete" not in {row["category"] for row in rows}
-    complete = shown(capsys, made())
+    complete = shown(capsys, tiny_estimate())
     assert "incomplete" not in complete
     assert "sum, the peak " in complete
 

@@ -16,7 +16,7 @@ from peftplan.memory.series import Group, Series, Span, extremes
 from peftplan.planning.result import Estimate, Peaks
 from peftplan.report import timeline, timeline_html, timeline_png, timeline_svg
 from peftplan.units import MIB
-from tests.report.made import LINES, made
+from tests.report.tiny_estimate import LINES, tiny_estimate
 
 SERIES = Series(
     times=(0, 3, 5, 8, 10),
@@ -42,7 +42,7 @@ class Recorded:
 
 
 def recorded() -> Estimate:
-    result = made()
+    result = tiny_estimate()
     assert result.peaks is not None
     return replace(result, peaks=Peaks(result.peaks.ledgers, recording=Recorded(), incomplete=("<gate> asked",)))
 
@@ -74,18 +74,18 @@ class Tags(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.data = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
         if tag not in ("meta", "line", "path"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in ("path", "line"):
@@ -102,7 +102,7 @@ def test_a_page_holds_all_of_it_and_asks_for_nothing(tmp_path: Path) -> None:
     page = Tags(text)
     assert page.open == []
     assert not re.search(r"(src|href)=|url\(|\bimport\b|fetch\(|XMLHttpRequest|https?:", text)
-    (policy,) = [a["content"] for tag, a in page.found if a.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert str(policy).startswith("default-src 'none'")
     data = json.loads(page.data)
     assert data["times"] == [0, 3, 5, 8, 10]
@@ -171,7 +171,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> No
 
 def test_an_engine_without_a_recording_is_refused() -> None:
     with pytest.raises(RefusedError, match="timeline: the trace engine keeps no event log"):
-        timeline.write(made(), "t.html")
+        timeline.write(tiny_estimate(), "t.html")
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt, RuntimeError])

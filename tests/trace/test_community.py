@@ -84,7 +84,9 @@ def test_an_optimizer_that_no_engine_steps_is_refused_with_its_reason(name: str)
     options: dict[str, Any] = {"optim": name}
     if OPTIMIZERS[name].low_rank:
         options["optim_target_modules"] = "all-linear"
-    with pytest.raises(RefusedError, match=f"optim: {name} cannot be traced: .*; its states are counted by --engine analytic"):
+    with pytest.raises(
+        RefusedError, match=f"optim: {name} cannot be traced: .*; only its states are counted by --engine analytic"
+    ):
         traced(llama(), lora(), **options)
     counted = estimate(llama(), method="lora", target_modules=["q_proj"], **options)
     assert counted.peaks is None

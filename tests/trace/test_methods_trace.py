@@ -187,7 +187,7 @@ def test_adapters_are_refused_where_a_norm_lies_inside() -> None:
     model = torch.nn.ModuleDict({"layer": torch.nn.ModuleList([layer])})
     added = reference(llama(1), "houlsby", bottleneck_size=2).added
     renamed = Adaptation(added=tuple(t._replace(name=t.name.replace("model.layers", "layer")) for t in added))
-    with pytest.raises(RefusedError, match="with no norm of its own"):
+    with pytest.raises(RefusedError, match="without a norm of its own"):
         apply_reference(model, renamed, dtype=torch.float32)
 
 

@@ -47,7 +47,7 @@ def rounding(value: float, unit: str) -> int:
 
 def options(trainer: str, row: Row, **changes: Any) -> Options:
     """Every option of a row: what the trainer presets, what the row says, and `changes` on top."""
-    found: Options = {
+    chosen: Options = {
         **PRESETS[trainer],
         "trainer": trainer,
         "dtype": DTYPES[row["base_dtype"]],
@@ -61,7 +61,7 @@ def options(trainer: str, row: Row, **changes: Any) -> Options:
         "kbit_prepare": False,
         **changes,
     }
-    return found
+    return chosen
 
 
 def circumstances(row: Row) -> Row:

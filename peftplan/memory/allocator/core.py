@@ -59,7 +59,7 @@ class Allocator:
     def malloc(self, id: int, nbytes: int, stream: int = 0) -> OutOfMemory | None:
         """Allocate `nbytes` under a name that no live allocation has. Zero bytes take no block, as in torch."""
         if id in self._live:
-            raise InputError("id", id, "it is allocated already: free it first, or use a new id")
+            raise InputError("id", id, "already allocated: free it first, or use a new id")
         if nbytes < 0:
             raise InputError("nbytes", nbytes, "accepted: 0 or more")
         if nbytes == 0:

@@ -1,4 +1,4 @@
-"""The answer when memory does not suffice."""
+"""The result of a request that does not fit."""
 
 from __future__ import annotations
 

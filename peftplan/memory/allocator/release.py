@@ -12,7 +12,7 @@ from peftplan.memory.allocator.expandable import unmap
 
 
 def release_cached_blocks(pool: BlockPool, device: Device) -> None:
-    """All that no live block holds: whole free segments, and whole free pages of expandable ones."""
+    """Release everything without a live block: whole free segments, and whole free pages of expandable ones."""
     to_unmap = []
     for block in pool:
         if block.segment is not None:

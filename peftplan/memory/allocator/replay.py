@@ -26,7 +26,7 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What a log comes to; event indices count from 0 in the log. After an out-of-memory nothing was replayed."""
+    """The result of a log; event indices count from 0. After an out-of-memory error nothing more was replayed."""
 
     peaks: Peaks
     by_phase: dict[str, Peaks]

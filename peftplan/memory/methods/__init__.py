@@ -26,5 +26,5 @@ def adapter_of(peft_type: str | None) -> Adapter | None:
     if peft_type not in ADAPTERS:
         return None
     module, function = ADAPTERS[peft_type]
-    found: Adapter = getattr(import_module(f"peftplan.memory.methods.{module}"), function)
-    return found
+    adapter: Adapter = getattr(import_module(f"peftplan.memory.methods.{module}"), function)
+    return adapter

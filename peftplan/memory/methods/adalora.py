@@ -72,12 +72,12 @@ def regularized(model: Model, loss: Tensor) -> Tensor:
     f.module = ""
     total: Tensor | None = None
     for family in factors(model):
-        held = model.held(family.name)
-        for one in held:
+        used = model.used(family.name)
+        for one in used:
             distance = _distance(f, one)
             total = f.new((), "fp32", "add", f.record(_pass, (distance,))) if total is None else added(f, total, distance)
-        if family.copies > len(held) and total is not None:
-            total = _others(model, total, family, family.copies - len(held))
+        if family.copies > len(used) and total is not None:
+            total = _others(model, total, family, family.copies - len(used))
     return loss if total is None else added(f, loss, ops.scale(f, ops.scale(f, total)))
 
 

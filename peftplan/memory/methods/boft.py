@@ -19,17 +19,17 @@ from peftplan.memory.tensors import Tensor
 
 def boft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
     """`base(x @ rotation) * scale`; rotation, scale and what they are made of live until the layer returns."""
-    given = x.dtype
+    dtype = x.dtype
     n_in, n_out = sides(part)
     f.module = part.name
-    identity = f.new((n_in, n_in), given, "eye")
-    ones = f.new((n_out, 1), given, "ones")
+    identity = f.new((n_in, n_in), dtype, "eye")
+    ones = f.new((n_out, 1), dtype, "ones")
     rotation, _held = _rotation(f, part, identity, running)
     del identity
     boft_s: Any = part.params["boft_s"]
     scale = ops.mul(f, boft_s, ones)
     del ones
-    rotation = f.to(rotation, given)
+    rotation = f.to(rotation, dtype)
     rotated = _product(f, x, rotation)
     result = base(rotated)
     f.module = part.name
@@ -39,7 +39,7 @@ def boft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     result = ops.mul(f, result, scale.view((n_out,)))
     if bias is not None:
         result = ops.add(f, result, bias)
-    return f.to(result, given)
+    return f.to(result, dtype)
 
 
 def _product(f: Tape, x: Tensor, rotation: Tensor) -> Tensor:
@@ -53,14 +53,14 @@ def _rotation(f: Tape, part: Part, identity: Tensor, running: Running) -> tuple[
     m, n, k, _ = blocks.dims
     assert isinstance(n, int)
     assert isinstance(k, int)
-    w, given = n * k, identity.dtype
+    w, dtype = n * k, identity.dtype
     orthogonal = cayley(f, blocks, (m, n, k, k))
     if running.config.boft_dropout:
         orthogonal = _dropout(f, orthogonal, n)
     diagonal = f.new((m, w, w), "fp32", "zeros", f.record(_blocks_backward, (orthogonal,), orthogonal))
-    copies = given != "fp32" or running.adapter_on_host
-    places = f.new((m, w, w), given, "boft_P") if copies else None
-    diagonal = f.to(diagonal, given)
+    copies = dtype != "fp32" or running.adapter_on_host
+    places = f.new((m, w, w), dtype, "boft_P") if copies else None
+    diagonal = f.to(diagonal, dtype)
     every = _placed(f, diagonal, places, after=True)
     every = _placed(f, every, places, after=False)
     total = _selected(f, every)

@@ -32,13 +32,13 @@ def lokr(f: Tape, part: Part, x: Tensor, base: Base, running: Running) -> Tensor
 def _added(
     f: Tape, part: Part, x: Tensor, base: Base, delta: Callable[[Tape, Part], Tensor], running: Running, *, is_view: bool = False
 ) -> Tensor:
-    given = x.dtype
+    dtype = x.dtype
     result = base(x)
     f.module = part.name
     out = _applied(f, _dropped(f, delta(f, part), is_view=is_view) if running.config.rank_dropout else delta(f, part), x)
     total = ops.add(f, result, out)
     del result, out
-    return f.to(total, given)
+    return f.to(total, dtype)
 
 
 def _dropped(f: Tape, weight: Tensor, *, is_view: bool) -> Tensor:
@@ -122,13 +122,13 @@ def _kron_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
 
 def fourierft(f: Tape, part: Part, x: Tensor, base: Base, running: Running) -> Tensor:
     """`result + ΔW x`, with ΔW the real part of a spectrum's inverse Fourier transform; ΔW lives until the call returns."""
-    given = x.dtype
+    dtype = x.dtype
     result = base(x)
     f.module = part.name
     delta = _transformed(f, part)
     x = f.to(x, delta.dtype)
     result = ops.add(f, result, ops.linear(f, x, delta))
-    narrow: Tensor = f.to(result, given)
+    narrow: Tensor = f.to(result, dtype)
     del delta
     return narrow
 

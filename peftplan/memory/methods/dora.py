@@ -28,10 +28,10 @@ def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tenso
     a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
     lora_weight = f.to(_lora_weight(f, part, a, b), x.dtype)
     f.module = part.name
-    held = dequantized(f, part) if part.quant is not None else part.weight
-    assert held is not None
-    weight = f.to(held, x.dtype)
-    del held
+    base_weight = dequantized(f, part) if part.quant is not None else part.weight
+    assert base_weight is not None
+    weight = f.to(base_weight, x.dtype)
+    del base_weight
     turned = part.kind == "Conv1D" and part.quant is None
     norm = _norm(f, weight, lora_weight, turned=turned)
     magnitude = part.params["lora_magnitude_vector.weight"]

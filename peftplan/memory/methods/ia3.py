@@ -16,7 +16,7 @@ def ia3(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runnin
     feedforward = vector.dims[0] == 1
     f.module = part.name
     factor = ops.scale(f, vector).view((vector.dims[1 if feedforward else 0],))
-    given = x.dtype
+    dtype = x.dtype
     if part.quant is not None:
         converts = f.autocast is None and x.dtype != "fp32"
         x = f.to(x, "fp32") if converts else x
@@ -26,8 +26,8 @@ def ia3(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runnin
         return f.to(result, expected) if converts else result
     if feedforward:
         x = f.to(x, vector.dtype)
-        inner = f.to(ops.mul(f, x, factor), given)
+        inner = f.to(ops.mul(f, x, factor), dtype)
         return base(inner)
     result = base(x)
-    given = result.dtype
-    return f.to(ops.mul(f, result, factor), given)
+    dtype = result.dtype
+    return f.to(ops.mul(f, result, factor), dtype)

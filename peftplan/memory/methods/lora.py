@@ -11,13 +11,13 @@ from peftplan.memory.tensors import Tensor
 
 
 def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
-    """`result + lora_B(lora_A(dropout(x))) * scaling`, with x in the adapter's dtype: each module makes its own copy.
+    """`result + lora_B(lora_A(dropout(x))) * scaling`, with x in the adapter's dtype: each module copies it.
 
     On a 4-bit base the result is cloned first, and x is cast only without autocast.
     """
     result = base(x)
     a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
-    given = result.dtype
+    dtype = result.dtype
     if part.quant is not None and part.quant.name in FOUR_BIT:
         result = ops.copied(f, result, "clone", viewed=False)
     converts = part.quant is None or running.autocast is None
@@ -27,7 +27,7 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
         from peftplan.memory.methods.dora import dora
 
         result = dora(f, part, x, result, running)
-        return f.to(result, given) if converts else result
+        return f.to(result, dtype) if converts else result
     f.module = f"{part.name}.lora_A"
     low = ops.linear(f, ops.dropout(f, x, running.config.lora_dropout), a)
     f.module = f"{part.name}.lora_B"
@@ -36,7 +36,7 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     f.module = part.name
     out = ops.scale(f, out)
     if part.quant is not None and converts:
-        out = f.to(out, given)
+        out = f.to(out, dtype)
     result = ops.add(f, result, out)
     del out
-    return result if part.quant is not None else f.to(result, given)
+    return result if part.quant is not None else f.to(result, dtype)

@@ -23,13 +23,13 @@ PICTURE = 4
 
 def oft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
     """`base(rotated x)`: the rotated x lives in the adapter's dtype until the layer returns."""
-    config, given = running.config, x.dtype
+    config, dtype = running.config, x.dtype
     n_in, _ = sides(part)
     f.module = f"{part.name}.oft_R"
     x = _rotated(f, f.to(x, part.params["oft_R.weight"].dtype), part.params["oft_R.weight"], n_in, config)
     f.module = part.name
-    result = base(f.to(x, given))
-    return f.to(result, given)
+    result = base(f.to(x, dtype))
+    return f.to(result, dtype)
 
 
 def _rotated(f: Tape, x: Tensor, weight: Any, n_in: int, config: Any) -> Tensor:

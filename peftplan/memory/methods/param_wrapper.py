@@ -18,7 +18,7 @@ from peftplan.memory.tape import Tape
 from peftplan.memory.tensors import Dims, Parameter, Tensor
 
 PEFT_ALPHA = 8
-"""`LoraConfig.lora_alpha` where nothing is said."""
+"""The default of `LoraConfig.lora_alpha`."""
 STACKED_DIMS = 3
 
 
@@ -40,13 +40,13 @@ class Stacked:
     def _wrap(self, a: Parameter, b: Parameter, *, transposed: bool) -> None:
         """`_activate_lora`: the factors in the weight's dtype, and the weight made once for the checks."""
         sides = (a.dims[1], b.dims[0])
-        found = [name for name, w in self.params.items() if len(w.dims) == STACKED_DIMS and _sides(w, transposed) == sides]
-        if len(found) != 1:
-            raise NeedsTraceError("LoRA on a parameter that is no stack of experts")
-        weight = self.params[found[0]]
-        self._factors[found[0]] = factors(self.tape, weight, a, b, transposed=transposed)
+        matching = [name for name, w in self.params.items() if len(w.dims) == STACKED_DIMS and _sides(w, transposed) == sides]
+        if len(matching) != 1:
+            raise NeedsTraceError("LoRA on a parameter that is not a stack of experts")
+        weight = self.params[matching[0]]
+        self._factors[matching[0]] = factors(self.tape, weight, a, b, transposed=transposed)
         del weight
-        self._folded(found[0])
+        self._folded(matching[0])
 
     def _folded(self, name: str) -> Tensor:
         return folded(self.tape, self.params[name], *self._factors[name], scales=self._scales)
@@ -56,8 +56,8 @@ class Stacked:
 
     def dims(self, name: str) -> Dims:
         """The dims of a parameter."""
-        found: Dims = self.params[name].dims
-        return found
+        dims: Dims = self.params[name].dims
+        return dims
 
     def __getitem__(self, name: str) -> Any:
         """A parameter as the forward reads it."""

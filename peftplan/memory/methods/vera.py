@@ -15,7 +15,7 @@ def vera(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     """`result + λ_b * (B (λ_d * (A dropout(x))))`, in the dtype of λ; a 4-bit base's result is cloned first."""
     previous = x.dtype
     result = base(x)
-    given = result.dtype
+    dtype = result.dtype
     if part.quant is not None and part.quant.name in FOUR_BIT:
         result = ops.copied(f, result, "clone", viewed=False)
     n_in, n_out = sides(part)
@@ -31,5 +31,5 @@ def vera(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     out = ops.mul(f, outer, out)
     result = ops.add(f, result, out)
     del out
-    result = f.to(result, given)
+    result = f.to(result, dtype)
     return f.to(result, previous)

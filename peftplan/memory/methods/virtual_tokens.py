@@ -110,14 +110,14 @@ def prefixed(model: Model, kinds: tuple[int, ...] | None = None) -> list[tuple[T
         x = f.new((*x.dims[:-1], _doubled(x.dims[-1])), x.dtype, "cat", f.record(_twice_backward, (x,), x.dims))
     one = ("b", a.cached_heads or a.num_key_value_heads, p, a.head_dim)
     node = f.record(_permute_backward, (x,), x.dims, (parts, *one), (parts * layers, *one), sum(copies.values()))
-    found = []
+    pairs = []
     for number in range(len(sections)):
         pair = f.record(_unbind_backward, (Tensor(x.storage, (parts, *one), x.dtype, node, number),), (2, *one), (parts, *one))
         k, v = (ops.cached(f, Tensor(x.storage, one, x.dtype, pair, side)) for side in range(2))
-        found.append((k, v))
+        pairs.append((k, v))
     if extra := sum(copies.values()):
         model.copied_past = f.many(one, x.dtype, "cat", 2 * extra)
-    return found
+    return pairs
 
 
 def _doubled(dim: Dim) -> int:
@@ -132,12 +132,12 @@ def _twice_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
 
 def _permute_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) -> Tensor:
     """`view`, `permute` and `split`: the gradients of all layers side by side, then in the order of the encoder's output."""
-    given, pair, every, copies = saved
+    dims, pair, every, copies = saved
     dtype = next(g.dtype for g in grads if g is not None)
     others = f.many(pair, dtype, "slice_backward", copies) if copies else None
     joined = f.new(every, dtype, "cat")
     del others, grads
-    return f.new(given, joined.dtype, "clone")
+    return f.new(dims, joined.dtype, "clone")
 
 
 def _unbind_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) -> Tensor:

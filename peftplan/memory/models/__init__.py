@@ -62,5 +62,5 @@ FORWARDS: dict[str, tuple[str, str]] = {
 def forward_of(model_type: str) -> Forward:
     """The forward of a model type in `FORWARDS`."""
     module, function = FORWARDS[model_type]
-    found: Forward = getattr(import_module(f"peftplan.memory.models.{module}"), function)
-    return found
+    forward: Forward = getattr(import_module(f"peftplan.memory.models.{module}"), function)
+    return forward

@@ -23,11 +23,11 @@ def bloom(model: Model) -> Tensor:
     """`BloomModel.forward`."""
     f = model.tape
     tokens = model.inputs()
-    given = [layer_norm(model, "transformer.word_embeddings_layernorm", tokens, None)]  # no name holds it while the layers run
+    states = [layer_norm(model, "transformer.word_embeddings_layernorm", tokens, None)]  # no name holds it while the layers run
     f.module = "transformer"
     heads = model.arch.blocks[0].attentions[0].num_attention_heads
-    alibi = f.new(("b", heads, 1, model.keys), given[0].dtype, "alibi")
-    x = run_layers(model, BLOOM, given.pop(), lambda window: (alibi,), dtype=tokens.dtype)
+    alibi = f.new(("b", heads, 1, model.keys), states[0].dtype, "alibi")
+    x = run_layers(model, BLOOM, states.pop(), lambda window: (alibi,), dtype=tokens.dtype)
     del tokens
     return x
 
@@ -80,12 +80,12 @@ def baddbmm(f: Tape, q: Tensor, k: Tensor, dims: tuple[Any, ...]) -> Tensor:
 
 
 def _baddbmm_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
-    made = []
+    grads = []
     for dims, edge in zip(saved[2:], node.edges, strict=True):
         product = f.new(dims, g.dtype, "bmm") if edge else None
-        made.append(None if product is None else f.new(dims, g.dtype, "mul"))
+        grads.append(None if product is None else f.new(dims, g.dtype, "mul"))
         del product
-    return made
+    return grads
 
 
 def bloom_gelu(f: Tape, x: Tensor) -> Tensor:
@@ -108,9 +108,9 @@ def bloom_gelu(f: Tape, x: Tensor) -> Tensor:
 
 def _bloom_gelu_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     tanh = f.new(g.dims, g.dtype, "tanh")
-    held = f.many(g.dims, g.dtype, "mul", 3)
+    products = f.many(g.dims, g.dtype, "mul", 3)
     factor = f.new(g.dims, g.dtype, "add")
-    del held
+    del products
     out = f.new(g.dims, g.dtype, "mul")
     del tanh, factor
     return out

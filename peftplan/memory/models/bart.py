@@ -76,9 +76,9 @@ def bart_encoder(model: Model) -> Tensor:
     f.module = name
     x = ops.dropout(f, x, model.arch.dropout.embedding)
     mask = bidirectional_mask(model, words.dtype)
-    given = [x]  # no name holds it
+    states = [x]  # no name holds it
     del x
-    return run_encoder(model, given, mask)
+    return run_encoder(model, states, mask)
 
 
 def whisper_encoder(model: Model) -> Tensor:
@@ -99,21 +99,21 @@ def whisper_encoder(model: Model) -> Tensor:
     f.module = name
     x = ops.add(f, inputs_embeds, model.embedding(f"{name}.embed_positions", (count,), all_positions))
     x = ops.dropout(f, x, model.arch.dropout.embedding)
-    given = [x]  # no name holds it
+    states = [x]  # no name holds it
     del x
-    x = run_encoder(model, given, None)
+    x = run_encoder(model, states, None)
     return model.layernorm(f"{name}.layer_norm", x)
 
 
-def run_encoder(model: Model, given: list[Tensor], mask: Tensor | None) -> Tensor:
-    """The encoder's layers, on the states that are given alone."""
+def run_encoder(model: Model, states: list[Tensor], mask: Tensor | None) -> Tensor:
+    """The encoder's layers; `states` holds the only reference to their input."""
     block, kinds = block_of(model, "encoder"), kinds_of(model, "encoder")
 
     def layer(number: int, x: Tensor, mask: Tensor | None) -> Tensor:
         return encoder_layer(model, block, number, x, mask)
 
     checkpointed = model.running.checkpointing
-    return run_stack(model, kinds, given.pop(), layer, name="encoder", checkpointed=checkpointed, every=(mask,))
+    return run_stack(model, kinds, states.pop(), layer, name="encoder", checkpointed=checkpointed, every=(mask,))
 
 
 def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
     x = ops.add(f, words, positions)
     if not whisper:
         x = model.layernorm(f"{name}.layernorm_embedding", x)
-    given = [ops.dropout(f, x, model.arch.dropout.embedding)]  # no name holds it
+    states = [ops.dropout(f, x, model.arch.dropout.embedding)]  # no name holds it
     del x
     block = block_of(model, "decoder")
 
@@ -140,7 +140,7 @@ def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
 
     kinds, checkpointed = kinds_of(model, "decoder"), model.running.checkpointing
     every = (mask, encoded)
-    x = run_stack(model, kinds, given.pop(), layer, name="decoder", checkpointed=checkpointed, sums=sums, every=every)
+    x = run_stack(model, kinds, states.pop(), layer, name="decoder", checkpointed=checkpointed, sums=sums, every=every)
     return model.layernorm(f"{name}.layer_norm", x) if whisper else x
 
 

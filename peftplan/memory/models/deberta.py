@@ -44,14 +44,14 @@ def deberta(model: Model) -> Tensor:
     sums: set[int] = set()
     positions = position_embeddings(model, sums) if distances is not None else None
 
-    held: list[Tensor] = []
+    hidden_states: list[Tensor] = []
     returned = False
     checkpointed, kinds = model.running.checkpointing, kinds_of(model, "encoder")
     recomputed = checkpointed_layers(model, "encoder", len(kinds)) if checkpointed else (False,) * len(kinds)
 
     def layer(number: int, x: Tensor, mask: Tensor) -> Tensor:
         if not returned and (model.running.hosted or not recomputed[number]):  # else its frame holds it
-            held.append(x.detach())
+            hidden_states.append(x.detach())
         return encoder_layer(model, block, number, x, mask, distances, positions)
 
     if (
@@ -61,7 +61,7 @@ def deberta(model: Model) -> Tensor:
     holds = model.running.hosted or not all(recomputed)
     x = run_stack(model, kinds, x, layer, name="layers", checkpointed=checkpointed, sums=sums, holds=holds, every=(mask,))
     returned = True
-    held.clear()  # which frames refer to
+    hidden_states.clear()  # which frames refer to
     del ones
     return x
 
@@ -196,12 +196,12 @@ class Scores:
             keys = self.positions("pos_key_proj", table, q) if "c2p" in self.a.relative else None
             queries = self.positions("pos_query_proj", table, q) if "p2c" in self.a.relative else None
         score: Tensor | None = None
-        held = []
+        gathered = []
         for kind, content, against in (("c2p", q, keys), ("p2c", k, queries)):
             if kind not in self.a.relative or against is None:
                 continue
             picked, index = self.picked(content, against, distances, span)
-            held.append((picked, index))
+            gathered.append((picked, index))
             score = added(f, ops.scale(f, picked, "div"), score)
         assert score is not None
         return score

@@ -153,13 +153,13 @@ def decoder(model: Model, style: Style) -> Tensor:
     f.module = "model"
     if style.multiplied:
         embedded = x = ops.scale(f, x)
-    given = [ops.dropout(f, x, model.arch.dropout.embedding)]  # no name holds it while the layers run
+    states = [ops.dropout(f, x, model.arch.dropout.embedding)]  # no name holds it while the layers run
     del x
     _positions = f.new((model.seq,), "int64", "position_ids")
     windows = {block.attentions[0].window for block in model.arch.blocks} if style.tables_by_window else {None}
-    masks = masks_of(model, style, given[0].dtype)
-    tables = {window: rotary_tables(model, "fp32" if style.wide_tables else given[0].dtype) for window in windows}
-    x = run_layers(model, style, given.pop(), lambda window: tables[window if style.tables_by_window else None], masks=masks)
+    masks = masks_of(model, style, states[0].dtype)
+    tables = {window: rotary_tables(model, "fp32" if style.wide_tables else states[0].dtype) for window in windows}
+    x = run_layers(model, style, states.pop(), lambda window: tables[window if style.tables_by_window else None], masks=masks)
     del embedded
     return x
 
@@ -186,7 +186,7 @@ def run_layers(
     `dtype` is that of the embeddings, and so of masks, where it is not that of x; `masks`: those that are there already.
     """
     blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
-    found = masks_of(model, style, dtype or x.dtype) if masks is None else masks
+    masks_by_window = masks_of(model, style, dtype or x.dtype) if masks is None else masks
     outputs: list[Any] = []
 
     def layer(number: int, x: Tensor, mask: Tensor | None) -> Any:
@@ -196,14 +196,14 @@ def run_layers(
         return (out, *model.layer_locals[-1:]) if style.hands_out_weights else out
 
     def its_mask(number: int) -> tuple[Tensor | None]:
-        return (found[blocks[number].attentions[0].window],)
+        return (masks_by_window[blocks[number].attentions[0].window],)
 
-    given = [x]  # no name holds it while the layers run
+    states = [x]  # no name holds it while the layers run
     del x
     x = run_stack(
         model,
         kinds_of(model),
-        given.pop(),
+        states.pop(),
         layer,
         name="layers",
         checkpointed=model.running.checkpointing,

@@ -1,4 +1,4 @@
-"""Gemma 1 … 3 (text): norms with one plus a weight, a scaled embedding.
+"""Gemma 1 to 3 (text): norms that multiply by one plus a weight, and a scaled embedding.
 
 Sources: transformers 5.24, models/{gemma,gemma2,gemma3}/modeling_*.py.
 """

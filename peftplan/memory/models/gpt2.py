@@ -24,8 +24,8 @@ def model_forward(model: Model, style: Style) -> Tensor:
     _positions = f.new((model.seq,), "int64", "position_ids")
     positions = model.embedding("transformer.wpe", (1, model.seq), _positions)
     f.module = "transformer"
-    given = [ops.dropout(f, ops.add(f, tokens, positions), model.arch.dropout.embedding)]  # no name holds it while layers run
-    x = run_layers(model, style, given.pop(), lambda window: ())
+    states = [ops.dropout(f, ops.add(f, tokens, positions), model.arch.dropout.embedding)]  # no name holds it while layers run
+    x = run_layers(model, style, states.pop(), lambda window: ())
     del tokens, positions
     return x
 

@@ -76,9 +76,9 @@ def attention(model: Model, block: Block, number: int, x: Tensor, mask: Tensor |
 
 def rotated(model: Model, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb`."""
-    f, given = model.tape, q.dtype
+    f, dtype = model.tape, q.dtype
     wide_q, wide_k = ops.rotary_in_fp32(f, q, cos, sin), ops.rotary_in_fp32(f, k, cos, sin)
-    return f.to(wide_q, given), f.to(wide_k, given)
+    return f.to(wide_q, dtype), f.to(wide_k, dtype)
 
 
 def mlp(model: Model, block: Block, number: int, x: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ def deepseek_block(c: Call, x: Tensor, *, route: Route) -> Tensor:
 
 
 def check(c: Call) -> None:
-    """Raise NeedsTraceError for what few configs ask of a router."""
+    """Raise NeedsTraceError for router options that few configs set."""
     if c.block.mlp.router.noise:
         raise NeedsTraceError("noise before a router")
     if c.block.mlp.router.loss:

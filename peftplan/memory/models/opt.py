@@ -29,8 +29,8 @@ def opt(model: Model) -> Tensor:
     if model.has("model.decoder.project_in"):
         tokens = model.linear("model.decoder.project_in", tokens)
     f.module = "model.decoder"
-    given = [ops.add(f, tokens, positions)]  # no name holds it while the layers run
-    x = run_layers(model, STYLE, given.pop(), lambda window: ())
+    states = [ops.add(f, tokens, positions)]  # no name holds it while the layers run
+    x = run_layers(model, STYLE, states.pop(), lambda window: ())
     if model.has("model.decoder.final_layer_norm"):
         x = layer_norm(model, "model.decoder.final_layer_norm", x, None)
     if model.has("model.decoder.project_out"):

@@ -28,12 +28,12 @@ def cohere_layer(c: Call, x: Tensor) -> Tensor:
 
 def cohere_rotary(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated in fp32."""
-    given = q.dtype
+    dtype = q.dtype
     q, k = f.to(q, "fp32"), f.to(k, "fp32")
     q_embed = ops.rotary(f, q, cos, sin)
     k_embed = ops.rotary(f, k, cos, sin)
-    narrow: Tensor = f.to(q_embed, given)
-    return narrow, f.to(k_embed, given)
+    narrow: Tensor = f.to(q_embed, dtype)
+    return narrow, f.to(k_embed, dtype)
 
 
 def stablelm_layer(c: Call, x: Tensor) -> Tensor:
@@ -145,12 +145,12 @@ def gptj(model: Model) -> Tensor:
     f = model.tape
     embedded = model.inputs()
     f.module = "transformer"
-    given = [ops.dropout(f, embedded, model.arch.dropout.embedding)]  # no name holds it while the layers run
+    states = [ops.dropout(f, embedded, model.arch.dropout.embedding)]  # no name holds it while the layers run
     _positions = f.new((model.seq,), "int64", "position_ids")
     rotary_dim = model.arch.blocks[0].attentions[0].rotary_dim
     assert rotary_dim is not None
-    table = f.new((1, model.seq, rotary_dim), given[0].dtype, "sines and cosines")
-    x = run_layers(model, GPTJ, given.pop(), lambda window: (table,))
+    table = f.new((1, model.seq, rotary_dim), states[0].dtype, "sines and cosines")
+    x = run_layers(model, GPTJ, states.pop(), lambda window: (table,))
     del embedded
     return x
 

@@ -106,7 +106,7 @@ def relative_buckets(f: Tape, dims: Dims, *, signed: bool) -> Tensor:
         del above
         halves = f.new(dims, "int64", "mul")
         del wide
-        found = f.new(dims, "int64", "relative_position_bucket")
+        buckets = f.new(dims, "int64", "relative_position_bucket")
         del halves
         size = f.new(dims, "int64", "abs")
     else:
@@ -126,9 +126,9 @@ def relative_buckets(f: Tape, dims: Dims, *, signed: bool) -> Tensor:
     del limit
     chosen = f.new(dims, "int64", "where")
     if not signed:
-        found = f.new(dims, "int64", "relative_position_bucket")
+        buckets = f.new(dims, "int64", "relative_position_bucket")
     del chosen, size, small, large
-    return found
+    return buckets
 
 
 class How(NamedTuple):
@@ -198,14 +198,14 @@ class Stack:
 
     def handing_on(self, states: Tensor | None) -> How:
         """How they are called where checkpointing holds their arguments otherwise: the positions are among these, and results."""
-        made: list[Tensor] = []
+        biases: list[Tensor] = []
 
         def every() -> tuple[Any, ...]:
-            own, cross = (*made, None, None)[:2]
+            own, cross = (*biases, None, None)[:2]
             return self.masks["own"], own, states, self.masks.get("cross"), cross
 
         layer = partial(_layer_of, (self.model, self.name.removesuffix(self.side), self.side))
-        return How(layer, every, made)
+        return How(layer, every, biases)
 
     def layer(self, number: int, x: Tensor, states: Tensor | None) -> Tensor:
         """`T5Block.forward`."""
@@ -282,24 +282,24 @@ class Stack:
         keys = model.source if cross else model.keys if self.side == "decoder" else s
         dims = (1, a.num_attention_heads, s, keys)
         if cross:
-            made = f.new(dims, dtype, "position_bias")
+            positions = f.new(dims, dtype, "position_bias")
             if model.running.checkpointing and model.running.reentrant:
-                made.node = Leaf(dims, dtype)
+                positions.node = Leaf(dims, dtype)
             elif model.running.checkpointing:
                 leaf = SharedLeaf("encoder_decoder_position_bias", dims, dtype, trainable=True)
                 leaf.node = None  # refers to itself else
-                leaf.held, leaf.sums = made.detach(), self.sums
-                made.node = leaf
+                leaf.held, leaf.sums = positions.detach(), self.sums
+                positions.node = leaf
         else:
             table = name.replace("{}", "0") + ".relative_attention_bias"
             distances = f.new((s, keys), "int64", "relative_position")
             buckets = relative_buckets(f, (s, keys), signed=self.side == "encoder")
-            made = model.embedding(table, (s, keys), buckets).view(dims)
+            positions = model.embedding(table, (s, keys), buckets).view(dims)
             del distances, buckets
-            made = shared(f, made, self.sums)
-        self.biases[key] = made
+            positions = shared(f, positions, self.sums)
+        self.biases[key] = positions
         f.module = name
-        return made
+        return positions
 
     def feed_forward(self, number: int, x: Tensor) -> Tensor:
         """`T5LayerFF.forward`."""
@@ -355,6 +355,6 @@ def _layer_of(
     """A layer of a stack that holds nothing but this call's arguments; its output, and its positions."""
     called = Stack(*stack)
     called.masks = {"own": mask, "cross": cross_mask}
-    called.biases = {key: made for key, made in (("own", own), ("cross", cross)) if made is not None}
+    called.biases = {key: bias for key, bias in (("own", own), ("cross", cross)) if bias is not None}
     x = called.layer(number, x, states)
     return (x, *(called.biases[key] for key in ("own", "cross") if key in called.biases))

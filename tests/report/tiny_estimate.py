@@ -24,7 +24,7 @@ MANY = tuple(Line(f"model.layers.{{}}.part{n}", "activations", "bf16", (256, n),
 MANY_PEAK = 2 * 512 * (30 * 31 // 2)
 
 
-def made(lines: tuple[Line, ...] = LINES, *, incomplete: tuple[str, ...] = ()) -> Estimate:
+def tiny_estimate(lines: tuple[Line, ...] = LINES, *, incomplete: tuple[str, ...] = ()) -> Estimate:
     """An estimate of the tiny model whose backward has these lines alive, and every other phase the first of them."""
     analytic = estimate(str(HERE / "tiny.json"), target_modules="q_proj", gpu="24GiB")
     ledgers = {phase: Ledger(lines if phase == "backward" else lines[:1]) for phase in ("load", "forward", "backward", "step")}
