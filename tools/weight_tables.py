@@ -1,4 +1,4 @@
-"""Maintainers: write the weight tables of built-in models whose model type has no adapter.
+"""Maintainers: write the weight tables of built-in models whose model type has no reader.
 
     python tools/weight_tables.py                 # all of them, and remove the tables that an adapter has made needless
     python tools/weight_tables.py mamba-130m ...  # only these

@@ -1,4 +1,4 @@
-"""Weight tables: an `Architecture` as compact JSON, for built-in models whose model type has no adapter.
+"""Weight tables: an `Architecture` as compact JSON, for built-in models whose model type has no reader.
 
 `data/weights/<name>.json` is written from transformers' own model on the meta device (`tools/weight_tables.py`), so that counts
 and stored bytes are exact without torch. Blocks, name, source and notes are not in it.

@@ -152,10 +152,16 @@ def _json(name: str, text: str, shown: str, accepted: str) -> Any:
 
 
 torch_option = click.option(
-    "--torch", default=None, metavar="VERSION", help="the torch that runs it: before 2.13 its allocator fills other holes"
+    "--torch",
+    default=None,
+    metavar="VERSION",
+    help="torch that will run the job; before 2.13 its allocator places blocks differently",
 )
 transformers_option = click.option(
-    "--transformers", default=None, metavar="VERSION", help="that runs it: before 4.49 the loss copied logits"
+    "--transformers",
+    default=None,
+    metavar="VERSION",
+    help="transformers that will run the job; before 4.49 the loss keeps a copy of the logits",
 )
 
 

@@ -93,7 +93,7 @@ def _has_pad_token(config: Mapping[str, Any]) -> bool:
 def without_loss(model: Any, architecture: Architecture) -> str | None:
     """Why a bare model cannot train, so that it has counts but no peak; None for one that can.
 
-    A bare model that has no adapter here can have a loss of its own (CLIP): only the trace knows.
+    A bare model that peftplan does not read itself can have its own loss (CLIP): only the trace engine can tell.
     """
     if architecture.task_type != BARE or architecture.model_type not in ADAPTERS:
         return None

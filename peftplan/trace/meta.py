@@ -142,7 +142,7 @@ def _transformers(model_type: str = "any") -> Any:
         import torch  # noqa: F401
         import transformers
     except ImportError:
-        raise MissingExtraError(f"reading model_type {model_type!r}, which has no adapter,", "trace") from None
+        raise MissingExtraError(f"reading model_type {model_type!r} with transformers", "trace") from None
     return transformers
 
 

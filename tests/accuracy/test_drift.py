@@ -110,7 +110,7 @@ def test_a_run_that_ran_out_of_memory_has_a_verdict_and_no_drift() -> None:
 
 
 def test_a_summary_by_hand() -> None:
-    """Drifts −4, −1, +0.5 and +2 %: median −0.25, without sign 1.5; within 1 % two of four, 3 % three, 5 % all."""
+    """Drifts −4, −1, +0.5 and +2 %: median −0.25, absolute 1.5; within 1 % two of four, 3 % three, 5 % all."""
     answers = [answer(overall(allocated=1000), {"allocated": stated}, id=str(stated)) for stated in (960, 990, 1005, 1020)]
     (summary,) = summaries(answers, "source")
     assert (summary.group, summary.figure, summary.rows, summary.worst_id) == ("tests", "allocated", 4, "960")

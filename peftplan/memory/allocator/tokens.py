@@ -33,7 +33,7 @@ def items(text: str) -> list[tuple[str, Value]]:
 
 
 def whole_number(key: str, value: Value) -> int:
-    """A decimal integer without sign."""
+    """A decimal integer, unsigned."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= MOST_DIGITS:
         return int(value)
     raise InputError(key, value, f"accepted: a whole number of at most {MOST_DIGITS} digits")
