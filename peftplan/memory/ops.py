@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftplan.errors import RefusedError
 from peftplan.memory.graph import Node
 from peftplan.memory.ledger import Dim
 from peftplan.memory.tape import Tape
@@ -20,22 +19,6 @@ WIDER = {("bf16", "fp16"): "fp32", ("fp16", "bf16"): "fp32"}
 def promoted(a: str, b: str) -> str:
     """The dtype of a binary operation on two floating dtypes."""
     return a if a == b else "fp32"
-
-
-def promoted_by_autocast(f: Tape, *dtypes: str) -> str | None:
-    """What autocast makes of the inputs of `cat` or `stack`, in their order; None where it is off.
-
-    Raises RefusedError where torch raises: for 16 bits of another kind than autocast's before any fp32. Source: torch 2.13,
-    aten/src/ATen/autocast_mode.h (`prioritize`).
-    """
-    current = f.autocast
-    if current is None:
-        return None
-    for dtype in dtypes:
-        if "fp32" not in (current, dtype) and dtype != f.autocast:
-            raise RefusedError("torch 2.13 refuses it: RuntimeError: Unexpected floating ScalarType in at::autocast::prioritize")
-        current = "fp32" if "fp32" in (current, dtype) else current
-    return current
 
 
 def _broadcast(a: Tensor, b: Any) -> Dims | None:
@@ -258,7 +241,6 @@ def rotary(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = (*x.dims[:-1], _half(x.dims[-1]))
     by_cos = f.new(x.dims, dtype, "mul")
     negated = f.new(half, x.dtype, "neg")
-    promoted_by_autocast(f, x.dtype)
     turned = f.new(x.dims, x.dtype, "cat")
     del negated
     by_sin = f.new(x.dims, dtype, "mul")
@@ -327,7 +309,6 @@ def _view_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
 
 def cached(f: Tape, x: Tensor) -> Tensor:
     """`cat` of a cache's empty tensor and x: a copy of x."""
-    promoted_by_autocast(f, x.dtype)
     return copied(f, x, "cat")
 
 

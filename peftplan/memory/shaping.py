@@ -37,9 +37,7 @@ def _split_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) -> T
 
 
 def cat(f: Tape, parts: Sequence[Tensor], dims: Dims) -> Tensor:
-    """`cat`: a copy of all parts, whose gradients are views of its own. Autocast casts the parts to one dtype first."""
-    if (wide := ops.promoted_by_autocast(f, *(part.dtype for part in parts))) is not None:
-        parts = [f.cast(part, wide) for part in parts]
+    """`cat`: a copy of all parts in the widest of their dtypes, autocast or not; their gradients are views of its own."""
     dtype = parts[0].dtype
     for part in parts[1:]:
         dtype = ops.promoted(dtype, part.dtype)

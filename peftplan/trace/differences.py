@@ -5,14 +5,13 @@
 | attention | CPU has its own flash kernel, and math for masks and dropout | `attention.sdpa`: CUDA's kernels |
 | the math kernel | dropout as below, but inside C++; under a mode the mask is added out of place | `math_attention` |
 | dropout | CPU multiplies by a mask of the input's dtype; CUDA's `native_dropout` keeps a boolean one | `_dropout` |
-| softmax(fp16, dtype=fp32) | CUDA's kernel reads fp16, writes fp32; CPU copies to fp32 first (ATen SoftMax.cpp) | `_softmax` |
+| softmax(fp16, dtype=fp32) | CUDA's kernel reads fp16, writes fp32; CPU copies to fp32 first (ATen SoftMax.cpp) | `dispatcher` |
 | softmax backward | CUDA's kernel makes `grad * output` first (SoftMax.cu: `softmax_backward_cuda_out`) | `KERNEL_TEMPORARIES` |
 | `_safe_softmax` | on CUDA a composite, which compares the scores with minus infinity (SoftMax.cpp) | `KERNEL_TEMPORARIES` |
 | cumsum of a boolean mask | CUDA copies it to int64 first (ReduceOps.cpp) | `KERNEL_TEMPORARIES` |
 | dropout's results | CUDA allocates the mask before the output (Dropout.cu) | `tracker.DROPOUT` |
 | counters of an optimizer | they live on the host, whatever the device | `tracker.LIFT_FRESH` |
-| autocast | CUDA runs softmax, norms, sums, powers and losses in fp32, CPU fewer of them (autocast_mode.h) | `FP32_UNDER_CUDA` |
-| cross entropy in autocast | CPU casts logits, CUDA log probabilities (LossNLL.cpp, `set_opt_dtype`) | `cross_entropy` |
+| autocast | other operations are cast, and to other dtypes, below composite ones as well (autocast_mode.h) | `dispatcher` |
 | `torch.is_autocast_enabled()` | without an argument it asks about CUDA | `as_on_cuda` |
 | masks | transformers builds a full mask for fake tensors (`is_tracing`), none for real unpadded ones | `as_on_cuda` |
 | statistics of LayerNorm | fp32 for 16-bit inputs (layer_norm_kernel.cu: `acc_type`), on a CPU the inputs' dtype | `statistics` |
@@ -45,43 +44,24 @@ from peftplan.trace.replacing import replaced
 
 F = torch.nn.functional
 
-FP32_UNDER_CUDA: frozenset[Any] = frozenset(
-    {
-        F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax,
-        F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softplus, F.softmin,
-        torch.norm, torch.Tensor.norm, torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.rsqrt, torch.Tensor.rsqrt,
-        torch.prod, torch.Tensor.prod, torch.cumsum, torch.Tensor.cumsum, torch.cumprod,
-        torch.exp, torch.Tensor.exp, torch.expm1, torch.log, torch.Tensor.log, torch.log2, torch.log10, torch.log1p,
-        torch.reciprocal, torch.Tensor.reciprocal, torch.acos, torch.asin, torch.cosh, torch.sinh, torch.tan, torch.erfinv,
-        torch.cdist, F.cosine_similarity, F.nll_loss, F.mse_loss, F.smooth_l1_loss, F.l1_loss, F.kl_div, F.huber_loss,
-    }
-)  # fmt: skip
-"""What CUDA's autocast runs in fp32 (`AT_FORALL_FP32`, aten/src/ATen/autocast_mode.h, torch 2.13); those that a Python name
-reaches."""
-
 
 class CudaLike(TorchFunctionMode):
     """Runs CUDA's version of the functions that differ."""
 
-    def __init__(self, *, capability: Capability, autocast: bool, device: str) -> None:
+    def __init__(self, *, capability: Capability, device: str) -> None:
         super().__init__()
         self._device = device
         self._capability = capability
-        self._autocast = autocast
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace, cast, or pass on."""
+        """Replace, or pass on."""
         kwargs = kwargs or {}
         rule = RULES.get(func)
-        if rule is not None:
-            return rule(self, func, args, kwargs)
-        if self._autocast and func in FP32_UNDER_CUDA and torch.is_autocast_enabled(self._device):
-            return in_fp32(func, args, kwargs, device=self._device)
-        return func(*args, **kwargs)
+        return func(*args, **kwargs) if rule is None else rule(self, func, args, kwargs)
 
     def attention(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`scaled_dot_product_attention`, with autocast's cast of its inputs, the mask included; inside there is no autocast."""
-        if self._autocast and torch.is_autocast_enabled(self._device):
+        if torch.is_autocast_enabled(self._device):
             low = torch.get_autocast_dtype(self._device)
 
             def cast(value: Any) -> Any:
@@ -100,40 +80,6 @@ class CudaLike(TorchFunctionMode):
             return func(*args, **kwargs)
         return torch.ops.aten.native_dropout(x, p, True)[0]
 
-    def softmax(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`softmax` and `log_softmax`, under autocast to fp32 (`set_opt_dtype`, autocast_mode.h): of fp16 in one kernel, of bf16
-        behind a copy (SoftMax.cpp)."""
-        x = args[0] if args else kwargs["input"]
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        by_autocast = self._autocast and kwargs.get("dtype") is None and torch.is_autocast_enabled(self._device)
-        if x.dtype == torch.float16 and dim is not None and (by_autocast or kwargs.get("dtype") == torch.float32):
-            kernel = torch.ops.aten._log_softmax if "log" in func.__name__ else torch.ops.aten._softmax
-            return kernel(x, dim, True)
-        if by_autocast:
-            return in_fp32(func, args, kwargs, device=self._device)
-        return func(*args, **kwargs)
-
-    def cross_entropy(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`cross_entropy` of class indices under autocast: `log_softmax` in the dtype of the logits, which `cross_entropy_loss`
-        (LossNLL.cpp) states and CUDA's policy so leaves alone (`set_opt_dtype`, autocast_mode.h), then `nll_loss` in fp32."""
-        logits, target, smoothing, options = _entropy_arguments(*args, **kwargs)
-        if smoothing or target.is_floating_point() or not (self._autocast and torch.is_autocast_enabled(self._device)):
-            return func(*args, **kwargs)
-        with torch.autocast(self._device, enabled=False):
-            log_probabilities = torch.log_softmax(logits, 1 if logits.dim() > 1 else 0)
-        return F.nll_loss(log_probabilities.float(), target, **options)
-
-    def sum(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`sum`, under autocast with an fp32 result: CUDA's kernel reads 16-bit numbers as they are (`make_reduction_from_ty`,
-        aten/src/ATen/native/ReduceOpsUtils.h, torch 2.13)."""
-        x = args[0] if args else kwargs["input"]
-        if not (
-            self._autocast and x.is_floating_point() and kwargs.get("dtype") is None and torch.is_autocast_enabled(self._device)
-        ):
-            return func(*args, **kwargs)
-        with torch.autocast(self._device, enabled=False):
-            return func(*args, **{**kwargs, "dtype": torch.float32})
-
     def backward(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`torch.autograd.backward` of one scalar with this mode on: a mode's own handler runs without it, but recomputation
         needs it."""
@@ -148,27 +94,12 @@ def _dropout_arguments(input: Any, p: float = 0.5, training: bool = True, inplac
     return input, p, train.get("train", training), inplace
 
 
-def _entropy_arguments(
-    input: Any, target: Any, weight: Any = None, size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
-    reduction: str = "mean", label_smoothing: float = 0.0,
-) -> Any:  # fmt: skip
-    return input, target, label_smoothing, {"weight": weight, "ignore_index": ignore_index, "reduction": reduction}
-
-
 RULES: dict[Any, Callable[[CudaLike, Any, Any, Any], Any]] = {
     torch.Tensor.backward: CudaLike.backward,
     torch.autograd.backward: CudaLike.backward,
     F.scaled_dot_product_attention: CudaLike.attention,
     F.dropout: CudaLike.dropout,
     torch.dropout: CudaLike.dropout,
-    F.softmax: CudaLike.softmax,
-    F.cross_entropy: CudaLike.cross_entropy,
-    torch.sum: CudaLike.sum,
-    torch.Tensor.sum: CudaLike.sum,
-    torch.softmax: CudaLike.softmax,
-    torch.Tensor.softmax: CudaLike.softmax,
-    F.log_softmax: CudaLike.softmax,
-    torch.log_softmax: CudaLike.softmax,
 }
 
 
@@ -205,17 +136,6 @@ def statistics(func: Any, out: Any) -> Any:
     if func is not _ATEN.native_layer_norm.default:
         return out
     return out[0], *(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in out[1:])
-
-
-def in_fp32(func: Any, args: Any, kwargs: Any, *, device: str) -> Any:
-    """Call a function with its 16-bit tensors cast, autocast off, as `fp32` policy does."""
-    low = (torch.float16, torch.bfloat16)
-
-    def cast(value: Any) -> Any:
-        return value.float() if isinstance(value, torch.Tensor) and value.dtype in low else value
-
-    with torch.autocast(device, enabled=False):
-        return func(*(cast(a) for a in args), **{k: cast(v) for k, v in kwargs.items()})
 
 
 @contextmanager

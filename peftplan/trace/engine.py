@@ -24,6 +24,7 @@ from peftplan.trace.collector import old_objects_let_be
 from peftplan.trace.ctc import ctc_on_cuda
 from peftplan.trace.depth import Stack, names_layers, repeating_stacks, with_layers
 from peftplan.trace.differences import KERNEL_TEMPORARIES, CudaLike, as_on_cuda
+from peftplan.trace.dispatcher import dispatched_as_on_cuda
 from peftplan.trace.expand import NotRepeatingError, Sample, grown
 from peftplan.trace.experts import experts_on
 from peftplan.trace.fake import FakeOn, fake_batch, fake_device, to_fake
@@ -209,7 +210,7 @@ def _run(
     to_fake(built.model, mode, on)
     batch, *before = [fake_batch(of_step.batch, mode, on) for of_step in (given, *earlier)]
     with (
-        _as_on_card(mode, capability, autocast=setup.autocast != "none", device=on.type),
+        _as_on_card(mode, capability, device=on.type),
         selecting(given.selected),
         tracker,
         on_fake_tensors(from_host=adapter_from_host(setup, quant)),
@@ -251,11 +252,12 @@ def _run(
 
 
 @contextmanager
-def _as_on_card(mode: FakeTensorMode, capability: Capability, *, autocast: bool, device: str) -> Iterator[None]:
+def _as_on_card(mode: FakeTensorMode, capability: Capability, *, device: str) -> Iterator[None]:
     """Fake tensors, and torch, transformers and flash-attn as they are on a card."""
     with (
         mode,
-        CudaLike(capability=capability, autocast=autocast, device=device),
+        CudaLike(capability=capability, device=device),
+        dispatched_as_on_cuda() if device == "cpu" else nullcontext(),
         as_on_cuda(device),
         flash_attn_installed(),
         experts_on(capability),

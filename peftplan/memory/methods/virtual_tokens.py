@@ -170,8 +170,6 @@ def crossed(model: Model, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _continued(f: Tape, past: Tensor, x: Tensor) -> Tensor:
     dims: Dims = (*x.dims[:2], "k", x.dims[3])
-    if (wide := ops.promoted_by_autocast(f, past.dtype, x.dtype)) is not None:
-        past, x = f.cast(past, wide), f.cast(x, wide)
     return f.new(dims, ops.promoted(past.dtype, x.dtype), "cat", f.record(_continued_backward, (past, x), past.dims, x.dims))
 
 
