@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from peftplan.errors import RefusedError
 from peftplan.units import GIB, ceil_div
 
 TOKEN_TILE = 4096
@@ -29,6 +30,24 @@ HALF, WIDE = 2, 4
 """Bytes of a 16-bit and of an fp32 number."""
 MOST_DOUBLINGS = 40
 """No batch has 2⁴⁰ tokens."""
+
+LIGER_MODELS = frozenset(
+    {
+        "deepseek_v2", "deepseek_v3", "deepseek_v4", "exaone4", "falcon_h1", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma4",
+        "gemma4_text", "glm4", "glm4v", "glm4v_moe", "gpt_oss", "granite", "hunyuan_v1_dense", "hunyuan_v1_moe", "internvl",
+        "llama", "llama4", "llama4_text", "llava", "ministral", "mistral", "mixtral", "mllama", "mllama_text_model",
+        "muse_glimmer", "nemotron", "olmo2", "olmo3", "paligemma", "phi3", "pixtral", "qwen2", "qwen2_5_vl", "qwen2_5_vl_text",
+        "qwen2_vl", "qwen2_vl_text", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
+        "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_vl_text", "smollm3", "smolvlm",
+    }
+)  # fmt: skip
+"""Model types that liger-kernel 0.8.5 patches (`MODEL_TYPE_TO_APPLY_LIGER_FN`); of any other it leaves the full loss in place."""
+
+
+def check_liger(model_type: str) -> None:
+    """Raises RefusedError for a model that liger-kernel leaves as it is."""
+    if model_type not in LIGER_MODELS:
+        raise RefusedError(f"loss: liger-kernel 0.8.5 patches no {model_type} models; accepted: full, trl-chunked")
 
 
 class LossSizes(NamedTuple):

@@ -132,4 +132,4 @@ def _linear8bit_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
 
 
 QUANTIZED = {"nf4": linear4bit, "fp4": linear4bit, "int8": linear8bit}
-"""Formats whose layers the analytic engine runs; the others need the trace engine, or train nowhere."""
+"""Formats whose layers the engines run; the others have no peak (`storage.without_peak`), or train nowhere."""

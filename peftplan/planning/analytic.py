@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from peftplan import methods
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
-from peftplan.errors import NeedsTraceError
+from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
 from peftplan.memory.attention import FLASH_CAPABILITY
 from peftplan.memory.fused_attention import MASK_MULTIPLE
@@ -21,7 +21,6 @@ from peftplan.memory.loss_sizes import LossSizes
 from peftplan.memory.methods import ADAPTERS, adapter_of
 from peftplan.memory.model import PROMPTED, Model, Running
 from peftplan.memory.models import FORWARDS
-from peftplan.memory.quantized import QUANTIZED
 from peftplan.memory.step import HALF, Program, steady_step
 from peftplan.memory.tape import Tape
 from peftplan.memory.timeline import Timeline, timeline
@@ -31,6 +30,7 @@ from peftplan.parameters import Parameters, loaded_dtype
 from peftplan.planning.result import Peaks
 from peftplan.planning.setup import Setup
 from peftplan.planning.virtual_tokens import check_virtual_tokens
+from peftplan.storage import without_peak
 
 if TYPE_CHECKING:
     from peftplan.planning.job import Job
@@ -240,6 +240,8 @@ def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...], loss: L
 
 def _check(job: Job) -> None:
     """Raise NeedsTraceError for the parts of a job that have no formulas here."""
+    if job.quant is not None and (why := without_peak(job.quant)) is not None:
+        raise NoEngineError(why)
     model_type = job.architecture.model_type
     if model_type not in FORWARDS:
         raise NeedsTraceError(f"activations of model type {model_type}")
@@ -252,8 +254,6 @@ def _check(job: Job) -> None:
         from peftplan.methods.bottleneck import refuse_unplaced
 
         refuse_unplaced(job.architecture, job.adaptation)
-    if job.quant is not None and job.quant.name not in QUANTIZED:
-        raise NeedsTraceError(f"activations of {job.quant.name} layers")
 
 
 def _unread(adapter: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from importlib import import_module
 from peftplan.errors import InputError
 from peftplan.memory.ledger import Allocation, Category
 from peftplan.storage import bnb
-from peftplan.storage.config import FORMATS, Format, QuantConfig, check_trainable, parse_quant
+from peftplan.storage.config import FORMATS, Format, QuantConfig, check_trainable, parse_quant, without_peak
 from peftplan.storage.dense import dense
 from peftplan.storage.modules import is_skipped, keys_to_not_convert, quantized_modules, skip_list
 
@@ -30,6 +30,7 @@ __all__ = [
     "shared",
     "skip_list",
     "stored",
+    "without_peak",
 ]
 
 

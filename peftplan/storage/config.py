@@ -12,7 +12,8 @@ class Format(NamedTuple):
     """What one storage format accepts; a tuple's first entry is the default, an empty one means no such option.
 
     `untrainable` says why adapters cannot be trained on top (None: they can). `compute_capability` is the oldest GPU on
-    which transformers keeps the format: below it the weights are dequantized while loading.
+    which transformers keeps the format: below it the weights are dequantized while loading. `kernels` names those whose
+    temporaries no engine models (None: every engine does).
     """
 
     library: str
@@ -25,6 +26,7 @@ class Format(NamedTuple):
     skip_modules: bool = True
     untrainable: str | None = None
     compute_capability: tuple[int, int] | None = None
+    kernels: str | None = None
 
 
 _BNB_4BIT = Format(
@@ -40,7 +42,13 @@ FORMATS: dict[str, Format] = {
     "nf4": _BNB_4BIT,
     "fp4": _BNB_4BIT,
     "int8": Format(library="bitsandbytes", bits=(8,)),
-    "fp8": Format(library="transformers", bits=(8,), blocksizes=(128,), compute_capability=(8, 9)),
+    "fp8": Format(
+        library="transformers",
+        bits=(8,),
+        blocksizes=(128,),
+        compute_capability=(8, 9),
+        kernels="finegrained-fp8 and DeepGEMM, which transformers loads from the Hub",
+    ),
     "mxfp4": Format(
         library="transformers",
         bits=(4,),
@@ -49,14 +57,21 @@ FORMATS: dict[str, Format] = {
         "they are fine-tuned dequantized: quant none, which is Mxfp4Config(dequantize=True)",
         compute_capability=(7, 5),
     ),
-    "gptq": Format(library="gptqmodel", bits=(4, 2, 3, 8), group_sizes=(128, -1, 16, 32, 64, 256, 512, 1024), skip_modules=False),
-    "awq": Format(library="gptqmodel", bits=(4,), group_sizes=(128, -1, 32, 64)),
+    "gptq": Format(
+        library="gptqmodel",
+        bits=(4, 2, 3, 8),
+        group_sizes=(128, -1, 16, 32, 64, 256, 512, 1024),
+        skip_modules=False,
+        kernels="gptqmodel",
+    ),
+    "awq": Format(library="gptqmodel", bits=(4,), group_sizes=(128, -1, 32, 64), kernels="gptqmodel"),
     "hqq": Format(
         library="hqq",
         bits=(4, 8, 3, 2, 1),
         group_sizes=(64, 8, 16, 32, 128, 256, 512, 1024),
         compute_dtypes=MODEL_DTYPES,
         skip_modules=False,
+        kernels="hqq",
     ),
 }
 """Every word of `--quant` besides `none`.
@@ -172,3 +187,14 @@ def _quant_storage(value: object, accepted: tuple[str, ...], *, name: str) -> st
     if not accepted:
         raise InputError("quant_storage", value, f"{name} has no storage dtype to choose; nf4 and fp4 do")
     return parse_dtype(value, field="quant_storage", accepted=accepted)
+
+
+def without_peak(quant: QuantConfig) -> str | None:
+    """Why no engine states a peak for this format, and what to do instead; None where they do."""
+    kernels = FORMATS[quant.name].kernels
+    if kernels is None:
+        return None
+    return (
+        f"a step with {quant.name} layers: no engine models what the kernels of {kernels} allocate. "
+        "Counts and stored bytes hold; for a peak, measure one step on a GPU, or plan with nf4 or int8"
+    )

@@ -118,7 +118,10 @@ def wrapped_task(model: Any, task_type: str | None) -> str | None:
 
 
 def _config_object(peft_config: Mapping[str, Any] | Any, task_type: str | None) -> Any:
-    """A peft config for one use: peft resolves `target_modules` in place. Initialisation that needs values or files is undone."""
+    """A peft config for one use: peft resolves `target_modules` in place. Initialisation that needs values or files is undone.
+
+    `task_type` is of the model; it stands in for that of a dict which has no such key. None under the key is told to peft.
+    """
     peft = _peft()
     if isinstance(peft_config, Mapping):
         given = {key: value for key, value in peft_config.items() if key != "freeze_a"}
@@ -128,7 +131,8 @@ def _config_object(peft_config: Mapping[str, Any] | Any, task_type: str | None) 
         method = peft.PeftConfig.from_peft_type(**given)
     else:
         method = copy.deepcopy(peft_config)
-    if method.task_type is None and task_type in {t.value for t in peft.TaskType}:
+    unstated = isinstance(peft_config, Mapping) and "task_type" not in peft_config
+    if unstated and task_type in {t.value for t in peft.TaskType}:
         method.task_type = task_type
     if getattr(method, "prompt_tuning_init", None) in ("TEXT", "SAMPLE_VOCAB"):
         method.prompt_tuning_init = "RANDOM"

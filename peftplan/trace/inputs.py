@@ -84,7 +84,7 @@ def _text(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
             model.config.use_cache = bool(setup.use_cache)
     # DeBERTa's classifier picks the samples that have a label: all of them
     labelled = b if type(model).__name__.endswith("ForSequenceClassification") else None
-    return Inputs(batch, frozenset({scored, scored - 1}), pictures.facts, selected=labelled)
+    return Inputs(batch, frozenset({scored, scored - 1} - {0}), pictures.facts, selected=labelled)
 
 
 def _seq2seq(model: Any, setup: Setup) -> Inputs:

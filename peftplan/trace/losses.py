@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from peftplan.errors import InputError, RefusedError
+from peftplan.memory.loss_sizes import check_liger
 from peftplan.trace.attention import Capability
 from peftplan.trace.scored import Rows, Scattered, scored_tokens
 from peftplan.trace.unsloth import FusedLinear, unsloth_tiles
@@ -33,18 +34,6 @@ TOKEN_TILE = 4096
 VOCAB_TILE = 32768
 """TRL projects tiles of so many tokens times so many vocabulary entries; its buffer has that width whatever the vocabulary."""
 
-LIGER_MODELS = frozenset(
-    {
-        "deepseek_v2", "deepseek_v3", "deepseek_v4", "exaone4", "falcon_h1", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma4",
-        "gemma4_text", "glm4", "glm4v", "glm4v_moe", "gpt_oss", "granite", "hunyuan_v1_dense", "hunyuan_v1_moe", "internvl",
-        "llama", "llama4", "llama4_text", "llava", "ministral", "mistral", "mixtral", "mllama", "mllama_text_model",
-        "muse_glimmer", "nemotron", "olmo2", "olmo3", "paligemma", "phi3", "pixtral", "qwen2", "qwen2_5_vl", "qwen2_5_vl_text",
-        "qwen2_vl", "qwen2_vl_text", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
-        "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_vl_text", "smollm3", "smolvlm",
-    }
-)  # fmt: skip
-"""Model types that liger-kernel 0.8.5 patches (`MODEL_TYPE_TO_APPLY_LIGER_FN`); of any other it leaves the full loss in place."""
-
 TENSOR_CORES_OF_BF16 = (8, 0)
 
 
@@ -55,8 +44,8 @@ def install(model: Any, *, loss: str, prompt: int, capability: Capability) -> No
     head = model.get_output_embeddings()
     if head is None:
         raise RefusedError(f"loss: {loss} needs a language model with an output projection; accepted: full")
-    if loss == "liger" and model.config.model_type not in LIGER_MODELS:
-        raise RefusedError(f"loss: liger-kernel 0.8.5 patches no {model.config.model_type} models; accepted: full, trl-chunked")
+    if loss == "liger":
+        check_liger(model.config.model_type)
     if loss != "liger" and hasattr(head, "base_layer"):
         raise RefusedError(f"target_modules: {loss} reads lm_head.weight itself, so that an adapter on it would not train")
     model.forward = FORWARDS[loss](model, prompt, capability)

@@ -9,12 +9,10 @@ from torch import nn
 
 from peftplan.errors import RefusedError
 from peftplan.memory.ledger import Allocation
-from peftplan.storage import QuantConfig, stored
+from peftplan.storage import QuantConfig, stored, without_peak
 
 QUANT_TENSORS = "quant_tensors"
 """Attribute of a stand-in: its tensors besides the weight (absmax, code tables, scales), by their name in `storage`."""
-
-TRACED = ("nf4", "fp4", "int8")
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "fp64": torch.float64,
@@ -27,9 +25,9 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 def quantize(model: nn.Module, names: set[str], quant: QuantConfig, *, dtype: str) -> None:
-    """Replace the named linear layers of a model on meta by stand-ins. Raises RefusedError for formats not in `TRACED`."""
-    if quant.name not in TRACED:
-        raise RefusedError(f"quant: {quant.name} cannot be traced yet; {', '.join(TRACED)} can")
+    """Replace the named linear layers of a model on meta by stand-ins. Raises RefusedError for formats `without_peak`."""
+    if (why := without_peak(quant)) is not None:
+        raise RefusedError(why)
     from peftplan.trace.bnb_layers import FourBitLinear, Int8Linear
 
     for name in sorted(names):
