@@ -19,7 +19,11 @@ from peftplan.methods.tuner import LINEAR, require_kind, tune
 
 Blocks = Annotated[int, Field(ge=0, le=2**24)]
 
-FALLBACK = "boft_n_butterfly_factor: peft falls back to 1 where its CUDA extension cannot be built"
+EXTENSION = (
+    "boft_n_butterfly_factor above 1 needs peft's CUDA extension, built as the adapter is made (ninja, nvcc). "
+    "It counts as built; where it cannot be, peft warns and sets the factor to 1"
+)
+"""`get_fbd_cuda`."""
 
 
 class BOFTConfig(LayeredConfig):
@@ -55,7 +59,7 @@ def boft(arch: Architecture, config: BOFTConfig) -> Adaptation:
         return [AddedBuffer(f"{module.name}.boft_P", (m, width, width), "float32", module.layers, from_host=True)]
 
     adaptation = tune(arch, config, tensors, peft_type="BOFT", bias=config.bias, buffers=buffers)
-    return adaptation._replace(notes=(FALLBACK,)) if m > 1 else adaptation
+    return adaptation._replace(notes=(EXTENSION,)) if m > 1 else adaptation
 
 
 def _blocks(module: Module, config: BOFTConfig) -> tuple[int, int]:

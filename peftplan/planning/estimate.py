@@ -15,12 +15,12 @@ from peftplan.memory.ledger import Ledger
 from peftplan.methods.adaptation import Adaptation, MethodConfig, adapter_on_host
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.planning.job import Job
-from peftplan.planning.prepare import config_of, prepare
+from peftplan.planning.prepare import check_rank_allocator, config_of, prepare
 from peftplan.planning.requirements import unmet
 from peftplan.planning.result import Estimate, Peaks
 from peftplan.planning.script import NO_SCRIPT, SUCH, Script
 from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, check_length, check_logits_to_keep, parse_setup
-from peftplan.planning.tasks import OF_TOKENS, PICTURES, task_notes, without_loss
+from peftplan.planning.tasks import OF_TOKENS, PICTURES, head_notes, task_notes, without_loss
 from peftplan.planning.verdicts import capability, card_notes, find_cards, pair, verdict
 from peftplan.storage import QuantConfig
 from peftplan.storage.modules import CONVERTED_KINDS
@@ -101,6 +101,7 @@ def estimate(
         strict=strict,
         **options,
     )
+    check_rank_allocator(job)
     built, static = _static(job.architecture, job.adaptation, job.quant, job.setup)
     cards = find_cards(gpu, context=context)
 
@@ -337,7 +338,12 @@ def _assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
     assumed |= {package: version for package, version in ran.items() if version is not None}
     if adaptation.matched:
         assumed["matched_modules"] = sum(module.copies for module in adaptation.matched)
-    notes = [*architecture.notes, *adaptation.notes, *task_notes(job.model, architecture, setup)]
+    notes = [
+        *architecture.notes,
+        *adaptation.notes,
+        *task_notes(job.model, architecture, setup),
+        *head_notes(architecture, job.adapter),
+    ]
     if quant is not None:
         assumed["quantized_parameters"] = quantized
         notes += unquantized(architecture, quant, cast=bool(setup.kbit_prepare) and quant.name in parameters.PREPARED)

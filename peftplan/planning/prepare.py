@@ -15,7 +15,7 @@ from peftplan.methods.unmatched import unmatched_targets
 from peftplan.planning.job import Job
 from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import Setup, check_logits_to_keep, parse_setup, resolved
-from peftplan.planning.tasks import check_task
+from peftplan.planning.tasks import as_told, check_task
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
 
 NOT_ON_4_BIT = ("loha", "lokr")
@@ -59,7 +59,7 @@ def prepare(
     if chosen is not None and chosen.module == "virtual_tokens":
         from peftplan.planning.virtual_tokens import check_prompted_task
 
-        check_prompted_task(architecture)
+        check_prompted_task(architecture, adapter)
     check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *script.earlier_seq_lens)))
     adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
     warnings = (*unmatched_targets(architecture, config, adapter), *(_ignored(adapter) if config is None and peft_config else ()))
@@ -105,7 +105,7 @@ def _method(
         return method, config, {}
     from peftplan.planning import ecosystem
 
-    raw = ecosystem.adapter_config(peft_config)
+    raw = {"task_type": None, **ecosystem.adapter_config(peft_config)}
     _check_peft_task(raw)
     named = methods.method_named(name) if name else None
     if named is not None and named.peft_type != _peft_type(raw):
@@ -198,7 +198,7 @@ def _adapt(
 ) -> Adaptation:
     try:
         if method is not None and config is not None:
-            return methods.adapt(architecture, method, config)
+            return methods.adapt(as_told(architecture, adapter), method, config)
     except NeedsPeftError:
         if not adapter:
             raise
@@ -226,6 +226,21 @@ def _ignored(adapter: Mapping[str, Any]) -> tuple[str, ...]:
     names = [name for name in unknown_fields(adapter) if adapter[name] not in methods.UNSET]
     peft_type = _peft_type(adapter)
     return tuple(f"peft_config: {name!r} is ignored: the installed peft has no such field of {peft_type}" for name in names)
+
+
+def check_rank_allocator(job: Job) -> None:
+    """Raises RefusedError for an AdaLoRA whose rank allocator fails when it first masks ranks: it then takes the k-th smallest
+    score, k = (init_r - target_r) · layers, by `kthvalue`, for which k is at least 1 (peft 0.21.2, tuners/adalora/layer.py).
+    """
+    fields = job.config.model_dump() if job.config is not None else job.adapter
+    if (job.method is None or job.method.peft_type != "ADALORA") and fields.get("peft_type") != "ADALORA":
+        return
+    init_r, target_r = fields.get("init_r", 12), fields.get("target_r", 8)
+    if init_r <= target_r:
+        raise RefusedError(
+            f"init_r: {init_r} leaves AdaLoRA nothing to mask down to target_r {target_r}, and peft 0.21.2 then fails with a "
+            "RuntimeError (kthvalue); accepted: an init_r above target_r"
+        )
 
 
 def config_of(model: Any, setup: Setup) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from peftplan.arch import sources
@@ -10,6 +11,8 @@ from peftplan.arch.adapters import ADAPTERS
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, PeftplanError, RefusedError
+from peftplan.memory.loss_sizes import check_liger
+from peftplan.methods.saved import SAVED_HEADS
 from peftplan.optim import parse_optim
 from peftplan.planning.setup import PRESETS, Setup
 
@@ -41,12 +44,31 @@ def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:
     if setup.logits_to_keep is not None and (task != CAUSAL or architecture.model_type in ALWAYS_ALL_LOGITS):
         raise InputError("logits_to_keep", setup.logits_to_keep, f"accepted: with causal language models, not {found}")
     if task == CAUSAL:
+        if setup.loss == "liger":
+            check_liger(architecture.model_type)
         return
     if setup.trainer == "trl":
         others = ", ".join(name for name in PRESETS if name != "trl")
         raise RefusedError(f"trainer: SFTTrainer of trl 1.16 trains causal language models, not {found}; accepted: {others}")
     if setup.loss != "full":
         raise RefusedError(f"loss: {setup.loss} replaces the loss of causal language models, not of {found}; accepted: full")
+
+
+def as_told(architecture: Architecture, adapter: Mapping[str, Any]) -> Architecture:
+    """The architecture with the task that peft is told: the adapter config's own, perhaps none; without one the model's."""
+    if "task_type" not in adapter:
+        return architecture
+    task = adapter["task_type"]
+    return replace(architecture, task_type=str(getattr(task, "value", task) or ""))
+
+
+def head_notes(architecture: Architecture, adapter: Mapping[str, Any]) -> Iterator[str]:
+    """That peft leaves the head of a task frozen unless the adapter config names the task."""
+    names = SAVED_HEADS.get(architecture.task_type, ())
+    if names and as_told(architecture, adapter).task_type not in SAVED_HEADS:
+        head = next((m.name for m in architecture.modules if m.name.rpartition(".")[2] in names), None)
+        if head is not None:
+            yield f"the adapter config states no task_type {architecture.task_type}, so peft does not train the head ({head})"
 
 
 def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator[str]:

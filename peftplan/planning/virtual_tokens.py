@@ -6,11 +6,13 @@ classes of each task; torch 2.13, nn/functional.py (`cross_entropy`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from peftplan.arch.modules import Architecture
 from peftplan.errors import NoEngineError, RefusedError
 from peftplan.memory.model import PROMPTED
+from peftplan.planning.tasks import as_told
 
 if TYPE_CHECKING:
     from peftplan.planning.job import Job
@@ -41,10 +43,19 @@ def check_virtual_tokens(job: Job) -> None:
         _check_prompts(job)
 
 
-def check_prompted_task(arch: Architecture) -> None:
-    """Raises RefusedError where peft has no class for the task of a model with virtual tokens, as `get_peft_model` does."""
+def check_prompted_task(arch: Architecture, adapter: Mapping[str, Any]) -> None:
+    """Raises RefusedError where peft has no class for the task of a model with virtual tokens, as `get_peft_model` does.
+
+    `adapter` is the adapter config that was given, if any.
+    """
+    told = as_told(arch, adapter).task_type
     if arch.task_type in PEFT_TASKS and arch.model_type not in SOUND:
-        return
+        if told:
+            return
+        raise RefusedError(
+            "task_type: the adapter config states none, without which peft 0.21.2 makes no virtual tokens (KeyError: None); "
+            f"accepted: {arch.task_type}"
+        )
     if arch.model_type in SOUND or not arch.vocab_size:
         why = f"virtual tokens stand before text, which {arch.model_class} does not read; accepted: other methods, such as lora"
     else:

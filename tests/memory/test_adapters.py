@@ -54,7 +54,7 @@ def test_a_layer_of_adalora_keeps_its_input_and_its_ranks() -> None:
 def test_adalora_holds_five_tensors_like_each_parameter() -> None:
     """Adam's two states and three sensitivities; A and B are (8, 256) and (256, 8), E (8, 1) takes a block of 512 B."""
     config = {**LLAMA, "num_hidden_layers": 1}
-    result = estimate(config, method="adalora", init_r=8, target_modules=["q_proj"], **PLAIN)  # type: ignore[arg-type]
+    result = estimate(config, method="adalora", init_r=8, target_r=4, target_modules=["q_proj"], **PLAIN)  # type: ignore[arg-type]
     assert result.peaks is not None
     lasting = sum(line.bytes() for line in result.peaks.ledgers["forward"] if line.category == "optimizer_states")
     assert lasting == 5 * (8_192 + 8_192 + 512)

@@ -42,7 +42,7 @@ def test_butterfly(options: dict[str, Any], factors: int) -> None:
     chosen = {"target_modules": ["q_proj", "down_proj"], "boft_n_butterfly_factor": factors, **options}
     with patch("peft.tuners.boft.layer.get_fbd_cuda", object):
         adaptation = assert_like_peft("llama", "boft", device="cpu", **chosen)
-    assert "falls back to 1" in adaptation.notes[0]
+    assert "sets the factor to 1" in adaptation.notes[0]
 
 
 @pytest.mark.parametrize(

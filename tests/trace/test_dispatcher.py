@@ -159,9 +159,9 @@ def test_the_lists_are_those_of_torchs_header() -> None:
     text = header.read_text()
 
     def listed(macro: str) -> set[str]:
-        found = re.search(rf"#define AT_FORALL_{macro}\(_\)(.*?)\n\n", text, re.S)
-        assert found is not None
-        return {name + (overload and f".{overload}") for name, overload in re.findall(r"_\((\w+)(?:, (\w+))?\)", found[1])}
+        macro_text = re.search(rf"#define AT_FORALL_{macro}\(_\)(.*?)\n\n", text, re.S)
+        assert macro_text is not None
+        return {name + (overload and f".{overload}") for name, overload in re.findall(r"_\((\w+)(?:, (\w+))?\)", macro_text[1])}
 
     beside = {
         "lower precision": {"cudnn_convolution", "cudnn_convolution_transpose"},
