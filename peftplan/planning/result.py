@@ -169,7 +169,7 @@ class Estimate:
 
     def __repr__(self) -> str:
         peak = f"peak {format_bytes(self.peaks.allocated)} in {self.peaks.phase}" if self.peaks else "no peak stated"
-        cards = "".join(f", {verdict.gpu}: {verdict.verdict}" for verdict in self.gpus)
+        cards = "".join(f", {verdict.gpu}: {verdict.words}" for verdict in self.gpus)
         name, method = self.model["name"], self.method["name"]
         return f"<Estimate {name} · {method} · {self.engine}: {self.trainable_parameters:,} trainable, {peak}{cards}>"
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from peftplan.datafiles import load
-from peftplan.hardware.context import context_bytes, context_measurements, cublas_workspace_bytes
+from peftplan.hardware.context import (
+    GENERATIONS,
+    context_bytes,
+    context_for_verdict,
+    context_measurements,
+    cublas_workspace_bytes,
+)
 from peftplan.hardware.gpus import find_gpu, gpus
 
 
@@ -39,6 +45,40 @@ def test_unknown_is_none_with_the_reason(name: str, words: str) -> None:
     assert looked.bytes is None
     assert words in looked.why
     assert looked.source is None
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "of"),
+    [  # the largest figure with lazy loading of a card of the generation
+        ("rtx-2080-ti", 140.875, "t4"),  # Turing; its own 879 MiB are of torch 1.6, which loads every kernel at start
+        ("a10", 481, "a100-80gb"),  # Ampere: 256 MiB on an RTX 3090
+        ("l4", 428, "rtx-4090"),  # Ada: 426 MiB on an RTX 6000 Ada
+        ("rtx-5090", 828, "rtx-5090"),  # Blackwell: 612 MiB on a B200, 555 on an RTX PRO 6000
+        ("b300", 828, "rtx-5090"),
+        ("h100-80gb", 828, "rtx-5090"),  # no Hopper, no Volta, no AMD card: the largest of all
+        ("v100-16gb", 828, "rtx-5090"),
+        ("mi300x", 828, "rtx-5090"),
+        ("24GiB", 828, "rtx-5090"),
+        ("24GB", 828, "rtx-5090"),
+    ],
+)
+def test_a_verdict_assumes_the_largest_current_context_of_the_generation(name: str, mib: float, of: str) -> None:
+    context = context_for_verdict(find_gpu(name))
+    assert (context.bytes, context.assumed) == (mib * 2**20, True)
+    assert f"assumed: {mib:g} MiB" in context.why
+    assert of in context.why
+
+
+def test_most_contexts_are_assumed() -> None:
+    contexts = {gpu.id: context_for_verdict(gpu) for gpu in gpus()}
+    assert (len(contexts), sum(context.assumed for context in contexts.values())) == (155, 148)
+    for gpu in gpus():
+        known = context_bytes(gpu).bytes
+        assert known is None or (contexts[gpu.id].bytes, contexts[gpu.id].assumed) == (known, False)
+
+
+def test_every_compute_capability_of_nvidia_has_a_generation() -> None:
+    assert {gpu.compute_capability for gpu in gpus() if gpu.vendor == "NVIDIA"} <= set(GENERATIONS)
 
 
 def test_a_rounded_measurement_says_so() -> None:

@@ -72,6 +72,38 @@ def test_a_traced_job_gets_a_verdict() -> None:
     assert (enough, too_little) == ("fits", "does_not_fit")
 
 
+@pytest.mark.parametrize(
+    ("card", "context", "word", "mib", "releases"),
+    [
+        ("70MiB", 0, "fits", 4, False),  # 5 % of 70 MiB are 3.5
+        ("69MiB", 0, "tight", 3, False),
+        ("66MiB", 0, "tight", 0, False),
+        ("63MiB", 0, "tight", -3, True),
+        ("63MiB", 1, "tight", -4, True),
+        ("63MiB", 3, "does_not_fit", -6, False),
+        ("60MiB", 0, "does_not_fit", -6, False),
+    ],
+)
+def test_a_traced_job_is_judged_by_what_it_reserves(card: str, context: int, word: str, mib: int, releases: bool) -> None:
+    """The job reserves 66 MiB, and runs within 62: what it allocates, 46.8 MiB, decides nothing."""
+    job = {**SHORT, "batch_size": 8, "seq_len": 200, "method": "full"}
+    (found,) = peftplan.estimate(TINY, gpu=card, context=context, **job).gpus
+    assert (found.verdict, found.headroom_bytes, found.runs_by_releasing_cache) == (word, mib * 2**20, releases)
+    assert found.needed_bytes == (66 + context) * 2**20
+
+
+def test_a_trace_without_pictures_says_text_only() -> None:
+    from tests.cli.run import run
+    from tests.trace.family_configs import FAMILIES
+
+    small = FAMILIES["qwen2_vl"]
+    (found,) = peftplan.estimate(small.config, method="lora", gpu="4GiB", **SHORT).gpus
+    assert (found.verdict, found.scope, found.words) == ("fits", "text", "fits, text only")
+    job = ("estimate", "qwen2-vl-2b-instruct", "--gpu", "h100", "--engine", "trace", "--seq-len", "64", "--require-fit")
+    assert run(*job).code == 1
+    assert run(*job, "--text-only").code == 0
+
+
 @pytest.mark.parametrize("method", ["houlsby", "pfeiffer"])
 def test_methods_that_peft_lacks_are_traced(method: str) -> None:
     found = peftplan.estimate(TINY, method=method, **SHORT)
