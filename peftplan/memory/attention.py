@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
-from peftplan.memory.fused_attention import HEAD_MULTIPLE, MASK_MULTIPLE, efficient, flash, number
+from peftplan.memory.fused_attention import HEAD_MULTIPLE, MASK_MULTIPLE, efficient, flash, number, padded_head
 from peftplan.memory.graph import Node
 from peftplan.memory.ledger import Dim
+from peftplan.memory.shaping import sliced
 from peftplan.memory.tape import Tape
 from peftplan.memory.tensors import Dims, Tensor
 
@@ -97,12 +98,17 @@ def attend(
         single = a.num_key_value_heads == 1
         v = v if single or moved else ops.heads(f, v, v.dims, clones=True)
         k, v = (repeat_kv(f, x, a, copies=not single) for x in (k, v))
+    head = v.dims[3]
+    if model.running.attention == "flash_attention_2" and head != q.dims[3]:
+        v = padded_head(f, v, q.dims[3])
     if f.autocast:
         q, k, v = f.cast_all(f.autocast, q, k, v)
     kernel = _kernel(model, q, k, v, mask)
     if kernel == "flash":
         out = flash(f, q, k, v, by_head=by_head)
         del q, k, v  # autocast's copies
+        if head != out.dims[3]:
+            out = sliced(f, out, (*out.dims[:3], head))
         if by_head:
             out = ops.copied(f, out, "clone")
     elif kernel == "efficient":

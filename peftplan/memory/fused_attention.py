@@ -53,7 +53,7 @@ def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, by_head: bool = False) ->
     """
     b, a, s, d = q.dims
     if number(d) % HEAD_MULTIPLE:
-        q, k, v = (_padded_head(f, x) for x in (q, k, v))
+        q, k, v = (padded_head(f, x, padded(d, HEAD_MULTIPLE)) for x in (q, k, v))
     node = f.record(_flash_backward, (q, k, v), q.detach(), k.detach(), v.detach(), by_head)
     out = f.new((b, s, a, q.dims[3]), q.dtype, "flash attention", node)
     logsumexp = f.new((b, a, s), "fp32", "logsumexp")
@@ -61,9 +61,9 @@ def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, by_head: bool = False) ->
     return out.view((b, a, s, d))
 
 
-def _padded_head(f: Tape, x: Tensor) -> Tensor:
-    dims = (*x.dims[:3], padded(x.dims[3], HEAD_MULTIPLE))
-    return f.new(dims, x.dtype, "pad", f.record(_pad_backward, (x,), x.dims))
+def padded_head(f: Tape, x: Tensor, head: Dim) -> Tensor:
+    """`pad` to this head size: keeps nothing."""
+    return f.new((*x.dims[:3], head), x.dtype, "pad", f.record(_pad_backward, (x,), x.dims))
 
 
 def _pad_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
