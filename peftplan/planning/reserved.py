@@ -178,7 +178,9 @@ class _Writer:
             if count > 1 and at >= timeline.windows[-1][1]:
                 done = self._by_layer(timeline, kinds, at)
             elif count > 0:
-                self._events += (events.MAKE, storage, kinds + kind, count, 0)
+                self._events += (events.MAKE, storage, kinds + kind, 1, 0)
+                if count > 1:  # made again, so that copies of layers take of these too
+                    self._events += (events.MAKE, storage, kinds + kind, count - 1, 0)
             elif at < outlives or timeline.kinds[kind].category == "temporaries":
                 self._events += (events.FREE, storage, kinds + kind, -count, 0)
             else:
