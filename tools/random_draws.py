@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from math import lcm
 from typing import Any, NamedTuple
 
 from peftplan.arch import catalogue
@@ -100,7 +101,8 @@ def _sizes(draw: random.Random, config: Mapping[str, Any]) -> dict[str, Any]:
     head_dim = stated or width // heads
     low, high = WIDTHS
     heads = draw.choice([n for n in range(2, 65) if low <= n * head_dim <= high])
-    width = 64 * draw.randint(low // 64, high // 64) if stated else heads * head_dim
+    step = lcm(64, heads)  # transformers asks for a width that the heads divide, whatever they measure
+    width = step * draw.randint(-(-low // step), high // step) if stated else heads * head_dim
     pairs = [n for n in range(1, heads + 1) if heads % n == 0]
     key_values = heads if config.get("kv_lora_rank") else draw.choice(pairs)
     mlp = 32 * draw.randint(width // 32, 5 * width // 32)
@@ -110,8 +112,9 @@ def _sizes(draw: random.Random, config: Mapping[str, Any]) -> dict[str, Any]:
     experts = groups * draw.choice((2, 4)) if groups > 1 else draw.choice((4, 6, 8, 16))
     sizes |= dict.fromkeys(EXPERT_FIELDS, experts) | {"num_experts_per_tok": draw.randint(1, min(4, experts))}
     if draw.random() < 0.6:
-        used = [value for name, value in config.items() if name.endswith("token_id") and isinstance(value, int)]
-        sizes["vocab_size"] = draw.randint(max(VOCAB[0], *(value + 1 for value in used), 0), max(VOCAB[1], *used, 0) + 1)
+        stated_ids = [config.get(f"{name}_token_id", -1) for name in ("pad", "bos", "eos", "decoder_start")]
+        used = max((value for value in stated_ids if isinstance(value, int)), default=-1) + 1
+        sizes["vocab_size"] = draw.randint(max(VOCAB[0], used), max(VOCAB[1], used))
     return {name: value for name, value in sizes.items() if isinstance(config.get(name), int)}
 
 
