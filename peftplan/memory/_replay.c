@@ -22,7 +22,7 @@
 #define LARGEST ((int64_t)1 << 56)  /* of one allocation, and of all segments ever taken */
 #define WIDTH 5
 
-enum { PHASE, TAKE, HOLD, LET_GO, MAKE, ADD, FREE, OUTPUTS, END_OUTPUTS, BEHIND, REPEAT, LAYER, OWN, END_OWN, HAND, EMPTY, END };
+enum { PHASE, TAKE, HOLD, LET_GO, MAKE, ADD, FREE, OUTPUTS, END_OUTPUTS, BEHIND, REPEAT, LAYER, OWN, END_OWN, HAND, EMPTY, END, LEAVE };
 
 enum { RUNS, DEVICE_FULL, HOST_FULL, TOO_LARGE, MALFORMED };
 
@@ -546,6 +546,7 @@ static int fits(Run *run, int64_t what, int64_t a, int64_t b, int64_t c)
     case OWN:
         return a >= 0 && a < storages && b >= 0 && b < sizes;
     case OUTPUTS:
+    case LEAVE:
     case END_OWN:
         return a >= 0 && a < storages;
     case BEHIND:
@@ -613,6 +614,10 @@ static size_t run_events(Run *run, const int64_t *events, size_t start, size_t s
             break;
         case END_OUTPUTS:
             release_all(run, &run->outputs);
+            break;
+        case LEAVE:
+            run->live[a].length = 0;
+            run->live[a].known = 0;
             break;
         case PHASE:
             begin_phase(run, (int)a);

@@ -40,7 +40,8 @@ else:
     HAND,  # storage, the one in its place, size, count
     EMPTY,  # torch.cuda.empty_cache()
     END,  # of a step: gradients go
-) = range(17)
+    LEAVE,  # storage: what lives of it stays for good
+) = range(18)
 WIDTH = 5
 """Integers of an event: what, and up to four operands."""
 
@@ -144,6 +145,8 @@ class _Run:
                 allocator.empty_cache()
             elif what == END:
                 self._end()
+            elif what == LEAVE:
+                self._live.pop(a, None)
 
     def _allocate(self, size: int, count: int) -> list[Block | None]:
         return [self.allocator.allocate(self.sizes[size]) for _ in range(count)]

@@ -94,9 +94,10 @@ def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_
     named = found.sizes(job.setup.batch_size, job.setup.seq_len)
     moments = found.timeline.peaks(named, found.standing_bytes)
 
-    before = []
-    for tokens in job.script.earlier_seq_lens:
-        earlier = job._replace(setup=job.setup.model_copy(update={"seq_len": tokens}))
+    before: list[tuple[Compiled, dict[str, Any]]] = []
+    for tokens in job.script.earlier_seq_lens or ((job.setup.seq_len,) if job.setup.keep_gradients else ()):
+        there = job.setup.keep_gradients and bool(before)  # before the first step there are none
+        earlier = job._replace(setup=job.setup.model_copy(update={"seq_len": tokens, "keep_gradients": there}))
         of_step = compiled(earlier, parameters, static, compute_capability=compute_capability)
         before.append((of_step, of_step.sizes(job.setup.batch_size, tokens)))
     last = (found, named)

@@ -81,10 +81,14 @@ def _write(steps: list[Compiled], script: Script) -> Written:
     writer.take(compiled.early)
     writer.begin("warmup")
     states = [line for line in compiled.standing if line.category == "optimizer_states" and line not in compiled.early]
+    kept = any(_makes_gradients(compiled.timeline, at) for at in range(compiled.timeline.windows[0][1]))
     kinds = 0
     for number, of_step in enumerate(steps, start=1):
         lasting = _lasting(states, of_step) if number == 1 else {}
         writer.step(of_step.timeline, kinds, lasting, phases=number == len(steps))
+        if kept:
+            writer.leave(n for n, kind in enumerate(of_step.timeline.kind_of) if _is_gradient(of_step.timeline, kind))
+        writer.end()
         kinds += len(of_step.timeline.kinds)
     return Written(writer.program(), list(writer.sizes), steps)
 
@@ -95,6 +99,15 @@ def _lasting(states: list[Line], compiled: Compiled) -> dict[int, list[Line]]:
     for at, line in compiled.workspaces:
         by_event.setdefault(at, []).append(line)
     return by_event
+
+
+def _is_gradient(timeline: Timeline, kind: int) -> bool:
+    return timeline.kinds[kind].category == "gradients"
+
+
+def _makes_gradients(timeline: Timeline, at: int) -> bool:
+    kind, count = timeline.events[at]
+    return count > 0 and _is_gradient(timeline, kind)
 
 
 def _stack(name: str) -> str:
@@ -173,7 +186,7 @@ class _Writer:
             if at in layers:
                 self._repeat(layers[at].layers, timeline, kinds)
                 done = layers[at].last
-            if at < done:
+            if at < done or (at < timeline.windows[0][1] and _makes_gradients(timeline, at)):  # the first step made them
                 continue
             if count > 1 and at >= timeline.windows[-1][1]:
                 done = self._by_layer(timeline, kinds, at)
@@ -188,6 +201,14 @@ class _Writer:
         self.take(lasting.get(len(timeline.events), ()))
         if self.script.empties_cache:
             self._write(events.EMPTY)
+
+    def leave(self, storages: Iterable[int]) -> None:
+        """Let what lives of these storages stay for good."""
+        for storage in storages:
+            self._write(events.LEAVE, storage)
+
+    def end(self) -> None:
+        """End a step."""
         self._write(events.END)
 
     def _begin(self, phase: str, *, counts: bool) -> None:
