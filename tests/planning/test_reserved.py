@@ -11,6 +11,10 @@ from tests.memory.engines import shallow
 
 PLAIN: dict[str, Any] = {"trainer": "plain"}
 FULL: dict[str, Any] = {"method": "full", "batch_size": 4, "seq_len": 512, "gradient_checkpointing": False}
+LATENT = {
+    "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 512, "q_lora_rank": 512,
+}  # fmt: skip
 JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "workspaces are taken by the first products": (shallow("gpt2"), {"method": "lora", "batch_size": 4, **PLAIN}),
     "a quantized load goes by name, though no layer is quantized": (shallow("falcon-7b", 3), {"method": "lora", "quant": "int8"}),
@@ -41,6 +45,18 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "an embedding that is scaled is two tensors": (
         shallow("gemma-2-2b", 26),
         {"method": "qlora", "batch_size": 2, "seq_len": 384},
+    ),
+    "FlashAttention-2 pads values to the head of queries and crops its output": (
+        {**shallow("deepseek-v3", 4), **LATENT},
+        {"attn_implementation": "flash_attention_2", "logits_to_keep": 1, "batch_size": 2, "seq_len": 512, **PLAIN},
+    ),
+    "kept gradients stay where the first step makes them": (
+        {**shallow("c4ai-command-r-v01", 3), "hidden_size": 640, "num_attention_heads": 5, "num_key_value_heads": 5},
+        {**FULL, **PLAIN, "keep_gradients": True, "keep_outputs": False},
+    ),
+    "prefixes of layers that stand as copies go with them": (
+        shallow("t5-small", 6),
+        {"method": "prefix-tuning", "num_virtual_tokens": 64, "batch_size": 5, "seq_len": 300, "padding": True, **PLAIN},
     ),
     "addmm's gradients and what a call holds": (shallow("pythia-160m"), FULL),
 }
