@@ -69,8 +69,7 @@ def peaks(job: Job, engine: Literal["analytic", "trace"]) -> Peaks:
     try:
         estimated = estimate(job.config, engine=engine, **job.options)
         if estimated.peaks:
-            replayed = estimated.peaks.replayed
-            return {**replayed.by_phase, RUN: replayed.reserved or 0}
+            return {**estimated.peaks.by_phase, RUN: estimated.peaks.reserved or 0}
     except PeftplanError as error:
         return f"refused: {error}"
     except Exception as error:  # a fault of ours: it is reported like a number of one engine alone

@@ -9,7 +9,7 @@ from itertools import chain, islice
 import pytest
 
 from peftplan.memory import program
-from peftplan.memory.program import END, FREE, HOLD, LET_GO, MAKE, PHASE, TAKE, Program, Replayed, interpret, replay
+from peftplan.memory.program import END, FREE, HOLD, LEAVE, LET_GO, MAKE, PHASE, TAKE, Program, Replayed, interpret, replay
 from peftplan.units import MIB
 from tools.replay_jobs import both, runs
 
@@ -40,6 +40,15 @@ def test_a_program_by_hand(replayed_by: object) -> None:
     assert replayed_by(BY_HAND, SIZES, capacity=40 * MIB).reserved == 40 * MIB  # the free segment goes for the small one
     with pytest.raises(MemoryError):
         replayed_by(BY_HAND, SIZES, capacity=39 * MIB)
+
+
+@pytest.mark.parametrize("replayed_by", REPLAYS)
+def test_what_is_left_stays_when_a_step_ends(replayed_by: object) -> None:
+    """5.5 MiB stay beside the 1,024 bytes that the second step takes under the same storage."""
+    assert callable(replayed_by)
+    events = ((PHASE, 0), (MAKE, 5, 0, 1), (LEAVE, 5), (END,), (PHASE, 1), (MAKE, 5, 2, 1), (END,))
+    written = Program(array("q", chain.from_iterable((*e, 0, 0, 0, 0)[:5] for e in events)), 6, 0, ("first", "second"))
+    assert replayed_by(written, SIZES).allocated == {"first": 11 * MIB // 2, "second": 11 * MIB // 2 + 1024}
 
 
 @pytest.mark.parametrize("nbytes", [2**57, 2**70])
