@@ -2,7 +2,7 @@
 
 Drift is signed, in percent of what was measured: stated ÷ measured − 1. Verdicts are asked of cards made for one run: 1 % below
 its measured peak (`fits` is wrong there) and 10 % above it (`does_not_fit` is wrong there); and of the card it ran on, where
-`does_not_fit` is wrong if the run went well, and `fits` if it ran out of memory.
+`does_not_fit` is wrong if the run went well, `fits` if it ran out of memory, and `does_not_run` in both cases.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ WITHIN = (1, 3, 5)
 BELOW, ABOVE = 0.99, 1.10
 """The two synthetic cards, as shares of the measured peak."""
 
-VERDICTS = ("fits", "tight", "does_not_fit")
+VERDICTS = ("fits", "tight", "does_not_fit", "does_not_run")
 """Those that say something."""
+CONTRADICTED = (("ok", "does_not_fit"), ("ok", "does_not_run"), ("oom", "fits"), ("oom", "does_not_run"))
+"""Outcomes of a run, each with a verdict on its card that it proves wrong."""
 Wrong = Literal["own", "below", "above"]
 
 
@@ -115,9 +117,7 @@ def measured_figures(record: Record) -> Iterator[tuple[Figure, int]]:
 
 def _wrong(answer: Answer) -> Iterator[tuple[Wrong, str]]:
     own, outcome = answer.stated.verdict, answer.record.outcome
-    if outcome == "ok" and own == "does_not_fit":
-        yield "own", own
-    if outcome == "oom" and own == "fits":
+    if own is not None and (outcome, own) in CONTRADICTED:
         yield "own", own
     peak = next(iter(sorted(answer.overall, key=lambda one: ("reserved", "allocated", "device").index(one.figure))), None)
     if peak is not None:

@@ -25,7 +25,6 @@ HEAD_MULTIPLE = 8
 QUERY_BLOCK = 128
 """Queries in fp32 accumulators are rounded up to it; an unpadded batch gets as many more per sequence."""
 SMALL_HEAD, SMALL_HEAD_STEP, HEAD_STEP = 128, 32, 64
-FIRST_CAPABILITY = (8, 0)
 
 
 def rounded_head(head: int) -> int:

@@ -88,6 +88,9 @@ def test_verdicts_on_synthetic_cards(stated: int, wrong: dict[str, str]) -> None
         ("oom", "does_not_fit", {}),
         ("oom", "tight", {}),
         ("oom", "fits", {"own": "fits"}),
+        ("ok", "does_not_run", {"own": "does_not_run"}),
+        ("oom", "does_not_run", {"own": "does_not_run"}),
+        ("failed", "does_not_run", {}),
     ],
 )
 def test_verdicts_on_the_card_it_ran_on(outcome: str, verdict: str, wrong: dict[str, str]) -> None:
