@@ -98,7 +98,7 @@ def _biases(
         shape = dict(module.params).get("bias")
         if shape is None:
             continue
-        dtype = _held(arch, f"{module.name}.bias", dtypes)
+        dtype = _dtype_of(arch, f"{module.name}.bias", dtypes)
         for name in module.names():
             yield StoredTensor(f"base_model.model.{_inside(name, targeted)}.bias", dtype, shape)
     if bias == "all":
@@ -124,7 +124,7 @@ def _embeddings(arch: Architecture, adaptation: Adaptation, dtypes: Mapping[str,
     for module in adaptation.matched:
         if module.name in (arch.input_embedding, arch.output_embedding) and _has_valid_base(module):
             for param, shape in module.params:
-                dtype = _held(arch, f"{module.name}.{param}", dtypes)
+                dtype = _dtype_of(arch, f"{module.name}.{param}", dtypes)
                 yield StoredTensor(f"base_model.model.{module.name}.base_layer.{param}", dtype, shape)
 
 
@@ -140,6 +140,6 @@ def _names_embedding(arch: Architecture, targets: object) -> bool:
     return isinstance(targets, (tuple, list)) and any(name in targets for name in EMBEDDING_LAYER_NAMES)
 
 
-def _held(arch: Architecture, name: str, dtypes: Mapping[str, str]) -> str:
+def _dtype_of(arch: Architecture, name: str, dtypes: Mapping[str, str]) -> str:
     """The dtype of a base parameter; a tied one is its owner's tensor."""
     return dtypes[dict(arch.ties).get(name, name)]

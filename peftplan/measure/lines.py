@@ -21,10 +21,10 @@ WIDTHS = (12, 14)
 def answers(record: Record, engines: Sequence[Engine]) -> dict[Engine, Answer]:
     """What each engine states of a record. A fault of an engine is no reason to stop measuring: it is shown as a refusal."""
     case = Case(Path("measured"), 1, record)
-    return {engine: Answer(case, _asked(record, engine)) for engine in engines}
+    return {engine: Answer(case, _answer(record, engine)) for engine in engines}
 
 
-def _asked(record: Record, engine: Engine) -> Stated:
+def _answer(record: Record, engine: Engine) -> Stated:
     try:
         return ask(record, engine)
     except Exception as error:

@@ -44,7 +44,7 @@ MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
-class Made:
+class Built:
     """A model ready to train, and its base inside peft's wrapper; counts as `get_nb_trainable_parameters` gives them."""
 
     model: Any
@@ -66,7 +66,7 @@ class Weight:
         return whole if index is Ellipsis else whole[index]
 
 
-def make(job: Job, device: torch.device) -> Made:
+def make(job: Job, device: torch.device) -> Built:
     """The whole model on the device. Raises RefusedError for what cannot be built."""
     with quiet_transformers(), _without_bars():
         setup = job.setup
@@ -83,7 +83,7 @@ def make(job: Job, device: torch.device) -> Made:
     if not there:
         model.to(device)
     model.train()
-    return Made(model, base, *counts(model))
+    return Built(model, base, *counts(model))
 
 
 @contextmanager

@@ -101,16 +101,16 @@ def _head_of(model: Model) -> Head:
     if loss != "full" and (task != "CAUSAL_LM" or (model_type, task) in OF_MODEL or loss not in OF_LOSS):
         raise NeedsTraceError(f"loss {loss} of task_type {task} of {model_type}")
     if loss != "full":
-        return _found(OF_LOSS[loss])
+        return _imported(OF_LOSS[loss])
     place = OF_MODEL.get((model_type, task)) or HEADS.get(task)
     if task == "TOKEN_CLS" and model.arch.blocks[0].stack == "decoder":
         place = ("decoder_heads", "every_token")
     if place is None:
         raise NeedsTraceError(f"activations of task_type {task} of {model_type}")
-    return _found(place)
+    return _imported(place)
 
 
-def _found(place: Place) -> Head:
+def _imported(place: Place) -> Head:
     module, function = place
     head: Head = getattr(import_module(f"peftplan.memory.{module}"), function)
     return head

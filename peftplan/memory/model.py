@@ -157,10 +157,10 @@ class Model:
         key = (name, layer)
         part = self._parts.get(key)
         if part is None:
-            part = self._parts[key] = self._made(name, layer)
+            part = self._parts[key] = self._new_part(name, layer)
         return part
 
-    def _made(self, name: str, layer: int | None) -> Part:
+    def _new_part(self, name: str, layer: int | None) -> Part:
         params: dict[str, Parameter] = {}
         quantized = False
         for p, part in self._families.get(name, ()):
@@ -173,21 +173,21 @@ class Model:
 
     def _parameter(self, p: Any, layer: int | None) -> Parameter:
         key = (p.name, layer if p.layers is not None else None)
-        parameter = self._held.get(key)
+        parameter = self._parameters.get(key)
         if parameter is None:
             dtype = self.running.dtype if p.quantized else p.dtype
-            parameter = self._held[key] = Parameter(p.name, p.shape, dtype, trainable=p.trainable)
+            parameter = self._parameters[key] = Parameter(p.name, p.shape, dtype, trainable=p.trainable)
             parameter.grad = self._kept_gradients.get(p.name)
         return parameter
 
     def used(self, name: str) -> list[Parameter]:
         """The tensors of a family of parameters that the step has used so far."""
-        return [p for (family, _), p in self._held.items() if family == name]
+        return [p for (family, _), p in self._parameters.items() if family == name]
 
     def idle(self) -> set[str]:
         """The trainable families that got no gradient in this step; optimizers skip them."""
         trained = {p.name for p in self.parameters.all if p.trainable}
-        return trained - {name for (name, _), p in self._held.items() if p.grad is not None}
+        return trained - {name for (name, _), p in self._parameters.items() if p.grad is not None}
 
     def keep_gradients(self) -> None:
         """Make all gradients before the step, as `zero_grad(set_to_none=False)` leaves them."""
@@ -208,7 +208,7 @@ class Model:
 
     _kept_gradients: dict[str, Tensor] = field(default_factory=dict)
 
-    _held: dict[tuple[str, int | None], Parameter] = field(default_factory=dict)
+    _parameters: dict[tuple[str, int | None], Parameter] = field(default_factory=dict)
 
     def linear(self, name: str, x: Tensor, layer: int | None = None) -> Tensor:
         """Call a linear layer, through its adapter if it has one."""

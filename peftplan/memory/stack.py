@@ -31,9 +31,9 @@ class SharedNode(Node):
 class SharedLeaf(Parameter):
     """A tensor that asks for a gradient though nothing trains it, and that every layer of a stack reads."""
 
-    __slots__ = ("held", "sums")
+    __slots__ = ("source", "sums")
     counts = False
-    held: Tensor
+    source: Tensor
     sums: set[int]
 
     def accumulate(self, tape: Tape, grad: Tensor) -> None:
@@ -89,9 +89,9 @@ def run_stack(
     copies = {f"{name} {number}": count for number, count in extra.items()}
     places = {f"{name} {number}": f"{name} {place}" for number, place in at.items()}
 
-    def run(layer: int, given: tuple[Any, ...], x: Tensor, *every: Any) -> Any:
+    def run(layer: int, of_layer: tuple[Any, ...], x: Tensor, *every: Any) -> Any:
         try:
-            return call(layer, x, *given, *every)
+            return call(layer, x, *of_layer, *every)
         finally:
             model.layer_locals.clear()
 
@@ -99,15 +99,15 @@ def run_stack(
     model.stacks.append(stack)
     for number, layer in enumerate(sections):
         x = boundary(f, x, f"{name} {number}")
-        given = own(layer) if own else ()
+        of_layer = own(layer) if own else ()
         beside = every() if callable(every) else every
         if flags[layer] and model.running.hosted and not model.micro_batch:
             model.on_host += [(y.dims, y.dtype, 1 + extra.get(number, 0)) for y in (x, *beside) if type(y) is Tensor]
-        found = model.checkpoint(run, layer, given, x, *beside) if flags[layer] else run(layer, given, x, *beside)
-        x = found if outputs is None else found[0]
+        result = model.checkpoint(run, layer, of_layer, x, *beside) if flags[layer] else run(layer, of_layer, x, *beside)
+        x = result if outputs is None else result[0]
         if outputs is not None:
-            outputs[:] = found[1:]
-        del found, beside
+            outputs[:] = result[1:]
+        del result, beside
         if x.storage is not None:
             stack.passed.add(x.storage.number)
     return boundary(f, x, f"{name} end")
@@ -146,11 +146,11 @@ def _in_runs(kinds: tuple[int, ...]) -> bool:
 
 def _second_last(kinds: tuple[int, ...], first: dict[int, int], last: dict[int, int]) -> dict[int, int]:
     """The layer before the last of each kind: in backward the first that adds to a sum, above everything still kept."""
-    found: dict[int, int] = {}
+    layers_of_kind: dict[int, int] = {}
     for layer, kind in enumerate(kinds):
         if kind in last and first[kind] < layer < last[kind]:
-            found[kind] = layer
-    return found
+            layers_of_kind[kind] = layer
+    return layers_of_kind
 
 
 def boundary(f: Tape, x: Tensor, what: str) -> Tensor:

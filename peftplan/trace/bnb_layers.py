@@ -39,12 +39,12 @@ class FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc,name-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As `Linear4bit.forward`: the input in the compute dtype, the output back in the input's."""
-        given = x.dtype
+        dtype = x.dtype
         x = x.to(self.compute_dtype)
         if self.bias is not None:
             self.bias.data = self.bias.data.to(x.dtype)
         out: torch.Tensor = _Matmul4Bit.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
-        return out.to(given)
+        return out.to(dtype)
 
     def dequantized(self) -> torch.Tensor:
         """`dequantize_4bit` of the weight."""

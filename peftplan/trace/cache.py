@@ -45,12 +45,19 @@ def traced_cache(
         if type(layer).__module__ != CLASSES:
             raise RefusedError(f"{type(model).__name__} keeps a cache of its own, {type(layer).__name__}")
         for part, tensor in _tensors(layer):
-            held = parse_dtype(tensor.dtype)
-            key = (_kind(layer, part), part, dtype if held == BASE else held, _filled(layer, part, tuple(tensor.shape), context))
+            stored_dtype = parse_dtype(tensor.dtype)
+            key = (
+                _kind(layer, part),
+                part,
+                dtype if stored_dtype == BASE else stored_dtype,
+                _filled(layer, part, tuple(tensor.shape), context),
+            )
             counts[key] = counts.get(key, 0) + 1
     if not counts:
         raise RefusedError(f"{type(model).__name__} returns no cache that transformers' cache classes hold")
-    return tuple(CacheTensor(kind, part, held, shape, layers) for (kind, part, held, shape), layers in counts.items())
+    return tuple(
+        CacheTensor(kind, part, stored_dtype, shape, layers) for (kind, part, stored_dtype, shape), layers in counts.items()
+    )
 
 
 def _decoded(model: Any, batch_size: int, context: int) -> Any:
@@ -60,16 +67,16 @@ def _decoded(model: Any, batch_size: int, context: int) -> Any:
     ids = torch.zeros((batch_size, context), dtype=torch.long, device="meta")
     with torch.no_grad(), torch.device("meta"):
         first = model(input_ids=ids[:, 1:], use_cache=True) if context > 1 else None
-        held = {} if first is None else {"past_key_values": first.past_key_values}
-        return model(input_ids=ids[:, :1], use_cache=True, **held).past_key_values
+        past = {} if first is None else {"past_key_values": first.past_key_values}
+        return model(input_ids=ids[:, :1], use_cache=True, **past).past_key_values
 
 
 def _tensors(layer: Any) -> Iterator[tuple[str, Any]]:
     import torch
 
     for part in PARTS:
-        found = getattr(layer, part, None)
-        for tensor in found.values() if isinstance(found, dict) else (found,):
+        states = getattr(layer, part, None)
+        for tensor in states.values() if isinstance(states, dict) else (states,):
             if isinstance(tensor, torch.Tensor) and tensor.numel():
                 yield part, tensor
 

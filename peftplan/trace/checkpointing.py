@@ -19,8 +19,8 @@ def checkpoint_layers(model: Any, setup: Setup) -> None:
         return
     if not model.supports_gradient_checkpointing:
         raise RefusedError(f"gradient_checkpointing: {type(model).__name__} does not support it in transformers; accepted: off")
-    given = {"every_n_layers": setup.every_n_layers, "offload": setup.offload_checkpoints}
-    stated = {name: value for name, value in given.items() if value is not None}
+    options = {"every_n_layers": setup.every_n_layers, "offload": setup.offload_checkpoints}
+    stated = {name: value for name, value in options.items() if value is not None}
     how = {"use_reentrant": setup.use_reentrant}
     try:
         if hasattr(model, "activation_checkpointing_enable"):

@@ -67,8 +67,8 @@ def repeating_stacks(config: Mapping[str, Any], *, task_type: str | None, period
         return ()
     model = _model(config, task_type)
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    found = [replace(stack, period=period) for place in deep if (stack := _stack(config, *place, lists, task_type)) is not None]
-    return tuple(sorted(found, key=lambda stack: -stack.layers)[:MAX_STACKS])
+    stacks = [replace(stack, period=period) for place in deep if (stack := _stack(config, *place, lists, task_type)) is not None]
+    return tuple(sorted(stacks, key=lambda stack: -stack.layers)[:MAX_STACKS])
 
 
 def _places(config: Mapping[str, Any]) -> Iterator[tuple[str | None, str, int]]:
@@ -126,10 +126,12 @@ def _likeness(layer: nn.Module) -> list[Any]:
 def names_layers(peft_config: Any, quant_skip: tuple[str, ...] | None) -> bool:
     """Whether the adapter or the quantization names single layers, which a shallow model may not have."""
     fields = peft_config if isinstance(peft_config, Mapping) else getattr(peft_config, "__dict__", {})
-    asked = [fields.get(key) for key in ("layers_to_transform", "layer_replication", "num_layers", "adapter_layers")]
+    by_layer = [fields.get(key) for key in ("layers_to_transform", "layer_replication", "num_layers", "adapter_layers")]
     texts = [str(fields.get(key) or "") for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")]
     texts += [str(fields.get(key) or "") for key in ("rank_pattern", "alpha_pattern")]
-    return any(value is not None for value in asked) or any(_INDEX.search(t) or "\\d" in t for t in (*texts, *(quant_skip or ())))
+    return any(value is not None for value in by_layer) or any(
+        _INDEX.search(t) or "\\d" in t for t in (*texts, *(quant_skip or ()))
+    )
 
 
 def with_layers(config: Mapping[str, Any], stack: Stack, layers: int) -> dict[str, Any]:

@@ -84,8 +84,8 @@ class CudaLike(TorchFunctionMode):
         """`torch.autograd.backward` of one scalar with this mode on: a mode's own handler runs without it, but recomputation
         needs it."""
         roots = (args[0],) if isinstance(args[0], torch.Tensor) else tuple(args[0])
-        given = kwargs.get("grad_tensors", args[1] if len(args) > 1 else None)
-        grads = given or tuple(torch.ones_like(root) for root in roots)
+        grad_tensors = kwargs.get("grad_tensors", args[1] if len(args) > 1 else None)
+        grads = grad_tensors or tuple(torch.ones_like(root) for root in roots)
         with self:
             return _engine_run_backward(roots, tuple(grads), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
@@ -159,7 +159,7 @@ def as_on_cuda(device: str) -> Iterator[None]:
     """Let torch answer for the fake device where it is asked about CUDA, and transformers take fake tensors for real ones."""
     enabled, low = torch.is_autocast_enabled, torch.get_autocast_dtype
     stand_ins = {
-        "torch.is_autocast_enabled": lambda asked=None: enabled(asked or device),
+        "torch.is_autocast_enabled": lambda kind=None: enabled(kind or device),
         "torch.get_autocast_gpu_dtype": lambda: low(device),
         "transformers.utils.import_utils.is_fake_tensor": lambda tensor: False,
         "transformers.masking_utils.fast_all": _all_by_name,

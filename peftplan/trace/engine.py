@@ -105,10 +105,10 @@ class Traced:
 
     def by_category(self, phase: str | None = None) -> dict[Category, int]:
         """Bytes per category at a phase's peak, or at the overall one."""
-        found: dict[Category, int] = {}
+        totals: dict[Category, int] = {}
         for group in self.peaks[phase or self.peak_phase].alive:
-            found[group.category] = found.get(group.category, 0) + group.bytes
-        return found
+            totals[group.category] = totals.get(group.category, 0) + group.bytes
+        return totals
 
 
 def trace(
@@ -198,20 +198,20 @@ def _run(
     """One trace of exactly this model."""
     tell("making the model", 0.0)
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup)
-    given = inputs(built.base, setup)
+    step_inputs = inputs(built.base, setup)
     earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in script.earlier_seq_lens]
     losses.install(built.base, loss=setup.loss, prompt=losses.prompt_tokens(built.model), capability=capability)
     losses.install_older(built.base, shifts=script.shifts_logits, in_fp32=script.logits_in_fp32)
-    lengths = given.tokens.union(*(of_step.tokens for of_step in earlier))
+    lengths = step_inputs.tokens.union(*(of_step.tokens for of_step in earlier))
     workspaces = Workspaces(capability, apart=script.cublaslt_apart, by_rotary=script.rotary_by_product)
-    tracker = _tracker(built, replace(given, tokens=lengths), setup, workspaces)
+    tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces)
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode, on)
-    batch, *before = [fake_batch(of_step.batch, mode, on) for of_step in (given, *earlier)]
+    batch, *before = [fake_batch(of_step.batch, mode, on) for of_step in (step_inputs, *earlier)]
     with (
         _as_on_card(mode, capability, device=on.type),
-        selecting(given.selected),
+        selecting(step_inputs.selected),
         tracker,
         on_fake_tensors(from_host=adapter_from_host(setup, quant)),
         counted_host() as host,
@@ -244,7 +244,7 @@ def _run(
         started=run.started,
         managed_bytes=getattr(optimizer, "managed_bytes", 0),
         unknown_ops=dict(tracker.data_dependent),
-        facts={**given.facts, **losses.facts(setup.loss)},
+        facts={**step_inputs.facts, **losses.facts(setup.loss)},
         replaced=kernel_packages(built.base),
         host_bytes=host.most,
         prepared=quant is not None and bool(setup.kbit_prepare),
@@ -266,8 +266,8 @@ def _as_on_card(mode: FakeTensorMode, capability: Capability, *, device: str) ->
         yield
 
 
-def _tracker(built: Built, given: Inputs, setup: Setup, workspaces: Workspaces) -> Tracker:
-    tokens = _token_counts(built, given, setup)
+def _tracker(built: Built, step_inputs: Inputs, setup: Setup, workspaces: Workspaces) -> Tracker:
+    tokens = _token_counts(built, step_inputs, setup)
     vocab = getattr(built.hf_config.get_text_config(decoder=True), "vocab_size", None)
 
     parts = losses.tiles(setup.loss, tokens=tokens, config=built.hf_config)
@@ -286,11 +286,11 @@ def _tracker(built: Built, given: Inputs, setup: Setup, workspaces: Workspaces) 
     return tracker
 
 
-def _token_counts(built: Built, given: Inputs, setup: Setup) -> set[int]:
+def _token_counts(built: Built, step_inputs: Inputs, setup: Setup) -> set[int]:
     """How many rows a tensor over the vocabulary can have: the tokens of the batch, virtual ones included."""
     peft_config = getattr(built.model, "active_peft_config", None)
     virtual = getattr(peft_config, "num_virtual_tokens", None) or 0
-    return {setup.batch_size * (length + extra) for length in given.tokens for extra in (0, virtual)}
+    return {setup.batch_size * (length + extra) for length in step_inputs.tokens for extra in (0, virtual)}
 
 
 def _scalar(tensor: torch.Tensor, op: str, *, padding: bool) -> Any:

@@ -52,19 +52,19 @@ def save(events: Iterable[Event], path: Path | str, *, title: str = "") -> None:
 def load(path: Path | str) -> EventLog:
     """Read what `save` wrote. Raises InputError or UnknownNameError, which name the line or the field, for anything else."""
     try:
-        found = json.loads(content(path, field="event log"))
+        document = json.loads(content(path, field="event log"))
     except json.JSONDecodeError as error:
         raise InputError("event log", str(path), f"line {error.lineno}, column {error.colno}: {error.msg}") from error
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
         raise InputError("event log", str(path), "it is not a JSON document") from error
-    if not isinstance(found, dict) or (found.get("format"), found.get("schema_version")) != (FORMAT, SCHEMA_VERSION):
+    if not isinstance(document, dict) or (document.get("format"), document.get("schema_version")) != (FORMAT, SCHEMA_VERSION):
         raise InputError("event log", str(path), f"accepted: format {FORMAT}, schema_version {SCHEMA_VERSION}")
-    for key in found:
+    for key in document:
         if key not in HEADER:
             raise UnknownNameError("event log, key", key, HEADER)
-    title, events = found.get("title", ""), found.get("events")
+    title, events = document.get("title", ""), document.get("events")
     if type(title) is not str or type(events) is not list:
         raise InputError("event log", str(path), "accepted: a title that is text, events that are a list")
     return EventLog(title, _checked(events))

@@ -122,7 +122,7 @@ def in_order(log: Sequence[Moment], began: Began, *, stack: str) -> tuple[Moment
     """
     layers = Layers(stack)
     starts = {start for start, _ in began}
-    found: list[Moment] = []
+    ordered: list[Moment] = []
     batch: list[Moment] = []
 
     def rank(moment: Moment) -> tuple[bool, int, int]:
@@ -132,13 +132,13 @@ def in_order(log: Sequence[Moment], began: Began, *, stack: str) -> tuple[Moment
     for index, moment in enumerate(log):
         outside = moment.kind == "free" and not moment.module
         if not outside or index in starts:
-            found += sorted(batch, key=rank)
+            ordered += sorted(batch, key=rank)
             batch = []
         if outside:
             batch.append(moment)
         else:
-            found.append(moment)
-    return (*found, *sorted(batch, key=rank))
+            ordered.append(moment)
+    return (*ordered, *sorted(batch, key=rank))
 
 
 def _runs(log: Sequence[Moment], began: Began, named: Layers) -> list[Run]:
@@ -161,9 +161,9 @@ def _unit(moment: Moment, named: Layers, previous: int | None) -> int | None:
     What the caller of the layers frees between two of them belongs to the one before.
     """
     if moment.module:
-        found = named.unit(moment.module)
+        unit = named.unit(moment.module)
         follows = moment.kind == "free" or moment.module == AUTOGRAD
-        return previous if found is None and follows else found
+        return previous if unit is None and follows else unit
     owner = moment.storage.name or moment.storage.module
     return named.unit(owner) if owner else previous
 
@@ -177,11 +177,11 @@ def _chains(runs: list[Run], units: int) -> Iterator[Run | Chain]:
             at += 1
             continue
         step = 1 if run.layer == 0 else -1
-        found = runs[at : at + units]
+        of_units = runs[at : at + units]
         expected = list(range(units)) if step == 1 else list(range(units - 1, -1, -1))
-        if [r.layer for r in found] != expected or len({r.window for r in found}) != 1:
-            raise NotRepeatingError(f"layers {[r.layer for r in found]} follow each other in {run.moments[0].phase}")
-        yield Chain(found, step)
+        if [r.layer for r in of_units] != expected or len({r.window for r in of_units}) != 1:
+            raise NotRepeatingError(f"layers {[r.layer for r in of_units]} follow each other in {run.moments[0].phase}")
+        yield Chain(of_units, step)
         at += units
 
 
@@ -194,7 +194,7 @@ class _Writer:
         self._added = added
         self._growth = iter(growth)
         self._places: dict[int, Place] = {}
-        self._made: dict[Place | int, Storage] = {}
+        self._storages: dict[Place | int, Storage] = {}
         self._starts: dict[int, int] = {}
         self._names: dict[tuple[str, int], str] = {}
         self._counterparts: dict[tuple[int, int, int, int], int] = {}
@@ -228,11 +228,11 @@ class _Writer:
             place = self._places.get(moment.storage.id)
             key: Place | int = moment.storage.id if place is None else self._moved(place, run.layer, shift)
             if moment.kind == "alloc":
-                self._made[key] = self._copied(moment.storage, key)
-            elif key not in self._made:
+                self._storages[key] = self._copied(moment.storage, key)
+            elif key not in self._storages:
                 raise NotRepeatingError(f"{moment.storage.op} in {moment.module} is freed before it is made")
             module = moment.module if shift in (None, 0) else self._renamed(moment.module, int(run.layer or 0) + int(shift or 0))
-            self.log.append(Moment(moment.kind, self._made[key], moment.phase, module))
+            self.log.append(Moment(moment.kind, self._storages[key], moment.phase, module))
 
     def _moved(self, place: Place, layer: int | None, shift: int | None) -> Place:
         chain, made_in, ordinal = place
@@ -250,26 +250,26 @@ class _Writer:
             return ordinal
         key = (chain, layer, other, ordinal)
         if key not in self._counterparts:
-            self._counterparts[key] = self._found(*key)
+            self._counterparts[key] = self._ordinal_in(*key)
         return self._counterparts[key]
 
-    def _found(self, chain: int, layer: int, other: int, ordinal: int) -> int:
+    def _ordinal_in(self, chain: int, layer: int, other: int, ordinal: int) -> int:
         ours, theirs = self._allocated[chain, layer], self._allocated[chain, other]
         from_end = len(theirs) - len(ours) + ordinal
-        for found in (ordinal, from_end):
-            if 0 <= found < len(theirs) and _kin(ours[ordinal], theirs[found], self._named):
-                return found
+        for position in (ordinal, from_end):
+            if 0 <= position < len(theirs) and _kin(ours[ordinal], theirs[position], self._named):
+                return position
         raise NotRepeatingError(f"layer {other} has no counterpart of {ours[ordinal].op} in {ours[ordinal].module}")
 
     def _copied(self, storage: Storage, key: Place | int) -> Storage:
         if isinstance(key, int):
             more_bytes, more = next(self._growth)
             shape = tuple(dim + self._added * extra for dim, extra in zip(storage.shape, more, strict=True))
-            return replace(storage, id=len(self._made), nbytes=storage.nbytes + self._added * more_bytes, shape=shape)
+            return replace(storage, id=len(self._storages), nbytes=storage.nbytes + self._added * more_bytes, shape=shape)
         s = storage
         name = None if s.name is None else self._renamed(s.name, key[1])
         module = self._renamed(s.module, key[1])
-        number = len(self._made)  # `replace` would take as long as all the rest
+        number = len(self._storages)  # `replace` would take as long as all the rest
         return Storage(
             number, s.nbytes, s.shape, s.dtype, s.op, module, s.phase, s.segment, s.in_forward, s.category, name, s.freed_segment
         )
@@ -282,12 +282,12 @@ class _Writer:
 
     def phases(self, began: Began) -> Began:
         """Where each phase begins in the longer log; one without events begins where the next does."""
-        found: Began = []
+        starts: Began = []
         following = len(self.log)
         for window in range(len(began) - 1, -1, -1):
             following = self._starts.get(window, following)
-            found.append((following, began[window][1]))
-        return found[::-1]
+            starts.append((following, began[window][1]))
+        return starts[::-1]
 
 
 def _kin(one: Storage, other: Storage, named: Layers) -> bool:

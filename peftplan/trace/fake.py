@@ -19,9 +19,9 @@ from peftplan.trace.tuner_layers import LASTING
 FakeOn = Literal["cpu", "auto"]
 
 
-def fake_device(asked: FakeOn) -> torch.device:
+def fake_device(choice: FakeOn) -> torch.device:
     """Where fake tensors are said to be: `auto` is CUDA where torch sees a card, else the CPU with CUDA's differences."""
-    return torch.device("cuda" if asked == "auto" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if choice == "auto" and torch.cuda.is_available() else "cpu")
 
 
 class _Converter:
@@ -40,9 +40,9 @@ class _Converter:
 
     def parameter(self, parameter: nn.Parameter) -> Any:
         if id(parameter) not in self.known:
-            made = nn.Parameter(FakeTensor(self.mode, parameter.detach().to("meta"), self.device), parameter.requires_grad)
-            made.__dict__.update({k: v for k, v in parameter.__dict__.items() if not k.startswith("_")})
-            self.known[id(parameter)] = (parameter, made)
+            copy = nn.Parameter(FakeTensor(self.mode, parameter.detach().to("meta"), self.device), parameter.requires_grad)
+            copy.__dict__.update({k: v for k, v in parameter.__dict__.items() if not k.startswith("_")})
+            self.known[id(parameter)] = (parameter, copy)
         return self.known[id(parameter)][1]
 
 

@@ -43,12 +43,12 @@ class Inputs:
 def inputs(model: Any, setup: Setup) -> Inputs:
     """The batch for a model of transformers, before peft wraps it. Raises InputError for a length that the model's position
     table does not hold, and for `logits_to_keep` where the forward does not take it; RefusedError for a class without a loss."""
-    found = _of_class(model, setup)
-    if setup.logits_to_keep is not None and "logits_to_keep" not in found.batch:
+    batch = _of_class(model, setup)
+    if setup.logits_to_keep is not None and "logits_to_keep" not in batch.batch:
         raise InputError(
             "logits_to_keep", setup.logits_to_keep, f"accepted: with causal language models, not {type(model).__name__}"
         )
-    return found
+    return batch
 
 
 def _of_class(model: Any, setup: Setup) -> Inputs:
@@ -146,10 +146,10 @@ def _masked_frames(config: Any, frames: int) -> int:
 
 def _pictures(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
     """One picture (or clip) per sample, of the size that the config states."""
-    found = picture_inputs(model, takes, setup)
-    if not found.batch:
+    pictures = picture_inputs(model, takes, setup)
+    if not pictures.batch:
         raise RefusedError(f"engine: trace knows no input of {type(model).__name__}; accepted: text, pictures, sound")
-    return Inputs({**found.batch, **labels(model, takes, setup.batch_size, 1)}, frozenset(), found.facts)
+    return Inputs({**pictures.batch, **labels(model, takes, setup.batch_size, 1)}, frozenset(), pictures.facts)
 
 
 def labels(model: Any, takes: frozenset[str], b: int, s: int) -> dict[str, Any]:
@@ -217,16 +217,16 @@ def max_positions(model: Any, *, side: str = "") -> int | None:
 
     `side` is `encoder` or `decoder` of a model with both. Rotary and relative positions have no table and no bound.
     """
-    found = []
+    tables = []
     for name, module in model.named_modules():
         parts = name.split(".")
         if any(other in part for part in parts for other in OTHER_SIDES) or (side and side not in parts):
             continue
         if isinstance(module, nn.Embedding) and _counts_positions(parts[-1]):
-            found.append(_rows(module))
+            tables.append(_rows(module))
         elif isinstance(table := module._buffers.get("embed_positions"), torch.Tensor):
-            found.append(table.shape[0])
-    return min(found, default=None)
+            tables.append(table.shape[0])
+    return min(tables, default=None)
 
 
 def _counts_positions(leaf: str) -> bool:

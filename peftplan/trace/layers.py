@@ -16,8 +16,8 @@ class Layers:
     def number(self, name: str) -> int | None:
         """The layer in a name."""
         if name not in self._numbers:
-            found = self._pattern.search(name)
-            self._numbers[name] = int(found.group(1)) if found else None
+            match = self._pattern.search(name)
+            self._numbers[name] = int(match.group(1)) if match else None
         return self._numbers[name]
 
     def unit(self, name: str) -> int | None:
@@ -27,8 +27,8 @@ class Layers:
 
     def renamed(self, name: str, unit: int) -> str:
         """The name of the same module or tensor in another unit."""
-        found = self._pattern.search(name)
-        if not found:
+        match = self._pattern.search(name)
+        if not match:
             return name
-        number = unit * self.period + int(found.group(1)) % self.period
-        return f"{name[: found.start(1)]}{number}{name[found.end(1) :]}"
+        number = unit * self.period + int(match.group(1)) % self.period
+        return f"{name[: match.start(1)]}{number}{name[match.end(1) :]}"

@@ -99,8 +99,8 @@ def _quantized_model(built: Built, tracker: Tracker, setup: Setup, quant: QuantC
     parts.sort(key=lambda part: _natural(_base_name(built, part)))
     _warm_up(parts, tracker, quant, dtype=setup.dtype)
     for a in shared(quant):
-        made = tracker.passing(nbytes=a.nbytes, shape=a.dims, dtype=a.dtype, op="load", category="quant_state")
-        made.name = a.name
+        tensor = tracker.passing(nbytes=a.nbytes, shape=a.dims, dtype=a.dtype, op="load", category="quant_state")
+        tensor.name = a.name
     for name, module, leaf, parameter in parts:
         if leaf == "weight" and QUANT_TENSORS in module.__dict__:
             _quantized(tracker, name, module, dtype=setup.dtype)
@@ -155,9 +155,9 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _dense(tracker: Tracker, shape: tuple[int, ...], dtype: str, *, name: str) -> Storage:
-    made = tracker.passing(nbytes=ITEMSIZE[dtype] * prod(shape), shape=shape, dtype=dtype, op="load")
-    made.name = name
-    return made
+    storage = tracker.passing(nbytes=ITEMSIZE[dtype] * prod(shape), shape=shape, dtype=dtype, op="load")
+    storage.name = name
+    return storage
 
 
 def _warm_up(parts: list[Part], tracker: Tracker, quant: QuantConfig, *, dtype: str) -> None:

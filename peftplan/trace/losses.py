@@ -59,7 +59,7 @@ def install_older(model: Any, *, shifts: bool, in_fp32: bool) -> None:
     head = model.get_output_embeddings() if type(model).__name__.endswith("ForCausalLM") else None
     scaled = any(getattr(model.config.get_text_config(), name, None) for name in SCALED_LOGITS)  # in 16 bits, and cast after it
     if head is not None and in_fp32 and not scaled:
-        head.register_forward_hook(lambda module, given, logits: logits.float())
+        head.register_forward_hook(lambda module, inputs, logits: logits.float())
     if head is not None and shifts:
         model.loss_function = _of_shifted_logits
 
@@ -123,14 +123,14 @@ def trl_chunked(model: Any, prompt: int, capability: Capability) -> Forward:
         labels = labels[:, 1:]
         head = model.get_output_embeddings()
         mask = labels != IGNORED
-        found = ChunkedLogProbs.apply(  # type: ignore[no-untyped-call]
+        per_label = ChunkedLogProbs.apply(  # type: ignore[no-untyped-call]
             Rows.apply(hidden, mask, scored),  # type: ignore[no-untyped-call]
             head.weight,
             head.bias,
             Rows.apply(labels, mask, scored),  # type: ignore[no-untyped-call]
         )
-        log_probs, entropy, is_top1 = (Scattered.apply(part, mask) for part in found)  # type: ignore[no-untyped-call]
-        del found
+        log_probs, entropy, is_top1 = (Scattered.apply(part, mask) for part in per_label)  # type: ignore[no-untyped-call]
+        del per_label
         loss = -log_probs.sum() / mask.sum().clamp(min=1)
         return {"loss": loss, "log_probs": log_probs, "entropy": entropy, "is_top1": is_top1, "label_mask": mask}
 

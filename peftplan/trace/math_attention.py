@@ -28,8 +28,8 @@ def math_kernel(
     enable_gqa: bool,
 ) -> torch.Tensor:
     """Attention over all scores, in fp32 for 16-bit inputs; the weights in the inputs' dtype are made first and thrown away."""
-    given = query.dtype
-    q, k, v = (x.float() if given in HALF else x for x in (query, key, value))
+    dtype = query.dtype
+    q, k, v = (x.float() if dtype in HALF else x for x in (query, key, value))
     root = math.sqrt(abs(scale if scale is not None else 1 / math.sqrt(query.shape[-1])))
     scaled = q * root
     mask = _additive(attn_mask, is_causal, scaled, k)
@@ -40,8 +40,8 @@ def math_kernel(
     weights = torch.ops.aten._safe_softmax(weights, -1)
     if dropout_p:
         weights = torch.ops.aten.native_dropout(weights, dropout_p, True)[0]
-    low = weights.to(given)
-    out: torch.Tensor = (weights @ values).to(given)
+    low = weights.to(dtype)
+    out: torch.Tensor = (weights @ values).to(dtype)
     del low
     return out
 

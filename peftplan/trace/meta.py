@@ -84,9 +84,9 @@ def model_class(config: Mapping[str, Any], hf_config: Any, *, name: str, task_ty
     task = task_type or stated_task
     for candidate in (task,) if task else ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
         for mapping in AUTO_MAPPINGS[candidate]:
-            found = getattr(transformers, mapping).get(type(hf_config), None)
-            if found is not None:
-                return found[0] if isinstance(found, (tuple, list)) else found
+            classes = getattr(transformers, mapping).get(type(hf_config), None)
+            if classes is not None:
+                return classes[0] if isinstance(classes, (tuple, list)) else classes
     accepted = [t for t, ms in AUTO_MAPPINGS.items() if any(type(hf_config) in getattr(transformers, m) for m in ms)]
     raise UnknownNameError(f"{name}: task_type (of {hf_config.model_type})", task, accepted)
 

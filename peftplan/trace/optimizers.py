@@ -44,8 +44,8 @@ def make_optimizer(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
 
     Raises RefusedError for those whose steps no program reproduces (`Optimizer.untraced`).
     """
-    made = _of_setup(setup, model, tracker)
-    return made if allocator_of(model) is None else WithAllocator(made, model, tracker)
+    steps = _of_setup(setup, model, tracker)
+    return steps if allocator_of(model) is None else WithAllocator(steps, model, tracker)
 
 
 def _of_setup(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
@@ -61,8 +61,8 @@ def _of_setup(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
         embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
         in_embedding = {name: by_trainer and id(p) in embeddings for name, p in named}
         return StandIn(optimizer, arguments, named, in_embedding, tracker)
-    made = _torch_optimizer(optimizer.name, [p for _, p in named], arguments)
-    return Real(made, named, tracker, host_steps=optimizer.step_implementation == "foreach")
+    real = _torch_optimizer(optimizer.name, [p for _, p in named], arguments)
+    return Real(real, named, tracker, host_steps=optimizer.step_implementation == "foreach")
 
 
 def _torch_optimizer(name: str, params: list[nn.Parameter], arguments: Mapping[str, str]) -> Any:
@@ -105,8 +105,8 @@ class Real:
         """Name the states; those on the host leave the log."""
         names: dict[Any, str] = {id(p): name for name, p in self.named}
         host = []
-        for p, found in self.optimizer.state.items():
-            for key, value in found.items():
+        for p, of_parameter in self.optimizer.state.items():
+            for key, value in of_parameter.items():
                 if not isinstance(value, torch.Tensor):
                     continue
                 if key == "step" and self.host_steps:
@@ -128,13 +128,13 @@ class StandIn:
     in_embedding: Mapping[str, bool]
     tracker: Tracker
     managed_bytes: int = 0
-    _made: bool = field(default=False)
+    _has_states: bool = field(default=False)
 
     def step(self) -> None:
         """Make the states once."""
-        if self._made:
+        if self._has_states:
             return
-        self._made = True
+        self._has_states = True
         every: list[Allocation] = []
         for name, p in self.named:
             if p.grad is None:  # passed over, as bitsandbytes' `Optimizer8bit.step` does
@@ -153,10 +153,10 @@ class StandIn:
     def _take(self, name: str, allocations: Iterable[Allocation]) -> None:
         for a in allocations:
             if a.place == "device":
-                made = self.tracker.passing(
+                state = self.tracker.passing(
                     nbytes=a.nbytes, shape=a.dims, dtype=a.dtype, op="optimizer", category="optimizer_states"
                 )
-                made.name = f"{name}.{a.name}"
+                state.name = f"{name}.{a.name}"
             elif a.place == "managed":
                 self.managed_bytes += round512(a.nbytes)
 

@@ -78,5 +78,5 @@ def alive_at(log: Sequence[Moment], end: int) -> tuple[Alive, ...]:
     for s in living.values():
         name = _INDEX.sub("{}", s.name or s.module)
         groups.setdefault((category_of(s), name, s.op, s.shape, s.dtype), []).append(round512(s.nbytes))
-    found = [Alive(*key, len(sizes), sum(sizes)) for key, sizes in groups.items()]
-    return tuple(sorted(found, key=lambda group: -group.bytes))
+    alive = [Alive(*key, len(sizes), sum(sizes)) for key, sizes in groups.items()]
+    return tuple(sorted(alive, key=lambda group: -group.bytes))

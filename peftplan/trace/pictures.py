@@ -60,14 +60,14 @@ def _with_text(tokens: Callable[[Any], int], *, token_types: bool = False) -> Ca
     """A rule for a model whose picture takes places of the text: `tokens` of them, which `seq_len` includes."""
 
     def rule(model: Any, setup: Setup) -> Pictures:
-        found = _plain(model, setup)
+        pictures = _plain(model, setup)
         needed = tokens(model.config)
         if setup.seq_len <= needed:
             raise InputError("seq_len", setup.seq_len, f"accepted: more than {needed}, the tokens of one picture")
         if token_types:
-            found.batch["token_type_ids"] = torch.zeros((setup.batch_size, setup.seq_len), dtype=torch.int64)
-        found.facts["image_tokens"] = needed
-        return found
+            pictures.batch["token_type_ids"] = torch.zeros((setup.batch_size, setup.seq_len), dtype=torch.int64)
+        pictures.facts["image_tokens"] = needed
+        return pictures
 
     return rule
 

@@ -33,20 +33,20 @@ def quantize(model: nn.Module, names: set[str], quant: QuantConfig, *, dtype: st
     for name in sorted(names):
         parent, _, leaf = name.rpartition(".")
         source = model.get_submodule(name)
-        made: nn.Module = Int8Linear(source, quant) if quant.name == "int8" else FourBitLinear(source, quant, dtype=dtype)
-        setattr(model.get_submodule(parent), leaf, made)
+        stand_in: nn.Module = Int8Linear(source, quant) if quant.name == "int8" else FourBitLinear(source, quant, dtype=dtype)
+        setattr(model.get_submodule(parent), leaf, stand_in)
     setattr(model, "is_loaded_in_8bit" if quant.name == "int8" else "is_loaded_in_4bit", True)
 
 
-def prepare(made: Any, source: Any, quant: QuantConfig, *, dtype: str) -> None:
+def prepare(stand_in: Any, source: Any, quant: QuantConfig, *, dtype: str) -> None:
     """What stand-ins share: sizes, the packed weight as an ordinary parameter, the bias, and the tensors beside the weight."""
-    nn.Module.__init__(made)
-    made.in_features, made.out_features = _features(source)
-    first, *beside = stored(quant, shape=(made.out_features, made.in_features), dtype=dtype)
-    made.weight = nn.Parameter(_meta(first), requires_grad=False)
-    made.bias = source.bias
-    made.training = source.training
-    made.__dict__[QUANT_TENSORS] = {allocation.name: _meta(allocation) for allocation in beside}
+    nn.Module.__init__(stand_in)
+    stand_in.in_features, stand_in.out_features = _features(source)
+    first, *beside = stored(quant, shape=(stand_in.out_features, stand_in.in_features), dtype=dtype)
+    stand_in.weight = nn.Parameter(_meta(first), requires_grad=False)
+    stand_in.bias = source.bias
+    stand_in.training = source.training
+    stand_in.__dict__[QUANT_TENSORS] = {allocation.name: _meta(allocation) for allocation in beside}
 
 
 def module_weight(module: Any) -> torch.Tensor:

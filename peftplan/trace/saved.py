@@ -41,6 +41,6 @@ def saved_tensors(
         except Exception as error:  # peft raises whatever its code meets
             reason = str(error).strip().split("\n", 1)[0]
             raise RefusedError(f"peft {peft.__version__} does not say what it saves: {type(error).__name__}: {reason}") from None
-    held = {BASE: dtype, ADAPTER: adapter_dtype}
-    found = ((name, parse_dtype(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items())
-    return tuple(StoredTensor(name, held.get(kind, kind), shape) for name, kind, shape in found)
+    dtype_of = {BASE: dtype, ADAPTER: adapter_dtype}
+    tensors = ((name, parse_dtype(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items())
+    return tuple(StoredTensor(name, dtype_of.get(kind, kind), shape) for name, kind, shape in tensors)

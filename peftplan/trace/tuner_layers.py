@@ -43,8 +43,8 @@ def adapter_from_host(setup: Setup, quant: QuantConfig | None) -> bool:
 
 def offloaded(module: Any) -> bool:
     """Whether this is a layer of FRoD whose base weight its first forward moves to the host for good."""
-    asked = getattr(module, "runtime_offload_base_weight", None) or {}
-    return any(asked.values()) and all(type(dropout) is nn.Identity for dropout in module.frod_dropout.values())
+    flags = getattr(module, "runtime_offload_base_weight", None) or {}
+    return any(flags.values()) and all(type(dropout) is nn.Identity for dropout in module.frod_dropout.values())
 
 
 class FastBlockDiagonal:

@@ -67,18 +67,18 @@ def modules_of(model: nn.Module, ties: tuple[tuple[str, str], ...]) -> tuple[Mod
     """
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     special = {name.rpartition(".")[0] for name in (*frozen, *(alias for alias, _ in ties))}
-    found = []
+    owners = []
     for name, module in model.named_modules():
         params = tuple((n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False, remove_duplicate=False))
         if params:
-            found.append((name, (kind_of(module), params)))
-    return tuple(Module(name, kind, params, layers) for name, layers, (kind, params) in families(found, apart=special))
+            owners.append((name, (kind_of(module), params)))
+    return tuple(Module(name, kind, params, layers) for name, layers, (kind, params) in families(owners, apart=special))
 
 
 def buffers_of(model: nn.Module) -> tuple[Buffer, ...]:
     """Families of the registered buffers; one in bf16, the dtype that the model was built in, has the model's dtype."""
-    found = [(name, (_buffer_dtype(buffer), tuple(buffer.shape))) for name, buffer in model.named_buffers()]
-    return tuple(Buffer(name, dtype, shape, layers) for name, layers, (dtype, shape) in families(found))
+    buffers = [(name, (_buffer_dtype(buffer), tuple(buffer.shape))) for name, buffer in model.named_buffers()]
+    return tuple(Buffer(name, dtype, shape, layers) for name, layers, (dtype, shape) in families(buffers))
 
 
 def _buffer_dtype(buffer: torch.Tensor) -> str:
@@ -90,16 +90,16 @@ def families(named: Iterable[tuple[str, Key]], *, apart: Container[str] = ()) ->
 
     Names in `apart` stay as they are.
     """
-    found: dict[tuple[str, Key], list[int]] = {}
+    layers_of: dict[tuple[str, Key], list[int]] = {}
     for name, key in named:
         parts = name.split(".")
         position = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
         if position is None or name in apart:
-            found[name, key] = []
+            layers_of[name, key] = []
         else:
             index, parts[position] = int(parts[position]), "{}"
-            found.setdefault((".".join(parts), key), []).append(index)
-    return [(name, tuple(layers) or None, key) for (name, key), layers in found.items()]
+            layers_of.setdefault((".".join(parts), key), []).append(index)
+    return [(name, tuple(layers) or None, key) for (name, key), layers in layers_of.items()]
 
 
 def ties_of(model: nn.Module) -> tuple[tuple[str, str], ...]:

@@ -55,5 +55,5 @@ class Workspaces:
     def _take(self, tracker: Tracker, library: str, thread: str, nbytes: int) -> None:
         if (library, thread) not in self._taken:
             self._taken.add((library, thread))
-            made = tracker.passing(nbytes=nbytes, shape=(nbytes,), dtype="uint8", op=library, category="workspaces")
-            made.name = f"{library} workspace, {thread} thread"
+            workspace = tracker.passing(nbytes=nbytes, shape=(nbytes,), dtype="uint8", op=library, category="workspaces")
+            workspace.name = f"{library} workspace, {thread} thread"

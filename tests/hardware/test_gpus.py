@@ -112,9 +112,9 @@ def test_a_capacity_is_an_anonymous_card(text: str, num_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("given", ["24GB", "24G", "24 gb", "24g"])
-def test_a_size_in_gb_is_a_card_sold_as_such(given: str) -> None:
-    gpu = find_gpu(given)
-    assert (gpu.id, gpu.name, gpu.sold_gb, gpu.capacity_bytes) == (given, given, 24, None)
+def test_a_size_in_gb_is_a_card_sold_as_such(text: str) -> None:
+    gpu = find_gpu(text)
+    assert (gpu.id, gpu.name, gpu.sold_gb, gpu.capacity_bytes) == (text, text, 24, None)
 
 
 def test_a_capacity_of_nothing_is_refused() -> None:

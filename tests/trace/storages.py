@@ -17,7 +17,7 @@ class Storages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[int] = []
+        self.sizes: list[int] = []
         self.known: set[int] = set()
         self.alive = self.peak = 0
 
@@ -36,7 +36,7 @@ class Storages(TorchDispatchMode):
         self.alive += nbytes
         self.peak = max(self.peak, self.alive)
         if nbytes > SCALARS:
-            self.made.append(nbytes)
+            self.sizes.append(nbytes)
         weakref.finalize(storage, self.freed, key, nbytes)
 
     def freed(self, key: int, nbytes: int) -> None:

@@ -42,19 +42,19 @@ def test_windows() -> None:
 
 @pytest.mark.parametrize("model_type", ["olmo3", "gpt_neo", "mamba"])
 def test_a_model_without_a_description(model_type: str) -> None:
-    found = peftplan.serving(matrix.config_of(model_type), method="full", context=20, batch_size=2, dtype="fp32")
-    assert found.cache is not None, found.refused
+    serving = peftplan.serving(matrix.config_of(model_type), method="full", context=20, batch_size=2, dtype="fp32")
+    assert serving.cache is not None, serving.refused
     model, ids = matrix.real(model_type, None, "cpu").eval(), torch.zeros((2, 20), dtype=torch.long)
     with torch.no_grad():
         first = model(input_ids=ids[:, 1:], use_cache=True).past_key_values
         cache = model(input_ids=ids[:, :1], past_key_values=first, use_cache=True).past_key_values
     parts = ("keys", "values", "conv_states", "recurrent_states")
-    held = [getattr(layer, part, None) for layer in cache.layers for part in parts]
-    tensors = [t for found in held for t in (found.values() if isinstance(found, dict) else (found,)) if t is not None]
-    assert found.cache.num_bytes == sum(-(-t.untyped_storage().nbytes() // 512) * 512 for t in tensors)
+    states = [getattr(layer, part, None) for layer in cache.layers for part in parts]
+    tensors = [t for serving in states for t in (serving.values() if isinstance(serving, dict) else (serving,)) if t is not None]
+    assert serving.cache.num_bytes == sum(-(-t.untyped_storage().nbytes() // 512) * 512 for t in tensors)
     if model_type == "mamba":
-        assert {t.kind for t in found.cache.tensors} == {"state"}
-        assert found.cache.to_dict()["growing"] == 0
+        assert {t.kind for t in serving.cache.tensors} == {"state"}
+        assert serving.cache.to_dict()["growing"] == 0
 
 
 def test_what_is_refused() -> None:

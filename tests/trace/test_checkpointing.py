@@ -63,8 +63,8 @@ def test_both_keep_one_hidden_state_per_layer() -> None:
             trace = in_trace(reentrant, layers)
             end = next(window.end for window in trace.windows if window.phase == "forward")
             alive = [m.storage.id for m in trace.log[:end] if m.kind == "free"]
-            held = [m.storage for m in trace.log[:end] if m.kind == "alloc" and m.storage.id not in alive]
-            kept.append(sum(s.nbytes for s in held if s.phase == "forward"))
+            kept_storages = [m.storage for m in trace.log[:end] if m.kind == "alloc" and m.storage.id not in alive]
+            kept.append(sum(s.nbytes for s in kept_storages if s.phase == "forward"))
         assert kept[1] - kept[0] == STATES
 
 

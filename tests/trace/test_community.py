@@ -27,10 +27,10 @@ SHAPES = ((96, 64), (64, 32), (48,))
 
 
 def parameters() -> list[torch.nn.Parameter]:
-    made = [torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES]
-    for p in made:
+    created = [torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES]
+    for p in created:
         p.grad = torch.ones_like(p)
-    return made
+    return created
 
 
 def taken(optimizer: Any, *, steps: int) -> Counter[int]:
@@ -39,7 +39,7 @@ def taken(optimizer: Any, *, steps: int) -> Counter[int]:
         optimizer.step()
     with Storages() as seen:
         optimizer.step()
-    return Counter(seen.made)
+    return Counter(seen.sizes)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ BASE = 3_212_749_824
 @pytest.mark.parametrize("row", [r for r in rows("peft_metamath.jsonl") if r["adapter_config"]], ids=lambda r: r["experiment"])
 def test_published_counts(row: dict[str, Any]) -> None:
     raw = row["adapter_config"] | ({"freeze_a": True} if "lorafa" in row["experiment"] else {})
-    found = count_with_peft(llama(), raw, task_type=None)
-    assert (found.num_trainable, BASE + found.num_added) == (row["num_trainable_params"], row["num_total_params"])
+    adaptation = count_with_peft(llama(), raw, task_type=None)
+    assert (adaptation.num_trainable, BASE + adaptation.num_added) == (row["num_trainable_params"], row["num_total_params"])
 
 
 @pytest.mark.parametrize("row", rows("peft_metamath_unscored.jsonl"), ids=lambda r: r["experiment"])
@@ -61,18 +61,18 @@ def test_stand_ins_change_no_tensor(peft_type: str) -> None:
     if peft_type == "ADAMSS":
         pytest.importorskip("sklearn")
     raw = {"peft_type": peft_type, "task_type": "CAUSAL_LM", **FOR_STAND_INS[peft_type]}
-    found = count_with_peft(tiny.config_of("llama"), raw, task_type="CAUSAL_LM")
+    adaptation = count_with_peft(tiny.config_of("llama"), raw, task_type="CAUSAL_LM")
     torch.manual_seed(0)
     base = tiny.real("llama", device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = witness.peft_model(base, peft.PeftConfig.from_peft_type(**raw), device="cpu")
-    assert found.num_trainable == adapted.get_nb_trainable_parameters()[0]
+    assert adaptation.num_trainable == adapted.get_nb_trainable_parameters()[0]
     if peft_type == "ADAMSS":  # the clusters' sizes are those of the weights, their sum is not
         real = witness.split(base, adapted)[0]
-        assert {n for t in found.added for n in t.names()} == set(real)
+        assert {n for t in adaptation.added for n in t.names()} == set(real)
     else:
-        witness.assert_same(tiny.architecture("llama"), found, base, adapted)
+        witness.assert_same(tiny.architecture("llama"), adaptation, base, adapted)
 
 
 def test_every_stand_in_is_tested() -> None:
@@ -94,13 +94,13 @@ def test_equal_to_the_formulas(model: str, task: str | None, method: str, option
     entry = tiny.METHODS[method]
     raw = {"peft_type": entry.peft_type, **entry.defaults, **options}
     arch = tiny.architecture(model, task)
-    found = count_with_peft(tiny.config_of(model), raw, task_type=arch.task_type)
+    by_peft = count_with_peft(tiny.config_of(model), raw, task_type=arch.task_type)
 
     def key(tensor: Any) -> tuple[Any, ...]:
         return (tensor.name, tensor.shape, tensor.layers or (), tensor.trainable, tensor.dtype, tensor.in_embedding)
 
-    assert sorted(map(key, found.added)) == sorted(map(key, ours.added))
-    assert sorted(map(str, found.trained)) == sorted(map(str, ours.trained))
+    assert sorted(map(key, by_peft.added)) == sorted(map(key, ours.added))
+    assert sorted(map(str, by_peft.trained)) == sorted(map(str, ours.trained))
 
 
 def test_a_config_object_is_left_as_it_was() -> None:

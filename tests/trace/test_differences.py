@@ -46,10 +46,10 @@ def test_backward_of_indexing_writes_into_its_zeros(pick: Callable[[torch.Tensor
         out = pick(x, torch.empty(ROWS // 2, dtype=torch.int64))
         grad = torch.empty_like(out)
         with tracker:
-            (found,) = torch.autograd.grad(out, x, grad)
-    made = [m.storage.nbytes for m in tracker.log if m.kind == "alloc"]
-    assert made.count(WHOLE) == 1
-    assert found.shape == x.shape
+            (gradient,) = torch.autograd.grad(out, x, grad)
+    sizes = [m.storage.nbytes for m in tracker.log if m.kind == "alloc"]
+    assert sizes.count(WHOLE) == 1
+    assert gradient.shape == x.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -60,8 +60,8 @@ def test_autocast_casts_the_log_probabilities_of_a_cross_entropy_not_its_logits(
     with FakeTensorMode(), cuda, dispatched_as_on_cuda(), tracker, torch.autocast("cpu", dtype=dtype):
         logits = torch.empty(ROWS, WIDTH, dtype=dtype, requires_grad=True)
         torch.nn.functional.cross_entropy(logits, torch.empty(ROWS, dtype=torch.int64))
-    made = [m.storage.nbytes for m in tracker.log if m.kind == "alloc"][1:]
-    assert [nbytes for nbytes in made if nbytes >= WHOLE // 2] == [WHOLE // 2, WHOLE]
+    sizes = [m.storage.nbytes for m in tracker.log if m.kind == "alloc"][1:]
+    assert [nbytes for nbytes in sizes if nbytes >= WHOLE // 2] == [WHOLE // 2, WHOLE]
 
 
 def test_a_copy_that_code_asks_for_stays_a_copy() -> None:
@@ -80,9 +80,9 @@ def test_layer_norm_keeps_its_statistics_in_fp32(dtype: torch.dtype) -> None:
     with FakeTensorMode(), tracker:
         x, w, b = (torch.empty(*dims, dtype=dtype, requires_grad=True) for dims in ((256, WIDTH), (WIDTH,), (WIDTH,)))
         out = torch.nn.functional.layer_norm(x, (WIDTH,), w, b)
-        made = [m.storage.nbytes for m in tracker.log if m.kind == "alloc" and m.storage.op.startswith("aten.native_layer_norm")]
+        sizes = [m.storage.nbytes for m in tracker.log if m.kind == "alloc" and m.storage.op.startswith("aten.native_layer_norm")]
         grads = torch.autograd.grad(out, (x, w, b), torch.empty_like(out))
-    assert made[1:] == [1024, 1024]
+    assert sizes[1:] == [1024, 1024]
     assert [g.dtype for g in grads] == [dtype] * 3
 
 
@@ -164,6 +164,6 @@ def test_a_later_backward_is_added_into_the_gradient_that_is_there() -> None:
             tracker.begin("backward")
             loss.backward()
             tracker.begin("forward")
-    made = "aten.empty.memory_format"
-    weight_sized = [m.kind for m in tracker.log if m.storage.shape == (WIDTH, WIDTH) and m.storage.op != made]
+    op = "aten.empty.memory_format"
+    weight_sized = [m.kind for m in tracker.log if m.storage.shape == (WIDTH, WIDTH) and m.storage.op != op]
     assert weight_sized == ["alloc", "alloc", "free"]  # the first is stolen and stays, the second is added and goes

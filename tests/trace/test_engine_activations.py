@@ -31,7 +31,7 @@ ADAPTER = r * (2 * 2 * h + 2 * (h + kv) + 3 * (h + i))
 
 def kept_by_a_layer(peft_config: dict[str, Any] | None, **options: Any) -> float:
     """Bytes per token alive when the steady forward ends, of three layers less two."""
-    found = []
+    at_depth = []
     for layers in (2, 3):
         trace = traced(
             llama(layers),
@@ -41,8 +41,10 @@ def kept_by_a_layer(peft_config: dict[str, Any] | None, **options: Any) -> float
             batch_size=2,
         )
         end = next(window.end for window in trace.windows if window.phase == "forward")
-        found.append(sum(group.bytes for group in alive_at(trace.log, end) if group.category in ("activations", "temporaries")))
-    return (found[1] - found[0]) / TOKENS
+        at_depth.append(
+            sum(group.bytes for group in alive_at(trace.log, end) if group.category in ("activations", "temporaries"))
+        )
+    return (at_depth[1] - at_depth[0]) / TOKENS
 
 
 @pytest.mark.parametrize(

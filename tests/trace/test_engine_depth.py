@@ -40,14 +40,14 @@ def in_full(*args: Any, **kwargs: Any) -> engine.Traced:
     ],
 )
 def test_repeated_layers_are_the_full_trace(peft_config: dict[str, Any] | None, options: dict[str, Any]) -> None:
-    made = traced(llama(DEPTH), peft_config, seq_len=32, **options)
+    short = traced(llama(DEPTH), peft_config, seq_len=32, **options)
     full = in_full(llama(DEPTH), peft_config, seq_len=32, **options)
-    assert (made.depths, full.depths) == ((3, 4), ())
-    assert same(made.log, in_order(full.log, list(full.began), stack="model.layers"))
-    assert made.peak_by_phase == full.peak_by_phase
-    assert made.alive == full.alive
-    assert made.replayed.peaks == full.replayed.peaks
-    assert (made.num_trainable, made.num_total, made.managed_bytes) == (full.num_trainable, full.num_total, full.managed_bytes)
+    assert (short.depths, full.depths) == ((3, 4), ())
+    assert same(short.log, in_order(full.log, list(full.began), stack="model.layers"))
+    assert short.peak_by_phase == full.peak_by_phase
+    assert short.alive == full.alive
+    assert short.replayed.peaks == full.replayed.peaks
+    assert (short.num_trainable, short.num_total, short.managed_bytes) == (full.num_trainable, full.num_total, full.managed_bytes)
 
 
 def test_an_optimizer_that_loops_over_parameters_is_traced_in_full() -> None:
@@ -77,8 +77,8 @@ def test_layers_that_the_config_numbers_are_traced_in_full() -> None:
     vision = {**MLLAMA["vision_config"], "num_hidden_layers": DEPTH}
     places = [repeating_stacks(mllama(vision, indices), task_type="CAUSAL_LM") for indices in ([7], [])]
     assert [[stack.name for stack in stacks] for stacks in places] == [[], ["model.vision_model.transformer.layers"]]
-    made = traced(mllama(vision, [7]), lora(), trainer="transformers", seq_len=16)
-    assert (made.depths, made.facts["images_per_sample"]) == ((), 1)
+    trace = traced(mllama(vision, [7]), lora(), trainer="transformers", seq_len=16)
+    assert (trace.depths, trace.facts["images_per_sample"]) == ((), 1)
 
 
 def mllama(vision: dict[str, Any], indices: list[int]) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def model(family: Family) -> Any:
 def setup_of(family: Family, *, quantized: bool = False, **options: Any) -> Setup:
     """The setup that `estimate` would resolve."""
     sdpa = bool(getattr(transformers, family.model_class)._supports_sdpa)
-    given = {"batch_size": B, "seq_len": S, "gradient_checkpointing": family.checkpointing, **options}
-    return resolved(parse_setup(given), quantized=quantized, supports_sdpa=sdpa, use_cache=False)
+    fields = {"batch_size": B, "seq_len": S, "gradient_checkpointing": family.checkpointing, **options}
+    return resolved(parse_setup(fields), quantized=quantized, supports_sdpa=sdpa, use_cache=False)
 
 
 def traced(family: Family, kind: str, *, skip: tuple[str, ...] | None = None, **options: Any) -> Traced:
@@ -80,8 +80,8 @@ def counts(family: Family, kind: str) -> tuple[int, int]:
     task = family.task if family.task in {t.value for t in peft.TaskType} else None
     with torch.device("meta"):
         adapted = peft.get_peft_model(real, peft.LoraConfig(task_type=task, r=4, target_modules=family.targets))
-    found: tuple[int, int] = adapted.get_nb_trainable_parameters()
-    return found
+    numbers: tuple[int, int] = adapted.get_nb_trainable_parameters()
+    return numbers
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
@@ -89,12 +89,12 @@ def counts(family: Family, kind: str) -> tuple[int, int]:
 def test_traced_counts_and_sums(name: str, kind: str) -> None:
     """LoRA with two layers, the others with one: what repeats is the same in all three."""
     family = FAMILIES[name] if kind == "lora" else of_one_layer(FAMILIES[name])
-    found = traced(family, kind, skip=family.qlora_skip)
-    assert (found.num_trainable, found.num_total) == counts(family, kind)
-    for phase, peak in found.peak_by_phase.items():
-        assert sum(found.by_category(phase).values()) == peak
-    assert found.by_category("backward")["activations"] > 0
-    assert found.unknown_ops == {}
+    result = traced(family, kind, skip=family.qlora_skip)
+    assert (result.num_trainable, result.num_total) == counts(family, kind)
+    for phase, peak in result.peak_by_phase.items():
+        assert sum(result.by_category(phase).values()) == peak
+    assert result.by_category("backward")["activations"] > 0
+    assert result.unknown_ops == {}
 
 
 def test_more_than_forty_model_types() -> None:
@@ -142,16 +142,16 @@ BATCHES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, int | str]]] = {
 @pytest.mark.parametrize("name", BATCHES)
 def test_the_batch(name: str) -> None:
     family = FAMILIES[name]
-    found = inputs(model(family), setup_of(family))
+    step_inputs = inputs(model(family), setup_of(family))
     shapes, facts = BATCHES[name]
-    assert {key: tuple(value.shape) for key, value in found.batch.items() if torch.is_tensor(value)} == shapes
-    assert found.facts == facts
+    assert {key: tuple(value.shape) for key, value in step_inputs.batch.items() if torch.is_tensor(value)} == shapes
+    assert step_inputs.facts == facts
 
 
 def test_a_mask_comes_with_padding() -> None:
     for name in ("llama", "bert", "bart"):
-        found = inputs(model(FAMILIES[name]), setup_of(FAMILIES[name], padding=True))
-        assert found.batch["attention_mask"].shape == (B, S)
+        step_inputs = inputs(model(FAMILIES[name]), setup_of(FAMILIES[name], padding=True))
+        assert step_inputs.batch["attention_mask"].shape == (B, S)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def test_a_mask_comes_with_padding() -> None:
 def test_labels_of_a_classifier(labels: int, problem: str | None, shape: tuple[int, ...], dtype: Any) -> None:
     config = {"model_type": "bert", **PLAIN, "num_labels": labels, "problem_type": problem}
     family = Family(config, "BertForSequenceClassification", "SEQ_CLS")
-    found = inputs(model(family), setup_of(family)).batch["labels"]
-    assert (tuple(found.shape), found.dtype) == (shape, dtype)
+    tensor = inputs(model(family), setup_of(family)).batch["labels"]
+    assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype)
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def test_lengths_past_the_positions_are_refused(name: str, options: dict[str, An
 def test_a_decoder_with_fewer_positions_takes_what_it_holds() -> None:
     config = {"model_type": "led", **BART, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 16}
     family = Family(config, "LEDForConditionalGeneration", "SEQ_2_SEQ_LM")
-    found = inputs(model(family), setup_of(family))
-    assert (found.batch["labels"].shape, found.facts) == ((B, 16), {"decoder_seq_len": 16})
+    step_inputs = inputs(model(family), setup_of(family))
+    assert (step_inputs.batch["labels"].shape, step_inputs.facts) == ((B, 16), {"decoder_seq_len": 16})
 
 
 def test_what_has_no_loss_or_no_start_is_refused() -> None:
@@ -208,8 +208,8 @@ def test_what_has_no_loss_or_no_start_is_refused() -> None:
 
 @pytest.mark.parametrize(("name", "rows"), [("bart", 48), ("t5", 48), ("bert", 48), ("whisper", 48), ("llava", 48), ("vit", 0)])
 def test_logits_are_tokens_of_the_decoder_by_vocabulary(name: str, rows: int) -> None:
-    found = traced(FAMILIES[name], "lora")
-    logits = {m.storage.shape for m in found.log if m.storage.category == "logits"}
+    result = traced(FAMILIES[name], "lora")
+    logits = {m.storage.shape for m in result.log if m.storage.category == "logits"}
     assert {shape[-1] for shape in logits} == ({200} if rows else set())
     # a causal loss shifts: without the last token of each of the two samples
     assert {int(torch.Size(shape).numel()) // 200 for shape in logits} <= {rows, rows - B}
@@ -243,18 +243,18 @@ def test_rows_that_no_grouped_product_takes_are_refused_as_the_kernel_does() -> 
 
 def test_experts_in_fp32_and_on_old_cards() -> None:
     family = FAMILIES["mixtral"]
-    found = traced(family, "qlora")
-    experts = [m.storage for m in found.log if (m.storage.name or "").endswith("experts.down_proj")]
+    result = traced(family, "qlora")
+    experts = [m.storage for m in result.log if (m.storage.name or "").endswith("experts.down_proj")]
     assert {(s.dtype, s.shape) for s in experts} == {("bf16", (4, 64, 96)), ("fp32", (4, 64, 96))}  # loaded, then cast for kbit
-    assert any("_grouped_mm" in m.storage.op for m in found.log)
+    assert any("_grouped_mm" in m.storage.op for m in result.log)
     config = {"model_type": "mixtral", **GQA, **LOCAL_EXPERTS, "architectures": ["MixtralForCausalLM"]}
     old = trace(config, peft_config=None, setup=setup_of(family), device=(7, 5))
     assert any("grouped_mm_fallback" in m.storage.op for m in old.log)
 
 
 def test_the_kernels_that_were_not_there_are_named() -> None:
-    found = peftplan.estimate(FAMILIES["mamba"].config, engine="trace", seq_len=8, target_modules=["in_proj"])
-    assert "mamba_ssm" in found.assumptions["kernels"]
+    estimate = peftplan.estimate(FAMILIES["mamba"].config, engine="trace", seq_len=8, target_modules=["in_proj"])
+    assert "mamba_ssm" in estimate.assumptions["kernels"]
     shown = peftplan.estimate(FAMILIES["bart"].config, engine="trace", seq_len=8, target_modules=["q_proj"])
     assert shown.assumptions["decoder_seq_len"] == 8
     assert "kernels" not in shown.assumptions
@@ -277,14 +277,14 @@ def test_deep_stacks_are_the_full_trace(name: str) -> None:
     family = FAMILIES[name]._replace(config={**FAMILIES[name].config, **changes})
     config = {**family.config, "architectures": [family.model_class]}
     assert [s.name for s in engine.repeating_stacks(config, task_type=family.task)] == stacks
-    made = traced(family, "lora")
+    short = traced(family, "lora")
     with patch.object(engine, "repeating_stacks", lambda config, **_: ()):
         full = traced(family, "lora")
-    assert (made.depths, full.depths) == ((3, 4), ())
-    assert made.peak_by_phase == full.peak_by_phase
-    assert made.by_category() == full.by_category()
-    assert (made.num_trainable, made.num_total) == (full.num_trainable, full.num_total) == counts(family, "lora")
-    assert made.replayed.peaks == full.replayed.peaks
+    assert (short.depths, full.depths) == ((3, 4), ())
+    assert short.peak_by_phase == full.peak_by_phase
+    assert short.by_category() == full.by_category()
+    assert (short.num_trainable, short.num_total) == (full.num_trainable, full.num_total) == counts(family, "lora")
+    assert short.replayed.peaks == full.replayed.peaks
 
 
 def test_no_traceback_for_a_model_without_known_input() -> None:

@@ -67,10 +67,10 @@ def test_dequantized_weight_and_absmax_in_passing() -> None:
     """4-bit forward: the weight in bf16 and, double quantized, two fp32 absmax; backward: the weight and one absmax."""
     trace = traced(llama(1), lora(Q), trainer="plain", quant="nf4", double_quant=True, compute_dtype="bf16", seq_len=SEQ)
     module = "model.layers.0.mlp.gate_proj"
-    made = [m.storage for m in trace.log if m.kind == "alloc" and m.storage.module == module and m.phase == "forward"]
+    storages = [m.storage for m in trace.log if m.kind == "alloc" and m.storage.module == module and m.phase == "forward"]
     blocks = 704 * HIDDEN // 64
-    assert [s.shape for s in made[:3]] == [(1, SEQ, HIDDEN), (blocks,), (blocks,)]  # the input cast from fp32, then absmax
-    assert (704, HIDDEN) in [s.shape for s in made]
+    assert [s.shape for s in storages[:3]] == [(1, SEQ, HIDDEN), (blocks,), (blocks,)]  # the input cast from fp32, then absmax
+    assert (704, HIDDEN) in [s.shape for s in storages]
 
 
 def test_two_workspaces_and_before_torch_2_12_two_more_with_biases() -> None:

@@ -49,16 +49,16 @@ def flags(config: dict[str, Any], peft_config: dict[str, Any] | None, task_type:
 
 def test_layers_are_counted_through_encoder_and_decoder() -> None:
     """`_set_gradient_checkpointing` counts in the order of `modules()` (transformers 5.24, modeling_utils.py)."""
-    found = flags({**T5, "num_layers": 3, "num_decoder_layers": 4}, None, "SEQ_2_SEQ_LM", 2)
-    blocks = {name: flag for name, flag in found.items() if ".layer." not in name}
+    by_module = flags({**T5, "num_layers": 3, "num_decoder_layers": 4}, None, "SEQ_2_SEQ_LM", 2)
+    blocks = {name: flag for name, flag in by_module.items() if ".layer." not in name}
     assert [blocks[f"encoder.block.{n}"] for n in range(3)] == [True, False, True]
     assert [blocks[f"decoder.block.{n}"] for n in range(4)] == [False, True, False, True]
 
 
 def test_layers_that_peft_replicates_count() -> None:
     """Trainer asks for checkpointing when training begins, after peft has made its layers."""
-    found = flags(llama(2), lora(layer_replication=[[0, 2], [0, 2], [1, 2]]), "CAUSAL_LM", 3)
-    assert list(found.values()) == [True, False, False, True, False]
+    by_module = flags(llama(2), lora(layer_replication=[[0, 2], [0, 2], [1, 2]]), "CAUSAL_LM", 3)
+    assert list(by_module.values()) == [True, False, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_repeated_periods_are_the_full_trace(
     layers: int, every: int, peft_config: dict[str, Any] | None, options: dict[str, Any], depths: tuple[int, ...]
 ) -> None:
     traced(llama(1), None, seq_len=16)  # the first trace of a process makes a few numbers more
-    made = traced(llama(layers), peft_config, seq_len=16, every_n_layers=every, **options)
+    short = traced(llama(layers), peft_config, seq_len=16, every_n_layers=every, **options)
     with patch.object(engine, "repeating_stacks", lambda config, **_: ()):
         full = traced(llama(layers), peft_config, seq_len=16, every_n_layers=every, **options)
-    assert (made.depths, full.depths) == (depths, ())
-    assert same(made.log, in_order(full.log, list(full.began), stack="model.layers"))
-    assert made.alive == full.alive
-    assert made.replayed.peaks == full.replayed.peaks
-    assert (made.num_trainable, made.num_total, made.managed_bytes) == (full.num_trainable, full.num_total, full.managed_bytes)
+    assert (short.depths, full.depths) == (depths, ())
+    assert same(short.log, in_order(full.log, list(full.began), stack="model.layers"))
+    assert short.alive == full.alive
+    assert short.replayed.peaks == full.replayed.peaks
+    assert (short.num_trainable, short.num_total, short.managed_bytes) == (full.num_trainable, full.num_total, full.managed_bytes)
 
 
 def test_periods_that_hardly_repeat_are_traced_in_full() -> None:

@@ -17,13 +17,13 @@ from tests.trace.engine_case import llama, traced
 
 
 @pytest.mark.parametrize(
-    ("asked", "card", "device"), [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cpu", False, "cpu")]
+    ("choice", "card", "device"), [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cpu", False, "cpu")]
 )
 def test_fake_tensors_are_on_a_card_where_one_is_there_and_asked_for(
-    monkeypatch: pytest.MonkeyPatch, asked: FakeOn, card: bool, device: str
+    monkeypatch: pytest.MonkeyPatch, choice: FakeOn, card: bool, device: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
-    assert fake_device(asked) == torch.device(device)
+    assert fake_device(choice) == torch.device(device)
 
 
 def test_everything_of_a_model_and_its_batch_goes_to_that_device() -> None:
@@ -39,5 +39,7 @@ def test_everything_of_a_model_and_its_batch_goes_to_that_device() -> None:
 
 def test_without_a_card_auto_traces_what_cpu_traces() -> None:
     assert not torch.cuda.is_available() or pytest.skip("a card is there")
-    made = [traced(llama(layers=1), seq_len=8, trainer="plain", fake_on=fake_on).peak_by_phase for fake_on in ("cpu", "auto")]
-    assert made[0] == made[1]
+    by_device = [
+        traced(llama(layers=1), seq_len=8, trainer="plain", fake_on=fake_on).peak_by_phase for fake_on in ("cpu", "auto")
+    ]
+    assert by_device[0] == by_device[1]

@@ -42,10 +42,10 @@ def taken(call: Any, *inputs: torch.Tensor) -> tuple[Counter[int], Counter[int]]
     grad = torch.zeros_like(out)
     with Storages() as backward:
         torch.autograd.grad(out, inputs, grad)
-    return Counter(forward.made), Counter(backward.made)
+    return Counter(forward.sizes), Counter(backward.sizes)
 
 
-def given(*tensors: torch.Tensor) -> Counter[int]:
+def bytes_of(*tensors: torch.Tensor) -> Counter[int]:
     return Counter(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
@@ -61,7 +61,7 @@ def test_dense_kernel() -> None:
 def test_heads_that_are_no_multiple_of_eight_are_copied() -> None:
     q, k, v = (tensor.transpose(1, 2) for tensor in qkv(head=60, heads=a))
     forward, backward = taken(flash_attn_func, q, k, v)
-    assert forward - given(q, k, v) == Counter({2 * t * a * 64: 4, 4 * t * a: 1})  # q, k, v and out of 64
+    assert forward - bytes_of(q, k, v) == Counter({2 * t * a * 64: 4, 4 * t * a: 1})  # q, k, v and out of 64
     assert backward[2 * t * a * 64] == 1 + 3  # the gradient padded; dq, dk, dv
     assert backward[4 * b * 128 * a * 64] == 1
 
@@ -95,15 +95,17 @@ def test_transformers_finds_the_kernels_and_their_arguments() -> None:
 
 def kept_by_a_layer(**options: Any) -> float:
     """Bytes per token alive when the steady forward ends, of three layers less two, at 2 × 512 tokens."""
-    found = []
+    at_depth = []
     for layers in (2, 3):
         trace = traced(
             llama(layers), lora(ALL_LINEAR), trainer="transformers", gradient_checkpointing=False, autocast="none",
             adapter_dtype="bf16", attn_implementation="flash_attention_2", seq_len=512, batch_size=2, **options,
         )  # fmt: skip
         end = next(window.end for window in trace.windows if window.phase == "forward")
-        found.append(sum(group.bytes for group in alive_at(trace.log, end) if group.category in ("activations", "temporaries")))
-    return (found[1] - found[0]) / (2 * 512)
+        at_depth.append(
+            sum(group.bytes for group in alive_at(trace.log, end) if group.category in ("activations", "temporaries"))
+        )
+    return (at_depth[1] - at_depth[0]) / (2 * 512)
 
 
 h, i, kv = HIDDEN, MLP, KV
@@ -159,10 +161,10 @@ def test_fp32_models_and_wide_heads_are_refused() -> None:
 
 
 def test_estimate_takes_it() -> None:
-    made = peftplan.estimate(
+    estimate = peftplan.estimate(
         llama(1), method="lora", engine="trace", attn_implementation="flash_attention_2", seq_len=64, trainer="plain"
     )
-    assert made.to_dict()["memory"]["peak_allocated"] > 0
+    assert estimate.to_dict()["memory"]["peak_allocated"] > 0
 
 
 def test_flash_through_sdpa_keeps_two_tensors_of_random_state() -> None:

@@ -92,9 +92,9 @@ def test_liger_takes_a_slice_of_one_sequence() -> None:
 )
 @pytest.mark.parametrize("engine", ["analytic", "trace"])
 def test_what_does_not_take_it_is_refused(options: dict[str, Any], accepted: str, engine: Any) -> None:
-    given = {**SIZES, "logits_to_keep": N, **options}
-    with pytest.raises(InputError, match=f"logits_to_keep: {given['logits_to_keep']} is not accepted; accepted: {accepted}"):
-        estimate(llama(), engine=engine, **given)
+    job = {**SIZES, "logits_to_keep": N, **options}
+    with pytest.raises(InputError, match=f"logits_to_keep: {job['logits_to_keep']} is not accepted; accepted: {accepted}"):
+        estimate(llama(), engine=engine, **job)
 
 
 def test_labels_of_virtual_tokens_are_too_many() -> None:
@@ -115,7 +115,9 @@ def test_a_forward_without_the_argument_is_refused() -> None:
 def test_the_list_of_models_without_the_argument() -> None:
     """Of all model types that the analytic engine knows, and of those on the list."""
     known = {name: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in (*ADAPTERS, *ALWAYS_ALL_LOGITS) if name in CAUSAL}
-    lacking = {name for name, found in known.items() if "logits_to_keep" not in signature(_class(found).forward).parameters}
+    lacking = {
+        name for name, class_name in known.items() if "logits_to_keep" not in signature(_class(class_name).forward).parameters
+    }
     assert lacking == set(ALWAYS_ALL_LOGITS)
 
 

@@ -40,7 +40,7 @@ def tensors(
 
 def big(seen: Storages) -> list[int]:
     """Storages beyond those of a number per token."""
-    return [nbytes for nbytes in seen.made if nbytes > 8 * n]
+    return [nbytes for nbytes in seen.sizes if nbytes > 8 * n]
 
 
 @pytest.mark.parametrize(
@@ -56,17 +56,17 @@ def big(seen: Storages) -> list[int]:
 )
 def test_liger_by_hand(weight: torch.dtype, head_trains: bool, autocast: bool, expected: dict[int, int]) -> None:
     with FakeTensorMode():
-        given = tensors(weight=weight, head_trains=head_trains)
-    with given[0].fake_mode, Storages() as seen, torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
-        LigerCrossEntropy.apply(*given, AMPERE)
-    given_too = Counter(t.untyped_storage().nbytes() for t in given[:2])  # seen as views
-    assert Counter(nbytes for nbytes in big(seen) if nbytes > 2 * LIGER_ROWS * h * 2) - given_too == Counter(expected)
+        operands = tensors(weight=weight, head_trains=head_trains)
+    with operands[0].fake_mode, Storages() as seen, torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
+        LigerCrossEntropy.apply(*operands, AMPERE)
+    operands_too = Counter(t.untyped_storage().nbytes() for t in operands[:2])  # seen as views
+    assert Counter(nbytes for nbytes in big(seen) if nbytes > 2 * LIGER_ROWS * h * 2) - operands_too == Counter(expected)
 
 
 @pytest.mark.parametrize(("head_trains", "weight"), [(False, torch.bfloat16), (True, torch.bfloat16), (False, torch.float32)])
 def test_liger_takes_what_liger_kernel_takes(head_trains: bool, weight: torch.dtype) -> None:
     module = pytest.importorskip("liger_kernel.ops.fused_linear_cross_entropy")
-    given = tensors(weight=weight, head_trains=head_trains)
+    operands = tensors(weight=weight, head_trains=head_trains)
     autocast = weight == torch.float32
     with ExitStack() as stack:
         stack.enter_context(patch.object(module, "liger_cross_entropy_kernel", Launched()))
@@ -74,10 +74,10 @@ def test_liger_takes_what_liger_kernel_takes(head_trains: bool, weight: torch.dt
         if autocast:
             stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
         with Storages() as theirs:
-            module.LigerFusedLinearCrossEntropyFunction.apply(*given)[0].backward()
-        given[0].grad = given[1].grad = None
+            module.LigerFusedLinearCrossEntropyFunction.apply(*operands)[0].backward()
+        operands[0].grad = operands[1].grad = None
         with Storages() as ours:
-            LigerCrossEntropy.apply(*given, AMPERE if not head_trains else (7, 5)).backward()
+            LigerCrossEntropy.apply(*operands, AMPERE if not head_trains else (7, 5)).backward()
     assert Counter(big(theirs)) == Counter(big(ours))
     assert abs(theirs.peak - ours.peak) <= 8 * n
 
@@ -108,8 +108,8 @@ def test_unsloth_of_few_tokens_holds_whole_rows_of_fp32_logits() -> None:
     # rows: n h / v = 21 → 16; at least 512 × 151,936 logits: 25,930 tokens, at most 4096, at most n: all in one chunk
     once = {2 * n * h: 2, 4 * scored * v: 1}  # gradient of the hidden states and its scaled copy; logits
     chunk = {2 * scored * h: 2, 4 * scored * h: 1}  # rows picked, their gradient in fp32 and in bf16
-    found = Counter(nbytes for nbytes in big(seen) if nbytes > 4 * scored)
-    assert found - Counter([2 * v * h]) == Counter(once) + Counter(chunk)
+    sizes = Counter(nbytes for nbytes in big(seen) if nbytes > 4 * scored)
+    assert sizes - Counter([2 * v * h]) == Counter(once) + Counter(chunk)
 
 
 def test_unsloth_of_many_tokens_and_a_frozen_head_holds_one_tile() -> None:
@@ -120,9 +120,9 @@ def test_unsloth_of_many_tokens_and_a_frozen_head_holds_one_tile() -> None:
     with mode, Storages() as seen:
         FusedLinear.apply(hidden, weight, None, targets, tokens - 1, AMPERE)
     tile, accumulator = 4096 * 16384 * 4, 4096 * h * 4
-    assert seen.made.count(tile) == 1
-    assert seen.made.count(accumulator) == 1
-    assert max(nbytes for nbytes in seen.made if nbytes not in (tile, 2 * vocab * h)) == accumulator
+    assert seen.sizes.count(tile) == 1
+    assert seen.sizes.count(accumulator) == 1
+    assert max(nbytes for nbytes in seen.sizes if nbytes not in (tile, 2 * vocab * h)) == accumulator
 
 
 @pytest.mark.parametrize(
@@ -154,16 +154,16 @@ def test_tiles_count_as_logits() -> None:
 
 
 def test_an_estimate_says_whose_loss_it_is() -> None:
-    made = peftplan.estimate(llama(1), method="lora", engine="trace", trainer="trl", seq_len=64)
-    assert made.to_dict()["assumptions"]["loss_source"].startswith("trl 1.16")
+    estimate = peftplan.estimate(llama(1), method="lora", engine="trace", trainer="trl", seq_len=64)
+    assert estimate.to_dict()["assumptions"]["loss_source"].startswith("trl 1.16")
     assert "loss_source" not in traced(llama(1), lora(["q_proj"]), trainer="plain", seq_len=64).facts
 
 
 def test_a_head_that_trains_gets_an_fp32_gradient_of_trl_in_passing() -> None:
     config = lora(["q_proj"], modules_to_save=["lm_head"])
     trace = traced(llama(1), config, trainer="trl", seq_len=64)
-    made = [m.storage for m in trace.log if m.kind == "alloc" and m.phase == "backward" and m.storage.shape == (1000, HIDDEN)]
-    assert [s.dtype for s in made].count("fp32") >= 1
+    storages = [m.storage for m in trace.log if m.kind == "alloc" and m.phase == "backward" and m.storage.shape == (1000, HIDDEN)]
+    assert [s.dtype for s in storages].count("fp32") >= 1
 
 
 def test_adapters_on_the_head_are_refused_where_the_loss_reads_its_weight() -> None:

@@ -131,7 +131,9 @@ def test_boft_copies_its_permutation_from_the_host_in_a_plain_loop() -> None:
 
 def test_frod_offloads_the_weights_that_it_replaces() -> None:
     config = of("FROD", target_modules=QV)
-    kept, offloaded = (traced(llama(1), {**config, "runtime_offload_base_weight": asked}, **SHORT) for asked in (False, True))
+    kept, offloaded = (
+        traced(llama(1), {**config, "runtime_offload_base_weight": offloads}, **SHORT) for offloads in (False, True)
+    )
     # q (256 x 256) and v (128 x 256) in bf16
     moved = 2 * HIDDEN * (HIDDEN + KV)
     assert kept.by_category("step")["weights"] - offloaded.by_category("step")["weights"] == moved

@@ -36,13 +36,13 @@ def test_the_versions_here_have_all_that_is_replaced(monkeypatch: pytest.MonkeyP
     from peftplan.trace import count, replacing
     from tests.trace.engine_case import llama, lora, traced
 
-    asked: dict[str, bool] = {}
+    is_present: dict[str, bool] = {}
     is_there = replacing._is_there
-    monkeypatch.setattr(replacing, "_is_there", lambda target: asked.setdefault(target, is_there(target)))
+    monkeypatch.setattr(replacing, "_is_there", lambda target: is_present.setdefault(target, is_there(target)))
     traced(llama(layers=1), lora(), seq_len=8, quant="nf4")
-    asked |= {target: is_there(target) for stand_ins in count.STAND_INS.values() for target in stand_ins}
-    assert {"transformers.masking_utils.fast_all", "peft.tuners.boft.layer.Linear.forward"} <= asked.keys()
-    assert [target for target, there in asked.items() if not there] == []
+    is_present |= {target: is_there(target) for stand_ins in count.STAND_INS.values() for target in stand_ins}
+    assert {"transformers.masking_utils.fast_all", "peft.tuners.boft.layer.Linear.forward"} <= is_present.keys()
+    assert [target for target, there in is_present.items() if not there] == []
 
 
 class Older:
@@ -52,7 +52,7 @@ class Older:
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
         """Takes no more than this."""
-        self.asked = gradient_checkpointing_kwargs
+        self.kwargs = gradient_checkpointing_kwargs
 
 
 def setup(**options: Any) -> Setup:
@@ -62,7 +62,7 @@ def setup(**options: Any) -> Setup:
 def test_an_older_model_is_asked_in_its_own_words() -> None:
     model = Older()
     checkpoint_layers(model, setup(use_reentrant=True))
-    assert model.asked == {"use_reentrant": True}
+    assert model.kwargs == {"use_reentrant": True}
 
 
 @pytest.mark.parametrize(

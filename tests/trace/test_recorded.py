@@ -73,8 +73,8 @@ def test_a_series_reaches_every_peak(traced: Estimate, series: Series) -> None:
 
 def test_categories_at_the_peak_are_those_of_the_ledger(traced: Estimate, series: Series) -> None:
     at = max(range(len(series.times)), key=series.total.__getitem__)
-    found = {category: levels[at] for category, levels in series.by_category.items() if levels[at]}
-    assert found == {category: n for category, n in traced.ledger.by_category().items() if n}
+    at_peak = {category: levels[at] for category, levels in series.by_category.items() if levels[at]}
+    assert at_peak == {category: n for category, n in traced.ledger.by_category().items() if n}
 
 
 def test_the_phases_are_those_of_two_micro_batches(series: Series) -> None:
@@ -118,14 +118,14 @@ def test_the_saved_log_replays_to_the_stated_peaks(traced: Estimate, tmp_path: P
 )
 def test_a_recording_is_replayed_as_the_trace_was(options: dict[str, Any], script: Script, tmp_path: Path) -> None:
     """Of a model for which either moves what is reserved (tests/planning/test_script.py)."""
-    found = peaks_of(peftplan.estimate(WIDE, engine="trace", record=True, script=script, **{**RUN, **options}))
-    assert found.recording is not None
-    series = found.recording.series()
-    assert max(series.total) == found.allocated
-    assert max(series.reserved or ()) == found.reserved
-    found.recording.save(str(tmp_path / "log.json"), title="wide")
+    stated = peaks_of(peftplan.estimate(WIDE, engine="trace", record=True, script=script, **{**RUN, **options}))
+    assert stated.recording is not None
+    series = stated.recording.series()
+    assert max(series.total) == stated.allocated
+    assert max(series.reserved or ()) == stated.reserved
+    stated.recording.save(str(tmp_path / "log.json"), title="wide")
     under = AllocatorConfig(ties_by_address=script.ties_by_address)
-    assert replay(eventlog.load(tmp_path / "log.json").events, under).peaks.reserved == found.reserved
+    assert replay(eventlog.load(tmp_path / "log.json").events, under).peaks.reserved == stated.reserved
 
 
 def test_progress_goes_up_and_names_the_phases(traced: Estimate) -> None:

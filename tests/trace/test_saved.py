@@ -36,6 +36,6 @@ def test_bytes_of_the_file(model: str, peft_type: str, options: dict[str, Any], 
         warnings.simplefilter("ignore")
         adapted = witness.peft_model(tiny.real(model, None, "cpu"), cls(task_type="CAUSAL_LM", **options), device="cpu")
         adapted.save_pretrained(tmp_path)
-    found = peftplan.serving(tiny.config_of(model), method=peft_type.lower().replace("_", "-"), dtype="fp32", **options)
-    assert found.file is not None, found.refused
-    assert found.file.num_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
+    serving = peftplan.serving(tiny.config_of(model), method=peft_type.lower().replace("_", "-"), dtype="fp32", **options)
+    assert serving.file is not None, serving.refused
+    assert serving.file.num_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size

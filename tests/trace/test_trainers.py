@@ -105,9 +105,9 @@ def test_sft_trainer_makes_these_storages(tmp_path: Any) -> None:
     model = tiny_model()
     theirs, ours = storages_of_trl(deepcopy(model), tmp_path), storages_of_ours(model)
     copy_under_a_mode = TOKENS * 64 * 2
-    assert Counter(theirs.made) - Counter(ours.made) == Counter([copy_under_a_mode])
-    assert Counter(ours.made) - Counter(theirs.made) == Counter([16 * TOKENS] * 4 + [8 * TOKENS] * 3)
-    assert TOKENS * 32768 * 2 in ours.made  # the tile: 78 tokens of 4096, 32,768 columns whatever the vocabulary
+    assert Counter(theirs.sizes) - Counter(ours.sizes) == Counter([copy_under_a_mode])
+    assert Counter(ours.sizes) - Counter(theirs.sizes) == Counter([16 * TOKENS] * 4 + [8 * TOKENS] * 3)
+    assert TOKENS * 32768 * 2 in ours.sizes  # the tile: 78 tokens of 4096, 32,768 columns whatever the vocabulary
     assert abs(theirs.peak - ours.peak) <= copy_under_a_mode
 
 

@@ -181,8 +181,8 @@ class Allocator:
         if not size:
             size = self._rounded[nbytes] = round_size(nbytes, divisions=self.config.roundup_power2_divisions)
         pool = self._small if size <= SMALL_SIZE else self._large
-        found = pool.best_fit(size, stream) if self._plain else pool.take(size, stream, self.config)
-        block = found or self._miss(pool, size, stream)
+        fitting = pool.best_fit(size, stream) if self._plain else pool.take(size, stream, self.config)
+        block = fitting or self._miss(pool, size, stream)
         if block is None:
             return None
         if should_split(block, size, self.config):

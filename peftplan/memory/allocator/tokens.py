@@ -21,15 +21,15 @@ def items(text: str) -> list[tuple[str, Value]]:
     if len(text) > MOST_OF_A_TEXT:
         raise InputError("allocator options", text, f"accepted: at most {MOST_OF_A_TEXT} characters")
     rest = _WHITESPACE.sub("", text)
-    found: list[tuple[str, Value]] = []
+    options: list[tuple[str, Value]] = []
     while rest:
         match = _ITEM.match(rest)
         if match is None:
             raise InputError("allocator options", text, "accepted: key:value,key:value with lists as key:[size:value,...]")
         word = match["word"]
-        found.append((match["key"], _pairs(match["key"], match["pairs"]) if word is None else word))
+        options.append((match["key"], _pairs(match["key"], match["pairs"]) if word is None else word))
         rest = rest[match.end() :]
-    return found
+    return options
 
 
 def whole_number(key: str, value: Value) -> int:

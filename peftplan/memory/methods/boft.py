@@ -24,7 +24,7 @@ def boft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     f.module = part.name
     identity = f.new((n_in, n_in), dtype, "eye")
     ones = f.new((n_out, 1), dtype, "ones")
-    rotation, _held = _rotation(f, part, identity, running)
+    rotation, _kept_alive = _rotation(f, part, identity, running)
     del identity
     boft_s: Any = part.params["boft_s"]
     scale = ops.mul(f, boft_s, ones)

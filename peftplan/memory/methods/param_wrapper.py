@@ -29,7 +29,7 @@ class Stacked:
         self.tape = model.tape
         self.params: dict[str, Any] = dict(model.part(name, layer).params)
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
-        self._made: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
         self._scales = False
         while model.has(f"{name}.lora_A", layer):
             self._scales = scaling(model) != 1
@@ -63,9 +63,9 @@ class Stacked:
         """A parameter as the forward reads it."""
         if name not in self._factors:
             return self.params[name]
-        if name not in self._made:
-            self._made[name] = self._folded(name)
-        return self._made[name]
+        if name not in self._weights:
+            self._weights[name] = self._folded(name)
+        return self._weights[name]
 
 
 def _weight(model: Model, name: str, layer: int) -> Parameter:

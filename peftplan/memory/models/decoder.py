@@ -269,7 +269,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
     f = c.at("self_attn")
     rotated = a.positions == "rotary"
     if rotated:
-        q, k, *_held = c.style.rotate(f, q, k, *c.tables)
+        q, k, *_kept_alive = c.style.rotate(f, q, k, *c.tables)
     k, v = c.cached(k, v, rotated=rotated)
     x = c.attend(q, k, v, rotated=rotated)
     return c.linear(f"self_attn.{c.style.output}", x)

@@ -94,7 +94,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
     alike = a._replace(num_key_value_heads=a.num_attention_heads)
     dropout = 0.0 if rotated else c.model.arch.dropout.attention
     if c.model.running.attention == "eager":
-        weights, *_held = (_rotated_weights if rotated else _biased_weights)(c, q, k, x.dtype, mask, *tables)
+        weights, *_kept_alive = (_rotated_weights if rotated else _biased_weights)(c, q, k, x.dtype, mask, *tables)
         return c.linear("self_attention.dense", eager(c, q, v, weights))
     x = attend(c.model, alike, q, k, v, mask, dropout=dropout, rotated=rotated)
     return c.linear("self_attention.dense", x)

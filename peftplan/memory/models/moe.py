@@ -107,7 +107,7 @@ def deepseek_v2_route(c: Call, x: Tensor, name: str) -> Routed:
     scores = ops.softmax(f, logits, "fp32")
     if router.groups:
         of_groups, _ = top_k(f, _by_group(scores, router), 1)
-        scores, *_held = of_best_groups(c, scores, of_groups)
+        scores, *_kept_alive = of_best_groups(c, scores, of_groups)
     weights, indices = top_k(f, scores, c.block.mlp.num_experts_per_tok)
     return logits, ops.scale(f, weights), indices
 
@@ -119,7 +119,7 @@ def deepseek_v3_route(c: Call, x: Tensor, name: str) -> Routed:
     scores = ops.keeps_output(f, logits, "sigmoid")
     corrected = ops.add(f, scores, Tensor(None, (mlp.num_experts,), "fp32"))
     of_groups = row_sum(f, top_k(f, _by_group(corrected, mlp.router), BEST_OF_GROUP)[0])
-    corrected, *_held = of_best_groups(c, corrected, of_groups)
+    corrected, *_kept_alive = of_best_groups(c, corrected, of_groups)
     indices = f.new((*scores.dims[:-1], mlp.num_experts_per_tok), "int64", "topk indices")
     weights = taken(f, scores, indices, indices.dims, "gather")
     if mlp.router.norm_topk_prob:

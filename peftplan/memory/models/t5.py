@@ -288,7 +288,7 @@ class Stack:
             elif model.running.checkpointing:
                 leaf = SharedLeaf("encoder_decoder_position_bias", dims, dtype, trainable=True)
                 leaf.node = None  # refers to itself else
-                leaf.held, leaf.sums = positions.detach(), self.sums
+                leaf.source, leaf.sums = positions.detach(), self.sums
                 positions.node = leaf
         else:
             table = name.replace("{}", "0") + ".relative_attention_bias"
