@@ -43,16 +43,16 @@ CAUSES = """## Known causes of drift
 - fitcheck-llm's sdpa runs: its program pins the memory-efficient kernel and repeats grouped keys and values for it, which the
   record says (`script`) and both engines do. Without that, sdpa with grouped queries runs the math kernel on a T4, which holds
   the matrix of scores: + 70 % where the sequence is long.
-- Reserved bytes: whichever hole a block comes to lie in decides what lies where afterwards, so a difference of one temporary can
-  move them by a whole tensor of scores or of logits.
+- Reserved bytes: where one block is placed decides where later blocks are placed, so a difference of one temporary can move
+  them by a whole tensor of scores or logits.
 - fitcheck-llm's reserved bytes: of the 34 runs that load the same each time both engines state 32 to the MiB, and two 2 MiB too
   low. The quantized ones of its three later sessions come out at − 13 to + 15 %: transformers 5.0 to 5.3 copied weights to the
   card in threads ahead of their quantization (core_model_loading.py, `GLOBAL_WORKERS`), and later tensors lie in the holes that
   this leaves. One job, measured twice in one session, reserved 11,880 and 13,272 MiB. Later versions copy one by one, as both
   engines do. Forty of the records are labelled torch 2.14 and transformers 5.17, which reserve and allocate otherwise; they are
   taken as run with the 2.10 and 5.0.0 of the others, which [give what was measured](trace-drift.md).
-- Its four runs out of memory say what was allocated and what was asked for in vain: together the estimated peak, in the first
-  step less the states that no optimizer had made yet, to the 0.01 GiB that was printed.
+- Its four out-of-memory runs print what was allocated and what was requested in vain. Together they equal the estimated peak
+  (in the first step without the optimizer states, which did not exist yet) to the printed 0.01 GiB.
 - fms-acceleration, transformers 4.39, and the runs without versions: 512 MiB more, whatever the batch. Each layer's
   `MistralRotaryEmbedding` kept cosines and sines of all 32,768 positions there: 32 × 2 × 32,768 × 128 × 2 bytes
   (modeling_mistral.py of 4.39.3, `_set_cos_sin_cache`; gone in 4.43.3). QLoRA with kbit preparation takes 1.8 GiB more per
@@ -80,7 +80,7 @@ OTHERS = """## Published records of others
 
 What was published about predictors of training memory, each on its own test set. The sets differ from this one: none of them
 holds LoRA, QLoRA, DoRA, IA3 or prefix tuning, and full training of small models has other peaks (fp32 states and activations)
-than adapters on a frozen base have. So the numbers stand beside each other; they do not rank."""
+than adapters on a frozen base have. So the numbers are context, not a ranking."""
 
 OTHERS_COLUMNS = ("work", "median error", "measured on")
 OTHERS_ROWS = (
@@ -99,14 +99,14 @@ OTHERS_ROWS = (
 
 PEERS_INTRO = """## Other tools on the same runs
 
-`python benchmarks/peers.py --write` asked every tool about every record, as far as it can be told ({python}). One figure per
+`python benchmarks/peers.py --write` asks every tool about every record that it can express ({python}). One figure per
 record is compared: allocated bytes where they were measured, else reserved, else the device's; a tool that keeps its allowance
 for context and fragmentation apart is compared without it for allocated bytes and with it for the others. Verdicts follow from
-the number by the rule above, the same for all. What a tool has no word for it refuses, and that is counted as not accepted.
+the number by the rule above, the same for all. A job that a tool cannot express counts as not accepted.
 fitcheck-llm's coefficients were fitted on its own T4 runs, canifinetune's RTX 4080 runs informed its formulas, and vramcalc ships
 its own A6000 runs; all are among these records. What peftplan chose by looking at measured bytes is listed
 [above](#choices-made-from-measured-bytes); every tool is told the 690 tokens of peft's benchmark. Cold start: a fresh Python that
 imports the tool and estimates one LoRA job, best of five, all on one machine.
 
-Not asked: loggetta plans its own executor, whose kernels and storage these runs did not have; Unsloth's estimate describes
-Unsloth's kernels; `accelerate estimate-memory` knows no adapters; web calculators cannot be run offline."""
+Not included: loggetta plans its own executor, whose kernels and storage these runs did not have; Unsloth's estimate describes
+Unsloth's kernels; `accelerate estimate-memory` does not cover adapters; web calculators cannot be run offline."""
