@@ -37,7 +37,7 @@ class Block(NamedTuple):
 
 def blocks_of(text: str) -> list[Block]:
     """The fenced blocks of a document."""
-    return [Block(found["language"], found["body"], found["marker"] or "") for found in BLOCK.finditer(text)]
+    return [Block(match["language"], match["body"], match["marker"] or "") for match in BLOCK.finditer(text)]
 
 
 def blocks() -> Iterator[Any]:

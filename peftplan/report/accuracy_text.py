@@ -32,11 +32,11 @@ DEFINITIONS = """## What the words mean
   allocator of the torch that ran.
 - **Wrong verdicts**: `does_not_fit` or `does_not_run` on the card on which it ran, or `fits` on one on which it ran out of
   memory; `fits` on a card 1 % below the measured peak; `does_not_fit` on a card 10 % above it. Reserved bytes decide where
-  they were measured and stated, else allocated bytes, else the device's. `fits` means that at least 5 % of the card are left
-  over; less is `tight`, which is wrong on none of these cards. The two cards made for a run hold no CUDA context. In the
+  they were measured and stated, else allocated bytes, else the device's. `fits` leaves at least 5 % of the card; less is
+  `tight`, which counts as right on all of these cards. The two cards made for a run hold no CUDA context. In the
   tables by group: runs with a wrong verdict, by that figure, on one of the two cards below and above. A run that ran out of
   memory has no peak to compare: its counters stood still at what it had reached.
-- Sources print with few digits: half the last digit is granted to a tolerance, not to the drift shown here."""
+- Sources print few digits. Half of the last digit is added to a tolerance, not to the drift shown here."""
 
 CAUSES = """## Known causes of drift
 
