@@ -173,7 +173,7 @@ def test_the_command_line_loads_no_tensors() -> None:
 @pytest.mark.parametrize(
     ("args", "needs"),
     [
-        (["estimate", "llama-2-70b", "--method", "qlora", "--r", "16", "--gpu", "rtx-4090"], {"click", "rich", "pydantic"}),
+        (["estimate", "llama-2-70b", "--method", "qlora", "--r", "16", "--gpu", "rtx-4090"], {"click", "pydantic"}),
         (["estimate", "llama-2-7b", "--format", "json"], {"click", "pydantic"}),
         (["inspect", "mixtral-8x7b", "--match", "all-linear"], {"click", "rich", "pydantic"}),
         (["serve", "llama-2-7b", "--method", "lora"], {"click", "rich", "pydantic"}),

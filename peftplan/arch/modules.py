@@ -219,6 +219,8 @@ class Architecture:
     name: str = ""
     source: str = ""
     notes: tuple[str, ...] = field(default=())
+    asides: tuple[str, ...] = field(default=())
+    """Those of the notes that change no number."""
 
     @cached_property
     def tied_names(self) -> frozenset[str]:

@@ -85,7 +85,9 @@ def _built_in(name: str, sibling: str | None, task_type: str | None, num_labels:
     else:
         arch = _read(_with_labels(facts["config"], num_labels), name=name, task_type=task_type, trust_remote_code=False)
     source = f"built-in: {entry.repo_id}, {entry.exactness} ({facts['source']})"
-    return replace(arch, name=name, source=source, notes=(*arch.notes, *_built_in_notes(entry, facts.get("note"), sibling)))
+    asides = tuple(_of_count(entry, facts.get("note")))
+    of_sibling = (f"{sibling} has the shapes of the built-in {entry.repo_id}, which is used for it",) if sibling else ()
+    return replace(arch, name=name, source=source, notes=(*arch.notes, *of_sibling, *asides), asides=asides)
 
 
 def _table(entry: catalogue.ModelEntry) -> Architecture | None:
@@ -99,9 +101,8 @@ def _table(entry: catalogue.ModelEntry) -> Architecture | None:
 _TOTAL = re.compile(r"published total is (\d+)")
 
 
-def _built_in_notes(entry: catalogue.ModelEntry, note: str | None, sibling: str | None) -> Iterator[str]:
-    if sibling:
-        yield f"{sibling} has the shapes of the built-in {entry.repo_id}, which is used for it"
+def _of_count(entry: catalogue.ModelEntry, note: str | None) -> Iterator[str]:
+    """How the model's count compares with the published one."""
     if note:
         yield _TOTAL.sub(lambda total: f"published total is {int(total[1]):,}", note)
     if not entry.verified:

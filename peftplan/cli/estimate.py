@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     metavar="MIB",
     help="CUDA context that a verdict counts; default: as measured on the card, else assumed",
 )
+@click.option(
+    "--advice",
+    default="best",
+    metavar="NAME",
+    show_default=True,
+    help="best | all: what makes the job fit the card it misses by the least; all searches every combination",
+)
 @click.option("--require-fit", is_flag=True, help="exit 1 unless the job fits every --gpu")
 @click.option("--allow-tight", is_flag=True, help="--require-fit accepts tight too")
 @click.option("--text-only", is_flag=True, help="--require-fit accepts a verdict for text alone, without pictures")
@@ -41,7 +48,12 @@ if TYPE_CHECKING:
 @click.option(
     "--timeline", default=None, metavar="FILE", help="memory over one optimizer step as FILE.png, .html, or .json (for replay)"
 )
-@click.option("-v", "--verbose", is_flag=True, help="every line with its formula and source, and why so much is usable")
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="every byte, every line with its formula and source, every assumption, advice for every card",
+)
 def command(
     model: str,
     fmt: str,
@@ -52,6 +64,7 @@ def command(
     gpus: tuple[str, ...],
     context: str | None,
     engine: str,
+    advice: str,
     torch: str | None,
     transformers: str | None,
     explain: bool,
@@ -93,7 +106,14 @@ def command(
 
     script = Script.on(torch=torch, transformers=transformers)
     result = _estimate(
-        model, engine, record=timeline is not None, gpu=gpus, context=context, script=script, **options.given(given)
+        model,
+        engine,
+        record=timeline is not None,
+        gpu=gpus,
+        context=context,
+        advice=advice,
+        script=script,
+        **options.given(given),
     )
     if timeline is not None:
         from peftplan.report.timeline import write

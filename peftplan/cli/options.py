@@ -69,7 +69,7 @@ TRAINING: dict[str, str] = {
     "--keep-gradients/--drop-gradients": "whether gradients stay allocated (zero_grad(set_to_none=False))",
 }
 NOT_FIELDS = (
-    *("model", "method", "peft_config", "quantization_config", "training_args", "gpu", "engine", "record", "progress"),
+    *("model", "method", "peft_config", "quantization_config", "training_args", "gpu", "engine", "advice", "record", "progress"),
     *("script", "strict", "adapters", "context", "encoder_context", "serving_dtype", "merge"),
 )
 """Arguments of `estimate` and `serving` that are no fields of a method, so that --set does not take them."""

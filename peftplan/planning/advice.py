@@ -1,136 +1,219 @@
-"""What to change when a job does not fit: each change alone with what it saves, and the cheapest that together make it fit."""
+"""What to change when a job does not fit a card: the cheapest change or combination that suffices, and what others save."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import PeftplanError
+from peftplan.planning.changes import SEQUENCE_STEP, Change, Sizes, combinations, micro_batch, single_changes
 
 if TYPE_CHECKING:
     from peftplan.planning.job import Job
     from peftplan.planning.result import Estimate
 
 FITS = ("fits", "tight")
-SEQUENCE_STEP = 128
-"""Sequences are proposed in multiples of this many tokens."""
-
-Again = Callable[..., "Estimate"]
-"""The same estimate on one card with some options changed."""
+LIKELY = 0.25
+"""A change is tried first if it leaves room for this share of what the allocator holds beside the tensors without it."""
+WORTH = 0.02
+"""Smaller savings, as a share of the peak, are not shown, unless they change the verdict."""
+MOST_COMBINATIONS = 12
+"""Combinations that are evaluated, the cheapest first."""
+MOST_REPLAYS = 3
+"""Combinations, and single changes, that are replayed until one fits; nearly always the first one does."""
 
 
 class Advice(NamedTuple):
-    """One change, or several: the options, the peak with them, what they save, and whether the job then fits."""
+    """One change, or several together. `saving_bytes` and `tensor_bytes` are those of the tensors at the peak.
+
+    Of what was replayed, `verdict`, `peak_allocated` and `headroom_bytes` are what `estimate` says with these options. The others
+    are None, except for the verdict on a job whose tensors alone are too large.
+    """
 
     options: dict[str, Any]
-    peak_allocated: int
     saving_bytes: int
-    verdict: str
+    tensor_bytes: int
+    verdict: str | None
+    peak_allocated: int | None = None
+    headroom_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of a card's `advice` in the JSON."""
         return self._asdict()
 
 
-def advice(job: Job, again: Again) -> tuple[Advice, ...]:
-    """Changes for a card that a job does not fit, most useful first: those that suffice alone, the others by what they save.
+class Advised(NamedTuple):
+    """What is said of a card that a job does not fit."""
 
-    They are counted by formulas, whichever engine gave the verdict: none for a job without formulas. Changes that the formulas
-    have no number for, or that make no sense with the job, are left out. If no change suffices alone, the last entry is the
-    combination of the cheapest that does, if there is one.
+    changes: tuple[Advice, ...] = ()
+    """The first one makes the job fit, if any does; then by what they save."""
+    weights_alone: int | None = None
+    """Bytes of the base's weights, however they are stored here, where these alone are more than the card has."""
+    smallest_card: str | None = None
+    """The smallest card that the job fits as it is; only looked for where no change helps."""
+
+    everything: bool = False
+    """Whether all was searched."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether the job has formulas, so that something can be said."""
+        return self != Advised()
+
+    @property
+    def helps(self) -> bool:
+        """Whether some change makes the job fit."""
+        return any(change.verdict in FITS for change in self.changes)
+
+
+class Trials(NamedTuple):
+    """How a job is estimated again with some options changed, on one card."""
+
+    room: int
+    """Bytes that the card leaves for torch's allocator."""
+    roomy: int
+    """Bytes with which a job fits, and not tightly."""
+    reserved: int
+    """Bytes that the allocator takes of the job as it is."""
+    runs_flash_attention: bool
+    weights: Callable[..., int]
+    """Bytes of the base's weights."""
+    sizes: Callable[..., Sizes]
+    """By formulas, without a replay: bytes of the tensors at the peak of each phase. Raises NeedsTraceError without formulas."""
+    judged: Callable[..., Estimate]
+    """Replayed, with the verdict on the card."""
+    smallest_card: Callable[[], str | None]
+
+
+def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
+    """What to change so that a job fits a card.
+
+    Counted by formulas, whichever engine gave the verdict: nothing is said of a job without formulas. `everything`: all single
+    changes are replayed, and all combinations whose savings add up to enough.
     """
-    unchanged = again().peaks
+    unchanged = _sizes(trials, {})
     if unchanged is None:
-        return ()
-    before = unchanged.allocated
-    found = [a for options in _changes(job) if (a := _tried(again, options, before)) is not None and a.saving_bytes > 0]
-    found += [a for fewer in (_batch, _sequence) if (a := fewer(job, again, before)) is not None]
-    ordered = sorted(found, key=lambda a: (a.verdict not in FITS, -a.saving_bytes))
-    if any(a.verdict in FITS for a in found):
-        return tuple(ordered)
-    together = _together(found, again, before)
-    return (*ordered, together) if together else tuple(ordered)
+        return Advised()
+    possible = list(single_changes(job, runs_flash_attention=trials.runs_flash_attention))
+    least = _least_weights(trials, [options for options, _ in possible])
+    if least > trials.room:
+        return Advised(weights_alone=least, smallest_card=trials.smallest_card())
+    tried = (_tried(trials, unchanged, options, price) for options, price in possible)
+    saving = [change for change in tried if change is not None and max(change.saving.values()) > 0]
+    refined = {str(change.options): change for change in (_refined(job, trials, unchanged, change) for change in saving)}
+    singles = list(refined.values())
+    fitting = _fitting(trials, unchanged, _enough(trials, unchanged, singles, everything=everything), everything=everything)
+    said = [row.options for row in fitting]
+    others = [_row(trials, unchanged, change) for change in singles if change.options not in said]
+    rows: list[Advice] = []
+    for row in sorted(others, key=lambda row: -row.saving_bytes):
+        worth = row.saving_bytes >= WORTH * max(unchanged.values())
+        if worth and (everything or not any(_alike(row.options, other.options) for other in rows)):
+            rows.append(row)
+    smallest = None if fitting else trials.smallest_card()
+    return Advised((*fitting, *rows), smallest_card=smallest, everything=everything)
 
 
-def _changes(job: Job) -> Iterator[dict[str, Any]]:
-    """Single changes, the cheapest for the user first: those that change no result before those that do."""
-    setup, method = job.setup, job.method.name if job.method else ""
-    if not setup.gradient_checkpointing:
-        yield {"gradient_checkpointing": True}
-    if setup.trainer == "plain" and setup.keep_outputs:
-        yield {"keep_outputs": False}
-    if setup.trainer != "trl" and job.architecture.task_type == "CAUSAL_LM":
-        yield {"trainer": "trl", "loss": "trl-chunked"}  # the loss is SFTTrainer's: no option of another trainer turns it on
-    if setup.attn_implementation == "eager":
-        yield {"attn_implementation": "sdpa"}
-    if job.quant is not None and job.quant.name in ("nf4", "fp4") and not job.quant.double_quant:
-        yield {"double_quant": True}
-    if setup.kbit_prepare:
-        yield {"kbit_prepare": False}
-    if setup.optim in ("adamw_torch", "adamw_torch_fused"):
-        yield {"optim": "paged_adamw_32bit"}
-        yield {"optim": "adamw_8bit"}
-    if setup.adapter_dtype == "fp32" and method != "full":
-        yield {"adapter_dtype": "bf16"}
-    if method in ("lora", "dora") and job.quant is None:
-        yield {"method": {"lora": "qlora", "dora": "qdora"}[method]}
-    if method in ("lora", "qlora", "dora", "qdora") and len(dict(job.adaptation.resolved).get("target_modules", ())) > len(
-        "qkvo"
-    ):
-        yield {"target_modules": "attention"}
-    if method == "full":
-        yield {"method": "lora"}
+def _alike(options: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether two single changes set the same thing, one of them perhaps more."""
+    return set(options) <= set(others) or set(others) <= set(options)
 
 
-def _tried(again: Again, options: dict[str, Any], before: int) -> Advice | None:
-    """A change and its outcome; None where it has no number or makes no sense."""
+def _least_weights(trials: Trials, possible: Sequence[Mapping[str, Any]]) -> int:
+    """The fewest bytes that the base's weights take: those that a change of the method saves, and another one does, add up."""
+    weights = trials.weights()
+    saved = {True: 0, False: 0}
+    for options in possible:
+        with suppress(PeftplanError):
+            of_method = "method" in options
+            saved[of_method] = max(saved[of_method], weights - trials.weights(**options))
+    return weights - sum(saved.values())
+
+
+def _sizes(trials: Trials, options: Mapping[str, Any]) -> Sizes | None:
+    """The sizes with some options changed; None where they make no sense with the job or have no formulas."""
     try:
-        result = again(**options)
+        return trials.sizes(**options)
     except PeftplanError:
         return None
-    if result.peaks is None:
-        return None
-    (on_card,) = result.gpus
-    return Advice(options, result.peaks.allocated, before - result.peaks.allocated, on_card.verdict)
 
 
-def _batch(job: Job, again: Again, before: int) -> Advice | None:
-    """The largest divisor of the batch that fits, the rest by accumulation; the smallest, if none does."""
-    b = job.setup.batch_size
-    tried = None
-    for size in (size for size in range(b // 2, 0, -1) if b % size == 0):
-        steps = job.setup.gradient_accumulation_steps * (b // size)
-        tried = _tried(again, {"batch_size": size, "gradient_accumulation_steps": steps}, before) or tried
-        if tried and tried.verdict in FITS:
-            break
-    return tried
+def _refined(job: Job, trials: Trials, before: Sizes, change: Change) -> Change:
+    """The largest batch, or the longest sequence, whose tensors leave what the allocator held beside them so far."""
+    if change.left(before) > trials.room:
+        return change
+    if "batch_size" in change.options:
+        sizes = (size for size in range(job.setup.batch_size // 2, 1, -1) if job.setup.batch_size % size == 0)
+        for options in (micro_batch(job, size) for size in sizes):
+            if (larger := _tried(trials, before, options, change.price)) and larger.left(before) <= trials.room:
+                return larger
+    if "seq_len" in change.options:
+        return _longest(job, trials, before, change)
+    return change
 
 
-def _sequence(job: Job, again: Again, before: int) -> Advice | None:
-    """The longest sequence that fits, found by bisection: peaks grow with it."""
-    low, high = 0, (job.setup.seq_len - 1) // SEQUENCE_STEP
-    best: Advice | None = None
+def _longest(job: Job, trials: Trials, before: Sizes, change: Change) -> Change:
+    """The longest sequence that leaves enough room, by bisection: peaks grow with it."""
+    low, high = change.options["seq_len"] // SEQUENCE_STEP, (job.setup.seq_len - 1) // SEQUENCE_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        tried = _tried(again, {"seq_len": middle * SEQUENCE_STEP}, before)
-        if tried is not None and tried.verdict in FITS:
-            low, best = middle, tried
+        longer = _tried(trials, before, {"seq_len": middle * SEQUENCE_STEP}, change.price)
+        if longer is not None and longer.left(before) <= trials.room:
+            low, change = middle, longer
         else:
             high = middle - 1
-    return best
+    return change
 
 
-def _together(found: list[Advice], again: Again, before: int) -> Advice | None:
-    """The changes in the order of their price, one after the other, until the job fits; those that then save nothing drop out."""
-    options: dict[str, Any] = {}
-    best: Advice | None = None
-    for change in found:
-        if set(change.options) & set(options):
-            continue
-        tried = _tried(again, {**options, **change.options}, before)
-        if tried is None or (best is not None and tried.saving_bytes <= best.saving_bytes):
-            continue
-        options, best = {**options, **change.options}, tried
-        if best.verdict in FITS:
-            return best
-    return None
+def _tried(trials: Trials, before: Sizes, options: Mapping[str, Any], price: int) -> Change | None:
+    after = _sizes(trials, options)
+    return None if after is None else Change.between(before, after, options, price)
+
+
+def _enough(trials: Trials, before: Sizes, singles: Sequence[Change], *, everything: bool) -> Iterator[Change]:
+    """Single changes and combinations whose tensors leave enough room, the cheapest of those that most likely fit first."""
+    roomy = trials.roomy - int(LIKELY * max(trials.reserved - max(before.values()), 0))
+    together = combinations(singles, before, roomy) or combinations(singles, before, trials.room)
+    evaluated = together if everything else together[:MOST_COMBINATIONS]
+    alone = [change for change in singles if change.left(before) <= trials.room]
+
+    def likely_and_cheap(change: Change) -> tuple[object, ...]:
+        left = change.left(before)
+        return left > roomy, change.price, len(change.options), left
+
+    for change in sorted((*alone, *evaluated), key=likely_and_cheap):
+        actual = change if change in alone else _tried(trials, before, change.options, change.price)
+        if actual is not None and actual.left(before) <= trials.room:
+            yield actual
+
+
+def _fitting(trials: Trials, before: Sizes, changes: Iterable[Change], *, everything: bool) -> list[Advice]:
+    """The first change that fits once it is replayed; all that do, where everything is searched."""
+    rows = []
+    for change in changes if everything else islice(changes, MOST_REPLAYS):
+        row = _judged(trials, before, change)
+        if row is not None and row.verdict in FITS:
+            rows.append(row)
+            if not everything:
+                break
+    return rows
+
+
+def _judged(trials: Trials, before: Sizes, change: Change) -> Advice | None:
+    try:
+        result = trials.judged(**change.options)
+    except PeftplanError:
+        return None
+    (on_card,) = result.gpus
+    peak = result.peaks.allocated if result.peaks else None
+    return _row(trials, before, change)._replace(
+        verdict=on_card.verdict, peak_allocated=peak, headroom_bytes=on_card.headroom_bytes
+    )
+
+
+def _row(trials: Trials, before: Sizes, change: Change) -> Advice:
+    left = change.left(before)
+    verdict = "does_not_fit" if left > trials.room else None
+    return Advice(dict(change.options), max(before.values()) - left, left, verdict)

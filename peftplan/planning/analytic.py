@@ -27,12 +27,12 @@ from peftplan.memory.timeline import Timeline, timeline
 from peftplan.methods.adaptation import NeedsPeftError, adapter_on_host
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters, loaded_dtype
-from peftplan.planning.result import Peaks
 from peftplan.planning.setup import Setup
 from peftplan.planning.virtual_tokens import check_virtual_tokens
 from peftplan.storage import without_peak
 
 if TYPE_CHECKING:
+    from peftplan.planning.instant import InstantPeaks
     from peftplan.planning.job import Job
     from peftplan.planning.reserved import Written
 
@@ -85,7 +85,7 @@ def kernels(compute_capability: str) -> tuple[bool, int | None]:
     return flash, cublas_workspace_bytes(compute_capability).bytes
 
 
-def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Peaks:
+def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> InstantPeaks:
     """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell."""
     from peftplan.planning.instant import InstantPeaks
     from peftplan.planning.reserved import Run

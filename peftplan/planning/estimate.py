@@ -17,9 +17,18 @@ from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.planning.job import Job
 from peftplan.planning.prepare import check_rank_allocator, config_of, prepare
 from peftplan.planning.requirements import unmet
-from peftplan.planning.result import Estimate, Peaks
+from peftplan.planning.result import Estimate, Peaks, Verdict
 from peftplan.planning.script import NO_SCRIPT, SUCH, Script
-from peftplan.planning.setup import CAST_BY_TRL, Engine, Setup, check_length, check_logits_to_keep, parse_setup
+from peftplan.planning.setup import (
+    CAST_BY_TRL,
+    SEARCHES,
+    AdviceSearch,
+    Engine,
+    Setup,
+    check_length,
+    check_logits_to_keep,
+    parse_setup,
+)
 from peftplan.planning.tasks import OF_TOKENS, PICTURES, head_notes, task_notes, without_loss
 from peftplan.planning.verdicts import capability, card_notes, find_cards, pair, verdict
 from peftplan.storage import QuantConfig
@@ -27,6 +36,7 @@ from peftplan.storage.modules import CONVERTED_KINDS
 
 if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
+    from peftplan.planning.advice import Advised
 
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
 """What is missing from an estimate that states no peak."""
@@ -68,6 +78,7 @@ def estimate(
     engine: Engine = "analytic",
     script: Script = NO_SCRIPT,
     strict: bool = False,
+    advice: AdviceSearch = "best",
     record: bool = False,
     progress: Callable[[str, float], None] | None = None,
     **options: Any,
@@ -84,13 +95,16 @@ def estimate(
     as `batch_size` (sequences per device and micro batch), `seq_len` (tokens), `dtype` (`bf16`), `optim`, `trainer`; and the
     method's own fields under peft's names (`r`, `target_modules`, …; `peftplan methods NAME`). An explicit option wins over the
     objects. `script`: what a hand-written program does besides. `strict`: what `warnings` would say is an error, such as
-    a name in `target_modules` that matches no module. Of the trace engine: `record` keeps the whole run as
+    a name in `target_modules` that matches no module. `advice`: `best` looks for the cheapest change that makes the job fit a
+    card, `all` for every one. Of the trace engine: `record` keeps the whole run as
     `peaks.recording`, and `progress` is called with what is done now and the share (0 to 1) that is behind.
 
     Raises InputError, UnknownNameError, RefusedError or MissingExtraError, each with a message of one line.
     """
     if engine not in ("analytic", "trace"):
         raise UnknownNameError("engine", engine, ("analytic", "trace"))
+    if advice not in SEARCHES:
+        raise UnknownNameError("advice", advice, SEARCHES)
     job = prepare(
         model,
         method=method,
@@ -105,22 +119,24 @@ def estimate(
     built, static = _static(job.architecture, job.adaptation, job.quant, job.setup)
     cards = find_cards(gpu, context=context)
 
-    def again(card: Gpu, **changes: Any) -> Estimate:
-        given = {
+    def prepared(**changes: Any) -> tuple[Job, parameters.Parameters, Ledger]:
+        asked = {
             "method": method, "peft_config": peft_config, "quantization_config": quantization_config,
             "training_args": training_args, "script": script, **options,
         }  # fmt: skip
-        other = prepare(model, **{**given, **changes})
-        return _analytic(other, *_static(other.architecture, other.adaptation, other.quant, other.setup), [card], hasty=True)
+        other = prepare(model, **{**asked, **changes})
+        return other, *_static(other.architecture, other.adaptation, other.quant, other.setup)
 
-    def advise(name: str) -> Any:
-        from peftplan.planning.advice import advice
+    def advise_on(on_card: Verdict) -> Advised:
+        from peftplan.planning.advice import advise
+        from peftplan.planning.trials import trials
 
-        card = next(card for card in cards if card.id == name)
-        return advice(job, partial(again, card))
+        card = next(card for card in cards if card.id == on_card.gpu)
+        tried = trials(card, on_card, job.setup, prepared, partial(_analytic, hasty=True))
+        return advise(job, tried, everything=advice == "all")
 
     if engine == "analytic":
-        return replace(_analytic(job, built, static, cards), advise=advise)
+        return replace(_analytic(job, built, static, cards), advise=advise_on)
     if (why := without_loss(model, job.architecture)) is not None:
         raise RefusedError(why)
 
@@ -128,7 +144,7 @@ def estimate(
         keep = record and compute_capability == capability(cards[0] if cards else None)
         return _traced(job, compute_capability, record=keep, progress=progress)
 
-    return replace(_estimated(job, built, static, cards, traced, engine=engine), advise=advise)
+    return replace(_estimated(job, built, static, cards, traced, engine=engine), advise=advise_on)
 
 
 def _estimated(
@@ -175,6 +191,8 @@ def _estimated(
         ),
         peaks=peaks,
         warnings=job.warnings,
+        chosen=job.chosen,
+        asides=job.architecture.asides,
         resize=None if engine == "trace" or peaks is None else partial(_at, job, built, static, cards),
     )
 

@@ -30,6 +30,8 @@ class Job(NamedTuple):
     script: Script = NO_SCRIPT
     warnings: tuple[str, ...] = ()
     """What was asked for and has no effect: shown with every result."""
+    chosen: frozenset[str] = frozenset()
+    """Options and fields of the method that somebody set; the others were filled in."""
 
     @property
     def method_name(self) -> str:

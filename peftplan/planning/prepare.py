@@ -37,16 +37,17 @@ def prepare(
     if not isinstance(script, Script):
         raise InputError("script", script, "accepted: a Script of peftplan.planning.script")
     options = _with_objects(options, training_args=training_args, quantization_config=quantization_config)
+    chosen = frozenset(name for name, value in options.items() if value is not None)
     given, method_options = _separate(options)
-    chosen, config, adapter = _method(method, peft_config, method_options)
+    kind, config, adapter = _method(method, peft_config, method_options)
     model_config = architectures.load_config(model)
     set_here = {k: v for k, v in given.items() if v is not None}
     set_here = _stored(model_config, set_here) | set_here
-    setup = parse_setup({**_task_of(adapter), **_method_setup(chosen, set_here), **set_here})
+    setup = parse_setup({**_task_of(adapter), **_method_setup(kind, set_here), **set_here})
     architecture = architectures.load(
         model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
     )
-    quant = _quant(setup, chosen)
+    quant = _quant(setup, kind)
     setup = resolved(
         setup,
         quantized=quant is not None,
@@ -56,16 +57,17 @@ def prepare(
         max_positions=architecture.max_positions,
     )
     check_task(model, architecture, setup)
-    if chosen is not None and chosen.module == "virtual_tokens":
+    if kind is not None and kind.module == "virtual_tokens":
         from peftplan.planning.virtual_tokens import check_prompted_task
 
         check_prompted_task(architecture, adapter)
     check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *script.earlier_seq_lens)))
-    adaptation = _adapt(architecture, model, chosen, config, adapter, setup)
+    adaptation = _adapt(architecture, model, kind, config, adapter, setup)
     warnings = (*unmatched_targets(architecture, config, adapter), *(_ignored(adapter) if config is None and peft_config else ()))
     if strict and warnings:
         raise RefusedError(warnings[0])
-    return Job(model, chosen, config, adapter, setup, quant, architecture, adaptation, script, warnings)
+    chosen |= frozenset(adapter)
+    return Job(model, kind, config, adapter, setup, quant, architecture, adaptation, script, warnings, chosen)
 
 
 def _with_objects(options: dict[str, Any], *, training_args: Any, quantization_config: Any) -> dict[str, Any]:

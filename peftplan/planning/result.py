@@ -15,7 +15,7 @@ from peftplan.parameters import Parameters
 from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
-    from peftplan.planning.advice import Advice
+    from peftplan.planning.advice import Advised
 
 SCHEMA_VERSION = 1
 PHASES = ("load", "forward", "backward", "step")
@@ -164,8 +164,12 @@ class Estimate:
     peaks: Peaks | None = None
     warnings: tuple[str, ...] = ()
     """What was asked for and has no effect, such as a name in `target_modules` that matches no module."""
+    chosen: frozenset[str] = frozenset()
+    """Assumptions that somebody set; the others were filled in."""
+    asides: tuple[str, ...] = ()
+    """Notes that change no number: how the model's count was checked."""
     resize: Callable[[Any, Any], Any] | None = field(default=None, repr=False, compare=False)
-    advise: Callable[[str], tuple[Advice, ...]] | None = field(default=None, repr=False, compare=False)
+    advise: Callable[[Verdict], Advised] | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         peak = f"peak {format_bytes(self.peaks.allocated)} in {self.peaks.phase}" if self.peaks else "no peak stated"
@@ -173,11 +177,21 @@ class Estimate:
         name, method = self.model["name"], self.method["name"]
         return f"<Estimate {name} · {method} · {self.engine}: {self.trainable_parameters:,} trainable, {peak}{cards}>"
 
+    @property
+    def unfit(self) -> tuple[Verdict, ...]:
+        """The cards that the job does not fit, that with the least missing first; none where nothing can be advised."""
+        unfit = [verdict for verdict in self.gpus if verdict.verdict == "does_not_fit"]
+        return tuple(sorted(unfit, key=lambda verdict: -verdict.headroom_bytes)) if self.advise and self.peaks else ()
+
     @cached_property
-    def advice(self) -> dict[str, tuple[Advice, ...]]:
+    def advice(self) -> dict[str, Advised]:
         """Card that the job does not fit → changes that would make it fit, or bring it nearer, each with what it saves."""
-        unfit = [verdict.gpu for verdict in self.gpus if verdict.verdict == "does_not_fit"]
-        return {gpu: self.advise(gpu) for gpu in unfit} if self.advise and self.peaks else {}
+        return {verdict.gpu: self.advice_on(verdict) for verdict in self.unfit}
+
+    def advice_on(self, verdict: Verdict) -> Advised:
+        """What to change for one card."""
+        assert self.advise is not None
+        return self.advise(verdict)
 
     def at(self, *, batch_size: Any = None, seq_len: Any = None) -> Any:
         """The same job at another `batch_size` (per device) and `seq_len` (tokens), without building it again.
@@ -278,8 +292,13 @@ class Estimate:
 
     def _advice_facts(self, gpu: str) -> dict[str, Any]:
         """A card's advice, and the engine that counted it."""
-        found = self.advice.get(gpu, ())
-        return {"advice": [a.to_dict() for a in found], "advice_engine": "analytic" if found else None}
+        advised = self.advice.get(gpu)
+        return {
+            "advice": [change.to_dict() for change in advised.changes] if advised else [],
+            "advice_engine": "analytic" if advised and advised.counted else None,
+            "smallest_card": advised.smallest_card if advised else None,
+            "weights_alone": advised.weights_alone if advised else None,
+        }
 
     def _peak_facts(self) -> dict[str, Any]:
         """The peak's part of the JSON; context and device total are facts of one card, so they need exactly one."""

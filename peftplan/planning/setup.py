@@ -12,6 +12,8 @@ from peftplan.errors import InputError, RefusedError, UnknownNameError
 
 Trainer = Literal["plain", "transformers", "trl", "qlora-paper"]
 Engine = Literal["analytic", "trace"]
+AdviceSearch = Literal["best", "all"]
+SEARCHES: tuple[AdviceSearch, ...] = ("best", "all")
 Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth"]
 Autocast = Literal["none", "bf16", "fp16"]
 

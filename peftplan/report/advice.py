@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from peftplan.planning.advice import Advice
-from peftplan.units import format_bytes
+from peftplan.planning.advice import Advice, Advised
+from peftplan.planning.result import Estimate
+from peftplan.report.cards import card_name
+from peftplan.units import GIB, format_bytes
 
 COLUMNS = ("change", "peak", "saves", "then")
 NOW = "(none)"
 """The job as it is, in the column of changes."""
+UNKNOWN = "no advice: the job has no formulas, and a trace is not repeated with other options"
 
 
-def rows(found: Sequence[Advice]) -> list[tuple[str, str, str, str]]:
-    """The job as it is, then each change."""
-    unchanged = found[0].peak_allocated + found[0].saving_bytes
-    return [(NOW, format_bytes(unchanged), "", "does not fit"), *map(row, found)]
+def rows(result: Estimate, changes: Iterable[Advice]) -> list[tuple[str, str, str, str]]:
+    """The job as it is, then each change: its options, the peak where it was replayed, what its tensors save, the verdict."""
+    assert result.peaks is not None
+    unchanged = (NOW, format_bytes(result.peaks.allocated), "", "does not fit")
+    return [unchanged, *map(_row, changes)]
+
+
+def _row(advice: Advice) -> tuple[str, str, str, str]:
+    peak = "" if advice.peak_allocated is None else format_bytes(advice.peak_allocated)
+    return command_line(advice), peak, format_bytes(advice.saving_bytes), (advice.verdict or "").replace("_", " ")
 
 
 def title(gpu: str, engine: str) -> str:
@@ -24,11 +33,33 @@ def title(gpu: str, engine: str) -> str:
     return f"{COLUMNS[0]}, for {gpu}" + (" (by formulas)" if engine == "trace" else "")
 
 
-def row(advice: Advice) -> tuple[str, str, str, str]:
-    """One change as its options on the command line, the peak with it, what it saves, the verdict."""
-    words = " ".join(_option(name, value) for name, value in advice.options.items())
-    verdict = advice.verdict.replace("_", " ")
-    return words, format_bytes(advice.peak_allocated), format_bytes(advice.saving_bytes), verdict
+def outcome(advice: Advice) -> str:
+    """What a change brings, in a few words."""
+    saved = f"saves {advice.saving_bytes / GIB:,.1f} GiB"
+    if advice.headroom_bytes is None or advice.verdict is None:
+        return saved
+    left = f"{advice.headroom_bytes / GIB:,.1f} GiB left" if advice.headroom_bytes >= 0 else "releases cached memory"
+    return f"{advice.verdict}, {left}"
+
+
+def without_help(gpu: str, advised: Advised) -> str | None:
+    """One sentence where no change makes the job fit; None where one does."""
+    if advised.helps:
+        return None
+    if not advised.counted:
+        return f"{card_name(gpu)}: {UNKNOWN}"
+    why = "no change that peftplan knows makes it fit"
+    if advised.weights_alone is not None:
+        why = f"no change helps, since the weights alone take {format_bytes(advised.weights_alone)}"
+    other = "no single card of the catalogue would do"
+    if advised.smallest_card is not None:
+        other = f"the smallest card that it fits is the {card_name(advised.smallest_card)}"
+    return f"{card_name(gpu)}: {why}; {other}"
+
+
+def command_line(advice: Advice) -> str:
+    """The options as they are typed."""
+    return " ".join(_option(name, value) for name, value in advice.options.items())
 
 
 def _option(name: str, value: Any) -> str:

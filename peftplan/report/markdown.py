@@ -10,7 +10,6 @@ from peftplan.planning.result import Estimate
 from peftplan.report import peak
 from peftplan.report.tabular import (
     LINE_COLUMNS,
-    NO_ADVICE,
     assumption_rows,
     category_rows,
     context,
@@ -76,11 +75,12 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
             *needs(result),
             f"Largest line: {largest_line(result)}.",
         ]
-        for gpu, found in result.advice.items():
+        for gpu, advised in result.advice.items():
             from peftplan.report import advice
 
             columns = (advice.title(gpu, result.engine), *advice.COLUMNS[1:])
-            parts.append(table(columns, advice.rows(found)) if found else NO_ADVICE.format(gpu=gpu))
+            parts += [table(columns, advice.rows(result, advised.changes))] if advised.changes else []
+            parts += [said] if (said := advice.without_help(gpu, advised)) else []
     if verbose:
         parts.append(table(LINE_COLUMNS, [texts(line.values()) for line in line_facts(result)]))
     parts.append(table(("assumption", "value"), assumption_rows(result.assumptions)))

@@ -30,6 +30,8 @@ def estimate(result: Estimate, *, fmt: str, verbose: bool, explain_peak: bool = 
     `explain_peak` adds the largest tensors alive at the peak: a section for people, the key `largest` in JSON, and in CSV these
     instead of the lines.
     """
+    if explain_peak:
+        peak.peaks_of(result)
     if fmt == "json":
         _json(result.to_dict() | ({"largest": peak.facts(result)} if explain_peak else {}))
     elif fmt == "csv":
@@ -40,9 +42,23 @@ def estimate(result: Estimate, *, fmt: str, verbose: bool, explain_peak: bool = 
 
         print(markdown.estimate(result, verbose=verbose, explain_peak=explain_peak))
     else:
-        from peftplan.report import terminal
+        _for_people(result, verbose=verbose, explain_peak=explain_peak)
 
-        terminal.estimate(result, verbose=verbose, explain_peak=explain_peak)
+
+def _for_people(result: Estimate, *, verbose: bool, explain_peak: bool) -> None:
+    """The answer in a few lines; with `verbose` or `explain_peak` tables too, which need rich."""
+    from peftplan.report import answer, screen
+
+    of_stdout = screen.Screen(screen.width(), screen.glyphs())
+    screen.show(answer.head(result, of_stdout) if verbose else answer.answer(result, of_stdout))
+    if not (verbose or explain_peak):
+        return
+    from peftplan.report import details
+
+    if verbose:
+        details.estimate(result, explain_peak=explain_peak)
+    else:
+        details.largest(result)
 
 
 def replayed(found: Replayed, *, fmt: str) -> None:

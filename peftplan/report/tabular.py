@@ -11,7 +11,6 @@ from peftplan.memory.ledger import CATEGORIES
 from peftplan.planning.result import Estimate, Peaks, Verdict
 from peftplan.units import format_bytes
 
-NO_ADVICE = "{gpu}: the formulas know no change that helps; --engine trace can try others"
 LINE_COLUMNS = ("category", "name", "bytes", "place", "formula", "source")
 
 

@@ -32,7 +32,7 @@ def test_the_lines_add_up(model: str, options: dict[str, object]) -> None:
 
 def test_a_named_card_is_explained_as_it_is_judged() -> None:
     job = ("estimate", "llama-2-7b", "--method", "qlora", "--gpu", "a100-80gb")
-    (total,) = re.findall(r"^sum, the peak +([\d,]+)", run(*job).out, re.M)
+    (total,) = re.findall(r"^sum, the peak +([\d,]+)", run(*job, "-v").out, re.M)
     assert run(*job, "--explain").out.endswith(f": {total}\n")
 
 

@@ -112,7 +112,8 @@ def test_without_a_peak_it_is_refused(capsys: Any) -> None:
 def test_an_incomplete_result_says_so_in_every_format(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     result = tiny_estimate(incomplete=UNKNOWN)
-    table = shown(capsys, result)
+    assert f"the peak is a lower bound: {UNKNOWN[0]}" in shown(capsys, result).replace("\n ", "")
+    table = shown(capsys, result, verbose=True)
     assert f"incomplete: the peak is a lower bound: {UNKNOWN[0]}" in table.replace("\n", " ")
     assert "sum, a lower bound of the peak" in table
     assert f"**Incomplete:** the peak is a lower bound: {UNKNOWN[0]}" in shown(capsys, result, fmt="markdown")
@@ -122,7 +123,7 @@ def test_an_incomplete_result_says_so_in_every_format(capsys: Any, monkeypatch: 
         *rows, last = csv.DictReader(io.StringIO(capsys.readouterr().out))
         assert (last["category"], last["name"], last["bytes"]) == ("incomplete", UNKNOWN[0], "")
         assert "incomplete" not in {row["category"] for row in rows}
-    complete = shown(capsys, tiny_estimate())
+    complete = shown(capsys, tiny_estimate(), verbose=True)
     assert "incomplete" not in complete
     assert "sum, the peak " in complete
 

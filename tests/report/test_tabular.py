@@ -100,7 +100,7 @@ def test_long_names_cut_no_number(columns: int) -> None:
 
 
 def test_markup_in_names_is_text() -> None:
-    done = run("estimate", "./tiny.json", "--target-modules", ".*[qk]_proj")
+    done = run("estimate", "./tiny.json", "--target-modules", ".*[qk]_proj", "-v")
     assert ".*[qk]_proj" in done.out
 
 
@@ -110,7 +110,7 @@ def test_verdicts_state_what_is_left_over() -> None:
     exact = json.loads(run(*job, "--format", "json").out)
     left = exact["gpus"][0]["headroom_bytes"]
     assert left == 24 * 2**30 - exact["memory"]["peak_reserved"] - 828 * 2**20
-    (row,) = [line for line in run(*job).out.splitlines() if line.startswith("24GiB")]
+    (row,) = [line for line in run(*job, "-v", columns=120).out.splitlines() if line.startswith("24GiB  ")]
     needed = exact["gpus"][0]["needed_bytes"]
     sizes = ["24.00", "GiB", f"{needed / 2**30:.2f}", "GiB", "828.00", "MiB", "assumed", f"{left / 2**30:.2f}", "GiB"]
     assert row.split() == ["24GiB", *sizes, "fits"]

@@ -1,0 +1,145 @@
+"""What can be changed about a job so that it needs less: single changes, and combinations of those that may suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from operator import add, sub
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from peftplan.planning.job import Job
+
+SEQUENCE_STEP = 128
+"""Sequences are proposed in multiples of this many tokens."""
+SAME, CLOSE, FEWER, OTHER, DATA = 1, 2, 4, 6, 8
+"""What a change costs the user: nothing but time; other rounding; fewer weights adapted; another method; less of the data."""
+
+PRESET_BY = {"trainer": ("kbit_prepare", "adapter_dtype")}
+"""What a trainer sets where it is not set: neither is a change of its own beside it."""
+
+Sizes = Mapping[str, int]
+"""Bytes of the tensors at the peak of each phase."""
+
+
+class Change(NamedTuple):
+    """Options that are set together, what they cost the user, and what they save in each phase."""
+
+    options: Mapping[str, Any]
+    price: int
+    saving: Sizes
+
+    @classmethod
+    def between(cls, before: Sizes, after: Sizes, options: Mapping[str, Any], price: int) -> Change:
+        """The change that makes these sizes of those."""
+        return cls(options, price, {phase: size - after[phase] for phase, size in before.items()})
+
+    def left(self, before: Sizes) -> int:
+        """The peak with this change."""
+        return max(size - self.saving[phase] for phase, size in before.items())
+
+    def excludes(self, other: Change) -> bool:
+        """Whether the two set the same option, or one sets what the other one's preset does."""
+        return not _touched(self.options).isdisjoint(_touched(other.options))
+
+
+def _touched(options: Mapping[str, Any]) -> set[str]:
+    return {*options, *(also for name in options for also in PRESET_BY.get(name, ()))}
+
+
+def single_changes(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str, Any], int]]:
+    """Single changes with their prices. Some make no sense with the job: whoever tries them finds out."""
+    yield from _of_step(job, runs_flash_attention=runs_flash_attention)
+    yield from _of_storage(job)
+    yield from _of_method(job)
+    yield from _of_sizes(job)
+
+
+def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str, Any], int]]:
+    setup = job.setup
+    if not setup.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}, SAME
+    if setup.trainer == "plain" and setup.keep_outputs:
+        yield {"keep_outputs": False}, SAME
+    if setup.attn_implementation == "eager":
+        yield {"attn_implementation": "sdpa"}, SAME
+    if runs_flash_attention and setup.attn_implementation != "flash_attention_2":
+        yield {"attn_implementation": "flash_attention_2"}, SAME
+    if job.architecture.task_type == "CAUSAL_LM" and setup.loss == "full":
+        yield {"loss": "liger"}, SAME
+        yield {"trainer": "trl", "loss": "trl-chunked"}, CLOSE  # the loss is SFTTrainer's: no option of another turns it on
+
+
+def _of_storage(job: Job) -> Iterator[tuple[dict[str, Any], int]]:
+    setup, quant = job.setup, job.quant
+    if setup.kbit_prepare:
+        yield {"kbit_prepare": False}, CLOSE
+    if quant is not None and quant.name in ("nf4", "fp4") and not quant.double_quant:
+        yield {"double_quant": True}, CLOSE
+    if setup.optim in ("adamw_torch", "adamw_torch_fused"):
+        yield {"optim": "paged_adamw_32bit"}, SAME
+        yield {"optim": "adamw_8bit"}, CLOSE
+    if setup.adapter_dtype == "fp32" and (job.method is None or job.method.name != "full"):
+        yield {"adapter_dtype": "bf16"}, CLOSE
+
+
+def _of_method(job: Job) -> Iterator[tuple[dict[str, Any], int]]:
+    method = job.method.name if job.method else ""
+    targets = dict(job.adaptation.resolved).get("target_modules", ())
+    if method in ("lora", "qlora", "dora", "qdora") and len(targets) > len("qkvo"):
+        yield {"target_modules": "attention"}, FEWER
+    quantized = {"lora": "qlora", "dora": "qdora"}.get(method)
+    if quantized and job.quant is None:
+        yield {"method": quantized}, OTHER
+        yield {"method": quantized, "kbit_prepare": False}, OTHER + CLOSE
+    if method == "full":
+        yield {"method": "lora"}, OTHER
+        yield {"method": "qlora"}, OTHER + SAME
+        yield {"method": "qlora", "kbit_prepare": False}, OTHER + CLOSE
+
+
+def _of_sizes(job: Job) -> Iterator[tuple[dict[str, Any], int]]:
+    setup = job.setup
+    if setup.batch_size > 1:
+        yield micro_batch(job, 1), SAME
+    half, quarter = (setup.seq_len // part // SEQUENCE_STEP * SEQUENCE_STEP for part in (2, 4))
+    for price, tokens in enumerate(sorted({half, quarter, SEQUENCE_STEP} - {0}, reverse=True), DATA):
+        if tokens < setup.seq_len:
+            yield {"seq_len": tokens}, price
+
+
+def micro_batch(job: Job, size: int) -> dict[str, Any]:
+    """A smaller batch, the rest by accumulation."""
+    steps = job.setup.gradient_accumulation_steps * (job.setup.batch_size // size)
+    return {"batch_size": size, "gradient_accumulation_steps": steps}
+
+
+def combinations(changes: Sequence[Change], before: Sizes, room: int) -> list[Change]:
+    """Two or more changes whose savings, added up, leave at most `room` in every phase: the cheapest first.
+
+    By the same sums none of them suffices without each of its parts.
+    """
+    enough: list[Change] = []
+
+    def extend(start: int, chosen: tuple[Change, ...], left: tuple[int, ...]) -> None:
+        if max(left) <= room:
+            if len(chosen) > 1 and all(max(_without(change, left)) > room for change in chosen):
+                enough.append(_together(chosen))
+            return
+        for index in range(start, len(changes)):
+            change = changes[index]
+            if not any(change.excludes(other) for other in chosen):
+                extend(index + 1, (*chosen, change), tuple(map(sub, left, change.saving.values())))
+
+    extend(0, (), tuple(before.values()))
+    return sorted(enough, key=lambda change: (change.price, change.left(before)))
+
+
+def _without(change: Change, left: Sequence[int]) -> Iterator[int]:
+    """What is left if one of the changes is not made."""
+    return map(add, left, change.saving.values())
+
+
+def _together(changes: Sequence[Change]) -> Change:
+    options = {name: value for change in changes for name, value in change.options.items()}
+    saving = {phase: sum(change.saving[phase] for change in changes) for phase in changes[0].saving}
+    return Change(options, sum(change.price for change in changes), saving)

@@ -1,0 +1,82 @@
+"""A job estimated again with some options changed, on one card, and on the cards of the catalogue."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from peftplan.hardware.gpus import Gpu, gpus
+from peftplan.memory.ledger import Ledger
+from peftplan.parameters import Parameters
+from peftplan.planning.advice import Trials
+from peftplan.planning.analytic import analytic_peaks, kernels
+from peftplan.planning.changes import Sizes
+from peftplan.planning.requirements import unmet
+from peftplan.planning.result import TIGHT, Estimate, Peaks, Verdict
+from peftplan.planning.setup import Setup
+from peftplan.planning.verdicts import capability, pair, verdict
+
+if TYPE_CHECKING:
+    from peftplan.planning.job import Job
+
+Prepared = tuple["Job", Parameters, Ledger]
+NOT_FOR_RENT = ("laptop", "embedded")
+"""Kinds of cards that nobody is sent to."""
+
+
+def trials(
+    card: Gpu,
+    on_card: Verdict,
+    setup: Setup,
+    prepared: Callable[..., Prepared],
+    judged: Callable[..., Estimate],
+) -> Trials:
+    """`prepared`: changes → the job and what lasts of it; `judged`: a prepared job and its cards → the estimate."""
+    compute_capability = capability(card)
+    seen: dict[str, Prepared] = {}
+
+    def remembered(**changes: Any) -> Prepared:
+        if str(changes) not in seen:
+            seen[str(changes)] = prepared(**changes)
+        return seen[str(changes)]
+
+    needed = on_card.needed_bytes - on_card.context_bytes
+
+    def sizes(**changes: Any) -> Sizes:
+        return analytic_peaks(*remembered(**changes), compute_capability=compute_capability).requested
+
+    def smallest_card() -> str | None:
+        as_here = Peaks(ledgers={}, reserved=needed)
+        others = []
+        for other in _larger_cards(needed, setup, than=card):
+            of = capability(other)
+            if kernels(of) != kernels(compute_capability):
+                others.append(other)
+            elif verdict(other, needed, as_here, refused=unmet(setup, pair(of))).verdict == "fits":
+                return other.id
+        return next((other.id for other in others if judged(*remembered(), [other]).gpus[0].verdict == "fits"), None)
+
+    with_flash = setup.model_copy(update={"attn_implementation": "flash_attention_2"})
+    room = on_card.usable_bytes - on_card.context_bytes
+    return Trials(
+        room=room,
+        roomy=room - math.ceil(TIGHT * on_card.usable_bytes),
+        reserved=needed,
+        runs_flash_attention=card.vendor != "AMD" and unmet(with_flash, pair(compute_capability)) is None,
+        weights=lambda **changes: remembered(**changes)[-1].by_category()["weights"],
+        sizes=sizes,
+        judged=lambda **changes: judged(*remembered(**changes), [card]),
+        smallest_card=smallest_card,
+    )
+
+
+def _larger_cards(needed: int, setup: Setup, *, than: Gpu) -> Iterator[Gpu]:
+    """Cards that are sold with enough memory, the smallest first; with bf16 in hardware where the job uses it, unless the card
+    in question has none.
+    """
+    uses_bf16 = "bf16" in (setup.dtype, setup.autocast, setup.compute_dtype) and than.bf16 is not False
+    for gpu in sorted(gpus(), key=lambda gpu: gpu.marketed_gb or 0):
+        offered = gpu.vendor == "NVIDIA" and not gpu.unified and gpu.kind not in NOT_FOR_RENT
+        if offered and (gpu.marketed_gb or 0) * 2**30 > needed and (gpu.bf16 or not uses_bf16):
+            yield gpu._replace(context_mib=than.context_mib)

@@ -1,0 +1,207 @@
+"""An estimate in at most 25 lines: verdicts, counts, the peak as a bar, changes that would help, what was assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from peftplan.planning.result import Estimate, Verdict
+from peftplan.report.bar import bar, legend, segments, unit_of
+from peftplan.report.cards import card_name
+from peftplan.report.screen import INDENT, Colour, Glyphs, Part, Row, Screen, flowing, wrapped
+from peftplan.report.tabular import assumption_rows
+from peftplan.units import GIB, MIB, format_bytes
+
+MOST_LINES = 25
+BEST = 3
+"""Changes that are shown."""
+MOST_UNKNOWN = 2
+"""Reasons why a peak is a lower bound that are shown."""
+MOST_NAMES = 8
+"""Names of a list that are shown."""
+BLANK: Row = ()
+
+COLOURS: dict[str, Colour] = {"fits": "green", "tight": "yellow"}
+DERIVED = ("model", "model_class", "matched_modules", "quantized_parameters")
+"""What is printed with the assumptions, and assumes nothing."""
+OF_CARD, OF_QUANT = ("compute_capability",), ("kbit_prepare",)
+"""What goes without saying where a card is named, and where nothing is quantized."""
+BY_WEIGHT = (
+    *("trainer", "batch_size", "seq_len", "gradient_checkpointing", "loss", "optim", "target_modules", "dtype", "autocast"),
+    *("adapter_dtype", "attn_implementation", "kbit_prepare", "quant", "double_quant", "compute_dtype", "every_n_layers"),
+    *("compute_capability", "padding", "gradient_accumulation_steps", "keep_outputs", "use_cache", "keep_gradients"),
+)
+"""Assumptions, those that move most jobs' peaks the most first; the others follow."""
+
+
+def answer(result: Estimate, screen: Screen) -> list[Row]:
+    """The lines; assumptions are cut where they would be too many."""
+    rows = [*head(result, screen), BLANK, *_counts(result, screen), *peak(result, screen)]
+    rows += [*_advice(result, screen), *_notes(result, screen)]
+    assumed = _assumptions(result, screen)
+    room = MOST_LINES - len(rows) - 1
+    if len(assumed) > room:
+        rows = [row for row in rows if row]
+        room = max(MOST_LINES - len(rows), 1)
+        return [*rows, *_cut(assumed, room)]
+    return [*rows, BLANK, *assumed]
+
+
+def head(result: Estimate, screen: Screen) -> list[Row]:
+    """What was asked, and the verdict on each card."""
+    rows = wrapped(screen.glyphs.dot.join(_title(result)), screen.columns, colour="bold")
+    for warning in result.warnings:
+        rows += wrapped(f"warning: {warning}", screen.columns, colour="yellow")
+    return rows + [row for verdict in result.gpus for row in _verdict(verdict, result, screen)]
+
+
+def _title(result: Estimate) -> Iterable[str]:
+    config = result.method["config"]
+    rank = f" r={config['r']}" if "r" in config else ""
+    return str(result.model["name"]), f"{result.method['name']}{rank}", result.engine
+
+
+def _verdict(verdict: Verdict, result: Estimate, screen: Screen) -> list[Row]:
+    glyphs = screen.glyphs
+    mark, colour = _looks(verdict, glyphs)
+    assumed = ""
+    if verdict.context_assumed and verdict.verdict != "does_not_run":
+        assumed = f" (context {verdict.context_bytes / MIB:,.0f} MiB assumed)"
+    words = _in_words(verdict, result)
+    return wrapped(f"{mark} {card_name(verdict.gpu)}: {words}{assumed}", screen.columns, colour=colour)
+
+
+def _looks(verdict: Verdict, glyphs: Glyphs) -> tuple[str, Colour]:
+    """Mark and colour of a verdict."""
+    if verdict.verdict == "fits":
+        return glyphs.fits, "green" if verdict.scope is None else "yellow"
+    if verdict.verdict == "tight":
+        return glyphs.tight, "yellow"
+    return (glyphs.unknown, "yellow") if verdict.verdict == "unknown" else (glyphs.fails, "red")
+
+
+def _in_words(verdict: Verdict, result: Estimate) -> str:
+    needed, usable, left = _gib(verdict)
+    scope = "" if verdict.scope is None else f", {verdict.scope} only"
+    if verdict.verdict == "does_not_run":
+        return f"does not run: {verdict.reason}"
+    if verdict.verdict == "does_not_fit":
+        least = "at least " if verdict.lower_bound else ""
+        return f"needs {least}{needed} GiB of {usable}, {left} short{scope}"
+    if verdict.verdict == "unknown":
+        return f"unknown{scope}, needs at least {needed} GiB of {usable}; {_open(result)}"
+    if verdict.runs_by_releasing_cache:
+        return f"tight{scope}, needs {needed} GiB of {usable}: runs only because the allocator releases cached memory"
+    word = "" if verdict.verdict == "fits" and not scope else f"{verdict.verdict}{scope}, "
+    return f"{word}{left} GiB left"
+
+
+def _open(result: Estimate) -> str:
+    """Why a verdict is unknown."""
+    return "the trace could not follow all of it" if result.peaks else f"no peak for {result.not_modelled[0]}"
+
+
+def _gib(verdict: Verdict) -> tuple[str, str, str]:
+    """Needed, usable and what is left or short, in GiB; with more digits where little is left."""
+    sizes = (verdict.needed_bytes, verdict.usable_bytes, abs(verdict.headroom_bytes))
+    digits = next((digits for digits in (1, 2) if sizes[2] / GIB >= 10**-digits), 3)
+    needed, usable, left = (f"{size / GIB:,.{digits}f}" for size in sizes)
+    return needed, usable, left
+
+
+def _counts(result: Estimate, screen: Screen) -> list[Row]:
+    trainable, total = result.trainable_parameters, result.total_parameters
+    return wrapped(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.4%})", screen.columns)
+
+
+def peak(result: Estimate, screen: Screen) -> list[Row]:
+    """The peak by category against the first card, and the peak of each phase."""
+    peaks, dot = result.peaks, screen.glyphs.dot
+    first = next((v for v in result.gpus if not v.lower_bound), None) if peaks else None
+    parts = segments(result, first)
+    if peaks:
+        unit, name = unit_of(peaks.allocated)
+        others = [f"{phase} {nbytes / unit:,.2f}" for phase, nbytes in peaks.by_phase.items() if phase != peaks.phase]
+        bound = "at least " if peaks.incomplete else ""
+        title = f"peak {bound}{peaks.allocated / unit:,.2f} {name} in {peaks.phase}; {dot.join(others)}"
+    else:
+        title = f"no peak: {result.not_modelled[0]}; what is counted takes {format_bytes(result.ledger.bytes())}"
+    rows = wrapped(title, screen.columns)
+    rows.append(bar(parts, first.usable_bytes if first else None, screen.glyphs))
+    of = f"{format_bytes(first.needed_bytes)} of {card_name(first.gpu)}'s {format_bytes(first.usable_bytes)}: " if first else ""
+    rows += flowing(legend(parts, screen.glyphs), screen.columns, between=dot, before=of)
+    if result.managed_bytes:
+        managed = format_bytes(result.managed_bytes)
+        rows += wrapped(f"and {managed} of paged optimizer states in CUDA managed memory", screen.columns)
+    return rows
+
+
+def _advice(result: Estimate, screen: Screen) -> list[Row]:
+    """The best changes for the card that misses the least."""
+    if not result.unfit:
+        return []
+    from peftplan.report import advice
+
+    nearest, advised = result.unfit[0], result.advice_on(result.unfit[0])
+    rows = []
+    if best := advised.changes[: None if advised.everything else BEST]:
+        outcomes = [advice.outcome(change) for change in best]
+        widest = max(map(len, outcomes))
+        by = " (by formulas)" if result.engine == "trace" else ""
+        rows = wrapped(f"to fit {card_name(nearest.gpu)}, {_gib(nearest)[2]} GiB less{by}:", screen.columns)
+        for brings, change in zip(outcomes, best, strict=True):
+            line = f"{INDENT}{brings.ljust(widest)}  {advice.command_line(change)}"
+            rows += wrapped(line, screen.columns, colour=COLOURS.get(change.verdict or ""), indent=" " * (widest + 6))
+    if said := advice.without_help(nearest.gpu, advised):
+        rows += wrapped(said, screen.columns)
+    return [BLANK, *rows]
+
+
+def _notes(result: Estimate, screen: Screen) -> list[Row]:
+    """What a reader must know of the numbers."""
+    peaks = result.peaks
+    lines = _incomplete(peaks.incomplete) if peaks else []
+    lines += [f"note: {note}" for note in result.assumptions.get("notes", ()) if note not in result.asides]
+    missing = [what for what in result.not_modelled if not (result.gpus and what == "CUDA context")]
+    if peaks:
+        lines += [f"not counted: {', '.join(missing)}"] if missing else []
+    rows = [row for line in lines for row in wrapped(line, screen.columns)]
+    return [BLANK, *rows] if rows else []
+
+
+def _incomplete(unknown: Sequence[str]) -> list[str]:
+    """Why a peak is a lower bound; of many reasons the first ones, and how many more."""
+    lines = [f"the peak is a lower bound: {what}" for what in unknown[:MOST_UNKNOWN]]
+    more = len(unknown) - MOST_UNKNOWN
+    return [*lines, f"and {more} more that the trace could not follow (-v)"] if more > 0 else lines
+
+
+def _assumptions(result: Estimate, screen: Screen) -> list[Row]:
+    """What was assumed and not set, what weighs most first; then what is off."""
+    hidden = {*DERIVED, *result.chosen, *(OF_CARD if result.gpus else ()), *(OF_QUANT if _dense(result) else ())}
+    values = {name: value for name, value in assumption_rows(result.assumptions) if name not in hidden}
+    ordered = [name for name in BY_WEIGHT if name in values]
+    ordered += [name for name in values if name not in BY_WEIGHT]
+    off = [name for name in ordered if values[name] == "no"]
+    items = [_item(name, values[name]) for name in ordered if name not in off]
+    items += [f"no {', '.join(off)}"] if off else []
+    return flowing(items, screen.columns, between=screen.glyphs.dot, before="assumed: ")
+
+
+def _dense(result: Estimate) -> bool:
+    return result.assumptions.get("quant") == "none"
+
+
+def _item(name: str, text: str) -> str:
+    if text == "yes":
+        return name
+    names = text.split(", ")
+    if len(names) > MOST_NAMES:
+        text = f"{', '.join(names[:MOST_NAMES])} and {len(names) - MOST_NAMES} more"
+    return f"{name} {text}"
+
+
+def _cut(rows: list[Row], room: int) -> list[Row]:
+    """The first lines; the last one ends with where the others are."""
+    if len(rows) <= room:
+        return rows
+    return [*rows[: room - 1], (Part(f"{INDENT}and {len(rows) - room + 1} more lines: -v"),)]

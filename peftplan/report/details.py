@@ -1,0 +1,189 @@
+"""An estimate in full, `-v`: every byte, every line with its formula, every assumption, as rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby, zip_longest
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from peftplan.planning.result import Estimate, Peaks
+from peftplan.report import peak
+from peftplan.report.tabular import (
+    Column,
+    assumption_rows,
+    category_rows,
+    context,
+    incomplete,
+    largest_line,
+    line_facts,
+    needs,
+    not_counted,
+)
+from peftplan.report.terminal import GAP, WIDE, console, fitted, show, table
+from peftplan.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from peftplan.planning.advice import Advised
+
+WIDER = 150
+"""Tensors alive at the peak have one row each from here on; below, what they are stands under their names."""
+SHORT = 20
+"""Assumptions of up to this many characters share a row, two to a row; longer ones get a line of their own."""
+
+
+def estimate(result: Estimate, *, explain_peak: bool = False) -> None:
+    """Below the verdicts: counts, bytes by category, what each card has, every line, every assumption, what is not counted."""
+    out = console()
+    parts: list[RenderableType] = ["", _counts(result), "", _categories(result)]
+    if result.peaks:
+        parts += _peaks(result.peaks)
+    if explain_peak:
+        parts += ["", _largest(result, everything=True, wide=out.width >= WIDER)]
+    if result.managed_bytes:
+        managed = format_bytes(result.managed_bytes)
+        parts.append(f"and {managed} of paged optimizer states in CUDA managed memory, outside torch's allocator")
+    if result.gpus:
+        reasons = (f"{v.gpu}: {v.reason}" for v in result.gpus if v.reason)
+        parts += ["", _verdicts(result), *reasons, *needs(result), f"largest line: {largest_line(result)}"]
+        for gpu, advised in result.advice.items():
+            parts += ["", *_advice(result, gpu, advised)]
+    parts += [f"{v.gpu}: {v.why}; context: {v.context_source}" for v in result.gpus]
+    parts += ["", *_lines(result, width=out.width)]
+    parts += ["", Text("Assumptions", style="bold"), *_assumptions(result, width=out.width)]
+    parts += [f"note: {note}" for note in result.assumptions.get("notes", ())]
+    parts += ["", not_counted(result)]
+    show(out, parts)
+
+
+def _counts(result: Estimate) -> Table:
+    share = result.trainable_parameters / result.total_parameters
+    shown = table(Column("parameters"), Column("count", right=True), Column("", right=True), Column("", right=True))
+    trainable = result.trainable_parameters
+    shown.add_row("trainable", f"{trainable:,}", format_count(trainable), f"{share:.4%}")
+    shown.add_row("total", f"{result.total_parameters:,}", format_count(result.total_parameters), "")
+    return shown
+
+
+def _categories(result: Estimate) -> Table:
+    total = result.ledger.bytes()
+    peaks = result.peaks
+    title = f"memory at the peak, in {peaks.phase}" if peaks else "memory that is counted"
+    footer = (
+        "sum, the peak" if peaks and not peaks.incomplete else "sum, a lower bound of the peak",
+        f"{total:,}",
+        format_bytes(total),
+    )
+    shown = table(Column(title), Column("bytes", right=True), Column("", right=True), footer=footer)
+    for row in category_rows(result):
+        shown.add_row(*row)
+    return shown
+
+
+def _peaks(peaks: Peaks) -> list[RenderableType]:
+    """Each phase's own peak, and what the allocator reserves."""
+    shown = table(Column("peak of each phase"), Column("bytes", right=True), Column("", right=True))
+    for phase, num_bytes in peaks.by_phase.items():
+        shown.add_row(phase, f"{num_bytes:,}", format_bytes(num_bytes))
+    parts: list[RenderableType] = ["", shown]
+    if peaks.reserved is not None:
+        parts.append(f"reserved: {peaks.reserved:,} bytes, {format_bytes(peaks.reserved)} ({peaks.reserved_source})")
+    return parts + [Text(f"incomplete: {what}", style="bold") for what in incomplete(peaks)]
+
+
+def largest(result: Estimate) -> None:
+    """The largest groups of tensors at the peak, below an answer."""
+    out = console()
+    show(out, ("", _largest(result, everything=False, wide=out.width >= WIDER)))
+
+
+def _largest(result: Estimate, *, everything: bool, wide: bool) -> Table:
+    """The largest groups of tensors at the peak; in a narrow terminal what a group is stands below whose it is."""
+    found = peak.rows(result)
+    rows, rest = peak.split(found, everything=everything)
+    total = sum(row.bytes for row in found)
+    middle = (Column("what"), Column("tensor"), Column("made by")) if wide else ()
+    blanks = [""] * len(middle)
+    shown = table(
+        Column(f"largest at the peak, in {peak.peaks_of(result).phase}"),
+        *middle,
+        Column("copies", right=True),
+        Column("bytes", right=True),
+        Column("share", right=True),
+        footer=("sum, the peak", *blanks, f"{sum(row.copies for row in found):,}", f"{total:,}", "100.0%"),
+    )
+    shown.columns[0].no_wrap = False
+    for row in rows:
+        what = (row.category, peak.tensor(row), peak.operation(row))
+        name = (peak.kind(row.name), *what) if wide else (f"{peak.kind(row.name)}\n  {' · '.join(filter(None, what))}",)
+        shown.add_row(*name, f"{row.copies:,}", f"{row.bytes:,}", f"{row.share:.1%}")
+    if rest:
+        copies, num_bytes = sum(row.copies for row in rest), sum(row.bytes for row in rest)
+        shown.add_row(f"… and {len(rest):,} more lines", *blanks, f"{copies:,}", f"{num_bytes:,}", f"{num_bytes / total:.1%}")
+    return shown
+
+
+def _verdicts(result: Estimate) -> Table:
+    unknown = "since the trace is incomplete" if result.peaks else "until the peak is modelled"
+    numbers = (Column(name, right=True) for name in ("usable", "needed", "context", "left over"))
+    shown = table(Column("gpu"), *numbers, Column("verdict"))
+    shown.columns[0].no_wrap = False  # ids of up to 29 letters
+    shown.columns[-1].min_width = len("does not fit")
+    for v in result.gpus:
+        words = v.words + (f" {unknown}" if v.verdict == "unknown" else "")
+        usable, needed, left = map(format_bytes, (v.usable_bytes, v.needed_bytes, v.headroom_bytes))
+        shown.add_row(v.gpu, usable, needed, context(v), left, words)
+    return shown
+
+
+def _advice(result: Estimate, gpu: str, advised: Advised) -> list[RenderableType]:
+    """What would make the job fit a card, or bring it nearer."""
+    from peftplan.report import advice
+
+    parts: list[RenderableType] = []
+    if advised.changes:
+        columns = (Column(name, right=name != "then") for name in advice.COLUMNS[1:])
+        shown = table(Column(advice.title(gpu, result.engine)), *columns)
+        shown.columns[0].no_wrap = False
+        for row in advice.rows(result, advised.changes):
+            shown.add_row(*row)
+        parts.append(shown)
+    said = advice.without_help(gpu, advised)
+    return [*parts, said] if said else parts
+
+
+def _lines(result: Estimate, *, width: int) -> list[RenderableType]:
+    """Every line of the ledger under its category, source and place; in a narrow terminal a formula stands below its line."""
+    wide = width >= WIDE
+    parts: list[RenderableType] = [Text("Lines: bytes = copies × round512(itemsize × dims)", style="bold")]
+    for (category, source, place), lines in groupby(line_facts(result), key=itemgetter("category", "source", "place")):
+        where = "" if place == "device" else f" · {place} memory"
+        shown = table(Column(""), Column("", right=True), *((Column(""),) if wide else ()), header=False)
+        for line in lines:
+            cells = (f"  {line['name']}", f"{line['bytes']:,}", line["formula"])
+            shown.add_row(*(cells if wide else (f"{cells[0]}\n    {cells[2]}", cells[1])))
+        parts += [Text(f"{category} · {source}{where}", style="bold"), fitted(shown, width)]
+    return parts
+
+
+def _assumptions(result: Estimate, *, width: int) -> list[RenderableType]:
+    """Lists and long values first, a line each; then the short ones, two to a row where there is room."""
+    values = dict(assumption_rows(result.assumptions))
+    lists = {name for name, value in result.assumptions.items() if isinstance(value, list)}
+    long = [name for name, value in values.items() if len(value) > SHORT or name in lists]
+    short = [(name, value) for name, value in values.items() if name not in long]
+    half = (len(short) + 1) // 2
+    pairs = [(*left, *right) for left, right in zip_longest(short[:half], short[half:], fillvalue=("", ""))]
+    aligned = _aligned(pairs)
+    room = all(len(line) <= width for line in aligned)
+    return [*(f"{name}: {values[name]}" for name in long), *(aligned if room else _aligned(short))]
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text with their columns under each other."""
+    widths = [max(map(len, column)) + GAP for column in zip(*cells, strict=True)]
+    return ["".join(map(str.ljust, row, widths)).rstrip() for row in cells]

@@ -1,0 +1,104 @@
+"""Plain lines for a terminal or a pipe, without rich: width, colour, the letters that its encoding has, and wrapping."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from peftplan.report.tabular import printable
+
+NARROWEST = 80
+"""A terminal with fewer columns breaks the lines itself."""
+PIPE_WIDTH = 10_000
+"""A pipe without COLUMNS has no width: nothing is folded, so that grep and awk see whole rows."""
+INDENT = "  "
+TIED = "\xa0"
+"""A blank at which no line breaks."""
+
+Colour = Literal["green", "yellow", "red", "bold"]
+CODES: dict[Colour, str] = {"green": "\x1b[32m", "yellow": "\x1b[33m", "red": "\x1b[31m", "bold": "\x1b[1m"}
+PLAIN = "\x1b[0m"
+
+
+class Part(NamedTuple):
+    """Text in one colour."""
+
+    text: str
+    colour: Colour | None = None
+
+
+Row = tuple[Part, ...]
+"""One line on the screen."""
+
+
+class Glyphs(NamedTuple):
+    """The letters that words alone do not need: marks of verdicts, shades of a bar, the edge of a card, what parts items."""
+
+    fits: str
+    tight: str
+    fails: str
+    unknown: str
+    shades: str
+    free: str
+    edge: str
+    dot: str
+
+
+class Screen(NamedTuple):
+    """What lines are written for."""
+
+    columns: int
+    glyphs: Glyphs
+
+
+UNICODE = Glyphs(fits="✓", tight="!", fails="✗", unknown="?", shades="█▓▒░", free="·", edge="│", dot=" · ")
+ASCII = Glyphs(fits="+", tight="!", fails="x", unknown="?", shades="#=%:", free=".", edge="|", dot=", ")
+
+
+def width() -> int:
+    """Columns of the terminal, or of COLUMNS; a pipe has no end."""
+    piped = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
+    return PIPE_WIDTH if piped else max(shutil.get_terminal_size((NARROWEST, 24)).columns, NARROWEST)
+
+
+def glyphs() -> Glyphs:
+    """The letters that stdout's encoding has."""
+    try:
+        "".join(UNICODE).encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return ASCII
+    return UNICODE
+
+
+def coloured() -> bool:
+    """Whether stdout shows colours: a terminal does, unless NO_COLOR says otherwise."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    old_console = sys.platform == "win32" and not os.environ.get("WT_SESSION")
+    return bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and not old_console)
+
+
+def show(rows: Iterable[Row]) -> None:
+    """Print lines."""
+    paint = coloured()
+    for row in rows:
+        texts = (f"{CODES[part.colour]}{part.text}{PLAIN}" if paint and part.colour else part.text for part in row)
+        line = "".join(texts)
+        print(line if paint else line.rstrip())
+
+
+def wrapped(text: str, columns: int, *, colour: Colour | None = None, indent: str = INDENT) -> list[Row]:
+    """Text in lines of at most so many columns, those after the first indented; words break only where they are longer."""
+    text = "".join(letter if letter == TIED else printable(letter) for letter in text)
+    lines = textwrap.wrap(text, columns, subsequent_indent=indent, break_on_hyphens=False)
+    return [(Part(line.replace(TIED, " "), colour),) for line in lines]
+
+
+def flowing(items: Iterable[str], columns: int, *, between: str, before: str = "") -> list[Row]:
+    """Items side by side, as many as a line takes; an item breaks only where it is longer than a line."""
+    glue = between.rstrip().replace(" ", TIED) + " "
+    return wrapped(before + glue.join(item.replace(" ", TIED) for item in items), columns)

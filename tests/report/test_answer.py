@@ -1,0 +1,172 @@
+"""The short answer: at most 25 lines at every width, the verdict first, nothing that changes it left out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from peftplan import estimate
+from peftplan.hardware.gpus import find_gpu, gpus
+from peftplan.planning.result import Estimate, Verdict
+from peftplan.report import screen
+from peftplan.report.answer import MOST_LINES, answer
+from peftplan.report.bar import CELLS, Segment, bar
+from peftplan.report.cards import card_name
+from peftplan.report.screen import ASCII, UNICODE, Part, Screen
+from tests.cli.run import run
+from tests.cli.test_exit import in_terminal
+from tests.report.tiny_estimate import tiny_estimate
+
+GIB = 2**30
+FOUR = "t4,24GiB,rtx-3050-laptop-4gb,h100-80gb"
+JOBS = (
+    "llama-2-70b --method qlora --r 16",
+    "llama-2-70b --method qlora --r 16 --gpu rtx-4090,a100-80gb",
+    "llama-2-7b --method full --gpu rtx-4090",
+    f"mixtral-8x7b --method qlora --optim paged_adamw_32bit --gpu {FOUR}",
+    f"deepseek-v3 --method qlora --gpu {FOUR}",
+    f"bert-base-uncased --trainer plain --batch-size 64 --gpu {FOUR}",
+    f"llama-3.2-11b-vision --method dora --batch-size 8 --gpu {FOUR}",
+    f"qwen3-8b --trainer plain --batch-size 16 --attn-implementation eager --gpu {FOUR}",
+    f"phi-4 --target-modules q_proj,k_proj,o_proj --gpu {FOUR}",
+    f"llama-2-7b --loss liger --gpu {FOUR}",
+    "gpt2 --method ia3 --trainer plain",
+    f"t5-small --method prompt-tuning --num-virtual-tokens 16 --gpu {FOUR}",
+)
+
+
+def lines_of(result: Estimate, columns: int = 80, glyphs: screen.Glyphs = UNICODE) -> list[str]:
+    """The answer as text."""
+    return ["".join(part.text for part in row) for row in answer(result, Screen(columns, glyphs))]
+
+
+@pytest.mark.parametrize("columns", [80, 100, None])
+@pytest.mark.parametrize("job", JOBS)
+def test_an_answer_has_at_most_25_lines(job: str, columns: int | None) -> None:
+    said = run("estimate", *job.split(), columns=columns)
+    lines = said.out.splitlines()
+    assert (said.code, said.err) == (0, "")
+    assert len(lines) <= 25
+    assert columns is None or max(map(len, lines)) <= columns
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert "\x1b" not in said.out
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize("job", JOBS[1:5])
+def test_a_terminal_gets_the_same_lines(job: str, columns: int) -> None:
+    shown = in_terminal("estimate", *job.split(), columns=columns)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
+    assert [line.rstrip() for line in plain] == run("estimate", *job.split(), columns=columns).out.splitlines()
+
+
+def test_colours_say_what_the_words_say() -> None:
+    """Green fits, yellow is tight, red does not fit, and nothing else has a colour; bold is none."""
+    shown = in_terminal("estimate", "llama-2-7b", "--gpu", "a100-80gb,t4", columns=80)
+    coloured = re.findall(r"\x1b\[(\d+)m(.*?)\x1b\[0m", shown)
+    assert coloured[0] == ("1", "llama-2-7b · lora r=8 · analytic")
+    assert coloured[1][0] == "32"
+    assert coloured[1][1].startswith("✓ A100 80GB")
+    assert coloured[2][0] == "31"
+    assert coloured[2][1].startswith("✗ T4")
+    assert {code for code, _ in coloured} <= {"1", "31", "32", "33"}
+    assert "\x1b" not in in_terminal("estimate", "gpt2", "--gpu", "t4", columns=80, NO_COLOR="1")
+
+
+CARD = Verdict("rtx-4090", 24 * GIB, "", "fits", 10 * GIB, GIB // 2, "")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (CARD, "✓ RTX 4090: 14.0 GiB left"),
+        (CARD._replace(context_assumed=True), "✓ RTX 4090: 14.0 GiB left (context 512 MiB assumed)"),
+        (CARD._replace(scope="text"), "✓ RTX 4090: fits, text only, 14.0 GiB left"),
+        (CARD._replace(verdict="tight", needed_bytes=23 * GIB), "! RTX 4090: tight, 1.0 GiB left"),
+        (CARD._replace(verdict="tight", needed_bytes=24 * GIB - 2**24), "! RTX 4090: tight, 0.02 GiB left"),
+        (
+            CARD._replace(verdict="tight", needed_bytes=25 * GIB, runs_by_releasing_cache=True),
+            "! RTX 4090: tight, needs 25.0 GiB of 24.0: runs only because the allocator releases cached memory",
+        ),
+        (CARD._replace(verdict="does_not_fit", needed_bytes=33 * GIB), "✗ RTX 4090: needs 33.0 GiB of 24.0, 9.0 short"),
+        (
+            CARD._replace(verdict="does_not_fit", needed_bytes=33 * GIB, lower_bound=True),
+            "✗ RTX 4090: needs at least 33.0 GiB of 24.0, 9.0 short",
+        ),
+        (
+            CARD._replace(verdict="does_not_run", reason="flash-attn needs compute capability 8.0", context_assumed=True),
+            "✗ RTX 4090: does not run: flash-attn needs compute capability 8.0",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_verdict_in_words(verdict: Verdict, words: str) -> None:
+    assert lines_of(replace(tiny_estimate(), gpus=(verdict,), advise=None), columns=200)[1] == words
+
+
+def test_an_unknown_verdict_says_what_to_do() -> None:
+    said = run("estimate", "llama-2-7b", "--loss", "liger", "--gpu", "a100-80gb", columns=None).out.splitlines()
+    assert said[1].startswith("? A100 80GB: unknown, needs at least ")
+    assert "--engine trace" in said[1]
+
+
+def test_an_incomplete_peak_is_said() -> None:
+    unknown = tuple(f"model.part{n}" for n in range(5))
+    said = lines_of(tiny_estimate(incomplete=unknown), columns=200)
+    assert "the peak is a lower bound: model.part0" in said
+    assert "and 3 more that the trace could not follow (-v)" in said
+
+
+def test_a_card_is_written_as_it_can_be_typed() -> None:
+    assert card_name("a100-pcie-80gb") == "A100 PCIe 80GB"
+    assert card_name("rtx-4060-ti-16gb") == "RTX 4060 Ti 16GB"
+    assert card_name("24GiB") == "24GiB"
+    assert [gpu.id for gpu in gpus() if find_gpu(card_name(gpu.id)) != gpu] == []
+
+
+def test_a_bar_is_drawn_to_scale() -> None:
+    """6 of 8 GiB: 4 + 2 of 8 parts of 72 cells, and what is free; 12 of 8: the card ends after two thirds."""
+    parts = [Segment("weights", 4 * GIB), Segment("gradients", 2 * GIB)]
+    assert bar(parts, 8 * GIB, UNICODE) == (Part("█" * 36 + "▓" * 18 + "·" * 18), Part("│"), Part("", None))
+    over = bar([*parts, Segment("logits", 6 * GIB)], 8 * GIB, UNICODE)
+    assert over == (Part("█" * 24 + "▓" * 12 + "▒" * 12), Part("│"), Part("▒" * 24, "red"))
+    assert bar(parts, None, ASCII) == (Part("#" * 48 + "=" * 24),)
+    assert CELLS == 72
+
+
+def test_a_stream_without_block_letters_gets_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Latin:
+        encoding = "latin-1"
+
+    monkeypatch.setattr(screen.sys, "stdout", Latin())
+    assert screen.glyphs() is ASCII
+    said = "\n".join(lines_of(estimate("llama-2-7b", gpu=["t4", "a100-80gb"]), glyphs=ASCII))
+    assert said.isascii()
+    assert "\nx T4: needs " in said
+    assert "\n+ A100 80GB: " in said
+
+
+def test_what_was_set_is_no_assumption() -> None:
+    job: dict[str, Any] = {"batch_size": 1, "seq_len": 2048, "target_modules": "q_proj"}
+    said = "\n".join(lines_of(estimate("llama-2-7b", **job))).partition("assumed: ")[2]
+    assert not {"batch_size", "seq_len", "target_modules"} & set(re.findall(r"\w+", said))
+    assert {"trainer", "loss", "optim"} < set(re.findall(r"\w+", said))
+    assert said.startswith("trainer transformers · gradient_checkpointing · loss full")
+
+
+def test_assumptions_are_cut_before_anything_else() -> None:
+    notes = [f"note {n}" for n in range(12)]
+    result = estimate("llama-2-7b", method="qlora", gpu="t4")
+    said = lines_of(replace(result, assumptions={**result.assumptions, "notes": notes}))
+    assert len(said) == MOST_LINES
+    assert [line for line in said if line.startswith("note: ")] == [f"note: {note}" for note in notes]
+    assert re.fullmatch(r"  and \d more lines: -v", said[-1])
+
+
+def test_how_a_count_was_checked_needs_no_line() -> None:
+    note = "published total is 2,048 more"
+    assert note not in run("estimate", "llama-2-7b").out
+    assert note in run("estimate", "llama-2-7b", "-v", columns=None).out
