@@ -58,7 +58,7 @@ def test_keys_and_types(job: tuple[str, ...]) -> None:
     assert set(memory["by_category"]) == COUNTED | OF_A_PEAK
     for verdict in result["gpus"]:
         assert {"name", "usable_bytes", "verdict", "headroom_bytes"} <= set(verdict)
-        assert verdict["verdict"] in ("fits", "tight", "does_not_fit", "unknown")
+        assert verdict["verdict"] in ("fits", "tight", "does_not_fit", "does_not_run", "unknown")
         assert verdict["headroom_bytes"] <= verdict["usable_bytes"] - memory["peak_allocated"]
 
 
