@@ -80,9 +80,27 @@ class PeftplanError(Exception):
 class InputError(PeftplanError, ValueError):
     """Bad input: names the field, the value, and what is accepted."""
 
+    form = "{field}: {value} is not accepted; {accepted}"
+
     def __init__(self, field: str, value: object, accepted: str) -> None:
         self.field, self.value, self.accepted = field, value, accepted
-        super().__init__(f"{field}: {quoted(value)} is not accepted; {accepted}")
+        super().__init__(self.message())
+
+    def message(self) -> str:
+        """The line that is shown."""
+        return self.form.format(field=self.field, value=quoted(self.value), accepted=self.accepted)
+
+    def named(self, field: str) -> InputError:
+        """This error under the name that was typed."""
+        self.field = field
+        self.args = (one_line(self.message()),)
+        return self
+
+
+class BoundError(InputError):
+    """A value of the wrong size or kind: `r must be at least 1 (got 0)`."""
+
+    form = "{field} must be {accepted} (got {value})"
 
 
 class UnknownNameError(InputError):
@@ -101,6 +119,20 @@ class UnknownNameError(InputError):
         if near:
             accepted = f"did you mean {' or '.join(near)}? {accepted}"
         super().__init__(field, value, accepted)
+
+
+class UnknownOptionError(UnknownNameError):
+    """An option that a method does not have; shows what is near."""
+
+    def __init__(self, option: str, method: str, choices: Iterable[str], *, beside: Iterable[str] = ()) -> None:
+        self.choices = sorted(choices)
+        self.near = nearest(option[:MOST_OF_A_VALUE].lower(), [*self.choices, *beside])
+        InputError.__init__(self, option, method, f"accepted: {', '.join(self.choices) or 'nothing'}")
+
+    def message(self) -> str:
+        """The line that is shown."""
+        suggested = f"did you mean {' or '.join(self.near)}? " if self.near else ""
+        return f"{self.field} is no option of {self.value}; {suggested}{self.accepted}"
 
 
 class RefusedError(PeftplanError):

@@ -16,7 +16,7 @@ import peftplan
 PACKAGE = Path(peftplan.__file__).parent
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "dtypes", "units", "datafiles", "files"),
+    ("errors", "dtypes", "units", "datafiles", "files", "validation"),
     ("arch",),
     ("methods", "storage", "optim", "hardware", "memory", "parameters", "inference"),
     ("planning",),

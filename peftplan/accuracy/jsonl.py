@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from peftplan import files
 from peftplan.accuracy.records import SCHEMA_VERSION, Record
 from peftplan.errors import PeftplanError
-from peftplan.planning.setup import first_error
+from peftplan.validation import first_error
 
 DIGEST = "digest"
 TRUNCATED = "truncated: it does not end with a newline; `peftplan check --repair FILE` sets it aside"

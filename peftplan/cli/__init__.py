@@ -9,9 +9,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 COMMANDS: dict[str, str] = {
     "estimate": "What a fine-tuning run needs: counts, bytes, verdicts.",
@@ -22,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "methods": "The PEFT methods, and the fields of one.",
     "measure": "Measure a run on this machine's GPU, with random weights, and record it.",
     "gpus": "The GPU catalogue: what each card has and what a program can get of it.",
+    "completion": "A script that makes a shell complete commands, options and names.",
     "check": "The engines against measured runs: drift, verdicts, and what moved.",
 }
 """Commands and their one-line help; the module `peftplan.cli.<name>` is imported when its command runs."""
@@ -48,6 +52,13 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The commands, without importing any."""
+        from click.shell_completion import CompletionItem
+
+        items = [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+        return items or super().shell_complete(ctx, incomplete)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:

@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING
 
 import click
 
-from peftplan.cli.options import Command
+from peftplan.cli.command import Command, argument, option
 
 if TYPE_CHECKING:
     from peftplan.accuracy.drift import Answer
 
 
 @click.command("check", cls=Command)
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--engine", default="analytic", metavar="NAME", show_default=True, help="analytic | trace")
-@click.option("--id", "ids", multiple=True, metavar="ID", help="only this record; repeatable")
-@click.option("--sample", type=click.IntRange(1), metavar="N", help="only N records, drawn by --seed")
-@click.option("--seed", type=int, default=0, metavar="S", show_default=True, help="of --sample")
-@click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE", help="default: data/runs/baseline.json")
-@click.option("--update-baseline", is_flag=True, help="store what is stated now, instead of comparing with it")
-@click.option("--report", is_flag=True, help="write docs/accuracy.md and its plots (needs matplotlib: extra plot)")
-@click.option("--repair", is_flag=True, help="set a truncated last line of FILE aside, and check nothing")
-@click.option("--format", "fmt", default="table", metavar="NAME", show_default=True, help="table | json | markdown | junit")
+@argument("files", nargs=-1, type=click.Path(path_type=Path))
+@option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="what is compared with the runs")
+@option("--id", "ids", multiple=True, metavar="ID", help="only this record; repeatable")
+@option("--sample", type=click.IntRange(1), metavar="INT", help="only N records, drawn by --seed")
+@option("--seed", type=int, default=0, metavar="INT", show_default=True, help="of --sample")
+@option("--baseline", type=click.Path(path_type=Path), metavar="FILE", help="default: data/runs/baseline.json")
+@option("--update-baseline", is_flag=True, help="store what is stated now, instead of comparing with it")
+@option("--report", is_flag=True, help="write docs/accuracy.md and its plots (needs matplotlib: extra plot)")
+@option("--repair", is_flag=True, help="set a truncated last line of FILE aside, and check nothing")
+@option("--format", "fmt", default="table", metavar="[table|json|markdown|junit]", show_default=True, help="how to print it")
 def command(
     files: tuple[Path, ...],
     engine: str,

@@ -7,48 +7,54 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peftplan.cli import options
+from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 from peftplan.errors import RefusedError
 
 if TYPE_CHECKING:
     from peftplan.planning.result import Estimate
 
 
-@click.command("estimate", cls=options.Command)
-@click.argument("model")
-@options.group("Method", options.METHOD)
+@click.command("estimate", cls=Command)
+@argument("model")
+@options.group(METHOD_HEADING, options.METHOD)
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
 @options.torch_option
 @options.transformers_option
-@click.option("--engine", default="analytic", metavar="NAME", show_default=True, help="analytic | trace")
-@click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a size such as 24GiB; repeatable")
-@click.option(
+@option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="what computes the peak")
+@option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a size such as 24GiB; repeatable")
+@option(
     "--context",
     default=None,
-    metavar="MIB",
-    help="CUDA context that a verdict counts; default: as measured on the card, else assumed",
+    metavar="INT",
+    help="MiB of CUDA context that a verdict counts; default: as measured on the card, else assumed",
 )
-@click.option(
+@option(
     "--advice",
     default="best",
-    metavar="NAME",
+    metavar="[best|all]",
     show_default=True,
-    help="best | all: what makes the job fit the card it misses by the least; all searches every combination",
+    help="what makes the job fit the card it misses by the least; all searches every combination",
 )
-@click.option("--require-fit", is_flag=True, help="exit 1 unless the job fits every --gpu")
-@click.option("--allow-tight", is_flag=True, help="--require-fit accepts tight too")
-@click.option("--text-only", is_flag=True, help="--require-fit accepts a verdict for text alone, without pictures")
-@click.option("--strict", is_flag=True, help="warnings are errors: a name in target_modules that matches no module")
+@option("--require-fit", is_flag=True, help="exit 1 unless the job fits every --gpu")
+@option("--allow-tight", is_flag=True, help="--require-fit accepts tight too")
+@option("--text-only", is_flag=True, help="--require-fit accepts a verdict for text alone, without pictures")
+@option("--strict", is_flag=True, help="warnings are errors: a name in target_modules that matches no module")
 @options.format_option
-@click.option(
-    "--explain", is_flag=True, help="every line of the peak as a formula with its numbers and its source, and nothing else"
+@option(
+    "--explain",
+    is_flag=True,
+    help="every line of the peak as a formula with its numbers and its source, and nothing else",
 )
-@click.option("--explain-peak", is_flag=True, help="the largest tensors alive at the peak (all of them with -v)")
-@click.option(
-    "--timeline", default=None, metavar="FILE", help="memory over one optimizer step as FILE.png, .html, or .json (for replay)"
+@option("--explain-peak", is_flag=True, help="the largest tensors alive at the peak (all of them with -v)")
+@option(
+    "--timeline",
+    default=None,
+    metavar="FILE",
+    help="memory over one optimizer step as FILE.png, .html, or .json (for replay)",
 )
-@click.option(
+@option(
     "-v",
     "--verbose",
     is_flag=True,

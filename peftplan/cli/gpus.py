@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from peftplan.cli import options
+from peftplan.cli.command import Command, argument
 
 
-@click.command("gpus")
-@click.argument("pattern", required=False)
+@click.command("gpus", cls=Command)
+@argument("pattern", required=False)
 @options.format_option
 def command(pattern: str | None, fmt: str) -> int:
     """List the cards whose name or alias contains PATTERN: marketed size, nvidia-smi total, and what a program can get."""

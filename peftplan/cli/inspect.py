@@ -7,17 +7,22 @@ from typing import Any
 import click
 
 from peftplan.cli import options
+from peftplan.cli.command import Command, argument, option
 
 
-@click.command("inspect")
-@click.argument("model")
-@click.option(
-    "--match", "pattern", default=None, metavar="TARGETS", help="mark what these target_modules would match (LoRA's rules)"
+@click.command("inspect", cls=Command)
+@argument("model")
+@option(
+    "--match",
+    "pattern",
+    default=None,
+    metavar="TARGETS",
+    help="mark what these target_modules would match (LoRA's rules)",
 )
-@click.option("--all", "expand", is_flag=True, help="every module by its full name instead of one row per family")
-@click.option("--dtype", default="bf16", metavar="VALUE", show_default=True, help="dtype of the weights")
-@click.option("--task-type", default=None, metavar="VALUE", help="peft's task type: CAUSAL_LM, SEQ_CLS, …")
-@click.option("--num-labels", default=None, type=int, help="classes of a classification head")
+@option("--all", "expand", is_flag=True, help="every module by its full name instead of one row per family")
+@option("--dtype", default="bf16", metavar="[bf16|fp16|fp32]", show_default=True, help="dtype of the weights")
+@option("--task-type", default=None, metavar="NAME", help="peft's task type: CAUSAL_LM, SEQ_CLS, …")
+@option("--num-labels", default=None, type=int, metavar="INT", help="classes of a classification head")
 @options.format_option
 def command(model: str, pattern: str | None, expand: bool, dtype: str, fmt: str, **task: Any) -> int:
     """The module tree of MODEL: shapes, parameters, bytes, and which modules a pattern matches.

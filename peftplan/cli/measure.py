@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peftplan.cli import options
+from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -18,23 +19,19 @@ if TYPE_CHECKING:
 ENGINES = ("analytic", "trace")
 
 
-@click.command("measure", cls=options.Command)
-@click.argument("model", required=False)
-@options.group("Method", options.METHOD)
+@click.command("measure", cls=Command)
+@argument("model", required=False)
+@options.group(METHOD_HEADING, options.METHOD)
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
-@click.option("--steps", type=int, default=2, show_default=True, metavar="N", help="measured optimizer steps")
-@click.option("--warmup", type=int, default=1, show_default=True, metavar="N", help="steps before them, which make the states")
-@click.option("--suite", default=None, metavar="FILE", help="measure every line of a suite, each in a process of its own")
-@click.option("--timeout", type=float, default=600, show_default=True, metavar="SECONDS", help="for each run of a suite")
-@click.option(
-    "--engine", default="analytic", metavar="NAME", show_default=True, help="drift against: analytic | trace (and both)"
-)
-@click.option(
-    "--snapshot", default=None, metavar="FILE", help="save torch's memory snapshot, for replay or pytorch.org/memory_viz"
-)
-@click.option("--output", default="runs.jsonl", metavar="FILE", show_default=True, help="the record is appended to it")
+@option("--steps", type=int, default=2, show_default=True, metavar="INT", help="measured optimizer steps")
+@option("--warmup", type=int, default=1, show_default=True, metavar="INT", help="steps before them, which make the states")
+@option("--suite", default=None, metavar="FILE", help="measure every line of a suite, each in a process of its own")
+@option("--timeout", type=float, default=600, show_default=True, metavar="SECONDS", help="for each run of a suite")
+@option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="what drift is against; trace: both")
+@option("--snapshot", default=None, metavar="FILE", help="save torch's memory snapshot, for replay or pytorch.org/memory_viz")
+@option("--output", default="runs.jsonl", metavar="FILE", show_default=True, help="the record is appended to it")
 def command(
     model: str | None,
     steps: int,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from peftplan.cli import options
+from peftplan.cli.command import Command, argument
 
 
-@click.command("methods")
-@click.argument("name", required=False)
+@click.command("methods", cls=Command)
+@argument("name", required=False)
 @options.format_option
 def command(name: str | None, fmt: str) -> int:
     """List the PEFT methods with closed formulas, or the fields of one; --peft-config takes every other type of peft's."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from peftplan.cli import options
+from peftplan.cli.command import Command, argument
 
 
-@click.command("models")
-@click.argument("pattern", required=False)
+@click.command("models", cls=Command)
+@argument("pattern", required=False)
 @options.format_option
 def command(pattern: str | None, fmt: str) -> int:
     """List the built-in models whose name, alias, id or model type contains PATTERN (`*` and `?` match as in a shell)."""

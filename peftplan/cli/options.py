@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import click
-
+from peftplan.cli.command import option
 from peftplan.errors import InputError, UnknownNameError
+from peftplan.planning.words import MEANINGS, twice
 
 FORMATS = ("table", "json", "csv", "markdown")
 
@@ -18,17 +18,17 @@ METHOD: dict[str, str] = {
     "--r": "rank; default: the method's (8 for LoRA)",
     "--lora-alpha": "scaling of the update",
     "--lora-dropout": "dropout before A",
-    "--target-modules": "all-linear | attention | mlp | peft-default | names, comma-separated | a regular expression",
+    "--target-modules": "names, comma-separated; a regular expression; or all-linear | attention | mlp | peft-default",
     "--exclude-modules": "modules left out: names or a regular expression",
     "--target-parameters": "parameters adapted directly, such as fused experts",
     "--modules-to-save": "modules trained in full beside the adapter",
-    "--layers-to-transform": "layer indices, comma-separated",
+    "--layers-to-transform": "indices of layers, comma-separated",
     "--rank-pattern": 'rank per module, JSON: {"q_proj": 4}',
-    "--bias": "none | all | lora_only",
+    "--bias": "which biases train",
     "--num-virtual-tokens": "virtual tokens of prefix, prompt and p-tuning",
     "--use-dora/--no-use-dora": "DoRA on top of LoRA",
     "--use-rslora/--no-use-rslora": "scale by alpha / sqrt(r)",
-    "--set": "any other field of the method's config, FIELD=VALUE; repeatable",
+    "--set": "any other field of the method's config; repeatable",
 }
 MODEL: dict[str, str] = {
     "--task-type": "peft's task type: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, …; default: as the config says",
@@ -36,10 +36,10 @@ MODEL: dict[str, str] = {
     "--trust-remote-code/--no-trust-remote-code": "accepted, but no such code is ever run",
 }
 STORAGE: dict[str, str] = {
-    "--dtype": "dtype of the base model: bf16 | fp16 | fp32; default: bf16",
+    "--dtype": "dtype of the base model; default: bf16",
     "--adapter-dtype": "dtype of the adapter; peft's default is fp32",
-    "--autocast": "none | bf16 | fp16",
-    "--quant": "storage of the frozen base: none | nf4 | fp4 | int8 | fp8 | mxfp4 | gptq | awq | hqq; default: the method's",
+    "--autocast": "dtype that autocast computes in; default: the trainer's",
+    "--quant": "storage of the frozen base; default: the method's",
     "--quant-bits": "bits of gptq and hqq",
     "--quant-group-size": "group size of gptq, awq and hqq",
     "--quant-blocksize": "block size of nf4 and fp4",
@@ -49,7 +49,7 @@ STORAGE: dict[str, str] = {
     "--kbit-prepare/--no-kbit-prepare": "prepare_model_for_kbit_training on a quantized base",
 }
 TRAINING: dict[str, str] = {
-    "--trainer": "plain | transformers | trl | qlora-paper: fills what is not set; default: transformers",
+    "--trainer": "fills what is not set; default: transformers",
     "--batch-size": "sequences per device and step (micro batch); default: 1",
     "--seq-len": "tokens per sequence; default: 2048, or as many as the model holds",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",
@@ -58,10 +58,10 @@ TRAINING: dict[str, str] = {
     "--offload-checkpoints/--no-offload-checkpoints": "what checkpointed layers save waits in host memory (offload)",
     "--use-reentrant/--no-use-reentrant": "reentrant checkpointing (older default of transformers and peft)",
     "--optim": "a name of TrainingArguments.optim",
-    "--optim-args": "as in TrainingArguments: key=value,…",
+    "--optim-args": "as in TrainingArguments",
     "--optim-target-modules": "modules that GaLore and APOLLO project",
-    "--attn-implementation": "sdpa | eager | flash_attention_2",
-    "--loss": "auto | full | trl-chunked | liger | unsloth",
+    "--attn-implementation": "attention kernels; default: sdpa where the model has it",
+    "--loss": "how the loss is computed; default: auto, the trainer's",
     "--logits-to-keep": "logits and labels of the last N tokens of each sequence only, as the forward's argument",
     "--padding/--no-padding": "batches with a real padding mask",
     "--use-cache/--no-use-cache": "build a KV cache in training",
@@ -73,31 +73,32 @@ NOT_FIELDS = (
     *("script", "strict", "adapters", "context", "encoder_context", "serving_dtype", "merge"),
 )
 """Arguments of `estimate` and `serving` that are no fields of a method, so that --set does not take them."""
+METAVARS: dict[str, str] = {
+    **dict.fromkeys(("--method", "--optim", "--attn-implementation", "--task-type"), "NAME"),
+    **dict.fromkeys(("--r", "--lora-alpha", "--num-virtual-tokens", "--num-labels", "--batch-size", "--seq-len"), "INT"),
+    **dict.fromkeys(("--gradient-accumulation-steps", "--every-n-layers", "--logits-to-keep", "--quant-bits"), "INT"),
+    **dict.fromkeys(("--quant-group-size", "--quant-blocksize", "--adapters", "--context", "--encoder-context"), "INT"),
+    **dict.fromkeys(("--target-modules", "--exclude-modules", "--target-parameters", "--modules-to-save"), "NAMES"),
+    **dict.fromkeys(("--quant-skip-modules", "--optim-target-modules"), "NAMES"),
+    **dict.fromkeys(("--dtype", "--adapter-dtype", "--compute-dtype", "--serving-dtype"), "[bf16|fp16|fp32]"),
+    "--peft-config": "FILE",
+    "--lora-dropout": "FLOAT",
+    "--layers-to-transform": "INTS",
+    "--rank-pattern": "JSON",
+    "--bias": "[none|all|lora_only]",
+    "--set": "FIELD=VALUE",
+    "--autocast": "[none|bf16|fp16]",
+    "--quant": "[none|nf4|fp4|int8|fp8|mxfp4|gptq|awq|hqq]",
+    "--trainer": "[plain|transformers|trl|qlora-paper]",
+    "--attn-implementation": "[sdpa|eager|flash_attention_2]",
+    "--loss": "[auto|full|trl-chunked|liger|unsloth]",
+    "--optim-args": "KEY=VALUE,…",
+}
+"""What an option is given, as `--help` shows it; completion offers the choices."""
 INT_LISTS = ("layers_to_transform",)
 JSON_VALUES = ("rank_pattern",)
 
 Decorated = Callable[..., Any]
-
-
-class Option(click.Option):
-    """An option that knows under which heading `--help` shows it."""
-
-    def __init__(self, *args: Any, heading: str = "Options", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.heading = heading
-
-
-class Command(click.Command):
-    """A command whose `--help` shows its options under their headings."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)) is not None:
-                groups.setdefault(getattr(param, "heading", "Options"), []).append(record)
-        for heading, records in groups.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
 
 
 def group(heading: str, options: dict[str, str]) -> Callable[[Decorated], Decorated]:
@@ -105,32 +106,40 @@ def group(heading: str, options: dict[str, str]) -> Callable[[Decorated], Decora
 
     def decorate(command: Decorated) -> Decorated:
         for name, text in reversed(options.items()):
-            value: dict[str, Any] = {} if "/" in name else {"metavar": "VALUE"}
+            value: dict[str, Any] = {} if "/" in name else {"metavar": METAVARS[name]}
             if name == "--set":
                 value |= {"multiple": True}
-            command = click.option(name, default=None, help=text, cls=Option, heading=heading, **value)(command)
+            command = option(name, default=None, help=text, heading=heading, **value)(command)
         return command
 
     return decorate
 
 
-format_option = click.option(
-    "--format", "fmt", default="table", metavar="NAME", show_default=True, cls=Option, help=" | ".join(FORMATS)
+format_option = option(
+    "--format", "fmt", default="table", metavar=f"[{'|'.join(FORMATS)}]", show_default=True, help="how to print it"
 )
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were set, lists and JSON values parsed, `--set` fields merged in."""
-    options = dict(options)
-    fields = dict(_field(text) for text in options.pop("set"))
-    found = {name: value for name, value in options.items() if value is not None}
+    """The options that were set, lists and JSON values parsed, `--set` fields merged in.
+
+    Raises RefusedError for a field that is set twice.
+    """
+    stated = {name: value for name, value in options.items() if name != "set" and value is not None}
     for name in INT_LISTS:
-        if name in found:
-            found[name] = _json(name, f"[{found[name]}]", found[name], "whole numbers, comma-separated")
+        if name in stated:
+            stated[name] = _json(name, f"[{stated[name]}]", stated[name], "whole numbers, comma-separated")
     for name in JSON_VALUES:
-        if name in found:
-            found[name] = _json(name, found[name], found[name], "a JSON object")
-    return {**found, **fields}
+        if name in stated:
+            stated[name] = _json(name, stated[name], stated[name], "a JSON object")
+    setters = {name: f"--{name.replace('_', '-')}" for name in stated}
+    for word, value in map(_field, options["set"]):
+        name = MEANINGS[word].option if word in MEANINGS else word
+        if name in setters:
+            raise twice(setters[name], f"--set {word}")
+        setters[name] = f"--set {word}"
+        stated[word] = value
+    return stated
 
 
 def _field(text: str) -> tuple[str, Any]:
@@ -151,13 +160,13 @@ def _json(name: str, text: str, shown: str, accepted: str) -> Any:
         raise InputError(name, shown, f"accepted: {accepted}") from None
 
 
-torch_option = click.option(
+torch_option = option(
     "--torch",
     default=None,
     metavar="VERSION",
     help="torch that will run the job; before 2.13 its allocator places blocks differently",
 )
-transformers_option = click.option(
+transformers_option = option(
     "--transformers",
     default=None,
     metavar="VERSION",

@@ -5,17 +5,18 @@ from __future__ import annotations
 import click
 
 from peftplan.cli import options
+from peftplan.cli.command import Command, argument, option
 from peftplan.errors import RefusedError
 
 
-@click.command("replay", cls=options.Command)
-@click.argument("file")
-@click.option("--capacity", default=None, metavar="SIZE", help="what the device gives: a capacity such as 24GiB, or a card")
-@click.option("--alloc-conf", default=None, metavar="OPTIONS", help="as in PYTORCH_ALLOC_CONF: expandable_segments:True,…")
+@click.command("replay", cls=Command)
+@argument("file")
+@option("--capacity", default=None, metavar="SIZE", help="what the device gives: a capacity such as 24GiB, or a card")
+@option("--alloc-conf", default=None, metavar="OPTIONS", help="as in PYTORCH_ALLOC_CONF: expandable_segments:True,…")
 @options.torch_option
-@click.option("--device", default=0, metavar="N", type=int, show_default=True, help="which device of a snapshot")
-@click.option("--device-memory", default=None, metavar="SIZE", help="all of the device's, for per_process_memory_fraction")
-@click.option("--require-fit", is_flag=True, help="exit 1 where memory runs out")
+@option("--device", default=0, metavar="INT", type=int, show_default=True, help="which device of a snapshot")
+@option("--device-memory", default=None, metavar="SIZE", help="all of the device's, for per_process_memory_fraction")
+@option("--require-fit", is_flag=True, help="exit 1 where memory runs out")
 @options.format_option
 def command(
     file: str,

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from peftplan.cli import options
+from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 
 SERVING: dict[str, str] = {
     "--adapters": "adapters served beside one base; default: 1",
@@ -22,13 +23,13 @@ STORAGE = {
 } | {"--trainer": "plain | transformers | trl | qlora-paper: which decides the dtype of the adapter that is saved"}
 
 
-@click.command("serve", cls=options.Command)
-@click.argument("model")
-@options.group("Method", options.METHOD)
+@click.command("serve", cls=Command)
+@argument("model")
+@options.group(METHOD_HEADING, options.METHOD)
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", STORAGE)
 @options.group("Serving", SERVING)
-@click.option("--merge", is_flag=True, help="fail with exit code 2 where the method has no merge")
+@option("--merge", is_flag=True, help="fail with exit code 2 where the method has no merge")
 @options.format_option
 def command(model: str, fmt: str, merge: bool, **given: Any) -> int:
     """What MODEL takes after fine-tuning: the adapter's file, the merge, the merged model, serving with a KV cache.

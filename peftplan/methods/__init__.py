@@ -10,11 +10,9 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftplan.errors import InputError, UnknownNameError
+from peftplan.errors import InputError, UnknownNameError, UnknownOptionError
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
-
     from peftplan.arch.modules import Architecture
     from peftplan.methods.adaptation import Adaptation, MethodConfig
 
@@ -174,9 +172,7 @@ def configure(name: str, options: Mapping[str, Any], *, beside: Iterable[str] = 
     cls = config_class(method)
     for option in options:
         if option not in cls.model_fields and option not in cls.no_effect:
-            raise UnknownNameError(
-                f"option of {method.name}", option, cls.model_fields, most=len(cls.model_fields), beside=beside
-            )
+            raise UnknownOptionError(option, method.name, cls.model_fields, beside=beside)
     effective = {key: value for key, value in options.items() if key not in cls.no_effect}
     return method, _validated(cls, {**method.defaults, **effective})
 
@@ -219,20 +215,9 @@ def adapt(arch: Architecture, method: Method, config: MethodConfig) -> Adaptatio
 def _validated(cls: type[MethodConfig], values: Mapping[str, Any]) -> MethodConfig:
     from pydantic import ValidationError
 
+    from peftplan.validation import first_error
+
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise _one_line(error) from None
-
-
-def _one_line(error: ValidationError) -> InputError:
-    """The first of pydantic's errors as field, value, accepted."""
-    first = error.errors()[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        return cause
-    name = str(first["loc"][0]) if first["loc"] else "options"
-    if first["type"] == "missing":
-        return InputError(name, None, f"it is required (--{name.replace('_', '-')}): peft has no default for it")
-    said = first["msg"].removeprefix("Value error, ").partition(", unable to")[0]
-    return InputError(name, first["input"], said.replace("Input should be", "accepted:"))
+        raise first_error(error, nested=False, missing="it is required: peft has no default for it") from None

@@ -31,6 +31,7 @@ from peftplan.planning.setup import (
 )
 from peftplan.planning.tasks import OF_TOKENS, PICTURES, head_notes, task_notes, without_loss
 from peftplan.planning.verdicts import capability, card_notes, find_cards, pair, verdict
+from peftplan.planning.words import named_as_typed
 from peftplan.storage import QuantConfig
 from peftplan.storage.modules import CONVERTED_KINDS
 
@@ -93,11 +94,13 @@ def estimate(
 
     `options`: those of the command line with `_` for `-` (`peftplan estimate --help`; `planning.setup.Setup` checks them), such
     as `batch_size` (sequences per device and micro batch), `seq_len` (tokens), `dtype` (`bf16`), `optim`, `trainer`; and the
-    method's own fields under peft's names (`r`, `target_modules`, …; `peftplan methods NAME`). An explicit option wins over the
-    objects. `script`: what a hand-written program does besides. `strict`: what `warnings` would say is an error, such as
-    a name in `target_modules` that matches no module. `advice`: `best` looks for the cheapest change that makes the job fit a
-    card, `all` for every one. Of the trace engine: `record` keeps the whole run as
-    `peaks.recording`, and `progress` is called with what is done now and the share (0 to 1) that is behind.
+    method's own fields under peft's names (`r`, `target_modules`, …; `peftplan methods NAME`). Words of other tools, such as
+    `lora_rank` or `load_in_4bit`, are accepted for them (`planning.words`). An explicit option wins over the objects.
+
+    `script`: what a hand-written program does besides. `strict`: what `warnings` would say is an error, such as a name in
+    `target_modules` that matches no module. `advice`: `best` looks for the cheapest
+    change that makes the job fit a card, `all` for every one. Of the trace engine: `record` keeps the whole run as `peaks.recording`, and
+    `progress` is called with what is done now and the share (0 to 1) that is behind.
 
     Raises InputError, UnknownNameError, RefusedError or MissingExtraError, each with a message of one line.
     """
@@ -105,18 +108,20 @@ def estimate(
         raise UnknownNameError("engine", engine, ("analytic", "trace"))
     if advice not in SEARCHES:
         raise UnknownNameError("advice", advice, SEARCHES)
-    job = prepare(
-        model,
-        method=method,
-        peft_config=peft_config,
-        quantization_config=quantization_config,
-        training_args=training_args,
-        script=script,
-        strict=strict,
-        **options,
-    )
-    check_rank_allocator(job)
-    built, static = _static(job.architecture, job.adaptation, job.quant, job.setup)
+    with named_as_typed({"method": method, **options}) as options:
+        method = options.pop("method")
+        job = prepare(
+            model,
+            method=method,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            training_args=training_args,
+            script=script,
+            strict=strict,
+            **options,
+        )
+        check_rank_allocator(job)
+        built, static = _static(job.architecture, job.adaptation, job.quant, job.setup)
     cards = find_cards(gpu, context=context)
 
     def prepared(**changes: Any) -> tuple[Job, parameters.Parameters, Ledger]:

@@ -16,6 +16,7 @@ from peftplan.planning.job import Job
 from peftplan.planning.script import NO_SCRIPT, Script
 from peftplan.planning.setup import Setup, check_logits_to_keep, parse_setup, resolved
 from peftplan.planning.tasks import as_told, check_task
+from peftplan.planning.words import MEANINGS, named_as_typed
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
 
 NOT_ON_4_BIT = ("loha", "lokr")
@@ -36,6 +37,30 @@ def prepare(
     """What is asked for, checked and resolved: the same for every engine. Arguments and errors as `estimate`."""
     if not isinstance(script, Script):
         raise InputError("script", script, "accepted: a Script of peftplan.planning.script")
+    with named_as_typed({"method": method, **options}) as options:
+        return _prepared(
+            model,
+            method=options.pop("method"),
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            training_args=training_args,
+            script=script,
+            strict=strict,
+            **options,
+        )
+
+
+def _prepared(
+    model: Any,
+    *,
+    method: str | None,
+    peft_config: Any,
+    quantization_config: Any,
+    training_args: Any,
+    script: Script,
+    strict: bool,
+    **options: Any,
+) -> Job:
     options = _with_objects(options, training_args=training_args, quantization_config=quantization_config)
     chosen = frozenset(name for name, value in options.items() if value is not None)
     given, method_options = _separate(options)
@@ -103,7 +128,8 @@ def _method(
         check_fields(raw)
         return None, None, raw
     if peft_config is None:
-        method, config = methods.configure("lora" if name is None else str(name), options, beside=Setup.model_fields)
+        beside = (*Setup.model_fields, *MEANINGS)
+        method, config = methods.configure("lora" if name is None else str(name), options, beside=beside)
         return method, config, {}
     from peftplan.planning import ecosystem
 

@@ -17,8 +17,10 @@ from peftplan.planning.estimate import adapter_dtypes, config_facts, model_facts
 from peftplan.planning.job import Job
 from peftplan.planning.prepare import config_of, prepare
 from peftplan.planning.serving_result import KV_CACHE, LEFT_OUT, AdapterFile, Cache, Checkpoint, Held, MergeMemory, Serving
-from peftplan.planning.setup import Count, first_error
+from peftplan.planning.setup import Count
+from peftplan.planning.words import named_as_typed
 from peftplan.storage import QuantConfig
+from peftplan.validation import first_error
 
 Value = TypeVar("Value")
 
@@ -60,7 +62,9 @@ def serving(
     `encoder_context` in the encoder (None: as many).
     `merge` demands a merge: RefusedError where the method has none. Other errors as `estimate`.
     """
-    job = prepare(model, method=method, peft_config=peft_config, quantization_config=quantization_config, **options)
+    with named_as_typed({"method": method, **options}) as options:
+        method, batch_size = options.pop("method"), options.pop("batch_size", None) or batch_size
+        job = prepare(model, method=method, peft_config=peft_config, quantization_config=quantization_config, **options)
     stated = job.setup.dtype if serving_dtype is None else serving_dtype
     request = _request(
         adapters=adapters,

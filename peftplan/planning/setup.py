@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, RefusedError, UnknownNameError
+from peftplan.validation import first_error
 
 Trainer = Literal["plain", "transformers", "trl", "qlora-paper"]
 Engine = Literal["analytic", "trace"]
@@ -130,17 +131,6 @@ def parse_setup(options: Mapping[str, Any]) -> Setup:
         return Setup(**options)
     except ValidationError as error:
         raise first_error(error) from None
-
-
-def first_error(error: ValidationError, *, prefix: str = "") -> InputError:
-    """The first of pydantic's errors as our one line."""
-    first = error.errors(include_url=False)[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        return cause
-    field = ".".join(str(part) for part in first["loc"])
-    wanted = first["msg"].removeprefix("Input should be ").partition(", unable to")[0]
-    return InputError(f"{prefix}{field}", first["input"], f"accepted: {wanted}")
 
 
 def resolved(

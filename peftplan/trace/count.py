@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from peftplan.arch.modules import Shape
-from peftplan.errors import MissingExtraError, PeftplanError, RefusedError, UnknownNameError
+from peftplan.errors import MissingExtraError, PeftplanError, RefusedError, UnknownNameError, UnknownOptionError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, TrainedParam
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
 from peftplan.trace.replacing import replaced
@@ -94,7 +94,7 @@ def on_meta(model: Any, method: Any) -> Any:
 def check_fields(peft_config: Mapping[str, Any]) -> None:
     """Raises UnknownNameError for a field that the config class of its peft type does not have; peft only warns of it."""
     if unknown := unknown_fields(peft_config):
-        raise UnknownNameError(f"option of {peft_config['peft_type']}", unknown[0], _known_fields(peft_config))
+        raise UnknownOptionError(unknown[0], str(peft_config["peft_type"]), _known_fields(peft_config))
 
 
 def unknown_fields(peft_config: Mapping[str, Any]) -> list[str]:

@@ -17,12 +17,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftplan.dtypes import parse_dtype
 from peftplan.memory.ledger import Category
 from peftplan.trace.differences import in_place, statistics
+
+try:
+    from torch._prims_common import is_non_overlapping_and_dense_or_false as is_dense
+except ImportError:  # torch before 2.11 has it under its older name
+    from torch._prims_common import is_non_overlapping_and_dense as is_dense  # type: ignore[attr-defined,no-redef]
 
 AUTOGRAD = "autograd"
 """The module of nodes that no forward made: accumulation of gradients."""
@@ -236,7 +240,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage = buffered.untyped_storage()
             first, new = self._live.get(storage._cdata), self._live.get(total.untyped_storage()._cdata)
             alone = torch._C._storage_Use_Count(storage._cdata) == ALONE
-        dense = buffered.shape == total.shape and is_non_overlapping_and_dense_or_false(buffered)
+        dense = buffered.shape == total.shape and is_dense(buffered)
         node = torch._C._current_autograd_node()
         if alone and dense and first and new and node is not None and first.node != node._sequence_nr():
             self._summed = first, new

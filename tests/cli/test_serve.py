@@ -41,10 +41,10 @@ def test_values_are_the_library_s() -> None:
     [
         ("gpt2 --method prompt-tuning --num-virtual-tokens 4 --merge", ["merge", "prompt-tuning", "nothing to merge"]),
         ("gpt2 --method pfeiffer --merge", ["merge", "pfeiffer"]),
-        ("gpt2 --adapters 0", ["adapters: '0'", "greater than or equal to 1"]),
-        ("gpt2 --batch-size many", ["batch_size: 'many'", "integer"]),
+        ("gpt2 --adapters 0", ["--adapters must be at least 1 (got 0)"]),
+        ("gpt2 --batch-size many", ["--batch-size must be a whole number (got 'many')"]),
         ("gpt2 --context 4096", ["context: 4096", "up to 1024"]),
-        ("gpt2 --serving-dtype int8", ["serving_dtype", "'int8'", "bf16, fp16, fp32"]),
+        ("gpt2 --serving-dtype int8", ["--serving-dtype", "'int8'", "bf16, fp16, fp32"]),
         ("gpt2 --method full --adapters 2", ["adapters", "full"]),
         ("gpt2 --set merge=true", ["--set", "merge=true"]),
         ("gpt3", ["model", "'gpt3'"]),

@@ -65,11 +65,11 @@ def test_fields_are_pefts(name: str) -> None:
     [
         ("lorra", {}, UnknownNameError, "did you mean lora"),
         ("lora", {"rank_patern": {}}, UnknownNameError, "did you mean rank_pattern"),
-        ("lora", {"r": 0}, InputError, "r: 0 is not accepted; accepted: greater than or equal to 1"),
-        ("lora", {"bias": "some"}, InputError, "bias: 'some' is not accepted; accepted: 'none', 'all' or 'lora_only'"),
-        ("prefix-tuning", {}, InputError, "num_virtual_tokens: None is not accepted; it must be given"),
+        ("lora", {"r": 0}, InputError, "r must be at least 1 (got 0)"),
+        ("lora", {"bias": "some"}, InputError, "bias: 'some' is not accepted; accepted: all, lora_only, none"),
+        ("prefix-tuning", {}, InputError, "num_virtual_tokens: None is not accepted; it is required"),
         ("loha", {"rank_pattern": {"(": 1}}, InputError, "not a regular expression"),
-        ("full", {"r": 8}, UnknownNameError, "option of full"),
+        ("full", {"r": 8}, UnknownNameError, "r is no option of full"),
     ],
 )
 def test_one_line_errors(name: str, options: dict[str, Any], error: type[Exception], message: str) -> None:

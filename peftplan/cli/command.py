@@ -1,0 +1,192 @@
+"""Commands of the command line: options under headings, other tools' words for them, and errors that name what was typed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peftplan.errors import InputError, PeftplanError, UnknownOptionError
+from peftplan.planning.words import MEANINGS, NOT_COUNTED, OFF, ON, refuse, said, twice
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+TYPED = "peftplan.typed"
+"""Key of `Context.meta`: parameter → how its option was typed."""
+METHOD_HEADING = "Method"
+"""Options under it are fields of a method, which a --peft-config can hold too."""
+
+
+class Option(click.Option):
+    """An option that knows under which heading `--help` shows it, and completes its values."""
+
+    def __init__(self, *args: Any, heading: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.heading = heading
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The names that the option accepts."""
+        from peftplan.cli.candidates import values
+
+        return values(self.opts[0], self.metavar or "", incomplete)
+
+
+class Argument(click.Argument):
+    """An argument that completes its values."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The names that the argument accepts."""
+        from peftplan.cli.candidates import values
+
+        return values(f"{ctx.info_name} {self.name}", "", incomplete)
+
+
+option = partial(click.option, cls=Option)
+argument = partial(click.argument, cls=Argument)
+
+
+class Command(click.Command):
+    """A command that shows its options under their headings and takes each of them once, in the words of any tool."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, a section per heading."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)) is not None:
+                groups.setdefault(getattr(param, "heading", "Options"), []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse what was typed, once it is in our words. Raises RefusedError for two words that set one option."""
+        if not ctx.resilient_parsing:  # completion reads what is not finished
+            typed: dict[str, str] = ctx.meta.setdefault(TYPED, {})
+            args = list(_Translation(self.get_params(ctx), typed).of(args))
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. An error names options as they were typed."""
+        try:
+            return super().invoke(ctx)
+        except PeftplanError as error:
+            raise PeftplanError(self._as_typed(ctx, error)) from None
+
+    def _as_typed(self, ctx: click.Context, error: PeftplanError) -> str:
+        """The line of an error: the field as it was typed, other fields as `--help` shows them."""
+        typed: dict[str, str] = ctx.meta.get(TYPED, {})
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        spellings = {name: param.opts[0] for param in options for name in _names(param)}
+        in_file = {name for param in options if getattr(param, "heading", "") == METHOD_HEADING for name in _names(param)}
+        fields = {name: text for name, text in spellings.items() if "peft_config" not in typed or name not in in_file}
+        words = (text.partition("=")[0] for text in ctx.params.get("set") or ())
+        return as_typed(error, fields | typed | {word.replace("-", "_"): f"--set {word}" for word in words}, spellings)
+
+
+def _names(param: click.Option) -> tuple[str, str]:
+    """What the library calls an option: the parameter, and its longest spelling."""
+    return str(param.name), param.opts[0].lstrip("-").replace("-", "_")
+
+
+def as_typed(error: PeftplanError, fields: Mapping[str, str], spellings: Mapping[str, str]) -> str:
+    """The line of an error. `fields`: what its field is called, `spellings`: what others that it mentions are called."""
+    if isinstance(error, UnknownOptionError):
+        dashed = {word: f"--{word.replace('_', '-')}" for word in MEANINGS} | dict(spellings)
+        error.near = [dashed.get(name, f"--set {name}") for name in error.near]
+    if isinstance(error, InputError):
+        error.named(fields.get(error.field, error.field))
+    if isinstance(error, UnknownOptionError):
+        return str(error)
+    field, colon, rest = str(error).partition(": ")
+    text = f"{fields.get(field, field)}{colon}{rest}"
+    return _FIELD.sub(lambda match: spellings.get(match[0], match[0]), text)
+
+
+_FIELD = re.compile(r"(?<!--set )(?<![\w'\"./`-])[a-z]+(?:_[a-z]+)+(?![\w'\"./(`:-])")
+"""A name of the library in a sentence: two words or more, not quoted, no part of a path."""
+
+
+class _Translation:
+    """The words of a command line as click's parser of one command knows them; `typed` is filled with what set each option."""
+
+    def __init__(self, params: Iterable[click.Parameter], typed: dict[str, str]) -> None:
+        options = [param for param in params if isinstance(param, click.Option)]
+        self.by_spelling = {text: option for option in options for text in (*option.opts, *option.secondary_opts)}
+        self.by_name = {str(option.name): option for option in options}
+        self.typed = typed
+
+    def of(self, args: Iterable[str]) -> Iterator[str]:
+        """Each word of the command line, options in our spelling."""
+        rest = list(args)
+        while rest:
+            word = rest.pop(0)
+            if word == "--":
+                yield from (word, *rest)
+                return
+            yield from self._option(word, rest) if word.startswith("--") else (word,)
+
+    def _option(self, word: str, rest: list[str]) -> Iterator[str]:
+        shown, equals, value = word.partition("=")
+        spelling = "--" + shown[2:].replace("_", "-")
+        name = shown[2:].replace("-", "_")
+        stated = value if equals else None
+        if (option := self.by_spelling.get(spelling)) is not None:
+            yield from self._ours(option, spelling, shown, stated, rest)
+        elif name in NOT_COUNTED:
+            refuse(name, shown, (_next(rest, (*ON, *OFF)) or "true") if stated is None else stated)
+        elif name in MEANINGS and (option := self.by_name.get(MEANINGS[name].option)) is not None:
+            yield from self._theirs(option, name, shown, stated, rest)
+        else:
+            yield word  # click says that there is no such option
+
+    def _ours(self, option: click.Option, spelling: str, shown: str, stated: str | None, rest: list[str]) -> Iterator[str]:
+        if option.is_flag:
+            stated = stated or _next(rest, ("true", "false", "True", "False"))
+            on = (stated or "true").lower() in ON
+            if on or option.secondary_opts:
+                self._set_by(option, shown)
+                yield spelling if on else _other(option, spelling)
+            return
+        self._set_by(option, shown)
+        yield spelling if stated is None else f"{spelling}={stated}"
+        if stated is None and rest:
+            yield rest.pop(0)
+
+    def _theirs(self, option: click.Option, name: str, shown: str, stated: str | None, rest: list[str]) -> Iterator[str]:
+        meaning = MEANINGS[name]
+        if stated is None and meaning.switch:
+            stated = _next(rest, (*meaning.values, *ON, *OFF)) or "true"
+        elif stated is None:
+            if not rest:
+                raise click.BadOptionUsage(shown, f"Option '{shown}' requires an argument.")
+            stated = rest.pop(0)
+        value = said(name, shown, stated)
+        if value is None:
+            return
+        self._set_by(option, shown)
+        if option.is_flag:
+            yield option.opts[0] if value is True else _other(option, option.opts[0])
+        else:
+            yield f"{option.opts[0]}={value}"
+
+    def _set_by(self, option: click.Option, shown: str) -> None:
+        name = str(option.name)
+        if option.multiple or (option.is_flag and self.typed.get(name) == shown):
+            return
+        if name in self.typed:
+            raise twice(self.typed[name], shown)
+        self.typed[name] = shown
+
+
+def _next(rest: list[str], values: Iterable[str]) -> str | None:
+    """The next word where it is one of the values, taken out of the rest."""
+    return rest.pop(0) if rest and rest[0].lower() in values else None
+
+
+def _other(option: click.Option, spelling: str) -> str:
+    """The other half of a switch."""
+    return option.secondary_opts[0] if spelling in option.opts else option.opts[0]

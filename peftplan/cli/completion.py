@@ -1,0 +1,33 @@
+"""`peftplan completion SHELL`."""
+
+from __future__ import annotations
+
+import click
+
+from peftplan.cli.command import Command, argument
+from peftplan.errors import UnknownNameError
+
+SHELLS = ("bash", "zsh", "fish")
+VARIABLE = "_PEFTPLAN_COMPLETE"
+"""The environment variable by which the script asks for what completes a line; click reads it under this name."""
+
+
+@click.command("completion", cls=Command)
+@argument("shell", metavar="[bash|zsh|fish]")
+def command(shell: str) -> int:
+    """Print a script that makes SHELL complete commands, options, models, cards, methods and optimizers.
+
+    \b
+    eval "$(peftplan completion bash)"          # in ~/.bashrc; the same for zsh in ~/.zshrc
+    peftplan completion fish > ~/.config/fish/completions/peftplan.fish
+    """
+    if shell not in SHELLS:
+        raise UnknownNameError("shell", shell, SHELLS)
+    from click.shell_completion import ShellComplete, get_completion_class
+
+    from peftplan.cli import cli
+
+    script_of = get_completion_class(shell)
+    assert script_of is not None
+    click.echo(ShellComplete.source(script_of(cli, {}, "peftplan", VARIABLE)))  # no look at the version of the shell
+    return 0

@@ -1,0 +1,63 @@
+"""What pydantic found wrong, as one line: the field, what it must be, and the value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from peftplan.errors import BoundError, InputError, UnknownNameError
+
+KINDS: Mapping[str, str] = {
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number of fewer digits",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "dict_type": "a mapping (JSON: {…})",
+    "tuple_type": "a list",
+    "list_type": "a list",
+}
+"""Types of pydantic's errors, and what is wanted then."""
+BOUNDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "greater_than_equal": lambda bound: f"at least {bound['ge']}",
+    "greater_than": lambda bound: f"above {bound['gt']}",
+    "less_than_equal": lambda bound: f"at most {bound['le']:,}",
+    "less_than": lambda bound: f"below {bound['lt']}",
+}
+
+
+def first_error(error: ValidationError, *, prefix: str = "", nested: bool = True, missing: str = "it is required") -> InputError:
+    """The first of pydantic's errors. `nested`: a field of a field is named; `missing`: what is wrong where one is left out."""
+    first = error.errors(include_url=False)[0]
+    context = first.get("ctx", {})
+    if isinstance(cause := context.get("error"), InputError):
+        return cause
+    field = prefix + (".".join(str(part) for part in first["loc"][: None if nested else 1]) or "options")
+    if first["type"] == "missing":
+        return InputError(field, None, missing)
+    if first["type"] == "literal_error":
+        return UnknownNameError(field, first["input"], re.findall(r"'([^']*)'", context["expected"]))
+    if (bound := BOUNDS.get(first["type"])) is not None:
+        return BoundError(field, _number(first["input"]), bound(context))
+    if (kind := KINDS.get(first["type"])) is not None:
+        return BoundError(field, first["input"], kind)
+    said = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").partition(", unable to")[0]
+    return InputError(field, first["input"], said if "error" in context else f"accepted: {said}")
+
+
+def _number(value: object) -> object:
+    """The number that a text of the command line stands for."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        return float(value)

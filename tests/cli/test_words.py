@@ -1,0 +1,133 @@
+"""Words of other tools: accepted on the command line and as keywords, each option once, errors under the name that was typed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import peft
+import pytest
+
+import peftplan
+from peftplan.methods import METHODS, config_class
+from peftplan.planning.setup import Setup
+from peftplan.planning.words import MEANINGS, NOT_COUNTED
+from tests.cli.run import run
+
+
+def asked(*args: str) -> dict[str, Any]:
+    """What an estimate of a small model by the command line assumes, with its method and count."""
+    done = run("estimate", "gpt2", *args, "--format", "json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    return result["assumptions"] | {"method": result["method"]["name"], "trainable": result["trainable_parameters"]}
+
+
+def test_a_word_is_no_field_of_any_method_and_means_an_option() -> None:
+    """peft's own fields keep their meaning, those of methods that only peft counts included."""
+    of_peft = {field.name for cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.values() for field in fields(cls)}
+    of_methods = {name for method in METHODS.values() for name in config_class(method).model_fields}
+    described = {"task_type", "peft_type"}  # what a config says of itself; given as a keyword it names the method
+    taken = (of_peft | of_methods | set(Setup.model_fields)) - described
+    assert taken.isdisjoint(MEANINGS.keys() | NOT_COUNTED.keys())
+    options = {meaning.option for meaning in MEANINGS.values()}
+    assert options <= set(Setup.model_fields) | of_methods | {"method"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "ours"),
+    [
+        (["--lora-rank", "4"], ["--r", "4"]),
+        (["--lora_r=4"], ["--r", "4"]),
+        (["--rank", "4", "--max-length", "128"], ["--r", "4", "--seq-len", "128"]),
+        (["--cutoff_len", "128", "--micro-batch-size", "3"], ["--seq-len", "128", "--batch-size", "3"]),
+        (["--per_device_train_batch_size", "3", "--max-seq-length", "64"], ["--batch-size", "3", "--seq-len", "64"]),
+        (["--bs", "3", "--load-in-4bit"], ["--batch-size", "3", "--quant", "nf4"]),
+        (["--load_in_8bit", "True"], ["--quant", "int8"]),
+        (["--load-in-8bit", "false"], []),
+        (["--quantization-bit", "4", "--double-quantization"], ["--quant", "nf4", "--double-quant"]),
+        (["--flash-attn"], ["--attn-implementation", "flash_attention_2"]),
+        (["--flash_attn", "fa2"], ["--attn-implementation", "flash_attention_2"]),
+        (["--flash-attn", "disabled"], ["--attn-implementation", "eager"]),
+        (["--gradient_checkpointing", "False"], ["--no-gradient-checkpointing"]),
+        (["--use-gradient-checkpointing"], ["--gradient-checkpointing"]),
+        (["--finetuning-type", "full", "--fp16"], ["--method", "full", "--autocast", "fp16"]),
+        (["--lora-target", "all", "--optimizer", "adamw_torch"], ["--target-modules", "all-linear", "--optim", "adamw_torch"]),
+        (["--packing", "False", "--use_liger_kernel"], ["--loss", "liger"]),
+    ],
+)
+def test_a_word_is_what_it_means(typed: list[str], ours: list[str]) -> None:
+    assert asked(*typed) == asked(*ours)
+
+
+def test_a_switch_does_not_swallow_the_model() -> None:
+    assert run("estimate", "--load-in-4bit", "gpt2") == run("estimate", "--quant", "nf4", "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "ours"),
+    [
+        ({"lora_rank": 4}, {"r": 4}),
+        ({"load_in_4bit": True, "max_length": 128}, {"quant": "nf4", "seq_len": 128}),
+        ({"load_in_4bit": False, "packing": False, "lora_rank": None}, {}),
+        ({"adapter": "dora", "flash_attention": True}, {"method": "dora", "attn_implementation": "flash_attention_2"}),
+    ],
+)
+def test_keywords_are_the_same_words(keywords: dict[str, Any], ours: dict[str, Any]) -> None:
+    one, other = (peftplan.estimate("gpt2", **options) for options in (keywords, ours))
+    assert (one.assumptions, one.trainable_parameters) == (other.assumptions, other.trainable_parameters)
+
+
+def test_serving_reads_them_too() -> None:
+    assert peftplan.serving("gpt2", bs=4, max_length=64).to_dict() == peftplan.serving("gpt2", batch_size=4, seq_len=64).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("--method lora --method dora", "--method is given twice"),
+        ("--r 4 --r=4", "--r is given twice"),
+        ("--rank 3 --lora-r 4", "--rank and --lora-r set the same option: give one"),
+        ("--load-in-4bit --quant int8", "--load-in-4bit and --quant set the same option: give one"),
+        ("--double-quant --no-double-quant", "--double-quant and --no-double-quant set the same option: give one"),
+        ("--r 4 --set lora_rank=8", "--r and --set lora_rank set the same option: give one"),
+        ("--set r=4 --set r=8", "--set r is given twice"),
+        ("--format json --format csv", "--format is given twice"),
+        ("--packing", "--packing: packed batches are not counted yet; one sequence of the packed length comes near"),
+        ("--deepspeed ds.json", "--deepspeed: one device is counted, sharded training is not"),
+        ("--r 0", "--r must be at least 1 (got 0)"),
+        ("--lora_rank 0", "--lora_rank must be at least 1 (got 0)"),
+        ("--bs many", "--bs must be a whole number (got 'many')"),
+        ("--set rank=0", "--set rank must be at least 1 (got 0)"),
+        ("--flash-attn=x", "--flash-attn: 'x' is not accepted; accepted: true, false, fa2, sdpa, disabled, auto"),
+        ("--quant nf4 --method full",
+         "--quant: a base stored as nf4 cannot be trained in full; use a PEFT method or --quant none"),
+        ("--no-gradient-checkpointing --every-n-layers 2",
+         "--every-n-layers: 2 is not accepted; accepted: 1, or any number with --gradient-checkpointing on"),
+    ],
+)  # fmt: skip
+def test_an_error_names_what_was_typed(command: str, line: str) -> None:
+    done = run("estimate", "gpt2", *command.split())
+    assert (done.code, done.out, done.err) == (2, "", f"peftplan: {line}\n")
+
+
+def test_repeatable_options_and_switches_may_be_repeated() -> None:
+    assert asked("--gpu", "t4", "--gpu", "l4", "--set", "bias=all", "--set", "use_dora=false", "--strict", "--strict")
+
+
+def test_an_error_of_python_names_the_keyword() -> None:
+    with pytest.raises(peftplan.InputError, match=r"^r must be at least 1 \(got 0\)$"):
+        peftplan.estimate("gpt2", r=0)
+    with pytest.raises(peftplan.InputError, match=r"^lora_rank must be at least 1 \(got 0\)$"):
+        peftplan.estimate("gpt2", lora_rank=0)
+    with pytest.raises(peftplan.PeftplanError, match=r"^lora_rank and r set the same option: give one$"):
+        peftplan.estimate("gpt2", lora_rank=4, r=4)
+    with pytest.raises(peftplan.PeftplanError, match=r"^packing: packed batches are not counted yet"):
+        peftplan.estimate("gpt2", packing=True)
+
+
+def test_words_are_not_in_the_help() -> None:
+    text = run("estimate", "--help").out
+    assert [word for word in MEANINGS if f"--{word.replace('_', '-')} " in text] == []
+    assert "VALUE  " not in text.replace("FIELD=VALUE", "").replace("KEY=VALUE", "")
