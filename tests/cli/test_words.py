@@ -54,7 +54,7 @@ def test_a_word_is_no_field_of_any_method_and_means_an_option() -> None:
         (["--use-gradient-checkpointing"], ["--gradient-checkpointing"]),
         (["--finetuning-type", "full", "--fp16"], ["--method", "full", "--autocast", "fp16"]),
         (["--lora-target", "all", "--optimizer", "adamw_torch"], ["--target-modules", "all-linear", "--optim", "adamw_torch"]),
-        (["--packing", "False", "--use_liger_kernel"], ["--loss", "liger"]),
+        (["--packing", "False", "--use_liger_kernel", "False"], []),
     ],
 )
 def test_a_word_is_what_it_means(typed: list[str], ours: list[str]) -> None:
