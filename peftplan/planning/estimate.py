@@ -98,9 +98,9 @@ def estimate(
     `lora_rank` or `load_in_4bit`, are accepted for them (`planning.words`). An explicit option wins over the objects.
 
     `script`: what a hand-written program does besides. `strict`: what `warnings` would say is an error, such as a name in
-    `target_modules` that matches no module. `advice`: `best` looks for the cheapest
-    change that makes the job fit a card, `all` for every one. Of the trace engine: `record` keeps the whole run as `peaks.recording`, and
-    `progress` is called with what is done now and the share (0 to 1) that is behind.
+    `target_modules` that matches no module. `advice`: `best` looks for the cheapest change that makes the job fit a card, `all`
+    for every one. Of the trace engine: `record` keeps the whole run as `peaks.recording`, and `progress` is called with what is
+    done now and the share (0 to 1) that is behind.
 
     Raises InputError, UnknownNameError, RefusedError or MissingExtraError, each with a message of one line.
     """
