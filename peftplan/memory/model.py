@@ -37,6 +37,8 @@ class Running(NamedTuple):
     """What the model is loaded in, and a quantized weight dequantized to."""
     adapter_on_host: bool = False
     """Whether buffers that peft makes on the host stay there."""
+    masks_unpadded: bool = False
+    """Whether sdpa gets a mask of each sequence although nothing is hidden."""
     repeats_kv: bool = False
     """Whether the program repeats grouped keys and values before sdpa sees them."""
     rotary_by_product: bool = False

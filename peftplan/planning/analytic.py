@@ -288,6 +288,7 @@ def _running(job: Job, compute_capability: str) -> Running:
         padding=setup.padding,
         use_cache=bool(setup.use_cache) and setup.trainer != "trl" and setup.loss != "trl-chunked",
         adapter_on_host=adapter_on_host(setup.trainer, quantized=job.quant is not None),
+        masks_unpadded=job.script.masks_unpadded(job.architecture.model_type, setup),
         repeats_kv=job.script.repeats_kv,
         rotary_by_product=job.script.rotary_by_product,
         shifts_logits=job.script.shifts_logits and of_llama,

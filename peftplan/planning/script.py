@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from peftplan.errors import InputError
+
+if TYPE_CHECKING:
+    from peftplan.planning.setup import Setup
 
 VERSION = r"^\d+\.\d+"
 """What a version of a package begins with."""
@@ -41,7 +44,7 @@ class Script(BaseModel):
     """The torch that ran, as `2.10.0`; None: one like 2.13. Decides `cublaslt_apart` and `ties_by_address`."""
     transformers: Version | None = None
     """The transformers that ran; None: one like 5.24. Decides `rotary_by_product`, `shifts_logits`, `logits_in_fp32` and
-    `loads_in_threads`, as Llama's code had it (both losses: of classes called …ForCausalLM)."""
+    `loads_in_threads` and `masks_unpadded`, as Llama's code had it (both losses: of classes called …ForCausalLM)."""
 
     @property
     def cublaslt_apart(self) -> bool:
@@ -77,6 +80,14 @@ class Script(BaseModel):
         (`core_model_loading.py`; 5.4 asks for `has_on_the_fly_quantization`)."""
         return before(self.transformers, 5, 4) and not before(self.transformers, 5, 0)
 
+    def masks_unpadded(self, model_type: str, setup: Setup) -> bool:
+        """Whether sdpa gets a mask for a batch that has none: without a cache, transformers 4.54 to 4.57 takes its positions for
+        those of packed sequences (`_preprocess_mask_arguments`); 5.0 looks whether they are. The collators of other trainers than
+        `plain` give a mask."""
+        ran = before(self.transformers, 5, 0) and not before(self.transformers, 4, 54)
+        bare = setup.trainer == "plain" and not setup.padding and not setup.use_cache
+        return ran and bare and setup.attn_implementation == "sdpa" and model_type in POSITIONS_IN_MASKS
+
     @classmethod
     def on(cls, **versions: str | None) -> Script:
         """A loop of today on this torch and transformers, as somebody typed them. Raises InputError for what is no version."""
@@ -92,6 +103,17 @@ class Script(BaseModel):
         found = {package: version for package, version in said.items() if re.match(VERSION, version)}
         return self.model_copy(update=found) if found else self
 
+
+POSITIONS_IN_MASKS = frozenset(
+    {
+        "apertus", "arcee", "bitnet", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "doge", "dots1", "ernie4_5",
+        "ernie4_5_moe", "exaone4", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2",
+        "gpt_bigcode", "gpt_neox", "granite", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "llama", "minimax", "ministral",
+        "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+        "starcoder2", "vaultgemma",
+    }
+)  # fmt: skip
+"""Decoders that give their positions to `create_causal_mask` in transformers 4.57.6; others made masks in ways of their own."""
 
 SUCH = {"torch": "2.10", "transformers": "5.3"}
 """The packages of which a version can be said, each with one."""

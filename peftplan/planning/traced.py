@@ -51,12 +51,13 @@ def trace_peaks(
         from peftplan.trace.engine import trace
         from peftplan.trace.meta import quiet_transformers
         from peftplan.trace.recorded import Recorded
-        from peftplan.trace.scripted import events_of, repeating_kv
+        from peftplan.trace.scripted import events_of, masking_unpadded, repeating_kv
     except ImportError as error:
         raise MissingExtraError(f"engine: trace ({error.name or error})", "trace") from None
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs what is raised below
     try:
-        with quiet_transformers(), repeating_kv(script.repeats_kv):
+        masks = script.masks_unpadded(architecture.model_type, setup)
+        with quiet_transformers(), repeating_kv(script.repeats_kv), masking_unpadded(masks):
             found = trace(
                 config,
                 task_type=architecture.task_type,

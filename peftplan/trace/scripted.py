@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from itertools import pairwise
 from unittest.mock import patch
 
+import torch
+
 from peftplan.memory.allocator import Event
 from peftplan.trace.engine import Traced
+from peftplan.trace.replacing import replaced
 from peftplan.trace.tracker import category_of
 
 
@@ -20,6 +23,23 @@ def repeating_kv(repeats: bool) -> Iterator[None]:
         return
     with patch("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *_: False):
         yield
+
+
+@contextmanager
+def masking_unpadded(masks: bool) -> Iterator[None]:
+    """transformers' masks as 4.54 to 4.57 made them for a batch that has none (`planning.script`: `masks_unpadded`)."""
+    older = {
+        "transformers.masking_utils.find_packed_sequence_indices": _number_of_sequence,
+        "transformers.masking_utils.remap_positions_for_packed_sequence": lambda function, position_ids: function,
+    }
+    with replaced(older if masks else {}):
+        yield
+
+
+def _number_of_sequence(position_ids: torch.Tensor) -> torch.Tensor:
+    """`find_packed_sequence_indices` of transformers 4.57."""
+    steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
+    return (steps != 1).cumsum(-1)
 
 
 def events_of(traced: Traced, *, empties_cache: bool) -> Sequence[Event]:
