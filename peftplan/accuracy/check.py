@@ -36,11 +36,11 @@ class Check:
     answers: tuple[Answer, ...]
     failures: tuple[Failure, ...]
     new: int
-    """Records of which the baseline says nothing yet, or less."""
+    """Records for which the baseline has nothing yet, or less."""
 
 
 def shown(path: Path) -> str:
-    """A path as it is typed: relative to where we are, where it lies below."""
+    """A path as a user types it: relative to the current folder if it lies below it."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 

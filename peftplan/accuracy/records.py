@@ -107,7 +107,7 @@ class Circumstances(Part):
     versions: dict[str, str] = {}
     """Package → version: torch, transformers, peft, bitsandbytes, trl, accelerate, …"""
     allocator: str | None = None
-    """`PYTORCH_ALLOC_CONF` as it was set; None where it was not, or where nothing is said about it."""
+    """`PYTORCH_ALLOC_CONF` as it was set; None where it was unset or is not stated."""
     framework: str | None = None
     commit: str | None = None
     date: str | None = None

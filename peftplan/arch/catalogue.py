@@ -51,7 +51,7 @@ class ModelEntry(NamedTuple):
 
 
 class UnknownModelError(UnknownNameError):
-    """A name that is no built-in model; says which are near, and what else names a model."""
+    """A name that is not a built-in model; suggests near names, and says what else names a model."""
 
     def __init__(self, value: object, choices: tuple[str, ...]) -> None:
         self.choices = sorted(choices)
@@ -83,7 +83,7 @@ def _key(name: str) -> str:
 
 
 def models(pattern: str | None = None) -> tuple[ModelEntry, ...]:
-    """The built-in models by name; with a pattern, those of which a name, alias, id or model type contains or matches it."""
+    """The built-in models by name; with a pattern, those whose name, alias, id or model type contains or matches it."""
     return _entries() if pattern is None else tuple(entry for entry in _entries() if entry.matches(pattern))
 
 

@@ -21,7 +21,7 @@ def read_file(path: Path, *, name: str) -> dict[str, Any]:
 
 
 def parse(content: bytes, *, name: str) -> dict[str, Any]:
-    """The config in the bytes of a config.json. Raises InputError where they are no UTF-8, no JSON, or no object."""
+    """The config in the bytes of a config.json. Raises InputError where they are not UTF-8, not JSON, or not an object."""
 
     def refuse_constant(text: str) -> float:
         if text == "NaN":

@@ -1,4 +1,4 @@
-"""What peft's merge of one module makes besides the weight: one function per method, in the order of its code.
+"""Temporaries of peft's merge of one module: one function per method, in the order of its code.
 
 o output width, i input width, r rank. A function gets the ledger, the weight W (o, i) and the adapter's tensors by the last part
 of their names, all of which are counted elsewhere. Source: peft 0.21.2, `tuners/<method>/layer.py`, `merge` without `safe_merge`
@@ -103,7 +103,7 @@ def lokr(s: Scratch, w: Array, parts: Parts) -> None:
 
 
 def vera(s: Scratch, w: Array, parts: Parts) -> None:
-    """W += (λb ⊙ B) @ (λd ⊙ A), of whose shared matrices each module takes its corner; the CPU casts 16-bit ones as a whole."""
+    """W += (λb ⊙ B) @ (λd ⊙ A). Each module takes its corner of the shared matrices; the CPU casts 16-bit ones as a whole."""
     b, d = parts["vera_lambda_b"], parts["vera_lambda_d"]
     shared = (parts["vera_A"], parts["vera_B"], b, d)
     casts = [s.cast(x, "fp32") for x in shared] if _is_slow(s, b.dtype) else []

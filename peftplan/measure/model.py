@@ -39,7 +39,7 @@ SCALE = 0.02
 
 FIRST_TOKEN = 0
 TOTAL_STEPS = 1000
-"""Steps that AdaLoRA is told to plan for where nothing is said: it changes when ranks are cut, and no byte."""
+"""AdaLoRA's `total_step` where it is unset: it changes when ranks are cut, not a single byte."""
 MAGNITUDE = "lora_magnitude_vector"
 
 

@@ -1,6 +1,10 @@
-"""The layers between those that are run: what they do, and where in the log they stand.
+"""Copied layers: what they do, and where in the log they go.
 
-Two layers of each kind are run (`memory.stack`); the others do what the last of their kind did between two boundaries.
+The tape runs two layers of each kind (`memory.stack`). Every other layer is a copy: it does what the last layer of its kind did
+between two boundaries. For four equal layers, of which 0 and 3 are run, the log reads
+
+    forward     layer 0 | 2 copies of layer 3 | layer 3
+    backward    layer 3 | 2 copies of layer 3 | layer 0
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from peftplan.memory.tape import Tape
 
 
 class Stack(NamedTuple):
-    """A stack whose sections were run between marks: `copies` of a section stand at the mark of the section in `places`."""
+    """A stack whose sections ran between marks. Section → number of its copies, and section → the mark at which they go."""
 
     name: str
     places: Mapping[str, str]
@@ -21,36 +25,36 @@ class Stack(NamedTuple):
     passed: set[int]
     """Storages of the hidden states that one layer hands to the next."""
     sums: set[int]
-    """Storages of gradients that all layers add to: one after the other, each freeing the one before."""
+    """Storages of a gradient to which all layers add: each new sum frees the one before."""
     holds: bool = False
     """Whether what every layer returns lives until the forward ends."""
 
 
 class Layers(NamedTuple):
-    """`number` layers that the log does not hold: each does what the events of `log` say, storages of the tape (negative: freed).
+    """`number` copied layers. `log` holds the events of one of them: storages of the tape, negative where freed.
 
-    `net` is what each leaves changed. `moved`: a storage that each frees → the one that it makes in its place, for the next.
-    `given`: a hidden state that each leaves alive → the one that it was given.
+    `net`: what one layer leaves changed. `moved`: a storage that it frees → the one in its place for the next layer.
+    `handed_on`: a hidden state that it leaves alive → its input.
     """
 
     log: tuple[int, ...]
     number: int
     net: tuple[int, ...]
     moved: Mapping[int, int]
-    given: Mapping[int, int]
+    handed_on: Mapping[int, int]
 
 
 Copies = dict[tuple[int, str], list[Layers]]
 
 
 def copies_of(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, dict[int, int]]:
-    """Where copies of layers stand: (position, mark) → the layers.
+    """(position, mark) → the copied layers that go there; and each storage that outlives its layer's backward → the storage whose
+    end is also the end of its copies.
 
-    And the storages that outlive their layer's backward → those with which their copies go: autocast's casts, what nodes and the
-    caller hold, themselves. The hidden states between layers are not among them, each layer's being the next one's input, unless
-    nodes hold them (int8's): they go with the state before.
+    Casts of autocast, and what nodes or the caller hold, end with themselves. A hidden state between layers is the next layer's
+    input and ends there; only if a node holds it (int8) it is listed, and ends with the hidden state before it.
     """
-    found: Copies = {}
+    copies: Copies = {}
     outliving: dict[int, int] = {}
     for stack in stacks:
         marks = [(at, what) for at, what in tape.marks if what.startswith(f"{stack.name} ")]
@@ -68,8 +72,8 @@ def copies_of(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, dict[int, in
                 net, moved = _net(tape, log, stack, _early(tape, stop) if forward else None)
                 if not forward:  # what came before the stack goes once
                     net = [n for n in net if n > 0 or -n >= own]
-                given = _given(stack, net) if forward else {}
-                found.setdefault(where, []).append(Layers(tuple(log), count, tuple(net), moved, given))
+                handed_on = _handed_on(stack, net) if forward else {}
+                copies.setdefault(where, []).append(Layers(tuple(log), count, tuple(net), moved, handed_on))
                 if forward:
                     passed = stack.passed - (_early(tape, stop) if stack.holds else set())
                     outliving |= {n: n for n in net if n > 0 and n not in passed}
@@ -78,17 +82,17 @@ def copies_of(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, dict[int, in
                     gone = {-n for n in tape.log[start:stop] if n < 0}
                     outliving = {n: last for n, last in outliving.items() if last not in gone}
                     outliving |= {n: n for n in tape.lasting.intersection(net)}
-    return found, outliving
+    return copies, outliving
 
 
 def _late(tape: Tape, stack: Stack, net: list[int], end: int) -> dict[int, int]:
-    """What a layer hands on → the hidden state that it was given, where that is still alive when the stack's backward ends."""
+    """A layer's output → its input, where the input is still alive when the stack's backward ends."""
     freed = {-n for n in tape.log[:end] if n < 0}
-    return {n: before for n, before in _given(stack, net).items() if before not in freed}
+    return {n: before for n, before in _handed_on(stack, net).items() if before not in freed}
 
 
-def _given(stack: Stack, net: Iterable[int]) -> dict[int, int]:
-    """What a layer hands on and leaves alive → the hidden state that it was given."""
+def _handed_on(stack: Stack, net: Iterable[int]) -> dict[int, int]:
+    """A layer's output, if it stays alive → the layer's input."""
     return {n: max((p for p in stack.passed if p < n), default=n) for n in net if n in stack.passed}
 
 
@@ -108,16 +112,17 @@ def _run(marks: list[tuple[int, str]], *, end: str, forward: bool) -> Iterator[t
 
 
 def _net(tape: Tape, log: list[int], stack: Stack, early: set[int] | None) -> tuple[list[int], dict[int, int]]:
-    """What a layer leaves changed: made and not freed, or freed (negative) though made before; and freed → made in its place.
+    """What a layer leaves changed, and freed storage → the one made in its place.
 
-    A layer that frees its input and leaves an output of the same kind changes nothing. What else it frees in forward, of a first
-    layer without gradients, goes once if its own stays until backward. `early`: what is freed before backward, in forward.
+    Changed is what it makes and does not free, and (negative) what it frees but did not make. A layer that frees its input and
+    leaves an output of the same kind changes nothing. If it frees anything else in forward (of a first layer without gradients)
+    while its own counterpart stays until backward, that is freed once. `early`: storages freed before backward begins.
     """
     moved: dict[int, int] = {}
-    made = {n for n in log if n > 0}
+    allocated = {n for n in log if n > 0}
     freed = {-n for n in log if n < 0}
     kept = [n for n in log if n > 0 and n not in freed]
-    gone = [-n for n in log if n < 0 and -n not in made]
+    gone = [-n for n in log if n < 0 and -n not in allocated]
     for alike in (_same, _of_one_pass, _alike):  # the closest first: a gradient takes the place of a gradient
         for n in [*gone]:
             twin = next((k for k in kept if k not in tape.lasting and alike(tape, k, n)), None)
@@ -135,7 +140,7 @@ def _alike(tape: Tape, one: int, other: int) -> bool:
 
 
 def _of_one_pass(tape: Tape, one: int, other: int) -> bool:
-    return (tape.made[one] > 0) == (tape.made[other] > 0) and _alike(tape, one, other)
+    return (tape.made_in[one] > 0) == (tape.made_in[other] > 0) and _alike(tape, one, other)
 
 
 def _same(tape: Tape, one: int, other: int) -> bool:

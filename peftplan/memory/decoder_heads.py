@@ -17,8 +17,8 @@ from peftplan.memory.tensors import Dims, Tensor
 
 
 def last_token(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of every token, of which those of each sequence's last token that is no padding are taken; behind virtual tokens,
-    which come as `inputs_embeds`, those of the last."""
+    """Scores of every token; the head takes those of each sequence's last token that is not padding. With virtual tokens, which
+    arrive as `inputs_embeds`, it takes those of the last token."""
     f = model.tape
     logits = model.linear("score", x)
     f.module = ""

@@ -22,18 +22,18 @@ from peftplan.units import round512
 
 SOURCE = "transformers 5.24: loading a quantized model"
 Key = tuple[tuple[bool, int, str], ...]
-Held = TypeVar("Held")
+Handle = TypeVar("Handle")
 WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
 """Bytes per element that the warm-up counts for a quantized weight (transformers 5.24, `quantized_element_size`)."""
 
 
-class Memory(Protocol[Held]):
+class Memory(Protocol[Handle]):
     """What tensors are loaded into."""
 
-    def allocate(self, nbytes: int) -> Held:
+    def allocate(self, nbytes: int) -> Handle:
         """Make a tensor; what frees it."""
 
-    def release(self, tensor: Held, /) -> None:
+    def release(self, tensor: Handle, /) -> None:
         """Free a tensor."""
 
     def empty_cache(self) -> None:
@@ -41,7 +41,7 @@ class Memory(Protocol[Held]):
 
 
 def load_into(
-    memory: Memory[Held],
+    memory: Memory[Handle],
     parameters: Parameters,
     buffers: Ledger,
     *,
@@ -63,7 +63,7 @@ def load_into(
         memory.release(memory.allocate(_warm_up(base, quant, dtype=dtype)))
         for a in parameters.shared:
             memory.allocate(a.nbytes)
-    narrow: dict[tuple[str, int | None], list[Held]] = {}
+    narrow: dict[tuple[str, int | None], list[Handle]] = {}
     for p, layer in tensors:
         if p.quantized:
             _quantize_into(memory, p, dtype=dtype, doubled=quant is not None and bool(quant.double_quant))
@@ -108,7 +108,7 @@ def _warm_up(base: Iterable[Parameter], quant: QuantConfig, *, dtype: str) -> in
     return int(total // ITEMSIZE["fp16"]) * ITEMSIZE["fp16"]
 
 
-def _quantize_into(memory: Memory[Held], p: Parameter, *, dtype: str, doubled: bool) -> None:
+def _quantize_into(memory: Memory[Handle], p: Parameter, *, dtype: str, doubled: bool) -> None:
     """A dense weight arrives and is quantized; with double quantization its fp32 absmax, and that less its mean, come first."""
     weight, *beside = (a for a in p.allocations if a.place == "device")
     absmax = next((ITEMSIZE["fp32"] * prod(a.dims) for a in beside if doubled and a.name == "absmax"), None)
@@ -121,7 +121,7 @@ def _quantize_into(memory: Memory[Held], p: Parameter, *, dtype: str, doubled: b
         memory.release(number)
 
 
-def _make(memory: Memory[Held], allocations: Iterable[Allocation]) -> None:
+def _make(memory: Memory[Handle], allocations: Iterable[Allocation]) -> None:
     for a in allocations:
         if a.place == "device":
             memory.allocate(a.nbytes)

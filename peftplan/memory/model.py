@@ -112,9 +112,9 @@ class Model:
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Keys and values of virtual tokens that layers have not taken yet."""
     copied_past: Tensor | None = None
-    """Those of the layers that stand as copies of another."""
+    """Those of the copied layers."""
     waiting: list[Tensor] = field(default_factory=list)
-    """Gradients of layers that stand as copies of another, made outside of the layers."""
+    """Gradients of copied layers that are made outside the layers."""
     stacks: list[Stack] = field(default_factory=list)
     on_host: list[tuple[Dims, str, int]] = field(default_factory=list)
     """Dims and dtype of tensors that wait on the host while a micro batch runs, and how many there are."""

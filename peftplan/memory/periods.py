@@ -24,11 +24,11 @@ def paired(kinds: tuple[int, ...], flags: tuple[bool, ...]) -> tuple[int, ...]:
 
 
 def sections_of_periods(kinds: tuple[int, ...], *, summing: bool) -> tuple[list[int], dict[int, int], dict[int, int]]:
-    """The layers that are run, of kinds that alternate; section → how many more layers it stands for; section → where.
+    """The layers that run, of kinds that alternate; section → how many copies it has; section → where they go.
 
-    The first of each kind, and all from where the last period begins, since its backward finds everything else still kept: of
-    layers of a kind that follow each other there the first and the last. The layers between stand where the last period begins.
-    `summing`: all add to one gradient, which the last layer makes, so that it stands for no other one.
+    The first of each kind runs, and the whole last period, since its backward finds everything else still kept; of equal layers
+    in a row there only the first and the last. Copies go where the last period begins. `summing`: all layers add to one
+    gradient, which the last layer makes; the last layer then has no copies.
     """
     first = {kind: layer for layer, kind in reversed([*enumerate(kinds)])}
     last = {kind: layer for layer, kind in enumerate(kinds[: len(kinds) - summing])}

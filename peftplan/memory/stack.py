@@ -1,4 +1,4 @@
-"""A stack of layers: a few of them are run, the others stand in the log as copies, and all may read one tensor from outside."""
+"""A stack of layers: a few of them run, the others are copies in the log, and all may read one tensor from outside."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def run_stack(
 ) -> Tensor:
     """Run the first layer of each kind, then the last of each; `kinds[l]` is the kind of layer l.
 
-    The layers between stand in the log as copies of the last of their kind (`memory.copies`). `sums`: the gradients of what all
+    The layers between them become copies of the last of their kind (`memory.copies`). `sums`: the gradients of what all
     layers read (`shared`). `holds`: the caller keeps what every layer returns until the forward ends. `own`: further arguments of
     a layer, which it holds alone, by their names. `every`: further arguments of all layers, by position. `outputs`: holds what
     layers return besides the hidden states until the next one returns.
@@ -114,7 +114,7 @@ def run_stack(
 
 
 def _placed(kinds: tuple[int, ...], *, summing: bool, mixed: bool) -> tuple[list[int], dict[int, int], dict[int, int]]:
-    """The layers that are run; section → how many more layers it stands for; section → the section before which they stand."""
+    """The layers that run; section → how many copies it has; section → the section before which they go."""
     in_runs = _in_runs(kinds)
     if mixed and not in_runs:
         return sections_of_periods(kinds, summing=summing)
@@ -123,7 +123,7 @@ def _placed(kinds: tuple[int, ...], *, summing: bool, mixed: bool) -> tuple[list
 
 
 def sections_of(kinds: tuple[int, ...], *, summing: bool = False) -> tuple[list[int], dict[int, int]]:
-    """The layers that are run, first of each kind and then last of each; section → how many more layers it stands for.
+    """The layers that run, first of each kind and then last of each; section → how many copies it has.
 
     In the order of the layers where those of a kind follow each other. `summing`: the layer before the last as well, where all
     add to one gradient.
@@ -178,5 +178,5 @@ def kinds_of(model: Model, stack: str = "decoder") -> tuple[int, ...]:
 
 
 def _interleaved(layers: Collection[int], every: int) -> bool:
-    """Whether layers that have a tensor and layers that lack it alternate, so that no layer may stand for a distant one."""
+    """Whether layers with and without a tensor alternate, so that no layer can be a copy of a distant one."""
     return sum((layer in layers) != (layer - 1 in layers) for layer in range(1, every)) > 1

@@ -32,7 +32,7 @@ class Tape:
         self.names: list[str] = [""]
         self.made_as: dict[int, str] = {}
         """The former names of tensors that became gradients of parameters."""
-        self.made: list[int] = [0]
+        self.made_in: list[int] = [0]
         """Segment in which a storage was made, negative in backward code; storages count from 1."""
         self.freed: dict[int, int] = {}
         self.category: dict[int, Category] = {}
@@ -65,7 +65,7 @@ class Tape:
         self.dims.append(dims)
         self.dtypes.append(dtype)
         self.names.append(f"{self.module} {op}" if self.module else op)
-        self.made.append(self.segment)
+        self.made_in.append(self.segment)
         self.log.append(number)
         return Tensor(Storage(self, number), dims, dtype, node)
 

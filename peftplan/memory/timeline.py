@@ -1,7 +1,7 @@
 """From the log of a tape to peaks: what is alive at each moment, evaluated at named sizes.
 
-The log holds two layers of each kind. The layers between stand in it as copies: what the last one of its kind added and freed
-between two boundaries, times their number (`memory.copies`).
+The log holds two layers of each kind. The layers between are copies: what the last layer of the kind added and freed between
+two boundaries, times their number (`memory.copies`).
 """
 
 from __future__ import annotations
@@ -199,5 +199,5 @@ def _category(tape: Tape, number: int, vocab: int | None) -> Category:
     dims = tape.dims[number]
     if vocab is not None and len(dims) > 1 and dims[-1] == vocab and not isinstance(dims[0], int):
         return "logits"
-    made_in = tape.made[number]
+    made_in = tape.made_in[number]
     return "activations" if made_in > 0 and tape.freed.get(number) != made_in else "temporaries"

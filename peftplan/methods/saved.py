@@ -142,7 +142,7 @@ def token_originals(deltas: Iterable[AddedTensor]) -> tuple[AddedBuffer, ...]:
 
 
 def _module_of_tokens(arch: Architecture, name: str) -> Module:
-    """The one module whose name ends with `name`. Raises NeedsPeftError where there are more, each of which peft wraps."""
+    """The one module whose name ends with `name`. Raises NeedsPeftError where several do, because peft wraps each of them."""
     matching = [m for m in arch.modules if m.name.endswith(name)]
     if not matching:
         raise InputError("trainable_token_indices", name, f"no module has this name; {_near(arch, name)}")

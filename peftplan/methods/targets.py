@@ -111,7 +111,7 @@ def match(
     if not matched and not may_be_none:
         elsewhere = (wanted(name) or module.name in templates for module in arch.modules for name in module.names())
         if layers is not None and any(elsewhere):
-            accepted = f"no target lies in these layers; accepted: {_layers(arch)}"
+            accepted = f"no target in these layers; accepted: {_layers(arch)}"
             raise InputError("layers_to_transform", layers.layers_to_transform, accepted)
         raise InputError("target_modules", targets, _nothing_matched(arch, targets))
     return tuple(matched)

@@ -233,7 +233,7 @@ class _Writer:
 
     def _repeat(self, layers: Sequence[Layers], timeline: Timeline, kinds: int) -> None:
         """Layers that the timeline only counts, those of several kinds in turn."""
-        given = {after: before for layer in layers for after, before in layer.given.items()}
+        given = {after: before for layer in layers for after, before in layer.handed_on.items()}
         before, behind = set(given.values()) - set(given), set(given) - set(given.values())
         for one, last in zip(sorted(before), sorted(behind), strict=False):  # one each, but where nothing is handed on
             self._write(events.BEHIND, one, last)

@@ -40,7 +40,7 @@ def four_bit(quant: QuantConfig, *, shape: tuple[int, int], dtype: str) -> tuple
     packed_bytes = ceil_div(n, 2)
     if packed_bytes % itemsize:
         raise RefusedError(
-            f"quant_storage: {packed_bytes} bytes of a {o} × {i} weight are no whole number of {quant.quant_storage}"
+            f"quant_storage: {packed_bytes} bytes of a {o} × {i} weight are not a whole number of {quant.quant_storage}"
         )
     blocks = ceil_div(n, quant.blocksize)
     weight = Allocation("weight", quant.quant_storage, (packed_bytes // itemsize, 1))

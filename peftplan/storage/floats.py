@@ -17,7 +17,7 @@ def fp8(quant: QuantConfig, *, shape: tuple[int, ...], dtype: str) -> tuple[Allo
         weight             e4m3 (…, o, i)
         weight_scale_inv   fp32 (…, ⌈o/128⌉, ⌈i/128⌉)
 
-    Quantized while loading, a weight that is no whole number of tiles **stays in its own dtype** and its scales are
+    Quantized while loading, a weight that is not a whole number of tiles **stays in its own dtype** and its scales are
     allocated unused (`Fp8Quantize._quantize_one`); a checkpoint stored in fp8 has it in fp8 with partial tiles
     (`quant.pre_quantized`). Source: transformers/integrations/finegrained_fp8.py, 5.24.0, `FineGrainedFP8Config` with
     its defaults: dynamic activations, fp32 scales. Experts in fp8 with a bias do not load. GPUs older than compute

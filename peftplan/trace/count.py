@@ -2,7 +2,7 @@
 
 `get_peft_model` runs on the meta device, so that names, shapes and what trains are peft's own and no memory is needed. Five
 methods compute on values while they are created (a clustering, a decomposition, a permutation): those steps are replaced by
-stand-ins that give tensors of the same shape. A method that needs values in another place is refused, never guessed.
+stand-ins that give tensors of the same shape. A method that needs values anywhere else is refused, never guessed.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def factors(model: Model) -> list[Family]:
 def regularized(model: Model, loss: Tensor) -> Tensor:
     """`AdaLoraModel.forward`: how far each A and B is from orthogonal is added to the loss.
 
-    Its gradients are made first, of all layers at once, and wait for those that come through the layers.
+    Backward makes these gradients first, for all layers together; they wait for those that come through the layers.
     """
     f = model.tape
     f.module = ""
@@ -117,7 +117,7 @@ def _pass(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
 
 
 def _others(model: Model, total: Tensor, family: Family, count: int) -> Tensor:
-    """The same of the layers that stand as copies of others; their gradients stay, as theirs through the layers are not made."""
+    """The same for copied layers; their gradients stay, because the ones through the layers are not made."""
     f, rank = model.tape, _rank(family.name, family.shape)
     casts = [f.many(family.shape, f.autocast, "to", count) for _ in range(2)] if f.autocast else []
     off = f.many((rank, rank), "fp32" if f.autocast else family.dtype, "sub", count)

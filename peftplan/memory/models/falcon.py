@@ -132,7 +132,7 @@ def _scores(c: Call, q: Tensor, k: Tensor) -> Tensor:
 
 
 def _for_all(c: Call, x: Tensor) -> Tensor:
-    """Keys or values as `matmul` takes them: one head copied for all, but for one sequence; else copied from where they lie."""
+    """Keys or values as `matmul` takes them: a single head is copied for all (not for one sequence), others head by head."""
     every = c.block.attentions[0].num_attention_heads
     if x.dims[1] == every:
         return x if c.model.joins else batched(c.model, x)
