@@ -24,8 +24,8 @@ import transformers
 import trl
 
 import peftplan
-from peftplan.arch.adapters import read_config
 from peftplan.arch.modules import Architecture
+from peftplan.arch.readers import read_config
 from peftplan.dtypes import ITEMSIZE, parse_dtype
 from peftplan.memory.ledger import Ledger
 from peftplan.methods import METHODS

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from peftplan.arch import catalogue
-from peftplan.arch.adapters import ADAPTERS
+from peftplan.arch.readers import READERS
 from peftplan.arch.sources import load, load_config
 from peftplan.errors import NeedsTraceError, PeftplanError
 from peftplan.planning.estimate import estimate
@@ -160,7 +160,7 @@ def shallow(model: str) -> dict[str, Any]:
 
 def cells(*, model_types: Iterable[str] | None = None) -> Iterator[Cell]:
     """The whole grid; every cell's options depend on its model type, method and number alone, or on type and number."""
-    chosen = list(model_types or ADAPTERS)
+    chosen = list(model_types or READERS)
     for model_type in chosen:
         for method in METHODS:
             for number in range(DRAWS):
@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="so many cells, drawn with --seed, instead of all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--model-type", nargs="*", choices=sorted(ADAPTERS))
+    parser.add_argument("--model-type", nargs="*", choices=sorted(READERS))
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     chosen = list(cells(model_types=args.model_type))

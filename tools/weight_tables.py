@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 from peftplan.arch import catalogue
-from peftplan.arch.adapters import ADAPTERS
 from peftplan.arch.modules import Architecture
+from peftplan.arch.readers import READERS
 from peftplan.arch.table import to_table
 from peftplan.datafiles import DATA
 from peftplan.trace.meta import read_architecture
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="built-in names; all that need a table where none is given")
     names = parser.parse_args(argv).names
     WEIGHTS.mkdir(exist_ok=True)
-    needed = {entry.name: entry for entry in catalogue.models() if entry.model_type not in ADAPTERS}
+    needed = {entry.name: entry for entry in catalogue.models() if entry.model_type not in READERS}
     if not names:
         for stale in WEIGHTS.glob("*.json"):
             if stale.stem not in needed:

@@ -1,7 +1,7 @@
 """Where a model comes from: a built-in name, a path, a Hub id, a config object; each becomes an `Architecture`.
 
 A built-in name or id comes first (write `./gpt2` for a folder of that name), then an existing path, then the Hub. A model type
-with an adapter is read by it; a built-in model without one has a weight table; any other is read by the installed transformers
+with a reader is read by it; a built-in model without one has a weight table; any other is read by the installed transformers
 on the meta device (extra `trace`). No code from a model repository is ever executed.
 """
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from peftplan.arch import catalogue
-from peftplan.arch.adapters import ADAPTERS, read_config
 from peftplan.arch.configfile import CONFIG_NAME, check, read_file
 from peftplan.arch.fields import MAX_LABELS
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
+from peftplan.arch.readers import READERS, read_config
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.files import is_file
 
@@ -75,7 +75,7 @@ def load_config(model: Model) -> dict[str, Any]:
 
 @lru_cache(maxsize=BUILT_INS_KEPT)
 def _built_in(name: str, sibling: str | None, task_type: str | None, num_labels: int | None) -> Architecture:
-    """A built-in model: by its adapter, else by its weight table, else (another task or head) by transformers."""
+    """A built-in model: by its reader, else by its weight table, else (another task or head) by transformers."""
     entry = catalogue.find(name)
     assert entry is not None
     facts = entry.facts()
@@ -91,7 +91,7 @@ def _built_in(name: str, sibling: str | None, task_type: str | None, num_labels:
 
 
 def _table(entry: catalogue.ModelEntry) -> Architecture | None:
-    if entry.model_type in ADAPTERS:
+    if entry.model_type in READERS:
         return None
     from peftplan.arch.table import load_table
 
@@ -173,9 +173,9 @@ def _notes(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _read(config: Mapping[str, Any], *, name: str, task_type: str | None, trust_remote_code: bool) -> Architecture:
-    """By the adapter of the model type, else by transformers on the meta device."""
+    """By the reader of the model type, else by transformers on the meta device."""
     model_type = config["model_type"]
-    if model_type in ADAPTERS:
+    if model_type in READERS:
         return read_config(config, name=name, task_type=task_type)
     from peftplan.trace import meta
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from peftplan.arch import sources
-from peftplan.arch.adapters import ADAPTERS
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
+from peftplan.arch.readers import READERS
 from peftplan.errors import InputError, PeftplanError, RefusedError
 from peftplan.memory.loss_sizes import check_liger
 from peftplan.methods.saved import SAVED_HEADS
@@ -117,7 +117,7 @@ def without_loss(model: Any, architecture: Architecture) -> str | None:
 
     A bare model that peftplan does not read itself can have its own loss (CLIP): only the trace engine can tell.
     """
-    if architecture.task_type != BARE or architecture.model_type not in ADAPTERS:
+    if architecture.task_type != BARE or architecture.model_type not in READERS:
         return None
     return f"task_type: {architecture.model_class} has no loss to train on; accepted: {', '.join(_with_loss(model))}"
 

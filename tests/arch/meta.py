@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from peftplan.arch.adapters import read_config
 from peftplan.arch.modules import Architecture
+from peftplan.arch.readers import read_config
 
 NN_KINDS = ("Linear", "Embedding", "LayerNorm", "Conv1d", "Conv2d", "Conv3d")
 
@@ -71,7 +71,7 @@ def assert_same(arch: Architecture, model: Any) -> None:
 
 
 def assert_task(config: dict[str, Any], task_type: str | None = None) -> Architecture:
-    """The adapter's architecture of a made-up config equals the real model of the same class; returns it."""
+    """The reader's architecture of a made-up config equals the real model of the same class; returns it."""
     arch = read_config(config, name="made up", task_type=task_type)
     assert_same(arch, build(config, arch.model_class))
     return arch

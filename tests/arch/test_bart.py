@@ -7,8 +7,8 @@ pytest.importorskip("peft")
 
 import torch
 
-from peftplan.arch.adapters import read_config
 from peftplan.arch.bart import BART_TASKS, WHISPER_TASKS
+from peftplan.arch.readers import read_config
 from peftplan.errors import InputError
 from tests.arch.meta import assert_prompt, assert_task, build
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from peftplan.arch import catalogue
-from peftplan.arch.adapters import ADAPTERS
+from peftplan.arch.readers import READERS
 from peftplan.datafiles import DATA
 
 
@@ -115,6 +115,6 @@ def test_what_is_no_name_finds_nothing(name: str) -> None:
     assert len(str(catalogue.unknown(name))) < 400
 
 
-def test_a_model_without_an_adapter_has_a_weight_table() -> None:
+def test_a_model_without_a_reader_has_a_weight_table() -> None:
     tables = {path.stem for path in (DATA / "weights").glob("*.json")}
-    assert tables == {entry.name for entry in catalogue.models() if entry.model_type not in ADAPTERS}
+    assert tables == {entry.name for entry in catalogue.models() if entry.model_type not in READERS}

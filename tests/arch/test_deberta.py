@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peftplan.arch.adapters import read_config
 from peftplan.arch.deberta import TASKS
+from peftplan.arch.readers import read_config
 from tests.arch.meta import assert_prompt, assert_task
 
 V3 = {

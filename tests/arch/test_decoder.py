@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from peftplan.arch.adapters import read_config
 from peftplan.arch.modules import Architecture
+from peftplan.arch.readers import read_config
 from peftplan.errors import InputError, UnknownNameError
 
 Config = dict[str, Any]

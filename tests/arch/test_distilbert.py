@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from peftplan.arch.adapters import read_config
 from peftplan.arch.distilbert import TASKS
+from peftplan.arch.readers import read_config
 from peftplan.errors import InputError
 from tests.arch.meta import assert_task
 

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("transformers")
 
 from peftplan.arch import catalogue
-from peftplan.arch.adapters import ADAPTERS
 from peftplan.arch.catalogue import ModelEntry
+from peftplan.arch.readers import READERS
 from peftplan.arch.sources import load
 from peftplan.trace.meta import quiet_transformers
 from tests.arch.meta import assert_same, build
@@ -39,7 +39,7 @@ def test_tensors_equal_those_of_the_real_model(entry: ModelEntry) -> None:
     assert arch.source.startswith(f"built-in: {entry.repo_id}")
 
 
-def test_every_promised_adapter_is_there() -> None:
-    assert set(PROMISED.split()) <= set(ADAPTERS)
+def test_every_promised_reader_is_there() -> None:
+    assert set(PROMISED.split()) <= set(READERS)
     folder = Path(catalogue.__file__).parent
-    assert [m for m, _, _ in ADAPTERS.values() if not (folder / f"{m}.py").is_file()] == []
+    assert [m for m, _, _ in READERS.values() if not (folder / f"{m}.py").is_file()] == []

@@ -8,8 +8,8 @@ pytest.importorskip("peft")
 from transformers import ModernBertConfig
 from transformers.masking_utils import sliding_window_bidirectional_overlay
 
-from peftplan.arch.adapters import read_config
 from peftplan.arch.modernbert import TASKS
+from peftplan.arch.readers import read_config
 from peftplan.errors import InputError
 from tests.arch.meta import assert_prompt, assert_task
 

@@ -10,7 +10,7 @@ pytest.importorskip("peft")
 import torch
 import transformers
 
-from peftplan.arch.adapters import read_config
+from peftplan.arch.readers import read_config
 from peftplan.arch.t5 import TASKS
 from peftplan.errors import InputError
 from tests.arch.meta import assert_prompt, assert_task

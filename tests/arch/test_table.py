@@ -57,7 +57,7 @@ def test_every_field_survives_the_round_trip() -> None:
     assert [row[3] for row in table["modules"]] == [None, "0-2,5,7-8", "3", None]
 
 
-def test_an_adapters_architecture_survives_without_its_blocks() -> None:
+def test_a_readers_architecture_survives_without_its_blocks() -> None:
     arch = load("gpt2")
     assert from_table(to_table(arch)) == replace(
         arch, blocks=(), dropout=NO_DROPOUT, max_positions=None, logits_ops=arch.logits_ops, name="", source="", notes=()
@@ -77,7 +77,7 @@ def test_a_table_counts_what_the_index_states() -> None:
         )
 
 
-def test_no_table_for_a_model_with_an_adapter() -> None:
+def test_no_table_for_a_model_with_a_reader() -> None:
     assert load_table("llama-2-70b") is None
 
 

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peftplan.arch.adapters import read_config
+from peftplan.arch.readers import read_config
 from peftplan.arch.vit import TASKS
 from peftplan.errors import InputError
 from tests.arch.meta import assert_prompt, assert_task

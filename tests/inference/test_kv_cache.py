@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peftplan.arch.adapters import read_config
+from peftplan.arch.readers import read_config
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import RefusedError
 from peftplan.inference.kv_cache import CacheTensor, encoder_positions, growing_bytes, kv_cache

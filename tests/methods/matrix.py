@@ -19,9 +19,9 @@ import peft
 import peft.optimizers
 import torch
 
-from peftplan.arch.adapters import ADAPTERS
 from peftplan.arch.catalogue import find
 from peftplan.arch.modules import Architecture
+from peftplan.arch.readers import READERS
 from peftplan.arch.sources import load, load_config
 from peftplan.errors import PeftplanError
 from peftplan.methods import METHODS, adapt, configure, from_peft_config
@@ -45,7 +45,7 @@ MODELS: dict[str, str] = {
     "falcon": "falcon-40b", "bert": "bert-base-cased", "roberta": "roberta-base", "xlm-roberta": "xlm-roberta-base",
     "distilbert": "distilbert-base-uncased", "deberta-v2": "deberta-v3-base", "modernbert": "modernbert-base", "t5": "flan-t5-xl",
     "mt5": "mt5-base", "bart": "bart-base", "whisper": "whisper-tiny", "vit": "vit-base-patch16-224",
-    # without an adapter: read by transformers
+    # without a reader: read by transformers
     "mamba": "mamba-130m", "falcon_mamba": "falcon-mamba-7b", "olmoe": "olmoe-1b-7b-0924",
     "qwen3_next": "qwen3-next-80b-a3b-instruct", "glm4_moe": "glm-4.5-air",
     "glm": "glm-4-9b", "gpt_neo": "gpt-neo-125m", "granitemoehybrid": "granite-4.0-h-tiny",
@@ -88,7 +88,7 @@ NOT_BUILT_IN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "vocab_size": 120, "num_local_experts": 4, "num_experts_per_tok": 2,
     },
 }  # fmt: skip
-"""Configs of the types that have an adapter and no built-in model."""
+"""Configs of the types that have a reader and no built-in model."""
 
 AUTO_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "CAUSAL_LM")
 
@@ -145,8 +145,8 @@ def real(model_type: str, task: str | None = None, device: str = "meta") -> Any:
 
 
 def tasks_of(model_type: str) -> tuple[str, ...]:
-    """The tasks beside the usual one that the type's adapter has; none for types that transformers reads."""
-    if model_type not in ADAPTERS:
+    """The tasks beside the usual one that the type's reader has; none for types that transformers reads."""
+    if model_type not in READERS:
         return ()
     tasks = []
     for task in AUTO_TASKS:

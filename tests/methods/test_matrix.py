@@ -23,7 +23,7 @@ pytest.importorskip("peft")
 import peft
 
 from peftplan import datafiles
-from peftplan.arch.adapters import ADAPTERS
+from peftplan.arch.readers import READERS
 from peftplan.errors import InputError, PeftplanError
 from peftplan.methods import METHODS
 from tests.methods import matrix
@@ -89,7 +89,7 @@ def test_full_and_bitfit(model_type: str) -> None:
 
 def test_how_many_cases() -> None:
     """The matrix is not empty where one looks: every type with an adapter, every method, and more than ten thousand cases."""
-    assert set(TYPES) > set(ADAPTERS)
+    assert set(TYPES) > set(READERS)
     counts = {method: sum(len(_cases(model_type, method)) for model_type in TYPES) for method in OF_PEFT}
     assert sum(counts.values()) >= 10_000, counts
     assert min(counts.values()) >= 250, counts

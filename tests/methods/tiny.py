@@ -10,8 +10,8 @@ import peft
 import torch
 import transformers
 
-from peftplan.arch.adapters import read_config
 from peftplan.arch.modules import Architecture
+from peftplan.arch.readers import read_config
 from peftplan.methods import METHODS, adapt, configure
 from peftplan.methods.adaptation import Adaptation
 from tests.arch import meta

@@ -17,8 +17,8 @@ from pydantic.fields import FieldInfo
 
 import peftplan
 from peftplan.arch import catalogue
-from peftplan.arch.adapters import ADAPTERS
 from peftplan.arch.heads import TASK_TYPES
+from peftplan.arch.readers import READERS
 from peftplan.methods import METHODS, config_class
 from peftplan.optim.names import OPTIMIZERS, REFUSED
 from peftplan.planning.setup import PRESETS, Setup
@@ -46,7 +46,7 @@ def base_install() -> Iterator[None]:
 
 MODELS = ["gpt2", "llama-2-7b", "mixtral-8x7b", "t5-small", "bert-base-uncased"]
 BUILT_IN = {entry.model_type for entry in catalogue.models()}
-CONFIGS = {model_type: smallest(model_type) for model_type in sorted(ADAPTERS) if model_type in BUILT_IN}
+CONFIGS = {model_type: smallest(model_type) for model_type in sorted(READERS) if model_type in BUILT_IN}
 KEPT = ("model_type",)  # another type is another reader; tests/arch/test_sources.py has the unknown ones
 
 ODD_NUMBERS = [2**12, 2**24, 2**31, 2**63, 10**30, -(10**30), 1e308, -0.5]

@@ -16,7 +16,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peftplan import estimate
-from peftplan.arch.adapters import ADAPTERS
+from peftplan.arch.readers import READERS
 from peftplan.errors import InputError, RefusedError
 from peftplan.planning.tasks import ALWAYS_ALL_LOGITS
 from peftplan.trace.steps import STEPS
@@ -114,7 +114,7 @@ def test_a_forward_without_the_argument_is_refused() -> None:
 
 def test_the_list_of_models_without_the_argument() -> None:
     """Of all model types that the analytic engine knows, and of those on the list."""
-    known = {name: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in (*ADAPTERS, *ALWAYS_ALL_LOGITS) if name in CAUSAL}
+    known = {name: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in (*READERS, *ALWAYS_ALL_LOGITS) if name in CAUSAL}
     lacking = {
         name for name, class_name in known.items() if "logits_to_keep" not in signature(_class(class_name).forward).parameters
     }

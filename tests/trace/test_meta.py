@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("transformers")
 
 from peftplan.arch import catalogue
-from peftplan.arch.adapters import read_config
 from peftplan.arch.modules import Architecture, PromptDims
+from peftplan.arch.readers import read_config
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
 from peftplan.trace.meta import is_native, read_architecture
 from tests.arch.meta import assert_prompt, assert_same, build

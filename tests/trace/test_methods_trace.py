@@ -17,7 +17,7 @@ pytest.importorskip("bitsandbytes")
 import peft
 import torch
 
-from peftplan.arch.adapters import read_config
+from peftplan.arch.readers import read_config
 from peftplan.errors import RefusedError
 from peftplan.methods import adapt, configure
 from peftplan.methods.adaptation import Adaptation

@@ -1,4 +1,4 @@
-"""The adapters: one function per `model_type`, from strict config fields to an `Architecture`."""
+"""The readers: one function per `model_type`, from strict config fields to an `Architecture`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.errors import UnknownNameError
 
-Adapter = Callable[[Fields, str], Architecture]
+Reader = Callable[[Fields, str], Architecture]
 
-ADAPTERS: dict[str, tuple[str, str, str]] = {
+READERS: dict[str, tuple[str, str, str]] = {
     # model_type: (module, function, default task type)
     "llama": ("llama", "llama", "CAUSAL_LM"),
     "mistral": ("llama", "mistral", "CAUSAL_LM"),
@@ -63,21 +63,21 @@ ADAPTERS: dict[str, tuple[str, str, str]] = {
 
 
 def read_config(config: Mapping[str, Any], *, name: str, task_type: str | None = None) -> Architecture:
-    """The `Architecture` of a parsed config.json whose `model_type` has an adapter.
+    """The `Architecture` of a parsed config.json whose `model_type` has a reader.
 
-    `task_type` is one of `heads.TASK_TYPES`; None takes the task that the config's `architectures` names where the adapter
-    has it, else the model type's usual one. Raises UnknownNameError for a model type without an adapter (see `has_adapter`)
-    or a task that it does not have, InputError for a missing, mistyped or absurd field.
+    `task_type` is one of `heads.TASK_TYPES`; None takes the task that the config's `architectures` names if the reader has
+    it, else the model type's usual one. Raises UnknownNameError for a model type without a reader or a task that it does not
+    have, InputError for a missing, mistyped or absurd field.
     """
     model_type = config["model_type"]
-    if model_type not in ADAPTERS:
-        raise UnknownNameError(f"{name}: model_type", model_type, ADAPTERS)
-    module, function, default_task = ADAPTERS[model_type]
-    adapter: Adapter = getattr(import_module(f"peftplan.arch.{module}"), function)
+    if model_type not in READERS:
+        raise UnknownNameError(f"{name}: model_type", model_type, READERS)
+    module, function, default_task = READERS[model_type]
+    reader: Reader = getattr(import_module(f"peftplan.arch.{module}"), function)
     fields = Fields(config, name=name)
     if task_type is not None:
-        return adapter(fields, task_type)
-    return adapter(fields, _stated_task(config) or default_task)
+        return reader(fields, task_type)
+    return reader(fields, _stated_task(config) or default_task)
 
 
 def _stated_task(config: Mapping[str, Any]) -> str | None:
