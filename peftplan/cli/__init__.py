@@ -35,16 +35,22 @@ MOST_OF_A_LINE = 1000
 
 
 class ReaderGoneError(Exception):
-    """Nobody reads what is left of the output."""
+    """Nobody reads what is left of the output; `code` is what a check had found before."""
+
+    def __init__(self, code: int = 0) -> None:
+        super().__init__()
+        self.code = code
 
 
 @contextmanager
-def _reader_may_go() -> Iterator[None]:
+def _reader_may_go(ctx: click.Context | None = None) -> Iterator[None]:
     """A broken pipe under a name that click does not know: it would exit with 1, which is a failed check here."""
     try:
         yield
     except BrokenPipeError:
-        raise ReaderGoneError from None
+        from peftplan.cli.command import EXIT_CODE
+
+        raise ReaderGoneError(ctx.meta.get(EXIT_CODE, 0) if ctx else 0) from None
 
 
 class LazyGroup(click.Group):
@@ -73,7 +79,7 @@ class LazyGroup(click.Group):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> object:
-        with _reader_may_go():
+        with _reader_may_go(ctx):
             return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -100,6 +106,7 @@ def main(args: list[str] | None = None) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console without `×` gets a question mark, not a traceback
+    code: object = 0
     try:
         code = cli.main(args=args, prog_name="peftplan", standalone_mode=False)
         sys.stdout.flush()
@@ -114,10 +121,10 @@ def main(args: list[str] | None = None) -> None:
         where = str(stopped.__cause__ or stopped)
         click.echo(f"peftplan: interrupted{where and ' '}{where}", err=True)
         sys.exit(130)
-    except (ReaderGoneError, BrokenPipeError):
+    except (ReaderGoneError, BrokenPipeError) as gone:
         # The reader has gone (`peftplan models | head`); keep the interpreter from flushing into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        code = gone.code if isinstance(gone, ReaderGoneError) else code
     except OSError as error:  # a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _stop(f"{error.filename or 'output'}: {error.strerror}")

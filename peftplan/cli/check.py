@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from peftplan.cli.command import Command, argument, option
+from peftplan.cli.command import Command, argument, option, will_exit
 
 if TYPE_CHECKING:
     from peftplan.accuracy.drift import Answer
@@ -76,5 +76,6 @@ def command(
         from peftplan.report import accuracy_page
 
         accuracy_page.write()
+    code = will_exit(1 if found.failures else 0)
     accuracy.check(found, fmt=fmt)
-    return 1 if found.failures else 0
+    return code

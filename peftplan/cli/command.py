@@ -15,6 +15,8 @@ from peftplan.planning.words import MEANINGS, NOT_COUNTED, OFF, ON, refuse, said
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+EXIT_CODE = "peftplan.exit_code"
+"""Key of `Context.meta`: the code that holds even where the reader of the output goes early."""
 TYPED = "peftplan.typed"
 """Key of `Context.meta`: parameter → how its option was typed."""
 METHOD_HEADING = "Method"
@@ -190,3 +192,9 @@ def _next(rest: list[str], values: Iterable[str]) -> str | None:
 def _other(option: click.Option, spelling: str) -> str:
     """The other half of a switch."""
     return option.secondary_opts[0] if spelling in option.opts else option.opts[0]
+
+
+def will_exit(code: int) -> int:
+    """The exit code of a check that was made before its output is written: `| head` does not change what it says."""
+    click.get_current_context().meta[EXIT_CODE] = code
+    return code

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peftplan.cli import options
-from peftplan.cli.command import METHOD_HEADING, Command, argument, option
+from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will_exit
 from peftplan.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -128,11 +128,13 @@ def command(
     from peftplan.planning.verdicts import all_fit
     from peftplan.report import render
 
+    fit = not require_fit or all_fit(result.gpus, allow_tight=allow_tight, text_only=text_only)
+    code = will_exit(0 if fit else 1)
     if explain:
         click.echo(result.explain())
     else:
         render.estimate(result, fmt=fmt, verbose=verbose, explain_peak=explain_peak)
-    return 1 if require_fit and not all_fit(result.gpus, allow_tight=allow_tight, text_only=text_only) else 0
+    return code
 
 
 def _estimate(model: str, engine: str, **given: Any) -> Estimate:

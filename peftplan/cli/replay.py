@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from peftplan.cli import options
-from peftplan.cli.command import Command, argument, option
+from peftplan.cli.command import Command, argument, option, will_exit
 from peftplan.errors import RefusedError
 
 
@@ -51,8 +51,9 @@ def command(
         device=device,
         device_bytes=_bytes(device_memory),
     )
+    code = will_exit(1 if require_fit and found.result.oom is not None else 0)
     render.replayed(found, fmt=fmt)
-    return 1 if require_fit and found.result.oom is not None else 0
+    return code
 
 
 def _bytes(size: str | None) -> int | None:

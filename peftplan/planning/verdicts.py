@@ -44,8 +44,10 @@ def find_cards(gpu: str | Iterable[str] | None, *, context: object = None) -> li
         return []
     from peftplan.hardware.gpus import find_gpu
 
-    cards = (find_gpu(name) for several in names for name in several.split(","))
-    return [card._replace(context_mib=context_mib) for card in dict.fromkeys(cards)]
+    cards: dict[object, Gpu] = {}
+    for card in (find_gpu(name) for several in names for name in several.split(",")):
+        cards.setdefault(card._replace(id="", name="") if card.vendor is None else card.id, card)  # 24GB is 24G
+    return [card._replace(context_mib=context_mib) for card in cards.values()]
 
 
 def parse_context(context: object) -> float:
@@ -69,6 +71,10 @@ def card_notes(cards: Iterable[Gpu], setup: Setup, quant: QuantConfig | None) ->
 
 def _notes(card: Gpu, setup: Setup, quant: QuantConfig | None) -> Iterator[str]:
     has = capability(card)
+    if card.sold_gb is not None:
+        from peftplan.hardware.usable import usable_bytes
+
+        yield usable_bytes(card).why
     if card.compute_capability is not None and card.compute_capability != has:
         yield f"counted with the kernels of CUDA's compute capability {has}"
     if card.bf16 is False and "bf16" in (setup.dtype, setup.autocast, setup.compute_dtype):

@@ -74,6 +74,17 @@ def test_a_context_that_is_no_size_is_one_line(mib: str) -> None:
     assert done.err.startswith("peftplan: ")
 
 
+@pytest.mark.parametrize("fmt", ["table", "json"])
+def test_a_reader_that_leaves_early_does_not_hide_a_failed_check(fmt: str) -> None:
+    job = ("estimate", "llama-2-70b", "--gpu", "t4", "--require-fit", "--format", fmt, *(("-v",) if fmt == "table" else ()))
+    with subprocess.Popen((*MAIN, *job), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
 def test_every_command_is_in_the_readme() -> None:
     text = README.read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f"peftplan {name}" not in text] == []

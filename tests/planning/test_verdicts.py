@@ -194,6 +194,9 @@ def test_a_context_of_the_user_replaces_a_known_one() -> None:
 def test_a_card_named_twice_is_judged_once() -> None:
     names = [verdict.gpu for verdict in estimate("gpt2", gpu=["h100,t4", "h100-80gb", "T4", *["h100"] * 51]).gpus]
     assert names == ["h100-80gb", "t4"]
+    sizes = estimate("gpt2", gpu="24GB,24GiB,24G,24 gib,24576MiB,24gb")
+    assert [verdict.gpu for verdict in sizes.gpus] == ["24GB", "24GiB"]
+    assert [note for note in sizes.assumptions["notes"] if "sold as 24 GB" in note and note.startswith("24GB: ")]
 
 
 @pytest.mark.parametrize(
