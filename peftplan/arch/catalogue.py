@@ -1,6 +1,7 @@
 """The built-in models: found by name, alias or repository id in one small index, without opening the others.
 
-`data/models/index.json` has a row per model; `data/models/<name>.json` holds its config and where that came from.
+`data/models/index.json` has a row per model, `data/model_aliases.json` further names with the source of each, and
+`data/models/<name>.json` a model's config and where that came from.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from peftplan.datafiles import load as load_data
 from peftplan.errors import InputError, UnknownNameError, nearest
 
 INDEX = "models/index.json"
+ALIASES = "model_aliases.json"
+"""Further names of the built-in models, with the source of each; read only for a name that the index does not hold."""
 
 
 class ModelEntry(NamedTuple):
@@ -42,8 +45,8 @@ class ModelEntry(NamedTuple):
         return any(fnmatchcase(name.lower(), wanted) for name in names)
 
     def is_sibling(self, name: str) -> bool:
-        """Whether a name that finds this entry is the id of another checkpoint of the same shapes."""
-        return _key(name) in map(_key, self.siblings)
+        """Whether a name that finds this entry is that of another checkpoint of the same shapes, or of a mirror."""
+        return _key(name) in map(_key, self.siblings) or _key(name) not in _by_key()
 
     def facts(self) -> dict[str, Any]:
         """The model's own file: `config`, `source`, `note`, `published_params` and the rest; treat it as read-only."""
@@ -77,6 +80,13 @@ def _by_key() -> dict[str, ModelEntry]:
     return {_key(name): entry for entry in _entries() for name in (entry.name, entry.repo_id, *entry.aliases, *entry.siblings)}
 
 
+@cache
+def _by_alias() -> dict[str, ModelEntry]:
+    """Mirrors and bare names of other checkpoints of the same shapes: each a row with its source, none by a rule."""
+    by_name = {entry.name: entry for entry in _entries()}
+    return {_key(alias): by_name[row["model"]] for alias, row in load_data(ALIASES)["aliases"].items()}
+
+
 def _key(name: str) -> str:
     """What is compared: lower case, `_` and blanks as `-`."""
     return name.strip().lower().replace("_", "-").replace(" ", "-")
@@ -89,7 +99,7 @@ def models(pattern: str | None = None) -> tuple[ModelEntry, ...]:
 
 def find(name: str) -> ModelEntry | None:
     """The built-in model of a name, alias or repository id; case, `_` and blanks do not matter. None where there is none."""
-    return _by_key().get(_key(name))
+    return _by_key().get(_key(name)) or _by_alias().get(_key(name))
 
 
 def unknown(name: str) -> UnknownModelError:

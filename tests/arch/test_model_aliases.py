@@ -1,0 +1,60 @@
+"""Further names of built-in models: each row has a source, names a model of the catalogue, and the result says which is used."""
+
+from __future__ import annotations
+
+import pytest
+
+import peftplan
+from peftplan.arch import catalogue
+from peftplan.datafiles import load
+from tests.cli.run import run
+
+DATA = load("model_aliases.json")
+
+
+def test_each_row_has_its_source_and_an_original_of_the_catalogue() -> None:
+    for alias, row in DATA["aliases"].items():
+        source = DATA["sources"][row["source"]]
+        assert source["file"]
+        assert source["licence"] == "Apache-2.0"
+        entry = next(entry for entry in catalogue.models() if entry.name == row["model"])
+        assert row["original"] in (entry.repo_id, *entry.aliases, *entry.siblings), alias
+
+
+def test_no_alias_hides_a_name_of_the_catalogue() -> None:
+    names = {name.lower() for e in catalogue.models() for name in (e.name, e.repo_id, *e.aliases, *e.siblings)}
+    assert names.isdisjoint(alias.lower() for alias in DATA["aliases"])
+
+
+def test_mirrors_that_load_in_another_format_or_class_are_no_aliases() -> None:
+    """A bnb-4bit or FP8 checkpoint loads as it is stored; Unsloth's Phi mirrors have separate q, k and v projections."""
+    aliases = [alias.lower() for alias in DATA["aliases"]]
+    assert [alias for alias in aliases if "4bit" in alias or "fp8" in alias or alias.startswith("unsloth/phi")] == []
+    assert catalogue.find("unsloth/llama-3-8b-bnb-4bit") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("llama-3.1-8b-instruct", "llama-3.1-8b"),
+        ("Llama-3.1-8B-Instruct", "llama-3.1-8b"),
+        ("unsloth/Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"),
+        ("unsloth/llama-3-8b", "llama-3-8b"),
+        ("unsloth/mistral-7b-instruct-v0.3", "mistral-7b-v0.3"),
+        ("qwen2.5-7b-instruct", "qwen2.5-7b"),
+    ],
+)
+def test_the_result_names_the_model_that_was_used(name: str, model: str) -> None:
+    result, own = peftplan.estimate(name, r=4), peftplan.estimate(model, r=4)
+    assert result.model["name"] == model
+    assert result.assumptions["model"] == own.assumptions["model"]
+    assert result.trainable_parameters == own.trainable_parameters
+    used = own.assumptions["model"].removeprefix("built-in: ").partition(",")[0]
+    assert f"{name} has the shapes of the built-in {used}, which is used for it" in result.assumptions["notes"]
+
+
+def test_no_suffix_is_stripped_by_rule() -> None:
+    for name in ("llama-3.1-8b-instruct-v2", "gpt2-instruct", "qwen2.5-7b-chat"):
+        done = run("estimate", name)
+        assert done.code == 2
+        assert "did you mean" in done.err
