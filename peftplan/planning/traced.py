@@ -46,6 +46,9 @@ def trace_peaks(
     a large model); `progress` is told what runs and how much is done. Raises MissingExtraError without torch, RefusedError for
     what cannot be traced.
     """
+    from peftplan.trace.installed import require
+
+    require("engine: trace")
     try:
         from peftplan.memory.allocator import AllocatorConfig, replay
         from peftplan.trace.engine import trace

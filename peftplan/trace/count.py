@@ -19,6 +19,7 @@ from typing import Any
 from peftplan.arch.modules import Shape
 from peftplan.errors import MissingExtraError, PeftplanError, RefusedError, UnknownNameError, UnknownOptionError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, TrainedParam
+from peftplan.trace.installed import require
 from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
 from peftplan.trace.replacing import replaced
 
@@ -324,9 +325,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _peft() -> Any:
+    require("counting with peft")
     try:
         import peft
         import peft.optimizers
-    except ImportError:
-        raise MissingExtraError("counting with peft", "trace") from None
+    except ImportError as error:
+        raise MissingExtraError(f"counting with peft ({error.name or error})", "trace") from None
     return peft

@@ -5,30 +5,22 @@ from __future__ import annotations
 import re
 from importlib.metadata import PackageNotFoundError, version
 
-from peftplan.errors import MissingExtraError, PeftplanError, RefusedError
+from peftplan.errors import MissingExtraError, RefusedError
 
 FLOORS: dict[str, tuple[int, ...]] = {"torch": (2, 8), "transformers": (5, 0), "peft": (0, 19)}
 """The oldest releases with which traces were run; the same as in pyproject.toml."""
 
 
-def missing(what: str, *packages: str) -> PeftplanError:
-    """Why `what` could not be imported: a package that is too old, with its version and the one that is needed, or none."""
+def require(what: str, *packages: str) -> None:
+    """Raise MissingExtraError where one of the packages is not installed, RefusedError where it is too old; none: all of them."""
     for package in packages or FLOORS:
         try:
             installed = version(package)
         except PackageNotFoundError:
-            return MissingExtraError(what, "trace")
+            raise MissingExtraError(f"{what} ({package})", "trace") from None
         if _release(installed) < FLOORS[package]:
             needed = ".".join(map(str, FLOORS[package]))
-            return RefusedError(f"{what} needs {package} {needed} or newer, {installed} is installed: pip install -U {package}")
-    return MissingExtraError(what, "trace")
-
-
-def check(what: str, *packages: str) -> None:
-    """Raise RefusedError where one of the packages is too old, MissingExtraError where it is not installed."""
-    error = missing(what, *packages)
-    if isinstance(error, RefusedError):
-        raise error
+            raise RefusedError(f"{what} needs {package} {needed} or newer; {installed} is installed (pip install -U {package})")
 
 
 def _release(text: str) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from peftplan.arch.fields import MAX_LABELS, MAX_LAYERS
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
+from peftplan.trace.installed import require
 
 AUTO_MAPPINGS: dict[str, tuple[str, ...]] = {
     "CAUSAL_LM": ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
@@ -138,11 +139,13 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _transformers(model_type: str = "any") -> Any:
+    what = f"reading model_type {model_type!r} with transformers"
+    require(what, "torch", "transformers")
     try:
         import torch  # noqa: F401
         import transformers
-    except ImportError:
-        raise MissingExtraError(f"reading model_type {model_type!r} with transformers", "trace") from None
+    except ImportError as error:
+        raise MissingExtraError(f"{what} ({error.name or error})", "trace") from None
     return transformers
 
 
