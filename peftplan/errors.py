@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from enum import Enum
+from pathlib import PurePath
 from reprlib import Repr
+from types import BuiltinFunctionType, FunctionType
 
 MOST_OF_A_MESSAGE = 1500
 """Characters; a message that quotes a long name or many names is cut in its middle."""
@@ -23,6 +26,10 @@ def one_line(text: str, *, most: int = MOST_OF_A_MESSAGE) -> str:
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
+_OF_SHORT_REPR = (bool, float, complex, type(None), type, Enum, PurePath, FunctionType, BuiltinFunctionType)
+"""Others may hold anything, and their repr takes as long as it takes."""
+
+
 class _Quoted(Repr):
     """The beginning of a value's repr, in bounded time: values may be huge, or hold one list a thousand times."""
 
@@ -36,6 +43,10 @@ class _Quoted(Repr):
 
     def repr_bytes(self, data: bytes, level: int) -> str:
         return repr(data[:MOST_OF_A_VALUE])
+
+    def repr_instance(self, value: object, level: int) -> str:
+        plain = isinstance(value, _OF_SHORT_REPR) or type(value).__name__ == "dtype"  # torch's and numpy's
+        return repr(value) if plain else f"<{type(value).__name__} object>"
 
     def repr_int(self, number: int, level: int) -> str:
         digits = int(number.bit_length() * 0.30103) + 1  # log10(2)

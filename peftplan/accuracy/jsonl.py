@@ -37,7 +37,7 @@ def digest(payload: Mapping[str, Any]) -> str:
     """sha256 over the JSON with sorted keys, no spaces, in UTF-8, `digest` left out."""
     kept = {name: value for name, value in payload.items() if name != DIGEST}
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def to_line(record: Record) -> str:

@@ -116,7 +116,7 @@ def _config(model: Model) -> tuple[dict[str, Any], str, str]:
         return config, _own_name(config), "a config given as a mapping"
     if isinstance(model, (str, os.PathLike)):
         return _from_text(os.fspath(model))
-    if isinstance(model, ConfigObject):
+    if isinstance(model, ConfigObject) and not isinstance(model, type):
         config = check(model.to_dict(), name=type(model).__name__)
         return config, _own_name(config), f"a {type(model).__name__} object"
     raise InputError("model", model, "accepted: a built-in name, a Hub id, a path, a parsed config, or a transformers config")

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 @click.command("check", cls=Command)
-@argument("files", nargs=-1, type=click.Path(path_type=Path))
+@argument("files", nargs=-1, type=Path)
 @option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="what is compared with the runs")
 @option("--id", "ids", multiple=True, metavar="ID", help="only this record; repeatable")
 @option("--sample", type=click.IntRange(1), metavar="INT", help="only N records, drawn by --seed")
 @option("--seed", type=int, default=0, metavar="INT", show_default=True, help="of --sample")
-@option("--baseline", type=click.Path(path_type=Path), metavar="FILE", help="default: data/runs/baseline.json")
+@option("--baseline", type=Path, metavar="FILE", help="default: data/runs/baseline.json")
 @option("--update-baseline", is_flag=True, help="store what is stated now, instead of comparing with it")
 @option("--report", is_flag=True, help="write docs/accuracy.md and its plots (needs matplotlib: extra plot)")
 @option("--repair", is_flag=True, help="set a truncated last line of FILE aside, and check nothing")

@@ -111,8 +111,11 @@ def _adapted(arch: Architecture, parameters: Parameters) -> Iterator[tuple[str, 
 
 
 def _parameter_of(module: Module, parts: Mapping[str, Array]) -> str:
-    """`weight`, or the parameter of fused experts whose widths the factors have."""
-    if not module.kind.startswith(("Experts", "Router")):
+    """`weight`, or the parameter of fused experts whose widths the factors have.
+
+    The parameters tell, not the class: `Glm4MoeNaiveMoe` in transformers 5.0 became `Glm4MoeExperts` later.
+    """
+    if any(name == "weight" for name, _ in module.params):
         return "weight"
     a, b = parts["lora_A"].dims, parts["lora_B"].dims
     fitting = [p for p, shape in module.params if {a[1], b[0]} == set(shape[-2:])]

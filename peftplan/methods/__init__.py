@@ -143,8 +143,8 @@ UNSET: tuple[Any, ...] = (None, False, {}, [], ())
 
 def method_named(name: str) -> Method:
     """The method of that name; case and `_` against `-` make no difference."""
-    key = name.strip().lower().replace("_", "-")
-    if key not in METHODS:
+    key = name.strip().lower().replace("_", "-") if isinstance(name, str) else None
+    if key is None or key not in METHODS:
         others = (other.lower().replace("_", "-") for other in OTHER_PEFT_TYPES)
         raise UnknownNameError("method", name, (*METHODS, *others), most=100)
     return METHODS[key]

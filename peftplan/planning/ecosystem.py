@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from peftplan import files
-from peftplan.errors import InputError
+from peftplan.errors import InputError, quoted
 
 MAX_ADAPTER_CONFIG_BYTES = 2**20
 """adapter_config.json files are a few KB; FourierFT's or a long target list's stay far below this."""
@@ -35,18 +36,31 @@ compiled kernels, another loss, noise on the embeddings."""
 
 def adapter_config(peft_config: Any) -> dict[str, Any]:
     """The fields of an adapter config given as a path to a JSON file, a dict, or a peft `PeftConfig`."""
-    if isinstance(peft_config, Mapping):
-        fields = dict(peft_config)
-    elif hasattr(peft_config, "to_dict"):
-        fields = {key: _plain(value) for key, value in peft_config.to_dict().items()}
-    elif isinstance(peft_config, (str, os.PathLike)):
+    if isinstance(peft_config, (str, os.PathLike)):
         path = Path(os.fspath(peft_config))
         fields = _adapter_file(path / "adapter_config.json" if os.path.isdir(path) else path)
+    elif (stated := _fields(peft_config)) is not None:
+        fields = {name: _plain(value) for name, value in stated.items()}
     else:
         accepted = "accepted: a path to an adapter_config.json, its dict, or a peft PeftConfig"
         raise InputError("peft_config", peft_config, accepted)
-    _check_finite(fields)
+    for name, value in fields.items():
+        if not isinstance(name, str) or not _is_finite(value):
+            raise InputError(
+                f"peft_config: {name if isinstance(name, str) else quoted(name)}",
+                value,
+                "accepted: a text as each key, finite numbers",
+            )
+    if not isinstance(fields.get("peft_type"), (str, type(None))):
+        raise InputError("peft_config: peft_type", fields["peft_type"], "accepted: the name of a peft type")
     return fields
+
+
+def _fields(config: object) -> dict[Any, Any] | None:
+    """A dict, or what an object of the ecosystem writes itself as; None for anything else."""
+    to_dict = None if isinstance(config, type) else getattr(config, "to_dict", None)
+    written = to_dict() if callable(to_dict) else config
+    return dict(written) if isinstance(written, Mapping) else None
 
 
 def _adapter_file(path: Path) -> dict[str, Any]:
@@ -62,20 +76,24 @@ def _adapter_file(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _check_finite(fields: Mapping[str, Any]) -> None:
-    """Raises InputError for a field that JSON cannot hold: infinity, NaN, a list inside itself."""
-    for name, value in fields.items():
-        try:
-            json.dumps(value, allow_nan=False, skipkeys=True, default=repr)
-        except (ValueError, RecursionError):
-            raise InputError(f"peft_config: {name}", value, "accepted: finite numbers, nested a few levels deep") from None
+def _is_finite(value: object) -> bool:
+    """Whether no number in a value is infinite or none. A list that is there many times is looked at once."""
+    todo, seen = [value], set()
+    while todo:
+        item = todo.pop()
+        if isinstance(item, float) and not isfinite(item):
+            return False
+        if isinstance(item, (Mapping, list, tuple, set, frozenset)) and id(item) not in seen:
+            seen.add(id(item))
+            todo.extend(item.values() if isinstance(item, Mapping) else item)
+    return True
 
 
 def quant_options(config: Any) -> dict[str, Any]:
     """Our options for a transformers `BitsAndBytesConfig` (or its dict)."""
     if config is None:
         return {}
-    raw = dict(config) if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
+    raw: dict[Any, Any] = _fields(config) or {}
     if raw.get("load_in_8bit"):
         return {"quant": "int8", "quant_skip_modules": _names(raw.get("llm_int8_skip_modules"))}
     if not raw.get("load_in_4bit"):

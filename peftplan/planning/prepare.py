@@ -129,7 +129,7 @@ def _method(
         return None, None, raw
     if peft_config is None:
         beside = (*Setup.model_fields, *MEANINGS)
-        method, config = methods.configure("lora" if name is None else str(name), options, beside=beside)
+        method, config = methods.configure("lora" if name is None else name, options, beside=beside)
         return method, config, {}
     from peftplan.planning import ecosystem
 

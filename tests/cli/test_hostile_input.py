@@ -115,7 +115,15 @@ def test_a_message_is_one_line_of_bounded_length_whatever_it_quotes() -> None:
     nest: Any = "x"
     for _ in range(60):
         nest = [nest] * 10  # 10^60 letters in full
-    for value in (nest, int(DIGITS[:4000]), 10**9999, "\x1b[2J\r\n" * 10_000, {"a": nest}, b"\0" * 10**6):
+    for value in (
+        nest,
+        int(DIGITS[:4000]),
+        10**9999,
+        "\x1b[2J\r\n" * 10_000,
+        {"a": nest},
+        SimpleNamespace(a=nest),
+        b"\0" * 10**6,
+    ):
         for error in (InputError("field", value, "accepted: else"), UnknownNameError("field", value, ("one", "two"))):
             assert str(error).isprintable()
             assert str(error).startswith("field: ")

@@ -97,6 +97,16 @@ def test_stacked_experts() -> None:
     assert merge.need.num_bytes == meta_temporaries(model)
 
 
+def test_fused_experts_are_told_by_their_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.0 calls the class `Glm4MoeNaiveMoe`; its merge ended in a KeyError."""
+    config = {"model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], **CONFIG, "n_routed_experts": 4,
+              "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1}  # fmt: skip
+    now = peftplan.serving(config, r=4).merges
+    modeling = transformers.models.glm4_moe.modeling_glm4_moe
+    monkeypatch.setattr(modeling, "Glm4MoeExperts", type("Glm4MoeNaiveMoe", (modeling.Glm4MoeExperts,), {}))
+    assert peftplan.serving(config, r=4).merges == now
+
+
 def test_by_hand() -> None:
     # Llama-2-7B, gate_proj of 11008 × 4096: on a GPU B @ A and its scaled copy in fp32; on the CPU Δ and two copies of W in fp32
     merges = {merge.place: merge for merge in peftplan.serving("llama-2-7b", method="lora", r=16).merges}
