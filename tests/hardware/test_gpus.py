@@ -111,7 +111,7 @@ def test_a_capacity_is_an_anonymous_card(text: str, num_bytes: int) -> None:
     assert (gpu.name, gpu.capacity_bytes, gpu.vendor) == (text, num_bytes, None)
 
 
-@pytest.mark.parametrize("given", ["24GB", "24G", "24 gb", "24g"])
+@pytest.mark.parametrize("text", ["24GB", "24G", "24 gb", "24g"])
 def test_a_size_in_gb_is_a_card_sold_as_such(text: str) -> None:
     gpu = find_gpu(text)
     assert (gpu.id, gpu.name, gpu.sold_gb, gpu.capacity_bytes) == (text, text, 24, None)

@@ -87,9 +87,9 @@ def test_a_traced_job_gets_a_verdict() -> None:
 def test_a_traced_job_is_judged_by_what_it_reserves(card: str, context: int, word: str, mib: int, releases: bool) -> None:
     """The job reserves 66 MiB, and runs within 62: what it allocates, 46.8 MiB, decides nothing."""
     job = {**SHORT, "batch_size": 8, "seq_len": 200, "method": "full"}
-    (found,) = peftplan.estimate(TINY, gpu=card, context=context, **job).gpus
-    assert (found.verdict, found.headroom_bytes, found.runs_by_releasing_cache) == (word, mib * 2**20, releases)
-    assert found.needed_bytes == (66 + context) * 2**20
+    (on_card,) = peftplan.estimate(TINY, gpu=card, context=context, **job).gpus
+    assert (on_card.verdict, on_card.headroom_bytes, on_card.runs_by_releasing_cache) == (word, mib * 2**20, releases)
+    assert on_card.needed_bytes == (66 + context) * 2**20
 
 
 def test_a_trace_without_pictures_says_text_only() -> None:
@@ -97,8 +97,8 @@ def test_a_trace_without_pictures_says_text_only() -> None:
     from tests.trace.family_configs import FAMILIES
 
     small = FAMILIES["qwen2_vl"]
-    (found,) = peftplan.estimate(small.config, method="lora", gpu="4GiB", **SHORT).gpus
-    assert (found.verdict, found.scope, found.words) == ("fits", "text", "fits, text only")
+    (on_card,) = peftplan.estimate(small.config, method="lora", gpu="4GiB", **SHORT).gpus
+    assert (on_card.verdict, on_card.scope, on_card.words) == ("fits", "text", "fits, text only")
     job = ("estimate", "qwen2-vl-2b-instruct", "--gpu", "h100", "--engine", "trace", "--seq-len", "64", "--require-fit")
     assert run(*job).code == 1
     assert run(*job, "--text-only").code == 0
@@ -106,9 +106,9 @@ def test_a_trace_without_pictures_says_text_only() -> None:
 
 @pytest.mark.parametrize("method", ["houlsby", "pfeiffer"])
 def test_methods_that_peft_lacks_are_traced(method: str) -> None:
-    found = peftplan.estimate(TINY, method=method, **SHORT)
-    assert found.peaks is not None
-    assert found.peaks.allocated > found.persistent_bytes
+    traced = peftplan.estimate(TINY, method=method, **SHORT)
+    assert traced.peaks is not None
+    assert traced.peaks.allocated > traced.persistent_bytes
 
 
 def test_a_model_of_pictures_and_text_is_wrapped_for_no_task() -> None:

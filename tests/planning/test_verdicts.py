@@ -36,8 +36,8 @@ def peaks(reserved: int, *incomplete: str) -> Peaks:
     ],
 )
 def test_a_peak_against_a_capacity(reserved: int, left: int, word: str) -> None:
-    found = verdict(CARD, 512, peaks(reserved))
-    assert (found.headroom_bytes, found.verdict) == (left, word)
+    on_card = verdict(CARD, 512, peaks(reserved))
+    assert (on_card.headroom_bytes, on_card.verdict) == (left, word)
 
 
 def test_an_incomplete_peak_is_a_lower_bound() -> None:
@@ -52,10 +52,10 @@ def test_without_a_peak_only_a_shortfall_is_certain() -> None:
 
 def test_a_known_context_is_taken_off() -> None:
     # T4: CUDA reports 14,912 MiB, and a training process held a context of 140.875 MiB = 147,718,144 bytes
-    found = verdict(find_gpu("t4"), 512, peaks(10**9))
-    assert found.headroom_bytes == 14_912 * 2**20 - 10**9 - 147_718_144
-    assert (found.needed_bytes, found.context_bytes) == (10**9 + 147_718_144, 147_718_144)
-    assert (found.runtime_context, found.device_total) == (147_718_144, 1_147_718_144)
+    on_card = verdict(find_gpu("t4"), 512, peaks(10**9))
+    assert on_card.headroom_bytes == 14_912 * 2**20 - 10**9 - 147_718_144
+    assert (on_card.needed_bytes, on_card.context_bytes) == (10**9 + 147_718_144, 147_718_144)
+    assert (on_card.runtime_context, on_card.device_total) == (147_718_144, 1_147_718_144)
 
 
 def test_each_card_is_judged_with_its_own_kernels() -> None:
@@ -69,8 +69,8 @@ def test_each_card_is_judged_with_its_own_kernels() -> None:
 
 
 def test_verdicts_subtract_what_they_show() -> None:
-    for found in estimate("llama-2-70b", method="qlora", gpu="t4,a100-80gb,24GiB,h100-80gb").gpus:
-        assert found.headroom_bytes == found.usable_bytes - found.needed_bytes
+    for on_card in estimate("llama-2-70b", method="qlora", gpu="t4,a100-80gb,24GiB,h100-80gb").gpus:
+        assert on_card.headroom_bytes == on_card.usable_bytes - on_card.needed_bytes
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_what_a_card_does_otherwise_is_said(gpu: str, options: dict[str, str], s
     ],
 )
 def test_attention_that_may_be_cudnns_is_said_wherever_a_card_prefers_it(cards: str, options: dict[str, str], said: bool) -> None:
-    found = estimate("llama-3.2-1b", gpu=cards, **options)
-    assert any("cuDNN" in what for what in found.not_modelled) is said
+    result = estimate("llama-3.2-1b", gpu=cards, **options)
+    assert any("cuDNN" in what for what in result.not_modelled) is said
 
 
 QWEN = {"model": "qwen3-8b", "r": 16}
@@ -124,19 +124,19 @@ QWEN = {"model": "qwen3-8b", "r": 16}
 )
 def test_needed_is_what_is_reserved_whatever_the_verdict(seq_len: int, context: int | None, word: str, gib: float) -> None:
     result = estimate(**QWEN, gpu="h100", seq_len=seq_len, context=context)
-    (found,) = result.gpus
-    assert (found.verdict, round(found.headroom_bytes / 2**30, 2)) == (word, gib)
+    (on_card,) = result.gpus
+    assert (on_card.verdict, round(on_card.headroom_bytes / 2**30, 2)) == (word, gib)
     peaks = result.peaks
     assert peaks is not None
-    assert found.needed_bytes == (peaks.reserved or 0) + (828 * 2**20 if context is None else 0)
+    assert on_card.needed_bytes == (peaks.reserved or 0) + (828 * 2**20 if context is None else 0)
 
 
 def test_what_runs_only_without_its_cache_is_tight_with_negative_headroom() -> None:
-    (found,) = estimate(**QWEN, gpu="h100", seq_len=26048).gpus
-    assert (found.verdict, found.runs_by_releasing_cache) == ("tight", True)
-    assert found.headroom_bytes < 0
-    assert found.to_dict()["runs_by_releasing_cache"] is True
-    assert "gives cached memory back" in found.words
+    (on_card,) = estimate(**QWEN, gpu="h100", seq_len=26048).gpus
+    assert (on_card.verdict, on_card.runs_by_releasing_cache) == ("tight", True)
+    assert on_card.headroom_bytes < 0
+    assert on_card.to_dict()["runs_by_releasing_cache"] is True
+    assert "gives cached memory back" in on_card.words
     (enough,) = estimate(**QWEN, gpu="h100", seq_len=24000).gpus
     assert (enough.runs_by_releasing_cache, enough.words) == (False, "fits")
 
@@ -150,33 +150,33 @@ def test_a_replay_with_what_is_usable_less_the_context_decides(runs: bool, word:
         return runs
 
     more = peaks(2**30 - 2**20 + 1)
-    found = verdict(CARD._replace(context_mib=1), 512, replace(more, runs_within=runs_within))
-    assert (found.verdict, found.headroom_bytes, found.runs_by_releasing_cache) == (word, -1, runs)
+    on_card = verdict(CARD._replace(context_mib=1), 512, replace(more, runs_within=runs_within))
+    assert (on_card.verdict, on_card.headroom_bytes, on_card.runs_by_releasing_cache) == (word, -1, runs)
     assert capacities == [2**30 - 2**20]
 
 
 def test_an_incomplete_peak_that_runs_with_less_is_unknown() -> None:
-    found = verdict(CARD, 512, replace(peaks(2**30 + 1, "a value"), runs_within=lambda capacity: True))
-    assert (found.verdict, found.runs_by_releasing_cache, found.lower_bound) == ("unknown", False, True)
-    assert (found.runtime_context, found.device_total) == (0, None)
+    on_card = verdict(CARD, 512, replace(peaks(2**30 + 1, "a value"), runs_within=lambda capacity: True))
+    assert (on_card.verdict, on_card.runs_by_releasing_cache, on_card.lower_bound) == ("unknown", False, True)
+    assert (on_card.runtime_context, on_card.device_total) == (0, None)
 
 
 def test_a_context_of_another_card_is_assumed_and_said() -> None:
-    (found,) = estimate("smollm2-135m", method="full", seq_len=256, batch_size=122, gpu="l4").gpus
+    (on_card,) = estimate("smollm2-135m", method="full", seq_len=256, batch_size=122, gpu="l4").gpus
     # Without a context 9 MiB were left; the largest of an Ada card, the RTX 4090's, is 428 MiB.
-    assert (found.verdict, found.context_assumed, found.context_bytes) == ("does_not_fit", True, 428 * 2**20)
-    assert found.headroom_bytes == estimated_without_context() - 428 * 2**20
-    assert (found.runtime_context, found.device_total) == (None, None)
-    assert "assumed: 428 MiB" in found.context_source
-    assert "rtx-4090" in found.context_source
+    assert (on_card.verdict, on_card.context_assumed, on_card.context_bytes) == ("does_not_fit", True, 428 * 2**20)
+    assert on_card.headroom_bytes == estimated_without_context() - 428 * 2**20
+    assert (on_card.runtime_context, on_card.device_total) == (None, None)
+    assert "assumed: 428 MiB" in on_card.context_source
+    assert "rtx-4090" in on_card.context_source
 
 
 def estimated_without_context() -> int:
-    (found,) = estimate("smollm2-135m", method="full", seq_len=256, batch_size=122, gpu="l4", context=0).gpus
-    assert found.verdict == "tight"
-    assert 0 < found.headroom_bytes < 10 * 2**20
-    assert (found.context_assumed, found.runtime_context) == (False, 0)
-    return found.headroom_bytes
+    (on_card,) = estimate("smollm2-135m", method="full", seq_len=256, batch_size=122, gpu="l4", context=0).gpus
+    assert on_card.verdict == "tight"
+    assert 0 < on_card.headroom_bytes < 10 * 2**20
+    assert (on_card.context_assumed, on_card.runtime_context) == (False, 0)
+    return on_card.headroom_bytes
 
 
 @pytest.mark.parametrize("context", [-1, "much", "nan", "inf", True, 2**21, [1]])
@@ -216,13 +216,13 @@ def test_a_card_named_twice_is_judged_once() -> None:
     ],
 )
 def test_a_job_does_not_run_only_where_a_library_raises(gpu: str, options: dict[str, str], raises: str | None) -> None:
-    (found,) = estimate("llama-3.2-1b", gpu=gpu, **options).gpus
+    (on_card,) = estimate("llama-3.2-1b", gpu=gpu, **options).gpus
     if raises is None:
-        assert (found.verdict, found.reason) == ("fits", None)
+        assert (on_card.verdict, on_card.reason) == ("fits", None)
     else:
-        assert found.verdict == "does_not_run"
-        assert raises in str(found.reason)
-    assert found.to_dict()["reason"] == found.reason
+        assert on_card.verdict == "does_not_run"
+        assert raises in str(on_card.reason)
+    assert on_card.to_dict()["reason"] == on_card.reason
 
 
 def test_what_is_slower_or_different_on_a_card_keeps_its_verdict() -> None:
