@@ -64,7 +64,7 @@ def load(path: Path) -> Baseline:
 def updated(baseline: Baseline, engine: Engine, answers: Sequence[Answer], *, versions: dict[str, str]) -> Baseline:
     """The baseline with these answers in place of the engine's old ones; records that were not asked keep theirs."""
     entries = {
-        answer.record.id: Entry(**_given(answer.stated))
+        answer.record.id: Entry(**_filled(answer.stated))
         for answer in answers
         if not (answer.stated.lacks_extra or answer.stated.crashed)
     }
@@ -97,7 +97,7 @@ def _entry_lines(entries: dict[str, Entry]) -> Iterator[str]:
         yield f"{json.dumps(record_id)}: {json.dumps(kept, ensure_ascii=False)}"
 
 
-def _given(stated: Stated) -> dict[str, Any]:
+def _filled(stated: Stated) -> dict[str, Any]:
     return {name: value for name, value in asdict(stated).items() if value not in (None, {}, False)}
 
 

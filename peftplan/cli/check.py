@@ -62,7 +62,7 @@ def command(
             drifts = ", ".join(f"{one.figure} {one.drift:+.2f} %" for one in answer.overall)
             click.echo(f"{answer.record.id}: {answer.stated.refused or drifts or 'no peak stated'}", err=True)
 
-    found = regression.run(
+    checked = regression.run(
         files,
         engine=engine,
         ids=ids,

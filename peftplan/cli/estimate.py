@@ -76,7 +76,7 @@ def command(
     explain: bool,
     explain_peak: bool,
     timeline: str | None,
-    **given: Any,
+    **raw: Any,
 ) -> int:
     """What fine-tuning MODEL needs.
 
@@ -119,7 +119,7 @@ def command(
         context=context,
         advice=advice,
         script=script,
-        **options.given(given),
+        **options.chosen(raw),
     )
     if timeline is not None:
         from peftplan.report.timeline import write
@@ -137,13 +137,13 @@ def command(
     return code
 
 
-def _estimate(model: str, engine: str, **given: Any) -> Estimate:
+def _estimate(model: str, engine: str, **chosen: Any) -> Estimate:
     """The estimate; one that takes seconds says on a terminal how far it is."""
     from peftplan.planning.estimate import estimate
 
     if engine != "trace":
-        return estimate(model, engine=engine, **given)  # type: ignore[arg-type]
+        return estimate(model, engine=engine, **chosen)  # type: ignore[arg-type]
     from peftplan.report.progress import waiting
 
     with waiting("tracing") as progress:
-        return estimate(model, engine="trace", progress=progress, **given)
+        return estimate(model, engine="trace", progress=progress, **chosen)

@@ -41,7 +41,7 @@ def command(
     engine: str,
     snapshot: str | None,
     output: str,
-    **given: Any,
+    **raw: Any,
 ) -> int:
     """Measure a fine-tuning run of MODEL on this machine's GPU: random weights, no download, real steps.
 
@@ -55,7 +55,7 @@ def command(
     if engine not in ENGINES:
         raise UnknownNameError("engine", engine, ENGINES)
     engines: tuple[Engine, ...] = ("analytic",) if engine == "analytic" else ("analytic", "trace")
-    chosen = options.given(given)
+    chosen = options.chosen(raw)
     try:
         if suite is not None:
             if model is not None or chosen or snapshot is not None:
@@ -70,11 +70,11 @@ def command(
         raise MissingExtraError(f"measure ({error.name or error})", "measure") from None
 
 
-def _one(model: str, output: Path, engines: tuple[Engine, ...], *, snapshot: str | None, **given: Any) -> int:
+def _one(model: str, output: Path, engines: tuple[Engine, ...], *, snapshot: str | None, **setup: Any) -> int:
     from peftplan.measure import lines
     from peftplan.measure.one import measure_and_record
 
-    record = measure_and_record(model, output=output, snapshot=Path(snapshot) if snapshot else None, **given)
+    record = measure_and_record(model, output=output, snapshot=Path(snapshot) if snapshot else None, **setup)
     click.echo("\n".join(lines.of_record(record, lines.answers(record, engines))))
     click.echo(f"{record.id} appended to {output}")
     return 1 if record.outcome == "failed" else 0

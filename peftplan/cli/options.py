@@ -120,7 +120,7 @@ format_option = option(
 )
 
 
-def given(options: dict[str, Any]) -> dict[str, Any]:
+def chosen(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were set, lists and JSON values parsed, `--set` fields merged in.
 
     Raises RefusedError for a field that is set twice.

@@ -43,7 +43,7 @@ def command(
     from peftplan.report import render
     from peftplan.trace.replayed import replay_file
 
-    found = replay_file(
+    replayed = replay_file(
         file,
         capacity_bytes=_bytes(capacity),
         alloc_conf=alloc_conf,

@@ -31,7 +31,7 @@ STORAGE = {
 @options.group("Serving", SERVING)
 @option("--merge", is_flag=True, help="fail with exit code 2 where the method has no merge")
 @options.format_option
-def command(model: str, fmt: str, merge: bool, **given: Any) -> int:
+def command(model: str, fmt: str, merge: bool, **raw: Any) -> int:
     """What MODEL takes after fine-tuning: the adapter's file, the merge, the merged model, serving with a KV cache.
 
     \b
@@ -42,5 +42,5 @@ def command(model: str, fmt: str, merge: bool, **given: Any) -> int:
     from peftplan.planning.serving import serving
     from peftplan.report import render
 
-    render.serving(serving(model, merge=merge, **options.given(given)), fmt=fmt)
+    render.serving(serving(model, merge=merge, **options.chosen(raw)), fmt=fmt)
     return 0

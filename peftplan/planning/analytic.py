@@ -90,9 +90,9 @@ def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_
     from peftplan.planning.instant import InstantPeaks
     from peftplan.planning.reserved import Run
 
-    found = compiled(job, parameters, static, compute_capability=compute_capability)
-    named = found.sizes(job.setup.batch_size, job.setup.seq_len)
-    moments = found.timeline.peaks(named, found.standing_bytes)
+    compiled_job = compiled(job, parameters, static, compute_capability=compute_capability)
+    named = compiled_job.sizes(job.setup.batch_size, job.setup.seq_len)
+    moments = compiled_job.timeline.peaks(named, compiled_job.standing_bytes)
 
     before: list[tuple[Compiled, dict[str, Any]]] = []
     for tokens in job.script.earlier_seq_lens or ((job.setup.seq_len,) if job.setup.keep_gradients else ()):
@@ -100,8 +100,8 @@ def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_
         earlier = job._replace(setup=job.setup.model_copy(update={"seq_len": tokens, "keep_gradients": there}))
         of_step = compiled(earlier, parameters, static, compute_capability=compute_capability)
         before.append((of_step, of_step.sizes(job.setup.batch_size, tokens)))
-    last = (found, named)
-    return InstantPeaks(found, moments, named, Run((*before, last) if before else (last, last), job.script))
+    last = (compiled_job, named)
+    return InstantPeaks(compiled_job, moments, named, Run((*before, last) if before else (last, last), job.script))
 
 
 Steps = tuple[tuple[Compiled, dict[str, Any]], ...]
@@ -131,26 +131,26 @@ def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         COMPILED.move_to_end(key)
         return COMPILED[key]
     _check(job)
-    COMPILED[key] = found = _compile(job, parameters, static, compute_capability=compute_capability)
+    COMPILED[key] = compiled_job = _compile(job, parameters, static, compute_capability=compute_capability)
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
-    return found
+    return compiled_job
 
 
 def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Compiled:
     setup, architecture = job.setup, job.architecture
-    revived = _revived(job, parameters)
+    trained_again = _trained_again(job, parameters)
     model = Model(
         Tape(autocast=None if setup.autocast == "none" else setup.autocast),
         architecture,
-        parameters._replace(all=tuple(p._replace(trainable=p.trainable or p.name in revived) for p in parameters.all)),
+        parameters._replace(all=tuple(p._replace(trainable=p.trainable or p.name in trained_again) for p in parameters.all)),
         job.adaptation,
         _running(job, compute_capability),
         job.quant,
         adapter=adapter_of(job.method and job.method.peft_type),
     )
-    steady_step(model, _program(job)._replace(left_alone=revived))
-    found = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
+    steady_step(model, _program(job)._replace(left_alone=trained_again))
+    of_step = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
     lasting = tuple(line for line in static if line.category != "gradients" and line.place == "device")
     optimizer = parse_optim(str(setup.optim))
     early = tuple(line for line in lasting if optimizer.made_with_states and line.source == optimizer.source)
@@ -162,7 +162,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     dtype_of = partial(loaded_dtype, architecture, dtype=setup.dtype)
     doubled = job.quant is not None and bool(job.quant.double_quant)
     loaded = tuple(line for line in lasting if line.category != "optimizer_states")
-    workspaces = _workspaces(found.products, compute_capability, apart=job.script.cublaslt_apart)
+    workspaces = _workspaces(of_step.products, compute_capability, apart=job.script.cublaslt_apart)
     standing = Ledger(lasting + tuple(line for _, line in workspaces))
     passing = load_passing(
         parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled, adapters_pass_in=_passed_in(job)
@@ -172,7 +172,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
     return Compiled(
         architecture,
-        found,
+        of_step,
         standing=standing,
         loading=loading,
         load=partial(
@@ -196,7 +196,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     )
 
 
-def _revived(job: Job, parameters: Parameters) -> frozenset[str]:
+def _trained_again(job: Job, parameters: Parameters) -> frozenset[str]:
     """LoRA-FA's A, where a script lets it require gradients again."""
     if not (job.script.enables_adapters_again and getattr(job.config, "freeze_a", False)):
         return frozenset()
@@ -226,8 +226,8 @@ def windows_of(architecture: Architecture) -> tuple[int, ...]:
     """The longest sequence that gets no mask for each sliding window of a model, each once (transformers 5.24, masking_utils.py:
     `kv_length >= local_attention_size` gets one, where a window that looks both ways states the size of one side).
     """
-    found = (a for block in architecture.blocks for a in block.attentions if a.window)
-    return tuple(sorted({(a.window if a.causal else a.window // 2) - 1 for a in found if a.window}))
+    windowed = (a for block in architecture.blocks for a in block.attentions if a.window)
+    return tuple(sorted({(a.window if a.causal else a.window // 2) - 1 for a in windowed if a.window}))
 
 
 def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...], loss: LossSizes) -> tuple[Any, ...]:
@@ -310,11 +310,11 @@ def _running(job: Job, compute_capability: str) -> Running:
 
 def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, Any]:
     """The named sizes of a batch of b sequences of s tokens, numbers or arrays: k is the sequence with virtual tokens."""
-    found = {"b": b, "s": s, "k": s + virtual_tokens}
-    found |= {f"{name}%{m}": -(-found[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
-    found |= {f"{name}/{BLOCK}": -(-found[name] // BLOCK) for name in ("s", "k")}
-    found |= {f"{name}{more:+}": found[name] + more for name in ("s", "k") for more in (1, -1)}
-    return found | loss.named(b, loss.length(s + virtual_tokens))
+    named = {"b": b, "s": s, "k": s + virtual_tokens}
+    named |= {f"{name}%{m}": -(-named[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
+    named |= {f"{name}/{BLOCK}": -(-named[name] // BLOCK) for name in ("s", "k")}
+    named |= {f"{name}{more:+}": named[name] + more for name in ("s", "k") for more in (1, -1)}
+    return named | loss.named(b, loss.length(s + virtual_tokens))
 
 
 def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:

@@ -115,13 +115,15 @@ def training_options(args: Any) -> dict[str, Any]:
     for name in NOT_COUNTED:
         if value := getattr(args, name, None):
             raise InputError(f"training_args.{name}", value, "accepted: unset; what it changes is not counted")
-    found = {ours: _plain(getattr(args, name)) for name, ours in TRAINING_FIELDS.items() if getattr(args, name, None) is not None}
-    found["trainer"] = _trainer(args)
-    found |= _loading(args)
+    options = {
+        ours: _plain(getattr(args, name)) for name, ours in TRAINING_FIELDS.items() if getattr(args, name, None) is not None
+    }
+    options["trainer"] = _trainer(args)
+    options |= _loading(args)
     _refuse_padding_free(args)
-    found |= _checkpointing(args, on=bool(found.get("gradient_checkpointing")))
-    found["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"
-    return found | _liger(args, str(found["trainer"]))
+    options |= _checkpointing(args, on=bool(options.get("gradient_checkpointing")))
+    options["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"
+    return options | _liger(args, str(options["trainer"]))
 
 
 LOADING_FIELDS = ("dtype", "attn_implementation")
@@ -130,10 +132,10 @@ LOADING_FIELDS = ("dtype", "attn_implementation")
 
 def _loading(args: Any) -> dict[str, Any]:
     """How SFTTrainer loads a model that is given by its name; `auto` is left to our default."""
-    given = _mapping(args, "model_init_kwargs")
-    if given.get("quantization_config") is not None:
+    kwargs = _mapping(args, "model_init_kwargs")
+    if kwargs.get("quantization_config") is not None:
         raise InputError("training_args.model_init_kwargs", "quantization_config", "accepted: as quantization_config=…")
-    return {name: given[name] for name in LOADING_FIELDS if given.get(name) not in (None, "auto")}
+    return {name: kwargs[name] for name in LOADING_FIELDS if kwargs.get(name) not in (None, "auto")}
 
 
 def _refuse_padding_free(args: Any) -> None:
@@ -159,13 +161,13 @@ def _checkpointing(args: Any, *, on: bool) -> dict[str, Any]:
     Where checkpointing is not on they say nothing. Raises InputError for TRL's `activation_offloading` and `selective`, which are
     not counted.
     """
-    given = _mapping(args, "activation_checkpointing_kwargs") or _mapping(args, "gradient_checkpointing_kwargs")
+    kwargs = _mapping(args, "activation_checkpointing_kwargs") or _mapping(args, "gradient_checkpointing_kwargs")
     if getattr(args, "activation_offloading", False):
         raise InputError("activation_offloading", True, "accepted: False; what TRL moves to the host is not counted")
-    if given.get("selective"):
-        raise InputError("gradient_checkpointing_kwargs.selective", given["selective"], "accepted: False")
-    reentrant = {"use_reentrant": bool(given["use_reentrant"])} if given.get("use_reentrant") is not None else {}
-    return reentrant | {ours: given[name] for name, ours in CHECKPOINTING_FIELDS.items() if on and given.get(name) is not None}
+    if kwargs.get("selective"):
+        raise InputError("gradient_checkpointing_kwargs.selective", kwargs["selective"], "accepted: False")
+    reentrant = {"use_reentrant": bool(kwargs["use_reentrant"])} if kwargs.get("use_reentrant") is not None else {}
+    return reentrant | {ours: kwargs[name] for name, ours in CHECKPOINTING_FIELDS.items() if on and kwargs.get(name) is not None}
 
 
 def _liger(args: Any, trainer: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from peftplan.planning.job import Job
 from peftplan.planning.prepare import check_rank_allocator, config_of, prepare
 from peftplan.planning.requirements import unmet
 from peftplan.planning.result import Estimate, Peaks, Verdict
-from peftplan.planning.script import NO_SCRIPT, SUCH, Script
+from peftplan.planning.script import EXAMPLES, NO_SCRIPT, Script
 from peftplan.planning.setup import (
     CAST_BY_TRL,
     SEARCHES,
@@ -125,11 +125,11 @@ def estimate(
     cards = find_cards(gpu, context=context)
 
     def prepared(**changes: Any) -> tuple[Job, parameters.Parameters, Ledger]:
-        asked = {
+        chosen = {
             "method": method, "peft_config": peft_config, "quantization_config": quantization_config,
             "training_args": training_args, "script": script, **options,
         }  # fmt: skip
-        other = prepare(model, **{**asked, **changes})
+        other = prepare(model, **{**chosen, **changes})
         return other, *_static(other.architecture, other.adaptation, other.quant, other.setup)
 
     def advise_on(on_card: Verdict) -> Advised:
@@ -137,7 +137,7 @@ def estimate(
         from peftplan.planning.trials import trials
 
         card = next(card for card in cards if card.id == on_card.gpu)
-        tried = trials(card, on_card, job.setup, prepared, partial(_analytic, hasty=True))
+        tried = trials(card, on_card, job.setup, prepared, partial(_analytic, skip_unfit=True))
         return advise(job, tried, everything=advice == "all")
 
     if engine == "analytic":
@@ -160,15 +160,15 @@ def _estimated(
     peaks_on: Callable[[str], Peaks | str],
     *,
     engine: Engine,
-    hasty: bool = False,
+    skip_unfit: bool = False,
 ) -> Estimate:
     """The result: peaks and lines are those of the first card, the verdict on each card is from its own.
 
     `peaks_on`: compute capability → the peaks, or what part of the job has none.
     """
     of_first = capability(cards[0] if cards else None)
-    found = {of: peaks_on(of) for of in dict.fromkeys((of_first, *map(capability, cards)))}
-    by_capability = {of: None if isinstance(peaks, str) else peaks for of, peaks in found.items()}
+    peaks_by_capability = {of: peaks_on(of) for of in dict.fromkeys((of_first, *map(capability, cards)))}
+    by_capability = {of: None if isinstance(peaks, str) else peaks for of, peaks in peaks_by_capability.items()}
     peaks = by_capability[of_first]
     assumptions = _assumptions(job, quantized=built.quantized)
     notes = card_notes(cards, job.setup, job.quant)
@@ -189,9 +189,9 @@ def _estimated(
         adaptation=job.adaptation,
         static=static,
         assumptions=assumptions,
-        not_modelled=(f"{found[of_first]}", *NOT_COUNTED) if peaks is None else _outside(job, found),
+        not_modelled=(f"{peaks_by_capability[of_first]}", *NOT_COUNTED) if peaks is None else _outside(job, peaks_by_capability),
         gpus=tuple(
-            verdict(card, static.bytes(), by_capability[of], refused=unmet(job.setup, pair(of)), hasty=hasty)
+            verdict(card, static.bytes(), by_capability[of], refused=unmet(job.setup, pair(of)), skip_unfit=skip_unfit)
             for card, of in ((card, capability(card)) for card in cards)
         ),
         peaks=peaks,
@@ -202,27 +202,27 @@ def _estimated(
     )
 
 
-def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu], *, hasty: bool = False) -> Estimate:
+def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu], *, skip_unfit: bool = False) -> Estimate:
     """The estimate by formula, without peaks where a part of the job has none.
 
-    `hasty`: no replay for a job whose tensors alone do not fit a card.
+    `skip_unfit`: no replay for a job whose tensors alone do not fit a card.
     """
     from peftplan.planning.analytic import analytic_peaks, kernels
 
-    found: dict[Any, Peaks | str] = {}
+    peaks_by_kernels: dict[Any, Peaks | str] = {}
 
     def peaks_on(compute_capability: str) -> Peaks | str:
         if (why := without_loss(job.model, job.architecture)) is not None:
             return why
         try:
             key = kernels(compute_capability)
-            if key not in found:
-                found[key] = analytic_peaks(job, built, static, compute_capability=compute_capability)
-            return found[key]
+            if key not in peaks_by_kernels:
+                peaks_by_kernels[key] = analytic_peaks(job, built, static, compute_capability=compute_capability)
+            return peaks_by_kernels[key]
         except NeedsTraceError as missing:
             return f"{missing}{missing.hint}"
 
-    return _estimated(job, built, static, cards, peaks_on, engine="analytic", hasty=hasty)
+    return _estimated(job, built, static, cards, peaks_on, engine="analytic", skip_unfit=skip_unfit)
 
 
 def _at(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu], batch_size: Any, seq_len: Any) -> Any:
@@ -231,8 +231,8 @@ def _at(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu]
     s = job.setup.seq_len if seq_len is None else seq_len
 
     def at(b: Any, s: Any) -> Job:
-        given = {} if seq_len is None else {"seq_len": s}
-        setup = parse_setup({**job.setup.model_dump(exclude_unset=True), "batch_size": b, **given})
+        lengths = {} if seq_len is None else {"seq_len": s}
+        setup = parse_setup({**job.setup.model_dump(exclude_unset=True), "batch_size": b, **lengths})
         check_length(setup.seq_len, job.architecture.max_positions)
         check_logits_to_keep(setup.logits_to_keep, setup.seq_len)
         return job._replace(setup=setup)
@@ -357,7 +357,7 @@ def _assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
     if job.method is not None and job.config is not None:
         stated = job.config.model_dump(mode="json", exclude_defaults=True, exclude_none=True, exclude=SAID_ELSEWHERE)
         assumed |= {name: value for name, value in stated.items() if job.method.defaults.get(name) != value}
-    ran = {package: getattr(job.script, package) for package in SUCH}
+    ran = {package: getattr(job.script, package) for package in EXAMPLES}
     assumed |= {package: version for package, version in ran.items() if version is not None}
     if adaptation.matched:
         assumed["matched_modules"] = sum(module.copies for module in adaptation.matched)

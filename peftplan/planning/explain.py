@@ -24,9 +24,9 @@ def explained(result: Estimate) -> str:
     for line in result.ledger:
         if line.place == "device":
             by_category.setdefault(line.category, []).append(line)
-    for category, found in by_category.items():
-        lines.append(f"{category}: {sum(line.bytes() for line in found):,}")
-        for line in sorted(found, key=Line.bytes, reverse=True):
+    for category, members in by_category.items():
+        lines.append(f"{category}: {sum(line.bytes() for line in members):,}")
+        for line in sorted(members, key=Line.bytes, reverse=True):
             numbers = "" if line.numbers == line.formula else f" = {line.numbers}"
             lines.append(f"  {line.name.replace('{}', '*')}: {line.formula}{numbers} = {line.bytes():,}  [{line.source}]")
     what = f", in {result.peaks.phase}" if result.peaks else " of what is counted"

@@ -56,14 +56,14 @@ def evaluate(
     first = compile_at(int(flat["b"][0]), int(flat["s"][0]))
     facts = first.facts(flat["b"], flat["s"])
     codes: Any = sum(np.asarray(fact).astype(np.int64) << bit for bit, fact in enumerate(facts))
-    found: dict[str, Any] = {}
+    by_phase: dict[str, Any] = {}
     for code in np.unique(codes):
         points = np.flatnonzero(codes == code)
         part = {name: values[points] for name, values in flat.items()}
         compiled = compile_at(int(part["b"][0]), int(part["s"][0]))
         for phase, values in _peaks(compiled, part).items():
-            found.setdefault(phase, np.empty(len(codes), dtype=np.int64))[points] = values
-    return Grid(b, s, {phase: values.reshape(b.shape) for phase, values in found.items()})
+            by_phase.setdefault(phase, np.empty(len(codes), dtype=np.int64))[points] = values
+    return Grid(b, s, {phase: values.reshape(b.shape) for phase, values in by_phase.items()})
 
 
 def _peaks(compiled: Compiled, at: dict[str, Any]) -> dict[str, Any]:

@@ -63,10 +63,10 @@ def _prepared(
 ) -> Job:
     options = _with_objects(options, training_args=training_args, quantization_config=quantization_config)
     chosen = frozenset(name for name, value in options.items() if value is not None)
-    given, method_options = _separate(options)
+    setup_options, method_options = _separate(options)
     kind, config, adapter = _method(method, peft_config, method_options)
     model_config = architectures.load_config(model)
-    set_here = {k: v for k, v in given.items() if v is not None}
+    set_here = {k: v for k, v in setup_options.items() if v is not None}
     set_here = _stored(model_config, set_here) | set_here
     setup = parse_setup({**_task_of(adapter), **_method_setup(kind, set_here), **set_here})
     architecture = architectures.load(
@@ -183,7 +183,7 @@ def _task_of(adapter: Mapping[str, Any]) -> dict[str, str]:
     return {"task_type": str(task)} if task in SAVED_HEADS else {}
 
 
-def _method_setup(method: methods.Method | None, given: Mapping[str, Any]) -> dict[str, Any]:
+def _method_setup(method: methods.Method | None, setup_options: Mapping[str, Any]) -> dict[str, Any]:
     """What a method implies for the setup where it is not set: QLoRA is NF4 with double quantization and bf16 compute; prefix
     tuning runs without checkpointing, with which peft refuses it.
     """
@@ -191,7 +191,7 @@ def _method_setup(method: methods.Method | None, given: Mapping[str, Any]) -> di
         return {"gradient_checkpointing": False}
     if method is None or method.quant is None:
         return {}
-    quant = given.get("quant") or method.quant
+    quant = setup_options.get("quant") or method.quant
     if quant == "none":
         raise InputError("quant", "none", f"{method.name} is adapters on a quantized base; accepted: a format, or another method")
     four_bit = {"double_quant": True, "compute_dtype": "bf16"} if quant in ("nf4", "fp4") else {}

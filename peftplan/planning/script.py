@@ -93,15 +93,15 @@ class Script(BaseModel):
         """A loop of today on this torch and transformers, as somebody typed them. Raises InputError for what is no version."""
         for package, version in versions.items():
             if version is not None and not re.match(VERSION, version):
-                raise InputError(package, version, f"accepted: a version such as {SUCH[package]}")
+                raise InputError(package, version, f"accepted: a version such as {EXAMPLES[package]}")
         return NO_SCRIPT.ran_on(versions)
 
     def ran_on(self, versions: Mapping[str, str | None]) -> Script:
         """The same with these versions of torch and transformers, where the script itself does not say and they are versions (a
         record may say anything)."""
-        said = {package: versions.get(package) or "" for package in SUCH if getattr(self, package) is None}
-        found = {package: version for package, version in said.items() if re.match(VERSION, version)}
-        return self.model_copy(update=found) if found else self
+        said = {package: versions.get(package) or "" for package in EXAMPLES if getattr(self, package) is None}
+        readable = {package: version for package, version in said.items() if re.match(VERSION, version)}
+        return self.model_copy(update=readable) if readable else self
 
 
 POSITIONS_IN_MASKS = frozenset(
@@ -115,7 +115,7 @@ POSITIONS_IN_MASKS = frozenset(
 )  # fmt: skip
 """Decoders that give their positions to `create_causal_mask` in transformers 4.57.6; others made masks in ways of their own."""
 
-SUCH = {"torch": "2.10", "transformers": "5.3"}
+EXAMPLES = {"torch": "2.10", "transformers": "5.3"}
 """The packages of which a version can be said, each with one."""
 
 

@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from peftplan import parameters
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, MissingExtraError, NeedsTraceError, RefusedError
-from peftplan.inference import adapter_file, checkpoint, held, kv_cache, merging
+from peftplan.inference import adapter_file, checkpoint, kv_cache, merging, residents
 from peftplan.inference.safetensors import file_bytes
 from peftplan.inference.scratch import Device
 from peftplan.planning.estimate import adapter_dtypes, config_facts, model_facts, unquantized
 from peftplan.planning.job import Job
 from peftplan.planning.prepare import config_of, prepare
-from peftplan.planning.serving_result import KV_CACHE, LEFT_OUT, AdapterFile, Cache, Checkpoint, Held, MergeMemory, Serving
+from peftplan.planning.serving_result import KV_CACHE, LEFT_OUT, AdapterFile, Cache, Checkpoint, Loaded, MergeMemory, Serving
 from peftplan.planning.setup import Count
 from peftplan.planning.words import named_as_typed
 from peftplan.storage import QuantConfig
@@ -95,7 +95,7 @@ def serving(
         file=file,
         checkpoint=merged,
         merges=merges,
-        held=_held(job, request, file),
+        loaded=_resident(job, request, file),
         cache=cache,
         refused=refused,
         assumptions=_assumptions(job, request, merges=bool(merges)),
@@ -132,8 +132,8 @@ def _peft_type(job: Job) -> str | None:
     return str(getattr(job.adapter["peft_type"], "value", job.adapter["peft_type"]))
 
 
-def _file(job: Job, given: Mapping[str, Any]) -> AdapterFile:
-    """The file as training leaves it, in the dtypes of the trained tensors; `given` holds fields that change no count too."""
+def _file(job: Job, fields: Mapping[str, Any]) -> AdapterFile:
+    """The file as training leaves it, in the dtypes of the trained tensors; `fields` holds fields that change no count too."""
     peft_type = _peft_type(job)
     if peft_type is None:
         raise RefusedError(f"{_name(job)} is no method of peft, which writes no adapter file for it")
@@ -161,9 +161,9 @@ def _file(job: Job, given: Mapping[str, Any]) -> AdapterFile:
     )
     saving = adapter_file.Saving(
         peft_type,
-        bias=getattr(job.config, "bias", given.get("bias", "none")),
-        save_projection=bool(given.get("save_projection", True)),
-        token_indices=bool(getattr(job.config, "trainable_token_indices", given.get("trainable_token_indices"))),
+        bias=getattr(job.config, "bias", fields.get("bias", "none")),
+        save_projection=bool(fields.get("save_projection", True)),
+        token_indices=bool(getattr(job.config, "trainable_token_indices", fields.get("trainable_token_indices"))),
     )
     tensors = adapter_file.adapter_tensors(job.architecture, job.adaptation, trained, saving, adapter_dtype=adapter_dtype)
     return AdapterFile(file_bytes(tensors), tensors)
@@ -199,26 +199,26 @@ def _quantized_merge(job: Job) -> MergeMemory:
 
 def _merge_on(job: Job, device: Device, quant: QuantConfig | None) -> MergeMemory:
     loaded, dtype = _loaded(job, adapter_dtype=LOADED_ADAPTER_DTYPE, quant=quant), job.setup.dtype
-    asked = merging.Merging(str(_peft_type(job)), dtype, LOADED_ADAPTER_DTYPE, device, quant)
-    adapter = held.adapter_bytes(job.adaptation, loaded, dtype=LOADED_ADAPTER_DTYPE, device=device)
+    kind = merging.Merging(str(_peft_type(job)), dtype, LOADED_ADAPTER_DTYPE, device, quant)
+    adapter = residents.adapter_bytes(job.adaptation, loaded, dtype=LOADED_ADAPTER_DTYPE, device=device)
     return MergeMemory(
         place=device if quant is None else "gpu_quantized",
-        base=held.base_bytes(job.architecture, loaded, dtype=dtype, device=device),
-        adapter=adapter + held.shared_bytes(job.adaptation, dtype=LOADED_ADAPTER_DTYPE, device=device),
-        need=merging.largest_need(job.architecture, job.adaptation, loaded, asked),
+        base=residents.base_bytes(job.architecture, loaded, dtype=dtype, device=device),
+        adapter=adapter + residents.shared_bytes(job.adaptation, dtype=LOADED_ADAPTER_DTYPE, device=device),
+        need=merging.largest_need(job.architecture, job.adaptation, loaded, kind),
     )
 
 
-def _held(job: Job, request: Request, file: AdapterFile | None) -> Held:
+def _resident(job: Job, request: Request, file: AdapterFile | None) -> Loaded:
     dtype = request.serving_dtype
     loaded = _loaded(job, adapter_dtype=dtype, quant=job.quant)
     prompt = next((t for t in (file.tensors if file else ()) if t.name == adapter_file.PROMPT_KEY), None)
-    return Held(
-        base=held.base_bytes(job.architecture, loaded, dtype=job.setup.dtype, device="gpu"),
-        adapter=held.adapter_bytes(job.adaptation, loaded, dtype=dtype, device="gpu")
+    return Loaded(
+        base=residents.base_bytes(job.architecture, loaded, dtype=job.setup.dtype, device="gpu"),
+        adapter=residents.adapter_bytes(job.adaptation, loaded, dtype=dtype, device="gpu")
         if prompt is None
-        else held.prompt_bytes(prompt, loaded, dtype=dtype, device="gpu"),
-        shared=held.shared_bytes(job.adaptation, dtype=dtype, device="gpu"),
+        else residents.prompt_bytes(prompt, loaded, dtype=dtype, device="gpu"),
+        shared=residents.shared_bytes(job.adaptation, dtype=dtype, device="gpu"),
         adapters=request.adapters,
     )
 

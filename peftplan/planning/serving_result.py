@@ -102,7 +102,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Held:
+class Loaded:
     """Device bytes while serving: the base, each adapter, what all adapters share, and how many adapters there are."""
 
     base: int
@@ -128,7 +128,7 @@ class Serving:
     file: AdapterFile | None
     checkpoint: Checkpoint | None
     merges: tuple[MergeMemory, ...]
-    held: Held
+    loaded: Loaded
     cache: Cache | None
     refused: Mapping[str, str]
     assumptions: Mapping[str, Any]
@@ -137,11 +137,11 @@ class Serving:
     @property
     def total(self) -> int:
         """Device bytes of base, adapters and cache, as far as it is known."""
-        return self.held.base + self.held.all_adapters + (self.cache.num_bytes if self.cache else 0)
+        return self.loaded.base + self.loaded.all_adapters + (self.cache.num_bytes if self.cache else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, bytes as integers; null is what does not exist or is not known, with its reason under `refused`."""
-        held = self.held
+        loaded = self.loaded
         return {
             "schema_version": SCHEMA_VERSION,
             "model": dict(self.model),
@@ -150,11 +150,11 @@ class Serving:
             "merged_checkpoint": self.checkpoint and self.checkpoint.to_dict(),
             "merge_memory": {merge.place: merge.to_dict() for merge in self.merges} or None,
             "serving": {
-                "base": held.base,
-                "adapter": held.adapter,
-                "shared_by_adapters": held.shared,
-                "adapters": held.adapters,
-                "all_adapters": held.all_adapters,
+                "base": loaded.base,
+                "adapter": loaded.adapter,
+                "shared_by_adapters": loaded.shared,
+                "adapters": loaded.adapters,
+                "all_adapters": loaded.all_adapters,
                 "kv_cache": self.cache and self.cache.num_bytes,
                 "total": self.total,
             },

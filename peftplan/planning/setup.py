@@ -169,12 +169,12 @@ def resolved(
         )
     if max_positions is not None and "seq_len" not in setup.model_fields_set:
         filled["seq_len"] = min(setup.seq_len, max_positions)
-    found = setup.model_copy(update=filled)
-    check_length(found.seq_len, max_positions)
-    check_logits_to_keep(found.logits_to_keep, found.seq_len)
-    _check_trainer(found)
-    _check_checkpointing(found)
-    return found
+    complete = setup.model_copy(update=filled)
+    check_length(complete.seq_len, max_positions)
+    check_logits_to_keep(complete.logits_to_keep, complete.seq_len)
+    _check_trainer(complete)
+    _check_checkpointing(complete)
+    return complete
 
 
 def check_length(seq_len: int, max_positions: int | None) -> None:

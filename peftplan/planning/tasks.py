@@ -40,18 +40,22 @@ ALWAYS_ALL_LOGITS = (
 def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:
     """Raise RefusedError for a trainer or a loss that only causal language models have, InputError for an option that only
     their forwards take. `setup` is resolved."""
-    task, found = architecture.task_type, architecture.model_class
+    task, model_class = architecture.task_type, architecture.model_class
     if setup.logits_to_keep is not None and (task != CAUSAL or architecture.model_type in ALWAYS_ALL_LOGITS):
-        raise InputError("logits_to_keep", setup.logits_to_keep, f"accepted: with causal language models, not {found}")
+        raise InputError("logits_to_keep", setup.logits_to_keep, f"accepted: with causal language models, not {model_class}")
     if task == CAUSAL:
         if setup.loss == "liger":
             check_liger(architecture.model_type)
         return
     if setup.trainer == "trl":
         others = ", ".join(name for name in PRESETS if name != "trl")
-        raise RefusedError(f"trainer: SFTTrainer of trl 1.16 trains causal language models, not {found}; accepted: {others}")
+        raise RefusedError(
+            f"trainer: SFTTrainer of trl 1.16 trains causal language models, not {model_class}; accepted: {others}"
+        )
     if setup.loss != "full":
-        raise RefusedError(f"loss: {setup.loss} replaces the loss of causal language models, not of {found}; accepted: full")
+        raise RefusedError(
+            f"loss: {setup.loss} replaces the loss of causal language models, not of {model_class}; accepted: full"
+        )
 
 
 def as_told(architecture: Architecture, adapter: Mapping[str, Any]) -> Architecture:
@@ -74,12 +78,12 @@ def head_notes(architecture: Architecture, adapter: Mapping[str, Any]) -> Iterat
 def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator[str]:
     """What is set and not read, what the task's class asks of its user besides, and how TRL 1.16 loads a model
     (`create_model_from_path`)."""
-    found = architecture.model_class
+    model_class = architecture.model_class
     unread: dict[str, str] = {}
     if architecture.task_type == PICTURES:
-        unread |= dict.fromkeys(("seq_len", "padding"), f"{found} reads pictures, of the size that its config states")
+        unread |= dict.fromkeys(("seq_len", "padding"), f"{model_class} reads pictures, of the size that its config states")
     if architecture.task_type in WITHOUT_LABELS:
-        unread["num_labels"] = f"{found} has no classes (--task-type)"
+        unread["num_labels"] = f"{model_class} has no classes (--task-type)"
     if not parse_optim(str(setup.optim)).low_rank:
         unread["optim_target_modules"] = f"{setup.optim} projects no modules, GaLore and APOLLO do"
     yield from (f"{name} is not used: {why}" for name, why in unread.items() if name in setup.model_fields_set)
@@ -91,7 +95,7 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
     scores = architecture.task_type == "SEQ_CLS" and any(module.name == "score" for module in architecture.modules)
     if scores and setup.batch_size > 1 and not _has_pad_token(sources.load_config(model)):
         yield (
-            f"{found} takes more than one sequence only with a pad token, and the model's config has none: "
+            f"{model_class} takes more than one sequence only with a pad token, and the model's config has none: "
             "set model.config.pad_token_id (counted as set)"
         )
 

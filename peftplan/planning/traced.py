@@ -61,7 +61,7 @@ def trace_peaks(
     try:
         masks = script.masks_unpadded(architecture.model_type, setup)
         with quiet_transformers(), repeating_kv(script.repeats_kv), masking_unpadded(masks):
-            found = trace(
+            traced = trace(
                 config,
                 task_type=architecture.task_type,
                 peft_config=peft_config,
@@ -76,21 +76,21 @@ def trace_peaks(
     except Exception as error:  # the model's own code, on inputs that it may not take
         reason = " ".join(str(error).split())[:200]
         raise RefusedError(f"engine: the trace of {architecture.model_class} failed: {type(error).__name__}: {reason}") from error
-    events = events_of(found, empties_cache=script.empties_cache)
+    events = events_of(traced, empties_cache=script.empties_cache)
     allocator = AllocatorConfig(ties_by_address=script.ties_by_address)
     replayed = replay(events, allocator)
     allocated = {phase: peaks.allocated for phase, peaks in replayed.by_phase.items()}  # no entry: nothing is allocated in it
     return Peaks(
         ledgers={
             phase: Ledger(tuple(map(_line, peak.alive))).with_tails(allocated.get(phase, 0))
-            for phase, peak in found.peaks.items()
+            for phase, peak in traced.peaks.items()
         },
         reserved=replayed.peaks.reserved,
         runs_within=lambda capacity: replay(events, allocator, capacity).oom is None,
         reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
-        incomplete=_unknown(found.unknown_ops),
-        assumed={**found.facts, **_without(found.replaced), **_on_host(found.host_bytes)},
-        recording=Recorded(found, events, allocator) if record else None,
+        incomplete=_unknown(traced.unknown_ops),
+        assumed={**traced.facts, **_without(traced.replaced), **_on_host(traced.host_bytes)},
+        recording=Recorded(traced, events, allocator) if record else None,
     )
 
 

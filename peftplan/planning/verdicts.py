@@ -91,7 +91,9 @@ def pair(compute_capability: str) -> tuple[int, int]:
     return int(major), int(minor or 0)
 
 
-def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, refused: str | None = None, hasty: bool = False) -> Verdict:
+def verdict(
+    card: Gpu, static_bytes: int, peaks: Peaks | None, *, refused: str | None = None, skip_unfit: bool = False
+) -> Verdict:
     """Whether a job fits a card.
 
     *Needed* are the bytes that the allocator reserves without a limit, and the CUDA context, assumed where it is not known.
@@ -99,8 +101,8 @@ def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, refused: str |
     allocator may take no more than is usable: it gives cached memory back before it fails. `does_not_fit`: it fails there.
     `does_not_run`: a library raises, for the reason `refused`. `unknown`: no peak, or a lower bound that is not too large.
 
-    `static_bytes`: what lasts from step to step, a lower bound where there is no peak. `hasty`: peaks whose tensors alone are
-    too large are not replayed.
+    `static_bytes`: what lasts from step to step, a lower bound where there is no peak. `skip_unfit`: do not replay peaks whose
+    tensors alone are too large.
     """
     from peftplan.hardware.context import context_for_verdict
     from peftplan.hardware.usable import usable_bytes
@@ -108,7 +110,7 @@ def verdict(card: Gpu, static_bytes: int, peaks: Peaks | None, *, refused: str |
     usable = usable_bytes(card)
     context = context_for_verdict(card)
     room = usable.bytes - context.bytes
-    unfit = hasty and peaks is not None and peaks.at_least > room
+    unfit = skip_unfit and peaks is not None and peaks.at_least > room
     reserved = static_bytes if peaks is None else peaks.at_least if unfit else peaks.reserved or peaks.allocated
     lower_bound = peaks is None or bool(peaks.incomplete)
     releases_cache = peaks is not None and reserved > room and _runs_within(peaks, room)

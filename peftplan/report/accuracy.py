@@ -27,19 +27,19 @@ TITLES: dict[SetupSaid, str] = {
 UPDATE = "Where this is meant, `peftplan check --engine {engine} --update-baseline` stores what is stated now."
 
 
-def check(found: Check, *, fmt: str) -> None:
+def check(checked: Check, *, fmt: str) -> None:
     """Write a check to stdout."""
     if fmt == "json":
-        json.dump(facts(found), sys.stdout, indent=2, ensure_ascii=False)
+        json.dump(facts(checked), sys.stdout, indent=2, ensure_ascii=False)
         print()
     elif fmt == "junit":
-        print(junit(found))
+        print(junit(checked))
     elif fmt == "markdown":
-        print("\n\n".join(as_markdown(found)))
+        print("\n\n".join(as_markdown(checked)))
     else:
         from peftplan.report import accuracy_terminal
 
-        accuracy_terminal.check(found)
+        accuracy_terminal.check(checked)
 
 
 def summary_cells(rows: Iterable[Summary]) -> list[tuple[str, ...]]:
@@ -62,16 +62,16 @@ def summary_cells(rows: Iterable[Summary]) -> list[tuple[str, ...]]:
 
 def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
     """What was checked, in lines."""
-    found = totals(answers)
+    sums = totals(answers)
     lines = [
-        f"{found.records} measured runs, engine {engine}: {found.with_peak} with a stated peak,"
-        f" {found.no_peak} with no peak stated, {found.refused} refused.",
+        f"{sums.records} measured runs, engine {engine}: {sums.with_peak} with a stated peak,"
+        f" {sums.no_peak} with no peak stated, {sums.refused} refused.",
     ]
-    if found.counts_printed:
-        lines.append(f"Parameter counts: {found.counts_equal} of {found.counts_printed} printed by the runs are equal.")
+    if sums.counts_printed:
+        lines.append(f"Parameter counts: {sums.counts_equal} of {sums.counts_printed} printed by the runs are equal.")
     lines += _bounds(answers)
-    if found.out_of_memory:
-        said = ", ".join(f"{number} {verdict}" for verdict, number in found.out_of_memory.items())
+    if sums.out_of_memory:
+        said = ", ".join(f"{number} {verdict}" for verdict, number in sums.out_of_memory.items())
         lines.append(f"Said of the cards on which runs ran out of memory: {said}.")
     for setup, runs in TITLES.items():
         lines += _verdicts(f"Wrong verdicts, of {runs}", [answer for answer in answers if answer.record.setup == setup])
@@ -79,13 +79,13 @@ def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
 
 
 def _bounds(answers: Sequence[Answer]) -> list[str]:
-    found = [answer.bound for answer in answers if answer.bound is not None]
-    if not found:
+    bounds = [answer.bound for answer in answers if answer.bound is not None]
+    if not bounds:
         return []
-    shares = [one.stated / one.measured for one in found]
+    shares = [one.stated / one.measured for one in bounds]
     above = sum(share > 1 for share in shares)
     return [
-        f"{len(found)} more runs measured only reserved or device bytes, which this engine does not state: of these the stated"
+        f"{len(bounds)} more runs measured only reserved or device bytes, which this engine does not state: of these the stated"
         f" allocated peak is {median(shares):.0%} (median), {min(shares):.0%} to {max(shares):.0%}; {above} lie above,"
         " which cannot be."
     ]
@@ -93,18 +93,18 @@ def _bounds(answers: Sequence[Answer]) -> list[str]:
 
 def _verdicts(title: str, answers: Sequence[Answer]) -> list[str]:
     cards = {"own": "on the card it ran on", "below": "on a card 1 % below its peak", "above": "on a card 10 % above its peak"}
-    asked = totals(answers).verdicts.items()
-    counts = [f"{wrong} of {number} {cards[kind]}" for kind, (wrong, number) in asked if number]
+    counted = totals(answers).verdicts.items()
+    counts = [f"{wrong} of {number} {cards[kind]}" for kind, (wrong, number) in counted if number]
     return [f"{title}: {', '.join(counts)}."] if counts else []
 
 
-def endings(found: Check) -> list[str]:
+def endings(checked: Check) -> list[str]:
     """Failures, and what to do about them."""
-    lines = [failure.text(found.engine) for failure in found.failures]
-    if any(failure.kind == "baseline" for failure in found.failures):
-        lines.append(UPDATE.format(engine=found.engine))
-    if found.new:
-        lines.append(f"{found.new} records state more than the baseline holds; --update-baseline adds it.")
+    lines = [failure.text(checked.engine) for failure in checked.failures]
+    if any(failure.kind == "baseline" for failure in checked.failures):
+        lines.append(UPDATE.format(engine=checked.engine))
+    if checked.new:
+        lines.append(f"{checked.new} records state more than the baseline holds; --update-baseline adds it.")
     return lines or ["Nothing moved against the baseline, and no tolerance is exceeded."]
 
 
@@ -117,13 +117,13 @@ def refused(answers: Sequence[Answer]) -> list[tuple[str, str]]:
     return [(str(times), why) for why, times in sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))]
 
 
-def as_markdown(found: Check) -> list[str]:
+def as_markdown(checked: Check) -> list[str]:
     """The paragraphs of a check."""
-    parts = ["\n".join(f"- {markdown.plain(line)}" for line in headline(found.engine, found.answers))]
-    parts += tables(found.answers)
-    if refusals := refused(found.answers):
+    parts = ["\n".join(f"- {markdown.plain(line)}" for line in headline(checked.engine, checked.answers))]
+    parts += tables(checked.answers)
+    if refusals := refused(checked.answers):
         parts.append(markdown.table(("refused", "why"), refusals))
-    return [*parts, "\n".join(f"- {markdown.plain(line)}" for line in endings(found))]
+    return [*parts, "\n".join(f"- {markdown.plain(line)}" for line in endings(checked))]
 
 
 def tables(answers: Sequence[Answer]) -> list[str]:
@@ -137,24 +137,24 @@ def tables(answers: Sequence[Answer]) -> list[str]:
     return parts
 
 
-def facts(found: Check) -> dict[str, Any]:
+def facts(checked: Check) -> dict[str, Any]:
     """The JSON of a check: versioned, bytes as integers, drift in percent."""
-    total = totals(found.answers)
+    total = totals(checked.answers)
     return {
         "schema_version": SCHEMA_VERSION,
-        "engine": found.engine,
+        "engine": checked.engine,
         "records": total.records,
         "with_peak": total.with_peak,
         "no_peak_stated": total.no_peak,
         "refused": total.refused,
         "counts": {"printed": total.counts_printed, "equal": total.counts_equal},
         "out_of_memory": total.out_of_memory,
-        "verdicts": {kind: {"wrong": wrong, "asked": asked} for kind, (wrong, asked) in total.verdicts.items()},
-        "summary": {by: [_summary_facts(row) for row in summaries(found.answers, by, FIGURES)] for by in GROUPINGS},
-        "rows": [_row_facts(answer) for answer in found.answers],
+        "verdicts": {kind: {"wrong": wrong, "asked": judged} for kind, (wrong, judged) in total.verdicts.items()},
+        "summary": {by: [_summary_facts(row) for row in summaries(checked.answers, by, FIGURES)] for by in GROUPINGS},
+        "rows": [_row_facts(answer) for answer in checked.answers],
         "failures": [
             {"kind": f.kind, "id": f.case.record.id, "file": shown(f.case.path), "line": f.case.line, "what": f.what}
-            for f in found.failures
+            for f in checked.failures
         ],
     }
 
@@ -196,19 +196,19 @@ def _row_facts(answer: Answer) -> dict[str, Any]:
     }
 
 
-def junit(found: Check) -> str:
+def junit(checked: Check) -> str:
     """One test case per record, named by source and id; skipped where there is nothing to compare."""
-    suite = ElementTree.Element("testsuite", name=f"peftplan check, engine {found.engine}", tests=str(len(found.answers)))
-    failed = {answer.record.id: [f for f in found.failures if f.case is answer.case] for answer in found.answers}
+    suite = ElementTree.Element("testsuite", name=f"peftplan check, engine {checked.engine}", tests=str(len(checked.answers)))
+    failed = {answer.record.id: [f for f in checked.failures if f.case is answer.case] for answer in checked.answers}
     suite.set("failures", str(sum(bool(failures) for failures in failed.values())))
     suite.set("errors", "0")
     skipped = 0
-    for answer in found.answers:
+    for answer in checked.answers:
         case = ElementTree.SubElement(
             suite, "testcase", classname=answer.record.circumstances.source, name=answer.record.id, file=shown(answer.case.path)
         )
         if failures := failed[answer.record.id]:
-            text = "\n".join(failure.text(found.engine) for failure in failures)
+            text = "\n".join(failure.text(checked.engine) for failure in failures)
             ElementTree.SubElement(case, "failure", message=failures[0].what).text = text
         elif not answer.compared and answer.record.counts.trainable is None:
             skipped += 1

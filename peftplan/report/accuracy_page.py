@@ -38,12 +38,12 @@ def write(root: Path | None = None) -> None:
     page.parent.mkdir(parents=True, exist_ok=True)
     answers = {engine: stored_answers(engine) for engine in ENGINES}
     folder = page.parent / PLOTS
-    series = {ENGINES[engine]: _drifts(found) for engine, found in answers.items() if _drifts(found)}
+    series = {ENGINES[engine]: _drifts(of_engine) for engine, of_engine in answers.items() if _drifts(of_engine)}
     if series:
         accuracy_plots.histogram(series, folder / "drift.svg")
-    for engine, found in answers.items():
-        if _drifts(found):
-            accuracy_plots.scatter(found, folder / f"{engine}.svg", word=ENGINES[engine])
+    for engine, of_engine in answers.items():
+        if _drifts(of_engine):
+            accuracy_plots.scatter(of_engine, folder / f"{engine}.svg", word=ENGINES[engine])
     page.write_text(text(answers), encoding="utf-8")
 
 
@@ -65,19 +65,19 @@ def text(answers: dict[Engine, list[Answer]]) -> str:
 
 def _engines(answers: dict[Engine, list[Answer]]) -> Iterable[str]:
     versions = stored.load(stored.BASELINE).versions
-    if any(_drifts(found) for found in answers.values()):
+    if any(_drifts(of_engine) for of_engine in answers.values()):
         yield f"![Drift of the overall peaks]({PLOTS}/drift.svg)"
-    for engine, found in answers.items():
+    for engine, of_engine in answers.items():
         yield f"## Engine {engine}"
         by = ", ".join(f"{name} {version}" for name, version in versions.get(engine, {}).items())
-        lines = [*accuracy.headline(engine, found), f"Stored with {by}."]
+        lines = [*accuracy.headline(engine, of_engine), f"Stored with {by}."]
         yield "\n".join(f"- {line}" for line in lines)
-        if _drifts(found):
+        if _drifts(of_engine):
             yield f"![{ENGINES[engine].capitalize()} against measured, by source]({PLOTS}/{engine}.svg)"
-        yield from accuracy.tables(found)
-        if wrong := _wrong(found):
+        yield from accuracy.tables(of_engine)
+        if wrong := _wrong(of_engine):
             yield table(("wrong verdict", "card", "said", "figures"), wrong)
-        if refusals := accuracy.refused(found):
+        if refusals := accuracy.refused(of_engine):
             yield table(("refused", "why"), refusals)
 
 
@@ -126,7 +126,7 @@ def _file_row(path: Path, records: Sequence[Record]) -> tuple[str, ...]:
     measured = [metric for metric in OVERALL if any(record.peaks.figure(metric) for record in records)]  # type: ignore[arg-type]
     phases = ["by phase"] if any(record.peaks.by_phase for record in records) else []
     places = [sorted({of(record) for record in records}) for of in (_source, _licence, _gpu)]
-    source, licence, gpu = (", ".join(found) for found in places)
+    source, licence, gpu = (", ".join(names) for names in places)
     setups = Counter(record.setup for record in records)
     shares = [str(setups[setup]) for setup in SETUPS]
     return path.name, source, licence, str(len(records)), *shares, ", ".join(measured + phases), gpu
@@ -156,20 +156,23 @@ def _open(record: Record) -> list[str]:
 
 
 def _other_tools(records: Sequence[Record], answers: dict[Engine, list[Answer]]) -> Iterable[str]:
-    found = peers.load()
-    if found is None:
+    stored_run = peers.load()
+    if stored_run is None:
         return
-    yield PEERS_INTRO.format(python=f"Python {found.python}")
-    yield table(*peers.table(found, records))
+    yield PEERS_INTRO.format(python=f"Python {stored_run.python}")
+    yield table(*peers.table(stored_run, records))
     for engine, of_engine in answers.items():
         ours = {answer.record.id: answer.overall[0] for answer in of_engine if answer.overall}
-        rows = [peers.against(name, found, ours, records) for name in found.tools if name != "peftplan"]
+        rows = [peers.against(name, stored_run, ours, records) for name in stored_run.tools if name != "peftplan"]
         if ours:
             word = ENGINES[engine]
             yield f"The same tools and what peftplan {word}, on the runs that both accept:"
             yield table(("tool", "runs", "its median", "its worst", f"{word}: median", f"{word}: worst"), rows)
     yield "What they refuse:"
     refusals = [
-        (name, str(times), why) for name, tool in found.tools.items() if name != "peftplan" for why, times in tool.refused.items()
+        (name, str(times), why)
+        for name, tool in stored_run.tools.items()
+        if name != "peftplan"
+        for why, times in tool.refused.items()
     ]
     yield table(("tool", "records", "why"), refusals)

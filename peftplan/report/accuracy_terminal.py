@@ -19,20 +19,20 @@ WITH_WORST = 110
 """From so many columns on the record of the worst drift is named."""
 
 
-def check(found: Check) -> None:
+def check(checked: Check) -> None:
     """Write a check to stdout."""
     out = terminal.console()
-    terminal.show(out, map(Text, accuracy.headline(found.engine, found.answers)))
+    terminal.show(out, map(Text, accuracy.headline(checked.engine, checked.answers)))
     for by in GROUPINGS:
-        if rows := summaries(found.answers, by, OVERALL if by != "setup" else FIGURES):
+        if rows := summaries(checked.answers, by, OVERALL if by != "setup" else FIGURES):
             print()
             if out.width >= ONE_TABLE:
                 terminal.rows([Column(by), *_columns()], accuracy.summary_cells(rows), above=None, below=None)
             else:
                 terminal.show(out, _grouped(by, rows, worst_named=out.width >= WITH_WORST))
     print()
-    refused = [f"refused: {times} × {why}" for times, why in accuracy.refused(found.answers)]
-    terminal.show(out, map(Text, [*refused, *accuracy.endings(found)]))
+    refused = [f"refused: {times} × {why}" for times, why in accuracy.refused(checked.answers)]
+    terminal.show(out, map(Text, [*refused, *accuracy.endings(checked)]))
 
 
 def _columns() -> list[Column]:

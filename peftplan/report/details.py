@@ -103,9 +103,9 @@ def largest(result: Estimate) -> None:
 
 def _largest(result: Estimate, *, everything: bool, wide: bool) -> Table:
     """The largest groups of tensors at the peak; in a narrow terminal what a group is stands below whose it is."""
-    found = peak.rows(result)
-    rows, rest = peak.split(found, everything=everything)
-    total = sum(row.bytes for row in found)
+    groups = peak.rows(result)
+    rows, rest = peak.split(groups, everything=everything)
+    total = sum(row.bytes for row in groups)
     middle = (Column("what"), Column("tensor"), Column("made by")) if wide else ()
     blanks = [""] * len(middle)
     shown = table(
@@ -114,7 +114,7 @@ def _largest(result: Estimate, *, everything: bool, wide: bool) -> Table:
         Column("copies", right=True),
         Column("bytes", right=True),
         Column("share", right=True),
-        footer=("sum, the peak", *blanks, f"{sum(row.copies for row in found):,}", f"{total:,}", "100.0%"),
+        footer=("sum, the peak", *blanks, f"{sum(row.copies for row in groups):,}", f"{total:,}", "100.0%"),
     )
     shown.columns[0].no_wrap = False
     for row in rows:

@@ -55,8 +55,8 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
     ]
     if peaks:
         rows = [(phase, f"{num_bytes:,}", format_bytes(num_bytes)) for phase, num_bytes in peaks.by_phase.items()]
-        held = peaks.reserved
-        reserved = [] if held is None else [("reserved", f"{held:,}", format_bytes(held))]
+        reserved_bytes = peaks.reserved
+        reserved = [] if reserved_bytes is None else [("reserved", f"{reserved_bytes:,}", format_bytes(reserved_bytes))]
         parts.append(table(("peak of each phase", "bytes", ""), (*rows, *reserved)))
         parts += [f"**Incomplete:** {what}" for what in incomplete(peaks)]
     if explain_peak:
@@ -91,9 +91,9 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
 
 def _largest(result: Estimate, *, everything: bool) -> str:
     """The largest groups of tensors at the peak."""
-    found = peak.rows(result)
-    shown, rest = peak.split(found, everything=everything)
-    total = sum(row.bytes for row in found)
+    groups = peak.rows(result)
+    shown, rest = peak.split(groups, everything=everything)
+    total = sum(row.bytes for row in groups)
     cells = [
         (f"`{peak.kind(row.name)}`", row.category, peak.tensor(row), peak.operation(row), f"{row.copies:,}", f"{row.bytes:,}",
          f"{row.share:.1%}")
@@ -102,6 +102,6 @@ def _largest(result: Estimate, *, everything: bool) -> str:
     if rest:
         copies, num_bytes = sum(row.copies for row in rest), sum(row.bytes for row in rest)
         cells.append((f"… and {len(rest):,} more lines", "", "", "", f"{copies:,}", f"{num_bytes:,}", f"{num_bytes / total:.1%}"))
-    cells.append(("**sum, the peak**", "", "", "", f"{sum(row.copies for row in found):,}", f"{total:,}", "100.0%"))
+    cells.append(("**sum, the peak**", "", "", "", f"{sum(row.copies for row in groups):,}", f"{total:,}", "100.0%"))
     title = f"largest at the peak, in {peak.peaks_of(result).phase}"
     return table((title, "what", "tensor", "made by", "copies", "bytes", "share"), cells)

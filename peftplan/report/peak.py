@@ -79,7 +79,7 @@ def operation(row: Row) -> str:
     return re.sub(r"^aten\.(\w+)\.\w+(?=$|,)", r"\1", row.made_by)
 
 
-def split(found: Sequence[Row], *, everything: bool) -> tuple[list[Row], list[Row]]:
+def split(groups: Sequence[Row], *, everything: bool) -> tuple[list[Row], list[Row]]:
     """What is shown one by one, and the rest; a rest of one is no rest."""
-    most = len(found) if everything or len(found) <= MOST + 1 else MOST
-    return list(found[:most]), list(found[most:])
+    most = len(groups) if everything or len(groups) <= MOST + 1 else MOST
+    return list(groups[:most]), list(groups[most:])

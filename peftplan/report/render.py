@@ -61,33 +61,33 @@ def _for_people(result: Estimate, *, verbose: bool, explain_peak: bool) -> None:
         details.largest(result)
 
 
-def replayed(found: Replayed, *, fmt: str) -> None:
+def replayed(result: Replayed, *, fmt: str) -> None:
     """A replay: peaks by phase; for people, also what fragmentation cost and where memory ran out."""
     from peftplan.report import replayed as report
 
     if fmt == "json":
-        _json(report.document(found))
+        _json(report.document(result))
         return
-    below = "\n".join(report.remarks(found))
-    _rows(report.COLUMNS, report.cells(found), report.facts(found), fmt=fmt, above=report.heading(found), below=below)
+    below = "\n".join(report.remarks(result))
+    _rows(report.COLUMNS, report.cells(result), report.facts(result), fmt=fmt, above=report.heading(result), below=below)
     if fmt == "markdown":
-        print(f"\n{plain(report.heading(found))}", *map(plain, report.remarks(found)), sep="\n\n")
+        print(f"\n{plain(report.heading(result))}", *map(plain, report.remarks(result)), sep="\n\n")
 
 
-def serving(found: Serving, *, fmt: str) -> None:
+def serving(result: Serving, *, fmt: str) -> None:
     """Files, merge and device bytes: a table per section for people, a row per number in CSV."""
     from peftplan.report import serving as report
 
     if fmt == "json":
-        _json(found.to_dict())
+        _json(result.to_dict())
     elif fmt == "csv":
-        tabular.write_csv(report.facts(found), sys.stdout)
+        tabular.write_csv(report.facts(result), sys.stdout)
     else:
-        print(f"## {plain(report.heading(found))}\n" if fmt == "markdown" else f"{tabular.printable(report.heading(found))}\n")
-        for section in report.sections(found):
+        print(f"## {plain(report.heading(result))}\n" if fmt == "markdown" else f"{tabular.printable(report.heading(result))}\n")
+        for section in report.sections(result):
             _rows(section.columns, section.rows, (), fmt=fmt, below=section.below)
             print(f"\n{section.below}\n" if fmt == "markdown" and section.below else "")
-        _remarks(report.remarks(found), fmt=fmt)
+        _remarks(report.remarks(result), fmt=fmt)
 
 
 def models(entries: Sequence[ModelEntry], *, fmt: str) -> None:
@@ -113,20 +113,20 @@ def method(name: str, *, fmt: str) -> None:
     """One method's fields with their defaults."""
     from peftplan.methods import config_class, method_named
 
-    found = method_named(name)
-    config = config_class(found)
+    entry = method_named(name)
+    config = config_class(entry)
     cells, facts = [], []
     for key, field in config.model_fields.items():
         required = field.is_required()
-        default = None if required else _plain(found.defaults.get(key, field.get_default(call_default_factory=True)))
+        default = None if required else _plain(entry.defaults.get(key, field.get_default(call_default_factory=True)))
         cells.append((key, "required" if required else None if default in (None, {}, []) else str(default)))
         facts.append({"field": key, "required": required, "default": default})
-    title = f"{found.name}: {found.summary} ({found.source})"
+    title = f"{entry.name}: {entry.summary} ({entry.source})"
     ignored = f"taken, and without effect on memory: {', '.join(sorted(config.no_effect))}" if config.no_effect else None
     _rows((Column("field"), Column("default")), cells, facts, fmt=fmt, above=title, below=ignored)
 
 
-def gpus(found: Sequence[Gpu], *, fmt: str) -> None:
+def gpus(cards: Sequence[Gpu], *, fmt: str) -> None:
     """The cards: what is printed on the box, what nvidia-smi shows, what a program can get, and why."""
     from peftplan.hardware.gpus import OF_A_REQUEST
     from peftplan.hardware.usable import usable_bytes
@@ -140,25 +140,25 @@ def gpus(found: Sequence[Gpu], *, fmt: str) -> None:
         Column("name", wide=True),
     )
     cells, facts = [], []
-    for gpu in found:
+    for gpu in cards:
         usable = usable_bytes(gpu)
         marketed = f"{gpu.marketed_gb} GB" if gpu.marketed_gb else None
         total = f"{gpu.total_mib:,} MiB" if gpu.total_mib else None
         cells.append((gpu.id, marketed, total, f"{usable.bytes // MIB:,} MiB", gpu.compute_capability, gpu.name))
         of_card = {name: value for name, value in _fields(gpu).items() if name not in OF_A_REQUEST}
         facts.append({**of_card, "usable_bytes": usable.bytes, "usable_source": usable.why})
-    below = None if found else "0 cards"
+    below = None if cards else "0 cards"
     _rows(columns, cells, facts, fmt=fmt, below=below)
 
 
-def inspection(found: Inspection, *, fmt: str) -> None:
+def inspection(result: Inspection, *, fmt: str) -> None:
     """The modules of a model; with a pattern, how many of each family it matches."""
-    arch = found.architecture
-    matching = found.pattern is not None
-    modules = [{**_fields(row), "name": tabular.family(row.name)} for row in found.rows]
+    arch = result.architecture
+    matching = result.pattern is not None
+    modules = [{**_fields(row), "name": tabular.family(row.name)} for row in result.rows]
     if fmt == "json":
-        counts = {"model_class": arch.model_class, "num_parameters": arch.num_parameters, "dtype": found.dtype}
-        _json({"name": arch.name, **counts, "targets": _plain(found.targets), "modules": modules})
+        counts = {"model_class": arch.model_class, "num_parameters": arch.num_parameters, "dtype": result.dtype}
+        _json({"name": arch.name, **counts, "targets": _plain(result.targets), "modules": modules})
         return
     columns = (
         Column("module"),
@@ -168,9 +168,9 @@ def inspection(found: Inspection, *, fmt: str) -> None:
         Column("parameters", right=True),
         Column("bytes", right=True, wide=True),
     )
-    title = f"{arch.name} · {arch.model_class} · {arch.num_parameters:,} parameters · {found.dtype}"
-    matched = f"{found.pattern!r} matches {sum(row.matched for row in found.rows):,} modules" if matching else None
-    cells = [_module_cells(row, matching=matching) for row in found.rows]
+    title = f"{arch.name} · {arch.model_class} · {arch.num_parameters:,} parameters · {result.dtype}"
+    matched = f"{result.pattern!r} matches {sum(row.matched for row in result.rows):,} modules" if matching else None
+    cells = [_module_cells(row, matching=matching) for row in result.rows]
     _rows(columns, cells, modules, fmt=fmt, above=title, below=matched)
 
 

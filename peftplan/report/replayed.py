@@ -22,65 +22,65 @@ COLUMNS = (
 SCHEMA_VERSION = 1
 
 
-def facts(found: Replayed) -> list[dict[str, Any]]:
+def facts(replayed: Replayed) -> list[dict[str, Any]]:
     """One record per phase and one for the whole run, bytes as integers."""
-    return [{"phase": phase, **_bytes(peaks)} for phase, peaks in _windows(found).items()]
+    return [{"phase": phase, **_bytes(peaks)} for phase, peaks in _windows(replayed).items()]
 
 
-def document(found: Replayed) -> dict[str, Any]:
+def document(replayed: Replayed) -> dict[str, Any]:
     """The JSON of a replay."""
-    result, failed = found.result, found.failed
+    result, failed = replayed.result, replayed.failed
     oom = None
     if result.oom is not None and failed is not None:
         labels = {key: getattr(failed, key) for key in ("phase", "op", "module", "category", "name")}
         oom = {**asdict(result.oom), **labels, "lost_to_fragmentation": result.oom.for_fragmentation}
     return {
         "schema_version": SCHEMA_VERSION,
-        "source": found.source,
-        "title": found.title,
-        "events": found.num_events,
-        "capacity": found.capacity_bytes,
-        "peaks": facts(found),
-        "fragmentation": {"free_at_peak": found.free_at_peak, "rounded_at_peak": found.rounded_at_peak},
+        "source": replayed.source,
+        "title": replayed.title,
+        "events": replayed.num_events,
+        "capacity": replayed.capacity_bytes,
+        "peaks": facts(replayed),
+        "fragmentation": {"free_at_peak": replayed.free_at_peak, "rounded_at_peak": replayed.rounded_at_peak},
         "at_end": {"allocated": result.allocated, "requested": result.requested, "reserved": result.reserved},
-        "recorded_peak_reserved": found.recorded_peak_reserved,
-        "untraced": found.untraced,
+        "recorded_peak_reserved": replayed.recorded_peak_reserved,
+        "untraced": replayed.untraced,
         "out_of_memory": oom,
     }
 
 
-def cells(found: Replayed) -> list[tuple[str, ...]]:
+def cells(replayed: Replayed) -> list[tuple[str, ...]]:
     """The rows of the table: exact bytes, and reserved bytes as people say them."""
     return [
         (printable(phase), f"{p.allocated:,}", f"{p.requested:,}", f"{p.reserved:,}", format_bytes(p.reserved))
-        for phase, p in _windows(found).items()
+        for phase, p in _windows(replayed).items()
     ]
 
 
-def heading(found: Replayed) -> str:
+def heading(replayed: Replayed) -> str:
     """`event log · llama-2-7b · qlora r=8 · events: 67,000`."""
-    return " · ".join(filter(None, (found.source, printable(found.title), f"events: {found.num_events:,}")))
+    return " · ".join(filter(None, (replayed.source, printable(replayed.title), f"events: {replayed.num_events:,}")))
 
 
-def remarks(found: Replayed) -> list[str]:
+def remarks(replayed: Replayed) -> list[str]:
     """What the table does not say, a sentence each."""
-    peaks = found.result.peaks
+    peaks = replayed.result.peaks
     said = [
-        f"at the highest allocated bytes: {format_bytes(found.free_at_peak)} reserved and free (fragmentation), "
-        f"{format_bytes(found.rounded_at_peak)} lost to rounding"
+        f"at the highest allocated bytes: {format_bytes(replayed.free_at_peak)} reserved and free (fragmentation), "
+        f"{format_bytes(replayed.rounded_at_peak)} lost to rounding"
     ]
-    if found.recorded_peak_reserved is not None:
-        more = peaks.reserved - found.recorded_peak_reserved
-        said.append(f"recorded: {found.recorded_peak_reserved:,} bytes reserved at the peak, the replay {more:+,}")
-    if found.untraced:
-        said.append(f"incomplete: blocks that were allocated before the recording began: {found.untraced:,}")
-    return [*said, *_out_of_memory(found)]
+    if replayed.recorded_peak_reserved is not None:
+        more = peaks.reserved - replayed.recorded_peak_reserved
+        said.append(f"recorded: {replayed.recorded_peak_reserved:,} bytes reserved at the peak, the replay {more:+,}")
+    if replayed.untraced:
+        said.append(f"incomplete: blocks that were allocated before the recording began: {replayed.untraced:,}")
+    return [*said, *_out_of_memory(replayed)]
 
 
-def _out_of_memory(found: Replayed) -> list[str]:
-    oom, failed = found.result.oom, found.failed
+def _out_of_memory(replayed: Replayed) -> list[str]:
+    oom, failed = replayed.result.oom, replayed.failed
     if oom is None or failed is None:
-        return [] if found.capacity_bytes is None else [f"fits in {format_bytes(found.capacity_bytes)}"]
+        return [] if replayed.capacity_bytes is None else [f"fits in {format_bytes(replayed.capacity_bytes)}"]
     where = f" in {printable(failed.phase)}" if failed.phase else ""
     who = " in ".join(filter(None, (printable(failed.op), printable(failed.module)))) or "an operation without a name"
     what = " ".join(filter(None, (printable(failed.category), printable(failed.name))))
@@ -92,9 +92,9 @@ def _out_of_memory(found: Replayed) -> list[str]:
     ]
 
 
-def _windows(found: Replayed) -> dict[str, Peaks]:
-    named = {phase: peaks for phase, peaks in found.result.by_phase.items() if phase}
-    return {**named, "whole run": found.result.peaks}
+def _windows(replayed: Replayed) -> dict[str, Peaks]:
+    named = {phase: peaks for phase, peaks in replayed.result.by_phase.items() if phase}
+    return {**named, "whole run": replayed.result.peaks}
 
 
 def _bytes(peaks: Peaks) -> dict[str, int]:

@@ -48,17 +48,17 @@ def not_counted(result: Serving) -> str:
 
 def facts(result: Serving) -> list[dict[str, Any]]:
     """One record per number: its part, its name, its bytes."""
-    found = result.to_dict()
-    merged, cache = found["merged_checkpoint"], found["kv_cache"]
+    document = result.to_dict()
+    merged, cache = document["merged_checkpoint"], document["kv_cache"]
     rows: list[tuple[str, str, int]] = []
-    if found["adapter_file"]:
-        rows.append(("adapter_file", found["adapter_file"]["name"], found["adapter_file"]["bytes"]))
+    if document["adapter_file"]:
+        rows.append(("adapter_file", document["adapter_file"]["name"], document["adapter_file"]["bytes"]))
     rows += [("merged_checkpoint", f"file {i}", size) for i, size in enumerate(merged["files"] if merged else (), start=1)]
-    for place, parts in (found["merge_memory"] or {}).items():
+    for place, parts in (document["merge_memory"] or {}).items():
         rows += [(f"merge_memory.{place}", name, size) for name, size in parts.items() if isinstance(size, int)]
-    rows += [("serving", name, found["serving"][name]) for name in ("base", "adapter", "shared_by_adapters", "all_adapters")]
+    rows += [("serving", name, document["serving"][name]) for name in ("base", "adapter", "shared_by_adapters", "all_adapters")]
     rows += [("kv_cache", f"{t['kind']} {t['part']}", t["bytes"]) for t in (cache["tensors"] if cache else ())]
-    rows.append(("serving", "total", found["serving"]["total"]))
+    rows.append(("serving", "total", document["serving"]["total"]))
     return [{"part": part, "name": name, "bytes": size} for part, name, size in rows]
 
 
@@ -100,11 +100,11 @@ def _merge_row(merge: MergeMemory) -> tuple[str, ...]:
 
 
 def _on_the_device(result: Serving) -> Section:
-    held, assumed = result.held, result.assumptions
+    memory, assumed = result.loaded, result.assumptions
     stored = assumed["dtype"] if assumed["quant"] == "none" else assumed["quant"]
-    rows = [_sized(f"base, {stored}", held.base)]
-    if held.all_adapters:
-        rows.append(_sized(f"{_counted(held.adapters, 'adapter')}, {assumed['serving_dtype']}", held.all_adapters))
+    rows = [_sized(f"base, {stored}", memory.base)]
+    if memory.all_adapters:
+        rows.append(_sized(f"{_counted(memory.adapters, 'adapter')}, {assumed['serving_dtype']}", memory.all_adapters))
     if result.cache is not None:
         rows.append(_sized(f"KV cache, {assumed['batch_size']:,} × {result.cache.tokens:,} tokens", result.cache.num_bytes))
     total = "sum without the KV cache" if KV_CACHE in result.not_modelled else "sum"

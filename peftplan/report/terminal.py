@@ -34,9 +34,9 @@ class _Printable(Console):
 def console() -> Console:
     """Where text goes: stdout, with markup, highlighting and emoji off."""
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    made = _Printable(highlight=False, markup=False, emoji=False, width=PIPE_WIDTH if piped else None)
-    made.width = max(made.width, NARROWEST)
-    return made
+    out = _Printable(highlight=False, markup=False, emoji=False, width=PIPE_WIDTH if piped else None)
+    out.width = max(out.width, NARROWEST)
+    return out
 
 
 def show(out: Console, parts: Iterable[RenderableType]) -> None:
@@ -63,17 +63,17 @@ def rows(columns: Sequence[Column], cells: Iterable[Sequence[str]], *, above: st
 
 def table(*columns: Column, footer: Sequence[str] = (), header: bool = True) -> Table:
     """A plain table. Names and numbers (the first column, and those to the right) never wrap where there is room for them."""
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=bool(footer), collapse_padding=True)
-    made.show_header = header
+    styled = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=bool(footer), collapse_padding=True)
+    styled.show_header = header
     for index, column in enumerate(columns):
-        made.add_column(
+        styled.add_column(
             column.header,
             justify="right" if column.right else "left",
             overflow="fold",
             footer=footer[index] if footer else "",
             no_wrap=column.right or index == 0,
         )
-    return made
+    return styled
 
 
 def fitted(table: Table, width: int) -> Table:

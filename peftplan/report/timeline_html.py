@@ -28,7 +28,7 @@ def page(series: Series, *, title: str, notes: Sequence[str] = ()) -> str:
         "LEGEND": "".join(_key(category, levels[at]) for category, levels in reversed(list(series.by_category.items()))),
         "DATA": json.dumps(_data(series, at), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], _PAGE)
+    return re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _PAGE)
 
 
 def _key(category: Any, num_bytes: int) -> str:

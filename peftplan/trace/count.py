@@ -125,11 +125,11 @@ def _config_object(peft_config: Mapping[str, Any] | Any, task_type: str | None) 
     """
     peft = _peft()
     if isinstance(peft_config, Mapping):
-        given = {key: value for key, value in peft_config.items() if key != "freeze_a"}
+        fields = {key: value for key, value in peft_config.items() if key != "freeze_a"}
         types = {t.value for t in peft.PeftType}
-        if given.get("peft_type") not in types:
-            raise UnknownNameError("peft_type", given.get("peft_type"), types, most=len(types))
-        method = peft.PeftConfig.from_peft_type(**given)
+        if fields.get("peft_type") not in types:
+            raise UnknownNameError("peft_type", fields.get("peft_type"), types, most=len(types))
+        method = peft.PeftConfig.from_peft_type(**fields)
     else:
         method = copy.deepcopy(peft_config)
     unstated = isinstance(peft_config, Mapping) and "task_type" not in peft_config
@@ -292,13 +292,15 @@ def _adaptation(base: Base, adapted: Any, method: Any) -> Adaptation:
     )
 
 
-def _checked(found: Adaptation, base: Base, adapted: Any) -> Adaptation:
+def _checked(adaptation: Adaptation, base: Base, adapted: Any) -> Adaptation:
     """The adaptation, once its sums are peft's own two numbers."""
     numbers = adapted.get_nb_trainable_parameters()
-    total = base.numel + found.num_added
-    if (found.num_trainable, total) != numbers:
-        raise RefusedError(f"peft counts {numbers[0]} of {numbers[1]}, the tensors that differ {found.num_trainable} of {total}")
-    return found
+    total = base.numel + adaptation.num_added
+    if (adaptation.num_trainable, total) != numbers:
+        raise RefusedError(
+            f"peft counts {numbers[0]} of {numbers[1]}, the tensors that differ {adaptation.num_trainable} of {total}"
+        )
+    return adaptation
 
 
 def _family(name: str, modules: frozenset[str]) -> tuple[str, int | None]:
@@ -311,8 +313,8 @@ def _family(name: str, modules: frozenset[str]) -> tuple[str, int | None]:
 
 
 def _layers(indices: list[int | None]) -> tuple[int, ...] | None:
-    found = tuple(i for i in indices if i is not None)
-    return found or None
+    numbered = tuple(i for i in indices if i is not None)
+    return numbered or None
 
 
 def _listed(targets: Any) -> Any:

@@ -201,12 +201,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage = tensor.untyped_storage()
             if storage._cdata in self._live or self._paused:
                 return
-            made = self._add(storage, tensor, op=str(func))
+            record = self._add(storage, tensor, op=str(func))
             if self.phase == "step" and isinstance(source, torch.Tensor):
                 known = self._live.get(source.untyped_storage()._cdata)
-                made.name = None if known is None else known.record.name
+                record.name = None if known is None else known.record.name
             elif self.phase == "step" and isinstance(source, (tuple, list)) and any(map(torch.is_tensor, source)):
-                made.name = "all parameters"
+                record.name = "all parameters"
 
     def _add(self, storage: torch.UntypedStorage, tensor: torch.Tensor, *, op: str) -> Storage:
         record = Storage(
@@ -283,9 +283,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note_ones(self, out: torch.Tensor, func: Any, args: Any) -> None:
         if MAKE_ONES[func](*args) if func in MAKE_ONES else all(self.of_ones(a) for a in args if isinstance(a, torch.Tensor)):
             with torch._C.DisableTorchFunction():
-                made = self._live.get(out.untyped_storage()._cdata)
-            if made is not None:
-                made.record.ones = True
+                live = self._live.get(out.untyped_storage()._cdata)
+            if live is not None:
+                live.record.ones = True
 
     def of_ones(self, tensor: torch.Tensor) -> bool:
         """Whether every element of a tensor is known to be one."""

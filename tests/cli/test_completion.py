@@ -45,8 +45,8 @@ def program(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(("words", "offered", "not_offered"), CASES)
 def test_what_click_answers(words: str, offered: set[str], not_offered: set[str], tmp_path: Path) -> None:
     line = ["peftplan", *words.split()]
-    asked = {"_PEFTPLAN_COMPLETE": "zsh_complete", "COMP_WORDS": " ".join(line), "COMP_CWORD": str(len(line) - 1)}
-    done = subprocess.run(["peftplan"], env=program(tmp_path) | asked, capture_output=True, text=True, check=True)
+    environment = {"_PEFTPLAN_COMPLETE": "zsh_complete", "COMP_WORDS": " ".join(line), "COMP_CWORD": str(len(line) - 1)}
+    done = subprocess.run(["peftplan"], env=program(tmp_path) | environment, capture_output=True, text=True, check=True)
     answered = set(done.stdout.splitlines()[1::3])
     assert offered <= answered
     assert not_offered.isdisjoint(answered)
@@ -55,8 +55,8 @@ def test_what_click_answers(words: str, offered: set[str], not_offered: set[str]
 def test_a_file_is_left_to_the_shell(tmp_path: Path) -> None:
     for words in ("estimate ./", "estimate gpt2 --peft-config a"):
         line = ["peftplan", *words.split()]
-        asked = {"_PEFTPLAN_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(line), "COMP_CWORD": str(len(line) - 1)}
-        done = subprocess.run(["peftplan"], env=program(tmp_path) | asked, capture_output=True, text=True, check=True)
+        environment = {"_PEFTPLAN_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(line), "COMP_CWORD": str(len(line) - 1)}
+        done = subprocess.run(["peftplan"], env=program(tmp_path) | environment, capture_output=True, text=True, check=True)
         assert done.stdout.startswith("file,")
 
 
@@ -89,10 +89,10 @@ def test_choices_are_those_of_the_library() -> None:
 
 def test_every_command_and_optimizer_is_offered(tmp_path: Path) -> None:
     for words, names in ((["peftplan", ""], set(COMMANDS)), (["peftplan", "estimate", "gpt2", "--optim", ""], set(OPTIMIZERS))):
-        asked = {
+        environment = {
             "_PEFTPLAN_COMPLETE": "zsh_complete",
             "COMP_WORDS": " ".join(words[:-1]) + " ",
             "COMP_CWORD": str(len(words) - 1),
         }
-        done = subprocess.run(["peftplan"], env=program(tmp_path) | asked, capture_output=True, text=True, check=True)
+        done = subprocess.run(["peftplan"], env=program(tmp_path) | environment, capture_output=True, text=True, check=True)
         assert names <= set(done.stdout.splitlines()[1::3])

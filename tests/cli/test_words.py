@@ -16,7 +16,7 @@ from peftplan.planning.words import MEANINGS, NOT_COUNTED
 from tests.cli.run import run
 
 
-def asked(*args: str) -> dict[str, Any]:
+def assumed_by(*args: str) -> dict[str, Any]:
     """What an estimate of a small model by the command line assumes, with its method and count."""
     done = run("estimate", "gpt2", *args, "--format", "json")
     assert done.code == 0, done.err
@@ -58,7 +58,7 @@ def test_a_word_is_no_field_of_any_method_and_means_an_option() -> None:
     ],
 )
 def test_a_word_is_what_it_means(typed: list[str], ours: list[str]) -> None:
-    assert asked(*typed) == asked(*ours)
+    assert assumed_by(*typed) == assumed_by(*ours)
 
 
 def test_a_switch_does_not_swallow_the_model() -> None:
@@ -113,7 +113,7 @@ def test_an_error_names_what_was_typed(command: str, line: str) -> None:
 
 
 def test_repeatable_options_and_switches_may_be_repeated() -> None:
-    assert asked("--gpu", "t4", "--gpu", "l4", "--set", "bias=all", "--set", "use_dora=false", "--strict", "--strict")
+    assert assumed_by("--gpu", "t4", "--gpu", "l4", "--set", "bias=all", "--set", "use_dora=false", "--strict", "--strict")
 
 
 def test_an_error_of_python_names_the_keyword() -> None:

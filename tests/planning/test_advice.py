@@ -187,10 +187,10 @@ def test_changes_exclude_each_other() -> None:
         Change(options, SAME, {"step": 30})
         for options in ({"trainer": "trl"}, {"kbit_prepare": False}, {"method": "qlora"}, {"method": "lora"})
     )
-    found = [change.options for change in combinations([trl, no_kbit, qlora, lora], before, 50)]
-    assert {"trainer": "trl", "kbit_prepare": False} not in found
-    assert {"trainer": "trl", "method": "qlora"} in found
-    assert len(found) == 4
+    proposed = [change.options for change in combinations([trl, no_kbit, qlora, lora], before, 50)]
+    assert {"trainer": "trl", "kbit_prepare": False} not in proposed
+    assert {"trainer": "trl", "method": "qlora"} in proposed
+    assert len(proposed) == 4
 
 
 def test_a_hopeless_job_on_a_card_is_one_line() -> None:

@@ -14,9 +14,9 @@ from tests.planning.tiny import CONFIG
 COMMON = {"output_dir": "unused", "report_to": [], "use_cpu": True}
 
 
-def choices(found: peftplan.Estimate) -> dict[str, Any]:
+def choices(estimate: peftplan.Estimate) -> dict[str, Any]:
     """What an estimate assumed, but for where the model was read from; peft keeps names as sets, so their order says nothing."""
-    return {k: sorted(v) if isinstance(v, list) else v for k, v in found.assumptions.items() if k != "model"}
+    return {k: sorted(v) if isinstance(v, list) else v for k, v in estimate.assumptions.items() if k != "model"}
 
 
 def same(one: peftplan.Estimate, other: peftplan.Estimate) -> bool:
@@ -32,9 +32,9 @@ def test_a_transformers_config_is_a_model() -> None:
 
 def test_a_config_of_another_kind_is_a_model_too() -> None:
     transformers = pytest.importorskip("transformers")
-    found = peftplan.estimate(transformers.BertConfig(num_labels=3), task_type="SEQ_CLS", target_modules="query")
+    estimate = peftplan.estimate(transformers.BertConfig(num_labels=3), task_type="SEQ_CLS", target_modules="query")
     # r·(in + out) per layer, and the classifier that peft trains for this task: 768·3 + 3
-    assert found.trainable_parameters == 12 * 8 * (768 + 768) + 2_307
+    assert estimate.trainable_parameters == 12 * 8 * (768 + 768) + 2_307
 
 
 PEFT_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -84,9 +84,9 @@ def test_a_saved_adapter_is_a_method(tmp_path: Path) -> None:
 
 def test_what_is_set_wins_over_a_peft_config() -> None:
     raw = {"peft_type": "LORA", "r": 64, "target_modules": ["q_proj"], "use_dora": True}
-    found = peftplan.estimate(CONFIG, peft_config=raw, r=4, target_modules="v_proj")
-    assert found.trainable_parameters == 2 * (4 * (64 + 32) + 32)  # and the magnitudes of DoRA stay
-    assert found.method["name"] == "dora"
+    estimate = peftplan.estimate(CONFIG, peft_config=raw, r=4, target_modules="v_proj")
+    assert estimate.trainable_parameters == 2 * (4 * (64 + 32) + 32)  # and the magnitudes of DoRA stay
+    assert estimate.method["name"] == "dora"
     with pytest.raises(peftplan.InputError, match="of type LORA"):
         peftplan.estimate(CONFIG, peft_config=raw, method="ia3")
 
@@ -112,8 +112,8 @@ def test_what_is_set_wins_over_a_peft_config() -> None:
 def test_a_bitsandbytes_config_is_a_storage(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
-    found = peftplan.estimate(CONFIG, quantization_config=transformers.BitsAndBytesConfig(**theirs))
-    assert same(found, peftplan.estimate(CONFIG, **ours))
+    estimate = peftplan.estimate(CONFIG, quantization_config=transformers.BitsAndBytesConfig(**theirs))
+    assert same(estimate, peftplan.estimate(CONFIG, **ours))
 
 
 def test_what_is_set_wins_over_a_bitsandbytes_config() -> None:
@@ -123,8 +123,8 @@ def test_what_is_set_wins_over_a_bitsandbytes_config() -> None:
     assert same(peftplan.estimate(CONFIG, quantization_config=raw, quant="none"), peftplan.estimate(CONFIG))
     # The object says what `qlora` leaves open, and what it presets.
     plain = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
-    found = peftplan.estimate(CONFIG, method="qlora", quantization_config=plain).assumptions
-    assert (found["quant"], found["double_quant"], found["compute_dtype"]) == ("fp4", False, "fp32")
+    assumptions = peftplan.estimate(CONFIG, method="qlora", quantization_config=plain).assumptions
+    assert (assumptions["quant"], assumptions["double_quant"], assumptions["compute_dtype"]) == ("fp4", False, "fp32")
 
 
 def test_training_arguments_are_a_setup() -> None:
@@ -133,19 +133,19 @@ def test_training_arguments_are_a_setup() -> None:
     args = transformers.TrainingArguments(
         **COMMON, per_device_train_batch_size=3, gradient_accumulation_steps=5, optim="adafactor", gradient_checkpointing=True
     )
-    found = peftplan.estimate(CONFIG, training_args=args)
+    estimate = peftplan.estimate(CONFIG, training_args=args)
     ours = {"batch_size": 3, "gradient_accumulation_steps": 5, "optim": "adafactor", "gradient_checkpointing": True}
-    assert same(found, peftplan.estimate(CONFIG, autocast="none", **ours))
-    assert found.assumptions["trainer"] == "transformers"
+    assert same(estimate, peftplan.estimate(CONFIG, autocast="none", **ours))
+    assert estimate.assumptions["trainer"] == "transformers"
 
 
 def test_training_arguments_say_what_they_leave_off() -> None:
     # Their own defaults, unlike our preset: no checkpointing, no mixed precision, a batch of 8 on each device.
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    found = peftplan.estimate(CONFIG, training_args=transformers.TrainingArguments(**COMMON)).assumptions
-    assert (found["batch_size"], found["gradient_checkpointing"], found["autocast"]) == (8, False, "none")
-    assert found["optim"] == "adamw_torch_fused"
+    assumptions = peftplan.estimate(CONFIG, training_args=transformers.TrainingArguments(**COMMON)).assumptions
+    assert (assumptions["batch_size"], assumptions["gradient_checkpointing"], assumptions["autocast"]) == (8, False, "none")
+    assert assumptions["optim"] == "adamw_torch_fused"
 
 
 def test_optimizer_arguments_come_along() -> None:
@@ -153,16 +153,17 @@ def test_optimizer_arguments_come_along() -> None:
     pytest.importorskip("accelerate")
     args = transformers.TrainingArguments(**COMMON, optim="galore_adamw", optim_args="rank=4", optim_target_modules=["attn"])
     ours = {"optim": "galore_adamw", "optim_args": "rank=4", "optim_target_modules": "attn", "method": "full"}
-    found = peftplan.estimate(CONFIG, training_args=args, method="full")
-    assert found.lines() == peftplan.estimate(CONFIG, **ours).lines()
+    estimate = peftplan.estimate(CONFIG, training_args=args, method="full")
+    assert estimate.lines() == peftplan.estimate(CONFIG, **ours).lines()
 
 
 def test_an_sft_config_is_trl() -> None:
     trl = pytest.importorskip("trl")
     args = trl.SFTConfig(**COMMON, max_length=512, per_device_train_batch_size=2, bf16=False)
-    found = peftplan.estimate(CONFIG, training_args=args, quant="nf4").assumptions
+    assumptions = peftplan.estimate(CONFIG, training_args=args, quant="nf4").assumptions
     shown = {
-        name: found[name] for name in ("trainer", "seq_len", "batch_size", "loss", "kbit_prepare", "adapter_dtype", "autocast")
+        name: assumptions[name]
+        for name in ("trainer", "seq_len", "batch_size", "loss", "kbit_prepare", "adapter_dtype", "autocast")
     }
     assert shown == {
         "trainer": "trl",
@@ -173,7 +174,7 @@ def test_an_sft_config_is_trl() -> None:
         "adapter_dtype": "bf16",
         "autocast": "none",
     }
-    assert found["gradient_checkpointing"] is True  # TRL's own default
+    assert assumptions["gradient_checkpointing"] is True  # TRL's own default
 
 
 def test_other_trainers_of_trl_are_refused() -> None:
@@ -186,10 +187,10 @@ def test_what_is_set_wins_over_training_arguments() -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     args = transformers.TrainingArguments(**COMMON, per_device_train_batch_size=3, optim="adafactor")
-    found = peftplan.estimate(
+    estimate = peftplan.estimate(
         CONFIG, training_args=args, optim="sgd", trainer="plain", batch_size=1, gradient_accumulation_steps=None
     )
-    shown = {name: found.assumptions[name] for name in ("optim", "trainer", "batch_size", "gradient_accumulation_steps")}
+    shown = {name: estimate.assumptions[name] for name in ("optim", "trainer", "batch_size", "gradient_accumulation_steps")}
     # None sets nothing.
     assert shown == {"optim": "sgd", "trainer": "plain", "batch_size": 1, "gradient_accumulation_steps": 1}
     assert peftplan.estimate(CONFIG, training_args=args, optim=None).assumptions["optim"] == "adafactor"
@@ -230,10 +231,12 @@ def test_checkpointing_kwargs_say_which_layers_and_where(kwargs: dict[str, Any],
     transformers = pytest.importorskip("transformers")
     for on in (True, False):
         args = transformers.TrainingArguments(**COMMON, activation_checkpointing=on, activation_checkpointing_kwargs=kwargs)
-        found = peftplan.estimate(CONFIG, training_args=args).assumptions
+        assumptions = peftplan.estimate(CONFIG, training_args=args).assumptions
         names = {"every_n_layers", "offload_checkpoints"}
-        assert {name: found[name] for name in found if name in names} == {k: v for k, v in expected.items() if on and k in names}
-        assert found["use_reentrant"] is kwargs.get("use_reentrant", False)
+        assert {name: assumptions[name] for name in assumptions if name in names} == {
+            k: v for k, v in expected.items() if on and k in names
+        }
+        assert assumptions["use_reentrant"] is kwargs.get("use_reentrant", False)
 
 
 def test_checkpointing_that_is_not_counted_is_refused() -> None:
@@ -303,33 +306,33 @@ def test_the_task_of_an_adapter_with_a_head_is_the_jobs(task: str, model: str, t
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type=task, r=8)
     config.save_pretrained(tmp_path)
-    for given in (config, tmp_path):
-        found = peftplan.estimate(model, peft_config=given)
-        assert found.model["model_class"].endswith({"SEQ_CLS": "ForSequenceClassification"}.get(task, "ForQuestionAnswering"))
-        assert found.trainable_parameters == trainable
+    for source in (config, tmp_path):
+        estimate = peftplan.estimate(model, peft_config=source)
+        assert estimate.model["model_class"].endswith({"SEQ_CLS": "ForSequenceClassification"}.get(task, "ForQuestionAnswering"))
+        assert estimate.trainable_parameters == trainable
     assert peftplan.estimate(model, peft_config=config, task_type="FEATURE_EXTRACTION").model["model_class"].endswith("Model")
 
 
 def test_a_task_that_vision_models_borrow_leaves_their_class(tmp_path: Path) -> None:
     """People write CAUSAL_LM for Qwen2-VL, whose class is the one that its config names."""
-    found = peftplan.estimate(
+    estimate = peftplan.estimate(
         "qwen2-vl-2b-instruct", peft_config={"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
     )
-    assert found.model["model_class"] == "Qwen2VLForConditionalGeneration"
+    assert estimate.model["model_class"] == "Qwen2VLForConditionalGeneration"
 
 
 def test_a_checkpoint_of_bitsandbytes_is_loaded_as_stored() -> None:
     """As transformers loads it: a config.json with its own `quantization_config`."""
     four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
     stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, **four_bit}
-    given = {**CONFIG, "quantization_config": stored}
+    config = {**CONFIG, "quantization_config": stored}
     for method in ("lora", "qlora"):
-        found, expected = peftplan.estimate(given, method=method), peftplan.estimate(CONFIG, method="qlora")
-        assert found.lines() == expected.lines()
-        assert "quantized checkpoint (bitsandbytes)" in str(found.assumptions["notes"])
-    assert peftplan.estimate(given, quant="none").lines() == peftplan.estimate(CONFIG).lines()
+        estimate, expected = peftplan.estimate(config, method=method), peftplan.estimate(CONFIG, method="qlora")
+        assert estimate.lines() == expected.lines()
+        assert "quantized checkpoint (bitsandbytes)" in str(estimate.assumptions["notes"])
+    assert peftplan.estimate(config, quant="none").lines() == peftplan.estimate(CONFIG).lines()
     with pytest.raises(peftplan.errors.RefusedError, match="stored as nf4 cannot be trained in full"):
-        peftplan.estimate(given, method="full")
+        peftplan.estimate(config, method="full")
     by_gptq = peftplan.estimate({**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4}})
     assert "(gptq): counted as --quant says" in str(by_gptq.assumptions["notes"])
 
@@ -361,6 +364,6 @@ def test_a_batch_as_one_sequence_is_refused(fields: dict[str, Any], named: str) 
 )
 def test_what_only_peft_reads_of_an_adapter_config_is_named(adapter: dict[str, Any], what: str) -> None:
     """peft itself counts it, and no peak is stated."""
-    found = peftplan.estimate("llama-3.2-1b", peft_config={"target_modules": ["q_proj"], **adapter})
-    assert found.peaks is None
-    assert found.not_modelled[0].startswith(f"activations of {what} (")
+    estimate = peftplan.estimate("llama-3.2-1b", peft_config={"target_modules": ["q_proj"], **adapter})
+    assert estimate.peaks is None
+    assert estimate.not_modelled[0].startswith(f"activations of {what} (")

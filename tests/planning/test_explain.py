@@ -21,13 +21,13 @@ from tests.cli.run import run
     ],
 )
 def test_the_lines_add_up(model: str, options: dict[str, object]) -> None:
-    found = estimate(model, **options)  # type: ignore[arg-type]
-    text = found.explain()
+    result = estimate(model, **options)  # type: ignore[arg-type]
+    text = result.explain()
     lines = sum(int(n.replace(",", "")) for n in re.findall(r"= ([\d,]+)  \[", text))
     categories = sum(int(n.replace(",", "")) for n in re.findall(r"^\w+: ([\d,]+)$", text, re.M))
-    assert lines == categories == found.ledger.bytes()
+    assert lines == categories == result.ledger.bytes()
     assert f": {lines:,}" in text
-    assert ("not counted yet" in text) == (found.peaks is None)
+    assert ("not counted yet" in text) == (result.peaks is None)
 
 
 def test_a_named_card_is_explained_as_it_is_judged() -> None:

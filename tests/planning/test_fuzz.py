@@ -119,12 +119,12 @@ def options(draw: st.DrawFn, method: str) -> dict[str, Any]:
     return working(method) | {name: draw(VALUES if name == odd else fitting(fields[name], name)) for name in chosen}
 
 
-def answer(model: Any, **given: Any) -> None:
+def answer(model: Any, **options: Any) -> None:
     """Run one estimate; any error but ours, a message of several lines, or a long wait fails."""
     message = None
     started = time.perf_counter()
     try:
-        result = peftplan.estimate(model, **given)
+        result = peftplan.estimate(model, **options)
     except peftplan.PeftplanError as error:
         message = str(error)
     assert time.perf_counter() - started < MOST_SECONDS

@@ -45,8 +45,8 @@ BUFFERS = {"model.rotary_emb.inv_freq": 512, "model.rotary_emb.original_inv_freq
 
 def lines(category: str | None = None, **options: Any) -> dict[str, int]:
     """name → bytes of the lines of one category, or of all."""
-    found = peftplan.estimate(CONFIG, **{"r": 4, "target_modules": "q_proj,v_proj", **options}).static
-    return {line.name.replace("{}", "*"): line.bytes() for line in found if category in (None, line.category)}
+    static = peftplan.estimate(CONFIG, **{"r": 4, "target_modules": "q_proj,v_proj", **options}).static
+    return {line.name.replace("{}", "*"): line.bytes() for line in static if category in (None, line.category)}
 
 
 def total(*categories: str, **options: Any) -> int:
@@ -78,9 +78,9 @@ def test_every_line() -> None:
 
 def test_foreach_keeps_its_steps_on_the_cpu() -> None:
     # `adamw_torch` is neither fused nor capturable: its steps are CPU tensors, and take nothing of the device.
-    found = peftplan.estimate(CONFIG, r=4, target_modules="q_proj,v_proj", optim="adamw_torch")
-    assert found.static.by_category()["optimizer_states"] == 2 * 7_168
-    assert {line.place for line in found.static if line.name.endswith(".step")} == {"host"}
+    estimate = peftplan.estimate(CONFIG, r=4, target_modules="q_proj,v_proj", optim="adamw_torch")
+    assert estimate.static.by_category()["optimizer_states"] == 2 * 7_168
+    assert {line.place for line in estimate.static if line.name.endswith(".step")} == {"host"}
 
 
 def test_sgd_without_momentum_has_no_states() -> None:
@@ -89,9 +89,9 @@ def test_sgd_without_momentum_has_no_states() -> None:
 
 def test_full_fine_tuning() -> None:
     # Every weight trains in bf16: gradients and both moments are as large as the weights; each of 2·9 + 3 tensors has a step.
-    found = peftplan.estimate(CONFIG, method="full")
-    assert found.trainable_parameters == found.total_parameters == 74_560
-    by_category = found.static.by_category()
+    estimate = peftplan.estimate(CONFIG, method="full")
+    assert estimate.trainable_parameters == estimate.total_parameters == 74_560
+    by_category = estimate.static.by_category()
     assert by_category["gradients"] == by_category["weights"] == 151_040
     assert by_category["adapter_weights"] == 0
     assert by_category["optimizer_states"] == 2 * 151_040 + 512 * (2 * 9 + 3)
@@ -128,8 +128,8 @@ def test_dtype_of_the_adapter() -> None:
 def test_fp16_keeps_in_fp32_what_the_model_class_says() -> None:
     # T5 keeps every `wo` in fp32 under fp16 (`_keep_in_fp32_modules`), not under bf16. t5-small: 2048·512 elements, 6 + 6 layers.
     def wo(dtype: str) -> int:
-        found = peftplan.estimate("t5-small", dtype=dtype, target_modules="q,v").lines()
-        return sum(line["bytes"] for line in found if line["category"] == "weights" and line["name"].endswith("wo.weight"))
+        all_lines = peftplan.estimate("t5-small", dtype=dtype, target_modules="q,v").lines()
+        return sum(line["bytes"] for line in all_lines if line["category"] == "weights" and line["name"].endswith("wo.weight"))
 
     assert wo("bf16") == 12 * 2048 * 512 * 2
     assert wo("fp16") == wo("fp32") == 12 * 2048 * 512 * 4
@@ -138,8 +138,8 @@ def test_fp16_keeps_in_fp32_what_the_model_class_says() -> None:
 def test_paged_states_live_in_managed_memory() -> None:
     # bitsandbytes pages states of at least 100,000 elements (`get_paged`): 32·4096 = 131,072 are, 16·4096 = 65,536 are not.
     def placed(r: int) -> tuple[int, int]:
-        found = peftplan.estimate("llama-2-7b", r=r, target_modules="q_proj", optim="paged_adamw_32bit")
-        return found.managed_bytes, found.static.by_category()["optimizer_states"]
+        estimate = peftplan.estimate("llama-2-7b", r=r, target_modules="q_proj", optim="paged_adamw_32bit")
+        return estimate.managed_bytes, estimate.static.by_category()["optimizer_states"]
 
     # 32 layers × A and B × 2 states × 4 bytes
     assert placed(32) == (32 * 2 * 2 * 4 * 131_072, 0)

@@ -51,26 +51,26 @@ ON_QUANTIZED = {
 
 def assumed(model: Any = CONFIG, **options: Any) -> dict[str, Any]:
     """What an estimate assumed of the run, without notes; the card's kernels matter only where there is a peak."""
-    found = peftplan.estimate(model, **options).assumptions
-    return {name: value for name, value in found.items() if name not in ("compute_capability", "notes")}
+    assumptions = peftplan.estimate(model, **options).assumptions
+    return {name: value for name, value in assumptions.items() if name not in ("compute_capability", "notes")}
 
 
 @pytest.mark.parametrize("trainer", EXPECTED)
 def test_a_preset_fills_what_is_not_set(trainer: str) -> None:
-    found = assumed(trainer=trainer)
+    values = assumed(trainer=trainer)
     expected = ALWAYS | EXPECTED[trainer] | {"trainer": trainer, "quant": "none", "kbit_prepare": False, "adapter_dtype": "fp32"}
-    assert {name: found[name] for name in expected} == expected
+    assert {name: values[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("trainer", EXPECTED)
 def test_a_preset_on_a_quantized_base(trainer: str) -> None:
-    found = assumed(trainer=trainer, quant="nf4")
-    assert (found["kbit_prepare"], found["adapter_dtype"]) == ON_QUANTIZED[trainer]
-    assert (found["double_quant"], found["compute_dtype"]) == (False, "bf16")
+    values = assumed(trainer=trainer, quant="nf4")
+    assert (values["kbit_prepare"], values["adapter_dtype"]) == ON_QUANTIZED[trainer]
+    assert (values["double_quant"], values["compute_dtype"]) == (False, "bf16")
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "said"),
     [
         ({"quant": "int8"}, {}),
         ({"quant": "fp8"}, {}),
@@ -81,12 +81,12 @@ def test_a_preset_on_a_quantized_base(trainer: str) -> None:
         ({"quant": "nf4"}, {"double_quant": False, "compute_dtype": "bf16"}),
     ],
 )
-def test_a_format_says_its_own_options(given: dict[str, Any], said: dict[str, Any]) -> None:
+def test_a_format_says_its_own_options(options: dict[str, Any], said: dict[str, Any]) -> None:
     """transformers 5.24, utils/quantization_config.py: GPTQConfig groups by 128, HqqConfig has 4 bits by 64."""
     words = ("double_quant", "compute_dtype", "quant_bits", "quant_group_size")
-    found = assumed(**given)
-    assert {name: found[name] for name in words if name in found} == said
-    served = peftplan.serving(CONFIG, **given).assumptions
+    values = assumed(**options)
+    assert {name: values[name] for name in words if name in values} == said
+    served = peftplan.serving(CONFIG, **options).assumptions
     assert {name: served[name] for name in words if name in served} == {k: v for k, v in said.items() if k != "compute_dtype"}
 
 
@@ -140,14 +140,19 @@ def test_what_is_set_wins(trainer: str, name: str) -> None:
             assumed(trainer=trainer, keep_outputs=True)
         return
     assert preset[name] != value
-    found = assumed(trainer=trainer, quant="nf4", **{name: value})
+    values = assumed(trainer=trainer, quant="nf4", **{name: value})
     also = {"dtype": {"compute_dtype": "fp16"}}.get(name, {})  # which follows the dtype where it is not set
-    assert found == preset | {name: value} | also
+    assert values == preset | {name: value} | also
 
 
 def test_qlora_is_nf4_with_double_quantization() -> None:
-    found = assumed(method="qlora")
-    assert (found["quant"], found["double_quant"], found["compute_dtype"], found["kbit_prepare"]) == ("nf4", True, "bf16", True)
+    values = assumed(method="qlora")
+    assert (values["quant"], values["double_quant"], values["compute_dtype"], values["kbit_prepare"]) == (
+        "nf4",
+        True,
+        "bf16",
+        True,
+    )
     assert assumed(method="qlora", double_quant=False)["double_quant"] is False
     assert assumed(method="qlora", dtype="fp16")["compute_dtype"] == "bf16"
     assert assumed(method="qlora", quant="int8")["quant"] == "int8"

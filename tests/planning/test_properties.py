@@ -74,8 +74,8 @@ each takes a multiple of 512 bytes."""
 @given(config=WIDE)
 def test_nf4_is_smaller_than_bf16_and_double_quantization_smaller_still(config: dict[str, Any]) -> None:
     def stored(**storage: Any) -> int:
-        found = peftplan.estimate(config, kbit_prepare=False, **storage).static.by_category()
-        return found["weights"] + found["quant_state"]
+        by_category = peftplan.estimate(config, kbit_prepare=False, **storage).static.by_category()
+        return by_category["weights"] + by_category["quant_state"]
 
     assert stored(quant="nf4", double_quant=True) <= stored(quant="nf4") <= stored(quant="int8") <= stored()
 
@@ -98,8 +98,8 @@ def test_lora_trains_less_than_full(config: dict[str, Any], r: int, optim: str) 
     config=llamas(), dtype=st.sampled_from(["bf16", "fp16", "fp32"]), optim=st.sampled_from(["adamw_torch_fused", "adamw_torch"])
 )
 def test_totals_are_sums_of_lines(config: dict[str, Any], dtype: str, optim: str) -> None:
-    found = peftplan.estimate(config, dtype=dtype, optim=optim, seq_len=64)
-    memory = found.to_dict()["memory"]
+    estimate = peftplan.estimate(config, dtype=dtype, optim=optim, seq_len=64)
+    memory = estimate.to_dict()["memory"]
     on_device = [line for line in memory["lines"] if line["place"] == "device"]
     assert sum(line["bytes"] for line in on_device) == memory["peak_allocated"] == max(memory["peak_by_phase"].values())
     assert sum(memory["by_category"].values()) == memory["peak_allocated"]
@@ -109,21 +109,21 @@ def test_totals_are_sums_of_lines(config: dict[str, Any], dtype: str, optim: str
     # No line is smaller than its tensor, and none is 512 bytes larger for each copy of it.
     itemsize = {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]
     weights = sum(line["bytes"] for line in on_device if line["category"] == "weights")
-    tensors = sum(line.copies for line in found.ledger if line.category == "weights")
-    assert 0 <= weights - itemsize * found.model["num_parameters"] < 512 * tensors
+    tensors = sum(line.copies for line in estimate.ledger if line.category == "weights")
+    assert 0 <= weights - itemsize * estimate.model["num_parameters"] < 512 * tensors
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_adds_up_on_a_real_model(method: str) -> None:
     needed = {"num_virtual_tokens": 4} if METHODS[method].module == "virtual_tokens" else {}
-    found = peftplan.estimate("opt-350m" if method == "bitfit" else "llama-3.2-1b", method=method, **needed)
-    assert 0 < found.trainable_parameters <= found.total_parameters
-    assert found.total_parameters - found.adaptation.num_added == found.model["num_parameters"]
-    assert sum(found.static.by_category().values()) == found.persistent_bytes
+    estimate = peftplan.estimate("opt-350m" if method == "bitfit" else "llama-3.2-1b", method=method, **needed)
+    assert 0 < estimate.trainable_parameters <= estimate.total_parameters
+    assert estimate.total_parameters - estimate.adaptation.num_added == estimate.model["num_parameters"]
+    assert sum(estimate.static.by_category().values()) == estimate.persistent_bytes
     # AdamW keeps two moments beside each gradient, in its dtype and a step of one block; AdaLoRA three sensitivities.
     moments = 2 + 3 * (method == "adalora")
-    by_category = found.static.by_category()
-    trained = sum(parameter.copies for parameter in found.parameters.all if parameter.trainable)
+    by_category = estimate.static.by_category()
+    trained = sum(parameter.copies for parameter in estimate.parameters.all if parameter.trainable)
     assert by_category["optimizer_states"] == moments * by_category["gradients"] + 512 * trained
 
 

@@ -26,9 +26,9 @@ SMALL: dict[str, Any] = {
 
 
 def peaks(**options: Any) -> Peaks:
-    found = peftplan.estimate(SMALL, **{"seq_len": 128, **options}).peaks
-    assert found is not None
-    return found
+    stated = peftplan.estimate(SMALL, **{"seq_len": 128, **options}).peaks
+    assert stated is not None
+    return stated
 
 
 def test_a_tail_is_a_line_by_hand() -> None:
@@ -38,10 +38,10 @@ def test_a_tail_is_a_line_by_hand() -> None:
 
 
 def test_lines_add_up_to_the_peaks() -> None:
-    found = peaks(method="lora")
-    assert {phase: found.ledgers[phase].bytes() for phase in PHASES} == found.by_phase
-    assert isinstance(found, InstantPeaks)
-    assert all(found.by_phase[phase] >= found.requested[phase] for phase in PHASES)
+    stated = peaks(method="lora")
+    assert {phase: stated.ledgers[phase].bytes() for phase in PHASES} == stated.by_phase
+    assert isinstance(stated, InstantPeaks)
+    assert all(stated.by_phase[phase] >= stated.requested[phase] for phase in PHASES)
 
 
 JOB: dict[str, Any] = {"method": "qlora", "seq_len": 1000}
@@ -81,12 +81,12 @@ def test_an_array_of_sizes_says_that_tails_are_missing() -> None:
 
 def test_json_is_of_the_replay() -> None:
     estimate = peftplan.estimate(SMALL, method="lora", seq_len=128, gpu="a100-80gb")
-    memory, found = estimate.to_dict()["memory"], estimate.peaks
-    assert found is not None
-    assert (memory["peak_by_phase"], memory["peak_reserved"]) == (found.by_phase, found.reserved)
+    memory, stated = estimate.to_dict()["memory"], estimate.peaks
+    assert stated is not None
+    assert (memory["peak_by_phase"], memory["peak_reserved"]) == (stated.by_phase, stated.reserved)
     assert sum(line["bytes"] for line in memory["lines"]) == memory["peak_allocated"]
     (verdict,) = estimate.gpus
-    assert verdict.needed_bytes == found.reserved + verdict.context_bytes  # type: ignore[operator]
+    assert verdict.needed_bytes == stated.reserved + verdict.context_bytes  # type: ignore[operator]
 
 
 def test_weights_of_five_mebibytes_by_hand() -> None:

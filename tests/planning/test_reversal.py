@@ -21,17 +21,17 @@ UNPADDED_GIB = {"full": 15.015, "lora": 15.420, "qlora": 22.722}
 
 
 def peaks(method: str, **options: Any) -> Any:
-    found = estimate("qwen2.5-0.5b", method=method, **RUN, **options).peaks
-    assert found is not None
-    return found
+    stated = estimate("qwen2.5-0.5b", method=method, **RUN, **options).peaks
+    assert stated is not None
+    return stated
 
 
 @pytest.mark.parametrize(("padding", "golden"), [(True, GOLDEN_GIB), (False, UNPADDED_GIB)])
 def test_qlora_takes_more_than_lora_and_lora_more_than_full(padding: bool, golden: dict[str, float]) -> None:
-    found = {method: peaks(method, padding=padding) for method in golden}
-    assert {method: peak.phase for method, peak in found.items()} == dict.fromkeys(golden, "backward")
-    assert {method: round(peak.allocated / GIB, 3) for method, peak in found.items()} == golden
-    assert sorted(golden, key=lambda method: found[method].allocated) == ["full", "lora", "qlora"]
+    by_method = {method: peaks(method, padding=padding) for method in golden}
+    assert {method: peak.phase for method, peak in by_method.items()} == dict.fromkeys(golden, "backward")
+    assert {method: round(peak.allocated / GIB, 3) for method, peak in by_method.items()} == golden
+    assert sorted(golden, key=lambda method: by_method[method].allocated) == ["full", "lora", "qlora"]
 
 
 def test_what_lasts_is_in_the_other_order() -> None:

@@ -185,15 +185,17 @@ def test_an_older_torch_gives_cublaslt_workspaces_of_its_own(engine: str) -> Non
 
 def test_what_one_torch_compiled_is_not_taken_for_another() -> None:
     """The same architecture, which a built-in model has: its products have biases, forward and backward."""
-    found = [peftplan.estimate("bert-base-uncased", script=Script(torch=torch)).peaks for torch in ("2.11.0", "2.12.0", "2.11.0")]
-    old, new, again = (peaks.allocated for peaks in found if peaks)
+    by_torch = [
+        peftplan.estimate("bert-base-uncased", script=Script(torch=torch)).peaks for torch in ("2.11.0", "2.12.0", "2.11.0")
+    ]
+    old, new, again = (peaks.allocated for peaks in by_torch if peaks)
     assert old == again == new + 2 * 2**20
 
 
 def taken(script: Script, *, attention_bias: bool, **options: Any) -> int:
     """Bytes of workspaces at the peak."""
-    found = peftplan.estimate({**WIDE, "attention_bias": attention_bias}, script=script, **{**RUN, **options})
-    return found.ledger.by_category()["workspaces"]
+    estimate = peftplan.estimate({**WIDE, "attention_bias": attention_bias}, script=script, **{**RUN, **options})
+    return estimate.ledger.by_category()["workspaces"]
 
 
 @pytest.mark.parametrize("engine", ["analytic", "trace"])

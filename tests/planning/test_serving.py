@@ -22,11 +22,11 @@ def serving(**options: Any) -> Serving:
 def test_n_adapters_beside_one_base() -> None:
     one, many = (serving(target_modules=["q_proj"], r=4, adapters=n) for n in (1, 9))
     # two layers, each with A (4, 64) and B (64, 4) in bf16: 512 B each
-    assert one.held.adapter == 2 * 2 * 512
-    assert many.held.all_adapters == 9 * one.held.all_adapters
-    assert many.held.base == one.held.base
-    assert many.total - one.total == 8 * one.held.adapter
-    assert serving(target_modules=["q_proj"], r=4, serving_dtype="fp32").held.adapter == 2 * one.held.adapter
+    assert one.loaded.adapter == 2 * 2 * 512
+    assert many.loaded.all_adapters == 9 * one.loaded.all_adapters
+    assert many.loaded.base == one.loaded.base
+    assert many.total - one.total == 8 * one.loaded.adapter
+    assert serving(target_modules=["q_proj"], r=4, serving_dtype="fp32").loaded.adapter == 2 * one.loaded.adapter
 
 
 def test_the_file_does_not_depend_on_serving() -> None:
@@ -35,31 +35,31 @@ def test_the_file_does_not_depend_on_serving() -> None:
 
 
 def test_total_is_the_sum_of_its_parts() -> None:
-    found = serving(method="vera", r=16, adapters=3, batch_size=2, context=100)
-    assert found.cache is not None
+    result = serving(method="vera", r=16, adapters=3, batch_size=2, context=100)
+    assert result.cache is not None
     # keys and values of 2 heads × 100 tokens × 16, two sequences, two layers, in bf16: 12,800 B each
-    assert found.cache.num_bytes == 2 * 2 * (2 * 2 * 100 * 16 * 2)
-    assert found.total == found.held.base + 3 * found.held.adapter + found.cache.num_bytes
+    assert result.cache.num_bytes == 2 * 2 * (2 * 2 * 100 * 16 * 2)
+    assert result.total == result.loaded.base + 3 * result.loaded.adapter + result.cache.num_bytes
 
 
 def test_adapters_of_boft_share_their_permutation() -> None:
-    found = serving(method="boft", target_modules=["q_proj"], adapters=5)
+    result = serving(method="boft", target_modules=["q_proj"], adapters=5)
     # P is 64 × 64 in fp32 per layer; R (1, 16, 4, 4) and s (64, 1) in bf16 take 512 B each, per layer and adapter
-    assert (found.held.shared, found.held.adapter) == (2 * 64 * 64 * 4, 2 * 2 * 512)
-    assert found.held.all_adapters == found.held.shared + 5 * found.held.adapter
+    assert (result.loaded.shared, result.loaded.adapter) == (2 * 64 * 64 * 4, 2 * 2 * 512)
+    assert result.loaded.all_adapters == result.loaded.shared + 5 * result.loaded.adapter
 
 
 def test_virtual_tokens_serve_what_was_saved() -> None:
     """p-tuning drops its encoder for inference: 3 × 64 numbers remain."""
-    found = serving(method="p-tuning", num_virtual_tokens=3, serving_dtype="fp32")
-    assert found.held.adapter == 2 * 512  # 768 B
-    assert found.cache is not None
-    assert found.cache.tokens == 2048 + 3
+    result = serving(method="p-tuning", num_virtual_tokens=3, serving_dtype="fp32")
+    assert result.loaded.adapter == 2 * 512  # 768 B
+    assert result.cache is not None
+    assert result.cache.tokens == 2048 + 3
 
 
 def test_a_quantized_base_is_served_as_it_is_stored() -> None:
     dense, stored = serving(), serving(quant="nf4")
-    assert stored.held.base < dense.held.base
+    assert stored.loaded.base < dense.loaded.base
     assert stored.checkpoint == dense.checkpoint, "merged into the base in its own dtype"
 
 
@@ -84,7 +84,7 @@ def test_bad_input(options: dict[str, Any], error: type[PeftplanError], said: st
 
 
 def test_biases_of_the_base_belong_to_one_adapter() -> None:
-    assert peftplan.serving("gpt2", bias="all").held.adapters == 1
+    assert peftplan.serving("gpt2", bias="all").loaded.adapters == 1
     with pytest.raises(RefusedError, match="only one is served"):
         peftplan.serving("gpt2", bias="all", adapters=2)
 
@@ -96,10 +96,13 @@ def test_a_context_beyond_the_positions_of_the_model() -> None:
 
 
 def test_the_dictionary_is_json_and_says_what_is_missing() -> None:
-    found = json.loads(json.dumps(serving(method="houlsby").to_dict()))
-    assert (found["adapter_file"], found["merged_checkpoint"], found["merge_memory"]) == (None, None, None)
-    assert set(found["refused"]) == {"adapter_file", "merged_checkpoint", "merge_memory"}
-    assert found["serving"]["total"] == found["serving"]["base"] + found["serving"]["all_adapters"] + found["kv_cache"]["bytes"]
+    document = json.loads(json.dumps(serving(method="houlsby").to_dict()))
+    assert (document["adapter_file"], document["merged_checkpoint"], document["merge_memory"]) == (None, None, None)
+    assert set(document["refused"]) == {"adapter_file", "merged_checkpoint", "merge_memory"}
+    assert (
+        document["serving"]["total"]
+        == document["serving"]["base"] + document["serving"]["all_adapters"] + document["kv_cache"]["bytes"]
+    )
 
 
 @pytest.mark.parametrize("fields", [{"r": 4}, {"adapters": 2}, {"context": 4096}, {"batch_size": 2}])

@@ -36,9 +36,9 @@ def test_both_engines_refuse_at_the_door(model: str, options: dict[str, Any], re
     ],
 )
 def test_a_model_without_a_loss_has_counts_and_no_peak(model: str, reason: str) -> None:
-    found = estimate(model, method="full", seq_len=64)
-    assert (found.peaks, found.trainable_parameters > 0) == (None, True)
-    assert found.not_modelled[0].startswith(reason)
+    result = estimate(model, method="full", seq_len=64)
+    assert (result.peaks, result.trainable_parameters > 0) == (None, True)
+    assert result.not_modelled[0].startswith(reason)
     with pytest.raises(RefusedError) as refused:
         estimate(model, engine="trace", method="full", seq_len=64)
     assert str(refused.value).startswith(reason)

@@ -121,8 +121,8 @@ def test_files_and_config_objects_count_alike(tmp_path: Path, task: str | None) 
     raw = adapter("LORA", "query", task_type=task)
     (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
     expected = by_peft("bert", raw)[0]
-    for given in (raw, tmp_path, peft.PeftConfig.from_peft_type(**raw)):
-        assert peftplan.estimate(BERT, peft_config=given).trainable_parameters == expected
+    for source in (raw, tmp_path, peft.PeftConfig.from_peft_type(**raw)):
+        assert peftplan.estimate(BERT, peft_config=source).trainable_parameters == expected
 
 
 @pytest.mark.parametrize("task", [None, "SEQ_CLS"])
