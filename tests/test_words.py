@@ -29,22 +29,7 @@ PHRASES = {
     "a text that": "a string that",
 }
 """What not to write → what to write."""
-NOT_YET = (
-    "peftplan/cli",
-    "peftplan/hardware",
-    "peftplan/memory",
-    "peftplan/planning",
-    "peftplan/report",
-    "peftplan/trace",
-    "peftplan/inference",
-    "peftplan/measure",
-    "peftplan/accuracy",
-    "tests/hardware",
-    "tests/cli",
-    "tests/planning",
-    "tests/trace",
-    "tools",
-)
+NOT_YET = ("peftplan/planning/reserved.py",)
 """Folders whose names are still to be mended."""
 FOLDERS = ("peftplan", "tests", "tools", "benchmarks")
 PAGES = ("README.md", "CONTRIBUTING.md", "docs")

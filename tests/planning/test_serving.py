@@ -66,8 +66,8 @@ def test_a_quantized_base_is_served_as_it_is_stored() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"adapters": 0}, InputError, "adapters: 0"),
-        ({"batch_size": 0}, InputError, "batch_size: 0"),
+        ({"adapters": 0}, InputError, "adapters must be at least 1 (got 0)"),
+        ({"batch_size": 0}, InputError, "batch_size must be at least 1 (got 0)"),
         ({"context": -1}, InputError, "context: -1"),
         ({"context": "many"}, InputError, "context: 'many'"),
         ({"serving_dtype": "int8"}, UnknownNameError, "serving_dtype: 'int8'"),
