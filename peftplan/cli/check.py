@@ -76,6 +76,6 @@ def command(
         from peftplan.report import accuracy_page
 
         accuracy_page.write()
-    code = will_exit(1 if found.failures else 0)
-    accuracy.check(found, fmt=fmt)
+    code = will_exit(1 if checked.failures else 0)
+    accuracy.check(checked, fmt=fmt)
     return code

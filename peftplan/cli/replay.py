@@ -51,8 +51,8 @@ def command(
         device=device,
         device_bytes=_bytes(device_memory),
     )
-    code = will_exit(1 if require_fit and found.result.oom is not None else 0)
-    render.replayed(found, fmt=fmt)
+    code = will_exit(1 if require_fit and replayed.result.oom is not None else 0)
+    render.replayed(replayed, fmt=fmt)
     return code
 
 

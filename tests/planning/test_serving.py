@@ -68,8 +68,8 @@ def test_a_quantized_base_is_served_as_it_is_stored() -> None:
     [
         ({"adapters": 0}, InputError, "adapters must be at least 1 (got 0)"),
         ({"batch_size": 0}, InputError, "batch_size must be at least 1 (got 0)"),
-        ({"context": -1}, InputError, "context: -1"),
-        ({"context": "many"}, InputError, "context: 'many'"),
+        ({"context": -1}, InputError, "context must be at least 1 (got -1)"),
+        ({"context": "many"}, InputError, "context must be a whole number"),
         ({"serving_dtype": "int8"}, UnknownNameError, "serving_dtype: 'int8'"),
         ({"method": "full", "adapters": 2}, RefusedError, "only one is served"),
         ({"method": "prompt-tuning", "num_virtual_tokens": 2, "merge": True}, RefusedError, "nothing to merge"),
