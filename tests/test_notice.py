@@ -19,13 +19,13 @@ PACKAGE = re.compile(r"\b([a-z][\w-]*-\d+\.\d+[\d.]*) \(PyPI\)")
 
 def section(path: str) -> dict[str, set[str]]:
     """Source → licences, of the sections whose heading names the path."""
-    found: dict[str, set[str]] = {}
+    sources: dict[str, set[str]] = {}
     for part in NOTICE.split("\n\n"):
         heading = part.split("\n", 1)[0].partition(": ")[0]
         if any(fnmatch(path, f"{name}*") for name in heading.split(", ")):
             for source, licence in SOURCE.findall(part):
-                found.setdefault(source, set()).add(licence)
-    return found
+                sources.setdefault(source, set()).add(licence)
+    return sources
 
 
 def rows(folder: str) -> Iterator[dict[str, Any]]:
