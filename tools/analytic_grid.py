@@ -3,9 +3,9 @@
     python tools/analytic_grid.py [--sample N] [--seed S] [--jobs J] [--model-type T ...] [--write]
 
 Every model type with an adapter, at the widths of a published model and a few layers; every method, dtype, kernel, trainer and
-optimizer of `AXES`, drawn for each cell with a seed. Drift is analytic ÷ traced − 1, of the allocated peak and of each phase.
-What one engine refuses the other must refuse too, for the same reason. Needs the extra `trace`; the whole grid takes half an
-hour on two cores.
+optimizer of `AXES`, drawn for each cell with a seed; then the rest of the methods, and what is rare (`RARE`). Drift is
+analytic ÷ traced − 1, of the allocated peak, of each phase, and of reserved bytes. What one engine refuses the other must refuse
+too, for the same reason. Needs the extra `trace`; the whole grid takes an hour on two cores.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from peftplan.arch import catalogue
 from peftplan.arch.readers import READERS
 from peftplan.arch.sources import load, load_config
 from peftplan.errors import NeedsTraceError, PeftplanError
+from peftplan.methods import METHODS as REGISTRY
 from peftplan.planning.estimate import estimate
 from peftplan.report.markdown import table
 
@@ -41,6 +42,7 @@ LAYER_FIELDS = (
     "decoder_layers",
 )
 PHASES = ("load", "forward", "backward", "step")
+RESERVED = "reserved"
 MEDIAN_BAR, WORST_BAR = 0.01, 0.04
 
 Options = dict[str, Any]
@@ -57,6 +59,7 @@ METHODS: tuple[Options, ...] = (
     {"method": "prompt-tuning", "num_virtual_tokens": 30},
     {"method": "pfeiffer"},
 )
+DRIFTS = ("median absolute error", "median", "lowest", "highest")
 DRAWS = 3
 """Cells per model type and method."""
 CHECKPOINTED: dict[str, tuple[int, Options]] = {
@@ -65,6 +68,20 @@ CHECKPOINTED: dict[str, tuple[int, Options]] = {
     "on the host": (1, {"offload_checkpoints": True}),
 }
 """Further cells per model type, of any method that allows checkpointing: how many, and how it is done."""
+RARE: dict[str, Options] = {
+    "flash_attention_2": {"attn_implementation": "flash_attention_2", "padding": False},
+    "accumulation": {"gradient_accumulation_steps": 4},
+    "few logits": {"logits_to_keep": 32},
+    "trl-chunked": {"trainer": "trl", "loss": "trl-chunked"},
+    "liger": {"trainer": "transformers", "loss": "liger"},
+    "unsloth": {"trainer": "transformers", "loss": "unsloth"},
+    "int8": {"quant": "int8", "dtype": "bf16"},
+}
+"""A further cell per model type and entry, of any method that allows it."""
+VIRTUAL = ("prefix-tuning", "prompt-tuning", "p-tuning")
+OF_METHOD: dict[str, Options] = {"p-tuning": {"num_virtual_tokens": 30}, "bitfit": {}, "houlsby": {}, "ln-tuning": {}}
+"""Options of the methods that have no targets, or that have them by themselves."""
+TRAINING = [method for method in METHODS if method["method"] not in VIRTUAL]
 AXES: dict[str, tuple[Options, ...]] = {
     "trainer": ({"trainer": "plain"}, {"trainer": "transformers"}, {"trainer": "trl"}),
     "precision": (
@@ -104,6 +121,8 @@ class Cell(NamedTuple):
     model_type: str
     model: str
     options: tuple[tuple[str, Any], ...]
+    rare: str = ""
+    """The entry of `RARE` that it has."""
 
     @property
     def command(self) -> str:
@@ -113,19 +132,19 @@ class Cell(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Bytes by phase of both engines, or why one has none."""
+    """Bytes by phase of both engines and what they reserve, or why one has none."""
 
     cell: Cell
     analytic: dict[str, int] | str
     traced: dict[str, int] | str
 
     def drift(self, phase: str) -> float | None:
-        """Analytic ÷ traced − 1 of a phase, or of the overall `peak`; None where an engine has no number."""
+        """Analytic ÷ traced − 1 of a phase, of the overall `peak` or of `RESERVED`; None where an engine has no number."""
         if isinstance(self.analytic, str) or isinstance(self.traced, str):
             return None
         ours, theirs = self.analytic, self.traced
         if phase == "peak":
-            return max(ours.values()) / max(theirs.values()) - 1
+            return max(ours[name] for name in PHASES) / max(theirs[name] for name in PHASES) - 1
         return ours[phase] / theirs[phase] - 1
 
 
@@ -173,13 +192,27 @@ def cells(*, model_types: Iterable[str] | None = None) -> Iterator[Cell]:
                 yield _cell(model_type, draw.choice(checkpointed), draw, gradient_checkpointing=True, **stated)
 
 
+def further_cells(*, model_types: Iterable[str] | None = None) -> Iterator[Cell]:
+    """A cell per model type of each method that `METHODS` lacks and of what is rare, drawn as `cells` are."""
+    others = [name for name in REGISTRY if name not in {method["method"] for method in METHODS}]
+    for model_type in model_types or READERS:
+        for name in others:
+            method = {"method": name, **OF_METHOD.get(name, {"target_modules": "attention"})}
+            yield _cell(model_type, method, random.Random(f"{model_type} {name}"))
+        for rare, stated in RARE.items():
+            draw = random.Random(f"{model_type} {rare}")
+            method = draw.choice([method for method in METHODS if method["method"] in ("lora", "dora", "ia3")])
+            method = method if "quant" in stated else draw.choice(TRAINING)
+            yield _cell(model_type, method, draw, **stated)._replace(rare=rare)
+
+
 def _cell(model_type: str, method: Options, draw: random.Random, **stated: Any) -> Cell:
     options: Options = dict(method)
     for axis, choices in AXES.items():
         if axis == "dropout" and method["method"] not in DROPOUT_METHODS:
             continue
         options |= draw.choice(choices)
-    if options["method"] == "qlora" and options["dtype"] == "fp32":
+    if options["method"] in ("qlora", "qdora") and options["dtype"] == "fp32":
         options["dtype"] = "bf16"
     options |= draw.choice(TASKS.get(model_type, ({},)))
     return Cell(model_type, _model_of(model_type), tuple((options | stated).items()))
@@ -197,7 +230,7 @@ def _peaks(config: dict[str, Any], cell: Cell, engine: Any) -> dict[str, int] | 
     except PeftplanError as error:
         return f"refused: {error}"
     if result.peaks:
-        return dict(result.peaks.by_phase)
+        return {**result.peaks.by_phase, RESERVED: result.peaks.reserved or 0}
     reason = result.not_modelled[0]
     return f"no formula: {reason}" if reason.endswith(NeedsTraceError.hint) else f"refused: {reason}"
 
@@ -214,17 +247,20 @@ def page(outcomes: list[Outcome], *, worst: int = 25) -> str:
     """The drift of all cells, by phase, by model type and by method; the worst cells, and those without a number."""
     scored = [o for o in outcomes if o.drift("peak") is not None]
     parts = [f"{len(outcomes)} cells: {len(scored)} scored, {sum(map(_refused_by_both, outcomes))} refused by both engines."]
-    phases = [(phase, *_summary(scored, phase)) for phase in ("peak", *PHASES)]
-    parts.append(table(("peak of", "cells", "median absolute error", "median", "lowest", "highest"), phases))
-    for title, key in (("model type", lambda o: o.cell.model_type), ("method", _method), ("trainer", _of("trainer"))):
+    phases = [(phase, *_summary(scored, phase)) for phase in ("peak", *PHASES, RESERVED)]
+    parts.append(table(("peak of", "cells", *DRIFTS), phases))
+    by = (("model type", _model_type), ("method", _method), ("trainer", _of("trainer")), ("rare", lambda o: o.cell.rare))
+    for title, key in by:
         groups: dict[str, list[Outcome]] = defaultdict(list)
         for o in scored:
             groups[key(o)].append(o)
-        rows = [(name, *_summary(members, "peak")) for name, members in groups.items()]
-        parts.append(table((title, "cells", "median absolute error", "median", "lowest", "highest"), rows))
-    ordered = sorted(scored, key=_farthest, reverse=True)[:worst]
-    rows = [(_percent(o.drift("peak")), *(_percent(o.drift(p)) for p in PHASES), f"`{o.cell.command}`") for o in ordered]
-    parts.append("## The farthest cells\n\n" + table(("peak", *PHASES, "repeat"), rows))
+        rows = [(name, *_summary(members, "peak"), *_summary(members, RESERVED)[1:]) for name, members in groups.items() if name]
+        parts.append(table((title, "cells", *DRIFTS, *(f"{RESERVED}: {name}" for name in DRIFTS)), rows))
+    shown = ("peak", *PHASES, RESERVED)
+    for title, farthest in (("The farthest cells", _farthest), ("The farthest of reserved bytes", _farthest_reserved)):
+        ordered = sorted(scored, key=farthest, reverse=True)[:worst]
+        rows = [(*(_percent(o.drift(name)) for name in shown), f"`{o.cell.command}`") for o in ordered]
+        parts.append(f"## {title}\n\n" + table((*shown, "repeat"), rows))
     refused = Counter((reason(o.analytic), reason(o.traced)) for o in outcomes if _refused_by_both(o))
     rows = [(str(count), ours, "the same" if ours == theirs else theirs) for (ours, theirs), count in refused.most_common()]
     parts.append("## Cells that both engines refuse\n\n" + table(("cells", "analytic", "traced"), rows))
@@ -233,6 +269,14 @@ def page(outcomes: list[Outcome], *, worst: int = 25) -> str:
         rows = [(reason(o.analytic), reason(o.traced), f"`{o.cell.command}`") for o in missing]
         parts.append("## Cells that one engine alone has no number for\n\n" + table(("analytic", "traced", "repeat"), rows))
     return "\n\n".join(parts) + "\n"
+
+
+def _model_type(o: Outcome) -> str:
+    return o.cell.model_type
+
+
+def _farthest_reserved(o: Outcome) -> float:
+    return abs(o.drift(RESERVED) or 0)
 
 
 def _of(option: str) -> Any:
@@ -280,7 +324,7 @@ def main() -> None:
     parser.add_argument("--model-type", nargs="*", choices=sorted(READERS))
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    chosen = list(cells(model_types=args.model_type))
+    chosen = [*cells(model_types=args.model_type), *further_cells(model_types=args.model_type)]
     drawn = ""
     if args.sample:
         drawn = f"Drawn from {len(chosen)} cells: `--sample {args.sample} --seed {args.seed}`.\n\n"
@@ -295,11 +339,12 @@ HEADER = """# Drift of analytic peaks from traced ones
 
 How closely the instant formulas follow a real training step. The analytic engine computes a peak in milliseconds; the trace
 engine runs the real transformers and peft code on tensors without data. This page compares the two over a random sample of jobs.
-Drift is analytic ÷ traced − 1 of allocated bytes, so plus means that the formulas say too much.
+Drift is analytic ÷ traced − 1, so plus means that the formulas say too much; of allocated bytes unless *reserved* is said.
 
 The jobs are drawn with a seed from every supported model type (its smallest built-in model, cut to at most six layers) and every
-method, dtype, attention, trainer, optimizer and shape in `tools/analytic_grid.py`. Both engines count the unused ends of blocks
-that the allocator does not split, each from a replay of its own events. `python tools/analytic_grid.py --write` writes this page.
+method, dtype, attention, trainer, loss, optimizer and shape in `tools/analytic_grid.py`. Both engines count the unused ends of
+blocks that the allocator does not split, each from a replay of its own events, which also gives the reserved bytes.
+`python tools/analytic_grid.py --write` writes this page.
 
 """
 
