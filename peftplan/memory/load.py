@@ -10,12 +10,13 @@ does the same tensor by tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import groupby
 from math import prod
 from typing import Protocol, TypeVar
 
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.ledger import Allocation, Ledger, Line
+from peftplan.memory.ledger import Ledger, Line
 from peftplan.parameters import Parameter, Parameters
 from peftplan.storage import QuantConfig
 from peftplan.units import round512
@@ -32,6 +33,9 @@ class Memory(Protocol[Handle]):
 
     def allocate(self, nbytes: int) -> Handle:
         """Make a tensor; what frees it."""
+
+    def keep(self, sizes: tuple[int, ...], /) -> None:
+        """Make tensors for good."""
 
     def release(self, tensor: Handle, /) -> None:
         """Free a tensor."""
@@ -62,21 +66,25 @@ def load_into(
         tensors.sort(key=lambda tensor: _key(*tensor))
         memory.release(memory.allocate(_warm_up(base, quant, dtype=dtype)))
         for a in parameters.shared:
-            memory.allocate(a.nbytes)
+            memory.keep((a.nbytes,))
+    doubled = quant is not None and bool(quant.double_quant)
+    made = {id(p): tuple(a.nbytes for a in p.allocations if a.place == "device") for p in parameters.all}
+    arriving = {id(p): ITEMSIZE[dtype if p.quantized else dtype_of(p.name)] * p.numel for p in base}
+    absmax = {id(p): _absmax_bytes(p) if doubled else 0 for p in base if p.quantized}
+    widened = {id(p) for p in base if not p.quantized and _loaded(p, dtype_of(p.name)) < _bytes(p)}
     narrow: dict[tuple[str, int | None], list[Handle]] = {}
     for p, layer in tensors:
         if p.quantized:
-            _quantize_into(memory, p, dtype=dtype, doubled=quant is not None and bool(quant.double_quant))
-        elif _loaded(p, dtype_of(p.name)) < _bytes(p):
-            narrow.setdefault((p.name, layer), []).append(memory.allocate(ITEMSIZE[dtype_of(p.name)] * p.numel))
+            _quantize_into(memory, made[id(p)], dense=arriving[id(p)], absmax=absmax[id(p)])
+        elif id(p) in widened:
+            narrow.setdefault((p.name, layer), []).append(memory.allocate(arriving[id(p)]))
         else:
-            _make(memory, p.allocations)
+            memory.keep(made[id(p)])
     for line in buffers:
-        for _ in range(line.copies):
-            memory.allocate(ITEMSIZE[line.dtype] * prod(line.shape))
+        memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
     for p, layer in _tensors(base):
         if (p.name, layer) in narrow:
-            _make(memory, p.allocations)
+            memory.keep(made[id(p)])
             memory.release(narrow[p.name, layer].pop(0))
     if prepared:  # peft 0.20 on
         memory.empty_cache()
@@ -86,9 +94,9 @@ def load_into(
         if adapters_pass_in and p.dtype == "fp32":
             passing.append((p, memory.allocate(ITEMSIZE[adapters_pass_in] * p.numel)))
         else:
-            _make(memory, p.allocations)
+            memory.keep(made[id(p)])
     for p, narrow_one in passing:
-        _make(memory, p.allocations)
+        memory.keep(made[id(p)])
         memory.release(narrow_one)
 
 
@@ -108,23 +116,21 @@ def _warm_up(base: Iterable[Parameter], quant: QuantConfig, *, dtype: str) -> in
     return int(total // ITEMSIZE["fp16"]) * ITEMSIZE["fp16"]
 
 
-def _quantize_into(memory: Memory[Handle], p: Parameter, *, dtype: str, doubled: bool) -> None:
+def _quantize_into(memory: Memory[Handle], made: tuple[int, ...], *, dense: int, absmax: int) -> None:
     """A dense weight arrives and is quantized; with double quantization its fp32 absmax, and that less its mean, come first."""
-    weight, *beside = (a for a in p.allocations if a.place == "device")
-    absmax = next((ITEMSIZE["fp32"] * prod(a.dims) for a in beside if doubled and a.name == "absmax"), None)
-    passing = [memory.allocate(ITEMSIZE[dtype] * p.numel)]
+    passing = [memory.allocate(dense)]
     passing += [memory.allocate(absmax)] if absmax else []
-    _make(memory, (weight,))
+    memory.keep(made[:1])
     passing += [memory.allocate(absmax)] if absmax else []
-    _make(memory, beside)
+    memory.keep(made[1:])
     for number in reversed(passing):
         memory.release(number)
 
 
-def _make(memory: Memory[Handle], allocations: Iterable[Allocation]) -> None:
-    for a in allocations:
-        if a.place == "device":
-            memory.allocate(a.nbytes)
+def _absmax_bytes(p: Parameter) -> int:
+    """Bytes of a quantized weight's absmax in fp32; 0 where it has none on the device."""
+    of_name = (a for a in p.allocations if a.place == "device" and a.name == "absmax")
+    return next((ITEMSIZE["fp32"] * prod(a.dims) for a in of_name), 0)
 
 
 def load_passing(
@@ -213,5 +219,17 @@ def _before(p: Parameter, last: Key, key: Key) -> int:
 
 def _key(p: Parameter, layer: int | None) -> Key:
     """`dot_natural_key`: the parts of a name, numbers by value and before words."""
-    parts: Iterable[str] = (p.name if layer is None else p.name.replace("{}", str(layer), 1)).split(".")
-    return tuple((not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts)
+    parts = _parts(p.name)
+    if layer is None:
+        return parts
+    at = parts.index(LAYER)
+    return (*parts[:at], (False, layer, str(layer)), *parts[at + 1 :])
+
+
+LAYER = (True, 0, "{}")
+"""The part of a family's name where the number of a layer stands."""
+
+
+@cache
+def _parts(name: str) -> Key:
+    return tuple((not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split("."))

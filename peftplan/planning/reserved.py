@@ -130,6 +130,8 @@ class _Writer:
         self.sizes: dict[int, int] = {}
         self._num_kinds = num_kinds
         self._events: list[int] = []
+        self._kept: dict[tuple[int, ...], list[int]] = {}
+        """Sizes of tensors that are made together, for good → their events."""
         self._handles = 0
         self._storages = 0
         self._phases: list[str] = []
@@ -142,9 +144,16 @@ class _Writer:
 
     def allocate(self, nbytes: int) -> int:
         """Make a tensor; what frees it."""
-        self._events += (events.HOLD, self._handles, self._size(nbytes), 0, 0)
-        self._handles += 1
-        return self._handles - 1
+        handle, sizes = self._handles, self.sizes
+        self._events += (events.HOLD, handle, self._num_kinds + sizes.setdefault(nbytes, len(sizes)), 0, 0)
+        self._handles = handle + 1
+        return handle
+
+    def keep(self, sizes: tuple[int, ...], /) -> None:
+        """Make tensors for good."""
+        if sizes not in self._kept:
+            self._kept[sizes] = [n for nbytes in sizes for n in (events.TAKE, self._size(nbytes), 1, 0, 0)]
+        self._events += self._kept[sizes]
 
     def release(self, held: int, /) -> None:
         """Free a tensor."""
