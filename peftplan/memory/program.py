@@ -47,9 +47,9 @@ WIDTH = 5
 
 
 class Program(NamedTuple):
-    """Events in order, how many storages and handles they name, and the names of the phases."""
+    """Events in order, `WIDTH` integers of 64 bits each; how many storages and handles they name; the names of the phases."""
 
-    events: array[int]
+    events: bytes
     storages: int
     handles: int
     phases: tuple[str, ...]
@@ -69,7 +69,7 @@ def replay(program: Program, sizes: Sequence[int], *, ties_by_address: bool = Fa
             table = array("q", sizes).tobytes()
             limit = -1 if capacity is None else max(0, capacity)
             peaks = _replay.replay(
-                program.events.tobytes(), table, program.storages, program.handles, len(program.phases), ties_by_address, limit
+                program.events, table, program.storages, program.handles, len(program.phases), ties_by_address, limit
             )
         except OverflowError:  # more than 64 bits hold
             pass
@@ -85,7 +85,7 @@ def interpret(program: Program, sizes: Sequence[int], *, ties_by_address: bool =
     from peftplan.memory.allocator.core import Allocator
 
     run = _Run(program, sizes, Allocator(AllocatorConfig(ties_by_address=ties_by_address), capacity))
-    run.events(0, len(program.events))
+    run.events(0, len(run.program))
     allocated = {phase: peaks.allocated for phase, peaks in run.allocator.peaks_by_phase.items() if phase}
     return Replayed(allocated, run.allocator.peaks.reserved)
 
@@ -94,7 +94,8 @@ class _Run:
     """Blocks by the storage of the tape that they are for."""
 
     def __init__(self, program: Program, sizes: Sequence[int], allocator: Allocator) -> None:
-        self.program, self.sizes, self.allocator = program, sizes, allocator
+        self.program = memoryview(program.events).cast("q")
+        self.phases, self.sizes, self.allocator = program.phases, sizes, allocator
         self._handles: dict[int, Block | None] = {}
         self._live: dict[int, list[Block | None]] = {}
         self._outputs: list[Block | None] = []
@@ -108,7 +109,7 @@ class _Run:
 
     def events(self, start: int, stop: int) -> None:
         """Run the events from one place to another."""
-        events, allocator, at = self.program.events, self.allocator, start
+        events, allocator, at = self.program, self.allocator, start
         while at < stop:
             what, a, b, c, d = events[at : at + WIDTH]
             at += WIDTH
@@ -140,7 +141,7 @@ class _Run:
                 self._release(self._outputs)
                 self._outputs.clear()
             elif what == PHASE:
-                allocator.begin_phase(self.program.phases[a])
+                allocator.begin_phase(self.phases[a])
             elif what == EMPTY:
                 allocator.empty_cache()
             elif what == END:
@@ -165,7 +166,7 @@ class _Run:
         """The layers of each kind in turn; the place behind them."""
         layers = []
         for _ in range(kinds):
-            _, number, length, *_ = self.program.events[at : at + WIDTH]
+            _, number, length, *_ = self.program[at : at + WIDTH]
             start, at = at + WIDTH, at + WIDTH + WIDTH * length
             layers.append((number, start, at))
         for turn in range(max(number for number, *_ in layers)):

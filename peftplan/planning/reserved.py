@@ -19,7 +19,7 @@ from peftplan.memory import program as events
 from peftplan.memory.copies import Layers
 from peftplan.memory.ledger import Line
 from peftplan.memory.program import Program, Replayed, replay
-from peftplan.memory.timeline import Kind, Timeline
+from peftplan.memory.timeline import Timeline
 from peftplan.planning.script import NO_SCRIPT, Script
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class Run(NamedTuple):
         if key not in compiled.programs:
             compiled.programs[key] = _write([of_step for of_step, _ in self.steps], self.script)
         written = compiled.programs[key]
-        sizes = [_bytes(kind, named) for of_step, named in self.steps for kind in of_step.timeline.kinds]
-        return written.program, sizes + written.sizes
+        of_step = {id(step): _sizes(*step) for step in self.steps}  # most runs repeat one step
+        return written.program, [n for step in self.steps for n in of_step[id(step)]] + written.sizes
 
 
 class Written(NamedTuple):
@@ -138,7 +138,7 @@ class _Writer:
 
     def program(self) -> Program:
         """What has been written."""
-        return Program(array("q", self._events), self._storages + 1, self._handles, tuple(self._phases))
+        return Program(array("q", self._events).tobytes(), self._storages + 1, self._handles, tuple(self._phases))
 
     # -- loading: `memory.load.Memory` -------------------------------------------------------------------------------------------
 
@@ -277,6 +277,12 @@ def _events_of(layers: Layers, timeline: Timeline, kinds: int) -> list[int]:
     return written
 
 
-def _bytes(kind: Kind, named: Mapping[str, int]) -> int:
-    """Bytes of a tensor as asked for, before rounding."""
-    return ITEMSIZE[kind.dtype] * prod(named[dim] if isinstance(dim, str) else dim for dim in kind.dims)
+def _sizes(compiled: Compiled, named: Mapping[str, int]) -> list[int]:
+    """Bytes of a tensor of each kind as asked for, before rounding."""
+    sizes = []
+    for kind in compiled.timeline.kinds:
+        nbytes = ITEMSIZE[kind.dtype]
+        for dim in kind.dims:
+            nbytes *= named[dim] if isinstance(dim, str) else dim
+        sizes.append(nbytes)
+    return sizes

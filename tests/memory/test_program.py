@@ -27,7 +27,7 @@ EVENTS = (
     (FREE, 5, 2, 2, 0),
     (END, 0, 0, 0, 0),
 )
-BY_HAND = Program(array("q", chain.from_iterable(EVENTS)), 6, 1, ("load", "forward"))
+BY_HAND = Program(array("q", chain.from_iterable(EVENTS)).tobytes(), 6, 1, ("load", "forward"))
 SIZES = (11 * MIB // 2, 39 * MIB // 2, 1000)
 
 
@@ -47,7 +47,7 @@ def test_what_is_left_stays_when_a_step_ends(replayed_by: object) -> None:
     """5.5 MiB stay beside the 1,024 bytes that the second step takes under the same storage."""
     assert callable(replayed_by)
     events = ((PHASE, 0), (MAKE, 5, 0, 1), (LEAVE, 5), (END,), (PHASE, 1), (MAKE, 5, 2, 1), (END,))
-    written = Program(array("q", chain.from_iterable((*e, 0, 0, 0, 0)[:5] for e in events)), 6, 0, ("first", "second"))
+    written = Program(array("q", chain.from_iterable((*e, 0, 0, 0, 0)[:5] for e in events)).tobytes(), 6, 0, ("first", "second"))
     assert replayed_by(written, SIZES).allocated == {"first": 11 * MIB // 2, "second": 11 * MIB // 2 + 1024}
 
 
@@ -78,4 +78,4 @@ def test_both_replays_of_random_jobs_are_the_same() -> None:
 )
 def test_an_event_that_names_nothing_is_refused(event: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="names what is not in its tables"):
-        replay(BY_HAND._replace(events=array("q", event)), SIZES)
+        replay(BY_HAND._replace(events=array("q", event).tobytes()), SIZES)
