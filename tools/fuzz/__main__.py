@@ -14,7 +14,7 @@ import multiprocessing
 import sys
 import time
 from collections import Counter
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -51,6 +51,12 @@ class Worker:
                 self.number, "fault", f"the process died with {self.process.exitcode} (-24: CPU time; -9: memory)", "", 0.0
             )
 
+    def end(self) -> None:
+        """Let it go, before its folder is removed."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
+        self.process.join()
+
 
 def fuzz(numbers: list[int], *, seed: str, workers: int, trace: bool) -> list[Outcome]:
     """Judge inputs in parallel, each fault printed as it comes."""
@@ -79,13 +85,8 @@ def fuzz(numbers: list[int], *, seed: str, workers: int, trace: bool) -> list[Ou
                     running.append(alive)
                     alive.ask(todo.pop())
                 else:
-                    _end(worker.pipe)
+                    worker.end()
     return outcomes
-
-
-def _end(pipe: Connection) -> None:
-    with contextlib.suppress(OSError):
-        pipe.send(None)
 
 
 def _tell(outcome: Outcome) -> None:

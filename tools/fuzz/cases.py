@@ -181,7 +181,7 @@ def _traced(dice: Random, folder: Path) -> Case:
         "dtype",
         "padding",
     )
-    options = {name: field_value(dice, name) for name in dice.sample(names, 3)}
+    options = {name: field_value(dice, name) for name in dice.sample(names, dice.choice([0, 1, 1, 2, 3]))}
     whole = {"model": model, "engine": "trace", **options}
     return Case(_shown("estimate", whole), call=lambda: peftplan.estimate(model, engine="trace", **options).to_dict())
 
