@@ -139,7 +139,8 @@ def run() -> None:
     try:
         main()
     finally:
-        gc.freeze()  # nor is its last look, at exit, which nothing else turns off
+        if "torch" not in sys.modules:  # what torch binds is released by that last look, or listed as leaked (torch 2.15)
+            gc.freeze()  # nor is the last look, at exit, which nothing else turns off
 
 
 def _stop(message: str) -> None:

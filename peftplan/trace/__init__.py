@@ -2,5 +2,6 @@
 
 import logging
 
-# At import bitsandbytes warns of a CPU kernel that it lacks; nothing here computes with it.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# At import bitsandbytes warns of kernels that it lacks, on the CPU or (0.46) on a GPU; nothing here computes with them.
+for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.cextension"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
