@@ -1,4 +1,4 @@
-"""Builds the compiled replay where there is a C compiler; without one peftplan says the same, and takes ten times as long for it.
+"""Builds the compiled replay where there is a C compiler; without one the numbers are the same, and a 70B model takes 0.3 s longer.
 
     python hatch_build.py      in place, as `pip install -e .` does
 

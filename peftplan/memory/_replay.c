@@ -22,7 +22,7 @@
 #define LARGEST ((int64_t)1 << 56)  /* of one allocation, and of all segments ever taken */
 #define WIDTH 5
 
-enum { PHASE, TAKE, HOLD, LET_GO, MAKE, ADD, FREE, OUTPUTS, END_OUTPUTS, BEHIND, REPEAT, LAYER, OWN, END_OWN, HAND, EMPTY, END, LEAVE };
+enum { PHASE, TAKE, HOLD, LET_GO, MAKE, ADD, FREE, OUTPUTS, END_OUTPUTS, BEHIND, REPEAT, LAYER, OWN, END_OWN, HAND, EMPTY, END, LEAVE, EVENTS };
 
 enum { RUNS, DEVICE_FULL, HOST_FULL, TOO_LARGE, MALFORMED };
 
@@ -746,5 +746,8 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_replay", NULL, 
 
 PyMODINIT_FUNC PyInit__replay(void)
 {
-    return PyModule_Create(&definition);
+    PyObject *module = PyModule_Create(&definition);
+    if (module != NULL && PyModule_AddIntConstant(module, "EVENTS", EVENTS) < 0)
+        Py_CLEAR(module);
+    return module;
 }

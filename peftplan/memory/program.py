@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 try:
     from peftplan.memory import _replay
 except ImportError:  # no C compiler where it was installed
-    COMPILED = False
-else:
-    COMPILED = True
+    _replay = None  # type: ignore[assignment]
 
 (
     PHASE,  # a phase begins: its number
@@ -42,6 +40,8 @@ else:
     END,  # of a step: gradients go
     LEAVE,  # storage: what lives of it stays for good
 ) = range(18)
+COMPILED = _replay is not None and _replay.EVENTS == LEAVE + 1
+"""Whether the compiled replay is there, of the events of today (in a checkout it may have been built before)."""
 WIDTH = 5
 """Integers of an event: what, and up to four operands."""
 
