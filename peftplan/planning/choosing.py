@@ -1,0 +1,83 @@
+"""Which card, and which model of a family: the job as typed, asked of every card or of every size of model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from peftplan.errors import InputError, PeftplanError
+from peftplan.planning.estimate import estimate
+from peftplan.planning.fit import QUALITY
+from peftplan.planning.for_method import options_for
+from peftplan.planning.result import Verdict
+
+
+class Member(NamedTuple):
+    """The largest model of a family that a card fine-tunes with a method; None where it takes none."""
+
+    method: str
+    model: str | None
+    num_parameters: int
+    verdict: Verdict | None
+    """Of the named model, or of the smallest one where none does."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry of `members` in the JSON."""
+        return {**self._asdict(), "verdict": None if self.verdict is None else self.verdict.to_dict()}
+
+
+def which_gpu(model: Any, *, allow_tight: bool = False, **options: Any) -> tuple[Verdict, ...]:
+    """Every card of the catalogue that takes the job, the smallest (usable bytes) first; options as `estimate` takes them."""
+    from peftplan.hardware.gpus import gpus
+
+    accepted = ("fits", "tight") if allow_tight else ("fits",)
+    result = estimate(model, gpu=[card.id for card in gpus()], **options)
+    does = [verdict for verdict in result.gpus if verdict.verdict in accepted]
+    return tuple(sorted(does, key=lambda verdict: (verdict.usable_bytes, verdict.gpu)))
+
+
+def family(
+    name: str, *, gpu: str, allow_tight: bool = False, methods: tuple[str, ...] = QUALITY, **options: Any
+) -> tuple[Member, ...]:
+    """The largest member of a family of built-in models that one card takes, by method.
+
+    `name`: the beginning of the members' names (`qwen3`), or a pattern (`qwen3-vl-*`). Members are asked from the largest down;
+    those for which a method has no formula are passed over. Raises InputError where no built-in model belongs to the family.
+    """
+    accepted = ("fits", "tight") if allow_tight else ("fits",)
+    names = _members(name)
+    return tuple(_largest(names, gpu, method, accepted, options) for method in methods)
+
+
+def _members(family: str) -> list[tuple[str, int]]:
+    """(name, parameters) of the built-in models whose name is the family's and a size, or that match a pattern; largest first."""
+    from fnmatch import fnmatchcase
+
+    from peftplan.arch.catalogue import models
+
+    pattern = family.lower() if any(character in family for character in "*?[") else f"{family.lower()}-[0-9]*"
+    members = [(entry.name, entry.num_parameters) for entry in models() if fnmatchcase(entry.name, pattern)]
+    if not members:
+        raise InputError("model_family", family, "accepted: the beginning of built-in names, such as qwen3 (`peftplan models`)")
+    return sorted(members, key=lambda member: -member[1])
+
+
+def _largest(members: list[tuple[str, int]], gpu: str, method: str, accepted: tuple[str, ...], options: dict[str, Any]) -> Member:
+    smallest: Verdict | None = None
+    for (name, num_parameters), verdict in _asked(members, gpu, method, options):
+        if verdict.verdict in accepted:
+            return Member(method, name, num_parameters, verdict)
+        smallest = verdict
+    return Member(method, None, 0, smallest)
+
+
+def _asked(
+    members: list[tuple[str, int]], gpu: str, method: str, options: dict[str, Any]
+) -> Iterator[tuple[tuple[str, int], Verdict]]:
+    for member in members:
+        try:
+            (verdict,) = estimate(member[0], gpu=gpu, **options_for(method, {**options, "method": method})).gpus
+        except PeftplanError:
+            continue
+        if verdict.verdict != "unknown":
+            yield member, verdict

@@ -1,0 +1,138 @@
+"""What `fit` returns: plans, each a job with its largest size, and why it cannot be larger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from peftplan.memory.ledger import Line
+from peftplan.planning.largest import Largest
+from peftplan.planning.result import Estimate
+from peftplan.units import format_bytes
+
+SCHEMA_VERSION = 1
+
+
+class Binding(NamedTuple):
+    """What keeps a plan from the next larger size: how much is missing there, when, and the line that grew most on the way."""
+
+    phase: str
+    category: str
+    line: str
+    line_bytes: int
+    verdict: str
+    headroom_bytes: int
+
+    @classmethod
+    def of(cls, here: Estimate, beyond: Estimate) -> Binding:
+        """`here` fits and `beyond` does not; the two are one estimate where nothing fits, and the largest line is named."""
+        assert here.peaks is not None
+        assert beyond.peaks is not None
+        smaller: Iterable[Line] = here.peaks.ledgers[beyond.peaks.phase] if here is not beyond else ()
+        before = {(line.category, line.name): line.bytes() for line in smaller}
+
+        def growth(line: Line) -> int:
+            return line.bytes() - before.get((line.category, line.name), 0)
+
+        line = max((line for line in beyond.ledger if line.place == "device"), key=growth)
+        (card,) = beyond.gpus
+        name = line.name.replace("{}", "*")
+        return cls(beyond.peaks.phase, line.category, name, line.bytes(), card.verdict, card.headroom_bytes)
+
+    @property
+    def text(self) -> str:
+        """In words: `1.20 GiB short in backward; grows most: log_softmax (logits, 5.87 GiB)`."""
+        room = f"{format_bytes(abs(self.headroom_bytes))} {'short' if self.headroom_bytes < 0 else 'left'} in {self.phase}"
+        return f"{room}; grows most: {self.line} ({self.category}, {format_bytes(self.line_bytes)})"
+
+
+class Plan(NamedTuple):
+    """A job with its largest size. `size` is 0 where nothing fits; the numbers are then those of the smallest size.
+
+    `changes`: options that differ from the job as typed, besides the size. `fits_again`: the largest size beyond that fits,
+    where reserved bytes are not monotone. `asked_from`: every size from here on was asked one by one (`planning.largest`).
+    `bounded`: the search ended before the card was full.
+    """
+
+    size: int
+    method: str
+    batch_size: int
+    seq_len: int
+    r: int | None
+    trainable_parameters: int
+    peak_allocated: int
+    needed_bytes: int
+    usable_bytes: int
+    headroom_bytes: int
+    verdict: str
+    changes: Mapping[str, Any]
+    binding: Binding | None
+    fits_again: int | None
+    asked_from: int
+    bounded: bool
+    model: str
+    assumptions: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, result: Estimate, edge: Largest, *, size: str, changes: Mapping[str, Any], binding: Binding | None) -> Plan:
+        """The plan of an estimate at its largest size, or at the smallest where its size is 0."""
+        assert result.peaks is not None
+        (card,) = result.gpus
+        rank = result.method["config"].get("r")
+        return cls(
+            size=edge.size,
+            method=result.method["name"],
+            batch_size=result.assumptions["batch_size"],
+            seq_len=result.assumptions.get("seq_len", 0),
+            r=rank if isinstance(rank, int) else None,
+            trainable_parameters=result.trainable_parameters,
+            peak_allocated=result.peaks.allocated,
+            needed_bytes=card.needed_bytes,
+            usable_bytes=card.usable_bytes,
+            headroom_bytes=card.headroom_bytes,
+            verdict=card.verdict,
+            changes={**changes},
+            binding=binding,
+            fits_again=edge.again,
+            asked_from=edge.asked_from,
+            bounded=edge.bounded,
+            model=result.model["name"],
+            assumptions=result.assumptions,
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one micro batch on one card."""
+        return self.batch_size * self.seq_len
+
+    def to_dict(self, size: str) -> dict[str, Any]:
+        """One entry of `plans`: the size that was asked for is 0 where nothing fits."""
+        facts = {name: value for name, value in self._asdict().items() if name not in ("size", "model", "assumptions")}
+        facts["binding"] = None if self.binding is None else self.binding._asdict()
+        return {**facts, size: self.size, "tokens_per_step": self.tokens_per_step if self.size else 0}
+
+
+class Fit(NamedTuple):
+    """The plans of a job on one card: the first is the job as typed, the others are ranked; `nearest` are two that do not fit."""
+
+    model: str
+    gpu: str
+    size: str
+    plans: tuple[Plan, ...]
+    nearest: tuple[Plan, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the job as typed fits at any size."""
+        return self.plans[0].size > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON, bytes as integers."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "gpu": self.gpu,
+            "max": self.size,
+            "plans": [plan.to_dict(self.size) for plan in self.plans],
+            "nearest": [plan.to_dict(self.size) for plan in self.nearest],
+        }

@@ -1,0 +1,122 @@
+"""The largest size of a job that does: by bisection, then size by size where reserved bytes may change the answer.
+
+Allocated bytes grow with every size. Reserved bytes do so on the whole, but may drop by some hundred MiB where blocks come to lie
+elsewhere. So the largest size is the largest n such that n and every smaller size do, and a larger one may do again. Example, of
+batch sizes on a card that takes 23 GiB::
+
+    batch size            5     6     7     8     9
+    reserved, GiB      19.8  22.4  23.1  22.9  25.6
+    does                yes   yes    no   yes    no     -> largest 6, again 8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from peftplan.units import MIB
+
+CAUTION = 2
+"""How many times the largest drop of reserved bytes that was seen is granted to sizes that are not asked."""
+
+LEAST_DROP = 128 * MIB
+"""The drop that is granted where none was seen."""
+
+MOST_ASKED = 4096
+"""Sizes that are asked one by one at most on the way down."""
+
+MOST_BEYOND = 64
+"""Sizes beyond the largest that are asked whether they do again."""
+
+
+class Probe(NamedTuple):
+    """What a job needs at one size, in bytes, and whether that does.
+
+    `room`: what a card has for torch's allocator if the verdict is to be good enough. `does` may hold for more reserved bytes
+    than that, where the allocator gets by once it gives cached memory back.
+    """
+
+    does: bool
+    allocated: int
+    reserved: int
+    room: int
+
+
+class Largest(NamedTuple):
+    """The largest size that does, with every smaller one; 0 where the first does not.
+
+    `asked_from`: every size from here to the one after `size` was asked. What smaller ones reserve leaves room for `CAUTION`
+    times the largest drop that was seen (`LEAST_DROP` at least), unless `most_asked` sizes were not enough to come so far.
+    `again`: the largest of the `MOST_BEYOND` sizes beyond the next that does. `bounded`: `size` is where the search ends, not
+    the card.
+    """
+
+    size: int
+    asked_from: int
+    again: int | None = None
+    bounded: bool = False
+
+
+def largest(probe: Callable[[int], Probe], *, ceiling: int, most_asked: int = MOST_ASKED) -> Largest:
+    """The largest size from 1 to `ceiling`; `probe` is asked some thirty times, and then wherever it is close."""
+    seen: dict[int, Probe] = {}
+
+    def at(size: int) -> Probe:
+        if size not in seen:
+            seen[size] = probe(size)
+        return seen[size]
+
+    if not at(1).does:
+        return Largest(0, 1, again=_again(at, after=1, ceiling=ceiling))
+    good, bad = _bracket(at, ceiling)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if at(middle).does else (good, middle)
+    lowest, asked_from = _downwards(at, seen, bad, most_asked)
+    if lowest > ceiling:
+        return Largest(ceiling, asked_from, bounded=True)
+    return Largest(lowest - 1, asked_from, again=_again(at, after=lowest, ceiling=ceiling))
+
+
+def _bracket(at: Callable[[int], Probe], ceiling: int) -> tuple[int, int]:
+    """A size that does, and a larger one that does not: `ceiling` + 1 where all that were asked do."""
+    good = 1
+    while good < ceiling:
+        following = min(2 * good, ceiling)
+        if not at(following).does:
+            return good, following
+        good = following
+    return ceiling, ceiling + 1
+
+
+def _downwards(at: Callable[[int], Probe], seen: dict[int, Probe], bad: int, most_asked: int) -> tuple[int, int]:
+    """The lowest size that does not do, and the lowest of those that were asked one by one."""
+    lowest = bad
+    for size in range(bad - 1, max(bad - 1 - most_asked, 0), -1):
+        here = at(size)
+        if not here.does:
+            lowest = size
+        elif here.reserved + CAUTION * max(_drop(seen), LEAST_DROP) <= here.room:
+            return lowest, size
+    return lowest, max(bad - most_asked, 1)
+
+
+def _drop(seen: dict[int, Probe]) -> int:
+    """The most that a larger size reserves less than a smaller one."""
+    drop = most = 0
+    for _, probe in sorted(seen.items()):
+        most = max(most, probe.reserved)
+        drop = max(drop, most - probe.reserved)
+    return drop
+
+
+def _again(at: Callable[[int], Probe], *, after: int, ceiling: int) -> int | None:
+    """The largest size that does beyond one that does not, as far as what is allocated alone leaves room."""
+    again = None
+    for size in range(after + 1, min(ceiling, after + MOST_BEYOND) + 1):
+        here = at(size)
+        if here.allocated > here.room:
+            break
+        if here.does:
+            again = size
+    return again

@@ -1,0 +1,132 @@
+"""`fit`: what it returns fits and one more does not, by direct estimates; how plans are made and ranked."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.arch.catalogue import models
+from peftplan.errors import InputError, PeftplanError, UnknownNameError
+from peftplan.hardware.gpus import gpus
+from peftplan.hardware.usable import usable_bytes
+from peftplan.planning.choosing import family, which_gpu
+from peftplan.planning.fit import QUALITY, Size, fit
+
+CARDS = ("t4", "rtx-4090", "a10g", "l4", "a100-40gb", "a100-80gb", "h100-80gb", "24GiB")
+SMALL = [
+    entry.name for entry in models() if entry.num_parameters < 15e9 and entry.model_type in ("llama", "qwen2", "qwen3", "gpt2")
+]
+
+
+def verdict(model: str, gpu: str, **options: Any) -> str:
+    return peftplan.estimate(model, gpu=gpu, **options).gpus[0].verdict
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_largest_size_fits_and_one_more_does_not(seed: int) -> None:
+    draw = random.Random(seed)
+    model, gpu = draw.choice(SMALL), draw.choice(CARDS)
+    size: Size = draw.choice(("batch_size", "seq_len", "r"))
+    options: dict[str, Any] = {"method": draw.choice(("lora", "qlora", "dora")), "batch_size": draw.choice((1, 2))}
+    if size == "seq_len":
+        options["loss"] = "full"
+    options.pop(size, None)
+    plan = fit(model, gpu=gpu, max=size, keep=("method", "trainer", "gradient_checkpointing"), **options).plans[0]
+    if not plan.size:
+        assert verdict(model, gpu, **options, **{size: 1}) != "fits"
+        return
+    assert verdict(model, gpu, **options, **{size: plan.size}) == "fits"
+    assert plan.bounded or verdict(model, gpu, **options, **{size: plan.size + 1}) != "fits"
+    if plan.fits_again is not None:
+        assert verdict(model, gpu, **options, **{size: plan.fits_again}) == "fits"
+
+
+def test_the_first_plan_is_the_job_as_typed() -> None:
+    result = fit("llama-3.2-1b", gpu="rtx-4090", method="qlora", r=16, seq_len=1024, methods=("full",))
+    first = result.plans[0]
+    assert (first.method, first.r, first.seq_len, dict(first.changes)) == ("qlora", 16, 1024, {})
+    assert result.to_dict()["plans"][0]["batch_size"] == first.size == first.batch_size > 1
+
+
+def test_other_plans_say_what_they_change_and_are_ranked() -> None:
+    plans = fit("llama-3.2-1b", gpu="rtx-4090", methods=("full", "qlora")).plans
+    methods = [plan.method for plan in plans[1:]]
+    assert [QUALITY.index(method) for method in methods] == sorted(QUALITY.index(method) for method in methods)
+    for plan in plans[1:]:
+        assert plan.changes
+        assert verdict("llama-3.2-1b", "rtx-4090", **plan.changes, batch_size=plan.size) == "fits"
+        assert all(
+            plan.tokens_per_step >= other.tokens_per_step
+            for other in plans[plans.index(plan) + 1 :]
+            if other.method == plan.method
+        )
+
+
+def test_a_job_that_never_fits_names_what_comes_nearest() -> None:
+    result = fit("llama-2-70b", gpu="rtx-4090", method="lora", methods=("full", "qlora"))
+    first = result.plans[0]
+    assert (first.size, first.verdict, result.fits) == (0, "does_not_fit", False)
+    assert first.binding is not None
+    assert first.binding.category == "weights"
+    assert first.binding.headroom_bytes == first.headroom_bytes < 0
+    assert [plan.method for plan in result.nearest] == ["qlora", "lora"]
+    assert result.to_dict()["plans"][0]["batch_size"] == 0
+
+
+def test_what_is_kept_no_plan_changes() -> None:
+    plans = fit("llama-3.2-1b", gpu="rtx-4090", keep=("method", "loss")).plans
+    assert {plan.method for plan in plans} == {"lora"}
+    assert all(plan.assumptions["loss"] == "full" for plan in plans)
+
+
+def test_tight_plans_are_asked_for() -> None:
+    usual = fit("llama-3.2-1b", gpu="rtx-4090", keep=("method", "loss")).plans[0]
+    tight = fit("llama-3.2-1b", gpu="rtx-4090", keep=("method", "loss"), allow_tight=True).plans[0]
+    assert tight.size >= usual.size
+    assert verdict("llama-3.2-1b", "rtx-4090", batch_size=tight.size) in ("fits", "tight")
+    assert verdict("llama-3.2-1b", "rtx-4090", batch_size=tight.size + 1) not in ("fits", "tight")
+
+
+def test_shorter_sequences_only_down_to_what_is_said() -> None:
+    plans = fit("qwen3-8b", gpu="l4", seq_len=8192, min_seq_len=1024, methods=("qlora",)).plans
+    assert {plan.seq_len for plan in plans} <= {8192, 1024}
+    assert any(plan.seq_len == 1024 for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"gpu": "rtx-4090", "max": "layers"}, UnknownNameError, "max"),
+        ({"gpu": "rtx-4090,t4"}, InputError, "one card"),
+        ({"gpu": "rtx-4090", "keep": ("color",)}, UnknownNameError, "keep"),
+        ({"gpu": "rtx-4090", "method": "prompt-tunning"}, UnknownNameError, "method"),
+        ({"gpu": "rtx-4090", "loss": "liger"}, PeftplanError, "fit: no formula"),
+    ],
+)
+def test_bad_input_says_what_is_accepted(options: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        fit("llama-3.2-1b", **options)
+
+
+def test_the_smallest_cards_that_take_a_job() -> None:
+    """Each one fits by a direct estimate; no smaller card of the catalogue does."""
+    cards = which_gpu("llama-3.2-1b", method="qlora", seq_len=512)
+    assert [card.usable_bytes for card in cards] == sorted(card.usable_bytes for card in cards)
+    assert verdict("llama-3.2-1b", cards[0].gpu, method="qlora", seq_len=512) == "fits"
+    smaller = [card.id for card in gpus() if usable_bytes(card).bytes < cards[0].usable_bytes]
+    assert smaller
+    assert "fits" not in {verdict("llama-3.2-1b", card, method="qlora", seq_len=512) for card in smaller}
+
+
+def test_the_largest_member_of_a_family() -> None:
+    (lora, full) = family("qwen3", gpu="rtx-4090", methods=("lora", "full"))
+    assert lora.model == "qwen3-8b"
+    assert verdict("qwen3-8b", "rtx-4090", method="lora") == "fits"
+    assert verdict("qwen3-14b", "rtx-4090", method="lora") != "fits"
+    assert full.model is not None
+    assert full.num_parameters < lora.num_parameters
+    with pytest.raises(InputError, match="model_family"):
+        family("no-such-family", gpu="rtx-4090")

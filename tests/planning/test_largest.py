@@ -1,0 +1,63 @@
+"""The search for the largest size, on made-up needs whose answer is counted by hand."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from peftplan.planning.largest import MOST_ASKED, MOST_BEYOND, Largest, Probe, largest
+from peftplan.units import MIB
+
+
+def needing(reserved: Callable[[int], int], *, room: int) -> Callable[[int], Probe]:
+    return lambda size: Probe(reserved(size) <= room, min(reserved(size), size * MIB), reserved(size), room)
+
+
+@pytest.mark.parametrize(("room", "size"), [(0, 0), (1, 1), (2, 2), (999, 999), (1000, 1000), (4096, 1000)])
+def test_where_reserved_bytes_grow_with_every_size(room: int, size: int) -> None:
+    answer = largest(needing(lambda n: n * MIB, room=room * MIB), ceiling=1000)
+    assert (answer.size, answer.bounded, answer.again) == (size, size == 1000 and room >= 1000, None)
+
+
+def test_a_size_that_does_not_lies_below_larger_ones_that_do() -> None:
+    """100 MiB a size, of 1,000; size 7 alone takes 400 more. Bisection asks 8 and 12, not 7.
+    The drop of 300 MiB from 7 to 8 is then granted twice: 4 is the first that leaves 600."""
+    answer = largest(needing(lambda n: (100 * n + 400 * (n == 7)) * MIB, room=1000 * MIB), ceiling=1000)
+    assert answer == Largest(6, 4, again=10)
+
+
+def test_every_size_is_asked_where_it_is_close() -> None:
+    """Of 10,000 MiB at 1 MiB a size, 2 × 128 MiB below the edge count as close; what is below is not asked."""
+    asked: list[int] = []
+
+    def probe(size: int) -> Probe:
+        asked.append(size)
+        return Probe(size <= 10_000, size * MIB, size * MIB, 10_000 * MIB)
+
+    answer = largest(probe, ceiling=2**20)
+    assert answer == Largest(10_000, 10_000 - 256)
+    assert set(range(10_000 - 256, 10_002)) <= set(asked)
+    assert len(asked) == len(set(asked)) < 256 + 40
+
+
+def test_it_stops_asking_where_sizes_are_cheap() -> None:
+    """1 KiB a size: the close ones would be 262,144."""
+    answer = largest(needing(lambda n: n * 1024, room=2**30), ceiling=2**30)
+    assert answer == Largest(2**20, 2**20 + 1 - MOST_ASKED)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_against_asking_every_size(seed: int) -> None:
+    """Needs that grow by 1 to 40 MiB a size and scatter by up to 100: what the definition says, by counting."""
+    draw = random.Random(seed)
+    step = draw.randint(1, 40)
+    needs = [0] + [n * step + draw.randint(0, 100) for n in range(1, 4000)]
+    room = draw.randint(200, 3000 * step)
+    does = [need <= room for need in needs]
+    expected = next(n for n in range(1, 4000) if not does[n]) - 1
+    answer = largest(needing(lambda n: needs[n] * MIB, room=room * MIB), ceiling=3999)
+    assert answer.size == expected
+    beyond = [n for n in range(expected + 2, min(expected + 2 + MOST_BEYOND, 4000)) if does[n]]
+    assert answer.again == max(beyond, default=None)
