@@ -1,0 +1,113 @@
+"""`compare`: one job by several methods on several cards, a row for each pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from peftplan.errors import MissingExtraError, PeftplanError
+from peftplan.planning.estimate import estimate
+from peftplan.planning.for_method import options_for
+from peftplan.planning.result import SCHEMA_VERSION, Estimate
+from peftplan.planning.serving import serving
+
+NOT_SERVED = frozenset({"training_args", "optim", "optim_args", "optim_target_modules", "script"})
+"""Options of training that say nothing about the adapter's file."""
+
+
+class Compared(NamedTuple):
+    """A method on a card; without a card, the method alone.
+
+    Bytes are None where they are not known; `error` says why a method has no numbers.
+    """
+
+    method: str
+    gpu: str | None = None
+    trainable_parameters: int | None = None
+    peak_allocated: int | None = None
+    peak_phase: str | None = None
+    by_category: Mapping[str, int] | None = None
+    needed_bytes: int | None = None
+    usable_bytes: int | None = None
+    headroom_bytes: int | None = None
+    verdict: str | None = None
+    adapter_bytes: int | None = None
+    error: str | None = None
+
+
+class Comparison(NamedTuple):
+    """Rows in the order of the methods as typed, cards in theirs."""
+
+    model: str
+    rows: tuple[Compared, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON, bytes as integers."""
+        return {"schema_version": SCHEMA_VERSION, "model": self.model, "rows": [row._asdict() for row in self.rows]}
+
+    def records(self) -> list[dict[str, Any]]:
+        """Flat rows, as pandas and polars take them."""
+        return [
+            {name: value for name, value in row._asdict().items() if name != "by_category"} | dict(row.by_category or {})
+            for row in self.rows
+        ]
+
+
+def compare(model: Any, *, methods: Sequence[str], gpu: str | Sequence[str] | None = None, **options: Any) -> Comparison:
+    """What a job needs by each of `methods` on each card of `gpu`; options as `estimate` takes them.
+
+    A field of one method (`r`) is left out for methods that have none of that name. A method that the model, the quantization or
+    another option refuses has a row with `error`. Raises what `estimate` raises where that is so of every method.
+    """
+    rows: list[Compared] = []
+    errors: list[PeftplanError] = []
+    name = ""
+    for method in methods:
+        try:
+            fields = options_for(method, options)
+            result = estimate(model, method=method, gpu=gpu, **fields)
+        except PeftplanError as error:
+            errors.append(error)
+            rows.append(Compared(method, error=str(error)))
+            continue
+        name = result.model["name"]
+        rows += _rows(method, result, _adapter_bytes(model, method, fields))
+    if errors and len(errors) == len(methods):
+        raise errors[0]
+    return Comparison(name, tuple(rows))
+
+
+def _rows(method: str, result: Estimate, adapter_bytes: int | None) -> list[Compared]:
+    peaks = result.peaks
+    by_category: dict[str, int] | None = (
+        {category: size for category, size in result.ledger.by_category().items() if size} if peaks else None
+    )
+    shared = Compared(
+        method,
+        trainable_parameters=result.trainable_parameters,
+        peak_allocated=peaks.allocated if peaks else None,
+        peak_phase=peaks.phase if peaks else None,
+        by_category=by_category if peaks else None,
+        adapter_bytes=adapter_bytes,
+        error=None if peaks else result.not_modelled[0],
+    )
+    return [
+        shared._replace(
+            gpu=card.gpu,
+            needed_bytes=card.needed_bytes,
+            usable_bytes=card.usable_bytes,
+            headroom_bytes=card.headroom_bytes,
+            verdict=card.verdict,
+        )
+        for card in result.gpus
+    ] or [shared]
+
+
+def _adapter_bytes(model: Any, method: str, options: dict[str, Any]) -> int | None:
+    """The adapter's file; None where the method writes none, or only peft knows it."""
+    fields = {name: value for name, value in options.items() if name not in NOT_SERVED}
+    try:
+        file = serving(model, method=method, **fields).file
+    except (PeftplanError, MissingExtraError):
+        return None
+    return file.num_bytes if file else None

@@ -1,0 +1,73 @@
+"""`compare`: every row is what an estimate of that method on that card says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import peftplan
+from peftplan.cli import main
+from peftplan.errors import PeftplanError
+from peftplan.planning.compare import compare
+from peftplan.report import comparing
+
+
+def test_a_row_is_what_an_estimate_says() -> None:
+    result = compare("llama-3.2-1b", methods=("lora", "full"), gpu="t4,l4", r=16, seq_len=512)
+    assert [(row.method, row.gpu) for row in result.rows] == [("lora", "t4"), ("lora", "l4"), ("full", "t4"), ("full", "l4")]
+    for row in result.rows:
+        rank = {"r": 16} if row.method == "lora" else {}
+        alone = peftplan.estimate("llama-3.2-1b", method=row.method, gpu=row.gpu, seq_len=512, **rank)
+        assert row.trainable_parameters == alone.trainable_parameters
+        assert (row.needed_bytes, row.verdict) == (alone.gpus[0].needed_bytes, alone.gpus[0].verdict)
+    served = peftplan.serving("llama-3.2-1b", method="lora", r=16).file
+    assert served is not None
+    assert {row.adapter_bytes for row in result.rows if row.method == "lora"} == {served.num_bytes}
+
+
+def test_fields_that_a_method_lacks_are_left_out_for_it_alone() -> None:
+    """A rank says nothing to full fine-tuning, which is compared all the same."""
+    (lora, full) = compare("llama-3.2-1b", methods=("lora", "full"), r=16).rows
+    assert (lora.error, full.error) == (None, None)
+
+
+def test_a_method_that_is_refused_has_a_row_that_says_why() -> None:
+    rows = compare("llama-3.2-1b", methods=("lora", "full"), quant="nf4").rows
+    assert rows[0].peak_allocated is not None
+    assert rows[1].peak_allocated is None
+    assert "trained in full" in str(rows[1].error)
+    with pytest.raises(PeftplanError, match="trained in full"):
+        compare("llama-3.2-1b", methods=("full",), quant="nf4")
+
+
+def test_rows_are_flat_for_data_frames() -> None:
+    records = compare("llama-3.2-1b", methods=("lora",), gpu="l4").records()
+    assert {"method", "gpu", "needed_bytes", "weights"} <= set(records[0])
+    assert not any(isinstance(value, (dict, list, tuple)) for value in records[0].values())
+
+
+@pytest.mark.parametrize(("size", "blocks"), [(0, 0), (1, 1), (500, 12), (1000, 24)])
+def test_bars_are_in_proportion(size: int, blocks: int) -> None:
+    assert comparing.bar(size, 1000) == "█" * blocks
+
+
+def test_the_command_and_its_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "methods.svg"
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "llama-3.2-1b", "--method", "lora,full", "--gpu", "l4", "--plot", str(figure), "--format", "json"])
+    assert stopped.value.code == 0
+    assert [row["method"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["lora", "full"]
+    assert figure.read_text(encoding="utf-8").startswith("<?xml")
+
+
+@pytest.mark.parametrize(("args", "said"), [(["--plot", "x.pdf"], "--plot"), (["--method", "lorra"], "lora")])
+def test_bad_input_is_one_line(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "llama-3.2-1b", *args])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert said in captured.err
