@@ -1,0 +1,137 @@
+"""`explain_oom`: from a message, a log or a snapshot to what was alive, why memory ran out, and what the job should need."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peftplan import files
+from peftplan.errors import InputError
+from peftplan.memory.allocator.pickles import MAGIC
+from peftplan.oom import message as messages
+from peftplan.oom.causes import Cause, causes
+from peftplan.oom.message import Message
+from peftplan.oom.snapshot import Alive, alive_in
+from peftplan.planning.estimate import estimate
+from peftplan.planning.result import SCHEMA_VERSION, Estimate
+from peftplan.units import format_bytes
+
+MOST_BYTES = 256 * 2**20
+"""Of a log."""
+MORE = 1.02
+"""What the run wanted beyond the estimate by more than this is a difference to explain."""
+LONGEST = 2**20
+"""Tokens up to which a longer batch is looked for."""
+
+
+class Expected(NamedTuple):
+    """What the estimate of the job says beside what the run reached, in bytes.
+
+    `reached` is what was allocated and what was asked for in vain. `explained_by_seq_len`: the tokens per sequence from which on
+    the estimate is as large, where the run reached more than it.
+    """
+
+    model: str
+    peak_allocated: int
+    peak_phase: str
+    reached: int | None
+    explained_by_seq_len: int | None
+    text: str
+
+
+class Diagnosis(NamedTuple):
+    """Why memory ran out. `message` is None where a snapshot has none, `alive` empty where there is no snapshot."""
+
+    message: Message | None
+    causes: tuple[Cause, ...]
+    alive: tuple[Alive, ...] = ()
+    expected: Expected | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON, bytes as integers."""
+        facts = None if self.message is None else self.message._asdict()
+        if facts is not None:
+            facts["frames"] = [frame._asdict() for frame in facts["frames"][-8:]]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "message": facts,
+            "causes": [cause._asdict() for cause in self.causes],
+            "alive": [alive._asdict() for alive in self.alive],
+            "expected": None if self.expected is None else self.expected._asdict(),
+        }
+
+
+def explain_oom(source: str, *, model: Any = None, options: Mapping[str, Any] | None = None) -> Diagnosis:
+    """Why a program ran out of memory.
+
+    `source`: a file with torch's message, a log that holds one, a memory snapshot (`torch.cuda.memory._dump_snapshot`; nothing
+    in it is run), or `-` for standard input. `model` and `options`, as `estimate` takes them: the job that ran, to say what was
+    expected.
+    Raises InputError where there is no such message, and what `estimate` raises.
+    """
+    content = _content(source)
+    if content.startswith(MAGIC):
+        message, alive = alive_in(source)
+    else:
+        message, alive = messages.find(content.decode("utf-8", errors="replace")), ()
+        if message is None:
+            raise InputError(
+                "FILE",
+                source,
+                "it holds no out-of-memory message; accepted: torch's message, a log with one, or a memory snapshot",
+            )
+    expected = None if model is None else _expected(estimate(model, **(options or {})), message)
+    return Diagnosis(message, causes(message) if message else (), alive, expected)
+
+
+def _content(source: str) -> bytes:
+    if source == "-":
+        return sys.stdin.buffer.read(MOST_BYTES)
+    return files.content(Path(source), field="FILE", most=MOST_BYTES)
+
+
+def _expected(result: Estimate, message: Message | None) -> Expected | None:
+    if result.peaks is None:
+        return None
+    peak, reached = result.peaks.allocated, None
+    if message is not None and message.allocated is not None:
+        reached = message.allocated + message.requested
+    tokens = None
+    if reached is None:
+        text = f"the job is expected to peak at {format_bytes(peak)} in {result.peaks.phase}"
+    elif reached <= MORE * peak:
+        text = (
+            f"the job was expected to need {format_bytes(peak)} (in {result.peaks.phase}) and had reached "
+            f"{format_bytes(reached)}: it does what it should, and the card is too small for it"
+        )
+    else:
+        tokens = _tokens(result, reached)
+        longer = f", as if sequences had {tokens:,} tokens" if tokens else ""
+        text = (
+            f"the job was expected to need {format_bytes(peak)}; it had reached {format_bytes(reached)}, "
+            f"{format_bytes(reached - peak)} more{longer}. Look for a longest batch beyond --seq-len, an evaluation, "
+            "outputs that the loop keeps, or a second copy of the model"
+        )
+    return Expected(result.model["name"], peak, result.peaks.phase, reached, tokens, text)
+
+
+def _tokens(result: Estimate, reached: int) -> int | None:
+    """The tokens per sequence from which on the job needs as much: by bisection, as allocated bytes grow with them."""
+    low = int(result.assumptions.get("seq_len") or 0)
+    if result.resize is None or not low:
+        return None
+    high = low
+    try:
+        while (at := result.at(seq_len=high)).peaks.allocated < reached:
+            low, high = high, 2 * high
+            if high > LONGEST:
+                return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            at = result.at(seq_len=middle)
+            low, high = (middle, high) if at.peaks.allocated < reached else (low, middle)
+    except InputError:  # longer than the model's table of positions
+        return None
+    return high
