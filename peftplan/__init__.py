@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peftplan.errors import InputError, MissingExtraError, PeftplanError, RefusedError, UnknownNameError
+    from peftplan.oom.diagnosis import explain_oom
+    from peftplan.planning.compare import compare
     from peftplan.planning.estimate import estimate
+    from peftplan.planning.fit import fit
     from peftplan.planning.inspection import inspect
     from peftplan.planning.result import Estimate
     from peftplan.planning.serving import serving
@@ -26,7 +29,10 @@ _HOMES = {
     "RefusedError": "errors",
     "Serving": "planning.serving_result",
     "UnknownNameError": "errors",
+    "compare": "planning.compare",
     "estimate": "planning.estimate",
+    "explain_oom": "oom.diagnosis",
+    "fit": "planning.fit",
     "inspect": "planning.inspection",
     "serving": "planning.serving",
 }
@@ -40,7 +46,10 @@ __all__ = [
     "Serving",
     "UnknownNameError",
     "__version__",
+    "compare",
     "estimate",
+    "explain_oom",
+    "fit",
     "inspect",
     "serving",
 ]

@@ -20,7 +20,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("arch",),
     ("methods", "storage", "optim", "hardware", "memory", "parameters", "inference"),
     ("planning",),
-    ("trace", "measure", "accuracy"),
+    ("trace", "measure", "accuracy", "oom"),
     ("integrations",),
     ("report",),
     ("cli",),

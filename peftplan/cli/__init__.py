@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, str] = {
     "estimate": "What a fine-tuning run needs: counts, bytes, verdicts.",
+    "fit": "The largest batch, sequence or rank that a card takes, other plans, or the smallest card.",
+    "compare": "One job by several methods, on several cards.",
+    "explain-oom": "Why a program ran out of memory, from its message, a log or a snapshot, and what to try.",
     "serve": "After training: the adapter's file, the merge, the merged model, serving with a KV cache.",
     "replay": "A recorded run through the allocator's model: with less memory, or other options.",
     "inspect": "The module tree of a model: shapes, counts, bytes, and what a pattern matches.",
@@ -71,7 +74,7 @@ class LazyGroup(click.Group):
             from peftplan.errors import UnknownNameError
 
             raise UnknownNameError("command", cmd_name, COMMANDS)
-        command: click.Command = import_module(f"peftplan.cli.{cmd_name}").command
+        command: click.Command = import_module(f"peftplan.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:  # `--help` prints while options are read

@@ -44,7 +44,10 @@ def _target_words() -> Iterable[str]:
 
 
 CATALOGUES: dict[str, Callable[[], Iterable[str]]] = {
-    **dict.fromkeys(("estimate model", "serve model", "inspect model", "measure model", "models pattern"), _models),
+    **dict.fromkeys(
+        ("estimate model", "fit model", "compare model", "serve model", "inspect model", "measure model", "models pattern"),
+        _models,
+    ),
     **dict.fromkeys(("--gpu", "--capacity", "gpus pattern"), _cards),
     **dict.fromkeys(("--method", "methods name"), _methods),
     "completion shell": lambda: ("bash", "zsh", "fish"),
@@ -54,9 +57,9 @@ CATALOGUES: dict[str, Callable[[], Iterable[str]]] = {
     "--match": _target_words,
 }
 """Option, or command and argument → its names."""
-FILES = ("FILE", "replay file", "check files")
+FILES = ("FILE", "replay file", "check files", "explain-oom file")
 """Metavars and arguments whose value is a file."""
-OR_A_FILE = ("estimate model", "serve model", "inspect model", "measure model")
+OR_A_FILE = ("estimate model", "fit model", "compare model", "serve model", "inspect model", "measure model")
 """Arguments that are a name or a path: what looks like a path is completed as one."""
 
 

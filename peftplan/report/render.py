@@ -16,7 +16,12 @@ from peftplan.units import MIB
 if TYPE_CHECKING:
     from peftplan.arch.catalogue import ModelEntry
     from peftplan.hardware.gpus import Gpu
+    from peftplan.oom.diagnosis import Diagnosis
+    from peftplan.planning.choosing import Member
+    from peftplan.planning.compare import Comparison
+    from peftplan.planning.fit_result import Fit
     from peftplan.planning.inspection import Inspection, Row
+    from peftplan.planning.result import Verdict
     from peftplan.planning.serving_result import Serving
     from peftplan.trace.replayed import Replayed
 
@@ -88,6 +93,68 @@ def serving(result: Serving, *, fmt: str) -> None:
             _rows(section.columns, section.rows, (), fmt=fmt, below=section.below)
             print(f"\n{section.below}\n" if fmt == "markdown" and section.below else "")
         _remarks(report.remarks(result), fmt=fmt)
+
+
+def fit(result: Fit, *, fmt: str) -> None:
+    """Plans: the answer first, then a table of all plans and what comes nearest."""
+    from peftplan.report import fitting
+
+    if fmt == "json":
+        _json(result.to_dict())
+        return
+    above = "\n".join((fitting.headline(result), *fitting.remarks(result)))
+    if fmt == "markdown":
+        print(f"{above}\n")
+    cells, facts = fitting.plan_cells(result.plans), fitting.facts(result)
+    _rows(fitting.PLAN_COLUMNS, cells, facts, fmt=fmt, above=above, below=fitting.RANKING)
+
+
+def comparison(result: Comparison, *, fmt: str) -> None:
+    """A row per method and card; for people with a bar of what each method needs."""
+    from peftplan.report import comparing
+
+    if fmt == "json":
+        _json(result.to_dict())
+        return
+    cells, below = comparing.cells(result), "\n".join(comparing.errors(result)) or None
+    _rows(comparing.COLUMNS, cells, result.records(), fmt=fmt, above=comparing.heading(result), below=below)
+
+
+def oom(result: Diagnosis, *, fmt: str) -> None:
+    """Why memory ran out: the cause first."""
+    from peftplan.report import oom as report
+
+    if fmt == "json":
+        _json(result.to_dict())
+    elif fmt == "csv":
+        tabular.write_csv(report.facts(result), sys.stdout)
+    else:
+        _remarks(list(report.lines(result)), fmt=fmt)
+
+
+def cards(verdicts: Sequence[Verdict], *, fmt: str) -> None:
+    """Cards that take a job, the smallest first."""
+    from peftplan.report import fitting
+
+    above = f"{len(verdicts)} cards of the catalogue take the job, the smallest first" if verdicts else fitting.NO_CARD
+    larger = len(verdicts) - fitting.MOST_CARDS
+    below = f"and {larger} with more memory (--format csv lists all)" if larger > 0 else None
+    cells, facts = fitting.card_cells(verdicts[: fitting.MOST_CARDS]), [v.to_dict() for v in verdicts]
+    _rows(fitting.CARD_COLUMNS, cells, facts, fmt=fmt, above=above, below=below)
+
+
+def members(found: Sequence[Member], *, fmt: str, gpu: str) -> None:
+    """The largest model of a family that a card takes, by method."""
+    from peftplan.report import fitting
+
+    facts = [member.to_dict() for member in found]
+    _rows(
+        fitting.MEMBER_COLUMNS,
+        fitting.member_cells(found),
+        facts,
+        fmt=fmt,
+        above=f"The largest model that {gpu} takes, by method",
+    )
 
 
 def models(entries: Sequence[ModelEntry], *, fmt: str) -> None:

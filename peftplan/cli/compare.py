@@ -1,0 +1,49 @@
+"""`peftplan compare MODEL`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from peftplan.cli import options
+from peftplan.cli.command import METHOD_HEADING, Command, argument, option
+
+METHOD = {name: text for name, text in options.METHOD.items() if name not in ("--method", "--peft-config")}
+
+
+@click.command("compare", cls=Command)
+@argument("model")
+@option(
+    "--method", "methods", default="lora,dora,qlora,full", metavar="NAMES", show_default=True, help="methods, comma-separated"
+)
+@option("--gpu", "gpus", multiple=True, metavar="NAME", help="cards, comma-separated or repeated; or capacities such as 24GiB")
+@option("--plot", default=None, metavar="FILE", help="bars of every method as FILE.png or .svg, with the cards as lines")
+@options.group(METHOD_HEADING, METHOD)
+@options.group("Model", options.MODEL)
+@options.group("Precision and storage", options.STORAGE)
+@options.group("Training", options.TRAINING)
+@options.format_option
+def command(model: str, methods: str, gpus: tuple[str, ...], plot: str | None, fmt: str, **fields: Any) -> int:
+    """What a job needs by several methods, on several cards.
+
+    \b
+    peftplan compare llama-3.1-8b --method lora,dora,qlora,full --gpu l4,a10g,a100-80gb
+    peftplan compare qwen3-8b --method lora,ia3 --r 16 --plot methods.png
+    """
+    options.check_format(fmt)
+    from peftplan.planning.compare import compare
+    from peftplan.report import render
+
+    if plot is not None:
+        from peftplan.report.comparing_plot import check
+
+        check(plot)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    result = compare(model, methods=names, gpu=gpus, **options.given(fields))
+    if plot is not None:
+        from peftplan.report.comparing_plot import write
+
+        write(result, plot)
+    render.comparison(result, fmt=fmt)
+    return 0

@@ -1,0 +1,40 @@
+"""`peftplan explain-oom FILE`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from peftplan.cli import options
+from peftplan.cli.command import METHOD_HEADING, Command, argument, option
+
+
+@click.command("explain-oom", cls=Command)
+@argument("file")
+@option("--model", default=None, metavar="MODEL", help="the model of the job that ran; with its options, says what was expected")
+@options.group(METHOD_HEADING, options.METHOD)
+@options.group("Model", options.MODEL)
+@options.group("Precision and storage", options.STORAGE)
+@options.group("Training", options.TRAINING)
+@options.format_option
+def command(file: str, model: str | None, fmt: str, **fields: Any) -> int:
+    """Why a program ran out of memory, and what to try next.
+
+    FILE holds torch's message, a log with one, or what torch.cuda.memory._dump_snapshot() wrote; - is standard input.
+
+    \b
+    python train.py 2>&1 | peftplan explain-oom -
+    peftplan explain-oom train.log --model llama-3.1-8b --method lora --batch-size 4
+    """
+    options.check_format(fmt)
+    from peftplan.oom.diagnosis import explain_oom
+    from peftplan.report import render
+
+    wanted = options.given(fields)
+    if wanted and model is None:
+        from peftplan.errors import RefusedError
+
+        raise RefusedError(f"--{next(iter(wanted)).replace('_', '-')}: it describes a job, which needs --model MODEL")
+    render.oom(explain_oom(file, model=model, options=wanted), fmt=fmt)
+    return 0

@@ -1,0 +1,112 @@
+"""`peftplan fit MODEL`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from peftplan.cli import options
+from peftplan.cli.command import METHOD_HEADING, Command, argument, option
+from peftplan.errors import InputError, RefusedError
+
+SIZES = {"batch-size": "batch_size", "seq-len": "seq_len", "r": "r"}
+
+
+@click.command("fit", cls=Command)
+@argument("model", required=False)
+@option("--gpu", default=None, metavar="NAME", help="the card, or a capacity such as 24GiB")
+@option(
+    "--max",
+    "size",
+    default="batch-size",
+    metavar="[batch-size|seq-len|r]",
+    show_default=True,
+    help="what to make as large as it fits",
+)
+@option("--methods", default=None, metavar="NAMES", help="other methods to try, comma-separated; default: all ranked ones")
+@option("--keep", default=None, metavar="OPTIONS", help="what no plan may change: method, seq-len, gradient-checkpointing")
+@option("--min-seq-len", type=int, default=None, metavar="INT", help="plans may shorten sequences down to this many tokens")
+@option("--allow-tight", is_flag=True, help="a plan may leave less than 5 % of the card")
+@option("--which-gpu", is_flag=True, help="the smallest cards that take the job as typed, instead of plans")
+@option("--model-family", default=None, metavar="NAME", help="the largest model of a family per method, such as qwen3")
+@option("--require-fit", is_flag=True, help="exit 1 where the job as typed does not fit at any size")
+@options.group(METHOD_HEADING, options.METHOD)
+@options.group("Model", options.MODEL)
+@options.group("Precision and storage", options.STORAGE)
+@options.group("Training", options.TRAINING)
+@options.format_option
+def command(
+    model: str | None,
+    gpu: str | None,
+    size: str,
+    methods: str | None,
+    keep: str | None,
+    min_seq_len: int | None,
+    allow_tight: bool,
+    which_gpu: bool,
+    model_family: str | None,
+    require_fit: bool,
+    fmt: str,
+    **fields: Any,
+) -> int:
+    """The largest size of a job that a card takes, and other plans that fit.
+
+    \b
+    peftplan fit llama-3.1-8b --gpu rtx-4090 --method lora --seq-len 4096
+    peftplan fit qwen3-8b --gpu 24GiB --max seq-len --method qlora --keep method
+    peftplan fit llama-2-7b --method full --which-gpu
+    peftplan fit --model-family qwen3 --gpu rtx-4090
+    """
+    options.check_format(fmt)
+    wanted = options.given(fields)
+    from peftplan.report import render
+
+    if model_family is not None:
+        from peftplan.planning.choosing import family
+
+        _check(gpu=gpu, model=model, of_family=True)
+        wanted.pop("method", None)
+        members = family(model_family, gpu=str(gpu), allow_tight=allow_tight, **_names(methods), **wanted)
+        render.members(members, fmt=fmt, gpu=str(gpu))
+        return 1 if require_fit and not any(member.model for member in members) else 0
+    if model is None:
+        raise RefusedError("MODEL: a model is needed, or --model-family NAME")
+    if which_gpu:
+        from peftplan.planning.choosing import which_gpu as cards_for
+
+        if gpu is not None:
+            raise RefusedError("--which-gpu: it finds the card, so it takes no --gpu")
+        cards = cards_for(model, allow_tight=allow_tight, **wanted)
+        render.cards(cards, fmt=fmt)
+        return 1 if require_fit and not cards else 0
+    _check(gpu=gpu, model=None, of_family=False)
+    if size not in SIZES:
+        from peftplan.errors import UnknownNameError
+
+        raise UnknownNameError("--max", size, SIZES)
+    from peftplan.planning.fit import fit
+
+    result = fit(
+        model,
+        gpu=str(gpu),
+        max=SIZES[size],  # type: ignore[arg-type]
+        keep=(keep or "").split(",") if keep else (),
+        min_seq_len=min_seq_len,
+        allow_tight=allow_tight,
+        **_names(methods),
+        **wanted,
+    )
+    render.fit(result, fmt=fmt)
+    return 1 if require_fit and not result.fits else 0
+
+
+def _check(*, gpu: str | None, model: str | None, of_family: bool) -> None:
+    if gpu is None:
+        raise RefusedError("--gpu: a card is needed, such as --gpu rtx-4090 (or --which-gpu to find one)")
+    if of_family and model is not None:
+        raise InputError("--model-family", model, "accepted: a family instead of MODEL, not beside it")
+
+
+def _names(methods: str | None) -> dict[str, Any]:
+    return {} if methods is None else {"methods": tuple(name.strip() for name in methods.split(","))}

@@ -1,0 +1,63 @@
+"""A comparison as text: a row per method and card, with a bar of what it needs against the largest."""
+
+from __future__ import annotations
+
+from peftplan.planning.compare import Compared, Comparison
+from peftplan.report.tabular import Column
+from peftplan.units import format_bytes, format_count
+
+COLUMNS = (
+    Column("method"),
+    Column("trainable", right=True),
+    Column("peak", right=True),
+    Column("card"),
+    Column("needs", right=True),
+    Column("left", right=True),
+    Column("verdict"),
+    Column("adapter", right=True, wide=True),
+    Column("peak, against the largest", wide=True),
+)
+BAR = 24
+"""Blocks of the longest bar."""
+
+
+def heading(result: Comparison) -> str:
+    """What the rows are about."""
+    return f"{result.model}: {len({row.method for row in result.rows})} methods"
+
+
+def cells(result: Comparison) -> list[tuple[str, ...]]:
+    """A row per method and card; what is the same as in the row above is left blank."""
+    largest = max((row.peak_allocated or 0 for row in result.rows), default=0)
+    rows: list[tuple[str, ...]] = []
+    before = None
+    for row in result.rows:
+        again = before == row.method
+        shared = ("", "", "") if again else (row.method, _count(row), _size(row.peak_allocated))
+        last = ("", "") if again else (_size(row.adapter_bytes), bar(row.peak_allocated or 0, largest))
+        card = (row.gpu or "", _size(row.needed_bytes), _size(row.headroom_bytes), row.verdict or "")
+        rows.append((*shared, *card, *last))
+        before = row.method
+    return rows
+
+
+def errors(result: Comparison) -> list[str]:
+    """Why a method has no numbers, a line each."""
+    return [f"{row.method}: {row.error}" for row in dict.fromkeys(map(_error, result.rows)) if row is not None]
+
+
+def _error(row: Compared) -> Compared | None:
+    return Compared(row.method, error=row.error) if row.error else None
+
+
+def _count(row: Compared) -> str:
+    return "" if row.trainable_parameters is None else format_count(row.trainable_parameters)
+
+
+def _size(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else format_bytes(num_bytes)
+
+
+def bar(size: int, largest: int) -> str:
+    """Blocks in proportion to the largest; at least one for what is not nothing."""
+    return "█" * max(round(BAR * size / largest), size > 0) if largest else ""

@@ -1,0 +1,61 @@
+"""A comparison as a picture: each method's peak as a bar of categories, cards as lines (matplotlib, extra `plot`)."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from peftplan.errors import InputError, MissingExtraError, UnknownNameError
+from peftplan.files import replacing
+from peftplan.memory.ledger import CATEGORIES
+from peftplan.planning.compare import Comparison
+from peftplan.report.timeline import COLOURS
+from peftplan.units import GIB, format_bytes
+
+SUFFIXES = (".png", ".svg")
+WIDTH, ROW = 10.0, 0.55
+"""Inches of the figure, and of one bar."""
+
+
+def check(path: str) -> None:
+    """Ask before any work is done. Raises InputError for what is no such file, MissingExtraError without matplotlib."""
+    file = Path(path)
+    if file.suffix not in SUFFIXES:
+        raise UnknownNameError("--plot", path, SUFFIXES)
+    if not file.parent.is_dir() or file.is_dir():
+        raise InputError("--plot", path, "accepted: a file in a folder that exists")
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("--plot", "plot")
+
+
+def write(result: Comparison, path: str) -> None:
+    """Write the figure; the file appears whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    methods = {row.method: row for row in reversed(result.rows) if row.by_category}
+    cards = {row.gpu: row.usable_bytes for row in result.rows if row.gpu and row.usable_bytes}
+    figure = Figure(figsize=(WIDTH, 1.6 + ROW * len(methods)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    left = dict.fromkeys(methods, 0.0)
+    for category in CATEGORIES:
+        sizes = {name: (row.by_category or {}).get(category, 0) / GIB for name, row in methods.items()}
+        if any(sizes.values()):
+            axes.barh(list(sizes), list(sizes.values()), left=list(left.values()), color=COLOURS[category], label=category)
+            left = {name: left[name] + size for name, size in sizes.items()}
+    longest = max(left.values(), default=1.0)
+    for place, (name, row) in enumerate(methods.items()):
+        axes.text(left[name] + 0.01 * longest, place, format_bytes(row.peak_allocated or 0), va="center", fontsize=9)
+    for card, usable in cards.items():
+        if usable / GIB <= 1.4 * longest:
+            axes.axvline(usable / GIB, color="black", linewidth=0.8, linestyle="--")
+            axes.text(usable / GIB, 1.01, card, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+    axes.set_xlim(0, 1.15 * max(longest, *(u / GIB for u in cards.values() if u / GIB <= 1.4 * longest), 0.0))
+    axes.set_xlabel("GiB allocated at the peak; dashed: what a program can get of the card")
+    axes.set_title(f"{result.model}: peak of a training step by method", loc="left", pad=18)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    with replacing(path, field="--plot") as file:
+        figure.savefig(file, format=Path(path).suffix[1:], metadata={} if path.endswith(".svg") else {"Software": None})

@@ -1,0 +1,45 @@
+"""Why memory ran out, as text: the cause first, then what was where, then what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peftplan.oom.diagnosis import Diagnosis
+from peftplan.units import format_bytes
+
+FIGURES = {
+    "requested": "asked for",
+    "allocated": "allocated",
+    "reserved": "reserved by torch",
+    "free": "free on the card",
+    "capacity": "the card",
+}
+
+
+def lines(result: Diagnosis) -> Iterator[str]:
+    """The whole answer, a line each."""
+    for number, cause in enumerate(result.causes):
+        yield f"{'✗ ' if not number else ''}{cause.name.replace('_', ' ')}: {cause.evidence}."
+        yield from (f"  → {step}" for step in cause.advice)
+    if result.message is not None:
+        said = ((text, getattr(result.message, name)) for name, text in FIGURES.items())
+        yield ""
+        yield "The message: " + ", ".join(f"{text} {format_bytes(size)}" for text, size in said if size is not None) + "."
+        if result.message.frames:
+            frame = result.message.frames[-1]
+            yield f"At: {frame.file}:{frame.line} in {frame.function}" + (f": {frame.code}" if frame.code else "")
+    if result.alive:
+        yield ""
+        yield "Alive, by the line that made it:"
+        for alive in result.alive:
+            where = f"{alive.file}:{alive.line} in {alive.function}" if alive.file else "no Python line recorded"
+            yield f"  {format_bytes(alive.bytes):>12}  {alive.blocks:>6,} blocks  {where}"
+    if result.expected is not None:
+        yield ""
+        yield f"Expected: {result.expected.text}."
+
+
+def facts(result: Diagnosis) -> list[dict[str, Any]]:
+    """One record per cause, for CSV."""
+    return [{"cause": cause.name, "evidence": cause.evidence, "advice": "; ".join(cause.advice)} for cause in result.causes]
