@@ -153,11 +153,12 @@ def decoder(model: Model, style: Style) -> Tensor:
     f.module = "model"
     if style.multiplied:
         embedded = x = ops.scale(f, x)
-    states = [ops.dropout(f, x, model.arch.dropout.embedding)]  # no name holds it while the layers run
-    del x
     _positions = f.new((model.seq,), "int64", "position_ids")
     windows = {block.attentions[0].window for block in model.arch.blocks} if style.tables_by_window else {None}
-    masks = masks_of(model, style, states[0].dtype)
+    masks = masks_of(model, style, x.dtype)
+    f.module = "model"
+    states = [ops.dropout(f, x, model.arch.dropout.embedding)]  # no name holds it while the layers run
+    del x
     tables = {window: rotary_tables(model, "fp32" if style.wide_tables else states[0].dtype) for window in windows}
     x = run_layers(model, style, states.pop(), lambda window: tables[window if style.tables_by_window else None], masks=masks)
     del embedded

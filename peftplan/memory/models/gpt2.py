@@ -10,7 +10,7 @@ from functools import partial
 from peftplan.arch.modules import Attention
 from peftplan.memory import ops
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import Call, Style, mlp, run_layers
+from peftplan.memory.models.decoder import Call, Style, masks_of, mlp, run_layers
 from peftplan.memory.norms import layer_norm
 from peftplan.memory.shaping import split
 from peftplan.memory.tensors import Tensor
@@ -22,10 +22,13 @@ def model_forward(model: Model, style: Style) -> Tensor:
     tokens = model.inputs()
     f.module = "transformer"
     _positions = f.new((model.seq,), "int64", "position_ids")
+    masks = masks_of(model, style, tokens.dtype) if model.arch.model_type == "gpt_bigcode" else None
     positions = model.embedding("transformer.wpe", (1, model.seq), _positions)
     f.module = "transformer"
-    states = [ops.dropout(f, ops.add(f, tokens, positions), model.arch.dropout.embedding)]  # no name holds it while layers run
-    x = run_layers(model, style, states.pop(), lambda window: ())
+    states = [ops.add(f, tokens, positions)]  # no name holds it while layers run
+    masks = masks or masks_of(model, style, tokens.dtype)
+    states = [ops.dropout(f, states.pop(), model.arch.dropout.embedding)]
+    x = run_layers(model, style, states.pop(), lambda window: (), masks=masks)
     del tokens, positions
     return x
 

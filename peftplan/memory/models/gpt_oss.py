@@ -15,7 +15,7 @@ from peftplan.memory.experts import experts, top_k
 from peftplan.memory.graph import Node
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import Call, Style, projected, run_layers
+from peftplan.memory.models.decoder import Call, Style, masks_of, projected, run_layers
 from peftplan.memory.models.moe import check
 from peftplan.memory.norms import minus, rms_cast_last
 from peftplan.memory.shaping import cat, halves_rotated, sliced, split
@@ -29,11 +29,12 @@ def gpt_oss(model: Model) -> Tensor:
     f = model.tape
     f.module = "model"
     _positions = f.new((model.seq,), "int64", "position_ids")
+    masks = masks_of(model, STYLE, tokens.dtype)
     half = (1, model.seq, model.arch.blocks[0].attentions[0].head_dim // 2)
     f.module = "model.rotary_emb"
     model.angles_made()
     tables = f.new(half, tokens.dtype, "cos"), f.new(half, tokens.dtype, "sin")
-    x = run_layers(model, STYLE, tokens, lambda window: tables)
+    x = run_layers(model, STYLE, tokens, lambda window: tables, masks=masks)
     del tokens
     return x
 

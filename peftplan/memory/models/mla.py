@@ -15,7 +15,7 @@ from peftplan.memory import ops
 from peftplan.memory.attention import attend, eager
 from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import Call, Style, decoder, rotate_all, run_layers
+from peftplan.memory.models.decoder import Call, Style, decoder, masks_of, rotate_all, run_layers
 from peftplan.memory.models.moe import deepseek_block, deepseek_v2_route, deepseek_v3_route
 from peftplan.memory.shaping import cat, halves_rotated, sliced, split
 from peftplan.memory.tape import Tape
@@ -31,10 +31,11 @@ def deepseek_v2(model: Model) -> Tensor:
     f = model.tape
     f.module = "model"
     _positions = f.new((model.seq,), "int64", "position_ids")
+    masks = masks_of(model, V2, tokens.dtype)
     f.module = "model.rotary_emb"
     model.angles_made()
     rotations = f.new((1, model.seq, _rotated(model)), "fp32", "freqs_cis")
-    x = run_layers(model, V2, tokens, lambda window: (rotations,))
+    x = run_layers(model, V2, tokens, lambda window: (rotations,), masks=masks)
     del tokens
     return x
 

@@ -9,7 +9,7 @@ from peftplan.errors import NeedsTraceError
 from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import Call, Style, run_layers
+from peftplan.memory.models.decoder import Call, Style, masks_of, run_layers
 from peftplan.memory.norms import layer_norm
 from peftplan.memory.tensors import Tensor
 
@@ -24,13 +24,14 @@ def opt(model: Model) -> Tensor:
     sums = [f.new(("b", model.seq), dtype, "cumsum"), f.new(("b", model.seq), dtype, "mul")]
     _positions = f.new(("b", model.seq), "int64", "position_ids")
     del sums
+    masks = masks_of(model, STYLE, tokens.dtype)
     f.module = "model.decoder.embed_positions"
     positions = model.embedding(f.module, ("b", model.seq), f.new(("b", model.seq), "int64", "position_ids + offset"))
     if model.has("model.decoder.project_in"):
         tokens = model.linear("model.decoder.project_in", tokens)
     f.module = "model.decoder"
     states = [ops.add(f, tokens, positions)]  # no name holds it while the layers run
-    x = run_layers(model, STYLE, states.pop(), lambda window: ())
+    x = run_layers(model, STYLE, states.pop(), lambda window: (), masks=masks)
     if model.has("model.decoder.final_layer_norm"):
         x = layer_norm(model, "model.decoder.final_layer_norm", x, None)
     if model.has("model.decoder.project_out"):

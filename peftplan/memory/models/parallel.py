@@ -9,7 +9,7 @@ from functools import partial
 
 from peftplan.memory import ops
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import Call, Style, attention, decoder, mlp, run_layers
+from peftplan.memory.models.decoder import Call, Style, attention, decoder, masks_of, mlp, run_layers
 from peftplan.memory.norms import layer_norm, written_layer_norm
 from peftplan.memory.shaping import cat, partly_rotary, partly_rotary_inline, sliced, split
 from peftplan.memory.tape import Tape
@@ -145,12 +145,13 @@ def gptj(model: Model) -> Tensor:
     f = model.tape
     embedded = model.inputs()
     f.module = "transformer"
-    states = [ops.dropout(f, embedded, model.arch.dropout.embedding)]  # no name holds it while the layers run
     _positions = f.new((model.seq,), "int64", "position_ids")
+    masks = masks_of(model, GPTJ, embedded.dtype)
+    states = [ops.dropout(f, embedded, model.arch.dropout.embedding)]  # no name holds it while the layers run
     rotary_dim = model.arch.blocks[0].attentions[0].rotary_dim
     assert rotary_dim is not None
     table = f.new((1, model.seq, rotary_dim), states[0].dtype, "sines and cosines")
-    x = run_layers(model, GPTJ, states.pop(), lambda window: (table,))
+    x = run_layers(model, GPTJ, states.pop(), lambda window: (table,), masks=masks)
     del embedded
     return x
 
