@@ -135,6 +135,8 @@ class _Writer:
         self._handles = 0
         self._storages = 0
         self._phases: list[str] = []
+        self._alive: dict[int, int] = {}
+        """How many of each storage of a step are alive, the last one made last."""
 
     def program(self) -> Program:
         """What has been written."""
@@ -200,10 +202,12 @@ class _Writer:
             if count > 1 and at >= timeline.windows[-1][1]:
                 done = self._by_layer(timeline, kinds, at)
             elif count > 0:
+                self._alive[storage] = self._alive.pop(storage, 0) + count
                 self._events += (events.MAKE, storage, kinds + kind, 1, 0)
                 if count > 1:  # made again, so that copies of layers take of these too
                     self._events += (events.MAKE, storage, kinds + kind, count - 1, 0)
             elif at < outlives or timeline.kinds[kind].category == "temporaries":
+                self._alive[storage] = self._alive.get(storage, 0) + count
                 self._events += (events.FREE, storage, kinds + kind, -count, 0)
             else:
                 self._write(events.OUTPUTS, storage)
@@ -219,6 +223,7 @@ class _Writer:
     def end(self) -> None:
         """End a step."""
         self._write(events.END)
+        self._alive.clear()
 
     def _begin(self, phase: str, *, counts: bool) -> None:
         if counts:
@@ -247,10 +252,21 @@ class _Writer:
         for one, last in zip(sorted(before), sorted(behind), strict=False):  # one each, but where nothing is handed on
             self._write(events.BEHIND, one, last)
         self._write(events.REPEAT, len(layers))
+        there = {n for layer in layers for n in layer.log if n > 0} | {n for n, count in self._alive.items() if count > 0}
         for layer in layers:
-            of_layer = _events_of(layer, timeline, kinds)
+            handed_on = {n: self._alike(n, timeline) for n in layer.moved if n not in there}
+            of_layer = _events_of(layer, timeline, kinds, handed_on)
             self._write(events.LAYER, layer.number, len(of_layer) // events.WIDTH)
             self._events += of_layer
+
+    def _alike(self, storage: int, timeline: Timeline) -> int:
+        """The last tensor of a storage's dims and dtype that is alive: what the layer before handed on, of another kind."""
+        of_storage = timeline.kinds[timeline.kind_of[storage]]
+        for n in reversed(self._alive):
+            kind = timeline.kinds[timeline.kind_of[n]]
+            if self._alive[n] > 0 and (kind.dims, kind.dtype) == (of_storage.dims, of_storage.dtype):
+                return n
+        return storage
 
     def _size(self, nbytes: int) -> int:
         return self._num_kinds + self.sizes.setdefault(nbytes, len(self.sizes))
@@ -259,8 +275,10 @@ class _Writer:
         self._events += (what, a, b, 0, 0)
 
 
-def _events_of(layers: Layers, timeline: Timeline, kinds: int) -> list[int]:
-    """What one layer makes and frees itself, keeps, drops of others, or puts in another's place."""
+def _events_of(layers: Layers, timeline: Timeline, kinds: int, handed_on: Mapping[int, int]) -> list[int]:
+    """What one layer makes and frees itself, keeps, drops of others, or puts in another's place; `handed_on`: a storage that was
+    not made yet where the copies stand → the one in its place there.
+    """
     net, made = frozenset(layers.net), {n for n in layers.log if n > 0}
     written: list[int] = []
     for n in layers.log:
@@ -273,7 +291,7 @@ def _events_of(layers: Layers, timeline: Timeline, kinds: int) -> list[int]:
         elif storage in made:
             written += (events.END_OWN, storage, 0, 0, 0)
         elif storage in layers.moved:
-            written += (events.HAND, storage, layers.moved[storage], size, count)
+            written += (events.HAND, handed_on.get(storage, storage), layers.moved[storage], size, count)
     return written
 
 
