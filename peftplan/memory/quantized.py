@@ -34,7 +34,7 @@ def linear4bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     op = "linear" if part.bias is None else "addmm"
     node = f.record(_linear4bit_backward, (x, part.bias), part, x.dims)
     taken = f.autocast or x.dtype
-    casts = [f.new(t.dims, taken, "to") for t in (x, weight, part.bias) if t is not None and x.dtype != taken]
+    casts = [f.new(t.dims, taken, "to") for t in (part.bias, weight, x) if t is not None and x.dtype != taken]
     out = f.new((*x.dims[:-1], n_out), taken, op, node)
     del casts, weight, absmax
     return f.to(out, dtype)
