@@ -211,7 +211,7 @@ def eager(
     copied = not single and (grouped or ((model.joins if cached is None else cached) and not joined))
     dtype = q.dtype
     moved = joined or by_head
-    scores = product(model, q, keys, (*q.dims[:3], k.dims[2]), joined=(moved, copied or moved))
+    scores = product(model, q, keys, (*q.dims[:3], k.dims[2]), joined=(moved, copied or (moved and not single)))
     if scales:
         scores = ops.scale(f, scores)
     if a.softcap:

@@ -57,6 +57,14 @@ def partly_rotary(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotat
     return q_rot, cat(f, (k_rot, k_pass), k.dims)
 
 
+def partly_rotary_in_turn(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, queries joined before keys are rotated."""
+    q_rot, q_pass = _parts(f, q, cos)
+    k_rot, k_pass = _parts(f, k, cos)
+    joined = cat(f, (ops.rotary(f, q_rot, cos, sin), q_pass), q.dims)
+    return joined, cat(f, (ops.rotary(f, k_rot, cos, sin), k_pass), k.dims)
+
+
 def partly_rotary_inline(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     """The same in a forward's own code: what was rotated and what was not live until that returns."""
     q_rot, q_pass = _parts(f, q, cos)

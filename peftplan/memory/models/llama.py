@@ -10,7 +10,7 @@ from functools import partial
 from peftplan.memory import ops
 from peftplan.memory.models.decoder import Style, decoder
 from peftplan.memory.norms import bare_layer_norm, layer_norm, rms_cast_last
-from peftplan.memory.shaping import partly_rotary
+from peftplan.memory.shaping import partly_rotary, partly_rotary_in_turn
 from peftplan.memory.tape import Tape
 from peftplan.memory.tensors import Tensor
 
@@ -41,7 +41,7 @@ olmo2 = partial(
         qk_norm="flat",
     ),
 )
-phi3 = partial(decoder, style=Style(rotate=partly_rotary, by_head=True))
+phi3 = partial(decoder, style=Style(rotate=partly_rotary_in_turn, by_head=True))
 glm4 = partial(
     decoder,
     style=Style(
