@@ -1,4 +1,4 @@
-"""Builds the compiled replay where there is a C compiler; without one the numbers are the same, and a 70B model takes 0.3 s longer.
+"""Builds the compiled replay where there is a C compiler. Without one the numbers are the same, a 70B model takes 0.3 s more.
 
     python hatch_build.py      in place, as `pip install -e .` does
 
