@@ -79,20 +79,21 @@ def _rules() -> tuple[tuple[str, Rule], ...]:
 
 
 def _each_rule() -> Iterator[tuple[str, Rule]]:
+    of_cuda, of_cpu = _with_rule("CUDA"), _with_rule("CPU")
     for policy, names in CASTS.items():
         for name in names.split():
-            by_cpu = policy == "lower precision" and has_rule(name, "CPU")
-            if has_rule(name, "CUDA") and not by_cpu:
+            by_cpu = policy == "lower precision" and name in of_cpu
+            if name in of_cuda and not by_cpu:
                 yield name, POLICIES[policy](name)
-    for name in torch._C._dispatch_get_all_op_names():
-        space, _, short = name.partition("::")
-        if space == "aten" and has_rule(short, "CPU") and not has_rule(short, "CUDA"):
-            yield short, torch.library.fallthrough_kernel
+    for name in of_cpu - of_cuda:
+        yield name, torch.library.fallthrough_kernel
 
 
-def has_rule(name: str, device: str) -> bool:
-    """Does torch register a rule of this device's autocast for the operation?"""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", f"Autocast{device}")
+def _with_rule(device: str) -> set[str]:
+    """The operations for which this torch registers a rule of a device's autocast."""
+    known, key = torch._C._dispatch_has_kernel_for_dispatch_key, f"Autocast{device}"
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("aten::") for name in names if name.startswith("aten::") and known(name, key)}
 
 
 def _operation(name: str) -> Any:
