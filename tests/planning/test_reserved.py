@@ -9,6 +9,7 @@ import pytest
 import peftplan
 from tests.memory.engines import shallow
 
+EAGER: dict[str, Any] = {"attn_implementation": "eager", "gradient_checkpointing": True}
 PLAIN: dict[str, Any] = {"trainer": "plain"}
 FULL: dict[str, Any] = {"method": "full", "batch_size": 4, "seq_len": 512, "gradient_checkpointing": False}
 LATENT = {
@@ -57,6 +58,18 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "prefixes of layers that stand as copies go with them": (
         shallow("t5-small", 6),
         {"method": "prefix-tuning", "num_virtual_tokens": 64, "batch_size": 5, "seq_len": 300, "padding": True, **PLAIN},
+    ),
+    "StarCoder makes its mask before it looks up positions": (
+        {**shallow("starcoder", 4), "n_embd": 1280, "n_head": 10, "n_inner": 2208},
+        {"method": "lora", "batch_size": 8, "seq_len": 1000, "dtype": "fp32", "autocast": "none", "padding": True, **EAGER},
+    ),
+    "Phi-3 joins queries before it rotates keys, and a single head is copied for all": (
+        {**shallow("phi-3-mini-4k-instruct", 3), "num_attention_heads": 32, "num_key_value_heads": 1},
+        {"method": "full", "batch_size": 4, "seq_len": 500, **EAGER},
+    ),
+    "4-bit layers under autocast cast bias, weight and input; copies take their first input from the layer before": (
+        shallow("xlm-roberta-base", 5),
+        {"method": "qlora", "compute_dtype": "fp32", "double_quant": False, "batch_size": 6, "seq_len": 381, "every_n_layers": 3},
     ),
     "addmm's gradients and what a call holds": (shallow("pythia-160m"), FULL),
 }
