@@ -40,7 +40,7 @@ def command(model: str, methods: str, gpus: tuple[str, ...], plot: str | None, f
 
         check(plot)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    result = compare(model, methods=names, gpu=gpus, **options.given(fields))
+    result = compare(model, methods=names, gpu=gpus, **options.chosen(fields))
     if plot is not None:
         from peftplan.report.comparing_plot import write
 

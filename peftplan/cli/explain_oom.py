@@ -31,7 +31,7 @@ def command(file: str, model: str | None, fmt: str, **fields: Any) -> int:
     from peftplan.oom.diagnosis import explain_oom
     from peftplan.report import render
 
-    wanted = options.given(fields)
+    wanted = options.chosen(fields)
     if wanted and model is None:
         from peftplan.errors import RefusedError
 

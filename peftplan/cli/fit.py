@@ -59,7 +59,7 @@ def command(
     peftplan fit --model-family qwen3 --gpu rtx-4090
     """
     options.check_format(fmt)
-    wanted = options.given(fields)
+    wanted = options.chosen(fields)
     from peftplan.report import render
 
     if model_family is not None:
