@@ -27,9 +27,9 @@ COMMANDS: dict[str, str] = {
     "models": "The built-in models and their parameter counts.",
     "methods": "The PEFT methods, and the fields of one.",
     "measure": "Measure a run on this machine's GPU, with random weights, and record it.",
-    "gpus": "The GPU catalogue: what each card has and what a program can get of it.",
-    "completion": "A script that makes a shell complete commands, options and names.",
-    "check": "The engines against measured runs: drift, verdicts, and what moved.",
+    "gpus": "The GPU catalogue: what each card has, and what a program can use.",
+    "completion": "Print a script that completes commands, options and names in your shell.",
+    "check": "Compare the engines with measured runs: drift, verdicts, and what moved.",
 }
 """Commands and their one-line help; the module `peftplan.cli.<name>` is imported when its command runs."""
 

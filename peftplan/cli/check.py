@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 @click.command("check", cls=Command)
 @argument("files", nargs=-1, type=Path)
-@option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="what is compared with the runs")
+@option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="the engine to compare")
 @option("--id", "ids", multiple=True, metavar="ID", help="only this record; repeatable")
-@option("--sample", type=click.IntRange(1), metavar="INT", help="only N records, drawn by --seed")
+@option("--sample", type=click.IntRange(1), metavar="INT", help="check only N records, drawn with --seed")
 @option("--seed", type=int, default=0, metavar="INT", show_default=True, help="of --sample")
 @option("--baseline", type=Path, metavar="FILE", help="default: data/runs/baseline.json")
-@option("--update-baseline", is_flag=True, help="store what is stated now, instead of comparing with it")
+@option("--update-baseline", is_flag=True, help="store today's predictions as the baseline instead of comparing")
 @option("--report", is_flag=True, help="write docs/accuracy.md and its plots (needs matplotlib: extra plot)")
-@option("--repair", is_flag=True, help="set a truncated last line of FILE aside, and check nothing")
-@option("--format", "fmt", default="table", metavar="[table|json|markdown|junit]", show_default=True, help="how to print it")
+@option("--repair", is_flag=True, help="move a truncated last line of FILE aside, and check nothing")
+@option("--format", "fmt", default="table", metavar="[table|json|markdown|junit]", show_default=True, help="output format")
 def command(
     files: tuple[Path, ...],
     engine: str,
@@ -37,9 +37,9 @@ def command(
     repair: bool,
     fmt: str,
 ) -> int:
-    """What an engine states of measured runs, against what was measured.
+    """Compare an engine's predictions with measured runs.
 
-    Each FILE holds run records in JSON Lines; without one, those that ship with peftplan. Exit code 1 where a record's
+    Each FILE holds run records in JSON Lines; the default is those that ship with peftplan. Exit code 1 where a record's
     tolerance is exceeded, a parameter count differs, or something moved against the baseline.
 
     \b

@@ -28,24 +28,24 @@ if TYPE_CHECKING:
     "--context",
     default=None,
     metavar="INT",
-    help="MiB of CUDA context that a verdict counts; default: as measured on the card, else assumed",
+    help="CUDA context in MiB that a verdict counts; default: as measured on the card, else assumed",
 )
 @option(
     "--advice",
     default="best",
     metavar="[best|all]",
     show_default=True,
-    help="what makes the job fit the card it misses by the least; all searches every combination",
+    help="look for changes that make the job fit the nearest card; all tries every combination",
 )
 @option("--require-fit", is_flag=True, help="exit 1 unless the job fits every --gpu")
-@option("--allow-tight", is_flag=True, help="--require-fit accepts tight too")
-@option("--text-only", is_flag=True, help="--require-fit accepts a verdict for text alone, without pictures")
-@option("--strict", is_flag=True, help="warnings are errors: a name in target_modules that matches no module")
+@option("--allow-tight", is_flag=True, help="let --require-fit accept tight too")
+@option("--text-only", is_flag=True, help="let --require-fit accept a verdict for text alone, without pictures")
+@option("--strict", is_flag=True, help="turn warnings into errors, such as a target name that matches no module")
 @options.format_option
 @option(
     "--explain",
     is_flag=True,
-    help="every line of the peak as a formula with its numbers and its source, and nothing else",
+    help="print only the lines of the peak, each as a formula with its numbers and source",
 )
 @option("--explain-peak", is_flag=True, help="the largest tensors alive at the peak (all of them with -v)")
 @option(
@@ -86,8 +86,8 @@ def command(
     peftplan estimate llama-2-70b --method qlora --r 16
     peftplan estimate ./config.json --method dora --target-modules q_proj,v_proj --gpu rtx-4090
 
-    Each --gpu gets a verdict. A job needs what torch's allocator reserves where nothing limits it, and the CUDA context. Where
-    the card's context is not known, the largest measured one of its generation is assumed, else of all.
+    Each --gpu gets a verdict. A job needs the bytes that torch's allocator reserves without a limit, and the CUDA context. Where
+    the card's context is not known, the largest one measured on its generation is assumed, or the largest of all.
 
     \b
     fits           at least 5 % of the usable bytes are left

@@ -26,12 +26,25 @@ ENGINES = ("analytic", "trace")
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
 @option("--steps", type=int, default=2, show_default=True, metavar="INT", help="measured optimizer steps")
-@option("--warmup", type=int, default=1, show_default=True, metavar="INT", help="steps before them, which make the states")
-@option("--suite", default=None, metavar="FILE", help="measure every line of a suite, each in a process of its own")
-@option("--timeout", type=float, default=600, show_default=True, metavar="SECONDS", help="for each run of a suite")
-@option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="what drift is against; trace: both")
+@option(
+    "--warmup",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="INT",
+    help="warm-up steps before them, which create the optimizer states",
+)
+@option("--suite", default=None, metavar="FILE", help="measure every line of a suite, each in its own process")
+@option("--timeout", type=float, default=600, show_default=True, metavar="SECONDS", help="limit for each run of a suite")
+@option(
+    "--engine",
+    default="analytic",
+    metavar="[analytic|trace]",
+    show_default=True,
+    help="print drift against analytic, or with trace against both",
+)
 @option("--snapshot", default=None, metavar="FILE", help="save torch's memory snapshot, for replay or pytorch.org/memory_viz")
-@option("--output", default="runs.jsonl", metavar="FILE", show_default=True, help="the record is appended to it")
+@option("--output", default="runs.jsonl", metavar="FILE", show_default=True, help="append the record to this file")
 def command(
     model: str | None,
     steps: int,
@@ -46,7 +59,7 @@ def command(
     """Measure a fine-tuning run of MODEL on this machine's GPU: random weights, no download, real steps.
 
     MODEL and the options are those of `peftplan estimate`; the record of the run is appended to a file, and so is one that ran
-    out of memory. Several GPUs: start it with torchrun, and each rank appends a record.
+    out of memory. On several GPUs start it with torchrun; each rank appends a record.
 
     \b
     peftplan measure llama-3.2-1b --method qlora --batch-size 4

@@ -12,7 +12,7 @@ from peftplan.cli.command import Command, argument
 @argument("name", required=False)
 @options.format_option
 def command(name: str | None, fmt: str) -> int:
-    """List the PEFT methods with closed formulas, or the fields of one; --peft-config takes every other type of peft's."""
+    """List the PEFT methods with closed formulas, or the fields of one. Other peft types work by --peft-config."""
     options.check_format(fmt)
     from peftplan.report import render
 

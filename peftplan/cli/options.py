@@ -14,7 +14,7 @@ FORMATS = ("table", "json", "csv", "markdown")
 
 METHOD: dict[str, str] = {
     "--method": "see `peftplan methods`; default: lora",
-    "--peft-config": "a peft adapter_config.json, any method",
+    "--peft-config": "a peft adapter_config.json of any method",
     "--r": "rank; default: the method's (8 for LoRA)",
     "--lora-alpha": "scaling of the update",
     "--lora-dropout": "dropout before A",
@@ -22,7 +22,7 @@ METHOD: dict[str, str] = {
     "--exclude-modules": "modules left out: names or a regular expression",
     "--target-parameters": "parameters adapted directly, such as fused experts",
     "--modules-to-save": "modules trained in full beside the adapter",
-    "--layers-to-transform": "indices of layers, comma-separated",
+    "--layers-to-transform": "layer indices, comma-separated",
     "--rank-pattern": 'rank per module, JSON: {"q_proj": 4}',
     "--bias": "which biases train",
     "--num-virtual-tokens": "virtual tokens of prefix, prompt and p-tuning",
@@ -33,7 +33,7 @@ METHOD: dict[str, str] = {
 MODEL: dict[str, str] = {
     "--task-type": "peft's task type: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, …; default: as the config says",
     "--num-labels": "classes of a classification head",
-    "--trust-remote-code/--no-trust-remote-code": "accepted, but no such code is ever run",
+    "--trust-remote-code/--no-trust-remote-code": "accepted for compatibility; such code is never run",
 }
 STORAGE: dict[str, str] = {
     "--dtype": "dtype of the base model; default: bf16",
@@ -49,24 +49,24 @@ STORAGE: dict[str, str] = {
     "--kbit-prepare/--no-kbit-prepare": "prepare_model_for_kbit_training on a quantized base",
 }
 TRAINING: dict[str, str] = {
-    "--trainer": "fills what is not set; default: transformers",
+    "--trainer": "sets the defaults of what you leave unset; default: transformers",
     "--batch-size": "sequences per device and step (micro batch); default: 1",
     "--seq-len": "tokens per sequence; default: 2048, or as many as the model holds",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
-    "--every-n-layers": "checkpoint only every n-th layer; the others keep what they save",
-    "--offload-checkpoints/--no-offload-checkpoints": "what checkpointed layers save waits in host memory (offload)",
+    "--every-n-layers": "checkpoint only every n-th layer",
+    "--offload-checkpoints/--no-offload-checkpoints": "keep the inputs of checkpointed layers in host memory",
     "--use-reentrant/--no-use-reentrant": "reentrant checkpointing (older default of transformers and peft)",
-    "--optim": "a name of TrainingArguments.optim",
+    "--optim": "any name that TrainingArguments.optim accepts",
     "--optim-args": "as in TrainingArguments",
     "--optim-target-modules": "modules that GaLore and APOLLO project",
     "--attn-implementation": "attention kernels; default: sdpa where the model has it",
     "--loss": "how the loss is computed; default: auto, the trainer's",
-    "--logits-to-keep": "logits and labels of the last N tokens of each sequence only, as the forward's argument",
-    "--padding/--no-padding": "batches with a real padding mask",
+    "--logits-to-keep": "compute logits for the last N tokens of each sequence only",
+    "--padding/--no-padding": "batches with padding, and so a real attention mask",
     "--use-cache/--no-use-cache": "build a KV cache in training",
-    "--keep-outputs/--drop-outputs": "whether the caller holds the model's outputs through backward and step",
-    "--keep-gradients/--drop-gradients": "whether gradients stay allocated (zero_grad(set_to_none=False))",
+    "--keep-outputs/--drop-outputs": "keep the model's outputs alive through backward and step",
+    "--keep-gradients/--drop-gradients": "keep gradients allocated between steps (zero_grad(set_to_none=False))",
 }
 NOT_FIELDS = (
     *("model", "method", "peft_config", "quantization_config", "training_args", "gpu", "engine", "advice", "record", "progress"),
@@ -116,7 +116,7 @@ def group(heading: str, options: dict[str, str]) -> Callable[[Decorated], Decora
 
 
 format_option = option(
-    "--format", "fmt", default="table", metavar=f"[{'|'.join(FORMATS)}]", show_default=True, help="how to print it"
+    "--format", "fmt", default="table", metavar=f"[{'|'.join(FORMATS)}]", show_default=True, help="output format"
 )
 
 

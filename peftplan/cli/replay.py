@@ -11,11 +11,11 @@ from peftplan.errors import RefusedError
 
 @click.command("replay", cls=Command)
 @argument("file")
-@option("--capacity", default=None, metavar="SIZE", help="what the device gives: a capacity such as 24GiB, or a card")
+@option("--capacity", default=None, metavar="SIZE", help="memory limit: a size such as 24GiB, or a card")
 @option("--alloc-conf", default=None, metavar="OPTIONS", help="as in PYTORCH_ALLOC_CONF: expandable_segments:True,…")
 @options.torch_option
 @option("--device", default=0, metavar="INT", type=int, show_default=True, help="which device of a snapshot")
-@option("--device-memory", default=None, metavar="SIZE", help="all of the device's, for per_process_memory_fraction")
+@option("--device-memory", default=None, metavar="SIZE", help="total memory of the device, for per_process_memory_fraction")
 @option("--require-fit", is_flag=True, help="exit 1 where memory runs out")
 @options.format_option
 def command(
@@ -31,7 +31,7 @@ def command(
     """Replay a recorded run through a model of torch's CUDA caching allocator.
 
     FILE is an event log (`peftplan estimate … --engine trace --timeline FILE.json`) or what
-    torch.cuda.memory._dump_snapshot() wrote; nothing in it is run.
+    torch.cuda.memory._dump_snapshot() wrote. Nothing in it is executed.
 
     \b
     peftplan replay log.json --capacity 24GiB

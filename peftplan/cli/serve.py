@@ -20,7 +20,7 @@ STORAGE = {
     name: text
     for name, text in options.STORAGE.items()
     if name not in ("--autocast", "--kbit-prepare/--no-kbit-prepare", "--compute-dtype")
-} | {"--trainer": "plain | transformers | trl | qlora-paper: which decides the dtype of the adapter that is saved"}
+} | {"--trainer": "plain | transformers | trl | qlora-paper: decides the dtype of the saved adapter"}
 
 
 @click.command("serve", cls=Command)
@@ -29,10 +29,10 @@ STORAGE = {
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", STORAGE)
 @options.group("Serving", SERVING)
-@option("--merge", is_flag=True, help="fail with exit code 2 where the method has no merge")
+@option("--merge", is_flag=True, help="exit 2 if the method has no merge")
 @options.format_option
 def command(model: str, fmt: str, merge: bool, **raw: Any) -> int:
-    """What MODEL takes after fine-tuning: the adapter's file, the merge, the merged model, serving with a KV cache.
+    """What MODEL needs after fine-tuning: adapter file, merge, merged model, and serving with a KV cache.
 
     \b
     peftplan serve llama-2-7b --method lora --r 16 --adapters 8 --batch-size 16 --context 4096

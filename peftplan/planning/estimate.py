@@ -97,7 +97,7 @@ def estimate(
     method's own fields under peft's names (`r`, `target_modules`, …; `peftplan methods NAME`). Words of other tools, such as
     `lora_rank` or `load_in_4bit`, are accepted for them (`planning.words`). An explicit option wins over the objects.
 
-    `script`: what a hand-written program does besides. `strict`: what `warnings` would say is an error, such as a name in
+    `script`: facts about a hand-written program. `strict`: every warning becomes an error, such as a name in
     `target_modules` that matches no module. `advice`: `best` looks for the cheapest change that makes the job fit a card, `all`
     for every one. Of the trace engine: `record` keeps the whole run as `peaks.recording`, and `progress` is called with what is
     done now and the share (0 to 1) that is behind.
@@ -374,8 +374,8 @@ def _assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
 
 
 def unquantized(architecture: Architecture, quant: QuantConfig, *, cast: bool) -> list[str]:
-    """What surprises most: formats that replace linear layers leave fused experts and subclasses of `nn.Linear` (Falcon's) as
-    they are, and peft's `prepare_model_for_kbit_training` then casts them to fp32 with all else that is not quantized.
+    """A common surprise: formats that replace linear layers leave fused experts and subclasses of `nn.Linear` (Falcon's)
+    unquantized, and peft's `prepare_model_for_kbit_training` casts them to fp32 with everything else that is not quantized.
     """
     then = ", and prepare_model_for_kbit_training casts them to fp32 (--no-kbit-prepare)" if cast else ""
     notes = []

@@ -29,7 +29,7 @@ class Job(NamedTuple):
     adaptation: Adaptation
     script: Script = NO_SCRIPT
     warnings: tuple[str, ...] = ()
-    """What was asked for and has no effect: shown with every result."""
+    """Options that have no effect, shown with every result."""
     chosen: frozenset[str] = frozenset()
     """Options and fields of the method that somebody set; the others were filled in."""
 

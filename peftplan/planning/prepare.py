@@ -1,4 +1,4 @@
-"""What is asked for, checked and resolved: the same job for every engine and for measuring."""
+"""From a request to a checked and resolved job, the same for every engine and for measuring."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def prepare(
     strict: bool = False,
     **options: Any,
 ) -> Job:
-    """What is asked for, checked and resolved: the same for every engine. Arguments and errors as `estimate`."""
+    """The checked and resolved job of a request. Arguments and errors are those of `estimate`."""
     if not isinstance(script, Script):
         raise InputError("script", script, "accepted: a Script of peftplan.planning.script")
     with named_as_typed({"method": method, **options}) as options:
@@ -193,7 +193,9 @@ def _method_setup(method: methods.Method | None, setup_options: Mapping[str, Any
         return {}
     quant = setup_options.get("quant") or method.quant
     if quant == "none":
-        raise InputError("quant", "none", f"{method.name} is adapters on a quantized base; accepted: a format, or another method")
+        raise InputError(
+            "quant", "none", f"{method.name} trains adapters on a quantized base; accepted: a format, or another method"
+        )
     four_bit = {"double_quant": True, "compute_dtype": "bf16"} if quant in ("nf4", "fp4") else {}
     return {"quant": quant, **four_bit}
 

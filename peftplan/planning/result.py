@@ -163,7 +163,7 @@ class Estimate:
     gpus: tuple[Verdict, ...] = ()
     peaks: Peaks | None = None
     warnings: tuple[str, ...] = ()
-    """What was asked for and has no effect, such as a name in `target_modules` that matches no module."""
+    """Options that have no effect, such as a name in `target_modules` that matches no module."""
     chosen: frozenset[str] = frozenset()
     """Assumptions that somebody set; the others were filled in."""
     asides: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What a program did around the step that was measured, where no option of a setup says it."""
+"""Facts about the program around a measured step that no option of a setup expresses."""
 
 from __future__ import annotations
 

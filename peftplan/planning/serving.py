@@ -136,7 +136,7 @@ def _file(job: Job, fields: Mapping[str, Any]) -> AdapterFile:
     """The file as training leaves it, in the dtypes of the trained tensors; `fields` holds fields that change no count too."""
     peft_type = _peft_type(job)
     if peft_type is None:
-        raise RefusedError(f"{_name(job)} is no method of peft, which writes no adapter file for it")
+        raise RefusedError(f"{_name(job)} is not a peft method, so peft writes no adapter file for it")
     adapter_dtype, trained_dtype = adapter_dtypes(job.setup)
     if job.method is None:
         from peftplan.trace.saved import saved_tensors

@@ -81,7 +81,7 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
     model_class = architecture.model_class
     unread: dict[str, str] = {}
     if architecture.task_type == PICTURES:
-        unread |= dict.fromkeys(("seq_len", "padding"), f"{model_class} reads pictures, of the size that its config states")
+        unread |= dict.fromkeys(("seq_len", "padding"), f"{model_class} reads pictures of the size in its config")
     if architecture.task_type in WITHOUT_LABELS:
         unread["num_labels"] = f"{model_class} has no classes (--task-type)"
     if not parse_optim(str(setup.optim)).low_rank:
@@ -91,7 +91,7 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
     if positions is not None and setup.seq_len > positions and "seq_len" in setup.model_fields_set:
         yield f"seq_len {setup.seq_len:,} is beyond the config's max_position_embeddings, {positions:,}; all tokens are counted"
     if setup.trainer == "trl" and "dtype" not in setup.model_fields_set:
-        yield "SFTTrainer loads a model that is given by its name in fp32, unless model_init_kwargs say a dtype (--dtype fp32)"
+        yield "SFTTrainer loads a model given by name in fp32 unless model_init_kwargs sets a dtype (--dtype fp32)"
     scores = architecture.task_type == "SEQ_CLS" and any(module.name == "score" for module in architecture.modules)
     if scores and setup.batch_size > 1 and not _has_pad_token(sources.load_config(model)):
         yield (

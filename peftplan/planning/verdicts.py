@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 MAX_CONTEXT_MIB = 2**20
-"""No context comes near one TiB: a larger one is a slip of the pen."""
+"""No context comes near one TiB: a larger value is a typing error."""
 
 TEXT = "text"
 """The scope of a verdict on a traced model whose pictures are not counted."""

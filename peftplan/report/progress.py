@@ -1,4 +1,4 @@
-"""A line on stderr for whoever waits at a terminal: what runs now, and how much is done."""
+"""A progress line on stderr in a terminal: what runs now, and how much is done."""
 
 from __future__ import annotations
 

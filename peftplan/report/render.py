@@ -189,12 +189,12 @@ def method(name: str, *, fmt: str) -> None:
         cells.append((key, "required" if required else None if default in (None, {}, []) else str(default)))
         facts.append({"field": key, "required": required, "default": default})
     title = f"{entry.name}: {entry.summary} ({entry.source})"
-    ignored = f"taken, and without effect on memory: {', '.join(sorted(config.no_effect))}" if config.no_effect else None
+    ignored = f"accepted, without effect on memory: {', '.join(sorted(config.no_effect))}" if config.no_effect else None
     _rows((Column("field"), Column("default")), cells, facts, fmt=fmt, above=title, below=ignored)
 
 
 def gpus(cards: Sequence[Gpu], *, fmt: str) -> None:
-    """The cards: what is printed on the box, what nvidia-smi shows, what a program can get, and why."""
+    """The cards: the marketed size, what nvidia-smi shows, what a program can use, and why."""
     from peftplan.hardware.gpus import OF_A_REQUEST
     from peftplan.hardware.usable import usable_bytes
 

@@ -120,7 +120,7 @@ def _cache(result: Serving) -> Section:
         name, *sizes = _sized(f"{tensor.kind}, {tensor.part}", tensor.num_bytes)
         rows.append((name, f"{'×'.join(map(str, tensor.shape))} {tensor.dtype}", str(tensor.layers), *sizes))
     growing = growing_bytes(result.cache.tensors)
-    return Section(columns, rows, f"one token more needs {format_bytes(growing)} for a moment")
+    return Section(columns, rows, f"appending a token briefly needs {format_bytes(growing)} more")
 
 
 def _assumptions(result: Serving) -> Section:
