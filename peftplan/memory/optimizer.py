@@ -41,7 +41,7 @@ def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, c
         return
     copies = FOREACH_COPIES.get(optimizer.name)
     if copies is None:
-        raise NeedsTraceError(f"temporaries in a step of optim {optimizer.name}")
+        raise NeedsTraceError(f"a step of optim {optimizer.name}")
     temporaries: list[Tensor] = []  # the loop's names keep one dtype's until the next one's are made
     for dtype in dict.fromkeys(p.dtype for p in trained):
         temporaries = [
