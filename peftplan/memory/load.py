@@ -68,23 +68,23 @@ def load_into(
         for a in parameters.shared:
             memory.keep((a.nbytes,))
     doubled = quant is not None and bool(quant.double_quant)
-    made = {id(p): tuple(a.nbytes for a in p.allocations if a.place == "device") for p in parameters.all}
+    sizes_of = {id(p): tuple(a.nbytes for a in p.allocations if a.place == "device") for p in parameters.all}
     arriving = {id(p): ITEMSIZE[dtype if p.quantized else dtype_of(p.name)] * p.numel for p in base}
     absmax = {id(p): _absmax_bytes(p) if doubled else 0 for p in base if p.quantized}
     widened = {id(p) for p in base if not p.quantized and _loaded(p, dtype_of(p.name)) < _bytes(p)}
     narrow: dict[tuple[str, int | None], list[Handle]] = {}
     for p, layer in tensors:
         if p.quantized:
-            _quantize_into(memory, made[id(p)], dense=arriving[id(p)], absmax=absmax[id(p)])
+            _quantize_into(memory, sizes_of[id(p)], dense=arriving[id(p)], absmax=absmax[id(p)])
         elif id(p) in widened:
             narrow.setdefault((p.name, layer), []).append(memory.allocate(arriving[id(p)]))
         else:
-            memory.keep(made[id(p)])
+            memory.keep(sizes_of[id(p)])
     for line in buffers:
         memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
     for p, layer in _tensors(base):
         if (p.name, layer) in narrow:
-            memory.keep(made[id(p)])
+            memory.keep(sizes_of[id(p)])
             memory.release(narrow[p.name, layer].pop(0))
     if prepared:  # peft 0.20 on
         memory.empty_cache()
@@ -94,9 +94,9 @@ def load_into(
         if adapters_pass_in and p.dtype == "fp32":
             passing.append((p, memory.allocate(ITEMSIZE[adapters_pass_in] * p.numel)))
         else:
-            memory.keep(made[id(p)])
+            memory.keep(sizes_of[id(p)])
     for p, narrow_one in passing:
-        memory.keep(made[id(p)])
+        memory.keep(sizes_of[id(p)])
         memory.release(narrow_one)
 
 
@@ -116,13 +116,13 @@ def _warm_up(base: Iterable[Parameter], quant: QuantConfig, *, dtype: str) -> in
     return int(total // ITEMSIZE["fp16"]) * ITEMSIZE["fp16"]
 
 
-def _quantize_into(memory: Memory[Handle], made: tuple[int, ...], *, dense: int, absmax: int) -> None:
+def _quantize_into(memory: Memory[Handle], sizes: tuple[int, ...], *, dense: int, absmax: int) -> None:
     """A dense weight arrives and is quantized; with double quantization its fp32 absmax, and that less its mean, come first."""
     passing = [memory.allocate(dense)]
     passing += [memory.allocate(absmax)] if absmax else []
-    memory.keep(made[:1])
+    memory.keep(sizes[:1])
     passing += [memory.allocate(absmax)] if absmax else []
-    memory.keep(made[1:])
+    memory.keep(sizes[1:])
     for number in reversed(passing):
         memory.release(number)
 
