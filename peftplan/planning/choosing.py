@@ -64,14 +64,14 @@ def _members(family: str) -> list[tuple[str, int]]:
 
 def _largest(members: list[tuple[str, int]], gpu: str, method: str, accepted: tuple[str, ...], options: dict[str, Any]) -> Member:
     smallest: Verdict | None = None
-    for (name, num_parameters), verdict in _asked(members, gpu, method, options):
+    for (name, num_parameters), verdict in _with_verdict(members, gpu, method, options):
         if verdict.verdict in accepted:
             return Member(method, name, num_parameters, verdict)
         smallest = verdict
     return Member(method, None, 0, smallest)
 
 
-def _asked(
+def _with_verdict(
     members: list[tuple[str, int]], gpu: str, method: str, options: dict[str, Any]
 ) -> Iterator[tuple[tuple[str, int], Verdict]]:
     for member in members:

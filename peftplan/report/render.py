@@ -143,14 +143,14 @@ def cards(verdicts: Sequence[Verdict], *, fmt: str) -> None:
     _rows(fitting.CARD_COLUMNS, cells, facts, fmt=fmt, above=above, below=below)
 
 
-def members(found: Sequence[Member], *, fmt: str, gpu: str) -> None:
+def members(of_family: Sequence[Member], *, fmt: str, gpu: str) -> None:
     """The largest model of a family that a card takes, by method."""
     from peftplan.report import fitting
 
-    facts = [member.to_dict() for member in found]
+    facts = [member.to_dict() for member in of_family]
     _rows(
         fitting.MEMBER_COLUMNS,
-        fitting.member_cells(found),
+        fitting.member_cells(of_family),
         facts,
         fmt=fmt,
         above=f"The largest model that {gpu} takes, by method",

@@ -30,16 +30,16 @@ def test_a_size_that_does_not_lies_below_larger_ones_that_do() -> None:
 
 def test_every_size_is_asked_where_it_is_close() -> None:
     """Of 10,000 MiB at 1 MiB a size, 2 × 128 MiB below the edge count as close; what is below is not asked."""
-    asked: list[int] = []
+    probed: list[int] = []
 
     def probe(size: int) -> Probe:
-        asked.append(size)
+        probed.append(size)
         return Probe(size <= 10_000, size * MIB, size * MIB, 10_000 * MIB)
 
     answer = largest(probe, ceiling=2**20)
     assert answer == Largest(10_000, 10_000 - 256)
-    assert set(range(10_000 - 256, 10_002)) <= set(asked)
-    assert len(asked) == len(set(asked)) < 256 + 40
+    assert set(range(10_000 - 256, 10_002)) <= set(probed)
+    assert len(probed) == len(set(probed)) < 256 + 40
 
 
 def test_it_stops_asking_where_sizes_are_cheap() -> None:
