@@ -19,7 +19,7 @@ from peftplan.cli.command import Command, argument, option
     metavar="TARGETS",
     help="mark the modules that these target_modules match, by LoRA's rules",
 )
-@option("--all", "expand", is_flag=True, help="list list every module by its full name instead of one row per family")
+@option("--all", "expand", is_flag=True, help="list every module by its full name instead of one row per family")
 @option("--dtype", default="bf16", metavar="[bf16|fp16|fp32]", show_default=True, help="dtype of the weights")
 @option("--task-type", default=None, metavar="NAME", help="peft's task type: CAUSAL_LM, SEQ_CLS, …")
 @option("--num-labels", default=None, type=int, metavar="INT", help="classes of a classification head")

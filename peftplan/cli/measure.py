@@ -35,7 +35,7 @@ ENGINES = ("analytic", "trace")
     help="warm-up steps before them, which create the optimizer states",
 )
 @option("--suite", default=None, metavar="FILE", help="measure every line of a suite, each in its own process")
-@option("--timeout", type=float, default=600, show_default=True, metavar="SECONDS", help="limit limit for each run of a suite")
+@option("--timeout", type=float, default=600, show_default=True, metavar="SECONDS", help="limit for each run of a suite")
 @option(
     "--engine",
     default="analytic",
