@@ -26,10 +26,11 @@ MOST_REPLAYS = 3
 
 
 class Advice(NamedTuple):
-    """One change, or several together. `saving_bytes` and `tensor_bytes` are those of the tensors at the peak.
+    """One change, or several together. `tensor_bytes` are those of the tensors at the peak, and `saving_bytes` how many fewer.
 
-    Of what was replayed, `verdict`, `peak_allocated` and `headroom_bytes` are what `estimate` says with these options. The others
-    are None, except for the verdict on a job whose tensors alone are too large.
+    Of what was replayed, `verdict`, `peak_allocated` and `headroom_bytes` are what `estimate` says with these options, and
+    `saving_bytes` is the difference of the peaks. The others are None, except for the verdict on a job whose tensors alone are
+    too large.
     """
 
     options: dict[str, Any]
@@ -56,6 +57,14 @@ class Advised(NamedTuple):
 
     everything: bool = False
     """Whether all was searched."""
+
+    def saving_from(self, peak: int) -> Advised:
+        """With the savings of replayed changes counted from the job's own peak, which is replayed too."""
+        counted = (
+            change if (after := change.peak_allocated) is None else change._replace(saving_bytes=peak - after)
+            for change in self.changes
+        )
+        return self._replace(changes=tuple(counted))
 
     @property
     def counted(self) -> bool:
@@ -106,7 +115,8 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     singles = list(refined.values())
     fitting = _fitting(trials, unchanged, _enough(trials, unchanged, singles, everything=everything), everything=everything)
     said = [row.options for row in fitting]
-    others = [_row(trials, unchanged, change) for change in singles if change.options not in said]
+    shown = (change for change in singles if everything or not _loses_data_in_vain(change, unchanged, trials.room))
+    others = [_row(trials, unchanged, change) for change in shown if change.options not in said]
     rows: list[Advice] = []
     for row in sorted(others, key=lambda row: -row.saving_bytes):
         worth = row.saving_bytes >= WORTH * max(unchanged.values())
@@ -114,6 +124,11 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
             rows.append(row)
     smallest = None if fitting else trials.smallest_card()
     return Advised((*fitting, *rows), smallest_card=smallest, everything=everything)
+
+
+def _loses_data_in_vain(change: Change, before: Sizes, room: int) -> bool:
+    """Whether a shorter sequence does not even make the job fit."""
+    return "seq_len" in change.options and change.left(before) > room
 
 
 def _alike(options: Mapping[str, Any], others: Mapping[str, Any]) -> bool:

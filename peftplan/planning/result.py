@@ -191,7 +191,9 @@ class Estimate:
     def advice_on(self, verdict: Verdict) -> Advised:
         """What to change for one card."""
         assert self.advise is not None
-        return self.advise(verdict)
+        assert self.peaks is not None
+        advised = self.advise(verdict)
+        return advised.saving_from(self.peaks.allocated) if self.engine == "analytic" else advised
 
     def at(self, *, batch_size: Any = None, seq_len: Any = None) -> Any:
         """The same job at another `batch_size` (per device) and `seq_len` (tokens), without building it again.

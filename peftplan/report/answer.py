@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from peftplan.planning.result import Estimate, Verdict
@@ -21,6 +22,8 @@ MOST_NAMES = 8
 BLANK: Row = ()
 
 COLOURS: dict[str, Colour] = {"fits": "green", "tight": "yellow"}
+SOURCE = re.compile(r" \([^()]*\)")
+"""Where a reason was read, which stands in parentheses; `-v` shows it."""
 DERIVED = ("model", "model_class", "matched_modules", "quantized_parameters")
 """What is printed with the assumptions, and assumes nothing."""
 OF_CARD, OF_QUANT = ("compute_capability",), ("kbit_prepare",)
@@ -83,12 +86,12 @@ def _in_words(verdict: Verdict, result: Estimate) -> str:
     needed, usable, left = _gib(verdict)
     scope = "" if verdict.scope is None else f", {verdict.scope} only"
     if verdict.verdict == "does_not_run":
-        return f"does not run: {verdict.reason}"
+        return f"does not run: {SOURCE.sub('', verdict.reason or '')}"
     if verdict.verdict == "does_not_fit":
         least = "at least " if verdict.lower_bound else ""
         return f"needs {least}{needed} GiB of {usable}, {left} short{scope}"
     if verdict.verdict == "unknown":
-        return f"unknown{scope}, needs at least {needed} GiB of {usable}; {_open(result)}"
+        return f"unknown{scope}, needs at least {needed} GiB of {usable}: {_open(result)}"
     if verdict.runs_by_releasing_cache:
         return f"tight{scope}, needs {needed} GiB of {usable}: runs only because the allocator releases cached memory"
     word = "" if verdict.verdict == "fits" and not scope else f"{verdict.verdict}{scope}, "
@@ -96,8 +99,10 @@ def _in_words(verdict: Verdict, result: Estimate) -> str:
 
 
 def _open(result: Estimate) -> str:
-    """Why a verdict is unknown."""
-    return "the trace could not follow all of it" if result.peaks else f"no peak for {result.not_modelled[0]}"
+    """Why a verdict is unknown, and what to do."""
+    if result.peaks:
+        return "the trace could not follow all of it"
+    return f"no peak{', add --engine trace' if '--engine trace' in result.not_modelled[0] else ''}"
 
 
 def _gib(verdict: Verdict) -> tuple[str, str, str]:

@@ -65,7 +65,11 @@ def test_one_job_has_one_peak(capsys: pytest.CaptureFixture[str]) -> None:
         render.estimate(other, fmt="table", verbose=True)
         assert f"{peak:,}" in capsys.readouterr().out
         assert f"{peak:,}" in other.explain()
+    on_card = peftplan.estimate(SMALL, **JOB, gpu="0.5GiB", context=0)
     (advised,) = on_card.advice.values()
+    replayed = [change for change in advised.changes if change.peak_allocated is not None]
+    assert replayed
+    assert all((change.peak_allocated or 0) + change.saving_bytes == peak for change in replayed)
     assert advice.rows(on_card, advised.changes)[0][1] == format_bytes(peak)
 
 

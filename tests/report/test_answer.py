@@ -97,8 +97,8 @@ CARD = Verdict("rtx-4090", 24 * GIB, "", "fits", 10 * GIB, GIB // 2, "")
             "✗ RTX 4090: needs at least 33.0 GiB of 24.0, 9.0 short",
         ),
         (
-            CARD._replace(verdict="does_not_run", reason="flash-attn needs compute capability 8.0", context_assumed=True),
-            "✗ RTX 4090: does not run: flash-attn needs compute capability 8.0",
+            CARD._replace(verdict="does_not_run", reason="flash-attn needs 8.0 (source, line 1); use sdpa", context_assumed=True),
+            "✗ RTX 4090: does not run: flash-attn needs 8.0; use sdpa",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
