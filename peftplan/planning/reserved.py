@@ -157,9 +157,9 @@ class _Writer:
             self._kept[sizes] = [n for nbytes in sizes for n in (events.TAKE, self._size(nbytes), 1, 0, 0)]
         self._events += self._kept[sizes]
 
-    def release(self, held: int, /) -> None:
+    def release(self, storage: int, /) -> None:
         """Free a tensor."""
-        self._events += (events.LET_GO, held, 0, 0, 0)
+        self._events += (events.LET_GO, storage, 0, 0, 0)
 
     def empty_cache(self) -> None:
         """`torch.cuda.empty_cache()`."""
@@ -247,8 +247,8 @@ class _Writer:
 
     def _repeat(self, layers: Sequence[Layers], timeline: Timeline, kinds: int) -> None:
         """Layers that the timeline only counts, those of several kinds in turn."""
-        given = {after: before for layer in layers for after, before in layer.handed_on.items()}
-        before, behind = set(given.values()) - set(given), set(given) - set(given.values())
+        handed_on = {after: before for layer in layers for after, before in layer.handed_on.items()}
+        before, behind = set(handed_on.values()) - set(handed_on), set(handed_on) - set(handed_on.values())
         for one, last in zip(sorted(before), sorted(behind), strict=False):  # one each, but where nothing is handed on
             self._write(events.BEHIND, one, last)
         self._write(events.REPEAT, len(layers))
@@ -279,7 +279,7 @@ def _events_of(layers: Layers, timeline: Timeline, kinds: int, handed_on: Mappin
     """What one layer makes and frees itself, keeps, drops of others, or puts in another's place; `handed_on`: a storage that was
     not made yet where the copies stand → the one in its place there.
     """
-    net, made = frozenset(layers.net), {n for n in layers.log if n > 0}
+    net, allocated = frozenset(layers.net), {n for n in layers.log if n > 0}
     written: list[int] = []
     for n in layers.log:
         storage = abs(n)
@@ -288,7 +288,7 @@ def _events_of(layers: Layers, timeline: Timeline, kinds: int, handed_on: Mappin
             written += (events.MAKE if n > 0 else events.FREE, storage, size, count, 0)
         elif n > 0:
             written += (events.OWN, storage, size, count, 0)
-        elif storage in made:
+        elif storage in allocated:
             written += (events.END_OWN, storage, 0, 0, 0)
         elif storage in layers.moved:
             written += (events.HAND, handed_on.get(storage, storage), layers.moved[storage], size, count)
