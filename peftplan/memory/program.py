@@ -40,7 +40,7 @@ except ImportError:  # no C compiler where it was installed
     END,  # of a step: gradients go
     LEAVE,  # storage: what lives of it stays for good
 ) = range(18)
-COMPILED = _replay is not None and _replay.EVENTS == LEAVE + 1
+COMPILED = _replay is not None and getattr(_replay, "EVENTS", None) == LEAVE + 1
 """Whether the compiled replay is there, of the events of today (in a checkout it may have been built before)."""
 WIDTH = 5
 """Integers of an event: what, and up to four operands."""
