@@ -189,7 +189,10 @@ def _tried(trials: Trials, before: Sizes, options: Mapping[str, Any], price: int
 
 def _enough(trials: Trials, before: Sizes, singles: Sequence[Change], *, everything: bool) -> Iterator[Change]:
     """Single changes and combinations whose tensors leave enough room, the cheapest of those that most likely fit first."""
-    roomy = trials.roomy - int(LIKELY * max(trials.reserved - max(before.values()), 0))
+    peak = max(before.values())
+    roomy = trials.roomy - int(LIKELY * max(trials.reserved - peak, 0))
+    if peak <= trials.room:  # only what the allocator holds beside the tensors is too much: to save less than that rarely helps
+        roomy = min(roomy, peak - (trials.reserved - trials.room))
     together = combinations(singles, before, roomy) or combinations(singles, before, trials.room)
     evaluated = together if everything else together[:MOST_COMBINATIONS]
     alone = [change for change in singles if change.left(before) <= trials.room]

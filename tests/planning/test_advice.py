@@ -169,6 +169,14 @@ def test_what_the_allocator_holds_besides_is_left_room_for(monkeypatch: pytest.M
     assert trying.replays == [{"close": True}]
 
 
+def test_where_the_tensors_fit_already_changes_that_save_too_little_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 bytes of tensors and 15 besides on a card of 105: cheap changes of 1 byte do not help."""
+    little = {f"c{n}": (SAME, 1) for n in range(4)}
+    trying = Trying({**little, "enough": (OTHER, 40)}, room=105, besides=15)
+    assert names(trying.advise(monkeypatch)) == ["enough"]
+    assert trying.replays == [{"enough": True}]
+
+
 def test_few_are_replayed_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     trying = Trying({f"c{n}": (SAME, 21) for n in range(9)}, room=80, besides=50)
     advised = trying.advise(monkeypatch)
