@@ -59,7 +59,7 @@ class Outcome:
         refused = [isinstance(peaks, str) and peaks.startswith("refused") for peaks in (self.analytic, self.traced)]
         if not isinstance(self.analytic, str) and not isinstance(self.traced, str):
             return "scored"
-        if isinstance(self.analytic, str) and not refused[0]:
+        if isinstance(self.analytic, str) and self.analytic.startswith("no formula"):
             return "no formula"
         return "refused" if all(refused) else "one alone"
 
