@@ -58,7 +58,7 @@ def draw(seed: str, folder: Path, *, trace: bool) -> Case:
 def _command(dice: Random, folder: Path) -> Case:
     names = list(COMMANDS)
     name = dice.choices(names, [WEIGHTS.get(name, 1) for name in names])[0]
-    params = import_module(f"peftplan.cli.{name}").command.params
+    params = import_module(f"peftplan.cli.{name.replace('-', '_')}").command.params
     options = [p for p in params if isinstance(p, click.Option) and p.name not in WRITES]
     chosen = dice.sample(options, min(len(options), dice.choice([0, 1, 1, 2, 3, 4, 6])))
     args = [word for option in chosen for word in _option(dice, option, folder)]
