@@ -17,8 +17,8 @@ INTRO = """# What common jobs print
 
 Each section is one command and what it prints at 80 and at 100 columns, without colours. In a terminal a line is green where
 the job fits, yellow where it is tight or not known to fit, and red where it does not fit or does not run; the end of a bar is red
-where the card has no room for it. `-v` adds every byte, every line with its formula, and every assumption. Written by
-`python -m tools.transcripts`; a test compares it with what the commands print."""
+where the card has no room for it. `-v` adds every byte, every line with its formula, and every assumption.
+`python -m tools.transcripts` writes this page, and a test compares it with what the commands print."""
 JOBS = {
     "QLoRA of a 70B model, no card named": "llama-2-70b --method qlora --r 16",
     "The same on one card, which it fits": "llama-2-70b --method qlora --r 16 --gpu a100-80gb",

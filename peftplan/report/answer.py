@@ -129,7 +129,7 @@ def peak(result: Estimate, screen: Screen) -> list[Row]:
         bound = "at least " if peaks.incomplete else ""
         title = f"peak {bound}{peaks.allocated / unit:,.2f} {name} in {peaks.phase}; {dot.join(others)}"
     else:
-        title = f"no peak: {result.not_modelled[0]}; what is counted takes {format_bytes(result.ledger.bytes())}"
+        title = f"no peak: {result.not_modelled[0]}; the counted part takes {format_bytes(result.ledger.bytes())}"
     rows = wrapped(title, screen.columns)
     rows.append(bar(parts, first.usable_bytes if first else None, screen.glyphs))
     of = f"{format_bytes(first.needed_bytes)} of {card_name(first.gpu)}'s {format_bytes(first.usable_bytes)}: " if first else ""
