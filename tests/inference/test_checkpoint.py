@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 import peftplan  # noqa: E402
 from peftplan import parameters  # noqa: E402
+from peftplan.arch.readers import READERS  # noqa: E402
 from peftplan.inference.checkpoint import MAX_SHARD_BYTES, merged_storages, shards  # noqa: E402
 from peftplan.inference.safetensors import StoredTensor  # noqa: E402
 from peftplan.methods.adaptation import Adaptation  # noqa: E402
@@ -60,7 +61,7 @@ def test_the_merged_model(model: str, method: str, task: str | None, options: di
     assert list(checkpoint.files) == sizes(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", list(matrix.ADAPTERS))
+@pytest.mark.parametrize("model_type", list(READERS))
 def test_every_model_type(model_type: str, tmp_path: Path) -> None:
     """Names and shapes as on the hub, one file, and many of at most 200,000 bytes of tensors."""
     arch, model = matrix.architecture(model_type), matrix.real(model_type, None, "cpu")
