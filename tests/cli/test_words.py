@@ -6,7 +6,6 @@ import json
 from dataclasses import fields
 from typing import Any
 
-import peft
 import pytest
 
 import peftplan
@@ -26,6 +25,7 @@ def assumed_by(*args: str) -> dict[str, Any]:
 
 def test_a_word_is_no_field_of_any_method_and_means_an_option() -> None:
     """peft's own fields keep their meaning, those of methods that only peft counts included."""
+    peft = pytest.importorskip("peft")
     of_peft = {field.name for cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.values() for field in fields(cls)}
     of_methods = {name for method in METHODS.values() for name in config_class(method).model_fields}
     described = {"task_type", "peft_type"}  # what a config says of itself; given as a keyword it names the method
