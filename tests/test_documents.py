@@ -1,4 +1,4 @@
-"""Every fenced block of code in README and docs: it runs, and prints what stands beside it.
+"""Every fenced block of code in README, CONTRIBUTING and docs: it runs, and prints what stands beside it.
 
 A block of `python` runs line by line; a comment behind an expression is what it gives. A block of `sh` holds commands that end
 with exit code 0; one of `console` also what they print. Other blocks, and those that cannot run here, say why in a comment of
@@ -41,7 +41,7 @@ def blocks_of(text: str) -> list[Block]:
 
 
 def blocks() -> Iterator[Any]:
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))):
         for number, block in enumerate(blocks_of(path.read_text(encoding="utf-8"))):
             yield pytest.param(block, id=f"{path.relative_to(ROOT)}-{number}-{block.language}")
 
@@ -121,6 +121,6 @@ def test_a_block_that_is_wrong_is_noticed(text: str, tmp_path: Path) -> None:
 
 def test_commands_stand_in_fences() -> None:
     """An indented command would run nowhere."""
-    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
         outside = BLOCK.sub("", path.read_text(encoding="utf-8"))
         assert not re.findall(r"^(?: {4}|\t)(?:peftplan|pip|python|import) .*", outside, re.M), path
