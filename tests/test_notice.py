@@ -86,3 +86,11 @@ def test_it_ships() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'license-files = ["LICENSE", "NOTICE"]' in project
     assert '"LICENSE", "NOTICE"]' in project.partition("[tool.hatch.build.targets.sdist]")[2].partition("[tool.ruff]")[0]
+
+
+def test_every_source_of_an_alias() -> None:
+    known = section("data/model_aliases.json")
+    sources = json.loads((DATA / "model_aliases.json").read_text(encoding="utf-8"))["sources"].values()
+    named = {source["file"].partition(":")[0]: source["licence"] for source in sources if ":" in source["file"]}
+    assert named
+    assert all(licence in known[name] for name, licence in named.items())
