@@ -23,8 +23,21 @@ METHOD = {name: text for name, text in options.METHOD.items() if name not in ("-
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
+@options.torch_option
+@options.transformers_option
+@options.context_option
 @options.format_option
-def command(model: str, methods: str, gpus: tuple[str, ...], plot: str | None, fmt: str, **fields: Any) -> int:
+def command(
+    model: str,
+    methods: str,
+    gpus: tuple[str, ...],
+    plot: str | None,
+    fmt: str,
+    torch: str | None,
+    transformers: str | None,
+    context: str | None,
+    **fields: Any,
+) -> int:
     """What a job needs by several methods, on several cards.
 
     \b
@@ -40,7 +53,9 @@ def command(model: str, methods: str, gpus: tuple[str, ...], plot: str | None, f
 
         check(plot)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    result = compare(model, methods=names, gpu=gpus, **options.chosen(fields))
+    result = compare(
+        model, methods=names, gpu=gpus, **options.chosen(fields), **options.circumstances(torch, transformers, context)
+    )
     if plot is not None:
         from peftplan.report.comparing_plot import write
 

@@ -24,12 +24,7 @@ if TYPE_CHECKING:
 @options.transformers_option
 @option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="what computes the peak")
 @option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a size such as 24GiB; repeatable")
-@option(
-    "--context",
-    default=None,
-    metavar="INT",
-    help="CUDA context in MiB that a verdict counts; default: as measured on the card, else assumed",
-)
+@options.context_option
 @option(
     "--advice",
     default="best",

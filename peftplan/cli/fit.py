@@ -35,6 +35,9 @@ SIZES = {"batch-size": "batch_size", "seq-len": "seq_len", "r": "r"}
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
+@options.torch_option
+@options.transformers_option
+@options.context_option
 @options.format_option
 def command(
     model: str | None,
@@ -48,6 +51,9 @@ def command(
     model_family: str | None,
     require_fit: bool,
     fmt: str,
+    torch: str | None,
+    transformers: str | None,
+    context: str | None,
     **fields: Any,
 ) -> int:
     """The largest size of a job that a card takes, and other plans that fit.
@@ -59,7 +65,7 @@ def command(
     peftplan fit --model-family qwen3 --gpu rtx-4090
     """
     options.check_format(fmt)
-    wanted = options.chosen(fields)
+    wanted = options.chosen(fields) | options.circumstances(torch, transformers, context)
     from peftplan.report import render
 
     if model_family is not None:

@@ -173,6 +173,23 @@ transformers_option = option(
     help="transformers that will run the job; before 4.49 the loss keeps a copy of the logits",
 )
 
+context_option = option(
+    "--context",
+    default=None,
+    metavar="INT",
+    help="CUDA context in MiB that a verdict counts; default: as measured on the card, else assumed",
+)
+
+
+def circumstances(torch: str | None, transformers: str | None, context: str | None) -> dict[str, Any]:
+    """The keywords of `estimate` for the versions that will run the job and the context, where they are set."""
+    keywords: dict[str, Any] = {} if context is None else {"context": context}
+    if torch is None and transformers is None:
+        return keywords
+    from peftplan.planning.script import Script
+
+    return {**keywords, "script": Script.on(torch=torch, transformers=transformers)}
+
 
 def check_format(name: str) -> None:
     """Raises UnknownNameError where the output format is unknown."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from peftplan.errors import MissingExtraError, PeftplanError
 from peftplan.planning.estimate import estimate
-from peftplan.planning.for_method import options_for
+from peftplan.planning.for_method import known_methods, options_for
 from peftplan.planning.result import SCHEMA_VERSION, Estimate
 from peftplan.planning.serving import serving
 
@@ -33,6 +33,9 @@ class Compared(NamedTuple):
     verdict: str | None = None
     adapter_bytes: int | None = None
     error: str | None = None
+    reason: str | None = None
+    """Why a method does not run on the card."""
+    warnings: tuple[str, ...] = ()
 
 
 class Comparison(NamedTuple):
@@ -48,7 +51,8 @@ class Comparison(NamedTuple):
     def records(self) -> list[dict[str, Any]]:
         """Flat rows, as pandas and polars take them."""
         return [
-            {name: value for name, value in row._asdict().items() if name != "by_category"} | dict(row.by_category or {})
+            {name: value for name, value in row._asdict().items() if name not in ("by_category", "warnings")}
+            | dict(row.by_category or {})
             for row in self.rows
         ]
 
@@ -57,12 +61,14 @@ def compare(model: Any, *, methods: Sequence[str], gpu: str | Sequence[str] | No
     """What a job needs by each of `methods` on each card of `gpu`; options as `estimate` takes them.
 
     A field of one method (`r`) is left out for methods that have none of that name. A method that the model, the quantization or
-    another option refuses has a row with `error`. Raises what `estimate` raises where that is so of every method.
+    another option refuses has a row with `error`. Raises UnknownNameError for an unknown method, and what `estimate` raises where
+    every method is refused.
     """
+    names = known_methods(methods)
     rows: list[Compared] = []
     errors: list[PeftplanError] = []
     name = ""
-    for method in methods:
+    for method in names:
         try:
             fields = options_for(method, options)
             result = estimate(model, method=method, gpu=gpu, **fields)
@@ -72,7 +78,7 @@ def compare(model: Any, *, methods: Sequence[str], gpu: str | Sequence[str] | No
             continue
         name = result.model["name"]
         rows += _rows(method, result, _adapter_bytes(model, method, fields))
-    if errors and len(errors) == len(methods):
+    if errors and len(errors) == len(names):
         raise errors[0]
     return Comparison(name, tuple(rows))
 
@@ -89,6 +95,7 @@ def _rows(method: str, result: Estimate, adapter_bytes: int | None) -> list[Comp
         peak_phase=peaks.phase if peaks else None,
         by_category=by_category if peaks else None,
         adapter_bytes=adapter_bytes,
+        warnings=result.warnings,
         error=None if peaks else result.not_modelled[0],
     )
     return [
@@ -98,6 +105,7 @@ def _rows(method: str, result: Estimate, adapter_bytes: int | None) -> list[Comp
             usable_bytes=card.usable_bytes,
             headroom_bytes=card.headroom_bytes,
             verdict=card.verdict,
+            reason=card.reason,
         )
         for card in result.gpus
     ] or [shared]

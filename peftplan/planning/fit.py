@@ -12,7 +12,7 @@ from typing import Any, Literal
 from peftplan.errors import InputError, PeftplanError, RefusedError, UnknownNameError
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_result import Binding, Fit, Plan
-from peftplan.planning.for_method import options_for
+from peftplan.planning.for_method import known_methods, options_for
 from peftplan.planning.largest import MOST_ASKED, Largest, Probe, largest
 from peftplan.planning.prepare import prepare
 from peftplan.planning.result import TIGHT, Estimate
@@ -60,12 +60,14 @@ def fit(
     where another size than `seq_len` is searched, a plan may come down to it; where `seq_len` is, fewer tokens are no plan.
     `allow_tight`: a plan may be `tight`.
 
-    *Largest* is the largest size such that it and every smaller one does. Raises what `estimate` raises.
+    *Largest* is the largest size such that it and every smaller one does. Raises what `estimate` raises,
+    and UnknownNameError for an unknown method.
     """
     size = max
     if size not in CEILINGS:
         raise UnknownNameError("max", size, CEILINGS)
     kept = _kept(keep, size)
+    methods = None if methods is None else known_methods(methods, "methods")
     cards = find_cards(gpu)
     if len(cards) != 1:
         raise InputError("gpu", gpu, "accepted: one card, such as rtx-4090, or a capacity such as 24GiB")
@@ -83,7 +85,8 @@ def fit(
         (plans if plan.size else misses).append(plan)
     others = sorted(_undominated(plans[1:]), key=lambda plan: (_rank(plan.method), -plan.tokens_per_step, len(plan.changes)))
     nearest: dict[str, Plan] = {}
-    for plan in sorted((plan for plan in misses if plan is not first), key=lambda plan: -plan.headroom_bytes):
+    near = (plan for plan in misses if plan is not first and plan.verdict != "does_not_run")
+    for plan in sorted(near, key=lambda plan: -plan.headroom_bytes):
         nearest.setdefault(plan.method, plan)
     return Fit(model=first.model, gpu=cards[0].id, size=size, plans=(first, *others), nearest=tuple(nearest.values())[:2])
 

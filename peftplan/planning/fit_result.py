@@ -39,11 +39,14 @@ class Binding(NamedTuple):
         name = line.name.replace("{}", "*")
         return cls(beyond.peaks.phase, line.category, name, line.bytes(), card.verdict, card.headroom_bytes)
 
-    @property
-    def text(self) -> str:
-        """In words: `1.20 GiB short in backward; grows most: log_softmax (logits, 5.87 GiB)`."""
+    def text(self, *, grows: bool = True) -> str:
+        """In words: `1.20 GiB short in backward; grows most: log_softmax (logits, 5.87 GiB)`.
+
+        `grows`: whether the line is the one that grew most; it is the largest one where there is no smaller size.
+        """
         room = f"{format_bytes(abs(self.headroom_bytes))} {'short' if self.headroom_bytes < 0 else 'left'} in {self.phase}"
-        return f"{room}; grows most: {self.line} ({self.category}, {format_bytes(self.line_bytes)})"
+        line = f"{self.line} ({self.category}, {format_bytes(self.line_bytes)})"
+        return f"{room}; {'grows most' if grows else 'largest'}: {line}"
 
 
 class Plan(NamedTuple):
@@ -65,6 +68,9 @@ class Plan(NamedTuple):
     usable_bytes: int
     headroom_bytes: int
     verdict: str
+    reason: str | None
+    context_bytes: int
+    context_assumed: bool
     changes: Mapping[str, Any]
     binding: Binding | None
     fits_again: int | None
@@ -72,6 +78,7 @@ class Plan(NamedTuple):
     bounded: bool
     model: str
     assumptions: Mapping[str, Any]
+    warnings: tuple[str, ...]
 
     @classmethod
     def of(cls, result: Estimate, edge: Largest, *, size: str, changes: Mapping[str, Any], binding: Binding | None) -> Plan:
@@ -91,6 +98,9 @@ class Plan(NamedTuple):
             usable_bytes=card.usable_bytes,
             headroom_bytes=card.headroom_bytes,
             verdict=card.verdict,
+            reason=card.reason,
+            context_bytes=card.context_bytes,
+            context_assumed=card.context_assumed,
             changes={**changes},
             binding=binding,
             fits_again=edge.again,
@@ -98,6 +108,7 @@ class Plan(NamedTuple):
             bounded=edge.bounded,
             model=result.model["name"],
             assumptions=result.assumptions,
+            warnings=result.warnings,
         )
 
     @property
@@ -107,7 +118,9 @@ class Plan(NamedTuple):
 
     def to_dict(self, size: str) -> dict[str, Any]:
         """One entry of `plans`: the size that was asked for is 0 where nothing fits."""
-        facts = {name: value for name, value in self._asdict().items() if name not in ("size", "model", "assumptions")}
+        facts = {
+            name: value for name, value in self._asdict().items() if name not in ("size", "model", "assumptions", "warnings")
+        }
         facts["binding"] = None if self.binding is None else self.binding._asdict()
         return {**facts, size: self.size, "tokens_per_step": self.tokens_per_step if self.size else 0}
 
@@ -133,6 +146,7 @@ class Fit(NamedTuple):
             "model": self.model,
             "gpu": self.gpu,
             "max": self.size,
+            "warnings": list(self.plans[0].warnings),
             "plans": [plan.to_dict(self.size) for plan in self.plans],
             "nearest": [plan.to_dict(self.size) for plan in self.nearest],
         }

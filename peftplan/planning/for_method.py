@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from peftplan.errors import InputError
 from peftplan.methods import METHODS, config_class, method_named, other_peft_type
 from peftplan.planning.setup import Setup
+
+
+def known_methods(names: Iterable[str], field: str = "method") -> tuple[str, ...]:
+    """Names of methods, each once, in their order. Raises UnknownNameError for a name that is none, InputError for no name."""
+    once = tuple(dict.fromkeys(names))
+    if not once:
+        raise InputError(field, "", "accepted: names of methods (`peftplan methods`), comma-separated")
+    for name in once:
+        if other_peft_type(name) is None:
+            method_named(name)
+    return once
 
 
 def options_for(method: str, options: Mapping[str, Any]) -> dict[str, Any]:

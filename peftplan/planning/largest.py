@@ -46,7 +46,8 @@ class Largest(NamedTuple):
     """The largest size that does, with every smaller one; 0 where the first does not.
 
     `asked_from`: every size from here to the one after `size` was asked. What smaller ones reserve leaves room for `CAUTION`
-    times the largest drop that was seen (`LEAST_DROP` at least), unless `most_asked` sizes were not enough to come so far.
+    times the largest drop that was seen (`LEAST_DROP` at least), unless `most_asked` sizes were not enough to come so far; `size`
+    itself was asked in any case.
     `again`: the largest of the `MOST_BEYOND` sizes beyond the next that does. `bounded`: `size` is where the search ends, not
     the card.
     """
@@ -98,7 +99,19 @@ def _downwards(at: Callable[[int], Probe], seen: dict[int, Probe], bad: int, mos
             lowest = size
         elif here.reserved + CAUTION * max(_drop(seen), LEAST_DROP) <= here.room:
             return lowest, size
-    return lowest, max(bad - most_asked, 1)
+    return _below(at, lowest), max(bad - most_asked, 1)
+
+
+def _below(at: Callable[[int], Probe], lowest: int) -> int:
+    """Further down in growing steps, the size after one that does; `lowest` where that is so already."""
+    step, does = 1, lowest - 1
+    while not at(does).does:
+        lowest, step = does, 2 * step
+        does = max(does - step, 1)
+    while lowest - does > 1:
+        middle = (does + lowest) // 2
+        does, lowest = (middle, lowest) if at(middle).does else (does, middle)
+    return lowest
 
 
 def _drop(seen: dict[int, Probe]) -> int:

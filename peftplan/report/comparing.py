@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peftplan.planning.compare import Compared, Comparison
+from peftplan.report.screen import glyphs
 from peftplan.report.tabular import Column
 from peftplan.units import format_bytes, format_count
 
@@ -23,7 +24,8 @@ BAR = 24
 
 def heading(result: Comparison) -> str:
     """What the rows are about."""
-    return f"{result.model}: {len({row.method for row in result.rows})} methods"
+    methods = len({row.method for row in result.rows})
+    return f"{result.model}: {methods} method{'s' if methods > 1 else ''}"
 
 
 def cells(result: Comparison) -> list[tuple[str, ...]]:
@@ -35,15 +37,18 @@ def cells(result: Comparison) -> list[tuple[str, ...]]:
         again = before == row.method
         shared = ("", "", "") if again else (row.method, _count(row), _size(row.peak_allocated))
         last = ("", "") if again else (_size(row.adapter_bytes), bar(row.peak_allocated or 0, largest))
-        card = (row.gpu or "", _size(row.needed_bytes), _size(row.headroom_bytes), row.verdict or "")
+        card = (row.gpu or "", _size(row.needed_bytes), _size(row.headroom_bytes), (row.verdict or "").replace("_", " "))
         rows.append((*shared, *card, *last))
         before = row.method
     return rows
 
 
 def errors(result: Comparison) -> list[str]:
-    """Why a method has no numbers, a line each."""
-    return [f"{row.method}: {row.error}" for row in dict.fromkeys(map(_error, result.rows)) if row is not None]
+    """Warnings, and why a method has no numbers or does not run on a card, a line each."""
+    warned = dict.fromkeys((row.method, warning) for row in result.rows for warning in row.warnings)
+    failed = [f"{row.method}: {row.error}" for row in dict.fromkeys(map(_error, result.rows)) if row is not None]
+    refused = dict.fromkeys(f"{row.gpu}: {row.method} does not run: {row.reason}" for row in result.rows if row.reason)
+    return [*(f"{method}: warning: {warning}" for method, warning in warned), *failed, *refused]
 
 
 def _error(row: Compared) -> Compared | None:
@@ -60,4 +65,4 @@ def _size(num_bytes: int | None) -> str:
 
 def bar(size: int, largest: int) -> str:
     """Blocks in proportion to the largest; at least one for what is not nothing."""
-    return "█" * max(round(BAR * size / largest), size > 0) if largest else ""
+    return glyphs().shades[0] * max(round(BAR * size / largest), size > 0) if largest else ""

@@ -8,6 +8,8 @@ from typing import Any
 from peftplan.planning.choosing import Member
 from peftplan.planning.fit_result import Fit, Plan
 from peftplan.planning.result import Verdict
+from peftplan.report.cards import card_name
+from peftplan.report.screen import Glyphs
 from peftplan.report.tabular import Column
 from peftplan.units import format_bytes
 
@@ -45,39 +47,45 @@ NO_CARD = "No card of the catalogue takes the job."
 WORDS = {"batch_size": "batch size", "seq_len": "sequence length", "r": "rank"}
 
 
-def headline(result: Fit) -> str:
+def headline(result: Fit, marks: Glyphs) -> str:
     """The answer: the largest size of the job as typed."""
     first, word = result.plans[0], WORDS[result.size]
+    job = f"{card_name(result.gpu)}: {result.model}{marks.dot}{first.method}"
+    if first.verdict == "does_not_run":
+        return f"{marks.fails} {job} does not run: {first.reason}"
+    needs = f"needs {format_bytes(first.needed_bytes)} of {format_bytes(first.usable_bytes)}{_assumed(first)}"
+    if not first.size and first.verdict == "tight":
+        return f"{marks.tight} {job} is tight at the smallest {word}, and fits at none: {needs} (--allow-tight accepts it)"
     if not first.size:
-        return (
-            f"✗ {result.gpu}: {result.model} · {first.method} does not fit at any {word}; "
-            f"at the smallest it needs {format_bytes(first.needed_bytes)} of {format_bytes(first.usable_bytes)}"
-        )
-    left = f"needs {format_bytes(first.needed_bytes)} of {format_bytes(first.usable_bytes)}"
+        return f"{marks.fails} {job} does not fit at any {word}: at the smallest it {needs}"
     more = ", and more: the search ended there" if first.bounded else ""
-    return f"✓ {result.gpu}: {result.model} · {first.method} fits up to {word} {first.size:,}{more} ({left})"
+    verb = "fits" if first.verdict == "fits" else "runs, tightly,"
+    return f"{marks.fits} {job} {verb} up to {word} {first.size:,}{more}; it {needs}"
+
+
+def _assumed(plan: Plan) -> str:
+    return f", {format_bytes(plan.context_bytes)} of CUDA context assumed" if plan.context_assumed else ""
 
 
 def remarks(result: Fit) -> Iterator[str]:
     """What the answer's number means, where it may surprise."""
     first, word = result.plans[0], WORDS[result.size]
-    if first.binding is not None:
-        yield f"{_one_more(first, word)}: {first.binding.text}."
+    yield from (f"Warning: {warning}" for warning in first.warnings)
+    if first.binding is not None and first.verdict != "does_not_run":
+        beyond = f"{word.capitalize()} {first.size + 1:,} {_would(first.binding.verdict)}" if first.size else "At the smallest"
+        yield f"{beyond}: {first.binding.text(grows=first.size > 0)}."
     if first.fits_again is not None:
         yield (
-            f"{word} {first.fits_again:,} fits again: torch's allocator places blocks differently there. "
+            f"{word.capitalize()} {first.fits_again:,} fits again: torch's allocator places blocks differently there. "
             f"Every size up to {first.size:,} fits."
         )
     for plan in result.nearest:
         if plan.binding is not None:
-            yield f"nearest that does not fit: {_name(plan)}: {plan.binding.text}"
+            yield f"Near: {_name(plan)} {_would(plan.verdict)}: {plan.binding.text(grows=False)}."
 
 
-def _one_more(plan: Plan, word: str) -> str:
-    if not plan.size or plan.binding is None:
-        return "What is in the way"
-    verdict = "would be tight" if plan.binding.verdict == "tight" else "does not fit"
-    return f"{word.capitalize()} {plan.size + 1:,} {verdict}"
+def _would(verdict: str) -> str:
+    return "would be tight" if verdict == "tight" else "does not fit"
 
 
 def plan_cells(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
@@ -86,11 +94,11 @@ def plan_cells(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
         (
             _name(plan),
             f"{plan.batch_size:,}",
-            f"{plan.seq_len:,}",
+            f"{plan.seq_len:,}" if plan.seq_len else "",
             "" if plan.r is None else str(plan.r),
             format_bytes(plan.needed_bytes),
             format_bytes(plan.headroom_bytes),
-            plan.verdict,
+            _words(plan.verdict),
             "" if plan.binding is None else f"{plan.binding.category} in {plan.binding.phase}",
         )
         for plan in plans
@@ -113,7 +121,11 @@ def changed(changes: Mapping[str, Any]) -> str:
 def facts(result: Fit) -> list[dict[str, Any]]:
     """One record per plan, for CSV."""
     return [
-        {**plan.to_dict(result.size), "binding": plan.binding and plan.binding.text, "changes": changed(plan.changes)}
+        {
+            **plan.to_dict(result.size),
+            "binding": plan.binding and plan.binding.text(grows=plan.size > 0),
+            "changes": changed(plan.changes),
+        }
         for plan in result.plans
     ]
 
@@ -121,7 +133,7 @@ def facts(result: Fit) -> list[dict[str, Any]]:
 def card_cells(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
     """A row per card that takes the job."""
     return [
-        (v.gpu, format_bytes(v.usable_bytes), format_bytes(v.needed_bytes), format_bytes(v.headroom_bytes), v.verdict)
+        (v.gpu, format_bytes(v.usable_bytes), format_bytes(v.needed_bytes), format_bytes(v.headroom_bytes), _words(v.verdict))
         for v in verdicts
     ]
 
@@ -134,4 +146,8 @@ def member_cells(members: Sequence[Member]) -> list[tuple[str, ...]]:
 def _needs(verdict: Verdict | None) -> tuple[str, str, str]:
     if verdict is None:
         return "", "", ""
-    return format_bytes(verdict.needed_bytes), format_bytes(verdict.headroom_bytes), verdict.verdict
+    return format_bytes(verdict.needed_bytes), format_bytes(verdict.headroom_bytes), _words(verdict.verdict)
+
+
+def _words(verdict: str) -> str:
+    return verdict.replace("_", " ")

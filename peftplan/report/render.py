@@ -97,12 +97,12 @@ def serving(result: Serving, *, fmt: str) -> None:
 
 def fit(result: Fit, *, fmt: str) -> None:
     """Plans: the answer first, then a table of all plans and what comes nearest."""
-    from peftplan.report import fitting
+    from peftplan.report import fitting, screen
 
     if fmt == "json":
         _json(result.to_dict())
         return
-    above = "\n".join((fitting.headline(result), *fitting.remarks(result)))
+    above = "\n".join((fitting.headline(result, screen.glyphs()), *fitting.remarks(result)))
     if fmt == "markdown":
         print(f"{above}\n")
     cells, facts = fitting.plan_cells(result.plans), fitting.facts(result)

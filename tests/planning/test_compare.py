@@ -9,7 +9,7 @@ import pytest
 
 import peftplan
 from peftplan.cli import main
-from peftplan.errors import PeftplanError
+from peftplan.errors import InputError, PeftplanError
 from peftplan.planning.compare import compare
 from peftplan.report import comparing
 
@@ -40,6 +40,25 @@ def test_a_method_that_is_refused_has_a_row_that_says_why() -> None:
     assert "trained in full" in str(rows[1].error)
     with pytest.raises(PeftplanError, match="trained in full"):
         compare("llama-3.2-1b", methods=("full",), quant="nf4")
+
+
+def test_a_name_that_is_no_method_is_refused_whatever_the_others_are() -> None:
+    for methods in (("lora", "nosuch"), ("nosuch", "lora"), ()):
+        with pytest.raises(InputError, match="method"):
+            compare("llama-3.2-1b", methods=methods)
+
+
+def test_a_method_named_twice_is_one_row_and_warnings_are_said() -> None:
+    result = compare("phi-4", methods=("lora", "lora"), target_modules="q_proj,o_proj")
+    assert [row.method for row in result.rows] == ["lora"]
+    assert "'q_proj' adapts nothing" in comparing.errors(result)[0]
+
+
+def test_a_method_that_does_not_run_says_so_in_words() -> None:
+    result = compare("llama-3.2-1b", methods=("lora",), gpu="t4", attn_implementation="flash_attention_2")
+    assert result.rows[0].reason
+    assert comparing.cells(result)[0][6] == "does not run"
+    assert "t4: lora does not run: flash_attention_2 needs" in comparing.errors(result)[0]
 
 
 def test_rows_are_flat_for_data_frames() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -14,6 +15,9 @@ from peftplan.hardware.gpus import gpus
 from peftplan.hardware.usable import usable_bytes
 from peftplan.planning.choosing import family, which_gpu
 from peftplan.planning.fit import QUALITY, Size, fit
+from peftplan.report import fitting
+from peftplan.report.screen import ASCII
+from tests.cli.run import run
 
 CARDS = ("t4", "rtx-4090", "a10g", "l4", "a100-40gb", "a100-80gb", "h100-80gb", "24GiB")
 SMALL = [
@@ -96,6 +100,34 @@ def test_shorter_sequences_only_down_to_what_is_said() -> None:
     assert any(plan.seq_len == 1024 for plan in plans)
 
 
+def said(*, gpu: str = "l4", model: str = "llama-3.1-8b", **options: Any) -> list[str]:
+    """The first line and the remarks."""
+    result = fit(model, gpu=gpu, keep=("method", "trainer", "gradient_checkpointing"), **options)
+    return [fitting.headline(result, ASCII), *fitting.remarks(result)]
+
+
+def test_what_is_tight_or_does_not_run_is_not_called_too_large() -> None:
+    assert "is tight at the smallest batch size, and fits at none" in said(method="dora")[0]
+    lines = said(gpu="t4", attn_implementation="flash_attention_2")
+    assert len(lines) == 1
+    assert "x T4: llama-3.1-8b, lora does not run: flash_attention_2 needs compute capability 8.0" in lines[0]
+
+
+def test_an_assumed_context_and_warnings_are_said() -> None:
+    lines = said(model="phi-4", gpu="h100-80gb", target_modules="q_proj,o_proj")
+    assert "of CUDA context assumed" in lines[0]
+    assert "q_proj' adapts nothing" in lines[1]
+
+
+def test_context_and_versions_are_those_of_the_estimate() -> None:
+    plan = fit("llama-3.2-1b", gpu="l4", keep=("method", "trainer"), context=0).plans[0]
+    assert plan.context_bytes == 0
+    stopped = run(
+        "fit", "llama-3.2-1b", "--gpu", "l4", "--keep", "method,trainer", "--context", "0", "--torch", "2.10", "--format", "json"
+    )
+    assert (stopped.code, json.loads(stopped.out)["plans"][0]["context_bytes"]) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
@@ -103,6 +135,7 @@ def test_shorter_sequences_only_down_to_what_is_said() -> None:
         ({"gpu": "rtx-4090,t4"}, InputError, "one card"),
         ({"gpu": "rtx-4090", "keep": ("color",)}, UnknownNameError, "keep"),
         ({"gpu": "rtx-4090", "method": "prompt-tunning"}, UnknownNameError, "method"),
+        ({"gpu": "rtx-4090", "methods": ("nosuch",)}, UnknownNameError, "method"),
         ({"gpu": "rtx-4090", "loss": "liger"}, PeftplanError, "fit: no formula"),
     ],
 )

@@ -48,6 +48,19 @@ def test_it_stops_asking_where_sizes_are_cheap() -> None:
     assert answer == Largest(2**20, 2**20 + 1 - MOST_ASKED)
 
 
+def test_a_size_that_was_not_asked_is_never_the_answer() -> None:
+    """Sizes 101 to 800 do not, and 801 to 1,000 do again: bisection ends at 1,000; only 300 are asked one by one."""
+    probed: set[int] = set()
+
+    def probe(size: int) -> Probe:
+        probed.add(size)
+        return Probe(size <= 100 or 800 < size <= 1000, size * MIB, (900 if 100 < size <= 800 else 100) * MIB, 150 * MIB)
+
+    answer = largest(probe, ceiling=1000, most_asked=300)
+    assert {answer.size, answer.size + 1} <= probed
+    assert (probe(answer.size).does, probe(answer.size + 1).does) == (True, False)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_against_asking_every_size(seed: int) -> None:
     """Needs that grow by 1 to 40 MiB a size and scatter by up to 100: what the definition says, by counting."""
