@@ -34,6 +34,11 @@ BOUNDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
+def listed(value: object) -> object:
+    """A comma-separated string as the names in it, with or without spaces around them; anything else as it is."""
+    return tuple(name.strip(" ") for name in value.split(",")) if isinstance(value, str) else value
+
+
 def first_error(error: ValidationError, *, prefix: str = "", nested: bool = True, missing: str = "it is required") -> InputError:
     """The first of pydantic's errors. `nested`: a field of a field is named; `missing`: what is wrong where one is left out."""
     first = error.errors(include_url=False)[0]

@@ -18,6 +18,7 @@ from peftplan.errors import InputError, RefusedError, near_names
 from peftplan.methods.adaptation import MethodConfig, restricted
 from peftplan.methods.condensed import exact_names
 from peftplan.methods.saved import never_targeted
+from peftplan.validation import listed
 
 Value = TypeVar("Value")
 
@@ -45,8 +46,8 @@ def _words(value: object) -> object:
     if isinstance(value, str):
         if value.lower() in WORDS:
             return value.lower()
-        if re.fullmatch(r"[\w.-]+(,[\w.-]+)*", value):
-            return tuple(value.split(","))
+        if re.fullmatch(r" *[\w.-]+ *(, *[\w.-]+ *)*", value):
+            return listed(value)
         return _regex(value) if value else ()
     return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else value
 
@@ -61,7 +62,7 @@ Targets = Annotated[tuple[str, ...] | str | None, BeforeValidator(_words)]
 """Module names (matched as whole suffixes), one regular expression (matched in full), or a word."""
 Pattern = Annotated[str, AfterValidator(_regex)]
 """A string that peft puts into a regular expression."""
-Names = Annotated[tuple[Pattern, ...] | None, BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)]
+Names = Annotated[tuple[Pattern, ...] | None, BeforeValidator(listed)]
 
 
 class TargetedConfig(MethodConfig):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, RefusedError, UnknownNameError
-from peftplan.validation import first_error
+from peftplan.validation import first_error, listed
 
 Trainer = Literal["plain", "transformers", "trl", "qlora-paper"]
 Engine = Literal["analytic", "trace"]
@@ -24,7 +24,7 @@ def _dtype(field: str) -> BeforeValidator:
 
 
 ModelDtype = Annotated[str, _dtype("dtype")]
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)]
+Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
 MOST = 2**31
 """The largest size of a batch, a sequence, …"""
 Count = Annotated[int, Field(ge=1, le=MOST)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,13 @@ def test_what_was_expected_is_said(tmp_path: Path) -> None:
     assert as_expected is not None
     assert as_expected.explained_by_seq_len is None
     assert "too small" in as_expected.text
+
+
+@pytest.mark.parametrize("line", ["y", "CUDA out of memory", "tried to allocate ", "CUDA out of memory. Tried to allocate"])
+def test_a_long_log_without_a_message_is_read_in_no_time(line: str) -> None:
+    started = time.process_time()
+    assert messages.find(f"{line}\n" * (2**24 // len(line))) is None
+    assert time.process_time() - started < 10  # 16 MiB; before, some hours for the second line
 
 
 def test_a_log_without_a_message_is_bad_input(tmp_path: Path) -> None:
