@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ class Diagnosis(NamedTuple):
         }
 
 
-def explain_oom(source: str, *, model: Any = None, options: Mapping[str, Any] | None = None) -> Diagnosis:
+def explain_oom(source: str | PathLike[str], *, model: Any = None, options: Mapping[str, Any] | None = None) -> Diagnosis:
     """Why a program ran out of memory.
 
     `source`: a file with torch's message, a log that holds one, a memory snapshot (`torch.cuda.memory._dump_snapshot`; nothing
@@ -71,6 +72,9 @@ def explain_oom(source: str, *, model: Any = None, options: Mapping[str, Any] | 
     expected.
     Raises InputError where there is no such message, and what `estimate` raises.
     """
+    if not isinstance(source, (str, PathLike)):
+        raise InputError("source", source, "accepted: a path, or - for standard input")
+    source = fspath(source)
     content = _content(source)
     if content.startswith(MAGIC):
         message, alive = alive_in(source)

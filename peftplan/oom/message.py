@@ -31,7 +31,7 @@ OTHERS = re.compile(rf"Process \d+ has {SIZE} memory in use")
 BEGINNING = re.compile(r"(?:CUDA|HIP|XPU)? ?out of memory", re.IGNORECASE)
 FRAME = re.compile(r'File "(?P<file>[^"\n]+)", line (?P<line>\d+),? in (?P<function>[^\n]+)\n?(?P<code>[^\n]*)')
 RANK = re.compile(r"^\s*\[?(?:default\d+|rank ?\d+)\]?:? ?", re.MULTILINE)
-ASKED = "ried to allocate "
+REQUEST = "ried to allocate "
 """What every message says after its beginning; found much faster than that in a long log."""
 MOST_READ = 1000
 """Places of a log that are read, if none of them holds a message."""
@@ -74,8 +74,8 @@ def find(text: str) -> Message | None:
 
     The first, since what follows it is often its echo, or fails because of it.
     """
-    for asked in islice(re.finditer(ASKED, text), MOST_READ):
-        for start in BEGINNING.finditer(text, max(asked.start() - AROUND, 0), asked.start()):
+    for request in islice(re.finditer(REQUEST, text), MOST_READ):
+        for start in BEGINNING.finditer(text, max(request.start() - AROUND, 0), request.start()):
             message = _read(text, start.start())
             if message is not None:
                 return message

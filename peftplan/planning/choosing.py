@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from peftplan.errors import InputError, PeftplanError
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit import QUALITY
-from peftplan.planning.for_method import options_for
+from peftplan.planning.for_method import known_methods, options_for, without_formula
 from peftplan.planning.result import Verdict
+from peftplan.planning.verdicts import find_cards
 
 
 class Member(NamedTuple):
@@ -20,6 +21,8 @@ class Member(NamedTuple):
     num_parameters: int
     verdict: Verdict | None
     """Of the named model, or of the smallest one where none does."""
+    error: str | None = None
+    """Why it is not known."""
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of `members` in the JSON."""
@@ -37,16 +40,23 @@ def which_gpu(model: Any, *, allow_tight: bool = False, **options: Any) -> tuple
 
 
 def family(
-    name: str, *, gpu: str, allow_tight: bool = False, methods: tuple[str, ...] = QUALITY, **options: Any
+    name: str, *, gpu: str, allow_tight: bool = False, methods: str | Sequence[str] = QUALITY, **options: Any
 ) -> tuple[Member, ...]:
     """The largest member of a family of built-in models that one card takes, by method.
 
-    `name`: the beginning of the members' names (`qwen3`), or a pattern (`qwen3-vl-*`). Members are asked from the largest down;
-    those for which a method has no formula are passed over. Raises InputError where no built-in model belongs to the family.
+    `name`: the beginning of the members' names (`qwen3`), or a pattern (`qwen3-vl-*`). Members are asked from the largest down,
+    as far as one without a formula; those that a method refuses are passed over.
+    Raises InputError where no built-in model belongs to the family, and what `estimate` raises where every method is refused.
     """
     accepted = ("fits", "tight") if allow_tight else ("fits",)
     names = _members(name)
-    return tuple(_largest(names, gpu, method, accepted, options) for method in methods)
+    if len(find_cards(gpu)) != 1:
+        raise InputError("gpu", gpu, "accepted: one card, such as rtx-4090, or a capacity such as 24GiB")
+    methods = known_methods(methods, "methods")
+    members = tuple(_largest(names, gpu, method, accepted, options) for method in methods)
+    if all(member.error is not None for member in members):
+        estimate(names[0][0], gpu=gpu, **options_for(methods[0], {**options, "method": methods[0]}))  # raises, where all do
+    return members
 
 
 def _members(family: str) -> list[tuple[str, int]]:
@@ -64,20 +74,17 @@ def _members(family: str) -> list[tuple[str, int]]:
 
 def _largest(members: list[tuple[str, int]], gpu: str, method: str, accepted: tuple[str, ...], options: dict[str, Any]) -> Member:
     smallest: Verdict | None = None
-    for (name, num_parameters), verdict in _with_verdict(members, gpu, method, options):
+    error = ""
+    for name, num_parameters in members:
+        try:
+            result = estimate(name, gpu=gpu, **options_for(method, {**options, "method": method}))
+        except PeftplanError as refused:
+            error = str(refused)
+            continue
+        (verdict,) = result.gpus
         if verdict.verdict in accepted:
             return Member(method, name, num_parameters, verdict)
+        if verdict.verdict == "unknown":  # so this member may fit, whatever larger ones do
+            return Member(method, None, 0, None, f"{name}: {without_formula(result)}")
         smallest = verdict
-    return Member(method, None, 0, smallest)
-
-
-def _with_verdict(
-    members: list[tuple[str, int]], gpu: str, method: str, options: dict[str, Any]
-) -> Iterator[tuple[tuple[str, int], Verdict]]:
-    for member in members:
-        try:
-            (verdict,) = estimate(member[0], gpu=gpu, **options_for(method, {**options, "method": method})).gpus
-        except PeftplanError:
-            continue
-        if verdict.verdict != "unknown":
-            yield member, verdict
+    return Member(method, None, 0, smallest, None if smallest else error)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from peftplan.errors import MissingExtraError, PeftplanError
 from peftplan.planning.estimate import estimate
-from peftplan.planning.for_method import known_methods, options_for
+from peftplan.planning.for_method import known_methods, options_for, without_formula
 from peftplan.planning.result import SCHEMA_VERSION, Estimate
 from peftplan.planning.serving import serving
 
@@ -57,7 +57,7 @@ class Comparison(NamedTuple):
         ]
 
 
-def compare(model: Any, *, methods: Sequence[str], gpu: str | Sequence[str] | None = None, **options: Any) -> Comparison:
+def compare(model: Any, *, methods: str | Sequence[str], gpu: str | Sequence[str] | None = None, **options: Any) -> Comparison:
     """What a job needs by each of `methods` on each card of `gpu`; options as `estimate` takes them.
 
     A field of one method (`r`) is left out for methods that have none of that name. A method that the model, the quantization or
@@ -96,7 +96,7 @@ def _rows(method: str, result: Estimate, adapter_bytes: int | None) -> list[Comp
         by_category=by_category if peaks else None,
         adapter_bytes=adapter_bytes,
         warnings=result.warnings,
-        error=None if peaks else result.not_modelled[0],
+        error=None if peaks else without_formula(result),
     )
     return [
         shared._replace(

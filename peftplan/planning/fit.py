@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from peftplan.errors import InputError, PeftplanError, RefusedError, UnknownNameError
+from peftplan.errors import BoundError, InputError, PeftplanError, RefusedError, UnknownNameError
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_result import Binding, Fit, Plan
-from peftplan.planning.for_method import known_methods, options_for
+from peftplan.planning.for_method import known_methods, options_for, without_formula
 from peftplan.planning.largest import MOST_ASKED, Largest, Probe, largest
 from peftplan.planning.prepare import prepare
 from peftplan.planning.result import TIGHT, Estimate
 from peftplan.planning.verdicts import find_cards
+from peftplan.validation import listed
 
 Size = Literal["batch_size", "seq_len", "r"]
 CEILINGS: dict[Size, int] = {"batch_size": 2**16, "seq_len": 2**22, "r": 2**14}
@@ -47,7 +48,7 @@ def fit(
     gpu: str,
     max: Size = "batch_size",
     methods: Sequence[str] | None = None,
-    keep: Iterable[str] = (),
+    keep: str | Iterable[str] = (),
     min_seq_len: int | None = None,
     allow_tight: bool = False,
     **options: Any,
@@ -68,6 +69,8 @@ def fit(
         raise UnknownNameError("max", size, CEILINGS)
     kept = _kept(keep, size)
     methods = None if methods is None else known_methods(methods, "methods")
+    if min_seq_len is not None and (not isinstance(min_seq_len, int) or min_seq_len < 1):
+        raise BoundError("min_seq_len", min_seq_len, "at least 1")
     cards = find_cards(gpu)
     if len(cards) != 1:
         raise InputError("gpu", gpu, "accepted: one card, such as rtx-4090, or a capacity such as 24GiB")
@@ -91,10 +94,13 @@ def fit(
     return Fit(model=first.model, gpu=cards[0].id, size=size, plans=(first, *others), nearest=tuple(nearest.values())[:2])
 
 
-def _kept(keep: Iterable[str], size: str) -> frozenset[str]:
+def _kept(keep: object, size: str) -> frozenset[str]:
     """The options that no plan may change. Raises UnknownNameError for a name that no plan changes."""
     changeable = ("method", "seq_len", *(name for options in SAVES for name in options))
-    names = frozenset(name.strip().replace("-", "_") for name in keep)
+    each = listed(keep)
+    if not isinstance(each, Iterable) or not all(isinstance(name, str) for name in each):
+        raise InputError("keep", keep, f"accepted: {', '.join(changeable)}")
+    names = frozenset(name.strip().replace("-", "_") for name in each)
     for name in names - {size}:
         if name not in changeable:
             raise UnknownNameError("keep", name, changeable)
@@ -137,8 +143,7 @@ def _plan(
     ask = _asking(model, gpu, size, options, smallest)
     start = ask(smallest)
     if start.peaks is None:
-        missing = start.not_modelled[0] if start.not_modelled else "its peak"
-        raise RefusedError(f"fit: no formula gives a peak for this job ({missing})")
+        raise RefusedError(f"fit: {without_formula(start)}")
 
     def probe(number: int) -> Probe:
         return _probe(ask(number), accepted)

@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from peftplan.errors import InputError
+from peftplan.errors import InputError, NeedsTraceError
 from peftplan.methods import METHODS, config_class, method_named, other_peft_type
+from peftplan.planning.result import Estimate
 from peftplan.planning.setup import Setup
+from peftplan.validation import listed
 
 
-def known_methods(names: Iterable[str], field: str = "method") -> tuple[str, ...]:
+def without_formula(result: Estimate) -> str:
+    """Why a job has no peak, for commands that cannot trace."""
+    part = result.not_modelled[0].removesuffix(NeedsTraceError.hint)
+    if part == result.not_modelled[0]:
+        return part
+    return f"no formula for {part}; `peftplan estimate` with --engine trace can count one size"
+
+
+def known_methods(names: object, field: str = "method") -> tuple[str, ...]:
     """Names of methods, each once, in their order. Raises UnknownNameError for a name that is none, InputError for no name."""
-    once = tuple(dict.fromkeys(names))
-    if not once:
-        raise InputError(field, "", "accepted: names of methods (`peftplan methods`), comma-separated")
+    each = tuple(value) if isinstance(value := listed(names), Iterable) else ()
+    once = tuple(dict.fromkeys(name for name in each if isinstance(name, str) and name))
+    if not once or not all(isinstance(name, str) for name in each):
+        raise InputError(field, names, "accepted: names of methods (`peftplan methods`), comma-separated or in a list")
     for name in once:
         if other_peft_type(name) is None:
             method_named(name)

@@ -10,6 +10,7 @@ from peftplan import methods
 from peftplan.arch import sources
 from peftplan.arch.modules import Architecture, Module
 from peftplan.dtypes import ITEMSIZE, MODEL_DTYPES, parse_dtype
+from peftplan.errors import InputError
 from peftplan.methods.lora import LoraConfig
 from peftplan.methods.targets import match, resolve_targets
 from peftplan.units import round512
@@ -59,10 +60,13 @@ def inspect(
     arch = sources.load(model, task_type=task_type, num_labels=num_labels)
     targets, matched = None, {}
     if pattern is not None:
-        _, config = methods.configure("lora", {"target_modules": pattern})
-        assert isinstance(config, LoraConfig)
-        targets = resolve_targets(arch, config.target_modules, peft_type="LORA")
-        matched = {m.name: frozenset(m.names()) for m in match(arch, config, targets)}
+        try:
+            _, config = methods.configure("lora", {"target_modules": pattern})
+            assert isinstance(config, LoraConfig)
+            targets = resolve_targets(arch, config.target_modules, peft_type="LORA")
+            matched = {m.name: frozenset(m.names()) for m in match(arch, config, targets)}
+        except InputError as error:
+            raise error.named("pattern") from None
     rows = []
     for module in arch.modules:
         hits = matched.get(module.name, frozenset())

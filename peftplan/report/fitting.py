@@ -140,7 +140,12 @@ def card_cells(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
 
 def member_cells(members: Sequence[Member]) -> list[tuple[str, ...]]:
     """A row per method with the largest model that the card takes."""
-    return [(member.method, member.model or "none", *_needs(member.verdict)) for member in members]
+    return [(member.method, member.model or ("-" if member.error else "none"), *_needs(member.verdict)) for member in members]
+
+
+def refusals(members: Sequence[Member]) -> str | None:
+    """Why methods have no verdict, a line each."""
+    return "\n".join(f"{member.method}: {member.error}" for member in members if member.error) or None
 
 
 def _needs(verdict: Verdict | None) -> tuple[str, str, str]:

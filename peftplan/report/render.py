@@ -154,6 +154,7 @@ def members(of_family: Sequence[Member], *, fmt: str, gpu: str) -> None:
         facts,
         fmt=fmt,
         above=f"The largest model that {gpu} takes, by method",
+        below=fitting.refusals(of_family),
     )
 
 

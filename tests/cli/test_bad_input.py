@@ -94,7 +94,7 @@ def refused(*args: str) -> str:
         ("estimate gpt2 --method prefix-tuning --num-virtual-tokens 4 --r 8", ["--r is no option of prefix-tuning"]),
         # targets: near names are shown
         ("estimate llama-2-7b --target-modules q_pro", ["--target-modules", "'q_pro'", "near: q_proj"]),
-        ("inspect llama-2-7b --match q_pro", ["target_modules", "'q_pro'", "near: q_proj"]),
+        ("inspect llama-2-7b --match q_pro", ["--match", "'q_pro'", "near: q_proj"]),
         ("estimate llama-2-7b --target-modules (", ["--target-modules: '('", "regular expression"]),
         ("estimate mixtral-8x7b --target-modules (", ["--target-modules: '('", "regular expression"]),
         ("estimate llama-2-7b --exclude-modules (", ["--exclude-modules: '('", "regular expression"]),

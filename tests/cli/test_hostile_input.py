@@ -42,7 +42,7 @@ def refused(*args: str) -> str:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("inspect", "gemma-2-2b", "--match", "["), "target_modules: '[' is not accepted; not a regular expression"),
+        (("inspect", "gemma-2-2b", "--match", "["), "--match: '[' is not accepted; not a regular expression"),
         (("inspect", "gpt2", "--match", "a{99999999999999999999}"), "not a regular expression"),
         (("estimate", "gpt2", "--set", "script=1"), "--set: 'script=1'"),
         (("estimate", "gpt2", "--lora-alpha", "9" * 400, "--format", "json"), "--lora-alpha must be a finite number"),

@@ -136,6 +136,9 @@ def test_context_and_versions_are_those_of_the_estimate() -> None:
         ({"gpu": "rtx-4090", "keep": ("color",)}, UnknownNameError, "keep"),
         ({"gpu": "rtx-4090", "method": "prompt-tunning"}, UnknownNameError, "method"),
         ({"gpu": "rtx-4090", "methods": ("nosuch",)}, UnknownNameError, "method"),
+        ({"gpu": "rtx-4090", "methods": None, "keep": 3}, InputError, "keep"),
+        ({"gpu": "rtx-4090", "methods": (1,)}, InputError, "methods"),
+        ({"gpu": "rtx-4090", "min_seq_len": 0}, InputError, "min_seq_len must be at least 1"),
         ({"gpu": "rtx-4090", "loss": "liger"}, PeftplanError, "fit: no formula"),
     ],
 )
@@ -161,5 +164,15 @@ def test_the_largest_member_of_a_family() -> None:
     assert verdict("qwen3-14b", "rtx-4090", method="lora") != "fits"
     assert full.model is not None
     assert full.num_parameters < lora.num_parameters
+    (prompts,) = family("qwen3", gpu="rtx-4090", methods="prompt-tuning", num_virtual_tokens=8)
+    assert prompts.model is not None
+    (prompts, _) = family("qwen3", gpu="rtx-4090", methods=("prompt-tuning", "lora"))
+    assert "num_virtual_tokens" in str(prompts.error)
+    (pictures,) = family("qwen3-vl", gpu="l4", methods="lora")  # none has formulas: the largest are too large, the others unknown
+    assert "no formula for" in str(pictures.error)
+    assert pictures.verdict is None
+    for wrong in ({"gpu": "nosuch"}, {"gpu": "l4,t4"}, {"gpu": "l4", "dtype": "nosuch"}, {"gpu": "l4", "methods": ("nosuch",)}):
+        with pytest.raises(InputError):
+            family("qwen3", **wrong)
     with pytest.raises(InputError, match="model_family"):
         family("no-such-family", gpu="rtx-4090")
