@@ -116,7 +116,11 @@ def main(args: list[str] | None = None) -> None:
     except PeftplanError as error:
         _stop(str(error))
     except click.NoSuchOption as error:
-        near = f"; did you mean {' or '.join(sorted(error.possibilities))}?" if error.possibilities else ""
+        from peftplan.errors import nearest
+
+        names = [name.lstrip("-") for name in error.possibilities or ()]  # click compares the dashes too, which all have
+        alike = [f"--{name}" for name in nearest(error.option_name.lstrip("-"), names)]
+        near = f"; did you mean {' or '.join(alike)}?" if alike else ""
         _stop(f"no such option: {error.option_name}{near} (see --help)")
     except click.ClickException as error:
         _stop(f"{error.format_message().rstrip('.')} (see --help)")
