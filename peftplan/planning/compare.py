@@ -52,6 +52,7 @@ class Comparison(NamedTuple):
         """Flat rows, as pandas and polars take them."""
         return [
             {name: value for name, value in row._asdict().items() if name not in ("by_category", "warnings")}
+            | {"warnings": "; ".join(row.warnings)}
             | dict(row.by_category or {})
             for row in self.rows
         ]

@@ -125,6 +125,7 @@ def facts(result: Fit) -> list[dict[str, Any]]:
             **plan.to_dict(result.size),
             "binding": plan.binding and plan.binding.text(grows=plan.size > 0),
             "changes": changed(plan.changes),
+            "warnings": "; ".join(plan.warnings),
         }
         for plan in result.plans
     ]

@@ -118,6 +118,8 @@ def comparison(result: Comparison, *, fmt: str) -> None:
         return
     cells, below = comparing.cells(result), "\n".join(comparing.errors(result)) or None
     _rows(comparing.COLUMNS, cells, result.records(), fmt=fmt, above=comparing.heading(result), below=below)
+    if fmt == "markdown" and below:
+        print(f"\n{plain(below)}")
 
 
 def oom(result: Diagnosis, *, fmt: str) -> None:

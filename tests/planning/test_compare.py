@@ -12,6 +12,7 @@ from peftplan.cli import main
 from peftplan.errors import InputError, PeftplanError
 from peftplan.planning.compare import compare
 from peftplan.report import comparing
+from tests.cli.run import run
 
 
 def test_a_row_is_what_an_estimate_says() -> None:
@@ -52,6 +53,9 @@ def test_a_method_named_twice_is_one_row_and_warnings_are_said() -> None:
     result = compare("phi-4", methods=("lora", "lora"), target_modules="q_proj,o_proj")
     assert [row.method for row in result.rows] == ["lora"]
     assert "'q_proj' adapts nothing" in comparing.errors(result)[0]
+    for fmt in ("table", "json", "csv", "markdown"):
+        done = run("compare", "phi-4", "--method", "lora", "--target-modules", "q_proj,o_proj", "--format", fmt)
+        assert "adapts nothing" in done.out, fmt
 
 
 def test_a_method_that_does_not_run_says_so_in_words() -> None:
