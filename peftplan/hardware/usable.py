@@ -63,7 +63,7 @@ def _as_sold(name: str, sold_gb: float) -> Usable:
     if not recorded:
         return _as_marketed(Gpu(id=name, name=name, vendor="NVIDIA", marketed_gb=sold_gb))
     least, card = min((usable_bytes(card).bytes, card.id) for card in recorded)
-    why = f"the least that one of {len(recorded)} cards sold as {sold_gb:g} GB gives ({card}); {sold_gb:g}GiB is exact"
+    why = f"counted as the smallest of {len(recorded)} cards sold as {sold_gb:g} GB ({card}); {sold_gb:g}GiB would be exact"
     return Usable(least, why)
 
 

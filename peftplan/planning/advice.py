@@ -208,15 +208,16 @@ def _enough(trials: Trials, before: Sizes, singles: Sequence[Change], *, everyth
 
 
 def _fitting(trials: Trials, before: Sizes, changes: Iterable[Change], *, everything: bool) -> list[Advice]:
-    """The first change that fits once it is replayed; all that do, where everything is searched."""
+    """The first change that fits once it is replayed, else the first that is tight; all of both, where everything is searched."""
     rows = []
     for change in changes if everything else islice(changes, MOST_REPLAYS):
         row = _judged(trials, before, change)
         if row is not None and row.verdict in FITS:
             rows.append(row)
-            if not everything:
+            if row.verdict == "fits" and not everything:
                 break
-    return rows
+    rows.sort(key=lambda row: FITS.index(str(row.verdict)))
+    return rows if everything else rows[:1]
 
 
 def _judged(trials: Trials, before: Sizes, change: Change) -> Advice | None:

@@ -277,3 +277,11 @@ def test_a_shorter_sequence_that_does_not_suffice_is_left_out() -> None:
     best, everything = (estimate("qwen3-8b", advice=search, **job).advice["20GiB"] for search in ("best", "all"))  # type: ignore[arg-type]
     assert not any(set(change.options) == {"seq_len"} for change in best.changes)
     assert any(set(change.options) == {"seq_len"} for change in everything.changes)
+
+
+def test_a_change_that_fits_comes_before_one_that_is_tight() -> None:
+    """QLoRA alone is tight on a T4; without kbit preparation it fits."""
+    first, *others = estimate("llama-3.1-8b", method="full", gpu="t4").advice["t4"].changes
+    assert first.verdict == "fits"
+    assert estimate("llama-3.1-8b", method="qlora", gpu="t4").gpus[0].verdict == "tight"
+    assert {"method": "qlora"} in [change.options for change in others]
