@@ -12,7 +12,7 @@ from typing import Any
 from peftplan.memory import ops
 from peftplan.memory.graph import Node
 from peftplan.memory.ledger import Dim
-from peftplan.memory.loss import projection
+from peftplan.memory.loss import chunks, projection
 from peftplan.memory.loss_sizes import VOCAB_TILE
 from peftplan.memory.model import Model
 from peftplan.memory.shaping import sliced
@@ -110,12 +110,6 @@ def _scattered_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return out
 
 
-def _chunks(model: Model) -> tuple[Dim, ...]:
-    """Tokens of each chunk, those between the first and the last once: they are equal."""
-    tokens, *more = model.running.loss_facts
-    return (*("rows",) * (sum(more)), "rest") if tokens else ()
-
-
 def _vocab_tiles(vocab: int) -> Iterator[int]:
     return (min(VOCAB_TILE, vocab - start) for start in range(0, vocab, VOCAB_TILE))
 
@@ -129,13 +123,13 @@ def _buffer(f: Tape, dtype: str) -> Tensor:
 def _log_probs(model: Model, hidden: Tensor, weight: Any, bias: Any, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`ChunkedLogProbFunction` with entropy and `is_top1`: log-probability of each label, from tiles of logits."""
     f = model.tape
-    chunks = _chunks(model)
+    parts = chunks(model)
     node = f.record(_log_probs_backward, (hidden, weight, bias))
     dtype = f.autocast or hidden.dtype
     sums = f.many(("n",), "fp32", "running sums", RUNNING + 1)  # and the logit of the target
     buffer = _buffer(f, dtype)
     chunk = None
-    for rows in chunks:
+    for rows in parts:
         chunk = _cast(f, (rows, hidden.dims[-1]), hidden.dtype, dtype)
         for columns in _vocab_tiles(weight.dims[0]):
             part = _cast(f, (columns, hidden.dims[-1]), weight.dtype, dtype)
@@ -154,7 +148,7 @@ def _log_probs(model: Model, hidden: Tensor, weight: Any, bias: Any, targets: Te
     passing = f.many(("n",), "bool", "ge, gt", 2)
     is_top1 = f.new(("n",), "bool", "bitwise_and")
     del passing
-    f.keep(node, hidden.detach(), weight, bias, targets, log_z, entropy.detach(), chunks, dtype)
+    f.keep(node, hidden.detach(), weight, bias, targets, log_z, entropy.detach(), parts, dtype)
     del sums, buffer, chunk
     return log_probs, entropy, is_top1
 
@@ -166,13 +160,13 @@ def _cast(f: Tape, dims: tuple[Dim, ...], current: str, dtype: str) -> Tensor | 
 
 def _log_probs_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) -> Any:
     """Tiles are projected again, and their gradients added up in fp32."""
-    hidden, weight, bias, _, _, _, chunks, dtype = saved
+    hidden, weight, bias, _, _, _, parts, dtype = saved
     wide = [
         f.new(x.dims, "fp32", "new_zeros") if edge else None for x, edge in zip((hidden, weight, bias), node.edges, strict=True)
     ]
     buffer = _buffer(f, dtype)
     chunk = part = None
-    for rows in chunks:
+    for rows in parts:
         chunk = _cast(f, (rows, hidden.dims[-1]), hidden.dtype, dtype)
         for columns in _vocab_tiles(weight.dims[0]):
             part = _cast(f, (columns, hidden.dims[-1]), weight.dtype, dtype)

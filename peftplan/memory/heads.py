@@ -82,7 +82,7 @@ OF_MODEL: dict[tuple[str, str], Place] = {
 """(model type, task) → head, where a class has its own."""
 
 
-OF_LOSS: dict[str, Place] = {"trl-chunked": ("chunked_loss", "trl_chunked")}
+OF_LOSS: dict[str, Place] = {"trl-chunked": ("chunked_loss", "trl_chunked"), "liger": ("liger_loss", "liger")}
 """Loss → head of a causal language model, in place of its own."""
 
 

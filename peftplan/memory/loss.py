@@ -11,6 +11,7 @@ from typing import Any
 from peftplan.errors import RefusedError
 from peftplan.memory import ops
 from peftplan.memory.graph import Node
+from peftplan.memory.ledger import Dim
 from peftplan.memory.model import Model, Part
 from peftplan.memory.shaping import sliced
 from peftplan.memory.tape import Tape
@@ -60,16 +61,23 @@ def _plain_nll_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return f.new(saved[0].dims, saved[0].dtype, "nll_loss_backward")
 
 
+def chunks(model: Model) -> tuple[Dim, ...]:
+    """Tokens of each chunk, those between the first and the last once: they are equal."""
+    tokens, *more = model.running.loss_facts[:3]
+    return (*("rows",) * sum(more), "rest") if tokens else ()
+
+
 def projection(model: Model) -> Part:
     """The output projection whose weight a loss reads itself; a KV cache that the model returned goes, a prefix the caller holds.
 
-    Raises RefusedError where an adapter on it would not train; Liger reads the weight of what it adapts.
+    Raises RefusedError where an adapter on it would not train; Liger asks a wrapper for its weight, and gets that of the layer
+    within.
     """
     if model.running.peft_type != "PREFIX_TUNING":
         model.kept.clear()
     assert model.arch.output_embedding is not None
     head = model.part(model.arch.output_embedding)
-    if head.name in model.token_adapters:
+    if head.name in model.token_adapters and model.running.loss != "liger":
         raise RefusedError("trl 1.16 refuses it: AttributeError: 'TrainableTokensWrapper' object has no attribute 'bias'")
     if model.running.loss != "liger" and any(key not in ("weight", "bias") for key in head.params):
         raise RefusedError(

@@ -70,8 +70,8 @@ class LossSizes(NamedTuple):
         if self.loss == "full":
             return {}
         if self.loss == "liger":
-            n = b * (length if self.kept is None else self.kept)
-            return {"n": n, "rows": liger_rows(n, hidden_size=self.hidden_size, vocab_size=self.vocab_size)}
+            n, rows = self._liger(b, length)
+            return {"n": n, "rows": rows, "rest": _rest(n, rows)}
         n = self._scored(b, length)
         if self.loss == "trl-chunked":
             return {"n": n, "s-1": length - 1, "rows": _least(n, TOKEN_TILE), "rest": _rest(n, TOKEN_TILE)}
@@ -87,13 +87,22 @@ class LossSizes(NamedTuple):
         """The facts that decide which operations run: whether there are tokens, more than one chunk, more than two; whether there
         are tokens without logits."""
         if self.loss in ("full", "liger"):
-            return () if self.kept is None else (length > self.kept,)
+            without_logits = () if self.kept is None else (length > self.kept,)
+            if self.loss == "full":
+                return without_logits
+            n, rows = self._liger(b, length)
+            return (n > 0, n > rows, n > 2 * rows, *without_logits)
         n = self._scored(b, length)
         if self.loss == "trl-chunked":
             return (n > 0, n > TOKEN_TILE, n > 2 * TOKEN_TILE)
         named = self.named(b, length)
         chunks = (MAX_ROWS, *(named[f"rows{size}"] for size in (HALF, WIDE)))
         return (n > 0, n >= FLASH_FROM_ROWS, *(n > times * rows for rows in chunks for times in (1, 2)))
+
+    def _liger(self, b: Any, length: Any) -> tuple[Any, Any]:
+        """Rows that Liger projects, scored or not, and how many of them at once."""
+        n = b * (length if self.kept is None else self.kept)
+        return n, liger_rows(n, hidden_size=self.hidden_size, vocab_size=self.vocab_size)
 
     def _scored(self, b: Any, length: Any) -> Any:
         """Labels that have a token before them: all but each row's first, unless virtual tokens come before it."""

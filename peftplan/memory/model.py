@@ -224,7 +224,7 @@ class Model:
         f = self.tape
         f.module = part.name
         if part.name in self.token_adapters:
-            rows = self._rows(part.name, part)  # a name of the layer's forward, which holds them beside autocast's copy
+            rows = self.table(part.name, part)  # a name of the layer's forward, which holds them beside autocast's copy
             return ops.linear(f, x, rows)
         if part.kind == "LinearSubclass" and part.quant is None:
             return ops.product(f, x, part.weight, part.bias)
@@ -356,14 +356,14 @@ class Model:
             from peftplan.memory.methods.embeddings import lora_embedding
 
             return lora_embedding(self, part, dims, ids)
-        return ops.embedding(self.tape, self._rows(name, part), dims, ids)
+        return ops.embedding(self.tape, self.table(name, part), dims, ids)
 
     def _original(self, name: str) -> Parameter:
         """The table that prompts read, beside a trained copy that no forward then calls (peft 0.21.2, peft_model.py,
         `_setup_prompt_encoder`)."""
         return self._parameter(next(p for p, part in self._families[name] if part == "weight"), None)
 
-    def _rows(self, name: str, part: Part) -> Any:
+    def table(self, name: str, part: Part) -> Any:
         """The table of an embedding; the output of `index_copy` where some rows of it train."""
         adapter = self.token_adapters.get(name)
         if adapter is None:

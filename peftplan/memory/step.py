@@ -80,7 +80,7 @@ def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor
     """`outputs = model(**batch)`: the outputs of the micro batch before live until this forward has returned."""
     before, model.kept = model.kept, []
     loss, *others = _forward(model)
-    outputs[:] = others
+    outputs[:] = others or [loss]  # either holds the graph, and with it what its nodes do not release
     del before
     if not program.keep_outputs:
         outputs.clear()

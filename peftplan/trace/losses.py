@@ -138,7 +138,8 @@ def trl_chunked(model: Any, prompt: int, capability: Capability) -> Forward:
 
 
 def liger(model: Any, prompt: int, capability: Capability) -> Forward:
-    """`lce_forward` in training: no logits."""
+    """`lce_forward` in training: no logits. It returns a class with a `loss`, to which peft's AdaLoRA adds."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
     def forward(*args: Any, labels: torch.Tensor, logits_to_keep: int = 0, **kwargs: Any) -> dict[str, Any]:
         hidden = model.base_model(*args, **kwargs).last_hidden_state[:, slice(-logits_to_keep, None), :]
@@ -148,7 +149,7 @@ def liger(model: Any, prompt: int, capability: Capability) -> Forward:
         targets = labels[..., 1:].contiguous().view(-1)
         head = model.get_output_embeddings()
         loss = LigerCrossEntropy.apply(hidden.view(-1, hidden.shape[-1]), head.weight, targets, capability)  # type: ignore[no-untyped-call]
-        return {"loss": loss}
+        return CausalLMOutputWithPast(loss=loss)
 
     return forward
 

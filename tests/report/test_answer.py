@@ -32,7 +32,7 @@ JOBS = (
     f"llama-3.2-11b-vision --method dora --batch-size 8 --gpu {FOUR}",
     f"qwen3-8b --trainer plain --batch-size 16 --attn-implementation eager --gpu {FOUR}",
     f"phi-4 --target-modules q_proj,k_proj,o_proj --gpu {FOUR}",
-    f"llama-2-7b --loss liger --gpu {FOUR}",
+    f"llama-2-7b --loss unsloth --gpu {FOUR}",
     "gpt2 --method ia3 --trainer plain",
     f"t5-small --method prompt-tuning --num-virtual-tokens 16 --gpu {FOUR}",
 )
@@ -108,7 +108,7 @@ def test_a_verdict_in_words(verdict: Verdict, words: str) -> None:
 
 
 def test_an_unknown_verdict_says_what_to_do() -> None:
-    said = run("estimate", "llama-2-7b", "--loss", "liger", "--gpu", "a100-80gb", columns=None).out.splitlines()
+    said = run("estimate", "llama-2-7b", "--loss", "unsloth", "--gpu", "a100-80gb", columns=None).out.splitlines()
     assert said[1].startswith("? A100 80GB: unknown, needs at least ")
     assert "--engine trace" in said[1]
 
