@@ -26,12 +26,15 @@ def rms_cast_last(model: Model, name: str, x: Tensor, layer: int | None) -> Tens
 
 
 def rms_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
-    """`GemmaRMSNorm`: `(1 + weight)` multiplies in fp32."""
+    """`GemmaRMSNorm`: `(1 + weight)`, made behind the normalized x, multiplies in fp32."""
     f = model.tape
     f.module = name
+    normed = ops.rms_normed(f, f.to(x, "fp32"))
     weight = model.part(name, layer).weight
     assert weight is not None
-    return ops.rmsnorm(f, x, ops.shift(f, f.to(weight, "fp32")), cast_last=True)
+    normed = ops.mul(f, normed, ops.shift(f, f.to(weight, "fp32")))
+    narrow: Tensor = f.to(normed, x.dtype)
+    return narrow
 
 
 def layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:

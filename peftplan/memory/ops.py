@@ -194,10 +194,7 @@ def rmsnorm(f: Tape, x: Tensor, weight: Any, *, cast_last: bool = False) -> Tens
     Keeps the fp32 copy of x and rsqrt's result, and the normalized x if the weight trains. `cast_last` (Gemma): the weight
     multiplies before the cast. Source: transformers 5.24, `LlamaRMSNorm.forward`.
     """
-    x32 = f.to(x, "fp32")
-    rstd = _inverse_rms(f, x32)
-    normed = mul(f, x32, rstd)
-    del rstd, x32
+    normed = rms_normed(f, f.to(x, "fp32"))
     if cast_last:
         out = normed if weight is None else mul(f, weight, normed)
         del normed
@@ -207,6 +204,11 @@ def rmsnorm(f: Tape, x: Tensor, weight: Any, *, cast_last: bool = False) -> Tens
     out = low if weight is None else mul(f, weight, low)
     del normed
     return out
+
+
+def rms_normed(f: Tape, x32: Tensor) -> Tensor:
+    """`x32 * rsqrt(mean(x32²) + eps)`."""
+    return mul(f, x32, _inverse_rms(f, x32))
 
 
 def _inverse_rms(f: Tape, x32: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ OFF = {"trainer": "transformers", "gradient_checkpointing": False}
 EAGER = {"trainer": "plain", "attn_implementation": "eager"}
 EAGER_TRAINER = {"trainer": "transformers", "attn_implementation": "eager"}
 PADDED = {"trainer": "plain", "padding": True}
+FLASH = {"trainer": "plain", "attn_implementation": "flash_attention_2"}
 EXPERTS = {"target_modules": ["o_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 TOLERANCE = 0.003
 """The batch itself, integers for positions and the sorting of rows, and scalars."""
@@ -72,6 +73,8 @@ TOLERANCE = 0.003
         (V3_HALVES, "lora", EAGER),
         (GPT_OSS, "full", EAGER),
         (GPT_OSS, "lora", {**EAGER_TRAINER, **EXPERTS}),
+        (GPT_OSS, "full", FLASH),
+        (GPT_OSS, "lora", {**FLASH, **EXPERTS, "gradient_checkpointing": True}),
         (FALCON, "lora", EAGER_TRAINER),
         (FALCON_NEW, "full", EAGER_TRAINER),
         (FALCON_ALIBI, "qlora", EAGER_TRAINER),

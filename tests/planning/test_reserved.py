@@ -47,6 +47,14 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         shallow("gemma-2-2b", 26),
         {"method": "qlora", "batch_size": 2, "seq_len": 384},
     ),
+    "Gemma 3 norms queries behind all three projections, and adds one to a norm's weight behind the norm": (
+        shallow("gemma-3-270m", 6),
+        {**FULL, **PLAIN},
+    ),
+    "Phi norms queries behind all three projections": (
+        {**shallow("phi-2", 3), "qk_layernorm": True},
+        {"method": "lora", "batch_size": 2, "seq_len": 700, "attn_implementation": "eager"},
+    ),
     "FlashAttention-2 pads values to the head of queries and crops its output": (
         {**shallow("deepseek-v3", 4), **LATENT},
         {"attn_implementation": "flash_attention_2", "logits_to_keep": 1, "batch_size": 2, "seq_len": 512, **PLAIN},

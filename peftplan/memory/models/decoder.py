@@ -113,6 +113,7 @@ class Style(NamedTuple):
 
     `norms` are those before and after attention, before and after the MLP. `qk_norm`: on the projection as it comes (`flat`), on
     its heads (`head`), on heads moved before the sequence (`moved`), or on each head with a norm of its own (`each`).
+    `norms_last`: q is normed once k and v are projected.
     `output` and `plain` are names: of attention's last projection, of the two matrices of an MLP without gate. `multiplied`: the
     embedding, and what a sublayer adds, are multiplied. `tables_by_window`: sliding layers have rotary tables of their own;
     `wide_tables`: in fp32, whatever the hidden states are. `hands_out_weights`: a layer's outputs, attention weights among them,
@@ -130,6 +131,7 @@ class Style(NamedTuple):
     mixture: Sublayer | None = None
     qk_norm: Literal["flat", "head", "moved", "each"] = "head"
     qk_names: tuple[str, str] = ("q_norm", "k_norm")
+    norms_last: bool = False
     output: str = "o_proj"
     plain: tuple[str, str] = ("mlp.c_fc", "mlp.c_proj")
     stack: str = "model.layers.{}"
@@ -277,11 +279,17 @@ def attention(c: Call, x: Tensor) -> Tensor:
 
 
 def projected(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v from a projection each, q and k normed where the model norms them."""
+    """q, k and v from a projection each, q and k normed where the model norms them: at once, or behind all three."""
     side = _normed if a.qk_norm else _by_head
-    q = side(c, a, 0, c.linear("self_attn.q_proj", x))
-    k = side(c, a, 1, c.linear("self_attn.k_proj", x))
+    at_once = not (a.qk_norm and c.style.norms_last)
+    q = c.linear("self_attn.q_proj", x)
+    q = side(c, a, 0, q) if at_once else q
+    k = c.linear("self_attn.k_proj", x)
+    k = side(c, a, 1, k) if at_once else k
     v = c.linear("self_attn.v_proj", x)
+    if not at_once:
+        q = side(c, a, 0, q)
+        k = side(c, a, 1, k)
     return q, k, v.view(_head_dims(a, 1, v))
 
 

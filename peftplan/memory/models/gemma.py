@@ -14,4 +14,7 @@ SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_laye
 
 gemma = partial(decoder, style=Style(norm=rms_plus_one))
 gemma2 = partial(decoder, style=Style(norm=rms_plus_one, norms=SANDWICH))
-gemma3 = partial(decoder, style=Style(norm=rms_plus_one, norms=SANDWICH, qk_norm="moved", tables_by_window=True, softcaps=False))
+gemma3 = partial(
+    decoder,
+    style=Style(norm=rms_plus_one, norms=SANDWICH, qk_norm="moved", norms_last=True, tables_by_window=True, softcaps=False),
+)

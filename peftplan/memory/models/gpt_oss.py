@@ -1,4 +1,4 @@
-"""gpt-oss: eager attention with a sink for each head, experts with biases behind a clamped gate.
+"""gpt-oss: attention with a sink for each head, experts with biases behind a clamped gate.
 
 Letters: a heads, s queries, k keys; `k+1`: the keys and the sink. Source: transformers 5.24, models/gpt_oss/modeling_gpt_oss.py;
 torch 2.13, FunctionsManual.cpp (`clamp_backward`, `value_selecting_reduction_backward`).
@@ -53,14 +53,16 @@ def layer(c: Call, x: Tensor) -> Tensor:
 
 
 def attention(c: Call, x: Tensor) -> Tensor:
-    """`GptOssAttention.forward`."""
+    """`GptOssAttention.forward`: FlashAttention takes the sinks as they are."""
     a = c.block.attentions[0]
+    flash = c.model.running.attention == "flash_attention_2"
     q, k, v = projected(c, a, x)
     f = c.at("self_attn")
-    v = ops.heads(f, v, v.dims, clones=True)
+    v = v if flash else ops.heads(f, v, v.dims, clones=True)
     q, k = rotated(f, q, *c.tables), rotated(f, k, *c.tables)
     k, v = c.model.cached(k, v)
-    return c.linear("self_attn.o_proj", eager(c, a, q, k, v))
+    out = c.attend(q, k, v, rotated=True) if flash else eager(c, a, q, k, v)
+    return c.linear("self_attn.o_proj", out)
 
 
 def rotated(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -140,4 +142,4 @@ def _clamped_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "where")
 
 
-STYLE = Style(norm=rms_cast_last, layer=layer, both_masks=True)
+STYLE = Style(norm=rms_cast_last, layer=layer, both_masks=True, by_head=True)

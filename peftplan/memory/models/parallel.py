@@ -166,7 +166,7 @@ GPTJ = Style(
     wide_scores=True,
 )
 
-cohere = partial(decoder, style=Style(norm=written_layer_norm, layer=cohere_layer, rotate=cohere_rotary))
+cohere = partial(decoder, style=Style(norm=written_layer_norm, layer=cohere_layer, rotate=cohere_rotary, norms_last=True))
 stablelm = partial(
     decoder,
     style=Style(
@@ -175,6 +175,7 @@ stablelm = partial(
         rotate=partly_rotary_inline,
         by_head=True,
         qk_norm="each",
+        norms_last=True,
         qk_names=("q_layernorm", "k_layernorm"),
     ),
 )
@@ -186,6 +187,7 @@ phi = partial(
         rotate=partly_rotary_inline,
         by_head=True,
         qk_norm="moved",
+        norms_last=True,
         qk_names=("q_layernorm", "k_layernorm"),
         output="dense",
         plain=("mlp.fc1", "mlp.fc2"),
