@@ -90,7 +90,7 @@ def test_bad_values_are_refused() -> None:
     def of(**options: Any) -> None:
         resolved(parse_setup(options), quantized=False, supports_sdpa=True, use_cache=False)
 
-    with pytest.raises(InputError, match="every_n_layers: 0 is not accepted; accepted: greater than or equal to 1"):
+    with pytest.raises(InputError, match=r"every_n_layers must be at least 1 \(got 0\)"):
         of(every_n_layers=0)
     with pytest.raises(
         InputError, match="every_n_layers: 2 is not accepted; accepted: 1, or any number with gradient_checkpointing"

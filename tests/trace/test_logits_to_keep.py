@@ -82,7 +82,6 @@ def test_liger_takes_a_slice_of_one_sequence() -> None:
 @pytest.mark.parametrize(
     ("options", "accepted"),
     [
-        ({"logits_to_keep": 0}, "greater than or equal to 1"),
         ({"logits_to_keep": S + 1}, f"up to {S}, the tokens of a sequence"),
         ({"trainer": "trl"}, "with loss full or liger, not trl-chunked"),
         ({"trainer": "trl", "loss": "unsloth"}, "with loss full or liger, not unsloth"),
@@ -95,6 +94,12 @@ def test_what_does_not_take_it_is_refused(options: dict[str, Any], accepted: str
     job = {**SIZES, "logits_to_keep": N, **options}
     with pytest.raises(InputError, match=f"logits_to_keep: {job['logits_to_keep']} is not accepted; accepted: {accepted}"):
         estimate(llama(), engine=engine, **job)
+
+
+@pytest.mark.parametrize("engine", ["analytic", "trace"])
+def test_at_least_one_is_kept(engine: Any) -> None:
+    with pytest.raises(InputError, match=r"logits_to_keep must be at least 1 \(got 0\)"):
+        estimate(llama(), engine=engine, **{**SIZES, "logits_to_keep": 0})
 
 
 def test_labels_of_virtual_tokens_are_too_many() -> None:
