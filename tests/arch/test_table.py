@@ -60,7 +60,15 @@ def test_every_field_survives_the_round_trip() -> None:
 def test_a_readers_architecture_survives_without_its_blocks() -> None:
     arch = load("gpt2")
     assert from_table(to_table(arch)) == replace(
-        arch, blocks=(), dropout=NO_DROPOUT, max_positions=None, logits_ops=arch.logits_ops, name="", source="", notes=()
+        arch,
+        blocks=(),
+        dropout=NO_DROPOUT,
+        max_positions=None,
+        logits_ops=arch.logits_ops,
+        name="",
+        source="",
+        notes=(),
+        asides=(),
     )
 
 

@@ -61,5 +61,5 @@ def test_bad_input_is_one_line(args: str, said: list[str]) -> None:
 def test_without_asking_for_a_merge_the_rest_is_told() -> None:
     done = run("serve", "gpt2", "--method", "prompt-tuning", "--num-virtual-tokens", "4", columns=120)
     assert done.code == 0
-    assert "note: prompt-tuning trains virtual tokens and no weight" in done.out
+    assert "note: prompt-tuning trains virtual tokens, not weights" in done.out
     assert "adapter_model.safetensors" in done.out

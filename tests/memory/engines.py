@@ -6,6 +6,7 @@ from typing import Any
 
 from peftplan import estimate
 from peftplan.arch.sources import load_config
+from peftplan.memory.ledger import Ledger
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -56,13 +57,18 @@ def by_phase(estimated: Any) -> dict[str, int]:
     }
 
 
+def activation_bytes(ledger: Ledger) -> int:
+    """Bytes of activations, logits and temporaries, without the tails that the allocator adds to blocks."""
+    categories = ("activations", "logits", "temporaries")
+    return sum(line.bytes() for line in ledger if line.category in categories and not line.name.startswith("tails of"))
+
+
 def kept_per_layer(config: dict[str, Any], **options: Any) -> int:
-    """Bytes by which one more layer raises what is alive when the forward ends, weights and their likes left out."""
+    """Bytes by which one more layer raises what is alive when the forward ends, without weights and tails of blocks."""
     at_depth = []
     for depth in (5, 6):
         sizes = {"batch_size": BATCH, "seq_len": TOKENS, **options}
         peaks = estimate({**config, "num_hidden_layers": depth}, **sizes).peaks
         assert peaks is not None
-        forward = peaks.ledgers["forward"]
-        at_depth.append(sum(line.bytes() for line in forward if line.category in ("activations", "logits", "temporaries")))
+        at_depth.append(activation_bytes(peaks.ledgers["forward"]))
     return at_depth[1] - at_depth[0]

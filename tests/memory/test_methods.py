@@ -9,7 +9,7 @@ import pytest
 from peftplan import estimate
 from peftplan.errors import RefusedError
 from peftplan.units import round512
-from tests.memory.engines import BATCH, LLAMA, OFF, PLAIN, TOKENS, TOLERANCE, TRAINER, phases
+from tests.memory.engines import BATCH, LLAMA, OFF, PLAIN, TOKENS, TOLERANCE, TRAINER, activation_bytes, phases
 
 B, S, P = BATCH, TOKENS, 20
 SHORT = {"trainer": "transformers", "gradient_checkpointing": False, "seq_len": 32}
@@ -92,9 +92,7 @@ def _kept(method: str, depths: tuple[int, int], options: dict[str, Any]) -> int:
     for depth in depths:
         e = estimate({**LLAMA, "num_hidden_layers": depth}, method=method, engine="analytic", batch_size=B, seq_len=S, **options)
         assert e.peaks is not None
-        at_depth.append(
-            sum(line.bytes() for line in e.peaks.ledgers["forward"] if line.category in ("activations", "logits", "temporaries"))
-        )
+        at_depth.append(activation_bytes(e.peaks.ledgers["forward"]))
     return (at_depth[1] - at_depth[0]) // (depths[1] - depths[0])
 
 
