@@ -124,3 +124,12 @@ def test_commands_stand_in_fences() -> None:
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
         outside = BLOCK.sub("", path.read_text(encoding="utf-8"))
         assert not re.findall(r"^(?: {4}|\t)(?:peftplan|pip|python|import) .*", outside, re.M), path
+
+
+@pytest.mark.parametrize(("number", "says"), [(1, "pip install . "), (2, "pip install -e '.[dev]'")])
+def test_ci_runs_the_two_commands_that_install(number: int, says: str) -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    function = script[script.index("readme_command()") : script.index("\n}\n") + 3]
+    command = ["bash", "-c", f"{function}readme_command {number}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert says in done.stdout
