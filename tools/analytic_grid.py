@@ -1,11 +1,12 @@
 """The analytic engine against the trace engine over a grid of jobs: prints a page, `--write` writes docs/analytic-drift.md.
 
-    python tools/analytic_grid.py [--sample N] [--seed S] [--jobs J] [--model-type T ...] [--write]
+    python -m tools.analytic_grid [--sample N] [--seed S] [--jobs J] [--model-type T ...] [--traces FILE] [--write]
 
 Every model type with an adapter, at the widths of a published model and a few layers; every method, dtype, kernel, trainer and
 optimizer of `AXES`, drawn for each cell with a seed; then the rest of the methods, and what is rare (`RARE`). Drift is
 analytic ÷ traced − 1, of the allocated peak, of each phase, and of reserved bytes. What one engine refuses the other must refuse
-too, for the same reason. Needs the extra `trace`; the whole grid takes an hour on two cores.
+too, for the same reason. `--traces` keeps what was traced (`tools.engines`): the tool goes on where it stopped, and another run
+over the same file evaluates the formulas alone. Needs the extra `trace`; the whole grid takes an hour on one core.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,10 +27,9 @@ from typing import Any, NamedTuple
 from peftplan.arch import catalogue
 from peftplan.arch.readers import READERS
 from peftplan.arch.sources import load, load_config
-from peftplan.errors import NeedsTraceError, PeftplanError
 from peftplan.methods import METHODS as REGISTRY
-from peftplan.planning.estimate import estimate
 from peftplan.report.markdown import table
+from tools.engines import RESERVED, KeptTraces, Peaks, peaks
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "analytic-drift.md"
 LAYERS = 6
@@ -42,7 +43,6 @@ LAYER_FIELDS = (
     "decoder_layers",
 )
 PHASES = ("load", "forward", "backward", "step")
-RESERVED = "reserved"
 MEDIAN_BAR, WORST_BAR = 0.01, 0.04
 
 Options = dict[str, Any]
@@ -135,8 +135,8 @@ class Outcome(NamedTuple):
     """Bytes by phase of both engines and what they reserve, or why one has none."""
 
     cell: Cell
-    analytic: dict[str, int] | str
-    traced: dict[str, int] | str
+    analytic: Peaks
+    traced: Peaks
 
     def drift(self, phase: str) -> float | None:
         """Analytic ÷ traced − 1 of a phase, of the overall `peak` or of `RESERVED`; None where an engine has no number."""
@@ -218,29 +218,23 @@ def _cell(model_type: str, method: Options, draw: random.Random, **stated: Any) 
     return Cell(model_type, _model_of(model_type), tuple((options | stated).items()))
 
 
-def outcome(cell: Cell) -> Outcome:
-    """Both engines on one cell."""
-    config = shallow(cell.model)
-    return Outcome(cell, _peaks(config, cell, "analytic"), _peaks(config, cell, "trace"))
+def outcome(cell: Cell, traced: Peaks | None = None) -> Outcome:
+    """Both engines on one cell; the formulas alone where it was traced."""
+    config, options = shallow(cell.model), dict(cell.options)
+    return Outcome(cell, peaks(config, options, "analytic"), traced or peaks(config, options, "trace"))
 
 
-def _peaks(config: dict[str, Any], cell: Cell, engine: Any) -> dict[str, int] | str:
-    try:
-        result = estimate(config, engine=engine, **dict(cell.options))
-    except PeftplanError as error:
-        return f"refused: {error}"
-    if result.peaks:
-        return {**result.peaks.by_phase, RESERVED: result.peaks.reserved or 0}
-    reason = result.not_modelled[0]
-    return f"no formula: {reason}" if reason.endswith(NeedsTraceError.hint) else f"refused: {reason}"
-
-
-def run(chosen: list[Cell], *, jobs: int) -> list[Outcome]:
-    """All cells, in processes of their own where `jobs` is more than one."""
-    if jobs == 1:
-        return [outcome(cell) for cell in chosen]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(outcome, chosen, chunksize=4))
+def run(chosen: list[Cell], *, jobs: int, traces: KeptTraces | None = None) -> list[Outcome]:
+    """All cells, in processes of their own where `jobs` is more than one; what is traced is kept at once."""
+    traces = traces or KeptTraces(None)
+    known = [traces.get(shallow(cell.model), dict(cell.options)) for cell in chosen]
+    outcomes = []
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 else nullcontext() as pool:
+        answers = pool.map(outcome, chosen, known, chunksize=4) if pool else map(outcome, chosen, known)
+        for answer in answers:
+            traces.keep(shallow(answer.cell.model), dict(answer.cell.options), answer.traced)
+            outcomes.append(answer)
+    return outcomes
 
 
 def page(outcomes: list[Outcome], *, worst: int = 25) -> str:
@@ -296,7 +290,7 @@ def _refused_by_both(o: Outcome) -> bool:
     return all(isinstance(answer, str) and answer.startswith("refused") for answer in (o.analytic, o.traced))
 
 
-def reason(answer: dict[str, int] | str) -> str:
+def reason(answer: Peaks) -> str:
     """Why there is no number: what a library raised without where it did and its counts, else our own words."""
     if not isinstance(answer, str):
         return "a number"
@@ -322,6 +316,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--model-type", nargs="*", choices=sorted(READERS))
+    parser.add_argument("--traces", type=Path, help="a file of kept traces, read and added to")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     chosen = [*cells(model_types=args.model_type), *further_cells(model_types=args.model_type)]
@@ -329,7 +324,7 @@ def main() -> None:
     if args.sample:
         drawn = f"Drawn from {len(chosen)} cells: `--sample {args.sample} --seed {args.seed}`.\n\n"
         chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))
-    text = drawn + page(run(chosen, jobs=args.jobs))
+    text = drawn + page(run(chosen, jobs=args.jobs, traces=KeptTraces(args.traces)))
     print(text)
     if args.write:
         PAGE.write_text(HEADER + text, encoding="utf-8")
@@ -344,7 +339,7 @@ Drift is analytic ÷ traced − 1, so plus means that the formulas say too much;
 The jobs are drawn with a seed from every supported model type (its smallest built-in model, cut to at most six layers) and every
 method, dtype, attention, trainer, loss, optimizer and shape in `tools/analytic_grid.py`. Both engines count the unused ends of
 blocks that the allocator does not split, each from a replay of its own events, which also gives the reserved bytes.
-`python tools/analytic_grid.py --write` writes this page.
+`python -m tools.analytic_grid --write` writes this page.
 
 """
 
