@@ -96,7 +96,14 @@ class LazyGroup(click.Group):
 @click.version_option(package_name="peftplan")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """peftplan tells what a fine-tuning run needs before you rent a GPU."""
+    """peftplan tells what a fine-tuning run needs before you rent a GPU.
+
+    \b
+    peftplan estimate llama-3.1-8b --method qlora --gpu rtx-4090
+    peftplan fit llama-3.1-8b --gpu rtx-4090
+
+    `peftplan COMMAND --help` explains a command.
+    """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 

@@ -21,14 +21,17 @@ TYPED = "peftplan.typed"
 """Key of `Context.meta`: parameter → how its option was typed."""
 METHOD_HEADING = "Method"
 """Options under it are fields of a method, which a --peft-config can hold too."""
+WHOLE_HELP = "peftplan.whole_help"
+"""Key of `Context.meta`: whether help lists rare options too."""
 
 
 class Option(click.Option):
-    """An option that knows under which heading `--help` shows it, and completes its values."""
+    """An option that completes its values. Help shows it under its heading, and a `rare` one only in `--help-all`."""
 
-    def __init__(self, *args: Any, heading: str = "Options", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, heading: str = "Options", rare: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.heading = heading
+        self.rare = rare
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """The names that the option accepts."""
@@ -54,15 +57,36 @@ argument = partial(click.argument, cls=Argument)
 class Command(click.Command):
     """A command that shows its options under their headings and takes each of them once, in the words of any tool."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.num_rare:
+            self.params.append(_help_all())
+
+    @property
+    def num_rare(self) -> int:
+        """How many options `--help` leaves to `--help-all`."""
+        return sum(getattr(param, "rare", False) for param in self.params)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, a section per heading."""
+        whole = WHOLE_HELP in ctx.meta
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
-            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)) is not None:
+            if not isinstance(param, click.Option) or (getattr(param, "rare", False) and not whole):
+                continue
+            if (record := param.get_help_record(ctx)) is not None:
                 groups.setdefault(getattr(param, "heading", "Options"), []).append(record)
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
+        if self.num_rare and not whole:
+            formatter.write_paragraph()
+            formatter.write_text(f"{self.num_rare} more options: {ctx.command_path} --help-all")
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the notes that belong to the whole help."""
+        if not self.num_rare or WHOLE_HELP in ctx.meta:
+            super().format_epilog(ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse what was typed, once it is in our words. Raises RefusedError for two words that set one option."""
@@ -87,6 +111,19 @@ class Command(click.Command):
         fields = {name: text for name, text in spellings.items() if "peft_config" not in typed or name not in in_file}
         words = (text.partition("=")[0] for text in ctx.params.get("set") or ())
         return as_typed(error, fields | typed | {word.replace("-", "_"): f"--set {word}" for word in words}, spellings)
+
+
+def _help_all() -> click.Option:
+    """The switch that prints help with the rare options."""
+
+    def show(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            ctx.meta[WHOLE_HELP] = True
+            click.echo(ctx.get_help(), color=ctx.color)
+            ctx.exit()
+
+    text = "Show every option and exit."
+    return click.Option(["--help-all"], is_flag=True, expose_value=False, is_eager=True, callback=show, help=text)
 
 
 def _names(param: click.Option) -> tuple[str, str]:

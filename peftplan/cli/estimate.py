@@ -13,8 +13,21 @@ from peftplan.errors import RefusedError
 if TYPE_CHECKING:
     from peftplan.planning.result import Estimate
 
+VERDICTS = """\
+A job needs the bytes that torch's allocator reserves without a limit, and the CUDA context. Where the card's context is not
+known, the largest one measured on its generation is assumed, or the largest of all. The verdicts:
 
-@click.command("estimate", cls=Command)
+\b
+fits           at least 5 % of the usable bytes are left
+tight          less is left, or it needs more than is usable, and runs because
+               the allocator gives cached memory back
+does not fit   it runs out of memory
+does not run   a library raises, or has no kernel for the card
+unknown        there is no peak, or only a lower bound that is not too large
+"""
+
+
+@click.command("estimate", cls=Command, epilog=VERDICTS)
 @argument("model")
 @options.group(METHOD_HEADING, options.METHOD)
 @options.group("Model", options.MODEL)
@@ -27,25 +40,28 @@ if TYPE_CHECKING:
 @options.context_option
 @option(
     "--advice",
+    rare=True,
     default="best",
     metavar="[best|all]",
     show_default=True,
     help="look for changes that make the job fit the nearest card; all tries every combination",
 )
 @option("--require-fit", is_flag=True, help="exit 1 unless the job fits every --gpu")
-@option("--allow-tight", is_flag=True, help="let --require-fit accept tight too")
-@option("--text-only", is_flag=True, help="let --require-fit accept a verdict for text alone, without pictures")
-@option("--strict", is_flag=True, help="turn warnings into errors, such as a target name that matches no module")
+@option("--allow-tight", is_flag=True, rare=True, help="let --require-fit accept tight too")
+@option("--text-only", is_flag=True, rare=True, help="let --require-fit accept a verdict for text alone, without pictures")
+@option("--strict", is_flag=True, rare=True, help="turn warnings into errors, such as a target name that matches no module")
 @options.format_option
 @option(
     "--explain",
     is_flag=True,
+    rare=True,
     help="print only the lines of the peak, each as a formula with its numbers and source",
 )
-@option("--explain-peak", is_flag=True, help="the largest tensors alive at the peak (all of them with -v)")
+@option("--explain-peak", is_flag=True, rare=True, help="the largest tensors alive at the peak (all of them with -v)")
 @option(
     "--timeline",
     default=None,
+    rare=True,
     metavar="FILE",
     help="memory over one optimizer step as FILE.png, .html, or .json (for replay)",
 )
@@ -79,18 +95,9 @@ def command(
 
     \b
     peftplan estimate llama-2-70b --method qlora --r 16
-    peftplan estimate ./config.json --method dora --target-modules q_proj,v_proj --gpu rtx-4090
+    peftplan estimate ./config.json --method dora --target-modules q_proj,v_proj --gpu l4
 
-    Each --gpu gets a verdict. A job needs the bytes that torch's allocator reserves without a limit, and the CUDA context. Where
-    the card's context is not known, the largest one measured on its generation is assumed, or the largest of all.
-
-    \b
-    fits           at least 5 % of the usable bytes are left
-    tight          less is left, or it needs more than is usable, and runs because
-                   the allocator gives cached memory back
-    does not fit   it runs out of memory
-    does not run   a library raises, or has no kernel for the card
-    unknown        there is no peak, or only a lower bound that is not too large
+    Each --gpu gets a verdict: fits, tight, does not fit, does not run or unknown (--help-all defines them).
     """
     options.check_format(fmt)
     if explain and fmt != "table":

@@ -12,7 +12,12 @@ from peftplan.cli.command import Command, argument
 @argument("pattern", required=False)
 @options.format_option
 def command(pattern: str | None, fmt: str) -> int:
-    """List the cards whose name or alias contains PATTERN: marketed size, nvidia-smi total, and what a program can get."""
+    """List the cards whose name or alias contains PATTERN: marketed size, nvidia-smi total, and what a program can get.
+
+    \b
+    peftplan gpus 4090
+    peftplan gpus --format csv
+    """
     options.check_format(fmt)
     from peftplan.hardware.gpus import gpus
     from peftplan.report import render

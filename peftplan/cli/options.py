@@ -68,6 +68,11 @@ TRAINING: dict[str, str] = {
     "--keep-outputs/--drop-outputs": "keep the model's outputs alive through backward and step",
     "--keep-gradients/--drop-gradients": "keep gradients allocated between steps (zero_grad(set_to_none=False))",
 }
+SHORT_HELP = (
+    *("--method", "--peft-config", "--r", "--target-modules", "--quant", "--trainer", "--batch-size", "--seq-len"),
+    *("--gradient-checkpointing/--no-gradient-checkpointing", "--optim", "--adapters", "--context"),
+)
+"""The options of a group that `--help` shows; `--help-all` shows the others too."""
 NOT_FIELDS = (
     *("model", "method", "peft_config", "quantization_config", "training_args", "gpu", "engine", "advice", "record", "progress"),
     *("script", "strict", "adapters", "context", "encoder_context", "serving_dtype", "merge"),
@@ -106,7 +111,7 @@ def group(heading: str, options: dict[str, str]) -> Callable[[Decorated], Decora
 
     def decorate(command: Decorated) -> Decorated:
         for name, text in reversed(options.items()):
-            value: dict[str, Any] = {} if "/" in name else {"metavar": METAVARS[name]}
+            value: dict[str, Any] = {"rare": name not in SHORT_HELP} | ({} if "/" in name else {"metavar": METAVARS[name]})
             if name == "--set":
                 value |= {"multiple": True}
             command = option(name, default=None, help=text, heading=heading, **value)(command)
@@ -162,12 +167,14 @@ def _json(name: str, text: str, shown: str, accepted: str) -> Any:
 
 torch_option = option(
     "--torch",
+    rare=True,
     default=None,
     metavar="VERSION",
     help="torch that will run the job; before 2.13 its allocator places blocks differently",
 )
 transformers_option = option(
     "--transformers",
+    rare=True,
     default=None,
     metavar="VERSION",
     help="transformers that will run the job; before 4.49 the loss keeps a copy of the logits",
@@ -175,6 +182,7 @@ transformers_option = option(
 
 context_option = option(
     "--context",
+    rare=True,
     default=None,
     metavar="INT",
     help="CUDA context in MiB that a verdict counts; default: as measured on the card, else assumed",

@@ -98,7 +98,7 @@ def test_every_option_of_the_setup_is_an_option_of_estimate() -> None:
 
 
 def test_help_of_estimate_groups_its_options() -> None:
-    shown = run("estimate", "--help").out
+    shown = run("estimate", "--help-all").out
     headings = re.findall(r"^([A-Z][a-z ]+):$", shown, re.M)
     assert headings == ["Method", "Model", "Precision and storage", "Training", "Options"]
     assert max(map(len, shown.splitlines())) <= 100

@@ -128,6 +128,6 @@ def test_an_error_of_python_names_the_keyword() -> None:
 
 
 def test_words_are_not_in_the_help() -> None:
-    text = run("estimate", "--help").out
+    text = run("estimate", "--help-all").out
     assert [word for word in MEANINGS if f"--{word.replace('_', '-')} " in text] == []
     assert "VALUE  " not in text.replace("FIELD=VALUE", "").replace("KEY=VALUE", "")
