@@ -1,0 +1,45 @@
+"""The documentation site: it builds without a warning, and every link leads somewhere, sections included."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import site_hooks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def built(folder: Path) -> subprocess.CompletedProcess[str]:
+    """`mkdocs build --strict`, which exits with 1 after a warning."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.docs
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    done = built(tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "index.html").exists()
+    assert (tmp_path / "contributing" / "index.html").exists()
+    pages = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")]
+    elsewhere = {link for text in pages for link in re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]+)"', text)}
+    assert elsewhere == set(), "the site loads nothing from another server"
+
+
+def test_a_page_of_the_root_links_into_the_site() -> None:
+    text = "[a](docs/design.md) [b](CONTRIBUTING.md) [c](CHANGELOG.md#x) [d](README.md)"
+    assert site_hooks.moved(text) == "[a](design.md) [b](contributing.md) [c](changelog.md#x) [d](index.md)"
+
+
+def test_a_printed_block_shows_its_command() -> None:
+    text = "<!-- printed by: peftplan --version -->\n```text\npeftplan, version 9\n```\n"
+    assert site_hooks.with_command(text) == "```console\n$ peftplan --version\npeftplan, version 9\n```\n"

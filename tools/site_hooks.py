@@ -1,0 +1,42 @@
+"""What the site adds to docs/: the pages that lie at the root of the repository, and the commands behind printed blocks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+AT_THE_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PRINTED = re.compile(r"^<!-- printed by: (?P<command>.*) -->\n```text\n", re.M)
+
+
+def moved(text: str) -> str:
+    """A page of the root as one of docs/: its links lead there."""
+    for old, new in AT_THE_ROOT.items():
+        text = text.replace(f"]({old}", f"]({new}")
+    return text.replace("](docs/", "](").replace("](README.md)", "](index.md)")
+
+
+def with_command(text: str) -> str:
+    """A printed block begins with the command that prints it, as in a terminal."""
+    return PRINTED.sub(lambda match: f"```console\n$ {match['command']}\n", text)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Called by mkdocs with the files of docs/."""
+    from mkdocs.structure.files import File
+
+    for old, new in AT_THE_ROOT.items():
+        files.append(File.generated(config, new, content=moved((ROOT / old).read_text(encoding="utf-8"))))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Called by mkdocs with the text of a page."""
+    return with_command(markdown)
