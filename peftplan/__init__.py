@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from peftplan.planning.estimate import estimate
     from peftplan.planning.fit import fit
     from peftplan.planning.inspection import inspect
+    from peftplan.planning.listings import gpus, models
+    from peftplan.planning.listings import list_methods as methods
     from peftplan.planning.result import Estimate
     from peftplan.planning.serving import serving
     from peftplan.planning.serving_result import Serving
@@ -33,7 +35,10 @@ _HOMES = {
     "estimate": "planning.estimate",
     "explain_oom": "oom.diagnosis",
     "fit": "planning.fit",
+    "gpus": "planning.listings",
     "inspect": "planning.inspection",
+    "list_methods": "planning.listings",
+    "models": "planning.listings",
     "serving": "planning.serving",
 }
 
@@ -50,7 +55,10 @@ __all__ = [
     "estimate",
     "explain_oom",
     "fit",
+    "gpus",
     "inspect",
+    "methods",
+    "models",
     "serving",
 ]
 
@@ -60,6 +68,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("peftplan")
+    if name == "methods":
+        return import_module("peftplan.methods")  # a package that can be called (`methods.Package`)
     if name not in _HOMES:
         raise AttributeError(f"module 'peftplan' has no attribute {name!r}")
     value = getattr(import_module(f"peftplan.{_HOMES[name]}"), name)

@@ -16,10 +16,10 @@ import peftplan
 PACKAGE = Path(peftplan.__file__).parent
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "dtypes", "units", "datafiles", "files", "validation"),
+    ("errors", "dtypes", "units", "datafiles", "files", "validation", "frames"),
     ("arch",),
     ("methods", "storage", "optim", "hardware", "memory", "parameters", "inference"),
-    ("planning",),
+    ("planning", "notebook"),
     ("trace", "measure", "accuracy", "oom"),
     ("integrations",),
     ("report",),

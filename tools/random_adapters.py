@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from peftplan import methods
+import peftplan.methods as methods
 from peftplan.arch.sources import load
 from peftplan.errors import PeftplanError
 from peftplan.memory.models import FORWARDS

@@ -19,10 +19,8 @@ def command(pattern: str | None, fmt: str) -> int:
     peftplan gpus --format csv
     """
     options.check_format(fmt)
-    from peftplan.hardware.gpus import gpus
+    from peftplan.planning.listings import matching_cards
     from peftplan.report import render
 
-    wanted = (pattern or "").lower()
-    cards = [gpu for gpu in gpus() if any(wanted in name.lower() for name in (gpu.id, gpu.name, *gpu.aliases))]
-    render.gpus(cards, fmt=fmt)
+    render.gpus(matching_cards(pattern), fmt=fmt)
     return 0

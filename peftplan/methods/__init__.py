@@ -5,9 +5,10 @@ Importing this package loads none of the methods; each has its own module, which
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import InputError, UnknownNameError, UnknownOptionError
@@ -221,3 +222,14 @@ def _validated(cls: type[MethodConfig], values: Mapping[str, Any]) -> MethodConf
         return cls.model_validate(values)
     except ValidationError as error:
         raise first_error(error, nested=False, missing="it is required: peft has no default for it") from None
+
+
+class Package(ModuleType):
+    """This package, which `peftplan.methods()` calls: the public list of methods bears the package's name."""
+
+    def __call__(self) -> Any:
+        """The methods as a list of records (`planning.listings.methods`)."""
+        return import_module("peftplan").list_methods()
+
+
+sys.modules[__name__].__class__ = Package

@@ -8,7 +8,7 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftplan import methods
+import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError

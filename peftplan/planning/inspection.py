@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
-from peftplan import methods
+import peftplan.methods as methods
 from peftplan.arch import sources
 from peftplan.arch.modules import Architecture, Module
 from peftplan.dtypes import ITEMSIZE, MODEL_DTYPES, parse_dtype

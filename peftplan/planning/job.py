@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from peftplan import methods
+import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
 from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.planning.script import NO_SCRIPT, Script

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peftplan import methods
+import peftplan.methods as methods
 from peftplan.arch import sources as architectures
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
-from peftplan import methods
+import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import MissingExtraError, PeftplanError, RefusedError

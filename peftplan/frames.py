@@ -1,0 +1,34 @@
+"""Rows of plain values as a pandas DataFrame; pandas is imported only here, and only when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from peftplan.errors import PeftplanError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Record = TypeVar("Record", bound=NamedTuple)
+
+
+def dataframe(rows: Sequence[Mapping[str, Any]]) -> DataFrame:
+    """One row per record. Raises PeftplanError where pandas is not installed."""
+    try:
+        import pandas
+    except ImportError:
+        raise PeftplanError("to_dataframe needs pandas: pip install pandas") from None
+    return pandas.DataFrame.from_records([dict(row) for row in rows])
+
+
+class Listing(list[Record], Generic[Record]):
+    """A list of small records that becomes a table on request."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """Rows of plain values, as pandas and polars take them."""
+        return [record._asdict() for record in self]
+
+    def to_dataframe(self) -> DataFrame:
+        """The rows as a pandas DataFrame."""
+        return dataframe(self.records())
