@@ -31,6 +31,7 @@ _HOMES = {
     "RefusedError": "errors",
     "Serving": "planning.serving_result",
     "UnknownNameError": "errors",
+    "as_html": "report.notebook",
     "compare": "planning.compare",
     "estimate": "planning.estimate",
     "explain_oom": "oom.diagnosis",

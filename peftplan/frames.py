@@ -1,8 +1,9 @@
-"""Rows of plain values as a pandas DataFrame; pandas is imported only here, and only when somebody asks."""
+"""Results as other programs show them: rows as a pandas DataFrame, HTML for notebooks. Imports happen on use."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from peftplan.errors import PeftplanError
@@ -20,6 +21,12 @@ def dataframe(rows: Sequence[Mapping[str, Any]]) -> DataFrame:
     except ImportError:
         raise PeftplanError("to_dataframe needs pandas: pip install pandas") from None
     return pandas.DataFrame.from_records([dict(row) for row in rows])
+
+
+def as_html(result: object) -> str:
+    """A result as a notebook shows it. Text is made above results, so the package itself is asked (`report.notebook`)."""
+    shown: str = import_module("peftplan").as_html(result)
+    return shown
 
 
 class Listing(list[Record], Generic[Record]):

@@ -19,7 +19,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "dtypes", "units", "datafiles", "files", "validation", "frames"),
     ("arch",),
     ("methods", "storage", "optim", "hardware", "memory", "parameters", "inference"),
-    ("planning", "notebook"),
+    ("planning",),
     ("trace", "measure", "accuracy", "oom"),
     ("integrations",),
     ("report",),

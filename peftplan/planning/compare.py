@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import MissingExtraError, PeftplanError
+from peftplan.frames import as_html, dataframe
 from peftplan.planning.estimate import estimate
 from peftplan.planning.for_method import known_methods, options_for, without_formula
 from peftplan.planning.result import SCHEMA_VERSION, Estimate
 from peftplan.planning.serving import serving
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 NOT_SERVED = frozenset({"training_args", "optim", "optim_args", "optim_target_modules", "script"})
 """Options of training that say nothing about the adapter's file."""
@@ -56,6 +60,13 @@ class Comparison(NamedTuple):
             | dict(row.by_category or {})
             for row in self.rows
         ]
+
+    def to_dataframe(self) -> DataFrame:
+        """`records()` as a pandas DataFrame."""
+        return dataframe(self.records())
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
 
 def compare(model: Any, *, methods: str | Sequence[str], gpu: str | Sequence[str] | None = None, **options: Any) -> Comparison:

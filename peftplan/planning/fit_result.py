@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from peftplan.frames import as_html, dataframe
 from peftplan.memory.ledger import Line
 from peftplan.planning.largest import Largest
 from peftplan.planning.result import Estimate
 from peftplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SCHEMA_VERSION = 1
 
@@ -150,3 +154,19 @@ class Fit(NamedTuple):
             "plans": [plan.to_dict(self.size) for plan in self.plans],
             "nearest": [plan.to_dict(self.size) for plan in self.nearest],
         }
+
+    def records(self) -> list[dict[str, Any]]:
+        """One flat row per plan, as pandas and polars take them."""
+        rows = []
+        for plan in self.plans:
+            changes = ", ".join(f"{name}={value}" for name, value in plan.changes.items())
+            binding = plan.binding and plan.binding.text(grows=plan.size > 0)
+            rows.append({**plan.to_dict(self.size), "changes": changes, "binding": binding})
+        return rows
+
+    def to_dataframe(self) -> DataFrame:
+        """`records()` as a pandas DataFrame."""
+        return dataframe(self.records())
+
+    def _repr_html_(self) -> str:
+        return as_html(self)

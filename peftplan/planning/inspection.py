@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peftplan.methods as methods
 from peftplan.arch import sources
 from peftplan.arch.modules import Architecture, Module
 from peftplan.dtypes import ITEMSIZE, MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError
+from peftplan.frames import as_html, dataframe
 from peftplan.methods.lora import LoraConfig
 from peftplan.methods.targets import match, resolve_targets
 from peftplan.units import round512
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class Row(NamedTuple):
@@ -38,6 +42,29 @@ class Inspection:
     rows: tuple[Row, ...]
     pattern: str | None
     targets: tuple[str, ...] | str | None
+
+    def records(self) -> list[dict[str, Any]]:
+        """One row per module or family, as pandas and polars take them."""
+        return [{**row._asdict(), "name": row.name.replace("{}", "*")} for row in self.rows]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON."""
+        arch = self.architecture
+        return {
+            "name": arch.name,
+            "model_class": arch.model_class,
+            "num_parameters": arch.num_parameters,
+            "dtype": self.dtype,
+            "targets": list(self.targets) if isinstance(self.targets, tuple) else self.targets,
+            "modules": self.records(),
+        }
+
+    def to_dataframe(self) -> DataFrame:
+        """`records()` as a pandas DataFrame."""
+        return dataframe(self.records())
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
 
 def inspect(

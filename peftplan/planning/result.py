@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import InputError
+from peftplan.frames import as_html, dataframe
 from peftplan.memory.ledger import CATEGORIES, Category, Ledger, Line
 from peftplan.memory.series import Recording
 from peftplan.methods.adaptation import Adaptation
@@ -15,6 +16,8 @@ from peftplan.parameters import Parameters
 from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from peftplan.planning.advice import Advised
 
 SCHEMA_VERSION = 1
@@ -176,6 +179,19 @@ class Estimate:
         cards = "".join(f", {verdict.gpu}: {verdict.words}" for verdict in self.gpus)
         name, method = self.model["name"], self.method["name"]
         return f"<Estimate {name} · {method} · {self.engine}: {self.trainable_parameters:,} trainable, {peak}{cards}>"
+
+    def to_dataframe(self) -> DataFrame:
+        """The lines of the ledger as a pandas DataFrame, a row per line with its bytes at each phase's own peak."""
+        columns = [f"{phase}_bytes" for phase in PHASES] if self.peaks else []
+        rows = [
+            {name: value for name, value in line.items() if name != "bytes_by_phase"}
+            | {column: line["bytes_by_phase"].get(column.removesuffix("_bytes"), 0) for column in columns}
+            for line in self.lines()
+        ]
+        return dataframe(rows)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     @property
     def unfit(self) -> tuple[Verdict, ...]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from peftplan.frames import as_html, dataframe
 from peftplan.inference.kv_cache import CacheTensor, growing_bytes
 from peftplan.inference.merging import Need
 from peftplan.inference.safetensors import StoredTensor
 from peftplan.planning.result import SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 LEFT_OUT = ("activations and logits of decoding", "CUDA context and workspaces", "blocks that a serving engine allocates ahead")
 """What no number here holds."""
@@ -163,3 +167,24 @@ class Serving:
             "assumptions": dict(self.assumptions),
             "not_modelled": list(self.not_modelled),
         }
+
+    def records(self) -> list[dict[str, Any]]:
+        """One record per number: its part, its name, its bytes."""
+        document = self.to_dict()
+        merged, cache, file = document["merged_checkpoint"], document["kv_cache"], document["adapter_file"]
+        rows: list[tuple[str, str, int]] = [("adapter_file", file["name"], file["bytes"])] if file else []
+        rows += [("merged_checkpoint", f"file {i}", size) for i, size in enumerate(merged["files"] if merged else (), start=1)]
+        for place, parts in (document["merge_memory"] or {}).items():
+            rows += [(f"merge_memory.{place}", name, size) for name, size in parts.items() if isinstance(size, int)]
+        loaded = ("base", "adapter", "shared_by_adapters", "all_adapters")
+        rows += [("serving", name, document["serving"][name]) for name in loaded]
+        rows += [("kv_cache", f"{t['kind']} {t['part']}", t["bytes"]) for t in (cache["tensors"] if cache else ())]
+        rows.append(("serving", "total", document["serving"]["total"]))
+        return [{"part": part, "name": name, "bytes": size} for part, name, size in rows]
+
+    def to_dataframe(self) -> DataFrame:
+        """`records()` as a pandas DataFrame."""
+        return dataframe(self.records())
+
+    def _repr_html_(self) -> str:
+        return as_html(self)

@@ -39,7 +39,7 @@ BY_WEIGHT = (
 def answer(result: Estimate, screen: Screen) -> list[Row]:
     """The lines; assumptions are cut where they would be too many."""
     rows = [*head(result, screen), BLANK, *_counts(result, screen), *peak(result, screen)]
-    rows += [*_advice(result, screen), *_notes(result, screen)]
+    rows += [*changes(result, screen), *_notes(result, screen)]
     assumed = _assumptions(result, screen)
     room = MOST_LINES - len(rows) - 1
     if len(assumed) > room:
@@ -140,7 +140,7 @@ def peak(result: Estimate, screen: Screen) -> list[Row]:
     return rows
 
 
-def _advice(result: Estimate, screen: Screen) -> list[Row]:
+def changes(result: Estimate, screen: Screen) -> list[Row]:
     """The best changes for the card that misses the least."""
     if not result.unfit:
         return []

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peftplan.planning.choosing import Member
     from peftplan.planning.compare import Comparison
     from peftplan.planning.fit_result import Fit
-    from peftplan.planning.inspection import Inspection, Row
+    from peftplan.planning.inspection import Inspection
     from peftplan.planning.result import Verdict
     from peftplan.planning.serving_result import Serving
     from peftplan.trace.replayed import Replayed
@@ -86,7 +86,7 @@ def serving(result: Serving, *, fmt: str) -> None:
     if fmt == "json":
         _json(result.to_dict())
     elif fmt == "csv":
-        tabular.write_csv(report.facts(result), sys.stdout)
+        tabular.write_csv(result.records(), sys.stdout)
     else:
         print(f"## {plain(report.heading(result))}\n" if fmt == "markdown" else f"{tabular.printable(report.heading(result))}\n")
         for section in report.sections(result):
@@ -223,32 +223,13 @@ def gpus(cards: Sequence[Gpu], *, fmt: str) -> None:
 
 def inspection(result: Inspection, *, fmt: str) -> None:
     """The modules of a model; with a pattern, how many of each family it matches."""
-    arch = result.architecture
-    matching = result.pattern is not None
-    modules = [{**_fields(row), "name": tabular.family(row.name)} for row in result.rows]
+    from peftplan.report import modules
+
     if fmt == "json":
-        counts = {"model_class": arch.model_class, "num_parameters": arch.num_parameters, "dtype": result.dtype}
-        _json({"name": arch.name, **counts, "targets": _plain(result.targets), "modules": modules})
+        _json(result.to_dict())
         return
-    columns = (
-        Column("module"),
-        Column("class", wide=True),
-        Column("weight"),
-        Column("matched" if matching else "copies", right=True),
-        Column("parameters", right=True),
-        Column("bytes", right=True, wide=True),
-    )
-    title = f"{arch.name} · {arch.model_class} · {arch.num_parameters:,} parameters · {result.dtype}"
-    matched = f"{result.pattern!r} matches {sum(row.matched for row in result.rows):,} modules" if matching else None
-    cells = [_module_cells(row, matching=matching) for row in result.rows]
-    _rows(columns, cells, modules, fmt=fmt, above=title, below=matched)
-
-
-def _module_cells(row: Row, *, matching: bool) -> tuple[str | int, ...]:
-    """`q_proj`, `Linear`, `4096×4096`, `32/32` (matched/copies). Nearly every module has a weight, so it needs no name."""
-    copies = f"{row.matched or '-'}/{row.copies}" if matching else row.copies
-    shapes = row.shapes.removeprefix("weight ")
-    return tabular.family(row.name) or "(model)", row.kind, shapes, copies, row.num_parameters, row.bytes
+    facts, title = result.to_dict()["modules"], modules.heading(result)
+    _rows(modules.columns(result), modules.cells(result), facts, fmt=fmt, above=title, below=modules.matches(result))
 
 
 def _rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peftplan.inference.kv_cache import growing_bytes
 from peftplan.planning.serving_result import KV_CACHE, MergeMemory, Serving
@@ -44,22 +44,6 @@ def remarks(result: Serving) -> list[str]:
 def not_counted(result: Serving) -> str:
     """What the numbers leave out."""
     return f"Not counted: {', '.join(result.not_modelled)}."
-
-
-def facts(result: Serving) -> list[dict[str, Any]]:
-    """One record per number: its part, its name, its bytes."""
-    document = result.to_dict()
-    merged, cache = document["merged_checkpoint"], document["kv_cache"]
-    rows: list[tuple[str, str, int]] = []
-    if document["adapter_file"]:
-        rows.append(("adapter_file", document["adapter_file"]["name"], document["adapter_file"]["bytes"]))
-    rows += [("merged_checkpoint", f"file {i}", size) for i, size in enumerate(merged["files"] if merged else (), start=1)]
-    for place, parts in (document["merge_memory"] or {}).items():
-        rows += [(f"merge_memory.{place}", name, size) for name, size in parts.items() if isinstance(size, int)]
-    rows += [("serving", name, document["serving"][name]) for name in ("base", "adapter", "shared_by_adapters", "all_adapters")]
-    rows += [("kv_cache", f"{t['kind']} {t['part']}", t["bytes"]) for t in (cache["tensors"] if cache else ())]
-    rows.append(("serving", "total", document["serving"]["total"]))
-    return [{"part": part, "name": name, "bytes": size} for part, name, size in rows]
 
 
 def _sized(name: str, num_bytes: int, *more: str) -> tuple[str, ...]:

@@ -1,0 +1,166 @@
+"""Results as notebooks show them: `_repr_html_` of an estimate, a comparison, a fit, a serving and an inspection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import cycle
+from typing import Any
+
+from peftplan.planning.compare import Compared, Comparison
+from peftplan.planning.fit_result import Fit
+from peftplan.planning.inspection import Inspection
+from peftplan.planning.result import Estimate, Verdict
+from peftplan.planning.serving_result import Serving
+from peftplan.report import answer, comparing, fitting, markup, modules, tabular
+from peftplan.report import serving as serving_report
+from peftplan.report.bar import Segment, segments
+from peftplan.report.cards import card_name
+from peftplan.report.markup import Html, Stretch
+from peftplan.report.screen import UNICODE, Screen
+from peftplan.report.tabular import Column
+from peftplan.report.timeline import COLOURS as CATEGORIES
+from peftplan.units import format_bytes
+
+WHOLE_LINES = Screen(10**6, UNICODE)
+"""A notebook folds its lines itself."""
+BESIDES = {"allocator": "#9aa0a6", "context": "#5f6368", "other": "#c4c7cc"}
+"""Colours of what lies outside torch's tensors."""
+MOST_ROWS = 400
+"""Rows of a table that a notebook shows."""
+COLOURS: Mapping[str, str] = dict(CATEGORIES.items())
+VERDICT_COLOURS: Mapping[str, Any] = {"fits": "green", "tight": "yellow", "unknown": "yellow"}
+
+
+def as_html(result: object) -> str:
+    """A result as HTML."""
+    return markup.page(*VIEWS[type(result).__name__](result))
+
+
+def estimate(result: Estimate) -> Iterator[Html]:
+    """The answer with its bar; lines and assumptions are folded."""
+    title, *verdicts = answer.head(result, WHOLE_LINES)
+    yield markup.paragraph("".join(part.text for part in title), strong=True)
+    yield from map(markup.row, verdicts)
+    trainable, total = result.trainable_parameters, result.total_parameters
+    yield markup.paragraph(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.4%})")
+    card = next((card for card in result.gpus if not card.lower_bound), None) if result.peaks else None
+    yield markup.row(answer.peak(result, WHOLE_LINES)[0])
+    yield from _bar(segments(result, card), card)
+    yield from map(markup.row, answer.changes(result, WHOLE_LINES))
+    yield from (markup.paragraph(f"note: {note}") for note in result.assumptions.get("notes", ()))
+    columns = (Column("category"), Column("line"), Column("bytes", right=True), Column("", right=True), Column("formula"))
+    lines = [
+        (line["category"], line["name"], f"{line['bytes']:,}", format_bytes(line["bytes"]), line["formula"])
+        for line in tabular.line_facts(result)
+    ]
+    yield markup.folded(f"{len(lines)} lines", _rows(columns, lines))
+    yield _assumptions(result.assumptions)
+
+
+def _bar(parts: list[Segment], card: Verdict | None) -> Iterator[Html]:
+    stretches = [Stretch(_colour(part.name), part.bytes, f"{part.name} {format_bytes(part.bytes)}") for part in parts]
+    total = sum(part.bytes for part in parts)
+    yield markup.bar(stretches, scale=max(total, card.usable_bytes if card else 0))
+    yield markup.legend(stretches)
+    if card is not None:
+        of = f"{format_bytes(card.needed_bytes)} of {card_name(card.gpu)}'s {format_bytes(card.usable_bytes)}"
+        yield markup.paragraph(f"{of}; the whole bar is {'what is needed' if total > card.usable_bytes else 'the card'}")
+
+
+def _colour(name: str) -> str:
+    return COLOURS.get(name.replace(" ", "_"), BESIDES.get(name, BESIDES["other"]))
+
+
+def comparison(result: Comparison) -> Iterator[Html]:
+    """A row per method and card, each method with a bar of its peak by category."""
+    largest = max((row.peak_allocated or 0 for row in result.rows), default=0)
+    yield markup.paragraph(comparing.heading(result), strong=True)
+    drawn = [(*cells[:-1], _peak_bar(row, largest) if cells[0] else "") for cells, row in _paired(result)]
+    columns = (*comparing.COLUMNS[:-1], Column("peak by part"))
+    verdict = [column.header for column in columns].index("verdict")
+    yield markup.table(columns, [(*cells[:verdict], _verdict(cells[verdict]), *cells[verdict + 1 :]) for cells in drawn])
+    categories = {name for row in result.rows for name in row.by_category or {}}
+    yield markup.legend([Stretch(COLOURS[name], 0, name.replace("_", " ")) for name in COLOURS if name in categories])
+    yield from map(markup.paragraph, comparing.errors(result))
+
+
+def _paired(result: Comparison) -> Iterator[tuple[tuple[str, ...], Compared]]:
+    return zip(comparing.cells(result), result.rows, strict=True)
+
+
+def _peak_bar(row: Compared, largest: int) -> Html:
+    parts = [
+        Stretch(_colour(name), size, f"{name.replace('_', ' ')} {format_bytes(size)}")
+        for name, size in (row.by_category or {}).items()
+    ]
+    return Html(f'<div style="min-width:110px">{markup.bar(parts, scale=largest)}</div>') if parts else Html("")
+
+
+def _verdict(words: str) -> Html:
+    """A verdict with its mark in colour."""
+    if not words:
+        return Html("")
+    marks = {"fits": UNICODE.fits, "tight": UNICODE.tight, "unknown": UNICODE.unknown}
+    mark = markup.coloured(marks.get(words, UNICODE.fails), VERDICT_COLOURS.get(words, "red"))
+    return Html(f"{mark} {markup.text(words)}")
+
+
+def fit(result: Fit) -> Iterator[Html]:
+    """The answer, then the plans."""
+    yield markup.paragraph(fitting.headline(result, UNICODE), strong=True)
+    yield from map(markup.paragraph, fitting.remarks(result))
+    verdict = [column.header for column in fitting.PLAN_COLUMNS].index("verdict")
+    cells = fitting.plan_cells(result.plans)
+    yield _rows(fitting.PLAN_COLUMNS, [(*row[:verdict], _verdict(row[verdict]), *row[verdict + 1 :]) for row in cells])
+    yield markup.paragraph(fitting.RANKING)
+
+
+def serving(result: Serving) -> Iterator[Html]:
+    """A table per section, with a bar of what is loaded."""
+    yield markup.paragraph(serving_report.heading(result), strong=True)
+    loaded = {"base": result.loaded.base, "adapters": result.loaded.all_adapters}
+    loaded |= {"KV cache": result.cache.num_bytes} if result.cache else {}
+    palette = cycle((COLOURS["weights"], COLOURS["adapter_weights"], COLOURS["activations"]))
+    parts = [
+        Stretch(colour, size, f"{name} {format_bytes(size)}")
+        for colour, (name, size) in zip(palette, loaded.items(), strict=False)
+    ]
+    yield markup.bar(parts, scale=result.total)
+    yield markup.legend(parts)
+    for section in serving_report.sections(result):
+        if section.columns[0].header == "assumption":
+            continue
+        yield markup.table(section.columns, section.rows)
+        if section.below:
+            yield markup.paragraph(section.below)
+    yield from map(markup.paragraph, serving_report.remarks(result))
+    yield _assumptions(result.assumptions)
+
+
+def inspection(result: Inspection) -> Iterator[Html]:
+    """The modules of a model; with a pattern, how many of each family it matches."""
+    yield markup.paragraph(modules.heading(result), strong=True)
+    if (matches := modules.matches(result)) is not None:
+        yield markup.paragraph(matches)
+    yield _rows(modules.columns(result), [tabular.texts(row) for row in modules.cells(result)])
+
+
+def _assumptions(assumptions: Mapping[str, Any]) -> Html:
+    rows = tabular.assumption_rows(assumptions)
+    return markup.folded(f"{len(rows)} assumptions", _rows((Column("assumption"), Column("value")), rows))
+
+
+def _rows(columns: Any, rows: list[Any]) -> Html:
+    """A table of the first rows, and how many more there are."""
+    shown = markup.table(columns, rows[:MOST_ROWS])
+    more = len(rows) - MOST_ROWS
+    return Html(shown + markup.paragraph(f"and {more:,} more rows")) if more > 0 else shown
+
+
+VIEWS: dict[str, Callable[[Any], Iterator[Html]]] = {
+    "Estimate": estimate,
+    "Comparison": comparison,
+    "Fit": fit,
+    "Serving": serving,
+    "Inspection": inspection,
+}
