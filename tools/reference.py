@@ -99,6 +99,7 @@ def prose(text: str) -> str:
 def python_page() -> str:
     """Every public name, and the classes of the results."""
     public = {name: getattr(peftplan, name) for name in peftplan.__all__ if not name.startswith("__")}
+    public["methods"] = peftplan.list_methods  # `peftplan.methods` is a package that can be called
     functions = {name: value for name, value in public.items() if inspect.isfunction(value)}
     errors = {name: value for name, value in public.items() if inspect.isclass(value) and issubclass(value, Exception)}
     classes = results(functions.values()) | {name: value for name, value in public.items() if inspect.isclass(value)}
