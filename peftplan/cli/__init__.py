@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "methods": "The PEFT methods, and the fields of one.",
     "measure": "Measure a run on this machine's GPU, with random weights, and record it.",
     "gpus": "The GPU catalogue: what each card has, and what a program can use.",
+    "schema": "The JSON Schema of what a command prints with --format json.",
     "completion": "Print a script that completes commands, options and names in your shell.",
     "check": "Compare the engines with measured runs: drift, verdicts, and what moved.",
 }

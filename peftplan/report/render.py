@@ -196,6 +196,16 @@ def method(name: str, *, fmt: str) -> None:
     _rows((Column("field"), Column("default")), cells, facts, fmt=fmt, above=title, below=ignored)
 
 
+def schemas(*, fmt: str) -> None:
+    """What has a JSON Schema, and which command prints it."""
+    from peftplan.report.documents import DOCUMENTS
+
+    columns = (Column("schema"), Column("printed by"), Column("what it holds", wide=True))
+    cells = [(name, f"{document.command} --format json", document.text) for name, document in DOCUMENTS.items()]
+    facts = [{"name": name, "command": document.command, "text": document.text} for name, document in DOCUMENTS.items()]
+    _rows(columns, cells, facts, fmt=fmt)
+
+
 def gpus(cards: Sequence[Gpu], *, fmt: str) -> None:
     """The cards: the marketed size, what nvidia-smi shows, what a program can use, and why."""
     from peftplan.hardware.gpus import OF_A_REQUEST

@@ -1,0 +1,31 @@
+"""`peftplan schema [NAME]`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from peftplan.cli import options
+from peftplan.cli.command import Command, argument
+
+
+@click.command("schema", cls=Command)
+@argument("name", required=False)
+@options.format_option
+def command(name: str | None, fmt: str) -> int:
+    """Print the JSON Schema of what a command prints with --format json, or list what has one.
+
+    \b
+    peftplan schema
+    peftplan schema estimate > estimate.schema.json
+    """
+    options.check_format(fmt)
+    from peftplan.report import render
+    from peftplan.report.schema import json_schema
+
+    if name is None:
+        render.schemas(fmt=fmt)
+    else:
+        click.echo(json.dumps(json_schema(name), indent=2, ensure_ascii=False))
+    return 0

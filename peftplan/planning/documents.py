@@ -1,0 +1,184 @@
+"""The JSON of an estimate, field by field: what `Estimate.to_dict()` returns, bytes as whole numbers.
+
+`peftplan schema` prints these types as JSON Schema; `tests/report/test_schema.py` validates results against it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from typing_extensions import NotRequired, TypedDict
+
+from peftplan.memory.ledger import Category, Place
+
+Phase = Literal["load", "forward", "backward", "step"]
+VerdictName = Literal["fits", "tight", "does_not_fit", "does_not_run", "unknown"]
+
+
+class ModelDocument(TypedDict):
+    """The base model."""
+
+    name: str
+    model_type: str
+    """transformers' `model_type`."""
+    model_class: str
+    """The class of transformers that the job loads."""
+    num_parameters: int
+    """Parameters of the base, tied tensors once."""
+    source: str
+    """Where the config comes from."""
+
+
+class MethodDocument(TypedDict):
+    """The PEFT method."""
+
+    name: str
+    config: dict[str, Any]
+    """Its fields under peft's names."""
+
+
+class LineDocument(TypedDict):
+    """Tensors of one name and shape that are alive at the overall peak."""
+
+    category: Category
+    name: str
+    """`*` stands for the number of a layer."""
+    bytes: int
+    """Bytes at the overall peak."""
+    bytes_by_phase: dict[Phase, int]
+    """Bytes of the same tensors at the peak of each phase."""
+    place: Place
+    """`device`: counted by torch's allocator. `managed`: paged optimizer states. `host`: in the CPU's memory."""
+    formula: str
+    """copies × round512(itemsize × dims)"""
+    source: str
+    """The library's code that makes the tensor."""
+
+
+class MemoryDocument(TypedDict):
+    """Bytes of a steady training step. `null` is what the engine does not know."""
+
+    lines: list[LineDocument]
+    """Their sum is `peak_allocated`."""
+    by_category: dict[Category, int | None]
+    """The same bytes by category."""
+    persistent: int
+    """Device bytes that last from step to step, and the gradients."""
+    managed: int
+    """Bytes of paged optimizer states, outside torch's allocator."""
+    peak_by_phase: dict[Phase, int | None]
+    peak_phase: Phase | None
+    peak_allocated: int | None
+    """Comparable with `torch.cuda.max_memory_allocated()`."""
+    peak_reserved: int | None
+    """Comparable with `torch.cuda.max_memory_reserved()`."""
+    reserved_source: str | None
+    """How the reserved bytes were computed."""
+    incomplete: list[str]
+    """What the engine could not follow; the peaks are lower bounds then."""
+    runtime_context: int | None
+    """The CUDA context of the one card that was named, where it is known."""
+    device_total: int | None
+    """What nvidia-smi shows for the process on that card."""
+
+
+class LargestLineDocument(TypedDict):
+    """The line that takes most of the card."""
+
+    category: Category
+    name: str
+    bytes: int
+
+
+class AdviceDocument(TypedDict):
+    """Options to change together."""
+
+    options: dict[str, Any]
+    """Keywords of `peftplan.estimate` → new values."""
+    saving_bytes: int
+    tensor_bytes: int
+    """Bytes of the tensors at the new peak."""
+    verdict: str | None
+    """The verdict with these options; `null` where it was not computed."""
+    peak_allocated: int | None
+    headroom_bytes: int | None
+
+
+class VerdictDocument(TypedDict):
+    """Whether the job fits one card."""
+
+    name: str
+    """The card, as `peftplan gpus` names it, or a size."""
+    usable_bytes: int
+    """What a program can use of the card."""
+    usable_source: str
+    verdict: VerdictName
+    scope: NotRequired[str]
+    """`text` where the job's pictures are not counted."""
+    reason: str | None
+    """Why the job does not run."""
+    needed_bytes: int
+    """Reserved bytes and the CUDA context."""
+    needed_is_lower_bound: bool
+    context_bytes: int
+    context_assumed: bool
+    """Whether the context is that of another card."""
+    context_source: str
+    runtime_context: int | None
+    device_total: int | None
+    headroom_bytes: int
+    """Usable bytes − needed bytes."""
+    runs_by_releasing_cache: bool
+    """Whether the job runs only because torch gives cached memory back."""
+
+
+class CardDocument(VerdictDocument):
+    """A verdict with advice."""
+
+    largest_line: LargestLineDocument
+    advice: list[AdviceDocument]
+    """The first entry makes the job fit, if any does; the others follow by what they save."""
+    advice_engine: str | None
+    smallest_card: str | None
+    """The smallest card that takes the job, where no change helps."""
+    weights_alone: int | None
+    """Bytes of the base's weights, where these alone are more than the card has."""
+
+
+class PeakTensorDocument(TypedDict):
+    """Tensors of one name at the peak: `--explain-peak`."""
+
+    category: Category
+    name: str
+    made_by: str
+    """The operation of the trace; empty where formulas made it."""
+    dtype: str
+    shape: list[int | str]
+    copies: int
+    bytes: int
+    share: float
+    """Part of the peak, 0 to 1."""
+
+
+class EstimateDocument(TypedDict):
+    """What a fine-tuning run needs: `peftplan estimate --format json`, `Estimate.to_dict()`."""
+
+    schema_version: Literal[1]
+    """1 as long as fields are only added."""
+    engine: str
+    model: ModelDocument
+    method: MethodDocument
+    trainable_parameters: int
+    """What peft's `get_nb_trainable_parameters()` returns first."""
+    total_parameters: int
+    """What it returns second."""
+    memory: MemoryDocument
+    assumptions: dict[str, Any]
+    """Every value that the numbers rest on, defaults included."""
+    warnings: list[str]
+    not_modelled: list[str]
+    """What the numbers leave out."""
+    gpus: list[CardDocument]
+    """One entry for each card that was named."""
+    largest: NotRequired[list[PeakTensorDocument]]
+    """With `--explain-peak` only."""

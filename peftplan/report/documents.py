@@ -1,0 +1,263 @@
+"""What each command prints with `--format json`: the types behind `peftplan schema`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from typing_extensions import TypedDict
+
+from peftplan.arch.catalogue import ModelEntry
+from peftplan.hardware.gpus import OF_A_REQUEST, Gpu
+from peftplan.memory.allocator.oom import OutOfMemory
+from peftplan.memory.ledger import Category
+from peftplan.oom.causes import Cause
+from peftplan.oom.diagnosis import Expected
+from peftplan.oom.message import Message
+from peftplan.oom.snapshot import Alive
+from peftplan.planning.choosing import Member
+from peftplan.planning.compare import Compared
+from peftplan.planning.documents import EstimateDocument, MethodDocument, ModelDocument, VerdictDocument
+from peftplan.planning.fit_result import Plan
+from peftplan.planning.inspection import Row
+
+
+class FitDocument(TypedDict):
+    """Plans for one card."""
+
+    schema_version: Literal[1]
+    model: str
+    gpu: str
+    max: Literal["batch_size", "seq_len", "r"]
+    """The size that was made as large as it fits."""
+    warnings: list[str]
+    plans: list[Plan]
+    """The job as typed, then other plans that fit, ranked."""
+    nearest: list[Plan]
+    """Plans that come near and do not fit."""
+
+
+class CompareDocument(TypedDict):
+    """A row for each method on each card."""
+
+    schema_version: Literal[1]
+    model: str
+    rows: list[Compared]
+
+
+class DiagnosisDocument(TypedDict):
+    """Why a program ran out of memory."""
+
+    schema_version: Literal[1]
+    message: Message | None
+    """The figures of torch's message, in bytes; `null` where a snapshot has none."""
+    causes: list[Cause]
+    """What the message gives evidence for, the likeliest first."""
+    alive: list[Alive]
+    """Of a snapshot: what was alive, by the line of the program that made it."""
+    expected: Expected | None
+    """With `--model`: what the job was expected to need."""
+
+
+class AdapterFileDocument(TypedDict):
+    """`adapter_model.safetensors`."""
+
+    name: str
+    bytes: int
+    tensors: int
+    dtypes: list[str]
+
+
+class CheckpointDocument(TypedDict):
+    """The merged model's files."""
+
+    dtype: str
+    bytes: int
+    files: list[int]
+    """Bytes of each file."""
+    tensors: int
+
+
+class MergeDocument(TypedDict):
+    """Bytes at the peak of a merge."""
+
+    base: int
+    adapter: int
+    temporaries: int
+    total: int
+    host: int
+    """Bytes that wait on the CPU while the GPU merges."""
+    largest: str
+    """The module whose merge needs most."""
+
+
+class LoadedDocument(TypedDict):
+    """Device bytes while the model serves."""
+
+    base: int
+    adapter: int
+    """Bytes of one adapter."""
+    shared_by_adapters: int
+    adapters: int
+    """How many."""
+    all_adapters: int
+    kv_cache: int | None
+    total: int
+
+
+class CacheTensorDocument(TypedDict):
+    """Tensors of the KV cache."""
+
+    kind: str
+    part: str
+    dtype: str
+    shape: list[int]
+    layers: int
+    bytes: int
+
+
+class CacheDocument(TypedDict):
+    """The KV cache."""
+
+    bytes: int
+    tokens: int
+    growing: int
+    """What one token more needs for a moment."""
+    tensors: list[CacheTensorDocument]
+
+
+class ServingDocument(TypedDict):
+    """What comes after training. `null` is what does not exist or is not known; `refused` says why."""
+
+    schema_version: Literal[1]
+    model: ModelDocument
+    method: MethodDocument
+    adapter_file: AdapterFileDocument | None
+    merged_checkpoint: CheckpointDocument | None
+    merge_memory: dict[Literal["cpu", "gpu", "gpu_quantized"], MergeDocument] | None
+    serving: LoadedDocument
+    kv_cache: CacheDocument | None
+    refused: dict[str, str]
+    assumptions: dict[str, Any]
+    not_modelled: list[str]
+
+
+class ReplayPeakDocument(TypedDict):
+    """The peak of a phase, or of the whole run."""
+
+    phase: str
+    allocated: int
+    requested: int
+    reserved: int
+
+
+class FragmentationDocument(TypedDict):
+    """At the highest allocated bytes."""
+
+    free_at_peak: int
+    """Reserved and free."""
+    rounded_at_peak: int
+    """Lost to rounding."""
+
+
+class ReplayEndDocument(TypedDict):
+    """When the recording ends."""
+
+    allocated: int
+    requested: int
+    reserved: int
+
+
+class ReplayDocument(TypedDict):
+    """A recorded run through the allocator's model."""
+
+    schema_version: Literal[1]
+    source: str
+    title: str
+    events: int
+    capacity: int | None
+    peaks: list[ReplayPeakDocument]
+    fragmentation: FragmentationDocument
+    at_end: ReplayEndDocument
+    recorded_peak_reserved: int | None
+    untraced: int
+    """Blocks that were allocated before the recording began."""
+    out_of_memory: OutOfMemory | None
+    """The request that failed."""
+
+
+class InspectDocument(TypedDict):
+    """The modules of a model."""
+
+    name: str
+    model_class: str
+    num_parameters: int
+    dtype: str
+    targets: list[str] | str | None
+    """How `--match` was resolved."""
+    modules: list[Row]
+
+
+class MethodRowDocument(TypedDict):
+    """One PEFT method."""
+
+    name: str
+    peft_type: str | None
+    summary: str
+    source: str
+    quant: str | None
+    """The storage that the method sets."""
+
+
+class FieldDocument(TypedDict):
+    """One field of a method's config."""
+
+    field: str
+    required: bool
+    default: Any
+
+
+class Document(NamedTuple):
+    """What a command prints: the command, and the type."""
+
+    command: str
+    text: str
+    type: Any
+
+
+DOCUMENTS: dict[str, Document] = {
+    "estimate": Document("peftplan estimate MODEL", "What a fine-tuning run needs.", EstimateDocument),
+    "fit": Document("peftplan fit MODEL --gpu CARD", "The largest size that fits, and other plans.", FitDocument),
+    "which-gpu": Document("peftplan fit MODEL --which-gpu", "The cards that take a job.", list[VerdictDocument]),
+    "model-family": Document("peftplan fit --model-family NAME --gpu CARD", "The largest model per method.", list[Member]),
+    "compare": Document("peftplan compare MODEL", "One job by several methods, on several cards.", CompareDocument),
+    "explain-oom": Document("peftplan explain-oom FILE", "Why a program ran out of memory.", DiagnosisDocument),
+    "serve": Document("peftplan serve MODEL", "What comes after training.", ServingDocument),
+    "replay": Document("peftplan replay FILE", "A recorded run through the allocator's model.", ReplayDocument),
+    "inspect": Document("peftplan inspect MODEL", "The modules of a model.", InspectDocument),
+    "models": Document("peftplan models", "The built-in models.", list[ModelEntry]),
+    "methods": Document("peftplan methods", "The PEFT methods.", list[MethodRowDocument]),
+    "method": Document("peftplan methods NAME", "The fields of one method.", list[FieldDocument]),
+    "gpus": Document("peftplan gpus", "The cards of the catalogue.", list[Gpu]),
+}
+"""Name of a document → what prints it."""
+
+
+class Shape(NamedTuple):
+    """How the JSON of a record differs from the record: fields that are left out, and fields that are added or replaced."""
+
+    left_out: tuple[str, ...] = ()
+    added: dict[str, Any] = {}  # noqa: RUF012
+
+
+SHAPES: dict[type, Shape] = {
+    Plan: Shape(("size", "model", "assumptions", "warnings"), {"tokens_per_step": int}),
+    Member: Shape(added={"verdict": VerdictDocument | None}),
+    Gpu: Shape(OF_A_REQUEST, {"usable_bytes": int, "usable_source": str}),
+    Compared: Shape(added={"by_category": dict[Category, int] | None}),
+    OutOfMemory: Shape(
+        added={
+            **dict.fromkeys(("phase", "op", "module", "category", "name"), str | None),
+            "lost_to_fragmentation": bool,
+        }
+    ),
+}

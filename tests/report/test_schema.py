@@ -1,0 +1,127 @@
+"""`peftplan schema`: what the commands print is valid under it, with no field that it does not know and none missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pytest
+from typing_extensions import NotRequired, TypedDict
+
+from peftplan.memory.allocator import Event
+from peftplan.report.schema import DIALECT, DOCUMENTS, json_schema, schema_of
+from peftplan.units import MIB
+from tests.cli.run import run
+
+jsonschema = pytest.importorskip("jsonschema")
+
+LOG = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.52 GiB of which "
+    "1.00 GiB is free. Including non-PyTorch memory, this process has 22.00 GiB memory in use. Of the allocated memory 20.00 GiB "
+    "is allocated by PyTorch, and 1.50 GiB is reserved by PyTorch but unallocated."
+)
+COMMANDS: list[tuple[str, str]] = [
+    ("estimate", "estimate llama-2-70b --method qlora --r 16 --gpu rtx-4090,a100-80gb"),
+    ("estimate", "estimate qwen3-8b --r 16 --seq-len 8192 --gpu l4 --explain-peak"),
+    ("estimate", "estimate mixtral-8x7b --optim paged_adamw_32bit"),
+    ("estimate", "estimate gpt2 --method full --trainer plain --dtype fp32 --gpu 8GiB"),
+    ("estimate", "estimate t5-small --method prompt-tuning --num-virtual-tokens 8 --gpu t4"),
+    ("estimate", "estimate bert-base-uncased --task-type SEQ_CLS --target-modules query,nothing"),
+    ("estimate", "estimate qwen2.5-vl-7b-instruct --gpu l4"),
+    ("estimate", "estimate llama-3.2-1b --method qlora --attn-implementation flash_attention_2 --gpu t4"),
+    ("estimate", "estimate llama-3.2-1b --method qlora --quant gptq --gpu t4"),
+    ("fit", "fit llama-3.2-1b --gpu t4 --methods qlora"),
+    ("fit", "fit llama-3.1-8b --gpu 4GiB --methods ia3"),
+    ("which-gpu", "fit llama-3.2-1b --which-gpu"),
+    ("model-family", "fit --model-family qwen3 --gpu t4 --methods qlora"),
+    ("compare", "compare llama-3.2-1b --method lora,qlora,full --gpu t4,l4"),
+    ("compare", "compare gpt2 --method lora,boft,prefix-tuning"),
+    ("explain-oom", "explain-oom LOG"),
+    ("explain-oom", "explain-oom LOG --model llama-3.2-1b --batch-size 4"),
+    ("serve", "serve llama-3.2-1b --method lora --adapters 8"),
+    ("serve", "serve llama-3.2-1b --method qlora"),
+    ("serve", "serve t5-small --method prefix-tuning --num-virtual-tokens 8"),
+    ("serve", "serve bert-base-uncased --method full"),
+    ("replay", "replay EVENTS"),
+    ("replay", "replay EVENTS --capacity 200MiB"),
+    ("inspect", "inspect mixtral-8x7b --match all-linear"),
+    ("models", "models qwen3"),
+    ("methods", "methods"),
+    ("method", "methods lora"),
+    ("gpus", "gpus"),
+]
+
+
+@pytest.mark.parametrize(("name", "line"), COMMANDS, ids=[line for _, line in COMMANDS])
+def test_what_a_command_prints_is_valid(name: str, line: str, tmp_path: Path) -> None:
+    if "EVENTS" in line:
+        pytest.importorskip("torch")
+        from peftplan.trace import eventlog
+
+        events = (Event("alloc", 0, 100 * MIB, phase="load", op="load"), Event("alloc", 1, 130 * MIB, phase="forward"))
+        eventlog.save(events, tmp_path / "EVENTS", title="tiny")
+    (tmp_path / "LOG").write_text(LOG, encoding="utf-8")
+    words = [str(tmp_path / word) if word in ("LOG", "EVENTS") else word for word in line.split()]
+    done = run(*words, "--format", "json")
+    assert (done.code, done.err) == (0, "")
+    jsonschema.Draft202012Validator(json_schema(name, closed=True)).validate(json.loads(done.out))
+
+
+def test_every_document_is_printed_here() -> None:
+    assert {name for name, _ in COMMANDS} == DOCUMENTS.keys()
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_schema_is_one(name: str) -> None:
+    schema = json.loads(run("schema", name).out)
+    assert schema["$schema"] == DIALECT
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert "additionalProperties': False" not in str(schema), "a program of today reads the fields of tomorrow"
+
+
+def test_a_field_that_the_types_do_not_know_is_noticed() -> None:
+    document = json.loads(run("estimate", "gpt2", "--format", "json").out)
+    validator = jsonschema.Draft202012Validator(json_schema("estimate", closed=True))
+    validator.validate(document)
+    for wrong in (document | {"new": 1}, {k: v for k, v in document.items() if k != "engine"}, document | {"engine": 1}):
+        assert not validator.is_valid(wrong)
+    document["memory"]["peak_phase"] = "after"
+    assert not validator.is_valid(document)
+
+
+class Inner(NamedTuple):
+    """A part."""
+
+    size: int | None
+    """Bytes."""
+
+
+class Outer(TypedDict):
+    """A whole."""
+
+    kind: Literal["a", "b"]
+    parts: tuple[Inner, ...]
+    more: NotRequired[dict[str, float]]
+    anything: Any
+
+
+def test_a_type_becomes_a_schema() -> None:
+    definitions: dict[str, Any] = {}
+    assert schema_of(Outer, definitions, closed=False) == {"$ref": "#/$defs/Outer"}
+    assert definitions["Outer"]["properties"] == {
+        "kind": {"enum": ["a", "b"]},
+        "parts": {"type": "array", "items": {"$ref": "#/$defs/Inner"}},
+        "more": {"type": "object", "additionalProperties": {"type": "number"}},
+        "anything": {},
+    }
+    assert definitions["Outer"]["required"] == ["kind", "parts", "anything"]
+    assert definitions["Inner"]["properties"] == {"size": {"type": ["integer", "null"]}}
+
+
+def test_the_list_says_which_command_prints_what() -> None:
+    rows = json.loads(run("schema", "--format", "json").out)
+    assert [row["name"] for row in rows] == list(DOCUMENTS)
+    refused = run("schema", "estimat")
+    assert refused.code == 2
+    assert refused.err.startswith("peftplan: NAME: 'estimat' is not accepted; did you mean estimate? accepted: ")
