@@ -20,7 +20,7 @@ try:
 except ImportError:  # run as a script
     BuildHookInterface = object  # type: ignore[assignment, misc]
 
-SOURCE = Path("peftplan/memory/_replay.c")
+SOURCE = Path("peftplan/allocator/_replay.c")
 MODULE = SOURCE.with_suffix(".abi3.so")
 
 

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 
 import peftplan
-from peftplan.memory import program
+from peftplan.allocator import program
 
 FLOOR = ("-c", "import click, rich.console, rich.table\nfrom pydantic import BaseModel\nclass A(BaseModel):\n    x: int")
 MAIN = ("-m", "peftplan", "estimate", "llama-2-70b", "--method", "qlora", "--r", "16")

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from peftplan.planning.inspection import inspect
     from peftplan.planning.listings import gpus, models
     from peftplan.planning.listings import list_methods as methods
-    from peftplan.planning.result import Estimate
     from peftplan.planning.serving import serving
     from peftplan.planning.serving_result import Serving
+    from peftplan.results.estimate import Estimate
 
     __version__: str
 
 _HOMES = {
-    "Estimate": "planning.result",
+    "Estimate": "results.estimate",
     "InputError": "errors",
     "MissingExtraError": "errors",
     "PeftplanError": "errors",

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from peftplan.arch.modules import Architecture, Buffer, Module, Shape
 from peftplan.dtypes import ITEMSIZE, parse_dtype
 from peftplan.errors import InputError, RefusedError
-from peftplan.memory.ledger import Allocation, Category, Ledger, Line
+from peftplan.ledger import Allocation, Category, Ledger, Line
 from peftplan.methods.adaptation import Adaptation, AddedBuffer, AddedTensor
 from peftplan.optim import Optimizer, shared_states, states
 from peftplan.storage import QuantConfig, category, dense, quantized_modules, shared, stored

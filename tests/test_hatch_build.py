@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import hatch_build
-from peftplan.memory.program import LEAVE
+from peftplan.allocator.program import LEAVE
 
 ROOT = Path(hatch_build.__file__).parent
 

@@ -17,9 +17,11 @@ PACKAGE = Path(peftplan.__file__).parent
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "dtypes", "units", "datafiles", "files", "validation", "frames"),
-    ("arch",),
-    ("methods", "storage", "optim", "hardware", "memory", "parameters", "inference"),
-    ("planning",),
+    ("ledger",),
+    ("arch", "hardware", "allocator"),
+    ("methods", "storage", "optim"),
+    ("parameters", "tape"),
+    ("results", "job", "depth", "memory", "analytic", "deployment", "planning"),
     ("trace", "measure", "accuracy", "oom"),
     ("integrations",),
     ("report",),
@@ -33,7 +35,7 @@ DOORS = ("__init__", "__main__")
 """The package itself: its public names and its console script."""
 
 COMPUTES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
-ARRAYS = ("memory/grid.py", "planning/grid.py")
+ARRAYS = ("analytic/moments.py", "analytic/grid.py")
 """The files that evaluate many sizes at once, with numpy; nothing imports them before it is asked to."""
 TERMINAL = {"click": ("cli",), "rich": ("report",), "matplotlib": ("report",)}
 """Which room talks to the terminal or draws, and by what."""
@@ -117,7 +119,7 @@ def test_imports_go_one_way() -> None:
         ("methods/lora.py", "from peft import LoraConfig as L", "imports peft"),
         ("storage/bnb.py", "from rich import print", "imports rich"),
         ("optim/names.py", "class A:\n    def f(self):\n        from click import echo", "imports click"),
-        ("memory/ledger.py", "if True:\n    import transformers", "imports transformers"),
+        ("ledger.py", "if True:\n    import transformers", "imports transformers"),
         ("hardware/gpus.py", "import numpy as np", "imports numpy"),
         ("report/terminal.py", "import click", "imports click"),
         ("arch/llama.py", "from peftplan.methods import METHODS", "imports methods, which lies above"),
@@ -125,10 +127,10 @@ def test_imports_go_one_way() -> None:
         ("parameters.py", "from .planning import result", "imports planning, which lies above"),
         ("arch/llama.py", "from ..storage import FORMATS", "imports storage, which lies above"),
         ("dtypes.py", "import peftplan.arch.modules", "imports arch, which lies above"),
-        ("planning/result.py", "from peftplan.report import tabular", "imports report, which lies above"),
+        ("results/estimate.py", "from peftplan.report import tabular", "imports report, which lies above"),
         ("report/tabular.py", "from peftplan.cli import options", "imports cli, which lies above"),
-        ("planning/result.py", "from peftplan.trace import meta", "imports trace at the top"),
-        ("trace/meta.py", "from peftplan.report import tabular", "imports report, which lies above"),
+        ("results/estimate.py", "from peftplan.trace import meta", "imports trace at the top"),
+        ("trace/libraries/meta.py", "from peftplan.report import tabular", "imports report, which lies above"),
         ("accuracy/records.py", "def f():\n    import torch", "imports torch"),
         ("accuracy/jsonl.py", "from peftplan.trace import engine", "imports trace at the top"),
         ("accuracy/records.py", "from peftplan.report import markdown", "imports report, which lies above"),
@@ -139,7 +141,7 @@ def test_imports_go_one_way() -> None:
 def test_a_planted_import_is_found(tmp_path: Path, file: str, planted: str, why: str) -> None:
     source = PACKAGE / file
     copy = tmp_path / file
-    copy.parent.mkdir(exist_ok=True)
+    copy.parent.mkdir(exist_ok=True, parents=True)
     copy.write_text(f"{source.read_text(encoding='utf-8')}\n{planted}\n", encoding="utf-8")
     (message,) = faults(tmp_path)
     assert message.startswith(file)

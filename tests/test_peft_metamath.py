@@ -11,7 +11,7 @@ import peftplan
 from peftplan.datafiles import DATA
 from peftplan.methods import from_peft_config
 from peftplan.methods.adaptation import NeedsPeftError
-from peftplan.planning.result import Estimate
+from peftplan.results.estimate import Estimate
 
 MODEL = "llama-3.2-3b"
 LORA_FA = "lora/llama-3.2-3B-rank32-lorafa"

@@ -19,7 +19,7 @@ import pytest
 
 import peftplan
 from peftplan.arch.sources import load_config
-from peftplan.planning.result import Estimate
+from peftplan.results.estimate import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -27,7 +27,7 @@ import peftplan
 from peftplan.arch.modules import Architecture
 from peftplan.arch.readers import read_config
 from peftplan.dtypes import ITEMSIZE, parse_dtype
-from peftplan.memory.ledger import Ledger
+from peftplan.ledger import Ledger
 from peftplan.methods import METHODS
 
 Config = dict[str, Any]

@@ -16,11 +16,11 @@ from typing import Any
 
 from peftplan.arch.sources import Model, load
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.ledger import Allocation
+from peftplan.ledger import Allocation
 from peftplan.methods.adaptation import AddedTensor
 from peftplan.planning.estimate import estimate
-from peftplan.planning.result import Estimate
 from peftplan.report.markdown import table
+from peftplan.results.estimate import Estimate
 from peftplan.storage import bnb, parse_quant, stored
 from peftplan.units import GB
 

@@ -78,8 +78,8 @@ def counts_of_peft(config: dict[str, Any], adapter: dict[str, Any]) -> Counts:
     """`get_nb_trainable_parameters()` of peft's own model."""
     import peft
 
-    from peftplan.trace.count import on_meta
-    from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
+    from peftplan.trace.libraries.count import on_meta
+    from peftplan.trace.libraries.meta import build_config, build_model, model_class, quiet_transformers
 
     task = load(config).task_type
     with quiet_transformers():

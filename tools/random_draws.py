@@ -2,7 +2,7 @@
 
 The bounds within which sizes are drawn, so that the tolerances mean something (segments are 2 and 20 MiB): hidden states 512 to
 4,096 wide, 2 to 6 layers or the built-in model's own depth, vocabularies of 1,000 to 200,000, sequences of 256 to 2,048 tokens
-(what the model has positions for), batches of 1 to 8. A draw that the shared checks of a job refuse (`planning.prepare`), for
+(what the model has positions for), batches of 1 to 8. A draw that the shared checks of a job refuse (`job.prepare`), for
 all engines alike, is drawn again.
 """
 
@@ -18,11 +18,11 @@ from peftplan.arch import catalogue
 from peftplan.arch.modules import LINEAR_KINDS
 from peftplan.arch.sources import load, load_config
 from peftplan.errors import PeftplanError
+from peftplan.job.prepare import prepare
+from peftplan.job.tasks import WITH_PAD_TOKEN
 from peftplan.memory.models import FORWARDS
 from peftplan.methods import METHODS
 from peftplan.optim.names import OPTIMIZERS
-from peftplan.planning.prepare import prepare
-from peftplan.planning.tasks import WITH_PAD_TOKEN
 from tools.analytic_grid import LAYER_FIELDS, MADE_UP, TASKS
 
 Options = dict[str, Any]

@@ -13,15 +13,15 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from peftplan.allocator import program
+from peftplan.allocator.program import Replayed
+from peftplan.analytic.instant import InstantPeaks
+from peftplan.analytic.reserved import Run
 from peftplan.arch import catalogue
 from peftplan.errors import PeftplanError
-from peftplan.memory import program
-from peftplan.memory.program import Replayed
+from peftplan.job.script import Script
 from peftplan.methods import METHODS
 from peftplan.planning.estimate import estimate
-from peftplan.planning.instant import InstantPeaks
-from peftplan.planning.reserved import Run
-from peftplan.planning.script import Script
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "trainer": ("transformers", "trl", "plain", "qlora-paper"),

@@ -15,7 +15,7 @@ from peftplan import files
 from peftplan.accuracy.drift import Answer
 from peftplan.accuracy.engines import RUNS, Figure, Stated
 from peftplan.errors import PeftplanError
-from peftplan.planning.setup import Engine
+from peftplan.job.setup import Engine
 from peftplan.validation import first_error
 
 BASELINE = RUNS / "baseline.json"

@@ -10,7 +10,7 @@ from peftplan.accuracy import baseline as stored
 from peftplan.accuracy.drift import Answer
 from peftplan.accuracy.engines import Case, Stated, ask, same_answer
 from peftplan.accuracy.records import PHASES
-from peftplan.planning.setup import Engine
+from peftplan.job.setup import Engine
 
 
 @dataclass(frozen=True)

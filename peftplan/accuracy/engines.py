@@ -13,10 +13,10 @@ from peftplan.accuracy.jsonl import read
 from peftplan.accuracy.records import Record
 from peftplan.datafiles import DATA
 from peftplan.errors import MissingExtraError, PeftplanError
+from peftplan.job.script import Script
+from peftplan.job.setup import Engine
 from peftplan.planning.estimate import estimate
-from peftplan.planning.result import Estimate
-from peftplan.planning.script import Script
-from peftplan.planning.setup import Engine
+from peftplan.results.estimate import Estimate
 
 RUNS = DATA / "runs"
 NOT_EXPRESSIBLE = RUNS / "not_expressible.jsonl"

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from peftplan.planning.script import NO_SCRIPT, Script
-from peftplan.planning.setup import PRESETS, parse_setup
+from peftplan.job.script import NO_SCRIPT, Script
+from peftplan.job.setup import PRESETS, parse_setup
 
 SCHEMA_VERSION = 1
 
@@ -47,7 +47,7 @@ class Run(Part):
 
     `model`: a built-in name, a Hub id, or a whole config. `method` with `method_config` (its fields, under peft's names), or
     `peft_config` (a whole adapter config), or both, where the method adds to the config what its name implies. `options` are
-    fields of `planning.setup.Setup`; those in `PINNED` must be there. `script`: what the program did besides.
+    fields of `job.setup.Setup`; those in `PINNED` must be there. `script`: what the program did besides.
     """
 
     model: Text | dict[str, Any]

@@ -12,7 +12,7 @@ from peftplan.accuracy.drift import Answer
 from peftplan.accuracy.engines import Case, read_cases, sampled
 from peftplan.accuracy.jsonl import repair
 from peftplan.errors import InputError, UnknownNameError
-from peftplan.planning.setup import Engine
+from peftplan.job.setup import Engine
 
 LIBRARIES: dict[Engine, tuple[str, ...]] = {
     "analytic": ("peftplan",),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peftplan.errors import InputError, PeftplanError, UnknownOptionError
-from peftplan.planning.words import MEANINGS, NOT_COUNTED, OFF, ON, refuse, said, twice
+from peftplan.job.words import MEANINGS, NOT_COUNTED, OFF, ON, refuse, said, twice
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem

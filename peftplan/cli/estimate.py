@@ -11,7 +11,7 @@ from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will
 from peftplan.errors import RefusedError
 
 if TYPE_CHECKING:
-    from peftplan.planning.result import Estimate
+    from peftplan.results.estimate import Estimate
 
 VERDICTS = """\
 A job needs the bytes that torch's allocator reserves without a limit, and the CUDA context. Where the card's context is not
@@ -110,7 +110,7 @@ def command(
         from peftplan.report.timeline import check
 
         check(timeline)
-    from peftplan.planning.script import Script
+    from peftplan.job.script import Script
 
     script = Script.on(torch=torch, transformers=transformers)
     result = _estimate(

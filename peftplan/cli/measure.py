@@ -13,8 +13,8 @@ from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
 
 if TYPE_CHECKING:
+    from peftplan.job.setup import Engine
     from peftplan.measure.suite import Entry
-    from peftplan.planning.setup import Engine
 
 ENGINES = ("analytic", "trace")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from peftplan.cli.command import option
 from peftplan.errors import InputError, UnknownNameError
-from peftplan.planning.words import MEANINGS, twice
+from peftplan.job.words import MEANINGS, twice
 
 FORMATS = ("table", "json", "csv", "markdown")
 
@@ -194,7 +194,7 @@ def circumstances(torch: str | None, transformers: str | None, context: str | No
     keywords: dict[str, Any] = {} if context is None else {"context": context}
     if torch is None and transformers is None:
         return keywords
-    from peftplan.planning.script import Script
+    from peftplan.job.script import Script
 
     return {**keywords, "script": Script.on(torch=torch, transformers=transformers)}
 

@@ -40,8 +40,8 @@ def command(
     options.check_format(fmt)
     if require_fit and capacity is None and device_memory is None:
         raise RefusedError("--require-fit: it needs a capacity (--capacity)")
+    from peftplan.planning.replayed import replay_file
     from peftplan.report import render
-    from peftplan.trace.replayed import replay_file
 
     replayed = replay_file(
         file,

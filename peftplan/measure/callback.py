@@ -19,6 +19,9 @@ from peftplan.accuracy.engines import Case, stated
 from peftplan.accuracy.jsonl import append
 from peftplan.accuracy.records import Record
 from peftplan.errors import PeftplanError
+from peftplan.job.prepare import prepare
+from peftplan.job.script import NO_SCRIPT
+from peftplan.job.setup import Engine
 from peftplan.measure import cuda, lines
 from peftplan.measure.identity import gpu_id, rank
 from peftplan.measure.model import counts
@@ -27,10 +30,7 @@ from peftplan.measure.recorder import BETWEEN, Recorder
 from peftplan.measure.run import Outcome
 from peftplan.measure.training import Seen, described, seen
 from peftplan.planning.estimate import estimate
-from peftplan.planning.prepare import prepare
-from peftplan.planning.result import Estimate
-from peftplan.planning.script import NO_SCRIPT
-from peftplan.planning.setup import Engine
+from peftplan.results.estimate import Estimate
 from peftplan.units import format_bytes
 
 PREFIX = "peftplan: "

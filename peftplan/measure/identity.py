@@ -20,7 +20,7 @@ from typing import Any
 from peftplan.accuracy.records import Circumstances, Record, Run, full_options
 from peftplan.errors import PeftplanError
 from peftplan.hardware.gpus import find_gpu
-from peftplan.planning.job import Job
+from peftplan.job.job import Job
 
 WARMUP, STEPS = 1, 2
 """Optimizer steps: the first makes the optimizer's states; two more show whether the steady state is one."""

@@ -9,7 +9,7 @@ from statistics import median
 from peftplan.accuracy.drift import Answer, Compared, measured_figures
 from peftplan.accuracy.engines import Case, Stated, ask
 from peftplan.accuracy.records import Record
-from peftplan.planning.setup import Engine
+from peftplan.job.setup import Engine
 from peftplan.units import format_bytes
 
 ONE_LINE = ("allocated", "reserved")

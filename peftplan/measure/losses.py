@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.errors import MissingExtraError, RefusedError
-from peftplan.planning.setup import Setup
+from peftplan.job.setup import Setup
 
 OUTPUTS_OF_SFT = ("log_probs", "entropy", "is_top1")
 """What SFTTrainer asks of its fused head (trl 1.16 `SFTTrainer.__init__`)."""

@@ -16,17 +16,17 @@ import torch
 
 from peftplan.arch import sources
 from peftplan.errors import PeftplanError, RefusedError
+from peftplan.job.job import Job
+from peftplan.job.setup import CAST_BY_TRL, Setup
 from peftplan.measure import losses
 from peftplan.methods.adaptation import adapter_on_host
-from peftplan.planning.job import Job
-from peftplan.planning.setup import CAST_BY_TRL, Setup
-from peftplan.planning.traced import as_peft_config
 from peftplan.storage import QuantConfig
 from peftplan.trace.checkpointing import checkpoint_layers
-from peftplan.trace.count import COPIES, LORAFA_LR, _config_object, wrapped_task
-from peftplan.trace.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.trace.libraries.count import COPIES, LORAFA_LR, _config_object, wrapped_task
+from peftplan.trace.libraries.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.trace.libraries.quantized import TORCH_DTYPES
 from peftplan.trace.peft_steps import LORAFA, lorafa_optimizer
-from peftplan.trace.quantized import TORCH_DTYPES
+from peftplan.trace.traced import as_peft_config
 
 MEASURED = ("nf4", "fp4", "int8")
 """Formats that `from_pretrained` quantizes dense weights to."""

@@ -7,11 +7,11 @@ from typing import Any
 
 from peftplan.accuracy.jsonl import append
 from peftplan.accuracy.records import Record
+from peftplan.job.prepare import prepare
 from peftplan.measure import cuda
 from peftplan.measure.identity import STEPS, WARMUP
 from peftplan.measure.record import record_of
 from peftplan.measure.run import measure
-from peftplan.planning.prepare import prepare
 
 OUTPUT = Path("runs.jsonl")
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from peftplan.errors import RefusedError
+from peftplan.job.setup import Setup
 from peftplan.measure.recorder import Recorder
 from peftplan.optim import parse_optim
-from peftplan.planning.setup import Setup
-from peftplan.trace.count import LORAFA_LR
+from peftplan.trace.libraries.count import LORAFA_LR
 from peftplan.trace.optimizers import Steps
 from peftplan.trace.peft_steps import WithAllocator, allocator_of, lorafa_optimizer, uses_lorafa
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from peftplan.accuracy.records import PHASES, Counts, Measured, Peak, Record
+from peftplan.job.job import Job
 from peftplan.measure.cuda import Device
 from peftplan.measure.identity import allocator_settings, circumstances, gpu_id, new_id, run_of
 from peftplan.measure.recorder import Figure, steady
 from peftplan.measure.run import Outcome
-from peftplan.planning.job import Job
 
 
 def record_of(job: Job, outcome: Outcome, device: Device) -> Record:

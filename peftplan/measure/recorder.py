@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from peftplan.ledger import Category
 from peftplan.measure.cuda import Device, Reading
-from peftplan.memory.ledger import Category
 
 LOAD, BETWEEN = "load", "between"
 """Before the first step; and between steps, where a trainer logs, evaluates and saves."""

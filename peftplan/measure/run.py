@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from peftplan.errors import InputError, PeftplanError
+from peftplan.job.job import Job
 from peftplan.measure import losses
 from peftplan.measure.cuda import Device
 from peftplan.measure.identity import STEPS, WARMUP, world_size
 from peftplan.measure.model import make
 from peftplan.measure.optimizers import make_optimizer
 from peftplan.measure.recorder import Figure, Recorder
-from peftplan.planning.job import Job
 from peftplan.trace.inputs import inputs
-from peftplan.trace.quantized import TORCH_DTYPES
+from peftplan.trace.libraries.quantized import TORCH_DTYPES
 from peftplan.trace.steps import PROGRAMS, Run
 
 PADDED = 1

@@ -21,8 +21,8 @@ from peftplan import files
 from peftplan.accuracy.jsonl import RecordFileError, append, read, repair
 from peftplan.accuracy.records import Record, Run
 from peftplan.errors import InputError, PeftplanError
+from peftplan.job.prepare import prepare
 from peftplan.measure.identity import STEPS, WARMUP, key, lost, run_of
-from peftplan.planning.prepare import prepare
 
 CHILD: tuple[str, ...] = (sys.executable, "-m", "peftplan.measure.child")
 """What runs one configuration."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
-from peftplan.trace.meta import task_of
+from peftplan.trace.libraries.meta import task_of
 
 
 class Seen(NamedTuple):
@@ -40,7 +40,7 @@ def described(model: Any, args: Any) -> dict[str, Any]:
     """The arguments of `peftplan.estimate` for a Trainer's model and TrainingArguments, besides the batch's shape.
 
     Read from the objects themselves: the model's config, its quantization and peft config, its parameters' dtypes, and whether it
-    checkpoints; the rest is `TrainingArguments`' as `planning.ecosystem` reads it.
+    checkpoints; the rest is `TrainingArguments`' as `job.ecosystem` reads it.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     peft_config = model.peft_config[model.active_adapter] if hasattr(model, "peft_config") else None

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
-from peftplan.memory.graph import Node
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 KEEP_INPUT = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "mish", "leaky_relu", "relu6", "hardswish")
 KEEP_OUTPUT = ("relu", "tanh", "sigmoid")

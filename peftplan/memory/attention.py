@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
+from peftplan.ledger import Dim
 from peftplan.memory.fused_attention import HEAD_MULTIPLE, MASK_MULTIPLE, efficient, flash, number, padded_head
-from peftplan.memory.graph import Node
-from peftplan.memory.ledger import Dim
-from peftplan.memory.shaping import sliced
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Dims, Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.shaping import sliced
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Tensor
 
 if TYPE_CHECKING:
     from peftplan.memory.model import Model

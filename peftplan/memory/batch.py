@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from peftplan.memory.ledger import Dim
+from peftplan.ledger import Dim
 from peftplan.memory.model import Model
-from peftplan.memory.tensors import Tensor
+from peftplan.tape.tensors import Tensor
 
 PER_SAMPLE = ("SEQ_CLS", "IMAGE_CLS")
 MEL_FRAMES_PER_POSITION = 2

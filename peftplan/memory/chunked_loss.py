@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from peftplan.memory import ops
-from peftplan.memory.graph import Node
-from peftplan.memory.ledger import Dim
+from peftplan.job.loss_sizes import VOCAB_TILE
+from peftplan.ledger import Dim
 from peftplan.memory.loss import chunks, projection
-from peftplan.memory.loss_sizes import VOCAB_TILE
 from peftplan.memory.model import Model
-from peftplan.memory.shaping import sliced
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.shaping import sliced
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 LABELS = ("b", "s-1")
 """Positions that have a next token."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Dims, Tensor
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Tensor
 
 
 def convolution(model: Model, name: str, x: Tensor, dims: Dims) -> Tensor:

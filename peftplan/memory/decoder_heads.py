@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftplan.memory import ops
-from peftplan.memory.graph import Node
 from peftplan.memory.loss import plain_cross_entropy
 from peftplan.memory.model import Model
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Dims, Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Tensor
 
 
 def last_token(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,12 @@ Sources: transformers 5.24, models/*/modeling_*.py (`…ForMaskedLM`, `…ForSeq
 from __future__ import annotations
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.loss import causal_lm_loss, plain_cross_entropy
 from peftplan.memory.model import Model
-from peftplan.memory.shaping import split
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.shaping import split
+from peftplan.tape.tensors import Tensor
 
 Output = tuple[Tensor, Tensor]
 

@@ -13,13 +13,13 @@ from typing import Any
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import RefusedError
-from peftplan.memory import ops
-from peftplan.memory.graph import Node
-from peftplan.memory.ledger import Dim
+from peftplan.ledger import Dim
 from peftplan.memory.methods.param_wrapper import Stacked
-from peftplan.memory.shaping import split
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.shaping import split
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 ALIGNMENT_BYTES = 16
 """Rows of a grouped product's operands must be multiples of it."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftplan.memory import ops
-from peftplan.memory.graph import Node
-from peftplan.memory.ledger import Dim
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.ledger import Dim
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 from peftplan.units import ceil_div
 
 FLASH_SMALL_HEAD = 128

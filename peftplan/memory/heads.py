@@ -7,11 +7,11 @@ from functools import partial
 from importlib import import_module
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
 from peftplan.memory.loss import causal_lm_loss
 from peftplan.memory.model import Model
-from peftplan.memory.shaping import sliced
-from peftplan.memory.tensors import Strided, Tensor
+from peftplan.tape import ops
+from peftplan.tape.shaping import sliced
+from peftplan.tape.tensors import Strided, Tensor
 
 Head = Callable[[Model, Tensor], tuple[Tensor, ...]]
 """Model and last hidden states → the loss, and what else the outputs hold: logits, where they exist."""

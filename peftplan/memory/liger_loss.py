@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.errors import InputError
-from peftplan.memory import ops
+from peftplan.ledger import Dim
 from peftplan.memory.attention import HALF
-from peftplan.memory.graph import Node
-from peftplan.memory.ledger import Dim
 from peftplan.memory.loss import chunks, projection
 from peftplan.memory.model import Model
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Dims, Strided, Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Strided, Tensor
 
 
 def liger(model: Model, x: Tensor) -> tuple[Tensor]:

@@ -16,7 +16,7 @@ from math import prod
 from typing import Protocol, TypeVar
 
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.ledger import Ledger, Line
+from peftplan.ledger import Ledger, Line
 from peftplan.parameters import Parameter, Parameters
 from peftplan.storage import QuantConfig
 from peftplan.units import round512

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.errors import RefusedError
-from peftplan.memory import ops
-from peftplan.memory.graph import Node
-from peftplan.memory.ledger import Dim
+from peftplan.ledger import Dim
 from peftplan.memory.model import Model, Part
-from peftplan.memory.shaping import sliced
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.shaping import sliced
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 
 def cross_entropy(f: Tape, logits: Tensor, *extra: Any) -> Tensor:

@@ -8,15 +8,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from peftplan.arch.modules import Architecture
-from peftplan.memory import ops
-from peftplan.memory.copies import Stack
-from peftplan.memory.graph import Node
-from peftplan.memory.ledger import Dim
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Dims, Parameter, Tensor
+from peftplan.depth.copies import Stack
+from peftplan.ledger import Dim
 from peftplan.methods.adaptation import Adaptation
 from peftplan.parameters import Parameters
 from peftplan.storage import QuantConfig
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Parameter, Tensor
 
 
 class Running(NamedTuple):
@@ -273,11 +273,11 @@ class Model:
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a layer under checkpointing."""
         if self.running.reentrant:
-            from peftplan.memory.reentrant import checkpoint
+            from peftplan.tape.reentrant import checkpoint
 
             return checkpoint(self.tape, function, *args, hosted=self.running.hosted)
         if self.running.hosted:
-            from peftplan.memory.hosted import fetched, stored
+            from peftplan.tape.hosted import fetched, stored
 
             return self.tape.checkpoint(function, *args, inputs=partial(fetched, self.tape, stored(self.tape, args)))
         return self.tape.checkpoint(function, *args)

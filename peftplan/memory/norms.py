@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftplan.memory import ops
 from peftplan.memory.activations import power
-from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 
 def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:

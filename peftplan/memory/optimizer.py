@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from peftplan.errors import NeedsTraceError, NoEngineError, RefusedError
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
 from peftplan.optim import Optimizer
 from peftplan.parameters import Parameter
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 FOREACH_COPIES = {"adamw_torch": 1, "sgd": 0, "adagrad": 2, "rmsprop": 1}
 """Copies of all parameters of one dtype that the foreach implementation holds at once."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peftplan.memory.graph import Node
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Dims, Strided, Tensor
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Strided, Tensor
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:

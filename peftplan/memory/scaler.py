@@ -6,10 +6,10 @@ Source: torch 2.13 `amp/grad_scaler.py`; accelerate 1.15 makes it for `mixed_pre
 from __future__ import annotations
 
 from peftplan.errors import RefusedError
-from peftplan.memory import ops
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
 from peftplan.parameters import Parameters
+from peftplan.tape import ops
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 
 class Scaler:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from peftplan.memory import ops
 from peftplan.memory.encoder_heads import Output, classified, language_loss, logits_of
 from peftplan.memory.loss import plain_cross_entropy
 from peftplan.memory.model import Model
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.tensors import Tensor
 
 
 def bart_lm(model: Model, x: Tensor) -> Output:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection
 from itertools import pairwise
 from typing import Any
 
-from peftplan.memory.copies import Stack
-from peftplan.memory.graph import Node
+from peftplan.depth.copies import Stack
+from peftplan.depth.periods import checkpointed_layers, paired, sections_of_periods
 from peftplan.memory.model import Model
-from peftplan.memory.periods import checkpointed_layers, paired, sections_of_periods
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Parameter, Tensor
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Parameter, Tensor
 
 
 class SharedNode(Node):
@@ -74,7 +74,7 @@ def run_stack(
 ) -> Tensor:
     """Run the first layer of each kind, then the last of each; `kinds[l]` is the kind of layer l.
 
-    The layers between them become copies of the last of their kind (`memory.copies`). `sums`: the gradients of what all
+    The layers between them become copies of the last of their kind (`depth.copies`). `sums`: the gradients of what all
     layers read (`shared`). `holds`: the caller keeps what every layer returns until the forward ends. `own`: further arguments of
     a layer, which it holds alone, by their names. `every`: further arguments of all layers, by position. `outputs`: holds what
     layers return besides the hidden states until the next one returns.

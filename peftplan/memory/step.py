@@ -14,8 +14,8 @@ from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
 from peftplan.memory.optimizer import optimizer_step
 from peftplan.memory.scaler import Scaler
-from peftplan.memory.tensors import Tensor
 from peftplan.optim import Optimizer
+from peftplan.tape.tensors import Tensor
 
 MICRO_BATCHES = 2
 """Of many micro batches per step, the first finds no gradients and the second finds those of the first, as all later ones do."""

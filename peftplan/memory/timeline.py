@@ -1,7 +1,7 @@
 """From the log of a tape to peaks: what is alive at each moment, evaluated at named sizes.
 
 The log holds two layers of each kind. The layers between are copies: what the last layer of the kind added and freed between
-two boundaries, times their number (`memory.copies`).
+two boundaries, times their number (`depth.copies`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
 
+from peftplan.depth.copies import Layers, Stack, copies_of
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.copies import Layers, Stack, copies_of
-from peftplan.memory.ledger import Category, Dim, Line
+from peftplan.ledger import Category, Dim, Line
 from peftplan.memory.optimizer import STATES
-from peftplan.memory.tape import Tape
+from peftplan.tape.tape import Tape
 from peftplan.units import ALLOCATION_ROUNDING
 
 PHASES = ("forward", "backward", "step")

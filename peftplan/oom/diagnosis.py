@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peftplan import files
+from peftplan.allocator.pickles import MAGIC
 from peftplan.errors import InputError
-from peftplan.memory.allocator.pickles import MAGIC
 from peftplan.oom import message as messages
 from peftplan.oom.causes import Cause, causes
 from peftplan.oom.message import Message
 from peftplan.oom.snapshot import Alive, alive_in
 from peftplan.planning.estimate import estimate
-from peftplan.planning.result import SCHEMA_VERSION, Estimate
+from peftplan.results.estimate import SCHEMA_VERSION, Estimate
 from peftplan.units import format_bytes
 
 MOST_BYTES = 256 * 2**20

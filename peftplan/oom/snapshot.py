@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from peftplan.memory.allocator.snapshots import read_trace
+from peftplan.allocator.snapshots import read_trace
 from peftplan.oom.message import Frame, Message
 
 MOST_SHOWN = 12

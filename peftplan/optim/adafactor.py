@@ -9,7 +9,7 @@ Left out: the fp32 copies of gradient and parameter during the step, one paramet
 from __future__ import annotations
 
 from peftplan.errors import RefusedError
-from peftplan.memory.ledger import Allocation
+from peftplan.ledger import Allocation
 from peftplan.optim.optimizer import OptimArgs, Param, scalar
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from math import prod
 
-from peftplan.memory.ledger import Allocation, Place
+from peftplan.ledger import Allocation, Place
 from peftplan.optim.optimizer import OptimArgs, Param, StatesFunction
 from peftplan.units import ceil_div
 

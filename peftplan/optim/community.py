@@ -8,7 +8,7 @@ Left out: optimi's `step`, one int32 CPU scalar per parameter group; temporaries
 
 from __future__ import annotations
 
-from peftplan.memory.ledger import Allocation
+from peftplan.ledger import Allocation
 from peftplan.optim.optimizer import OptimArgs, Param, like, scalar
 
 HALF_PRECISION = ("bf16", "fp16")

@@ -18,7 +18,7 @@ from math import prod
 from typing import Literal
 
 from peftplan.errors import InputError, RefusedError, UnknownNameError
-from peftplan.memory.ledger import Allocation
+from peftplan.ledger import Allocation
 from peftplan.optim import adafactor, bnb
 from peftplan.optim.optimizer import OptimArgs, Param, like, scalar
 

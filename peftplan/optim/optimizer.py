@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from peftplan.memory.ledger import Allocation, Place
+from peftplan.ledger import Allocation, Place
 
 StepImplementation = Literal["fused", "foreach", "kernel", "for-loop", "in-backward"]
 """How the default path of the optimizer runs on CUDA, which decides the temporaries of the step.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, UnknownNameError
-from peftplan.memory.ledger import Allocation
+from peftplan.ledger import Allocation
 from peftplan.optim.names import parse_optim
 from peftplan.optim.optimizer import Optimizer, Param
 

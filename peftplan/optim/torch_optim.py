@@ -11,7 +11,7 @@ cost more than the copy).
 from __future__ import annotations
 
 from peftplan.errors import InputError, RefusedError
-from peftplan.memory.ledger import Allocation
+from peftplan.ledger import Allocation
 from peftplan.optim.optimizer import OptimArgs, Param, like, scalar
 
 TRUE_FOR_TORCH_FLAGS = ("true", "1", "yes")

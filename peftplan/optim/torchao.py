@@ -12,7 +12,7 @@ from __future__ import annotations
 from math import prod
 
 from peftplan.errors import RefusedError
-from peftplan.memory.ledger import Allocation
+from peftplan.ledger import Allocation
 from peftplan.optim.optimizer import OptimArgs, Param, StatesFunction, like, scalar
 
 BLOCK_SIZE = 256

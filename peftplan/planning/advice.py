@@ -11,8 +11,8 @@ from peftplan.errors import PeftplanError
 from peftplan.planning.changes import SEQUENCE_STEP, Change, Sizes, combinations, micro_batch, single_changes
 
 if TYPE_CHECKING:
-    from peftplan.planning.job import Job
-    from peftplan.planning.result import Estimate
+    from peftplan.job.job import Job
+    from peftplan.results.estimate import Estimate
 
 FITS = ("fits", "tight")
 LIKELY = 0.25

@@ -7,7 +7,7 @@ from operator import add, sub
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from peftplan.planning.job import Job
+    from peftplan.job.job import Job
 
 SEQUENCE_STEP = 128
 """Sequences are proposed in multiples of this many tokens."""

@@ -9,8 +9,8 @@ from peftplan.errors import InputError, PeftplanError
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit import QUALITY
 from peftplan.planning.for_method import known_methods, options_for, without_formula
-from peftplan.planning.result import Verdict
 from peftplan.planning.verdicts import find_cards
+from peftplan.results.estimate import Verdict
 
 
 class Member(NamedTuple):

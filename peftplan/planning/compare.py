@@ -9,8 +9,8 @@ from peftplan.errors import MissingExtraError, PeftplanError
 from peftplan.frames import as_html, dataframe
 from peftplan.planning.estimate import estimate
 from peftplan.planning.for_method import known_methods, options_for, without_formula
-from peftplan.planning.result import SCHEMA_VERSION, Estimate
 from peftplan.planning.serving import serving
+from peftplan.results.estimate import SCHEMA_VERSION, Estimate
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from typing_extensions import NotRequired, TypedDict
 
-from peftplan.memory.ledger import Category, Place
+from peftplan.ledger import Category, Place
 
 Phase = Literal["load", "forward", "backward", "step"]
 VerdictName = Literal["fits", "tight", "does_not_fit", "does_not_run", "unknown"]

@@ -11,15 +11,11 @@ from typing import TYPE_CHECKING, Any
 from peftplan import parameters
 from peftplan.arch.modules import Architecture
 from peftplan.errors import NeedsTraceError, RefusedError, UnknownNameError
-from peftplan.memory.ledger import Ledger
-from peftplan.methods.adaptation import Adaptation, MethodConfig, adapter_on_host
-from peftplan.optim import Optimizer, parse_optim, parse_optim_args
-from peftplan.planning.job import Job
-from peftplan.planning.prepare import check_rank_allocator, config_of, prepare
-from peftplan.planning.requirements import unmet
-from peftplan.planning.result import Estimate, Peaks, Verdict
-from peftplan.planning.script import EXAMPLES, NO_SCRIPT, Script
-from peftplan.planning.setup import (
+from peftplan.job.job import Job
+from peftplan.job.prepare import check_rank_allocator, config_of, prepare
+from peftplan.job.requirements import unmet
+from peftplan.job.script import EXAMPLES, NO_SCRIPT, Script
+from peftplan.job.setup import (
     CAST_BY_TRL,
     SEARCHES,
     AdviceSearch,
@@ -29,9 +25,13 @@ from peftplan.planning.setup import (
     check_logits_to_keep,
     parse_setup,
 )
-from peftplan.planning.tasks import OF_TOKENS, PICTURES, head_notes, task_notes, without_loss
+from peftplan.job.tasks import OF_TOKENS, PICTURES, head_notes, task_notes, without_loss
+from peftplan.job.words import named_as_typed
+from peftplan.ledger import Ledger
+from peftplan.methods.adaptation import Adaptation, MethodConfig, adapter_on_host
+from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.planning.verdicts import capability, card_notes, find_cards, pair, verdict
-from peftplan.planning.words import named_as_typed
+from peftplan.results.estimate import Estimate, Peaks, Verdict
 from peftplan.storage import QuantConfig
 from peftplan.storage.modules import CONVERTED_KINDS
 
@@ -92,10 +92,10 @@ def estimate(
     `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `gpu`: names of cards, or sizes such as 24GiB;
     `context`: MiB of CUDA context that the verdicts count (None: as measured on the card, else assumed).
 
-    `options`: those of the command line with `_` for `-` (`peftplan estimate --help`; `planning.setup.Setup` checks them), such
+    `options`: those of the command line with `_` for `-` (`peftplan estimate --help`; `job.setup.Setup` checks them), such
     as `batch_size` (sequences per device and micro batch), `seq_len` (tokens), `dtype` (`bf16`), `optim`, `trainer`; and the
     method's own fields under peft's names (`r`, `target_modules`, …; `peftplan methods NAME`). Words of other tools, such as
-    `lora_rank` or `load_in_4bit`, are accepted for them (`planning.words`). An explicit option wins over the objects.
+    `lora_rank` or `load_in_4bit`, are accepted for them (`job.words`). An explicit option wins over the objects.
 
     `script`: facts about a hand-written program. `strict`: every warning becomes an error, such as a name in
     `target_modules` that matches no module. `advice`: `best` looks for the cheapest change that makes the job fit a card, `all`
@@ -207,7 +207,7 @@ def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: lis
 
     `skip_unfit`: no replay for a job whose tensors alone do not fit a card.
     """
-    from peftplan.planning.analytic import analytic_peaks, kernels
+    from peftplan.analytic.compiled import analytic_peaks, kernels
 
     peaks_by_kernels: dict[Any, Peaks | str] = {}
 
@@ -239,8 +239,8 @@ def _at(job: Job, built: parameters.Parameters, static: Ledger, cards: list[Gpu]
 
     if not getattr(b, "shape", ()) and not getattr(s, "shape", ()):
         return _analytic(at(b, s), built, static, cards)
-    from peftplan.planning.analytic import Compiled, compiled
-    from peftplan.planning.grid import evaluate
+    from peftplan.analytic.compiled import Compiled, compiled
+    from peftplan.analytic.grid import evaluate
 
     def compile_at(b: int, s: int) -> Compiled:
         return compiled(at(b, s), built, static, compute_capability=capability(cards[0] if cards else None))
@@ -287,8 +287,8 @@ def _static(
 
 def _traced(job: Job, compute_capability: str, **how: Any) -> Peaks:
     """The peaks of the trace engine, with the kernels of a card."""
-    from peftplan.planning.traced import trace_peaks, traced_config
     from peftplan.trace.collector import old_objects_let_be
+    from peftplan.trace.traced import trace_peaks, traced_config
 
     with old_objects_let_be():
         return trace_peaks(

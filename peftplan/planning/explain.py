@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftplan.memory.ledger import Line
+from peftplan.ledger import Line
 
 if TYPE_CHECKING:
-    from peftplan.planning.result import Estimate
+    from peftplan.results.estimate import Estimate
 
 
 WORDS = {"b": "sequences", "s": "tokens of a sequence", "k": "s and the virtual tokens", "n": "tokens of the loss"}

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from peftplan.errors import BoundError, InputError, PeftplanError, RefusedError, UnknownNameError
+from peftplan.job.prepare import prepare
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_result import Binding, Fit, Plan
 from peftplan.planning.for_method import known_methods, options_for, without_formula
 from peftplan.planning.largest import MOST_ASKED, Largest, Probe, largest
-from peftplan.planning.prepare import prepare
-from peftplan.planning.result import TIGHT, Estimate
 from peftplan.planning.verdicts import find_cards
+from peftplan.results.estimate import TIGHT, Estimate
 from peftplan.validation import listed
 
 Size = Literal["batch_size", "seq_len", "r"]

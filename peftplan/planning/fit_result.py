@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.frames import as_html, dataframe
-from peftplan.memory.ledger import Line
+from peftplan.ledger import Line
 from peftplan.planning.largest import Largest
-from peftplan.planning.result import Estimate
+from peftplan.results.estimate import Estimate
 from peftplan.units import format_bytes
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peftplan.errors import InputError, NeedsTraceError
+from peftplan.job.setup import Setup
 from peftplan.methods import METHODS, config_class, method_named, other_peft_type
-from peftplan.planning.result import Estimate
-from peftplan.planning.setup import Setup
+from peftplan.results.estimate import Estimate
 from peftplan.validation import listed
 
 

@@ -1,4 +1,4 @@
-"""`serving`: what a fine-tuned model takes once training is over. Composition only; the sums lie in `peftplan.inference`."""
+"""`serving`: what a fine-tuned model takes once training is over. Composition only; the sums lie in `peftplan.serving`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peftplan import parameters
+from peftplan.deployment import adapter_file, checkpoint, kv_cache, merging, residents
+from peftplan.deployment.safetensors import file_bytes
+from peftplan.deployment.scratch import Device
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, MissingExtraError, NeedsTraceError, RefusedError
-from peftplan.inference import adapter_file, checkpoint, kv_cache, merging, residents
-from peftplan.inference.safetensors import file_bytes
-from peftplan.inference.scratch import Device
+from peftplan.job.job import Job
+from peftplan.job.prepare import config_of, prepare
+from peftplan.job.setup import Count
+from peftplan.job.words import named_as_typed
 from peftplan.planning.estimate import adapter_dtypes, config_facts, model_facts, unquantized
-from peftplan.planning.job import Job
-from peftplan.planning.prepare import config_of, prepare
 from peftplan.planning.serving_result import KV_CACHE, LEFT_OUT, AdapterFile, Cache, Checkpoint, Loaded, MergeMemory, Serving
-from peftplan.planning.setup import Count
-from peftplan.planning.words import named_as_typed
 from peftplan.storage import QuantConfig
 from peftplan.validation import first_error
 
@@ -139,7 +139,7 @@ def _file(job: Job, fields: Mapping[str, Any]) -> AdapterFile:
         raise RefusedError(f"{_name(job)} is not a peft method, so peft writes no adapter file for it")
     adapter_dtype, trained_dtype = adapter_dtypes(job.setup)
     if job.method is None:
-        from peftplan.trace.saved import saved_tensors
+        from peftplan.trace.libraries.saved import saved_tensors
 
         base_dtype = "fp32" if job.setup.kbit_prepare else job.setup.dtype
         kept = saved_tensors(
@@ -236,7 +236,7 @@ def _cache(job: Job, request: Request) -> Cache:
     try:
         tensors = kv_cache.kv_cache(arch, batch_size=size, context=context, encoder_context=encoder, dtype=dtype)
     except NeedsTraceError:
-        from peftplan.trace.cache import traced_cache
+        from peftplan.trace.libraries.cache import traced_cache
 
         config = config_of(job.model, job.setup)
         try:

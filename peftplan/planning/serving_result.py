@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from peftplan.deployment.kv_cache import CacheTensor, growing_bytes
+from peftplan.deployment.merging import Need
+from peftplan.deployment.safetensors import StoredTensor
 from peftplan.frames import as_html, dataframe
-from peftplan.inference.kv_cache import CacheTensor, growing_bytes
-from peftplan.inference.merging import Need
-from peftplan.inference.safetensors import StoredTensor
-from peftplan.planning.result import SCHEMA_VERSION
+from peftplan.results.estimate import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -6,19 +6,19 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from peftplan.analytic.compiled import analytic_peaks, kernels
 from peftplan.hardware.gpus import Gpu, gpus
-from peftplan.memory.ledger import Ledger
+from peftplan.job.requirements import unmet
+from peftplan.job.setup import Setup
+from peftplan.ledger import Ledger
 from peftplan.parameters import Parameters
 from peftplan.planning.advice import Trials
-from peftplan.planning.analytic import analytic_peaks, kernels
 from peftplan.planning.changes import Sizes
-from peftplan.planning.requirements import unmet
-from peftplan.planning.result import TIGHT, Estimate, Peaks, Verdict
-from peftplan.planning.setup import Setup
 from peftplan.planning.verdicts import capability, pair, verdict
+from peftplan.results.estimate import TIGHT, Estimate, Peaks, Verdict
 
 if TYPE_CHECKING:
-    from peftplan.planning.job import Job
+    from peftplan.job.job import Job
 
 Prepared = tuple["Job", Parameters, Ledger]
 NOT_FOR_RENT = ("laptop", "embedded")

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from peftplan.errors import InputError
-from peftplan.planning.result import TIGHT, Peaks, Verdict
-from peftplan.planning.setup import Setup
+from peftplan.job.setup import Setup
+from peftplan.results.estimate import TIGHT, Peaks, Verdict
 from peftplan.storage import QuantConfig
 from peftplan.storage.config import FORMATS
 

@@ -12,7 +12,7 @@ from peftplan.accuracy import peers
 from peftplan.accuracy.drift import Answer
 from peftplan.accuracy.engines import NOT_EXPRESSIBLE, OVERALL, Case, read_cases
 from peftplan.accuracy.records import SETUPS, Record
-from peftplan.planning.setup import Engine
+from peftplan.job.setup import Engine
 from peftplan.report import accuracy, accuracy_plots
 from peftplan.report.accuracy_text import (
     CAUSES,

@@ -70,7 +70,7 @@ CHOICES = """## Choices made from measured bytes
 No coefficient is fitted. But some facts about these runs are stated nowhere, and were chosen because they explain what was
 measured. Figures that rest on such a choice confirm it as much as they confirm the engine. Each record names its choices in
 `inferred`; this table is made from them. One more choice is a rule of the allocator's model, not of a record: for torch before
-2.13, new segments of more than 20 MiB lie below older ones (`memory/allocator/device.py`). It was chosen by what unquantized runs
+2.13, new segments of more than 20 MiB lie below older ones (`allocator/device.py`). It was chosen by what unquantized runs
 on the T4 reserved, so reserved bytes of every run with such a torch rest on it."""
 
 UNBOUNDED = """The trace is held to a tolerance for what each of fitcheck-llm's runs reserved, 10 % where its loader copied

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from peftplan.planning.advice import Advice, Advised
-from peftplan.planning.result import Estimate
 from peftplan.report.cards import card_name
+from peftplan.results.estimate import Estimate
 from peftplan.units import GIB, format_bytes
 
 COLUMNS = ("change", "peak", "saves", "then")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from peftplan.planning.result import Estimate, Verdict
 from peftplan.report.bar import bar, legend, segments, unit_of
 from peftplan.report.cards import card_name
 from peftplan.report.screen import INDENT, Colour, Glyphs, Part, Row, Screen, flowing, wrapped
 from peftplan.report.tabular import assumption_rows
+from peftplan.results.estimate import Estimate, Verdict
 from peftplan.units import GIB, MIB, format_bytes
 
 MOST_LINES = 25

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from peftplan.planning.result import Estimate, Verdict
 from peftplan.report.screen import Colour, Glyphs, Part, Row
+from peftplan.results.estimate import Estimate, Verdict
 from peftplan.units import GIB, MIB
 
 CELLS = 72

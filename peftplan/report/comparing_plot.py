@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
 from peftplan.files import replacing
-from peftplan.memory.ledger import CATEGORIES
+from peftplan.ledger import CATEGORIES
 from peftplan.planning.compare import Comparison
 from peftplan.report.timeline import COLOURS
 from peftplan.units import GIB, format_bytes

@@ -11,7 +11,6 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peftplan.planning.result import Estimate, Peaks
 from peftplan.report import peak
 from peftplan.report.tabular import (
     Column,
@@ -25,6 +24,7 @@ from peftplan.report.tabular import (
     not_counted,
 )
 from peftplan.report.terminal import GAP, WIDE, console, fitted, show, table
+from peftplan.results.estimate import Estimate, Peaks
 from peftplan.units import format_bytes, format_count
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from typing import Any, Literal, NamedTuple
 
 from typing_extensions import TypedDict
 
+from peftplan.allocator.oom import OutOfMemory
 from peftplan.arch.catalogue import ModelEntry
 from peftplan.hardware.gpus import OF_A_REQUEST, Gpu
-from peftplan.memory.allocator.oom import OutOfMemory
-from peftplan.memory.ledger import Category
+from peftplan.ledger import Category
 from peftplan.oom.causes import Cause
 from peftplan.oom.diagnosis import Expected
 from peftplan.oom.message import Message

@@ -7,10 +7,10 @@ from typing import Any
 
 from peftplan.planning.choosing import Member
 from peftplan.planning.fit_result import Fit, Plan
-from peftplan.planning.result import Verdict
 from peftplan.report.cards import card_name
 from peftplan.report.screen import Glyphs
 from peftplan.report.tabular import Column
+from peftplan.results.estimate import Verdict
 from peftplan.units import format_bytes
 
 PLAN_COLUMNS = (

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Sequence
 
 from peftplan.errors import one_line
-from peftplan.planning.result import Estimate
 from peftplan.report import peak
 from peftplan.report.tabular import (
     LINE_COLUMNS,
@@ -20,6 +19,7 @@ from peftplan.report.tabular import (
     not_counted,
     texts,
 )
+from peftplan.results.estimate import Estimate
 from peftplan.units import format_bytes
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from peftplan.planning.compare import Compared, Comparison
 from peftplan.planning.fit_result import Fit
 from peftplan.planning.inspection import Inspection
-from peftplan.planning.result import Estimate, Verdict
 from peftplan.planning.serving_result import Serving
 from peftplan.report import answer, comparing, fitting, markup, modules, tabular
 from peftplan.report import serving as serving_report
@@ -19,6 +18,7 @@ from peftplan.report.markup import Html, Stretch
 from peftplan.report.screen import UNICODE, Screen
 from peftplan.report.tabular import Column
 from peftplan.report.timeline import COLOURS as CATEGORIES
+from peftplan.results.estimate import Estimate, Verdict
 from peftplan.units import format_bytes
 
 WHOLE_LINES = Screen(10**6, UNICODE)

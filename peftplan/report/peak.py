@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from peftplan.errors import RefusedError
-from peftplan.planning.result import Estimate, Peaks
+from peftplan.results.estimate import Estimate, Peaks
 
 MOST = 20
 """Groups that people are shown before the rest becomes one row; programs, and `-v`, get all."""

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftplan.planning.result import Estimate
 from peftplan.report import peak, tabular
 from peftplan.report.markdown import plain
 from peftplan.report.tabular import Column
+from peftplan.results.estimate import Estimate
 from peftplan.units import MIB
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from peftplan.planning.compare import Comparison
     from peftplan.planning.fit_result import Fit
     from peftplan.planning.inspection import Inspection
-    from peftplan.planning.result import Verdict
+    from peftplan.planning.replayed import Replayed
     from peftplan.planning.serving_result import Serving
-    from peftplan.trace.replayed import Replayed
+    from peftplan.results.estimate import Verdict
 
 Cells = Sequence[Sequence[str | int | None]]
 Facts = Sequence[Mapping[str, Any]]

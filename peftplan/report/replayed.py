@@ -9,8 +9,8 @@ from peftplan.report.tabular import Column, printable
 from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
-    from peftplan.memory.allocator import Peaks
-    from peftplan.trace.replayed import Replayed
+    from peftplan.allocator.stats import Peaks
+    from peftplan.planning.replayed import Replayed
 
 COLUMNS = (
     Column("peak of"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from peftplan.inference.kv_cache import growing_bytes
+from peftplan.deployment.kv_cache import growing_bytes
 from peftplan.planning.serving_result import KV_CACHE, MergeMemory, Serving
 from peftplan.report.tabular import Column, assumption_rows, family
 from peftplan.units import format_bytes

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
-from peftplan.memory.ledger import CATEGORIES
-from peftplan.planning.result import Estimate, Peaks, Verdict
+from peftplan.ledger import CATEGORIES
+from peftplan.results.estimate import Estimate, Peaks, Verdict
 from peftplan.units import format_bytes
 
 LINE_COLUMNS = ("category", "name", "bytes", "place", "formula", "source")

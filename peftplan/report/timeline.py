@@ -8,9 +8,9 @@ from pathlib import Path
 
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
 from peftplan.files import replacing
-from peftplan.memory.ledger import Category
-from peftplan.memory.series import Recording
-from peftplan.planning.result import Estimate
+from peftplan.ledger import Category
+from peftplan.results.estimate import Estimate
+from peftplan.results.series import Recording
 
 SUFFIXES = (".png", ".html", ".json")
 

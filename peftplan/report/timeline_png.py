@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-from peftplan.memory.series import Series
 from peftplan.report.timeline import COLOURS
+from peftplan.results.series import Series
 from peftplan.units import GIB, format_bytes
 
 INCHES = (12.0, 6.0)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import NamedTuple
 
-from peftplan.memory.series import Series
 from peftplan.report.timeline import COLOURS
+from peftplan.results.series import Series
 from peftplan.units import GIB, MIB
 
 WIDTH, HEIGHT = 1000, 420

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from peftplan.errors import InputError
-from peftplan.memory.ledger import Allocation, Category
+from peftplan.ledger import Allocation, Category
 from peftplan.storage import bnb
 from peftplan.storage.config import FORMATS, Format, QuantConfig, check_trainable, parse_quant, without_peak
 from peftplan.storage.dense import dense

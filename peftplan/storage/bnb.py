@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import RefusedError
-from peftplan.memory.ledger import Allocation
+from peftplan.ledger import Allocation
 from peftplan.storage.config import QuantConfig
 from peftplan.units import ceil_div
 

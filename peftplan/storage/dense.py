@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftplan.memory.ledger import Allocation
+from peftplan.ledger import Allocation
 
 
 def dense(*, dtype: str, shape: tuple[int, ...]) -> tuple[Allocation, ...]:

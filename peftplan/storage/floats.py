@@ -6,7 +6,7 @@ e experts, o output features, i input features.
 from __future__ import annotations
 
 from peftplan.errors import RefusedError
-from peftplan.memory.ledger import Allocation
+from peftplan.ledger import Allocation
 from peftplan.storage.config import QuantConfig
 from peftplan.units import ceil_div
 

@@ -6,7 +6,7 @@ o output features, i input features, b bits, g group size.
 from __future__ import annotations
 
 from peftplan.errors import RefusedError
-from peftplan.memory.ledger import Allocation
+from peftplan.ledger import Allocation
 from peftplan.storage.config import QuantConfig
 from peftplan.units import ceil_div
 

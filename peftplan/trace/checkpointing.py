@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from peftplan.errors import RefusedError
-from peftplan.planning.setup import Setup
+from peftplan.job.setup import Setup
 
 
 def checkpoint_layers(model: Any, setup: Setup) -> None:

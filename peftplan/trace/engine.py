@@ -11,38 +11,40 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from peftplan.allocator.events import Event
+from peftplan.allocator.replay import Replay, replay
+from peftplan.depth.expand import NotRepeatingError, Sample, grown
+from peftplan.depth.log import Moment, category_of
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.hardware.context import DEFAULT_CAPABILITY
-from peftplan.memory.allocator import Event, Replay, replay
-from peftplan.memory.ledger import Category
-from peftplan.planning.script import NO_SCRIPT, Script
-from peftplan.planning.setup import Setup
+from peftplan.job.script import NO_SCRIPT, Script
+from peftplan.job.setup import Setup
+from peftplan.ledger import Category
 from peftplan.storage import QuantConfig
-from peftplan.trace import losses
-from peftplan.trace.attention import Capability
 from peftplan.trace.collector import old_objects_let_be
-from peftplan.trace.ctc import ctc_on_cuda
+from peftplan.trace.cuda import losses
+from peftplan.trace.cuda.attention import Capability
+from peftplan.trace.cuda.ctc import ctc_on_cuda
+from peftplan.trace.cuda.differences import KERNEL_TEMPORARIES, CudaLike, as_on_cuda
+from peftplan.trace.cuda.dispatcher import dispatched_as_on_cuda
+from peftplan.trace.cuda.experts import experts_on
+from peftplan.trace.cuda.flash import flash_attn_installed
+from peftplan.trace.cuda.hosted import counted_host
+from peftplan.trace.cuda.kernels import kernel_packages
+from peftplan.trace.cuda.selected import selecting
+from peftplan.trace.cuda.tuner_layers import adapter_from_host, on_fake_tensors
 from peftplan.trace.depth import Stack, names_layers, repeating_stacks, with_layers
-from peftplan.trace.differences import KERNEL_TEMPORARIES, CudaLike, as_on_cuda
-from peftplan.trace.dispatcher import dispatched_as_on_cuda
-from peftplan.trace.expand import NotRepeatingError, Sample, grown
-from peftplan.trace.experts import experts_on
+from peftplan.trace.events.peaks import Alive, Peak, Window, peaks, windows
+from peftplan.trace.events.tracker import Tracker
+from peftplan.trace.events.workspaces import Workspaces
 from peftplan.trace.fake import FakeOn, fake_batch, fake_device, to_fake
-from peftplan.trace.flash import flash_attn_installed
-from peftplan.trace.hosted import counted_host
 from peftplan.trace.inputs import Inputs, inputs
-from peftplan.trace.kernels import kernel_packages
 from peftplan.trace.load import load
 from peftplan.trace.model import Built, build
 from peftplan.trace.optimizers import make_optimizer
-from peftplan.trace.peaks import Alive, Peak, Window, peaks, windows
 from peftplan.trace.progress import Tell, part, silent
 from peftplan.trace.reasons import reason
-from peftplan.trace.selected import selecting
 from peftplan.trace.steps import PROGRAMS, STEPS, Run, phases_begun
-from peftplan.trace.tracker import Moment, Tracker, category_of
-from peftplan.trace.tuner_layers import adapter_from_host, on_fake_tensors
-from peftplan.trace.workspaces import Workspaces
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def trace(
     """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors.
 
     `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains all
-    parameters. `setup` is resolved (`planning.setup.resolved`). `device` is a compute capability: it decides kernels.
+    parameters. `setup` is resolved (`job.setup.resolved`). `device` is a compute capability: it decides kernels.
     `script`: what the program did besides, and with which versions; its emptied caches and its allocator are the replay's.
     A model of identical layers is traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see
     `fake.fake_device`. `progress` is told what runs and how much is done.

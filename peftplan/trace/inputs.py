@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from peftplan.errors import InputError, RefusedError
-from peftplan.planning.setup import Setup
+from peftplan.job.setup import Setup
 from peftplan.trace.pictures import picture_inputs
 
 SAMPLING_RATE = 16_000

@@ -18,16 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from peftplan.depth.log import Storage
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.ledger import Category
+from peftplan.job.setup import Setup
+from peftplan.ledger import Category
 from peftplan.memory.load import WARMUP_BYTES
 from peftplan.memory.step import HALF
-from peftplan.planning.setup import Setup
 from peftplan.storage import QuantConfig, category, shared
+from peftplan.trace.cuda.tuner_layers import HOST_BUFFERS, LASTING, adapter_from_host, offloaded
+from peftplan.trace.events.tracker import Tracker
+from peftplan.trace.libraries.quantized import QUANT_TENSORS
 from peftplan.trace.model import Built
-from peftplan.trace.quantized import QUANT_TENSORS
-from peftplan.trace.tracker import Storage, Tracker
-from peftplan.trace.tuner_layers import HOST_BUFFERS, LASTING, adapter_from_host, offloaded
 
 Part = tuple[str, Any, str, torch.nn.Parameter]
 """Full name, module, name within the module, parameter."""

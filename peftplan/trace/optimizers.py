@@ -15,12 +15,12 @@ from torch import nn
 
 from peftplan.dtypes import parse_dtype
 from peftplan.errors import RefusedError
-from peftplan.memory.ledger import Allocation
+from peftplan.job.setup import Setup
+from peftplan.ledger import Allocation
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args, shared_states, states
-from peftplan.planning.setup import Setup
 from peftplan.trace import community
+from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.peft_steps import WithAllocator, allocator_of, lorafa_optimizer, uses_lorafa
-from peftplan.trace.tracker import Tracker
 from peftplan.units import round512
 
 LEARNING_RATE = 1e-3

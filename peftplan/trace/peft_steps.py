@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from peftplan.memory.optimizer import LORAFA_REPLACES
-from peftplan.trace.tracker import Tracker
+from peftplan.trace.events.tracker import Tracker
 
 LORAFA = "peftplan_lorafa"
 """Attribute of a model whose A's are frozen by `create_lorafa_optimizer`."""

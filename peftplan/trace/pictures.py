@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from peftplan.errors import InputError
-from peftplan.planning.setup import Setup
+from peftplan.job.setup import Setup
 
 IMAGE_SIZE = 224
 """Of networks whose config states none (ResNet, ConvNeXt): the ImageNet crop that they were trained on."""

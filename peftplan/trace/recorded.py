@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from heapq import nlargest
 from itertools import compress
 
-from peftplan.memory.allocator import AllocatorConfig, Event, replay
-from peftplan.memory.ledger import CATEGORIES, Category
-from peftplan.memory.series import Group, Series, Span, extremes
-from peftplan.trace import eventlog
+from peftplan.allocator import eventlog
+from peftplan.allocator.config import AllocatorConfig
+from peftplan.allocator.events import Event
+from peftplan.allocator.replay import replay
+from peftplan.depth.log import Moment, category_of
+from peftplan.ledger import CATEGORIES, Category
+from peftplan.results.series import Group, Series, Span, extremes
 from peftplan.trace.engine import Traced
-from peftplan.trace.tracker import Moment, category_of
 from peftplan.units import round512
 
 MOST_POINTS = 1600
@@ -25,7 +27,7 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 @dataclass(frozen=True)
 class Recorded:
-    """What `peftplan.memory.series.Recording` asks for, from a trace: `events` are its log as it was replayed, with the cache
+    """What `peftplan.results.series.Recording` asks for, from a trace: `events` are its log as it was replayed, with the cache
     emptied here and there, under `allocator`.
     """
 

@@ -1,4 +1,4 @@
-"""What a hand-written program does that no option says (`planning.script`), in a trace and in the log that is replayed."""
+"""What a hand-written program does that no option says (`job.script`), in a trace and in the log that is replayed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from unittest.mock import patch
 
 import torch
 
-from peftplan.memory.allocator import Event
+from peftplan.allocator.events import Event
+from peftplan.depth.log import category_of
 from peftplan.trace.engine import Traced
-from peftplan.trace.replacing import replaced
-from peftplan.trace.tracker import category_of
+from peftplan.trace.libraries.replacing import replaced
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def repeating_kv(repeats: bool) -> Iterator[None]:
 
 @contextmanager
 def masking_unpadded(masks: bool) -> Iterator[None]:
-    """transformers' masks as 4.54 to 4.57 made them for a batch that has none (`planning.script`: `masks_unpadded`)."""
+    """transformers' masks as 4.54 to 4.57 made them for a batch that has none (`job.script`: `masks_unpadded`)."""
     older = {
         "transformers.masking_utils.find_packed_sequence_indices": _number_of_sequence,
         "transformers.masking_utils.remap_positions_for_packed_sequence": lambda function, position_ids: function,

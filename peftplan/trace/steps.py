@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from peftplan.memory.ledger import Category
-from peftplan.planning.script import NO_SCRIPT, Script
-from peftplan.planning.setup import Setup
-from peftplan.trace.differences import cuda_autocast
+from peftplan.job.script import NO_SCRIPT, Script
+from peftplan.job.setup import Setup
+from peftplan.ledger import Category
+from peftplan.trace.cuda.differences import cuda_autocast
+from peftplan.trace.libraries.quantized import TORCH_DTYPES
 from peftplan.trace.optimizers import Steps
-from peftplan.trace.quantized import TORCH_DTYPES
 from peftplan.trace.scaler import Scaler
 
 STEPS = 2

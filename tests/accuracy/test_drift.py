@@ -19,10 +19,10 @@ from peftplan.accuracy.engines import Case, Figure, Stated, ask, read_cases, rec
 from peftplan.accuracy.jsonl import append, digest
 from peftplan.accuracy.records import Record
 from peftplan.errors import MissingExtraError, PeftplanError
-from peftplan.memory.ledger import Ledger, Line
+from peftplan.ledger import Ledger, Line
 from peftplan.planning.estimate import estimate
-from peftplan.planning.result import Estimate, Peaks
 from peftplan.report import accuracy
+from peftplan.results.estimate import Estimate, Peaks
 from tests.accuracy.example import PAYLOAD, record
 from tests.cli.run import run
 

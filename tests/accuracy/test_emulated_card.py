@@ -14,7 +14,7 @@ import pytest
 
 from peftplan.accuracy.engines import ask, read_cases
 from peftplan.accuracy.records import Record
-from peftplan.planning.setup import Engine
+from peftplan.job.setup import Engine
 
 RECORDS = [case.record for case in read_cases([Path(__file__).parent / "data" / "emulated_card.jsonl"])]
 LIMITS = {"load": 0.05, "forward": 0.05, "backward": 0.05, "step": 0.4, "reserved": 0.5}

@@ -173,4 +173,4 @@ def test_a_run_of_vramcalcs_benchmark(tmp_path: Path) -> None:
     assert record.run.script.outputs_end_with_backward
     assert record.exact
     with pytest.raises(rows.NotExpressibleError, match="no training step"):
-        vramcalc.vramcalc({**row, "mode": "inference"})
+        vramcalc.vramcalc({**row, "mode": "deployment"})

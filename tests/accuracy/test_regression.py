@@ -14,10 +14,10 @@ from peftplan.accuracy import regression
 from peftplan.accuracy.check import Check
 from peftplan.accuracy.engines import RUNS, read_cases
 from peftplan.accuracy.records import PHASES
-from peftplan.memory import ops
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
-from peftplan.planning import analytic
+from peftplan.analytic import compiled as analytic
+from peftplan.tape import ops
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 from peftplan.units import GIB
 
 T4 = RUNS / "fitcheck_t4.jsonl"

@@ -12,7 +12,7 @@ from peftplan.arch import catalogue
 from peftplan.arch.catalogue import ModelEntry
 from peftplan.arch.readers import READERS
 from peftplan.arch.sources import load
-from peftplan.trace.meta import quiet_transformers
+from peftplan.trace.libraries.meta import quiet_transformers
 from tests.arch.meta import assert_same, build
 
 PROMISED = (

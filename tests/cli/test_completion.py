@@ -13,8 +13,8 @@ import pytest
 
 from peftplan.cli import COMMANDS
 from peftplan.cli.options import METAVARS
+from peftplan.job.setup import Autocast, Loss, Trainer
 from peftplan.optim.names import OPTIMIZERS
-from peftplan.planning.setup import Autocast, Loss, Trainer
 from peftplan.storage.config import FORMATS
 from tests.cli.run import run
 

@@ -12,7 +12,7 @@ import click
 import pytest
 
 from peftplan.cli import COMMANDS, LazyGroup, cli
-from peftplan.planning.setup import Setup
+from peftplan.job.setup import Setup
 from tests.cli.run import HERE, run
 
 README = HERE.parents[1] / "README.md"

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.allocator.pickles import MOST_BYTES, NotPlainError, load
 from peftplan.errors import InputError, PeftplanError, UnknownNameError, one_line
-from peftplan.memory.allocator.pickles import MOST_BYTES, NotPlainError, load
 from peftplan.report import markdown, tabular
 from tests.cli.run import Done, run
 

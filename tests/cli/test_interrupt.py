@@ -22,7 +22,7 @@ pytest.importorskip("peft")
 # The real command; in its first backward it says so and waits for the signal that Ctrl-C sends.
 WAITS = """
 import sys, time
-from peftplan.trace.tracker import Tracker
+from peftplan.trace.events.tracker import Tracker
 begin = Tracker.begin
 def stopped(self, phase):
     begin(self, phase)

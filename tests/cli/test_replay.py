@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from peftplan.allocator import eventlog
+from peftplan.allocator.events import Event
 from peftplan.errors import PeftplanError
-from peftplan.memory.allocator import Event
-from peftplan.trace import eventlog
-from peftplan.trace.replayed import replay_file
+from peftplan.planning.replayed import replay_file
 from peftplan.units import MIB
 from tests.cli.run import run
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.job.setup import Setup
+from peftplan.job.words import MEANINGS, NOT_COUNTED
 from peftplan.methods import METHODS, config_class
-from peftplan.planning.setup import Setup
-from peftplan.planning.words import MEANINGS, NOT_COUNTED
 from tests.cli.run import run
 
 

@@ -34,8 +34,8 @@ def quick(order: dict[str, Any]) -> None:
     """A record of the order's configuration, without torch."""
     from peftplan.accuracy.jsonl import append
     from peftplan.accuracy.records import Measured, Peak, Record
+    from peftplan.job.prepare import prepare
     from peftplan.measure.identity import circumstances, new_id, run_of
-    from peftplan.planning.prepare import prepare
 
     run = run_of(prepare(order["model"], **order["options"]))
     time.sleep(QUICK_SECONDS)

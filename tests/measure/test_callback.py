@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from peftplan.accuracy.jsonl import read
 from peftplan.integrations import MemoryCallback
+from peftplan.job.script import Script
 from peftplan.planning.estimate import estimate
-from peftplan.planning.script import Script
 from tests.measure.double import Double
 
 # r × (in + out) of q (64+64), k and v (64+32 each), o (64+64), in 2 layers, r 4

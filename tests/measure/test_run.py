@@ -21,12 +21,12 @@ import peftplan
 from peftplan.accuracy.jsonl import append, read
 from peftplan.accuracy.records import Record
 from peftplan.errors import InputError, RefusedError
+from peftplan.job.prepare import prepare
 from peftplan.measure import cuda
 from peftplan.measure.identity import key, run_of
 from peftplan.measure.model import make
 from peftplan.measure.record import record_of
 from peftplan.measure.run import Outcome, measure
-from peftplan.planning.prepare import prepare
 from tests.measure.double import CONTEXT, Double
 
 SEQ_LEN = 64

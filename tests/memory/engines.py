@@ -6,7 +6,7 @@ from typing import Any
 
 from peftplan import estimate
 from peftplan.arch.sources import load_config
-from peftplan.memory.ledger import Ledger
+from peftplan.ledger import Ledger
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peftplan import estimate
-from peftplan.memory.periods import sections_of_periods
+from peftplan.depth.periods import sections_of_periods
 from tests.memory.engines import LLAMA, TOLERANCE, phases, shallow
 from tests.memory.families import T5
 

@@ -22,13 +22,13 @@ pytest.importorskip("bitsandbytes")  # imported within a trace, its constants wo
 import torch
 
 from peftplan import estimate
+from peftplan.analytic.compiled import Compiled, compiled
+from peftplan.depth.log import Storage, category_of
 from peftplan.dtypes import parse_dtype
-from peftplan.planning.analytic import Compiled, compiled
-from peftplan.planning.job import Job
-from peftplan.planning.prepare import prepare
-from peftplan.planning.traced import traced_config
+from peftplan.job.job import Job
+from peftplan.job.prepare import prepare
 from peftplan.trace import engine
-from peftplan.trace.tracker import Storage, category_of
+from peftplan.trace.traced import traced_config
 from tests.memory.families import MODELS, B, R, S
 
 LASTING = ("weights", "adapter_weights", "gradients", "optimizer_states", "buffers", "workspaces")

@@ -17,10 +17,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import peftplan
+from peftplan.analytic import compiled as analytic
 from peftplan.errors import InputError, PeftplanError
-from peftplan.memory.ledger import CATEGORIES
-from peftplan.planning import analytic
-from peftplan.planning.result import Estimate
+from peftplan.ledger import CATEGORIES
+from peftplan.results.estimate import Estimate
 from tests.memory.families import LLAMA, MODELS
 
 QUICK = settings(max_examples=30, deadline=None, derandomize=True)

@@ -8,10 +8,10 @@ import pytest
 
 from peftplan import estimate
 from peftplan.errors import RefusedError
-from peftplan.memory import ops
-from peftplan.memory.reentrant import Leaf, checkpoint
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Parameter, Tensor
+from peftplan.tape import ops
+from peftplan.tape.reentrant import Leaf, checkpoint
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Parameter, Tensor
 from tests.memory.engines import BATCH, LLAMA, TOKENS, phases
 from tests.memory.families import GPT2, T5
 

@@ -9,11 +9,11 @@ import pytest
 
 from peftplan import estimate
 from peftplan.errors import InputError
+from peftplan.job.job import Job
+from peftplan.job.prepare import prepare
 from peftplan.planning import advice
 from peftplan.planning.advice import FITS, Advised, Trials, advise
 from peftplan.planning.changes import CLOSE, OTHER, SAME, Change, combinations, single_changes
-from peftplan.planning.job import Job
-from peftplan.planning.prepare import prepare
 from peftplan.report import advice as report
 from tests.cli.run import run
 from tests.memory.engines import shallow

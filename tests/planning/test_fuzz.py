@@ -19,9 +19,9 @@ import peftplan
 from peftplan.arch import catalogue
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.readers import READERS
+from peftplan.job.setup import PRESETS, Setup
 from peftplan.methods import METHODS, config_class
 from peftplan.optim.names import OPTIMIZERS, REFUSED
-from peftplan.planning.setup import PRESETS, Setup
 from peftplan.storage import FORMATS
 
 MOST_SECONDS = 5.0

@@ -9,7 +9,6 @@ import pytest
 
 import peftplan
 from peftplan.errors import InputError, PeftplanError, RefusedError, UnknownNameError
-from peftplan.inference import kv_cache  # noqa: F401 a room of another name than the function
 from peftplan.planning.serving_result import Serving
 from tests.planning.tiny import CONFIG
 

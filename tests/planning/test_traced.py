@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import peftplan
-from peftplan.planning.result import PHASES
+from peftplan.results.estimate import PHASES
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

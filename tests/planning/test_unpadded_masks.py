@@ -11,8 +11,8 @@ import pytest
 
 import peftplan
 from peftplan.accuracy.engines import ask, read_cases, record_files
-from peftplan.planning.prepare import prepare
-from peftplan.planning.script import Script
+from peftplan.job.prepare import prepare
+from peftplan.job.script import Script
 
 MEASURED = {
     case.record.id: case.record

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import pytest
 from typing_extensions import NotRequired, TypedDict
 
-from peftplan.memory.allocator import Event
+from peftplan.allocator.events import Event
 from peftplan.report.schema import DIALECT, DOCUMENTS, json_schema, schema_of
 from peftplan.units import MIB
 from tests.cli.run import run
@@ -57,7 +57,7 @@ COMMANDS: list[tuple[str, str]] = [
 def test_what_a_command_prints_is_valid(name: str, line: str, tmp_path: Path) -> None:
     if "EVENTS" in line:
         pytest.importorskip("torch")
-        from peftplan.trace import eventlog
+        from peftplan.allocator import eventlog
 
         events = (Event("alloc", 0, 100 * MIB, phase="load", op="load"), Event("alloc", 1, 130 * MIB, phase="forward"))
         eventlog.save(events, tmp_path / "EVENTS", title="tiny")

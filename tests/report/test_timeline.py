@@ -12,9 +12,9 @@ from unittest.mock import patch
 import pytest
 
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
-from peftplan.memory.series import Group, Series, Span, extremes
-from peftplan.planning.result import Estimate, Peaks
 from peftplan.report import timeline, timeline_html, timeline_png, timeline_svg
+from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.series import Group, Series, Span, extremes
 from peftplan.units import MIB
 from tests.report.tiny_estimate import LINES, tiny_estimate
 

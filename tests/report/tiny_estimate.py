@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from peftplan.memory.ledger import Ledger, Line
+from peftplan.ledger import Ledger, Line
 from peftplan.planning.estimate import estimate
-from peftplan.planning.result import Estimate, Peaks
+from peftplan.results.estimate import Estimate, Peaks
 from tests.cli.run import HERE
 
 TRACED = "traced: aten.mul.Tensor"

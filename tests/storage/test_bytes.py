@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftplan.memory.ledger import Allocation
+from peftplan.ledger import Allocation
 from peftplan.storage import category, parse_quant, shared, stored
 from peftplan.units import round512
 

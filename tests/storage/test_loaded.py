@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peftplan.errors import RefusedError
-from peftplan.memory.ledger import Allocation
+from peftplan.ledger import Allocation
 from peftplan.storage import is_skipped, keys_to_not_convert, parse_quant, quantized_modules, stored
 
 torch = pytest.importorskip("torch")

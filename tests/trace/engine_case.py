@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from peftplan.job.script import NO_SCRIPT, Script
+from peftplan.job.setup import parse_setup, resolved
 from peftplan.methods.adaptation import Adaptation
-from peftplan.planning.script import NO_SCRIPT, Script
-from peftplan.planning.setup import parse_setup, resolved
 from peftplan.storage import parse_quant
 from peftplan.trace.engine import Traced, trace
 from peftplan.trace.fake import FakeOn

@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peftplan.trace.peaks import alive_at
+from peftplan.trace.events.peaks import alive_at
 from tests.trace.engine_case import ALL_LINEAR, HEADS, HIDDEN, KV, MLP, llama, lora, traced
 
 h, i, kv, a, r = HIDDEN, MLP, KV, HEADS, 8

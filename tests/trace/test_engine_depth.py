@@ -12,9 +12,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
+from peftplan.depth.expand import in_order, same
 from peftplan.trace import engine
 from peftplan.trace.depth import names_layers, repeating_stacks
-from peftplan.trace.expand import in_order, same
 from tests.trace.engine_case import llama, lora, traced
 from tests.trace.family_configs import MLLAMA
 

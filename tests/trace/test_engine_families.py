@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peftplan
 from peftplan.errors import InputError, PeftplanError, RefusedError
-from peftplan.planning.setup import Setup, parse_setup, resolved
+from peftplan.job.setup import Setup, parse_setup, resolved
 from peftplan.storage import parse_quant
 from peftplan.trace import engine
+from peftplan.trace.cuda.experts import experts_on
 from peftplan.trace.engine import Traced, trace
-from peftplan.trace.experts import experts_on
 from peftplan.trace.inputs import inputs
 from tests.arch.meta import build
 from tests.trace.family_configs import BART, FAMILIES, GQA, LOCAL_EXPERTS, PLAIN, VIT, Family

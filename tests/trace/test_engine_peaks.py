@@ -14,8 +14,8 @@ pytest.importorskip("bitsandbytes")
 import torch
 
 from peftplan.errors import RefusedError
-from peftplan.planning.script import Script
-from peftplan.trace.attention import choose
+from peftplan.job.script import Script
+from peftplan.trace.cuda.attention import choose
 from tests.trace.engine_case import HEADS, HIDDEN, llama, lora, traced
 
 Q = ["q_proj"]

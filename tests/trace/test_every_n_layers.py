@@ -11,10 +11,10 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from peftplan.depth.expand import in_order, same
 from peftplan.errors import InputError
-from peftplan.planning.setup import parse_setup, resolved
+from peftplan.job.setup import parse_setup, resolved
 from peftplan.trace import engine
-from peftplan.trace.expand import in_order, same
 from peftplan.trace.model import build
 from tests.memory.families import T5
 from tests.trace.engine_case import llama, lora, traced

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from peftplan import estimate
 from peftplan.arch.readers import READERS
 from peftplan.errors import InputError, RefusedError
-from peftplan.planning.tasks import ALWAYS_ALL_LOGITS
+from peftplan.job.tasks import ALWAYS_ALL_LOGITS
 from peftplan.trace.steps import STEPS
 from tests.trace.engine_case import HIDDEN, VOCAB, llama, lora, traced
 

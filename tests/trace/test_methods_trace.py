@@ -19,11 +19,11 @@ import torch
 
 from peftplan.arch.readers import read_config
 from peftplan.errors import RefusedError
+from peftplan.job.script import Script
 from peftplan.methods import adapt, configure
 from peftplan.methods.adaptation import Adaptation
-from peftplan.planning.script import Script
-from peftplan.trace.count import count_with_peft
 from peftplan.trace.engine import Traced
+from peftplan.trace.libraries.count import count_with_peft
 from tests.trace.engine_case import HIDDEN, KV, llama, lora, traced
 
 QV = ["q_proj", "v_proj"]

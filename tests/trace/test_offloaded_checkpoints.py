@@ -11,8 +11,8 @@ pytest.importorskip("peft")
 import torch
 
 from peftplan.errors import InputError
-from peftplan.planning.setup import parse_setup, resolved
-from peftplan.trace.hosted import SavedOnHost
+from peftplan.job.setup import parse_setup, resolved
+from peftplan.trace.cuda.hosted import SavedOnHost
 from tests.trace.engine_case import HIDDEN, llama, lora, traced
 
 SEQ = 512

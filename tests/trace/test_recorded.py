@@ -12,14 +12,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import peftplan
-from peftplan.memory.allocator import AllocatorConfig, replay
-from peftplan.memory.series import Series
-from peftplan.planning.result import Estimate, Peaks
-from peftplan.planning.script import Script
-from peftplan.planning.traced import _unknown
-from peftplan.trace import eventlog
-from peftplan.trace.replayed import replay_file
-from tests.planning.test_script import QLORA, RUN, WIDE
+from peftplan.allocator import eventlog
+from peftplan.allocator.config import AllocatorConfig
+from peftplan.allocator.replay import replay
+from peftplan.job.script import Script
+from peftplan.planning.replayed import replay_file
+from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.series import Series
+from peftplan.trace.traced import _unknown
+from tests.job.test_script import QLORA, RUN, WIDE
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -117,7 +118,7 @@ def test_the_saved_log_replays_to_the_stated_peaks(traced: Estimate, tmp_path: P
     ids=["emptied-cache", "older-torch"],
 )
 def test_a_recording_is_replayed_as_the_trace_was(options: dict[str, Any], script: Script, tmp_path: Path) -> None:
-    """Of a model for which either moves what is reserved (tests/planning/test_script.py)."""
+    """Of a model for which either moves what is reserved (tests/job/test_script.py)."""
     stated = peaks_of(peftplan.estimate(WIDE, engine="trace", record=True, script=script, **{**RUN, **options}))
     assert stated.recording is not None
     series = stated.recording.series()

@@ -19,8 +19,8 @@ import torch
 import transformers
 
 from peftplan.errors import RefusedError
-from peftplan.planning.setup import parse_setup, resolved
-from peftplan.trace import losses
+from peftplan.job.setup import parse_setup, resolved
+from peftplan.trace.cuda import losses
 from peftplan.trace.model import cast_by_trl
 from peftplan.trace.steps import PROGRAMS, Run
 from tests.trace.engine_case import llama, lora, traced

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 import peftplan
 from peftplan.cli import COMMANDS
+from peftplan.job.ecosystem import NOT_COUNTED, TRAINING_FIELDS
+from peftplan.job.script import Script
 from peftplan.methods import METHODS
-from peftplan.planning.ecosystem import NOT_COUNTED, TRAINING_FIELDS
-from peftplan.planning.script import Script
 from tools.fuzz import paths
 from tools.fuzz.values import ABSURD, field_value, fields_of, json_value, model_text, odd_object, text_for
 

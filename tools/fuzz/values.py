@@ -13,9 +13,9 @@ from typing import Any
 from peftplan.arch import catalogue
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.hardware.gpus import gpus
+from peftplan.job.setup import PRESETS, Setup
 from peftplan.methods import METHODS, OTHER_PEFT_TYPES, config_class
 from peftplan.optim.names import OPTIMIZERS
-from peftplan.planning.setup import PRESETS, Setup
 from peftplan.storage import FORMATS
 
 DTYPES = ("bf16", "fp16", "fp32", "float32", "torch.bfloat16", "fp8", "int8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from peftplan.accuracy.records import Record
-from peftplan.planning.setup import PRESETS
+from peftplan.job.setup import PRESETS
 from tools.import_runs.rows import DTYPES, GPU_IDS, Row
 
 BEFORE, LONGEST = 104, 690

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftplan.accuracy.records import Record
-from peftplan.planning.setup import PRESETS
+from peftplan.job.setup import PRESETS
 from peftplan.units import GB, GIB, MIB
 
 Row = dict[str, Any]

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peftplan.memory import ops
-from peftplan.memory.graph import Node
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.model import Part, Running
 from peftplan.memory.quantized import bias_of
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 
 def boft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from peftplan.memory import ops
 from peftplan.memory.model import Model
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.tensors import Tensor
 
 
 def bottleneck(model: Model, name: str, x: Tensor, layer: int) -> Tensor:

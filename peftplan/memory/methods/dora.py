@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftplan.memory import ops
 from peftplan.memory.model import Part, Running
 from peftplan.memory.quantized import bias_of, dequantized
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 
 def dora(f: Tape, part: Part, x: Tensor, result: Tensor, running: Running) -> Tensor:

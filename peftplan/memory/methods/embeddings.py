@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
-from peftplan.memory.graph import Node
 from peftplan.memory.model import Model, Part
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Dims, Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Tensor
 
 SCALED = ("gemma", "gemma2", "gemma3_text", "gemma3", "gemma4_text")
 """Model types whose embedding multiplies its rows itself, which peft repeats on what it adds."""

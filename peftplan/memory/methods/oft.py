@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from peftplan.errors import RefusedError
-from peftplan.memory import ops
-from peftplan.memory.graph import Node
 from peftplan.memory.methods.boft import solved
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.model import Part, Running
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Dims, Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Tensor
 
 PICTURE = 4
 """Dims of an input that peft unfolds as a convolution does; latents of `kv_b_proj` have as many."""

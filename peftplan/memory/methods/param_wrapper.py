@@ -11,11 +11,11 @@ from math import sqrt
 from typing import Any
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
-from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Dims, Parameter, Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Parameter, Tensor
 
 PEFT_ALPHA = 8
 """The default of `LoraConfig.lora_alpha`."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from peftplan.memory import ops
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.model import FOUR_BIT, Part, Running
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Parameter, Tensor
+from peftplan.tape import ops
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Parameter, Tensor
 
 
 def vera(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:

@@ -11,14 +11,14 @@ from itertools import pairwise
 from typing import Any
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
-from peftplan.memory.graph import Node
-from peftplan.memory.ledger import Dim
+from peftplan.ledger import Dim
 from peftplan.memory.model import Model
-from peftplan.memory.shaping import cat, sliced
 from peftplan.memory.stack import kinds_of, sections_of
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Dims, Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.shaping import cat, sliced
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Tensor
 
 MLP = ("mlp_head.0", "mlp_head.2", "mlp_head.4")
 PROJECTION = ("transform.0", "transform.2")

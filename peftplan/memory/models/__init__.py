@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from peftplan.memory.model import Model
-from peftplan.memory.tensors import Tensor
+from peftplan.tape.tensors import Tensor
 
 Forward = Callable[[Model], Tensor]
 

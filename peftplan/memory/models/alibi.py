@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import batched, gathered, product
-from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, run_layers
 from peftplan.memory.norms import layer_norm
-from peftplan.memory.shaping import sliced, split
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.shaping import sliced, split
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 
 def bloom(model: Model) -> Tensor:

@@ -10,18 +10,18 @@ from typing import Any
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
+from peftplan.ledger import Dim
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
 from peftplan.memory.convolution import convolution
-from peftplan.memory.graph import Node
-from peftplan.memory.ledger import Dim
 from peftplan.memory.methods import virtual_tokens
 from peftplan.memory.model import PROMPTED, Model
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.stack import kinds_of, run_stack, shared
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 
 def bart(model: Model) -> Tensor:

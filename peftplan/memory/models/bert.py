@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from peftplan.arch.modules import Block
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend, causal_mask
 from peftplan.memory.model import Model
 from peftplan.memory.stack import kinds_of, run_stack
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.tensors import Tensor
 
 ROBERTA = ("roberta", "xlm-roberta")
 

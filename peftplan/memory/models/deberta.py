@@ -8,17 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.arch.modules import Attention, Block
+from peftplan.depth.periods import checkpointed_layers
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
 from peftplan.memory.activations import activation
-from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import output
-from peftplan.memory.periods import checkpointed_layers
-from peftplan.memory.shaping import sliced
 from peftplan.memory.stack import kinds_of, run_stack, shared
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.shaping import sliced
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 EMBEDDINGS = "deberta.embeddings"
 LAYER = "deberta.encoder.layer.{}"

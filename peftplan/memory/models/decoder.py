@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from peftplan.arch.modules import Attention, Block
-from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend, by_heads, causal_mask, gathered, product
 from peftplan.memory.model import Model
 from peftplan.memory.norms import rms
-from peftplan.memory.shaping import cat, sliced, split
 from peftplan.memory.stack import kinds_of, run_stack
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.shaping import cat, sliced, split
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 Norm = Callable[[Model, str, Tensor, "int | None"], Tensor]
 Rotation = Callable[[Tape, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]

@@ -10,15 +10,15 @@ from typing import Any
 
 from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
 from peftplan.memory.attention import attend, batched, for_all, gathered
-from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, mlp, rotary_tables, rotate_all, run_layers
 from peftplan.memory.norms import layer_norm
-from peftplan.memory.shaping import sliced
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Dims, Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.shaping import sliced
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Tensor
 
 
 def falcon(model: Model) -> Tensor:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from functools import partial
 
 from peftplan.arch.modules import Attention
-from peftplan.memory import ops
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, masks_of, mlp, run_layers
 from peftplan.memory.norms import layer_norm
-from peftplan.memory.shaping import split
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.shaping import split
+from peftplan.tape.tensors import Tensor
 
 
 def model_forward(model: Model, style: Style) -> Tensor:

@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.arch.modules import Attention
-from peftplan.memory import ops
 from peftplan.memory.attention import batched, gathered, repeat_kv
 from peftplan.memory.experts import experts, top_k
-from peftplan.memory.graph import Node
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, masks_of, projected, run_layers
 from peftplan.memory.models.moe import check
 from peftplan.memory.norms import minus, rms_cast_last
-from peftplan.memory.shaping import cat, halves_rotated, sliced, split
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Parameter, Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.shaping import cat, halves_rotated, sliced, split
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Parameter, Tensor
 
 
 def gpt_oss(model: Model) -> Tensor:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from peftplan.memory import ops
 from peftplan.memory.models.decoder import Style, decoder
 from peftplan.memory.norms import bare_layer_norm, layer_norm, rms_cast_last
-from peftplan.memory.shaping import partly_rotary, partly_rotary_in_turn
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.shaping import partly_rotary, partly_rotary_in_turn
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 
 def interleaved(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

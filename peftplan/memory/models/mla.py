@@ -11,15 +11,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from peftplan.memory import ops
 from peftplan.memory.attention import attend, eager
-from peftplan.memory.graph import Node
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, decoder, masks_of, rotate_all, run_layers
 from peftplan.memory.models.moe import deepseek_block, deepseek_v2_route, deepseek_v3_route
-from peftplan.memory.shaping import cat, halves_rotated, sliced, split
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.shaping import cat, halves_rotated, sliced, split
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]
 """Queries, keys and the tables of the model → both rotated."""

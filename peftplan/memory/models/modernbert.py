@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from peftplan.arch.modules import Block
-from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import bidirectional_mask
-from peftplan.memory.shaping import split
 from peftplan.memory.stack import kinds_of, run_stack
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.shaping import split
+from peftplan.tape.tensors import Tensor
 
 Turns = tuple[Tensor, Tensor]
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from peftplan.arch.modules import Router
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.experts import chunked_gate, divided_in_place, experts, row_sum, taken, top_k
-from peftplan.memory.graph import Node
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
 from peftplan.memory.models.decoder import Call, Style, decoder, gated_mlp
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 Routed = tuple[Tensor, Tensor, Tensor]
 Route = Callable[[Call, Tensor, str], Routed]

@@ -6,12 +6,12 @@ Source: transformers 5.24, models/opt/modeling_opt.py.
 from __future__ import annotations
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
 from peftplan.memory.activations import activation
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, masks_of, run_layers
 from peftplan.memory.norms import layer_norm
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.tensors import Tensor
 
 
 def opt(model: Model) -> Tensor:

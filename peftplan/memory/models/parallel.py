@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from peftplan.memory import ops
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, attention, decoder, masks_of, mlp, run_layers
 from peftplan.memory.norms import layer_norm, written_layer_norm
-from peftplan.memory.shaping import cat, partly_rotary, partly_rotary_inline, sliced, split
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Tensor
+from peftplan.tape import ops
+from peftplan.tape.shaping import cat, partly_rotary, partly_rotary_inline, sliced, split
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 
 def cohere_layer(c: Call, x: Tensor) -> Tensor:

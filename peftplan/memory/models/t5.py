@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.errors import NeedsTraceError
-from peftplan.memory import ops
 from peftplan.memory.activations import activation, power
 from peftplan.memory.attention import attend
-from peftplan.memory.graph import Node
 from peftplan.memory.methods import virtual_tokens
 from peftplan.memory.model import PROMPTED, Model
 from peftplan.memory.models.bart import block_of, decoder_mask, limited
 from peftplan.memory.models.bert import bidirectional_mask
-from peftplan.memory.reentrant import Leaf
 from peftplan.memory.stack import SharedLeaf, kinds_of, run_stack, shared
-from peftplan.memory.tape import Tape
-from peftplan.memory.tensors import Dims, Tensor
+from peftplan.tape import ops
+from peftplan.tape.graph import Node
+from peftplan.tape.reentrant import Leaf
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Tensor
 
 
 def t5(model: Model) -> Tensor:

@@ -1,0 +1,331 @@
+"""The analytic engine as an `Estimate` sees it: peaks per phase as ledgers, from the model's forward written on a tape."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import peftplan.methods as methods
+from peftplan.arch.modules import Architecture
+from peftplan.dtypes import ITEMSIZE
+from peftplan.errors import NeedsTraceError, NoEngineError
+from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
+from peftplan.job.loss_sizes import LossSizes
+from peftplan.job.setup import Setup
+from peftplan.job.virtual_tokens import check_virtual_tokens
+from peftplan.ledger import Ledger, Line
+from peftplan.memory.attention import FLASH_CAPABILITY
+from peftplan.memory.fused_attention import MASK_MULTIPLE
+from peftplan.memory.load import Memory, load_into, load_passing
+from peftplan.memory.methods import ADAPTERS, adapter_of
+from peftplan.memory.model import PROMPTED, Model, Running
+from peftplan.memory.models import FORWARDS
+from peftplan.memory.step import HALF, Program, steady_step
+from peftplan.memory.timeline import Timeline, timeline
+from peftplan.methods.adaptation import NeedsPeftError, adapter_on_host
+from peftplan.optim import parse_optim
+from peftplan.parameters import Parameters, loaded_dtype
+from peftplan.storage import without_peak
+from peftplan.tape.tape import Tape
+
+if TYPE_CHECKING:
+    from peftplan.analytic.instant import InstantPeaks
+    from peftplan.analytic.reserved import Written
+    from peftplan.job.job import Job
+
+MULTIPLES = (8, 16, 32, 64, 128)
+"""Multiples to which kernels round the sequence."""
+BLOCK = 64
+"""Rows that the memory-efficient kernel takes at a time."""
+
+
+class Compiled(NamedTuple):
+    """A job without its sizes: what always stands, what loading peaks at, and the timeline of a step."""
+
+    architecture: Architecture
+    timeline: Timeline
+    standing: Ledger
+    loading: Ledger
+    load: Callable[[Memory[Any]], None]
+    """Loads the model tensor by tensor."""
+    standing_bytes: int
+    loading_bytes: int
+    virtual_tokens: int
+    loss: LossSizes
+    early: tuple[Line, ...] = ()
+    """The states that the optimizer's constructor makes, before the first step."""
+    workspaces: tuple[tuple[int, Line], ...] = ()
+    """Each workspace with the event of the timeline before which it is taken."""
+    on_host: tuple[tuple[tuple[Any, ...], str, int], ...] = ()
+    """Dims, dtype and number of the tensors that wait on the host for backward."""
+    programs: dict[tuple[int, ...], Written] = {}  # noqa: RUF012
+    """What `analytic.reserved` wrote of runs whose last step this is."""
+
+    def facts(self, batch_size: Any, seq_len: Any) -> tuple[Any, ...]:
+        """`shape_facts` of this job at other sizes, numbers or arrays."""
+        return shape_facts(batch_size, seq_len + self.virtual_tokens, windows_of(self.architecture), self.loss)
+
+    def sizes(self, batch_size: Any, seq_len: Any) -> dict[str, Any]:
+        """The named sizes at other sizes, numbers or arrays."""
+        return sizes(batch_size, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
+
+    def assumed(self, named: Mapping[str, Any]) -> dict[str, int]:
+        """What a result says besides the setup: bytes that wait on the host for backward."""
+        numels = ((count * ITEMSIZE[dtype], dims) for dims, dtype, count in self.on_host)
+        nbytes = sum(size * prod(dim if isinstance(dim, int) else named[dim] for dim in dims) for size, dims in numels)
+        return {"offloaded_bytes": nbytes} if nbytes else {}
+
+
+def kernels(compute_capability: str) -> tuple[bool, int | None]:
+    """What the formulas take from a card: whether it runs the flash kernel, and the bytes of a cuBLAS workspace."""
+    flash = tuple(map(int, compute_capability.split("."))) >= FLASH_CAPABILITY
+    return flash, cublas_workspace_bytes(compute_capability).bytes
+
+
+def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> InstantPeaks:
+    """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell."""
+    from peftplan.analytic.instant import InstantPeaks
+    from peftplan.analytic.reserved import Run
+
+    compiled_job = compiled(job, parameters, static, compute_capability=compute_capability)
+    named = compiled_job.sizes(job.setup.batch_size, job.setup.seq_len)
+    moments = compiled_job.timeline.peaks(named, compiled_job.standing_bytes)
+
+    before: list[tuple[Compiled, dict[str, Any]]] = []
+    for tokens in job.script.earlier_seq_lens or ((job.setup.seq_len,) if job.setup.keep_gradients else ()):
+        there = job.setup.keep_gradients and bool(before)  # before the first step there are none
+        earlier = job._replace(setup=job.setup.model_copy(update={"seq_len": tokens, "keep_gradients": there}))
+        of_step = compiled(earlier, parameters, static, compute_capability=compute_capability)
+        before.append((of_step, of_step.sizes(job.setup.batch_size, tokens)))
+    last = (compiled_job, named)
+    return InstantPeaks(compiled_job, moments, named, Run((*before, last) if before else (last, last), job.script))
+
+
+Steps = tuple[tuple[Compiled, dict[str, Any]], ...]
+"""The steps of a run, each with its sizes; the last one counts."""
+
+
+COMPILED: OrderedDict[tuple[Any, ...], Compiled] = OrderedDict()
+"""The last jobs without their sizes: each holds wherever `shape_facts` are the same."""
+COMPILED_KEPT = 256
+
+
+def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Compiled:
+    """The job made ready for all sizes that run the same operations, once."""
+    setup = job.setup
+    virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
+    loss = _loss_sizes(job)
+    facts = shape_facts(setup.batch_size, setup.seq_len + virtual_tokens, windows_of(job.architecture), loss)
+    described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
+    key = (
+        id(job.architecture),
+        *described,
+        job.script,
+        *facts,
+        *(getattr(setup, name) for name in Setup.model_fields if name not in ("batch_size", "seq_len")),
+    )
+    if key in COMPILED:
+        COMPILED.move_to_end(key)
+        return COMPILED[key]
+    _check(job)
+    COMPILED[key] = compiled_job = _compile(job, parameters, static, compute_capability=compute_capability)
+    if len(COMPILED) > COMPILED_KEPT:
+        COMPILED.popitem(last=False)
+    return compiled_job
+
+
+def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Compiled:
+    setup, architecture = job.setup, job.architecture
+    trained_again = _trained_again(job, parameters)
+    model = Model(
+        Tape(autocast=None if setup.autocast == "none" else setup.autocast),
+        architecture,
+        parameters._replace(all=tuple(p._replace(trainable=p.trainable or p.name in trained_again) for p in parameters.all)),
+        job.adaptation,
+        _running(job, compute_capability),
+        job.quant,
+        adapter=adapter_of(job.method and job.method.peft_type),
+    )
+    steady_step(model, _program(job)._replace(left_alone=trained_again))
+    of_step = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
+    lasting = tuple(line for line in static if line.category != "gradients" and line.place == "device")
+    optimizer = parse_optim(str(setup.optim))
+    early = tuple(line for line in lasting if optimizer.made_with_states and line.source == optimizer.source)
+    if not early and (idle := model.idle()):  # what gets no gradient gets no state
+        stated = (line for line in lasting if line.category == "optimizer_states")
+        stateless = {line.name for line in stated if line.name.rpartition(".")[0] in idle}
+        lasting = tuple(line for line in lasting if line.name not in stateless)
+    buffers = Ledger(tuple(line for line in lasting if line.category == "buffers"))
+    dtype_of = partial(loaded_dtype, architecture, dtype=setup.dtype)
+    doubled = job.quant is not None and bool(job.quant.double_quant)
+    loaded = tuple(line for line in lasting if line.category != "optimizer_states")
+    workspaces = _workspaces(of_step.products, compute_capability, apart=job.script.cublaslt_apart)
+    standing = Ledger(lasting + tuple(line for _, line in workspaces))
+    passing = load_passing(
+        parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled, adapters_pass_in=_passed_in(job)
+    )
+    loading = Ledger(loaded + passing)
+    if early:  # the optimizer is made once the model is there
+        loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
+    return Compiled(
+        architecture,
+        of_step,
+        standing=standing,
+        loading=loading,
+        load=partial(
+            load_into,
+            parameters=parameters,
+            buffers=buffers,
+            quant=job.quant,
+            dtype=setup.dtype,
+            dtype_of=dtype_of,
+            prepared=job.quant is not None and bool(setup.kbit_prepare),
+            adapters_pass_in=_passed_in(job),
+        ),
+        standing_bytes=standing.bytes(),
+        loading_bytes=loading.bytes(),
+        early=early,
+        workspaces=workspaces,
+        virtual_tokens=model.virtual_tokens,
+        loss=_loss_sizes(job),
+        on_host=tuple(model.on_host),
+        programs={},
+    )
+
+
+def _trained_again(job: Job, parameters: Parameters) -> frozenset[str]:
+    """LoRA-FA's A, where a script lets it require gradients again."""
+    if not (job.script.enables_adapters_again and getattr(job.config, "freeze_a", False)):
+        return frozenset()
+    return frozenset(p.name for p in parameters.all if p.owner == "adapter" and ".lora_A." in p.name)
+
+
+def _passed_in(job: Job) -> str | None:
+    """The dtype of adapters before peft casts them: that of a 16-bit base which a plain loop has on the device."""
+    layered = job.method is not None and job.method.peft_type in ADAPTERS
+    there = job.quant is None and adapter_on_host(job.setup.trainer, quantized=False)
+    return job.setup.dtype if layered and there and job.setup.dtype in HALF else None
+
+
+def _program(job: Job) -> Program:
+    setup = job.setup
+    return Program(
+        setup.trainer,
+        bool(setup.keep_outputs),
+        parse_optim(str(setup.optim)),
+        accumulation=setup.gradient_accumulation_steps,
+        keep_gradients=setup.keep_gradients,
+        frees_outputs=job.script.outputs_end_with_backward,
+    )
+
+
+def windows_of(architecture: Architecture) -> tuple[int, ...]:
+    """The longest sequence that gets no mask for each sliding window of a model, each once (transformers 5.24, masking_utils.py:
+    `kv_length >= local_attention_size` gets one, where a window that looks both ways states the size of one side).
+    """
+    windowed = (a for block in architecture.blocks for a in block.attentions if a.window)
+    return tuple(sorted({(a.window if a.causal else a.window // 2) - 1 for a in windowed if a.window}))
+
+
+def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...], loss: LossSizes) -> tuple[Any, ...]:
+    """What of batch and sequence decides which operations run: one sequence, ragged masks, shorter windows, chunks of a loss.
+
+    Whole numbers or arrays of them; `seq_len` with virtual tokens.
+    """
+    ragged = (seq_len % MASK_MULTIPLE > 0, (seq_len - loss.virtual_tokens) % MASK_MULTIPLE > 0)
+    return (batch_size > 1, *ragged, *(seq_len > window for window in windows), *loss.facts(batch_size, loss.length(seq_len)))
+
+
+def _check(job: Job) -> None:
+    """Raise NeedsTraceError for the parts of a job that have no formulas here."""
+    if job.quant is not None and (why := without_peak(job.quant)) is not None:
+        raise NoEngineError(why)
+    model_type = job.architecture.model_type
+    if model_type not in FORWARDS:
+        raise NeedsTraceError(f"activations of model type {model_type}")
+    if job.method is None:
+        raise NeedsTraceError(f"activations of {_unread(job.adapter)}")
+    if job.adaptation.matched and job.method.peft_type not in (*ADAPTERS, "LN_TUNING"):
+        raise NeedsTraceError(f"activations of method {job.method.name}")
+    check_virtual_tokens(job)
+    if job.method.module == "bottleneck":
+        from peftplan.methods.bottleneck import refuse_unplaced
+
+        refuse_unplaced(job.architecture, job.adaptation)
+
+
+def _unread(adapter: Mapping[str, Any]) -> str:
+    """What of an adapter config only peft itself reads."""
+    try:
+        methods.from_peft_config(adapter)
+    except NeedsPeftError as what:
+        return str(what)
+    return "this adapter config"
+
+
+def _loss_sizes(job: Job) -> LossSizes:
+    before_embeddings = job.method is not None and job.method.peft_type in PROMPTED
+    return LossSizes(
+        job.setup.loss,
+        hidden_size=job.architecture.hidden_size or 0,
+        vocab_size=job.architecture.vocab_size or 0,
+        virtual_tokens=getattr(job.config, "num_virtual_tokens", None) or 0,
+        prompted=before_embeddings,
+        kept=job.setup.logits_to_keep,
+    )
+
+
+def _running(job: Job, compute_capability: str) -> Running:
+    setup, loss = job.setup, _loss_sizes(job)
+    of_llama = job.architecture.model_class.endswith("ForCausalLM")  # GPT2LMHeadModel, say, had a loss of its own
+    return Running(
+        autocast=None if setup.autocast == "none" else setup.autocast,
+        checkpointing=bool(setup.gradient_checkpointing),
+        attention=str(setup.attn_implementation),
+        padding=setup.padding,
+        use_cache=bool(setup.use_cache) and setup.trainer != "trl" and setup.loss != "trl-chunked",
+        adapter_on_host=adapter_on_host(setup.trainer, quantized=job.quant is not None),
+        masks_unpadded=job.script.masks_unpadded(job.architecture.model_type, setup),
+        repeats_kv=job.script.repeats_kv,
+        rotary_by_product=job.script.rotary_by_product,
+        shifts_logits=job.script.shifts_logits and of_llama,
+        logits_in_fp32=job.script.logits_in_fp32 and of_llama and not job.architecture.logits_ops,
+        flash=kernels(compute_capability)[0],
+        peft_type=None if job.method is None else job.method.peft_type,
+        config=job.config,
+        seq_len=setup.seq_len,
+        batch_size=setup.batch_size,
+        dtype=setup.dtype,
+        loss=setup.loss,
+        loss_facts=loss.facts(setup.batch_size, loss.length(setup.seq_len + loss.virtual_tokens)),
+        logits_to_keep=setup.logits_to_keep,
+        reentrant=setup.use_reentrant,
+        every_n_layers=setup.every_n_layers or 1,
+        hosted=bool(setup.offload_checkpoints),
+    )
+
+
+def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, Any]:
+    """The named sizes of a batch of b sequences of s tokens, numbers or arrays: k is the sequence with virtual tokens."""
+    named = {"b": b, "s": s, "k": s + virtual_tokens}
+    named |= {f"{name}%{m}": -(-named[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
+    named |= {f"{name}/{BLOCK}": -(-named[name] // BLOCK) for name in ("s", "k")}
+    named |= {f"{name}{more:+}": named[name] + more for name in ("s", "k") for more in (1, -1)}
+    return named | loss.named(b, loss.length(s + virtual_tokens))
+
+
+def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:
+    """One workspace per thread that multiplies matrices, from the first product on; `apart`: cuBLASLt has one of its own."""
+    nbytes = {"cuBLAS": kernels(compute_capability)[1], "cuBLASLt": CUBLASLT_WORKSPACE_BYTES}
+    taken: dict[tuple[str, str], int] = {}
+    for (library, thread), at in products.items():
+        whose = (library if apart else "cuBLAS", thread)
+        taken[whose] = min(at, taken.get(whose, at))
+    return tuple(
+        (at, Line(f"{library} workspace, {thread} thread", "workspaces", "uint8", (int(size),), 1, library))
+        for (library, thread), at in sorted(taken.items(), reverse=True)
+        if (size := nbytes[library]) is not None
+    )

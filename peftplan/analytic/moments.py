@@ -1,0 +1,94 @@
+"""A timeline at many sizes at once: the moments that can be a peak, as a matrix of how many tensors of each size are alive.
+
+numpy, from the extra `sweep`. Exact up to 2⁵³ bytes, where float64 counts every integer; more is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftplan.dtypes import ITEMSIZE
+from peftplan.errors import InputError, MissingExtraError
+from peftplan.ledger import Dim
+from peftplan.memory.timeline import Timeline
+from peftplan.units import ALLOCATION_ROUNDING
+
+try:
+    import numpy as np
+except ImportError:
+    raise MissingExtraError("a grid of sizes (numpy)", "sweep") from None
+
+EXACT = 2**53 // ALLOCATION_ROUNDING
+"""Units of `ALLOCATION_ROUNDING` bytes up to which float64 counts each byte."""
+CHUNK = 2**14
+"""Points at a time: what a processor's cache holds."""
+
+Size = tuple[int, tuple[Dim, ...]]
+"""What a column counts: units of `ALLOCATION_ROUNDING` bytes times these named sizes, where the number is 0; else tensors of so
+many bytes times these named sizes, each rounded up."""
+
+
+class Moments:
+    """The moments of each phase at which its peak can lie, whatever the sizes."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        index: dict[Size, int] = {}
+        column: list[int] = []
+        units: list[int] = []
+        for of_kind in timeline.kinds:
+            size, times = _size(of_kind.dtype, of_kind.dims)
+            column.append(index.setdefault(size, len(index)))
+            units.append(times)
+        self.sizes = tuple(index)
+        steps = np.zeros((len(timeline.events), len(index)), dtype=np.int64)
+        for at, (kind, count) in enumerate(timeline.events):
+            steps[at, column[kind]] += count * units[kind]
+        levels = np.vstack([np.zeros((1, len(index)), dtype=np.int64), np.cumsum(steps, axis=0)])
+        self.by_phase: dict[str, Any] = {}
+        for phase, start, end in timeline.windows:
+            rows = np.unique(levels[start : end + 1], axis=0)
+            if phase in self.by_phase:
+                rows = np.unique(np.vstack([rows, self.by_phase[phase]]), axis=0)
+            self.by_phase[phase] = _undominated(rows)
+
+    def peaks(self, named: Mapping[str, Any], standing: int) -> dict[str, Any]:
+        """Phase → bytes at its peak for every point; `named` are arrays of one length."""
+        length = len(next(iter(named.values())))
+        by_phase = {phase: np.empty(length, dtype=np.int64) for phase in self.by_phase}
+        for start in range(0, length, CHUNK):
+            part = {name: values[start : start + CHUNK].astype(np.float64) for name, values in named.items()}
+            points = len(next(iter(part.values())))
+            blocks = np.empty((len(self.sizes), points))
+            for row, (number, dims) in enumerate(self.sizes):
+                numel: Any = 1.0
+                for dim in dims:
+                    numel = numel * part[str(dim)]
+                blocks[row] = np.ceil(numel * (number / ALLOCATION_ROUNDING)) if number else numel
+            for phase, rows in self.by_phase.items():
+                best = (rows @ blocks).max(axis=0)
+                if best.max() > EXACT:
+                    raise InputError("seq_len", "a grid", "accepted: batches and sequences with a peak below 8 PiB")
+                by_phase[phase][start : start + points] = best.astype(np.int64) * ALLOCATION_ROUNDING + standing
+        return by_phase
+
+
+def _size(dtype: str, dims: tuple[Dim, ...]) -> tuple[Size, int]:
+    """The column of a tensor, and how much one tensor adds to it: what always fills whole units is counted in these."""
+    number = ITEMSIZE[dtype]
+    for dim in dims:
+        number *= dim if isinstance(dim, int) else 1
+    named = tuple(sorted(dim for dim in dims if not isinstance(dim, int)))
+    if number % ALLOCATION_ROUNDING and named:
+        return (number, named), 1
+    return (0, named), -(-number // ALLOCATION_ROUNDING)
+
+
+def _undominated(rows: Any) -> Any:
+    """Rows of which no other has at least as many tensors of every size."""
+    order = np.argsort(-rows.sum(axis=1), kind="stable")
+    kept: list[Any] = []
+    for row in rows[order]:
+        if not kept or not (np.asarray(kept) >= row).all(axis=1).any():
+            kept.append(row)
+    return np.asarray(kept, dtype=np.float64)

@@ -1,0 +1,306 @@
+"""What torch's caching allocator makes of an analytic estimate: its events as a program, replayed through a model of it.
+
+Two optimizer steps after loading, as the trace engine replays them: the first makes the optimizer's states, the second is the
+steady one; a script may say other steps (`job.script`). Layers between the first and the last of their kind, which the
+timeline only counts, do here what the last one does, event by event.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from peftplan.allocator import program as events
+from peftplan.allocator.program import Program, Replayed, replay
+from peftplan.depth.copies import Layers
+from peftplan.dtypes import ITEMSIZE
+from peftplan.job.script import NO_SCRIPT, Script
+from peftplan.ledger import Line
+from peftplan.memory.timeline import Timeline
+
+if TYPE_CHECKING:
+    from peftplan.analytic.compiled import Compiled, Steps
+
+
+_LAYER = re.compile(r"(?<=\.)(\d+|\{\})(?=\.)")
+"""The place of a layer's number in a name, or the number of the only one that has the tensor."""
+
+SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, default options"
+
+
+class Run(NamedTuple):
+    """The steps of a run after loading; the last one counts."""
+
+    steps: Steps
+    script: Script = NO_SCRIPT
+
+    def fits(self, capacity_bytes: int) -> bool:
+        """Whether it runs where the allocator can take so many bytes: it gives cached segments back before it fails."""
+        try:
+            self.peaks(capacity_bytes=capacity_bytes)
+        except MemoryError:
+            return False
+        return True
+
+    def peaks(self, *, capacity_bytes: int | None = None) -> Replayed:
+        """Allocated bytes of each phase with the tails of blocks, and reserved bytes.
+
+        Raises MemoryError where `capacity_bytes` are not enough.
+        """
+        program, sizes = self.program()
+        return replay(program, sizes, ties_by_address=self.script.ties_by_address, capacity=capacity_bytes)
+
+    def program(self) -> tuple[Program, list[int]]:
+        """The events, which are the same at all sizes at which the same operations run, and the sizes."""
+        compiled, _ = self.steps[-1]
+        key = tuple(id(of_step) for of_step, _ in self.steps)
+        if key not in compiled.programs:
+            compiled.programs[key] = _write([of_step for of_step, _ in self.steps], self.script)
+        written = compiled.programs[key]
+        of_step = {id(step): _sizes(*step) for step in self.steps}  # most runs repeat one step
+        return written.program, [n for step in self.steps for n in of_step[id(step)]] + written.sizes
+
+
+class Written(NamedTuple):
+    """A program, the sizes that its table ends with, and the steps it was written for, which its key names by identity."""
+
+    program: Program
+    sizes: list[int]
+    steps: list[Compiled]
+
+
+def _write(steps: list[Compiled], script: Script) -> Written:
+    writer = _Writer(script, sum(len(of_step.timeline.kinds) for of_step in steps))
+    compiled = steps[-1]
+    writer.begin("load")
+    compiled.load(writer)
+    writer.take(compiled.early)
+    writer.begin("warmup")
+    states = [line for line in compiled.standing if line.category == "optimizer_states" and line not in compiled.early]
+    kept = any(_makes_gradients(compiled.timeline, at) for at in range(compiled.timeline.windows[0][1]))
+    kinds = 0
+    for number, of_step in enumerate(steps, start=1):
+        lasting = _lasting(states, of_step) if number == 1 else {}
+        writer.step(of_step.timeline, kinds, lasting, phases=number == len(steps))
+        if kept:
+            writer.leave(n for n, kind in enumerate(of_step.timeline.kind_of) if _is_gradient(of_step.timeline, kind))
+        writer.end()
+        kinds += len(of_step.timeline.kinds)
+    return Written(writer.program(), list(writer.sizes), steps)
+
+
+def _lasting(states: list[Line], compiled: Compiled) -> dict[int, list[Line]]:
+    """What the first step makes for all: the optimizer's states and workspaces, by the event that they precede."""
+    by_event = {compiled.timeline.states: states}
+    for at, line in compiled.workspaces:
+        by_event.setdefault(at, []).append(line)
+    return by_event
+
+
+def _is_gradient(timeline: Timeline, kind: int) -> bool:
+    return timeline.kinds[kind].category == "gradients"
+
+
+def _makes_gradients(timeline: Timeline, at: int) -> bool:
+    kind, count = timeline.events[at]
+    return count > 0 and _is_gradient(timeline, kind)
+
+
+def _stack(name: str) -> str:
+    """What precedes the number of a layer in a name, or the name."""
+    return _LAYER.split(name, maxsplit=1)[0]
+
+
+def _layers(name: str, copies: int) -> range:
+    """The layers of a stack that have a tensor."""
+    number = _LAYER.search(name)
+    first = int(number[0]) if number and number[0] != "{}" else 0
+    return range(first, first + copies)
+
+
+class _Writer:
+    """Writes a program. Sizes of tensors of a step stand in the table by their kind, all others behind them."""
+
+    def __init__(self, script: Script, num_kinds: int) -> None:
+        self.script = script
+        self.sizes: dict[int, int] = {}
+        self._num_kinds = num_kinds
+        self._events: list[int] = []
+        self._kept: dict[tuple[int, ...], list[int]] = {}
+        """Sizes of tensors that are made together, for good → their events."""
+        self._handles = 0
+        self._storages = 0
+        self._phases: list[str] = []
+        self._alive: dict[int, int] = {}
+        """How many of each storage of a step are alive, the last one made last."""
+
+    def program(self) -> Program:
+        """What has been written."""
+        return Program(array("q", self._events).tobytes(), self._storages + 1, self._handles, tuple(self._phases))
+
+    # -- loading: `memory.load.Memory` -------------------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int) -> int:
+        """Make a tensor; what frees it."""
+        handle, sizes = self._handles, self.sizes
+        self._events += (events.HOLD, handle, self._num_kinds + sizes.setdefault(nbytes, len(sizes)), 0, 0)
+        self._handles = handle + 1
+        return handle
+
+    def keep(self, sizes: tuple[int, ...], /) -> None:
+        """Make tensors for good."""
+        if sizes not in self._kept:
+            self._kept[sizes] = [n for nbytes in sizes for n in (events.TAKE, self._size(nbytes), 1, 0, 0)]
+        self._events += self._kept[sizes]
+
+    def release(self, storage: int, /) -> None:
+        """Free a tensor."""
+        self._events += (events.LET_GO, storage, 0, 0, 0)
+
+    def empty_cache(self) -> None:
+        """`torch.cuda.empty_cache()`."""
+        self._write(events.EMPTY)
+
+    # -- steps -------------------------------------------------------------------------------------------------------------------
+
+    def begin(self, phase: str) -> None:
+        """What follows counts for this phase."""
+        if phase not in self._phases:
+            self._phases.append(phase)
+        self._write(events.PHASE, self._phases.index(phase))
+
+    def take(self, lines: Iterable[Line]) -> None:
+        """Allocate lines for good, layer by layer."""
+        for _, group in groupby(lines, key=lambda line: _stack(line.name)):
+            of_stack = [(_layers(line.name, line.copies), self._size(ITEMSIZE[line.dtype] * prod(line.shape))) for line in group]
+            for layer in range(max(layers.stop for layers, _ in of_stack)):
+                for layers, size in of_stack:
+                    if layer in layers:
+                        self._events += (events.TAKE, size, 1, 0, 0)
+
+    def step(self, timeline: Timeline, kinds: int, lasting: Mapping[int, Sequence[Line]], *, phases: bool) -> None:
+        """One optimizer step, whose kinds stand in the table from `kinds` on; `lasting`: what lasts, by the event it precedes."""
+        borders = {start: phase for phase, start, _ in timeline.windows}
+        layers = {repeated.first: repeated for repeated in timeline.repeated}
+        outlives = len(timeline.events) if not self.script.outputs_outlive_step else timeline.windows[-1][1]
+        self._storages = max(self._storages, len(timeline.kind_of))
+        done = 0
+        for at, ((kind, count), storage) in enumerate(zip(timeline.events, timeline.storages, strict=True)):
+            if at in borders:
+                self._begin(borders[at], counts=phases)
+            if at in lasting:
+                self.take(lasting[at])
+            if at in layers:
+                self._repeat(layers[at].layers, timeline, kinds)
+                done = layers[at].last
+            if at < done or (at < timeline.windows[0][1] and _makes_gradients(timeline, at)):  # the first step made them
+                continue
+            if count > 1 and at >= timeline.windows[-1][1]:
+                done = self._by_layer(timeline, kinds, at)
+            elif count > 0:
+                self._alive[storage] = self._alive.pop(storage, 0) + count
+                self._events += (events.MAKE, storage, kinds + kind, 1, 0)
+                if count > 1:  # made again, so that copies of layers take of these too
+                    self._events += (events.MAKE, storage, kinds + kind, count - 1, 0)
+            elif at < outlives or timeline.kinds[kind].category == "temporaries":
+                self._alive[storage] = self._alive.get(storage, 0) + count
+                self._events += (events.FREE, storage, kinds + kind, -count, 0)
+            else:
+                self._write(events.OUTPUTS, storage)
+        self.take(lasting.get(len(timeline.events), ()))
+        if self.script.empties_cache:
+            self._write(events.EMPTY)
+
+    def leave(self, storages: Iterable[int]) -> None:
+        """Let what lives of these storages stay for good."""
+        for storage in storages:
+            self._write(events.LEAVE, storage)
+
+    def end(self) -> None:
+        """End a step."""
+        self._write(events.END)
+        self._alive.clear()
+
+    def _begin(self, phase: str, *, counts: bool) -> None:
+        if counts:
+            self.begin(phase)
+        if phase == "backward":  # the forward has returned
+            self._write(events.END_OUTPUTS)
+
+    def _by_layer(self, timeline: Timeline, kinds: int, at: int) -> int:
+        """Make what an optimizer makes for all parameters of a stack, layer by layer; the event behind."""
+        run = []
+        for (kind, count), storage in zip(timeline.events[at:], timeline.storages[at:], strict=True):
+            name = timeline.kinds[kind].name
+            if count < 1 or _stack(name) != _stack(timeline.kinds[timeline.events[at][0]].name):
+                break
+            run.append((_layers(name, count), storage, kinds + kind))
+        for layer in range(max(layers.stop for layers, *_ in run)):
+            for layers, storage, size in run:
+                if layer in layers:
+                    self._write(events.ADD, storage, size)
+        return at + len(run)
+
+    def _repeat(self, layers: Sequence[Layers], timeline: Timeline, kinds: int) -> None:
+        """Layers that the timeline only counts, those of several kinds in turn."""
+        handed_on = {after: before for layer in layers for after, before in layer.handed_on.items()}
+        before, behind = set(handed_on.values()) - set(handed_on), set(handed_on) - set(handed_on.values())
+        for one, last in zip(sorted(before), sorted(behind), strict=False):  # one each, but where nothing is handed on
+            self._write(events.BEHIND, one, last)
+        self._write(events.REPEAT, len(layers))
+        there = {n for layer in layers for n in layer.log if n > 0} | {n for n, count in self._alive.items() if count > 0}
+        for layer in layers:
+            handed_on = {n: self._alike(n, timeline) for n in layer.moved if n not in there}
+            of_layer = _events_of(layer, timeline, kinds, handed_on)
+            self._write(events.LAYER, layer.number, len(of_layer) // events.WIDTH)
+            self._events += of_layer
+
+    def _alike(self, storage: int, timeline: Timeline) -> int:
+        """The last tensor of a storage's dims and dtype that is alive: what the layer before handed on, of another kind."""
+        of_storage = timeline.kinds[timeline.kind_of[storage]]
+        for n in reversed(self._alive):
+            kind = timeline.kinds[timeline.kind_of[n]]
+            if self._alive[n] > 0 and (kind.dims, kind.dtype) == (of_storage.dims, of_storage.dtype):
+                return n
+        return storage
+
+    def _size(self, nbytes: int) -> int:
+        return self._num_kinds + self.sizes.setdefault(nbytes, len(self.sizes))
+
+    def _write(self, what: int, a: int = 0, b: int = 0) -> None:
+        self._events += (what, a, b, 0, 0)
+
+
+def _events_of(layers: Layers, timeline: Timeline, kinds: int, handed_on: Mapping[int, int]) -> list[int]:
+    """What one layer makes and frees itself, keeps, drops of others, or puts in another's place; `handed_on`: a storage that was
+    not made yet where the copies stand → the one in its place there.
+    """
+    net, allocated = frozenset(layers.net), {n for n in layers.log if n > 0}
+    written: list[int] = []
+    for n in layers.log:
+        storage = abs(n)
+        size, count = kinds + timeline.kind_of[storage], timeline.tensors.get(storage, 1)
+        if n in net:
+            written += (events.MAKE if n > 0 else events.FREE, storage, size, count, 0)
+        elif n > 0:
+            written += (events.OWN, storage, size, count, 0)
+        elif storage in allocated:
+            written += (events.END_OWN, storage, 0, 0, 0)
+        elif storage in layers.moved:
+            written += (events.HAND, handed_on.get(storage, storage), layers.moved[storage], size, count)
+    return written
+
+
+def _sizes(compiled: Compiled, named: Mapping[str, int]) -> list[int]:
+    """Bytes of a tensor of each kind as asked for, before rounding."""
+    sizes = []
+    for kind in compiled.timeline.kinds:
+        nbytes = ITEMSIZE[kind.dtype]
+        for dim in kind.dims:
+            nbytes *= named[dim] if isinstance(dim, str) else dim
+        sizes.append(nbytes)
+    return sizes

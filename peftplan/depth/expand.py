@@ -1,0 +1,305 @@
+"""From the logs of a model with few identical layers to that of one with many, exactly: a middle layer's events are repeated.
+
+A log is cut into runs of events that belong to one layer or to none. Where runs of all layers follow each other, up (forward,
+load, optimizer) or down (backward), they form a chain, and every chain gets the same number of copies of its second layer. What a
+copy frees is found by its distance: its own layer's or its neighbour's. A log of one layer more proves or refutes the rule.
+
+Where only every n-th layer is alike (`every_n_layers` of checkpointing), n layers are one unit, which is copied as a layer else;
+the last unit may have fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from peftplan.depth.layers import Layers
+from peftplan.depth.log import AUTOGRAD, Moment, Storage
+from peftplan.errors import PeftplanError
+
+TEMPLATE = 1
+"""The unit that is copied: the first one may differ (its input is an embedding), the last one too."""
+
+Began = list[tuple[int, str]]
+Place = tuple[int, int, int]
+"""Where a unit's storage was made: chain, unit, ordinal within the run."""
+Growth = tuple[int, tuple[int, ...]]
+"""Bytes, and elements of each dim, that one layer more adds."""
+
+
+class NotRepeatingError(PeftplanError):
+    """The log does not consist of layers that repeat; the model has to be traced in full."""
+
+
+@dataclass
+class Run:
+    """Consecutive moments of one unit (None: of no layer) within one phase."""
+
+    window: int
+    layer: int | None
+    moments: list[Moment] = field(default_factory=list)
+
+
+@dataclass
+class Chain:
+    """Runs of every layer, one after the other; `step` is +1 upwards, −1 downwards."""
+
+    runs: list[Run]
+    step: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The log of a model with `layers` layers in the module list `stack`, and where its phases begin; every `period`-th layer
+    is alike."""
+
+    log: tuple[Moment, ...]
+    began: Began
+    layers: int
+    stack: str
+    period: int = 1
+
+    @classmethod
+    def of(cls, log: Sequence[Moment], began: Began, *, layers: int, stack: str, period: int = 1) -> Sample:
+        """A sample in the canonical order of frees."""
+        return cls(in_order(log, began, stack=stack), began, layers, stack, period)
+
+    @property
+    def units(self) -> int:
+        """How many units its layers make, the last of which may have fewer layers."""
+        return -(-self.layers // self.period)
+
+    @cached_property
+    def named(self) -> Layers:
+        """Finds its layers in names."""
+        return Layers(self.stack, self.period)
+
+
+def grown(small: Sample, large: Sample, *, layers: int) -> Sample:
+    """The log of a model with `layers` layers, from those of two that differ by one unit.
+
+    The smaller log, one unit added, must be the larger one, event by event; what belongs to no layer (a stack of all gradients'
+    norms) may grow by the same bytes with each unit. Raises NotRepeatingError.
+    """
+    of_small, of_large = (list(_chains(_runs(s.log, s.began, s.named), s.units)) for s in (small, large))
+    growth = _growth(of_small, of_large)
+    predicted = _written(small, of_small, growth, added=1)
+    if not same(predicted.log, large.log):
+        raise NotRepeatingError(f"more than {small.layers} layers is not what a trace of {large.layers} layers shows")
+    return _written(large, of_large, growth, added=(layers - large.layers) // large.period)
+
+
+def _written(sample: Sample, parts: Sequence[Run | Chain], growth: Sequence[Growth], *, added: int) -> Sample:
+    writer = _Writer(parts, sample.named, growth, added=added)
+    for part in parts:
+        writer.write(part)
+    layers = sample.layers + added * sample.period
+    return Sample(tuple(writer.log), writer.phases(sample.began), layers, sample.stack, sample.period)
+
+
+def _outside(parts: Sequence[Run | Chain]) -> list[Storage]:
+    return [m.storage for part in parts if isinstance(part, Run) for m in part.moments if m.kind == "alloc"]
+
+
+def _growth(small: Sequence[Run | Chain], large: Sequence[Run | Chain]) -> list[Growth]:
+    """By how much each allocation of no layer grows with one layer more, in order."""
+    pairs = [
+        [m.storage for part in parts if isinstance(part, Run) for m in part.moments if m.kind == "alloc"]
+        for parts in (small, large)
+    ]
+    if len(pairs[0]) != len(pairs[1]) or any(len(a.shape) != len(b.shape) for a, b in zip(*pairs, strict=True)):
+        raise NotRepeatingError("another layer changes what happens outside of the layers")
+    return [
+        (b.nbytes - a.nbytes, tuple(y - x for x, y in zip(a.shape, b.shape, strict=True))) for a, b in zip(*pairs, strict=True)
+    ]
+
+
+def in_order(log: Sequence[Moment], began: Began, *, stack: str) -> tuple[Moment, ...]:
+    """The log with frees that follow each other outside all modules sorted by layer.
+
+    Autocast empties its cache in the order of a hash table; what is freed without an allocation in between makes no difference.
+    """
+    layers = Layers(stack)
+    starts = {start for start, _ in began}
+    ordered: list[Moment] = []
+    batch: list[Moment] = []
+
+    def rank(moment: Moment) -> tuple[bool, int, int]:
+        layer = layers.number(moment.storage.name or moment.storage.module)
+        return layer is None, (layer or 0) * (-1 if moment.phase == "backward" else 1), moment.storage.id
+
+    for index, moment in enumerate(log):
+        outside = moment.kind == "free" and not moment.module
+        if not outside or index in starts:
+            ordered += sorted(batch, key=rank)
+            batch = []
+        if outside:
+            batch.append(moment)
+        else:
+            ordered.append(moment)
+    return (*ordered, *sorted(batch, key=rank))
+
+
+def _runs(log: Sequence[Moment], began: Began, named: Layers) -> list[Run]:
+    starts = {start: window for window, (start, _) in enumerate(began)}
+    runs: list[Run] = []
+    window = 0
+    for index, moment in enumerate(log):
+        window = starts.get(index, window)
+        previous = runs[-1].layer if runs else None
+        layer = _unit(moment, named, previous)
+        if not runs or runs[-1].layer != layer or runs[-1].window != window:
+            runs.append(Run(window, layer))
+        runs[-1].moments.append(moment)
+    return runs
+
+
+def _unit(moment: Moment, named: Layers, previous: int | None) -> int | None:
+    """The unit that a moment belongs to: that of the running module, else of the tensor's owner.
+
+    What the caller of the layers frees between two of them belongs to the one before.
+    """
+    if moment.module:
+        unit = named.unit(moment.module)
+        follows = moment.kind == "free" or moment.module == AUTOGRAD
+        return previous if unit is None and follows else unit
+    owner = moment.storage.name or moment.storage.module
+    return named.unit(owner) if owner else previous
+
+
+def _chains(runs: list[Run], units: int) -> Iterator[Run | Chain]:
+    at = 0
+    while at < len(runs):
+        run = runs[at]
+        if run.layer is None:
+            yield run
+            at += 1
+            continue
+        step = 1 if run.layer == 0 else -1
+        of_units = runs[at : at + units]
+        expected = list(range(units)) if step == 1 else list(range(units - 1, -1, -1))
+        if [r.layer for r in of_units] != expected or len({r.window for r in of_units}) != 1:
+            raise NotRepeatingError(f"layers {[r.layer for r in of_units]} follow each other in {run.moments[0].phase}")
+        yield Chain(of_units, step)
+        at += units
+
+
+class _Writer:
+    """Writes the longer log, part by part."""
+
+    def __init__(self, parts: Sequence[Run | Chain], named: Layers, growth: Sequence[Growth], *, added: int) -> None:
+        self.log: list[Moment] = []
+        self._named = named
+        self._added = added
+        self._growth = iter(growth)
+        self._places: dict[int, Place] = {}
+        self._storages: dict[Place | int, Storage] = {}
+        self._starts: dict[int, int] = {}
+        self._names: dict[tuple[str, int], str] = {}
+        self._counterparts: dict[tuple[int, int, int, int], int] = {}
+        self._allocated: dict[tuple[int, int], list[Storage]] = {}
+        for number, part in enumerate(parts):
+            for run in part.runs if isinstance(part, Chain) else ():
+                allocated = [m.storage for m in run.moments if m.kind == "alloc"]
+                self._allocated[number, int(run.layer or 0)] = allocated
+                self._places |= {s.id: (number, int(run.layer or 0), j) for j, s in enumerate(allocated)}
+
+    def write(self, part: Run | Chain) -> None:
+        """Append one part, a chain with its copies."""
+        if isinstance(part, Run):
+            self._starts.setdefault(part.window, len(self.log))
+            self._append(part, shift=None)
+            return
+        self._starts.setdefault(part.runs[0].window, len(self.log))
+        below = [run for run in part.runs if int(run.layer or 0) <= TEMPLATE]
+        above = [run for run in part.runs if int(run.layer or 0) > TEMPLATE]
+        template = next(run for run in part.runs if run.layer == TEMPLATE)
+        copies = [(template, shift) for shift in range(1, self._added + 1)]
+        upwards = [(run, 0) for run in below], copies, [(run, self._added) for run in above]
+        downwards = [(run, self._added) for run in above], copies[::-1], [(run, 0) for run in below]
+        for group in upwards if part.step == 1 else downwards:
+            for run, shift in group:
+                self._append(run, shift=shift)
+
+    def _append(self, run: Run, *, shift: int | None) -> None:
+        """The moments of one run; `shift` is how far its layer moves, None for a run of no layer."""
+        for moment in run.moments:
+            place = self._places.get(moment.storage.id)
+            key: Place | int = moment.storage.id if place is None else self._moved(place, run.layer, shift)
+            if moment.kind == "alloc":
+                self._storages[key] = self._copied(moment.storage, key)
+            elif key not in self._storages:
+                raise NotRepeatingError(f"{moment.storage.op} in {moment.module} is freed before it is made")
+            module = moment.module if shift in (None, 0) else self._renamed(moment.module, int(run.layer or 0) + int(shift or 0))
+            self.log.append(Moment(moment.kind, self._storages[key], moment.phase, module))
+
+    def _moved(self, place: Place, layer: int | None, shift: int | None) -> Place:
+        chain, made_in, ordinal = place
+        if layer is None or shift is None:
+            return chain, made_in + (self._added if made_in > TEMPLATE else 0), ordinal
+        if abs(made_in - layer) > 1:
+            raise NotRepeatingError(f"layer {layer} frees what layer {made_in} made")
+        target = made_in + shift
+        source = target if target <= TEMPLATE else max(TEMPLATE, target - self._added)
+        return chain, target, self._counterpart(chain, made_in, source, ordinal)
+
+    def _counterpart(self, chain: int, layer: int, other: int, ordinal: int) -> int:
+        """The same tensor's ordinal in another layer's run: first and last layers may make a few tensors more or fewer."""
+        if layer == other:
+            return ordinal
+        key = (chain, layer, other, ordinal)
+        if key not in self._counterparts:
+            self._counterparts[key] = self._ordinal_in(*key)
+        return self._counterparts[key]
+
+    def _ordinal_in(self, chain: int, layer: int, other: int, ordinal: int) -> int:
+        ours, theirs = self._allocated[chain, layer], self._allocated[chain, other]
+        from_end = len(theirs) - len(ours) + ordinal
+        for position in (ordinal, from_end):
+            if 0 <= position < len(theirs) and _kin(ours[ordinal], theirs[position], self._named):
+                return position
+        raise NotRepeatingError(f"layer {other} has no counterpart of {ours[ordinal].op} in {ours[ordinal].module}")
+
+    def _copied(self, storage: Storage, key: Place | int) -> Storage:
+        if isinstance(key, int):
+            more_bytes, more = next(self._growth)
+            shape = tuple(dim + self._added * extra for dim, extra in zip(storage.shape, more, strict=True))
+            return replace(storage, id=len(self._storages), nbytes=storage.nbytes + self._added * more_bytes, shape=shape)
+        s = storage
+        name = None if s.name is None else self._renamed(s.name, key[1])
+        module = self._renamed(s.module, key[1])
+        number = len(self._storages)  # `replace` would take as long as all the rest
+        return Storage(
+            number, s.nbytes, s.shape, s.dtype, s.op, module, s.phase, s.segment, s.in_forward, s.category, name, s.freed_segment
+        )
+
+    def _renamed(self, name: str, layer: int) -> str:
+        key = (name, layer)
+        if key not in self._names:
+            self._names[key] = self._named.renamed(name, layer)
+        return self._names[key]
+
+    def phases(self, began: Began) -> Began:
+        """Where each phase begins in the longer log; one without events begins where the next does."""
+        starts: Began = []
+        following = len(self.log)
+        for window in range(len(began) - 1, -1, -1):
+            following = self._starts.get(window, following)
+            starts.append((following, began[window][1]))
+        return starts[::-1]
+
+
+def _kin(one: Storage, other: Storage, named: Layers) -> bool:
+    names = [named.renamed(s.name or s.module, 0) for s in (one, other)]
+    return (one.op, one.shape, one.dtype, names[0]) == (other.op, other.shape, other.dtype, names[1])
+
+
+def same(one: Sequence[Moment], other: Sequence[Moment]) -> bool:
+    """Whether two logs make and free the same bytes in the same order, in the same phases."""
+    return len(one) == len(other) and _signature(one) == _signature(other)
+
+
+def _signature(log: Sequence[Moment]) -> list[tuple[str, int, str, int]]:
+    numbers: dict[int, int] = {}
+    return [(m.kind, m.storage.nbytes, m.phase, numbers.setdefault(m.storage.id, len(numbers))) for m in log]

@@ -1,0 +1,39 @@
+"""A job: a model, a method and a setup, checked and resolved, before an engine looks at it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import peftplan.methods as methods
+from peftplan.arch.modules import Architecture
+from peftplan.job.script import NO_SCRIPT, Script
+from peftplan.job.setup import Setup
+from peftplan.methods.adaptation import Adaptation, MethodConfig
+from peftplan.storage import QuantConfig
+
+
+class Job(NamedTuple):
+    """What `estimate` counts, `trace` traces and `measure` runs.
+
+    `method` and `config` are None where only peft itself can count the `adapter` config; `adapter` is empty where a method was
+    named and no adapter config given.
+    """
+
+    model: Any
+    method: methods.Method | None
+    config: MethodConfig | None
+    adapter: dict[str, Any]
+    setup: Setup
+    quant: QuantConfig | None
+    architecture: Architecture
+    adaptation: Adaptation
+    script: Script = NO_SCRIPT
+    warnings: tuple[str, ...] = ()
+    """Options that have no effect, shown with every result."""
+    chosen: frozenset[str] = frozenset()
+    """Options and fields of the method that somebody set; the others were filled in."""
+
+    @property
+    def method_name(self) -> str:
+        """The method as it is shown."""
+        return self.method.name if self.method else str(self.adapter.get("peft_type")).lower()

@@ -1,0 +1,279 @@
+"""From a request to a checked and resolved job, the same for every engine and for measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import peftplan.methods as methods
+from peftplan.arch import sources as architectures
+from peftplan.arch.modules import Architecture
+from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
+from peftplan.job.job import Job
+from peftplan.job.script import NO_SCRIPT, Script
+from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolved
+from peftplan.job.tasks import as_told, check_task
+from peftplan.job.words import MEANINGS, named_as_typed
+from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
+from peftplan.methods.saved import SAVED_HEADS
+from peftplan.methods.unmatched import unmatched_targets
+from peftplan.storage import QuantConfig, check_trainable, parse_quant
+
+NOT_ON_4_BIT = ("loha", "lokr")
+"""Methods whose forward adds an update to the packed weight itself (`LycorisLayer`, peft 0.21.2) and raises a RuntimeError."""
+
+
+def prepare(
+    model: Any,
+    *,
+    method: str | None = None,
+    peft_config: Any = None,
+    quantization_config: Any = None,
+    training_args: Any = None,
+    script: Script = NO_SCRIPT,
+    strict: bool = False,
+    **options: Any,
+) -> Job:
+    """The checked and resolved job of a request. Arguments and errors are those of `estimate`."""
+    if not isinstance(script, Script):
+        raise InputError("script", script, "accepted: a Script of peftplan.job.script")
+    with named_as_typed({"method": method, **options}) as options:
+        return _prepared(
+            model,
+            method=options.pop("method"),
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            training_args=training_args,
+            script=script,
+            strict=strict,
+            **options,
+        )
+
+
+def _prepared(
+    model: Any,
+    *,
+    method: str | None,
+    peft_config: Any,
+    quantization_config: Any,
+    training_args: Any,
+    script: Script,
+    strict: bool,
+    **options: Any,
+) -> Job:
+    options = _with_objects(options, training_args=training_args, quantization_config=quantization_config)
+    chosen = frozenset(name for name, value in options.items() if value is not None)
+    setup_options, method_options = _separate(options)
+    kind, config, adapter = _method(method, peft_config, method_options)
+    model_config = architectures.load_config(model)
+    set_here = {k: v for k, v in setup_options.items() if v is not None}
+    set_here = _stored(model_config, set_here) | set_here
+    setup = parse_setup({**_task_of(adapter), **_method_setup(kind, set_here), **set_here})
+    architecture = architectures.load(
+        model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
+    )
+    quant = _quant(setup, kind)
+    setup = resolved(
+        setup,
+        quantized=quant is not None,
+        supports_sdpa=architecture.supports_sdpa,
+        supports_flash_attn=architecture.supports_flash_attn,
+        use_cache=bool(model_config.get("use_cache", True)),
+        max_positions=architecture.max_positions,
+    )
+    check_task(model, architecture, setup)
+    if kind is not None and kind.module == "virtual_tokens":
+        from peftplan.job.virtual_tokens import check_prompted_task
+
+        check_prompted_task(architecture, adapter)
+    check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *script.earlier_seq_lens)))
+    adaptation = _adapt(architecture, model, kind, config, adapter, setup)
+    warnings = (*unmatched_targets(architecture, config, adapter), *(_ignored(adapter) if config is None and peft_config else ()))
+    if strict and warnings:
+        raise RefusedError(warnings[0])
+    chosen |= frozenset(adapter)
+    return Job(model, kind, config, adapter, setup, quant, architecture, adaptation, script, warnings, chosen)
+
+
+def _with_objects(options: dict[str, Any], *, training_args: Any, quantization_config: Any) -> dict[str, Any]:
+    """The options with what the ecosystem's objects say beneath them; an option given as None sets nothing."""
+    if training_args is None and quantization_config is None:
+        return options
+    from peftplan.job import ecosystem
+
+    stored = ecosystem.quant_options(quantization_config)
+    if options.get("quant") not in (None, stored.get("quant")):
+        stored = {}  # another format than the object's: its details do not apply
+    set_here = {name: value for name, value in options.items() if value is not None}
+    return {**ecosystem.training_options(training_args), **stored, **set_here}
+
+
+def _separate(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the setup, and the rest: fields of the method."""
+    known = Setup.model_fields
+    return {k: v for k, v in options.items() if k in known}, {k: v for k, v in options.items() if k not in known}
+
+
+def _method(
+    name: str | None, peft_config: Any, options: Mapping[str, Any]
+) -> tuple[methods.Method | None, MethodConfig | None, dict[str, Any]]:
+    """The method and its checked config; without them, the adapter config that only peft itself can count.
+
+    A method named beside an adapter config must be of its peft type; it adds what its name presets (`lora-fa`, `qlora`).
+    """
+    if peft_config is None and (other := methods.other_peft_type(name)) is not None:
+        from peftplan.trace.libraries.count import check_fields
+
+        raw = {"peft_type": other, **options}
+        check_fields(raw)
+        return None, None, raw
+    if peft_config is None:
+        beside = (*Setup.model_fields, *MEANINGS)
+        method, config = methods.configure("lora" if name is None else name, options, beside=beside)
+        return method, config, {}
+    from peftplan.job import ecosystem
+
+    raw = {"task_type": None, **ecosystem.adapter_config(peft_config)}
+    _check_peft_task(raw)
+    named = methods.method_named(name) if name else None
+    if named is not None and named.peft_type != _peft_type(raw):
+        raise InputError("method", name, f"the peft_config is of type {_peft_type(raw)}; accepted: a method of that type")
+    presets = {key: value for key, value in (named.defaults if named else {}).items() if key != "target_modules"}
+    raw = {**raw, **presets, **options}
+    try:
+        method, config = methods.from_peft_config(raw)
+        return named or method, config, raw
+    except NeedsPeftError:
+        if presets:
+            raise
+        return named, None, raw
+
+
+PEFT_TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
+"""peft 0.21.2's `TaskType`; `PeftConfigMixin.__post_init__` refuses any other."""
+
+
+def _check_peft_task(raw: Mapping[str, Any]) -> None:
+    task = getattr(raw.get("task_type"), "value", raw.get("task_type"))
+    if task is not None and (not isinstance(task, str) or task not in PEFT_TASKS):
+        raise UnknownNameError("peft_config: task_type", task, PEFT_TASKS)
+
+
+def _peft_type(raw: Mapping[str, Any]) -> str:
+    return str(getattr(raw.get("peft_type"), "value", raw.get("peft_type")))
+
+
+def _stored(model_config: Mapping[str, Any], set_here: Mapping[str, Any]) -> dict[str, Any]:
+    """How bitsandbytes stored the checkpoint, if its config says so and no format is set: transformers loads it in no other."""
+    stored = model_config.get("quantization_config")
+    if "quant" in set_here or not isinstance(stored, Mapping) or not (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
+        return {}
+    from peftplan.job import ecosystem
+
+    return {name: value for name, value in ecosystem.quant_options(stored).items() if value is not None}
+
+
+def _task_of(adapter: Mapping[str, Any]) -> dict[str, str]:
+    """The task of an adapter with a head, which a model's config seldom names: its class is what the user loads for the adapter.
+
+    Other tasks are left to the config: CAUSAL_LM is what people write for models of pictures and text too.
+    """
+    task = adapter.get("task_type")
+    task = getattr(task, "value", task)
+    return {"task_type": str(task)} if task in SAVED_HEADS else {}
+
+
+def _method_setup(method: methods.Method | None, setup_options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method implies for the setup where it is not set: QLoRA is NF4 with double quantization and bf16 compute; prefix
+    tuning runs without checkpointing, with which peft refuses it.
+    """
+    if method is not None and method.peft_type == "PREFIX_TUNING":
+        return {"gradient_checkpointing": False}
+    if method is None or method.quant is None:
+        return {}
+    quant = setup_options.get("quant") or method.quant
+    if quant == "none":
+        raise InputError(
+            "quant", "none", f"{method.name} trains adapters on a quantized base; accepted: a format, or another method"
+        )
+    four_bit = {"double_quant": True, "compute_dtype": "bf16"} if quant in ("nf4", "fp4") else {}
+    return {"quant": quant, **four_bit}
+
+
+def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:
+    quant = parse_quant(
+        setup.quant or "none",
+        double_quant=setup.double_quant,
+        bits=setup.quant_bits,
+        group_size=setup.quant_group_size,
+        blocksize=setup.quant_blocksize,
+        compute_dtype=setup.compute_dtype or (setup.dtype if setup.quant in ("nf4", "fp4") else None),
+        skip_modules=setup.quant_skip_modules,
+    )
+    check_trainable(quant)
+    if quant is not None and method is not None and method.name == "full":
+        raise RefusedError(f"quant: a base stored as {quant.name} cannot be trained in full; use a PEFT method or --quant none")
+    if quant is not None and method is not None and method.name in NOT_ON_4_BIT and quant.name in ("nf4", "fp4"):
+        raise RefusedError(f"quant: peft's {method.name} fails on the packed weights of a 4-bit base; accepted: int8 or none")
+    return quant
+
+
+def _adapt(
+    architecture: Architecture,
+    model: Any,
+    method: methods.Method | None,
+    config: MethodConfig | None,
+    adapter: Mapping[str, Any],
+    setup: Setup,
+) -> Adaptation:
+    try:
+        if method is not None and config is not None:
+            return methods.adapt(as_told(architecture, adapter), method, config)
+    except NeedsPeftError:
+        if not adapter:
+            raise
+    from peftplan.trace.libraries.count import count_with_peft
+
+    try:
+        return count_with_peft(config_of(model, setup), adapter, task_type=architecture.task_type)
+    except MissingExtraError as missing:
+        raise MissingExtraError(f"{_why_peft(adapter)}: counting with peft", missing.extra) from None
+
+
+def _why_peft(adapter: Mapping[str, Any]) -> str:
+    """What of an adapter config has no formula here."""
+    try:
+        methods.from_peft_config(adapter)
+    except NeedsPeftError as reason:
+        return f"peft_config: no formula for {reason}"
+    return f"no formula for {_peft_type(adapter)} on this model"
+
+
+def _ignored(adapter: Mapping[str, Any]) -> tuple[str, ...]:
+    """A warning for each field that is set and that the installed peft does not know: it leaves them out."""
+    from peftplan.trace.libraries.count import unknown_fields
+
+    names = [name for name in unknown_fields(adapter) if adapter[name] not in methods.UNSET]
+    peft_type = _peft_type(adapter)
+    return tuple(f"peft_config: {name!r} is ignored: the installed peft has no such field of {peft_type}" for name in names)
+
+
+def check_rank_allocator(job: Job) -> None:
+    """Raises RefusedError for an AdaLoRA whose rank allocator fails when it first masks ranks: it then takes the k-th smallest
+    score, k = (init_r - target_r) · layers, by `kthvalue`, for which k is at least 1 (peft 0.21.2, tuners/adalora/layer.py).
+    """
+    fields = job.config.model_dump() if job.config is not None else job.adapter
+    if (job.method is None or job.method.peft_type != "ADALORA") and fields.get("peft_type") != "ADALORA":
+        return
+    init_r, target_r = fields.get("init_r", 12), fields.get("target_r", 8)
+    if init_r <= target_r:
+        raise RefusedError(
+            f"init_r: {init_r} leaves AdaLoRA nothing to mask down to target_r {target_r}, and peft 0.21.2 then fails with a "
+            "RuntimeError (kthvalue); accepted: an init_r above target_r"
+        )
+
+
+def config_of(model: Any, setup: Setup) -> dict[str, Any]:
+    """The model's config with what the setup says about labels."""
+    labels = {} if setup.num_labels is None else {"num_labels": setup.num_labels}
+    return {**architectures.load_config(model), **labels}

@@ -1,0 +1,51 @@
+"""Options that a library refuses to run on older cards: one row each, with the line that raises.
+
+What is only slower or different on an older card is no row here: torch emulates bf16, transformers dequantizes fp8 and mxfp4
+(`planning.verdicts.card_notes` says so), and bitsandbytes multiplies int8 slowly. AMD's cards, and sizes without a card, have no
+row: flash-attn has other kernels for AMD, and the rows below compare CUDA's compute capability.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from peftplan.job.setup import Setup
+
+
+class Requirement(NamedTuple):
+    """Values of an option that need a compute capability; `raises` is the function that refuses older cards, with its file."""
+
+    option: str
+    values: tuple[str, ...]
+    compute_capability: tuple[int, int]
+    raises: str
+    instead: str
+
+
+REQUIREMENTS = (
+    Requirement(
+        "attn_implementation",
+        ("flash_attention_2",),
+        (8, 0),
+        "flash-attn 2.8.3, mha_fwd and mha_varlen_fwd in csrc/flash_attn/flash_api.cpp: "
+        '"FlashAttention only supports Ampere GPUs or newer."',
+        "--attn-implementation sdpa",
+    ),
+    Requirement(
+        "optim",
+        ("adamw_torch_4bit", "adamw_torch_8bit"),
+        (7, 0),
+        "torch 2.13, GPUTooOldForTriton in create_backend of torch/_inductor/scheduler.py; torchao 0.18 compiles its step",
+        "--optim adamw_8bit",
+    ),
+)
+
+
+def unmet(setup: Setup, compute_capability: tuple[int, int]) -> str | None:
+    """Why a job does not run on a card with this compute capability, and what runs instead; None where nothing refuses it."""
+    for needs in REQUIREMENTS:
+        value = getattr(setup, needs.option)
+        if value in needs.values and compute_capability < needs.compute_capability:
+            oldest, has = (f"{major}.{minor}" for major, minor in (needs.compute_capability, compute_capability))
+            return f"{value} needs compute capability {oldest}, the card has {has} ({needs.raises}); use {needs.instead}"
+    return None

@@ -1,0 +1,127 @@
+"""Facts about the program around a measured step that no option of a setup expresses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from peftplan.errors import InputError
+
+if TYPE_CHECKING:
+    from peftplan.job.setup import Setup
+
+VERSION = r"^\d+\.\d+"
+"""What a version of a package begins with."""
+Version = Annotated[str, Field(pattern=VERSION)]
+
+
+class Script(BaseModel):
+    """Facts about a hand-written program; a run of today's `plain` loop has none of them.
+
+    Reserved bytes depend on what ran before, so a record of somebody else's run needs them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
+
+    earlier_seq_lens: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Tokens per sequence of the steps before the counted one; without them one step of the same length."""
+    outputs_outlive_step: bool = False
+    """Whether the name of the outputs is rebound only when the next forward has returned."""
+    outputs_end_with_backward: bool = False
+    """Whether kept outputs are freed between backward and the optimizer's step (`del outputs`)."""
+    empties_cache: bool = False
+    """Whether `torch.cuda.empty_cache()` runs after each step, before the gradients of that step are freed."""
+    repeats_kv: bool = False
+    """Whether grouped keys and values are repeated before torch's sdpa sees them, as kernels without grouped queries need it."""
+    enables_adapters_again: bool = False
+    """Whether adapters are disabled and enabled (`with model.disable_adapter():`) between the optimizer's making and the first
+    step, as where the base is evaluated. peft then lets all of an active adapter require gradients (tuners/tuners_utils.py,
+    `enable_adapters`): of LoRA-FA A too, whose inputs are saved again and whose gradients its optimizer does not take."""
+    torch: Version | None = None
+    """The torch that ran, as `2.10.0`; None: one like 2.13. Decides `cublaslt_apart` and `ties_by_address`."""
+    transformers: Version | None = None
+    """The transformers that ran; None: one like 5.24. Decides `rotary_by_product`, `shifts_logits`, `logits_in_fp32` and
+    `loads_in_threads` and `masks_unpadded`, as Llama's code had it (both losses: of classes called …ForCausalLM)."""
+
+    @property
+    def cublaslt_apart(self) -> bool:
+        """Whether cuBLASLt has workspaces of its own: before torch 2.12. Since then it takes cuBLAS's (`tools/emulated_card`)."""
+        return before(self.torch, 2, 12)
+
+    @property
+    def ties_by_address(self) -> bool:
+        """Whether the allocator orders equal free blocks by address: before torch 2.13. Since then by age of their segment."""
+        return before(self.torch, 2, 13)
+
+    @property
+    def rotary_by_product(self) -> bool:
+        """Whether a matrix product makes angles of positions, which takes cuBLAS's workspace before the first layer: transformers
+        before 5.19 (`LlamaRotaryEmbedding.forward`: `inv_freq_expanded @ position_ids_expanded`)."""
+        return before(self.transformers, 5, 19)
+
+    @property
+    def shifts_logits(self) -> bool:
+        """Whether the loss of a causal language model copies the fp32 logits without the last position: transformers before 4.49
+        (`ForCausalLMLoss`: `logits[..., :-1, :].contiguous()`); since then labels are padded instead."""
+        return before(self.transformers, 4, 49)
+
+    @property
+    def logits_in_fp32(self) -> bool:
+        """Whether logits are fp32 before any loss, and so in the outputs: transformers before 4.46 (`logits = logits.float()`
+        in the model's own forward)."""
+        return before(self.transformers, 4, 46)
+
+    @property
+    def loads_in_threads(self) -> bool:
+        """Whether weights are copied to the card in threads while others are quantized there: transformers 5.0 to 5.3
+        (`core_model_loading.py`; 5.4 asks for `has_on_the_fly_quantization`)."""
+        return before(self.transformers, 5, 4) and not before(self.transformers, 5, 0)
+
+    def masks_unpadded(self, model_type: str, setup: Setup) -> bool:
+        """Whether sdpa gets a mask for a batch that has none: without a cache, transformers 4.54 to 4.57 takes its positions for
+        those of packed sequences (`_preprocess_mask_arguments`); 5.0 looks whether they are. The collators of other trainers than
+        `plain` give a mask."""
+        ran = before(self.transformers, 5, 0) and not before(self.transformers, 4, 54)
+        bare = setup.trainer == "plain" and not setup.padding and not setup.use_cache
+        return ran and bare and setup.attn_implementation == "sdpa" and model_type in POSITIONS_IN_MASKS
+
+    @classmethod
+    def on(cls, **versions: str | None) -> Script:
+        """A loop of today on this torch and transformers, as somebody typed them. Raises InputError for what is no version."""
+        for package, version in versions.items():
+            if version is not None and not re.match(VERSION, version):
+                raise InputError(package, version, f"accepted: a version such as {EXAMPLES[package]}")
+        return NO_SCRIPT.ran_on(versions)
+
+    def ran_on(self, versions: Mapping[str, str | None]) -> Script:
+        """The same with these versions of torch and transformers, where the script itself does not say and they are versions (a
+        record may say anything)."""
+        said = {package: versions.get(package) or "" for package in EXAMPLES if getattr(self, package) is None}
+        readable = {package: version for package, version in said.items() if re.match(VERSION, version)}
+        return self.model_copy(update=readable) if readable else self
+
+
+POSITIONS_IN_MASKS = frozenset(
+    {
+        "apertus", "arcee", "bitnet", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "doge", "dots1", "ernie4_5",
+        "ernie4_5_moe", "exaone4", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2",
+        "gpt_bigcode", "gpt_neox", "granite", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "llama", "minimax", "ministral",
+        "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+        "starcoder2", "vaultgemma",
+    }
+)  # fmt: skip
+"""Decoders that give their positions to `create_causal_mask` in transformers 4.57.6; others made masks in ways of their own."""
+
+EXAMPLES = {"torch": "2.10", "transformers": "5.3"}
+"""The packages of which a version can be said, each with one."""
+
+
+def before(version: str | None, major: int, minor: int) -> bool:
+    """Whether this is an older version; None is today's."""
+    return version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < (major, minor)
+
+
+NO_SCRIPT = Script.model_construct()

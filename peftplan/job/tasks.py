@@ -1,0 +1,136 @@
+"""What a model's task leaves to train, with one reason for all engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from peftplan.arch import sources
+from peftplan.arch.heads import TASK_TYPES
+from peftplan.arch.modules import Architecture
+from peftplan.arch.readers import READERS
+from peftplan.errors import InputError, PeftplanError, RefusedError
+from peftplan.job.loss_sizes import check_liger
+from peftplan.job.setup import PRESETS, Setup
+from peftplan.methods.saved import SAVED_HEADS
+from peftplan.optim import parse_optim
+
+BARE = "FEATURE_EXTRACTION"
+CAUSAL = "CAUSAL_LM"
+PICTURES = "IMAGE_CLS"
+OF_TOKENS = ("seq_len", "padding", "use_cache")
+"""What a model of images does not read: its tokens are patches."""
+
+WITHOUT_LABELS = (CAUSAL, "SEQ_2_SEQ_LM", "MASKED_LM", BARE)
+
+WITH_PAD_TOKEN = (
+    "biogpt", "cohere_compass_text", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "helium", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "jamba", "ministral3", "mistral4", "olmo", "olmo2", "olmo3", "opt", "phi3", "seed_oss", "smollm3",
+    "t5gemma", "zamba", "zamba2",
+)  # fmt: skip
+"""Model types with a `score` of the last token whose config class has a pad token, stated or not (transformers 5.24)."""
+
+ALWAYS_ALL_LOGITS = (
+    "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody", "prophetnet", "trocr", "whisper", "xlstm",
+)  # fmt: skip
+"""Model types whose causal language model's forward has no `logits_to_keep` (transformers 5.24)."""
+
+
+def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:
+    """Raise RefusedError for a trainer or a loss that only causal language models have, InputError for an option that only
+    their forwards take. `setup` is resolved."""
+    task, model_class = architecture.task_type, architecture.model_class
+    if setup.logits_to_keep is not None and (task != CAUSAL or architecture.model_type in ALWAYS_ALL_LOGITS):
+        raise InputError("logits_to_keep", setup.logits_to_keep, f"accepted: with causal language models, not {model_class}")
+    if task == CAUSAL:
+        if setup.loss == "liger":
+            check_liger(architecture.model_type)
+        return
+    if setup.trainer == "trl":
+        others = ", ".join(name for name in PRESETS if name != "trl")
+        raise RefusedError(
+            f"trainer: SFTTrainer of trl 1.16 trains causal language models, not {model_class}; accepted: {others}"
+        )
+    if setup.loss != "full":
+        raise RefusedError(
+            f"loss: {setup.loss} replaces the loss of causal language models, not of {model_class}; accepted: full"
+        )
+
+
+def as_told(architecture: Architecture, adapter: Mapping[str, Any]) -> Architecture:
+    """The architecture with the task that peft is told: the adapter config's own, perhaps none; without one the model's."""
+    if "task_type" not in adapter:
+        return architecture
+    task = adapter["task_type"]
+    return replace(architecture, task_type=str(getattr(task, "value", task) or ""))
+
+
+def head_notes(architecture: Architecture, adapter: Mapping[str, Any]) -> Iterator[str]:
+    """That peft leaves the head of a task frozen unless the adapter config names the task."""
+    names = SAVED_HEADS.get(architecture.task_type, ())
+    if names and as_told(architecture, adapter).task_type not in SAVED_HEADS:
+        head = next((m.name for m in architecture.modules if m.name.rpartition(".")[2] in names), None)
+        if head is not None:
+            yield f"the adapter config states no task_type {architecture.task_type}, so peft does not train the head ({head})"
+
+
+def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator[str]:
+    """What is set and not read, what the task's class asks of its user besides, and how TRL 1.16 loads a model
+    (`create_model_from_path`)."""
+    model_class = architecture.model_class
+    unread: dict[str, str] = {}
+    if architecture.task_type == PICTURES:
+        unread |= dict.fromkeys(("seq_len", "padding"), f"{model_class} reads pictures of the size in its config")
+    if architecture.task_type in WITHOUT_LABELS:
+        unread["num_labels"] = f"{model_class} has no classes (--task-type)"
+    if not parse_optim(str(setup.optim)).low_rank:
+        unread["optim_target_modules"] = f"{setup.optim} projects no modules, GaLore and APOLLO do"
+    yield from (f"{name} is not used: {why}" for name, why in unread.items() if name in setup.model_fields_set)
+    positions = _rotary_positions(model, architecture)
+    if positions is not None and setup.seq_len > positions and "seq_len" in setup.model_fields_set:
+        yield f"seq_len {setup.seq_len:,} is beyond the config's max_position_embeddings, {positions:,}; all tokens are counted"
+    if setup.trainer == "trl" and "dtype" not in setup.model_fields_set:
+        yield "SFTTrainer loads a model given by name in fp32 unless model_init_kwargs sets a dtype (--dtype fp32)"
+    scores = architecture.task_type == "SEQ_CLS" and any(module.name == "score" for module in architecture.modules)
+    if scores and setup.batch_size > 1 and not _has_pad_token(sources.load_config(model)):
+        yield (
+            f"{model_class} takes more than one sequence only with a pad token, and the model's config has none: "
+            "set model.config.pad_token_id (counted as set)"
+        )
+
+
+def _rotary_positions(model: Any, architecture: Architecture) -> int | None:
+    """How many positions the config names, of a model without a table that ends there; None where it names none."""
+    if architecture.max_positions is not None:
+        return None
+    config = sources.load_config(model)
+    stated = (config.get("text_config") or config).get("max_position_embeddings")
+    return stated if isinstance(stated, int) else None
+
+
+def _has_pad_token(config: Mapping[str, Any]) -> bool:
+    """Whether the config of a decoder, or its config class, says which token is padding."""
+    of_text = config.get("text_config") or config
+    stated = "pad_token_id" in of_text
+    return of_text["pad_token_id"] is not None if stated else config.get("model_type") in WITH_PAD_TOKEN
+
+
+def without_loss(model: Any, architecture: Architecture) -> str | None:
+    """Why a bare model cannot train, so that it has counts but no peak; None for one that can.
+
+    A bare model that peftplan does not read itself can have its own loss (CLIP): only the trace engine can tell.
+    """
+    if architecture.task_type != BARE or architecture.model_type not in READERS:
+        return None
+    return f"task_type: {architecture.model_class} has no loss to train on; accepted: {', '.join(_with_loss(model))}"
+
+
+def _with_loss(model: Any) -> Iterator[str]:
+    """The tasks that transformers has a class for, of this model's type."""
+    for task in TASK_TYPES:
+        try:
+            if task != BARE and sources.load(model, task_type=task):
+                yield task
+        except PeftplanError:
+            continue

@@ -1,0 +1,111 @@
+"""Jobs with virtual tokens that peft, transformers or torch refuse, by their own words, and those without formulas.
+
+Sources: peft 0.21.2, peft_model.py (the class of each task: `forward`, `_prefix_tuning_forward`); transformers 5.24, the models'
+classes of each task; torch 2.13, nn/functional.py (`cross_entropy`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from peftplan.arch.modules import Architecture
+from peftplan.errors import NoEngineError, RefusedError
+from peftplan.job.tasks import as_told
+from peftplan.memory.model import PROMPTED
+
+if TYPE_CHECKING:
+    from peftplan.job.job import Job
+
+PREFIX = "PREFIX_TUNING"
+LANGUAGE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+PEFT_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""peft 0.21.2's `TaskType`."""
+SOUND = ("whisper",)
+"""Types that read no text: they get no task type, since peft's classes for tasks pass `input_ids`."""
+SHAPED_BY_LABELS = ("bloom", "falcon", "mpt")
+"""Types whose token classifier views its scores in the shape of the labels before the loss compares the two."""
+
+
+def check_virtual_tokens(job: Job) -> None:
+    """Raises RefusedError where the libraries do, NeedsTraceError where a prefix has no formulas.
+
+    NoEngineError, which leaves a job its counts, where earlier versions of the libraries ran what these refuse.
+    """
+    peft_type = job.method.peft_type if job.method else None
+    if peft_type == PREFIX and job.setup.gradient_checkpointing:
+        raise RefusedError("peft 0.21.2 refuses it: ValueError: PREFIX_TUNING does not work with gradient checkpointing.")
+    if peft_type not in (*PROMPTED, PREFIX):
+        return
+    if peft_type == PREFIX:
+        _check_prefix(job)
+    else:
+        _check_prompts(job)
+
+
+def check_prompted_task(arch: Architecture, adapter: Mapping[str, Any]) -> None:
+    """Raises RefusedError where peft has no class for the task of a model with virtual tokens, as `get_peft_model` does.
+
+    `adapter` is the adapter config that was given, if any.
+    """
+    told = as_told(arch, adapter).task_type
+    if arch.task_type in PEFT_TASKS and arch.model_type not in SOUND:
+        if told:
+            return
+        raise RefusedError(
+            "task_type: the adapter config states none, without which peft 0.21.2 makes no virtual tokens (KeyError: None); "
+            f"accepted: {arch.task_type}"
+        )
+    if arch.model_type in SOUND or not arch.vocab_size:
+        why = f"virtual tokens stand before text, which {arch.model_class} does not read; accepted: other methods, such as lora"
+    else:
+        why = f"peft has no virtual tokens for the task_type {arch.task_type}; accepted: {', '.join(PEFT_TASKS)}"
+    raise RefusedError(f"peft 0.21.2 refuses it: KeyError: None ({why})")
+
+
+def _check_prefix(job: Job) -> None:
+    arch = job.architecture
+    if arch.task_type not in LANGUAGE:  # peft looks for an argument that transformers 5.24 renamed to `cache`
+        raise NoEngineError(
+            "peft 0.21.2 refuses to run it: "
+            "ValueError: Model does not support past key values which are required for prefix tuning."
+        )
+    if any(a.variant == "mla" and a.num_attention_heads > 1 for block in arch.blocks for a in block.attentions):
+        raise RefusedError(
+            "transformers 5.24 refuses it: RuntimeError: a prefix with keys of each head beside a cache of latents"
+        )
+    from peftplan.methods.virtual_tokens import check_prefix
+
+    check_prefix(arch, cast("Any", job.config), batch_size=job.setup.batch_size)
+
+
+def _check_prompts(job: Job) -> None:
+    """Prompts reach a model as `inputs_embeds`, and make its scores of tokens more than the labels; a language model's labels get
+    those of the prompts, which the logits of the last tokens leave out.
+    """
+    arch, setup = job.architecture, job.setup
+    translates = {"encoder", "decoder"} <= {block.stack for block in arch.blocks}
+    if translates and arch.task_type == "SEQ_CLS":
+        raise RefusedError(
+            "transformers 5.24 refuses it: NotImplementedError: Passing input embeddings is currently not supported for "
+            f"{arch.model_class}"
+        )
+    if translates and arch.task_type == "QUESTION_ANS":
+        raise RefusedError(
+            "transformers 5.24 refuses it: ValueError: If no `decoder_input_ids` or `decoder_inputs_embeds` are passed, "
+            "`input_ids` cannot be `None`. Please pass either `input_ids` or `decoder_input_ids` or `decoder_inputs_embeds`."
+        )
+    prompts = setup.batch_size * cast("Any", job.config).num_virtual_tokens
+    if arch.task_type == "TOKEN_CLS":
+        labels = setup.batch_size * setup.seq_len
+        raise RefusedError(f"torch 2.13 refuses it: {_mismatch(arch, labels=labels, scored=labels + prompts)}")
+    if setup.logits_to_keep is not None:
+        scored = setup.batch_size * setup.logits_to_keep
+        raise RefusedError(f"torch 2.13 refuses it: {_mismatch(arch, labels=scored + prompts, scored=scored)}")
+
+
+def _mismatch(arch: Architecture, *, labels: int, scored: int) -> str:
+    if arch.task_type != "TOKEN_CLS" or arch.model_type not in SHAPED_BY_LABELS:
+        return f"ValueError: Expected input batch_size ({scored}) to match target batch_size ({labels})."
+    classes = arch.modules[-1].shape("weight")[0]
+    return f"RuntimeError: shape '[{labels}, {classes}]' is invalid for input of size {scored * classes}"

@@ -1,0 +1,1 @@
+"""What an engine returns: an estimate, its peaks, a verdict per card. Data only."""

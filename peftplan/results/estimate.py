@@ -1,0 +1,339 @@
+"""The result of an engine: an `Estimate`, the same type for analytic, trace and measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peftplan.errors import InputError
+from peftplan.frames import as_html, dataframe
+from peftplan.ledger import CATEGORIES, Category, Ledger, Line
+from peftplan.methods.adaptation import Adaptation
+from peftplan.parameters import Parameters
+from peftplan.results.series import Recording
+from peftplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from peftplan.planning.advice import Advised
+
+SCHEMA_VERSION = 1
+PHASES = ("load", "forward", "backward", "step")
+COUNTED: tuple[Category, ...] = (
+    "weights",
+    "adapter_weights",
+    "quant_state",
+    "gradients",
+    "optimizer_states",
+    "buffers",
+)
+"""Categories that the analytic engine counts today; the others are null in the JSON, never 0."""
+TIGHT = 0.05
+"""Less than this share of a card left over is tight."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The peaks of a steady training step as torch's allocator counts them: what is alive at each phase's own peak moment, the
+    tails of blocks that it hands out whole included, and what it reserves.
+
+    `incomplete` lists what the engine met and could not follow; the peaks are then lower bounds. `recording` is the whole run,
+    where it was asked for and the engine has one.
+    """
+
+    ledgers: Mapping[str, Ledger]
+    reserved: int | None = None
+    """What the allocator holds at most, comparable with `torch.cuda.max_memory_reserved()`; None where it is not known."""
+    reserved_source: str | None = None
+    incomplete: tuple[str, ...] = ()
+    recording: Recording | None = field(default=None, repr=False, compare=False)
+    assumed: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine took for granted besides the setup: what else a sample holds, which kernels ran."""
+    runs_within: Callable[[int], bool] | None = field(default=None, repr=False, compare=False)
+    """Whether the job runs where the allocator can take so many bytes: it gives cached memory back before it fails."""
+
+    @cached_property
+    def by_phase(self) -> dict[str, int]:
+        """Phase → allocated bytes at its peak, in the order of `PHASES`."""
+        return {phase: self.ledgers[phase].bytes() for phase in PHASES}
+
+    @property
+    def phase(self) -> str:
+        """The phase of the overall peak; ties go to the earlier one."""
+        return max(PHASES, key=lambda phase: self.by_phase[phase])
+
+    @property
+    def allocated(self) -> int:
+        """The overall peak, comparable with `torch.cuda.max_memory_allocated()`."""
+        return self.by_phase[self.phase]
+
+    @property
+    def at_least(self) -> int:
+        """Bytes below which the overall peak is not: known without a replay."""
+        return self.allocated
+
+
+class Verdict(NamedTuple):
+    """Whether a job fits a card: `fits`, `tight`, `does_not_fit`, `does_not_run` or `unknown` (`planning.verdicts` defines them).
+
+    `needed_bytes` are what torch's allocator reserves without a limit, with the card's own kernels, and the CUDA context. Where
+    there is no peak they are what lasts from step to step, and `lower_bound` is true. `headroom_bytes` are usable - needed.
+    """
+
+    gpu: str
+    usable_bytes: int
+    why: str
+    """Why so many bytes are usable."""
+    verdict: str
+    needed_bytes: int
+    context_bytes: int
+    """The CUDA context inside `needed_bytes`."""
+    context_source: str
+    context_assumed: bool = False
+    """Whether the context is that of another card, since none is known of this one."""
+    lower_bound: bool = False
+    runs_by_releasing_cache: bool = False
+    """Whether the job needs more than is usable, and runs because the allocator gives cached memory back before it fails."""
+    scope: str | None = None
+    """`text` where the job's pictures are not counted."""
+    reason: str | None = None
+    """Why the job does not run, with the line of the library that raises."""
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What the job leaves of the usable bytes; negative where it needs more."""
+        return self.usable_bytes - self.needed_bytes
+
+    @property
+    def words(self) -> str:
+        """The verdict as a person reads it, with its scope."""
+        scope = "" if self.scope is None else f", {self.scope} only"
+        released = ", runs because torch gives cached memory back" if self.runs_by_releasing_cache else ""
+        return self.verdict.replace("_", " ") + scope + released
+
+    @property
+    def runtime_context(self) -> int | None:
+        """The CUDA context where it is known of this card, or was given."""
+        return None if self.context_assumed else self.context_bytes
+
+    @property
+    def device_total(self) -> int | None:
+        """What nvidia-smi shows for the process; None where the context or the peak is not known."""
+        return None if self.context_assumed or self.lower_bound else self.needed_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry of `gpus` in the JSON."""
+        scope = {} if self.scope is None else {"scope": self.scope}
+        return {
+            "name": self.gpu,
+            "usable_bytes": self.usable_bytes,
+            "usable_source": self.why,
+            "verdict": self.verdict,
+            **scope,
+            "reason": self.reason,
+            "needed_bytes": self.needed_bytes,
+            "needed_is_lower_bound": self.lower_bound,
+            "context_bytes": self.context_bytes,
+            "context_assumed": self.context_assumed,
+            "context_source": self.context_source,
+            "runtime_context": self.runtime_context,
+            "device_total": self.device_total,
+            "headroom_bytes": self.headroom_bytes,
+            "runs_by_releasing_cache": self.runs_by_releasing_cache,
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class Estimate:
+    """What a run needs: exact counts, a ledger of lines, what was assumed, what is not modelled, a verdict per card.
+
+    Sizes are whole bytes, counts whole numbers of elements. `peaks` are those of a steady training step, None where a part of the
+    job has no formula (`not_modelled` says which); `ledger` holds the lines of the overall peak, `static` what lasts from step to
+    step with the gradients; `assumptions` every value that the numbers rest on, defaults included.
+    """
+
+    engine: str
+    model: Mapping[str, Any]
+    method: Mapping[str, Any]
+    parameters: Parameters
+    adaptation: Adaptation
+    static: Ledger
+    assumptions: Mapping[str, Any]
+    not_modelled: tuple[str, ...]
+    gpus: tuple[Verdict, ...] = ()
+    peaks: Peaks | None = None
+    warnings: tuple[str, ...] = ()
+    """Options that have no effect, such as a name in `target_modules` that matches no module."""
+    chosen: frozenset[str] = frozenset()
+    """Assumptions that somebody set; the others were filled in."""
+    asides: tuple[str, ...] = ()
+    """Notes that change no number: how the model's count was checked."""
+    resize: Callable[[Any, Any], Any] | None = field(default=None, repr=False, compare=False)
+    advise: Callable[[Verdict], Advised] | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        peak = f"peak {format_bytes(self.peaks.allocated)} in {self.peaks.phase}" if self.peaks else "no peak stated"
+        cards = "".join(f", {verdict.gpu}: {verdict.words}" for verdict in self.gpus)
+        name, method = self.model["name"], self.method["name"]
+        return f"<Estimate {name} · {method} · {self.engine}: {self.trainable_parameters:,} trainable, {peak}{cards}>"
+
+    def to_dataframe(self) -> DataFrame:
+        """The lines of the ledger as a pandas DataFrame, a row per line with its bytes at each phase's own peak."""
+        columns = [f"{phase}_bytes" for phase in PHASES] if self.peaks else []
+        rows = [
+            {name: value for name, value in line.items() if name != "bytes_by_phase"}
+            | {column: line["bytes_by_phase"].get(column.removesuffix("_bytes"), 0) for column in columns}
+            for line in self.lines()
+        ]
+        return dataframe(rows)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    @property
+    def unfit(self) -> tuple[Verdict, ...]:
+        """The cards that the job does not fit, that with the least missing first; none where nothing can be advised."""
+        unfit = [verdict for verdict in self.gpus if verdict.verdict == "does_not_fit"]
+        return tuple(sorted(unfit, key=lambda verdict: -verdict.headroom_bytes)) if self.advise and self.peaks else ()
+
+    @cached_property
+    def advice(self) -> dict[str, Advised]:
+        """Card that the job does not fit → changes that would make it fit, or bring it nearer, each with what it saves."""
+        return {verdict.gpu: self.advice_on(verdict) for verdict in self.unfit}
+
+    def advice_on(self, verdict: Verdict) -> Advised:
+        """What to change for one card."""
+        assert self.advise is not None
+        assert self.peaks is not None
+        advised = self.advise(verdict)
+        return advised.saving_from(self.peaks.allocated) if self.engine == "analytic" else advised
+
+    def at(self, *, batch_size: Any = None, seq_len: Any = None) -> Any:
+        """The same job at another `batch_size` (per device) and `seq_len` (tokens), without building it again.
+
+        Whole numbers give an `Estimate`; numpy arrays, broadcast against each other, give a `analytic.grid.Grid` of the
+        bytes that tensors request at the peak. Analytic estimates only. Raises InputError for sizes that are no whole numbers
+        of at least 1.
+        """
+        if self.resize is None:
+            raise InputError("engine", self.engine, "accepted: analytic, whose lines keep their sizes as names")
+        return self.resize(batch_size, seq_len)
+
+    def explain(self) -> str:
+        """Every line of the overall peak as a formula, with its numbers put in and its source; the sum is the peak."""
+        from peftplan.planning.explain import explained
+
+        return explained(self)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What is alive at the overall peak, or, without one, what lasts from step to step."""
+        return self.peaks.ledgers[self.peaks.phase] if self.peaks else self.static
+
+    @property
+    def largest_line(self) -> Line:
+        """The line of the ledger that takes most of the device."""
+        return max((line for line in self.ledger if line.place == "device"), key=Line.bytes)
+
+    @property
+    def counted(self) -> tuple[Category, ...]:
+        """The categories that this engine counts."""
+        return CATEGORIES if self.peaks else COUNTED
+
+    @property
+    def trainable_parameters(self) -> int:
+        """What peft's `get_nb_trainable_parameters()` returns first."""
+        return self.parameters.num_trainable
+
+    @property
+    def total_parameters(self) -> int:
+        """What peft's `get_nb_trainable_parameters()` returns second."""
+        return self.parameters.num_total
+
+    @property
+    def persistent_bytes(self) -> int:
+        """Device bytes of what lasts from one step to the next, plus the gradients."""
+        return self.static.bytes()
+
+    @property
+    def managed_bytes(self) -> int:
+        """Bytes in CUDA managed memory (paged optimizer states): outside torch's allocator, paged out under pressure."""
+        return self.static.bytes(place="managed")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """One record per line of the ledger; `model.layers.*.mlp.up_proj.weight` stands for the weights of all its layers."""
+        by_phase: dict[tuple[Any, ...], dict[str, int]] = {}
+        for phase, ledger in (self.peaks.ledgers if self.peaks else {}).items():
+            for line in ledger:
+                of_line = by_phase.setdefault(_identity(line), {})
+                of_line[phase] = of_line.get(phase, 0) + line.bytes()
+        return [
+            {
+                "category": line.category,
+                "name": line.name.replace("{}", "*"),
+                "bytes": line.bytes(),
+                "bytes_by_phase": by_phase.get(_identity(line), {}),
+                "place": line.place,
+                "formula": line.formula,
+                "source": line.source,
+            }
+            for line in self.ledger
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON contract, bytes as integers; null is what this engine does not count."""
+        by_category = self.ledger.by_category()
+        line = self.largest_line
+        largest = {"category": line.category, "name": line.name.replace("{}", "*"), "bytes": line.bytes()}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "engine": self.engine,
+            "model": dict(self.model),
+            "method": dict(self.method),
+            "trainable_parameters": self.trainable_parameters,
+            "total_parameters": self.total_parameters,
+            "memory": {
+                "lines": self.lines(),
+                "by_category": {c: by_category[c] if c in self.counted else None for c in CATEGORIES},
+                "persistent": self.persistent_bytes,
+                "managed": self.managed_bytes,
+                **self._peak_facts(),
+            },
+            "assumptions": dict(self.assumptions),
+            "warnings": list(self.warnings),
+            "not_modelled": list(self.not_modelled),
+            "gpus": [verdict.to_dict() | {"largest_line": largest, **self._advice_facts(verdict.gpu)} for verdict in self.gpus],
+        }
+
+    def _advice_facts(self, gpu: str) -> dict[str, Any]:
+        """A card's advice, and the engine that counted it."""
+        advised = self.advice.get(gpu)
+        return {
+            "advice": [change.to_dict() for change in advised.changes] if advised else [],
+            "advice_engine": "analytic" if advised and advised.counted else None,
+            "smallest_card": advised.smallest_card if advised else None,
+            "weights_alone": advised.weights_alone if advised else None,
+        }
+
+    def _peak_facts(self) -> dict[str, Any]:
+        """The peak's part of the JSON; context and device total are facts of one card, so they need exactly one."""
+        peaks = self.peaks
+        card = self.gpus[0] if len(self.gpus) == 1 else None
+        return {
+            "peak_by_phase": peaks.by_phase if peaks else dict.fromkeys(PHASES),
+            "peak_phase": peaks.phase if peaks else None,
+            "peak_allocated": peaks.allocated if peaks else None,
+            "peak_reserved": peaks.reserved if peaks else None,
+            "reserved_source": peaks.reserved_source if peaks else None,
+            "incomplete": list(peaks.incomplete) if peaks else [],
+            "runtime_context": card.runtime_context if card else None,
+            "device_total": card.device_total if card else None,
+        }
+
+
+def _identity(line: Line) -> tuple[Any, ...]:
+    """What makes a line of one phase the same as a line of another; its copies may differ."""
+    return (line.category, line.name, line.dtype, line.dims, line.source)

@@ -1,0 +1,101 @@
+"""The autograd graph of a tape: nodes, what a checkpointed call leaves in place of what they save, and the order of backward.
+
+Source: torch 2.13, csrc/autograd/engine.cpp (order), input_buffer.cpp (sums), utils/checkpoint.py (`_CheckpointFrame`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from peftplan.tape.tensors import Parameter, Tensor
+
+if TYPE_CHECKING:
+    from peftplan.tape.tape import Tape
+
+Backward = Callable[..., Any]
+
+
+class Node:
+    """One operation in the graph: what it saved, and where its gradients go."""
+
+    __slots__ = ("backward", "checkpointed", "context", "edges", "grads", "module", "saved", "sequence")
+
+    def __init__(self, sequence: float, module: str, backward: Backward, edges: tuple[Any, ...], *, checkpointed: bool) -> None:
+        self.sequence = sequence
+        self.module = module
+        self.backward = backward
+        self.edges = edges
+        self.checkpointed = checkpointed
+        self.context: Any = None
+        self.saved: Any = ()
+        self.grads: list[Tensor | None] = [None]
+
+    def receive(self, tape: Tape, index: int, grad: Tensor) -> None:
+        """`InputBuffer`: several gradients of one output are summed."""
+        while len(self.grads) <= index:
+            self.grads.append(None)
+        tape.sum_into(self.grads, index, grad)
+
+
+RELEASED = ("released",)
+"""What is left of what a node saved once a nested backward has run it."""
+
+
+class StopRecomputationError(Exception):
+    """Every saved tensor of a checkpointed layer is there again."""
+
+
+class Frame:
+    """A checkpointed call: how many tensors it would have saved, and those that its recomputation has made again."""
+
+    __slots__ = ("alive", "count", "inputs", "recomputed", "replayed", "rerun")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.alive: set[int] = set()
+        self.replayed = 0
+        self.recomputed: dict[int, Any] | None = None
+        self.rerun: Callable[..., Any] | None = None
+        self.inputs: Callable[[], tuple[Any, ...]] = tuple
+
+
+class Place:
+    """Where a checkpointed layer's saved tensor will be once it is recomputed; without a holder it is not kept then."""
+
+    __slots__ = ("frame", "number")
+
+    def __init__(self, frame: Frame, number: int) -> None:
+        self.frame = frame
+        self.number = number
+        frame.alive.add(number)
+
+    def __del__(self) -> None:
+        self.frame.alive.discard(self.number)
+
+
+def reachable(roots: list[Any]) -> list[Node]:
+    """Every node that the roots' gradients can reach, earliest first; counts how often each weight will get one."""
+    seen: set[Node] = set()
+    stack: list[Node] = []
+    uses: dict[Parameter, int] = {}
+
+    def reach(parent: Any) -> None:
+        if isinstance(parent, Parameter):
+            if parent.counts:
+                parent.uses = uses[parent] = uses.get(parent, 0) + 1
+        elif parent not in seen:
+            seen.add(parent)
+            stack.append(parent)
+
+    for root in roots:
+        reach(root)
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is not None:
+                reach(edge[0])
+    return sorted(seen, key=_sequence_of)
+
+
+def _sequence_of(node: Node) -> float:
+    return node.sequence

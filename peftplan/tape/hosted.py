@@ -1,0 +1,43 @@
+"""Inputs of checkpointed layers that wait on the host: nothing of them is left on the device until backward copies them back.
+
+Source: transformers 5.24, modeling_utils.py (`_activation_checkpointing_enable` with `offload`); torch 2.13, autograd/graph.py
+(`save_on_cpu`), utils/checkpoint.py (`save_inputs`, `CheckpointFunction`): the tensors among a layer's positional arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
+
+
+class Hosted:
+    """A tensor on the host, and what a copy on the device is made from."""
+
+    __slots__ = ("dims", "dtype", "index", "leaf", "node")
+
+    def __init__(self, f: Tape, x: Tensor) -> None:
+        self.dims = x.dims
+        self.dtype = x.dtype
+        self.node = x.node
+        self.index = x.index
+        self.leaf = x.storage is not None and (x.storage.number, x.dims) in f.leaves
+
+
+def stored(f: Tape, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments whose tensors are on the host."""
+    return tuple(Hosted(f, x) if type(x) is Tensor else x for x in args)
+
+
+def fetched(f: Tape, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments whose tensors are on the device again."""
+    return tuple(_copy(f, x) if type(x) is Hosted else x for x in args)
+
+
+def _copy(f: Tape, x: Hosted) -> Tensor:
+    copy = f.new(x.dims, x.dtype, "to")
+    assert copy.storage is not None
+    if x.leaf:
+        f.leaves.add((copy.storage.number, x.dims))
+    return Tensor(copy.storage, x.dims, x.dtype, x.node, x.index)

@@ -1,0 +1,419 @@
+"""torch's operations as they allocate: what each makes, keeps for backward, and takes while its backward runs.
+
+Each function names the formula of torch 2.13's tools/autograd/derivatives.yaml whose saved tensors it keeps. Gradients are made
+in the order of that file's entries, which are sorted by argument name (`mat2` before `self`, `other` before `self`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftplan.ledger import Dim
+from peftplan.tape.graph import Node
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Broadcast, Dims, Parameter, Strided, Tensor
+
+WIDER = {("bf16", "fp16"): "fp32", ("fp16", "bf16"): "fp32"}
+
+
+def promoted(a: str, b: str) -> str:
+    """The dtype of a binary operation on two floating dtypes."""
+    return a if a == b else "fp32"
+
+
+def _broadcast(a: Tensor, b: Any) -> Dims | None:
+    """The dims of b where they are not those of a, which the result has."""
+    return None if a.dims == b.dims else b.dims
+
+
+def of_broadcast(grad: Tensor, like: Dims | None) -> Tensor:
+    """The gradient of an input that may be broadcast, which the engine sums (`reduce_grad`)."""
+    return grad if like is None or grad.dims == like else Broadcast(grad.storage, like, grad.dtype)
+
+
+def embedding(f: Tape, weight: Any, rows: Dims, ids: Tensor | None = None) -> Tensor:
+    """`embedding`: keeps the indices, `ids` unless the batch holds them; backward makes a gradient of the whole table."""
+    return f.new((*rows, weight.dims[1]), weight.dtype, "embedding", f.record(_embedding_backward, (weight,), weight.dims, ids))
+
+
+def _embedding_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "embedding_dense_backward")
+
+
+def linear(f: Tape, x: Tensor, weight: Any, bias: Any = None, *, transposed: bool = False) -> Tensor:
+    """`linear` (mm, addmm): keeps x if the weight trains, and the weight if x has a gradient. Under autocast in its dtype.
+
+    The weight is (out, in); `transposed` (Conv1D, `x @ W`) is (in, out). A strided x never goes to addmm, and is copied if the
+    weight trains (torch 2.13 aten Linear.cpp `linear`, LinearAlgebra.cpp `should_fold`); else bmm takes it as it is.
+    """
+    if f.autocast:
+        x, weight, bias = f.cast_all(f.autocast, x, weight, bias)
+    op = "linear" if bias is None or type(x) is Strided else "addmm"
+    if type(x) is Strided and weight.node is not None:
+        x = copied(f, x, "clone")
+    kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None if bias is None else bias.dims)
+    backward = _addmm_backward if op == "addmm" else _linear_backward
+    node = f.record(backward, (x, weight, bias), *kept)
+    return f.new((*x.dims[:-1], weight.dims[1 if transposed else 0]), x.dtype, op, node)
+
+
+def _linear_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    _, _, x_dims, w_dims, bias_dims = saved
+    to_x, to_weight, to_bias = node.edges
+    grad_weight = f.view_of(f.new(w_dims, g.dtype, "mm")) if to_weight else None  # of the transposed weight's
+    grad_x = f.new(x_dims, g.dtype, "mm") if to_x else None
+    if grad_x is not None and len(x_dims) > 2:
+        f.view_of(grad_x)  # the product has two dims: `reshape` gives it x's
+    grad_bias = f.new(bias_dims, g.dtype, "sum") if to_bias else None
+    return grad_x, grad_weight, grad_bias
+
+
+def _addmm_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    """`mat1` before `mat2`; the sum for the bias is the engine's."""
+    _, _, x_dims, w_dims, bias_dims = saved
+    to_x, to_weight, to_bias = node.edges
+    grad_x = f.view_of(f.new(x_dims, g.dtype, "mm")) if to_x else None
+    grad_weight = f.view_of(f.new(w_dims, g.dtype, "mm")) if to_weight else None
+    return grad_x, grad_weight, Broadcast(g.storage, bias_dims, g.dtype) if to_bias else None
+
+
+def add(f: Tape, a: Tensor, b: Any) -> Tensor:
+    """`add`: keeps nothing; b may be broadcast."""
+    return f.new(a.dims, promoted(a.dtype, b.dtype), "add", f.record(_add_backward, (a, b), _broadcast(a, b)))
+
+
+def add_(f: Tape, a: Tensor, b: Any) -> Tensor:
+    """`a += b`: a's own storage."""
+    return Tensor(a.storage, a.dims, a.dtype, f.record(_add_backward, (a, b), _broadcast(a, b)))
+
+
+def _add_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    return g, of_broadcast(g, saved[0]) if node.edges[1] else None
+
+
+def mul(f: Tape, a: Any, b: Any) -> Tensor:
+    """`mul`: keeps each factor whose partner has a gradient; b may be broadcast, or a where it has fewer dims."""
+    likes = None if a.dims == b.dims else (a.dims, b.dims)
+    node = f.record(_mul_backward, (a, b), a if b.node else None, b if a.node else None, likes)
+    return f.new(max(a.dims, b.dims, key=len), promoted(a.dtype, b.dtype), "mul", node)
+
+
+def _mul_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    grad_b = f.new(g.dims, g.dtype, "mul") if node.edges[1] else None
+    grad_a = f.new(g.dims, g.dtype, "mul") if node.edges[0] else None
+    if saved[2] is None:
+        return grad_a, grad_b
+    pairs = zip((grad_a, grad_b), saved[2], strict=True)
+    return [None if grad is None else of_broadcast(grad, like) for grad, like in pairs]
+
+
+def scale(f: Tape, x: Tensor | Parameter, op: str = "mul") -> Tensor:
+    """`mul` or `div` by a number, `neg`: keeps nothing, and its backward makes one tensor."""
+    return f.new(x.dims, x.dtype, op, f.record(_scale_backward, (x,)))
+
+
+def _scale_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "mul")
+
+
+def divide(f: Tape, x: Any, by: Tensor) -> Tensor:
+    """`x / y` where y has no gradient: keeps y."""
+    return f.new(x.dims, promoted(x.dtype, by.dtype), "div", f.record(_scale_backward, (x,), by))
+
+
+def shift(f: Tape, x: Tensor | Parameter) -> Tensor:
+    """`x + number`: keeps nothing; its gradient passes through."""
+    return f.new(x.dims, x.dtype, "add", f.record(_shift_backward, (x,)))
+
+
+def _shift_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return g
+
+
+def keeps_input(f: Tape, x: Tensor, op: str) -> Tensor:
+    """`silu`, `gelu` and other activations that keep their input."""
+    return f.new(x.dims, x.dtype, op, f.record(_same_backward, (x,), x))
+
+
+def keeps_output(f: Tape, x: Tensor, op: str, *, passing: bool = False) -> Tensor:
+    """`relu`, `tanh`, `sigmoid`, `exp`: keep their result. `passing`: their backward takes a tensor more while it runs."""
+    node = f.record(_passing_backward if passing else _same_backward, (x,))
+    out = f.new(x.dims, x.dtype, op, node)
+    f.keep(node, out.detach())
+    return out
+
+
+def _same_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "backward")
+
+
+def _passing_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    out = f.new(g.dims, g.dtype, "backward")
+    passing = f.new(g.dims, g.dtype, "grad * output")
+    del passing
+    return out
+
+
+def softmax(f: Tape, x: Tensor, dtype: str) -> Tensor:
+    """`softmax(x, dim=-1, dtype=…)`: keeps its result. CUDA's kernel reads fp16 and writes fp32; bf16 is copied first.
+
+    Its backward makes `grad * output` first (SoftMax.cu, `softmax_backward_cuda_out`).
+    """
+    if x.dtype == "fp16" and dtype == "fp32":
+        node = f.record(_half_softmax_backward, (x,))
+        out = f.new(x.dims, dtype, "softmax", node)
+        f.keep(node, out.detach())
+        return out
+    return keeps_output(f, f.to(x, dtype), "softmax", passing=True)
+
+
+def _half_softmax_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    out = f.new(g.dims, "fp16", "backward")
+    passing = f.new(g.dims, g.dtype, "grad * output")
+    del passing
+    return out
+
+
+def matmul(f: Tape, a: Tensor, b: Tensor, dims: Dims) -> Tensor:
+    """`matmul` of two activations (bmm): keeps each whose partner has a gradient. Under autocast in its dtype."""
+    if f.autocast:
+        a, b = f.cast_all(f.autocast, a, b)
+    node = f.record(_matmul_backward, (a, b), a if b.node else None, b if a.node else None, a.dims, b.dims)
+    return f.new(dims, a.dtype, "bmm", node)
+
+
+def _matmul_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    grad_b = f.view_of(f.new(saved[3], g.dtype, "bmm")) if node.edges[1] else None
+    grad_a = f.view_of(f.new(saved[2], g.dtype, "bmm")) if node.edges[0] else None
+    return grad_a, grad_b
+
+
+def rmsnorm(f: Tape, x: Tensor, weight: Any, *, cast_last: bool = False) -> Tensor:
+    """Llama's RMSNorm: `x32 * rsqrt(mean(x32²) + eps)`, cast back, times the weight.
+
+    Keeps the fp32 copy of x and rsqrt's result, and the normalized x if the weight trains. `cast_last` (Gemma): the weight
+    multiplies before the cast. Source: transformers 5.24, `LlamaRMSNorm.forward`.
+    """
+    normed = rms_normed(f, f.to(x, "fp32"))
+    if cast_last:
+        out = normed if weight is None else mul(f, weight, normed)
+        del normed
+        narrow: Tensor = f.to(out, x.dtype)
+        return narrow
+    low = f.to(normed, x.dtype)
+    out = low if weight is None else mul(f, weight, low)
+    del normed
+    return out
+
+
+def rms_normed(f: Tape, x32: Tensor) -> Tensor:
+    """`x32 * rsqrt(mean(x32²) + eps)`."""
+    return mul(f, x32, _inverse_rms(f, x32))
+
+
+def _inverse_rms(f: Tape, x32: Tensor) -> Tensor:
+    """`rsqrt(x.pow(2).mean(-1) + eps)`: keeps x and its result."""
+    row = (*x32.dims[:-1], 1)
+    node = f.record(_inverse_rms_backward, (x32,), x32)
+    squared = f.new(x32.dims, "fp32", "pow")
+    mean = f.new(row, "fp32", "mean")
+    del squared
+    shifted = f.new(row, "fp32", "add")
+    rstd = f.new(row, "fp32", "rsqrt", node)
+    f.keep(node, rstd.detach())
+    del shifted, mean
+    return rstd
+
+
+def _inverse_rms_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    dims = saved[0].dims
+    inner = f.new(g.dims, "fp32", "mul")
+    spread = f.new(dims, "fp32", "div")
+    del inner
+    power = f.new(dims, "fp32", "pow")
+    doubled = f.new(dims, "fp32", "mul")
+    out = f.new(dims, "fp32", "mul")
+    del spread, power, doubled
+    return out
+
+
+def rotary(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x * cos + rotate_half(x) * sin`: nothing is kept but cos and sin. Source: transformers 5.24, `apply_rotary_pos_emb`."""
+    dtype = promoted(x.dtype, cos.dtype)
+    half = (*x.dims[:-1], _half(x.dims[-1]))
+    by_cos = f.new(x.dims, dtype, "mul")
+    negated = f.new(half, x.dtype, "neg")
+    turned = f.new(x.dims, x.dtype, "cat")
+    del negated
+    by_sin = f.new(x.dims, dtype, "mul")
+    del turned
+    out = f.new(x.dims, dtype, "add", f.record(_rotary_backward, (x,), cos, sin, x.dtype))
+    del by_cos, by_sin
+    return out
+
+
+def _rotary_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    dims, dtype = g.dims, saved[2]
+    turned = f.new(dims, g.dtype, "mul")
+    if dtype != g.dtype:
+        turned = f.new(dims, dtype, "to")
+    negated = f.new((*dims[:-1], _half(dims[-1])), dtype, "neg")
+    out = f.new(dims, dtype, "slice_backward")
+    del negated
+    second = f.new(dims, dtype, "slice_backward")  # added into the first, as is the third
+    del turned, second
+    by_cos = f.new(dims, g.dtype, "mul")
+    del g
+    if by_cos.dtype != dtype:
+        by_cos = f.new(dims, dtype, "to")
+    del by_cos
+    return out
+
+
+def _half(dim: Dim) -> int:
+    assert isinstance(dim, int)
+    return dim // 2
+
+
+RIGHT_BEHIND = 0.5
+"""A view's place among autograd's nodes: made with what it is a view of, wherever it is written here."""
+
+
+def heads(f: Tape, x: Tensor, dims: Dims, *, clones: bool = False) -> Tensor:
+    """`view(…).transpose(1, 2)`: the same storage; where the gradient comes back head by head its reshape makes a copy."""
+    if not clones:
+        return x.view(dims)
+    node = f.record(_heads_backward, (x,), x.dims)
+    if node is not None and type(x.node) is Node:
+        node.sequence = x.node.sequence + RIGHT_BEHIND
+    return Tensor(x.storage, dims, x.dtype, node)
+
+
+def _heads_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "clone")
+
+
+def copied(f: Tape, x: Tensor, op: str, dims: Dims | None = None, *, viewed: bool = True) -> Tensor:
+    """A copy whose gradient is a view of its own gradient: `cat` with nothing, `reshape` of a transposed tensor; or that gradient
+    itself, where nothing is `viewed`: `contiguous`.
+    """
+    return f.new(dims or x.dims, x.dtype, op, f.record(_view_backward if viewed else _shift_backward, (x,)))
+
+
+def reshaped(f: Tape, x: Tensor) -> Tensor:
+    """A view that autograd knows: the gradient is one, too."""
+    return Tensor(x.storage, x.dims, x.dtype, f.record(_view_backward, (x,)))
+
+
+def _view_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.view_of(g)
+
+
+def cached(f: Tape, x: Tensor) -> Tensor:
+    """`cat` of a cache's empty tensor and x: a copy of x."""
+    return copied(f, x, "cat")
+
+
+def dropout(f: Tape, x: Tensor, p: float) -> Tensor:
+    """`native_dropout`: keeps a boolean mask; nothing at p = 0."""
+    if not p:
+        return x
+    node = f.record(_scale_backward, (x,))
+    mask = f.new(x.dims, "bool", "dropout mask")  # there while the kernel runs, whether it is kept or not
+    f.keep(node, mask)
+    return f.new(x.dims, x.dtype, "dropout", node)
+
+
+def layernorm(f: Tape, x: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    """`native_layer_norm`: keeps its input and fp32 mean and rstd of each row. Autocast runs it in fp32."""
+    if f.autocast:
+        x, weight, bias = f.cast_all("fp32", x, weight, bias)
+    row = (*x.dims[:-1], 1)
+    node = f.record(_layernorm_backward, (x, weight, bias), x, weight, bias)
+    out = f.new(x.dims, x.dtype, "layer_norm", node)
+    f.keep(node, f.new(row, "fp32", "mean"), f.new(row, "fp32", "rstd"))
+    return out
+
+
+def _layernorm_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+    grad = f.new(saved[0].dims, g.dtype, "native_layer_norm_backward") if node.edges[0] else None
+    width = (saved[0].dims[-1],)
+    weight = f.new(width, g.dtype, "sum") if node.edges[1] else None
+    bias = f.new(width, g.dtype, "sum") if node.edges[2] else None
+    return grad, weight, bias
+
+
+KEEPS_OUTPUT = ("relu", "tanh", "sigmoid")
+"""Activations whose derivative follows from their result."""
+
+
+def activation(f: Tape, x: Tensor, name: str) -> Tensor:
+    """An entry of transformers' `ACT2FN` that is one kernel of torch."""
+    return keeps_output(f, x, name) if name in KEEPS_OUTPUT else keeps_input(f, x, name)
+
+
+def selected(f: Tape, x: Tensor, dims: Dims) -> Tensor:
+    """`x[:, 0]`: the same storage; its gradient is as large as x (`select_backward`)."""
+    return Tensor(x.storage, dims, x.dtype, f.record(_selected_backward, (x,), x.dims))
+
+
+def _selected_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "select_backward")
+
+
+def rotary_in_fp32(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x.float() * cos + rotate_half(x.float()) * sin`, in fp32. Source: transformers 5.24, modeling_modernbert.py."""
+    half = (*x.dims[:-1], _half(x.dims[-1]))
+    narrow = x.dtype != "fp32"
+    wide = f.new(x.dims, "fp32", "to") if narrow else None
+    by_cos = f.new(x.dims, "fp32", "mul")
+    del wide
+    wide = f.new(x.dims, "fp32", "to") if narrow else None
+    negated = f.new(half, "fp32", "neg")
+    turned = f.new(x.dims, "fp32", "cat")
+    del negated, wide
+    by_sin = f.new(x.dims, "fp32", "mul")
+    del turned
+    out = f.new(x.dims, "fp32", "add", f.record(_rotary_in_fp32_backward, (x,), cos, sin, x.dtype))
+    del by_cos, by_sin
+    return out
+
+
+def _rotary_in_fp32_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    dims, dtype = g.dims, saved[2]
+    turned = f.new(dims, "fp32", "mul")
+    negated = f.new((*dims[:-1], _half(dims[-1])), "fp32", "neg")
+    both = f.new(dims, "fp32", "slice_backward")
+    del negated
+    second = f.new(dims, "fp32", "slice_backward")  # added into the first
+    del turned, second
+    out: Tensor = f.to(both, dtype)
+    del both
+    by_cos = f.to(f.new(dims, "fp32", "mul"), dtype)  # added into the sum
+    del by_cos
+    return out
+
+
+def expanded(f: Tape, x: Any, dims: Dims) -> Tensor:
+    """`expand`: the same storage; its gradient is summed over what was repeated."""
+    return Tensor(x.storage, dims, x.dtype, f.record(_expanded_backward, (x,), x.dims))
+
+
+def _expanded_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "sum")
+
+
+def gathered(f: Tape, x: Tensor, dims: Dims) -> Tensor:
+    """`x[mask]`: a copy of the rows that a mask chooses; its gradient is as large as x (`index_put`)."""
+    return f.new(dims, x.dtype, "index", f.record(_selected_backward, (x,), x.dims))
+
+
+def product(f: Tape, x: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    """`x @ weight.T + bias` (`FalconLinear`): autocast casts the transposed weight anew each time, and the sum is wider."""
+    if f.autocast:
+        weight = f.to(weight, f.autocast)
+        x = f.cast(x, f.autocast)
+    kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None)
+    node = f.record(_linear_backward, (x, weight, None), *kept)
+    out = f.new((*x.dims[:-1], weight.dims[0]), x.dtype, "mm", node)
+    return out if bias is None else add(f, out, bias)

@@ -1,0 +1,69 @@
+"""Reentrant checkpointing: the forward saves its inputs alone, the backward runs the function again and a backward of its own.
+
+Unlike without `use_reentrant` the function runs to its end again, its results and their gradients live until its own backward is
+done, and its inputs are leaves, on which their gradients gather. Source: torch 2.13, utils/checkpoint.py (`CheckpointFunction`),
+csrc/autograd/engine.cpp (a backward within a backward runs its graph alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peftplan.tape.graph import Node
+from peftplan.tape.hosted import fetched, stored
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Parameter, Tensor
+
+
+class Leaf(Parameter):
+    """A tensor that asks for a gradient though no operation made it; its gradient waits on it."""
+
+    __slots__ = ()
+
+    def __init__(self, dims: Dims, dtype: str) -> None:
+        super().__init__("", dims, dtype, trainable=True)
+        self.node = None  # refers to itself else
+
+    def accumulate(self, tape: Tape, grad: Tensor) -> None:
+        """`AccumulateGrad` takes a gradient that nothing else holds."""
+        self.grad = grad.detach()
+
+
+def checkpoint(f: Tape, function: Callable[..., Any], *args: Any, hosted: bool = False) -> Any:
+    """`checkpoint(function, *args, use_reentrant=True)`: saves the tensors among the arguments; the node holds the function.
+
+    `hosted`: they are saved on the host.
+    """
+    tensors = tuple(x for x in args if type(x) is Tensor)
+    node = f.record(_checkpoint_backward, tensors, *(stored(f, tensors) if hosted else tensors))
+    with f.no_grad():
+        out = function(*args)
+    outputs = (out,) if type(out) is Tensor else out
+    if node is not None:
+        others = tuple(TENSOR if type(x) is Tensor else x for x in args)
+        node.context = (function, others, tuple((x.dims, x.dtype) for x in outputs))
+    results = tuple(Tensor(x.storage, x.dims, x.dtype, node, index) for index, x in enumerate(outputs))
+    return results[0] if type(out) is Tensor else results
+
+
+TENSOR = object()
+"""Stands for a saved tensor among the arguments."""
+
+
+def _checkpoint_backward(f: Tape, node: Node, saved: Any, *grads_of_outputs: Tensor | None) -> Any:
+    function, others, shapes = node.context
+    saved = fetched(f, tuple(saved))
+    grads = [*grads_of_outputs, *[None] * (len(shapes) - len(grads_of_outputs))]
+    for index, (dims, dtype) in enumerate(shapes):  # `materialize_grads`
+        grads[index] = grads[index] or f.new(dims, dtype, "zeros")
+    detached = [Tensor(x.storage, x.dims, x.dtype, Leaf(x.dims, x.dtype) if x.node else None) for x in saved]
+    waiting = iter(detached)
+    inputs = tuple(next(waiting) if x is TENSOR else x for x in others)
+    with f.recomputing():
+        out = function(*inputs)
+    outputs = (out,) if type(out) is Tensor else out
+    f.nested = True
+    f.backward_from([(x, g) for x, g in zip(outputs, grads, strict=True) if x.node and g])
+    f.nested = False
+    return tuple(x.node.grad if type(x.node) is Leaf else None for x in detached)

@@ -1,0 +1,301 @@
+"""A pocket autograd: runs modeling code on tensors that have names, dims and a dtype but no values, and logs what is alive when.
+
+Blocks are written as transformers writes them, with Python's own scoping: a tensor is freed when its last name goes, and one that
+an operation saves for backward lives until backward has passed it. So what autograd keeps is derived in the order in which the
+modeling code runs, and nothing about lifetimes depends on batch or sequence: dims stay symbolic, and the log is evaluated later
+(`memory.timeline`). Which operation keeps what is in `tape.ops`.
+
+Sources: torch 2.13, csrc/autograd/engine.cpp (order), input_buffer.cpp (sums), tools/autograd/derivatives.yaml (what is saved),
+utils/checkpoint.py (`_CheckpointFrame`), aten/src/ATen/autocast_mode.cpp (the cache of casts). It needs CPython, which counts
+references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, overload
+
+from peftplan.errors import RefusedError
+from peftplan.ledger import Category
+from peftplan.tape.graph import RELEASED, Backward, Frame, Node, Place, StopRecomputationError, reachable
+from peftplan.tape.tensors import Broadcast, Dims, Parameter, Storage, Tensor
+
+
+class Tape:
+    """The log of one traced step. `log` holds the number of a storage when it is made, and its negative when it is freed."""
+
+    def __init__(self, *, autocast: str | None = None) -> None:
+        self.log: list[int] = []
+        self.dims: list[Dims] = [()]
+        self.dtypes: list[str] = ["uint8"]
+        self.names: list[str] = [""]
+        self.made_as: dict[int, str] = {}
+        """The former names of tensors that became gradients of parameters."""
+        self.made_in: list[int] = [0]
+        """Segment in which a storage was made, negative in backward code; storages count from 1."""
+        self.freed: dict[int, int] = {}
+        self.category: dict[int, Category] = {}
+        self.savers: dict[int, str] = {}
+        self.counts: dict[int, int] = {}
+        """How many storages a number stands for, where it is more than one."""
+        self.module = ""
+        self.segment = 1
+        self.autocast = autocast
+        self.grad_enabled = True
+        self.marks: list[tuple[int, str]] = []
+        self.products: list[tuple[int, str]] = []
+        """Positions of the log where a matrix product writes into what exists, and the library that computes it."""
+        self.leaves: set[tuple[int, Dims]] = set()
+        """Storages of tensors that no operation made and that have a gradient: embeddings under `enable_input_require_grads`."""
+        self.views: set[int] = set()
+        """Storages of gradients that autograd's formulas give out as views."""
+        self.lasting: set[int] = set()
+        """Storages that a layer's backward makes and that live until all layers' is done."""
+        self._sequence = 0
+        self._frame: Frame | None = None
+        self._casts: dict[Any, Tensor] = {}
+        self._replaying: Frame | None = None
+        self.nested = False
+        """Whether a backward runs within a backward, where it may reach nodes that another backward has already run."""
+
+    def new(self, dims: Dims, dtype: str, op: str, node: Node | None = None) -> Tensor:
+        """Allocate a tensor, the result of `node` if a gradient flows to it."""
+        number = len(self.dims)
+        self.dims.append(dims)
+        self.dtypes.append(dtype)
+        self.names.append(f"{self.module} {op}" if self.module else op)
+        self.made_in.append(self.segment)
+        self.log.append(number)
+        return Tensor(Storage(self, number), dims, dtype, node)
+
+    def many(self, dims: Dims, dtype: str, op: str, count: int) -> Tensor:
+        """Allocate several tensors of one kind that live equally long; one stands for all."""
+        tensor = self.new(dims, dtype, op)
+        assert tensor.storage is not None
+        self.counts[tensor.storage.number] = count
+        return tensor
+
+    def view_of(self, tensor: Tensor) -> Tensor:
+        """The tensor as a view, which holds its base: autograd never adds into it."""
+        if tensor.storage is not None:
+            self.views.add(tensor.storage.number)
+        return tensor
+
+    def sum_into(self, grads: list[Tensor | None], index: int, grad: Tensor) -> None:
+        """Add to what waits at `index`: in place if nothing else holds that tensor, else into a new one.
+
+        Source: torch 2.13 csrc/autograd/input_buffer.cpp (`can_accumulate_inplace`). What nothing else holds is freed with this
+        reference, and is then taken up again.
+        """
+        before = grads[index]
+        if before is None:
+            grads[index] = grad
+            return
+        if before.storage is None or before.storage.number in self.views:
+            grads[index] = self.new(grad.dims, grad.dtype, "add")
+            return
+        number = before.storage.number
+        grads[index] = before = None
+        if self.log[-1] == -number:
+            self.log.pop()
+            del self.freed[number]
+            grads[index] = Tensor(Storage(self, number), grad.dims, grad.dtype)
+        else:
+            grads[index] = self.new(grad.dims, grad.dtype, "add")
+
+    def mark(self, what: str) -> None:
+        """Note a position of the log: a phase that begins, a layer that ends."""
+        self.marks.append((len(self.log), what))
+
+    def record(self, backward: Backward, inputs: tuple[Any, ...], *saved: Any) -> Node | None:
+        """The autograd node of an operation on `inputs` that keeps `saved`; None where no gradient flows.
+
+        Called before the result is allocated, as torch saves inputs before the kernel runs: the recomputation of a checkpointed
+        layer ends there. Results are kept by `keep`.
+        """
+        if not self.grad_enabled:
+            return None
+        for i in inputs:
+            if i is not None and i.node is not None:
+                break
+        else:
+            return None
+        self._sequence += 1
+        edges = tuple(None if i is None or i.node is None else (i.node, i.index, i.dtype) for i in inputs)
+        node = Node(self._sequence, self.module, backward, edges, checkpointed=self._frame is not None)
+        self.keep(node, *saved)
+        return node
+
+    def keep(self, node: Node | None, *saved: Any) -> None:
+        """Let a node keep more tensors: results of its own operation."""
+        if node is not None and saved:
+            for value in saved:
+                if type(value) is Tensor and value.storage is not None:
+                    self.savers[value.storage.number] = node.backward.__name__
+            packed = saved if self._frame is None and self._replaying is None else tuple(map(self._pack, saved))
+            node.saved = (*node.saved, *packed)
+
+    def _pack(self, value: Any) -> Any:
+        """What a checkpointed call saves: first the place of each tensor, on recomputation the tensor for that place."""
+        if type(value) is not Tensor and type(value) is not Parameter:
+            return value
+        if self._replaying is None:
+            frame = self._frame
+            assert frame is not None
+            frame.count += 1
+            return Place(frame, frame.count)
+        frame = self._replaying
+        assert frame.recomputed is not None
+        frame.replayed += 1
+        kept = value.detach() if type(value) is Tensor else value
+        if frame.replayed in frame.alive:
+            frame.recomputed[frame.replayed] = kept
+        if frame.replayed == frame.count:
+            raise StopRecomputationError
+        return kept
+
+    def backward(self, root: Tensor) -> None:
+        """Run the graph backwards: the latest node first, each saved tensor released when its node is done."""
+        if root.node is None:
+            raise RefusedError(
+                "torch 2.13 refuses it: RuntimeError: element 0 of tensors does not require grad and does not have a grad_fn"
+            )
+        self.segment = -(abs(self.segment) + 1)
+        self.backward_from([(root, self.new(root.dims, root.dtype, "ones_like"))])
+
+    def backward_from(self, roots: list[tuple[Tensor, Tensor]]) -> None:
+        """Run the graph behind tensors backwards from their gradients, perhaps within another backward."""
+        order = reachable([x.node for x, _ in roots])
+        while roots:
+            x, grad = roots.pop(0)
+            x.node.receive(self, x.index, grad)  # type: ignore[union-attr]
+            del x, grad
+        while order:
+            node = order.pop()
+            if any(node.grads):
+                self._apply(node)
+
+    def _apply(self, node: Node) -> None:
+        grads, node.grads = node.grads, [None]
+        self.module = node.module
+        saved, node.saved = node.saved, ()
+        if saved is RELEASED:
+            raise RefusedError("torch 2.13 refuses it: RuntimeError: Trying to backward through the graph a second time")
+        if self.nested and any(type(value) in (Tensor, Parameter) for value in saved):
+            node.saved = RELEASED
+        places = saved  # the node holds them, and they what their layer runs again on, until it is done
+        if node.checkpointed:
+            saved = [self._unpack(value) for value in saved]
+        result = node.backward(self, node, saved, *grads)
+        self.module = node.module
+        grads_of_inputs = [result] if isinstance(result, Tensor) else list(result)
+        del result
+        if node.checkpointed:
+            saved = ()
+        for i, edge in enumerate(node.edges):  # `validate_outputs`, before the node releases what it saved
+            if type(grads_of_inputs[i]) is Broadcast:
+                grads_of_inputs[i] = self.new(grads_of_inputs[i].dims, grads_of_inputs[i].dtype, "sum")
+            if edge is not None and grads_of_inputs[i] is not None and grads_of_inputs[i].dtype != edge[2]:
+                grads_of_inputs[i] = self.new(grads_of_inputs[i].dims, edge[2], "to")
+        del saved, grads, places
+        for i, edge in enumerate(node.edges):
+            grad, grads_of_inputs[i] = grads_of_inputs[i], None
+            if edge is not None and grad is not None:
+                edge[0].receive(self, edge[1], grad)
+            elif edge is not None and isinstance(edge[0], Parameter) and edge[0].counts:
+                edge[0].receive(self, edge[1], None)
+            del grad
+
+    def _unpack(self, value: Any) -> Any:
+        if type(value) is not Place:
+            return value
+        frame = value.frame
+        if frame.recomputed is None:
+            self._recompute(frame)
+        assert frame.recomputed is not None
+        return frame.recomputed.pop(value.number)
+
+    def _recompute(self, frame: Frame) -> None:
+        outer, self._frame = self._frame, None
+        args = frame.inputs()
+        frame.recomputed, self._replaying = {}, frame
+        with self.recomputing(), suppress(StopRecomputationError):
+            frame.rerun(*args)  # type: ignore[misc]
+        self._replaying, self._frame = None, outer
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Forward code within a backward, under an autocast of its own."""
+        module, casts = self.module, self._casts
+        self.segment = abs(self.segment) + 1
+        self._casts = {}
+        yield
+        self._casts.clear()
+        self._casts, self.module = casts, module
+        self.segment = -(self.segment + 1)
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any, inputs: Callable[[], tuple[Any, ...]] | None = None) -> Any:
+        """`torch.utils.checkpoint`, non-reentrant: keeps the arguments, runs the function again when backward first needs it.
+
+        `inputs`: gives the arguments then, in place of those kept.
+        """
+        frame = self._frame = Frame()
+        frame.rerun, frame.inputs = function, inputs or (lambda: args)
+        out = function(*args)
+        self._frame = None
+        return out
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        """Autocast's cast; of an fp32 leaf that has a gradient it is made once and kept until autocast ends."""
+        if x is None or x.dtype == dtype or x.dtype not in ("fp32", "fp16", "bf16"):
+            return x
+        if x.dtype != "fp32" or not self._is_leaf(x):
+            return self.to(x, dtype)
+        leaf = x if type(x) is Parameter else x.storage.number  # the cache does not hold what it casts
+        if leaf not in self._casts:
+            before, self.grad_enabled = self.grad_enabled, True  # so that the cast serves later calls too
+            self._casts[leaf] = self.to(x, dtype)
+            self.grad_enabled = before
+        return self._casts[leaf]
+
+    def cast_all(self, dtype: str, *values: Any) -> tuple[Any, ...]:
+        """Autocast's casts of an operation's arguments, the last one first, because GCC evaluates them in that order (torch 2.13,
+        autocast_mode.h, `WrapFunction_`, which expands them within a call).
+        """
+        return (*reversed([self.cast(x, dtype) for x in reversed(values)]),)
+
+    def _is_leaf(self, x: Any) -> bool:
+        if type(x) is Parameter:
+            return x.trainable
+        if isinstance(x.node, Parameter):
+            return bool(x.node.dims == x.dims)  # a view of a leaf is none
+        return x.storage is not None and (x.storage.number, x.dims) in self.leaves
+
+    @overload
+    def to(self, x: Tensor, dtype: str) -> Tensor: ...
+    @overload
+    def to(self, x: Parameter, dtype: str) -> Tensor | Parameter: ...
+
+    def to(self, x: Tensor | Parameter, dtype: str) -> Tensor | Parameter:
+        """`x.to(dtype)`: itself where it has it."""
+        if x.dtype == dtype:
+            return x
+        return self.new(x.dims, dtype, "to", self.record(_to_backward, (x,)))
+
+    @contextmanager
+    def no_grad(self) -> Iterator[None]:
+        """Nothing saves anything."""
+        before, self.grad_enabled = self.grad_enabled, False
+        try:
+            yield
+        finally:
+            self.grad_enabled = before
+
+    def end_autocast(self) -> None:
+        """Autocast's cache of casts is cleared."""
+        self._casts.clear()
+
+
+def _to_backward(tape: Tape, node: Node, saved: Any, grad: Tensor) -> Tensor:
+    return grad  # cast by `_apply`, as the engine does

@@ -1,0 +1,108 @@
+"""The operands of a tape: tensors with names, dims and a dtype but no values, and weights.
+
+Source: torch 2.13, csrc/autograd/functions/accumulate_grad.h, input_buffer.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peftplan.ledger import Dim
+
+if TYPE_CHECKING:
+    from peftplan.tape.graph import Node
+    from peftplan.tape.tape import Tape
+
+Dims = tuple[Dim, ...]
+
+
+class Storage:
+    """One allocation, freed when nothing refers to it any more."""
+
+    __slots__ = ("number", "tape")
+
+    def __init__(self, tape: Tape, number: int) -> None:
+        self.tape = tape
+        self.number = number
+
+    def __del__(self) -> None:
+        tape = self.tape
+        tape.log.append(-self.number)
+        tape.freed[self.number] = tape.segment
+
+
+class Tensor:
+    """Dims and dtype over a storage; `node` is the autograd node that made it, None where no gradient flows."""
+
+    __slots__ = ("dims", "dtype", "index", "node", "storage")
+
+    def __init__(
+        self, storage: Storage | None, dims: Dims, dtype: str, node: Node | Parameter | None = None, index: int = 0
+    ) -> None:
+        self.storage = storage
+        self.dims = dims
+        self.dtype = dtype
+        self.node = node
+        self.index = index
+
+    def view(self, dims: Dims) -> Tensor:
+        """The same storage under other dims; the gradient goes the same way."""
+        return Tensor(self.storage, dims, self.dtype, self.node, self.index)
+
+    def detach(self) -> Tensor:
+        """The same storage without a gradient."""
+        return Tensor(self.storage, self.dims, self.dtype)
+
+
+class Strided(Tensor):
+    """A slice of the last tokens of several sequences: its rows do not follow each other."""
+
+    __slots__ = ()
+
+
+class Broadcast(Tensor):
+    """A gradient of a broadcast input, before it is summed to the input's dims, which it states."""
+
+    __slots__ = ()
+
+
+class Parameter:
+    """A weight, whose bytes the ledger of parameters counts; as an autograd node it accumulates its gradient.
+
+    Where it `counts` its uses it waits for the gradients of all.
+    """
+
+    counts = True
+    __slots__ = ("buffered", "dims", "dtype", "grad", "name", "node", "trainable", "uses")
+    storage = None
+    index = 0
+
+    def __init__(self, name: str, dims: Dims, dtype: str, *, trainable: bool) -> None:
+        self.name = name
+        self.dims = dims
+        self.dtype = dtype
+        self.trainable = trainable
+        self.grad: Tensor | None = None
+        self.node = self if trainable else None
+        self.uses = 1
+        """How many gradients are still to come in this backward pass: a tied weight has two."""
+        self.buffered: list[Tensor | None] = [None]
+
+    def receive(self, tape: Tape, index: int, grad: Tensor | None) -> None:
+        """Gradients of all uses are summed first (`InputBuffer`)."""
+        if grad is not None:
+            tape.sum_into(self.buffered, 0, grad)
+        self.uses -= 1
+        grad = self.buffered[0]
+        if self.uses <= 0 and grad is not None:
+            self.buffered[0] = None
+            self.accumulate(tape, grad)
+
+    def accumulate(self, tape: Tape, grad: Tensor) -> None:
+        """`AccumulateGrad`: takes the first gradient as it is, adds that of a later pass in place."""
+        if self.grad is None:
+            self.grad = grad.detach() if grad.storage else tape.new(self.dims, self.dtype, "clone")
+            number = self.grad.storage.number  # type: ignore[union-attr]
+            tape.category[number] = "gradients"
+            tape.made_as[number] = tape.names[number]
+            tape.names[number] = f"{self.name}.grad"

@@ -1,0 +1,172 @@
+"""Every known difference between a step on fake CPU tensors and the same step on CUDA, with its cause, and its correction.
+
+| what | cause | corrected by |
+| --- | --- | --- |
+| attention | CPU has its own flash kernel, and math for masks and dropout | `attention.sdpa`: CUDA's kernels |
+| the math kernel | dropout as below, but inside C++; under a mode the mask is added out of place | `math_attention` |
+| dropout | CPU multiplies by a mask of the input's dtype; CUDA's `native_dropout` keeps a boolean one | `_dropout` |
+| softmax(fp16, dtype=fp32) | CUDA's kernel reads fp16, writes fp32; CPU copies to fp32 first (ATen SoftMax.cpp) | `dispatcher` |
+| softmax backward | CUDA's kernel makes `grad * output` first (SoftMax.cu: `softmax_backward_cuda_out`) | `KERNEL_TEMPORARIES` |
+| `_safe_softmax` | on CUDA a composite, which compares the scores with minus infinity (SoftMax.cpp) | `KERNEL_TEMPORARIES` |
+| cumsum of a boolean mask | CUDA copies it to int64 first (ReduceOps.cpp) | `KERNEL_TEMPORARIES` |
+| dropout's results | CUDA allocates the mask before the output (Dropout.cu) | `tracker.DROPOUT` |
+| counters of an optimizer | they live on the host, whatever the device | `tracker.LIFT_FRESH` |
+| autocast | other operations are cast, and to other dtypes, below composite ones as well (autocast_mode.h) | `dispatcher` |
+| `torch.is_autocast_enabled()` | without an argument it asks about CUDA | `as_on_cuda` |
+| masks | transformers builds a full mask for fake tensors (`is_tracing`), none for real unpadded ones | `as_on_cuda` |
+| statistics of LayerNorm | fp32 for 16-bit inputs (layer_norm_kernel.cu: `acc_type`), on a CPU the inputs' dtype | `statistics` |
+| backward of indexing | under a mode a copy of the zeros (FunctionsManual.cpp), else in place | `in_place` |
+| sums of gradients | never in place into a tensor subclass (autograd `input_buffer.cpp`) | `tracker`, where torch would |
+| `tensor[mask]` | its size is data: fake tensors refuse | `scored.Rows`, `flash.Picked` |
+| TRL's chunked loss | without Triton each tile is copied to fp32, and so are factors of products | `losses.ChunkedLogProbs` |
+| `save_on_cpu` | its copies on the host would count as the device's | `hosted.SavedOnHost` |
+| flash-attn, Liger, Unsloth | kernels of packages that need CUDA | `flash`, `losses`, `unsloth` |
+
+Left out: scalars that live on the host on CUDA count here as 512 bytes each where the tracker cannot tell; staging buffers of
+large reductions, sorts of an embedding's gradient: temporaries of a few MB inside one kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+
+from peftplan.trace.cuda.attention import Capability, sdpa
+from peftplan.trace.cuda.hosted import SavedOnHost
+from peftplan.trace.libraries.replacing import replaced
+
+F = torch.nn.functional
+
+
+class CudaLike(TorchFunctionMode):
+    """Runs CUDA's version of the functions that differ."""
+
+    def __init__(self, *, capability: Capability, device: str) -> None:
+        super().__init__()
+        self._device = device
+        self._capability = capability
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace, or pass on."""
+        kwargs = kwargs or {}
+        rule = RULES.get(func)
+        return func(*args, **kwargs) if rule is None else rule(self, func, args, kwargs)
+
+    def attention(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`scaled_dot_product_attention`, with autocast's cast of its inputs, the mask included; inside there is no autocast."""
+        if torch.is_autocast_enabled(self._device):
+            low = torch.get_autocast_dtype(self._device)
+
+            def cast(value: Any) -> Any:
+                return value.to(low) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+            kwargs = {name: cast(value) for name, value in kwargs.items()}
+            args = tuple(reversed([cast(value) for value in reversed(args)]))  # the wrapper's C++ takes its last argument first
+            with torch.autocast(self._device, enabled=False):
+                return sdpa(*args, **kwargs, capability=self._capability)
+        return sdpa(*args, **kwargs, capability=self._capability)
+
+    def dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`native_dropout`, which CUDA takes for training (ATen Dropout.cpp: `is_fused_kernel_acceptable`)."""
+        x, p, train, inplace = _dropout_arguments(*args, **kwargs)
+        if inplace or not train or not 0 < p < 1:
+            return func(*args, **kwargs)
+        return torch.ops.aten.native_dropout(x, p, True)[0]
+
+    def backward(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`torch.autograd.backward` of one scalar with this mode on: a mode's own handler runs without it, but recomputation
+        needs it."""
+        roots = (args[0],) if isinstance(args[0], torch.Tensor) else tuple(args[0])
+        grad_tensors = kwargs.get("grad_tensors", args[1] if len(args) > 1 else None)
+        grads = grad_tensors or tuple(torch.ones_like(root) for root in roots)
+        with self:
+            return _engine_run_backward(roots, tuple(grads), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def _dropout_arguments(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, **train: bool) -> Any:
+    return input, p, train.get("train", training), inplace
+
+
+RULES: dict[Any, Callable[[CudaLike, Any, Any, Any], Any]] = {
+    torch.Tensor.backward: CudaLike.backward,
+    torch.autograd.backward: CudaLike.backward,
+    F.scaled_dot_product_attention: CudaLike.attention,
+    F.dropout: CudaLike.dropout,
+    torch.dropout: CudaLike.dropout,
+}
+
+
+KERNEL_TEMPORARIES: dict[Any, Callable[..., torch.Tensor]] = {
+    torch.ops.aten._softmax_backward_data.default: lambda grad, output, dim, input_dtype: grad,
+    torch.ops.aten._safe_softmax.default: lambda x, *_, **__: x.new_empty(x.shape, dtype=torch.bool),
+    torch.ops.aten.cumsum.default: lambda x, *_, **__: x.new_empty(x.shape if x.dtype == torch.bool else 0, dtype=torch.int64),
+}
+"""Operations whose CUDA kernel takes a further tensor while it runs → the argument that it is as large as."""
+
+
+_ATEN = torch.ops.aten
+IN_PLACE: dict[tuple[str, Any], Any] = {
+    ("IndexBackward0", _ATEN.index_put.default): _ATEN.index_put_.default,
+    ("IndexSelectBackward0", _ATEN.index_add.default): _ATEN.index_add_.default,
+    ("GatherBackward0", _ATEN.scatter_add.default): _ATEN.scatter_add_.default,
+    **{(f"{name}Backward0", _ATEN.scatter.src): _ATEN.scatter_.src for name in ("Max", "Min", "Topk", "Sort")},
+}
+"""(node of autograd, operation) → the operation that it does to the zeros it just made where no mode watches
+(`areAnyTensorSubclassLike`, torch 2.13 torch/csrc/autograd/FunctionsManual.cpp)."""
+_COPYING = frozenset(op for _, op in IN_PLACE)
+
+
+def in_place(func: Any) -> Any:
+    """The operation that runs on CUDA where this one runs under a mode."""
+    if func not in _COPYING:
+        return func
+    node = torch._C._current_autograd_node()
+    return func if node is None else IN_PLACE.get((node.name(), func), func)
+
+
+def statistics(func: Any, out: Any) -> Any:
+    """The outputs of LayerNorm with its mean and rstd as CUDA keeps them."""
+    if func is not _ATEN.native_layer_norm.default:
+        return out
+    return out[0], *(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in out[1:])
+
+
+@contextmanager
+def cuda_autocast(dtype: torch.dtype | None, device: str) -> Iterator[None]:
+    """Autocast for the tensors of the fake device, seen by code that asks whether CUDA's is on. None: no autocast."""
+    if dtype is None:
+        yield
+        return
+    with torch.autocast(device, dtype=dtype):
+        yield
+
+
+def _all_by_name(mask: torch.Tensor) -> torch.Tensor:
+    """`fast_all`, which compares the sum of a mask with its size: as `all`, by which the trace knows what is asked."""
+    mask.sum()
+    return mask.all()
+
+
+@contextmanager
+def as_on_cuda(device: str) -> Iterator[None]:
+    """Let torch answer for the fake device where it is asked about CUDA, and transformers take fake tensors for real ones."""
+    enabled, low = torch.is_autocast_enabled, torch.get_autocast_dtype
+    stand_ins = {
+        "torch.is_autocast_enabled": lambda kind=None: enabled(kind or device),
+        "torch.get_autocast_gpu_dtype": lambda: low(device),
+        "transformers.utils.import_utils.is_fake_tensor": lambda tensor: False,
+        "transformers.masking_utils.fast_all": _all_by_name,
+        "transformers.modeling_utils.save_on_cpu": SavedOnHost,
+    }
+    with (
+        replaced(stand_ins),
+        patch.object(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True),  # it prints what is raised anyway
+    ):
+        yield

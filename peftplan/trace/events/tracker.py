@@ -1,0 +1,306 @@
+"""Watches every storage of a traced step: when it is made and freed, by which operation and module, in which phase.
+
+A `TorchDispatchMode` sees every operation below autograd. Each new storage gets a weak reference, whose callback is the free.
+Bytes are those of the storage; rounding is the reader's. Left out: memory that an operation takes and frees within one call, and
+storages that are resized in place.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftplan.depth.log import AUTOGRAD, Moment, Storage
+from peftplan.dtypes import parse_dtype
+from peftplan.ledger import Category
+from peftplan.trace.cuda.differences import in_place, statistics
+
+try:
+    from torch._prims_common import is_non_overlapping_and_dense_or_false as is_dense
+except ImportError:  # torch before 2.11 has it under its older name
+    from torch._prims_common import is_non_overlapping_and_dense as is_dense  # type: ignore[attr-defined,no-redef]
+
+DEVICE_OF = torch.ops.prim.device.default
+"""A FakeTensor answers `.device` through the dispatcher, twice as often as anything else."""
+SUM = torch.ops.aten.add.Tensor
+ALONE = 2
+"""References to a storage that one tensor has: the tensor's, and the name by which it is asked."""
+_ATEN = torch.ops.aten
+KEEP_ONES = frozenset({_ATEN._to_copy.default, _ATEN.all.default, _ATEN.mul.Tensor})
+"""Operations that leave ones what they are."""
+MAKE_ONES: dict[Any, Callable[..., bool]] = {
+    _ATEN.ones.default: lambda size: True,
+    _ATEN.eq.Tensor: lambda a, b: a is b,
+    _ATEN.ne.Scalar: lambda a, b: b == math.inf,
+}
+"""Operations that make ones, if this holds of their arguments: new masks, and both halves of `isfinite` of finite values."""
+IGNORED = frozenset({torch.ops.aten.detach.default})
+"""Operations that make no storage and come often."""
+LIFT_FRESH = torch.ops.aten.lift_fresh.default
+"""What `torch.tensor` ends with: in an optimizer, of a step counter on the host."""
+
+DROPOUT = torch.ops.aten.native_dropout.default
+"""Allocates its last result first, the mask (torch 2.13, aten/src/ATen/native/cuda/Dropout.cu: `dropout_cuda`)."""
+
+
+class _Ref(weakref.ref):  # type: ignore[type-arg]
+    """A weak reference to a torch storage that knows its record."""
+
+    __slots__ = ("node", "record")
+    record: Storage
+    node: int | None
+    """Number of the autograd node whose backward made it."""
+
+
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The log of one traced run."""
+
+    def __init__(
+        self,
+        *,
+        is_logits: Callable[[torch.Tensor], bool],
+        scalar: Callable[[torch.Tensor], Any],
+        temporaries: Mapping[Any, Callable[..., torch.Tensor]],
+        after: Callable[[Tracker, Any, Any], None],
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.log: list[Moment] = []
+        self.phase = "load"
+        self.began: list[tuple[int, str]] = [(0, "load")]
+        self.data_dependent: dict[str, int] = {}
+        self._is_logits = is_logits
+        self._scalar = scalar
+        self._temporaries = temporaries
+        self._after = after
+        self._live: dict[int, _Ref] = {}
+        self._stack: list[str] = []
+        self._module_of_node: dict[int, str] = {}
+        self._segment = 0
+        self._in_forward = False
+        self._paused = 0
+        self._count = 0
+        self._summed: tuple[_Ref, _Ref] | None = None
+        self.on_begin: Callable[[], None] = lambda: None
+        """Called whenever a phase begins."""
+        self.last_module = ""
+        """The module that ran last: where a trace that fails has failed."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled; a guard against it would take as long as the rest."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and record the storages that it made."""
+        if func is DEVICE_OF:
+            return args[0].fake_device
+        if func in IGNORED or (func is LIFT_FRESH and self.phase == "step"):
+            return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            # What a mask's `all()` and an optimizer's step counter would say is known; any other value is a stand-in.
+            if self.phase != "step" and args[0].dtype != torch.bool:
+                self.data_dependent[self.module] = self.data_dependent.get(self.module, 0) + 1
+            return self._scalar(args[0])
+        self._enter_op()
+        func = in_place(func)
+        out = statistics(func, func(*args, **(kwargs or {})))
+        if isinstance(out, torch.Tensor):
+            self._see(out, func, args[0] if args else None)
+            if func in MAKE_ONES or func in KEEP_ONES:
+                self._note_ones(out, func, args)
+        elif isinstance(out, (tuple, list)):
+            listed = bool(args) and isinstance(args[0], (tuple, list)) and len(args[0]) == len(out)
+            for number, item in enumerate(reversed(out) if func is DROPOUT else out):
+                if isinstance(item, torch.Tensor):
+                    self._see(item, func, args[0][number] if listed else None)
+        self._after(self, func, args)
+        if func is SUM and self.phase == "backward" and not torch.is_grad_enabled():
+            self._note_sum(args[0], out)
+        if func in self._temporaries:
+            self._pass_temporary(self._temporaries[func](*args, **(kwargs or {})), op=str(func))
+        return out
+
+    def begin(self, phase: str) -> None:
+        """From here on the log belongs to this phase."""
+        self.phase = phase
+        self.began.append((len(self.log), phase))
+        self.on_begin()
+
+    def _pass_temporary(self, like: torch.Tensor, *, op: str) -> None:
+        nbytes = like.numel() * like.element_size()
+        if nbytes:
+            self.end(self.passing(nbytes=nbytes, shape=tuple(like.shape), dtype=parse_dtype(like.dtype), op=op))
+
+    @property
+    def module(self) -> str:
+        """The module that is running: the innermost forward, or in backward the one whose forward made the node; empty for the
+        caller's own code.
+        """
+        if self._stack:
+            return self._stack[-1]
+        node = torch._C._current_autograd_node()
+        return "" if node is None else self._module_of_node.get(node._sequence_nr(), AUTOGRAD)
+
+    def _enter_op(self) -> None:
+        """Note the module of the autograd node just made, and whether forward code or backward code is running.
+
+        Forward code within backward is recomputation: gradients are on, or a module's forward is on the stack.
+        """
+        forward = self.phase == "forward" or (self.phase == "backward" and (bool(self._stack) or torch.is_grad_enabled()))
+        if forward != self._in_forward:
+            self._in_forward = forward
+            self._segment += 1
+        if self._stack:
+            self.last_module = self._stack[-1]
+        if forward and self._stack:
+            self._module_of_node[torch._C._autograd._get_sequence_nr() - 1] = self._stack[-1]
+
+    def _see(self, tensor: torch.Tensor, func: Any, source: Any) -> None:
+        """Record a new storage. In the optimizer's step it belongs to the parameter of the tensor that it was made from."""
+        with torch._C.DisableTorchFunction():
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._live or self._paused:
+                return
+            record = self._add(storage, tensor, op=str(func))
+            if self.phase == "step" and isinstance(source, torch.Tensor):
+                known = self._live.get(source.untyped_storage()._cdata)
+                record.name = None if known is None else known.record.name
+            elif self.phase == "step" and isinstance(source, (tuple, list)) and any(map(torch.is_tensor, source)):
+                record.name = "all parameters"
+
+    def _add(self, storage: torch.UntypedStorage, tensor: torch.Tensor, *, op: str) -> Storage:
+        record = Storage(
+            id=self._count,
+            nbytes=storage.nbytes(),
+            shape=tuple(tensor.shape),
+            dtype=parse_dtype(tensor.dtype),
+            op=op,
+            module=self.module,
+            phase=self.phase,
+            segment=self._segment,
+            in_forward=self._in_forward,
+            category="logits" if self._is_logits(tensor) else None,
+        )
+        self._count += 1
+        key = storage._cdata
+        reference = _Ref(storage, lambda ref: self._freed(key, ref))
+        reference.record = record
+        node = torch._C._current_autograd_node()
+        reference.node = None if node is None else node._sequence_nr()
+        self._live[key] = reference
+        self.log.append(Moment("alloc", record, self.phase, record.module))
+        return record
+
+    def _note_sum(self, buffered: torch.Tensor, total: torch.Tensor) -> None:
+        """Remember a sum that autograd may have made of a gradient that waited for another one (`InputBuffer`).
+
+        Where it was alone with its storage, which a view never is (its base is there too), the sum is made in place on CUDA.
+        """
+        with torch._C.DisableTorchFunction():
+            storage = buffered.untyped_storage()
+            first, new = self._live.get(storage._cdata), self._live.get(total.untyped_storage()._cdata)
+            alone = torch._C._storage_Use_Count(storage._cdata) == ALONE
+        dense = buffered.shape == total.shape and is_dense(buffered)
+        node = torch._C._current_autograd_node()
+        if alone and dense and first and new and node is not None and first.node != node._sequence_nr():
+            self._summed = first, new
+
+    def _was_in_place(self, reference: _Ref) -> bool:
+        """Whether the gradient that is freed now was summed into just before, and nothing else held it: CUDA adds into it."""
+        if self._summed is None or self._summed[0] is not reference:
+            return False
+        new = self._summed[1]
+        self._summed = None
+        if self.log[-1].kind != "alloc" or self.log[-1].storage is not new.record:
+            return False
+        self.log.pop()
+        new.record = reference.record
+        return True
+
+    def _freed(self, key: int, reference: _Ref) -> None:
+        if self._live.get(key) is reference:
+            del self._live[key]
+        if self._was_in_place(reference):
+            return
+        record = reference.record
+        record.freed_segment = self._segment
+        self.log.append(Moment("free", record, self.phase, self.module))
+
+    def register(self, tensor: torch.Tensor, category: Category, name: str, *, op: str = "load") -> None:
+        """Say what a tensor's storage is; one that was not seen yet counts as allocated now."""
+        with torch._C.DisableTorchFunction():
+            storage = tensor.untyped_storage()
+            known = self._live.get(storage._cdata)
+            record = known.record if known is not None else self._add(storage, tensor, op=op)
+        record.category, record.name = category, name
+
+    def made_by(self, tensor: torch.Tensor) -> str:
+        """The operation that made a tensor's storage; empty where it was not seen."""
+        with torch._C.DisableTorchFunction():
+            known = self._live.get(tensor.untyped_storage()._cdata)
+        return "" if known is None else known.record.op
+
+    def _note_ones(self, out: torch.Tensor, func: Any, args: Any) -> None:
+        if MAKE_ONES[func](*args) if func in MAKE_ONES else all(self.of_ones(a) for a in args if isinstance(a, torch.Tensor)):
+            with torch._C.DisableTorchFunction():
+                live = self._live.get(out.untyped_storage()._cdata)
+            if live is not None:
+                live.record.ones = True
+
+    def of_ones(self, tensor: torch.Tensor) -> bool:
+        """Whether every element of a tensor is known to be one."""
+        known = self._live.get(tensor.untyped_storage()._cdata)
+        return known is not None and known.record.ones
+
+    def forget(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Take tensors out of the log that do not live on the device."""
+        references = [self._live.pop(tensor.untyped_storage()._cdata, None) for tensor in tensors]
+        gone = {id(reference.record) for reference in references if reference is not None}
+        if gone:
+            taken = [at for at, moment in enumerate(self.log) if id(moment.storage) in gone]
+            self.began[:] = [(start - bisect_left(taken, start), phase) for start, phase in self.began]
+            self.log[:] = [moment for moment in self.log if id(moment.storage) not in gone]
+
+    def passing(self, *, nbytes: int, shape: tuple[int, ...], dtype: str, op: str, category: Category | None = None) -> Storage:
+        """Record an allocation that no tensor of the trace shows; `end` frees it."""
+        record = Storage(
+            self._count, nbytes, shape, dtype, op, self.module, self.phase, self._segment, self._in_forward, category
+        )
+        self._count += 1
+        self.log.append(Moment("alloc", record, self.phase, record.module))
+        return record
+
+    def end(self, record: Storage) -> None:
+        """Free what `passing` recorded."""
+        record.freed_segment = self._segment
+        self.log.append(Moment("free", record, self.phase, record.module))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record no new storage: for host tensors."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def watch(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        """Let these modules say when their forward runs."""
+
+        def entering(name: str) -> Callable[..., None]:
+            return lambda module, args: self._stack.append(name)
+
+        def leaving(module: nn.Module, args: Any, output: Any) -> None:
+            self._stack.pop()
+
+        for name, module in modules:
+            module.register_forward_pre_hook(entering(name))
+            module.register_forward_hook(leaving, always_call=True)

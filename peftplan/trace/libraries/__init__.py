@@ -1,0 +1,1 @@
+"""What the installed transformers, peft and bitsandbytes make of a config, without weights."""

@@ -1,0 +1,336 @@
+"""Any peft method, counted by the installed peft itself on a model without weights.
+
+`get_peft_model` runs on the meta device, so that names, shapes and what trains are peft's own and no memory is needed. Five
+methods compute on values while they are created (a clustering, a decomposition, a permutation): those steps are replaced by
+stand-ins that give tensors of the same shape. A method that needs values anywhere else is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from peftplan.arch.modules import Shape
+from peftplan.errors import MissingExtraError, PeftplanError, RefusedError, UnknownNameError, UnknownOptionError
+from peftplan.methods.adaptation import Adaptation, AddedTensor, TrainedParam
+from peftplan.trace.libraries.installed import require
+from peftplan.trace.libraries.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.trace.libraries.replacing import replaced
+
+PREFIXES = {True: "base_model.", False: "base_model.model."}
+"""What peft puts before the base model's own names, by whether the method is one of virtual tokens."""
+COPIES = (".modules_to_save.", ".ln_tuning_layers.", ".adaption_prompt", ".adaption_gate")
+"""Tensors that keep the base's dtype: copies of the base's, and adaption prompts, whose model peft does not autocast."""
+_ADAPTER = re.compile(r"\.default(?=\.|$)")
+LORAFA_LR = 1e-4
+"""A learning rate, which `create_lorafa_optimizer` asks for and which changes no count."""
+
+
+def count_with_peft(config: Mapping[str, Any], peft_config: Mapping[str, Any] | Any, *, task_type: str | None) -> Adaptation:
+    """What the installed peft adds to the model of a Hugging Face `config`, and what it trains.
+
+    `peft_config` is a peft config object or the dict of an `adapter_config.json` of any peft type; `freeze_a` in the dict asks
+    for LoRA-FA, whose optimizer freezes every A. `task_type` chooses the model class (None: the one that the config names).
+    Raises MissingExtraError without torch, transformers or peft, RefusedError with peft's reason where peft refuses.
+    """
+    peft = _peft()
+    freeze_a = isinstance(peft_config, Mapping) and bool(peft_config.get("freeze_a"))
+    with quiet_transformers():
+        hf_config = build_config(config, name="model")
+        cls = model_class(config, hf_config, name="model", task_type=task_type)
+        model = build_model(config, hf_config, cls, name="model")
+        base = Base.of(model)
+        try:
+            method = _config_object(peft_config, task_type)
+            adapted = on_meta(model, method)
+            if freeze_a:
+                peft.optimizers.create_lorafa_optimizer(adapted, r=method.r, lora_alpha=method.lora_alpha, lr=LORAFA_LR)
+        except PeftplanError:
+            raise
+        except Exception as error:  # peft raises whatever its code meets
+            raise RefusedError(f"peft {peft.__version__} refuses it: {type(error).__name__}: {_first_line(error)}") from None
+    return _checked(_adaptation(base, adapted, method), base, adapted)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model before peft: its parameters as objects, since peft moves them to other names but keeps them."""
+
+    params: tuple[tuple[str, Any], ...]
+    modules: frozenset[str]
+
+    @classmethod
+    def of(cls, model: Any) -> Base:
+        """The parameters (ties once) and the module names of a model."""
+        return cls(tuple(model.named_parameters()), frozenset(name for name, _ in model.named_modules()))
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(param): name for name, param in self.params}
+
+    def name_of(self, param: Any) -> str | None:
+        """The name that a parameter has in the base, None where peft made it."""
+        return self._names.get(id(param))
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters."""
+        return sum(param.numel() for _, param in self.params)
+
+
+def on_meta(model: Any, method: Any) -> Any:
+    """`get_peft_model` of a model on the meta device."""
+    import torch
+
+    with stand_ins(method.peft_type.value), torch.device("meta"):
+        return _peft().get_peft_model(model, method)
+
+
+def check_fields(peft_config: Mapping[str, Any]) -> None:
+    """Raises UnknownNameError for a field that the config class of its peft type does not have; peft only warns of it."""
+    if unknown := unknown_fields(peft_config):
+        raise UnknownOptionError(unknown[0], str(peft_config["peft_type"]), _known_fields(peft_config))
+
+
+def unknown_fields(peft_config: Mapping[str, Any]) -> list[str]:
+    """The fields that the installed peft does not have for that peft type, `freeze_a` of LoRA-FA aside."""
+    known = {*_known_fields(peft_config), "freeze_a"}
+    return [name for name in peft_config if name not in known]
+
+
+def _known_fields(peft_config: Mapping[str, Any]) -> list[str]:
+    peft = _peft()
+    return [field.name for field in fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_config["peft_type"])])]
+
+
+def wrapped_task(model: Any, task_type: str | None) -> str | None:
+    """The task whose wrapper peft puts around a model. The wrappers hand on `input_ids` and `inputs_embeds` (peft 0.21,
+    peft_model.py): None for a model that takes no tokens, or, as CLIP, pictures beside them and no embeddings of tokens.
+    """
+    takes = inspect.signature(model.forward).parameters
+    of_pictures = "pixel_values" in takes and "inputs_embeds" not in takes
+    return task_type if "input_ids" in takes and not of_pictures else None
+
+
+def _config_object(peft_config: Mapping[str, Any] | Any, task_type: str | None) -> Any:
+    """A peft config for one use: peft resolves `target_modules` in place. Initialisation that needs values or files is undone.
+
+    `task_type` is of the model; it stands in for that of a dict which has no such key. None under the key is told to peft.
+    """
+    peft = _peft()
+    if isinstance(peft_config, Mapping):
+        fields = {key: value for key, value in peft_config.items() if key != "freeze_a"}
+        types = {t.value for t in peft.PeftType}
+        if fields.get("peft_type") not in types:
+            raise UnknownNameError("peft_type", fields.get("peft_type"), types, most=len(types))
+        method = peft.PeftConfig.from_peft_type(**fields)
+    else:
+        method = copy.deepcopy(peft_config)
+    unstated = isinstance(peft_config, Mapping) and "task_type" not in peft_config
+    if unstated and task_type in {t.value for t in peft.TaskType}:
+        method.task_type = task_type
+    if getattr(method, "prompt_tuning_init", None) in ("TEXT", "SAMPLE_VOCAB"):
+        method.prompt_tuning_init = "RANDOM"
+    if method.peft_type.value == "ADAMSS" and method.subspace_rank > 1:
+        raise RefusedError(
+            f"subspace_rank: with {method.subspace_rank}, what AdaMSS adds depends on how it clusters the weights; only a "
+            "subspace_rank of 1 has a count without them"
+        )
+    if method.peft_type.value == "SHIRA":
+        method.mask_fn = None  # its stand-in makes what the mask would: the places of r·(in + out) entries
+    return method
+
+
+@contextmanager
+def stand_ins(peft_type: str) -> Iterator[None]:
+    """Replace what a method computes on values by empty tensors of the same shapes, while its adapter is created."""
+    with replaced(STAND_INS.get(peft_type, {})):
+        yield
+
+
+def _butterfly(layer: Any, n: int, b: int, r: int = 3, n_butterfly_factor: int = 1) -> Any:
+    """As many indices; peft's order reads values."""
+    import torch
+
+    if n_butterfly_factor and b * r * 2 > n:
+        raise ValueError("Invalid number of blocks!")
+    return torch.arange(n)
+
+
+def _permutation(layer: Any, indices: Any) -> Any:
+    import torch
+
+    return torch.empty((len(indices), len(indices)))
+
+
+def _principal_components(tensor: Any, r: int, device: Any, dtype: Any = None, random_seed: int = 0) -> tuple[Any, Any]:
+    import torch
+
+    b, c, h, w = tensor.shape
+    r = min(r, h, w)
+    return torch.empty((b, c, r, w)), torch.empty((b, c, h, r))
+
+
+def _module_weight(module: Any) -> Any:
+    """The weight whose norm DoRA takes, of a stand-in for a quantized layer too."""
+    from peftplan.trace.libraries.quantized import module_weight
+
+    return module_weight(module)
+
+
+def _even_clusters(rows: Any, num_subspaces: int, iterations: int) -> tuple[Any, int]:
+    """Clusters of equal size: those of the real weights differ, the sum of their sizes does not."""
+    import torch
+
+    clusters = min(num_subspaces, rows.shape[0])
+    return torch.arange(rows.shape[0], device="cpu") % clusters, clusters
+
+
+def _frod_projections(model: Any, config: Any, adapter_name: str) -> None:
+    """FRoD's shared buffers, empty: V (in, in) per category and the places of the sparse entries (2, nnz)."""
+    import torch
+    from peft.tuners._buffer_dict import BufferDict
+    from peft.tuners.frod.model import _category_from_key
+    from peft.tuners.tuners_utils import _get_in_out_features, _maybe_include_all_linear_layers
+
+    method = model._prepare_adapter_config(config, model.get_model_config(model.model))
+    method = _maybe_include_all_linear_layers(method, model.model)
+    for name in ("frod_V", "frod_s_indices", "frod_s_size"):
+        if not hasattr(model, name):
+            setattr(model, name, torch.nn.ModuleDict())
+    for key, module in model.model.named_modules():
+        width, _ = _get_in_out_features(module) if hasattr(module, "weight") else (None, None)
+        if width is None or not model._check_target_module_exists(method, key):
+            continue
+        nnz = min(int(width * width * config.sparse_rate), width * width - width)
+        nnz = max(1, nnz) if config.sparse_rate > 0 and width > 1 else nnz
+        shapes = {"frod_V": (width, width), "frod_s_indices": (2, nnz), "frod_s_size": (2,)}
+        for name, shape in shapes.items():
+            getattr(model, name)[_category_from_key(key)] = BufferDict({adapter_name: torch.empty(shape, device="cpu")})
+
+
+def _frod_u_and_lambda(layer: Any, v: Any, weight: Any) -> tuple[Any, Any]:
+    import torch
+
+    n_out, n_in = weight.shape
+    return torch.empty((n_out, n_in), device="cpu"), torch.empty((n_in,))
+
+
+def _shira_update(layer: Any, adapter_name: str, mask: Any, *args: Any, **kwargs: Any) -> None:
+    """SHiRA's `update_layer` without a mask, and the int32 places that it would be read into."""
+    import torch
+    from peft.tuners.shira.layer import ShiraLayer
+
+    ShiraLayer.update_layer(layer, adapter_name, None, *args, **kwargs)
+    entries = layer.shira_weight[adapter_name].numel()
+    layer.shira_indices[adapter_name] = torch.empty((2, entries), dtype=torch.int32)
+
+
+def _unilora_scales(model: Any, adapter_name: str) -> None:
+    """UniLoRA's scales, empty: one per index, of which the layers have made buffers of the right shape."""
+    import torch
+
+    for layer in model._iter_unilora_layers():
+        indices = (layer.unilora_indices_A[adapter_name], layer.unilora_indices_B[adapter_name])
+        layer.update_scaling(adapter_name, *(torch.empty(i.shape) for i in indices))
+
+
+STAND_INS: dict[str, dict[str, Any]] = {
+    "ADAMSS": {
+        "peft.tuners.adamss.layer.slice_pca": _principal_components,
+        "peft.tuners.adamss.layer.clustering_Z": _even_clusters,
+    },
+    "BOFT": {
+        "peft.tuners.boft.layer.BOFTLayer.block_butterfly_perm": _butterfly,
+        "peft.tuners.boft.layer.BOFTLayer.perm2mat": _permutation,
+        # The CUDA extension counts as built, as on the machine that trains; without it peft sets the butterfly factor to 1.
+        "peft.tuners.boft.layer.get_fbd_cuda": object,
+    },
+    "FROD": {
+        "peft.tuners.frod.model.FrodModel._init_frod_projections": _frod_projections,
+        "peft.tuners.frod.layer.FrodLayer._calculate_frod_u_and_lambda": _frod_u_and_lambda,
+    },
+    "LORA": {"peft.tuners.lora.dora.dequantize_module_weight": _module_weight},
+    "SHIRA": {"peft.tuners.shira.layer.Linear.update_layer": _shira_update},
+    "UNILORA": {
+        "peft.tuners.unilora.model.UniLoraModel._assign_unilora_indices_and_scales": _unilora_scales,
+    },
+}
+"""peft type → what is replaced (peft 0.21.2)."""
+
+
+def _adaptation(base: Base, adapted: Any, method: Any) -> Adaptation:
+    """What differs between the base and the adapted model, collapsed to families."""
+    import torch
+
+    embeddings = {f"{name}.weight" for name, m in adapted.named_modules() if isinstance(m, torch.nn.Embedding)}
+    prefix = PREFIXES[method.is_prompt_learning]
+    added: dict[tuple[str, Shape, bool, bool], list[int | None]] = {}
+    trained: dict[tuple[str, str, Shape], list[int | None]] = {}
+    for full, param in adapted.named_parameters():
+        own = base.name_of(param)
+        template, layer = _family(own or _ADAPTER.sub("", full.removeprefix(prefix)), base.modules)
+        if own is None:
+            key = (template, tuple(param.shape), param.requires_grad, full in embeddings)
+            added.setdefault(key, []).append(layer)
+        elif param.requires_grad:
+            module, _, leaf = template.rpartition(".")
+            trained.setdefault((module, leaf, tuple(param.shape)), []).append(layer)
+    return Adaptation(
+        added=tuple(
+            AddedTensor(name, shape, _layers(layers), trains, "base" if any(c in name for c in COPIES) else "adapter", embedding)
+            for (name, shape, trains, embedding), layers in added.items()
+        ),
+        trained=tuple(TrainedParam(m, p, shape, _layers(layers)) for (m, p, shape), layers in trained.items()),
+        resolved=(("target_modules", _listed(getattr(method, "target_modules", None))),),
+    )
+
+
+def _checked(adaptation: Adaptation, base: Base, adapted: Any) -> Adaptation:
+    """The adaptation, once its sums are peft's own two numbers."""
+    numbers = adapted.get_nb_trainable_parameters()
+    total = base.numel + adaptation.num_added
+    if (adaptation.num_trainable, total) != numbers:
+        raise RefusedError(
+            f"peft counts {numbers[0]} of {numbers[1]}, the tensors that differ {adaptation.num_trainable} of {total}"
+        )
+    return adaptation
+
+
+def _family(name: str, modules: frozenset[str]) -> tuple[str, int | None]:
+    """The name with its layer index as `{}`, and the index, where a layer of the base lies there."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdigit() and ".".join(parts[: place + 1]) in modules:
+            return ".".join((*parts[:place], "{}", *parts[place + 1 :])), int(part)
+    return name, None
+
+
+def _layers(indices: list[int | None]) -> tuple[int, ...] | None:
+    numbered = tuple(i for i in indices if i is not None)
+    return numbered or None
+
+
+def _listed(targets: Any) -> Any:
+    return tuple(sorted(targets)) if isinstance(targets, (set, list, tuple)) else targets
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:200]
+
+
+def _peft() -> Any:
+    require("counting with peft")
+    try:
+        import peft
+        import peft.optimizers
+    except ImportError as error:
+        raise MissingExtraError(f"counting with peft ({error.name or error})", "trace") from None
+    return peft

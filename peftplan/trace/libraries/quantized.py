@@ -1,0 +1,67 @@
+"""Which layers become stand-ins for quantized ones, and what every stand-in has; the layers themselves are in `bnb_layers`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftplan.errors import RefusedError
+from peftplan.ledger import Allocation
+from peftplan.storage import QuantConfig, stored, without_peak
+
+QUANT_TENSORS = "quant_tensors"
+"""Attribute of a stand-in: its tensors besides the weight (absmax, code tables, scales), by their name in `storage`."""
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+}
+
+
+def quantize(model: nn.Module, names: set[str], quant: QuantConfig, *, dtype: str) -> None:
+    """Replace the named linear layers of a model on meta by stand-ins. Raises RefusedError for formats `without_peak`."""
+    if (why := without_peak(quant)) is not None:
+        raise RefusedError(why)
+    from peftplan.trace.libraries.bnb_layers import FourBitLinear, Int8Linear
+
+    for name in sorted(names):
+        parent, _, leaf = name.rpartition(".")
+        source = model.get_submodule(name)
+        stand_in: nn.Module = Int8Linear(source, quant) if quant.name == "int8" else FourBitLinear(source, quant, dtype=dtype)
+        setattr(model.get_submodule(parent), leaf, stand_in)
+    setattr(model, "is_loaded_in_8bit" if quant.name == "int8" else "is_loaded_in_4bit", True)
+
+
+def prepare(stand_in: Any, source: Any, quant: QuantConfig, *, dtype: str) -> None:
+    """What stand-ins share: sizes, the packed weight as an ordinary parameter, the bias, and the tensors beside the weight."""
+    nn.Module.__init__(stand_in)
+    stand_in.in_features, stand_in.out_features = _features(source)
+    first, *beside = stored(quant, shape=(stand_in.out_features, stand_in.in_features), dtype=dtype)
+    stand_in.weight = nn.Parameter(_meta(first), requires_grad=False)
+    stand_in.bias = source.bias
+    stand_in.training = source.training
+    stand_in.__dict__[QUANT_TENSORS] = {allocation.name: _meta(allocation) for allocation in beside}
+
+
+def module_weight(module: Any) -> torch.Tensor:
+    """`dequantize_module_weight` of peft, which knows stand-ins too."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    return module.dequantized() if QUANT_TENSORS in module.__dict__ else dequantize_module_weight(module)
+
+
+def _features(source: Any) -> tuple[int, int]:
+    """(in, out); transformers' Conv1D stores its weight that way round."""
+    if isinstance(source, nn.Linear):
+        return source.in_features, source.out_features
+    return source.weight.shape[0], source.weight.shape[1]
+
+
+def _meta(allocation: Allocation) -> torch.Tensor:
+    return torch.empty(allocation.dims, dtype=TORCH_DTYPES[allocation.dtype], device="meta")

@@ -1,0 +1,175 @@
+"""The trace engine as an `Estimate` sees it: peaks per phase as ledgers, from a real step on fake tensors (extra `trace`)."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
+from typing import Any
+
+import peftplan.methods as methods
+from peftplan.arch.modules import Architecture
+from peftplan.dtypes import ITEMSIZE
+from peftplan.errors import MissingExtraError, PeftplanError, RefusedError
+from peftplan.job.script import NO_SCRIPT, Script
+from peftplan.job.setup import Setup
+from peftplan.ledger import Ledger, Line
+from peftplan.methods.adaptation import Adaptation, MethodConfig
+from peftplan.methods.experts import GATE_UP, fused_rank
+from peftplan.methods.lora import LoraConfig
+from peftplan.methods.targets import ALL_LINEAR, WORDS
+from peftplan.planning.verdicts import pair
+from peftplan.results.estimate import Peaks
+from peftplan.storage import QuantConfig
+from peftplan.units import round512
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+"""The number of a layer in the name of a module."""
+
+
+def trace_peaks(
+    config: Mapping[str, Any],
+    *,
+    architecture: Architecture,
+    peft_config: Mapping[str, Any] | Adaptation | None,
+    quant: QuantConfig | None,
+    setup: Setup,
+    compute_capability: str,
+    script: Script = NO_SCRIPT,
+    record: bool = False,
+    progress: Callable[[str, float], None] | None = None,
+) -> Peaks:
+    """Trace two optimizer steps and return the second's peaks.
+
+    `compute_capability` of the card, such as `8.9`, decides kernels and workspaces. `record` keeps the event log (tens of MB for
+    a large model); `progress` is told what runs and how much is done. Raises MissingExtraError without torch, RefusedError for
+    what cannot be traced.
+    """
+    from peftplan.trace.libraries.installed import require
+
+    require("engine: trace")
+    try:
+        from peftplan.allocator.config import AllocatorConfig
+        from peftplan.allocator.replay import replay
+        from peftplan.trace.engine import trace
+        from peftplan.trace.libraries.meta import quiet_transformers
+        from peftplan.trace.recorded import Recorded
+        from peftplan.trace.scripted import events_of, masking_unpadded, repeating_kv
+    except ImportError as error:
+        raise MissingExtraError(f"engine: trace ({error.name or error})", "trace") from None
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs what is raised below
+    try:
+        masks = script.masks_unpadded(architecture.model_type, setup)
+        with quiet_transformers(), repeating_kv(script.repeats_kv), masking_unpadded(masks):
+            traced = trace(
+                config,
+                task_type=architecture.task_type,
+                peft_config=peft_config,
+                quant=quant,
+                setup=setup,
+                device=pair(compute_capability),
+                script=script,
+                progress=progress,
+            )
+    except PeftplanError:
+        raise
+    except Exception as error:  # the model's own code, on inputs that it may not take
+        reason = " ".join(str(error).split())[:200]
+        raise RefusedError(f"engine: the trace of {architecture.model_class} failed: {type(error).__name__}: {reason}") from error
+    events = events_of(traced, empties_cache=script.empties_cache)
+    allocator = AllocatorConfig(ties_by_address=script.ties_by_address)
+    replayed = replay(events, allocator)
+    allocated = {phase: peaks.allocated for phase, peaks in replayed.by_phase.items()}  # no entry: nothing is allocated in it
+    return Peaks(
+        ledgers={
+            phase: Ledger(tuple(map(_line, peak.alive))).with_tails(allocated.get(phase, 0))
+            for phase, peak in traced.peaks.items()
+        },
+        reserved=replayed.peaks.reserved,
+        runs_within=lambda capacity: replay(events, allocator, capacity).oom is None,
+        reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
+        incomplete=_unknown(traced.unknown_ops),
+        assumed={**traced.facts, **_without(traced.replaced), **_on_host(traced.host_bytes)},
+        recording=Recorded(traced, events, allocator) if record else None,
+    )
+
+
+def _on_host(nbytes: int) -> dict[str, int]:
+    """What a result says of inputs of checkpointed layers that wait on the host."""
+    return {"offloaded_bytes": nbytes} if nbytes else {}
+
+
+def _without(packages: tuple[str, ...]) -> dict[str, str]:
+    """Which optional packages the trace ran without: their kernels keep other tensors than the torch code in their place."""
+    names = ", ".join(packages)
+    return {"kernels": f"torch code in place of the kernels of {names}, which are not installed"} if packages else {}
+
+
+def _unknown(unknown_ops: Mapping[str, int]) -> tuple[str, ...]:
+    """What a trace could not follow, module family by module family; how often depends on the depth that was traced."""
+    families = dict.fromkeys(_INDEX.sub("*", module) or "the run" for module in unknown_ops)
+    return tuple(f"{family} asked for a value that a fake tensor does not have" for family in families)
+
+
+def as_peft_config(
+    method: methods.Method | None, config: MethodConfig | None, adapter: Mapping[str, Any], adaptation: Adaptation
+) -> dict[str, Any] | None:
+    """The adapter config that peft itself is given; None trains everything. Raises RefusedError for methods that peft lacks."""
+    if method is not None and method.peft_type is None and method.name != "full":
+        raise RefusedError(f"peft has no {method.name}; accepted: engine analytic or trace")
+    return _peft_config(method, config, adapter, adaptation)
+
+
+def traced_config(
+    method: methods.Method | None, config: MethodConfig | None, adapter: Mapping[str, Any], adaptation: Adaptation
+) -> dict[str, Any] | Adaptation | None:
+    """What the trace is given: peft's adapter config, None for full, or the adaptation itself for methods that peft lacks."""
+    if method is not None and method.peft_type is None and method.name != "full":
+        return adaptation
+    return _peft_config(method, config, adapter, adaptation)
+
+
+def _peft_config(
+    method: methods.Method | None, config: MethodConfig | None, adapter: Mapping[str, Any], adaptation: Adaptation
+) -> dict[str, Any] | None:
+    if method is None or config is None:
+        return dict(adapter)
+    if method.name == "full":
+        return None
+    if method.peft_type is None:
+        raise RefusedError(f"engine: trace runs peft's own methods, and {method.name} is not one of them; accepted: analytic")
+    fields = {**adapter, **config.model_dump(exclude_none=True), "peft_type": method.peft_type}
+    if method.peft_type == "ADALORA":
+        from peftplan.methods.adalora import STEPS_TO_ALLOCATE
+
+        fields.setdefault("total_step", fields["tinit"] + STEPS_TO_ALLOCATE + fields["tfinal"])
+    targets = fields.get("target_modules")
+    if targets is None and method.peft_type == "LORA":
+        layered = any(fields.get(name) is not None for name in LoraConfig.refuses_layers)  # beside a list of names only
+        fields["target_modules"] = sorted({m.leaf for m in adaptation.matched}) if layered else ALL_LINEAR
+    elif targets in WORDS and targets != ALL_LINEAR:
+        resolved = dict(adaptation.resolved)
+        fields["target_modules"] = list(_names(resolved["target_modules"], adaptation))
+        if parameters := resolved.get("target_parameters"):
+            fused = GATE_UP in parameters and GATE_UP not in (fields.get("target_parameters") or ())
+            fields["rank_pattern"] = {**fields["rank_pattern"], **(fused_rank(fields["r"]) if fused else {})}
+            fields["target_parameters"] = parameters
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+
+def _names(targets: Iterable[str], adaptation: Adaptation) -> Iterator[str]:
+    """Targets as peft reads them: a template such as BERT's `bert.encoder.layer.{}.output.dense` with every layer's number."""
+    for target in targets:
+        if "{}" in target:
+            yield from (name for module in adaptation.matched if module.name == target for name in module.names())
+        else:
+            yield target
+
+
+def _line(alive: Any) -> Line:
+    """A group of equal storages as a line; storages that are not exactly their tensors (a slice keeps the whole) as bytes."""
+    source = f"traced: {alive.op}"
+    if alive.copies * round512(ITEMSIZE[alive.dtype] * prod(alive.shape)) == alive.bytes:
+        return Line(alive.name, alive.category, alive.dtype, alive.shape, alive.copies, source)
+    return Line(alive.name, alive.category, "uint8", (alive.bytes,), 1, f"{source}, {alive.copies} storages")

@@ -1,0 +1,94 @@
+"""The pocket autograd against torch's: what it makes for a weight that is used twice, and when it is freed."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftplan.tape import ops
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Parameter, Tensor
+
+ROWS, WIDTH, VOCAB = 8, 16, 64
+
+
+def tied(f: Tape, weight: Parameter) -> Tensor:
+    """`(embedding(ids) @ weight.T).sum()`, the sum as a product that keeps nothing."""
+    hidden = ops.embedding(f, weight, (ROWS,))
+    return ops.linear(f, hidden, weight)
+
+
+def most_alive(f: Tape, dims: tuple[int, ...]) -> int:
+    """The most tensors of these dims that are alive at once."""
+    level = most = 0
+    for number in f.log:
+        if f.dims[abs(number)] == dims:
+            level += 1 if number > 0 else -1
+            most = max(most, level)
+    return most
+
+
+def test_a_tied_weight_has_its_gradients_summed_in_a_new_tensor_before_one_stays() -> None:
+    f, weight = Tape(), Parameter("embed.weight", (VOCAB, WIDTH), "fp32", trainable=True)
+    f.backward(tied(f, weight))
+    assert most_alive(f, (VOCAB, WIDTH)) == 3  # of the head, of the embedding, their sum
+    assert weight.grad is not None
+    assert f.names[weight.grad.storage.number] == "embed.weight.grad"  # type: ignore[union-attr]
+
+
+def test_under_autocast_the_first_gradient_is_a_cast_that_the_second_is_added_into() -> None:
+    f, weight = Tape(autocast="bf16"), Parameter("embed.weight", (VOCAB, WIDTH), "fp32", trainable=True)
+    f.backward(tied(f, weight))
+    wide = {n for n in range(1, len(f.dims)) if f.dims[n] == (VOCAB, WIDTH) and f.dtypes[n] == "fp32"}
+    assert len(wide) == 2  # the cast of the head's gradient, and the embedding's; the first stays as the sum
+    assert weight.grad is not None
+    assert f.names[weight.grad.storage.number] == "embed.weight.grad"  # type: ignore[union-attr]
+
+
+def test_torch_sums_the_gradients_of_a_tied_weight_in_a_new_tensor() -> None:
+    torch = pytest.importorskip("torch")
+    from torch.profiler import ProfilerActivity, profile
+
+    weight = torch.randn(VOCAB, WIDTH, requires_grad=True)
+    hidden = torch.nn.functional.embedding(torch.arange(ROWS), weight)
+    loss = torch.nn.functional.linear(hidden, weight).sum()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        loss.backward()
+    names = [event.name for event in seen.events()]
+    assert "aten::add" in names
+    assert "aten::add_" not in names
+
+
+def test_a_weight_used_once_keeps_its_first_gradient_as_it_is() -> None:
+    f, weight = Tape(), Parameter("head.weight", (VOCAB, WIDTH), "fp32", trainable=True)
+    f.backward(ops.linear(f, f.new((ROWS, WIDTH), "fp32", "x"), weight))
+    assert most_alive(f, (VOCAB, WIDTH)) == 1
+
+
+def test_a_residual_is_summed_into_what_waits_and_projections_into_a_new_tensor() -> None:
+    """As torch does (tests/trace/cuda/test_differences.py): the gradient of a linear layer of three dims is a view."""
+
+    def alive(*, residual: bool) -> int:
+        f, weight = Tape(), Parameter("proj.weight", (WIDTH, WIDTH), "fp32", trainable=False)
+        x = ops.add(f, f.new((1, ROWS, WIDTH), "fp32", "x"), Parameter("bias", (WIDTH,), "fp32", trainable=True))
+        first = x if residual else ops.linear(f, x, weight)
+        out = ops.add(f, first, ops.linear(f, x, weight))
+        del x, first
+        f.log.clear()
+        f.backward(out)
+        return most_alive(f, (1, ROWS, WIDTH))
+
+    assert alive(residual=True) == 2  # what waits, and what is added to it
+    assert alive(residual=False) == 3  # both, and their sum
+
+
+def test_autocast_casts_the_last_argument_first_and_addmm_has_the_gradient_of_its_input_first() -> None:
+    """As a trace shows: the casts of `linear(x, weight, bias)`, and then their gradients, the bias's summed by the engine."""
+    f = Tape(autocast="bf16")
+    weight, bias = (Parameter(name, dims, "fp32", trainable=True) for name, dims in (("w", (16, WIDTH)), ("b", (16,))))
+    x = ops.scale(f, Parameter("x", (1, ROWS, WIDTH), "fp32", trainable=True))
+    f.log.clear()
+    out = ops.linear(f, x, weight, bias)
+    assert [f.dims[n] for n in f.log if n > 0] == [bias.dims, weight.dims, x.dims, out.dims]
+    f.log.clear()
+    f.backward(out)
+    assert [f.dims[n] for n in f.log if n > 0][:4] == [out.dims, x.dims, weight.dims, bias.dims]
