@@ -37,7 +37,29 @@ class ConfigObject(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
-Model = str | os.PathLike[str] | Mapping[str, Any] | ConfigObject
+class LoadedModel(Protocol):
+    """What is used of a loaded model: transformers' `PreTrainedModel`, with or without peft's wrapper."""
+
+    config: ConfigObject
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]: ...
+
+
+Model = str | os.PathLike[str] | Mapping[str, Any] | ConfigObject | LoadedModel
+
+
+def base_of(model: Any) -> Any:
+    """The model inside peft's wrapper; another object is its own base."""
+    unwrap = getattr(model, "get_base_model", None) if hasattr(model, "peft_config") else None
+    return unwrap() if callable(unwrap) else model
+
+
+def module_config(model: object) -> ConfigObject | None:
+    """The transformers config of a loaded model; None for what is none, such as a torch module without a config."""
+    if isinstance(model, (str, Mapping, type)) or not callable(getattr(model, "named_parameters", None)):
+        return None
+    config = getattr(base_of(model), "config", None)
+    return config if isinstance(config, ConfigObject) and not isinstance(config, type) else None
 
 
 def load(
@@ -116,10 +138,14 @@ def _config(model: Model) -> tuple[dict[str, Any], str, str]:
         return config, _own_name(config), "a config given as a mapping"
     if isinstance(model, (str, os.PathLike)):
         return _from_text(os.fspath(model))
+    if (of_module := module_config(model)) is not None:
+        base = type(base_of(model)).__name__
+        config = check({**of_module.to_dict(), "architectures": [base]}, name=base)
+        return config, _own_name(config), f"a loaded {base}"
     if isinstance(model, ConfigObject) and not isinstance(model, type):
         config = check(model.to_dict(), name=type(model).__name__)
         return config, _own_name(config), f"a {type(model).__name__} object"
-    raise InputError("model", model, "accepted: a built-in name, a Hub id, a path, a parsed config, or a transformers config")
+    raise InputError("model", model, "accepted: a built-in name, a Hub id, a path, a config, or a loaded transformers model")
 
 
 def _from_text(text: str) -> tuple[dict[str, Any], str, str]:

@@ -28,7 +28,7 @@ unknown        there is no peak, or only a lower bound that is not too large
 
 
 @click.command("estimate", cls=Command, epilog=VERDICTS)
-@argument("model")
+@argument("model", required=False)
 @options.group(METHOD_HEADING, options.METHOD)
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
@@ -72,7 +72,7 @@ unknown        there is no peak, or only a lower bound that is not too large
     help="every byte, every line with its formula and source, every assumption, advice for every card",
 )
 def command(
-    model: str,
+    model: str | None,
     fmt: str,
     verbose: bool,
     require_fit: bool,
@@ -91,7 +91,8 @@ def command(
 ) -> int:
     """What fine-tuning MODEL needs.
 
-    MODEL is a built-in name (`peftplan models`), a Hub id, or a path to a config.json or its folder.
+    MODEL is a built-in name (`peftplan models`), a Hub id, or a path to a config.json or its folder. Without it, --peft-config
+    names its base model.
 
     \b
     peftplan estimate llama-2-70b --method qlora --r 16
@@ -100,6 +101,7 @@ def command(
     Each --gpu gets a verdict: fits, tight, does not fit, does not run or unknown (--help-all defines them).
     """
     options.check_format(fmt)
+    options.check_model(model, raw)
     if explain and fmt != "table":
         raise RefusedError(f"--explain: it prints text; --format {fmt} without it has each line's formula (markdown: with -v)")
     if require_fit and not gpus:
@@ -139,7 +141,7 @@ def command(
     return code
 
 
-def _estimate(model: str, engine: str, **chosen: Any) -> Estimate:
+def _estimate(model: str | None, engine: str, **chosen: Any) -> Estimate:
     """The estimate; one that takes seconds says on a terminal how far it is."""
     from peftplan.planning.estimate import estimate
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peftplan.cli.command import option
-from peftplan.errors import InputError, UnknownNameError
+from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.job.words import MEANINGS, twice
 
 FORMATS = ("table", "json", "csv", "markdown")
@@ -197,6 +197,12 @@ def circumstances(torch: str | None, transformers: str | None, context: str | No
     from peftplan.job.script import Script
 
     return {**keywords, "script": Script.on(torch=torch, transformers=transformers)}
+
+
+def check_model(model: str | None, stated: dict[str, Any]) -> None:
+    """Raises RefusedError where nothing names a model."""
+    if model is None and stated.get("peft_config") is None:
+        raise RefusedError("MODEL: a model is needed, or a --peft-config that names its base model")
 
 
 def check_format(name: str) -> None:

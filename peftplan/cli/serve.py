@@ -24,14 +24,14 @@ STORAGE = {
 
 
 @click.command("serve", cls=Command)
-@argument("model")
+@argument("model", required=False)
 @options.group(METHOD_HEADING, options.METHOD)
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", STORAGE)
 @options.group("Serving", SERVING)
 @option("--merge", is_flag=True, help="exit 2 if the method has no merge")
 @options.format_option
-def command(model: str, fmt: str, merge: bool, **raw: Any) -> int:
+def command(model: str | None, fmt: str, merge: bool, **raw: Any) -> int:
     """What MODEL needs after fine-tuning: adapter file, merge, merged model, and serving with a KV cache.
 
     \b
@@ -39,6 +39,7 @@ def command(model: str, fmt: str, merge: bool, **raw: Any) -> int:
     peftplan serve ./config.json --method qlora --merge --format json
     """
     options.check_format(fmt)
+    options.check_model(model, raw)
     from peftplan.planning.serving import serving
     from peftplan.report import render
 

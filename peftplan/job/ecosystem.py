@@ -56,6 +56,17 @@ def adapter_config(peft_config: Any) -> dict[str, Any]:
     return fields
 
 
+def base_model(peft_config: Any) -> str:
+    """The model that an adapter config names as its base. Raises InputError where it names none."""
+    accepted = "accepted: a model, or a peft_config whose base_model_name_or_path names one"
+    if peft_config is None:
+        raise InputError("model", None, accepted)
+    name = adapter_config(peft_config).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise InputError("peft_config: base_model_name_or_path", name, accepted)
+    return name
+
+
 def _fields(config: object) -> dict[Any, Any] | None:
     """A dict, or what an object of the ecosystem writes itself as; None for anything else."""
     to_dict = None if isinstance(config, type) else getattr(config, "to_dict", None)

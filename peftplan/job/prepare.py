@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import peftplan.methods as methods
@@ -10,6 +11,7 @@ from peftplan.arch import sources as architectures
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
 from peftplan.job.job import Job
+from peftplan.job.loaded import PARTIAL, Loaded, read
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolved
 from peftplan.job.tasks import as_told, check_task
@@ -24,7 +26,7 @@ NOT_ON_4_BIT = ("loha", "lokr")
 
 
 def prepare(
-    model: Any,
+    model: Any = None,
     *,
     method: str | None = None,
     peft_config: Any = None,
@@ -61,6 +63,12 @@ def _prepared(
     strict: bool,
     **options: Any,
 ) -> Job:
+    model, loaded = _model(model, peft_config)
+    if loaded is not None:
+        options = loaded.options | {name: value for name, value in options.items() if value is not None}
+    as_loaded = loaded if method is None and peft_config is None else None
+    if as_loaded is not None:
+        method, peft_config = (None, as_loaded.adapter) if as_loaded.adapter else (as_loaded.method(), None)
     options = _with_objects(options, training_args=training_args, quantization_config=quantization_config)
     chosen = frozenset(name for name, value in options.items() if value is not None)
     setup_options, method_options = _separate(options)
@@ -72,6 +80,8 @@ def _prepared(
     architecture = architectures.load(
         model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
     )
+    if loaded is not None:
+        architecture = replace(architecture, source=loaded.architecture.source)
     quant = _quant(setup, kind)
     setup = resolved(
         setup,
@@ -88,11 +98,30 @@ def _prepared(
         check_prompted_task(architecture, adapter)
     check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *script.earlier_seq_lens)))
     adaptation = _adapt(architecture, model, kind, config, adapter, setup)
-    warnings = (*unmatched_targets(architecture, config, adapter), *(_ignored(adapter) if config is None and peft_config else ()))
+    if as_loaded is not None and not as_loaded.adapter and (partial := as_loaded.adaptation()) is not None:
+        kind, adaptation = PARTIAL, partial
+    differing = loaded.differences(adaptation, adapted=as_loaded is not None) if loaded is not None else ()
+    warnings = (
+        *differing,
+        *unmatched_targets(architecture, config, adapter),
+        *(_ignored(adapter) if config is None and peft_config else ()),
+    )
     if strict and warnings:
         raise RefusedError(warnings[0])
     chosen |= frozenset(adapter)
     return Job(model, kind, config, adapter, setup, quant, architecture, adaptation, script, warnings, chosen)
+
+
+def _model(model: Any, peft_config: Any) -> tuple[Any, Loaded | None]:
+    """The model, the base that an adapter config names where none is given; of a loaded one its config, and what else it says."""
+    if model is None:
+        from peftplan.job import ecosystem
+
+        return ecosystem.base_model(peft_config), None
+    if architectures.module_config(model) is None:
+        return model, None
+    loaded = read(model)
+    return loaded.config, loaded
 
 
 def _with_objects(options: dict[str, Any], *, training_args: Any, quantization_config: Any) -> dict[str, Any]:

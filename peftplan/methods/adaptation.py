@@ -97,6 +97,8 @@ class Adaptation(NamedTuple):
     resolved: tuple[tuple[str, Any], ...] = ()
     buffers: tuple[AddedBuffer, ...] = ()
     notes: tuple[str, ...] = ()
+    by_layer: bool = False
+    """Whether some layers of a family train and others do not, so that a model with fewer layers says nothing of it."""
 
     @property
     def num_trainable(self) -> int:

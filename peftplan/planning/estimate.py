@@ -68,7 +68,7 @@ IN_THREADS = "what threads leave that copy weights to the card while others are 
 
 
 def estimate(
-    model: Any,
+    model: Any = None,
     *,
     method: str | None = None,
     peft_config: Any = None,
@@ -86,9 +86,10 @@ def estimate(
 ) -> Estimate:
     """What fine-tuning `model` needs.
 
-    `model`: a built-in name, a Hub id, a path to a config.json or its folder, a config dict, or a transformers
-    `PretrainedConfig`. `method`: a name of `peftplan.methods.METHODS` (default `lora`), or give `peft_config`: an
-    adapter_config dict or any peft `PeftConfig`. `quantization_config`: a transformers `BitsAndBytesConfig`.
+    `model`: a built-in name, a Hub id, a path to a config.json or its folder, a config dict, a transformers
+    `PretrainedConfig`, or a loaded model, with or without peft's wrapper, whose dtypes and trainable parameters count too; None
+    is the base that `peft_config` names. `method`: a name of `peftplan.methods.METHODS` (default `lora`), or give `peft_config`:
+    an adapter_config dict or any peft `PeftConfig`. `quantization_config`: a transformers `BitsAndBytesConfig`.
     `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `gpu`: names of cards, or sizes such as 24GiB;
     `context`: MiB of CUDA context that the verdicts count (None: as measured on the card, else assumed).
 
@@ -142,7 +143,7 @@ def estimate(
 
     if engine == "analytic":
         return replace(_analytic(job, built, static, cards), advise=advise_on)
-    if (why := without_loss(model, job.architecture)) is not None:
+    if (why := without_loss(job.model, job.architecture)) is not None:
         raise RefusedError(why)
 
     def traced(compute_capability: str) -> Peaks:

@@ -41,7 +41,7 @@ class Request(BaseModel):
 
 
 def serving(
-    model: Any,
+    model: Any = None,
     *,
     method: str | None = None,
     peft_config: Any = None,

@@ -125,6 +125,8 @@ def _likeness(layer: nn.Module) -> list[Any]:
 
 def names_layers(peft_config: Any, quant_skip: tuple[str, ...] | None) -> bool:
     """Whether the adapter or the quantization names single layers, which a shallow model may not have."""
+    if getattr(peft_config, "by_layer", False):
+        return True
     fields = peft_config if isinstance(peft_config, Mapping) else getattr(peft_config, "__dict__", {})
     by_layer = [fields.get(key) for key in ("layers_to_transform", "layer_replication", "num_layers", "adapter_layers")]
     texts = [str(fields.get(key) or "") for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")]

@@ -1,0 +1,166 @@
+"""A model that a program has loaded: its config, and what its parameters say of a job. Duck typing; torch is not imported.
+
+Read of each parameter: its name, shape, dtype and whether it requires gradients, so a model on the meta device says as much as
+one with weights. peft's wrapper adds the config of its adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from peftplan.arch import sources
+from peftplan.arch.modules import Architecture
+from peftplan.dtypes import MODEL_DTYPES, parse_dtype
+from peftplan.errors import InputError, PeftplanError
+from peftplan.methods import METHODS
+from peftplan.methods.adaptation import Adaptation, trained_params
+
+PARTIAL = METHODS["full"]._replace(name="partial", summary="the parameters of the base that require gradients train")
+"""What a model trains whose other parameters are frozen, without an adapter."""
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+WRAPPERS = ("base_model.model.", "base_model.")
+"""What peft puts before the names of a base, the longer one first."""
+INNER = (".base_layer.", ".original_module.")
+"""What peft puts inside them where it wraps a module."""
+
+
+class Tensor(Protocol):
+    """What is used of a `torch.nn.Parameter`."""
+
+    shape: tuple[int, ...]
+    dtype: object
+    requires_grad: bool
+
+    def numel(self) -> int: ...
+
+
+class Loaded(NamedTuple):
+    """A loaded model. `trained` are the names of base parameters that require gradients, `num_trainable` and `num_total` the
+    counts that peft's `get_nb_trainable_parameters()` would return; `adapter` is the config in peft's wrapper.
+    """
+
+    config: dict[str, Any]
+    architecture: Architecture
+    adapter: Any
+    options: dict[str, Any]
+    trained: frozenset[str]
+    num_trainable: int
+    num_total: int
+
+    def method(self) -> str:
+        """The method of a model without an adapter. Raises InputError where nothing of it trains."""
+        if not self.trained:
+            raise InputError(
+                "model", self.architecture.model_class, "no parameter of it requires gradients; name a method or a peft_config"
+            )
+        return "full"
+
+    def adaptation(self) -> Adaptation | None:
+        """What trains of a model without an adapter; None where all of it does."""
+        arch, trained = self.architecture, []
+        for family in trained_params(arch, arch.modules):
+            name = f"{family.module}.{family.param}".lstrip(".")
+            layers = tuple(n for n in family.layers or () if name.replace("{}", str(n)) in self.trained)
+            if layers or (family.layers is None and name in self.trained):
+                trained.append(family._replace(layers=layers if family.layers is not None else None))
+        everything = len(trained) == len(trained_params(arch, arch.modules)) and Adaptation(trained=tuple(trained))
+        whole = everything and everything.num_trainable == arch.num_parameters
+        return None if whole else Adaptation(trained=tuple(trained))
+
+    def differences(self, adaptation: Adaptation, *, adapted: bool) -> Iterator[str]:
+        """Where the model's own counts are not those of the job."""
+        total = self.architecture.num_parameters + adaptation.num_added if adapted else self.architecture.num_parameters
+        counts = ((self.num_total, total, ""), (self.num_trainable, adaptation.num_trainable, "trainable "))
+        for own, counted, kind in counts if adapted else counts[:1]:
+            if own != counted:
+                yield f"the loaded model has {own:,} {kind}parameters, and {counted:,} are counted: its config says so"
+
+
+def read(model: Any) -> Loaded:
+    """What a loaded model says. Raises InputError for one with several adapters at once."""
+    architecture = sources.load(model)
+    own = _names(architecture)
+    base: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        inside = _unwrapped(name)
+        (base if inside in own else added)[inside if inside in own else name] = parameter
+    wrapped = sources.base_of(model) is not model
+    everything = [*base.values(), *(added.values() if wrapped else ())]
+    return Loaded(
+        config=sources.load_config(model),
+        architecture=architecture,
+        adapter=_active(model) if wrapped else None,
+        options=_options(model, base, added),
+        trained=frozenset(name for name, parameter in base.items() if parameter.requires_grad),
+        num_trainable=sum(_numel(parameter) for parameter in everything if parameter.requires_grad),
+        num_total=sum(map(_numel, everything)) if wrapped else sum(_numel(p) for _, p in model.named_parameters()),
+    )
+
+
+def _names(architecture: Architecture) -> frozenset[str]:
+    return frozenset(
+        f"{name}.{param}".lstrip(".")
+        for module in architecture.modules
+        for param, _ in architecture.owned_params(module)
+        for name in module.names()
+    )
+
+
+def _unwrapped(name: str) -> str:
+    """The name that a parameter has without peft's wrapper."""
+    prefix = next((prefix for prefix in WRAPPERS if name.startswith(prefix)), "")
+    name = name.removeprefix(prefix)
+    for part in INNER:
+        name = name.replace(part, ".")
+    return name
+
+
+def _active(model: Any) -> Any:
+    """The config of the adapter in peft's wrapper."""
+    configs: Mapping[str, Any] = model.peft_config
+    if len(configs) != 1:
+        raise InputError("model", ", ".join(configs), "accepted: one adapter on a loaded model; delete the others first")
+    return next(iter(configs.values()))
+
+
+def _options(model: Any, base: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of the setup that the model decides: dtypes, attention, checkpointing where it is on."""
+    module, config = sources.base_of(model), sources.module_config(model)
+    options: dict[str, Any] = {}
+    quantized = getattr(config, "quantization_config", None) is not None
+    dense = _dtype(base.values())
+    stated = _short(getattr(config, "dtype", None)) if quantized else None
+    options["dtype"] = stated or dense
+    if module is not model:
+        options["adapter_dtype"] = _dtype(p for p in added.values() if p.requires_grad)
+        options["kbit_prepare"] = dense == "fp32" and stated != "fp32" if quantized else None
+    attention = getattr(config, "_attn_implementation", None)
+    options["attn_implementation"] = attention if attention in ATTENTION else None
+    options["gradient_checkpointing"] = True if getattr(module, "is_gradient_checkpointing", False) else None
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _dtype(parameters: Any) -> str | None:
+    """The dtype that most elements have, of those that a model can be loaded in."""
+    numels: dict[str, int] = {}
+    for parameter in parameters:
+        short = _short(parameter.dtype)
+        if short is not None:
+            numels[short] = numels.get(short, 0) + parameter.numel()
+    return max(numels, key=lambda dtype: numels[dtype], default=None)
+
+
+def _short(dtype: object) -> str | None:
+    """Our name for a dtype that a model can be loaded in; None for others, such as the bytes of packed weights."""
+    try:
+        return parse_dtype(dtype, accepted=MODEL_DTYPES)
+    except PeftplanError:
+        return None
+
+
+def _numel(parameter: Any) -> int:
+    """Elements; of bitsandbytes' packed 4-bit weights the real ones, two to a byte, as peft counts them."""
+    packed = type(parameter).__name__ == "Params4bit"
+    return int(parameter.numel()) * (2 * parameter.quant_storage.itemsize if packed else 1)
