@@ -21,30 +21,31 @@
 #define TOP ((int64_t)1 << 60)  /* where downward addresses begin */
 #define LARGEST ((int64_t)1 << 56)  /* of one allocation, and of all segments ever taken */
 #define WIDTH 5
+#define PER_DOUBLING 8  /* bins of each doubling of a block's size */
+#define BINS 448  /* of a pool: from 512 bytes to more than LARGEST */
 
 enum { PHASE, TAKE, HOLD, LET_GO, MAKE, ADD, FREE, OUTPUTS, END_OUTPUTS, BEHIND, REPEAT, LAYER, OWN, END_OWN, HAND, EMPTY, END, LEAVE, EVENTS };
 
 enum { RUNS, DEVICE_FULL, HOST_FULL, TOO_LARGE, MALFORMED };
 
-#define NONE (-1)  /* no block: of zero bytes, or before the first of a segment */
-#define NOWHERE ((size_t)-1)
+#define NONE (-1)  /* no storage, no phase */
+#define NO_BLOCK (2 * BINS)  /* of zero bytes, before the first of a segment, behind the last; it is never free */
 
+/* The first blocks are the heads of bins, those of the pool of small blocks and then those of large ones: each begins and ends the
+   ring of the free blocks in its bin, sorted by size and then address. Behind them comes NO_BLOCK, then those of the device. */
 typedef struct {
     int64_t address, size;
-    int32_t before, after;
-    uint32_t hint;
+    int32_t before, after;  /* in the segment */
+    int32_t smaller, larger;  /* in the ring */
+    int16_t bin;
     char free, large;
 } Block;
 
 typedef struct {
     int64_t size;
-    int32_t block;
-} Place;
-
-typedef struct {
-    Place *at;
-    size_t length, room;
-} Pool;
+    int bin;
+    char large;
+} Request;
 
 typedef struct {
     int32_t *at;
@@ -62,16 +63,16 @@ typedef struct {
     /* the allocator */
     Block *blocks;
     size_t length, room;
-    int32_t unused;  /* the first of a chain of blocks that were merged away */
-    Pool pools[2];
+    int32_t unused;  /* the first of a chain of blocks that were merged away, or NO_BLOCK */
+    uint64_t filled[2 * BINS / 64];  /* bins that may hold a block */
     int64_t allocated, reserved, peak, most_reserved, above, below, capacity;
     int downwards, phase, had_events;
     int64_t *peaks;
     /* what the program holds */
     const int64_t *sizes;
+    Request *requests;  /* each size as the allocator rounds it */
     size_t num_sizes, num_storages, num_handles, num_phases;
     int32_t *handles, *behind, *places, *handed;
-    uint32_t *hints;  /* size -> where the pool held its best fit last */
     size_t num_handed;
     Blocks *live, *own, outputs;
     Spare *spare;
@@ -101,105 +102,74 @@ static void push(Run *run, Blocks *blocks, int32_t block)
         blocks->at[blocks->length++] = block;
 }
 
-/* -- pools of free blocks, by size and then address ---------------------------------------------------------------------------- */
+/* -- pools of free blocks ------------------------------------------------------------------------------------------------------- */
 
-/* The first place with at least this size, from one that is likely near it, in growing steps. */
-static size_t at_least(const Pool *pool, size_t near, int64_t size)
+static int bin_of(int64_t size, int large)
 {
-    size_t low = 0, high = pool->length;
-    if (near > high)
-        near = high;
-    if (near < high && pool->at[near].size < size) {
-        low = near + 1;
-        for (size_t step = 1; low + step <= high; step *= 2) {
-            if (pool->at[low + step - 1].size >= size) {
-                high = low + step - 1;
-                break;
-            }
-            low += step;
+    uint64_t units = (uint64_t)size / (uint64_t)MIN_BLOCK;
+    int doublings = 63 - __builtin_clzll(units);
+    return (large ? BINS : 0) + PER_DOUBLING * doublings + (int)((units * PER_DOUBLING >> doublings) % PER_DOUBLING);
+}
+
+/* The smallest free block of at least this size, of those the one at the lowest address. */
+static int32_t best_fit(Run *run, const Request *request)
+{
+    const Block *blocks = run->blocks;
+    int bin = request->bin, end = request->large ? 2 * BINS : BINS;
+    int32_t number = blocks[bin].larger;
+    while (blocks[number].size < request->size)
+        number = blocks[number].larger;
+    while (number == bin) { /* none */
+        int word = ++bin / 64;
+        if (bin == end)
+            return NO_BLOCK;
+        uint64_t filled = run->filled[word] & ~(uint64_t)0 << bin % 64;
+        while (filled == 0) {
+            if (++word == end / 64)
+                return NO_BLOCK;
+            filled = run->filled[word];
         }
-    } else {
-        high = near;
-        for (size_t step = 1; step <= high; step *= 2) {
-            if (pool->at[high - step].size < size) {
-                low = high - step + 1;
-                break;
-            }
-            high -= step;
+        bin = 64 * word + __builtin_ctzll(filled);
+        number = blocks[bin].larger;
+        if (number == bin)
+            run->filled[word] &= ~((uint64_t)1 << bin % 64);
+    }
+    return number;
+}
+
+static int comes_before(const Block *one, const Block *other)
+{
+    return one->size < other->size || (one->size == other->size && one->address < other->address);
+}
+
+static void put_in(Run *run, int32_t number)
+{
+    Block *blocks = run->blocks, *block = &blocks[number];
+    int bin = block->bin = (int16_t)bin_of(block->size, block->large);
+    int32_t larger = blocks[bin].larger;
+    if (comes_before(&blocks[larger], block)) {
+        int32_t smaller = blocks[bin].smaller;
+        if (block->address - blocks[larger].address > blocks[smaller].address - block->address) { /* likely nearer to the end */
+            while (comes_before(block, &blocks[smaller]))
+                smaller = blocks[smaller].smaller;
+            larger = blocks[smaller].larger;
+        } else {
+            while (comes_before(&blocks[larger], block))
+                larger = blocks[larger].larger;
         }
     }
-    while (low < high) {
-        size_t middle = (low + high) / 2;
-        if (pool->at[middle].size < size)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
+    block->larger = larger;
+    block->smaller = blocks[larger].smaller;
+    blocks[block->smaller].larger = number;
+    blocks[larger].smaller = number;
+    run->filled[bin / 64] |= (uint64_t)1 << bin % 64;
 }
 
-/* The first such place that does not come before a block of this size at this address. */
-static size_t lower_bound(const Run *run, const Pool *pool, size_t near, int64_t size, int64_t address)
-{
-    size_t low = at_least(pool, near, size);
-    if (low == pool->length || pool->at[low].size != size || run->blocks[pool->at[low].block].address >= address)
-        return low;
-    size_t high = at_least(pool, low, size + 1);
-    while (low < high) {
-        size_t middle = (low + high) / 2;
-        if (run->blocks[pool->at[middle].block].address < address)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
-}
-
-static void take_out(Pool *pool, size_t at)
-{
-    pool->length--;
-    memmove(&pool->at[at], &pool->at[at + 1], (pool->length - at) * sizeof(Place));
-}
-
-static void insert(Run *run, Pool *pool, int32_t number)
-{
-    Block *block = &run->blocks[number];
-    if (!grow(run, (void **)&pool->at, &pool->room, pool->length, sizeof(Place)))
-        return;
-    size_t at = lower_bound(run, pool, block->hint, block->size, block->address);
-    memmove(&pool->at[at + 1], &pool->at[at], (pool->length - at) * sizeof(Place));
-    pool->at[at] = (Place){block->size, number};
-    block->hint = (uint32_t)at;
-    pool->length++;
-}
-
-/* A block in place of the smaller one at `at`, or of the larger one. */
-static void move_up(Run *run, Pool *pool, size_t at, int32_t number)
-{
-    Block *block = &run->blocks[number];
-    size_t to = lower_bound(run, pool, at + 1, block->size, block->address) - 1;
-    memmove(&pool->at[at], &pool->at[at + 1], (to - at) * sizeof(Place));
-    pool->at[to] = (Place){block->size, number};
-    block->hint = (uint32_t)to;
-}
-
-static void move_down(Run *run, Pool *pool, size_t at, int32_t number)
-{
-    Block *block = &run->blocks[number];
-    size_t to = lower_bound(run, pool, at, block->size, block->address);
-    memmove(&pool->at[to + 1], &pool->at[to], (at - to) * sizeof(Place));
-    pool->at[to] = (Place){block->size, number};
-    block->hint = (uint32_t)to;
-}
-
-static size_t place_of(const Run *run, const Pool *pool, int32_t number)
+static void take_out(Run *run, int32_t number)
 {
     const Block *block = &run->blocks[number];
-    size_t near = block->hint > 3 ? block->hint - 3 : 0;
-    for (size_t at = near; at < near + 8 && at < pool->length; at++)
-        if (pool->at[at].block == number)
-            return at;
-    return lower_bound(run, pool, block->hint, block->size, block->address);
+    run->blocks[block->smaller].larger = block->larger;
+    run->blocks[block->larger].smaller = block->smaller;
 }
 
 /* -- blocks -------------------------------------------------------------------------------------------------------------------- */
@@ -207,18 +177,18 @@ static size_t place_of(const Run *run, const Pool *pool, int32_t number)
 static int32_t new_block(Run *run, int64_t address, int64_t size, int large)
 {
     int32_t number = run->unused;
-    if (number != NONE) {
+    if (number != NO_BLOCK) {
         run->unused = run->blocks[number].after;
     } else {
         if (run->length >= INT32_MAX) {
             run->failed = TOO_LARGE;
-            return NONE;
+            return NO_BLOCK;
         }
         if (!grow(run, (void **)&run->blocks, &run->room, run->length, sizeof(Block)))
-            return NONE;
+            return NO_BLOCK;
         number = (int32_t)run->length++;
     }
-    run->blocks[number] = (Block){address, size, NONE, NONE, 0, 0, (char)large};
+    run->blocks[number] = (Block){address, size, NO_BLOCK, NO_BLOCK, 0, 0, 0, 0, (char)large};
     return number;
 }
 
@@ -232,15 +202,8 @@ static void link_blocks(Run *run, int32_t number, int32_t before, int32_t after)
 {
     run->blocks[number].before = before;
     run->blocks[number].after = after;
-    if (before != NONE)
-        run->blocks[before].after = number;
-    if (after != NONE)
-        run->blocks[after].before = number;
-}
-
-static int is_free(const Run *run, int32_t number)
-{
-    return number != NONE && run->blocks[number].free;
+    run->blocks[before].after = number;
+    run->blocks[after].before = number;
 }
 
 /* -- the device ---------------------------------------------------------------------------------------------------------------- */
@@ -252,20 +215,16 @@ static int64_t whole(int64_t size, int64_t unit)
 
 static void release_cached(Run *run)
 {
-    for (int large = 0; large < 2; large++) {
-        Pool *pool = &run->pools[large];
-        size_t kept = 0;
-        for (size_t at = 0; at < pool->length; at++) {
-            int32_t number = pool->at[at].block;
-            Block *block = &run->blocks[number];
-            if (block->before == NONE && block->after == NONE) {
+    for (int bin = 0; bin < 2 * BINS; bin++) {
+        for (int32_t number = run->blocks[bin].larger, larger; number != bin; number = larger) {
+            const Block *block = &run->blocks[number];
+            larger = block->larger;
+            if (block->before == NO_BLOCK && block->after == NO_BLOCK) {
                 run->reserved -= block->size;
+                take_out(run, number);
                 drop_block(run, number);
-            } else {
-                pool->at[kept++] = pool->at[at];
             }
         }
-        pool->length = kept;
     }
 }
 
@@ -276,7 +235,7 @@ static int32_t new_segment(Run *run, int64_t size, int large)
         release_cached(run);
         if (run->reserved + wanted > run->capacity) {
             run->failed = DEVICE_FULL;
-            return NONE;
+            return NO_BLOCK;
         }
     }
     run->reserved += wanted;
@@ -292,7 +251,7 @@ static int32_t new_segment(Run *run, int64_t size, int large)
     }
     if (run->above > LARGEST || TOP - run->below > LARGEST) {
         run->failed = TOO_LARGE;
-        return NONE;
+        return NO_BLOCK;
     }
     return new_block(run, address, wanted, large);
 }
@@ -301,39 +260,33 @@ static int32_t new_segment(Run *run, int64_t size, int large)
 
 static int32_t allocate(Run *run, int64_t index)
 {
-    const int64_t nbytes = run->sizes[index];
+    const Request *request = &run->requests[index];
+    const int64_t size = request->size;
+    const int large = request->large;
     run->had_events = 1;
-    if (nbytes == 0)
-        return NONE;
-    if (nbytes > LARGEST) {
+    if (size == 0)
+        return NO_BLOCK;
+    if (size > LARGEST) {
         run->failed = TOO_LARGE;
-        return NONE;
+        return NO_BLOCK;
     }
-    int64_t size = whole(nbytes, MIN_BLOCK);
-    int large = size > SMALL_SIZE;
-    Pool *pool = &run->pools[large];
-    size_t at = run->hints[index] = (uint32_t)at_least(pool, run->hints[index], size);
-    int fresh = at == pool->length;
-    int32_t number = fresh ? new_segment(run, size, large) : pool->at[at].block;
-    if (number == NONE)
-        return NONE;
+    int32_t number = best_fit(run, request);
+    if (number != NO_BLOCK)
+        take_out(run, number);
+    else if ((number = new_segment(run, size, large)) == NO_BLOCK)
+        return NO_BLOCK;
     int64_t rest = run->blocks[number].size - size;
     if (large ? rest > SMALL_SIZE : rest >= MIN_BLOCK) {
         int32_t front = new_block(run, run->blocks[number].address, size, large);
-        if (front == NONE)
-            return NONE;
+        if (front == NO_BLOCK)
+            return NO_BLOCK;
         Block *behind = &run->blocks[number];
         link_blocks(run, front, behind->before, number);
         behind->address += size;
         behind->size = rest;
         behind->free = 1;
-        if (fresh)
-            insert(run, pool, number);
-        else
-            move_down(run, pool, at, number);
+        put_in(run, number);
         number = front;
-    } else if (!fresh) {
-        take_out(pool, at);
     }
     run->blocks[number].free = 0;
     run->allocated += run->blocks[number].size;
@@ -345,38 +298,27 @@ static int32_t allocate(Run *run, int64_t index)
 static void release(Run *run, int32_t number)
 {
     run->had_events = 1;
-    if (number == NONE)
+    if (number == NO_BLOCK)
         return;
-    Block *block = &run->blocks[number];
-    Pool *pool = &run->pools[(int)block->large];
+    Block *blocks = run->blocks, *block = &blocks[number];
     int32_t before = block->before, after = block->after;
     run->allocated -= block->size;
     block->free = 1;
-    size_t at = NOWHERE;
-    if (is_free(run, before)) {
-        at = place_of(run, pool, before);
-        block->address = run->blocks[before].address;
-        block->size += run->blocks[before].size;
-        link_blocks(run, number, run->blocks[before].before, after);
+    if (blocks[before].free) {
+        take_out(run, before);
+        block->address = blocks[before].address;
+        block->size += blocks[before].size;
+        before = blocks[before].before;
+        drop_block(run, block->before);
     }
-    if (is_free(run, after)) {
-        size_t other = place_of(run, pool, after);
-        if (at != NOWHERE) {
-            take_out(pool, other);
-            at -= other < at;
-        } else {
-            at = other;
-        }
-        block->size += run->blocks[after].size;
-        link_blocks(run, number, block->before, run->blocks[after].after);
-        drop_block(run, after);
+    if (blocks[after].free) {
+        take_out(run, after);
+        block->size += blocks[after].size;
+        after = blocks[after].after;
+        drop_block(run, block->after);
     }
-    if (at == NOWHERE)
-        insert(run, pool, number);
-    else
-        move_up(run, pool, at, number);
-    if (is_free(run, before))
-        drop_block(run, before);
+    link_blocks(run, number, before, after);
+    put_in(run, number);
 }
 
 /* -- the program ---------------------------------------------------------------------------------------------------------------- */
@@ -467,6 +409,10 @@ static void hand(Run *run, int64_t storage, int64_t new, int64_t size, int64_t c
         place = (int32_t)storage;
     else if (!run->live[place].length)
         place = (int32_t)new;
+    if (run->num_handed == run->num_storages) {
+        run->failed = MALFORMED;
+        return;
+    }
     run->places[new] = place;
     run->handed[run->num_handed++] = (int32_t)new;
     free_some(run, place, size, count);
@@ -526,9 +472,10 @@ static size_t repeat(Run *run, const int64_t *events, size_t kinds, size_t at, s
     return behind;
 }
 
-/* Whether operands are places in the tables. */
-static int fits(Run *run, int64_t what, int64_t a, int64_t b, int64_t c)
+/* Whether the operands of an event are places in the tables. */
+static int fits(const Run *run, const int64_t *event)
 {
+    const int64_t what = event[0], a = event[1], b = event[2], c = event[3];
     const int64_t storages = (int64_t)run->num_storages, sizes = (int64_t)run->num_sizes;
     const int64_t handles = (int64_t)run->num_handles, phases = (int64_t)run->num_phases;
     switch (what) {
@@ -552,9 +499,11 @@ static int fits(Run *run, int64_t what, int64_t a, int64_t b, int64_t c)
     case BEHIND:
         return a >= 0 && a < storages && b >= 0 && b < storages;
     case HAND:
-        return a >= 0 && a < storages && b >= 0 && b < storages && c >= 0 && c < sizes && run->num_handed < run->num_storages;
+        return a >= 0 && a < storages && b >= 0 && b < storages && c >= 0 && c < sizes;
     case REPEAT:
         return a > 0;
+    case LAYER:
+        return a >= 0 && b >= 0 && b <= INT32_MAX;
     default:
         return what == END_OUTPUTS || what == EMPTY || what == END;
     }
@@ -566,10 +515,6 @@ static size_t run_events(Run *run, const int64_t *events, size_t start, size_t s
     while (at < stop && !run->failed) {
         int64_t what = events[at], a = events[at + 1], b = events[at + 2], c = events[at + 3], d = events[at + 4];
         at += WIDTH;
-        if (!fits(run, what, a, b, c)) {
-            run->failed = MALFORMED;
-            break;
-        }
         switch (what) {
         case OWN:
             run->own[a].length = 0;
@@ -592,7 +537,7 @@ static size_t run_events(Run *run, const int64_t *events, size_t start, size_t s
             break;
         case LET_GO:
             release(run, run->handles[a]);
-            run->handles[a] = NONE;
+            run->handles[a] = NO_BLOCK;
             break;
         case TAKE:
             for (; b > 0 && !run->failed; b--)
@@ -629,6 +574,8 @@ static size_t run_events(Run *run, const int64_t *events, size_t start, size_t s
         case END:
             end_step(run);
             break;
+        default:
+            run->failed = MALFORMED;
         }
     }
     return at;
@@ -647,15 +594,31 @@ static void *filled(size_t length, size_t itemsize, int byte)
 static int prepare(Run *run)
 {
     const size_t n = run->num_storages;
-    run->handles = filled(run->num_handles, sizeof(int32_t), 0xFF); /* all NONE */
-    run->behind = filled(n, sizeof(int32_t), 0xFF);
+    run->handles = filled(run->num_handles, sizeof(int32_t), 0);
+    run->behind = filled(n, sizeof(int32_t), 0xFF); /* all NONE */
     run->places = filled(n, sizeof(int32_t), 0xFF);
     run->handed = filled(n, sizeof(int32_t), 0);
-    run->hints = filled(run->num_sizes, sizeof(uint32_t), 0);
+    run->requests = filled(run->num_sizes, sizeof(Request), 0);
     run->peaks = filled(run->num_phases, sizeof(int64_t), 0xFF);
     run->live = filled(n, sizeof(Blocks), 0);
     run->own = filled(n, sizeof(Blocks), 0);
-    return run->handles && run->behind && run->places && run->handed && run->hints && run->peaks && run->live && run->own;
+    run->room = 4 * NO_BLOCK;
+    run->blocks = filled(run->room, sizeof(Block), 0);
+    if (!(run->handles && run->behind && run->places && run->handed && run->requests && run->peaks && run->live && run->own &&
+          run->blocks))
+        return 0;
+    for (size_t at = 0; at < run->num_sizes; at++) {
+        int64_t size = run->sizes[at] < 0 || run->sizes[at] > LARGEST ? LARGEST + MIN_BLOCK : whole(run->sizes[at], MIN_BLOCK);
+        run->requests[at] = (Request){size, size ? bin_of(size, size > SMALL_SIZE) : 0, size > SMALL_SIZE};
+    }
+    for (size_t at = 0; at < run->num_handles; at++)
+        run->handles[at] = NO_BLOCK;
+    for (int32_t bin = 0; bin < 2 * BINS; bin++)
+        run->blocks[bin] = (Block){.size = INT64_MAX, .smaller = bin, .larger = bin};
+    run->blocks[NO_BLOCK] = (Block){.size = 0};
+    run->length = NO_BLOCK + 1;
+    run->unused = NO_BLOCK;
+    return 1;
 }
 
 static void clear(Run *run)
@@ -666,8 +629,8 @@ static void clear(Run *run)
         if (run->own)
             free(run->own[storage].at);
     }
-    void *all[] = {run->handles, run->behind, run->places,     run->handed, run->hints,       run->peaks,       run->live,
-                   run->own,     run->spare,  run->outputs.at, run->blocks, run->pools[0].at, run->pools[1].at};
+    void *all[] = {run->handles, run->behind, run->places, run->handed,     run->requests, run->peaks,
+                   run->live,    run->own,    run->spare,  run->outputs.at, run->blocks};
     for (size_t at = 0; at < sizeof(all) / sizeof(*all); at++)
         free(all[at]);
 }
@@ -716,7 +679,7 @@ static PyObject *replay(PyObject *module, PyObject *arguments)
         return NULL;
     }
     Run run = {0};
-    run.unused = run.phase = NONE;
+    run.phase = NONE;
     run.above = ROUND_LARGE;
     run.below = TOP;
     run.capacity = capacity;
@@ -726,12 +689,13 @@ static PyObject *replay(PyObject *module, PyObject *arguments)
     run.num_storages = (size_t)storages;
     run.num_handles = (size_t)handles;
     run.num_phases = (size_t)phases;
-    if (prepare(&run)) {
-        run_events(&run, (const int64_t *)events, 0, length);
-        close_phase(&run);
-    } else {
+    if (!prepare(&run))
         run.failed = HOST_FULL;
-    }
+    for (size_t at = 0; at < length && !run.failed; at += WIDTH)
+        if (!fits(&run, (const int64_t *)events + at))
+            run.failed = MALFORMED;
+    run_events(&run, (const int64_t *)events, 0, length);
+    close_phase(&run);
     PyObject *peaks = answer(&run);
     clear(&run);
     return peaks;
