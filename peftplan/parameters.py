@@ -182,7 +182,8 @@ def optimizer_lines(
         )
     lines: list[Line] = []
     every: list[Allocation] = []
-    for p in parameters.all:
+    source = optimizer.source
+    for p in (p for p in parameters.all if p.trainable or optimizer.states_for_frozen):
         of_one = states(
             optimizer,
             shape=p.shape,
@@ -193,11 +194,9 @@ def optimizer_lines(
             optim_args=optim_args,
         )
         every += of_one
-        lines += [
-            Line(f"{p.name}.{a.name}", "optimizer_states", a.dtype, a.dims, p.copies, optimizer.source, a.place) for a in of_one
-        ]
+        lines += [Line(f"{p.name}.{a.name}", "optimizer_states", a.dtype, a.dims, p.copies, source, a.place) for a in of_one]
     once = shared_states(optimizer, states=every)
-    lines += [Line(a.name, "optimizer_states", a.dtype, a.dims, 1, optimizer.source, a.place) for a in once]
+    lines += [Line(a.name, "optimizer_states", a.dtype, a.dims, 1, source, a.place) for a in once]
     return Ledger(tuple(lines))
 
 
@@ -295,10 +294,12 @@ def _base_name(copy: AddedTensor) -> str:
 
 def _refuse_quantized_copies(adaptation: Adaptation, converted: Mapping[str, frozenset[int]], quant: QuantConfig | None) -> None:
     """Raise RefusedError where a trainable copy would copy a quantized module: peft raises a RuntimeError there."""
-    for tensor in adaptation.added:
+    if quant is None:
+        return
+    for tensor in (tensor for tensor in adaptation.added if tensor.dtype == "base"):
         module, _, param = _base_name(tensor).rpartition(".")
         layers = converted.get(module, frozenset()) & frozenset(tensor.layers or (0,))
-        if quant is not None and tensor.dtype == "base" and param == "weight" and layers:
+        if param == "weight" and layers:
             raise RefusedError(
                 f"{module} is stored as {quant.name}, and a trainable copy of it (modules_to_save) cannot train; "
                 f"add it to quant_skip_modules: {module.rpartition('.')[2]}"

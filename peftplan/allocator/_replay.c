@@ -11,6 +11,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define INLINE static inline __attribute__((always_inline))
+#define SELDOM static __attribute__((noinline, cold))
+#define RARE(x) __builtin_expect(!!(x), 0)
+
 #define MIB ((int64_t)1 << 20)
 #define MIN_BLOCK ((int64_t)512)
 #define SMALL_SIZE MIB
@@ -42,7 +46,7 @@ typedef struct {
 } Block;
 
 typedef struct {
-    int64_t size;
+    int64_t size, unsplit;  /* unsplit: the most that a block may have beyond its request and still be handed out whole */
     int bin;
     char large;
 } Request;
@@ -81,10 +85,8 @@ typedef struct {
 
 /* -- memory of this machine ---------------------------------------------------------------------------------------------------- */
 
-static int grow(Run *run, void **at, size_t *room, size_t length, size_t itemsize)
+SELDOM int grow(Run *run, void **at, size_t *room, size_t itemsize)
 {
-    if (length < *room)
-        return 1;
     size_t wanted = *room ? 2 * *room : 16;
     void *moved = realloc(*at, wanted * itemsize);
     if (moved == NULL) {
@@ -96,15 +98,15 @@ static int grow(Run *run, void **at, size_t *room, size_t length, size_t itemsiz
     return 1;
 }
 
-static void push(Run *run, Blocks *blocks, int32_t block)
+INLINE void push(Run *run, Blocks *blocks, int32_t block)
 {
-    if (grow(run, (void **)&blocks->at, &blocks->room, blocks->length, sizeof(int32_t)))
+    if (blocks->length < blocks->room || grow(run, (void **)&blocks->at, &blocks->room, sizeof(int32_t)))
         blocks->at[blocks->length++] = block;
 }
 
 /* -- pools of free blocks ------------------------------------------------------------------------------------------------------- */
 
-static int bin_of(int64_t size, int large)
+INLINE int bin_of(int64_t size, int large)
 {
     uint64_t units = (uint64_t)size / (uint64_t)MIN_BLOCK;
     int doublings = 63 - __builtin_clzll(units);
@@ -112,7 +114,7 @@ static int bin_of(int64_t size, int large)
 }
 
 /* The smallest free block of at least this size, of those the one at the lowest address. */
-static int32_t best_fit(Run *run, const Request *request)
+INLINE int32_t best_fit(Run *run, const Request *request)
 {
     const Block *blocks = run->blocks;
     int bin = request->bin, end = request->large ? 2 * BINS : BINS;
@@ -137,27 +139,31 @@ static int32_t best_fit(Run *run, const Request *request)
     return number;
 }
 
-static int comes_before(const Block *one, const Block *other)
+INLINE int comes_before(const Block *one, const Block *other)
 {
     return one->size < other->size || (one->size == other->size && one->address < other->address);
 }
 
-static void put_in(Run *run, int32_t number)
+static __attribute__((noinline)) int32_t next_larger(const Block *blocks, int bin, const Block *block)
+{
+    int32_t larger = blocks[bin].larger, smaller = blocks[bin].smaller;
+    if (block->address - blocks[larger].address > blocks[smaller].address - block->address) { /* likely nearer to the end */
+        while (comes_before(block, &blocks[smaller]))
+            smaller = blocks[smaller].smaller;
+        return blocks[smaller].larger;
+    }
+    while (comes_before(&blocks[larger], block))
+        larger = blocks[larger].larger;
+    return larger;
+}
+
+INLINE void put_in(Run *run, int32_t number)
 {
     Block *blocks = run->blocks, *block = &blocks[number];
     int bin = block->bin = (int16_t)bin_of(block->size, block->large);
     int32_t larger = blocks[bin].larger;
-    if (comes_before(&blocks[larger], block)) {
-        int32_t smaller = blocks[bin].smaller;
-        if (block->address - blocks[larger].address > blocks[smaller].address - block->address) { /* likely nearer to the end */
-            while (comes_before(block, &blocks[smaller]))
-                smaller = blocks[smaller].smaller;
-            larger = blocks[smaller].larger;
-        } else {
-            while (comes_before(&blocks[larger], block))
-                larger = blocks[larger].larger;
-        }
-    }
+    if (RARE(comes_before(&blocks[larger], block)))
+        larger = next_larger(blocks, bin, block);
     block->larger = larger;
     block->smaller = blocks[larger].smaller;
     blocks[block->smaller].larger = number;
@@ -165,7 +171,7 @@ static void put_in(Run *run, int32_t number)
     run->filled[bin / 64] |= (uint64_t)1 << bin % 64;
 }
 
-static void take_out(Run *run, int32_t number)
+INLINE void take_out(Run *run, int32_t number)
 {
     const Block *block = &run->blocks[number];
     run->blocks[block->smaller].larger = block->larger;
@@ -174,7 +180,7 @@ static void take_out(Run *run, int32_t number)
 
 /* -- blocks -------------------------------------------------------------------------------------------------------------------- */
 
-static int32_t new_block(Run *run, int64_t address, int64_t size, int large)
+INLINE int32_t new_block(Run *run, int64_t address, int64_t size, int large)
 {
     int32_t number = run->unused;
     if (number != NO_BLOCK) {
@@ -184,7 +190,7 @@ static int32_t new_block(Run *run, int64_t address, int64_t size, int large)
             run->failed = TOO_LARGE;
             return NO_BLOCK;
         }
-        if (!grow(run, (void **)&run->blocks, &run->room, run->length, sizeof(Block)))
+        if (run->length == run->room && !grow(run, (void **)&run->blocks, &run->room, sizeof(Block)))
             return NO_BLOCK;
         number = (int32_t)run->length++;
     }
@@ -192,13 +198,13 @@ static int32_t new_block(Run *run, int64_t address, int64_t size, int large)
     return number;
 }
 
-static void drop_block(Run *run, int32_t number)
+INLINE void drop_block(Run *run, int32_t number)
 {
     run->blocks[number].after = run->unused;
     run->unused = number;
 }
 
-static void link_blocks(Run *run, int32_t number, int32_t before, int32_t after)
+INLINE void link_blocks(Run *run, int32_t number, int32_t before, int32_t after)
 {
     run->blocks[number].before = before;
     run->blocks[number].after = after;
@@ -213,7 +219,7 @@ static int64_t whole(int64_t size, int64_t unit)
     return (size + unit - 1) / unit * unit;
 }
 
-static void release_cached(Run *run)
+SELDOM void release_cached(Run *run)
 {
     for (int bin = 0; bin < 2 * BINS; bin++) {
         for (int32_t number = run->blocks[bin].larger, larger; number != bin; number = larger) {
@@ -228,7 +234,7 @@ static void release_cached(Run *run)
     }
 }
 
-static int32_t new_segment(Run *run, int64_t size, int large)
+SELDOM int32_t new_segment(Run *run, int64_t size, int large)
 {
     int64_t wanted = !large ? SMALL_BUFFER : size < MIN_LARGE ? LARGE_SEGMENT : whole(size, ROUND_LARGE);
     if (run->capacity >= 0 && run->reserved + wanted > run->capacity) {
@@ -258,15 +264,15 @@ static int32_t new_segment(Run *run, int64_t size, int large)
 
 /* -- the allocator's two calls -------------------------------------------------------------------------------------------------- */
 
-static int32_t allocate(Run *run, int64_t index)
+static inline int32_t allocate(Run *run, int64_t index)
 {
     const Request *request = &run->requests[index];
     const int64_t size = request->size;
     const int large = request->large;
     run->had_events = 1;
-    if (size == 0)
+    if (RARE(size == 0))
         return NO_BLOCK;
-    if (size > LARGEST) {
+    if (RARE(size > LARGEST)) {
         run->failed = TOO_LARGE;
         return NO_BLOCK;
     }
@@ -276,7 +282,7 @@ static int32_t allocate(Run *run, int64_t index)
     else if ((number = new_segment(run, size, large)) == NO_BLOCK)
         return NO_BLOCK;
     int64_t rest = run->blocks[number].size - size;
-    if (large ? rest > SMALL_SIZE : rest >= MIN_BLOCK) {
+    if (rest > request->unsplit) {
         int32_t front = new_block(run, run->blocks[number].address, size, large);
         if (front == NO_BLOCK)
             return NO_BLOCK;
@@ -295,10 +301,10 @@ static int32_t allocate(Run *run, int64_t index)
     return number;
 }
 
-static void release(Run *run, int32_t number)
+static inline void release(Run *run, int32_t number)
 {
     run->had_events = 1;
-    if (number == NO_BLOCK)
+    if (RARE(number == NO_BLOCK))
         return;
     Block *blocks = run->blocks, *block = &blocks[number];
     int32_t before = block->before, after = block->after;
@@ -346,7 +352,7 @@ static void release_all(Run *run, Blocks *blocks)
     blocks->length = 0;
 }
 
-static void allocate_into(Run *run, Blocks *blocks, int64_t size, int64_t count)
+INLINE void allocate_into(Run *run, Blocks *blocks, int64_t size, int64_t count)
 {
     for (; count > 0 && !run->failed; count--)
         push(run, blocks, allocate(run, size));
@@ -367,7 +373,7 @@ static void make(Run *run, int64_t storage, int64_t size, int64_t count)
         while (at < run->num_spare && (run->spare[at].storage != storage || run->spare[at].size != run->sizes[size]))
             at++;
         if (at == run->num_spare) {
-            if (!grow(run, (void **)&run->spare, &run->room_spare, run->num_spare, sizeof(Spare)))
+            if (run->num_spare == run->room_spare && !grow(run, (void **)&run->spare, &run->room_spare, sizeof(Spare)))
                 return;
             run->spare[run->num_spare++] = (Spare){run->sizes[size], (int32_t)storage};
         }
@@ -609,7 +615,8 @@ static int prepare(Run *run)
         return 0;
     for (size_t at = 0; at < run->num_sizes; at++) {
         int64_t size = run->sizes[at] < 0 || run->sizes[at] > LARGEST ? LARGEST + MIN_BLOCK : whole(run->sizes[at], MIN_BLOCK);
-        run->requests[at] = (Request){size, size ? bin_of(size, size > SMALL_SIZE) : 0, size > SMALL_SIZE};
+        int large = size > SMALL_SIZE;
+        run->requests[at] = (Request){size, large ? SMALL_SIZE : MIN_BLOCK - 1, size ? bin_of(size, large) : 0, (char)large};
     }
     for (size_t at = 0; at < run->num_handles; at++)
         run->handles[at] = NO_BLOCK;

@@ -61,7 +61,7 @@ class Run(NamedTuple):
         if key not in compiled.programs:
             compiled.programs[key] = _write([of_step for of_step, _ in self.steps], self.script)
         written = compiled.programs[key]
-        of_step = {id(step): _sizes(*step) for step in self.steps}  # most runs repeat one step
+        of_step = {id(step): step[0].timeline.requested(step[1]) for step in self.steps}  # most runs repeat one step
         return written.program, [n for step in self.steps for n in of_step[id(step)]] + written.sizes
 
 
@@ -293,14 +293,3 @@ def _events_of(layers: Layers, timeline: Timeline, kinds: int, handed_on: Mappin
         elif storage in layers.moved:
             written += (events.HAND, handed_on.get(storage, storage), layers.moved[storage], size, count)
     return written
-
-
-def _sizes(compiled: Compiled, named: Mapping[str, int]) -> list[int]:
-    """Bytes of a tensor of each kind as asked for, before rounding."""
-    sizes = []
-    for kind in compiled.timeline.kinds:
-        nbytes = ITEMSIZE[kind.dtype]
-        for dim in kind.dims:
-            nbytes *= named[dim] if isinstance(dim, str) else dim
-        sizes.append(nbytes)
-    return sizes

@@ -136,6 +136,7 @@ def context_for_verdict(gpu: Gpu) -> Context:
     return Context(int(largest.mib * MIB), why, assumed=True)
 
 
+@cache
 def _generation(gpu_id: str) -> str | None:
     from peftplan.hardware.gpus import find_gpu
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
+from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -56,11 +57,20 @@ class Timeline(NamedTuple):
     """Storages that stand for several tensors → how many."""
     states: int = 0
     """The event before which the first step makes the optimizer's states."""
+    sizes: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    """The sizes of tensors that occur: bytes, times these named sizes."""
+    size_of: tuple[int, ...] = ()
+    """Kind → its place in `sizes`."""
+    moves: tuple[tuple[int, int], ...] = ()
+    """By how much events change the level: a place in `sizes`, and a count."""
+    move_of: tuple[int, ...] = ()
+    """Event → its place in `moves`."""
 
     def peaks(self, sizes: Mapping[str, int], standing: int = 0) -> dict[str, tuple[int, int]]:
         """Phase → (bytes, how many events lead to them), on top of `standing` bytes that are always there."""
-        nbytes = [_bytes(kind, sizes) for kind in self.kinds]
-        levels = list(accumulate([count * nbytes[kind] for kind, count in self.events], initial=standing))
+        rounded = [-(-nbytes // ALLOCATION_ROUNDING) * ALLOCATION_ROUNDING for nbytes in self._evaluated(sizes)]
+        moves = [count * rounded[place] for place, count in self.moves]
+        levels = list(accumulate(map(moves.__getitem__, self.move_of), initial=standing))
         by_phase: dict[str, tuple[int, int]] = {}
         for phase, start, end in self.windows:
             within = levels[start : end + 1]
@@ -68,6 +78,14 @@ class Timeline(NamedTuple):
             if best > by_phase.get(phase, (-1, 0))[0]:
                 by_phase[phase] = (best, start + within.index(best))
         return by_phase
+
+    def requested(self, named: Mapping[str, int]) -> list[int]:
+        """Bytes of a tensor of each kind as asked for, before rounding."""
+        nbytes = self._evaluated(named)
+        return [nbytes[place] for place in self.size_of]
+
+    def _evaluated(self, named: Mapping[str, int]) -> list[int]:
+        return [nbytes * prod([named[name] for name in names]) for nbytes, names in self.sizes]
 
     def lines(self, end: int, sizes: Mapping[str, int]) -> tuple[Line, ...]:
         """What the first `end` events leave alive.
@@ -96,11 +114,10 @@ class Timeline(NamedTuple):
         return tuple(lines)
 
 
-def _bytes(kind: Kind, sizes: Mapping[str, int]) -> int:
-    numel = ITEMSIZE[kind.dtype]
-    for dim in kind.dims:
-        numel *= dim if isinstance(dim, int) else sizes[dim]
-    return -(-numel // ALLOCATION_ROUNDING) * ALLOCATION_ROUNDING
+def _size(kind: Kind) -> tuple[int, tuple[str, ...]]:
+    """The bytes of a tensor: a number, times named sizes."""
+    numbered = prod(dim for dim in kind.dims if isinstance(dim, int))
+    return ITEMSIZE[kind.dtype] * numbered, tuple(sorted(dim for dim in kind.dims if isinstance(dim, str)))
 
 
 def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timeline:
@@ -155,8 +172,25 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
     products = {taken: at + max(more for start, more in shifts if start <= at) for taken, at in _products(tape).items()}
+    sizes: dict[tuple[int, tuple[str, ...]], int] = {}
+    size_of = tuple(sizes.setdefault(_size(kind), len(sizes)) for kind in index)
+    moves: dict[tuple[int, int], int] = {}
+    move_of = tuple(moves.setdefault((size_of[kind], count), len(moves)) for kind, count in events)
     return Timeline(
-        tuple(index), tuple(sources), tuple(events), windows, products, tuple(storages), tuple(repeated), kind_of, counts, states
+        tuple(index),
+        tuple(sources),
+        tuple(events),
+        windows,
+        products,
+        tuple(storages),
+        tuple(repeated),
+        kind_of,
+        counts,
+        states,
+        sizes=tuple(sizes),
+        size_of=size_of,
+        moves=tuple(moves),
+        move_of=move_of,
     )
 
 

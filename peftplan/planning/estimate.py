@@ -171,6 +171,7 @@ def _estimated(
     peaks_by_capability = {of: peaks_on(of) for of in dict.fromkeys((of_first, *map(capability, cards)))}
     by_capability = {of: None if isinstance(peaks, str) else peaks for of, peaks in peaks_by_capability.items()}
     peaks = by_capability[of_first]
+    standing = static.bytes() if None in by_capability.values() else 0
     assumptions = _assumptions(job, quantized=built.quantized)
     notes = card_notes(cards, job.setup, job.quant)
     if peaks is not None and peaks.assumed.get("images_per_sample") == 0:
@@ -192,7 +193,7 @@ def _estimated(
         assumptions=assumptions,
         not_modelled=(f"{peaks_by_capability[of_first]}", *NOT_COUNTED) if peaks is None else _outside(job, peaks_by_capability),
         gpus=tuple(
-            verdict(card, static.bytes(), by_capability[of], refused=unmet(job.setup, pair(of)), skip_unfit=skip_unfit)
+            verdict(card, standing, by_capability[of], refused=unmet(job.setup, pair(of)), skip_unfit=skip_unfit)
             for card, of in ((card, capability(card)) for card in cards)
         ),
         peaks=peaks,
