@@ -1,60 +1,46 @@
 """Every fenced block of code in README, CONTRIBUTING and docs: it runs, and prints what stands beside it.
 
-A block of `python` runs line by line; a comment behind an expression is what it gives. A block of `sh` holds commands that end
-with exit code 0; one of `console` also what they print. Other blocks, and those that cannot run here, say why in a comment of
-HTML on the line before: `<!-- printed by: COMMAND -->`, `<!-- needs: trace -->`, or `<!-- not run: REASON -->`.
+`tools/documents.py` says how blocks are marked. A block of `python` runs line by line. A comment behind an expression is what it
+gives, and so is one below it that begins with an arrow (`# → 42`).
 """
 
 from __future__ import annotations
 
 import ast
 import io
-import os
 import re
-import shlex
 import subprocess
-import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(?:^<!-- (?P<marker>[^\n]*) -->\n)?^```(?P<language>[^\n]*)\n(?P<body>.*?)^```$", re.M | re.S)
-EXTRAS = {"trace": ("torch", "transformers", "peft")}
-NOT_RUN, NEEDS, PRINTED_BY = "not run: ", "needs: ", "printed by: "
+from tools.documents import (
+    BLOCK,
+    FILE,
+    NEEDS,
+    NOT_RUN,
+    PRINTED_BY,
+    ROOT,
+    Block,
+    blocks_of,
+    documents,
+    printed,
+    renewed,
+    sessions,
+    write_files,
+)
 
-
-class Block(NamedTuple):
-    """One block, and how it is marked."""
-
-    language: str
-    body: str
-    marker: str
-
-
-def blocks_of(text: str) -> list[Block]:
-    """The fenced blocks of a document."""
-    return [Block(match["language"], match["body"], match["marker"] or "") for match in BLOCK.finditer(text)]
+ARROW = "→ "
+EXTRAS = {"trace": ("torch", "transformers", "peft"), "plot": ("matplotlib",), "hub": ("huggingface_hub",)}
 
 
 def blocks() -> Iterator[Any]:
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))):
+    for path in documents():
         for number, block in enumerate(blocks_of(path.read_text(encoding="utf-8"))):
             yield pytest.param(block, id=f"{path.relative_to(ROOT)}-{number}-{block.language}")
-
-
-def printed(command: str, folder: Path) -> str:
-    """What `peftplan …` prints at 80 columns, without colour."""
-    program, *arguments = shlex.split(command)
-    assert program == "peftplan", f"only peftplan's own commands run here: {command}"
-    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
-    call = [sys.executable, "-m", "peftplan", *arguments]
-    done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
-    assert (done.returncode, done.stderr) == (0, ""), command
-    return done.stdout
 
 
 def check_python(body: str) -> None:
@@ -63,6 +49,8 @@ def check_python(body: str) -> None:
     comments = {
         token.start[0]: token.string[1:].strip() for token in tokenize.generate_tokens(lines) if token.type == tokenize.COMMENT
     }
+    below = {number - 1: text.removeprefix(ARROW) for number, text in comments.items() if text.startswith(ARROW)}
+    comments = below | {number: text for number, text in comments.items() if not text.startswith(ARROW)}
     names: dict[str, Any] = {}
     for statement in ast.parse(body).body:
         source = ast.get_source_segment(body, statement)
@@ -76,6 +64,9 @@ def check_python(body: str) -> None:
 
 def check(block: Block, folder: Path) -> None:
     """Raises AssertionError where a block does not do what it shows, or does not say how to check it."""
+    write_files(block, folder)
+    if block.marker.startswith(FILE):
+        return
     if block.marker.startswith(PRINTED_BY):
         assert printed(block.marker.removeprefix(PRINTED_BY), folder).rstrip() == block.body.rstrip()
     elif block.language == "python":
@@ -84,15 +75,15 @@ def check(block: Block, folder: Path) -> None:
         for command in block.body.splitlines():
             printed(command, folder)
     elif block.language == "console":
-        for session in block.body.removeprefix("$ ").split("\n$ "):
-            command, _, output = session.partition("\n")
+        for command, output in sessions(block.body):
             assert printed(command, folder).rstrip() == output.rstrip(), command
     else:
         raise AssertionError(f"a block of {block.language or 'no language'} needs a marker")
 
 
 @pytest.mark.parametrize("block", blocks())
-def test_a_block_does_what_it_shows(block: Block, tmp_path: Path) -> None:
+def test_a_block_does_what_it_shows(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     if block.marker.startswith(NOT_RUN):
         pytest.skip(block.marker)
     if block.marker.startswith(NEEDS):
@@ -105,6 +96,7 @@ def test_a_block_does_what_it_shows(block: Block, tmp_path: Path) -> None:
     "text",
     [
         "```python\n1 + 1  # 3\n```\n",
+        "```python\n1 + 1\n# → 3\n```\n",
         "```python\n1 / 0\n```\n",
         "```sh\npeftplan estimate no-such-model\n```\n",
         "```sh\ncurl example.org\n```\n",
@@ -119,9 +111,19 @@ def test_a_block_that_is_wrong_is_noticed(text: str, tmp_path: Path) -> None:
         check(block, tmp_path)
 
 
+def test_a_page_is_printed_anew() -> None:
+    page = "<!-- file: a.txt -->\n```text\nx\n```\n\n```console\n$ peftplan --version\nold\n$ peftplan models zzz\n```\n"
+    version = printed("peftplan --version", ROOT)
+    assert renewed(page) == page.replace("old\n", version).replace("zzz\n", "zzz\n0 models\n")
+
+
+def test_a_command_shows_its_exit_code(tmp_path: Path) -> None:
+    assert printed("peftplan estimate gpt2 --gpu 1GiB --format csv --require-fit; echo $?", tmp_path).endswith("\n1\n")
+
+
 def test_commands_stand_in_fences() -> None:
     """An indented command would run nowhere."""
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+    for path in documents():
         outside = BLOCK.sub("", path.read_text(encoding="utf-8"))
         assert not re.findall(r"^(?: {4}|\t)(?:peftplan|pip|python|import) .*", outside, re.M), path
 

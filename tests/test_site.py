@@ -42,4 +42,5 @@ def test_a_page_of_the_root_links_into_the_site() -> None:
 
 def test_a_printed_block_shows_its_command() -> None:
     text = "<!-- printed by: peftplan --version -->\n```text\npeftplan, version 9\n```\n"
-    assert site_hooks.with_command(text) == "```console\n$ peftplan --version\npeftplan, version 9\n```\n"
+    assert site_hooks.with_titles(text) == "```console\n$ peftplan --version\npeftplan, version 9\n```\n"
+    assert site_hooks.with_titles("<!-- file: a.json -->\n```json\n{}\n```\n") == '```json title="a.json"\n{}\n```\n'

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 AT_THE_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 PRINTED = re.compile(r"^<!-- printed by: (?P<command>.*) -->\n```text\n", re.M)
+FILE = re.compile(r"^<!-- file: (?P<name>.*) -->\n```(?P<language>\w+)\n", re.M)
 
 
 def moved(text: str) -> str:
@@ -23,9 +24,10 @@ def moved(text: str) -> str:
     return text.replace("](docs/", "](").replace("](README.md)", "](index.md)")
 
 
-def with_command(text: str) -> str:
-    """A printed block begins with the command that prints it, as in a terminal."""
-    return PRINTED.sub(lambda match: f"```console\n$ {match['command']}\n", text)
+def with_titles(text: str) -> str:
+    """A printed block begins with the command that prints it, as in a terminal; a file has its name above it."""
+    text = PRINTED.sub(lambda match: f"```console\n$ {match['command']}\n", text)
+    return FILE.sub(lambda match: f'```{match["language"]} title="{match["name"]}"\n', text)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -39,4 +41,4 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Called by mkdocs with the text of a page."""
-    return with_command(markdown)
+    return with_titles(markdown)
