@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from peftplan.cli import options
-from peftplan.cli.command import METHOD_HEADING, Command, argument, option
+from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will_exit
+from peftplan.errors import RefusedError
 
 SERVING: dict[str, str] = {
     "--adapters": "adapters served beside one base; default: 1",
@@ -29,13 +30,21 @@ STORAGE = {
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", STORAGE)
 @options.group("Serving", SERVING)
+@option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a size such as 24GiB; repeatable")
+@option("--require-fit", is_flag=True, help="exit 1 unless it fits every --gpu")
+@option("--allow-tight", is_flag=True, help="let --require-fit accept tight too")
 @option("--merge", is_flag=True, help="exit 2 if the method has no merge")
 @options.format_option
-def command(model: str | None, fmt: str, merge: bool, **raw: Any) -> int:
+def command(
+    model: str | None, fmt: str, merge: bool, gpus: tuple[str, ...], require_fit: bool, allow_tight: bool, **raw: Any
+) -> int:
     """What MODEL needs after fine-tuning: adapter file, merge, merged model, and serving with a KV cache.
 
+    Each --gpu gets a verdict on base, adapters, KV cache and CUDA context, and the largest number of adapters, tokens of context
+    and sequences that fit it. `fits` leaves at least 5 % of the card, for what decoding computes.
+
     \b
-    peftplan serve llama-2-7b --method lora --r 16 --adapters 8 --batch-size 16 --context 4096
+    peftplan serve llama-2-7b --method lora --r 16 --adapters 8 --batch-size 16 --gpu rtx-4090
     peftplan serve ./config.json --method qlora --merge --format json
     """
     options.check_format(fmt)
@@ -43,5 +52,12 @@ def command(model: str | None, fmt: str, merge: bool, **raw: Any) -> int:
     from peftplan.planning.serving import serving
     from peftplan.report import render
 
-    render.serving(serving(model, merge=merge, **options.chosen(raw)), fmt=fmt)
-    return 0
+    if require_fit and not gpus:
+        raise RefusedError("--require-fit: it needs a card (--gpu)")
+    if allow_tight and not require_fit:
+        raise RefusedError("--allow-tight: it needs --require-fit")
+    result = serving(model, merge=merge, gpu=gpus, **options.chosen(raw))
+    accepted = ("fits", "tight") if allow_tight else ("fits",)
+    code = will_exit(0 if not require_fit or all(card.verdict in accepted for card in result.gpus) else 1)
+    render.serving(result, fmt=fmt)
+    return code

@@ -87,7 +87,7 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
     if not parse_optim(str(setup.optim)).low_rank:
         unread["optim_target_modules"] = f"{setup.optim} projects no modules, GaLore and APOLLO do"
     yield from (f"{name} is not used: {why}" for name, why in unread.items() if name in setup.model_fields_set)
-    positions = _rotary_positions(model, architecture)
+    positions = rotary_positions(model, architecture)
     if positions is not None and setup.seq_len > positions and "seq_len" in setup.model_fields_set:
         yield f"seq_len {setup.seq_len:,} is beyond the config's max_position_embeddings, {positions:,}; all tokens are counted"
     if setup.trainer == "trl" and "dtype" not in setup.model_fields_set:
@@ -100,7 +100,7 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
         )
 
 
-def _rotary_positions(model: Any, architecture: Architecture) -> int | None:
+def rotary_positions(model: Any, architecture: Architecture) -> int | None:
     """How many positions the config names, of a model without a table that ends there; None where it names none."""
     if architecture.max_positions is not None:
         return None

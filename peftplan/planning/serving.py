@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,9 +16,12 @@ from peftplan.errors import InputError, MissingExtraError, NeedsTraceError, Refu
 from peftplan.job.job import Job
 from peftplan.job.prepare import config_of, prepare
 from peftplan.job.setup import Count
+from peftplan.job.tasks import rotary_positions
 from peftplan.job.words import named_as_typed
 from peftplan.planning.estimate import adapter_dtypes, config_facts, model_facts, unquantized
 from peftplan.planning.serving_result import KV_CACHE, LEFT_OUT, AdapterFile, Cache, Checkpoint, Loaded, MergeMemory, Serving
+from peftplan.planning.serving_room import MOST_ADAPTERS, MOST_TOKENS, Served, verdict_on
+from peftplan.planning.verdicts import find_cards
 from peftplan.storage import QuantConfig
 from peftplan.validation import first_error
 
@@ -52,6 +55,7 @@ def serving(
     encoder_context: int | None = None,
     serving_dtype: object = None,
     merge: bool = False,
+    gpu: str | Iterable[str] | None = None,
     **options: Any,
 ) -> Serving:
     """What `model`, fine-tuned by `method`, takes on disk, in a merge, and while it is served.
@@ -60,6 +64,7 @@ def serving(
     training leaves the adapter. `adapters` of one shape are served beside one base, in `serving_dtype` (None: that of the base),
     to `batch_size` sequences with `context` tokens each in the cache (None: `seq_len`, 2048 unless the model holds fewer) and
     `encoder_context` in the encoder (None: as many).
+    `gpu`: names of cards, or sizes such as 24GiB; each gets a verdict, and how many adapters, tokens and sequences fit it.
     `merge` demands a merge: RefusedError where the method has none. Other errors as `estimate`.
     """
     with named_as_typed({"method": method, **options}) as options:
@@ -88,6 +93,8 @@ def serving(
         quantized = _unless_refused(refused, "merge_memory.gpu_quantized", lambda: _quantized_merge(job))
         merges = (*merges, quantized) if quantized else merges
     cache = _unless_refused(refused, "kv_cache", lambda: _cache(job, request))
+    loaded, cards = _resident(job, request, file), find_cards(gpu)
+    served = _served(job, request, loaded, cache) if cards else None
     uncounted = cache is None and job.architecture.task_type in kv_cache.GENERATES
     return Serving(
         model=model_facts(job.architecture),
@@ -95,11 +102,12 @@ def serving(
         file=file,
         checkpoint=merged,
         merges=merges,
-        loaded=_resident(job, request, file),
+        loaded=loaded,
         cache=cache,
         refused=refused,
         assumptions=_assumptions(job, request, merges=bool(merges)),
         not_modelled=(KV_CACHE, *LEFT_OUT) if uncounted else LEFT_OUT,
+        gpus=tuple(verdict_on(card, served) for card in cards) if served else (),
     )
 
 
@@ -220,6 +228,25 @@ def _resident(job: Job, request: Request, file: AdapterFile | None) -> Loaded:
         else residents.prompt_bytes(prompt, loaded, dtype=dtype, device="gpu"),
         shared=residents.shared_bytes(job.adaptation, dtype=dtype, device="gpu"),
         adapters=request.adapters,
+    )
+
+
+def _served(job: Job, request: Request, loaded: Loaded, cache: Cache | None) -> Served:
+    """What a card is asked to take. A cache that only a run of the model counts is left at the size that was asked for."""
+    counted = cache is not None and any(block.stack == "decoder" for block in job.architecture.blocks)
+    positions = job.architecture.max_positions or rotary_positions(job.model, job.architecture) or MOST_TOKENS
+
+    def cache_at(batch_size: int, context: int) -> Cache | None:
+        sizes = {"batch_size": batch_size, "context": context}
+        return _cache(job, request.model_copy(update=sizes)) if counted else cache
+
+    return Served(
+        loaded=loaded,
+        batch_size=request.batch_size,
+        context=request.context,
+        cache_at=cache_at,
+        adapters_bound=MOST_ADAPTERS if loaded.adapter and not job.adaptation.trained else None,
+        context_bound=max(positions, request.context) if counted else None,
     )
 
 

@@ -15,6 +15,8 @@ from peftplan.results.estimate import SCHEMA_VERSION
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from peftplan.planning.serving_room import ServingVerdict
+
 LEFT_OUT = ("activations and logits of decoding", "CUDA context and workspaces", "blocks that a serving engine allocates ahead")
 """What no number here holds."""
 KV_CACHE = "the KV cache"
@@ -137,6 +139,7 @@ class Serving:
     refused: Mapping[str, str]
     assumptions: Mapping[str, Any]
     not_modelled: tuple[str, ...] = LEFT_OUT
+    gpus: tuple[ServingVerdict, ...] = ()
 
     @property
     def total(self) -> int:
@@ -166,6 +169,7 @@ class Serving:
             "refused": dict(self.refused),
             "assumptions": dict(self.assumptions),
             "not_modelled": list(self.not_modelled),
+            "gpus": [verdict.to_dict() for verdict in self.gpus],
         }
 
     def records(self) -> list[dict[str, Any]]:

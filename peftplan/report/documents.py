@@ -125,6 +125,40 @@ class CacheDocument(TypedDict):
     tensors: list[CacheTensorDocument]
 
 
+class ServingLimitsDocument(TypedDict):
+    """The largest sizes that fit, the others as asked for. `null`: there is none, or its bytes are not known."""
+
+    adapters: int | None
+    context: int | None
+    """Tokens of each sequence in the cache."""
+    batch_size: int | None
+    """Sequences."""
+    bounded: list[str]
+    """Sizes whose search ended before the card was full."""
+
+
+class ServingVerdictDocument(TypedDict):
+    """Whether what is served fits one card."""
+
+    name: str
+    usable_bytes: int
+    usable_source: str
+    verdict: Literal["fits", "tight", "does_not_fit"]
+    needed_bytes: int
+    """Base, adapters, KV cache, what appending a token briefly needs, and the CUDA context."""
+    growing_bytes: int
+    """What appending a token briefly needs."""
+    context_bytes: int
+    context_source: str
+    context_assumed: bool
+    """Whether the context is that of another card."""
+    headroom_bytes: int
+    most: ServingLimitsDocument
+    """With at least 5 % of the usable bytes left."""
+    most_tight: ServingLimitsDocument
+    """With less left."""
+
+
 class ServingDocument(TypedDict):
     """What comes after training. `null` is what does not exist or is not known; `refused` says why."""
 
@@ -139,6 +173,8 @@ class ServingDocument(TypedDict):
     refused: dict[str, str]
     assumptions: dict[str, Any]
     not_modelled: list[str]
+    gpus: list[ServingVerdictDocument]
+    """A verdict for each card that was named."""
 
 
 class ReplayPeakDocument(TypedDict):

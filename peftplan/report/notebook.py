@@ -15,7 +15,7 @@ from peftplan.report import serving as serving_report
 from peftplan.report.bar import Segment, segments
 from peftplan.report.cards import card_name
 from peftplan.report.markup import Html, Stretch
-from peftplan.report.screen import UNICODE, Screen
+from peftplan.report.screen import UNICODE, Part, Screen
 from peftplan.report.tabular import Column
 from peftplan.report.timeline import COLOURS as CATEGORIES
 from peftplan.results.estimate import Estimate, Verdict
@@ -118,6 +118,7 @@ def fit(result: Fit) -> Iterator[Html]:
 def serving(result: Serving) -> Iterator[Html]:
     """A table per section, with a bar of what is loaded."""
     yield markup.paragraph(serving_report.heading(result), strong=True)
+    yield from (markup.row((Part(line.strip(), colour),)) for line, colour in serving_report.verdicts(result, UNICODE))
     loaded = {"base": result.loaded.base, "adapters": result.loaded.all_adapters}
     loaded |= {"KV cache": result.cache.num_bytes} if result.cache else {}
     palette = cycle((COLOURS["weights"], COLOURS["adapter_weights"], COLOURS["activations"]))

@@ -88,11 +88,25 @@ def serving(result: Serving, *, fmt: str) -> None:
     elif fmt == "csv":
         tabular.write_csv(result.records(), sys.stdout)
     else:
-        print(f"## {plain(report.heading(result))}\n" if fmt == "markdown" else f"{tabular.printable(report.heading(result))}\n")
+        _serving_head(result, fmt=fmt)
         for section in report.sections(result):
             _rows(section.columns, section.rows, (), fmt=fmt, below=section.below)
             print(f"\n{section.below}\n" if fmt == "markdown" and section.below else "")
         _remarks(report.remarks(result), fmt=fmt)
+
+
+def _serving_head(result: Serving, *, fmt: str) -> None:
+    """What the tables are about, and the verdicts."""
+    from peftplan.report import screen
+    from peftplan.report import serving as report
+
+    lines = list(report.verdicts(result, screen.glyphs()))
+    if fmt == "markdown":
+        print(f"## {plain(report.heading(result))}\n", *(f"{plain(line.strip())}\n" for line, _ in lines), sep="\n")
+        return
+    print(tabular.printable(report.heading(result)))
+    screen.show(row for line, colour in lines for row in screen.wrapped(line, screen.width(), colour=colour))
+    print()
 
 
 def fit(result: Fit, *, fmt: str) -> None:

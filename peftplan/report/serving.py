@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from peftplan.deployment.kv_cache import growing_bytes
 from peftplan.planning.serving_result import KV_CACHE, MergeMemory, Serving
+from peftplan.planning.serving_room import Limits
+from peftplan.report.cards import card_name
+from peftplan.report.screen import Colour, Glyphs
 from peftplan.report.tabular import Column, assumption_rows, family
 from peftplan.units import format_bytes
 
@@ -27,6 +30,36 @@ def heading(result: Serving) -> str:
     config = result.method["config"]
     rank = f" r={config['r']}" if "r" in config else ""
     return f"{result.model['name']} · {result.method['name']}{rank} · after training"
+
+
+def verdicts(result: Serving, marks: Glyphs) -> Iterator[tuple[str, Colour]]:
+    """A line per card, and one with the largest sizes that fit it."""
+    for card in result.gpus:
+        assumed = f", {format_bytes(card.context_bytes)} of CUDA context assumed" if card.context_assumed else ""
+        left = f"{format_bytes(abs(card.headroom_bytes))} {'short' if card.headroom_bytes < 0 else 'left'}"
+        needs = f"needs {format_bytes(card.needed_bytes)} of {format_bytes(card.usable_bytes)}, {left}{assumed}"
+        mark, colour = LOOKS[card.verdict]
+        yield f"{getattr(marks, mark)} {card_name(card.gpu)}: {card.verdict.replace('_', ' ')}, {needs}", colour
+        if sizes := _largest(card.most):
+            yield f"  fits with up to {sizes}", "bold"
+
+
+LOOKS: dict[str, tuple[str, Colour]] = {"fits": ("fits", "green"), "tight": ("tight", "yellow"), "does_not_fit": ("fails", "red")}
+"""Mark and colour of a verdict."""
+
+
+def _largest(most: Limits) -> str:
+    """The largest sizes in words, the others as asked for; where a search ended before the card was full, at least so many."""
+    words = {"adapters": "adapter", "context": "token", "batch_size": "sequence"}
+    sizes = []
+    for name, word in words.items():
+        size = getattr(most, name)
+        if size is None:
+            continue
+        tokens = " of context" if name == "context" else ""
+        more = "" if name not in most.bounded else " (all that the model has)" if tokens else " or more"
+        sizes.append(f"{_counted(size, word) if size else f'no {word}'}{tokens}{more}")
+    return ", or ".join(sizes)
 
 
 def sections(result: Serving) -> Iterator[Section]:

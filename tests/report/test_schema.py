@@ -40,7 +40,7 @@ COMMANDS: list[tuple[str, str]] = [
     ("explain-oom", "explain-oom LOG"),
     ("explain-oom", "explain-oom LOG --model llama-3.2-1b --batch-size 4"),
     ("serve", "serve llama-3.2-1b --method lora --adapters 8"),
-    ("serve", "serve llama-3.2-1b --method qlora"),
+    ("serve", "serve llama-3.2-1b --method qlora --gpu l4,4GiB"),
     ("serve", "serve t5-small --method prefix-tuning --num-virtual-tokens 8"),
     ("serve", "serve bert-base-uncased --method full"),
     ("replay", "replay EVENTS"),

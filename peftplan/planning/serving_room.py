@@ -1,0 +1,138 @@
+"""Whether what is served fits a card, and how many adapters, tokens and sequences do: exact, by bisection on serving's own sums.
+
+    needed(n, T, b) = base + n · adapter + shared + cache(b, T) + growing(b, T) + context of the card
+
+n adapters, T tokens of each sequence in the cache, b sequences; growing is what appending one token needs for a moment. Each term
+grows with n, T and b, so the largest size that fits is where the sum first exceeds its limit. Left out: what serving leaves out,
+such as activations, for which the share that `fits` keeps free is there.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peftplan.deployment.kv_cache import growing_bytes
+from peftplan.results.estimate import TIGHT
+
+if TYPE_CHECKING:
+    from peftplan.hardware.gpus import Gpu
+    from peftplan.planning.serving_result import Cache, Loaded
+
+MOST_ADAPTERS = 2**20
+MOST_SEQUENCES = 2**20
+MOST_TOKENS = 2**24
+"""Where a search ends that meets no limit of the card or of the model."""
+
+
+class Limits(NamedTuple):
+    """The largest number of adapters, of tokens in the cache of each sequence, and of sequences, the others as asked for.
+
+    0 where nothing fits, None where there is none, or where its bytes are not known. `bounded` names those whose search ended
+    before the card was full: at the positions of the model, or at 2²⁰ adapters and sequences.
+    """
+
+    adapters: int | None
+    context: int | None
+    batch_size: int | None
+    bounded: tuple[str, ...] = ()
+
+
+class ServingVerdict(NamedTuple):
+    """Whether what is served fits one card: `fits` leaves at least 5 % of the usable bytes, `tight` less, `does_not_fit` none.
+
+    `needed_bytes` are base, adapters and cache, what appending a token briefly needs, and the CUDA context. `most` are the
+    largest sizes that fit, `most_tight` those that leave less than 5 %.
+    """
+
+    gpu: str
+    usable_bytes: int
+    usable_source: str
+    verdict: str
+    needed_bytes: int
+    growing_bytes: int
+    context_bytes: int
+    context_source: str
+    context_assumed: bool
+    most: Limits
+    most_tight: Limits
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What is left of the usable bytes; negative where more is needed."""
+        return self.usable_bytes - self.needed_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry of `gpus` in the JSON."""
+        facts = {name: value for name, value in self._asdict().items() if name not in ("gpu", "most", "most_tight")}
+        limits = {name: {**limits._asdict(), "bounded": [*limits.bounded]} for name, limits in self._limits()}
+        return {"name": self.gpu, **facts, "headroom_bytes": self.headroom_bytes, **limits}
+
+    def _limits(self) -> Iterable[tuple[str, Limits]]:
+        return (("most", self.most), ("most_tight", self.most_tight))
+
+
+class Served(NamedTuple):
+    """What is served: bytes that are loaded, and the cache at any size; sizes that cannot vary have no bound.
+
+    `cache_at`: (sequences, tokens) → the cache, None where the model has none or its bytes are not known.
+    """
+
+    loaded: Loaded
+    batch_size: int
+    context: int
+    cache_at: Callable[[int, int], Cache | None]
+    adapters_bound: int | None
+    context_bound: int | None
+
+    def needed(self, *, adapters: int | None = None, context: int | None = None, batch_size: int | None = None) -> int:
+        """Device bytes at other sizes than those asked for, without the CUDA context."""
+        cache = self.cache_at(batch_size or self.batch_size, context or self.context)
+        loaded = self.loaded if adapters is None else replace(self.loaded, adapters=adapters)
+        stored = loaded.base + loaded.all_adapters
+        return stored + (cache.num_bytes + growing_bytes(cache.tensors) if cache else 0)
+
+
+def verdict_on(card: Gpu, served: Served) -> ServingVerdict:
+    """The verdict on one card."""
+    from peftplan.hardware.context import context_for_verdict
+    from peftplan.hardware.usable import usable_bytes
+
+    usable, context = usable_bytes(card), context_for_verdict(card)
+    needed = served.needed() + context.bytes
+    cache = served.cache_at(served.batch_size, served.context)
+    left = usable.bytes - needed
+    room = usable.bytes - context.bytes
+    return ServingVerdict(
+        gpu=card.id,
+        usable_bytes=usable.bytes,
+        usable_source=usable.why,
+        verdict="does_not_fit" if left < 0 else "fits" if left >= TIGHT * usable.bytes else "tight",
+        needed_bytes=needed,
+        growing_bytes=growing_bytes(cache.tensors) if cache else 0,
+        context_bytes=context.bytes,
+        context_source=context.why,
+        context_assumed=context.assumed,
+        most=_limits(served, int(room - TIGHT * usable.bytes)),
+        most_tight=_limits(served, room),
+    )
+
+
+def _limits(served: Served, room: int) -> Limits:
+    """The largest sizes that need at most `room` bytes."""
+    cached = served.context_bound is not None
+    sizes: dict[str, tuple[int | None, Callable[[int], int]]] = {
+        "adapters": (served.adapters_bound, lambda n: served.needed(adapters=n)),
+        "context": (served.context_bound, lambda n: served.needed(context=n)),
+        "batch_size": (MOST_SEQUENCES if cached else None, lambda n: served.needed(batch_size=n)),
+    }
+    most = {name: None if bound is None else _most(needed, room=room, bound=bound) for name, (bound, needed) in sizes.items()}
+    bounded = tuple(name for name, (bound, _) in sizes.items() if bound is not None and most[name] == bound)
+    return Limits(**most, bounded=bounded)
+
+
+def _most(needed: Callable[[int], int], *, room: int, bound: int) -> int:
+    """The largest n up to `bound` that needs at most `room` bytes; 0 where not even 1 does."""
+    return bisect_left(range(1, bound + 1), True, key=lambda n: needed(n) > room)
