@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
@@ -18,7 +21,6 @@ from peftplan.arch import catalogue, llama, readers
 from peftplan.hardware import gpus
 from peftplan.hardware.usable import usable_bytes
 from peftplan.job.script import Script
-from peftplan.job.setup import PRESETS, Trainer
 from peftplan.memory import models
 from peftplan.methods import METHODS, Method
 from peftplan.optim import OPTIMIZERS, names, torch_optim
@@ -42,7 +44,7 @@ def row(text: str) -> str:
 
 
 def test_every_example_is_applied_here() -> None:
-    assert EXAMPLES.keys() == {"card", "alias", "family", "method", "optimizer"}
+    assert EXAMPLES.keys() == {"card", "alias", "family", "method", "optimizer", "trainer"}
 
 
 @pytest.mark.parametrize(
@@ -222,22 +224,38 @@ def test_an_optimizer_has_torchs_states() -> None:
     }
 
 
-def test_a_trainer_is_named_in_all_its_places() -> None:
-    from peftplan.cli import options
+UNCLIPPED = """
+import peftplan
+from peftplan.cli import main
+steps = [
+    peftplan.estimate("gpt2", trainer=trainer, r=8, target_modules=["c_attn"], seq_len=1).peaks.requested["step"]
+    for trainer in ("transformers", "unclipped")
+]
+print(*steps)
+main(["estimate", "--help"])
+"""
 
-    assert set(get_args(Trainer)) == PRESETS.keys()
-    for file in (options.__file__, str(ROOT / "peftplan" / "cli" / "serve.py")):
-        text = Path(file).read_text(encoding="utf-8")
-        assert all(name in text for name in PRESETS), file
 
-
-def test_a_trainer_has_its_program() -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("peft")
-    from peftplan.trace.steps import PROGRAMS
-
-    assert PROGRAMS.keys() == PRESETS.keys()
-    assert PROGRAMS["qlora-paper"] is PROGRAMS["transformers"]
+def test_a_trainer(tmp_path: Path) -> None:
+    """The name and the record alone, in a copy of the package."""
+    copied = shutil.copytree(ROOT / "peftplan", tmp_path / "peftplan", ignore=shutil.ignore_patterns("__pycache__", "data"))
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    file = copied / "job" / "trainers.py"
+    text = file.read_text(encoding="utf-8").replace("TrainerName = Literal[", 'TrainerName = Literal["unclipped", ')
+    start = text.index("    for trainer in (\n") + len("    for trainer in (\n")
+    file.write_text(text[:start] + f"{EXAMPLES['trainer'].strip()},\n" + text[start:], encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, "-c", UNCLIPPED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    clipped, unclipped = map(int, run.stdout.splitlines()[0].split())
+    # the norms of A and B in 12 layers, the stack of the 24, and the norm of that: scalars of fp32 and 96 B, 512 B each
+    assert clipped - unclipped == (24 + 1 + 1) * 512
+    assert "unclipped" in run.stdout.partition("--trainer")[2].splitlines()[0]
 
 
 def test_a_release_of_transformers() -> None:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from peftplan.job.script import NO_SCRIPT, Script
-from peftplan.job.setup import PRESETS, parse_setup
+from peftplan.job.setup import parse_setup
+from peftplan.job.trainers import Defaults
 
 SCHEMA_VERSION = 1
 
@@ -31,7 +32,7 @@ Count = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 
 PINNED = frozenset({"trainer", "dtype", "adapter_dtype", "batch_size", "seq_len", "gradient_accumulation_steps"}) | frozenset(
-    {"attn_implementation", "padding", "keep_gradients", *PRESETS["plain"]}
+    {"attn_implementation", "padding", "keep_gradients", *Defaults._fields}
 )
 """Options that every record states, so that no default of a later peftplan changes what was measured."""
 

@@ -25,7 +25,7 @@ from peftplan.memory.model import PROMPTED, Model, Running
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.step import HALF, Program, steady_step
 from peftplan.memory.timeline import Timeline, timeline
-from peftplan.methods.adaptation import NeedsPeftError, adapter_on_host
+from peftplan.methods.adaptation import NeedsPeftError
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters, loaded_dtype
 from peftplan.storage import without_peak
@@ -206,14 +206,14 @@ def _trained_again(job: Job, parameters: Parameters) -> frozenset[str]:
 def _passed_in(job: Job) -> str | None:
     """The dtype of adapters before peft casts them: that of a 16-bit base which a plain loop has on the device."""
     layered = job.method is not None and job.method.peft_type in ADAPTERS
-    there = job.quant is None and adapter_on_host(job.setup.trainer, quantized=False)
+    there = job.quant is None and job.setup.by.loads_on_device
     return job.setup.dtype if layered and there and job.setup.dtype in HALF else None
 
 
 def _program(job: Job) -> Program:
     setup = job.setup
     return Program(
-        setup.trainer,
+        setup.by,
         bool(setup.keep_outputs),
         parse_optim(str(setup.optim)),
         accumulation=setup.gradient_accumulation_steps,
@@ -286,8 +286,8 @@ def _running(job: Job, compute_capability: str) -> Running:
         checkpointing=bool(setup.gradient_checkpointing),
         attention=str(setup.attn_implementation),
         padding=setup.padding,
-        use_cache=bool(setup.use_cache) and setup.trainer != "trl" and setup.loss != "trl-chunked",
-        adapter_on_host=adapter_on_host(setup.trainer, quantized=job.quant is not None),
+        use_cache=bool(setup.use_cache) and not setup.by.turns_cache_off and setup.loss != "trl-chunked",
+        adapter_on_host=setup.by.adapter_on_host(quantized=job.quant is not None),
         masks_unpadded=job.script.masks_unpadded(job.architecture.model_type, setup),
         repeats_kv=job.script.repeats_kv,
         rotary_by_product=job.script.rotary_by_product,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from peftplan.cli.command import option
 from peftplan.errors import InputError, RefusedError, UnknownNameError
+from peftplan.job.trainers import Autocast, Loss, TrainerName
 from peftplan.job.words import MEANINGS, twice
 
 FORMATS = ("table", "json", "csv", "markdown")
@@ -78,6 +79,13 @@ NOT_FIELDS = (
     *("script", "strict", "adapters", "context", "encoder_context", "serving_dtype", "merge"),
 )
 """Arguments of `estimate` and `serving` that are no fields of a method, so that --set does not take them."""
+
+
+def _choices(of: Any) -> str:
+    """The values of a Literal, as `--help` shows them."""
+    return f"[{'|'.join(get_args(of))}]"
+
+
 METAVARS: dict[str, str] = {
     **dict.fromkeys(("--method", "--optim", "--attn-implementation", "--task-type"), "NAME"),
     **dict.fromkeys(("--r", "--lora-alpha", "--num-virtual-tokens", "--num-labels", "--batch-size", "--seq-len"), "INT"),
@@ -92,11 +100,11 @@ METAVARS: dict[str, str] = {
     "--rank-pattern": "JSON",
     "--bias": "[none|all|lora_only]",
     "--set": "FIELD=VALUE",
-    "--autocast": "[none|bf16|fp16]",
+    "--autocast": _choices(Autocast),
     "--quant": "[none|nf4|fp4|int8|fp8|mxfp4|gptq|awq|hqq]",
-    "--trainer": "[plain|transformers|trl|qlora-paper]",
+    "--trainer": _choices(TrainerName),
     "--attn-implementation": "[sdpa|eager|flash_attention_2]",
-    "--loss": "[auto|full|trl-chunked|liger|unsloth]",
+    "--loss": _choices(Loss),
     "--optim-args": "KEY=VALUE,…",
 }
 """What an option is given, as `--help` shows it; completion offers the choices."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from peftplan.cli import options
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will_exit
 from peftplan.errors import RefusedError
+from peftplan.job.trainers import TrainerName
 
 SERVING: dict[str, str] = {
     "--adapters": "adapters served beside one base; default: 1",
@@ -21,7 +22,7 @@ STORAGE = {
     name: text
     for name, text in options.STORAGE.items()
     if name not in ("--autocast", "--kbit-prepare/--no-kbit-prepare", "--compute-dtype")
-} | {"--trainer": "plain | transformers | trl | qlora-paper: decides the dtype of the saved adapter"}
+} | {"--trainer": f"{' | '.join(get_args(TrainerName))}: decides the dtype of the saved adapter"}
 
 
 @click.command("serve", cls=Command)

@@ -11,6 +11,7 @@ from typing import Any
 
 from peftplan import files
 from peftplan.errors import InputError, quoted
+from peftplan.job.trainers import DEFAULT, TRAINERS, Trainer, TrainerName
 
 MAX_ADAPTER_CONFIG_BYTES = 2**20
 """adapter_config.json files are a few KB; FourierFT's or a long target list's stay far below this."""
@@ -134,7 +135,7 @@ def training_options(args: Any) -> dict[str, Any]:
     _refuse_padding_free(args)
     options |= _checkpointing(args, on=bool(options.get("gradient_checkpointing")))
     options["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"
-    return options | _liger(args, str(options["trainer"]))
+    return options | _liger(args, TRAINERS[options["trainer"]])
 
 
 LOADING_FIELDS = ("dtype", "attn_implementation")
@@ -181,21 +182,23 @@ def _checkpointing(args: Any, *, on: bool) -> dict[str, Any]:
     return reentrant | {ours: kwargs[name] for name, ours in CHECKPOINTING_FIELDS.items() if on and kwargs.get(name) is not None}
 
 
-def _liger(args: Any, trainer: str) -> dict[str, str]:
+def _liger(args: Any, trainer: Trainer) -> dict[str, str]:
     """SFTTrainer applies Liger's layer kernels only, and keeps its own loss; so does who turns Liger's loss off."""
     kernels = _mapping(args, "liger_kernel_config")
     fused = getattr(args, "use_liger_kernel", False) and kernels.get("fused_linear_cross_entropy", True)
-    return {"loss": "liger"} if fused and trainer != "trl" else {}
+    return {"loss": "liger"} if fused and trainer.losses is None else {}
 
 
-def _trainer(args: Any) -> str:
-    """`trl` for an SFTConfig; TRL's other trainers run the model more than once a step, and are refused."""
+def _trainer(args: Any) -> TrainerName:
+    """The trainer that has this class of arguments. TRL's others run the model more than once a step, and are refused."""
     classes = type(args).__mro__
-    if any(cls.__name__ == "SFTConfig" for cls in classes):
-        return "trl"
-    if any(cls.__module__.partition(".")[0] == "trl" for cls in classes):
+    names, packages = {cls.__name__ for cls in classes}, {cls.__module__.partition(".")[0] for cls in classes}
+    for trainer in TRAINERS.values():
+        if trainer.arguments in names:
+            return trainer.name
+    if any(trainer.package in packages for trainer in TRAINERS.values()):
         raise InputError("training_args", type(args).__name__, "accepted: a transformers TrainingArguments or a TRL SFTConfig")
-    return "transformers"
+    return DEFAULT
 
 
 def _mapping(args: Any, field: str) -> dict[str, Any]:

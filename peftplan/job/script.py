@@ -85,7 +85,7 @@ class Script(BaseModel):
         those of packed sequences (`_preprocess_mask_arguments`); 5.0 looks whether they are. The collators of other trainers than
         `plain` give a mask."""
         ran = before(self.transformers, 5, 0) and not before(self.transformers, 4, 54)
-        bare = setup.trainer == "plain" and not setup.padding and not setup.use_cache
+        bare = not setup.by.collates and not setup.padding and not setup.use_cache
         return ran and bare and setup.attn_implementation == "sdpa" and model_type in POSITIONS_IN_MASKS
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The setup of a training run: what the user sets, and the trainer presets that fill in the rest."""
+"""The setup of a training run: what the user sets, and what its trainer fills in."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, RefusedError, UnknownNameError
+from peftplan.job.trainers import DEFAULT, TRAINERS, Autocast, Loss, Trainer, TrainerName
 from peftplan.validation import first_error, listed
 
-Trainer = Literal["plain", "transformers", "trl", "qlora-paper"]
 Engine = Literal["analytic", "trace"]
 AdviceSearch = Literal["best", "all"]
 SEARCHES: tuple[AdviceSearch, ...] = ("best", "all")
-Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth"]
-Autocast = Literal["none", "bf16", "fp16"]
 
 
 def _dtype(field: str) -> BeforeValidator:
@@ -31,11 +29,11 @@ Count = Annotated[int, Field(ge=1, le=MOST)]
 
 
 class Setup(BaseModel):
-    """Everything besides model and method that decides what a run needs; None means: from the trainer preset."""
+    """Everything besides model and method that decides what a run needs; None means: as the trainer does it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    trainer: Trainer = "transformers"
+    trainer: TrainerName = DEFAULT
     task_type: str | None = None
     num_labels: Count | None = None
     quant: str | None = None
@@ -68,58 +66,15 @@ class Setup(BaseModel):
     use_cache: bool | None = None
     trust_remote_code: bool = False
 
+    @property
+    def by(self) -> Trainer:
+        """What the trainer does."""
+        return TRAINERS[self.trainer]
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "transformers": {
-        "autocast": "bf16",
-        "gradient_checkpointing": True,
-        "optim": "adamw_torch_fused",
-        "loss": "full",
-        "keep_outputs": False,
-        "use_cache": False,
-        "kbit_prepare": True,
-    },
-    "trl": {
-        "autocast": "bf16",
-        "gradient_checkpointing": True,
-        "optim": "adamw_torch_fused",
-        "loss": "trl-chunked",
-        "keep_outputs": False,
-        "use_cache": False,
-        "kbit_prepare": False,
-    },
-    "plain": {
-        "autocast": "none",
-        "gradient_checkpointing": False,
-        "optim": "adamw_torch",
-        "loss": "full",
-        "keep_outputs": True,
-        "use_cache": None,
-        "kbit_prepare": True,
-    },
-    "qlora-paper": {
-        "autocast": "bf16",
-        "gradient_checkpointing": True,
-        "optim": "paged_adamw_32bit",
-        "loss": "full",
-        "keep_outputs": False,
-        "use_cache": False,
-        "kbit_prepare": True,
-    },
-}
-"""What each trainer sets where the user does not: Trainer as people run it for PEFT, TRL's SFTTrainer ≥ 1.16, a hand-written
-loop, and the QLoRA paper's script (arXiv 2305.14314). `use_cache` None: as the model's config says."""
-
-LOSSES_OF_TRL = ("trl-chunked", "unsloth")
-"""SFTTrainer 1.16 projects in chunks whatever `loss_type` says, and refuses Liger's fused loss (it keeps Liger's layer kernels);
-Unsloth replaces its `compute_loss` by Trainer's."""
 
 LOSSES_OF_SLICES = ("full", "liger")
 """Losses of the last `logits_to_keep` tokens. TRL 1.16 (`add_fused_lm_head`) takes the hidden states of all tokens, for which the
 labels are then too few; Unsloth 2026.10.9 (`CausalLM_fast_forward`) computes logits and leaves its fused loss out."""
-
-CAST_BY_TRL = ("nf4", "fp4", "int8")
-"""Formats on which TRL 1.16 casts what trains to bf16: it asks for `is_loaded_in_4bit` and `is_loaded_in_8bit`."""
 
 
 def parse_setup(options: Mapping[str, Any]) -> Setup:
@@ -142,14 +97,14 @@ def resolved(
     supports_flash_attn: bool = True,
     max_positions: int | None = None,
 ) -> Setup:
-    """The setup with every unset field filled from its trainer preset, and from the model where the preset leaves it open.
+    """The setup with every unset field filled from the defaults of its trainer, and from the model where these leave it open.
 
     peft leaves adapters in fp32 (`autocast_adapter_dtype`); TRL casts them to bf16, on a bitsandbytes base only. transformers
     takes sdpa where the model class has it, else eager, and raises where sdpa or FlashAttention is asked of a class without it.
     `use_cache` is what the model's config says. A `seq_len` that nobody set is no longer than `max_positions`; one that is set
     longer is refused.
     """
-    filled = {k: v for k, v in PRESETS[setup.trainer].items() if getattr(setup, k) in (None, "auto")}
+    filled = {k: v for k, v in setup.by.defaults._asdict().items() if getattr(setup, k) in (None, "auto")}
     if not quantized:
         if setup.kbit_prepare:
             raise InputError("kbit_prepare", True, "nothing is quantized; it needs a quant, such as nf4")
@@ -157,7 +112,7 @@ def resolved(
     if setup.use_cache is None and filled["use_cache"] is None:
         filled["use_cache"] = use_cache
     if setup.adapter_dtype is None:
-        filled["adapter_dtype"] = "bf16" if setup.trainer == "trl" and quantized and setup.quant in CAST_BY_TRL else "fp32"
+        filled["adapter_dtype"] = "bf16" if quantized and setup.by.casts_adapter(setup.quant) else "fp32"
     if setup.attn_implementation is None:
         filled["attn_implementation"] = "sdpa" if supports_sdpa else "eager"
     elif setup.attn_implementation == "sdpa" and not supports_sdpa:
@@ -201,13 +156,12 @@ def _check_checkpointing(setup: Setup) -> None:
 
 def _check_trainer(setup: Setup) -> None:
     """Raise RefusedError for what no trainer does, InputError for an option that its loss does not take."""
-    if setup.trainer == "trl" and setup.loss not in LOSSES_OF_TRL:
-        raise RefusedError(
-            f"loss: SFTTrainer of trl 1.16 cannot compute the {setup.loss} loss; accepted: {', '.join(LOSSES_OF_TRL)}"
-        )
+    by = setup.by
+    if by.losses is not None and setup.loss not in by.losses:
+        raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; accepted: {', '.join(by.losses)}")
     if setup.logits_to_keep is not None and setup.loss not in LOSSES_OF_SLICES:
         raise InputError(
             "logits_to_keep", setup.logits_to_keep, f"accepted: with loss {' or '.join(LOSSES_OF_SLICES)}, not {setup.loss}"
         )
-    if setup.trainer != "plain" and setup.keep_outputs:
+    if by.drops_outputs and setup.keep_outputs:
         raise RefusedError(f"keep_outputs: {setup.trainer} drops the outputs in compute_loss")

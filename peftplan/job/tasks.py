@@ -12,7 +12,8 @@ from peftplan.arch.modules import Architecture
 from peftplan.arch.readers import READERS
 from peftplan.errors import InputError, PeftplanError, RefusedError
 from peftplan.job.loss_sizes import check_liger
-from peftplan.job.setup import PRESETS, Setup
+from peftplan.job.setup import Setup
+from peftplan.job.trainers import TRAINERS
 from peftplan.methods.saved import SAVED_HEADS
 from peftplan.optim import parse_optim
 
@@ -47,11 +48,9 @@ def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:
         if setup.loss == "liger":
             check_liger(architecture.model_type)
         return
-    if setup.trainer == "trl":
-        others = ", ".join(name for name in PRESETS if name != "trl")
-        raise RefusedError(
-            f"trainer: SFTTrainer of trl 1.16 trains causal language models, not {model_class}; accepted: {others}"
-        )
+    if setup.by.only_causal:
+        others = ", ".join(name for name, trainer in TRAINERS.items() if not trainer.only_causal)
+        raise RefusedError(f"trainer: {setup.by.called} trains causal language models, not {model_class}; accepted: {others}")
     if setup.loss != "full":
         raise RefusedError(
             f"loss: {setup.loss} replaces the loss of causal language models, not of {model_class}; accepted: full"
@@ -90,7 +89,7 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
     positions = rotary_positions(model, architecture)
     if positions is not None and setup.seq_len > positions and "seq_len" in setup.model_fields_set:
         yield f"seq_len {setup.seq_len:,} is beyond the config's max_position_embeddings, {positions:,}; all tokens are counted"
-    if setup.trainer == "trl" and "dtype" not in setup.model_fields_set:
+    if setup.by.loads_in_fp32 and "dtype" not in setup.model_fields_set:
         yield "SFTTrainer loads a model given by name in fp32 unless model_init_kwargs sets a dtype (--dtype fp32)"
     scores = architecture.task_type == "SEQ_CLS" and any(module.name == "score" for module in architecture.modules)
     if scores and setup.batch_size > 1 and not _has_pad_token(sources.load_config(model)):

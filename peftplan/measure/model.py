@@ -17,9 +17,8 @@ import torch
 from peftplan.arch import sources
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.job.job import Job
-from peftplan.job.setup import CAST_BY_TRL, Setup
+from peftplan.job.setup import Setup
 from peftplan.measure import losses
-from peftplan.methods.adaptation import adapter_on_host
 from peftplan.storage import QuantConfig
 from peftplan.trace.checkpointing import checkpoint_layers
 from peftplan.trace.libraries.count import COPIES, LORAFA_LR, _config_object, wrapped_task
@@ -71,7 +70,7 @@ def make(job: Job, device: torch.device) -> Built:
     with quiet_transformers(), _without_bars():
         setup = job.setup
         base = load(job, device)
-        there = adapter_on_host(setup.trainer, quantized=job.quant is not None)
+        there = setup.by.adapter_on_host(quantized=job.quant is not None)
         if there and job.quant is None:
             base.to(device)
         if job.quant is not None and setup.kbit_prepare:
@@ -168,7 +167,7 @@ def adapt(base: Any, peft_config: Mapping[str, Any], job: Job) -> Any:
     import peft
 
     setup = job.setup
-    cast_by_trl = setup.trainer == "trl" and setup.quant in CAST_BY_TRL
+    cast_by_trl = setup.by.casts_adapter(setup.quant)
     before = {id(p) for p in base.parameters()}
     try:
         if peft_config.get("peft_type") == "ADALORA":

@@ -53,7 +53,7 @@ def _of_setup(setup: Setup, model: Any, device: torch.device) -> Any:
         return lorafa_optimizer(model, learning_rate=LORAFA_LR)
     with TemporaryDirectory() as folder:
         arguments = _arguments(setup, folder, device)
-        if setup.trainer == "plain":
+        if not setup.by.makes_optimizer:
             return _plain(arguments, model)
         from transformers import Trainer
 

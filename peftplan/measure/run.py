@@ -24,7 +24,7 @@ from peftplan.measure.optimizers import make_optimizer
 from peftplan.measure.recorder import Figure, Recorder
 from peftplan.trace.inputs import inputs
 from peftplan.trace.libraries.quantized import TORCH_DTYPES
-from peftplan.trace.steps import PROGRAMS, Run
+from peftplan.trace.steps import Run, take_steps
 
 PADDED = 1
 """Tokens of each sequence that a padding mask hides: enough to make it a real one."""
@@ -68,7 +68,6 @@ def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEP
     """
     if warmup < 0 or steps < 1:
         raise InputError("steps", (warmup, steps), "accepted: at least one step and zero or more warm-up steps")
-    stepping = PROGRAMS[job.setup.trainer]
     device.synchronize()
     device.empty_cache()
     device.reset_peaks()
@@ -85,7 +84,7 @@ def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEP
         batch = filled(inputs(built.base, job.setup).batch, built.base, device.torch_device) | losses.arguments(job.setup)
         optimizer = make_optimizer(job.setup, built.model, recorder)
         run = DeviceRun(model, batch, optimizer, recorder, job.setup, steps=warmup + steps, device=device)
-        stepping(run)
+        take_steps(run)
         recorder.close()
     except PeftplanError:
         raise

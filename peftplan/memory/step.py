@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from peftplan.job.trainers import Trainer
 from peftplan.memory.batch import batch_of
 from peftplan.memory.heads import head_of
 from peftplan.memory.model import Model
@@ -25,7 +26,7 @@ HALF = ("fp16", "bf16")
 class Program(NamedTuple):
     """The fields of the setup that decide the loop."""
 
-    trainer: str
+    trainer: Trainer
     keep_outputs: bool
     optimizer: Optimizer
     accumulation: int = 1
@@ -40,18 +41,18 @@ def steady_step(model: Model, program: Program) -> None:
     """One steady optimizer step."""
     f = model.tape
     model.batch = batch_of(model)
-    if program.trainer == "trl" and "attention_mask" not in model.batch:  # its collator always gives one
+    if program.trainer.always_masks and "attention_mask" not in model.batch:
         model.batch["attention_mask"] = f.new(("b", "s"), "int64", "attention_mask")
     if program.keep_gradients:
         model.keep_gradients()
-    scaler = Scaler(f) if f.autocast == "fp16" and program.trainer != "plain" else None
+    scaler = Scaler(f) if f.autocast == "fp16" and program.trainer.prepares_model else None
     outputs: list[Tensor] = []
     alike = program.keep_gradients and not program.keep_outputs  # every micro batch meets what the first does
     for number in range(1 if alike else min(program.accumulation, MICRO_BATCHES)):
         model.micro_batch = number
         f.segment = abs(f.segment) + 1  # forward code again, after the backward of the micro batch before
         f.mark("forward")
-        loss = _plain_loss(model, outputs, program) if program.trainer == "plain" else _loss_of_trainer(model, program)
+        loss = _loss_apart(model, program) if program.trainer.drops_outputs else _plain_loss(model, outputs, program)
         f.mark("backward")
         scaled = loss if scaler is None else scaler.scaled(f, loss)
         f.backward(scaled)
@@ -67,7 +68,7 @@ def steady_step(model: Model, program: Program) -> None:
     model.forget_gradients(idle)
     trained = [p for p in model.parameters.all if p.trainable and p.name not in idle | program.left_alone]
     freezes_a = bool(getattr(model.running.config, "freeze_a", False))
-    optimizer_step(f, program.optimizer, trained, clips=program.trainer != "plain", freezes_a=freezes_a)
+    optimizer_step(f, program.optimizer, trained, clips=program.trainer.clips_gradients, freezes_a=freezes_a)
     if model.running.peft_type == "ADALORA":
         from peftplan.memory.methods.adalora import allocate
 
@@ -88,14 +89,14 @@ def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor
     return loss
 
 
-def _loss_of_trainer(model: Model, program: Program) -> Tensor:
+def _loss_apart(model: Model, program: Program) -> Tensor:
     """`compute_loss`, which drops the outputs, fp32 copies of them under accelerate's autocast."""
     f = model.tape
     loss, *outputs = _forward(model)
     f.module = ""
-    if f.autocast:
+    if f.autocast and program.trainer.prepares_model:
         outputs = [f.to(x.detach(), "fp32") if x.dtype in HALF else x for x in outputs]
-    if program.trainer == "trl" and model.running.loss == "trl-chunked":
+    if program.trainer.sums_tokens and model.running.loss == "trl-chunked":
         from peftplan.memory.chunked_loss import loss_of_trl
 
         loss = loss_of_trl(f, *outputs)

@@ -59,19 +59,12 @@ class AddedBuffer(NamedTuple):
     dtype: Literal["adapter", "float32", "int64"]
     layers: tuple[int, ...] | None = None
     from_host: bool = False
-    """Whether peft makes it on the host (`adapter_on_host`)."""
+    """Whether peft makes it on the host (`Trainer.adapter_on_host`)."""
 
     @property
     def copies(self) -> int:
         """How many buffers this family stands for."""
         return 1 if self.layers is None else len(self.layers)
-
-
-def adapter_on_host(trainer: str, *, quantized: bool) -> bool:
-    """Whether buffers that peft makes on the host stay there. A plain loop loads a model on its device before it makes the
-    adapter; Trainer moves both, unless the model is quantized.
-    """
-    return trainer == "plain" or quantized
 
 
 class TrainedParam(NamedTuple):

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import add, sub
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from peftplan.job.trainers import CHUNKED
+
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
@@ -58,7 +60,7 @@ def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str
     setup = job.setup
     if not setup.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, SAME
-    if setup.trainer == "plain" and setup.keep_outputs:
+    if setup.keep_outputs:
         yield {"keep_outputs": False}, SAME
     if setup.attn_implementation == "eager":
         yield {"attn_implementation": "sdpa"}, SAME
@@ -66,7 +68,7 @@ def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str
         yield {"attn_implementation": "flash_attention_2"}, SAME
     if job.architecture.task_type == "CAUSAL_LM" and setup.loss == "full":
         yield {"loss": "liger"}, SAME
-        yield {"trainer": "trl", "loss": "trl-chunked"}, CLOSE  # the loss is SFTTrainer's: no option of another turns it on
+        yield CHUNKED, CLOSE
 
 
 def _of_storage(job: Job) -> Iterator[tuple[dict[str, Any], int]]:

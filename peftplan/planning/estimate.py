@@ -15,20 +15,11 @@ from peftplan.job.job import Job
 from peftplan.job.prepare import check_rank_allocator, config_of, prepare
 from peftplan.job.requirements import unmet
 from peftplan.job.script import EXAMPLES, NO_SCRIPT, Script
-from peftplan.job.setup import (
-    CAST_BY_TRL,
-    SEARCHES,
-    AdviceSearch,
-    Engine,
-    Setup,
-    check_length,
-    check_logits_to_keep,
-    parse_setup,
-)
+from peftplan.job.setup import SEARCHES, AdviceSearch, Engine, Setup, check_length, check_logits_to_keep, parse_setup
 from peftplan.job.tasks import OF_TOKENS, PICTURES, head_notes, task_notes, without_loss
 from peftplan.job.words import named_as_typed
 from peftplan.ledger import Ledger
-from peftplan.methods.adaptation import Adaptation, MethodConfig, adapter_on_host
+from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.planning.verdicts import capability, card_notes, find_cards, pair, verdict
 from peftplan.results.estimate import Estimate, Peaks, Verdict
@@ -278,7 +269,7 @@ def _static(
             adaptation,
             dtype=setup.dtype,
             adapter_dtype=adapter_dtype,
-            on_host=adapter_on_host(setup.trainer, quantized=quant is not None),
+            on_host=setup.by.adapter_on_host(quantized=quant is not None),
         )
         + parameters.gradient_lines(built, optimizer)
         + _optimizer(built, optimizer, setup)
@@ -316,7 +307,7 @@ def _outside(job: Job, capabilities: Iterable[str]) -> tuple[str, ...]:
 
 def adapter_dtypes(setup: Setup) -> tuple[str, str | None]:
     """What peft leaves the adapter in, and what the trainer then casts all that trains to: TRL bf16, on a quantized base."""
-    if setup.trainer == "trl" and setup.quant in CAST_BY_TRL and setup.adapter_dtype == "bf16":
+    if setup.by.casts_adapter(setup.quant) and setup.adapter_dtype == "bf16":
         return "fp32", "bf16"
     return str(setup.adapter_dtype), None
 
@@ -326,7 +317,7 @@ def _optimizer(built: parameters.Parameters, optimizer: Optimizer, setup: Setup)
         built,
         optimizer,
         parse_optim_args(setup.optim_args),
-        by_trainer=setup.trainer != "plain",
+        by_trainer=setup.by.makes_optimizer,
         target_modules=setup.optim_target_modules,
     )
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from peftplan.errors import BoundError, InputError, PeftplanError, RefusedError, UnknownNameError
 from peftplan.job.prepare import prepare
+from peftplan.job.trainers import CHUNKED
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_result import Binding, Fit, Plan
 from peftplan.planning.for_method import known_methods, options_for, without_formula
@@ -36,7 +37,7 @@ against 16-bit LoRA; IA3 and prompts train fewer parameters than any of them. Ad
 
 SAVES: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": True},
-    {"trainer": "trl", "loss": "trl-chunked"},
+    CHUNKED,
 )
 """Options that change no result of a training step, tried beside each method: layers that are computed again, and SFTTrainer's
 loss, which never holds all logits."""

@@ -44,7 +44,7 @@ from peftplan.trace.model import Built, build
 from peftplan.trace.optimizers import make_optimizer
 from peftplan.trace.progress import Tell, part, silent
 from peftplan.trace.reasons import reason
-from peftplan.trace.steps import PROGRAMS, STEPS, Run, phases_begun
+from peftplan.trace.steps import STEPS, Run, phases_begun, take_steps
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _run(
         run = Run(built.model, batch, optimizer, tracker, setup, script)
         run.earlier, run.steps = before, max(STEPS, len(earlier) + 1)
         try:
-            PROGRAMS[setup.trainer](run)
+            take_steps(run)
         except PeftplanError:
             raise
         except KeyboardInterrupt:

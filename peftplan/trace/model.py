@@ -159,7 +159,7 @@ def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfi
     import peft.optimizers
 
     method = _config_object(peft_config, wrapped_task(base, task_type))
-    autocast = setup.adapter_dtype == "fp32" or setup.trainer == "trl"  # TRL casts what trains afterwards, and no buffer
+    autocast = setup.adapter_dtype == "fp32" or bool(setup.by.casts)  # TRL casts what trains afterwards, and no buffer
     before = {id(p) for p in base.parameters()}
     try:
         with stand_ins(method.peft_type.value), torch.device("meta"):
@@ -170,7 +170,7 @@ def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfi
     except Exception as error:  # peft raises whatever its code meets
         raise RefusedError(f"peft {peft.__version__} refuses it: {reason(error)}") from None
     target = TORCH_DTYPES[str(setup.adapter_dtype)]
-    if setup.trainer == "trl" and quant is not None:
+    if setup.by.casts and quant is not None:
         cast_by_trl(model, target)
         return model
     for name, parameter in model.named_parameters():

@@ -57,9 +57,8 @@ def _of_setup(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
     if optimizer.untraced:
         raise RefusedError(f"optim: {optimizer.name} cannot be traced: {optimizer.untraced} by --engine analytic")
     if optimizer.step_implementation == "kernel":
-        by_trainer = setup.trainer != "plain"
         embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-        in_embedding = {name: by_trainer and id(p) in embeddings for name, p in named}
+        in_embedding = {name: setup.by.makes_optimizer and id(p) in embeddings for name, p in named}
         return StandIn(optimizer, arguments, named, in_embedding, tracker)
     real = _torch_optimizer(optimizer.name, [p for _, p in named], arguments)
     return Real(real, named, tracker, host_steps=optimizer.step_implementation == "foreach")

@@ -1,12 +1,11 @@
-"""Step programs: the loop around the model decides what is alive when, so each trainer has its own.
+"""Steps: the loop around the model decides what is alive when.
 
-`plain`: a hand-written loop. `transformers`: Trainer's `training_step` under accelerate (transformers 5.24, accelerate 1.15).
-`trl`: SFTTrainer, which computes the loss itself (trl 1.16 `SFTTrainer.compute_loss`).
+Source: transformers 5.24, trainer.py (`Trainer.training_step`); accelerate 1.15; trl 1.16, `SFTTrainer.compute_loss`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -98,72 +97,57 @@ class Run:
         self.optimizer.zero_grad(set_to_none=not self.setup.keep_gradients)
 
 
-def plain(run: Run) -> None:
-    """`outputs = model(**batch); outputs.loss.backward(); optimizer.step(); optimizer.zero_grad()`.
+def take_steps(run: Run) -> None:
+    """`outputs = model(**batch); outputs.loss.backward(); optimizer.step(); optimizer.zero_grad()`, with what the trainer adds.
 
     With `keep_outputs` the name `outputs` holds the logits through backward and step: the step is a function of its own. In a
     loop without one (`outputs_outlive_step`) they stay until the next forward has returned; `del` may come before the step.
     """
-    outputs = None
+    by, outputs = run.setup.by, None
+    _complete_batches(run)
+    scaler = Scaler(run.trainable[0].device) if by.prepares_model and run.setup.autocast == "fp16" else None
     for _ in range(run.steps):
         run.started = len(run.tracker.began)
         for _ in range(run.setup.gradient_accumulation_steps):
-            outputs = run.forward()
-            loss = _loss(outputs)
+            if by.drops_outputs:
+                loss = _compute_loss(run)
+            else:
+                outputs = run.forward()
+                loss = _loss(outputs)
             if not run.setup.keep_outputs:
                 outputs = None
-            run.backward(loss)
+            run.backward(loss if scaler is None else scaler.scaled(loss))
             del loss
             if run.script.outputs_end_with_backward:
                 outputs = None
+        if by.clips_gradients:
+            run.tracker.begin("step")
+            if scaler is not None:
+                scaler.unscale(run.trainable)
+            nn.utils.clip_grad_norm_(run.trainable, MAX_GRAD_NORM, foreach=True)
         run.update()
+        if scaler is not None:
+            scaler.update()
         if not run.script.outputs_outlive_step:
             outputs = None
 
 
-def transformers(run: Run) -> None:
-    """`Trainer.training_step`: `compute_loss` drops the outputs before backward; gradients are clipped before the step."""
-    _by_trainer(run, _compute_loss)
-
-
-def trl(run: Run) -> None:
-    """Trainer's steps around SFTTrainer's loss. Its collator always gives a mask, of ones where nothing is padded."""
+def _complete_batches(run: Run) -> None:
+    """What a trainer puts into its batches: a mask of ones where nothing is padded, and that no cache is used."""
     for batch in (run.batch, *run.earlier):
-        if "attention_mask" not in batch:
+        if run.setup.by.always_masks and "attention_mask" not in batch:
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        batch["use_cache"] = False  # type: ignore[assignment]
-    _by_trainer(run, _compute_loss if run.setup.loss == "unsloth" else _compute_loss_of_trl)
-
-
-def _by_trainer(run: Run, compute_loss: Callable[[Run], torch.Tensor]) -> None:
-    """The loop of `Trainer` under accelerate, which scales the loss of fp16 training."""
-    scaler = Scaler(run.trainable[0].device) if run.setup.autocast == "fp16" else None
-    for _ in range(run.steps):
-        run.started = len(run.tracker.began)
-        for _ in range(run.setup.gradient_accumulation_steps):
-            loss = compute_loss(run)
-            run.backward(loss if scaler is None else scaler.scaled(loss))
-            del loss
-        run.tracker.begin("step")
-        if scaler is not None:
-            scaler.unscale(run.trainable)
-        nn.utils.clip_grad_norm_(run.trainable, MAX_GRAD_NORM, foreach=True)
-        run.update()
-        if scaler is not None:
-            scaler.update()
+        if run.setup.by.turns_cache_off:
+            batch["use_cache"] = False  # type: ignore[assignment]
 
 
 def _compute_loss(run: Run) -> torch.Tensor:
-    """`Trainer.compute_loss`: the model's own loss."""
-    return _loss(_prepared_forward(run))
-
-
-def _compute_loss_of_trl(run: Run) -> torch.Tensor:
-    """`SFTTrainer.compute_loss`: the loss from per-token log-probabilities; entropy and accuracy are summed while they live.
-
-    Left out: `.item()` and the sums over processes; `num_items_in_batch`, a scalar.
+    """`Trainer.compute_loss`: the model's own loss. `SFTTrainer.compute_loss`: the loss from per-token log-probabilities; entropy
+    and accuracy are summed while they live. Left out: `.item()` and the sums over processes; `num_items_in_batch`, a scalar.
     """
     outputs = _prepared_forward(run)
+    if not run.setup.by.sums_tokens or run.setup.loss != "trl-chunked":
+        return _loss(outputs)
     per_token_loss = -outputs["log_probs"]
     num_tokens = outputs["label_mask"].sum()
     loss: torch.Tensor = per_token_loss.sum() / num_tokens.clamp(min=1)
@@ -178,7 +162,7 @@ def _prepared_forward(run: Run) -> Any:
     Source: accelerate `ConvertOutputsToFp32` (utils/operations.py): the 16-bit outputs live until the copies are made.
     """
     outputs = run.forward()
-    if run.setup.autocast != "none":
+    if run.setup.autocast != "none" and run.setup.by.prepares_model:
         from accelerate.utils import convert_to_fp32  # type: ignore[import-untyped]
 
         outputs = convert_to_fp32(outputs)
@@ -188,14 +172,6 @@ def _prepared_forward(run: Run) -> Any:
 def _loss(outputs: Any) -> torch.Tensor:
     loss: torch.Tensor = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
     return loss
-
-
-PROGRAMS: dict[str, Callable[[Run], None]] = {
-    "plain": plain,
-    "transformers": transformers,
-    "qlora-paper": transformers,
-    "trl": trl,
-}
 
 
 def phases_begun(setup: Setup) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from peftplan.cli import COMMANDS
 from peftplan.cli.options import METAVARS
-from peftplan.job.setup import Autocast, Loss, Trainer
+from peftplan.job.trainers import Autocast, Loss, TrainerName
 from peftplan.optim.names import OPTIMIZERS
 from peftplan.storage.config import FORMATS
 from tests.cli.run import run
@@ -81,7 +81,7 @@ def test_choices_are_those_of_the_library() -> None:
     def choices(option: str) -> set[str]:
         return set(METAVARS[option].strip("[]").split("|"))
 
-    assert choices("--trainer") == set(get_args(Trainer))
+    assert choices("--trainer") == set(get_args(TrainerName))
     assert choices("--loss") == set(get_args(Loss))
     assert choices("--autocast") == set(get_args(Autocast))
     assert choices("--quant") == {"none", *FORMATS}

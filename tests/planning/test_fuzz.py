@@ -19,7 +19,8 @@ import peftplan
 from peftplan.arch import catalogue
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.readers import READERS
-from peftplan.job.setup import PRESETS, Setup
+from peftplan.job.setup import Setup
+from peftplan.job.trainers import TRAINERS
 from peftplan.methods import METHODS, config_class
 from peftplan.optim.names import OPTIMIZERS, REFUSED
 from peftplan.storage import FORMATS
@@ -78,7 +79,7 @@ TARGETS = ["all-linear", "attention", "mlp", "peft-default", "q_proj,v_proj", "c
 FITTING: dict[str, st.SearchStrategy[Any]] = {
     "optim": st.sampled_from([*OPTIMIZERS, *REFUSED]),
     "quant": st.sampled_from([*FORMATS, "none"]),
-    "trainer": st.sampled_from(sorted(PRESETS)),
+    "trainer": st.sampled_from(sorted(TRAINERS)),
     "target_modules": st.sampled_from(TARGETS),
     "task_type": st.sampled_from(sorted(TASK_TYPES)),
     "bias": st.sampled_from(["all", "none", "lora_only"]),

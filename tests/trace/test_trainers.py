@@ -22,7 +22,7 @@ from peftplan.errors import RefusedError
 from peftplan.job.setup import parse_setup, resolved
 from peftplan.trace.cuda import losses
 from peftplan.trace.model import cast_by_trl
-from peftplan.trace.steps import PROGRAMS, Run
+from peftplan.trace.steps import Run, take_steps
 from tests.trace.engine_case import llama, lora, traced
 from tests.trace.storages import Storages
 
@@ -91,7 +91,7 @@ def storages_of_ours(model: Any) -> Storages:
         patch("torch.nn.utils.clip_grad_norm_"),
         Storages() as seen,
     ):
-        PROGRAMS[setup.trainer](Run(model, batch(), MagicMock(), watcher, setup, steps=1))
+        take_steps(Run(model, batch(), MagicMock(), watcher, setup, steps=1))
     return seen
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from peftplan.arch import catalogue
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.hardware.gpus import gpus
-from peftplan.job.setup import PRESETS, Setup
+from peftplan.job.setup import Setup
+from peftplan.job.trainers import TRAINERS
 from peftplan.methods import METHODS, OTHER_PEFT_TYPES, config_class
 from peftplan.optim.names import OPTIMIZERS
 from peftplan.storage import FORMATS
@@ -45,7 +46,7 @@ VALID: dict[str, Sequence[str]] = {
     "quant": ("none", *FORMATS),
     "quant_bits": ("2", "4", "8"),
     "quant_blocksize": ("64", "128"),
-    "trainer": tuple(PRESETS),
+    "trainer": tuple(TRAINERS),
     "optim": tuple(OPTIMIZERS),
     "optim_args": ("rank=8", "rank=4,update_proj_gap=10"),
     "autocast": ("none", "bf16", "fp16"),

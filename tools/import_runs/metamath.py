@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from peftplan.accuracy.records import Record
-from peftplan.job.setup import PRESETS
+from peftplan.job.trainers import TRAINERS
 from tools.import_runs.rows import DTYPES, GPU_IDS, Row
 
 BEFORE, LONGEST = 104, 690
@@ -26,7 +26,7 @@ def metamath(row: Row) -> Record:
     lora_fa = {"method": "lora-fa"} if row["experiment"].endswith("lorafa") else {}
     run = {"method": "full"} if adapter is None else {**lora_fa, "peft_config": adapter}
     set_here = {
-        **PRESETS["plain"],
+        **TRAINERS["plain"].defaults._asdict(),
         "trainer": "plain",
         "dtype": DTYPES[row["dtype"]],
         "adapter_dtype": "fp32" if row["autocast_adapter_dtype"] else DTYPES[row["dtype"]],

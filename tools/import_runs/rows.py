@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftplan.accuracy.records import Record
-from peftplan.job.setup import PRESETS
+from peftplan.job.trainers import TRAINERS
 from peftplan.units import GB, GIB, MIB
 
 Row = dict[str, Any]
@@ -48,7 +48,7 @@ def rounding(value: float, unit: str) -> int:
 def options(trainer: str, row: Row, **changes: Any) -> Options:
     """Every option of a row: what the trainer presets, what the row says, and `changes` on top."""
     chosen: Options = {
-        **PRESETS[trainer],
+        **TRAINERS[trainer].defaults._asdict(),
         "trainer": trainer,
         "dtype": DTYPES[row["base_dtype"]],
         "adapter_dtype": "fp32",

@@ -24,7 +24,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from peftplan.job.setup import Setup
-from peftplan.methods.adaptation import adapter_on_host
 from peftplan.storage import QuantConfig
 from peftplan.trace.libraries.quantized import module_weight
 from peftplan.trace.libraries.replacing import replaced
@@ -38,7 +37,7 @@ LASTING = ("shira_indices",)
 
 def adapter_from_host(setup: Setup, quant: QuantConfig | None) -> bool:
     """Whether `HOST_BUFFERS` stay there."""
-    return adapter_on_host(setup.trainer, quantized=quant is not None)
+    return setup.by.adapter_on_host(quantized=quant is not None)
 
 
 def offloaded(module: Any) -> bool:
