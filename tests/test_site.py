@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import site_hooks
+import peftplan
+from tools import picture, site_hooks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +34,22 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pages = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")]
     elsewhere = {link for text in pages for link in re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]+)"', text)}
     assert elsewhere == set(), "the site loads nothing from another server"
+
+
+def test_the_picture_shows_what_the_command_prints() -> None:
+    svg = picture.FILE.read_text(encoding="utf-8")
+    lines = [line.rstrip() for line in picture.answer(coloured=False).splitlines()]
+    shown = picture.texts(svg).splitlines()
+    assert [line for line in lines if line not in shown] == [], "run `python -m tools.picture`"
+    assert f"$ {picture.COMMAND}" in shown
+    assert "http" not in re.sub(r"<!--.*?-->|http://www.w3.org/2000/svg", "", svg), "it loads nothing"
+
+
+@pytest.mark.parametrize("page", ["index.md", "reference/coverage.md"])
+def test_a_page_counts_models_and_cards(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert f"{len(peftplan.models())} are built in" in text.replace("[", "")
+    assert re.search(rf"\b{len(peftplan.gpus())}\b", text)
 
 
 def test_a_page_of_the_root_links_into_the_site() -> None:

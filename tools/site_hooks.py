@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 AT_THE_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 PRINTED = re.compile(r"^<!-- printed by: (?P<command>.*) -->\n```text\n", re.M)
+ALONE = ("index.md", "tutorial.md")
+"""Pages without others beside them, and so without a list of them."""
 FILE = re.compile(r"^<!-- file: (?P<name>.*) -->\n```(?P<language>\w+)\n", re.M)
 
 
@@ -41,4 +43,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Called by mkdocs with the text of a page."""
+    if page.file.src_uri in ALONE:
+        page.meta["hide"] = ["navigation"]
     return with_titles(markdown)
