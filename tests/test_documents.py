@@ -1,7 +1,7 @@
 """Every fenced block of code in README, CONTRIBUTING and docs: it runs, and prints what stands beside it.
 
 `tools/documents.py` says how blocks are marked. A block of `python` runs line by line. A comment behind an expression is what it
-gives, and so is one below it that begins with an arrow (`# → 42`).
+gives, and so is one below it that begins with an arrow (`# → 42`), in one line or more.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import subprocess
 import tokenize
 from collections.abc import Iterator
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ def check_python(body: str) -> None:
     comments = {
         token.start[0]: token.string[1:].strip() for token in tokenize.generate_tokens(lines) if token.type == tokenize.COMMENT
     }
-    below = {number - 1: text.removeprefix(ARROW) for number, text in comments.items() if text.startswith(ARROW)}
-    comments = below | {number: text for number, text in comments.items() if not text.startswith(ARROW)}
+    for number in [number for number, text in comments.items() if text.startswith(ARROW)]:
+        lines_below = takewhile(comments.__contains__, count(number + 1))
+        comments[number - 1] = " ".join([comments[number].removeprefix(ARROW), *map(comments.__getitem__, lines_below)])
     names: dict[str, Any] = {}
     for statement in ast.parse(body).body:
         source = ast.get_source_segment(body, statement)
@@ -97,6 +99,7 @@ def test_a_block_does_what_it_shows(block: Block, tmp_path: Path, monkeypatch: p
     [
         "```python\n1 + 1  # 3\n```\n",
         "```python\n1 + 1\n# → 3\n```\n",
+        "```python\n[1,\n 2]\n# → [1,\n#    3]\n```\n",
         "```python\n1 / 0\n```\n",
         "```sh\npeftplan estimate no-such-model\n```\n",
         "```sh\ncurl example.org\n```\n",

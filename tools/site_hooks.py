@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 AT_THE_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 PRINTED = re.compile(r"^<!-- printed by: (?P<command>.*) -->\n```text\n", re.M)
+SHORT_CODE = re.compile(r"<code>([^<\n]{1,30})</code>")
 ALONE = ("index.md", "tutorial.md")
 """Pages without others beside them, and so without a list of them."""
 FILE = re.compile(r"^<!-- file: (?P<name>.*) -->\n```(?P<language>\w+)\n", re.M)
@@ -30,6 +31,16 @@ def with_titles(text: str) -> str:
     """A printed block begins with the command that prints it, as in a terminal; a file has its name above it."""
     text = PRINTED.sub(lambda match: f"```console\n$ {match['command']}\n", text)
     return FILE.sub(lambda match: f'```{match["language"]} title="{match["name"]}"\n', text)
+
+
+def unbroken(html: str) -> str:
+    """Short code in a line of text stays in one line: an option would break behind its dashes."""
+    return SHORT_CODE.sub(r'<code class="unbroken">\1</code>', html)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Called by mkdocs with a page as HTML."""
+    return unbroken(html)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
