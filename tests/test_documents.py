@@ -50,9 +50,11 @@ def check_python(body: str) -> None:
     comments = {
         token.start[0]: token.string[1:].strip() for token in tokenize.generate_tokens(lines) if token.type == tokenize.COMMENT
     }
-    for number in [number for number, text in comments.items() if text.startswith(ARROW)]:
-        lines_below = takewhile(comments.__contains__, count(number + 1))
-        comments[number - 1] = " ".join([comments[number].removeprefix(ARROW), *map(comments.__getitem__, lines_below)])
+    whole = {number for number, line in enumerate(body.splitlines(), start=1) if line.startswith("#")}
+    for number in sorted(whole):
+        if comments[number].startswith(ARROW):
+            further = (comments[line] for line in takewhile(whole.__contains__, count(number + 1)))
+            comments[number - 1] = " ".join([comments[number].removeprefix(ARROW), *further])
     names: dict[str, Any] = {}
     for statement in ast.parse(body).body:
         source = ast.get_source_segment(body, statement)
