@@ -16,9 +16,22 @@ def test_each_row_has_its_source_and_an_original_of_the_catalogue() -> None:
     for alias, row in DATA["aliases"].items():
         source = DATA["sources"][row["source"]]
         assert source["file"]
-        assert source["licence"] == "Apache-2.0"
+        assert source["licence"] in ("Apache-2.0", "MIT")
         entry = next(entry for entry in catalogue.models() if entry.name == row["model"])
         assert row["original"] in (entry.repo_id, *entry.aliases, *entry.siblings), alias
+
+
+def test_each_checkpoint_of_the_same_shapes_has_its_source() -> None:
+    """The catalogue's own lists too: what the source states of both is the same."""
+    siblings = {name for entry in catalogue.models() for name in entry.siblings}
+    assert siblings == set(DATA["siblings"])
+    assert set(DATA["siblings"].values()) <= set(DATA["sources"])
+
+
+@pytest.mark.parametrize("name", ["ibm-granite/granite-3.3-8b-instruct", "granite-3.0-2b-instruct"])
+def test_a_checkpoint_with_another_vocabulary_is_no_alias(name: str) -> None:
+    """Granite's instruct models have 49,155 (3.0) and 49,159 (3.3) tokens, their base models 49,152."""
+    assert catalogue.find(name) is None
 
 
 def test_no_alias_hides_a_name_of_the_catalogue() -> None:

@@ -7,9 +7,6 @@ import warnings
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
-from torch import device
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import peftplan
 from tests.cli.run import run
@@ -22,14 +19,19 @@ PHI3: dict[str, Any] = {
 
 def adapted_by_peft(targets: list[str]) -> set[str]:
     """The last names of the modules that peft adapts in a small Phi-3."""
-    config, adapter = AutoConfig.for_model(**PHI3), LoraConfig(target_modules=targets, task_type="CAUSAL_LM")
-    with device("meta"), warnings.catch_warnings():
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(**PHI3)
+    adapter = peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM")
+    with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # peft says nothing of a name that matches nothing
-        model = get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
+        model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_config(config), adapter)
     return {name.rpartition(".")[2] for name in model.targeted_module_names}
 
 
 def test_names_of_separate_projections_in_a_model_that_fuses_them() -> None:
+    pytest.importorskip("peft")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     result = peftplan.estimate(PHI3, target_modules=targets)
     assert adapted_by_peft(targets) == {"o_proj"}
@@ -41,6 +43,7 @@ def test_names_of_separate_projections_in_a_model_that_fuses_them() -> None:
 
 
 def test_a_word_in_a_list_is_a_name_to_peft() -> None:
+    pytest.importorskip("peft")
     targets = ["all-linear", "embed_tokens"]
     result = peftplan.estimate(PHI3, target_modules=",".join(targets))
     assert adapted_by_peft(targets) == {"embed_tokens"}
@@ -54,6 +57,7 @@ def test_nothing_is_said_where_every_name_matches(targets: str) -> None:
 
 
 def test_names_in_an_adapter_config_and_in_a_method_that_peft_counts() -> None:
+    pytest.importorskip("peft")
     listed = {"target_modules": ["o_proj", "query"], "r": 8}
     for config in ({"peft_type": "LORA", **listed}, {"peft_type": "DELORA", **listed}):
         (warning,) = peftplan.estimate(PHI3, peft_config=config).warnings
@@ -62,6 +66,7 @@ def test_names_in_an_adapter_config_and_in_a_method_that_peft_counts() -> None:
 
 
 def test_a_field_that_peft_does_not_know_is_named() -> None:
+    pytest.importorskip("peft")
     config = {"peft_type": "LORA", "r": 8, "target_modules": ["o_proj"], "lora_bais": True}
     assert peftplan.estimate(PHI3, peft_config=config).warnings == (
         "peft_config: 'lora_bais' is ignored: the installed peft has no such field of LORA",
@@ -91,9 +96,10 @@ def test_serving_says_it_too() -> None:
     assert any("'q_proj' adapts nothing" in note for note in notes)
 
 
-def test_a_length_beyond_the_positions_of_the_config_is_noted() -> None:
-    """Llama-2's stored config names 2,048 positions: rotary ones, so that a longer sequence runs."""
-    noted = peftplan.estimate("llama-2-7b", seq_len=4096).assumptions.get("notes", [])
-    assert any("seq_len 4,096 is beyond the config's max_position_embeddings, 2,048" in note for note in noted)
-    noted = peftplan.estimate("llama-2-7b", seq_len=2048).assumptions.get("notes", [])
+@pytest.mark.parametrize("model", ["llama-2-7b", "llama-2-13b", "llama-2-70b"])
+def test_a_length_beyond_the_positions_of_the_config_is_noted(model: str) -> None:
+    """Llama 2 was trained on 4,096 tokens (Touvron et al. 2023, table 1). Positions are rotary: a longer sequence runs."""
+    noted = peftplan.estimate(model, seq_len=4097).assumptions.get("notes", [])
+    assert any("seq_len 4,097 is beyond the config's max_position_embeddings, 4,096" in note for note in noted)
+    noted = peftplan.estimate(model, seq_len=4096).assumptions.get("notes", [])
     assert not any("max_position_embeddings" in note for note in noted)
