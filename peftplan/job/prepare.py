@@ -17,6 +17,7 @@ from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolve
 from peftplan.job.tasks import as_told, check_task
 from peftplan.job.words import MEANINGS, named_as_typed
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
+from peftplan.methods.endless import refuse_endless
 from peftplan.methods.saved import SAVED_HEADS
 from peftplan.methods.unmatched import unmatched_targets
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
@@ -96,6 +97,8 @@ def _prepared(
         from peftplan.job.virtual_tokens import check_prompted_task
 
         check_prompted_task(architecture, adapter)
+    fields = vars(config) if config is not None else adapter
+    refuse_endless(architecture, {**fields, "quant_skip_modules": setup.quant_skip_modules})
     check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *script.earlier_seq_lens)))
     adaptation = _adapt(architecture, model, kind, config, adapter, setup)
     if as_loaded is not None and not as_loaded.adapter and (partial := as_loaded.adaptation()) is not None:

@@ -12,6 +12,7 @@ from peftplan.arch.modules import Architecture, Module
 from peftplan.dtypes import ITEMSIZE, MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError
 from peftplan.frames import as_html, dataframe
+from peftplan.methods.endless import refuse_endless
 from peftplan.methods.lora import LoraConfig
 from peftplan.methods.targets import match, resolve_targets
 from peftplan.units import round512
@@ -90,6 +91,7 @@ def inspect(
         try:
             _, config = methods.configure("lora", {"target_modules": pattern})
             assert isinstance(config, LoraConfig)
+            refuse_endless(arch, {"target_modules": config.target_modules})
             targets = resolve_targets(arch, config.target_modules, peft_type="LORA")
             matched = {m.name: frozenset(m.names()) for m in match(arch, config, targets)}
         except InputError as error:

@@ -269,7 +269,7 @@ def _cache(job: Job, request: Request) -> Cache:
         try:
             tensors = traced_cache(config, task_type=arch.task_type, batch_size=size, context=context, dtype=dtype)
         except MissingExtraError as missing:
-            what = f"the KV cache is not in the sum: counting that of a {arch.model_type}"
+            what = f"the KV cache is not in the sum: counting that of {arch.model_type}"
             raise MissingExtraError(what, missing.extra) from None
     return Cache(tensors, context)
 

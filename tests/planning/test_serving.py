@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 import peftplan
 from peftplan.errors import InputError, PeftplanError, RefusedError, UnknownNameError
 from peftplan.planning.serving_result import Serving
+from tests.cli.run import run
 from tests.planning.tiny import CONFIG
 
 
@@ -108,3 +111,25 @@ def test_the_dictionary_is_json_and_says_what_is_missing() -> None:
 def test_more_of_it_takes_no_less(fields: dict[str, int]) -> None:
     less = serving(r=2, adapters=1, context=2048, batch_size=1)
     assert serving(**{"r": 2, **fields}).total > less.total
+
+
+@pytest.mark.parametrize("model", ["qwen2-vl-7b-instruct", "llava-1.5-7b", "llama-3.2-11b-vision"])
+def test_without_the_extra_a_model_of_pictures_says_that_its_cache_is_missing(model: str) -> None:
+    with patch.dict(sys.modules, dict.fromkeys(("torch", "transformers", "peft"))):
+        result = peftplan.serving(model, r=8, context=4096)
+        shown = run("serve", model, "--r", "8", "--context", "4096")
+    assert result.cache is None
+    assert result.refused["kv_cache"].startswith("the KV cache is not in the sum: ")
+    assert result.not_modelled[0] == "the KV cache"
+    assert f"sum without the KV cache  {result.total:,}" in shown.out
+    assert "peftplan[trace]" in shown.out
+
+
+def test_with_the_extra_the_cache_of_a_model_of_pictures_is_in_the_sum() -> None:
+    pytest.importorskip("transformers")
+    result = peftplan.serving("qwen2-vl-7b-instruct", r=8, context=4096)
+    assert result.cache is not None, result.refused
+    # Qwen2-VL-7B: 28 layers, 4 key-value heads of 128, keys and values, 2 bytes each
+    assert result.cache.num_bytes == 28 * 2 * 4096 * 4 * 128 * 2
+    assert result.total == result.loaded.base + result.loaded.all_adapters + result.cache.num_bytes
+    assert "the KV cache" not in result.not_modelled
