@@ -114,6 +114,18 @@ class BoundError(InputError):
     form = "{field} must be {accepted} (got {value})"
 
 
+class UnreadableError(InputError):
+    """A file that cannot be read: `--peft-config: cannot read 'x.json': No such file or directory`."""
+
+    form = "{field}: cannot read {value}: {accepted}"
+
+
+class UnwritableError(InputError):
+    """A file that cannot be written."""
+
+    form = "{field}: cannot write {value}: {accepted}"
+
+
 class UnknownNameError(InputError):
     """A name outside a closed set; shows the nearest accepted names, `beside` included, which are accepted elsewhere."""
 

@@ -9,26 +9,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from peftplan.errors import InputError
+from peftplan.errors import InputError, UnreadableError, UnwritableError
 
 MOST_BYTES = 64 * 2**20
 """Of a file where nothing smaller is said: parsed JSON takes up to 25 times its size."""
 
 
 def regular(path: Path | str, *, field: str, flags: int = os.O_RDONLY) -> int:
-    """An open handle on a regular file. Raises InputError for a folder, a pipe, a device, or what cannot be opened.
+    """An open handle on a regular file. Raises UnreadableError for a folder, a pipe, a device, or what cannot be opened.
 
     `field` is what the error calls the path. A pipe would make a reader wait for a writer, a device may never end.
     """
     try:
         handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o644)
     except (OSError, ValueError) as error:  # ValueError: a null character
-        raise InputError(field, str(path), f"it cannot be read: {_reason(error)}") from None
+        raise UnreadableError(field, str(path), _reason(error)) from None
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
         kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise InputError(field, str(path), f"it is {kind}; accepted: a regular file")
+        raise UnreadableError(field, str(path), f"it is {kind}")
     return handle
 
 
@@ -38,7 +38,7 @@ def content(path: Path | str, *, field: str, most: int = MOST_BYTES) -> bytes:
         try:
             data = file.read(most + 1)
         except OSError as error:
-            raise InputError(field, str(path), f"it cannot be read: {_reason(error)}") from None
+            raise UnreadableError(field, str(path), _reason(error)) from None
     if len(data) > most:
         raise InputError(field, str(path), f"accepted: a file of at most {most} bytes")
     return data
@@ -77,7 +77,7 @@ def replacing(path: Path | str, *, field: str) -> Iterator[IO[bytes]]:
             yield file
         os.replace(unfinished, target)
     except OSError as error:
-        raise InputError(field, str(path), f"it cannot be written: {_reason(error)}") from error
+        raise UnwritableError(field, str(path), _reason(error)) from error
     finally:
         with suppress(OSError):
             unfinished.unlink()

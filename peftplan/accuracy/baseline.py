@@ -14,9 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from peftplan import files
 from peftplan.accuracy.drift import Answer
 from peftplan.accuracy.engines import RUNS, Figure, Stated
-from peftplan.errors import PeftplanError
+from peftplan.errors import InputError
 from peftplan.job.setup import Engine
-from peftplan.validation import first_error
 
 BASELINE = RUNS / "baseline.json"
 MOVED = 0.01
@@ -50,15 +49,15 @@ class Baseline(BaseModel):
         return None if entry is None else Stated(**entry.model_dump())
 
 
-def load(path: Path) -> Baseline:
-    """The baseline of a file; an empty one where there is no such file."""
-    if not os.path.exists(path):
+def load(path: Path, *, may_be_new: bool = False) -> Baseline:
+    """The baseline of a file; where it may be new and there is none, an empty one."""
+    if may_be_new and not os.path.exists(path):
         return Baseline()
     content = files.content(path, field="baseline")
     try:
         return Baseline.model_validate_json(content)
     except ValidationError as error:
-        raise PeftplanError(f"{path}: {first_error(error)}") from None
+        raise InputError("baseline", str(path), f"it is not a baseline: {error.errors(include_input=False)[0]['msg']}") from None
 
 
 def updated(baseline: Baseline, engine: Engine, answers: Sequence[Answer], *, versions: dict[str, str]) -> Baseline:

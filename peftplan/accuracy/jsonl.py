@@ -49,7 +49,7 @@ def to_line(record: Record) -> str:
 def read(path: Path) -> list[Record]:
     """Every record of a file. Raises RecordFileError at the first line that is not one."""
     try:
-        text = files.content(path, field="records").decode()
+        text = files.content(path, field="file").decode()
     except UnicodeDecodeError as error:
         raise RecordFileError(path, error.object[: error.start].count(b"\n") + 1, "not UTF-8 text") from None
     return [record for _, record in _numbered(path, text)]
@@ -110,10 +110,10 @@ def repair(path: Path) -> int:
 
     A last line that is a whole record and lacks only its newline gets the newline.
     """
-    handle = files.regular(path, field="records", flags=os.O_RDWR)
+    handle = files.regular(path, field="file", flags=os.O_RDWR)
     try:
         with _locked(handle):
-            content = files.content(path, field="records")
+            content = files.content(path, field="file")
             kept = content.rfind(b"\n") + 1
             tail = content[kept:]
             if not tail:

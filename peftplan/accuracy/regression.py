@@ -41,7 +41,7 @@ def run(
         raise UnknownNameError("engine", engine, LIBRARIES)
     cases = sampled(_chosen(read_cases(files), ids), number=sample, seed=seed)
     path = baseline or stored.BASELINE
-    before = stored.load(path)
+    before = stored.load(path, may_be_new=update_baseline or baseline is None)
     checked = check(cases, engine, baseline=before, progress=progress)
     if not update_baseline:
         return checked

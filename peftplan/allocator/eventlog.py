@@ -42,7 +42,7 @@ class EventLog(NamedTuple):
 def save(events: Iterable[Event], path: Path | str, *, title: str = "") -> None:
     """Write the log; the file appears whole or not at all. Raises InputError where it cannot be written."""
     header = json.dumps({"format": FORMAT, "schema_version": SCHEMA_VERSION, "title": title})
-    with replacing(path, field="event log") as file:
+    with replacing(path, field="timeline") as file:
         file.write(f'{header[:-1]}, "events": ['.encode())
         for number, event in enumerate(events):
             file.write((",\n" if number else "\n").encode() + _text(event).encode())
@@ -52,21 +52,23 @@ def save(events: Iterable[Event], path: Path | str, *, title: str = "") -> None:
 def load(path: Path | str) -> EventLog:
     """Read what `save` wrote. Raises InputError or UnknownNameError, which name the line or the field, for anything else."""
     try:
-        document = json.loads(content(path, field="event log"))
+        document = json.loads(content(path, field="file"))
     except json.JSONDecodeError as error:
-        raise InputError("event log", str(path), f"line {error.lineno}, column {error.colno}: {error.msg}") from error
+        raise InputError(
+            "file", str(path), f"it is not an event log: line {error.lineno}: {error.msg}"
+        ) from error
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError("event log", str(path), "it is not a JSON document") from error
+        raise InputError("file", str(path), "it is not an event log: not a JSON document") from error
     if not isinstance(document, dict) or (document.get("format"), document.get("schema_version")) != (FORMAT, SCHEMA_VERSION):
-        raise InputError("event log", str(path), f"accepted: format {FORMAT}, schema_version {SCHEMA_VERSION}")
+        raise InputError("file", str(path), f"it is not an event log: its format is not {FORMAT}, schema_version {SCHEMA_VERSION}")
     for key in document:
         if key not in HEADER:
-            raise UnknownNameError("event log, key", key, HEADER)
+            raise UnknownNameError("file: key", key, HEADER)
     title, events = document.get("title", ""), document.get("events")
     if type(title) is not str or type(events) is not list:
-        raise InputError("event log", str(path), "accepted: a title that is text, events that are a list")
+        raise InputError("file", str(path), "it is not an event log: its title must be text, its events a list")
     return EventLog(title, _checked(events))
 
 

@@ -75,15 +75,15 @@ class Comparison:
 
 def load_snapshot(path: Path | str) -> dict[str, Any]:
     """The dictionary in a snapshot file; a pickle that names any class or function is refused."""
-    content = files.content(path, field="snapshot", most=pickles.MOST_BYTES)
+    content = files.content(path, field="file", most=pickles.MOST_BYTES)
     try:
         snapshot = pickles.load(content)
     except (RefusedError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle raises almost anything
-        raise InputError("snapshot", str(path), f"it is not a pickle of plain containers: {error}") from error
+        raise InputError("file", str(path), f"it is not a snapshot: no pickle of plain containers: {error}") from error
     if not isinstance(snapshot, dict) or not {"segments", "device_traces"} <= snapshot.keys():
-        raise InputError("snapshot", str(path), "accepted: what torch.cuda.memory._dump_snapshot() writes")
+        raise InputError("file", str(path), "it is not a snapshot; accepted: what torch.cuda.memory._dump_snapshot() writes")
     return snapshot
 
 
@@ -100,7 +100,7 @@ def read_trace(path: Path | str, *, device: int = 0) -> RecordedTrace:
         segments = tuple(s for s in _list(snapshot["segments"], "segments") if s.get("device", 0) == device)
         settings = snapshot.get("allocator_settings", {}).get("PYTORCH_CUDA_ALLOC_CONF", "")
         if type(settings) is not str:
-            raise InputError("snapshot, PYTORCH_CUDA_ALLOC_CONF", settings, "accepted: text")
+            raise InputError("file: PYTORCH_CUDA_ALLOC_CONF", settings, "accepted: text")
         return RecordedTrace(
             config=parse_config(settings),
             events=tuple(reading.events),
@@ -111,19 +111,19 @@ def read_trace(path: Path | str, *, device: int = 0) -> RecordedTrace:
     except PeftplanError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise InputError("snapshot", str(path), f"a field is missing or has another shape: {error!r}") from error
+        raise InputError("file", str(path), f"a field is missing or has another shape: {error!r}") from error
 
 
 def _list(value: object, key: str) -> list[Any]:
     """A list of a length that can be read. Raises InputError otherwise."""
     if type(value) is not list or len(value) > MOST_ENTRIES:
-        raise InputError(f"snapshot, {key}", value, f"accepted: a list of at most {MOST_ENTRIES} entries")
+        raise InputError(f"file: {key}", value, f"accepted: a list of at most {MOST_ENTRIES} entries")
     return value
 
 
 def _integer(fields: dict[str, Any], key: str) -> int:
     if type(fields[key]) is not int:
-        raise InputError(f"snapshot, {key}", fields[key], "accepted: a whole number")
+        raise InputError(f"file: {key}", fields[key], "accepted: a whole number")
     return int(fields[key])
 
 
@@ -153,9 +153,9 @@ class _Reading:
     def add(self, entry: dict[str, Any]) -> None:
         action, size, stream = entry["action"], _integer(entry, "size"), _integer(entry, "stream")
         if action not in ACTIONS:
-            raise UnknownNameError("snapshot, action", action, ACTIONS)
+            raise UnknownNameError("file: action", action, ACTIONS)
         if action != "oom" and not 0 <= size < ENDLESS:
-            raise InputError("snapshot, size", size, "accepted: bytes that a device can have")
+            raise InputError("file: size", size, "accepted: bytes that a device can have")
         if entry.get("pool_id", entry.get("segment_pool_id", DEFAULT_POOL)) not in (DEFAULT_POOL, list(DEFAULT_POOL)):
             raise RefusedError("the snapshot uses private memory pools (CUDA graphs, MemPool), which are not modelled")
         if action in ("segment_free", "segment_unmap"):
@@ -187,7 +187,7 @@ def _op(entry: dict[str, Any]) -> str:
     frames = entry.get("frames") or ()
     name = frames[0]["name"] if frames else ""
     if type(name) is not str:
-        raise InputError("snapshot, name", name, "accepted: text")
+        raise InputError("file: name", name, "accepted: text")
     return name[:MOST_OF_A_NAME]
 
 
@@ -195,7 +195,7 @@ def _untraced(segments: tuple[dict[str, Any], ...], live: dict[int, int]) -> int
     """Raises InputError where there are more blocks than can be read."""
     number = sum(len(_list(segment["blocks"], "blocks")) for segment in segments)
     if number > MOST_ENTRIES:
-        raise InputError("snapshot, blocks", number, f"accepted: at most {MOST_ENTRIES}")
+        raise InputError("file: blocks", number, f"accepted: at most {MOST_ENTRIES}")
     blocks = (block for segment in segments for block in segment["blocks"])
     return sum(block["state"] != "inactive" and _integer(block, "address") not in live for block in blocks)
 

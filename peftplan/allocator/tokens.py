@@ -19,13 +19,13 @@ _WHITESPACE = re.compile(r"\s+")
 def items(text: str) -> list[tuple[str, Value]]:
     """The options in order; whitespace is ignored, as torch does."""
     if len(text) > MOST_OF_A_TEXT:
-        raise InputError("allocator options", text, f"accepted: at most {MOST_OF_A_TEXT} characters")
+        raise InputError("alloc_conf", text, f"accepted: at most {MOST_OF_A_TEXT} characters")
     rest = _WHITESPACE.sub("", text)
     options: list[tuple[str, Value]] = []
     while rest:
         match = _ITEM.match(rest)
         if match is None:
-            raise InputError("allocator options", text, "accepted: key:value,key:value with lists as key:[size:value,...]")
+            raise InputError("alloc_conf", text, "accepted: key:value,key:value with lists as key:[size:value,...]")
         word = match["word"]
         options.append((match["key"], _pairs(match["key"], match["pairs"]) if word is None else word))
         rest = rest[match.end() :]

@@ -65,7 +65,7 @@ class Backbone(NamedTuple):
 def check_task(task_type: str, accepted: Iterable[str], *, model_type: str) -> None:
     """Raises UnknownNameError where the model type has no model class for the task."""
     if task_type not in tuple(accepted):
-        raise UnknownNameError(f"task_type (of {model_type})", task_type, accepted)
+        raise UnknownNameError("task_type", task_type, accepted)
 
 
 def attach(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command("check", cls=Command)
-@argument("files", nargs=-1, type=Path)
+@argument("files", nargs=-1, type=Path, metavar="FILE")
 @option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="the engine to compare")
 @option("--id", "ids", multiple=True, metavar="ID", help="only this record; repeatable")
 @option("--sample", type=click.IntRange(1), metavar="INT", help="check only N records, drawn with --seed")

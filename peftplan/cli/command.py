@@ -107,10 +107,12 @@ class Command(click.Command):
         typed: dict[str, str] = ctx.meta.get(TYPED, {})
         options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         spellings = {name: param.opts[0] for param in options for name in _names(param)}
+        arguments = {name: param.human_readable_name for param in self.get_params(ctx) for name in _argument_names(param)}
         in_file = {name for param in options if getattr(param, "heading", "") == METHOD_HEADING for name in _names(param)}
         fields = {name: text for name, text in spellings.items() if "peft_config" not in typed or name not in in_file}
-        words = (text.partition("=")[0] for text in ctx.params.get("set") or ())
-        return as_typed(error, fields | typed | {word.replace("-", "_"): f"--set {word}" for word in words}, spellings)
+        words = [text.partition("=")[0] for text in ctx.params.get("set") or ()]
+        typed = typed | {word.replace("-", "_"): f"--set {word}" for word in words}
+        return as_typed(error, arguments | fields | typed, spellings)
 
 
 def _help_all() -> click.Option:
@@ -129,6 +131,13 @@ def _help_all() -> click.Option:
 def _names(param: click.Option) -> tuple[str, str]:
     """What the library calls an option: the parameter, and its longest spelling."""
     return str(param.name), param.opts[0].lstrip("-").replace("-", "_")
+
+
+def _argument_names(param: click.Parameter) -> tuple[str, ...]:
+    """What the library calls an argument; a file is one, whatever the function calls it."""
+    if not isinstance(param, click.Argument):
+        return ()
+    return (str(param.name), *(("file",) if param.human_readable_name == "FILE" else ()))
 
 
 def as_typed(error: PeftplanError, fields: Mapping[str, str], spellings: Mapping[str, str]) -> str:

@@ -11,14 +11,14 @@ from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 
 
 @click.command("explain-oom", cls=Command)
-@argument("file")
+@argument("source", metavar="FILE")
 @option("--model", default=None, metavar="MODEL", help="the model of the job that ran; with its options, says what was expected")
 @options.group(METHOD_HEADING, options.METHOD)
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
 @options.format_option
-def command(file: str, model: str | None, fmt: str, **fields: Any) -> int:
+def command(source: str, model: str | None, fmt: str, **fields: Any) -> int:
     """Why a program ran out of memory, and what to try next.
 
     FILE holds torch's message, a log with one, or what torch.cuda.memory._dump_snapshot() wrote; - is standard input.
@@ -36,5 +36,5 @@ def command(file: str, model: str | None, fmt: str, **fields: Any) -> int:
         from peftplan.errors import RefusedError
 
         raise RefusedError(f"--{next(iter(wanted)).replace('_', '-')}: it describes a job, which needs --model MODEL")
-    render.oom(explain_oom(file, model=model, options=wanted), fmt=fmt)
+    render.oom(explain_oom(source, model=model, options=wanted), fmt=fmt)
     return 0

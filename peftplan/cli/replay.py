@@ -6,7 +6,7 @@ import click
 
 from peftplan.cli import options
 from peftplan.cli.command import Command, argument, option, will_exit
-from peftplan.errors import RefusedError
+from peftplan.errors import InputError, RefusedError
 
 
 @click.command("replay", cls=Command)
@@ -39,28 +39,31 @@ def command(
     """
     options.check_format(fmt)
     if require_fit and capacity is None and device_memory is None:
-        raise RefusedError("--require-fit: it needs a capacity (--capacity)")
+        raise RefusedError("--require-fit needs a --capacity")
     from peftplan.planning.replayed import replay_file
     from peftplan.report import render
 
     replayed = replay_file(
         file,
-        capacity_bytes=_bytes(capacity),
+        capacity_bytes=_bytes("capacity", capacity),
         alloc_conf=alloc_conf,
         torch=torch,
         device=device,
-        device_bytes=_bytes(device_memory),
+        device_bytes=_bytes("device_memory", device_memory),
     )
     code = will_exit(1 if require_fit and replayed.result.oom is not None else 0)
     render.replayed(replayed, fmt=fmt)
     return code
 
 
-def _bytes(size: str | None) -> int | None:
-    """What a program can get of a card, or a capacity as given."""
+def _bytes(field: str, size: str | None) -> int | None:
+    """What a program can get of a card, or the capacity itself. An error names the field."""
     if size is None:
         return None
     from peftplan.hardware.gpus import find_gpu
     from peftplan.hardware.usable import usable_bytes
 
-    return usable_bytes(find_gpu(size)).bytes
+    try:
+        return usable_bytes(find_gpu(size)).bytes
+    except InputError as error:
+        raise error.named(field) from None

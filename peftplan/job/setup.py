@@ -107,7 +107,7 @@ def resolved(
     filled = {k: v for k, v in setup.by.defaults._asdict().items() if getattr(setup, k) in (None, "auto")}
     if not quantized:
         if setup.kbit_prepare:
-            raise InputError("kbit_prepare", True, "nothing is quantized; it needs a quant, such as nf4")
+            raise RefusedError("kbit_prepare: nothing is quantized; add --quant nf4, for example")
         filled["kbit_prepare"] = False
     if setup.use_cache is None and filled["use_cache"] is None:
         filled["use_cache"] = use_cache
@@ -149,9 +149,9 @@ def _check_checkpointing(setup: Setup) -> None:
     if setup.gradient_checkpointing:
         return
     if (setup.every_n_layers or 1) > 1:
-        raise InputError("every_n_layers", setup.every_n_layers, "accepted: 1, or any number with gradient_checkpointing on")
+        raise InputError("every_n_layers", setup.every_n_layers, "accepted: 1, or more with gradient_checkpointing")
     if setup.offload_checkpoints:
-        raise InputError("offload_checkpoints", True, "accepted: False, or gradient_checkpointing on")
+        raise RefusedError("offload_checkpoints: there are none without gradient_checkpointing")
 
 
 def _check_trainer(setup: Setup) -> None:

@@ -59,7 +59,7 @@ def check_prompted_task(arch: Architecture, adapter: Mapping[str, Any]) -> None:
     if arch.model_type in SOUND or not arch.vocab_size:
         why = f"virtual tokens stand before text, which {arch.model_class} does not read; accepted: other methods, such as lora"
     else:
-        why = f"peft has no virtual tokens for the task_type {arch.task_type}; accepted: {', '.join(PEFT_TASKS)}"
+        why = f"peft has no virtual tokens for {arch.task_type}; accepted: {', '.join(PEFT_TASKS)}"
     raise RefusedError(f"peft 0.21.2 refuses it: KeyError: None ({why})")
 
 

@@ -99,14 +99,14 @@ def _head_of(model: Model) -> Head:
     task, model_type = model.arch.task_type, model.arch.model_type
     loss = model.running.loss
     if loss != "full" and (task != "CAUSAL_LM" or (model_type, task) in OF_MODEL or loss not in OF_LOSS):
-        raise NeedsTraceError(f"loss {loss} of task_type {task} of {model_type}")
+        raise NeedsTraceError(f"the {loss} loss of {model_type} for {task}")
     if loss != "full":
         return _imported(OF_LOSS[loss])
     place = OF_MODEL.get((model_type, task)) or HEADS.get(task)
     if task == "TOKEN_CLS" and model.arch.blocks[0].stack == "decoder":
         place = ("decoder_heads", "every_token")
     if place is None:
-        raise NeedsTraceError(f"activations of task_type {task} of {model_type}")
+        raise NeedsTraceError(f"activations of {model_type} for {task}")
     return _imported(place)
 
 

@@ -24,7 +24,7 @@ def liger(model: Model, x: Tensor) -> tuple[Tensor]:
     f = model.tape
     if type(x) is Strided:  # `LigerForCausalLMLoss` calls `view`
         kept = model.running.logits_to_keep
-        raise InputError("logits_to_keep", kept, "accepted: with loss liger all tokens, or batch_size 1")
+        raise InputError("logits_to_keep", kept, "liger keeps the logits of all tokens, or needs batch_size 1")
     head = projection(model)
     f.module = ""
     labels = _shifted_labels(model, x.dims[:-1])

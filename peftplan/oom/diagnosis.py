@@ -82,7 +82,7 @@ def explain_oom(source: str | PathLike[str], *, model: Any = None, options: Mapp
         message, alive = messages.find(content.decode("utf-8", errors="replace")), ()
         if message is None:
             raise InputError(
-                "FILE",
+                "source",
                 source,
                 "it holds no out-of-memory message; accepted: torch's message, a log with one, or a memory snapshot",
             )
@@ -93,7 +93,7 @@ def explain_oom(source: str | PathLike[str], *, model: Any = None, options: Mapp
 def _content(source: str) -> bytes:
     if source == "-":
         return sys.stdin.buffer.read(MOST_BYTES)
-    return files.content(Path(source), field="FILE", most=MOST_BYTES)
+    return files.content(Path(source), field="source", most=MOST_BYTES)
 
 
 def _expected(result: Estimate, message: Message | None) -> Expected | None:

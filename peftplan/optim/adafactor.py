@@ -42,6 +42,6 @@ def adalomo(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
     if len(param.shape) == 1:
         return (Allocation("exp_avg_sq", "fp32", param.shape),)
     if len(param.shape) != 2:
-        raise RefusedError(f"adalomo: lomo-optim 0.1.1 handles vectors and matrices only, not shape {param.shape}")
+        raise RefusedError(f"optim: lomo-optim 0.1.1 (AdaLomo) handles vectors and matrices only, not shape {param.shape}")
     rows, columns = param.shape
     return (Allocation("exp_avg_sq_row", "fp32", (rows,)), Allocation("exp_avg_sq_col", "fp32", (columns,)))

@@ -69,7 +69,9 @@ def apollo_adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
     if not param.in_target:
         return (like(param, "exp_avg"), like(param, "exp_avg_sq"))
     if _proj_type(optim_args) == "full":
-        raise RefusedError("apollo: with proj_type=full apollo-torch 1.0.3 fails, at the first step (random) or the second (svd)")
+        raise RefusedError(
+            "optim_args: proj_type=full fails in apollo-torch 1.0.3, in the first (random) or second step (svd)"
+        )
     proj = _choice(optim_args, "proj", "random", ("random", "svd"))
     low, projection = _random(param, optim_args) if proj == "random" else _svd(param, param.dtype, optim_args)
     _check_scaling(param, low, _choice(optim_args, "scale_type", "channel", ("channel", "tensor")))
@@ -80,7 +82,7 @@ def _galore(param: Param, dtype: str, optim_args: OptimArgs) -> tuple[Matrix, tu
     low, projection = _svd(param, dtype, optim_args)
     m, n = _matrix(param)
     if _proj_type(optim_args) == "reverse_std" and m < n and low[1] == m:
-        raise RefusedError(f"galore: with proj_type=reverse_std galore-torch 1.0 fails on {m} × {n} unless rank < {m}")
+        raise RefusedError(f"optim_args: proj_type=reverse_std of galore-torch 1.0 fails on a {m} × {n} weight unless rank < {m}")
     return low, projection
 
 
@@ -114,7 +116,9 @@ def _check_scaling(param: Param, low: Matrix, scale_type: str) -> None:
     m, n = _matrix(param)
     channel = 1 if m < n else 0
     if scale_type == "channel" and low[channel] not in (1, (m, n)[channel]):
-        raise RefusedError(f"apollo: scale_type=channel cannot scale a {m} × {n} gradient projected to {low[0]} × {low[1]}")
+        raise RefusedError(
+            f"optim_args: scale_type=channel of APOLLO cannot scale a {m} × {n} gradient projected to {low[0]} × {low[1]}"
+        )
 
 
 def _side(m: int, n: int, proj_type: str) -> Side:

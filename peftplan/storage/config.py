@@ -134,13 +134,13 @@ def parse_quant(
         fields |= {"quant_blocksize": blocksize, "compute_dtype": compute_dtype, "quant_skip_modules": skip_modules}
         without = next((field for field, value in fields.items() if value is not None), None)
         if without is not None:
-            raise InputError(without, fields[without], "nothing is quantized; this option needs a quant, such as nf4")
+            raise RefusedError(f"{without}: nothing is quantized; add --quant nf4, for example")
         return None
     if name not in FORMATS:
         raise UnknownNameError("quant", name, ["none", *FORMATS])
     known = FORMATS[name]
     if double_quant and not known.double_quant:
-        raise InputError("double_quant", True, f"{name} has no double quantization; nf4 and fp4 do")
+        raise RefusedError(f"double_quant: {name} has no double quantization; nf4 and fp4 do")
     if skip_modules is not None and not known.skip_modules:
         raise InputError("quant_skip_modules", skip_modules, f"{name} has no list of modules to skip")
     return QuantConfig(

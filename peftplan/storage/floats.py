@@ -45,7 +45,7 @@ def mxfp4(quant: QuantConfig, *, shape: tuple[int, int, int], dtype: str) -> tup
     """
     e, i, o = shape
     if i % quant.blocksize:
-        raise RefusedError(f"mxfp4: {i} input features are not a multiple of {quant.blocksize}")
+        raise RefusedError(f"quant: mxfp4 cannot store {i} input features, which are not a multiple of {quant.blocksize}")
     return (
         Allocation("weight", "uint8", (e, o, i // 2)),
         Allocation("scales", "uint8", (e, o, i // quant.blocksize)),

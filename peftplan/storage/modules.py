@@ -68,7 +68,7 @@ def quantized_modules(
     if quant.name == "hqq":
         return {name for name in candidates if name.rpartition(".")[2] not in HQQ_SKIPPED}
     if quant.name == "mxfp4" and model_type != "gpt_oss":
-        raise RefusedError(f"mxfp4 stores only the experts of gpt_oss; model_type {model_type!r} has none")
+        raise RefusedError(f"quant: mxfp4 stores the experts of gpt_oss only; model_type {model_type!r} has none")
     skip = skip_list(
         quant,
         default=keys_to_not_convert(ties=ties, output_embedding=output_embedding, last_parameter=last_parameter),
@@ -118,4 +118,4 @@ def _gptq_block(names: Collection[str]) -> str:
     for block in GPTQ_BLOCKS:
         if any(name.startswith(block) for name in names):
             return block
-    raise RefusedError(f"gptq finds no blocks in this model; it looks for {', '.join(GPTQ_BLOCKS)}")
+    raise RefusedError(f"quant: gptq finds no blocks in this model; it looks for {', '.join(GPTQ_BLOCKS)}")

@@ -27,7 +27,7 @@ from peftplan.tape.tensors import Tensor
 def bart(model: Model) -> Tensor:
     """`BartModel.forward`: labels (or, for classification, the inputs) shifted right are what the decoder reads."""
     if model.arch.task_type == "CAUSAL_LM":
-        raise NeedsTraceError(f"task_type CAUSAL_LM of {model.arch.model_type}")
+        raise NeedsTraceError(f"{model.arch.model_type} as a causal language model")
     model.can_cache = is_whisper(model)
     ids = model.tape.new(("b", model.seq), "int64", "decoder_input_ids")
     if model.keys != model.seq:

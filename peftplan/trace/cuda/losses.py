@@ -144,7 +144,7 @@ def liger(model: Any, prompt: int, capability: Capability) -> Forward:
     def forward(*args: Any, labels: torch.Tensor, logits_to_keep: int = 0, **kwargs: Any) -> dict[str, Any]:
         hidden = model.base_model(*args, **kwargs).last_hidden_state[:, slice(-logits_to_keep, None), :]
         if logits_to_keep and not hidden.is_contiguous():  # `LigerForCausalLMLoss` calls `view`
-            raise InputError("logits_to_keep", logits_to_keep, "accepted: with loss liger all tokens, or batch_size 1")
+            raise InputError("logits_to_keep", logits_to_keep, "liger keeps the logits of all tokens, or needs batch_size 1")
         labels = F.pad(labels, (0, 1), value=IGNORED)
         targets = labels[..., 1:].contiguous().view(-1)
         head = model.get_output_embeddings()
