@@ -114,6 +114,12 @@ class BoundError(InputError):
     form = "{field} must be {accepted} (got {value})"
 
 
+class OptionError(InputError):
+    """An option that does not go with the others, whatever its value: `--double-quant: nothing is quantized`."""
+
+    form = "{field}: {accepted}"
+
+
 class UnreadableError(InputError):
     """A file that cannot be read: `--peft-config: cannot read 'x.json': No such file or directory`."""
 

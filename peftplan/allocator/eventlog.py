@@ -55,20 +55,20 @@ def load(path: Path | str) -> EventLog:
         document = json.loads(content(path, field="file"))
     except json.JSONDecodeError as error:
         raise InputError(
-            "file", str(path), f"it is not an event log: line {error.lineno}: {error.msg}"
+            "file", str(path), f"it is no event log: line {error.lineno}, column {error.colno}: {error.msg}"
         ) from error
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError("file", str(path), "it is not an event log: not a JSON document") from error
+        raise InputError("file", str(path), "it is no event log: not a JSON document") from error
     if not isinstance(document, dict) or (document.get("format"), document.get("schema_version")) != (FORMAT, SCHEMA_VERSION):
-        raise InputError("file", str(path), f"it is not an event log: its format is not {FORMAT}, schema_version {SCHEMA_VERSION}")
+        raise InputError("file", str(path), f"it is no event log of format {FORMAT}, schema_version {SCHEMA_VERSION}")
     for key in document:
         if key not in HEADER:
             raise UnknownNameError("file: key", key, HEADER)
     title, events = document.get("title", ""), document.get("events")
     if type(title) is not str or type(events) is not list:
-        raise InputError("file", str(path), "it is not an event log: its title must be text, its events a list")
+        raise InputError("file", str(path), "it is no event log: its title must be text, its events a list")
     return EventLog(title, _checked(events))
 
 

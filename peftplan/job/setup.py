@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
-from peftplan.errors import InputError, RefusedError, UnknownNameError
+from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError
 from peftplan.job.trainers import DEFAULT, TRAINERS, Autocast, Loss, Trainer, TrainerName
 from peftplan.validation import first_error, listed
 
@@ -107,7 +107,7 @@ def resolved(
     filled = {k: v for k, v in setup.by.defaults._asdict().items() if getattr(setup, k) in (None, "auto")}
     if not quantized:
         if setup.kbit_prepare:
-            raise RefusedError("kbit_prepare: nothing is quantized; add --quant nf4, for example")
+            raise OptionError("kbit_prepare", True, "nothing is quantized; add --quant nf4, for example")
         filled["kbit_prepare"] = False
     if setup.use_cache is None and filled["use_cache"] is None:
         filled["use_cache"] = use_cache
@@ -151,7 +151,7 @@ def _check_checkpointing(setup: Setup) -> None:
     if (setup.every_n_layers or 1) > 1:
         raise InputError("every_n_layers", setup.every_n_layers, "accepted: 1, or more with gradient_checkpointing")
     if setup.offload_checkpoints:
-        raise RefusedError("offload_checkpoints: there are none without gradient_checkpointing")
+        raise OptionError("offload_checkpoints", True, "there are none without gradient_checkpointing")
 
 
 def _check_trainer(setup: Setup) -> None:

@@ -43,7 +43,7 @@ def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:
     their forwards take. `setup` is resolved."""
     task, model_class = architecture.task_type, architecture.model_class
     if setup.logits_to_keep is not None and (task != CAUSAL or architecture.model_type in ALWAYS_ALL_LOGITS):
-        raise InputError("logits_to_keep", setup.logits_to_keep, f"{model_class} is not a causal language model")
+        raise InputError("logits_to_keep", setup.logits_to_keep, f"the forward of {model_class} has no such argument")
     if task == CAUSAL:
         if setup.loss == "liger":
             check_liger(architecture.model_type)

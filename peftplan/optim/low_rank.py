@@ -69,9 +69,7 @@ def apollo_adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
     if not param.in_target:
         return (like(param, "exp_avg"), like(param, "exp_avg_sq"))
     if _proj_type(optim_args) == "full":
-        raise RefusedError(
-            "optim_args: proj_type=full fails in apollo-torch 1.0.3, in the first (random) or second step (svd)"
-        )
+        raise RefusedError("optim_args: proj_type=full fails in apollo-torch 1.0.3, in the first (random) or second step (svd)")
     proj = _choice(optim_args, "proj", "random", ("random", "svd"))
     low, projection = _random(param, optim_args) if proj == "random" else _svd(param, param.dtype, optim_args)
     _check_scaling(param, low, _choice(optim_args, "scale_type", "channel", ("channel", "tensor")))

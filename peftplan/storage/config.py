@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
-from peftplan.errors import InputError, RefusedError, UnknownNameError
+from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError
 
 
 class Format(NamedTuple):
@@ -134,13 +134,13 @@ def parse_quant(
         fields |= {"quant_blocksize": blocksize, "compute_dtype": compute_dtype, "quant_skip_modules": skip_modules}
         without = next((field for field, value in fields.items() if value is not None), None)
         if without is not None:
-            raise RefusedError(f"{without}: nothing is quantized; add --quant nf4, for example")
+            raise OptionError(without, fields[without], "nothing is quantized; add --quant nf4, for example")
         return None
     if name not in FORMATS:
         raise UnknownNameError("quant", name, ["none", *FORMATS])
     known = FORMATS[name]
     if double_quant and not known.double_quant:
-        raise RefusedError(f"double_quant: {name} has no double quantization; nf4 and fp4 do")
+        raise OptionError("double_quant", True, f"{name} has no double quantization; nf4 and fp4 do")
     if skip_modules is not None and not known.skip_modules:
         raise InputError("quant_skip_modules", skip_modules, f"{name} has no list of modules to skip")
     return QuantConfig(

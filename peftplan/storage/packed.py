@@ -64,9 +64,7 @@ def awq(quant: QuantConfig, *, shape: tuple[int, int], dtype: str) -> tuple[Allo
     _check_multiple("awq", shape, out=AWQ_OUT_MULTIPLE, into=AWQ_IN_MULTIPLE)
     g = _group_size(quant, i)
     if i % g:
-        raise RefusedError(
-            f"quant: awq cannot store {i} input features, which are not a multiple of the group size {g}"
-        )
+        raise RefusedError(f"quant: awq cannot store {i} input features, which are not a multiple of the group size {g}")
     words = ceil_div(o * quant.bits, WORD)
     return (
         Allocation("qweight", "int32", (i, words)),
@@ -87,18 +85,14 @@ def hqq(quant: QuantConfig, *, shape: tuple[int, int], dtype: str) -> tuple[Allo
     o, i = shape
     g = quant.group_size
     if (o * i) % g:
-        raise RefusedError(
-            f"quant: hqq cannot store a {o} × {i} weight: {o * i} is not a multiple of the group size {g}"
-        )
+        raise RefusedError(f"quant: hqq cannot store a {o} × {i} weight: {o * i} is not a multiple of the group size {g}")
     rows = o * i // g
     if quant.bits == 3:
         weight = Allocation("W_q", "int32", (ceil_div(rows, HQQ_3BIT_PER_WORD), g))
     else:
         per_byte = 8 // quant.bits
         if rows % per_byte:
-            raise RefusedError(
-                f"quant: hqq cannot store a {o} × {i} weight: its {rows} groups do not pack {per_byte} to a byte"
-            )
+            raise RefusedError(f"quant: hqq cannot store a {o} × {i} weight: its {rows} groups do not pack {per_byte} to a byte")
         weight = Allocation("W_q", "uint8", (rows // per_byte, g))
     meta = quant.compute_dtype or dtype
     return weight, Allocation("scale", meta, (rows, 1)), Allocation("zero", meta, (rows, 1))

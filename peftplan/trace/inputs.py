@@ -45,9 +45,7 @@ def inputs(model: Any, setup: Setup) -> Inputs:
     table does not hold, and for `logits_to_keep` where the forward does not take it; RefusedError for a class without a loss."""
     batch = _of_class(model, setup)
     if setup.logits_to_keep is not None and "logits_to_keep" not in batch.batch:
-        raise InputError(
-            "logits_to_keep", setup.logits_to_keep, f"accepted: with causal language models, not {type(model).__name__}"
-        )
+        raise InputError("logits_to_keep", setup.logits_to_keep, f"the forward of {type(model).__name__} has no such argument")
     return batch
 
 

@@ -79,7 +79,7 @@ def test_a_log_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         eventlog.save(broken(), path)
     assert eventlog.load(path).events == STEP[:1]
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(InputError, match=r"event log: .* cannot be written"):
+    with pytest.raises(InputError, match="cannot write"):
         eventlog.save(STEP, tmp_path / "nowhere" / "log.json")
 
 
@@ -115,9 +115,9 @@ def test_a_damaged_log_is_refused_by_its_place(tmp_path: Path, events: str, erro
     ("content", "message"),
     [
         ("", "line 1"),
-        ("[]", "accepted: format peftplan-events, schema_version 1"),
+        ("[]", "no event log of format peftplan-events, schema_version 1"),
         ('{"format": "peftplan-events", "schema_version": 2, "events": []}', "schema_version 1"),
-        ('{"format": "peftplan-events", "schema_version": 1, "events": {}}', "events that are a list"),
+        ('{"format": "peftplan-events", "schema_version": 1, "events": {}}', "its events a list"),
         ('{"format": "peftplan-events", "schema_version": 1, "event": []}', "did you mean events"),
         ("[" * 100_000, "not a JSON document"),
         ('{"format": ' + "9" * 5000 + "}", "not a JSON document"),
@@ -130,5 +130,5 @@ def test_other_files_are_no_logs(tmp_path: Path, content: str, message: str) -> 
     path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=message):
         eventlog.load(path)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot read"):
         eventlog.load(tmp_path / "absent")

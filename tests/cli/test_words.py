@@ -104,7 +104,7 @@ def test_serving_reads_them_too() -> None:
         ("--quant nf4 --method full",
          "--quant: a base stored as nf4 cannot be trained in full; use a PEFT method or --quant none"),
         ("--no-gradient-checkpointing --every-n-layers 2",
-         "--every-n-layers: 2 is not accepted; accepted: 1, or any number with --gradient-checkpointing on"),
+         "--every-n-layers: 2 is not accepted; accepted: 1, or more with --gradient-checkpointing"),
     ],
 )  # fmt: skip
 def test_an_error_names_what_was_typed(command: str, line: str) -> None:

@@ -74,7 +74,7 @@ def test_liger_takes_a_slice_of_one_sequence() -> None:
     assert one.peak_by_phase["forward"] <= every.peak_by_phase["forward"]
     traced(llama(), lora(), loss="liger", **SIZES, logits_to_keep=S)
     with pytest.raises(
-        InputError, match=f"logits_to_keep: {N} is not accepted; accepted: with loss liger all tokens, or batch_size 1"
+        InputError, match=f"logits_to_keep: {N} is not accepted; liger keeps the logits of all tokens, or needs batch_size 1"
     ):
         traced(llama(), lora(), loss="liger", **SIZES, logits_to_keep=N)
 
@@ -82,17 +82,17 @@ def test_liger_takes_a_slice_of_one_sequence() -> None:
 @pytest.mark.parametrize(
     ("options", "accepted"),
     [
-        ({"logits_to_keep": S + 1}, f"up to {S}, the tokens of a sequence"),
-        ({"trainer": "trl"}, "with loss full or liger, not trl-chunked"),
-        ({"trainer": "trl", "loss": "unsloth"}, "with loss full or liger, not unsloth"),
-        ({"trainer": "plain", "loss": "trl-chunked"}, "with loss full or liger, not trl-chunked"),
-        ({"task_type": "SEQ_CLS"}, "with causal language models, not LlamaForSequenceClassification"),
+        ({"logits_to_keep": S + 1}, f"accepted: up to {S}, the tokens of a sequence"),
+        ({"trainer": "trl"}, "accepted: with loss full or liger, not trl-chunked"),
+        ({"trainer": "trl", "loss": "unsloth"}, "accepted: with loss full or liger, not unsloth"),
+        ({"trainer": "plain", "loss": "trl-chunked"}, "accepted: with loss full or liger, not trl-chunked"),
+        ({"task_type": "SEQ_CLS"}, "the forward of LlamaForSequenceClassification has no such argument"),
     ],
 )
 @pytest.mark.parametrize("engine", ["analytic", "trace"])
 def test_what_does_not_take_it_is_refused(options: dict[str, Any], accepted: str, engine: Any) -> None:
     job = {**SIZES, "logits_to_keep": N, **options}
-    with pytest.raises(InputError, match=f"logits_to_keep: {job['logits_to_keep']} is not accepted; accepted: {accepted}"):
+    with pytest.raises(InputError, match=f"logits_to_keep: {job['logits_to_keep']} is not accepted; {accepted}"):
         estimate(llama(), engine=engine, **job)
 
 
@@ -111,9 +111,7 @@ def test_labels_of_virtual_tokens_are_too_many() -> None:
 
 def test_a_forward_without_the_argument_is_refused() -> None:
     config = {"model_type": "trocr", "architectures": ["TrOCRForCausalLM"], **SMALL}
-    with pytest.raises(
-        InputError, match=f"logits_to_keep: {N} is not accepted; accepted: with causal language models, not TrOCRFor"
-    ):
+    with pytest.raises(InputError, match=f"logits_to_keep: {N} is not accepted; the forward of TrOCRFor"):
         traced(config, None, logits_to_keep=N, seq_len=S, attn_implementation="eager")
 
 
