@@ -19,6 +19,7 @@ from peftplan.planning.compare import Compared
 from peftplan.planning.documents import EstimateDocument, MethodDocument, ModelDocument, VerdictDocument
 from peftplan.planning.fit_result import Plan
 from peftplan.planning.inspection import Row
+from peftplan.report.check_documents import CheckDocument
 
 
 class FitDocument(TypedDict):
@@ -274,6 +275,7 @@ DOCUMENTS: dict[str, Document] = {
     "methods": Document("peftplan methods", "The PEFT methods.", list[MethodRowDocument]),
     "method": Document("peftplan methods NAME", "The fields of one method.", list[FieldDocument]),
     "gpus": Document("peftplan gpus", "The cards of the catalogue.", list[Gpu]),
+    "check": Document("peftplan check", "An engine against measured runs.", CheckDocument),
 }
 """Name of a document → what prints it."""
 

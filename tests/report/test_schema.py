@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import click
 import pytest
 from typing_extensions import NotRequired, TypedDict
 
+import peftplan
 from peftplan.allocator.events import Event
+from peftplan.cli import COMMANDS as CLI
+from peftplan.cli import LazyGroup, cli
 from peftplan.report.schema import DIALECT, DOCUMENTS, json_schema, schema_of
 from peftplan.units import MIB
 from tests.cli.run import run
+from tools import random_draws
 
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -50,6 +55,7 @@ COMMANDS: list[tuple[str, str]] = [
     ("methods", "methods"),
     ("method", "methods lora"),
     ("gpus", "gpus"),
+    ("check", "check --sample 12"),
 ]
 
 
@@ -70,6 +76,25 @@ def test_what_a_command_prints_is_valid(name: str, line: str, tmp_path: Path) ->
 
 def test_every_document_is_printed_here() -> None:
     assert {name for name, _ in COMMANDS} == DOCUMENTS.keys()
+
+
+def test_every_command_that_prints_json_has_a_schema() -> None:
+    assert isinstance(cli, LazyGroup)
+    commands = [cli.get_command(click.Context(cli), name) for name in CLI]
+    accepted = {one.name: param.metavar for one in commands if one for param in one.params if param.name == "fmt"}
+    described = {document.command.split()[1] for document in DOCUMENTS.values()}
+    assert {name for name, formats in accepted.items() if "json" in str(formats).strip("[]").split("|")} - described == {"schema"}
+
+
+@pytest.mark.parametrize("number", range(40))
+def test_a_random_estimate_is_valid(number: int) -> None:
+    job = random_draws.draw_job(8, number)
+    try:
+        result = peftplan.estimate(job.config, **{"gpu": "t4"} | job.options)
+    except peftplan.PeftplanError as refused:
+        pytest.skip(str(refused))
+    validator = jsonschema.Draft202012Validator(json_schema("estimate", closed=True))
+    validator.validate(json.loads(json.dumps(result.to_dict())))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
