@@ -12,6 +12,7 @@ import pytest
 
 import peftplan
 from tools import picture, site_hooks
+from tools.documents import BLOCK, documents
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,6 +56,22 @@ def test_a_page_counts_models_and_cards(page: str) -> None:
 def test_a_page_of_the_root_links_into_the_site() -> None:
     text = "[a](docs/design.md) [b](CONTRIBUTING.md) [c](CHANGELOG.md#x) [d](README.md)"
     assert site_hooks.moved(text) == "[a](design.md) [b](contributing.md) [c](changelog.md#x) [d](index.md)"
+
+
+def test_a_link_to_the_root_stays_in_the_site() -> None:
+    assert (
+        site_hooks.stays_in("[a](../CONTRIBUTING.md#check) [b](../../CHANGELOG.md)")
+        == "[a](contributing.md#check) [b](../changelog.md)"
+    )
+
+
+@pytest.mark.parametrize("page", [path.relative_to(ROOT).as_posix() for path in (*documents(), ROOT / "CHANGELOG.md")])
+def test_every_link_leads_to_a_file(page: str) -> None:
+    """In the repository too, where a code host shows the pages."""
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", BLOCK.sub("", path.read_text(encoding="utf-8")))
+    files = [link for link in links if "://" not in link]
+    assert [link for link in files if not (path.parent / link).exists()] == []
 
 
 def test_a_printed_block_shows_its_command() -> None:

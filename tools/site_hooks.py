@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 AT_THE_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+OUT_OF_DOCS = re.compile(r"\]\((?P<up>(?:\.\./)+)(?P<file>CONTRIBUTING|CHANGELOG)\.md")
 PRINTED = re.compile(r"^<!-- printed by: (?P<command>.*) -->\n```text\n", re.M)
 SHORT_CODE = re.compile(r"<code>([^<\n]{1,30})</code>")
 ALONE = ("index.md", "tutorial.md")
@@ -25,6 +26,11 @@ def moved(text: str) -> str:
     for old, new in AT_THE_ROOT.items():
         text = text.replace(f"]({old}", f"]({new}")
     return text.replace("](docs/", "](").replace("](README.md)", "](index.md)")
+
+
+def stays_in(text: str) -> str:
+    """A page of docs/: what it links at the root of the repository is a page of the site."""
+    return OUT_OF_DOCS.sub(lambda match: f"]({match['up'].removeprefix('../')}{match['file'].lower()}.md", text)
 
 
 def with_titles(text: str) -> str:
@@ -56,4 +62,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Called by mkdocs with the text of a page."""
     if page.file.src_uri in ALONE:
         page.meta["hide"] = ["navigation"]
-    return with_titles(markdown)
+    return with_titles(stays_in(markdown))

@@ -43,6 +43,12 @@ def _target_words() -> Iterable[str]:
     return WORDS
 
 
+def _documents() -> Iterable[str]:
+    from peftplan.report.documents import DOCUMENTS
+
+    return DOCUMENTS
+
+
 CATALOGUES: dict[str, Callable[[], Iterable[str]]] = {
     **dict.fromkeys(
         ("estimate model", "fit model", "compare model", "serve model", "inspect model", "measure model", "models pattern"),
@@ -50,6 +56,7 @@ CATALOGUES: dict[str, Callable[[], Iterable[str]]] = {
     ),
     **dict.fromkeys(("--gpu", "--capacity", "gpus pattern"), _cards),
     **dict.fromkeys(("--method", "methods name"), _methods),
+    "schema name": _documents,
     "completion shell": lambda: ("bash", "zsh", "fish"),
     "--optim": _optimizers,
     "--task-type": _tasks,

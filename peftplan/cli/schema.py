@@ -8,6 +8,7 @@ import click
 
 from peftplan.cli import options
 from peftplan.cli.command import Command, argument
+from peftplan.errors import RefusedError
 
 
 @click.command("schema", cls=Command)
@@ -21,6 +22,8 @@ def command(name: str | None, fmt: str) -> int:
     peftplan schema estimate > estimate.schema.json
     """
     options.check_format(fmt)
+    if name is not None and fmt not in ("table", "json"):
+        raise RefusedError(f"--format: a schema is JSON (got {fmt}); only the list of all has other formats")
     from peftplan.report import render
     from peftplan.report.schema import json_schema
 
