@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peftplan.planning.listings import list_methods as methods
     from peftplan.planning.serving import serving
     from peftplan.planning.serving_result import Serving
+    from peftplan.planning.sweep import Sweep, sweep
     from peftplan.results.estimate import Estimate
 
     __version__: str
@@ -30,6 +31,7 @@ _HOMES = {
     "PeftplanError": "errors",
     "RefusedError": "errors",
     "Serving": "planning.serving_result",
+    "Sweep": "planning.sweep",
     "UnknownNameError": "errors",
     "as_html": "report.notebook",
     "compare": "planning.compare",
@@ -41,6 +43,7 @@ _HOMES = {
     "list_methods": "planning.listings",
     "models": "planning.listings",
     "serving": "planning.serving",
+    "sweep": "planning.sweep",
 }
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "PeftplanError",
     "RefusedError",
     "Serving",
+    "Sweep",
     "UnknownNameError",
     "__version__",
     "compare",
@@ -61,6 +65,7 @@ __all__ = [
     "methods",
     "models",
     "serving",
+    "sweep",
 ]
 
 

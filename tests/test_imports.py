@@ -35,7 +35,10 @@ DOORS = ("__init__", "__main__")
 """The package itself: its public names and its console script."""
 
 COMPUTES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
-ARRAYS = ("analytic/moments.py", "analytic/grid.py")
+ARRAYS = (
+    *("analytic/moments.py", "analytic/grid.py"),
+    *("analytic/ranked.py", "analytic/sized.py", "planning/decided.py", "planning/sweep.py"),
+)
 """The files that evaluate many sizes at once, with numpy; nothing imports them before it is asked to."""
 TERMINAL = {"click": ("cli",), "rich": ("report",), "matplotlib": ("report",)}
 """Which room talks to the terminal or draws, and by what."""

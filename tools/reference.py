@@ -19,7 +19,7 @@ from tools.reference_json import json_page
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
 WRITTEN = "<!-- python -m tools.reference writes this page. -->"
 RESULTS = (
-    *("Estimate", "Peaks", "Verdict", "Fit", "Plan", "Binding", "Comparison", "Compared"),
+    *("Estimate", "Peaks", "Verdict", "Fit", "Plan", "Binding", "Comparison", "Compared", "Sweep"),
     *("Serving", "Inspection", "Diagnosis"),
 )
 """The classes of results that the page explains, in its order; each is reached from what a public function returns."""

@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "estimate": "What a fine-tuning run needs: counts, bytes, verdicts.",
     "fit": "The largest batch, sequence or rank that a card takes, other plans, or the smallest card.",
     "compare": "One job by several methods, on several cards.",
+    "sweep": "A job at every point of a grid, as CSV, JSON lines or Parquet, and as a map.",
     "explain-oom": "Why a program ran out of memory, from its message, a log or a snapshot, and what to try.",
     "serve": "What comes after training: adapter file, merge, merged model, serving with a KV cache.",
     "replay": "Replay a recorded run through the allocator's model, with less memory or other options.",

@@ -51,7 +51,16 @@ def _documents() -> Iterable[str]:
 
 CATALOGUES: dict[str, Callable[[], Iterable[str]]] = {
     **dict.fromkeys(
-        ("estimate model", "fit model", "compare model", "serve model", "inspect model", "measure model", "models pattern"),
+        (
+            "estimate model",
+            "fit model",
+            "compare model",
+            "sweep model",
+            "serve model",
+            "inspect model",
+            "measure model",
+            "models pattern",
+        ),
         _models,
     ),
     **dict.fromkeys(("--gpu", "--capacity", "gpus pattern"), _cards),
@@ -66,7 +75,7 @@ CATALOGUES: dict[str, Callable[[], Iterable[str]]] = {
 """Option, or command and argument → its names."""
 FILES = ("FILE", "replay file", "check files", "explain-oom file")
 """Metavars and arguments whose value is a file."""
-OR_A_FILE = ("estimate model", "fit model", "compare model", "serve model", "inspect model", "measure model")
+OR_A_FILE = ("estimate model", "fit model", "compare model", "sweep model", "serve model", "inspect model", "measure model")
 """Arguments that are a name or a path: what looks like a path is completed as one."""
 
 

@@ -224,6 +224,7 @@ class _Translation:
     def _set_by(self, option: click.Option, shown: str) -> None:
         name = str(option.name)
         if option.multiple or (option.is_flag and self.typed.get(name) == shown):
+            self.typed[name] = shown
             return
         if name in self.typed:
             raise twice(self.typed[name], shown)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from peftplan.cli.command import option
@@ -114,13 +114,16 @@ JSON_VALUES = ("rank_pattern",)
 Decorated = Callable[..., Any]
 
 
-def group(heading: str, options: dict[str, str]) -> Callable[[Decorated], Decorated]:
-    """A decorator that adds options in their order: a switch where the name has two halves, else one text."""
+def group(heading: str, options: dict[str, str], *, several: bool = False) -> Callable[[Decorated], Decorated]:
+    """A decorator that adds options in their order: a switch where the name has two halves, else one text.
+
+    `several`: each may be repeated.
+    """
 
     def decorate(command: Decorated) -> Decorated:
         for name, text in reversed(options.items()):
             value: dict[str, Any] = {"rare": name not in SHORT_HELP} | ({} if "/" in name else {"metavar": METAVARS[name]})
-            if name == "--set":
+            if name == "--set" or several:
                 value |= {"multiple": True}
             command = option(name, default=None, help=text, heading=heading, **value)(command)
         return command
@@ -153,6 +156,19 @@ def chosen(options: dict[str, Any]) -> dict[str, Any]:
         setters[name] = f"--set {word}"
         stated[word] = value
     return stated
+
+
+def several(options: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The values of repeatable options, as `sweep` takes them: one, or each of several."""
+    from peftplan.planning.axes import Each
+
+    by_name: dict[str, list[Any]] = {}
+    for name, values in options.items():
+        for value in values:
+            parsed = chosen({name: None if name == "set" else value, "set": (value,) if name == "set" else ()})
+            for field, each in parsed.items():
+                by_name.setdefault(field, []).append(each)
+    return {name: values[0] if len(values) == 1 else Each(values) for name, values in by_name.items()}
 
 
 def _field(text: str) -> tuple[str, Any]:

@@ -59,7 +59,8 @@ def test_an_example_runs(name: str, line: str, tmp_path: Path, monkeypatch: pyte
     if "--plot" in arguments:
         pytest.importorskip("matplotlib")
     done = run(*in_folder)
-    assert (done.code, done.err) == (0, "")
+    assert done.code == 0
+    assert done.err == "" or (name == "sweep" and " rows in " in done.err)
     assert done.out
 
 

@@ -1,0 +1,156 @@
+"""One job at arrays of batch sizes, sequence lengths and ranks: what its tensors request, and a replay of any single point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from peftplan.analytic.compiled import Compiled, analytic_peaks, compiled
+from peftplan.analytic.instant import InstantPeaks
+from peftplan.analytic.moments import Moments
+from peftplan.analytic.ranked import Ranked, of_all_ranks, of_one_rank
+from peftplan.errors import BoundError, InputError, MissingExtraError
+from peftplan.job.job import Job
+from peftplan.job.setup import MOST
+from peftplan.ledger import Ledger
+from peftplan.parameters import Parameters
+
+try:
+    import numpy as np
+except ImportError:
+    raise MissingExtraError("a grid of sizes (numpy)", "sweep") from None
+
+JOBS_KEPT = 32
+"""Jobs of one rank that are remembered while points are replayed."""
+
+
+class Counted(NamedTuple):
+    """A checked job with its parameters, and the lines of what lasts."""
+
+    job: Job
+    parameters: Parameters
+    static: Ledger
+
+
+class Points(NamedTuple):
+    """Flat arrays of one length; `rank` is None where it is the job's own."""
+
+    batch_size: Any
+    seq_len: Any
+    rank: Any = None
+
+    def take(self, where: Any) -> Points:
+        """Some of the points."""
+        return Points(*(None if values is None else values[where] for values in self))
+
+    def __len__(self) -> int:
+        return len(self.batch_size)
+
+
+class Sized:
+    """A job at many sizes, for the kernels of one card. What is compiled once holds for all points that run the same operations.
+
+    `at_rank`: rank → the job, None for its own; `ranks`: those that will be asked, empty for its own alone.
+    """
+
+    def __init__(self, at_rank: Callable[[int | None], Counted], ranks: Sequence[int], *, compute_capability: str) -> None:
+        self.at_rank = lru_cache(maxsize=JOBS_KEPT)(at_rank)
+        self.ranks = ranks
+        self.compute_capability = compute_capability
+        self.first = self.at_rank(ranks[0] if ranks else None)
+        self._ranked: dict[tuple[int, int | None], tuple[Ranked, Moments]] = {}
+        self._on_lines: dict[int, bool] = {}
+
+    def requested(self, points: Points) -> dict[str, Any]:
+        """Phase → bytes that the tensors of its peak request at each point."""
+        by_phase: dict[str, Any] = {}
+        for where, ranked, moments in self._alike(points):
+            part = points.take(where)
+            rank = part.rank if part.rank is not None else np.zeros(len(part), dtype=np.int64)
+            standing = ranked.standing_bytes(rank)
+            peaks = {
+                phase: values + standing
+                for phase, values in moments.peaks(ranked.named(part.batch_size, part.seq_len, rank), 0).items()
+            }
+            for phase, values in {"load": ranked.loading_bytes(rank), **peaks}.items():
+                by_phase.setdefault(phase, np.empty(len(points), dtype=np.int64))[where] = values
+        return by_phase
+
+    def trainable(self, points: Points) -> Any:
+        """How many parameters train at each point."""
+        if points.rank is None:
+            return np.full(len(points), self.first.parameters.num_trainable, dtype=np.int64)
+        ranks, where = np.unique(points.rank, return_inverse=True)
+        low, high = int(ranks[0]), int(ranks[-1])
+        between = low + (high - low) // 2
+        at = {rank: self.at_rank(rank).parameters.num_trainable for rank in (low, between, high)}
+        if (at[between] - at[low]) * (high - low) == (at[high] - at[low]) * (between - low) and all(self._on_lines.values()):
+            slope = (at[high] - at[low]) // max(high - low, 1)
+            return at[low] + slope * (ranks - low)[where]
+        return np.array([self.at_rank(int(rank)).parameters.num_trainable for rank in ranks], dtype=np.int64)[where]
+
+    def peaks(self, batch_size: int, seq_len: int, rank: int | None) -> InstantPeaks:
+        """The peaks of one point, as `estimate` has them."""
+        counted = self.at_rank(rank)
+        job = self._job(counted.job, batch_size, seq_len)
+        return analytic_peaks(job, counted.parameters, counted.static, compute_capability=self.compute_capability)
+
+    def _job(self, job: Job, batch_size: int, seq_len: int) -> Job:
+        return job._replace(setup=job.setup.model_copy(update={"batch_size": batch_size, "seq_len": seq_len}))
+
+    def _compiled(self, batch_size: int, seq_len: int, rank: int | None) -> Compiled:
+        counted = self.at_rank(rank)
+        job = self._job(counted.job, batch_size, seq_len)
+        return compiled(job, counted.parameters, counted.static, compute_capability=self.compute_capability)
+
+    def _alike(self, points: Points) -> Iterator[tuple[Any, Ranked, Moments]]:
+        """Points that run the same operations, and the job there."""
+        first = self._compiled(int(points.batch_size[0]), int(points.seq_len[0]), self._rank_at(points, 0))
+        facts = first.facts(points.batch_size, points.seq_len)
+        codes: Any = sum(np.broadcast_to(fact, len(points)).astype(np.int64) << bit for bit, fact in enumerate(facts))
+        for code in np.unique(codes):
+            where = np.flatnonzero(codes == code)
+            batch_size, seq_len = int(points.batch_size[where[0]]), int(points.seq_len[where[0]])
+            if (of_all := self._on_all_ranks(int(code), batch_size, seq_len)) is not None:
+                yield where, *of_all
+                continue
+            for rank in np.unique(points.rank[where]):
+                yield where[points.rank[where] == rank], *self._on_one_rank(int(code), batch_size, seq_len, int(rank))
+
+    def _rank_at(self, points: Points, at: int) -> int | None:
+        return None if points.rank is None else int(points.rank[at])
+
+    def _on_all_ranks(self, code: int, batch_size: int, seq_len: int) -> tuple[Ranked, Moments] | None:
+        """The job at all ranks; None where these do not lie on lines."""
+        if not self.ranks:
+            return self._on_one_rank(code, batch_size, seq_len, None)
+        if code not in self._on_lines:
+            ranked = of_all_ranks(lambda rank: self._compiled(batch_size, seq_len, rank), self.ranks)
+            self._on_lines[code] = ranked is not None
+            if ranked is not None:
+                self._ranked[code, None] = ranked, Moments(ranked.timeline)
+        return self._ranked.get((code, None))
+
+    def _on_one_rank(self, code: int, batch_size: int, seq_len: int, rank: int | None) -> tuple[Ranked, Moments]:
+        if (code, rank) not in self._ranked:
+            ranked = of_one_rank(self._compiled(batch_size, seq_len, rank))
+            self._ranked[code, rank] = ranked, Moments(ranked.timeline)
+        return self._ranked[code, rank]
+
+
+def checked(name: str, values: Sequence[Any]) -> Any:
+    """The whole numbers of an axis as an array. Raises BoundError below 1, InputError for what is no whole number."""
+    try:
+        array = np.asarray(values if not isinstance(values, range) else np.arange(values.start, values.stop, values.step))
+        if array.dtype.kind in "U":
+            array = np.array([int(value) for value in values])
+    except (ValueError, OverflowError):
+        raise InputError(name, list(values), "accepted: whole numbers") from None
+    if array.dtype.kind not in "iu":
+        raise InputError(name, array.tolist(), "accepted: whole numbers")
+    if array.min() < 1:
+        raise BoundError(name, int(array.min()), "at least 1")
+    if array.max() > MOST:
+        raise BoundError(name, int(array.max()), f"at most {MOST:,}")
+    return array.astype(np.int64)

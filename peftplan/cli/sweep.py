@@ -1,0 +1,111 @@
+"""`peftplan sweep MODEL`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peftplan.cli import options
+from peftplan.cli.command import METHOD_HEADING, Command, argument, option
+from peftplan.errors import BoundError, RefusedError
+
+if TYPE_CHECKING:
+    from peftplan.planning.sweep import Chunk
+
+ALL = "all"
+METAVAR = "INTS"
+COUNTED = ("--r", "--batch-size", "--seq-len")
+"""Options of whole numbers that are evaluated as arrays."""
+
+
+@click.command("sweep", cls=Command)
+@argument("model")
+@option("--gpu", "gpus", multiple=True, metavar="NAME", help="cards, comma-separated or repeated; or capacities such as 24GiB")
+@option("--output", default=None, metavar="FILE", help="FILE.csv, .jsonl or .parquet; default: stdout")
+@option("--format", "fmt", default=None, metavar="[csv|jsonl|parquet]", help="default: as the file's name ends, else csv")
+@option("--replays", default="2000", metavar="INT|all", show_default=True, help="points near a card's limit that are replayed")
+@option(
+    "--plot", default=None, metavar="FILE", help="batch × sequence as a map, FILE.png or .svg, with the cards' limits as lines"
+)
+@option("--yes", is_flag=True, help="run a grid of more than 10,000,000 rows")
+@options.group(METHOD_HEADING, options.METHOD, several=True)
+@options.group("Model", options.MODEL, several=True)
+@options.group("Precision and storage", options.STORAGE, several=True)
+@options.group("Training", options.TRAINING, several=True)
+@options.torch_option
+@options.transformers_option
+@options.context_option
+def command(
+    model: str,
+    gpus: tuple[str, ...],
+    output: str | None,
+    fmt: str | None,
+    replays: str,
+    plot: str | None,
+    yes: bool,
+    torch: str | None,
+    transformers: str | None,
+    context: str | None,
+    **fields: Any,
+) -> int:
+    """A job at every point of a grid: a row for each point and card.
+
+    Every option takes values (1,2,4) and a range (512:8192:512, its stop included), and can be repeated; MODEL takes several
+    names. Both halves of a switch are two values. An option whose value holds commas itself is repeated for several values.
+
+    \b
+    peftplan sweep llama-3.1-8b --batch-size 1,2,4 --seq-len 512:8192:512 --r 8,16,64 --gpu rtx-4090
+    peftplan sweep qwen3-0.6b,qwen3-4b --method lora,qlora --gpu l4,a10g --format jsonl
+
+    A card's verdict takes a replay of torch's allocator only where bytes alone do not tell: `decided_by` says requested (the
+    tensors are too large), bound (they are so small that what the allocator may add does not matter), or replay. Where
+    there are more points near a limit than --replays, the others have no verdict.
+    """
+    from peftplan.planning.sweep import MOST_ROWS, sweep
+    from peftplan.report import sweeping
+    from peftplan.report.progress import waiting
+
+    fmt = sweeping.format_of(fmt, output)
+    wanted = options.several(fields) | options.circumstances(torch, transformers, context)
+    draw = None
+    if plot is not None:
+        from peftplan.report.sweeping_plot import Map, check
+
+        check(plot)
+        draw = Map(plot)
+    with waiting("sweeping") as progress:
+        try:
+            result = sweep(
+                model,
+                gpu=gpus,
+                replays=_replays(replays),
+                most_rows=None if yes else MOST_ROWS,
+                progress=None if progress is None else lambda what, share: progress(what, share),
+                **wanted,
+            )
+        except RefusedError as error:
+            raise RefusedError(f"{error}; add --yes to run it") if str(error).startswith("the grid has") else error from None
+        if draw is not None:
+            draw.expect(result)
+
+        def each(chunk: Chunk) -> None:
+            if draw is not None:
+                draw.add(chunk)
+
+        sweeping.write(result, fmt=fmt, output=output, each=each)
+    if draw is not None:
+        draw.write()
+    for warning in result.warnings:
+        click.echo(f"peftplan: {warning}", err=True)
+    assert result.tally is not None
+    click.echo(f"peftplan: {sweeping.summary(result.tally)}", err=True)
+    return 0
+
+
+def _replays(text: str) -> int | None:
+    if text == ALL:
+        return None
+    if not text.isdecimal():
+        raise BoundError("--replays", text, "a whole number, or all")
+    return int(text)
