@@ -30,9 +30,9 @@ from peer_tools import ATTENTION, TOOLS, Refused
 from peftplan.accuracy.engines import RUNS, ask, read_cases
 from peftplan.accuracy.peers import PEERS, Peers, Tool, table
 from peftplan.accuracy.records import Record
-from peftplan.arch.sources import load, load_config
 from peftplan.errors import PeftplanError
 from peftplan.hardware.gpus import find_gpu
+from peftplan.job.sources import load, load_config
 from peftplan.report import markdown
 
 OURS = "peftplan"

@@ -1,4 +1,4 @@
-"""Which tests are `quick`: those outside tests/trace that need none of the libraries of the extra `trace`."""
+"""Which tests are `quick`: those outside tests/trace and tests/libraries that need none of the libraries of the extra `trace`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TRACE = Path(__file__).parent / "trace"
+NEED_STACK = {Path(__file__).parent / room for room in ("libraries", "trace")}
 STACK = r"(?:torch|transformers|peft|bitsandbytes|accelerate|trl)\b"
 NEEDS_STACK = re.compile(rf"importorskip\((?:[\"']{STACK}|[A-Za-z])|^\s*(?:import|from) {STACK}", re.M)
 """Code that imports torch or a library on top of it, or skips without; a name instead of a string stands for one of them."""
@@ -20,8 +20,8 @@ STACK_FIXTURES = frozenset({"real_states"})
 
 @cache
 def module_needs_stack(path: Path) -> bool:
-    """Whether all of a file needs these libraries: it lies in tests/trace, or code outside functions and classes says so."""
-    if TRACE in path.parents:
+    """Whether all of a file needs these libraries: it lies in their rooms, or code outside functions and classes says so."""
+    if not NEED_STACK.isdisjoint(path.parents):
         return True
     source = path.read_text(encoding="utf-8")
     statements = [node for node in ast.parse(source).body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from peftplan.arch.sources import load, load_config
+from peftplan.job.sources import load, load_config
 from peftplan.methods import adapt, configure
 
 ROOT = Path(__file__).resolve().parents[1]

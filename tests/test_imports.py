@@ -1,11 +1,13 @@
-"""The one-way rule: a room imports only rooms below it, and only `trace` and `measure` import what computes on tensors."""
+"""One direction: a room imports only rooms below it, no file stands in a circle, few rooms import what computes on tensors."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,25 +16,34 @@ import pytest
 import peftplan
 
 PACKAGE = Path(peftplan.__file__).parent
+SOURCES = {file.relative_to(PACKAGE).as_posix(): file.read_text(encoding="utf-8") for file in sorted(PACKAGE.rglob("*.py"))}
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "dtypes", "units", "datafiles", "files", "validation", "frames"),
-    ("ledger",),
-    ("arch", "hardware", "allocator"),
-    ("methods", "storage", "optim"),
-    ("parameters", "tape"),
-    ("results", "job", "depth", "memory", "analytic", "deployment", "planning"),
-    ("trace", "measure", "accuracy", "oom"),
-    ("integrations",),
-    ("report",),
-    ("cli",),
+    ("errors", "units", "datafiles"),
+    ("dtypes", "files", "validation", "frames", "hardware"),
+    ("ledger", "arch", "allocator"),
+    ("methods", "storage", "optim", "tape"),
+    ("parameters", "depth"),
+    ("deployment", "results"),
+    ("libraries",),
+    ("job",),
+    ("memory", "trace.cuda"),
+    ("analytic", "trace.events"),
+    ("trace",),
+    ("planning",),
+    ("accuracy", "oom"),
+    ("measure", "report"),
+    ("integrations", "cli"),
 )
-"""Rooms from the bottom up; a room may import its own level and those below."""
+"""Rooms from the bottom up; a room imports only those of lower levels, wherever the import stands."""
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-LAZY = ("trace", "measure")
-"""Rooms that need an extra: any room may import them, inside a function only."""
+LAZY = ("libraries", "trace", "trace.cuda", "trace.events", "measure")
+"""Rooms that need an extra: other rooms import them inside a function only."""
 DOORS = ("__init__", "__main__")
 """The package itself: its public names and its console script."""
+ASKS_THE_DOOR = ("frames.py", "methods/__init__.py")
+"""Files that call a public name of the package: notebooks ask a result for HTML by a method of its own, and `peftplan.methods` is
+both a room and a function."""
 
 COMPUTES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
 ARRAYS = (
@@ -71,9 +82,12 @@ def imports(tree: ast.AST, *, package: str, lazy: bool = False) -> Iterator[Impo
 
 
 def room_of(name: str) -> str | None:
-    """`peftplan.arch.llama` lies in `arch`; None for a name outside the package, and for the package itself."""
+    """`peftplan.trace.cuda.flash` lies in `trace.cuda`; None for a name outside the package, and for the package itself."""
     top, _, rest = name.partition(".")
-    return rest.partition(".")[0] if top == "peftplan" and rest else None
+    if top != "peftplan" or not rest:
+        return None
+    folder = ".".join(rest.split(".")[:2])
+    return folder if folder in LEVEL else rest.partition(".")[0]
 
 
 def fault(room: str, imported: Import, *, file: str) -> str | None:
@@ -85,33 +99,117 @@ def fault(room: str, imported: Import, *, file: str) -> str | None:
         return f"imports numpy, which only {', '.join(ARRAYS)} may"
     if top in TERMINAL and room not in TERMINAL[top]:
         return f"imports {top}, which only {', '.join(TERMINAL[top])} may"
-    other = room_of(imported.name)
-    if other is None or room in DOORS or other not in LEVEL:
+    if room in DOORS or top != "peftplan":
         return None
-    if other in LAZY and room not in LAZY:
-        return None if imported.lazy else f"imports {other} at the top; only inside a function"
-    return f"imports {other}, which lies above" if LEVEL[other] > LEVEL[room] else None
+    other = room_of(imported.name)
+    if other not in LEVEL:
+        return None if file in ASKS_THE_DOOR or other else "imports the package itself, whose names lead to every room"
+    if other == room:
+        return None
+    if LEVEL[other] >= LEVEL[room]:
+        return f"imports {other}, which lies {'above' if LEVEL[other] > LEVEL[room] else 'beside'}"
+    return (
+        f"imports {other} at the top; only inside a function"
+        if not imported.lazy and other in LAZY and room not in LAZY
+        else None
+    )
 
 
-def faults(package: Path) -> list[str]:
-    """Every import of the package that breaks the rule: file, line, why."""
+@cache
+def statements(file: str, source: str) -> tuple[Import, ...]:
+    """The imports of a file, which is named from the package on."""
+    return tuple(imports(ast.parse(source), package=".".join(("peftplan", *Path(file).parts[:-1]))))
+
+
+def faults(sources: Mapping[str, str]) -> list[str]:
+    """Every import that breaks the rule: file, line, why. `sources`: file → its text."""
     messages = []
-    for file in sorted(package.rglob("*.py")):
-        parts = file.relative_to(package).with_suffix("").parts
-        holder = ".".join(("peftplan", *parts[:-1]))
-        for statement in imports(ast.parse(file.read_text(encoding="utf-8")), package=holder):
-            if (why := fault(parts[0], statement, file="/".join(parts) + ".py")) is not None:
-                messages.append(f"{'/'.join(parts)}.py:{statement.line} {why}")
+    for file, source in sources.items():
+        room = room_of(f"peftplan.{file.removesuffix('.py').replace('/', '.')}") or ""
+        for statement in statements(file, source):
+            if (why := fault(room, statement, file=file)) is not None:
+                messages.append(f"{file}:{statement.line} {why}")
     return messages
+
+
+def circles(sources: Mapping[str, str]) -> list[set[str]]:
+    """Modules that import each other, directly or through others; the package itself, which names what is public, is left out."""
+    files = {f"peftplan.{file.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__"): file for file in sources}
+    below: dict[str, set[str]] = {}
+    for module, file in files.items():
+        below[module] = set()
+        for statement in statements(file, sources[file]):
+            name = statement.name
+            while name and name not in files:
+                name = name.rpartition(".")[0]
+            below[module] |= {name} - {"", "peftplan", module}
+    return [circle for circle in components(below) if len(circle) > 1]
+
+
+def components(below: Mapping[str, set[str]]) -> Iterator[set[str]]:
+    """The strongly connected parts of a graph: modules that reach each other."""
+    reached = {node: {node} for node in below}
+    todo = set(below)
+    while todo:
+        node = todo.pop()
+        more = set().union(*(reached[other] for other in below[node])) - reached[node]
+        if more:
+            reached[node] |= more
+            todo |= {other for other, targets in below.items() if node in targets}
+    seen: set[str] = set()
+    for node in below:
+        if node not in seen:
+            together = {other for other in reached[node] if node in reached[other]}
+            seen |= together
+            yield together
 
 
 def test_every_room_has_its_level() -> None:
     rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert rooms - set(DOORS) <= set(LEVEL)
+    assert rooms - set(DOORS) == {room for room in LEVEL if "." not in room}
+    assert all((PACKAGE / room.replace(".", "/") / "__init__.py").exists() for room in LEVEL if "." in room)
 
 
 def test_imports_go_one_way() -> None:
-    assert faults(PACKAGE) == []
+    assert faults(SOURCES) == []
+
+
+def test_no_file_stands_in_a_circle() -> None:
+    assert circles(SOURCES) == []
+
+
+def test_a_planted_circle_is_found() -> None:
+    """Through three files, by imports of each kind."""
+    planted = {
+        "tape/one.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from peftplan.tape.two import B",
+        "tape/two.py": "def f():\n    from peftplan.tape import three",
+        "tape/three.py": "from .one import A",
+        "tape/four.py": "from peftplan.tape import one",
+    }
+    assert circles(SOURCES | planted) == [{"peftplan.tape.one", "peftplan.tape.two", "peftplan.tape.three"}]
+
+
+FORMS = """
+from peftplan.{room} import a
+def f():
+    import peftplan.{room} as a
+if TYPE_CHECKING:
+    from peftplan.{room} import A
+g = lambda: import_module("peftplan.{room}")
+"""
+"""An import at the top, in a function, for types alone, by a string."""
+
+
+@pytest.mark.parametrize(("room", "other"), permutations(LEVEL, 2))
+def test_of_two_rooms_only_one_may_import_the_other(room: str, other: str) -> None:
+    messages = faults({f"{room.replace('.', '/')}/planted.py": FORMS.format(room=other)})
+    if LEVEL[other] >= LEVEL[room]:
+        assert len(messages) == 4
+        assert all(f"imports {other}, which lies " in message for message in messages)
+    else:
+        needs_extra = other in LAZY and room not in LAZY
+        assert len(messages) == needs_extra
+        assert all(message.endswith("only inside a function") for message in messages)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +230,12 @@ def test_imports_go_one_way() -> None:
         ("dtypes.py", "import peftplan.arch.modules", "imports arch, which lies above"),
         ("results/estimate.py", "from peftplan.report import tabular", "imports report, which lies above"),
         ("report/tabular.py", "from peftplan.cli import options", "imports cli, which lies above"),
-        ("results/estimate.py", "from peftplan.trace import meta", "imports trace at the top"),
-        ("trace/libraries/meta.py", "from peftplan.report import tabular", "imports report, which lies above"),
+        ("results/estimate.py", "from peftplan.trace import engine", "imports trace, which lies above"),
+        ("planning/estimate.py", "from peftplan.trace import engine", "imports trace at the top"),
+        ("trace/cuda/flash.py", "def f():\n    from peftplan.trace import engine", "imports trace, which lies above"),
+        ("optim/names.py", "from peftplan.storage import FORMATS", "imports storage, which lies beside"),
+        ("results/estimate.py", "def f():\n    import peftplan", "imports the package itself"),
+        ("libraries/meta.py", "from peftplan.report import tabular", "imports report, which lies above"),
         ("accuracy/records.py", "def f():\n    import torch", "imports torch"),
         ("accuracy/jsonl.py", "from peftplan.trace import engine", "imports trace at the top"),
         ("accuracy/records.py", "from peftplan.report import markdown", "imports report, which lies above"),
@@ -141,12 +243,8 @@ def test_imports_go_one_way() -> None:
         ("arch/llama.py", "import importlib\nimportlib.import_module(f'peftplan.methods.{1}')", "imports methods"),
     ],
 )
-def test_a_planted_import_is_found(tmp_path: Path, file: str, planted: str, why: str) -> None:
-    source = PACKAGE / file
-    copy = tmp_path / file
-    copy.parent.mkdir(exist_ok=True, parents=True)
-    copy.write_text(f"{source.read_text(encoding='utf-8')}\n{planted}\n", encoding="utf-8")
-    (message,) = faults(tmp_path)
+def test_a_planted_import_is_found(file: str, planted: str, why: str) -> None:
+    (message,) = faults(SOURCES | {file: f"{SOURCES[file]}\n{planted}\n"})
     assert message.startswith(file)
     assert why in message
 

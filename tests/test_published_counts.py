@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import peftplan
-from peftplan.arch.sources import load_config
+from peftplan.job.sources import load_config
 from peftplan.results.estimate import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]

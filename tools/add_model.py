@@ -116,7 +116,7 @@ def reindex(folder: Path = MODELS) -> None:
 
 def entry_of(config: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """The catalogue entry of a config; the count is that of transformers' model on the meta device."""
-    from peftplan.trace.libraries.meta import read_architecture
+    from peftplan.libraries.meta import read_architecture
 
     arch = read_architecture(config, name=args.repo_id)
     return {

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from peftplan.arch import catalogue
 from peftplan.arch.readers import READERS
-from peftplan.arch.sources import load, load_config
+from peftplan.job.sources import load, load_config
 from peftplan.methods import METHODS as REGISTRY
 from peftplan.report.markdown import table
 from tools.engines import RESERVED, KeptTraces, Peaks, peaks

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from peftplan.arch.sources import Model, load
 from peftplan.dtypes import ITEMSIZE
+from peftplan.job.sources import Model, load
 from peftplan.ledger import Allocation
 from peftplan.methods.adaptation import AddedTensor
 from peftplan.planning.estimate import estimate

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from peftplan.arch import catalogue
-from peftplan.arch.sources import load_config
 from peftplan.errors import PeftplanError
 from peftplan.hardware.gpus import gpus
+from peftplan.job.sources import load_config
 from peftplan.memory.models import FORWARDS
 from peftplan.methods import METHODS
 from peftplan.planning.estimate import estimate

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import peftplan.methods as methods
-from peftplan.arch.sources import load
 from peftplan.errors import PeftplanError
+from peftplan.job.sources import load
 from peftplan.memory.models import FORWARDS
 from peftplan.methods.adaptation import NeedsPeftError
 from tools.random_draws import PROMPTS, draw_config, draw_method
@@ -78,8 +78,8 @@ def counts_of_peft(config: dict[str, Any], adapter: dict[str, Any]) -> Counts:
     """`get_nb_trainable_parameters()` of peft's own model."""
     import peft
 
-    from peftplan.trace.libraries.count import on_meta
-    from peftplan.trace.libraries.meta import build_config, build_model, model_class, quiet_transformers
+    from peftplan.libraries.count import on_meta
+    from peftplan.libraries.meta import build_config, build_model, model_class, quiet_transformers
 
     task = load(config).task_type
     with quiet_transformers():

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from peftplan.arch import catalogue
 from peftplan.arch.modules import LINEAR_KINDS
-from peftplan.arch.sources import load, load_config
 from peftplan.errors import PeftplanError
 from peftplan.job.prepare import prepare
+from peftplan.job.sources import load, load_config
 from peftplan.job.tasks import WITH_PAD_TOKEN
 from peftplan.memory.models import FORWARDS
 from peftplan.methods import METHODS

@@ -26,13 +26,13 @@ from peftplan.accuracy.baseline import load
 from peftplan.accuracy.drift import Answer, summaries
 from peftplan.accuracy.engines import OVERALL, RUNS, ask, read_cases
 from peftplan.allocator.replay import replay
-from peftplan.arch.sources import load_config
 from peftplan.errors import RefusedError
 from peftplan.job.script import Script
 from peftplan.job.setup import parse_setup, resolved
+from peftplan.job.sources import load_config
+from peftplan.libraries.meta import quiet_transformers
 from peftplan.report.markdown import table
 from peftplan.trace.engine import Traced, trace
-from peftplan.trace.libraries.meta import quiet_transformers
 from peftplan.trace.scripted import with_empty_cache
 from peftplan.units import MIB
 

@@ -3,7 +3,7 @@
     python tools/weight_tables.py                 # all of them, and remove the tables that an adapter has made needless
     python tools/weight_tables.py mamba-130m ...  # only these
 
-What transformers' own model has on the meta device (`peftplan.trace.libraries.meta`), as `peftplan.arch.table` writes it:
+What transformers' own model has on the meta device (`peftplan.libraries.meta`), as `peftplan.arch.table` writes it:
 `data/weights/<name>.json`. Needs the extra `trace`.
 """
 
@@ -20,7 +20,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.arch.readers import READERS
 from peftplan.arch.table import to_table
 from peftplan.datafiles import DATA
-from peftplan.trace.libraries.meta import read_architecture
+from peftplan.libraries.meta import read_architecture
 
 WEIGHTS = DATA / "weights"
 

@@ -1,4 +1,4 @@
-"""The analytic engine as an `Estimate` sees it: peaks per phase as ledgers, from the model's forward written on a tape."""
+"""A job compiled: its step run once on a tape, its sizes left open, and kept for all sizes that run the same operations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peftplan.methods as methods
+from peftplan.analytic.sizes import shape_facts, sizes, windows_of
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError
@@ -18,28 +19,22 @@ from peftplan.job.setup import Setup
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.attention import FLASH_CAPABILITY
-from peftplan.memory.fused_attention import MASK_MULTIPLE
 from peftplan.memory.load import Memory, load_into, load_passing
 from peftplan.memory.methods import ADAPTERS, adapter_of
-from peftplan.memory.model import PROMPTED, Model, Running
+from peftplan.memory.model import Model
 from peftplan.memory.models import FORWARDS
+from peftplan.memory.parts import Running
 from peftplan.memory.step import HALF, Program, steady_step
 from peftplan.memory.timeline import Timeline, timeline
-from peftplan.methods.adaptation import NeedsPeftError
+from peftplan.methods.adaptation import PROMPTED, NeedsPeftError
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters, loaded_dtype
 from peftplan.storage import without_peak
 from peftplan.tape.tape import Tape
 
 if TYPE_CHECKING:
-    from peftplan.analytic.instant import InstantPeaks
-    from peftplan.analytic.reserved import Written
+    from peftplan.allocator import program as events
     from peftplan.job.job import Job
-
-MULTIPLES = (8, 16, 32, 64, 128)
-"""Multiples to which kernels round the sequence."""
-BLOCK = 64
-"""Rows that the memory-efficient kernel takes at a time."""
 
 
 class Compiled(NamedTuple):
@@ -79,33 +74,22 @@ class Compiled(NamedTuple):
         return {"offloaded_bytes": nbytes} if nbytes else {}
 
 
+Steps = tuple[tuple[Compiled, dict[str, Any]], ...]
+"""The steps of a run, each with its sizes; the last one counts."""
+
+
+class Written(NamedTuple):
+    """A program, the sizes that its table ends with, and the steps it was written for, which its key names by identity."""
+
+    program: events.Program
+    sizes: list[int]
+    steps: list[Compiled]
+
+
 def kernels(compute_capability: str) -> tuple[bool, int | None]:
     """What the formulas take from a card: whether it runs the flash kernel, and the bytes of a cuBLAS workspace."""
     flash = tuple(map(int, compute_capability.split("."))) >= FLASH_CAPABILITY
     return flash, cublas_workspace_bytes(compute_capability).bytes
-
-
-def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> InstantPeaks:
-    """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell."""
-    from peftplan.analytic.instant import InstantPeaks
-    from peftplan.analytic.reserved import Run
-
-    compiled_job = compiled(job, parameters, static, compute_capability=compute_capability)
-    named = compiled_job.sizes(job.setup.batch_size, job.setup.seq_len)
-    moments = compiled_job.timeline.peaks(named, compiled_job.standing_bytes)
-
-    before: list[tuple[Compiled, dict[str, Any]]] = []
-    for tokens in job.script.earlier_seq_lens or ((job.setup.seq_len,) if job.setup.keep_gradients else ()):
-        there = job.setup.keep_gradients and bool(before)  # before the first step there are none
-        earlier = job._replace(setup=job.setup.model_copy(update={"seq_len": tokens, "keep_gradients": there}))
-        of_step = compiled(earlier, parameters, static, compute_capability=compute_capability)
-        before.append((of_step, of_step.sizes(job.setup.batch_size, tokens)))
-    last = (compiled_job, named)
-    return InstantPeaks(compiled_job, moments, named, Run((*before, last) if before else (last, last), job.script))
-
-
-Steps = tuple[tuple[Compiled, dict[str, Any]], ...]
-"""The steps of a run, each with its sizes; the last one counts."""
 
 
 COMPILED: OrderedDict[tuple[Any, ...], Compiled] = OrderedDict()
@@ -222,23 +206,6 @@ def _program(job: Job) -> Program:
     )
 
 
-def windows_of(architecture: Architecture) -> tuple[int, ...]:
-    """The longest sequence that gets no mask for each sliding window of a model, each once (transformers 5.24, masking_utils.py:
-    `kv_length >= local_attention_size` gets one, where a window that looks both ways states the size of one side).
-    """
-    windowed = (a for block in architecture.blocks for a in block.attentions if a.window)
-    return tuple(sorted({(a.window if a.causal else a.window // 2) - 1 for a in windowed if a.window}))
-
-
-def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...], loss: LossSizes) -> tuple[Any, ...]:
-    """What of batch and sequence decides which operations run: one sequence, ragged masks, shorter windows, chunks of a loss.
-
-    Whole numbers or arrays of them; `seq_len` with virtual tokens.
-    """
-    ragged = (seq_len % MASK_MULTIPLE > 0, (seq_len - loss.virtual_tokens) % MASK_MULTIPLE > 0)
-    return (batch_size > 1, *ragged, *(seq_len > window for window in windows), *loss.facts(batch_size, loss.length(seq_len)))
-
-
 def _check(job: Job) -> None:
     """Raise NeedsTraceError for the parts of a job that have no formulas here."""
     if job.quant is not None and (why := without_peak(job.quant)) is not None:
@@ -306,15 +273,6 @@ def _running(job: Job, compute_capability: str) -> Running:
         every_n_layers=setup.every_n_layers or 1,
         hosted=bool(setup.offload_checkpoints),
     )
-
-
-def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, Any]:
-    """The named sizes of a batch of b sequences of s tokens, numbers or arrays: k is the sequence with virtual tokens."""
-    named = {"b": b, "s": s, "k": s + virtual_tokens}
-    named |= {f"{name}%{m}": -(-named[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
-    named |= {f"{name}/{BLOCK}": -(-named[name] // BLOCK) for name in ("s", "k")}
-    named |= {f"{name}{more:+}": named[name] + more for name in ("s", "k") for more in (1, -1)}
-    return named | loss.named(b, loss.length(s + virtual_tokens))
 
 
 def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from peftplan.allocator.program import Replayed
+from peftplan.analytic.compiled import Compiled
 from peftplan.analytic.reserved import SOURCE, Run
 from peftplan.ledger import Ledger
 from peftplan.results.estimate import PHASES, Peaks
-
-if TYPE_CHECKING:
-    from peftplan.analytic.compiled import Compiled
 
 
 class InstantPeaks(Peaks):

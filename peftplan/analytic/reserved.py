@@ -12,19 +12,16 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from peftplan.allocator import program as events
 from peftplan.allocator.program import Program, Replayed, replay
+from peftplan.analytic.compiled import Compiled, Steps, Written
 from peftplan.depth.copies import Layers
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.ledger import Line
 from peftplan.memory.timeline import Timeline
-
-if TYPE_CHECKING:
-    from peftplan.analytic.compiled import Compiled, Steps
-
 
 _LAYER = re.compile(r"(?<=\.)(\d+|\{\})(?=\.)")
 """The place of a layer's number in a name, or the number of the only one that has the tensor."""
@@ -63,14 +60,6 @@ class Run(NamedTuple):
         written = compiled.programs[key]
         of_step = {id(step): step[0].timeline.requested(step[1]) for step in self.steps}  # most runs repeat one step
         return written.program, [n for step in self.steps for n in of_step[id(step)]] + written.sizes
-
-
-class Written(NamedTuple):
-    """A program, the sizes that its table ends with, and the steps it was written for, which its key names by identity."""
-
-    program: Program
-    sizes: list[int]
-    steps: list[Compiled]
 
 
 def _write(steps: list[Compiled], script: Script) -> Written:

@@ -48,10 +48,10 @@ def command(
     """
     from peftplan.accuracy import regression
     from peftplan.errors import UnknownNameError
-    from peftplan.report import accuracy
+    from peftplan.report import checked as shown
 
-    if fmt not in accuracy.FORMATS:
-        raise UnknownNameError("format", fmt, accuracy.FORMATS)
+    if fmt not in shown.FORMATS:
+        raise UnknownNameError("format", fmt, shown.FORMATS)
     if repair:
         for line in regression.repaired(files):
             click.echo(line)
@@ -77,5 +77,5 @@ def command(
 
         accuracy_page.write()
     code = will_exit(1 if checked.failures else 0)
-    accuracy.check(checked, fmt=fmt)
+    shown.check(checked, fmt=fmt)
     return code

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from peftplan.memory.model import Model
 
-
-def checkpointed_layers(model: Model, stack: str, layers: int) -> tuple[bool, ...]:
-    """Whether each layer of a stack is checkpointed."""
-    before = sum(len(block.layers) for block in model.arch.blocks if block.stack == "encoder") if stack == "decoder" else 0
-    return tuple((before + layer) % model.running.every_n_layers == 0 for layer in range(layers))
+def checkpointed_layers(layers: int, *, before: int, every: int) -> tuple[bool, ...]:
+    """Whether each layer of a stack is checkpointed; `before`: how many layers of the model come before the stack."""
+    return tuple((before + layer) % every == 0 for layer in range(layers))
 
 
 def paired(kinds: tuple[int, ...], flags: tuple[bool, ...]) -> tuple[int, ...]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from peftplan.arch import sources
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, PeftplanError
+from peftplan.job import sources
 from peftplan.methods import METHODS
 from peftplan.methods.adaptation import Adaptation, trained_params
 

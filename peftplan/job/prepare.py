@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import peftplan.methods as methods
-from peftplan.arch import sources as architectures
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
+from peftplan.job import sources as architectures
 from peftplan.job.job import Job
 from peftplan.job.loaded import PARTIAL, Loaded, read
 from peftplan.job.script import NO_SCRIPT, Script
@@ -154,7 +154,7 @@ def _method(
     A method named beside an adapter config must be of its peft type; it adds what its name presets (`lora-fa`, `qlora`).
     """
     if peft_config is None and (other := methods.other_peft_type(name)) is not None:
-        from peftplan.trace.libraries.count import check_fields
+        from peftplan.libraries.count import check_fields
 
         raw = {"peft_type": other, **options}
         check_fields(raw)
@@ -264,7 +264,7 @@ def _adapt(
     except NeedsPeftError:
         if not adapter:
             raise
-    from peftplan.trace.libraries.count import count_with_peft
+    from peftplan.libraries.count import count_with_peft
 
     try:
         return count_with_peft(config_of(model, setup), adapter, task_type=architecture.task_type)
@@ -283,7 +283,7 @@ def _why_peft(adapter: Mapping[str, Any]) -> str:
 
 def _ignored(adapter: Mapping[str, Any]) -> tuple[str, ...]:
     """A warning for each field that is set and that the installed peft does not know: it leaves them out."""
-    from peftplan.trace.libraries.count import unknown_fields
+    from peftplan.libraries.count import unknown_fields
 
     names = [name for name in unknown_fields(adapter) if adapter[name] not in methods.UNSET]
     peft_type = _peft_type(adapter)

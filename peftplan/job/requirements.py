@@ -49,3 +49,9 @@ def unmet(setup: Setup, compute_capability: tuple[int, int]) -> str | None:
             oldest, has = (f"{major}.{minor}" for major, minor in (needs.compute_capability, compute_capability))
             return f"{value} needs compute capability {oldest}, the card has {has} ({needs.raises}); use {needs.instead}"
     return None
+
+
+def pair(compute_capability: str) -> tuple[int, int]:
+    """(major, minor) of a compute capability such as `8.9`."""
+    major, _, minor = compute_capability.partition(".")
+    return int(major), int(minor or 0)

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from peftplan.arch import sources
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.arch.readers import READERS
 from peftplan.errors import InputError, PeftplanError, RefusedError
+from peftplan.job import sources
 from peftplan.job.loss_sizes import check_liger
 from peftplan.job.setup import Setup
 from peftplan.job.trainers import TRAINERS

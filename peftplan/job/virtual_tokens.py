@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from peftplan.arch.modules import Architecture
 from peftplan.errors import NoEngineError, RefusedError
 from peftplan.job.tasks import as_told
-from peftplan.memory.model import PROMPTED
+from peftplan.methods.adaptation import PROMPTED
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job

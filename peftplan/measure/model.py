@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from peftplan.arch import sources
 from peftplan.errors import PeftplanError, RefusedError
+from peftplan.job import sources
 from peftplan.job.job import Job
 from peftplan.job.setup import Setup
+from peftplan.libraries.count import COPIES, LORAFA_LR, _config_object, wrapped_task
+from peftplan.libraries.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.libraries.quantized import TORCH_DTYPES
 from peftplan.measure import losses
 from peftplan.storage import QuantConfig
 from peftplan.trace.checkpointing import checkpoint_layers
-from peftplan.trace.libraries.count import COPIES, LORAFA_LR, _config_object, wrapped_task
-from peftplan.trace.libraries.meta import build_config, build_model, model_class, quiet_transformers
-from peftplan.trace.libraries.quantized import TORCH_DTYPES
 from peftplan.trace.peft_steps import LORAFA, lorafa_optimizer
 from peftplan.trace.traced import as_peft_config
 

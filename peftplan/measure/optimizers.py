@@ -10,9 +10,9 @@ import torch
 
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
+from peftplan.libraries.count import LORAFA_LR
 from peftplan.measure.recorder import Recorder
 from peftplan.optim import parse_optim
-from peftplan.trace.libraries.count import LORAFA_LR
 from peftplan.trace.optimizers import Steps
 from peftplan.trace.peft_steps import WithAllocator, allocator_of, lorafa_optimizer, uses_lorafa
 

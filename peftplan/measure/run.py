@@ -16,6 +16,7 @@ from torch import nn
 
 from peftplan.errors import InputError, PeftplanError
 from peftplan.job.job import Job
+from peftplan.libraries.quantized import TORCH_DTYPES
 from peftplan.measure import losses
 from peftplan.measure.cuda import Device
 from peftplan.measure.identity import STEPS, WARMUP, world_size
@@ -23,7 +24,6 @@ from peftplan.measure.model import make
 from peftplan.measure.optimizers import make_optimizer
 from peftplan.measure.recorder import Figure, Recorder
 from peftplan.trace.inputs import inputs
-from peftplan.trace.libraries.quantized import TORCH_DTYPES
 from peftplan.trace.steps import Run, take_steps
 
 PADDED = 1

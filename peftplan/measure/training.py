@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
-from peftplan.trace.libraries.meta import task_of
+from peftplan.libraries.meta import task_of
 
 
 class Seen(NamedTuple):

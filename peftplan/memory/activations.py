@@ -10,9 +10,8 @@ from typing import Any
 
 from peftplan.errors import NeedsTraceError
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 KEEP_INPUT = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "mish", "leaky_relu", "relu6", "hardswish")
 KEEP_OUTPUT = ("relu", "tanh", "sigmoid")

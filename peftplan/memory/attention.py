@@ -17,10 +17,9 @@ from peftplan.errors import NeedsTraceError
 from peftplan.ledger import Dim
 from peftplan.memory.fused_attention import HEAD_MULTIPLE, MASK_MULTIPLE, efficient, flash, number, padded_head
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Tensor
+from peftplan.tape.tensors import Dims, Node, Tensor
 
 if TYPE_CHECKING:
     from peftplan.memory.model import Model

@@ -14,10 +14,9 @@ from peftplan.ledger import Dim
 from peftplan.memory.loss import chunks, projection
 from peftplan.memory.model import Model
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 LABELS = ("b", "s-1")
 """Positions that have a next token."""

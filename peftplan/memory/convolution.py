@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.memory.model import Model
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Tensor
+from peftplan.tape.tensors import Dims, Node, Tensor
 
 
 def convolution(model: Model, name: str, x: Tensor, dims: Dims) -> Tensor:

@@ -11,9 +11,8 @@ from typing import Any
 from peftplan.memory.loss import plain_cross_entropy
 from peftplan.memory.model import Model
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Tensor
+from peftplan.tape.tensors import Dims, Node, Tensor
 
 
 def last_token(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,9 @@ from peftplan.errors import RefusedError
 from peftplan.ledger import Dim
 from peftplan.memory.methods.param_wrapper import Stacked
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.shaping import split
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 ALIGNMENT_BYTES = 16
 """Rows of a grouped product's operands must be multiples of it."""

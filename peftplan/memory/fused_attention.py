@@ -11,9 +11,8 @@ from typing import Any
 
 from peftplan.ledger import Dim
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Node, Tensor
 from peftplan.units import ceil_div
 
 FLASH_SMALL_HEAD = 128

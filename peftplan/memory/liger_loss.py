@@ -14,9 +14,8 @@ from peftplan.memory.attention import HALF
 from peftplan.memory.loss import chunks, projection
 from peftplan.memory.model import Model
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Strided, Tensor
+from peftplan.tape.tensors import Dims, Node, Strided, Tensor
 
 
 def liger(model: Model, x: Tensor) -> tuple[Tensor]:

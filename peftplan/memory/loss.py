@@ -10,12 +10,12 @@ from typing import Any
 
 from peftplan.errors import RefusedError
 from peftplan.ledger import Dim
-from peftplan.memory.model import Model, Part
+from peftplan.memory.model import Model
+from peftplan.memory.parts import Part
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 
 def cross_entropy(f: Tape, logits: Tensor, *extra: Any) -> Tensor:

@@ -5,83 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from peftplan.arch.modules import Architecture
 from peftplan.depth.copies import Stack
 from peftplan.ledger import Dim
-from peftplan.methods.adaptation import Adaptation
+from peftplan.memory.parts import SAVED, TOKEN_ADAPTER, Adapter, Part, Running
+from peftplan.methods.adaptation import PROMPTED, Adaptation
 from peftplan.parameters import Parameters
 from peftplan.storage import QuantConfig
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Parameter, Tensor
-
-
-class Running(NamedTuple):
-    """Everything that decides how a step runs: resolved fields of the setup, the method's config, the card's kernels."""
-
-    autocast: str | None
-    checkpointing: bool
-    attention: str
-    padding: bool
-    use_cache: bool
-    flash: bool = True
-    """Whether the card has FlashAttention (compute capability 8.0 and newer)."""
-    peft_type: str | None = None
-    config: Any = None
-    seq_len: int = 2048
-    batch_size: int = 1
-    dtype: str = "bf16"
-    """What the model is loaded in, and a quantized weight dequantized to."""
-    adapter_on_host: bool = False
-    """Whether buffers that peft makes on the host stay there."""
-    masks_unpadded: bool = False
-    """Whether sdpa gets a mask of each sequence although nothing is hidden."""
-    repeats_kv: bool = False
-    """Whether the program repeats grouped keys and values before sdpa sees them."""
-    rotary_by_product: bool = False
-    """Whether cuBLAS makes angles of positions, and so takes its workspace before the first layer."""
-    shifts_logits: bool = False
-    """Whether the loss copies the logits without the last position."""
-    logits_in_fp32: bool = False
-    """Whether logits are fp32 before any loss."""
-    loss: str = "full"
-    loss_facts: tuple[bool, ...] = ()
-    """The facts of the batch that decide which operations the loss runs (`LossSizes.facts`)."""
-    logits_to_keep: int | None = None
-    """How many of each sequence's last tokens the head reads; None for all."""
-    reentrant: bool = False
-    """Whether checkpointing is reentrant."""
-    every_n_layers: int = 1
-    """Which layers checkpointing reaches: those whose number it divides."""
-    hosted: bool = False
-    """Whether the inputs of checkpointed layers wait on the host."""
-
-
-class Part:
-    """One module of one layer: its parameters by name, and the kind of class it is."""
-
-    __slots__ = ("bias", "kind", "name", "params", "quant", "weight")
-
-    def __init__(self, name: str, kind: str, params: dict[str, Parameter], quant: QuantConfig | None) -> None:
-        self.name = name
-        self.kind = kind
-        self.params = params
-        self.quant = quant
-        self.weight = params.get("weight")
-        self.bias = params.get("bias")
-
-
-FOUR_BIT = ("nf4", "fp4")
-TOKEN_ADAPTER = ".token_adapter"
-SAVED = ".modules_to_save"
-"""Where a module's trainable copy is, below it."""
-PROMPTED = ("PROMPT_TUNING", "P_TUNING")
-"""peft types whose virtual tokens come before the embeddings."""
-
-Adapter = Callable[[Tape, Part, Tensor, Callable[[Tensor], Tensor], Running], Tensor]
+from peftplan.tape.tensors import Dims, Node, Parameter, Tensor
 
 
 @dataclass
@@ -282,20 +217,6 @@ class Model:
             return self.tape.checkpoint(function, *args, inputs=partial(fetched, self.tape, stored(self.tape, args)))
         return self.tape.checkpoint(function, *args)
 
-    def inputs(self) -> Tensor:
-        """The token embeddings, with a gradient where checkpointing asks for one (`enable_input_require_grads`)."""
-        assert self.arch.input_embedding is not None
-        if not self.virtual_tokens:
-            return self.asking_gradient(self.embedding(self.arch.input_embedding, ("b", "s")))
-        from peftplan.memory.methods import virtual_tokens
-
-        virtual_tokens.masked(self)
-        prompted = self.running.peft_type in PROMPTED
-        if not prompted:
-            self.past = virtual_tokens.prefixed(self)
-        words = self.asking_gradient(self.embedding(self.arch.input_embedding, ("b", "s")))
-        return virtual_tokens.prompted(self, words) if prompted else words
-
     def asking_gradient(self, x: Tensor) -> Tensor:
         """The output of the input layer, made a leaf where checkpointing would find nothing that trains before it."""
         if x.node is None and self._asks_gradients:
@@ -329,18 +250,6 @@ class Model:
         """Whether keys and values are copies that a cache made, head by head: it keeps them, or has a prefix before them."""
         return self.caches or (self.keys != self.seq and not self.translates)
 
-    def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The KV cache: a copy of keys and values that the outputs hold, unless `use_cache` is off (never with checkpointing)."""
-        if self.past:
-            from peftplan.memory.methods.virtual_tokens import continued
-
-            return continued(self, k, v)
-        if not self.caches:
-            return k, v
-        k, v = ops.cached(self.tape, k), ops.cached(self.tape, v)
-        self.kept.append((k.detach(), v.detach()))
-        return k, v
-
     def embedding(self, name: str, dims: Dims, ids: Tensor | None = None) -> Tensor:
         """Look up an embedding, and scale it where its module does (Gemma); `ids` are kept where they are not the batch's own."""
         rows = self._looked_up(name, dims, ids)
@@ -353,9 +262,11 @@ class Model:
             return ops.embedding(self.tape, self._original(name), dims, ids)
         part = self.part(name)
         if "lora_embedding_A" in part.params:
-            from peftplan.memory.methods.embeddings import lora_embedding
+            from peftplan.memory.methods.embeddings import check_lora_embedding, lora_embedding
 
-            return lora_embedding(self, part, dims, ids)
+            check_lora_embedding(self.arch.model_type, self.running.config)
+            rows = self.asking_gradient(ops.embedding(self.tape, part.weight, dims, ids))  # its hook is on the base layer
+            return lora_embedding(self.tape, part, rows, ids)
         return ops.embedding(self.tape, self.table(name, part), dims, ids)
 
     def _original(self, name: str) -> Parameter:
@@ -371,14 +282,6 @@ class Model:
         from peftplan.memory.methods.embeddings import merged_rows
 
         return merged_rows(self.tape, part, self.part(adapter))
-
-    def behind(self, name: str, x: Tensor, layer: int) -> Tensor:
-        """The output of a layer's part, through the adapter behind it if the method puts one there."""
-        if not self.has(f"{name}.adapter_up", layer):
-            return x
-        from peftplan.memory.methods.bottleneck import bottleneck
-
-        return bottleneck(self, name, x, layer)
 
     def rmsnorm(self, name: str, x: Tensor, layer: int | None = None, **how: Any) -> Tensor:
         """Call an RMSNorm."""

@@ -10,9 +10,8 @@ from typing import Any
 from peftplan.memory.activations import power
 from peftplan.memory.model import Model
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 
 def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:

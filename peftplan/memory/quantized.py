@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Strided, Tensor
+from peftplan.tape.tensors import Dims, Node, Strided, Tensor
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
-    from peftplan.memory.model import Part
+    from peftplan.memory.parts import Part
 
 BLOCKSIZE = 64
 

@@ -9,9 +9,8 @@ from typing import Any
 from peftplan.depth.copies import Stack
 from peftplan.depth.periods import checkpointed_layers, paired, sections_of_periods
 from peftplan.memory.model import Model
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Parameter, Tensor
+from peftplan.tape.tensors import Log, Node, Parameter, Tensor
 
 
 class SharedNode(Node):
@@ -20,7 +19,7 @@ class SharedNode(Node):
     __slots__ = ("sums",)
     sums: set[int]
 
-    def receive(self, tape: Tape, index: int, grad: Tensor) -> None:
+    def receive(self, tape: Log, index: int, grad: Tensor) -> None:
         """Numbers the storages that hold the sum, one after the other."""
         super().receive(tape, index, grad)
         storage = self.grads[index].storage  # type: ignore[union-attr]
@@ -36,7 +35,7 @@ class SharedLeaf(Parameter):
     source: Tensor
     sums: set[int]
 
-    def accumulate(self, tape: Tape, grad: Tensor) -> None:
+    def accumulate(self, tape: Log, grad: Tensor) -> None:
         """The first gradient stays; later ones are added in place."""
         super().accumulate(tape, grad)
         number = self.grad.storage.number  # type: ignore[union-attr]
@@ -80,7 +79,7 @@ def run_stack(
     layers return besides the hidden states until the next one returns.
     """
     f = model.tape
-    flags = checkpointed_layers(model, name, len(kinds)) if checkpointed else (False,) * len(kinds)
+    flags = reached(model, name, len(kinds)) if checkpointed else (False,) * len(kinds)
     name = f"{name}/{model.micro_batch}" if model.micro_batch else name
     mixed = len(set(flags)) > 1
     if mixed and outputs is not None:  # how long they live is the next layer's matter too: each is run
@@ -111,6 +110,12 @@ def run_stack(
         if x.storage is not None:
             stack.passed.add(x.storage.number)
     return boundary(f, x, f"{name} end")
+
+
+def reached(model: Model, stack: str, layers: int) -> tuple[bool, ...]:
+    """Whether checkpointing reaches each layer of a stack."""
+    before = sum(len(block.layers) for block in model.arch.blocks if block.stack == "encoder") if stack == "decoder" else 0
+    return checkpointed_layers(layers, before=before, every=model.running.every_n_layers)
 
 
 def _placed(kinds: tuple[int, ...], *, summing: bool, mixed: bool) -> tuple[list[int], dict[int, int], dict[int, int]]:

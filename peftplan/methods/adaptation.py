@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from peftplan.arch.modules import Architecture, Module, Shape
 from peftplan.errors import PeftplanError
 
+PROMPTED = ("PROMPT_TUNING", "P_TUNING")
+"""peft types whose virtual tokens come before the embeddings."""
+
 
 class NeedsPeftError(PeftplanError):
     """A configuration that only the installed peft can count (extra `trace`); the message names the part."""

@@ -13,7 +13,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.errors import NeedsTraceError, RefusedError, UnknownNameError
 from peftplan.job.job import Job
 from peftplan.job.prepare import check_rank_allocator, config_of, prepare
-from peftplan.job.requirements import unmet
+from peftplan.job.requirements import pair, unmet
 from peftplan.job.script import EXAMPLES, NO_SCRIPT, Script
 from peftplan.job.setup import SEARCHES, AdviceSearch, Engine, Setup, check_length, check_logits_to_keep, parse_setup
 from peftplan.job.tasks import OF_TOKENS, PICTURES, head_notes, task_notes, without_loss
@@ -21,14 +21,14 @@ from peftplan.job.words import named_as_typed
 from peftplan.ledger import Ledger
 from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
-from peftplan.planning.verdicts import capability, card_notes, find_cards, pair, verdict
+from peftplan.planning.verdicts import capability, card_notes, find_cards, verdict
 from peftplan.results.estimate import Estimate, Peaks, Verdict
 from peftplan.storage import QuantConfig
 from peftplan.storage.modules import CONVERTED_KINDS
 
 if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
-    from peftplan.planning.advice import Advised
+    from peftplan.results.advice import Advised
 
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
 """What is missing from an estimate that states no peak."""
@@ -200,7 +200,8 @@ def _analytic(job: Job, built: parameters.Parameters, static: Ledger, cards: lis
 
     `skip_unfit`: no replay for a job whose tensors alone do not fit a card.
     """
-    from peftplan.analytic.compiled import analytic_peaks, kernels
+    from peftplan.analytic.compiled import kernels
+    from peftplan.analytic.engine import analytic_peaks
 
     peaks_by_kernels: dict[Any, Peaks | str] = {}
 

@@ -7,11 +7,11 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peftplan.methods as methods
-from peftplan.arch import sources
 from peftplan.arch.modules import Architecture, Module
 from peftplan.dtypes import ITEMSIZE, MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError
 from peftplan.frames import as_html, dataframe
+from peftplan.job import sources
 from peftplan.methods.endless import refuse_endless
 from peftplan.methods.lora import LoraConfig
 from peftplan.methods.targets import match, resolve_targets

@@ -147,7 +147,7 @@ def _file(job: Job, fields: Mapping[str, Any]) -> AdapterFile:
         raise RefusedError(f"{_name(job)} is not a peft method, so peft writes no adapter file for it")
     adapter_dtype, trained_dtype = adapter_dtypes(job.setup)
     if job.method is None:
-        from peftplan.trace.libraries.saved import saved_tensors
+        from peftplan.libraries.saved import saved_tensors
 
         base_dtype = "fp32" if job.setup.kbit_prepare else job.setup.dtype
         kept = saved_tensors(
@@ -263,7 +263,7 @@ def _cache(job: Job, request: Request) -> Cache:
     try:
         tensors = kv_cache.kv_cache(arch, batch_size=size, context=context, encoder_context=encoder, dtype=dtype)
     except NeedsTraceError:
-        from peftplan.trace.libraries.cache import traced_cache
+        from peftplan.libraries.cache import traced_cache
 
         config = config_of(job.model, job.setup)
         try:

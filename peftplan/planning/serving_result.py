@@ -15,7 +15,7 @@ from peftplan.results.estimate import SCHEMA_VERSION
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from peftplan.planning.serving_room import ServingVerdict
+    from peftplan.planning.serving_verdict import ServingVerdict
 
 LEFT_OUT = ("activations and logits of decoding", "CUDA context and workspaces", "blocks that a serving engine allocates ahead")
 """What no number here holds."""

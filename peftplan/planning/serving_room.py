@@ -10,68 +10,22 @@ such as activations, for which the share that `fits` keeps free is there.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.deployment.kv_cache import growing_bytes
+from peftplan.planning.serving_result import Cache, Loaded
+from peftplan.planning.serving_verdict import Limits, ServingVerdict
 from peftplan.results.estimate import TIGHT
 
 if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
-    from peftplan.planning.serving_result import Cache, Loaded
 
 MOST_ADAPTERS = 2**20
 MOST_SEQUENCES = 2**20
 MOST_TOKENS = 2**24
 """Where a search ends that meets no limit of the card or of the model."""
-
-
-class Limits(NamedTuple):
-    """The largest number of adapters, of tokens in the cache of each sequence, and of sequences, the others as asked for.
-
-    0 where nothing fits, None where there is none, or where its bytes are not known. `bounded` names those whose search ended
-    before the card was full: at the positions of the model, or at 2²⁰ adapters and sequences.
-    """
-
-    adapters: int | None
-    context: int | None
-    batch_size: int | None
-    bounded: tuple[str, ...] = ()
-
-
-class ServingVerdict(NamedTuple):
-    """Whether what is served fits one card: `fits` leaves at least 5 % of the usable bytes, `tight` less, `does_not_fit` none.
-
-    `needed_bytes` are base, adapters and cache, what appending a token briefly needs, and the CUDA context. `most` are the
-    largest sizes that fit, `most_tight` those that leave less than 5 %.
-    """
-
-    gpu: str
-    usable_bytes: int
-    usable_source: str
-    verdict: str
-    needed_bytes: int
-    growing_bytes: int
-    context_bytes: int
-    context_source: str
-    context_assumed: bool
-    most: Limits
-    most_tight: Limits
-
-    @property
-    def headroom_bytes(self) -> int:
-        """What is left of the usable bytes; negative where more is needed."""
-        return self.usable_bytes - self.needed_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """One entry of `gpus` in the JSON."""
-        facts = {name: value for name, value in self._asdict().items() if name not in ("gpu", "most", "most_tight")}
-        limits = {name: {**limits._asdict(), "bounded": [*limits.bounded]} for name, limits in self._limits()}
-        return {"name": self.gpu, **facts, "headroom_bytes": self.headroom_bytes, **limits}
-
-    def _limits(self) -> Iterable[tuple[str, Limits]]:
-        return (("most", self.most), ("most_tight", self.most_tight))
 
 
 class Served(NamedTuple):

@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from peftplan.analytic.compiled import analytic_peaks, kernels
+from peftplan.analytic.compiled import kernels
+from peftplan.analytic.engine import analytic_peaks
 from peftplan.hardware.gpus import Gpu, gpus
-from peftplan.job.requirements import unmet
+from peftplan.job.requirements import pair, unmet
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger
 from peftplan.parameters import Parameters
 from peftplan.planning.advice import Trials
 from peftplan.planning.changes import Sizes
-from peftplan.planning.verdicts import capability, pair, verdict
+from peftplan.planning.verdicts import capability, verdict
 from peftplan.results.estimate import TIGHT, Estimate, Peaks, Verdict
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from peftplan.errors import InputError
+from peftplan.job.requirements import pair
 from peftplan.job.setup import Setup
 from peftplan.results.estimate import TIGHT, Peaks, Verdict
 from peftplan.storage import QuantConfig
@@ -83,12 +84,6 @@ def _notes(card: Gpu, setup: Setup, quant: QuantConfig | None) -> Iterator[str]:
     oldest = FORMATS[quant.name].compute_capability if quant else None
     if quant and oldest and pair(has) < oldest:
         yield f"{quant.name} needs compute capability {oldest[0]}.{oldest[1]}: transformers loads the larger, dequantized model"
-
-
-def pair(compute_capability: str) -> tuple[int, int]:
-    """(major, minor) of a compute capability such as `8.9`."""
-    major, _, minor = compute_capability.partition(".")
-    return int(major), int(minor or 0)
 
 
 def verdict(

@@ -1,9 +1,7 @@
-"""A check as text: Markdown for people, JSON for programs, JUnit XML for CI; in a terminal by `accuracy_terminal`."""
+"""A check as text: Markdown for people, JSON for programs, JUnit XML for CI."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
@@ -15,7 +13,6 @@ from peftplan.accuracy.engines import BY_PHASE, FIGURES, OVERALL
 from peftplan.accuracy.records import SetupSaid
 from peftplan.report import markdown
 
-FORMATS = ("table", "json", "markdown", "junit")
 SCHEMA_VERSION = 1
 SHARES = (*(f"≤ {limit} %" for limit in WITHIN), "wrong verdicts")
 SUMMARY = ("peak", "rows", "median", "median absolute error", "worst", "of")
@@ -25,21 +22,6 @@ TITLES: dict[SetupSaid, str] = {
     "leaves something open": "runs that leave something open",
 }
 UPDATE = "Where this is meant, `peftplan check --engine {engine} --update-baseline` stores what is stated now."
-
-
-def check(checked: Check, *, fmt: str) -> None:
-    """Write a check to stdout."""
-    if fmt == "json":
-        json.dump(facts(checked), sys.stdout, indent=2, ensure_ascii=False)
-        print()
-    elif fmt == "junit":
-        print(junit(checked))
-    elif fmt == "markdown":
-        print("\n\n".join(as_markdown(checked)))
-    else:
-        from peftplan.report import accuracy_terminal
-
-        accuracy_terminal.check(checked)
 
 
 def summary_cells(rows: Iterable[Summary]) -> list[tuple[str, ...]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from peftplan.planning.advice import Advice, Advised
 from peftplan.report.cards import card_name
+from peftplan.results.advice import Advice, Advised
 from peftplan.results.estimate import Estimate
 from peftplan.units import GIB, format_bytes
 

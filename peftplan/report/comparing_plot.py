@@ -9,7 +9,7 @@ from peftplan.errors import InputError, MissingExtraError, UnknownNameError
 from peftplan.files import replacing
 from peftplan.ledger import CATEGORIES
 from peftplan.planning.compare import Comparison
-from peftplan.report.timeline import COLOURS
+from peftplan.report.colours import COLOURS
 from peftplan.units import GIB, format_bytes
 
 SUFFIXES = (".png", ".svg")

@@ -28,7 +28,7 @@ from peftplan.results.estimate import Estimate, Peaks
 from peftplan.units import format_bytes, format_count
 
 if TYPE_CHECKING:
-    from peftplan.planning.advice import Advised
+    from peftplan.results.advice import Advised
 
 WIDER = 150
 """Tensors alive at the peak have one row each from here on; below, what they are stands under their names."""

@@ -14,10 +14,10 @@ from peftplan.report import answer, comparing, fitting, markup, modules, tabular
 from peftplan.report import serving as serving_report
 from peftplan.report.bar import Segment, segments
 from peftplan.report.cards import card_name
+from peftplan.report.colours import COLOURS as CATEGORIES
 from peftplan.report.markup import Html, Stretch
 from peftplan.report.screen import UNICODE, Part, Screen
 from peftplan.report.tabular import Column
-from peftplan.report.timeline import COLOURS as CATEGORIES
 from peftplan.results.estimate import Estimate, Verdict
 from peftplan.units import format_bytes
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from peftplan.deployment.kv_cache import growing_bytes
 from peftplan.planning.serving_result import KV_CACHE, MergeMemory, Serving
-from peftplan.planning.serving_room import Limits
+from peftplan.planning.serving_verdict import Limits
 from peftplan.report.cards import card_name
 from peftplan.report.screen import Colour, Glyphs
 from peftplan.report.tabular import Column, assumption_rows, family

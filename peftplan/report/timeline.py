@@ -8,25 +8,10 @@ from pathlib import Path
 
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
 from peftplan.files import replacing
-from peftplan.ledger import Category
 from peftplan.results.estimate import Estimate
 from peftplan.results.series import Recording
 
 SUFFIXES = (".png", ".html", ".json")
-
-COLOURS: dict[Category, str] = {
-    "weights": "#4e79a7",
-    "adapter_weights": "#a0cbe8",
-    "quant_state": "#86bcb6",
-    "gradients": "#e15759",
-    "optimizer_states": "#f1ce63",
-    "activations": "#59a14f",
-    "logits": "#b07aa1",
-    "temporaries": "#f28e2b",
-    "buffers": "#79706e",
-    "workspaces": "#bab0ac",
-}
-"""One colour per category, from the ground up; Tableau's palette."""
 
 
 def check(path: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from peftplan.report.timeline import COLOURS
+from peftplan.report.colours import COLOURS
 from peftplan.report.timeline_svg import HEIGHT, LEFT, RIGHT, WIDTH, drawing
 from peftplan.results.series import Series
 from peftplan.units import format_bytes

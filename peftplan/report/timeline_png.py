@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-from peftplan.report.timeline import COLOURS
+from peftplan.report.colours import COLOURS
 from peftplan.results.series import Series
 from peftplan.units import GIB, format_bytes
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import NamedTuple
 
-from peftplan.report.timeline import COLOURS
+from peftplan.report.colours import COLOURS
 from peftplan.results.series import Series
 from peftplan.units import GIB, MIB
 

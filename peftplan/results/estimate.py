@@ -18,7 +18,7 @@ from peftplan.units import format_bytes
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from peftplan.planning.advice import Advised
+    from peftplan.results.advice import Advised
 
 SCHEMA_VERSION = 1
 PHASES = ("load", "forward", "backward", "step")
@@ -224,9 +224,9 @@ class Estimate:
 
     def explain(self) -> str:
         """Every line of the overall peak as a formula, with its numbers put in and its source; the sum is the peak."""
-        from peftplan.planning.explain import explained
+        from peftplan.results.explain import explained
 
-        return explained(self)
+        return explained(self.ledger, phase=self.peaks.phase if self.peaks else None, not_modelled=self.not_modelled)
 
     @property
     def ledger(self) -> Ledger:

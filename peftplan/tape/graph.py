@@ -1,4 +1,4 @@
-"""The autograd graph of a tape: nodes, what a checkpointed call leaves in place of what they save, and the order of backward.
+"""The autograd graph of a tape: what a checkpointed call leaves in place of what they save, and the order of backward.
 
 Source: torch 2.13, csrc/autograd/engine.cpp (order), input_buffer.cpp (sums), utils/checkpoint.py (`_CheckpointFrame`).
 """
@@ -6,37 +6,9 @@ Source: torch 2.13, csrc/autograd/engine.cpp (order), input_buffer.cpp (sums), u
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peftplan.tape.tensors import Parameter, Tensor
-
-if TYPE_CHECKING:
-    from peftplan.tape.tape import Tape
-
-Backward = Callable[..., Any]
-
-
-class Node:
-    """One operation in the graph: what it saved, and where its gradients go."""
-
-    __slots__ = ("backward", "checkpointed", "context", "edges", "grads", "module", "saved", "sequence")
-
-    def __init__(self, sequence: float, module: str, backward: Backward, edges: tuple[Any, ...], *, checkpointed: bool) -> None:
-        self.sequence = sequence
-        self.module = module
-        self.backward = backward
-        self.edges = edges
-        self.checkpointed = checkpointed
-        self.context: Any = None
-        self.saved: Any = ()
-        self.grads: list[Tensor | None] = [None]
-
-    def receive(self, tape: Tape, index: int, grad: Tensor) -> None:
-        """`InputBuffer`: several gradients of one output are summed."""
-        while len(self.grads) <= index:
-            self.grads.append(None)
-        tape.sum_into(self.grads, index, grad)
-
+from peftplan.tape.tensors import Node, Parameter
 
 RELEASED = ("released",)
 """What is left of what a node saved once a nested backward has run it."""

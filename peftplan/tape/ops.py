@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.ledger import Dim
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Broadcast, Dims, Parameter, Strided, Tensor
+from peftplan.tape.tensors import Broadcast, Dims, Node, Parameter, Strided, Tensor
 
 WIDER = {("bf16", "fp16"): "fp32", ("fp16", "bf16"): "fp32"}
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peftplan.tape.graph import Node
 from peftplan.tape.hosted import fetched, stored
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Log, Node, Parameter, Tensor
 
 
 class Leaf(Parameter):
@@ -25,7 +24,7 @@ class Leaf(Parameter):
         super().__init__("", dims, dtype, trainable=True)
         self.node = None  # refers to itself else
 
-    def accumulate(self, tape: Tape, grad: Tensor) -> None:
+    def accumulate(self, tape: Log, grad: Tensor) -> None:
         """`AccumulateGrad` takes a gradient that nothing else holds."""
         self.grad = grad.detach()
 

@@ -18,8 +18,8 @@ from typing import Any, overload
 
 from peftplan.errors import RefusedError
 from peftplan.ledger import Category
-from peftplan.tape.graph import RELEASED, Backward, Frame, Node, Place, StopRecomputationError, reachable
-from peftplan.tape.tensors import Broadcast, Dims, Parameter, Storage, Tensor
+from peftplan.tape.graph import RELEASED, Frame, Place, StopRecomputationError, reachable
+from peftplan.tape.tensors import Backward, Broadcast, Dims, Node, Parameter, Storage, Tensor
 
 
 class Tape:

@@ -1,19 +1,34 @@
-"""The operands of a tape: tensors with names, dims and a dtype but no values, and weights.
+"""The operands of a tape: tensors with names, dims and a dtype but no values, weights, and the nodes that gradients pass.
 
 Source: torch 2.13, csrc/autograd/functions/accumulate_grad.h, input_buffer.cpp.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from peftplan.ledger import Dim
-
-if TYPE_CHECKING:
-    from peftplan.tape.graph import Node
-    from peftplan.tape.tape import Tape
+from peftplan.ledger import Category, Dim
 
 Dims = tuple[Dim, ...]
+Backward = Callable[..., Any]
+
+
+class Log(Protocol):
+    """What storages and nodes use of the tape that they are on."""
+
+    log: list[int]
+    freed: dict[int, int]
+    segment: int
+    names: list[str]
+    made_as: dict[int, str]
+    category: dict[int, Category]
+
+    def new(self, dims: Dims, dtype: str, op: str) -> Tensor:
+        """Allocate a tensor."""
+
+    def sum_into(self, grads: list[Tensor | None], index: int, grad: Tensor) -> None:
+        """Add to what waits at `index`."""
 
 
 class Storage:
@@ -21,7 +36,7 @@ class Storage:
 
     __slots__ = ("number", "tape")
 
-    def __init__(self, tape: Tape, number: int) -> None:
+    def __init__(self, tape: Log, number: int) -> None:
         self.tape = tape
         self.number = number
 
@@ -66,6 +81,28 @@ class Broadcast(Tensor):
     __slots__ = ()
 
 
+class Node:
+    """One operation in the graph: what it saved, and where its gradients go."""
+
+    __slots__ = ("backward", "checkpointed", "context", "edges", "grads", "module", "saved", "sequence")
+
+    def __init__(self, sequence: float, module: str, backward: Backward, edges: tuple[Any, ...], *, checkpointed: bool) -> None:
+        self.sequence = sequence
+        self.module = module
+        self.backward = backward
+        self.edges = edges
+        self.checkpointed = checkpointed
+        self.context: Any = None
+        self.saved: Any = ()
+        self.grads: list[Tensor | None] = [None]
+
+    def receive(self, tape: Log, index: int, grad: Tensor) -> None:
+        """`InputBuffer`: several gradients of one output are summed."""
+        while len(self.grads) <= index:
+            self.grads.append(None)
+        tape.sum_into(self.grads, index, grad)
+
+
 class Parameter:
     """A weight, whose bytes the ledger of parameters counts; as an autograd node it accumulates its gradient.
 
@@ -88,7 +125,7 @@ class Parameter:
         """How many gradients are still to come in this backward pass: a tied weight has two."""
         self.buffered: list[Tensor | None] = [None]
 
-    def receive(self, tape: Tape, index: int, grad: Tensor | None) -> None:
+    def receive(self, tape: Log, index: int, grad: Tensor | None) -> None:
         """Gradients of all uses are summed first (`InputBuffer`)."""
         if grad is not None:
             tape.sum_into(self.buffered, 0, grad)
@@ -98,7 +135,7 @@ class Parameter:
             self.buffered[0] = None
             self.accumulate(tape, grad)
 
-    def accumulate(self, tape: Tape, grad: Tensor) -> None:
+    def accumulate(self, tape: Log, grad: Tensor) -> None:
         """`AccumulateGrad`: takes the first gradient as it is, adds that of a later pass in place."""
         if self.grad is None:
             self.grad = grad.detach() if grad.storage else tape.new(self.dims, self.dtype, "clone")

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from peftplan.errors import PeftplanError
-from peftplan.trace.libraries.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.libraries.meta import build_config, build_model, model_class, quiet_transformers
 
 SAMPLE_LAYERS = (3, 4)
 """Layers of the two traces, or periods of them: first, middle and last; and one more, which checks the rule."""

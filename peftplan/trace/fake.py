@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from peftplan.libraries.quantized import QUANT_TENSORS
 from peftplan.trace.cuda.tuner_layers import LASTING
-from peftplan.trace.libraries.quantized import QUANT_TENSORS
 
 FakeOn = Literal["cpu", "auto"]
 

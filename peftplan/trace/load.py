@@ -22,12 +22,12 @@ from peftplan.depth.log import Storage
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
+from peftplan.libraries.quantized import QUANT_TENSORS
 from peftplan.memory.load import WARMUP_BYTES
 from peftplan.memory.step import HALF
 from peftplan.storage import QuantConfig, category, shared
 from peftplan.trace.cuda.tuner_layers import HOST_BUFFERS, LASTING, adapter_from_host, offloaded
 from peftplan.trace.events.tracker import Tracker
-from peftplan.trace.libraries.quantized import QUANT_TENSORS
 from peftplan.trace.model import Built
 
 Part = tuple[str, Any, str, torch.nn.Parameter]

@@ -16,13 +16,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
+from peftplan.libraries.count import COPIES, LORAFA_LR, PREFIXES, _config_object, stand_ins, wrapped_task
+from peftplan.libraries.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.libraries.quantized import QUANT_TENSORS, TORCH_DTYPES
+from peftplan.libraries.quantizing import quantize
+from peftplan.libraries.walk import kind_of, ties_of
 from peftplan.methods.adaptation import Adaptation
 from peftplan.storage import QuantConfig, quantized_modules
 from peftplan.trace.checkpointing import checkpoint_layers
-from peftplan.trace.libraries.count import COPIES, LORAFA_LR, PREFIXES, _config_object, stand_ins, wrapped_task
-from peftplan.trace.libraries.meta import build_config, build_model, model_class, quiet_transformers
-from peftplan.trace.libraries.quantized import QUANT_TENSORS, TORCH_DTYPES, quantize
-from peftplan.trace.libraries.walk import kind_of, ties_of
 from peftplan.trace.peft_steps import LORAFA
 from peftplan.trace.reasons import reason
 from peftplan.trace.reference import apply_reference

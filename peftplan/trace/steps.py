@@ -16,8 +16,8 @@ from torch import nn
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
+from peftplan.libraries.quantized import TORCH_DTYPES
 from peftplan.trace.cuda.differences import cuda_autocast
-from peftplan.trace.libraries.quantized import TORCH_DTYPES
 from peftplan.trace.optimizers import Steps
 from peftplan.trace.scaler import Scaler
 

@@ -12,6 +12,7 @@ import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import MissingExtraError, PeftplanError, RefusedError
+from peftplan.job.requirements import pair
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
@@ -19,7 +20,6 @@ from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.methods.experts import GATE_UP, fused_rank
 from peftplan.methods.lora import LoraConfig
 from peftplan.methods.targets import ALL_LINEAR, WORDS
-from peftplan.planning.verdicts import pair
 from peftplan.results.estimate import Peaks
 from peftplan.storage import QuantConfig
 from peftplan.units import round512
@@ -46,14 +46,14 @@ def trace_peaks(
     a large model); `progress` is told what runs and how much is done. Raises MissingExtraError without torch, RefusedError for
     what cannot be traced.
     """
-    from peftplan.trace.libraries.installed import require
+    from peftplan.libraries.installed import require
 
     require("engine: trace")
     try:
         from peftplan.allocator.config import AllocatorConfig
         from peftplan.allocator.replay import replay
+        from peftplan.libraries.meta import quiet_transformers
         from peftplan.trace.engine import trace
-        from peftplan.trace.libraries.meta import quiet_transformers
         from peftplan.trace.recorded import Recorded
         from peftplan.trace.scripted import events_of, masking_unpadded, repeating_kv
     except ImportError as error:

@@ -22,6 +22,7 @@ from peftplan.errors import MissingExtraError, PeftplanError
 from peftplan.ledger import Ledger, Line
 from peftplan.planning.estimate import estimate
 from peftplan.report import accuracy
+from peftplan.report.checked import FORMATS
 from peftplan.results.estimate import Estimate, Peaks
 from tests.accuracy.example import PAYLOAD, record
 from tests.cli.run import run
@@ -375,7 +376,7 @@ def test_a_wrong_count_makes_the_check_fail(t4: list[str]) -> None:
     assert "trainable parameters: stated 11,010,048, printed by the run 8,716,288 (+26.3158 %)" in done.out
 
 
-@pytest.mark.parametrize("fmt", accuracy.FORMATS)
+@pytest.mark.parametrize("fmt", FORMATS)
 def test_every_format_says_the_drift(runs: Path, tmp_path: Path, fmt: str) -> None:
     with engine_that_states(33 * GIB):
         done = run("check", str(runs), "--format", fmt, "--baseline", str(tmp_path / "none.json"), columns=None)

@@ -11,8 +11,8 @@ pytest.importorskip("transformers")
 from peftplan.arch import catalogue
 from peftplan.arch.catalogue import ModelEntry
 from peftplan.arch.readers import READERS
-from peftplan.arch.sources import load
-from peftplan.trace.libraries.meta import quiet_transformers
+from peftplan.job.sources import load
+from peftplan.libraries.meta import quiet_transformers
 from tests.arch.meta import assert_same, build
 
 PROMISED = (

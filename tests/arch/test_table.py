@@ -12,9 +12,9 @@ import pytest
 
 from peftplan.arch import catalogue
 from peftplan.arch.modules import NO_DROPOUT, Architecture, Buffer, Module, PromptDims
-from peftplan.arch.sources import load
 from peftplan.arch.table import from_table, load_table, to_table
 from peftplan.datafiles import DATA
+from peftplan.job.sources import load
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

@@ -229,7 +229,7 @@ def test_labels_in_a_config_are_bounded_as_the_option_is(tmp_path: Path) -> None
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "bert", "num_labels": 2**22 + 1}))
     assert "from 1 to 4194304" in refused("estimate", "bert-base-cased", "--task-type", "SEQ_CLS", "--num-labels", str(2**22 + 1))
-    config = json.loads(json.dumps(peftplan.arch.sources.load_config("bert-base-cased"))) | {"num_labels": 2**22 + 1}
+    config = json.loads(json.dumps(peftplan.job.sources.load_config("bert-base-cased"))) | {"num_labels": 2**22 + 1}
     path.write_text(json.dumps(config))
     assert "4194304" in refused("estimate", str(path), "--task-type", "SEQ_CLS")
 
@@ -268,7 +268,7 @@ def test_cells_are_no_formulas() -> None:
 
 def test_names_are_no_markup(tmp_path: Path) -> None:
     path = tmp_path / "a|b [x](javascript:y) <img src=z> \x1b[31m.json"
-    path.write_text(json.dumps(peftplan.arch.sources.load_config("gpt2")))
+    path.write_text(json.dumps(peftplan.job.sources.load_config("gpt2")))
     shown = run("estimate", str(path), "--format", "markdown").out
     heading = shown.splitlines()[0]
     assert heading.startswith("## ")

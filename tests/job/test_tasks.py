@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from peftplan import estimate
-from peftplan.arch.sources import load_config
 from peftplan.errors import RefusedError
+from peftplan.job.sources import load_config
 from peftplan.job.tasks import WITH_PAD_TOKEN
 from tests.memory.engines import TOLERANCE, phases, shallow
 

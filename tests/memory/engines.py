@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan import estimate
-from peftplan.arch.sources import load_config
+from peftplan.job.sources import load_config
 from peftplan.ledger import Ledger
 
 LLAMA: dict[str, Any] = {

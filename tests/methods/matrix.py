@@ -22,13 +22,13 @@ import torch
 from peftplan.arch.catalogue import find
 from peftplan.arch.modules import Architecture
 from peftplan.arch.readers import READERS
-from peftplan.arch.sources import load, load_config
 from peftplan.errors import PeftplanError
+from peftplan.job.sources import load, load_config
+from peftplan.libraries.count import count_with_peft, stand_ins
 from peftplan.methods import METHODS, adapt, configure, from_peft_config
 from peftplan.methods.adaptation import Adaptation, NeedsPeftError
 from peftplan.methods.experts import CONVERSIONS, RENAMED, ROUTER
 from peftplan.methods.targets import part
-from peftplan.trace.libraries.count import count_with_peft, stand_ins
 from tests.arch import meta
 from tests.methods.tiny import PEFT_TASKS
 from tests.methods.witness import split
@@ -227,7 +227,7 @@ def _ours(arch: Architecture, case: Case) -> Adaptation:
 
 
 def _handed_over(arch: Architecture, config: Any, case: Case) -> Adaptation:
-    """What `trace.libraries.count` says, to which a NeedsPeftError hands over."""
+    """What `libraries.count` says, to which a NeedsPeftError hands over."""
     fields = config.to_dict() | ({"freeze_a": True} if case.method == "lora-fa" else {})
     return count_with_peft(config_of(case.model_type), fields, task_type=arch.task_type or None)
 

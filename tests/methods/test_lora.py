@@ -12,8 +12,8 @@ pytest.importorskip("peft")
 import peft
 import peft.optimizers
 
-from peftplan.arch.sources import load
 from peftplan.errors import InputError, RefusedError, UnknownNameError
+from peftplan.job.sources import load
 from peftplan.methods import adapt, configure
 from peftplan.methods.adaptation import NeedsPeftError
 from peftplan.methods.experts import CONVERSIONS

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from peftplan.arch.sources import load
 from peftplan.datafiles import DATA
 from peftplan.errors import InputError, UnknownNameError
+from peftplan.job.sources import load
 from peftplan.methods import METHODS, adapt, config_class, configure, from_peft_config, method_named
 from peftplan.methods.adaptation import NeedsPeftError
 

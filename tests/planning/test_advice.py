@@ -12,9 +12,10 @@ from peftplan.errors import InputError
 from peftplan.job.job import Job
 from peftplan.job.prepare import prepare
 from peftplan.planning import advice
-from peftplan.planning.advice import FITS, Advised, Trials, advise
+from peftplan.planning.advice import Trials, advise
 from peftplan.planning.changes import CLOSE, OTHER, SAME, Change, combinations, single_changes
 from peftplan.report import advice as report
+from peftplan.results.advice import FITS, Advised
 from tests.cli.run import run
 from tests.memory.engines import shallow
 from tests.planning.tiny import CONFIG

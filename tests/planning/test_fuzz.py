@@ -48,7 +48,7 @@ def base_install() -> Iterator[None]:
 MODELS = ["gpt2", "llama-2-7b", "mixtral-8x7b", "t5-small", "bert-base-uncased"]
 BUILT_IN = {entry.model_type for entry in catalogue.models()}
 CONFIGS = {model_type: smallest(model_type) for model_type in sorted(READERS) if model_type in BUILT_IN}
-KEPT = ("model_type",)  # another type is another reader; tests/arch/test_sources.py has the unknown ones
+KEPT = ("model_type",)  # another type is another reader; tests/job/test_sources.py has the unknown ones
 
 ODD_NUMBERS = [2**12, 2**24, 2**31, 2**63, 10**30, -(10**30), 1e308, -0.5]
 ODD_TEXTS = ["", "all-linear", "gelu", "(", "*", "a,b", "\x00", "1", "none", "{}", "{0}"]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import peftplan
-from peftplan.arch.sources import load_config
 from peftplan.errors import RefusedError
+from peftplan.job.sources import load_config
 from peftplan.storage import FORMATS
 
 LLAMA = {

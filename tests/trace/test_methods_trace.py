@@ -20,10 +20,10 @@ import torch
 from peftplan.arch.readers import read_config
 from peftplan.errors import RefusedError
 from peftplan.job.script import Script
+from peftplan.libraries.count import count_with_peft
 from peftplan.methods import adapt, configure
 from peftplan.methods.adaptation import Adaptation
 from peftplan.trace.engine import Traced
-from peftplan.trace.libraries.count import count_with_peft
 from tests.trace.engine_case import HIDDEN, KV, llama, lora, traced
 
 QV = ["q_proj", "v_proj"]

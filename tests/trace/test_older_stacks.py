@@ -13,8 +13,8 @@ import transformers.masking_utils
 
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup, parse_setup, resolved
+from peftplan.libraries.replacing import replaced
 from peftplan.trace.checkpointing import checkpoint_layers
-from peftplan.trace.libraries.replacing import replaced
 
 
 def test_only_what_is_there_is_replaced() -> None:
@@ -33,7 +33,7 @@ def test_only_what_is_there_is_replaced() -> None:
 def test_the_versions_here_have_all_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that renames what a trace replaces would be traced as it is on the CPU: it has to be seen here."""
     pytest.importorskip("peft")
-    from peftplan.trace.libraries import count, replacing
+    from peftplan.libraries import count, replacing
     from tests.trace.engine_case import llama, lora, traced
 
     is_present: dict[str, bool] = {}

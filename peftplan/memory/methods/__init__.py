@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from peftplan.memory.model import Adapter
+from peftplan.memory.parts import Adapter
 
 ADAPTERS: dict[str, tuple[str, str]] = {
     "ADALORA": ("adalora", "adalora"),

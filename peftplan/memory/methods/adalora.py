@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peftplan.memory.model import FOUR_BIT, Model, Part, Running
+from peftplan.memory.model import Model
+from peftplan.memory.parts import FOUR_BIT, Part, Running
 from peftplan.parameters import Parameter as Family
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Parameter, Tensor
+from peftplan.tape.tensors import Node, Parameter, Tensor
 
 FACTORS = ("lora_A", "lora_B")
 STEADY_STEP = 2

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from peftplan.memory.methods.sides import sides
-from peftplan.memory.model import Part, Running
+from peftplan.memory.parts import Part, Running
 from peftplan.memory.quantized import bias_of
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 
 def boft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:

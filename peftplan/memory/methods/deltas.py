@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from peftplan.memory.methods.sides import sides
-from peftplan.memory.model import Part, Running
+from peftplan.memory.parts import Part, Running
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Tensor
+from peftplan.tape.tensors import Dims, Node, Tensor
 
 Base = Callable[[Tensor], Tensor]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftplan.memory.model import Part, Running
+from peftplan.memory.parts import Part, Running
 from peftplan.memory.quantized import bias_of, dequantized
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape

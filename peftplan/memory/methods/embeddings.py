@@ -9,26 +9,27 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.errors import NeedsTraceError
-from peftplan.memory.model import Model, Part
+from peftplan.memory.parts import Part
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 SCALED = ("gemma", "gemma2", "gemma3_text", "gemma3", "gemma4_text")
 """Model types whose embedding multiplies its rows itself, which peft repeats on what it adds."""
 
 
-def lora_embedding(model: Model, part: Part, dims: Dims, ids: Tensor | None) -> Tensor:
-    """`result + (embedding(x, Aᵀ) @ Bᵀ) * scaling`, in the adapter's dtype."""
-    f = model.tape
-    if model.arch.model_type in SCALED:
-        raise NeedsTraceError(f"LoRA on the embedding of {model.arch.model_type}")
-    if model.running.config.use_dora:
+def check_lora_embedding(model_type: str, config: Any) -> None:
+    """Raises NeedsTraceError for what has no formula."""
+    if model_type in SCALED:
+        raise NeedsTraceError(f"LoRA on the embedding of {model_type}")
+    if config.use_dora:
         raise NeedsTraceError("DoRA on an embedding")
-    result = model.asking_gradient(ops.embedding(f, part.weight, dims, ids))  # its hook is on the base layer
+
+
+def lora_embedding(f: Tape, part: Part, result: Tensor, ids: Tensor | None) -> Tensor:
+    """`result + (embedding(x, Aᵀ) @ Bᵀ) * scaling`, in the adapter's dtype; `result` are the rows of the base layer."""
     a, b = part.params["lora_embedding_A"], part.params["lora_embedding_B"]
-    rank = a.dims[0]
+    dims, rank = result.dims[:-1], a.dims[0]
     low = f.new((*dims, rank), a.dtype, "embedding", f.record(_transposed_backward, (a,), a.dims, ids))
     out = ops.scale(f, ops.linear(f, low, b))
     narrow: Tensor = f.to(ops.add(f, result, out), result.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from peftplan.memory.model import FOUR_BIT, Part, Running
+from peftplan.memory.parts import FOUR_BIT, Part, Running
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor

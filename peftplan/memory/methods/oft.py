@@ -11,11 +11,10 @@ from typing import Any
 from peftplan.errors import RefusedError
 from peftplan.memory.methods.boft import solved
 from peftplan.memory.methods.sides import sides
-from peftplan.memory.model import Part, Running
+from peftplan.memory.parts import Part, Running
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Tensor
+from peftplan.tape.tensors import Dims, Node, Tensor
 
 PICTURE = 4
 """Dims of an input that peft unfolds as a convolution does; latents of `kv_b_proj` have as many."""

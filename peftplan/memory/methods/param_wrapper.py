@@ -13,9 +13,8 @@ from typing import Any
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.model import Model
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Node, Parameter, Tensor
 
 PEFT_ALPHA = 8
 """The default of `LoraConfig.lora_alpha`."""

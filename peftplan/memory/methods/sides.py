@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftplan.memory.model import Part
+from peftplan.memory.parts import Part
 
 
 def sides(part: Part) -> tuple[int, int]:

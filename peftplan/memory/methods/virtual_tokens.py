@@ -15,10 +15,9 @@ from peftplan.ledger import Dim
 from peftplan.memory.model import Model
 from peftplan.memory.stack import kinds_of, sections_of
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.shaping import cat, sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Tensor
+from peftplan.tape.tensors import Dims, Node, Tensor
 
 MLP = ("mlp_head.0", "mlp_head.2", "mlp_head.4")
 PROJECTION = ("transform.0", "transform.2")

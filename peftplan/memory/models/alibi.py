@@ -9,20 +9,20 @@ from typing import Any
 
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import batched, gathered, product
+from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, run_layers
 from peftplan.memory.norms import layer_norm
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.shaping import sliced, split
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 
 def bloom(model: Model) -> Tensor:
     """`BloomModel.forward`."""
     f = model.tape
-    tokens = model.inputs()
+    tokens = inputs(model)
     states = [layer_norm(model, "transformer.word_embeddings_layernorm", tokens, None)]  # no name holds it while the layers run
     f.module = "transformer"
     heads = model.arch.blocks[0].attentions[0].num_attention_heads
@@ -54,7 +54,7 @@ def bloom_attention(c: Call, x: Tensor, residual: Tensor) -> Tensor:
     qkv = c.linear("self_attention.query_key_value", x)
     f = c.at("self_attention")
     q, k, v = (sliced(f, qkv, by_head) for _ in range(3))
-    k, v = c.model.cached(k, v)
+    k, v = into_cache(c.model, k, v)
     q = batched(c.model, q)
     if not c.model.joins:
         k, v = batched(c.model, k), batched(c.model, v)
@@ -119,7 +119,7 @@ def _bloom_gelu_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
 def mpt(model: Model) -> Tensor:
     """`MptModel.forward`: the mask as booleans, the bias of `max_seq_len` positions."""
     f = model.tape
-    tokens = model.inputs()
+    tokens = inputs(model)
     f.module = "transformer"
     a = model.arch.blocks[0].attentions[0]
     assert a.alibi_length is not None
@@ -158,7 +158,7 @@ def mpt_attention(c: Call, x: Tensor) -> Tensor:
     qkv = c.linear("attn.Wqkv", x)
     f = c.at("attn")
     q, k, v = (part.view(by_head) for part in split(f, qkv, [(b, s, h)] * 3))
-    k, v = c.model.cached(k, v)
+    k, v = into_cache(c.model, k, v)
     joined = c.model.joins
     scores = ops.scale(f, product(c.model, q, k, (b, a.num_attention_heads, s, s), joined=(False, joined)))
     scores = ops.add(f, scores, alibi)

@@ -13,15 +13,16 @@ from peftplan.errors import NeedsTraceError
 from peftplan.ledger import Dim
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
+from peftplan.memory.calls import into_cache
 from peftplan.memory.convolution import convolution
 from peftplan.memory.methods import virtual_tokens
-from peftplan.memory.model import PROMPTED, Model
+from peftplan.memory.model import Model
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.stack import kinds_of, run_stack, shared
+from peftplan.methods.adaptation import PROMPTED
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 
 def bart(model: Model) -> Tensor:
@@ -236,7 +237,7 @@ def attention(
     f.module = name
     prefixed = model.keys != model.seq and block.stack == "decoder"
     if whisper and block.stack == "decoder":
-        k, v = model.cached(k, v)
+        k, v = into_cache(model, k, v)
     elif prefixed:
         k, v = (virtual_tokens.continued if states is None else virtual_tokens.crossed)(model, k, v)
     out = attend(

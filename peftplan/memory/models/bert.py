@@ -9,6 +9,7 @@ from peftplan.arch.modules import Block
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend, causal_mask
+from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.stack import kinds_of, run_stack
 from peftplan.tape import ops
@@ -56,7 +57,7 @@ def embeddings(model: Model, name: str) -> Tensor:
     rows = ("b", s) if model.arch.model_type in ROBERTA else (1, s)
     position_ids = f.new(rows, "int64", "position_ids") if model.arch.model_type in ROBERTA else None
     token_type_ids = f.new(rows, "int64", "token_type_ids")
-    words = model.inputs()
+    words = inputs(model)
     token_types = model.embedding(f"{name}.token_type_embeddings", ("b", s), token_type_ids)
     f.module = name
     x = ops.add(f, words, token_types)

@@ -8,17 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.arch.modules import Attention, Block
-from peftplan.depth.periods import checkpointed_layers
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.activations import activation
+from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import output
-from peftplan.memory.stack import kinds_of, run_stack, shared
+from peftplan.memory.stack import kinds_of, reached, run_stack, shared
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 EMBEDDINGS = "deberta.embeddings"
 LAYER = "deberta.encoder.layer.{}"
@@ -32,7 +31,7 @@ def deberta(model: Model) -> Tensor:
         raise NeedsTraceError("DeBERTa's convolution")
     if block.attentions[0].positions == "disentangled" and not block.attentions[0].relative:
         raise NeedsTraceError("DeBERTa's relative attention without pos_att_type")
-    words = model.inputs()
+    words = inputs(model)
     f.module = "deberta"
     ones = model.mask or model.batch.get("attention_mask") or f.new(("b", s), "fp32", "attention_mask")
     token_type_ids = f.new(("b", s), "int64", "token_type_ids")
@@ -47,7 +46,7 @@ def deberta(model: Model) -> Tensor:
     hidden_states: list[Tensor] = []
     returned = False
     checkpointed, kinds = model.running.checkpointing, kinds_of(model, "encoder")
-    recomputed = checkpointed_layers(model, "encoder", len(kinds)) if checkpointed else (False,) * len(kinds)
+    recomputed = reached(model, "encoder", len(kinds)) if checkpointed else (False,) * len(kinds)
 
     def layer(number: int, x: Tensor, mask: Tensor) -> Tensor:
         if not returned and (model.running.hosted or not recomputed[number]):  # else its frame holds it

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from peftplan.arch.modules import Attention, Block
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend, by_heads, causal_mask, gathered, product
+from peftplan.memory.calls import behind, inputs, into_cache
 from peftplan.memory.model import Model
 from peftplan.memory.norms import rms
 from peftplan.memory.stack import kinds_of, run_stack
@@ -59,14 +60,14 @@ class Call(NamedTuple):
 
     def behind(self, part: str, x: Tensor) -> Tensor:
         """The output of this layer's `attention` or `output`, through the adapter behind it."""
-        return self.model.behind(f"{self.style.stack}.{part}_adapters", x, self.number)
+        return behind(self.model, f"{self.style.stack}.{part}_adapters", x, self.number)
 
     def cached(self, k: Tensor, v: Tensor, *, rotated: bool) -> tuple[Tensor, Tensor]:
         """Keys and values as a cache copies them: the gradients of the copies come back head by head."""
         if self.moved:
             k = k if rotated else ops.heads(self.tape, k, k.dims, clones=True)
             v = ops.heads(self.tape, v, v.dims, clones=True)
-        return self.model.cached(k, v)
+        return into_cache(self.model, k, v)
 
     @property
     def moved(self) -> bool:
@@ -151,7 +152,7 @@ class Style(NamedTuple):
 def decoder(model: Model, style: Style) -> Tensor:
     """`…Model.forward` of a rotary decoder."""
     f = model.tape
-    embedded = x = model.inputs()
+    embedded = x = inputs(model)
     f.module = "model"
     if style.multiplied:
         embedded = x = ops.scale(f, x)

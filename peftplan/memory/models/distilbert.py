@@ -5,6 +5,7 @@ from __future__ import annotations
 from peftplan.arch.modules import Block
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
+from peftplan.memory.calls import behind, inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.stack import kinds_of, run_stack
@@ -31,7 +32,7 @@ def distilbert(model: Model) -> Tensor:
 def embeddings(model: Model) -> Tensor:
     """`Embeddings.forward`."""
     f = model.tape
-    words = model.inputs()
+    words = inputs(model)
     positions = model.embedding(f"{EMBEDDINGS}.position_embeddings", (1, model.seq))
     f.module = EMBEDDINGS
     x = ops.add(f, words, positions)
@@ -44,11 +45,11 @@ def transformer_block(model: Model, block: Block, number: int, x: Tensor, mask: 
     """`TransformerBlock.forward`."""
     f, name = model.tape, "distilbert.transformer.layer.{}"
     attended = attention(model, block, f"{name}.attention", number, x, mask)
-    attended = model.behind(f"{name}.attention_adapters", attended, number)
+    attended = behind(model, f"{name}.attention_adapters", attended, number)
     f.module = name
     attended = model.layernorm(f"{name}.sa_layer_norm", ops.add(f, attended, x), number)
     out = ffn(model, block, f"{name}.ffn", number, attended)
-    out = model.behind(f"{name}.output_adapters", out, number)
+    out = behind(model, f"{name}.output_adapters", out, number)
     f.module = name
     return model.layernorm(f"{name}.output_layer_norm", ops.add(f, out, attended), number)
 

@@ -11,14 +11,14 @@ from typing import Any
 from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.attention import attend, batched, for_all, gathered
+from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, mlp, rotary_tables, rotate_all, run_layers
 from peftplan.memory.norms import layer_norm
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Tensor
+from peftplan.tape.tensors import Dims, Node, Tensor
 
 
 def falcon(model: Model) -> Tensor:
@@ -26,7 +26,7 @@ def falcon(model: Model) -> Tensor:
     if model.running.attention not in ("sdpa", "eager"):
         raise NeedsTraceError(f"activations of falcon with {model.running.attention} attention")
     f = model.tape
-    tokens = model.inputs()
+    tokens = inputs(model)
     f.module = "transformer"
     a = model.arch.blocks[0].attentions[0]
     _positions = f.new((model.seq,), "int64", "position_ids")
@@ -90,7 +90,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
     rotated = a.positions == "rotary"
     if rotated:
         q, k = rotate_all(f, q, k, *tables)
-    k, v = c.model.cached(k, v)
+    k, v = into_cache(c.model, k, v)
     alike = a._replace(num_key_value_heads=a.num_attention_heads)
     dropout = 0.0 if rotated else c.model.arch.dropout.attention
     if c.model.running.attention == "eager":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from peftplan.arch.modules import Attention
+from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, masks_of, mlp, run_layers
 from peftplan.memory.norms import layer_norm
@@ -19,7 +20,7 @@ from peftplan.tape.tensors import Tensor
 def model_forward(model: Model, style: Style) -> Tensor:
     """`GPT2Model.forward`: token and position embeddings live until it returns."""
     f = model.tape
-    tokens = model.inputs()
+    tokens = inputs(model)
     f.module = "transformer"
     _positions = f.new((model.seq,), "int64", "position_ids")
     masks = masks_of(model, style, tokens.dtype) if model.arch.model_type == "gpt_bigcode" else None

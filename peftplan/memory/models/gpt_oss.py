@@ -10,6 +10,7 @@ from typing import Any
 
 from peftplan.arch.modules import Attention
 from peftplan.memory.attention import batched, gathered, repeat_kv
+from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.experts import experts, top_k
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
 from peftplan.memory.model import Model
@@ -17,15 +18,14 @@ from peftplan.memory.models.decoder import Call, Style, masks_of, projected, run
 from peftplan.memory.models.moe import check
 from peftplan.memory.norms import minus, rms_cast_last
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.shaping import cat, halves_rotated, sliced, split
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Parameter, Tensor
+from peftplan.tape.tensors import Node, Parameter, Tensor
 
 
 def gpt_oss(model: Model) -> Tensor:
     """`GptOssModel.forward`: rotary tables as wide as half a head."""
-    tokens = model.inputs()
+    tokens = inputs(model)
     f = model.tape
     f.module = "model"
     _positions = f.new((model.seq,), "int64", "position_ids")
@@ -60,7 +60,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
     f = c.at("self_attn")
     v = v if flash else ops.heads(f, v, v.dims, clones=True)
     q, k = rotated(f, q, *c.tables), rotated(f, k, *c.tables)
-    k, v = c.model.cached(k, v)
+    k, v = into_cache(c.model, k, v)
     out = c.attend(q, k, v, rotated=True) if flash else eager(c, a, q, k, v)
     return c.linear("self_attn.o_proj", out)
 

@@ -12,14 +12,14 @@ from functools import partial
 from typing import Any
 
 from peftplan.memory.attention import attend, eager
+from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, decoder, masks_of, rotate_all, run_layers
 from peftplan.memory.models.moe import deepseek_block, deepseek_v2_route, deepseek_v3_route
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.shaping import cat, halves_rotated, sliced, split
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]
 """Queries, keys and the tables of the model → both rotated."""
@@ -27,7 +27,7 @@ Rotate = Callable[..., tuple[Tensor, Tensor]]
 
 def deepseek_v2(model: Model) -> Tensor:
     """`DeepseekV2Model.forward`: one table of complex numbers."""
-    tokens = model.inputs()
+    tokens = inputs(model)
     f = model.tape
     f.module = "model"
     _positions = f.new((model.seq,), "int64", "position_ids")
@@ -101,7 +101,7 @@ def attention(c: Call, x: Tensor, *, rotate: Rotate | None = None) -> Tensor:
     k_rot = k_rot.view((b, 1, s, r))
     f = c.at("self_attn")
     q_rot, k_rot = (rotate or (interleaved if a.interleaved else rotate_all))(f, q_rot, k_rot, *c.tables)
-    latent, k_rot = c.model.cached(latent, k_rot)
+    latent, k_rot = into_cache(c.model, latent, k_rot)
     q = cat(f, (q_pass, q_rot), q.dims)
     k, v = _expanded(c, latent, k_rot)
     dropout = c.model.arch.dropout.attention

@@ -5,6 +5,7 @@ from __future__ import annotations
 from peftplan.arch.modules import Block
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
+from peftplan.memory.calls import behind, inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.stack import kinds_of, run_stack
@@ -43,7 +44,7 @@ def modernbert(model: Model) -> Tensor:
 def embeddings(model: Model) -> Tensor:
     """`ModernBertEmbeddings.forward`."""
     f = model.tape
-    x = model.layernorm("model.embeddings.norm", model.inputs())
+    x = model.layernorm("model.embeddings.norm", inputs(model))
     f.module = "model.embeddings.drop"
     return ops.dropout(f, x, model.arch.dropout.embedding)
 
@@ -52,11 +53,11 @@ def encoder_layer(model: Model, block: Block, number: int, x: Tensor, mask: Tens
     """`ModernBertEncoderLayer.forward`; layer 0 has no norm before its attention."""
     f, name = model.tape, "model.layers.{}"
     attended = attention(model, block, number, x if number == 0 else model.layernorm(f"{name}.attn_norm", x, number), mask, turns)
-    attended = model.behind(f"{name}.attention_adapters", attended, number)
+    attended = behind(model, f"{name}.attention_adapters", attended, number)
     f.module = name
     x = ops.add(f, x, attended)
     out = mlp(model, block, number, model.layernorm(f"{name}.mlp_norm", x, number))
-    out = model.behind(f"{name}.output_adapters", out, number)
+    out = behind(model, f"{name}.output_adapters", out, number)
     f.module = name
     return ops.add(f, x, out)
 

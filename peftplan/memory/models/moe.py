@@ -17,9 +17,8 @@ from peftplan.memory.experts import chunked_gate, divided_in_place, experts, row
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
 from peftplan.memory.models.decoder import Call, Style, decoder, gated_mlp
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 Routed = tuple[Tensor, Tensor, Tensor]
 Route = Callable[[Call, Tensor, str], Routed]

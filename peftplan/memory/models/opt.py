@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.activations import activation
+from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, masks_of, run_layers
 from peftplan.memory.norms import layer_norm
@@ -17,7 +18,7 @@ from peftplan.tape.tensors import Tensor
 def opt(model: Model) -> Tensor:
     """`OPTDecoder.forward`."""
     f = model.tape
-    tokens = model.inputs()
+    tokens = inputs(model)
     f.module = "model.decoder"
     _mask = None if model.running.padding else f.new(("b", model.seq), "fp32", "attention_mask")
     dtype = "int64" if _mask is None else "fp32"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, attention, decoder, masks_of, mlp, run_layers
 from peftplan.memory.norms import layer_norm, written_layer_norm
@@ -143,7 +144,7 @@ def gptj_rotary(c: Call, f: Tape, x: Tensor) -> Tensor:
 def gptj(model: Model) -> Tensor:
     """`GPTJModel.forward`: rows of a table of sines and cosines."""
     f = model.tape
-    embedded = model.inputs()
+    embedded = inputs(model)
     f.module = "transformer"
     _positions = f.new((model.seq,), "int64", "position_ids")
     masks = masks_of(model, GPTJ, embedded.dtype)

@@ -14,16 +14,17 @@ from peftplan.arch.modules import Attention, Block
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.activations import activation, power
 from peftplan.memory.attention import attend
+from peftplan.memory.calls import into_cache
 from peftplan.memory.methods import virtual_tokens
-from peftplan.memory.model import PROMPTED, Model
+from peftplan.memory.model import Model
 from peftplan.memory.models.bart import block_of, decoder_mask, limited
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.stack import SharedLeaf, kinds_of, run_stack, shared
+from peftplan.methods.adaptation import PROMPTED
 from peftplan.tape import ops
-from peftplan.tape.graph import Node
 from peftplan.tape.reentrant import Leaf
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Tensor
+from peftplan.tape.tensors import Dims, Node, Tensor
 
 
 def t5(model: Model) -> Tensor:
@@ -246,7 +247,7 @@ class Stack:
         if prefixed:
             k, v = (virtual_tokens.continued if states is None else virtual_tokens.crossed)(model, k, v)
         elif self.side == "decoder":
-            k, v = model.cached(k, v)
+            k, v = into_cache(model, k, v)
         bias = self.bias(name, a, number, q.dtype, cross=states is not None)
         mask = self.masks["own" if states is None else "cross"]
         dropout = model.arch.dropout.attention

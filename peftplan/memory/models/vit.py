@@ -5,6 +5,7 @@ from __future__ import annotations
 from peftplan.arch.modules import Block
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
+from peftplan.memory.calls import behind
 from peftplan.memory.convolution import convolution
 from peftplan.memory.model import Model
 from peftplan.memory.stack import kinds_of, run_stack
@@ -55,14 +56,14 @@ def encoder_layer(model: Model, block: Block, number: int, x: Tensor) -> Tensor:
     f, name, p = model.tape, "vit.layers.{}", model.arch.dropout.hidden
     residual = x
     x = model.layernorm(f"{name}.layernorm_before", x, number)
-    x = model.behind(f"{name}.attention_adapters", attention(model, block, number, x), number)
+    x = behind(model, f"{name}.attention_adapters", attention(model, block, number, x), number)
     f.module = f"{name}.dropout"
     x = ops.dropout(f, x, p)
     f.module = name
     x = ops.add(f, x, residual)
     residual = x
     x = model.layernorm(f"{name}.layernorm_after", x, number)
-    x = model.behind(f"{name}.output_adapters", mlp(model, block, number, x), number)
+    x = behind(model, f"{name}.output_adapters", mlp(model, block, number, x), number)
     f.module = f"{name}.dropout"
     x = ops.dropout(f, x, p)
     f.module = name

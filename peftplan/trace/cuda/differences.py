@@ -38,9 +38,9 @@ import torch
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
+from peftplan.libraries.replacing import replaced
 from peftplan.trace.cuda.attention import Capability, sdpa
 from peftplan.trace.cuda.hosted import SavedOnHost
-from peftplan.trace.libraries.replacing import replaced
 
 F = torch.nn.functional
 

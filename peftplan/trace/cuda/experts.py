@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from peftplan.libraries.replacing import replaced
 from peftplan.trace.cuda.attention import Capability
-from peftplan.trace.libraries.replacing import replaced
 
 GROUPED_CAPABILITY = (8, 0)
 ALIGNMENT_BYTES = 16

@@ -24,9 +24,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from peftplan.job.setup import Setup
+from peftplan.libraries.quantized import module_weight
+from peftplan.libraries.replacing import replaced
 from peftplan.storage import QuantConfig
-from peftplan.trace.libraries.quantized import module_weight
-from peftplan.trace.libraries.replacing import replaced
 
 HOST_BUFFERS = ("boft_P", "frod_U", "frod_V", "frod_s_indices", "frod_s_size")
 """Buffers that peft makes on the host. They stay there if the model was on its device before and is not moved again."""

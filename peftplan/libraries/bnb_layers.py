@@ -15,8 +15,8 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
+from peftplan.libraries.quantized import QUANT_TENSORS, TORCH_DTYPES, prepare
 from peftplan.storage import QuantConfig
-from peftplan.trace.libraries.quantized import QUANT_TENSORS, TORCH_DTYPES, prepare
 
 INT8_THRESHOLD = 6.0
 """`llm_int8_threshold`'s default: above 0, the quantization of an input first compares every element with it."""

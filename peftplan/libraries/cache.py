@@ -8,7 +8,7 @@ from typing import Any
 from peftplan.deployment.kv_cache import STATE, CacheTensor
 from peftplan.dtypes import parse_dtype
 from peftplan.errors import PeftplanError, RefusedError
-from peftplan.trace.libraries.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.libraries.meta import build_config, build_model, model_class, quiet_transformers
 
 BASE = "bf16"
 """The dtype that the model has on the meta device, in place of the one that it is loaded in."""

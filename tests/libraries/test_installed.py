@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import peftplan
-from peftplan.trace.libraries import installed
+from peftplan.libraries import installed
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 

@@ -9,8 +9,8 @@ from unittest.mock import patch
 from peftplan.deployment.safetensors import StoredTensor
 from peftplan.dtypes import parse_dtype
 from peftplan.errors import PeftplanError, RefusedError
-from peftplan.trace.libraries.count import _config_object, on_meta
-from peftplan.trace.libraries.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.libraries.count import _config_object, on_meta
+from peftplan.libraries.meta import build_config, build_model, model_class, quiet_transformers
 
 BASE, ADAPTER = "bf16", "fp32"
 """On meta the base is in bf16 and peft's own parameters are in fp32 (`autocast_adapter_dtype`): that tells whose one is."""

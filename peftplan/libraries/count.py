@@ -18,10 +18,10 @@ from typing import Any
 
 from peftplan.arch.modules import Shape
 from peftplan.errors import MissingExtraError, PeftplanError, RefusedError, UnknownNameError, UnknownOptionError
+from peftplan.libraries.installed import require
+from peftplan.libraries.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.libraries.replacing import replaced
 from peftplan.methods.adaptation import Adaptation, AddedTensor, TrainedParam
-from peftplan.trace.libraries.installed import require
-from peftplan.trace.libraries.meta import build_config, build_model, model_class, quiet_transformers
-from peftplan.trace.libraries.replacing import replaced
 
 PREFIXES = {True: "base_model.", False: "base_model.model."}
 """What peft puts before the base model's own names, by whether the method is one of virtual tokens."""
@@ -179,7 +179,7 @@ def _principal_components(tensor: Any, r: int, device: Any, dtype: Any = None, r
 
 def _module_weight(module: Any) -> Any:
     """The weight whose norm DoRA takes, of a stand-in for a quantized layer too."""
-    from peftplan.trace.libraries.quantized import module_weight
+    from peftplan.libraries.quantized import module_weight
 
     return module_weight(module)
 

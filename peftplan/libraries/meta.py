@@ -17,7 +17,7 @@ from peftplan.arch.fields import MAX_LABELS, MAX_LAYERS
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
-from peftplan.trace.libraries.installed import require
+from peftplan.libraries.installed import require
 
 AUTO_MAPPINGS: dict[str, tuple[str, ...]] = {
     "CAUSAL_LM": ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
@@ -49,7 +49,7 @@ def read_architecture(config: Mapping[str, Any], *, name: str, task_type: str | 
         hf_config = build_config(config, name=name)
         cls = model_class(config, hf_config, name=name, task_type=task_type)
         model = build_model(config, hf_config, cls, name=name)
-    from peftplan.trace.libraries.walk import walk
+    from peftplan.libraries.walk import walk
 
     return walk(model, model_type=config["model_type"], task_type=task_of(cls.__name__, hf_config) or "")
 

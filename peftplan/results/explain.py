@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from peftplan.ledger import Line
-
-if TYPE_CHECKING:
-    from peftplan.results.estimate import Estimate
-
+from peftplan.ledger import Ledger, Line
 
 WORDS = {"b": "sequences", "s": "tokens of a sequence", "k": "s and the virtual tokens", "n": "tokens of the loss"}
 
 
-def explained(result: Estimate) -> str:
-    """The lines of the overall peak, largest first within each category, and their sum."""
+def explained(ledger: Ledger, *, phase: str | None, not_modelled: Sequence[str] = ()) -> str:
+    """The lines of a peak, largest first within each category, and their sum; without a `phase`, of what is counted."""
     lines = [
         "bytes = copies × round512(bytes per element × dims); round512: up to a multiple of 512, the allocator's smallest block",
-        *_named(result),
+        *_named(ledger),
         "",
     ]
     by_category: dict[str, list[Line]] = {}
-    for line in result.ledger:
+    for line in ledger:
         if line.place == "device":
             by_category.setdefault(line.category, []).append(line)
     for category, members in by_category.items():
@@ -29,17 +25,17 @@ def explained(result: Estimate) -> str:
         for line in sorted(members, key=Line.bytes, reverse=True):
             numbers = "" if line.numbers == line.formula else f" = {line.numbers}"
             lines.append(f"  {line.name.replace('{}', '*')}: {line.formula}{numbers} = {line.bytes():,}  [{line.source}]")
-    what = f", in {result.peaks.phase}" if result.peaks else " of what is counted"
-    lines += ["", f"sum{what}: {result.ledger.bytes():,}"]
-    if result.peaks is None:
-        lines.append(f"not counted yet, so no peak is stated: {', '.join(result.not_modelled)}")
+    what = f", in {phase}" if phase else " of what is counted"
+    lines += ["", f"sum{what}: {ledger.bytes():,}"]
+    if phase is None:
+        lines.append(f"not counted yet, so no peak is stated: {', '.join(not_modelled)}")
     return "\n".join(lines)
 
 
-def _named(result: Estimate) -> list[str]:
+def _named(ledger: Ledger) -> list[str]:
     """What the named dims stand for."""
-    sizes = next((line.sizes for line in result.ledger if line.sizes), {})
-    used = {dim for line in result.ledger for dim in line.dims if isinstance(dim, str)}
+    sizes = next((line.sizes for line in ledger if line.sizes), {})
+    used = {dim for line in ledger for dim in line.dims if isinstance(dim, str)}
     named = ", ".join(f"{name} = {value}{_words(name)}" for name, value in sizes.items() if name in used)
     return [named] if named else []
 

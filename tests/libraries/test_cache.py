@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import peftplan  # noqa: E402
 from peftplan.deployment.kv_cache import kv_cache  # noqa: E402
 from peftplan.errors import RefusedError  # noqa: E402
-from peftplan.trace.libraries.cache import traced_cache  # noqa: E402
+from peftplan.libraries.cache import traced_cache  # noqa: E402
 from tests.methods import matrix  # noqa: E402
 
 

@@ -203,7 +203,7 @@ def _read(config: Mapping[str, Any], *, name: str, task_type: str | None, trust_
     model_type = config["model_type"]
     if model_type in READERS:
         return read_config(config, name=name, task_type=task_type)
-    from peftplan.trace.libraries import meta
+    from peftplan.libraries import meta
 
     if config.get("auto_map") and not meta.is_native(model_type):
         raise _remote_code(name, model_type, trust_remote_code)

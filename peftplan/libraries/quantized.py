@@ -1,4 +1,4 @@
-"""Which layers become stand-ins for quantized ones, and what every stand-in has; the layers themselves are in `bnb_layers`."""
+"""What every stand-in for a quantized layer has; the layers themselves are in `bnb_layers`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftplan.errors import RefusedError
 from peftplan.ledger import Allocation
-from peftplan.storage import QuantConfig, stored, without_peak
+from peftplan.storage import QuantConfig, stored
 
 QUANT_TENSORS = "quant_tensors"
 """Attribute of a stand-in: its tensors besides the weight (absmax, code tables, scales), by their name in `storage`."""
@@ -22,20 +21,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "int8": torch.int8,
     "uint8": torch.uint8,
 }
-
-
-def quantize(model: nn.Module, names: set[str], quant: QuantConfig, *, dtype: str) -> None:
-    """Replace the named linear layers of a model on meta by stand-ins. Raises RefusedError for formats `without_peak`."""
-    if (why := without_peak(quant)) is not None:
-        raise RefusedError(why)
-    from peftplan.trace.libraries.bnb_layers import FourBitLinear, Int8Linear
-
-    for name in sorted(names):
-        parent, _, leaf = name.rpartition(".")
-        source = model.get_submodule(name)
-        stand_in: nn.Module = Int8Linear(source, quant) if quant.name == "int8" else FourBitLinear(source, quant, dtype=dtype)
-        setattr(model.get_submodule(parent), leaf, stand_in)
-    setattr(model, "is_loaded_in_8bit" if quant.name == "int8" else "is_loaded_in_4bit", True)
 
 
 def prepare(stand_in: Any, source: Any, quant: QuantConfig, *, dtype: str) -> None:

@@ -17,8 +17,8 @@ import pytest
 from peftplan.arch import hub
 from peftplan.arch.configfile import MAX_CONFIG_BYTES
 from peftplan.arch.hub import HubError
-from peftplan.arch.sources import load, load_config
 from peftplan.errors import InputError, MissingExtraError, PeftplanError, RefusedError, UnknownNameError
+from peftplan.job.sources import load, load_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -81,7 +81,7 @@ def test_another_task_and_number_of_labels() -> None:
 def test_a_weight_table_needs_no_torch() -> None:
     program = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from peftplan.arch.sources import load\n"
+        "from peftplan.job.sources import load\n"
         "assert load('mamba-130m').num_parameters == 129135360\n"
         "assert not load('mamba-130m').blocks\n"
         "try: load('mamba-130m', task_type='FEATURE_EXTRACTION')\n"
@@ -95,7 +95,7 @@ def test_a_weight_table_needs_no_torch() -> None:
 def test_a_built_in_name_is_found_without_reading_the_other_models() -> None:
     program = (
         "import sys\n"
-        "from peftplan.arch.sources import load\n"
+        "from peftplan.job.sources import load\n"
         "load('llama-2-70b')\n"
         "assert not {'torch', 'transformers', 'huggingface_hub', 'pydantic', 'click', 'rich'} & set(sys.modules)\n"
     )

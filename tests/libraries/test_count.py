@@ -17,7 +17,7 @@ import torch
 
 from peftplan.datafiles import DATA, load
 from peftplan.errors import MissingExtraError, RefusedError, UnknownNameError
-from peftplan.trace.libraries.count import STAND_INS, count_with_peft
+from peftplan.libraries.count import STAND_INS, count_with_peft
 from tests.methods import tiny, witness
 
 

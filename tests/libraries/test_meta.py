@@ -13,7 +13,7 @@ from peftplan.arch import catalogue
 from peftplan.arch.modules import Architecture, PromptDims
 from peftplan.arch.readers import read_config
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
-from peftplan.trace.libraries.meta import is_native, read_architecture
+from peftplan.libraries.meta import is_native, read_architecture
 from tests.arch.meta import assert_prompt, assert_same, build
 
 MAMBA = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "state_size": 4}

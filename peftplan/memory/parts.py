@@ -1,0 +1,73 @@
+"""What a run is made of: how it runs, and one module of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from peftplan.storage import QuantConfig
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Parameter, Tensor
+
+
+class Running(NamedTuple):
+    """Everything that decides how a step runs: resolved fields of the setup, the method's config, the card's kernels."""
+
+    autocast: str | None
+    checkpointing: bool
+    attention: str
+    padding: bool
+    use_cache: bool
+    flash: bool = True
+    """Whether the card has FlashAttention (compute capability 8.0 and newer)."""
+    peft_type: str | None = None
+    config: Any = None
+    seq_len: int = 2048
+    batch_size: int = 1
+    dtype: str = "bf16"
+    """What the model is loaded in, and a quantized weight dequantized to."""
+    adapter_on_host: bool = False
+    """Whether buffers that peft makes on the host stay there."""
+    masks_unpadded: bool = False
+    """Whether sdpa gets a mask of each sequence although nothing is hidden."""
+    repeats_kv: bool = False
+    """Whether the program repeats grouped keys and values before sdpa sees them."""
+    rotary_by_product: bool = False
+    """Whether cuBLAS makes angles of positions, and so takes its workspace before the first layer."""
+    shifts_logits: bool = False
+    """Whether the loss copies the logits without the last position."""
+    logits_in_fp32: bool = False
+    """Whether logits are fp32 before any loss."""
+    loss: str = "full"
+    loss_facts: tuple[bool, ...] = ()
+    """The facts of the batch that decide which operations the loss runs (`LossSizes.facts`)."""
+    logits_to_keep: int | None = None
+    """How many of each sequence's last tokens the head reads; None for all."""
+    reentrant: bool = False
+    """Whether checkpointing is reentrant."""
+    every_n_layers: int = 1
+    """Which layers checkpointing reaches: those whose number it divides."""
+    hosted: bool = False
+    """Whether the inputs of checkpointed layers wait on the host."""
+
+
+class Part:
+    """One module of one layer: its parameters by name, and the kind of class it is."""
+
+    __slots__ = ("bias", "kind", "name", "params", "quant", "weight")
+
+    def __init__(self, name: str, kind: str, params: dict[str, Parameter], quant: QuantConfig | None) -> None:
+        self.name = name
+        self.kind = kind
+        self.params = params
+        self.quant = quant
+        self.weight = params.get("weight")
+        self.bias = params.get("bias")
+
+
+FOUR_BIT = ("nf4", "fp4")
+TOKEN_ADAPTER = ".token_adapter"
+SAVED = ".modules_to_save"
+"""Where a module's trainable copy is, below it."""
+
+Adapter = Callable[[Tape, Part, Tensor, Callable[[Tensor], Tensor], Running], Tensor]

@@ -1,0 +1,59 @@
+"""What would make a job fit a card, as data: each change with what it saves."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+FITS = ("fits", "tight")
+
+
+class Advice(NamedTuple):
+    """One change, or several together. `tensor_bytes` are those of the tensors at the peak, and `saving_bytes` how many fewer.
+
+    Of what was replayed, `verdict`, `peak_allocated` and `headroom_bytes` are what `estimate` says with these options, and
+    `saving_bytes` is the difference of the peaks. The others are None, except for the verdict on a job whose tensors alone are
+    too large.
+    """
+
+    options: dict[str, Any]
+    saving_bytes: int
+    tensor_bytes: int
+    verdict: str | None
+    peak_allocated: int | None = None
+    headroom_bytes: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry of a card's `advice` in the JSON."""
+        return self._asdict()
+
+
+class Advised(NamedTuple):
+    """What is said of a card that a job does not fit."""
+
+    changes: tuple[Advice, ...] = ()
+    """The first one makes the job fit, if any does; then by what they save."""
+    weights_alone: int | None = None
+    """Bytes of the base's weights, however they are stored here, where these alone are more than the card has."""
+    smallest_card: str | None = None
+    """The smallest card that the job fits as it is; only looked for where no change helps."""
+
+    everything: bool = False
+    """Whether all was searched."""
+
+    def saving_from(self, peak: int) -> Advised:
+        """With the savings of replayed changes counted from the job's own peak, which is replayed too."""
+        counted = (
+            change if (after := change.peak_allocated) is None else change._replace(saving_bytes=peak - after)
+            for change in self.changes
+        )
+        return self._replace(changes=tuple(counted))
+
+    @property
+    def counted(self) -> bool:
+        """Whether the job has formulas, so that something can be said."""
+        return self != Advised()
+
+    @property
+    def helps(self) -> bool:
+        """Whether some change makes the job fit."""
+        return any(change.verdict in FITS for change in self.changes)
