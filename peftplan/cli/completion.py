@@ -13,9 +13,9 @@ VARIABLE = "_PEFTPLAN_COMPLETE"
 
 
 @click.command("completion", cls=Command)
-@argument("shell", metavar="[bash|zsh|fish]")
+@argument("shell")
 def command(shell: str) -> int:
-    """Print a script that makes SHELL complete commands, options, models, cards, methods and optimizers.
+    """Print a script that makes SHELL (bash, zsh or fish) complete commands, options, models, cards, methods and optimizers.
 
     \b
     eval "$(peftplan completion bash)"          # in ~/.bashrc; the same for zsh in ~/.zshrc
