@@ -35,7 +35,12 @@ from tools.documents import (
 )
 
 ARROW = "→ "
-EXTRAS = {"trace": ("torch", "transformers", "peft"), "plot": ("matplotlib",), "hub": ("huggingface_hub",)}
+EXTRAS = {
+    "trace": ("torch", "transformers", "peft"),
+    "plot": ("matplotlib", "numpy"),
+    "sweep": ("numpy",),
+    "hub": ("huggingface_hub",),
+}
 
 
 def blocks() -> Iterator[Any]:

@@ -20,6 +20,7 @@ from peftplan.planning.documents import EstimateDocument, MethodDocument, ModelD
 from peftplan.planning.fit_result import Plan
 from peftplan.planning.inspection import Row
 from peftplan.report.check_documents import CheckDocument
+from peftplan.report.sweep_documents import SweepRowDocument
 
 
 class FitDocument(TypedDict):
@@ -267,6 +268,7 @@ DOCUMENTS: dict[str, Document] = {
     "which-gpu": Document("peftplan fit MODEL --which-gpu", "The cards that take a job.", list[VerdictDocument]),
     "model-family": Document("peftplan fit --model-family NAME --gpu CARD", "The largest model per method.", list[Member]),
     "compare": Document("peftplan compare MODEL", "One job by several methods, on several cards.", CompareDocument),
+    "sweep": Document("peftplan sweep MODEL", "A row of a grid: each line of JSON Lines is one.", SweepRowDocument),
     "explain-oom": Document("peftplan explain-oom FILE", "Why a program ran out of memory.", DiagnosisDocument),
     "serve": Document("peftplan serve MODEL", "What comes after training.", ServingDocument),
     "replay": Document("peftplan replay FILE", "A recorded run through the allocator's model.", ReplayDocument),
