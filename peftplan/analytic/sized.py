@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from peftplan.analytic.compiled import Compiled, analytic_peaks, compiled
+from peftplan.analytic.compiled import Compiled, compiled
+from peftplan.analytic.engine import analytic_peaks
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.analytic.moments import Moments
 from peftplan.analytic.ranked import Ranked, of_all_ranks, of_one_rank

@@ -21,8 +21,8 @@ from peftplan.errors import MissingExtraError
 from peftplan.hardware.context import context_for_verdict
 from peftplan.hardware.gpus import Gpu
 from peftplan.hardware.usable import usable_bytes
-from peftplan.job.requirements import unmet
-from peftplan.planning.verdicts import capability, pair, verdict
+from peftplan.job.requirements import pair, unmet
+from peftplan.planning.verdicts import capability, verdict
 from peftplan.results.estimate import TIGHT
 from peftplan.units import MIB
 
