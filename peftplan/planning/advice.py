@@ -61,10 +61,14 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     saving = [change for change in tried if change is not None and max(change.saving.values()) > 0]
     refined = {str(change.options): change for change in (_refined(job, trials, unchanged, change) for change in saving)}
     singles = list(refined.values())
-    fitting = _fitting(trials, unchanged, _enough(trials, unchanged, singles, everything=everything), everything=everything)
+    enough = _enough(trials, unchanged, singles, everything=everything)
+    replayed = list(_replayed(trials, unchanged, enough, everything=everything))
+    fitting = _fitting(replayed, everything=everything)
     said = [row.options for row in fitting]
+    failed = {str(row.options): row.verdict for row in replayed if row.verdict not in FITS}
     shown = (change for change in singles if everything or not _loses_data_in_vain(change, unchanged, trials.room))
-    others = [_row(trials, unchanged, change) for change in shown if change.options not in said]
+    rest = [_row(trials, unchanged, change) for change in shown if change.options not in said]
+    others = [row._replace(verdict=failed.get(str(row.options), row.verdict)) for row in rest]
     rows: list[Advice] = []
     for row in sorted(others, key=lambda row: -row.saving_bytes):
         worth = row.saving_bytes >= WORTH * max(unchanged.values())
@@ -155,16 +159,18 @@ def _enough(trials: Trials, before: Sizes, singles: Sequence[Change], *, everyth
             yield actual
 
 
-def _fitting(trials: Trials, before: Sizes, changes: Iterable[Change], *, everything: bool) -> list[Advice]:
-    """The first change that fits once it is replayed, else the first that is tight; all of both, where everything is searched."""
-    rows = []
+def _replayed(trials: Trials, before: Sizes, changes: Iterable[Change], *, everything: bool) -> Iterator[Advice]:
+    """Changes with their verdicts: until one fits, or all where everything is searched."""
     for change in changes if everything else islice(changes, MOST_REPLAYS):
-        row = _judged(trials, before, change)
-        if row is not None and row.verdict in FITS:
-            rows.append(row)
+        if (row := _judged(trials, before, change)) is not None:
+            yield row
             if row.verdict == "fits" and not everything:
                 break
-    rows.sort(key=lambda row: FITS.index(str(row.verdict)))
+
+
+def _fitting(replayed: Iterable[Advice], *, everything: bool) -> list[Advice]:
+    """The first change that fits, else the first that is tight; all of both, where everything is searched."""
+    rows = sorted((row for row in replayed if row.verdict in FITS), key=lambda row: FITS.index(str(row.verdict)))
     return rows if everything else rows[:1]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from peftplan.report.cards import card_name
-from peftplan.results.advice import Advice, Advised
+from peftplan.results.advice import FITS, Advice, Advised
 from peftplan.results.estimate import Estimate
 from peftplan.units import GIB, format_bytes
 
@@ -17,7 +17,7 @@ UNKNOWN = "no advice: the job has no formulas, and a trace is not repeated with 
 
 
 def rows(result: Estimate, changes: Iterable[Advice]) -> list[tuple[str, str, str, str]]:
-    """The job as it is, then each change: its options, the peak where it was replayed, what its tensors save, the verdict."""
+    """The job as it is, then each change: its options, the peak where it was replayed, what it saves, the verdict."""
     assert result.peaks is not None
     unchanged = (NOW, format_bytes(result.peaks.allocated), "", "does not fit")
     return [unchanged, *map(_row, changes)]
@@ -25,7 +25,12 @@ def rows(result: Estimate, changes: Iterable[Advice]) -> list[tuple[str, str, st
 
 def _row(advice: Advice) -> tuple[str, str, str, str]:
     peak = "" if advice.peak_allocated is None else format_bytes(advice.peak_allocated)
-    return command_line(advice), peak, format_bytes(advice.saving_bytes), (advice.verdict or "").replace("_", " ")
+    return command_line(advice), peak, format_bytes(advice.saving_bytes), _verdict(advice)
+
+
+def _verdict(advice: Advice) -> str:
+    """In words. A change that was not replayed, and whose tensors leave enough room, may fit."""
+    return "may fit" if advice.verdict is None else advice.verdict.replace("_", " ")
 
 
 def title(gpu: str, engine: str) -> str:
@@ -36,7 +41,9 @@ def title(gpu: str, engine: str) -> str:
 def outcome(advice: Advice) -> str:
     """What a change brings, in a few words."""
     saved = f"saves {advice.saving_bytes / GIB:,.1f} GiB"
-    if advice.headroom_bytes is None or advice.verdict is None:
+    if advice.verdict is None:
+        return f"{saved}, {_verdict(advice)}"
+    if advice.headroom_bytes is None or advice.verdict not in FITS:
         return saved
     left = f"{advice.headroom_bytes / GIB:,.1f} GiB left" if advice.headroom_bytes >= 0 else "releases cached memory"
     return f"{advice.verdict}, {left}"
@@ -53,7 +60,7 @@ def without_help(gpu: str, advised: Advised) -> str | None:
         why = f"no change helps, since the weights alone take {format_bytes(advised.weights_alone)}"
     other = "no single card of the catalogue would do"
     if advised.smallest_card is not None:
-        other = f"the smallest card that it fits is the {card_name(advised.smallest_card)}"
+        other = f"the smallest card it fits is the {card_name(advised.smallest_card)}"
     return f"{card_name(gpu)}: {why}; {other}"
 
 

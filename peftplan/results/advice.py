@@ -11,8 +11,8 @@ class Advice(NamedTuple):
     """One change, or several together. `tensor_bytes` are those of the tensors at the peak, and `saving_bytes` how many fewer.
 
     Of what was replayed, `verdict`, `peak_allocated` and `headroom_bytes` are what `estimate` says with these options, and
-    `saving_bytes` is the difference of the peaks. The others are None, except for the verdict on a job whose tensors alone are
-    too large.
+    `saving_bytes` is the difference of the peaks. What was not replayed may fit (`verdict` None), or its tensors alone are too
+    large (`does_not_fit`).
     """
 
     options: dict[str, Any]

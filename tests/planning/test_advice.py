@@ -184,6 +184,22 @@ def test_few_are_replayed_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(trying.replays), advised.helps) == (3, False)
 
 
+def test_a_change_that_was_not_replayed_may_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`big` would fit, and is not replayed once `cheap` does; `little` leaves 97 of 80 bytes, which is certain to fail."""
+    trying = Trying({"cheap": (SAME, 22), "big": (OTHER, 40), "little": (SAME, 3)}, room=80)
+    changes = trying.advise(monkeypatch).changes
+    assert [(*change.options, change.verdict) for change in changes] == [
+        ("cheap", "fits"), ("big", None), ("little", "does_not_fit"),
+    ]  # fmt: skip
+    assert [report.outcome(change) for change in changes] == ["fits, 0.0 GiB left", "saves 0.0 GiB, may fit", "saves 0.0 GiB"]
+
+
+def test_a_change_that_was_replayed_in_vain_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """21 bytes of 100 leave 79 of tensors on a card of 80, but 129 bytes once they are replayed."""
+    (change,) = Trying({"only": (SAME, 21)}, room=80, besides=50).advise(monkeypatch).changes
+    assert (change.verdict, change.peak_allocated) == ("does_not_fit", None)
+
+
 def test_a_hopeless_job_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     trying = Trying({"a": (SAME, 50)}, room=40, weights=41)
     assert trying.advise(monkeypatch) == Advised(weights_alone=41, smallest_card="a100-80gb")
@@ -206,7 +222,7 @@ def test_a_hopeless_job_on_a_card_is_one_line() -> None:
     """70e9 parameters as nf4 are 32 GiB and more; of the cards of 48 GB none has 5 % left."""
     said = run("estimate", "llama-2-70b", "--method", "qlora", "--r", "16", "--gpu", "rtx-4090", columns=None).out
     assert (
-        "\nRTX 4090: no change helps, since the weights alone take 32.85 GiB; the smallest card that it fits is the A100 80GB\n"
+        "\nRTX 4090: no change helps, since the weights alone take 32.85 GiB; the smallest card it fits is the A100 80GB\n"
         in said
     )
     assert "\nto fit" not in said
