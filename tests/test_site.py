@@ -46,6 +46,13 @@ def test_the_picture_shows_what_the_command_prints() -> None:
     assert "http" not in re.sub(r"<!--.*?-->|http://www.w3.org/2000/svg", "", svg), "it loads nothing"
 
 
+@pytest.mark.parametrize(("file", "page"), [("compare.png", "which-card.md"), ("sweep.png", "sweep.md")])
+def test_a_plot_stands_below_its_command(file: str, page: str) -> None:
+    text = (ROOT / "docs" / "how-to" / page).read_text(encoding="utf-8")
+    assert f"](../assets/{file})" in text
+    assert f"`{picture.PLOTS[file]} --plot {file}`" in text
+
+
 @pytest.mark.parametrize("page", ["index.md", "reference/coverage.md"])
 def test_a_page_counts_models_and_cards(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Draw docs/assets/answer.svg, what a terminal shows of one job: `python -m tools.picture`."""
+"""Draw docs/assets: what a terminal shows of one job, and the plots of two commands: `python -m tools.picture`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "assets" / "answer.svg"
 COMMAND = "peftplan estimate qwen3-8b --method lora --r 16 --seq-len 4096 --gpu rtx-4090"
+PLOTS = {
+    "compare.png": "peftplan compare llama-3.1-8b --method lora,dora,qlora,full --gpu l4,a100-80gb",
+    "sweep.png": "peftplan sweep llama-3.1-8b --batch-size 1:16:1 --seq-len 512:8192:256 --gpu rtx-4090,a100-80gb",
+}
+"""File → the command that draws it with --plot."""
 FONT = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 """What a reader has: the picture loads nothing."""
 
@@ -48,5 +53,13 @@ def texts(svg: str) -> str:
     return "\n".join("".join(text for _, text in sorted(row)).rstrip() for _, row in sorted(rows.items()))
 
 
+def plot(file: str) -> None:
+    """Draw one of `PLOTS`."""
+    call = [sys.executable, "-m", *shlex.split(PLOTS[file]), "--plot", str(FILE.with_name(file))]
+    subprocess.run(call, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+
+
 if __name__ == "__main__":
     FILE.write_text(drawn(answer()), encoding="utf-8")
+    for name in PLOTS:
+        plot(name)

@@ -17,13 +17,6 @@ class CountsDocument(TypedDict):
     equal: int
 
 
-class JudgedDocument(TypedDict):
-    """Verdicts on one kind of card."""
-
-    wrong: int
-    asked: int
-
-
 class SummaryDocument(TypedDict):
     """Drift of one peak in one group of runs, in percent; plus means that the prediction is too high."""
 
@@ -101,8 +94,8 @@ class CheckDocument(TypedDict):
     counts: CountsDocument
     out_of_memory: dict[str, int]
     """Verdict → runs that ran out of memory on that card."""
-    verdicts: dict[str, JudgedDocument]
-    """Kind of card → how many verdicts were wrong."""
+    verdicts: dict[str, dict[Literal["wrong", "asked"], int]]
+    """Kind of card → how many verdicts were wrong, of how many."""
     summary: dict[str, list[SummaryDocument]]
     """Grouping (source, method, model …) → groups."""
     rows: list[RunDocument]
