@@ -20,7 +20,9 @@ TIED = "\xa0"
 """A blank at which no line breaks."""
 
 Colour = Literal["green", "yellow", "red", "bold"]
-CODES: dict[Colour, str] = {"green": "\x1b[32m", "yellow": "\x1b[33m", "red": "\x1b[31m", "bold": "\x1b[1m"}
+SHADES: dict[Colour, int] = {"green": 28, "yellow": 136, "red": 160}
+"""Of the 256 colours: dark enough for a white screen, bright enough for a black one. Of the first 16 a white one hides yellow."""
+CODES: dict[Colour, str] = {"bold": "\x1b[1m", **{colour: f"\x1b[38;5;{number}m" for colour, number in SHADES.items()}}
 PLAIN = "\x1b[0m"
 
 

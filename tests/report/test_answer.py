@@ -66,13 +66,13 @@ def test_a_terminal_gets_the_same_lines(job: str, columns: int) -> None:
 def test_colours_say_what_the_words_say() -> None:
     """Green fits, yellow is tight, red does not fit, and nothing else has a colour; bold is none."""
     shown = in_terminal("estimate", "llama-2-7b", "--gpu", "a100-80gb,t4", columns=80)
-    coloured = re.findall(r"\x1b\[(\d+)m(.*?)\x1b\[0m", shown)
+    coloured = re.findall(r"\x1b\[([\d;]+)m(.*?)\x1b\[0m", shown)
     assert coloured[0] == ("1", "llama-2-7b · lora r=8 · analytic")
-    assert coloured[1][0] == "32"
+    assert coloured[1][0] == "38;5;28"
     assert coloured[1][1].startswith("✓ A100 80GB")
-    assert coloured[2][0] == "31"
+    assert coloured[2][0] == "38;5;160"
     assert coloured[2][1].startswith("✗ T4")
-    assert {code for code, _ in coloured} <= {"1", "31", "32", "33"}
+    assert {code for code, _ in coloured} <= {"1", "38;5;28", "38;5;136", "38;5;160"}
     assert "\x1b" not in in_terminal("estimate", "gpt2", "--gpu", "t4", columns=80, NO_COLOR="1")
 
 
