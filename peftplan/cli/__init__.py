@@ -27,6 +27,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "The module tree of a model: shapes, counts, bytes, and what a pattern matches.",
     "models": "The built-in models and their parameter counts.",
     "methods": "The PEFT methods, and the fields of one.",
+    "rehearse": "Run a training program without a GPU: its peaks, by torch's own allocator.",
     "measure": "Measure a run on this machine's GPU, with random weights, and record it.",
     "gpus": "The GPU catalogue: what each card has, and what a program can use.",
     "schema": "The JSON Schema of what a command prints with --format json.",

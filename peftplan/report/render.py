@@ -148,6 +148,19 @@ def oom(result: Diagnosis, *, fmt: str) -> None:
         _remarks(list(report.lines(result)), fmt=fmt)
 
 
+def rehearsal(result: Rehearsal, *, fmt: str) -> None:
+    """What a rehearsal showed. JSON is one line, the last of stdout."""
+    from peftplan.report import rehearsal as report
+    from peftplan.report.screen import Screen, glyphs, show, width
+
+    if fmt == "json":
+        print(json.dumps(result.to_dict(), allow_nan=False), flush=True)
+    elif fmt in ("csv", "markdown"):
+        tabular.write_csv(report.facts(result), sys.stdout)
+    else:
+        show(report.rows(result, Screen(width(), glyphs())))
+
+
 def cards(verdicts: Sequence[Verdict], *, fmt: str) -> None:
     """Cards that take a job, the smallest first."""
     from peftplan.report import fitting

@@ -1,13 +1,14 @@
-/* A card whose kernels do nothing and whose memory is address space: enough of the CUDA driver and runtime for torch's CUDA build
- * to run with its own caching allocator, so that every allocation of a step is real and no value is. See README.md.
+/* Cards whose kernels do nothing and whose memory is address space: enough of the CUDA driver and runtime for torch's CUDA build
+ * to run with its own caching allocator, so that every allocation of a step is real and no value is.
  *
- * Copies from the card give zeros, one byte EMULATED_BOOL (1: a mask's `all()` is true), 4 or 8 bytes EMULATED_INT (0: so many
- * places of a mask are true). EMULATED_CAPABILITY ("8.0"), EMULATED_BYTES
- * (85899345920) and EMULATED_NAME ("emulated card") describe the card; CONTEXT is what it holds before the first tensor. */
+ * Copies from a card give zeros, one byte EMULATED_BOOL (1: a mask's `all()` is true), 4 or 8 bytes EMULATED_INT (0: so many
+ * places of a mask are true). EMULATED_COUNT (1), EMULATED_CAPABILITY ("8.0"), EMULATED_BYTES (85899345920), EMULATED_CONTEXT
+ * (115343360, what the driver holds before the first tensor) and EMULATED_NAME ("emulated card") describe the cards. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -15,42 +16,52 @@
 
 #define GRAIN ((size_t)2 << 20)
 #define SPACE ((size_t)1 << 40)
-#define CONTEXT ((size_t)110 << 20)
+#define CARDS 16
 
 static struct { char *at; size_t bytes; } segments[65536];
 static int count;
-static size_t used, taken;
+static size_t used[CARDS], taken[CARDS];
 static char *base;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static __thread cudaError_t last;
+static __thread int current;
 
-static size_t total(void) {
-    const char *given = getenv("EMULATED_BYTES");
-    return given ? strtoull(given, 0, 10) : (size_t)80 << 30;
+static long number(const char *name, long otherwise) {
+    const char *stated = getenv(name);
+    return stated ? atol(stated) : otherwise;
+}
+
+static size_t total(void) { return number("EMULATED_BYTES", (long)80 << 30); }
+static size_t context(void) { return number("EMULATED_CONTEXT", (long)110 << 20); }
+
+static int cards(void) {
+    int n = number("EMULATED_COUNT", 1);
+    return n < 1 ? 1 : n > CARDS ? CARDS : n;
 }
 
 static int capability(int part) {
-    const char *given = getenv("EMULATED_CAPABILITY");
-    if (!given) given = "8.0";
-    return atoi(part ? strchr(given, '.') + 1 : given);
+    const char *stated = getenv("EMULATED_CAPABILITY");
+    if (!stated) stated = "8.0";
+    return atoi(part ? strchr(stated, '.') + 1 : stated);
 }
 
 static int turing(void) { return capability(0) == 7; }
-static int on_card(const void *at) { return base && (const char *)at >= base && (const char *)at < base + SPACE; }
+static int on_card(const void *at) { return base && (const char *)at >= base && (const char *)at < base + CARDS * SPACE; }
+static int card_of(const void *at) { return ((const char *)at - base) / SPACE; }
 
 /* Segments lie one below the other, as on a real card. */
 cudaError_t cudaMalloc(void **at, size_t bytes) {
     pthread_mutex_lock(&lock);
     size_t whole = (bytes + GRAIN - 1) / GRAIN * GRAIN;
-    last = used + whole + CONTEXT > total() ? cudaErrorMemoryAllocation : cudaSuccess;
+    last = used[current] + whole + context() > total() ? cudaErrorMemoryAllocation : cudaSuccess;
     if (!base) {
-        base = mmap(0, SPACE + GRAIN, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        base = mmap(0, CARDS * SPACE + GRAIN, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         base = (char *)(((size_t)base + GRAIN - 1) / GRAIN * GRAIN);
     }
     if (!last) {
-        taken += whole;
-        used += whole;
-        *at = segments[count].at = base + SPACE - taken;
+        taken[current] += whole;
+        used[current] += whole;
+        *at = segments[count].at = base + (current + 1) * SPACE - taken[current];
         segments[count++].bytes = whole;
     }
     pthread_mutex_unlock(&lock);
@@ -61,7 +72,7 @@ cudaError_t cudaFree(void *at) {
     pthread_mutex_lock(&lock);
     for (int i = 0; i < count; i++)
         if (segments[i].at == at) {
-            used -= segments[i].bytes;
+            used[card_of(at)] -= segments[i].bytes;
             segments[i] = segments[--count];
             break;
         }
@@ -71,13 +82,8 @@ cudaError_t cudaFree(void *at) {
 
 cudaError_t cudaMemGetInfo(size_t *unused, size_t *all) {
     *all = total();
-    *unused = total() - used - CONTEXT;
+    *unused = total() - used[current] - context();
     return cudaSuccess;
-}
-
-static long number(const char *name, long otherwise) {
-    const char *given = getenv(name);
-    return given ? atol(given) : otherwise;
 }
 
 static void said(void *to, size_t bytes) {
@@ -87,10 +93,24 @@ static void said(void *to, size_t bytes) {
     if (bytes == 8) *(long *)to = number("EMULATED_INT", 0);
 }
 
+/* The last thing that was written to a card: read back from where it was written, it is still there. So DDP's ranks agree on buckets. */
+static char written[1 << 20];
+static const void *written_at;
+static size_t written_bytes;
+
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream) {
-    if (!on_card(to)) {
-        if (on_card(from)) said(to, bytes);
-        else memcpy(to, from, bytes);
+    if (on_card(to)) {
+        if (!on_card(from)) {
+            written_at = bytes <= sizeof written ? to : 0;
+            written_bytes = bytes;
+            if (written_at) memcpy(written, from, bytes);
+        }
+    } else if (!on_card(from)) {
+        memcpy(to, from, bytes);
+    } else if (from == written_at && bytes == written_bytes) {
+        memcpy(to, written, bytes);
+    } else {
+        said(to, bytes);
     }
     return cudaSuccess;
 }
@@ -109,16 +129,17 @@ cudaError_t cudaFreeHost(void *at) {
     return cudaSuccess;
 }
 
-cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
-cudaError_t cudaGetDevice(int *n) { return *n = 0, cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int *n) { return *n = cards(), cudaSuccess; }
+cudaError_t cudaGetDevice(int *n) { return *n = current, cudaSuccess; }
+cudaError_t cudaSetDevice(int n) { return n < 0 || n >= cards() ? (last = cudaErrorInvalidDevice) : (current = n, cudaSuccess); }
 cudaError_t cudaDriverGetVersion(int *n) { return *n = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *n) { return *n = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaPeekAtLastError(void) { return last; }
 
 cudaError_t cudaGetLastError(void) {
-    cudaError_t found = last;
+    cudaError_t error = last;
     last = cudaSuccess;
-    return found;
+    return error;
 }
 
 const char *cudaGetErrorString(cudaError_t error) { return error == cudaErrorMemoryAllocation ? "out of memory" : "emulated"; }
@@ -187,8 +208,8 @@ int cublasCreate_v2(void **h) { return *h = handle(), 0; }
 int cublasLtCreate(void **h) { return *h = handle(), 0; }
 size_t cublasLtGetVersion(void) { return CUDART_VERSION * 10; }
 
-int cublasLtMatmulAlgoGetHeuristic(void *lt, void *op, void *a, void *b, void *c, void *d, void *p, int asked, char *found, int *n) {
-    memset(found, 0, 96 * asked); /* sizeof(cublasLtMatmulHeuristicResult_t) */
+int cublasLtMatmulAlgoGetHeuristic(void *lt, void *op, void *a, void *b, void *c, void *d, void *p, int most, char *results, int *n) {
+    memset(results, 0, 96 * most); /* sizeof(cublasLtMatmulHeuristicResult_t) */
     return *n = 1, 0;
 }
 
@@ -206,7 +227,7 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute a, CUfunction f) {
 }
 
 CUresult cuCtxGetCurrent(CUcontext *c) { return *c = handle(), CUDA_SUCCESS; }
-CUresult cuDeviceGet(CUdevice *d, int n) { return *d = 0, CUDA_SUCCESS; }
+CUresult cuDeviceGet(CUdevice *d, int n) { return *d = n, CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult error, const char **text) { return *text = "emulated", CUDA_SUCCESS; }
 
 void **__cudaRegisterFatBinary(void *binary) {
@@ -215,15 +236,24 @@ void **__cudaRegisterFatBinary(void *binary) {
 }
 
 cudaError_t cudaDeviceGetPCIBusId(char *id, int length, int device) {
-    strncpy(id, "0000:00:04.0", length);
+    snprintf(id, length, "0000:00:%02x.0", 4 + device);
     return cudaSuccess;
+}
+
+/* Of the architectures that torch is compiled for, the newest that the card runs: cub has no code for others. */
+static int compiled(void) {
+    static const int known[] = {120, 100, 90, 86, 80, 75, 70, 60};
+    int card = 10 * capability(0) + capability(1);
+    for (int i = 0; i < sizeof known / sizeof *known; i++)
+        if (known[i] <= card) return known[i];
+    return card;
 }
 
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *f) {
     memset(a, 0, sizeof *a);
     a->maxThreadsPerBlock = 1024;
     a->numRegs = 32;
-    a->binaryVersion = a->ptxVersion = 10 * capability(0) + capability(1);
+    a->binaryVersion = a->ptxVersion = compiled();
     return cudaSuccess;
 }
 
@@ -234,6 +264,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n, const
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *at) {
     memset(a, 0, sizeof *a);
     a->type = on_card(at) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+    a->device = on_card(at) ? card_of(at) : 0;
     a->devicePointer = (void *)at;
     return cudaSuccess;
 }

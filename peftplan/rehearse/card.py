@@ -1,0 +1,119 @@
+"""The emulated card: `card.c`, compiled once for the CUDA build of torch that is installed, and kept in the cache.
+
+The library answers every function of CUDA that torch and bitsandbytes import: those that `card.c` defines with a meaning, all
+others with success. Two files result: one that is loaded before the program (`LD_PRELOAD`), and `libcuda.so.1`, which triton opens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+from peftplan.errors import MissingExtraError, RefusedError
+
+SOURCE = Path(__file__).with_name("card.c")
+NAMES = re.compile(r"^(cu[A-Z]|cuda|__cuda|cublas|cusolver|cusparse)")
+OPENED_BY_TRITON = (
+    "cuCtxGetDevice cuCtxGetLimit cuCtxSetCurrent cuCtxSetLimit cuDevicePrimaryCtxRetain cuDriverGetVersion cuFuncSetAttribute "
+    "cuFuncSetCacheConfig cuLaunchKernelEx cuModuleGetFunction cuModuleLoadData cuModuleUnload cuOccupancyMaxActiveClusters "
+    "cuPointerGetAttribute cuTensorMapEncodeTiled"
+).split()
+"""Functions that triton looks up when it runs, and that no library imports."""
+
+
+def library() -> Path:
+    """The folder that holds `card.so` and `libcuda.so.1` for the installed torch; compiled where it is not there yet.
+
+    Raises RefusedError for another platform, a CPU build of torch or a missing compiler, MissingExtraError without torch.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise RefusedError(f"rehearse runs on Linux on x86-64 only (this is {sys.platform} on {platform.machine()})")
+    packages = _packages()
+    libraries = [*packages.glob("torch/lib/*.so"), *packages.glob("bitsandbytes/libbitsandbytes_cuda1[23]*.so")]
+    folder = _cache() / _key(libraries)
+    if not (folder / "libcuda.so.1").exists():
+        _compile(packages, libraries, folder)
+    return folder
+
+
+def torch_version() -> tuple[str, str | None]:
+    """The installed torch's version and its CUDA's, None for a CPU build, without importing it."""
+    text = (_packages() / "torch" / "version.py").read_text(encoding="utf-8")
+    stated = dict(re.findall(r"^(\w+)(?:: [^=]+)? = '([^']+)'", text, re.MULTILINE))
+    return stated["__version__"], stated.get("cuda")
+
+
+def _packages() -> Path:
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise MissingExtraError("rehearse (torch)", "rehearse")
+    return Path(spec.origin).parent.parent
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftplan" / "card"
+
+
+def _key(libraries: Iterable[Path]) -> str:
+    """Changes with the source, with torch and with each library whose functions are answered."""
+    digest = hashlib.sha256(SOURCE.read_bytes())
+    for path in sorted(libraries):
+        stat = path.stat()
+        digest.update(f"{path}:{stat.st_size}:{stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _compile(packages: Path, libraries: list[Path], folder: Path) -> None:
+    version, cuda = torch_version()
+    if cuda is None:
+        raise RefusedError(
+            f"torch {version} is built without CUDA; rehearse needs the CUDA build of torch (no driver, no GPU): "
+            f"pip install 'torch=={version.partition('+')[0]}' from an index that has it"
+        )
+    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    lister = shutil.which("nm")
+    if compiler is None or lister is None:
+        raise RefusedError("rehearse compiles its card once and needs a C compiler and nm: install gcc and binutils")
+    headers = [next(iter(sorted(packages.glob(pattern))), None) for pattern in HEADERS]
+    if None in headers:
+        raise RefusedError(f"rehearse needs the headers of CUDA {cuda}, which torch's own packages hold; they were not there")
+    include = [f"-I{path.parent}" for path in headers if path is not None]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        work = Path(scratch)
+        imported = _symbols(lister, libraries, "--undefined-only") | set(OPENED_BY_TRITON)
+        _cc(compiler, include, [SOURCE], work / "some.so")
+        answered = _symbols(lister, [work / "some.so"], "--defined-only")
+        others = sorted(name for name in imported - answered if NAMES.match(name))
+        rest = work / "rest.c"
+        rest.write_text("".join(f"int {name}() {{ return 0; }}\n" for name in others), encoding="utf-8")
+        _cc(compiler, include, [SOURCE, rest], work / "card.so")
+        _cc(compiler, include, [SOURCE, rest, "-Wl,-soname,libcuda.so.1"], work / "libcuda.so.1")
+        folder.mkdir(exist_ok=True)
+        for name in ("card.so", "libcuda.so.1"):  # libcuda.so.1 last: it says that the folder is complete
+            os.replace(work / name, folder / name)
+
+
+HEADERS = ("nvidia/**/include/cuda_runtime_api.h", "triton/backends/nvidia/include/cuda.h")
+
+
+def _cc(compiler: str, include: list[str], parts: list[Path | str], output: Path) -> None:
+    command = [compiler, "-shared", "-fPIC", "-O1", "-w", *include, *map(str, parts), "-lpthread", "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+        raise RefusedError(f"the card does not compile for torch {torch_version()[0]}: {reason[:300]}")
+
+
+def _symbols(lister: str, libraries: Iterable[Path], which: str) -> set[str]:
+    done = subprocess.run([lister, "-D", which, *map(str, libraries)], capture_output=True, text=True, check=False)
+    return {line.split()[-1].partition("@")[0] for line in done.stdout.splitlines() if line.strip()}

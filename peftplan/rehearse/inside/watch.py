@@ -1,0 +1,184 @@
+"""Where a program loads, runs forward, backward and steps its optimizer, found by hooks of torch; what each phase held at most.
+
+`load` ends with the first forward of a module in training mode with gradients. A step goes from there, or from the optimizer's last
+step, to the end of the optimizer's next one. An optimizer that steps inside backward (one per parameter) counts once per backward.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+
+from peftplan.rehearse.inside import alive, report
+from peftplan.rehearse.inside.counters import Counters
+from peftplan.rehearse.settings import Settings
+
+
+class Ended(SystemExit):
+    """Ends the program after the last step that was wanted: its `finally` blocks and exit handlers run."""
+
+
+class Watch:
+    """The phases of one process. `figures` holds a row per phase that ended: (step, phase, device, allocated, reserved)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.counters = Counters()
+        self.phase, self.step = "load", 0
+        self.figures: list[tuple[int, str, int, int, int]] = []
+        self.marks: list[tuple[int, int, str]] = [(time.time_ns() // 1000, 0, "load")]
+        self.out_of_memory: list[dict[str, Any]] = []
+        self.persistent = alive.Persistent()
+        self.in_backward = 0
+        self.stepped_in_backward = False
+        self.optimizers: list[Any] = []
+        self.steps_done = 0
+        self.program_exit: str | None = None
+        self._forward_hook: Any = None
+        self._done = False
+
+    def begin(self, phase: str) -> None:
+        """Close the phase that runs and begin another."""
+        self.close()
+        self.phase = phase
+        self.marks.append((time.time_ns() // 1000, self.step, phase))
+
+    def close(self) -> None:
+        """Read what the phase that runs held at most."""
+        for device, (allocated, reserved) in self.counters.take().items():
+            self.figures.append((self.step, self.phase, device, allocated, reserved))
+
+    def await_forward(self) -> None:
+        """Begin a forward with the next call of a module that trains."""
+        if self._forward_hook is None:
+            self._forward_hook = torch.nn.modules.module.register_module_forward_pre_hook(self._forward)
+
+    def _forward(self, module: Any, args: Any) -> None:
+        if self.in_backward or not module.training or not torch.is_grad_enabled():
+            return
+        self._forward_hook.remove()
+        self._forward_hook = None
+        if self.phase == "load":
+            self.step = 1
+            self.persistent.find_weights()
+        if self.phase != "forward":
+            self.begin("forward")
+
+    def wrap_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+        """torch.autograd.backward, watched."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if not self.in_backward and self.phase != "backward":
+                self.begin("backward")
+            self.in_backward += 1
+            try:
+                return backward(*args, **kwargs)
+            finally:
+                self.in_backward -= 1
+                if not self.in_backward:
+                    if self.stepped_in_backward:
+                        self.stepped_in_backward = False
+                        self._end_step()
+                    self.await_forward()
+
+        return watched
+
+    def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """An optimizer is about to step."""
+        if not any(optimizer is known for known in self.optimizers):
+            self.optimizers.append(optimizer)
+        if self.in_backward:
+            self.stepped_in_backward = True
+            return
+        self.persistent.find_gradients(optimizer)
+        if self.phase != "step":
+            self.begin("step")
+
+    def after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """An optimizer has stepped."""
+        self.persistent.find_states(optimizer)
+        if self.in_backward:
+            return
+        if optimizer is self.optimizers[0]:
+            self._end_step()
+
+    def _end_step(self) -> None:
+        self.steps_done += 1
+        if self.settings.steps and self.steps_done >= self.settings.steps:
+            self.finish()
+            raise Ended(0)
+        self.close()
+        self.step += 1
+        self.phase = "forward"
+        self.marks.append((time.time_ns() // 1000, self.step, "forward"))
+
+    def out_of(self, device: int, requested: int, total: int, free: int) -> None:
+        """torch's allocator could not give the bytes: what was alive, and the line of the program that asked."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        self.out_of_memory.append(
+            {
+                "device": device,
+                "phase": self.phase,
+                "step": self.step,
+                "requested_bytes": requested,
+                **asking_line(frame),
+                "alive": alive.now(device),
+            }
+        )
+
+    def finish(self) -> None:
+        """Write the report, once."""
+        if not self._done:
+            self._done = True
+            self.close()
+            for optimizer in self.optimizers:
+                self.persistent.find_states(optimizer)
+            report.write(self)
+
+
+def asking_line(frame: FrameType | None) -> dict[str, Any]:
+    """The innermost frame outside installed packages and the standard library."""
+    innermost = frame
+    while frame is not None and alive.of_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    frame = frame or innermost
+    if frame is None:
+        return {"file": None, "line": None, "code": None}
+    import linecache
+
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    return {"file": os.path.abspath(file), "line": line, "code": linecache.getline(file, line).strip() or None}
+
+
+def start(settings: Settings) -> None:
+    """Hook into the torch that the program imports."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+    watch = Watch(settings)
+    torch.autograd.backward = watch.wrap_backward(torch.autograd.backward)  # type: ignore[assignment]
+    register_optimizer_step_pre_hook(watch.before_step)  # type: ignore[arg-type]
+    register_optimizer_step_post_hook(watch.after_step)  # type: ignore[arg-type]
+    watch.await_forward()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans its kernels on the card itself
+    torch.cuda._lazy_call(lambda: _record(watch))  # type: ignore[no-untyped-call]
+    atexit.register(watch.finish)
+    unhandled = sys.excepthook
+
+    def ended_by(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        watch.program_exit = kind.__name__
+        unhandled(kind, error, trace)
+
+    sys.excepthook = ended_by
+
+
+def _record(watch: Watch) -> None:
+    torch.cuda.memory._record_memory_history("all", context="alloc", stacks="python", max_entries=alive.MOST_EVENTS)
+    torch._C._cuda_attach_out_of_memory_observer(watch.out_of)

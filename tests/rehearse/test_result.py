@@ -1,0 +1,81 @@
+"""A rehearsal's exit code, JSON and text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from peftplan.planning.verdicts import find_cards
+from peftplan.rehearse.program import _verdict
+from peftplan.rehearse.result import Alive, OutOfMemory, Rank, Rehearsal, Step
+from peftplan.report.rehearsal import facts, rows
+from peftplan.report.screen import ASCII, UNICODE, Screen
+from peftplan.units import GIB
+
+PHASES = {"load": 2 * GIB, "forward": 3 * GIB, "backward": 4 * GIB, "step": 3 * GIB}
+LARGEST = Alive("/x/site-packages/transformers/models/llama/modeling_llama.py", 164, "forward", GIB, 3, "activations")
+RANK = Rank(
+    rank=0,
+    device=0,
+    peak_allocated=4 * GIB,
+    peak_reserved=5 * GIB,
+    device_total=5 * GIB + 2**28,
+    peak_by_phase=PHASES,
+    reserved_by_phase=PHASES,
+    steps=tuple(Step(number, PHASES) for number in (1, 2, 3)),
+    by_category={"weights": 2 * GIB, "activations": 2 * GIB},
+    largest=(LARGEST,),
+    cache_released=0,
+)
+OOM = OutOfMemory(0, 0, "backward", 1, 2**20, "/home/me/train.py", 31, "loss.backward()", (LARGEST,))
+CARD = find_cards("24GiB")[0]
+
+
+def rehearsal(rank: Rank = RANK, *, oom: OutOfMemory | None = None, ended: str = "steps", code: int = 0) -> Rehearsal:
+    verdict = _verdict(CARD, [rank], out_of_memory=oom is not None, steps=3)
+    return Rehearsal(("python", "train.py"), ended, code, 3, (rank,), oom, (verdict,), ("network: there was none",), (), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ended", "program_exit", "code"),
+    [("steps", 0, 0), ("steps", 1, 0), ("program", 0, 0), ("program", 3, 3), ("program", -9, 137), ("out_of_memory", 1, 1), ("timeout", -15, 1)],
+)
+def test_exit_codes(ended: str, program_exit: int, code: int) -> None:
+    assert rehearsal(ended=ended, code=program_exit).exit_code == code
+
+
+def test_json_has_the_words_of_the_other_engines() -> None:
+    stated = json.loads(json.dumps(rehearsal().to_dict()))
+    assert (stated["engine"], stated["peak_allocated"], stated["peak_reserved"]) == ("rehearsed", 4 * GIB, 5 * GIB)
+    assert stated["ranks"][0]["peak_by_phase"] == PHASES
+    assert stated["gpus"][0]["verdict"] == "fits"
+    assert facts(rehearsal())[0]["peak_backward"] == 4 * GIB
+
+
+@pytest.mark.parametrize(
+    ("rank", "oom", "word"),
+    [
+        (RANK, None, "fits"),
+        (replace(RANK, cache_released=2), None, "tight"),
+        (replace(RANK, peak_reserved=22 * GIB + GIB // 2), None, "tight"),
+        (RANK, OOM, "does_not_fit"),
+    ],
+)
+def test_verdicts(rank: Rank, oom: OutOfMemory | None, word: str) -> None:
+    assert rehearsal(rank, oom=oom).gpus[0].verdict == word
+
+
+@pytest.mark.parametrize("screen", [Screen(80, UNICODE), Screen(100, ASCII)])
+def test_the_answer_comes_first_and_fits_the_screen(screen: Screen) -> None:
+    lines = ["".join(part.text for part in row) for row in rows(rehearsal(), screen)]
+    assert "left of 24.0 GiB" in lines[1]
+    assert any(line.endswith("llama/modeling_llama.py:164 in forward") for line in lines)
+    assert max(map(len, lines)) <= screen.columns
+
+
+def test_out_of_memory_names_the_line_that_asked() -> None:
+    text = "\n".join("".join(part.text for part in row) for row in rows(rehearsal(oom=OOM, ended="out_of_memory"), Screen(100, UNICODE)))
+    assert "train.py:31: loss.backward()" in text
+    assert "1.00 MiB more asked for in backward of step 1, rank 0" in text

@@ -1,0 +1,57 @@
+"""Stand-ins for repositories that are not there, as the real libraries read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from peftplan.rehearse.inside import holes, standins  # noqa: E402
+
+TINY = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+
+
+def test_the_real_loader_reads_a_checkpoint_of_holes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
+    nbytes = standins.write_checkpoint(tmp_path)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert nbytes == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert str(model.dtype) == "torch.bfloat16"
+    assert (tmp_path / "model.safetensors").stat().st_blocks * 512 < nbytes
+
+
+def test_the_tokenizer_has_the_models_tokens(tmp_path: Path) -> None:
+    for name, content in standins.tokenizer_files(TINY):
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == TINY["vocab_size"]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert len(tokenizer("word " * 8)["input_ids"]) == 10
+    assert "hello" in tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+
+
+def test_holes_are_files_that_safetensors_opens(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    holes.write(tmp_path / "x.safetensors", [("a", torch.bfloat16, (3, 5)), ("b", torch.int64, ())], {"format": "pt"})
+    tensors = load_file(tmp_path / "x.safetensors")
+    assert (tensors["a"].shape, tensors["b"].dtype, int(tensors["b"])) == ((3, 5), torch.int64, 0)
