@@ -31,13 +31,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("analytic", "trace.events"),
     ("trace",),
     ("planning",),
-    ("accuracy", "oom"),
+    ("accuracy", "oom", "rehearse"),
     ("measure", "report"),
     ("integrations", "cli"),
 )
 """Rooms from the bottom up; a room imports only those of lower levels, wherever the import stands."""
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-LAZY = ("libraries", "trace", "trace.cuda", "trace.events", "measure")
+LAZY = ("libraries", "trace", "trace.cuda", "trace.events", "measure", "rehearse")
 """Rooms that need an extra: other rooms import them inside a function only."""
 DOORS = ("__init__", "__main__")
 """The package itself: its public names and its console script."""

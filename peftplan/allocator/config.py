@@ -60,7 +60,7 @@ class AllocatorConfig:
     `max_split_size` None: any block may be split. `per_process_memory_fraction` None: never set, which also switches garbage
     collection off (torch collects only under a set fraction; `torch.cuda.set_per_process_memory_fraction` sets it too).
     `ties_by_address` is not an option but torch before 2.13: among free blocks of one size it takes the lowest address; newer
-    versions take the block in the oldest segment (`tools/emulated_card`).
+    versions take the block in the oldest segment (docs/rehearse.md).
     """
 
     max_split_size: int | None = None

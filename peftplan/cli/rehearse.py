@@ -15,7 +15,9 @@ from peftplan.cli.command import Command, argument, option, will_exit
 @argument("command", nargs=-1, type=click.UNPROCESSED)
 @option("--gpu", default=None, metavar="NAME", help="the card, or several of one kind: 8xh100; without it there is no limit")
 @option("--steps", type=int, default=3, show_default=True, metavar="INT", help="optimizer steps; 0: until the program ends")
-@option("--world-size", type=int, default=None, metavar="INT", help="ranks of the job; a launcher such as torchrun says them itself")
+@option(
+    "--world-size", type=int, default=None, metavar="INT", help="ranks of the job; a launcher such as torchrun says them itself"
+)
 @option("--rank", default="0", show_default=True, metavar="INT|all", help="the rank that is played")
 @option("--timeout", type=float, default=None, metavar="SECONDS", help="end the program then")
 @option("--max-host", default=None, metavar="SIZE", help="host memory for what it writes (80 % of what is free)")

@@ -48,7 +48,7 @@ class Script(BaseModel):
 
     @property
     def cublaslt_apart(self) -> bool:
-        """Whether cuBLASLt has workspaces of its own: before torch 2.12. Since then it takes cuBLAS's (`tools/emulated_card`)."""
+        """Whether cuBLASLt has workspaces of its own: before torch 2.12. Since then it takes cuBLAS's (docs/rehearse.md)."""
         return before(self.torch, 2, 12)
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from peftplan.rehearse.result import Rehearsal
+    from peftplan.results.rehearsal import Rehearsal
 
 
 def rehearse(
@@ -27,8 +27,8 @@ def rehearse(
 ) -> Rehearsal:
     """Run a training program without a GPU and return what it needs, as torch's own allocator counted it.
 
-    It runs the program, which is the caller's own. `gpu`: a card, or `8xh100`. `steps`: optimizer steps after which it is ended, 0
-    to let it end itself. `world_size` and `rank` (or `all`): one process plays one rank. `max_host`: a size such as `8GiB` that
+    The program is the caller's own code. `gpu`: a card, or `8xh100`. `steps`: optimizer steps after which it is ended, 0 lets it
+    end itself. `world_size` and `rank` (or `all`): one process plays one rank. `max_host`: a size such as `8GiB` that
     what it writes may take. `stdout`: a file descriptor for its output.
 
     Raises InputError for what no rehearsal can be, RefusedError where this machine allows none, MissingExtraError without torch.

@@ -1,7 +1,7 @@
 """The emulated card: `card.c`, compiled once for the CUDA build of torch that is installed, and kept in the cache.
 
 The library answers every function of CUDA that torch and bitsandbytes import: those that `card.c` defines with a meaning, all
-others with success. Two files result: one that is loaded before the program (`LD_PRELOAD`), and `libcuda.so.1`, which triton opens.
+others with success. Two files result: one is loaded before the program (`LD_PRELOAD`), triton opens the other (`libcuda.so.1`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,23 @@ from peftplan.errors import MissingExtraError, RefusedError
 
 SOURCE = Path(__file__).with_name("card.c")
 NAMES = re.compile(r"^(cu[A-Z]|cuda|__cuda|cublas|cusolver|cusparse)")
-OPENED_BY_TRITON = (
-    "cuCtxGetDevice cuCtxGetLimit cuCtxSetCurrent cuCtxSetLimit cuDevicePrimaryCtxRetain cuDriverGetVersion cuFuncSetAttribute "
-    "cuFuncSetCacheConfig cuLaunchKernelEx cuModuleGetFunction cuModuleLoadData cuModuleUnload cuOccupancyMaxActiveClusters "
-    "cuPointerGetAttribute cuTensorMapEncodeTiled"
-).split()
+OPENED_BY_TRITON = [
+    "cuCtxGetDevice",
+    "cuCtxGetLimit",
+    "cuCtxSetCurrent",
+    "cuCtxSetLimit",
+    "cuDevicePrimaryCtxRetain",
+    "cuDriverGetVersion",
+    "cuFuncSetAttribute",
+    "cuFuncSetCacheConfig",
+    "cuLaunchKernelEx",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuOccupancyMaxActiveClusters",
+    "cuPointerGetAttribute",
+    "cuTensorMapEncodeTiled",
+]
 """Functions that triton looks up when it runs, and that no library imports."""
 
 

@@ -17,13 +17,13 @@ from peftplan.errors import InputError, RefusedError
 from peftplan.hardware.context import context_for_verdict
 from peftplan.hardware.gpus import Gpu
 from peftplan.hardware.usable import usable_bytes
-from peftplan.planning.result import TIGHT, Verdict
 from peftplan.planning.verdicts import capability
 from peftplan.rehearse import scratch
 from peftplan.rehearse.card import library
-from peftplan.rehearse.result import Alive, OutOfMemory, Rank, Rehearsal, Step
 from peftplan.rehearse.settings import VARIABLE, Settings
 from peftplan.rehearse.settings import environment as ranked
+from peftplan.results.estimate import TIGHT, Verdict
+from peftplan.results.rehearsal import Alive, OutOfMemory, Rank, Rehearsal, Step
 from peftplan.units import GIB, MIB
 
 UNLIMITED = 1000 * GIB
@@ -119,11 +119,15 @@ def _first(path: Path, others: str | None) -> str:
 def _host_mib(max_host: int | None) -> int:
     if max_host is not None:
         return max_host // MIB
-    free = next(line for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable"))
+    free = next(
+        line for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable")
+    )
     return int(int(free.split()[1]) / 1024 * 0.8)
 
 
-def _run(command: list[str], environment: Mapping[str, str], *, timeout: float | None, stdout: int | None) -> tuple[int, bool, float]:
+def _run(
+    command: list[str], environment: Mapping[str, str], *, timeout: float | None, stdout: int | None
+) -> tuple[int, bool, float]:
     """Exit code, whether the time was up, seconds. Nothing that the program started is left behind."""
     began = time.monotonic()
     process = subprocess.Popen(command, env=dict(environment), stdout=stdout, start_new_session=True)
@@ -170,7 +174,15 @@ def _result(
     ranks = tuple(rank for report in reports for rank in _ranks(report, context))
     ooms = [_out_of_memory(report) for report in reports if report["oom"] and (code or report["program_exit"])]
     steps = max((report["steps_taken"] for report in reports), default=0)
-    ended = "timeout" if timed_out else "out_of_memory" if ooms else "steps" if settings.steps and steps >= settings.steps else "program"
+    ended = (
+        "timeout"
+        if timed_out
+        else "out_of_memory"
+        if ooms
+        else "steps"
+        if settings.steps and steps >= settings.steps
+        else "program"
+    )
     return Rehearsal(
         command=tuple(command),
         ended=ended,
@@ -248,4 +260,5 @@ def _notes(ranks: Iterable[Rank], steps: int, settings: Settings) -> Iterator[st
     for rank in ranks:
         peaks = [max(step.peak_by_phase.values(), default=0) for step in rank.steps]
         if len(peaks) > 2 and peaks[1] < peaks[-1]:
-            yield f"rank {rank.rank}: step {len(peaks)} held {peaks[-1] - peaks[1]:,} bytes more than step 2 (a longer batch, or a leak)"
+            more = peaks[-1] - peaks[1]
+            yield f"rank {rank.rank}: step {len(peaks)} held {more:,} bytes more than step 2 (a longer batch, or a leak)"

@@ -10,8 +10,9 @@ VARIABLE = "PEFTPLAN_REHEARSAL"
 
 
 class Settings(NamedTuple):
-    """`folder`: where reports go. `steps`: after so many optimizer steps the program ends; 0 lets it end itself. `stand_ins`: whether
-    what is missing may be written where libraries look for it."""
+    """`folder`: where reports go. `steps`: after so many optimizer steps the program ends; 0 lets it end itself.
+
+    `stand_ins`: whether what is missing may be written where libraries look for it."""
 
     folder: str
     steps: int
@@ -32,5 +33,11 @@ def read() -> Settings:
 
 def environment(rank: int, *, world_size: int, local: int) -> dict[str, str]:
     """What a launcher tells one rank of a world, on nodes of `local` cards."""
-    numbers = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local, "GROUP_RANK": rank // local}
+    numbers = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": rank % local,
+        "LOCAL_WORLD_SIZE": local,
+        "GROUP_RANK": rank // local,
+    }
     return {**{name: str(number) for name, number in numbers.items()}, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}

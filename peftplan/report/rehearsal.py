@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
-from peftplan.planning.result import Verdict
-from peftplan.rehearse.result import Alive, OutOfMemory, Rank, Rehearsal
 from peftplan.report.bar import Segment, bar, legend, unit_of
 from peftplan.report.cards import card_name
 from peftplan.report.screen import Colour, Part, Row, Screen, flowing, wrapped
+from peftplan.results.estimate import Verdict
+from peftplan.results.rehearsal import Alive, OutOfMemory, Rank, Rehearsal
 from peftplan.units import GIB, format_bytes
 
 MOST_LINES = 6
@@ -75,7 +75,9 @@ def _peak(rank: Rank, ranks: Sequence[Rank], screen: Screen) -> list[Row]:
     highest = max(phases, key=lambda phase: phases[phase])
     others = dot.join(f"{phase} {size / unit:.2f}" for phase, size in phases.items() if phase != highest)
     of_rank = f" on rank {rank.rank}, device {rank.device}" if len(ranks) > 1 else ""
-    text = f"peak {rank.peak_allocated / unit:.2f} {name} in {highest}{of_rank}; {others}; reserved {rank.peak_reserved / unit:.2f}"
+    text = (
+        f"peak {rank.peak_allocated / unit:.2f} {name} in {highest}{of_rank}; {others}; reserved {rank.peak_reserved / unit:.2f}"
+    )
     sizes = sorted(rank.by_category.items(), key=lambda item: -item[1])
     parts = [Segment(category.replace("_", " "), size) for category, size in sizes if size >= 0.005 * rank.peak_allocated]
     lines = [*wrapped(text, screen.columns), bar(parts, None, screen.glyphs)]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peftplan.planning.replayed import Replayed
     from peftplan.planning.serving_result import Serving
     from peftplan.results.estimate import Verdict
+    from peftplan.results.rehearsal import Rehearsal
 
 Cells = Sequence[Sequence[str | int | None]]
 Facts = Sequence[Mapping[str, Any]]

@@ -1,4 +1,4 @@
-"""Both engines against torch's own allocator: what it counted of `peftplan measure` on an emulated card (tools/emulated_card).
+"""Both engines against torch's own allocator: what it counted of `peftplan measure` on an emulated card (docs/rehearse.md).
 
 Not counted, and so the limits: buffers of reductions of whole batches (trained norms and biases, 10 MB at most), the split
 accumulators of flash attention where the batch is too small for the card (gemma-3-270m), weight norms while DoRA is loaded,

@@ -115,7 +115,7 @@ def test_a_replay_agrees_with_its_record(tmp_path: Path) -> None:
 
 
 RECORDED = Path(__file__).parent / "data" / "qlora_step.pickle.gz"
-"""Two QLoRA steps of a small Llama, recorded by torch 2.13's own allocator under `tools/emulated_card` (`peftplan measure CONFIG
+"""Two QLoRA steps of a small Llama, recorded by torch 2.13's own allocator under `peftplan rehearse` (`peftplan measure CONFIG
 --method qlora --batch-size 4 --seq-len 512 --steps 1 --snapshot FILE`), without stack frames."""
 RECORDED_CONFIG = {
     "model_type": "llama",

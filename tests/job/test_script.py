@@ -201,7 +201,7 @@ def taken(script: Script, *, attention_bias: bool, **options: Any) -> int:
 @pytest.mark.parametrize("engine", ["analytic", "trace"])
 def test_an_older_transformers_has_cublas_make_angles_of_positions(engine: str) -> None:
     """Its workspace then lies before the first layer's tensors. A T4 reserved 2,070 MiB with transformers 5.16.1 (data/runs), and
-    torch's own allocator reserves 2,236 with 5.24 (`tools/emulated_card`)."""
+    torch's own allocator reserves 2,236 with 5.24 (`peftplan rehearse`)."""
     if engine == "trace":
         for module in ("torch", "transformers", "peft"):
             pytest.importorskip(module)

@@ -1,4 +1,4 @@
-"""What runs inside the program: it watches torch, and answers what is not there. Only the standard library is imported at start."""
+"""What runs inside the program: it watches torch and answers for what is not there. It starts with the standard library alone."""
 
 from __future__ import annotations
 

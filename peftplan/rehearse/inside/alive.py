@@ -10,6 +10,7 @@ import gc
 import os
 import site
 import sysconfig
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -23,7 +24,9 @@ TORCH = os.path.dirname(torch.__file__) + os.sep
 RECOMPUTING = "torch/utils/checkpoint.py"
 """A frame of this file in backward: a forward that checkpointing runs again."""
 LIBRARIES = tuple(
-    dict.fromkeys([*site.getsitepackages(), site.getusersitepackages(), *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))])
+    dict.fromkeys(
+        [*site.getsitepackages(), site.getusersitepackages(), *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))]
+    )
 )
 SHARDING = ("torch/distributed/fsdp/", "torch/distributed/_composable/", "deepspeed/runtime/zero/")
 """Files of what shards weights, gradients and states over ranks."""
@@ -89,7 +92,9 @@ def _parameters(optimizer: Any) -> Iterator[Any]:
 
 def _tensors_of(holder: Any, *, deep: int = 2) -> Iterator[Any]:
     """Tensors among the values of a mapping, or of an object, and of objects inside it."""
-    values: Iterable[Any] = holder.values() if isinstance(holder, Mapping) else vars(holder).values() if hasattr(holder, "__dict__") else ()
+    values: Iterable[Any] = (
+        holder.values() if isinstance(holder, Mapping) else vars(holder).values() if hasattr(holder, "__dict__") else ()
+    )
     for value in list(values):
         if isinstance(value, torch.Tensor):
             yield value
@@ -148,12 +153,14 @@ def at_peak(device: int) -> tuple[int, list[Block]]:
     return (events[moment]["time_us"] if moment >= 0 else 0), list(alive.values())
 
 
-def categories(blocks: Iterable[Block], persistent: Persistent, marks: list[tuple[int, int, str]], moment: int) -> Iterator[tuple[Block, str]]:
+def categories(
+    blocks: Iterable[Block], persistent: Persistent, marks: list[tuple[int, int, str]], moment: int
+) -> Iterator[tuple[Block, str]]:
     """Each block that was alive at a moment, with its category."""
-    phase_then = _phase_at(marks, moment)[1]
+    phase_then = _phase_at(marks, moment)
     for block in blocks:
         named = persistent.category.get(block.address)
-        step, phase = _phase_at(marks, block.time)
+        phase = _phase_at(marks, block.time)
         if named in ("weights", "adapter_weights", "quant_state", "buffers") and phase != "load":
             named = None  # the address was used again
         if named == "gradients" and phase != "backward":
@@ -174,11 +181,8 @@ def _of_sharding(block: Block) -> str | None:
     return "communication" if any("reduce" in frame["name"] for frame in frames) else "gathered_weights"
 
 
-def _phase_at(marks: list[tuple[int, int, str]], moment: int) -> tuple[int, str]:
-    from bisect import bisect_right
-
-    _, step, phase = marks[max(0, bisect_right(marks, (moment, 1 << 60, "")) - 1)]
-    return step, phase
+def _phase_at(marks: list[tuple[int, int, str]], moment: int) -> str:
+    return marks[max(0, bisect_right(marks, (moment, 1 << 60, "")) - 1)][2]
 
 
 def by_line(blocks: Iterable[tuple[Block, str]]) -> list[dict[str, Any]]:
@@ -190,6 +194,13 @@ def by_line(blocks: Iterable[tuple[Block, str]]) -> list[dict[str, Any]]:
         total[1] += 1
     largest = sorted(sums.items(), key=lambda item: -item[1][0])[:MOST_SHOWN]
     return [
-        {"file": file, "line": line, "function": function, **({"category": category} if category else {}), "bytes": size, "blocks": count}
+        {
+            "file": file,
+            "line": line,
+            "function": function,
+            **({"category": category} if category else {}),
+            "bytes": size,
+            "blocks": count,
+        }
         for (file, line, function, category), (size, count) in largest
     ]

@@ -1,7 +1,7 @@
 """The allocator's peaks between two moments of a program, which reads and resets the same counters for itself.
 
-torch keeps one peak for each counter since the last reset. Both sides are served: what a reset of ours would hide from the program
-is remembered for it, and its own resets are read before they happen.
+torch keeps one peak for each counter since the last reset. What a reset of ours would hide from the program is remembered for it,
+and its own resets are read before they happen.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Counters:
 
     def _program_resets(self, device: Any = None) -> None:
         index = _index(device)
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             self._running[index] = self._peaks(index)
         self._hidden.pop(index, None)
         self._reset(device)
@@ -69,7 +69,7 @@ def _counters(stats: Mapping[str, Any], *path: str) -> Iterator[tuple[tuple[str,
 
 def _used() -> list[int]:
     """Devices on which something was reserved."""
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return []
     counts = range(torch.cuda.device_count())
     return [index for index in counts if torch._C._cuda_memoryStats(index)["reserved_bytes"]["all"]["peak"]]

@@ -65,7 +65,7 @@ def _gather_object(obj: Any, object_gather_list: list[Any] | None = None, *args:
 
 
 def _watch_ddp(module: Any) -> None:
-    """DistributedDataParallel asks the fake backend's work for the reduced bucket, and it has none: a hook gives the bucket back."""
+    """DistributedDataParallel waits for reduced buckets, which the fake backend does not return: a hook gives them back."""
     init = module.DistributedDataParallel.__init__
 
     def with_hook(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -21,7 +21,7 @@ PHASES = ("load", "forward", "backward", "step")
 
 def write(watch: Watch) -> None:
     """Write what a process that used a device showed; others write nothing."""
-    if not torch.cuda.is_initialized() or not watch.figures:
+    if not watch.figures:
         return
     folder = Path(watch.settings.folder)
     if watch.settings.snapshot:
@@ -57,7 +57,9 @@ def _device(watch: Watch, device: int) -> dict[str, Any]:
         "peak_reserved": max(row[4] for row in rows),
         "peak_by_phase": _by_phase(steady),
         "reserved_by_phase": _by_phase(steady, reserved=True),
-        "steps": [{"step": step, "peak_by_phase": _by_phase(row for row in rows if row[0] == step)} for step in range(1, last + 1)],
+        "steps": [
+            {"step": step, "peak_by_phase": _by_phase(row for row in rows if row[0] == step)} for step in range(1, last + 1)
+        ],
         "by_category": sums,
         "cache_released": stats.get("num_alloc_retries", 0),
         "largest": alive.by_line(named),
@@ -68,5 +70,5 @@ def _by_phase(rows: Iterable[tuple[int, str, int, int, int]], *, reserved: bool 
     """Phase → the highest allocated, or reserved, bytes of its rows; a phase without rows is left out."""
     peaks: dict[str, int] = {}
     for row in rows:
-        peaks[row[1]] = max(peaks.get(row[1], 0), row[4 if reserved else 3])
+        peaks[row[1]] = max(peaks.get(row[1], 0), row[4] if reserved else row[3])
     return {phase: peaks[phase] for phase in PHASES if phase in peaks}

@@ -1,7 +1,7 @@
 """Repositories that are not on this machine: the model's own config, a tokenizer, and a checkpoint that is all holes.
 
-A stand-in lies in the Hub's cache, inside the scratch layer, so that every library finds it as it finds a downloaded one. The real
-loader reads its header, allocates what it says, and copies zeros.
+A stand-in lies in the Hub's cache, inside the scratch layer, where every library finds it as it finds a download. The real loader
+reads its header, allocates what it says, and copies zeros.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _ensure(repo_id: str, cache: Path, say: Callable[[str], None]) -> None:
 
 
 def _config(repo_id: str) -> dict[str, Any] | None:
-    from peftplan.arch.sources import load_config
+    from peftplan.job.sources import load_config
     from peftplan.errors import PeftplanError
 
     try:
@@ -127,7 +127,7 @@ def _saved(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def tokenizer_files(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """`tokenizer.json` and `tokenizer_config.json` of a tokenizer with as many tokens as the model, whose special ids are its own."""
+    """`tokenizer.json` and `tokenizer_config.json`: as many tokens as the model has, and its own special ids."""
     text = config.get("text_config") or config
     size = int(text.get("vocab_size") or 32000)
     special = {role: _first_id(text.get(f"{role}_token_id", config.get(f"{role}_token_id"))) for role in ("bos", "eos", "pad")}
@@ -137,15 +137,31 @@ def tokenizer_files(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     names = {number: f"<{role}>" for role, number in special.items()}
     usual = next(number for number in range(size - 1, -1, -1) if number not in names)
     vocabulary = {names.get(number, "<unk>" if number == usual else f"<{number}>"): number for number in range(size)}
-    yield "tokenizer.json", {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-            for number, name in sorted(names.items())
-        ],
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": f"[\\s\\S]{{1,{CHARACTERS}}}"}, "behavior": "Isolated", "invert": False},
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-    }
+    yield (
+        "tokenizer.json",
+        {
+            "version": "1.0",
+            "added_tokens": [
+                {
+                    "id": number,
+                    "content": name,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": True,
+                }
+                for number, name in sorted(names.items())
+            ],
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": f"[\\s\\S]{{1,{CHARACTERS}}}"},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+        },
+    )
     tokens = {f"{role}_token": names[number] for role, number in special.items()}
     yield "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT, **tokens}
 

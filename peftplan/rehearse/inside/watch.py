@@ -1,7 +1,7 @@
 """Where a program loads, runs forward, backward and steps its optimizer, found by hooks of torch; what each phase held at most.
 
-`load` ends with the first forward of a module in training mode with gradients. A step goes from there, or from the optimizer's last
-step, to the end of the optimizer's next one. An optimizer that steps inside backward (one per parameter) counts once per backward.
+`load` ends with the first forward of a module in training mode with gradients. A step goes from there, or from the end of the
+last one, until the optimizer has stepped. Optimizers that step inside backward (one per parameter) count once per backward.
 """
 
 from __future__ import annotations
@@ -163,9 +163,9 @@ def start(settings: Settings) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
     watch = Watch(settings)
-    torch.autograd.backward = watch.wrap_backward(torch.autograd.backward)  # type: ignore[assignment]
-    register_optimizer_step_pre_hook(watch.before_step)  # type: ignore[arg-type]
-    register_optimizer_step_post_hook(watch.after_step)  # type: ignore[arg-type]
+    torch.autograd.backward = watch.wrap_backward(torch.autograd.backward)
+    register_optimizer_step_pre_hook(watch.before_step)
+    register_optimizer_step_post_hook(watch.after_step)
     watch.await_forward()
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans its kernels on the card itself
     torch.cuda._lazy_call(lambda: _record(watch))  # type: ignore[no-untyped-call]
@@ -181,4 +181,4 @@ def start(settings: Settings) -> None:
 
 def _record(watch: Watch) -> None:
     torch.cuda.memory._record_memory_history("all", context="alloc", stacks="python", max_entries=alive.MOST_EVENTS)
-    torch._C._cuda_attach_out_of_memory_observer(watch.out_of)
+    torch._C._cuda_attach_out_of_memory_observer(watch.out_of)  # type: ignore[attr-defined]

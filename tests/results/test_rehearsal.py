@@ -9,9 +9,9 @@ import pytest
 
 from peftplan.planning.verdicts import find_cards
 from peftplan.rehearse.program import _verdict
-from peftplan.rehearse.result import Alive, OutOfMemory, Rank, Rehearsal, Step
 from peftplan.report.rehearsal import facts, rows
 from peftplan.report.screen import ASCII, UNICODE, Screen
+from peftplan.results.rehearsal import Alive, OutOfMemory, Rank, Rehearsal, Step
 from peftplan.units import GIB
 
 PHASES = {"load": 2 * GIB, "forward": 3 * GIB, "backward": 4 * GIB, "step": 3 * GIB}
@@ -40,7 +40,15 @@ def rehearsal(rank: Rank = RANK, *, oom: OutOfMemory | None = None, ended: str =
 
 @pytest.mark.parametrize(
     ("ended", "program_exit", "code"),
-    [("steps", 0, 0), ("steps", 1, 0), ("program", 0, 0), ("program", 3, 3), ("program", -9, 137), ("out_of_memory", 1, 1), ("timeout", -15, 1)],
+    [
+        ("steps", 0, 0),
+        ("steps", 1, 0),
+        ("program", 0, 0),
+        ("program", 3, 3),
+        ("program", -9, 137),
+        ("out_of_memory", 1, 1),
+        ("timeout", -15, 1),
+    ],
 )
 def test_exit_codes(ended: str, program_exit: int, code: int) -> None:
     assert rehearsal(ended=ended, code=program_exit).exit_code == code
@@ -76,6 +84,8 @@ def test_the_answer_comes_first_and_fits_the_screen(screen: Screen) -> None:
 
 
 def test_out_of_memory_names_the_line_that_asked() -> None:
-    text = "\n".join("".join(part.text for part in row) for row in rows(rehearsal(oom=OOM, ended="out_of_memory"), Screen(100, UNICODE)))
+    text = "\n".join(
+        "".join(part.text for part in row) for row in rows(rehearsal(oom=OOM, ended="out_of_memory"), Screen(100, UNICODE))
+    )
     assert "train.py:31: loss.backward()" in text
     assert "1.00 MiB more asked for in backward of step 1, rank 0" in text

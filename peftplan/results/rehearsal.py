@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peftplan.planning.result import SCHEMA_VERSION, Verdict
+from peftplan.results.estimate import SCHEMA_VERSION, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,10 @@ class OutOfMemory:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One device of one rank. Bytes as torch's own allocator counted them; `peak_by_phase` leaves the first step out where there are
-    more. `device_total`: reserved bytes and the context that the card was given."""
+    """One device of one rank, in bytes as torch's own allocator counted them.
+
+    `peak_by_phase` leaves the first step out where there are more. `device_total`: reserved bytes, and the card's context.
+    """
 
     rank: int
     device: int
@@ -94,7 +96,7 @@ class Rehearsal:
 
     @property
     def exit_code(self) -> int:
-        """0 after the wanted steps or the program's own end, 1 out of memory or out of time, else the program's (128 + signal)."""
+        """0 after the wanted steps, 1 out of memory or out of time, else the program's own (128 + a signal)."""
         if self.ended == "steps":
             return 0
         if self.ended in ("out_of_memory", "timeout"):

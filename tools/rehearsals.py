@@ -1,0 +1,141 @@
+"""Rehearse the programs of tests/rehearse/programs and write what they showed.
+
+    python -m tools.rehearsals [NAME ...]      prints a row of JSON per program
+    python -m tools.rehearsals --write         also writes data/rehearsals.json and the table of docs/rehearse.md
+
+Comments at the head of a program say its card (`# gpu:`), its launcher (`# launcher:`), the exit code (`# exit:`), and, where the
+formulas can say the job, the options of `peftplan estimate` (`# estimate:`). Needs the CUDA build of torch, trl and datasets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peftplan.cli import main as peftplan_main
+from peftplan.rehearse import rehearse
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ROOT / "tests" / "rehearse" / "programs"
+DATA = ROOT / "data" / "rehearsals.json"
+PAGE = ROOT / "docs" / "rehearse.md"
+MARKS = ("<!-- programs -->", "<!-- end of programs -->")
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
+
+
+class Program(NamedTuple):
+    """One program: its file, what it is, and its comments."""
+
+    path: Path
+    title: str
+    gpu: str
+    launcher: tuple[str, ...]
+    exit_code: int
+    estimate: tuple[str, ...]
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What is rehearsed."""
+        return (*(self.launcher or (sys.executable,)), str(self.path))
+
+
+def programs() -> list[Program]:
+    """Every program, by name."""
+    return [read(path) for path in sorted(PROGRAMS.glob("*.py"))]
+
+
+def read(path: Path) -> Program:
+    """A program's docstring and comments."""
+    text = path.read_text(encoding="utf-8")
+    said = dict(re.findall(r"^# (gpu|launcher|exit|estimate): (.+)$", text, re.MULTILINE))
+    title = text.partition('"""')[2].partition('"""')[0]
+    split = {name: tuple(shlex.split(said.get(name, ""))) for name in ("launcher", "estimate")}
+    return Program(path, title, said["gpu"], split["launcher"], int(said.get("exit", "0")), split["estimate"])
+
+
+def estimated(program: Program) -> dict[str, int] | None:
+    """The peaks of the formulas for the same job, None where they cannot say it."""
+    if not program.estimate:
+        return None
+    from contextlib import redirect_stdout, suppress
+    from io import StringIO
+
+    output = StringIO()
+    with redirect_stdout(output), suppress(SystemExit):
+        peftplan_main(["estimate", *program.estimate, "--gpu", program.gpu, "--format", "json"])
+    memory = json.loads(output.getvalue())["memory"]
+    return {"allocated": memory["peak_allocated"], "reserved": memory["peak_reserved"]}
+
+
+def run(program: Program) -> dict[str, Any]:
+    """One row: what the rehearsal showed, beside what the formulas say."""
+    result = rehearse(program.command, gpu=program.gpu, timeout=900, stdout=sys.stderr.fileno())
+    rank = result.largest_rank
+    failed = result.oom
+    return {
+        "program": program.path.stem,
+        "title": program.title,
+        "gpu": program.gpu,
+        "launcher": " ".join(program.launcher) or None,
+        "ended": result.ended,
+        "exit_code": result.exit_code,
+        "steps": result.steps,
+        "peak_allocated": rank.peak_allocated if rank else None,
+        "peak_reserved": rank.peak_reserved if rank else None,
+        "verdict": result.gpus[0].verdict if result.gpus else None,
+        "oom": f"{failed.phase} of step {failed.step}: {failed.requested_bytes:,} bytes" if failed else None,
+        "seconds": result.seconds,
+        "estimated": estimated(program),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| program | card | steps | allocated | reserved | verdict | formulas |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        said = row["estimated"]
+        drift = "–" if not said else f"{100 * (said['allocated'] / row['peak_allocated'] - 1):+.4f} % / "
+        drift += "" if not said else f"{100 * (said['reserved'] / row['peak_reserved'] - 1):+.2f} %"
+        title = row["title"].rstrip(".") + (f" (`{row['launcher']}`)" if row["launcher"] else "")
+        out = f"{row['verdict']}, in {row['oom']}" if row["oom"] else row["verdict"]
+        peaks = (f"{row['peak_allocated']:,}", f"{row['peak_reserved']:,}")
+        lines.append(_row((title, row["gpu"], str(row["steps"]), *peaks, out, drift)))
+    return "\n".join(lines)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Keep the rows, and put the table between the page's marks."""
+    DATA.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
+    PAGE.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the named programs, or all."""
+    names = [argument for argument in arguments if not argument.startswith("-")]
+    rows = []
+    for program in programs():
+        if not names or program.path.stem in names:
+            rows.append(run(program))
+            print(json.dumps(rows[-1]), flush=True)
+    if "--write" in arguments:
+        write(rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
