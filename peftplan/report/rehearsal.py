@@ -63,8 +63,8 @@ def _verdict(verdict: Verdict, result: Rehearsal, screen: Screen) -> list[Row]:
 
 def _out_of_memory(oom: OutOfMemory, screen: Screen) -> list[Row]:
     where = f"{_short(oom.file)}:{oom.line}" + (f": {oom.code}" if oom.code else "") if oom.file else "no line of the program"
-    asked = f"{format_bytes(oom.requested_bytes)} more asked for in {oom.phase} of step {oom.step}, rank {oom.rank}"
-    lines = wrapped(asked, screen.columns) + wrapped(f"at {where}", screen.columns)
+    request = f"{format_bytes(oom.requested_bytes)} more asked for in {oom.phase} of step {oom.step}, rank {oom.rank}"
+    lines = wrapped(request, screen.columns) + wrapped(f"at {where}", screen.columns)
     return [*lines, BLANK, (Part("alive then, by the line that made it:"),), *_lines(oom.alive, screen)]
 
 

@@ -19,7 +19,7 @@ from peftplan.rehearse.inside.after_import import AfterImport
 REVISION = "0" * 40
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 CHARACTERS = 4
-"""Of a text that the stand-in tokenizer makes one token of."""
+"""The stand-in tokenizer makes one token of so many characters."""
 CHAT = (
     "{% for message in messages %}<|{{ message['role'] }}|>{% if message['role'] == 'assistant' %}{% generation %}"
     "{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"

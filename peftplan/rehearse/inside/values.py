@@ -25,9 +25,21 @@ def start() -> None:
         return _counted(self, cuda(self, *args, **kwargs))
 
     torch.Tensor.to, torch.Tensor.cuda = watched_to, watched_cuda  # type: ignore[assignment,method-assign]
+    for name in ("item", "__float__", "__bool__"):
+        setattr(torch.Tensor, name, _zero(getattr(torch.Tensor, name)))
     for name in ("isnan", "isinf"):
         setattr(torch, name, _never(getattr(torch, name)))
         setattr(torch.Tensor, name, _never(getattr(torch.Tensor, name)))
+
+
+def _zero(read: Any) -> Any:
+    """A number that is read from the card: a count's bytes mean nothing as a float, such as a gradient scaler's overflow."""
+
+    def reading(self: torch.Tensor) -> Any:
+        value = read(self)
+        return type(value)() if self.device.type == "cuda" and self.is_floating_point() else value
+
+    return reading
 
 
 def _counted(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
