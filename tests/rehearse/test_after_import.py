@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def test_an_action_runs_once_after_the_module_and_before_its_importer_goes_on(
 
     finder = AfterImport({"imported_later": act})
     monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    assert importlib.util.find_spec("imported_later") is not None
     module = importlib.import_module("imported_later")
     assert (seen, module.value) == ([1], 2)
     assert importlib.reload(module).value == 1

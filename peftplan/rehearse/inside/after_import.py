@@ -17,19 +17,19 @@ class AfterImport(MetaPathFinder):
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The spec of another finder, for a name that has an action; its module's code is followed by the action."""
-        action = self.actions.pop(name, None)
-        if action is None:
+        if name not in self.actions:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target)) is not None), None)
         if spec is None or spec.loader is None:
-            self.actions[name] = action
             return spec
         run = spec.loader.exec_module
 
         def run_then_act(module: ModuleType) -> None:
+            action = self.actions.pop(name, None)  # libraries also look for a spec to know whether a package is there
             run(module)
-            action(module)
+            if action is not None:
+                action(module)
 
         spec.loader.exec_module = run_then_act  # type: ignore[method-assign]
         return spec
