@@ -118,7 +118,10 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    """Keep the rows, and put the table between the page's marks."""
+    """Keep the rows in place of those of the same programs, and put the table between the page's marks."""
+    kept = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else []
+    by_name = {row["program"]: row for row in [*kept, *rows]}
+    rows = [by_name[program.path.stem] for program in programs() if program.path.stem in by_name]
     DATA.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
