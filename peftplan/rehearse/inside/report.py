@@ -7,47 +7,61 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 
 from peftplan.rehearse.inside import alive
-
-if TYPE_CHECKING:
-    from peftplan.rehearse.inside.watch import Watch
+from peftplan.rehearse.settings import Settings
 
 PHASES = ("load", "forward", "backward", "step")
 
 
-def write(watch: Watch) -> None:
+class Shown(NamedTuple):
+    """What a process showed.
+
+    `figures`: a row per phase that ended, (step, phase, device, allocated, reserved). `marks`: when each phase began, (µs, step,
+    phase).
+    """
+
+    settings: Settings
+    figures: list[tuple[int, str, int, int, int]]
+    marks: list[tuple[int, int, str]]
+    persistent: alive.Persistent
+    steps_done: int
+    program_exit: str | None
+    out_of_memory: list[dict[str, Any]]
+
+
+def write(shown: Shown) -> None:
     """Write what a process that used a device showed; others write nothing."""
-    if not watch.figures:
+    if not shown.figures:
         return
-    folder = Path(watch.settings.folder)
-    if watch.settings.snapshot:
-        torch.cuda.memory._dump_snapshot(str(folder / f"rank{watch.settings.rank}.pickle"))  # type: ignore[no-untyped-call]
+    folder = Path(shown.settings.folder)
+    if shown.settings.snapshot:
+        torch.cuda.memory._dump_snapshot(str(folder / f"rank{shown.settings.rank}.pickle"))  # type: ignore[no-untyped-call]
     report = {
-        "rank": watch.settings.rank,
+        "rank": shown.settings.rank,
         "process": os.getpid(),
         "program": sys.argv[:1],
-        "steps_taken": watch.steps_done,
-        "program_exit": watch.program_exit,
-        "devices": [_device(watch, device) for device in sorted({row[2] for row in watch.figures})],
-        "oom": watch.out_of_memory[-1] if watch.out_of_memory else None,
+        "steps_taken": shown.steps_done,
+        "program_exit": shown.program_exit,
+        "devices": [_device(shown, device) for device in sorted({row[2] for row in shown.figures})],
+        "oom": shown.out_of_memory[-1] if shown.out_of_memory else None,
     }
-    path = folder / f"rank{watch.settings.rank}.{os.getpid()}.json"
+    path = folder / f"rank{shown.settings.rank}.{os.getpid()}.json"
     path.with_suffix(".tmp").write_text(json.dumps(report), encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def _device(watch: Watch, device: int) -> dict[str, Any]:
-    rows = [row for row in watch.figures if row[2] == device]
+def _device(shown: Shown, device: int) -> dict[str, Any]:
+    rows = [row for row in shown.figures if row[2] == device]
     last = max(row[0] for row in rows)
     steady = [row for row in rows if row[1] == "load" or row[0] >= min(2, last)]
     stats = torch.cuda.memory_stats(device)
     moment, blocks = alive.at_peak(device)
-    watch.persistent.find_workspaces(device)
-    named = list(alive.categories(blocks, watch.persistent, watch.marks, moment))
+    shown.persistent.find_workspaces(device)
+    named = list(alive.categories(blocks, shown.persistent, shown.marks, moment))
     sums: dict[str, int] = {}
     for block, category in named:
         sums[category] = sums.get(category, 0) + block.bytes

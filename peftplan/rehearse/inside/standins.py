@@ -71,8 +71,8 @@ def _ensure(repo_id: str, cache: Path, say: Callable[[str], None]) -> None:
 
 
 def _config(repo_id: str) -> dict[str, Any] | None:
-    from peftplan.job.sources import load_config
     from peftplan.errors import PeftplanError
+    from peftplan.job.sources import load_config
 
     try:
         return dict(load_config(repo_id))
