@@ -22,8 +22,10 @@ from tools.fuzz.values import ABSURD, field_value, fields_of, json_value, model_
 
 WEIGHTS = {"estimate": 9, "serve": 3, "replay": 4, "inspect": 2, "check": 2, "measure": 1}
 """How often a command is drawn; any other: 1."""
-WRITES = ("report", "update_baseline")
-"""Options of `check` that write into the project."""
+RUNS_PROGRAMS = ("rehearse",)
+"""Commands that run what they are handed: they are not drawn."""
+WRITES = ("report", "update_baseline", "yes")
+"""Options of `check` that write into the project, and that of `sweep` which lifts its limit."""
 FILES = {"peft_config": "peft_config", "baseline": "baseline", "suite": "suite", "files": "records"}
 """Parameters that are files, and what they hold."""
 TINY = {
@@ -56,10 +58,10 @@ def draw(seed: str, folder: Path, *, trace: bool) -> Case:
 
 
 def _command(dice: Random, folder: Path) -> Case:
-    names = list(COMMANDS)
+    names = [name for name in COMMANDS if name not in RUNS_PROGRAMS]
     name = dice.choices(names, [WEIGHTS.get(name, 1) for name in names])[0]
     params = import_module(f"peftplan.cli.{name.replace('-', '_')}").command.params
-    options = [p for p in params if isinstance(p, click.Option) and p.name not in WRITES]
+    options = [p for p in params if isinstance(p, click.Option) and not (p.name in WRITES or p.is_eager)]  # eager: help
     chosen = dice.sample(options, min(len(options), dice.choice([0, 1, 1, 2, 3, 4, 6])))
     args = [word for option in chosen for word in _option(dice, option, folder)]
     for argument in (p for p in params if isinstance(p, click.Argument)):
@@ -85,7 +87,7 @@ def _option(dice: Random, option: click.Option, folder: Path) -> tuple[str, ...]
     name = str(option.name)
     if name in FILES:
         return flag, paths.path(dice, folder, FILES[name])
-    if name in ("timeline", "snapshot", "output"):
+    if name in ("timeline", "snapshot", "output", "plot"):
         return flag, str(folder / dice.choice(["t.json", "t.html", "t.png", "no/t.json", "x" * 300 + ".json", "t\0.json"]))
     return flag, text_for(dice, name)
 
@@ -93,7 +95,7 @@ def _option(dice: Random, option: click.Option, folder: Path) -> tuple[str, ...]
 def _argument(dice: Random, command: str, name: str, folder: Path) -> str:
     if name in FILES:
         return paths.path(dice, folder, FILES[name])
-    if name == "file":
+    if name in ("file", "source"):
         return paths.path(dice, folder, dice.choice(["log", "snapshot"]))
     if name == "model":
         return paths.path(dice, folder, "model") if dice.random() < 0.45 else model_text(dice)

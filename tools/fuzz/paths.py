@@ -17,7 +17,7 @@ from peftplan.datafiles import DATA
 from peftplan.methods import METHODS, OTHER_PEFT_TYPES, config_class
 from tools.fuzz.values import ABSURD, json_value, nest
 
-SNAPSHOT = Path(__file__).parents[2] / "tests" / "memory" / "data" / "qlora_step.pickle.gz"
+SNAPSHOT = Path(__file__).parents[2] / "tests" / "allocator" / "data" / "qlora_step.pickle.gz"
 NAMES = ("config.json", "a b.json", "é.json", "x\ny.json", "[x](y)|=1.json", "-r.json", "noext", "long" * 40 + ".json")
 
 
