@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from peftplan.allocator.oom import OutOfMemory
 from peftplan.arch.catalogue import ModelEntry
@@ -21,6 +21,7 @@ from peftplan.planning.fit_result import Plan
 from peftplan.planning.inspection import Row
 from peftplan.report.check_documents import CheckDocument
 from peftplan.report.sweep_documents import SweepRowDocument
+from peftplan.results import rehearsal
 
 
 class FitDocument(TypedDict):
@@ -277,6 +278,7 @@ DOCUMENTS: dict[str, Document] = {
     "methods": Document("peftplan methods", "The PEFT methods.", list[MethodRowDocument]),
     "method": Document("peftplan methods NAME", "The fields of one method.", list[FieldDocument]),
     "gpus": Document("peftplan gpus", "The cards of the catalogue.", list[Gpu]),
+    "rehearse": Document("peftplan rehearse -- COMMAND", "A program's run on an emulated card.", rehearsal.Rehearsal),
     "check": Document("peftplan check", "An engine against measured runs.", CheckDocument),
 }
 """Name of a document → what prints it."""
@@ -287,9 +289,15 @@ class Shape(NamedTuple):
 
     left_out: tuple[str, ...] = ()
     added: dict[str, Any] = {}  # noqa: RUF012
+    name: str | None = None
+    """What the record is called, where another one has its name."""
 
 
+REHEARSED = {"schema_version": Literal[1], "engine": str, "gpus": list[VerdictDocument]}
 SHAPES: dict[type, Shape] = {
+    rehearsal.Rehearsal: Shape(added={**REHEARSED, **dict.fromkeys(("peak_allocated", "peak_reserved"), NotRequired[int])}),
+    rehearsal.Alive: Shape(name="MadeBy"),
+    rehearsal.OutOfMemory: Shape(name="FailedRequest"),
     Plan: Shape(("size", "model", "assumptions", "warnings"), {"tokens_per_step": int}),
     Member: Shape(added={"verdict": VerdictDocument | None}),
     Gpu: Shape(OF_A_REQUEST, {"usable_bytes": int, "usable_source": str}),

@@ -53,7 +53,7 @@ def schema_of(annotation: Any, definitions: dict[str, Schema], *, closed: bool) 
         return {"type": "object", **names, "additionalProperties": schema_of(arguments[1], definitions, closed=closed)}
     if inspect.isclass(origin) and issubclass(origin, Sequence):
         return {"type": "array", "items": schema_of(arguments[0], definitions, closed=closed)}
-    name = annotation.__name__.removesuffix("Document")
+    name = SHAPES.get(annotation, Shape()).name or annotation.__name__.removesuffix("Document")
     if name not in definitions:
         definitions[name] = {}  # a record may hold others of its own
         definitions[name] |= record(annotation, definitions, closed=closed)

@@ -47,7 +47,7 @@ def test_values_are_the_library_s() -> None:
         ("gpt2 --serving-dtype int8", ["--serving-dtype", "'int8'", "bf16, fp16, fp32"]),
         ("gpt2 --method full --adapters 2", ["adapters", "full"]),
         ("gpt2 --set merge=true", ["--set", "merge=true"]),
-        ("gpt3", ["model", "'gpt3'"]),
+        ("gpt3", ["MODEL", "'gpt3'"]),
         ("gpt2 --format xml", ["format", "'xml'"]),
         ("", ["MODEL"]),
     ],

@@ -17,6 +17,7 @@ from peftplan.cli import LazyGroup, cli
 from peftplan.report.schema import DIALECT, DOCUMENTS, json_schema, schema_of
 from peftplan.units import MIB
 from tests.cli.run import run
+from tests.results.test_rehearsal import rehearsal
 from tools import random_draws
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -75,7 +76,12 @@ def test_what_a_command_prints_is_valid(name: str, line: str, tmp_path: Path) ->
 
 
 def test_every_document_is_printed_here() -> None:
-    assert {name for name, _ in COMMANDS} | {"sweep"} == DOCUMENTS.keys()
+    assert {name for name, _ in COMMANDS} | {"sweep", "rehearse"} == DOCUMENTS.keys()
+
+
+def test_a_rehearsal_is_valid() -> None:
+    document = json.loads(json.dumps(rehearsal().to_dict()))
+    jsonschema.Draft202012Validator(json_schema("rehearse", closed=True)).validate(document)
 
 
 @pytest.mark.parametrize("line", ["--gpu t4,l4", "", "--method lora,full,prompt-tuning --gpu t4 --replays 0"])

@@ -13,6 +13,7 @@ import pytest
 
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
 from peftplan.report import timeline, timeline_html, timeline_png, timeline_svg
+from peftplan.report.colours import COLOURS
 from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.series import Group, Series, Span, extremes
 from peftplan.units import MIB
@@ -138,16 +139,16 @@ def test_a_picture_shows_every_category(tmp_path: Path) -> None:
     timeline.write(recorded(), str(tmp_path / "t.png"))
     pixels = {tuple(round(float(v) * 255) for v in rgb) for row in image.imread(tmp_path / "t.png") for rgb in row[:, :3]}
     for category in SERIES.by_category:
-        colour = timeline.COLOURS[category]
+        colour = COLOURS[category]
         assert tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) in pixels, category
-    other = tuple(int(timeline.COLOURS["logits"][i : i + 2], 16) for i in (1, 3, 5))
+    other = tuple(int(COLOURS["logits"][i : i + 2], 16) for i in (1, 3, 5))
     assert other not in pixels
     assert [path.name for path in tmp_path.iterdir()] == ["t.png"]
 
 
 def test_every_category_has_a_colour_of_its_own() -> None:
-    assert {line.category for line in LINES} <= set(timeline.COLOURS)
-    assert len(set(timeline.COLOURS.values())) == len(timeline.COLOURS) == 10
+    assert {line.category for line in LINES} <= set(COLOURS)
+    assert len(set(COLOURS.values())) == len(COLOURS) == 10
 
 
 def test_a_log_is_the_recordings_own(tmp_path: Path) -> None:
