@@ -52,6 +52,8 @@ class Triple(NamedTuple):
     fits_again: int | None
     seconds: float = 0.0
     against: tuple[str, ...] = ()
+    traced: tuple[str, ...] = ()
+    """The verdicts of traces at the answer and at one more, or why there is none."""
 
     def verdict(self, number: int, *, engine: Literal["analytic", "trace"] = "analytic") -> str:
         """The verdict of a direct estimate at one size."""
@@ -103,9 +105,13 @@ def contradictions(triple: Triple, dice: random.Random) -> Iterator[str]:
         yield f"{triple.text()}, but {triple.fits_again} does not fit again: {verdict}"
 
 
-def traced(triple: Triple) -> tuple[str, str]:
-    """The verdicts of traces at the largest size, and at one more."""
-    return triple.verdict(triple.largest, engine="trace"), triple.verdict(triple.largest + 1, engine="trace")
+def traced(triple: Triple) -> Triple:
+    """With the verdicts of traces at the largest size, and at one more."""
+    try:
+        verdicts = tuple(triple.verdict(triple.largest + more, engine="trace") for more in (0, 1))
+    except PeftplanError as refused:
+        verdicts = (str(refused),)
+    return triple._replace(traced=verdicts)
 
 
 def can_be_traced(triple: Triple) -> bool:
@@ -116,7 +122,9 @@ def can_be_traced(triple: Triple) -> bool:
 def of_rows(path: Path | None) -> dict[int, Triple]:
     """The triples that a file of rows has, by their number."""
     lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
-    triples = (Triple(**{**row, "against": tuple(row["against"])}) for row in map(json.loads, lines))
+    triples = (
+        Triple(**{**row, **{n: tuple(row[n]) for n in ("against", "traced") if n in row}}) for row in map(json.loads, lines)
+    )
     return {triple.number: triple for triple in triples}
 
 
@@ -128,32 +136,31 @@ def main() -> int:
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    known = of_rows(arguments.rows)
     triples: list[Triple] = []
-    for number in range(arguments.triples):
-        triples.append(known.get(number) or draw(arguments.seed, number))
-        print(triples[-1].text(), flush=True)
-        if arguments.rows and number not in known:
+    known = of_rows(arguments.rows)
+
+    def keep(triple: Triple) -> Triple:
+        print(triple.text(), *triple.traced, flush=True)
+        if arguments.rows:
             with arguments.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(triples[-1]._asdict()) + "\n")
-    rows: list[tuple[Triple, str, str]] = []
-    for triple in triples:
-        if len(rows) < arguments.traced and can_be_traced(triple):
-            try:
-                rows.append((triple, *traced(triple)))
-            except PeftplanError as refused:
-                print(f"{triple.text()}: the trace says {refused}", flush=True)
-                continue
-            print(f"traced {triple.text()}: {rows[-1][1]}, then {rows[-1][2]}", flush=True)
-    text = page(triples, rows, seed=arguments.seed)
+                file.write(json.dumps(triple._asdict()) + "\n")
+        return triple
+
+    for number in range(arguments.triples):
+        triples.append(known[number] if number in known else keep(draw(arguments.seed, number)))
+    for at, triple in enumerate(triples):
+        if sum(len(other.traced) == 2 for other in triples) < arguments.traced and can_be_traced(triple) and not triple.traced:
+            triples[at] = keep(traced(triple))
+    text = page(triples, seed=arguments.seed)
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")
     print(text.splitlines()[-1])
     return 1 if any(triple.against for triple in triples) else 0
 
 
-def page(triples: Sequence[Triple], rows: Sequence[tuple[Triple, str, str]], *, seed: int) -> str:
+def page(triples: Sequence[Triple], *, seed: int) -> str:
     """The result as a page."""
+    rows = [(triple, *triple.traced) for triple in triples if len(triple.traced) == 2]
     against = [line for triple in triples for line in triple.against]
     searched = Counter(triple.size for triple in triples)
     agreeing = sum(first == "fits" and second != "fits" for _, first, second in rows)

@@ -48,6 +48,15 @@ def test_the_largest_size_fits_and_one_more_does_not(seed: int) -> None:
         assert verdict(model, gpu, **options, **{size: plan.fits_again}) == "fits"
 
 
+def test_a_layout_that_flips_below_the_largest_size_is_seen() -> None:
+    """Batch 14 reserves 3 GiB more than 15: 16 fits, but 13 and 14 do not."""
+    job: dict[str, Any] = {"method": "full", "seq_len": 512}
+    plan = fit("qwen1.5-0.5b-chat", gpu="rx-7900-xt", keep=("method", "loss", "trainer", "gradient_checkpointing"), **job).plans[0]
+    verdicts = {size: verdict("qwen1.5-0.5b-chat", "rx-7900-xt", batch_size=size, **job) for size in range(1, 18)}
+    assert [size for size, word in verdicts.items() if word != "fits"] == [13, 14, 17]
+    assert (plan.size, plan.fits_again) == (12, 16)
+
+
 def test_the_first_plan_is_the_job_as_typed() -> None:
     result = fit("llama-3.2-1b", gpu="rtx-4090", method="qlora", r=16, seq_len=1024, methods=("full",))
     first = result.plans[0]

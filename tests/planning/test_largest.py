@@ -22,10 +22,17 @@ def test_where_reserved_bytes_grow_with_every_size(room: int, size: int) -> None
 
 
 def test_a_size_that_does_not_lies_below_larger_ones_that_do() -> None:
-    """100 MiB a size, of 1,000; size 7 alone takes 400 more. Bisection asks 8 and 12, not 7.
-    The drop of 300 MiB from 7 to 8 is then granted twice: 4 is the first that leaves 600."""
-    answer = largest(needing(lambda n: (100 * n + 400 * (n == 7)) * MIB, room=1000 * MIB), ceiling=1000)
-    assert answer == Largest(6, 4, again=10)
+    """10 MiB a size, of 1,000; size 70 alone takes 400 more. Bisection asks 64, 96 and 100, not 70, which is one of the 32 below.
+    The drop of 390 MiB from 70 to 71 is then granted twice: 22 is the first that leaves 780."""
+    answer = largest(needing(lambda n: (10 * n + 400 * (n == 70)) * MIB, room=1000 * MIB), ceiling=1000)
+    assert answer == Largest(69, 22, again=100)
+
+
+def test_a_few_sizes_are_all_asked() -> None:
+    """Batches of which 13 and 14 need more than 15 and 16, as measured bytes do: 16 leaves more than any drop that bisection saw."""
+    need = {13: 18.4, 14: 19.8, 15: 16.8, 16: 17.8}
+    answer = largest(needing(lambda n: int(need.get(n, 1.3 * n) * 1024) * MIB, room=int(18.2 * 1024) * MIB), ceiling=1000)
+    assert answer == Largest(12, 1, again=16)
 
 
 def test_every_size_is_asked_where_it_is_close() -> None:
