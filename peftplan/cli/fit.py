@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,17 +10,20 @@ from peftplan.cli import options
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 from peftplan.errors import InputError, RefusedError
 
-SIZES = {"batch-size": "batch_size", "seq-len": "seq_len", "r": "r"}
+if TYPE_CHECKING:
+    from peftplan.planning.fit import Size
+
+SIZES: dict[str, Size] = {"batch-size": "batch_size", "seq-len": "seq_len", "r": "r", "model": "model"}
 
 
 @click.command("fit", cls=Command)
 @argument("model", required=False)
-@option("--gpu", default=None, metavar="NAME", help="the card, or a capacity such as 24GiB")
+@option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card, or a capacity such as 24GiB; several get an answer each")
 @option(
     "--max",
     "size",
     default="batch-size",
-    metavar="[batch-size|seq-len|r]",
+    metavar="[batch-size|seq-len|r|model]",
     show_default=True,
     help="what to make as large as it fits",
 )
@@ -41,7 +44,7 @@ SIZES = {"batch-size": "batch_size", "seq-len": "seq_len", "r": "r"}
 @options.format_option
 def command(
     model: str | None,
-    gpu: str | None,
+    gpus: tuple[str, ...],
     size: str,
     methods: str | None,
     keep: str | None,
@@ -58,9 +61,12 @@ def command(
 ) -> int:
     """The largest size of a job that a card takes, and other plans that fit.
 
+    With --max model, MODEL is a family such as qwen3, a pattern of built-in names, or names with commas between them.
+
     \b
     peftplan fit llama-3.1-8b --gpu rtx-4090 --method lora --seq-len 4096
     peftplan fit qwen3-8b --gpu 24GiB --max seq-len --method qlora --keep method
+    peftplan fit qwen3 --gpu rtx-4090,l40s --max model
     peftplan fit llama-2-7b --method full --which-gpu
     peftplan fit --model-family qwen3 --gpu rtx-4090
     """
@@ -68,6 +74,7 @@ def command(
     wanted = options.chosen(fields) | options.circumstances(torch, transformers, context)
     from peftplan.report import render
 
+    gpu = ",".join(gpus) or None
     if model_family is not None:
         from peftplan.planning.choosing import family
 
@@ -93,18 +100,18 @@ def command(
         raise UnknownNameError("--max", size, SIZES)
     from peftplan.planning.fit import fit
 
-    result = fit(
+    results = fit(
         model,
-        gpu=str(gpu),
-        max=SIZES[size],  # type: ignore[arg-type]
+        gpu=gpus,
+        max=SIZES[size],
         keep=(keep or "").split(",") if keep else (),
         min_seq_len=min_seq_len,
         allow_tight=allow_tight,
         **_names(methods),
         **wanted,
     )
-    render.fit(result, fmt=fmt)
-    return 1 if require_fit and not result.fits else 0
+    render.fits(results, fmt=fmt)
+    return 1 if require_fit and not all(result.fits for result in results) else 0
 
 
 def _check(*, gpu: str | None, model: str | None, of_family: bool) -> None:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from peftplan.errors import InputError, PeftplanError
 from peftplan.planning.estimate import estimate
-from peftplan.planning.fit import QUALITY
+from peftplan.planning.fit_model import members as members_of
 from peftplan.planning.for_method import known_methods, options_for, without_formula
+from peftplan.planning.plans import QUALITY
 from peftplan.planning.verdicts import find_cards
 from peftplan.results.estimate import Verdict
 
@@ -49,7 +50,9 @@ def family(
     Raises InputError where no built-in model belongs to the family, and what `estimate` raises where every method is refused.
     """
     accepted = ("fits", "tight") if allow_tight else ("fits",)
-    names = _members(name)
+    names = members_of(name)
+    if not names:
+        raise InputError("model_family", name, "accepted: the beginning of built-in names, such as qwen3 (`peftplan models`)")
     if len(find_cards(gpu)) != 1:
         raise InputError("gpu", gpu, "accepted: one card, such as rtx-4090, or a capacity such as 24GiB")
     methods = known_methods(methods, "methods")
@@ -57,19 +60,6 @@ def family(
     if all(member.error is not None for member in members):
         estimate(names[0][0], gpu=gpu, **options_for(methods[0], {**options, "method": methods[0]}))  # raises, where all do
     return members
-
-
-def _members(family: str) -> list[tuple[str, int]]:
-    """(name, parameters) of the built-in models whose name is the family's and a size, or that match a pattern; largest first."""
-    from fnmatch import fnmatchcase
-
-    from peftplan.arch.catalogue import models
-
-    pattern = family.lower() if any(character in family for character in "*?[") else f"{family.lower()}-[0-9]*"
-    members = [(entry.name, entry.num_parameters) for entry in models() if fnmatchcase(entry.name, pattern)]
-    if not members:
-        raise InputError("model_family", family, "accepted: the beginning of built-in names, such as qwen3 (`peftplan models`)")
-    return sorted(members, key=lambda member: -member[1])
 
 
 def _largest(members: list[tuple[str, int]], gpu: str, method: str, accepted: tuple[str, ...], options: dict[str, Any]) -> Member:

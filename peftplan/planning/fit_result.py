@@ -83,6 +83,8 @@ class Plan(NamedTuple):
     model: str
     assumptions: Mapping[str, Any]
     warnings: tuple[str, ...]
+    next_larger: str | None = None
+    """The next larger model, which does not fit, where models were searched; `size` is then the number of parameters."""
 
     @classmethod
     def of(cls, result: Estimate, edge: Largest, *, size: str, changes: Mapping[str, Any], binding: Binding | None) -> Plan:
@@ -121,12 +123,12 @@ class Plan(NamedTuple):
         return self.batch_size * self.seq_len
 
     def to_dict(self, size: str) -> dict[str, Any]:
-        """One entry of `plans`: the size that was asked for is 0 where nothing fits."""
-        facts = {
-            name: value for name, value in self._asdict().items() if name not in ("size", "model", "assumptions", "warnings")
-        }
+        """One entry of `plans`: the size that was asked for is 0 where nothing fits, and the model None."""
+        left_out = ("size", "model", "assumptions", "warnings", *(() if size == "model" else ("next_larger",)))
+        facts = {name: value for name, value in self._asdict().items() if name not in left_out}
         facts["binding"] = None if self.binding is None else self.binding._asdict()
-        return {**facts, size: self.size, "tokens_per_step": self.tokens_per_step if self.size else 0}
+        largest = (self.model if self.size else None) if size == "model" else self.size
+        return {**facts, size: largest, "tokens_per_step": self.tokens_per_step if self.size else 0}
 
 
 class Fit(NamedTuple):

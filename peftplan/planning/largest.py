@@ -23,8 +23,8 @@ LEAST_DROP = 128 * MIB
 """The drop that is granted where none was seen."""
 
 LEAST_ASKED = 32
-"""Sizes that are asked one by one at least: blocks may come to lie elsewhere within a few, by GiBs (qwen1.5-0.5b, full, sequences of
-512 tokens: batch 14 reserves 19.77 GiB, batch 15 16.76 GiB)."""
+"""Sizes that are asked one by one at least: within a few, blocks may come to lie elsewhere, which GiBs depend on (qwen1.5-0.5b,
+full, sequences of 512 tokens: batch 14 reserves 19.77 GiB, batch 15 16.76 GiB)."""
 
 MOST_ASKED = 4096
 """Sizes that are asked one by one at most on the way down."""

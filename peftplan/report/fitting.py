@@ -44,7 +44,7 @@ RANKING = (
 MOST_CARDS = 10
 """Cards that a table shows, the smallest that do."""
 NO_CARD = "No card of the catalogue takes the job."
-WORDS = {"batch_size": "batch size", "seq_len": "sequence length", "r": "rank"}
+WORDS = {"batch_size": "batch size", "seq_len": "sequence length", "r": "rank", "model": "model"}
 
 
 def headline(result: Fit, marks: Glyphs) -> str:
@@ -58,8 +58,11 @@ def headline(result: Fit, marks: Glyphs) -> str:
         return f"{marks.tight} {job} is tight at the smallest {word}, and fits at none: {needs} (--allow-tight accepts it)"
     if not first.size:
         return f"{marks.fails} {job} does not fit at any {word}: at the smallest it {needs}"
-    more = ", and more: the search ended there" if first.bounded else ""
     verb = "fits" if first.verdict == "fits" else "runs, tightly,"
+    if result.size == "model":
+        largest = "the largest there is" if first.bounded else "the largest that does"
+        return f"{marks.fits} {job} {verb} with {first.model}, {largest}; it {needs}"
+    more = ", and more: the search ended there" if first.bounded else ""
     return f"{marks.fits} {job} {verb} up to {word} {first.size:,}{more}; it {needs}"
 
 
@@ -72,7 +75,8 @@ def remarks(result: Fit) -> Iterator[str]:
     first, word = result.plans[0], WORDS[result.size]
     yield from (f"Warning: {warning}" for warning in first.warnings)
     if first.binding is not None and first.verdict != "does_not_run":
-        beyond = f"{word.capitalize()} {first.size + 1:,} {_would(first.binding.verdict)}" if first.size else "At the smallest"
+        following = first.next_larger or f"{word.capitalize()} {first.size + 1:,}"
+        beyond = f"{following} {_would(first.binding.verdict)}" if first.size else "At the smallest"
         yield f"{beyond}: {first.binding.text(grows=first.size > 0)}."
     if first.fits_again is not None:
         yield (
@@ -81,18 +85,26 @@ def remarks(result: Fit) -> Iterator[str]:
         )
     for plan in result.nearest:
         if plan.binding is not None:
-            yield f"Near: {_name(plan)} {_would(plan.verdict)}: {plan.binding.text(grows=False)}."
+            of_model = f" with {plan.model}" if result.size == "model" else ""
+            yield f"Near: {_name(plan)}{of_model} {_would(plan.verdict)}: {plan.binding.text(grows=False)}."
 
 
 def _would(verdict: str) -> str:
     return "would be tight" if verdict == "tight" else "does not fit"
 
 
-def plan_cells(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
+def plan_columns(result: Fit) -> tuple[Column, ...]:
+    """The columns of the plans: the model too, where that is what plans differ in."""
+    first, *others = PLAN_COLUMNS
+    return (first, Column("model"), *others) if result.size == "model" else PLAN_COLUMNS
+
+
+def plan_cells(result: Fit) -> list[tuple[str, ...]]:
     """A row per plan; `what binds` is the category and the phase that grow into the limit at the next larger size."""
     return [
         (
             _name(plan),
+            *((plan.model,) if result.size == "model" else ()),
             f"{plan.batch_size:,}",
             f"{plan.seq_len:,}" if plan.seq_len else "",
             "" if plan.r is None else str(plan.r),
@@ -101,7 +113,7 @@ def plan_cells(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
             _words(plan.verdict),
             "" if plan.binding is None else f"{plan.binding.category} in {plan.binding.phase}",
         )
-        for plan in plans
+        for plan in result.plans
     ]
 
 
@@ -122,6 +134,7 @@ def facts(result: Fit) -> list[dict[str, Any]]:
     """One record per plan, for CSV."""
     return [
         {
+            "gpu": result.gpu,
             **plan.to_dict(result.size),
             "binding": plan.binding and plan.binding.text(grows=plan.size > 0),
             "changes": changed(plan.changes),

@@ -109,9 +109,9 @@ def fit(result: Fit) -> Iterator[Html]:
     """The answer, then the plans."""
     yield markup.paragraph(fitting.headline(result, UNICODE), strong=True)
     yield from map(markup.paragraph, fitting.remarks(result))
-    verdict = [column.header for column in fitting.PLAN_COLUMNS].index("verdict")
-    cells = fitting.plan_cells(result.plans)
-    yield _rows(fitting.PLAN_COLUMNS, [(*row[:verdict], _verdict(row[verdict]), *row[verdict + 1 :]) for row in cells])
+    columns, cells = fitting.plan_columns(result), fitting.plan_cells(result)
+    verdict = [column.header for column in columns].index("verdict")
+    yield _rows(columns, [(*row[:verdict], _verdict(row[verdict]), *row[verdict + 1 :]) for row in cells])
     yield markup.paragraph(fitting.RANKING)
 
 

@@ -110,18 +110,25 @@ def _serving_head(result: Serving, *, fmt: str) -> None:
     print()
 
 
-def fit(result: Fit, *, fmt: str) -> None:
-    """Plans: the answer first, then a table of all plans and what comes nearest."""
+def fits(results: Sequence[Fit], *, fmt: str) -> None:
+    """Plans for each card: the answer first, then a table of all plans and what comes nearest."""
     from peftplan.report import fitting, screen
 
     if fmt == "json":
-        _json(result.to_dict())
+        documents = [result.to_dict() for result in results]
+        _json(documents[0] if len(documents) == 1 else {"schema_version": documents[0]["schema_version"], "cards": documents})
         return
-    above = "\n".join((fitting.headline(result, screen.glyphs()), *fitting.remarks(result)))
-    if fmt == "markdown":
-        print(f"{above}\n")
-    cells, facts = fitting.plan_cells(result.plans), fitting.facts(result)
-    _rows(fitting.PLAN_COLUMNS, cells, facts, fmt=fmt, above=above, below=fitting.RANKING)
+    if fmt == "csv":
+        tabular.write_csv([row for result in results for row in fitting.facts(result)], sys.stdout)
+        return
+    for number, result in enumerate(results):
+        above = "\n".join((fitting.headline(result, screen.glyphs()), *fitting.remarks(result)))
+        if number:
+            print()
+        if fmt == "markdown":
+            print(f"{above}\n")
+        below = fitting.RANKING if result is results[-1] else None
+        _rows(fitting.plan_columns(result), fitting.plan_cells(result), fitting.facts(result), fmt=fmt, above=above, below=below)
 
 
 def comparison(result: Comparison, *, fmt: str) -> None:

@@ -14,7 +14,8 @@ from peftplan.errors import InputError, PeftplanError, UnknownNameError
 from peftplan.hardware.gpus import gpus
 from peftplan.hardware.usable import usable_bytes
 from peftplan.planning.choosing import family, which_gpu
-from peftplan.planning.fit import QUALITY, Size, fit
+from peftplan.planning.fit import Size, fit
+from peftplan.planning.plans import QUALITY
 from peftplan.report import fitting
 from peftplan.report.screen import ASCII
 from tests.cli.run import run
@@ -51,7 +52,9 @@ def test_the_largest_size_fits_and_one_more_does_not(seed: int) -> None:
 def test_a_layout_that_flips_below_the_largest_size_is_seen() -> None:
     """Batch 14 reserves 3 GiB more than 15: 16 fits, but 13 and 14 do not."""
     job: dict[str, Any] = {"method": "full", "seq_len": 512}
-    plan = fit("qwen1.5-0.5b-chat", gpu="rx-7900-xt", keep=("method", "loss", "trainer", "gradient_checkpointing"), **job).plans[0]
+    plan = fit("qwen1.5-0.5b-chat", gpu="rx-7900-xt", keep=("method", "loss", "trainer", "gradient_checkpointing"), **job).plans[
+        0
+    ]
     verdicts = {size: verdict("qwen1.5-0.5b-chat", "rx-7900-xt", batch_size=size, **job) for size in range(1, 18)}
     assert [size for size, word in verdicts.items() if word != "fits"] == [13, 14, 17]
     assert (plan.size, plan.fits_again) == (12, 16)
@@ -185,3 +188,40 @@ def test_the_largest_member_of_a_family() -> None:
             family("qwen3", **wrong)
     with pytest.raises(InputError, match="model_family"):
         family("no-such-family", gpu="rtx-4090")
+
+
+def test_the_largest_model_of_a_family_or_a_list() -> None:
+    """Every larger member of the family does not fit, by direct estimates."""
+    result = fit("qwen3", gpu="rtx-4090", max="model", methods=("qlora",), keep=("loss", "trainer"))
+    assert (result.model, result.size) == ("qwen3", "model")
+    assert [(plan.method, plan.model) for plan in result.plans] == [("lora", "qwen3-8b"), ("qlora", "qwen3-14b")]
+    assert verdict("qwen3-8b", "rtx-4090") == verdict("qwen3-14b", "rtx-4090", method="qlora") == "fits"
+    larger = [entry.name for entry in models() if entry.name.startswith("qwen3-") and entry.name[6].isdigit()]
+    sizes = {entry.name: entry.num_parameters for entry in models()}
+    assert {verdict(name, "rtx-4090") for name in larger if sizes[name] > sizes["qwen3-8b"]} == {"does_not_fit"}
+    first = result.to_dict()["plans"][0]
+    assert (first["model"], first["next_larger"], first["binding"]["verdict"]) == ("qwen3-8b", "qwen3-14b", "does_not_fit")
+    listed = fit(["gpt2", "llama-3.1-8b", "qwen3-0.6b"], gpu="t4", max="model", keep="method,loss,trainer").plans[0]
+    assert (listed.model, listed.next_larger) == ("qwen3-0.6b", "llama-3.1-8b")
+
+
+def test_no_model_of_a_family_fits() -> None:
+    result = fit("llama-3.3", gpu="t4", max="model", methods=("full",))
+    assert (result.fits, result.plans[0].model, result.plans[0].verdict) == (False, "llama-3.3-70b-instruct", "does_not_fit")
+    assert result.to_dict()["plans"][0]["model"] is None
+    with pytest.raises(UnknownNameError, match="no-such-family"):
+        fit("no-such-family", gpu="t4", max="model")
+    with pytest.raises(InputError, match="a family such as qwen3"):
+        fit(7, gpu="t4", max="model")
+
+
+def test_several_cards_get_an_answer_each() -> None:
+    on_both = fit("llama-3.2-1b", gpu=("t4", "l4"), keep=("method", "loss"))
+    assert [result.gpu for result in on_both] == ["t4", "l4"]
+    assert on_both == tuple(fit("llama-3.2-1b", gpu=card, keep=("method", "loss")) for card in ("t4", "l4"))
+    stopped = run("fit", "llama-3.2-1b", "--gpu", "t4,l4", "--keep", "method,loss", "--format", "json")
+    assert [card["plans"][0]["batch_size"] for card in json.loads(stopped.out)["cards"]] == [
+        result.plans[0].size for result in on_both
+    ]
+    stopped = run("fit", "qwen3", "--max", "model", "--gpu", "t4", "--gpu", "l4", "--methods", "qlora", "--format", "csv")
+    assert {line.split(",")[0] for line in stopped.out.splitlines()} == {"gpu", "t4", "l4"}

@@ -29,7 +29,7 @@ def test_a_size_that_does_not_lies_below_larger_ones_that_do() -> None:
 
 
 def test_a_few_sizes_are_all_asked() -> None:
-    """Batches of which 13 and 14 need more than 15 and 16, as measured bytes do: 16 leaves more than any drop that bisection saw."""
+    """Batches of which 13 and 14 need more than 15 and 16: 16 leaves more than the drops that bisection saw."""
     need = {13: 18.4, 14: 19.8, 15: 16.8, 16: 17.8}
     answer = largest(needing(lambda n: int(need.get(n, 1.3 * n) * 1024) * MIB, room=int(18.2 * 1024) * MIB), ceiling=1000)
     assert answer == Largest(12, 1, again=16)

@@ -1,0 +1,116 @@
+"""Plans for a job: what others change, how they are ranked, and which of those that do not fit come nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from peftplan.errors import InputError, PeftplanError, UnknownNameError
+from peftplan.job.trainers import CHUNKED
+from peftplan.planning.fit_result import Plan
+from peftplan.planning.for_method import options_for
+from peftplan.validation import listed
+
+Options = dict[str, Any]
+
+QUALITY = ("full", "dora", "lora", "qdora", "qlora", "ia3", "prompt-tuning")
+"""Methods, the closest to full fine-tuning first: what plans are ranked by before tokens per step.
+
+Sources: DoRA (arXiv 2402.09353, tables 1 and 2) is above LoRA at equal ranks; LoRA on all linear layers equals full
+fine-tuning at small data sizes (Schulman et al., "LoRA Without Regret", 2025); QLoRA (arXiv 2305.14314, table 3) loses little
+against 16-bit LoRA; IA3 and prompts train fewer parameters than any of them. Advice, not a number: tasks differ.
+"""
+
+SAVES: tuple[dict[str, Any], ...] = (
+    {"gradient_checkpointing": True},
+    CHUNKED,
+)
+"""Options that change no result of a training step, tried beside each method: layers that are computed again, and SFTTrainer's
+loss, which never holds all logits."""
+
+
+def ranked(
+    first: Plan,
+    typed: Mapping[str, Any],
+    changes: Iterable[Options],
+    plan: Callable[[Options, Options], Plan],
+    *,
+    by_size: bool = False,
+) -> tuple[tuple[Plan, ...], tuple[Plan, ...]]:
+    """The job as typed and the plans that fit, ranked; and the two nearest that do not, of different methods.
+
+    `plan`: the options of a job and what they change → its plan; where it raises, the method or the option does not exist for the
+    model. `by_size`: a larger size comes before more tokens per step.
+    """
+    plans, misses = [first], [] if first.size else [first]
+    for change in changes:
+        changed = {**typed, **change}
+        try:
+            changed = options_for(changed["method"], changed) if "method" in change else changed
+            other = plan(changed, change)
+        except PeftplanError:
+            continue
+        (plans if other.size else misses).append(other)
+    near = (other for other in misses if other is not first and other.verdict != "does_not_run")
+    nearest: dict[str, Plan] = {}
+    for other in sorted(near, key=lambda other: -other.headroom_bytes):
+        nearest.setdefault(other.method, other)
+    others = sorted(_undominated(plans)[1:], key=lambda plan: _rank(plan, by_size=by_size))
+    return (first, *others), tuple(nearest.values())[:2]
+
+
+def kept_options(keep: object, size: str) -> frozenset[str]:
+    """The options that no plan may change. Raises UnknownNameError for a name that no plan changes."""
+    changeable = ("method", "seq_len", *(name for options in SAVES for name in options))
+    each = listed(keep)
+    if not isinstance(each, Iterable) or not all(isinstance(name, str) for name in each):
+        raise InputError("keep", keep, f"accepted: {', '.join(changeable)}")
+    names = frozenset(name.strip().replace("-", "_") for name in each)
+    for name in names - {size}:
+        if name not in changeable:
+            raise UnknownNameError("keep", name, changeable)
+    return names
+
+
+def changes_of(
+    typed: Mapping[str, Any],
+    first: Plan,
+    size: str,
+    methods: Sequence[str] | None,
+    kept: frozenset[str],
+    min_seq_len: int | None,
+) -> Iterable[dict[str, Any]]:
+    """What the other plans change: the method, what saves memory, a shorter sequence, and these together."""
+    by_adapter = typed.get("peft_config") is not None or "method" in kept
+    others: list[dict[str, Any]] = [{}]
+    names = QUALITY if methods is None else methods
+    others += [] if by_adapter else [{"method": name} for name in names if name != first.method]
+    saving = [change for change in SAVES if kept.isdisjoint(change) and not change.items() <= first.assumptions.items()]
+    shorter = min_seq_len is not None and size != "seq_len" and "seq_len" not in kept and min_seq_len < first.seq_len
+    lengths: list[dict[str, Any]] = [{}, {"seq_len": min_seq_len}] if shorter else [{}]
+    for method in others:
+        for some in range(2 ** len(saving)):
+            saved = {name: value for bit, change in enumerate(saving) if some >> bit & 1 for name, value in change.items()}
+            yield from (changes for length in lengths if (changes := {**method, **saved, **length}))
+
+
+def _rank(plan: Plan, *, by_size: bool) -> tuple[int, int, int, int]:
+    """By quality, then by tokens per step; fewer changes before more."""
+    quality = QUALITY.index(plan.method) if plan.method in QUALITY else len(QUALITY)
+    return quality, -plan.size if by_size else 0, -plan.tokens_per_step, len(plan.changes)
+
+
+def _undominated(plans: Sequence[Plan]) -> list[Plan]:
+    """Without plans that change more than another of the same method and size and gain nothing by it."""
+    return [
+        plan
+        for plan in plans
+        if not any(
+            other is not plan
+            and other.method == plan.method
+            and other.size >= plan.size
+            and other.seq_len >= plan.seq_len
+            and set(other.changes) < set(plan.changes)
+            for other in plans
+        )
+    ]
