@@ -16,8 +16,10 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from peftplan.cli import COMMANDS, LazyGroup, cli
 from tools.documents import (
     BLOCK,
     FILE,
@@ -145,3 +147,25 @@ def test_ci_runs_the_two_commands_that_install(number: int, says: str) -> None:
     command = ["bash", "-c", f"{function}readme_command {number}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert says in done.stdout
+
+
+def inline_commands() -> Iterator[tuple[Path, str]]:
+    """Commands that stand in a sentence or a table."""
+    for path in documents():
+        text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+        yield from ((path, " ".join(command.split())) for command in re.findall(r"`(peftplan [^`]+)`", text))
+
+
+def test_commands_in_a_sentence_are_known() -> None:
+    """They do not run, but their names and options are there."""
+    assert isinstance(cli, LazyGroup)
+    known = {name: cli.get_command(click.Context(cli), name) for name in COMMANDS}
+    unknown = []
+    for path, command in inline_commands():
+        words = command.partition(" -- ")[0].split()[1:]
+        loaded = known.get(words[0])
+        options = {spelling for param in loaded.params for spelling in (*param.opts, *param.secondary_opts)} if loaded else set()
+        wrong = [word for word in words[1:] if word.startswith("--") and word.partition("=")[0] not in options | {"--help"}]
+        if (loaded is None and words[0] not in ("--version", "COMMAND", "X", "…")) or wrong:
+            unknown.append((path.relative_to(ROOT).as_posix(), command))
+    assert unknown == []
