@@ -168,6 +168,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
             dtype_of=dtype_of,
             prepared=job.quant is not None and bool(setup.kbit_prepare),
             adapters_pass_in=_passed_in(job),
+            moved=job.quant is None and not setup.by.loads_on_device,
         ),
         standing_bytes=standing.bytes(),
         loading_bytes=loading.bytes(),

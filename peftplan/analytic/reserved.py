@@ -235,18 +235,22 @@ class _Writer:
         return at + len(run)
 
     def _repeat(self, layers: Sequence[Layers], timeline: Timeline, kinds: int) -> None:
-        """Layers that the timeline only counts, those of several kinds in turn."""
+        """Layers that the timeline only counts, in the order in which they run."""
         handed_on = {after: before for layer in layers for after, before in layer.handed_on.items()}
         before, behind = set(handed_on.values()) - set(handed_on), set(handed_on) - set(handed_on.values())
         for one, last in zip(sorted(before), sorted(behind), strict=False):  # one each, but where nothing is handed on
             self._write(events.BEHIND, one, last)
-        self._write(events.REPEAT, len(layers))
         there = {n for layer in layers for n in layer.log if n > 0} | {n for n, count in self._alive.items() if count > 0}
+        of_kind = []
         for layer in layers:
             handed_on = {n: self._alike(n, timeline) for n in layer.moved if n not in there}
-            of_layer = _events_of(layer, timeline, kinds, handed_on)
-            self._write(events.LAYER, layer.number, len(of_layer) // events.WIDTH)
-            self._events += of_layer
+            of_kind.append(_events_of(layer, timeline, kinds, handed_on))
+        order = [kind for _, kind in sorted((turn, kind) for kind, layer in enumerate(layers) for turn in layer.turns)]
+        period = period_of(order)
+        self._write(events.REPEAT, period)
+        for place, kind in enumerate(order[:period]):
+            self._write(events.LAYER, len(order[place::period]), len(of_kind[kind]) // events.WIDTH)
+            self._events += of_kind[kind]
 
     def _alike(self, storage: int, timeline: Timeline) -> int:
         """The last tensor of a storage's dims and dtype that is alive: what the layer before handed on, of another kind."""
@@ -262,6 +266,11 @@ class _Writer:
 
     def _write(self, what: int, a: int = 0, b: int = 0) -> None:
         self._events += (what, a, b, 0, 0)
+
+
+def period_of(order: Sequence[int]) -> int:
+    """After how many layers their kinds repeat: 3 for 0 0 1 0 0 1 0."""
+    return next(n for n in range(1, len(order) + 1) if order[n:] == order[: len(order) - n])
 
 
 def _events_of(layers: Layers, timeline: Timeline, kinds: int, handed_on: Mapping[int, int]) -> list[int]:

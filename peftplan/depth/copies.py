@@ -9,7 +9,7 @@ between two boundaries. For four equal layers, of which 0 and 3 are run, the log
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,11 +17,12 @@ from peftplan.tape.tape import Tape
 
 
 class Stack(NamedTuple):
-    """A stack whose sections ran between marks. Section → number of its copies, and section → the mark at which they go."""
+    """A stack whose sections ran between marks. Section → its copies, by their numbers in the stack, and section → the mark at
+    which they go."""
 
     name: str
     places: Mapping[str, str]
-    copies: Mapping[str, int]
+    copies: Mapping[str, Sequence[int]]
     passed: set[int]
     """Storages of the hidden states that one layer hands to the next."""
     sums: set[int]
@@ -31,14 +32,14 @@ class Stack(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """`number` copied layers. `log` holds the events of one of them: storages of the tape, negative where freed.
+    """Copied layers. `log` holds the events of one of them: storages of the tape, negative where freed.
 
-    `net`: what one layer leaves changed. `moved`: a storage that it frees → the one in its place for the next layer.
-    `handed_on`: a hidden state that it leaves alive → its input.
+    `turns`: which layers they are, those that run later with higher numbers; `net`: what one layer leaves changed; `moved`: a
+    storage that it frees → the one in its place for the next layer; `handed_on`: a hidden state that it leaves alive → its input.
     """
 
     log: tuple[int, ...]
-    number: int
+    turns: tuple[int, ...]
     net: tuple[int, ...]
     moved: Mapping[int, int]
     handed_on: Mapping[int, int]
@@ -64,16 +65,17 @@ def copies_of(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, dict[int, in
             position = {what: (at, what) for at, what in reversed(run)}
             for (start, before), (stop, after) in pairwise(run):
                 section = before if forward else after
-                count = stack.copies.get(section, 0)
+                layers = stack.copies.get(section, ())
                 where = position.get(stack.places.get(section, ""))
-                if not count or where is None:
+                if not layers or where is None:
                     continue
                 log = [n for n in tape.log[start:stop] if abs(n) not in stack.sums]
                 net, moved = _net(tape, log, stack, _early(tape, stop) if forward else None)
                 if not forward:  # what came before the stack goes once
                     net = [n for n in net if n > 0 or -n >= own]
                 handed_on = _handed_on(stack, net) if forward else {}
-                copies.setdefault(where, []).append(Layers(tuple(log), count, tuple(net), moved, handed_on))
+                turns = tuple(layers) if forward else tuple(-layer for layer in reversed(layers))
+                copies.setdefault(where, []).append(Layers(tuple(log), turns, tuple(net), moved, handed_on))
                 if forward:
                     passed = stack.passed - (_early(tape, stop) if stack.holds else set())
                     outliving |= {n: n for n in net if n > 0 and n not in passed}

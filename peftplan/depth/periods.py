@@ -20,8 +20,9 @@ def paired(kinds: tuple[int, ...], flags: tuple[bool, ...]) -> tuple[int, ...]:
     return tuple(numbers.setdefault(pair, len(numbers)) for pair in zip(kinds, flags, strict=True))
 
 
-def sections_of_periods(kinds: tuple[int, ...], *, summing: bool) -> tuple[list[int], dict[int, int], dict[int, int]]:
-    """The layers that run, of kinds that alternate; section → how many copies it has; section → where they go.
+def sections_of_periods(kinds: tuple[int, ...], *, summing: bool) -> tuple[list[int], dict[int, list[int]], dict[int, int]]:
+    """The layers that run, of kinds that alternate; section → the layers that are copies of it; section → where
+    they go.
 
     The first of each kind runs, and the whole last period, since its backward finds everything else still kept; of equal layers
     in a row there only the first and the last. Copies go where the last period begins. `summing`: all layers add to one
@@ -31,7 +32,9 @@ def sections_of_periods(kinds: tuple[int, ...], *, summing: bool) -> tuple[list[
     last = {kind: layer for layer, kind in enumerate(kinds[: len(kinds) - summing])}
     tail = min((layer for kind, layer in last.items() if layer != first[kind]), default=len(kinds) - 2 * summing)
     heads = sorted(layer for layer in first.values() if layer < tail)
-    sections, copies, places = [*heads], {}, {}
+    sections = [*heads]
+    copies: dict[int, list[int]] = {}
+    places: dict[int, int] = {}
     opening: dict[int, int] = {}
     for kind, group in groupby(range(tail, len(kinds)), key=kinds.__getitem__):
         run = [*group]
@@ -39,10 +42,11 @@ def sections_of_periods(kinds: tuple[int, ...], *, summing: bool) -> tuple[list[
         shown = [run[0], *(layer for layer in ends if layer != run[0])]
         opening.setdefault(kind, len(sections))
         if len(run) > len(shown):
-            copies[len(sections) + 1], places[len(sections) + 1] = len(run) - len(shown), len(sections) + 1
+            copies[len(sections) + 1] = [layer for layer in run if layer not in shown]
+            places[len(sections) + 1] = len(sections) + 1
         sections += shown
     for kind, section in opening.items():
-        between = kinds[:tail].count(kind) - (first[kind] < tail)
+        between = [layer for layer in range(tail) if kinds[layer] == kind and layer != first[kind]]
         if between:
             copies[section], places[section] = between, len(heads)
     return sections, copies, places

@@ -9,7 +9,8 @@ does the same tensor by tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 from itertools import groupby
 from math import prod
@@ -54,14 +55,18 @@ def load_into(
     dtype_of: Callable[[str], str],
     prepared: bool,
     adapters_pass_in: str | None = None,
+    moved: bool = False,
 ) -> None:
     """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`.
 
+    `moved`: the adapted model is moved module by module (torch 2.13, `nn/modules/module.py`, `_apply`), so that what is added to
+    a module follows it.
     `adapters_pass_in`: the dtype in which peft's layers put their tensors beside a base that is on the device, before it casts
     them all (peft 0.21.2, `_move_adapter_to_device_of_base_layer`, `cast_adapter_dtype`); None where they arrive as they last.
     """
     base = [p for p in parameters.all if p.owner == "base"]
-    tensors = list(_tensors(base))
+    added = [p for p in parameters.all if p.owner == "adapter"]
+    tensors = list(_tensors(_by_module(base, added) if moved else base))
     if quant is not None:
         tensors.sort(key=lambda tensor: _key(*tensor))
         memory.release(memory.allocate(_warm_up(base, quant, dtype=dtype)))
@@ -89,8 +94,7 @@ def load_into(
     if prepared:  # peft 0.20 on
         memory.empty_cache()
     passing = []
-    adapters = [p for p, _ in _tensors(p for p in parameters.all if p.owner == "adapter")]
-    for p in adapters:
+    for p, _ in () if moved else _tensors(added):
         if adapters_pass_in and p.dtype == "fp32":
             passing.append((p, memory.allocate(ITEMSIZE[adapters_pass_in] * p.numel)))
         else:
@@ -100,14 +104,59 @@ def load_into(
         memory.release(narrow_one)
 
 
+def _by_module(base: list[Parameter], added: list[Parameter]) -> list[Parameter]:
+    """The families of a model as it is moved: what is added below a module comes behind the module's own and its children's.
+
+    The tied embeddings of T5 and BART, which are modules of both stacks, come before their layers.
+    """
+    ends = {module: place for place, p in enumerate(base) for module in _modules(p.name)}
+    starts = {module: place for place, p in reversed([*enumerate(base)]) for module in _modules(p.name)}
+    behind: dict[int, list[Parameter]] = {}
+    for p in added:
+        module = next((module for module in _modules(p.name) if module in ends), "")
+        tied = p.name.startswith(f"{module}.{TIED}.")
+        place = len(base) - 1 if not module else starts[module] - 1 if tied else ends[module]
+        behind.setdefault(place, []).append(p)
+    return [family for place, p in enumerate(base) for family in (p, *behind.get(place, ()))]
+
+
+TIED = "embed_tokens"
+
+
+def _modules(name: str) -> Iterator[str]:
+    """The modules that a tensor is below, the innermost first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
 def _tensors(parameters: Iterable[Parameter]) -> Iterator[tuple[Parameter, int | None]]:
     """Every tensor of the families with its layer, in the order of `named_parameters()`: layer by layer."""
-    for _, families in groupby(parameters, key=lambda p: p.name if p.layers is None else p.name.partition("{}")[0]):
-        group = list(families)
-        for layer in sorted({layer for p in group for layer in p.layers or ()}) or (None,):
-            for p in group:
-                if layer is None or (p.layers and layer in p.layers):
-                    yield from [(p, layer)] * (p.copies // len(p.layers or (0,)))
+    families = list(parameters)
+    stacks = {p.name.partition("{}")[0] for p in families if p.layers is not None}
+    placed = [(p, *_stack(p, stacks)) for p in families]
+    for _, group in groupby(placed, key=lambda of_family: of_family[1]):
+        of_stack = [(p, layers) for p, _, layers in group]
+        for layer in sorted({layer for _, layers in of_stack for layer in layers}) or (None,):
+            for p, layers in of_stack:
+                if layer is None or layer in layers:
+                    yield from [(p, layer if p.layers else None)] * (p.copies // len(p.layers or (0,)))
+
+
+def _stack(p: Parameter, stacks: Collection[str]) -> tuple[str, Collection[int]]:
+    """What precedes the number of a family's layers in its name, and its layers; its name and none where it has none.
+
+    T5's first layer alone has a table of distances: `encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight`.
+    """
+    if p.layers is not None:
+        return p.name.partition("{}")[0], p.layers
+    for number in NUMBER.finditer(p.name):
+        if p.name[: number.start()] in stacks:
+            return p.name[: number.start()], (int(number[0]),)
+    return p.name, ()
+
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def _warm_up(base: Iterable[Parameter], quant: QuantConfig, *, dtype: str) -> int:

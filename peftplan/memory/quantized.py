@@ -32,6 +32,8 @@ def linear4bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     weight = f.new((n_out, n_in), x.dtype, "dequantized")
     op = "linear" if part.bias is None else "addmm"
     node = f.record(_linear4bit_backward, (x, part.bias), part, x.dims)
+    if node is not None:
+        node.in_python = True
     taken = f.autocast or x.dtype
     casts = [f.new(t.dims, taken, "to") for t in (part.bias, weight, x) if t is not None and x.dtype != taken]
     out = f.new((*x.dims[:-1], n_out), taken, op, node)

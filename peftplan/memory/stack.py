@@ -85,7 +85,7 @@ def run_stack(
     if mixed and outputs is not None:  # how long they live is the next layer's matter too: each is run
         kinds = tuple(range(len(kinds)))
     sections, extra, at = _placed(paired(kinds, flags), summing=sums is not None, mixed=mixed)
-    copies = {f"{name} {number}": count for number, count in extra.items()}
+    copies = {f"{name} {number}": layers for number, layers in extra.items()}
     places = {f"{name} {number}": f"{name} {place}" for number, place in at.items()}
 
     def run(layer: int, of_layer: tuple[Any, ...], x: Tensor, *every: Any) -> Any:
@@ -101,7 +101,7 @@ def run_stack(
         of_layer = own(layer) if own else ()
         beside = every() if callable(every) else every
         if flags[layer] and model.running.hosted and not model.micro_batch:
-            model.on_host += [(y.dims, y.dtype, 1 + extra.get(number, 0)) for y in (x, *beside) if type(y) is Tensor]
+            model.on_host += [(y.dims, y.dtype, 1 + len(extra.get(number, ()))) for y in (x, *beside) if type(y) is Tensor]
         result = model.checkpoint(run, layer, of_layer, x, *beside) if flags[layer] else run(layer, of_layer, x, *beside)
         x = result if outputs is None else result[0]
         if outputs is not None:
@@ -118,8 +118,8 @@ def reached(model: Model, stack: str, layers: int) -> tuple[bool, ...]:
     return checkpointed_layers(layers, before=before, every=model.running.every_n_layers)
 
 
-def _placed(kinds: tuple[int, ...], *, summing: bool, mixed: bool) -> tuple[list[int], dict[int, int], dict[int, int]]:
-    """The layers that run; section → how many copies it has; section → the section before which they go."""
+def _placed(kinds: tuple[int, ...], *, summing: bool, mixed: bool) -> tuple[list[int], dict[int, list[int]], dict[int, int]]:
+    """The layers that run; section → the layers that are copies of it; section → the section before which they go."""
     in_runs = _in_runs(kinds)
     if mixed and not in_runs:
         return sections_of_periods(kinds, summing=summing)
@@ -127,8 +127,8 @@ def _placed(kinds: tuple[int, ...], *, summing: bool, mixed: bool) -> tuple[list
     return sections, copies, {section: section if in_runs else len(set(kinds)) for section in copies}
 
 
-def sections_of(kinds: tuple[int, ...], *, summing: bool = False) -> tuple[list[int], dict[int, int]]:
-    """The layers that run, first of each kind and then last of each; section → how many copies it has.
+def sections_of(kinds: tuple[int, ...], *, summing: bool = False) -> tuple[list[int], dict[int, list[int]]]:
+    """The layers that run, first of each kind and then last of each; section → the layers that are copies of it.
 
     In the order of the layers where those of a kind follow each other. `summing`: the layer before the last as well, where all
     add to one gradient.
@@ -139,8 +139,9 @@ def sections_of(kinds: tuple[int, ...], *, summing: bool = False) -> tuple[list[
     sections = [*sorted(first.values()), *sorted(before.values()), *sorted(last.values())]
     if _in_runs(kinds):
         sections.sort()
+    copied = [layer for layer in range(len(kinds)) if layer not in sections]
     return sections, {
-        sections.index(before.get(kind, layer)): kinds.count(kind) - 2 - (kind in before) for kind, layer in last.items()
+        sections.index(before.get(kind, layer)): [n for n in copied if kinds[n] == kind] for kind, layer in last.items()
     }
 
 

@@ -151,7 +151,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
         done = at
         here = copies.get((at, what), ())
         before = len(events)
-        for n, count in ((n, layers.number) for layers in here for n in layers.net):
+        for n, count in ((n, len(layers.turns)) for layers in here for n in layers.net):
             if n in outliving:
                 standing_for[outliving[n]] = count
             kind = kinds[kind_of[abs(n)]]

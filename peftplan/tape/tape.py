@@ -188,6 +188,8 @@ class Tape:
         if node.checkpointed:
             saved = [self._unpack(value) for value in saved]
         result = node.backward(self, node, saved, *grads)
+        if node.in_python:
+            grads = []
         self.module = node.module
         grads_of_inputs = [result] if isinstance(result, Tensor) else list(result)
         del result

@@ -84,7 +84,7 @@ class Broadcast(Tensor):
 class Node:
     """One operation in the graph: what it saved, and where its gradients go."""
 
-    __slots__ = ("backward", "checkpointed", "context", "edges", "grads", "module", "saved", "sequence")
+    __slots__ = ("backward", "checkpointed", "context", "edges", "grads", "in_python", "module", "saved", "sequence")
 
     def __init__(self, sequence: float, module: str, backward: Backward, edges: tuple[Any, ...], *, checkpointed: bool) -> None:
         self.sequence = sequence
@@ -92,6 +92,8 @@ class Node:
         self.backward = backward
         self.edges = edges
         self.checkpointed = checkpointed
+        self.in_python = False
+        """Whether it is an `autograd.Function`, which has let go of its gradients when the engine casts what it returns."""
         self.context: Any = None
         self.saved: Any = ()
         self.grads: list[Tensor | None] = [None]

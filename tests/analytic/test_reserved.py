@@ -16,6 +16,10 @@ LATENT = {
     "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16,
     "n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 512, "q_lora_rank": 512,
 }  # fmt: skip
+GEMMA = {
+    "hidden_size": 1920, "intermediate_size": 6976, "vocab_size": 12048, "num_attention_heads": 15, "num_key_value_heads": 5,
+}  # fmt: skip
+FOUR_BIT = {"method": "qlora", "quant": "fp4", "compute_dtype": "fp16", "target_modules": "peft-default"}
 JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "workspaces are taken by the first products": (shallow("gpt2"), {"method": "lora", "batch_size": 4, **PLAIN}),
     "a quantized load goes by name, though no layer is quantized": (shallow("falcon-7b", 3), {"method": "lora", "quant": "int8"}),
@@ -80,6 +84,42 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"method": "qlora", "compute_dtype": "fp32", "double_quant": False, "batch_size": 6, "seq_len": 381, "every_n_layers": 3},
     ),
     "addmm's gradients and what a call holds": (shallow("pythia-160m"), FULL),
+    "a trainer moves what is added to a module behind the module": (
+        {
+            **shallow("gemma-2b", 6),
+            "hidden_size": 1920,
+            "intermediate_size": 6976,
+            "vocab_size": 12048,
+            "num_attention_heads": 15,
+            "num_key_value_heads": 5,
+        },
+        {"method": "lora", "r": 64, "batch_size": 6, "seq_len": 617, "optim": "rmsprop", "modules_to_save": ["lm_head"]},
+    ),
+    "T5's saved embeddings come before their stacks, and its table of distances with its layer": (
+        {**shallow("flan-t5-base", 3), "tie_word_embeddings": True},
+        {"method": "lora", "r": 4, "dtype": "bf16", "autocast": "none", "modules_to_save": ["embed_tokens"], "seq_len": 374},
+    ),
+    "MPT copies gradients of queries and values, and a 4-bit product drops its gradient before its result is cast": (
+        {**shallow("mpt-7b", 3), "d_model": 2304, "n_heads": 18, "vocab_size": 13379},
+        {
+            "method": "qlora",
+            "quant": "fp4",
+            "compute_dtype": "fp16",
+            "r": 16,
+            "batch_size": 2,
+            "seq_len": 1024,
+            "target_modules": "peft-default",
+            "gradient_accumulation_steps": 4,
+        },
+    ),
+    "BLOOM's MLP holds what its GELU returns, whose backward goes an operation at a time": (
+        shallow("bloom-560m", 4),
+        {"method": "lora", "batch_size": 2, "seq_len": 512, "logits_to_keep": 1},
+    ),
+    "Falcon's eager scores are products of casts, which matmul then copies": (
+        {**shallow("falcon-40b", 2), "hidden_size": 1792, "num_attention_heads": 28, "num_kv_heads": 14, "vocab_size": 24854},
+        {"method": "lora", "trainer": "trl", "batch_size": 4, "seq_len": 512, "dtype": "fp32", "use_reentrant": True, **EAGER},
+    ),
 }
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from peftplan import estimate
+from peftplan.analytic.reserved import period_of
 from peftplan.depth.periods import sections_of_periods
+from peftplan.memory.stack import sections_of
 from tests.memory.engines import LLAMA, TOLERANCE, phases, shallow
 from tests.memory.families import T5
 
@@ -39,17 +41,17 @@ def test_more_layers_between_need_more() -> None:
 def test_every_layer_is_run_or_stands_as_a_copy() -> None:
     """c n n c n n c n, of which the last period is run: 1 + 1 at the front, 2 + 1 between, 6 and 7 at the end."""
     kinds = (0, 1, 1, 0, 1, 1, 0, 1)
-    assert sections_of_periods(kinds, summing=False) == ([0, 1, 6, 7], {2: 1, 3: 3}, {2: 2, 3: 2})
+    assert sections_of_periods(kinds, summing=False) == ([0, 1, 6, 7], {2: [3], 3: [2, 4, 5]}, {2: 2, 3: 2})
     for summing in (False, True):
         for every in (2, 3, 4, 5):
             for layers in range(every + 1, 30):
                 kinds = tuple(int(layer % every > 0) for layer in range(layers))
                 sections, copies, places = sections_of_periods(kinds, summing=summing)
-                assert len(sections) + sum(copies.values()) == layers
+                assert sorted([*sections, *(layer for copied in copies.values() for layer in copied)]) == [*range(layers)]
                 assert sections == sorted(set(sections))
                 assert sections[-1] == layers - 1
                 assert copies.keys() == places.keys()
-                stand = sum(copies.get(at, 0) + 1 for at, layer in enumerate(sections) if kinds[layer] == 0)
+                stand = sum(len(copies.get(at, ())) + 1 for at, layer in enumerate(sections) if kinds[layer] == 0)
                 assert stand == kinds.count(0)
 
 
@@ -77,3 +79,13 @@ def test_both_engines_agree(model: Any, options: dict[str, Any]) -> None:
 def test_the_assumptions_say_so() -> None:
     assert estimate(LLAMA, every_n_layers=2).assumptions["every_n_layers"] == 2
     assert "every_n_layers" not in estimate(LLAMA).assumptions
+
+
+def test_copies_of_two_kinds_run_in_the_order_of_their_layers() -> None:
+    """w w w f w w w f w w w f, of which 0 and 3, 10 and 11 run: between them three, one, then three again and one less."""
+    kinds = (0, 0, 0, 1) * 3
+    sections, copies = sections_of(kinds)
+    assert (sections, copies) == ([0, 3, 10, 11], {2: [1, 2, 4, 5, 6, 8, 9], 3: [7]})
+    order = [kind for layer in range(12) for kind, section in enumerate((2, 3)) if layer in copies[section]]
+    assert order == [0, 0, 0, 0, 0, 1, 0, 0]
+    assert [period_of(each) for each in (order, [0] * 5, [0, 1, 0, 1, 0], [0, 0, 1, 0, 0, 1, 0])] == [6, 1, 2, 3]

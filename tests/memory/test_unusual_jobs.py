@@ -40,6 +40,9 @@ MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausal
         (LLAMA, {**PLAIN, "layers_to_transform": (1, 3)}),
         # kbit preparation makes fp32 copies of what bitsandbytes left as it was
         (FALCON, {**PLAIN, "quant": "nf4", "target_modules": ["query_key_value"], "seq_len": 8}),
+        # the new architecture broadcasts a single head by views, to as many heads as the fused kernel takes
+        (FALCON | {"new_decoder_architecture": True, "num_kv_heads": 1}, {**PLAIN, "target_modules": ["query_key_value"]}),
+        (FALCON | {"new_decoder_architecture": True, "num_kv_heads": 8}, {**PLAIN, "target_modules": ["query_key_value"]}),
         # the trained rows live beside autocast's copy of their table
         (TIED, {**OFF, "target_modules": ["q_proj"], "trainable_token_indices": [1], "dtype": "fp32"}),
         # the head's adapter wraps the one whose rows train

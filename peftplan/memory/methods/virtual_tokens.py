@@ -101,20 +101,21 @@ def prefixed(model: Model, kinds: tuple[int, ...] | None = None) -> list[tuple[T
     f.module = ""
     x = f.to(x, base.dtype)
     kinds = kinds or kinds_of(model)
-    sections, copies = sections_of(kinds, summing=model.translates)
+    sections, _ = sections_of(kinds, summing=model.translates)
+    extra = len(kinds) - len(sections)
     layers = len(kinds)
     parts = 2
     if model.translates:  # the same for cross-attention, which then takes none
         parts = 4
         x = f.new((*x.dims[:-1], _doubled(x.dims[-1])), x.dtype, "cat", f.record(_twice_backward, (x,), x.dims))
     one = ("b", a.cached_heads or a.num_key_value_heads, p, a.head_dim)
-    node = f.record(_permute_backward, (x,), x.dims, (parts, *one), (parts * layers, *one), sum(copies.values()))
+    node = f.record(_permute_backward, (x,), x.dims, (parts, *one), (parts * layers, *one), extra)
     pairs = []
     for number in range(len(sections)):
         pair = f.record(_unbind_backward, (Tensor(x.storage, (parts, *one), x.dtype, node, number),), (2, *one), (parts, *one))
         k, v = (ops.cached(f, Tensor(x.storage, one, x.dtype, pair, side)) for side in range(2))
         pairs.append((k, v))
-    if extra := sum(copies.values()):
+    if extra:
         model.copied_past = f.many(one, x.dtype, "cat", 2 * extra)
     return pairs
 

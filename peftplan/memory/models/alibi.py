@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.memory.activations import activation
-from peftplan.memory.attention import batched, gathered, product
+from peftplan.memory.attention import batched, causal_mask, gathered, product
 from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, run_layers
@@ -16,7 +16,7 @@ from peftplan.memory.norms import layer_norm
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced, split
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Tensor
+from peftplan.tape.tensors import Dims, Node, Tensor
 
 
 def bloom(model: Model) -> Tensor:
@@ -37,12 +37,13 @@ def bloom_layer(c: Call, x: Tensor) -> Tensor:
     normed = c.norm("input_layernorm", x)
     attended = c.behind("attention", bloom_attention(c, normed, x))
     normed = c.norm("post_attention_layernorm", attended)
-    out = c.linear("mlp.dense_h_to_4h", normed)
-    out = bloom_gelu(c.at("mlp.gelu_impl"), out)
-    out = c.linear("mlp.dense_4h_to_h", out)
+    hidden = c.linear("mlp.dense_h_to_4h", normed)
+    hidden = bloom_gelu(c.at("mlp.gelu_impl"), hidden)
+    out = c.linear("mlp.dense_4h_to_h", hidden)
     c.at("mlp")
     out = c.dropout(out)
     out = ops.add(c.at("mlp"), attended, out)
+    del hidden
     return c.behind("output", out)
 
 
@@ -90,15 +91,8 @@ def _baddbmm_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
 
 def bloom_gelu(f: Tape, x: Tensor) -> Tensor:
     """`GeLUFunction`: keeps its input alone. `x * 0.5 * (1 + tanh(0.798 * x * (1 + 0.0447 * x * x)))`, an operation at a time."""
-    half, scaled, passing = (f.new(x.dims, x.dtype, "mul") for _ in range(3))
-    square = f.new(x.dims, x.dtype, "mul")
-    del passing
-    passing = f.new(x.dims, x.dtype, "add")
-    del square
-    inner = f.new(x.dims, x.dtype, "mul")
-    del scaled, passing
-    tanh = f.new(x.dims, x.dtype, "tanh")
-    del inner
+    half = f.new(x.dims, x.dtype, "mul")
+    tanh = _bloom_tanh(f, x.dims, x.dtype)
     plus = f.new(x.dims, x.dtype, "add")
     del tanh
     out = f.new(x.dims, x.dtype, "mul", f.record(_bloom_gelu_backward, (x,), x))
@@ -106,12 +100,45 @@ def bloom_gelu(f: Tape, x: Tensor) -> Tensor:
     return out
 
 
+def _bloom_tanh(f: Tape, dims: Dims, dtype: str) -> Tensor:
+    scaled, passing = (f.new(dims, dtype, "mul") for _ in range(2))
+    square = f.new(dims, dtype, "mul")
+    del passing
+    plus = f.new(dims, dtype, "add")
+    del square
+    inner = f.new(dims, dtype, "mul")
+    del scaled, plus
+    tanh = f.new(dims, dtype, "tanh")
+    del inner
+    return tanh
+
+
 def _bloom_gelu_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
-    tanh = f.new(g.dims, g.dtype, "tanh")
-    products = f.many(g.dims, g.dtype, "mul", 3)
-    factor = f.new(g.dims, g.dtype, "add")
-    del products
-    out = f.new(g.dims, g.dtype, "mul")
+    """`0.5 * x * ((1 - tanh * tanh) * (0.798 + 0.107 * x * x)) + 0.5 * (1 + tanh)`, times g."""
+
+    def new(op: str) -> Tensor:
+        return f.new(g.dims, g.dtype, op)
+
+    tanh = _bloom_tanh(f, g.dims, g.dtype)
+    half = new("mul")
+    square = new("mul")
+    rest = new("rsub")
+    del square
+    scaled = new("mul")
+    square = new("mul")
+    del scaled
+    slope = new("add")
+    del square
+    product = new("mul")
+    del rest, slope
+    first = new("mul")
+    del half, product
+    plus = new("add")
+    second = new("mul")
+    del plus
+    factor = new("add")
+    del first, second
+    out = new("mul")
     del tanh, factor
     return out
 
@@ -124,7 +151,9 @@ def mpt(model: Model) -> Tensor:
     a = model.arch.blocks[0].attentions[0]
     assert a.alibi_length is not None
     alibi = f.new((a.num_attention_heads, 1, a.alibi_length), "fp32", "alibi")
+    added = causal_mask(model, tokens.dtype)
     mask = f.new(("b", 1, model.seq, model.seq), "bool", "attention_mask")
+    del added
     x = run_layers(model, MPT, tokens, lambda window: (alibi, mask), masks={None: None})
     del tokens
     return x
@@ -157,7 +186,10 @@ def mpt_attention(c: Call, x: Tensor) -> Tensor:
     by_head = (b, a.num_attention_heads, s, a.head_dim)
     qkv = c.linear("attn.Wqkv", x)
     f = c.at("attn")
-    q, k, v = (part.view(by_head) for part in split(f, qkv, [(b, s, h)] * 3))
+    parts = split(f, qkv, [(b, s, h)] * 3)
+    # the gradient of transposed keys comes transposed, as `reshape` takes it
+    q, k, v = (ops.heads(f, part, by_head, clones=clones) for part, clones in zip(parts, (True, False, True), strict=True))
+    del parts
     k, v = into_cache(c.model, k, v)
     joined = c.model.joins
     scores = ops.scale(f, product(c.model, q, k, (b, a.num_attention_heads, s, s), joined=(False, joined)))

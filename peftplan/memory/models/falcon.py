@@ -32,11 +32,10 @@ def falcon(model: Model) -> Tensor:
     _positions = f.new((model.seq,), "int64", "position_ids")
     every = ("b", 1, model.seq, model.keys)
     dtype = tokens.dtype
+    rows = "b" if "attention_mask" in model.batch else 1
+    mask = f.new((rows, *every[1:]), "bool", "attention_mask").view(every)
     if model.running.attention == "eager":
         mask = f.new(every, dtype, "attention_mask")
-    else:
-        rows = "b" if "attention_mask" in model.batch else 1
-        mask = f.new((rows, *every[1:]), "bool", "attention_mask").view(every)
     tables: tuple[Tensor, ...] = ()
     if a.positions == "alibi":
         tables = (f.new(("b", a.num_attention_heads, 1, model.keys), dtype, "alibi"),)
@@ -105,6 +104,8 @@ def eager(c: Call, q: Tensor, v: Tensor, weights: Tensor) -> Tensor:
     rotated = c.block.attentions[0].positions == "rotary"
     weights = weights if rotated else ops.dropout(c.tape, weights, c.model.arch.dropout.attention)
     c.model.layer_locals.append(weights)
+    if c.tape.autocast:
+        weights, v = c.tape.cast_all(c.tape.autocast, weights, v)
     return gathered(c.model, ops.matmul(c.tape, weights, _for_all(c, v), q.dims))
 
 
@@ -127,8 +128,9 @@ def _biased_weights(
 
 
 def _scores(c: Call, q: Tensor, k: Tensor) -> Tensor:
-    keys = _for_all(c, k)
-    return ops.matmul(c.tape, batched(c.model, q), keys, (*q.dims[:3], k.dims[2]))
+    if c.tape.autocast:
+        q, k = c.tape.cast_all(c.tape.autocast, q, k)
+    return ops.matmul(c.tape, batched(c.model, q), _for_all(c, k), (*q.dims[:3], k.dims[2]))
 
 
 def _for_all(c: Call, x: Tensor) -> Tensor:
@@ -148,25 +150,25 @@ def _divided_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
 
 
 def heads(c: Call, a: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_split_heads`: views of the projection with as many key/value heads as queries; else keys and values are copies."""
+    """`_split_heads`: queries are a view, and so are keys and values of the old architecture with as many heads.
+
+    Else keys and values are copies. The new architecture, which caches them for all queries, broadcasts each head to its queries
+    and flattens the two dims: a copy, or a view where one of the dims is one.
+    """
     f = c.tape
     b, s, _ = qkv.dims
     by_head = (b, a.num_attention_heads, s, a.head_dim)
-    if a.num_key_value_heads == a.num_attention_heads and not grouped(c):
+    one = (b, a.num_key_value_heads, s, a.head_dim)
+    new = a.cached_heads is not None
+    if by_head == one and not new:
         q, k, v = (sliced(f, qkv, by_head) for _ in range(3))
         return q, k, v
-    q = sliced(f, qkv, by_head)
-    one = (b, a.num_key_value_heads, s, a.head_dim)
-    k, v = indexed(f, qkv, one), indexed(f, qkv, one)
-    if not grouped(c):
+    q, k, v = sliced(f, qkv, by_head), indexed(f, qkv, one), indexed(f, qkv, one)
+    if not new or by_head == one:
         return q, k, v
-    q, k, v = ops.copied(f, q, "clone"), expanded(f, k, by_head), expanded(f, v, by_head)
-    return q, k, v
-
-
-def grouped(c: Call) -> bool:
-    """`new_decoder_architecture`: key/value heads stand between their queries, and are copied for each of them."""
-    return c.block.parallel and c.block.attentions[0].num_key_value_heads > 1
+    if a.num_key_value_heads == 1:
+        return q, ops.expanded(f, k, by_head), ops.expanded(f, v, by_head)
+    return ops.copied(f, q, "clone"), expanded(f, k, by_head), expanded(f, v, by_head)
 
 
 def indexed(f: Tape, x: Tensor, dims: Dims) -> Tensor:
