@@ -30,13 +30,20 @@ class FitDocument(TypedDict):
     schema_version: Literal[1]
     model: str
     gpu: str
-    max: Literal["batch_size", "seq_len", "r"]
+    max: Literal["batch_size", "seq_len", "r", "model"]
     """The size that was made as large as it fits."""
     warnings: list[str]
     plans: list[Plan]
     """The job as typed, then other plans that fit, ranked."""
     nearest: list[Plan]
     """Plans that come near and do not fit."""
+
+
+class FitsDocument(TypedDict):
+    """Plans for several cards."""
+
+    schema_version: Literal[1]
+    cards: list[FitDocument]
 
 
 class CompareDocument(TypedDict):
@@ -266,6 +273,7 @@ class Document(NamedTuple):
 DOCUMENTS: dict[str, Document] = {
     "estimate": Document("peftplan estimate MODEL", "What a fine-tuning run needs.", EstimateDocument),
     "fit": Document("peftplan fit MODEL --gpu CARD", "The largest size that fits, and other plans.", FitDocument),
+    "fit-cards": Document("peftplan fit MODEL --gpu CARD,CARD", "The same for several cards.", FitsDocument),
     "which-gpu": Document("peftplan fit MODEL --which-gpu", "The cards that take a job.", list[VerdictDocument]),
     "model-family": Document("peftplan fit --model-family NAME --gpu CARD", "The largest model per method.", list[Member]),
     "compare": Document("peftplan compare MODEL", "One job by several methods, on several cards.", CompareDocument),
@@ -298,7 +306,10 @@ SHAPES: dict[type, Shape] = {
     rehearsal.Rehearsal: Shape(added={**REHEARSED, **dict.fromkeys(("peak_allocated", "peak_reserved"), NotRequired[int])}),
     rehearsal.Alive: Shape(name="MadeBy"),
     rehearsal.OutOfMemory: Shape(name="FailedRequest"),
-    Plan: Shape(("size", "model", "assumptions", "warnings"), {"tokens_per_step": int}),
+    Plan: Shape(
+        ("size", "assumptions", "warnings"),
+        {"tokens_per_step": int, **dict.fromkeys(("model", "next_larger"), NotRequired[str | None])},
+    ),
     Member: Shape(added={"verdict": VerdictDocument | None}),
     Gpu: Shape(OF_A_REQUEST, {"usable_bytes": int, "usable_source": str}),
     Compared: Shape(added={"by_category": dict[Category, int] | None}),

@@ -39,6 +39,8 @@ COMMANDS: list[tuple[str, str]] = [
     ("estimate", "estimate llama-3.2-1b --method qlora --quant gptq --gpu t4"),
     ("fit", "fit llama-3.2-1b --gpu t4 --methods qlora"),
     ("fit", "fit llama-3.1-8b --gpu 4GiB --methods ia3"),
+    ("fit", "fit llama-3.2 --gpu t4 --max model --methods qlora"),
+    ("fit-cards", "fit llama-3.2-1b --gpu t4,l4 --methods qlora"),
     ("which-gpu", "fit llama-3.2-1b --which-gpu"),
     ("model-family", "fit --model-family qwen3 --gpu t4 --methods qlora"),
     ("compare", "compare llama-3.2-1b --method lora,qlora,full --gpu t4,l4"),
