@@ -39,7 +39,7 @@ def command(
 ) -> int:
     """Compare an engine's predictions with measured runs.
 
-    Each FILE holds run records in JSON Lines; the default is those that ship with peftplan. Exit code 1 where a record's
+    Each FILE holds run records in JSON Lines; the default is those that ship with peftplan. Exit code 1 if a record's
     tolerance is exceeded, a parameter count differs, or something moved against the baseline.
 
     \b

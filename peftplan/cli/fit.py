@@ -25,15 +25,15 @@ SIZES: dict[str, Size] = {"batch-size": "batch_size", "seq-len": "seq_len", "r":
     default="batch-size",
     metavar="[batch-size|seq-len|r|model]",
     show_default=True,
-    help="what to make as large as it fits",
+    help="the size to make as large as fits",
 )
 @option("--methods", default=None, metavar="NAMES", help="other methods to try, comma-separated; default: all ranked ones")
 @option("--keep", default=None, metavar="OPTIONS", help="what no plan may change: method, seq-len, gradient-checkpointing")
 @option("--min-seq-len", type=int, default=None, metavar="INT", help="plans may shorten sequences down to this many tokens")
 @option("--allow-tight", is_flag=True, help="a plan may leave less than 5 % of the card")
-@option("--which-gpu", is_flag=True, help="the smallest cards that take the job as typed, instead of plans")
+@option("--which-gpu", is_flag=True, help="list the smallest cards that take the job as typed, not plans")
 @option("--model-family", default=None, metavar="NAME", help="the largest model of a family per method, such as qwen3")
-@option("--require-fit", is_flag=True, help="exit 1 where the job as typed does not fit at any size")
+@option("--require-fit", is_flag=True, help="exit 1 if the job as typed fits at no size")
 @options.group(METHOD_HEADING, options.METHOD)
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)

@@ -34,7 +34,7 @@ METHOD: dict[str, str] = {
 MODEL: dict[str, str] = {
     "--task-type": "peft's task type: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, …; default: as the config says",
     "--num-labels": "classes of a classification head",
-    "--trust-remote-code/--no-trust-remote-code": "accepted for compatibility; such code is never run",
+    "--trust-remote-code/--no-trust-remote-code": "accepted for compatibility; remote code is never run",
 }
 STORAGE: dict[str, str] = {
     "--dtype": "dtype of the base model; default: bf16",
@@ -209,7 +209,7 @@ context_option = option(
     rare=True,
     default=None,
     metavar="INT",
-    help="CUDA context in MiB that a verdict counts; default: as measured on the card, else assumed",
+    help="CUDA context in MiB; default: as measured on the card, else assumed",
 )
 
 

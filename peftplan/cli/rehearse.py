@@ -18,8 +18,8 @@ from peftplan.cli.command import Command, argument, option, will_exit
 @option(
     "--world-size", type=int, default=None, metavar="INT", help="ranks of the job; a launcher such as torchrun says them itself"
 )
-@option("--rank", default="0", show_default=True, metavar="INT|all", help="the rank that is played")
-@option("--timeout", type=float, default=None, metavar="SECONDS", help="end the program then")
+@option("--rank", default="0", show_default=True, metavar="INT|all", help="the rank to play")
+@option("--timeout", type=float, default=None, metavar="SECONDS", help="stop the program after this long")
 @option("--max-host", default=None, metavar="SIZE", help="host memory for what it writes (80 % of what is free)")
 @option("--keep-writes", is_flag=True, help="let the program write to your files")
 @option("--network", is_flag=True, help="let the program use the network")

@@ -16,7 +16,7 @@ from peftplan.errors import InputError, RefusedError
 @options.torch_option
 @option("--device", default=0, metavar="INT", type=int, show_default=True, help="which device of a snapshot")
 @option("--device-memory", default=None, metavar="SIZE", help="total memory of the device, for per_process_memory_fraction")
-@option("--require-fit", is_flag=True, help="exit 1 where memory runs out")
+@option("--require-fit", is_flag=True, help="exit 1 if memory runs out")
 @options.format_option
 def command(
     file: str,

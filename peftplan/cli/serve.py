@@ -34,7 +34,7 @@ STORAGE = {
 @option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a size such as 24GiB; repeatable")
 @option("--require-fit", is_flag=True, help="exit 1 unless it fits every --gpu")
 @option("--allow-tight", is_flag=True, help="let --require-fit accept tight too")
-@option("--merge", is_flag=True, help="exit 2 if the method has no merge")
+@option("--merge", is_flag=True, help="exit 2 if the method cannot be merged")
 @options.format_option
 def command(
     model: str | None, fmt: str, merge: bool, gpus: tuple[str, ...], require_fit: bool, allow_tight: bool, **raw: Any
