@@ -1,1 +1,1 @@
-"""Deep models at the price of shallow ones: the log of few layers, extended to all."""
+"""Deep models at the price of shallow ones: a log of a few layers is extended to the full depth."""

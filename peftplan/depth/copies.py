@@ -1,4 +1,4 @@
-"""Copied layers: what they do, and where in the log they go.
+"""Copied layers: what they allocate and free, and where they stand in the log.
 
 The tape runs two layers of each kind (`memory.stack`). Every other layer is a copy: it does what the last layer of its kind did
 between two boundaries. For four equal layers, of which 0 and 3 are run, the log reads
@@ -17,8 +17,9 @@ from peftplan.tape.tape import Tape
 
 
 class Stack(NamedTuple):
-    """A stack whose sections ran between marks. Section → its copies, by their numbers in the stack, and section → the mark at
-    which they go."""
+    """A stack of layers. `copies`: section → its copied layers, by their numbers in the stack. `places`: section → the mark at
+    which they are inserted.
+    """
 
     name: str
     places: Mapping[str, str]
@@ -26,9 +27,9 @@ class Stack(NamedTuple):
     passed: set[int]
     """Storages of the hidden states that one layer hands to the next."""
     sums: set[int]
-    """Storages of a gradient to which all layers add: each new sum frees the one before."""
+    """Storages of a gradient that every layer adds to: each new sum frees the previous one."""
     holds: bool = False
-    """Whether what every layer returns lives until the forward ends."""
+    """Whether the output of every layer stays alive until the end of the forward."""
 
 
 class Layers(NamedTuple):
@@ -71,7 +72,7 @@ def copies_of(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, dict[int, in
                     continue
                 log = [n for n in tape.log[start:stop] if abs(n) not in stack.sums]
                 net, moved = _net(tape, log, stack, _early(tape, stop) if forward else None)
-                if not forward:  # what came before the stack goes once
+                if not forward:  # what the stack did not allocate is freed once
                     net = [n for n in net if n > 0 or -n >= own]
                 handed_on = _handed_on(stack, net) if forward else {}
                 turns = tuple(layers) if forward else tuple(-layer for layer in reversed(layers))
@@ -88,13 +89,13 @@ def copies_of(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, dict[int, in
 
 
 def _late(tape: Tape, stack: Stack, net: list[int], end: int) -> dict[int, int]:
-    """A layer's output → its input, where the input is still alive when the stack's backward ends."""
+    """Output of a layer → its input, if the input is still alive when the backward of the stack ends."""
     freed = {-n for n in tape.log[:end] if n < 0}
     return {n: before for n, before in _handed_on(stack, net).items() if before not in freed}
 
 
 def _handed_on(stack: Stack, net: Iterable[int]) -> dict[int, int]:
-    """A layer's output, if it stays alive → the layer's input."""
+    """Output of a layer, if it stays alive → the input of the layer."""
     return {n: max((p for p in stack.passed if p < n), default=n) for n in net if n in stack.passed}
 
 
@@ -125,7 +126,7 @@ def _net(tape: Tape, log: list[int], stack: Stack, early: set[int] | None) -> tu
     freed = {-n for n in log if n < 0}
     kept = [n for n in log if n > 0 and n not in freed]
     gone = [-n for n in log if n < 0 and -n not in allocated]
-    for alike in (_same, _of_one_pass, _alike):  # the closest first: a gradient takes the place of a gradient
+    for alike in (_same, _of_one_pass, _alike):  # the closest first: a gradient replaces a gradient
         for n in [*gone]:
             twin = next((k for k in kept if k not in tape.lasting and alike(tape, k, n)), None)
             if twin is None:
@@ -134,7 +135,7 @@ def _net(tape: Tape, log: list[int], stack: Stack, early: set[int] | None) -> tu
             if early is None or n in stack.passed or twin in early:
                 kept.remove(twin)
                 moved[n] = twin
-    return [*(-n for n in gone), *kept], moved  # frees first: the copies are one step, and overshoot nothing
+    return [*(-n for n in gone), *kept], moved  # frees first: the copies count as one step and must not overshoot
 
 
 def _alike(tape: Tape, one: int, other: int) -> bool:

@@ -19,22 +19,22 @@ from peftplan.depth.log import AUTOGRAD, Moment, Storage
 from peftplan.errors import PeftplanError
 
 TEMPLATE = 1
-"""The unit that is copied: the first one may differ (its input is an embedding), the last one too."""
+"""The unit that is copied. The first one may differ (its input is an embedding), and so may the last."""
 
 Began = list[tuple[int, str]]
 Place = tuple[int, int, int]
-"""Where a unit's storage was made: chain, unit, ordinal within the run."""
+"""Where a storage was allocated: chain, unit, position within the run."""
 Growth = tuple[int, tuple[int, ...]]
-"""Bytes, and elements of each dim, that one layer more adds."""
+"""Bytes, and elements of each dim, that one more layer adds."""
 
 
 class NotRepeatingError(PeftplanError):
-    """The log does not consist of layers that repeat; the model has to be traced in full."""
+    """The layers do not repeat, so the model must be traced in full."""
 
 
 @dataclass
 class Run:
-    """Consecutive moments of one unit (None: of no layer) within one phase."""
+    """Consecutive events of one unit (None: outside all layers) within one phase."""
 
     window: int
     layer: int | None
@@ -43,7 +43,7 @@ class Run:
 
 @dataclass
 class Chain:
-    """Runs of every layer, one after the other; `step` is +1 upwards, −1 downwards."""
+    """Runs of all layers in order; `step` is +1 from first to last, −1 from last to first."""
 
     runs: list[Run]
     step: int
@@ -62,7 +62,7 @@ class Sample:
 
     @classmethod
     def of(cls, log: Sequence[Moment], began: Began, *, layers: int, stack: str, period: int = 1) -> Sample:
-        """A sample in the canonical order of frees."""
+        """A log with its frees in canonical order."""
         return cls(in_order(log, began, stack=stack), began, layers, stack, period)
 
     @property
@@ -103,7 +103,7 @@ def _outside(parts: Sequence[Run | Chain]) -> list[Storage]:
 
 
 def _growth(small: Sequence[Run | Chain], large: Sequence[Run | Chain]) -> list[Growth]:
-    """By how much each allocation of no layer grows with one layer more, in order."""
+    """How much each allocation outside the layers grows with one more layer, in order."""
     pairs = [
         [m.storage for part in parts if isinstance(part, Run) for m in part.moments if m.kind == "alloc"]
         for parts in (small, large)
@@ -186,7 +186,7 @@ def _chains(runs: list[Run], units: int) -> Iterator[Run | Chain]:
 
 
 class _Writer:
-    """Writes the longer log, part by part."""
+    """Builds the longer log, part by part."""
 
     def __init__(self, parts: Sequence[Run | Chain], named: Layers, growth: Sequence[Growth], *, added: int) -> None:
         self.log: list[Moment] = []
@@ -206,7 +206,7 @@ class _Writer:
                 self._places |= {s.id: (number, int(run.layer or 0), j) for j, s in enumerate(allocated)}
 
     def write(self, part: Run | Chain) -> None:
-        """Append one part, a chain with its copies."""
+        """Append one part, and the copies if it is a chain."""
         if isinstance(part, Run):
             self._starts.setdefault(part.window, len(self.log))
             self._append(part, shift=None)
@@ -281,7 +281,7 @@ class _Writer:
         return self._names[key]
 
     def phases(self, began: Began) -> Began:
-        """Where each phase begins in the longer log; one without events begins where the next does."""
+        """Where each phase begins in the longer log; an empty phase begins where the next one does."""
         starts: Began = []
         following = len(self.log)
         for window in range(len(began) - 1, -1, -1):
@@ -296,7 +296,7 @@ def _kin(one: Storage, other: Storage, named: Layers) -> bool:
 
 
 def same(one: Sequence[Moment], other: Sequence[Moment]) -> bool:
-    """Whether two logs make and free the same bytes in the same order, in the same phases."""
+    """Whether two logs allocate and free the same bytes, in the same order and phases."""
     return len(one) == len(other) and _signature(one) == _signature(other)
 
 

@@ -1,4 +1,4 @@
-"""The layers of a stack, found in the names of modules and tensors."""
+"""The layer numbers in the names of modules and tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 class Layers:
-    """Finds the layers of a stack in the names of modules and tensors, `period` of them to a unit."""
+    """Reads the layer number in the names of modules and tensors; `period` layers form a unit."""
 
     def __init__(self, stack: str, period: int = 1) -> None:
         self.period = period

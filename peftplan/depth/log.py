@@ -1,4 +1,4 @@
-"""The log of a traced run: its storages, and the moments at which each is made and freed."""
+"""The log of a traced run: its storages, and when each is allocated and freed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from peftplan.ledger import Category
 
 AUTOGRAD = "autograd"
-"""The module of nodes that no forward made: accumulation of gradients."""
+"""The module of autograd nodes that belong to no forward: accumulation of gradients."""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,11 +28,11 @@ class Storage:
     name: str | None = None
     freed_segment: int | None = None
     ones: bool = False
-    """Whether every element is known to be one."""
+    """Whether every element is known to equal 1."""
 
 
 class Moment(NamedTuple):
-    """One line of the log: `alloc` or `free` of a storage, in the phase and the module that did it."""
+    """One line of the log: `alloc` or `free` of a storage, with the phase and the module."""
 
     kind: str
     storage: Storage

@@ -1,1 +1,1 @@
-"""What occupies the device: allocations, the ledger of lines, and the timeline of a training step."""
+"""A training step on the tape: what each part of it allocates, saves for backward and frees."""

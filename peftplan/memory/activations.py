@@ -1,4 +1,4 @@
-"""Activation functions of transformers' `ACT2FN`, as the operations of torch that they run.
+"""Activation functions of transformers' `ACT2FN`, written as the torch operations that they run.
 
 Source: transformers 5.24, activations.py; torch 2.13, FunctionsManual.cpp (`pow_backward`).
 """
@@ -18,7 +18,7 @@ KEEP_OUTPUT = ("relu", "tanh", "sigmoid")
 
 
 def activation(f: Tape, x: Tensor, name: str) -> Tensor:
-    """An entry of `ACT2FN`. Raises NeedsTraceError for one that is not written here."""
+    """An entry of `ACT2FN`. Raises NeedsTraceError for one that has no formula."""
     if name in KEEP_INPUT:
         return ops.keeps_input(f, x, name)
     if name in KEEP_OUTPUT:

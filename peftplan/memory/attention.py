@@ -1,4 +1,4 @@
-"""Attention: what eager attention and torch's `scaled_dot_product_attention` make and keep on CUDA.
+"""Attention: what eager attention and torch's `scaled_dot_product_attention` allocate and save on CUDA.
 
 Letters: b batch, a query heads, g key/value heads, s queries, k keys, d head size. Queries, keys and values are (b, heads, s, d)
 views of projections that lie (b, s, heads, d), as transformers makes them.
@@ -121,14 +121,14 @@ def attend(
         autocast, f.autocast = f.autocast, None  # the wrapper that cast the inputs turns it off
         try:
             return math(model, a, q, k, v, mask, dropout=dropout)
-        finally:  # a recomputation may end inside
+        finally:  # a recomputation may stop inside
             f.autocast = autocast
     b, heads, s, d = out.dims
     return out.view((b, s, _product(heads, d)))
 
 
 def _kernel(model: Model, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
-    """Which kernel torch takes: flash, else the memory-efficient one, else math (`select_sdp_backend`)."""
+    """The kernel that torch chooses: flash, else memory-efficient, else math (`select_sdp_backend`)."""
     head, running = q.dims[3], model.running
     if running.attention == "flash_attention_2":
         if running.padding or q.dtype not in HALF:
@@ -165,7 +165,7 @@ def _repeat_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
 
 
 def spread(f: Tape, x: Tensor, heads: Dim) -> Tensor:
-    """What `matmul` makes of one head for many: a copy for each; its gradient is summed."""
+    """One head that serves many: `matmul` copies it for each; its gradient is summed."""
     b, _, s, d = x.dims
     return f.new((b, heads, s, d), x.dtype, "clone", f.record(_repeat_backward, (x,), x.dims))
 
@@ -204,7 +204,7 @@ def eager(
     `wide`: softmax in fp32 and its result cast back; else in the scores' dtype, or as autocast says, in fp32 and left so.
     """
     f = model.tape
-    single = a.num_key_value_heads == 1 != a.num_attention_heads  # a view, which `matmul` copies when it comes to it
+    single = a.num_key_value_heads == 1 != a.num_attention_heads  # a view, which `matmul` copies later
     keys, values = (repeat_kv(f, x, a, copies=not single) for x in (k, v))
     grouped = a.num_attention_heads != a.num_key_value_heads
     copied = not single and (grouped or ((model.joins if cached is None else cached) and not joined))
@@ -294,7 +294,7 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
 
 
 def _math_copy(model: Model, x: Tensor, *, heads: Dim, broadcast: bool, copied: bool) -> Tensor:
-    """What `matmul` makes of keys or values: a copy of each head, or one that lies head by head."""
+    """Keys or values as `matmul` takes them: a copy per query head, or one in head order."""
     if broadcast:
         return for_all(model, x, heads)
     return x if copied else batched(model, x)

@@ -1,4 +1,4 @@
-"""Calls that a method with virtual tokens, or with adapters behind parts of layers, changes."""
+"""Calls that methods change: those with virtual tokens, and those with adapters after parts of a layer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def into_cache(model: Model, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def behind(model: Model, name: str, x: Tensor, layer: int) -> Tensor:
-    """The output of a layer's part, through the adapter behind it if the method puts one there."""
+    """The output of a part of a layer, after its adapter if the method adds one there."""
     if not model.has(f"{name}.adapter_up", layer):
         return x
     from peftplan.memory.methods.bottleneck import bottleneck

@@ -1,4 +1,4 @@
-"""Convolutions: what they keep, and the gradients that they make.
+"""Convolutions: what they save for backward, and their gradients.
 
 Source: torch 2.13, tools/autograd/derivatives.yaml (`convolution`): input and weight are kept whichever gradient is wanted. Left
 out: cuDNN's workspaces, which its heuristics choose on the card.

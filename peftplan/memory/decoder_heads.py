@@ -1,4 +1,4 @@
-"""Heads that transformers gives every decoder: a score of the last token, or of each token.
+"""Heads that transformers has for every decoder: one score per sequence, or one per token.
 
 Source: transformers 5.24, modeling_layers.py (`GenericForSequenceClassification`, `GenericForTokenClassification`),
 loss/loss_utils.py.

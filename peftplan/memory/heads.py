@@ -1,4 +1,4 @@
-"""From hidden states to a loss: the head of each task, as transformers' model classes have it."""
+"""From hidden states to the loss: the head of each task, as in transformers' model classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftplan.tape.shaping import sliced
 from peftplan.tape.tensors import Strided, Tensor
 
 Head = Callable[[Model, Tensor], tuple[Tensor, ...]]
-"""Model and last hidden states → the loss, and what else the outputs hold: logits, where they exist."""
+"""Model and last hidden states → the loss, and the logits if the outputs hold them."""
 
 
 def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def of_last_tokens(head: Head, model: Model, x: Tensor) -> tuple[Tensor, ...]:
 
 
 Place = tuple[str, str]
-"""A module of `peftplan.memory`, imported when a model asks for it, and its function."""
+"""A function of a module in `peftplan.memory`, which is imported on first use."""
 ROBERTAS = ("roberta", "xlm-roberta")
 
 HEADS: dict[str, Place] = {
@@ -79,11 +79,11 @@ OF_MODEL: dict[tuple[str, str], Place] = {
     **{("modernbert", task): ("encoder_heads", "modernbert_classification") for task in ("SEQ_CLS", "TOKEN_CLS")},
     ("modernbert", "QUESTION_ANS"): ("encoder_heads", "modernbert_answering"),
 }
-"""(model type, task) → head, where a class has its own."""
+"""(model type, task) → head, for classes with a head of their own."""
 
 
 OF_LOSS: dict[str, Place] = {"trl-chunked": ("chunked_loss", "trl_chunked"), "liger": ("liger_loss", "liger")}
-"""Loss → head of a causal language model, in place of its own."""
+"""Loss → the head that replaces that of a causal language model."""
 
 
 def head_of(model: Model) -> Head:

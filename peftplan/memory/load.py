@@ -30,13 +30,13 @@ WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
 
 
 class Memory(Protocol[Handle]):
-    """What tensors are loaded into."""
+    """A device that tensors are loaded onto."""
 
     def allocate(self, nbytes: int) -> Handle:
-        """Make a tensor; what frees it."""
+        """Allocate a tensor; returns its handle."""
 
     def keep(self, sizes: tuple[int, ...], /) -> None:
-        """Make tensors for good."""
+        """Allocate tensors that stay."""
 
     def release(self, tensor: Handle, /) -> None:
         """Free a tensor."""
@@ -166,7 +166,7 @@ def _warm_up(base: Iterable[Parameter], quant: QuantConfig, *, dtype: str) -> in
 
 
 def _quantize_into(memory: Memory[Handle], sizes: tuple[int, ...], *, dense: int, absmax: int) -> None:
-    """A dense weight arrives and is quantized; with double quantization its fp32 absmax, and that less its mean, come first."""
+    """A dense weight is loaded and quantized. Double quantization first makes its fp32 absmax, then subtracts the mean."""
     passing = [memory.allocate(dense)]
     passing += [memory.allocate(absmax)] if absmax else []
     memory.keep(sizes[:1])
@@ -207,7 +207,7 @@ def load_passing(
 
 
 def _casting(parameters: Parameters, dtype: str) -> int:
-    """How far casting adapters to fp32, one tensor after the other, rises above its end (negative: it never does)."""
+    """How far the peak of casting adapters to fp32, tensor by tensor, lies above its end; negative if it does not."""
     wide = [p for p, _ in _tensors(p for p in parameters.all if p.owner == "adapter" and p.dtype == "fp32")]
     narrow = [round512(ITEMSIZE[dtype] * p.numel) for p in wide]
     above, still = [], 0
@@ -218,7 +218,7 @@ def _casting(parameters: Parameters, dtype: str) -> int:
 
 
 def _quantizing(base: list[Parameter], loaded: dict[int, int], *, dtype: str, doubled: bool) -> int:
-    """The highest level while weights arrive and are quantized.
+    """The highest level while weights are loaded and quantized.
 
     Levels only grow, so of each family the last layer decides, and of its layers all tensors but some of the last come before.
     """
@@ -251,7 +251,7 @@ def _bytes(p: Parameter) -> int:
 
 
 def _loaded(p: Parameter, dtype: str) -> int:
-    """Bytes of one tensor once loaded and quantized, before preparation casts it."""
+    """Bytes of one tensor after loading and quantizing, before kbit preparation casts it."""
     return _bytes(p) if p.quantized else min(_bytes(p), round512(ITEMSIZE[dtype] * p.numel))
 
 
@@ -276,7 +276,7 @@ def _key(p: Parameter, layer: int | None) -> Key:
 
 
 LAYER = (True, 0, "{}")
-"""The part of a family's name where the number of a layer stands."""
+"""The position of the layer number in a family's name."""
 
 
 @cache

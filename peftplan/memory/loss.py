@@ -1,4 +1,4 @@
-"""Loss and logits: what each way of computing a language model's loss makes of the hidden states.
+"""Loss and logits: what each way to compute a language model's loss allocates.
 
 Source: transformers 5.24, loss/loss_utils.py (`ForCausalLMLoss`): logits in fp32, labels padded and shifted, cross entropy over
 all positions. torch's cross entropy is log_softmax and nll_loss.
@@ -46,8 +46,8 @@ def causal_lm_loss(f: Tape, logits: Tensor, *, shifts: bool = False) -> Tensor:
 
 
 def plain_cross_entropy(f: Tape, logits: Tensor) -> Tensor:
-    """`CrossEntropyLoss` of logits as they are. Autocast leaves `log_softmax` alone, whose dtype torch states (aten LossNLL.cpp,
-    `cross_entropy_loss`; `set_opt_dtype` of autocast_mode.h), and casts for `nll_loss`."""
+    """`CrossEntropyLoss` in the dtype of the logits. Autocast casts for `nll_loss`, not for `log_softmax`, whose dtype torch
+    states itself (aten LossNLL.cpp, `cross_entropy_loss`; `set_opt_dtype` of autocast_mode.h)."""
     log_probabilities = ops.keeps_output(f, logits, "log_softmax")
     if f.autocast:
         log_probabilities = f.cast(log_probabilities, "fp32")

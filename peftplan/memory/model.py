@@ -1,4 +1,4 @@
-"""The adapted model as a step runs it: modules found by name and layer, each called as transformers and peft call it."""
+"""The adapted model during a step: modules by name and layer, each called as transformers and peft call it."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ class Model:
     batch: dict[str, Tensor] = field(default_factory=dict)
     """The step's batch, by the names of the forward's arguments."""
     mask: Tensor | None = None
-    """The attention mask that virtual tokens made longer."""
+    """The attention mask, extended by virtual tokens."""
     layer_locals: list[Any] = field(default_factory=list)
-    """Tensors that a layer's local names keep alive until it returns, such as eager attention's weights."""
+    """Tensors that local variables of a layer keep alive until it returns, such as the weights of eager attention."""
     call_locals: list[Any] = field(default_factory=list)
-    """Tensors that local names in the model's forward, or in peft's, keep alive until it returns."""
+    """Tensors that local variables of the model's or peft's forward keep alive until it returns."""
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Keys and values of virtual tokens that layers have not taken yet."""
+    """Keys and values of virtual tokens that no layer has consumed yet."""
     copied_past: Tensor | None = None
     """Those of the copied layers."""
     waiting: list[Tensor] = field(default_factory=list)
-    """Gradients of copied layers that are made outside the layers."""
+    """Gradients of copied layers that are allocated outside the layers."""
     stacks: list[Stack] = field(default_factory=list)
     on_host: list[tuple[Dims, str, int]] = field(default_factory=list)
     """Dims and dtype of tensors that wait on the host while a micro batch runs, and how many there are."""
     micro_batch: int = 0
-    """Which of a step's micro batches runs: each has stacks of its own."""
+    """The number of the current micro batch: each has its own stacks."""
     _parts: dict[tuple[str, int | None], Part] = field(default_factory=dict)
     _families: Mapping[str, list[Any]] = field(default_factory=dict)
     _kinds: Mapping[str, str] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Model:
         return bool(self.part(name, layer).params)
 
     def part(self, name: str, layer: int | None = None) -> Part:
-        """A module by its full name, `{}` for the layer's number."""
+        """A module by its full name, with `{}` for the layer number."""
         key = (name, layer)
         part = self._parts.get(key)
         if part is None:
@@ -159,7 +159,7 @@ class Model:
         f = self.tape
         f.module = part.name
         if part.name in self.token_adapters:
-            rows = self.table(part.name, part)  # a name of the layer's forward, which holds them beside autocast's copy
+            rows = self.table(part.name, part)  # a local variable of the layer's forward holds them beside autocast's copy
             return ops.linear(f, x, rows)
         if part.kind == "LinearSubclass" and part.quant is None:
             return ops.product(f, x, part.weight, part.bias)
@@ -196,7 +196,7 @@ class Model:
 
     @property
     def key_len(self) -> int:
-        """How long they are."""
+        """Their length."""
         return self.length(self.keys)
 
     def length(self, dim: Dim) -> int:
@@ -206,7 +206,7 @@ class Model:
         return self.running.seq_len + (self.virtual_tokens if dim == "k" else 0)
 
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a layer under checkpointing."""
+        """Call a checkpointed layer."""
         if self.running.reentrant:
             from peftplan.tape.reentrant import checkpoint
 
@@ -296,5 +296,5 @@ class Model:
 
 
 def _leaf_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> tuple[()]:
-    node.context = (node.context, g)  # `requires_grad_` makes it a leaf, whose `.grad` stays with it
+    node.context = (node.context, g)  # `requires_grad_` makes it a leaf, which keeps its `.grad`
     return ()

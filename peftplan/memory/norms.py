@@ -1,4 +1,4 @@
-"""Norms that transformers' modeling files write out as plain operations.
+"""Norms that transformers' modeling files spell out as plain operations.
 
 Sources: transformers 5.24, models/{llama,olmo,olmo2,gemma,cohere}/modeling_*.py.
 """
@@ -25,7 +25,7 @@ def rms_cast_last(model: Model, name: str, x: Tensor, layer: int | None) -> Tens
 
 
 def rms_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
-    """`GemmaRMSNorm`: `(1 + weight)`, made behind the normalized x, multiplies in fp32."""
+    """`GemmaRMSNorm`: `(1 + weight)`, computed after the normalized x, multiplies in fp32."""
     f = model.tape
     f.module = name
     normed = ops.rms_normed(f, f.to(x, "fp32"))

@@ -18,15 +18,16 @@ from peftplan.tape.tensors import Tensor
 FOREACH_COPIES = {"adamw_torch": 1, "sgd": 0, "adagrad": 2, "rmsprop": 1}
 """Copies of all parameters of one dtype that the foreach implementation holds at once."""
 STATES = "states"
-"""The mark where the first step makes what the optimizer keeps."""
+"""The mark where the first step allocates the optimizer states."""
 IN_PLACE = ("fused", "kernel")
 LORAFA_REPLACES = ("adamw_torch", "adamw_torch_fused")
 """The optimizers that peft's LoRA-FA optimizer replaces; any other runs as set."""
 
 
 def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, clips: bool, freezes_a: bool) -> None:
-    """Clipping, and then the step; `freezes_a`: of LoRA-FA. Raises NeedsTraceError for optimizers whose temporaries are not known
-    here, NoEngineError for those that no engine knows.
+    """Gradient clipping, then the step; `freezes_a`: that of LoRA-FA.
+
+    Raises NeedsTraceError for optimizers whose temporaries have no formula, NoEngineError for those that no engine knows.
     """
     f.module = ""
     if optimizer.untraced:
@@ -42,7 +43,7 @@ def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, c
     copies = FOREACH_COPIES.get(optimizer.name)
     if copies is None:
         raise NeedsTraceError(f"a step of optim {optimizer.name}")
-    temporaries: list[Tensor] = []  # the loop's names keep one dtype's until the next one's are made
+    temporaries: list[Tensor] = []  # variables of the loop keep those of one dtype until the next ones exist
     for dtype in dict.fromkeys(p.dtype for p in trained):
         temporaries = [
             f.many(p.shape, p.dtype, f"{p.name} {optimizer.name}", p.copies)
@@ -85,7 +86,7 @@ def _two_layers(trained: list[Parameter]) -> Iterator[Parameter]:
 def _pseudo_inverse(f: Tape, rank: int) -> Tensor:
     """`pinv(A @ A.T + delta * eye(r))`: U, Vh, and Vh over the singular values."""
     square = (rank, rank)
-    _covariance = f.new(square, "fp32", "mm")  # a name of the loop
+    _covariance = f.new(square, "fp32", "mm")  # a variable of the loop
     identity = f.new(square, "fp32", "eye")
     scaled = f.new(square, "fp32", "mul")
     moved = f.new(square, "fp32", "add")

@@ -31,9 +31,9 @@ class Trials(NamedTuple):
     room: int
     """Bytes that the card leaves for torch's allocator."""
     roomy: int
-    """Bytes with which a job fits, and not tightly."""
+    """The most bytes with which a job fits rather than being tight."""
     reserved: int
-    """Bytes that the allocator takes of the job as it is."""
+    """Bytes that the allocator reserves for the job as it is."""
     runs_flash_attention: bool
     weights: Callable[..., int]
     """Bytes of the base's weights."""
@@ -79,7 +79,7 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
 
 
 def _loses_data_in_vain(change: Change, before: Sizes, room: int) -> bool:
-    """Whether a shorter sequence does not even make the job fit."""
+    """Whether the change shortens sequences and still does not make the job fit."""
     return "seq_len" in change.options and change.left(before) > room
 
 
@@ -89,7 +89,7 @@ def _alike(options: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
 
 
 def _least_weights(trials: Trials, possible: Sequence[Mapping[str, Any]]) -> int:
-    """The fewest bytes that the base's weights take: those that a change of the method saves, and another one does, add up."""
+    """The fewest bytes that the base's weights can take: savings of a change of method and of another change add up."""
     weights = trials.weights()
     saved = {True: 0, False: 0}
     for options in possible:
@@ -100,7 +100,7 @@ def _least_weights(trials: Trials, possible: Sequence[Mapping[str, Any]]) -> int
 
 
 def _sizes(trials: Trials, options: Mapping[str, Any]) -> Sizes | None:
-    """The sizes with some options changed; None where they make no sense with the job or have no formulas."""
+    """The sizes with some options changed; None if they do not go with the job or have no formulas."""
     try:
         return trials.sizes(**options)
     except PeftplanError:
@@ -160,7 +160,7 @@ def _enough(trials: Trials, before: Sizes, singles: Sequence[Change], *, everyth
 
 
 def _replayed(trials: Trials, before: Sizes, changes: Iterable[Change], *, everything: bool) -> Iterator[Advice]:
-    """Changes with their verdicts: until one fits, or all where everything is searched."""
+    """Changes with their verdicts: up to the first that fits, or all if everything is searched."""
     for change in changes if everything else islice(changes, MOST_REPLAYS):
         if (row := _judged(trials, before, change)) is not None:
             yield row
@@ -169,7 +169,7 @@ def _replayed(trials: Trials, before: Sizes, changes: Iterable[Change], *, every
 
 
 def _fitting(replayed: Iterable[Advice], *, everything: bool) -> list[Advice]:
-    """The first change that fits, else the first that is tight; all of both, where everything is searched."""
+    """The first change that fits, else the first that is tight; all of them if everything is searched."""
     rows = sorted((row for row in replayed if row.verdict in FITS), key=lambda row: FITS.index(str(row.verdict)))
     return rows if everything else rows[:1]
 

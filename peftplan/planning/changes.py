@@ -1,4 +1,4 @@
-"""What can be changed about a job so that it needs less: single changes, and combinations of those that may suffice."""
+"""Changes that make a job need less memory: single ones, and combinations that may suffice."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 SEQUENCE_STEP = 128
 """Sequences are proposed in multiples of this many tokens."""
 SAME, CLOSE, FEWER, OTHER, DATA = 1, 2, 4, 6, 8
-"""What a change costs the user: nothing but time; other rounding; fewer weights adapted; another method; less of the data."""
+"""What a change costs the user: only time; other rounding; fewer adapted weights; another method; data."""
 
 PRESET_BY = {"trainer": ("kbit_prepare", "adapter_dtype")}
-"""What a trainer sets where it is not set: neither is a change of its own beside it."""
+"""Options that a trainer sets by default: they are not proposed beside a change of the trainer."""
 
 Sizes = Mapping[str, int]
 """Bytes of the tensors at the peak of each phase."""
@@ -32,11 +32,11 @@ class Change(NamedTuple):
 
     @classmethod
     def between(cls, before: Sizes, after: Sizes, options: Mapping[str, Any], price: int) -> Change:
-        """The change that makes these sizes of those."""
+        """The change that turns the sizes `before` into `after`."""
         return cls(options, price, {phase: size - after[phase] for phase, size in before.items()})
 
     def left(self, before: Sizes) -> int:
-        """The peak with this change."""
+        """The peak after this change."""
         return max(size - self.saving[phase] for phase, size in before.items())
 
     def excludes(self, other: Change) -> bool:
@@ -49,7 +49,7 @@ def _touched(options: Mapping[str, Any]) -> set[str]:
 
 
 def single_changes(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str, Any], int]]:
-    """Single changes with their prices. Some make no sense with the job: whoever tries them finds out."""
+    """Single changes with their prices. Some do not go with the job: trying them raises an error."""
     yield from _of_step(job, runs_flash_attention=runs_flash_attention)
     yield from _of_storage(job)
     yield from _of_method(job)
@@ -110,7 +110,7 @@ def _of_sizes(job: Job) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def micro_batch(job: Job, size: int) -> dict[str, Any]:
-    """A smaller batch, the rest by accumulation."""
+    """A smaller micro batch, with accumulation for the rest."""
     steps = job.setup.gradient_accumulation_steps * (job.setup.batch_size // size)
     return {"batch_size": size, "gradient_accumulation_steps": steps}
 
@@ -137,7 +137,7 @@ def combinations(changes: Sequence[Change], before: Sizes, room: int) -> list[Ch
 
 
 def _without(change: Change, left: Sequence[int]) -> Iterator[int]:
-    """What is left if one of the changes is not made."""
+    """What is left without one of the changes."""
     return map(add, left, change.saving.values())
 
 

@@ -1,4 +1,4 @@
-"""Which card, and which model of a family: the job as typed, asked of every card or of every size of model."""
+"""Which card, and which model of a family: the job as typed on every card, or for every size of model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Member(NamedTuple):
     model: str | None
     num_parameters: int
     verdict: Verdict | None
-    """Of the named model, or of the smallest one where none does."""
+    """Of the named model, or of the smallest one if none fits."""
     error: str | None = None
     """Why it is not known."""
 
@@ -74,7 +74,7 @@ def _largest(members: list[tuple[str, int]], gpu: str, method: str, accepted: tu
         (verdict,) = result.gpus
         if verdict.verdict in accepted:
             return Member(method, name, num_parameters, verdict)
-        if verdict.verdict == "unknown":  # so this member may fit, whatever larger ones do
+        if verdict.verdict == "unknown":  # so this member may fit even if larger ones do not
             return Member(method, None, 0, None, f"{name}: {without_formula(result)}")
         smallest = verdict
     return Member(method, None, 0, smallest, None if smallest else error)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 NOT_SERVED = frozenset({"training_args", "optim", "optim_args", "optim_target_modules", "script"})
-"""Options of training that say nothing about the adapter's file."""
+"""Training options that do not affect the adapter file."""
 
 
 class Compared(NamedTuple):
@@ -43,7 +43,7 @@ class Compared(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Rows in the order of the methods as typed, cards in theirs."""
+    """Rows in the order in which methods and cards were typed."""
 
     model: str
     rows: tuple[Compared, ...]

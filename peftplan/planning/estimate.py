@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from peftplan.results.advice import Advised
 
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
-"""What is missing from an estimate that states no peak."""
+"""What an estimate without a peak leaves out."""
 
 SAID_ELSEWHERE = {"r", "target_modules", "target_parameters", "lora_alpha"}
-"""Fields of a method that a result says by other words, or that change no number."""
+"""Fields of a method that a result states elsewhere, or that change no number."""
 
 LEFT_OUT = {
     "the fused experts": ("Experts", "ExpertsTransposed"),
     "the layers whose class is derived from nn.Linear": ("LinearSubclass",),
 }
-"""Kinds of modules with most of a model's weights that a format may not convert, in words."""
+"""Kinds of modules that hold most of a model's weights and that a format may not quantize, in words."""
 
 NO_PICTURES = "the traced batch is text alone: with pictures the vision tower runs too, and the peak is higher"
 
@@ -48,7 +48,7 @@ NOTED = 0.01
 """Less than this share of a model is not worth a note."""
 
 OUTSIDE = ("CUDA context",)
-"""What lies outside torch's allocator, and so outside every peak."""
+"""What is outside torch's allocator, and so in no peak."""
 
 CUDNN_ATTENTION = ("9.0", "10.0")
 """Compute capabilities on which `scaled_dot_product_attention` prefers cuDNN's kernel (torch 2.11 and 2.13, cuDNN 9.19 and 9.20:
@@ -324,7 +324,7 @@ def _optimizer(built: parameters.Parameters, optimizer: Optimizer, setup: Setup)
 
 
 def model_facts(architecture: Architecture) -> dict[str, Any]:
-    """What a result says of its model."""
+    """The model facts of a result."""
     return {
         "name": architecture.name,
         "model_type": architecture.model_type,
@@ -335,7 +335,7 @@ def model_facts(architecture: Architecture) -> dict[str, Any]:
 
 
 def config_facts(config: MethodConfig | None, adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result says of its method's options."""
+    """The method options of a result."""
     return config.model_dump(mode="json", exclude_none=True) if config is not None else dict(adapter)
 
 

@@ -22,7 +22,7 @@ from peftplan.results.estimate import TIGHT, Estimate
 
 Size = Literal["batch_size", "seq_len", "r", "model"]
 CEILINGS: dict[Size, int] = {"batch_size": 2**16, "seq_len": 2**22, "r": 2**14}
-"""Where each search ends: no job is that large."""
+"""Upper limits of the searches: no job is that large."""
 
 ASKED_OF_OTHERS = 128
 """Sizes that are asked one by one for a plan that changes the job: `asked_from` says how far down that came."""
@@ -161,7 +161,7 @@ def _ceiling(size: Size, model: Any, options: Mapping[str, Any]) -> int:
 
 
 def _probe(result: Estimate, accepted: tuple[str, ...]) -> Probe:
-    """What `largest` wants to know of an estimate on its one card."""
+    """The estimate on its one card, as `largest` reads it."""
     assert result.peaks is not None
     (card,) = result.gpus
     left_over = 0 if "tight" in accepted else -int(-TIGHT * card.usable_bytes // 1)

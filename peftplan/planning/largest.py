@@ -1,4 +1,4 @@
-"""The largest size of a job that does: by bisection, then size by size where reserved bytes may change the answer.
+"""The largest size of a job that fits: by bisection, then size by size where reserved bytes may change the answer.
 
 Allocated bytes grow with every size. Reserved bytes do so on the whole, but may drop by some hundred MiB where blocks come to lie
 elsewhere. So the largest size is the largest n such that n and every smaller size do, and a larger one may do again. Example, of
@@ -17,20 +17,20 @@ from typing import NamedTuple
 from peftplan.units import MIB
 
 CAUTION = 2
-"""How many times the largest drop of reserved bytes that was seen is granted to sizes that are not asked."""
+"""The allowance for sizes that are not evaluated, as a multiple of the largest observed drop of reserved bytes."""
 
 LEAST_DROP = 128 * MIB
-"""The drop that is granted where none was seen."""
+"""The allowance if no drop was observed."""
 
 LEAST_ASKED = 32
 """Sizes that are asked one by one at least: within a few, blocks may come to lie elsewhere, which GiBs depend on (qwen1.5-0.5b,
 full, sequences of 512 tokens: batch 14 reserves 19.77 GiB, batch 15 16.76 GiB)."""
 
 MOST_ASKED = 4096
-"""Sizes that are asked one by one at most on the way down."""
+"""The most sizes that are evaluated one by one on the way down."""
 
 MOST_BEYOND = 64
-"""Sizes beyond the largest that are asked whether they do again."""
+"""Sizes beyond the largest that are evaluated in case they fit again."""
 
 
 class Probe(NamedTuple):
@@ -84,7 +84,7 @@ def largest(probe: Callable[[int], Probe], *, ceiling: int, most_asked: int = MO
 
 
 def _bracket(at: Callable[[int], Probe], ceiling: int) -> tuple[int, int]:
-    """A size that does, and a larger one that does not: `ceiling` + 1 where all that were asked do."""
+    """A size that fits, and a larger one that does not: `ceiling` + 1 if all evaluated sizes fit."""
     good = 1
     while good < ceiling:
         following = min(2 * good, ceiling)
@@ -95,7 +95,7 @@ def _bracket(at: Callable[[int], Probe], ceiling: int) -> tuple[int, int]:
 
 
 def _downwards(at: Callable[[int], Probe], seen: dict[int, Probe], bad: int, most_asked: int) -> tuple[int, int]:
-    """The lowest size that does not do, and the lowest of those that were asked one by one."""
+    """The lowest size that does not fit, and the lowest that was evaluated one by one."""
     lowest = bad
     for size in range(bad - 1, max(bad - 1 - most_asked, 0), -1):
         here = at(size)
@@ -119,7 +119,7 @@ def _below(at: Callable[[int], Probe], lowest: int) -> int:
 
 
 def _drop(seen: dict[int, Probe]) -> int:
-    """The most that a larger size reserves less than a smaller one."""
+    """The largest drop of reserved bytes from a size to a larger one."""
     drop = most = 0
     for _, probe in sorted(seen.items()):
         most = max(most, probe.reserved)
@@ -128,7 +128,7 @@ def _drop(seen: dict[int, Probe]) -> int:
 
 
 def _again(at: Callable[[int], Probe], *, after: int, ceiling: int) -> int | None:
-    """The largest size that does beyond one that does not, as far as what is allocated alone leaves room."""
+    """The largest size that fits beyond one that does not, as long as allocated bytes alone leave room."""
     again = None
     for size in range(after + 1, min(ceiling, after + MOST_BEYOND) + 1):
         here = at(size)

@@ -30,9 +30,9 @@ class Replayed:
     result: Replay
     failed: Event | None
     free_at_peak: int
-    """Bytes inside segments that no tensor held when allocated bytes were highest."""
+    """Reserved bytes that no tensor used when allocated bytes were highest."""
     rounded_at_peak: int
-    """Bytes that tensors held beyond what they asked for, at that moment."""
+    """Bytes by which the blocks of tensors exceeded their requests at that moment."""
     recorded_peak_reserved: int | None = None
     untraced: int = 0
 

@@ -1,4 +1,4 @@
-"""`serving`: what a fine-tuned model takes once training is over. Composition only; the sums lie in `peftplan.serving`."""
+"""`serving`: what a fine-tuned model takes after training. Composition only; the sums lie in `peftplan.serving`."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _request(**values: Any) -> Request:
 
 
 def _unless_refused(refused: dict[str, str], part: str, make: Callable[[], Value], *, required: bool = False) -> Value | None:
-    """The part, or None with the reason noted; a required part raises."""
+    """The part, or None with the reason in `refused`; a required part raises."""
     try:
         return make()
     except (RefusedError, MissingExtraError) as reason:
@@ -134,7 +134,7 @@ def _name(job: Job) -> str:
 
 
 def _peft_type(job: Job) -> str | None:
-    """peft's name for the method, None where it has none."""
+    """peft's name for the method, or None."""
     if job.method is not None:
         return job.method.peft_type
     return str(getattr(job.adapter["peft_type"], "value", job.adapter["peft_type"]))
@@ -178,7 +178,7 @@ def _file(job: Job, fields: Mapping[str, Any]) -> AdapterFile:
 
 
 def _loaded(job: Job, *, adapter_dtype: str, quant: QuantConfig | None) -> parameters.Parameters:
-    """Base and adapter as they are loaded for inference: nothing is prepared for training."""
+    """Base and adapter as loaded for inference, without preparation for training."""
     return parameters.build(
         job.architecture, job.adaptation, dtype=job.setup.dtype, adapter_dtype=adapter_dtype, quant=quant, kbit_prepare=False
     )

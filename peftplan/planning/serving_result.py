@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from peftplan.planning.serving_verdict import ServingVerdict
 
 LEFT_OUT = ("activations and logits of decoding", "CUDA context and workspaces", "blocks that a serving engine allocates ahead")
-"""What no number here holds."""
+"""What no number here includes."""
 KV_CACHE = "the KV cache"
-"""What the sum leaves out besides, where the model keeps a cache that cannot be counted here."""
+"""What the sum also leaves out if the model has a cache that cannot be counted here."""
 
 
 @dataclass(frozen=True)

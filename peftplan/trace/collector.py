@@ -15,7 +15,7 @@ def old_objects_let_be() -> Iterator[None]:
 
     A trace makes objects by the hundred thousand, few of them in cycles; looking at all of them again took a third of its time.
     """
-    if gc.get_freeze_count():  # an outer one's, or somebody else's
+    if gc.get_freeze_count():  # that of an outer block, or of other code
         yield
         return
     young, middle, old = gc.get_threshold()

@@ -1,4 +1,4 @@
-"""Optimizers of small packages, step by step as they take memory: schedulefree and grokadamw, whether installed or not.
+"""Optimizers of small packages, with the memory of each operation: schedulefree and grokadamw, whether installed or not.
 
 Source: schedulefree 1.4.1 `{adamw,radam,sgd}_schedulefree.py` (foreach); grokadamw 0.1.2 `grokadamw.py`. Values are not theirs.
 RAdamScheduleFree takes its Adam step at once: in a real run it begins after a few steps of plain SGD, which take less.
@@ -27,11 +27,11 @@ class Stepped(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step over what has gradients."""
+        """One step over the parameters with gradients."""
         self.update([p for group in self.param_groups for p in group["params"] if p.grad is not None])
 
     def update(self, params: Parameters) -> None:
-        """What the package's step does."""
+        """The step, as the package runs it."""
         raise NotImplementedError
 
 

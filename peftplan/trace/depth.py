@@ -1,4 +1,4 @@
-"""Deep models at the price of shallow ones: two traces of few layers, and the log of many made from them (`expand`).
+"""Deep models at the price of shallow ones: two traces of a few layers are extended to the full depth (`expand`).
 
 Only where all layers of a stack are alike: same modules, same shapes, same settings, and no number of one in the config. A model
 may have two such stacks (encoder and decoder, vision tower and text); any other is traced in full. Where every n-th layer is
@@ -21,19 +21,19 @@ from peftplan.libraries.meta import build_config, build_model, model_class, quie
 SAMPLE_LAYERS = (3, 4)
 """Layers of the two traces, or periods of them: first, middle and last; and one more, which checks the rule."""
 MAX_STACKS = 2
-"""Every further stack doubles the traces."""
+"""Each further stack doubles the number of traces."""
 LAYERS_FIELDS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "depth",
 )  # fmt: skip
-"""Names under which configs of transformers say how many layers a stack has."""
+"""Fields of transformers' configs that state the number of layers of a stack."""
 _INDEX = re.compile(r"(?:^|[.\[(|,\\{' ])\d")
-"""A number where a layer's would stand: `layers.3`, `[0-7]`, `(1|2)`; not `fc1`."""
+"""A number in the place of a layer number: `layers.3`, `[0-7]`, `(1|2)`; not `fc1`."""
 _SETTINGS = (bool, int, float, str, type(None))
 NUMBERS_LAYERS = ("_indices", "_indexes")
 """How fields of configs end that number single layers: those of its vision tower whose output Mllama reads. `_out_indices` is of
 backbones, all of whose layers run."""
 _PLACE = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx"})
-"""Attributes that say which layer it is, and nothing else."""
+"""Attributes that hold only the layer number."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Stack:
 
     @property
     def samples(self) -> tuple[int, ...]:
-        """The depths that it is traced at."""
+        """The depths at which it is traced."""
         return samples(self.layers, self.period)
 
 
@@ -72,7 +72,7 @@ def repeating_stacks(config: Mapping[str, Any], *, task_type: str | None, period
 
 
 def _places(config: Mapping[str, Any]) -> Iterator[tuple[str | None, str, int]]:
-    """Section, field and value of every number of layers in a config."""
+    """Section, field and value of every layer count in a config."""
     sections = [(None, config), *((key, value) for key, value in config.items() if isinstance(value, Mapping))]
     for section, fields in sections:
         for field in LAYERS_FIELDS:
@@ -110,7 +110,7 @@ def _model(config: Mapping[str, Any], task_type: str | None) -> nn.Module:
 
 
 def _likeness(layer: nn.Module) -> list[Any]:
-    """Names, classes, shapes and plain settings of all modules of a layer."""
+    """Names, classes, shapes and plain settings of all modules in a layer."""
     return [
         (
             name,

@@ -60,15 +60,15 @@ class Traced:
     started: int
     managed_bytes: int
     unknown_ops: Mapping[str, int]
-    """Module → how often it asked for a value that a fake tensor does not have."""
+    """Module → how often it read a value, which fake tensors do not have."""
     depths: tuple[int, ...] = ()
-    """Depths at which layers were traced that the log then repeats; empty for a trace in full."""
+    """Depths at which the repeated layers were traced; empty if the whole model was."""
     facts: Mapping[str, int | str] = field(default_factory=dict)
     """What the batch holds besides batch × seq tokens."""
     replaced: tuple[str, ...] = ()
-    """Packages whose kernels the model would take if they were installed; its torch code was traced."""
+    """Packages whose kernels the model would use if they were installed; its torch code was traced instead."""
     host_bytes: int = 0
-    """The most that waits on the host for backward."""
+    """The most bytes that wait in host memory for backward."""
     prepared: bool = False
     """Whether peft prepared a quantized base, after which it empties the cache (0.20 on, `prepare_model_for_kbit_training`)."""
 
@@ -102,7 +102,7 @@ class Traced:
 
     @property
     def alive(self) -> tuple[Alive, ...]:
-        """What is alive at the overall peak, grouped, largest first."""
+        """What is alive at the overall peak, in groups, the largest first."""
         return self.peaks[self.peak_phase].alive
 
     def by_category(self, phase: str | None = None) -> dict[Category, int]:
@@ -221,7 +221,7 @@ def _run(
         load(built, tracker, setup, quant)
         optimizer = make_optimizer(setup, built.model, tracker)
         if script.enables_adapters_again:
-            with getattr(built.model, "disable_adapter", nullcontext)():  # what peft did not adapt has none
+            with getattr(built.model, "disable_adapter", nullcontext)():  # modules that peft did not adapt have none
                 pass
         run = Run(built.model, batch, optimizer, tracker, setup, script)
         run.earlier, run.steps = before, max(STEPS, len(earlier) + 1)
@@ -255,7 +255,7 @@ def _run(
 
 @contextmanager
 def _as_on_card(mode: FakeTensorMode, capability: Capability, *, device: str) -> Iterator[None]:
-    """Fake tensors, and torch, transformers and flash-attn as they are on a card."""
+    """Fake tensors, with torch, transformers and flash-attn as they behave on a card."""
     with (
         mode,
         CudaLike(capability=capability, device=device),

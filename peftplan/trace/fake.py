@@ -1,4 +1,4 @@
-"""From a model on the meta device to one on fake tensors: every storage has a size and a life, and no memory.
+"""From a model on the meta device to fake tensors: every storage has a size and a lifetime, but no memory.
 
 The fake device is `cuda` where torch sees a card, so that its own dispatch decides, and else `cpu` with CUDA's differences
 (`differences`): fake `cuda` tensors need a driver in the process as soon as autograd switches devices (torch 2.13). No kernel

@@ -1,4 +1,4 @@
-"""The model of a traced run, as the user's script would make it: loaded, quantized, prepared, adapted, checkpointed, all on meta.
+"""The model of a traced run, built as the user's script would: loaded, quantized, prepared, adapted, checkpointed, on meta.
 
 Everything that changes a module or a dtype happens here, before the tensors become fake ones.
 """
@@ -41,9 +41,9 @@ class Built:
     num_trainable: int
     num_total: int
     names: dict[int, str] = field(default_factory=dict)
-    """id of a module → its name in the base model's terms."""
+    """id of a module → its name in the base model."""
     owners: dict[str, Category] = field(default_factory=dict)
-    """Full name of a parameter → weights or adapter_weights."""
+    """Full name of a parameter → `weights` or `adapter_weights`."""
     upcast: frozenset[str] = frozenset()
     """Full names of the parameters that kbit preparation cast to fp32."""
 

@@ -1,4 +1,4 @@
-"""What a hand-written program does that no option says (`job.script`), in a trace and in the log that is replayed."""
+"""What a hand-written program does beyond all options (`job.script`), in a trace and in the replayed log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps: the loop around the model decides what is alive when.
+"""Training steps: the loop around the model decides what is alive when.
 
 Source: transformers 5.24, trainer.py (`Trainer.training_step`); accelerate 1.15; trl 1.16, `SFTTrainer.compute_loss`.
 """
@@ -22,14 +22,14 @@ from peftplan.trace.optimizers import Steps
 from peftplan.trace.scaler import Scaler
 
 STEPS = 2
-"""Optimizer steps of a trace: the first makes the states, the second is the steady state."""
+"""Optimizer steps of a trace: the first allocates the states, the second is steady."""
 
 MAX_GRAD_NORM = 1.0
 """Trainer's default clipping."""
 
 
 class Watcher(Protocol):
-    """What a program tells: the phase that begins, and what a tensor is. A trace's `Tracker`, or a measurement's recorder."""
+    """Told which phase begins and what a tensor is: the `Tracker` of a trace, or the recorder of a measurement."""
 
     phase: str
     began: list[tuple[int, str]]
@@ -40,7 +40,7 @@ class Watcher(Protocol):
 
 @dataclass
 class Run:
-    """What a program works on; `started` is how many phases had begun before the steady step."""
+    """What the loop works on. `started`: how many phases had begun before the steady step."""
 
     model: nn.Module
     batch: dict[str, torch.Tensor]
@@ -51,7 +51,7 @@ class Run:
     started: int = 0
     steps: int = STEPS
     earlier: Sequence[dict[str, torch.Tensor]] = ()
-    """Batches of the first steps where they differ; `batch` is that of the rest."""
+    """Batches of the first steps if they differ; `batch` is that of all others."""
     done: int = 0
     """Optimizer steps so far."""
 
@@ -61,18 +61,18 @@ class Run:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def name_gradients(self) -> None:
-        """Say which storages are gradients of parameters."""
+        """Tell the tracker which storages are gradients of parameters."""
         for name, p in self.model.named_parameters():
             if p.grad is not None:
                 self.tracker.register(p.grad, "gradients", f"{name}.grad", op="backward")
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The run's autocast, on fake tensors."""
+        """Autocast as the run sets it, on fake tensors."""
         dtype = None if self.setup.autocast == "none" else TORCH_DTYPES[str(self.setup.autocast)]
         return cuda_autocast(dtype, self.trainable[0].device.type)
 
     def forward(self) -> Any:
-        """One forward under the run's autocast."""
+        """One forward under autocast."""
         self.tracker.begin("forward")
         batch = self.earlier[self.done] if self.done < len(self.earlier) else self.batch
         for name, value in batch.items():
@@ -175,5 +175,5 @@ def _loss(outputs: Any) -> torch.Tensor:
 
 
 def phases_begun(setup: Setup) -> int:
-    """How many phases a whole run begins: load, and those of each step."""
+    """How many phases a whole run has: load, and those of each step."""
     return 1 + STEPS * (2 * setup.gradient_accumulation_steps + 1)

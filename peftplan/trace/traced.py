@@ -58,7 +58,7 @@ def trace_peaks(
         from peftplan.trace.scripted import events_of, masking_unpadded, repeating_kv
     except ImportError as error:
         raise MissingExtraError(f"engine: trace ({error.name or error})", "trace") from None
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs what is raised below
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs the error that is raised below
     try:
         masks = script.masks_unpadded(architecture.model_type, setup)
         with quiet_transformers(), repeating_kv(script.repeats_kv), masking_unpadded(masks):
@@ -74,13 +74,13 @@ def trace_peaks(
             )
     except PeftplanError:
         raise
-    except Exception as error:  # the model's own code, on inputs that it may not take
+    except Exception as error:  # the model's own code, which may not take these inputs
         reason = " ".join(str(error).split())[:200]
         raise RefusedError(f"engine: the trace of {architecture.model_class} failed: {type(error).__name__}: {reason}") from error
     events = events_of(traced, empties_cache=script.empties_cache)
     allocator = AllocatorConfig(ties_by_address=script.ties_by_address)
     replayed = replay(events, allocator)
-    allocated = {phase: peaks.allocated for phase, peaks in replayed.by_phase.items()}  # no entry: nothing is allocated in it
+    allocated = {phase: peaks.allocated for phase, peaks in replayed.by_phase.items()}  # no entry: the phase allocates nothing
     return Peaks(
         ledgers={
             phase: Ledger(tuple(map(_line, peak.alive))).with_tails(allocated.get(phase, 0))
@@ -96,7 +96,7 @@ def trace_peaks(
 
 
 def _on_host(nbytes: int) -> dict[str, int]:
-    """What a result says of inputs of checkpointed layers that wait on the host."""
+    """The note on inputs of checkpointed layers that wait in host memory."""
     return {"offloaded_bytes": nbytes} if nbytes else {}
 
 

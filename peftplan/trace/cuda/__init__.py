@@ -1,1 +1,1 @@
-"""What CUDA does otherwise than the fake CPU tensors of a trace, each as a function without values."""
+"""Where CUDA differs from the fake CPU tensors of a trace: each difference as a function without values."""

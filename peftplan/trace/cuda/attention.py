@@ -1,4 +1,4 @@
-"""What CUDA's attention kernels keep and take: functions without values that allocate what the real kernels allocate.
+"""CUDA's attention kernels: functions without values that allocate and save what the real kernels do.
 
 Letters: b batch, h query heads, g key/value heads, s queries, k keys, d head size.
 Source: torch 2.13 aten/src/ATen/native/transformers/cuda/attention.cu, attention_backward.cu, flash_attn/flash_api.cpp (whose
@@ -80,7 +80,7 @@ def choose(
     enable_gqa: bool,
     capability: Capability,
 ) -> str:
-    """Which kernel torch takes: flash, else the memory-efficient one, else math (`select_sdp_backend`).
+    """The kernel that torch chooses: flash, else the memory-efficient one, else math (`select_sdp_backend`).
 
     Fused kernels broadcast no heads, and flash alone groups them (`check_batch_size_and_num_heads_dense`).
     """

@@ -46,7 +46,7 @@ F = torch.nn.functional
 
 
 class CudaLike(TorchFunctionMode):
-    """Runs CUDA's version of the functions that differ."""
+    """Runs the CUDA version of functions that differ."""
 
     def __init__(self, *, capability: Capability, device: str) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class CudaLike(TorchFunctionMode):
         self._capability = capability
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace, or pass on."""
+        """Replace the call, or pass it on."""
         kwargs = kwargs or {}
         rule = RULES.get(func)
         return func(*args, **kwargs) if rule is None else rule(self, func, args, kwargs)

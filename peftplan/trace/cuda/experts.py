@@ -25,7 +25,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 @contextmanager
 def experts_on(capability: Capability) -> Iterator[None]:
-    """Let the experts of transformers run as on a card of this compute capability."""
+    """Run transformers' experts as on a card of this compute capability."""
     stand_ins = {
         "torch._meta_registrations._meta_grouped_mm_common": _grouped_mm,
         "transformers.integrations.moe._can_use_grouped_mm": lambda *args: capability >= GROUPED_CAPABILITY,

@@ -211,7 +211,7 @@ def pad_input(states: torch.Tensor, indices: torch.Tensor, batch: int, seqlen: i
 
 
 def is_packed(position_ids: torch.Tensor | None, batch_size: int) -> bool:
-    """`_is_packed_sequence` of a batch that is none: it compares positions with a range, in every layer."""
+    """`_is_packed_sequence` of a batch that is not packed: it compares positions with a range, in every layer."""
     if position_ids is not None and batch_size == 1 and position_ids.shape[-1] != 1:
         steps = torch.arange(position_ids.shape[1], device=position_ids.device) + position_ids.min()
         (steps - position_ids).abs().sum()

@@ -1,4 +1,4 @@
-"""Tensors saved for backward that wait on the host: nothing of them is left on the device until backward copies them back.
+"""Tensors saved for backward in host memory: they leave the device until backward copies them back.
 
 Source: torch 2.13, autograd/graph.py (`save_on_cpu`): pinned memory there, both copies on the stream that computes.
 """
@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Host:
-    """How many bytes wait on the host, and the most that did; pinned memory of torch rounds each tensor up, which is left out."""
+    """How many bytes wait in host memory, now and at most; pinned memory of torch rounds each tensor up, which is left out."""
 
     def __init__(self) -> None:
         self.live = self.most = 0
@@ -44,7 +44,7 @@ _HOSTS = [Host()]
 
 @contextmanager
 def counted_host() -> Iterator[Host]:
-    """Counts what waits on the host from here on."""
+    """Count what waits in host memory from here on."""
     _HOSTS.append(Host())
     try:
         yield _HOSTS[-1]

@@ -1,4 +1,4 @@
-"""Losses that never hold all logits: the forwards that libraries put in place of a model's own, on kernels without values.
+"""Losses that never hold all logits: forwards with which libraries replace a model's own, on kernels without values.
 
 Each takes what the real code takes on CUDA, in the same order; a Triton kernel takes nothing. Letters: n scored tokens, h hidden
 size, v vocabulary. Every label counts as scored: how many a run masks (prompts, padding) lies in its data, and fewer take less.
@@ -28,7 +28,7 @@ from peftplan.units import ceil_div
 
 F = torch.nn.functional
 IGNORED = -100
-"""Label of a position that is not scored."""
+"""The label of positions without a loss."""
 
 TOKEN_TILE = 4096
 VOCAB_TILE = 32768
@@ -85,7 +85,7 @@ FACTS: dict[str, dict[str, str]] = {
 
 
 def facts(loss: str) -> dict[str, str]:
-    """What a trace with this loss rests on."""
+    """What a trace with this loss assumes."""
     return FACTS[loss]
 
 
