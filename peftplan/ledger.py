@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
@@ -47,7 +46,7 @@ class Allocation(NamedTuple):
         return ITEMSIZE[self.dtype] * prod(self.dims)
 
 
-NO_SIZES: Mapping[str, int] = MappingProxyType({})
+NO_SIZES: Mapping[str, int] = {}
 
 
 class Line(NamedTuple):

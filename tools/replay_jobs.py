@@ -70,7 +70,7 @@ def runs(seed: int, *, largest: float = 80e9) -> Iterator[tuple[str, Run]]:
         except PeftplanError:
             continue
         if isinstance(peaks, InstantPeaks):
-            yield f"{model} {options} {script!r}", peaks.run
+            yield f"{model} {options} {script!r}", peaks.run()
 
 
 def both(run: Run, capacity: int | None = None) -> tuple[Replayed | None, Replayed | None]:

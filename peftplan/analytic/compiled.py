@@ -34,6 +34,7 @@ from peftplan.tape.tape import Tape
 
 if TYPE_CHECKING:
     from peftplan.allocator import program as events
+    from peftplan.job.inventory import Inventory
     from peftplan.job.job import Job
 
 
@@ -74,10 +75,6 @@ class Compiled(NamedTuple):
         return {"offloaded_bytes": nbytes} if nbytes else {}
 
 
-Steps = tuple[tuple[Compiled, dict[str, Any]], ...]
-"""The steps of a run, each with its sizes; the last one counts."""
-
-
 class Written(NamedTuple):
     """A program, the sizes that its table ends with, and the steps it was written for, which its key names by identity."""
 
@@ -92,14 +89,40 @@ def kernels(compute_capability: str) -> tuple[bool, int | None]:
     return flash, cublas_workspace_bytes(compute_capability).bytes
 
 
+Step = tuple[Compiled, dict[str, Any]]
+"""A step of a run, with its sizes."""
+Steps = tuple[Step, ...]
+"""The steps of a run; the last one counts."""
+
+
+def last_step(inventory: Inventory, compute_capability: str) -> Step:
+    """The step that counts."""
+    compiled_job = compiled(inventory, compute_capability=compute_capability)
+    setup = inventory.job.setup
+    return compiled_job, compiled_job.sizes(setup.batch_size, setup.seq_len)
+
+
+def steps_of(inventory: Inventory, compute_capability: str) -> Steps:
+    """The steps of a run: one before the last, or those that the script names."""
+    job, setup = inventory.job, inventory.job.setup
+    last = last_step(inventory, compute_capability)
+    before: list[Step] = []
+    for tokens in job.script.earlier_seq_lens or ((setup.seq_len,) if setup.keep_gradients else ()):
+        there = setup.keep_gradients and bool(before)  # before the first step there are none
+        earlier = job._replace(setup=setup.model_copy(update={"seq_len": tokens, "keep_gradients": there}))
+        of_step = compiled(inventory._replace(job=earlier), compute_capability=compute_capability)
+        before.append((of_step, of_step.sizes(setup.batch_size, tokens)))
+    return (*before, last) if before else (last, last)
+
+
 COMPILED: OrderedDict[tuple[Any, ...], Compiled] = OrderedDict()
 """The last jobs without their sizes: each holds wherever `shape_facts` are the same."""
 COMPILED_KEPT = 256
 
 
-def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Compiled:
+def compiled(inventory: Inventory, *, compute_capability: str) -> Compiled:
     """The job made ready for all sizes that run the same operations, once."""
-    setup = job.setup
+    job, setup = inventory.job, inventory.job.setup
     virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
     loss = _loss_sizes(job)
     facts = shape_facts(setup.batch_size, setup.seq_len + virtual_tokens, windows_of(job.architecture), loss)
@@ -115,7 +138,7 @@ def compiled(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         COMPILED.move_to_end(key)
         return COMPILED[key]
     _check(job)
-    COMPILED[key] = compiled_job = _compile(job, parameters, static, compute_capability=compute_capability)
+    COMPILED[key] = compiled_job = _compile(*inventory, compute_capability=compute_capability)
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
     return compiled_job

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from peftplan.analytic.compiled import Compiled, compiled
+from peftplan.analytic.compiled import last_step
 from peftplan.analytic.instant import InstantPeaks
-from peftplan.analytic.reserved import Run
-from peftplan.job.job import Job
-from peftplan.ledger import Ledger
-from peftplan.parameters import Parameters
+from peftplan.job.inventory import Inventory
 
 
-def analytic_peaks(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> InstantPeaks:
+def analytic_peaks(inventory: Inventory, *, compute_capability: str) -> InstantPeaks:
     """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell."""
-    compiled_job = compiled(job, parameters, static, compute_capability=compute_capability)
-    named = compiled_job.sizes(job.setup.batch_size, job.setup.seq_len)
+    compiled_job, named = last_step(inventory, compute_capability)
     moments = compiled_job.timeline.peaks(named, compiled_job.standing_bytes)
-
-    before: list[tuple[Compiled, dict[str, Any]]] = []
-    for tokens in job.script.earlier_seq_lens or ((job.setup.seq_len,) if job.setup.keep_gradients else ()):
-        there = job.setup.keep_gradients and bool(before)  # before the first step there are none
-        earlier = job._replace(setup=job.setup.model_copy(update={"seq_len": tokens, "keep_gradients": there}))
-        of_step = compiled(earlier, parameters, static, compute_capability=compute_capability)
-        before.append((of_step, of_step.sizes(job.setup.batch_size, tokens)))
-    last = (compiled_job, named)
-    return InstantPeaks(compiled_job, moments, named, Run((*before, last) if before else (last, last), job.script))
+    requested = {"load": compiled_job.loading_bytes, **{phase: nbytes for phase, (nbytes, _) in moments.items()}}
+    ends = {phase: at for phase, (_, at) in moments.items()}
+    return InstantPeaks(inventory, compute_capability, requested, ends, compiled_job.assumed(named))

@@ -17,7 +17,7 @@ except ImportError:
     raise MissingExtraError("a grid of sizes (numpy)", "sweep") from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """What tensors request at the peaks of one job at many sizes: arrays of the broadcast shape of `batch_size` and `seq_len`,
     bytes as int64. An `Estimate` also counts the tails of blocks that torch's allocator hands out whole.
@@ -26,6 +26,15 @@ class Grid:
     batch_size: Any
     seq_len: Any
     requested_by_phase: dict[str, Any]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Grid)
+            and np.array_equal(self.batch_size, other.batch_size)
+            and np.array_equal(self.seq_len, other.seq_len)
+            and self.requested_by_phase.keys() == other.requested_by_phase.keys()
+            and all(np.array_equal(other.requested_by_phase[phase], at) for phase, at in self.requested_by_phase.items())
+        )
 
     @property
     def peak_requested_bytes(self) -> Any:

@@ -4,36 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from peftplan.allocator.program import Replayed
-from peftplan.analytic.compiled import Compiled
+from peftplan.analytic.compiled import last_step, steps_of
 from peftplan.analytic.reserved import SOURCE, Run
 from peftplan.ledger import Ledger
 from peftplan.results.estimate import PHASES, Peaks
 
+if TYPE_CHECKING:
+    from peftplan.job.inventory import Inventory
+
 
 class InstantPeaks(Peaks):
-    """Peaks of a compiled job at named sizes. `moments`: phase → bytes of its tensors at its peak, and the events before."""
+    """Peaks of a job, which are data: the job itself with its sums, from which the engine replays the run when it is asked to."""
 
-    def __init__(self, compiled: Compiled, moments: Mapping[str, tuple[int, int]], named: Mapping[str, int], run: Run) -> None:
-        requested = {"load": compiled.loading_bytes, **{phase: nbytes for phase, (nbytes, _) in moments.items()}}
+    def __init__(
+        self,
+        inventory: Inventory,
+        compute_capability: str,
+        requested: Mapping[str, int],
+        ends: Mapping[str, int],
+        assumed: Mapping[str, int],
+    ) -> None:
         self.__dict__.update(
-            run=run,
+            inventory=inventory,
+            compute_capability=compute_capability,
             requested=requested,
+            ends=ends,
             reserved_source=SOURCE,
-            runs_within=run.fits,
-            assumed=compiled.assumed(named),
-            _written=(compiled, moments, named),
+            assumed=assumed,
         )
 
-    run: Run
+    inventory: Inventory
+    compute_capability: str
     requested: Mapping[str, int]
     """Phase → bytes of its tensors, without the tails of blocks."""
-    _written: tuple[Compiled, Mapping[str, tuple[int, int]], Mapping[str, int]]
+    ends: Mapping[str, int]
+    """Phase of a step → the events before its peak."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, InstantPeaks) and (self.inventory, self.compute_capability) == (
+            other.inventory,
+            other.compute_capability,
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def run(self) -> Run:
+        """The steps that are replayed."""
+        return Run(steps_of(self.inventory, self.compute_capability), self.inventory.job.script)
+
+    def runs_within(self, capacity_bytes: int) -> bool:
+        """Whether the job runs where the allocator can take so many bytes: it gives cached memory back before it fails."""
+        return self.run().fits(capacity_bytes)
 
     @cached_property
     def _replayed(self) -> Replayed:
-        return self.run.peaks()
+        return self.run().peaks()
 
     @property
     def at_least(self) -> int:
@@ -49,34 +77,29 @@ class InstantPeaks(Peaks):
 
     @cached_property
     def ledgers(self) -> Mapping[str, Ledger]:
-        return _Ledgers(*self._written, self.by_phase)
+        return _Ledgers(self)
 
 
 class _Ledgers(Mapping[str, Ledger]):
-    """Phase → what is alive at its peak, each written when it is first read; with tails up to the bytes `allocated` by phase."""
+    """Phase → what is alive at its peak, each written when it is first read; with tails up to the bytes allocated there."""
 
-    def __init__(
-        self,
-        compiled: Compiled,
-        moments: Mapping[str, tuple[int, int]],
-        named: Mapping[str, int],
-        allocated: Mapping[str, int],
-    ) -> None:
-        self._compiled, self._moments, self._named, self._allocated = compiled, moments, named, allocated
+    def __init__(self, peaks: InstantPeaks) -> None:
+        self._peaks = peaks
         self._written: dict[str, Ledger] = {}
 
     def __getitem__(self, phase: str) -> Ledger:
         if phase not in self._written:
-            self._written[phase] = self._write(phase).with_tails(self._allocated[phase])
+            self._written[phase] = self._write(phase).with_tails(self._peaks.by_phase[phase])
         return self._written[phase]
 
     def _write(self, phase: str) -> Ledger:
+        compiled, named = last_step(self._peaks.inventory, self._peaks.compute_capability)
         if phase == "load":
-            return self._compiled.loading
-        return self._compiled.standing + Ledger(self._compiled.timeline.lines(self._moments[phase][1], self._named))
+            return compiled.loading
+        return compiled.standing + Ledger(compiled.timeline.lines(self._peaks.ends[phase], named))
 
     def __iter__(self) -> Iterator[str]:
-        yield from ("load", *self._moments)
+        yield from self._peaks.requested
 
     def __len__(self) -> int:
-        return 1 + len(self._moments)
+        return len(self._peaks.requested)

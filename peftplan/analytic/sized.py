@@ -12,10 +12,8 @@ from peftplan.analytic.instant import InstantPeaks
 from peftplan.analytic.moments import Moments
 from peftplan.analytic.ranked import Ranked, of_all_ranks, of_one_rank
 from peftplan.errors import BoundError, InputError, MissingExtraError
-from peftplan.job.job import Job
+from peftplan.job.inventory import Inventory
 from peftplan.job.setup import MOST
-from peftplan.ledger import Ledger
-from peftplan.parameters import Parameters
 
 try:
     import numpy as np
@@ -24,14 +22,6 @@ except ImportError:
 
 JOBS_KEPT = 32
 """Jobs of one rank that are remembered while points are replayed."""
-
-
-class Counted(NamedTuple):
-    """A checked job with its parameters, and the lines of what lasts."""
-
-    job: Job
-    parameters: Parameters
-    static: Ledger
 
 
 class Points(NamedTuple):
@@ -55,7 +45,7 @@ class Sized:
     `at_rank`: rank → the job, None for its own; `ranks`: those that will be asked, empty for its own alone.
     """
 
-    def __init__(self, at_rank: Callable[[int | None], Counted], ranks: Sequence[int], *, compute_capability: str) -> None:
+    def __init__(self, at_rank: Callable[[int | None], Inventory], ranks: Sequence[int], *, compute_capability: str) -> None:
         self.at_rank = lru_cache(maxsize=JOBS_KEPT)(at_rank)
         self.ranks = ranks
         self.compute_capability = compute_capability
@@ -93,17 +83,15 @@ class Sized:
 
     def peaks(self, batch_size: int, seq_len: int, rank: int | None) -> InstantPeaks:
         """The peaks of one point, as `estimate` has them."""
-        counted = self.at_rank(rank)
-        job = self._job(counted.job, batch_size, seq_len)
-        return analytic_peaks(job, counted.parameters, counted.static, compute_capability=self.compute_capability)
+        return analytic_peaks(self._resized(batch_size, seq_len, rank), compute_capability=self.compute_capability)
 
-    def _job(self, job: Job, batch_size: int, seq_len: int) -> Job:
-        return job._replace(setup=job.setup.model_copy(update={"batch_size": batch_size, "seq_len": seq_len}))
+    def _resized(self, batch_size: int, seq_len: int, rank: int | None) -> Inventory:
+        counted = self.at_rank(rank)
+        setup = counted.job.setup.model_copy(update={"batch_size": batch_size, "seq_len": seq_len})
+        return counted._replace(job=counted.job._replace(setup=setup))
 
     def _compiled(self, batch_size: int, seq_len: int, rank: int | None) -> Compiled:
-        counted = self.at_rank(rank)
-        job = self._job(counted.job, batch_size, seq_len)
-        return compiled(job, counted.parameters, counted.static, compute_capability=self.compute_capability)
+        return compiled(self._resized(batch_size, seq_len, rank), compute_capability=self.compute_capability)
 
     def _alike(self, points: Points) -> Iterator[tuple[Any, Ranked, Moments]]:
         """Points that run the same operations, and the job there."""

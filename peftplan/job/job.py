@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
-from peftplan.job.script import NO_SCRIPT, Script
+from peftplan.job.request import Request
+from peftplan.job.script import Script
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.storage import QuantConfig
@@ -19,7 +20,7 @@ class Job(NamedTuple):
     named and no adapter config given.
     """
 
-    model: Any
+    request: Request
     method: methods.Method | None
     config: MethodConfig | None
     adapter: dict[str, Any]
@@ -27,11 +28,20 @@ class Job(NamedTuple):
     quant: QuantConfig | None
     architecture: Architecture
     adaptation: Adaptation
-    script: Script = NO_SCRIPT
     warnings: tuple[str, ...] = ()
     """Options that have no effect, shown with every result."""
     chosen: frozenset[str] = frozenset()
     """Options and fields of the method that somebody set; the others were filled in."""
+
+    @property
+    def model(self) -> Any:
+        """The model as it was given; of a loaded one its config."""
+        return self.request.model
+
+    @property
+    def script(self) -> Script:
+        """Facts about the program around the step."""
+        return self.request.script
 
     @property
     def method_name(self) -> str:

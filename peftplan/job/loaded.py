@@ -42,7 +42,7 @@ class Loaded(NamedTuple):
 
     config: dict[str, Any]
     architecture: Architecture
-    adapter: Any
+    adapter: dict[str, Any] | None
     options: dict[str, Any]
     trained: frozenset[str]
     num_trainable: int
@@ -117,12 +117,14 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def _active(model: Any) -> Any:
-    """The config of the adapter in peft's wrapper."""
+def _active(model: Any) -> dict[str, Any]:
+    """The fields of the config of the adapter in peft's wrapper."""
     configs: Mapping[str, Any] = model.peft_config
     if len(configs) != 1:
         raise InputError("model", ", ".join(configs), "accepted: one adapter on a loaded model; delete the others first")
-    return next(iter(configs.values()))
+    from peftplan.job.ecosystem import adapter_config
+
+    return adapter_config(next(iter(configs.values())))
 
 
 def _options(model: Any, base: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
 from peftplan.job import sources as architectures
 from peftplan.job.job import Job
-from peftplan.job.loaded import PARTIAL, Loaded, read
+from peftplan.job.loaded import PARTIAL
+from peftplan.job.request import Request, read_request
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolved
 from peftplan.job.tasks import as_told, check_task
@@ -41,36 +42,28 @@ def prepare(
     if not isinstance(script, Script):
         raise InputError("script", script, "accepted: a Script of peftplan.job.script")
     with named_as_typed({"method": method, **options}) as options:
-        return _prepared(
+        request = read_request(
             model,
             method=options.pop("method"),
             peft_config=peft_config,
             quantization_config=quantization_config,
             training_args=training_args,
             script=script,
-            strict=strict,
             **options,
         )
+        job = prepared(request)
+        if strict and job.warnings:
+            raise RefusedError(job.warnings[0])
+        return job
 
 
-def _prepared(
-    model: Any,
-    *,
-    method: str | None,
-    peft_config: Any,
-    quantization_config: Any,
-    training_args: Any,
-    script: Script,
-    strict: bool,
-    **options: Any,
-) -> Job:
-    model, loaded = _model(model, peft_config)
-    if loaded is not None:
-        options = loaded.options | {name: value for name, value in options.items() if value is not None}
-    as_loaded = loaded if method is None and peft_config is None else None
+def prepared(request: Request) -> Job:
+    """The checked and resolved job of a request that was read."""
+    model, loaded, as_loaded = request.model, request.loaded, request.as_loaded
+    method, peft_config = request.method, request.adapter
     if as_loaded is not None:
         method, peft_config = (None, as_loaded.adapter) if as_loaded.adapter else (as_loaded.method(), None)
-    options = _with_objects(options, training_args=training_args, quantization_config=quantization_config)
+    options = request.all_options()
     chosen = frozenset(name for name, value in options.items() if value is not None)
     setup_options, method_options = _separate(options)
     kind, config, adapter = _method(method, peft_config, method_options)
@@ -99,7 +92,7 @@ def _prepared(
         check_prompted_task(architecture, adapter)
     fields = vars(config) if config is not None else adapter
     refuse_endless(architecture, {**fields, "quant_skip_modules": setup.quant_skip_modules})
-    check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *script.earlier_seq_lens)))
+    check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *request.script.earlier_seq_lens)))
     adaptation = _adapt(architecture, model, kind, config, adapter, setup)
     if as_loaded is not None and not as_loaded.adapter and (partial := as_loaded.adaptation()) is not None:
         kind, adaptation = PARTIAL, partial
@@ -109,35 +102,8 @@ def _prepared(
         *unmatched_targets(architecture, config, adapter),
         *(_ignored(adapter) if config is None and peft_config else ()),
     )
-    if strict and warnings:
-        raise RefusedError(warnings[0])
     chosen |= frozenset(adapter)
-    return Job(model, kind, config, adapter, setup, quant, architecture, adaptation, script, warnings, chosen)
-
-
-def _model(model: Any, peft_config: Any) -> tuple[Any, Loaded | None]:
-    """The model, the base that an adapter config names where none is given; of a loaded one its config, and what else it says."""
-    if model is None:
-        from peftplan.job import ecosystem
-
-        return ecosystem.base_model(peft_config), None
-    if architectures.module_config(model) is None:
-        return model, None
-    loaded = read(model)
-    return loaded.config, loaded
-
-
-def _with_objects(options: dict[str, Any], *, training_args: Any, quantization_config: Any) -> dict[str, Any]:
-    """The options with what the ecosystem's objects say beneath them; an option given as None sets nothing."""
-    if training_args is None and quantization_config is None:
-        return options
-    from peftplan.job import ecosystem
-
-    stored = ecosystem.quant_options(quantization_config)
-    if options.get("quant") not in (None, stored.get("quant")):
-        stored = {}  # another format than the object's: its details do not apply
-    set_here = {name: value for name, value in options.items() if value is not None}
-    return {**ecosystem.training_options(training_args), **stored, **set_here}
+    return Job(request, kind, config, adapter, setup, quant, architecture, adaptation, warnings, chosen)
 
 
 def _separate(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -147,7 +113,7 @@ def _separate(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _method(
-    name: str | None, peft_config: Any, options: Mapping[str, Any]
+    name: str | None, peft_config: Mapping[str, Any] | None, options: Mapping[str, Any]
 ) -> tuple[methods.Method | None, MethodConfig | None, dict[str, Any]]:
     """The method and its checked config; without them, the adapter config that only peft itself can count.
 
@@ -163,9 +129,7 @@ def _method(
         beside = (*Setup.model_fields, *MEANINGS)
         method, config = methods.configure("lora" if name is None else name, options, beside=beside)
         return method, config, {}
-    from peftplan.job import ecosystem
-
-    raw = {"task_type": None, **ecosystem.adapter_config(peft_config)}
+    raw = {"task_type": None, **peft_config}
     _check_peft_task(raw)
     named = methods.method_named(name) if name else None
     if named is not None and named.peft_type != _peft_type(raw):

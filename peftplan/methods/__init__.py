@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import InputError, UnknownNameError, UnknownOptionError
@@ -32,7 +32,7 @@ class Method(NamedTuple):
     function: str
     summary: str
     source: str
-    defaults: Mapping[str, Any] = MappingProxyType({})
+    defaults: Mapping[str, Any] = {}
     quant: str | None = None
 
 

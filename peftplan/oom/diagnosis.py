@@ -124,7 +124,7 @@ def _expected(result: Estimate, message: Message | None) -> Expected | None:
 def _tokens(result: Estimate, reached: int) -> int | None:
     """The tokens per sequence from which on the job needs as much: by bisection, as allocated bytes grow with them."""
     low = int(result.assumptions.get("seq_len") or 0)
-    if result.resize is None or not low:
+    if not result.resizes or not low:
         return None
     high = low
     try:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from peftplan.errors import PeftplanError
 from peftplan.planning.changes import SEQUENCE_STEP, Change, Sizes, combinations, micro_batch, single_changes
+from peftplan.planning.trials import Trials
 from peftplan.results.advice import FITS, Advice, Advised
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
-    from peftplan.results.estimate import Estimate
 
 LIKELY = 0.25
 """A change is tried first if it leaves room for this share of what the allocator holds beside the tensors without it."""
@@ -23,25 +23,6 @@ MOST_COMBINATIONS = 12
 """Combinations that are evaluated, the cheapest first."""
 MOST_REPLAYS = 3
 """Combinations, and single changes, that are replayed until one fits; nearly always the first one does."""
-
-
-class Trials(NamedTuple):
-    """How a job is estimated again with some options changed, on one card."""
-
-    room: int
-    """Bytes that the card leaves for torch's allocator."""
-    roomy: int
-    """The most bytes with which a job fits rather than being tight."""
-    reserved: int
-    """Bytes that the allocator reserves for the job as it is."""
-    runs_flash_attention: bool
-    weights: Callable[..., int]
-    """Bytes of the base's weights."""
-    sizes: Callable[..., Sizes]
-    """By formulas, without a replay: bytes of the tensors at the peak of each phase. Raises NeedsTraceError without formulas."""
-    judged: Callable[..., Estimate]
-    """Replayed, with the verdict on the card."""
-    smallest_card: Callable[[], str | None]
 
 
 def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:

@@ -13,12 +13,13 @@ from peftplan.deployment.safetensors import file_bytes
 from peftplan.deployment.scratch import Device
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, MissingExtraError, NeedsTraceError, RefusedError
+from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.job import Job
 from peftplan.job.prepare import config_of, prepare
 from peftplan.job.setup import Count
 from peftplan.job.tasks import rotary_positions
 from peftplan.job.words import named_as_typed
-from peftplan.planning.estimate import adapter_dtypes, config_facts, model_facts, unquantized
+from peftplan.planning.assumed import config_facts, model_facts, unquantized
 from peftplan.planning.serving_result import KV_CACHE, LEFT_OUT, AdapterFile, Cache, Checkpoint, Loaded, MergeMemory, Serving
 from peftplan.planning.serving_room import MOST_ADAPTERS, MOST_TOKENS, Served, verdict_on
 from peftplan.planning.verdicts import find_cards

@@ -14,11 +14,11 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import BoundError, InputError, MissingExtraError, PeftplanError, RefusedError, UnknownNameError
+from peftplan.job.inventory import Inventory, inventory
 from peftplan.job.prepare import check_rank_allocator, prepare
 from peftplan.job.setup import MOST, Setup, check_length, check_logits_to_keep, parse_setup
 from peftplan.job.words import MEANINGS
 from peftplan.planning.axes import Values, separated, values_of
-from peftplan.planning.estimate import _static
 from peftplan.planning.for_method import known_methods, options_for
 from peftplan.planning.verdicts import capability, find_cards
 
@@ -28,7 +28,7 @@ except ImportError:
     raise MissingExtraError("sweep (numpy)", "sweep") from None
 
 from peftplan.analytic.compiled import kernels
-from peftplan.analytic.sized import Counted, Points, Sized
+from peftplan.analytic.sized import Points, Sized
 from peftplan.planning.decided import BY, WORDS, Decided, Limits, decide
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class _Job(NamedTuple):
     def __len__(self) -> int:
         return prod(len(values) for values in self.sizes.values())
 
-    def counted(self, rank: int | None = None) -> Counted:
+    def counted(self, rank: int | None = None) -> Inventory:
         """The job with its parameters, at its own rank or another."""
         return counted(self.model, **self.options, **({} if rank is None else {"r": rank}))
 
@@ -368,11 +368,11 @@ def _on_card(card: Limits, number: int, decided: Decided) -> dict[str, list[Any]
     }
 
 
-def counted(model: Any, **options: Any) -> Counted:
+def counted(model: Any, **options: Any) -> Inventory:
     """A checked job with its parameters and what lasts. Raises what `estimate` raises."""
     job = prepare(model, **options)
     check_rank_allocator(job)
-    return Counted(job, *_static(job.architecture, job.adaptation, job.quant, job.setup))
+    return inventory(job)
 
 
 def _taken(name: str, values: Values, places: Any) -> Any:

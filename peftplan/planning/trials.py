@@ -4,40 +4,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.analytic.compiled import kernels
 from peftplan.analytic.engine import analytic_peaks
 from peftplan.hardware.gpus import Gpu, gpus
+from peftplan.job.inventory import Inventory
 from peftplan.job.requirements import pair, unmet
 from peftplan.job.setup import Setup
-from peftplan.ledger import Ledger
-from peftplan.parameters import Parameters
-from peftplan.planning.advice import Trials
 from peftplan.planning.changes import Sizes
 from peftplan.planning.verdicts import capability, verdict
 from peftplan.results.estimate import TIGHT, Estimate, Peaks, Verdict
 
 if TYPE_CHECKING:
-    from peftplan.job.job import Job
+    pass
 
-Prepared = tuple["Job", Parameters, Ledger]
 NOT_FOR_RENT = ("laptop", "embedded")
 """Kinds of cards that nobody is sent to."""
+
+
+class Trials(NamedTuple):
+    """How a job is estimated again with some options changed, on one card."""
+
+    room: int
+    """Bytes that the card leaves for torch's allocator."""
+    roomy: int
+    """The most bytes with which a job fits rather than being tight."""
+    reserved: int
+    """Bytes that the allocator reserves for the job as it is."""
+    runs_flash_attention: bool
+    weights: Callable[..., int]
+    """Bytes of the base's weights."""
+    sizes: Callable[..., Sizes]
+    """By formulas, without a replay: bytes of the tensors at the peak of each phase. Raises NeedsTraceError without formulas."""
+    judged: Callable[..., Estimate]
+    """Replayed, with the verdict on the card."""
+    smallest_card: Callable[[], str | None]
 
 
 def trials(
     card: Gpu,
     on_card: Verdict,
     setup: Setup,
-    prepared: Callable[..., Prepared],
+    prepared: Callable[..., Inventory],
     judged: Callable[..., Estimate],
 ) -> Trials:
-    """`prepared`: changes → the job and what lasts of it; `judged`: a prepared job and its cards → the estimate."""
+    """`prepared`: changes → the job and what lasts of it; `judged`: these and cards → the estimate."""
     compute_capability = capability(card)
-    seen: dict[str, Prepared] = {}
+    seen: dict[str, Inventory] = {}
 
-    def remembered(**changes: Any) -> Prepared:
+    def remembered(**changes: Any) -> Inventory:
         if str(changes) not in seen:
             seen[str(changes)] = prepared(**changes)
         return seen[str(changes)]
@@ -45,7 +61,7 @@ def trials(
     needed = on_card.needed_bytes - on_card.context_bytes
 
     def sizes(**changes: Any) -> Sizes:
-        return analytic_peaks(*remembered(**changes), compute_capability=compute_capability).requested
+        return analytic_peaks(remembered(**changes), compute_capability=compute_capability).requested
 
     def smallest_card() -> str | None:
         as_here = Peaks(ledgers={}, reserved=needed)
@@ -56,7 +72,7 @@ def trials(
                 others.append(other)
             elif verdict(other, needed, as_here, refused=unmet(setup, pair(of))).verdict == "fits":
                 return other.id
-        return next((other.id for other in others if judged(*remembered(), [other]).gpus[0].verdict == "fits"), None)
+        return next((other.id for other in others if judged(remembered(), [other]).gpus[0].verdict == "fits"), None)
 
     with_flash = setup.model_copy(update={"attn_implementation": "flash_attention_2"})
     room = on_card.usable_bytes - on_card.context_bytes
@@ -65,9 +81,9 @@ def trials(
         roomy=room - math.ceil(TIGHT * on_card.usable_bytes),
         reserved=needed,
         runs_flash_attention=card.vendor != "AMD" and unmet(with_flash, pair(compute_capability)) is None,
-        weights=lambda **changes: remembered(**changes)[-1].by_category()["weights"],
+        weights=lambda **changes: remembered(**changes).static.by_category()["weights"],
         sizes=sizes,
-        judged=lambda **changes: judged(*remembered(**changes), [card]),
+        judged=lambda **changes: judged(remembered(**changes), [card]),
         smallest_card=smallest_card,
     )
 

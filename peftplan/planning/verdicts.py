@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from peftplan.errors import InputError
@@ -87,7 +87,13 @@ def _notes(card: Gpu, setup: Setup, quant: QuantConfig | None) -> Iterator[str]:
 
 
 def verdict(
-    card: Gpu, static_bytes: int, peaks: Peaks | None, *, refused: str | None = None, skip_unfit: bool = False
+    card: Gpu,
+    static_bytes: int,
+    peaks: Peaks | None,
+    runs_within: Callable[[int], bool] | None = None,
+    *,
+    refused: str | None = None,
+    skip_unfit: bool = False,
 ) -> Verdict:
     """Whether a job fits a card.
 
@@ -96,8 +102,8 @@ def verdict(
     allocator may take no more than is usable: it gives cached memory back before it fails. `does_not_fit`: it fails there.
     `does_not_run`: a library raises, for the reason `refused`. `unknown`: no peak, or a lower bound that is not too large.
 
-    `static_bytes`: what lasts from step to step, a lower bound where there is no peak. `skip_unfit`: do not replay peaks whose
-    tensors alone are too large.
+    `static_bytes`: what lasts from step to step, a lower bound where there is no peak. `runs_within`: whether the job runs where
+    the allocator can take so many bytes. `skip_unfit`: do not replay peaks whose tensors alone are too large.
     """
     from peftplan.hardware.context import context_for_verdict
     from peftplan.hardware.usable import usable_bytes
@@ -108,7 +114,7 @@ def verdict(
     unfit = skip_unfit and peaks is not None and peaks.at_least > room
     reserved = static_bytes if peaks is None else peaks.at_least if unfit else peaks.reserved or peaks.allocated
     lower_bound = peaks is None or bool(peaks.incomplete)
-    releases_cache = peaks is not None and reserved > room and _runs_within(peaks, room)
+    releases_cache = reserved > room and peaks is not None and _ends(peaks, runs_within, room)
     if refused is not None:
         word = "does_not_run"
     elif reserved > room and not releases_cache:
@@ -133,9 +139,9 @@ def verdict(
     )
 
 
-def _runs_within(peaks: Peaks, room: int) -> bool:
+def _ends(peaks: Peaks, runs_within: Callable[[int], bool] | None, room: int) -> bool:
     """Whether a replay ends without error where the allocator may take so many bytes; tensors that alone are more never do."""
-    return peaks.runs_within is not None and peaks.at_least <= room and peaks.runs_within(room)
+    return runs_within is not None and peaks.at_least <= room and runs_within(room)
 
 
 def all_fit(verdicts: Iterable[Verdict], *, allow_tight: bool = False, text_only: bool = False) -> bool:

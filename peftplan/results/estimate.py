@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from peftplan.errors import InputError
 from peftplan.frames import as_html, dataframe
 from peftplan.ledger import CATEGORIES, Category, Ledger, Line
 from peftplan.methods.adaptation import Adaptation
 from peftplan.parameters import Parameters
+from peftplan.results.advice import Advised
 from peftplan.results.series import Recording
 from peftplan.units import format_bytes
 
@@ -52,8 +53,6 @@ class Peaks:
     recording: Recording | None = field(default=None, repr=False, compare=False)
     assumed: Mapping[str, Any] = field(default_factory=dict)
     """What the engine took for granted besides the setup: what else a sample holds, which kernels ran."""
-    runs_within: Callable[[int], bool] | None = field(default=None, repr=False, compare=False)
-    """Whether the job runs where the allocator can take so many bytes: it gives cached memory back before it fails."""
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
@@ -146,6 +145,14 @@ class Verdict(NamedTuple):
         }
 
 
+class Origin(Protocol):
+    """What an estimate was made from, as data (`planning.question.Question`): it is asked what needs the job again."""
+
+    def at(self, batch_size: Any, seq_len: Any) -> Any: ...
+
+    def advise(self, on_card: Verdict) -> Advised: ...
+
+
 @dataclass(frozen=True, repr=False)
 class Estimate:
     """What a run needs: exact counts, a ledger of lines, what was assumed, what is not modelled, a verdict per card.
@@ -171,8 +178,8 @@ class Estimate:
     """Assumptions that somebody set; the others were filled in."""
     asides: tuple[str, ...] = ()
     """Notes that change no number: how the model's count was checked."""
-    resize: Callable[[Any, Any], Any] | None = field(default=None, repr=False, compare=False)
-    advise: Callable[[Verdict], Advised] | None = field(default=None, repr=False, compare=False)
+    origin: Origin | None = field(default=None, repr=False)
+    """The job and its cards, which an estimate at other sizes and advice are made from."""
 
     def __repr__(self) -> str:
         peak = f"peak {format_bytes(self.peaks.allocated)} in {self.peaks.phase}" if self.peaks else "no peak stated"
@@ -197,7 +204,7 @@ class Estimate:
     def unfit(self) -> tuple[Verdict, ...]:
         """The cards that the job does not fit, that with the least missing first; none where nothing can be advised."""
         unfit = [verdict for verdict in self.gpus if verdict.verdict == "does_not_fit"]
-        return tuple(sorted(unfit, key=lambda verdict: -verdict.headroom_bytes)) if self.advise and self.peaks else ()
+        return tuple(sorted(unfit, key=lambda verdict: -verdict.headroom_bytes)) if self.origin and self.peaks else ()
 
     @cached_property
     def advice(self) -> dict[str, Advised]:
@@ -206,10 +213,15 @@ class Estimate:
 
     def advice_on(self, verdict: Verdict) -> Advised:
         """What to change for one card."""
-        assert self.advise is not None
+        assert self.origin is not None
         assert self.peaks is not None
-        advised = self.advise(verdict)
+        advised = self.origin.advise(verdict)
         return advised.saving_from(self.peaks.allocated) if self.engine == "analytic" else advised
+
+    @property
+    def resizes(self) -> bool:
+        """Whether `at` gives the job at other sizes."""
+        return self.engine == "analytic" and self.origin is not None and self.peaks is not None
 
     def at(self, *, batch_size: Any = None, seq_len: Any = None) -> Any:
         """The same job at another `batch_size` (per device) and `seq_len` (tokens), without building it again.
@@ -218,9 +230,9 @@ class Estimate:
         bytes that tensors request at the peak. Analytic estimates only. Raises InputError for sizes that are no whole numbers
         of at least 1.
         """
-        if self.resize is None:
+        if self.origin is None or not self.resizes:
             raise InputError("engine", self.engine, "accepted: analytic, whose lines keep their sizes as names")
-        return self.resize(batch_size, seq_len)
+        return self.origin.at(batch_size, seq_len)
 
     def explain(self) -> str:
         """Every line of the overall peak as a formula, with its numbers put in and its source; the sum is the peak."""

@@ -39,8 +39,8 @@ def trace_peaks(
     script: Script = NO_SCRIPT,
     record: bool = False,
     progress: Callable[[str, float], None] | None = None,
-) -> Peaks:
-    """Trace two optimizer steps and return the second's peaks.
+) -> tuple[Peaks, Callable[[int], bool]]:
+    """Trace two optimizer steps: the second's peaks, and whether the run ends where the allocator can take so many bytes.
 
     `compute_capability` of the card, such as `8.9`, decides kernels and workspaces. `record` keeps the event log (tens of MB for
     a large model); `progress` is told what runs and how much is done. Raises MissingExtraError without torch, RefusedError for
@@ -80,19 +80,19 @@ def trace_peaks(
     events = events_of(traced, empties_cache=script.empties_cache)
     allocator = AllocatorConfig(ties_by_address=script.ties_by_address)
     replayed = replay(events, allocator)
-    allocated = {phase: peaks.allocated for phase, peaks in replayed.by_phase.items()}  # no entry: the phase allocates nothing
-    return Peaks(
+    allocated = {phase: peaks.allocated for phase, peaks in replayed.by_phase.items()}  # no entry: nothing is allocated in it
+    traced_peaks = Peaks(
         ledgers={
             phase: Ledger(tuple(map(_line, peak.alive))).with_tails(allocated.get(phase, 0))
             for phase, peak in traced.peaks.items()
         },
         reserved=replayed.peaks.reserved,
-        runs_within=lambda capacity: replay(events, allocator, capacity).oom is None,
         reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
         incomplete=_unknown(traced.unknown_ops),
         assumed={**traced.facts, **_without(traced.replaced), **_on_host(traced.host_bytes)},
         recording=Recorded(traced, events, allocator) if record else None,
     )
+    return traced_peaks, lambda capacity: replay(events, allocator, capacity).oom is None
 
 
 def _on_host(nbytes: int) -> dict[str, int]:

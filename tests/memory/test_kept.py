@@ -25,6 +25,7 @@ from peftplan import estimate
 from peftplan.analytic.compiled import Compiled, compiled
 from peftplan.depth.log import Storage, category_of
 from peftplan.dtypes import parse_dtype
+from peftplan.job.inventory import Inventory
 from peftplan.job.job import Job
 from peftplan.job.prepare import prepare
 from peftplan.trace import engine
@@ -73,7 +74,7 @@ def job_of(config: dict[str, Any], method: str, **options: Any) -> tuple[Job, Co
     chosen = {"trainer": "plain", "use_cache": False, "batch_size": B, "seq_len": S, **adapter, **options}
     job = prepare(config, method=method, **chosen)
     estimated_job = estimate(config, method=method, **chosen)
-    return job, compiled(job, estimated_job.parameters, estimated_job.static, compute_capability="8.0")
+    return job, compiled(Inventory(job, estimated_job.parameters, estimated_job.static), compute_capability="8.0")
 
 
 def alive_after_forward(formulas: Compiled) -> list[Any]:

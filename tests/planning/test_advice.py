@@ -12,8 +12,9 @@ from peftplan.errors import InputError
 from peftplan.job.job import Job
 from peftplan.job.prepare import prepare
 from peftplan.planning import advice
-from peftplan.planning.advice import Trials, advise
+from peftplan.planning.advice import advise
 from peftplan.planning.changes import CLOSE, OTHER, SAME, Change, combinations, single_changes
+from peftplan.planning.trials import Trials
 from peftplan.report import advice as report
 from peftplan.results.advice import FITS, Advised
 from tests.cli.run import run

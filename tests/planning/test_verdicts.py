@@ -150,13 +150,13 @@ def test_a_replay_with_what_is_usable_less_the_context_decides(runs: bool, word:
         return runs
 
     more = peaks(2**30 - 2**20 + 1)
-    on_card = verdict(CARD._replace(context_mib=1), 512, replace(more, runs_within=runs_within))
+    on_card = verdict(CARD._replace(context_mib=1), 512, more, runs_within)
     assert (on_card.verdict, on_card.headroom_bytes, on_card.runs_by_releasing_cache) == (word, -1, runs)
     assert capacities == [2**30 - 2**20]
 
 
 def test_an_incomplete_peak_that_runs_with_less_is_unknown() -> None:
-    on_card = verdict(CARD, 512, replace(peaks(2**30 + 1, "a value"), runs_within=lambda capacity: True))
+    on_card = verdict(CARD, 512, peaks(2**30 + 1, "a value"), lambda capacity: True)
     assert (on_card.verdict, on_card.runs_by_releasing_cache, on_card.lower_bound) == ("unknown", False, True)
     assert (on_card.runtime_context, on_card.device_total) == (0, None)
 

@@ -1,0 +1,67 @@
+"""A job with its tensors: the parameters, and the ledger of what lasts from step to step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from peftplan import parameters
+from peftplan.job.job import Job
+from peftplan.job.setup import Setup
+from peftplan.ledger import Ledger
+from peftplan.optim import Optimizer, parse_optim, parse_optim_args
+from peftplan.parameters import Parameters
+
+
+class Inventory(NamedTuple):
+    """A job, its parameters, and the lines of what lasts from step to step with the gradients."""
+
+    job: Job
+    parameters: Parameters
+    static: Ledger
+
+
+def inventory(job: Job) -> Inventory:
+    """Name every tensor of a job."""
+    architecture, adaptation, quant, setup = job.architecture, job.adaptation, job.quant, job.setup
+    optimizer = parse_optim(str(setup.optim))
+    adapter_dtype, trained_dtype = adapter_dtypes(setup)
+    built = parameters.build(
+        architecture,
+        adaptation,
+        dtype=setup.dtype,
+        adapter_dtype=adapter_dtype,
+        quant=quant,
+        kbit_prepare=bool(setup.kbit_prepare),
+        trained_dtype=trained_dtype,
+    )
+    static = (
+        parameters.weight_lines(built)
+        + parameters.buffer_lines(
+            architecture,
+            adaptation,
+            dtype=setup.dtype,
+            adapter_dtype=adapter_dtype,
+            on_host=setup.by.adapter_on_host(quantized=quant is not None),
+        )
+        + parameters.gradient_lines(built, optimizer)
+        + _optimizer(built, optimizer, setup)
+        + parameters.sensitivity_lines(built)
+    )
+    return Inventory(job, built, static)
+
+
+def adapter_dtypes(setup: Setup) -> tuple[str, str | None]:
+    """What peft leaves the adapter in, and what the trainer then casts all that trains to: TRL bf16, on a quantized base."""
+    if setup.by.casts_adapter(setup.quant) and setup.adapter_dtype == "bf16":
+        return "fp32", "bf16"
+    return str(setup.adapter_dtype), None
+
+
+def _optimizer(built: parameters.Parameters, optimizer: Optimizer, setup: Setup) -> Ledger:
+    return parameters.optimizer_lines(
+        built,
+        optimizer,
+        parse_optim_args(setup.optim_args),
+        by_trainer=setup.by.makes_optimizer,
+        target_modules=setup.optim_target_modules,
+    )

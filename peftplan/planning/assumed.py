@@ -1,0 +1,111 @@
+"""What a result rests on in words: every value assumed, notes on what surprises, and what no number holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Any
+
+from peftplan import parameters
+from peftplan.arch.modules import Architecture
+from peftplan.job.job import Job
+from peftplan.job.script import EXAMPLES
+from peftplan.job.tasks import OF_TOKENS, PICTURES, head_notes, task_notes
+from peftplan.methods.adaptation import MethodConfig
+from peftplan.storage import QuantConfig
+from peftplan.storage.modules import CONVERTED_KINDS
+
+NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
+"""What an estimate without a peak leaves out."""
+
+SAID_ELSEWHERE = {"r", "target_modules", "target_parameters", "lora_alpha"}
+"""Fields of a method that a result states elsewhere, or that change no number."""
+
+LEFT_OUT = {
+    "the fused experts": ("Experts", "ExpertsTransposed"),
+    "the layers whose class is derived from nn.Linear": ("LinearSubclass",),
+}
+"""Kinds of modules that hold most of a model's weights and that a format may not quantize, in words."""
+
+NO_PICTURES = "the traced batch is text alone: with pictures the vision tower runs too, and the peak is higher"
+
+NOTED = 0.01
+"""Less than this share of a model is not worth a note."""
+
+OUTSIDE = ("CUDA context",)
+"""What is outside torch's allocator, and so in no peak."""
+
+CUDNN_ATTENTION = ("9.0", "10.0")
+"""Compute capabilities on which `scaled_dot_product_attention` prefers cuDNN's kernel (torch 2.11 and 2.13, cuDNN 9.19 and 9.20:
+`_fused_sdp_choice`, asked on an emulated card). It is counted as the other fused kernels are."""
+BY_CUDNN = "what cuDNN's attention takes beyond torch's own kernels"
+IN_THREADS = "what threads leave that copy weights to the card while others are quantized (transformers 5.0 to 5.3)"
+"""One job, measured twice in one session, reserved 11,880 and 13,272 MiB (`data/runs/fitcheck_t4.jsonl`)."""
+
+
+def outside(job: Job, capabilities: Iterable[str]) -> tuple[str, ...]:
+    """What no peak holds: kernels of 16 bits that may be cuDNN's on one of the cards, holes that threads leave while loading."""
+    setup = job.setup
+    low = not {"fp16", "bf16"}.isdisjoint((setup.dtype, setup.autocast))
+    by_cudnn = setup.attn_implementation == "sdpa" and low and not set(CUDNN_ATTENTION).isdisjoint(capabilities)
+    in_threads = job.quant is not None and job.script.loads_in_threads
+    return (*OUTSIDE, *([BY_CUDNN] if by_cudnn else []), *([IN_THREADS] if in_threads else []))
+
+
+def model_facts(architecture: Architecture) -> dict[str, Any]:
+    """The model facts of a result."""
+    return {
+        "name": architecture.name,
+        "model_type": architecture.model_type,
+        "model_class": architecture.model_class,
+        "num_parameters": architecture.num_parameters,
+        "source": architecture.source,
+    }
+
+
+def config_facts(config: MethodConfig | None, adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result says of its method's options."""
+    return config.model_dump(mode="json", exclude_none=True) if config is not None else dict(adapter)
+
+
+def assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
+    """Every value that the numbers rest on, defaults included; of the method's fields those that were set."""
+    setup, quant, architecture, adaptation = job.setup, job.quant, job.architecture, job.adaptation
+    assumed: dict[str, Any] = {"model": architecture.source, "model_class": architecture.model_class}
+    unread = OF_TOKENS if architecture.task_type == PICTURES else ()
+    assumed |= {key: value for key, value in setup.model_dump(mode="json").items() if value is not None and key not in unread}
+    assumed["quant"] = quant.name if quant else "none"
+    assumed |= {} if quant is None else quant.options()
+    assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in adaptation.resolved if value}
+    if job.method is not None and job.config is not None:
+        stated = job.config.model_dump(mode="json", exclude_defaults=True, exclude_none=True, exclude=SAID_ELSEWHERE)
+        assumed |= {name: value for name, value in stated.items() if job.method.defaults.get(name) != value}
+    ran = {package: getattr(job.script, package) for package in EXAMPLES}
+    assumed |= {package: version for package, version in ran.items() if version is not None}
+    if adaptation.matched:
+        assumed["matched_modules"] = sum(module.copies for module in adaptation.matched)
+    notes = [
+        *architecture.notes,
+        *adaptation.notes,
+        *task_notes(job.model, architecture, setup),
+        *head_notes(architecture, job.adapter),
+    ]
+    if quant is not None:
+        assumed["quantized_parameters"] = quantized
+        notes += unquantized(architecture, quant, cast=bool(setup.kbit_prepare) and quant.name in parameters.PREPARED)
+    return assumed | ({"notes": notes} if notes else {})
+
+
+def unquantized(architecture: Architecture, quant: QuantConfig, *, cast: bool) -> list[str]:
+    """A common surprise: formats that replace linear layers leave fused experts and subclasses of `nn.Linear` (Falcon's)
+    unquantized, and peft's `prepare_model_for_kbit_training` casts them to fp32 with everything else that is not quantized.
+    """
+    then = ", and prepare_model_for_kbit_training casts them to fp32 (--no-kbit-prepare)" if cast else ""
+    notes = []
+    for what, kinds in LEFT_OUT.items():
+        left = [m for m in architecture.modules if m.kind in kinds and m.kind not in CONVERTED_KINDS[quant.name]]
+        count = sum(m.copies * prod(shape) for m in left for _, shape in m.params)
+        share = count / architecture.num_parameters
+        if share >= NOTED:
+            notes.append(f"{quant.name} leaves {what} ({count:,} parameters, {share:.0%} of the model) unquantized{then}")
+    return notes

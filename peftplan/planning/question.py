@@ -1,0 +1,191 @@
+"""A job and its cards, as data: what an estimate is made from, and made again from at other sizes or with changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peftplan.errors import NeedsTraceError, RefusedError
+from peftplan.hardware.gpus import Gpu
+from peftplan.job.inventory import Inventory, inventory
+from peftplan.job.job import Job
+from peftplan.job.prepare import config_of, prepared
+from peftplan.job.requirements import pair, unmet
+from peftplan.job.setup import AdviceSearch, Engine, check_length, check_logits_to_keep, parse_setup
+from peftplan.job.tasks import without_loss
+from peftplan.planning.assumed import NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, outside
+from peftplan.planning.verdicts import capability, card_notes, verdict
+from peftplan.results.advice import Advised
+from peftplan.results.estimate import Estimate, Peaks, Verdict
+
+if TYPE_CHECKING:
+    from peftplan.analytic.compiled import Compiled
+    from peftplan.analytic.grid import Grid
+
+
+class Question(NamedTuple):
+    """What `Estimate.origin` is: a job with its tensors, the cards, and how widely advice is searched."""
+
+    inventory: Inventory
+    cards: tuple[Gpu, ...] = ()
+    search: AdviceSearch = "best"
+
+    def at(self, batch_size: Any, seq_len: Any) -> Estimate | Grid:
+        """The job at other sizes: an Estimate for whole numbers, a Grid for arrays."""
+        setup = self.inventory.job.setup
+        b = setup.batch_size if batch_size is None else batch_size
+        s = setup.seq_len if seq_len is None else seq_len
+        if not getattr(b, "shape", ()) and not getattr(s, "shape", ()):
+            return analytic(self._resized(b, s, sets_length=seq_len is not None))
+        from peftplan.analytic.compiled import compiled
+        from peftplan.analytic.grid import evaluate
+
+        def compile_at(b: int, s: int) -> Compiled:
+            resized = self._resized(b, s, sets_length=seq_len is not None)
+            return compiled(resized.inventory, compute_capability=capability(self.cards[0] if self.cards else None))
+
+        return evaluate(
+            compile_at,
+            batch_size=b,
+            seq_len=s,
+            max_positions=self.inventory.job.architecture.max_positions,
+            logits_to_keep=setup.logits_to_keep,
+        )
+
+    def _resized(self, batch_size: Any, seq_len: Any, *, sets_length: bool) -> Question:
+        job = self.inventory.job
+        sizes = {"batch_size": batch_size} | ({"seq_len": seq_len} if sets_length else {})
+        setup = parse_setup({**job.setup.model_dump(exclude_unset=True), **sizes})
+        check_length(setup.seq_len, job.architecture.max_positions)
+        check_logits_to_keep(setup.logits_to_keep, setup.seq_len)
+        resized = job._replace(setup=setup, request=job.request.changed(**sizes))
+        return self._replace(inventory=self.inventory._replace(job=resized))
+
+    def advise(self, on_card: Verdict) -> Advised:
+        """What to change so that the job fits a card."""
+        from peftplan.planning.advice import advise
+        from peftplan.planning.trials import trials
+
+        job = self.inventory.job
+        card = next(card for card in self.cards if card.id == on_card.gpu)
+
+        def changed(**changes: Any) -> Inventory:
+            return inventory(prepared(job.request.changed(**changes))) if changes else self.inventory
+
+        def judged(other: Inventory, cards: list[Gpu]) -> Estimate:
+            return analytic(Question(other, tuple(cards)), skip_unfit=True)
+
+        return advise(job, trials(card, on_card, job.setup, changed, judged), everything=self.search == "all")
+
+
+class Counted(NamedTuple):
+    """What an engine says with one card's kernels. `runs_within`: whether the job runs where the allocator can take so many
+    bytes: it gives cached memory back before it fails.
+    """
+
+    peaks: Peaks | None = None
+    runs_within: Callable[[int], bool] | None = None
+
+
+def analytic(question: Question, *, skip_unfit: bool = False) -> Estimate:
+    """The estimate by formula, without peaks where a part of the job has none.
+
+    `skip_unfit`: no replay for a job whose tensors alone do not fit a card.
+    """
+    from peftplan.analytic.compiled import kernels
+    from peftplan.analytic.engine import analytic_peaks
+
+    job = question.inventory.job
+    by_kernels: dict[tuple[bool, int | None], Counted] = {}
+
+    def peaks_on(compute_capability: str) -> Counted | str:
+        if (why := without_loss(job.model, job.architecture)) is not None:
+            return why
+        try:
+            key = kernels(compute_capability)
+            if key not in by_kernels:
+                peaks = analytic_peaks(question.inventory, compute_capability=compute_capability)
+                by_kernels[key] = Counted(peaks, peaks.runs_within)
+            return by_kernels[key]
+        except NeedsTraceError as missing:
+            return f"{missing}{missing.hint}"
+
+    return _estimated(question, peaks_on, engine="analytic", skip_unfit=skip_unfit)
+
+
+def traced(question: Question, *, record: bool, progress: Callable[[str, float], None] | None) -> Estimate:
+    """The estimate by a trace. Raises RefusedError for a model without a loss."""
+    job = question.inventory.job
+    if (why := without_loss(job.model, job.architecture)) is not None:
+        raise RefusedError(why)
+    of_first = capability(question.cards[0] if question.cards else None)
+
+    def peaks_on(compute_capability: str) -> Counted:
+        return _trace(job, compute_capability, record=record and compute_capability == of_first, progress=progress)
+
+    return _estimated(question, peaks_on, engine="trace")
+
+
+def _trace(job: Job, compute_capability: str, *, record: bool, progress: Callable[[str, float], None] | None) -> Counted:
+    """The peaks of the trace engine, with the kernels of a card."""
+    from peftplan.trace.collector import old_objects_let_be
+    from peftplan.trace.traced import trace_peaks, traced_config
+
+    with old_objects_let_be():
+        peaks, runs_within = trace_peaks(
+            config_of(job.model, job.setup),
+            architecture=job.architecture,
+            peft_config=traced_config(job.method, job.config, job.adapter, job.adaptation),
+            quant=job.quant,
+            setup=job.setup,
+            script=job.script,
+            compute_capability=compute_capability,
+            record=record,
+            progress=progress,
+        )
+    return Counted(peaks, runs_within)
+
+
+def _estimated(
+    question: Question, peaks_on: Callable[[str], Counted | str], *, engine: Engine, skip_unfit: bool = False
+) -> Estimate:
+    """The result: peaks and lines are those of the first card, the verdict on each card is from its own.
+
+    `peaks_on`: compute capability → the peaks, or what part of the job has none.
+    """
+    (job, built, static), cards = question.inventory, question.cards
+    of_first = capability(cards[0] if cards else None)
+    counted = {of: peaks_on(of) for of in dict.fromkeys((of_first, *map(capability, cards)))}
+    by_capability = {of: Counted() if isinstance(peaks, str) else peaks for of, peaks in counted.items()}
+    peaks = by_capability[of_first].peaks
+    standing = static.bytes() if any(peaks.peaks is None for peaks in by_capability.values()) else 0
+    assumed = assumptions(job, quantized=built.quantized)
+    notes = card_notes(cards, job.setup, job.quant)
+    if peaks is not None and peaks.assumed.get("images_per_sample") == 0:
+        notes.append(NO_PICTURES)
+    if notes:
+        assumed["notes"] = [*assumed.get("notes", ()), *notes]
+    if peaks is not None:
+        assumed |= {"compute_capability": of_first, **peaks.assumed}
+    return Estimate(
+        engine=engine,
+        model=model_facts(job.architecture),
+        method={
+            "name": job.method.name if job.method else str(job.adapter.get("peft_type")).lower(),
+            "config": config_facts(job.config, job.adapter),
+        },
+        parameters=built,
+        adaptation=job.adaptation,
+        static=static,
+        assumptions=assumed,
+        not_modelled=(f"{counted[of_first]}", *NOT_COUNTED) if peaks is None else outside(job, counted),
+        gpus=tuple(
+            verdict(card, standing, *by_capability[of], refused=unmet(job.setup, pair(of)), skip_unfit=skip_unfit)
+            for card, of in ((card, capability(card)) for card in cards)
+        ),
+        peaks=peaks,
+        warnings=job.warnings,
+        chosen=job.chosen,
+        asides=job.architecture.asides,
+        origin=question,
+    )
