@@ -43,14 +43,6 @@ class InstantPeaks(Peaks):
     ends: Mapping[str, int]
     """Phase of a step → the events before its peak."""
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, InstantPeaks) and (self.inventory, self.compute_capability) == (
-            other.inventory,
-            other.compute_capability,
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
     def run(self) -> Run:
         """The steps that are replayed."""
         return Run(steps_of(self.inventory, self.compute_capability), self.inventory.job.script)
