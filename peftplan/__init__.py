@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peftplan.planning.inspection import inspect
     from peftplan.planning.listings import gpus, models
     from peftplan.planning.listings import list_methods as methods
+    from peftplan.planning.practice import practices
     from peftplan.planning.serving import serving
     from peftplan.planning.serving_result import Serving
     from peftplan.planning.sweep import Sweep, sweep
@@ -42,6 +43,7 @@ _HOMES = {
     "inspect": "planning.inspection",
     "list_methods": "planning.listings",
     "models": "planning.listings",
+    "practices": "planning.practice",
     "serving": "planning.serving",
     "sweep": "planning.sweep",
 }
@@ -64,6 +66,7 @@ __all__ = [
     "inspect",
     "methods",
     "models",
+    "practices",
     "serving",
     "sweep",
 ]

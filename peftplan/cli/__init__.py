@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "compare": "One job by several methods, on several cards.",
     "sweep": "A job at every point of a grid, as CSV, JSON lines or Parquet, and as a map.",
     "explain-oom": "Why a program ran out of memory, from its message, a log or a snapshot, and what to try.",
+    "advise": "What papers and documentation recommend: rank, targets, learning rate, which method.",
     "serve": "What comes after training: adapter file, merge, merged model, serving with a KV cache.",
     "replay": "Replay a recorded run through the allocator's model, with less memory or other options.",
     "inspect": "The module tree of a model: shapes, counts, bytes, and what a pattern matches.",

@@ -19,6 +19,7 @@ from peftplan.planning.compare import Compared
 from peftplan.planning.documents import EstimateDocument, VerdictDocument
 from peftplan.planning.fit_result import Plan
 from peftplan.planning.inspection import Row
+from peftplan.planning.practice import Practice
 from peftplan.report.check_documents import CheckDocument
 from peftplan.report.serving_documents import ServingDocument
 from peftplan.report.sweep_documents import SweepRowDocument
@@ -167,6 +168,7 @@ DOCUMENTS: dict[str, Document] = {
     "models": Document("peftplan models", "The built-in models.", list[ModelEntry]),
     "methods": Document("peftplan methods", "The PEFT methods.", list[MethodRowDocument]),
     "method": Document("peftplan methods NAME", "The fields of one method.", list[FieldDocument]),
+    "advise": Document("peftplan advise", "Advice from practice, with its sources.", list[Practice]),
     "gpus": Document("peftplan gpus", "The cards of the catalogue.", list[Gpu]),
     "rehearse": Document("peftplan rehearse -- COMMAND", "A program's run on an emulated card.", rehearsal.Rehearsal),
     "check": Document("peftplan check", "An engine against measured runs.", CheckDocument),

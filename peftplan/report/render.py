@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peftplan.planning.compare import Comparison
     from peftplan.planning.fit_result import Fit
     from peftplan.planning.inspection import Inspection
+    from peftplan.planning.practice import Practice
     from peftplan.planning.replayed import Replayed
     from peftplan.planning.serving_result import Serving
     from peftplan.results.estimate import Verdict
@@ -239,6 +240,18 @@ def schemas(*, fmt: str) -> None:
     cells = [(name, f"{document.command} --format json", document.text) for name, document in DOCUMENTS.items()]
     facts = [{"name": name, "command": document.command, "text": document.text} for name, document in DOCUMENTS.items()]
     _rows(columns, cells, facts, fmt=fmt)
+
+
+def practices(rows: Sequence[Practice], *, fmt: str) -> None:
+    """Advice from practice, each row with its source."""
+    from peftplan.report import practice, screen
+
+    if fmt == "table":
+        screen.show(practice.lines(rows, screen.width()))
+        return
+    columns = (Column("topic"), Column("methods"), Column("advice"), Column("source"), Column("url"))
+    cells = [(row.topic, ", ".join(row.methods), row.advice, row.source, row.url) for row in rows]
+    _rows(columns, cells, practice.facts(rows), fmt=fmt)
 
 
 def gpus(cards: Sequence[Gpu], *, fmt: str) -> None:

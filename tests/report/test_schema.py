@@ -56,6 +56,7 @@ COMMANDS: list[tuple[str, str]] = [
     ("inspect", "inspect mixtral-8x7b --match all-linear"),
     ("models", "models qwen3"),
     ("methods", "methods"),
+    ("advise", "advise"),
     ("method", "methods lora"),
     ("gpus", "gpus"),
     ("check", "check --sample 12"),

@@ -1,0 +1,57 @@
+"""Advice from practice: what papers and documentation recommend, each row with its source. No number here is computed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from peftplan.datafiles import load
+from peftplan.errors import UnknownNameError
+from peftplan.frames import Listing
+from peftplan.methods import METHODS
+
+TOPICS = ("method", "targets", "rank", "alpha", "dropout", "learning rate", "batch size")
+OPTIONS = {"r": "rank", "target_modules": "targets", "lora_alpha": "alpha", "lora_dropout": "dropout", "lr": "learning rate"}
+"""Options and short words → the topic that they belong to."""
+
+
+class Practice(NamedTuple):
+    """One recommendation. `option` and `value` are what sets it here, where an option does."""
+
+    topic: str
+    methods: tuple[str, ...]
+    advice: str
+    title: str
+    year: int
+    url: str
+    option: str | None = None
+    value: str | int | float | bool | None = None
+
+    @property
+    def source(self) -> str:
+        """Title and year, as they are shown."""
+        return f"{self.title} ({self.year})"
+
+
+def practices(about: str | None = None) -> Listing[Practice]:
+    """What practice recommends. `about`: a topic (`rank`, `learning-rate`), a method (`qlora`), or an option (`lora_alpha`).
+
+    Raises UnknownNameError for anything else.
+    """
+    data = load("practice.json")
+    rows: Listing[Practice] = Listing(
+        Practice(
+            **{key: value for key, value in row.items() if key not in ("source", "methods")},
+            methods=tuple(row["methods"]),
+            **data["sources"][row["source"]],
+        )
+        for row in data["rows"]
+    )
+    if about is None:
+        return rows
+    key = about.strip().lower().replace("_", "-")
+    topic = OPTIONS.get(key.replace("-", "_"), key.replace("-", " "))
+    if topic in TOPICS:
+        return Listing(row for row in rows if row.topic == topic)
+    if key in METHODS:
+        return Listing(row for row in rows if key in row.methods)
+    raise UnknownNameError("about", about, [topic.replace(" ", "-") for topic in TOPICS], beside=METHODS)
