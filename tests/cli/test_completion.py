@@ -27,6 +27,8 @@ CASES: list[tuple[str, set[str], set[str]]] = [
     ("estimate llama-2-7b --gpu t4 --gpu h2", {"h200"}, {"t4"}),
     ("estimate llama-2-7b --trainer t", {"transformers", "trl"}, {"plain"}),
     ("estimate llama-2-7b --load-in-4bit --lora_r 4 --task-type SEQ", {"SEQ_CLS"}, {"CAUSAL_LM"}),
+    ("sweep llama-2-7b --method lora --optim paged", {"paged_adamw_8bit"}, {"adamw_torch"}),
+    ("sweep qwen3-0", {"qwen3-0.6b"}, {"gpt2"}),
     ("methods do", {"dora"}, {"lora"}),
     ("completion z", {"zsh"}, {"bash"}),
 ]
