@@ -35,7 +35,7 @@ class Job(NamedTuple):
 
     @property
     def model(self) -> Any:
-        """The model as it was given; of a loaded one its config."""
+        """The model as it was given; its config where it was loaded, or lay in a file."""
         return self.request.model
 
     @property

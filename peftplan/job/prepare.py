@@ -67,6 +67,7 @@ def prepared(request: Request) -> Job:
     chosen = frozenset(name for name, value in options.items() if value is not None)
     setup_options, method_options = _separate(options)
     kind, config, adapter = _method(method, peft_config, method_options)
+    model = architectures.read(model)
     model_config = architectures.load_config(model)
     set_here = {k: v for k, v in setup_options.items() if v is not None}
     set_here = _stored(model_config, set_here) | set_here
@@ -103,7 +104,7 @@ def prepared(request: Request) -> Job:
         *(_ignored(adapter) if config is None and peft_config else ()),
     )
     chosen |= frozenset(adapter)
-    return Job(request, kind, config, adapter, setup, quant, architecture, adaptation, warnings, chosen)
+    return Job(request._replace(model=model), kind, config, adapter, setup, quant, architecture, adaptation, warnings, chosen)
 
 
 def _separate(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from peftplan.arch import catalogue
 from peftplan.arch.configfile import CONFIG_NAME, check, read_file
@@ -62,8 +62,23 @@ def module_config(model: object) -> ConfigObject | None:
     return config if isinstance(config, ConfigObject) and not isinstance(config, type) else None
 
 
+class Source(NamedTuple):
+    """A model whose config has been read: the config, the name that led to it, and where it was."""
+
+    config: dict[str, Any]
+    name: str
+    place: str
+
+
+def read(model: Any) -> Any:
+    """A model whose config lies in a file or on the Hub, with that config, so that nothing reads it again; any other as it is."""
+    if not isinstance(model, (str, os.PathLike)) or (isinstance(model, str) and catalogue.find(model)):
+        return model
+    return Source(*_from_text(os.fspath(model)))
+
+
 def load(
-    model: Model, *, task_type: str | None = None, num_labels: int | None = None, trust_remote_code: bool = False
+    model: Model | Source, *, task_type: str | None = None, num_labels: int | None = None, trust_remote_code: bool = False
 ) -> Architecture:
     """The `Architecture` of a model.
 
@@ -88,7 +103,7 @@ def _check_labels(num_labels: object) -> None:
         raise InputError("num_labels", num_labels, f"accepted: a whole number from 1 to {MAX_LABELS}")
 
 
-def load_config(model: Model) -> dict[str, Any]:
+def load_config(model: Model | Source) -> dict[str, Any]:
     """The config of a model, as `load` finds it: a new dict."""
     if isinstance(model, str) and (entry := catalogue.find(model)):
         return dict(entry.facts()["config"])
@@ -131,8 +146,10 @@ def _of_count(entry: catalogue.ModelEntry, note: str | None) -> Iterator[str]:
         yield "no published count was found to check this one against"
 
 
-def _config(model: Model) -> tuple[dict[str, Any], str, str]:
+def _config(model: Model | Source) -> tuple[dict[str, Any], str, str]:
     """The config, the name and the source of a model that is not built in."""
+    if isinstance(model, Source):
+        return {**model.config}, model.name, model.place
     if isinstance(model, Mapping):
         config = check(model, name="config")
         return config, _own_name(config), "a config given as a mapping"

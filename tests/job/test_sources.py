@@ -470,3 +470,25 @@ def test_a_hub_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HubError, match="cannot be reached") as caught:
         load("me/tiny")
     one_line(caught.value)
+
+
+COUNTED = """
+import sys
+import peftplan
+
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+result = peftplan.estimate({file!r}, method="lora", batch_size=64, gpu="2GiB")
+result.to_dict()
+print(len(result.advice["2GiB"].changes), opened.count({file!r}))
+"""
+
+
+def test_a_config_is_read_once(tmp_path: Path) -> None:
+    """By an estimate with advice, which prepares the job some forty times with one option changed."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(load_config("qwen2.5-0.5b")))
+    done = subprocess.run([sys.executable, "-c", COUNTED.format(file=str(file))], capture_output=True, text=True, check=True)
+    changes, reads = map(int, done.stdout.split())
+    assert changes > 0
+    assert reads == 1
