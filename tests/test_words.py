@@ -19,7 +19,7 @@ NAMES = frozenset({"asked", "found", "given", "hasty", "heirs", "held", "made", 
 PHRASES = {
     "median without sign": "median absolute error",
     "without sign": "absolute error",
-    "unknown until the peak is modelled": "no formula for this model: add --engine trace",
+    "until the peak is modelled": "no formula for this model: add --engine trace",
     "fills other holes": "places blocks differently",
     "--engine trace knows": "no formula yet: add --engine trace",
     "which has no adapter": "which peftplan does not read itself (an adapter is LoRA to every reader)",
@@ -27,6 +27,8 @@ PHRASES = {
     "without a word": "silently",
     "by the alphabet": "alphabetically",
     "a text that": "a string that",
+    "exit 1 where": "exit 1 if",
+    "it cannot be read": "cannot read",
 }
 """What not to write → what to write."""
 FOLDERS = ("peftplan", "tests", "tools", "benchmarks")

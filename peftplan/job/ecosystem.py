@@ -50,7 +50,7 @@ def adapter_config(peft_config: Any) -> dict[str, Any]:
             raise InputError(
                 f"peft_config: {name if isinstance(name, str) else quoted(name)}",
                 value,
-                "accepted: a text as each key, finite numbers",
+                "accepted: string keys and finite numbers",
             )
     if not isinstance(fields.get("peft_type"), (str, type(None))):
         raise InputError("peft_config: peft_type", fields["peft_type"], "accepted: the name of a peft type")

@@ -74,7 +74,7 @@ class Loaded(NamedTuple):
         counts = ((self.num_total, total, ""), (self.num_trainable, adaptation.num_trainable, "trainable "))
         for own, counted, kind in counts if adapted else counts[:1]:
             if own != counted:
-                yield f"the loaded model has {own:,} {kind}parameters, and {counted:,} are counted: its config says so"
+                yield f"the loaded model has {own:,} {kind}parameters, its config describes {counted:,}, which are counted"
 
 
 def read(model: Any) -> Loaded:

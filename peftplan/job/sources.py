@@ -143,7 +143,7 @@ def _of_count(entry: catalogue.ModelEntry, note: str | None) -> Iterator[str]:
     if note:
         yield _TOTAL.sub(lambda total: f"published total is {int(total[1]):,}", note)
     if not entry.verified:
-        yield "no published count was found to check this one against"
+        yield "not checked: no published parameter count was found"
 
 
 def _config(model: Model | Source) -> tuple[dict[str, Any], str, str]:

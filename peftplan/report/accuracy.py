@@ -21,7 +21,7 @@ TITLES: dict[SetupSaid, str] = {
     "with an inferred stack": "runs that say all that ran, with an inferred stack",
     "leaves something open": "runs that leave something open",
 }
-UPDATE = "Where this is meant, `peftplan check --engine {engine} --update-baseline` stores what is stated now."
+UPDATE = "If this is intended, `peftplan check --engine {engine} --update-baseline` stores what is stated now."
 
 
 def summary_cells(rows: Iterable[Summary]) -> list[tuple[str, ...]]:
@@ -54,7 +54,7 @@ def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
     lines += _bounds(answers)
     if sums.out_of_memory:
         said = ", ".join(f"{number} {verdict}" for verdict, number in sums.out_of_memory.items())
-        lines.append(f"Said of the cards on which runs ran out of memory: {said}.")
+        lines.append(f"Verdicts on the cards where runs ran out of memory: {said}.")
     for setup, runs in TITLES.items():
         lines += _verdicts(f"Wrong verdicts, of {runs}", [answer for answer in answers if answer.record.setup == setup])
     return lines
@@ -69,7 +69,7 @@ def _bounds(answers: Sequence[Answer]) -> list[str]:
     return [
         f"{len(bounds)} more runs measured only reserved or device bytes, which this engine does not state: of these the stated"
         f" allocated peak is {median(shares):.0%} (median), {min(shares):.0%} to {max(shares):.0%}; {above} lie above,"
-        " which cannot be."
+        " which is impossible."
     ]
 
 

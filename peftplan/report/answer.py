@@ -50,7 +50,7 @@ def answer(result: Estimate, screen: Screen) -> list[Row]:
 
 
 def head(result: Estimate, screen: Screen) -> list[Row]:
-    """What was asked, and the verdict on each card."""
+    """The job, and the verdict on each card."""
     rows = wrapped(screen.glyphs.dot.join(_title(result)), screen.columns, colour="bold")
     for warning in result.warnings:
         rows += wrapped(f"warning: {warning}", screen.columns, colour="yellow")

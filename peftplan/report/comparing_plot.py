@@ -23,7 +23,7 @@ def check(path: str) -> None:
     if file.suffix not in SUFFIXES:
         raise UnknownNameError("--plot", path, SUFFIXES)
     if not file.parent.is_dir() or file.is_dir():
-        raise InputError("--plot", path, "accepted: a file in a folder that exists")
+        raise InputError("--plot", path, "accepted: a file in an existing folder")
     if find_spec("matplotlib") is None:
         raise MissingExtraError("--plot", "plot")
 

@@ -128,7 +128,7 @@ def _largest(result: Estimate, *, everything: bool, wide: bool) -> Table:
 
 
 def _verdicts(result: Estimate) -> Table:
-    unknown = "since the trace is incomplete" if result.peaks else "until the peak is modelled"
+    unknown = "(the trace is incomplete)" if result.peaks else "(no peak)"
     numbers = (Column(name, right=True) for name in ("usable", "needed", "context", "left over"))
     shown = table(Column("gpu"), *numbers, Column("verdict"))
     shown.columns[0].no_wrap = False  # ids of up to 29 letters

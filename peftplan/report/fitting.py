@@ -81,7 +81,7 @@ def remarks(result: Fit) -> Iterator[str]:
     if first.fits_again is not None:
         yield (
             f"{word.capitalize()} {first.fits_again:,} fits again: torch's allocator places blocks differently there. "
-            f"From {first.asked_from:,} to {first.size:,} every size was asked and fits."
+            f"From {first.asked_from:,} to {first.size:,} every size was checked and fits."
         )
     for plan in result.nearest:
         if plan.binding is not None:

@@ -31,7 +31,7 @@ def lines(result: Diagnosis) -> Iterator[str]:
             yield f"At: {frame.file}:{frame.line} in {frame.function}" + (f": {frame.code}" if frame.code else "")
     if result.alive:
         yield ""
-        yield "Alive, by the line that made it:"
+        yield "Alive, by the line that allocated it:"
         for alive in result.alive:
             where = f"{alive.file}:{alive.line} in {alive.function}" if alive.file else "no Python line recorded"
             yield f"  {format_bytes(alive.bytes):>12}  {alive.blocks:>6,} blocks  {where}"

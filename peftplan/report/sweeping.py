@@ -39,7 +39,7 @@ def format_of(fmt: str | None, output: str | None) -> str:
         if find_spec("pyarrow") is None:
             raise MissingExtraError("Parquet (pyarrow)", "sweep")
     if output is not None and (Path(output).is_dir() or not Path(output).parent.is_dir()):
-        raise InputError("--output", output, "accepted: a file in a folder that exists")
+        raise InputError("--output", output, "accepted: a file in an existing folder")
     return fmt
 
 

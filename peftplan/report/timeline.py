@@ -20,7 +20,7 @@ def check(path: str) -> None:
     if file.suffix not in SUFFIXES:
         raise UnknownNameError("timeline", path, SUFFIXES)
     if not os.path.isdir(file.parent) or os.path.isdir(file):
-        raise InputError("timeline", path, "accepted: a file in a folder that exists")
+        raise InputError("timeline", path, "accepted: a file in an existing folder")
     if file.suffix == ".png" and find_spec("matplotlib") is None:
         raise MissingExtraError("timeline: a png", "plot")
 

@@ -110,7 +110,7 @@ def test_a_run_that_ran_out_of_memory_has_a_verdict_and_no_drift() -> None:
     assert sums.out_of_memory == {"fits": 1, "tight": 1, "does_not_fit": 1}
     assert sums.verdicts == {"own": (1, 4), "below": (0, 1), "above": (0, 1)}
     lines = accuracy.headline("analytic", ended)
-    assert "Said of the cards on which runs ran out of memory: 1 fits, 1 tight, 1 does_not_fit." in lines
+    assert "Verdicts on the cards where runs ran out of memory: 1 fits, 1 tight, 1 does_not_fit." in lines
 
 
 def test_a_summary_by_hand() -> None:

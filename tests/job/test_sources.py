@@ -110,7 +110,7 @@ def test_a_weight_table_with_another_head_is_read_by_transformers() -> None:
 
 
 def test_a_model_without_a_published_count_says_so() -> None:
-    assert "no published count was found to check this one against" in load("opt-66b").notes
+    assert "not checked: no published parameter count was found" in load("opt-66b").notes
 
 
 @pytest.mark.parametrize("num_labels", [0, -1, True, 1.5, "2", 2**40])
