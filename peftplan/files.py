@@ -33,7 +33,7 @@ def regular(path: Path | str, *, field: str, flags: int = os.O_RDONLY) -> int:
 
 
 def content(path: Path | str, *, field: str, most: int = MOST_BYTES) -> bytes:
-    """All bytes of a regular file. Raises InputError where there are more than `most`, or it cannot be read."""
+    """All bytes of a regular file. Raises InputError where there are more than `most`, UnreadableError for an unreadable file."""
     with open(regular(path, field=field), "rb") as file:
         try:
             data = file.read(most + 1)

@@ -68,12 +68,12 @@ def read_request(
     elif sources.module_config(model) is not None:
         loaded = read(model)
         model = loaded.config
-    asked = Request(model, method, script=script, options=options, loaded=loaded)
+    request = Request(model, method, script=script, options=options, loaded=loaded)
     if peft_config is None and quantization_config is None and training_args is None:
-        return asked
+        return request
     from peftplan.job import ecosystem
 
     stored = None if quantization_config is None else ecosystem.quant_options(quantization_config)
     training = None if training_args is None else ecosystem.training_options(training_args)
     adapter = None if peft_config is None else ecosystem.adapter_config(peft_config)
-    return asked._replace(stored=stored, training=training, adapter=adapter)
+    return request._replace(stored=stored, training=training, adapter=adapter)

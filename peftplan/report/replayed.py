@@ -84,9 +84,7 @@ def _out_of_memory(replayed: Replayed) -> list[str]:
     where = f" in {printable(failed.phase)}" if failed.phase else ""
     who = " in ".join(filter(None, (printable(failed.op), printable(failed.module)))) or "an operation without a name"
     what = " ".join(filter(None, (printable(failed.category), printable(failed.name))))
-    lost = (
-        "enough if it were one piece: lost to fragmentation" if oom.for_fragmentation else "too little even if it were one piece"
-    )
+    lost = "enough if it were one piece: lost to fragmentation" if oom.for_fragmentation else "too little even as one piece"
     return [
         f"out of memory{where}, at event {oom.event:,}: {who} asked for {oom.requested:,} bytes" + (f" ({what})" if what else ""),
         f"missing: {format_bytes(oom.missing)}; {format_bytes(oom.allocated)} allocated, {format_bytes(oom.reserved)} reserved, "

@@ -77,7 +77,7 @@ def test_where_memory_runs_out(log: str) -> None:
         "out of memory in forward, at event 2: aten.mm.default in layers.1 asked for 31,457,280 bytes (activations)" in done.out
     )
     assert "missing: 21.00 MiB; 130.00 MiB allocated, 130.00 MiB reserved, 0 B free in pieces of at most 0 B" in done.out
-    assert "too little even if it were one piece" in done.out
+    assert "too little even as one piece" in done.out
     assert run("replay", log, "--capacity", "139MiB", "--require-fit").code == 1
     assert run("replay", log, "--capacity", "160MiB", "--require-fit").code == 0
 

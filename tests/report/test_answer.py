@@ -104,7 +104,7 @@ CARD = Verdict("rtx-4090", 24 * GIB, "", "fits", 10 * GIB, GIB // 2, "")
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_verdict_in_words(verdict: Verdict, words: str) -> None:
-    assert lines_of(replace(tiny_estimate(), gpus=(verdict,), advise=None), columns=200)[1] == words
+    assert lines_of(replace(tiny_estimate(), gpus=(verdict,), origin=None), columns=200)[1] == words
 
 
 def test_an_unknown_verdict_says_what_to_do() -> None:

@@ -77,10 +77,10 @@ def code_in(value: object, seen: set[int], path: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("name", [*ESTIMATES, *OTHERS])
 def test_a_result_is_data(name: str) -> None:
-    made = (ESTIMATES | OTHERS)[name]
-    result = made()
+    compute = (ESTIMATES | OTHERS)[name]
+    result = compute()
     assert [*code_in(result, set())] == []
-    assert through(result) == result == copy.deepcopy(result) == made()
+    assert through(result) == result == copy.deepcopy(result) == compute()
 
 
 @pytest.mark.parametrize("name", ESTIMATES)
@@ -102,8 +102,8 @@ def test_an_estimate_at_other_sizes_is_that_of_these_sizes(name: str) -> None:
     options = {"on-cards": {"method": "qlora", "gpu": ["rtx-4090", "h100", "t4"]}, "unfit": UNFIT}
     resized = ESTIMATES[name]().at(batch_size=16, seq_len=500)
     model = CONFIG if name == "unfit" else "llama-2-7b"
-    asked = peftplan.estimate(model, **{**options[name], "batch_size": 16, "seq_len": 500})
-    assert resized.to_dict() == asked.to_dict()
+    anew = peftplan.estimate(model, **{**options[name], "batch_size": 16, "seq_len": 500})
+    assert resized.to_dict() == anew.to_dict()
 
 
 def test_other_jobs_are_not_equal() -> None:
