@@ -1,0 +1,75 @@
+"""What compiled jobs are kept by: a job that differs in one thing is compiled again, one of other sizes is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from peftplan.analytic import compiled as room
+from peftplan.job.inventory import inventory
+from peftplan.job.job import Job
+from peftplan.job.prepare import prepare
+from peftplan.job.script import Script
+from peftplan.job.setup import Setup
+from peftplan.storage import parse_quant
+
+JOB = prepare("gemma-2-2b", method="lora", seq_len=512)
+FIELDS = [name for name in Setup.model_fields if name not in ("batch_size", "seq_len")]
+READ = {"logits_to_keep": 64}
+"""A field whose value the sizes are read from; of the others any value will do."""
+
+
+def at(**fields: Any) -> Job:
+    """The job with fields of its setup replaced, unchecked."""
+    return JOB._replace(setup=JOB.setup.model_copy(update=fields))
+
+
+OTHERS: dict[str, Job] = {
+    **{name: at(**{name: READ.get(name, "another")}) for name in FIELDS},
+    "method": JOB._replace(method=JOB.method and JOB.method._replace(name="another")),
+    "an option of the method": JOB._replace(config=JOB.config and JOB.config.model_copy(update={"r": 9})),
+    "quant": JOB._replace(quant=parse_quant("int8")),
+    "an option of quant": JOB._replace(quant=parse_quant("nf4", double_quant=True, compute_dtype="bf16")),
+    "script": JOB._replace(request=JOB.request._replace(script=Script(empties_cache=True))),
+    "architecture": JOB._replace(architecture=replace(JOB.architecture)),
+    "more than one sequence": at(batch_size=2),
+    "a ragged mask": at(seq_len=500),
+    "more than a window": at(seq_len=5000),
+}
+
+
+@pytest.fixture
+def compile_again(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """Whether a job is compiled, where `JOB` was just before."""
+    compiled: list[Job] = []
+    monkeypatch.setattr(room, "COMPILED", type(room.COMPILED)())
+    monkeypatch.setattr(room, "_check", lambda job: None)
+    monkeypatch.setattr(room, "_compile", lambda job, *_, **__: compiled.append(job))
+
+    of_base = inventory(JOB)
+
+    def again(job: Job, compute_capability: str = "8.0") -> bool:
+        room.compiled(of_base, compute_capability="8.0")
+        before = len(compiled)
+        room.compiled(of_base._replace(job=job), compute_capability=compute_capability)
+        return len(compiled) > before
+
+    return again
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_decides_a_step_is_compiled_again(what: str, compile_again: Callable[..., bool]) -> None:
+    assert compile_again(OTHERS[what])
+
+
+def test_another_card_is_compiled_again(compile_again: Callable[..., bool]) -> None:
+    assert compile_again(JOB, "9.0")
+    assert not compile_again(JOB, "8.0")
+
+
+@pytest.mark.parametrize("sizes", [{"seq_len": 1024}, {"seq_len": 8}])
+def test_other_sizes_of_the_same_operations_are_not(sizes: dict[str, int], compile_again: Callable[..., bool]) -> None:
+    assert not compile_again(at(**sizes))
