@@ -14,6 +14,9 @@ from peftplan.results.estimate import SCHEMA_VERSION, Estimate
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from typing_extensions import Unpack
+
+    from peftplan.job.options import JobOptions
 
 NOT_SERVED = frozenset({"training_args", "optim", "optim_args", "optim_target_modules", "script"})
 """Training options that do not affect the adapter file."""
@@ -69,7 +72,9 @@ class Comparison(NamedTuple):
         return as_html(self)
 
 
-def compare(model: Any, *, methods: str | Sequence[str], gpu: str | Sequence[str] | None = None, **options: Any) -> Comparison:
+def compare(
+    model: Any, *, methods: str | Sequence[str], gpu: str | Sequence[str] | None = None, **options: Unpack[JobOptions]
+) -> Comparison:
     """What a job needs by each of `methods` on each card of `gpu`; options as `estimate` takes them.
 
     A field of one method (`r`) is left out for methods that have none of that name. A method that the model, the quantization or

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftplan.errors import UnknownNameError
 from peftplan.job.inventory import inventory
@@ -14,6 +14,11 @@ from peftplan.job.words import named_as_typed
 from peftplan.planning.question import Question, analytic, traced
 from peftplan.planning.verdicts import find_cards
 from peftplan.results.estimate import Estimate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from peftplan.job.options import Options
 
 
 def estimate(
@@ -31,7 +36,7 @@ def estimate(
     advice: AdviceSearch = "best",
     record: bool = False,
     progress: Callable[[str, float], None] | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Estimate:
     """What fine-tuning `model` needs.
 
@@ -58,7 +63,7 @@ def estimate(
         raise UnknownNameError("engine", engine, ("analytic", "trace"))
     if advice not in SEARCHES:
         raise UnknownNameError("advice", advice, SEARCHES)
-    with named_as_typed({"method": method, **options}) as options:
+    with named_as_typed({"method": method, **options}) as named:
         job = prepare(
             model,
             peft_config=peft_config,
@@ -66,11 +71,11 @@ def estimate(
             training_args=training_args,
             script=script,
             strict=strict,
-            **options,
+            **named,
         )
         check_rank_allocator(job)
-        named = inventory(job)
-    question = Question(named, tuple(find_cards(gpu, context=context)), advice)
+        counted = inventory(job)
+    question = Question(counted, tuple(find_cards(gpu, context=context)), advice)
     if engine == "trace":
         return traced(question, record=record, progress=progress)
     return analytic(question)

@@ -7,7 +7,7 @@ on, so plans over several cards are plans with other options.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from peftplan.errors import BoundError, InputError, RefusedError, UnknownNameError
 from peftplan.job.prepare import prepare
@@ -19,6 +19,11 @@ from peftplan.planning.largest import MOST_ASKED, Largest, Probe, largest
 from peftplan.planning.plans import Options, changes_of, kept_options, ranked
 from peftplan.planning.verdicts import find_cards
 from peftplan.results.estimate import TIGHT, Estimate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from peftplan.job.options import JobOptions
 
 Size = Literal["batch_size", "seq_len", "r", "model"]
 CEILINGS: dict[Size, int] = {"batch_size": 2**16, "seq_len": 2**22, "r": 2**14}
@@ -38,7 +43,7 @@ def fit(
     keep: str | Iterable[str] = ...,
     min_seq_len: int | None = ...,
     allow_tight: bool = ...,
-    **options: Any,
+    **options: Unpack[JobOptions],
 ) -> Fit: ...
 @overload
 def fit(
@@ -50,7 +55,7 @@ def fit(
     keep: str | Iterable[str] = ...,
     min_seq_len: int | None = ...,
     allow_tight: bool = ...,
-    **options: Any,
+    **options: Unpack[JobOptions],
 ) -> tuple[Fit, ...]: ...
 def fit(
     model: Any,
@@ -61,7 +66,7 @@ def fit(
     keep: str | Iterable[str] = (),
     min_seq_len: int | None = None,
     allow_tight: bool = False,
-    **options: Any,
+    **options: Unpack[JobOptions],
 ) -> Fit | tuple[Fit, ...]:
     """The largest `max` (`batch_size`, `seq_len` in tokens, `r`, `model`) of a job that fits a card, and other plans that do.
 

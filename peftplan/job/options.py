@@ -1,0 +1,214 @@
+"""The options of `estimate`, `fit` and `compare` for type checkers, which then find a wrong keyword before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal, TypedDict
+
+from peftplan.job.script import Script
+from peftplan.job.trainers import Autocast, Loss, TrainerName
+
+
+class SetupOptions(TypedDict, total=False):
+    """What `job.setup.Setup` checks."""
+
+    trainer: TrainerName
+    task_type: str | None
+    num_labels: int | None
+    quant: str | None
+    double_quant: bool | None
+    quant_bits: int | None
+    quant_group_size: int | None
+    quant_blocksize: int | None
+    quant_skip_modules: str | Iterable[str] | None
+    compute_dtype: object
+    dtype: object
+    adapter_dtype: object
+    autocast: Autocast | None
+    optim: str | None
+    optim_args: str | None
+    optim_target_modules: str | Iterable[str] | None
+    batch_size: int
+    seq_len: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool | None
+    use_reentrant: bool
+    every_n_layers: int | None
+    offload_checkpoints: bool | None
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None
+    loss: Loss
+    logits_to_keep: int | None
+    padding: bool
+    keep_outputs: bool | None
+    keep_gradients: bool
+    kbit_prepare: bool | None
+    use_cache: bool | None
+    trust_remote_code: bool
+
+
+class MethodOptions(TypedDict, total=False):
+    """Fields of the methods under peft's names (`peftplan methods NAME`). An `object` is not looked at: it changes no tensor."""
+
+    alpha: object
+    alpha_pattern: object
+    beta1: object
+    beta2: object
+    bias: str
+    block_share: bool
+    boft_block_num: int
+    boft_block_size: int
+    boft_dropout: float
+    boft_n_butterfly_factor: int
+    bottleneck_size: int | None
+    coft: bool
+    corda_config: object
+    d_initial: object
+    decompose_both: bool
+    decompose_factor: int
+    deltaT: int
+    encoder_dropout: float
+    encoder_hidden_size: int | None
+    encoder_num_layers: int
+    encoder_reparameterization_type: Literal["MLP", "LSTM"]
+    eps: object
+    eva_config: object
+    exclude_modules: str | Iterable[str] | None
+    fan_in_fan_out: object
+    feedforward_modules: str | Iterable[str] | None
+    freeze_a: bool
+    init_ia3_weights: object
+    init_lora_weights: bool | str
+    init_r: int
+    init_weights: object
+    layers_pattern: str | Iterable[str] | None
+    layers_to_transform: int | Iterable[int] | None
+    loftq_config: object
+    lora_alpha: float | None
+    lora_bias: bool
+    lora_dropout: float
+    lora_ga_config: object
+    megatron_core: object
+    module_dropout: float
+    modules_to_save: str | Iterable[str] | None
+    n_frequency: int
+    n_frequency_pattern: Mapping[str, int]
+    num_attention_heads: int | None
+    num_cayley_neumann_terms: int
+    num_layers: int | None
+    num_transformer_submodules: int | None
+    num_virtual_tokens: int
+    oft_block_size: int
+    orth_reg_weight: object
+    prefix_projection: bool
+    projection_prng_key: object
+    prompt_tuning_init: object
+    prompt_tuning_init_text: object
+    qalora_group_size: object
+    r: int
+    random_loc_seed: object
+    rank_dropout: float
+    rank_dropout_scale: object
+    rank_pattern: Mapping[str, int]
+    reduction_factor: float
+    runtime_config: object
+    save_projection: object
+    scaling: object
+    target_modules: str | Iterable[str] | None
+    target_parameters: str | Iterable[str] | None
+    target_r: int
+    tfinal: int
+    tinit: int
+    token_dim: int | None
+    tokenizer_kwargs: object
+    tokenizer_name_or_path: object
+    total_step: int | None
+    trainable_token_indices: Iterable[int] | Mapping[str, Iterable[int]] | None
+    use_cayley_neumann: bool
+    use_dora: bool
+    use_effective_conv2d: object
+    use_rslora: bool
+    vera_dropout: float
+
+
+class OtherWords(TypedDict, total=False):
+    """Words of other tools (`job.words`)."""
+
+    finetuning_type: object
+    train_type: object
+    tuner_type: object
+    peft_type: object
+    adapter: object
+    rank: object
+    lora_r: object
+    lora_rank: object
+    lora_target_modules: object
+    lora_target: object
+    lora_target_linear: object
+    lora_modules_to_save: object
+    additional_target: object
+    lora_task_type: object
+    peft_use_dora: object
+    lora_use_dora: object
+    peft_use_rslora: object
+    lora_use_rslora: object
+    max_length: object
+    max_seq_length: object
+    max_seq_len: object
+    sequence_len: object
+    sequence_length: object
+    seq_length: object
+    cutoff_len: object
+    model_max_length: object
+    per_device_train_batch_size: object
+    per_gpu_train_batch_size: object
+    micro_batch_size: object
+    mbs: object
+    bs: object
+    train_micro_batch_size_per_gpu: object
+    gradient_accumulation: object
+    grad_accum: object
+    accumulation_steps: object
+    gas: object
+    load_in_4bit: object
+    load_in_8bit: object
+    quantization_bit: object
+    bits: object
+    bnb_4bit_quant_type: object
+    quantization_type: object
+    bnb_4bit_use_double_quant: object
+    use_bnb_nested_quant: object
+    double_quantization: object
+    bnb_4bit_compute_dtype: object
+    torch_dtype: object
+    model_dtype: object
+    bf16: object
+    fp16: object
+    mixed_precision: object
+    optimizer: object
+    use_gradient_checkpointing: object
+    activation_checkpointing: object
+    enable_activation_checkpointing: object
+    flash_attn: object
+    flash_attention: object
+    use_flash_attn: object
+    use_flash_attention_2: object
+    attn_impl: object
+    use_liger_kernel: object
+    enable_liger_kernel: object
+    use_liger: object
+
+
+class Options(SetupOptions, MethodOptions, OtherWords, total=False):
+    """All of them."""
+
+
+class JobOptions(Options, total=False):
+    """What `fit` and `compare` hand to `estimate`."""
+
+    method: str | None
+    peft_config: object
+    quantization_config: object
+    training_args: object
+    context: float | None
+    script: Script
+    strict: bool
