@@ -58,6 +58,7 @@ TRAINING: dict[str, str] = {
     "--every-n-layers": "checkpoint only every n-th layer",
     "--offload-checkpoints/--no-offload-checkpoints": "keep the inputs of checkpointed layers in host memory",
     "--use-reentrant/--no-use-reentrant": "reentrant checkpointing (older default of transformers and peft)",
+    "--save-total-limit": "checkpoints that Trainer keeps on disk (-v and JSON say their bytes)",
     "--optim": "any name that TrainingArguments.optim accepts",
     "--optim-args": "as in TrainingArguments",
     "--optim-target-modules": "modules that GaLore and APOLLO project",
@@ -90,10 +91,13 @@ METAVARS: dict[str, str] = {
     **dict.fromkeys(("--method", "--optim", "--attn-implementation", "--task-type"), "NAME"),
     **dict.fromkeys(("--r", "--lora-alpha", "--num-virtual-tokens", "--num-labels", "--batch-size", "--seq-len"), "INT"),
     **dict.fromkeys(("--gradient-accumulation-steps", "--every-n-layers", "--logits-to-keep", "--quant-bits"), "INT"),
-    **dict.fromkeys(("--quant-group-size", "--quant-blocksize", "--adapters", "--context", "--encoder-context"), "INT"),
+    **dict.fromkeys(
+        ("--quant-group-size", "--quant-blocksize", "--adapters", "--context", "--encoder-context", "--save-total-limit"), "INT"
+    ),
     **dict.fromkeys(("--target-modules", "--exclude-modules", "--target-parameters", "--modules-to-save"), "NAMES"),
     **dict.fromkeys(("--quant-skip-modules", "--optim-target-modules"), "NAMES"),
     **dict.fromkeys(("--dtype", "--adapter-dtype", "--compute-dtype", "--serving-dtype"), "[bf16|fp16|fp32]"),
+    "--save-total-limit": "INT",
     "--peft-config": "FILE",
     "--lora-dropout": "FLOAT",
     "--layers-to-transform": "INTS",

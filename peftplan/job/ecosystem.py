@@ -26,6 +26,7 @@ TRAINING_FIELDS = {
     "optim_target_modules": "optim_target_modules",
     "max_length": "seq_len",
     "use_cache": "use_cache",
+    "save_total_limit": "save_total_limit",
 }
 """Fields of transformers' TrainingArguments and TRL's SFTConfig → ours. `activation_checkpointing` is 5.24's name."""
 

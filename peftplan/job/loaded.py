@@ -19,6 +19,8 @@ from peftplan.methods.adaptation import Adaptation, trained_params
 PARTIAL = METHODS["full"]._replace(name="partial", summary="the parameters of the base that require gradients train")
 """What a model trains whose other parameters are frozen, without an adapter."""
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
+CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")
+"""What a model says of checkpointing: today's name, that before transformers 5.24."""
 WRAPPERS = ("base_model.model.", "base_model.")
 """What peft puts before the names of a base, the longer one first."""
 INNER = (".base_layer.", ".original_module.")
@@ -140,7 +142,8 @@ def _options(model: Any, base: Mapping[str, Tensor], added: Mapping[str, Tensor]
         options["kbit_prepare"] = dense == "fp32" and stated != "fp32" if quantized else None
     attention = getattr(config, "_attn_implementation", None)
     options["attn_implementation"] = attention if attention in ATTENTION else None
-    options["gradient_checkpointing"] = True if getattr(module, "is_gradient_checkpointing", False) else None
+    name = next((name for name in CHECKPOINTING if hasattr(type(module), name)), CHECKPOINTING[-1])
+    options["gradient_checkpointing"] = True if getattr(module, name, False) else None
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -38,6 +38,7 @@ class Setup(BaseModel):
     num_labels: Count | None = None
     quant: str | None = None
     double_quant: bool | None = None
+    save_total_limit: Count | None = None
     quant_bits: int | None = None
     quant_group_size: int | None = None
     quant_blocksize: int | None = None

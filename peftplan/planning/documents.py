@@ -82,6 +82,48 @@ class MemoryDocument(TypedDict):
     """What nvidia-smi shows for the process on that card."""
 
 
+class LoadingDocument(TypedDict):
+    """Host memory that loading the model takes."""
+
+    bytes: int
+    largest_tensor: int
+    """What passes through host memory at least."""
+    how: str
+
+
+class CheckpointFilesDocument(TypedDict):
+    """The large files of one checkpoint of Trainer."""
+
+    model_name: str
+    model: int | None
+    """The adapter's file, or the model's files where its base trains."""
+    optimizer: int
+    """`optimizer.pt`."""
+    optimizer_exact: bool
+    """Whether `optimizer` is exact; of optimizers that torch does not have, the file's frame is close only."""
+    scheduler: int
+    """`scheduler.pt`."""
+    total: int
+
+
+class HostDocument(TypedDict):
+    """Host memory and disk."""
+
+    loading: LoadingDocument
+    offloaded: int
+    """What waits in host memory during a step."""
+    paged: int
+    """Paged optimizer states, which leave a full card for host memory."""
+    merging: int | None
+    """The peak of `merge_and_unload` on the CPU."""
+    checkpoint: CheckpointFilesDocument
+    save_total_limit: int | None
+    disk_kept: int | None
+    """All checkpoints that are kept; `null` without `save_total_limit`."""
+    disk_peak: int | None
+    """The same while a new checkpoint is written beside them."""
+
+
 class LargestLineDocument(TypedDict):
     """The line that takes most of the card."""
 
@@ -178,6 +220,8 @@ class EstimateDocument(TypedDict):
     warnings: list[str]
     not_modelled: list[str]
     """What the numbers leave out."""
+    host: HostDocument | None
+    """Host memory to load, offload and merge, and what checkpoints take on disk."""
     gpus: list[CardDocument]
     """One entry for each card that was named."""
     largest: NotRequired[list[PeakTensorDocument]]

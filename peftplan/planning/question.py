@@ -21,6 +21,7 @@ from peftplan.results.estimate import Estimate, Peaks, Verdict
 if TYPE_CHECKING:
     from peftplan.analytic.compiled import Compiled
     from peftplan.analytic.grid import Grid
+    from peftplan.results.host import Host
 
 
 class Question(NamedTuple):
@@ -76,6 +77,13 @@ class Question(NamedTuple):
             return analytic(Question(other, tuple(cards)), skip_unfit=True)
 
         return advise(job, trials(card, on_card, job.setup, changed, judged), everything=self.search == "all")
+
+    def host(self, offloaded: int) -> Host:
+        """What the job needs besides the card; `offloaded` are bytes of checkpointed inputs in host memory."""
+        from peftplan.planning.host import host
+
+        job, built, static = self.inventory
+        return host(job, built, static, offloaded)
 
 
 class Counted(NamedTuple):

@@ -178,18 +178,35 @@ def _file(job: Job, fields: Mapping[str, Any]) -> AdapterFile:
     return AdapterFile(file_bytes(tensors), tensors)
 
 
-def _loaded(job: Job, *, adapter_dtype: str, quant: QuantConfig | None) -> parameters.Parameters:
+def loaded_parameters(job: Job, *, adapter_dtype: str, quant: QuantConfig | None) -> parameters.Parameters:
     """Base and adapter as loaded for inference, without preparation for training."""
     return parameters.build(
         job.architecture, job.adaptation, dtype=job.setup.dtype, adapter_dtype=adapter_dtype, quant=quant, kbit_prepare=False
     )
 
 
+def adapter_bytes(job: Job) -> int:
+    """Bytes of the adapter's file. Raises RefusedError where peft writes none."""
+    fields = {} if job.config is None else job.config.model_dump()
+    return _file(job, {**fields, **job.adapter}).num_bytes
+
+
+def model_bytes(job: Job) -> int:
+    """Bytes of the model's files, of a method that trains the base itself."""
+    return _checkpoint(job).num_bytes
+
+
+def merge_on_cpu(job: Job) -> int:
+    """Host memory at the peak of a merge into the base in its own dtype. Raises RefusedError where there is none."""
+    merging.refuse_unmergeable(_peft_type(job), name=_name(job), quant=None)
+    return _merge_on(job, "cpu", None).total
+
+
 def _checkpoint(job: Job) -> Checkpoint:
     """The merged model in the dtype of the base, not quantized; of a method that trains the base itself, that base."""
     if _name(job) not in merging.TRAINS_BASE:
         merging.refuse_unmergeable(_peft_type(job), name=_name(job), quant=None)
-    dense = _loaded(job, adapter_dtype=LOADED_ADAPTER_DTYPE, quant=None)
+    dense = loaded_parameters(job, adapter_dtype=LOADED_ADAPTER_DTYPE, quant=None)
     storages = checkpoint.merged_storages(job.architecture, job.adaptation, dense, dtype=job.setup.dtype)
     return Checkpoint(job.setup.dtype, checkpoint.shards(storages), sum(map(len, storages)))
 
@@ -207,7 +224,7 @@ def _quantized_merge(job: Job) -> MergeMemory:
 
 
 def _merge_on(job: Job, device: Device, quant: QuantConfig | None) -> MergeMemory:
-    loaded, dtype = _loaded(job, adapter_dtype=LOADED_ADAPTER_DTYPE, quant=quant), job.setup.dtype
+    loaded, dtype = loaded_parameters(job, adapter_dtype=LOADED_ADAPTER_DTYPE, quant=quant), job.setup.dtype
     kind = merging.Merging(str(_peft_type(job)), dtype, LOADED_ADAPTER_DTYPE, device, quant)
     adapter = residents.adapter_bytes(job.adaptation, loaded, dtype=LOADED_ADAPTER_DTYPE, device=device)
     return MergeMemory(
@@ -220,7 +237,7 @@ def _merge_on(job: Job, device: Device, quant: QuantConfig | None) -> MergeMemor
 
 def _resident(job: Job, request: Request, file: AdapterFile | None) -> Loaded:
     dtype = request.serving_dtype
-    loaded = _loaded(job, adapter_dtype=dtype, quant=job.quant)
+    loaded = loaded_parameters(job, adapter_dtype=dtype, quant=job.quant)
     prompt = next((t for t in (file.tensors if file else ()) if t.name == adapter_file.PROMPT_KEY), None)
     return Loaded(
         base=residents.base_bytes(job.architecture, loaded, dtype=job.setup.dtype, device="gpu"),

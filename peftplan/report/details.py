@@ -53,7 +53,7 @@ def estimate(result: Estimate, *, explain_peak: bool = False) -> None:
         for gpu, advised in result.advice.items():
             parts += ["", *_advice(result, gpu, advised)]
     parts += [f"{v.gpu}: {v.why}; context: {v.context_source}" for v in result.gpus]
-    parts += ["", *_lines(result, width=out.width)]
+    parts += ["", *_host(result), "", *_lines(result, width=out.width)]
     parts += ["", Text("Assumptions", style="bold"), *_assumptions(result, width=out.width)]
     parts += [f"note: {note}" for note in result.assumptions.get("notes", ())]
     parts += ["", not_counted(result)]
@@ -154,6 +154,18 @@ def _advice(result: Estimate, gpu: str, advised: Advised) -> list[RenderableType
         parts.append(shown)
     said = advice.without_help(gpu, advised)
     return [*parts, said] if said else parts
+
+
+def _host(result: Estimate) -> list[RenderableType]:
+    """Host memory and disk."""
+    if result.host is None:
+        return []
+    from peftplan.report import host
+
+    shown = table(*host.COLUMNS)
+    for row in host.cells(result.host):
+        shown.add_row(*row)
+    return [shown, *host.remarks(result.host)]
 
 
 def _lines(result: Estimate, *, width: int) -> list[RenderableType]:

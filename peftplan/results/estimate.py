@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from peftplan.results.advice import Advised
+    from peftplan.results.host import Host
 
 SCHEMA_VERSION = 1
 PHASES = ("load", "forward", "backward", "step")
@@ -152,6 +153,8 @@ class Origin(Protocol):
 
     def advise(self, on_card: Verdict) -> Advised: ...
 
+    def host(self, offloaded: int) -> Host: ...
+
 
 @dataclass(frozen=True, repr=False)
 class Estimate:
@@ -199,6 +202,11 @@ class Estimate:
 
     def _repr_html_(self) -> str:
         return as_html(self)
+
+    @cached_property
+    def host(self) -> Host | None:
+        """Host memory to load, offload and merge, and what checkpoints take on disk."""
+        return None if self.origin is None else self.origin.host(self.assumptions.get("offloaded_bytes", 0))
 
     @property
     def unfit(self) -> tuple[Verdict, ...]:
@@ -317,6 +325,7 @@ class Estimate:
             "assumptions": dict(self.assumptions),
             "warnings": list(self.warnings),
             "not_modelled": list(self.not_modelled),
+            "host": self.host and self.host.to_dict(),
             "gpus": [verdict.to_dict() | {"largest_line": largest, **self._advice_facts(verdict.gpu)} for verdict in self.gpus],
         }
 

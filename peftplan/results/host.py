@@ -1,0 +1,72 @@
+"""Host memory and disk: what a job needs besides the card."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+SMALL_FILES = "adapter_config.json or config.json, rng_state.pth, trainer_state.json, training_args.bin and tokenizer files"
+"""What the sum of a checkpoint leaves out: about 30 KB, and the tokenizer's few MB where Trainer is given one."""
+
+
+class Loading(NamedTuple):
+    """Host memory that loading the model takes; `largest_tensor` passes through it even where the model does not stay there."""
+
+    bytes: int
+    largest_tensor: int
+    how: str
+
+
+class CheckpointFiles(NamedTuple):
+    """The large files of one checkpoint. `optimizer_exact`: of another optimizer than torch's own, the container is close only.
+
+    `model` is the adapter's file, or the files of the whole model where its base trains; None where it is not known.
+    """
+
+    model_name: str
+    model: int | None
+    optimizer: int
+    optimizer_exact: bool
+    scheduler: int
+
+    @property
+    def total(self) -> int:
+        """The sum, as far as it is known."""
+        return (self.model or 0) + self.optimizer + self.scheduler
+
+
+class Host(NamedTuple):
+    """Host memory and disk. Bytes; None is what does not exist or is not known.
+
+    `offloaded` waits in host memory during backward, `paged` are optimizer states that leave a full card for it, `merging` is the
+    peak of `merge_and_unload` on the CPU. `kept` checkpoints take `disk_kept` bytes, one more while the next is written.
+    """
+
+    loading: Loading
+    offloaded: int
+    paged: int
+    merging: int | None
+    checkpoint: CheckpointFiles
+    save_total_limit: int | None
+
+    @property
+    def disk_kept(self) -> int | None:
+        """All checkpoints that Trainer keeps; None where it keeps every one."""
+        return None if self.save_total_limit is None else self.save_total_limit * self.checkpoint.total
+
+    @property
+    def disk_peak(self) -> int | None:
+        """The same while a new checkpoint is written beside them."""
+        return None if self.disk_kept is None else self.disk_kept + self.checkpoint.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """The key `host` of the JSON."""
+        return {
+            "loading": self.loading._asdict(),
+            "offloaded": self.offloaded,
+            "paged": self.paged,
+            "merging": self.merging,
+            "checkpoint": {**self.checkpoint._asdict(), "total": self.checkpoint.total},
+            "save_total_limit": self.save_total_limit,
+            "disk_kept": self.disk_kept,
+            "disk_peak": self.disk_peak,
+        }
