@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ Peaks = dict[str, int] | str
 def peaks(config: Mapping[str, Any], options: Mapping[str, Any], engine: Literal["analytic", "trace"]) -> Peaks:
     """What an engine says of a job."""
     try:
-        estimated = estimate(dict(config), engine=engine, **options)
+        estimated = estimate(deepcopy(dict(config)), engine=engine, **options)  # transformers writes into nested dicts
     except PeftplanError as error:
         return f"refused: {error}"
     except Exception as error:  # a fault of ours: it is reported like a number of one engine alone

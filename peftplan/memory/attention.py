@@ -272,7 +272,9 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
         bias = f.new((s, keys), wide, "causal mask")
     else:
         bias = f.new(mask.dims, wide, "mask") if mask.dtype == "bool" else mask
-    heads, values = repeat_kv(f, k, a), repeat_kv(f, v, a)
+        seen = f.new(mask.dims, "bool", "logical_not") if mask.dtype == "bool" else None
+        del seen
+    heads, values = (repeat_kv(f, x, a) if x.dims[1] == a.num_key_value_heads else x for x in (k, v))  # else it is repeated
     broadcast = q.dims[1] != heads.dims[1]
     copied = a.num_attention_heads != a.num_key_value_heads or (model.joins and not broadcast)
     spread = partial(_math_copy, model, heads=q.dims[1], broadcast=broadcast, copied=copied)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.errors import NeedsTraceError
+from peftplan.ledger import Dim
 from peftplan.memory.activations import activation, power
 from peftplan.memory.attention import attend
 from peftplan.memory.calls import into_cache
@@ -255,21 +256,23 @@ class Stack:
             wide, cached = False, prefixed or None
             out = attend(model, a, q, k, v, mask, dropout=dropout, rotated=False, wide=wide, bias=bias, cached=cached)
         else:
-            out = attend(model, a, q, k, v, self.additive(a, bias, mask), dropout=dropout, rotated=False)
+            added = self.additive(a, bias, mask)  # lives beside autocast's cast of it until the kernel returns
+            cast: Tensor = f.cast(added, f.autocast) if f.autocast else added
+            out = attend(model, a, q, k, v, cast, dropout=dropout, rotated=False)
+            del added, cast
         return model.linear(f"{name}.o", out, number)
 
     def additive(self, a: Attention, bias: Tensor, mask: Tensor | None) -> Tensor:
         """`create_position_bias_mask`: a copy per layer, of the positions and what the mask or causality hides."""
         f = self.model.tape
-        dims = ("b" if mask is not None else 1, *bias.dims[1:])
+        dims = ("b" if mask is not None else bias.dims[0], *bias.dims[1:])
         hidden = mask
         if mask is not None or a.causal:
             hidden = mask if mask is not None else f.new(dims[2:], "bool", "causal mask")
             bias = where(f, hidden, bias, dims)
         if not a.cross:  # positions lie head by head innermost
             bias = ops.copied(f, bias, "clone", viewed=False)
-        cast: Tensor = f.cast(bias, f.autocast) if f.autocast else bias
-        return cast
+        return bias
 
     def bias(self, name: str, a: Attention, number: int, dtype: str, *, cross: bool) -> Tensor:
         """The positions that layer 0 makes: an embedding of distances, or zeros for cross-attention.
@@ -281,7 +284,8 @@ class Stack:
         if number:
             return self.biases[key]
         keys = model.source if cross else model.keys if self.side == "decoder" else s
-        dims = (1, a.num_attention_heads, s, keys)
+        one: Dim = "b" if model.running.batch_size == 1 else 1  # a gradient of as many samples is not summed
+        dims = (one, a.num_attention_heads, s, keys)
         if cross:
             positions = f.new(dims, dtype, "position_bias")
             if model.running.checkpointing and model.running.reentrant:
