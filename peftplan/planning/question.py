@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import NeedsTraceError, RefusedError
@@ -19,7 +19,6 @@ from peftplan.results.advice import Advised
 from peftplan.results.estimate import Estimate, Peaks, Verdict
 
 if TYPE_CHECKING:
-    from peftplan.analytic.compiled import Compiled
     from peftplan.analytic.grid import Grid
     from peftplan.results.host import Host
 
@@ -31,27 +30,25 @@ class Question(NamedTuple):
     cards: tuple[Gpu, ...] = ()
     search: AdviceSearch = "best"
 
-    def at(self, batch_size: Any, seq_len: Any) -> Estimate | Grid:
-        """The job at other sizes: an Estimate for whole numbers, a Grid for arrays."""
+    def at(self, sizes: Mapping[str, Any], *, replays: int | None) -> Estimate | Grid:
+        """The job at other sizes: an Estimate for whole numbers, a Grid where one of them is a list or an array."""
+        sizes = {name: value for name, value in sizes.items() if value is not None}
+        if not any(isinstance(value, (list, tuple, range)) or getattr(value, "shape", ()) for value in sizes.values()):
+            others = {name: value for name, value in sizes.items() if name not in ("batch_size", "seq_len")}
+            if others:
+                return analytic(self._replace(inventory=self._with(sizes)))
+            setup = self.inventory.job.setup
+            lengths, batch_size = "seq_len" in sizes, sizes.get("batch_size", setup.batch_size)
+            return analytic(self._resized(batch_size, sizes.get("seq_len", setup.seq_len), sets_length=lengths))
+        from peftplan.planning.at_sizes import grid
+
         setup = self.inventory.job.setup
-        b = setup.batch_size if batch_size is None else batch_size
-        s = setup.seq_len if seq_len is None else seq_len
-        if not getattr(b, "shape", ()) and not getattr(s, "shape", ()):
-            return analytic(self._resized(b, s, sets_length=seq_len is not None))
-        from peftplan.analytic.compiled import compiled
-        from peftplan.analytic.grid import evaluate
+        own = {"batch_size": setup.batch_size, "seq_len": setup.seq_len}
+        return grid(self._with, {**own, **sizes}, cards=self.cards, replays=replays)
 
-        def compile_at(b: int, s: int) -> Compiled:
-            resized = self._resized(b, s, sets_length=seq_len is not None)
-            return compiled(resized.inventory, compute_capability=capability(self.cards[0] if self.cards else None))
-
-        return evaluate(
-            compile_at,
-            batch_size=b,
-            seq_len=s,
-            max_positions=self.inventory.job.architecture.max_positions,
-            logits_to_keep=setup.logits_to_keep,
-        )
+    def _with(self, options: Mapping[str, Any]) -> Inventory:
+        """The job with other options."""
+        return inventory(prepared(self.inventory.job.request.changed(**options))) if options else self.inventory
 
     def _resized(self, batch_size: Any, seq_len: Any, *, sets_length: bool) -> Question:
         job = self.inventory.job

@@ -33,6 +33,8 @@ COUNTED: tuple[Category, ...] = (
     "buffers",
 )
 """Categories that the analytic engine counts today; the others are null in the JSON, never 0."""
+AT_REPLAYS = 64
+"""Points of a grid that `Estimate.at` replays, where nothing else is said: less than a second."""
 TIGHT = 0.05
 """Less than this share of a card left over is tight."""
 
@@ -149,7 +151,7 @@ class Verdict(NamedTuple):
 class Origin(Protocol):
     """What an estimate was made from, as data (`planning.question.Question`): it is asked what needs the job again."""
 
-    def at(self, batch_size: Any, seq_len: Any) -> Any: ...
+    def at(self, sizes: Mapping[str, Any], *, replays: int | None) -> Any: ...
 
     def advise(self, on_card: Verdict) -> Advised: ...
 
@@ -231,16 +233,18 @@ class Estimate:
         """Whether `at` gives the job at other sizes."""
         return self.engine == "analytic" and self.origin is not None and self.peaks is not None
 
-    def at(self, *, batch_size: Any = None, seq_len: Any = None) -> Any:
-        """The same job at another `batch_size` (per device) and `seq_len` (tokens), without building it again.
+    def at(self, *, batch_size: Any = None, seq_len: Any = None, replays: int | None = AT_REPLAYS, **sizes: Any) -> Any:
+        """The same job at another `batch_size` (per device), `seq_len` (tokens), `r`, or another of its options that is a number.
 
-        Whole numbers give an `Estimate`; numpy arrays, broadcast against each other, give a `analytic.grid.Grid` of the
-        bytes that tensors request at the peak. Analytic estimates only. Raises InputError for sizes that are no whole numbers
-        of at least 1.
+        Whole numbers give an `Estimate`. Where one is a list or an array, all are broadcast against each other, as numpy does it,
+        and the answer is a `analytic.grid.Grid`: the bytes that tensors request at every point, and for the cards of this
+        estimate verdicts. At most `replays` points are replayed (None: all) where bytes do not tell the verdict; where it is
+        still open, the verdict is None. Analytic estimates only. Raises InputError for sizes that are no whole numbers of at
+        least 1.
         """
         if self.origin is None or not self.resizes:
             raise InputError("engine", self.engine, "accepted: analytic, whose lines keep their sizes as names")
-        return self.origin.at(batch_size, seq_len)
+        return self.origin.at({"batch_size": batch_size, "seq_len": seq_len, **sizes}, replays=replays)
 
     def explain(self) -> str:
         """Every line of the overall peak as a formula, with its numbers put in and its source; the sum is the peak."""
