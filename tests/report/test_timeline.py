@@ -160,7 +160,7 @@ def test_a_log_is_the_recordings_own(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"timeline: '.*t\.pnh' .*\.png"):
         timeline.check(str(tmp_path / "t.pnh"))
-    with pytest.raises(InputError, match="in a folder that exists"):
+    with pytest.raises(InputError, match="in an existing folder"):
         timeline.check(str(tmp_path / "no" / "t.html"))
     (tmp_path / "d.html").mkdir()
     with pytest.raises(InputError, match="accepted: a file"):
