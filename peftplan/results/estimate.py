@@ -329,8 +329,8 @@ class Estimate:
             "assumptions": dict(self.assumptions),
             "warnings": list(self.warnings),
             "not_modelled": list(self.not_modelled),
-            "host": self.host and self.host.to_dict(),
             "gpus": [verdict.to_dict() | {"largest_line": largest, **self._advice_facts(verdict.gpu)} for verdict in self.gpus],
+            "host": self.host and self.host.to_dict(),
         }
 
     def _advice_facts(self, gpu: str) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def test_keys_and_types(job: tuple[str, ...]) -> None:
         "warnings",
         "not_modelled",
         "gpus",
+        "host",
     ]
     assert result["schema_version"] == 1
     assert result["engine"] == "analytic"
