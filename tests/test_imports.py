@@ -19,7 +19,7 @@ PACKAGE = Path(peftplan.__file__).parent
 SOURCES = {file.relative_to(PACKAGE).as_posix(): file.read_text(encoding="utf-8") for file in sorted(PACKAGE.rglob("*.py"))}
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "units", "datafiles"),
+    ("errors", "units", "datafiles", "versions"),
     ("dtypes", "files", "validation", "frames", "hardware"),
     ("ledger", "arch", "allocator"),
     ("methods", "storage", "optim", "tape"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+import peftplan.versions as versions
 from peftplan.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,57 +50,59 @@ class Script(BaseModel):
     @property
     def cublaslt_apart(self) -> bool:
         """Whether cuBLASLt has workspaces of its own: before torch 2.12. Since then it takes cuBLAS's (docs/rehearse.md)."""
-        return before(self.torch, 2, 12)
+        return versions.ONE_WORKSPACE.after(self.torch)
 
     @property
     def ties_by_address(self) -> bool:
         """Whether the allocator orders equal free blocks by address: before torch 2.13. Since then by age of their segment."""
-        return before(self.torch, 2, 13)
+        return versions.TIES_BY_AGE.after(self.torch)
 
     @property
     def rotary_by_product(self) -> bool:
         """Whether a matrix product makes angles of positions, which takes cuBLAS's workspace before the first layer: transformers
         before 5.19 (`LlamaRotaryEmbedding.forward`: `inv_freq_expanded @ position_ids_expanded`)."""
-        return before(self.transformers, 5, 19)
+        return versions.ROTARY_WITHOUT_PRODUCT.after(self.transformers)
 
     @property
     def shifts_logits(self) -> bool:
         """Whether the loss of a causal language model copies the fp32 logits without the last position: transformers before 4.49
         (`ForCausalLMLoss`: `logits[..., :-1, :].contiguous()`); since then labels are padded instead."""
-        return before(self.transformers, 4, 49)
+        return versions.LABELS_PADDED.after(self.transformers)
 
     @property
     def logits_in_fp32(self) -> bool:
         """Whether logits are fp32 before any loss, and so in the outputs: transformers before 4.46 (`logits = logits.float()`
         in the model's own forward)."""
-        return before(self.transformers, 4, 46)
+        return versions.LOGITS_STAY_16_BIT.after(self.transformers)
 
     @property
     def loads_in_threads(self) -> bool:
         """Whether weights are copied to the card in threads while others are quantized there: transformers 5.0 to 5.3
         (`core_model_loading.py`; 5.4 asks for `has_on_the_fly_quantization`)."""
-        return before(self.transformers, 5, 4) and not before(self.transformers, 5, 0)
+        ran = self.transformers
+        return versions.QUANTIZING_IN_TURN.after(ran) and not versions.LOADING_IN_THREADS.after(ran)
 
     def masks_unpadded(self, model_type: str, setup: Setup) -> bool:
         """Whether sdpa gets a mask for a batch that has none: without a cache, transformers 4.54 to 4.57 takes its positions for
         those of packed sequences (`_preprocess_mask_arguments`); 5.0 looks whether they are. The collators of other trainers than
         `plain` give a mask."""
-        ran = before(self.transformers, 5, 0) and not before(self.transformers, 4, 54)
+        version = self.transformers
+        ran = versions.PACKED_POSITIONS_CHECKED.after(version) and not versions.PACKED_POSITIONS.after(version)
         bare = not setup.by.collates and not setup.padding and not setup.use_cache
         return ran and bare and setup.attn_implementation == "sdpa" and model_type in POSITIONS_IN_MASKS
 
     @classmethod
-    def on(cls, **versions: str | None) -> Script:
+    def on(cls, **typed: str | None) -> Script:
         """A loop of today on this torch and transformers, as somebody typed them. Raises InputError for what is no version."""
-        for package, version in versions.items():
+        for package, version in typed.items():
             if version is not None and not re.match(VERSION, version):
                 raise InputError(package, version, f"accepted: a version such as {EXAMPLES[package]}")
-        return NO_SCRIPT.ran_on(versions)
+        return NO_SCRIPT.ran_on(typed)
 
-    def ran_on(self, versions: Mapping[str, str | None]) -> Script:
+    def ran_on(self, packages: Mapping[str, str | None]) -> Script:
         """The same with these versions of torch and transformers, where the script itself does not say and they are versions (a
         record may say anything)."""
-        said = {package: versions.get(package) or "" for package in EXAMPLES if getattr(self, package) is None}
+        said = {package: packages.get(package) or "" for package in EXAMPLES if getattr(self, package) is None}
         readable = {package: version for package, version in said.items() if re.match(VERSION, version)}
         return self.model_copy(update=readable) if readable else self
 
@@ -117,11 +120,6 @@ POSITIONS_IN_MASKS = frozenset(
 
 EXAMPLES = {"torch": "2.10", "transformers": "5.3"}
 """The packages of which a version can be said, each with one."""
-
-
-def before(version: str | None, major: int, minor: int) -> bool:
-    """Whether this is an older version; None is today's."""
-    return version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < (major, minor)
 
 
 NO_SCRIPT = Script.model_construct()

@@ -6,9 +6,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 
 from peftplan.errors import MissingExtraError, RefusedError
-
-FLOORS: dict[str, tuple[int, ...]] = {"torch": (2, 8), "transformers": (5, 0), "peft": (0, 19)}
-"""The oldest releases with which traces were run; the same as in pyproject.toml."""
+from peftplan.versions import FLOORS
 
 
 def require(what: str, *packages: str) -> None:

@@ -18,6 +18,7 @@ from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
 from peftplan.libraries.installed import require
+from peftplan.versions import TIED_AS_MADE
 
 AUTO_MAPPINGS: dict[str, tuple[str, ...]] = {
     "CAUSAL_LM": ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
@@ -103,7 +104,7 @@ def build_model(config: Mapping[str, Any], hf_config: Any, cls: Any, *, name: st
     try:
         with torch.device("meta"):
             model = cls._from_config(hf_config, dtype=torch.bfloat16)
-            if version("transformers").startswith("5.0."):  # leaves it to loading
+            if TIED_AS_MADE.after(version("transformers")):
                 model.tie_weights()
     except Exception as error:  # each model class raises its own kinds
         raise InputError("model", name, f"transformers' {cls.__name__} refuses it: {_first_line(error)}") from None

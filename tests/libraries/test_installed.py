@@ -10,6 +10,7 @@ import pytest
 
 import peftplan
 from peftplan.libraries import installed
+from peftplan.versions import FLOORS
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -27,7 +28,7 @@ def releases(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
 
 def test_the_floors_are_those_that_pip_reads() -> None:
     (line,) = re.findall(r"^trace = \[(.*)\]$", PYPROJECT.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    for package, floor in installed.FLOORS.items():
+    for package, floor in FLOORS.items():
         assert f'"{package}>={".".join(map(str, floor))}"' in line
 
 

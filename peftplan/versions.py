@@ -1,0 +1,45 @@
+"""Releases of the libraries: those that the formulas were read in, the oldest that a trace runs with, and those that changed what
+a step holds. Only this file compares versions.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+READ_IN = {
+    "torch": "2.13",
+    "transformers": "5.24",
+    "peft": "0.21.2",
+    "trl": "1.16",
+    "accelerate": "1.15",
+    "bitsandbytes": "0.50.2",
+}
+"""What a formula's source means where it names no release."""
+
+FLOORS: dict[str, tuple[int, ...]] = {"torch": (2, 8), "transformers": (5, 0), "peft": (0, 19)}
+"""The oldest releases with which traces were run; the same as in pyproject.toml."""
+
+
+class Change(NamedTuple):
+    """A release in which a library changed what a step holds, and where its code shows it."""
+
+    package: str
+    release: tuple[int, int]
+    source: str
+
+    def after(self, version: str | None) -> bool:
+        """Whether the change is still to come in this version; None is today's."""
+        return version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < self.release
+
+
+ONE_WORKSPACE = Change("torch", (2, 12), "cuBLASLt takes cuBLAS's workspaces (docs/rehearse.md)")
+TIES_BY_AGE = Change("torch", (2, 13), "the allocator orders equal free blocks by the age of their segment, no longer by address")
+LOGITS_STAY_16_BIT = Change("transformers", (4, 46), "the model's own forward has no `logits = logits.float()`")
+LABELS_PADDED = Change("transformers", (4, 49), "`ForCausalLMLoss` pads labels instead of `logits[..., :-1, :].contiguous()`")
+PACKED_POSITIONS = Change("transformers", (4, 54), "`_preprocess_mask_arguments` reads positions as those of packed sequences")
+PACKED_POSITIONS_CHECKED = Change("transformers", (5, 0), "`_preprocess_mask_arguments` looks whether positions are packed")
+LOADING_IN_THREADS = Change("transformers", (5, 0), "`core_model_loading.py` copies weights in threads")
+QUANTIZING_IN_TURN = Change("transformers", (5, 4), "`core_model_loading.py` asks for `has_on_the_fly_quantization`")
+TIED_AS_MADE = Change("transformers", (5, 1), "`PreTrainedModel._from_config` ties weights; before, loading did")
+ROTARY_WITHOUT_PRODUCT = Change("transformers", (5, 19), "`LlamaRotaryEmbedding.forward` makes no product with `position_ids`")

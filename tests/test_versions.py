@@ -1,0 +1,48 @@
+"""Thresholds of the libraries' releases stand in one file, each with what changed and where."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import peftplan
+from peftplan import versions
+from peftplan.versions import Change
+
+PACKAGE = Path(peftplan.__file__).parent
+CHANGES = {name: value for name, value in vars(versions).items() if isinstance(value, Change)}
+VERSION = re.compile(r"^(torch|transformers|peft|trl|accelerate|bitsandbytes)? ?\d+\.\d+(\.\d+)?\.?$")
+"""What nothing but a version is: `5.0.`, `transformers 5.24`."""
+
+
+def compared(tree: ast.AST) -> list[int]:
+    """Lines that compare with a string that is a version, or ask whether a version begins with it."""
+    lines = []
+    for node in ast.walk(tree):
+        texts = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "startswith":
+            texts = [*node.args]
+        lines += [n.lineno for n in texts if isinstance(n, ast.Constant) and isinstance(n.value, str) and VERSION.match(n.value)]
+    return lines
+
+
+def test_no_other_file_compares_a_version() -> None:
+    assert [
+        f"{file.relative_to(PACKAGE)}:{line}"
+        for file in sorted(PACKAGE.rglob("*.py"))
+        for line in compared(ast.parse(file.read_text(encoding="utf-8")))
+    ] == []
+    assert compared(ast.parse("version('transformers').startswith('5.0.')")) == [1]
+
+
+def test_each_change_names_its_package_and_where_it_shows() -> None:
+    assert len(CHANGES) >= 9
+    assert all(change.package in versions.READ_IN and change.source for change in CHANGES.values())
+    read_in = {package: tuple(map(int, release.split(".")[:2])) for package, release in versions.READ_IN.items()}
+    assert all(change.release <= read_in[change.package] for change in CHANGES.values())
+
+
+def test_a_change_is_to_come_before_its_release_alone() -> None:
+    change = versions.ROTARY_WITHOUT_PRODUCT
+    assert [change.after(version) for version in ("4.57.6", "5.18.1", "5.19.0", "6.0", None)] == [True, True, False, False, False]
