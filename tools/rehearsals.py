@@ -1,7 +1,7 @@
 """Rehearse the programs of tests/rehearse/programs and write what they showed.
 
     python -m tools.rehearsals [NAME ...]      prints a row of JSON per program
-    python -m tools.rehearsals --write         also writes data/rehearsals.json and the table of docs/rehearse.md
+    python -m tools.rehearsals --write         also writes tests/rehearse/rehearsals.json and the table of docs/rehearse.md
 
 Comments at the head of a program say its card (`# gpu:`), its launcher (`# launcher:`), the exit code (`# exit:`), and, where the
 formulas can say the job, the options of `peftplan estimate` (`# estimate:`). Needs the CUDA build of torch, trl and datasets.
@@ -23,7 +23,7 @@ from peftplan.rehearse import rehearse
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "tests" / "rehearse" / "programs"
-DATA = ROOT / "data" / "rehearsals.json"
+DATA = PROGRAMS.parent / "rehearsals.json"
 PAGE = ROOT / "docs" / "rehearse.md"
 MARKS = ("<!-- programs -->", "<!-- end of programs -->")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
