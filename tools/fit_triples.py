@@ -4,7 +4,7 @@
 
 Each triple is a built-in model with formulas, a method and a card, drawn from a seed and its number; batch size, sequence length
 or rank is searched. A triple that the library refuses is drawn again. `fit` may not have asked every smaller size; a dozen
-of them, drawn at random, are estimated too. Of the triples whose models are small, the first `--traced` are traced at the size
+of them, drawn at random, are estimated too. The `--traced` triples of the smallest models are traced at the size
 that fits and at one more. `--rows` keeps a line of JSON per triple and goes on where it stopped; delete the file after a change
 of the code. It ends with one line of totals, and exits 1 where an answer of `fit` was contradicted.
 """
@@ -148,7 +148,7 @@ def main() -> int:
 
     for number in range(arguments.triples):
         triples.append(known[number] if number in known else keep(draw(arguments.seed, number)))
-    for at, triple in enumerate(triples):
+    for at, triple in sorted(enumerate(triples), key=lambda numbered: _models()[numbered[1].model]):
         if sum(len(other.traced) == 2 for other in triples) < arguments.traced and can_be_traced(triple) and not triple.traced:
             triples[at] = keep(traced(triple))
     text = page(triples, seed=arguments.seed)
