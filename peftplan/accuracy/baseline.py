@@ -57,7 +57,9 @@ def load(path: Path, *, may_be_new: bool = False) -> Baseline:
     try:
         return Baseline.model_validate_json(content)
     except ValidationError as error:
-        raise InputError("baseline", str(path), f"it is not a baseline: {error.errors(include_input=False)[0]['msg']}") from None
+        first = error.errors(include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError("baseline", str(path), f"it is not a baseline: {where}: {first['msg']}") from None
 
 
 def updated(baseline: Baseline, engine: Engine, answers: Sequence[Answer], *, versions: dict[str, str]) -> Baseline:

@@ -43,6 +43,7 @@ class SetupOptions(TypedDict, total=False):
     keep_gradients: bool
     kbit_prepare: bool | None
     use_cache: bool | None
+    save_total_limit: int | None
     trust_remote_code: bool
 
 

@@ -288,7 +288,9 @@ def test_a_bug_on_one_record_fails_the_check_and_stops_nothing() -> None:
 
 def test_a_baseline_that_is_none_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "baseline.json"
-    assert stored.load(file) == stored.Baseline()
+    assert stored.load(file, may_be_new=True) == stored.Baseline()
+    with pytest.raises(PeftplanError, match=r"baseline\.json"):
+        stored.load(file)
     file.write_text('{"schema_version": 1, "engines": {"analytic": {"a": {"peak": 1}}}}')
     with pytest.raises(PeftplanError, match="peak"):
         stored.load(file)
@@ -378,8 +380,9 @@ def test_a_wrong_count_makes_the_check_fail(t4: list[str]) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_every_format_says_the_drift(runs: Path, tmp_path: Path, fmt: str) -> None:
+    (tmp_path / "empty.json").write_text(stored.Baseline().model_dump_json(), encoding="utf-8")
     with engine_that_states(33 * GIB):
-        done = run("check", str(runs), "--format", fmt, "--baseline", str(tmp_path / "none.json"), columns=None)
+        done = run("check", str(runs), "--format", fmt, "--baseline", str(tmp_path / "empty.json"), columns=None)
     assert done.code == 1
     assert "+3.12 %" in done.out
     if fmt == "json":
