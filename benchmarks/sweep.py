@@ -24,7 +24,7 @@ import numpy as np
 
 import peftplan
 from peftplan.analytic.sized import Points, Sized
-from peftplan.planning.sweep import counted
+from peftplan.planning.sweep_points import counted
 
 MODEL, METHOD, CARD = "llama-3.1-8b", "qlora", "a100-80gb"
 LENGTHS = 1000

@@ -48,7 +48,7 @@ both a room and a function."""
 COMPUTES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
 ARRAYS = (
     *("analytic/moments.py", "analytic/grid.py"),
-    *("analytic/ranked.py", "analytic/sized.py", "planning/decided.py", "planning/sweep.py", "planning/at_sizes.py"),
+    *("analytic/ranked.py", "analytic/sized.py", "planning/decided.py", "planning/sweep_points.py", "planning/at_sizes.py"),
 )
 """The files that evaluate many sizes at once, with numpy; nothing imports them before it is asked to."""
 TERMINAL = {"click": ("cli",), "rich": ("report",), "matplotlib": ("report",)}

@@ -22,7 +22,7 @@ from peftplan.analytic.sized import Points, Sized
 from peftplan.errors import PeftplanError
 from peftplan.methods import METHODS
 from peftplan.planning.decided import PROBES, SEGMENTS, _spread
-from peftplan.planning.sweep import counted
+from peftplan.planning.sweep_points import counted
 from peftplan.units import GIB
 from tools.fit_triples import _models
 

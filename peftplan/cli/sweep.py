@@ -11,7 +11,7 @@ from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 from peftplan.errors import BoundError, RefusedError
 
 if TYPE_CHECKING:
-    from peftplan.planning.sweep import Chunk
+    from peftplan.planning.sweep_points import Chunk
 
 ALL = "all"
 METAVAR = "INTS"

@@ -105,12 +105,7 @@ def verdict(
     `static_bytes`: what lasts from step to step, a lower bound where there is no peak. `runs_within`: whether the job runs where
     the allocator can take so many bytes. `skip_unfit`: do not replay peaks whose tensors alone are too large.
     """
-    from peftplan.hardware.context import context_for_verdict
-    from peftplan.hardware.usable import usable_bytes
-
-    usable = usable_bytes(card)
-    context = context_for_verdict(card)
-    room = usable.bytes - context.bytes
+    usable, room = usable_and_room(card)
     unfit = skip_unfit and peaks is not None and peaks.at_least > room
     reserved = static_bytes if peaks is None else peaks.at_least if unfit else peaks.reserved or peaks.allocated
     lower_bound = peaks is None or bool(peaks.incomplete)
@@ -122,7 +117,42 @@ def verdict(
     elif lower_bound:
         word = "unknown"
     else:
-        word = "fits" if room - reserved >= TIGHT * usable.bytes else "tight"
+        word = "fits" if room - reserved >= TIGHT * usable else "tight"
+    return stated(
+        card,
+        word,
+        reserved,
+        lower_bound=lower_bound,
+        runs_by_releasing_cache=releases_cache and word == "tight",
+        scope=TEXT if peaks is not None and peaks.assumed.get("images_per_sample") == 0 else None,
+        reason=refused,
+    )
+
+
+def usable_and_room(card: Gpu) -> tuple[int, int]:
+    """Bytes of a card that a program can use, and what the CUDA context leaves of them to the allocator."""
+    from peftplan.hardware.context import context_for_verdict
+    from peftplan.hardware.usable import usable_bytes
+
+    usable = usable_bytes(card).bytes
+    return usable, usable - context_for_verdict(card).bytes
+
+
+def stated(
+    card: Gpu,
+    word: str,
+    reserved: int,
+    *,
+    lower_bound: bool = False,
+    runs_by_releasing_cache: bool = False,
+    scope: str | None = None,
+    reason: str | None = None,
+) -> Verdict:
+    """A verdict in this word on a job whose allocator reserves so many bytes, with the card's usable bytes and context."""
+    from peftplan.hardware.context import context_for_verdict
+    from peftplan.hardware.usable import usable_bytes
+
+    usable, context = usable_bytes(card), context_for_verdict(card)
     return Verdict(
         card.id,
         usable.bytes,
@@ -133,9 +163,9 @@ def verdict(
         context_source=context.why,
         context_assumed=context.assumed,
         lower_bound=lower_bound,
-        runs_by_releasing_cache=releases_cache and word == "tight",
-        scope=TEXT if peaks is not None and peaks.assumed.get("images_per_sample") == 0 else None,
-        reason=refused,
+        runs_by_releasing_cache=runs_by_releasing_cache,
+        scope=scope,
+        reason=reason,
     )
 
 

@@ -17,7 +17,7 @@ from peftplan.errors import InputError, RefusedError
 from peftplan.hardware.context import context_for_verdict
 from peftplan.hardware.gpus import Gpu
 from peftplan.hardware.usable import usable_bytes
-from peftplan.planning.verdicts import capability
+from peftplan.planning.verdicts import capability, stated, usable_and_room
 from peftplan.rehearse import scratch
 from peftplan.rehearse.card import library
 from peftplan.rehearse.settings import VARIABLE, Settings
@@ -174,15 +174,9 @@ def _result(
     ranks = tuple(rank for report in reports for rank in _ranks(report, context))
     ooms = [_out_of_memory(report) for report in reports if report["oom"] and (code or report["program_exit"])]
     steps = max((report["steps_taken"] for report in reports), default=0)
-    ended = (
-        "timeout"
-        if timed_out
-        else "out_of_memory"
-        if ooms
-        else "steps"
-        if settings.steps and steps >= settings.steps
-        else "program"
-    )
+    reached = settings.steps and steps >= settings.steps
+    endings = {"timeout": timed_out, "out_of_memory": ooms, "steps": reached, "program": True}
+    ended = next(ending for ending, happened in endings.items() if happened)
     return Rehearsal(
         command=tuple(command),
         ended=ended,
@@ -221,35 +215,24 @@ def _out_of_memory(report: Mapping[str, Any]) -> OutOfMemory:
 
 def _verdict(card: Gpu, ranks: Iterable[Rank], *, out_of_memory: bool, steps: int) -> Verdict:
     """The rules of `planning.verdicts`, on what ran. A program that never stepped decides nothing but that it does not fit."""
-    usable, context = usable_bytes(card), context_for_verdict(card)
+    usable, room = usable_and_room(card)
     reserved = max((rank.peak_reserved for rank in ranks), default=0)
-    left = usable.bytes - context.bytes - reserved
     released = any(rank.cache_released for rank in ranks)
-    enough = left >= TIGHT * usable.bytes and not released
+    enough = room - reserved >= TIGHT * usable and not released
     word = "does_not_fit" if out_of_memory else "unknown" if not steps else "fits" if enough else "tight"
-    return Verdict(
-        card.id,
-        usable.bytes,
-        usable.why,
-        word,
-        needed_bytes=reserved + context.bytes,
-        context_bytes=context.bytes,
-        context_source=context.why,
-        context_assumed=context.assumed,
-        lower_bound=out_of_memory or not steps,
-        runs_by_releasing_cache=released and not out_of_memory,
-    )
+    undecided = out_of_memory or not steps
+    return stated(card, word, reserved, lower_bound=undecided, runs_by_releasing_cache=released and not out_of_memory)
 
 
 def _replaced(settings: Settings, *, keep_writes: bool, network: bool) -> Iterator[str]:
-    yield "kernels do nothing: values read from the card are zeros, counts of labels are those of the batch"
+    yield "kernels do nothing: numbers read from the card are zero, counts of labels are those of the batch"
     if settings.world_size > 1:
-        yield f"collectives: this process plays rank {settings.rank} of {settings.world_size} alone"
+        yield f"collectives do nothing: this process plays rank {settings.rank} of {settings.world_size} alone"
     if not keep_writes:
-        yield "saved tensors: files of the true length, all holes"
-        yield "writes: they went to a scratch layer and are gone"
+        yield "saved tensors are files of the true length without data"
+        yield "writes went to a scratch layer and are gone"
     if not network:
-        yield "network: there was none"
+        yield "the network was out of reach"
 
 
 def _notes(ranks: Iterable[Rank], steps: int, settings: Settings) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from peftplan.errors import InputError
+from peftplan.errors import InputError, RefusedError
 from peftplan.hardware.gpus import Gpu, find_gpu
 from peftplan.planning.verdicts import find_cards
 
@@ -40,8 +40,10 @@ def read(
     max_host: str | None,
 ) -> Request:
     """The request. Raises InputError, naming the field."""
-    if isinstance(command, str) or not command:
-        raise InputError("COMMAND", command or None, "accepted: a program and its arguments, after --: -- python train.py")
+    if not command:
+        raise RefusedError("COMMAND is missing: a program and its arguments stand after --, as in -- python train.py")
+    if isinstance(command, str):
+        raise InputError("COMMAND", command, "accepted: a list of the program and its arguments")
     if not shutil.which(command[0], path=None) and not (Path(sys.executable).parent / command[0]).exists():
         raise InputError("COMMAND", command[0], "accepted: a program that is there, on PATH or by its path")
     if steps < 0:

@@ -21,7 +21,7 @@ CHANGES = {
     "weights": "4-bit weights (QLoRA), a smaller model, or sharding over more cards",
     "gradients": "an adapter in place of full fine-tuning, or sharding over more cards",
     "optimizer_states": "an 8-bit or paged optimizer, an adapter in place of full fine-tuning, or sharding",
-    "temporaries": "a smaller batch or a shorter sequence, or a loss that does not hold all logits (--loss liger, chunked)",
+    "temporaries": "a smaller batch or a shorter sequence, or a loss that does not hold all logits (Liger, chunked)",
 }
 """Category → what makes it smaller."""
 
@@ -50,7 +50,7 @@ def _verdict(verdict: Verdict, result: Rehearsal, screen: Screen) -> list[Row]:
     marks = {"fits": glyphs.fits, "tight": glyphs.tight, "does_not_fit": glyphs.fails}
     size = f"{verdict.usable_bytes / GIB:.1f}"
     if verdict.verdict == "does_not_fit":
-        words = f"out of memory; it has {size} GiB"
+        words = f"out of memory; the card has {size} GiB"
     elif verdict.verdict == "unknown":
         words = f"unknown, since no optimizer stepped; it held {format_bytes(verdict.needed_bytes)} of {size} GiB"
     else:
@@ -63,7 +63,7 @@ def _verdict(verdict: Verdict, result: Rehearsal, screen: Screen) -> list[Row]:
 
 def _out_of_memory(oom: OutOfMemory, screen: Screen) -> list[Row]:
     where = f"{_short(oom.file)}:{oom.line}" + (f": {oom.code}" if oom.code else "") if oom.file else "no line of the program"
-    request = f"{format_bytes(oom.requested_bytes)} more asked for in {oom.phase} of step {oom.step}, rank {oom.rank}"
+    request = f"the program asked for {format_bytes(oom.requested_bytes)} more in {oom.phase}, step {oom.step}, rank {oom.rank}"
     lines = wrapped(request, screen.columns) + wrapped(f"at {where}", screen.columns)
     return [*lines, BLANK, (Part("alive then, by the line that made it:"),), *_lines(oom.alive, screen)]
 
@@ -75,9 +75,8 @@ def _peak(rank: Rank, ranks: Sequence[Rank], screen: Screen) -> list[Row]:
     highest = max(phases, key=lambda phase: phases[phase])
     others = dot.join(f"{phase} {size / unit:.2f}" for phase, size in phases.items() if phase != highest)
     of_rank = f" on rank {rank.rank}, device {rank.device}" if len(ranks) > 1 else ""
-    text = (
-        f"peak {rank.peak_allocated / unit:.2f} {name} in {highest}{of_rank}; {others}; reserved {rank.peak_reserved / unit:.2f}"
-    )
+    peak, reserved = f"peak {rank.peak_allocated / unit:.2f} {name}", f"reserved {rank.peak_reserved / unit:.2f}"
+    text = "; ".join(part for part in (f"{peak} in {highest}{of_rank}", others, reserved) if part)
     sizes = sorted(rank.by_category.items(), key=lambda item: -item[1])
     parts = [Segment(category.replace("_", " "), size) for category, size in sizes if size >= 0.005 * rank.peak_allocated]
     lines = [*wrapped(text, screen.columns), bar(parts, None, screen.glyphs)]

@@ -19,7 +19,8 @@ from peftplan.files import replacing
 if TYPE_CHECKING:
     import pyarrow
 
-    from peftplan.planning.sweep import Chunk, Sweep, Tally
+    from peftplan.planning.sweep import Sweep, Tally
+    from peftplan.planning.sweep_points import Chunk
 
 FORMATS = ("csv", "jsonl", "parquet")
 BY_SUFFIX = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}

@@ -16,7 +16,8 @@ from peftplan.units import GIB
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from peftplan.planning.sweep import Chunk, Sweep
+    from peftplan.planning.sweep import Sweep
+    from peftplan.planning.sweep_points import Chunk
 
 SUFFIXES = (".png", ".svg")
 MOST_PANELS, MOST_CELLS = 6, 40_000

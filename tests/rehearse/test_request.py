@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peftplan.errors import InputError, PeftplanError
+from peftplan.errors import PeftplanError
 from peftplan.rehearse.request import read
 
 DEFAULTS: dict[str, Any] = {"gpu": None, "steps": 3, "world_size": None, "rank": 0, "timeout": None, "max_host": None}
@@ -37,7 +37,7 @@ def test_a_wrong_option_is_named(changed: dict[str, Any], field: str) -> None:
 
 @pytest.mark.parametrize("command", [(), ("no-such-program", "x"), "python train.py"])
 def test_a_command_is_a_program_that_is_there(command: Any) -> None:
-    with pytest.raises(InputError, match="COMMAND"):
+    with pytest.raises(PeftplanError, match="COMMAND"):
         read(command, **DEFAULTS)
 
 

@@ -88,4 +88,4 @@ def test_out_of_memory_names_the_line_that_asked() -> None:
         "".join(part.text for part in row) for row in rows(rehearsal(oom=OOM, ended="out_of_memory"), Screen(100, UNICODE))
     )
     assert "train.py:31: loss.backward()" in text
-    assert "1.00 MiB more asked for in backward of step 1, rank 0" in text
+    assert "asked for 1.00 MiB more in backward, step 1, rank 0" in text

@@ -1,0 +1,322 @@
+"""The points of a sweep: a grid of options, the jobs that differ in more than sizes, and blocks of a job's points as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peftplan.errors import BoundError, InputError, MissingExtraError, PeftplanError, UnknownNameError
+from peftplan.job.inventory import Inventory, inventory
+from peftplan.job.prepare import check_rank_allocator, prepare
+from peftplan.job.setup import MOST, Setup, check_length, check_logits_to_keep, parse_setup
+from peftplan.planning.axes import Values
+from peftplan.planning.for_method import options_for
+from peftplan.planning.verdicts import capability
+
+try:
+    import numpy as np
+except ImportError:
+    raise MissingExtraError("sweep (numpy)", "sweep") from None
+
+from peftplan.analytic.compiled import kernels
+from peftplan.analytic.sized import Points, Sized
+from peftplan.planning.decided import BY, WORDS, Decided, Limits, decide
+
+if TYPE_CHECKING:
+    from peftplan.hardware.gpus import Gpu
+
+SIZES = ("batch_size", "seq_len", "r")
+"""Options that are evaluated as arrays."""
+BLOCK = 2**18
+"""Points that are held at a time."""
+CHUNK = 2**15
+"""Points whose rows are made at a time."""
+MOST_REFUSED = 200
+"""Jobs that are asked for one that makes sense before any row is made."""
+
+Chunk = dict[str, list[Any]]
+"""Rows as columns: name → a list of values."""
+
+
+class Grid(NamedTuple):
+    """The grid: every combination of models, methods and the values of each axis; `single` are options with one value."""
+
+    models: Values
+    methods: Sequence[str]
+    axes: Mapping[str, Values]
+    single: Mapping[str, Any]
+
+    def own(self, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that a method has; all of them where it is the only one, to be refused."""
+        return options_for(method, options) if len(self.methods) > 1 else dict(options)
+
+    def num_points(self) -> int:
+        """Points."""
+        per_model = sum(prod(len(values) for values in self.own(method, self.axes).values()) for method in self.methods)
+        return len(self.models) * per_model
+
+    def text(self) -> str:
+        """The axes and how many values each has."""
+        named: dict[str, Sequence[Any]] = {"model": self.models, "method": self.methods, **self.axes}
+        return " × ".join(f"{name.replace('_', ' ')} {len(values):,}" for name, values in named.items() if len(values) > 1)
+
+    def of_jobs(self) -> list[str]:
+        """The options that differ between jobs."""
+        return [name for name in self.axes if name not in SIZES]
+
+    def check(self, name: str, values: Values) -> None:
+        """Raise for a value that no job takes, so that a typing error is no row."""
+        if name in SIZES:
+            for value in (values[0], values[-1]) if isinstance(values, range) else values:
+                _whole(name, value)
+            return
+        for value in values[:MOST_REFUSED]:
+            if name in Setup.model_fields:
+                parse_setup({name: value})
+            try:
+                self._any_job({name: value})
+            except UnknownNameError:
+                raise
+            except PeftplanError:
+                continue
+
+    def _any_job(self, changed: Mapping[str, Any]) -> None:
+        """Check a job of the first method that has these options, or that refuses them if none has."""
+        method = next((method for method in self.methods if changed.keys() <= self.own(method, changed).keys()), self.methods[0])
+        named = {"method": method} if method else {}
+        counted(self.models[0], **{**self.own(method, self.single), **changed, **named})
+
+    def jobs(self) -> Iterator[Job]:
+        """One for each model, method, and combination of the options that are no sizes."""
+        for model, method in product(self.models, self.methods):
+            axes = self.own(method, self.axes)
+            sizes = {name: axes.pop(name) for name in SIZES if name in axes}
+            single = self.own(method, self.single) | ({"method": method} if method else {})
+            for values in product(*axes.values()):
+                shown = dict(zip(axes, values, strict=True))
+                yield Job(model, method, {**single, **shown}, shown, sizes)
+
+
+class Job(NamedTuple):
+    """A job with the sizes that its points take. `shown`: the options that differ between jobs."""
+
+    model: Any
+    method: str
+    options: Mapping[str, Any]
+    shown: Mapping[str, Any]
+    sizes: Mapping[str, Values]
+
+    def __len__(self) -> int:
+        return prod(len(values) for values in self.sizes.values())
+
+    def counted(self, rank: int | None = None) -> Inventory:
+        """The job with its parameters, at its own rank or another."""
+        return counted(self.model, **self.options, **({} if rank is None else {"r": rank}))
+
+    def blocks(self, cards: Sequence[Gpu]) -> Iterator[Block]:
+        """Its points, so many at a time."""
+        ranks = self.sizes.get("r", ())
+        by_kernels: dict[Any, Sized | str] = {}
+        for card in cards or (None,):
+            compute_capability = capability(card)
+            key = kernels(compute_capability)
+            if key not in by_kernels:
+                try:
+                    by_kernels[key] = Sized(self.counted, ranks, compute_capability=compute_capability)
+                except PeftplanError as refused:
+                    by_kernels[key] = str(refused)
+        for start in range(0, len(self), BLOCK):
+            yield Block(self, start, min(BLOCK, len(self) - start), by_kernels, cards)
+
+
+class Block:
+    """Some of a job's points, on all cards."""
+
+    def __init__(self, job: Job, start: int, count: int, by_kernels: Mapping[Any, Sized | str], cards: Sequence[Gpu]) -> None:
+        self.job, self.start, self.count, self.by_kernels, self.cards = job, start, count, by_kernels, cards
+        self.replayed = 0
+        first = next(iter(by_kernels.values()))
+        self.first = None if isinstance(first, str) else first.first.job
+        self.warnings = self.first.warnings if self.first else ()
+
+    def points(self) -> dict[str, Any]:
+        """The sizes of the points, as arrays."""
+        shape = [len(values) for values in self.job.sizes.values()]
+        places = np.unravel_index(np.arange(self.start, self.start + self.count), shape) if shape else ()
+        at = {name: _taken(name, values, place) for (name, values), place in zip(self.job.sizes.items(), places, strict=True)}
+        for name in ("batch_size", "seq_len"):
+            if name not in at and self.first is not None:
+                at[name] = np.full(self.count, getattr(self.first.setup, name), dtype=np.int64)
+        return at
+
+    def rows(self, columns: Sequence[str], replays: int | None, tell: Callable[[int, float], None]) -> Iterator[Chunk]:
+        """The rows of the block, as columns."""
+        at = self.points()
+        arrays, errors = self._evaluated(at, replays, tell)
+        of_job = {**dict.fromkeys(columns), **self.job.shown, **self._facts()}
+        cards = max(len(self.cards), 1)
+        for start in range(0, self.count, CHUNK):
+            part = slice(start, min(start + CHUNK, self.count))
+            length = (part.stop - part.start) * cards
+            chunk: Chunk = {name: [value] * length for name, value in of_job.items()}
+            for name, values in at.items():
+                chunk[name] = np.repeat(values[part], cards).tolist()
+            for name, by_card in arrays.items():
+                chunk[name] = [value for values in zip(*(each[part] for each in by_card), strict=True) for value in values]
+            if errors is not None:
+                chunk["error"] = [error for error in errors[part] for _ in range(cards)]
+            yield chunk
+
+    def _facts(self) -> dict[str, Any]:
+        """Columns that are the same at all points."""
+        if self.first is None:
+            return {"model": _name(self.job.model), "method": self.job.method}
+        rank = getattr(self.first.config, "r", None)
+        facts = {"model": self.first.architecture.name, "method": self.first.method_name}
+        return facts | ({"r": rank} if isinstance(rank, int) else {})
+
+    def _evaluated(
+        self, at: Mapping[str, Any], replays: int | None, tell: Callable[[int, float], None]
+    ) -> tuple[dict[str, list[list[Any]]], list[str | None] | None]:
+        """Column → a list of values for each card; and what is wrong with points, if anything is."""
+        first = next(iter(self.by_kernels.values()))
+        if isinstance(first, str):
+            return {}, [first] * self.count
+        points = Points(at["batch_size"], at["seq_len"], at.get("r"))
+        errors, good = _refused(first, points)
+        columns: dict[str, list[list[Any]]] = {}
+        if not len(good):
+            return {}, errors
+        groups: dict[Any, list[Gpu]] = {}
+        for card in self.cards:
+            groups.setdefault(kernels(capability(card)), []).append(card)
+        share = None if replays is None else replays // max(len(groups), 1)
+        by_card: dict[str, dict[str, list[Any]]] = {}
+        for key, sized in self.by_kernels.items():
+            if isinstance(sized, str):
+                continue
+            try:
+                values = self._of_kernels(sized, points.take(good), groups.get(key, []), share, tell)
+            except PeftplanError as missing:
+                return {}, [f"{missing}{getattr(missing, 'hint', '')}"] * self.count
+            by_card |= values
+        for on_card in [card.id for card in self.cards] or [""]:
+            for name, column in by_card[on_card].items():
+                columns.setdefault(name, []).append(_scattered(column, good, self.count))
+        return columns, errors
+
+    def _of_kernels(
+        self, sized: Sized, points: Points, cards: Sequence[Gpu], replays: int | None, tell: Callable[[int, float], None]
+    ) -> dict[str, dict[str, list[Any]]]:
+        """Card → column → values, for cards that run the same kernels."""
+        requested = np.maximum.reduce(list(sized.requested(points).values()))
+        limits = [Limits.of(card, sized) for card in cards]
+        decided = decide(sized, points, requested, limits, replays=replays, progress=lambda share: tell(self.count, share))
+        self.replayed += decided.replayed
+        shared = {
+            "trainable_parameters": sized.trainable(points).tolist(),
+            "requested_bytes": requested.tolist(),
+            "peak_allocated": _known(decided.allocated),
+            "peak_reserved": _known(decided.reserved),
+        }
+        if not cards:
+            return {"": shared}
+        return {card.card.id: shared | _on_card(card, number, decided) for number, card in enumerate(limits)}
+
+
+def _on_card(card: Limits, number: int, decided: Decided) -> dict[str, list[Any]]:
+    count = len(decided.reserved)
+    needed = [None if reserved < 0 else reserved + card.context for reserved in decided.reserved.tolist()]
+    return {
+        "gpu": [card.card.id] * count,
+        "usable_bytes": [card.usable] * count,
+        "context_bytes": [card.context] * count,
+        "needed_bytes": needed,
+        "headroom_bytes": [None if n is None else card.usable - n for n in needed],
+        "verdict": list(map(WORDS.__getitem__, decided.verdicts[number].tolist())),
+        "decided_by": list(map(BY.__getitem__, decided.by[number].tolist())),
+    }
+
+
+def counted(model: Any, **options: Any) -> Inventory:
+    """A checked job with its parameters and what lasts. Raises what `estimate` raises."""
+    job = prepare(model, **options)
+    check_rank_allocator(job)
+    return inventory(job)
+
+
+def _taken(name: str, values: Values, places: Any) -> Any:
+    """Values of an axis at some places; a range is not written out."""
+    if isinstance(values, range):
+        return values.start + values.step * places.astype(np.int64)
+    return np.array([_whole(name, value) for value in values], dtype=np.int64)[places]
+
+
+def _whole(name: str, value: object) -> int:
+    """A size. Raises BoundError or InputError."""
+    text = value.strip() if isinstance(value, str) else value
+    if isinstance(text, str) and text.lstrip("-").isdecimal():
+        text = int(text)
+    if isinstance(text, bool) or not (isinstance(text, int) or hasattr(text, "__index__")):
+        raise InputError(name, value, "accepted: whole numbers")
+    number = int(text)
+    if number < 1:
+        raise BoundError(name, number, "at least 1")
+    if number > MOST:
+        raise BoundError(name, number, f"at most {MOST:,}")
+    return number
+
+
+def first_of(jobs: Iterable[Job]) -> None:
+    """Raise the error of the first job where no job makes sense."""
+    first: PeftplanError | None = None
+    for job in jobs:
+        try:
+            checked = job.counted(None if "r" not in job.sizes else _whole("r", job.sizes["r"][0])).job
+            if "seq_len" in job.sizes:
+                values = job.sizes["seq_len"]
+                shortest = values[0] if isinstance(values, range) else min(_whole("seq_len", value) for value in values)
+                check_length(shortest, checked.architecture.max_positions)
+            return
+        except PeftplanError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _refused(sized: Sized, points: Points) -> tuple[list[str | None] | None, Any]:
+    """What is wrong with points, if anything is, and the points with which nothing is."""
+    job = sized.first.job
+    most, least = job.architecture.max_positions, job.setup.logits_to_keep
+    long = points.seq_len > most if most is not None else np.zeros(len(points), dtype=bool)
+    short = points.seq_len < least if least is not None else np.zeros(len(points), dtype=bool)
+    if not (long | short).any():
+        return None, np.arange(len(points))
+    errors: list[str | None] = [None] * len(points)
+    for at in np.flatnonzero(long | short).tolist():
+        try:
+            check_length(int(points.seq_len[at]), most)
+            check_logits_to_keep(least, int(points.seq_len[at]))
+        except InputError as error:
+            errors[at] = str(error)
+    return errors, np.flatnonzero(~(long | short))
+
+
+def _known(values: Any) -> list[int | None]:
+    return [None if value < 0 else value for value in values.tolist()]
+
+
+def _scattered(values: list[Any], where: Any, count: int) -> list[Any]:
+    """Values at some of `count` places, None at the others."""
+    if len(values) == count:
+        return values
+    column: list[Any] = [None] * count
+    for at, value in zip(where.tolist(), values, strict=True):
+        column[at] = value
+    return column
+
+
+def _name(model: object) -> str:
+    return model if isinstance(model, str) else str(getattr(model, "name_or_path", "") or type(model).__name__)
