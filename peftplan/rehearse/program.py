@@ -237,7 +237,7 @@ def _replaced(settings: Settings, *, keep_writes: bool, network: bool) -> Iterat
 
 def _notes(ranks: Iterable[Rank], steps: int, settings: Settings) -> Iterator[str]:
     if not steps:
-        yield "no optimizer stepped: the peaks are those of what ran until the end"
+        yield "no optimizer step was completed: the peaks are those of what ran until the end"
     elif steps < settings.steps:
         yield f"the program ended after {steps} of {settings.steps} steps"
     for rank in ranks:
