@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import peftplan.methods as methods
 from peftplan.errors import PeftplanError
+from peftplan.job.prepare import PEFT_TASKS, prepare
 from peftplan.job.sources import load
+from peftplan.job.tasks import as_told
 from peftplan.memory.models import FORWARDS
 from peftplan.methods.adaptation import NeedsPeftError
 from tools.random_draws import PROMPTS, draw_config, draw_method
@@ -46,9 +48,17 @@ EXTRA: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def draw_adapter(seed: int, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A model's config, and an adapter_config.json's content."""
+    """A model's config, and an adapter_config.json's content; a config that its reader refuses is drawn again."""
     draw = random.Random(f"adapter {seed} {number}")
-    config = draw_config(draw, draw.choice(tuple(FORWARDS)), deep=0)
+    while True:
+        config = draw_config(draw, draw.choice(tuple(FORWARDS)), deep=0)
+        try:
+            return config, _draw_fields(draw, config)
+        except PeftplanError:
+            continue
+
+
+def _draw_fields(draw: random.Random, config: dict[str, Any]) -> dict[str, Any]:
     method = draw.choice(tuple(TYPES))
     fields = draw_method(draw, method, config, None)
     if fields.get("target_modules") in ("attention", "mlp", "peft-default"):
@@ -57,21 +67,22 @@ def draw_adapter(seed: int, number: int) -> tuple[dict[str, Any], dict[str, Any]
     fields |= {} if method in PROMPTS else dict(methods.METHODS[method].defaults) | fields
     if fields.get("target_modules") == "peft-default":
         del fields["target_modules"]
-    task = load(config).task_type
+    task = load(config).task_type  # peft has no name for masked language models and for pictures
+    task = task if task in PEFT_TASKS else "FEATURE_EXTRACTION"
     stated = {"task_type": task} if method in PROMPTS or draw.random() < 0.7 else {}
-    return config, {"peft_type": TYPES[method], **stated, **fields}
+    return {"peft_type": TYPES[method], **stated, **fields}
 
 
 def counts(config: dict[str, Any], adapter: dict[str, Any]) -> Counts:
-    """Ours."""
+    """Ours, as a user gets them; without a formula, peft itself would count."""
     try:
-        architecture = load(config)
-        adaptation = methods.adapt(architecture, *methods.from_peft_config(adapter))
+        methods.adapt(as_told(load(config), adapter), *methods.from_peft_config(adapter))
+        job = prepare(config, peft_config=adapter)
     except NeedsPeftError as needs:
         return f"no formula: {needs}"
     except PeftplanError as error:
         return f"refused: {error}"
-    return adaptation.num_trainable, architecture.num_parameters + adaptation.num_added
+    return job.adaptation.num_trainable, job.architecture.num_parameters + job.adaptation.num_added
 
 
 def counts_of_peft(config: dict[str, Any], adapter: dict[str, Any]) -> Counts:

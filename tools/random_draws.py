@@ -112,12 +112,13 @@ def _sizes(draw: random.Random, config: Mapping[str, Any]) -> dict[str, Any]:
     groups = config.get("n_group") or 1
     experts = groups * draw.choice((2, 4)) if groups > 1 else draw.choice((4, 6, 8, 16))
     sizes |= dict.fromkeys(EXPERT_FIELDS, experts) | {"num_experts_per_tok": draw.randint(1, min(4, experts))}
-    padded = config.get("pad_token_id") is not None or config["model_type"] not in WITH_PAD_TOKEN
+    padded = config.get("pad_token_id") is not None or config["model_type"] not in (*WITH_PAD_TOKEN, "modernbert")
     if draw.random() < 0.6 and padded:  # a default of its class may lie beyond a smaller vocabulary
         stated_ids = [config.get(f"{name}_token_id", -1) for name in ("pad", "bos", "eos", "decoder_start")]
         used = max((value for value in stated_ids if isinstance(value, int)), default=-1) + 1
         sizes["vocab_size"] = draw.randint(max(VOCAB[0], used), max(VOCAB[1], used))
-    return {name: value for name, value in sizes.items() if isinstance(config.get(name), int)}
+    stated_sizes = {name: value for name, value in sizes.items() if isinstance(config.get(name), int)}
+    return stated_sizes | ({"hidden_dim": mlp} if config["model_type"] == "distilbert" else {})
 
 
 def _first(config: Mapping[str, Any], names: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from peftplan.arch.modules import Architecture
-from peftplan.errors import NoEngineError, RefusedError
+from peftplan.errors import NeedsTraceError, NoEngineError, RefusedError
 from peftplan.job.tasks import as_told
 from peftplan.methods.adaptation import PROMPTED
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PREFIX = "PREFIX_TUNING"
 LANGUAGE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+SCORED_TOKENS = ("TOKEN_CLS", "MASKED_LM")
+"""Tasks whose labels peft does not lengthen by the virtual tokens; it trains a masked language model as FEATURE_EXTRACTION."""
 PEFT_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 """peft 0.21.2's `TaskType`."""
 SOUND = ("whisper",)
@@ -49,9 +51,9 @@ def check_prompted_task(arch: Architecture, adapter: Mapping[str, Any]) -> None:
     `adapter` is the adapter config that was given, if any.
     """
     told = as_told(arch, adapter).task_type
+    if told in PEFT_TASKS and arch.vocab_size and arch.model_type not in SOUND:
+        return
     if arch.task_type in PEFT_TASKS and arch.model_type not in SOUND:
-        if told:
-            return
         raise RefusedError(
             "task_type: the adapter config states none, without which peft 0.21.2 makes no virtual tokens (KeyError: None); "
             f"accepted: {arch.task_type}"
@@ -65,6 +67,8 @@ def check_prompted_task(arch: Architecture, adapter: Mapping[str, Any]) -> None:
 
 def _check_prefix(job: Job) -> None:
     arch = job.architecture
+    if arch.task_type == "MASKED_LM":  # its adapter config says FEATURE_EXTRACTION, whose forward passes the prefix on
+        raise NeedsTraceError("a prefix before a masked language model")
     if arch.task_type not in LANGUAGE:  # peft looks for an argument that transformers 5.24 renamed to `cache`
         raise NoEngineError(
             "peft 0.21.2 refuses to run it: "
@@ -96,7 +100,7 @@ def _check_prompts(job: Job) -> None:
             "`input_ids` cannot be `None`. Please pass either `input_ids` or `decoder_input_ids` or `decoder_inputs_embeds`."
         )
     prompts = setup.batch_size * cast("Any", job.config).num_virtual_tokens
-    if arch.task_type == "TOKEN_CLS":
+    if arch.task_type in SCORED_TOKENS:
         labels = setup.batch_size * setup.seq_len
         raise RefusedError(f"torch 2.13 refuses it: {_mismatch(arch, labels=labels, scored=labels + prompts)}")
     if setup.logits_to_keep is not None:

@@ -52,3 +52,26 @@ def test_both_engines_refuse_what_peft_does(model: str, method: str, reason: str
     for engine in ("analytic", "trace"):
         with pytest.raises(RefusedError, match=reason):
             estimate(shallow(model, 2), method=method, engine=engine, seq_len=32, **TOKENS, **OFF)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("peft_type", ["PROMPT_TUNING", "P_TUNING"])
+def test_virtual_tokens_of_a_masked_language_model_meet_too_few_labels(peft_type: str) -> None:
+    """peft wraps it as FEATURE_EXTRACTION, and both engines meet the loss that has no labels for the virtual tokens."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    adapter = {"peft_type": peft_type, "task_type": "FEATURE_EXTRACTION", **TOKENS}
+    for engine in ("analytic", "trace"):
+        with pytest.raises(RefusedError, match=r"input batch_size \(52\) to match target batch_size \(32\)"):
+            estimate(shallow("bert-base-cased", 2), peft_config=adapter, engine=engine, seq_len=32, **OFF)  # type: ignore[arg-type]
+
+
+def test_a_prefix_of_a_masked_language_model_is_traced() -> None:
+    """2 layers · 2 (key and value) · 768 for each virtual token."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    adapter = {"peft_type": "PREFIX_TUNING", "task_type": "FEATURE_EXTRACTION", **TOKENS}
+    config = shallow("bert-base-cased", 2)
+    assert "add --engine trace" in estimate(config, peft_config=adapter, seq_len=32, **OFF).not_modelled[0]  # type: ignore[arg-type]
+    traced = estimate(config, peft_config=adapter, engine="trace", seq_len=32, **OFF)  # type: ignore[arg-type]
+    assert traced.trainable_parameters == 20 * 2 * 2 * 768
+    assert traced.peaks is not None

@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
-from tools.random_adapters import compare_counts
+from tools.random_adapters import compare_counts, draw_adapter
 from tools.random_draws import draw_job
 from tools.random_jobs import outcome, report
 
@@ -25,3 +25,9 @@ def test_a_random_job_is_within_the_tolerances(number: int) -> None:
 
 def test_random_adapter_configs_have_pefts_counts() -> None:
     assert [said.text for said in compare_counts(SEED, ADAPTERS) if said.fault] == []
+
+
+def test_every_drawn_adapter_has_a_model_that_is_read() -> None:
+    """Among them DistilBERT's: a width of the MLP that its class does not read is drawn again."""
+    drawn = [draw_adapter(31, number)[0] for number in range(60)]
+    assert any(config["model_type"] == "distilbert" and config["hidden_dim"] != 3072 for config in drawn)
