@@ -1,21 +1,44 @@
-"""Which tests are `quick`: those outside tests/trace and tests/libraries that need none of the libraries of the extra `trace`."""
+"""Which tests are `quick`, and how tests are spread over processes.
+
+A test is quick if it needs none of the libraries of the extra `trace` and its function takes less than 50 ms of processor time
+a case. `tests/slow.json` names the functions that take longer, as `pytest --learn-quick` measured them; a test that it does not
+know counts as quick, and `pytest -m quick` names those that turn out to be slow.
+"""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import json
+import os
 import re
+from collections import defaultdict
+from collections.abc import Generator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-NEED_STACK = {Path(__file__).parent / room for room in ("libraries", "trace")}
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's tensors are small here: a second thread only waits
+
+HERE = Path(__file__).parent
+NEED_STACK = {HERE / room for room in ("libraries", "trace")}
 STACK = r"(?:torch|transformers|peft|bitsandbytes|accelerate|trl)\b"
 NEEDS_STACK = re.compile(rf"importorskip\((?:[\"']{STACK}|[A-Za-z])|^\s*(?:import|from) {STACK}", re.M)
 """Code that imports torch or a library on top of it, or skips without; a name instead of a string stands for one of them."""
 STACK_FIXTURES = frozenset({"real_states"})
 """Fixtures that need these libraries; the tests that use them do not say so themselves."""
+
+WITHOUT_STACK = ("quick", "slow", "quick or slow")
+"""What `-m` says where no test needs these libraries."""
+SLOW_FILE = HERE / "slow.json"
+SLOW: Mapping[str, float] = json.loads(SLOW_FILE.read_text(encoding="utf-8"))
+"""Function → seconds of processor time that one of its cases takes on average."""
+SECONDS = 0.05
+"""A quick function takes less. The summary allows four times as much before it names one: the first test pays for imports."""
+PROPERTY = "processor seconds"
+START = pytest.StashKey[float]()
 
 
 @cache
@@ -24,26 +47,98 @@ def module_needs_stack(path: Path) -> bool:
     if not NEED_STACK.isdisjoint(path.parents):
         return True
     source = path.read_text(encoding="utf-8")
+    if not NEEDS_STACK.search(source):
+        return False
     statements = [node for node in ast.parse(source).body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     lines = source.splitlines()
     return any(NEEDS_STACK.search("\n".join(lines[node.lineno - 1 : node.end_lineno])) for node in statements)
 
 
-def is_quick(item: pytest.Function) -> bool:
-    """Whether a test is marked `quick`."""
+def needs_stack(item: pytest.Function) -> bool:
+    """Whether a test needs these libraries."""
     if module_needs_stack(item.path) or not STACK_FIXTURES.isdisjoint(item.fixturenames):
-        return False
-    return not NEEDS_STACK.search(inspect.getsource(item.function))
+        return True
+    return bool(NEEDS_STACK.search(inspect.getsource(item.function)))
+
+
+def function_of(nodeid: str) -> str:
+    """The function that a test is a case of."""
+    return nodeid.partition("[")[0]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--learn-quick", action="store_true", help="time the tests that need no torch, and write tests/slow.json")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`-m quick` does not even import a file that needs these libraries: torch alone takes seconds."""
+    """What selects tests without these libraries does not even import a file that needs them: torch alone takes seconds."""
+    without_stack = config.option.markexpr in WITHOUT_STACK or config.option.learn_quick
     is_test = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
-    return True if config.option.markexpr == "quick" and is_test and module_needs_stack(collection_path) else None
+    return True if without_stack and is_test and module_needs_stack(collection_path) else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every quick test, before `-m` selects."""
-    for item in items:
-        if isinstance(item, pytest.Function) and is_quick(item):
-            item.add_marker(pytest.mark.quick)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark every test that needs no torch, before `-m` selects."""
+    without_stack = [item for item in items if isinstance(item, pytest.Function) and not needs_stack(item)]
+    for item in without_stack:
+        item.add_marker(pytest.mark.slow if function_of(item.nodeid) in SLOW else pytest.mark.quick)
+    if config.option.learn_quick:
+        items[:] = without_stack
+
+
+def processor_seconds() -> float:
+    """What this process and the processes that it started have used."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """The clock of a test starts before its fixtures do."""
+    item.stash[START] = processor_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Each report says what the test has used so far; it does so across processes."""
+    report = yield
+    report.user_properties.append((PROPERTY, processor_seconds() - item.stash[START]))
+    return report
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each process gets its share of the tests in order, so that a file's caches are filled once; who is done takes over some."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.option.dist == "load" else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Write what was measured, or name the quick functions that are slow."""
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, ()) if report.when == "call"]
+    seconds = averages(reports)
+    if config.option.learn_quick:
+        SLOW_FILE.write_text(json.dumps(learned(SLOW, seconds), indent=1) + "\n", encoding="utf-8")
+    elif config.option.markexpr == "quick":
+        slow = {name: round(mean, 2) for name, mean in seconds.items() if mean > 4 * SECONDS}
+        if slow:
+            terminalreporter.section("not so quick: add to tests/slow.json, or run pytest --learn-quick")
+            terminalreporter.write_line(json.dumps(slow, indent=1))
+
+
+def averages(reports: list[pytest.TestReport]) -> dict[str, float]:
+    """Function → seconds of an average case."""
+    cases = defaultdict(list)
+    for report in reports:
+        cases[function_of(report.nodeid)].append(dict(report.user_properties)[PROPERTY])
+    return {name: sum(seconds) / len(seconds) for name, seconds in cases.items()}
+
+
+def learned(before: Mapping[str, float], seconds: Mapping[str, float]) -> dict[str, float]:
+    """The slow functions: of files that ran as measured, of other files as before."""
+    files_run = {name.partition("::")[0] for name in seconds}
+    kept = {name: mean for name, mean in before.items() if name.partition("::")[0] not in files_run}
+    slow = {name: round(mean, 2) for name, mean in seconds.items() if mean >= SECONDS}
+    return dict(sorted((kept | slow).items()))

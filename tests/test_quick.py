@@ -1,0 +1,74 @@
+"""`pytest -m quick` runs what is quick, names what is not, and `--learn-quick` learns it: on a folder of three tests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import conftest
+
+FILES = {
+    "tests/slow.json": "{}",
+    "tests/test_a.py": """
+import time
+import pytest
+
+@pytest.mark.parametrize("case", [1, 2, 3])
+def test_quick(case): pass
+
+def test_slow():
+    start = time.process_time()
+    while time.process_time() < start + 0.7: pass
+
+def test_of_torch():
+    pytest.importorskip("torch")
+""",
+    "tests/test_b.py": "import torch\ndef test_whole_file_of_torch(): pass\n",
+    "pytest.ini": "[pytest]\nmarkers =\n quick: as here\n slow: as here\n",
+}
+SLOW = "tests/test_a.py::test_slow"
+
+
+def run(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_slow_test_is_named_and_learned(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    shutil.copy(conftest.__file__, tmp_path / "tests" / "conftest.py")
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    first = run(tmp_path, "-m", "quick")
+    assert first.count("PASSED") == 4  # three cases and one that nobody has timed yet; none of torch
+    assert "not so quick" in first
+    assert SLOW in first.rpartition("not so quick")[2]
+    run(tmp_path, "--learn-quick")
+    slow = json.loads((tmp_path / "tests" / "slow.json").read_text(encoding="utf-8"))
+    assert list(slow) == [SLOW]
+    assert slow[SLOW] > 0.5
+    again = run(tmp_path, "-m", "quick")
+    assert again.count("PASSED") == 3
+    assert SLOW not in again
+    assert "not so quick" not in again
+
+
+def test_what_is_learned_of_a_file_replaces_what_was_known() -> None:
+    before = {"tests/a.py::test_now_quick": 0.3, "tests/b.py::test_not_run": 0.2}
+    seconds = {"tests/a.py::test_now_quick": 0.04, "tests/a.py::test_slow": 0.123}
+    assert conftest.learned(before, seconds) == {"tests/a.py::test_slow": 0.12, "tests/b.py::test_not_run": 0.2}
+
+
+def test_a_function_takes_what_its_cases_take_on_average() -> None:
+    def report(name: str, seconds: float) -> pytest.TestReport:
+        return pytest.TestReport(name, ("", 0, ""), {}, "passed", None, "call", user_properties=[(conftest.PROPERTY, seconds)])
+
+    assert conftest.averages([report("a.py::f[1]", 0.5), report("a.py::f[2]", 0.25), report("a.py::g", 1)]) == {
+        "a.py::f": 0.375,  # (0.5 + 0.25) / 2
+        "a.py::g": 1,
+    }
