@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peftplan.errors import InputError, MissingExtraError, PeftplanError, RefusedError, UnknownNameError
     from peftplan.oom.diagnosis import explain_oom
+    from peftplan.planning.advising import advice
     from peftplan.planning.compare import compare
     from peftplan.planning.estimate import estimate
+    from peftplan.planning.explain import explain
     from peftplan.planning.fit import fit
     from peftplan.planning.inspection import inspect
     from peftplan.planning.listings import gpus, models
@@ -34,9 +36,11 @@ _HOMES = {
     "Serving": "planning.serving_result",
     "Sweep": "planning.sweep",
     "UnknownNameError": "errors",
+    "advice": "planning.advising",
     "as_html": "report.notebook",
     "compare": "planning.compare",
     "estimate": "planning.estimate",
+    "explain": "planning.explain",
     "explain_oom": "oom.diagnosis",
     "fit": "planning.fit",
     "gpus": "planning.listings",
@@ -58,8 +62,10 @@ __all__ = [
     "Sweep",
     "UnknownNameError",
     "__version__",
+    "advice",
     "compare",
     "estimate",
+    "explain",
     "explain_oom",
     "fit",
     "gpus",

@@ -135,7 +135,9 @@ def command(
     fit = not require_fit or all_fit(result.gpus, allow_tight=allow_tight, text_only=text_only)
     code = will_exit(0 if fit else 1)
     if explain:
-        click.echo(result.explain())
+        from peftplan.planning.explain import explain as explained
+
+        click.echo(explained(result))
     else:
         render.estimate(result, fmt=fmt, verbose=verbose, explain_peak=explain_peak)
     return code

@@ -59,6 +59,12 @@ class Question(NamedTuple):
         resized = job._replace(setup=setup, request=job.request.changed(**sizes))
         return self._replace(inventory=self.inventory._replace(job=resized))
 
+    def advice(self, estimate: Estimate) -> dict[str, Advised]:
+        """What to change for each card that the job does not fit."""
+        from peftplan.planning.advising import advice
+
+        return advice(estimate)
+
     def advise(self, on_card: Verdict) -> Advised:
         """What to change so that the job fits a card."""
         from peftplan.planning.advice import advise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from peftplan.planning.advising import advice_on, unfit
 from peftplan.report.bar import bar, legend, segments, unit_of
 from peftplan.report.cards import card_name
 from peftplan.report.screen import INDENT, Colour, Glyphs, Part, Row, Screen, flowing, wrapped
@@ -142,11 +143,11 @@ def peak(result: Estimate, screen: Screen) -> list[Row]:
 
 def changes(result: Estimate, screen: Screen) -> list[Row]:
     """The best changes for the card that misses the least."""
-    if not result.unfit:
+    if not (cards := unfit(result)):
         return []
     from peftplan.report import advice
 
-    nearest, advised = result.unfit[0], result.advice_on(result.unfit[0])
+    nearest, advised = cards[0], advice_on(result, cards[0])
     rows = []
     if best := advised.changes[: None if advised.everything else BEST]:
         outcomes = [advice.outcome(change) for change in best]

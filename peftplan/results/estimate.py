@@ -153,6 +153,8 @@ class Origin(Protocol):
 
     def at(self, sizes: Mapping[str, Any], *, replays: int | None) -> Any: ...
 
+    def advice(self, estimate: Estimate) -> dict[str, Advised]: ...
+
     def advise(self, on_card: Verdict) -> Advised: ...
 
     def host(self, offloaded: int) -> Host: ...
@@ -210,23 +212,10 @@ class Estimate:
         """Host memory to load, offload and merge, and what checkpoints take on disk."""
         return None if self.origin is None else self.origin.host(self.assumptions.get("offloaded_bytes", 0))
 
-    @property
-    def unfit(self) -> tuple[Verdict, ...]:
-        """The cards that the job does not fit, that with the least missing first; none where nothing can be advised."""
-        unfit = [verdict for verdict in self.gpus if verdict.verdict == "does_not_fit"]
-        return tuple(sorted(unfit, key=lambda verdict: -verdict.headroom_bytes)) if self.origin and self.peaks else ()
-
     @cached_property
     def advice(self) -> dict[str, Advised]:
-        """Card that the job does not fit → changes that would make it fit, or bring it nearer, each with what it saves."""
-        return {verdict.gpu: self.advice_on(verdict) for verdict in self.unfit}
-
-    def advice_on(self, verdict: Verdict) -> Advised:
-        """What to change for one card."""
-        assert self.origin is not None
-        assert self.peaks is not None
-        advised = self.origin.advise(verdict)
-        return advised.saving_from(self.peaks.allocated) if self.engine == "analytic" else advised
+        """What `peftplan.advice` finds for this job, kept, since the JSON holds it."""
+        return {} if self.origin is None else self.origin.advice(self)
 
     @property
     def resizes(self) -> bool:
@@ -245,12 +234,6 @@ class Estimate:
         if self.origin is None or not self.resizes:
             raise InputError("engine", self.engine, "accepted: analytic, whose lines keep their sizes as names")
         return self.origin.at({"batch_size": batch_size, "seq_len": seq_len, **sizes}, replays=replays)
-
-    def explain(self) -> str:
-        """Every line of the overall peak as a formula, with its numbers put in and its source; the sum is the peak."""
-        from peftplan.results.explain import explained
-
-        return explained(self.ledger, phase=self.peaks.phase if self.peaks else None, not_modelled=self.not_modelled)
 
     @property
     def ledger(self) -> Ledger:

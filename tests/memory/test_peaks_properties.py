@@ -187,7 +187,7 @@ def value(formula: str) -> int:
 def test_explanations_evaluate_to_the_bytes_that_they_print(job: dict[str, Any], batch: int, seq: int) -> None:
     result = estimated(job, batch_size=batch, seq_len=seq)
     assert result.peaks is not None
-    text = result.explain()
+    text = peftplan.explain(result)
     sizes = dict(SIZE.findall(text.splitlines()[1]))
     total = 0
     rows = [ROW.match(line) for line in text.splitlines() if line.startswith("  ")]

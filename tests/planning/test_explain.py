@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from peftplan import estimate
+from peftplan import estimate, explain
 from tests.cli.run import run
 
 
@@ -22,7 +22,7 @@ from tests.cli.run import run
 )
 def test_the_lines_add_up(model: str, options: dict[str, object]) -> None:
     result = estimate(model, **options)  # type: ignore[arg-type]
-    text = result.explain()
+    text = explain(result)
     lines = sum(int(n.replace(",", "")) for n in re.findall(r"= ([\d,]+)  \[", text))
     categories = sum(int(n.replace(",", "")) for n in re.findall(r"^\w+: ([\d,]+)$", text, re.M))
     assert lines == categories == result.ledger.bytes()

@@ -147,7 +147,8 @@ def _script(facts: dict[str, Any]) -> Any:
 
 def _answered(model: Any, options: dict[str, Any]) -> Any:
     result = peftplan.estimate(model, **options)
-    result.explain()
+    peftplan.explain(result)
+    peftplan.advice(result)
     return result.to_dict()
 
 

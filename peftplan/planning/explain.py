@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from peftplan.ledger import Ledger, Line
+from peftplan.results.estimate import Estimate
 
 WORDS = {"b": "sequences", "s": "tokens of a sequence", "k": "s and the virtual tokens", "n": "tokens of the loss"}
 
 
-def explained(ledger: Ledger, *, phase: str | None, not_modelled: Sequence[str] = ()) -> str:
-    """The lines of a peak, largest first within each category, and their sum; without a `phase`, of what is counted."""
+def explain(estimate: Estimate) -> str:
+    """Derive every line of the overall peak: its formula, the numbers put in, its source.
+
+    Lines are grouped by category, the largest first. Their sum is `estimate.peaks.allocated`. Without a peak the lines are those
+    of what is counted, and the last line says what is not.
+    """
+    ledger, phase = estimate.ledger, estimate.peaks.phase if estimate.peaks else None
     lines = [
         "bytes = copies × round512(bytes per element × dims); round512: up to a multiple of 512, the allocator's smallest block",
         *_named(ledger),
@@ -28,7 +32,7 @@ def explained(ledger: Ledger, *, phase: str | None, not_modelled: Sequence[str] 
     what = f", in {phase}" if phase else " of what is counted"
     lines += ["", f"sum{what}: {ledger.bytes():,}"]
     if phase is None:
-        lines.append(f"not counted yet, so no peak is stated: {', '.join(not_modelled)}")
+        lines.append(f"not counted yet, so no peak is stated: {', '.join(estimate.not_modelled)}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,53 @@
+"""`advice(estimate)` and `explain(estimate)`: functions above the result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import peftplan
+from tests.planning.tiny import CONFIG
+
+UNFIT: dict[str, Any] = {"method": "full", "batch_size": 8, "context": 0}
+
+
+def test_advice_has_an_entry_per_card_that_the_job_does_not_fit() -> None:
+    estimate = peftplan.estimate(CONFIG, gpu=["0.04GiB", "0.05GiB", "24GiB"], **UNFIT)
+    assert [(verdict.gpu, verdict.verdict) for verdict in estimate.gpus] == [
+        ("0.04GiB", "does_not_fit"),
+        ("0.05GiB", "does_not_fit"),
+        ("24GiB", "fits"),
+    ]
+    advice = peftplan.advice(estimate)
+    assert [*advice] == ["0.05GiB", "0.04GiB"]  # the nearest first
+    assert peftplan.advice(estimate, gpu="0.04GiB") == {"0.04GiB": advice["0.04GiB"]}
+    assert peftplan.advice(estimate, gpu="24GiB") == {}
+
+
+def test_its_first_change_makes_the_job_fit() -> None:
+    """The witness is the job with these options."""
+    first = peftplan.advice(peftplan.estimate(CONFIG, gpu="0.06GiB", **UNFIT))["0.06GiB"].changes[0]
+    changed = peftplan.estimate(CONFIG, gpu="0.06GiB", **{**UNFIT, **first.options})
+    assert changed.peaks is not None
+    assert first.verdict == "fits"
+    assert (changed.gpus[0].verdict, changed.peaks.allocated) == (first.verdict, first.peak_allocated)
+
+
+def test_the_json_holds_it() -> None:
+    estimate = peftplan.estimate(CONFIG, gpu="0.05GiB", **UNFIT)
+    (card,) = estimate.to_dict()["gpus"]
+    assert card["advice"] == [change.to_dict() for change in peftplan.advice(estimate)["0.05GiB"].changes]
+
+
+def test_a_card_of_another_estimate_is_an_error() -> None:
+    estimate = peftplan.estimate(CONFIG, gpu=["0.05GiB", "t4"], **UNFIT)
+    with pytest.raises(peftplan.UnknownNameError, match=r"gpu: 'h100' is not accepted.*accepted: 0.05GiB, t4"):
+        peftplan.advice(estimate, gpu="h100")
+
+
+def test_nothing_is_advised_without_a_job_or_a_peak() -> None:
+    estimate = peftplan.estimate(CONFIG, gpu="0.05GiB", **UNFIT)
+    assert peftplan.advice(replace(estimate, origin=None)) == replace(estimate, origin=None).advice == {}
+    assert peftplan.advice(replace(estimate, peaks=None)) == {}
