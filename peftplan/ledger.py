@@ -21,9 +21,15 @@ Category = Literal[
     "temporaries",
     "buffers",
     "workspaces",
+    "gathered_weights",
+    "communication",
 ]
-CATEGORIES: tuple[Category, ...] = Category.__args__  # type: ignore[attr-defined]
+EVERY_CATEGORY: tuple[Category, ...] = Category.__args__  # type: ignore[attr-defined]
 """The closed set of categories inside `allocated`, in the order in which they are shown."""
+OF_SEVERAL_GPUS: tuple[Category, ...] = ("gathered_weights", "communication")
+"""Categories that one GPU never has: parameters gathered from shards, and buffers of collectives."""
+CATEGORIES = tuple(category for category in EVERY_CATEGORY if category not in OF_SEVERAL_GPUS)
+"""The categories of one GPU."""
 
 Place = Literal["device", "managed", "host"]
 """Where a tensor lives: the torch allocator, CUDA managed memory (paged optimizers), or the CPU."""
@@ -106,11 +112,11 @@ class Ledger:
             (Line("tails of unsplit blocks", "temporaries", "uint8", (tails,), 1, "replay of torch's allocator"),)
         )
 
-    def bytes(self, categories: Iterable[Category] = CATEGORIES, *, place: Place = "device") -> int:
+    def bytes(self, categories: Iterable[Category] = EVERY_CATEGORY, *, place: Place = "device") -> int:
         """Sum of the lines of these categories that live in `place`."""
         wanted = set(categories)
         return sum(line.bytes() for line in self.lines if line.category in wanted and line.place == place)
 
     def by_category(self) -> dict[Category, int]:
-        """Device bytes of each category, in the fixed order of `CATEGORIES`."""
-        return {category: self.bytes([category]) for category in CATEGORIES}
+        """Device bytes of each category, in the fixed order of `EVERY_CATEGORY`."""
+        return {category: self.bytes([category]) for category in EVERY_CATEGORY}

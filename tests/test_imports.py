@@ -24,6 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("ledger", "arch", "allocator"),
     ("methods", "storage", "optim", "tape"),
     ("parameters", "depth"),
+    ("distributed",),
     ("deployment", "results"),
     ("libraries",),
     ("job",),

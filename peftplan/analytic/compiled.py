@@ -138,7 +138,7 @@ def compiled(inventory: Inventory, *, compute_capability: str) -> Compiled:
         COMPILED.move_to_end(key)
         return COMPILED[key]
     _check(job)
-    COMPILED[key] = compiled_job = _compile(*inventory, compute_capability=compute_capability)
+    COMPILED[key] = compiled_job = _compile(*inventory[:3], compute_capability=compute_capability)
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
     return compiled_job
@@ -232,6 +232,8 @@ def _program(job: Job) -> Program:
 
 def _check(job: Job) -> None:
     """Raise NeedsTraceError for the parts of a job that have no formulas here."""
+    if job.distributed is not None:
+        raise NoEngineError(f"the peak of a step with {job.distributed.called}: no formula yet")
     if job.quant is not None and (why := without_peak(job.quant)) is not None:
         raise NoEngineError(why)
     model_type = job.architecture.model_type

@@ -33,10 +33,11 @@ unknown        there is no peak, or only a lower bound that is not too large
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
+@options.group("Several GPUs", options.GPUS)
 @options.torch_option
 @options.transformers_option
 @option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="what computes the peak")
-@option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a size such as 24GiB; repeatable")
+@option("--gpu", "gpu", multiple=True, metavar="NAME", help="a card, a size such as 24GiB, or several as 8xh100; repeatable")
 @options.context_option
 @option(
     "--advice",
@@ -78,7 +79,7 @@ def command(
     require_fit: bool,
     allow_tight: bool,
     text_only: bool,
-    gpus: tuple[str, ...],
+    gpu: tuple[str, ...],
     context: str | None,
     engine: str,
     advice: str,
@@ -104,7 +105,7 @@ def command(
     options.check_model(model, raw)
     if explain and fmt != "table":
         raise RefusedError(f"--explain: it prints text; --format {fmt} without it has each line's formula (markdown: with -v)")
-    if require_fit and not gpus:
+    if require_fit and not gpu:
         raise RefusedError("--require-fit: it needs a card (--gpu)")
     if (allow_tight or text_only) and not require_fit:
         raise RefusedError(f"{'--allow-tight' if allow_tight else '--text-only'}: it needs --require-fit")
@@ -115,32 +116,46 @@ def command(
     from peftplan.job.script import Script
 
     script = Script.on(torch=torch, transformers=transformers)
-    result = _estimate(
-        model,
-        engine,
-        record=timeline is not None,
-        gpu=gpus,
-        context=context,
-        advice=advice,
-        script=script,
-        **options.chosen(raw),
-    )
+    results = [
+        _estimate(
+            model,
+            engine,
+            record=timeline is not None,
+            gpu=names,
+            context=context,
+            advice=advice,
+            script=script,
+            **options.chosen(raw),
+        )
+        for names in _by_number(gpu)
+    ]
     if timeline is not None:
         from peftplan.report.timeline import write
 
-        write(result, timeline)
+        write(results[0], timeline)
     from peftplan.planning.verdicts import all_fit
     from peftplan.report import render
 
-    fit = not require_fit or all_fit(result.gpus, allow_tight=allow_tight, text_only=text_only)
+    cards = [verdict for result in results for verdict in result.gpus]
+    fit = not require_fit or all_fit(cards, allow_tight=allow_tight, text_only=text_only)
     code = will_exit(0 if fit else 1)
     if explain:
         from peftplan.planning.explain import explain as explained
 
-        click.echo(explained(result))
+        click.echo("\n".join(map(explained, results)))
     else:
-        render.estimate(result, fmt=fmt, verbose=verbose, explain_peak=explain_peak)
+        render.estimates(results, fmt=fmt, verbose=verbose, explain_peak=explain_peak)
     return code
+
+
+def _by_number(gpu: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The cards in groups, each with one number of GPUs: one estimate per group."""
+    from peftplan.planning.verdicts import counted_cards
+
+    groups = counted_cards(gpu)
+    if len(groups) < 2:
+        return [gpu]
+    return [tuple(name if count is None else f"{count}x{name}" for name in names) for count, names in groups]
 
 
 def _estimate(model: str | None, engine: str, **chosen: Any) -> Estimate:

@@ -31,9 +31,9 @@ TRAINING_FIELDS = {
 """Fields of transformers' TrainingArguments and TRL's SFTConfig → ours. `activation_checkpointing` is 5.24's name."""
 
 
-NOT_COUNTED = ("fsdp", "deepspeed", "parallelism_config", "torch_compile", "label_smoothing_factor", "neftune_noise_alpha")
-"""Fields of TrainingArguments that change what a step holds, in ways that no engine counts: models in parts on several cards,
-compiled kernels, another loss, noise on the embeddings."""
+NOT_COUNTED = ("torch_compile", "label_smoothing_factor", "neftune_noise_alpha")
+"""Fields of TrainingArguments that change what a step holds, in ways that no engine counts: compiled kernels, another loss, noise
+on the embeddings."""
 
 
 def adapter_config(peft_config: Any) -> dict[str, Any]:
@@ -136,7 +136,45 @@ def training_options(args: Any) -> dict[str, Any]:
     _refuse_padding_free(args)
     options |= _checkpointing(args, on=bool(options.get("gradient_checkpointing")))
     options["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"
-    return options | _liger(args, TRAINERS[options["trainer"]])
+    return options | _sharding(args) | _liger(args, TRAINERS[options["trainer"]])
+
+
+def _sharding(args: Any) -> dict[str, Any]:
+    """What `fsdp` with `fsdp_config`, `deepspeed` and `parallelism_config` say of several GPUs, but for how many there are."""
+    from peftplan.job.launch import accelerate
+
+    said: dict[str, Any] = {}
+    if fsdp := getattr(args, "fsdp", None):
+        said |= accelerate.fsdp_options({**_mapping(args, "fsdp_config"), **_fsdp_words(fsdp)})
+    if parallel := getattr(args, "parallelism_config", None):
+        said |= accelerate.parallel_options({name: getattr(parallel, name, None) for name in PARALLELISM_FIELDS})
+    if deepspeed := getattr(args, "deepspeed", None):
+        said["deepspeed"] = deepspeed
+    return said
+
+
+PARALLELISM_FIELDS = ("dp_shard_size", "tp_size", "cp_size", "sp_size")
+"""Sizes of accelerate's `ParallelismConfig`."""
+
+
+def _fsdp_words(value: Any) -> dict[str, Any]:
+    """What the words of `fsdp` say: `full_shard auto_wrap offload`. `True` and a list of nothing say nothing more."""
+    words = (
+        value.split()
+        if isinstance(value, str)
+        else [str(getattr(word, "value", word)) for word in value]
+        if value is not True
+        else []
+    )
+    said: dict[str, Any] = {}
+    for word in words:
+        if word == "auto_wrap":
+            said.setdefault("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
+        elif word == "offload":
+            said["offload_params"] = True
+        else:
+            said["sharding_strategy"] = word
+    return said
 
 
 LOADING_FIELDS = ("dtype", "attn_implementation")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from peftplan import parameters
+from peftplan.distributed.shards import Holding, holding
 from peftplan.job.job import Job
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger
@@ -13,11 +14,13 @@ from peftplan.parameters import Parameters
 
 
 class Inventory(NamedTuple):
-    """A job, its parameters, and the lines of what lasts from step to step with the gradients."""
+    """A job, its parameters, and the lines of what lasts from step to step with the gradients, on the largest rank."""
 
     job: Job
     parameters: Parameters
     static: Ledger
+    holding: Holding | None = None
+    """What a rank holds of the parameters; None on one GPU."""
 
 
 def inventory(job: Job) -> Inventory:
@@ -34,8 +37,14 @@ def inventory(job: Job) -> Inventory:
         kbit_prepare=bool(setup.kbit_prepare),
         trained_dtype=trained_dtype,
     )
+    own = None
+    if job.distributed is not None:
+        hidden_size = architecture.hidden_size or 0
+        own = holding(built, job.distributed, autocast=str(setup.autocast), quantized=quant is not None, hidden_size=hidden_size)
+    on_rank = built if own is None else own.parameters
+    states_of = on_rank if own is None else own.states_of or on_rank
     static = (
-        parameters.weight_lines(built)
+        parameters.weight_lines(on_rank)
         + parameters.buffer_lines(
             architecture,
             adaptation,
@@ -43,11 +52,12 @@ def inventory(job: Job) -> Inventory:
             adapter_dtype=adapter_dtype,
             on_host=setup.by.adapter_on_host(quantized=quant is not None),
         )
-        + parameters.gradient_lines(built, optimizer)
-        + _optimizer(built, optimizer, setup)
-        + parameters.sensitivity_lines(built)
+        + parameters.gradient_lines(on_rank, optimizer)
+        + Ledger(() if own is None else own.beside)
+        + _optimizer(states_of, optimizer, setup)
+        + parameters.sensitivity_lines(on_rank)
     )
-    return Inventory(job, built, static)
+    return Inventory(job, built, static, own)
 
 
 def adapter_dtypes(setup: Setup) -> tuple[str, str | None]:

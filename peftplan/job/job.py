@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
+from peftplan.distributed.strategy import Distributed
 from peftplan.job.request import Request
 from peftplan.job.script import Script
 from peftplan.job.setup import Setup
@@ -32,6 +33,8 @@ class Job(NamedTuple):
     """Options that have no effect, shown with every result."""
     chosen: frozenset[str] = frozenset()
     """Options and fields of the method that somebody set; the others were filled in."""
+    distributed: Distributed | None = None
+    """The strategy that divides the job over several GPUs; None on one."""
 
     @property
     def model(self) -> Any:

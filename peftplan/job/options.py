@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypedDict
 
+from peftplan.distributed.strategy import Place, Prefetch, StrategyName, WrapPolicy
 from peftplan.job.script import Script
 from peftplan.job.trainers import Autocast, Loss, TrainerName
 
@@ -21,6 +23,7 @@ class SetupOptions(TypedDict, total=False):
     quant_group_size: int | None
     quant_blocksize: int | None
     quant_skip_modules: str | Iterable[str] | None
+    quant_storage: str | None
     compute_dtype: object
     dtype: object
     adapter_dtype: object
@@ -45,6 +48,50 @@ class SetupOptions(TypedDict, total=False):
     use_cache: bool | None
     save_total_limit: int | None
     trust_remote_code: bool
+
+
+class StrategyOptions(TypedDict, total=False):
+    """What `distributed.strategy.Distributed` checks, and the launch files that say it (`job.launch`)."""
+
+    accelerate_config: str | os.PathLike[str] | Mapping[str, object] | None
+    deepspeed: str | os.PathLike[str] | Mapping[str, object] | None
+    strategy: StrategyName | None
+    gpus: int | None
+    nodes: int | None
+    accelerate: str | None
+    reshard_after_forward: bool | int | None
+    dp_shard_size: int | None
+    offload_params: Place | None
+    wrap_policy: WrapPolicy | None
+    transformer_cls_names_to_wrap: str | Iterable[str] | None
+    min_num_params: int | None
+    backward_prefetch: Prefetch | None
+    forward_prefetch: bool | None
+    use_orig_params: bool | None
+    cpu_ram_efficient_loading: bool | None
+    sync_each_batch: bool | None
+    param_dtype: object
+    reduce_dtype: object
+    bucket_cap_mb: float | None
+    gradient_as_bucket_view: bool | None
+    find_unused_parameters: bool | None
+    static_graph: bool | None
+    offload_optimizer: Place | None
+    overlap_comm: bool | None
+    contiguous_gradients: bool | None
+    reduce_bucket_size: int | Literal["auto"] | None
+    allgather_bucket_size: int | None
+    sub_group_size: int | None
+    stage3_prefetch_bucket_size: int | Literal["auto"] | None
+    stage3_param_persistence_threshold: int | Literal["auto"] | None
+    stage3_max_live_parameters: int | None
+    stage3_max_reuse_distance: int | None
+    zero3_init: bool | None
+    deepspeed_optimizer: bool | None
+    tp_size: int | None
+    cp_size: int | None
+    ep_size: int | None
+    pp_size: int | None
 
 
 class MethodOptions(TypedDict, total=False):
@@ -185,6 +232,19 @@ class OtherWords(TypedDict, total=False):
     bf16: object
     fp16: object
     mixed_precision: object
+    bnb_4bit_quant_storage: object
+    num_gpus: object
+    nproc_per_node: object
+    n_gpu: object
+    nnodes: object
+    num_machines: object
+    num_nodes: object
+    tensor_parallel_size: object
+    context_parallel_size: object
+    hybrid_shard_size: object
+    offload_param: object
+    fsdp_offload_params: object
+    offload_optimizer_device: object
     optimizer: object
     use_gradient_checkpointing: object
     activation_checkpointing: object
@@ -199,7 +259,7 @@ class OtherWords(TypedDict, total=False):
     use_liger: object
 
 
-class Options(SetupOptions, MethodOptions, OtherWords, total=False):
+class Options(SetupOptions, StrategyOptions, MethodOptions, OtherWords, total=False):
     """All of them."""
 
 

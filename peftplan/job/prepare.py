@@ -8,9 +8,11 @@ from typing import Any
 
 import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
+from peftplan.distributed.strategy import Distributed, parse_distributed
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
 from peftplan.job import sources as architectures
 from peftplan.job.job import Job
+from peftplan.job.launch import FILES, launch_options
 from peftplan.job.loaded import PARTIAL
 from peftplan.job.request import Request, read_request
 from peftplan.job.script import NO_SCRIPT, Script
@@ -65,7 +67,9 @@ def prepared(request: Request) -> Job:
         method, peft_config = (None, as_loaded.adapter) if as_loaded.adapter else (as_loaded.method(), None)
     options = request.all_options()
     chosen = frozenset(name for name, value in options.items() if value is not None)
+    launched, options = _launched(options)
     setup_options, method_options = _separate(options)
+    distributed = parse_distributed(launched)
     kind, config, adapter = _method(method, peft_config, method_options)
     model = architectures.read(model)
     model_config = architectures.load_config(model)
@@ -87,6 +91,10 @@ def prepared(request: Request) -> Job:
         max_positions=architecture.max_positions,
     )
     check_task(model, architecture, setup)
+    if distributed is not None:
+        from peftplan.job.shared_work import check_distributed
+
+        check_distributed(distributed, setup, architecture, quant)
     if kind is not None and kind.module == "virtual_tokens":
         from peftplan.job.virtual_tokens import check_prompted_task
 
@@ -104,7 +112,28 @@ def prepared(request: Request) -> Job:
         *(_ignored(adapter) if config is None and peft_config else ()),
     )
     chosen |= frozenset(adapter)
-    return Job(request._replace(model=model), kind, config, adapter, setup, quant, architecture, adaptation, warnings, chosen)
+    return Job(
+        request._replace(model=model),
+        kind,
+        config,
+        adapter,
+        setup,
+        quant,
+        architecture,
+        adaptation,
+        warnings,
+        chosen,
+        distributed,
+    )
+
+
+def _launched(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the strategy, and all others; launch files are read, and what they say of either is added."""
+    said, _ = launch_options(options)
+    options = {name: value for name, value in options.items() if name not in FILES}
+    options |= {name: value for name, value in said.items() if options.get(name) is None}
+    strategy = Distributed.model_fields
+    return {k: v for k, v in options.items() if k in strategy}, {k: v for k, v in options.items() if k not in strategy}
 
 
 def _separate(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -205,6 +234,7 @@ def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:
         group_size=setup.quant_group_size,
         blocksize=setup.quant_blocksize,
         compute_dtype=setup.compute_dtype or (setup.dtype if setup.quant in ("nf4", "fp4") else None),
+        quant_storage=setup.quant_storage,
         skip_modules=setup.quant_skip_modules,
     )
     check_trainable(quant)

@@ -58,10 +58,19 @@ MEANINGS: Mapping[str, Meaning] = {
     **_named("quant", "bnb_4bit_quant_type", "quantization_type"),
     **_switch("double_quant", True, "bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization", false=False),
     **_named("compute_dtype", "bnb_4bit_compute_dtype"),
+    **_named("quant_storage", "bnb_4bit_quant_storage"),
     **_named("dtype", "torch_dtype", "model_dtype"),
     **_switch("autocast", "bf16", "bf16", auto=None),
     **_switch("autocast", "fp16", "fp16", auto=None),
     **_named("autocast", "mixed_precision", no="none"),
+    # several GPUs
+    **_named("gpus", "num_gpus", "nproc_per_node", "n_gpu"),
+    **_named("nodes", "nnodes", "num_machines", "num_nodes"),
+    **_named("tp_size", "tensor_parallel_size"),
+    **_named("cp_size", "context_parallel_size"),
+    **_named("dp_shard_size", "hybrid_shard_size"),
+    **_named("offload_params", "offload_param", "fsdp_offload_params", true="cpu", false="none"),
+    **_named("offload_optimizer", "offload_optimizer_device"),
     # training
     **_named("optim", "optimizer"),
     **_switch("gradient_checkpointing", True, "use_gradient_checkpointing", "activation_checkpointing", false=False),
@@ -80,7 +89,7 @@ NOT_COUNTED: Mapping[str, str] = {
         ("packing", "sample_packing", "padding_free"),
         "packed batches are not counted yet; one sequence of the packed length comes near",
     ),
-    **dict.fromkeys(("deepspeed", "fsdp"), "one device is counted, sharded training is not"),
+    "fsdp": "accepted: --strategy fsdp2 or fsdp1 with its parameters, or --accelerate-config FILE",
     "torch_compile": "compiled kernels are not counted",
     "neftune_noise_alpha": "noise on the embeddings is not counted",
 }

@@ -32,6 +32,7 @@ NO_PICTURES = "the traced batch is text alone: with pictures the vision tower ru
 NOTED = 0.01
 """Less than this share of a model is not worth a note."""
 
+NCCL = "buffers of NCCL, outside torch's allocator"
 OUTSIDE = ("CUDA context",)
 """What is outside torch's allocator, and so in no peak."""
 
@@ -49,7 +50,12 @@ def outside(job: Job, capabilities: Iterable[str]) -> tuple[str, ...]:
     low = not {"fp16", "bf16"}.isdisjoint((setup.dtype, setup.autocast))
     by_cudnn = setup.attn_implementation == "sdpa" and low and not set(CUDNN_ATTENTION).isdisjoint(capabilities)
     in_threads = job.quant is not None and job.script.loads_in_threads
-    return (*OUTSIDE, *([BY_CUDNN] if by_cudnn else []), *([IN_THREADS] if in_threads else []))
+    return (
+        *OUTSIDE,
+        *([NCCL] if job.distributed else []),
+        *([BY_CUDNN] if by_cudnn else []),
+        *([IN_THREADS] if in_threads else []),
+    )
 
 
 def model_facts(architecture: Architecture) -> dict[str, Any]:
@@ -74,6 +80,8 @@ def assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
     assumed: dict[str, Any] = {"model": architecture.source, "model_class": architecture.model_class}
     unread = OF_TOKENS if architecture.task_type == PICTURES else ()
     assumed |= {key: value for key, value in setup.model_dump(mode="json").items() if value is not None and key not in unread}
+    if job.distributed is not None:
+        assumed |= job.distributed.model_dump(mode="json", exclude_none=True) | {"world_size": job.distributed.world_size}
     assumed["quant"] = quant.name if quant else "none"
     assumed |= {} if quant is None else quant.options()
     assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in adaptation.resolved if value}

@@ -202,6 +202,59 @@ class PeakTensorDocument(TypedDict):
     """Part of the peak, 0 to 1."""
 
 
+class RankRangeDocument(TypedDict):
+    """Ranks that hold the same, by their numbers."""
+
+    first: int
+    last: int
+    count: int
+
+
+class RankGroupDocument(TypedDict):
+    """What these ranks need."""
+
+    ranks: RankRangeDocument
+    persistent: int
+    """Device bytes that last from step to step, and the gradients."""
+    peak_by_phase: dict[Phase, int] | None
+    peak_allocated: int | None
+    peak_reserved: int | None
+
+
+class GroupsDocument(TypedDict):
+    """Sizes of the groups of ranks."""
+
+    shard: int
+    """Ranks over which one copy of the weights is divided."""
+    replicas: int
+    """Ranks that read batches of their own."""
+
+
+class HostOfRanksDocument(TypedDict):
+    """Host memory of what is offloaded."""
+
+    per_rank: int
+    per_node: int
+
+
+class DistributedDocument(TypedDict):
+    """How several GPUs share the job; `memory` and `gpus` are of the rank with the largest peak."""
+
+    strategy: str
+    world_size: int
+    gpus_per_node: int
+    nodes: int
+    groups: GroupsDocument
+    parameters: dict[str, Any]
+    """Parameters of the strategy that were set, under their tools' names."""
+    batch_size_per_rank: int
+    global_batch_size: int
+    """Sequences of an optimizer step over all ranks."""
+    ranks: list[RankGroupDocument]
+    host: HostOfRanksDocument
+    not_counted: list[str]
+
+
 class EstimateDocument(TypedDict):
     """What a fine-tuning run needs: `peftplan estimate --format json`, `Estimate.to_dict()`."""
 
@@ -226,3 +279,5 @@ class EstimateDocument(TypedDict):
     """One entry for each card that was named."""
     largest: NotRequired[list[PeakTensorDocument]]
     """With `--explain-peak` only."""
+    distributed: NotRequired[DistributedDocument]
+    """On several GPUs only."""

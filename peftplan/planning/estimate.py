@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from peftplan.errors import UnknownNameError
+from peftplan.errors import OptionError, RefusedError, UnknownNameError
 from peftplan.job.inventory import inventory
 from peftplan.job.prepare import check_rank_allocator, prepare
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import SEARCHES, AdviceSearch, Engine
 from peftplan.job.words import named_as_typed
 from peftplan.planning.question import Question, analytic, traced
-from peftplan.planning.verdicts import find_cards
+from peftplan.planning.verdicts import counted_cards, find_cards
 from peftplan.results.estimate import Estimate
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def estimate(
     `PretrainedConfig`, or a loaded model, with or without peft's wrapper, whose dtypes and trainable parameters count too; None
     is the base that `peft_config` names. `method`: a name of `peftplan.methods.METHODS` (default `lora`), or give `peft_config`:
     an adapter_config dict or any peft `PeftConfig`. `quantization_config`: a transformers `BitsAndBytesConfig`.
-    `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `gpu`: names of cards, or sizes such as 24GiB;
+    `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `gpu`: names of cards, sizes such as 24GiB, or several
+    of one as `8xh100-80gb`;
     `context`: MiB of CUDA context that the verdicts count (None: as measured on the card, else assumed).
 
     `options`: those of the command line with `_` for `-` (`peftplan estimate --help`; `job.setup.Setup` checks them), such
@@ -63,7 +64,12 @@ def estimate(
         raise UnknownNameError("engine", engine, ("analytic", "trace"))
     if advice not in SEARCHES:
         raise UnknownNameError("advice", advice, SEARCHES)
+    gpu, count = _counted(gpu)
     with named_as_typed({"method": method, **options}) as named:
+        if count is not None and named.get("gpus") is not None:
+            raise OptionError("gpus", named["gpus"], f"gpu says how many there are ({count}x…); accepted: one of the two")
+        if count is not None:
+            named["gpus"] = count
         job = prepare(
             model,
             peft_config=peft_config,
@@ -79,3 +85,12 @@ def estimate(
     if engine == "trace":
         return traced(question, record=record, progress=progress)
     return analytic(question)
+
+
+def _counted(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | None, int | None]:
+    """The names of cards without how many there are of each, and how many. Raises RefusedError for several numbers."""
+    groups = counted_cards(gpu)
+    if len(groups) > 1:
+        numbers = ", ".join(f"{count}x" if count else "one" for count, _ in groups)
+        raise RefusedError(f"gpu: one estimate is of one number of GPUs, here they are {numbers}; ask for each number")
+    return (gpu, None) if not groups or groups[0][0] is None else (groups[0][1], groups[0][0])

@@ -13,9 +13,11 @@ from peftplan.job.prepare import config_of, prepared
 from peftplan.job.requirements import pair, unmet
 from peftplan.job.setup import AdviceSearch, Engine, check_length, check_logits_to_keep, parse_setup
 from peftplan.job.tasks import without_loss
-from peftplan.planning.assumed import NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, outside
+from peftplan.ledger import Ledger
+from peftplan.planning.assumed import NCCL, NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, outside
 from peftplan.planning.verdicts import capability, card_notes, verdict
 from peftplan.results.advice import Advised
+from peftplan.results.distributed import OverGpus, RankGroup
 from peftplan.results.estimate import Estimate, Peaks, Verdict
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ class Question(NamedTuple):
         """What the job needs besides the card; `offloaded` are bytes of checkpointed inputs in host memory."""
         from peftplan.planning.host import host
 
-        job, built, static = self.inventory
+        job, built, static, _ = self.inventory
         return host(job, built, static, offloaded)
 
 
@@ -127,6 +129,8 @@ def analytic(question: Question, *, skip_unfit: bool = False) -> Estimate:
 def traced(question: Question, *, record: bool, progress: Callable[[str, float], None] | None) -> Estimate:
     """The estimate by a trace. Raises RefusedError for a model without a loss."""
     job = question.inventory.job
+    if job.distributed is not None:
+        raise RefusedError(f"engine: trace follows one GPU, not {job.distributed.called}; accepted: analytic")
     if (why := without_loss(job.model, job.architecture)) is not None:
         raise RefusedError(why)
     of_first = capability(question.cards[0] if question.cards else None)
@@ -164,7 +168,7 @@ def _estimated(
 
     `peaks_on`: compute capability → the peaks, or what part of the job has none.
     """
-    (job, built, static), cards = question.inventory, question.cards
+    (job, built, static, _), cards = question.inventory, question.cards
     of_first = capability(cards[0] if cards else None)
     counted = {of: peaks_on(of) for of in dict.fromkeys((of_first, *map(capability, cards)))}
     by_capability = {of: Counted() if isinstance(peaks, str) else peaks for of, peaks in counted.items()}
@@ -199,4 +203,21 @@ def _estimated(
         chosen=job.chosen,
         asides=job.architecture.asides,
         origin=question,
+        distributed=_over_gpus(job, static, peaks),
+    )
+
+
+def _over_gpus(job: Job, static: Ledger, peaks: Peaks | None) -> OverGpus | None:
+    """What the ranks hold. They are counted alike: shards of rank 0 are full, and no rank's are larger."""
+    if job.distributed is None:
+        return None
+    of_peaks = (peaks.by_phase, peaks.allocated, peaks.reserved) if peaks else (None, None, None)
+    ranks = (0, job.distributed.world_size - 1)
+    return OverGpus(
+        job.distributed,
+        job.setup.batch_size,
+        job.setup.gradient_accumulation_steps,
+        (RankGroup(ranks, static.bytes(), *of_peaks),),
+        static.bytes(place="host"),
+        (NCCL,),
     )

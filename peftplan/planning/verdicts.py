@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,22 @@ def capability(card: Gpu | None) -> str:
 
     stated = card.compute_capability if card else None
     return stated if stated and stated[0].isdigit() else ".".join(map(str, DEFAULT_CAPABILITY))
+
+
+_COUNTED = re.compile(r"\s*(\d+)\s*[x×]\s*(?=\S)", re.IGNORECASE)
+"""How many of a card: the `8x` of `8xh100-80gb`."""
+
+
+def counted_cards(gpu: str | Iterable[str] | None) -> list[tuple[int | None, tuple[str, ...]]]:
+    """The cards of a request by how many of each there are: `8xh100-80gb,8xl40s,t4` is (8, both) and (None, t4)."""
+    if gpu is None or not isinstance(gpu, Iterable):
+        return []
+    by_count: dict[int | None, list[str]] = {}
+    for name in (gpu,) if isinstance(gpu, str) else gpu:
+        for one in name.split(",") if isinstance(name, str) else (name,):
+            counted = _COUNTED.match(one) if isinstance(one, str) else None
+            by_count.setdefault(int(counted[1]) if counted else None, []).append(one[counted.end() :] if counted else one)
+    return [(count, tuple(names)) for count, names in by_count.items()]
 
 
 def find_cards(gpu: str | Iterable[str] | None, *, context: object = None) -> list[Gpu]:

@@ -53,6 +53,8 @@ def answer(result: Estimate, screen: Screen) -> list[Row]:
 def head(result: Estimate, screen: Screen) -> list[Row]:
     """The job, and the verdict on each card."""
     rows = wrapped(screen.glyphs.dot.join(_title(result)), screen.columns, colour="bold")
+    if result.distributed is not None:
+        rows += wrapped(result.distributed.words, screen.columns)
     for warning in result.warnings:
         rows += wrapped(f"warning: {warning}", screen.columns, colour="yellow")
     return rows + [row for verdict in result.gpus for row in _verdict(verdict, result, screen)]

@@ -15,5 +15,7 @@ COLOURS: dict[Category, str] = {
     "temporaries": "#f28e2b",
     "buffers": "#79706e",
     "workspaces": "#bab0ac",
+    "gathered_weights": "#d37295",
+    "communication": "#9d7660",
 }
 """One colour per category, from the ground up; Tableau's palette."""

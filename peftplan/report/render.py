@@ -52,6 +52,18 @@ def estimate(result: Estimate, *, fmt: str, verbose: bool, explain_peak: bool = 
         _for_people(result, verbose=verbose, explain_peak=explain_peak)
 
 
+def estimates(results: Sequence[Estimate], *, fmt: str, verbose: bool, explain_peak: bool = False) -> None:
+    """Estimates of one job on different numbers of GPUs: in JSON a list, for people one after the other."""
+    if fmt == "json" and len(results) > 1:
+        largest = [{"largest": peak.facts(result)} if explain_peak else {} for result in results]
+        _json([result.to_dict() | more for result, more in zip(results, largest, strict=True)])
+        return
+    for number, result in enumerate(results):
+        if number:
+            print()
+        estimate(result, fmt=fmt, verbose=verbose, explain_peak=explain_peak)
+
+
 def _for_people(result: Estimate, *, verbose: bool, explain_peak: bool) -> None:
     """The answer in a few lines; with `verbose` or `explain_peak` tables too, which need rich."""
     from peftplan.report import answer, screen

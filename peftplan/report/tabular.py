@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
-from peftplan.ledger import CATEGORIES
+from peftplan.ledger import EVERY_CATEGORY
 from peftplan.results.estimate import Estimate, Peaks, Verdict
 from peftplan.units import format_bytes
 
@@ -24,7 +24,7 @@ class Column(NamedTuple):
 
 def line_facts(result: Estimate) -> list[dict[str, Any]]:
     """One record per line of the ledger, category by category."""
-    lines = sorted(result.lines(), key=lambda line: CATEGORIES.index(line["category"]))
+    lines = sorted(result.lines(), key=lambda line: EVERY_CATEGORY.index(line["category"]))
     return [{column: line[column] for column in LINE_COLUMNS} for line in lines]
 
 
@@ -38,7 +38,7 @@ def category_rows(result: Estimate) -> list[tuple[str, str, str]]:
     by_category = result.ledger.by_category()
     return [
         (category, f"{by_category[category]:,}", format_bytes(by_category[category]))
-        for category in CATEGORIES
+        for category in EVERY_CATEGORY
         if category in result.counted and by_category[category]
     ]
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from peftplan.errors import InputError
 from peftplan.frames import as_html, dataframe
-from peftplan.ledger import CATEGORIES, Category, Ledger, Line
+from peftplan.ledger import CATEGORIES, OF_SEVERAL_GPUS, Category, Ledger, Line
 from peftplan.methods.adaptation import Adaptation
 from peftplan.parameters import Parameters
 from peftplan.results.advice import Advised
+from peftplan.results.distributed import OverGpus
 from peftplan.results.series import Recording
 from peftplan.units import format_bytes
 
@@ -187,6 +188,8 @@ class Estimate:
     """Notes that change no number: how the model's count was checked."""
     origin: Origin | None = field(default=None, repr=False)
     """The job and its cards, which an estimate at other sizes and advice are made from."""
+    distributed: OverGpus | None = None
+    """How several GPUs share the job; all other bytes are then those of the largest rank. None on one GPU."""
 
     def __repr__(self) -> str:
         peak = f"peak {format_bytes(self.peaks.allocated)} in {self.peaks.phase}" if self.peaks else "no peak stated"
@@ -248,7 +251,8 @@ class Estimate:
     @property
     def counted(self) -> tuple[Category, ...]:
         """The categories that this engine counts."""
-        return CATEGORIES if self.peaks else COUNTED
+        more = OF_SEVERAL_GPUS if self.distributed else ()
+        return (*(CATEGORIES if self.peaks else COUNTED), *more)
 
     @property
     def trainable_parameters(self) -> int:
@@ -292,7 +296,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON contract, bytes as integers; null is what this engine does not count."""
-        by_category = self.ledger.by_category()
+        by_category, counted = self.ledger.by_category(), self.counted
         line = self.largest_line
         largest = {"category": line.category, "name": line.name.replace("{}", "*"), "bytes": line.bytes()}
         return {
@@ -304,7 +308,7 @@ class Estimate:
             "total_parameters": self.total_parameters,
             "memory": {
                 "lines": self.lines(),
-                "by_category": {c: by_category[c] if c in self.counted else None for c in CATEGORIES},
+                "by_category": {c: by_category[c] if c in counted else None for c in dict.fromkeys((*CATEGORIES, *counted))},
                 "persistent": self.persistent_bytes,
                 "managed": self.managed_bytes,
                 **self._peak_facts(),
@@ -314,6 +318,7 @@ class Estimate:
             "not_modelled": list(self.not_modelled),
             "gpus": [verdict.to_dict() | {"largest_line": largest, **self._advice_facts(verdict.gpu)} for verdict in self.gpus],
             "host": self.host and self.host.to_dict(),
+            **({"distributed": self.distributed.to_dict()} if self.distributed else {}),
         }
 
     def _advice_facts(self, gpu: str) -> dict[str, Any]:

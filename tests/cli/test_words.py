@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.distributed.strategy import Distributed
 from peftplan.job.setup import Setup
 from peftplan.job.words import MEANINGS, NOT_COUNTED
 from peftplan.methods import METHODS, config_class
@@ -32,7 +33,7 @@ def test_a_word_is_no_field_of_any_method_and_means_an_option() -> None:
     taken = (of_peft | of_methods | set(Setup.model_fields)) - described
     assert taken.isdisjoint(MEANINGS.keys() | NOT_COUNTED.keys())
     options = {meaning.option for meaning in MEANINGS.values()}
-    assert options <= set(Setup.model_fields) | of_methods | {"method"}
+    assert options <= set(Setup.model_fields) | set(Distributed.model_fields) | of_methods | {"method"}
 
 
 @pytest.mark.parametrize(

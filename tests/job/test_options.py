@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import peftplan
+from peftplan.distributed.strategy import Distributed
 from peftplan.job import options
+from peftplan.job.launch import FILES
 from peftplan.job.setup import Setup
 from peftplan.job.words import MEANINGS
 from peftplan.methods import METHODS
@@ -22,6 +24,10 @@ def test_every_option_of_the_setup_has_its_type() -> None:
     assert options.SetupOptions.__annotations__.keys() == Setup.model_fields.keys()
 
 
+def test_every_option_of_a_strategy_has_its_type() -> None:
+    assert options.StrategyOptions.__annotations__.keys() == Distributed.model_fields.keys() | FILES.keys()
+
+
 def test_every_field_of_a_method_has_its_type() -> None:
     configs = [getattr(import_module(f"peftplan.methods.{method.module}"), method.config) for method in METHODS.values()]
     fields = {name for config in configs for name in (*config.model_fields, *config.no_effect)}
@@ -29,7 +35,11 @@ def test_every_field_of_a_method_has_its_type() -> None:
 
 
 def test_every_word_of_other_tools_is_known() -> None:
-    known = options.SetupOptions.__annotations__.keys() | options.MethodOptions.__annotations__.keys()
+    known = (
+        options.SetupOptions.__annotations__.keys()
+        | options.StrategyOptions.__annotations__.keys()
+        | options.MethodOptions.__annotations__.keys()
+    )
     assert options.OtherWords.__annotations__.keys() == MEANINGS.keys() - known - {"method"}
 
 

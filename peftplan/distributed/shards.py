@@ -1,0 +1,246 @@
+"""What one rank holds between steps: the parameters of a job as shards, and what a strategy adds to them.
+
+W ranks of a shard group, N parameters, T of them trained. The rank with the most bytes counts: rank 0, whose shards are full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+from typing import NamedTuple
+
+import peftplan.versions as versions
+from peftplan.distributed.strategy import Distributed
+from peftplan.dtypes import ITEMSIZE
+from peftplan.ledger import Allocation, Line
+from peftplan.parameters import Parameter, Parameters
+from peftplan.storage import dense
+from peftplan.units import ceil_div
+
+FLOATS = ("fp64", "fp32", "fp16", "bf16")
+HALF = ("fp16", "bf16")
+
+
+class Holding(NamedTuple):
+    """What a rank holds: its parameters, and lines beside them that last from step to step."""
+
+    parameters: Parameters
+    """Those that the optimizer steps over, gradients and states following their shapes and dtypes, and the frozen ones."""
+    beside: tuple[Line, ...] = ()
+    states_of: Parameters | None = None
+    """Whose shapes the optimizer's states follow, where they are others than `parameters`."""
+
+
+def holding(parameters: Parameters, distributed: Distributed, *, autocast: str, quantized: bool, hidden_size: int) -> Holding:
+    """What a rank holds of these parameters. `autocast`: accelerate's `mixed_precision`."""
+    strategy = distributed.strategy
+    if strategy == "fsdp2":
+        return _of_fsdp2(parameters, distributed, autocast=autocast, quantized=quantized)
+    if strategy == "fsdp1":
+        return _of_fsdp1(parameters, distributed, autocast=autocast)
+    if strategy in ("zero1", "zero2", "zero3"):
+        return _of_zero(parameters, distributed, autocast=autocast, hidden_size=hidden_size)
+    if strategy == "ddp":
+        return Holding(parameters, (_buckets(parameters),))
+    if strategy == "tp":
+        return _divided(parameters, distributed.tp_size or distributed.world_size, whole_vectors=True)
+    return _divided(parameters, distributed.world_size, whole_vectors=False)
+
+
+def _divided(parameters: Parameters, parts: int, *, whole_vectors: bool) -> Holding:
+    """Every matrix in equal parts: what transformers' plans leave of a base in tensor parallel, its vectors being whole. Of
+    adapters, and of the layers that `device_map` gives a GPU, this is a lower bound of the largest part.
+    """
+    shards = []
+    for p in parameters.all:
+        divided = len(p.shape) > 1 or not whole_vectors
+        numel = ceil_div(p.numel, parts) if divided else p.numel
+        allocations = tuple(a._replace(dims=(ceil_div(prod(a.dims), parts),)) if divided else a for a in p.allocations)
+        shards.append(p._replace(shape=(numel,) if divided else p.shape, allocations=allocations))
+    return Holding(parameters._replace(all=tuple(shards)))
+
+
+# -- FSDP2 ---------------------------------------------------------------------------------------------------------------------
+
+
+def _of_fsdp2(parameters: Parameters, distributed: Distributed, *, autocast: str, quantized: bool) -> Holding:
+    """`fully_shard`: each tensor in chunks of its first dim, ⌈rows/W⌉ rows on every rank, padded (torch,
+    distributed/fsdp/_fully_shard/_fsdp_param.py, `_init_sharded_param`). accelerate first casts what trains to fp32, 4-bit
+    models excepted.
+    """
+    upcasts = autocast != "none" and not quantized
+    place = "host" if distributed.offload_params == "cpu" else "device"
+    shards = [_fsdp2_shard(_upcast(p, distributed, upcasts=upcasts), distributed.shards, place) for p in parameters.all]
+    return Holding(parameters._replace(all=tuple(shards)))
+
+
+def _upcast(p: Parameter, distributed: Distributed, *, upcasts: bool) -> Parameter:
+    """The parameter as accelerate's version leaves it in fp32."""
+    if not upcasts or p.dtype not in HALF or p.quantized:
+        return p
+    everything = versions.FSDP2_UPCASTS_ALL.after(distributed.accelerate)
+    nothing = versions.FSDP2_UPCASTS_WHAT_TRAINS.after(distributed.accelerate) and not everything
+    if nothing or not (everything or p.trainable):
+        return p
+    return p._replace(dtype="fp32", allocations=dense(dtype="fp32", shape=p.shape))
+
+
+def _fsdp2_shard(p: Parameter, shards: int, place: str) -> Parameter:
+    """Rank 0's shard. A 4-bit weight that is not stored in a float dtype stays whole (accelerate excludes it), and so do its
+    absmax and code tables.
+    """
+    if not p.shape:
+        return p
+    allocations = []
+    for a in p.allocations:
+        if a.name == "weight" and (not p.quantized or a.dtype in FLOATS or a.dtype == "int8"):
+            a = a._replace(dims=(ceil_div(a.dims[0], shards), *a.dims[1:]), place=place)  # type: ignore[arg-type]
+        allocations.append(a)
+    return p._replace(shape=(ceil_div(p.shape[0], shards), *p.shape[1:]), allocations=tuple(allocations))
+
+
+# -- FSDP1 ---------------------------------------------------------------------------------------------------------------------
+
+
+def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str) -> Holding:
+    """One flat parameter per unit and dtype, padded to W (torch, distributed/fsdp/_flat_param.py). Under peft's wrap policy what
+    trains of an adapter is a unit of its own, each tensor.
+    """
+    place = "host" if distributed.offload_params == "cpu" else "device"
+    trained_apart = any(p.owner == "adapter" and p.trainable for p in parameters.all)
+    flats: dict[tuple[str, str, bool], list[Parameter]] = {}
+    kept: list[Parameter] = []
+    for p in parameters.all:
+        dtype = "fp32" if p.trainable and autocast != "none" and p.dtype in HALF else p.dtype
+        p = p if dtype == p.dtype or p.quantized else p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape))
+        alone = trained_apart and p.trainable
+        flats.setdefault((p.name if alone else unit_of(p), p.dtype if not p.quantized else _packed(p), p.trainable), []).append(p)
+    for (unit, dtype, _), members in flats.items():
+        kept += _flat(unit, dtype, members, distributed.shards, place)
+    return Holding(parameters._replace(all=tuple(kept)))
+
+
+def unit_of(p: Parameter) -> str:
+    """The unit that a parameter belongs to: its layer, or the root."""
+    head, layered, _ = p.name.partition("{}")
+    return head + layered if layered else "root"
+
+
+def _packed(p: Parameter) -> str:
+    return next(a.dtype for a in p.allocations if a.name == "weight")
+
+
+def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: str) -> Iterable[Parameter]:
+    """The flat parameter's shard, and what of its members stays whole."""
+    copies = max(p.copies for p in members)
+    numel = sum(_elements(p) * p.copies for p in members) // copies
+    shape = (ceil_div(numel, shards),)
+    first = members[0]
+    flat = Allocation("weight", dtype, shape, place)  # type: ignore[arg-type]
+    yield first._replace(
+        name=f"{first.name if len(members) == 1 else unit + '.flat_param'}",
+        shape=shape,
+        copies=copies,
+        dtype=first.dtype if first.quantized else dtype,
+        allocations=(flat,),
+        quantized=False,
+    )
+    for p in members:
+        rest = tuple(a for a in p.allocations if a.name != "weight")
+        if rest and p.quantized:
+            yield p._replace(shape=(0,), trainable=False, allocations=rest)
+
+
+def _elements(p: Parameter) -> int:
+    return sum(prod(a.dims) for a in p.allocations if a.name == "weight") if p.quantized else p.numel
+
+
+# -- DDP -----------------------------------------------------------------------------------------------------------------------
+
+
+def _buckets(parameters: Parameters) -> Line:
+    """DDP's buckets: all gradients a second time, from construction on, however many ranks there are (torch, reducer.cpp)."""
+    nbytes = sum(p.copies * p.numel * ITEMSIZE[p.dtype] for p in parameters.all if p.trainable)
+    return Line("buckets of gradients", "communication", "uint8", (nbytes,), 1, "torch: Reducer::initialize_buckets")
+
+
+# -- ZeRO ----------------------------------------------------------------------------------------------------------------------
+
+ALIGNMENT = 2
+"""`nccl_start_alignment_factor`: flat groups are padded to a multiple of so many elements per rank (stage_1_and_2.py)."""
+REDUCE_BUCKET, ALLGATHER_BUCKET, PREFETCH_BUCKET, PERSISTENCE = 500_000_000, 500_000_000, 50_000_000, 100_000
+MAX_LIVE = 1_000_000_000
+SUB_GROUP = 1_000_000_000
+"""DeepSpeed's own values, in elements (runtime/zero/config.py)."""
+
+
+def reduce_bucket(distributed: Distributed, hidden_size: int) -> int:
+    """Elements of the reduce bucket; `auto` is h² (transformers, integrations/deepspeed.py)."""
+    value = distributed.reduce_bucket_size
+    return REDUCE_BUCKET if value is None else hidden_size**2 if value == "auto" else value
+
+
+def persistence(distributed: Distributed, hidden_size: int) -> int:
+    """Parameters of at most so many elements stay whole under ZeRO-3; `auto` is 10 h."""
+    value = distributed.stage3_param_persistence_threshold
+    return PERSISTENCE if value is None else 10 * hidden_size if value == "auto" else value
+
+
+def _of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str, hidden_size: int) -> Holding:
+    """DeepSpeed casts the module to 16 bits, and keeps fp32 masters and states of what trains, 1/W on each rank."""
+    world = distributed.world_size
+    stage_3 = distributed.strategy == "zero3"
+    cast = tuple(_in_16_bits(p, autocast) for p in parameters.all)
+    trained = sum(p.copies * p.numel for p in cast if p.trainable)
+    flat = ceil_div(trained, ALIGNMENT * world) * ALIGNMENT
+    if stage_3:
+        flat = sum(p.copies * ceil_div(p.numel, world) for p in cast if p.trainable)
+    place = "host" if distributed.offload_optimizer not in (None, "none") else "device"
+    masters = Parameter(
+        "fp32 masters of what trains",
+        (flat,),
+        1,
+        "fp32",
+        trainable=True,
+        owner="base",
+        allocations=(Allocation("weight", "fp32", (flat,), place),),  # type: ignore[arg-type]
+        source="DeepSpeed",
+    )
+    beside: tuple[Line, ...] = ()
+    if stage_3:
+        beside = _zero3_beside(cast, distributed, hidden_size)
+        cast = tuple(_zero3_shard(p, distributed) for p in cast)
+    half = next((p.dtype for p in cast if p.trainable), "bf16")
+    gradients = Line("16-bit gradients of the rank's partition", "gradients", half, (flat,), 1, "DeepSpeed", place)  # type: ignore[arg-type]
+    master = Line("fp32 masters of what trains", "optimizer_states", "fp32", (flat,), 1, "DeepSpeed", place)  # type: ignore[arg-type]
+    frozen = tuple(p._replace(trainable=False) for p in cast)
+    beside = (master, gradients, *beside) if trained else beside
+    return Holding(parameters._replace(all=frozen), beside, parameters._replace(all=(masters,)) if trained else None)
+
+
+def _zero3_beside(cast: tuple[Parameter, ...], distributed: Distributed, hidden_size: int) -> tuple[Line, ...]:
+    """The reduce bucket, which is there from construction on, and the small parameters that stay gathered."""
+    half = next((p.dtype for p in cast if p.trainable), "bf16")
+    bucket = Line("reduce bucket", "communication", half, (reduce_bucket(distributed, hidden_size),), 1, "DeepSpeed, stage3.py")
+    most = persistence(distributed, hidden_size)
+    small = [p for p in cast if p.numel <= most and not p.quantized]
+    source = "DeepSpeed, stage3.py: param_persistence_threshold"
+    return (bucket, *(Line(f"{p.name} (persistent)", "gathered_weights", p.dtype, p.shape, p.copies, source) for p in small))
+
+
+def _in_16_bits(p: Parameter, autocast: str) -> Parameter:
+    """The parameter as `module.bfloat16()` or `.half()` leaves it; packed weights stay as they are."""
+    if autocast == "none" or p.quantized or p.dtype not in FLOATS or p.dtype == autocast:
+        return p
+    return p._replace(dtype=autocast, allocations=dense(dtype=autocast, shape=p.shape))
+
+
+def _zero3_shard(p: Parameter, distributed: Distributed) -> Parameter:
+    place = "host" if distributed.offload_params not in (None, "none") else "device"
+    sharded = tuple(
+        a._replace(dims=(ceil_div(prod(a.dims), distributed.world_size),), place=place)  # type: ignore[arg-type]
+        if a.name == "weight"
+        else a
+        for a in p.allocations
+    )
+    return p._replace(allocations=sharded)

@@ -1,0 +1,212 @@
+"""Several GPUs: the strategy that divides a job over them, with its parameters, checked once.
+
+Parameters have the names of the tool that takes them: accelerate's `FullyShardedDataParallelPlugin` and torch's `fully_shard`,
+torch's `DistributedDataParallel`, DeepSpeed's `zero_optimization`. `job.launch` reads them from the tools' own files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from peftplan.dtypes import MODEL_DTYPES, parse_dtype
+from peftplan.errors import InputError
+from peftplan.validation import first_error, listed
+
+StrategyName = Literal["ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3", "tp", "device-map"]
+Place = Literal["none", "cpu", "nvme"]
+WrapPolicy = Literal["transformer", "size", "none"]
+Prefetch = Literal["pre", "post", "none"]
+DEFAULT: StrategyName = "ddp"
+"""What Trainer under torchrun or accelerate does on several GPUs where nobody names a strategy."""
+Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
+MOST = 2**31
+MOST_RANKS = 2**17
+"""No run has come near so many GPUs."""
+
+Size = Annotated[int, Field(ge=0, le=MOST * 2**10)]
+AutoSize = Size | Literal["auto"]
+"""A size in elements, or the one that transformers takes from the hidden size."""
+Ranks = Annotated[int, Field(ge=1, le=MOST_RANKS)]
+ReduceDtype = Annotated[str, BeforeValidator(lambda v: v if v is None else parse_dtype(v, field="dtype", accepted=MODEL_DTYPES))]
+
+
+class Distributed(BaseModel):
+    """A strategy, the GPUs that it divides a job over, and its parameters; None means: as the tool does it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    strategy: StrategyName = DEFAULT
+    gpus: Ranks | None = None
+    """GPUs of a node, one process each; of `device-map` all in one process."""
+    nodes: Ranks = 1
+    accelerate: Annotated[str, Field(pattern=r"^\d+\.\d+")] | None = None
+    """The accelerate that prepares the model; None: one like 1.15."""
+    # FSDP
+    reshard_after_forward: bool | Annotated[int, Field(ge=2, le=MOST_RANKS)] | None = None
+    dp_shard_size: Ranks | None = None
+    """Ranks of a shard group; the model is replicated over the groups (HSDP)."""
+    offload_params: Place | None = None
+    wrap_policy: WrapPolicy | None = None
+    transformer_cls_names_to_wrap: Names | None = None
+    min_num_params: Size | None = None
+    backward_prefetch: Prefetch | None = None
+    forward_prefetch: bool | None = None
+    use_orig_params: bool | None = None
+    cpu_ram_efficient_loading: bool | None = None
+    sync_each_batch: bool | None = None
+    """Whether gradients are reduced in every micro batch; without it, they are only once per optimizer step."""
+    param_dtype: ReduceDtype | None = None
+    reduce_dtype: ReduceDtype | None = None
+    # DDP
+    bucket_cap_mb: Annotated[float, Field(gt=0, le=MOST)] | None = None
+    gradient_as_bucket_view: bool | None = None
+    find_unused_parameters: bool | None = None
+    static_graph: bool | None = None
+    # DeepSpeed
+    offload_optimizer: Place | None = None
+    overlap_comm: bool | None = None
+    contiguous_gradients: bool | None = None
+    reduce_bucket_size: AutoSize | None = None
+    allgather_bucket_size: Size | None = None
+    sub_group_size: Size | None = None
+    stage3_prefetch_bucket_size: AutoSize | None = None
+    stage3_param_persistence_threshold: AutoSize | None = None
+    stage3_max_live_parameters: Size | None = None
+    stage3_max_reuse_distance: Size | None = None
+    zero3_init: bool | None = None
+    """Whether `from_pretrained` makes shards at once (`deepspeed.zero.Init`)."""
+    deepspeed_optimizer: bool | None = None
+    """Whether DeepSpeed's own fused Adam steps, as where its config names an optimizer."""
+    # other dimensions
+    tp_size: Ranks | None = None
+    cp_size: Ranks | None = None
+    ep_size: Ranks | None = None
+    pp_size: Ranks | None = None
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return (self.gpus or 1) * self.nodes
+
+    @property
+    def shards(self) -> int:
+        """The ranks over which one copy of what is sharded is divided."""
+        return self.dp_shard_size or self.world_size
+
+    @property
+    def replicas(self) -> int:
+        """The ranks that read batches of their own."""
+        if self.strategy == "device-map":
+            return 1
+        return self.world_size // ((self.tp_size or 1) * (self.cp_size or 1) * (self.pp_size or 1))
+
+    @property
+    def facts(self) -> Facts:
+        """What the strategy does."""
+        return STRATEGIES[self.strategy]
+
+    @property
+    def called(self) -> str:
+        """The strategy with its ranks, as a person reads it: `FSDP2 over 8 GPUs`."""
+        where = f" on {self.nodes} nodes" if self.nodes > 1 else ""
+        return f"{self.facts.called} over {self.world_size} GPUs{where}"
+
+
+SHARDING = ("reshard_after_forward", "dp_shard_size", "offload_params", "wrap_policy", "transformer_cls_names_to_wrap")
+OF_FSDP = (*SHARDING, "min_num_params", "cpu_ram_efficient_loading", "param_dtype", "reduce_dtype", "sync_each_batch", "cp_size")
+OF_ZERO = (
+    *("offload_optimizer", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"),
+    "deepspeed_optimizer",
+)
+OF_ZERO_3 = (
+    *("offload_params", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+    *("stage3_max_live_parameters", "stage3_max_reuse_distance", "zero3_init"),
+)
+
+
+class Facts(NamedTuple):
+    """What a strategy is called, and the parameters that it takes beside `gpus`, `nodes` and `accelerate`."""
+
+    called: str
+    takes: tuple[str, ...] = ()
+    splits_weights: bool = False
+    """Whether a rank holds only a part of the weights between steps."""
+
+
+STRATEGIES: dict[StrategyName, Facts] = {
+    "ddp": Facts(
+        "DDP",
+        ("bucket_cap_mb", "gradient_as_bucket_view", "find_unused_parameters", "static_graph", "sync_each_batch"),
+    ),
+    "fsdp2": Facts("FSDP2", (*OF_FSDP, "tp_size"), splits_weights=True),
+    "fsdp1": Facts("FSDP1", (*OF_FSDP, "backward_prefetch", "forward_prefetch", "use_orig_params"), splits_weights=True),
+    "zero1": Facts("ZeRO-1", OF_ZERO),
+    "zero2": Facts("ZeRO-2", OF_ZERO),
+    "zero3": Facts("ZeRO-3", (*OF_ZERO, *OF_ZERO_3), splits_weights=True),
+    "tp": Facts("tensor parallelism", ("tp_size", "ep_size", "pp_size"), splits_weights=True),
+    "device-map": Facts("device_map", splits_weights=True),
+}
+ALWAYS = ("strategy", "gpus", "nodes", "accelerate")
+"""Fields that every strategy has."""
+
+
+def parse_distributed(options: Mapping[str, Any]) -> Distributed | None:
+    """The strategy that options ask for; None for one GPU.
+
+    Raises InputError for a strategy on one GPU, for a parameter that the strategy does not have, and for ranks that do not
+    divide.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    if not options:
+        return None
+    try:
+        distributed = Distributed(**options)
+    except ValidationError as error:
+        raise first_error(error, nested=False) from None
+    if distributed.world_size == 1:
+        _refuse_alone(options)
+        return None
+    _check_taken(distributed, options)
+    _check_divisible(distributed)
+    return distributed
+
+
+def _refuse_alone(options: Mapping[str, Any]) -> None:
+    """Raise InputError for what needs several GPUs: `gpus=1` is one GPU."""
+    names = (name for name in ("strategy", *options) if name in options and name not in ("gpus", "nodes", "accelerate"))
+    if (name := next(names, None)) is not None:
+        raise InputError(
+            name, options[name], "it divides a job over several GPUs; accepted: with gpus of 2 or more, or gpu 2xCARD"
+        )
+
+
+def _check_taken(distributed: Distributed, options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name in ALWAYS or name in distributed.facts.takes:
+            continue
+        having = [other for other, facts in STRATEGIES.items() if name in facts.takes]
+        raise InputError(
+            name,
+            options[name],
+            f"{distributed.facts.called} has no such parameter; accepted: with strategy {' or '.join(having)}",
+        )
+
+
+def _check_divisible(distributed: Distributed) -> None:
+    world = distributed.world_size
+    for name in ("dp_shard_size", "tp_size", "cp_size", "ep_size", "pp_size"):
+        size = getattr(distributed, name)
+        if size is not None and world % size:
+            raise InputError(name, size, f"accepted: a divisor of the {world} GPUs")
+    if type(distributed.reshard_after_forward) is int and distributed.shards % distributed.reshard_after_forward:
+        raise InputError(
+            "reshard_after_forward",
+            distributed.reshard_after_forward,
+            f"accepted: true, false, or a divisor of the {distributed.shards} GPUs",
+        )
+
+
+DISTRIBUTED_OPTIONS = frozenset(Distributed.model_fields)

@@ -1,0 +1,34 @@
+"""Launch files of other tools as options: accelerate's YAML and DeepSpeed's JSON.
+
+Every field stands in one of three tables: what it sets here, that no byte of a GPU depends on it, or it is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peftplan.errors import InputError, OptionError
+from peftplan.job.launch import accelerate, deepspeed
+
+FILES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "accelerate_config": accelerate.options,
+    "deepspeed": deepspeed.options,
+}
+"""Option that names a launch file → what reads it."""
+
+
+def launch_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What launch files say as options, and which files were read. Raises InputError for an option that says otherwise."""
+    said: dict[str, Any] = {}
+    named = [field for field in FILES if options.get(field) is not None]
+    for field in named:
+        for name, value in FILES[field](options[field]).items():
+            if name in said and said[name] != value and name != "strategy":
+                raise OptionError(field, options[field], f"{name} is {said[name]} in accelerate_config and {value} here")
+            said[name] = value
+    for name, value in said.items():
+        own = options.get(name)
+        if own is not None and str(own).lower() != str(value).lower():
+            raise InputError(name, own, f"{' and '.join(named)} says {value}; accepted: one of the two")
+    return said, tuple(named)

@@ -1,0 +1,184 @@
+"""accelerate's config file.
+
+Sources: accelerate, commands/config/config_args.py (`ClusterConfig`), utils/dataclasses.py (`FullyShardedDataParallelPlugin`,
+`DeepSpeedPlugin`), parallelism_config.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftplan.errors import InputError, OptionError, UnknownNameError
+from peftplan.job.launch import deepspeed
+from peftplan.job.launch.content import asks, content, switch, whole
+
+ACCELERATE = "accelerate_config"
+Options = dict[str, Any]
+
+SILENT = frozenset(
+    {
+        "compute_environment", "machine_rank", "gpu_ids", "main_process_ip", "main_process_port", "rdzv_backend", "same_network",
+        "main_training_function", "enable_cpu_affinity", "mpirun_config", "downcast_bf16", "tpu_name", "tpu_zone",
+        "tpu_use_cluster", "tpu_use_sudo", "command_file", "commands", "tpu_vm", "tpu_env", "debug", "use_cpu",
+    }
+)  # fmt: skip
+"""Fields of accelerate's file that change no byte of a GPU's: how processes find each other, and other machines than GPUs."""
+REFUSED = ("fp8_config", "megatron_lm_config", "dynamo_config")
+"""Fields that change what a step holds, in ways that are not counted."""
+KINDS = {"NO": None, "MULTI_GPU": "ddp", "FSDP": "fsdp1", "DEEPSPEED": "deepspeed"}
+"""`distributed_type` → the strategy."""
+FSDP_SILENT = frozenset(
+    {"state_dict_type", "limit_all_gathers", "sync_module_states", "xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt"}
+)
+"""Fields of `fsdp_config` that change no peak: how checkpoints are written, and what waits on the host."""
+FSDP_FIELDS = {
+    "offload_params": "offload_params",
+    "reshard_after_forward": "reshard_after_forward",
+    "sharding_strategy": "reshard_after_forward",
+    "auto_wrap_policy": "wrap_policy",
+    "transformer_layer_cls_to_wrap": "transformer_cls_names_to_wrap",
+    "transformer_cls_names_to_wrap": "transformer_cls_names_to_wrap",
+    "min_num_params": "min_num_params",
+    "backward_prefetch": "backward_prefetch",
+    "forward_prefetch": "forward_prefetch",
+    "use_orig_params": "use_orig_params",
+    "cpu_ram_efficient_loading": "cpu_ram_efficient_loading",
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_offload": "offload_checkpoints",
+}
+"""Field of `fsdp_config`, without its prefix `fsdp_` → our option."""
+ONLY_FSDP_1 = ("backward_prefetch", "forward_prefetch", "use_orig_params")
+"""What FSDP2 ignores."""
+WORDS: dict[str, dict[str, Any]] = {
+    "wrap_policy": {"transformer_based_wrap": "transformer", "size_based_wrap": "size", "no_wrap": "none"},
+    "backward_prefetch": {"backward_pre": "pre", "backward_post": "post", "no_prefetch": "none", "none": "none"},
+    "reshard_after_forward": {"full_shard": True, "1": True, "shard_grad_op": False, "2": False, "true": True, "false": False},
+    "offload_params": {"true": "cpu", "false": "none"},
+}
+"""Option → their values for ours."""
+PARALLELISM = {"dp_shard_size": "dp_shard_size", "tp_size": "tp_size", "cp_size": "cp_size"}
+
+
+def options(source: Any) -> Options:
+    """What an accelerate config says as options."""
+    raw = {name: value for name, value in content(source, field=ACCELERATE).items() if value is not None}
+    for name, value in raw.items():
+        known = (*SILENT, *REFUSED, "distributed_type", "num_processes", "num_machines", "mixed_precision")
+        if name in REFUSED and asks(value):
+            raise OptionError(f"{ACCELERATE}: {name}", value, "what it changes is not counted")
+        if name not in (*known, "fsdp_config", "deepspeed_config", "parallelism_config"):
+            raise UnknownNameError(ACCELERATE, name, (*known, "fsdp_config", "deepspeed_config", "parallelism_config"))
+    kind = str(raw.get("distributed_type", "NO")).upper()
+    if kind not in KINDS:
+        raise UnknownNameError(f"{ACCELERATE}: distributed_type", kind, KINDS)
+    nodes = whole(raw.get("num_machines", 1), f"{ACCELERATE}: num_machines")
+    processes = whole(raw.get("num_processes", 1), f"{ACCELERATE}: num_processes")
+    if processes % nodes:
+        raise InputError(f"{ACCELERATE}: num_processes", processes, f"accepted: a multiple of the {nodes} machines")
+    said: Options = {"autocast": _precision(raw)} if "mixed_precision" in raw else {}
+    if kind == "NO":
+        return said
+    said |= {"gpus": processes // nodes} | ({"nodes": nodes} if nodes > 1 else {})
+    if kind == "DEEPSPEED":
+        return said | _plugin(raw.get("deepspeed_config") or {})
+    said["strategy"] = KINDS[kind]
+    if kind == "FSDP":
+        said |= fsdp_options(raw.get("fsdp_config") or {})
+    return said | parallel_options(raw.get("parallelism_config") or {})
+
+
+def _precision(raw: Mapping[str, Any]) -> str:
+    value = str(raw["mixed_precision"]).lower()
+    said = {"no": "none", "false": "none", "bf16": "bf16", "fp16": "fp16"}
+    if value not in said:
+        raise UnknownNameError(f"{ACCELERATE}: mixed_precision", value, ("no", "bf16", "fp16"))
+    return said[value]
+
+
+def fsdp_options(fields: Mapping[str, Any]) -> Options:
+    """What `fsdp_config` says. FSDP1 is the default of accelerate's file."""
+    plain = {name.removeprefix("fsdp_"): value for name, value in fields.items() if value is not None}
+    version = str(plain.pop("version", 1))
+    if version not in ("1", "2"):
+        raise InputError(f"{ACCELERATE}: fsdp_version", version, "accepted: 1, 2")
+    said: Options = {"strategy": f"fsdp{version}"}
+    for name, value in plain.items():
+        if name in FSDP_SILENT:
+            continue
+        if name not in FSDP_FIELDS:
+            raise UnknownNameError(f"{ACCELERATE}: fsdp_config", f"fsdp_{name}", [f"fsdp_{known}" for known in FSDP_FIELDS])
+        option = FSDP_FIELDS[name]
+        if version == "2" and option in ONLY_FSDP_1:
+            if option == "forward_prefetch" and asks(value):
+                raise OptionError(f"{ACCELERATE}: fsdp_{name}", value, "forward_prefetch is not yet implemented in FSDP2")
+            continue
+        if option == "reshard_after_forward" and str(value).lower() in UNSHARDED:
+            raise OptionError(f"{ACCELERATE}: fsdp_{name}", value, UNSHARDED[str(value).lower()])
+        said[option] = _worded(option, value, f"{ACCELERATE}: fsdp_{name}")
+    return {name: value for name, value in said.items() if not (name == "offload_checkpoints" and value is False)}
+
+
+UNSHARDED = {
+    **dict.fromkeys(("no_shard", "3"), "FSDP1 without shards is not counted; accepted: MULTI_GPU, which holds the same"),
+    **dict.fromkeys(
+        ("hybrid_shard", "4", "hybrid_shard_zero2", "5"), "FSDP1's groups are not counted; accepted: FSDP2 with dp_shard_size"
+    ),
+}
+"""Sharding strategies of FSDP1 that are not counted."""
+
+
+def parallel_options(fields: Mapping[str, Any]) -> Options:
+    """What `parallelism_config` says."""
+    said: Options = {}
+    for name, value in fields.items():
+        plain = name.removeprefix("parallelism_config_")
+        if value is None or plain == "dp_replicate_size" or plain.endswith("_backend"):
+            continue
+        size = whole(value, f"{ACCELERATE}: {name}") if plain.endswith("_size") else value
+        if plain in PARALLELISM and size != 1:
+            said[PARALLELISM[plain]] = size
+        elif plain not in PARALLELISM and size != 1:
+            raise UnknownNameError(f"{ACCELERATE}: parallelism_config", name, PARALLELISM)
+    return said
+
+
+def _worded(option: str, value: Any, field: str) -> Any:
+    """Our value for one of accelerate's."""
+    words = WORDS.get(option)
+    text = str(value).lower()
+    if words is not None:
+        if text not in words:
+            raise InputError(field, value, f"accepted: {', '.join(words)}")
+        return words[text]
+    if option in ("transformer_cls_names_to_wrap",):
+        return tuple(str(value).split(",")) if not isinstance(value, (list, tuple)) else tuple(map(str, value))
+    if option == "min_num_params":
+        return whole(value, field)
+    return switch(value, field)
+
+
+PLUGIN_SILENT = frozenset({"deepspeed_multinode_launcher", "deepspeed_hostfile", "zero3_save_16bit_model", "gradient_clipping"})
+"""Fields of `deepspeed_config` that change no byte of a GPU."""
+
+
+def _plugin(fields: Mapping[str, Any]) -> Options:
+    """What `deepspeed_config` of accelerate's file says: a few fields, or the path of DeepSpeed's own file."""
+    if (path := fields.get("deepspeed_config_file")) is not None:
+        return deepspeed.options(path)
+    said: Options = {"strategy": deepspeed.strategy_of(fields.get("zero_stage", 2))}
+    known = (*PLUGIN_SILENT, "zero_stage", "gradient_accumulation_steps", "offload_optimizer_device", "offload_param_device")
+    for name, value in fields.items():
+        if name in PLUGIN_SILENT or name == "zero_stage" or value is None:
+            continue
+        if name == "gradient_accumulation_steps" and value != "auto":
+            said[name] = value
+        elif name == "offload_optimizer_device":
+            said["offload_optimizer"] = str(value)
+        elif name == "offload_param_device":
+            said["offload_params"] = str(value)
+        elif name == "zero3_init_flag":
+            said["zero3_init"] = switch(value, f"{ACCELERATE}: {name}")
+        elif name != "gradient_accumulation_steps":
+            raise UnknownNameError(f"{ACCELERATE}: deepspeed_config", name, known)
+    return deepspeed.of_stage(said)

@@ -1,0 +1,105 @@
+"""What stands in a launch file: a mapping, from JSON or YAML that is read safely."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from peftplan import files
+from peftplan.errors import InputError, OptionError
+
+MOST_BYTES = 2**20
+"""Launch files have a few KB."""
+MOST_NODES = 10_000
+"""Values of a YAML document, those behind aliases counted each time."""
+ON = ("true", "yes", "on", "1")
+OFF = ("false", "no", "off", "0")
+
+
+def content(source: Any, *, field: str) -> Mapping[str, Any]:
+    """The mapping in a launch file, or one that is source as such."""
+    if isinstance(source, Mapping):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(field, source, "accepted: a path, or a mapping")
+    text = files.text(os.fspath(source), field=field, most=MOST_BYTES)
+    raw = _json(text, source, field) if text.lstrip().startswith("{") else _yaml(text, source, field)
+    if not isinstance(raw, Mapping) or not all(isinstance(name, str) for name in raw):
+        raise InputError(field, str(source), "accepted: a file of fields and values")
+    return raw
+
+
+def _json(text: str, source: Any, field: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            twice = next(name for n, (name, _) in enumerate(pairs) if name in [other for other, _ in pairs[:n]])
+            raise OptionError(field, str(source), f"{twice} is there twice")
+        return fields
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(field, str(source), f"not a JSON file: {error}") from None
+
+
+def _yaml(text: str, source: Any, field: str) -> Any:
+    import yaml  # only where YAML is read
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_nodes(root, source, field)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark is not None else ""
+        raise InputError(field, str(source), f"not a YAML file: {where}{getattr(error, 'problem', None) or error}") from None
+
+
+def _check_nodes(root: Any, source: Any, field: str) -> None:
+    """Raise InputError for a key that is there twice, and for aliases that stand for too many nodes."""
+    import yaml
+
+    todo, seen = [root], 0
+    while todo:
+        node = todo.pop()
+        seen += 1
+        if seen > MOST_NODES:
+            raise InputError(field, str(source), f"accepted: a file of at most {MOST_NODES:,} values")
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
+            if twice is not None:
+                raise OptionError(field, str(source), f"line {node.start_mark.line + 1}: {twice} is there twice")
+            todo += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            todo += node.value
+
+
+def asks(value: Any) -> bool:
+    """Whether a field asks for anything."""
+    if isinstance(value, Mapping):
+        return any(asks(item) for item in value.values())
+    return str(value).lower() not in ("", "no", "none", "false")
+
+
+def switch(value: Any, field: str) -> bool:
+    text = str(value).lower()
+    if text not in (*ON, *OFF):
+        raise InputError(field, value, "accepted: true, false")
+    return text in ON
+
+
+def whole(value: Any, field: str) -> int:
+    """A whole number, which YAML and JSON also write as 5e8 or "5e8"."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InputError(field, value, "accepted: a whole number") from None
+    if isinstance(value, bool) or number < 0 or number != int(number):
+        raise InputError(field, value, "accepted: a whole number")
+    return int(number)

@@ -1,0 +1,124 @@
+"""DeepSpeed's config file.
+
+Sources: DeepSpeed 0.19.8, runtime/config.py, runtime/zero/config.py, runtime/zero/offload_config.py; transformers,
+integrations/deepspeed.py (what `auto` stands for).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftplan.errors import InputError, OptionError, UnknownNameError, nearest
+from peftplan.job.launch.content import OFF, ON, asks, content, switch, whole
+
+DEEPSPEED = "deepspeed"
+Options = dict[str, Any]
+
+ZERO_SILENT = frozenset(
+    {
+        "stage3_gather_16bit_weights_on_model_save", "gather_16bit_weights_on_model_save", "load_from_fp32_weights",
+        "elastic_checkpoint", "legacy_stage1", "memory_efficient_linear", "allgather_partitions", "reduce_scatter",
+        "round_robin_gradients",
+    }
+)  # fmt: skip
+"""Fields of `zero_optimization` that change no peak."""
+ZERO_FIELDS = {
+    "overlap_comm": "overlap_comm",
+    "contiguous_gradients": "contiguous_gradients",
+    "reduce_bucket_size": "reduce_bucket_size",
+    "allgather_bucket_size": "allgather_bucket_size",
+    "sub_group_size": "sub_group_size",
+    "stage3_prefetch_bucket_size": "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold": "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters": "stage3_max_live_parameters",
+    "max_live_parameters": "stage3_max_live_parameters",
+    "stage3_max_reuse_distance": "stage3_max_reuse_distance",
+    "max_reuse_distance": "stage3_max_reuse_distance",
+}
+SHARED = ("overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size", "offload_optimizer")
+TOP_SILENT = frozenset(
+    {
+        "train_batch_size", "steps_per_print", "wall_clock_breakdown", "gradient_clipping", "scheduler",
+        "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients", "comms_config", "comms_logger",
+        "monitor_config", "tensorboard", "wandb", "csv_monitor", "flops_profiler", "dump_state", "checkpoint", "aio",
+        "cuda_visible_devices", "_comment", "gradient_predivide_factor", "memory_breakdown", "data_types",
+    }
+)  # fmt: skip
+"""Fields that change no byte of a GPU."""
+TOP_FIELDS = {"train_micro_batch_size_per_gpu": "batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps"}
+TOP = ("zero_optimization", "fp16", "bf16", "optimizer", *TOP_FIELDS)
+
+
+def options(source: Any) -> Options:
+    """What a DeepSpeed config says as options; `auto` sets nothing, but sizes that follow the model's hidden size."""
+    raw = content(source, field=DEEPSPEED)
+    for name, value in raw.items():
+        if name not in (*TOP_SILENT, *TOP) and asks(_enabled(value)):
+            near = nearest(name, TOP)
+            raise InputError(DEEPSPEED, name, f"what it changes is not counted{f'; did you mean {near[0]}?' if near else ''}")
+    zero = raw.get("zero_optimization")
+    if not isinstance(zero, Mapping):
+        raise OptionError(DEEPSPEED, source, "accepted: a config with zero_optimization and its stage")
+    said: Options = {"strategy": strategy_of(zero.get("stage", 0))}
+    said |= {ours: raw[name] for name, ours in TOP_FIELDS.items() if raw.get(name) not in (None, "auto")}
+    if raw.get("optimizer") is not None:
+        said["deepspeed_optimizer"] = _own_adam(raw["optimizer"])
+    for dtype in ("bf16", "fp16"):
+        enabled = _enabled(raw.get(dtype) or {})
+        if enabled != "auto" and asks(enabled):
+            said["autocast"] = dtype
+    for name, value in zero.items():
+        if name == "stage" or name in ZERO_SILENT or value is None:
+            continue
+        if name in ("offload_optimizer", "offload_param"):
+            device = str((value if isinstance(value, Mapping) else {}).get("device", "none"))
+            said["offload_params" if name == "offload_param" else name] = device
+        elif name in ZERO_FIELDS:
+            said[ZERO_FIELDS[name]] = _zero_value(name, value)
+        else:
+            raise UnknownNameError(
+                f"{DEEPSPEED}: zero_optimization", name, (*ZERO_FIELDS, "stage", "offload_optimizer", "offload_param")
+            )
+    return of_stage(said)
+
+
+def _own_adam(block: Any) -> bool:
+    """Whether the optimizer of a DeepSpeed config is its own Adam. Raises InputError for others, which are not counted."""
+    kind = block.get("type") if isinstance(block, Mapping) else block
+    if str(kind).lower() not in ("adam", "adamw"):
+        raise InputError(f"{DEEPSPEED}: optimizer", kind, "accepted: Adam, AdamW, or none; Trainer's --optim then steps")
+    return True
+
+
+def _enabled(value: Any) -> Any:
+    """Whether a block of DeepSpeed's file is on; a block that does not say is."""
+    return value.get("enabled", bool(value)) if isinstance(value, Mapping) else value
+
+
+def strategy_of(value: Any) -> str:
+    if str(value) not in ("1", "2", "3"):
+        also = "; 0 is DDP, which --strategy ddp counts" if str(value) == "0" else ""
+        raise InputError(f"{DEEPSPEED}: stage", value, f"accepted: 1, 2, 3{also}")
+    return f"zero{value}"
+
+
+def of_stage(said: Options) -> Options:
+    """Without the fields that a stage does not read."""
+    return (
+        said
+        if said["strategy"] == "zero3"
+        else {name: value for name, value in said.items() if name in SHARED or not _of_3(name)}
+    )
+
+
+def _of_3(name: str) -> bool:
+    return name.startswith("stage3_") or name in ("offload_params", "sub_group_size", "zero3_init")
+
+
+def _zero_value(name: str, value: Any) -> Any:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or (isinstance(value, str) and value.lower() in (*ON, *OFF)):
+        return switch(value, f"{DEEPSPEED}: {name}")
+    return whole(value, f"{DEEPSPEED}: {name}")

@@ -1,0 +1,44 @@
+"""Combinations of a strategy with a job that the libraries refuse, each with the line that raises."""
+
+from __future__ import annotations
+
+from peftplan.arch.modules import Architecture
+from peftplan.distributed.strategy import Distributed
+from peftplan.errors import InputError, RefusedError
+from peftplan.job.setup import Setup
+from peftplan.storage import QuantConfig
+
+FLOATS = ("fp16", "bf16", "fp32", "fp64")
+FOREACH = ("adamw_torch", "sgd", "adagrad", "rmsprop")
+"""Optimizers that step over lists of tensors (`foreach`)."""
+
+
+def check_distributed(distributed: Distributed, setup: Setup, architecture: Architecture, quant: QuantConfig | None) -> None:
+    """Raise RefusedError or InputError for what torch, accelerate, transformers or bitsandbytes refuse under a strategy."""
+    strategy = distributed.strategy
+    if strategy == "fsdp1" and quant is not None and (quant.name == "int8" or quant.quant_storage not in FLOATS):
+        raise RefusedError(
+            f"quant_storage: FSDP1 cannot flatten integer dtype tensors (torch, _flat_param.py), and {quant.name} stores "
+            f"{quant.quant_storage if quant.name != 'int8' else 'int8'}; accepted: --quant-storage bf16 with nf4 or fp4"
+        )
+    if strategy == "device-map" and distributed.nodes > 1:
+        raise InputError("nodes", distributed.nodes, "device_map is one process, which sees the GPUs of one machine; accepted: 1")
+    if strategy == "tp" and setup.optim in FOREACH:
+        raise RefusedError(
+            f"optim: {setup.optim} steps over lists of tensors, and fails on a model in tensor parallel: mixed torch.Tensor and "
+            "DTensor (the norms stay whole); accepted: adamw_torch_fused"
+        )
+    if distributed.sync_each_batch is not None and setup.gradient_accumulation_steps == 1:
+        raise InputError(
+            "sync_each_batch", distributed.sync_each_batch, "accepted: with gradient_accumulation_steps of 2 or more"
+        )
+    _check_heads(distributed.tp_size or (distributed.world_size if strategy == "tp" else 1), architecture)
+
+
+def _check_heads(tp_size: int, architecture: Architecture) -> None:
+    """Raise InputError where attention heads cannot be divided (transformers, distributed/tensor_parallel.py: colwise)."""
+    for block in architecture.blocks if tp_size > 1 else ():
+        for attention in block.attentions:
+            heads = attention.num_attention_heads
+            if heads % tp_size:
+                raise InputError("tp_size", tp_size, f"accepted: a divisor of the model's {heads} attention heads")

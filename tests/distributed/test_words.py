@@ -1,0 +1,170 @@
+"""Several GPUs in the words of accelerate, FSDP and DeepSpeed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.cli import main
+from peftplan.errors import PeftplanError
+from peftplan.job.prepare import prepare
+
+FSDP2 = """
+distributed_type: FSDP
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_cpu_ram_efficient_loading: true
+  fsdp_offload_params: false
+  fsdp_reshard_after_forward: true
+  fsdp_state_dict_type: FULL_STATE_DICT
+mixed_precision: bf16
+num_machines: 2
+num_processes: 8
+rdzv_backend: static
+"""
+ZERO3 = {
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "reduce_bucket_size": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_param_persistence_threshold": "auto",
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": 4,
+}
+
+
+def estimated(**options: Any) -> dict[str, Any]:
+    return peftplan.estimate("gpt2", method="full", **options).to_dict()
+
+
+def test_one_gpu_says_nothing_of_several() -> None:
+    alone, counted, typed = estimated(gpu="t4"), estimated(gpu="1xt4"), estimated(gpu="t4", gpus=1)
+    assert "distributed" not in alone
+    assert not {"gathered_weights", "communication"} & alone["memory"]["by_category"].keys()
+    assert alone == counted == typed
+
+
+def test_the_card_says_how_many_there_are() -> None:
+    """4 × 2 sequences of 3 micro batches on 16 GPUs."""
+    result = estimated(gpu="8xh100-80gb", nodes=2, strategy="fsdp2", batch_size=2, gradient_accumulation_steps=3)
+    block = result["distributed"]
+    assert (block["strategy"], block["world_size"], block["gpus_per_node"], block["nodes"]) == ("fsdp2", 16, 8, 2)
+    assert (block["batch_size_per_rank"], block["global_batch_size"]) == (2, 2 * 3 * 16)
+    assert [card["name"] for card in result["gpus"]] == ["h100-80gb"]
+    assert block["ranks"][0]["persistent"] == result["memory"]["persistent"]
+
+
+def test_without_a_strategy_it_is_ddp() -> None:
+    assert estimated(gpus=2)["distributed"]["strategy"] == "ddp"
+
+
+def test_accelerate_config(tmp_path: Path) -> None:
+    file = tmp_path / "fsdp2.yaml"
+    file.write_text(FSDP2, encoding="utf-8")
+    job = prepare("gpt2", method="full", accelerate_config=str(file))
+    assert job.distributed is not None
+    assert (job.distributed.strategy, job.distributed.gpus, job.distributed.nodes) == ("fsdp2", 4, 2)
+    assert job.distributed.reshard_after_forward is True
+    assert job.distributed.wrap_policy == "transformer"
+    assert job.distributed.offload_params == "none"
+    assert job.setup.autocast == "bf16"
+
+
+def test_deepspeed_config(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(ZERO3), encoding="utf-8")
+    job = prepare("gpt2", method="full", deepspeed=str(file), gpus=4)
+    assert job.distributed is not None
+    stated = job.distributed.model_dump(exclude_none=True)
+    assert stated == {
+        "strategy": "zero3",
+        "gpus": 4,
+        "nodes": 1,
+        "overlap_comm": True,
+        "reduce_bucket_size": "auto",
+        "stage3_max_live_parameters": 10**9,
+        "stage3_param_persistence_threshold": "auto",
+        "offload_optimizer": "cpu",
+    }
+    assert job.setup.gradient_accumulation_steps == 4
+
+
+REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"gpu": "8xt4", "gpus": 4}, "gpus: gpu says how many there are (8x…); accepted: one of the two"),
+    ({"gpu": ["2xl4", "8xt4"]}, "gpu: one estimate is of one number of GPUs, here they are 2x, 8x; ask for each number"),
+    ({"strategy": "fsdp2"}, "strategy: 'fsdp2' is not accepted; it divides a job over several GPUs"),
+    ({"strategy": "zero4", "gpus": 2}, "strategy: 'zero4' is not accepted; did you mean zero"),
+    ({"gpus": 2, "reshard_after_forward": False}, "reshard_after_forward: False is not accepted; DDP has no such parameter"),
+    ({"gpus": 8, "strategy": "fsdp2", "dp_shard_size": 3}, "dp_shard_size: 3 is not accepted; accepted: a divisor of the 8 GPUs"),
+    ({"gpus": 0}, "gpus must be at least 1 (got 0)"),
+    ({"gpus": 5, "strategy": "tp", "tp_size": 5}, "tp_size: 5 is not accepted; accepted: a divisor of the model's 12 attention"),
+    ({"gpus": 2, "strategy": "tp", "optim": "adamw_torch"}, "optim: adamw_torch steps over lists of tensors"),
+    ({"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 4}}}, "deepspeed: stage: 4 is not accepted; accepted: 1, 2, 3"),
+    ({"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 2, "overlap_com": True}}}, "did you mean overlap_comm"),
+    ({"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 2}, "tensor_parallel": {"autotp_size": 2}}}, "tensor_parallel"),
+    ({"gpus": 2, "deepspeed": ZERO3, "strategy": "zero2"}, "strategy: 'zero2' is not accepted; deepspeed says zero3"),
+    ({"accelerate_config": {"distributed_type": "TPU"}}, "accelerate_config: distributed_type: 'TPU' is not accepted"),
+    ({"accelerate_config": {"distributed_type": "FSDP", "num_proceses": 2}}, "did you mean num_processes"),
+    (
+        {"accelerate_config": {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_shard": 1}}},
+        "accelerate_config: fsdp_config: 'fsdp_shard' is not accepted",
+    ),
+    (
+        {"accelerate_config": {"distributed_type": "MULTI_GPU", "num_processes": 3, "num_machines": 2}},
+        "num_processes: 3 is not accepted; accepted: a multiple of the 2 machines",
+    ),
+)
+
+
+@pytest.mark.parametrize(("options", "line"), REFUSED, ids=[line[:30] for _, line in REFUSED])
+def test_bad_input_is_one_line(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(PeftplanError) as error:
+        estimated(**options)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_flat_parameters_of_integers_are_refused() -> None:
+    with pytest.raises(PeftplanError, match="FSDP1 cannot flatten integer dtype tensors"):
+        peftplan.estimate("llama-2-7b", method="qlora", gpus=2, strategy="fsdp1")
+    peftplan.estimate("llama-2-7b", method="qlora", gpus=2, strategy="fsdp1", quant_storage="bf16")
+
+
+BROKEN = (
+    ("a: [1", "not a YAML file: line 1"),
+    ("num_processes: 2\nnum_processes: 4\n", "num_processes is there twice"),
+    (
+        "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "\n".join(f"b{n}: [{', '.join(['*a'] * 10)}]" for n in range(200)),
+        "at most 10,000",
+    ),
+    ("- 1\n- 2\n", "accepted: a file of fields and values"),
+    ("distributed_type: !!python/object/apply:os.system ['true']\n", "not a YAML file"),
+    ('{"zero_optimization": {"stage": 2, "stage": 3}}', "stage is there twice"),
+    ('{"zero_optimization": ', "not a JSON file"),
+)
+
+
+@pytest.mark.parametrize(("text", "line"), BROKEN, ids=[line for _, line in BROKEN])
+def test_a_broken_launch_file_is_one_line(tmp_path: Path, text: str, line: str) -> None:
+    file = tmp_path / "launch"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(PeftplanError, match=line.replace("(", r"\(")):
+        estimated(accelerate_config=file)
+
+
+def test_several_numbers_of_gpus_are_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["estimate", "gpt2", "--gpu", "2xl4,8xt4", "--strategy", "zero2", "--format", "json"])
+    assert not ended.value.code
+    results = json.loads(capsys.readouterr().out)
+    assert [(result["distributed"]["world_size"], result["gpus"][0]["name"]) for result in results] == [(2, "l4"), (8, "t4")]
