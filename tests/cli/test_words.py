@@ -96,7 +96,7 @@ def test_serving_reads_them_too() -> None:
         ("--set r=4 --set r=8", "--set r is given twice"),
         ("--format json --format csv", "--format is given twice"),
         ("--packing", "--packing: packed batches are not counted yet; one sequence of the packed length comes near"),
-        ("--deepspeed ds.json", "--deepspeed: one device is counted, sharded training is not"),
+        ("--deepspeed ds.json", "--deepspeed: cannot read 'ds.json': No such file or directory"),
         ("--r 0", "--r must be at least 1 (got 0)"),
         ("--lora_rank 0", "--lora_rank must be at least 1 (got 0)"),
         ("--bs many", "--bs must be a whole number (got 'many')"),
