@@ -16,7 +16,7 @@ from peftplan.parameters import Parameters
 from peftplan.storage import QuantConfig
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Node, Operand, Parameter, Tensor
 
 
 @dataclass
@@ -162,9 +162,9 @@ class Model:
             rows = self.table(part.name, part)  # a local variable of the layer's forward holds them beside autocast's copy
             return ops.linear(f, x, rows)
         if part.kind == "LinearSubclass" and part.quant is None:
-            return ops.product(f, x, part.weight, part.bias)
+            return ops.product(f, x, part.own_weight, part.bias)
         if part.quant is None:
-            return ops.linear(f, x, part.weight, part.bias, transposed=part.kind == "Conv1D")
+            return ops.linear(f, x, part.own_weight, part.bias, transposed=part.kind == "Conv1D")
         from peftplan.memory.quantized import QUANTIZED
 
         return QUANTIZED[part.quant.name](f, part, x)
@@ -265,7 +265,7 @@ class Model:
             from peftplan.memory.methods.embeddings import check_lora_embedding, lora_embedding
 
             check_lora_embedding(self.arch.model_type, self.running.config)
-            rows = self.asking_gradient(ops.embedding(self.tape, part.weight, dims, ids))  # its hook is on the base layer
+            rows = self.asking_gradient(ops.embedding(self.tape, part.own_weight, dims, ids))  # its hook is on the base layer
             return lora_embedding(self.tape, part, rows, ids)
         return ops.embedding(self.tape, self.table(name, part), dims, ids)
 
@@ -274,11 +274,11 @@ class Model:
         `_setup_prompt_encoder`)."""
         return self._parameter(next(p for p, part in self._families[name] if part == "weight"), None)
 
-    def table(self, name: str, part: Part) -> Any:
+    def table(self, name: str, part: Part) -> Operand:
         """The table of an embedding; the output of `index_copy` where some rows of it train."""
         adapter = self.token_adapters.get(name)
         if adapter is None:
-            return part.weight
+            return part.own_weight
         from peftplan.memory.methods.embeddings import merged_rows
 
         return merged_rows(self.tape, part, self.part(adapter))

@@ -64,6 +64,12 @@ class Part:
         self.weight = params.get("weight")
         self.bias = params.get("bias")
 
+    @property
+    def own_weight(self) -> Parameter:
+        """The weight of a module that has one."""
+        assert self.weight is not None, self.name
+        return self.weight
+
 
 FOUR_BIT = ("nf4", "fp4")
 TOKEN_ADAPTER = ".token_adapter"

@@ -119,7 +119,7 @@ def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
 def _linear8bit_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     (part,) = saved
     x = node.context
-    assert x is not None
+    assert isinstance(x, Tensor)
     bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] else None
     if not node.edges[0]:
         return None, bias

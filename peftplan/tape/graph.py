@@ -5,10 +5,9 @@ Source: torch 2.13, csrc/autograd/engine.cpp (order), input_buffer.cpp (sums), u
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
-from peftplan.tape.tensors import Node, Parameter
+from peftplan.tape.tensors import Node, Operand, Parameter
 
 RELEASED = ("released",)
 """What is left of what a node saved once a nested backward has run it."""
@@ -27,9 +26,9 @@ class Frame:
         self.count = 0
         self.alive: set[int] = set()
         self.replayed = 0
-        self.recomputed: dict[int, Any] | None = None
-        self.rerun: Callable[..., Any] | None = None
-        self.inputs: Callable[[], tuple[Any, ...]] = tuple
+        self.recomputed: dict[int, Operand] | None = None
+        self.rerun: Callable[..., object] | None = None
+        self.inputs: Callable[[], tuple[object, ...]] = tuple
 
 
 class Place:
@@ -46,17 +45,17 @@ class Place:
         self.frame.alive.discard(self.number)
 
 
-def reachable(roots: list[Any]) -> list[Node]:
+def reachable(roots: Iterable[Node | Parameter | None]) -> list[Node]:
     """Every node that the roots' gradients can reach, earliest first; counts how often each weight will get one."""
     seen: set[Node] = set()
     stack: list[Node] = []
     uses: dict[Parameter, int] = {}
 
-    def reach(parent: Any) -> None:
+    def reach(parent: Node | Parameter | None) -> None:
         if isinstance(parent, Parameter):
             if parent.counts:
                 parent.uses = uses[parent] = uses.get(parent, 0) + 1
-        elif parent not in seen:
+        elif parent is not None and parent not in seen:
             seen.add(parent)
             stack.append(parent)
 

@@ -6,8 +6,6 @@ Source: transformers 5.24, modeling_utils.py (`_activation_checkpointing_enable`
 
 from __future__ import annotations
 
-from typing import Any
-
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
@@ -25,12 +23,12 @@ class Hosted:
         self.leaf = x.storage is not None and (x.storage.number, x.dims) in f.leaves
 
 
-def stored(f: Tape, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def stored(f: Tape, args: tuple[object, ...]) -> tuple[object, ...]:
     """Arguments whose tensors are on the host."""
     return tuple(Hosted(f, x) if type(x) is Tensor else x for x in args)
 
 
-def fetched(f: Tape, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def fetched(f: Tape, args: tuple[object, ...]) -> tuple[object, ...]:
     """Arguments whose tensors are on the device again."""
     return tuple(_copy(f, x) if type(x) is Hosted else x for x in args)
 

@@ -6,11 +6,12 @@ in the order of that file's entries, which are sorted by argument name (`mat2` b
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeAlias
 
 from peftplan.ledger import Dim
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Broadcast, Dims, Node, Parameter, Strided, Tensor
+from peftplan.tape.tensors import Broadcast, Dims, Gradients, Node, Operand, Strided, Tensor
 
 WIDER = {("bf16", "fp16"): "fp32", ("fp16", "bf16"): "fp32"}
 
@@ -20,7 +21,7 @@ def promoted(a: str, b: str) -> str:
     return a if a == b else "fp32"
 
 
-def _broadcast(a: Tensor, b: Any) -> Dims | None:
+def _broadcast(a: Tensor, b: Operand) -> Dims | None:
     """The dims of b where they are not those of a, which the result has."""
     return None if a.dims == b.dims else b.dims
 
@@ -30,16 +31,20 @@ def of_broadcast(grad: Tensor, like: Dims | None) -> Tensor:
     return grad if like is None or grad.dims == like else Broadcast(grad.storage, like, grad.dtype)
 
 
-def embedding(f: Tape, weight: Any, rows: Dims, ids: Tensor | None = None) -> Tensor:
+def embedding(f: Tape, weight: Operand, rows: Dims, ids: Tensor | None = None) -> Tensor:
     """`embedding`: keeps the indices, `ids` unless the batch holds them; backward makes a gradient of the whole table."""
     return f.new((*rows, weight.dims[1]), weight.dtype, "embedding", f.record(_embedding_backward, (weight,), weight.dims, ids))
 
 
-def _embedding_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _embedding_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor | None], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "embedding_dense_backward")
 
 
-def linear(f: Tape, x: Tensor, weight: Any, bias: Any = None, *, transposed: bool = False) -> Tensor:
+Product: TypeAlias = tuple[Operand | None, Operand | None, Dims, Dims, Dims | None]
+"""What a product with a weight saves: x, the weight, and the dims of x, of the weight and of the bias."""
+
+
+def linear(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = None, *, transposed: bool = False) -> Tensor:
     """`linear` (mm, addmm): keeps x if the weight trains, and the weight if x has a gradient. Under autocast in its dtype.
 
     The weight is (out, in); `transposed` (Conv1D, `x @ W`) is (in, out). A strided x never goes to addmm, and is copied if the
@@ -56,48 +61,52 @@ def linear(f: Tape, x: Tensor, weight: Any, bias: Any = None, *, transposed: boo
     return f.new((*x.dims[:-1], weight.dims[1 if transposed else 0]), x.dtype, op, node)
 
 
-def _linear_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _linear_backward(f: Tape, node: Node, saved: Product, g: Tensor) -> Gradients:
     _, _, x_dims, w_dims, bias_dims = saved
     to_x, to_weight, to_bias = node.edges
     grad_weight = f.view_of(f.new(w_dims, g.dtype, "mm")) if to_weight else None  # of the transposed weight's
     grad_x = f.new(x_dims, g.dtype, "mm") if to_x else None
     if grad_x is not None and len(x_dims) > 2:
         f.view_of(grad_x)  # the product has two dims: `reshape` gives it x's
-    grad_bias = f.new(bias_dims, g.dtype, "sum") if to_bias else None
+    grad_bias = f.new(bias_dims, g.dtype, "sum") if to_bias and bias_dims is not None else None
     return grad_x, grad_weight, grad_bias
 
 
-def _addmm_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _addmm_backward(f: Tape, node: Node, saved: Product, g: Tensor) -> Gradients:
     """`mat1` before `mat2`; the sum for the bias is the engine's."""
     _, _, x_dims, w_dims, bias_dims = saved
     to_x, to_weight, to_bias = node.edges
     grad_x = f.view_of(f.new(x_dims, g.dtype, "mm")) if to_x else None
     grad_weight = f.view_of(f.new(w_dims, g.dtype, "mm")) if to_weight else None
-    return grad_x, grad_weight, Broadcast(g.storage, bias_dims, g.dtype) if to_bias else None
+    return grad_x, grad_weight, Broadcast(g.storage, bias_dims, g.dtype) if to_bias and bias_dims is not None else None
 
 
-def add(f: Tape, a: Tensor, b: Any) -> Tensor:
+def add(f: Tape, a: Tensor, b: Operand) -> Tensor:
     """`add`: keeps nothing; b may be broadcast."""
     return f.new(a.dims, promoted(a.dtype, b.dtype), "add", f.record(_add_backward, (a, b), _broadcast(a, b)))
 
 
-def add_(f: Tape, a: Tensor, b: Any) -> Tensor:
+def add_(f: Tape, a: Tensor, b: Operand) -> Tensor:
     """`a += b`: a's own storage."""
     return Tensor(a.storage, a.dims, a.dtype, f.record(_add_backward, (a, b), _broadcast(a, b)))
 
 
-def _add_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _add_backward(f: Tape, node: Node, saved: tuple[Dims | None], g: Tensor) -> Gradients:
     return g, of_broadcast(g, saved[0]) if node.edges[1] else None
 
 
-def mul(f: Tape, a: Any, b: Any) -> Tensor:
+Factors: TypeAlias = tuple[Operand | None, Operand | None, tuple[Dims, Dims] | None]
+"""What a product of two tensors saves: both, and their dims where these differ."""
+
+
+def mul(f: Tape, a: Operand, b: Operand) -> Tensor:
     """`mul`: keeps each factor whose partner has a gradient; b may be broadcast, or a where it has fewer dims."""
     likes = None if a.dims == b.dims else (a.dims, b.dims)
     node = f.record(_mul_backward, (a, b), a if b.node else None, b if a.node else None, likes)
     return f.new(max(a.dims, b.dims, key=len), promoted(a.dtype, b.dtype), "mul", node)
 
 
-def _mul_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _mul_backward(f: Tape, node: Node, saved: Factors, g: Tensor) -> Gradients:
     grad_b = f.new(g.dims, g.dtype, "mul") if node.edges[1] else None
     grad_a = f.new(g.dims, g.dtype, "mul") if node.edges[0] else None
     if saved[2] is None:
@@ -106,26 +115,26 @@ def _mul_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     return [None if grad is None else of_broadcast(grad, like) for grad, like in pairs]
 
 
-def scale(f: Tape, x: Tensor | Parameter, op: str = "mul") -> Tensor:
+def scale(f: Tape, x: Operand, op: str = "mul") -> Tensor:
     """`mul` or `div` by a number, `neg`: keeps nothing, and its backward makes one tensor."""
     return f.new(x.dims, x.dtype, op, f.record(_scale_backward, (x,)))
 
 
-def _scale_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _scale_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "mul")
 
 
-def divide(f: Tape, x: Any, by: Tensor) -> Tensor:
+def divide(f: Tape, x: Operand, by: Tensor) -> Tensor:
     """`x / y` where y has no gradient: keeps y."""
     return f.new(x.dims, promoted(x.dtype, by.dtype), "div", f.record(_scale_backward, (x,), by))
 
 
-def shift(f: Tape, x: Tensor | Parameter) -> Tensor:
+def shift(f: Tape, x: Operand) -> Tensor:
     """`x + number`: keeps nothing; its gradient passes through."""
     return f.new(x.dims, x.dtype, "add", f.record(_shift_backward, (x,)))
 
 
-def _shift_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _shift_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return g
 
 
@@ -142,11 +151,11 @@ def keeps_output(f: Tape, x: Tensor, op: str, *, passing: bool = False) -> Tenso
     return out
 
 
-def _same_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _same_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "backward")
 
 
-def _passing_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _passing_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     out = f.new(g.dims, g.dtype, "backward")
     passing = f.new(g.dims, g.dtype, "grad * output")
     del passing
@@ -166,7 +175,7 @@ def softmax(f: Tape, x: Tensor, dtype: str) -> Tensor:
     return keeps_output(f, f.to(x, dtype), "softmax", passing=True)
 
 
-def _half_softmax_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _half_softmax_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     out = f.new(g.dims, "fp16", "backward")
     passing = f.new(g.dims, g.dtype, "grad * output")
     del passing
@@ -181,13 +190,13 @@ def matmul(f: Tape, a: Tensor, b: Tensor, dims: Dims) -> Tensor:
     return f.new(dims, a.dtype, "bmm", node)
 
 
-def _matmul_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _matmul_backward(f: Tape, node: Node, saved: tuple[Tensor | None, Tensor | None, Dims, Dims], g: Tensor) -> Gradients:
     grad_b = f.view_of(f.new(saved[3], g.dtype, "bmm")) if node.edges[1] else None
     grad_a = f.view_of(f.new(saved[2], g.dtype, "bmm")) if node.edges[0] else None
     return grad_a, grad_b
 
 
-def rmsnorm(f: Tape, x: Tensor, weight: Any, *, cast_last: bool = False) -> Tensor:
+def rmsnorm(f: Tape, x: Tensor, weight: Operand | None, *, cast_last: bool = False) -> Tensor:
     """Llama's RMSNorm: `x32 * rsqrt(mean(x32²) + eps)`, cast back, times the weight.
 
     Keeps the fp32 copy of x and rsqrt's result, and the normalized x if the weight trains. `cast_last` (Gemma): the weight
@@ -224,7 +233,7 @@ def _inverse_rms(f: Tape, x32: Tensor) -> Tensor:
     return rstd
 
 
-def _inverse_rms_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _inverse_rms_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Tensor:
     dims = saved[0].dims
     inner = f.new(g.dims, "fp32", "mul")
     spread = f.new(dims, "fp32", "div")
@@ -251,7 +260,7 @@ def rotary(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def _rotary_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _rotary_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor, str], g: Tensor) -> Tensor:
     dims, dtype = g.dims, saved[2]
     turned = f.new(dims, g.dtype, "mul")
     if dtype != g.dtype:
@@ -288,7 +297,7 @@ def heads(f: Tape, x: Tensor, dims: Dims, *, clones: bool = False) -> Tensor:
     return Tensor(x.storage, dims, x.dtype, node)
 
 
-def _heads_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _heads_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "clone")
 
 
@@ -304,7 +313,7 @@ def reshaped(f: Tape, x: Tensor) -> Tensor:
     return Tensor(x.storage, x.dims, x.dtype, f.record(_view_backward, (x,)))
 
 
-def _view_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _view_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.view_of(g)
 
 
@@ -323,7 +332,7 @@ def dropout(f: Tape, x: Tensor, p: float) -> Tensor:
     return f.new(x.dims, x.dtype, "dropout", node)
 
 
-def layernorm(f: Tape, x: Tensor, weight: Any, bias: Any = None) -> Tensor:
+def layernorm(f: Tape, x: Tensor, weight: Operand | None, bias: Operand | None = None) -> Tensor:
     """`native_layer_norm`: keeps its input and fp32 mean and rstd of each row. Autocast runs it in fp32."""
     if f.autocast:
         x, weight, bias = f.cast_all("fp32", x, weight, bias)
@@ -334,7 +343,7 @@ def layernorm(f: Tape, x: Tensor, weight: Any, bias: Any = None) -> Tensor:
     return out
 
 
-def _layernorm_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _layernorm_backward(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor) -> Gradients:
     grad = f.new(saved[0].dims, g.dtype, "native_layer_norm_backward") if node.edges[0] else None
     width = (saved[0].dims[-1],)
     weight = f.new(width, g.dtype, "sum") if node.edges[1] else None
@@ -356,7 +365,7 @@ def selected(f: Tape, x: Tensor, dims: Dims) -> Tensor:
     return Tensor(x.storage, dims, x.dtype, f.record(_selected_backward, (x,), x.dims))
 
 
-def _selected_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _selected_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "select_backward")
 
 
@@ -378,7 +387,7 @@ def rotary_in_fp32(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def _rotary_in_fp32_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _rotary_in_fp32_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor, str], g: Tensor) -> Tensor:
     dims, dtype = g.dims, saved[2]
     turned = f.new(dims, "fp32", "mul")
     negated = f.new((*dims[:-1], _half(dims[-1])), "fp32", "neg")
@@ -393,12 +402,12 @@ def _rotary_in_fp32_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tens
     return out
 
 
-def expanded(f: Tape, x: Any, dims: Dims) -> Tensor:
+def expanded(f: Tape, x: Operand, dims: Dims) -> Tensor:
     """`expand`: the same storage; its gradient is summed over what was repeated."""
     return Tensor(x.storage, dims, x.dtype, f.record(_expanded_backward, (x,), x.dims))
 
 
-def _expanded_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _expanded_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "sum")
 
 
@@ -407,7 +416,7 @@ def gathered(f: Tape, x: Tensor, dims: Dims) -> Tensor:
     return f.new(dims, x.dtype, "index", f.record(_selected_backward, (x,), x.dims))
 
 
-def product(f: Tape, x: Tensor, weight: Any, bias: Any = None) -> Tensor:
+def product(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = None) -> Tensor:
     """`x @ weight.T + bias` (`FalconLinear`): autocast casts the transposed weight anew each time, and the sum is wider."""
     if f.autocast:
         weight = f.to(weight, f.autocast)

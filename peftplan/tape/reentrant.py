@@ -7,12 +7,12 @@ csrc/autograd/engine.cpp (a backward within a backward runs its graph alone).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, overload
 
 from peftplan.tape.hosted import fetched, stored
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Log, Node, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Log, Node, Parameter, Tensor
 
 
 class Leaf(Parameter):
@@ -29,7 +29,27 @@ class Leaf(Parameter):
         self.grad = grad.detach()
 
 
-def checkpoint(f: Tape, function: Callable[..., Any], *args: Any, hosted: bool = False) -> Any:
+class Call(NamedTuple):
+    """A checkpointed call, which its node holds."""
+
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    arguments: tuple[object, ...]
+    """`TENSOR` stands for each one that is saved."""
+    results: tuple[tuple[Dims, str], ...]
+    """Dims and dtype of each result."""
+
+
+@overload
+def checkpoint(f: Tape, function: Callable[..., Tensor], *args: object, hosted: bool = False) -> Tensor: ...
+@overload
+def checkpoint(
+    f: Tape, function: Callable[..., tuple[Tensor, ...]], *args: object, hosted: bool = False
+) -> tuple[Tensor, ...]: ...
+
+
+def checkpoint(
+    f: Tape, function: Callable[..., Tensor | tuple[Tensor, ...]], *args: object, hosted: bool = False
+) -> Tensor | tuple[Tensor, ...]:
     """`checkpoint(function, *args, use_reentrant=True)`: saves the tensors among the arguments; the node holds the function.
 
     `hosted`: they are saved on the host.
@@ -38,30 +58,33 @@ def checkpoint(f: Tape, function: Callable[..., Any], *args: Any, hosted: bool =
     node = f.record(_checkpoint_backward, tensors, *(stored(f, tensors) if hosted else tensors))
     with f.no_grad():
         out = function(*args)
-    outputs = (out,) if type(out) is Tensor else out
+    outputs = (out,) if isinstance(out, Tensor) else out
     if node is not None:
         others = tuple(TENSOR if type(x) is Tensor else x for x in args)
-        node.context = (function, others, tuple((x.dims, x.dtype) for x in outputs))
+        node.context = Call(function, others, tuple((x.dims, x.dtype) for x in outputs))
     results = tuple(Tensor(x.storage, x.dims, x.dtype, node, index) for index, x in enumerate(outputs))
-    return results[0] if type(out) is Tensor else results
+    return results[0] if isinstance(out, Tensor) else results
 
 
 TENSOR = object()
 """Stands for a saved tensor among the arguments."""
 
 
-def _checkpoint_backward(f: Tape, node: Node, saved: Any, *grads_of_outputs: Tensor | None) -> Any:
+def _checkpoint_backward(f: Tape, node: Node, saved: Sequence[object], *grads_of_outputs: Tensor | None) -> Gradients:
+    assert isinstance(node.context, Call)
     function, others, shapes = node.context
     saved = fetched(f, tuple(saved))
     grads = [*grads_of_outputs, *[None] * (len(shapes) - len(grads_of_outputs))]
     for index, (dims, dtype) in enumerate(shapes):  # `materialize_grads`
         grads[index] = grads[index] or f.new(dims, dtype, "zeros")
-    detached = [Tensor(x.storage, x.dims, x.dtype, Leaf(x.dims, x.dtype) if x.node else None) for x in saved]
+    detached = [
+        Tensor(x.storage, x.dims, x.dtype, Leaf(x.dims, x.dtype) if x.node else None) for x in saved if isinstance(x, Tensor)
+    ]
     waiting = iter(detached)
     inputs = tuple(next(waiting) if x is TENSOR else x for x in others)
     with f.recomputing():
         out = function(*inputs)
-    outputs = (out,) if type(out) is Tensor else out
+    outputs = (out,) if isinstance(out, Tensor) else out
     f.nested = True
     f.backward_from([(x, g) for x, g in zip(outputs, grads, strict=True) if x.node and g])
     f.nested = False

@@ -6,11 +6,10 @@ Source: torch 2.13, tools/autograd/derivatives.yaml (`slice`, `split`, `cat`) an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 
 Rotate = Callable[[Tape, Tensor, Tensor, Tensor], Tensor]
 
@@ -20,7 +19,7 @@ def sliced(f: Tape, x: Tensor, dims: Dims) -> Tensor:
     return Tensor(x.storage, dims, x.dtype, f.record(_sliced_backward, (x,), x.dims))
 
 
-def _sliced_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _sliced_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "slice_backward")
 
 
@@ -30,7 +29,7 @@ def split(f: Tape, x: Tensor, parts: Iterable[Dims]) -> tuple[Tensor, ...]:
     return tuple(Tensor(x.storage, dims, x.dtype, node, number) for number, dims in enumerate(parts))
 
 
-def _split_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) -> Tensor:
+def _split_backward(f: Tape, node: Node, saved: tuple[Dims], *grads: Tensor | None) -> Tensor:
     first = next(g for g in grads if g is not None)
     return f.new(saved[0], first.dtype, "cat")
 
@@ -43,7 +42,7 @@ def cat(f: Tape, parts: Sequence[Tensor], dims: Dims) -> Tensor:
     return f.new(dims, dtype, "cat", f.record(_cat_backward, tuple(parts), *(part.dims for part in parts)))
 
 
-def _cat_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _cat_backward(f: Tape, node: Node, saved: tuple[Dims, ...], g: Tensor) -> Gradients:
     return tuple(Tensor(g.storage, dims, g.dtype) for dims in saved)
 
 
@@ -89,7 +88,7 @@ def difference(f: Tape, a: Tensor, b: Tensor) -> Tensor:
     return f.new(a.dims, ops.promoted(a.dtype, b.dtype), "sub", f.record(_difference_backward, (a, b)))
 
 
-def _difference_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _difference_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
     return g, f.new(g.dims, g.dtype, "neg") if node.edges[1] else None
 
 

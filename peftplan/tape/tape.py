@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, overload
+from typing import TypeVar, overload
 
 from peftplan.errors import RefusedError
 from peftplan.ledger import Category
 from peftplan.tape.graph import RELEASED, Frame, Place, StopRecomputationError, reachable
-from peftplan.tape.tensors import Backward, Broadcast, Dims, Node, Parameter, Storage, Tensor
+from peftplan.tape.tensors import Backward, Broadcast, Dims, Node, Operand, Parameter, Storage, Tensor
+
+T = TypeVar("T")
 
 
 class Tape:
@@ -54,7 +56,7 @@ class Tape:
         """Storages that a layer's backward makes and that live until all layers' is done."""
         self._sequence = 0
         self._frame: Frame | None = None
-        self._casts: dict[Any, Tensor] = {}
+        self._casts: dict[Parameter | int, Operand] = {}
         self._replaying: Frame | None = None
         self.nested = False
         """Whether a backward runs within a backward, where it may reach nodes that another backward has already run."""
@@ -108,7 +110,7 @@ class Tape:
         """Note a position of the log: a phase that begins, a layer that ends."""
         self.marks.append((len(self.log), what))
 
-    def record(self, backward: Backward, inputs: tuple[Any, ...], *saved: Any) -> Node | None:
+    def record(self, backward: Backward, inputs: tuple[Operand | None, ...], *saved: object) -> Node | None:
         """The autograd node of an operation on `inputs` that keeps `saved`; None where no gradient flows.
 
         Called before the result is allocated, as torch saves inputs before the kernel runs: the recomputation of a checkpointed
@@ -127,7 +129,7 @@ class Tape:
         self.keep(node, *saved)
         return node
 
-    def keep(self, node: Node | None, *saved: Any) -> None:
+    def keep(self, node: Node | None, *saved: object) -> None:
         """Let a node keep more tensors: results of its own operation."""
         if node is not None and saved:
             for value in saved:
@@ -136,7 +138,7 @@ class Tape:
             packed = saved if self._frame is None and self._replaying is None else tuple(map(self._pack, saved))
             node.saved = (*node.saved, *packed)
 
-    def _pack(self, value: Any) -> Any:
+    def _pack(self, value: object) -> object:
         """What a checkpointed call saves: first the place of each tensor, on recomputation the tensor for that place."""
         if type(value) is not Tensor and type(value) is not Parameter:
             return value
@@ -191,15 +193,17 @@ class Tape:
         if node.in_python:
             grads = []
         self.module = node.module
-        grads_of_inputs = [result] if isinstance(result, Tensor) else list(result)
+        grads_of_inputs: list[Tensor | None] = [result] if isinstance(result, Tensor) else list(result)
         del result
         if node.checkpointed:
             saved = ()
         for i, edge in enumerate(node.edges):  # `validate_outputs`, before the node releases what it saved
-            if type(grads_of_inputs[i]) is Broadcast:
-                grads_of_inputs[i] = self.new(grads_of_inputs[i].dims, grads_of_inputs[i].dtype, "sum")
-            if edge is not None and grads_of_inputs[i] is not None and grads_of_inputs[i].dtype != edge[2]:
-                grads_of_inputs[i] = self.new(grads_of_inputs[i].dims, edge[2], "to")
+            grad = grads_of_inputs[i]
+            if type(grad) is Broadcast:
+                grad = grads_of_inputs[i] = self.new(grad.dims, grad.dtype, "sum")
+            if edge is not None and grad is not None and grad.dtype != edge[2]:
+                grad = grads_of_inputs[i] = self.new(grad.dims, edge[2], "to")
+        grad = None
         del saved, grads, places
         for i, edge in enumerate(node.edges):
             grad, grads_of_inputs[i] = grads_of_inputs[i], None
@@ -209,7 +213,7 @@ class Tape:
                 edge[0].receive(self, edge[1], None)
             del grad
 
-    def _unpack(self, value: Any) -> Any:
+    def _unpack(self, value: object) -> object:
         if type(value) is not Place:
             return value
         frame = value.frame
@@ -237,7 +241,7 @@ class Tape:
         self._casts, self.module = casts, module
         self.segment = -(self.segment + 1)
 
-    def checkpoint(self, function: Callable[..., Any], *args: Any, inputs: Callable[[], tuple[Any, ...]] | None = None) -> Any:
+    def checkpoint(self, function: Callable[..., T], *args: object, inputs: Callable[[], tuple[object, ...]] | None = None) -> T:
         """`torch.utils.checkpoint`, non-reentrant: keeps the arguments, runs the function again when backward first needs it.
 
         `inputs`: gives the arguments then, in place of those kept.
@@ -248,26 +252,46 @@ class Tape:
         self._frame = None
         return out
 
-    def cast(self, x: Any, dtype: str) -> Any:
+    @overload
+    def cast(self, x: Tensor, dtype: str) -> Tensor: ...
+    @overload
+    def cast(self, x: Operand, dtype: str) -> Operand: ...
+    @overload
+    def cast(self, x: Operand | None, dtype: str) -> Operand | None: ...
+
+    def cast(self, x: Operand | None, dtype: str) -> Operand | None:
         """Autocast's cast; of an fp32 leaf that has a gradient it is made once and kept until autocast ends."""
         if x is None or x.dtype == dtype or x.dtype not in ("fp32", "fp16", "bf16"):
             return x
         if x.dtype != "fp32" or not self._is_leaf(x):
             return self.to(x, dtype)
-        leaf = x if type(x) is Parameter else x.storage.number  # the cache does not hold what it casts
+        leaf = x if type(x) is Parameter else _number(x)  # the cache does not hold what it casts
         if leaf not in self._casts:
             before, self.grad_enabled = self.grad_enabled, True  # so that the cast serves later calls too
             self._casts[leaf] = self.to(x, dtype)
             self.grad_enabled = before
         return self._casts[leaf]
 
-    def cast_all(self, dtype: str, *values: Any) -> tuple[Any, ...]:
+    @overload
+    def cast_all(self, dtype: str, a: Tensor, b: Tensor, /) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def cast_all(self, dtype: str, a: Operand, b: Operand, /) -> tuple[Operand, Operand]: ...
+    @overload
+    def cast_all(self, dtype: str, a: Tensor, b: Tensor, c: Tensor, /) -> tuple[Tensor, Tensor, Tensor]: ...
+    @overload
+    def cast_all(self, dtype: str, a: Tensor, b: Operand, c: Operand | None, /) -> tuple[Tensor, Operand, Operand | None]: ...
+    @overload
+    def cast_all(
+        self, dtype: str, a: Tensor, b: Operand | None, c: Operand | None, /
+    ) -> tuple[Tensor, Operand | None, Operand | None]: ...
+
+    def cast_all(self, dtype: str, *values: Operand | None) -> tuple[Operand | None, ...]:
         """Autocast's casts of an operation's arguments, the last one first, because GCC evaluates them in that order (torch 2.13,
         autocast_mode.h, `WrapFunction_`, which expands them within a call).
         """
         return (*reversed([self.cast(x, dtype) for x in reversed(values)]),)
 
-    def _is_leaf(self, x: Any) -> bool:
+    def _is_leaf(self, x: Operand) -> bool:
         if type(x) is Parameter:
             return x.trainable
         if isinstance(x.node, Parameter):
@@ -277,9 +301,9 @@ class Tape:
     @overload
     def to(self, x: Tensor, dtype: str) -> Tensor: ...
     @overload
-    def to(self, x: Parameter, dtype: str) -> Tensor | Parameter: ...
+    def to(self, x: Operand, dtype: str) -> Operand: ...
 
-    def to(self, x: Tensor | Parameter, dtype: str) -> Tensor | Parameter:
+    def to(self, x: Operand, dtype: str) -> Operand:
         """`x.to(dtype)`: itself where it has it."""
         if x.dtype == dtype:
             return x
@@ -299,5 +323,10 @@ class Tape:
         self._casts.clear()
 
 
-def _to_backward(tape: Tape, node: Node, saved: Any, grad: Tensor) -> Tensor:
+def _number(x: Operand) -> int:
+    assert x.storage is not None
+    return x.storage.number
+
+
+def _to_backward(tape: Tape, node: Node, saved: object, grad: Tensor) -> Tensor:
     return grad  # cast by `_apply`, as the engine does

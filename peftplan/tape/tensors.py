@@ -5,13 +5,42 @@ Source: torch 2.13, csrc/autograd/functions/accumulate_grad.h, input_buffer.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias, Union
 
 from peftplan.ledger import Category, Dim
 
 Dims = tuple[Dim, ...]
-Backward = Callable[..., Any]
+Gradients: TypeAlias = Union["Tensor", Sequence["Tensor | None"]]
+"""What a backward function returns: the gradient of each input, in the order in which `Tape.record` got them."""
+Backward = Callable[..., Gradients]
+"""A function of the tape, the node, what the node saved, and the gradient of each result."""
+Edge: TypeAlias = tuple[Union["Node", "Parameter"], int, str]
+"""Where the gradient of an input goes: the node that made the input, which of its results that was, and its dtype."""
+
+
+class Operand(Protocol):
+    """What the operations of a tape take: a tensor, or a weight."""
+
+    @property
+    def dims(self) -> Dims:
+        """Its sizes, whole numbers or names."""
+
+    @property
+    def dtype(self) -> str:
+        """A name of `dtypes.ITEMSIZE`."""
+
+    @property
+    def node(self) -> Node | Parameter | None:
+        """Where its gradient goes; None where no gradient flows."""
+
+    @property
+    def storage(self) -> Storage | None:
+        """What its bytes lie in; None for a weight, whose bytes the ledger of parameters counts."""
+
+    @property
+    def index(self) -> int:
+        """Which result of its node it is."""
 
 
 class Log(Protocol):
@@ -86,7 +115,9 @@ class Node:
 
     __slots__ = ("backward", "checkpointed", "context", "edges", "grads", "in_python", "module", "saved", "sequence")
 
-    def __init__(self, sequence: float, module: str, backward: Backward, edges: tuple[Any, ...], *, checkpointed: bool) -> None:
+    def __init__(
+        self, sequence: float, module: str, backward: Backward, edges: tuple[Edge | None, ...], *, checkpointed: bool
+    ) -> None:
         self.sequence = sequence
         self.module = module
         self.backward = backward
@@ -94,8 +125,9 @@ class Node:
         self.checkpointed = checkpointed
         self.in_python = False
         """Whether it is an `autograd.Function`, which has let go of its gradients when the engine casts what it returns."""
-        self.context: Any = None
-        self.saved: Any = ()
+        self.context: object = None
+        """What an `autograd.Function` keeps outside `save_for_backward`: checkpointing does not reach it."""
+        self.saved: Sequence[object] = ()
         self.grads: list[Tensor | None] = [None]
 
     def receive(self, tape: Log, index: int, grad: Tensor) -> None:
@@ -113,7 +145,7 @@ class Parameter:
 
     counts = True
     __slots__ = ("buffered", "dims", "dtype", "grad", "name", "node", "trainable", "uses")
-    storage = None
+    storage: None = None
     index = 0
 
     def __init__(self, name: str, dims: Dims, dtype: str, *, trainable: bool) -> None:
@@ -122,7 +154,7 @@ class Parameter:
         self.dtype = dtype
         self.trainable = trainable
         self.grad: Tensor | None = None
-        self.node = self if trainable else None
+        self.node: Parameter | None = self if trainable else None
         self.uses = 1
         """How many gradients are still to come in this backward pass: a tied weight has two."""
         self.buffered: list[Tensor | None] = [None]
