@@ -6,7 +6,6 @@ Source: transformers 5.24, activations.py; torch 2.13, FunctionsManual.cpp (`pow
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from peftplan.errors import NeedsTraceError
 from peftplan.tape import ops
@@ -35,7 +34,7 @@ def power(f: Tape, x: Tensor) -> Tensor:
     return f.new(x.dims, x.dtype, "pow", f.record(_power_backward, (x,), x))
 
 
-def _power_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _power_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     raised = f.new(g.dims, g.dtype, "pow")
     scaled = f.new(g.dims, g.dtype, "mul")
     out = f.new(g.dims, g.dtype, "mul")

@@ -10,7 +10,7 @@ Sources: torch 2.13, aten/src/ATen/native/transformers/attention.cpp (`_scaled_d
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
@@ -160,7 +160,7 @@ def repeat_kv(f: Tape, x: Tensor, a: Attention, *, copies: bool = True) -> Tenso
     return f.new(dims, x.dtype, "repeat_kv", node) if copies else Tensor(x.storage, dims, x.dtype, node)
 
 
-def _repeat_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _repeat_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "sum")
 
 
@@ -252,7 +252,7 @@ def gathered(model: Model, out: Tensor) -> Tensor:
     return f.new((b, s, heads, d), out.dtype, "clone", node).view((b, s, _product(heads, d)))
 
 
-def _gathered_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _gathered_backward(f: Tape, node: Node, saved: tuple[Dims, bool], g: Tensor) -> Tensor:
     dims, clones = saved
     return f.new(dims, g.dtype, "clone") if clones else g
 

@@ -6,8 +6,8 @@ n scored tokens, h hidden size, v vocabulary; every label counts as scored. Sour
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 from peftplan.job.loss_sizes import VOCAB_TILE
 from peftplan.ledger import Dim
@@ -16,7 +16,7 @@ from peftplan.memory.model import Model
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
 LABELS = ("b", "s-1")
 """Positions that have a next token."""
@@ -33,7 +33,7 @@ def trl_chunked(model: Model, x: Tensor) -> tuple[Tensor, ...]:
     mask = f.new(LABELS, "bool", "label mask")
     chosen = _rows(f, hidden, mask)
     targets = _rows(f, Tensor(None, LABELS, "int64"), mask)
-    per_label = _log_probs(model, chosen, head.weight, head.bias, targets)
+    per_label = _log_probs(model, chosen, head.own_weight, head.bias, targets)
     del chosen, targets
     log_probs, entropy, is_top1 = (_scattered(f, part, mask) for part in per_label)
     del per_label
@@ -62,7 +62,7 @@ def _mean(f: Tape, total: Tensor, mask: Tensor, tokens: Tensor | None = None) ->
     return f.new((), "fp32", "div", node)
 
 
-def _mean_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _mean_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new((), g.dtype, "div")
 
 
@@ -70,7 +70,7 @@ def _sum(f: Tape, x: Tensor) -> Tensor:
     return f.new((), x.dtype, "sum", f.record(_sum_backward, (x,), x.dims))
 
 
-def _sum_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _sum_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return Tensor(g.storage, saved[0], g.dtype)  # expanded, a view
 
 
@@ -84,7 +84,7 @@ def _rows(f: Tape, x: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def _rows_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _rows_backward(f: Tape, node: Node, saved: tuple[Tensor, Dims], g: Tensor) -> Tensor:
     mask, dims = saved
     out = f.new(dims, g.dtype, "new_zeros")
     indices = f.new(("n", len(mask.dims)), "int64", "nonzero")
@@ -102,14 +102,15 @@ def _scattered(f: Tape, chosen: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def _scattered_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _scattered_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Tensor:
     indices = f.new(("n", len(saved[0].dims)), "int64", "nonzero")
     out = f.new(("n",), g.dtype, "masked_select")
     del indices
     return out
 
 
-def _vocab_tiles(vocab: int) -> Iterator[int]:
+def _vocab_tiles(vocab: Dim) -> Iterator[int]:
+    assert isinstance(vocab, int)
     return (min(VOCAB_TILE, vocab - start) for start in range(0, vocab, VOCAB_TILE))
 
 
@@ -119,7 +120,13 @@ def _buffer(f: Tape, dtype: str) -> Tensor:
     return buffer
 
 
-def _log_probs(model: Model, hidden: Tensor, weight: Any, bias: Any, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+LogProbs: TypeAlias = tuple[Tensor, Operand, Operand | None, Tensor, Tensor, Tensor, Sequence[Dim], str]
+"""What `_log_probs` saves: hidden states, weight, bias, targets, log Z, entropy, the rows of each chunk, the products' dtype."""
+
+
+def _log_probs(
+    model: Model, hidden: Tensor, weight: Operand, bias: Operand | None, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """`ChunkedLogProbFunction` with entropy and `is_top1`: log-probability of each label, from tiles of logits."""
     f = model.tape
     parts = chunks(model)
@@ -157,11 +164,12 @@ def _cast(f: Tape, dims: tuple[Dim, ...], current: str, dtype: str) -> Tensor | 
     return None if current == dtype else f.new(dims, dtype, "to")
 
 
-def _log_probs_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) -> Any:
+def _log_probs_backward(f: Tape, node: Node, saved: LogProbs, *grads: Tensor | None) -> Gradients:
     """Tiles are projected again, and their gradients added up in fp32."""
     hidden, weight, bias, _, _, _, parts, dtype = saved
     wide = [
-        f.new(x.dims, "fp32", "new_zeros") if edge else None for x, edge in zip((hidden, weight, bias), node.edges, strict=True)
+        f.new(x.dims, "fp32", "new_zeros") if edge and x is not None else None
+        for x, edge in zip((hidden, weight, bias), node.edges, strict=True)
     ]
     buffer = _buffer(f, dtype)
     chunk = part = None
@@ -174,6 +182,8 @@ def _log_probs_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) 
             del passing
             passing = f.new((columns,), "fp32", "sum") if node.edges[2] else None
             del passing
-    narrow = tuple(None if w is None else f.to(w, x.dtype) for w, x in zip(wide, (hidden, weight, bias), strict=True))
+    narrow = tuple(
+        None if w is None or x is None else f.to(w, x.dtype) for w, x in zip(wide, (hidden, weight, bias), strict=True)
+    )
     del chunk, part, buffer
     return narrow

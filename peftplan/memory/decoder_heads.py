@@ -6,8 +6,6 @@ loss/loss_utils.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 from peftplan.memory.loss import plain_cross_entropy
 from peftplan.memory.model import Model
 from peftplan.tape import ops
@@ -37,7 +35,7 @@ def _indexed(f: Tape, x: Tensor, dims: Dims) -> Tensor:
     return f.new(dims, x.dtype, "index", f.record(_indexed_backward, (x,), x.dims))
 
 
-def _indexed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _indexed_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "index_put")
 
 

@@ -8,8 +8,8 @@ Left out, as in the trace engine: the sort inside the backward of `index`, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import RefusedError
@@ -18,7 +18,7 @@ from peftplan.memory.methods.param_wrapper import Stacked
 from peftplan.tape import ops
 from peftplan.tape.shaping import split
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
 ALIGNMENT_BYTES = 16
 """Rows of a grouped product's operands must be multiples of it."""
@@ -37,11 +37,11 @@ def top_k(f: Tape, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-def _taken_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _taken_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "new_zeros")
 
 
-def taken(f: Tape, x: Any, indices: Tensor, dims: tuple[Dim, ...], op: str = "index") -> Tensor:
+def taken(f: Tape, x: Operand, indices: Tensor, dims: tuple[Dim, ...], op: str = "index") -> Tensor:
     """`x[indices]`, `gather`: keeps the indices; its gradient is as large as x."""
     return f.new(dims, x.dtype, op, f.record(_taken_backward, (x,), x.dims, indices))
 
@@ -53,7 +53,7 @@ def divided_in_place(f: Tape, x: Tensor, by: Tensor) -> Tensor:
     return Tensor(x.storage, x.dims, x.dtype, node)
 
 
-def _divided_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _divided_backward(f: Tape, node: Node, saved: tuple[Tensor | None, Tensor], g: Tensor) -> Gradients:
     quotient = f.new(g.dims, g.dtype, "div")
     again = f.new(g.dims, g.dtype, "div")
     negative = f.new(g.dims, g.dtype, "neg")
@@ -70,11 +70,15 @@ def row_sum(f: Tape, x: Tensor) -> Tensor:
     return f.new((*x.dims[:-1], 1), x.dtype, "sum", f.record(_row_sum_backward, (x,), x.dims))
 
 
-def _row_sum_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _row_sum_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return Tensor(g.storage, saved[0], g.dtype)
 
 
-def grouped(f: Tape, x: Tensor, weight: Any, width: Dim, *, kernel: bool, bias: Tensor | None, offsets: Tensor) -> Tensor:
+Grouped: TypeAlias = tuple[Operand | None, Operand | None, Tensor, Dims, Dims, bool]
+"""What a grouped product saves: x, the weight, the offsets, the dims of x and of the weight, and whether the kernel ran."""
+
+
+def grouped(f: Tape, x: Tensor, weight: Operand, width: Dim, *, kernel: bool, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """`_grouped_linear`: one product over all experts, x in the weight's dtype, which autocast does not change.
 
     Keeps the offsets, x if the weight trains, and the weight if x has a gradient. Without the kernel (before compute capability
@@ -90,7 +94,7 @@ def grouped(f: Tape, x: Tensor, weight: Any, width: Dim, *, kernel: bool, bias: 
     return Tensor(out.storage, out.dims, out.dtype, f.record(_added_backward, (out, bias)))
 
 
-def _grouped_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _grouped_backward(f: Tape, node: Node, saved: Grouped, g: Tensor) -> Gradients:
     *_, x_dims, w_dims, kernel = saved
     if not kernel:
         to_x = f.new(x_dims, g.dtype, "zeros_like")
@@ -99,11 +103,11 @@ def _grouped_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
     return f.new(x_dims, g.dtype, "grouped_mm") if node.edges[0] else None, to_weight
 
 
-def _added_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _added_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
     return g, g
 
 
-def _check_rows(x: Tensor, weight: Any) -> None:
+def _check_rows(x: Tensor, weight: Operand) -> None:
     """Raise RefusedError where the kernel refuses the operands."""
     for operand in (x, weight):
         row = operand.dims[-1]
@@ -124,11 +128,12 @@ def weighted(f: Tape, x: Tensor, weights: Tensor) -> Tensor:
     return f.new(x.dims, ops.promoted(x.dtype, weights.dtype), "mul", node)
 
 
-def _weighted_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _weighted_backward(f: Tape, node: Node, saved: Sequence[object], g: Tensor) -> Gradients:
     to_weights = f.new(g.dims, g.dtype, "mul") if node.edges[1] else None
     to_x = f.new(g.dims, g.dtype, "mul") if node.edges[0] else None
     dtype = saved[2]
-    if node.checkpointed:
+    assert isinstance(dtype, str)
+    if isinstance(saved, list):  # of a checkpointed layer
         saved.clear()
     if to_x is not None:
         to_x = f.to(to_x, dtype)
@@ -145,7 +150,7 @@ def summed(f: Tape, x: Tensor) -> Tensor:
     return f.new((*tokens, h), "fp32" if f.autocast else x.dtype, "sum", node)
 
 
-def _summed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _summed_backward(f: Tape, node: Node, saved: tuple[Dims, str], g: Tensor) -> Tensor:
     return f.new(saved[0], saved[1], "clone")
 
 

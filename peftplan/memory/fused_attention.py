@@ -7,12 +7,13 @@ mem_eff_attention/kernel_backward.h.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeAlias
 
 from peftplan.ledger import Dim
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 from peftplan.units import ceil_div
 
 FLASH_SMALL_HEAD = 128
@@ -65,11 +66,11 @@ def padded_head(f: Tape, x: Tensor, head: Dim) -> Tensor:
     return f.new((*x.dims[:3], head), x.dtype, "pad", f.record(_pad_backward, (x,), x.dims))
 
 
-def _pad_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _pad_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "slice")
 
 
-def _flash_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _flash_backward(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor) -> Gradients:
     q, k = saved[:2]
     b, a, s, d = q.dims
     copied = f.new((b, s, a, d), q.dtype, "out, copied") if saved[3] else None
@@ -84,6 +85,10 @@ def _flash_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
         del expanded
     del delta, accumulator, copied
     return dq, dk, dv
+
+
+Efficient: TypeAlias = tuple[Tensor, Tensor, Tensor, Dims | None, Tensor, Tensor, Tensor | None]
+"""What the memory-efficient kernel saves: q, k, v, the dims of the mask, its output, the logsumexp, and the mask."""
 
 
 def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, ragged: bool) -> Tensor:
@@ -109,14 +114,14 @@ def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
     return out.view((b, a, s, d))
 
 
-def _ragged_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _ragged_backward(f: Tape, node: Node, saved: tuple[Dims, Dims], g: Tensor) -> Tensor:
     dims, rows = saved
     whole = f.new(rows, g.dtype, "slice_backward")
     del g
     return f.new(dims, whole.dtype, "pad")
 
 
-def _efficient_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _efficient_backward(f: Tape, node: Node, saved: Efficient, g: Tensor) -> Gradients:
     """A gradient of the mask comes for each sample and head, and is summed to what was broadcast."""
     q, k, v, like = saved[:4]
     b, a, s, d = q.dims

@@ -6,8 +6,6 @@ n tokens, h hidden size, v vocabulary. Source: liger-kernel 0.8.5 `ops/fused_lin
 
 from __future__ import annotations
 
-from typing import Any
-
 from peftplan.errors import InputError
 from peftplan.ledger import Dim
 from peftplan.memory.attention import HALF
@@ -15,7 +13,7 @@ from peftplan.memory.loss import chunks, projection
 from peftplan.memory.model import Model
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Strided, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Strided, Tensor
 
 
 def liger(model: Model, x: Tensor) -> tuple[Tensor]:
@@ -42,7 +40,7 @@ def _shifted_labels(model: Model, dims: Dims) -> tuple[Tensor, ...]:
     return (padded, f.new(dims, "int64", "shifted labels")) if model.running.batch_size > 1 else (padded,)
 
 
-def _cross_entropy(model: Model, hidden: Tensor, weight: Any) -> Tensor:
+def _cross_entropy(model: Model, hidden: Tensor, weight: Operand) -> Tensor:
     """`LigerFusedLinearCrossEntropyFunction`.
 
     Hidden states and weight in the dtype of products: these go into one buffer and into the gradient. Else autocast casts for
@@ -73,7 +71,7 @@ def _cross_entropy(model: Model, hidden: Tensor, weight: Any) -> Tensor:
     return loss
 
 
-def _projected(f: Tape, rows: Dim, hidden: Tensor, weight: Any, dtype: str) -> Tensor:
+def _projected(f: Tape, rows: Dim, hidden: Tensor, weight: Operand, dtype: str) -> Tensor:
     """`chunk @ weight.t()`: autocast casts views anew each time, the second factor first."""
     weight = f.to(weight, dtype)
     chunk = _chunk(f, rows, hidden, dtype)
@@ -87,7 +85,7 @@ def _chunk(f: Tape, rows: Dim, hidden: Tensor, dtype: str) -> Tensor | None:
     return None if hidden.dtype == dtype else f.new((rows, hidden.dims[-1]), dtype, "to")
 
 
-def _add_to_weight(f: Tape, rows: Dim, hidden: Tensor, weight: Any, dtype: str, *, tensor_cores: bool) -> None:
+def _add_to_weight(f: Tape, rows: Dim, hidden: Tensor, weight: Operand, dtype: str, *, tensor_cores: bool) -> None:
     """16-bit products go straight into the gradient on sm80 and later; others are made, and an fp32 copy of them."""
     chunk = _chunk(f, rows, hidden, dtype)
     if tensor_cores and dtype in HALF and weight.dtype in ("fp32", dtype):
@@ -98,6 +96,6 @@ def _add_to_weight(f: Tape, rows: Dim, hidden: Tensor, weight: Any, dtype: str, 
     del product, wide
 
 
-def _cross_entropy_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _cross_entropy_backward(f: Tape, node: Node, saved: tuple[Tensor | None, Tensor | None], g: Tensor) -> Gradients:
     """What forward made."""
     return saved

@@ -6,8 +6,6 @@ all positions. torch's cross entropy is log_softmax and nll_loss.
 
 from __future__ import annotations
 
-from typing import Any
-
 from peftplan.errors import RefusedError
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
@@ -15,10 +13,10 @@ from peftplan.memory.parts import Part
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Tensor
+from peftplan.tape.tensors import Dims, Node, Tensor
 
 
-def cross_entropy(f: Tape, logits: Tensor, *extra: Any) -> Tensor:
+def cross_entropy(f: Tape, logits: Tensor, *extra: object) -> Tensor:
     """`cross_entropy` of fp32 logits: keeps the log probabilities, and one weight."""
     log_probabilities = ops.keeps_output(f, f.to(logits, "fp32"), "log_softmax")
     labels = f.new(logits.dims[:-1], "int64", "shifted labels")
@@ -28,7 +26,7 @@ def cross_entropy(f: Tape, logits: Tensor, *extra: Any) -> Tensor:
     return loss
 
 
-def _nll_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _nll_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor, Tensor], g: Tensor) -> Tensor:
     return f.new(saved[0], "fp32", "nll_loss_backward")
 
 
@@ -57,7 +55,7 @@ def plain_cross_entropy(f: Tape, logits: Tensor) -> Tensor:
     return loss
 
 
-def _plain_nll_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _plain_nll_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Tensor:
     return f.new(saved[0].dims, saved[0].dtype, "nll_loss_backward")
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from peftplan.arch.modules import Architecture
 from peftplan.depth.copies import Stack
 from peftplan.ledger import Dim
-from peftplan.memory.parts import SAVED, TOKEN_ADAPTER, Adapter, Part, Running
+from peftplan.memory.parts import SAVED, TOKEN_ADAPTER, Adapter, Outputs, Part, Running
 from peftplan.methods.adaptation import PROMPTED, Adaptation
+from peftplan.parameters import Parameter as Family
 from peftplan.parameters import Parameters
 from peftplan.storage import QuantConfig
 from peftplan.tape import ops
@@ -30,7 +30,7 @@ class Model:
     running: Running
     quant: QuantConfig | None
     adapter: Adapter | None = None
-    kept: list[Any] = field(default_factory=list)
+    kept: list[object] = field(default_factory=list)
     """What the outputs hold besides logits: the KV cache."""
     can_cache: bool = True
     """Whether the class makes a KV cache in training: encoders have none."""
@@ -40,9 +40,9 @@ class Model:
     """The step's batch, by the names of the forward's arguments."""
     mask: Tensor | None = None
     """The attention mask, extended by virtual tokens."""
-    layer_locals: list[Any] = field(default_factory=list)
+    layer_locals: list[Tensor] = field(default_factory=list)
     """Tensors that local variables of a layer keep alive until it returns, such as the weights of eager attention."""
-    call_locals: list[Any] = field(default_factory=list)
+    call_locals: list[Tensor] = field(default_factory=list)
     """Tensors that local variables of the model's or peft's forward keep alive until it returns."""
     past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Keys and values of virtual tokens that no layer has consumed yet."""
@@ -56,7 +56,7 @@ class Model:
     micro_batch: int = 0
     """The number of the current micro batch: each has its own stacks."""
     _parts: dict[tuple[str, int | None], Part] = field(default_factory=dict)
-    _families: Mapping[str, list[Any]] = field(default_factory=dict)
+    _families: Mapping[str, list[tuple[Family, str]]] = field(default_factory=dict)
     _kinds: Mapping[str, str] = field(default_factory=dict)
     token_adapters: Mapping[str, str] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Model:
         """Index the parameters by the module that holds them, adapter tensors by the module that they adapt."""
         self._kinds = {m.name: m.kind for m in self.arch.modules}
         owners = sorted((m.name for m in self.adaptation.matched), key=len, reverse=True)
-        families: dict[str, list[Any]] = {}
+        families: dict[str, list[tuple[Family, str]]] = {}
         for p in self.parameters.all:
             module = p.name.rpartition(".")[0]
             part = p.name[len(module) + 1 :]
@@ -108,7 +108,7 @@ class Model:
             params[part] = self._parameter(p, layer)
         return Part(name, self._kinds.get(name, ""), params, self.quant if quantized else None)
 
-    def _parameter(self, p: Any, layer: int | None) -> Parameter:
+    def _parameter(self, p: Family, layer: int | None) -> Parameter:
         key = (p.name, layer if p.layers is not None else None)
         parameter = self._parameters.get(key)
         if parameter is None:
@@ -205,7 +205,7 @@ class Model:
             return dim
         return self.running.seq_len + (self.virtual_tokens if dim == "k" else 0)
 
-    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+    def checkpoint(self, function: Callable[..., Outputs], *args: object) -> Outputs:
         """Call a checkpointed layer."""
         if self.running.reentrant:
             from peftplan.tape.reentrant import checkpoint
@@ -283,7 +283,7 @@ class Model:
 
         return merged_rows(self.tape, part, self.part(adapter))
 
-    def rmsnorm(self, name: str, x: Tensor, layer: int | None = None, **how: Any) -> Tensor:
+    def rmsnorm(self, name: str, x: Tensor, layer: int | None = None, **how: bool) -> Tensor:
         """Call an RMSNorm."""
         self.tape.module = name
         return ops.rmsnorm(self.tape, x, self.part(name, layer).weight, **how)
@@ -295,6 +295,6 @@ class Model:
         return ops.layernorm(self.tape, x, part.weight, part.bias)
 
 
-def _leaf_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> tuple[()]:
+def _leaf_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[()]:
     node.context = (node.context, g)  # `requires_grad_` makes it a leaf, which keeps its `.grad`
     return ()

@@ -5,13 +5,11 @@ Sources: transformers 5.24, models/{llama,olmo,olmo2,gemma,cohere}/modeling_*.py
 
 from __future__ import annotations
 
-from typing import Any
-
 from peftplan.memory.activations import power
 from peftplan.memory.model import Model
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 
 
 def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
@@ -74,7 +72,7 @@ def mean(f: Tape, x: Tensor) -> Tensor:
     return f.new((*x.dims[:-1], 1), x.dtype, "mean", f.record(_mean_backward, (x,), x.dims))
 
 
-def _mean_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _mean_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "div")
 
 
@@ -83,7 +81,7 @@ def minus(f: Tape, x: Tensor, row: Tensor) -> Tensor:
     return f.new(x.dims, x.dtype, "sub", f.record(_minus_backward, (x, row), row.dims))
 
 
-def _minus_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _minus_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Gradients:
     negative = f.new(g.dims, g.dtype, "neg")
     to_row = f.new(saved[0], g.dtype, "sum")
     del negative

@@ -6,10 +6,10 @@ Left out: the fused 4-bit kernel of some cards for up to 1536 tokens, and int8's
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Strided, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Strided, Tensor
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
@@ -75,19 +75,19 @@ def dequantized(f: Tape, part: Part) -> Tensor:
     return weight
 
 
-def bias_of(part: Part, x: Tensor) -> Any:
+def bias_of(part: Part, x: Tensor) -> Operand | None:
     """A layer's bias after a forward of x: int8's layers leave it in the dtype of their input."""
     if part.bias is None or part.quant is None or part.quant.name != "int8":
         return part.bias
     return Tensor(None, part.bias.dims, x.dtype, part.bias.node)
 
 
-def _linear4bit_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _linear4bit_backward(f: Tape, node: Node, saved: tuple[Part, Dims], g: Tensor) -> Gradients:
     part, x_dims = saved
-    bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] else None
+    bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] and part.bias is not None else None
     weight = dequantized(f, part)
     if weight.dtype != g.dtype:
-        weight = f.new(part.weight.dims, g.dtype, "to")
+        weight = f.new(part.own_weight.dims, g.dtype, "to")
     grad = f.new(x_dims, g.dtype, "mm") if node.edges[0] else None
     del weight
     return grad, bias
@@ -116,11 +116,11 @@ def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     return out
 
 
-def _linear8bit_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _linear8bit_backward(f: Tape, node: Node, saved: tuple[Part], g: Tensor) -> Gradients:
     (part,) = saved
     x = node.context
     assert isinstance(x, Tensor)
-    bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] else None
+    bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] and part.bias is not None else None
     if not node.edges[0]:
         return None, bias
     n_out, n_in = _sizes(part)

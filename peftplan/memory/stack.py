@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from itertools import pairwise
-from typing import Any
 
 from peftplan.depth.copies import Stack
 from peftplan.depth.periods import checkpointed_layers, paired, sections_of_periods
 from peftplan.memory.model import Model
+from peftplan.memory.parts import Outputs
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Log, Node, Parameter, Tensor
 
@@ -53,7 +53,7 @@ def shared(f: Tape, x: Tensor, sums: set[int]) -> Tensor:
     return Tensor(x.storage, x.dims, x.dtype, own)
 
 
-def _pass_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _pass_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return g
 
 
@@ -61,15 +61,15 @@ def run_stack(
     model: Model,
     kinds: tuple[int, ...],
     x: Tensor,
-    call: Callable[..., Any],
+    call: Callable[..., Outputs],
     *,
     name: str,
     checkpointed: bool,
     sums: set[int] | None = None,
     holds: bool = False,
-    own: Callable[[int], tuple[Any, ...]] | None = None,
-    every: tuple[Any, ...] | Callable[[], tuple[Any, ...]] = (),
-    outputs: list[Any] | None = None,
+    own: Callable[[int], tuple[object, ...]] | None = None,
+    every: tuple[object, ...] | Callable[[], tuple[object, ...]] = (),
+    outputs: list[Tensor] | None = None,
 ) -> Tensor:
     """Run the first layer of each kind, then the last of each; `kinds[l]` is the kind of layer l.
 
@@ -88,7 +88,7 @@ def run_stack(
     copies = {f"{name} {number}": layers for number, layers in extra.items()}
     places = {f"{name} {number}": f"{name} {place}" for number, place in at.items()}
 
-    def run(layer: int, of_layer: tuple[Any, ...], x: Tensor, *every: Any) -> Any:
+    def run(layer: int, of_layer: tuple[object, ...], x: Tensor, *every: object) -> Outputs:
         try:
             return call(layer, x, *of_layer, *every)
         finally:
@@ -103,8 +103,8 @@ def run_stack(
         if flags[layer] and model.running.hosted and not model.micro_batch:
             model.on_host += [(y.dims, y.dtype, 1 + len(extra.get(number, ()))) for y in (x, *beside) if type(y) is Tensor]
         result = model.checkpoint(run, layer, of_layer, x, *beside) if flags[layer] else run(layer, of_layer, x, *beside)
-        x = result if outputs is None else result[0]
-        if outputs is not None:
+        x = result if isinstance(result, Tensor) else result[0]
+        if outputs is not None and not isinstance(result, Tensor):
             outputs[:] = result[1:]
         del result, beside
         if x.storage is not None:
@@ -165,7 +165,7 @@ def boundary(f: Tape, x: Tensor, what: str) -> Tensor:
     return Tensor(x.storage, x.dims, x.dtype, f.record(_boundary_backward, (x,), what))
 
 
-def _boundary_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _boundary_backward(f: Tape, node: Node, saved: tuple[str], g: Tensor) -> Tensor:
     f.mark(saved[0])
     return g
 
@@ -177,7 +177,7 @@ def kinds_of(model: Model, stack: str = "decoder") -> tuple[int, ...]:
     partial = [p.layers for p in model.parameters.all if p.layers is not None and len(p.layers) < every]
     if any(_interleaved(layers, every) for layers in partial):
         return tuple(range(every))
-    seen: dict[Any, int] = {}
+    seen: dict[tuple[int, ...], int] = {}
     return tuple(
         seen.setdefault((block_of[layer], *(layer in layers for layers in partial)), len(seen)) for layer in sorted(block_of)
     )

@@ -8,7 +8,7 @@ csrc/autograd/engine.cpp (a backward within a backward runs its graph alone).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 from peftplan.tape.hosted import fetched, stored
 from peftplan.tape.tape import Tape
@@ -37,14 +37,6 @@ class Call(NamedTuple):
     """`TENSOR` stands for each one that is saved."""
     results: tuple[tuple[Dims, str], ...]
     """Dims and dtype of each result."""
-
-
-@overload
-def checkpoint(f: Tape, function: Callable[..., Tensor], *args: object, hosted: bool = False) -> Tensor: ...
-@overload
-def checkpoint(
-    f: Tape, function: Callable[..., tuple[Tensor, ...]], *args: object, hosted: bool = False
-) -> tuple[Tensor, ...]: ...
 
 
 def checkpoint(

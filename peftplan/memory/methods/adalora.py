@@ -6,15 +6,15 @@ as each layer's output more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
+from peftplan.ledger import Dim
 from peftplan.memory.model import Model
 from peftplan.memory.parts import FOUR_BIT, Part, Running
 from peftplan.parameters import Parameter as Family
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Node, Operand, Parameter, Tensor
 
 FACTORS = ("lora_A", "lora_B")
 STEADY_STEP = 2
@@ -25,7 +25,6 @@ def adalora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], ru
     """`result += dropout(x) @ (A * E).T @ B.T * scaling / ranknum`, in the adapter's dtype; on int8 a sum."""
     result = base(x)
     f.module = part.name
-    a: Any
     a, b, e = (part.params[f"lora_{name}"] for name in "ABE")
     if part.quant is not None and part.quant.name in FOUR_BIT:
         result = ops.copied(f, result, "clone", viewed=False)
@@ -43,7 +42,7 @@ def adalora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], ru
     return ops.add(f, result, out) if part.quant is not None and part.quant.name not in FOUR_BIT else added(f, result, out)
 
 
-def _product(f: Tape, x: Tensor, weight: Any) -> Tensor:
+def _product(f: Tape, x: Tensor, weight: Operand) -> Tensor:
     """`x @ weight.T`: autocast's cache does not know views, so it casts each time."""
     return ops.linear(f, x, f.to(weight, f.autocast) if f.autocast else weight)
 
@@ -54,7 +53,7 @@ def added(f: Tape, result: Tensor, out: Tensor) -> Tensor:
     return Tensor(result.storage, result.dims, result.dtype, node)
 
 
-def _added_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+def _added_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[Tensor, Tensor]:
     return g, g
 
 
@@ -98,21 +97,23 @@ def _distance(f: Tape, p: Parameter) -> Tensor:
     return out
 
 
-def _rank(name: str, dims: Any) -> Any:
+def _rank(name: str, dims: Dims) -> Dim:
     return dims[0] if name.endswith("lora_A") else dims[1]
 
 
-def _covariance_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+def _covariance_backward(
+    f: Tape, node: Node, saved: tuple[Dims, Operand | None, Operand | None], g: Tensor
+) -> tuple[Tensor, Tensor]:
     dims = saved[0]
     other = f.new(dims, g.dtype, "mm")
     return f.new(dims, g.dtype, "mm"), other
 
 
-def _norm_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _norm_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Tensor:
     return f.new(saved[0].dims, saved[0].dtype, "mul")
 
 
-def _pass(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _pass(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return g
 
 
@@ -126,8 +127,11 @@ def _others(model: Model, total: Tensor, family: Family, count: int) -> Tensor:
     return Tensor(total.storage, total.dims, total.dtype, node)
 
 
-def _others_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
-    model, family, count, *_ = saved
+def _others_backward(f: Tape, node: Node, saved: Sequence[object], g: Tensor) -> Tensor:
+    model, family, count = saved[:3]
+    assert isinstance(model, Model)
+    assert isinstance(family, Family)
+    assert isinstance(count, int)
     grad = f.many(family.shape, family.dtype, "", count)
     assert grad.storage is not None
     f.category[grad.storage.number] = "gradients"

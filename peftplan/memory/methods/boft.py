@@ -6,14 +6,13 @@ m factors, n blocks of size k, w = n·k the input's width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.parts import Part, Running
 from peftplan.memory.quantized import bias_of
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Tensor
+from peftplan.tape.tensors import Dims, Node, Operand, Tensor
 
 
 def boft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
@@ -25,7 +24,7 @@ def boft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     ones = f.new((n_out, 1), dtype, "ones")
     rotation, _kept_alive = _rotation(f, part, identity, running)
     del identity
-    boft_s: Any = part.params["boft_s"]
+    boft_s = part.params["boft_s"]
     scale = ops.mul(f, boft_s, ones)
     del ones
     rotation = f.to(rotation, dtype)
@@ -70,7 +69,7 @@ def _rotation(f: Tape, part: Part, identity: Tensor, running: Running) -> tuple[
     return rotation, (orthogonal, diagonal, every, total, *([places] if places is not None else ()))
 
 
-def cayley(f: Tape, blocks: Any, dims: tuple[Any, ...]) -> Tensor:
+def cayley(f: Tape, blocks: Operand, dims: Dims) -> Tensor:
     """`cayley_batch`: (I + S)⁻¹ (I - S) of a skew-symmetric S, in fp32."""
     node = f.record(_less_transposed_backward, (blocks,))
     less = f.new(dims, blocks.dtype, "sub", node)
@@ -79,7 +78,7 @@ def cayley(f: Tape, blocks: Any, dims: tuple[Any, ...]) -> Tensor:
     return solved(f, skew, dims)
 
 
-def solved(f: Tape, skew: Tensor, dims: tuple[Any, ...]) -> Tensor:
+def solved(f: Tape, skew: Tensor, dims: Dims) -> Tensor:
     """`linalg.solve(I + S, I - S, left=False)` in fp32, in the dtype of S."""
     _identity = f.new((dims[-1], dims[-1]), "fp32", "eye")  # a name of peft's function
     plus = f.new(dims, "fp32", "add", f.record(_passed, (skew,)))
@@ -108,29 +107,29 @@ def _dropout(f: Tape, x: Tensor, n: int) -> Tensor:
     return result
 
 
-def _passed(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _passed(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return g
 
 
-def _negated(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _negated(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "neg")
 
 
-def _less_transposed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _less_transposed_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     negative = f.new(g.dims, g.dtype, "neg")
     total = f.new(g.dims, g.dtype, "add")
     del negative
     return total
 
 
-def _solved_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+def _solved_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[Tensor, Tensor]:
     """`linalg_solve_backward`: one more system, and a product for A."""
     to_b = f.new(g.dims, g.dtype, "lu_solve")
     to_a = f.new(g.dims, g.dtype, "matmul")
     return f.new(to_a.dims, to_a.dtype, "neg"), to_b
 
 
-def _blocks_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _blocks_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Tensor:
     return f.new(saved[0].dims, g.dtype, "zeros_like")
 
 
@@ -143,7 +142,7 @@ def _placed(f: Tape, x: Tensor, places: Tensor | None, *, after: bool) -> Tensor
     return f.new(x.dims, x.dtype, "bmm", node)
 
 
-def _placed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _placed_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "bmm")
 
 
@@ -152,7 +151,7 @@ def _selected(f: Tape, every: Tensor) -> Tensor:
     return Tensor(every.storage, every.dims[1:], every.dtype, f.record(_selected_backward, (every,), every.dims))
 
 
-def _selected_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _selected_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "select_backward")
 
 

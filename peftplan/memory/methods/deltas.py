@@ -7,13 +7,12 @@ keeps it where the layer's input has a gradient. Left out: `module_dropout`, whi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.parts import Part, Running
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
 Base = Callable[[Tensor], Tensor]
 
@@ -47,11 +46,11 @@ def _dropped(f: Tape, weight: Tensor, *, is_view: bool) -> Tensor:
     return Tensor(weight.storage, weight.dims, weight.dtype, f.record(backward, (weight,), drop))
 
 
-def _dropped_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _dropped_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "mul")
 
 
-def _dropped_view_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _dropped_view_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     out = f.new(g.dims, g.dtype, "CopySlices")
     passing = f.new(g.dims, g.dtype, "clone"), f.new(g.dims, g.dtype, "mul")
     del passing
@@ -77,7 +76,7 @@ def _hadamard(f: Tape, part: Part) -> Tensor:
     return f.new((n_out, n_in), product.dtype, "mul", node)
 
 
-def _hadamard_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _hadamard_backward(f: Tape, node: Node, saved: tuple[Dims, Dims, Dims, Dims, str], g: Tensor) -> Gradients:
     *dims, dtype = saved
     scaled = f.new(g.dims, g.dtype, "mul")
     grads = []
@@ -101,7 +100,7 @@ def _kronecker(f: Tape, part: Part) -> Tensor:
     return ops.scale(f, product.view((n_out, n_in)))
 
 
-def _factor(f: Tape, part: Part, name: str) -> Any:
+def _factor(f: Tape, part: Part, name: str) -> Operand:
     whole = part.params.get(name)
     if whole is not None:
         return whole
@@ -109,7 +108,7 @@ def _factor(f: Tape, part: Part, name: str) -> Any:
     return ops.matmul(f, a, b, (a.dims[0], b.dims[1]))  # type: ignore[arg-type]
 
 
-def _kron_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _kron_backward(f: Tape, node: Node, saved: tuple[Operand, Operand], g: Tensor) -> Gradients:
     one, two = saved
     by_one, by_two = (f.new(g.dims, g.dtype, "mul") for _ in "12")
     grad_one = f.new(one.dims, g.dtype, "sum")
@@ -148,14 +147,14 @@ def _transformed(f: Tape, part: Part) -> Tensor:
     return f.to(delta, spectrum.dtype)
 
 
-def _placed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _placed_backward(f: Tape, node: Node, saved: tuple[Tensor, Dims], g: Tensor) -> Tensor:
     return f.new(saved[1], g.dtype, "index")
 
 
-def _fft_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _fft_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     """Transformed back; its real part is a view."""
     return Tensor(f.new(g.dims, "complex64", "fft").storage, g.dims, "fp32")
 
 
-def _real_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _real_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, "complex64", "select_backward")

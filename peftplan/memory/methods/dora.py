@@ -6,13 +6,11 @@ weight's size while its forward runs.
 
 from __future__ import annotations
 
-from typing import Any
-
 from peftplan.memory.parts import Part, Running
 from peftplan.memory.quantized import bias_of, dequantized
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Operand, Tensor
 
 
 def dora(f: Tape, part: Part, x: Tensor, result: Tensor, running: Running) -> Tensor:
@@ -44,8 +42,8 @@ def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tenso
     f.module = part.name
     if base_result is None:
         base_result = ops.linear(f, x, weight, transposed=turned)
-    elif part.bias is not None:
-        base_result = ops.add(f, base_result, bias_of(part, base_result))
+    elif (bias := bias_of(part, base_result)) is not None:
+        base_result = ops.add(f, base_result, bias)
     kept = ops.mul(f, ops.shift(f, scale), base_result)
     scaled = ops.scale(f, ops.mul(f, scale, lora_result))
     out = ops.add(f, kept, scaled)
@@ -53,7 +51,7 @@ def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tenso
     return out
 
 
-def _lora_weight(f: Tape, part: Part, a: Any, b: Any) -> Tensor:
+def _lora_weight(f: Tape, part: Part, a: Operand, b: Operand) -> Tensor:
     """ΔWᵀ: an identity matrix through A and B, with their graph."""
     n_in = a.dims[1]
     f.module = f"{part.name}.lora_A"
@@ -63,7 +61,7 @@ def _lora_weight(f: Tape, part: Part, a: Any, b: Any) -> Tensor:
     return ops.linear(f, low, b)
 
 
-def _norm(f: Tape, weight: Any, lora_weight: Tensor, *, turned: bool) -> Tensor:
+def _norm(f: Tape, weight: Operand, lora_weight: Tensor, *, turned: bool) -> Tensor:
     """`linalg.norm(W + scaling * ΔW, dim=1)`, without a gradient; a Conv1D's weight is turned round."""
     scaled = f.new(weight.dims, lora_weight.dtype, "mul")
     total = f.new(weight.dims, ops.promoted(weight.dtype, lora_weight.dtype), "add")

@@ -12,7 +12,7 @@ from peftplan.errors import NeedsTraceError
 from peftplan.memory.parts import Part
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Tensor
+from peftplan.tape.tensors import Dims, Node, Operand, Tensor
 
 SCALED = ("gemma", "gemma2", "gemma3_text", "gemma3", "gemma4_text")
 """Model types whose embedding multiplies its rows itself, which peft repeats on what it adds."""
@@ -36,7 +36,7 @@ def lora_embedding(f: Tape, part: Part, result: Tensor, ids: Tensor | None) -> T
     return narrow
 
 
-def _transposed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _transposed_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor | None], g: Tensor) -> Tensor:
     """The gradient of Aᵀ, which is copied to lie as A does."""
     rank, rows = saved[0]
     grad = f.new((rows, rank), g.dtype, "embedding_dense_backward")
@@ -54,5 +54,5 @@ def merged_rows(f: Tape, part: Part, adapter: Part) -> Tensor:
     return f.new(weight.dims, weight.dtype, "index_copy", f.record(_rows_backward, (rows,), rows, index))
 
 
-def _rows_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _rows_backward(f: Tape, node: Node, saved: tuple[Operand, Tensor], g: Tensor) -> Tensor:
     return f.new(saved[0].dims, g.dtype, "index_select")

@@ -14,7 +14,7 @@ from peftplan.memory.methods.sides import sides
 from peftplan.memory.parts import Part, Running
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Tensor
+from peftplan.tape.tensors import Dims, Node, Operand, Tensor
 
 PICTURE = 4
 """Dims of an input that peft unfolds as a convolution does; latents of `kv_b_proj` have as many."""
@@ -31,7 +31,7 @@ def oft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runnin
     return f.to(result, dtype)
 
 
-def _rotated(f: Tape, x: Tensor, weight: Any, n_in: int, config: Any) -> Tensor:
+def _rotated(f: Tape, x: Tensor, weight: Operand, n_in: int, config: Any) -> Tensor:
     """`OFTRotationModule.forward`: `einsum` is a product by blocks, whose result is copied token by token."""
     count, entries = weight.dims
     k = next(k for k in range(1, n_in + 1) if k * (k - 1) // 2 == entries and (k > 1 or count == n_in))
@@ -51,11 +51,11 @@ def _rotated(f: Tape, x: Tensor, weight: Any, n_in: int, config: Any) -> Tensor:
     return f.to(rotated, x.dtype)
 
 
-def _repeated_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _repeated_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "sum")
 
 
-def _project(f: Tape, weight: Any, dims: Dims) -> None:
+def _project(f: Tape, weight: Operand, dims: Dims) -> None:
     """`_project_batch`, copied into the weight: rotations that went too far from zero are drawn back."""
     skew = _skew(f, weight, dims)
     zeros = f.new(dims[1:], weight.dtype, "zeros")
@@ -75,7 +75,7 @@ def _project(f: Tape, weight: Any, dims: Dims) -> None:
     del out, near, norm, difference, zeros, skew
 
 
-def _cayley(f: Tape, weight: Any, dims: Dims, config: Any) -> Tensor:
+def _cayley(f: Tape, weight: Operand, dims: Dims, config: Any) -> Tensor:
     """`_cayley_batch`: exact, or the first terms of its series."""
     q = _skew(f, weight, dims)
     return _neumann(f, q, config.num_cayley_neumann_terms) if config.use_cayley_neumann else solved(f, q, dims)
@@ -97,17 +97,17 @@ def _neumann(f: Tape, q: Tensor, terms: int) -> Tensor:
     return total
 
 
-def _skew(f: Tape, weight: Any, dims: Dims) -> Tensor:
+def _skew(f: Tape, weight: Operand, dims: Dims) -> Tensor:
     """`_pytorch_skew_symmetric`: the weight put above the diagonal, less its transpose."""
     upper = f.new(dims, weight.dtype, "zeros", f.record(_upper_backward, (weight,), weight.dims))
     return f.new(dims, weight.dtype, "sub", f.record(_less_transposed_backward, (upper,)))
 
 
-def _upper_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _upper_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "index")
 
 
-def _less_transposed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _less_transposed_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     negative = f.new(g.dims, g.dtype, "neg")
     total = f.new(g.dims, g.dtype, "add")
     del negative
@@ -120,5 +120,5 @@ def _added(f: Tape, total: Tensor, power: Tensor, *, scales: bool) -> Tensor:
     return Tensor(total.storage, total.dims, total.dtype, node)
 
 
-def _added_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+def _added_backward(f: Tape, node: Node, saved: tuple[bool], g: Tensor) -> tuple[Tensor, Tensor]:
     return g, f.new(g.dims, g.dtype, "mul") if saved[0] else g

@@ -8,13 +8,14 @@ for its checks, the first access again for the cache, which ends with the outerm
 from __future__ import annotations
 
 from math import sqrt
-from typing import Any
+from typing import TypeAlias
 
 from peftplan.errors import NeedsTraceError
+from peftplan.ledger import Dim
 from peftplan.memory.model import Model
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Parameter, Tensor
 
 PEFT_ALPHA = 8
 """The default of `LoraConfig.lora_alpha`."""
@@ -26,7 +27,7 @@ class Stacked:
 
     def __init__(self, model: Model, name: str, layer: int, *, transposed: bool) -> None:
         self.tape = model.tape
-        self.params: dict[str, Any] = dict(model.part(name, layer).params)
+        self.params: dict[str, Parameter] = dict(model.part(name, layer).params)
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._weights: dict[str, Tensor] = {}
         self._scales = False
@@ -58,7 +59,7 @@ class Stacked:
         dims: Dims = self.params[name].dims
         return dims
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Operand:
         """A parameter as the forward reads it."""
         if name not in self._factors:
             return self.params[name]
@@ -73,7 +74,7 @@ def _weight(model: Model, name: str, layer: int) -> Parameter:
     return weight
 
 
-def _sides(weight: Parameter, transposed: bool) -> tuple[Any, Any]:
+def _sides(weight: Parameter, transposed: bool) -> tuple[Dim, Dim]:
     """(in, out) of a stack of experts."""
     _, first, second = weight.dims
     return (first, second) if transposed else (second, first)
@@ -102,12 +103,16 @@ def factors(f: Tape, weight: Parameter, a: Parameter, b: Parameter, *, transpose
     return first, f.to(right, weight.dtype)
 
 
-def _reshaped_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _reshaped_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return Tensor(g.storage, saved[0], g.dtype)
 
 
-def _permuted_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _permuted_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "clone")
+
+
+Folded: TypeAlias = tuple[Tensor | None, Tensor | None, Dims, Dims, bool]
+"""What a folded update saves: both factors, their dims, and whether it is scaled."""
 
 
 def folded(f: Tape, weight: Parameter, left: Tensor, right: Tensor, *, scales: bool) -> Tensor:
@@ -117,7 +122,7 @@ def folded(f: Tape, weight: Parameter, left: Tensor, right: Tensor, *, scales: b
     return f.new(weight.dims, weight.dtype, "baddbmm", node)
 
 
-def _folded_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _folded_backward(f: Tape, node: Node, saved: Folded, g: Tensor) -> Gradients:
     *_, left, right, scales = saved
     return tuple(
         _factor_gradient(f, dims, g, scales) if edge else None for dims, edge in zip((left, right), node.edges, strict=True)
@@ -129,7 +134,7 @@ def _factor_gradient(f: Tape, dims: Dims, g: Tensor, scales: bool) -> Tensor:
     return f.new(dims, g.dtype, "mul") if scales else product
 
 
-def matrix(model: Model, name: str, layer: int) -> tuple[Any, Any]:
+def matrix(model: Model, name: str, layer: int) -> tuple[Operand, Tensor | None]:
     """A weight of two dims with its update, `W + (B @ A) * scaling`, and the update, which the wrapper's forward holds."""
     f = model.tape
     weight = _weight(model, name, layer)
@@ -150,7 +155,7 @@ def _product(f: Tape, a: Parameter, b: Parameter) -> Tensor:
     return f.new((left.dims[0], right.dims[1]), left.dtype, "mm", node)
 
 
-def _product_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _product_backward(f: Tape, node: Node, saved: tuple[Operand | None, Operand | None, Dims, Dims], g: Tensor) -> Gradients:
     to_a = f.new(saved[3], g.dtype, "mm") if node.edges[1] else None
     return f.new(saved[2], g.dtype, "mm") if node.edges[0] else None, to_a
 
@@ -159,5 +164,5 @@ def _sum(f: Tape, weight: Parameter, delta: Tensor) -> Tensor:
     return f.new(weight.dims, weight.dtype, "add", f.record(_sum_backward, (delta,)))
 
 
-def _sum_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _sum_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return g

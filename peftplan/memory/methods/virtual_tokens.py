@@ -8,7 +8,6 @@ cache_utils.py (`DynamicCache`). Left out: p-tuning's LSTM.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 from peftplan.errors import NeedsTraceError
 from peftplan.ledger import Dim
@@ -17,7 +16,7 @@ from peftplan.memory.stack import kinds_of, sections_of
 from peftplan.tape import ops
 from peftplan.tape.shaping import cat, sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 
 MLP = ("mlp_head.0", "mlp_head.2", "mlp_head.4")
 PROJECTION = ("transform.0", "transform.2")
@@ -68,7 +67,7 @@ def _layers(model: Model, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"prompt_encoder.{name}" for name in names)
 
 
-def _repeat_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _repeat_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "sum")
 
 
@@ -125,12 +124,12 @@ def _doubled(dim: Dim) -> int:
     return 2 * dim
 
 
-def _twice_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _twice_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     """The gradients of both are views; their sum is new."""
     return f.new(saved[0], g.dtype, "add")
 
 
-def _permute_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) -> Tensor:
+def _permute_backward(f: Tape, node: Node, saved: tuple[Dims, Dims, Dims, int], *grads: Tensor | None) -> Tensor:
     """`view`, `permute` and `split`: the gradients of all layers side by side, then in the order of the encoder's output."""
     dims, pair, every, copies = saved
     dtype = next(g.dtype for g in grads if g is not None)
@@ -140,7 +139,7 @@ def _permute_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) ->
     return f.new(dims, joined.dtype, "clone")
 
 
-def _unbind_backward(f: Tape, node: Node, saved: Any, *grads: Tensor | None) -> Tensor:
+def _unbind_backward(f: Tape, node: Node, saved: tuple[Dims, Dims], *grads: Tensor | None) -> Tensor:
     """The gradients of a layer's keys and values, stacked; the slice of them that the split takes is one more."""
     dtype = next(g.dtype for g in grads if g is not None)
     stacked = f.new(saved[0], dtype, "stack")
@@ -173,7 +172,7 @@ def _continued(f: Tape, past: Tensor, x: Tensor) -> Tensor:
     return f.new(dims, ops.promoted(past.dtype, x.dtype), "cat", f.record(_continued_backward, (past, x), past.dims, x.dims))
 
 
-def _continued_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _continued_backward(f: Tape, node: Node, saved: tuple[Dims, Dims], g: Tensor) -> Gradients:
     """Both gradients are views; that of the virtual tokens' part waits, and the whole with it, until all layers are done."""
     assert g.storage is not None
     f.lasting.add(g.storage.number)
