@@ -3,8 +3,10 @@
     python -m tools.rehearsals [NAME ...]      prints a row of JSON per program
     python -m tools.rehearsals --write         also writes tests/rehearse/rehearsals.json and the table of docs/rehearse.md
 
-Comments at the head of a program say its card (`# gpu:`), its launcher (`# launcher:`), the exit code (`# exit:`), and, where the
-formulas can say the job, the options of `peftplan estimate` (`# estimate:`). Needs the CUDA build of torch, trl and datasets.
+Comments at the head of a program say its card (`# gpu:`), its launcher (`# launcher:`), its own arguments (`# arguments:`), the
+exit code (`# exit:`), a model that has to lie in a folder as its config, a tokenizer and a checkpoint of holes (`# prepare:`;
+`{folder}` in the arguments), packages beyond the common ones (`# needs:`; without them it is left out), and, where the formulas
+can say the job, the options of `peftplan estimate` (`# estimate:`). Needs the CUDA build of torch, trl and datasets.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterable
-from importlib.metadata import version
+from base64 import b64encode
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from peftplan.cli import main as peftplan_main
 from peftplan.rehearse import rehearse
+from peftplan.rehearse.inside import standins
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "tests" / "rehearse" / "programs"
@@ -36,27 +41,35 @@ class Program(NamedTuple):
     title: str
     gpu: str
     launcher: tuple[str, ...]
+    arguments: tuple[str, ...]
+    prepare: tuple[str, ...]
+    needs: tuple[str, ...]
     exit_code: int
     estimate: tuple[str, ...]
 
-    @property
-    def command(self) -> tuple[str, ...]:
+    def command(self, folder: str) -> tuple[str, ...]:
         """What is rehearsed."""
-        return (*(self.launcher or (sys.executable,)), str(self.path))
+        arguments = [argument.format(folder=folder) for argument in self.arguments]
+        return (*(self.launcher or (sys.executable,)), str(self.path.relative_to(ROOT)), *arguments)
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages that are not installed."""
+        return [name for name in self.needs if _version(name) is None]
 
 
 def programs() -> list[Program]:
     """Every program, by name."""
-    return [read(path) for path in sorted(PROGRAMS.glob("*.py"))]
+    return [read(path) for path in sorted(PROGRAMS.iterdir()) if path.suffix in (".py", ".yaml", ".yml")]
 
 
 def read(path: Path) -> Program:
-    """A program's docstring and comments."""
+    """A program's docstring, or a config's first line, and comments."""
     text = path.read_text(encoding="utf-8")
-    said = dict(re.findall(r"^# (gpu|launcher|exit|estimate): (.+)$", text, re.MULTILINE))
-    title = text.partition('"""')[2].partition('"""')[0]
-    split = {name: tuple(shlex.split(said.get(name, ""))) for name in ("launcher", "estimate")}
-    return Program(path, title, said["gpu"], split["launcher"], int(said.get("exit", "0")), split["estimate"])
+    said = dict(re.findall(r"^# (gpu|launcher|arguments|prepare|needs|exit|estimate): (.+)$", text, re.MULTILINE))
+    title = text.partition('"""')[2].partition('"""')[0] if path.suffix == ".py" else text.partition("\n")[0].removeprefix("# ")
+    split = {name: tuple(shlex.split(said.get(name, ""))) for name in ("launcher", "arguments", "prepare", "needs", "estimate")}
+    return Program(path, title, said["gpu"], exit_code=int(said.get("exit", "0")), **split)
 
 
 def estimated(program: Program) -> dict[str, int] | None:
@@ -75,14 +88,18 @@ def estimated(program: Program) -> dict[str, int] | None:
 
 def run(program: Program) -> dict[str, Any]:
     """One row: what the rehearsal showed, beside what the formulas say."""
-    result = rehearse(program.command, gpu=program.gpu, timeout=900, stdout=sys.stderr.fileno())
+    with TemporaryDirectory() as folder:
+        for model in program.prepare:
+            standins.write_repository(Path(folder), model)
+            (Path(folder) / "tokenizer.model").write_text("\n".join(byte_tokens()), encoding="ascii")
+        result = rehearse(program.command(folder), gpu=program.gpu, timeout=900, stdout=sys.stderr.fileno())
     rank = result.largest_rank
     failed = result.oom
     return {
         "program": program.path.stem,
         "title": program.title,
         "gpu": program.gpu,
-        "launcher": " ".join(program.launcher) or None,
+        "launcher": " ".join((*program.launcher, *program.arguments)) or None,
         "ended": result.ended,
         "exit_code": result.exit_code,
         "steps": result.steps,
@@ -92,8 +109,23 @@ def run(program: Program) -> dict[str, Any]:
         "oom": f"{failed.phase} of step {failed.step}: {failed.requested_bytes:,} bytes" if failed else None,
         "seconds": result.seconds,
         "estimated": estimated(program),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "host": dict(rank.host) if rank else {},
+        "versions": {name: stated for name in (*LIBRARIES, *program.needs) if (stated := _version(name)) is not None},
     }
+
+
+def byte_tokens(size: int = 128_000) -> Iterator[str]:
+    """A vocabulary in tiktoken's format that makes one token of a byte."""
+    for rank in range(size):
+        token = rank.to_bytes(1 if rank < 256 else 4, "big")
+        yield f"{b64encode(token).decode('ascii')} {rank}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -133,7 +165,7 @@ def main(arguments: list[str]) -> None:
     names = [argument for argument in arguments if not argument.startswith("-")]
     rows = []
     for program in programs():
-        if not names or program.path.stem in names:
+        if (not names or program.path.stem in names) and not program.missing:
             rows.append(run(program))
             print(json.dumps(rows[-1]), flush=True)
     if "--write" in arguments:

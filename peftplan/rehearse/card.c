@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,12 +16,12 @@
 #undef cudaGetDeviceProperties
 
 #define GRAIN ((size_t)2 << 20)
-#define SPACE ((size_t)1 << 40)
+#define SPACE ((size_t)1 << 42)
 #define CARDS 16
 
 static struct { char *at; size_t bytes; } segments[65536];
 static int count;
-static size_t used[CARDS], taken[CARDS];
+static size_t used[CARDS], taken[CARDS], reserved[CARDS];
 static char *base;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static __thread cudaError_t last;
@@ -34,9 +35,16 @@ static long number(const char *name, long otherwise) {
 static size_t total(void) { return number("EMULATED_BYTES", (long)80 << 30); }
 static size_t context(void) { return number("EMULATED_CONTEXT", (long)110 << 20); }
 
+/* CUDA_VISIBLE_DEVICES hides cards, as the real library lets it. */
 static int cards(void) {
-    int n = number("EMULATED_COUNT", 1);
-    return n < 1 ? 1 : n > CARDS ? CARDS : n;
+    int n = number("EMULATED_COUNT", 1), shown = 0;
+    const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+    n = n < 1 ? 1 : n > CARDS ? CARDS : n;
+    if (!visible) return n;
+    for (int entry = 1; *visible && *visible != '-'; visible++)
+        if (*visible == ',') entry = 1;
+        else if (entry) shown++, entry = 0;
+    return shown < n ? shown : n;
 }
 
 static int capability(int part) {
@@ -49,23 +57,64 @@ static int turing(void) { return capability(0) == 7; }
 static int on_card(const void *at) { return base && (const char *)at >= base && (const char *)at < base + CARDS * SPACE; }
 static int card_of(const void *at) { return ((const char *)at - base) / SPACE; }
 
+static void make_space(void) {
+    if (base) return;
+    base = mmap(0, CARDS * SPACE + GRAIN, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    base = (char *)(((size_t)base + GRAIN - 1) / GRAIN * GRAIN);
+}
+
+static size_t whole(size_t bytes) { return (bytes + GRAIN - 1) / GRAIN * GRAIN; }
+static int full(int card, size_t bytes) { return used[card] + bytes + context() > total(); }
+
 /* Segments lie one below the other, as on a real card. */
 cudaError_t cudaMalloc(void **at, size_t bytes) {
     pthread_mutex_lock(&lock);
-    size_t whole = (bytes + GRAIN - 1) / GRAIN * GRAIN;
-    last = used[current] + whole + context() > total() ? cudaErrorMemoryAllocation : cudaSuccess;
-    if (!base) {
-        base = mmap(0, CARDS * SPACE + GRAIN, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        base = (char *)(((size_t)base + GRAIN - 1) / GRAIN * GRAIN);
-    }
+    bytes = whole(bytes);
+    make_space();
+    last = full(current, bytes) ? cudaErrorMemoryAllocation : cudaSuccess;
     if (!last) {
-        taken[current] += whole;
-        used[current] += whole;
+        taken[current] += bytes;
+        used[current] += bytes;
         *at = segments[count].at = base + (current + 1) * SPACE - taken[current];
-        segments[count++].bytes = whole;
+        segments[count++].bytes = bytes;
     }
     pthread_mutex_unlock(&lock);
     return last;
+}
+
+/* Expandable segments: addresses are reserved from the bottom, memory is made and mapped there in pieces. */
+struct piece { size_t bytes; int card; };
+
+CUresult cuMemAddressReserve(CUdeviceptr *at, size_t bytes, size_t alignment, CUdeviceptr wanted, unsigned long long flags) {
+    pthread_mutex_lock(&lock);
+    make_space();
+    *at = (CUdeviceptr)(base + current * SPACE + reserved[current]);
+    reserved[current] += whole(bytes);
+    pthread_mutex_unlock(&lock);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t bytes, const CUmemAllocationProp *kind, unsigned long long flags) {
+    int card = kind->location.id;
+    pthread_mutex_lock(&lock);
+    int refused = full(card, whole(bytes));
+    if (!refused) {
+        struct piece *piece = malloc(sizeof *piece);
+        *piece = (struct piece){whole(bytes), card};
+        used[card] += piece->bytes;
+        *handle = (CUmemGenericAllocationHandle)piece;
+    }
+    pthread_mutex_unlock(&lock);
+    return refused ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
+}
+
+CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
+    struct piece *piece = (struct piece *)handle;
+    pthread_mutex_lock(&lock);
+    used[piece->card] -= piece->bytes;
+    pthread_mutex_unlock(&lock);
+    free(piece);
+    return CUDA_SUCCESS;
 }
 
 cudaError_t cudaFree(void *at) {
@@ -80,11 +129,12 @@ cudaError_t cudaFree(void *at) {
     return cudaSuccess;
 }
 
-cudaError_t cudaMemGetInfo(size_t *unused, size_t *all) {
+void emulated_memory(int card, size_t *unused, size_t *all) {
     *all = total();
-    *unused = total() - used[current] - context();
-    return cudaSuccess;
+    *unused = total() - used[card] - context();
 }
+
+cudaError_t cudaMemGetInfo(size_t *unused, size_t *all) { return emulated_memory(current, unused, all), cudaSuccess; }
 
 static void said(void *to, size_t bytes) {
     memset(to, 0, bytes);
@@ -119,17 +169,56 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpy
     return cudaMemcpyAsync(to, from, bytes, kind, 0);
 }
 
+/* Pinned memory of the host. Pages that nothing writes take no memory. */
+static struct { char *at; size_t bytes; } pinned[1 << 16];
+static int pins;
+static size_t pinned_now, pinned_most;
+
+static int pin_of(const void *at) {
+    for (int i = pins - 1; i >= 0; i--)
+        if ((const char *)at >= pinned[i].at && (const char *)at < pinned[i].at + pinned[i].bytes) return i;
+    return -1;
+}
+
+static void pin(void *at, size_t bytes) {
+    pthread_mutex_lock(&lock);
+    if (pins < sizeof pinned / sizeof *pinned) {
+        pinned[pins].at = at;
+        pinned[pins++].bytes = bytes;
+        pinned_now += bytes;
+        if (pinned_now > pinned_most) pinned_most = pinned_now;
+    }
+    pthread_mutex_unlock(&lock);
+}
+
+static void unpin(void *at) {
+    pthread_mutex_lock(&lock);
+    int i = pin_of(at);
+    if (i >= 0) {
+        pinned_now -= pinned[i].bytes;
+        pinned[i] = pinned[--pins];
+    }
+    pthread_mutex_unlock(&lock);
+}
+
+size_t emulated_pinned(void) { return pinned_most; }
+
 cudaError_t cudaHostAlloc(void **at, size_t bytes, unsigned flags) {
     *at = calloc(1, bytes);
+    pin(*at, bytes);
     return cudaSuccess;
 }
 
 cudaError_t cudaFreeHost(void *at) {
+    unpin(at);
     free(at);
     return cudaSuccess;
 }
 
-cudaError_t cudaGetDeviceCount(int *n) { return *n = cards(), cudaSuccess; }
+cudaError_t cudaHostRegister(void *at, size_t bytes, unsigned flags) { return pin(at, bytes), cudaSuccess; }
+cudaError_t cudaHostUnregister(void *at) { return unpin(at), cudaSuccess; }
+
+cudaError_t cudaGetDeviceCount(int *n) { return (*n = cards()) ? cudaSuccess : cudaErrorNoDevice; }
 cudaError_t cudaGetDevice(int *n) { return *n = current, cudaSuccess; }
 cudaError_t cudaSetDevice(int n) { return n < 0 || n >= cards() ? (last = cudaErrorInvalidDevice) : (current = n, cudaSuccess); }
 cudaError_t cudaDriverGetVersion(int *n) { return *n = CUDART_VERSION, cudaSuccess; }
@@ -263,7 +352,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n, const
 
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *at) {
     memset(a, 0, sizeof *a);
-    a->type = on_card(at) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+    a->type = on_card(at) ? cudaMemoryTypeDevice : pin_of(at) >= 0 ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
     a->device = on_card(at) ? card_of(at) : 0;
     a->devicePointer = (void *)at;
     return cudaSuccess;
@@ -273,7 +362,53 @@ static int nothing(void) { return 0; }
 
 cudaError_t cudaGetDriverEntryPointByVersion(
     const char *name, void **f, unsigned version, unsigned long long flags, enum cudaDriverEntryPointQueryResult *result) {
-    *f = (void *)nothing;
+    *f = dlsym(RTLD_DEFAULT, name);
+    if (!*f) *f = (void *)nothing;
     if (result) *result = 0;
     return cudaSuccess;
+}
+
+/* NVML, as monitors ask it. Nobody else uses the cards. */
+typedef struct { unsigned long long total, free, used; } nvml_memory;
+typedef struct { unsigned version; unsigned long long total, reserved, free, used; } nvml_memory_v2;
+typedef struct { unsigned gpu, memory; } nvml_utilization;
+
+static int card_in(const void *device) { return (int)(size_t)device - 1; }
+
+int nvmlInit_v2(void) { return 0; }
+int nvmlInit(void) { return 0; }
+int nvmlInitWithFlags(unsigned flags) { return 0; }
+int nvmlShutdown(void) { return 0; }
+const char *nvmlErrorString(int code) { return code ? "emulated: not answered" : "Success"; }
+int nvmlDeviceGetCount_v2(unsigned *n) { return *n = number("EMULATED_COUNT", 1), 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned n, void **device) { return *device = (void *)(size_t)(n + 1), 0; }
+int nvmlDeviceGetHandleByUUID(const char *id, void **device) { return *device = (void *)(size_t)(atoi(id + 4) + 1), 0; }
+int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) { return *device = (void *)(strtoul(id + strlen("0000:00:"), 0, 16) - 3), 0; }
+int nvmlDeviceGetIndex(void *device, unsigned *n) { return *n = card_in(device), 0; }
+int nvmlDeviceGetNvLinkRemoteDeviceType(void *device, unsigned link, unsigned *kind) { return 3; }
+int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *device, unsigned link, void *info) { return 3; }
+int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *n, void *processes) { return *n = 0, 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int *version) { return *version = CUDART_VERSION, 0; }
+int nvmlSystemGetCudaDriverVersion(int *version) { return *version = CUDART_VERSION, 0; }
+int nvmlSystemGetDriverVersion(char *text, unsigned length) { return snprintf(text, length, "580.00"), 0; }
+int nvmlDeviceGetUUID(void *device, char *text, unsigned length) { return snprintf(text, length, "GPU-%08d", card_in(device)), 0; }
+int nvmlDeviceGetUtilizationRates(void *device, nvml_utilization *rates) { return *rates = (nvml_utilization){100, 0}, 0; }
+int nvmlDeviceGetTemperature(void *device, int sensor, unsigned *celsius) { return *celsius = 40, 0; }
+int nvmlDeviceGetPowerUsage(void *device, unsigned *milliwatts) { return *milliwatts = 0, 0; }
+int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) { return *major = capability(0), *minor = capability(1), 0; }
+
+int nvmlDeviceGetName(void *device, char *text, unsigned length) {
+    return snprintf(text, length, "%s", getenv("EMULATED_NAME") ? getenv("EMULATED_NAME") : "emulated card"), 0;
+}
+
+int nvmlDeviceGetMemoryInfo(void *device, nvml_memory *memory) {
+    size_t unused, all;
+    emulated_memory(card_in(device), &unused, &all);
+    return *memory = (nvml_memory){all, unused, all - unused}, 0;
+}
+
+int nvmlDeviceGetMemoryInfo_v2(void *device, nvml_memory_v2 *memory) {
+    size_t unused, all;
+    emulated_memory(card_in(device), &unused, &all);
+    return *memory = (nvml_memory_v2){memory->version, all, 0, unused, all - unused}, 0;
 }

@@ -1,7 +1,8 @@
 """The emulated card: `card.c`, compiled once for the CUDA build of torch that is installed, and kept in the cache.
 
 The library answers every function of CUDA that torch and bitsandbytes import: those that `card.c` defines with a meaning, all
-others with success. Two files result: one is loaded before the program (`LD_PRELOAD`), triton opens the other (`libcuda.so.1`).
+others with success. Three files result: one is loaded before the program (`LD_PRELOAD`), triton opens the second
+(`libcuda.so.1`), monitors open the third (`libnvidia-ml.so.1`).
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ OPENED_BY_TRITON = [
     "cuTensorMapEncodeTiled",
 ]
 """Functions that triton looks up when it runs, and that no library imports."""
+OPENED = ("libnvidia-ml.so.1", "libcuda.so.1")
+"""Libraries that programs open by these names."""
 
 
 def library() -> Path:
-    """The folder that holds `card.so` and `libcuda.so.1` for the installed torch; compiled where it is not there yet.
+    """The folder that holds the card's libraries for the installed torch; compiled where it is not there yet.
 
     Raises RefusedError for another platform, a CPU build of torch or a missing compiler, MissingExtraError without torch.
     """
@@ -52,7 +55,7 @@ def library() -> Path:
     packages = _packages()
     libraries = [*packages.glob("torch/lib/*.so"), *packages.glob("bitsandbytes/libbitsandbytes_cuda1[23]*.so")]
     folder = _cache() / _key(libraries)
-    if not (folder / "libcuda.so.1").exists():
+    if not (folder / OPENED[-1]).exists():  # moved there last
         _compile(packages, libraries, folder)
     return folder
 
@@ -109,9 +112,10 @@ def _compile(packages: Path, libraries: list[Path], folder: Path) -> None:
         rest = work / "rest.c"
         rest.write_text("".join(f"int {name}() {{ return 0; }}\n" for name in others), encoding="utf-8")
         _cc(compiler, include, [SOURCE, rest], work / "card.so")
-        _cc(compiler, include, [SOURCE, rest, "-Wl,-soname,libcuda.so.1"], work / "libcuda.so.1")
+        for name in OPENED:
+            _cc(compiler, include, [SOURCE, rest, f"-Wl,-soname,{name}"], work / name)
         folder.mkdir(exist_ok=True)
-        for name in ("card.so", "libcuda.so.1"):  # libcuda.so.1 last: it says that the folder is complete
+        for name in ("card.so", *OPENED):
             os.replace(work / name, folder / name)
 
 

@@ -74,6 +74,8 @@ def rehearse(
         stand_ins = _lines(folder / "stand-ins.txt")
         if snapshot is not None and (pickles := sorted(folder.glob("*.pickle"))):
             snapshot.write_bytes(pickles[0].read_bytes())
+    world_size = max((report["world_size"] for report in reports), default=world_size)  # a launcher says it
+    settings = settings._replace(world_size=world_size)
     replaced = [*stand_ins, *_replaced(settings, keep_writes=keep_writes, network=network)]
     return _result(command, reports, code, card, timed_out=timed_out, seconds=seconds, settings=settings, replaced=replaced)
 
@@ -198,6 +200,7 @@ def _ranks(report: Mapping[str, Any], context: int) -> Iterator[Rank]:
             device_total=device["peak_reserved"] + context,
             steps=tuple(Step(**row) for row in device["steps"]),
             largest=tuple(Alive(**row) for row in device["largest"]),
+            host=report["host"],
             **{name: device[name] for name in OF_A_DEVICE},
         )
 

@@ -10,10 +10,12 @@ from peftplan.report.cards import card_name
 from peftplan.report.screen import Colour, Part, Row, Screen, flowing, wrapped
 from peftplan.results.estimate import Verdict
 from peftplan.results.rehearsal import Alive, OutOfMemory, Rank, Rehearsal
-from peftplan.units import GIB, format_bytes
+from peftplan.units import GIB, MIB, format_bytes
 
 MOST_LINES = 6
 """Lines of a program that are named."""
+SMALLEST_HOST = 64 * MIB
+"""Host memory that is worth a line."""
 BLANK: Row = ()
 LOOKS: dict[str, Colour] = {"fits": "green", "tight": "yellow", "does_not_fit": "red"}
 CHANGES = {
@@ -82,10 +84,17 @@ def _peak(rank: Rank, ranks: Sequence[Rank], screen: Screen) -> list[Row]:
     lines = [*wrapped(text, screen.columns), bar(parts, None, screen.glyphs)]
     lines += flowing(legend(parts, screen.glyphs), screen.columns, between=dot)
     largest_category = sizes[0][0] if sizes else ""
+    lines += _host(rank, screen)
     lines += [BLANK, (Part("largest at the peak, by the line that made it:"),), *_lines(rank.largest, screen)]
     if largest_category in CHANGES:
         lines += [BLANK, *wrapped(f"what would help most: {CHANGES[largest_category]}", screen.columns)]
     return lines
+
+
+def _host(rank: Rank, screen: Screen) -> list[Row]:
+    """What the rank's tensors take of the host, where that is more than a batch."""
+    parts = [f"{kind} {format_bytes(size)}" for kind, size in rank.host.items() if size >= SMALLEST_HOST]
+    return wrapped(f"host memory of its tensors: {screen.glyphs.dot.join(parts)}", screen.columns) if parts else []
 
 
 def _lines(alive: Iterable[Alive], screen: Screen) -> Iterator[Row]:
@@ -118,6 +127,7 @@ def facts(result: Rehearsal) -> list[dict[str, object]]:
             "peak_allocated": rank.peak_allocated,
             "peak_reserved": rank.peak_reserved,
             "device_total": rank.device_total,
+            **{f"host_{kind}": size for kind, size in rank.host.items()},
             **{f"peak_{phase}": size for phase, size in rank.peak_by_phase.items()},
         }
         for rank in result.ranks

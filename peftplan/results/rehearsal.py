@@ -63,6 +63,8 @@ class Rank:
     largest: tuple[Alive, ...]
     cache_released: int
     """How often the allocator gave cached memory back because the card had no more."""
+    host: Mapping[str, int]
+    """Host memory of the rank's tensors: `pinned` at most, `pageable` after the last step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ def test_a_program_runs_unmodified(program: Program) -> None:
     torch = pytest.importorskip("torch")
     if torch.version.cuda is None:
         pytest.skip("needs the CUDA build of torch")
+    if program.missing:
+        pytest.skip(f"needs {', '.join(program.missing)}")
     row = run(program)
     assert row["exit_code"] == program.exit_code
     assert row["ended"] == ("out_of_memory" if program.exit_code else "steps")

@@ -28,6 +28,7 @@ RANK = Rank(
     by_category={"weights": 2 * GIB, "activations": 2 * GIB},
     largest=(LARGEST,),
     cache_released=0,
+    host={"pinned": 3 * GIB, "pageable": 0},
 )
 OOM = OutOfMemory(0, 0, "backward", 1, 2**20, "/home/me/train.py", 31, "loss.backward()", (LARGEST,))
 CARD = find_cards("24GiB")[0]

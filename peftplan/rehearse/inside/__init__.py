@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from peftplan.rehearse.inside import standins
+from peftplan.rehearse.inside import standins, workers
 from peftplan.rehearse.inside.after_import import AfterImport
 from peftplan.rehearse.settings import read
 
@@ -23,10 +23,11 @@ def begin() -> None:
 
         watch.start(settings)
         values.start()
-        ranks.start(settings)
+        ranks.start()
         if settings.stand_ins:
             holes.start()
 
     if settings.stand_ins:
         standins.start(say)
+    workers.start(settings)
     sys.meta_path.insert(0, AfterImport({"torch": torch_is_there}))

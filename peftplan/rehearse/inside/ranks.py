@@ -1,29 +1,20 @@
-"""One process plays one rank of a world: `torch.distributed` over its fake backend, which leaves collectives out.
-
-Launchers start the workers of a node through `torch.distributed.launcher`; here they start one.
-"""
+"""One process plays one rank of a world: `torch.distributed` over its fake backend, which leaves collectives out."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from peftplan.rehearse.inside.after_import import AfterImport
-from peftplan.rehearse.settings import VARIABLE, Settings, environment
 
-
-def start(settings: Settings) -> None:
-    """Replace what needs the other ranks, once the program imports it."""
+def start() -> None:
+    """Replace what needs the other ranks."""
     import torch.distributed as dist
 
     _replace_process_groups(dist)
     import torch.nn.parallel.distributed as ddp
 
     _watch_ddp(ddp)
-    sys.meta_path.insert(0, AfterImport({"torch.distributed.launcher.api": lambda module: _launch_one(module, settings)}))
 
 
 def _replace_process_groups(dist: Any) -> None:
@@ -32,7 +23,8 @@ def _replace_process_groups(dist: Any) -> None:
     def init_fake(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        rank = _stated(kwargs.get("rank"), "RANK", 0)
+        world_size = _stated(kwargs.get("world_size"), "WORLD_SIZE", 1)
         kept = {name: value for name, value in kwargs.items() if name in ("timeout", "group_name", "pg_options")}
         init("fake", store=FakeStore(), rank=rank, world_size=world_size, **kept)
 
@@ -49,6 +41,11 @@ def _replace_process_groups(dist: Any) -> None:
     for name, function in replaced.items():
         setattr(dist, name, function)
         setattr(group, name, function)
+
+
+def _stated(argument: int | None, variable: str, otherwise: int) -> int:
+    """A number that a program says itself, else its environment's."""
+    return argument if argument is not None and argument >= 0 else int(os.environ.get(variable, otherwise))
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -82,24 +79,3 @@ def _as_it_is(bucket: Any) -> Any:
     done: Any = torch.futures.Future(devices=[buffer.device])
     done.set_result(buffer)
     return done
-
-
-def _launch_one(module: Any, settings: Settings) -> None:
-    """`torchrun` and what is built on it: one worker instead of a node's, in this process' place."""
-
-    def launch(config: Any, entrypoint: Callable[..., Any] | str | None, args: Sequence[Any], **_: Any) -> dict[int, Any]:
-        local, world_size = config.nproc_per_node, config.nproc_per_node * config.max_nodes
-        worker = settings._replace(world_size=world_size)
-        os.environ |= {
-            VARIABLE: worker.to_text(),
-            "EMULATED_COUNT": str(local),
-            **environment(settings.rank, world_size=world_size, local=local),
-        }
-        if callable(entrypoint):
-            return {0: entrypoint(*args)}
-        done = subprocess.run([str(entrypoint), *map(str, args)], check=False)
-        if done.returncode:
-            sys.exit(done.returncode)
-        return {0: None}
-
-    module.launch_agent = launch

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peftplan.rehearse.inside import alive
+from peftplan.rehearse.inside import alive, host
 from peftplan.rehearse.settings import Settings
 
 PHASES = ("load", "forward", "backward", "step")
@@ -42,10 +42,12 @@ def write(shown: Shown) -> None:
         torch.cuda.memory._dump_snapshot(str(folder / f"rank{shown.settings.rank}.pickle"))  # type: ignore[no-untyped-call]
     report = {
         "rank": shown.settings.rank,
+        "world_size": shown.settings.world_size,
         "process": os.getpid(),
         "program": sys.argv[:1],
         "steps_taken": shown.steps_done,
         "program_exit": shown.program_exit,
+        "host": host.held(),
         "devices": [_device(shown, device) for device in sorted({row[2] for row in shown.figures})],
         "oom": shown.out_of_memory[-1] if shown.out_of_memory else None,
     }

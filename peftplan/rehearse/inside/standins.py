@@ -64,10 +64,21 @@ def _ensure(repo_id: str, cache: Path, say: Callable[[str], None]) -> None:
     snapshot.mkdir(parents=True, exist_ok=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(REVISION, encoding="ascii")
-    (snapshot / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    for name, content in tokenizer_files(config):
-        (snapshot / name).write_text(json.dumps(content), encoding="utf-8")
+    _write_texts(snapshot, config)
     say(f"{repo_id}: the built-in config, and a tokenizer that makes one token of {CHARACTERS} characters")
+
+
+def _write_texts(folder: Path, config: Mapping[str, Any]) -> None:
+    for name, content in (("config.json", config), *tokenizer_files(config)):
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_repository(folder: Path, name: str) -> None:
+    """Write a model's built-in config, a tokenizer and a checkpoint of holes. Raises InputError for an unknown name."""
+    from peftplan.job.sources import load_config
+
+    _write_texts(folder, load_config(name))
+    write_checkpoint(folder)
 
 
 def _config(repo_id: str) -> dict[str, Any] | None:

@@ -25,21 +25,38 @@ def start() -> None:
         return _counted(self, cuda(self, *args, **kwargs))
 
     torch.Tensor.to, torch.Tensor.cuda = watched_to, watched_cuda  # type: ignore[assignment,method-assign]
-    for name in ("item", "__float__", "__bool__"):
-        setattr(torch.Tensor, name, _zero(getattr(torch.Tensor, name)))
+    for name in ("item", "__float__", "__int__", "__bool__"):
+        setattr(torch.Tensor, name, _sane(getattr(torch.Tensor, name)))
+    torch.all, torch.Tensor.all = _true(torch.all), _true(torch.Tensor.all)  # type: ignore[method-assign]
     for name in ("isnan", "isinf"):
         setattr(torch, name, _never(getattr(torch, name)))
         setattr(torch.Tensor, name, _never(getattr(torch.Tensor, name)))
 
 
-def _zero(read: Any) -> Any:
-    """A number that is read from the card: a count's bytes mean nothing as a float, such as a gradient scaler's overflow."""
+def _sane(read: Any) -> Any:
+    """A number that is read from the card: a float is zero, as is a byte, and a condition holds only where it is of `all`.
+
+    So no gradient is infinite, no mask has padding, and no sequence has ended.
+    """
 
     def reading(self: torch.Tensor) -> Any:
         value = read(self)
-        return type(value)() if self.device.type == "cuda" and self.is_floating_point() else value
+        if self.device.type != "cuda":
+            return value
+        if self.dtype is torch.bool:
+            return type(value)(hasattr(self, "of_all"))
+        return type(value)() if self.is_floating_point() or self.element_size() == 1 else value
 
     return reading
+
+
+def _true(reduce: Any) -> Any:
+    def reduced(*args: Any, **kwargs: Any) -> Any:
+        result = reduce(*args, **kwargs)
+        result.of_all = True
+        return result
+
+    return reduced
 
 
 def _counted(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

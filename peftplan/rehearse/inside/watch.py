@@ -1,7 +1,8 @@
 """Where a program loads, runs forward, backward and steps its optimizer, found by hooks of torch; what each phase held at most.
 
-`load` ends with the first forward of a module in training mode with gradients. A step goes from there, or from the end of the
-last one, until the optimizer has stepped. Optimizers that step inside backward (one per parameter) count once per backward.
+`load` ends with the first forward of a module in training mode with gradients. A step goes from a forward until the first one
+after the optimizer has stepped, so that an optimizer that is stepped in parts counts once. Optimizers that step inside backward
+(one per parameter) count once per backward.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Watch:
         self.out_of_memory: list[dict[str, Any]] = []
         self.persistent = alive.Persistent()
         self.in_backward = 0
-        self.stepped_in_backward = False
+        self.stepped = False
         self.optimizers: list[Any] = []
         self.steps_done = 0
         self.program_exit: str | None = None
@@ -69,6 +70,7 @@ class Watch:
         if self.phase == "load":
             self.step = 1
             self.persistent.find_weights()
+        self._end_step()
         if self.phase != "forward":
             self.begin("forward")
 
@@ -76,6 +78,8 @@ class Watch:
         """torch.autograd.backward, watched."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if not self.in_backward and self.phase == "step":
+                self._end_step()
             if not self.in_backward and self.phase != "backward":
                 self.begin("backward")
             self.in_backward += 1
@@ -84,9 +88,6 @@ class Watch:
             finally:
                 self.in_backward -= 1
                 if not self.in_backward:
-                    if self.stepped_in_backward:
-                        self.stepped_in_backward = False
-                        self._end_step()
                     self.await_forward()
 
         return watched
@@ -96,7 +97,6 @@ class Watch:
         if not any(optimizer is known for known in self.optimizers):
             self.optimizers.append(optimizer)
         if self.in_backward:
-            self.stepped_in_backward = True
             return
         self.persistent.find_gradients(optimizer)
         if self.phase != "step":
@@ -105,12 +105,12 @@ class Watch:
     def after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """An optimizer has stepped."""
         self.persistent.find_states(optimizer)
-        if self.in_backward:
-            return
-        if optimizer is self.optimizers[0]:
-            self._end_step()
+        self.stepped = self.stepped or optimizer is self.optimizers[0]
 
     def _end_step(self) -> None:
+        if not self.stepped:
+            return
+        self.stepped = False
         self.steps_done += 1
         if self.settings.steps and self.steps_done >= self.settings.steps:
             self.finish()
@@ -138,6 +138,7 @@ class Watch:
         """Write the report, once."""
         if not self._done:
             self._done = True
+            self.steps_done += self.stepped
             self.close()
             for optimizer in self.optimizers:
                 self.persistent.find_states(optimizer)

@@ -1,0 +1,26 @@
+"""Host memory that the program's tensors take: what a step offloads, and what it pins for copies."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+
+import torch
+
+
+def held() -> dict[str, int]:
+    """`pinned`: bytes that were pinned at most, as the driver was asked. `pageable`: bytes of other tensors on the host now."""
+    asked = getattr(ctypes.CDLL(None), "emulated_pinned", None)
+    if asked is not None:
+        asked.restype = ctypes.c_size_t
+    return {"pinned": asked() if asked is not None else 0, "pageable": _pageable()}
+
+
+def _pageable() -> int:
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+            tensor = getattr(thing, "_local_tensor", thing)
+            if not tensor.is_pinned():
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())

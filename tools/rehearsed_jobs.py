@@ -1,0 +1,191 @@
+"""Rehearse jobs that are spelled in the options of `peftplan estimate`, and compare formulas and trace with them.
+
+    python -m tools.rehearsed_jobs --seed 1 --jobs 60 --output FILE        draws jobs on one card
+    python -m tools.rehearsed_jobs --jobs-from FILE --output FILE          a job per line: MODEL and options
+    python -m tools.rehearsed_jobs --compare FILE [--trace] [--page PAGE]  evaluates formulas, and traces, against what was kept
+
+FILE holds a row of JSON per job: its options and what it held. A job that FILE has is not run again. `tools.rehearsed_program`
+is the program; of several GPUs it plays rank 0. Needs the CUDA build of torch, transformers, peft, trl and datasets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from peftplan.cli import main as peftplan_main
+from peftplan.rehearse import rehearse
+
+PROGRAM = Path(__file__).with_name("rehearsed_program.py")
+MODELS = (
+    *("qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "smollm2-135m", "smollm2-360m", "gemma-3-270m"),
+    *("pythia-160m", "pythia-410m", "gpt2", "opt-125m", "bloom-560m", "tinyllama-1.1b-chat-v1.0", "olmo-1b"),
+)
+PHASES = ("load", "forward", "backward", "step")
+
+
+def drawn(seed: int, number: int) -> str:
+    """One job on one card."""
+    draw = random.Random(f"{seed} {number}")
+    trainer = draw.choice(("transformers", "transformers", "trl", "plain"))
+    method = draw.choice(("full", "lora", "lora", "qlora"))
+    words = [draw.choice(MODELS), "--trainer", trainer, "--method", method]
+    words += ["--batch-size", str(draw.choice((1, 2, 3, 4))), "--seq-len", str(draw.choice((128, 256, 384, 512, 1024)))]
+    if method != "full":
+        words += ["--r", str(draw.choice((4, 8, 16, 64)))]
+        words += ["--use-dora"] if draw.random() < 0.2 else []
+    if draw.random() < 0.5:
+        words += [draw.choice(("--gradient-checkpointing", "--no-gradient-checkpointing"))]
+    if draw.random() < 0.3:
+        words += ["--gradient-accumulation-steps", "2"]
+    if trainer != "plain" and draw.random() < 0.4:
+        words += ["--optim", draw.choice(("adamw_torch", "adafactor", "sgd", "adamw_8bit", "lion_32bit"))]
+    if draw.random() < 0.2:
+        words += ["--attn-implementation", "eager"]
+    return shlex.join(words)
+
+
+def run(job: str, *, timeout: float) -> dict[str, Any]:
+    """One row: what the job held, by rank."""
+    words = shlex.split(job)
+    gpus, nodes = (int(words[words.index(option) + 1]) if option in words else 1 for option in ("--gpus", "--nodes"))
+    result = rehearse(
+        [sys.executable, str(PROGRAM), *program_words(words)],
+        world_size=gpus * nodes,
+        timeout=timeout,
+        stdout=sys.stderr.fileno(),
+    )
+    rank = result.largest_rank
+    row: dict[str, Any] = {"job": job, "ended": result.ended, "seconds": result.seconds}
+    if rank is not None and result.ended == "steps":
+        row |= {
+            "allocated": rank.peak_allocated,
+            "reserved": rank.peak_reserved,
+            "by_phase": dict(rank.peak_by_phase),
+            "reserved_by_phase": dict(rank.reserved_by_phase),
+            "host": dict(rank.host),
+        }
+    return row
+
+
+def program_words(words: list[str]) -> list[str]:
+    """The program loads a model by its Hub id."""
+    from peftplan.arch import catalogue
+
+    model = catalogue.find(words[0])
+    return [words[0] if model is None else model.repo_id, *words[1:]]
+
+
+def rehearsed(jobs: Iterable[str], output: Path, *, timeout: float) -> None:
+    """Run the jobs that the file has not, and add their rows."""
+    known = {row["job"] for row in read(output)}
+    for job in jobs:
+        if job not in known:
+            known.add(job)
+            row = run(job, timeout=timeout)
+            with output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows that were kept."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def estimated(job: str, engine: str) -> dict[str, Any]:
+    """The same job's peaks by an engine of ours, or `error`."""
+    output, errors = StringIO(), StringIO()
+    with redirect_stdout(output), redirect_stderr(errors), suppress(SystemExit):
+        peftplan_main(["estimate", *shlex.split(job), "--engine", engine, "--format", "json"])
+    try:
+        memory = json.loads(output.getvalue())["memory"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return {"error": errors.getvalue().strip().splitlines()[-1:]}
+    return {"allocated": memory["peak_allocated"], "reserved": memory["peak_reserved"], "by_phase": memory["peak_by_phase"]}
+
+
+def drifts(row: dict[str, Any], engine: str) -> dict[str, float] | None:
+    """What → signed per cent of an engine's number against the rehearsal's; None where one has no number."""
+    stated = estimated(row["job"], engine)
+    if "allocated" not in row or stated.get("allocated") is None:
+        return None
+    pairs = {what: (stated[what], row[what]) for what in ("allocated", "reserved")}
+    pairs |= {phase: (stated["by_phase"].get(phase), row["by_phase"].get(phase)) for phase in PHASES}
+    return {what: 100 * (ours / theirs - 1) for what, (ours, theirs) in pairs.items() if ours and theirs}
+
+
+def compared(rows: list[dict[str, Any]], engines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any], dict[str, float] | None]]:
+    """(engine, row, drifts) of each job."""
+    for engine in engines:
+        for row in rows:
+            yield engine, row, drifts(row, engine)
+
+
+def page(results: list[tuple[str, dict[str, Any], dict[str, float] | None]]) -> str:
+    """The drift of each engine, then each job."""
+    lines = [
+        "# Drift against rehearsals",
+        "",
+        "Random jobs on one card, each run as a program of transformers, TRL or torch alone on the emulated card "
+        "(`tools/rehearsed_jobs.py`), and asked of the formulas and of the trace. Signed per cent of what the rehearsal held.",
+        "",
+        "| engine | what | jobs | median of the size | lowest | highest |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    engines = list(dict.fromkeys(engine for engine, _, _ in results))
+    for engine in engines:
+        for what in ("allocated", "reserved", *PHASES):
+            values = [drift[what] for name, _, drift in results if name == engine and drift is not None and what in drift]
+            if values:
+                cells = (f"{statistics.median(map(abs, values)):.4f} %", f"{min(values):+.4f} %", f"{max(values):+.4f} %")
+                lines.append(f"| {engine} | {what} | {len(values)} | {' | '.join(cells)} |")
+    lines += ["", "## Jobs", "", "| job | " + " | ".join(f"{e} allocated / reserved" for e in engines) + " |"]
+    lines += ["| --- |" + " --- |" * len(engines)]
+    for job in dict.fromkeys(row["job"] for _, row, _ in results):
+        found = {engine: drift for engine, row, drift in results if row["job"] == job}
+        lines.append(f"| `{job}` | " + " | ".join(_cell(found.get(engine)) for engine in engines) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(drift: dict[str, float] | None) -> str:
+    return "–" if drift is None else f"{drift['allocated']:+.4f} % / {drift['reserved']:+.3f} %"
+
+
+def main(arguments: list[str]) -> None:
+    """Rehearse, or compare."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=0)
+    parser.add_argument("--jobs-from", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--timeout", type=float, default=600)
+    parser.add_argument("--compare", type=Path)
+    parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--page", type=Path)
+    wanted = parser.parse_args(arguments)
+    if wanted.output:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        jobs = wanted.jobs_from.read_text(encoding="utf-8").splitlines() if wanted.jobs_from else ()
+        rehearsed([*jobs, *(drawn(wanted.seed, n) for n in range(wanted.jobs))], wanted.output, timeout=wanted.timeout)
+    if wanted.compare:
+        rows = read(wanted.compare)
+        results = list(compared(rows, ("analytic", "trace") if wanted.trace else ("analytic",)))
+        for engine, row, drift in results:
+            print(json.dumps({"engine": engine, "job": row["job"], "drift": drift}))
+        if wanted.page:
+            wanted.page.write_text(page(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
