@@ -9,16 +9,19 @@ import click
 from peftplan.cli import options
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 
-METHOD = {name: text for name, text in options.METHOD.items() if name not in ("--method", "--peft-config")}
+METHOD = {name: text for name, text in options.METHOD.items() if name != "--method"} | {
+    "--peft-config": "a peft adapter_config.json: its rows come first, and methods of its type keep its fields"
+}
 
 
 @click.command("compare", cls=Command)
-@argument("model")
+@argument("model", required=False)
 @option(
     "--method", "methods", default="lora,dora,qlora,full", metavar="NAMES", show_default=True, help="methods, comma-separated"
 )
 @option("--gpu", "gpus", multiple=True, metavar="NAME", help="cards, comma-separated or repeated; or capacities such as 24GiB")
 @option("--plot", default=None, metavar="FILE", help="bars of every method as FILE.png or .svg, with the cards as lines")
+@options.engine_option
 @options.group(METHOD_HEADING, METHOD)
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
@@ -28,23 +31,25 @@ METHOD = {name: text for name, text in options.METHOD.items() if name not in ("-
 @options.context_option
 @options.format_option
 def command(
-    model: str,
+    model: str | None,
     methods: str,
     gpus: tuple[str, ...],
     plot: str | None,
+    engine: str,
     fmt: str,
     torch: str | None,
     transformers: str | None,
     context: str | None,
     **fields: Any,
 ) -> int:
-    """What a job needs by several methods, on several cards.
+    """What a job needs by several methods, on several cards. Without MODEL, --peft-config names its base model.
 
     \b
     peftplan compare llama-3.1-8b --method lora,dora,qlora,full --gpu l4,a10g,a100-80gb
     peftplan compare qwen3-8b --method lora,ia3 --r 16 --plot methods.png
     """
     options.check_format(fmt)
+    options.check_model(model, fields)
     from peftplan.planning.compare import compare
     from peftplan.report import render
 
@@ -53,9 +58,9 @@ def command(
 
         check(plot)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    result = compare(
-        model, methods=names, gpu=gpus, **options.chosen(fields), **options.circumstances(torch, transformers, context)
-    )
+    wanted = options.chosen(fields) | options.circumstances(torch, transformers, context)
+    with options.computed_by(engine) as by_engine:
+        result = compare(model, methods=names, gpu=gpus, **by_engine, **wanted)
     if plot is not None:
         from peftplan.report.comparing_plot import write
 

@@ -36,7 +36,7 @@ unknown        there is no peak, or only a lower bound that is not too large
 @options.group("Several GPUs", options.GPUS)
 @options.torch_option
 @options.transformers_option
-@option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="what computes the peak")
+@options.engine_option
 @option("--gpu", "gpu", multiple=True, metavar="NAME", help="a card, a size such as 24GiB, or several as 8xh100; repeatable")
 @options.context_option
 @option(
@@ -162,9 +162,5 @@ def _estimate(model: str | None, engine: str, **chosen: Any) -> Estimate:
     """The estimate; one that takes seconds says on a terminal how far it is."""
     from peftplan.planning.estimate import estimate
 
-    if engine != "trace":
-        return estimate(model, engine=engine, **chosen)  # type: ignore[arg-type]
-    from peftplan.report.progress import waiting
-
-    with waiting("tracing") as progress:
-        return estimate(model, engine="trace", progress=progress, **chosen)
+    with options.computed_by(engine) as by_engine:
+        return estimate(model, **by_engine, **chosen)

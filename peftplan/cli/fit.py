@@ -34,6 +34,7 @@ SIZES: dict[str, Size] = {"batch-size": "batch_size", "seq-len": "seq_len", "r":
 @option("--which-gpu", is_flag=True, help="list the smallest cards that take the job as typed, not plans")
 @option("--model-family", default=None, metavar="NAME", help="the largest model of a family per method, such as qwen3")
 @option("--require-fit", is_flag=True, help="exit 1 if the job as typed fits at no size")
+@options.engine_option
 @options.group(METHOD_HEADING, options.METHOD)
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
@@ -53,6 +54,7 @@ def command(
     which_gpu: bool,
     model_family: str | None,
     require_fit: bool,
+    engine: str,
     fmt: str,
     torch: str | None,
     transformers: str | None,
@@ -61,7 +63,8 @@ def command(
 ) -> int:
     """The largest size of a job that a card takes, and other plans that fit.
 
-    With --max model, MODEL is a family such as qwen3, a pattern of built-in names, or names with commas between them.
+    Without MODEL, --peft-config names its base model. With --max model, MODEL is a family such as qwen3, a pattern of built-in
+    names, or names with commas between them. --engine trace asks a few sizes of the job as typed, and of each of --methods.
 
     \b
     peftplan fit llama-3.1-8b --gpu rtx-4090 --method lora --seq-len 4096
@@ -80,17 +83,19 @@ def command(
 
         _check(gpu=gpu, model=model, of_family=True)
         wanted.pop("method", None)
-        members = family(model_family, gpu=str(gpu), allow_tight=allow_tight, **_names(methods), **wanted)
+        with options.computed_by(engine) as by_engine:
+            members = family(model_family, gpu=str(gpu), allow_tight=allow_tight, **_names(methods), **by_engine, **wanted)
         render.members(members, fmt=fmt, gpu=str(gpu))
         return 1 if require_fit and not any(member.model for member in members) else 0
-    if model is None:
-        raise RefusedError("MODEL: a model is needed, or --model-family NAME")
+    if model is None and fields["peft_config"] is None:
+        raise RefusedError("MODEL: a model is needed, or a --peft-config that names its base model, or --model-family NAME")
     if which_gpu:
         from peftplan.planning.choosing import which_gpu as cards_for
 
         if gpu is not None:
             raise RefusedError("--which-gpu: it finds the card, so it takes no --gpu")
-        cards = cards_for(model, allow_tight=allow_tight, **wanted)
+        with options.computed_by(engine) as by_engine:
+            cards = cards_for(model, allow_tight=allow_tight, **by_engine, **wanted)
         render.cards(cards, fmt=fmt)
         return 1 if require_fit and not cards else 0
     _check(gpu=gpu, model=None, of_family=False)
@@ -100,16 +105,18 @@ def command(
         raise UnknownNameError("--max", size, SIZES)
     from peftplan.planning.fit import fit
 
-    results = fit(
-        model,
-        gpu=gpus,
-        max=SIZES[size],
-        keep=(keep or "").split(",") if keep else (),
-        min_seq_len=min_seq_len,
-        allow_tight=allow_tight,
-        **_names(methods),
-        **wanted,
-    )
+    with options.computed_by(engine) as by_engine:
+        results = fit(
+            model,
+            gpu=gpus,
+            max=SIZES[size],
+            keep=(keep or "").split(",") if keep else (),
+            min_seq_len=min_seq_len,
+            allow_tight=allow_tight,
+            **by_engine,
+            **_names(methods),
+            **wanted,
+        )
     render.fits(results, fmt=fmt)
     return 1 if require_fit and not all(result.fits for result in results) else 0
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, get_args
 
 from peftplan.cli.command import option
@@ -267,6 +268,10 @@ transformers_option = option(
     help="transformers that will run the job; before 4.49 the loss keeps a copy of the logits",
 )
 
+engine_option = option(
+    "--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="what computes the peak"
+)
+
 context_option = option(
     "--context",
     rare=True,
@@ -284,6 +289,18 @@ def circumstances(torch: str | None, transformers: str | None, context: str | No
     from peftplan.job.script import Script
 
     return {**keywords, "script": Script.on(torch=torch, transformers=transformers)}
+
+
+@contextmanager
+def computed_by(engine: str) -> Iterator[dict[str, Any]]:
+    """The keywords that name the engine; traces, which take seconds, say on a terminal how far they are."""
+    if engine != "trace":
+        yield {"engine": engine}
+        return
+    from peftplan.report.progress import waiting
+
+    with waiting("tracing") as progress:
+        yield {"engine": engine, "progress": progress}
 
 
 def check_model(model: str | None, stated: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ COUNTED = ("--r", "--batch-size", "--seq-len")
 
 
 @click.command("sweep", cls=Command)
-@argument("model")
+@argument("model", required=False)
 @option("--gpu", "gpus", multiple=True, metavar="NAME", help="cards, comma-separated or repeated; or capacities such as 24GiB")
 @option("--output", default=None, metavar="FILE", help="FILE.csv, .jsonl or .parquet; default: stdout")
 @option("--format", "fmt", default=None, metavar="[csv|jsonl|parquet]", help="default: as the file's name ends, else csv")
@@ -28,6 +28,7 @@ COUNTED = ("--r", "--batch-size", "--seq-len")
 @option(
     "--plot", default=None, metavar="FILE", help="batch × sequence as a map, FILE.png or .svg, with the cards' limits as lines"
 )
+@option("--engine", default="analytic", metavar="[analytic]", rare=True, help="a sweep evaluates formulas; it is not traced")
 @option("--yes", is_flag=True, help="run a grid of more than 10,000,000 rows")
 @options.group(METHOD_HEADING, options.METHOD, several=True)
 @options.group("Model", options.MODEL, several=True)
@@ -37,12 +38,13 @@ COUNTED = ("--r", "--batch-size", "--seq-len")
 @options.transformers_option
 @options.context_option
 def command(
-    model: str,
+    model: str | None,
     gpus: tuple[str, ...],
     output: str | None,
     fmt: str | None,
     replays: str,
     plot: str | None,
+    engine: str,
     yes: bool,
     torch: str | None,
     transformers: str | None,
@@ -67,6 +69,7 @@ def command(
     from peftplan.report.progress import waiting
 
     fmt = sweeping.format_of(fmt, output)
+    options.check_model(model, {"peft_config": fields["peft_config"] or None})
     wanted = options.several(fields) | options.circumstances(torch, transformers, context)
     draw = None
     if plot is not None:
@@ -80,6 +83,7 @@ def command(
                 model,
                 gpu=gpus,
                 replays=_replays(replays),
+                engine=engine,
                 most_rows=None if yes else MOST_ROWS,
                 progress=None if progress is None else lambda what, share: progress(what, share),
                 **wanted,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import MissingExtraError, PeftplanError
 from peftplan.frames import as_html, dataframe
+from peftplan.job.prepare import prepare
+from peftplan.job.setup import Engine
+from peftplan.methods import METHODS
 from peftplan.planning.estimate import estimate
-from peftplan.planning.for_method import known_methods, options_for, without_formula
+from peftplan.planning.for_method import base_of, known_methods, options_for, without_formula
 from peftplan.planning.serving import serving
 from peftplan.results.estimate import SCHEMA_VERSION, Estimate
 
@@ -50,10 +53,12 @@ class Comparison(NamedTuple):
 
     model: str
     rows: tuple[Compared, ...]
+    engine: str = "analytic"
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON, bytes as integers."""
-        return {"schema_version": SCHEMA_VERSION, "model": self.model, "rows": [row._asdict() for row in self.rows]}
+        rows = [row._asdict() for row in self.rows]
+        return {"schema_version": SCHEMA_VERSION, "engine": self.engine, "model": self.model, "rows": rows}
 
     def records(self) -> list[dict[str, Any]]:
         """Flat rows, as pandas and polars take them."""
@@ -73,31 +78,73 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    model: Any, *, methods: str | Sequence[str], gpu: str | Sequence[str] | None = None, **options: Unpack[JobOptions]
+    model: Any = None,
+    *,
+    methods: str | Sequence[str],
+    gpu: str | Sequence[str] | None = None,
+    engine: Engine = "analytic",
+    progress: Callable[[str, float], None] | None = None,
+    **options: Unpack[JobOptions],
 ) -> Comparison:
     """What a job needs by each of `methods` on each card of `gpu`; options as `estimate` takes them.
 
-    A field of one method (`r`) is left out for methods that have none of that name. A method that the model, the quantization or
-    another option refuses has a row with `error`. Raises UnknownNameError for an unknown method, and what `estimate` raises where
-    every method is refused.
+    A field of one method (`r`) is left out for methods that have none of that name. With a `peft_config`, the first rows are that
+    adapter; methods of its peft type keep its fields, the others have only `options`. A method that the model, the quantization
+    or another option refuses has a row with `error`. With `engine="trace"` each method is traced.
+
+    Raises UnknownNameError for an unknown method, and what `estimate` raises where every method is refused.
     """
-    names = known_methods(methods)
+    model = base_of(options.get("peft_config")) if model is None else model
+    jobs = _jobs(model, known_methods(methods), options)
     rows: list[Compared] = []
     errors: list[PeftplanError] = []
     name = ""
-    for method in names:
+    for done, (method, fields) in enumerate(jobs.items()):
         try:
-            fields = options_for(method, options)
-            result = estimate(model, method=method, gpu=gpu, **fields)
+            result = estimate(model, gpu=gpu, engine=engine, progress=_telling(progress, method, done, len(jobs)), **fields)
         except PeftplanError as error:
             errors.append(error)
             rows.append(Compared(method, error=str(error)))
             continue
         name = result.model["name"]
-        rows += _rows(method, result, _adapter_bytes(model, method, fields))
-    if errors and len(errors) == len(names):
+        rows += _rows(method, result, _adapter_bytes(model, fields))
+    if errors and len(errors) == len(jobs):
         raise errors[0]
-    return Comparison(name, tuple(rows))
+    return Comparison(name, tuple(rows), engine)
+
+
+def _jobs(model: Any, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Method → the options of its job, the adapter of a `peft_config` first."""
+    if options.get("peft_config") is None:
+        return {name: {**options_for(name, options), "method": name} for name in names}
+    of_adapter = prepare(model, **options)
+    jobs = {of_adapter.method_name.replace("_", "-"): dict(options)}
+    fields = of_adapter.request.adapter or {}
+    for name in names:
+        if name in jobs:
+            continue
+        method = METHODS.get(name)
+        if method is not None and method.peft_type is not None and method.peft_type == fields.get("peft_type"):
+            jobs[name] = {**options, "method": name, "peft_config": _unnamed(fields)}
+        else:
+            without = {key: value for key, value in options.items() if key != "peft_config"}
+            jobs[name] = {**options_for(name, without), "method": name}
+    return jobs
+
+
+def _unnamed(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter config without the fields that make it one method of its peft type, such as `use_dora`."""
+    naming = {field for method in METHODS.values() for field in method.defaults} - {"target_modules"}
+    return {name: value for name, value in adapter.items() if name not in naming}
+
+
+def _telling(
+    progress: Callable[[str, float], None] | None, method: str, done: int, count: int
+) -> Callable[[str, float], None] | None:
+    """The progress of one method among `count`."""
+    if progress is None:
+        return None
+    return lambda what, share: progress(f"{method}: {what}", (done + share) / count)
 
 
 def _rows(method: str, result: Estimate, adapter_bytes: int | None) -> list[Compared]:
@@ -128,11 +175,11 @@ def _rows(method: str, result: Estimate, adapter_bytes: int | None) -> list[Comp
     ] or [shared]
 
 
-def _adapter_bytes(model: Any, method: str, options: dict[str, Any]) -> int | None:
+def _adapter_bytes(model: Any, options: Mapping[str, Any]) -> int | None:
     """The adapter's file; None where the method writes none, or only peft knows it."""
     fields = {name: value for name, value in options.items() if name not in NOT_SERVED}
     try:
-        file = serving(model, method=method, **fields).file
+        file = serving(model, **fields).file
     except (PeftplanError, MissingExtraError):
         return None
     return file.num_bytes if file else None

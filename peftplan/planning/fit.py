@@ -7,14 +7,16 @@ on, so plans over several cards are plans with other options.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
 
 from peftplan.errors import BoundError, InputError, RefusedError, UnknownNameError
 from peftplan.job.prepare import prepare
+from peftplan.job.setup import Engine
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_model import model_plan
 from peftplan.planning.fit_result import Binding, Fit, Plan
-from peftplan.planning.for_method import known_methods, without_formula
+from peftplan.planning.fit_traced import GUESSES, largest_traced
+from peftplan.planning.for_method import base_of, known_methods, without_formula
 from peftplan.planning.largest import MOST_ASKED, Largest, Probe, largest
 from peftplan.planning.plans import Options, changes_of, kept_options, ranked
 from peftplan.planning.verdicts import find_cards
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from peftplan.job.options import JobOptions
 
 Size = Literal["batch_size", "seq_len", "r", "model"]
+Progress = Callable[[str, float], None]
 CEILINGS: dict[Size, int] = {"batch_size": 2**16, "seq_len": 2**22, "r": 2**14}
 """Upper limits of the searches: no job is that large."""
 
@@ -35,7 +38,7 @@ ASKED_OF_OTHERS = 128
 
 @overload
 def fit(
-    model: Any,
+    model: Any = ...,
     *,
     gpu: str,
     max: Size = ...,
@@ -43,11 +46,13 @@ def fit(
     keep: str | Iterable[str] = ...,
     min_seq_len: int | None = ...,
     allow_tight: bool = ...,
+    engine: Engine = ...,
+    progress: Progress | None = ...,
     **options: Unpack[JobOptions],
 ) -> Fit: ...
 @overload
 def fit(
-    model: Any,
+    model: Any = ...,
     *,
     gpu: list[str] | tuple[str, ...],
     max: Size = ...,
@@ -55,10 +60,12 @@ def fit(
     keep: str | Iterable[str] = ...,
     min_seq_len: int | None = ...,
     allow_tight: bool = ...,
+    engine: Engine = ...,
+    progress: Progress | None = ...,
     **options: Unpack[JobOptions],
 ) -> tuple[Fit, ...]: ...
 def fit(
-    model: Any,
+    model: Any = None,
     *,
     gpu: str | list[str] | tuple[str, ...],
     max: Size = "batch_size",
@@ -66,6 +73,8 @@ def fit(
     keep: str | Iterable[str] = (),
     min_seq_len: int | None = None,
     allow_tight: bool = False,
+    engine: Engine = "analytic",
+    progress: Progress | None = None,
     **options: Unpack[JobOptions],
 ) -> Fit | tuple[Fit, ...]:
     """The largest `max` (`batch_size`, `seq_len` in tokens, `r`, `model`) of a job that fits a card, and other plans that do.
@@ -79,12 +88,18 @@ def fit(
     *Largest* is the largest size such that it and every smaller one does. With `max="model"`, `model` is a family (`qwen3`), a
     pattern of built-in names or a list of models, and the largest member that fits is the answer, whether smaller ones do or not.
 
+    `engine="trace"` traces the job as typed and with each of `methods` (default: no other), at few sizes: those around the
+    answer of the formulas, or of a bisection where there are none. `progress` is called with what is traced and the share behind.
+
     Raises what `estimate` raises, and UnknownNameError for an unknown method.
     """
     size = max
+    model = base_of(options.get("peft_config")) if model is None else model
     if size not in (*CEILINGS, "model"):
         raise UnknownNameError("max", size, (*CEILINGS, "model"))
     kept = kept_options(keep, size)
+    if engine not in get_args(Engine):
+        raise UnknownNameError("engine", engine, get_args(Engine))
     methods = None if methods is None else known_methods(methods, "methods")
     if min_seq_len is not None and (not isinstance(min_seq_len, int) or min_seq_len < 1):
         raise BoundError("min_seq_len", min_seq_len, "at least 1")
@@ -93,17 +108,21 @@ def fit(
         raise InputError("gpu", gpu, "accepted: one card, such as rtx-4090, a capacity such as 24GiB, or a list of them")
     accepted = ("fits", "tight") if allow_tight else ("fits",)
     typed = {name: value for name, value in options.items() if name != size}
+    search = Search(size, accepted, min_seq_len, engine, progress)
 
     def on(card: str) -> Fit:
         def plan(changed: Options, changes: Options) -> Plan:
             if size == "model":
-                return model_plan(model, card, changed, changes, accepted)
-            return _plan(model, card, size, changed, changes, accepted, min_seq_len)
+                return model_plan(model, card, changed, changes, accepted, engine, progress)
+            return _plan(model, card, search, changed, changes)
 
         first = plan(typed, {})
-        changes = changes_of(typed, first, size, methods, kept, min_seq_len)
+        if engine == "trace":
+            changes: Iterable[Options] = [{"method": name} for name in methods or () if name != first.method]
+        else:
+            changes = changes_of(typed, first, size, methods, kept, min_seq_len)
         plans, nearest = ranked(first, typed, changes, plan, by_size=size == "model")
-        return Fit(model=_asked_for(model, first, size), gpu=card, size=size, plans=plans, nearest=nearest)
+        return Fit(model=_asked_for(model, first, size), gpu=card, size=size, plans=plans, nearest=nearest, engine=engine)
 
     answers = tuple(on(card.id) for card in cards)
     return answers[0] if isinstance(gpu, str) else answers
@@ -114,17 +133,26 @@ def _asked_for(model: object, first: Plan, size: Size) -> str:
     return model if size == "model" and isinstance(model, str) else first.model
 
 
-def _plan(
-    model: Any,
-    gpu: str,
-    size: Size,
-    options: Mapping[str, Any],
-    changes: Mapping[str, Any],
-    accepted: tuple[str, ...],
-    min_seq_len: int | None,
-) -> Plan:
+class Search(NamedTuple):
+    """What is searched: the size, the verdicts that are good enough, the shortest sequences, and who is asked."""
+
+    size: Size
+    accepted: tuple[str, ...]
+    min_seq_len: int | None
+    engine: Engine = "analytic"
+    progress: Progress | None = None
+
+    @property
+    def smallest(self) -> int:
+        """The size below which nothing is asked."""
+        return self.min_seq_len if self.size == "seq_len" and self.min_seq_len else 1
+
+
+def _plan(model: Any, gpu: str, search: Search, options: Mapping[str, Any], changes: Mapping[str, Any]) -> Plan:
     """The plan with the largest size of one job; of size 0, with the verdict at size 1 (or `min_seq_len`), where nothing fits."""
-    smallest = min_seq_len if size == "seq_len" and min_seq_len else 1
+    if search.engine == "trace":
+        return _traced_plan(model, gpu, search, options, changes)
+    size, accepted, smallest = search.size, search.accepted, search.smallest
     ask = _asking(model, gpu, size, options, smallest)
     start = ask(smallest)
     if start.peaks is None:
@@ -140,8 +168,38 @@ def _plan(
         edge = largest(probe, ceiling=_ceiling(size, model, options), most_asked=most_asked)
         edge = edge if edge.size >= smallest else Largest(0, smallest)
         answer = ask(edge.size or smallest)
+    return _plan_at(edge, answer, ask, size, changes)
+
+
+def _plan_at(edge: Largest, answer: Estimate, ask: Callable[[int], Estimate], size: Size, changes: Mapping[str, Any]) -> Plan:
+    """The plan of an answer, with what keeps it from the next size."""
     beyond = ask(edge.size + 1) if edge.size and not edge.bounded else None if edge.size else answer
     return Plan.of(answer, edge, size=size, changes=changes, binding=None if beyond is None else Binding.of(answer, beyond))
+
+
+def _traced_plan(model: Any, gpu: str, search: Search, options: Mapping[str, Any], changes: Mapping[str, Any]) -> Plan:
+    """The same by traces, around the answer of the formulas where there are any."""
+    size, seen = search.size, dict[int, Estimate]()
+    word = size.replace("_", " ")
+
+    def ask(number: int) -> Estimate:
+        if number not in seen:
+            tell = search.progress
+            telling = None if tell is None else lambda what, share: tell(f"{word} {number:,}: {what}", share)
+            seen[number] = estimate(model, gpu=gpu, engine="trace", progress=telling, **{**options, size: number})
+        return seen[number]
+
+    try:
+        guess = _plan(model, gpu, search._replace(engine="analytic"), options, changes).size
+    except RefusedError:
+        guess = GUESSES[size]
+    edge = largest_traced(
+        lambda number: _probe(ask(number), search.accepted),
+        smallest=search.smallest,
+        ceiling=_ceiling(size, model, options),
+        guess=guess,
+    )
+    return _plan_at(edge, ask(edge.size or search.smallest), ask, size, changes)
 
 
 def _asking(model: Any, gpu: str, size: Size, options: Mapping[str, Any], smallest: int) -> Callable[[int], Estimate]:

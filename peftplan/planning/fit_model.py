@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from peftplan.arch.catalogue import models
 from peftplan.errors import InputError, PeftplanError, RefusedError
 from peftplan.job.prepare import prepare
+from peftplan.job.setup import Engine
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_result import Binding, Plan
 from peftplan.planning.for_method import without_formula
@@ -37,7 +38,15 @@ def _no_model(model: object) -> object:
     raise InputError("model", model, "accepted: a family such as qwen3, a pattern of built-in names, or a list of models")
 
 
-def model_plan(model: Any, gpu: str, options: Mapping[str, Any], changes: Mapping[str, Any], accepted: tuple[str, ...]) -> Plan:
+def model_plan(
+    model: Any,
+    gpu: str,
+    options: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    accepted: tuple[str, ...],
+    engine: Engine = "analytic",
+    progress: Callable[[str, float], None] | None = None,
+) -> Plan:
     """The plan with the largest model of one job; of size 0, with the numbers of the smallest model, where none fits.
 
     Models that the options refuse, or that have no formula, are passed over; a warning names the latter. Raises where no model is
@@ -48,7 +57,7 @@ def model_plan(model: Any, gpu: str, options: Mapping[str, Any], changes: Mappin
     refused: PeftplanError | None = None
     for name in candidates(model):
         try:
-            result = estimate(name, gpu=gpu, **options)
+            result = estimate(name, gpu=gpu, engine=engine, progress=progress, **options)
         except PeftplanError as error:
             refused = refused or error
             continue

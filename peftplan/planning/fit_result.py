@@ -139,6 +139,7 @@ class Fit(NamedTuple):
     size: str
     plans: tuple[Plan, ...]
     nearest: tuple[Plan, ...]
+    engine: str = "analytic"
 
     @property
     def fits(self) -> bool:
@@ -149,6 +150,7 @@ class Fit(NamedTuple):
         """The JSON, bytes as integers."""
         return {
             "schema_version": SCHEMA_VERSION,
+            "engine": self.engine,
             "model": self.model,
             "gpu": self.gpu,
             "max": self.size,

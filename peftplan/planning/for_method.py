@@ -11,13 +11,21 @@ from peftplan.methods import METHODS, config_class, method_named, other_peft_typ
 from peftplan.results.estimate import Estimate
 from peftplan.validation import listed
 
+ONE_POINT = "`peftplan estimate --engine trace` counts one point, `peftplan fit --engine trace` finds the largest size"
+"""What answers for a job without formulas where an array of sizes is evaluated."""
+
 
 def without_formula(result: Estimate) -> str:
-    """Why a job has no peak, for commands that cannot trace."""
+    """Why a job has no peak, and what gives it one."""
     part = result.not_modelled[0].removesuffix(NeedsTraceError.hint)
-    if part == result.not_modelled[0]:
-        return part
-    return f"no formula for {part}; `peftplan estimate` with --engine trace can count one size"
+    return part if part == result.not_modelled[0] else f"no formula for {part}; add --engine trace"
+
+
+def base_of(peft_config: object) -> str:
+    """The model that an adapter config names as its base. Raises InputError where it names none."""
+    from peftplan.job.ecosystem import base_model
+
+    return base_model(peft_config)
 
 
 def known_methods(names: object, field: str = "method") -> tuple[str, ...]:

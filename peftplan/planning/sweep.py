@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftplan.errors import BoundError, RefusedError
+from peftplan.errors import BoundError, InputError, RefusedError
 from peftplan.job.words import MEANINGS
 from peftplan.planning.axes import Values, separated, values_of
-from peftplan.planning.for_method import known_methods
+from peftplan.planning.for_method import ONE_POINT, base_of, known_methods
 from peftplan.planning.sweep_points import MOST_REFUSED, SIZES, Chunk, Grid, first_of
 from peftplan.planning.verdicts import find_cards
 
@@ -104,7 +104,7 @@ class Sweep:
 
 
 def sweep(
-    model: Any,
+    model: Any = None,
     *,
     gpu: Any = None,
     context: float | None = None,
@@ -117,7 +117,8 @@ def sweep(
 
     `model` and each of `options` are a value as `estimate` takes it, a list or array of values, or a range (a Python range, or a
     text such as `512:8192:512`, which ends at its stop). An option that takes a list itself (`target_modules`) gets a list of
-    lists. Fields of one method are left out for methods that have none of that name.
+    lists. Without `model`, each `peft_config` names its base. Fields of one method are left out for methods that have none of
+    that name.
 
     `replays`: how many points are replayed at most where bytes alone do not tell the verdict; None: all of them. `most_rows`:
     raises RefusedError for a grid of more rows, before anything runs. `progress` is called with what is done and the share that
@@ -131,11 +132,15 @@ def sweep(
         MEANINGS[name].option if name in MEANINGS and not MEANINGS[name].values else name: value
         for name, value in options.items()
     }
+    if (engine := renamed.pop("engine", "analytic")) != "analytic":
+        raise InputError("engine", engine, f"accepted: analytic; {ONE_POINT}")
     axes, single = separated({name: value for name, value in renamed.items() if value is not None})
+    if model is None and "peft_config" not in axes:
+        model = base_of(single.get("peft_config"))
     models = values_of("model", model)
     models = (model,) if models is None else models
     methods = known_methods(axes.pop("method") if "method" in axes else single.pop("method", "lora") or "lora", "method")
-    if single.get("peft_config") is not None and "method" not in renamed:
+    if renamed.get("peft_config") is not None and "method" not in renamed:
         methods = ("",)
     cards = find_cards(gpu, context=context)
     grid = Grid(models, methods, axes, single)

@@ -12,7 +12,7 @@ from peftplan.job.inventory import Inventory, inventory
 from peftplan.job.prepare import check_rank_allocator, prepare
 from peftplan.job.setup import MOST, Setup, check_length, check_logits_to_keep, parse_setup
 from peftplan.planning.axes import Values
-from peftplan.planning.for_method import options_for
+from peftplan.planning.for_method import ONE_POINT, options_for
 from peftplan.planning.verdicts import capability
 
 try:
@@ -200,7 +200,7 @@ class Block:
             try:
                 values = self._of_kernels(sized, points.take(good), groups.get(key, []), share, tell)
             except PeftplanError as missing:
-                return {}, [f"{missing}{getattr(missing, 'hint', '')}"] * self.count
+                return {}, [_without_formula(missing)] * self.count
             by_card |= values
         for on_card in [card.id for card in self.cards] or [""]:
             for name, column in by_card[on_card].items():
@@ -318,5 +318,14 @@ def _scattered(values: list[Any], where: Any, count: int) -> list[Any]:
     return column
 
 
+def _without_formula(missing: PeftplanError) -> str:
+    """Why a job has no numbers, and what counts it."""
+    return f"no formula for {missing}; {ONE_POINT}" if getattr(missing, "hint", "") else str(missing)
+
+
 def _name(model: object) -> str:
-    return model if isinstance(model, str) else str(getattr(model, "name_or_path", "") or type(model).__name__)
+    return (
+        model or ""
+        if model is None or isinstance(model, str)
+        else str(getattr(model, "name_or_path", "") or type(model).__name__)
+    )

@@ -25,7 +25,7 @@ BAR = 24
 def heading(result: Comparison) -> str:
     """What the rows are about."""
     methods = len({row.method for row in result.rows})
-    return f"{result.model}: {methods} method{'s' if methods > 1 else ''}"
+    return f"{result.model}: {methods} method{'s' if methods > 1 else ''}{', traced' if result.engine == 'trace' else ''}"
 
 
 def cells(result: Comparison) -> list[tuple[str, ...]]:

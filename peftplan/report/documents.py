@@ -9,6 +9,7 @@ from typing_extensions import NotRequired, TypedDict
 from peftplan.allocator.oom import OutOfMemory
 from peftplan.arch.catalogue import ModelEntry
 from peftplan.hardware.gpus import OF_A_REQUEST, Gpu
+from peftplan.job.setup import Engine
 from peftplan.ledger import Category
 from peftplan.oom.causes import Cause
 from peftplan.oom.diagnosis import Expected
@@ -30,6 +31,7 @@ class FitDocument(TypedDict):
     """Plans for one card."""
 
     schema_version: Literal[1]
+    engine: Engine
     model: str
     gpu: str
     max: Literal["batch_size", "seq_len", "r", "model"]
@@ -52,6 +54,7 @@ class CompareDocument(TypedDict):
     """A row for each method on each card."""
 
     schema_version: Literal[1]
+    engine: Engine
     model: str
     rows: list[Compared]
 

@@ -74,6 +74,8 @@ def remarks(result: Fit) -> Iterator[str]:
     """What the answer's number means, where it may surprise."""
     first, word = result.plans[0], WORDS[result.size]
     yield from (f"Warning: {warning}" for warning in first.warnings)
+    if result.engine == "trace" and result.size != "model":
+        yield f"Traced at few sizes around the answer; that every smaller {word} fits was not asked."
     if first.binding is not None and first.verdict != "does_not_run":
         following = first.next_larger or f"{word.capitalize()} {first.size + 1:,}"
         beyond = f"{following} {_would(first.binding.verdict)}" if first.size else "At the smallest"
@@ -91,6 +93,11 @@ def remarks(result: Fit) -> Iterator[str]:
 
 def _would(verdict: str) -> str:
     return "would be tight" if verdict == "tight" else "does not fit"
+
+
+def ranking(result: Fit) -> str | None:
+    """How the plans are ranked, where there are others than the job as typed."""
+    return RANKING if len(result.plans) > 1 else None
 
 
 def plan_columns(result: Fit) -> tuple[Column, ...]:

@@ -112,7 +112,8 @@ def fit(result: Fit) -> Iterator[Html]:
     columns, cells = fitting.plan_columns(result), fitting.plan_cells(result)
     verdict = [column.header for column in columns].index("verdict")
     yield _rows(columns, [(*row[:verdict], _verdict(row[verdict]), *row[verdict + 1 :]) for row in cells])
-    yield markup.paragraph(fitting.RANKING)
+    if (order := fitting.ranking(result)) is not None:
+        yield markup.paragraph(order)
 
 
 def serving(result: Serving) -> Iterator[Html]:

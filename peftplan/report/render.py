@@ -140,7 +140,7 @@ def fits(results: Sequence[Fit], *, fmt: str) -> None:
             print()
         if fmt == "markdown":
             print(f"{above}\n")
-        below = fitting.RANKING if result is results[-1] else None
+        below = fitting.ranking(result) if result is results[-1] else None
         _rows(fitting.plan_columns(result), fitting.plan_cells(result), fitting.facts(result), fmt=fmt, above=above, below=below)
 
 
