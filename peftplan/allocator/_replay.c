@@ -27,22 +27,24 @@
 #define WIDTH 5
 #define PER_DOUBLING 8  /* bins of each doubling of a block's size */
 #define BINS 448  /* of a pool: from 512 bytes to more than LARGEST */
+#define STREAMS 4  /* each has a pool of small blocks and one of large ones: a free block serves its own stream only */
+#define POOLS (2 * STREAMS)
 
 enum { PHASE, TAKE, HOLD, LET_GO, MAKE, ADD, FREE, OUTPUTS, END_OUTPUTS, BEHIND, REPEAT, LAYER, OWN, END_OWN, HAND, EMPTY, END, LEAVE, EVENTS };
 
 enum { RUNS, DEVICE_FULL, HOST_FULL, TOO_LARGE, MALFORMED };
 
 #define NONE (-1)  /* no storage, no phase */
-#define NO_BLOCK (2 * BINS)  /* of zero bytes, before the first of a segment, behind the last; it is never free */
+#define NO_BLOCK (POOLS * BINS)  /* of zero bytes, before the first of a segment, behind the last; it is never free */
 
-/* The first blocks are the heads of bins, those of the pool of small blocks and then those of large ones: each begins and ends the
+/* The first blocks are the heads of bins, of each stream those of the pool of small blocks and then those of large ones: each begins and ends the
    ring of the free blocks in its bin, sorted by size and then address. Behind them comes NO_BLOCK, then those of the device. */
 typedef struct {
     int64_t address, size;
     int32_t before, after;  /* in the segment */
     int32_t smaller, larger;  /* in the ring */
     int16_t bin;
-    char free, large;
+    char free, pool;
 } Block;
 
 typedef struct {
@@ -68,9 +70,9 @@ typedef struct {
     Block *blocks;
     size_t length, room;
     int32_t unused;  /* the first of a chain of blocks that were merged away, or NO_BLOCK */
-    uint64_t filled[2 * BINS / 64];  /* bins that may hold a block */
+    uint64_t filled[POOLS * BINS / 64];  /* bins that may hold a block */
     int64_t allocated, reserved, peak, most_reserved, above, below, capacity;
-    int downwards, phase, had_events;
+    int downwards, phase, had_events, stream;
     int64_t *peaks;
     /* what the program holds */
     const int64_t *sizes;
@@ -106,18 +108,19 @@ INLINE void push(Run *run, Blocks *blocks, int32_t block)
 
 /* -- pools of free blocks ------------------------------------------------------------------------------------------------------- */
 
-INLINE int bin_of(int64_t size, int large)
+INLINE int bin_of(int64_t size, int pool)
 {
     uint64_t units = (uint64_t)size / (uint64_t)MIN_BLOCK;
     int doublings = 63 - __builtin_clzll(units);
-    return (large ? BINS : 0) + PER_DOUBLING * doublings + (int)((units * PER_DOUBLING >> doublings) % PER_DOUBLING);
+    return pool * BINS + PER_DOUBLING * doublings + (int)((units * PER_DOUBLING >> doublings) % PER_DOUBLING);
 }
 
 /* The smallest free block of at least this size, of those the one at the lowest address. */
 INLINE int32_t best_fit(Run *run, const Request *request)
 {
     const Block *blocks = run->blocks;
-    int bin = request->bin, end = request->large ? 2 * BINS : BINS;
+    const int first = 2 * BINS * run->stream;
+    int bin = first + request->bin, end = first + (request->large ? 2 * BINS : BINS);
     int32_t number = blocks[bin].larger;
     while (blocks[number].size < request->size)
         number = blocks[number].larger;
@@ -160,7 +163,7 @@ static __attribute__((noinline)) int32_t next_larger(const Block *blocks, int bi
 INLINE void put_in(Run *run, int32_t number)
 {
     Block *blocks = run->blocks, *block = &blocks[number];
-    int bin = block->bin = (int16_t)bin_of(block->size, block->large);
+    int bin = block->bin = (int16_t)bin_of(block->size, block->pool);
     int32_t larger = blocks[bin].larger;
     if (RARE(comes_before(&blocks[larger], block)))
         larger = next_larger(blocks, bin, block);
@@ -180,7 +183,7 @@ INLINE void take_out(Run *run, int32_t number)
 
 /* -- blocks -------------------------------------------------------------------------------------------------------------------- */
 
-INLINE int32_t new_block(Run *run, int64_t address, int64_t size, int large)
+INLINE int32_t new_block(Run *run, int64_t address, int64_t size, int pool)
 {
     int32_t number = run->unused;
     if (number != NO_BLOCK) {
@@ -194,7 +197,7 @@ INLINE int32_t new_block(Run *run, int64_t address, int64_t size, int large)
             return NO_BLOCK;
         number = (int32_t)run->length++;
     }
-    run->blocks[number] = (Block){address, size, NO_BLOCK, NO_BLOCK, 0, 0, 0, 0, (char)large};
+    run->blocks[number] = (Block){address, size, NO_BLOCK, NO_BLOCK, 0, 0, 0, 0, (char)pool};
     return number;
 }
 
@@ -221,7 +224,7 @@ static int64_t whole(int64_t size, int64_t unit)
 
 SELDOM void release_cached(Run *run)
 {
-    for (int bin = 0; bin < 2 * BINS; bin++) {
+    for (int bin = 0; bin < POOLS * BINS; bin++) {
         for (int32_t number = run->blocks[bin].larger, larger; number != bin; number = larger) {
             const Block *block = &run->blocks[number];
             larger = block->larger;
@@ -259,7 +262,7 @@ SELDOM int32_t new_segment(Run *run, int64_t size, int large)
         run->failed = TOO_LARGE;
         return NO_BLOCK;
     }
-    return new_block(run, address, wanted, large);
+    return new_block(run, address, wanted, 2 * run->stream + large);
 }
 
 /* -- the allocator's two calls -------------------------------------------------------------------------------------------------- */
@@ -283,7 +286,7 @@ static inline int32_t allocate(Run *run, int64_t index)
         return NO_BLOCK;
     int64_t rest = run->blocks[number].size - size;
     if (rest > request->unsplit) {
-        int32_t front = new_block(run, run->blocks[number].address, size, large);
+        int32_t front = new_block(run, run->blocks[number].address, size, 2 * run->stream + large);
         if (front == NO_BLOCK)
             return NO_BLOCK;
         Block *behind = &run->blocks[number];
@@ -494,6 +497,7 @@ static int fits(const Run *run, const int64_t *event)
     case LET_GO:
         return a >= 0 && a < handles;
     case MAKE:
+        return a >= 0 && a < storages && b >= 0 && b < sizes && event[4] >= 0 && event[4] < STREAMS;
     case ADD:
     case FREE:
     case OWN:
@@ -530,7 +534,9 @@ static size_t run_events(Run *run, const int64_t *events, size_t start, size_t s
             release_all(run, &run->own[a]);
             break;
         case MAKE:
+            run->stream = (int)d;
             make(run, a, b, c);
+            run->stream = 0;
             break;
         case FREE:
             free_some(run, a, b, c);
@@ -608,7 +614,7 @@ static int prepare(Run *run)
     run->peaks = filled(run->num_phases, sizeof(int64_t), 0xFF);
     run->live = filled(n, sizeof(Blocks), 0);
     run->own = filled(n, sizeof(Blocks), 0);
-    run->room = 4 * NO_BLOCK;
+    run->room = NO_BLOCK + 6 * BINS;
     run->blocks = filled(run->room, sizeof(Block), 0);
     if (!(run->handles && run->behind && run->places && run->handed && run->requests && run->peaks && run->live && run->own &&
           run->blocks))
@@ -620,7 +626,7 @@ static int prepare(Run *run)
     }
     for (size_t at = 0; at < run->num_handles; at++)
         run->handles[at] = NO_BLOCK;
-    for (int32_t bin = 0; bin < 2 * BINS; bin++)
+    for (int32_t bin = 0; bin < POOLS * BINS; bin++)
         run->blocks[bin] = (Block){.size = INT64_MAX, .smaller = bin, .larger = bin};
     run->blocks[NO_BLOCK] = (Block){.size = 0};
     run->length = NO_BLOCK + 1;
@@ -718,7 +724,8 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_replay", NULL, 
 PyMODINIT_FUNC PyInit__replay(void)
 {
     PyObject *module = PyModule_Create(&definition);
-    if (module != NULL && PyModule_AddIntConstant(module, "EVENTS", EVENTS) < 0)
+    if (module != NULL && (PyModule_AddIntConstant(module, "EVENTS", EVENTS) < 0 ||
+                           PyModule_AddIntConstant(module, "STREAMS", STREAMS) < 0))
         Py_CLEAR(module);
     return module;
 }

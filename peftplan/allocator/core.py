@@ -83,12 +83,12 @@ class Allocator:
         else:
             self.release(block)
 
-    def allocate(self, nbytes: int) -> Block | None:
-        """As `malloc`, on the default stream and without a name: the block, None for zero bytes. Raises MemoryError."""
+    def allocate(self, nbytes: int, stream: int = 0) -> Block | None:
+        """As `malloc`, without a name: the block, None for zero bytes. Raises MemoryError."""
         if nbytes == 0:
             self._stats.event += 1
             return None
-        block = self._take(nbytes, 0)
+        block = self._take(nbytes, stream)
         if block is None:
             raise MemoryError
         return block

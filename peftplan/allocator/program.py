@@ -25,7 +25,7 @@ except ImportError:  # no C compiler where it was installed
     TAKE,  # size, count: for good
     HOLD,  # handle, size
     LET_GO,  # handle
-    MAKE,  # storage, size, count
+    MAKE,  # storage, size, count, stream
     ADD,  # storage, size: one more of it
     FREE,  # storage, size, count
     OUTPUTS,  # storage: the caller still holds it
@@ -53,6 +53,8 @@ class Program(NamedTuple):
     storages: int
     handles: int
     phases: tuple[str, ...]
+    streams: int = 1
+    """CUDA streams on which something is made."""
 
 
 class Replayed(NamedTuple):
@@ -64,7 +66,7 @@ class Replayed(NamedTuple):
 
 def replay(program: Program, sizes: Sequence[int], *, ties_by_address: bool = False, capacity: int | None = None) -> Replayed:
     """The peaks of a program at these sizes. Raises MemoryError where the device cannot give more than `capacity` bytes."""
-    if COMPILED:
+    if COMPILED and program.streams <= getattr(_replay, "STREAMS", 1):
         try:
             table = array("q", sizes).tobytes()
             limit = -1 if capacity is None else max(0, capacity)
@@ -118,7 +120,7 @@ class _Run:
             elif what == END_OWN:
                 self._release(self._own.pop(a))
             elif what == MAKE:
-                self._make(a, b, c)
+                self._make(a, b, c, stream=d)
             elif what == FREE:
                 self._free(a, b, c)
             elif what == HAND:
@@ -149,8 +151,8 @@ class _Run:
             elif what == LEAVE:
                 self._live.pop(a, None)
 
-    def _allocate(self, size: int, count: int) -> list[Block | None]:
-        return [self.allocator.allocate(self.sizes[size]) for _ in range(count)]
+    def _allocate(self, size: int, count: int, stream: int = 0) -> list[Block | None]:
+        return [self.allocator.allocate(self.sizes[size], stream) for _ in range(count)]
 
     def _release(self, blocks: Sequence[Block | None]) -> None:
         for block in blocks:
@@ -184,10 +186,10 @@ class _Run:
         self._handed[new] = self._places[new] = place
         self._free(place, size, count)
 
-    def _make(self, storage: int, size: int, count: int) -> None:
+    def _make(self, storage: int, size: int, count: int, *, stream: int) -> None:
         if storage in self._live:
             self._spare.setdefault(self.sizes[size], []).append(storage)
-        self._live.setdefault(storage, []).extend(self._allocate(size, count))
+        self._live.setdefault(storage, []).extend(self._allocate(size, count, stream))
 
     def _free(self, storage: int, size: int, count: int) -> None:
         """Free so many of a storage and its copies; a copy of a hidden state may stand under another layer's."""

@@ -9,6 +9,14 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peftplan.methods as methods
+from peftplan.analytic.ranks import (
+    divided,
+    loaded_on_rank,
+    parameters_on_rank,
+    passing_on_rank,
+    setup_on_rank,
+    without_formula,
+)
 from peftplan.analytic.sizes import shape_facts, sizes, windows_of
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
@@ -132,36 +140,39 @@ def compiled(inventory: Inventory, *, compute_capability: str) -> Compiled:
         *described,
         job.script,
         *facts,
+        job.distributed,
         *(getattr(setup, name) for name in Setup.model_fields if name not in ("batch_size", "seq_len")),
     )
     if key in COMPILED:
         COMPILED.move_to_end(key)
         return COMPILED[key]
     _check(job)
-    COMPILED[key] = compiled_job = _compile(*inventory[:3], compute_capability=compute_capability)
+    COMPILED[key] = compiled_job = _compile(inventory, compute_capability=compute_capability)
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
     return compiled_job
 
 
-def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capability: str) -> Compiled:
-    setup, architecture = job.setup, job.architecture
+def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
+    job, parameters, static, _ = inventory
+    setup, architecture = setup_on_rank(job), job.architecture
     trained_again = _trained_again(job, parameters)
+    computing = parameters_on_rank(job, parameters).all
     model = Model(
         Tape(autocast=None if setup.autocast == "none" else setup.autocast),
         architecture,
-        parameters._replace(all=tuple(p._replace(trainable=p.trainable or p.name in trained_again) for p in parameters.all)),
+        parameters._replace(all=tuple(p._replace(trainable=p.trainable or p.name in trained_again) for p in computing)),
         job.adaptation,
-        _running(job, compute_capability),
+        _running(job._replace(setup=setup), compute_capability),
         job.quant,
         adapter=adapter_of(job.method and job.method.peft_type),
     )
-    steady_step(model, _program(job)._replace(left_alone=trained_again))
+    steady_step(model, divided(inventory, model, _program(job)._replace(left_alone=trained_again)))
     of_step = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
     lasting = tuple(line for line in static if line.category != "gradients" and line.place == "device")
     optimizer = parse_optim(str(setup.optim))
     early = tuple(line for line in lasting if optimizer.made_with_states and line.source == optimizer.source)
-    if not early and (idle := model.idle()):  # what gets no gradient gets no state
+    if not early and (idle := model.units.idle(model.idle())):  # what gets no gradient gets no state
         stated = (line for line in lasting if line.category == "optimizer_states")
         stateless = {line.name for line in stated if line.name.rpartition(".")[0] in idle}
         lasting = tuple(line for line in lasting if line.name not in stateless)
@@ -174,6 +185,20 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
     passing = load_passing(
         parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled, adapters_pass_in=_passed_in(job)
     )
+    load: Callable[[Memory[Any]], None] = partial(
+        load_into,
+        parameters=parameters,
+        buffers=buffers,
+        quant=job.quant,
+        dtype=setup.dtype,
+        dtype_of=dtype_of,
+        prepared=job.quant is not None and bool(setup.kbit_prepare),
+        adapters_pass_in=_passed_in(job),
+        moved=job.quant is None and not setup.by.loads_on_device,
+    )
+    if model.units.every_layer:
+        load = loaded_on_rank(inventory, buffers, load)
+        passing = passing_on_rank(load, Ledger(loaded))
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is made once the model is there
         loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
@@ -182,17 +207,7 @@ def _compile(job: Job, parameters: Parameters, static: Ledger, *, compute_capabi
         of_step,
         standing=standing,
         loading=loading,
-        load=partial(
-            load_into,
-            parameters=parameters,
-            buffers=buffers,
-            quant=job.quant,
-            dtype=setup.dtype,
-            dtype_of=dtype_of,
-            prepared=job.quant is not None and bool(setup.kbit_prepare),
-            adapters_pass_in=_passed_in(job),
-            moved=job.quant is None and not setup.by.loads_on_device,
-        ),
+        load=load,
         standing_bytes=standing.bytes(),
         loading_bytes=loading.bytes(),
         early=early,
@@ -232,8 +247,8 @@ def _program(job: Job) -> Program:
 
 def _check(job: Job) -> None:
     """Raise NeedsTraceError for the parts of a job that have no formulas here."""
-    if job.distributed is not None:
-        raise NoEngineError(f"the peak of a step with {job.distributed.called}: no formula yet")
+    if job.distributed is not None and (why := without_formula(job)) is not None:
+        raise NoEngineError(f"the peak of a step with {job.distributed.called}: no formula yet{why}")
     if job.quant is not None and (why := without_peak(job.quant)) is not None:
         raise NoEngineError(why)
     model_type = job.architecture.model_type

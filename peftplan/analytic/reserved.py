@@ -123,13 +123,14 @@ class _Writer:
         """Sizes of tensors that are made together, for good → their events."""
         self._handles = 0
         self._storages = 0
+        self._streams = 1
         self._phases: list[str] = []
         self._alive: dict[int, int] = {}
         """How many of each storage of a step are alive, the last one made last."""
 
     def program(self) -> Program:
         """What has been written."""
-        return Program(array("q", self._events).tobytes(), self._storages + 1, self._handles, tuple(self._phases))
+        return Program(array("q", self._events).tobytes(), self._storages + 1, self._handles, tuple(self._phases), self._streams)
 
     # -- loading: `memory.load.Memory` -------------------------------------------------------------------------------------------
 
@@ -192,7 +193,9 @@ class _Writer:
                 done = self._by_layer(timeline, kinds, at)
             elif count > 0:
                 self._alive[storage] = self._alive.pop(storage, 0) + count
-                self._events += (events.MAKE, storage, kinds + kind, 1, 0)
+                stream = timeline.streams.get(storage, 0)
+                self._streams = max(self._streams, stream + 1)
+                self._events += (events.MAKE, storage, kinds + kind, 1, stream)
                 if count > 1:  # made again, so that copies of layers take of these too
                     self._events += (events.MAKE, storage, kinds + kind, count - 1, 0)
             elif at < outlives or timeline.kinds[kind].category == "temporaries":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peftplan.memory.model import Model
+from peftplan.memory.units import EMBEDDING
 from peftplan.methods.adaptation import PROMPTED
 from peftplan.tape import ops
 from peftplan.tape.tensors import Tensor
@@ -12,7 +13,8 @@ def inputs(model: Model) -> Tensor:
     """The token embeddings, with a gradient where checkpointing asks for one (`enable_input_require_grads`)."""
     assert model.arch.input_embedding is not None
     if not model.virtual_tokens:
-        return model.asking_gradient(model.embedding(model.arch.input_embedding, ("b", "s")))
+        model.units.enter(EMBEDDING)
+        return model.units.leave(EMBEDDING, model.asking_gradient(model.embedding(model.arch.input_embedding, ("b", "s"))))
     from peftplan.memory.methods import virtual_tokens
 
     virtual_tokens.masked(model)

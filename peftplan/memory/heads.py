@@ -9,6 +9,7 @@ from importlib import import_module
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.loss import causal_lm_loss
 from peftplan.memory.model import Model
+from peftplan.memory.units import TAIL
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tensors import Strided, Tensor
@@ -21,7 +22,7 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     """`…ForCausalLM.forward`: logits of every position, scaled or soft-capped where the class does, and their loss."""
     f = model.tape
     assert model.arch.output_embedding is not None
-    logits = model.linear(model.arch.output_embedding, x)
+    logits = model.units.leave(TAIL, model.linear(model.arch.output_embedding, x))
     f.module = ""
     for op in model.arch.logits_ops:
         if op == "scale":

@@ -66,7 +66,7 @@ def load_into(
     """
     base = [p for p in parameters.all if p.owner == "base"]
     added = [p for p in parameters.all if p.owner == "adapter"]
-    tensors = list(_tensors(_by_module(base, added) if moved else base))
+    tensors = list(_tensors(by_module(base, added) if moved else base))
     if quant is not None:
         tensors.sort(key=lambda tensor: _key(*tensor))
         memory.release(memory.allocate(_warm_up(base, quant, dtype=dtype)))
@@ -104,7 +104,7 @@ def load_into(
         memory.release(narrow_one)
 
 
-def _by_module(base: list[Parameter], added: list[Parameter]) -> list[Parameter]:
+def by_module(base: list[Parameter], added: list[Parameter]) -> list[Parameter]:
     """The families of a model as it is moved: what is added below a module comes behind the module's own and its children's.
 
     The tied embeddings of T5 and BART, which are modules of both stacks, come before their layers.

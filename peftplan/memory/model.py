@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,6 +10,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.depth.copies import Stack
 from peftplan.ledger import Dim
 from peftplan.memory.parts import SAVED, TOKEN_ADAPTER, Adapter, Outputs, Part, Running
+from peftplan.memory.units import ONE_GPU, Units
 from peftplan.methods.adaptation import PROMPTED, Adaptation
 from peftplan.parameters import Parameter as Family
 from peftplan.parameters import Parameters
@@ -59,6 +60,9 @@ class Model:
     _families: Mapping[str, list[tuple[Family, str]]] = field(default_factory=dict)
     _kinds: Mapping[str, str] = field(default_factory=dict)
     token_adapters: Mapping[str, str] = field(default_factory=dict)
+
+    units: Units = ONE_GPU
+    """What happens around parts of the model whose parameters are gathered from shards."""
 
     def __post_init__(self) -> None:
         """Index the parameters by the module that holds them, adapter tensors by the module that they adapt."""
@@ -120,6 +124,10 @@ class Model:
     def used(self, name: str) -> list[Parameter]:
         """The tensors of a family of parameters that the step has used so far."""
         return [p for (family, _), p in self._parameters.items() if family == name]
+
+    def made(self) -> Iterator[tuple[tuple[str, int | None], Parameter]]:
+        """The tensors that the step has used so far, by family and layer."""
+        yield from self._parameters.items()
 
     def idle(self) -> set[str]:
         """The trainable families that got no gradient in this step; optimizers skip them."""

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from peftplan.depth.copies import Stack
 from peftplan.depth.periods import checkpointed_layers, paired, sections_of_periods
+from peftplan.memory import units
 from peftplan.memory.model import Model
 from peftplan.memory.parts import Outputs
 from peftplan.tape.tape import Tape
@@ -79,6 +80,8 @@ def run_stack(
     layers return besides the hidden states until the next one returns.
     """
     f = model.tape
+    if model.units.every_layer:
+        kinds = tuple(range(len(kinds)))
     flags = reached(model, name, len(kinds)) if checkpointed else (False,) * len(kinds)
     name = f"{name}/{model.micro_batch}" if model.micro_batch else name
     mixed = len(set(flags)) > 1
@@ -90,7 +93,11 @@ def run_stack(
 
     def run(layer: int, of_layer: tuple[object, ...], x: Tensor, *every: object) -> Outputs:
         try:
-            return call(layer, x, *of_layer, *every)
+            if not model.units.every_layer:
+                return call(layer, x, *of_layer, *every)
+            return model.units.leave(
+                units.layer(layer), call(layer, model.units.enter_with(units.layer(layer), x), *of_layer, *every)
+            )
         finally:
             model.layer_locals.clear()
 

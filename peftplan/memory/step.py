@@ -15,7 +15,9 @@ from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
 from peftplan.memory.optimizer import optimizer_step
 from peftplan.memory.scaler import Scaler
+from peftplan.memory.units import ROOT
 from peftplan.optim import Optimizer
+from peftplan.parameters import Parameter
 from peftplan.tape.tensors import Tensor
 
 MICRO_BATCHES = 2
@@ -35,6 +37,10 @@ class Program(NamedTuple):
     """Parameters that get gradients but that the optimizer does not update."""
     frees_outputs: bool = False
     """Whether kept outputs are freed after each backward."""
+    shards: tuple[Parameter, ...] | None = None
+    """What the optimizer steps over, where it is not the whole parameters."""
+    syncs_each_batch: bool = False
+    """Whether gradients are reduced in every micro batch, not in the last alone."""
 
 
 def steady_step(model: Model, program: Program) -> None:
@@ -48,14 +54,17 @@ def steady_step(model: Model, program: Program) -> None:
     scaler = Scaler(f) if f.autocast == "fp16" and program.trainer.prepares_model else None
     outputs: list[Tensor] = []
     alike = program.keep_gradients and not program.keep_outputs  # every micro batch meets what the first does
-    for number in range(1 if alike else min(program.accumulation, MICRO_BATCHES)):
+    last = (1 if alike else min(program.accumulation, MICRO_BATCHES)) - 1
+    for number in range(last + 1):
         model.micro_batch = number
         f.segment = abs(f.segment) + 1  # forward code again, after the backward of the micro batch before
         f.mark("forward")
         loss = _loss_apart(model, program) if program.trainer.drops_outputs else _plain_loss(model, outputs, program)
         f.mark("backward")
         scaled = loss if scaler is None else scaler.scaled(f, loss)
+        model.units.begin_backward(syncs=program.syncs_each_batch or number == last)
         f.backward(scaled)
+        model.units.end_backward()
         del loss, scaled
         if program.frees_outputs:
             outputs.clear()
@@ -64,9 +73,10 @@ def steady_step(model: Model, program: Program) -> None:
     f.module = ""
     if scaler is not None:
         scaler.unscale(f, model.parameters)
-    idle = model.idle()
+    idle = model.units.idle(model.idle())
     model.forget_gradients(idle)
-    trained = [p for p in model.parameters.all if p.trainable and p.name not in idle | program.left_alone]
+    stepped = model.parameters.all if program.shards is None else program.shards
+    trained = [p for p in stepped if p.trainable and p.name not in idle | program.left_alone]
     freezes_a = bool(getattr(model.running.config, "freeze_a", False))
     optimizer_step(f, program.optimizer, trained, clips=program.trainer.clips_gradients, freezes_a=freezes_a)
     if model.running.peft_type == "ADALORA":
@@ -107,7 +117,10 @@ def _loss_apart(model: Model, program: Program) -> Tensor:
 def _forward(model: Model) -> list[Tensor]:
     """The loss, and what else the outputs hold."""
     head = head_of(model)
+    model.units.enter(ROOT)
     outputs = [*head(model, forward_of(model.arch.model_type)(model)), *model.outputs]
+    outputs[0] = model.units.leave(ROOT, outputs[0])
+    model.units.end_forward()
     if model.running.peft_type == "ADALORA" and model.running.loss != "trl-chunked":
         from peftplan.memory.methods.adalora import regularized
 

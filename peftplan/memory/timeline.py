@@ -65,6 +65,8 @@ class Timeline(NamedTuple):
     """By how much events change the level: a place in `sizes`, and a count."""
     move_of: tuple[int, ...] = ()
     """Event → its place in `moves`."""
+    streams: Mapping[int, int] = MappingProxyType({})
+    """Storages that are made on another CUDA stream than the default one → its number."""
 
     def peaks(self, sizes: Mapping[str, int], standing: int = 0) -> dict[str, tuple[int, int]]:
         """Phase → (bytes, how many events lead to them), on top of `standing` bytes that are always there."""
@@ -191,6 +193,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
         size_of=size_of,
         moves=tuple(moves),
         move_of=move_of,
+        streams=tape.streams,
     )
 
 

@@ -211,13 +211,12 @@ def _over_gpus(job: Job, static: Ledger, peaks: Peaks | None) -> OverGpus | None
     """What the ranks hold. They are counted alike: shards of rank 0 are full, and no rank's are larger."""
     if job.distributed is None:
         return None
-    of_peaks = (peaks.by_phase, peaks.allocated, peaks.reserved) if peaks else (None, None, None)
     ranks = (0, job.distributed.world_size - 1)
     return OverGpus(
         job.distributed,
         job.setup.batch_size,
         job.setup.gradient_accumulation_steps,
-        (RankGroup(ranks, static.bytes(), *of_peaks),),
+        (RankGroup(ranks, static.bytes(), peaks),),
         static.bytes(place="host"),
         (NCCL,),
     )

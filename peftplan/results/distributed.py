@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from peftplan.distributed.strategy import ALWAYS, Distributed
+
+
+class Peaks(Protocol):
+    """What is read of a rank's peaks (`results.estimate.Peaks`), when it is asked for: they may be replayed then."""
+
+    @property
+    def by_phase(self) -> Mapping[str, int]:
+        """Phase → allocated bytes."""
+
+    @property
+    def allocated(self) -> int:
+        """The overall peak."""
+
+    @property
+    def reserved(self) -> int | None:
+        """What the allocator holds at most."""
 
 
 class RankGroup(NamedTuple):
@@ -15,14 +31,19 @@ class RankGroup(NamedTuple):
     """The first and the last of them."""
     persistent: int
     """Device bytes that last from step to step, and the gradients."""
-    peak_by_phase: Mapping[str, int] | None
-    peak_allocated: int | None
-    peak_reserved: int | None
+    peaks: Peaks | None
 
     def to_dict(self) -> dict[str, Any]:
         """The group in the JSON."""
         first, last = self.ranks[0], self.ranks[-1]
-        return {**self._asdict(), "ranks": {"first": first, "last": last, "count": last - first + 1}}
+        peaks = self.peaks
+        return {
+            "ranks": {"first": first, "last": last, "count": last - first + 1},
+            "persistent": self.persistent,
+            "peak_by_phase": peaks and dict(peaks.by_phase),
+            "peak_allocated": peaks and peaks.allocated,
+            "peak_reserved": peaks and peaks.reserved,
+        }
 
 
 class OverGpus(NamedTuple):

@@ -58,8 +58,15 @@ class Tape:
         self._frame: Frame | None = None
         self._casts: dict[Parameter | int, Operand] = {}
         self._replaying: Frame | None = None
+        self.streams: dict[int, int] = {}
+        """Storage → the CUDA stream on which it is made, where that is not the default one."""
         self.nested = False
         """Whether a backward runs within a backward, where it may reach nodes that another backward has already run."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether a checkpointed layer runs again."""
+        return self._replaying is not None
 
     def new(self, dims: Dims, dtype: str, op: str, node: Node | None = None) -> Tensor:
         """Allocate a tensor, the result of `node` if a gradient flows to it."""

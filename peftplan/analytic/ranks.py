@@ -1,0 +1,116 @@
+"""A job's step as one rank of several GPUs runs it: what differs from one GPU, and where there is no formula."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import peftplan.versions as versions
+from peftplan.job.setup import Setup
+from peftplan.ledger import Ledger, Line
+from peftplan.memory.model import Model
+from peftplan.memory.models import FORWARDS
+from peftplan.memory.sharded import Loader, Loading, computing, computing_dtype, grouped, peak_of, units_of
+from peftplan.memory.step import Program
+from peftplan.parameters import Parameters
+
+if TYPE_CHECKING:
+    from peftplan.job.inventory import Inventory
+    from peftplan.job.job import Job
+
+SHOWN_METHODS = ("full", "lora", "qlora")
+"""Methods whose steps were rehearsed under FSDP2 (docs/several-gpus.md)."""
+
+
+def without_formula(job: Job) -> str | None:
+    """Why a job over several GPUs has no peak here, after a comma or in parentheses; None where it has one."""
+    distributed = job.distributed
+    assert distributed is not None
+    if distributed.strategy == "ddp":
+        return None
+    if distributed.strategy != "fsdp2":
+        return ""
+    setup, method = job.setup, job.method.name if job.method else "this adapter config"
+    unknown = {
+        "dp_shard_size": distributed.dp_shard_size not in (None, distributed.world_size),
+        "reshard_after_forward": type(distributed.reshard_after_forward) is int,
+        "offload_params": distributed.offload_params not in (None, "none"),
+        "wrap_policy": distributed.wrap_policy not in (None, "transformer"),
+        "transformer_cls_names_to_wrap": distributed.transformer_cls_names_to_wrap is not None
+        and distributed.transformer_cls_names_to_wrap != _layer_classes(job),
+        "tp_size": distributed.tp_size not in (None, 1),
+        "cp_size": distributed.cp_size not in (None, 1),
+        "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate),
+        "use_reentrant": setup.use_reentrant and bool(setup.gradient_checkpointing),
+        "autocast": setup.autocast == "fp16",
+        "loss": setup.loss != "full",
+        "trainer": not setup.by.prepares_model,
+        f"method {method}": method not in SHOWN_METHODS or bool(getattr(job.config, "use_dora", False)),
+        f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
+        f"task {job.architecture.task_type}": job.architecture.task_type != "CAUSAL_LM",
+        f"model type {job.architecture.model_type}": not _is_decoder(job),
+    }
+    names = [name for name, is_unknown in unknown.items() if is_unknown]
+    return f" ({', '.join(names)})" if names else None
+
+
+def _layer_classes(job: Job) -> tuple[str, ...]:
+    """The class of the model's layers, by its name."""
+    return (f"{job.architecture.model_class.removesuffix('ForCausalLM')}DecoderLayer",)
+
+
+def _is_decoder(job: Job) -> bool:
+    """Whether the model is embedding, layers, final norm and head, one after the other."""
+    architecture = job.architecture
+    forward = FORWARDS.get(architecture.model_type)
+    decoders = architecture.blocks and all(block.stack == "decoder" for block in architecture.blocks)
+    return bool(forward and decoders and architecture.input_embedding and architecture.model_type in DECODERS)
+
+
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose steps were rehearsed."""
+
+
+def setup_on_rank(job: Job) -> Setup:
+    """The setup as the model sees it: under FSDP2 accelerate wraps no forward in autocast, its policy casts weights."""
+    if job.distributed is None or job.distributed.strategy != "fsdp2":
+        return job.setup
+    return job.setup.model_copy(update={"autocast": "none"})
+
+
+def parameters_on_rank(job: Job, parameters: Parameters) -> Parameters:
+    """The parameters that operations see: gathered ones."""
+    if job.distributed is None or job.distributed.strategy != "fsdp2":
+        return parameters
+    return computing(parameters, computing_dtype(job.distributed, str(job.setup.autocast)))
+
+
+def divided(inventory: Inventory, model: Model, program: Program) -> Program:
+    """Make the model's units, where it has some; the step's program on this rank."""
+    job, parameters, _, holding = inventory
+    if job.distributed is None or holding is None or job.distributed.strategy != "fsdp2":
+        return program
+    dtype = computing_dtype(job.distributed, str(job.setup.autocast))
+    model.units = units_of(model, parameters, holding.parameters, job.distributed, dtype=dtype)
+    return program._replace(shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch))
+
+
+def loaded_on_rank(inventory: Inventory, buffers: Ledger, of_one_gpu: Loader) -> Loader:
+    """How a rank loads."""
+    job, parameters, _, holding = inventory
+    distributed = job.distributed
+    if distributed is None or holding is None or distributed.strategy != "fsdp2":
+        return of_one_gpu
+    return Loading(
+        grouped(job.architecture, parameters, holding.parameters, distributed),
+        buffers,
+        of_one_gpu if job.quant is not None else None,
+        bool(distributed.cpu_ram_efficient_loading),
+        not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
+    ).into
+
+
+def passing_on_rank(load: Loader, loaded: Ledger) -> tuple[Line, ...]:
+    """What the peak of loading holds beyond the tensors that last."""
+    passing = peak_of(load) - loaded.bytes()
+    source = "accelerate: fsdp2_prepare_model"
+    return (Line("whole weights while shards are made", "temporaries", "uint8", (passing,), 1, source),) if passing > 0 else ()

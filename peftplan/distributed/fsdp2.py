@@ -1,0 +1,232 @@
+"""FSDP2 on the tape: what a rank gathers before a unit runs, frees behind it, and reduces in backward.
+
+Source: torch, distributed/fsdp/_fully_shard/{_fsdp_param_group,_fsdp_collectives,_fsdp_state}.py, whose names these methods
+have. Buffers of collectives are made on streams of their own, which the allocator keeps apart.
+
+    forward     unit 0: gather into one buffer, copy out into its tensors | layer | free its tensors | unit 1: gather, free the
+                buffer of unit 0, copy out …
+    backward    unit 1: gather, copy out, free the buffer, gather unit 0 ahead | layer | free its tensors, copy gradients into
+                the input of the reduce-scatter, free them, make its output; the input stays until the next unit's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from peftplan.dtypes import ITEMSIZE
+from peftplan.ledger import Category
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Node, Parameter, Tensor
+
+COPY_IN, REDUCE = 1, 2
+"""Streams beside the default one, 0. The all-gather's own makes nothing, since its input is a view of its output."""
+STREAMS = 3
+
+
+class Member(NamedTuple):
+    """One parameter of a unit. Numbers of elements include what pads it to W equal shards."""
+
+    name: str
+    gathered: int
+    shard: int
+    dtype: str
+    """In which it is gathered."""
+    casts: bool
+    """Whether its shard has another dtype, and is cast before it is gathered."""
+    master: str
+    """The dtype of the shard."""
+    trainable: bool
+
+
+@dataclass
+class Unit:
+    """Parameters that are gathered and reduced together, and where they are in a step."""
+
+    name: str
+    members: tuple[Member, ...]
+    reshards: bool
+    """Whether its gathered tensors are freed after forward."""
+    parameters: Callable[[], Iterable[Parameter]]
+    """The unsharded parameters, which hold their gradients."""
+    state: str = "idle"
+    buffer: Tensor | None = None
+    unsharded: list[Tensor] = field(default_factory=list)
+    gradient: Tensor | None = None
+    indices: list[int] = field(default_factory=list)
+
+
+class Fsdp2:
+    """All units of a model, in the order in which torch finds them: the root first."""
+
+    every_layer = True
+
+    def __init__(
+        self, f: Tape, units: list[Unit], *, world_size: int, reduce_dtype: str | None, offloads: bool, tied: bool
+    ) -> None:
+        self.f, self.units, self.world_size = f, units, world_size
+        self.reduce_dtype, self.offloads = reduce_dtype, offloads
+        self.by_name = {unit.name: unit for unit in units if unit.members}
+        self.tied_to = {"embedding": "tail"} if tied else {}
+        """Modules that belong to another unit, which is gathered when the first of them runs."""
+        self.syncs = True
+        """Whether gradients are reduced in this backward."""
+        self.reduced: set[str] = set()
+        """Families that got gradients."""
+        self._order: list[Unit] = []
+        self._copied_out: Tensor | None = None
+        self._reducing: list[Tensor] = []
+
+    # -- forward -----------------------------------------------------------------------------------------------------------------
+
+    def enter(self, name: str) -> None:
+        """Before a unit's forward: its parameters are there."""
+        unit = self.by_name.get(self.tied_to.get(name, name))
+        if unit is None or self.f.replays:  # a checkpointed layer runs again while its parameters are there
+            return
+        unit.state = "forward"
+        self._unshard(unit)
+        self._wait(unit, forward=True)
+
+    def enter_with(self, name: str, x: Tensor) -> Tensor:
+        """The same on `x`, behind whose gradient those of the unit are reduced, unless a part of it ran before."""
+        unit = self.by_name.get(name)
+        first = unit is not None and unit.state != "forward"
+        self.enter(name)
+        if unit is None or self.f.replays or not first:
+            return x
+        node = self.f.record(_post_backward, (x,), self, unit)
+        return x if node is None else Tensor(x.storage, x.dims, x.dtype, node)
+
+    def leave(self, name: str, x: Tensor) -> Tensor:
+        """After a unit's forward, whose output is `x`."""
+        unit = self.by_name.get(name)
+        if unit is None or self.f.replays:
+            return x
+        if unit.reshards:
+            unit.unsharded = []
+        unit.indices.append(len(self._order))
+        self._order.append(unit)
+        unit.state = "idle"
+        node = self.f.record(_pre_backward, (x,), self, unit)
+        return x if node is None else Tensor(x.storage, x.dims, x.dtype, node)
+
+    def end_forward(self) -> None:
+        """The root's forward has returned."""
+        self._copied_out = None
+
+    def _unshard(self, unit: Unit) -> None:
+        """`foreach_all_gather`: shards of another dtype are cast, side by side; all go into one buffer."""
+        if unit.buffer is not None or unit.unsharded or not unit.members:
+            return
+        cast = [member for member in unit.members if member.casts]
+        narrow = self._new((sum(member.shard for member in cast),), cast[0].dtype, "cast of shards", COPY_IN) if cast else None
+        dtypes = {member.dtype for member in unit.members}
+        if len(dtypes) == 1:
+            dims, dtype = (sum(member.gathered for member in unit.members),), dtypes.pop()
+        else:  # bytes
+            dims, dtype = (sum(member.gathered * ITEMSIZE[member.dtype] for member in unit.members),), "uint8"
+        unit.buffer = self._new(dims, dtype, "all-gather output", COPY_IN)
+        del narrow
+
+    def _wait(self, unit: Unit, *, forward: bool) -> None:
+        """`wait_for_unshard`: a tensor per parameter, copied out of the buffer, which in forward stays until the next unit's."""
+        if unit.buffer is None:
+            return
+        if forward:
+            self._copied_out = None
+        unit.unsharded = [
+            self._new((member.gathered,), member.dtype, f"{member.name} gathered", 0, "gathered_weights")
+            for member in unit.members
+        ]
+        if forward:
+            self._copied_out = unit.buffer
+        unit.buffer = None
+
+    def begin_backward(self, *, syncs: bool) -> None:
+        """Gradients will be reduced, or stay whole."""
+        self.syncs = syncs
+
+    def idle(self, families: set[str]) -> set[str]:
+        """Families of which nothing was reduced."""
+        return families - self.reduced
+
+    # -- backward ----------------------------------------------------------------------------------------------------------------
+
+    def pre_backward(self, unit: Unit) -> None:
+        """A gradient of a unit's output arrives: gather it, and the unit before it ahead of time."""
+        if unit.state == "pre_backward":
+            return
+        unit.state = "pre_backward"
+        self._unshard(unit)
+        self._wait(unit, forward=False)
+        if unit.indices and (index := unit.indices.pop()) > 0:
+            self._unshard(self._order[index - 1])
+
+    def post_backward(self, unit: Unit) -> None:
+        """The gradients of a unit are there: free its parameters, reduce the gradients."""
+        unit.state = "post_backward"
+        places = {member.name: place for place, member in enumerate(unit.members)}
+        with_gradients = [p for p in unit.parameters() if p.grad is not None]
+        with_gradients.sort(key=lambda p: places[p.name])
+        if not self.syncs:
+            unit.unsharded = []
+            return
+        gradients = [p.grad for p in with_gradients]
+        for p in with_gradients:
+            p.grad = None
+        unit.unsharded = []
+        self._reducing.clear()
+        if gradients:
+            self._reduce(unit, {p.name for p in with_gradients}, gradients)
+
+    def _reduce(self, unit: Unit, names: set[str], gradients: list[Tensor | None]) -> None:
+        """`foreach_reduce`, in which a variable of its first loop holds the last gradient until it returns."""
+        members = [member for member in unit.members if member.name in names]
+        self.reduced |= names
+        dtype = self.reduce_dtype or members[0].dtype
+        numel = sum(member.gathered for member in members)
+        self._reducing.append(self._new((numel,), dtype, "reduce-scatter input", 0))
+        _last = gradients[-1]
+        gradients.clear()
+        output = self._new((numel // self.world_size,), dtype, "reduce-scatter output", REDUCE)
+        if dtype != members[0].master:
+            output = self._new((numel // self.world_size,), members[0].master, "reduce-scatter output, cast", REDUCE)
+        if self.offloads:
+            return
+        if unit.gradient is None:
+            unit.gradient = output
+            number = output.storage.number  # type: ignore[union-attr]
+            self.f.category[number] = "gradients"
+            self.f.names[number] = f"gradients of {unit.name}"
+
+    def end_backward(self) -> None:
+        """`_root_post_backward_final_callback`."""
+        for unit in self.units:
+            if unit.state != "post_backward":
+                self.post_backward(unit)
+            unit.state = "idle"
+            unit.buffer = None
+            unit.indices.clear()
+        self._order.clear()
+        self._reducing.clear()
+
+    def _new(self, dims: tuple[int, ...], dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
+        self.f.module = ""
+        tensor = self.f.new(dims, dtype, op)
+        number = tensor.storage.number  # type: ignore[union-attr]
+        self.f.category[number] = category
+        if stream:
+            self.f.streams[number] = stream
+        return tensor
+
+
+def _pre_backward(f: Tape, node: Node, saved: tuple[Fsdp2, Unit], g: Tensor) -> Tensor:
+    saved[0].pre_backward(saved[1])
+    return g
+
+
+def _post_backward(f: Tape, node: Node, saved: tuple[Fsdp2, Unit], g: Tensor) -> Tensor:
+    saved[0].post_backward(saved[1])
+    return g

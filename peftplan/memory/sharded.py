@@ -1,0 +1,265 @@
+"""Units of a model under FSDP2, and how a rank loads them.
+
+Source: accelerate, utils/fsdp_utils.py (`fsdp2_prepare_model`): each layer is a unit, since accelerate 1.14 the embedding too,
+and the final norm with the head, which is not freed after forward; the root has what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from math import prod
+from typing import Any, Generic, NamedTuple
+
+import peftplan.versions as versions
+from peftplan.arch.modules import Architecture
+from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
+from peftplan.distributed.strategy import Distributed
+from peftplan.dtypes import ITEMSIZE
+from peftplan.ledger import Ledger
+from peftplan.memory.load import Handle, Memory, by_module
+from peftplan.memory.model import Model
+from peftplan.memory.units import EMBEDDING, ROOT, TAIL, layer
+from peftplan.parameters import Parameter, Parameters
+from peftplan.tape.tensors import Parameter as TapeParameter
+from peftplan.units import round512
+
+FLOATS = ("fp64", "fp32", "fp16", "bf16")
+
+
+def computing_dtype(distributed: Distributed, autocast: str) -> str | None:
+    """The dtype in which weights are gathered and compute; None: each in its own."""
+    return distributed.param_dtype or (None if autocast == "none" else autocast)
+
+
+def computing(parameters: Parameters, dtype: str | None) -> Parameters:
+    """The parameters as they are gathered."""
+    if dtype is None:
+        return parameters
+    return parameters._replace(
+        all=tuple(p if p.quantized or p.dtype not in FLOATS else p._replace(dtype=dtype) for p in parameters.all)
+    )
+
+
+def units_of(model: Model, full: Parameters, shards: Parameters, distributed: Distributed, *, dtype: str | None) -> Fsdp2:
+    """The units of a model. `full` are its parameters, `shards` what the rank holds of them."""
+    reshards = distributed.reshard_after_forward is not False
+    units = [
+        Unit(
+            name,
+            tuple(_member(p, shard, distributed.shards, dtype) for p, shard in members),
+            reshards=reshards and name not in (TAIL, ROOT),
+            parameters=partial(_made, model, name, {p.name for p, _ in members}),
+        )
+        for name, members in grouped(model.arch, full, shards, distributed).items()
+    ]
+    return Fsdp2(
+        model.tape,
+        units,
+        world_size=distributed.shards,
+        reduce_dtype=distributed.reduce_dtype,
+        offloads=distributed.offload_params == "cpu",
+        tied=tied(model.arch),
+    )
+
+
+def tied(arch: Architecture) -> bool:
+    """Whether the head reads the input embedding."""
+    return any(original.startswith(f"{arch.input_embedding}.") for _, original in arch.ties)
+
+
+Pairs = list[tuple[Parameter, Parameter]]
+"""Parameters with what a rank holds of them."""
+
+
+def grouped(arch: Architecture, full: Parameters, shards: Parameters, distributed: Distributed) -> dict[str, Pairs]:
+    """Unit → its parameters, in the order in which torch finds the units: the root first."""
+    pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
+    base = [p for p in full.all if p.owner == "base"]
+    ordered = by_module(base, [p for p in full.all if p.owner == "adapter"])
+    is_tied = tied(arch)
+    apart = not versions.FSDP2_TAIL_APART.after(distributed.accelerate)
+    layers = sorted({number for p in base for number in p.layers or ()})
+    groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if apart and not is_tied else {})}
+    groups |= {layer(number): [] for number in layers} | ({TAIL: []} if apart else {})
+    for p in ordered:
+        if p.quantized and p.name.endswith("weight") and not _is_sharded(*pairs[id(p)]):
+            continue
+        for name in _units(p, arch, is_tied=is_tied) if apart or p.layers else (ROOT,):
+            groups[name].append(pairs[id(p)])
+    return groups
+
+
+def _units(p: Parameter, arch: Architecture, *, is_tied: bool) -> Iterator[str]:
+    if p.layers is not None:
+        yield from map(layer, sorted(p.layers))
+    elif arch.input_embedding and p.name.startswith(f"{arch.input_embedding}."):
+        yield TAIL if is_tied else EMBEDDING
+    elif p.name.startswith(f"{arch.output_embedding}.") or p.name.rpartition(".")[0] == final_norm(arch):
+        yield TAIL
+    else:
+        yield ROOT
+
+
+def final_norm(arch: Architecture) -> str | None:
+    """The norm behind the layers: the last module outside them that is no head."""
+    outside = [m for m in arch.modules if m.layers is None and m.name not in (arch.input_embedding, arch.output_embedding)]
+    return outside[-1].name if outside else None
+
+
+def _is_sharded(p: Parameter, shard: Parameter) -> bool:
+    return next(a.dims for a in p.allocations if a.name == "weight") != next(
+        a.dims for a in shard.allocations if a.name == "weight"
+    )
+
+
+def _member(p: Parameter, shard: Parameter, ranks: int, dtype: str | None) -> Member:
+    weight = next(a for a in shard.allocations if a.name == "weight")
+    numel = prod(weight.dims)
+    casts = dtype is not None and not p.quantized and weight.dtype != dtype
+    gathered = dtype if casts and dtype is not None else weight.dtype
+    return Member(p.name, numel * ranks, numel, gathered, casts, weight.dtype, p.trainable)
+
+
+def _made(model: Model, unit: str, names: set[str]) -> Iterable[TapeParameter]:
+    """The parameters of a unit that the tape has used."""
+    return [p for (name, number), p in model.made() if name in names and (number is None or layer(number) == unit)]
+
+
+# -- loading -------------------------------------------------------------------------------------------------------------------
+
+
+Loader = Callable[[Memory[Any]], None]
+"""Loads a model tensor by tensor."""
+
+
+class Loading(NamedTuple):
+    """How a rank loads."""
+
+    groups: dict[str, Pairs]
+    buffers: Ledger
+    of_one_gpu: Loader | None
+    """Loads the whole model onto the GPU first, as a quantized one is; None: shards are made from the host."""
+    one_by_one: bool
+    """Whether each tensor is moved alone (`cpu_ram_efficient_loading`, on rank 0), not all of a unit."""
+    keeps_ends: bool
+    """Whether accelerate's own variables hold the embedding and the head whole until the model is prepared."""
+
+    def into(self, memory: Memory[Handle]) -> None:
+        """Load tensor by tensor."""
+        if self.of_one_gpu is not None:
+            self._from_whole(memory)
+        elif self.one_by_one:
+            for name in self._order():
+                for p, shard in self.groups[name]:
+                    whole = memory.allocate(ITEMSIZE[shard.dtype] * p.numel)
+                    memory.keep(_on_device(shard))
+                    memory.release(whole)
+            self._buffers(memory)
+        else:
+            self._by_unit(memory)
+
+    def _by_unit(self, memory: Memory[Handle]) -> None:
+        """All of a unit is moved, then each tensor leaves its shard (torch, distributed/fsdp/_fully_shard/_fsdp_init.py,
+        `_move_states_to_device`). The root comes last.
+        """
+        held_until_end = []
+        for name in self._order():
+            whole = [(p, memory.allocate(ITEMSIZE[shard.dtype] * p.numel)) for p, shard in self.groups[name]]
+            if name == ROOT:
+                self._buffers(memory)
+            for _, shard in self.groups[name]:
+                memory.keep(_on_device(shard))
+            for p, handle in whole:
+                if self.keeps_ends and name in (EMBEDDING, TAIL) and len(p.shape) > 1 and p.owner == "base":
+                    held_until_end.append(handle)
+                else:
+                    memory.release(handle)
+        for handle in held_until_end:
+            memory.release(handle)
+
+    def _from_whole(self, memory: Memory[Handle]) -> None:
+        """The whole model is there until all shards are: `fsdp2_prepare_model` holds its state dict."""
+        assert self.of_one_gpu is not None
+        pairs = [pair for members in self.groups.values() for pair in members]
+        stays = {tuple(a.nbytes for a in p.allocations if a.name != "weight") for p, _ in pairs if p.quantized}
+        whole = Whole(memory, stays)
+        self.of_one_gpu(whole)
+        for p, shard in pairs:
+            memory.keep(
+                tuple(a.nbytes for a in shard.allocations if a.place == "device" and (a.name == "weight" or not p.quantized))
+            )
+        for handle in whole.handles:
+            memory.release(handle)
+
+    def _order(self) -> list[str]:
+        ends = (EMBEDDING, TAIL, ROOT)
+        return [*(name for name in self.groups if name not in ends), *(name for name in ends if name in self.groups)]
+
+    def _buffers(self, memory: Memory[Handle]) -> None:
+        for line in self.buffers:
+            memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
+
+
+def _on_device(shard: Parameter) -> tuple[int, ...]:
+    return tuple(a.nbytes for a in shard.allocations if a.place == "device")
+
+
+class Whole(Generic[Handle]):
+    """A memory where what is loaded for good is held by handles, but for sizes that stay."""
+
+    def __init__(self, memory: Memory[Handle], stays: set[tuple[int, ...]]) -> None:
+        self.memory, self.stays = memory, stays
+        self.handles: list[Handle] = []
+
+    def allocate(self, nbytes: int) -> Handle:
+        """Allocate a tensor."""
+        return self.memory.allocate(nbytes)
+
+    def keep(self, sizes: tuple[int, ...], /) -> None:
+        """Allocate tensors that stay until their shards are made."""
+        if sizes in self.stays:
+            self.memory.keep(sizes)
+        else:
+            self.handles += [self.memory.allocate(nbytes) for nbytes in sizes]
+
+    def release(self, tensor: Handle, /) -> None:
+        """Free a tensor."""
+        self.memory.release(tensor)
+
+    def empty_cache(self) -> None:
+        """`torch.cuda.empty_cache()`."""
+        self.memory.empty_cache()
+
+
+def peak_of(load: Loader) -> int:
+    """Bytes of the tensors at the highest level of loading."""
+    level = Level()
+    load(level)
+    return level.peak
+
+
+class Level:
+    """A memory that only counts."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def allocate(self, nbytes: int) -> int:
+        """Count a tensor; what frees it is its size."""
+        nbytes = round512(nbytes)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+        return nbytes
+
+    def keep(self, sizes: tuple[int, ...], /) -> None:
+        """Count tensors for good."""
+        for nbytes in sizes:
+            self.allocate(nbytes)
+
+    def release(self, tensor: int, /) -> None:
+        """Count one less."""
+        self.now -= tensor
+
+    def empty_cache(self) -> None:
+        """Nothing."""

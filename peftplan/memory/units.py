@@ -1,0 +1,76 @@
+"""Parts of a model whose parameters may be gathered before they run: each layer, the embedding, the tail, the root."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from peftplan.tape.tensors import Tensor
+
+ROOT, EMBEDDING, TAIL = "root", "embedding", "tail"
+"""The whole model; the input embedding; the final norm and the head. A layer is called by its number."""
+
+
+def layer(number: int) -> str:
+    """The name of a layer's unit."""
+    return f"layer {number}"
+
+
+class Units(Protocol):
+    """Called around each part."""
+
+    every_layer: bool
+    """Whether each layer is run, since the first, the last and those between differ."""
+
+    def enter(self, name: str) -> None:
+        """Before the part runs on what needs no gradient."""
+
+    def enter_with(self, name: str, x: Tensor) -> Tensor:
+        """Before the part runs on `x`: what it runs on."""
+
+    def leave(self, name: str, x: Tensor) -> Tensor:
+        """After it gave `x`: what is handed on."""
+
+    def end_forward(self) -> None:
+        """The model's forward has returned."""
+
+    def begin_backward(self, *, syncs: bool) -> None:
+        """Backward begins; `syncs`: gradients are reduced."""
+
+    def end_backward(self) -> None:
+        """Backward has ended."""
+
+    def idle(self, families: set[str]) -> set[str]:
+        """Of trainable families without a `.grad`, those that got none."""
+
+
+class OneGpu:
+    """Nothing happens."""
+
+    every_layer = False
+
+    def enter(self, name: str) -> None:
+        """Nothing."""
+
+    def enter_with(self, name: str, x: Tensor) -> Tensor:
+        """The same."""
+        return x
+
+    def leave(self, name: str, x: Tensor) -> Tensor:
+        """The same."""
+        return x
+
+    def end_forward(self) -> None:
+        """Nothing."""
+
+    def begin_backward(self, *, syncs: bool) -> None:
+        """Nothing."""
+
+    def end_backward(self) -> None:
+        """Nothing."""
+
+    def idle(self, families: set[str]) -> set[str]:
+        """All of them."""
+        return families
+
+
+ONE_GPU = OneGpu()

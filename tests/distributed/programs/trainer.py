@@ -1,0 +1,70 @@
+"""transformers' Trainer on a small Llama over several GPUs: one job of the witness grid, said in JSON as the first argument."""
+
+import json
+import sys
+
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+from transformers.initialization import no_init_weights
+
+job = json.loads(sys.argv[1])
+shapes = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "num_hidden_layers": 3,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+}
+
+
+class Tokens(Dataset):
+    """Sequences of one length."""
+
+    def __len__(self):
+        return 4096
+
+    def __getitem__(self, index):
+        row = torch.zeros(job.get("seq_len", 512), dtype=torch.int64)
+        return {"input_ids": row, "labels": row.clone()}
+
+
+if job["method"] == "qlora":
+    from transformers import BitsAndBytesConfig
+
+    stored = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=getattr(torch, job.get("quant_storage", "bfloat16")),
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        "meta-llama/Llama-3.2-1B", dtype=torch.bfloat16, quantization_config=stored, num_hidden_layers=3
+    )
+else:
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shapes | job.get("config", {})), dtype=torch.bfloat16)
+    model.tie_weights()
+if job["method"] != "full":
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(model, LoraConfig(r=job.get("r", 16), target_modules="all-linear", task_type="CAUSAL_LM"))
+arguments = TrainingArguments(
+    output_dir="out",
+    per_device_train_batch_size=job.get("batch_size", 1),
+    gradient_accumulation_steps=job.get("accumulation", 1),
+    gradient_checkpointing=job.get("checkpointing", True),
+    optim=job.get("optim", "adamw_torch_fused"),
+    max_steps=4,
+    bf16=True,
+    report_to="none",
+    save_strategy="no",
+    logging_steps=100,
+    **job.get("arguments", {}),
+)
+Trainer(model=model, args=arguments, train_dataset=Tokens()).train()

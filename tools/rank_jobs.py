@@ -1,0 +1,187 @@
+"""Rehearse one rank of jobs over several GPUs, and compare the formulas with torch's own allocator.
+
+    python -m tools.rank_jobs --run [NAME ...]     rehearses jobs that have no row yet, with --one the next of them (needs the
+                                                   CUDA build of torch); exits 1 where there is none
+    python -m tools.rank_jobs                      compares, and writes the table of docs/several-gpus.md
+
+Each job runs tests/distributed/programs/trainer.py: transformers' Trainer on a small Llama. Rows lie in
+tests/distributed/rank_jobs.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "tests" / "distributed" / "programs" / "trainer.py"
+ROWS = ROOT / "tests" / "distributed" / "rank_jobs.jsonl"
+PAGE = ROOT / "docs" / "several-gpus.md"
+MARKS = ("<!-- rank jobs -->", "<!-- end of rank jobs -->")
+CARD = "h200"
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
+PHASES = ("load", "forward", "backward", "step")
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "num_hidden_layers": 3,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+}
+"""Llama-3.2-1B cut to three layers, with a head of its own."""
+SMALL = {"hidden_size": 1000, "intermediate_size": 2730, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 100}
+"""Sizes that no number of ranks divides."""
+WRAPPED = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+
+
+def jobs() -> Iterator[dict[str, Any]]:
+    """Every job of the grid: its options here, what the program is told, and its world."""
+    odd = {**SMALL, "vocab_size": 50001}
+    told: tuple[dict[str, Any], ...] = (
+        {"accumulation": 3},
+        {"config": {"tie_word_embeddings": True}},
+        {"config": odd},
+        {"checkpointing": False},
+        {"optim": "adamw_torch"},
+        {"fsdp": {"reshard_after_forward": False}},
+        {"batch_size": 2, "seq_len": 1024},
+        {"fsdp": {"cpu_ram_efficient_loading": True}},
+        {},
+    )
+    yield job("fsdp2", "qlora", 4)
+    yield job("fsdp2", "qlora", 4, quant_storage="uint8")
+    for more, method in product(told, ("full", "lora")):
+        yield job("fsdp2", method, 8, **more)
+    for more, method in product(({}, {"accumulation": 2}, {"checkpointing": False}), ("full", "lora")):
+        yield job("ddp", method, 4, **more)
+    for method, layers in product(("full", "lora"), (1, 2, 6)):
+        yield job("fsdp2", method, 4, config={"num_hidden_layers": layers})
+    for world, method in product((2, 4, 64), ("full", "lora", "qlora")):
+        yield job("fsdp2", method, world)
+    for r in (4, 64):
+        yield job("fsdp2", "lora", 16, r=r)
+    for more, method in product(told, ("full", "lora")):
+        yield job("fsdp2", method, 3, **more)
+    yield job("ddp", "full", 8)
+    yield job("ddp", "lora", 8)
+
+
+def job(strategy: str, method: str, world: int, *, fsdp: dict[str, Any] | None = None, **told: Any) -> dict[str, Any]:
+    """One job by its name: what decides it."""
+    name = " ".join(
+        [strategy, method, str(world), *(f"{k}={json.dumps(v)}" for k, v in {**told, **({"fsdp": fsdp} if fsdp else {})}.items())]
+    )
+    program = {"method": method, **told}
+    if strategy == "fsdp2":
+        program["arguments"] = {"fsdp": "full_shard", "fsdp_config": WRAPPED | (fsdp or {})}
+    return {"name": name, "strategy": strategy, "world": world, "program": program, "fsdp": fsdp or {}}
+
+
+def options(row: dict[str, Any]) -> dict[str, Any]:
+    """The job as `peftplan.estimate` takes it."""
+    told = row["program"]
+    ours = {
+        "method": told["method"],
+        "gpus": row["world"],
+        "strategy": row["strategy"],
+        "seq_len": told.get("seq_len", 512),
+        "batch_size": told.get("batch_size", 1),
+        "gradient_accumulation_steps": told.get("accumulation", 1),
+        "gradient_checkpointing": told.get("checkpointing", True),
+        "optim": told.get("optim", "adamw_torch_fused"),
+        **({} if told["method"] == "full" else {"r": told.get("r", 16)}),
+        **row["fsdp"],
+    }
+    if told["method"] == "qlora":
+        tied = {"tie_word_embeddings": True}
+        storage = {"bfloat16": "bf16"}.get(told.get("quant_storage", "bfloat16"), "uint8")
+        return {"model": LLAMA | tied, **ours, "quant_storage": storage, "kbit_prepare": False}
+    return {"model": LLAMA | told.get("config", {}), **ours}
+
+
+def run(names: list[str], *, most: int | None) -> int:
+    """Rehearse jobs that have no row, at most so many; how many it was."""
+    from peftplan.rehearse import rehearse
+
+    done = {row["name"] for row in rows()}
+    count = 0
+    for each in jobs():
+        if each["name"] in done or (names and not any(name in each["name"] for name in names)):
+            continue
+        if most is not None and count == most:
+            break
+        count += 1
+        result = rehearse(
+            (sys.executable, str(PROGRAM), json.dumps(each["program"])),
+            gpu=f"{each['world']}x{CARD}",
+            world_size=each["world"],
+            timeout=600,
+            stdout=os.open(os.devnull, os.O_WRONLY),
+        )
+        rank = result.largest_rank
+        shown = {"peak_by_phase": rank.peak_by_phase, "peak_reserved": rank.peak_reserved} if rank else {"error": result.ended}
+        with ROWS.open("a", encoding="utf-8") as file:
+            file.write(
+                json.dumps({**each, **shown, "seconds": result.seconds, "versions": {n: version(n) for n in LIBRARIES}}) + "\n"
+            )
+        print(each["name"], shown, file=sys.stderr, flush=True)
+    return count
+
+
+def rows() -> list[dict[str, Any]]:
+    """What was rehearsed."""
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
+
+
+def compared(row: dict[str, Any]) -> dict[str, float] | None:
+    """Signed difference of each phase and of reserved bytes, as a share of the rehearsal's; None without a peak by formula."""
+    import peftplan
+
+    peaks = peftplan.estimate(**options(row), gpu=CARD).peaks
+    if peaks is None:
+        return None
+    shares = {phase: peaks.by_phase[phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
+    return {**shares, "reserved": (peaks.reserved or 0) / row["peak_reserved"] - 1}
+
+
+def table() -> list[str]:
+    """The comparison as Markdown, and its summary."""
+    lines = ["| job | load | forward | backward | step | reserved |", "| --- | --- | --- | --- | --- | --- |"]
+    every: dict[str, list[float]] = {}
+    for row in rows():
+        if "error" in row:
+            continue
+        shares = compared(row)
+        if shares is None:
+            lines.append(f"| {row['name']} | – | – | – | – | – |")
+            continue
+        for what, share in shares.items():
+            every.setdefault(what, []).append(share)
+        lines.append(f"| {row['name']} | {' | '.join(f'{100 * share:+.4f} %' for share in shares.values())} |")
+    for what in every:
+        worst = max(every[what], key=abs)
+        print(f"{what}: {len(every[what])} jobs, median {100 * median(map(abs, every[what])):.4f} %, worst {100 * worst:+.4f} %")
+    return lines
+
+
+if __name__ == "__main__":
+    if "--run" in sys.argv:
+        names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+        sys.exit(not run(names, most=1 if "--one" in sys.argv else None))
+    else:
+        print("\n".join(table()))
