@@ -95,9 +95,10 @@ def run_stack(
         try:
             if not model.units.every_layer:
                 return call(layer, x, *of_layer, *every)
-            return model.units.leave(
-                units.layer(layer), call(layer, model.units.enter_with(units.layer(layer), x), *of_layer, *every)
-            )
+            out = call(layer, model.units.enter_with(units.layer(layer), x), *of_layer, *every)
+            hidden, *others = out if isinstance(out, tuple) else (out,)
+            hidden = model.units.leave(units.layer(layer), hidden)
+            return (hidden, *others) if others else hidden
         finally:
             model.layer_locals.clear()
 
