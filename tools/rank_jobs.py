@@ -2,7 +2,7 @@
 
     python -m tools.rank_jobs --run [NAME ...]     rehearses jobs that have no row yet, with --one the next of them (needs the
                                                    CUDA build of torch); exits 1 where there is none
-    python -m tools.rank_jobs                      compares, and writes the table of docs/several-gpus.md
+    python -m tools.rank_jobs                      compares, and writes the table of docs/how-to/several-gpus.md
 
 Each job runs tests/distributed/programs/trainer.py: transformers' Trainer on a small Llama. Rows lie in
 tests/distributed/rank_jobs.jsonl.
@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "tests" / "distributed" / "programs" / "trainer.py"
 ROWS = ROOT / "tests" / "distributed" / "rank_jobs.jsonl"
-PAGE = ROOT / "docs" / "several-gpus.md"
+PAGE = ROOT / "docs" / "how-to" / "several-gpus.md"
 MARKS = ("<!-- rank jobs -->", "<!-- end of rank jobs -->")
 CARD = "h200"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
@@ -63,12 +63,12 @@ def jobs() -> Iterator[dict[str, Any]]:
         {"fsdp": {"cpu_ram_efficient_loading": True}},
         {},
     )
+    for more, method in product(({}, {"accumulation": 2}, {"checkpointing": False}), ("full", "lora")):
+        yield job("ddp", method, 4, **more)
     yield job("fsdp2", "qlora", 4)
     yield job("fsdp2", "qlora", 4, quant_storage="uint8")
     for more, method in product(told, ("full", "lora")):
         yield job("fsdp2", method, 8, **more)
-    for more, method in product(({}, {"accumulation": 2}, {"checkpointing": False}), ("full", "lora")):
-        yield job("ddp", method, 4, **more)
     for method, layers in product(("full", "lora"), (1, 2, 6)):
         yield job("fsdp2", method, 4, config={"num_hidden_layers": layers})
     for world, method in product((2, 4, 64), ("full", "lora", "qlora")):
@@ -152,15 +152,19 @@ def compared(row: dict[str, Any]) -> dict[str, float] | None:
     """Signed difference of each phase and of reserved bytes, as a share of the rehearsal's; None without a peak by formula."""
     import peftplan
 
-    peaks = peftplan.estimate(**options(row), gpu=CARD).peaks
+    result = peftplan.estimate(**options(row), gpu=CARD)
+    peaks = result.peaks
     if peaks is None:
         return None
-    shares = {phase: peaks.by_phase[phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
+    # a rehearsal's forward begins where the step ends, while gradients are still there
+    after_step = result.static.bytes() + peaks.ledgers["step"].bytes(["workspaces"])
+    ours = {**peaks.by_phase, "forward": max(peaks.by_phase["forward"], after_step)}
+    shares = {phase: ours[phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
     return {**shares, "reserved": (peaks.reserved or 0) / row["peak_reserved"] - 1}
 
 
-def table() -> list[str]:
-    """The comparison as Markdown, and its summary."""
+def table() -> tuple[list[str], str]:
+    """The comparison as Markdown, and its summary as a row of Markdown."""
     lines = ["| job | load | forward | backward | step | reserved |", "| --- | --- | --- | --- | --- | --- |"]
     every: dict[str, list[float]] = {}
     for row in rows():
@@ -173,10 +177,21 @@ def table() -> list[str]:
         for what, share in shares.items():
             every.setdefault(what, []).append(share)
         lines.append(f"| {row['name']} | {' | '.join(f'{100 * share:+.4f} %' for share in shares.values())} |")
-    for what in every:
-        worst = max(every[what], key=abs)
-        print(f"{what}: {len(every[what])} jobs, median {100 * median(map(abs, every[what])):.4f} %, worst {100 * worst:+.4f} %")
-    return lines
+    words = []
+    for what, shares_of in every.items():
+        worst = max(shares_of, key=abs)
+        words.append(f"{what}: median {100 * median(map(abs, shares_of)):.4f} %, worst {100 * worst:+.4f} %")
+    return lines, f"{len(next(iter(every.values()), []))} jobs; " + "; ".join(words) + "."
+
+
+def write() -> None:
+    """Put the table into the page."""
+    lines, summary = table()
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    PAGE.write_text("\n\n".join([f"{before}{MARKS[0]}", summary, "\n".join(lines), f"{MARKS[1]}{after}"]), encoding="utf-8")
+    print(summary)
 
 
 if __name__ == "__main__":
@@ -184,4 +199,4 @@ if __name__ == "__main__":
         names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
         sys.exit(not run(names, most=1 if "--one" in sys.argv else None))
     else:
-        print("\n".join(table()))
+        write()

@@ -9,7 +9,7 @@ from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.model import Model
 from peftplan.memory.models import FORWARDS
-from peftplan.memory.sharded import Loader, Loading, computing, computing_dtype, grouped, peak_of, units_of
+from peftplan.memory.sharded import Loader, Loading, computing, computing_dtype, grouped, peak_of, units_of, whole_sizes
 from peftplan.memory.step import Program
 from peftplan.parameters import Parameters
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from peftplan.job.job import Job
 
 SHOWN_METHODS = ("full", "lora", "qlora")
-"""Methods whose steps were rehearsed under FSDP2 (docs/several-gpus.md)."""
+"""Methods whose steps were rehearsed under FSDP2 (docs/how-to/several-gpus.md)."""
+
+
+SHOWN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
 def without_formula(job: Job) -> str | None:
@@ -26,7 +29,8 @@ def without_formula(job: Job) -> str | None:
     distributed = job.distributed
     assert distributed is not None
     if distributed.strategy == "ddp":
-        return None
+        views = bool(distributed.gradient_as_bucket_view or distributed.static_graph or distributed.find_unused_parameters)
+        return " (gradient_as_bucket_view, static_graph, find_unused_parameters)" if views else None
     if distributed.strategy != "fsdp2":
         return ""
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
@@ -43,6 +47,7 @@ def without_formula(job: Job) -> str | None:
         "use_reentrant": setup.use_reentrant and bool(setup.gradient_checkpointing),
         "autocast": setup.autocast == "fp16",
         "loss": setup.loss != "full",
+        f"optim {setup.optim}": setup.optim not in SHOWN_OPTIMIZERS,
         "trainer": not setup.by.prepares_model,
         f"method {method}": method not in SHOWN_METHODS or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
@@ -105,6 +110,7 @@ def loaded_on_rank(inventory: Inventory, buffers: Ledger, of_one_gpu: Loader) ->
         buffers,
         of_one_gpu if job.quant is not None else None,
         bool(distributed.cpu_ram_efficient_loading),
+        whole_sizes(parameters, holding.parameters),
         not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
     ).into
 

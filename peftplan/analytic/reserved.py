@@ -68,6 +68,7 @@ def _write(steps: list[Compiled], script: Script) -> Written:
     writer.begin("load")
     compiled.load(writer)
     writer.take(compiled.early)
+    writer.take(line for line in compiled.standing if line.category == "communication")
     writer.begin("warmup")
     states = [line for line in compiled.standing if line.category == "optimizer_states" and line not in compiled.early]
     kept = any(_makes_gradients(compiled.timeline, at) for at in range(compiled.timeline.windows[0][1]))

@@ -5,7 +5,8 @@ W ranks of a shard group, N parameters, T of them trained. The rank with the mos
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ def holding(parameters: Parameters, distributed: Distributed, *, autocast: str, 
     if strategy in ("zero1", "zero2", "zero3"):
         return _of_zero(parameters, distributed, autocast=autocast, hidden_size=hidden_size)
     if strategy == "ddp":
-        return Holding(parameters, (_buckets(parameters),))
+        return Holding(parameters, _buckets(parameters, distributed))
     if strategy == "tp":
         return _divided(parameters, distributed.tp_size or distributed.world_size, whole_vectors=True)
     return _divided(parameters, distributed.world_size, whole_vectors=False)
@@ -158,10 +159,42 @@ def _elements(p: Parameter) -> int:
 # -- DDP -----------------------------------------------------------------------------------------------------------------------
 
 
-def _buckets(parameters: Parameters) -> Line:
-    """DDP's buckets: all gradients a second time, from construction on, however many ranks there are (torch, reducer.cpp)."""
-    nbytes = sum(p.copies * p.numel * ITEMSIZE[p.dtype] for p in parameters.all if p.trainable)
-    return Line("buckets of gradients", "communication", "uint8", (nbytes,), 1, "torch: Reducer::initialize_buckets")
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
+"""Bytes at which a bucket is full (torch, `dist._DEFAULT_FIRST_BUCKET_BYTES`, `bucket_cap_mb`)."""
+
+
+def _buckets(parameters: Parameters, distributed: Distributed) -> tuple[Line, ...]:
+    """DDP's buckets: all gradients a second time, from construction on, however many ranks there are (torch, reducer.cpp).
+
+    Buckets are filled in the order in which gradients arrive, the last layer's first.
+    """
+    cap = BUCKET if distributed.bucket_cap_mb is None else int(distributed.bucket_cap_mb * 2**20)
+    sizes: list[int] = []
+    filled, limit = 0, FIRST_BUCKET
+    for p in _backwards(parameters):
+        filled += p.numel * ITEMSIZE[p.dtype]
+        if filled >= limit:
+            sizes.append(filled)
+            filled, limit = 0, cap
+    sizes += [filled] if filled else []
+    source = "torch: Reducer::initialize_buckets"
+    counted = Counter(sizes)
+    return tuple(
+        Line(f"bucket of gradients of {nbytes:,} B", "communication", "uint8", (nbytes,), copies, source)
+        for nbytes, copies in counted.items()
+    )
+
+
+def _backwards(parameters: Parameters) -> Iterator[Parameter]:
+    """What trains, the last layer first; a family stands for itself once for each of its layers."""
+    trained = [p for p in parameters.all if p.trainable]
+    layers = sorted({layer for p in trained for layer in p.layers or ()}, reverse=True)
+    outside = [p for p in trained if p.layers is None]
+    ahead = [p for p in outside if p.in_embedding]
+    yield from reversed([p for p in outside if not p.in_embedding for _ in range(p.copies)])
+    for layer in layers:
+        yield from reversed([p for p in trained if p.layers is not None and layer in p.layers])
+    yield from reversed(ahead)
 
 
 # -- ZeRO ----------------------------------------------------------------------------------------------------------------------

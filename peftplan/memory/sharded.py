@@ -142,6 +142,8 @@ class Loading(NamedTuple):
     """Loads the whole model onto the GPU first, as a quantized one is; None: shards are made from the host."""
     one_by_one: bool
     """Whether each tensor is moved alone (`cpu_ram_efficient_loading`, on rank 0), not all of a unit."""
+    stays: frozenset[tuple[int, ...]]
+    """Sizes of tensors of quantized weights that are made together and never sharded."""
     keeps_ends: bool
     """Whether accelerate's own variables hold the embedding and the head whole until the model is prepared."""
 
@@ -182,8 +184,7 @@ class Loading(NamedTuple):
         """The whole model is there until all shards are: `fsdp2_prepare_model` holds its state dict."""
         assert self.of_one_gpu is not None
         pairs = [pair for members in self.groups.values() for pair in members]
-        stays = {tuple(a.nbytes for a in p.allocations if a.name != "weight") for p, _ in pairs if p.quantized}
-        whole = Whole(memory, stays)
+        whole = Whole(memory, self.stays)
         self.of_one_gpu(whole)
         for p, shard in pairs:
             memory.keep(
@@ -208,7 +209,7 @@ def _on_device(shard: Parameter) -> tuple[int, ...]:
 class Whole(Generic[Handle]):
     """A memory where what is loaded for good is held by handles, but for sizes that stay."""
 
-    def __init__(self, memory: Memory[Handle], stays: set[tuple[int, ...]]) -> None:
+    def __init__(self, memory: Memory[Handle], stays: frozenset[tuple[int, ...]]) -> None:
         self.memory, self.stays = memory, stays
         self.handles: list[Handle] = []
 
@@ -230,6 +231,16 @@ class Whole(Generic[Handle]):
     def empty_cache(self) -> None:
         """`torch.cuda.empty_cache()`."""
         self.memory.empty_cache()
+
+
+def whole_sizes(full: Parameters, shards: Parameters) -> frozenset[tuple[int, ...]]:
+    """Sizes of what every rank holds of quantized weights: absmax and code tables, and packed weights that are not sharded."""
+    sizes: set[tuple[int, ...]] = set()
+    for p, shard in zip(full.all, shards.all, strict=True):
+        if p.quantized:
+            sizes.add(tuple(a.nbytes for a in p.allocations if a.name != "weight"))
+            sizes |= set() if _is_sharded(p, shard) else {tuple(a.nbytes for a in p.allocations if a.name == "weight")}
+    return frozenset(sizes)
 
 
 def peak_of(load: Loader) -> int:

@@ -58,6 +58,8 @@ def single_changes(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[di
 
 def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str, Any], int]]:
     setup = job.setup
+    if job.distributed is not None and job.distributed.strategy == "ddp":
+        yield {"strategy": "fsdp2"}, SAME
     if not setup.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, SAME
     if setup.keep_outputs:

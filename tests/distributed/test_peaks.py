@@ -40,9 +40,12 @@ ROWS = [row for row in rows() if "error" not in row]
 
 @pytest.mark.parametrize("row", ROWS, ids=[row["name"] for row in ROWS])
 def test_a_rehearsed_job(row: dict[str, Any]) -> None:
-    """Allocated bytes of each phase within 1 %, reserved bytes within 3 %."""
+    """Allocated bytes of each phase within 0.1 %, reserved bytes within 0.5 %; where packed weights are not sharded, the tails of
+    blocks that loading leaves add up to 1.6 % of a step of 0.3 GB.
+    """
     shares = compared(row)
     assert shares is not None
+    whole = "uint8" in row["name"]
     for phase in PHASES:
-        assert abs(shares[phase]) <= 0.01, (phase, shares)
-    assert abs(shares["reserved"]) <= 0.03, shares
+        assert abs(shares[phase]) <= (0.02 if whole else 0.001), (phase, shares)
+    assert abs(shares["reserved"]) <= 0.005, shares

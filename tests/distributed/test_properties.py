@@ -1,0 +1,103 @@
+"""What is true of every strategy, whatever the numbers."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.distributed.shards import holding
+from peftplan.distributed.strategy import Distributed
+from peftplan.job.inventory import inventory
+from peftplan.job.prepare import prepare
+from peftplan.parameters import Parameters, gradient_lines, weight_lines
+from peftplan.results.estimate import Estimate
+
+WORLDS = (2, 3, 4, 8, 16, 64)
+SHARDING = ("fsdp2", "fsdp1", "zero1", "zero2", "zero3", "tp")
+
+
+def estimated(strategy: str, world: int, **options: Any) -> Estimate:
+    return peftplan.estimate("llama-3.2-1b", gpus=world, strategy=strategy, **{"method": "lora"} | options)  # type: ignore[arg-type]
+
+
+def bytes_of(parameters: Parameters) -> int:
+    return weight_lines(parameters).bytes()
+
+
+@pytest.mark.parametrize("strategy", SHARDING)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_more_ranks_never_hold_more(strategy: str, method: str) -> None:
+    """Weights, gradients and states; 32 heads bound tensor parallelism."""
+    worlds = [world for world in WORLDS if strategy != "tp" or 32 % world == 0]
+    sizes = [estimated(strategy, world, method=method).persistent_bytes for world in worlds]
+    assert all(more >= less for more, less in pairwise(sizes))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_shards_sum_to_the_model_and_its_padding(world: int) -> None:
+    """FSDP2 pads each tensor's first dim: less than one row per rank and tensor."""
+    built = inventory(prepare("llama-3.2-1b", method="lora", r=16)).parameters
+    shards = holding(built, Distributed(strategy="fsdp2", gpus=world), autocast="none", quantized=False, hidden_size=2048)
+    for p, shard in zip(built.all, shards.parameters.all, strict=True):
+        row = p.numel // p.shape[0]
+        assert p.numel <= shard.numel * world < p.numel + world * row
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_one_rank_is_one_gpu(strategy: Any) -> None:
+    """Weights and gradients; DDP has its buckets besides."""
+    counted = inventory(prepare("llama-3.2-1b", method="lora", r=16))
+    alone = holding(
+        counted.parameters, Distributed(strategy=strategy, gpus=1), autocast="bf16", quantized=False, hidden_size=2048
+    )
+    assert bytes_of(alone.parameters) == bytes_of(counted.parameters)
+    optimizer = prepare("llama-3.2-1b").setup.optim
+    from peftplan.optim import parse_optim
+
+    lines = [gradient_lines(p, parse_optim(str(optimizer))).bytes() for p in (alone.parameters, counted.parameters)]
+    assert lines[0] == lines[1]
+
+
+def test_ddp_does_not_depend_on_the_world() -> None:
+    two, many = (estimated("ddp", world).peaks for world in (2, 64))
+    assert two is not None
+    assert many is not None
+    assert two.by_phase == many.by_phase
+    assert two.reserved == many.reserved
+
+
+def test_ddp_is_one_gpu_and_its_buckets() -> None:
+    """4 B for each of the 5,636,096 trained parameters."""
+    alone = peftplan.estimate("llama-3.2-1b", method="lora")
+    ddp = estimated("ddp", 4)
+    assert ddp.persistent_bytes == alone.persistent_bytes + 4 * alone.trainable_parameters
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("fsdp2", {"offload_params": "cpu"}), ("zero3", {"offload_params": "cpu"}), ("zero2", {"offload_optimizer": "cpu"})],
+)
+def test_offloading_never_takes_more_of_the_device(strategy: str, options: dict[str, Any]) -> None:
+    without, with_it = estimated(strategy, 4), estimated(strategy, 4, **options)
+    assert with_it.persistent_bytes < without.persistent_bytes
+    assert with_it.distributed is not None
+    assert with_it.distributed.host_bytes > 0
+
+
+def test_uint8_storage_is_not_sharded() -> None:
+    """q / 2 bytes on every rank: 973,078,528 quantized parameters of Llama-3.2-1B."""
+    stored = {
+        storage: peftplan.estimate("llama-3.2-1b", method="qlora", r=16, gpus=8, strategy="fsdp2", quant_storage=storage)
+        for storage in ("bf16", "uint8")
+    }
+    difference = stored["uint8"].static.bytes(["weights"]) - stored["bf16"].static.bytes(["weights"])
+    assert difference == 973_078_528 // 2 * 7 // 8
+
+
+def test_peaks_fall_with_ranks_and_phases_keep_their_order() -> None:
+    peaks = [estimated("fsdp2", world, method="full").peaks for world in (2, 4, 8)]
+    assert all(each is not None for each in peaks)
+    assert all(a.allocated > b.allocated for a, b in pairwise(peaks) if a is not None and b is not None)
