@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peftplan.errors import InputError, MissingExtraError, PeftplanError, RefusedError, UnknownNameError
+    from peftplan.job.configs.plan import ConfigPlan
+    from peftplan.job.configs.read import read_config
     from peftplan.oom.diagnosis import explain_oom
     from peftplan.planning.advising import advice
     from peftplan.planning.compare import compare
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
+    "ConfigPlan": "job.configs.plan",
     "Estimate": "results.estimate",
     "InputError": "errors",
     "MissingExtraError": "errors",
@@ -48,11 +51,13 @@ _HOMES = {
     "list_methods": "planning.listings",
     "models": "planning.listings",
     "practices": "planning.practice",
+    "read_config": "job.configs.read",
     "serving": "planning.serving",
     "sweep": "planning.sweep",
 }
 
 __all__ = [
+    "ConfigPlan",
     "Estimate",
     "InputError",
     "MissingExtraError",
@@ -73,6 +78,7 @@ __all__ = [
     "methods",
     "models",
     "practices",
+    "read_config",
     "serving",
     "sweep",
 ]

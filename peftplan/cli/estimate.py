@@ -31,6 +31,22 @@ unknown        there is no peak, or only a lower bound that is not too large
 @argument("model", required=False)
 @options.group(METHOD_HEADING, options.METHOD)
 @options.group("Model", options.MODEL)
+@option(
+    "--config",
+    "config",
+    multiple=True,
+    metavar="FILE",
+    heading="Model",
+    help="a training config of axolotl, TRL, Unsloth, …; repeatable",
+)
+@option(
+    "--tool",
+    default=None,
+    rare=True,
+    metavar="NAME",
+    heading="Model",
+    help="the tool of --config, where its content does not tell",
+)
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
 @options.group("Several GPUs", options.GPUS)
@@ -74,6 +90,8 @@ unknown        there is no peak, or only a lower bound that is not too large
 )
 def command(
     model: str | None,
+    config: tuple[str, ...],
+    tool: str | None,
     fmt: str,
     verbose: bool,
     require_fit: bool,
@@ -92,8 +110,8 @@ def command(
 ) -> int:
     """What fine-tuning MODEL needs.
 
-    MODEL is a built-in name (`peftplan models`), a Hub id, or a path to a config.json or its folder. Without it, --peft-config
-    names its base model.
+    MODEL is a built-in name (`peftplan models`), a Hub id, or a path to a config.json or its folder. Without it, --config or
+    --peft-config names it.
 
     \b
     peftplan estimate llama-2-70b --method qlora --r 16
@@ -102,7 +120,10 @@ def command(
     Each --gpu gets a verdict: fits, tight, does not fit, does not run or unknown (--help-all defines them).
     """
     options.check_format(fmt)
-    options.check_model(model, raw)
+    if not config:
+        options.check_model(model, raw, also="a --config that names one, or ")
+        if tool is not None:
+            raise RefusedError("--tool: it needs a --config")
     if explain and fmt != "table":
         raise RefusedError(f"--explain: it prints text; --format {fmt} without it has each line's formula (markdown: with -v)")
     if require_fit and not gpu:
@@ -125,6 +146,7 @@ def command(
             context=context,
             advice=advice,
             script=script,
+            **({"config": config, "tool": tool} if config else {}),
             **options.chosen(raw),
         )
         for names in _by_number(gpu)

@@ -62,7 +62,7 @@ TRAINING: dict[str, str] = {
     "--offload-checkpoints/--no-offload-checkpoints": "keep the inputs of checkpointed layers in host memory",
     "--use-reentrant/--no-use-reentrant": "reentrant checkpointing (older default of transformers and peft)",
     "--save-total-limit": "checkpoints that Trainer keeps on disk (-v and JSON say their bytes)",
-    "--optim": "any name that TrainingArguments.optim accepts",
+    "--optim": "a name of TrainingArguments.optim",
     "--optim-args": "as in TrainingArguments",
     "--optim-target-modules": "modules that GaLore and APOLLO project",
     "--attn-implementation": "attention kernels; default: sdpa where the model has it",
@@ -74,7 +74,7 @@ TRAINING: dict[str, str] = {
     "--keep-gradients/--drop-gradients": "keep gradients allocated between steps (zero_grad(set_to_none=False))",
 }
 GPUS: dict[str, str] = {
-    "--gpus": "GPUs of a node, one process each; the same as --gpu NxCARD",
+    "--gpus": "GPUs of a node, one process each (--gpu NxCARD)",
     "--nodes": "nodes with as many GPUs each; default: 1",
     "--strategy": "how the GPUs share the job; default: ddp",
     "--accelerate-config": "an accelerate config file (YAML)",
@@ -114,14 +114,14 @@ GPUS: dict[str, str] = {
     "--pp-size": "stages of a pipeline",
 }
 SHORT_HELP = (
-    *("--gpus", "--strategy", "--accelerate-config", "--deepspeed"),
-    *("--method", "--peft-config", "--r", "--target-modules", "--quant", "--trainer", "--batch-size", "--seq-len"),
-    *("--gradient-checkpointing/--no-gradient-checkpointing", "--optim", "--adapters", "--context"),
+    *("--gpus", "--strategy"),
+    *("--method", "--r", "--target-modules", "--quant", "--trainer", "--batch-size", "--seq-len"),
+    *("--gradient-checkpointing/--no-gradient-checkpointing", "--adapters", "--context"),
 )
 """The options of a group that `--help` shows; `--help-all` shows the others too."""
 NOT_FIELDS = (
     *("model", "method", "peft_config", "quantization_config", "training_args", "gpu", "engine", "advice", "record", "progress"),
-    *("script", "strict", "adapters", "context", "encoder_context", "serving_dtype", "merge"),
+    *("script", "strict", "config", "tool", "adapters", "context", "encoder_context", "serving_dtype", "merge"),
 )
 """Arguments of `estimate` and `serving` that are no fields of a method, so that --set does not take them."""
 
@@ -303,10 +303,10 @@ def computed_by(engine: str) -> Iterator[dict[str, Any]]:
         yield {"engine": engine, "progress": progress}
 
 
-def check_model(model: str | None, stated: dict[str, Any]) -> None:
-    """Raises RefusedError where nothing names a model."""
+def check_model(model: str | None, stated: dict[str, Any], *, also: str = "") -> None:
+    """Raises RefusedError where nothing names a model; `also` is an option that may name one too."""
     if model is None and stated.get("peft_config") is None:
-        raise RefusedError("MODEL: a model is needed, or a --peft-config that names its base model")
+        raise RefusedError(f"MODEL: a model is needed, or {also}a --peft-config that names its base model")
 
 
 def check_format(name: str) -> None:

@@ -162,6 +162,8 @@ class VerdictDocument(TypedDict):
     needed_bytes: int
     """Reserved bytes and the CUDA context."""
     needed_is_lower_bound: bool
+    needed_is_upper_bound: NotRequired[bool]
+    """Whether keys of a file, which no option says, make the job need less."""
     context_bytes: int
     context_assumed: bool
     """Whether the context is that of another card."""
@@ -255,6 +257,57 @@ class DistributedDocument(TypedDict):
     not_counted: list[str]
 
 
+class ReadKeyDocument(TypedDict):
+    """A key of a file that decides options."""
+
+    value: Any
+    option: str
+    """The options, comma-separated."""
+    why: str
+
+
+class IgnoredKeyDocument(TypedDict):
+    """A key that does not change memory."""
+
+    value: Any
+    why: str
+    at: str
+    """The tool's file and line."""
+
+
+class UnsayableKeyDocument(TypedDict):
+    """A key that changes memory, or may, and that no option says."""
+
+    value: Any
+    why: str
+    effect: Literal["lowers", "raises", "unknown"]
+    """What it does to the true peak."""
+    option: str | None
+    """The option that takes its place where it is set."""
+
+
+class ConfigDocument(TypedDict):
+    """What the file of another training tool says: `--config`."""
+
+    tool: str
+    version: str
+    """The version whose defaults are known."""
+    files: list[str]
+    model: str | None
+    options: dict[str, Any]
+    """peftplan's options, the tool's defaults included."""
+    launch: dict[str, Any]
+    read: dict[str, ReadKeyDocument]
+    ignored: dict[str, IgnoredKeyDocument]
+    unsayable: dict[str, UnsayableKeyDocument]
+    defaults: dict[str, str]
+    """Option that the file leaves to the tool → the tool's file and line."""
+    assumed: dict[str, str]
+    """What the file leaves to the data or the launcher."""
+    bound: Literal["at_most", "at_least", "unknown"] | None
+    """What the peak is where a key cannot be said."""
+
+
 class EstimateDocument(TypedDict):
     """What a fine-tuning run needs: `peftplan estimate --format json`, `Estimate.to_dict()`."""
 
@@ -281,3 +334,5 @@ class EstimateDocument(TypedDict):
     """With `--explain-peak` only."""
     distributed: NotRequired[DistributedDocument]
     """On several GPUs only."""
+    config: NotRequired[ConfigDocument]
+    """With `--config` only."""

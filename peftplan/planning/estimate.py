@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from peftplan.errors import OptionError, RefusedError, UnknownNameError
@@ -18,12 +18,15 @@ from peftplan.results.estimate import Estimate
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from peftplan.job.configs.with_file import WithFile
     from peftplan.job.options import Options
 
 
 def estimate(
     model: Any = None,
     *,
+    config: Any = None,
+    tool: str | None = None,
     method: str | None = None,
     peft_config: Any = None,
     quantization_config: Any = None,
@@ -42,10 +45,12 @@ def estimate(
 
     `model`: a built-in name, a Hub id, a path to a config.json or its folder, a config dict, a transformers
     `PretrainedConfig`, or a loaded model, with or without peft's wrapper, whose dtypes and trainable parameters count too; None
-    is the base that `peft_config` names. `method`: a name of `peftplan.methods.METHODS` (default `lora`), or give `peft_config`:
-    an adapter_config dict or any peft `PeftConfig`. `quantization_config`: a transformers `BitsAndBytesConfig`.
-    `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `gpu`: names of cards, sizes such as 24GiB, or several
-    of one as `8xh100-80gb`;
+    is the base that `peft_config` names, or the model of `config`. `config`: the file of another training tool (axolotl,
+    LLaMA-Factory, TRL, torchtune, Unsloth, …), several with launch files last, or a result of `read_config`; `tool`: its
+    name where the content does not tell. `method`: a name of `peftplan.methods.METHODS` (default `lora`), or give
+    `peft_config`: an adapter_config dict or any peft `PeftConfig`. `quantization_config`: a transformers `BitsAndBytesConfig`.
+    `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `gpu`: names of cards, sizes such as
+    24GiB, or several of one as `8xh100-80gb`;
     `context`: MiB of CUDA context that the verdicts count (None: as measured on the card, else assumed).
 
     `options`: those of the command line with `_` for `-` (`peftplan estimate --help`; `job.setup.Setup` checks them), such
@@ -66,6 +71,10 @@ def estimate(
         raise UnknownNameError("advice", advice, SEARCHES)
     gpu, count = _counted(gpu)
     with named_as_typed({"method": method, **options}) as named:
+        said = None
+        if config is not None:
+            model, named, said = _of_config(config, tool, model, named, objects=peft_config is not None, strict=strict)
+            peft_config = named.pop("peft_config", peft_config)
         if count is not None and named.get("gpus") is not None:
             raise OptionError("gpus", named["gpus"], f"gpu says how many there are ({count}x…); accepted: one of the two")
         if count is not None:
@@ -81,7 +90,7 @@ def estimate(
         )
         check_rank_allocator(job)
         counted = inventory(job)
-    question = Question(counted, tuple(find_cards(gpu, context=context)), advice)
+    question = Question(counted, tuple(find_cards(gpu, context=context)), advice, said)
     if engine == "trace":
         return traced(question, record=record, progress=progress)
     return analytic(question)
@@ -94,3 +103,13 @@ def _counted(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | Non
         numbers = ", ".join(f"{count}x" if count else "one" for count, _ in groups)
         raise RefusedError(f"gpu: one estimate is of one number of GPUs, here they are {numbers}; ask for each number")
     return (gpu, None) if not groups or groups[0][0] is None else (groups[0][1], groups[0][0])
+
+
+def _of_config(config: Any, tool: str | None, model: Any, named: Mapping[str, Any], *, objects: bool, strict: bool) -> WithFile:
+    """What a file asks together with the user's options."""
+    from peftplan.job.configs.plan import ConfigPlan
+    from peftplan.job.configs.read import read_config
+    from peftplan.job.configs.with_file import with_file
+
+    plan = config if isinstance(config, ConfigPlan) else read_config(config, tool=tool)
+    return with_file(plan, model, named, objects=objects, strict=strict)

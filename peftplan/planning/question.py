@@ -31,6 +31,21 @@ class Question(NamedTuple):
     inventory: Inventory
     cards: tuple[Gpu, ...] = ()
     search: AdviceSearch = "best"
+    config: Mapping[str, Any] | None = None
+    """What the file of another tool says (`job.configs.plan.ConfigPlan.to_dict`)."""
+
+    @property
+    def bound(self) -> str | None:
+        """What the peak is where the file has keys that no option says."""
+        return self.config["bound"] if self.config else None
+
+    @property
+    def open(self) -> str | None:
+        """Why there is no peak: keys that no option says and whose effect is not known."""
+        if self.config is None or self.bound != "unknown":
+            return None
+        keys = [key for key, said in self.config["unsayable"].items() if said["effect"] == "unknown"]
+        return f"keys that no option says ({', '.join(keys or self.config['unsayable'])})"
 
     def at(self, sizes: Mapping[str, Any], *, replays: int | None) -> Estimate | Grid:
         """The job at other sizes: an Estimate for whole numbers, a Grid where one of them is a list or an array."""
@@ -170,7 +185,7 @@ def _estimated(
     """
     (job, built, static, _), cards = question.inventory, question.cards
     of_first = capability(cards[0] if cards else None)
-    counted = {of: peaks_on(of) for of in dict.fromkeys((of_first, *map(capability, cards)))}
+    counted = {of: question.open or peaks_on(of) for of in dict.fromkeys((of_first, *map(capability, cards)))}
     by_capability = {of: Counted() if isinstance(peaks, str) else peaks for of, peaks in counted.items()}
     peaks = by_capability[of_first].peaks
     standing = static.bytes() if any(peaks.peaks is None for peaks in by_capability.values()) else 0
@@ -195,15 +210,23 @@ def _estimated(
         assumptions=assumed,
         not_modelled=(f"{counted[of_first]}", *NOT_COUNTED) if peaks is None else outside(job, counted),
         gpus=tuple(
-            verdict(card, standing, *by_capability[of], refused=unmet(job.setup, pair(of)), skip_unfit=skip_unfit)
+            verdict(
+                card,
+                standing,
+                *by_capability[of],
+                refused=unmet(job.setup, pair(of)),
+                skip_unfit=skip_unfit,
+                bound=question.bound,
+            )
             for card, of in ((card, capability(card)) for card in cards)
         ),
         peaks=peaks,
         warnings=job.warnings,
-        chosen=job.chosen,
+        chosen=job.chosen - (question.config or {}).get("defaults", {}).keys(),
         asides=job.architecture.asides,
         origin=question,
         distributed=_over_gpus(job, static, peaks),
+        config=question.config,
     )
 
 

@@ -111,13 +111,15 @@ def verdict(
     *,
     refused: str | None = None,
     skip_unfit: bool = False,
+    bound: str | None = None,
 ) -> Verdict:
     """Whether a job fits a card.
 
     *Needed* are the bytes that the allocator reserves without a limit, and the CUDA context, assumed where it is not known.
     `fits`: at least 5 % of the usable bytes are left. `tight`: less is left, or less than nothing while the job runs where the
     allocator may take no more than is usable: it gives cached memory back before it fails. `does_not_fit`: it fails there.
-    `does_not_run`: a library raises, for the reason `refused`. `unknown`: no peak, or a lower bound that is not too large.
+    `does_not_run`: a library raises, for the reason `refused`. `unknown`: no peak, or a lower bound that is not too large, or an
+    upper one that is. `bound`: what the peak is where a file has keys that no option says: `at_least`, `at_most` or `unknown`.
 
     `static_bytes`: what lasts from step to step, a lower bound where there is no peak. `runs_within`: whether the job runs where
     the allocator can take so many bytes. `skip_unfit`: do not replay peaks whose tensors alone are too large.
@@ -125,12 +127,12 @@ def verdict(
     usable, room = usable_and_room(card)
     unfit = skip_unfit and peaks is not None and peaks.at_least > room
     reserved = static_bytes if peaks is None else peaks.at_least if unfit else peaks.reserved or peaks.allocated
-    lower_bound = peaks is None or bool(peaks.incomplete)
+    lower_bound = peaks is None or bool(peaks.incomplete) or bound == "at_least"
     releases_cache = reserved > room and peaks is not None and _ends(peaks, runs_within, room)
     if refused is not None:
         word = "does_not_run"
     elif reserved > room and not releases_cache:
-        word = "does_not_fit"
+        word = "unknown" if bound in ("at_most", "unknown") else "does_not_fit"
     elif lower_bound:
         word = "unknown"
     else:
@@ -140,6 +142,7 @@ def verdict(
         word,
         reserved,
         lower_bound=lower_bound,
+        upper_bound=bound == "at_most" and not lower_bound,
         runs_by_releasing_cache=releases_cache and word == "tight",
         scope=TEXT if peaks is not None and peaks.assumed.get("images_per_sample") == 0 else None,
         reason=refused,
@@ -161,6 +164,7 @@ def stated(
     reserved: int,
     *,
     lower_bound: bool = False,
+    upper_bound: bool = False,
     runs_by_releasing_cache: bool = False,
     scope: str | None = None,
     reason: str | None = None,
@@ -180,6 +184,7 @@ def stated(
         context_source=context.why,
         context_assumed=context.assumed,
         lower_bound=lower_bound,
+        upper_bound=upper_bound,
         runs_by_releasing_cache=runs_by_releasing_cache,
         scope=scope,
         reason=reason,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from peftplan.planning.advising import advice_on, unfit
+from peftplan.report import configs
 from peftplan.report.bar import bar, legend, segments, unit_of
 from peftplan.report.cards import card_name
 from peftplan.report.screen import INDENT, Colour, Glyphs, Part, Row, Screen, flowing, wrapped
@@ -55,6 +56,8 @@ def head(result: Estimate, screen: Screen) -> list[Row]:
     rows = wrapped(screen.glyphs.dot.join(_title(result)), screen.columns, colour="bold")
     if result.distributed is not None:
         rows += wrapped(result.distributed.words, screen.columns)
+    if result.config:
+        rows += wrapped(configs.summary(result.config), screen.columns)
     for warning in result.warnings:
         rows += wrapped(f"warning: {warning}", screen.columns, colour="yellow")
     return rows + [row for verdict in result.gpus for row in _verdict(verdict, result, screen)]
@@ -94,15 +97,19 @@ def _in_words(verdict: Verdict, result: Estimate) -> str:
         least = "at least " if verdict.lower_bound else ""
         return f"needs {least}{needed} GiB of {usable}, {left} short{scope}"
     if verdict.verdict == "unknown":
-        return f"unknown{scope}, needs at least {needed} GiB of {usable}: {_open(result)}"
+        if result.config and result.config["bound"] == "unknown":
+            return f"unknown{scope}: {_open(result)}"
+        return f"unknown{scope}, needs at {'most' if verdict.upper_bound else 'least'} {needed} GiB of {usable}: {_open(result)}"
     if verdict.runs_by_releasing_cache:
         return f"tight{scope}, needs {needed} GiB of {usable}: runs only because the allocator releases cached memory"
     word = "" if verdict.verdict == "fits" and not scope else f"{verdict.verdict}{scope}, "
-    return f"{word}{left} GiB left"
+    return f"{word}{'at least ' if verdict.upper_bound else ''}{left} GiB left"
 
 
 def _open(result: Estimate) -> str:
     """Why a verdict is unknown, and what to do."""
+    if result.config and result.config["unsayable"]:
+        return "keys of the file cannot be said"
     if result.peaks:
         return "the trace could not follow all of it"
     return f"no peak{', add --engine trace' if '--engine trace' in result.not_modelled[0] else ''}"
@@ -129,7 +136,7 @@ def peak(result: Estimate, screen: Screen) -> list[Row]:
     if peaks:
         unit, name = unit_of(peaks.allocated)
         others = [f"{phase} {nbytes / unit:,.2f}" for phase, nbytes in peaks.by_phase.items() if phase != peaks.phase]
-        bound = "at least " if peaks.incomplete else ""
+        bound = {"at_least": "at least ", "at_most": "at most "}.get(result.bound or "", "")
         title = f"peak {bound}{peaks.allocated / unit:,.2f} {name} in {peaks.phase}; {dot.join(others)}"
     else:
         title = f"no peak: {result.not_modelled[0]}; the counted part takes {format_bytes(result.ledger.bytes())}"
@@ -168,6 +175,7 @@ def _notes(result: Estimate, screen: Screen) -> list[Row]:
     """What a reader must know of the numbers."""
     peaks = result.peaks
     lines = _incomplete(peaks.incomplete) if peaks else []
+    lines += configs.unsayable(result.config) if result.config else []
     lines += [f"note: {note}" for note in result.assumptions.get("notes", ()) if note not in result.asides]
     missing = [what for what in result.not_modelled if not (result.gpus and what == "CUDA context")]
     if peaks:
@@ -190,7 +198,8 @@ def _assumptions(result: Estimate, screen: Screen) -> list[Row]:
     ordered = [name for name in BY_WEIGHT if name in values]
     ordered += [name for name in values if name not in BY_WEIGHT]
     off = [name for name in ordered if values[name] == "no"]
-    items = [_item(name, values[name]) for name in ordered if name not in off]
+    by_tool = result.config["defaults"] if result.config else {}
+    items = [_item(name, values[name], by_tool.get(name)) for name in ordered if name not in off]
     items += [f"no {', '.join(off)}"] if off else []
     return flowing(items, screen.columns, between=screen.glyphs.dot, before="assumed: ")
 
@@ -199,7 +208,10 @@ def _dense(result: Estimate) -> bool:
     return result.assumptions.get("quant") == "none"
 
 
-def _item(name: str, text: str) -> str:
+def _item(name: str, text: str, at: str | None = None) -> str:
+    """A name and its value; what is a tool's default says whose."""
+    if at:
+        return f"{_item(name, text)} ({at.partition(' ')[0]} default)"
     if text == "yes":
         return name
     names = text.split(", ")

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peftplan.report import peak
+from peftplan.report import configs, peak
 from peftplan.report.tabular import (
     Column,
     assumption_rows,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 WIDER = 150
 """Tensors alive at the peak have one row each from here on; below, what they are stands under their names."""
+SUMS = {None: "sum, the peak", "at_least": "sum, a lower bound of the peak", "at_most": "sum, an upper bound of the peak"}
 SHORT = 20
 """Assumptions of up to this many characters share a row, two to a row; longer ones get a line of their own."""
 
@@ -56,6 +57,9 @@ def estimate(result: Estimate, *, explain_peak: bool = False) -> None:
     parts += ["", *_host(result), "", *_lines(result, width=out.width)]
     parts += ["", Text("Assumptions", style="bold"), *_assumptions(result, width=out.width)]
     parts += [f"note: {note}" for note in result.assumptions.get("notes", ())]
+    if result.config:
+        parts += ["", Text(configs.summary(result.config), style="bold"), *configs.keys(result.config)]
+        parts += configs.assumed(result.config)
     parts += ["", not_counted(result)]
     show(out, parts)
 
@@ -74,7 +78,7 @@ def _categories(result: Estimate) -> Table:
     peaks = result.peaks
     title = f"memory at the peak, in {peaks.phase}" if peaks else "memory that is counted"
     footer = (
-        "sum, the peak" if peaks and not peaks.incomplete else "sum, a lower bound of the peak",
+        SUMS[result.bound] if peaks else SUMS["at_least"],
         f"{total:,}",
         format_bytes(total),
     )
@@ -128,7 +132,9 @@ def _largest(result: Estimate, *, everything: bool, wide: bool) -> Table:
 
 
 def _verdicts(result: Estimate) -> Table:
-    unknown = "(the trace is incomplete)" if result.peaks else "(no peak)"
+    unknown = (
+        "(the trace is incomplete)" if result.peaks and not result.config else "(no peak)" if not result.peaks else "(a bound)"
+    )
     numbers = (Column(name, right=True) for name in ("usable", "needed", "context", "left over"))
     shown = table(Column("gpu"), *numbers, Column("verdict"))
     shown.columns[0].no_wrap = False  # ids of up to 29 letters

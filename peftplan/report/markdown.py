@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from peftplan.errors import one_line
-from peftplan.report import peak
+from peftplan.report import configs, peak
 from peftplan.report.tabular import (
     LINE_COLUMNS,
     assumption_rows,
@@ -43,6 +43,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
     peaks, total = result.peaks, result.ledger.bytes()
     parts = [
         f"## {plain(result.model['name'])} · {plain(result.method['name'])}",
+        *([plain(configs.summary(result.config))] if result.config else []),
         *(f"**Warning:** {plain(warning)}" for warning in result.warnings),
         table(
             ("parameters", "count"),
@@ -85,6 +86,8 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
         parts.append(table(LINE_COLUMNS, [texts(line.values()) for line in line_facts(result)]))
     parts.append(table(("assumption", "value"), assumption_rows(result.assumptions)))
     parts += [f"Note: {plain(note)}" for note in result.assumptions.get("notes", ())]
+    if result.config:
+        parts += [plain(line) for line in (*configs.unsayable(result.config, most=None), *configs.assumed(result.config))]
     parts.append(not_counted(result))
     return "\n\n".join(parts)
 

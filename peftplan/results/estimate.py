@@ -104,6 +104,8 @@ class Verdict(NamedTuple):
     """`text` where the job's pictures are not counted."""
     reason: str | None = None
     """Why the job does not run, with the line of the library that raises."""
+    upper_bound: bool = False
+    """Whether a file has keys that need less than `needed_bytes`, and that no option says."""
 
     @property
     def headroom_bytes(self) -> int:
@@ -125,7 +127,7 @@ class Verdict(NamedTuple):
     @property
     def device_total(self) -> int | None:
         """What nvidia-smi shows for the process; None where the context or the peak is not known."""
-        return None if self.context_assumed or self.lower_bound else self.needed_bytes
+        return None if self.context_assumed or self.lower_bound or self.upper_bound else self.needed_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of `gpus` in the JSON."""
@@ -139,6 +141,7 @@ class Verdict(NamedTuple):
             "reason": self.reason,
             "needed_bytes": self.needed_bytes,
             "needed_is_lower_bound": self.lower_bound,
+            **({"needed_is_upper_bound": True} if self.upper_bound else {}),
             "context_bytes": self.context_bytes,
             "context_assumed": self.context_assumed,
             "context_source": self.context_source,
@@ -190,6 +193,15 @@ class Estimate:
     """The job and its cards, which an estimate at other sizes and advice are made from."""
     distributed: OverGpus | None = None
     """How several GPUs share the job; all other bytes are then those of the largest rank. None on one GPU."""
+    config: Mapping[str, Any] | None = None
+    """What the file of another tool says, key by key, where one was asked (`job.configs.plan.ConfigPlan.to_dict`)."""
+
+    @property
+    def bound(self) -> str | None:
+        """`at_least` or `at_most` where keys of the file raise or lower the peak, and no option says them."""
+        if self.peaks is None:
+            return None
+        return self.config["bound"] if self.config else "at_least" if self.peaks.incomplete else None
 
     def __repr__(self) -> str:
         peak = f"peak {format_bytes(self.peaks.allocated)} in {self.peaks.phase}" if self.peaks else "no peak stated"
@@ -319,6 +331,7 @@ class Estimate:
             "gpus": [verdict.to_dict() | {"largest_line": largest, **self._advice_facts(verdict.gpu)} for verdict in self.gpus],
             "host": self.host and self.host.to_dict(),
             **({"distributed": self.distributed.to_dict()} if self.distributed else {}),
+            **({} if self.config is None else {"config": dict(self.config)}),
         }
 
     def _advice_facts(self, gpu: str) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""Calls of a Python script or a notebook, read from its syntax tree; nothing is imported and nothing runs."""
+
+from __future__ import annotations
+
+import ast
+import json
+from typing import Any
+
+from peftplan.job.configs.documents import BrokenFileError, Document
+
+WANTED = ("Config", "Trainer", "from_pretrained", "get_peft_model", "Arguments", "prepare_model_for_kbit_training")
+"""Ends of the names of calls that matter."""
+MOST_OF_A_TEXT = 40
+
+
+def of_notebook(text: str, *, file: str) -> Document:
+    """The calls of a notebook's code cells. Lines for the shell and magics are left out."""
+    try:
+        cells = json.loads(text)["cells"]
+        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BrokenFileError(file, None, "not a notebook: accepted: JSON with cells") from None
+    reader = _Calls()
+    for source in sources:
+        lines = ["pass" if line.lstrip().startswith(("!", "%")) else line for line in source.splitlines()]
+        reader.read("\n".join(lines), file=None)
+    return _document(reader, file)
+
+
+def of_script(text: str, *, file: str) -> Document:
+    """The calls of a Python script."""
+    reader = _Calls()
+    reader.read(text, file=file)
+    return _document(reader, file)
+
+
+def _document(reader: _Calls, file: str) -> Document:
+    if not reader.calls:
+        raise BrokenFileError(file, None, "accepted: a program that calls from_pretrained, get_peft_model or a Trainer")
+    return Document({"calls": reader.calls}, kind="calls")
+
+
+class _Calls(ast.NodeVisitor):
+    """The calls in the order of the text; names that were assigned once to a plain value stand for it."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.names: dict[str, Any] = {}
+
+    def read(self, source: str, *, file: str | None) -> None:
+        """Add the calls of a source. A cell that is no Python is left out; a file that is none raises BrokenFileError."""
+        try:
+            self.visit(ast.parse(source))
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            if file is not None:
+                line = getattr(error, "lineno", None)
+                raise BrokenFileError(file, line, f"not Python: {error}") from None
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        """A name for a plain value."""
+        self.generic_visit(node)
+        if len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            value = self.value(node.value)
+            if (
+                isinstance(value, (int, float, bool, list))
+                or value is None
+                or (isinstance(value, str) and not value.startswith("<"))
+            ):
+                self.names[node.targets[0].id] = value
+
+    def visit_Call(self, node: ast.Call) -> None:
+        """A call, if its name is one of those that matter; what it is called with stands before it."""
+        self.generic_visit(node)
+        name = ast.unparse(node.func)[:200]
+        if name.endswith(WANTED):
+            kwargs = {keyword.arg: self.value(keyword.value) for keyword in node.keywords if keyword.arg}
+            starred = {"**": "<keyword arguments>"} if any(keyword.arg is None for keyword in node.keywords) else {}
+            self.calls.append({"call": name, "args": [self.value(each) for each in node.args], "kwargs": kwargs | starred})
+
+    def value(self, node: ast.expr) -> Any:
+        """A plain value, or `<text>` of what only the program knows."""
+        try:
+            return ast.literal_eval(node)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            pass
+        if isinstance(node, ast.Name) and node.id in self.names:
+            return self.names[node.id]
+        if isinstance(node, (ast.List, ast.Tuple)):
+            return [self.value(each) for each in node.elts]
+        text = " ".join(ast.unparse(node).split())[:MOST_OF_A_TEXT]
+        return f"<call {ast.unparse(node.func)[:MOST_OF_A_TEXT]}>" if isinstance(node, ast.Call) else f"<{text}>"

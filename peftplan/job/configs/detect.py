@@ -1,0 +1,52 @@
+"""Which tool a file belongs to, by what stands in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftplan.errors import RefusedError, UnknownNameError
+from peftplan.job.configs.documents import Document, flat
+from peftplan.job.configs.facts import facts
+from peftplan.job.configs.plan import TOOLS, Tool
+
+KNOWN: tuple[Tool, ...] = tuple(tool for tool in TOOLS if tool != "other")
+
+
+def check(tool: str) -> Tool:
+    """The tool of this name. Raises UnknownNameError."""
+    if tool not in KNOWN:
+        raise UnknownNameError("tool", tool, KNOWN)
+    return tool
+
+
+def tool_of(document: Document, *, file: str) -> Tool:
+    """The tool of a file; `other` where none knows it. Raises RefusedError where two do."""
+    keys = flat(document.values) if document.kind != "calls" else {call["call"]: True for call in document.values["calls"]}
+    program = document.program
+    matching = [
+        tool
+        for tool in KNOWN
+        if any(_matches(case, document.kind, program, keys, document.values) for case in facts(tool).detect)
+    ]
+    if len(matching) > 1:
+        raise RefusedError(f"{file}: keys of {' and '.join(matching)} in one file; say which it is with --tool")
+    return matching[0] if matching else "other"
+
+
+def _matches(case: Mapping[str, Any], kind: str, program: str, keys: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether a case holds: its `kind` and `program`, `all` of its keys, `any` of others, `none` of the rest."""
+
+    def there(key: str) -> bool:
+        name, _, wanted = key.partition("=")
+        if name.endswith("*"):
+            return any(each.startswith(name[:-1]) for each in keys)
+        return (name in keys or name in values) and (not wanted or wanted in str(keys.get(name)))
+
+    return (
+        case.get("kind", "values") == kind
+        and any(program.startswith(name) for name in case.get("program", [""]))
+        and all(map(there, case.get("all", ())))
+        and (not case.get("any") or any(map(there, case["any"])))
+        and not any(map(there, case.get("none", ())))
+    )

@@ -1,0 +1,204 @@
+"""Text of a file → its values, with the line of each key. Nothing in a file is executed.
+
+YAML is read with safe scalars alone: no tags, no key twice, a bounded number of values once aliases are followed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peftplan.errors import InputError, quoted
+
+if TYPE_CHECKING:
+    from yaml.nodes import Node
+
+MOST_BYTES = 2**20
+"""Of a YAML file, a JSON file or a script: the longest published one has 60 KB."""
+MOST_NODES = 10_000
+"""Values of one file, aliases followed."""
+MOST_DEPTH = 50
+NUMBER = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+")
+"""Numbers that YAML 1.1, and so PyYAML, takes for text: `1e-5`. Tools convert them by the type of the field."""
+
+
+class Document(NamedTuple):
+    """The values of a file. `lines`: dotted key → line, where it is known."""
+
+    values: dict[str, Any]
+    lines: Mapping[str, int] = {}
+    kind: str = "values"
+    """`values`, `command` or `calls`."""
+    program: str = ""
+    """The program of a command."""
+    environment: Mapping[str, str] = {}
+    comments: str = ""
+    """The text of a recipe's header."""
+
+
+class FileError(InputError):
+    """Something wrong in a file: `axolotl.yml:12: micro_batch_size: [1, 2] is not accepted; …`."""
+
+    def __init__(self, file: str, line: int | None, field: str, value: object, accepted: str) -> None:
+        where = file if line is None else f"{file}:{line}"
+        super().__init__(f"{where}: {field}" if field else where, value, accepted)
+
+
+class BrokenFileError(FileError):
+    """A file that cannot be read as what it is: `axolotl.yml:3: no YAML: …`."""
+
+    form = "{field}: {accepted}"
+
+    def __init__(self, file: str, line: int | None, why: str) -> None:
+        super().__init__(file, line, "", None, why)
+
+
+def read_json(text: str, *, file: str) -> Document:
+    """The object of a JSON file."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise BrokenFileError(file, None, f"{quoted(twice)} stands twice in one object")
+        return values
+
+    try:
+        values = json.loads(text, object_pairs_hook=unique)
+    except BrokenFileError:
+        raise
+    except RecursionError:
+        raise BrokenFileError(file, None, f"accepted: at most {MOST_DEPTH} levels") from None
+    except ValueError as error:
+        line = getattr(error, "lineno", None)
+        raise BrokenFileError(file, line, f"not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise BrokenFileError(file, None, "accepted: a JSON object, of keys and values")
+    _check_size(values, file)
+    return Document(values)
+
+
+def _check_size(values: object, file: str) -> None:
+    todo, count = [(values, 0)], 0
+    while todo:
+        value, depth = todo.pop()
+        count += 1
+        if count > MOST_NODES or depth > MOST_DEPTH:
+            raise BrokenFileError(file, None, f"accepted: at most {MOST_NODES:,} values in at most {MOST_DEPTH} levels")
+        if isinstance(value, Mapping):
+            todo += [(each, depth + 1) for each in value.values()]
+        elif isinstance(value, list):
+            todo += [(each, depth + 1) for each in value]
+
+
+def read_yaml(text: str, *, file: str) -> Document:
+    """The mapping of a YAML file."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        root = yaml.compose(text, Loader=loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = " ".join(filter(None, (error.context, error.problem)))
+        raise BrokenFileError(file, None if mark is None else mark.line + 1, f"not YAML: {what}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise BrokenFileError(file, None, f"not YAML: {error}") from None
+    reader = _Yaml(file)
+    values = {} if root is None else reader.value(root, "", 0)
+    if not isinstance(values, dict):
+        raise BrokenFileError(file, 1, "accepted: keys and values, not a list or a text")
+    comments = "\n".join(line for line in text.splitlines() if line.lstrip().startswith("#"))
+    return Document(values, reader.lines, comments=comments)
+
+
+class _Yaml:
+    """Nodes of YAML → values, counted; `lines` fills as keys are met."""
+
+    def __init__(self, file: str) -> None:
+        from yaml.constructor import SafeConstructor
+
+        self.file = file
+        self.lines: dict[str, int] = {}
+        self.nodes = 0
+        safe = SafeConstructor()
+        self.scalars = {
+            "tag:yaml.org,2002:null": safe.construct_yaml_null,
+            "tag:yaml.org,2002:bool": safe.construct_yaml_bool,
+            "tag:yaml.org,2002:int": safe.construct_yaml_int,
+            "tag:yaml.org,2002:float": safe.construct_yaml_float,
+        }
+
+    def value(self, node: Node, key: str, depth: int) -> Any:
+        """The value of a node under a dotted key."""
+        from yaml.nodes import MappingNode, ScalarNode, SequenceNode
+
+        self.nodes += 1
+        line = node.start_mark.line + 1
+        if self.nodes > MOST_NODES or depth > MOST_DEPTH:
+            raise BrokenFileError(self.file, line, f"accepted: at most {MOST_NODES:,} values in at most {MOST_DEPTH} levels")
+        if isinstance(node, MappingNode) and node.tag == "tag:yaml.org,2002:map":
+            return self._mapping(node, key, depth)
+        if isinstance(node, SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+            return [self.value(each, key, depth + 1) for each in node.value]
+        if isinstance(node, ScalarNode):
+            return self._scalar(node, key, line)
+        raise BrokenFileError(
+            self.file, line, f"{key or 'the file'}: the tag {node.tag} is not accepted; accepted: values without tags"
+        )
+
+    def _scalar(self, node: Any, key: str, line: int) -> Any:
+        if node.tag in self.scalars:
+            try:
+                return self.scalars[node.tag](node)
+            except (ValueError, KeyError, OverflowError):
+                raise FileError(self.file, line, key, node.value, "accepted: a number of fewer digits") from None
+        if node.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"):
+            return as_number(node.value) if not node.style else node.value
+        raise BrokenFileError(self.file, line, f"{key}: the tag {node.tag} is not accepted; accepted: values without tags")
+
+    def _mapping(self, node: Any, key: str, depth: int) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        for name_node, value_node in node.value:
+            line = name_node.start_mark.line + 1
+            if name_node.tag == "tag:yaml.org,2002:merge":
+                value = self.value(value_node, key, depth + 1)
+                for each in value if isinstance(value, list) else [value]:
+                    if not isinstance(each, dict):
+                        raise BrokenFileError(self.file, line, "<<: accepted: a mapping, or a list of mappings")
+                    merged = {**each, **merged}
+                continue
+            name = self.value(name_node, key, depth + 1)
+            if not isinstance(name, (str, int, float, bool, type(None))):
+                raise BrokenFileError(self.file, line, f"{quoted(name)} is no key; accepted: a text")
+            name = "" if name is None else str(name)
+            if name in values:
+                raise BrokenFileError(self.file, line, f"{name} stands twice")
+            dotted = f"{key}.{name}" if key else name
+            self.lines.setdefault(dotted, line)
+            values[name] = self.value(value_node, dotted, depth + 1)
+        return {**merged, **values}
+
+
+def as_number(text: str) -> Any:
+    """The number that a plain text such as `1e-5` is; other text as it is."""
+    if not NUMBER.fullmatch(text):
+        return text
+    number = float(text.replace("_", ""))
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value; an empty mapping is a value."""
+    flattened: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        if isinstance(value, Mapping) and value:
+            flattened |= flat(value, key)
+        else:
+            flattened[key] = value
+    return flattened

@@ -1,0 +1,136 @@
+"""What is known of a tool: its keys, their defaults with file and line, and what each means for memory (`data/configs`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any, NamedTuple, TypedDict
+
+from peftplan.datafiles import load
+from peftplan.job.configs.plan import Effect, Tool
+
+FOLDER = "configs"
+
+
+class Row(TypedDict, total=False):
+    """What one key means. Exactly one of `to`, `sets`, `launch`, `rule`, `ignored` and `unsayable` is there."""
+
+    to: str
+    """The option (or `model`) that takes the value."""
+    values: Mapping[str, Any]
+    """Of `to`: their value in lower case → ours; null sets nothing."""
+    sets: Mapping[str, Mapping[str, Any] | None]
+    """Value in lower case → the options that it sets; null: it cannot be said. `*`: any other value."""
+    launch: str
+    """The fact about the launch."""
+    rule: str
+    """Why the key takes part in the file's `rules`."""
+    ignored: str
+    """Why it does not change memory."""
+    unsayable: str
+    """Why it changes memory, and no option says it."""
+    effect: Effect
+    option: str
+    """Of what cannot be said: the option that takes its place where the user sets it."""
+    off: list[Any]
+    """Of what cannot be said: values that change nothing, besides those that are false, empty or `none`."""
+    default: Any
+    at: str
+    why: str
+
+
+class Rule(TypedDict, total=False):
+    """What several keys mean together."""
+
+    when: Mapping[str, Any]
+    """Key → a list of accepted values, `set` or `unset`, for which the tool's defaults count, or `said`: by the file."""
+    set: Mapping[str, Any]
+    """Option → a value, `{"key": name}`, `{"product": [names]}`, or `{"names": {key: …}}` (`reading._names`)."""
+    unsayable: Mapping[str, Any]
+    """`key`, `why`, `effect`, `option`."""
+    assumed: Mapping[str, str]
+    kind: str
+    why: str
+    at: str
+
+
+class Known(NamedTuple):
+    """A key's row, and where the tool defines it."""
+
+    row: Row
+    default: Any
+    at: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The data file of a tool, with those of the tools whose keys it takes too."""
+
+    tool: Tool
+    version: str
+    detect: tuple[Mapping[str, Any], ...]
+    rows: Mapping[str, Row]
+    schema: Mapping[str, tuple[Any, str]]
+    rules: tuple[Rule, ...]
+    calls: Mapping[str, str]
+    """Calls of a script → the name under which their arguments are keys."""
+    models: Mapping[str, str]
+
+    def known(self, key: str) -> Known | None:
+        """The row of a dotted key: its own, a pattern's, or that of the mapping which it is in; None for no key of the tool."""
+        default, at = self.schema.get(key, (None, ""))
+        row = self.rows.get(key) or next((row for name, row in self._patterns() if fnmatchcase(key, name)), None)
+        if row is None and "." in key:
+            above = key.rpartition(".")[0]
+            while above and row is None:
+                row = self.rows.get(f"{above}.*")
+                above = above.rpartition(".")[0]
+        if row is not None:
+            return Known(row, row.get("default", default), row.get("at", at))
+        if key in self.schema or key.partition(".")[0] in self.schema:
+            return Known(
+                {"unsayable": f"what it changes has not been looked at ({at or self.schema[key.partition('.')[0]][1]})"},
+                default,
+                at,
+            )
+        return None
+
+    def _patterns(self) -> Iterator[tuple[str, Row]]:
+        return ((name, row) for name, row in self.rows.items() if "*" in name and not name.endswith(".*"))
+
+    def names(self) -> tuple[str, ...]:
+        """All keys that the tool has."""
+        return tuple({*self.schema, *(name for name in self.rows if "*" not in name)})
+
+
+def _included(names: Any) -> Iterator[tuple[str, Facts]]:
+    """The tools whose keys a tool takes too, each with what stands before their names."""
+    prefixed = names.items() if isinstance(names, Mapping) else [("", names)]
+    yield from ((prefix, facts(name)) for prefix, tools in prefixed for name in reversed(tools))
+
+
+@cache
+def facts(tool: Tool) -> Facts:
+    """The facts of a tool."""
+    raw = load(f"{FOLDER}/{tool}.json")
+    rows: dict[str, Row] = {}
+    schema: dict[str, tuple[Any, str]] = {}
+    for prefix, other in _included(raw.get("includes", ())):
+        rows |= {prefix + key: row for key, row in other.rows.items()}
+        schema |= {prefix + key: (default, f"{other.tool} {other.version}, {at}") for key, (default, at) in other.schema.items()}
+    for why, keys in raw.get("ignored", {}).items():
+        rows |= {key: {"ignored": why} for key in keys}
+    rows |= raw.get("keys", {})
+    schema |= {key: (default, at) for key, (default, at) in raw.get("schema", {}).items()}
+    return Facts(
+        tool,
+        raw["version"],
+        tuple(raw.get("detect", ())),
+        rows,
+        schema,
+        tuple(raw.get("rules", ())),
+        raw.get("calls", {}),
+        raw.get("models", {}),
+    )

@@ -1,0 +1,102 @@
+"""What a tool's file says: the model, our options, the launch, and what became of every key. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+Tool = Literal[
+    "axolotl", "llamafactory", "llamafactory-v1", "trl", "torchtune", "swift", "unsloth", "transformers", "nemo-automodel",
+    "peft", "accelerate", "deepspeed", "other",
+]  # fmt: skip
+TOOLS: tuple[Tool, ...] = get_args(Tool)
+LAUNCHERS: tuple[Tool, ...] = ("accelerate", "deepspeed")
+"""Tools whose files say how a job is launched, not what it trains."""
+
+Effect = Literal["lowers", "raises", "unknown"]
+"""What a key does to the true peak, compared with the number that leaves it out."""
+Bound = Literal["at_most", "at_least", "unknown"]
+"""What a number is that leaves keys out: the true peak is at most it, at least it, or not comparable."""
+
+
+class Read(NamedTuple):
+    """A key that decides options."""
+
+    value: Any
+    option: str
+    """The options, comma-separated; `model` and names of the launch too."""
+    why: str = ""
+
+
+class Ignored(NamedTuple):
+    """A key that does not change memory."""
+
+    value: Any
+    why: str
+    at: str = ""
+    """The tool's file and line."""
+
+
+class Unsayable(NamedTuple):
+    """A key that changes memory, or may, and that no option says."""
+
+    value: Any
+    why: str
+    effect: Effect = "unknown"
+    option: str | None = None
+    """The option that takes its place where the user sets it."""
+
+
+@dataclass(frozen=True)
+class ConfigPlan:
+    """What a tool's files say. Every key is in one of `read`, `ignored` and `unsayable`."""
+
+    tool: Tool
+    version: str
+    """The version of the tool whose defaults and keys are known."""
+    files: tuple[str, ...]
+    model: str | None
+    options: Mapping[str, Any]
+    """Our options (`method` among them), defaults of the tool included."""
+    launch: Mapping[str, Any] = field(default_factory=dict)
+    """How many processes run, and how they share the model."""
+    read: Mapping[str, Read] = field(default_factory=dict)
+    ignored: Mapping[str, Ignored] = field(default_factory=dict)
+    unsayable: Mapping[str, Unsayable] = field(default_factory=dict)
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Option that the file leaves to the tool → the tool's file and line."""
+    assumed: Mapping[str, str] = field(default_factory=dict)
+    """What the file leaves to the data or the launcher → what is assumed."""
+    kind: Literal["training", "launch", "other"] = "training"
+    """Whether the file trains a model, launches a job, or does something else."""
+
+    def without(self, chosen: Mapping[str, Any]) -> dict[str, Unsayable]:
+        """What cannot be said once the user has set options: a key whose option is set no longer matters."""
+        return {key: said for key, said in self.unsayable.items() if said.option is None or chosen.get(said.option) is None}
+
+    def to_dict(self, chosen: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The `config` field of an estimate's JSON."""
+        unsayable = self.without(chosen or {})
+        return {
+            "tool": self.tool,
+            "version": self.version,
+            "files": list(self.files),
+            "model": self.model,
+            "options": dict(self.options),
+            "launch": dict(self.launch),
+            "read": {key: row._asdict() for key, row in self.read.items()},
+            "ignored": {key: row._asdict() for key, row in self.ignored.items()},
+            "unsayable": {key: row._asdict() for key, row in unsayable.items()},
+            "defaults": dict(self.defaults),
+            "assumed": dict(self.assumed),
+            "bound": bound(unsayable),
+        }
+
+
+def bound(unsayable: Mapping[str, Unsayable]) -> Bound | None:
+    """What a peak is that leaves these keys out; None where there are none."""
+    effects = {said.effect for said in unsayable.values()}
+    if not effects:
+        return None
+    return "at_most" if effects == {"lowers"} else "at_least" if effects == {"raises"} else "unknown"

@@ -1,0 +1,91 @@
+"""`read_config`: the file of another training tool as a `ConfigPlan`. Nothing in a file is executed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peftplan import files
+from peftplan.errors import RefusedError
+from peftplan.job.configs.detect import check, tool_of
+from peftplan.job.configs.documents import MOST_BYTES, Document, read_json, read_yaml
+from peftplan.job.configs.facts import facts
+from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Tool
+from peftplan.job.configs.reading import plan_of
+
+NOTEBOOK_BYTES = 32 * 2**20
+"""Of a notebook, whose outputs hold pictures."""
+
+
+def read_config(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, tool: str | None = None) -> ConfigPlan:
+    """What a training tool's file says: model, options, launch, and what became of each of its keys.
+
+    `path`: a YAML or JSON file, a shell script with a training command, a Python script or a notebook with Unsloth's calls; of
+    several files the later ones are launch files (accelerate YAML, DeepSpeed JSON). `tool`: its name where the content does not
+    tell. Raises InputError, UnknownNameError or RefusedError, one line with file, line and key.
+    """
+    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    if not paths:
+        raise RefusedError("config: no file is named")
+    named = None if tool is None else check(tool)
+    plans = [_plan(Path(each), named if index == 0 else None) for index, each in enumerate(paths)]
+    return joined(plans)
+
+
+def read_values(
+    values: Mapping[str, Any], *, file: str, tool: str | None = None, kind: str = "values", program: str = "", **environment: Any
+) -> ConfigPlan:
+    """The plan of values that were parsed already: of a file, of a `command`, or the `calls` of a script."""
+    named = {str(name): str(value) for name, value in environment.items()}
+    document = Document(dict(values), kind=kind, program=program, environment=named)
+    return _of_document(document, file, None if tool is None else check(tool))
+
+
+def _plan(path: Path, tool: Tool | None) -> ConfigPlan:
+    return _of_document(read_document(path), str(path), tool)
+
+
+def _of_document(document: Document, file: str, tool: Tool | None) -> ConfigPlan:
+    tool = tool or tool_of(document, file=file)
+    if tool == "other":
+        return ConfigPlan("other", "", (file,), None, {}, kind="other")
+    return plan_of(document, facts(tool), file=file)
+
+
+def read_document(path: Path) -> Document:
+    """The values of a file, by its kind."""
+    name = str(path)
+    if path.suffix == ".ipynb":
+        from peftplan.job.configs.calls import of_notebook
+
+        return of_notebook(files.text(path, field="config", most=NOTEBOOK_BYTES), file=name)
+    text = files.text(path, field="config", most=MOST_BYTES)
+    if path.suffix == ".py":
+        from peftplan.job.configs.calls import of_script
+
+        return of_script(text, file=name)
+    if path.suffix in (".sh", ".bash") or text.startswith("#!"):
+        from peftplan.job.configs.shell import of_shell
+
+        return of_shell(text, file=name)
+    return read_json(text, file=name) if path.suffix == ".json" else read_yaml(text, file=name)
+
+
+def joined(plans: list[ConfigPlan]) -> ConfigPlan:
+    """One plan of a training file and the launch files behind it."""
+    first, *others = plans
+    for other in others:
+        if other.tool not in LAUNCHERS:
+            raise RefusedError(f"config: {other.files[0]} is a file of {other.tool}; accepted after the first: launch files")
+        first = replace(
+            first,
+            files=first.files + other.files,
+            launch={**first.launch, other.tool: dict(other.launch)},
+            read={**first.read, **{f"{other.tool}: {key}": row for key, row in other.read.items()}},
+            ignored={**first.ignored, **{f"{other.tool}: {key}": row for key, row in other.ignored.items()}},
+            unsayable={**first.unsayable, **{f"{other.tool}: {key}": row for key, row in other.unsayable.items()}},
+        )
+    return first

@@ -1,0 +1,287 @@
+"""Values of a file + the facts of its tool → a `ConfigPlan`. One mechanism; what differs between tools is data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from peftplan.errors import nearest, quoted
+from peftplan.job.configs.documents import Document, FileError, flat
+from peftplan.job.configs.facts import Facts, Known, Row, Rule
+from peftplan.job.configs.interpolation import resolved
+from peftplan.job.configs.models import named
+from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Unsayable
+from peftplan.job.configs.with_file import fitting
+
+WHOLE = frozenset(
+    {
+        "batch_size", "seq_len", "gradient_accumulation_steps", "r", "num_labels", "num_virtual_tokens", "save_total_limit",
+        "init_r", "target_r", "oft_block_size", "boft_block_size", "n_frequency", "every_n_layers", "logits_to_keep",
+    }
+)  # fmt: skip
+"""Options that are whole numbers."""
+TEXTS = frozenset({"model", "optim", "method"})
+"""Options that are texts."""
+OPEN = re.compile(r"\$|<[A-Za-z_]|EXPR\{|\{\{")
+"""What a text holds that only the shell, the program or a template fills in."""
+NOTHING = ("none", "", "false", "no", "null", "[]", "{}", "0")
+
+
+def plan_of(document: Document, tool: Facts, *, file: str) -> ConfigPlan:
+    """The plan of one file."""
+    reading = _Reading(document, tool, file)
+    for key, value in reading.values.items():
+        reading.key(key, value)
+    reading.leave_to_the_tool()
+    for rule in tool.rules:
+        reading.rule(rule)
+    return reading.plan()
+
+
+def word(value: object) -> str:
+    """A value as the data files write it: lower case, `true`, `none`."""
+    return "none" if value is None else str(value).lower()
+
+
+class _Reading:
+    """One file while it is read; each key ends in one of three groups."""
+
+    def __init__(self, document: Document, tool: Facts, file: str) -> None:
+        self.tool, self.file, self.document = tool, file, document
+        values = _of_calls(document, tool) if document.kind == "calls" else document.values
+        self.values = flat(resolved(values))
+        self.options: dict[str, Any] = {}
+        self.launch: dict[str, Any] = {}
+        self.read: dict[str, Read] = {}
+        self.ignored: dict[str, Ignored] = {}
+        self.unsayable: dict[str, Unsayable] = {}
+        self.defaults: dict[str, str] = {}
+        self.assumed: dict[str, str] = {}
+        self.model: str | None = None
+        self.kind = "launch" if tool.tool in LAUNCHERS else "training"
+
+    def key(self, key: str, value: Any) -> None:
+        """Put one key into its group."""
+        known = self.tool.known(key)
+        if known is None:
+            near = nearest(key.rpartition(".")[2].lower(), self.tool.names())
+            suggested = f"; did you mean {' or '.join(near)}?" if near else ""
+            self.unsayable[key] = Unsayable(value, f"no key of {self.tool.tool} {self.tool.version}{suggested}")
+        elif "ignored" in known.row:
+            self.ignored[key] = Ignored(value, known.row["ignored"], known.at)
+        elif value is None:
+            self.ignored[key] = Ignored(value, "empty: the tool's default holds", known.at)
+        elif _open(value) and not {"rule", "launch"} & known.row.keys() and known.row.get("to") != "target_modules":
+            self.unsayable[key] = Unsayable(value, "its value is filled in elsewhere", option=known.row.get("to"))
+        else:
+            self._known(key, value, known)
+
+    def _known(self, key: str, value: Any, known: Known) -> None:
+        row = known.row
+        if "to" in row:
+            self._to(key, value, row)
+        elif "sets" in row:
+            self._sets(key, value, known)
+        elif "launch" in row:
+            label, _, rest = row["launch"], *key.partition(".")[1:]
+            self.launch[key if label == self.tool.tool else f"{label}.{rest}" if rest else label] = value
+            self.read[key] = Read(value, "launch", row.get("why", ""))
+        elif "rule" in row:
+            self.read.setdefault(key, Read(value, "", row["rule"]))
+        elif word(value) in (*NOTHING, *map(word, row.get("off", ()))):
+            self.ignored[key] = Ignored(value, "off", known.at)
+        else:
+            effect = row.get("effect", "unknown")
+            self.unsayable[key] = Unsayable(value, row["unsayable"], effect, row.get("option"))
+
+    def _to(self, key: str, value: Any, row: Row) -> None:
+        option = row["to"]
+        said = row.get("values", {}).get(word(value), value)
+        if said is None:
+            self.ignored[key] = Ignored(value, "it sets nothing", row.get("at", ""))
+            return
+        self._set({option: self._typed(key, option, said)})
+        self.read[key] = Read(value, option, row.get("why", ""))
+
+    def _typed(self, key: str, option: str, value: Any) -> Any:
+        """A value of the option's type. Raises FileError, one line with file, line and key."""
+        if option in WHOLE:
+            text = str(value)
+            if isinstance(value, bool) or not re.fullmatch(r"\d+(\.0*)?", text) or not 0 < float(text) < 2**31:
+                raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a whole number of at least 1")
+            return int(float(text))
+        if option in TEXTS and not isinstance(value, str):
+            raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a text")
+        return tuple(value) if isinstance(value, list) else value
+
+    def _sets(self, key: str, value: Any, known: Known) -> None:
+        sets = known.row["sets"]
+        options = sets.get(word(value), sets.get("*"))
+        if options is None:
+            why = known.row.get("why") or f"{quoted(value)} cannot be said"
+            self.unsayable[key] = Unsayable(value, why, known.row.get("effect", "unknown"), known.row.get("option"))
+            return
+        self._set(options)
+        self.read[key] = Read(value, ", ".join(options), known.row.get("why", ""))
+
+    def _set(self, options: Mapping[str, Any]) -> None:
+        for option, value in options.items():
+            if option == "model":
+                self.model = value
+            else:
+                self.options[option] = value
+            self.defaults.pop(option, None)
+
+    def leave_to_the_tool(self) -> None:
+        """Options that the file leaves open, as the tool's defaults have them."""
+        for key, row in self.tool.rows.items():
+            if "*" in key or self.values.get(key) is not None or not {"to", "sets"} & row.keys():
+                continue
+            default, at = self.tool.schema.get(key, (None, ""))
+            default = row.get("default", default)
+            options: Mapping[str, Any] | None
+            if "to" in row:
+                said = row.get("values", {}).get(word(default), default)
+                options = None if said is None else {row["to"]: said}
+            else:
+                options = row["sets"].get(word(default), row["sets"].get("*"))
+            for option, value in (options or {}).items():
+                if option not in self.options and option != "model" and value is not None:
+                    self.options[option] = value
+                    self.defaults[option] = self._place(row.get("at", at))
+
+    def _place(self, at: str) -> str:
+        return f"{self.tool.tool} {self.tool.version}{at and ', '}{at}"
+
+    def rule(self, rule: Rule) -> None:
+        """Apply a rule whose keys have its values."""
+        when = rule.get("when", {})
+        if not all(self._holds(key, wanted) for key, wanted in when.items()):
+            return
+        why, at = rule.get("why", ""), rule.get("at", "")
+        for option, said in rule.get("set", {}).items():
+            value = self._said(said)
+            if value is None:
+                continue
+            self._set({option: value})
+            if not any(self.values.get(key) is not None for key in when):
+                schema = (self.tool.schema[key][1] for key in when if key in self.tool.schema)
+                self.defaults[option] = self._place(at or next(schema, ""))
+        stated = [key for key in when if self.values.get(key) is not None and key not in self.unsayable]
+        if options := ", ".join(rule.get("set", {})):
+            for key in stated:
+                before = self.read.get(key)
+                rest = [before.option] if before and before.option and before.option != options else []
+                said = f"{why} ({at})" if at and why else why or at
+                whys = [text for text in (before.why if before and before.option else "", said) if text]
+                self.read[key] = Read(self.values[key], ", ".join([*rest, options]), "; ".join(dict.fromkeys(whys)))
+                self.ignored.pop(key, None)
+        if (said := rule.get("unsayable")) is not None:
+            value = self.values.get(said["key"], "by default")
+            self.unsayable[said["key"]] = Unsayable(value, said["why"], said.get("effect", "unknown"), said.get("option"))
+            self.read.pop(said["key"], None)
+            self.ignored.pop(said["key"], None)
+        self.assumed |= rule.get("assumed", {})
+        self.kind = rule.get("kind", self.kind)
+
+    def _effective(self, key: str) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            inside = [name for name in self.values if name.startswith(f"{key}.")]
+            if inside:
+                return inside
+            known = self.tool.known(key)
+            value = known.default if known else None
+        return value
+
+    def _holds(self, key: str, wanted: Any) -> bool:
+        if key == "program":
+            return any(self.document.program.startswith(name) for name in wanted)
+        if wanted == "said":
+            return self.values.get(key) is not None
+        value = self._effective(key)
+        if wanted in ("set", "unset"):
+            return (word(value) not in NOTHING) is (str(wanted) == "set")
+        return any(self._equal(value, each) for each in wanted)
+
+    @staticmethod
+    def _equal(value: object, wanted: object) -> bool:
+        """`~text` is contained in the value, or in one of its entries."""
+        if isinstance(wanted, str) and wanted.startswith("~"):
+            return wanted[1:].lower() in str(value).lower()
+        same: bool = word(value) == word(wanted)
+        return same
+
+    def _said(self, said: Any) -> Any:
+        if not isinstance(said, Mapping):
+            return tuple(said) if isinstance(said, list) else said
+        if said.keys() == {"all"}:
+            return self.document.values
+        if "names" in said:
+            return self._names(said["names"])
+        if "key" in said:
+            value = self._effective(said["key"])
+            return tuple(value) if isinstance(value, list) else value
+        product = 1
+        for key in said["product"]:
+            factor = self._effective(key)
+            if not str(factor).isdigit():
+                return None
+            product *= int(factor)
+        return product
+
+    def _names(self, keys: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Names of modules: of a key that lists them, theirs → ours; of a switch that is on, those that it stands for."""
+        names: list[str] = []
+        for key, meant in keys.items():
+            value = self._effective(key)
+            if isinstance(meant, Mapping):
+                names += [meant.get(name, name) for name in value or ()]
+            elif value:
+                names += meant
+        return tuple(dict.fromkeys(names)) or None
+
+    def plan(self) -> ConfigPlan:
+        """What was read; options that the method does not have are left out."""
+        options = fitting(self.options)
+        for key, row in self.read.items():
+            if row.option and not {"model", "launch", *options} & set(row.option.split(", ")):
+                self.read[key] = Read(row.value, "", f"{self.options.get('method')} has no {row.option}")
+        plan = ConfigPlan(
+            self.tool.tool,
+            self.tool.version,
+            (self.file,),
+            None,
+            options,
+            self.launch,
+            self.read,
+            self.ignored,
+            self.unsayable,
+            {name: at for name, at in self.defaults.items() if name in options},
+            self.assumed,
+            self.kind,  # type: ignore[arg-type]
+        )
+        return replace(plan, model=named(self.model, self.tool)) if self.model else plan
+
+
+def _open(value: Any) -> bool:
+    """Whether a value, or one in a list, is filled in by somebody else."""
+    if isinstance(value, list):
+        return any(isinstance(each, str) and OPEN.search(each) for each in value)
+    return isinstance(value, str) and OPEN.search(value) is not None
+
+
+def _of_calls(document: Document, tool: Facts) -> dict[str, Any]:
+    """The arguments of the first call of each kind: `load.max_seq_length`; later ones count as calls after training."""
+    values: dict[str, Any] = {}
+    for call in document.values["calls"]:
+        kind = tool.calls.get(call["call"])
+        if kind is None or kind in values:
+            times = sum(key.startswith(f"later.{call['call']}") for key in values) + 1
+            values[f"later.{call['call']}#{times}"] = "call"
+            continue
+        arguments = {str(index): value for index, value in enumerate(call["args"])} | call["kwargs"]
+        values[kind] = {"call": call["call"], **arguments}
+    return values

@@ -1,0 +1,74 @@
+"""What an estimate is asked when a file comes first: the user's options win over the file, the file over the tool's defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import peftplan.methods as methods
+from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
+from peftplan.job.configs.plan import ConfigPlan
+from peftplan.job.setup import Setup
+
+ADAPTERS = {"lora": "lora", "qlora": "lora", "dora": "lora", "rslora": "lora", "full": "full"}
+
+OF_A_STORED_BASE = (
+    "quant",
+    "double_quant",
+    "quant_bits",
+    "quant_group_size",
+    "quant_blocksize",
+    "quant_skip_modules",
+    "compute_dtype",
+    "kbit_prepare",
+)
+"""Options without effect where nothing is quantized."""
+
+
+class WithFile(NamedTuple):
+    """Model and options of a plan with those of the user, and the `config` field of the result."""
+
+    model: Any
+    options: dict[str, Any]
+    config: dict[str, Any]
+
+
+def with_file(plan: ConfigPlan, model: Any, chosen: Mapping[str, Any], *, objects: bool, strict: bool) -> WithFile:
+    """What to estimate. `objects`: whether the user gives a peft config, so that the file's method does not count.
+
+    Raises RefusedError for files that train nothing or name no model, and with `strict` for what cannot be said.
+    """
+    file = plan.files[0]
+    if plan.kind != "training":
+        what = (
+            "not a training config of a tool that is known here"
+            if plan.tool == "other"
+            else f"of {plan.tool}, and trains no model"
+        )
+        raise RefusedError(f"config: {file} is {what}; accepted: a training config, with launch files behind it")
+    if model is None and plan.model is None:
+        raise RefusedError(f"config: {file} names no model; name it as MODEL")
+    stated = {name: value for name, value in chosen.items() if value is not None}
+    unsayable = plan.without(stated)
+    if strict and unsayable:
+        key, said = next(iter(unsayable.items()))
+        raise RefusedError(f"config: {file}: {key} cannot be said: {said.why}")
+    options = dict(plan.options)
+    if objects:
+        options = {name: value for name, value in options.items() if name in Setup.model_fields}
+    elif stated.get("method") not in (None, options.get("method")):
+        options = fitting({**options, "method": stated["method"]})
+    return WithFile(plan.model if model is None else model, {**options, **stated}, plan.to_dict(stated))
+
+
+def fitting(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without fields that their method does not have, such as a rank in full fine-tuning."""
+    try:
+        method = methods.method_named(str(options.get("method") or "lora"))
+        fields = methods.config_class(method).model_fields
+    except (UnknownNameError, PeftplanError):
+        return dict(options)
+    known = {"method", "peft_config", *Setup.model_fields, *fields}
+    kept = {name: value for name, value in options.items() if name in known}
+    stored = OF_A_STORED_BASE if method.name == "full" or kept.get("quant") == "none" else ()
+    return {name: value for name, value in kept.items() if name not in stored}

@@ -1,0 +1,32 @@
+"""Published training configs: parsed values, each with its repository, path, commit and licence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from peftplan.job.configs.plan import ConfigPlan
+from peftplan.job.configs.read import read_values
+
+FOLDER = Path(__file__).parent / "data"
+
+
+def records(*names: str) -> Iterator[dict[str, Any]]:
+    """The records of some files, of all without names; a few hold no mapping and are left out."""
+    for path in sorted(FOLDER.glob("*.jsonl")):
+        if not names or path.stem in names:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                record = json.loads(line)
+                if isinstance(record["values"], dict):
+                    yield record
+
+
+def plan(record: dict[str, Any], *, tool: str | None = None) -> ConfigPlan:
+    """What is read of a record."""
+    kind = "calls" if "calls" in record["values"] else "command" if record.get("kind") == "command" else "values"
+    environment = {name: value for name, value in record.get("env", {}).items() if name != "file"}
+    return read_values(
+        record["values"], file=record["path"], tool=tool, kind=kind, program=record.get("program", ""), **environment
+    )

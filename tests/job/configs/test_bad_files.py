@@ -1,0 +1,116 @@
+"""Files that are not what they should be: one line with file, line and key; nothing in them runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import peftplan
+from peftplan.errors import PeftplanError
+from peftplan.job.configs.documents import read_yaml
+
+AXOLOTL = "base_model: gpt2\nadapter: lora\n"
+
+LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
+)
+"""Nine aliases of nine aliases, six times."""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yml", "base_model: [gpt2\nadapter: lora\n", r"a\.yml:2: not YAML"),
+        ("a.yml", "- gpt2\n- lora\n", r"a\.yml:1: accepted: keys and values"),
+        ("a.yml", AXOLOTL + "micro_batch_size: [1, 2]\n", r"a\.yml:3: micro_batch_size: \[1, 2\] is not acc.* a whole"),
+        ("a.yml", AXOLOTL + "micro_batch_size: two\n", r"a\.yml:3: micro_batch_size: 'two'"),
+        ("a.yml", AXOLOTL + "micro_batch_size: 0\n", r"a\.yml:3: micro_batch_size: 0"),
+        ("a.yml", "base_model: [gpt2]\nadapter: lora\n", r"a\.yml:1: base_model: \['gpt2'\] is not .* a text"),
+        ("a.yml", AXOLOTL + "adapter: qlora\n", r"a\.yml:3: adapter stands twice"),
+        ("a.yml", AXOLOTL + "x: !!python/object/apply:os.system ['true']\n", r"a\.yml:3: .*tag .*python"),
+        ("a.yml", AXOLOTL + "x: !!binary aGk=\n", r"a\.yml:3: .*tag"),
+        ("a.yml", AXOLOTL + "finetuning_type: lora\nmodel_name_or_path: x\n", r"a\.yml: .*axolotl"),
+        ("a.yml", LAUGHS, r"at most 10,000 values"),
+        ("a.yml", "a: &a {b: *a}\n", r"a\.yml:\d+: "),
+        ("a.yml", "[" * 2000, r"a\.yml"),
+        ("a.yml", "name: a workflow\non: push\n", r"a\.yml is not a training config"),
+        ("a.json", "{", r"a\.json:1: not JSON"),
+        ("a.json", '{"a": 1, "a": 2}', r"a\.json: 'a' stands twice"),
+        ("a.json", "[1]", r"a\.json: accepted: a JSON object"),
+        ("a.sh", "echo hello\n", r"a\.sh: accepted: a script with a training command"),
+        ("a.py", "import torch (\n", r"a\.py:1: not Python"),
+        ("a.py", "print(1)\n", r"a\.py: accepted: a program"),
+        ("a.ipynb", "{}", r"a\.ipynb: not a notebook"),
+        ("a.yml", "adapter: lora\nmicro_batch_size: 1\nbase_model:\n", r"a\.yml names no model"),
+    ],
+)  # fmt: skip
+def test_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text)
+    with pytest.raises(PeftplanError, match=message) as caught:
+        peftplan.estimate(config=name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_too_large_or_missing(tmp_path: Path) -> None:
+    large = tmp_path / "large.yml"
+    with large.open("wb") as file:
+        file.truncate(100 * 2**20)
+    with pytest.raises(PeftplanError, match="at most 1048576 bytes"):
+        peftplan.read_config(large)
+    with pytest.raises(PeftplanError, match="cannot read"):
+        peftplan.read_config(tmp_path / "none.yml")
+
+
+def test_numbers_as_text_anchors_and_empty_keys() -> None:
+    text = "a: 1e-5\nb: &b 3\nc: *b\nd:\ne: '1e-5'\nf: {<<: {x: 1, y: 2}, x: 3}\ng: 2e3\n"
+    values = read_yaml(text, file="a.yml").values
+    assert values == {"a": 1e-5, "b": 3, "c": 3, "d": None, "e": "1e-5", "f": {"x": 3, "y": 2}, "g": 2000}
+
+
+def test_interpolation(tmp_path: Path) -> None:
+    """What the file answers is filled in; what it does not answer cannot be said."""
+    path = tmp_path / "a.yml"
+    path.write_text(
+        "size: 4\nmodel: {_component_: torchtune.models.llama2.llama2_7b}\nbatch_size: ${size}\n"
+        "checkpointer: {checkpoint_dir: /data/Llama-2-7b-hf}\ngradient_accumulation_steps: ${oc.env:STEPS}\n"
+        "output_dir: ${x}/${y}\n"
+    )
+    plan = peftplan.read_config(path)
+    assert (plan.options["batch_size"], plan.model) == (4, "Llama-2-7b-hf")
+    assert "gradient_accumulation_steps" in plan.unsayable
+
+
+def test_a_shell_script(tmp_path: Path) -> None:
+    """Variables of the script and its arithmetic are filled in; nothing runs."""
+    path = tmp_path / "train.sh"
+    path.write_text(
+        "#!/bin/bash\nnproc=2\nMODEL=Qwen/Qwen2.5-7B-Instruct\ntouch $(pwd)/ran\n"
+        "NPROC_PER_NODE=$nproc \\\nswift sft \\\n    --model ${MODEL} \\\n    # a comment\n    --tuner_type lora \\\n"
+        "    --per_device_train_batch_size ${BS:-4} --gradient_accumulation_steps $(expr 16 / $nproc) \\\n"
+        "    --torch_dtype bfloat16 &> log\n"
+    )
+    plan = peftplan.read_config(path)
+    assert (plan.tool, plan.model) == ("swift", "Qwen/Qwen2.5-7B-Instruct")
+    assert (plan.options["batch_size"], plan.options["gradient_accumulation_steps"]) == (4, 8)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_script_and_a_notebook(tmp_path: Path) -> None:
+    source = (
+        "from unsloth import FastLanguageModel\nlength = 1024\n"
+        "model, tokenizer = FastLanguageModel.from_pretrained('unsloth/Llama-3.2-1B-Instruct', max_seq_length=length)\n"
+        "model = FastLanguageModel.get_peft_model(model, r=8, target_modules=['q_proj'])\n"
+        "trainer = SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=2))\nopen('ran', 'w')\n"
+    )
+    script = tmp_path / "train.py"
+    script.write_text(source)
+    notebook = tmp_path / "train.ipynb"
+    cell = {"cell_type": "code", "source": ["%%capture\n", "!pip install unsloth\n", *source.splitlines(keepends=True)]}
+    notebook.write_text(__import__("json").dumps({"cells": [{"cell_type": "markdown", "source": ["# x"]}, cell]}))
+    for path in (script, notebook):
+        plan = peftplan.read_config(path)
+        assert (plan.tool, plan.model) == ("unsloth", "llama-3.2-1b")
+        assert (plan.options["seq_len"], plan.options["r"], plan.options["batch_size"]) == (1024, 8, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train.ipynb", "train.py"]

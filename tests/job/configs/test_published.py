@@ -1,0 +1,53 @@
+"""All published configs that were given: no crash, the right tool, every key in one group."""
+
+from __future__ import annotations
+
+from peftplan.job.configs.documents import flat
+from peftplan.job.configs.plan import TOOLS
+from tests.job.configs.published import plan, records
+
+READ_AS = {
+    "axolotl": {"axolotl"},
+    "llamafactory": {"llamafactory", "llamafactory-v1"},
+    "torchtune": {"torchtune"},
+    "unsloth": {"unsloth"},
+    "alignment-handbook": {"trl"},
+    "accelerate": {"accelerate"},
+    "deepspeed": {"deepspeed"},
+}
+"""The tool that a record says it was collected from → the tools that its file may be read as. Others hold files of many tools."""
+NOT_CONFIGS = ("new_special_tokens", "data/", "docker", "dataset_info", "ascend/infer")
+
+
+def test_every_file_is_read_as_its_tool() -> None:
+    wrong = []
+    for record in records():
+        read = plan(record)
+        assert read.tool in TOOLS
+        if record["tool"] in READ_AS and read.tool not in READ_AS[record["tool"]] and read.tool != "other":
+            wrong.append((record["path"], read.tool))
+    assert wrong == []
+
+
+def test_few_training_files_are_not_known() -> None:
+    """Of tools with a reader, what is `other` is a file of data or of a service, not a training config."""
+    unknown = [
+        r["path"] for r in records("axolotl", "llamafactory", "torchtune", "alignment_handbook") if plan(r).tool == "other"
+    ]
+    assert unknown == [
+        "examples/cloud/modal.yaml",
+        "examples/extras/multi_tokens/tokens_cfg.yaml",
+    ]
+
+
+def test_each_key_is_in_one_group() -> None:
+    for record in records():
+        if "calls" in record["values"]:
+            continue
+        read = plan(record)
+        if read.tool == "other":
+            continue
+        groups = [*read.read, *read.ignored, *read.unsayable]
+        keys = flat(record["values"])
+        assert len(groups) == len(set(groups)), record["path"]
+        assert keys.keys() <= set(groups), (record["path"], keys.keys() - set(groups))

@@ -1,0 +1,238 @@
+"""What files of each tool mean, read by hand in the tool's source (versions and lines in `data/configs`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.errors import RefusedError
+from peftplan.job.configs.plan import ConfigPlan, Unsayable, bound
+from peftplan.job.configs.read import read_values
+
+AXOLOTL = {
+    "base_model": "meta-llama/Llama-3.1-8B",
+    "adapter": "qlora",
+    "load_in_4bit": True,
+    "sequence_len": 4096,
+    "lora_r": 32,
+    "lora_target_linear": True,
+    "micro_batch_size": 2,
+    "optimizer": "paged_adamw_8bit",
+    "bf16": "auto",
+    "gradient_checkpointing": True,
+    "attn_implementation": "flash_attention_2",
+    "lora_mlp_kernel": False,
+}
+LLAMAFACTORY = {
+    "model_name_or_path": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "stage": "sft",
+    "finetuning_type": "lora",
+    "lora_target": "all",
+    "cutoff_len": 1024,
+    "per_device_train_batch_size": 1,
+    "bf16": True,
+}
+TRL = {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "use_peft": True, "load_in_4bit": True}
+TORCHTUNE = {
+    "model": {
+        "_component_": "torchtune.models.llama3_1.lora_llama3_1_8b",
+        "lora_attn_modules": ["q_proj", "v_proj", "output_proj"],
+        "apply_lora_to_mlp": True,
+        "apply_lora_to_output": False,
+    },
+    "checkpointer": {"checkpoint_dir": "/data/Meta-Llama-3.1-8B-Instruct/"},
+    "tokenizer": {"max_seq_len": None},
+    "dtype": "bf16",
+    "batch_size": 2,
+    "optimizer": {"_component_": "torch.optim.AdamW", "fused": True},
+    "enable_activation_checkpointing": True,
+}
+SWIFT = {"model": "Qwen/Qwen2.5-7B-Instruct", "tuner_type": "lora", "torch_dtype": "bfloat16", "max_length": 2048}
+
+
+def read(values: dict[str, Any], **more: Any) -> ConfigPlan:
+    return read_values(values, file="run.yml", **more)
+
+
+@pytest.mark.parametrize(
+    ("values", "tool", "expected"),
+    [
+        (
+            AXOLOTL,
+            "axolotl",
+            {
+                "method": "qlora", "quant": "nf4", "double_quant": True, "compute_dtype": "bf16", "kbit_prepare": False, "r": 32,
+                "target_modules": "all-linear", "batch_size": 2, "seq_len": 4096, "optim": "paged_adamw_8bit", "dtype": "bf16",
+                "autocast": "bf16", "gradient_checkpointing": True, "attn_implementation": "flash_attention_2",
+            },
+        ),
+        # packing: one row of micro_batch_size × sequence_len
+        ({**AXOLOTL, "sample_packing": True}, "axolotl", {"batch_size": 1, "seq_len": 8192}),
+        # the sequence, the batch, the optimizer and checkpointing that axolotl's schema has by default
+        (
+            {"base_model": "gpt2", "adapter": None, "datasets": []},
+            "axolotl",
+            {"method": "full", "seq_len": 512, "batch_size": 1, "optim": "adamw_torch_fused", "gradient_checkpointing": False},
+        ),
+        # only adapter: qlora quantizes to 4 bits
+        ({**AXOLOTL, "adapter": "lora"}, "axolotl", {"method": "lora", "quant": None}),
+        ({**AXOLOTL, "adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, "axolotl", {"quant": "int8"}),
+        (
+            LLAMAFACTORY,
+            "llamafactory",
+            {
+                "method": "lora", "r": 8, "target_modules": "all-linear", "seq_len": 1024, "batch_size": 1, "autocast": "bf16",
+                "gradient_checkpointing": True, "use_reentrant": True, "lora_dropout": 0.0,
+            },
+        ),
+        ({**LLAMAFACTORY, "finetuning_type": "full"}, "llamafactory", {"method": "full", "dtype": "fp32", "autocast": "bf16"}),
+        (
+            {**LLAMAFACTORY, "finetuning_type": "full", "pure_bf16": True, "bf16": False},
+            "llamafactory",
+            {"method": "full", "dtype": "bf16", "autocast": "none"},
+        ),
+        (
+            {**LLAMAFACTORY, "quantization_bit": 4},
+            "llamafactory",
+            {"quant": "nf4", "double_quant": True, "kbit_prepare": False, "compute_dtype": "bf16"},
+        ),
+        # TRL's command line loads in fp32, targets what peft has by default, and quantizes once
+        (
+            TRL,
+            "trl",
+            {
+                "trainer": "trl", "method": "lora", "dtype": "fp32", "autocast": "bf16", "r": 16, "lora_dropout": 0.05,
+                "target_modules": "peft-default", "quant": "nf4", "double_quant": False, "seq_len": 1024, "batch_size": 8,
+            },
+        ),
+        (
+            TORCHTUNE,
+            "torchtune",
+            {
+                "trainer": "plain", "dtype": "bf16", "adapter_dtype": "bf16", "autocast": "none", "r": 8, "batch_size": 2,
+                "target_modules": ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+                "optim": "adamw_torch_fused", "gradient_checkpointing": True, "keep_outputs": False,
+            },
+        ),
+        (SWIFT, "swift", {"method": "lora", "r": 8, "target_modules": "all-linear", "batch_size": 1, "autocast": "bf16"}),
+        ({**SWIFT, "quant_method": "bnb", "quant_bits": 4}, "swift", {"quant": "nf4", "double_quant": True}),
+    ],
+)  # fmt: skip
+def test_options(values: dict[str, Any], tool: str, expected: dict[str, Any]) -> None:
+    plan = read(values)
+    assert plan.tool == tool
+    assert {name: plan.options.get(name) for name in expected} == expected
+
+
+def test_full_fine_tuning_leaves_the_adapters_fields_out() -> None:
+    plan = read({**LLAMAFACTORY, "finetuning_type": "full", "lora_rank": 64})
+    assert {"r", "lora_dropout", "target_modules"} & plan.options.keys() == set()
+    assert plan.read["lora_rank"].option == ""
+
+
+def test_unsloths_calls() -> None:
+    calls = [
+        {"call": "FastLanguageModel.from_pretrained", "args": [], "kwargs": {"model_name": "unsloth/Meta-Llama-3.1-8B"}},
+        {"call": "FastLanguageModel.get_peft_model", "args": ["<model>"], "kwargs": {"r": 32, "lora_dropout": 0}},
+        {"call": "SFTConfig", "args": [], "kwargs": {"per_device_train_batch_size": 2, "optim": "adamw_8bit"}},
+    ]
+    plan = read({"calls": calls}, kind="calls")
+    assert plan.model == "llama-3.1-8b"
+    assert plan.options["target_modules"] == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    wanted = {
+        "method": "qlora",
+        "quant": "nf4",
+        "r": 32,
+        "batch_size": 2,
+        "seq_len": 2048,
+        "optim": "adamw_8bit",
+        "loss": "unsloth",
+    }
+    assert {name: plan.options[name] for name in wanted} == wanted
+    assert (plan.options["gradient_checkpointing"], plan.options["offload_checkpoints"]) == (True, True)
+
+
+def test_a_command() -> None:
+    plan = read({"model": "Qwen/Qwen2.5-7B-Instruct", "tuner_type": "full"}, kind="command", program="swift sft")
+    assert (plan.tool, plan.options["method"]) == ("swift", "full")
+
+
+def test_the_file_and_its_options_ask_the_same() -> None:
+    """Options typed by hand for the same job give the same estimate, to the byte."""
+    by_file = peftplan.estimate(config=read(AXOLOTL))
+    by_hand = peftplan.estimate(
+        "llama-3.1-8b", method="qlora", r=32, quant="nf4", double_quant=True, compute_dtype="bf16", kbit_prepare=False,
+        target_modules="all-linear", batch_size=2, seq_len=4096, optim="paged_adamw_8bit", dtype="bf16", autocast="bf16",
+        gradient_checkpointing=True, attn_implementation="flash_attention_2",
+    )  # fmt: skip
+    assert by_file.peaks == by_hand.peaks
+    assert by_file.trainable_parameters == by_hand.trainable_parameters
+    assert by_file.bound is None
+
+
+def test_the_user_wins_over_the_file_and_the_file_over_the_tool() -> None:
+    result = peftplan.estimate("qwen2.5-0.5b", config=read(AXOLOTL), seq_len=1024, method="full")
+    assert result.model["name"] == "qwen2.5-0.5b"
+    assert (result.assumptions["seq_len"], result.assumptions["batch_size"]) == (1024, 2)
+    assert result.method["name"] == "full"
+    assert result.assumptions["quant"] == "none"
+
+
+def test_defaults_are_the_tools() -> None:
+    values = {name: value for name, value in AXOLOTL.items() if name != "optimizer"}
+    result = peftplan.estimate(config=read(values))
+    assert result.config is not None
+    assert result.config["defaults"]["optim"].startswith("axolotl 0.19.0, utils/schemas/training.py:")
+    assert "optim" not in result.chosen
+
+
+BOUNDS: dict[str, Unsayable] = {
+    "lower": Unsayable(1, "", "lowers"), "raise": Unsayable(1, "", "raises"), "open": Unsayable(1, "", "unknown"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ((), None),
+        (("lower",), "at_most"),
+        (("raise",), "at_least"),
+        (("lower", "raise"), "unknown"),
+        (("lower", "open"), "unknown"),
+    ],
+)
+def test_directions(keys: tuple[str, ...], expected: str | None) -> None:
+    assert bound({key: BOUNDS[key] for key in keys}) == expected
+
+
+def test_a_key_that_lowers_the_peak_makes_it_an_upper_bound() -> None:
+    values = {**AXOLOTL, "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]}
+    result = peftplan.estimate(config=read(values), gpu=("a100-80gb", "16GiB"))
+    assert result.bound == "at_most"
+    assert [card.verdict for card in result.gpus] == ["fits", "unknown"]
+    assert result.to_dict()["config"]["unsayable"]["cut_cross_entropy"]["effect"] == "lowers"
+
+
+def test_an_option_takes_the_place_of_its_key() -> None:
+    values = {**AXOLOTL, "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]}
+    assert peftplan.estimate(config=read(values), loss="full").bound is None
+
+
+def test_a_key_of_unknown_effect_leaves_no_peak() -> None:
+    result = peftplan.estimate(config=read({**AXOLOTL, "rl": "dpo"}), gpu="h100-80gb")
+    assert result.peaks is None
+    assert result.to_dict()["memory"]["peak_allocated"] is None
+    assert result.gpus[0].verdict == "unknown"
+    assert result.trainable_parameters == 83_886_080  # counts stay: r 32 on all linear layers of Llama 3.1 8B
+
+
+def test_an_unknown_key_suggests_the_nearest() -> None:
+    plan = read({**AXOLOTL, "micro_batch_siez": 4})
+    assert "did you mean micro_batch_size" in plan.unsayable["micro_batch_siez"].why
+
+
+def test_strict_makes_it_an_error() -> None:
+    with pytest.raises(RefusedError, match=r"run\.yml: rl cannot be said"):
+        peftplan.estimate(config=read({**AXOLOTL, "rl": "dpo"}), strict=True)
