@@ -128,6 +128,8 @@ class _Writer:
         self._phases: list[str] = []
         self._alive: dict[int, int] = {}
         """How many of each storage of a step are alive, the last one made last."""
+        self._stacked: dict[int, int] = {}
+        """A hidden state that a copied layer leaves alive → that before all copies: they are kept as one stack under it."""
 
     def program(self) -> Program:
         """What has been written."""
@@ -196,14 +198,15 @@ class _Writer:
                 self._alive[storage] = self._alive.pop(storage, 0) + count
                 stream = timeline.streams.get(storage, 0)
                 self._streams = max(self._streams, stream + 1)
-                self._events += (events.MAKE, storage, kinds + kind, 1, stream)
+                stack = self._stacked.get(storage, storage)
+                self._events += (events.MAKE, stack, kinds + kind, 1, stream)
                 if count > 1:  # made again, so that copies of layers take of these too
-                    self._events += (events.MAKE, storage, kinds + kind, count - 1, 0)
+                    self._events += (events.MAKE, stack, kinds + kind, count - 1, 0)
             elif at < outlives or timeline.kinds[kind].category == "temporaries":
                 self._alive[storage] = self._alive.get(storage, 0) + count
-                self._events += (events.FREE, storage, kinds + kind, -count, 0)
+                self._events += (events.FREE, self._stacked.get(storage, storage), kinds + kind, -count, 0)
             else:
-                self._write(events.OUTPUTS, storage)
+                self._write(events.OUTPUTS, self._stacked.get(storage, storage))
         self.take(lasting.get(len(timeline.events), ()))
         if self.script.empties_cache:
             self._write(events.EMPTY)
@@ -217,6 +220,7 @@ class _Writer:
         """End a step."""
         self._write(events.END)
         self._alive.clear()
+        self._stacked.clear()
 
     def _begin(self, phase: str, *, counts: bool) -> None:
         if counts:
@@ -241,14 +245,13 @@ class _Writer:
     def _repeat(self, layers: Sequence[Layers], timeline: Timeline, kinds: int) -> None:
         """Layers that the timeline only counts, in the order in which they run."""
         handed_on = {after: before for layer in layers for after, before in layer.handed_on.items()}
-        before, behind = set(handed_on.values()) - set(handed_on), set(handed_on) - set(handed_on.values())
-        for one, last in zip(sorted(before), sorted(behind), strict=False):  # one each, but where nothing is handed on
-            self._write(events.BEHIND, one, last)
+        for after, before in sorted(handed_on.items()):
+            self._stacked[after] = self._stacked.get(before, before)
         there = {n for layer in layers for n in layer.log if n > 0} | {n for n, count in self._alive.items() if count > 0}
         of_kind = []
         for layer in layers:
             handed_on = {n: self._alike(n, timeline) for n in layer.moved if n not in there}
-            of_kind.append(_events_of(layer, timeline, kinds, handed_on))
+            of_kind.append(_events_of(layer, timeline, kinds, handed_on, self._stacked))
         order = [kind for _, kind in sorted((turn, kind) for kind, layer in enumerate(layers) for turn in layer.turns)]
         period = period_of(order)
         self._write(events.REPEAT, period)
@@ -277,9 +280,11 @@ def period_of(order: Sequence[int]) -> int:
     return next(n for n in range(1, len(order) + 1) if order[n:] == order[: len(order) - n])
 
 
-def _events_of(layers: Layers, timeline: Timeline, kinds: int, handed_on: Mapping[int, int]) -> list[int]:
+def _events_of(
+    layers: Layers, timeline: Timeline, kinds: int, handed_on: Mapping[int, int], stacked: Mapping[int, int]
+) -> list[int]:
     """What one layer makes and frees itself, keeps, drops of others, or puts in another's place; `handed_on`: a storage that was
-    not made yet where the copies stand → the one in its place there.
+    not made yet where the copies stand → the one in its place there; `stacked`: a hidden state → the one under which it is kept.
     """
     net, allocated = frozenset(layers.net), {n for n in layers.log if n > 0}
     written: list[int] = []
@@ -287,11 +292,12 @@ def _events_of(layers: Layers, timeline: Timeline, kinds: int, handed_on: Mappin
         storage = abs(n)
         size, count = kinds + timeline.kind_of[storage], timeline.tensors.get(storage, 1)
         if n in net:
-            written += (events.MAKE if n > 0 else events.FREE, storage, size, count, 0)
+            written += (events.MAKE if n > 0 else events.FREE, stacked.get(storage, storage), size, count, 0)
         elif n > 0:
             written += (events.OWN, storage, size, count, 0)
         elif storage in allocated:
             written += (events.END_OWN, storage, 0, 0, 0)
         elif storage in layers.moved:
-            written += (events.HAND, handed_on.get(storage, storage), layers.moved[storage], size, count)
+            alike = handed_on.get(storage, storage)
+            written += (events.HAND, stacked.get(alike, alike), layers.moved[storage], size, count)
     return written

@@ -86,8 +86,9 @@ class Model:
                 families.setdefault(module, []).insert(0, family)  # before a trainable copy, which takes its place
         self._families = families
         own = {name.removesuffix(TOKEN_ADAPTER): name for name in families if name.endswith(TOKEN_ADAPTER)}
-        ties = {tied.rpartition(".")[0]: original.rpartition(".")[0] for tied, original in self.arch.ties}
-        self.token_adapters = own | {name: own[original] for name, original in ties.items() if original in own}
+        ties = [tuple(name.removesuffix(".weight") for name in tie) for tie in self.arch.ties if tie[0].endswith(".weight")]
+        ties += [(original, tied) for tied, original in ties]  # RoBERTa's table is the head's
+        self.token_adapters = {module: own[other] for module, other in ties if other in own} | own
 
     def has(self, name: str, layer: int | None = None) -> bool:
         """Whether the model has this module."""

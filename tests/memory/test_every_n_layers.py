@@ -76,6 +76,23 @@ def test_both_engines_agree(model: Any, options: dict[str, Any]) -> None:
         assert analytic[phase] == pytest.approx(expected, rel=TOLERANCE), phase
 
 
+@pytest.mark.parametrize("layers", [12, 14])
+def test_no_hidden_state_lives_through_the_step(layers: int) -> None:
+    """The first copied layer reads what a layer of its own left behind: c n | n c n n … | n."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    config = {**LLAMA, "num_hidden_layers": layers, "hidden_size": 1024, "num_attention_heads": 8}
+    options = {"method": "lora", "every_n_layers": 3, "batch_size": 8, "seq_len": 1024, "trainer": "plain"}
+    ours, theirs = (
+        estimate(config, engine=engine, gradient_checkpointing=True, **options).peaks  # type: ignore[arg-type]
+        for engine in ("analytic", "trace")
+    )
+    assert ours is not None
+    assert theirs is not None
+    assert ours.by_phase == {phase: pytest.approx(nbytes, rel=0.001) for phase, nbytes in theirs.by_phase.items()}
+    assert ours.reserved == pytest.approx(theirs.reserved, rel=0.001)
+
+
 def test_the_assumptions_say_so() -> None:
     assert estimate(LLAMA, every_n_layers=2).assumptions["every_n_layers"] == 2
     assert "every_n_layers" not in estimate(LLAMA).assumptions

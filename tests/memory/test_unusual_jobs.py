@@ -21,6 +21,10 @@ WIDE_MLP = {**LLAMA, "intermediate_size": 4096, "vocab_size": 100}
 TIED = {**LLAMA, "tie_word_embeddings": True, "vocab_size": 20_000}
 FALCON = {**LLAMA, "model_type": "falcon", "architectures": ["FalconForCausalLM"], "multi_query": True, "parallel_attn": True}
 """Its layers are no `nn.Linear`, so that bitsandbytes quantizes none."""
+BERT = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 20_000, "hidden_size": 256}
+BERT |= {"num_attention_heads": 8, "intermediate_size": 512, "num_hidden_layers": 2, "type_vocab_size": 2}
+BERT |= {"max_position_embeddings": 514, "pad_token_id": 1}
+ROBERTA = {**BERT, "model_type": "roberta", "architectures": ["RobertaForMaskedLM"]}
 BLOOM = {"model_type": "bloom", "hidden_size": 256, "n_head": 8, "n_layer": 3, "vocab_size": 100}
 VIT = {"model_type": "vit", "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 512, "num_hidden_layers": 3}
 VIT |= {"architectures": ["ViTForImageClassification"], "image_size": 64, "patch_size": 8, "num_channels": 3}
@@ -49,6 +53,9 @@ MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausal
         (TIED, {**OFF, "target_modules": ["q_proj"], "trainable_token_indices": [1], "dtype": "fp32"}),
         # the head's adapter wraps the one whose rows train
         (TIED, {**PLAIN, "target_modules": ["lm_head"], "trainable_token_indices": [1]}),
+        # a table that two modules share is copied for each, whichever of the two owns it
+        (BERT, {**OFF, "target_modules": ["query"], "trainable_token_indices": [1]}),
+        (ROBERTA, {**OFF, "target_modules": ["query"], "trainable_token_indices": [1]}),
         # the peak of a forward without logits lies in its activation function
         (BLOOM, {**PLAIN, "gradient_checkpointing": True, "logits_to_keep": 1}),
         # OFT rotates what a classifier reads, one row per picture
