@@ -110,6 +110,7 @@ def prepared(request: Request) -> Job:
         *differing,
         *unmatched_targets(architecture, config, adapter),
         *(_ignored(adapter) if config is None and peft_config else ()),
+        *(() if distributed is None else _traps(distributed, setup, quant, adaptation)),
     )
     chosen |= frozenset(adapter)
     return Job(
@@ -125,6 +126,12 @@ def prepared(request: Request) -> Job:
         chosen,
         distributed,
     )
+
+
+def _traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, adaptation: Adaptation) -> tuple[str, ...]:
+    from peftplan.job.shared_work import traps
+
+    return tuple(traps(distributed, setup, quant, adaptation))
 
 
 def _launched(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.strategy import Distributed
 from peftplan.errors import InputError, RefusedError
 from peftplan.job.setup import Setup
+from peftplan.methods.adaptation import Adaptation
 from peftplan.storage import QuantConfig
 
 FLOATS = ("fp16", "bf16", "fp32", "fp64")
@@ -42,3 +45,24 @@ def _check_heads(tp_size: int, architecture: Architecture) -> None:
             heads = attention.num_attention_heads
             if heads % tp_size:
                 raise InputError("tp_size", tp_size, f"accepted: a divisor of the model's {heads} attention heads")
+
+
+def traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, adaptation: Adaptation) -> Iterator[str]:
+    """A warning for each choice that costs memory without an error."""
+    called = distributed.facts.called
+    if (
+        distributed.strategy == "fsdp2"
+        and quant is not None
+        and quant.name in ("nf4", "fp4")
+        and quant.quant_storage not in FLOATS
+    ):
+        yield "quant_storage: FSDP2 shards packed weights only if they are stored as floats (bf16); each rank holds all"
+    if distributed.strategy in ("fsdp1", "fsdp2") and distributed.wrap_policy in ("none", "size"):
+        yield f"wrap_policy: {distributed.wrap_policy} may make no layer a unit; {called} then gathers the whole model at once"
+    rows = min((tensor.shape[0] for tensor in adaptation.added if tensor.trainable and len(tensor.shape) > 1), default=None)
+    if distributed.strategy == "fsdp2" and rows is not None and rows < distributed.shards:
+        yield f"gpus: {distributed.shards} ranks share tensors of {rows} rows, of which each rank still holds one"
+    if distributed.facts.splits_weights and str(setup.optim).startswith("paged_"):
+        yield f"optim: {setup.optim} was not tried under {called}; its states are counted as if they followed the shards"
+    if distributed.find_unused_parameters and setup.gradient_checkpointing and setup.use_reentrant:
+        yield "find_unused_parameters: with reentrant checkpointing DDP marks parameters ready twice and raises"

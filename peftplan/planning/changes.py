@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 SEQUENCE_STEP = 128
 """Sequences are proposed in multiples of this many tokens."""
-SAME, CLOSE, FEWER, OTHER, DATA = 1, 2, 4, 6, 8
-"""What a change costs the user: only time; other rounding; fewer adapted weights; another method; data."""
+SAME, CLOSE, FEWER, OTHER, DATA, MORE_GPUS = 1, 2, 4, 6, 8, 12
+"""What a change costs the user: only time; other rounding; fewer adapted weights; another method; data; more GPUs."""
 
 PRESET_BY = {"trainer": ("kbit_prepare", "adapter_dtype")}
 """Options that a trainer sets by default: they are not proposed beside a change of the trainer."""
@@ -60,6 +60,8 @@ def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str
     setup = job.setup
     if job.distributed is not None and job.distributed.strategy == "ddp":
         yield {"strategy": "fsdp2"}, SAME
+    if job.distributed is not None and job.distributed.facts.splits_weights:
+        yield from (({"gpus": (job.distributed.gpus or 1) * times}, MORE_GPUS + place) for place, times in enumerate((2, 4, 8)))
     if not setup.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, SAME
     if setup.keep_outputs:

@@ -12,6 +12,7 @@ import peftplan
 from peftplan.cli import main
 from peftplan.errors import PeftplanError
 from peftplan.job.prepare import prepare
+from peftplan.planning.advising import advice
 
 FSDP2 = """
 distributed_type: FSDP
@@ -168,3 +169,42 @@ def test_several_numbers_of_gpus_are_a_list(capsys: pytest.CaptureFixture[str]) 
     assert not ended.value.code
     results = json.loads(capsys.readouterr().out)
     assert [(result["distributed"]["world_size"], result["gpus"][0]["name"]) for result in results] == [(2, "l4"), (8, "t4")]
+
+
+TRAPS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"method": "qlora", "strategy": "fsdp2"}, "quant_storage: FSDP2 shards packed weights only if they are stored as floats"),
+    (
+        {"method": "lora", "strategy": "fsdp2", "r": 4},
+        "gpus: 8 ranks share tensors of 4 rows, of which each rank still holds one",
+    ),
+    ({"method": "lora", "strategy": "fsdp2", "wrap_policy": "none"}, "wrap_policy: none may make no layer a unit"),
+    ({"method": "lora", "strategy": "fsdp2", "optim": "paged_adamw_32bit"}, "optim: paged_adamw_32bit was not tried under FSDP2"),
+)
+
+
+@pytest.mark.parametrize(("options", "line"), TRAPS, ids=[line[:20] for _, line in TRAPS])
+def test_what_costs_memory_without_an_error_is_a_warning(options: dict[str, Any], line: str) -> None:
+    warnings = peftplan.estimate("llama-3.2-1b", gpus=8, **options).warnings
+    assert [warning for warning in warnings if warning.startswith(line)]
+
+
+def test_no_warning_without_a_trap() -> None:
+    assert not peftplan.estimate("llama-3.2-1b", method="lora", r=16, gpus=8, strategy="fsdp2").warnings
+
+
+def test_the_json_has_the_shape_that_the_schema_says() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    from peftplan.report.schema import json_schema
+
+    document = json.loads(json.dumps(estimated(gpu="8xh100-80gb", strategy="zero3")))
+    jsonschema.validate(document, json_schema("estimate", closed=True))
+    document = peftplan.estimate("llama-3.2-1b", method="lora", gpu="8xh100-80gb", strategy="fsdp2").to_dict()
+    jsonschema.validate(json.loads(json.dumps(document)), json_schema("estimate", closed=True))
+
+
+def test_more_ranks_are_advised() -> None:
+    """Full tuning of 70B needs 16 B per parameter: 1,104 GB over 8 cards of 80 GB is too much, over 16 or more it fits."""
+    result = peftplan.estimate("llama-2-70b", method="full", gpu="8xh100-80gb", strategy="fsdp2")
+    assert [verdict.verdict for verdict in result.gpus] == ["does_not_fit"]
+    advised = advice(result)["h100-80gb"]
+    assert [change.options for change in advised.changes if "gpus" in change.options]
