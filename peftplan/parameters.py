@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from peftplan.arch.modules import Architecture, Buffer, Module, Shape
 from peftplan.dtypes import ITEMSIZE, parse_dtype
 from peftplan.errors import InputError, RefusedError
-from peftplan.ledger import Allocation, Category, Ledger, Line
+from peftplan.ledger import Allocation, Category, Ledger, Line, Place
 from peftplan.methods.adaptation import Adaptation, AddedBuffer, AddedTensor
 from peftplan.optim import Optimizer, shared_states, states
 from peftplan.storage import QuantConfig, category, dense, quantized_modules, shared, stored
@@ -56,12 +56,13 @@ class Parameter(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """All parameters of the adapted model, and the tensors that all quantized weights share."""
+    """All parameters of the adapted model, its buffers, and the tensors that all quantized weights share."""
 
     all: tuple[Parameter, ...]
     shared: tuple[Allocation, ...] = ()
     quantized: int = 0
     """How many base parameters are stored in the quantized format, in elements."""
+    buffers: tuple[Parameter, ...] = ()
 
     @property
     def num_trainable(self) -> int:
@@ -212,21 +213,39 @@ def sensitivity_lines(parameters: Parameters) -> Ledger:
     )
 
 
-def buffer_lines(arch: Architecture, adaptation: Adaptation, *, dtype: str, adapter_dtype: str, on_host: bool) -> Ledger:
+def buffers(
+    arch: Architecture, adaptation: Adaptation, *, dtype: str, adapter_dtype: str, on_host: bool
+) -> tuple[Parameter, ...]:
     """Registered buffers: tensors that never train, the model's (rotary frequencies) and the method's (VeRA's shared matrices).
 
     `dtype` is what the model is loaded in, which some of its buffers follow; `adapter_dtype` that of the adapter. `on_host`:
     buffers that peft makes on the host stay there.
     """
 
-    def line(buffer: Buffer | AddedBuffer, line_dtype: str, source: str) -> Line:
-        copies = 1 if buffer.layers is None else len(buffer.layers)
-        stays = on_host and isinstance(buffer, AddedBuffer) and buffer.from_host
-        return Line(buffer.name, "buffers", line_dtype, buffer.shape, copies, source, "host" if stays else "device")
+    def buffer(b: Buffer | AddedBuffer, held: str, owner: Literal["base", "adapter"], source: str) -> Parameter:
+        place: Place = "host" if on_host and isinstance(b, AddedBuffer) and b.from_host else "device"
+        layers = None if b.layers is None else frozenset(b.layers)
+        allocation = Allocation("buffer", held, b.shape, place)
+        return Parameter(
+            b.name, b.shape, 1 if layers is None else len(layers), held, False, owner, (allocation,), source, layers=layers
+        )
 
-    own = [line(b, dtype if b.dtype == "model" else b.dtype, arch.model_class) for b in arch.buffers]
-    added = [line(b, adapter_dtype if b.dtype == "adapter" else parse_dtype(b.dtype), "peft") for b in adaptation.buffers]
-    return Ledger((*own, *added))
+    own = [buffer(b, dtype if b.dtype == "model" else b.dtype, "base", arch.model_class) for b in arch.buffers]
+    added = [
+        buffer(b, adapter_dtype if b.dtype == "adapter" else parse_dtype(b.dtype), "adapter", "peft") for b in adaptation.buffers
+    ]
+    return (*own, *added)
+
+
+def buffer_lines(parameters: Parameters) -> Ledger:
+    """What the registered buffers occupy."""
+    return Ledger(
+        tuple(
+            Line(p.name, "buffers", a.dtype, a.dims, p.copies, p.source, a.place)
+            for p in parameters.buffers
+            for a in p.allocations
+        )
+    )
 
 
 def _converted_layers(arch: Architecture, quant: QuantConfig | None) -> dict[str, frozenset[int]]:

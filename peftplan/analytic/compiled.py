@@ -188,7 +188,6 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
     load: Callable[[Memory[Any]], None] = partial(
         load_into,
         parameters=parameters,
-        buffers=buffers,
         quant=job.quant,
         dtype=setup.dtype,
         dtype_of=dtype_of,

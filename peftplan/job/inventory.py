@@ -37,6 +37,14 @@ def inventory(job: Job) -> Inventory:
         kbit_prepare=bool(setup.kbit_prepare),
         trained_dtype=trained_dtype,
     )
+    buffers = parameters.buffers(
+        architecture,
+        adaptation,
+        dtype=setup.dtype,
+        adapter_dtype=adapter_dtype,
+        on_host=setup.by.adapter_on_host(quantized=quant is not None),
+    )
+    built = built._replace(buffers=buffers)
     own = None
     if job.distributed is not None:
         hidden_size = architecture.hidden_size or 0
@@ -45,13 +53,7 @@ def inventory(job: Job) -> Inventory:
     states_of = on_rank if own is None else own.states_of or on_rank
     static = (
         parameters.weight_lines(on_rank)
-        + parameters.buffer_lines(
-            architecture,
-            adaptation,
-            dtype=setup.dtype,
-            adapter_dtype=adapter_dtype,
-            on_host=setup.by.adapter_on_host(quantized=quant is not None),
-        )
+        + parameters.buffer_lines(built)
         + parameters.gradient_lines(on_rank, optimizer)
         + Ledger(() if own is None else own.beside)
         + _optimizer(states_of, optimizer, setup)

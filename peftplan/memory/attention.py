@@ -104,6 +104,7 @@ def attend(
     head = v.dims[3]
     if model.running.attention == "flash_attention_2" and head != q.dims[3]:
         v = padded_head(f, v, q.dims[3])
+    _arguments = q, k, v  # of `sdpa_attention_forward`, which live until it returns
     if f.autocast:
         q, k, v = f.cast_all(f.autocast, q, k, v)
     kernel = _kernel(model, q, k, v, mask)

@@ -48,7 +48,6 @@ class Memory(Protocol[Handle]):
 def load_into(
     memory: Memory[Handle],
     parameters: Parameters,
-    buffers: Ledger,
     *,
     quant: QuantConfig | None,
     dtype: str,
@@ -59,49 +58,80 @@ def load_into(
 ) -> None:
     """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`.
 
-    `moved`: the adapted model is moved module by module (torch 2.13, `nn/modules/module.py`, `_apply`), so that what is added to
-    a module follows it.
+    `moved`: the adapted model is moved module by module, so that what is added to a module follows it.
     `adapters_pass_in`: the dtype in which peft's layers put their tensors beside a base that is on the device, before it casts
     them all (peft 0.21.2, `_move_adapter_to_device_of_base_layer`, `cast_adapter_dtype`); None where they arrive as they last.
     """
+    first, second, last = _order(parameters, quantized=quant is not None, moved=moved)
     base = [p for p in parameters.all if p.owner == "base"]
-    added = [p for p in parameters.all if p.owner == "adapter"]
-    tensors = list(_tensors(by_module(base, added) if moved else base))
     if quant is not None:
-        tensors.sort(key=lambda tensor: _key(*tensor))
         memory.release(memory.allocate(_warm_up(base, quant, dtype=dtype)))
         for a in parameters.shared:
             memory.keep((a.nbytes,))
     doubled = quant is not None and bool(quant.double_quant)
-    sizes_of = {id(p): tuple(a.nbytes for a in p.allocations if a.place == "device") for p in parameters.all}
+    families = {id(p): p for p, _ in (*first, *second, *last)}
+    sizes_of = {key: tuple(a.nbytes for a in p.allocations if a.place == "device") for key, p in families.items()}
     arriving = {id(p): ITEMSIZE[dtype if p.quantized else dtype_of(p.name)] * p.numel for p in base}
     absmax = {id(p): _absmax_bytes(p) if doubled else 0 for p in base if p.quantized}
     widened = {id(p) for p in base if not p.quantized and _loaded(p, dtype_of(p.name)) < _bytes(p)}
     narrow: dict[tuple[str, int | None], list[Handle]] = {}
-    for p, layer in tensors:
+    for p, layer in first:
         if p.quantized:
             _quantize_into(memory, sizes_of[id(p)], dense=arriving[id(p)], absmax=absmax[id(p)])
         elif id(p) in widened:
             narrow.setdefault((p.name, layer), []).append(memory.allocate(arriving[id(p)]))
         else:
             memory.keep(sizes_of[id(p)])
-    for line in buffers:
-        memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
+    for p, _ in second:
+        memory.keep(sizes_of[id(p)])
     for p, layer in _tensors(base):
         if (p.name, layer) in narrow:
             memory.keep(sizes_of[id(p)])
             memory.release(narrow[p.name, layer].pop(0))
     if prepared:  # peft 0.20 on
         memory.empty_cache()
+    cast = {id(p) for p in parameters.all if p.dtype == "fp32"} if adapters_pass_in else ()
     passing = []
-    for p, _ in () if moved else _tensors(added):
-        if adapters_pass_in and p.dtype == "fp32":
+    for p, _ in last:
+        if adapters_pass_in and id(p) in cast:
             passing.append((p, memory.allocate(ITEMSIZE[adapters_pass_in] * p.numel)))
         else:
             memory.keep(sizes_of[id(p)])
     for p, narrow_one in passing:
         memory.keep(sizes_of[id(p)])
         memory.release(narrow_one)
+
+
+Tensors = list[tuple[Parameter, int | None]]
+"""Tensors of families, each with its layer."""
+
+
+def _order(parameters: Parameters, *, quantized: bool, moved: bool) -> tuple[Tensors, Tensors, Tensors]:
+    """What reaches the device first, what once that is there, and what when the adapters are made.
+
+    A quantized base arrives by name, and then its buffers. A dense model is moved module by module, each with its children first,
+    then its own parameters, then its own buffers (torch 2.13, `nn/modules/module.py`, `_apply`): with its adapters where `moved`.
+    """
+    base, added = ([p for p in parameters.all if p.owner == owner] for owner in ("base", "adapter"))
+    own, of_adapter = ([p for p in parameters.buffers if p.owner == owner] for owner in ("base", "adapter"))
+    of_adapter = _with_first_module(of_adapter, added)
+    everything = by_module(base, [*added, *of_adapter, *own])
+    if moved:
+        return list(_tensors(everything)), [], []
+    if not quantized:
+        return list(_tensors(by_module(base, own))), [], list(_tensors(by_module(added, of_adapter)))
+    buffers = {id(p) for p in (*own, *of_adapter)}
+    by_name = sorted(_tensors(base), key=lambda tensor: _key(*tensor))
+    return by_name, list(_tensors(p for p in everything if id(p) in buffers)), list(_tensors(added))
+
+
+def _with_first_module(buffers: list[Parameter], added: list[Parameter]) -> list[Parameter]:
+    """A method's buffers, those that all its modules share (VeRA's projections) as buffers of the first module."""
+    first = min(added, key=lambda p: min(p.layers or (0,)), default=None)
+    if first is None:
+        return buffers
+    module, layers = first.name.rpartition(".")[0], first.layers and frozenset({min(first.layers)})
+    return [p if "." in p.name else p._replace(name=f"{module}.{p.name}", layers=layers) for p in buffers]
 
 
 def by_module(base: list[Parameter], added: list[Parameter]) -> list[Parameter]:

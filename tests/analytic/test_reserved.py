@@ -11,6 +11,8 @@ from tests.memory.engines import shallow
 
 EAGER: dict[str, Any] = {"attn_implementation": "eager", "gradient_checkpointing": True}
 PLAIN: dict[str, Any] = {"trainer": "plain"}
+ATTENTION = {"target_modules": "attention"}
+TOKENS: dict[str, Any] = {"task_type": "TOKEN_CLS", "num_labels": 9}
 FULL: dict[str, Any] = {"method": "full", "batch_size": 4, "seq_len": 512, "gradient_checkpointing": False}
 LATENT = {
     "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16,
@@ -119,6 +121,26 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Falcon's eager scores are products of casts, which matmul then copies": (
         {**shallow("falcon-40b", 2), "hidden_size": 1792, "num_attention_heads": 28, "num_kv_heads": 14, "vocab_size": 24854},
         {"method": "lora", "trainer": "trl", "batch_size": 4, "seq_len": 512, "dtype": "fp32", "use_reentrant": True, **EAGER},
+    ),
+    "ModernBERT's arguments of masks hold the embeddings; OFT's rotated input goes behind its output's cast": (
+        shallow("modernbert-base", 6),
+        {"method": "oft", **ATTENTION, "dtype": "fp32", "gradient_checkpointing": False, "batch_size": 2, "optim": "adamw_torch"},
+    ),
+    "ModernBERT's window is a distance in int64": (
+        shallow("modernbert-base", 6),
+        {"method": "houlsby", **PLAIN, "dtype": "fp32", "attn_implementation": "eager", "batch_size": 2, **TOKENS},
+    ),
+    "VeRA's projections stand with the first layer": (
+        shallow("mistral-7b-v0.1", 6),
+        {
+            "method": "vera",
+            **ATTENTION,
+            "trainer": "trl",
+            "dtype": "fp32",
+            "gradient_checkpointing": False,
+            "padding": True,
+            "seq_len": 448,
+        },
     ),
 }
 

@@ -26,10 +26,13 @@ def vera(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     f.module = part.name
     x = f.to(x, inner.dtype)
     low = ops.linear(f, ops.dropout(f, x, running.config.vera_dropout), a)
-    out = ops.linear(f, ops.mul(f, inner, low), b)
+    low = ops.mul(f, inner, low)
+    out = ops.linear(f, low, b)
     del low
     out = ops.mul(f, outer, out)
-    result = ops.add(f, result, out)
+    total = ops.add(f, result, out)
     del out
+    result = total
+    del total
     result = f.to(result, dtype)
     return f.to(result, previous)

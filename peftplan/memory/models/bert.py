@@ -13,7 +13,8 @@ from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.stack import kinds_of, run_stack
 from peftplan.tape import ops
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Tensor
 
 ROBERTA = ("roberta", "xlm-roberta")
 
@@ -36,18 +37,35 @@ def bert(model: Model) -> Tensor:
 
 
 def bidirectional_mask(model: Model, dtype: str, window: int | None = None, *, cross: bool = False) -> Tensor | None:
-    """`create_bidirectional_mask`: one only where there is padding, or a window of less than the sequence to each side; of the
-    model's dtype for eager and boolean for sdpa. `cross`: a decoder's, over what the encoder returned.
+    """`create_bidirectional_mask`: one only where there is padding, or a window of less than the sequence to each side; for eager
+    of the model's dtype, made from the boolean one that sdpa takes. `cross`: a decoder's, over what the encoder returned.
     """
-    s, running = model.source, model.running
+    f, s, running = model.tape, model.source, model.running
     windowed = window is not None and model.length(s) >= window // 2
     if running.attention == "flash_attention_2" or not (running.padding or windowed):
         return None
-    queries = model.seq if cross else s
-    dims = ("b" if running.padding else 1, 1, queries, s)
-    if running.attention == "eager":
-        dims = ("b", 1, queries, s)
-    return model.tape.new(dims, dtype if running.attention == "eager" else "bool", "attention_mask")
+    of_all: Dims = (1, 1, model.seq if cross else s, s)
+    by_sample: Dims = ("b", *of_all[1:])
+    eager = running.attention == "eager"
+    seen = near_keys(f, of_all, padded=running.padding, last="bitwise_and" if eager else "attention_mask") if windowed else None
+    if running.padding:
+        seen = f.new(by_sample, "bool", "bitwise_and" if eager else "attention_mask")
+    return f.new(by_sample, dtype, "attention_mask") if eager else seen
+
+
+def near_keys(f: Tape, dims: Dims, *, padded: bool, last: str) -> Tensor:
+    """`sliding_window_bidirectional_mask_function`: the distance of each query and key, which must be within the window. Each
+    condition is `and`ed to those before, first to one that is always true (`and_masks`).
+    """
+    difference = f.new(dims, "int64", "sub")
+    distance = f.new(dims, "int64", "abs")
+    del difference
+    near = f.new(dims, "bool", "le")
+    del distance
+    seen = f.new(dims, "bool", "bitwise_and")
+    del near
+    seen = f.new(dims, "bool", "bitwise_and" if padded else last)
+    return f.new(dims, "bool", "bitwise_and") if padded else seen
 
 
 def embeddings(model: Model, name: str) -> Tensor:

@@ -8,6 +8,7 @@ from peftplan.memory.attention import attend
 from peftplan.memory.calls import behind, inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import bidirectional_mask
+from peftplan.memory.models.decoder import rotary_tables
 from peftplan.memory.stack import kinds_of, run_stack
 from peftplan.tape import ops
 from peftplan.tape.shaping import split
@@ -23,13 +24,11 @@ def modernbert(model: Model) -> Tensor:
     f.module = "model"
     _positions = f.new((1, model.seq), "int64", "position_ids")
     x = embeddings(model)
+    _embedded = x  # in the arguments of masks
     blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
     windows = {block.attentions[0].window for block in model.arch.blocks}
     masks = {window: bidirectional_mask(model, x.dtype, window) for window in (None, *windows)}
-    f.module = "model.rotary_emb"
-    model.angles_made()
-    head = model.arch.blocks[0].attentions[0].head_dim
-    turns = {w: tuple(f.new((1, model.seq, head), x.dtype, part) for part in ("cos", "sin")) for w in windows}
+    turns = {window: rotary_tables(model, x.dtype) for window in windows}
 
     def layer(number: int, x: Tensor) -> Tensor:
         block = blocks[number]
@@ -52,11 +51,15 @@ def embeddings(model: Model) -> Tensor:
 def encoder_layer(model: Model, block: Block, number: int, x: Tensor, mask: Tensor | None, turns: Turns) -> Tensor:
     """`ModernBertEncoderLayer.forward`; layer 0 has no norm before its attention."""
     f, name = model.tape, "model.layers.{}"
-    attended = attention(model, block, number, x if number == 0 else model.layernorm(f"{name}.attn_norm", x, number), mask, turns)
+    normed = x if number == 0 else model.layernorm(f"{name}.attn_norm", x, number)
+    attended = attention(model, block, number, normed, mask, turns)
+    del normed
     attended = behind(model, f"{name}.attention_adapters", attended, number)
     f.module = name
     x = ops.add(f, x, attended)
-    out = mlp(model, block, number, model.layernorm(f"{name}.mlp_norm", x, number))
+    normed = model.layernorm(f"{name}.mlp_norm", x, number)
+    out = mlp(model, block, number, normed)
+    del normed
     out = behind(model, f"{name}.output_adapters", out, number)
     f.module = name
     return ops.add(f, x, out)
@@ -90,5 +93,7 @@ def mlp(model: Model, block: Block, number: int, x: Tensor) -> Tensor:
     half = ("b", model.seq, block.mlp.intermediate_size)
     first, gate = split(f, both, [half, half])
     del both
-    inner = ops.mul(f, activation(f, first, block.mlp.activation), gate)
-    return model.linear(f"{name}.Wo", ops.dropout(f, inner, model.arch.dropout.hidden), number)
+    inner = ops.dropout(f, ops.mul(f, activation(f, first, block.mlp.activation), gate), model.arch.dropout.hidden)
+    out = model.linear(f"{name}.Wo", inner, number)
+    del inner
+    return out

@@ -1,0 +1,69 @@
+"""How tensors reach the device: both engines allocate and free the same bytes in the same order while a model is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peftplan import estimate
+from peftplan.analytic.compiled import last_step
+from peftplan.planning.question import Question
+from peftplan.units import round512
+from tests.memory.engines import LLAMA, shallow
+
+ATTENTION = {"target_modules": "attention"}
+JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a trainer moves a layer's buffers with the layer": (LLAMA, {"method": "boft", **ATTENTION}),
+    "in a decoder's stack and an encoder's": (shallow("bart-base", 2), {"method": "boft", **ATTENTION}),
+    "the first layer holds what all layers share": (LLAMA, {"method": "vera", **ATTENTION}),
+    "a plain loop makes adapters last, each with its buffers": (LLAMA, {"method": "vera", "trainer": "plain", **ATTENTION}),
+    "a quantized base has its buffers behind its weights": (LLAMA, {"method": "qlora"}),
+}
+
+
+class Moves:
+    """A device that notes what is allocated (+) and freed (-)."""
+
+    def __init__(self) -> None:
+        self.noted: list[int] = []
+
+    def allocate(self, nbytes: int) -> int:
+        self.keep((nbytes,))
+        return nbytes
+
+    def keep(self, sizes: tuple[int, ...], /) -> None:
+        self.noted += [round512(nbytes) for nbytes in sizes]
+
+    def release(self, nbytes: int, /) -> None:
+        self.noted.append(-round512(nbytes))
+
+    def empty_cache(self) -> None:
+        self.noted.append(0)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_tensors_reach_the_device_in_the_traces_order(job: str) -> None:
+    for module in ("torch", "transformers", "peft"):
+        pytest.importorskip(module)
+    config, options = JOBS[job]
+    options = {"batch_size": 1, "seq_len": 64, **options}
+    question = estimate(config, **options).origin
+    assert isinstance(question, Question)
+    compiled, _ = last_step(question.inventory, "8.0")
+    moves = Moves()
+    compiled.load(moves)
+    assert moves.noted == _traced(config, options)
+
+
+def _traced(config: dict[str, Any], options: dict[str, Any]) -> list[int]:
+    peaks = estimate(config, engine="trace", record=True, **options).peaks
+    assert peaks is not None
+    noted, alive = [], {}
+    for event in peaks.recording.events:
+        if event.phase != "load":
+            break
+        if event.kind == "alloc":
+            alive[event.id] = round512(event.nbytes)
+        noted.append({"alloc": alive.get(event.id, 0), "free": -alive.get(event.id, 0), "empty_cache": 0}[event.kind])
+    return noted
