@@ -19,13 +19,16 @@ METHOD = {name: text for name, text in options.METHOD.items() if name != "--meth
 @option(
     "--method", "methods", default="lora,dora,qlora,full", metavar="NAMES", show_default=True, help="methods, comma-separated"
 )
-@option("--gpu", "gpus", multiple=True, metavar="NAME", help="cards, comma-separated or repeated; or capacities such as 24GiB")
+@option(
+    "--gpu", "gpu", multiple=True, metavar="NAME", help="cards, comma-separated or repeated; capacities such as 24GiB; or 8xh100"
+)
 @option("--plot", default=None, metavar="FILE", help="bars of every method as FILE.png or .svg, with the cards as lines")
 @options.engine_option
 @options.group(METHOD_HEADING, METHOD)
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
+@options.group("Several GPUs", options.GPUS)
 @options.torch_option
 @options.transformers_option
 @options.context_option
@@ -33,7 +36,7 @@ METHOD = {name: text for name, text in options.METHOD.items() if name != "--meth
 def command(
     model: str | None,
     methods: str,
-    gpus: tuple[str, ...],
+    gpu: tuple[str, ...],
     plot: str | None,
     engine: str,
     fmt: str,
@@ -58,7 +61,8 @@ def command(
 
         check(plot)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    wanted = options.chosen(fields) | options.circumstances(torch, transformers, context)
+    gpus, number = options.counted(gpu, fields)
+    wanted = options.chosen(fields | number) | options.circumstances(torch, transformers, context)
     with options.computed_by(engine) as by_engine:
         result = compare(model, methods=names, gpu=gpus, **by_engine, **wanted)
     if plot is not None:

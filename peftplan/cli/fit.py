@@ -18,7 +18,9 @@ SIZES: dict[str, Size] = {"batch-size": "batch_size", "seq-len": "seq_len", "r":
 
 @click.command("fit", cls=Command)
 @argument("model", required=False)
-@option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card, or a capacity such as 24GiB; several get an answer each")
+@option(
+    "--gpu", "gpu", multiple=True, metavar="NAME", help="a card, a capacity such as 24GiB, or 8xh100; several get an answer each"
+)
 @option(
     "--max",
     "size",
@@ -39,13 +41,14 @@ SIZES: dict[str, Size] = {"batch-size": "batch_size", "seq-len": "seq_len", "r":
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
+@options.group("Several GPUs", options.GPUS)
 @options.torch_option
 @options.transformers_option
 @options.context_option
 @options.format_option
 def command(
     model: str | None,
-    gpus: tuple[str, ...],
+    gpu: tuple[str, ...],
     size: str,
     methods: str | None,
     keep: str | None,
@@ -74,31 +77,34 @@ def command(
     peftplan fit --model-family qwen3 --gpu rtx-4090
     """
     options.check_format(fmt)
-    wanted = options.chosen(fields) | options.circumstances(torch, transformers, context)
+    gpus, number = options.counted(gpu, fields)
+    wanted = options.chosen(fields | number) | options.circumstances(torch, transformers, context)
     from peftplan.report import render
 
-    gpu = ",".join(gpus) or None
+    cards_named = ",".join(gpus) or None
     if model_family is not None:
         from peftplan.planning.choosing import family
 
-        _check(gpu=gpu, model=model, of_family=True)
+        _check(gpu=cards_named, model=model, of_family=True)
         wanted.pop("method", None)
         with options.computed_by(engine) as by_engine:
-            members = family(model_family, gpu=str(gpu), allow_tight=allow_tight, **_names(methods), **by_engine, **wanted)
-        render.members(members, fmt=fmt, gpu=str(gpu))
+            members = family(
+                model_family, gpu=str(cards_named), allow_tight=allow_tight, **_names(methods), **by_engine, **wanted
+            )
+        render.members(members, fmt=fmt, gpu=str(cards_named))
         return 1 if require_fit and not any(member.model for member in members) else 0
     if model is None and fields["peft_config"] is None:
         raise RefusedError("MODEL: a model is needed, or a --peft-config that names its base model, or --model-family NAME")
     if which_gpu:
         from peftplan.planning.choosing import which_gpu as cards_for
 
-        if gpu is not None:
+        if cards_named is not None:
             raise RefusedError("--which-gpu: it finds the card, so it takes no --gpu")
         with options.computed_by(engine) as by_engine:
             cards = cards_for(model, allow_tight=allow_tight, **by_engine, **wanted)
         render.cards(cards, fmt=fmt)
         return 1 if require_fit and not cards else 0
-    _check(gpu=gpu, model=None, of_family=False)
+    _check(gpu=cards_named, model=None, of_family=False)
     if size not in SIZES:
         from peftplan.errors import UnknownNameError
 

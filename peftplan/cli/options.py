@@ -303,6 +303,21 @@ def computed_by(engine: str) -> Iterator[dict[str, Any]]:
         yield {"engine": engine, "progress": progress}
 
 
+def counted(gpu: tuple[str, ...], fields: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The cards without how many there are of each, and that number as the option `gpus`. Raises RefusedError for several."""
+    from peftplan.planning.verdicts import counted_cards
+
+    groups = counted_cards(gpu)
+    if len(groups) > 1:
+        raise RefusedError("--gpu: one command is of one number of GPUs; ask for each number")
+    number, names = groups[0] if groups else (None, gpu)
+    if number is None:
+        return gpu, {}
+    if fields.get("gpus") is not None:
+        raise InputError("--gpus", fields["gpus"], f"--gpu says how many there are ({number}x…); accepted: one of the two")
+    return names, {"gpus": number}
+
+
 def check_model(model: str | None, stated: dict[str, Any], *, also: str = "") -> None:
     """Raises RefusedError where nothing names a model; `also` is an option that may name one too."""
     if model is None and stated.get("peft_config") is None:

@@ -54,11 +54,14 @@ class Comparison(NamedTuple):
     model: str
     rows: tuple[Compared, ...]
     engine: str = "analytic"
+    over: str | None = None
+    """How several GPUs share each job, whose numbers are then those of one rank."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON, bytes as integers."""
         rows = [row._asdict() for row in self.rows]
-        return {"schema_version": SCHEMA_VERSION, "engine": self.engine, "model": self.model, "rows": rows}
+        over = {"over": self.over} if self.over else {}
+        return {"schema_version": SCHEMA_VERSION, "engine": self.engine, "model": self.model, "rows": rows} | over
 
     def records(self) -> list[dict[str, Any]]:
         """Flat rows, as pandas and polars take them."""
@@ -98,7 +101,7 @@ def compare(
     jobs = _jobs(model, known_methods(methods), options)
     rows: list[Compared] = []
     errors: list[PeftplanError] = []
-    name = ""
+    name, over = "", None
     for done, (method, fields) in enumerate(jobs.items()):
         try:
             result = estimate(model, gpu=gpu, engine=engine, progress=_telling(progress, method, done, len(jobs)), **fields)
@@ -107,10 +110,11 @@ def compare(
             rows.append(Compared(method, error=str(error)))
             continue
         name = result.model["name"]
+        over = result.distributed.strategy.called if result.distributed else None
         rows += _rows(method, result, _adapter_bytes(model, fields))
     if errors and len(errors) == len(jobs):
         raise errors[0]
-    return Comparison(name, tuple(rows), engine)
+    return Comparison(name, tuple(rows), engine, over)
 
 
 def _jobs(model: Any, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

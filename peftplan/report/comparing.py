@@ -24,8 +24,9 @@ BAR = 24
 
 def heading(result: Comparison) -> str:
     """What the rows are about."""
+    over = f", {result.over}, per rank" if result.over else ""
     methods = len({row.method for row in result.rows})
-    return f"{result.model}: {methods} method{'s' if methods > 1 else ''}{', traced' if result.engine == 'trace' else ''}"
+    return f"{result.model}: {methods} method{'s' if methods > 1 else ''}{', traced' if result.engine == 'trace' else ''}{over}"
 
 
 def cells(result: Comparison) -> list[tuple[str, ...]]:

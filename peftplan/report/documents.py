@@ -57,6 +57,8 @@ class CompareDocument(TypedDict):
     engine: Engine
     model: str
     rows: list[Compared]
+    over: NotRequired[str]
+    """On several GPUs: how they share each job."""
 
 
 class DiagnosisDocument(TypedDict):

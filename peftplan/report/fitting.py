@@ -47,10 +47,16 @@ NO_CARD = "No card of the catalogue takes the job."
 WORDS = {"batch_size": "batch size", "seq_len": "sequence length", "r": "rank", "model": "model"}
 
 
+def _over(plan: Plan) -> str:
+    """The number of GPUs, of which the numbers are one rank's."""
+    world = plan.assumptions.get("world_size")
+    return f" over {world} GPUs ({plan.assumptions['strategy']}), per rank:" if world else ""
+
+
 def headline(result: Fit, marks: Glyphs) -> str:
     """The answer: the largest size of the job as typed."""
     first, word = result.plans[0], WORDS[result.size]
-    job = f"{card_name(result.gpu)}: {result.model}{marks.dot}{first.method}"
+    job = f"{card_name(result.gpu)}: {result.model}{marks.dot}{first.method}{_over(first)}"
     if first.verdict == "does_not_run":
         return f"{marks.fails} {job} does not run: {first.reason}"
     needs = f"needs {format_bytes(first.needed_bytes)} of {format_bytes(first.usable_bytes)}{_assumed(first)}"
