@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
+from peftplan.ledger import EVERY_CATEGORY
 from peftplan.report import timeline, timeline_html, timeline_png, timeline_svg
 from peftplan.report.colours import COLOURS
 from peftplan.results.estimate import Estimate, Peaks
@@ -148,7 +149,7 @@ def test_a_picture_shows_every_category(tmp_path: Path) -> None:
 
 def test_every_category_has_a_colour_of_its_own() -> None:
     assert {line.category for line in LINES} <= set(COLOURS)
-    assert len(set(COLOURS.values())) == len(COLOURS) == 10
+    assert len(set(COLOURS.values())) == len(COLOURS) == len(EVERY_CATEGORY)
 
 
 def test_a_log_is_the_recordings_own(tmp_path: Path) -> None:
