@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 
 from peftplan.errors import MissingExtraError, RefusedError
 from peftplan.versions import FLOORS
+
+version = cache(metadata.version)
+"""Read once: it opens a file."""
 
 
 def require(what: str, *packages: str) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 NEVER = 2**30
+_inside = False
+"""Whether an outer block is at work: to count what it has frozen takes as long as a quarter of a small trace."""
 
 
 @contextmanager
@@ -15,9 +17,11 @@ def old_objects_let_be() -> Iterator[None]:
 
     A trace makes objects by the hundred thousand, few of them in cycles; looking at all of them again took a third of its time.
     """
-    if gc.get_freeze_count():  # that of an outer block, or of other code
+    global _inside
+    if _inside or gc.get_freeze_count():  # what other code has frozen stays so
         yield
         return
+    _inside = True
     young, middle, old = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(young, middle, NEVER)
@@ -26,3 +30,4 @@ def old_objects_let_be() -> Iterator[None]:
     finally:
         gc.set_threshold(young, middle, old)
         gc.unfreeze()
+        _inside = False

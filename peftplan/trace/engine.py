@@ -9,7 +9,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftplan.allocator.events import Event
 from peftplan.allocator.replay import Replay, replay
@@ -38,6 +37,7 @@ from peftplan.trace.events.peaks import Alive, Peak, Window, peaks, windows
 from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.events.workspaces import Workspaces
 from peftplan.trace.fake import FakeOn, fake_batch, fake_device, to_fake
+from peftplan.trace.fake_mode import DenseMode
 from peftplan.trace.inputs import Inputs, inputs
 from peftplan.trace.load import load
 from peftplan.trace.model import Built, build
@@ -208,7 +208,7 @@ def _run(
     workspaces = Workspaces(capability, apart=script.cublaslt_apart, by_rotary=script.rotary_by_product)
     tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces)
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = DenseMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode, on)
     batch, *before = [fake_batch(of_step.batch, mode, on) for of_step in (step_inputs, *earlier)]
     with (
@@ -254,7 +254,7 @@ def _run(
 
 
 @contextmanager
-def _as_on_card(mode: FakeTensorMode, capability: Capability, *, device: str) -> Iterator[None]:
+def _as_on_card(mode: DenseMode, capability: Capability, *, device: str) -> Iterator[None]:
     """Fake tensors, with torch, transformers and flash-attn as they behave on a card."""
     with (
         mode,

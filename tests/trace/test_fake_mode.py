@@ -1,0 +1,115 @@
+"""What `DenseMode` remembers is what torch would make anew: torch's own check of every remembered output, and arguments that are
+almost the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import peftplan
+from peftplan.trace.fake_mode import DenseMode
+from tests.memory.families import MODELS
+from tests.trace.engine_case import llama
+
+JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qlora": (llama(1), {"method": "qlora"}),
+    "fp16 eager": (llama(1), {"method": "dora", "autocast": "fp16", "dtype": "fp32", "attn_implementation": "eager"}),
+    "encoder and decoder": (MODELS["t5"][0], {"method": "full", "trainer": "plain"}),
+    "experts": (MODELS["mixtral"][0], {"method": "lora", "trainer": "plain"}),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_torch_agrees_with_every_remembered_output(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+
+    class Checking(DenseMode):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.cache_crosscheck_enabled = True
+
+        def _crosscheck_cache_output(self, output: Any, func: Any, *arguments: Any) -> None:
+            checked.append(func)
+            super()._crosscheck_cache_output(output, func, *arguments)
+
+    monkeypatch.setattr("peftplan.trace.engine.DenseMode", Checking)
+    model, options = JOBS[name]
+    assert peftplan.estimate(model, engine="trace", batch_size=2, seq_len=16, **options).peaks is not None
+    assert len(checked) > 500
+
+
+def meta(**facts: Any) -> torch.Tensor:
+    return torch.empty(4, 6, **facts)
+
+
+OPERATIONS: list[Callable[[], Any]] = [
+    lambda: meta() * 1,
+    lambda: meta() * 1.0,
+    lambda: meta() * True,
+    lambda: meta(dtype=torch.int64) * 1,
+    lambda: meta(dtype=torch.int64) * 1.0,  # equal to 1, and a product of another dtype
+    lambda: meta(dtype=torch.bfloat16) * 1,
+    lambda: meta(requires_grad=True) * 1,
+    lambda: meta().t() * 1,
+    lambda: meta()[1:] * 1,
+    lambda: meta()[:, 1:] * 1,
+    lambda: torch.empty(6, 4) * 1,  # the transposed one has its shape
+    lambda: meta()[1:],
+    lambda: meta()[:2][1:],
+    lambda: meta()[2:][1:],
+    lambda: meta().view(2, 12)[1:],
+    lambda: meta().sum(0),
+    lambda: meta().sum(0, keepdim=True),
+    lambda: meta().sum((0, 1)),
+    lambda: meta().to(torch.float64),
+    lambda: meta().split([1, 3]),
+    lambda: meta().split([2, 2]),
+    lambda: torch.nn.functional.layer_norm(meta(), (6,)),
+    lambda: meta().add_(1),
+    lambda: meta(dtype=torch.complex64).conj() * 1,
+]
+
+
+def facts(output: Any) -> Any:
+    """All that the tracker can see of a tensor."""
+    if isinstance(output, tuple):
+        return tuple(map(facts, output))
+    names = ("dtype", "shape", "device", "requires_grad")
+    stored = (
+        output.stride(),
+        output.storage_offset(),
+        output.untyped_storage().nbytes(),
+        output.is_conj(),
+        output.is_inference(),
+    )
+    return *(getattr(output, name) for name in names), *stored
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_almost_equal_arguments_are_told_apart(mode: Any) -> None:
+    """Twice each, in one order and in the other, so that each output is remembered while the others are."""
+    FakeTensorMode.cache_clear()
+    with mode():
+        with FakeTensorMode():
+            plain = [facts(operation()) for operation in OPERATIONS]
+        with DenseMode():
+            for _ in range(2):
+                assert [facts(operation()) for operation in OPERATIONS] == plain
+            assert [facts(operation()) for operation in reversed(OPERATIONS)] == plain[::-1]
+
+
+def test_a_remembered_view_lies_in_its_base() -> None:
+    with DenseMode():
+        for _ in range(2):
+            base = meta()
+            assert base[1:].untyped_storage()._cdata == base.untyped_storage()._cdata
