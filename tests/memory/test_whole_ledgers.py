@@ -1,7 +1,8 @@
 """All that is alive at each phase's peak, tensor by tensor: the formulas against a trace, which shares no code with them.
 
 Two peaks can be equal where two wrongs cancel; two ledgers cannot. What lasts is compared by name and bytes, what passes by
-category and bytes: a trace names it by the module that ran, the formulas by the operation.
+category and bytes: a trace names it by the module that ran, the formulas by the operation. Where something passes at the peak of
+loading, the formulas have one line for it beside all that lasts, so that the bytes of the whole are compared.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5 full": ("t5", {"method": "full"}),
 }
 ENGINES: tuple[Any, ...] = ("analytic", "trace")
-PHASES = ("forward", "backward", "step")
+PHASES = ("load", "forward", "backward", "step")
 PASSING = ("activations", "logits", "temporaries")
 NAMED = ("weights", "quant_state", "adapter_weights", "gradients")
 """Categories whose lines both engines name after the parameter."""
@@ -66,6 +67,11 @@ def alive(ledger: Ledger) -> Counter[Key]:
     return tensors
 
 
+def total(tensors: Counter[Key]) -> int:
+    """Bytes of all of them."""
+    return sum(nbytes * count for (_, _, nbytes), count in tensors.items())
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_what_is_alive_at_each_peak_is_what_a_trace_has(name: str) -> None:
     family, options = JOBS[name]
@@ -74,5 +80,8 @@ def test_what_is_alive_at_each_peak_is_what_a_trace_has(name: str) -> None:
     assert theirs is not None
     for phase in PHASES:
         of_ours, of_theirs = alive(ours.ledgers[phase]), alive(theirs.ledgers[phase])
-        assert sum(of_theirs.values()) > 30
-        assert of_ours == of_theirs, f"{phase}\n{differences(of_ours, of_theirs)}"
+        assert sum(of_theirs.values()) > 20
+        if phase == "load" and any(category == "temporaries" for category, _, _ in of_theirs):
+            assert total(of_ours) == total(of_theirs)  # the formulas sum up what passes while weights are loaded
+        else:
+            assert of_ours == of_theirs, f"{phase}\n{differences(of_ours, of_theirs)}"
