@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftplan.oom.diagnosis import explain_oom
     from peftplan.planning.advising import advice
     from peftplan.planning.compare import compare
+    from peftplan.planning.configs import configs
     from peftplan.planning.estimate import estimate
     from peftplan.planning.explain import explain
     from peftplan.planning.fit import fit
@@ -42,6 +43,7 @@ _HOMES = {
     "advice": "planning.advising",
     "as_html": "report.notebook",
     "compare": "planning.compare",
+    "configs": "planning.configs",
     "estimate": "planning.estimate",
     "explain": "planning.explain",
     "explain_oom": "oom.diagnosis",
@@ -69,6 +71,7 @@ __all__ = [
     "__version__",
     "advice",
     "compare",
+    "configs",
     "estimate",
     "explain",
     "explain_oom",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftplan.errors import quoted
+from peftplan.report.tabular import Column
+from peftplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from peftplan.planning.configs import ConfigEntry
 
 BOUNDS = {
     "at_most": "the peak is at most this",
@@ -15,6 +20,42 @@ BOUNDS = {
 }
 MOST_KEYS = 4
 """Keys that cannot be said, shown one by one."""
+
+COLUMNS = (
+    Column("file"),
+    Column("tool", wide=True),
+    Column("model"),
+    Column("trainable", right=True, wide=True),
+    Column("peak", right=True),
+    Column("verdict"),
+    Column("not said", right=True),
+    Column("keys that could not be said, or why there is no peak", wide=True),
+)
+MOST_NAMES = 3
+SIGNS = {"at_most": "≤ ", "at_least": "≥ "}
+
+
+def cells(entry: ConfigEntry) -> tuple[str | int | None, ...]:
+    """One file of many; without a peak, why."""
+    peak = None if entry.peak_allocated is None else SIGNS.get(entry.bound or "", "") + format_bytes(entry.peak_allocated)
+    names = ", ".join(entry.unsayable[:MOST_NAMES])
+    more = len(entry.unsayable) - MOST_NAMES
+    unsaid = f"{names} and {more} more" if more > 0 else names
+    verdict = entry.verdict and entry.verdict.replace("_", " ")
+    why = entry.error if entry.peak_allocated is None and not entry.unsayable else None
+    model = None if entry.model is None else entry.model.rpartition("/")[2]
+    file = PurePath(entry.file).name
+    return (file, entry.tool, model, entry.trainable_parameters, peak, verdict, len(entry.unsayable), unsaid or why)
+
+
+def summed(entries: Sequence[ConfigEntry]) -> str:
+    """How many files have what."""
+    training = [entry for entry in entries if entry.tool != "other"]
+    counted = sum(entry.total_parameters is not None for entry in training)
+    peaks = sum(entry.peak_allocated is not None for entry in training)
+    exact = sum(entry.peak_allocated is not None and not entry.unsayable for entry in training)
+    others = f"; {len(entries) - len(training)} other files" if len(entries) > len(training) else ""
+    return f"{len(training)} files of tools: {counted} counted, {peaks} with a peak, {exact} of them with every key said{others}"
 
 
 def summary(config: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from peftplan.oom.message import Message
 from peftplan.oom.snapshot import Alive
 from peftplan.planning.choosing import Member
 from peftplan.planning.compare import Compared
+from peftplan.planning.configs import ConfigEntry
 from peftplan.planning.documents import EstimateDocument, VerdictDocument
 from peftplan.planning.fit_result import Plan
 from peftplan.planning.inspection import Row
@@ -170,6 +171,7 @@ DOCUMENTS: dict[str, Document] = {
     "serve": Document("peftplan serve MODEL", "What comes after training.", ServingDocument),
     "replay": Document("peftplan replay FILE", "A recorded run through the allocator's model.", ReplayDocument),
     "inspect": Document("peftplan inspect MODEL", "The modules of a model.", InspectDocument),
+    "configs": Document("peftplan configs", "What training configs of other tools need.", list[ConfigEntry]),
     "models": Document("peftplan models", "The built-in models.", list[ModelEntry]),
     "methods": Document("peftplan methods", "The PEFT methods.", list[MethodRowDocument]),
     "method": Document("peftplan methods NAME", "The fields of one method.", list[FieldDocument]),

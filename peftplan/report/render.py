@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peftplan.oom.diagnosis import Diagnosis
     from peftplan.planning.choosing import Member
     from peftplan.planning.compare import Comparison
+    from peftplan.planning.configs import ConfigEntry
     from peftplan.planning.fit_result import Fit
     from peftplan.planning.inspection import Inspection
     from peftplan.planning.practice import Practice
@@ -213,6 +214,14 @@ def models(entries: Sequence[ModelEntry], *, fmt: str) -> None:
     columns = (Column("model"), Column("parameters", right=True), Column("model type"), Column("id", wide=True))
     cells = [(e.name, e.num_parameters, e.model_type, e.repo_id) for e in entries]
     _rows(columns, cells, [_fields(e) for e in entries], fmt=fmt, below=f"{len(entries)} model{'' if len(entries) == 1 else 's'}")
+
+
+def configs(entries: Sequence[ConfigEntry], *, fmt: str) -> None:
+    """A line for each file; text shows what a folder holds besides training configs as a number alone."""
+    from peftplan.report.configs import COLUMNS, cells, summed
+
+    shown = [entry for entry in entries if len(entries) == 1 or entry.tool != "other"]
+    _rows(COLUMNS, [cells(entry) for entry in shown], [_fields(entry) for entry in entries], fmt=fmt, below=summed(entries))
 
 
 def methods(*, fmt: str) -> None:

@@ -14,7 +14,13 @@ from peftplan.cli import COMMANDS, LazyGroup, cli
 from tests.cli.run import run
 
 TINY = Path(__file__).parent / "tiny.json"
-NOT_RUN = {"measure": "needs a GPU", "check": "takes seconds", "replay": "needs the extra trace", "rehearse": "needs a program"}
+NOT_RUN = {
+    "measure": "needs a GPU",
+    "check": "takes seconds",
+    "replay": "needs the extra trace",
+    "rehearse": "needs a program",
+    "configs": "needs files",
+}
 """Commands whose examples are only parsed here."""
 OUT_OF_MEMORY = (
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.52 GiB of which "

@@ -192,6 +192,11 @@ def as_number(text: str) -> Any:
     return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
+def word(value: object) -> str:
+    """A value as the data files write it: lower case, `true`, `none`."""
+    return "none" if value is None else str(value).lower()
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key → value; an empty mapping is a value."""
     flattened: dict[str, Any] = {}

@@ -47,7 +47,7 @@ class Rule(TypedDict, total=False):
     when: Mapping[str, Any]
     """Key → a list of accepted values, `set` or `unset`, for which the tool's defaults count, or `said`: by the file."""
     set: Mapping[str, Any]
-    """Option → a value, `{"key": name}`, `{"product": [names]}`, or `{"names": {key: …}}` (`reading._names`)."""
+    """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"names": {key: …}}` or `{"globs": key}` (`reading`)."""
     unsayable: Mapping[str, Any]
     """`key`, `why`, `effect`, `option`."""
     assumed: Mapping[str, str]

@@ -83,7 +83,9 @@ def joined(plans: list[ConfigPlan]) -> ConfigPlan:
         first = replace(
             first,
             files=first.files + other.files,
-            launch={**first.launch, other.tool: dict(other.launch)},
+            options={**other.options, **first.options},
+            launch={**first.launch, **other.launch},
+            assumed={**other.assumed, **first.assumed},
             read={**first.read, **{f"{other.tool}: {key}": row for key, row in other.read.items()}},
             ignored={**first.ignored, **{f"{other.tool}: {key}": row for key, row in other.ignored.items()}},
             unsayable={**first.unsayable, **{f"{other.tool}: {key}": row for key, row in other.unsayable.items()}},

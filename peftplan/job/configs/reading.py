@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from peftplan.errors import nearest, quoted
-from peftplan.job.configs.documents import Document, FileError, flat
+from peftplan.job.configs.documents import Document, FileError, flat, word
 from peftplan.job.configs.facts import Facts, Known, Row, Rule
 from peftplan.job.configs.interpolation import resolved
+from peftplan.job.configs.launching import launched
 from peftplan.job.configs.models import named
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Unsayable
 from peftplan.job.configs.with_file import fitting
@@ -38,11 +39,6 @@ def plan_of(document: Document, tool: Facts, *, file: str) -> ConfigPlan:
     for rule in tool.rules:
         reading.rule(rule)
     return reading.plan()
-
-
-def word(value: object) -> str:
-    """A value as the data files write it: lower case, `true`, `none`."""
-    return "none" if value is None else str(value).lower()
 
 
 class _Reading:
@@ -219,6 +215,8 @@ class _Reading:
             return tuple(said) if isinstance(said, list) else said
         if said.keys() == {"all"}:
             return self.document.values
+        if "globs" in said:
+            return _globs(self._effective(said["globs"]))
         if "names" in said:
             return self._names(said["names"])
         if "key" in said:
@@ -245,7 +243,13 @@ class _Reading:
 
     def plan(self) -> ConfigPlan:
         """What was read; options that the method does not have are left out."""
-        options = fitting(self.options)
+        if self.tool.tool in LAUNCHERS:
+            self.launch = {self.tool.tool: self.document.values}
+        said = launched(self.tool.tool, self.launch, self.document.environment)
+        self.unsayable |= said.unsayable
+        self.read = {key: row for key, row in self.read.items() if key not in said.unsayable}
+        self.assumed |= said.assumed
+        options = fitting({**said.options, **self.options})
         for key, row in self.read.items():
             if row.option and not {"model", "launch", *options} & set(row.option.split(", ")):
                 self.read[key] = Read(row.value, "", f"{self.options.get('method')} has no {row.option}")
@@ -264,6 +268,14 @@ class _Reading:
             self.kind,  # type: ignore[arg-type]
         )
         return replace(plan, model=named(self.model, self.tool)) if self.model else plan
+
+
+def _globs(value: Any) -> Any:
+    """Names of modules with `*` as a regular expression; names without it as they are."""
+    names = value if isinstance(value, list) else [value]
+    if not any("*" in str(name) for name in names):
+        return tuple(names)
+    return "|".join(f"(?:.*\\.)?{re.escape(str(name)).replace(re.escape('*'), '.*')}" for name in names)
 
 
 def _open(value: Any) -> bool:

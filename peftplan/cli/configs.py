@@ -1,0 +1,32 @@
+"""`peftplan configs PATH…`."""
+
+from __future__ import annotations
+
+import click
+
+from peftplan.cli import options
+from peftplan.cli.command import Command, argument, option
+
+
+@click.command("configs", cls=Command)
+@argument("paths", nargs=-1, required=True, metavar="PATH...")
+@option("--gpu", default=None, metavar="NAME", help="a card, or several as 8xh100-80gb, for the verdicts")
+@option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="what computes the peak")
+@option("--tool", default=None, metavar="NAME", help="the tool of all files, where their content does not tell")
+@option("--online", is_flag=True, help="ask the Hub for models that are neither built in nor in the local cache")
+@options.format_option
+def command(paths: tuple[str, ...], gpu: str | None, engine: str, tool: str | None, online: bool, fmt: str) -> int:
+    """Training configs of other tools, a line each: model, counts, peak, verdict, what could not be said.
+
+    PATH is a file, or a folder whose YAML, JSON, shell, Python and notebook files are read. Nothing in them is executed.
+
+    \b
+    peftplan configs examples/ --gpu a100-80gb
+    peftplan configs axolotl.yml train.sh --format json
+    """
+    options.check_format(fmt)
+    from peftplan.planning.configs import configs
+    from peftplan.report import render
+
+    render.configs(configs(paths, gpu=gpu, engine=engine, tool=tool, online=online), fmt=fmt)  # type: ignore[arg-type]
+    return 0

@@ -1,0 +1,148 @@
+"""How a job is launched, as options: what a tool's file says of FSDP and DeepSpeed, launch files, processes.
+
+What several GPUs hold is read by `job.launch`; what it does not count becomes a key that cannot be said.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from peftplan.datafiles import load
+from peftplan.errors import PeftplanError
+from peftplan.job.configs.documents import word
+from peftplan.job.configs.plan import Unsayable
+from peftplan.job.launch import accelerate, deepspeed
+
+SHIPPED = "configs/launch.json"
+"""Launch files that tools ship: tool → name → source and values."""
+ASSUMED_GPUS = 8
+"""Processes of a job whose file shards it and does not say over how many."""
+DIVIDED = {
+    "tensor_parallel_size": "tensor parallelism", "context_parallel_size": "context parallelism",
+    "expert_parallel_size": "expert parallelism", "sequence_parallel_size": "sequence parallelism",
+    "tensor_parallel": "tensor parallelism", "context_parallel_dim": "context parallelism", "device_map": "a device map",
+}  # fmt: skip
+"""Facts about the launch that divide a job in ways that are not counted here."""
+
+OFF_BY_DEFAULT = (
+    "zero_quantized_weights",
+    "zero_quantized_gradients",
+    "zero_quantized_nontrainable_weights",
+    "zero_hpz_partition_size",
+)
+"""Switches of ZeRO++ that files state although they are off (deepspeed, runtime/zero/config.py)."""
+
+
+class Launched(NamedTuple):
+    """Options of a launch, what of it cannot be said, and what is assumed."""
+
+    options: dict[str, Any]
+    unsayable: dict[str, Unsayable]
+    assumed: dict[str, str]
+
+
+def launched(tool: str, launch: Mapping[str, Any], environment: Mapping[str, str]) -> Launched:
+    """What a launch says. `launch`: labels of the facts, dotted where they were nested."""
+    said = Launched({}, {}, {})
+    _processes(said, launch, environment)
+    if (config := _values(launch, "accelerate")) is not None:
+        _from(said, "accelerate", lambda: accelerate.options(config))
+    elif (name := launch.get("accelerate_config")) is not None:
+        _named(said, tool, "accelerate_config", name, accelerate.options)
+    own = _values(launch, "deepspeed")
+    if isinstance(own, Mapping):
+        _from(said, "deepspeed", lambda: _deepspeed(own))
+    elif isinstance(own, str) and word(own) not in ("none", "false", ""):
+        _named(said, tool, "deepspeed", own, _deepspeed)
+    _fsdp(said, launch)
+    for fact, what in DIVIDED.items():
+        value = launch.get(fact, any(key.startswith(f"{fact}.") for key in launch))
+        if word(value) not in ("none", "false", "1", "-1", "", "0"):
+            said.unsayable[fact] = Unsayable(value, f"{what} over several GPUs", "unknown")
+    if said.options.get("strategy") not in (None, "ddp") and "gpus" not in said.options:
+        said.options["gpus"] = ASSUMED_GPUS
+        said.assumed["gpus"] = f"the launcher decides; {ASSUMED_GPUS} are assumed"
+    if said.options.get("gpus") == 1 and "nodes" not in said.options and said.options.get("strategy") in (None, "ddp"):
+        said.options.pop("strategy", None)
+    return said
+
+
+def _processes(said: Launched, launch: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    stated = launch.get("gpus") or environment.get("NPROC_PER_NODE") or environment.get("nproc_per_node")
+    if stated is None and launch.get("device_map") is None and visible.count(",") and "NPROC_PER_NODE" in environment:
+        stated = visible.count(",") + 1
+    for name, value in (("gpus", stated), ("nodes", launch.get("nodes"))):
+        if str(value).isdigit() and 0 < int(str(value)) < 2**17:
+            said.options[name] = int(str(value))
+    nodes = said.options.get("nodes", 1)
+    if nodes > 1 and said.options.get("gpus", 0) % nodes == 0 and "num_processes" in launch:
+        said.options["gpus"] //= nodes
+    if nodes == 1:
+        said.options.pop("nodes", None)
+
+
+def _values(launch: Mapping[str, Any], label: str) -> Any:
+    """The value under a label, nested again where it was."""
+    if label in launch:
+        return launch[label]
+    nested = {key.partition(".")[2]: value for key, value in launch.items() if key.startswith(f"{label}.")}
+    if not nested:
+        return None
+    values: dict[str, Any] = {}
+    for dotted, value in nested.items():
+        *above, last = dotted.split(".")
+        inner = values
+        for name in above:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return values
+
+
+def _from(said: Launched, key: str, options: Callable[[], Mapping[str, Any]]) -> None:
+    """Add the options of a launch file; a field that is not counted makes the file one that cannot be said."""
+    try:
+        said.options.update(options())
+    except PeftplanError as error:
+        said.unsayable[key] = Unsayable("the launch file", str(error), "unknown")
+
+
+def _named(said: Launched, tool: str, key: str, name: Any, read: Callable[[Any], Mapping[str, Any]]) -> None:
+    """A launch file by its name: one that the tool ships, else a file that is there."""
+    text = str(name[0] if isinstance(name, list) else name)
+    shipped = load(SHIPPED).get(tool, {}).get(PurePath(text).stem)
+    if shipped is not None:
+        _from(said, key, lambda: read(shipped["values"]))
+    elif os.path.isfile(text):
+        _from(said, key, lambda: read(text))
+    else:
+        said.unsayable[key] = Unsayable(name, "the launch file is not at hand; add it as a further --config", "unknown")
+
+
+def _deepspeed(source: Any) -> Mapping[str, Any]:
+    """What DeepSpeed's file says, without switches of ZeRO that are off; stage 0 is DDP."""
+    if not isinstance(source, Mapping):
+        return deepspeed.options(source)
+    zero = source.get("zero_optimization")
+    if not isinstance(zero, Mapping):
+        return deepspeed.options(source)
+    if word(zero.get("stage", 0)) == "0":
+        return {"strategy": "ddp"}
+    on = {name: value for name, value in zero.items() if not (name in OFF_BY_DEFAULT and word(value) in ("false", "1", "0"))}
+    return deepspeed.options({**source, "zero_optimization": on})
+
+
+def _fsdp(said: Launched, launch: Mapping[str, Any]) -> None:
+    """FSDP as axolotl and TrainingArguments say it: words, a version, a config."""
+    words = launch.get("fsdp")
+    config = _values(launch, "fsdp_config")
+    if word(words) in ("none", "", "false", "[]") and not config:
+        return
+    fields = dict(config) if isinstance(config, Mapping) else {}
+    if (version := launch.get("fsdp_version")) is not None:
+        fields["fsdp_version"] = version
+    kept = {name: value for name, value in fields.items() if not name.endswith("final_state_dict_type")}
+    _from(said, "fsdp_config", lambda: accelerate.fsdp_options(kept))

@@ -1,0 +1,119 @@
+"""Many training configs at once: what each trains, its peak, whether it fits, and what could not be said."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from peftplan.arch import catalogue, hub
+from peftplan.errors import InputError, PeftplanError
+from peftplan.frames import Listing
+from peftplan.job.configs.plan import ConfigPlan, Tool
+from peftplan.job.configs.read import read_config
+from peftplan.job.setup import Engine
+from peftplan.planning.documents import VerdictName
+from peftplan.planning.estimate import estimate
+
+SUFFIXES = (".yml", ".yaml", ".json", ".sh", ".py", ".ipynb")
+"""Files of a folder that are read."""
+MOST_FILES = 100_000
+
+
+class ConfigEntry(NamedTuple):
+    """What one file says: bytes are null where there is no peak, `bound` says what a peak is where keys could not be said."""
+
+    file: str
+    tool: Tool
+    model: str | None
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    peak_allocated: int | None = None
+    peak_reserved: int | None = None
+    engine: str | None = None
+    verdict: VerdictName | None = None
+    unsayable: tuple[str, ...] = ()
+    """Keys that change memory, or may, and that no option says."""
+    error: str | None = None
+    """Why there is no estimate, or no peak."""
+    bound: Literal["at_most", "at_least", "unknown"] | None = None
+
+
+def configs(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    gpu: str | None = None,
+    engine: Engine = "analytic",
+    tool: str | None = None,
+    online: bool = False,
+) -> Listing[ConfigEntry]:
+    """An entry for each file: files that are named, and of folders those that may hold a training config.
+
+    `gpu`: a card, or several of one, for the verdicts. `tool`: the tool of all files. `online`: configs of models that are
+    neither built in nor in the local cache are asked of the Hub; without it nothing is. Raises InputError for a path that is not
+    there.
+    """
+    named = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    return Listing(entry(file, gpu=gpu, engine=engine, tool=tool, online=online) for path in named for file in _files(Path(path)))
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """A file, or those of a folder in the order of their names; hidden ones and links are left out."""
+    if not path.is_dir():
+        if not path.exists():
+            raise InputError("path", str(path), "no such file or folder")
+        yield path
+        return
+    count = 0
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            file = Path(folder, name)
+            if name.endswith(SUFFIXES) and not name.startswith(".") and not file.is_symlink():
+                count += 1
+                if count > MOST_FILES:
+                    raise InputError("path", str(path), f"accepted: folders of at most {MOST_FILES:,} files")
+                yield file
+
+
+def entry(file: Path, *, gpu: str | None, engine: Engine, tool: str | None, online: bool) -> ConfigEntry:
+    """What one file says; what is wrong with it is its `error`."""
+    try:
+        plan = read_config(file, tool=tool)
+    except PeftplanError as error:
+        return ConfigEntry(str(file), "other", None, error=str(error))
+    return of_plan(plan, gpu=gpu, engine=engine, online=online)
+
+
+def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analytic", online: bool = False) -> ConfigEntry:
+    """The entry of a plan."""
+    said = ConfigEntry(plan.files[0], plan.tool, plan.model, unsayable=tuple(plan.unsayable))
+    if plan.kind != "training":
+        return said._replace(error="not a training config" if plan.kind == "other" else "a launch file, without a model")
+    if plan.model is None:
+        return said._replace(error="no model is named")
+    if not online and not at_hand(plan.model):
+        return said._replace(error=f"{plan.model} is neither built in nor in the local cache; --online asks the Hub")
+    try:
+        result = estimate(config=plan, gpu=gpu, engine=engine)
+    except PeftplanError as error:
+        return said._replace(error=str(error))
+    peaks = result.peaks
+    return said._replace(
+        trainable_parameters=result.trainable_parameters,
+        total_parameters=result.total_parameters,
+        peak_allocated=peaks.allocated if peaks else None,
+        peak_reserved=peaks.reserved if peaks else None,
+        engine=result.engine,
+        verdict=result.gpus[0].verdict if result.gpus else None,  # type: ignore[arg-type]
+        error=None if peaks else result.not_modelled[0],
+        bound=plan.to_dict()["bound"],
+    )
+
+
+def at_hand(model: str) -> bool:
+    """Whether a model's config is known without a network: built in, a file, or in the local cache."""
+    if catalogue.find(model) is not None or os.path.exists(model):
+        return True
+    return hub.is_repo_id(model) and hub.cached_config(model) is not None

@@ -1,0 +1,34 @@
+"""`peftplan configs`: a line for each file, no network, no crash."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cli.run import run
+
+QLORA = (
+    "base_model: llama-3.1-8b\nadapter: lora\nmicro_batch_size: 1\nlora_r: 8\nlora_target_linear: true\nlora_mlp_kernel: false\n"
+)
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text(QLORA)
+    (tmp_path / "b.yml").write_text(QLORA + "rl: dpo\n")
+    (tmp_path / "c.yml").write_text("name: workflow\n")
+    (tmp_path / "d.yml").write_text("base_model: somebody/else\nadapter: lora\nmicro_batch_size: 1\n")
+    (tmp_path / "e.yml").write_text("a: [\n")
+    done = run("configs", str(tmp_path), "--gpu", "a100-80gb", "--format", "json")
+    assert done.code == 0
+    a, b, c, d, e = json.loads(done.out)
+    assert (a["tool"], a["model"], a["trainable_parameters"], a["verdict"]) == ("axolotl", "llama-3.1-8b", 20_971_520, "fits")
+    assert (b["peak_allocated"], b["verdict"], b["unsayable"], b["trainable_parameters"]) == (None, "unknown", ["rl"], 20_971_520)
+    assert (c["tool"], c["error"]) == ("other", "not a training config")
+    assert "--online" in d["error"]
+    assert "e.yml" in e["error"]
+    shown = " ".join(run("configs", str(tmp_path), "--gpu", "a100-80gb").out.split())
+    assert "3 files of tools: 2 counted, 1 with a peak, 1 of them with every key said; 2 other files" in shown
+
+
+def test_a_path_that_is_not_there() -> None:
+    assert run("configs", "/nowhere/at/all").code == 2

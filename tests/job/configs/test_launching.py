@@ -1,0 +1,53 @@
+"""How files launch a job: the words of accelerate and DeepSpeed become the options of several GPUs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import peftplan
+from peftplan.job.configs.read import read_values
+from tests.job.configs.test_reading import AXOLOTL, LLAMAFACTORY, SWIFT, TRL
+
+ZERO3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": "auto"}}
+
+
+def options(values: dict[str, object], **more: str) -> dict[str, object]:
+    return dict(read_values(values, file="a.yml", **more).options)
+
+
+def test_a_launch_file_behind_a_training_file(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text(json.dumps(LLAMAFACTORY))
+    (tmp_path / "z3.json").write_text(json.dumps(ZERO3))
+    plan = peftplan.read_config([tmp_path / "a.yml", tmp_path / "z3.json"])
+    assert (plan.options["strategy"], plan.options["gpus"]) == ("zero3", 8)
+    assert plan.assumed["gpus"] == "the launcher decides; 8 are assumed"
+
+
+def test_names_that_a_tool_ships() -> None:
+    assert options({**SWIFT, "deepspeed": "zero2"}, NPROC_PER_NODE="4")["strategy"] == "zero2"
+    assert options({**SWIFT, "deepspeed": "zero2"}, NPROC_PER_NODE="4")["gpus"] == 4
+    assert options({**TRL, "accelerate_config": "zero3"})["strategy"] == "zero3"
+    assert options({**AXOLOTL, "deepspeed": "deepspeed_configs/zero3_bf16.json"})["strategy"] == "zero3"
+
+
+def test_fsdp_of_axolotl() -> None:
+    config = {"offload_params": False, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "reshard_after_forward": True}
+    read = options({**AXOLOTL, "fsdp_version": 2, "fsdp_config": config})
+    assert (read["strategy"], read["gpus"], read["reshard_after_forward"]) == ("fsdp2", 8, True)
+
+
+@pytest.mark.parametrize("key", ["tensor_parallel_size", "context_parallel_size"])
+def test_what_divides_a_job_otherwise_cannot_be_said(key: str) -> None:
+    assert key in read_values({**AXOLOTL, key: 2}, file="a.yml").unsayable
+    assert key not in read_values({**AXOLOTL, key: 1}, file="a.yml").unsayable
+
+
+def test_a_file_that_is_not_at_hand_cannot_be_said() -> None:
+    assert "deepspeed" in read_values({**AXOLOTL, "deepspeed": "my/own.json"}, file="a.yml").unsayable
+
+
+def test_one_process_is_one_gpu() -> None:
+    assert options({**AXOLOTL})["gpus" if "gpus" in options({**AXOLOTL}) else "method"] == "qlora"
