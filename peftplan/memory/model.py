@@ -8,8 +8,10 @@ from functools import partial
 
 from peftplan.arch.modules import Architecture
 from peftplan.depth.copies import Stack
+from peftplan.depth.sections import checkpointed_layers
 from peftplan.ledger import Dim
-from peftplan.memory.parts import SAVED, TOKEN_ADAPTER, Adapter, Outputs, Part, Running
+from peftplan.memory import units
+from peftplan.memory.parts import SAVED, TOKEN_ADAPTER, Adapter, Part, Running
 from peftplan.memory.units import ONE_GPU, Units
 from peftplan.methods.adaptation import PROMPTED, Adaptation
 from peftplan.parameters import Parameter as Family
@@ -17,7 +19,7 @@ from peftplan.parameters import Parameters
 from peftplan.storage import QuantConfig
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Operand, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Node, Operand, Outputs, Parameter, Tensor
 
 
 @dataclass
@@ -213,6 +215,33 @@ class Model:
         if isinstance(dim, int):
             return dim
         return self.running.seq_len + (self.virtual_tokens if dim == "k" else 0)
+
+    @property
+    def hosted(self) -> bool:
+        """Whether the inputs of checkpointed layers wait on the host."""
+        return self.running.hosted
+
+    @property
+    def every_layer(self) -> bool:
+        """Whether each layer is run, since no two are alike."""
+        return self.units.every_layer
+
+    def call_layer(self, layer: int, call: Callable[..., Outputs], x: Tensor, *others: object) -> Outputs:
+        """Call a layer between what its unit does before and after it."""
+        try:
+            if not self.units.every_layer:
+                return call(layer, x, *others)
+            out = call(layer, self.units.enter_with(units.layer(layer), x), *others)
+            hidden, *more = out if isinstance(out, tuple) else (out,)
+            hidden = self.units.leave(units.layer(layer), hidden)
+            return (hidden, *more) if more else hidden
+        finally:
+            self.layer_locals.clear()
+
+    def reached(self, stack: str, layers: int) -> tuple[bool, ...]:
+        """Whether checkpointing reaches each layer of a stack."""
+        before = sum(len(block.layers) for block in self.arch.blocks if block.stack == "encoder") if stack == "decoder" else 0
+        return checkpointed_layers(layers, before=before, every=self.running.every_n_layers)
 
     def checkpoint(self, function: Callable[..., Outputs], *args: object) -> Outputs:
         """Call a checkpointed layer."""

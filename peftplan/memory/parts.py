@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from peftplan.storage import QuantConfig
 from peftplan.tape.tape import Tape
@@ -76,6 +76,4 @@ TOKEN_ADAPTER = ".token_adapter"
 SAVED = ".modules_to_save"
 """Where a module's trainable copy is, below it."""
 
-Outputs: TypeAlias = Tensor | tuple[Tensor, ...]
-"""What a layer returns: its hidden states, or these and more."""
 Adapter = Callable[[Tape, Part, Tensor, Callable[[Tensor], Tensor], Running], Tensor]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from peftplan.tape.hosted import fetched, stored
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Gradients, Log, Node, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Log, Node, Outputs, Parameter, Tensor
 
 
 class Leaf(Parameter):
@@ -32,16 +32,14 @@ class Leaf(Parameter):
 class Call(NamedTuple):
     """A checkpointed call, which its node holds."""
 
-    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    function: Callable[..., Outputs]
     arguments: tuple[object, ...]
     """`TENSOR` stands for each one that is saved."""
     results: tuple[tuple[Dims, str], ...]
     """Dims and dtype of each result."""
 
 
-def checkpoint(
-    f: Tape, function: Callable[..., Tensor | tuple[Tensor, ...]], *args: object, hosted: bool = False
-) -> Tensor | tuple[Tensor, ...]:
+def checkpoint(f: Tape, function: Callable[..., Outputs], *args: object, hosted: bool = False) -> Outputs:
     """`checkpoint(function, *args, use_reentrant=True)`: saves the tensors among the arguments; the node holds the function.
 
     `hosted`: they are saved on the host.

@@ -43,6 +43,10 @@ class Operand(Protocol):
         """Which result of its node it is."""
 
 
+Outputs: TypeAlias = Union["Tensor", tuple["Tensor", ...]]
+"""What a layer returns: its hidden states, or these and more."""
+
+
 class Log(Protocol):
     """What storages and nodes use of the tape that they are on."""
 

@@ -14,11 +14,13 @@ from peftplan.allocator.events import Event
 from peftplan.allocator.replay import Replay, replay
 from peftplan.depth.expand import NotRepeatingError, Sample, grown
 from peftplan.depth.log import Moment, category_of
+from peftplan.depth.shallow import Stack, names_layers, with_layers
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.hardware.context import DEFAULT_CAPABILITY
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
+from peftplan.libraries.alike import repeating_stacks
 from peftplan.storage import QuantConfig
 from peftplan.trace.collector import old_objects_let_be
 from peftplan.trace.cuda import losses
@@ -32,7 +34,6 @@ from peftplan.trace.cuda.hosted import counted_host
 from peftplan.trace.cuda.kernels import kernel_packages
 from peftplan.trace.cuda.selected import selecting
 from peftplan.trace.cuda.tuner_layers import adapter_from_host, on_fake_tensors
-from peftplan.trace.depth import Stack, names_layers, repeating_stacks, with_layers
 from peftplan.trace.events.peaks import Alive, Peak, Window, peaks, windows
 from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.events.workspaces import Workspaces

@@ -8,8 +8,7 @@ import pytest
 
 from peftplan import estimate
 from peftplan.analytic.reserved import period_of
-from peftplan.depth.periods import sections_of_periods
-from peftplan.memory.stack import sections_of
+from peftplan.depth.sections import sections_of, sections_of_periods
 from tests.memory.engines import LLAMA, TOLERANCE, phases, shallow
 from tests.memory.families import T5
 

@@ -13,8 +13,9 @@ pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
 from peftplan.depth.expand import in_order, same
+from peftplan.depth.shallow import names_layers
+from peftplan.libraries.alike import repeating_stacks
 from peftplan.trace import engine
-from peftplan.trace.depth import names_layers, repeating_stacks
 from tests.trace.engine_case import llama, lora, traced
 from tests.trace.family_configs import MLLAMA
 

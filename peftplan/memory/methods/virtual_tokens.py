@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from peftplan.depth.sections import sections_of
 from peftplan.errors import NeedsTraceError
 from peftplan.ledger import Dim
+from peftplan.memory.kinds import kinds_of
 from peftplan.memory.model import Model
-from peftplan.memory.stack import kinds_of, sections_of
 from peftplan.tape import ops
 from peftplan.tape.shaping import cat, sliced
 from peftplan.tape.tape import Tape

@@ -9,16 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.arch.modules import Attention, Block
+from peftplan.depth.stack import run_stack, shared
 from peftplan.errors import NeedsTraceError
 from peftplan.ledger import Dim
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
 from peftplan.memory.calls import into_cache
 from peftplan.memory.convolution import convolution
+from peftplan.memory.kinds import kinds_of
 from peftplan.memory.methods import virtual_tokens
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import bidirectional_mask
-from peftplan.memory.stack import kinds_of, run_stack, shared
 from peftplan.methods.adaptation import PROMPTED
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape

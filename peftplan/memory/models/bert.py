@@ -6,12 +6,13 @@ Left out: cross-attention, which no task of a lone encoder runs.
 from __future__ import annotations
 
 from peftplan.arch.modules import Block
+from peftplan.depth.stack import run_stack
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend, causal_mask
 from peftplan.memory.calls import inputs
+from peftplan.memory.kinds import kinds_of
 from peftplan.memory.model import Model
-from peftplan.memory.stack import kinds_of, run_stack
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Tensor

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from peftplan.arch.modules import Attention, Block
+from peftplan.depth.stack import run_stack, shared
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.activations import activation
 from peftplan.memory.calls import inputs
+from peftplan.memory.kinds import kinds_of
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import output
-from peftplan.memory.stack import kinds_of, reached, run_stack, shared
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
@@ -46,7 +47,7 @@ def deberta(model: Model) -> Tensor:
     hidden_states: list[Tensor] = []
     returned = False
     checkpointed, kinds = model.running.checkpointing, kinds_of(model, "encoder")
-    recomputed = reached(model, "encoder", len(kinds)) if checkpointed else (False,) * len(kinds)
+    recomputed = model.reached("encoder", len(kinds)) if checkpointed else (False,) * len(kinds)
 
     def layer(number: int, x: Tensor, mask: Tensor) -> Tensor:
         if not returned and (model.running.hosted or not recomputed[number]):  # else its frame holds it

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from peftplan.arch.modules import Attention, Block
+from peftplan.depth.stack import run_stack
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend, by_heads, causal_mask, gathered, product
 from peftplan.memory.calls import behind, inputs, into_cache
+from peftplan.memory.kinds import kinds_of
 from peftplan.memory.model import Model
 from peftplan.memory.norms import rms
-from peftplan.memory.stack import kinds_of, run_stack
 from peftplan.memory.units import TAIL
 from peftplan.tape import ops
 from peftplan.tape.shaping import cat, sliced, split

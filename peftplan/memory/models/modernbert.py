@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from peftplan.arch.modules import Block
+from peftplan.depth.stack import run_stack
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
 from peftplan.memory.calls import behind, inputs
+from peftplan.memory.kinds import kinds_of
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.models.decoder import rotary_tables
-from peftplan.memory.stack import kinds_of, run_stack
 from peftplan.tape import ops
 from peftplan.tape.shaping import split
 from peftplan.tape.tensors import Tensor

@@ -11,16 +11,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from peftplan.arch.modules import Attention, Block
+from peftplan.depth.stack import SharedLeaf, run_stack, shared
 from peftplan.errors import NeedsTraceError
 from peftplan.ledger import Dim
 from peftplan.memory.activations import activation, power
 from peftplan.memory.attention import attend
 from peftplan.memory.calls import into_cache
+from peftplan.memory.kinds import kinds_of
 from peftplan.memory.methods import virtual_tokens
 from peftplan.memory.model import Model
 from peftplan.memory.models.bart import block_of, decoder_mask, limited
 from peftplan.memory.models.bert import bidirectional_mask
-from peftplan.memory.stack import SharedLeaf, kinds_of, run_stack, shared
 from peftplan.methods.adaptation import PROMPTED
 from peftplan.tape import ops
 from peftplan.tape.reentrant import Leaf

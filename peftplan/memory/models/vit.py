@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from peftplan.arch.modules import Block
+from peftplan.depth.stack import run_stack
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
 from peftplan.memory.calls import behind
 from peftplan.memory.convolution import convolution
+from peftplan.memory.kinds import kinds_of
 from peftplan.memory.model import Model
-from peftplan.memory.stack import kinds_of, run_stack
 from peftplan.tape import ops
 from peftplan.tape.shaping import cat
 from peftplan.tape.tensors import Tensor

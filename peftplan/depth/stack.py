@@ -1,0 +1,152 @@
+"""Run a stack of layers on the tape: a few layers run, the others are copies in the log; all may read one tensor from outside.
+
+Of six equal layers two run; `copies` puts the others where the mark of the last layer is:
+
+    forward     layer 0 | 4 copies of layer 5 | layer 5
+    backward    layer 5 | 4 copies of layer 5 | layer 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from peftplan.depth.copies import Stack
+from peftplan.depth.sections import paired, placed
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Log, Node, Outputs, Parameter, Tensor
+
+
+class Runner(Protocol):
+    """What a stack uses of the model whose layers it runs (`memory.model.Model`)."""
+
+    tape: Tape
+    stacks: list[Stack]
+    on_host: list[tuple[Dims, str, int]]
+    micro_batch: int
+
+    @property
+    def hosted(self) -> bool:
+        """Whether the inputs of checkpointed layers wait on the host."""
+
+    @property
+    def every_layer(self) -> bool:
+        """Whether each layer is run, since no two are alike."""
+
+    def call_layer(self, layer: int, call: Callable[..., Outputs], x: Tensor, *others: object) -> Outputs:
+        """Call a layer on the hidden states and what else it takes."""
+
+    def reached(self, stack: str, layers: int) -> tuple[bool, ...]:
+        """Whether checkpointing reaches each layer of a stack."""
+
+    def checkpoint(self, function: Callable[..., Outputs], *args: object) -> Outputs:
+        """Call a checkpointed layer."""
+
+
+class SharedNode(Node):
+    """What every layer of a stack reads: its gradient is one sum, which no further layer makes anew."""
+
+    __slots__ = ("sums",)
+    sums: set[int]
+
+    def receive(self, tape: Log, index: int, grad: Tensor) -> None:
+        """Numbers the storages that hold the sum, one after the other."""
+        super().receive(tape, index, grad)
+        storage = self.grads[index].storage  # type: ignore[union-attr]
+        if storage is not None:
+            self.sums.add(storage.number)
+
+
+class SharedLeaf(Parameter):
+    """A tensor that asks for a gradient though nothing trains it, and that every layer of a stack reads."""
+
+    __slots__ = ("source", "sums")
+    counts = False
+    source: Tensor
+    sums: set[int]
+
+    def accumulate(self, tape: Log, grad: Tensor) -> None:
+        """The first gradient stays; later ones are added in place."""
+        super().accumulate(tape, grad)
+        number = self.grad.storage.number  # type: ignore[union-attr]
+        tape.category.pop(number, None)
+        self.sums.add(number)
+
+
+def shared(f: Tape, x: Tensor, sums: set[int]) -> Tensor:
+    """A tensor from outside a stack that all its layers read; `sums` will hold the storages of its gradient."""
+    node = f.record(_pass_backward, (x,))
+    if node is None:
+        return Tensor(x.storage, x.dims, x.dtype)
+    own = SharedNode(node.sequence, node.module, node.backward, node.edges, checkpointed=node.checkpointed)
+    own.sums = sums
+    return Tensor(x.storage, x.dims, x.dtype, own)
+
+
+def _pass_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+    return g
+
+
+def run_stack(
+    model: Runner,
+    kinds: tuple[int, ...],
+    x: Tensor,
+    call: Callable[..., Outputs],
+    *,
+    name: str,
+    checkpointed: bool,
+    sums: set[int] | None = None,
+    holds: bool = False,
+    own: Callable[[int], tuple[object, ...]] | None = None,
+    every: tuple[object, ...] | Callable[[], tuple[object, ...]] = (),
+    outputs: list[Tensor] | None = None,
+) -> Tensor:
+    """Run the first layer of each kind, then the last of each; `kinds[l]` is the kind of layer l.
+
+    The layers between them become copies of the last of their kind (`depth.copies`). `sums`: the gradients of what all
+    layers read (`shared`). `holds`: the caller keeps what every layer returns until the forward ends. `own`: further arguments of
+    a layer, which it holds alone, by their names. `every`: further arguments of all layers, by position. `outputs`: holds what
+    layers return besides the hidden states until the next one returns.
+    """
+    f = model.tape
+    if model.every_layer:
+        kinds = tuple(range(len(kinds)))
+    flags = model.reached(name, len(kinds)) if checkpointed else (False,) * len(kinds)
+    name = f"{name}/{model.micro_batch}" if model.micro_batch else name
+    mixed = len(set(flags)) > 1
+    if mixed and outputs is not None:  # how long they live is the next layer's matter too: each is run
+        kinds = tuple(range(len(kinds)))
+    sections, extra, at = placed(paired(kinds, flags), summing=sums is not None, mixed=mixed)
+    copies = {f"{name} {number}": layers for number, layers in extra.items()}
+    places = {f"{name} {number}": f"{name} {place}" for number, place in at.items()}
+
+    def run(layer: int, of_layer: tuple[object, ...], x: Tensor, *every: object) -> Outputs:
+        return model.call_layer(layer, call, x, *of_layer, *every)
+
+    stack = Stack(name, places, copies, set(), set() if sums is None else sums, holds)
+    model.stacks.append(stack)
+    for number, layer in enumerate(sections):
+        x = boundary(f, x, f"{name} {number}")
+        of_layer = own(layer) if own else ()
+        beside = every() if callable(every) else every
+        if flags[layer] and model.hosted and not model.micro_batch:
+            model.on_host += [(y.dims, y.dtype, 1 + len(extra.get(number, ()))) for y in (x, *beside) if type(y) is Tensor]
+        result = model.checkpoint(run, layer, of_layer, x, *beside) if flags[layer] else run(layer, of_layer, x, *beside)
+        x = result if isinstance(result, Tensor) else result[0]
+        if outputs is not None and not isinstance(result, Tensor):
+            outputs[:] = result[1:]
+        del result, beside
+        if x.storage is not None:
+            stack.passed.add(x.storage.number)
+    return boundary(f, x, f"{name} end")
+
+
+def boundary(f: Tape, x: Tensor, what: str) -> Tensor:
+    """A mark in the log where forward passes, and another where the gradient does."""
+    f.mark(what)
+    return Tensor(x.storage, x.dims, x.dtype, f.record(_boundary_backward, (x,), what))
+
+
+def _boundary_backward(f: Tape, node: Node, saved: tuple[str], g: Tensor) -> Tensor:
+    f.mark(saved[0])
+    return g
