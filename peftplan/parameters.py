@@ -21,14 +21,14 @@ from peftplan.storage import QuantConfig, category, dense, quantized_modules, sh
 
 PREPARED = ("nf4", "fp4", "int8", "fp8", "mxfp4", "awq")
 """Formats for which `prepare_model_for_kbit_training` casts what stayed in 16 bits to fp32; gptq and hqq are left as they are
-(peft 0.21.2, utils/other.py)."""
+(peft, utils/other.py)."""
 
 CASTS_BIAS = ("nf4", "fp4")
-"""Formats whose layers leave their bias in the compute dtype after the first forward (`Linear4bit.forward`, bitsandbytes 0.50.2,
+"""Formats whose layers leave their bias in the compute dtype after the first forward (`Linear4bit.forward`, bitsandbytes,
 nn/modules.py). Left out: int8's layers cast theirs to the dtype of their input, 2 B per element between fp32 and 16 bits."""
 
 KEPT_BY_TRL = "lora_magnitude_vector"
-"""What TRL leaves in fp32 when it casts trainable parameters on a quantized base to bf16 (trl 1.16, `SFTTrainer.__init__`)."""
+"""What TRL leaves in fp32 when it casts trainable parameters on a quantized base to bf16 (trl, `SFTTrainer.__init__`)."""
 
 
 class Parameter(NamedTuple):
@@ -202,7 +202,7 @@ def optimizer_lines(
 
 
 def sensitivity_lines(parameters: Parameters) -> Ledger:
-    """What AdaLoRA's rank allocator keeps of each of its parameters (peft 0.21.2, tuners/adalora/layer.py `RankAllocator`)."""
+    """What AdaLoRA's rank allocator keeps of each of its parameters (peft, tuners/adalora/layer.py `RankAllocator`)."""
     if not any(p.name.endswith(".lora_E") for p in parameters.all):
         return Ledger(())
     kinds = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -288,7 +288,7 @@ def _last_parameter(arch: Architecture) -> str:
 def loaded_dtype(arch: Architecture, name: str, *, dtype: str) -> str:
     """fp32 for what a class keeps so, by its name or a part of it, else `dtype`.
 
-    Source: `_get_dtype_plan` (transformers 5.24, modeling_utils.py): `_keep_in_fp32_modules` when loaded in fp16, the strict
+    Source: `_get_dtype_plan` (transformers, modeling_utils.py): `_keep_in_fp32_modules` when loaded in fp16, the strict
     list under bf16 as well; both are searched in the name (core_model_loading.py).
     """
     kept = (*(arch.keep_in_fp32 if dtype == "fp16" else ()), *(arch.keep_in_fp32_strict if dtype != "fp32" else ()))

@@ -14,8 +14,12 @@ READ_IN = {
     "trl": "1.16",
     "accelerate": "1.15",
     "bitsandbytes": "0.50.2",
+    "liger-kernel": "0.8.5",
+    "torchao": "0.18",
+    "galore-torch": "1.0",
+    "apollo-torch": "1.0.3",
 }
-"""What a formula's source means where it names no release."""
+"""The releases that formulas were read in. A source names a package and a file; this is the release."""
 
 FLOORS: dict[str, tuple[int, ...]] = {"torch": (2, 8), "transformers": (5, 0), "peft": (0, 19)}
 """The oldest releases with which traces were run; the same as in pyproject.toml."""
@@ -28,11 +32,27 @@ class Change(NamedTuple):
     release: tuple[int, int]
     source: str
 
+    @property
+    def named(self) -> str:
+        """The package and the release: `torch 2.9`."""
+        return f"{self.package} {self.release[0]}.{self.release[1]}"
+
+    @property
+    def before(self) -> str:
+        """The minor release before: `5.3` of 5.4."""
+        return f"{self.release[0]}.{self.release[1] - 1}"
+
     def after(self, version: str | None) -> bool:
         """Whether the change is still to come in this version; None is today's."""
         return version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < self.release
 
 
+def named(package: str) -> str:
+    """The package and the release that its formulas were read in: `peft 0.21.2`."""
+    return f"{package} {READ_IN[package]}"
+
+
+SHORTER_ALLOC_CONF = Change("torch", (2, 9), "`PYTORCH_ALLOC_CONF` replaces `PYTORCH_CUDA_ALLOC_CONF`")
 ONE_WORKSPACE = Change("torch", (2, 12), "cuBLASLt takes cuBLAS's workspaces (docs/rehearse.md)")
 TIES_BY_AGE = Change("torch", (2, 13), "the allocator orders equal free blocks by the age of their segment, no longer by address")
 LOGITS_STAY_16_BIT = Change("transformers", (4, 46), "the model's own forward has no `logits = logits.float()`")

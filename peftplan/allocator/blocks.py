@@ -1,6 +1,6 @@
 """Blocks and the two pools of free ones, ordered as the allocator's `std::set`s are.
 
-Source: `Block`, `BlockPool`, `BlockComparatorSize`, `BlockComparatorAddress` of c10/cuda/CUDACachingAllocator.cpp, torch 2.13.
+Source: `Block`, `BlockPool`, `BlockComparatorSize`, `BlockComparatorAddress` of c10/cuda/CUDACachingAllocator.cpp, torch.
 The comparators order by stream first; here each stream has a list of its own, which gives the same order.
 """
 

@@ -1,7 +1,7 @@
 """Options and size rules of PyTorch's CUDA caching allocator: what is rounded to what, and which options change it.
 
-Sources: c10/core/AllocatorConfig.{h,cpp} and c10/cuda/CUDACachingAllocator.cpp, torch 2.13 (names below are the C++ names
-in snake case). The parser and the divisions per size were compared with the compiled `libc10` of torch 2.13.
+Sources: c10/core/AllocatorConfig.{h,cpp} and c10/cuda/CUDACachingAllocator.cpp, torch (names below are the C++ names
+in snake case). The parser and the divisions per size were compared with the compiled `libc10` of torch.
 Options that only change speed or pinned host memory are accepted and have no effect here. Refused because they change
 which memory is taken in a way that is not modelled: `backend:cudaMallocAsync` and `throw_on_cudamalloc_oom:True`.
 """
@@ -26,7 +26,7 @@ MIN_LARGE_ALLOC = 10 * MIB
 ROUND_LARGE = 2 * MIB
 """`kRoundLarge`: segments made to measure are multiples of it."""
 LARGE_SEGMENT_SIZE = 20 * MIB
-"""Default of `large_segment_size_mb` (`kLargeBuffer` before torch 2.13): segments for 1 to 10 MiB, large expandable pages."""
+"""Default of `large_segment_size_mb` (`kLargeBuffer` in older releases): segments for 1 to 10 MiB, large expandable pages."""
 
 DIVISION_INTERVALS = 16
 """`kRoundUpPowerOfTwoIntervals`: one entry of `roundup_power2_divisions` per power of two from 1 MiB, the last for all above."""
@@ -46,10 +46,10 @@ WITHOUT_EFFECT = frozenset(
         "release_lock_on_hipmalloc",
     }
 )
-"""Options of torch 2.13 that change speed or pinned host memory, and no byte on the device."""
+"""Options of torch that change speed or pinned host memory, and no byte on the device."""
 
 ENVIRONMENT = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""In order of precedence: the first that is set wins whole, even if empty. (The header of torch 2.13 says that the new name
+"""In order of precedence: the first that is set wins whole, even if empty. (The header says that the new name
 has priority; the library, run, says that the old ones do.)"""
 
 

@@ -1,6 +1,6 @@
 """The allocator itself: `malloc`, `free`, `empty_cache`, in the order of steps of `DeviceCachingAllocator`.
 
-Source: c10/cuda/CUDACachingAllocator.cpp, torch 2.13. Not modelled: private pools (CUDA graphs, `MemPool`), `record_stream`
+Source: c10/cuda/CUDACachingAllocator.cpp, torch. Not modelled: private pools (CUDA graphs, `MemPool`), `record_stream`
 and what waits for another stream, IPC, free-memory callbacks (they only return memory of peers), several devices.
 """
 

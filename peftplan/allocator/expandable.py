@@ -2,7 +2,7 @@
 
 Source: `ExpandableSegment`, `find_expandable_block`, `map_block`, `try_allocate_expandable_block`, `unmap_block` of
 c10/cuda/CUDACachingAllocator.cpp. A page is 2 MiB in the small pool and `large_segment_size` (20 MiB) in the large one; that
-the option `large_segment_size_mb` of torch 2.13 also sets the page is inferred from its header, not seen in the source.
+the option `large_segment_size_mb` also sets the page is inferred from its header, not seen in the source.
 """
 
 from __future__ import annotations

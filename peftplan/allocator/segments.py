@@ -1,4 +1,4 @@
-"""Segments and blocks in the shape of `torch.cuda.memory_snapshot()` (keys as in torch 2.13, stack frames left out)."""
+"""Segments and blocks in the shape of `torch.cuda.memory_snapshot()` (keys as in torch, stack frames left out)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Read what `torch.cuda.memory._dump_snapshot()` wrote, without running anything in it, and compare a replay with it.
 
-Source: torch/cuda/memory.py (`_snapshot`), c10/core/CachingDeviceAllocator.h (`TraceEntry`), torch 2.13. Sizes of `alloc` entries
+Source: torch/cuda/memory.py (`_snapshot`), c10/core/CachingDeviceAllocator.h (`TraceEntry`), torch. Sizes of `alloc` entries
 are the bytes asked for, before rounding (as remembered of the .cpp; check on a real snapshot). `empty_cache` is not recorded, so
 each run of `segment_free` / `segment_unmap` is read as one; that is exact also for a release before an out-of-memory or a
 retry, not for the partial releases of `max_split_size_mb` and garbage collection. A free counts where it completed, so memory

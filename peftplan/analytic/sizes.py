@@ -15,7 +15,7 @@ BLOCK = 64
 
 
 def windows_of(architecture: Architecture) -> tuple[int, ...]:
-    """The longest sequence that gets no mask for each sliding window of a model, each once (transformers 5.24, masking_utils.py:
+    """The longest sequence that gets no mask for each sliding window of a model, each once (transformers, masking_utils.py:
     `kv_length >= local_attention_size` gets one, where a window that looks both ways states the size of one side).
     """
     windowed = (a for block in architecture.blocks for a in block.attentions if a.window)

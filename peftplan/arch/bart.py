@@ -1,6 +1,6 @@
 """BART and Whisper: encoder and decoder of the first Transformer's blocks, norms after each part (BART) or before (Whisper).
 
-Sources: transformers 5.24, `models/{bart,whisper}/{configuration,modeling}_*.py`. Letters: h d_model, v vocab_size. Left out:
+Sources: transformers, `models/{bart,whisper}/{configuration,modeling}_*.py`. Letters: h d_model, v vocab_size. Left out:
 Whisper's audio classification.
 """
 

@@ -1,6 +1,6 @@
 """Encoders of the BERT shape: three summed embeddings, [attention, norm, MLP, norm] × layers, and a head per task.
 
-Sources: transformers 5.24, `models/{bert,roberta,xlm_roberta}/modeling_*.py`. Letters: h hidden_size, i intermediate_size,
+Sources: transformers, `models/{bert,roberta,xlm_roberta}/modeling_*.py`. Letters: h hidden_size, i intermediate_size,
 v vocab_size, p max_position_embeddings. Left out: the pre-training, next-sentence and multiple-choice heads.
 """
 

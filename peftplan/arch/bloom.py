@@ -1,6 +1,6 @@
 """Decoders with ALiBi instead of position embeddings and a fused query, key, value: BLOOM and MPT.
 
-Sources: transformers 5.24, `models/<model_type>/modeling_<model_type>.py` and the config class's defaults beside it. Both
+Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and the config class's defaults beside it. Both
 classes have eager attention only (`_supports_sdpa` is unset).
 """
 

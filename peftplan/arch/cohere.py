@@ -1,6 +1,6 @@
 """Command R (cohere) and Command R7B (cohere2): attention and MLP in parallel behind one LayerNorm; logits are scaled.
 
-Sources: transformers 5.24, `models/cohere*/modeling_cohere*.py`. `CohereLayerNorm` has a weight and no bias, computes in fp32 by
+Sources: transformers, `models/cohere*/modeling_cohere*.py`. `CohereLayerNorm` has a weight and no bias, computes in fp32 by
 plain operations, and is no `nn.LayerNorm`.
 """
 

@@ -1,6 +1,6 @@
 """DeBERTa v2 and v3: attention with disentangled relative positions, whose embedding the encoder's layers share.
 
-Source: transformers 5.24, `models/deberta_v2/{configuration,modeling}_deberta_v2.py`. Letters: h hidden_size, e embedding_size
+Source: transformers, `models/deberta_v2/{configuration,modeling}_deberta_v2.py`. Letters: h hidden_size, e embedding_size
 (h unless stated), a heads, d attention_head_size. Left out: the multiple-choice head.
 """
 

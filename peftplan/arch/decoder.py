@@ -1,6 +1,6 @@
 """What decoders of the Llama shape share: their dimensions, the modules of one layer, windows, blocks, and the backbone around.
 
-Sources: transformers 5.24, `models/<model_type>/modeling_<model_type>.py` and `configuration_<model_type>.py`.
+Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and `configuration_<model_type>.py`.
 """
 
 from __future__ import annotations

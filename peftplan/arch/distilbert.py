@@ -1,6 +1,6 @@
 """DistilBERT: BERT's shape without segment embeddings, with its own names.
 
-Source: transformers 5.24, `models/distilbert/{configuration,modeling}_distilbert.py`. Left out: the multiple-choice head.
+Source: transformers, `models/distilbert/{configuration,modeling}_distilbert.py`. Left out: the multiple-choice head.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Falcon: multi-query (7B), grouped-query (40B, 180B) or plain attention, parallel or serial layers, ALiBi or rotary.
 
-Source: transformers 5.24, `models/falcon/modeling_falcon.py` and `configuration_falcon.py`. Its linear layers are `FalconLinear`,
+Source: transformers, `models/falcon/modeling_falcon.py` and `configuration_falcon.py`. Its linear layers are `FalconLinear`,
 a subclass of `nn.Linear`; the rotary tables are buffers even with ALiBi.
 """
 

@@ -1,6 +1,6 @@
 """Gemma 1 … 3 (text): a scaled token embedding, wide heads, tied head; 2 and 3 alternate full and sliding attention.
 
-Sources: transformers 5.24, `models/gemma*/modeling_gemma*.py` and the config classes beside them. Left out: the multiplication
+Sources: transformers, `models/gemma*/modeling_gemma*.py` and the config classes beside them. Left out: the multiplication
 that scales the embedding.
 """
 

@@ -1,6 +1,6 @@
 """Decoders whose attention and MLP read the layer's input side by side: GPT-J, Phi 1 … 2, GPT-NeoX (Pythia).
 
-Sources: transformers 5.24, `models/<model_type>/modeling_<model_type>.py` and the config class's defaults beside it.
+Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and the config class's defaults beside it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Decoders of the Llama shape: token embedding, [norm, attention, norm, gated MLP] × layers, final norm, head.
 
-Sources: transformers 5.24, `models/<model_type>/modeling_<model_type>.py` and the config class's defaults beside it.
+Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and the config class's defaults beside it.
 """
 
 from __future__ import annotations

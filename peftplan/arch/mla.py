@@ -1,6 +1,6 @@
 """DeepSeek-V2 and V3: multi-head latent attention, leading dense layers, then experts beside shared experts.
 
-Sources: transformers 5.24, `models/deepseek_v2/modeling_deepseek_v2.py`, `models/deepseek_v3/modeling_deepseek_v3.py`; the layers
+Sources: transformers, `models/deepseek_v2/modeling_deepseek_v2.py`, `models/deepseek_v3/modeling_deepseek_v3.py`; the layers
 for multi-token prediction (`num_nextn_predict_layers`) are in the checkpoint but not in the model, and not here either.
 """
 

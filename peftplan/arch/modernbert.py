@@ -1,6 +1,6 @@
 """ModernBERT: a pre-norm encoder with rotary positions, fused projections, and a window in two of three layers.
 
-Source: transformers 5.24, `models/modernbert/{configuration,modeling}_modernbert.py`. Left out: the multiple-choice head.
+Source: transformers, `models/modernbert/{configuration,modeling}_modernbert.py`. Left out: the multiple-choice head.
 """
 
 from __future__ import annotations

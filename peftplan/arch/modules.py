@@ -186,7 +186,7 @@ class Architecture:
 
     `modules` are in the order of first appearance in `named_modules()` of transformers' `model_class`. `ties` maps the name of a
     parameter to the one whose storage it shares. `keep_in_fp32` are the model class's `_keep_in_fp32_modules`; `frozen` are
-    parameters that the model class itself creates with `requires_grad=False`; `from_pretrained` of transformers 5.24 undoes it.
+    parameters that the model class itself creates with `requires_grad=False`; `from_pretrained` of transformers undoes it.
     `keep_in_fp32_strict` are its `_keep_in_fp32_modules_strict`: patterns searched in parameter names, fp32 under bf16 as well.
     `logits_ops` are what the class does to the head's output: `scale`, `softcap` (divide, tanh, multiply). `supports_sdpa` is its
     `_supports_sdpa`: without it transformers falls back to eager attention; `supports_flash_attn` its `_supports_flash_attn`.

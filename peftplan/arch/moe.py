@@ -1,6 +1,6 @@
 """Llama-like decoders whose MLP is a mixture of experts: Mixtral, Qwen2-MoE, Qwen3-MoE, GraniteMoE, gpt-oss.
 
-transformers 5.24 (`models/<model_type>/modeling_<model_type>.py`) stores all experts of a layer as two 3-D parameters of one
+transformers (`models/<model_type>/modeling_<model_type>.py`) stores all experts of a layer as two 3-D parameters of one
 module, gate and up fused, and the router as a class of its own that is no `nn.Linear`.
 """
 

@@ -1,6 +1,6 @@
 """OPT: separate q, k, v with biases, learned positions, norms before or after, and maybe a narrower token embedding.
 
-Source: transformers 5.24, `models/opt/modeling_opt.py` and `configuration_opt.py`.
+Source: transformers, `models/opt/modeling_opt.py` and `configuration_opt.py`.
 """
 
 from __future__ import annotations

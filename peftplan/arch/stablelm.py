@@ -1,6 +1,6 @@
 """Rotary decoders with biased LayerNorms: StableLM (gated MLP, partial rotary) and StarCoder2 (plain MLP, biases everywhere).
 
-Sources: transformers 5.24, `models/stablelm/modeling_stablelm.py`, `models/starcoder2/modeling_starcoder2.py`.
+Sources: transformers, `models/stablelm/modeling_stablelm.py`, `models/starcoder2/modeling_starcoder2.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """T5 and mT5: encoder and decoder of pre-norm blocks with a relative position bias, which only block 0 owns.
 
-Source: transformers 5.24, `models/{t5,mt5}/{configuration,modeling}_*.py`. Letters: h d_model, a num_heads, d d_kv, i d_ff. The
+Source: transformers, `models/{t5,mt5}/{configuration,modeling}_*.py`. Letters: h d_model, a num_heads, d d_kv, i d_ff. The
 `layer.0/1/2` inside a block are its self-attention, cross-attention and MLP, not layer indices.
 """
 
@@ -59,7 +59,7 @@ def t5(c: Fields, task_type: str) -> Architecture:
 def _generator(c: Fields, backbone: Backbone) -> Architecture:
     """`lm_head`, tied unless the config states `tie_word_embeddings: false`, or T5's `scale_decoder_outputs: false`.
 
-    The config class of transformers 5.24 forces ties on, and keeps the former as the latter; so a model made from the config
+    The config class of transformers forces ties on, and keeps the former as the latter; so a model made from the config
     alone has no `lm_head` of its own. But `from_pretrained` leaves it untied where the checkpoint's lm_head differs from its
     embedding (`tie_weights`, modeling_utils.py), as every checkpoint that states false ships it: T5 1.1, Flan-T5, mT5, T0.
     This is the loaded model. Left out: an mT5 saved anew by transformers 5, whose config states true whatever its lm_head.

@@ -1,6 +1,6 @@
 """ViT: an image as a sequence of patches and one class token, through a pre-norm encoder.
 
-Source: transformers 5.24, `models/vit/{configuration,modeling}_vit.py`. Left out: masked image modeling.
+Source: transformers, `models/vit/{configuration,modeling}_vit.py`. Left out: masked image modeling.
 """
 
 from __future__ import annotations

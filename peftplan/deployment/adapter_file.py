@@ -1,6 +1,6 @@
 """The tensors of `adapter_model.safetensors`, by the names that peft's `save_pretrained` gives them.
 
-Source: peft 0.21.2, `utils/save_and_load.py` (`get_peft_model_state_dict`, with `save_embedding_layers="auto"`) and each tuner's
+Source: peft, `utils/save_and_load.py` (`get_peft_model_state_dict`, with `save_embedding_layers="auto"`) and each tuner's
 `_get_adapter_state_dict`. Assumed: the vocabulary was not resized, which would save the embeddings as well; and AdaLoRA's rank
 allocator has not cut any rank, whose rows peft leaves out of the file.
 """

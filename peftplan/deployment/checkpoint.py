@@ -1,6 +1,6 @@
 """The merged model's checkpoint: what `save_pretrained` writes of it, in how many files, to the byte.
 
-Source: transformers 5.24, `modeling_utils.py` (`save_pretrained`, `remove_tied_weights_from_state_dict`) and
+Source: transformers, `modeling_utils.py` (`save_pretrained`, `remove_tied_weights_from_state_dict`) and
 `conversion_mapping.py` (names and shapes go back to those of the hub); huggingface_hub 1.x, `serialization/_base.py`
 (`split_state_dict_into_shards_factory`). Left out: `config.json` and its kin, the index of a sharded checkpoint, checkpoints of
 quantized models; ModernBERT's first layer lacks a norm, so its tensors come in another order, which only shards would show.

@@ -1,7 +1,7 @@
 """Temporaries of peft's merge of one module: one function per method, in the order of its code.
 
 o output width, i input width, r rank. A function gets the ledger, the weight W (o, i) and the adapter's tensors by the last part
-of their names, all of which are counted elsewhere. Source: peft 0.21.2, `tuners/<method>/layer.py`, `merge` without `safe_merge`
+of their names, all of which are counted elsewhere. Source: peft, `tuners/<method>/layer.py`, `merge` without `safe_merge`
 and `get_delta_weight`; `tuners/lora/variants.py` for DoRA. Left out: biases; what the CPU packs for 16-bit matrix products, which
 OFT and BOFT meet where the adapter itself is in 16 bits.
 """

@@ -7,7 +7,7 @@ b batch_size, T context (tokens in the cache, virtual ones included), a key/valu
     latent      keys (b, 1, T, rank)         values (b, 1, T, rope)        MLA, shared by all heads
     cross       keys (b, a, S, d)            values (b, a, S, d)           S encoder positions, written once
 
-Source: transformers 5.24, `cache_utils.py` (`DynamicLayer`, `DynamicSlidingWindowLayer`, `EncoderDecoderCache`), and each model's
+Source: transformers, `cache_utils.py` (`DynamicLayer`, `DynamicSlidingWindowLayer`, `EncoderDecoderCache`), and each model's
 attention; DeepSeek caches before it expands (`modeling_deepseek_v3.py`). Left out: a sliding layer keeps the whole prompt from
 the prefill until the next token, and one tensor more of a layer lives while a token is appended (`growing_bytes`).
 """

@@ -2,7 +2,7 @@
 
 peft merges module by module and drops each module's adapter tensors afterwards. This counts the largest module beside
 the whole adapter, so the true peak is lower by the adapter tensors of the modules merged before it.
-Source: peft 0.21.2, `tuners/tuners_utils.py` (`_unload_and_optionally_merge`).
+Source: peft, `tuners/tuners_utils.py` (`_unload_and_optionally_merge`).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _adapted(arch: Architecture, parameters: Parameters) -> Iterator[tuple[str, 
 def _parameter_of(module: Module, parts: Mapping[str, Array]) -> str:
     """`weight`, or the parameter of fused experts whose widths the factors have.
 
-    The parameters tell, not the class: `Glm4MoeNaiveMoe` in transformers 5.0 became `Glm4MoeExperts` later.
+    The parameters tell, not the class: `Glm4MoeNaiveMoe` became `Glm4MoeExperts`.
     """
     if any(name == "weight" for name, _ in module.params):
         return "weight"

@@ -1,7 +1,7 @@
 """Merging LoRA into a weight that bitsandbytes stores: dequantize, add, move to the host, quantize again on the GPU.
 
-n elements of W (o, i). Source: peft 0.21.2, `tuners/lora/bnb.py` (`Linear4bit.merge`, `Linear8bitLt.merge`) and
-`lora/variants.py` (`DoraLinearVariant.merge_safe`); bitsandbytes 0.50.2, `nn/modules.py` (`Params4bit._quantize`,
+n elements of W (o, i). Source: peft, `tuners/lora/bnb.py` (`Linear4bit.merge`, `Linear8bitLt.merge`) and
+`lora/variants.py` (`DoraLinearVariant.merge_safe`); bitsandbytes, `nn/modules.py` (`Params4bit._quantize`,
 `Int8Params._quantize`), `functional.py`. Every intermediate of a module lives until its new weight is made, and the host holds
 the sum meanwhile. Left out: what bitsandbytes' kernels use inside.
 """

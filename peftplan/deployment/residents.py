@@ -1,6 +1,6 @@
 """Bytes that a loaded base and its adapters hold: on the GPU each tensor is rounded up to 512, on the CPU it takes its own bytes.
 
-Source: as `parameters.py`; peft 0.21.2 `tuners/*/layer.py` for the buffers. Nothing is prepared for training.
+Source: as `parameters.py`; peft `tuners/*/layer.py` for the buffers. Nothing is prepared for training.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 On the GPU each tensor takes its bytes rounded up to 512, and an operation reads operands of another dtype as they are. On the CPU
 a tensor takes its own bytes, and an operation on mixed dtypes first makes copies in the common one, of its operands and, if in
-place, of its output (torch 2.13, `aten/src/ATen/TensorIterator.cpp`, `compute_types`). Left out: Python's numbers, 8 bytes there.
+place, of its output (torch, `aten/src/ATen/TensorIterator.cpp`, `compute_types`). Left out: Python's numbers, 8 bytes there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Bytes of a file that `torch.save` writes: a ZIP archive of a pickle and one uncompressed record per storage.
 
-Source: torch 2.13, `torch/serialization.py` (`_save`: protocol 2, storages by persistent id) and
+Source: torch, `torch/serialization.py` (`_save`: protocol 2, storages by persistent id) and
 `caffe2/serialize/inline_container.cc` (`PyTorchStreamWriter`: each record's data begins at a multiple of 64, after a padded local
 header, and ends with a data descriptor); CPython's `Modules/_pickle.c` (`save_dict`, `save_list`: batches of 1,000). The pickle
 is not written: its opcodes are counted. Tensors must be contiguous and own their storage.

@@ -1,7 +1,7 @@
 """Files of a checkpoint beside the model: `optimizer.pt` and `scheduler.pt`, as transformers' Trainer writes them.
 
-Source: transformers 5.24, `trainer.py` (`create_optimizer`: two groups, with and without weight decay;
-`_save_optimizer_and_scheduler`), `trainer_pt_utils.py` (`get_parameter_names`); torch 2.13, `optim/optimizer.py` (`state_dict`:
+Source: transformers, `trainer.py` (`create_optimizer`: two groups, with and without weight decay;
+`_save_optimizer_and_scheduler`), `trainer_pt_utils.py` (`get_parameter_names`); torch, `optim/optimizer.py` (`state_dict`:
 states by number, then groups), `optim/lr_scheduler.py` (`LambdaLR.state_dict`). torch's own optimizers are exact. Of others the
 states are, and their file is taken as laid out like AdamW's: bitsandbytes and Adafactor write some fields more.
 """

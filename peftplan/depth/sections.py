@@ -3,7 +3,7 @@
 Layers of one kind do the same. The first and the last of each kind run; the others are copies of the last. Where only every n-th
 layer is checkpointed, those that are not are of another kind.
 
-Source: transformers 5.24, modeling_utils.py (`_set_gradient_checkpointing`): layers are numbered through the whole model, an
+Source: transformers, modeling_utils.py (`_set_gradient_checkpointing`): layers are numbered through the whole model, an
 encoder's before its decoder's, and those whose number n divides are checkpointed.
 """
 

@@ -190,7 +190,7 @@ def _loading(args: Any) -> dict[str, Any]:
 
 
 def _refuse_padding_free(args: Any) -> None:
-    """Raises InputError where SFTTrainer puts a batch into one long sequence (trl 1.16, `SFTTrainer.__init__`)."""
+    """Raises InputError where SFTTrainer puts a batch into one long sequence (trl, `SFTTrainer.__init__`)."""
     strategy = getattr(args, "packing_strategy", None)
     if getattr(args, "padding_free", False):
         raise InputError("training_args.padding_free", True, "accepted: False; one sequence without padding is not counted")
@@ -200,7 +200,7 @@ def _refuse_padding_free(args: Any) -> None:
 
 
 PADDING_FREE = ("bfd", "bfd_split")
-"""Strategies of packing that imply `padding_free` in trl 1.16."""
+"""Strategies of packing that imply `padding_free` in trl."""
 
 CHECKPOINTING_FIELDS = {"every_n_layers": "every_n_layers", "offload": "offload_checkpoints"}
 """Names in `activation_checkpointing_kwargs` that Trainer takes out for transformers (5.24, trainer.py) → ours."""

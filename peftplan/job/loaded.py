@@ -20,7 +20,7 @@ PARTIAL = METHODS["full"]._replace(name="partial", summary="the parameters of th
 """What a model trains whose other parameters are frozen, without an adapter."""
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")
-"""What a model says of checkpointing: today's name, that before transformers 5.24."""
+"""What a model says of checkpointing: today's name, then an older one."""
 WRAPPERS = ("base_model.model.", "base_model.")
 """What peft puts before the names of a base, the longer one first."""
 INNER = (".base_layer.", ".original_module.")

@@ -1,7 +1,7 @@
 """Sizes of the losses that never hold all logits: how many tokens they score, and how many of them at once.
 
 A formula of batch and sequence, which may be whole numbers or arrays of them. n tokens, h hidden size, v vocabulary.
-Sources: trl 1.16 `kernels/chunked_logprob.py`; liger-kernel 0.8.5 `ops/fused_linear_cross_entropy.py`; unsloth_zoo 2026.10.9
+Sources: trl `kernels/chunked_logprob.py`; liger-kernel `ops/fused_linear_cross_entropy.py`; unsloth_zoo 2026.10.9
 `fused_losses/fused_linear.py` (`fused_linear_rows`).
 """
 
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from peftplan.errors import RefusedError
 from peftplan.units import GIB, ceil_div
+from peftplan.versions import named
 
 TOKEN_TILE = 4096
 VOCAB_TILE = 32768
@@ -41,13 +42,13 @@ LIGER_MODELS = frozenset(
         "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_vl_text", "smollm3", "smolvlm",
     }
 )  # fmt: skip
-"""Model types that liger-kernel 0.8.5 patches (`MODEL_TYPE_TO_APPLY_LIGER_FN`); of any other it leaves the full loss in place."""
+"""Model types that liger-kernel patches (`MODEL_TYPE_TO_APPLY_LIGER_FN`); of any other it leaves the full loss in place."""
 
 
 def check_liger(model_type: str) -> None:
     """Raises RefusedError for a model that liger-kernel leaves as it is."""
     if model_type not in LIGER_MODELS:
-        raise RefusedError(f"loss: liger-kernel 0.8.5 patches no {model_type} models; accepted: full, trl-chunked")
+        raise RefusedError(f"loss: {named('liger-kernel')} patches no {model_type} models; accepted: full, trl-chunked")
 
 
 class LossSizes(NamedTuple):

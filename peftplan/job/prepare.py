@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import peftplan.methods as methods
+from peftplan import versions
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.strategy import Distributed, parse_distributed
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
@@ -26,7 +27,7 @@ from peftplan.methods.unmatched import unmatched_targets
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
 
 NOT_ON_4_BIT = ("loha", "lokr")
-"""Methods whose forward adds an update to the packed weight itself (`LycorisLayer`, peft 0.21.2) and raises a RuntimeError."""
+"""Methods whose forward adds an update to the packed weight itself (`LycorisLayer`, peft) and raises a RuntimeError."""
 
 
 def prepare(
@@ -183,7 +184,7 @@ def _method(
 
 
 PEFT_TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
-"""peft 0.21.2's `TaskType`; `PeftConfigMixin.__post_init__` refuses any other."""
+"""peft's `TaskType`; `PeftConfigMixin.__post_init__` refuses any other."""
 
 
 def _check_peft_task(raw: Mapping[str, Any]) -> None:
@@ -294,7 +295,7 @@ def _ignored(adapter: Mapping[str, Any]) -> tuple[str, ...]:
 
 def check_rank_allocator(job: Job) -> None:
     """Raises RefusedError for an AdaLoRA whose rank allocator fails when it first masks ranks: it then takes the k-th smallest
-    score, k = (init_r - target_r) · layers, by `kthvalue`, for which k is at least 1 (peft 0.21.2, tuners/adalora/layer.py).
+    score, k = (init_r - target_r) · layers, by `kthvalue`, for which k is at least 1 (peft, tuners/adalora/layer.py).
     """
     fields = job.config.model_dump() if job.config is not None else job.adapter
     if (job.method is None or job.method.peft_type != "ADALORA") and fields.get("peft_type") != "ADALORA":
@@ -302,7 +303,7 @@ def check_rank_allocator(job: Job) -> None:
     init_r, target_r = fields.get("init_r", 12), fields.get("target_r", 8)
     if init_r <= target_r:
         raise RefusedError(
-            f"init_r: {init_r} leaves AdaLoRA nothing to mask down to target_r {target_r}, and peft 0.21.2 then fails with a "
+            f"init_r: {init_r} leaves AdaLoRA nothing to mask down to target_r {target_r}, and {versions.named('peft')} then fails with a "
             "RuntimeError (kthvalue); accepted: an init_r above target_r"
         )
 

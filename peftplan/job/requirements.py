@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from peftplan.job.setup import Setup
+from peftplan.versions import named
 
 
 class Requirement(NamedTuple):
@@ -35,7 +36,8 @@ REQUIREMENTS = (
         "optim",
         ("adamw_torch_4bit", "adamw_torch_8bit"),
         (7, 0),
-        "torch 2.13, GPUTooOldForTriton in create_backend of torch/_inductor/scheduler.py; torchao 0.18 compiles its step",
+        f"{named('torch')}, GPUTooOldForTriton in create_backend of torch/_inductor/scheduler.py; "
+        f"{named('torchao')} compiles its step",
         "--optim adamw_8bit",
     ),
 )

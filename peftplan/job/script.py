@@ -42,50 +42,50 @@ class Script(BaseModel):
     step, as where the base is evaluated. peft then lets all of an active adapter require gradients (tuners/tuners_utils.py,
     `enable_adapters`): of LoRA-FA A too, whose inputs are saved again and whose gradients its optimizer does not take."""
     torch: Version | None = None
-    """The torch that ran, as `2.10.0`; None: one like 2.13. Decides `cublaslt_apart` and `ties_by_address`."""
+    """The torch that ran, as `2.10.0`; None: one as in `versions.READ_IN`. Decides `cublaslt_apart` and `ties_by_address`."""
     transformers: Version | None = None
-    """The transformers that ran; None: one like 5.24. Decides `rotary_by_product`, `shifts_logits`, `logits_in_fp32` and
-    `loads_in_threads` and `masks_unpadded`, as Llama's code had it (both losses: of classes called …ForCausalLM)."""
+    """The transformers that ran; None: one as in `versions.READ_IN`. Decides `rotary_by_product`, `shifts_logits`,
+    `logits_in_fp32`, `loads_in_threads` and `masks_unpadded`, as Llama's code had it (both losses: of classes called
+    …ForCausalLM)."""
 
     @property
     def cublaslt_apart(self) -> bool:
-        """Whether cuBLASLt has workspaces of its own: before torch 2.12. Since then it takes cuBLAS's (docs/rehearse.md)."""
+        """Whether cuBLASLt has workspaces of its own, or takes cuBLAS's (docs/rehearse.md)."""
         return versions.ONE_WORKSPACE.after(self.torch)
 
     @property
     def ties_by_address(self) -> bool:
-        """Whether the allocator orders equal free blocks by address: before torch 2.13. Since then by age of their segment."""
+        """Whether the allocator orders equal free blocks by address, or by the age of their segment."""
         return versions.TIES_BY_AGE.after(self.torch)
 
     @property
     def rotary_by_product(self) -> bool:
-        """Whether a matrix product makes angles of positions, which takes cuBLAS's workspace before the first layer: transformers
-        before 5.19 (`LlamaRotaryEmbedding.forward`: `inv_freq_expanded @ position_ids_expanded`)."""
+        """Whether a matrix product turns positions into angles, which takes cuBLAS's workspace before the first layer
+        (`LlamaRotaryEmbedding.forward`: `inv_freq_expanded @ position_ids_expanded`)."""
         return versions.ROTARY_WITHOUT_PRODUCT.after(self.transformers)
 
     @property
     def shifts_logits(self) -> bool:
-        """Whether the loss of a causal language model copies the fp32 logits without the last position: transformers before 4.49
-        (`ForCausalLMLoss`: `logits[..., :-1, :].contiguous()`); since then labels are padded instead."""
+        """Whether the loss of a causal language model copies the fp32 logits without the last position (`ForCausalLMLoss`:
+        `logits[..., :-1, :].contiguous()`), or pads the labels."""
         return versions.LABELS_PADDED.after(self.transformers)
 
     @property
     def logits_in_fp32(self) -> bool:
-        """Whether logits are fp32 before any loss, and so in the outputs: transformers before 4.46 (`logits = logits.float()`
-        in the model's own forward)."""
+        """Whether logits are fp32 before any loss, and so in the outputs (`logits = logits.float()` in the model's forward)."""
         return versions.LOGITS_STAY_16_BIT.after(self.transformers)
 
     @property
     def loads_in_threads(self) -> bool:
-        """Whether weights are copied to the card in threads while others are quantized there: transformers 5.0 to 5.3
-        (`core_model_loading.py`; 5.4 asks for `has_on_the_fly_quantization`)."""
+        """Whether threads copy weights to the card while others are quantized there (`core_model_loading.py`; later releases ask
+        for `has_on_the_fly_quantization`)."""
         ran = self.transformers
         return versions.QUANTIZING_IN_TURN.after(ran) and not versions.LOADING_IN_THREADS.after(ran)
 
     def masks_unpadded(self, model_type: str, setup: Setup) -> bool:
-        """Whether sdpa gets a mask for a batch that has none: without a cache, transformers 4.54 to 4.57 takes its positions for
-        those of packed sequences (`_preprocess_mask_arguments`); 5.0 looks whether they are. The collators of other trainers than
-        `plain` give a mask."""
+        """Whether sdpa gets a mask for a batch that has none: without a cache, some releases take its positions for those of
+        packed sequences (`_preprocess_mask_arguments`), and later ones look whether they are. The collators of trainers other
+        than `plain` give a mask."""
         version = self.transformers
         ran = versions.PACKED_POSITIONS_CHECKED.after(version) and not versions.PACKED_POSITIONS.after(version)
         bare = not setup.by.collates and not setup.padding and not setup.use_cache
@@ -116,7 +116,8 @@ POSITIONS_IN_MASKS = frozenset(
         "starcoder2", "vaultgemma",
     }
 )  # fmt: skip
-"""Decoders that give their positions to `create_causal_mask` in transformers 4.57.6; others made masks in ways of their own."""
+"""Decoders that give their positions to `create_causal_mask` in the releases that take them for packed ones; others made masks in
+ways of their own."""
 
 EXAMPLES = {"torch": "2.10", "transformers": "5.3"}
 """The packages of which a version can be said, each with one."""

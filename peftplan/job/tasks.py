@@ -30,12 +30,12 @@ WITH_PAD_TOKEN = (
     "hunyuan_v1_moe", "jamba", "ministral3", "mistral4", "olmo", "olmo2", "olmo3", "opt", "phi3", "seed_oss", "smollm3",
     "t5gemma", "zamba", "zamba2",
 )  # fmt: skip
-"""Model types with a `score` of the last token whose config class has a pad token, stated or not (transformers 5.24)."""
+"""Model types with a `score` of the last token whose config class has a pad token, stated or not (transformers)."""
 
 ALWAYS_ALL_LOGITS = (
     "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody", "prophetnet", "trocr", "whisper", "xlstm",
 )  # fmt: skip
-"""Model types whose causal language model's forward has no `logits_to_keep` (transformers 5.24)."""
+"""Model types whose causal language model's forward has no `logits_to_keep` (transformers)."""
 
 
 def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from peftplan.versions import named
+
 TrainerName = Literal["plain", "transformers", "trl", "qlora-paper"]
 Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth"]
 Autocast = Literal["none", "bf16", "fp16"]
@@ -74,12 +76,12 @@ TRAINERS: dict[TrainerName, Trainer] = {
     trainer.name: trainer
     for trainer in (
         Trainer("transformers", "Trainer"),
-        # trl 1.16 `SFTTrainer.__init__` asks for `is_loaded_in_4bit` and `is_loaded_in_8bit` before it casts, projects in chunks
+        # trl `SFTTrainer.__init__` asks for `is_loaded_in_4bit` and `is_loaded_in_8bit` before it casts, projects in chunks
         # whatever `loss_type` says, and refuses Liger's fused loss (it keeps Liger's layer kernels). Unsloth replaces its
         # `compute_loss` by Trainer's.
         Trainer(
             "trl",
-            "SFTTrainer of trl 1.16",
+            f"SFTTrainer of {named('trl')}",
             Defaults(loss="trl-chunked", kbit_prepare=False),
             always_masks=True,
             loads_in_fp32=True,

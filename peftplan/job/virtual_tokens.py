@@ -1,7 +1,7 @@
 """Jobs with virtual tokens that peft, transformers or torch refuse, by their own words, and those without formulas.
 
-Sources: peft 0.21.2, peft_model.py (the class of each task: `forward`, `_prefix_tuning_forward`); transformers 5.24, the models'
-classes of each task; torch 2.13, nn/functional.py (`cross_entropy`).
+Sources: peft, peft_model.py (the class of each task: `forward`, `_prefix_tuning_forward`); transformers, the models'
+classes of each task; torch, nn/functional.py (`cross_entropy`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.errors import NeedsTraceError, NoEngineError, RefusedError
 from peftplan.job.tasks import as_told
 from peftplan.methods.adaptation import PROMPTED
+from peftplan.versions import named
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
@@ -22,7 +23,7 @@ LANGUAGE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 SCORED_TOKENS = ("TOKEN_CLS", "MASKED_LM")
 """Tasks whose labels peft does not lengthen by the virtual tokens; it trains a masked language model as FEATURE_EXTRACTION."""
 PEFT_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-"""peft 0.21.2's `TaskType`."""
+"""peft's `TaskType`."""
 SOUND = ("whisper",)
 """Types that read no text: they get no task type, since peft's classes for tasks pass `input_ids`."""
 SHAPED_BY_LABELS = ("bloom", "falcon", "mpt")
@@ -36,7 +37,7 @@ def check_virtual_tokens(job: Job) -> None:
     """
     peft_type = job.method.peft_type if job.method else None
     if peft_type == PREFIX and job.setup.gradient_checkpointing:
-        raise RefusedError("peft 0.21.2 refuses it: ValueError: PREFIX_TUNING does not work with gradient checkpointing.")
+        raise RefusedError(f"{named('peft')} refuses it: ValueError: PREFIX_TUNING does not work with gradient checkpointing.")
     if peft_type not in (*PROMPTED, PREFIX):
         return
     if peft_type == PREFIX:
@@ -55,28 +56,28 @@ def check_prompted_task(arch: Architecture, adapter: Mapping[str, Any]) -> None:
         return
     if arch.task_type in PEFT_TASKS and arch.model_type not in SOUND:
         raise RefusedError(
-            "task_type: the adapter config states none, without which peft 0.21.2 makes no virtual tokens (KeyError: None); "
+            f"task_type: the adapter config states none, without which {named('peft')} makes no virtual tokens (KeyError: None); "
             f"accepted: {arch.task_type}"
         )
     if arch.model_type in SOUND or not arch.vocab_size:
         why = f"virtual tokens stand before text, which {arch.model_class} does not read; accepted: other methods, such as lora"
     else:
         why = f"peft has no virtual tokens for {arch.task_type}; accepted: {', '.join(PEFT_TASKS)}"
-    raise RefusedError(f"peft 0.21.2 refuses it: KeyError: None ({why})")
+    raise RefusedError(f"{named('peft')} refuses it: KeyError: None ({why})")
 
 
 def _check_prefix(job: Job) -> None:
     arch = job.architecture
     if arch.task_type == "MASKED_LM":  # its adapter config says FEATURE_EXTRACTION, whose forward passes the prefix on
         raise NeedsTraceError("a prefix before a masked language model")
-    if arch.task_type not in LANGUAGE:  # peft looks for an argument that transformers 5.24 renamed to `cache`
+    if arch.task_type not in LANGUAGE:  # peft looks for an argument that transformers renamed to `cache`
         raise NoEngineError(
-            "peft 0.21.2 refuses to run it: "
+            f"{named('peft')} refuses to run it: "
             "ValueError: Model does not support past key values which are required for prefix tuning."
         )
     if any(a.variant == "mla" and a.num_attention_heads > 1 for block in arch.blocks for a in block.attentions):
         raise RefusedError(
-            "transformers 5.24 refuses it: RuntimeError: a prefix with keys of each head beside a cache of latents"
+            f"{named('transformers')} refuses it: RuntimeError: a prefix with keys of each head beside a cache of latents"
         )
     from peftplan.methods.virtual_tokens import check_prefix
 
@@ -91,21 +92,21 @@ def _check_prompts(job: Job) -> None:
     translates = {"encoder", "decoder"} <= {block.stack for block in arch.blocks}
     if translates and arch.task_type == "SEQ_CLS":
         raise RefusedError(
-            "transformers 5.24 refuses it: NotImplementedError: Passing input embeddings is currently not supported for "
+            f"{named('transformers')} refuses it: NotImplementedError: Passing input embeddings is currently not supported for "
             f"{arch.model_class}"
         )
     if translates and arch.task_type == "QUESTION_ANS":
         raise RefusedError(
-            "transformers 5.24 refuses it: ValueError: If no `decoder_input_ids` or `decoder_inputs_embeds` are passed, "
+            f"{named('transformers')} refuses it: ValueError: If no `decoder_input_ids` or `decoder_inputs_embeds` are passed, "
             "`input_ids` cannot be `None`. Please pass either `input_ids` or `decoder_input_ids` or `decoder_inputs_embeds`."
         )
     prompts = setup.batch_size * cast("Any", job.config).num_virtual_tokens
     if arch.task_type in SCORED_TOKENS:
         labels = setup.batch_size * setup.seq_len
-        raise RefusedError(f"torch 2.13 refuses it: {_mismatch(arch, labels=labels, scored=labels + prompts)}")
+        raise RefusedError(f"{named('torch')} refuses it: {_mismatch(arch, labels=labels, scored=labels + prompts)}")
     if setup.logits_to_keep is not None:
         scored = setup.batch_size * setup.logits_to_keep
-        raise RefusedError(f"torch 2.13 refuses it: {_mismatch(arch, labels=scored + prompts, scored=scored)}")
+        raise RefusedError(f"{named('torch')} refuses it: {_mismatch(arch, labels=scored + prompts, scored=scored)}")
 
 
 def _mismatch(arch: Architecture, *, labels: int, scored: int) -> str:

@@ -1,7 +1,7 @@
 """Stand-ins for bitsandbytes' quantized linear layers: no values, but the real ones' tensors, temporaries and saved inputs.
 
 They subclass the real classes, which peft tests for, and run on fake tensors, which `Params4bit` and `Int8Params` cannot hold.
-Source: bitsandbytes 0.50.2: `autograd/_functions.py` (`MatMul4Bit`, `MatMul8bitLt`), `backends/cuda/ops.py` (`gemm_4bit`,
+Source: bitsandbytes: `autograd/_functions.py` (`MatMul4Bit`, `MatMul8bitLt`), `backends/cuda/ops.py` (`gemm_4bit`,
 `int8_*`), `functional.py` (`dequantize_4bit`), `nn/modules.py`. Left out: the fused 4-bit kernel that some GPUs take for up to
 1536 tokens (it needs no dequantized weight), and int8's outlier columns, which depend on the data.
 """

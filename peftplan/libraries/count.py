@@ -262,7 +262,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
         "peft.tuners.unilora.model.UniLoraModel._assign_unilora_indices_and_scales": _unilora_scales,
     },
 }
-"""peft type → what is replaced (peft 0.21.2)."""
+"""peft type → what is replaced (peft)."""
 
 
 def _adaptation(base: Base, adapted: Any, method: Any) -> Adaptation:

@@ -126,7 +126,7 @@ def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
 
 
 def prompt_dims(hf_config: Any, *, seq2seq: bool) -> PromptDims | None:
-    """The numbers that peft takes from a config, by its own rules (`_prepare_prompt_learning_config`, peft 0.21.2).
+    """The numbers that peft takes from a config, by its own rules (`_prepare_prompt_learning_config`, peft).
 
     None where it finds no number of layers or no width, and asks for them in its own config.
     """

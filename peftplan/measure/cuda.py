@@ -1,6 +1,6 @@
 """The device: the only module that queries torch.cuda and NVML. Tests replace it with a double.
 
-Bytes are integers. `allocated` and `reserved` are those of torch's caching allocator (`torch.cuda.memory_stats`, torch 2.13);
+Bytes are integers. `allocated` and `reserved` are those of torch's caching allocator (`torch.cuda.memory_stats`, torch);
 `process` is what the driver counts for this process, context included, and `used` for the whole device (NVML, nvidia-ml-py 13).
 In a container the driver does not know the process by our id: `process` is then None, never a guess.
 """

@@ -8,7 +8,7 @@ from peftplan.errors import MissingExtraError, RefusedError
 from peftplan.job.setup import Setup
 
 OUTPUTS_OF_SFT = ("log_probs", "entropy", "is_top1")
-"""What SFTTrainer asks of its fused head (trl 1.16 `SFTTrainer.__init__`)."""
+"""What SFTTrainer asks of its fused head (trl `SFTTrainer.__init__`)."""
 
 
 def install(base: Any, setup: Setup) -> None:

@@ -1,6 +1,6 @@
 """Activation functions of transformers' `ACT2FN`, written as the torch operations that they run.
 
-Source: transformers 5.24, activations.py; torch 2.13, FunctionsManual.cpp (`pow_backward`).
+Source: transformers, activations.py; torch, FunctionsManual.cpp (`pow_backward`).
 """
 
 from __future__ import annotations

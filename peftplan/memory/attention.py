@@ -2,8 +2,8 @@
 
 Letters: b batch, a query heads, g key/value heads, s queries, k keys, d head size. Queries, keys and values are (b, heads, s, d)
 views of projections that lie (b, s, heads, d), as transformers makes them.
-Sources: torch 2.13, aten/src/ATen/native/transformers/attention.cpp (`_scaled_dot_product_attention_math`), cuda/sdp_utils.cpp
-(the choice); transformers 5.24, integrations/sdpa_attention.py, masking_utils.py, models/llama/modeling_llama.py
+Sources: torch, aten/src/ATen/native/transformers/attention.cpp (`_scaled_dot_product_attention_math`), cuda/sdp_utils.cpp
+(the choice); transformers, integrations/sdpa_attention.py, masking_utils.py, models/llama/modeling_llama.py
 (`eager_attention_forward`). The fused kernels are in `fused_attention`.
 """
 

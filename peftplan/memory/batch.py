@@ -1,6 +1,6 @@
 """What a step's batch holds on the device: the tensors that a model's forward takes, of the shapes that the trace engine gives.
 
-Source: the data collators of transformers 5.24; pictures and sound of the sizes that the config states.
+Source: the data collators of transformers; pictures and sound of the sizes that the config states.
 """
 
 from __future__ import annotations

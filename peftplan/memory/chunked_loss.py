@@ -1,6 +1,6 @@
 """TRL's loss, which projects hidden states in tiles, and what SFTTrainer makes of it.
 
-n scored tokens, h hidden size, v vocabulary; every label counts as scored. Source: trl 1.16 `kernels/chunked_logprob.py`
+n scored tokens, h hidden size, v vocabulary; every label counts as scored. Source: trl `kernels/chunked_logprob.py`
 (`ChunkedLogProbFunction`), `trainer/utils.py` (`add_fused_lm_head`), `SFTTrainer.compute_loss`. Its Triton kernels take nothing.
 """
 

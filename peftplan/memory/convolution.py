@@ -1,6 +1,6 @@
 """Convolutions: what they save for backward, and their gradients.
 
-Source: torch 2.13, tools/autograd/derivatives.yaml (`convolution`): input and weight are kept whichever gradient is wanted. Left
+Source: torch, tools/autograd/derivatives.yaml (`convolution`): input and weight are kept whichever gradient is wanted. Left
 out: cuDNN's workspaces, which its heuristics choose on the card.
 """
 

@@ -1,6 +1,6 @@
 """Heads that transformers has for every decoder: one score per sequence, or one per token.
 
-Source: transformers 5.24, modeling_layers.py (`GenericForSequenceClassification`, `GenericForTokenClassification`),
+Source: transformers, modeling_layers.py (`GenericForSequenceClassification`, `GenericForTokenClassification`),
 loss/loss_utils.py.
 """
 

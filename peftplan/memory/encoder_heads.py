@@ -1,6 +1,6 @@
 """Heads of encoders: masked language models, classifiers of sequences and of tokens, and answers to questions.
 
-Sources: transformers 5.24, models/*/modeling_*.py (`…ForMaskedLM`, `…ForSequenceClassification`, `…ForTokenClassification`,
+Sources: transformers, models/*/modeling_*.py (`…ForMaskedLM`, `…ForSequenceClassification`, `…ForTokenClassification`,
 `…ForQuestionAnswering`). Left out: regression and several labels per sample beyond what one label takes (batch × labels).
 """
 

@@ -1,8 +1,8 @@
 """A mixture of experts: tokens sorted by expert, two grouped products, and what each token's experts add.
 
 Letters: n tokens (b·s), k experts a token, e experts, h hidden size, i width of an expert. Rows sorted by expert have dims
-(b, s, k, …) here, whatever their order. Sources: transformers 5.24, integrations/moe.py (`grouped_mm_experts_forward`,
-`_grouped_mm`, `_default_apply_gate`); torch 2.13, native/GroupedMMUtils.h and derivatives.yaml (`_grouped_mm`, `index`, `topk`).
+(b, s, k, …) here, whatever their order. Sources: transformers, integrations/moe.py (`grouped_mm_experts_forward`,
+`_grouped_mm`, `_default_apply_gate`); torch, native/GroupedMMUtils.h and derivatives.yaml (`_grouped_mm`, `index`, `topk`).
 Left out, as in the trace engine: the sort inside the backward of `index`, and the kernel's few KiB of offsets.
 """
 
@@ -19,6 +19,7 @@ from peftplan.tape import ops
 from peftplan.tape.shaping import split
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
+from peftplan.versions import named
 
 ALIGNMENT_BYTES = 16
 """Rows of a grouped product's operands must be multiples of it."""
@@ -114,8 +115,8 @@ def _check_rows(x: Tensor, weight: Operand) -> None:
         assert isinstance(row, int)
         if row * ITEMSIZE[weight.dtype] % ALIGNMENT_BYTES:
             raise RefusedError(
-                f"torch 2.13 refuses it: rows of {row} {weight.dtype} numbers in grouped expert products are not a multiple of "
-                f"{ALIGNMENT_BYTES} bytes"
+                f"{named('torch')} refuses it: rows of {row} {weight.dtype} numbers in grouped expert products "
+                f"are not a multiple of {ALIGNMENT_BYTES} bytes"
             )
 
 

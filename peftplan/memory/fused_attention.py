@@ -1,7 +1,7 @@
 """The fused kernels of torch's attention: what FlashAttention-2 and the memory-efficient kernel allocate and save on CUDA.
 
 Letters: b batch, a query heads, g key/value heads, s queries, k keys, d head size; queries, keys and values are (b, heads, s, d).
-Sources: torch 2.13, aten/src/ATen/native/transformers/cuda/attention.cu and attention_backward.cu, flash_attn/flash_api.cpp,
+Sources: torch, aten/src/ATen/native/transformers/cuda/attention.cu and attention_backward.cu, flash_attn/flash_api.cpp,
 mem_eff_attention/kernel_backward.h.
 """
 

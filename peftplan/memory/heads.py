@@ -37,7 +37,7 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def of_last_tokens(head: Head, model: Model, x: Tensor) -> tuple[Tensor, ...]:
-    """A head of `hidden_states[:, -n:, :]` (transformers 5.24, modeling_utils.py `slice_logits_to_keep`)."""
+    """A head of `hidden_states[:, -n:, :]` (transformers, modeling_utils.py `slice_logits_to_keep`)."""
     running, (batch, _, width) = model.running, x.dims
     assert running.logits_to_keep is not None
     last = sliced(model.tape, x, (batch, running.logits_to_keep, width))

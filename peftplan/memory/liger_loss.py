@@ -1,6 +1,6 @@
 """Liger's fused linear cross entropy, which makes the gradients in forward, chunk by chunk, and keeps them for backward.
 
-n tokens, h hidden size, v vocabulary. Source: liger-kernel 0.8.5 `ops/fused_linear_cross_entropy.py`,
+n tokens, h hidden size, v vocabulary. Source: liger-kernel `ops/fused_linear_cross_entropy.py`,
 `transformers/model/llama.py` (`lce_forward`). Its Triton kernels take nothing.
 """
 

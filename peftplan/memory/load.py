@@ -2,8 +2,8 @@
 
 A dense model is moved weight by weight, so its peak is its end. A quantized one is loaded on the device: a warm-up block of the
 size of all stored weights is taken and freed, then each weight arrives in the load dtype, in the natural order of names, and is
-quantized there. Source: transformers 5.24, core_model_loading.py and modeling_utils.py (`caching_allocator_warmup`);
-bitsandbytes 0.50.2, functional.py (`quantize_4bit`); peft 0.21.2, `prepare_model_for_kbit_training`. The trace's `trace.load`
+quantized there. Source: transformers, core_model_loading.py and modeling_utils.py (`caching_allocator_warmup`);
+bitsandbytes, functional.py (`quantize_4bit`); peft, `prepare_model_for_kbit_training`. The trace's `trace.load`
 does the same tensor by tensor.
 """
 
@@ -21,12 +21,13 @@ from peftplan.ledger import Ledger, Line
 from peftplan.parameters import Parameter, Parameters
 from peftplan.storage import QuantConfig
 from peftplan.units import round512
+from peftplan.versions import named
 
-SOURCE = "transformers 5.24: loading a quantized model"
+SOURCE = f"{named('transformers')}: loading a quantized model"
 Key = tuple[tuple[bool, int, str], ...]
 Handle = TypeVar("Handle")
 WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
-"""Bytes per element that the warm-up counts for a quantized weight (transformers 5.24, `quantized_element_size`)."""
+"""Bytes per element that the warm-up counts for a quantized weight (transformers, `quantized_element_size`)."""
 
 
 class Memory(Protocol[Handle]):
@@ -60,7 +61,7 @@ def load_into(
 
     `moved`: the adapted model is moved module by module, so that what is added to a module follows it.
     `adapters_pass_in`: the dtype in which peft's layers put their tensors beside a base that is on the device, before it casts
-    them all (peft 0.21.2, `_move_adapter_to_device_of_base_layer`, `cast_adapter_dtype`); None where they arrive as they last.
+    them all (peft, `_move_adapter_to_device_of_base_layer`, `cast_adapter_dtype`); None where they arrive as they last.
     """
     first, second, last = _order(parameters, quantized=quant is not None, moved=moved)
     base = [p for p in parameters.all if p.owner == "base"]
@@ -88,7 +89,7 @@ def load_into(
         if (p.name, layer) in narrow:
             memory.keep(sizes_of[id(p)])
             memory.release(narrow[p.name, layer].pop(0))
-    if prepared:  # peft 0.20 on
+    if prepared:  # newer releases of peft
         memory.empty_cache()
     cast = {id(p) for p in parameters.all if p.dtype == "fp32"} if adapters_pass_in else ()
     passing = []

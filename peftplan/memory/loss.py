@@ -1,6 +1,6 @@
 """Loss and logits: what each way to compute a language model's loss allocates.
 
-Source: transformers 5.24, loss/loss_utils.py (`ForCausalLMLoss`): logits in fp32, labels padded and shifted, cross entropy over
+Source: transformers, loss/loss_utils.py (`ForCausalLMLoss`): logits in fp32, labels padded and shifted, cross entropy over
 all positions. torch's cross entropy is log_softmax and nll_loss.
 """
 
@@ -14,6 +14,7 @@ from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Tensor
+from peftplan.versions import named
 
 
 def cross_entropy(f: Tape, logits: Tensor, *extra: object) -> Tensor:
@@ -76,7 +77,7 @@ def projection(model: Model) -> Part:
     assert model.arch.output_embedding is not None
     head = model.part(model.arch.output_embedding)
     if head.name in model.token_adapters and model.running.loss != "liger":
-        raise RefusedError("trl 1.16 refuses it: AttributeError: 'TrainableTokensWrapper' object has no attribute 'bias'")
+        raise RefusedError(f"{named('trl')} refuses it: AttributeError: 'TrainableTokensWrapper' object has no attribute 'bias'")
     if model.running.loss != "liger" and any(key not in ("weight", "bias") for key in head.params):
         raise RefusedError(
             f"target_modules: {model.running.loss} reads lm_head.weight itself, so an adapter on it would not train"

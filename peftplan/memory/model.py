@@ -273,7 +273,7 @@ class Model:
     @property
     def _asks_gradients(self) -> bool:
         """Under checkpointing transformers hooks the input layers of models that read `input_ids`, peft those of all that
-        bitsandbytes did not quantize (transformers 5.24 `_activation_checkpointing_enable`, peft 0.21.2
+        bitsandbytes did not quantize (transformers `_activation_checkpointing_enable`, peft
         `_prepare_model_for_gradient_checkpointing`)."""
         hooked_by_peft = self.running.peft_type is not None and self.quant is None
         return self.running.checkpointing and ("input_ids" in self.batch or hooked_by_peft)
@@ -308,7 +308,7 @@ class Model:
         return ops.embedding(self.tape, self.table(name, part), dims, ids)
 
     def _original(self, name: str) -> Parameter:
-        """The table that prompts read, beside a trained copy that no forward then calls (peft 0.21.2, peft_model.py,
+        """The table that prompts read, beside a trained copy that no forward then calls (peft, peft_model.py,
         `_setup_prompt_encoder`)."""
         return self._parameter(next(p for p, part in self._families[name] if part == "weight"), None)
 

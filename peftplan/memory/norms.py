@@ -1,6 +1,6 @@
 """Norms that transformers' modeling files spell out as plain operations.
 
-Sources: transformers 5.24, models/{llama,olmo,olmo2,gemma,cohere}/modeling_*.py.
+Sources: transformers, models/{llama,olmo,olmo2,gemma,cohere}/modeling_*.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Temporaries of the optimizer's step.
 
-Source: torch 2.13, optim/adamw.py, optim/adagrad.py, optim/rmsprop.py (`_multi_tensor_*`), nn/utils/clip_grad.py; transformers
-5.24, trainer.py (clipping at 1.0 by default); peft 0.21.2, optimizers/lorafa.py.
+Source: torch, optim/adamw.py, optim/adagrad.py, optim/rmsprop.py (`_multi_tensor_*`), nn/utils/clip_grad.py; transformers
+5.24, trainer.py (clipping at 1.0 by default); peft, optimizers/lorafa.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from peftplan.optim import Optimizer
 from peftplan.parameters import Parameter
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
+from peftplan.versions import named
 
 FOREACH_COPIES = {"adamw_torch": 1, "sgd": 0, "adagrad": 2, "rmsprop": 1}
 """Copies of all parameters of one dtype that the foreach implementation holds at once."""
@@ -60,7 +61,9 @@ def _lorafa_step(f: Tape, trained: list[Parameter]) -> None:
     for p in _two_layers(trained):
         f.module = p.name
         if p.name.endswith(".lora_B.bias"):
-            raise RefusedError("peft 0.21.2 refuses it: LoRA-FA's optimizer takes a pair of A and B, not lora_bias: TypeError")
+            raise RefusedError(
+                f"{named('peft')} refuses it: LoRA-FA's optimizer takes a pair of A and B, not lora_bias: TypeError"
+            )
         if ".lora_B." in p.name:
             inverse = _pseudo_inverse(f, p.shape[1])
             narrow = [f.new(p.shape, "bf16", "to"), f.new(inverse.dims, "bf16", "to")]

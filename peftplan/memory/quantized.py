@@ -1,6 +1,6 @@
 """Linear layers of bitsandbytes: what the packed weight takes while it is used.
 
-Source: bitsandbytes 0.50.2, `autograd/_functions.py` (`MatMul4Bit`, `MatMul8bitLt`), `backends/cuda/ops.py`, `nn/modules.py`.
+Source: bitsandbytes, `autograd/_functions.py` (`MatMul4Bit`, `MatMul8bitLt`), `backends/cuda/ops.py`, `nn/modules.py`.
 Left out: the fused 4-bit kernel of some cards for up to 1536 tokens, and int8's outlier columns, which depend on the data.
 """
 

@@ -1,4 +1,4 @@
-"""Heads of encoder-decoders (transformers 5.24, models/{bart,t5}/modeling_*.py)."""
+"""Heads of encoder-decoders (transformers, models/{bart,t5}/modeling_*.py)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Step programs: the loop around the model decides what is alive when.
 
-Source: transformers 5.24, trainer.py (`training_step`, `compute_loss`); trl 1.16, `SFTTrainer.compute_loss`; accelerate 1.15,
+Source: transformers, trainer.py (`training_step`, `compute_loss`); trl, `SFTTrainer.compute_loss`; accelerate,
 utils/operations.py (`ConvertOutputsToFp32`). The same programs as `trace.steps` runs.
 """
 

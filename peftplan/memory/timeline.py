@@ -224,7 +224,7 @@ def _products(tape: Tape) -> dict[tuple[str, str], int]:
 
 
 def _source(saver: str | None) -> str:
-    """Who keeps a tensor: the operation whose backward needs it (torch 2.13, derivatives.yaml)."""
+    """Who keeps a tensor: the operation whose backward needs it (torch, derivatives.yaml)."""
     return "analytic" if saver is None else f"analytic: kept by {saver.strip('_').removesuffix('_backward')}"
 
 

@@ -131,12 +131,12 @@ OTHER_PEFT_TYPES: tuple[str, ...] = (
     "HRA", "LILY", "MISS", "MULTITASK_PROMPT_TUNING", "OSF", "PEANUT", "POLY", "PSOFT", "PVERA", "RANDLORA", "ROAD",
     "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "WAVEFT", "XLORA",
 )  # fmt: skip
-"""peft 0.21.2's other types: no formulas here, counted by running the installed peft on meta tensors (extra `trace`)."""
+"""peft's other types: no formulas here, counted by running the installed peft on meta tensors (extra `trace`)."""
 
 BOOKKEEPING = frozenset(
     {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 )
-"""Fields of every peft config that describe the checkpoint (`PeftConfigMixin`, `PeftConfig`, peft 0.21.2 `config.py`)."""
+"""Fields of every peft config that describe the checkpoint (`PeftConfigMixin`, `PeftConfig`, peft `config.py`)."""
 
 UNSET: tuple[Any, ...] = (None, False, {}, [], ())
 """Values of a field unknown here that leave a feature off."""

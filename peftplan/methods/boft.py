@@ -2,7 +2,7 @@
 
 An input of width `in` is cut into n blocks of size b, in = n·b: R is (m, n, b, b), whole blocks, and s is (out, 1). Each layer
 also registers P (m, in, in) in fp32, the permutation matrices: in no count, but on the device once the model moves there.
-Source: peft 0.21.2, `tuners/boft/layer.py` (`BOFTLayer.update_layer`).
+Source: peft, `tuners/boft/layer.py` (`BOFTLayer.update_layer`).
 """
 
 from __future__ import annotations

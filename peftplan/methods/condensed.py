@@ -1,6 +1,6 @@
 """How peft condenses a long list of target names, which decides where `layers_to_transform` applies.
 
-Source: peft 0.21.2, `tuners/tuners_utils.py` (`BaseTuner.inject_adapter`, `check_target_module_exists`,
+Source: peft, `tuners/tuners_utils.py` (`BaseTuner.inject_adapter`, `check_target_module_exists`,
 `_find_minimal_target_modules`). A target that is a module's full name applies in every layer; the end of a name applies only in
 `layers_to_transform`. From `CONDENSED_FROM` names on, peft shortens full names to ends. So `all-linear` respects
 `layers_to_transform` in a Llama of three layers, and ignores it in a Llama of two.

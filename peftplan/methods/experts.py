@@ -1,6 +1,6 @@
 """How peft rewrites LoRA targets for models whose experts transformers v5 fused into 3-D parameters.
 
-Source: peft 0.21.2, `utils/transformers_weight_conversion.py` (`_convert_peft_config_moe`, `_resolve_string_target_modules`).
+Source: peft, `utils/transformers_weight_conversion.py` (`_convert_peft_config_moe`, `_resolve_string_target_modules`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONVERSIONS: dict[str, str] = {
     **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), "mixtral"),
     **dict.fromkeys(_QWEN2_MOE.split(), "qwen2_moe"),
 }
-"""model_type → whose rewriting rules apply (`_MODEL_TO_CONVERSION_PATTERN`, transformers 5.24 `conversion_mapping.py`, to which
+"""model_type → whose rewriting rules apply (`_MODEL_TO_CONVERSION_PATTERN`, transformers `conversion_mapping.py`, to which
 peft adds mixtral). `qwen2_moe` lends its name to the rules but is not in that mapping, so its own experts are left alone."""
 
 RENAMED: dict[str, dict[str, str]] = {

@@ -1,7 +1,7 @@
 """FourierFT (Gao et al. 2024, arXiv 2405.03003, eq. 3): ΔW is the inverse Fourier transform of a sparse spectrum.
 
 `n_frequency` trained coefficients per weight, whatever its shape. Their places, an integer tensor (2, n), are neither parameter
-nor buffer. Source: peft 0.21.2, `tuners/fourierft/layer.py` (`update_layer`), `model.py` (`_create_and_replace`).
+nor buffer. Source: peft, `tuners/fourierft/layer.py` (`update_layer`), `model.py` (`_create_and_replace`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Full fine-tuning: every parameter of the base trains.
 
-Those that a model class creates frozen too (Whisper's sinusoidal positions): `from_pretrained` of transformers 5.24 makes each
+Those that a model class creates frozen too (Whisper's sinusoidal positions): `from_pretrained` of transformers makes each
 loaded parameter anew, with `requires_grad` (`set_param_for_module`, core_model_loading.py).
 """
 

@@ -1,7 +1,7 @@
 """(IA)³ (Liu et al. 2022, arXiv 2205.05638, §3.3): one vector per targeted layer.
 
 It scales the output of a layer, (out, 1), or the input of a feed-forward layer, (1, in).
-Source: peft 0.21.2, `tuners/ia3/layer.py` (`IA3Layer.update_layer`), `tuners/ia3/model.py` (`_check_target_module_feedforward`).
+Source: peft, `tuners/ia3/layer.py` (`IA3Layer.update_layer`), `tuners/ia3/model.py` (`_check_target_module_feedforward`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LN tuning (Zhao et al. 2023, arXiv 2312.11420): the normalisation layers train.
 
 peft trains a deep copy of every targeted module and keeps the original frozen beside it, so that the copies are added parameters;
-they keep the dtype of the base. Source: peft 0.21.2, `tuners/ln_tuning/layer.py` (`LNTuningLayer.update_layer`).
+they keep the dtype of the base. Source: peft, `tuners/ln_tuning/layer.py` (`LNTuningLayer.update_layer`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peftplan.methods.targets import TargetedConfig, match, resolve_targets
 from peftplan.methods.tuner import tune
 
 IDENTITIES = {"modernbert": "attn_norm"}
-"""model_type → the norm that is an `nn.Identity` in layer 0: a module without parameters, on which peft 0.21.2 raises."""
+"""model_type → the norm that is an `nn.Identity` in layer 0: a module without parameters, on which peft raises."""
 
 
 class LNTuningConfig(TargetedConfig):

@@ -1,7 +1,7 @@
 """LoHa (FedPara, Hyeon-Woo et al. 2022, arXiv 2108.06098, prop. 1): ΔW = (W1a·W1b) ⊙ (W2a·W2b).
 
 Per weight (out, in): twice (out, r) and (r, in), so 2·r·(in + out) parameters.
-Source: peft 0.21.2, `tuners/loha/layer.py` (`LoHaLayer.create_adapter_parameters`).
+Source: peft, `tuners/loha/layer.py` (`LoHaLayer.create_adapter_parameters`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A weight (out, in) with out = l·k and in = m·n: W1 is (l, m), W2 is (k, n). W2 stays whole where r ≥ max(k, n) / 2, else it is
 (k, r)·(r, n); W1 is split likewise only with `decompose_both`.
-Source: peft 0.21.2, `tuners/lokr/layer.py` (`LoKrLayer.update_layer`, `factorization`).
+Source: peft, `tuners/lokr/layer.py` (`LoKrLayer.update_layer`, `factorization`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685, §4.1) and what rides on it: DoRA, rsLoRA, LoRA-FA, LoRA+, adapted experts.
 
 ΔW = B·A per adapted weight of shape (out, in): A is (r, in) and B is (out, r), so r·(in + out) parameters.
-Source of names and shapes: peft 0.21.2, `tuners/lora/layer.py` (`Linear`, `Embedding`, `ParamWrapper`) and `lora/dora.py`.
+Source of names and shapes: peft, `tuners/lora/layer.py` (`Linear`, `Embedding`, `ParamWrapper`) and `lora/dora.py`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ FROZEN_A = (
     "A stays frozen until adapters are switched: set_adapter(), or leaving model.disable_adapter(), makes it require "
     "gradients again, and its inputs are then saved"
 )
-"""peft 0.21.2, tuners/tuners_utils.py, `BaseTunerLayer.set_adapter`; a published run shows it (docs/trace-drift.md)."""
+"""peft, tuners/tuners_utils.py, `BaseTunerLayer.set_adapter`; a published run shows it (docs/trace-drift.md)."""
 INITIALISATIONS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
-"""Strings that `init_lora_weights` accepts in peft 0.21.2, besides `pissa_niter_[number]`."""
+"""Strings that `init_lora_weights` accepts in peft, besides `pissa_niter_[number]`."""
 
 
 def _initialisation(value: bool | str) -> bool | str:

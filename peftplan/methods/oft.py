@@ -3,7 +3,7 @@
 An input of width `in` is cut into r blocks of size b, in = r·b; each block keeps the b·(b-1)/2 entries of a skew-symmetric
 matrix, so the weight is (r, b·(b-1)/2), or (1, b·(b-1)/2) where blocks share. A size that does not divide `in` moves to the
 nearest divisor. `coft` and the Cayley-Neumann settings change what a step makes, and no weight.
-Source: peft 0.21.2, `tuners/oft/layer.py` (`OFTLayer.update_layer`, `OFTRotationModule`, `adjust_oft_parameters`).
+Source: peft, `tuners/oft/layer.py` (`OFTLayer.update_layer`, `OFTRotationModule`, `adjust_oft_parameters`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A parameter of shape (E, out, in), or (out, in) with E = 1, gets A (r·E, in) and B (out, r·E). Wrappers of one module nest in the
 order of its parameters: the last one is outermost, the others sit in its `base_layer`.
-Source: peft 0.21.2, `tuners/lora/layer.py` (`ParamWrapper`), `tuners/tuners_utils.py` (`_inject_parameters`).
+Source: peft, `tuners/lora/layer.py` (`ParamWrapper`), `tuners/tuners_utils.py` (`_inject_parameters`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What any peft method can train besides its adapter: copies of whole modules, and single rows of an embedding.
 
-Source: peft 0.21.2, `utils/other.py` (`_set_trainable`, `ModulesToSaveWrapper`, `set_additional_trainable_modules`) and
+Source: peft, `utils/other.py` (`_set_trainable`, `ModulesToSaveWrapper`, `set_additional_trainable_modules`) and
 `peft_model.py` (`PeftModelForSequenceClassification` and its siblings, which add the head of their task).
 """
 

@@ -1,6 +1,6 @@
 """Which modules a PEFT config targets: peft's matching rules, applied to families.
 
-Source: peft 0.21.2, `tuners/tuners_utils.py` (`check_target_module_exists`, `_maybe_include_all_linear_layers`) and
+Source: peft, `tuners/tuners_utils.py` (`check_target_module_exists`, `_maybe_include_all_linear_layers`) and
 `utils/other.py` (`get_pattern_key`).
 """
 

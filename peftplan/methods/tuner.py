@@ -1,6 +1,6 @@
 """What peft's targeted methods share: resolve the targets, match them, build each family's tensors, save modules, train biases.
 
-Source: peft 0.21.2, `tuners/tuners_utils.py` (`BaseTuner.inject_adapter`, `_mark_only_adapters_as_trainable`).
+Source: peft, `tuners/tuners_utils.py` (`BaseTuner.inject_adapter`, `_mark_only_adapters_as_trainable`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names of `target_modules` that match no module: peft raises only where none of them does (peft 0.21.2, `inject_adapter`)."""
+"""Names of `target_modules` that match no module: peft raises only where none of them does (peft, `inject_adapter`)."""
 
 from __future__ import annotations
 

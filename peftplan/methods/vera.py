@@ -2,7 +2,7 @@
 
 Per weight (out, in): the vectors λb (out) and λd (r). A (r, widest in) and B (widest out, r) are buffers: the device holds
 them, but no count includes them. `d_initial` and `save_projection` change no tensor.
-Source: peft 0.21.2, `tuners/vera/model.py` (`_init_vera_A_vera_B`, `_find_dim`), `tuners/vera/layer.py`.
+Source: peft, `tuners/vera/model.py` (`_init_vera_A_vera_B`, `_find_dim`), `tuners/vera/layer.py`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ P num_virtual_tokens, S num_transformer_submodules, L num_layers, d token_dim, e
 Prefix tuning (Li and Liang 2021, arXiv 2101.00190): an embedding (P, 2·L·d) that is cut into keys and values; with a projection
 an embedding (P, d) and two layers d → e → 2·L·d. Prompt tuning (Lester et al. 2021, arXiv 2104.08691): an embedding (P·S, d).
 P-tuning (Liu et al. 2021, arXiv 2103.10385): that embedding behind an MLP d → e → e → d, or a bidirectional LSTM and an MLP.
-Source: peft 0.21.2, `tuners/prefix_tuning/model.py`, `tuners/prompt_tuning/model.py`, `tuners/p_tuning/model.py`, and
+Source: peft, `tuners/prefix_tuning/model.py`, `tuners/prompt_tuning/model.py`, `tuners/p_tuning/model.py`, and
 `utils/other.py` (`_prepare_prompt_learning_config`).
 """
 
@@ -19,6 +19,7 @@ from peftplan.errors import NeedsTraceError, RefusedError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, MethodConfig
 from peftplan.methods.saved import saved_copies, saved_modules
 from peftplan.methods.targets import Names
+from peftplan.versions import named
 
 Count = Annotated[int, Field(ge=1, le=2**24)]
 
@@ -121,11 +122,12 @@ def check_prefix(arch: Architecture, config: PrefixTuningConfig, *, batch_size: 
     p, head = config.num_virtual_tokens, dims.token_dim // heads
     if heads * head != dims.token_dim:
         shape, size = [batch_size, p, 2 * dims.num_layers, heads, head], batch_size * p * 2 * dims.num_layers * dims.token_dim
-        raise RefusedError(f"peft 0.21.2 refuses it: RuntimeError: shape '{shape}' is invalid for input of size {size}")
+        raise RefusedError(f"{named('peft')} refuses it: RuntimeError: shape '{shape}' is invalid for input of size {size}")
     blocks = [block for block in arch.blocks if block.stack == "decoder"]
     if any((a.cached_heads or a.num_key_value_heads, a.head_dim) != (heads, head) for a in (b.attentions[0] for b in blocks)):
         raise RefusedError(
-            f"transformers 5.24 refuses it: RuntimeError: a prefix of {heads} heads of {head} beside other keys; sizes must match"
+            f"{named('transformers')} refuses it: RuntimeError: a prefix of {heads} heads of {head} beside other keys; "
+            "sizes must match"
         )
     if dims.num_layers != sum(len(block.layers) for block in blocks) or dims.submodules != (
         known and known.num_transformer_submodules

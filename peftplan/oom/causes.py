@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from peftplan.oom.message import Frame, Message
 from peftplan.units import MIB, format_bytes
+from peftplan.versions import SHORTER_ALLOC_CONF
 
 OTHER_PROCESS = 1024 * MIB
 """What is in use beyond this process and its largest possible context is somebody else's from here on."""
@@ -217,7 +218,7 @@ def _fragmentation(message: Message) -> Cause | None:
         f"torch holds {format_bytes(cached)} that no tensor uses, more than the {format_bytes(message.requested)} asked for, "
         "but not in one piece",
         (
-            "set PYTORCH_ALLOC_CONF=expandable_segments:True (PYTORCH_CUDA_ALLOC_CONF before torch 2.9)",
+            f"set PYTORCH_ALLOC_CONF=expandable_segments:True (PYTORCH_CUDA_ALLOC_CONF before {SHORTER_ALLOC_CONF.named})",
             "pad batches to few lengths, so that freed blocks fit again",
         ),
     )

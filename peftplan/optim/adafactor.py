@@ -1,7 +1,7 @@
 """Adafactor as transformers ships it, and AdaLomo, which keeps the same factored second moment.
 
 Counted: elements × 4 B, whatever the dtype of the parameter: both turn the gradient into fp32 first.
-Source: transformers 5.24 `optimization.py` (`Adafactor.step`); lomo-optim 0.1.1 `adalomo.py`, `AdaLomo.__init__`.
+Source: transformers `optimization.py` (`Adafactor.step`); lomo-optim 0.1.1 `adalomo.py`, `AdaLomo.__init__`.
 Trainer sets `scale_parameter=False, relative_step=False` and leaves `beta1` None: no first moment.
 Left out: the fp32 copies of gradient and parameter during the step, one parameter at a time.
 """

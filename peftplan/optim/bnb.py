@@ -1,7 +1,7 @@
 """bitsandbytes' optimizers: 32-bit and block-wise 8-bit states, paged or not.
 
 Counted: elements × itemsize of `state1`, `state2`, `absmax1`, `absmax2`; 32-bit states are fp32 for bf16 parameters too.
-Source: bitsandbytes 0.50.2 `optim/optimizer.py` (`init_state`, `get_state_buffer`), `optim/ademamix.py`; transformers
+Source: bitsandbytes `optim/optimizer.py` (`init_state`, `get_state_buffer`), `optim/ademamix.py`; transformers
 5.24 `Trainer.create_optimizer`, `_get_bitsandbytes_optimizer`.
 Left out: `step`, a Python int; the code tables while they still lie on the CPU.
 """

@@ -2,7 +2,7 @@
 
 Counted: every tensor in `optimizer.state[p]` (grokadamw: in the parameter group).
 Source: schedulefree 1.4.1 `{adamw,radam,sgd}_schedulefree.py`; torch-optimi 0.3.3 `stableadamw.py`; grokadamw 0.1.2
-`grokadamw.py`; transformers 5.24 `trainer_optimizer.py`.
+`grokadamw.py`; transformers `trainer_optimizer.py`.
 Left out: optimi's `step`, one int32 CPU scalar per parameter group; temporaries of the step.
 """
 

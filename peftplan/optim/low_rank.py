@@ -2,8 +2,8 @@
 `optim_target_modules` selects (weights of `nn.Linear`); every other parameter gets full-size states.
 
 Letters: a target is an m × n matrix, k = min(m, n), r = rank. Counted: elements × itemsize.
-Source: galore-torch 1.0 `galore_projector.py`, `adamw.py`, `adafactor.py`, `adamw8bit.py`; apollo-torch 1.0.3 `apollo.py`,
-`random_projector.py`, `svd_projector.py`; transformers 5.24 `_get_galore_optimizer`, `_get_apollo_optimizer`.
+Source: galore-torch `galore_projector.py`, `adamw.py`, `adafactor.py`, `adamw8bit.py`; apollo-torch `apollo.py`,
+`random_projector.py`, `svd_projector.py`; transformers `_get_galore_optimizer`, `_get_apollo_optimizer`.
 Left out: the SVD's temporaries every `update_proj_gap` steps, the full-size update of the step, and the one-element CPU
 tensor of transformers' layer-wise dummy optimizer. `step` and `seed` are Python ints.
 
@@ -21,6 +21,7 @@ from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.ledger import Allocation
 from peftplan.optim import adafactor, bnb
 from peftplan.optim.optimizer import OptimArgs, Param, like, scalar
+from peftplan.versions import named
 
 DEFAULT_RANK = "128"
 DEFAULT_PROJ_TYPE = "std"
@@ -50,7 +51,7 @@ def galore_adafactor(param: Param, optim_args: OptimArgs) -> tuple[Allocation, .
 def galore_adamw_8bit(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
     """GaLoreAdamW8bit: bitsandbytes states of the projected gradient, 8-bit from 4096 *projected* elements on.
 
-    It passes two arguments that bitsandbytes 0.50.2 reads as `max_unorm=100, skip_zeros=True`, hence `unorm_vec`. Trainer
+    It passes two arguments that bitsandbytes reads as `max_unorm=100, skip_zeros=True`, hence `unorm_vec`. Trainer
     registers no 32-bit embeddings for it.
     """
     low, projection = _galore(param, param.dtype, optim_args) if param.in_target else (param.shape, ())
@@ -69,7 +70,9 @@ def apollo_adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
     if not param.in_target:
         return (like(param, "exp_avg"), like(param, "exp_avg_sq"))
     if _proj_type(optim_args) == "full":
-        raise RefusedError("optim_args: proj_type=full fails in apollo-torch 1.0.3, in the first (random) or second step (svd)")
+        raise RefusedError(
+            f"optim_args: proj_type=full fails in {named('apollo-torch')}, in the first (random) or second step (svd)"
+        )
     proj = _choice(optim_args, "proj", "random", ("random", "svd"))
     low, projection = _random(param, optim_args) if proj == "random" else _svd(param, param.dtype, optim_args)
     _check_scaling(param, low, _choice(optim_args, "scale_type", "channel", ("channel", "tensor")))
@@ -80,7 +83,9 @@ def _galore(param: Param, dtype: str, optim_args: OptimArgs) -> tuple[Matrix, tu
     low, projection = _svd(param, dtype, optim_args)
     m, n = _matrix(param)
     if _proj_type(optim_args) == "reverse_std" and m < n and low[1] == m:
-        raise RefusedError(f"optim_args: proj_type=reverse_std of galore-torch 1.0 fails on a {m} × {n} weight unless rank < {m}")
+        raise RefusedError(
+            f"optim_args: proj_type=reverse_std of {named('galore-torch')} fails on a {m} × {n} weight unless rank < {m}"
+        )
     return low, projection
 
 

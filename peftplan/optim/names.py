@@ -24,6 +24,7 @@ from peftplan.optim.optimizer import (
 )
 from peftplan.optim.torch_optim import adagrad, adamw, adamw_fused, rmsprop, sgd
 from peftplan.optim.torchao import torchao
+from peftplan.versions import named
 
 Reads = Mapping[str, Callable[[str], object]]
 
@@ -110,8 +111,8 @@ REFUSED: dict[str, str] = {
     "adamw_torch_xla": "it needs torch_xla and runs on XLA devices, not on CUDA",
     "adamw_torch_npu_fused": "it needs torch_npu and runs on Ascend NPUs, not on CUDA",
     "adamw_anyprecision": "torchdistx is unmaintained and has no release for torch 2, so its states cannot be checked",
-    "galore_adafactor_layerwise": "transformers 5.24 makes it with relative_step=True and a learning rate, and galore-torch"
-    " raises ValueError; use galore_adafactor",
+    "galore_adafactor_layerwise": f"{named('transformers')} makes it with relative_step=True and a learning rate, and"
+    " galore-torch raises ValueError; use galore_adafactor",
 }
 """Names that transformers lists but that do not run on CUDA, or whose states cannot be stated exactly."""
 

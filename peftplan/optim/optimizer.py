@@ -86,7 +86,7 @@ class Optimizer(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The class, the package it comes from, and the version that was read: `torch.optim.AdamW (torch 2.13.0)`."""
+        """The class, the package it comes from, and the version that was read: `torch.optim.AdamW (torch)`."""
         return f"{self.cls} ({self.package} {VERSIONS[self.package]})"
 
 

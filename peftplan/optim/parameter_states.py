@@ -50,7 +50,7 @@ def shared_states(optim: str | Optimizer, *, states: Iterable[Allocation]) -> tu
 
 
 def parse_optim_args(text: str | None) -> dict[str, str]:
-    """`TrainingArguments.optim_args`, "rank=64,scale=0.5", split as transformers 5.24 splits it (`_parse_optim_args`)."""
+    """`TrainingArguments.optim_args`, "rank=64,scale=0.5", split as transformers splits it (`_parse_optim_args`)."""
     if not text:
         return {}
     parts = text.replace(" ", "").split(",")

@@ -1,7 +1,7 @@
 """torch.optim's own classes, as transformers' Trainer sets them up.
 
 Counted: every tensor in `optimizer.state[p]`, elements × itemsize. States have the parameter's dtype (`zeros_like(p)`).
-Source: torch 2.13 `optim/{adam,sgd,adagrad,rmsprop}.py`, `_init_group`; transformers 5.24 `trainer_optimizer.py`.
+Source: torch `optim/{adam,sgd,adagrad,rmsprop}.py`, `_init_group`; transformers `trainer_optimizer.py`.
 Left out: temporaries of the step, and the 0-dimensional tensors that fused kernels build per call.
 
 `step` is fp32: a tensor on the parameter's device for fused, on the CPU otherwise (a kernel launch per scalar would

@@ -2,7 +2,7 @@
 
 Counted: the inner tensors of `exp_avg` and `exp_avg_sq`. The tables are made per state, not shared: 2 × 1024 B (8-bit) or
 2 × 64 B (4-bit) per parameter, which the allocator rounds to 512 B.
-Source: torchao 0.18.0 `optim/adam.py` (`_new_buffer`), `subclass_{4,8}bit.py` (`zeros`); transformers 5.24
+Source: torchao `optim/adam.py` (`_new_buffer`), `subclass_{4,8}bit.py` (`zeros`); transformers
 `_get_torchao_optimizer`, which sets `block_size` 256 for both (torchao's own default for 4-bit is 128).
 Left out: `lr`, one fp32 CPU scalar per parameter group; what the compiled step allocates.
 """
@@ -14,6 +14,7 @@ from math import prod
 from peftplan.errors import RefusedError
 from peftplan.ledger import Allocation
 from peftplan.optim.optimizer import OptimArgs, Param, StatesFunction, like, scalar
+from peftplan.versions import named
 
 BLOCK_SIZE = 256
 """transformers' default for `block_size`."""
@@ -26,7 +27,7 @@ def torchao(*, bits: int) -> StatesFunction:
 
     def param_states(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
         if "block_size" in optim_args:
-            raise RefusedError("optim_args: transformers 5.24 hands block_size to torchao as text, which torchao refuses")
+            raise RefusedError(f"optim_args: {named('transformers')} hands block_size to torchao as text, which torchao refuses")
         step = scalar("step", place="host")
         return (step, *_moment(param, "exp_avg", bits), *_moment(param, "exp_avg_sq", bits))
 

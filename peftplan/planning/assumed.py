@@ -14,6 +14,7 @@ from peftplan.job.tasks import OF_TOKENS, PICTURES, head_notes, task_notes
 from peftplan.methods.adaptation import MethodConfig
 from peftplan.storage import QuantConfig
 from peftplan.storage.modules import CONVERTED_KINDS
+from peftplan.versions import LOADING_IN_THREADS, QUANTIZING_IN_TURN
 
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
 """What an estimate without a peak leaves out."""
@@ -37,10 +38,13 @@ OUTSIDE = ("CUDA context",)
 """What is outside torch's allocator, and so in no peak."""
 
 CUDNN_ATTENTION = ("9.0", "10.0")
-"""Compute capabilities on which `scaled_dot_product_attention` prefers cuDNN's kernel (torch 2.11 and 2.13, cuDNN 9.19 and 9.20:
+"""Compute capabilities on which `scaled_dot_product_attention` prefers cuDNN's kernel (cuDNN 9.19 and 9.20:
 `_fused_sdp_choice`, asked on an emulated card). It is counted as the other fused kernels are."""
 BY_CUDNN = "what cuDNN's attention takes beyond torch's own kernels"
-IN_THREADS = "what threads leave that copy weights to the card while others are quantized (transformers 5.0 to 5.3)"
+IN_THREADS = (
+    "what threads leave that copy weights to the card while others are quantized "
+    f"({LOADING_IN_THREADS.named} to {QUANTIZING_IN_TURN.before})"
+)
 """One job, measured twice in one session, reserved 11,880 and 13,272 MiB (`data/runs/fitcheck_t4.jsonl`)."""
 
 

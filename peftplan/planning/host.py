@@ -2,7 +2,7 @@
 
 Tensors in host memory are counted by their own bytes, without the interpreter, its libraries and pinned buffers. Pages of a
 safetensors file that is mapped into memory are not counted: the kernel takes them back.
-Sources: transformers 5.24, `modeling_utils.py` and `core_model_loading.py` (`from_pretrained`), `trainer.py` (`_save_checkpoint`,
+Sources: transformers, `modeling_utils.py` and `core_model_loading.py` (`from_pretrained`), `trainer.py` (`_save_checkpoint`,
 `rotate_checkpoints`: a new checkpoint is written before the oldest is removed); `deployment/` for files and merges.
 """
 

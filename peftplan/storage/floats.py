@@ -1,4 +1,4 @@
-"""Weights in narrow floats with block scales, as transformers 5.24.0 keeps them: fp8 (e4m3) and mxfp4.
+"""Weights in narrow floats with block scales, as transformers keeps them: fp8 (e4m3) and mxfp4.
 
 e experts, o output features, i input features.
 """

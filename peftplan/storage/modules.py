@@ -21,7 +21,7 @@ CONVERTED_KINDS: dict[str, frozenset[str]] = {
 """The torch classes that each format replaces, by the test it makes: `type(module) is nn.Linear` is `Linear` alone,
 `isinstance` also `LinearSubclass`. So embeddings, routers and norms stay as they are in every format, and **fused
 experts in all but fp8 and mxfp4**: bitsandbytes leaves Mixtral's and Qwen3-MoE's experts in 16 bits. Sources,
-transformers 5.24.0: integrations/bitsandbytes.py, finegrained_fp8.py, mxfp4.py, awq.py; optimum/gptq/utils.py 2.3.0;
+transformers: integrations/bitsandbytes.py, finegrained_fp8.py, mxfp4.py, awq.py; optimum/gptq/utils.py 2.3.0;
 hqq/models/base.py 0.2.8. Left out: the grouped linear layer of deepseek_v4 in fp8; the experts of llama4 in an nf4,
 fp4 or int8 checkpoint, which become linear layers."""
 

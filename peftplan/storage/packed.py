@@ -79,7 +79,7 @@ def hqq(quant: QuantConfig, *, shape: tuple[int, int], dtype: str) -> tuple[Allo
         W_q    uint8 (⌊rows·b/8⌋, g), or for 3 bits int32 (⌈rows/10⌉, g)      scale, zero  compute dtype (rows, 1)
 
     Source: `Quantizer.quantize` in hqq/core/quantize.py and hqq/core/bitpack.py. Quantized by hqq itself:
-    transformers 5.24.0 no longer does (its `HqqHfQuantizer` has no `get_quantize_ops`). Left out: axis 0, quantized
+    transformers no longer does (its `HqqHfQuantizer` has no `get_quantize_ops`). Left out: axis 0, quantized
     scales (deprecated), the bias (dense).
     """
     o, i = shape

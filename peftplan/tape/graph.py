@@ -1,6 +1,6 @@
 """The autograd graph of a tape: what a checkpointed call leaves in place of what they save, and the order of backward.
 
-Source: torch 2.13, csrc/autograd/engine.cpp (order), input_buffer.cpp (sums), utils/checkpoint.py (`_CheckpointFrame`).
+Source: torch, csrc/autograd/engine.cpp (order), input_buffer.cpp (sums), utils/checkpoint.py (`_CheckpointFrame`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Inputs of checkpointed layers that wait on the host: nothing of them is left on the device until backward copies them back.
 
-Source: transformers 5.24, modeling_utils.py (`_activation_checkpointing_enable` with `offload`); torch 2.13, autograd/graph.py
+Source: transformers, modeling_utils.py (`_activation_checkpointing_enable` with `offload`); torch, autograd/graph.py
 (`save_on_cpu`), utils/checkpoint.py (`save_inputs`, `CheckpointFunction`): the tensors among a layer's positional arguments.
 """
 

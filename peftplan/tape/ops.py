@@ -1,6 +1,6 @@
 """torch's operations as they allocate: what each makes, keeps for backward, and takes while its backward runs.
 
-Each function names the formula of torch 2.13's tools/autograd/derivatives.yaml whose saved tensors it keeps. Gradients are made
+Each function names the formula of torch's tools/autograd/derivatives.yaml whose saved tensors it keeps. Gradients are made
 in the order of that file's entries, which are sorted by argument name (`mat2` before `self`, `other` before `self`).
 """
 
@@ -48,7 +48,7 @@ def linear(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = None, *, 
     """`linear` (mm, addmm): keeps x if the weight trains, and the weight if x has a gradient. Under autocast in its dtype.
 
     The weight is (out, in); `transposed` (Conv1D, `x @ W`) is (in, out). A strided x never goes to addmm, and is copied if the
-    weight trains (torch 2.13 aten Linear.cpp `linear`, LinearAlgebra.cpp `should_fold`); else bmm takes it as it is.
+    weight trains (torch aten Linear.cpp `linear`, LinearAlgebra.cpp `should_fold`); else bmm takes it as it is.
     """
     if f.autocast:
         x, weight, bias = f.cast_all(f.autocast, x, weight, bias)
@@ -200,7 +200,7 @@ def rmsnorm(f: Tape, x: Tensor, weight: Operand | None, *, cast_last: bool = Fal
     """Llama's RMSNorm: `x32 * rsqrt(mean(x32²) + eps)`, cast back, times the weight.
 
     Keeps the fp32 copy of x and rsqrt's result, and the normalized x if the weight trains. `cast_last` (Gemma): the weight
-    multiplies before the cast. Source: transformers 5.24, `LlamaRMSNorm.forward`.
+    multiplies before the cast. Source: transformers, `LlamaRMSNorm.forward`.
     """
     normed = rms_normed(f, f.to(x, "fp32"))
     if cast_last:
@@ -246,7 +246,7 @@ def _inverse_rms_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: 
 
 
 def rotary(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x * cos + rotate_half(x) * sin`: nothing is kept but cos and sin. Source: transformers 5.24, `apply_rotary_pos_emb`."""
+    """`x * cos + rotate_half(x) * sin`: nothing is kept but cos and sin. Source: transformers, `apply_rotary_pos_emb`."""
     dtype = promoted(x.dtype, cos.dtype)
     half = (*x.dims[:-1], _half(x.dims[-1]))
     by_cos = f.new(x.dims, dtype, "mul")
@@ -370,7 +370,7 @@ def _selected_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Te
 
 
 def rotary_in_fp32(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x.float() * cos + rotate_half(x.float()) * sin`, in fp32. Source: transformers 5.24, modeling_modernbert.py."""
+    """`x.float() * cos + rotate_half(x.float()) * sin`, in fp32. Source: transformers, modeling_modernbert.py."""
     half = (*x.dims[:-1], _half(x.dims[-1]))
     narrow = x.dtype != "fp32"
     wide = f.new(x.dims, "fp32", "to") if narrow else None

@@ -1,7 +1,7 @@
 """Reentrant checkpointing: the forward saves its inputs alone, the backward runs the function again and a backward of its own.
 
 Unlike without `use_reentrant` the function runs to its end again, its results and their gradients live until its own backward is
-done, and its inputs are leaves, on which their gradients gather. Source: torch 2.13, utils/checkpoint.py (`CheckpointFunction`),
+done, and its inputs are leaves, on which their gradients gather. Source: torch, utils/checkpoint.py (`CheckpointFunction`),
 csrc/autograd/engine.cpp (a backward within a backward runs its graph alone).
 """
 

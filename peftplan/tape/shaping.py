@@ -1,6 +1,6 @@
 """Slices, splits and joins: views whose gradients are whole tensors, and copies whose gradients are views.
 
-Source: torch 2.13, tools/autograd/derivatives.yaml (`slice`, `split`, `cat`) and FunctionsManual.cpp (`split_backward`).
+Source: torch, tools/autograd/derivatives.yaml (`slice`, `split`, `cat`) and FunctionsManual.cpp (`split_backward`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ an operation saves for backward lives until backward has passed it. So what auto
 modeling code runs, and nothing about lifetimes depends on batch or sequence: dims stay symbolic, and the log is evaluated later
 (`memory.timeline`). Which operation keeps what is in `tape.ops`.
 
-Sources: torch 2.13, csrc/autograd/engine.cpp (order), input_buffer.cpp (sums), tools/autograd/derivatives.yaml (what is saved),
+Sources: torch, csrc/autograd/engine.cpp (order), input_buffer.cpp (sums), tools/autograd/derivatives.yaml (what is saved),
 utils/checkpoint.py (`_CheckpointFrame`), aten/src/ATen/autocast_mode.cpp (the cache of casts). It needs CPython, which counts
 references.
 """
@@ -20,6 +20,7 @@ from peftplan.errors import RefusedError
 from peftplan.ledger import Category
 from peftplan.tape.graph import RELEASED, Frame, Place, StopRecomputationError, reachable
 from peftplan.tape.tensors import Backward, Broadcast, Dims, Node, Operand, Parameter, Storage, Tensor
+from peftplan.versions import named
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ class Tape:
     def sum_into(self, grads: list[Tensor | None], index: int, grad: Tensor) -> None:
         """Add to what waits at `index`: in place if nothing else holds that tensor, else into a new one.
 
-        Source: torch 2.13 csrc/autograd/input_buffer.cpp (`can_accumulate_inplace`). What nothing else holds is freed with this
+        Source: torch csrc/autograd/input_buffer.cpp (`can_accumulate_inplace`). What nothing else holds is freed with this
         reference, and is then taken up again.
         """
         before = grads[index]
@@ -168,7 +169,8 @@ class Tape:
         """Run the graph backwards: the latest node first, each saved tensor released when its node is done."""
         if root.node is None:
             raise RefusedError(
-                "torch 2.13 refuses it: RuntimeError: element 0 of tensors does not require grad and does not have a grad_fn"
+                f"{named('torch')} refuses it: RuntimeError: element 0 of tensors does not require grad "
+                "and does not have a grad_fn"
             )
         self.segment = -(abs(self.segment) + 1)
         self.backward_from([(root, self.new(root.dims, root.dtype, "ones_like"))])
@@ -190,7 +192,7 @@ class Tape:
         self.module = node.module
         saved, node.saved = node.saved, ()
         if saved is RELEASED:
-            raise RefusedError("torch 2.13 refuses it: RuntimeError: Trying to backward through the graph a second time")
+            raise RefusedError(f"{named('torch')} refuses it: RuntimeError: Trying to backward through the graph a second time")
         if self.nested and any(type(value) in (Tensor, Parameter) for value in saved):
             node.saved = RELEASED
         places = saved  # the node holds them, and they what their layer runs again on, until it is done
@@ -293,7 +295,7 @@ class Tape:
     ) -> tuple[Tensor, Operand | None, Operand | None]: ...
 
     def cast_all(self, dtype: str, *values: Operand | None) -> tuple[Operand | None, ...]:
-        """Autocast's casts of an operation's arguments, the last one first, because GCC evaluates them in that order (torch 2.13,
+        """Autocast's casts of an operation's arguments, the last one first, because GCC evaluates them in that order (torch,
         autocast_mode.h, `WrapFunction_`, which expands them within a call).
         """
         return (*reversed([self.cast(x, dtype) for x in reversed(values)]),)

@@ -1,6 +1,6 @@
 """The operands of a tape: tensors with names, dims and a dtype but no values, weights, and the nodes that gradients pass.
 
-Source: torch 2.13, csrc/autograd/functions/accumulate_grad.h, input_buffer.cpp.
+Source: torch, csrc/autograd/functions/accumulate_grad.h, input_buffer.cpp.
 """
 
 from __future__ import annotations

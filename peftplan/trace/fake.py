@@ -1,7 +1,7 @@
 """From a model on the meta device to fake tensors: every storage has a size and a lifetime, but no memory.
 
 The fake device is `cuda` where torch sees a card, so that its own dispatch decides, and else `cpu` with CUDA's differences
-(`differences`): fake `cuda` tensors need a driver in the process as soon as autograd switches devices (torch 2.13). No kernel
+(`differences`): fake `cuda` tensors need a driver in the process as soon as autograd switches devices (torch). No kernel
 runs and nothing is allocated on the card but the context.
 """
 

@@ -186,7 +186,7 @@ def _dtype(model: Any, setup: Setup) -> torch.dtype:
 
 def give_pad_token(model: Any) -> None:
     """As its users must, where the config has none: a classifier that scores each sequence's last token takes several sequences
-    only with a pad token (transformers 5.24, modeling_layers.py, `GenericForSequenceClassification.forward`)."""
+    only with a pad token (transformers, modeling_layers.py, `GenericForSequenceClassification.forward`)."""
     config = model.config.get_text_config()
     if type(model).__name__.endswith("ForSequenceClassification") and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0

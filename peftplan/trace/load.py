@@ -3,9 +3,9 @@
 A quantized model is loaded on the device: transformers reserves one block of the size of the stored weights, frees it, then
 copies each tensor in the order of its name, and quantizes it there. A dense model is moved module by module, with its adapters
 where a trainer does it; in a plain loop they come later, each in the dtype of its base, and are cast once all are there. Source:
-transformers 5.24 `core_model_loading.py` (`convert_and_load_state_dict_in_model`), `modeling_utils.py`
-(`caching_allocator_warmup`), bitsandbytes 0.50.2 `functional.py` (`quantize_4bit`), torch 2.13 `nn/modules/module.py` (`_apply`),
-peft 0.21.2 `prepare_model_for_kbit_training`, `tuners/tuners_utils.py` (`_move_adapter_to_device_of_base_layer`,
+transformers `core_model_loading.py` (`convert_and_load_state_dict_in_model`), `modeling_utils.py`
+(`caching_allocator_warmup`), bitsandbytes `functional.py` (`quantize_4bit`), torch `nn/modules/module.py` (`_apply`),
+peft `prepare_model_for_kbit_training`, `tuners/tuners_utils.py` (`_move_adapter_to_device_of_base_layer`,
 `cast_adapter_dtype`). Left out: buffers of adapters, such as VeRA's projections, pass in the base's dtype too.
 """
 

@@ -88,7 +88,7 @@ def _adapted(base: Any, peft_config: Any, task_type: str | None, quant: QuantCon
 def _count_layers(base: Any, every: int) -> None:
     """Let every n-th layer be checkpointed, those that peft replicated counted too, as where a trainer asks for it after peft.
 
-    Source: transformers 5.24, modeling_utils.py (`_set_gradient_checkpointing`).
+    Source: transformers, modeling_utils.py (`_set_gradient_checkpointing`).
     """
     layers = (module for module in base.modules() if isinstance(module, GradientCheckpointingLayer))
     for number, layer in enumerate(layers):
@@ -182,7 +182,7 @@ def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfi
 
 
 def cast_by_trl(model: Any, dtype: torch.dtype) -> None:
-    """SFTTrainer's cast of what trains on a quantized base, DoRA's magnitudes excepted (trl 1.16 `SFTTrainer.__init__`)."""
+    """SFTTrainer's cast of what trains on a quantized base, DoRA's magnitudes excepted (trl `SFTTrainer.__init__`)."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_magnitude_vector" not in name:
             parameter.data = parameter.data.to(dtype)

@@ -1,6 +1,6 @@
 """The gradient scaler of fp16 training: numbers on the device, and a refusal.
 
-Source: torch 2.13 `amp/grad_scaler.py`; accelerate 1.15 makes it for `mixed_precision="fp16"`. Gradients are unscaled in place.
+Source: torch `amp/grad_scaler.py`; accelerate makes it for `mixed_precision="fp16"`. Gradients are unscaled in place.
 """
 
 from __future__ import annotations

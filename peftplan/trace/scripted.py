@@ -37,7 +37,7 @@ def masking_unpadded(masks: bool) -> Iterator[None]:
 
 
 def _number_of_sequence(position_ids: torch.Tensor) -> torch.Tensor:
-    """`find_packed_sequence_indices` of transformers 4.57."""
+    """`find_packed_sequence_indices` before `versions.PACKED_POSITIONS_CHECKED`."""
     steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
     return (steps != 1).cumsum(-1)
 

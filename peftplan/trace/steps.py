@@ -1,6 +1,6 @@
 """Training steps: the loop around the model decides what is alive when.
 
-Source: transformers 5.24, trainer.py (`Trainer.training_step`); accelerate 1.15; trl 1.16, `SFTTrainer.compute_loss`.
+Source: transformers, trainer.py (`Trainer.training_step`); accelerate; trl, `SFTTrainer.compute_loss`.
 """
 
 from __future__ import annotations

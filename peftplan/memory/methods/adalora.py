@@ -1,4 +1,4 @@
-"""AdaLoRA (peft 0.21.2, tuners/adalora/{layer,bnb,model}.py): its layers, the loss that its model adds, its rank allocator.
+"""AdaLoRA (peft, tuners/adalora/{layer,bnb,model}.py): its layers, the loss that its model adds, its rank allocator.
 
 r rank at the start. Left out: that on a 16-bit base peft leaves `ranknum` trainable by accident, so that a division keeps as much
 as each layer's output more.

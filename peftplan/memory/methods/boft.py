@@ -1,4 +1,4 @@
-"""BOFT (peft 0.21.2, tuners/boft/layer.py) with its CUDA extension: each forward makes the whole rotation of a layer's input.
+"""BOFT (peft, tuners/boft/layer.py) with its CUDA extension: each forward makes the whole rotation of a layer's input.
 
 m factors, n blocks of size k, w = n·k the input's width.
 """

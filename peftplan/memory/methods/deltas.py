@@ -1,6 +1,6 @@
 """Methods that make the whole update ΔW in each forward: LoHa, LoKr, FourierFT.
 
-Source: peft 0.21.2, tuners/{loha,lokr,fourierft}/layer.py. ΔW is as large as the layer's weight, in the adapter's dtype; `linear`
+Source: peft, tuners/{loha,lokr,fourierft}/layer.py. ΔW is as large as the layer's weight, in the adapter's dtype; `linear`
 keeps it where the layer's input has a gradient. Left out: `module_dropout`, which skips adapters at random.
 """
 

@@ -1,4 +1,4 @@
-"""DoRA (arXiv 2402.09353) as peft 0.21.2 computes it: tuners/lora/dora.py (`DoraLinearLayer.forward`), lora/variants.py.
+"""DoRA (arXiv 2402.09353) as peft computes it: tuners/lora/dora.py (`DoraLinearLayer.forward`), lora/variants.py.
 
 The norm of W + ΔW needs ΔW itself, made by sending an identity matrix through A and B, so each module takes matrices of its
 weight's size while its forward runs.

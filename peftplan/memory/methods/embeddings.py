@@ -1,6 +1,6 @@
 """LoRA on an embedding, and rows of it that train.
 
-Source: peft 0.21.2, tuners/lora/layer.py (`Embedding.forward`), tuners/trainable_tokens/layer.py (`get_merged_weights`,
+Source: peft, tuners/lora/layer.py (`Embedding.forward`), tuners/trainable_tokens/layer.py (`get_merged_weights`,
 `forward_adapters`): the whole table is copied with the trained rows in it, for the embedding and once more for a tied head.
 """
 

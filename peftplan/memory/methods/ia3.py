@@ -1,4 +1,4 @@
-"""IA3 (peft 0.21.2, tuners/ia3/layer.py, bnb.py): a vector scales the output, or a feed-forward module's input."""
+"""IA3 (peft, tuners/ia3/layer.py, bnb.py): a vector scales the output, or a feed-forward module's input."""
 
 from __future__ import annotations
 

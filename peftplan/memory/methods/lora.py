@@ -1,4 +1,4 @@
-"""LoRA and DoRA (peft 0.21.2, tuners/lora/layer.py `Linear.forward`, bnb.py `Linear4bit.forward`, dora.py)."""
+"""LoRA and DoRA (peft, tuners/lora/layer.py `Linear.forward`, bnb.py `Linear4bit.forward`, dora.py)."""
 
 from __future__ import annotations
 

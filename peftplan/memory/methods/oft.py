@@ -1,4 +1,4 @@
-"""OFT (peft 0.21.2, tuners/oft/layer.py): the input is rotated block by block, by matrices that each forward makes anew.
+"""OFT (peft, tuners/oft/layer.py): the input is rotated block by block, by matrices that each forward makes anew.
 
 n blocks of size k. `module_dropout` is a module that no forward of peft's calls.
 """
@@ -15,6 +15,7 @@ from peftplan.memory.parts import Part, Running
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Tensor
+from peftplan.versions import named
 
 PICTURE = 4
 """Dims of an input that peft unfolds as a convolution does; latents of `kv_b_proj` have as many."""
@@ -46,7 +47,9 @@ def _rotated(f: Tape, x: Tensor, weight: Operand, n_in: int, config: Any) -> Ten
         node = f.record(_repeated_backward, (rotation,), rotation.dims)
         rotation = f.new((blocks, k, k), rotation.dtype, "repeat", node)
     if len(x.dims) == PICTURE:
-        raise RefusedError("peft 0.21.2 refuses it: OFT takes an input of 4 dims for a picture: RuntimeError: shape is invalid")
+        raise RefusedError(
+            f"{named('peft')} refuses it: OFT takes an input of 4 dims for a picture: RuntimeError: shape is invalid"
+        )
     by_block = (blocks, *x.dims[:-1], k)
     product = ops.matmul(f, x.view(by_block), rotation, by_block)
     rotated = ops.copied(f, product, "clone", x.dims) if blocks > 1 else product.view(x.dims)

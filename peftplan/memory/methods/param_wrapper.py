@@ -1,7 +1,7 @@
 """LoRA on parameters (`target_parameters`): the whole weight with its update is made anew in each forward.
 
-e experts, r rank of each, A (r·e, in), B (out, r·e). Source: peft 0.21.2, tuners/lora/layer.py (`ParamWrapper`,
-`_LoraFactorsProxy`, `_LoraParameterProxy`); torch 2.13, nn/utils/parametrize.py: registering a parametrization computes it once
+e experts, r rank of each, A (r·e, in), B (out, r·e). Source: peft, tuners/lora/layer.py (`ParamWrapper`,
+`_LoraFactorsProxy`, `_LoraParameterProxy`); torch, nn/utils/parametrize.py: registering a parametrization computes it once
 for its checks, the first access again for the cache, which ends with the outermost wrapper's forward.
 """
 

@@ -1,4 +1,4 @@
-"""VeRA (peft 0.21.2, tuners/vera/layer.py `Linear.forward`): two trained vectors around frozen matrices that all layers share."""
+"""VeRA (peft, tuners/vera/layer.py `Linear.forward`): two trained vectors around frozen matrices that all layers share."""
 
 from __future__ import annotations
 

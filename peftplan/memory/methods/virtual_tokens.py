@@ -1,7 +1,7 @@
 """Virtual tokens: what prompt tuning, p-tuning and prefix tuning make before the base model runs, and keep while it does.
 
-p virtual tokens, d width of a token, L layers, g key/value heads, e head size. Source: peft 0.21.2, peft_model.py
-(`PeftModelForCausalLM.forward`, `get_prompt`), tuners/{prompt_tuning,p_tuning,prefix_tuning}/model.py; transformers 5.24,
+p virtual tokens, d width of a token, L layers, g key/value heads, e head size. Source: peft, peft_model.py
+(`PeftModelForCausalLM.forward`, `get_prompt`), tuners/{prompt_tuning,p_tuning,prefix_tuning}/model.py; transformers,
 cache_utils.py (`DynamicCache`). Left out: p-tuning's LSTM.
 """
 

@@ -1,7 +1,7 @@
 """CUDA's attention kernels: functions without values that allocate and save what the real kernels do.
 
 Letters: b batch, h query heads, g key/value heads, s queries, k keys, d head size.
-Source: torch 2.13 aten/src/ATen/native/transformers/cuda/attention.cu, attention_backward.cu, flash_attn/flash_api.cpp (whose
+Source: torch aten/src/ATen/native/transformers/cuda/attention.cu, attention_backward.cu, flash_attn/flash_api.cpp (whose
 buffers are those of the flash-attn package, `flash.py`), mem_eff_attention/kernel_backward.h, and the choice between them,
 cuda/sdp_utils.cpp; what is returned and kept also in torch/_meta_registrations.py. Left out: flash decoding's split accumulators
 (batches too small to fill the card), cuDNN's kernel, nested tensors, dK and dV in fp32 of the memory-efficient backward of heads

@@ -1,7 +1,7 @@
 """The CTC loss of speech encoders, as transformers calls it and CUDA runs it, on tensors without values.
 
 Letters: b batch, t frames, v vocabulary, u labels. torch's own kernel runs, since transformers turns cuDNN's off.
-Source: transformers 5.24 loss/loss_ctc.py; torch 2.13 aten/src/ATen/native/cuda/LossCTC.cu (`ctc_loss_gpu_template`,
+Source: transformers loss/loss_ctc.py; torch aten/src/ATen/native/cuda/LossCTC.cu (`ctc_loss_gpu_template`,
 `ctc_loss_backward_gpu_template`). Assumed: every label counts, none is padding.
 """
 

@@ -119,7 +119,7 @@ IN_PLACE: dict[tuple[str, Any], Any] = {
     **{(f"{name}Backward0", _ATEN.scatter.src): _ATEN.scatter_.src for name in ("Max", "Min", "Topk", "Sort")},
 }
 """(node of autograd, operation) → the operation that it does to the zeros it just made where no mode watches
-(`areAnyTensorSubclassLike`, torch 2.13 torch/csrc/autograd/FunctionsManual.cpp)."""
+(`areAnyTensorSubclassLike`, torch torch/csrc/autograd/FunctionsManual.cpp)."""
 _COPYING = frozenset(op for _, op in IN_PLACE)
 
 

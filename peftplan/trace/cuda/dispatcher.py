@@ -13,7 +13,7 @@ again, so a list of Python functions cannot stand for it. While a trace runs, th
 
 `softmax` and `log_softmax` of fp16 with an fp32 result are one kernel on CUDA, a copy and a kernel on the CPU (SoftMax.cpp).
 
-Source: torch 2.13, aten/src/ATen/autocast_mode.h (`AT_FORALL_*`, `cached_cast`, `set_opt_dtype`, `promote_type`).
+Source: torch, aten/src/ATen/autocast_mode.h (`AT_FORALL_*`, `cached_cast`, `set_opt_dtype`, `promote_type`).
 Left out: the kept cast of a trainable leaf that goes into an operation for which the CPU has no rule (`einsum`, `mv` …).
 """
 

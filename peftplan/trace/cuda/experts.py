@@ -1,7 +1,7 @@
 """Mixtures of experts on fake tensors, as transformers runs them on CUDA: one grouped product over all experts' tokens.
 
 torch's shape rule of `_grouped_mm` takes bf16 alone, but the kernels take fp32 and fp16 too (`_grouped_mm_validate_inputs`, ATen
-native/GroupedMMUtils.h, torch 2.13; what is not bf16 on sm90 runs expert by expert into the same output). So kbit preparation,
+native/GroupedMMUtils.h, torch; what is not bf16 on sm90 runs expert by expert into the same output). So kbit preparation,
 which casts the fused experts to fp32, trains. Below sm80 transformers takes its own loop (`_can_use_grouped_mm`, 5.24), whose
 backward makes a gradient of all experts even where they are frozen. Left out: the kernel's own few KiB of offsets.
 """

@@ -1,7 +1,7 @@
 """The flash-attn package's kernels without values, for models with `flash_attention_2`, whether it is installed or not.
 
 Letters: b batch, s queries, h query heads, d head size, n tokens of an unpadded batch. Source: flash-attn 2.8.3 `flash_api.cpp`
-(`mha_fwd`, `mha_bwd`, `mha_varlen_fwd`, `mha_varlen_bwd`), `flash_attn_interface.py`, `bert_padding.py`; transformers 5.24
+(`mha_fwd`, `mha_bwd`, `mha_varlen_fwd`, `mha_varlen_bwd`), `flash_attn_interface.py`, `bert_padding.py`; transformers
 `modeling_flash_attention_utils.py`. A padded batch counts all its tokens: how many are padding lies in the data, and each takes
 less. Left out: split accumulators of batches too small to fill the card, the deterministic backward.
 """
@@ -230,7 +230,7 @@ def flash_attn_installed() -> Iterator[None]:
     """Let transformers find these kernels as the flash-attn package, and forget them afterwards."""
     from transformers import modeling_flash_attention_utils as utils
 
-    with_cache = (None,) if hasattr(utils, LOADED[2]) else ()  # transformers 5.0 has no kernel for caches
+    with_cache = (None,) if hasattr(utils, LOADED[2]) else ()  # older releases have no kernel for caches
     functions = (flash_attn_func, flash_attn_varlen_func, *with_cache, pad_input, unpad_input)
     with ExitStack() as stack:
         for name in LOADED:

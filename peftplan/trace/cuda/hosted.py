@@ -1,6 +1,6 @@
 """Tensors saved for backward in host memory: they leave the device until backward copies them back.
 
-Source: torch 2.13, autograd/graph.py (`save_on_cpu`): pinned memory there, both copies on the stream that computes.
+Source: torch, autograd/graph.py (`save_on_cpu`): pinned memory there, both copies on the stream that computes.
 """
 
 from __future__ import annotations

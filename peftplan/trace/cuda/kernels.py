@@ -1,6 +1,6 @@
 """Kernels of optional packages that a model uses if they are installed (state-space scans, gated delta rules).
 
-transformers 5.24 decides at import, function by function (`use_kernel_func_from_hub_with_fallback`, integrations/hub_kernels.py):
+transformers decides at import, function by function (`use_kernel_func_from_hub_with_fallback`, integrations/hub_kernels.py):
 the package's kernel, else torch code of the same values, which keeps far more for backward.
 """
 

@@ -5,8 +5,8 @@ size, v vocabulary. Every label counts as scored: how many a run masks (prompts,
 
 | loss | source |
 | --- | --- |
-| trl-chunked | trl 1.16 `kernels/chunked_logprob.py` (`ChunkedLogProbFunction`), `trainer/utils.py` (`add_fused_lm_head`) |
-| liger | liger-kernel 0.8.5 `ops/fused_linear_cross_entropy.py`, `transformers/model/llama.py` (`lce_forward`) |
+| trl-chunked | trl `kernels/chunked_logprob.py` (`ChunkedLogProbFunction`), `trainer/utils.py` (`add_fused_lm_head`) |
+| liger | liger-kernel `ops/fused_linear_cross_entropy.py`, `transformers/model/llama.py` (`lce_forward`) |
 | unsloth | unsloth_zoo 2026.10.9 `fused_losses/fused_linear.py` (`_ce_impl`); in `unsloth.py` beside this file |
 
 Left out: Liger's and Unsloth's other kernels (norms, rotary embeddings, MLP), which change what layers keep; scalars on the host.
@@ -25,6 +25,7 @@ from peftplan.trace.cuda.attention import Capability
 from peftplan.trace.cuda.scored import Rows, Scattered, scored_tokens
 from peftplan.trace.cuda.unsloth import FusedLinear, unsloth_tiles
 from peftplan.units import ceil_div
+from peftplan.versions import named
 
 F = torch.nn.functional
 IGNORED = -100
@@ -65,7 +66,7 @@ def install_older(model: Any, *, shifts: bool, in_fp32: bool) -> None:
 
 
 def _of_shifted_logits(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
-    """`ForCausalLMLoss` of transformers 4.48."""
+    """`ForCausalLMLoss` before `versions.LABELS_PADDED`."""
     logits = logits.float()
     shift_logits = logits[..., :-1, :].contiguous()
     shift_labels = labels[..., 1:].contiguous()
@@ -75,8 +76,8 @@ def _of_shifted_logits(logits: torch.Tensor, labels: torch.Tensor, vocab_size: i
 ALL_SCORED = "every label counts"
 FACTS: dict[str, dict[str, str]] = {
     "full": {},
-    "trl-chunked": {"loss_source": "trl 1.16 add_fused_lm_head", "scored_tokens": ALL_SCORED},
-    "liger": {"loss_source": "liger-kernel 0.8.5 fused linear cross entropy, without its layer kernels"},
+    "trl-chunked": {"loss_source": f"{named('trl')} add_fused_lm_head", "scored_tokens": ALL_SCORED},
+    "liger": {"loss_source": f"{named('liger-kernel')} fused linear cross entropy, without its layer kernels"},
     "unsloth": {
         "loss_source": "unsloth_zoo 2026.10.9 fused linear cross entropy on a card of over 24.5 GiB, without its other kernels",
         "scored_tokens": ALL_SCORED,

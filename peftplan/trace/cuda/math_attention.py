@@ -2,7 +2,7 @@
 
 torch's own composite runs inside C++, where a CPU drops out by a mask of the scores' dtype and CUDA keeps a boolean one
 (`native_dropout`), and where a mode lets the mask be added to the scores out of place (`areAnyTensorSubclassLike`). Source:
-torch 2.13 aten/src/ATen/native/transformers/attention.cpp (`_scaled_dot_product_attention_math`, `convert_boolean_attn_mask`,
+torch aten/src/ATen/native/transformers/attention.cpp (`_scaled_dot_product_attention_math`, `convert_boolean_attn_mask`,
 `pre_process_group_query_attention_input`). Every name lives until the function returns, as there.
 """
 

@@ -1,6 +1,6 @@
 """peft layers whose forward needs values or sparse tensors, on fake tensors: the same allocations, without them.
 
-Source: peft 0.21.2, the file of each method's `layer.py`; torch 2.13 `native/sparse/cuda/SparseCUDATensorMath.cu`
+Source: peft, the file of each method's `layer.py`; torch `native/sparse/cuda/SparseCUDATensorMath.cu`
 (`add_out_dense_sparse_cuda`) and `SparseCUDATensor.cu` (`_coalesce_sparse_cuda`). Left out: what a sort of the places of sparse
 entries takes while it runs.
 

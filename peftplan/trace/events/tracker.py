@@ -48,7 +48,7 @@ LIFT_FRESH = torch.ops.aten.lift_fresh.default
 """What `torch.tensor` ends with: in an optimizer, of a step counter on the host."""
 
 DROPOUT = torch.ops.aten.native_dropout.default
-"""Allocates its last result first, the mask (torch 2.13, aten/src/ATen/native/cuda/Dropout.cu: `dropout_cuda`)."""
+"""Allocates its last result first, the mask (torch, aten/src/ATen/native/cuda/Dropout.cu: `dropout_cuda`)."""
 
 
 class _Ref(weakref.ref):  # type: ignore[type-arg]

@@ -3,7 +3,7 @@
 Counted: one per library handle and stream, taken by the first matrix product that needs it, and kept. Handles belong to threads,
 and autograd's backward runs in another thread than forward. Source: torch aten/src/ATen/cuda/CublasHandlePool.cpp; two match
 measured peaks to the kibibyte (fitcheck-llm's T4 runs: 2 × 8,519,680 bytes). Products with a bias go to cuBLASLt, which takes
-cuBLAS's workspace since torch 2.12; before, it had 1 MiB of its own (those runs with biases: 2 MiB more).
+cuBLAS's workspace since `versions.ONE_WORKSPACE`; before, it had 1 MiB of its own (those runs with biases: 2 MiB more).
 """
 
 from __future__ import annotations
