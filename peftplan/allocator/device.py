@@ -4,9 +4,9 @@ Addresses are this model's own, on multiples of 2 MiB, and never reused. They on
 size in different segments. The one whose segment was made first goes first, wherever it lies: every range lies above the one
 before. Before `versions.TIES_BY_AGE` the lowest address went first: there ranges of more than 20 MiB lie each below the one
 before, as Linux maps them, and smaller ones, which the driver takes out of larger ranges, each above. That is inferred, since no
-source of the driver is public: so ordered, reserved bytes equal what six of ten unquantized runs on a T4 measured, to the MiB, and the rest
-within 0.5 %; upwards, eager runs are 9 % off. Ten runs of another program on an RTX 4080 agree: 0.06 % in the median, -2.9 % at
-worst; upwards -18 % (docs/trace-drift.md).
+source of the driver is public: so ordered, reserved bytes equal what six of ten unquantized runs on a T4 measured, to the MiB,
+and the rest within 0.5 %; upwards, eager runs are 9 % off. Ten runs of another program on an RTX 4080 agree: 0.06 % in the
+median, -2.9 % at worst; upwards -18 % (docs/trace-drift.md).
 """
 
 from __future__ import annotations

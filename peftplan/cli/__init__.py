@@ -158,7 +158,7 @@ def run() -> None:
     try:
         main()
     finally:
-        if "torch" not in sys.modules:  # what torch binds is released by that last look, or listed as leaked (torch 2.15)
+        if "torch" not in sys.modules:  # what torch binds is released by that last look, or newer releases list it as leaked
             gc.freeze()  # nor is the last look, at exit, which nothing else turns off
 
 

@@ -303,8 +303,8 @@ def check_rank_allocator(job: Job) -> None:
     init_r, target_r = fields.get("init_r", 12), fields.get("target_r", 8)
     if init_r <= target_r:
         raise RefusedError(
-            f"init_r: {init_r} leaves AdaLoRA nothing to mask down to target_r {target_r}, and {versions.named('peft')} then fails with a "
-            "RuntimeError (kthvalue); accepted: an init_r above target_r"
+            f"init_r: {init_r} leaves AdaLoRA nothing to mask down to target_r {target_r}, and {versions.named('peft')} "
+            "then fails with a RuntimeError (kthvalue); accepted: an init_r above target_r"
         )
 
 
