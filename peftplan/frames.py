@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Record = TypeVar("Record", bound=NamedTuple)
 
 
-def dataframe(rows: Sequence[Mapping[str, Any]]) -> DataFrame:
+def dataframe(rows: Sequence[Mapping[str, object]]) -> DataFrame:
     """One row per record. Raises PeftplanError where pandas is not installed."""
     try:
         import pandas

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -33,7 +32,7 @@ class RecordFileError(PeftplanError):
         super().__init__(f"{path}:{line}: {why}")
 
 
-def digest(payload: Mapping[str, Any]) -> str:
+def digest(payload: Mapping[str, object]) -> str:
     """sha256 over the JSON with sorted keys, no spaces, in UTF-8, `digest` left out."""
     kept = {name: value for name, value in payload.items() if name != DIGEST}
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -73,13 +73,13 @@ def load(path: Path | str) -> EventLog:
 
 
 def _text(event: Event) -> str:
-    fields: dict[str, Any] = {"kind": event.kind}
+    fields: dict[str, object] = {"kind": event.kind}
     fields |= {key: value for key, field in INTEGERS.items() if (value := getattr(event, field)) or key == "id"}
     fields |= {key: value for key in LABELS if (value := getattr(event, key))}
     return json.dumps(fields)
 
 
-def _checked(events: list[Any]) -> tuple[Event, ...]:
+def _checked(events: list[object]) -> tuple[Event, ...]:
     """The events, each well formed, and no allocation twice or freed while it does not live."""
     live: set[int] = set()
     read = []
@@ -95,7 +95,7 @@ def _checked(events: list[Any]) -> tuple[Event, ...]:
     return tuple(read)
 
 
-def _event(fields: Any, *, where: str) -> Event:
+def _event(fields: object, *, where: str) -> Event:
     if type(fields) is not dict:
         raise InputError(where, fields, "accepted: an object")
     if type(fields.get("kind")) is not str or fields["kind"] not in KINDS:

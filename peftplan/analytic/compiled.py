@@ -72,7 +72,7 @@ class Compiled(NamedTuple):
         """`shape_facts` of this job at other sizes, numbers or arrays."""
         return shape_facts(batch_size, seq_len + self.virtual_tokens, windows_of(self.architecture), self.loss)
 
-    def sizes(self, batch_size: Any, seq_len: Any) -> dict[str, Any]:
+    def sizes(self, batch_size: object, seq_len: object) -> dict[str, object]:
         """The named sizes at other sizes, numbers or arrays."""
         return sizes(batch_size, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
 
@@ -123,7 +123,7 @@ def steps_of(inventory: Inventory, compute_capability: str) -> Steps:
     return (*before, last) if before else (last, last)
 
 
-COMPILED: OrderedDict[tuple[Any, ...], Compiled] = OrderedDict()
+COMPILED: OrderedDict[tuple[object, ...], Compiled] = OrderedDict()
 """The last jobs without their sizes: each holds wherever `shape_facts` are the same."""
 COMPILED_KEPT = 256
 
@@ -264,7 +264,7 @@ def _check(job: Job) -> None:
         refuse_unplaced(job.architecture, job.adaptation)
 
 
-def _unread(adapter: Mapping[str, Any]) -> str:
+def _unread(adapter: Mapping[str, object]) -> str:
     """What of an adapter config only peft itself reads."""
     try:
         methods.from_peft_config(adapter)

@@ -26,10 +26,10 @@ class Grid:
 
     sizes: Mapping[str, Any]
     requested_by_phase: dict[str, Any]
-    allocated_bytes: Any = None
-    reserved_bytes: Any = None
-    verdicts: Mapping[str, Any] = field(default_factory=dict)
-    decided_by: Mapping[str, Any] = field(default_factory=dict)
+    allocated_bytes: object = None
+    reserved_bytes: object = None
+    verdicts: Mapping[str, object] = field(default_factory=dict)
+    decided_by: Mapping[str, object] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Grid) and all(
@@ -38,16 +38,16 @@ class Grid:
         )
 
     @property
-    def batch_size(self) -> Any:
+    def batch_size(self) -> object:
         """Sequences per device and step at each point."""
         return self.sizes["batch_size"]
 
     @property
-    def seq_len(self) -> Any:
+    def seq_len(self) -> object:
         """Tokens per sequence at each point."""
         return self.sizes["seq_len"]
 
     @property
-    def peak_requested_bytes(self) -> Any:
+    def peak_requested_bytes(self) -> object:
         """The overall peak at each point."""
         return np.maximum.reduce(list(self.requested_by_phase.values()))

@@ -87,7 +87,7 @@ def _size(dtype: str, dims: tuple[Dim, ...]) -> tuple[Size, int]:
 def _undominated(rows: Any) -> Any:
     """Rows of which no other has at least as many tensors of every size."""
     order = np.argsort(-rows.sum(axis=1), kind="stable")
-    kept: list[Any] = []
+    kept: list[object] = []
     for row in rows[order]:
         if not kept or not (np.asarray(kept) >= row).all(axis=1).any():
             kept.append(row)

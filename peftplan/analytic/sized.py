@@ -31,7 +31,7 @@ class Points(NamedTuple):
     seq_len: Any
     rank: Any = None
 
-    def take(self, where: Any) -> Points:
+    def take(self, where: object) -> Points:
         """Some of the points."""
         return Points(*(None if values is None else values[where] for values in self))
 
@@ -93,7 +93,7 @@ class Sized:
     def _compiled(self, batch_size: int, seq_len: int, rank: int | None) -> Compiled:
         return compiled(self._resized(batch_size, seq_len, rank), compute_capability=self.compute_capability)
 
-    def _alike(self, points: Points) -> Iterator[tuple[Any, Ranked, Moments]]:
+    def _alike(self, points: Points) -> Iterator[tuple[object, Ranked, Moments]]:
         """Points that run the same operations, and the job there."""
         first = self._compiled(int(points.batch_size[0]), int(points.seq_len[0]), self._rank_at(points, 0))
         facts = first.facts(points.batch_size, points.seq_len)

@@ -7,7 +7,6 @@ classes have eager attention only (`_supports_sdpa` is unset).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, classifier_dropout, decoder_model, equal_head_dim, probability, prompt_dims
@@ -18,8 +17,8 @@ MLP_RATIO = 4
 """`BloomMLP` and `MptMLP` write 4 × hidden_size into the code."""
 
 MPT_MAX_SEQ_LEN = 2048
-MPT_FIXED: Mapping[str, Any] = {"expansion_ratio": MLP_RATIO, "no_bias": True}
-MPT_ATTENTION_FIXED: Mapping[str, Any] = {
+MPT_FIXED: Mapping[str, object] = {"expansion_ratio": MLP_RATIO, "no_bias": True}
+MPT_ATTENTION_FIXED: Mapping[str, object] = {
     "attn_type": "multihead_attention",
     "alibi": True,
     "qk_ln": False,

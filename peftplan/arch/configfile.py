@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from peftplan import files
 from peftplan.errors import InputError
@@ -15,12 +15,12 @@ MAX_CONFIG_BYTES = 10 * 2**20
 """No config.json comes near it (the largest built-in one has 5 kB); more is another file under that name."""
 
 
-def read_file(path: Path, *, name: str) -> dict[str, Any]:
+def read_file(path: Path, *, name: str) -> dict[str, object]:
     """The config in a file. Raises InputError, one line, for anything that is not a readable config.json."""
     return parse(files.content(path, field="model", most=MAX_CONFIG_BYTES), name=name)
 
 
-def parse(content: bytes, *, name: str) -> dict[str, Any]:
+def parse(content: bytes, *, name: str) -> dict[str, object]:
     """The config in the bytes of a config.json. Raises InputError where they are not UTF-8, not JSON, or not an object."""
 
     def refuse_constant(text: str) -> float:
@@ -45,7 +45,7 @@ def parse(content: bytes, *, name: str) -> dict[str, Any]:
     return check(config, name=name)
 
 
-def check(config: object, *, name: str) -> dict[str, Any]:
+def check(config: object, *, name: str) -> dict[str, object]:
     """A parsed config that is an object and states its model_type. Raises InputError otherwise."""
     if not isinstance(config, Mapping):
         _refuse(name, f"a JSON {type(config).__name__}, not an object")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from peftplan.errors import InputError
 
@@ -25,10 +25,10 @@ Bool: TypeAlias = bool
 class Fields:
     """The fields of one config, read by name. `name` is shown in errors; aliases are transformers' `attribute_map`."""
 
-    def __init__(self, raw: Mapping[str, Any], *, name: str) -> None:
+    def __init__(self, raw: Mapping[str, object], *, name: str) -> None:
         self.raw, self.name = raw, name
 
-    def _get(self, names: tuple[str, ...], default: Any, accepted: str) -> Any:
+    def _get(self, names: tuple[str, ...], default: object, accepted: str) -> object:
         for name in names:
             if self.raw.get(name) is not None:
                 return self.raw[name]
@@ -36,7 +36,7 @@ class Fields:
             raise InputError(f"{self.name}: {' or '.join(names)}", None, f"the config must state it as {accepted}")
         return default
 
-    def int(self, *names: str, default: Any = REQUIRED, low: int = 1, high: int = MAX_DIMENSION) -> int:
+    def int(self, *names: str, default: object = REQUIRED, low: int = 1, high: int = MAX_DIMENSION) -> int:
         """A whole number in [low, high]; a config value of null counts as absent."""
         accepted = f"a whole number from {low} to {high}"
         value = self._get(names, default, accepted)
@@ -44,7 +44,7 @@ class Fields:
             raise InputError(f"{self.name}: {names[0]}", value, f"accepted: {accepted}")
         return value
 
-    def number(self, *names: Str, default: Any = REQUIRED, low: float, high: float) -> float:
+    def number(self, *names: Str, default: object = REQUIRED, low: float, high: float) -> float:
         """A number in [low, high], whole or not."""
         accepted = f"a number from {low} to {high}"
         value = self._get(names, default, accepted)
@@ -58,25 +58,25 @@ class Fields:
             return None if any(n in self.raw for n in names) else absent
         return self.int(*names, low=low, high=high)
 
-    def layers(self, *names: Str, default: Any = REQUIRED) -> tuple[Int, ...]:
+    def layers(self, *names: Str, default: object = REQUIRED) -> tuple[Int, ...]:
         """Layer indices 0 … n-1 from a field that states their number."""
         return tuple(range(self.int(*names, default=default, high=MAX_LAYERS)))
 
-    def bool(self, *names: Str, default: Any = REQUIRED) -> Bool:
+    def bool(self, *names: Str, default: object = REQUIRED) -> Bool:
         """true or false."""
         value = self._get(names, default, "true or false")
         if not isinstance(value, bool):
             raise InputError(f"{self.name}: {names[0]}", value, "accepted: true or false")
         return value
 
-    def str(self, *names: Str, default: Any = REQUIRED) -> Str:
+    def str(self, *names: Str, default: object = REQUIRED) -> Str:
         """A text."""
         value = self._get(names, default, "a text")
         if not isinstance(value, str):
             raise InputError(f"{self.name}: {names[0]}", value, "accepted: a string")
         return value
 
-    def ints(self, *names: Str, default: Any = REQUIRED, low: Int = 0, high: Int = MAX_DIMENSION) -> tuple[Int, ...]:
+    def ints(self, *names: Str, default: object = REQUIRED, low: Int = 0, high: Int = MAX_DIMENSION) -> tuple[Int, ...]:
         """A list of whole numbers in [low, high]."""
         accepted = f"a list of whole numbers from {low} to {high}"
         value = self._get(names, default, accepted)
@@ -86,7 +86,7 @@ class Fields:
             raise InputError(f"{self.name}: {names[0]}", value, f"accepted: {accepted}")
         return tuple(value)
 
-    def strs(self, *names: Str, default: Any = REQUIRED) -> tuple[Str, ...]:
+    def strs(self, *names: Str, default: object = REQUIRED) -> tuple[Str, ...]:
         """A list of strings."""
         value = self._get(names, default, "a list of strings")
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):

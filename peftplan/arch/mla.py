@@ -6,7 +6,7 @@ for multi-token prediction (`num_nextn_predict_layers`) are in the checkpoint bu
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peftplan.arch.decoder import Dims, decoder_backbone, first_met, gated_mlp, rmsnorms
 from peftplan.arch.fields import REQUIRED, Fields
@@ -84,7 +84,7 @@ class _Experts(NamedTuple):
     interleaved: bool = False
 
 
-def _groups(c: Fields, *, default: tuple[Any, Any] = (REQUIRED, REQUIRED)) -> tuple[int, int]:
+def _groups(c: Fields, *, default: tuple[object, object] = (REQUIRED, REQUIRED)) -> tuple[int, int]:
     """Groups of experts, and how many of them a token's experts come from."""
     return c.int("n_group", default=default[0]), c.int("topk_group", default=default[1])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
 
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import TASK_TYPES
@@ -62,7 +61,7 @@ READERS: dict[str, tuple[str, str, str]] = {
 }
 
 
-def read_config(config: Mapping[str, Any], *, name: str, task_type: str | None = None) -> Architecture:
+def read_config(config: Mapping[str, object], *, name: str, task_type: str | None = None) -> Architecture:
     """The `Architecture` of a parsed config.json whose `model_type` has a reader.
 
     `task_type` is one of `heads.TASK_TYPES`; None takes the task that the config's `architectures` names if the reader has
@@ -80,7 +79,7 @@ def read_config(config: Mapping[str, Any], *, name: str, task_type: str | None =
     return reader(fields, _stated_task(config) or default_task)
 
 
-def _stated_task(config: Mapping[str, Any]) -> str | None:
+def _stated_task(config: Mapping[str, object]) -> str | None:
     """The task of the class that `architectures` names, longest suffix first, or None where it names none we know."""
     stated = config.get("architectures")
     name = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""

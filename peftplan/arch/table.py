@@ -28,7 +28,7 @@ NAME_LISTS = ("keep_in_fp32", "keep_in_fp32_strict", "frozen", "logits_ops")
 PROMPT = ("num_layers", "token_dim", "num_attention_heads", "num_key_value_heads", "head_dim", "num_transformer_submodules")
 
 
-def to_table(arch: Architecture) -> dict[str, Any]:
+def to_table(arch: Architecture) -> dict[str, object]:
     """The architecture as JSON values; layers as ranges, `0-3,5`."""
     return {
         **{key: getattr(arch, key) for key in SCALARS},

@@ -95,7 +95,7 @@ class Command(click.Command):
             args = list(_Translation(self.get_params(ctx), typed).of(args))
         return super().parse_args(ctx, args)
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         """Run the command. An error names options as they were typed."""
         try:
             return super().invoke(ctx)

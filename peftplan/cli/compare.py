@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from peftplan.cli import options
@@ -43,7 +41,7 @@ def command(
     torch: str | None,
     transformers: str | None,
     context: str | None,
-    **fields: Any,
+    **fields: object,
 ) -> int:
     """What a job needs by several methods, on several cards. Without MODEL, --peft-config names its base model.
 

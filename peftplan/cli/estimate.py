@@ -106,7 +106,7 @@ def command(
     explain: bool,
     explain_peak: bool,
     timeline: str | None,
-    **raw: Any,
+    **raw: object,
 ) -> int:
     """What fine-tuning MODEL needs.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from peftplan.cli import options
@@ -18,7 +16,7 @@ from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
 @options.format_option
-def command(source: str, model: str | None, fmt: str, **fields: Any) -> int:
+def command(source: str, model: str | None, fmt: str, **fields: object) -> int:
     """Why a program ran out of memory, and what to try next.
 
     FILE holds torch's message, a log with one, or what torch.cuda.memory._dump_snapshot() wrote; - is standard input.

@@ -62,7 +62,7 @@ def command(
     torch: str | None,
     transformers: str | None,
     context: str | None,
-    **fields: Any,
+    **fields: object,
 ) -> int:
     """The largest size of a job that a card takes, and other plans that fit.
 

@@ -54,7 +54,7 @@ def command(
     engine: str,
     snapshot: str | None,
     output: str,
-    **raw: Any,
+    **raw: object,
 ) -> int:
     """Measure a fine-tuning run of MODEL on this machine's GPU: random weights, no download, real steps.
 

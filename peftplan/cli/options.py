@@ -126,7 +126,7 @@ NOT_FIELDS = (
 """Arguments of `estimate` and `serving` that are no fields of a method, so that --set does not take them."""
 
 
-def _choices(of: Any) -> str:
+def _choices(of: object) -> str:
     """The values of a Literal, as `--help` shows them."""
     return f"[{'|'.join(get_args(of))}]"
 
@@ -175,7 +175,7 @@ METAVARS: dict[str, str] = {
 INT_LISTS = ("layers_to_transform",)
 JSON_VALUES = ("rank_pattern",)
 
-Decorated = Callable[..., Any]
+Decorated = Callable[..., object]
 
 
 def group(heading: str, options: dict[str, str], *, several: bool = False) -> Callable[[Decorated], Decorated]:
@@ -226,7 +226,7 @@ def several(options: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
     """The values of repeatable options, as `sweep` takes them: one, or each of several."""
     from peftplan.planning.axes import Each
 
-    by_name: dict[str, list[Any]] = {}
+    by_name: dict[str, list[object]] = {}
     for name, values in options.items():
         for value in values:
             parsed = chosen({name: None if name == "set" else value, "set": (value,) if name == "set" else ()})
@@ -235,7 +235,7 @@ def several(options: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
     return {name: values[0] if len(values) == 1 else Each(values) for name, values in by_name.items()}
 
 
-def _field(text: str) -> tuple[str, Any]:
+def _field(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     name = name.replace("-", "_")
     if not equals or not name or name in NOT_FIELDS:
@@ -246,7 +246,7 @@ def _field(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _json(name: str, text: str, shown: str, accepted: str) -> Any:
+def _json(name: str, text: str, shown: str, accepted: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -283,7 +283,7 @@ context_option = option(
 
 def circumstances(torch: str | None, transformers: str | None, context: str | None) -> dict[str, Any]:
     """The keywords of `estimate` for the versions that will run the job and the context, where they are set."""
-    keywords: dict[str, Any] = {} if context is None else {"context": context}
+    keywords: dict[str, object] = {} if context is None else {"context": context}
     if torch is None and transformers is None:
         return keywords
     from peftplan.job.script import Script

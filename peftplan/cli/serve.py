@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 import click
 
@@ -37,7 +37,7 @@ STORAGE = {
 @option("--merge", is_flag=True, help="exit 2 if the method cannot be merged")
 @options.format_option
 def command(
-    model: str | None, fmt: str, merge: bool, gpus: tuple[str, ...], require_fit: bool, allow_tight: bool, **raw: Any
+    model: str | None, fmt: str, merge: bool, gpus: tuple[str, ...], require_fit: bool, allow_tight: bool, **raw: object
 ) -> int:
     """What MODEL needs after fine-tuning: adapter file, merge, merged model, and serving with a KV cache.
 

@@ -36,7 +36,7 @@ NOT_COUNTED = ("torch_compile", "label_smoothing_factor", "neftune_noise_alpha")
 on the embeddings."""
 
 
-def adapter_config(peft_config: Any) -> dict[str, Any]:
+def adapter_config(peft_config: object) -> dict[str, object]:
     """The fields of an adapter config given as a path to a JSON file, a dict, or a peft `PeftConfig`."""
     if isinstance(peft_config, (str, os.PathLike)):
         path = Path(os.fspath(peft_config))
@@ -58,7 +58,7 @@ def adapter_config(peft_config: Any) -> dict[str, Any]:
     return fields
 
 
-def base_model(peft_config: Any) -> str:
+def base_model(peft_config: object) -> str:
     """The model that an adapter config names as its base. Raises InputError where it names none."""
     accepted = "accepted: a model, or a peft_config whose base_model_name_or_path names one"
     if peft_config is None:
@@ -76,7 +76,7 @@ def _fields(config: object) -> dict[Any, Any] | None:
     return dict(written) if isinstance(written, Mapping) else None
 
 
-def _adapter_file(path: Path) -> dict[str, Any]:
+def _adapter_file(path: Path) -> dict[str, object]:
     """The object in an adapter_config.json. Raises InputError, one line, for anything else under that name."""
     try:
         raw = json.loads(files.content(path, field="peft_config", most=MAX_ADAPTER_CONFIG_BYTES).decode("utf-8"))
@@ -102,11 +102,11 @@ def _is_finite(value: object) -> bool:
     return True
 
 
-def quant_options(config: Any) -> dict[str, Any]:
+def quant_options(config: object) -> dict[str, object]:
     """Our options for a transformers `BitsAndBytesConfig` (or its dict)."""
     if config is None:
         return {}
-    raw: dict[Any, Any] = _fields(config) or {}
+    raw: dict[object, object] = _fields(config) or {}
     if raw.get("load_in_8bit"):
         return {"quant": "int8", "quant_skip_modules": _names(raw.get("llm_int8_skip_modules"))}
     if not raw.get("load_in_4bit"):
@@ -119,7 +119,7 @@ def quant_options(config: Any) -> dict[str, Any]:
     }
 
 
-def training_options(args: Any) -> dict[str, Any]:
+def training_options(args: object) -> dict[str, object]:
     """Our options for a `TrainingArguments` or `SFTConfig`."""
     if args is None:
         return {}
@@ -139,11 +139,11 @@ def training_options(args: Any) -> dict[str, Any]:
     return options | _sharding(args) | _liger(args, TRAINERS[options["trainer"]])
 
 
-def _sharding(args: Any) -> dict[str, Any]:
+def _sharding(args: object) -> dict[str, object]:
     """What `fsdp` with `fsdp_config`, `deepspeed` and `parallelism_config` say of several GPUs, but for how many there are."""
     from peftplan.job.launch import accelerate
 
-    said: dict[str, Any] = {}
+    said: dict[str, object] = {}
     if fsdp := getattr(args, "fsdp", None):
         said |= accelerate.fsdp_options({**_mapping(args, "fsdp_config"), **_fsdp_words(fsdp)})
     if parallel := getattr(args, "parallelism_config", None):
@@ -166,7 +166,7 @@ def _fsdp_words(value: Any) -> dict[str, Any]:
         if value is not True
         else []
     )
-    said: dict[str, Any] = {}
+    said: dict[str, object] = {}
     for word in words:
         if word == "auto_wrap":
             said.setdefault("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
@@ -181,7 +181,7 @@ LOADING_FIELDS = ("dtype", "attn_implementation")
 """What `model_init_kwargs` of an SFTConfig say that is an option here too."""
 
 
-def _loading(args: Any) -> dict[str, Any]:
+def _loading(args: object) -> dict[str, object]:
     """How SFTTrainer loads a model that is given by its name; `auto` is left to our default."""
     kwargs = _mapping(args, "model_init_kwargs")
     if kwargs.get("quantization_config") is not None:
@@ -206,7 +206,7 @@ CHECKPOINTING_FIELDS = {"every_n_layers": "every_n_layers", "offload": "offload_
 """Names in `activation_checkpointing_kwargs` that Trainer takes out for transformers (5.24, trainer.py) → ours."""
 
 
-def _checkpointing(args: Any, *, on: bool) -> dict[str, Any]:
+def _checkpointing(args: object, *, on: bool) -> dict[str, object]:
     """What `gradient_checkpointing_kwargs` say (5.24: `activation_checkpointing_kwargs`); None is not reentrant.
 
     Where checkpointing is not on they say nothing. Raises InputError for TRL's `activation_offloading` and `selective`, which are
@@ -221,14 +221,14 @@ def _checkpointing(args: Any, *, on: bool) -> dict[str, Any]:
     return reentrant | {ours: kwargs[name] for name, ours in CHECKPOINTING_FIELDS.items() if on and kwargs.get(name) is not None}
 
 
-def _liger(args: Any, trainer: Trainer) -> dict[str, str]:
+def _liger(args: object, trainer: Trainer) -> dict[str, str]:
     """SFTTrainer applies Liger's layer kernels only, and keeps its own loss; so does who turns Liger's loss off."""
     kernels = _mapping(args, "liger_kernel_config")
     fused = getattr(args, "use_liger_kernel", False) and kernels.get("fused_linear_cross_entropy", True)
     return {"loss": "liger"} if fused and trainer.losses is None else {}
 
 
-def _trainer(args: Any) -> TrainerName:
+def _trainer(args: object) -> TrainerName:
     """The trainer that has this class of arguments. TRL's others run the model more than once a step, and are refused."""
     classes = type(args).__mro__
     names, packages = {cls.__name__ for cls in classes}, {cls.__module__.partition(".")[0] for cls in classes}
@@ -240,7 +240,7 @@ def _trainer(args: Any) -> TrainerName:
     return DEFAULT
 
 
-def _mapping(args: Any, field: str) -> dict[str, Any]:
+def _mapping(args: object, field: str) -> dict[str, object]:
     """A field of keyword arguments, which may be JSON. Raises InputError for anything else."""
     value = getattr(args, field, None) or {}
     try:

@@ -42,10 +42,10 @@ class Loaded(NamedTuple):
     counts that peft's `get_nb_trainable_parameters()` would return; `adapter` is the config in peft's wrapper.
     """
 
-    config: dict[str, Any]
+    config: dict[str, object]
     architecture: Architecture
-    adapter: dict[str, Any] | None
-    options: dict[str, Any]
+    adapter: dict[str, object] | None
+    options: dict[str, object]
     trained: frozenset[str]
     num_trainable: int
     num_total: int
@@ -121,7 +121,7 @@ def _unwrapped(name: str) -> str:
 
 def _active(model: Any) -> dict[str, Any]:
     """The fields of the config of the adapter in peft's wrapper."""
-    configs: Mapping[str, Any] = model.peft_config
+    configs: Mapping[str, object] = model.peft_config
     if len(configs) != 1:
         raise InputError("model", ", ".join(configs), "accepted: one adapter on a loaded model; delete the others first")
     from peftplan.job.ecosystem import adapter_config
@@ -129,10 +129,10 @@ def _active(model: Any) -> dict[str, Any]:
     return adapter_config(next(iter(configs.values())))
 
 
-def _options(model: Any, base: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> dict[str, Any]:
+def _options(model: object, base: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> dict[str, object]:
     """Options of the setup that the model decides: dtypes, attention, checkpointing where it is on."""
     module, config = sources.base_of(model), sources.module_config(model)
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     quantized = getattr(config, "quantization_config", None) is not None
     dense = _dtype(base.values())
     stated = _short(getattr(config, "dtype", None)) if quantized else None

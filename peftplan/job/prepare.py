@@ -31,12 +31,12 @@ NOT_ON_4_BIT = ("loha", "lokr")
 
 
 def prepare(
-    model: Any = None,
+    model: object = None,
     *,
     method: str | None = None,
-    peft_config: Any = None,
-    quantization_config: Any = None,
-    training_args: Any = None,
+    peft_config: object = None,
+    quantization_config: object = None,
+    training_args: object = None,
     script: Script = NO_SCRIPT,
     strict: bool = False,
     **options: Any,
@@ -144,15 +144,15 @@ def _launched(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     return {k: v for k, v in options.items() if k in strategy}, {k: v for k, v in options.items() if k not in strategy}
 
 
-def _separate(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _separate(options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
     """Options of the setup, and the rest: fields of the method."""
     known = Setup.model_fields
     return {k: v for k, v in options.items() if k in known}, {k: v for k, v in options.items() if k not in known}
 
 
 def _method(
-    name: str | None, peft_config: Mapping[str, Any] | None, options: Mapping[str, Any]
-) -> tuple[methods.Method | None, MethodConfig | None, dict[str, Any]]:
+    name: str | None, peft_config: Mapping[str, object] | None, options: Mapping[str, object]
+) -> tuple[methods.Method | None, MethodConfig | None, dict[str, object]]:
     """The method and its checked config; without them, the adapter config that only peft itself can count.
 
     A method named beside an adapter config must be of its peft type; it adds what its name presets (`lora-fa`, `qlora`).
@@ -187,17 +187,17 @@ PEFT_TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM",
 """peft's `TaskType`; `PeftConfigMixin.__post_init__` refuses any other."""
 
 
-def _check_peft_task(raw: Mapping[str, Any]) -> None:
+def _check_peft_task(raw: Mapping[str, object]) -> None:
     task = getattr(raw.get("task_type"), "value", raw.get("task_type"))
     if task is not None and (not isinstance(task, str) or task not in PEFT_TASKS):
         raise UnknownNameError("peft_config: task_type", task, PEFT_TASKS)
 
 
-def _peft_type(raw: Mapping[str, Any]) -> str:
+def _peft_type(raw: Mapping[str, object]) -> str:
     return str(getattr(raw.get("peft_type"), "value", raw.get("peft_type")))
 
 
-def _stored(model_config: Mapping[str, Any], set_here: Mapping[str, Any]) -> dict[str, Any]:
+def _stored(model_config: Mapping[str, object], set_here: Mapping[str, object]) -> dict[str, object]:
     """How bitsandbytes stored the checkpoint, if its config says so and no format is set: transformers loads it in no other."""
     stored = model_config.get("quantization_config")
     if "quant" in set_here or not isinstance(stored, Mapping) or not (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
@@ -207,7 +207,7 @@ def _stored(model_config: Mapping[str, Any], set_here: Mapping[str, Any]) -> dic
     return {name: value for name, value in ecosystem.quant_options(stored).items() if value is not None}
 
 
-def _task_of(adapter: Mapping[str, Any]) -> dict[str, str]:
+def _task_of(adapter: Mapping[str, object]) -> dict[str, str]:
     """The task of an adapter with a head, which a model's config seldom names: its class is what the user loads for the adapter.
 
     Other tasks are left to the config: CAUSAL_LM is what people write for models of pictures and text too.
@@ -217,7 +217,7 @@ def _task_of(adapter: Mapping[str, Any]) -> dict[str, str]:
     return {"task_type": str(task)} if task in SAVED_HEADS else {}
 
 
-def _method_setup(method: methods.Method | None, setup_options: Mapping[str, Any]) -> dict[str, Any]:
+def _method_setup(method: methods.Method | None, setup_options: Mapping[str, object]) -> dict[str, object]:
     """What a method implies for the setup where it is not set: QLoRA is NF4 with double quantization and bf16 compute; prefix
     tuning runs without checkpointing, with which peft refuses it.
     """
@@ -255,10 +255,10 @@ def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:
 
 def _adapt(
     architecture: Architecture,
-    model: Any,
+    model: object,
     method: methods.Method | None,
     config: MethodConfig | None,
-    adapter: Mapping[str, Any],
+    adapter: Mapping[str, object],
     setup: Setup,
 ) -> Adaptation:
     try:
@@ -275,7 +275,7 @@ def _adapt(
         raise MissingExtraError(f"{_why_peft(adapter)}: counting with peft", missing.extra) from None
 
 
-def _why_peft(adapter: Mapping[str, Any]) -> str:
+def _why_peft(adapter: Mapping[str, object]) -> str:
     """What of an adapter config has no formula here."""
     try:
         methods.from_peft_config(adapter)
@@ -284,7 +284,7 @@ def _why_peft(adapter: Mapping[str, Any]) -> str:
     return f"no formula for {_peft_type(adapter)} on this model"
 
 
-def _ignored(adapter: Mapping[str, Any]) -> tuple[str, ...]:
+def _ignored(adapter: Mapping[str, object]) -> tuple[str, ...]:
     """A warning for each field that is set and that the installed peft does not know: it leaves them out."""
     from peftplan.libraries.count import unknown_fields
 

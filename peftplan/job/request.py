@@ -12,17 +12,17 @@ from peftplan.job.script import NO_SCRIPT, Script
 class Request(NamedTuple):
     """A job as somebody asked for it. `options` are those of the setup and of the method, under peftplan's own names."""
 
-    model: Any
+    model: object
     """A name, a path, a config; of a loaded model its config."""
     method: str | None = None
-    adapter: dict[str, Any] | None = None
+    adapter: dict[str, object] | None = None
     """The fields of a `peft_config`."""
-    stored: dict[str, Any] | None = None
+    stored: dict[str, object] | None = None
     """What a `quantization_config` says."""
-    training: dict[str, Any] | None = None
+    training: dict[str, object] | None = None
     """What `training_args` say."""
     script: Script = NO_SCRIPT
-    options: dict[str, Any] = {}  # noqa: RUF012
+    options: dict[str, object] = {}  # noqa: RUF012
     loaded: Loaded | None = None
 
     def changed(self, **changes: Any) -> Request:
@@ -35,7 +35,7 @@ class Request(NamedTuple):
         """A loaded model that says itself what trains: neither a method nor an adapter config is given."""
         return self.loaded if self.method is None and self.adapter is None else None
 
-    def all_options(self) -> dict[str, Any]:
+    def all_options(self) -> dict[str, object]:
         """The options with what objects say beneath them; an option that is None sets nothing."""
         options = self.options
         if self.loaded is not None:
@@ -50,14 +50,14 @@ class Request(NamedTuple):
 
 
 def read_request(
-    model: Any,
+    model: object,
     *,
     method: str | None,
-    peft_config: Any,
-    quantization_config: Any,
-    training_args: Any,
+    peft_config: object,
+    quantization_config: object,
+    training_args: object,
     script: Script,
-    **options: Any,
+    **options: object,
 ) -> Request:
     """Read what was given. Raises InputError for an object that is none of the ecosystem's."""
     loaded = None

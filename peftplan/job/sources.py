@@ -42,13 +42,13 @@ class LoadedModel(Protocol):
 
     config: ConfigObject
 
-    def named_parameters(self) -> Iterator[tuple[str, Any]]: ...
+    def named_parameters(self) -> Iterator[tuple[str, object]]: ...
 
 
-Model = str | os.PathLike[str] | Mapping[str, Any] | ConfigObject | LoadedModel
+Model = str | os.PathLike[str] | Mapping[str, object] | ConfigObject | LoadedModel
 
 
-def base_of(model: Any) -> Any:
+def base_of(model: object) -> object:
     """The model inside peft's wrapper; another object is its own base."""
     unwrap = getattr(model, "get_base_model", None) if hasattr(model, "peft_config") else None
     return unwrap() if callable(unwrap) else model
@@ -65,7 +65,7 @@ def module_config(model: object) -> ConfigObject | None:
 class Source(NamedTuple):
     """A model whose config has been read: the config, the name that led to it, and where it was."""
 
-    config: dict[str, Any]
+    config: dict[str, object]
     name: str
     place: str
 
@@ -146,7 +146,7 @@ def _of_count(entry: catalogue.ModelEntry, note: str | None) -> Iterator[str]:
         yield "not checked: no published parameter count was found"
 
 
-def _config(model: Model | Source) -> tuple[dict[str, Any], str, str]:
+def _config(model: Model | Source) -> tuple[dict[str, object], str, str]:
     """The config, the name and the source of a model that is not built in."""
     if isinstance(model, Source):
         return {**model.config}, model.name, model.place
@@ -165,7 +165,7 @@ def _config(model: Model | Source) -> tuple[dict[str, Any], str, str]:
     raise InputError("model", model, "accepted: a built-in name, a Hub id, a path, a config, or a loaded transformers model")
 
 
-def _from_text(text: str) -> tuple[dict[str, Any], str, str]:
+def _from_text(text: str) -> tuple[dict[str, object], str, str]:
     path = Path(os.path.expanduser(text))  # Path.expanduser raises where a name is no user's
     if os.path.exists(path):
         file = _config_file(path, text)
@@ -190,19 +190,19 @@ def _config_file(path: Path, text: str) -> Path:
     return file
 
 
-def _own_name(config: Mapping[str, Any]) -> str:
+def _own_name(config: Mapping[str, object]) -> str:
     stated = config.get("_name_or_path")
     return stated if isinstance(stated, str) and stated else str(config["model_type"])
 
 
-def _with_labels(config: Mapping[str, Any], num_labels: int | None) -> Mapping[str, Any]:
+def _with_labels(config: Mapping[str, object], num_labels: int | None) -> Mapping[str, object]:
     """The config with `num_labels` in place of what it says about labels."""
     if num_labels is None:
         return config
     return {**{k: v for k, v in config.items() if k not in ("id2label", "label2id")}, "num_labels": num_labels}
 
 
-def _notes(config: Mapping[str, Any]) -> Iterator[str]:
+def _notes(config: Mapping[str, object]) -> Iterator[str]:
     if config.get("auto_map"):
         yield f"the repository ships its own code (auto_map); this counts transformers' own {config['model_type']}"
     stored = config.get("quantization_config")

@@ -38,7 +38,7 @@ ALWAYS_ALL_LOGITS = (
 """Model types whose causal language model's forward has no `logits_to_keep` (transformers)."""
 
 
-def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:
+def check_task(model: object, architecture: Architecture, setup: Setup) -> None:
     """Raise RefusedError for a trainer or a loss that only causal language models have, InputError for an option that only
     their forwards take. `setup` is resolved."""
     task, model_class = architecture.task_type, architecture.model_class
@@ -57,7 +57,7 @@ def check_task(model: Any, architecture: Architecture, setup: Setup) -> None:
         )
 
 
-def as_told(architecture: Architecture, adapter: Mapping[str, Any]) -> Architecture:
+def as_told(architecture: Architecture, adapter: Mapping[str, object]) -> Architecture:
     """The architecture with the task that peft is told: the adapter config's own, perhaps none; without one the model's."""
     if "task_type" not in adapter:
         return architecture
@@ -65,7 +65,7 @@ def as_told(architecture: Architecture, adapter: Mapping[str, Any]) -> Architect
     return replace(architecture, task_type=str(getattr(task, "value", task) or ""))
 
 
-def head_notes(architecture: Architecture, adapter: Mapping[str, Any]) -> Iterator[str]:
+def head_notes(architecture: Architecture, adapter: Mapping[str, object]) -> Iterator[str]:
     """That peft leaves the head of a task frozen unless the adapter config names the task."""
     names = SAVED_HEADS.get(architecture.task_type, ())
     if names and as_told(architecture, adapter).task_type not in SAVED_HEADS:
@@ -115,7 +115,7 @@ def _has_pad_token(config: Mapping[str, Any]) -> bool:
     return of_text["pad_token_id"] is not None if stated else config.get("model_type") in WITH_PAD_TOKEN
 
 
-def without_loss(model: Any, architecture: Architecture) -> str | None:
+def without_loss(model: object, architecture: Architecture) -> str | None:
     """Why a bare model cannot train, so that it has counts but no peak; None for one that can.
 
     A bare model that peftplan does not read itself can have its own loss (CLIP): only the trace engine can tell.

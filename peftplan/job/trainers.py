@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from peftplan.versions import named
 
@@ -111,5 +111,5 @@ TRAINERS: dict[TrainerName, Trainer] = {
 DEFAULT: TrainerName = "transformers"
 """The trainer of who says nothing."""
 
-CHUNKED: dict[str, Any] = {"trainer": "trl", "loss": "trl-chunked"}
+CHUNKED: dict[str, object] = {"trainer": "trl", "loss": "trl-chunked"}
 """How a job gets a loss that never holds all logits: SFTTrainer's, which no option of another trainer turns on."""

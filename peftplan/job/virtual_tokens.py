@@ -46,7 +46,7 @@ def check_virtual_tokens(job: Job) -> None:
         _check_prompts(job)
 
 
-def check_prompted_task(arch: Architecture, adapter: Mapping[str, Any]) -> None:
+def check_prompted_task(arch: Architecture, adapter: Mapping[str, object]) -> None:
     """Raises RefusedError where peft has no class for the task of a model with virtual tokens, as `get_peft_model` does.
 
     `adapter` is the adapter config that was given, if any.

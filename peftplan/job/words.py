@@ -131,12 +131,12 @@ def named_as_typed(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         raise
 
 
-def ours(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def ours(options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, str]]:
     """Keywords under our names, and for each that has another one the word that was typed; None sets nothing.
 
     Raises RefusedError where two words set one option, and for what cannot be said here.
     """
-    named: dict[str, Any] = {}
+    named: dict[str, object] = {}
     typed: dict[str, str] = {}
     for word, value in options.items():
         option = word

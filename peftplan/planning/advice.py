@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftplan.errors import PeftplanError
 from peftplan.planning.changes import SEQUENCE_STEP, Change, Sizes, combinations, micro_batch, single_changes
@@ -64,12 +64,12 @@ def _loses_data_in_vain(change: Change, before: Sizes, room: int) -> bool:
     return "seq_len" in change.options and change.left(before) > room
 
 
-def _alike(options: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+def _alike(options: Mapping[str, object], others: Mapping[str, object]) -> bool:
     """Whether two single changes set the same thing, one of them perhaps more."""
     return set(options) <= set(others) or set(others) <= set(options)
 
 
-def _least_weights(trials: Trials, possible: Sequence[Mapping[str, Any]]) -> int:
+def _least_weights(trials: Trials, possible: Sequence[Mapping[str, object]]) -> int:
     """The fewest bytes that the base's weights can take: savings of a change of method and of another change add up."""
     weights = trials.weights()
     saved = {True: 0, False: 0}
@@ -80,7 +80,7 @@ def _least_weights(trials: Trials, possible: Sequence[Mapping[str, Any]]) -> int
     return weights - sum(saved.values())
 
 
-def _sizes(trials: Trials, options: Mapping[str, Any]) -> Sizes | None:
+def _sizes(trials: Trials, options: Mapping[str, object]) -> Sizes | None:
     """The sizes with some options changed; None if they do not go with the job or have no formulas."""
     try:
         return trials.sizes(**options)
@@ -115,7 +115,7 @@ def _longest(job: Job, trials: Trials, before: Sizes, change: Change) -> Change:
     return change
 
 
-def _tried(trials: Trials, before: Sizes, options: Mapping[str, Any], price: int) -> Change | None:
+def _tried(trials: Trials, before: Sizes, options: Mapping[str, object], price: int) -> Change | None:
     after = _sizes(trials, options)
     return None if after is None else Change.between(before, after, options, price)
 

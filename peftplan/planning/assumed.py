@@ -62,7 +62,7 @@ def outside(job: Job, capabilities: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def model_facts(architecture: Architecture) -> dict[str, Any]:
+def model_facts(architecture: Architecture) -> dict[str, object]:
     """The model facts of a result."""
     return {
         "name": architecture.name,
@@ -73,7 +73,7 @@ def model_facts(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def config_facts(config: MethodConfig | None, adapter: Mapping[str, Any]) -> dict[str, Any]:
+def config_facts(config: MethodConfig | None, adapter: Mapping[str, object]) -> dict[str, object]:
     """What a result says of its method's options."""
     return config.model_dump(mode="json", exclude_none=True) if config is not None else dict(adapter)
 
@@ -81,7 +81,7 @@ def config_facts(config: MethodConfig | None, adapter: Mapping[str, Any]) -> dic
 def assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
     """Every value that the numbers rest on, defaults included; of the method's fields those that were set."""
     setup, quant, architecture, adaptation = job.setup, job.quant, job.architecture, job.adaptation
-    assumed: dict[str, Any] = {"model": architecture.source, "model_class": architecture.model_class}
+    assumed: dict[str, object] = {"model": architecture.source, "model_class": architecture.model_class}
     unread = OF_TOKENS if architecture.task_type == PICTURES else ()
     assumed |= {key: value for key, value in setup.model_dump(mode="json").items() if value is not None and key not in unread}
     if job.distributed is not None:

@@ -26,7 +26,7 @@ OWN = ("batch_size", "seq_len")
 
 def grid(
     job_with: Callable[[Mapping[str, int]], Inventory],
-    sizes: Mapping[str, Any],
+    sizes: Mapping[str, object],
     *,
     cards: Sequence[Gpu],
     replays: int | None,
@@ -87,7 +87,7 @@ def _jobs(flat: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, int]]]:
 
 def _by_kernels(cards: Sequence[Gpu]) -> Iterator[tuple[bool, list[Gpu]]]:
     """Cards that run the same kernels, those of the first card first, with whether they are these."""
-    groups: dict[Any, list[Gpu]] = {}
+    groups: dict[object, list[Gpu]] = {}
     for card in cards:
         groups.setdefault(kernels(capability(card)), []).append(card)
     for number, group in enumerate(groups.values() or [[]]):

@@ -32,16 +32,16 @@ NUMBER = r"\d+(?:\.\d+)?"
 _RANGE = re.compile(rf"\s*({NUMBER})\s*:\s*({NUMBER})\s*(?::\s*(-?{NUMBER})\s*)?")
 
 
-class Each(tuple[Any, ...]):
+class Each(tuple[object, ...]):
     """Values of an option that takes lists, each of which is one value."""
 
     __slots__ = ()
 
 
-def separated(options: Mapping[str, Any]) -> tuple[dict[str, Values], dict[str, Any]]:
+def separated(options: Mapping[str, object]) -> tuple[dict[str, Values], dict[str, object]]:
     """The options that take several values, and the others. Raises InputError for no value, and a range that is none."""
     axes: dict[str, Values] = {}
-    single: dict[str, Any] = {}
+    single: dict[str, object] = {}
     for name, value in options.items():
         values = values_of(name, value)
         if values is None:
@@ -116,7 +116,7 @@ def _range(name: str, text: str) -> Values:
     return tuple(float(start + at * step) for at in range(count))
 
 
-def _once(values: Iterable[object]) -> list[Any]:
+def _once(values: Iterable[object]) -> list[object]:
     """Each value once, in their order; True and 1 are two values."""
     return list({(type(value).__name__, repr(value)): value for value in values}.values())
 

@@ -31,7 +31,7 @@ class Change(NamedTuple):
     saving: Sizes
 
     @classmethod
-    def between(cls, before: Sizes, after: Sizes, options: Mapping[str, Any], price: int) -> Change:
+    def between(cls, before: Sizes, after: Sizes, options: Mapping[str, object], price: int) -> Change:
         """The change that turns the sizes `before` into `after`."""
         return cls(options, price, {phase: size - after[phase] for phase, size in before.items()})
 
@@ -44,11 +44,11 @@ class Change(NamedTuple):
         return not _touched(self.options).isdisjoint(_touched(other.options))
 
 
-def _touched(options: Mapping[str, Any]) -> set[str]:
+def _touched(options: Mapping[str, object]) -> set[str]:
     return {*options, *(also for name in options for also in PRESET_BY.get(name, ()))}
 
 
-def single_changes(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str, Any], int]]:
+def single_changes(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str, object], int]]:
     """Single changes with their prices. Some do not go with the job: trying them raises an error."""
     yield from _of_step(job, runs_flash_attention=runs_flash_attention)
     yield from _of_storage(job)
@@ -56,7 +56,7 @@ def single_changes(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[di
     yield from _of_sizes(job)
 
 
-def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str, Any], int]]:
+def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str, object], int]]:
     setup = job.setup
     if job.distributed is not None and job.distributed.strategy == "ddp":
         yield {"strategy": "fsdp2"}, SAME
@@ -75,7 +75,7 @@ def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str
         yield CHUNKED, CLOSE
 
 
-def _of_storage(job: Job) -> Iterator[tuple[dict[str, Any], int]]:
+def _of_storage(job: Job) -> Iterator[tuple[dict[str, object], int]]:
     setup, quant = job.setup, job.quant
     if setup.kbit_prepare:
         yield {"kbit_prepare": False}, CLOSE
@@ -88,7 +88,7 @@ def _of_storage(job: Job) -> Iterator[tuple[dict[str, Any], int]]:
         yield {"adapter_dtype": "bf16"}, CLOSE
 
 
-def _of_method(job: Job) -> Iterator[tuple[dict[str, Any], int]]:
+def _of_method(job: Job) -> Iterator[tuple[dict[str, object], int]]:
     method = job.method.name if job.method else ""
     targets = dict(job.adaptation.resolved).get("target_modules", ())
     if method in ("lora", "qlora", "dora", "qdora") and len(targets) > len("qkvo"):
@@ -103,7 +103,7 @@ def _of_method(job: Job) -> Iterator[tuple[dict[str, Any], int]]:
         yield {"method": "qlora", "kbit_prepare": False}, OTHER + CLOSE
 
 
-def _of_sizes(job: Job) -> Iterator[tuple[dict[str, Any], int]]:
+def _of_sizes(job: Job) -> Iterator[tuple[dict[str, object], int]]:
     setup = job.setup
     if setup.batch_size > 1:
         yield micro_batch(job, 1), SAME
@@ -113,7 +113,7 @@ def _of_sizes(job: Job) -> Iterator[tuple[dict[str, Any], int]]:
             yield {"seq_len": tokens}, price
 
 
-def micro_batch(job: Job, size: int) -> dict[str, Any]:
+def micro_batch(job: Job, size: int) -> dict[str, object]:
     """A smaller micro batch, with accumulation for the rest."""
     steps = job.setup.gradient_accumulation_steps * (job.setup.batch_size // size)
     return {"batch_size": size, "gradient_accumulation_steps": steps}

@@ -41,7 +41,7 @@ def which_gpu(model: Any, *, allow_tight: bool = False, **options: Any) -> tuple
 
 
 def family(
-    name: str, *, gpu: str, allow_tight: bool = False, methods: str | Sequence[str] = QUALITY, **options: Any
+    name: str, *, gpu: str, allow_tight: bool = False, methods: str | Sequence[str] = QUALITY, **options: object
 ) -> tuple[Member, ...]:
     """The largest member of a family of built-in models that one card takes, by method.
 
@@ -62,7 +62,9 @@ def family(
     return members
 
 
-def _largest(members: list[tuple[str, int]], gpu: str, method: str, accepted: tuple[str, ...], options: dict[str, Any]) -> Member:
+def _largest(
+    members: list[tuple[str, int]], gpu: str, method: str, accepted: tuple[str, ...], options: dict[str, object]
+) -> Member:
     smallest: Verdict | None = None
     error = ""
     for name, num_parameters in members:

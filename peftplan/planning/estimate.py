@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from peftplan.errors import OptionError, RefusedError, UnknownNameError
 from peftplan.job.inventory import inventory
@@ -23,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def estimate(
-    model: Any = None,
+    model: object = None,
     *,
     config: Any = None,
     tool: str | None = None,
     method: str | None = None,
-    peft_config: Any = None,
-    quantization_config: Any = None,
-    training_args: Any = None,
+    peft_config: object = None,
+    quantization_config: object = None,
+    training_args: object = None,
     gpu: str | Iterable[str] | None = None,
     context: float | None = None,
     engine: Engine = "analytic",

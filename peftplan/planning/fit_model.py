@@ -24,7 +24,7 @@ def members(family: str) -> list[tuple[str, int]]:
     return sorted(named, key=lambda member: (-member[1], len(member[0])))
 
 
-def candidates(model: Any) -> list[Any]:
+def candidates(model: object) -> list[object]:
     """The models of a family or of a list, largest first, or the only one. Raises what `estimate` raises for an unknown name."""
     if isinstance(model, str) and "," not in model:
         return [name for name, _ in members(model)] or [model]
@@ -72,7 +72,9 @@ def model_plan(
     return _plan(beyond, beyond, changes, skipped, fits=False)
 
 
-def _plan(result: Estimate, beyond: Estimate | None, changes: Mapping[str, Any], skipped: Sequence[str], *, fits: bool) -> Plan:
+def _plan(
+    result: Estimate, beyond: Estimate | None, changes: Mapping[str, object], skipped: Sequence[str], *, fits: bool
+) -> Plan:
     """The plan of a model; `beyond` is the next larger one, which does not fit."""
     size = result.model["num_parameters"] if fits else 0
     edge = Largest(size, result.model["num_parameters"], bounded=beyond is None)

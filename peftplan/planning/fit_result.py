@@ -75,19 +75,19 @@ class Plan(NamedTuple):
     reason: str | None
     context_bytes: int
     context_assumed: bool
-    changes: Mapping[str, Any]
+    changes: Mapping[str, object]
     binding: Binding | None
     fits_again: int | None
     asked_from: int
     bounded: bool
     model: str
-    assumptions: Mapping[str, Any]
+    assumptions: Mapping[str, object]
     warnings: tuple[str, ...]
     next_larger: str | None = None
     """The next larger model, which does not fit, where models were searched; `size` is then the number of parameters."""
 
     @classmethod
-    def of(cls, result: Estimate, edge: Largest, *, size: str, changes: Mapping[str, Any], binding: Binding | None) -> Plan:
+    def of(cls, result: Estimate, edge: Largest, *, size: str, changes: Mapping[str, object], binding: Binding | None) -> Plan:
         """The plan of an estimate at its largest size, or at the smallest where its size is 0."""
         assert result.peaks is not None
         (card,) = result.gpus

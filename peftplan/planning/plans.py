@@ -11,7 +11,7 @@ from peftplan.planning.fit_result import Plan
 from peftplan.planning.for_method import options_for
 from peftplan.validation import listed
 
-Options = dict[str, Any]
+Options = dict[str, object]
 
 QUALITY = ("full", "dora", "lora", "qdora", "qlora", "ia3", "prompt-tuning")
 """Methods, the closest to full fine-tuning first: what plans are ranked by before tokens per step.
@@ -21,7 +21,7 @@ fine-tuning at small data sizes (Schulman et al., "LoRA Without Regret", 2025); 
 against 16-bit LoRA; IA3 and prompts train fewer parameters than any of them. Advice, not a number: tasks differ.
 """
 
-SAVES: tuple[dict[str, Any], ...] = (
+SAVES: tuple[dict[str, object], ...] = (
     {"gradient_checkpointing": True},
     CHUNKED,
 )
@@ -73,21 +73,21 @@ def kept_options(keep: object, size: str) -> frozenset[str]:
 
 
 def changes_of(
-    typed: Mapping[str, Any],
+    typed: Mapping[str, object],
     first: Plan,
     size: str,
     methods: Sequence[str] | None,
     kept: frozenset[str],
     min_seq_len: int | None,
-) -> Iterable[dict[str, Any]]:
+) -> Iterable[dict[str, object]]:
     """What the other plans change: the method, what saves memory, a shorter sequence, and these together."""
     by_adapter = typed.get("peft_config") is not None or "method" in kept
-    others: list[dict[str, Any]] = [{}]
+    others: list[dict[str, object]] = [{}]
     names = QUALITY if methods is None else methods
     others += [] if by_adapter else [{"method": name} for name in names if name != first.method]
     saving = [change for change in SAVES if kept.isdisjoint(change) and not change.items() <= first.assumptions.items()]
     shorter = min_seq_len is not None and size != "seq_len" and "seq_len" not in kept and min_seq_len < first.seq_len
-    lengths: list[dict[str, Any]] = [{}, {"seq_len": min_seq_len}] if shorter else [{}]
+    lengths: list[dict[str, object]] = [{}, {"seq_len": min_seq_len}] if shorter else [{}]
     for method in others:
         for some in range(2 ** len(saving)):
             saved = {name: value for bit, change in enumerate(saving) if some >> bit & 1 for name, value in change.items()}

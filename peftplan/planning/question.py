@@ -63,11 +63,11 @@ class Question(NamedTuple):
         own = {"batch_size": setup.batch_size, "seq_len": setup.seq_len}
         return grid(self._with, {**own, **sizes}, cards=self.cards, replays=replays)
 
-    def _with(self, options: Mapping[str, Any]) -> Inventory:
+    def _with(self, options: Mapping[str, object]) -> Inventory:
         """The job with other options."""
         return inventory(prepared(self.inventory.job.request.changed(**options))) if options else self.inventory
 
-    def _resized(self, batch_size: Any, seq_len: Any, *, sets_length: bool) -> Question:
+    def _resized(self, batch_size: object, seq_len: object, *, sets_length: bool) -> Question:
         job = self.inventory.job
         sizes = {"batch_size": batch_size} | ({"seq_len": seq_len} if sets_length else {})
         setup = parse_setup({**job.setup.model_dump(exclude_unset=True), **sizes})
@@ -90,7 +90,7 @@ class Question(NamedTuple):
         job = self.inventory.job
         card = next(card for card in self.cards if card.id == on_card.gpu)
 
-        def changed(**changes: Any) -> Inventory:
+        def changed(**changes: object) -> Inventory:
             return inventory(prepared(job.request.changed(**changes))) if changes else self.inventory
 
         def judged(other: Inventory, cards: list[Gpu]) -> Estimate:

@@ -45,11 +45,11 @@ class Request(BaseModel):
 
 
 def serving(
-    model: Any = None,
+    model: object = None,
     *,
     method: str | None = None,
-    peft_config: Any = None,
-    quantization_config: Any = None,
+    peft_config: object = None,
+    quantization_config: object = None,
     adapters: int = 1,
     batch_size: int = 1,
     context: int | None = None,
@@ -292,11 +292,11 @@ def _cache(job: Job, request: Request) -> Cache:
     return Cache(tensors, context)
 
 
-def _assumptions(job: Job, request: Request, *, merges: bool) -> dict[str, Any]:
+def _assumptions(job: Job, request: Request, *, merges: bool) -> dict[str, object]:
     """Every value that the numbers rest on."""
     _, trained_dtype = adapter_dtypes(job.setup)
     arch = job.architecture
-    assumed: dict[str, Any] = {"model": arch.source, "model_class": arch.model_class, "dtype": job.setup.dtype}
+    assumed: dict[str, object] = {"model": arch.source, "model_class": arch.model_class, "dtype": job.setup.dtype}
     assumed |= {"quant": job.quant.name if job.quant else "none"}
     options = job.quant.options() if job.quant else {}
     assumed |= {name: value for name, value in options.items() if name != "compute_dtype"}

@@ -129,7 +129,7 @@ class Serving:
     A part is None, or `merges` empty, where there is no such thing or it is not known; `refused` says why, by the part's name.
     """
 
-    model: Mapping[str, Any]
+    model: Mapping[str, object]
     method: Mapping[str, Any]
     file: AdapterFile | None
     checkpoint: Checkpoint | None

@@ -111,7 +111,7 @@ def sweep(
     replays: int | None = REPLAYS,
     most_rows: int | None = MOST_ROWS,
     progress: Progress | None = None,
-    **options: Any,
+    **options: object,
 ) -> Sweep:
     """A job at every point of a grid, on each card of `gpu`.
 

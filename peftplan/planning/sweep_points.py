@@ -46,7 +46,7 @@ class Grid(NamedTuple):
     models: Values
     methods: Sequence[str]
     axes: Mapping[str, Values]
-    single: Mapping[str, Any]
+    single: Mapping[str, object]
 
     def own(self, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options that a method has; all of them where it is the only one, to be refused."""
@@ -59,7 +59,7 @@ class Grid(NamedTuple):
 
     def text(self) -> str:
         """The axes and how many values each has."""
-        named: dict[str, Sequence[Any]] = {"model": self.models, "method": self.methods, **self.axes}
+        named: dict[str, Sequence[object]] = {"model": self.models, "method": self.methods, **self.axes}
         return " × ".join(f"{name.replace('_', ' ')} {len(values):,}" for name, values in named.items() if len(values) > 1)
 
     def of_jobs(self) -> list[str]:
@@ -82,7 +82,7 @@ class Grid(NamedTuple):
             except PeftplanError:
                 continue
 
-    def _any_job(self, changed: Mapping[str, Any]) -> None:
+    def _any_job(self, changed: Mapping[str, object]) -> None:
         """Check a job of the first method that has these options, or that refuses them if none has."""
         method = next((method for method in self.methods if changed.keys() <= self.own(method, changed).keys()), self.methods[0])
         named = {"method": method} if method else {}
@@ -102,10 +102,10 @@ class Grid(NamedTuple):
 class Job(NamedTuple):
     """A job with the sizes that its points take. `shown`: the options that differ between jobs."""
 
-    model: Any
+    model: object
     method: str
-    options: Mapping[str, Any]
-    shown: Mapping[str, Any]
+    options: Mapping[str, object]
+    shown: Mapping[str, object]
     sizes: Mapping[str, Values]
 
     def __len__(self) -> int:
@@ -118,7 +118,7 @@ class Job(NamedTuple):
     def blocks(self, cards: Sequence[Gpu]) -> Iterator[Block]:
         """Its points, so many at a time."""
         ranks = self.sizes.get("r", ())
-        by_kernels: dict[Any, Sized | str] = {}
+        by_kernels: dict[object, Sized | str] = {}
         for card in cards or (None,):
             compute_capability = capability(card)
             key = kernels(compute_capability)
@@ -134,7 +134,7 @@ class Job(NamedTuple):
 class Block:
     """Some of a job's points, on all cards."""
 
-    def __init__(self, job: Job, start: int, count: int, by_kernels: Mapping[Any, Sized | str], cards: Sequence[Gpu]) -> None:
+    def __init__(self, job: Job, start: int, count: int, by_kernels: Mapping[object, Sized | str], cards: Sequence[Gpu]) -> None:
         self.job, self.start, self.count, self.by_kernels, self.cards = job, start, count, by_kernels, cards
         self.replayed = 0
         first = next(iter(by_kernels.values()))
@@ -169,7 +169,7 @@ class Block:
                 chunk["error"] = [error for error in errors[part] for _ in range(cards)]
             yield chunk
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, object]:
         """Columns that are the same at all points."""
         if self.first is None:
             return {"model": _name(self.job.model), "method": self.job.method}
@@ -178,22 +178,22 @@ class Block:
         return facts | ({"r": rank} if isinstance(rank, int) else {})
 
     def _evaluated(
-        self, at: Mapping[str, Any], replays: int | None, tell: Callable[[int, float], None]
-    ) -> tuple[dict[str, list[list[Any]]], list[str | None] | None]:
+        self, at: Mapping[str, object], replays: int | None, tell: Callable[[int, float], None]
+    ) -> tuple[dict[str, list[list[object]]], list[str | None] | None]:
         """Column → a list of values for each card; and what is wrong with points, if anything is."""
         first = next(iter(self.by_kernels.values()))
         if isinstance(first, str):
             return {}, [first] * self.count
         points = Points(at["batch_size"], at["seq_len"], at.get("r"))
         errors, good = _refused(first, points)
-        columns: dict[str, list[list[Any]]] = {}
+        columns: dict[str, list[list[object]]] = {}
         if not len(good):
             return {}, errors
-        groups: dict[Any, list[Gpu]] = {}
+        groups: dict[object, list[Gpu]] = {}
         for card in self.cards:
             groups.setdefault(kernels(capability(card)), []).append(card)
         share = None if replays is None else replays // max(len(groups), 1)
-        by_card: dict[str, dict[str, list[Any]]] = {}
+        by_card: dict[str, dict[str, list[object]]] = {}
         for key, sized in self.by_kernels.items():
             if isinstance(sized, str):
                 continue
@@ -209,7 +209,7 @@ class Block:
 
     def _of_kernels(
         self, sized: Sized, points: Points, cards: Sequence[Gpu], replays: int | None, tell: Callable[[int, float], None]
-    ) -> dict[str, dict[str, list[Any]]]:
+    ) -> dict[str, dict[str, list[object]]]:
         """Card → column → values, for cards that run the same kernels."""
         requested = np.maximum.reduce(list(sized.requested(points).values()))
         limits = [Limits.of(card, sized) for card in cards]
@@ -226,7 +226,7 @@ class Block:
         return {card.card.id: shared | _on_card(card, number, decided) for number, card in enumerate(limits)}
 
 
-def _on_card(card: Limits, number: int, decided: Decided) -> dict[str, list[Any]]:
+def _on_card(card: Limits, number: int, decided: Decided) -> dict[str, list[object]]:
     count = len(decided.reserved)
     needed = [None if reserved < 0 else reserved + card.context for reserved in decided.reserved.tolist()]
     return {
@@ -312,7 +312,7 @@ def _scattered(values: list[Any], where: Any, count: int) -> list[Any]:
     """Values at some of `count` places, None at the others."""
     if len(values) == count:
         return values
-    column: list[Any] = [None] * count
+    column: list[object] = [None] * count
     for at, value in zip(where.tolist(), values, strict=True):
         column[at] = value
     return column

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.analytic.compiled import kernels
 from peftplan.analytic.engine import analytic_peaks
@@ -53,14 +53,14 @@ def trials(
     compute_capability = capability(card)
     seen: dict[str, Inventory] = {}
 
-    def remembered(**changes: Any) -> Inventory:
+    def remembered(**changes: object) -> Inventory:
         if str(changes) not in seen:
             seen[str(changes)] = prepared(**changes)
         return seen[str(changes)]
 
     needed = on_card.needed_bytes - on_card.context_bytes
 
-    def sizes(**changes: Any) -> Sizes:
+    def sizes(**changes: object) -> Sizes:
         return analytic_peaks(remembered(**changes), compute_capability=compute_capability).requested
 
     def smallest_card() -> str | None:

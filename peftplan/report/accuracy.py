@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import Any
 from xml.etree import ElementTree
 
 from peftplan.accuracy.check import Check, shown
@@ -119,7 +118,7 @@ def tables(answers: Sequence[Answer]) -> list[str]:
     return parts
 
 
-def facts(checked: Check) -> dict[str, Any]:
+def facts(checked: Check) -> dict[str, object]:
     """The JSON of a check: versioned, bytes as integers, drift in percent."""
     total = totals(checked.answers)
     return {
@@ -141,7 +140,7 @@ def facts(checked: Check) -> dict[str, Any]:
     }
 
 
-def _summary_facts(row: Summary) -> dict[str, Any]:
+def _summary_facts(row: Summary) -> dict[str, object]:
     return {
         "group": row.group,
         "peak": row.figure,
@@ -155,7 +154,7 @@ def _summary_facts(row: Summary) -> dict[str, Any]:
     }
 
 
-def _row_facts(answer: Answer) -> dict[str, Any]:
+def _row_facts(answer: Answer) -> dict[str, object]:
     record, stated = answer.record, answer.stated
     return {
         "id": record.id,

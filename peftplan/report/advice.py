@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from peftplan.report.cards import card_name
 from peftplan.results.advice import FITS, Advice, Advised
@@ -69,7 +68,7 @@ def command_line(advice: Advice) -> str:
     return " ".join(_option(name, value) for name, value in advice.options.items())
 
 
-def _option(name: str, value: Any) -> str:
+def _option(name: str, value: object) -> str:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else {"keep-outputs": "--drop-outputs"}.get(flag, f"--no-{flag}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from peftplan.planning.choosing import Member
 from peftplan.planning.fit_result import Fit, Plan
@@ -134,7 +133,7 @@ def _name(plan: Plan) -> str:
     return changed(plan.changes) or f"as typed ({plan.method})"
 
 
-def changed(changes: Mapping[str, Any]) -> str:
+def changed(changes: Mapping[str, object]) -> str:
     """Options as one would type them: `--method qlora --gradient-checkpointing`."""
     parts = []
     for name, value in changes.items():
@@ -143,7 +142,7 @@ def changed(changes: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def facts(result: Fit) -> list[dict[str, Any]]:
+def facts(result: Fit) -> list[dict[str, object]]:
     """One record per plan, for CSV."""
     return [
         {

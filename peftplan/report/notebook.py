@@ -147,7 +147,7 @@ def inspection(result: Inspection) -> Iterator[Html]:
     yield _rows(modules.columns(result), [tabular.texts(row) for row in modules.cells(result)])
 
 
-def _assumptions(assumptions: Mapping[str, Any]) -> Html:
+def _assumptions(assumptions: Mapping[str, object]) -> Html:
     rows = tabular.assumption_rows(assumptions)
     return markup.folded(f"{len(rows)} assumptions", _rows((Column("assumption"), Column("value")), rows))
 

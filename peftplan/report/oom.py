@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from peftplan.oom.diagnosis import Diagnosis
 from peftplan.units import format_bytes
@@ -40,6 +39,6 @@ def lines(result: Diagnosis) -> Iterator[str]:
         yield f"Expected: {result.expected.text}."
 
 
-def facts(result: Diagnosis) -> list[dict[str, Any]]:
+def facts(result: Diagnosis) -> list[dict[str, object]]:
     """One record per cause, for CSV."""
     return [{"cause": cause.name, "evidence": cause.evidence, "advice": "; ".join(cause.advice)} for cause in result.causes]

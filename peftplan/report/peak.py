@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peftplan.errors import RefusedError
 from peftplan.results.estimate import Estimate, Peaks
@@ -57,7 +57,7 @@ def peaks_of(result: Estimate) -> Peaks:
     return result.peaks
 
 
-def facts(result: Estimate) -> list[dict[str, Any]]:
+def facts(result: Estimate) -> list[dict[str, object]]:
     """One record per group for programs; `share` with six decimals."""
     return [{**row._asdict(), "shape": list(row.shape), "share": round(row.share, 6)} for row in rows(result)]
 

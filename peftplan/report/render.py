@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from peftplan.results.rehearsal import Rehearsal
 
 Cells = Sequence[Sequence[str | int | None]]
-Facts = Sequence[Mapping[str, Any]]
+Facts = Sequence[Mapping[str, object]]
 
 
 def estimate(result: Estimate, *, fmt: str, verbose: bool, explain_peak: bool = False) -> None:
@@ -344,7 +344,7 @@ def _remarks(lines: Sequence[str], *, fmt: str) -> None:
         terminal.show(terminal.console(), lines)
 
 
-def _json(value: Any) -> None:
+def _json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
@@ -353,7 +353,7 @@ def _fields(item: Any) -> dict[str, Any]:
     return {name: _plain(value) for name, value in item._asdict().items()}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if hasattr(value, "_asdict"):
         return _fields(value)
     if isinstance(value, (tuple, list, set, frozenset)):

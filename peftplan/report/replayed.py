@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftplan.report.tabular import Column, printable
 from peftplan.units import format_bytes
@@ -22,12 +22,12 @@ COLUMNS = (
 SCHEMA_VERSION = 1
 
 
-def facts(replayed: Replayed) -> list[dict[str, Any]]:
+def facts(replayed: Replayed) -> list[dict[str, object]]:
     """One record per phase and one for the whole run, bytes as integers."""
     return [{"phase": phase, **_bytes(peaks)} for phase, peaks in _windows(replayed).items()]
 
 
-def document(replayed: Replayed) -> dict[str, Any]:
+def document(replayed: Replayed) -> dict[str, object]:
     """The JSON of a replay."""
     result, failed = replayed.result, replayed.failed
     oom = None

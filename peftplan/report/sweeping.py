@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftplan.errors import InputError, MissingExtraError, PeftplanError, RefusedError, UnknownNameError
 from peftplan.files import replacing
@@ -69,7 +69,7 @@ def _csv(chunk: Chunk) -> Iterator[str]:
         text = str(value)
         return f'"{text.replace(chr(34), chr(34) * 2)}"' if set(text) & {",", '"', "\n", "\r"} else text
 
-    def cells(values: list[Any]) -> list[str]:
+    def cells(values: list[object]) -> list[str]:
         for value in {value for value in values if type(value) is str}:
             memo.setdefault(value, cell(value))
         plain = (bool, str, type(None))

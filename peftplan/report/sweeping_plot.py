@@ -47,7 +47,7 @@ class Map:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._panels: dict[tuple[Any, ...], dict[str, dict[tuple[int, int], tuple[int, str | None]]]] = {}
+        self._panels: dict[tuple[object, ...], dict[str, dict[tuple[int, int], tuple[int, str | None]]]] = {}
         self._options: tuple[str, ...] = ()
         self._title = ""
 
@@ -106,7 +106,7 @@ class Map:
             figure.savefig(file, format=Path(self.path).suffix[1:], metadata=metadata)
 
 
-def _draw(axes: Axes, by_card: Mapping[str, Mapping[tuple[int, int], tuple[int, str | None]]], *, top: float) -> Any:
+def _draw(axes: Axes, by_card: Mapping[str, Mapping[tuple[int, int], tuple[int, str | None]]], *, top: float) -> object:
     """One map: colours of the first card, a line for each."""
     cells = next(iter(by_card.values()))
     across, down = (sorted({at[axis] for at in cells}) for axis in (0, 1))

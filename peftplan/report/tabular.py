@@ -67,7 +67,7 @@ def incomplete(peaks: Peaks) -> list[str]:
     return [f"the peak is a lower bound: {what}" for what in peaks.incomplete]
 
 
-def labels(result: Estimate, columns: Iterable[str]) -> list[dict[str, Any]]:
+def labels(result: Estimate, columns: Iterable[str]) -> list[dict[str, object]]:
     """Rows of a CSV without bytes: `incomplete` where a peak is a lower bound or missing, and each `warning`."""
     incomplete = result.peaks.incomplete if result.peaks else result.not_modelled
     unsayable = [f"{key}: {said['why']}" for key, said in (result.config or {}).get("unsayable", {}).items()]
@@ -87,7 +87,7 @@ GROUPED_FROM = 100_000
 """Whole numbers from here on are read with their thousands apart; batch sizes and lengths as people type them."""
 
 
-def assumption_rows(assumptions: Mapping[str, Any]) -> list[tuple[str, str]]:
+def assumption_rows(assumptions: Mapping[str, object]) -> list[tuple[str, str]]:
     """(name, value) as text: lists joined, booleans as yes and no, names of module families shortened to what is told apart."""
     rows = []
     for name, value in assumptions.items():
@@ -109,7 +109,7 @@ def _told_apart(target: str) -> str:
     return ".".join(parts[-2:]) if parts[-1] == "*" else parts[-1]
 
 
-def write_csv(facts: Sequence[Mapping[str, Any]], stream: IO[str]) -> None:
+def write_csv(facts: Sequence[Mapping[str, object]], stream: IO[str]) -> None:
     """RFC 4180 rows under a header of the facts' names: null is empty, a list of texts is joined by `;`, other nests are JSON."""
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(facts[0])
@@ -120,14 +120,14 @@ FORMULA = ("=", "+", "-", "@")
 """A spreadsheet takes a cell that begins so for a formula; an apostrophe before it makes it text."""
 
 
-def _csv_cell(value: Any) -> Any:
+def _csv_cell(value: object) -> object:
     cell = _csv_text(value)
     if not isinstance(cell, str):
         return cell
     return f"'{printable(cell)}" if cell.startswith(FORMULA) else printable(cell)
 
 
-def _csv_text(value: Any) -> Any:
+def _csv_text(value: object) -> object:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ";".join(value)
     if isinstance(value, (list, dict, bool)):

@@ -38,7 +38,7 @@ def _key(category: Any, num_bytes: int) -> str:
     )
 
 
-def _data(series: Series, at: int) -> dict[str, Any]:
+def _data(series: Series, at: int) -> dict[str, object]:
     """What the script shows under the pointer; names of groups stand once and are numbered."""
     names: dict[str, int] = {}
     groups = [

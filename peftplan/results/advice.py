@@ -15,7 +15,7 @@ class Advice(NamedTuple):
     large (`does_not_fit`).
     """
 
-    options: dict[str, Any]
+    options: dict[str, object]
     saving_bytes: int
     tensor_bytes: int
     verdict: str | None

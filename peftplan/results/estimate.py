@@ -55,7 +55,7 @@ class Peaks:
     reserved_source: str | None = None
     incomplete: tuple[str, ...] = ()
     recording: Recording | None = field(default=None, repr=False, compare=False)
-    assumed: Mapping[str, Any] = field(default_factory=dict)
+    assumed: Mapping[str, object] = field(default_factory=dict)
     """What the engine took for granted besides the setup: what else a sample holds, which kernels ran."""
 
     @cached_property
@@ -288,7 +288,7 @@ class Estimate:
 
     def lines(self) -> list[dict[str, Any]]:
         """One record per line of the ledger; `model.layers.*.mlp.up_proj.weight` stands for the weights of all its layers."""
-        by_phase: dict[tuple[Any, ...], dict[str, int]] = {}
+        by_phase: dict[tuple[object, ...], dict[str, int]] = {}
         for phase, ledger in (self.peaks.ledgers if self.peaks else {}).items():
             for line in ledger:
                 of_line = by_phase.setdefault(_identity(line), {})
@@ -334,7 +334,7 @@ class Estimate:
             **({} if self.config is None else {"config": dict(self.config)}),
         }
 
-    def _advice_facts(self, gpu: str) -> dict[str, Any]:
+    def _advice_facts(self, gpu: str) -> dict[str, object]:
         """A card's advice, and the engine that counted it."""
         advised = self.advice.get(gpu)
         return {
@@ -344,7 +344,7 @@ class Estimate:
             "weights_alone": advised.weights_alone if advised else None,
         }
 
-    def _peak_facts(self) -> dict[str, Any]:
+    def _peak_facts(self) -> dict[str, object]:
         """The peak's part of the JSON; context and device total are facts of one card, so they need exactly one."""
         peaks = self.peaks
         card = self.gpus[0] if len(self.gpus) == 1 else None
@@ -360,6 +360,6 @@ class Estimate:
         }
 
 
-def _identity(line: Line) -> tuple[Any, ...]:
+def _identity(line: Line) -> tuple[object, ...]:
     """What makes a line of one phase the same as a line of another; its copies may differ."""
     return (line.category, line.name, line.dtype, line.dims, line.source)

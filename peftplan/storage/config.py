@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError
@@ -104,10 +104,10 @@ class QuantConfig(NamedTuple):
     skip_modules: tuple[str, ...] | None = None
     pre_quantized: bool = False
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         """The options of this format in the command line's words; a block size appears only where it was set."""
         known = FORMATS[self.name]
-        options: dict[str, Any] = {"double_quant": self.double_quant} if known.double_quant else {}
+        options: dict[str, object] = {"double_quant": self.double_quant} if known.double_quant else {}
         options |= {"compute_dtype": self.compute_dtype} if self.compute_dtype else {}
         options |= {"quant_bits": self.bits} if len(known.bits) > 1 else {}
         return options | ({"quant_group_size": self.group_size} if known.group_sizes else {})

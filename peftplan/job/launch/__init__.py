@@ -6,21 +6,20 @@ Every field stands in one of three tables: what it sets here, that no byte of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from peftplan.errors import InputError, OptionError
 from peftplan.job.launch import accelerate, deepspeed
 
-FILES: dict[str, Callable[[Any], dict[str, Any]]] = {
+FILES: dict[str, Callable[[object], dict[str, object]]] = {
     "accelerate_config": accelerate.options,
     "deepspeed": deepspeed.options,
 }
 """Option that names a launch file → what reads it."""
 
 
-def launch_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def launch_options(options: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, ...]]:
     """What launch files say as options, and which files were read. Raises InputError for an option that says otherwise."""
-    said: dict[str, Any] = {}
+    said: dict[str, object] = {}
     named = [field for field in FILES if options.get(field) is not None]
     for field in named:
         for name, value in FILES[field](options[field]).items():

@@ -7,14 +7,13 @@ Sources: accelerate, commands/config/config_args.py (`ClusterConfig`), utils/dat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from peftplan.errors import InputError, OptionError, UnknownNameError
 from peftplan.job.launch import deepspeed
 from peftplan.job.launch.content import asks, content, switch, whole
 
 ACCELERATE = "accelerate_config"
-Options = dict[str, Any]
+Options = dict[str, object]
 
 SILENT = frozenset(
     {
@@ -50,7 +49,7 @@ FSDP_FIELDS = {
 """Field of `fsdp_config`, without its prefix `fsdp_` → our option."""
 ONLY_FSDP_1 = ("backward_prefetch", "forward_prefetch", "use_orig_params")
 """What FSDP2 ignores."""
-WORDS: dict[str, dict[str, Any]] = {
+WORDS: dict[str, dict[str, object]] = {
     "wrap_policy": {"transformer_based_wrap": "transformer", "size_based_wrap": "size", "no_wrap": "none"},
     "backward_prefetch": {"backward_pre": "pre", "backward_post": "post", "no_prefetch": "none", "none": "none"},
     "reshard_after_forward": {"full_shard": True, "1": True, "shard_grad_op": False, "2": False, "true": True, "false": False},
@@ -60,7 +59,7 @@ WORDS: dict[str, dict[str, Any]] = {
 PARALLELISM = {"dp_shard_size": "dp_shard_size", "tp_size": "tp_size", "cp_size": "cp_size"}
 
 
-def options(source: Any) -> Options:
+def options(source: object) -> Options:
     """What an accelerate config says as options."""
     raw = {name: value for name, value in content(source, field=ACCELERATE).items() if value is not None}
     for name, value in raw.items():
@@ -88,7 +87,7 @@ def options(source: Any) -> Options:
     return said | parallel_options(raw.get("parallelism_config") or {})
 
 
-def _precision(raw: Mapping[str, Any]) -> str:
+def _precision(raw: Mapping[str, object]) -> str:
     value = str(raw["mixed_precision"]).lower()
     said = {"no": "none", "false": "none", "bf16": "bf16", "fp16": "fp16"}
     if value not in said:
@@ -96,7 +95,7 @@ def _precision(raw: Mapping[str, Any]) -> str:
     return said[value]
 
 
-def fsdp_options(fields: Mapping[str, Any]) -> Options:
+def fsdp_options(fields: Mapping[str, object]) -> Options:
     """What `fsdp_config` says. FSDP1 is the default of accelerate's file."""
     plain = {name.removeprefix("fsdp_"): value for name, value in fields.items() if value is not None}
     version = str(plain.pop("version", 1))
@@ -128,7 +127,7 @@ UNSHARDED = {
 """Sharding strategies of FSDP1 that are not counted."""
 
 
-def parallel_options(fields: Mapping[str, Any]) -> Options:
+def parallel_options(fields: Mapping[str, object]) -> Options:
     """What `parallelism_config` says."""
     said: Options = {}
     for name, value in fields.items():
@@ -143,7 +142,7 @@ def parallel_options(fields: Mapping[str, Any]) -> Options:
     return said
 
 
-def _worded(option: str, value: Any, field: str) -> Any:
+def _worded(option: str, value: object, field: str) -> object:
     """Our value for one of accelerate's."""
     words = WORDS.get(option)
     text = str(value).lower()
@@ -162,7 +161,7 @@ PLUGIN_SILENT = frozenset({"deepspeed_multinode_launcher", "deepspeed_hostfile",
 """Fields of `deepspeed_config` that change no byte of a GPU."""
 
 
-def _plugin(fields: Mapping[str, Any]) -> Options:
+def _plugin(fields: Mapping[str, object]) -> Options:
     """What `deepspeed_config` of accelerate's file says: a few fields, or the path of DeepSpeed's own file."""
     if (path := fields.get("deepspeed_config_file")) is not None:
         return deepspeed.options(path)

@@ -31,8 +31,8 @@ def content(source: Any, *, field: str) -> Mapping[str, Any]:
     return raw
 
 
-def _json(text: str, source: Any, field: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _json(text: str, source: object, field: str) -> object:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
             twice = next(name for n, (name, _) in enumerate(pairs) if name in [other for other, _ in pairs[:n]])
@@ -47,7 +47,7 @@ def _json(text: str, source: Any, field: str) -> Any:
         raise InputError(field, str(source), f"not a JSON file: {error}") from None
 
 
-def _yaml(text: str, source: Any, field: str) -> Any:
+def _yaml(text: str, source: object, field: str) -> object:
     import yaml  # only where YAML is read
 
     try:
@@ -60,7 +60,7 @@ def _yaml(text: str, source: Any, field: str) -> Any:
         raise InputError(field, str(source), f"not a YAML file: {where}{getattr(error, 'problem', None) or error}") from None
 
 
-def _check_nodes(root: Any, source: Any, field: str) -> None:
+def _check_nodes(root: object, source: object, field: str) -> None:
     """Raise InputError for a key that is there twice, and for aliases that stand for too many nodes."""
     import yaml
 
@@ -80,14 +80,14 @@ def _check_nodes(root: Any, source: Any, field: str) -> None:
             todo += node.value
 
 
-def asks(value: Any) -> bool:
+def asks(value: object) -> bool:
     """Whether a field asks for anything."""
     if isinstance(value, Mapping):
         return any(asks(item) for item in value.values())
     return str(value).lower() not in ("", "no", "none", "false")
 
 
-def switch(value: Any, field: str) -> bool:
+def switch(value: object, field: str) -> bool:
     text = str(value).lower()
     if text not in (*ON, *OFF):
         raise InputError(field, value, "accepted: true, false")

@@ -7,13 +7,12 @@ integrations/deepspeed.py (what `auto` stands for).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from peftplan.errors import InputError, OptionError, UnknownNameError, nearest
 from peftplan.job.launch.content import OFF, ON, asks, content, switch, whole
 
 DEEPSPEED = "deepspeed"
-Options = dict[str, Any]
+Options = dict[str, object]
 
 ZERO_SILENT = frozenset(
     {
@@ -50,7 +49,7 @@ TOP_FIELDS = {"train_micro_batch_size_per_gpu": "batch_size", "gradient_accumula
 TOP = ("zero_optimization", "fp16", "bf16", "optimizer", *TOP_FIELDS)
 
 
-def options(source: Any) -> Options:
+def options(source: object) -> Options:
     """What a DeepSpeed config says as options; `auto` sets nothing, but sizes that follow the model's hidden size."""
     raw = content(source, field=DEEPSPEED)
     for name, value in raw.items():
@@ -83,7 +82,7 @@ def options(source: Any) -> Options:
     return of_stage(said)
 
 
-def _own_adam(block: Any) -> bool:
+def _own_adam(block: object) -> bool:
     """Whether the optimizer of a DeepSpeed config is its own Adam. Raises InputError for others, which are not counted."""
     kind = block.get("type") if isinstance(block, Mapping) else block
     if str(kind).lower() not in ("adam", "adamw"):
@@ -91,12 +90,12 @@ def _own_adam(block: Any) -> bool:
     return True
 
 
-def _enabled(value: Any) -> Any:
+def _enabled(value: object) -> object:
     """Whether a block of DeepSpeed's file is on; a block that does not say is."""
     return value.get("enabled", bool(value)) if isinstance(value, Mapping) else value
 
 
-def strategy_of(value: Any) -> str:
+def strategy_of(value: object) -> str:
     if str(value) not in ("1", "2", "3"):
         also = "; 0 is DDP, which --strategy ddp counts" if str(value) == "0" else ""
         raise InputError(f"{DEEPSPEED}: stage", value, f"accepted: 1, 2, 3{also}")
@@ -116,7 +115,7 @@ def _of_3(name: str) -> bool:
     return name.startswith("stage3_") or name in ("offload_params", "sub_group_size", "zero3_init")
 
 
-def _zero_value(name: str, value: Any) -> Any:
+def _zero_value(name: str, value: object) -> object:
     if value == "auto":
         return "auto"
     if isinstance(value, bool) or (isinstance(value, str) and value.lower() in (*ON, *OFF)):
