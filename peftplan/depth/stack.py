@@ -14,7 +14,7 @@ from typing import Protocol
 from peftplan.depth.copies import Stack
 from peftplan.depth.sections import paired, placed
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Log, Node, Outputs, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Log, Node, Operand, Outputs, Parameter, Tensor
 
 
 class Runner(Protocol):
@@ -73,7 +73,7 @@ class SharedLeaf(Parameter):
         self.sums.add(number)
 
 
-def shared(f: Tape, x: Tensor, sums: set[int]) -> Tensor:
+def shared(f: Tape, x: Operand, sums: set[int]) -> Tensor:
     """A tensor from outside a stack that all its layers read; `sums` will hold the storages of its gradient."""
     node = f.record(_pass_backward, (x,))
     if node is None:

@@ -22,7 +22,7 @@ CREATED = ("bare", "first tensor")
 """States of a measured process (data/context.json): a step of training was run, or only the context was created."""
 
 EAGER = "eager"
-"""Every kernel loaded at start, as before CUDA 11.7: 942 MiB where lazy loading takes 481 (A100, torch 2.1)."""
+"""Every kernel loaded at start, as before CUDA 11.7: 942 MiB where lazy loading takes 481 (an A100 with an old torch)."""
 
 DEFAULT_WORKSPACE_BYTES = (4096 * 2 + 16 * 8) * 1024
 """`CUBLAS_WORKSPACE_CONFIG` default `:4096:2:16:8`, pairs of KiB and count: 8,519,680 bytes."""

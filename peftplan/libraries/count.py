@@ -110,7 +110,7 @@ def _known_fields(peft_config: Mapping[str, Any]) -> list[str]:
 
 
 def wrapped_task(model: Any, task_type: str | None) -> str | None:
-    """The task whose wrapper peft puts around a model. The wrappers hand on `input_ids` and `inputs_embeds` (peft 0.21,
+    """The task whose wrapper peft puts around a model. The wrappers hand on `input_ids` and `inputs_embeds` (peft,
     peft_model.py): None for a model that takes no tokens, or, as CLIP, pictures beside them and no embeddings of tokens.
     """
     takes = inspect.signature(model.forward).parameters

@@ -326,7 +326,7 @@ class Model:
         self.tape.module = name
         return ops.rmsnorm(self.tape, x, self.part(name, layer).weight, **how)
 
-    def layernorm(self, name: str, x: Tensor, layer: int | None = None) -> Tensor:
+    def layernorm(self, name: str, x: Operand, layer: int | None = None) -> Tensor:
         """Call a LayerNorm."""
         self.tape.module = name
         part = self.part(name, layer)

@@ -1,7 +1,7 @@
 """Units of a model under FSDP2, and how a rank loads them.
 
-Source: accelerate, utils/fsdp_utils.py (`fsdp2_prepare_model`): each layer is a unit, since accelerate 1.14 the embedding too,
-and the final norm with the head, which is not freed after forward; the root has what is left.
+Source: accelerate, utils/fsdp_utils.py (`fsdp2_prepare_model`): each layer is a unit, and since `versions.FSDP2_TAIL_APART` the
+embedding too, and the final norm with the head, which is not freed after forward; the root has what is left.
 """
 
 from __future__ import annotations

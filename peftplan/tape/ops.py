@@ -332,7 +332,7 @@ def dropout(f: Tape, x: Tensor, p: float) -> Tensor:
     return f.new(x.dims, x.dtype, "dropout", node)
 
 
-def layernorm(f: Tape, x: Tensor, weight: Operand | None, bias: Operand | None = None) -> Tensor:
+def layernorm(f: Tape, x: Operand, weight: Operand | None, bias: Operand | None = None) -> Tensor:
     """`native_layer_norm`: keeps its input and fp32 mean and rstd of each row. Autocast runs it in fp32."""
     if f.autocast:
         x, weight, bias = f.cast_all("fp32", x, weight, bias)

@@ -291,8 +291,8 @@ class Tape:
     def cast_all(self, dtype: str, a: Tensor, b: Operand, c: Operand | None, /) -> tuple[Tensor, Operand, Operand | None]: ...
     @overload
     def cast_all(
-        self, dtype: str, a: Tensor, b: Operand | None, c: Operand | None, /
-    ) -> tuple[Tensor, Operand | None, Operand | None]: ...
+        self, dtype: str, a: Operand, b: Operand | None, c: Operand | None, /
+    ) -> tuple[Operand, Operand | None, Operand | None]: ...
 
     def cast_all(self, dtype: str, *values: Operand | None) -> tuple[Operand | None, ...]:
         """Autocast's casts of an operation's arguments, the last one first, because GCC evaluates them in that order (torch,

@@ -1,11 +1,9 @@
 """BLOOM and MPT: attention of their own, whose scores take a bias that grows with distance (ALiBi).
 
-Sources: transformers 5.24, models/{bloom,mpt}/modeling_*.py; torch 2.13, derivatives.yaml (`baddbmm`, `masked_fill`).
+Sources: transformers, models/{bloom,mpt}/modeling_*.py; torch, derivatives.yaml (`baddbmm`, `masked_fill`).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import batched, causal_mask, gathered, product
@@ -16,7 +14,7 @@ from peftplan.memory.norms import layer_norm
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced, split
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 
 
 def bloom(model: Model) -> Tensor:
@@ -72,7 +70,7 @@ def bloom_attention(c: Call, x: Tensor, residual: Tensor) -> Tensor:
     return ops.add(c.at("self_attention"), residual, out)
 
 
-def baddbmm(f: Tape, q: Tensor, k: Tensor, dims: tuple[Any, ...]) -> Tensor:
+def baddbmm(f: Tape, q: Tensor, k: Tensor, dims: Dims) -> Tensor:
     """`alibi.baddbmm(q, k)`: keeps both factors. Autocast runs it in its dtype."""
     if f.autocast:
         q, k = f.cast_all(f.autocast, q, k)
@@ -80,7 +78,7 @@ def baddbmm(f: Tape, q: Tensor, k: Tensor, dims: tuple[Any, ...]) -> Tensor:
     return f.new(dims, q.dtype, "baddbmm", node)
 
 
-def _baddbmm_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _baddbmm_backward(f: Tape, node: Node, saved: tuple[Tensor | None, Tensor | None, Dims, Dims], g: Tensor) -> Gradients:
     grads = []
     for dims, edge in zip(saved[2:], node.edges, strict=True):
         product = f.new(dims, g.dtype, "bmm") if edge else None
@@ -113,7 +111,7 @@ def _bloom_tanh(f: Tape, dims: Dims, dtype: str) -> Tensor:
     return tanh
 
 
-def _bloom_gelu_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _bloom_gelu_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     """`0.5 * x * ((1 - tanh * tanh) * (0.798 + 0.107 * x * x)) + 0.5 * (1 + tanh)`, times g."""
 
     def new(op: str) -> Tensor:
@@ -203,7 +201,7 @@ def mpt_attention(c: Call, x: Tensor) -> Tensor:
     return c.linear("attn.out_proj", context)
 
 
-def _masked_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _masked_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "masked_fill")
 
 

@@ -1,12 +1,10 @@
-"""BART and Whisper (transformers 5.24, models/{bart,whisper}/modeling_*.py): norms after each part, or before.
+"""BART and Whisper (transformers, models/{bart,whisper}/modeling_*.py): norms after each part, or before.
 
 Encoder and decoder run in one graph: what each decoder layer's cross-attention gives the encoder's output is summed there. Left
 out: LayerDrop, which skips layers by chance.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.depth.stack import run_stack, shared
@@ -168,7 +166,7 @@ def limited(f: Tape, x: Tensor) -> Tensor:
     return f.new(x.dims, x.dtype, "clamp", f.record(_limited_backward, (x,), x))
 
 
-def _limited_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _limited_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     above, below = (f.new(g.dims, "bool", op) for op in ("ge", "le"))
     out = f.new(g.dims, g.dtype, "where")
     del above, below

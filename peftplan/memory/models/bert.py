@@ -1,4 +1,4 @@
-"""Encoders of the BERT shape (transformers 5.24, models/{bert,roberta,xlm_roberta}/modeling_*.py).
+"""Encoders of the BERT shape (transformers, models/{bert,roberta,xlm_roberta}/modeling_*.py).
 
 Left out: cross-attention, which no task of a lone encoder runs.
 """

@@ -1,15 +1,14 @@
-"""DeBERTa v2 and v3 (transformers 5.24, models/deberta_v2/modeling_deberta_v2.py): scores of content and of relative positions.
+"""DeBERTa v2 and v3 (transformers, models/deberta_v2/modeling_deberta_v2.py): scores of content and of relative positions.
 
 Left out: v2's convolution after layer 0.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from peftplan.arch.modules import Attention, Block
 from peftplan.depth.stack import run_stack, shared
 from peftplan.errors import NeedsTraceError
+from peftplan.ledger import Dim
 from peftplan.memory.activations import activation
 from peftplan.memory.calls import inputs
 from peftplan.memory.kinds import kinds_of
@@ -18,7 +17,7 @@ from peftplan.memory.models.bert import output
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Tensor
+from peftplan.tape.tensors import Dims, Node, Operand, Tensor
 
 EMBEDDINGS = "deberta.embeddings"
 LAYER = "deberta.encoder.layer.{}"
@@ -94,7 +93,7 @@ def position_embeddings(model: Model, sums: set[int]) -> Tensor:
     f = model.tape
     weight = model.part("deberta.encoder.rel_embeddings").weight
     assert weight is not None
-    table: Any = weight
+    table: Operand = weight
     if model.has("deberta.encoder.LayerNorm"):
         table = model.layernorm("deberta.encoder.LayerNorm", table)
     return shared(f, table, sums)
@@ -120,12 +119,12 @@ def attention(
     return output(model, f"{LAYER}.attention.output", number, out, x)
 
 
-def gather(f: Tape, x: Tensor, index: Tensor, dims: tuple[Any, ...]) -> Tensor:
+def gather(f: Tape, x: Tensor, index: Tensor, dims: Dims) -> Tensor:
     """`gather`: keeps x and the index; backward scatters into zeros as large as x."""
     return f.new(dims, x.dtype, "gather", f.record(_gather_backward, (x,), x, index))
 
 
-def _gather_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _gather_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Tensor:
     return f.new(saved[0].dims, g.dtype, "scatter_add")
 
 
@@ -134,16 +133,16 @@ def masked_fill(f: Tape, x: Tensor, mask: Tensor) -> Tensor:
     return f.new(x.dims, x.dtype, "masked_fill", f.record(_masked_fill_backward, (x,), mask))
 
 
-def _masked_fill_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _masked_fill_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "masked_fill")
 
 
-def repeated(f: Tape, x: Tensor, dims: tuple[Any, ...]) -> Tensor:
+def repeated(f: Tape, x: Tensor, dims: Dims) -> Tensor:
     """`repeat`: a copy per sample; its gradient is their sum."""
     return f.new(dims, x.dtype, "repeat", f.record(_repeated_backward, (x,), x.dims))
 
 
-def _repeated_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _repeated_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "sum")
 
 
@@ -211,7 +210,7 @@ class Scores:
         x = self.by_head(part, table)
         return repeated(self.model.tape, x, (q.dims[0], *x.dims[1:]))
 
-    def picked(self, content: Tensor, against: Tensor, distances: Tensor, span: Any) -> tuple[Tensor, Tensor]:
+    def picked(self, content: Tensor, against: Tensor, distances: Tensor, span: Dim) -> tuple[Tensor, Tensor]:
         """One kind of score: of every position in the table, then those of each pair; and which they are."""
         f = self.model.tape
         every = ops.matmul(f, content, against, (*content.dims[:3], span))
@@ -226,9 +225,9 @@ def added(f: Tape, x: Tensor, score: Tensor | None) -> Tensor:
     return Tensor(score.storage, score.dims, score.dtype, f.record(_both, (score, x)))
 
 
-def _pass(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _pass(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return g
 
 
-def _both(f: Tape, node: Node, saved: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+def _both(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[Tensor, Tensor]:
     return g, g

@@ -1,13 +1,13 @@
 """Decoders of the Llama shape: embedding, layers of attention and MLP with norms around them, final norm.
 
-What a family does differently is a `Style`. Source: transformers 5.24, models/llama/modeling_llama.py and its relatives, whose
+What a family does differently is a `Style`. Source: transformers, models/llama/modeling_llama.py and its relatives, whose
 order of operations and whose names of locals these functions follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.depth.stack import run_stack
@@ -21,7 +21,7 @@ from peftplan.memory.units import TAIL
 from peftplan.tape import ops
 from peftplan.tape.shaping import cat, sliced, split
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Outputs, Tensor
 
 Norm = Callable[[Model, str, Tensor, "int | None"], Tensor]
 Rotation = Callable[[Tape, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -193,9 +193,9 @@ def run_layers(
     """
     blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
     masks_by_window = masks_of(model, style, dtype or x.dtype) if masks is None else masks
-    outputs: list[Any] = []
+    outputs: list[Tensor] = []
 
-    def layer(number: int, x: Tensor, mask: Tensor | None) -> Any:
+    def layer(number: int, x: Tensor, mask: Tensor | None) -> Outputs:
         block = blocks[number]
         call = Call(model, style, block, number, tables(block.attentions[0].window), mask)
         out = (style.layer or serial)(call, x)

@@ -1,4 +1,4 @@
-"""DistilBERT (transformers 5.24, models/distilbert/modeling_distilbert.py)."""
+"""DistilBERT (transformers, models/distilbert/modeling_distilbert.py)."""
 
 from __future__ import annotations
 

@@ -1,12 +1,10 @@
 """Falcon 1: attention through torch's own `scaled_dot_product_attention` or eager, with a mask always, rotary or ALiBi, serial or
 parallel.
 
-Source: transformers 5.24, models/falcon/modeling_falcon.py.
+Source: transformers, models/falcon/modeling_falcon.py.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
@@ -18,7 +16,7 @@ from peftplan.memory.norms import layer_norm
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 
 
 def falcon(model: Model) -> Tensor:
@@ -75,7 +73,7 @@ def layer(c: Call, x: Tensor) -> Tensor:
     return ops.add(f, residual, c.dropout(out))
 
 
-def _add_in_place_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _add_in_place_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
     return g, g
 
 
@@ -145,7 +143,7 @@ def _divided_in_place(f: Tape, x: Tensor) -> Tensor:
     return Tensor(x.storage, x.dims, x.dtype, f.record(_divided_backward, (x,)))
 
 
-def _divided_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _divided_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "div")
 
 
@@ -176,7 +174,7 @@ def indexed(f: Tape, x: Tensor, dims: Dims) -> Tensor:
     return f.new(dims, x.dtype, "index", f.record(_indexed_backward, (x,), x.dims))
 
 
-def _indexed_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _indexed_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "index_put")
 
 
@@ -185,7 +183,7 @@ def expanded(f: Tape, x: Tensor, dims: Dims) -> Tensor:
     return f.new(dims, x.dtype, "clone", f.record(_expanded_backward, (x,), x.dims))
 
 
-def _expanded_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _expanded_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "sum")
 
 

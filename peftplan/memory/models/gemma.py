@@ -1,6 +1,6 @@
 """Gemma 1 to 3 (text): norms that multiply by one plus a weight, and a scaled embedding.
 
-Sources: transformers 5.24, models/{gemma,gemma2,gemma3}/modeling_*.py.
+Sources: transformers, models/{gemma,gemma2,gemma3}/modeling_*.py.
 """
 
 from __future__ import annotations

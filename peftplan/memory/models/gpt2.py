@@ -1,6 +1,6 @@
 """GPT-2 and StarCoder 1: learned positions, one projection for q, k and v.
 
-Sources: transformers 5.24, models/{gpt2,gpt_bigcode}/modeling_*.py.
+Sources: transformers, models/{gpt2,gpt_bigcode}/modeling_*.py.
 """
 
 from __future__ import annotations

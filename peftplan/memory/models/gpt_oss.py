@@ -1,12 +1,10 @@
 """gpt-oss: attention with a sink for each head, experts with biases behind a clamped gate.
 
-Letters: a heads, s queries, k keys; `k+1`: the keys and the sink. Source: transformers 5.24, models/gpt_oss/modeling_gpt_oss.py;
-torch 2.13, FunctionsManual.cpp (`clamp_backward`, `value_selecting_reduction_backward`).
+Letters: a heads, s queries, k keys; `k+1`: the keys and the sink. Source: transformers, models/gpt_oss/modeling_gpt_oss.py;
+torch, FunctionsManual.cpp (`clamp_backward`, `value_selecting_reduction_backward`).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from peftplan.arch.modules import Attention
 from peftplan.memory.attention import batched, gathered, repeat_kv
@@ -20,7 +18,7 @@ from peftplan.memory.norms import minus, rms_cast_last
 from peftplan.tape import ops
 from peftplan.tape.shaping import cat, halves_rotated, sliced, split
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Node, Parameter, Tensor
 
 
 def gpt_oss(model: Model) -> Tensor:
@@ -101,7 +99,7 @@ def with_sinks(f: Tape, scores: Tensor, sinks: Parameter) -> Tensor:
     return cat(f, (scores, column), (*rows, f"{keys}+1"))
 
 
-def _column_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _column_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "sum")
 
 
@@ -136,7 +134,7 @@ def clamped(f: Tape, x: Tensor, *, bounds: int) -> Tensor:
     return f.new(x.dims, x.dtype, "clamp", f.record(_clamped_backward, (x,), x, bounds))
 
 
-def _clamped_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _clamped_backward(f: Tape, node: Node, saved: tuple[Tensor, int], g: Tensor) -> Tensor:
     within = [f.new(g.dims, "bool", "le") for _ in range(saved[1])]
     del within[1:]
     return f.new(g.dims, g.dtype, "where")

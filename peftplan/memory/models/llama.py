@@ -1,6 +1,6 @@
 """Families of the Llama shape, by what they do differently.
 
-Sources: transformers 5.24, models/{llama,mistral,qwen2,qwen3,granite,olmo,olmo2,phi3,glm4,smollm3,starcoder2}/modeling_*.py.
+Sources: transformers, models/{llama,mistral,qwen2,qwen3,granite,olmo,olmo2,phi3,glm4,smollm3,starcoder2}/modeling_*.py.
 """
 
 from __future__ import annotations

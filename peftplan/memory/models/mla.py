@@ -1,7 +1,7 @@
 """DeepSeek-V2 and V3: multi-head latent attention.
 
 Letters: a heads, n what of a head is not rotated, r what is, l the rank of the latent keys and values.
-Sources: transformers 5.24, models/deepseek_v2/modeling_deepseek_v2.py, models/deepseek_v3/modeling_deepseek_v3.py; torch 2.13,
+Sources: transformers, models/deepseek_v2/modeling_deepseek_v2.py, models/deepseek_v3/modeling_deepseek_v3.py; torch,
 csrc/autograd/functions/tensor.cpp (`CopySlices`, `CopyBackwards`).
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from peftplan.memory.attention import attend, eager
 from peftplan.memory.calls import inputs, into_cache
@@ -19,7 +18,7 @@ from peftplan.memory.models.moe import deepseek_block, deepseek_v2_route, deepse
 from peftplan.tape import ops
 from peftplan.tape.shaping import cat, halves_rotated, sliced, split
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]
 """Queries, keys and the tables of the model → both rotated."""
@@ -57,7 +56,7 @@ def _turned(f: Tape, x: Tensor, rotations: Tensor) -> Tensor:
     return f.new(x.dims, "fp32", "mul", f.record(_turned_backward, (x,), rotations))
 
 
-def _turned_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _turned_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Tensor:
     conjugate = f.new(saved[0].dims, "fp32", "resolve_conj")
     out = f.new(g.dims, "fp32", "mul")
     del conjugate
@@ -142,7 +141,7 @@ def written(f: Tape, base: Tensor, part: Tensor) -> Tensor:
     return Tensor(base.storage, base.dims, base.dtype, node)
 
 
-def _written_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Any:
+def _written_backward(f: Tape, node: Node, saved: tuple[Dims, str], g: Tensor) -> Gradients:
     """A copy of the gradient, in which what was overwritten gets zeros; another copy for what was written."""
     dims, dtype = saved
     to_base = f.new(g.dims, g.dtype, "clone")

@@ -1,4 +1,4 @@
-"""ModernBERT (transformers 5.24, models/modernbert/modeling_modernbert.py) through sdpa or eager attention."""
+"""ModernBERT (transformers, models/modernbert/modeling_modernbert.py) through sdpa or eager attention."""
 
 from __future__ import annotations
 

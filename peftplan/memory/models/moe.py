@@ -1,6 +1,6 @@
 """Mixtures of experts in decoders of the Llama shape: routers and the blocks around the experts.
 
-Sources: transformers 5.24, models/{mixtral,qwen2_moe,qwen3_moe,granitemoe,deepseek_v2,deepseek_v3}/modeling_*.py. Router losses
+Sources: transformers, models/{mixtral,qwen2_moe,qwen3_moe,granitemoe,deepseek_v2,deepseek_v3}/modeling_*.py. Router losses
 are left out, as those classes compute them only where `output_router_logits` is set.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from peftplan.arch.modules import Router
 from peftplan.errors import NeedsTraceError
@@ -148,7 +147,7 @@ def of_best_groups(c: Call, scores: Tensor, of_groups: Tensor) -> tuple[Tensor, 
     return out, of_groups, best, chosen, mask
 
 
-def _masked_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _masked_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "masked_fill")
 
 

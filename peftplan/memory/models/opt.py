@@ -1,6 +1,6 @@
 """OPT: learned positions from a running sum over the mask, norms before or after, queries scaled before attention.
 
-Source: transformers 5.24, models/opt/modeling_opt.py.
+Source: transformers, models/opt/modeling_opt.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rotary decoders whose attention and MLP read the layer's input side by side, and StableLM, which can.
 
-Sources: transformers 5.24, models/{cohere,cohere2,stablelm,phi,gptj,gpt_neox}/modeling_*.py.
+Sources: transformers, models/{cohere,cohere2,stablelm,phi,gptj,gpt_neox}/modeling_*.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""T5 and mT5 (transformers 5.24, models/t5/modeling_t5.py): relative positions from layer 0, which all layers of a stack add.
+"""T5 and mT5 (transformers, models/t5/modeling_t5.py): relative positions from layer 0, which all layers of a stack add.
 
 Under sdpa the positions are a mask, with a gradient where they train. `wo` stays fp32, so that beside fp16 weights the hidden
 states are fp32 from the first feed-forward on.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.depth.stack import SharedLeaf, run_stack, shared
@@ -26,7 +26,7 @@ from peftplan.methods.adaptation import PROMPTED
 from peftplan.tape import ops
 from peftplan.tape.reentrant import Leaf
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Tensor
+from peftplan.tape.tensors import Dims, Node, Outputs, Tensor
 
 
 def t5(model: Model) -> Tensor:
@@ -47,7 +47,7 @@ def t5(model: Model) -> Tensor:
 
 def t5_kinds(model: Model, side: str) -> tuple[int, ...]:
     """The kinds of a stack's layers, of which the first makes the positions."""
-    order: dict[Any, int] = {}
+    order: dict[tuple[int, bool], int] = {}
     return tuple(order.setdefault((kind, number == 0), len(order)) for number, kind in enumerate(kinds_of(model, side)))
 
 
@@ -71,16 +71,16 @@ def mean(f: Tape, x: Tensor) -> Tensor:
     return f.new((*x.dims[:-1], 1), x.dtype, "mean", f.record(_mean_backward, (x,), x.dims))
 
 
-def _mean_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _mean_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "div")
 
 
-def where(f: Tape, mask: Tensor, x: Tensor, dims: tuple[Any, ...]) -> Tensor:
+def where(f: Tape, mask: Tensor, x: Tensor, dims: Dims) -> Tensor:
     """`torch.where(mask, x, number)`: keeps the mask; x may be broadcast."""
     return f.new(dims, x.dtype, "where", f.record(_where_backward, (x,), x.dims, mask))
 
 
-def _where_backward(f: Tape, node: Node, saved: Any, g: Tensor) -> Tensor:
+def _where_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor], g: Tensor) -> Tensor:
     out = f.new(g.dims, g.dtype, "where")
     return out if g.dims == saved[0] else f.new(saved[0], g.dtype, "sum")
 
@@ -137,9 +137,9 @@ def relative_buckets(f: Tape, dims: Dims, *, signed: bool) -> Tensor:
 class How(NamedTuple):
     """How `run_stack` calls the layers of a stack."""
 
-    call: Callable[..., Any]
-    every: tuple[Any, ...] | Callable[[], tuple[Any, ...]] = ()
-    outputs: list[Any] | None = None
+    call: Callable[..., Outputs]
+    every: tuple[object, ...] | Callable[[], tuple[object, ...]] = ()
+    outputs: list[Tensor] | None = None
 
 
 class Stack:
@@ -203,7 +203,7 @@ class Stack:
         """How they are called where checkpointing holds their arguments otherwise: the positions are among these, and results."""
         biases: list[Tensor] = []
 
-        def every() -> tuple[Any, ...]:
+        def every() -> tuple[object, ...]:
             own, cross = (*biases, None, None)[:2]
             return self.masks["own"], own, states, self.masks.get("cross"), cross
 

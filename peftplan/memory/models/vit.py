@@ -1,4 +1,4 @@
-"""ViT (transformers 5.24, models/vit/modeling_vit.py): patches of a picture and a class token through a pre-norm encoder."""
+"""ViT (transformers, models/vit/modeling_vit.py): patches of a picture and a class token through a pre-norm encoder."""
 
 from __future__ import annotations
 
