@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 SAMPLE_LAYERS = (3, 4)
 """Layers of the two traces, or periods of them: first, middle and last; and one more, which checks the rule."""
@@ -45,16 +44,16 @@ def samples(layers: int, period: int) -> tuple[int, ...]:
     return tuple(number * period + layers % period for number in SAMPLE_LAYERS)
 
 
-def places(config: Mapping[str, Any]) -> Iterator[tuple[str | None, str, int]]:
+def places(config: Mapping[str, object]) -> Iterator[tuple[str | None, str, int]]:
     """Section, field and value of every layer count in a config."""
     sections = [(None, config), *((key, value) for key, value in config.items() if isinstance(value, Mapping))]
     for section, fields in sections:
         for field in LAYERS_FIELDS:
-            if isinstance(fields.get(field), int):
-                yield section, field, fields[field]
+            if isinstance(layers := fields.get(field), int):
+                yield section, field, layers
 
 
-def names_layers(peft_config: Any, quant_skip: tuple[str, ...] | None) -> bool:
+def names_layers(peft_config: object, quant_skip: tuple[str, ...] | None) -> bool:
     """Whether the adapter or the quantization names single layers, which a shallow model may not have."""
     if getattr(peft_config, "by_layer", False):
         return True
@@ -67,13 +66,15 @@ def names_layers(peft_config: Any, quant_skip: tuple[str, ...] | None) -> bool:
     )
 
 
-def with_layers(config: Mapping[str, Any], stack: Stack, layers: int) -> dict[str, Any]:
+def with_layers(config: Mapping[str, object], stack: Stack, layers: int) -> dict[str, object]:
     """The config of the same model with fewer layers in one stack; lists with one entry per layer are cut."""
     return with_depth(config, stack.section, stack.field, stack.layers, layers)
 
 
-def with_depth(config: Mapping[str, Any], section: str | None, field: str, depth: int, layers: int) -> dict[str, Any]:
+def with_depth(config: Mapping[str, object], section: str | None, field: str, depth: int, layers: int) -> dict[str, object]:
     if section is not None:
-        return {**config, section: with_depth(config[section], None, field, depth, layers)}
+        part = config[section]
+        assert isinstance(part, Mapping)
+        return {**config, section: with_depth(part, None, field, depth, layers)}
     cut = {k: v[:layers] for k, v in config.items() if isinstance(v, list) and len(v) == depth}
     return {**config, **cut, field: layers}

@@ -111,7 +111,7 @@ def _order(parameters: Parameters, *, quantized: bool, moved: bool) -> tuple[Ten
     """What reaches the device first, what once that is there, and what when the adapters are made.
 
     A quantized base arrives by name, and then its buffers. A dense model is moved module by module, each with its children first,
-    then its own parameters, then its own buffers (torch 2.13, `nn/modules/module.py`, `_apply`): with its adapters where `moved`.
+    then its own parameters, then its own buffers (torch, `nn/modules/module.py`, `_apply`): with its adapters where `moved`.
     """
     base, added = ([p for p in parameters.all if p.owner == owner] for owner in ("base", "adapter"))
     own, of_adapter = ([p for p in parameters.buffers if p.owner == owner] for owner in ("base", "adapter"))

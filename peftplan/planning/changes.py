@@ -61,7 +61,8 @@ def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str
     if job.distributed is not None and job.distributed.strategy == "ddp":
         yield {"strategy": "fsdp2"}, SAME
     if job.distributed is not None and job.distributed.facts.splits_weights:
-        yield from (({"gpus": (job.distributed.gpus or 1) * times}, MORE_GPUS + place) for place, times in enumerate((2, 4, 8)))
+        for place, times in enumerate((2, 4, 8)):
+            yield {"gpus": (job.distributed.gpus or 1) * times}, MORE_GPUS + place
     if not setup.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, SAME
     if setup.keep_outputs:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from peftplan.errors import OptionError, RefusedError, UnknownNameError
 from peftplan.job.inventory import inventory
