@@ -17,7 +17,7 @@ VALUES = frozenset({int, float, bool, type(None), str, torch.dtype, torch.device
 
 
 class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """A `FakeTensorMode` for tensors of known sizes, with the same outputs (torch 2.13, `_subclasses/fake_tensor.py`)."""
+    """A `FakeTensorMode` for tensors of known sizes, with the same outputs (torch, `_subclasses/fake_tensor.py`)."""
 
     def _cache_key(self, state: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What decides the output: the operation, its arguments, and the settings of the thread."""
