@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 from peftplan.tape.tensors import Node, Operand, Parameter
 
 RELEASED = ("released",)
-"""What is left of what a node saved once a nested backward has run it."""
+"""Takes the place of what a node saved once a nested backward has run it."""
 
 
 class StopRecomputationError(Exception):
-    """Every saved tensor of a checkpointed layer is there again."""
+    """Raised when every saved tensor of a checkpointed layer has been recomputed."""
 
 
 class Frame:
@@ -32,7 +32,7 @@ class Frame:
 
 
 class Place:
-    """Where a checkpointed layer's saved tensor will be once it is recomputed; without a holder it is not kept then."""
+    """Stands for a saved tensor of a checkpointed layer until recomputation makes it; a place that nobody holds is not filled."""
 
     __slots__ = ("frame", "number")
 
@@ -46,7 +46,7 @@ class Place:
 
 
 def reachable(roots: Iterable[Node | Parameter | None]) -> list[Node]:
-    """Every node that the roots' gradients can reach, earliest first; counts how often each weight will get one."""
+    """Every node that gradients of the roots reach, in the order of forward. Counts the gradients that each weight will get."""
     seen: set[Node] = set()
     stack: list[Node] = []
     uses: dict[Parameter, int] = {}

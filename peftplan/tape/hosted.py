@@ -11,7 +11,7 @@ from peftplan.tape.tensors import Tensor
 
 
 class Hosted:
-    """A tensor on the host, and what a copy on the device is made from."""
+    """A tensor on the host, with what its copy on the device needs."""
 
     __slots__ = ("dims", "dtype", "index", "leaf", "node")
 
@@ -24,12 +24,12 @@ class Hosted:
 
 
 def stored(f: Tape, args: tuple[object, ...]) -> tuple[object, ...]:
-    """Arguments whose tensors are on the host."""
+    """Move the tensors among the arguments to the host."""
     return tuple(Hosted(f, x) if type(x) is Tensor else x for x in args)
 
 
 def fetched(f: Tape, args: tuple[object, ...]) -> tuple[object, ...]:
-    """Arguments whose tensors are on the device again."""
+    """Copy the tensors among the arguments back to the device."""
     return tuple(_copy(f, x) if type(x) is Hosted else x for x in args)
 
 

@@ -80,14 +80,14 @@ class Tape:
         return Tensor(Storage(self, number), dims, dtype, node)
 
     def many(self, dims: Dims, dtype: str, op: str, count: int) -> Tensor:
-        """Allocate several tensors of one kind that live equally long; one stands for all."""
+        """Allocate `count` equal tensors that live equally long; one number of the log stands for all."""
         tensor = self.new(dims, dtype, op)
         assert tensor.storage is not None
         self.counts[tensor.storage.number] = count
         return tensor
 
     def view_of(self, tensor: Tensor) -> Tensor:
-        """The tensor as a view, which holds its base: autograd never adds into it."""
+        """Mark a gradient as a view. A view holds its base, so autograd never adds into it in place."""
         if tensor.storage is not None:
             self.views.add(tensor.storage.number)
         return tensor
@@ -115,7 +115,7 @@ class Tape:
             grads[index] = self.new(grad.dims, grad.dtype, "add")
 
     def mark(self, what: str) -> None:
-        """Note a position of the log: a phase that begins, a layer that ends."""
+        """Mark this position of the log: a phase begins, a layer ends."""
         self.marks.append((len(self.log), what))
 
     def record(self, backward: Backward, inputs: tuple[Operand | None, ...], *saved: object) -> Node | None:
@@ -138,7 +138,7 @@ class Tape:
         return node
 
     def keep(self, node: Node | None, *saved: object) -> None:
-        """Let a node keep more tensors: results of its own operation."""
+        """Save more tensors on a node: results of its own operation."""
         if node is not None and saved:
             for value in saved:
                 if type(value) is Tensor and value.storage is not None:
@@ -147,7 +147,7 @@ class Tape:
             node.saved = (*node.saved, *packed)
 
     def _pack(self, value: object) -> object:
-        """What a checkpointed call saves: first the place of each tensor, on recomputation the tensor for that place."""
+        """What a checkpointed call saves: a place for each tensor in forward, the tensor for that place when it is recomputed."""
         if type(value) is not Tensor and type(value) is not Parameter:
             return value
         if self._replaying is None:
@@ -241,7 +241,7 @@ class Tape:
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        """Forward code within a backward, under an autocast of its own."""
+        """Run forward code within a backward, with an autocast cache of its own."""
         module, casts = self.module, self._casts
         self.segment = abs(self.segment) + 1
         self._casts = {}
@@ -320,7 +320,7 @@ class Tape:
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:
-        """Nothing saves anything."""
+        """Run operations without saving anything for backward."""
         before, self.grad_enabled = self.grad_enabled, False
         try:
             yield
@@ -328,7 +328,7 @@ class Tape:
             self.grad_enabled = before
 
     def end_autocast(self) -> None:
-        """Autocast's cache of casts is cleared."""
+        """Clear autocast's cache of casts."""
         self._casts.clear()
 
 

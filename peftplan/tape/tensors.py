@@ -48,7 +48,7 @@ Outputs: TypeAlias = Union["Tensor", tuple["Tensor", ...]]
 
 
 class Log(Protocol):
-    """What storages and nodes use of the tape that they are on."""
+    """What storages and nodes use of their tape."""
 
     log: list[int]
     freed: dict[int, int]
@@ -80,7 +80,7 @@ class Storage:
 
 
 class Tensor:
-    """Dims and dtype over a storage; `node` is the autograd node that made it, None where no gradient flows."""
+    """A view of a storage with dims and a dtype. `node` is the autograd node that made it; None where no gradient flows."""
 
     __slots__ = ("dims", "dtype", "index", "node", "storage")
 
@@ -103,13 +103,13 @@ class Tensor:
 
 
 class Strided(Tensor):
-    """A slice of the last tokens of several sequences: its rows do not follow each other."""
+    """A slice of the last tokens of several sequences, whose rows are not contiguous."""
 
     __slots__ = ()
 
 
 class Broadcast(Tensor):
-    """A gradient of a broadcast input, before it is summed to the input's dims, which it states."""
+    """The gradient of a broadcast input before the engine sums it; `dims` are those of the input."""
 
     __slots__ = ()
 
