@@ -15,7 +15,10 @@ OPTIONS = {"r": "rank", "target_modules": "targets", "lora_alpha": "alpha", "lor
 
 
 class Practice(NamedTuple):
-    """One recommendation. `option` and `value` are what sets it here, where an option does."""
+    """One recommendation. `option` and `value` are what sets it here, where an option does.
+
+    `where`: the place in the source; `says`: a few of its words there.
+    """
 
     topic: str
     methods: tuple[str, ...]
@@ -23,13 +26,15 @@ class Practice(NamedTuple):
     title: str
     year: int
     url: str
+    where: str
+    says: str
     option: str | None = None
     value: str | int | float | bool | None = None
 
     @property
     def source(self) -> str:
-        """Title and year, as they are shown."""
-        return f"{self.title} ({self.year})"
+        """Title, year and place, as they are shown."""
+        return f"{self.title} ({self.year}), {self.where}"
 
 
 def practices(about: str | None = None) -> Listing[Practice]:

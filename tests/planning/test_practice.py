@@ -19,6 +19,8 @@ def test_every_row_names_its_source_and_known_methods() -> None:
         assert row.url.startswith("https://")
         assert set(row.methods) <= METHODS.keys()
         assert row.advice.endswith(".")
+        assert row.where
+        assert 2 <= len(row.says.split()) <= 20
 
 
 def test_options_exist() -> None:
