@@ -60,7 +60,9 @@ class Sweep:
         self.warnings: tuple[str, ...] = ()
         self.tally: Tally | None = None
 
-    def __len__(self) -> int:
+    @property
+    def num_rows(self) -> int:
+        """Rows; polars takes no iterable that has a length itself."""
         return self._grid.num_points() * max(len(self._cards), 1)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -99,7 +101,7 @@ class Sweep:
         """Tells the progress: how many points of a block are behind, and what share of its replays."""
         if self._progress is None:
             return lambda points, share: None
-        total, cards, tell = len(self), max(len(self._cards), 1), self._progress
+        total, cards, tell = self.num_rows, max(len(self._cards), 1), self._progress
         return lambda points, share: tell(f"{rows:,} of {total:,} rows", (rows + share * points * cards) / total)
 
 

@@ -13,6 +13,7 @@ from typing_extensions import NotRequired
 
 from peftplan.errors import UnknownNameError
 from peftplan.report.documents import DOCUMENTS, SHAPES, Shape
+from peftplan.results.estimate import SCHEMA_VERSION
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 SCALARS: dict[object, str] = {NoneType: "null", bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -32,7 +33,14 @@ def json_schema(name: str, *, closed: bool = False) -> Schema:
     root = schema_of(document.type, definitions, closed=closed)
     if "$ref" in root:
         root = definitions.pop(root["$ref"].rpartition("/")[2])
-    return {"$schema": DIALECT, "title": name, "description": document.text, **root, "$defs": definitions}
+    return {
+        "$schema": DIALECT,
+        "$id": f"urn:peftplan:schema:{name}:{SCHEMA_VERSION}",
+        "title": name,
+        "description": document.text,
+        **root,
+        "$defs": definitions,
+    }
 
 
 def schema_of(annotation: Any, definitions: dict[str, Schema], *, closed: bool) -> Schema:

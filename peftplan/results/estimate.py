@@ -209,15 +209,18 @@ class Estimate:
         name, method = self.model["name"], self.method["name"]
         return f"<Estimate {name} · {method} · {self.engine}: {self.trainable_parameters:,} trainable, {peak}{cards}>"
 
-    def to_dataframe(self) -> DataFrame:
-        """The lines of the ledger as a pandas DataFrame, a row per line with its bytes at each phase's own peak."""
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of the ledger, a flat row per line with its bytes at each phase's own peak, as pandas and polars take them."""
         columns = [f"{phase}_bytes" for phase in PHASES] if self.peaks else []
-        rows = [
+        return [
             {name: value for name, value in line.items() if name != "bytes_by_phase"}
             | {column: line["bytes_by_phase"].get(column.removesuffix("_bytes"), 0) for column in columns}
             for line in self.lines()
         ]
-        return dataframe(rows)
+
+    def to_dataframe(self) -> DataFrame:
+        """`records()` as a pandas DataFrame."""
+        return dataframe(self.records())
 
     def _repr_html_(self) -> str:
         return as_html(self)

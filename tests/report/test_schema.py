@@ -120,7 +120,7 @@ def test_a_random_estimate_is_valid(number: int) -> None:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_schema_is_one(name: str) -> None:
     schema = json.loads(run("schema", name).out)
-    assert schema["$schema"] == DIALECT
+    assert (schema["$schema"], schema["$id"]) == (DIALECT, f"urn:peftplan:schema:{name}:1")
     jsonschema.Draft202012Validator.check_schema(schema)
     assert "additionalProperties': False" not in str(schema), "a program of today reads the fields of tomorrow"
 
