@@ -1,8 +1,9 @@
 """What a job needs besides the card: host memory to load, to offload and to merge, and what its checkpoints take on disk.
 
-Tensors in host memory are counted by their own bytes, without the interpreter, its libraries and pinned buffers. Pages of a
-safetensors file that is mapped into memory are not counted: the kernel takes them back.
-Sources: transformers, `modeling_utils.py` and `core_model_loading.py` (`from_pretrained`), `trainer.py` (`_save_checkpoint`,
+Tensors in host memory are counted by their own bytes, without the interpreter, its libraries and pinned buffers. A base whose
+safetensors file has the dtype that is asked for stays mapped, in pages that the kernel takes back; one that is converted is memory
+of the process. Both were measured with transformers 5.24 on the CPU (tests/planning/test_host_measured.py).
+Sources: transformers 5.24, `modeling_utils.py` and `core_model_loading.py` (`from_pretrained`), `trainer.py` (`_save_checkpoint`,
 `rotate_checkpoints`: a new checkpoint is written before the oldest is removed); `deployment/` for files and merges.
 """
 
@@ -45,7 +46,12 @@ def _loading(job: Job, built: Parameters) -> Loading:
         return Loading(
             0, largest, "tensor by tensor to the card (device_map); without it all of the model is in host memory first"
         )
-    return Loading(base + adapter, largest, "the whole model, which Trainer then moves to the card; none of it with device_map")
+    return Loading(
+        base + adapter,
+        largest,
+        "the whole model, which Trainer then moves to the card (none of it with device_map); a base whose file has its dtype is "
+        "mapped, and only the adapter is memory of the process",
+    )
 
 
 def _merging(job: Job) -> int | None:
