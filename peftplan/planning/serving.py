@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peftplan import parameters
 from peftplan.deployment import adapter_file, checkpoint, kv_cache, merging, residents
+from peftplan.deployment.decoding import step_bytes
 from peftplan.deployment.safetensors import file_bytes
 from peftplan.deployment.scratch import Device
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
@@ -20,7 +21,17 @@ from peftplan.job.setup import Count
 from peftplan.job.tasks import rotary_positions
 from peftplan.job.words import named_as_typed
 from peftplan.planning.assumed import config_facts, model_facts, unquantized
-from peftplan.planning.serving_result import KV_CACHE, LEFT_OUT, AdapterFile, Cache, Checkpoint, Loaded, MergeMemory, Serving
+from peftplan.planning.serving_result import (
+    KV_CACHE,
+    LEFT_OUT,
+    OF_A_CARD,
+    AdapterFile,
+    Cache,
+    Checkpoint,
+    Loaded,
+    MergeMemory,
+    Serving,
+)
 from peftplan.planning.serving_room import MOST_ADAPTERS, MOST_TOKENS, Served, verdict_on
 from peftplan.planning.verdicts import find_cards
 from peftplan.storage import QuantConfig
@@ -107,7 +118,7 @@ def serving(
         cache=cache,
         refused=refused,
         assumptions=_assumptions(job, request, merges=bool(merges)),
-        not_modelled=(KV_CACHE, *LEFT_OUT) if uncounted else LEFT_OUT,
+        not_modelled=(*((KV_CACHE,) if uncounted else ()), *(() if cards else OF_A_CARD), *LEFT_OUT),
         gpus=tuple(verdict_on(card, served) for card in cards) if served else (),
     )
 
@@ -263,6 +274,7 @@ def _served(job: Job, request: Request, loaded: Loaded, cache: Cache | None) -> 
         batch_size=request.batch_size,
         context=request.context,
         cache_at=cache_at,
+        step_at=lambda cache, sequences: step_bytes(job.architecture, cache.tensors, batch_size=sequences, dtype=job.setup.dtype),
         adapters_bound=MOST_ADAPTERS if loaded.adapter and not job.adaptation.trained else None,
         context_bound=max(positions, request.context) if counted else None,
     )

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from peftplan.planning.serving_verdict import ServingVerdict
 
-LEFT_OUT = ("activations and logits of decoding", "CUDA context and workspaces", "blocks that a serving engine allocates ahead")
+LEFT_OUT = ("activations of the prompt", "filters of sampling beside top-k", "blocks that a serving engine allocates ahead")
 """What no number here includes."""
+OF_A_CARD = ("what decoding a token holds for a moment", "CUDA context and workspaces")
+"""What only the verdict on a card includes."""
 KV_CACHE = "the KV cache"
 """What the sum also leaves out if the model has a cache that cannot be counted here."""
 

@@ -22,8 +22,8 @@ class Limits(NamedTuple):
 class ServingVerdict(NamedTuple):
     """Whether what is served fits one card: `fits` leaves at least 5 % of the usable bytes, `tight` less, `does_not_fit` none.
 
-    `needed_bytes` are base, adapters and cache, what appending a token briefly needs, and the CUDA context. `most` are the
-    largest sizes that fit, `most_tight` those that leave less than 5 %.
+    `needed_bytes` are base, adapters and cache, what decoding a token holds for a moment (`step_bytes`), cuBLAS's workspaces and
+    the CUDA context. `most` are the largest sizes that fit, `most_tight` those that leave less than 5 %.
     """
 
     gpu: str
@@ -31,7 +31,8 @@ class ServingVerdict(NamedTuple):
     usable_source: str
     verdict: str
     needed_bytes: int
-    growing_bytes: int
+    step_bytes: int
+    workspace_bytes: int
     context_bytes: int
     context_source: str
     context_assumed: bool

@@ -96,9 +96,11 @@ class ServingVerdictDocument(TypedDict):
     usable_source: str
     verdict: Literal["fits", "tight", "does_not_fit"]
     needed_bytes: int
-    """Base, adapters, KV cache, what appending a token briefly needs, and the CUDA context."""
-    growing_bytes: int
-    """What appending a token briefly needs."""
+    """Base, adapters, KV cache, what decoding a token holds for a moment, workspaces, and the CUDA context."""
+    step_bytes: int
+    """What decoding a token holds for a moment: logits and scores, or a layer while its cache grows."""
+    workspace_bytes: int
+    """cuBLAS's workspaces."""
     context_bytes: int
     context_source: str
     context_assumed: bool

@@ -1,4 +1,4 @@
-"""Load a checkpoint on the CPU, adapt it and merge: `python loaded_in_host.py TINY FOLDER` prints the own memory of each, as JSON.
+"""Load a checkpoint on the CPU, adapt it and merge: `python loaded_in_host.py TINY FOLDER` prints the own memory of each.
 
 Own memory is anonymous: it stays out of the mapped pages of files. A tiny model goes first, so that libraries are loaded.
 """
