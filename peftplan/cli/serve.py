@@ -41,8 +41,9 @@ def command(
 ) -> int:
     """What MODEL needs after fine-tuning: adapter file, merge, merged model, and serving with a KV cache.
 
-    Each --gpu gets a verdict on base, adapters, KV cache, a step of decoding and CUDA context, and the largest number of adapters,
-    tokens of context and sequences that fit it. `fits` leaves at least 5 % of the card. The prompt's activations are not counted.
+    Each --gpu gets a verdict on base, adapters, KV cache, a step of decoding and CUDA context, and the largest number of
+    adapters, tokens of context and sequences that fit it. `fits` leaves at least 5 % of the card. The prompt's activations are
+    not counted.
 
     \b
     peftplan serve llama-2-7b --method lora --r 16 --adapters 8 --batch-size 16 --gpu rtx-4090

@@ -1,7 +1,7 @@
 """What a job needs besides the card: host memory to load, to offload and to merge, and what its checkpoints take on disk.
 
 Tensors in host memory are counted by their own bytes, without the interpreter, its libraries and pinned buffers. A base whose
-safetensors file has the dtype that is asked for stays mapped, in pages that the kernel takes back; one that is converted belongs to
+safetensors file has the dtype that is asked for stays mapped, in pages that the kernel takes back; a converted one is memory of
 the process. Both were measured with transformers 5.24 on the CPU (tests/planning/test_host_measured.py).
 Sources: transformers 5.24, `modeling_utils.py` and `core_model_loading.py` (`from_pretrained`), `trainer.py` (`_save_checkpoint`,
 `rotate_checkpoints`: a new checkpoint is written before the oldest is removed); `deployment/` for files and merges.
