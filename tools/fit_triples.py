@@ -35,6 +35,7 @@ SIZES: tuple[Size, ...] = ("batch_size", "seq_len", "r")
 AS_TYPED = ("method", "seq_len", "gradient_checkpointing", "trainer", "loss")
 LARGEST_TRACED = 4e9
 """Parameters of a model that is traced: larger ones take minutes."""
+OTHERWISE = "Where a trace says otherwise, the formulas' reserved bytes differ from its own ([by how much](analytic-drift.md))."
 SMALLER = 12
 """Smaller sizes that are estimated of each triple."""
 
@@ -188,6 +189,7 @@ def page(triples: Sequence[Triple], *, seed: int) -> str:
             for t, first, second in rows
         ),
         "",
+        *(() if agreeing == len(rows) else (OTHERWISE, "")),
         f"{len(triples)} triples, {len(against)} contradictions; {len(rows)} traced, of which {agreeing} fit at the answer"
         " and not at one more",
     ]
