@@ -7,7 +7,7 @@ b sequences, V vocabulary, h hidden_size, i width of the MLP of one token, e byt
                                       probabilities of the step before; top-k's mask
     between steps, 8 · b · V          scores and probabilities, while the next token goes through the layers
 
-Source: transformers 5.24, `generation/utils.py` (`_sample`, whose variables live until they are assigned again) and
+Source: transformers, `generation/utils.py` (`_sample`, whose variables live until they are assigned again) and
 `TopKLogitsWarper`, at the defaults of `generate(do_sample=True)`; without sampling a step takes (e + 8) · b · V. Left out: the
 prompt, which goes through the layers at once; other filters (top-p takes about 21 bytes more per logit).
 """

@@ -2,8 +2,8 @@
 
 Tensors in host memory are counted by their own bytes, without the interpreter, its libraries and pinned buffers. A base whose
 safetensors file has the dtype that is asked for stays mapped, in pages that the kernel takes back; a converted one is memory of
-the process. Both were measured with transformers 5.24 on the CPU (tests/planning/test_host_measured.py).
-Sources: transformers 5.24, `modeling_utils.py` and `core_model_loading.py` (`from_pretrained`), `trainer.py` (`_save_checkpoint`,
+the process. Both were measured with transformers on the CPU (tests/planning/test_host_measured.py).
+Sources: transformers, `modeling_utils.py` and `core_model_loading.py` (`from_pretrained`), `trainer.py` (`_save_checkpoint`,
 `rotate_checkpoints`: a new checkpoint is written before the oldest is removed); `deployment/` for files and merges.
 """
 
