@@ -118,5 +118,6 @@ class Ledger:
         return sum(line.bytes() for line in self.lines if line.category in wanted and line.place == place)
 
     def by_category(self) -> dict[Category, int]:
-        """Device bytes of each category, in the fixed order of `EVERY_CATEGORY`."""
-        return {category: self.bytes([category]) for category in EVERY_CATEGORY}
+        """Device bytes of each category, in the fixed order of `EVERY_CATEGORY`; those of several GPUs where there are any."""
+        sizes = {category: self.bytes([category]) for category in EVERY_CATEGORY}
+        return {category: nbytes for category, nbytes in sizes.items() if nbytes or category not in OF_SEVERAL_GPUS}

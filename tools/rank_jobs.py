@@ -46,6 +46,11 @@ LLAMA: dict[str, Any] = {
 """Llama-3.2-1B cut to three layers, with a head of its own."""
 SMALL = {"hidden_size": 1000, "intermediate_size": 2730, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 100}
 """Sizes that no number of ranks divides."""
+CLASSES: dict[str, dict[str, Any]] = {
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": None},
+}
 WRAPPED = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 
 
@@ -63,6 +68,8 @@ def jobs() -> Iterator[dict[str, Any]]:
         {"fsdp": {"cpu_ram_efficient_loading": True}},
         {},
     )
+    for model_type, method in product(("qwen3", "qwen2", "mistral"), ("lora", "full")):
+        yield job("fsdp2", method, 4, config={"model_type": model_type, **CLASSES[model_type]})
     for more, method in product(({}, {"accumulation": 2}, {"checkpointing": False}), ("full", "lora")):
         yield job("ddp", method, 4, **more)
     yield job("fsdp2", "qlora", 4)

@@ -21,7 +21,7 @@ SHOWN_METHODS = ("full", "lora", "qlora")
 """Methods whose steps were rehearsed under FSDP2 (docs/how-to/several-gpus.md)."""
 
 
-SHOWN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+SHOWN_OPTIMIZERS = ("adamw_torch_fused",)
 
 
 def without_formula(job: Job) -> str | None:
@@ -36,7 +36,10 @@ def without_formula(job: Job) -> str | None:
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
     unknown = {
         "dp_shard_size": distributed.dp_shard_size not in (None, distributed.world_size),
-        "reshard_after_forward": type(distributed.reshard_after_forward) is int,
+        "reshard_after_forward": distributed.reshard_after_forward not in (None, True),
+        "sync_each_batch": bool(distributed.sync_each_batch),
+        "param_dtype": distributed.param_dtype not in (None, setup.autocast),
+        "reduce_dtype": distributed.reduce_dtype not in (None, setup.autocast),
         "offload_params": distributed.offload_params not in (None, "none"),
         "wrap_policy": distributed.wrap_policy not in (None, "transformer"),
         "transformer_cls_names_to_wrap": distributed.transformer_cls_names_to_wrap is not None
@@ -71,8 +74,8 @@ def _is_decoder(job: Job) -> bool:
     return bool(forward and decoders and architecture.input_embedding and architecture.model_type in DECODERS)
 
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose steps were rehearsed."""
+DECODERS = ("llama", "mistral")
+"""Model types whose steps were rehearsed, and Mistral, which runs Llama's operations."""
 
 
 def setup_on_rank(job: Job) -> Setup:

@@ -152,7 +152,9 @@ class Loading(NamedTuple):
         if self.of_one_gpu is not None:
             self._from_whole(memory)
         elif self.one_by_one:
-            for name in self._order():
+            ends = (EMBEDDING, TAIL, ROOT)  # in the order of the state dict
+            layers = [name for name in self.groups if name not in ends]
+            for name in (name for name in (EMBEDDING, *layers, TAIL, ROOT) if name in self.groups):
                 for p, shard in self.groups[name]:
                     whole = memory.allocate(ITEMSIZE[shard.dtype] * p.numel)
                     memory.keep(_on_device(shard))

@@ -39,7 +39,7 @@ def category_rows(result: Estimate) -> list[tuple[str, str, str]]:
     return [
         (category, f"{by_category[category]:,}", format_bytes(by_category[category]))
         for category in EVERY_CATEGORY
-        if category in result.counted and by_category[category]
+        if category in result.counted and by_category.get(category)
     ]
 
 

@@ -323,7 +323,9 @@ class Estimate:
             "total_parameters": self.total_parameters,
             "memory": {
                 "lines": self.lines(),
-                "by_category": {c: by_category[c] if c in counted else None for c in dict.fromkeys((*CATEGORIES, *counted))},
+                "by_category": {
+                    c: by_category.get(c, 0) if c in counted else None for c in dict.fromkeys((*CATEGORIES, *counted))
+                },
                 "persistent": self.persistent_bytes,
                 "managed": self.managed_bytes,
                 **self._peak_facts(),

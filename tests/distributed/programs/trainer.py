@@ -1,11 +1,11 @@
-"""transformers' Trainer on a small Llama over several GPUs: one job of the witness grid, said in JSON as the first argument."""
+"""transformers' Trainer on a small model over several GPUs: one job of the witness grid, said in JSON as the first argument."""
 
 import json
 import sys
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.initialization import no_init_weights
 
 job = json.loads(sys.argv[1])
@@ -48,7 +48,8 @@ if job["method"] == "qlora":
     )
 else:
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**shapes | job.get("config", {})), dtype=torch.bfloat16)
+        config = AutoConfig.for_model(**{"model_type": "llama"} | shapes | job.get("config", {}))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.tie_weights()
 if job["method"] != "full":
     from peft import LoraConfig, get_peft_model
