@@ -15,6 +15,7 @@ from peftplan.analytic.ranks import (
     parameters_on_rank,
     passing_on_rank,
     setup_on_rank,
+    synced,
     without_formula,
 )
 from peftplan.analytic.sizes import shape_facts, sizes, windows_of
@@ -198,6 +199,9 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
     if model.units.every_layer:
         load = loaded_on_rank(inventory, buffers, load)
         passing = passing_on_rank(load, Ledger(loaded))
+    elif job.distributed is not None:
+        load = synced(parameters, load)
+        passing = passing_on_rank(load, Ledger(loaded)) or passing
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is made once the model is there
         loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import peftplan.versions as versions
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
+from peftplan.memory.load import Memory
 from peftplan.memory.model import Model
 from peftplan.memory.models import FORWARDS
-from peftplan.memory.sharded import Loader, Loading, computing, computing_dtype, grouped, peak_of, units_of, whole_sizes
+from peftplan.memory.sharded import (
+    Loader,
+    Loading,
+    computing,
+    computing_dtype,
+    grouped,
+    peak_of,
+    sync_buckets,
+    units_of,
+    whole_sizes,
+)
 from peftplan.memory.step import Program
 from peftplan.parameters import Parameters
 
@@ -21,7 +33,7 @@ SHOWN_METHODS = ("full", "lora", "qlora")
 """Methods whose steps were rehearsed under FSDP2 (docs/how-to/several-gpus.md)."""
 
 
-SHOWN_OPTIMIZERS = ("adamw_torch_fused",)
+SHOWN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
 
 
 def without_formula(job: Job) -> str | None:
@@ -74,7 +86,7 @@ def _is_decoder(job: Job) -> bool:
     return bool(forward and decoders and architecture.input_embedding and architecture.model_type in DECODERS)
 
 
-DECODERS = ("llama", "mistral")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose steps were rehearsed, and Mistral, which runs Llama's operations."""
 
 
@@ -116,6 +128,17 @@ def loaded_on_rank(inventory: Inventory, buffers: Ledger, of_one_gpu: Loader) ->
         whole_sizes(parameters, holding.parameters),
         not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
     ).into
+
+
+def synced(parameters: Parameters, load: Loader) -> Loader:
+    """Loading under DDP, whose constructor sends all weights from rank 0, flattened in turn into tensors of 250 MiB or more."""
+    return partial(_synced, flats=sync_buckets(parameters), load=load)
+
+
+def _synced(memory: Memory[Any], *, flats: tuple[int, ...], load: Loader) -> None:
+    load(memory)
+    for nbytes in flats:
+        memory.release(memory.allocate(nbytes))
 
 
 def passing_on_rank(load: Loader, loaded: Ledger) -> tuple[Line, ...]:

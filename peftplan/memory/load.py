@@ -85,7 +85,7 @@ def load_into(
             memory.keep(sizes_of[id(p)])
     for p, _ in second:
         memory.keep(sizes_of[id(p)])
-    for p, layer in _tensors(base):
+    for p, layer in tensors(base):
         if (p.name, layer) in narrow:
             memory.keep(sizes_of[id(p)])
             memory.release(narrow[p.name, layer].pop(0))
@@ -118,12 +118,12 @@ def _order(parameters: Parameters, *, quantized: bool, moved: bool) -> tuple[Ten
     of_adapter = _with_first_module(of_adapter, added)
     everything = by_module(base, [*added, *of_adapter, *own])
     if moved:
-        return list(_tensors(everything)), [], []
+        return list(tensors(everything)), [], []
     if not quantized:
-        return list(_tensors(by_module(base, own))), [], list(_tensors(by_module(added, of_adapter)))
+        return list(tensors(by_module(base, own))), [], list(tensors(by_module(added, of_adapter)))
     buffers = {id(p) for p in (*own, *of_adapter)}
-    by_name = sorted(_tensors(base), key=lambda tensor: _key(*tensor))
-    return by_name, list(_tensors(p for p in everything if id(p) in buffers)), list(_tensors(added))
+    by_name = sorted(tensors(base), key=lambda tensor: _key(*tensor))
+    return by_name, list(tensors(p for p in everything if id(p) in buffers)), list(tensors(added))
 
 
 def _with_first_module(buffers: list[Parameter], added: list[Parameter]) -> list[Parameter]:
@@ -161,7 +161,7 @@ def _modules(name: str) -> Iterator[str]:
         yield name
 
 
-def _tensors(parameters: Iterable[Parameter]) -> Iterator[tuple[Parameter, int | None]]:
+def tensors(parameters: Iterable[Parameter]) -> Iterator[tuple[Parameter, int | None]]:
     """Every tensor of the families with its layer, in the order of `named_parameters()`: layer by layer."""
     families = list(parameters)
     stacks = {p.name.partition("{}")[0] for p in families if p.layers is not None}
@@ -239,7 +239,7 @@ def load_passing(
 
 def _casting(parameters: Parameters, dtype: str) -> int:
     """How far the peak of casting adapters to fp32, tensor by tensor, lies above its end; negative if it does not."""
-    wide = [p for p, _ in _tensors(p for p in parameters.all if p.owner == "adapter" and p.dtype == "fp32")]
+    wide = [p for p, _ in tensors(p for p in parameters.all if p.owner == "adapter" and p.dtype == "fp32")]
     narrow = [round512(ITEMSIZE[dtype] * p.numel) for p in wide]
     above, still = [], 0
     for p, passing in zip(reversed(wide), reversed(narrow), strict=True):
@@ -271,7 +271,7 @@ def _preparing(base: list[Parameter], loaded: dict[int, int], buffers: Ledger, o
     """The highest level while kbit preparation makes fp32 copies, one weight after the other."""
     level = once + buffers.bytes() + sum(p.copies * loaded[id(p)] for p in base)
     peak = level
-    for p, _ in _tensors(p for p in base if _bytes(p) > loaded[id(p)]):
+    for p, _ in tensors(p for p in base if _bytes(p) > loaded[id(p)]):
         peak = max(peak, level + _bytes(p))
         level += _bytes(p) - loaded[id(p)]
     return peak

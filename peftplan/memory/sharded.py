@@ -17,7 +17,7 @@ from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
-from peftplan.memory.load import Handle, Memory, by_module
+from peftplan.memory.load import Handle, Memory, by_module, tensors
 from peftplan.memory.model import Model
 from peftplan.memory.units import EMBEDDING, ROOT, TAIL, layer
 from peftplan.parameters import Parameter, Parameters
@@ -250,6 +250,23 @@ def peak_of(load: Loader) -> int:
     level = Level()
     load(level)
     return level.peak
+
+
+SYNC_BUCKET = 250 * 2**20
+"""Bytes at which DDP sends what it has gathered (torch, nn/parallel/distributed.py, `broadcast_bucket_size`)."""
+
+
+def sync_buckets(parameters: Parameters) -> tuple[int, ...]:
+    """Bytes of each flat tensor in which DDP sends the weights of one dtype."""
+    base = [p for p in parameters.all if p.owner == "base"]
+    sizes: list[int] = []
+    filled: dict[str, int] = {}
+    for p, _ in tensors(by_module(base, [p for p in parameters.all if p.owner == "adapter"])):
+        weight = next((a for a in p.allocations if a.name == "weight"), p.allocations[0])
+        filled[weight.dtype] = filled.get(weight.dtype, 0) + weight.nbytes
+        if filled[weight.dtype] >= SYNC_BUCKET:
+            sizes.append(filled.pop(weight.dtype))
+    return (*sizes, *filled.values())
 
 
 class Level:
