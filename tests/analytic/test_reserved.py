@@ -142,6 +142,40 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "seq_len": 448,
         },
     ),
+    "T5's encoder has no cache, so matmul copies its keys": (
+        shallow("mt0-small", 6),
+        {
+            "method": "fourierft",
+            **ATTENTION,
+            **PLAIN,
+            "dtype": "fp16",
+            "attn_implementation": "eager",
+            "batch_size": 4,
+            "seq_len": 384,
+        },
+    ),
+    "LoRA's dropped input is an argument of its module, Whisper's convolutions end with their activations": (
+        shallow("whisper-tiny", 4),
+        {
+            "method": "qlora",
+            "double_quant": False,
+            "lora_dropout": 0.1,
+            "batch_size": 4,
+            "seq_len": 384,
+            "optim": "adamw_8bit",
+            **EAGER,
+        },
+    ),
+    "BART's layers have one name for the weights of both attentions": (
+        shallow("bart-base", 6),
+        {
+            "method": "full",
+            "gradient_checkpointing": False,
+            "attn_implementation": "eager",
+            "seq_len": 448,
+            "optim": "adamw_torch",
+        },
+    ),
 }
 
 

@@ -29,7 +29,9 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
         result = dora(f, part, x, result, running)
         return f.to(result, dtype) if converts else result
     f.module = f"{part.name}.lora_A"
-    low = ops.linear(f, ops.dropout(f, x, running.config.lora_dropout), a)
+    dropped = ops.dropout(f, x, running.config.lora_dropout)
+    low = ops.linear(f, dropped, a)
+    del dropped  # an argument of the module
     f.module = f"{part.name}.lora_B"
     out = ops.linear(f, low, b, part.params.get("lora_B.bias"))
     del low

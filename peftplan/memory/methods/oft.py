@@ -26,12 +26,10 @@ def oft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runnin
     config, dtype = running.config, x.dtype
     n_in, _ = sides(part)
     f.module = f"{part.name}.oft_R"
-    x = f.to(x, part.params["oft_R.weight"].dtype)
-    x = _rotated(f, x, part.params["oft_R.weight"], n_in, config)
+    x = _rotated(f, f.to(x, part.params["oft_R.weight"].dtype), part.params["oft_R.weight"], n_in, config)
     f.module = part.name
     result = base(f.to(x, dtype))
-    result = f.to(result, dtype)
-    return result  # noqa: RET504  the name drops what it was cast from before x goes
+    return f.to(result, dtype)
 
 
 def _rotated(f: Tape, x: Tensor, weight: Operand, n_in: int, config: Any) -> Tensor:
@@ -82,14 +80,13 @@ def _project(f: Tape, weight: Operand, dims: Dims) -> None:
 
 def _cayley(f: Tape, weight: Operand, dims: Dims, config: Any) -> Tensor:
     """`_cayley_batch`: exact, or the first terms of its series."""
-    if config.use_cayley_neumann:
-        return _neumann(f, weight, dims, config.num_cayley_neumann_terms)
-    return solved(f, _skew(f, weight, dims), dims)
-
-
-def _neumann(f: Tape, weight: Any, dims: Dims, terms: int) -> Tensor:
-    """I + 2Q + 2Q² + … + Qⁿ, of a skew-symmetric Q."""
     q = _skew(f, weight, dims)
+    return _neumann(f, q, config.num_cayley_neumann_terms) if config.use_cayley_neumann else solved(f, q, dims)
+
+
+def _neumann(f: Tape, q: Tensor, terms: int) -> Tensor:
+    """I + 2Q + 2Q² + … + Qⁿ, of a skew-symmetric Q."""
+    dims = q.dims
     identity = f.new(dims[1:], q.dtype, "eye")
     total = f.new(dims, q.dtype, "repeat")
     del identity
@@ -100,7 +97,6 @@ def _neumann(f: Tape, weight: Any, dims: Dims, terms: int) -> Tensor:
     for number in range(2, terms):
         power = ops.matmul(f, power, q, dims)
         total = _added(f, total, power, scales=number < terms - 1 or terms == 3)
-    del q  # before the last power
     return total
 
 

@@ -30,9 +30,7 @@ def vera(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     out = ops.linear(f, low, b)
     del low
     out = ops.mul(f, outer, out)
-    total = ops.add(f, result, out)
+    result = ops.add(f, result, out)
     del out
-    result = total
-    del total
     result = f.to(result, dtype)
     return f.to(result, previous)

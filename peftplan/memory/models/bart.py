@@ -91,9 +91,12 @@ def whisper_encoder(model: Model) -> Tensor:
     x = convolution(model, f"{name}.conv1", sound, ("b", h, sound.dims[2]))
     x = model.asking_gradient(x)
     f.module = name
-    x = convolution(model, f"{name}.conv2", ops.keeps_input(f, x, "gelu"), ("b", h, count))
+    inputs_embeds = ops.keeps_input(f, x, "gelu")
+    del x
+    x = convolution(model, f"{name}.conv2", inputs_embeds, ("b", h, count))
     f.module = name
     x = ops.keeps_input(f, x, "gelu").view(("b", count, h))
+    del inputs_embeds
     all_positions = f.new((count,), "int64", "positions")
     inputs_embeds = x
     f.module = name
@@ -181,7 +184,6 @@ def decoder_layer(
     own, cross = block.attentions
     x = attended(model, block, own, f"{name}.self_attn", number, x, None, mask)
     x = attended(model, block, cross, f"{name}.encoder_attn", number, x, encoded, cross_mask)
-    del model.layer_locals[:-1]  # one name for the weights of both
     return feed_forward(model, block, name, number, x)
 
 
@@ -194,6 +196,7 @@ def attended(
     if block.norm_position == "pre":
         x = model.layernorm(f"{name}_layer_norm", x, number)
     x = attention(model, block, a, name, number, x, states, mask)
+    del model.layer_locals[:-1]  # one name for the weights of both
     f.module = name.rpartition(".")[0]
     x = ops.dropout(f, x, model.arch.dropout.hidden)
     x = ops.add(f, residual, x)

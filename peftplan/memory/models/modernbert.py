@@ -52,15 +52,11 @@ def embeddings(model: Model) -> Tensor:
 def encoder_layer(model: Model, block: Block, number: int, x: Tensor, mask: Tensor | None, turns: Turns) -> Tensor:
     """`ModernBertEncoderLayer.forward`; layer 0 has no norm before its attention."""
     f, name = model.tape, "model.layers.{}"
-    normed = x if number == 0 else model.layernorm(f"{name}.attn_norm", x, number)
-    attended = attention(model, block, number, normed, mask, turns)
-    del normed
+    attended = attention(model, block, number, x if number == 0 else model.layernorm(f"{name}.attn_norm", x, number), mask, turns)
     attended = behind(model, f"{name}.attention_adapters", attended, number)
     f.module = name
     x = ops.add(f, x, attended)
-    normed = model.layernorm(f"{name}.mlp_norm", x, number)
-    out = mlp(model, block, number, normed)
-    del normed
+    out = mlp(model, block, number, model.layernorm(f"{name}.mlp_norm", x, number))
     out = behind(model, f"{name}.output_adapters", out, number)
     f.module = name
     return ops.add(f, x, out)
@@ -94,7 +90,5 @@ def mlp(model: Model, block: Block, number: int, x: Tensor) -> Tensor:
     half = ("b", model.seq, block.mlp.intermediate_size)
     first, gate = split(f, both, [half, half])
     del both
-    inner = ops.dropout(f, ops.mul(f, activation(f, first, block.mlp.activation), gate), model.arch.dropout.hidden)
-    out = model.linear(f"{name}.Wo", inner, number)
-    del inner
-    return out
+    inner = ops.mul(f, activation(f, first, block.mlp.activation), gate)
+    return model.linear(f"{name}.Wo", ops.dropout(f, inner, model.arch.dropout.hidden), number)

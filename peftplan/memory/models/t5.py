@@ -254,7 +254,7 @@ class Stack:
         mask = self.masks["own" if states is None else "cross"]
         dropout = model.arch.dropout.attention
         if model.running.attention == "eager":
-            wide, cached = False, prefixed or None
+            wide, cached = False, (prefixed or None) if self.side == "decoder" else False
             out = attend(model, a, q, k, v, mask, dropout=dropout, rotated=False, wide=wide, bias=bias, cached=cached)
         else:
             added = self.additive(a, bias, mask)  # lives beside autocast's cast of it until the kernel returns
