@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Sequence
 
 from peftplan.planning.advising import advice_on, unfit
-from peftplan.report import configs
 from peftplan.report.bar import bar, legend, segments, unit_of
 from peftplan.report.cards import card_name
 from peftplan.report.screen import INDENT, Colour, Glyphs, Part, Row, Screen, flowing, wrapped
@@ -57,6 +56,8 @@ def head(result: Estimate, screen: Screen) -> list[Row]:
     if result.distributed is not None:
         rows += wrapped(result.distributed.words, screen.columns)
     if result.config:
+        from peftplan.report import configs
+
         rows += wrapped(configs.summary(result.config), screen.columns)
     for warning in result.warnings:
         rows += wrapped(f"warning: {warning}", screen.columns, colour="yellow")
@@ -175,7 +176,10 @@ def _notes(result: Estimate, screen: Screen) -> list[Row]:
     """What a reader must know of the numbers."""
     peaks = result.peaks
     lines = _incomplete(peaks.incomplete) if peaks else []
-    lines += configs.unsayable(result.config) if result.config else []
+    if result.config:
+        from peftplan.report import configs
+
+        lines += configs.unsayable(result.config)
     lines += [f"note: {note}" for note in result.assumptions.get("notes", ()) if note not in result.asides]
     missing = [what for what in result.not_modelled if not (result.gpus and what == "CUDA context")]
     if peaks:

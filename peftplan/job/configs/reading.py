@@ -215,6 +215,8 @@ class _Reading:
             return tuple(said) if isinstance(said, list) else said
         if said.keys() == {"all"}:
             return self.document.values
+        if "tags" in said:
+            return self._tags(said["tags"])
         if "globs" in said:
             return _globs(self._effective(said["globs"]))
         if "names" in said:
@@ -229,6 +231,14 @@ class _Reading:
                 return None
             product *= int(factor)
         return product
+
+    def _tags(self, groups: list[Mapping[str, list[str]]]) -> str:
+        """A regular expression of names that hold one tag of each group, in their order: tags of the switches that are on."""
+        parts = []
+        for switches in groups:
+            tags = [tag for key, meant in switches.items() if key == "" or self._effective(key) for tag in meant]
+            parts.append(f"(?:{'|'.join(tags)})")
+        return f".*?{'.*?'.join(parts[:-1])}.*?\\.{parts[-1]}"
 
     def _names(self, keys: Mapping[str, Any]) -> tuple[str, ...] | None:
         """Names of modules: of a key that lists them, theirs → ours; of a switch that is on, those that it stands for."""

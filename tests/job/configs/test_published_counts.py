@@ -1,0 +1,53 @@
+"""Trainable parameters that Unsloth printed in its notebooks, against the counts of what is read of the same notebooks."""
+
+from __future__ import annotations
+
+import pytest
+
+import peftplan
+from peftplan.arch import catalogue
+from tests.job.configs.published import plan, records
+
+DIFFER = {
+    "Qwen3_(0_6B)-Phone_Deployment.ipynb": "trains all weights, and prints the tied embedding twice",
+    "gpt-oss-(20B)_A100-GRPO.ipynb": "loads gpt-oss-120b, and prints what gpt-oss-20b has: its output is older",
+}
+"""Ends of the names of notebooks whose count is another one, and why."""
+PRINTED = {r["path"]: r for r in records("unsloth") if (r.get("measured") or {}).get("trainable")}
+EXPECTED = 31
+
+
+def test_counts_equal_those_printed() -> None:
+    """A notebook whose targets cannot be said has no count to compare."""
+    equal, differ = 0, []
+    counts: dict[str, int] = {}
+    for path, record in PRINTED.items():
+        read = plan(record)
+        unsaid = any(said.option == "target_modules" for said in read.unsayable.values())
+        if read.model is None or catalogue.find(read.model) is None or unsaid:
+            continue
+        key = repr((read.model, sorted(read.options.items())))
+        if key not in counts:
+            counts[key] = peftplan.estimate(read.model, **read.options).trainable_parameters
+        if counts[key] == record["measured"]["trainable"]:
+            equal += 1
+        else:
+            differ.append(path)
+    assert [path for path in differ if not path.endswith(tuple(DIFFER))] == []
+    assert equal >= EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("vision", "printed"),
+    [(True, 51_521_536), (False, 40_370_176)],  # nb/AMD-Qwen2.5_VL_(7B)-Vision.ipynb and …Qwen2_5_7B_VL_GRPO.ipynb, r 16
+)
+def test_switches_choose_the_part_of_a_vision_model(vision: bool, printed: int) -> None:
+    from peftplan.job.configs.read import read_values
+
+    calls = [
+        {"call": "FastVisionModel.from_pretrained", "args": ["unsloth/Qwen2.5-VL-7B-Instruct"], "kwargs": {"load_in_4bit": True}},
+        {"call": "FastVisionModel.get_peft_model", "args": ["<model>"], "kwargs": {"r": 16, "finetune_vision_layers": vision}},
+        {"call": "SFTConfig", "args": [], "kwargs": {}},
+    ]
+    read = read_values({"calls": calls}, file="a.ipynb", kind="calls")
+    assert peftplan.estimate(config=read).trainable_parameters == printed
