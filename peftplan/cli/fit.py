@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peftplan.cli import options
-from peftplan.cli.command import METHOD_HEADING, Command, argument, option
+from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will_exit
 from peftplan.errors import InputError, RefusedError
 
 if TYPE_CHECKING:
@@ -91,8 +91,9 @@ def command(
             members = family(
                 model_family, gpu=str(cards_named), allow_tight=allow_tight, **_names(methods), **by_engine, **wanted
             )
+        code = will_exit(1 if require_fit and not any(member.model for member in members) else 0)
         render.members(members, fmt=fmt, gpu=str(cards_named))
-        return 1 if require_fit and not any(member.model for member in members) else 0
+        return code
     if model is None and fields["peft_config"] is None:
         raise RefusedError("MODEL: a model is needed, or a --peft-config that names its base model, or --model-family NAME")
     if which_gpu:
@@ -102,8 +103,9 @@ def command(
             raise RefusedError("--which-gpu: it finds the card, so it takes no --gpu")
         with options.computed_by(engine) as by_engine:
             cards = cards_for(model, allow_tight=allow_tight, **by_engine, **wanted)
+        code = will_exit(1 if require_fit and not cards else 0)
         render.cards(cards, fmt=fmt)
-        return 1 if require_fit and not cards else 0
+        return code
     _check(gpu=cards_named, model=None, of_family=False)
     if size not in SIZES:
         from peftplan.errors import UnknownNameError
@@ -123,8 +125,9 @@ def command(
             **_names(methods),
             **wanted,
         )
+    code = will_exit(1 if require_fit and not all(result.fits for result in results) else 0)
     render.fits(results, fmt=fmt)
-    return 1 if require_fit and not all(result.fits for result in results) else 0
+    return code
 
 
 def _check(*, gpu: str | None, model: str | None, of_family: bool) -> None:
