@@ -30,7 +30,7 @@
 #define STREAMS 4  /* each has a pool of small blocks and one of large ones: a free block serves its own stream only */
 #define POOLS (2 * STREAMS)
 
-enum { PHASE, TAKE, HOLD, LET_GO, MAKE, ADD, FREE, OUTPUTS, END_OUTPUTS, BEHIND, REPEAT, LAYER, OWN, END_OWN, HAND, EMPTY, END, LEAVE, EVENTS };
+enum { PHASE, TAKE, HOLD, LET_GO, MAKE, ADD, FREE, OUTPUTS, END_OUTPUTS, REPEAT, LAYER, OWN, END_OWN, HAND, EMPTY, END, LEAVE, EVENTS };
 
 enum { RUNS, DEVICE_FULL, HOST_FULL, TOO_LARGE, MALFORMED };
 
@@ -78,7 +78,7 @@ typedef struct {
     const int64_t *sizes;
     Request *requests;  /* each size as the allocator rounds it */
     size_t num_sizes, num_storages, num_handles, num_phases;
-    int32_t *handles, *behind, *places, *handed;
+    int32_t *handles, *places, *handed;
     size_t num_handed;
     Blocks *live, *own, outputs;
     Spare *spare;
@@ -387,10 +387,6 @@ static void make(Run *run, int64_t storage, int64_t size, int64_t count)
 
 static Blocks *standing_for(Run *run, int64_t storage, int64_t size)
 {
-    int32_t behind = run->behind[storage];
-    Blocks *blocks = &run->live[behind == NONE ? storage : behind];
-    if (blocks->length)
-        return blocks;
     if (run->live[storage].length)
         return &run->live[storage];
     for (size_t at = 0; at < run->num_spare; at++) {
@@ -443,7 +439,6 @@ static void end_step(Run *run)
     for (size_t storage = 0; storage < run->num_storages; storage++) {
         release_all(run, &run->live[storage]);
         run->live[storage].known = 0;
-        run->behind[storage] = NONE;
     }
     run->num_spare = 0;
 }
@@ -506,8 +501,6 @@ static int fits(const Run *run, const int64_t *event)
     case LEAVE:
     case END_OWN:
         return a >= 0 && a < storages;
-    case BEHIND:
-        return a >= 0 && a < storages && b >= 0 && b < storages;
     case HAND:
         return a >= 0 && a < storages && b >= 0 && b < storages && c >= 0 && c < sizes;
     case REPEAT:
@@ -562,9 +555,6 @@ static size_t run_events(Run *run, const int64_t *events, size_t start, size_t s
         case REPEAT:
             at = repeat(run, events, (size_t)a, at, stop);
             break;
-        case BEHIND:
-            run->behind[a] = (int32_t)b;
-            break;
         case OUTPUTS:
             move_blocks(run, &run->live[a], &run->outputs);
             run->live[a].known = 0;
@@ -607,8 +597,7 @@ static int prepare(Run *run)
 {
     const size_t n = run->num_storages;
     run->handles = filled(run->num_handles, sizeof(int32_t), 0);
-    run->behind = filled(n, sizeof(int32_t), 0xFF); /* all NONE */
-    run->places = filled(n, sizeof(int32_t), 0xFF);
+    run->places = filled(n, sizeof(int32_t), 0xFF); /* all NONE */
     run->handed = filled(n, sizeof(int32_t), 0);
     run->requests = filled(run->num_sizes, sizeof(Request), 0);
     run->peaks = filled(run->num_phases, sizeof(int64_t), 0xFF);
@@ -616,7 +605,7 @@ static int prepare(Run *run)
     run->own = filled(n, sizeof(Blocks), 0);
     run->room = NO_BLOCK + 6 * BINS;
     run->blocks = filled(run->room, sizeof(Block), 0);
-    if (!(run->handles && run->behind && run->places && run->handed && run->requests && run->peaks && run->live && run->own &&
+    if (!(run->handles && run->places && run->handed && run->requests && run->peaks && run->live && run->own &&
           run->blocks))
         return 0;
     for (size_t at = 0; at < run->num_sizes; at++) {
@@ -642,7 +631,7 @@ static void clear(Run *run)
         if (run->own)
             free(run->own[storage].at);
     }
-    void *all[] = {run->handles, run->behind, run->places, run->handed,     run->requests, run->peaks,
+    void *all[] = {run->handles, run->places, run->handed, run->requests, run->peaks,
                    run->live,    run->own,    run->spare,  run->outputs.at, run->blocks};
     for (size_t at = 0; at < sizeof(all) / sizeof(*all); at++)
         free(all[at]);

@@ -30,7 +30,6 @@ except ImportError:  # no C compiler where it was installed
     FREE,  # storage, size, count
     OUTPUTS,  # storage: the caller still holds it
     END_OUTPUTS,  # the caller lets go
-    BEHIND,  # storage, storage: a hidden state, and the last one that copies of its layer hand on
     REPEAT,  # kinds of layers that take turns; each follows as a LAYER with its events
     LAYER,  # how many, number of events
     OWN,  # storage, size, count: of one layer
@@ -39,7 +38,7 @@ except ImportError:  # no C compiler where it was installed
     EMPTY,  # torch.cuda.empty_cache()
     END,  # of a step: gradients go
     LEAVE,  # storage: what lives of it stays for good
-) = range(18)
+) = range(17)
 COMPILED = _replay is not None and getattr(_replay, "EVENTS", None) == LEAVE + 1
 """Whether the compiled replay is there, of the events of today (in a checkout it may have been built before)."""
 WIDTH = 5
@@ -103,7 +102,6 @@ class _Run:
         self._outputs: list[Block | None] = []
         self._spare: dict[int, list[int]] = {}
         """Bytes → storages that were made more than once."""
-        self._behind: dict[int, int] = {}
         self._places: dict[int, int] = {}
         """What a copied layer hands on → the storage in whose place it stands."""
         self._own: dict[int, list[Block | None]] = {}
@@ -135,8 +133,6 @@ class _Run:
                 self._live.setdefault(a, []).extend(self._allocate(b, 1))
             elif what == REPEAT:
                 at = self._repeat(a, at)
-            elif what == BEHIND:
-                self._behind[a] = b
             elif what == OUTPUTS:
                 self._outputs += self._live.pop(a, [])
             elif what == END_OUTPUTS:
@@ -161,7 +157,7 @@ class _Run:
     def _end(self) -> None:
         for blocks in self._live.values():
             self._release(blocks)
-        for by_storage in (self._live, self._spare, self._behind):
+        for by_storage in (self._live, self._spare):
             by_storage.clear()
 
     def _repeat(self, kinds: int, at: int) -> int:
@@ -192,9 +188,9 @@ class _Run:
         self._live.setdefault(storage, []).extend(self._allocate(size, count, stream))
 
     def _free(self, storage: int, size: int, count: int) -> None:
-        """Free so many of a storage and its copies; a copy of a hidden state may stand under another layer's."""
+        """Free so many of a storage and its copies, which may stand under another one of their size."""
         for _ in range(count):
-            blocks = self._live.get(self._behind.get(storage, storage)) or self._live.get(storage) or self._other(size)
+            blocks = self._live.get(storage) or self._other(size)
             if blocks:
                 self.allocator.release(blocks.pop())
 

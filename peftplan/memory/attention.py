@@ -121,9 +121,11 @@ def attend(
         q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
         autocast, f.autocast = f.autocast, None  # the wrapper that cast the inputs turns it off
         try:
-            return math(model, a, q, k, v, mask, dropout=dropout)
+            out = math(model, a, q, k, v, mask, dropout=dropout)
         finally:  # a recomputation may stop inside
             f.autocast = autocast
+        del q, k, v  # autocast's copies
+        out = ops.copied(f, out, "clone")
     b, heads, s, d = out.dims
     return out.view((b, s, _product(heads, d)))
 
@@ -287,13 +289,10 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     hidden = f.new(scores.dims, "bool", "eq -inf")  # `_safe_softmax`
     del scores, hidden
     weights = ops.dropout(f, weights, dropout)
-    low = f.to(weights.detach(), dtype)
+    _low = f.to(weights.detach(), dtype)
     out = ops.matmul(f, weights, spread(values), (*q.dims[:3], v.dims[3]))
     out = ops.heads(f, out, out.dims, clones=model.running.batch_size > 1)
-    out = f.to(out, dtype)
-    del q, k, v, scaled, heads, values, weights, bias, low
-    b, a_, s, d = out.dims
-    return ops.copied(f, out, "clone", (b, s, a_, d)).view((b, s, _product(a_, d)))
+    return f.to(out, dtype)
 
 
 def _math_copy(model: Model, x: Tensor, *, heads: Dim, broadcast: bool, copied: bool) -> Tensor:

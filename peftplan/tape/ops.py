@@ -204,8 +204,7 @@ def rmsnorm(f: Tape, x: Tensor, weight: Operand | None, *, cast_last: bool = Fal
     """
     normed = rms_normed(f, f.to(x, "fp32"))
     if cast_last:
-        out = normed if weight is None else mul(f, weight, normed)
-        del normed
+        out = normed if weight is None else mul(f, weight, normed)  # a name holds what was normed until this returns
         narrow: Tensor = f.to(out, x.dtype)
         return narrow
     low = f.to(normed, x.dtype)

@@ -176,6 +176,53 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "optim": "adamw_torch",
         },
     ),
+    "Phi-3 holds the projection that it slices, and makes all slices before their views": (
+        shallow("phi-3-mini-128k-instruct", 6),
+        {"method": "full", "dtype": "fp32", "autocast": "bf16", "batch_size": 2, "optim": "adamw_8bit", **PLAIN},
+    ),
+    "repeated keys and values live beside what autocast casts them to": (
+        shallow("starcoder2-3b", 6),
+        {
+            "method": "pfeiffer",
+            "dtype": "fp32",
+            "autocast": "bf16",
+            "seq_len": 448,
+            "padding": True,
+            "gradient_accumulation_steps": 4,
+        },
+    ),
+    "a router's adapted weight is made behind the copy of its input": (
+        shallow("deepseek-r1", 6),
+        {"method": "lora", "batch_size": 3, "seq_len": 250, "attn_implementation": "eager"},
+    ),
+    "autocast's copies are gone when the math kernel's result is copied": (
+        shallow("falcon-7b", 6),
+        {
+            "method": "qdora",
+            "target_modules": "attention",
+            "gradient_checkpointing": True,
+            "padding": True,
+            "batch_size": 4,
+            "seq_len": 384,
+            "autocast": "bf16",
+            "optim": "adamw_torch_fused",
+            **PLAIN,
+        },
+    ),
+    "a norm whose weight multiplies in fp32 holds what it normed": (
+        shallow("olmo-2-0425-1b", 6),
+        {
+            "method": "qlora",
+            "trainer": "trl",
+            "dtype": "fp16",
+            "autocast": "none",
+            "lora_dropout": 0.1,
+            "batch_size": 3,
+            "seq_len": 250,
+            "optim": "adamw_8bit",
+            "use_reentrant": True,
+        },
+    ),
 }
 
 

@@ -271,7 +271,8 @@ def added(c: Call, residual: Tensor, x: Tensor) -> Tensor:
 def attention(c: Call, x: Tensor) -> Tensor:
     """`LlamaAttention.forward`."""
     a = c.block.attentions[0]
-    q, k, v = fused(c, a, x) if a.fused_qkv else projected(c, a, x)
+    _qkv = c.linear("self_attn.qkv_proj", x) if a.fused_qkv else None
+    q, k, v = projected(c, a, x) if _qkv is None else parts_of(c, a, _qkv)
     f = c.at("self_attn")
     rotated = a.positions == "rotary"
     if rotated:
@@ -326,16 +327,15 @@ def _normed_each(c: Call, name: str, x: Tensor) -> Tensor:
     return cat(c.at(name), normed, x.dims)
 
 
-def fused(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as slices of one projection (`Phi3Attention.forward`)."""
+def parts_of(c: Call, a: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as slices of one projection, which the forward keeps until it returns (`Phi3Attention.forward`)."""
     f = c.tape
-    qkv = c.linear("self_attn.qkv_proj", x)
     b, s, _ = qkv.dims
     q, k, v = (
         sliced(f, qkv, (b, s, heads * a.head_dim))
         for heads in (a.num_attention_heads, a.num_key_value_heads, a.num_key_value_heads)
     )
-    del qkv
+    q, k, v = (ops.reshaped(f, part) for part in (q, k, v))  # once all are there, so that in backward they come before all slices
     return _by_head(c, a, 0, q), _by_head(c, a, 1, k), v.view(_head_dims(a, 1, v))
 
 

@@ -94,8 +94,9 @@ def qwen2_block(c: Call, x: Tensor) -> Tensor:
 def wide_logits(c: Call, x: Tensor, name: str) -> Tensor:
     """`F.linear(x.type(torch.float32), weight.type(torch.float32))`."""
     f = c.at(name)
-    weight, _update = matrix(c.model, f"{c.style.stack}.{name}", c.number)
-    return ops.linear(f, f.to(x, "fp32"), f.to(weight, "fp32"))
+    wide = f.to(x, "fp32")
+    weight, _update = matrix(c.model, f"{c.style.stack}.{name}", c.number)  # made where it is read, behind the input's copy
+    return ops.linear(f, wide, f.to(weight, "fp32"))
 
 
 def deepseek_v2_route(c: Call, x: Tensor, name: str) -> Routed:
