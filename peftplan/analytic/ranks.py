@@ -48,7 +48,7 @@ def without_formula(job: Job) -> str | None:
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
     unknown = {
         "dp_shard_size": distributed.dp_shard_size not in (None, distributed.world_size),
-        "reshard_after_forward": distributed.reshard_after_forward not in (None, True),
+        "reshard_after_forward": type(distributed.reshard_after_forward) is int,
         "sync_each_batch": bool(distributed.sync_each_batch),
         "param_dtype": distributed.param_dtype not in (None, setup.autocast),
         "reduce_dtype": distributed.reduce_dtype not in (None, setup.autocast),

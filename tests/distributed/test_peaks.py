@@ -35,7 +35,7 @@ def test_a_rank_of_an_8b_model(cell: list[Any]) -> None:
         assert peaks.reserved == pytest.approx(reserved, rel=1e-2)
 
 
-ROWS = [row for row in rows() if "error" not in row and "reshard" not in row["name"]]
+ROWS = [row for row in rows() if "error" not in row]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row["name"] for row in ROWS])
