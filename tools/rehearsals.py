@@ -140,13 +140,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         drift += "" if not said else f"{100 * (said['reserved'] / row['peak_reserved'] - 1):+.2f} %"
         title = row["title"].rstrip(".") + (f" (`{row['launcher']}`)" if row["launcher"] else "")
         out = f"{row['verdict']}, in {row['oom']}" if row["oom"] else row["verdict"]
-        peaks = (f"{row['peak_allocated']:,}", f"{row['peak_reserved']:,}")
+        peaks = (f"{row['peak_allocated'] or 0:,}", f"{row['peak_reserved'] or 0:,}")
         lines.append(_row((title, row["gpu"], str(row["steps"]), *peaks, out, drift)))
     return "\n".join(lines)
 
 
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _row(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
 def write(rows: list[dict[str, Any]]) -> None:

@@ -163,7 +163,10 @@ def with_trainer(job: argparse.Namespace) -> None:
 def with_loop(job: argparse.Namespace) -> None:
     """A loop by hand: the model is on its device before the adapter is made."""
     model = load(job)
-    model = model if job.method == "qlora" else model.cuda()
+    if job.method == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpoints(job))
+    else:
+        model = model.cuda()
     if (peft := adapter(job)) is not None:
         model = get_peft_model(model, peft)
     if checkpoints(job):

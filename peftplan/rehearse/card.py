@@ -22,7 +22,7 @@ from pathlib import Path
 from peftplan.errors import MissingExtraError, RefusedError
 
 SOURCE = Path(__file__).with_name("card.c")
-NAMES = re.compile(r"^(cu[A-Z]|cuda|__cuda|cublas|cusolver|cusparse)")
+NAMES = re.compile(r"^(cu[A-Z]|cuda|__cuda|cublas|cusolver|cusparse|nccl[A-Z])")
 OPENED_BY_TRITON = [
     "cuCtxGetDevice",
     "cuCtxGetLimit",

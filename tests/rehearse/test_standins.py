@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from peftplan.rehearse.inside import holes, standins  # noqa: E402
+from peftplan.rehearse.inside import holes, standins, texts  # noqa: E402
 
 TINY = {
     "model_type": "llama",
@@ -39,7 +39,7 @@ def test_the_real_loader_reads_a_checkpoint_of_holes(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_has_the_models_tokens(tmp_path: Path) -> None:
-    for name, content in standins.tokenizer_files(TINY):
+    for name, content in texts.tokenizer_files(TINY):
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) == TINY["vocab_size"]
@@ -55,3 +55,33 @@ def test_holes_are_files_that_safetensors_opens(tmp_path: Path) -> None:
     holes.write(tmp_path / "x.safetensors", [("a", torch.bfloat16, (3, 5)), ("b", torch.int64, ())], {"format": "pt"})
     tensors = load_file(tmp_path / "x.safetensors")
     assert (tensors["a"].shape, tensors["b"].dtype, int(tensors["b"])) == ((3, 5), torch.int64, 0)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-3b-instruct", "gemma-3-4b-it"])
+def test_a_processor_prepares_pictures_for_a_model_that_sees(name: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("torchvision")
+    from peftplan.job.sources import load_config
+
+    config = load_config(name)
+    for file, content in (("config.json", config), *texts.tokenizer_files(config), *texts.processor_files(config)):
+        (tmp_path / file).write_text(json.dumps(content), encoding="utf-8")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    content = [{"type": "image"}, {"type": "text", "text": "what is this"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    batch = processor(text=[text], images=[image.new("RGB", (448, 448))], return_tensors="pt")
+    pictures = batch["input_ids"] == config.get("image_token_id", config.get("image_token_index"))
+    assert isinstance(batch["pixel_values"], torch.Tensor)
+    assert int(pictures.sum()) == 256
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "gemma-3-270m", "gpt2", "bert-base-uncased"])
+def test_every_class_of_tokenizer_makes_tokens(name: str, tmp_path: Path) -> None:
+    from peftplan.job.sources import load_config
+
+    config = load_config(name)
+    for file, content in (("config.json", config), *texts.tokenizer_files(config)):
+        (tmp_path / file).write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert 100 <= len(tokenizer("word " * 80)["input_ids"]) <= 402

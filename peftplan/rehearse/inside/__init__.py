@@ -19,10 +19,11 @@ def begin() -> None:
             file.write(f"{text}\n")
 
     def torch_is_there(torch: object) -> None:
-        from peftplan.rehearse.inside import holes, ranks, values, watch
+        from peftplan.rehearse.inside import generation, holes, ranks, values, watch
 
         watch.start(settings)
         values.start()
+        generation.start()
         ranks.start()
         if settings.stand_ins:
             holes.start()

@@ -13,17 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from peftplan.rehearse.inside import holes
+from peftplan.rehearse.inside import holes, texts
 from peftplan.rehearse.inside.after_import import AfterImport
 
 REVISION = "0" * 40
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
-CHARACTERS = 4
-"""The stand-in tokenizer makes one token of so many characters."""
-CHAT = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{% if message['role'] == 'assistant' %}{% generation %}"
-    "{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
-)
 
 
 def start(say: Callable[[str], None]) -> None:
@@ -33,6 +27,7 @@ def start(say: Callable[[str], None]) -> None:
         AfterImport(
             {
                 "huggingface_hub.file_download": lambda module: _watch_hub(module, say),
+                "huggingface_hub._snapshot_download": lambda module: _watch_hub(module, say),
                 "transformers.modeling_utils": lambda module: _watch_loader(module, say),
             }
         ),
@@ -52,8 +47,9 @@ def _watch_hub(module: Any, say: Callable[[str], None]) -> None:
 
         return with_stand_in
 
-    for name in ("hf_hub_download", "try_to_load_from_cache"):
-        setattr(module, name, first(getattr(module, name)))
+    for name in ("hf_hub_download", "try_to_load_from_cache", "snapshot_download"):
+        if hasattr(module, name):
+            setattr(module, name, first(getattr(module, name)))
 
 
 def _ensure(repo_id: str, cache: Path, say: Callable[[str], None]) -> None:
@@ -65,11 +61,11 @@ def _ensure(repo_id: str, cache: Path, say: Callable[[str], None]) -> None:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(REVISION, encoding="ascii")
     _write_texts(snapshot, config)
-    say(f"{repo_id}: the built-in config, and a tokenizer that makes one token of {CHARACTERS} characters")
+    say(f"{repo_id}: the built-in config, and a tokenizer that makes one token of {texts.CHARACTERS} characters or of a byte")
 
 
 def _write_texts(folder: Path, config: Mapping[str, Any]) -> None:
-    for name, content in (("config.json", config), *tokenizer_files(config)):
+    for name, content in (("config.json", config), *texts.tokenizer_files(config), *texts.processor_files(config)):
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -135,48 +131,3 @@ def _saved(model: Any) -> Iterator[tuple[str, Any]]:
     others = model.state_dict(keep_vars=True)
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     yield from ((name, tensor) for name, tensor in others.items() if name not in tied)
-
-
-def tokenizer_files(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """`tokenizer.json` and `tokenizer_config.json`: as many tokens as the model has, and its own special ids."""
-    text = config.get("text_config") or config
-    size = int(text.get("vocab_size") or 32000)
-    special = {role: _first_id(text.get(f"{role}_token_id", config.get(f"{role}_token_id"))) for role in ("bos", "eos", "pad")}
-    special = {role: number for role, number in special.items() if number is not None and 0 <= number < size}
-    special.setdefault("eos", size - 1)
-    special.setdefault("pad", special["eos"])
-    names = {number: f"<{role}>" for role, number in special.items()}
-    usual = next(number for number in range(size - 1, -1, -1) if number not in names)
-    vocabulary = {names.get(number, "<unk>" if number == usual else f"<{number}>"): number for number in range(size)}
-    yield (
-        "tokenizer.json",
-        {
-            "version": "1.0",
-            "added_tokens": [
-                {
-                    "id": number,
-                    "content": name,
-                    "single_word": False,
-                    "lstrip": False,
-                    "rstrip": False,
-                    "normalized": False,
-                    "special": True,
-                }
-                for number, name in sorted(names.items())
-            ],
-            "pre_tokenizer": {
-                "type": "Split",
-                "pattern": {"Regex": f"[\\s\\S]{{1,{CHARACTERS}}}"},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-        },
-    )
-    tokens = {f"{role}_token": names[number] for role, number in special.items()}
-    yield "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT, **tokens}
-
-
-def _first_id(stated: Any) -> int | None:
-    """A config may state several end tokens."""
-    return next(iter(stated), None) if isinstance(stated, (list, tuple)) else stated

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from peftplan.rehearse.inside import known
+
 IGNORED = -100
 """The label that losses leave out (`torch.nn.functional.cross_entropy(ignore_index=)`)."""
 
@@ -16,21 +18,29 @@ def start() -> None:
 
     So many places of a mask are true that is counted there.
     """
-    to, cuda = torch.Tensor.to, torch.Tensor.cuda
+    to, cuda, cpu, tolist = torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu, torch.Tensor.tolist
 
     def watched_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return _counted(self, to(self, *args, **kwargs))
+        return _counted(self, known.remember(self, _unmasked(self, to(self, *args, **kwargs))))
 
     def watched_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return _counted(self, cuda(self, *args, **kwargs))
+        return _counted(self, known.remember(self, cuda(self, *args, **kwargs)))
+
+    def watched_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return known.remember(self, _unmasked(self, cpu(self, *args, **kwargs)))
+
+    def watched_tolist(self: torch.Tensor) -> Any:
+        return tolist(watched_cpu(self))
 
     torch.Tensor.to, torch.Tensor.cuda = watched_to, watched_cuda  # type: ignore[assignment,method-assign]
+    torch.Tensor.cpu, torch.Tensor.tolist = watched_cpu, watched_tolist  # type: ignore[assignment,method-assign]
     for name in ("item", "__float__", "__int__", "__bool__"):
         setattr(torch.Tensor, name, _sane(getattr(torch.Tensor, name)))
     torch.all, torch.Tensor.all = _true(torch.all), _true(torch.Tensor.all)  # type: ignore[method-assign]
     for name in ("isnan", "isinf"):
         setattr(torch, name, _never(getattr(torch, name)))
         setattr(torch.Tensor, name, _never(getattr(torch.Tensor, name)))
+    known.start()
 
 
 def _sane(read: Any) -> Any:
@@ -59,16 +69,25 @@ def _true(reduce: Any) -> Any:
     return reduced
 
 
+def _unmasked(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """A mask that comes back from the card hides nothing."""
+    if before.dtype is torch.bool and before.dim() and before.device.type == "cuda" and after.device.type == "cpu":
+        return after.fill_(not isinstance(before, _False))
+    return after
+
+
 def _counted(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     if after.device.type == "cuda" and before.device.type == "cpu" and before.dtype == torch.int64 and before.dim() == 2:
         counted = before[:, 1:] != IGNORED
-        if not counted.all() or "EMULATED_INT" not in os.environ:
+        if counted.numel() and (not counted.all() or "EMULATED_INT" not in os.environ):
             os.environ["EMULATED_INT"] = str(int(counted.sum()))
     return after
 
 
 class _False(torch.Tensor):
     """A mask on the card that is false everywhere, whatever is read from it."""
+
+    false = True
 
     def __bool__(self) -> bool:
         return False
@@ -81,6 +100,9 @@ class _False(torch.Tensor):
 
     def any(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return super().any(*args, **kwargs).as_subclass(_False)
+
+    def __invert__(self) -> torch.Tensor:
+        return super().__invert__().as_subclass(torch.Tensor)
 
 
 def _never(check: Any) -> Any:

@@ -169,7 +169,8 @@ def start(settings: Settings) -> None:
     register_optimizer_step_pre_hook(watch.before_step)
     register_optimizer_step_post_hook(watch.after_step)
     watch.await_forward()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans its kernels on the card itself
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN brings its own way to the driver
+    torch._C._set_cudnn_enabled(False)
     torch.cuda._lazy_call(lambda: _record(watch))  # type: ignore[no-untyped-call]
     atexit.register(watch.finish)
     unhandled = sys.excepthook

@@ -1,0 +1,227 @@
+"""Integers whose values the host knows: what a batch brought to the card, and what follows from it alone.
+
+A tensor on the card that was copied from the host keeps a copy of its values there, and so does the result of a small operation
+on such tensors. Sizes that depend on values (masks, grids of pictures, lengths) are then the real ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+MOST = 1 << 20
+"""Elements of a tensor whose values are followed."""
+EXPANDED = ("expand",)
+"""Operations that make no copy on the host either, whatever the length."""
+COUNT = "EMULATED_INT"
+"""What the card answers where a kernel counts."""
+COMPARED = ("eq", "ne", "lt", "gt", "le", "ge")
+COUNTED = ("nonzero", "masked_select", "masked_scatter", "unique", "unique_consecutive", "repeat_interleave", "__getitem__")
+"""Operations whose results are as long as values say."""
+FOLLOWED = (
+    *COUNTED, *COMPARED, *(f"__{name}__" for name in COMPARED), "__invert__", "__and__", "__or__", "__add__", "__radd__",
+    "__sub__", "__rsub__", "__mul__", "__rmul__", "__floordiv__", "__mod__", "__truediv__", "__neg__", "logical_not",
+    "logical_and", "logical_or", "bitwise_not", "bool", "int", "long", "float", "type", "view", "reshape", "flatten", "squeeze",
+    "unsqueeze", "expand", "repeat", "contiguous", "clone", "detach", "sum", "prod", "max", "min", "amax", "amin",
+    "any", "all", "argmax", "argmin", "cumsum", "diff", "masked_fill", "where", "cat", "stack", "isin", "split", "chunk",
+    "unbind", "flip", "roll", "t", "transpose", "permute", "index_select", "gather", "sort", "argsort", "clamp", "minimum", "pad",
+    "maximum",
+)  # fmt: skip
+CHANGING = ("__setitem__", "masked_fill_", "fill_", "zero_", "copy_", "add_", "mul_", "sub_", "clamp_")
+MADE = ("arange", "tensor", "as_tensor", "full", "ones", "zeros")
+READ = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
+
+
+def remember(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Keep the values of what the host sends to the card; give them back where it reads them."""
+    values = of(before)
+    if after.device.type == "cpu" and values is not None:
+        return values.to(after.dtype).clone()
+    if before.device.type == "cpu":
+        values = before if not before.is_floating_point() and before.numel() <= MOST else None
+    if after is not before and after.device.type == "cuda" and values is not None:
+        copied = values.to(after.dtype)
+        after.known = copied if copied.numel() > MOST else copied.clone()  # type: ignore[attr-defined]
+    return after
+
+
+def of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A tensor's values, where the host knows them."""
+    known: torch.Tensor | None = getattr(tensor, "known", None)
+    return known
+
+
+def start() -> None:
+    """Follow values through the operations that programs use on batches."""
+    for name in FOLLOWED:
+        for owner in (torch.Tensor, torch, torch.nn.functional):
+            if callable(getattr(owner, name, None)):  # torch.float is a dtype
+                operation = getattr(owner, name)
+                setattr(
+                    owner, name, _scripted(operation, _followed(operation, counted=name in COUNTED, limited=name not in EXPANDED))
+                )
+    torch.Tensor.expand_as = lambda self, other: self.expand(other.shape)  # type: ignore[method-assign]
+    for name in CHANGING:
+        setattr(torch.Tensor, name, _changing(getattr(torch.Tensor, name)))
+    for name in MADE:
+        setattr(torch, name, _scripted(getattr(torch, name), _made(getattr(torch, name))))
+    for name in READ:
+        setattr(torch.Tensor, name, _read(getattr(torch.Tensor, name)))
+
+
+def _scripted(operation: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """TorchScript knows torch's functions by their identity."""
+    from torch.jit import _builtins
+
+    if (name := _builtins._find_builtin(operation)) is not None:  # type: ignore[no-untyped-call]
+        _builtins._register_builtin(ours, name)
+    return ours
+
+
+def _followed(operation: Callable[..., Any], *, counted: bool, limited: bool) -> Callable[..., Any]:
+    def followed(*args: Any, **kwargs: Any) -> Any:
+        is_known = any(hasattr(arg, "known") for arg in _flat(args))
+        if counted and (is_known or any(_is_mask(arg) for arg in _flat(args))):
+            trained = torch.is_grad_enabled() and any(getattr(arg, "requires_grad", False) for arg in args)
+            with _answering(_count(operation, args, kwargs), backward=trained):
+                result = operation(*args, **kwargs)
+        else:
+            result = operation(*args, **kwargs)
+        if not is_known:
+            return result
+        if not limited or _small(result):
+            _attach(result, operation, args, kwargs)
+        return result
+
+    return followed
+
+
+def _flat(args: Any) -> Iterator[Any]:
+    for arg in args:
+        if isinstance(arg, (tuple, list)):
+            yield from _flat(arg)
+        else:
+            yield arg
+
+
+def _count(operation: Callable[..., Any], args: Any, kwargs: Any) -> int | None:
+    """How long a result is: as many places as a mask has that are true, else as long as on the host, or as repeats add up to."""
+    tensors = [arg for arg in _flat(args) if isinstance(arg, torch.Tensor)]
+    if masks := [tensor for tensor in tensors if _is_mask(tensor)]:
+        return _places(masks[-1])
+    with suppress(*NOT_ON_HOST):
+        result = operation(*_on_host(args), **_on_host_by_name(kwargs))
+        return len(result[0] if isinstance(result, tuple) else result)
+    values = [known for tensor in tensors if (known := of(tensor)) is not None]
+    return int(values[-1].sum()) if values else None
+
+
+def _is_mask(thing: Any) -> bool:
+    return isinstance(thing, torch.Tensor) and thing.dtype is torch.bool and thing.device.type == "cuda"
+
+
+def _places(mask: torch.Tensor) -> int:
+    """True places of a mask; one that nobody knows hides nothing."""
+    known = of(mask)
+    return int(known.count_nonzero()) if known is not None else 0 if hasattr(mask, "false") else mask.numel()
+
+
+@contextmanager
+def _answering(count: int | None, *, backward: bool = False) -> Iterator[None]:
+    """Let the card count so many; from then on where backward will ask again."""
+    before = os.environ.get(COUNT)
+    if count is not None:
+        os.environ[COUNT] = str(count)
+    try:
+        yield
+    finally:
+        if count is not None and not backward:
+            del os.environ[COUNT]
+            os.environ |= {} if before is None else {COUNT: before}
+
+
+def _small(result: Any) -> bool:
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    return all(not isinstance(one, torch.Tensor) or one.numel() <= MOST for one in results)
+
+
+def _attach(result: Any, operation: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    try:
+        known = operation(*_on_host(args), **_on_host_by_name(kwargs))
+    except NOT_ON_HOST:
+        return
+    pairs = zip(result, known, strict=False) if isinstance(result, (tuple, list)) else ((result, known),)
+    for ours, theirs in pairs:
+        if isinstance(ours, torch.Tensor) and ours.device.type == "cuda" and ours.shape == theirs.shape:
+            ours.known = theirs  # type: ignore[attr-defined]
+
+
+class _UnknownError(Exception):
+    """A tensor on the card has values that nobody knows."""
+
+
+NOT_ON_HOST = (_UnknownError, RuntimeError, TypeError, IndexError, ValueError)
+"""What an operation raises that cannot be repeated on the host."""
+
+
+def _on_host_by_name(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(kwargs, _on_host(kwargs.values()), strict=True))
+
+
+def _on_host(args: Any) -> list[Any]:
+    values: list[Any] = []
+    for arg in args:
+        if isinstance(arg, (tuple, list)):
+            values.append(type(arg)(_on_host(arg)))
+        elif isinstance(arg, torch.device) or (isinstance(arg, str) and arg.startswith("cuda")):
+            values.append("cpu")
+        elif isinstance(arg, torch.Tensor) and arg.device.type == "cuda":
+            if (known := of(arg)) is None:
+                raise _UnknownError
+            values.append(known)
+        else:
+            values.append(arg)
+    return values
+
+
+def _changing(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def changing(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        masks = [arg for arg in _flat(args) if _is_mask(arg)]
+        with _answering(_places(masks[0]) if masks else None):
+            result = operation(self, *args, **kwargs)
+        if not hasattr(self, "known"):
+            return result
+        try:
+            operation(self.known, *_on_host(args), **_on_host_by_name(kwargs))
+        except NOT_ON_HOST:
+            del self.known
+        return result
+
+    return changing
+
+
+def _made(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def made(*args: Any, **kwargs: Any) -> Any:
+        result = operation(*args, **kwargs)
+        if (
+            result.device.type == "cuda"
+            and not result.is_floating_point()
+            and result.numel() <= MOST
+            and not hasattr(result, "known")
+        ):
+            _attach(result, operation, args, {**kwargs, "device": "cpu"})
+        return result
+
+    return made
+
+
+def _read(reading: Callable[..., Any]) -> Callable[..., Any]:
+    def read(self: torch.Tensor) -> Any:
+        known = of(self)
+        return reading(self if known is None else known)
+
+    return read

@@ -1,0 +1,84 @@
+"""What a program reads on the emulated card: small programs that say what they see."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftplan.rehearse import rehearse
+
+pytestmark = pytest.mark.rehearse
+
+SEEN = """
+import ctypes, json, torch
+pynvml = ctypes.CDLL("libnvidia-ml.so.1")
+count, name, handle = ctypes.c_uint(), ctypes.create_string_buffer(96), ctypes.c_void_p()
+class Memory(ctypes.Structure):
+    _fields_ = [(field, ctypes.c_ulonglong) for field in ("total", "free", "used")]
+memory = Memory()
+pynvml.nvmlInit_v2()
+pynvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+pynvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle))
+pynvml.nvmlDeviceGetName(handle, name, 96)
+x = torch.ones(256, 1024, 1024, device="cuda")
+pynvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
+free, total = torch.cuda.mem_get_info()
+mask = x[0, 0] > 0
+print("SEEN", json.dumps({
+    "cards": [count.value, torch.cuda.device_count()],
+    "name": name.value.decode(),
+    "used": [memory.used, total - free],
+    "reserved": torch.cuda.memory_reserved(),
+    "pinned": [torch.zeros(9, pin_memory=True).is_pinned(), torch.zeros(9).is_pinned()],
+    "conditions": [bool((x > 0).all()), bool((x < 0).any()), bool(torch.isnan(x).any()), bool(torch.isfinite(x).all())],
+    "overflow": (x.sum() == 0).byte().item(),
+    "mask": [all(mask.cpu().tolist()), all(mask.tolist()), any(torch.isnan(x[0, 0]).tolist())],
+}))
+"""
+GENERATING = """
+import json, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 256}
+model = LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=2)).cuda()
+prompt = torch.ones(3, 5, dtype=torch.int64, device="cuda")
+print("SEEN", json.dumps([list(model.generate(prompt, do_sample=sample, max_new_tokens=17).shape) for sample in (True, False)]))
+"""
+
+
+def seen(program: str, gpu: str, tmp_path: Path, **environment: str) -> Any:
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda is None:
+        pytest.skip("needs the CUDA build of torch")
+    path, output = tmp_path / "program.py", tmp_path / "output"
+    path.write_text(program, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch, output.open("w") as file:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        rehearse([sys.executable, str(path)], gpu=gpu, stdout=file.fileno())
+    return json.loads(next(line for line in output.read_text().splitlines() if line.startswith("SEEN"))[len("SEEN") :])
+
+
+@pytest.mark.parametrize("segments", ["expandable_segments:True", "expandable_segments:False"])
+def test_the_card_says_what_it_is_and_holds(segments: str, tmp_path: Path) -> None:
+    shown = seen(SEEN, "2xrtx-4090", tmp_path, PYTORCH_CUDA_ALLOC_CONF=segments)
+    assert shown["cards"] == [2, 2]
+    assert "4090" in shown["name"]
+    assert shown["used"][0] == shown["used"][1] > shown["reserved"] >= 2**30
+    assert shown["pinned"] == [True, False]
+
+
+def test_conditions_read_from_the_card_are_sane(tmp_path: Path) -> None:
+    shown = seen(SEEN, "rtx-4090", tmp_path)
+    assert shown["conditions"] == [True, False, False, True]
+    assert shown["overflow"] == 0
+    assert shown["mask"] == [True, True, False]
+
+
+def test_generated_text_has_the_length_that_was_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    assert seen(GENERATING, "rtx-4090", tmp_path, HF_HUB_OFFLINE=os.environ.get("HF_HUB_OFFLINE", "1")) == [[3, 22], [3, 22]]
