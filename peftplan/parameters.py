@@ -222,12 +222,12 @@ def buffers(
     buffers that peft makes on the host stay there.
     """
 
-    def buffer(b: Buffer | AddedBuffer, held: str, owner: Literal["base", "adapter"], source: str) -> Parameter:
+    def buffer(b: Buffer | AddedBuffer, stored: str, owner: Literal["base", "adapter"], source: str) -> Parameter:
         place: Place = "host" if on_host and isinstance(b, AddedBuffer) and b.from_host else "device"
         layers = None if b.layers is None else frozenset(b.layers)
-        allocation = Allocation("buffer", held, b.shape, place)
+        allocation = Allocation("buffer", stored, b.shape, place)
         return Parameter(
-            b.name, b.shape, 1 if layers is None else len(layers), held, False, owner, (allocation,), source, layers=layers
+            b.name, b.shape, 1 if layers is None else len(layers), stored, False, owner, (allocation,), source, layers=layers
         )
 
     own = [buffer(b, dtype if b.dtype == "model" else b.dtype, "base", arch.model_class) for b in arch.buffers]

@@ -153,8 +153,8 @@ def page(results: list[tuple[str, dict[str, Any], dict[str, float] | None]]) -> 
     lines += ["", "## Jobs", "", "| job | " + " | ".join(f"{e} allocated / reserved" for e in engines) + " |"]
     lines += ["| --- |" + " --- |" * len(engines)]
     for job in dict.fromkeys(row["job"] for _, row, _ in results):
-        found = {engine: drift for engine, row, drift in results if row["job"] == job}
-        lines.append(f"| `{job}` | " + " | ".join(_cell(found.get(engine)) for engine in engines) + " |")
+        by_engine = {engine: drift for engine, row, drift in results if row["job"] == job}
+        lines.append(f"| `{job}` | " + " | ".join(_cell(by_engine.get(engine)) for engine in engines) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -128,7 +128,7 @@ class Model:
         """The tensors of a family of parameters that the step has used so far."""
         return [p for (family, _), p in self._parameters.items() if family == name]
 
-    def made(self) -> Iterator[tuple[tuple[str, int | None], Parameter]]:
+    def used_by_layer(self) -> Iterator[tuple[tuple[str, int | None], Parameter]]:
         """The tensors that the step has used so far, by family and layer."""
         yield from self._parameters.items()
 

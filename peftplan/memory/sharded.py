@@ -49,7 +49,7 @@ def units_of(model: Model, full: Parameters, shards: Parameters, distributed: Di
             name,
             tuple(_member(p, shard, distributed.shards, dtype) for p, shard in members),
             reshards=reshards and name not in (TAIL, ROOT),
-            parameters=partial(_made, model, name, {p.name for p, _ in members}),
+            parameters=partial(_parameters_of, model, name, {p.name for p, _ in members}),
         )
         for name, members in grouped(model.arch, full, shards, distributed).items()
     ]
@@ -121,9 +121,9 @@ def _member(p: Parameter, shard: Parameter, ranks: int, dtype: str | None) -> Me
     return Member(p.name, numel * ranks, numel, gathered, casts, weight.dtype, p.trainable)
 
 
-def _made(model: Model, unit: str, names: set[str]) -> Iterable[TapeParameter]:
+def _parameters_of(model: Model, unit: str, names: set[str]) -> Iterable[TapeParameter]:
     """The parameters of a unit that the tape has used."""
-    return [p for (name, number), p in model.made() if name in names and (number is None or layer(number) == unit)]
+    return [p for (name, number), p in model.used_by_layer() if name in names and (number is None or layer(number) == unit)]
 
 
 # -- loading -------------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def made_by_formulas(job: Job, formulas: Compiled, sizes: dict[str, int]) -> Cou
     timeline, named = formulas.timeline, formulas.sizes(B, S)
     leaves = {module.name for module in job.architecture.modules}
     modules = leaves | {name.rpartition(".")[0] for name in leaves}
-    made: Counter[Key] = Counter()
+    tensors: Counter[Key] = Counter()
     for _, start, end in (window for window in timeline.windows if window[0] == "forward"):
         for number, count in timeline.events[start:end]:
             kind = timeline.kinds[number]
@@ -50,8 +50,8 @@ def made_by_formulas(job: Job, formulas: Compiled, sizes: dict[str, int]) -> Cou
             shape = tuple(named[dim] if isinstance(dim, str) else dim for dim in kind.dims)
             if count > 0 and kind.dtype in FLOATS:
                 of_module = "." in module or module in modules
-                made[module_name(module if operation and of_module else ""), shape_name(shape, sizes), kind.dtype] += count
-    return made
+                tensors[module_name(module if operation and of_module else ""), shape_name(shape, sizes), kind.dtype] += count
+    return tensors
 
 
 def made_in_trace(job: Job, sizes: dict[str, int]) -> Counter[Key]:

@@ -8,12 +8,12 @@ import gc
 import torch
 
 
-def held() -> dict[str, int]:
+def host_bytes() -> dict[str, int]:
     """`pinned`: bytes that were pinned at most, as the driver was asked. `pageable`: bytes of other tensors on the host now."""
-    asked = getattr(ctypes.CDLL(None), "emulated_pinned", None)
-    if asked is not None:
-        asked.restype = ctypes.c_size_t
-    return {"pinned": asked() if asked is not None else 0, "pageable": _pageable()}
+    pinned = getattr(ctypes.CDLL(None), "emulated_pinned", None)
+    if pinned is not None:
+        pinned.restype = ctypes.c_size_t
+    return {"pinned": pinned() if pinned is not None else 0, "pageable": _pageable()}
 
 
 def _pageable() -> int:

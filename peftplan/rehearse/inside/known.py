@@ -32,7 +32,7 @@ FOLLOWED = (
     "maximum",
 )  # fmt: skip
 CHANGING = ("__setitem__", "masked_fill_", "fill_", "zero_", "copy_", "add_", "mul_", "sub_", "clamp_")
-MADE = ("arange", "tensor", "as_tensor", "full", "ones", "zeros")
+CREATING = ("arange", "tensor", "as_tensor", "full", "ones", "zeros")
 READ = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
 
 
@@ -67,8 +67,8 @@ def start() -> None:
     torch.Tensor.expand_as = lambda self, other: self.expand(other.shape)  # type: ignore[method-assign]
     for name in CHANGING:
         setattr(torch.Tensor, name, _changing(getattr(torch.Tensor, name)))
-    for name in MADE:
-        setattr(torch, name, _scripted(getattr(torch, name), _made(getattr(torch, name))))
+    for name in CREATING:
+        setattr(torch, name, _scripted(getattr(torch, name), _creating(getattr(torch, name))))
     for name in READ:
         setattr(torch.Tensor, name, _read(getattr(torch.Tensor, name)))
 
@@ -204,8 +204,8 @@ def _changing(operation: Callable[..., Any]) -> Callable[..., Any]:
     return changing
 
 
-def _made(operation: Callable[..., Any]) -> Callable[..., Any]:
-    def made(*args: Any, **kwargs: Any) -> Any:
+def _creating(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def creating(*args: Any, **kwargs: Any) -> Any:
         result = operation(*args, **kwargs)
         if (
             result.device.type == "cuda"
@@ -216,7 +216,7 @@ def _made(operation: Callable[..., Any]) -> Callable[..., Any]:
             _attach(result, operation, args, {**kwargs, "device": "cpu"})
         return result
 
-    return made
+    return creating
 
 
 def _read(reading: Callable[..., Any]) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ def write(shown: Shown) -> None:
         "program": sys.argv[:1],
         "steps_taken": shown.steps_done,
         "program_exit": shown.program_exit,
-        "host": host.held(),
+        "host": host.host_bytes(),
         "devices": [_device(shown, device) for device in sorted({row[2] for row in shown.figures})],
         "oom": shown.out_of_memory[-1] if shown.out_of_memory else None,
     }
