@@ -1,4 +1,4 @@
-"""The autograd graph of a tape: what a checkpointed call leaves in place of what they save, and the order of backward.
+"""The autograd graph of a tape: the order of backward, and the placeholders that a checkpointed call saves.
 
 Source: torch, csrc/autograd/engine.cpp (order), input_buffer.cpp (sums), utils/checkpoint.py (`_CheckpointFrame`).
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from peftplan.tape.tensors import Node, Operand, Parameter
 
 RELEASED = ("released",)
-"""Takes the place of what a node saved once a nested backward has run it."""
+"""Replaces the saved tensors of a node that a nested backward has run."""
 
 
 class StopRecomputationError(Exception):
@@ -18,7 +18,7 @@ class StopRecomputationError(Exception):
 
 
 class Frame:
-    """A checkpointed call: how many tensors it would have saved, and those that its recomputation has made again."""
+    """A checkpointed call: how many tensors its operations save, and which of them have been recomputed."""
 
     __slots__ = ("alive", "count", "inputs", "recomputed", "replayed", "rerun")
 
@@ -32,7 +32,7 @@ class Frame:
 
 
 class Place:
-    """Stands for a saved tensor of a checkpointed layer until recomputation makes it; a place that nobody holds is not filled."""
+    """Placeholder for a saved tensor of a checkpointed layer. Recomputation fills only the places that are still referred to."""
 
     __slots__ = ("frame", "number")
 
@@ -46,7 +46,7 @@ class Place:
 
 
 def reachable(roots: Iterable[Node | Parameter | None]) -> list[Node]:
-    """Every node that gradients of the roots reach, in the order of forward. Counts the gradients that each weight will get."""
+    """Every node that the gradients of the roots reach, in forward order. Also sets how many gradients each weight will get."""
     seen: set[Node] = set()
     stack: list[Node] = []
     uses: dict[Parameter, int] = {}

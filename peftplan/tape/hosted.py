@@ -1,4 +1,4 @@
-"""Inputs of checkpointed layers that wait on the host: nothing of them is left on the device until backward copies them back.
+"""Inputs of checkpointed layers, offloaded to host memory. The device holds none of them until backward copies them back.
 
 Source: transformers, modeling_utils.py (`_activation_checkpointing_enable` with `offload`); torch, autograd/graph.py
 (`save_on_cpu`), utils/checkpoint.py (`save_inputs`, `CheckpointFunction`): the tensors among a layer's positional arguments.
@@ -11,7 +11,7 @@ from peftplan.tape.tensors import Tensor
 
 
 class Hosted:
-    """A tensor on the host, with what its copy on the device needs."""
+    """A tensor in host memory, with the facts that restore it on the device."""
 
     __slots__ = ("dims", "dtype", "index", "leaf", "node")
 

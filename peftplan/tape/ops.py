@@ -1,7 +1,9 @@
-"""torch's operations as they allocate: what each makes, keeps for backward, and takes while its backward runs.
+"""torch's operations as allocations: the result of each, what it saves for backward, and what its backward allocates.
 
-Each function names the formula of torch's tools/autograd/derivatives.yaml whose saved tensors it keeps. Gradients are made
-in the order of that file's entries, which are sorted by argument name (`mat2` before `self`, `other` before `self`).
+Each function names its formula in torch's tools/autograd/derivatives.yaml and saves the tensors that this formula saves. Backward
+functions allocate gradients in the order of that file's entries: by argument name, so `mat2` and `other` come before `self`.
+
+`f` is the tape, `g` the gradient of the result. A docstring that says "saves" means: until this node's backward has run.
 """
 
 from __future__ import annotations
@@ -17,22 +19,22 @@ WIDER = {("bf16", "fp16"): "fp32", ("fp16", "bf16"): "fp32"}
 
 
 def promoted(a: str, b: str) -> str:
-    """The dtype of a binary operation on two floating dtypes."""
+    """The result dtype of a binary operation on two floating dtypes (torch's type promotion)."""
     return a if a == b else "fp32"
 
 
 def _broadcast(a: Tensor, b: Operand) -> Dims | None:
-    """The dims of b where they are not those of a, which the result has."""
+    """The dims of b if b is broadcast to those of a, the dims of the result; else None."""
     return None if a.dims == b.dims else b.dims
 
 
 def of_broadcast(grad: Tensor, like: Dims | None) -> Tensor:
-    """The gradient of an input that may be broadcast, which the engine sums (`reduce_grad`)."""
+    """The gradient of an input of dims `like`. If the input was broadcast, the autograd engine sums it (`reduce_grad`)."""
     return grad if like is None or grad.dims == like else Broadcast(grad.storage, like, grad.dtype)
 
 
 def embedding(f: Tape, weight: Operand, rows: Dims, ids: Tensor | None = None) -> Tensor:
-    """`embedding`: keeps the indices, `ids` unless the batch holds them; backward makes a gradient of the whole table."""
+    """`embedding`: saves the indices. Pass `ids` only if the batch does not hold them. Its gradient covers the whole table."""
     return f.new((*rows, weight.dims[1]), weight.dtype, "embedding", f.record(_embedding_backward, (weight,), weight.dims, ids))
 
 
@@ -41,14 +43,16 @@ def _embedding_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor | None], 
 
 
 Product: TypeAlias = tuple[Operand | None, Operand | None, Dims, Dims, Dims | None]
-"""What a product with a weight saves: x, the weight, and the dims of x, of the weight and of the bias."""
+"""What a product with a weight saves: x, the weight, the dims of x, the dims of the weight, the dims of the bias."""
 
 
 def linear(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = None, *, transposed: bool = False) -> Tensor:
-    """`linear` (mm, addmm): keeps x if the weight trains, and the weight if x has a gradient. Under autocast in its dtype.
+    """`linear` (mm, addmm): saves x if the weight trains, and the weight if x requires a gradient. Autocast casts its inputs.
 
-    The weight is (out, in); `transposed` (Conv1D, `x @ W`) is (in, out). A strided x never goes to addmm, and is copied if the
-    weight trains (torch aten Linear.cpp `linear`, LinearAlgebra.cpp `should_fold`); else bmm takes it as it is.
+    x is (…, in), the result (…, out). The weight is (out, in), or (in, out) if `transposed` (Conv1D, `x @ W`).
+
+    A strided x never goes to addmm. It is copied if the weight trains; otherwise bmm reads it as it is. Source: torch,
+    aten/src/ATen/native/Linear.cpp (`linear`), LinearAlgebra.cpp (`should_fold`).
     """
     if f.autocast:
         x, weight, bias = f.cast_all(f.autocast, x, weight, bias)
@@ -64,16 +68,16 @@ def linear(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = None, *, 
 def _linear_backward(f: Tape, node: Node, saved: Product, g: Tensor) -> Gradients:
     _, _, x_dims, w_dims, bias_dims = saved
     to_x, to_weight, to_bias = node.edges
-    grad_weight = f.view_of(f.new(w_dims, g.dtype, "mm")) if to_weight else None  # of the transposed weight's
+    grad_weight = f.view_of(f.new(w_dims, g.dtype, "mm")) if to_weight else None  # a view: the gradient of the transposed weight
     grad_x = f.new(x_dims, g.dtype, "mm") if to_x else None
     if grad_x is not None and len(x_dims) > 2:
-        f.view_of(grad_x)  # the product has two dims: `reshape` gives it x's
+        f.view_of(grad_x)  # mm returns two dims; `reshape` restores those of x
     grad_bias = f.new(bias_dims, g.dtype, "sum") if to_bias and bias_dims is not None else None
     return grad_x, grad_weight, grad_bias
 
 
 def _addmm_backward(f: Tape, node: Node, saved: Product, g: Tensor) -> Gradients:
-    """`mat1` before `mat2`; the sum for the bias is the engine's."""
+    """`mat1` before `mat2`. The autograd engine sums the gradient of the bias."""
     _, _, x_dims, w_dims, bias_dims = saved
     to_x, to_weight, to_bias = node.edges
     grad_x = f.view_of(f.new(x_dims, g.dtype, "mm")) if to_x else None
@@ -82,12 +86,12 @@ def _addmm_backward(f: Tape, node: Node, saved: Product, g: Tensor) -> Gradients
 
 
 def add(f: Tape, a: Tensor, b: Operand) -> Tensor:
-    """`add`: keeps nothing; b may be broadcast."""
+    """`a + b`: saves nothing. b may be broadcast."""
     return f.new(a.dims, promoted(a.dtype, b.dtype), "add", f.record(_add_backward, (a, b), _broadcast(a, b)))
 
 
 def add_(f: Tape, a: Tensor, b: Operand) -> Tensor:
-    """`a += b`: a's own storage."""
+    """`a += b`: writes into a's storage and saves nothing."""
     return Tensor(a.storage, a.dims, a.dtype, f.record(_add_backward, (a, b), _broadcast(a, b)))
 
 
@@ -96,11 +100,11 @@ def _add_backward(f: Tape, node: Node, saved: tuple[Dims | None], g: Tensor) -> 
 
 
 Factors: TypeAlias = tuple[Operand | None, Operand | None, tuple[Dims, Dims] | None]
-"""What a product of two tensors saves: both, and their dims where these differ."""
+"""What `mul` saves: each factor or None, and the dims of both if they differ."""
 
 
 def mul(f: Tape, a: Operand, b: Operand) -> Tensor:
-    """`mul`: keeps each factor whose partner has a gradient; b may be broadcast, or a where it has fewer dims."""
+    """`a * b`: saves each factor whose partner requires a gradient. Either may be broadcast; the result has the longer dims."""
     likes = None if a.dims == b.dims else (a.dims, b.dims)
     node = f.record(_mul_backward, (a, b), a if b.node else None, b if a.node else None, likes)
     return f.new(max(a.dims, b.dims, key=len), promoted(a.dtype, b.dtype), "mul", node)
@@ -116,7 +120,7 @@ def _mul_backward(f: Tape, node: Node, saved: Factors, g: Tensor) -> Gradients:
 
 
 def scale(f: Tape, x: Operand, op: str = "mul") -> Tensor:
-    """`mul` or `div` by a number, `neg`: keeps nothing, and its backward makes one tensor."""
+    """`neg`, or `mul` or `div` by a number: saves nothing. Its backward allocates the gradient of x."""
     return f.new(x.dims, x.dtype, op, f.record(_scale_backward, (x,)))
 
 
@@ -125,12 +129,12 @@ def _scale_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
 
 
 def divide(f: Tape, x: Operand, by: Tensor) -> Tensor:
-    """`x / y` where y has no gradient: keeps y."""
+    """`x / by`, where `by` requires no gradient: saves `by`."""
     return f.new(x.dims, promoted(x.dtype, by.dtype), "div", f.record(_scale_backward, (x,), by))
 
 
 def shift(f: Tape, x: Operand) -> Tensor:
-    """`x + number`: keeps nothing; its gradient passes through."""
+    """`x + number`: saves nothing. The gradient of x is that of the result; nothing is allocated."""
     return f.new(x.dims, x.dtype, "add", f.record(_shift_backward, (x,)))
 
 
@@ -139,12 +143,15 @@ def _shift_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
 
 
 def keeps_input(f: Tape, x: Tensor, op: str) -> Tensor:
-    """`silu`, `gelu` and other activations that keep their input."""
+    """An activation that saves its input, such as `silu` and `gelu`."""
     return f.new(x.dims, x.dtype, op, f.record(_same_backward, (x,), x))
 
 
 def keeps_output(f: Tape, x: Tensor, op: str, *, passing: bool = False) -> Tensor:
-    """`relu`, `tanh`, `sigmoid`, `exp`: keep their result. `passing`: their backward takes a tensor more while it runs."""
+    """An operation that saves its result: `relu`, `tanh`, `sigmoid`, `exp`.
+
+    `passing`: its backward also allocates a temporary of the same size.
+    """
     node = f.record(_passing_backward if passing else _same_backward, (x,))
     out = f.new(x.dims, x.dtype, op, node)
     f.keep(node, out.detach())
@@ -163,9 +170,10 @@ def _passing_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
 
 
 def softmax(f: Tape, x: Tensor, dtype: str) -> Tensor:
-    """`softmax(x, dim=-1, dtype=…)`: keeps its result. CUDA's kernel reads fp16 and writes fp32; bf16 is copied first.
+    """`softmax(x, dim=-1, dtype=…)`: saves its result.
 
-    Its backward makes `grad * output` first (SoftMax.cu, `softmax_backward_cuda_out`).
+    The CUDA kernel reads fp16 and writes fp32 directly. A bf16 input is cast to `dtype` first, which allocates a copy. Backward
+    allocates the temporary `grad * output`. Source: torch, SoftMax.cu (`softmax_backward_cuda_out`).
     """
     if x.dtype == "fp16" and dtype == "fp32":
         node = f.record(_half_softmax_backward, (x,))
@@ -183,7 +191,10 @@ def _half_softmax_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Ten
 
 
 def matmul(f: Tape, a: Tensor, b: Tensor, dims: Dims) -> Tensor:
-    """`matmul` of two activations (bmm): keeps each whose partner has a gradient. Under autocast in its dtype."""
+    """`matmul` of two activations (bmm), with a result of `dims`: saves each factor whose partner requires a gradient.
+
+    Autocast casts both factors.
+    """
     if f.autocast:
         a, b = f.cast_all(f.autocast, a, b)
     node = f.record(_matmul_backward, (a, b), a if b.node else None, b if a.node else None, a.dims, b.dims)
@@ -197,14 +208,14 @@ def _matmul_backward(f: Tape, node: Node, saved: tuple[Tensor | None, Tensor | N
 
 
 def rmsnorm(f: Tape, x: Tensor, weight: Operand | None, *, cast_last: bool = False) -> Tensor:
-    """Llama's RMSNorm: `x32 * rsqrt(mean(x32²) + eps)`, cast back, times the weight.
+    """Llama's RMSNorm: `x32 * rsqrt(mean(x32²) + eps)`, cast back to the dtype of x, times the weight.
 
-    Keeps the fp32 copy of x and rsqrt's result, and the normalized x if the weight trains. `cast_last` (Gemma): the weight
-    multiplies before the cast. Source: transformers, `LlamaRMSNorm.forward`.
+    Saves the fp32 copy of x, the result of rsqrt, and the normalized x if the weight trains. `cast_last` (Gemma): multiplies by
+    the weight before the cast. Source: transformers, `LlamaRMSNorm.forward`.
     """
     normed = rms_normed(f, f.to(x, "fp32"))
     if cast_last:
-        out = normed if weight is None else mul(f, weight, normed)  # a name holds what was normed until this returns
+        out = normed if weight is None else mul(f, weight, normed)  # `normed` stays alive until this returns
         narrow: Tensor = f.to(out, x.dtype)
         return narrow
     low = f.to(normed, x.dtype)
@@ -214,12 +225,12 @@ def rmsnorm(f: Tape, x: Tensor, weight: Operand | None, *, cast_last: bool = Fal
 
 
 def rms_normed(f: Tape, x32: Tensor) -> Tensor:
-    """`x32 * rsqrt(mean(x32²) + eps)`."""
+    """`x32 * rsqrt(mean(x32²) + eps)` in fp32: saves both factors."""
     return mul(f, x32, _inverse_rms(f, x32))
 
 
 def _inverse_rms(f: Tape, x32: Tensor) -> Tensor:
-    """`rsqrt(x.pow(2).mean(-1) + eps)`: keeps x and its result."""
+    """`rsqrt(x.pow(2).mean(-1) + eps)`, one number per row: saves x and its result."""
     row = (*x32.dims[:-1], 1)
     node = f.record(_inverse_rms_backward, (x32,), x32)
     squared = f.new(x32.dims, "fp32", "pow")
@@ -245,7 +256,7 @@ def _inverse_rms_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: 
 
 
 def rotary(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x * cos + rotate_half(x) * sin`: nothing is kept but cos and sin. Source: transformers, `apply_rotary_pos_emb`."""
+    """`x * cos + rotate_half(x) * sin`: saves cos and sin alone. Source: transformers, `apply_rotary_pos_emb`."""
     dtype = promoted(x.dtype, cos.dtype)
     half = (*x.dims[:-1], _half(x.dims[-1]))
     by_cos = f.new(x.dims, dtype, "mul")
@@ -267,7 +278,7 @@ def _rotary_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor, str], g: 
     negated = f.new((*dims[:-1], _half(dims[-1])), dtype, "neg")
     out = f.new(dims, dtype, "slice_backward")
     del negated
-    second = f.new(dims, dtype, "slice_backward")  # added into the first, as is the third
+    second = f.new(dims, dtype, "slice_backward")  # added in place into the first, like the third
     del turned, second
     by_cos = f.new(dims, g.dtype, "mul")
     del g
@@ -283,11 +294,14 @@ def _half(dim: Dim) -> int:
 
 
 RIGHT_BEHIND = 0.5
-"""A view's place among autograd's nodes: made with what it is a view of, wherever it is written here."""
+"""Added to a node's sequence number to place a view directly after its base in autograd's order, wherever it is called here."""
 
 
 def heads(f: Tape, x: Tensor, dims: Dims, *, clones: bool = False) -> Tensor:
-    """`view(…).transpose(1, 2)`: the same storage; where the gradient comes back head by head its reshape makes a copy."""
+    """`view(…).transpose(1, 2)`: shares the storage of x.
+
+    `clones`: the gradient arrives with the heads' strides, so that the reshape in backward copies it.
+    """
     if not clones:
         return x.view(dims)
     node = f.record(_heads_backward, (x,), x.dims)
@@ -301,14 +315,15 @@ def _heads_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tenso
 
 
 def copied(f: Tape, x: Tensor, op: str, dims: Dims | None = None, *, viewed: bool = True) -> Tensor:
-    """A copy whose gradient is a view of its own gradient: `cat` with nothing, `reshape` of a transposed tensor; or that gradient
-    itself, where nothing is `viewed`: `contiguous`.
+    """A copy of x, by `cat` with an empty tensor or `reshape` of a transposed one. The gradient of x is a view of the copy's.
+
+    `viewed=False` (`contiguous`): the gradient of x is the copy's gradient itself.
     """
     return f.new(dims or x.dims, x.dtype, op, f.record(_view_backward if viewed else _shift_backward, (x,)))
 
 
 def reshaped(f: Tape, x: Tensor) -> Tensor:
-    """A view that autograd knows: the gradient is one, too."""
+    """A view with a node of its own: shares the storage of x, and its gradient is a view too."""
     return Tensor(x.storage, x.dims, x.dtype, f.record(_view_backward, (x,)))
 
 
@@ -317,22 +332,22 @@ def _view_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
 
 
 def cached(f: Tape, x: Tensor) -> Tensor:
-    """`cat` of a cache's empty tensor and x: a copy of x."""
+    """`cat` of an empty KV cache and x: a copy of x."""
     return copied(f, x, "cat")
 
 
 def dropout(f: Tape, x: Tensor, p: float) -> Tensor:
-    """`native_dropout`: keeps a boolean mask; nothing at p = 0."""
+    """`native_dropout`: saves a boolean mask. At p = 0 it returns x and saves nothing."""
     if not p:
         return x
     node = f.record(_scale_backward, (x,))
-    mask = f.new(x.dims, "bool", "dropout mask")  # there while the kernel runs, whether it is kept or not
+    mask = f.new(x.dims, "bool", "dropout mask")  # allocated even if no node saves it
     f.keep(node, mask)
     return f.new(x.dims, x.dtype, "dropout", node)
 
 
 def layernorm(f: Tape, x: Operand, weight: Operand | None, bias: Operand | None = None) -> Tensor:
-    """`native_layer_norm`: keeps its input and fp32 mean and rstd of each row. Autocast runs it in fp32."""
+    """`native_layer_norm`: saves its inputs, and the mean and rstd of each row in fp32. Autocast runs it in fp32."""
     if f.autocast:
         x, weight, bias = f.cast_all("fp32", x, weight, bias)
     row = (*x.dims[:-1], 1)
@@ -351,16 +366,16 @@ def _layernorm_backward(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor)
 
 
 KEEPS_OUTPUT = ("relu", "tanh", "sigmoid")
-"""Activations whose derivative follows from their result."""
+"""Activations whose derivative is computed from their result, which they save in place of their input."""
 
 
 def activation(f: Tape, x: Tensor, name: str) -> Tensor:
-    """An entry of transformers' `ACT2FN` that is one kernel of torch."""
+    """An entry of transformers' `ACT2FN` that runs as one torch kernel."""
     return keeps_output(f, x, name) if name in KEEPS_OUTPUT else keeps_input(f, x, name)
 
 
 def selected(f: Tape, x: Tensor, dims: Dims) -> Tensor:
-    """`x[:, 0]`: the same storage; its gradient is as large as x (`select_backward`)."""
+    """`x[:, 0]`: shares the storage of x. The gradient of x is allocated whole (`select_backward`)."""
     return Tensor(x.storage, dims, x.dtype, f.record(_selected_backward, (x,), x.dims))
 
 
@@ -392,17 +407,17 @@ def _rotary_in_fp32_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor, s
     negated = f.new((*dims[:-1], _half(dims[-1])), "fp32", "neg")
     both = f.new(dims, "fp32", "slice_backward")
     del negated
-    second = f.new(dims, "fp32", "slice_backward")  # added into the first
+    second = f.new(dims, "fp32", "slice_backward")  # added in place into the first
     del turned, second
     out: Tensor = f.to(both, dtype)
     del both
-    by_cos = f.to(f.new(dims, "fp32", "mul"), dtype)  # added into the sum
+    by_cos = f.to(f.new(dims, "fp32", "mul"), dtype)  # added in place into the sum
     del by_cos
     return out
 
 
 def expanded(f: Tape, x: Operand, dims: Dims) -> Tensor:
-    """`expand`: the same storage; its gradient is summed over what was repeated."""
+    """`expand`: shares the storage of x. Backward sums the gradient over the expanded dims into a new tensor."""
     return Tensor(x.storage, dims, x.dtype, f.record(_expanded_backward, (x,), x.dims))
 
 
@@ -411,12 +426,16 @@ def _expanded_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Te
 
 
 def gathered(f: Tape, x: Tensor, dims: Dims) -> Tensor:
-    """`x[mask]`: a copy of the rows that a mask chooses; its gradient is as large as x (`index_put`)."""
+    """`x[mask]`: copies the rows that the mask selects. The gradient of x is allocated whole (`index_put`)."""
     return f.new(dims, x.dtype, "index", f.record(_selected_backward, (x,), x.dims))
 
 
 def product(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = None) -> Tensor:
-    """`x @ weight.T + bias` (`FalconLinear`): autocast casts the transposed weight anew each time, and the sum is wider."""
+    """`x @ weight.T + bias` (`FalconLinear`). The bias is added by a separate `add`.
+
+    Autocast does not cache the cast of a transposed weight, so each call casts it again. It does not cast the bias: the sum with
+    an fp32 bias is fp32. Source: transformers, modeling_falcon.py.
+    """
     if f.autocast:
         weight = f.to(weight, f.autocast)
         x = f.cast(x, f.autocast)

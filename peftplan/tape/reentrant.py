@@ -1,8 +1,11 @@
-"""Reentrant checkpointing: the forward saves its inputs alone, the backward runs the function again and a backward of its own.
+"""Reentrant checkpointing. Forward saves only the inputs; backward runs the function again, then a nested backward.
 
-Unlike without `use_reentrant` the function runs to its end again, its results and their gradients live until its own backward is
-done, and its inputs are leaves, on which their gradients gather. Source: torch, utils/checkpoint.py (`CheckpointFunction`),
-csrc/autograd/engine.cpp (a backward within a backward runs its graph alone).
+It differs from `use_reentrant=False` in three ways:
+- The recomputation runs to the end of the function.
+- The recomputed results and their gradients live until the nested backward ends.
+- The detached inputs are leaves, so their gradients accumulate on them.
+
+Source: torch, utils/checkpoint.py (`CheckpointFunction`), csrc/autograd/engine.cpp (a nested backward runs its own graph alone).
 """
 
 from __future__ import annotations
@@ -16,33 +19,33 @@ from peftplan.tape.tensors import Dims, Gradients, Log, Node, Outputs, Parameter
 
 
 class Leaf(Parameter):
-    """A tensor that asks for a gradient though no operation made it; its gradient waits on it."""
+    """A detached input that requires a gradient. Its gradient accumulates on it."""
 
     __slots__ = ()
 
     def __init__(self, dims: Dims, dtype: str) -> None:
         super().__init__("", dims, dtype, trainable=True)
-        self.node = None  # refers to itself else
+        self.node = None  # a Parameter refers to itself: a cycle
 
     def accumulate(self, tape: Log, grad: Tensor) -> None:
-        """`AccumulateGrad` takes a gradient that nothing else holds."""
+        """`AccumulateGrad`: takes over the gradient without a copy, since nothing else refers to it."""
         self.grad = grad.detach()
 
 
 class Call(NamedTuple):
-    """A checkpointed call, which its node holds."""
+    """A checkpointed call, which the node keeps as its context."""
 
     function: Callable[..., Outputs]
     arguments: tuple[object, ...]
-    """`TENSOR` stands for each one that is saved."""
+    """The arguments, with `TENSOR` in place of each saved tensor."""
     results: tuple[tuple[Dims, str], ...]
     """Dims and dtype of each result."""
 
 
 def checkpoint(f: Tape, function: Callable[..., Outputs], *args: object, hosted: bool = False) -> Outputs:
-    """`checkpoint(function, *args, use_reentrant=True)`: saves the tensors among the arguments; the node holds the function.
+    """`checkpoint(function, *args, use_reentrant=True)`: saves the tensors among the arguments.
 
-    `hosted`: they are saved on the host.
+    `hosted`: saves them in host memory.
     """
     tensors = tuple(x for x in args if type(x) is Tensor)
     node = f.record(_checkpoint_backward, tensors, *(stored(f, tensors) if hosted else tensors))
@@ -57,7 +60,7 @@ def checkpoint(f: Tape, function: Callable[..., Outputs], *args: object, hosted:
 
 
 TENSOR = object()
-"""Stands for a saved tensor among the arguments."""
+"""Placeholder for a saved tensor among the arguments."""
 
 
 def _checkpoint_backward(f: Tape, node: Node, saved: Sequence[object], *grads_of_outputs: Tensor | None) -> Gradients:

@@ -1,4 +1,4 @@
-"""Slices, splits and joins: views whose gradients are whole tensors, and copies whose gradients are views.
+"""Slices, splits and concatenations: views whose gradients are whole tensors, and copies whose gradients are views.
 
 Source: torch, tools/autograd/derivatives.yaml (`slice`, `split`, `cat`) and FunctionsManual.cpp (`split_backward`).
 """
@@ -15,7 +15,7 @@ Rotate = Callable[[Tape, Tensor, Tensor, Tensor], Tensor]
 
 
 def sliced(f: Tape, x: Tensor, dims: Dims) -> Tensor:
-    """`x[..., i:j]`: the same storage; its gradient is as large as x (`slice_backward`)."""
+    """`x[..., i:j]`: shares the storage of x. The gradient of x is allocated whole (`slice_backward`)."""
     return Tensor(x.storage, dims, x.dtype, f.record(_sliced_backward, (x,), x.dims))
 
 
@@ -24,7 +24,7 @@ def _sliced_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tens
 
 
 def split(f: Tape, x: Tensor, parts: Iterable[Dims]) -> tuple[Tensor, ...]:
-    """`split`, `chunk`: views of one storage; the gradients of all are joined in one new tensor."""
+    """`split`, `chunk`: views of x with these dims. Backward concatenates their gradients into one new tensor."""
     node = f.record(_split_backward, (x,), x.dims)
     return tuple(Tensor(x.storage, dims, x.dtype, node, number) for number, dims in enumerate(parts))
 
@@ -35,7 +35,10 @@ def _split_backward(f: Tape, node: Node, saved: tuple[Dims], *grads: Tensor | No
 
 
 def cat(f: Tape, parts: Sequence[Tensor], dims: Dims) -> Tensor:
-    """`cat`: a copy of all parts in the widest of their dtypes, autocast or not; their gradients are views of its own."""
+    """`cat`: copies all parts into a tensor of `dims`. The gradients of the parts are views of its gradient.
+
+    The dtype is the promoted one of all parts, with autocast and without.
+    """
     dtype = parts[0].dtype
     for part in parts[1:]:
         dtype = ops.promoted(dtype, part.dtype)
@@ -47,7 +50,7 @@ def _cat_backward(f: Tape, node: Node, saved: tuple[Dims, ...], g: Tensor) -> Gr
 
 
 def partly_rotary(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotate: Rotate = ops.rotary) -> tuple[Tensor, Tensor]:
-    """Rotate the first `cos.dims[-1]` numbers of each head, join them with the rest."""
+    """Rotate the first `cos.dims[-1]` numbers of each head and concatenate them with the rest, which has no rotary position."""
     q_rot, q_pass = _parts(f, q, cos)
     k_rot, k_pass = _parts(f, k, cos)
     q_rot, k_rot = rotate(f, q_rot, cos, sin), rotate(f, k_rot, cos, sin)
@@ -56,7 +59,7 @@ def partly_rotary(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotat
 
 
 def partly_rotary_in_turn(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, queries joined before keys are rotated."""
+    """As `partly_rotary`, but concatenates the queries before it rotates the keys."""
     q_rot, q_pass = _parts(f, q, cos)
     k_rot, k_pass = _parts(f, k, cos)
     joined = cat(f, (ops.rotary(f, q_rot, cos, sin), q_pass), q.dims)
@@ -64,7 +67,10 @@ def partly_rotary_in_turn(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tenso
 
 
 def partly_rotary_inline(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """The same in a forward's own code: what was rotated and what was not live until that returns."""
+    """As `partly_rotary`, written out in a model's `forward`.
+
+    Returns the parts too: they are locals of that `forward` and live until it returns.
+    """
     q_rot, q_pass = _parts(f, q, cos)
     k_rot, k_pass = _parts(f, k, cos)
     q_rot, k_rot = ops.rotary(f, q_rot, cos, sin), ops.rotary(f, k_rot, cos, sin)
@@ -73,7 +79,7 @@ def partly_rotary_inline(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
 
 
 def halves_rotated(f: Tape, first: Tensor, second: Tensor, cos: Tensor, sin: Tensor, dims: Dims) -> Tensor:
-    """`cat((first * cos - second * sin, second * cos + first * sin))`, tables as wide as a half."""
+    """`cat((first * cos - second * sin, second * cos + first * sin))`: cos and sin are as wide as one half of a head."""
     by_cos, by_sin = ops.mul(f, first, cos), ops.mul(f, second, sin)
     one = difference(f, by_cos, by_sin)
     del by_cos, by_sin
@@ -84,7 +90,7 @@ def halves_rotated(f: Tape, first: Tensor, second: Tensor, cos: Tensor, sin: Ten
 
 
 def difference(f: Tape, a: Tensor, b: Tensor) -> Tensor:
-    """`a - b`: keeps nothing."""
+    """`a - b`: saves nothing."""
     return f.new(a.dims, ops.promoted(a.dtype, b.dtype), "sub", f.record(_difference_backward, (a, b)))
 
 
@@ -93,7 +99,7 @@ def _difference_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradi
 
 
 def _parts(f: Tape, x: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
-    """What is rotated, and what is passed on; a slice of everything is the tensor itself."""
+    """The rotated part and the rest of each head. If all of it is rotated, the first is x itself."""
     *before, head = x.dims
     rotated = cos.dims[-1]
     assert isinstance(head, int)

@@ -1,9 +1,9 @@
-"""A pocket autograd: runs modeling code on tensors that have names, dims and a dtype but no values, and logs what is alive when.
+"""A pocket autograd: runs modeling code on tensors that have names, dims and a dtype but no values, and logs their lifetimes.
 
-Blocks are written as transformers writes them, with Python's own scoping: a tensor is freed when its last name goes, and one that
-an operation saves for backward lives until backward has passed it. So what autograd keeps is derived in the order in which the
-modeling code runs, and nothing about lifetimes depends on batch or sequence: dims stay symbolic, and the log is evaluated later
-(`memory.timeline`). Which operation keeps what is in `tape.ops`.
+Blocks are written as transformers writes them and follow Python's scoping: a tensor is freed when the last reference to it goes,
+and one that an operation saves lives until backward has passed that operation. The log therefore follows the order of the modeling
+code. Lifetimes do not depend on batch or sequence, so dims stay symbolic and the log is evaluated later (`memory.timeline`). Which
+operation saves what is in `tape.ops`.
 
 Sources: torch, csrc/autograd/engine.cpp (order), input_buffer.cpp (sums), tools/autograd/derivatives.yaml (what is saved),
 utils/checkpoint.py (`_CheckpointFrame`), aten/src/ATen/autocast_mode.cpp (the cache of casts). It needs CPython, which counts
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Tape:
-    """The log of one traced step. `log` holds the number of a storage when it is made, and its negative when it is freed."""
+    """The log of one step. `log` holds the number of a storage where it is allocated, and its negative where it is freed."""
 
     def __init__(self, *, autocast: str | None = None) -> None:
         self.log: list[int] = []
@@ -34,43 +34,43 @@ class Tape:
         self.dtypes: list[str] = ["uint8"]
         self.names: list[str] = [""]
         self.made_as: dict[int, str] = {}
-        """The former names of tensors that became gradients of parameters."""
+        """Storage → the name of a tensor before it became the gradient of a parameter."""
         self.made_in: list[int] = [0]
-        """Segment in which a storage was made, negative in backward code; storages count from 1."""
+        """Storage → the segment that allocated it, negative in backward. Storages count from 1."""
         self.freed: dict[int, int] = {}
         self.category: dict[int, Category] = {}
         self.savers: dict[int, str] = {}
         self.counts: dict[int, int] = {}
-        """How many storages a number stands for, where it is more than one."""
+        """Storage → how many equal tensors its number stands for, if more than one."""
         self.module = ""
         self.segment = 1
         self.autocast = autocast
         self.grad_enabled = True
         self.marks: list[tuple[int, str]] = []
         self.products: list[tuple[int, str]] = []
-        """Positions of the log where a matrix product writes into what exists, and the library that computes it."""
+        """Positions in the log of matrix products that write into an existing tensor, and the library that computes them."""
         self.leaves: set[tuple[int, Dims]] = set()
-        """Storages of tensors that no operation made and that have a gradient: embeddings under `enable_input_require_grads`."""
+        """Storages of leaf tensors that require a gradient: embeddings under `enable_input_require_grads`."""
         self.views: set[int] = set()
-        """Storages of gradients that autograd's formulas give out as views."""
+        """Storages of gradients that autograd's formulas return as views."""
         self.lasting: set[int] = set()
-        """Storages that a layer's backward makes and that live until all layers' is done."""
+        """Storages that the backward of a layer allocates and that live until the backward of all layers is done."""
         self._sequence = 0
         self._frame: Frame | None = None
         self._casts: dict[Parameter | int, Operand] = {}
         self._replaying: Frame | None = None
         self.streams: dict[int, int] = {}
-        """Storage → the CUDA stream on which it is made, where that is not the default one."""
+        """Storage → the CUDA stream that allocates it, if not the default one."""
         self.nested = False
-        """Whether a backward runs within a backward, where it may reach nodes that another backward has already run."""
+        """Whether a nested backward runs. It may reach nodes that another backward has already run."""
 
     @property
     def replays(self) -> bool:
-        """Whether a checkpointed layer runs again."""
+        """Whether a checkpointed layer is being recomputed."""
         return self._replaying is not None
 
     def new(self, dims: Dims, dtype: str, op: str, node: Node | None = None) -> Tensor:
-        """Allocate a tensor, the result of `node` if a gradient flows to it."""
+        """Allocate a tensor of these dims. `node`: the autograd node that computes it; None if it requires no gradient."""
         number = len(self.dims)
         self.dims.append(dims)
         self.dtypes.append(dtype)
@@ -80,23 +80,23 @@ class Tape:
         return Tensor(Storage(self, number), dims, dtype, node)
 
     def many(self, dims: Dims, dtype: str, op: str, count: int) -> Tensor:
-        """Allocate `count` equal tensors that live equally long; one number of the log stands for all."""
+        """Allocate `count` equal tensors with one lifetime, under one number in the log."""
         tensor = self.new(dims, dtype, op)
         assert tensor.storage is not None
         self.counts[tensor.storage.number] = count
         return tensor
 
     def view_of(self, tensor: Tensor) -> Tensor:
-        """Mark a gradient as a view. A view holds its base, so autograd never adds into it in place."""
+        """Mark a gradient as a view. A view refers to its base, so autograd never adds to it in place."""
         if tensor.storage is not None:
             self.views.add(tensor.storage.number)
         return tensor
 
     def sum_into(self, grads: list[Tensor | None], index: int, grad: Tensor) -> None:
-        """Add to what waits at `index`: in place if nothing else holds that tensor, else into a new one.
+        """Add `grad` to the gradient at `index`: in place if nothing else refers to that tensor, else into a new one.
 
-        Source: torch csrc/autograd/input_buffer.cpp (`can_accumulate_inplace`). What nothing else holds is freed with this
-        reference, and is then taken up again.
+        To find out, drop the reference: if that frees the tensor, undo the free and add in place. Source: torch,
+        csrc/autograd/input_buffer.cpp (`can_accumulate_inplace`).
         """
         before = grads[index]
         if before is None:
@@ -115,14 +115,14 @@ class Tape:
             grads[index] = self.new(grad.dims, grad.dtype, "add")
 
     def mark(self, what: str) -> None:
-        """Mark this position of the log: a phase begins, a layer ends."""
+        """Mark this position in the log, such as the start of a phase or the end of a layer."""
         self.marks.append((len(self.log), what))
 
     def record(self, backward: Backward, inputs: tuple[Operand | None, ...], *saved: object) -> Node | None:
-        """The autograd node of an operation on `inputs` that keeps `saved`; None where no gradient flows.
+        """The autograd node of an operation on `inputs` that saves `saved`; None if no input requires a gradient.
 
-        Called before the result is allocated, as torch saves inputs before the kernel runs: the recomputation of a checkpointed
-        layer ends there. Results are kept by `keep`.
+        Call it before the result is allocated: torch saves inputs before the kernel runs, and the recomputation of a checkpointed
+        layer may end there. `keep` saves results.
         """
         if not self.grad_enabled:
             return None
@@ -138,7 +138,7 @@ class Tape:
         return node
 
     def keep(self, node: Node | None, *saved: object) -> None:
-        """Save more tensors on a node: results of its own operation."""
+        """Save more tensors on a node, such as the results of its operation."""
         if node is not None and saved:
             for value in saved:
                 if type(value) is Tensor and value.storage is not None:
@@ -147,7 +147,7 @@ class Tape:
             node.saved = (*node.saved, *packed)
 
     def _pack(self, value: object) -> object:
-        """What a checkpointed call saves: a place for each tensor in forward, the tensor for that place when it is recomputed."""
+        """What a checkpointed call saves: a place for each tensor in forward; in recomputation the tensor that fills the place."""
         if type(value) is not Tensor and type(value) is not Parameter:
             return value
         if self._replaying is None:
@@ -166,7 +166,10 @@ class Tape:
         return kept
 
     def backward(self, root: Tensor) -> None:
-        """Run the graph backwards: the latest node first, each saved tensor released when its node is done."""
+        """Run backward from `root`, the latest node first. Each node releases its saved tensors when it is done.
+
+        Raises RefusedError if the root requires no gradient.
+        """
         if root.node is None:
             raise RefusedError(
                 f"{named('torch')} refuses it: RuntimeError: element 0 of tensors does not require grad "
@@ -176,7 +179,7 @@ class Tape:
         self.backward_from([(root, self.new(root.dims, root.dtype, "ones_like"))])
 
     def backward_from(self, roots: list[tuple[Tensor, Tensor]]) -> None:
-        """Run the graph behind tensors backwards from their gradients, perhaps within another backward."""
+        """Run backward from (tensor, gradient) pairs. It may be nested in another backward. Empties `roots`."""
         order = reachable([x.node for x, _ in roots])
         while roots:
             x, grad = roots.pop(0)
@@ -195,7 +198,7 @@ class Tape:
             raise RefusedError(f"{named('torch')} refuses it: RuntimeError: Trying to backward through the graph a second time")
         if self.nested and any(type(value) in (Tensor, Parameter) for value in saved):
             node.saved = RELEASED
-        places = saved  # the node holds them, and they what their layer runs again on, until it is done
+        places = saved  # keeps the frames, and with them the inputs of recomputation, until the node is done
         if node.checkpointed:
             saved = [self._unpack(value) for value in saved]
         result = node.backward(self, node, saved, *grads)
@@ -241,7 +244,7 @@ class Tape:
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        """Run forward code within a backward, with an autocast cache of its own."""
+        """Run forward code during backward, with an autocast cache of its own."""
         module, casts = self.module, self._casts
         self.segment = abs(self.segment) + 1
         self._casts = {}
@@ -251,9 +254,9 @@ class Tape:
         self.segment = -(self.segment + 1)
 
     def checkpoint(self, function: Callable[..., T], *args: object, inputs: Callable[[], tuple[object, ...]] | None = None) -> T:
-        """`torch.utils.checkpoint`, non-reentrant: keeps the arguments, runs the function again when backward first needs it.
+        """Non-reentrant `torch.utils.checkpoint`: keeps the arguments, and runs the function again when backward first needs it.
 
-        `inputs`: gives the arguments then, in place of those kept.
+        `inputs`: returns the arguments for the second run, in place of those kept.
         """
         frame = self._frame = Frame()
         frame.rerun, frame.inputs = function, inputs or (lambda: args)
@@ -269,14 +272,14 @@ class Tape:
     def cast(self, x: Operand | None, dtype: str) -> Operand | None: ...
 
     def cast(self, x: Operand | None, dtype: str) -> Operand | None:
-        """Autocast's cast; of an fp32 leaf that has a gradient it is made once and kept until autocast ends."""
+        """Autocast's cast. The cast of an fp32 leaf that requires a gradient is cached until autocast ends."""
         if x is None or x.dtype == dtype or x.dtype not in ("fp32", "fp16", "bf16"):
             return x
         if x.dtype != "fp32" or not self._is_leaf(x):
             return self.to(x, dtype)
-        leaf = x if type(x) is Parameter else _number(x)  # the cache does not hold what it casts
+        leaf = x if type(x) is Parameter else _number(x)  # the cache does not keep the tensor alive
         if leaf not in self._casts:
-            before, self.grad_enabled = self.grad_enabled, True  # so that the cast serves later calls too
+            before, self.grad_enabled = self.grad_enabled, True  # later calls with gradients use this cast too
             self._casts[leaf] = self.to(x, dtype)
             self.grad_enabled = before
         return self._casts[leaf]
@@ -295,8 +298,9 @@ class Tape:
     ) -> tuple[Operand, Operand | None, Operand | None]: ...
 
     def cast_all(self, dtype: str, *values: Operand | None) -> tuple[Operand | None, ...]:
-        """Autocast's casts of an operation's arguments, the last one first, because GCC evaluates them in that order (torch,
-        autocast_mode.h, `WrapFunction_`, which expands them within a call).
+        """Autocast's casts of an operation's arguments, the last one first.
+
+        `WrapFunction_` casts them within one call's argument list, which GCC evaluates from the right (torch, autocast_mode.h).
         """
         return (*reversed([self.cast(x, dtype) for x in reversed(values)]),)
 
@@ -304,7 +308,7 @@ class Tape:
         if type(x) is Parameter:
             return x.trainable
         if isinstance(x.node, Parameter):
-            return bool(x.node.dims == x.dims)  # a view of a leaf is none
+            return bool(x.node.dims == x.dims)  # a view of a leaf is not a leaf
         return x.storage is not None and (x.storage.number, x.dims) in self.leaves
 
     @overload
@@ -313,7 +317,7 @@ class Tape:
     def to(self, x: Operand, dtype: str) -> Operand: ...
 
     def to(self, x: Operand, dtype: str) -> Operand:
-        """`x.to(dtype)`: itself where it has it."""
+        """`x.to(dtype)`: x itself if it has this dtype, else a copy."""
         if x.dtype == dtype:
             return x
         return self.new(x.dims, dtype, "to", self.record(_to_backward, (x,)))

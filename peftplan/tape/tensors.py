@@ -1,4 +1,4 @@
-"""The operands of a tape: tensors with names, dims and a dtype but no values, weights, and the nodes that gradients pass.
+"""The operands of a tape: weights, tensors with names, dims and a dtype but no values, and the nodes of the autograd graph.
 
 Source: torch, csrc/autograd/functions/accumulate_grad.h, input_buffer.cpp.
 """
@@ -16,7 +16,7 @@ Gradients: TypeAlias = Union["Tensor", Sequence["Tensor | None"]]
 Backward = Callable[..., Gradients]
 """A function of the tape, the node, what the node saved, and the gradient of each result."""
 Edge: TypeAlias = tuple[Union["Node", "Parameter"], int, str]
-"""Where the gradient of an input goes: the node that made the input, which of its results that was, and its dtype."""
+"""Where the gradient of an input goes: the node that computed the input, the index of that result, and its dtype."""
 
 
 class Operand(Protocol):
@@ -36,7 +36,7 @@ class Operand(Protocol):
 
     @property
     def storage(self) -> Storage | None:
-        """What its bytes lie in; None for a weight, whose bytes the ledger of parameters counts."""
+        """The allocation that holds its bytes; None for a weight, which the ledger of parameters counts."""
 
     @property
     def index(self) -> int:
@@ -48,7 +48,7 @@ Outputs: TypeAlias = Union["Tensor", tuple["Tensor", ...]]
 
 
 class Log(Protocol):
-    """What storages and nodes use of their tape."""
+    """The part of a tape that storages and nodes use."""
 
     log: list[int]
     freed: dict[int, int]
@@ -61,11 +61,11 @@ class Log(Protocol):
         """Allocate a tensor."""
 
     def sum_into(self, grads: list[Tensor | None], index: int, grad: Tensor) -> None:
-        """Add to what waits at `index`."""
+        """Add `grad` to the gradient at `index`."""
 
 
 class Storage:
-    """One allocation, freed when nothing refers to it any more."""
+    """One allocation, freed when the last reference to it goes."""
 
     __slots__ = ("number", "tape")
 
@@ -80,7 +80,7 @@ class Storage:
 
 
 class Tensor:
-    """A view of a storage with dims and a dtype. `node` is the autograd node that made it; None where no gradient flows."""
+    """A view of a storage with dims and a dtype. `node` is the autograd node that computed it; None if it requires no gradient."""
 
     __slots__ = ("dims", "dtype", "index", "node", "storage")
 
@@ -94,7 +94,7 @@ class Tensor:
         self.index = index
 
     def view(self, dims: Dims) -> Tensor:
-        """The same storage under other dims; the gradient goes the same way."""
+        """The same storage with other dims. No node is added: its gradient goes to the same one."""
         return Tensor(self.storage, dims, self.dtype, self.node, self.index)
 
     def detach(self) -> Tensor:
@@ -128,9 +128,9 @@ class Node:
         self.edges = edges
         self.checkpointed = checkpointed
         self.in_python = False
-        """Whether it is an `autograd.Function`, which has let go of its gradients when the engine casts what it returns."""
+        """Whether it is an `autograd.Function`. One releases its incoming gradients before the engine casts what it returns."""
         self.context: object = None
-        """What an `autograd.Function` keeps outside `save_for_backward`: checkpointing does not reach it."""
+        """What an `autograd.Function` keeps outside `save_for_backward`. Checkpointing does not free it."""
         self.saved: Sequence[object] = ()
         self.grads: list[Tensor | None] = [None]
 
@@ -142,9 +142,9 @@ class Node:
 
 
 class Parameter:
-    """A weight, whose bytes the ledger of parameters counts; as an autograd node it accumulates its gradient.
+    """A weight. The ledger of parameters counts its bytes; as an autograd node it accumulates its gradient.
 
-    Where it `counts` its uses it waits for the gradients of all.
+    `counts`: it waits for the gradients of all its uses before it accumulates them.
     """
 
     counts = True
@@ -160,7 +160,7 @@ class Parameter:
         self.grad: Tensor | None = None
         self.node: Parameter | None = self if trainable else None
         self.uses = 1
-        """How many gradients are still to come in this backward pass: a tied weight has two."""
+        """How many gradients are still to come in this backward pass. A tied weight starts at two."""
         self.buffered: list[Tensor | None] = [None]
 
     def receive(self, tape: Log, index: int, grad: Tensor | None) -> None:
@@ -174,7 +174,7 @@ class Parameter:
             self.accumulate(tape, grad)
 
     def accumulate(self, tape: Log, grad: Tensor) -> None:
-        """`AccumulateGrad`: takes the first gradient as it is, adds that of a later pass in place."""
+        """`AccumulateGrad`: takes over the first gradient, and adds those of later passes to it in place."""
         if self.grad is None:
             self.grad = grad.detach() if grad.storage else tape.new(self.dims, self.dtype, "clone")
             number = self.grad.storage.number  # type: ignore[union-attr]
