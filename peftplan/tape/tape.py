@@ -1,9 +1,9 @@
 """A pocket autograd: runs modeling code on tensors that have names, dims and a dtype but no values, and logs their lifetimes.
 
 Blocks are written as transformers writes them and follow Python's scoping: a tensor is freed when the last reference to it goes,
-and one that an operation saves lives until backward has passed that operation. The log therefore follows the order of the modeling
-code. Lifetimes do not depend on batch or sequence, so dims stay symbolic and the log is evaluated later (`memory.timeline`). Which
-operation saves what is in `tape.ops`.
+and one that an operation saves lives until backward has passed that operation. The log therefore follows the order of the
+modeling code. Lifetimes do not depend on batch or sequence, so dims stay symbolic and the log is evaluated later
+(`memory.timeline`). Which operation saves what is in `tape.ops`.
 
 Sources: torch, csrc/autograd/engine.cpp (order), input_buffer.cpp (sums), tools/autograd/derivatives.yaml (what is saved),
 utils/checkpoint.py (`_CheckpointFrame`), aten/src/ATen/autocast_mode.cpp (the cache of casts). It needs CPython, which counts
@@ -147,7 +147,7 @@ class Tape:
             node.saved = (*node.saved, *packed)
 
     def _pack(self, value: object) -> object:
-        """What a checkpointed call saves: a place for each tensor in forward; in recomputation the tensor that fills the place."""
+        """What a checkpointed call saves: a place for each tensor in forward; the tensor for that place in recomputation."""
         if type(value) is not Tensor and type(value) is not Parameter:
             return value
         if self._replaying is None:

@@ -80,7 +80,7 @@ class Storage:
 
 
 class Tensor:
-    """A view of a storage with dims and a dtype. `node` is the autograd node that computed it; None if it requires no gradient."""
+    """A view of a storage with dims and a dtype. `node`: the autograd node that computed it; None if it requires no gradient."""
 
     __slots__ = ("dims", "dtype", "index", "node", "storage")
 
