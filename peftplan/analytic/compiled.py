@@ -1,4 +1,4 @@
-"""A job compiled: its step run once on a tape, its sizes left open, and kept for all sizes that run the same operations."""
+"""Compile a job: run its step once on a tape with symbolic sizes, and cache it for all sizes that run the same operations."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class Compiled(NamedTuple):
-    """A job without its sizes: what always stands, what loading peaks at, and the timeline of a step."""
+    """A job without its sizes: the tensors that last from step to step, the peak of loading, and the timeline of a step."""
 
     architecture: Architecture
     timeline: Timeline
@@ -61,31 +61,31 @@ class Compiled(NamedTuple):
     virtual_tokens: int
     loss: LossSizes
     early: tuple[Line, ...] = ()
-    """The states that the optimizer's constructor makes, before the first step."""
+    """Optimizer states that the constructor allocates before the first step."""
     workspaces: tuple[tuple[int, Line], ...] = ()
-    """Each workspace with the event of the timeline before which it is taken."""
+    """Each workspace, with the index of the event before which it is allocated."""
     on_host: tuple[tuple[tuple[Any, ...], str, int], ...] = ()
-    """Dims, dtype and number of the tensors that wait on the host for backward."""
+    """Dims, dtype and count of the tensors that are offloaded to the host until backward."""
     programs: dict[tuple[int, ...], Written] = {}  # noqa: RUF012
-    """What `analytic.reserved` wrote of runs whose last step this is."""
+    """Cache of `analytic.reserved`: the programs of the runs that end with this step."""
 
     def facts(self, batch_size: Any, seq_len: Any) -> tuple[Any, ...]:
-        """`shape_facts` of this job at other sizes, numbers or arrays."""
+        """`shape_facts` of this job at these sizes, numbers or arrays."""
         return shape_facts(batch_size, seq_len + self.virtual_tokens, windows_of(self.architecture), self.loss)
 
     def sizes(self, batch_size: object, seq_len: object) -> dict[str, object]:
-        """The named sizes at other sizes, numbers or arrays."""
+        """Name → size for a batch size and a sequence length, numbers or arrays."""
         return sizes(batch_size, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
 
     def assumed(self, named: Mapping[str, Any]) -> dict[str, int]:
-        """What a result says besides the setup: bytes that wait on the host for backward."""
+        """Facts that a result states besides the setup: bytes offloaded to the host until backward."""
         numels = ((count * ITEMSIZE[dtype], dims) for dims, dtype, count in self.on_host)
         nbytes = sum(size * prod(dim if isinstance(dim, int) else named[dim] for dim in dims) for size, dims in numels)
         return {"offloaded_bytes": nbytes} if nbytes else {}
 
 
 class Written(NamedTuple):
-    """A program, the sizes that its table ends with, and the steps it was written for, which its key names by identity."""
+    """A program, the last sizes of its table, and its steps. The cache's key holds their ids, so they must stay alive."""
 
     program: events.Program
     sizes: list[int]
@@ -93,7 +93,7 @@ class Written(NamedTuple):
 
 
 def kernels(compute_capability: str) -> tuple[bool, int | None]:
-    """What the formulas take from a card: whether it runs the flash kernel, and the bytes of a cuBLAS workspace."""
+    """What the formulas need to know of a card: whether it runs the flash kernel, and the bytes of a cuBLAS workspace."""
     flash = tuple(map(int, compute_capability.split("."))) >= FLASH_CAPABILITY
     return flash, cublas_workspace_bytes(compute_capability).bytes
 
@@ -101,23 +101,23 @@ def kernels(compute_capability: str) -> tuple[bool, int | None]:
 Step = tuple[Compiled, dict[str, Any]]
 """A step of a run, with its sizes."""
 Steps = tuple[Step, ...]
-"""The steps of a run; the last one counts."""
+"""The steps of a run. The last one is reported."""
 
 
 def last_step(inventory: Inventory, compute_capability: str) -> Step:
-    """The step that counts."""
+    """The step that is reported, with its sizes."""
     compiled_job = compiled(inventory, compute_capability=compute_capability)
     setup = inventory.job.setup
     return compiled_job, compiled_job.sizes(setup.batch_size, setup.seq_len)
 
 
 def steps_of(inventory: Inventory, compute_capability: str) -> Steps:
-    """The steps of a run: one before the last, or those that the script names."""
+    """The steps of a run: the reported one twice, or the earlier steps that the script names and then the reported one."""
     job, setup = inventory.job, inventory.job.setup
     last = last_step(inventory, compute_capability)
     before: list[Step] = []
     for tokens in job.script.earlier_seq_lens or ((setup.seq_len,) if setup.keep_gradients else ()):
-        there = setup.keep_gradients and bool(before)  # before the first step there are none
+        there = setup.keep_gradients and bool(before)  # the first step starts without gradients
         earlier = job._replace(setup=setup.model_copy(update={"seq_len": tokens, "keep_gradients": there}))
         of_step = compiled(inventory._replace(job=earlier), compute_capability=compute_capability)
         before.append((of_step, of_step.sizes(setup.batch_size, tokens)))
@@ -125,12 +125,15 @@ def steps_of(inventory: Inventory, compute_capability: str) -> Steps:
 
 
 COMPILED: OrderedDict[tuple[object, ...], Compiled] = OrderedDict()
-"""The last jobs without their sizes: each holds wherever `shape_facts` are the same."""
+"""The jobs compiled last. Each is valid for all sizes with the same `shape_facts`."""
 COMPILED_KEPT = 256
 
 
 def compiled(inventory: Inventory, *, compute_capability: str) -> Compiled:
-    """The job made ready for all sizes that run the same operations, once."""
+    """The job compiled for all sizes that run the same operations; cached.
+
+    Raises NeedsTraceError or NoEngineError if a part of the job has no formula.
+    """
     job, setup = inventory.job, inventory.job.setup
     virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
     loss = _loss_sizes(job)
@@ -173,7 +176,7 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
     lasting = tuple(line for line in static if line.category != "gradients" and line.place == "device")
     optimizer = parse_optim(str(setup.optim))
     early = tuple(line for line in lasting if optimizer.made_with_states and line.source == optimizer.source)
-    if not early and (idle := model.units.idle(model.idle())):  # what gets no gradient gets no state
+    if not early and (idle := model.units.idle(model.idle())):  # a parameter without a gradient has no state
         stated = (line for line in lasting if line.category == "optimizer_states")
         stateless = {line.name for line in stated if line.name.rpartition(".")[0] in idle}
         lasting = tuple(line for line in lasting if line.name not in stateless)
@@ -203,7 +206,7 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         load = synced(parameters, load)
         passing = passing_on_rank(load, Ledger(loaded)) or passing
     loading = Ledger(loaded + passing)
-    if early:  # the optimizer is made once the model is there
+    if early:  # the optimizer is constructed after loading
         loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
     return Compiled(
         architecture,
@@ -223,14 +226,14 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
 
 
 def _trained_again(job: Job, parameters: Parameters) -> frozenset[str]:
-    """LoRA-FA's A, where a script lets it require gradients again."""
+    """Names of LoRA-FA's frozen A matrices if the script makes adapters require gradients again."""
     if not (job.script.enables_adapters_again and getattr(job.config, "freeze_a", False)):
         return frozenset()
     return frozenset(p.name for p in parameters.all if p.owner == "adapter" and ".lora_A." in p.name)
 
 
 def _passed_in(job: Job) -> str | None:
-    """The dtype of adapters before peft casts them: that of a 16-bit base which a plain loop has on the device."""
+    """The dtype of adapters before peft casts them to fp32: that of a 16-bit base that is already on the device, else None."""
     layered = job.method is not None and job.method.peft_type in ADAPTERS
     there = job.quant is None and job.setup.by.loads_on_device
     return job.setup.dtype if layered and there and job.setup.dtype in HALF else None
@@ -249,7 +252,7 @@ def _program(job: Job) -> Program:
 
 
 def _check(job: Job) -> None:
-    """Raise NeedsTraceError for the parts of a job that have no formulas here."""
+    """Raise NeedsTraceError or NoEngineError if a part of the job has no formula."""
     if job.distributed is not None and (why := without_formula(job)) is not None:
         raise NoEngineError(f"the peak of a step with {job.distributed.called}: no formula yet{why}")
     if job.quant is not None and (why := without_peak(job.quant)) is not None:
@@ -269,7 +272,7 @@ def _check(job: Job) -> None:
 
 
 def _unread(adapter: Mapping[str, object]) -> str:
-    """What of an adapter config only peft itself reads."""
+    """The part of an adapter config that only peft itself can read."""
     try:
         methods.from_peft_config(adapter)
     except NeedsPeftError as what:
@@ -291,7 +294,7 @@ def _loss_sizes(job: Job) -> LossSizes:
 
 def _running(job: Job, compute_capability: str) -> Running:
     setup, loss = job.setup, _loss_sizes(job)
-    of_llama = job.architecture.model_class.endswith("ForCausalLM")  # GPT2LMHeadModel, say, had a loss of its own
+    of_llama = job.architecture.model_class.endswith("ForCausalLM")  # others had a loss of their own, such as GPT2LMHeadModel
     return Running(
         autocast=None if setup.autocast == "none" else setup.autocast,
         checkpointing=bool(setup.gradient_checkpointing),
@@ -320,7 +323,7 @@ def _running(job: Job, compute_capability: str) -> Running:
 
 
 def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:
-    """One workspace per thread that multiplies matrices, from the first product on; `apart`: cuBLASLt has one of its own."""
+    """One workspace per thread that multiplies matrices, allocated at its first product. `apart`: one more for cuBLASLt."""
     nbytes = {"cuBLAS": kernels(compute_capability)[1], "cuBLASLt": CUBLASLT_WORKSPACE_BYTES}
     taken: dict[tuple[str, str], int] = {}
     for (library, thread), at in products.items():

@@ -1,4 +1,4 @@
-"""The analytic engine as an `Estimate` sees it: peaks per phase as ledgers, from the model's forward written on a tape."""
+"""The analytic engine's entry point: a job's peaks per phase, from the model's forward run on a tape."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from peftplan.job.inventory import Inventory
 
 
 def analytic_peaks(inventory: Inventory, *, compute_capability: str) -> InstantPeaks:
-    """The peaks of a steady step. Raises NeedsTraceError where only the trace engine can tell."""
+    """The peaks of a steady step, in bytes. `compute_capability` such as `8.0` decides which kernels run.
+
+    Raises NeedsTraceError if only the trace engine knows the job, NoEngineError if neither does.
+    """
     compiled_job, named = last_step(inventory, compute_capability)
     moments = compiled_job.timeline.peaks(named, compiled_job.standing_bytes)
     requested = {"load": compiled_job.loading_bytes, **{phase: nbytes for phase, (nbytes, _) in moments.items()}}

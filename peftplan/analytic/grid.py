@@ -1,4 +1,4 @@
-"""A job at a grid of sizes: what its tensors request at each point, and what a card says of it."""
+"""A job over a grid of sizes: requested bytes at each point, and the verdict of each card."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ except ImportError:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """A job at many sizes: arrays of the broadcast shape of `sizes`, bytes as int64. Requested bytes are those of the first
-    card's kernels; an `Estimate` also counts the tails of blocks that torch's allocator hands out whole.
+    """A job at many sizes. All arrays have the broadcast shape of `sizes`; bytes are int64.
 
-    `allocated_bytes`, `reserved_bytes`: masked arrays, of points that were replayed. `verdicts`: card → an array of words, None
-    where `decided_by` is: where neither the requested bytes (`requested`), nor a bound on what the allocator adds (`bound`,
-    `planning.decided`), nor a replay (`replay`) says it.
+    Requested bytes are those of the first card's kernels. An `Estimate` adds the tails of blocks, which torch's allocator hands
+    out whole.
+
+    `allocated_bytes`, `reserved_bytes`: masked arrays; only replayed points have a value.
+    `verdicts`: card → an array of verdicts, None if no rule decides.
+    `decided_by`: card → an array of the rule that decides: `requested` (the requested bytes), `bound` (an upper bound on what the
+    allocator adds, `planning.decided`), `replay`, or None.
     """
 
     sizes: Mapping[str, Any]
@@ -49,5 +52,5 @@ class Grid:
 
     @property
     def peak_requested_bytes(self) -> object:
-        """The overall peak at each point."""
+        """The highest peak of all phases at each point, in requested bytes."""
         return np.maximum.reduce(list(self.requested_by_phase.values()))

@@ -1,4 +1,4 @@
-"""The peaks of an analytic estimate: its tensors are summed at once, its events replayed when a peak is first asked for."""
+"""The peaks of an analytic estimate. Tensor sums are computed at once; the allocator is replayed when a peak is first read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class InstantPeaks(Peaks):
-    """Peaks of a job, which are data: the job itself with its sums, from which the engine replays the run when it is asked to."""
+    """Peaks of a job, as data: the job and the sums of its tensors. The replay runs when a property first needs it."""
 
     def __init__(
         self,
@@ -39,16 +39,16 @@ class InstantPeaks(Peaks):
     inventory: Inventory
     compute_capability: str
     requested: Mapping[str, int]
-    """Phase → bytes of its tensors, without the tails of blocks."""
+    """Phase → bytes that the tensors at its peak request, before the allocator rounds them to blocks."""
     ends: Mapping[str, int]
-    """Phase of a step → the events before its peak."""
+    """Phase of a step → the number of events before its peak."""
 
     def run(self) -> Run:
         """The steps that are replayed."""
         return Run(steps_of(self.inventory, self.compute_capability), self.inventory.job.script)
 
     def runs_within(self, capacity_bytes: int) -> bool:
-        """Whether the job runs where the allocator can take so many bytes: it gives cached memory back before it fails."""
+        """Whether the job runs if at most `capacity_bytes` can be reserved. The allocator releases its cache before it fails."""
         return self.run().fits(capacity_bytes)
 
     @cached_property
@@ -73,7 +73,7 @@ class InstantPeaks(Peaks):
 
 
 class _Ledgers(Mapping[str, Ledger]):
-    """Phase → what is alive at its peak, each written when it is first read; with tails up to the bytes allocated there."""
+    """Phase → the tensors alive at its peak, written when first read. Tails of blocks fill each sum up to the allocated bytes."""
 
     def __init__(self, peaks: InstantPeaks) -> None:
         self._peaks = peaks

@@ -1,6 +1,6 @@
 """A timeline at many sizes at once: the moments that can be a peak, as a matrix of how many tensors of each size are alive.
 
-numpy, from the extra `sweep`. Exact up to 2⁵³ bytes, where float64 counts every integer; more is refused.
+Needs numpy (extra `sweep`). Exact while float64 represents every integer, up to 2⁵³ bytes; larger peaks are refused.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ except ImportError:
     raise MissingExtraError("a grid of sizes (numpy)", "sweep") from None
 
 EXACT = 2**53 // ALLOCATION_ROUNDING
-"""Units of `ALLOCATION_ROUNDING` bytes up to which float64 counts each byte."""
+"""The largest peak that stays exact in float64, in units of `ALLOCATION_ROUNDING` bytes."""
 CHUNK = 2**14
-"""Points at a time: what a processor's cache holds."""
+"""Points per matrix product, so that its operands fit a processor's cache."""
 
 Size = tuple[int, tuple[Dim, ...]]
-"""What a column counts: units of `ALLOCATION_ROUNDING` bytes times these named sizes, where the number is 0; else tensors of so
-many bytes times these named sizes, each rounded up."""
+"""What a column counts: (bytes, named sizes).
+
+With 0 bytes it counts units of `ALLOCATION_ROUNDING` bytes times the named sizes. Otherwise it counts tensors of that many bytes
+times the named sizes, each rounded up.
+"""
 
 
 class Moments:
-    """The moments of each phase at which its peak can lie, whatever the sizes."""
+    """The moments of each phase at which its peak can be, at any size."""
 
     def __init__(self, timeline: Timeline) -> None:
         index: dict[Size, int] = {}
@@ -53,7 +56,10 @@ class Moments:
             self.by_phase[phase] = _undominated(rows)
 
     def peaks(self, named: Mapping[str, Any], standing: int) -> dict[str, Any]:
-        """Phase → bytes at its peak for every point; `named` are arrays of one length."""
+        """Phase → bytes at its peak for every point, as int64. `named`: arrays of one length. `standing`: bytes to add.
+
+        Raises InputError if a peak exceeds 8 PiB.
+        """
         length = len(next(iter(named.values())))
         by_phase = {phase: np.empty(length, dtype=np.int64) for phase in self.by_phase}
         for start in range(0, length, CHUNK):
@@ -74,7 +80,7 @@ class Moments:
 
 
 def _size(dtype: str, dims: tuple[Dim, ...]) -> tuple[Size, int]:
-    """The column of a tensor, and how much one tensor adds to it: what always fills whole units is counted in these."""
+    """The column of a tensor and what one tensor adds to it. A tensor that always fills whole units is counted in units."""
     number = ITEMSIZE[dtype]
     for dim in dims:
         number *= dim if isinstance(dim, int) else 1
@@ -85,7 +91,7 @@ def _size(dtype: str, dims: tuple[Dim, ...]) -> tuple[Size, int]:
 
 
 def _undominated(rows: Any) -> Any:
-    """Rows of which no other has at least as many tensors of every size."""
+    """The rows that no other row dominates, that is, has at least as many tensors of every size."""
     order = np.argsort(-rows.sum(axis=1), kind="stable")
     kept: list[object] = []
     for row in rows[order]:

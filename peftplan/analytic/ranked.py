@@ -1,8 +1,8 @@
-"""A job at all ranks at once: what of its tensors grows with the rank, read off the job compiled at two ranks.
+"""A job at all LoRA ranks at once, interpolated from the job compiled at two ranks.
 
-Every dim of a LoRA job that depends on the rank r is a line through it, `slope × r + intercept`: r itself, or 3r where three
-matrices lie in one. Two ranks give the line, and a third one must lie on it, tensor by tensor, event by event; where one does
-not, each rank is compiled for itself.
+Each dim that depends on the rank r is linear in it, `slope × r + intercept`: r itself, or 3r if one tensor holds three matrices.
+Two ranks give the line. It is then checked at three ranks, tensor by tensor and event by event. If a check fails, each rank is
+compiled on its own.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ except ImportError:
 
 RANK = "r"
 ASIDE = (0, 3, 7)
-"""How far beside the lowest and the highest rank the lines are taken, in this order."""
+"""Offsets from the lowest and the highest rank at which the job is compiled, tried in this order."""
 PRIMES = tuple(n for n in range(1009, 2000, 2) if all(n % d for d in range(3, 45, 2)))
 
 
 class Ranked(NamedTuple):
-    """A compiled job, with dims of the rank by name: `3r+1` → (3, 1). `passing`: the peak of loading before adapters are made."""
+    """A compiled job whose dims may depend on the rank. `dims`: name → (slope, intercept), such as `3r+1` → (3, 1).
+
+    `passing`: bytes at the peak of loading before adapters exist; 0 if that is not the peak.
+    """
 
     compiled: Compiled
     timeline: Timeline
@@ -41,16 +44,16 @@ class Ranked(NamedTuple):
     passing: int
 
     def named(self, batch_size: Any, seq_len: Any, rank: Any) -> dict[str, Any]:
-        """The named sizes of arrays of one length."""
+        """Name → sizes for arrays of one length."""
         by_rank = {name: slope * rank + intercept for name, (slope, intercept) in self.dims.items()}
         return {**self.compiled.sizes(batch_size, seq_len), **by_rank}
 
     def standing_bytes(self, rank: Any) -> Any:
-        """What lasts through a step, at each rank."""
+        """Bytes that last through a step, at each rank."""
         return self._bytes(self.standing, rank)
 
     def loading_bytes(self, rank: Any) -> Any:
-        """The peak of loading, at each rank."""
+        """Bytes at the peak of loading, at each rank."""
         return np.maximum(self._bytes(self.loaded, rank), self.passing)
 
     def _bytes(self, lines: Iterable[Line], rank: Any) -> Any:
@@ -71,9 +74,9 @@ def of_one_rank(compiled: Compiled) -> Ranked:
 
 
 def of_all_ranks(compile_at: Callable[[int], Compiled], ranks: Sequence[int]) -> Ranked | None:
-    """The job at ranks from the lowest to the highest; None where they do not lie on lines. `compile_at`: rank → the job.
+    """The job at all ranks from the lowest to the highest; None if a dim is not linear in the rank. `compile_at`: rank → the job.
 
-    Where a rank equals another dim, tensors of two kinds are alike there (8 experts, r = 8), so the lines may be taken elsewhere.
+    If a rank equals another dim (8 experts, r = 8), two kinds of tensors merge into one there. Then other ranks are tried.
     """
     low, high = min(ranks), max(ranks)
     if low == high:
@@ -105,12 +108,12 @@ def _through(low: int, high: int, compile_at: Callable[[int], Compiled]) -> Rank
             _both(_loaded(first), _loaded(last), (low, high), dims),
             first.loading_bytes if len(_loaded(first)) < len(_device(first.loading)) else 0,
         )
-    except ValueError:  # two jobs of which one is not the other at another rank
+    except ValueError:  # the two jobs differ in more than the rank
         return None
 
 
 def _lines(low: tuple[int, Sequence[Dim]], high: tuple[int, Sequence[Dim]], dims: dict[str, tuple[int, int]]) -> tuple[Dim, ...]:
-    """The dims of one tensor at two ranks as one: those that differ get a name."""
+    """The dims of one tensor at two ranks, merged: those that differ get a name."""
     (low_rank, low_dims), (high_rank, high_dims) = low, high
     return tuple(_line((low_rank, a), (high_rank, b), dims) for a, b in zip(low_dims, high_dims, strict=True))
 
@@ -135,7 +138,7 @@ def _both(
 
 
 def _holds(ranked: Ranked, compiled: Compiled, rank: int) -> bool:
-    """Whether the job compiled at a rank is the one that the lines say: event by event, with other primes for all named sizes."""
+    """Whether the interpolated job equals the one compiled at a rank, event by event, with a prime for each named size."""
     names = compiled.sizes(1, 1)
     at = dict(zip(names, PRIMES, strict=False))
     by_rank = {name: slope * rank + intercept for name, (slope, intercept) in ranked.dims.items()}
@@ -150,7 +153,7 @@ def _holds(ranked: Ranked, compiled: Compiled, rank: int) -> bool:
 
 
 def _bytes_of(timeline: Timeline, named: Mapping[str, int]) -> list[int]:
-    """What each event makes or frees."""
+    """Bytes that each event allocates, or negative, frees."""
     return [
         count * ITEMSIZE[kind.dtype] * prod(dim if isinstance(dim, int) else named[dim] for dim in kind.dims)
         for kind, count in ((timeline.kinds[number], count) for number, count in timeline.events)
@@ -158,7 +161,7 @@ def _bytes_of(timeline: Timeline, named: Mapping[str, int]) -> list[int]:
 
 
 def _loaded(compiled: Compiled) -> tuple[Line, ...]:
-    """What loading leaves: without what passes through on the way, which no adapter has a part in."""
+    """What loading leaves behind, without temporaries of loading, which do not depend on the adapter."""
     return tuple(line for line in _device(compiled.loading) if line.source != PASSING)
 
 

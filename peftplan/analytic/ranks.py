@@ -1,4 +1,4 @@
-"""A job's step as one rank of several GPUs runs it: what differs from one GPU, and where there is no formula."""
+"""A job's step on one rank of several GPUs: the differences from one GPU, and the cases without a formula."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHOWN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
 
 
 def without_formula(job: Job) -> str | None:
-    """Why a job over several GPUs has no peak here, after a comma or in parentheses; None where it has one."""
+    """Why a job over several GPUs has no peak formula, as a suffix for a message; None if it has one."""
     distributed = job.distributed
     assert distributed is not None
     if distributed.strategy == "ddp":
@@ -74,12 +74,12 @@ def without_formula(job: Job) -> str | None:
 
 
 def _layer_classes(job: Job) -> tuple[str, ...]:
-    """The class of the model's layers, by its name."""
+    """The name of the class of the model's layers."""
     return (f"{job.architecture.model_class.removesuffix('ForCausalLM')}DecoderLayer",)
 
 
 def _is_decoder(job: Job) -> bool:
-    """Whether the model is embedding, layers, final norm and head, one after the other."""
+    """Whether the model is a plain decoder of `DECODERS`: embedding, layers, final norm, head."""
     architecture = job.architecture
     forward = FORWARDS.get(architecture.model_type)
     decoders = architecture.blocks and all(block.stack == "decoder" for block in architecture.blocks)
@@ -87,25 +87,25 @@ def _is_decoder(job: Job) -> bool:
 
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose steps were rehearsed, and Mistral, which runs Llama's operations."""
+"""Model types whose steps were rehearsed; Mistral runs Llama's operations."""
 
 
 def setup_on_rank(job: Job) -> Setup:
-    """The setup as the model sees it: under FSDP2 accelerate wraps no forward in autocast, its policy casts weights."""
+    """The setup that the model runs under. FSDP2 runs without autocast: its mixed-precision policy casts the weights."""
     if job.distributed is None or job.distributed.strategy != "fsdp2":
         return job.setup
     return job.setup.model_copy(update={"autocast": "none"})
 
 
 def parameters_on_rank(job: Job, parameters: Parameters) -> Parameters:
-    """The parameters that operations see: gathered ones."""
+    """The parameters that operations compute with: under FSDP2, gathered."""
     if job.distributed is None or job.distributed.strategy != "fsdp2":
         return parameters
     return computing(parameters, computing_dtype(job.distributed, str(job.setup.autocast)))
 
 
 def divided(inventory: Inventory, model: Model, program: Program) -> Program:
-    """Make the model's units, where it has some; the step's program on this rank."""
+    """The program of the step on this rank. Under FSDP2 it also sets `model.units`, the groups that are gathered together."""
     job, parameters, _, holding = inventory
     if job.distributed is None or holding is None or job.distributed.strategy != "fsdp2":
         return program
@@ -115,7 +115,7 @@ def divided(inventory: Inventory, model: Model, program: Program) -> Program:
 
 
 def loaded_on_rank(inventory: Inventory, buffers: Ledger, of_one_gpu: Loader) -> Loader:
-    """How a rank loads."""
+    """How a rank loads the model; `of_one_gpu` unless FSDP2 shards it."""
     job, parameters, _, holding = inventory
     distributed = job.distributed
     if distributed is None or holding is None or distributed.strategy != "fsdp2":
@@ -131,7 +131,7 @@ def loaded_on_rank(inventory: Inventory, buffers: Ledger, of_one_gpu: Loader) ->
 
 
 def synced(parameters: Parameters, load: Loader) -> Loader:
-    """Loading under DDP, whose constructor sends all weights from rank 0, flattened in turn into tensors of 250 MiB or more."""
+    """Loading under DDP. Its constructor broadcasts all weights from rank 0, in flat tensors of at least 250 MiB in turn."""
     return partial(_synced, flats=sync_buckets(parameters), load=load)
 
 
@@ -142,7 +142,7 @@ def _synced(memory: Memory[Any], *, flats: tuple[int, ...], load: Loader) -> Non
 
 
 def passing_on_rank(load: Loader, loaded: Ledger) -> tuple[Line, ...]:
-    """What the peak of loading holds beyond the tensors that last."""
+    """What the peak of loading holds beyond the tensors that last; empty if nothing."""
     passing = peak_of(load) - loaded.bytes()
     source = "accelerate: fsdp2_prepare_model"
     return (Line("whole weights while shards are made", "temporaries", "uint8", (passing,), 1, source),) if passing > 0 else ()

@@ -1,8 +1,8 @@
-"""What torch's caching allocator makes of an analytic estimate: its events as a program, replayed through a model of it.
+"""Reserved bytes of an analytic estimate: its events, written as a program and replayed through a model of torch's allocator.
 
-Two optimizer steps after loading, as the trace engine replays them: the first makes the optimizer's states, the second is the
-steady one; a script may say other steps (`job.script`). Layers between the first and the last of their kind, which the
-timeline only counts, do here what the last one does, event by event.
+A run is loading and two optimizer steps, as in the trace engine: the first step creates the optimizer's states, the second is the
+steady one. A script may name other steps (`job.script`). The timeline only counts the layers between the first and the last of a
+kind; here each of them repeats the events of the last one.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from peftplan.ledger import Line
 from peftplan.memory.timeline import Timeline
 
 _LAYER = re.compile(r"(?<=\.)(\d+|\{\})(?=\.)")
-"""The place of a layer's number in a name, or the number of the only one that has the tensor."""
+"""The layer's place in a name: `{}` for all layers, or the number of the only layer that has the tensor."""
 
 SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, default options"
 
 
 class Run(NamedTuple):
-    """The steps of a run after loading; the last one counts."""
+    """The steps of a run after loading. The last one is reported."""
 
     steps: Steps
     script: Script = NO_SCRIPT
 
     def fits(self, capacity_bytes: int) -> bool:
-        """Whether it runs where the allocator can take so many bytes: it gives cached segments back before it fails."""
+        """Whether it runs if the allocator may reserve at most `capacity_bytes`. It releases cached segments before it fails."""
         try:
             self.peaks(capacity_bytes=capacity_bytes)
         except MemoryError:
@@ -44,15 +44,15 @@ class Run(NamedTuple):
         return True
 
     def peaks(self, *, capacity_bytes: int | None = None) -> Replayed:
-        """Allocated bytes of each phase with the tails of blocks, and reserved bytes.
+        """Allocated bytes of each phase, tails of blocks included, and reserved bytes.
 
-        Raises MemoryError where `capacity_bytes` are not enough.
+        Raises MemoryError if `capacity_bytes` are not enough.
         """
         program, sizes = self.program()
         return replay(program, sizes, ties_by_address=self.script.ties_by_address, capacity=capacity_bytes)
 
     def program(self) -> tuple[Program, list[int]]:
-        """The events, which are the same at all sizes at which the same operations run, and the sizes."""
+        """The events and the table of sizes. All sizes that run the same operations share the events."""
         compiled, _ = self.steps[-1]
         key = tuple(id(of_step) for of_step, _ in self.steps)
         if key not in compiled.programs:
@@ -84,7 +84,7 @@ def _write(steps: list[Compiled], script: Script) -> Written:
 
 
 def _lasting(states: list[Line], compiled: Compiled) -> dict[int, list[Line]]:
-    """What the first step makes for all: the optimizer's states and workspaces, by the event that they precede."""
+    """What the first step allocates for good: optimizer states and workspaces, by the event that they precede."""
     by_event = {compiled.timeline.states: states}
     for at, line in compiled.workspaces:
         by_event.setdefault(at, []).append(line)
@@ -101,19 +101,19 @@ def _makes_gradients(timeline: Timeline, at: int) -> bool:
 
 
 def _stack(name: str) -> str:
-    """What precedes the number of a layer in a name, or the name."""
+    """The part of a name before the layer's number; all of it if it has none."""
     return _LAYER.split(name, maxsplit=1)[0]
 
 
 def _layers(name: str, copies: int) -> range:
-    """The layers of a stack that have a tensor."""
+    """The numbers of the layers that have a tensor."""
     number = _LAYER.search(name)
     first = int(number[0]) if number and number[0] != "{}" else 0
     return range(first, first + copies)
 
 
 class _Writer:
-    """Writes a program. Sizes of tensors of a step stand in the table by their kind, all others behind them."""
+    """Writes a program. In the table of sizes, those of a step's tensors come first, by kind; all others follow."""
 
     def __init__(self, script: Script, num_kinds: int) -> None:
         self.script = script
@@ -121,15 +121,15 @@ class _Writer:
         self._num_kinds = num_kinds
         self._events: list[int] = []
         self._kept: dict[tuple[int, ...], list[int]] = {}
-        """Sizes of tensors that are made together, for good → their events."""
+        """Sizes of tensors that are allocated together for good → their events."""
         self._handles = 0
         self._storages = 0
         self._streams = 1
         self._phases: list[str] = []
         self._alive: dict[int, int] = {}
-        """How many of each storage of a step are alive, the last one made last."""
+        """Storage of a step → how many of it are alive, in order of allocation."""
         self._stacked: dict[int, int] = {}
-        """A hidden state that a copied layer leaves alive → that before all copies: they are kept as one stack under it."""
+        """A hidden state that a copied layer leaves alive → the first of its kind. All share one stack under that number."""
 
     def program(self) -> Program:
         """What has been written."""
@@ -138,14 +138,14 @@ class _Writer:
     # -- loading: `memory.load.Memory` -------------------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> int:
-        """Make a tensor; what frees it."""
+        """Allocate a tensor and return the handle that frees it."""
         handle, sizes = self._handles, self.sizes
         self._events += (events.HOLD, handle, self._num_kinds + sizes.setdefault(nbytes, len(sizes)), 0, 0)
         self._handles = handle + 1
         return handle
 
     def keep(self, sizes: tuple[int, ...], /) -> None:
-        """Make tensors for good."""
+        """Allocate tensors for good."""
         if sizes not in self._kept:
             self._kept[sizes] = [n for nbytes in sizes for n in (events.TAKE, self._size(nbytes), 1, 0, 0)]
         self._events += self._kept[sizes]
@@ -161,7 +161,7 @@ class _Writer:
     # -- steps -------------------------------------------------------------------------------------------------------------------
 
     def begin(self, phase: str) -> None:
-        """What follows counts for this phase."""
+        """Count the events that follow for this phase."""
         if phase not in self._phases:
             self._phases.append(phase)
         self._write(events.PHASE, self._phases.index(phase))
@@ -176,7 +176,10 @@ class _Writer:
                         self._events += (events.TAKE, size, 1, 0, 0)
 
     def step(self, timeline: Timeline, kinds: int, lasting: Mapping[int, Sequence[Line]], *, phases: bool) -> None:
-        """One optimizer step, whose kinds stand in the table from `kinds` on; `lasting`: what lasts, by the event it precedes."""
+        """Write one optimizer step. `kinds`: where its kinds start in the table. `lasting`: event → what is allocated before it.
+
+        `phases`: whether its phases are reported.
+        """
         borders = {start: phase for phase, start, _ in timeline.windows}
         layers = {repeated.first: repeated for repeated in timeline.repeated}
         outlives = len(timeline.events) if not self.script.outputs_outlive_step else timeline.windows[-1][1]
@@ -190,7 +193,7 @@ class _Writer:
             if at in layers:
                 self._repeat(layers[at].layers, timeline, kinds)
                 done = layers[at].last
-            if at < done or (at < timeline.windows[0][1] and _makes_gradients(timeline, at)):  # the first step made them
+            if at < done or (at < timeline.windows[0][1] and _makes_gradients(timeline, at)):  # they exist since the first step
                 continue
             if count > 1 and at >= timeline.windows[-1][1]:
                 done = self._by_layer(timeline, kinds, at)
@@ -200,7 +203,7 @@ class _Writer:
                 self._streams = max(self._streams, stream + 1)
                 stack = self._stacked.get(storage, storage)
                 self._events += (events.MAKE, stack, kinds + kind, 1, stream)
-                if count > 1:  # made again, so that copies of layers take of these too
+                if count > 1:  # in two events, so that copied layers can free of these too
                     self._events += (events.MAKE, stack, kinds + kind, count - 1, 0)
             elif at < outlives or timeline.kinds[kind].category == "temporaries":
                 self._alive[storage] = self._alive.get(storage, 0) + count
@@ -212,7 +215,7 @@ class _Writer:
             self._write(events.EMPTY)
 
     def leave(self, storages: Iterable[int]) -> None:
-        """Let what lives of these storages stay for good."""
+        """Keep what is alive of these storages for good."""
         for storage in storages:
             self._write(events.LEAVE, storage)
 
@@ -229,7 +232,7 @@ class _Writer:
             self._write(events.END_OUTPUTS)
 
     def _by_layer(self, timeline: Timeline, kinds: int, at: int) -> int:
-        """Make what an optimizer makes for all parameters of a stack, layer by layer; the event behind."""
+        """Allocate layer by layer what an optimizer makes for all parameters of a stack. Returns the index of the next event."""
         run = []
         for (kind, count), storage in zip(timeline.events[at:], timeline.storages[at:], strict=True):
             name = timeline.kinds[kind].name
@@ -243,7 +246,7 @@ class _Writer:
         return at + len(run)
 
     def _repeat(self, layers: Sequence[Layers], timeline: Timeline, kinds: int) -> None:
-        """Layers that the timeline only counts, in the order in which they run."""
+        """Write the layers that the timeline only counts, in the order in which they run."""
         handed_on = {after: before for layer in layers for after, before in layer.handed_on.items()}
         for after, before in sorted(handed_on.items()):
             self._stacked[after] = self._stacked.get(before, before)
@@ -260,7 +263,7 @@ class _Writer:
             self._events += of_kind[kind]
 
     def _alike(self, storage: int, timeline: Timeline) -> int:
-        """The last tensor of a storage's dims and dtype that is alive: what the layer before handed on, of another kind."""
+        """The latest living tensor with the dims and dtype of `storage`: what the preceding layer, of another kind, handed on."""
         of_storage = timeline.kinds[timeline.kind_of[storage]]
         for n in reversed(self._alive):
             kind = timeline.kinds[timeline.kind_of[n]]
@@ -276,15 +279,17 @@ class _Writer:
 
 
 def period_of(order: Sequence[int]) -> int:
-    """After how many layers their kinds repeat: 3 for 0 0 1 0 0 1 0."""
+    """The period of the layers' kinds: 3 for 0 0 1 0 0 1 0."""
     return next(n for n in range(1, len(order) + 1) if order[n:] == order[: len(order) - n])
 
 
 def _events_of(
     layers: Layers, timeline: Timeline, kinds: int, handed_on: Mapping[int, int], stacked: Mapping[int, int]
 ) -> list[int]:
-    """What one layer makes and frees itself, keeps, drops of others, or puts in another's place; `handed_on`: a storage that was
-    not made yet where the copies stand → the one in its place there; `stacked`: a hidden state → the one under which it is kept.
+    """The events of one layer: tensors that it allocates and frees, keeps, frees of other layers, or replaces.
+
+    `handed_on`: a storage that does not exist yet where the copies run → the one that takes its place.
+    `stacked`: a hidden state → the storage under whose number it is kept.
     """
     net, allocated = frozenset(layers.net), {n for n in layers.log if n > 0}
     written: list[int] = []

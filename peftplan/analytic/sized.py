@@ -1,4 +1,4 @@
-"""One job at arrays of batch sizes, sequence lengths and ranks: what its tensors request, and a replay of any single point."""
+"""One job at arrays of batch sizes, sequence lengths and ranks: requested bytes of all points, and a replay of any one point."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ except ImportError:
     raise MissingExtraError("a grid of sizes (numpy)", "sweep") from None
 
 JOBS_KEPT = 32
-"""Jobs of one rank that are remembered while points are replayed."""
+"""Jobs at single ranks that are cached for replays."""
 
 
 class Points(NamedTuple):
-    """Flat arrays of one length; `rank` is None where it is the job's own."""
+    """Flat arrays of one length. `rank` is None if all points have the job's own."""
 
     batch_size: Any
     seq_len: Any
     rank: Any = None
 
     def take(self, where: object) -> Points:
-        """Some of the points."""
+        """The points at these indices."""
         return Points(*(None if values is None else values[where] for values in self))
 
     def __len__(self) -> int:
@@ -40,9 +40,9 @@ class Points(NamedTuple):
 
 
 class Sized:
-    """A job at many sizes, for the kernels of one card. What is compiled once holds for all points that run the same operations.
+    """A job at many sizes, for the kernels of one card. It is compiled once for all points that run the same operations.
 
-    `at_rank`: rank → the job, None for its own; `ranks`: those that will be asked, empty for its own alone.
+    `at_rank`: rank → the job, None for its own. `ranks`: all ranks of the grid; empty if only the job's own.
     """
 
     def __init__(self, at_rank: Callable[[int | None], Inventory], ranks: Sequence[int], *, compute_capability: str) -> None:
@@ -54,7 +54,7 @@ class Sized:
         self._on_lines: dict[int, bool] = {}
 
     def requested(self, points: Points) -> dict[str, Any]:
-        """Phase → bytes that the tensors of its peak request at each point."""
+        """Phase → bytes that the tensors at its peak request, for each point, as int64."""
         by_phase: dict[str, Any] = {}
         for where, ranked, moments in self._alike(points):
             part = points.take(where)
@@ -69,7 +69,7 @@ class Sized:
         return by_phase
 
     def trainable(self, points: Points) -> Any:
-        """How many parameters train at each point."""
+        """The number of trainable parameters at each point."""
         if points.rank is None:
             return np.full(len(points), self.first.parameters.num_trainable, dtype=np.int64)
         ranks, where = np.unique(points.rank, return_inverse=True)
@@ -82,7 +82,7 @@ class Sized:
         return np.array([self.at_rank(int(rank)).parameters.num_trainable for rank in ranks], dtype=np.int64)[where]
 
     def peaks(self, batch_size: int, seq_len: int, rank: int | None) -> InstantPeaks:
-        """The peaks of one point, as `estimate` has them."""
+        """The peaks of one point, equal to those of `estimate`."""
         return analytic_peaks(self._resized(batch_size, seq_len, rank), compute_capability=self.compute_capability)
 
     def _resized(self, batch_size: int, seq_len: int, rank: int | None) -> Inventory:
@@ -94,7 +94,7 @@ class Sized:
         return compiled(self._resized(batch_size, seq_len, rank), compute_capability=self.compute_capability)
 
     def _alike(self, points: Points) -> Iterator[tuple[object, Ranked, Moments]]:
-        """Points that run the same operations, and the job there."""
+        """Groups of points that run the same operations: their indices, the job there, and its moments."""
         first = self._compiled(int(points.batch_size[0]), int(points.seq_len[0]), self._rank_at(points, 0))
         facts = first.facts(points.batch_size, points.seq_len)
         codes: Any = sum(np.broadcast_to(fact, len(points)).astype(np.int64) << bit for bit, fact in enumerate(facts))
@@ -111,7 +111,7 @@ class Sized:
         return None if points.rank is None else int(points.rank[at])
 
     def _on_all_ranks(self, code: int, batch_size: int, seq_len: int) -> tuple[Ranked, Moments] | None:
-        """The job at all ranks; None where these do not lie on lines."""
+        """The job at all ranks; None if a dim is not linear in the rank."""
         if not self.ranks:
             return self._on_one_rank(code, batch_size, seq_len, None)
         if code not in self._on_lines:
@@ -129,7 +129,10 @@ class Sized:
 
 
 def checked(name: str, values: Sequence[Any]) -> Any:
-    """The whole numbers of an axis as an array. Raises BoundError below 1, InputError for what is no whole number."""
+    """The values of an axis as an int64 array.
+
+    Raises InputError for a value that is no integer, BoundError for one below 1 or above `MOST`.
+    """
     try:
         array = np.asarray(values if not isinstance(values, range) else np.arange(values.start, values.stop, values.step))
         if array.dtype.kind in "U":

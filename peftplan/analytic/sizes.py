@@ -1,4 +1,4 @@
-"""The named sizes of a job, and what of its batch and sequence decides which operations run."""
+"""The named sizes of a job, and the facts about batch and sequence that decide which operations run."""
 
 from __future__ import annotations
 
@@ -9,30 +9,35 @@ from peftplan.job.loss_sizes import LossSizes
 from peftplan.memory.fused_attention import MASK_MULTIPLE
 
 MULTIPLES = (8, 16, 32, 64, 128)
-"""Multiples to which kernels round the sequence."""
+"""Multiples to which kernels round the sequence length up."""
 BLOCK = 64
-"""Rows that the memory-efficient kernel takes at a time."""
+"""Rows that the memory-efficient attention kernel processes at a time."""
 
 
 def windows_of(architecture: Architecture) -> tuple[int, ...]:
-    """The longest sequence that gets no mask for each sliding window of a model, each once (transformers, masking_utils.py:
-    `kv_length >= local_attention_size` gets one, where a window that looks both ways states the size of one side).
+    """The longest sequence without a mask for each sliding window of a model; sorted, without duplicates.
+
+    Source: transformers, masking_utils.py: a mask is made from `kv_length >= local_attention_size` on. A bidirectional window
+    states the size of one side.
     """
     windowed = (a for block in architecture.blocks for a in block.attentions if a.window)
     return tuple(sorted({(a.window if a.causal else a.window // 2) - 1 for a in windowed if a.window}))
 
 
 def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...], loss: LossSizes) -> tuple[Any, ...]:
-    """What of batch and sequence decides which operations run: one sequence, ragged masks, shorter windows, chunks of a loss.
+    """The facts that decide which operations run: more than one sequence, unaligned masks, exceeded windows, chunks of the loss.
 
-    Whole numbers or arrays of them; `seq_len` with virtual tokens.
+    `batch_size` and `seq_len` are integers or arrays; `seq_len` includes virtual tokens.
     """
     ragged = (seq_len % MASK_MULTIPLE > 0, (seq_len - loss.virtual_tokens) % MASK_MULTIPLE > 0)
     return (batch_size > 1, *ragged, *(seq_len > window for window in windows), *loss.facts(batch_size, loss.length(seq_len)))
 
 
 def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, Any]:
-    """The named sizes of a batch of b sequences of s tokens, numbers or arrays: k is the sequence with virtual tokens."""
+    """Name → size for b sequences of s tokens, integers or arrays; k counts virtual tokens too.
+
+    `s%64` is s rounded up to a multiple of 64, `s/64` the number of blocks of 64 rows, `s+1` one more.
+    """
     named = {"b": b, "s": s, "k": s + virtual_tokens}
     named |= {f"{name}%{m}": -(-named[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
     named |= {f"{name}/{BLOCK}": -(-named[name] // BLOCK) for name in ("s", "k")}

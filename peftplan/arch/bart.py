@@ -1,4 +1,4 @@
-"""BART and Whisper: encoder and decoder of the first Transformer's blocks, norms after each part (BART) or before (Whisper).
+"""BART and Whisper: the original Transformer's encoder and decoder, with a norm after each sublayer (BART) or before (Whisper).
 
 Sources: transformers, `models/{bart,whisper}/{configuration,modeling}_*.py`. Letters: h d_model, v vocab_size. Left out:
 Whisper's audio classification.
@@ -43,7 +43,7 @@ BOTH: tuple[Stack, ...] = ("encoder", "decoder")
 
 
 def bart(c: Fields, task_type: str) -> Architecture:
-    """BART with the head of a task; CAUSAL_LM is the decoder alone, whose cross-attention weights stay but do not run."""
+    """BART with the head of a task. CAUSAL_LM is the decoder alone: its cross-attention weights exist but never run."""
     check_task(task_type, BART_TASKS, model_type="bart")
     tied = c.bool("tie_word_embeddings", default=True)
     stacks: tuple[Stack, ...] = ("decoder",) if task_type == "CAUSAL_LM" else BOTH
@@ -75,7 +75,7 @@ def bart(c: Fields, task_type: str) -> Architecture:
 
 
 def whisper(c: Fields, task_type: str) -> Architecture:
-    """Whisper: two convolutions over mel frames and a frozen sinusoid in the encoder; keys have no bias."""
+    """Whisper: the encoder starts with two convolutions over mel frames and frozen sinusoidal positions. Keys have no bias."""
     check_task(task_type, WHISPER_TASKS, model_type="whisper")
     tied = c.bool("tie_word_embeddings", default=True)
     stacks: tuple[Stack, ...] = ("decoder",) if task_type == "CAUSAL_LM" else BOTH
@@ -127,7 +127,7 @@ def _backbone(
     *,
     norm_position: Literal["pre", "post"],
 ) -> Backbone:
-    """The stacks; peft counts layers and heads by the encoder's, which transformers calls the model's own."""
+    """Both stacks. peft reads the number of layers and heads of the encoder, as the config's `attribute_map` says."""
     h = c.int("d_model", "hidden_size")
     encoder_layers, encoder_heads = c.int("encoder_layers", "num_hidden_layers"), _heads(c, "encoder")
     hidden = probability(c, "dropout", default=DROPOUTS[stem])

@@ -43,7 +43,7 @@ def bert(c: Fields, task_type: str) -> Architecture:
 
 
 def roberta(c: Fields, task_type: str) -> Architecture:
-    """RoBERTa: the position embedding comes last but one, classification has a hidden layer and no pooler."""
+    """RoBERTa: position embeddings are registered last but one. The classification head has a hidden layer, and no pooler."""
     return _roberta(c, task_type, "Roberta", head_first=False)
 
 
@@ -61,7 +61,7 @@ def _roberta(c: Fields, task_type: str, stem: str, *, head_first: bool) -> Archi
         embeddings=("word_embeddings", "token_type_embeddings", "LayerNorm", "position_embeddings"),
         pooler=task_type == "FEATURE_EXTRACTION",
     )
-    # Positions are counted from the row behind the padding's (`create_position_ids_from_input_ids`).
+    # Positions start at the row after the padding row (`create_position_ids_from_input_ids`).
     before = c.int("pad_token_id", default=1, low=0) + 1
     backbone = backbone._replace(max_positions=max(c.int("max_position_embeddings") - before, 0))
     h = backbone.hidden_size

@@ -1,4 +1,4 @@
-"""Decoders with ALiBi instead of position embeddings and a fused query, key, value: BLOOM and MPT.
+"""Decoders with ALiBi in place of position embeddings, and with fused query, key and value projections: BLOOM and MPT.
 
 Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and the config class's defaults beside it. Both
 classes have eager attention only (`_supports_sdpa` is unset).
@@ -25,7 +25,7 @@ MPT_ATTENTION_FIXED: Mapping[str, object] = {
     "prefix_lm": False,
     "attn_uses_sequence_id": False,
 }
-"""What transformers' MPT does whatever its config says. A checkpoint trained with another value does not fit its classes."""
+"""Values that transformers' MPT hard-codes. It ignores the config's, so it cannot run a checkpoint trained with others."""
 
 
 def bloom(c: Fields, task_type: str) -> Architecture:
@@ -37,7 +37,7 @@ def bloom(c: Fields, task_type: str) -> Architecture:
     i = MLP_RATIO * h
     layers = c.layers("n_layer", "num_hidden_layers")
     hidden = probability(c, "hidden_dropout")
-    # Its own autograd function, which keeps the input only: not the same as any of transformers' activations.
+    # `GeLUFunction`, an autograd function that saves only its input, unlike every entry of ACT2FN.
     mlp = Mlp("plain", i, "bloom_gelu")
     backbone = Backbone(
         model_type=c.str("model_type"),
@@ -96,7 +96,7 @@ def mpt(c: Fields, task_type: str) -> Architecture:
         prompt=prompt_dims(c, len(layers), h, None),
         supports_sdpa=False,
         supports_flash_attn=False,
-        # One probability for attention weights and after both sublayers; resid_pdrop and emb_pdrop are never read.
+        # `attn_pdrop` applies to attention weights and after both sublayers; resid_pdrop and emb_pdrop are never read.
         dropout=Dropout(dropped, dropped, classifier=classifier_dropout(c)),
     )
     return decoder_model(backbone, c, task_type, tie_word_embeddings=True, token_cls="classifier")
@@ -111,7 +111,7 @@ def _block(layers: tuple[int, ...], attention: Attention, mlp: Mlp) -> Block:
 
 
 def _refuse_ignored(c: Fields) -> Fields:
-    """The fields of `attn_config`. Raises RefusedError where an MPT config states what transformers' classes ignore."""
+    """The fields of `attn_config`. Raises RefusedError if an MPT config states what transformers' classes ignore."""
     attention = c.raw.get("attn_config") or {}
     if not isinstance(attention, Mapping):
         raise InputError(f"{c.name}: attn_config", attention, "accepted: an object with attn_type and so on")

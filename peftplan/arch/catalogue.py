@@ -1,4 +1,4 @@
-"""The built-in models: found by name, alias or repository id in one small index, without opening the others.
+"""The built-in models. One small index maps names, aliases and repository ids to them, so that no other file is opened.
 
 `data/models/index.json` has a row per model, `data/model_aliases.json` further names with the source of each, and
 `data/models/<name>.json` a model's config and where that came from.
@@ -45,16 +45,16 @@ class ModelEntry(NamedTuple):
         return any(fnmatchcase(name.lower(), wanted) for name in names)
 
     def is_sibling(self, name: str) -> bool:
-        """Whether a name that finds this entry is that of another checkpoint of the same shapes, or of a mirror."""
+        """Whether a name that matches this entry belongs to another checkpoint of the same shapes, or to a mirror."""
         return _key(name) in map(_key, self.siblings) or _key(name) not in _by_key()
 
     def facts(self) -> dict[str, Any]:
-        """The model's own file: `config`, `source`, `note`, `published_params` and the rest; treat it as read-only."""
+        """The contents of the model's file: `config`, `source`, `note`, `published_params` and more. Do not modify it."""
         return dict(load_data(f"models/{self.name}.json"))
 
 
 class UnknownModelError(UnknownNameError):
-    """A name that is not a built-in model; suggests near names, and says what else names a model."""
+    """A name that is not a built-in model. Suggests near names, and says what else is accepted as a model."""
 
     def __init__(self, value: object, choices: tuple[str, ...]) -> None:
         self.choices = sorted(choices)
@@ -82,13 +82,13 @@ def _by_key() -> dict[str, ModelEntry]:
 
 @cache
 def _by_alias() -> dict[str, ModelEntry]:
-    """Mirrors and bare names of other checkpoints of the same shapes: each a row with its source, none by a rule."""
+    """Mirrors, and names of other checkpoints of the same shapes. Each is a row with its source; none is derived by a rule."""
     by_name = {entry.name: entry for entry in _entries()}
     return {_key(alias): by_name[row["model"]] for alias, row in load_data(ALIASES)["aliases"].items()}
 
 
 def _key(name: str) -> str:
-    """What is compared: lower case, `_` and blanks as `-`."""
+    """A name as it is compared: lower case, with `-` for `_` and spaces."""
     return name.strip().lower().replace("_", "-").replace(" ", "-")
 
 
@@ -98,7 +98,7 @@ def models(pattern: str | None = None) -> tuple[ModelEntry, ...]:
 
 
 def find(name: str) -> ModelEntry | None:
-    """The built-in model of a name, alias or repository id; case, `_` and blanks do not matter. None where there is none."""
+    """The built-in model of a name, alias or repository id; case, `_` and blanks do not matter. None if there is none."""
     return _by_key().get(_key(name)) or _by_alias().get(_key(name))
 
 

@@ -1,4 +1,4 @@
-"""Command R (cohere) and Command R7B (cohere2): attention and MLP in parallel behind one LayerNorm; logits are scaled.
+"""Command R (cohere) and Command R7B (cohere2): attention and MLP in parallel after one LayerNorm; logits are scaled.
 
 Sources: transformers, `models/cohere*/modeling_cohere*.py`. `CohereLayerNorm` has a weight and no bias, computes in fp32 by
 plain operations, and is no `nn.LayerNorm`.
@@ -25,7 +25,7 @@ def cohere(c: Fields, task_type: str) -> Architecture:
 
 
 def cohere2(c: Fields, task_type: str) -> Architecture:
-    """Command R7B: three sliding layers with rotary positions to one full layer without positions."""
+    """Command R7B: of four layers, three have a sliding window and rotary positions, one has full attention and no positions."""
     n = read_dims(c, shows_head_dim=True)
     window = c.optional_int("sliding_window", absent=4096)
     pattern = c.int("sliding_window_pattern", default=4)

@@ -12,7 +12,7 @@ from peftplan.errors import InputError
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 10 * 2**20
-"""No config.json comes near it (the largest built-in one has 5 kB); more is another file under that name."""
+"""Far above any config.json (the largest built-in one has 5 kB). A larger file is something else under that name."""
 
 
 def read_file(path: Path, *, name: str) -> dict[str, object]:
@@ -21,7 +21,7 @@ def read_file(path: Path, *, name: str) -> dict[str, object]:
 
 
 def parse(content: bytes, *, name: str) -> dict[str, object]:
-    """The config in the bytes of a config.json. Raises InputError where they are not UTF-8, not JSON, or not an object."""
+    """The config in the bytes of a config.json. Raises InputError if they are not UTF-8, not JSON, or not an object."""
 
     def refuse_constant(text: str) -> float:
         if text == "NaN":
@@ -40,7 +40,7 @@ def parse(content: bytes, *, name: str) -> dict[str, object]:
         _refuse(name, f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}")
     except RecursionError:
         _refuse(name, "nested too deeply")
-    except ValueError as error:  # a whole number with more digits than Python converts
+    except ValueError as error:  # an integer with more digits than Python converts
         _refuse(name, str(error))
     return check(config, name=name)
 

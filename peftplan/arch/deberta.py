@@ -1,4 +1,4 @@
-"""DeBERTa v2 and v3: attention with disentangled relative positions, whose embedding the encoder's layers share.
+"""DeBERTa v2 and v3: disentangled attention. All layers of the encoder share one embedding of relative positions.
 
 Source: transformers, `models/deberta_v2/{configuration,modeling}_deberta_v2.py`. Letters: h hidden_size, e embedding_size
 (h unless stated), a heads, d attention_head_size. Left out: the multiple-choice head.
@@ -25,7 +25,7 @@ from peftplan.arch.modules import (
 TASKS = ("MASKED_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 POSITION_PROJECTIONS = {"c2p": "pos_key_proj", "p2c": "pos_query_proj"}
-"""The kind of score → the projection that it has of its own, unless positions share the content's."""
+"""The kind of score → its own projection of positions, unless positions share that of the content."""
 
 
 def deberta_v2(c: Fields, task_type: str) -> Architecture:
@@ -63,7 +63,7 @@ def _legacy_head(c: Fields, backbone: Backbone) -> Architecture:
 
 
 def _new_head(backbone: Backbone) -> Architecture:
-    """No decoder: it multiplies by the embedding itself. `get_output_embeddings()` returns the transform."""
+    """A head without a decoder: it multiplies by the token embedding. `get_output_embeddings()` returns its transform."""
     h, v, head = backbone.hidden_size, backbone.vocab_size, "lm_predictions.lm_head"
     return attach(
         backbone,
@@ -133,7 +133,7 @@ def _head_dim(c: Fields) -> int:
 
 
 def _embeddings(c: Fields, h: int) -> tuple[Module, ...]:
-    """Words; absolute positions and segments only where configured; a projection where e is not h."""
+    """Token embeddings, those of positions and segments if configured, and a projection if e is not h."""
     e, types = _embedding_size(c), c.int("type_vocab_size", default=0, low=0)
     positions = c.bool("position_biased_input", default=True)
     return (
@@ -160,7 +160,7 @@ def _layer(c: Fields, h: int, layers: tuple[int, ...]) -> tuple[Module, ...]:
 
 
 def _position_kinds(c: Fields) -> tuple[str, ...]:
-    """Content against positions (`c2p`), positions against content (`p2c`)."""
+    """The kinds of scores in use: content to position (`c2p`), position to content (`p2c`)."""
     if not c.bool("relative_attention", default=False):
         return ()
     stated = c.raw.get("pos_att_type")
@@ -175,7 +175,7 @@ def _position_projections(c: Fields) -> tuple[str, ...]:
 
 
 def _shared(c: Fields, h: int) -> tuple[Module, ...]:
-    """What the encoder holds beside its layers: relative positions, their norm, and v2's convolution after layer 0."""
+    """The encoder's modules outside its layers: relative positions, their norm, and v2's convolution after layer 0."""
     modules: list[Module] = []
     if c.bool("relative_attention", default=False):
         reach = c.int("max_relative_positions", default=-1, low=-1)

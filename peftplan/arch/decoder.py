@@ -1,4 +1,4 @@
-"""What decoders of the Llama shape share: their dimensions, the modules of one layer, windows, blocks, and the backbone around.
+"""What decoders of the Llama shape share: dimensions, the modules of one layer, sliding windows, blocks, and the backbone.
 
 Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and `configuration_<model_type>.py`.
 """
@@ -19,7 +19,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 class Dims(NamedTuple):
     """h hidden_size, i intermediate_size, v vocab_size, a query heads, kv key/value heads, d head_dim, and the layers.
 
-    `shown_head_dim` is the `head_dim` of the config's `to_dict()`, None where it has none.
+    `shown_head_dim` is the `head_dim` of the config's `to_dict()`, None if it has none.
     """
 
     h: int
@@ -38,15 +38,16 @@ class Dims(NamedTuple):
 
     @property
     def prompt(self) -> PromptDims:
-        """What peft reads of these."""
+        """The dimensions that peft reads."""
         return PromptDims(len(self.layers), self.h, self.a, num_key_value_heads=self.kv, head_dim=self.shown_head_dim)
 
 
 def read_dims(c: Fields, *, kv: int | None = None, head_dim: int | None = None, shows_head_dim: bool = False) -> Dims:
     """The dimensions of a config.
 
-    `kv` and `head_dim` are the class's defaults, None for one key/value head per query head and for hidden_size /
-    num_attention_heads; with `shows_head_dim` the class stores that quotient as its `head_dim`.
+    `kv`: the class's default number of key/value heads; None for one per query head.
+    `head_dim`: its default head width; None for hidden_size / num_attention_heads.
+    `shows_head_dim`: the class stores that quotient as its `head_dim`.
     """
     h, a = c.int("hidden_size"), c.int("num_attention_heads")
     kv = c.optional_int("num_key_value_heads", absent=kv) or a
@@ -105,7 +106,7 @@ def rmsnorms(n: Dims, *names: str) -> tuple[Module, ...]:
 def layer_windows(
     c: Fields, layers: tuple[int, ...], *, sliding: Callable[[int], bool], window: int | None
 ) -> tuple[int | None, ...]:
-    """The sliding window of each layer, None for full attention: as `layer_types` says, or else by the class's own `sliding`."""
+    """The sliding window of each layer, None for full attention: from `layer_types`, or from the class's rule `sliding`."""
     types = c.strs("layer_types", default=tuple(LAYER_TYPES[sliding(layer)] for layer in layers))
     if len(types) != len(layers) or not set(types) <= set(LAYER_TYPES):
         accepted = f"accepted: {len(layers)} entries (num_hidden_layers), each {' or '.join(LAYER_TYPES)}"
@@ -118,7 +119,7 @@ def layer_windows(
 def grouped_blocks(
     layers: tuple[int, ...], attentions: Iterable[Attention], mlps: Iterable[Mlp], like: Block
 ) -> tuple[Block, ...]:
-    """One block, otherwise as `like`, for each distinct pair of attention and MLP, in the order of their first layers."""
+    """One copy of the block `like` for each distinct pair of attention and MLP, in the order of their first layers."""
     groups: dict[tuple[Attention, Mlp], list[int]] = {}
     for layer, attention, mlp in zip(layers, attentions, mlps, strict=True):
         groups.setdefault((attention, mlp), []).append(layer)

@@ -11,10 +11,10 @@ REQUIRED: Final = object()
 """No default: the field must be in the config. transformers always writes a model's own dimensions, so they are required."""
 
 MAX_DIMENSION = 2**24
-"""No published model has a dimension above 16 M (the largest vocabulary is 262,208); more is a damaged config."""
+"""No published model has a dimension above 16 M (the largest vocabulary is 262,208). A config with more is damaged."""
 MAX_LAYERS = 4096
 MAX_LABELS = 2**22
-"""Classes of a head. The largest public label sets have 3 M; transformers keeps two dictionaries of texts over all of them."""
+"""The most classes of a head. The largest public label sets have 3 M; transformers keeps two dictionaries of all labels."""
 
 # Inside `Fields`, which has methods of these names, a type checker takes `int` for the method.
 Int: TypeAlias = int
@@ -45,7 +45,7 @@ class Fields:
         return value
 
     def number(self, *names: Str, default: object = REQUIRED, low: float, high: float) -> float:
-        """A number in [low, high], whole or not."""
+        """A number in [low, high], integer or float."""
         accepted = f"a number from {low} to {high}"
         value = self._get(names, default, accepted)
         if isinstance(value, bool) or not isinstance(value, (float, int)) or not low <= value <= high:
@@ -59,7 +59,7 @@ class Fields:
         return self.int(*names, low=low, high=high)
 
     def layers(self, *names: Str, default: object = REQUIRED) -> tuple[Int, ...]:
-        """Layer indices 0 … n-1 from a field that states their number."""
+        """Layer indices 0 … n-1, where the field states n."""
         return tuple(range(self.int(*names, default=default, high=MAX_LAYERS)))
 
     def bool(self, *names: Str, default: object = REQUIRED) -> Bool:
@@ -70,7 +70,7 @@ class Fields:
         return value
 
     def str(self, *names: Str, default: object = REQUIRED) -> Str:
-        """A text."""
+        """A string."""
         value = self._get(names, default, "a text")
         if not isinstance(value, str):
             raise InputError(f"{self.name}: {names[0]}", value, "accepted: a string")
@@ -94,7 +94,7 @@ class Fields:
         return tuple(value)
 
     def divide(self, numerator: Str, whole: Int, denominator: Str, parts: Int) -> Int:
-        """whole / parts, which must come out even, such as hidden_size / num_attention_heads."""
+        """whole / parts, such as hidden_size / num_attention_heads. Raises InputError if it leaves a remainder."""
         if whole % parts:
             raise InputError(f"{self.name}: {numerator}", whole, f"accepted: a multiple of {denominator} ({parts})")
         return whole // parts

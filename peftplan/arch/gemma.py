@@ -1,4 +1,4 @@
-"""Gemma 1 … 3 (text): a scaled token embedding, wide heads, tied head; 2 and 3 alternate full and sliding attention.
+"""Gemma 1 … 3 (text): a scaled token embedding, wide heads, a tied output head. 2 and 3 alternate full and sliding attention.
 
 Sources: transformers, `models/gemma*/modeling_gemma*.py` and the config classes beside them. Left out: the multiplication
 that scales the embedding.
@@ -40,7 +40,7 @@ def gemma(c: Fields, task_type: str) -> Architecture:
 
 
 def gemma2(c: Fields, task_type: str) -> Architecture:
-    """Gemma 2: norms before and after, every other layer slides, attention scores and logits are soft-capped; no sdpa."""
+    """Gemma 2: norms before and after each sublayer, a window in every other layer, soft-capped scores and logits; no sdpa."""
     n = read_dims(c, kv=4, head_dim=HEAD_DIM)
     attention = _attention(c, n)._replace(softcap=_capped(c, "attn_logit_softcapping", absent=50.0))
     window = c.optional_int("sliding_window", absent=4096)
@@ -53,12 +53,12 @@ def gemma2(c: Fields, task_type: str) -> Architecture:
 
 
 def gemma3_text(c: Fields, task_type: str) -> Architecture:
-    """Gemma 3, text only: an RMSNorm on each head of q and k, five sliding layers to one full; rotary tables for each kind."""
+    """Gemma 3, text only: an RMSNorm on each head of q and k; five sliding layers per full one; rotary tables for each kind."""
     n = read_dims(c, kv=4, head_dim=HEAD_DIM)
     attention = _attention(c, n)._replace(qk_norm=True, softcap=_capped(c, "attn_logit_softcapping", absent=None))
     window = c.optional_int("sliding_window", absent=4096)
     if not attention.causal and window is not None:
-        window = window // 2 + 1  # half to each side, the token itself included
+        window = window // 2 + 1  # half to each side, including the token itself
     pattern = c.int("sliding_window_pattern", default=6)
     blocks = _sandwich_blocks(c, n, attention, sliding=lambda layer: (layer + 1) % pattern != 0, window=window)
     stem = "Gemma3" if task_type == "CAUSAL_LM" else "Gemma3Text"
@@ -76,7 +76,7 @@ def _attention(c: Fields, n: Dims) -> Attention:
 
 
 def _capped(c: Fields, name: str, *, absent: float | None) -> bool:
-    """Is the cap on: any number, where an explicit null switches it off."""
+    """Whether soft-capping is on. Any number turns it on; an explicit null turns it off."""
     if c.raw.get(name, absent) is None:
         return False
     c.number(name, default=absent, low=0, high=1e6)

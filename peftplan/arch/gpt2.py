@@ -97,6 +97,6 @@ def _backbone(c: Fields, stem: str, *, multi_query: bool = False) -> Backbone:
 
 
 def _refuse_cross_attention(c: Fields) -> None:
-    """A decoder with cross attention is half of an `EncoderDecoderModel`: alone, those weights are never run."""
+    """Raise RefusedError for cross-attention: such a decoder is half of an `EncoderDecoderModel`; alone it never runs them."""
     if c.bool("add_cross_attention", default=False):
         raise RefusedError(f"{c.name}: add_cross_attention is true, so this is half of an encoder-decoder model; not supported")

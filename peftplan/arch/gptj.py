@@ -1,4 +1,4 @@
-"""Decoders whose attention and MLP read the layer's input side by side: GPT-J, Phi 1 … 2, GPT-NeoX (Pythia).
+"""Decoders with attention and MLP in parallel: GPT-J, Phi 1 … 2, GPT-NeoX (Pythia).
 
 Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and the config class's defaults beside it.
 """
@@ -163,7 +163,7 @@ def gpt_neox(c: Fields, task_type: str) -> Architecture:
 
 
 def _block(layers: tuple[int, ...], attention: Attention, mlp: Mlp) -> Block:
-    """Attention and MLP side by side behind one norm."""
+    """Attention and MLP in parallel after one norm."""
     return Block("decoder", layers, (attention,), mlp, "layernorm", parallel=True, shared_norm=True)
 
 

@@ -1,4 +1,4 @@
-"""From a backbone (what `AutoModel` builds) to the model class of a task: prefixed names, a head, and ties."""
+"""Builds the model class of a task from a backbone (what `AutoModel` builds): prefixed names, a head, and ties."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TASK_TYPES: dict[str, str] = {
 """peft's `TaskType` names, with MASKED_LM and IMAGE_CLS added, and the class suffix that transformers gives each."""
 
 BERT_DROPOUT = 0.1
-"""What BERT's config classes set `hidden_dropout_prob` and `attention_probs_dropout_prob` to."""
+"""The default of `hidden_dropout_prob` and `attention_probs_dropout_prob` in BERT's config classes."""
 
 DECODER_CLASSIFIER_DROPOUT = 0.1
 
 DECODER_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
-"""What transformers' generic heads offer for a decoder (`transformers/modeling_layers.py`), question answering left out."""
+"""Tasks for which transformers has generic decoder heads (`transformers/modeling_layers.py`), without question answering."""
 
 
 class Backbone(NamedTuple):
@@ -63,7 +63,7 @@ class Backbone(NamedTuple):
 
 
 def check_task(task_type: str, accepted: Iterable[str], *, model_type: str) -> None:
-    """Raises UnknownNameError where the model type has no model class for the task."""
+    """Raises UnknownNameError if the model type has no model class for the task."""
     if task_type not in tuple(accepted):
         raise UnknownNameError("task_type", task_type, accepted)
 
@@ -80,7 +80,7 @@ def attach(
 ) -> Architecture:
     """The task model: the backbone under its prefix (bare for FEATURE_EXTRACTION), then the head's modules.
 
-    `head_first`: the class registers its head before the backbone (XLM-RoBERTa), and so owns what the two share.
+    `head_first`: the class registers its head before the backbone (XLM-RoBERTa), so that the head owns the tied weights.
     """
     prefix = "" if task_type == "FEATURE_EXTRACTION" or not backbone.prefix else backbone.prefix + "."
     body = tuple(m._replace(name=prefix + m.name) for m in backbone.modules)
@@ -156,7 +156,7 @@ def rotary_buffers(name: str, rotary_dim: int) -> tuple[Buffer, ...]:
 
 
 def partial_rotary_dim(c: Fields, head_dim: int, *, default: float, legacy: str = "partial_rotary_factor") -> int:
-    """How many of a head's dimensions are rotated: int(head_dim × partial_rotary_factor), as `modeling_rope_utils.py` has it.
+    """How many dimensions of a head are rotated: int(head_dim × partial_rotary_factor) (`modeling_rope_utils.py`).
 
     The factor stands in `rope_parameters` (formerly `rope_scaling`), or beside it under its `legacy` name.
     """
@@ -169,7 +169,7 @@ def partial_rotary_dim(c: Fields, head_dim: int, *, default: float, legacy: str 
 
 
 def equal_head_dim(c: Fields, hidden_size: int, heads: int) -> int:
-    """hidden_size / num_attention_heads, for model classes without a `head_dim` of their own; another value is refused."""
+    """hidden_size / num_attention_heads, for classes that ignore `head_dim`. Raises InputError if the config states another."""
     d = c.divide("hidden_size", hidden_size, "num_attention_heads", heads)
     return c.int("head_dim", default=d, low=d, high=d)
 
@@ -180,7 +180,7 @@ def probability(c: Fields, *names: str, default: float = 0.0) -> float:
 
 
 def classifier_dropout(c: Fields) -> float:
-    """Before a decoder's token classifier (`GenericForTokenClassification`): whichever of two fields the config has, or 0.1."""
+    """Dropout before a decoder's token classifier (`GenericForTokenClassification`): the first of two fields present, or 0.1."""
     stated = probability(c, "hidden_dropout", default=DECODER_CLASSIFIER_DROPOUT)
     return probability(c, "classifier_dropout", default=stated)
 

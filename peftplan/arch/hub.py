@@ -1,4 +1,4 @@
-"""A model's config.json by Hub id: from the local Hugging Face cache, else from the Hub. Nothing else is ever fetched.
+"""Get a model's config.json by Hub id: from the local Hugging Face cache, else from the Hub. No other file is fetched.
 
 The cache is read by its documented layout, so that a cached model needs no extra; the Hub needs `huggingface_hub` (extra `hub`),
 which honours HF_ENDPOINT, HF_TOKEN and HF_HOME.
@@ -34,7 +34,7 @@ def is_repo_id(text: str) -> bool:
 
 
 def cached_config(repo_id: str) -> Path | None:
-    """The config.json of `main` in the local Hugging Face cache, or None where it is not there."""
+    """The config.json of `main` in the local Hugging Face cache, or None if it is not there."""
     repo = _cache_folder() / f"models--{repo_id.replace('/', '--')}"
     try:
         commit = files.text(repo / "refs" / "main", field="refs/main", most=MOST_OF_A_COMMIT).strip()
@@ -47,7 +47,7 @@ def cached_config(repo_id: str) -> Path | None:
 def fetch_config(repo_id: str) -> Path:
     """Fetch the config.json of `main` from the Hub into the local cache and return its path.
 
-    Raises HubError, one line, where it cannot be fetched; MissingExtraError without `huggingface_hub`.
+    Raises HubError, one line, if it cannot be fetched; MissingExtraError without `huggingface_hub`.
     """
     if _offline():
         raise HubError(f"{repo_id}: not in the local Hugging Face cache, and HF_HUB_OFFLINE forbids asking the Hub")
@@ -70,7 +70,7 @@ def fetch_config(repo_id: str) -> Path:
 
 
 def _reason(error: Exception, errors: Any) -> str:
-    """What a failed request means, in one line, without the server's own text (it can be long and can name a token)."""
+    """The reason of a failed request in one line, without the server's text, which can be long and contain a token."""
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status == 403:

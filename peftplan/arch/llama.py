@@ -53,7 +53,7 @@ def qwen2(c: Fields, task_type: str) -> Architecture:
 
 
 def qwen3(c: Fields, task_type: str) -> Architecture:
-    """Qwen3: Qwen2 with an RMSNorm on each head of q and k, and biases only where `attention_bias` asks for them."""
+    """Qwen3: Qwen2 with an RMSNorm on each head of q and k, and biases only with `attention_bias`."""
     n = read_dims(c, kv=32, head_dim=128)
     bias = c.bool("attention_bias", default=False)
     attention = n.attention._replace(qk_norm=True)
@@ -81,7 +81,7 @@ def smollm3(c: Fields, task_type: str) -> Architecture:
 
 
 def olmo(c: Fields, task_type: str) -> Architecture:
-    """OLMo 1: Llama whose LayerNorms have no parameters, and so appear only in the blocks."""
+    """OLMo 1: Llama with LayerNorms that have no parameters. They appear only in the blocks."""
     n = read_dims(c)
     bias = c.bool("attention_bias", default=False)
     backbone = decoder_backbone(
@@ -193,7 +193,7 @@ def _block(c: Fields, n: Dims, attention: Attention, *, fused_gate_up: bool = Fa
 
 
 def _qwen_windows(c: Fields, block: Block) -> tuple[Block, ...]:
-    """Qwen2 and Qwen3: the first `max_window_layers` layers see everything."""
+    """Qwen2 and Qwen3: the first `max_window_layers` layers have full attention."""
     use = c.bool("use_sliding_window", default=False)
     window = c.optional_int("sliding_window", absent=4096) if use else None
     full = c.int("max_window_layers", default=28, low=0)

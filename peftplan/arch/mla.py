@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3: multi-head latent attention, leading dense layers, then experts beside shared experts.
+"""DeepSeek-V2 and V3: multi-head latent attention; first dense layers, then layers with routed and shared experts.
 
 Sources: transformers, `models/deepseek_v2/modeling_deepseek_v2.py`, `models/deepseek_v3/modeling_deepseek_v3.py`; the layers
 for multi-token prediction (`num_nextn_predict_layers`) are in the checkpoint but not in the model, and not here either.
@@ -67,7 +67,7 @@ class _Ranks(NamedTuple):
 
 
 class _Experts(NamedTuple):
-    """e experts of width i, top_k a token; `shared` more that every token sees; the first `dense` layers have none.
+    """e experts of width i, top_k per token, and `shared` ones that process every token. The first `dense` layers have none.
 
     `groups`: how many of experts, how many of those each token's come from; `normed`: the class's default for weights that sum to
     one; `interleaved`: how heads are rotated.
@@ -100,7 +100,7 @@ def _read_ranks(c: Fields) -> _Ranks:
 
 
 def _read_dims(c: Fields, ranks: _Ranks) -> Dims:
-    """d is what the config calls `head_dim`: the rotated part. Every query head has keys and values of its own."""
+    """The dimensions. d is the config's `head_dim`, the rotated part. Every query head has keys and values of its own."""
     h, a = c.int("hidden_size"), c.int("num_attention_heads")
     kv = c.int("num_key_value_heads", default=a, low=a, high=a)
     i, v, layers = c.int("intermediate_size"), c.int("vocab_size"), c.layers("num_hidden_layers")

@@ -92,7 +92,7 @@ def _backbone(c: Fields) -> Backbone:
 
 
 def _layer(c: Fields, h: int, layers: tuple[int, ...]) -> tuple[Module, ...]:
-    """Layer 0 has no `attn_norm`: the embedding's norm stands before it."""
+    """The modules of a layer. Layer 0 has no `attn_norm`, since the embedding's norm precedes it."""
     i = c.int("intermediate_size")
     norm_bias, bias, mlp_bias = (c.bool(name, default=False) for name in ("norm_bias", "attention_bias", "mlp_bias"))
     return (

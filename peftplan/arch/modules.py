@@ -1,7 +1,7 @@
-"""The nouns of an architecture: module families, blocks, and the frozen `Architecture` that holds them.
+"""What an architecture consists of: module families, blocks, and the frozen `Architecture` that holds them.
 
-A *family* is one module, or one per layer index: `model.layers.{}.self_attn.q_proj` for layers 0 … 79. Names are expanded
-only for `inspect`, patterns and tests; everything else counts a family once and multiplies by its number of copies.
+A *family* is one module, or one per layer: `model.layers.{}.self_attn.q_proj` for layers 0 … 79. Only `inspect`, patterns and
+tests expand names; everything else counts a family once and multiplies by its number of copies.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 Shape = tuple[int, ...]
 
 LINEAR_KINDS = ("Linear", "LinearSubclass", "Conv1D")
-"""Kinds that peft's `all-linear` takes: `isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D))`."""
+"""Kinds that peft's `all-linear` selects: `isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D))`."""
 
 
 class Module(NamedTuple):
@@ -34,7 +34,7 @@ class Module(NamedTuple):
 
     @property
     def copies(self) -> int:
-        """How many modules this family stands for."""
+        """The number of modules in this family."""
         return 1 if self.layers is None else len(self.layers)
 
     def names(self) -> Iterator[str]:
@@ -46,7 +46,7 @@ class Module(NamedTuple):
                 yield self.name.replace("{}", str(layer))
 
     def shape(self, param: str) -> Shape:
-        """Shape of one direct parameter. Raises KeyError where the module has none of that name."""
+        """Shape of one direct parameter. Raises KeyError if the module has none of that name."""
         return dict(self.params)[param]
 
     @property
@@ -80,14 +80,15 @@ class Buffer(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """One attention module of a block. `relative`: DeBERTa's kinds of scores with positions.
+    """One attention module of a block. `num_key_value_heads` < `num_attention_heads` is GQA; 1 is MQA.
 
-    `num_key_value_heads` < `num_attention_heads` is GQA, 1 is MQA.
-
-    `value_head_dim` is stated where values are narrower than keys (MLA); `softcap`: scores go through a scaled tanh;
-    `rotary_dim`: how many numbers of a head are rotated, None for all; `interleaved`: each two
-    of them side by side (MLA); `alibi_length`: of how many positions MPT makes its bias;
-    `cached_heads`: heads in a KV cache, where keys are repeated before they go there (Falcon), None for the key/value heads.
+    `value_head_dim`: the head width of values if narrower than that of keys (MLA).
+    `relative`: DeBERTa's kinds of position scores.
+    `softcap`: whether scores pass through a scaled tanh.
+    `rotary_dim`: how many numbers of a head are rotated; None for all.
+    `interleaved`: rotary pairs are adjacent numbers (MLA), not halves of a head.
+    `alibi_length`: the number of positions for which MPT builds its bias.
+    `cached_heads`: heads in the KV cache if keys are repeated before they are cached (Falcon); None for the key/value heads.
     """
 
     num_attention_heads: int
@@ -111,8 +112,12 @@ class Attention(NamedTuple):
 
 
 class Router(NamedTuple):
-    """How a mixture chooses experts: weights that sum to one; `groups` of experts first (0: none), of which some are `chosen`;
-    noise on its input, a loss of its own."""
+    """How a mixture of experts routes tokens.
+
+    `norm_topk_prob`: the weights of the chosen experts are normalized to sum to one.
+    `groups`, `chosen`: experts are in so many groups (0: none), of which some are chosen first.
+    `noise`: the input gets noise in training. `loss`: the router adds an auxiliary loss.
+    """
 
     norm_topk_prob: bool = False
     groups: int = 0
@@ -135,9 +140,10 @@ class Mlp(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Identical layers of one stack: what the activation engine needs to know besides the weights.
+    """Identical layers of one stack: the facts that activations depend on, besides the weights.
 
-    `parallel`: attention and MLP both read the layer's input, and their outputs are added; `shared_norm`: through one norm.
+    `parallel`: attention and MLP both read the layer's input, and their outputs are added.
+    `shared_norm`: both read it through one norm.
     """
 
     stack: Literal["decoder", "encoder"]
@@ -151,9 +157,10 @@ class Block(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Probabilities with which training zeroes activations; where one is 0, nothing is made or kept.
+    """Dropout probabilities in training. At 0 no mask is allocated.
 
-    `hidden` follows a block's sublayers, `attention` its weights, `activation` the MLP's first half; `classifier`: a task's head.
+    `hidden`: after each sublayer of a block. `attention`: on the attention weights. `activation`: after the MLP's activation.
+    `classifier`: before the head of a task.
     """
 
     hidden: float = 0.0
@@ -169,7 +176,7 @@ NO_DROPOUT = Dropout()
 class PromptDims(NamedTuple):
     """What peft's virtual-token methods read from a model's config (`_prepare_prompt_learning_config`, peft/utils/other.py).
 
-    `num_attention_heads` is None where peft finds no name that it knows, and asks for it in its own config (MPT's `n_heads`).
+    `num_attention_heads` is None if the config has no name that peft knows (MPT's `n_heads`). peft then reads its own config.
     """
 
     num_layers: int
@@ -184,15 +191,16 @@ class PromptDims(NamedTuple):
 class Architecture:
     """Every weight of a model as named tensors, and the blocks that they form.
 
-    `modules` are in the order of first appearance in `named_modules()` of transformers' `model_class`. `ties` maps the name of a
-    parameter to the one whose storage it shares. `keep_in_fp32` are the model class's `_keep_in_fp32_modules`; `frozen` are
-    parameters that the model class itself creates with `requires_grad=False`; `from_pretrained` of transformers undoes it.
-    `keep_in_fp32_strict` are its `_keep_in_fp32_modules_strict`: patterns searched in parameter names, fp32 under bf16 as well.
-    `logits_ops` are what the class does to the head's output: `scale`, `softcap` (divide, tanh, multiply). `supports_sdpa` is its
-    `_supports_sdpa`: without it transformers falls back to eager attention; `supports_flash_attn` its `_supports_flash_attn`.
-    `picture`: channels, height and width of the pictures
-    that the model reads instead of text. `max_positions`: the longest sequence that a table of absolute positions holds (Whisper:
-    of the decoder); None where positions have no table.
+    `modules`: in the order of first appearance in `named_modules()` of transformers' `model_class`.
+    `ties`: pairs of a parameter's name and the name of the one whose storage it shares.
+    `keep_in_fp32`: the class's `_keep_in_fp32_modules`.
+    `keep_in_fp32_strict`: its `_keep_in_fp32_modules_strict`, patterns of parameter names that stay fp32 in a bf16 model too.
+    `frozen`: parameters that the class creates with `requires_grad=False`; `from_pretrained` undoes it.
+    `logits_ops`: what the class does to the head's output: `scale`, `softcap` (divide, tanh, multiply).
+    `supports_sdpa`: its `_supports_sdpa`; without it transformers falls back to eager attention. `supports_flash_attn`: its
+    `_supports_flash_attn`.
+    `picture`: channels, height and width of the images that the model reads in place of text.
+    `max_positions`: rows of the table of absolute positions (Whisper: the decoder's); None without a table.
     """
 
     model_type: str
@@ -220,25 +228,25 @@ class Architecture:
     source: str = ""
     notes: tuple[str, ...] = field(default=())
     asides: tuple[str, ...] = field(default=())
-    """Those of the notes that change no number."""
+    """Notes that change no number."""
 
     @cached_property
     def tied_names(self) -> frozenset[str]:
-        """Names of the parameters that share another's storage, and so count zero."""
+        """Names of the parameters that share another's storage and are not counted."""
         return frozenset(alias for alias, _ in self.ties)
 
     def owned_params(self, module: Module) -> tuple[tuple[str, Shape], ...]:
-        """Direct parameters of a module without those tied to another module's."""
+        """Direct parameters of a module, except those tied to another module's."""
         return tuple((p, shape) for p, shape in module.params if f"{module.name}.{p}" not in self.tied_names)
 
     @cached_property
     def num_parameters(self) -> int:
-        """Number of parameters; a tied tensor counts once."""
+        """The number of parameters. A tied tensor counts once."""
         return sum(m.copies * sum(prod(shape) for _, shape in self.owned_params(m)) for m in self.modules)
 
     @cached_property
     def containers(self) -> frozenset[str]:
-        """Names of the modules that only hold others, as templates."""
+        """Names of the modules that own no parameters and only hold others, with `{}` for layers."""
         prefixes: set[str] = set()
         for module in self.modules:
             parts = module.name.split(".")
@@ -253,7 +261,7 @@ class Architecture:
                     yield f"{name}.{param}" if name else param, shape
 
     def last_module(self) -> Module:
-        """The module that owns the last parameter of `named_parameters()`; bitsandbytes leaves it in 16 bit."""
+        """The module that owns the last parameter of `named_parameters()`. bitsandbytes does not quantize it."""
         return next(m for m in reversed(self.modules) if self.owned_params(m))
 
 
@@ -263,7 +271,7 @@ def linear(name: str, n_in: int, n_out: int, bias: bool = False, layers: tuple[i
 
 
 def conv1d(name: str, n_in: int, n_out: int, layers: tuple[int, ...] | None = None) -> Module:
-    """transformers' `Conv1D` (GPT-2): weight (n_in, n_out), transposed against `nn.Linear`, and a bias (n_out)."""
+    """transformers' `Conv1D` (GPT-2): weight (n_in, n_out), the transpose of `nn.Linear`'s, and bias (n_out)."""
     return Module(name, "Conv1D", (("weight", (n_in, n_out)), ("bias", (n_out,))), layers)
 
 

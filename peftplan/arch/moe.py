@@ -42,7 +42,7 @@ def router(name: str, *, e: int, h: int, layers: tuple[int, ...]) -> Module:
 def moe_mlp(
     c: Fields, width: int, e: int, top_k: int, *, shared: int = 0, groups: tuple[int, int] = (0, 0), normed: bool = False
 ) -> Mlp:
-    """A mixture of e experts of `width`, `top_k` of them for each token, beside `shared` columns that every token sees.
+    """A mixture of e experts of `width`, `top_k` per token, beside a shared expert of width `shared` that processes every token.
 
     `groups`: into how many the router sorts experts, and how many of them it chooses first. `normed`: the class's default for
     weights that sum to one.
@@ -105,7 +105,7 @@ def granitemoe(c: Fields, task_type: str) -> Architecture:
 
 
 def qwen2_moe(c: Fields, task_type: str) -> Architecture:
-    """Qwen1.5-MoE, Qwen2-MoE: Qwen2 with experts and one shared expert behind a gate of its own, in all or some layers."""
+    """Qwen1.5-MoE, Qwen2-MoE: Qwen2 with experts and one gated shared expert, in all or some layers."""
     n = read_dims(c, kv=16)
     e, i = c.int("num_experts", default=60, low=0), c.int("moe_intermediate_size", default=1408)
     shared = c.int("shared_expert_intermediate_size", default=5632)
@@ -151,7 +151,7 @@ def qwen3_moe(c: Fields, task_type: str) -> Architecture:
 
 
 def gpt_oss(c: Fields, task_type: str) -> Architecture:
-    """gpt-oss: biases everywhere, an attention sink per head, every other layer slides; eager attention only.
+    """gpt-oss: biases everywhere, an attention sink per head, a window in every other layer; eager attention only.
 
     Its experts' weights are (expert, in, out); the activation is a clamped SwiGLU of its own, whatever `hidden_act` says.
     """

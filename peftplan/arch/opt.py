@@ -1,4 +1,4 @@
-"""OPT: separate q, k, v with biases, learned positions, norms before or after, and maybe a narrower token embedding.
+"""OPT: separate q, k, v with biases, learned positions, norms before or after, and in some models a narrower token embedding.
 
 Source: transformers, `models/opt/modeling_opt.py` and `configuration_opt.py`.
 """
@@ -16,7 +16,7 @@ DROPOUT = 0.1
 
 
 def opt(c: Fields, task_type: str) -> Architecture:
-    """OPT 125M … 66B. Heads, and the tie, are as wide as the token embedding: `word_embed_proj_dim` (e)."""
+    """OPT 125M … 66B. Task heads are as wide as the token embedding, `word_embed_proj_dim` (e), which `lm_head` is tied to."""
     check_task(task_type, ("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"), model_type=c.str("model_type"))
     backbone = _backbone(c)
     e = c.int("word_embed_proj_dim", default=backbone.hidden_size)

@@ -1,4 +1,4 @@
-"""The readers: one function per `model_type`, from strict config fields to an `Architecture`."""
+"""The readers: one function per `model_type` turns strictly checked config fields into an `Architecture`."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def read_config(config: Mapping[str, object], *, name: str, task_type: str | Non
 
 
 def _stated_task(config: Mapping[str, object]) -> str | None:
-    """The task of the class that `architectures` names, longest suffix first, or None where it names none we know."""
+    """The task of the class that `architectures` names, longest suffix first, or None if it names none we know."""
     stated = config.get("architectures")
     name = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
     suffixes = {suffix: task for task, suffix in TASK_TYPES.items()}

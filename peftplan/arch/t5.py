@@ -90,7 +90,7 @@ def _layers(c: Fields, stack: Stack) -> tuple[int, ...]:
 
 
 def _backbone(c: Fields, stacks: tuple[Stack, ...]) -> Backbone:
-    """`shared` and the stacks, whose `embed_tokens` are it. No prefix: only classification holds this model inside another."""
+    """`shared` and the stacks, whose `embed_tokens` are the same module. No prefix: only classification wraps this model."""
     h, v = c.int("d_model", "hidden_size"), c.int("vocab_size")
     model_type, rate = c.str("model_type"), probability(c, "dropout_rate", default=DROPOUT_RATE)
     modules: list[Module] = [embedding("shared", v, h)]

@@ -41,7 +41,7 @@ def to_table(arch: Architecture) -> dict[str, object]:
 
 
 def from_table(table: Mapping[str, Any]) -> Architecture:
-    """The architecture of a table that `to_table` made."""
+    """The architecture of a table that `to_table` wrote."""
     return Architecture(
         **{key: table[key] for key in SCALARS},
         keep_in_fp32=tuple(table["keep_in_fp32"]),
@@ -59,7 +59,7 @@ def from_table(table: Mapping[str, Any]) -> Architecture:
 
 
 def load_table(name: str) -> Architecture | None:
-    """The shipped weight table of a built-in model, or None where it has none."""
+    """The shipped weight table of a built-in model, or None if it has none."""
     file = f"weights/{name}.json"
     return from_table(load_data(file)) if (DATA / file).is_file() else None
 

@@ -39,7 +39,7 @@ def _sides(c: Fields, name: str) -> tuple[int, int]:
 
 
 def _backbone(c: Fields, pooler: tuple[Module, ...]) -> Backbone:
-    """Class token and position embeddings are parameters of `embeddings` itself: one position per patch and one more."""
+    """The bare encoder. `embeddings` itself owns the class token, and one position per patch and for the class token."""
     h, a, i = c.int("hidden_size"), c.int("num_attention_heads"), c.int("intermediate_size")
     d = c.int("head_dim", default=c.divide("hidden_size", h, "num_attention_heads", a))
     layers, qkv_bias = c.layers("num_hidden_layers"), c.bool("qkv_bias", default=True)

@@ -59,7 +59,7 @@ def adapter_config(peft_config: object) -> dict[str, object]:
 
 
 def base_model(peft_config: object) -> str:
-    """The model that an adapter config names as its base. Raises InputError where it names none."""
+    """The model that an adapter config names as its base. Raises InputError if it names none."""
     accepted = "accepted: a model, or a peft_config whose base_model_name_or_path names one"
     if peft_config is None:
         raise InputError("model", None, accepted)
@@ -190,7 +190,7 @@ def _loading(args: object) -> dict[str, object]:
 
 
 def _refuse_padding_free(args: Any) -> None:
-    """Raises InputError where SFTTrainer puts a batch into one long sequence (trl, `SFTTrainer.__init__`)."""
+    """Raises InputError if SFTTrainer puts a batch into one long sequence (trl, `SFTTrainer.__init__`)."""
     strategy = getattr(args, "packing_strategy", None)
     if getattr(args, "padding_free", False):
         raise InputError("training_args.padding_free", True, "accepted: False; one sequence without padding is not counted")

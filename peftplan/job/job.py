@@ -17,7 +17,7 @@ from peftplan.storage import QuantConfig
 class Job(NamedTuple):
     """What `estimate` counts, `trace` traces and `measure` runs.
 
-    `method` and `config` are None where only peft itself can count the `adapter` config; `adapter` is empty where a method was
+    `method` and `config` are None if only peft itself can count the `adapter` config; `adapter` is empty where a method was
     named and no adapter config given.
     """
 

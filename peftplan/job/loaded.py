@@ -51,7 +51,7 @@ class Loaded(NamedTuple):
     num_total: int
 
     def method(self) -> str:
-        """The method of a model without an adapter. Raises InputError where nothing of it trains."""
+        """The method of a model without an adapter. Raises InputError if nothing of it trains."""
         if not self.trained:
             raise InputError(
                 "model", self.architecture.model_class, "no parameter of it requires gradients; name a method or a peft_config"
@@ -59,7 +59,7 @@ class Loaded(NamedTuple):
         return "full"
 
     def adaptation(self) -> Adaptation | None:
-        """What trains of a model without an adapter; None where all of it does."""
+        """What trains of a model without an adapter; None if all of it does."""
         arch, trained = self.architecture, []
         for family in trained_params(arch, arch.modules):
             name = f"{family.module}.{family.param}".lstrip(".")

@@ -44,7 +44,7 @@ REQUIREMENTS = (
 
 
 def unmet(setup: Setup, compute_capability: tuple[int, int]) -> str | None:
-    """Why a job does not run on a card with this compute capability, and what runs instead; None where nothing refuses it."""
+    """Why a job does not run on a card with this compute capability, and what runs instead; None if nothing refuses it."""
     for needs in REQUIREMENTS:
         value = getattr(setup, needs.option)
         if value in needs.values and compute_capability < needs.compute_capability:

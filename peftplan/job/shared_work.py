@@ -39,7 +39,7 @@ def check_distributed(distributed: Distributed, setup: Setup, architecture: Arch
 
 
 def _check_heads(tp_size: int, architecture: Architecture) -> None:
-    """Raise InputError where attention heads cannot be divided (transformers, distributed/tensor_parallel.py: colwise)."""
+    """Raise InputError if attention heads cannot be divided (transformers, distributed/tensor_parallel.py: colwise)."""
     for block in architecture.blocks if tp_size > 1 else ():
         for attention in block.attentions:
             heads = attention.num_attention_heads

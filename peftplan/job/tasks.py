@@ -100,7 +100,7 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
 
 
 def rotary_positions(model: Any, architecture: Architecture) -> int | None:
-    """How many positions the config names, of a model without a table that ends there; None where it names none."""
+    """How many positions the config names, of a model without a table that ends there; None if it names none."""
     if architecture.max_positions is not None:
         return None
     config = sources.load_config(model)

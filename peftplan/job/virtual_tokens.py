@@ -31,7 +31,7 @@ SHAPED_BY_LABELS = ("bloom", "falcon", "mpt")
 
 
 def check_virtual_tokens(job: Job) -> None:
-    """Raises RefusedError where the libraries do, NeedsTraceError where a prefix has no formulas.
+    """Raises RefusedError if the libraries do, NeedsTraceError if a prefix has no formulas.
 
     NoEngineError, which leaves a job its counts, where earlier versions of the libraries ran what these refuse.
     """
@@ -47,7 +47,7 @@ def check_virtual_tokens(job: Job) -> None:
 
 
 def check_prompted_task(arch: Architecture, adapter: Mapping[str, object]) -> None:
-    """Raises RefusedError where peft has no class for the task of a model with virtual tokens, as `get_peft_model` does.
+    """Raises RefusedError if peft has no class for the task of a model with virtual tokens, as `get_peft_model` does.
 
     `adapter` is the adapter config that was given, if any.
     """

@@ -26,7 +26,7 @@ def traced_cache(
 ) -> tuple[CacheTensor, ...]:
     """The tensors of the cache of `batch_size` sequences with `context` tokens each.
 
-    Raises MissingExtraError without torch or transformers, RefusedError where the model keeps no such cache or cannot run so.
+    Raises MissingExtraError without torch or transformers, RefusedError if the model keeps no such cache or cannot run so.
     """
     if task_type != "CAUSAL_LM":
         raise RefusedError(f"which cache a model of task {task_type} keeps is not described here")

@@ -75,7 +75,7 @@ class Base:
         return {id(param): name for name, param in self.params}
 
     def name_of(self, param: Any) -> str | None:
-        """The name that a parameter has in the base, None where peft made it."""
+        """The name that a parameter has in the base, None if peft made it."""
         return self._names.get(id(param))
 
     @property

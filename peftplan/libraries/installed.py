@@ -15,7 +15,7 @@ version = cache(metadata.version)
 
 
 def require(what: str, *packages: str) -> None:
-    """Raise MissingExtraError where one of the packages is not installed, RefusedError where it is too old; none: all of them."""
+    """Raise MissingExtraError if one of the packages is not installed, RefusedError if it is too old; none: all of them."""
     for package in packages or FLOORS:
         try:
             installed = version(package)

@@ -115,7 +115,7 @@ def build_model(config: Mapping[str, Any], hf_config: Any, cls: Any, *, name: st
 
 
 def task_of(class_name: str, hf_config: Any) -> str | None:
-    """The task of a model class by its name, or None where the name ends like none of them."""
+    """The task of a model class by its name, or None if the name ends like none of them."""
     if class_name.endswith("ForConditionalGeneration"):
         return "SEQ_2_SEQ_LM" if hf_config.is_encoder_decoder else "CAUSAL_LM"
     if class_name.endswith("LMHeadModel"):

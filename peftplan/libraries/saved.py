@@ -21,7 +21,7 @@ def saved_tensors(
 ) -> tuple[StoredTensor, ...]:
     """The tensors of the adapter's file, those of the base in `dtype`, peft's own in `adapter_dtype`.
 
-    Raises MissingExtraError without torch, transformers or peft, RefusedError where peft refuses or needs values.
+    Raises MissingExtraError without torch, transformers or peft, RefusedError if peft refuses or needs values.
     """
     with quiet_transformers():
         hf_config = build_config(config, name="model")

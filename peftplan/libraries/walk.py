@@ -128,7 +128,7 @@ def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
 def prompt_dims(hf_config: Any, *, seq2seq: bool) -> PromptDims | None:
     """The numbers that peft takes from a config, by its own rules (`_prepare_prompt_learning_config`, peft).
 
-    None where it finds no number of layers or no width, and asks for them in its own config.
+    None if it finds no number of layers or no width, and asks for them in its own config.
     """
     config = hf_config.to_dict()
     config = config.get("text_config", config)

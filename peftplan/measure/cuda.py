@@ -115,7 +115,7 @@ class Cuda:
         return int(torch.cuda.mem_get_info(self.torch_device)[0])
 
     def process_bytes(self) -> int | None:
-        """What the driver counts for this process: context, kernels, allocator; None where it does not say."""
+        """What the driver counts for this process: context, kernels, allocator; None if it does not say."""
         if self._nvml is None:
             return None
         import pynvml  # type: ignore[import-untyped]
@@ -162,14 +162,14 @@ class Cuda:
 def open_device(index: int | None = None) -> Device:
     """The CUDA device of this process: `index`, else `LOCAL_RANK` as torchrun and accelerate set it, else 0.
 
-    Raises NoCudaError where there is none.
+    Raises NoCudaError if there is none.
     """
     _check_cuda()
     return Cuda(int(os.environ.get("LOCAL_RANK", "0")) if index is None else index)
 
 
 def card_name() -> str:
-    """The name of the first device, without a context on it. Raises NoCudaError where there is none."""
+    """The name of the first device, without a context on it. Raises NoCudaError if there is none."""
     _check_cuda()
     return str(torch.cuda.get_device_name(0))
 
@@ -181,7 +181,7 @@ def _check_cuda() -> None:
 
 
 def _nvml_handle(index: int) -> Any:
-    """NVML's handle of the device, found by its UUID, since `CUDA_VISIBLE_DEVICES` renumbers; None where NVML has none (MIG)."""
+    """NVML's handle of the device, found by its UUID, since `CUDA_VISIBLE_DEVICES` renumbers; None if NVML has none (MIG)."""
     try:
         import pynvml
     except ImportError:

@@ -27,7 +27,7 @@ class Seen(NamedTuple):
 
 
 def seen(arguments: dict[str, Any]) -> Seen | None:
-    """The shape of the batch that a model's forward is given; None where it is given neither tokens nor their embeddings."""
+    """The shape of the batch that a model's forward is given; None if it is given neither tokens nor their embeddings."""
     tokens = arguments.get("input_ids", arguments.get("inputs_embeds"))
     if not isinstance(tokens, torch.Tensor):
         return None

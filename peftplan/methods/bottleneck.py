@@ -79,7 +79,7 @@ def _adapters(arch: Architecture, config: BottleneckConfig, places: tuple[str, .
 def part_before(place: str, parts: Mapping[str, Container[str]]) -> str:
     """The part of a layer that an adapter follows; `parts`: the modules of the layer, each with those inside it.
 
-    Raises RefusedError where the engines have no place for the adapter.
+    Raises RefusedError if the engines have no place for the adapter.
     """
     part = next((name for name in parts if name in PLACES[place]), None)
     if part is None or NORM_INSIDE in parts[part]:
@@ -92,7 +92,7 @@ def part_before(place: str, parts: Mapping[str, Container[str]]) -> str:
 
 
 def refuse_unplaced(arch: Architecture, adaptation: Adaptation) -> None:
-    """Raise RefusedError where a layer has no part that one of its adapters could follow."""
+    """Raise RefusedError if a layer has no part that one of its adapters could follow."""
     for stack in _stacks(arch):
         parts: dict[str, set[str]] = {}
         for module in arch.modules:

@@ -76,7 +76,7 @@ def _seconds(names: tuple[str, ...]) -> float:
 
 @lru_cache(maxsize=64)
 def _ends(pattern: str, names: tuple[str, ...]) -> bool:
-    """Whether another process matches all names in time; False where none can be started."""
+    """Whether another process matches all names in time; False if none can be started."""
     seconds = _seconds(names)
     try:
         tried = subprocess.run(

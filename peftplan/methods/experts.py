@@ -69,7 +69,7 @@ def fused_expert_targets(
 ) -> ResolvedTargets:
     """Rewrite expert names to parameters, as peft does for LoRA on these model types; others pass unchanged.
 
-    `left_out` tells the names that no regular expression matches (see `targets.excluded`). Raises RefusedError where only one of
+    `left_out` tells the names that no regular expression matches (see `targets.excluded`). Raises RefusedError if only one of
     the two fused projections is targeted, as peft does.
     """
     parameters = tuple(config.target_parameters or ())

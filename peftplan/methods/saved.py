@@ -47,7 +47,7 @@ def never_targeted(arch: Architecture, config: SavesModules) -> tuple[str, ...]:
 
 
 def refuse_targeted(matched: Iterable[Module], copies: Iterable[AddedTensor]) -> None:
-    """Raise RefusedError where a targeted module would also be saved, NeedsPeftError where it lies inside a saved one."""
+    """Raise RefusedError if a targeted module would also be saved, NeedsPeftError if it lies inside a saved one."""
     saved = {t.name.rpartition(".")[0] for t in copies}
     for module in matched:
         if f"{module.name}.modules_to_save" in saved:
@@ -60,7 +60,7 @@ def refuse_targeted(matched: Iterable[Module], copies: Iterable[AddedTensor]) ->
 
 
 def refuse_targeted_rows(matched: Iterable[Module], deltas: Iterable[AddedTensor]) -> None:
-    """Raise RefusedError where rows of an embedding would train that an adapter wraps too."""
+    """Raise RefusedError if rows of an embedding would train that an adapter wraps too."""
     names = {t.name.removesuffix(".token_adapter.trainable_tokens_delta") for t in deltas}
     for module in matched:
         if module.kind == "Embedding" and module.name in names:
@@ -142,7 +142,7 @@ def token_originals(deltas: Iterable[AddedTensor]) -> tuple[AddedBuffer, ...]:
 
 
 def _module_of_tokens(arch: Architecture, name: str) -> Module:
-    """The one module whose name ends with `name`. Raises NeedsPeftError where several do, because peft wraps each of them."""
+    """The one module whose name ends with `name`. Raises NeedsPeftError if several do, because peft wraps each of them."""
     matching = [m for m in arch.modules if m.name.endswith(name)]
     if not matching:
         raise InputError("trainable_token_indices", name, f"no module has this name; {_near(arch, name)}")
@@ -160,7 +160,7 @@ def _tied_to_embedding(arch: Architecture) -> frozenset[str]:
 
 
 def refuse_both(saved: Iterable[str], wanted: TokenIndices) -> None:
-    """Raise RefusedError where an embedding is saved as a whole and by its rows, NeedsPeftError where that is left open."""
+    """Raise RefusedError if an embedding is saved as a whole and by its rows, NeedsPeftError if that is left open."""
     if isinstance(wanted, tuple) and wanted and any(name.rpartition(".")[2] in EMBEDDINGS for name in saved):
         raise NeedsPeftError("trainable_token_indices beside an embedding in modules_to_save")
     both = set(saved) & set(wanted) if isinstance(wanted, Mapping) else set()

@@ -90,8 +90,8 @@ def match(
 ) -> tuple[Module, ...]:
     """The module families that the config targets, each over the layers that match.
 
-    `targets` is `config.target_modules` once words are resolved. Raises InputError where nothing matches (near names are
-    shown) unless that may be, RefusedError where a container module matches, which peft refuses too.
+    `targets` is `config.target_modules` once words are resolved. Raises InputError if nothing matches (near names are
+    shown) unless that may be, RefusedError if a container module matches, which peft refuses too.
     """
     wanted = _matcher(targets)
     templates = frozenset(t for t in targets if "{" in t) if isinstance(targets, tuple) else frozenset()
@@ -128,7 +128,7 @@ def excluded(arch: Architecture, config: TargetedConfig) -> Callable[[str], bool
 def resolve_targets(arch: Architecture, target_modules: tuple[str, ...] | str | None, *, peft_type: str) -> tuple[str, ...] | str:
     """Turn a word (or nothing: peft's own mapping) into the names that peft would match.
 
-    Raises RefusedError where peft has no default for the model type, InputError where a word finds no module.
+    Raises RefusedError if peft has no default for the model type, InputError if a word finds no module.
     """
     if target_modules in (None, PEFT_DEFAULT):
         mapping = _defaults(peft_type)

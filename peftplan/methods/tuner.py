@@ -61,7 +61,7 @@ MAMBA_KEPT = ("out_proj", "conv1d")
 
 
 def refuse_mamba(arch: Architecture, matched: Iterable[Module]) -> None:
-    """Raise RefusedError where LoRA or AdaLoRA would adapt a module that Mamba's kernels read past its forward."""
+    """Raise RefusedError if LoRA or AdaLoRA would adapt a module that Mamba's kernels read past its forward."""
     kept = next((m for m in matched if m.leaf in MAMBA_KEPT), None)
     if arch.model_type in MAMBA_TYPES and kept is not None:
         remedy = f"leave it out: exclude_modules={kept.leaf}"

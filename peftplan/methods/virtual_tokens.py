@@ -113,7 +113,7 @@ def _dims(arch: Architecture, config: PromptLearningConfig, *, kv: bool = False)
 
 
 def check_prefix(arch: Architecture, config: PrefixTuningConfig, *, batch_size: int) -> None:
-    """Raise RefusedError where a prefix's keys do not fit the decoder's attention: peft or the model fails there too.
+    """Raise RefusedError if a prefix's keys do not fit the decoder's attention: peft or the model fails there too.
 
     NeedsTraceError where the peft config names other layers than the decoder's.
     """

@@ -77,7 +77,7 @@ class Optimizer(NamedTuple):
 
     @property
     def untraced(self) -> str | None:
-        """Why no engine knows what a step needs besides the states; None where the trace engine knows it."""
+        """Why no engine knows what a step needs besides the states; None if the trace engine knows it."""
         if self.step_implementation == "in-backward":
             return "it steps inside backward, which neither engine reproduces; only its states are counted"
         if self.low_rank:

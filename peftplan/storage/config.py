@@ -157,7 +157,7 @@ def parse_quant(
 
 
 def check_trainable(quant: QuantConfig | None) -> None:
-    """Raise RefusedError where the libraries refuse to train adapters on a base model stored so."""
+    """Raise RefusedError if the libraries refuse to train adapters on a base model stored so."""
     reason = FORMATS[quant.name].untrainable if quant else None
     if reason:
         raise RefusedError(reason)
@@ -190,7 +190,7 @@ def _quant_storage(value: object, accepted: tuple[str, ...], *, name: str) -> st
 
 
 def without_peak(quant: QuantConfig) -> str | None:
-    """Why no engine states a peak for this format, and what to do instead; None where they do."""
+    """Why no engine states a peak for this format, and what to do instead; None if they do."""
     kernels = FORMATS[quant.name].kernels
     if kernels is None:
         return None

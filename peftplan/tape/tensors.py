@@ -32,7 +32,7 @@ class Operand(Protocol):
 
     @property
     def node(self) -> Node | Parameter | None:
-        """Where its gradient goes; None where no gradient flows."""
+        """Where its gradient goes; None if no gradient flows."""
 
     @property
     def storage(self) -> Storage | None:

@@ -10,7 +10,7 @@ from peftplan.job.setup import Setup
 
 
 def checkpoint_layers(model: Any, setup: Setup) -> None:
-    """Checkpoint the layers that a setup names. Raises RefusedError where the model or the installed transformers cannot.
+    """Checkpoint the layers that a setup names. Raises RefusedError if the model or the installed transformers cannot.
 
     Source: transformers, modeling_utils.py (`activation_checkpointing_enable`); before it was
     `gradient_checkpointing_enable`, and before 5.17 it took neither `every_n_layers` nor `offload`.

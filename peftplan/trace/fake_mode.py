@@ -28,7 +28,7 @@ class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         return super()._cache_key(state, func, args, kwargs)
 
     def _add(self, key: list[Any], arguments: Iterable[Any]) -> bool:
-        """Lengthen the key by these arguments; False where one is of a kind that only torch's own key knows."""
+        """Lengthen the key by these arguments; False if one is of a kind that only torch's own key knows."""
         for argument in arguments:
             kind = type(argument)
             if kind in VALUES:

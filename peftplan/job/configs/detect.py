@@ -21,7 +21,7 @@ def check(tool: str) -> Tool:
 
 
 def tool_of(document: Document, *, file: str) -> Tool:
-    """The tool of a file; `other` where none knows it. Raises RefusedError where two do."""
+    """The tool of a file; `other` where none knows it. Raises RefusedError if two do."""
     keys = flat(document.values) if document.kind != "calls" else {call["call"]: True for call in document.values["calls"]}
     program = document.program
     matching = [

@@ -95,7 +95,7 @@ class ConfigPlan:
 
 
 def bound(unsayable: Mapping[str, Unsayable]) -> Bound | None:
-    """What a peak is that leaves these keys out; None where there are none."""
+    """What a peak is that leaves these keys out; None if there are none."""
     effects = {said.effect for said in unsayable.values()}
     if not effects:
         return None

@@ -22,7 +22,7 @@ MOST_COMMANDS = 200
 
 
 def of_shell(text: str, *, file: str) -> Document:
-    """The first training command of a script. Raises BrokenFileError where there is none."""
+    """The first training command of a script. Raises BrokenFileError if there is none."""
     commands = list(commands_of(text, file=file))
     if not commands:
         raise BrokenFileError(file, None, "accepted: a script with a training command, such as swift sft, trl sft or torchrun")
