@@ -68,9 +68,12 @@ def _reason(error: Exception) -> str:
 def replacing(path: Path | str, *, field: str) -> Iterator[IO[bytes]]:
     """A binary file that takes the name `path` once the block has ended without an error; what was there stays until then.
 
-    `field` is what the error calls the path. Raises InputError where it cannot be written.
+    `field` is what the error calls the path. Raises InputError where it cannot be written, and for a pipe or a device, whose
+    place a file would take.
     """
     target = Path(path)
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise UnwritableError(field, str(path), "it is a pipe or a device")
     unfinished = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb") as file:

@@ -67,6 +67,8 @@ def values_of(name: str, value: object) -> Values | None:
             return None  # an array without dims is a number
     if not isinstance(value, (list, tuple, set, frozenset)) and name in OF_LISTS:
         return None
+    if name == "model" and (hasattr(value, "to_dict") or hasattr(value, "named_parameters")):
+        return None  # a config iterates over its fields, a module over its parts
     values = list(value)
     if name in OF_LISTS and not isinstance(value, Each) and all(isinstance(each, (str, int)) for each in values):
         return None

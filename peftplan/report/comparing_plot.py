@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from peftplan.units import GIB, format_bytes
 SUFFIXES = (".png", ".svg")
 WIDTH, ROW = 10.0, 0.55
 """Inches of the figure, and of one bar."""
+OVER_LINES = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+"""Ground of a number that a card's line crosses."""
+FARTHEST = 1.4
+"""Times the longest bar at which a card still has its line."""
 
 
 def check(path: str) -> None:
@@ -42,20 +47,35 @@ def write(result: Comparison, path: str) -> None:
     for category in CATEGORIES:
         sizes = {name: (row.by_category or {}).get(category, 0) / GIB for name, row in methods.items()}
         if any(sizes.values()):
-            axes.barh(list(sizes), list(sizes.values()), left=list(left.values()), color=COLOURS[category], label=category)
+            axes.barh(
+                list(sizes),
+                list(sizes.values()),
+                left=list(left.values()),
+                color=COLOURS[category],
+                label=category.replace("_", " "),
+            )
             left = {name: left[name] + size for name, size in sizes.items()}
     longest = max(left.values(), default=1.0)
     for place, (name, row) in enumerate(methods.items()):
-        axes.text(left[name] + 0.01 * longest, place, format_bytes(row.peak_allocated or 0), va="center", fontsize=9)
-    for card, usable in cards.items():
-        if usable / GIB <= 1.4 * longest:
-            axes.axvline(usable / GIB, color="black", linewidth=0.8, linestyle="--")
-            axes.text(usable / GIB, 1.01, card, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
-    axes.set_xlim(0, 1.15 * max(longest, *(u / GIB for u in cards.values() if u / GIB <= 1.4 * longest), 0.0))
-    axes.set_xlabel("GiB allocated at the peak; dashed: what a program can get of the card")
+        words = format_bytes(row.peak_allocated or 0)
+        axes.text(left[name] + 0.01 * longest, place, words, va="center", fontsize=9, bbox=OVER_LINES)
+    shown = {card: usable / GIB for card, usable in cards.items() if usable / GIB <= FARTHEST * longest}
+    for card, usable in shown.items():
+        axes.axvline(usable, color="black", linewidth=0.8, linestyle="--")
+        axes.text(usable, 1.01, card, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+    axes.set_xlim(0, 1.15 * max(longest, *shown.values(), 0.0))
+    axes.set_xlabel("; ".join(("GiB allocated at the peak", *_of_lines(shown, cards))))
     axes.set_title(f"{result.model}: peak of a training step by method", loc="left", pad=18)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     with replacing(path, field="--plot") as file:
         figure.savefig(file, format=Path(path).suffix[1:], metadata={} if path.endswith(".svg") else {"Software": None})
+
+
+def _of_lines(shown: Collection[str], cards: Mapping[str, int]) -> Iterator[str]:
+    """What the dashed lines are, and the cards whose lines lie to the right of the figure."""
+    if shown:
+        yield "dashed: what a program can get of the card"
+    if beyond := [f"{card} {format_bytes(usable)}" for card, usable in cards.items() if card not in shown]:
+        yield f"to the right of it: {', '.join(beyond)}"

@@ -10,7 +10,7 @@ from peftplan.report.screen import Colour, Row
 from peftplan.report.tabular import Column, printable
 
 STYLE = """
-.peftplan{font-size:13px;line-height:1.45;max-width:960px;overflow-x:auto}
+.peftplan{font-size:13px;line-height:1.45;max-width:960px;overflow-wrap:anywhere}
 .peftplan p{margin:2px 0}
 .peftplan b{font-weight:600}
 .peftplan .bar{display:flex;height:14px;margin:4px 0;border-radius:3px;overflow:hidden;background:rgba(128,128,128,.22)}
@@ -24,6 +24,8 @@ text-align:left!important;vertical-align:top;background:none;color:inherit}
 .peftplan table th{font-weight:600;border-bottom-color:rgba(128,128,128,.7)}
 .peftplan table .n{text-align:right!important;font-variant-numeric:tabular-nums}
 .peftplan table .k{white-space:nowrap}
+.peftplan .scroll{overflow-x:auto;overflow-wrap:normal}
+.peftplan .scroll td:not(.k){min-width:11em}
 .peftplan details{margin:4px 0}
 .peftplan summary{cursor:pointer;opacity:.75}
 .peftplan .green{color:#2f9e44}.peftplan .yellow{color:#d9730d}.peftplan .red{color:#e5484d}
@@ -93,13 +95,13 @@ def legend(parts: Iterable[Stretch]) -> Html:
 
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> Html:
-    """A table; numbers stand to the right, and no short cell folds."""
+    """A table that scrolls alone where it is wider than the page; numbers stand to the right, and no short cell folds."""
     head = "".join(f"<th{_kind(column, column.header)}>{text(column.header)}</th>" for column in columns)
     body = "".join(
         f"<tr>{''.join(f'<td{_kind(column, cell)}>{text(cell)}</td>' for column, cell in zip(columns, cells, strict=True))}</tr>"
         for cells in rows
     )
-    return Html(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    return Html(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
 def _kind(column: Column, cell: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -77,8 +77,7 @@ def comparison(result: Comparison) -> Iterator[Html]:
     yield markup.paragraph(comparing.heading(result), strong=True)
     drawn = [(*cells[:-1], _peak_bar(row, largest) if cells[0] else "") for cells, row in _paired(result)]
     columns = (*comparing.COLUMNS[:-1], Column("peak by part"))
-    verdict = [column.header for column in columns].index("verdict")
-    yield markup.table(columns, [(*cells[:verdict], _verdict(cells[verdict]), *cells[verdict + 1 :]) for cells in drawn])
+    yield markup.table(*_verdict_behind("card", columns, drawn))
     categories = {name for row in result.rows for name in row.by_category or {}}
     yield markup.legend([Stretch(COLOURS[name], 0, name.replace("_", " ")) for name in COLOURS if name in categories])
     yield from map(markup.paragraph, comparing.errors(result))
@@ -96,6 +95,17 @@ def _peak_bar(row: Compared, largest: int) -> Html:
     return Html(f'<div style="min-width:110px">{markup.bar(parts, scale=largest)}</div>') if parts else Html("")
 
 
+def _verdict_behind(
+    header: str, columns: Sequence[Column], rows: Iterable[Sequence[str]]
+) -> tuple[list[Column], list[tuple[str, ...]]]:
+    """A table with its coloured verdicts moved to behind a column, where a phone shows them."""
+    headers = [column.header for column in columns]
+    verdict, behind = headers.index("verdict"), headers.index(header) + 1
+    order = [*range(behind), verdict, *(at for at in range(behind, len(columns)) if at != verdict)]
+    moved = [tuple(_verdict(row[at]) if at == verdict else row[at] for at in order) for row in rows]
+    return [columns[at] for at in order], moved
+
+
 def _verdict(words: str) -> Html:
     """A verdict with its mark in colour."""
     if not words:
@@ -109,9 +119,7 @@ def fit(result: Fit) -> Iterator[Html]:
     """The answer, then the plans."""
     yield markup.paragraph(fitting.headline(result, UNICODE), strong=True)
     yield from map(markup.paragraph, fitting.remarks(result))
-    columns, cells = fitting.plan_columns(result), fitting.plan_cells(result)
-    verdict = [column.header for column in columns].index("verdict")
-    yield _rows(columns, [(*row[:verdict], _verdict(row[verdict]), *row[verdict + 1 :]) for row in cells])
+    yield _rows(*_verdict_behind("plan", fitting.plan_columns(result), fitting.plan_cells(result)))
     if (order := fitting.ranking(result)) is not None:
         yield markup.paragraph(order)
 

@@ -187,9 +187,9 @@ def cards(verdicts: Sequence[Verdict], *, fmt: str) -> None:
     """Cards that take a job, the smallest first."""
     from peftplan.report import fitting
 
-    above = f"{len(verdicts)} cards of the catalogue take the job, the smallest first" if verdicts else fitting.NO_CARD
+    above = f"{len(verdicts)} cards of the catalogue take the job, the smallest first"
     larger = len(verdicts) - fitting.MOST_CARDS
-    below = f"and {larger} with more memory (--format csv lists all)" if larger > 0 else None
+    below = f"and {larger} with more memory (--format csv lists all)" if larger > 0 else None if verdicts else fitting.NO_CARD
     cells, facts = fitting.card_cells(verdicts[: fitting.MOST_CARDS]), [v.to_dict() for v in verdicts]
     _rows(fitting.CARD_COLUMNS, cells, facts, fmt=fmt, above=above, below=below)
 

@@ -119,6 +119,26 @@ def test_a_reader_that_leaves_early_is_no_error(args: tuple[str, ...]) -> None:
         assert process.wait() == 0
 
 
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        ("fit llama-2-70b --gpu t4 --method lora --require-fit", 1),
+        ("fit gpt2 --gpu l4 --method lora --require-fit", 0),
+        ("fit llama-2-70b --method full --which-gpu --require-fit", 1),
+        ("fit --model-family qwen3 --gpu 1GiB --method lora --require-fit", 1),
+        ("fit llama-2-70b --gpu t4 --method lora", 0),
+    ],
+)
+def test_a_reader_that_leaves_early_does_not_change_the_answer_of_fit(args: str, code: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run((*MAIN, *args.split()), stdout=writer, stderr=subprocess.PIPE, env=ENVIRONMENT, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (code, b"")
+
+
 @pytest.mark.parametrize("args", [("models",), ("estimate", "gpt2"), ("estimate", "gpt2", "--explain")], ids=" ".join)
 def test_a_full_disk_is_one_line(args: tuple[str, ...]) -> None:
     if not Path("/dev/full").exists():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from peftplan.cli import main
+from peftplan.errors import InputError
 from peftplan.report import progress
 from tests.cli.test_exit import ENVIRONMENT, in_terminal
 
@@ -99,6 +100,18 @@ def test_nothing_is_left_of_a_file_that_fails(tmp_path: Path) -> None:
     assert target.read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert target.stat().st_mode & 0o777 == 0o666 & ~_umask(), "as any file, not as a temporary one"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_file_takes_no_place_of_a_pipe_or_a_device(tmp_path: Path) -> None:
+    from peftplan.files import replacing
+
+    pipe = tmp_path / "rows.parquet"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="it is a pipe or a device"), replacing(pipe, field="--output") as file:
+        file.write(b"new")
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
 
 
 def _umask() -> int:

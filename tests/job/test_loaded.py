@@ -143,6 +143,23 @@ def test_modules_of_a_loaded_model_are_inspected() -> None:
     assert peftplan.inspect(wrapped(model())).architecture.num_parameters == own_count(model())
 
 
+def test_a_sweep_takes_a_config_or_a_module_as_one_model() -> None:
+    """Both can be iterated: a config over its fields, a Sequential over its layers."""
+    pytest.importorskip("numpy")
+    for one in (model().config, model()):
+        rows = peftplan.sweep(one, seq_len=[64, 128], trainer="plain", r=4).records()
+        assert [row["error"] for row in rows] == [None, None]
+        assert [row["seq_len"] for row in rows] == [64, 128]
+    with pytest.raises(peftplan.InputError, match="model: <Sequential object> is not accepted"):
+        peftplan.sweep(torch.nn.Sequential(torch.nn.Linear(2, 2)), seq_len=[64, 128]).records()
+
+
+@pytest.mark.parametrize("ask", [peftplan.estimate, peftplan.inspect, peftplan.serving, peftplan.sweep])
+def test_an_unknown_object_is_one_line_of_every_question(ask: Callable[..., Any]) -> None:
+    with pytest.raises(peftplan.InputError, match="model: <object object> is not accepted; accepted: a built-in name"):
+        list(ask(object()).records())
+
+
 def test_an_adapter_config_names_its_base(tmp_path: Path) -> None:
     file = tmp_path / "adapter_config.json"
     fields = {"peft_type": "LORA", "base_model_name_or_path": "gpt2", "target_modules": ["c_attn"], "task_type": "CAUSAL_LM"}

@@ -169,6 +169,14 @@ def test_the_smallest_cards_that_take_a_job() -> None:
     assert "fits" not in {verdict("llama-3.2-1b", card, method="qlora", seq_len=512) for card in smaller}
 
 
+def test_a_job_that_no_card_takes_is_an_answer() -> None:
+    """Full fine-tuning of 70 B parameters needs a TiB."""
+    job = ("fit", "llama-2-70b", "--method", "full", "--which-gpu")
+    assert run(*job) == (0, f"{fitting.NO_CARD}\n", "")
+    assert run(*job, "--format", "json").out == "[]\n"
+    assert run(*job, "--require-fit").code == 1
+
+
 def test_the_largest_member_of_a_family() -> None:
     (lora, full) = family("qwen3", gpu="rtx-4090", methods=("lora", "full"))
     assert lora.model == "qwen3-8b"

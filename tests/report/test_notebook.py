@@ -73,6 +73,25 @@ def test_cells_are_escaped_once() -> None:
     assert '<td class="n k">1 &lt; 2</td>' in table([Column("n", right=True)], [["1 < 2"]])
 
 
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_wide_table_scrolls_alone(name: str) -> None:
+    """Text above a table stays in its place on a phone."""
+    shown = RESULTS[name]()._repr_html_()
+    assert shown.count("<table>") == shown.count('<div class="scroll"><table>') > 0
+    assert "overflow-x" not in re.findall(r"\.peftplan\{(.*?)\}", shown)[0]
+
+
+@pytest.mark.parametrize(("name", "header"), [("comparison", "card"), ("fit", "plan")])
+def test_a_verdict_comes_before_the_numbers_of_its_row(name: str, header: str) -> None:
+    """A phone is 390 pixels wide and shows four columns."""
+    shown = RESULTS[name]()._repr_html_()
+    headers = re.findall(r"<th[ >].*?</th>", shown)
+    behind = next(at for at, cell in enumerate(headers) if f">{header}<" in cell) + 1
+    assert ">verdict<" in headers[behind]
+    rows = [re.findall(r"<td.*?</td>", row) for row in re.findall(r"<tr>(<td.*?)</tr>", shown)]
+    assert all("fits" in row[behind] and len(row) == len(headers) for row in rows)
+
+
 @pytest.mark.parametrize("name", ["comparison", "fit", "serving", "inspection"])
 def test_records_are_flat(name: str) -> None:
     for record in RESULTS[name]().records():
