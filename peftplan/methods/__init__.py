@@ -139,11 +139,11 @@ BOOKKEEPING = frozenset(
 """Fields of every peft config that describe the checkpoint (`PeftConfigMixin`, `PeftConfig`, peft `config.py`)."""
 
 UNSET: tuple[Any, ...] = (None, False, {}, [], ())
-"""Values of a field unknown here that leave a feature off."""
+"""Values that leave a feature off. A field that is unknown here may have one of them."""
 
 
 def method_named(name: str) -> Method:
-    """The method of that name; case and `_` against `-` make no difference."""
+    """The method of that name. Case is ignored, and `_` equals `-`."""
     key = name.strip().lower().replace("_", "-") if isinstance(name, str) else None
     if key is None or key not in METHODS:
         others = (other.lower().replace("_", "-") for other in OTHER_PEFT_TYPES)
@@ -152,7 +152,7 @@ def method_named(name: str) -> Method:
 
 
 def other_peft_type(name: object) -> str | None:
-    """The peft type that a method name stands for where it has no formulas here, so that the installed peft counts it."""
+    """The peft type of a method without formulas here, which the installed peft then counts; None for other names."""
     key = name.strip().upper().replace("-", "_") if isinstance(name, str) else ""
     return key if key in OTHER_PEFT_TYPES else None
 
@@ -164,7 +164,7 @@ def config_class(method: Method) -> type[MethodConfig]:
 
 
 def configure(name: str, options: Mapping[str, Any], *, beside: Iterable[str] = ()) -> tuple[Method, MethodConfig]:
-    """The method of that name with its options checked: peft's own field names, those without effect on a tensor included.
+    """The method of that name with its checked options: peft's field names, including those without effect on a tensor.
 
     `beside`: names of other options, of which a near one is suggested too.
     Raises UnknownNameError for an unknown method or option, InputError for a value that is not accepted.
@@ -225,7 +225,7 @@ def _validated(cls: type[MethodConfig], values: Mapping[str, Any]) -> MethodConf
 
 
 class Package(ModuleType):
-    """This package, which `peftplan.methods()` calls: the public list of methods bears the package's name."""
+    """Makes this package callable: `peftplan.methods()` is the public list of methods, and has the package's name."""
 
     def __call__(self) -> Any:
         """The methods as a list of records (`planning.listings.methods`)."""

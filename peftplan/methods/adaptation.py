@@ -31,9 +31,10 @@ class MethodConfig(BaseModel):
 
 
 class AddedTensor(NamedTuple):
-    """One family of tensors that a method adds, named as in `named_parameters()` without peft's `base_model.model.` and
-    `.default`. `dtype` says whose dtype it takes: peft casts an adapter's own parameters (`autocast_adapter_dtype`), a
-    `modules_to_save` copy keeps its module's. `in_embedding` marks the weight of an `nn.Embedding`.
+    """One family of tensors that a method adds. `name`: as in `named_parameters()`, without `base_model.model.` and `.default`.
+
+    `dtype`: whose dtype it takes. peft casts an adapter's own parameters (`autocast_adapter_dtype`); a `modules_to_save` copy
+    keeps that of its module. `in_embedding`: whether it is the weight of an `nn.Embedding`.
     """
 
     name: str
@@ -45,7 +46,7 @@ class AddedTensor(NamedTuple):
 
     @property
     def copies(self) -> int:
-        """How many tensors this family stands for."""
+        """The number of tensors in this family."""
         return 1 if self.layers is None else len(self.layers)
 
     def names(self) -> Iterator[str]:
@@ -55,18 +56,18 @@ class AddedTensor(NamedTuple):
 
 
 class AddedBuffer(NamedTuple):
-    """One family of buffers that a method adds: on the device, in no parameter count. `adapter` is the dtype of the adapter."""
+    """One family of buffers that a method adds: on the device, in no parameter count. The dtype `adapter` is the adapter's."""
 
     name: str
     shape: Shape
     dtype: Literal["adapter", "float32", "int64"]
     layers: tuple[int, ...] | None = None
     from_host: bool = False
-    """Whether peft makes it on the host (`Trainer.adapter_on_host`)."""
+    """Whether peft creates it in host memory (`Trainer.adapter_on_host`)."""
 
     @property
     def copies(self) -> int:
-        """How many buffers this family stands for."""
+        """The number of buffers in this family."""
         return 1 if self.layers is None else len(self.layers)
 
 
@@ -80,12 +81,12 @@ class TrainedParam(NamedTuple):
 
     @property
     def copies(self) -> int:
-        """How many parameters this family stands for."""
+        """The number of parameter tensors in this family."""
         return 1 if self.layers is None else len(self.layers)
 
 
 class Adaptation(NamedTuple):
-    """The outcome of a method on an architecture. `matched` are the module families that it targets, as they were resolved."""
+    """What a method adds to an architecture and trains in it. `matched`: the module families that it targets."""
 
     added: tuple[AddedTensor, ...] = ()
     trained: tuple[TrainedParam, ...] = ()
@@ -94,17 +95,17 @@ class Adaptation(NamedTuple):
     buffers: tuple[AddedBuffer, ...] = ()
     notes: tuple[str, ...] = ()
     by_layer: bool = False
-    """Whether some layers of a family train and others do not, so that a model with fewer layers says nothing of it."""
+    """Whether only some layers of a family train. A model with fewer layers then does not represent it."""
 
     @property
     def num_trainable(self) -> int:
-        """What peft's `get_nb_trainable_parameters()` returns first."""
+        """The number of trainable parameters, as peft's `get_nb_trainable_parameters()` returns it."""
         added = sum(t.copies * prod(t.shape) for t in self.added if t.trainable)
         return added + sum(p.copies * prod(p.shape) for p in self.trained)
 
     @property
     def num_added(self) -> int:
-        """Parameters that the method adds to the base, trainable or not."""
+        """The number of parameters that the method adds to the base, trainable or not."""
         return sum(t.copies * prod(t.shape) for t in self.added)
 
 
@@ -119,5 +120,5 @@ def trained_params(arch: Architecture, modules: tuple[Module, ...], *, only: str
 
 
 def restricted(module: Module, layers: tuple[int, ...]) -> Module:
-    """The same family over some of its layers only."""
+    """The same family, restricted to some of its layers."""
     return module if module.layers == layers else module._replace(layers=layers)

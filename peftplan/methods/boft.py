@@ -1,4 +1,4 @@
-"""BOFT (Liu et al. 2023, arXiv 2311.06243, eq. 3): a rotation of the input that is a product of m butterfly factors, and a scale.
+"""BOFT (Liu et al. 2023, arXiv 2311.06243, eq. 3): rotates the input by a product of m butterfly factors, and scales the output.
 
 An input of width `in` is cut into n blocks of size b, in = n·b: R is (m, n, b, b), whole blocks, and s is (out, 1). Each layer
 also registers P (m, in, in) in fp32, the permutation matrices: in no count, but on the device once the model moves there.
@@ -38,7 +38,7 @@ class BOFTConfig(LayeredConfig):
 
 
 def boft(arch: Architecture, config: BOFTConfig) -> Adaptation:
-    """The tensors that `get_peft_model` adds for a BOFTConfig where peft's CUDA extension builds."""
+    """The tensors that `get_peft_model` adds for a BOFTConfig if peft's CUDA extension builds."""
     if (config.boft_block_size == 0) == (config.boft_block_num == 0):
         raise RefusedError(
             f"boft_block_size, boft_block_num: peft takes exactly one of boft_block_size ({config.boft_block_size}) and "
@@ -63,7 +63,7 @@ def boft(arch: Architecture, config: BOFTConfig) -> Adaptation:
 
 
 def _blocks(module: Module, config: BOFTConfig) -> tuple[int, int]:
-    """(number of blocks, block size), where both divide the width and leave room for the butterfly's pairs."""
+    """(number of blocks, block size). Raises RefusedError unless both divide the width and the butterfly can pair the blocks."""
     width, extra = module.in_features, config.boft_n_butterfly_factor - 1
     name = "boft_block_size" if config.boft_block_size else "boft_block_num"
     choice = config.boft_block_size or config.boft_block_num

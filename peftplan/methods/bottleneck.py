@@ -43,7 +43,7 @@ MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 PLACES = {"attention_adapters": ATTENTIONS, "output_adapters": MLPS}
 """Name of an adapter in a layer → the names of the module that it follows."""
 NORM_INSIDE = "output"
-"""A part with a child of this name adds its residual and its norm itself."""
+"""A part with a child of this name applies its residual and norm itself."""
 
 
 def houlsby(arch: Architecture, config: HoulsbyConfig) -> Adaptation:

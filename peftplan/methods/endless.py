@@ -1,4 +1,4 @@
-"""Regular expressions that take too long: Python's `re` backtracks, so a repeat inside a repeat can take exponential time.
+"""Refuse regular expressions that take too long. Python's `re` backtracks, so nested repeats can take exponential time.
 
 Which pattern does depends on the names it meets, and nothing can stop a match once it has begun. A pattern that may backtrack
 is therefore first tried on the model's names in another process, which ends after a bounded time.
@@ -17,15 +17,15 @@ from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError
 
 FEW_REPEATS = 3
-"""So many repeats in a row take at most the cube of a name's length: about a millisecond a name."""
+"""A pattern with at most this many repeats takes time cubic in a name's length: about a millisecond per name."""
 _REPEAT = re.compile(r"[*+{]|(?<!\()\?")
 _REPEATED_GROUP = re.compile(r"\)[*+{?]")
 SECONDS, NAMES_A_SECOND = 2, 5000
-"""Processor time that a pattern may take: 2 seconds, and one more for every 5,000 names."""
+"""CPU time that a pattern may take: 2 seconds, and one more per 5,000 names."""
 _WALL = 10
-"""Seconds of a clock for each second of the processor: other programs may keep it busy."""
+"""Wall-clock seconds allowed per CPU second, since other programs may keep the processor busy."""
 FORMS = ("%s", r"(^|.*\.)%s($|\..*)", r"(.*\.)?(%s)$", r"(?:^|.*?\.)%s\.(\d+)\.")
-"""What peft and transformers put around a pattern: target_modules, modules_to_save, rank_pattern, layers_pattern."""
+"""How peft and transformers wrap a pattern: for target_modules, modules_to_save, rank_pattern, layers_pattern."""
 _TRY = """
 import json, re, signal, sys
 pattern, names, forms, seconds = json.load(sys.stdin)
@@ -42,7 +42,7 @@ for form in forms:
 
 
 def refuse_endless(arch: Architecture, fields: Mapping[str, object]) -> None:
-    """Raise InputError for a field with a pattern that does not end in time on the names of this model."""
+    """Raise InputError for a field whose pattern does not finish in time on the names of this model."""
     risky = [(field, text) for field, value in fields.items() for text in _texts(value) if may_backtrack(text)]
     if not risky:
         return

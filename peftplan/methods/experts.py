@@ -1,4 +1,4 @@
-"""How peft rewrites LoRA targets for models whose experts transformers v5 fused into 3-D parameters.
+"""How peft rewrites LoRA targets for models whose experts transformers 5 fuses into 3-D parameters.
 
 Source: peft, `utils/transformers_weight_conversion.py` (`_convert_peft_config_moe`, `_resolve_string_target_modules`).
 """
@@ -36,11 +36,11 @@ RENAMED: dict[str, dict[str, str]] = {
         "down_proj": "down_proj",
     },
 }
-"""Names of expert projections before the fusion → the parameter that holds them now."""
+"""Name of an expert projection before transformers 5 → the fused parameter that holds it now."""
 ROUTER = "gate"
-"""The renamed module that is no expert."""
+"""The renamed module that is not an expert."""
 FUSED: dict[str, tuple[str, str]] = {"mixtral": ("w1", "w3"), "qwen2_moe": ("gate_proj", "up_proj")}
-"""The two projections inside `gate_up_proj`: both must be targeted, and its rank doubles."""
+"""The two projections fused in `gate_up_proj`. Both must be targeted, and the rank doubles."""
 GATE_UP = "gate_up_proj"
 
 
@@ -79,7 +79,7 @@ def fused_expert_targets(
     if target_modules == PEFT_DEFAULT:
         if parameters:
             return ResolvedTargets((), parameters)
-        # peft turns None into an empty set of targets here, before it looks its default up, and then finds none.
+        # peft turns None into an empty set of targets here, before it looks up its default, and then finds none.
         raise RefusedError(f"target_modules: peft has no default targets for model_type {arch.model_type!r}; name them")
     renamed = RENAMED[base]
     names = _leaf_names(arch, target_modules, renamed, left_out) if isinstance(target_modules, str) else target_modules
@@ -102,7 +102,7 @@ def fused_expert_targets(
 def _leaf_names(
     arch: Architecture, target: str, renamed: dict[str, str], left_out: Callable[[str], bool]
 ) -> tuple[str, ...] | None:
-    """The leaf names that a word or a regular expression stands for before the fusion; None leaves it as it is."""
+    """The leaf names that a word or a regular expression selects in the unfused model; None if it is not rewritten."""
     if target == "mlp":
         return tuple(name for name in renamed if name != ROUTER)
     if target == "attention":

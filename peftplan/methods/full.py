@@ -1,7 +1,7 @@
 """Full fine-tuning: every parameter of the base trains.
 
-Those that a model class creates frozen too (Whisper's sinusoidal positions): `from_pretrained` of transformers makes each
-loaded parameter anew, with `requires_grad` (`set_param_for_module`, core_model_loading.py).
+That includes parameters that the model class creates frozen, such as Whisper's sinusoidal positions: `from_pretrained` recreates
+each loaded parameter with `requires_grad` (transformers, `set_param_for_module`, core_model_loading.py).
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ class FullConfig(MethodConfig):
 
 
 def full(arch: Architecture, config: FullConfig) -> Adaptation:
-    """Nothing is added, every parameter trains; a tied tensor counts once."""
+    """Adds nothing and trains every parameter. A tied tensor counts once."""
     return Adaptation(trained=trained_params(arch, arch.modules))

@@ -10,7 +10,7 @@ CLASSIFICATION = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "IMAGE_CLS")
 
 
 def head_params(arch: Architecture, tasks: tuple[str, ...] = CLASSIFICATION) -> tuple[TrainedParam, ...]:
-    """Parameters outside the base model, embeddings and whatever is tied to them left out; nothing for other tasks."""
+    """The parameters outside the base model, except embeddings and what is tied to them; none for other tasks."""
     if arch.task_type not in tasks:
         return ()
     base = {m.name.partition(".")[0] for m in arch.modules if m.layers is not None}

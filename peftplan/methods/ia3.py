@@ -54,7 +54,7 @@ def _default_feedforward(arch: Architecture) -> tuple[str, ...]:
 
 
 def _matcher(feedforward: tuple[str, ...] | str) -> Callable[[str], bool]:
-    """peft matches a list by the end of the name alone (`fc2` also ends `xfc2`), a text as a whole."""
+    """A list matches the end of a name, as in peft (`fc2` also matches `xfc2`); a regular expression, the whole name."""
     if isinstance(feedforward, tuple):
         return lambda name: name.endswith(feedforward)
     try:

@@ -30,7 +30,7 @@ def ln_tuning(arch: Architecture, config: LNTuningConfig) -> Adaptation:
     try:
         adaptation = tune(arch, config, _copy, peft_type="LN_TUNING")
     except RefusedError as refusal:
-        # Copies of modules that hold others are nested: the one method for which peft takes them.
+        # The only method for which peft accepts a module that contains others; it copies them too.
         if "is not a layer that can be adapted" in str(refusal):
             raise NeedsPeftError("LN_TUNING of modules that hold other modules") from None
         raise

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685, §4.1) and what rides on it: DoRA, rsLoRA, LoRA-FA, LoRA+, adapted experts.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685, §4.1) and its variants: DoRA, rsLoRA, LoRA-FA, LoRA+, adapted experts.
 
 ΔW = B·A per adapted weight of shape (out, in): A is (r, in) and B is (out, r), so r·(in + out) parameters.
 Source of names and shapes: peft, `tuners/lora/layer.py` (`Linear`, `Embedding`, `ParamWrapper`) and `lora/dora.py`.
@@ -61,7 +61,7 @@ Initialisation = Annotated[bool | str, AfterValidator(_initialisation)]
 
 
 class LoraConfig(LayeredConfig):
-    """peft's `LoraConfig`, less the fields that change no tensor; `lora_alpha` scales and counts nothing."""
+    """peft's `LoraConfig`, less the fields that change no tensor. `lora_alpha` scales the update and changes no count."""
 
     r: Rank = 8
     lora_alpha: float | None = None
@@ -121,7 +121,7 @@ def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
 
 
 def _refuse(arch: Architecture, config: LoraConfig) -> None:
-    """Raise RefusedError or NeedsPeftError for combinations that peft refuses, or that make another variant of LoRA."""
+    """Raise RefusedError for combinations that peft refuses, NeedsPeftError for those that only peft can count."""
     if config.lora_bias and config.use_dora:
         raise RefusedError("lora_bias: peft does not support it with use_dora")
     if config.lora_bias and not isinstance(config.init_lora_weights, bool):
@@ -132,7 +132,7 @@ def _refuse(arch: Architecture, config: LoraConfig) -> None:
 
 
 def _module_tensors(module: Module, r: int, config: LoraConfig) -> list[AddedTensor]:
-    """A, B, and where asked for B's bias and DoRA's magnitude vector (arXiv 2402.09353, eq. 5: one norm per output)."""
+    """A and B; with `lora_bias` B's bias; with `use_dora` the magnitude vector (arXiv 2402.09353, eq. 5: one norm per output)."""
     n_in, n_out = _features(module)
 
     def tensor(part: str, shape: Shape, *, trainable: bool = True) -> AddedTensor:

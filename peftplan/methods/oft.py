@@ -1,8 +1,8 @@
 """OFT (Qiu et al. 2023, arXiv 2306.07280, eq. 4): the input is rotated by a block-diagonal orthogonal matrix.
 
 An input of width `in` is cut into r blocks of size b, in = r·b; each block keeps the b·(b-1)/2 entries of a skew-symmetric
-matrix, so the weight is (r, b·(b-1)/2), or (1, b·(b-1)/2) where blocks share. A size that does not divide `in` moves to the
-nearest divisor. `coft` and the Cayley-Neumann settings change what a step makes, and no weight.
+matrix, so the weight is (r, b·(b-1)/2), or (1, b·(b-1)/2) if blocks share one. A size that does not divide `in` is replaced by
+the nearest divisor. `coft` and the Cayley-Neumann settings change what a step allocates, but no weight.
 Source: peft, `tuners/oft/layer.py` (`OFTLayer.update_layer`, `OFTRotationModule`, `adjust_oft_parameters`).
 """
 

@@ -1,4 +1,4 @@
-"""What any peft method can train besides its adapter: copies of whole modules, and single rows of an embedding.
+"""What any peft method can train besides its adapter: copies of whole modules, and rows of an embedding.
 
 Source: peft, `utils/other.py` (`_set_trainable`, `ModulesToSaveWrapper`, `set_additional_trainable_modules`) and
 `peft_model.py` (`PeftModelForSequenceClassification` and its siblings, which add the head of their task).
@@ -23,7 +23,7 @@ EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "lm_head")
 """Last names of input and output embeddings."""
 
 TIED_BY_CLASS = ("t5", "mt5")
-"""Model types whose config class states tied embeddings whatever the checkpoint says, which is what peft reads."""
+"""Model types whose config class always states tied embeddings. peft reads the config, not the checkpoint."""
 
 TokenIndices = tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
 
@@ -41,7 +41,7 @@ def saved_modules(arch: Architecture, config: SavesModules) -> tuple[str, ...]:
 
 
 def never_targeted(arch: Architecture, config: SavesModules) -> tuple[str, ...]:
-    """The part of `modules_to_save` that peft knows while it matches targets."""
+    """The part of `modules_to_save` that peft already knows when it matches targets."""
     heads = SAVED_HEADS[arch.task_type] if arch.task_type in KNOWN_BEFORE_MATCHING else ()
     return tuple(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
 
@@ -103,14 +103,14 @@ def _refuse_nested(roots: list[tuple[str, frozenset[int] | None]]) -> None:
 
 
 def is_saved(copies: Iterable[AddedTensor]) -> frozenset[str]:
-    """Names of the base parameters, as templates, that `modules_to_save` copied and thereby froze."""
+    """Names, as templates, of the base parameters that `modules_to_save` copies. The originals are frozen."""
     return frozenset(t.name.replace(".modules_to_save", "") for t in copies)
 
 
 def token_deltas(arch: Architecture, wanted: TokenIndices) -> tuple[AddedTensor, ...]:
-    """`trainable_token_indices`: one row of deltas per token; a tied head shares the embedding's.
+    """`trainable_token_indices`: one row of deltas per token. A tied head shares those of the embedding.
 
-    Of several entries with the same tokens peft leaves out those that are the full name of a module tied to the embedding.
+    If several entries have the same tokens, peft leaves out those that are the full name of a module tied to the embedding.
     """
     if not wanted:
         return ()

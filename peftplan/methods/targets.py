@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 ALL_LINEAR = "all-linear"
 PEFT_DEFAULT = "peft-default"
 WORDS = (ALL_LINEAR, PEFT_DEFAULT, "attention", "mlp")
-"""Words for `target_modules`: peft's own `all-linear`, and ours, which are resolved to lists that are printed."""
+"""Words for `target_modules`: peft's own `all-linear`, and ours. They are resolved to lists of names, which are printed."""
 
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 _ATTENTION = re.compile(r"(attn|attention)", re.IGNORECASE)
@@ -42,7 +42,7 @@ def _regex(value: str) -> str:
 
 
 def _words(value: object) -> object:
-    """A comma-separated string is a list of names, as on the command line; an empty one is no name; a word or a regex stays."""
+    """Split a comma-separated string into names, as on the command line. An empty string has none; a word or a regex stays."""
     if isinstance(value, str):
         if value.lower() in WORDS:
             return value.lower()
@@ -53,7 +53,7 @@ def _words(value: object) -> object:
 
 
 def reads_as_names(targets: object) -> tuple[str, ...]:
-    """The names in a `target_modules`; nothing where it is a word, a regular expression or unset."""
+    """The names in a `target_modules`; empty if it is a word, a regular expression or unset."""
     names = _words(targets) if isinstance(targets, (str, set, frozenset)) else targets
     return tuple(name for name in names if isinstance(name, str)) if isinstance(names, (list, tuple)) else ()
 
@@ -119,7 +119,7 @@ def match(
 
 
 def excluded(arch: Architecture, config: TargetedConfig) -> Callable[[str], bool]:
-    """Whether a name is left out before any target is looked at: by `exclude_modules`, or as part of a saved module."""
+    """Whether a name is excluded before targets are matched: by `exclude_modules`, or as part of a saved module."""
     unwanted = _matcher(config.exclude_modules) if config.exclude_modules else lambda _: False
     saved = [re.compile(rf"(^|.*\.){m}($|\..*)") for m in never_targeted(arch, config)]
     return lambda name: unwanted(name) or any(pattern.match(name) for pattern in saved)
@@ -171,8 +171,8 @@ def all_linear(arch: Architecture) -> tuple[str, ...]:
 def part(arch: Architecture, *, attention: bool) -> tuple[str, ...]:
     """Names of the linear layers inside attention modules, or of the others inside layers.
 
-    Each is the shortest end of a name that matches no module of another part: `attn.c_proj` in GPT-2; a whole template where
-    nothing shorter does, such as BERT's `bert.encoder.layer.{}.output.dense`.
+    Each is the shortest end of a name that matches no module of another part, such as `attn.c_proj` in GPT-2. It is a whole
+    template if nothing shorter suffices, such as BERT's `bert.encoder.layer.{}.output.dense`.
     """
     wanted = [m for m in arch.modules if m.kind in LINEAR_KINDS and m.layers is not None and _in_attention(m) == attention]
     others = [m.name for m in arch.modules if m not in wanted]
@@ -198,7 +198,7 @@ def _own_end(name: str, others: list[str]) -> str:
 
 
 _PLAIN = re.compile(r"(?:[A-Za-z_]|\\\.|\.\*)*")
-"""Patterns of letters, dots and `.*`: the numbers of layers make no difference to them."""
+"""Patterns of letters, dots and `.*` alone: they match all layers or none."""
 
 
 def rank_of(name: str, *, r: int, rank_pattern: Mapping[str, int]) -> int:
@@ -210,8 +210,9 @@ def rank_of(name: str, *, r: int, rank_pattern: Mapping[str, int]) -> int:
 
 
 def by_rank(module: Module, *, r: int, rank_pattern: Mapping[str, int], suffix: str = "") -> list[tuple[Module, int]]:
-    """Split a family into one family per rank that `rank_pattern` gives its layers; one look is enough where no pattern can tell
-    layers apart.
+    """Split a family into one family per rank that `rank_pattern` gives its layers.
+
+    If no pattern can tell layers apart, one layer decides for all.
     """
     if not rank_pattern:
         return [(module, r)]
@@ -242,7 +243,7 @@ def _matcher(targets: tuple[str, ...] | str) -> Callable[[str], bool]:
 
 
 def _matching_layers(module: Module, matches: Callable[[str, str], bool], *, alike: bool) -> Module | None:
-    """The family over the layers that match; one look is enough where the targets do not tell layers apart."""
+    """The family over the layers that match. `alike`: the targets do not tell layers apart, so one layer decides for all."""
     if module.layers is None or alike:
         return module if matches(module.name, module.name) else None
     layers = tuple(i for i, name in zip(module.layers, module.names(), strict=True) if matches(name, module.name))
@@ -250,7 +251,7 @@ def _matching_layers(module: Module, matches: Callable[[str, str], bool], *, ali
 
 
 def _uses_layers(config: LayeredConfig) -> bool:
-    """Whether layers are left out by index. Raises RefusedError for what peft's config class refuses."""
+    """Whether layers are selected by index. Raises RefusedError for what peft's config class refuses."""
     one_text = isinstance(config.target_modules, str) and config.target_modules not in ("attention", "mlp", PEFT_DEFAULT)
     for name in config.refuses_layers:
         if one_text and getattr(config, name) is not None:
@@ -281,7 +282,7 @@ def _has_digit(text: str) -> bool:
 
 
 def _flat(targets: tuple[str, ...] | str | None) -> tuple[str, ...]:
-    # A regular expression may tell layers apart in ways that its text does not show, so it counts as one that does.
+    # A regular expression may tell layers apart in ways that its text does not show, so assume that it does.
     return () if targets is None else ("0",) if isinstance(targets, str) else targets
 
 

@@ -47,7 +47,7 @@ def tune(
 def trained_biases(
     arch: Architecture, matched: tuple[Module, ...], copies: tuple[AddedTensor, ...], *, bias: str
 ) -> tuple[TrainedParam, ...]:
-    """The base's biases that peft's `bias` field trains; those of a saved module stay frozen, its copy trains."""
+    """The base's biases that peft's `bias` field trains. Those of a saved module stay frozen, since its copy trains."""
     if bias == "none":
         return ()
     biases = trained_params(arch, arch.modules if bias == "all" else matched, only="bias")
@@ -61,7 +61,7 @@ MAMBA_KEPT = ("out_proj", "conv1d")
 
 
 def refuse_mamba(arch: Architecture, matched: Iterable[Module]) -> None:
-    """Raise RefusedError if LoRA or AdaLoRA would adapt a module that Mamba's kernels read past its forward."""
+    """Raise RefusedError if LoRA or AdaLoRA would adapt a module whose weight Mamba's kernels read without its forward."""
     kept = next((m for m in matched if m.leaf in MAMBA_KEPT), None)
     if arch.model_type in MAMBA_TYPES and kept is not None:
         remedy = f"leave it out: exclude_modules={kept.leaf}"

@@ -1,4 +1,4 @@
-"""Names of `target_modules` that match no module: peft raises only where none of them does (peft, `inject_adapter`)."""
+"""Names in `target_modules` that match no module. peft raises only if none of them matches (peft, `inject_adapter`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftplan.methods.targets import WORDS, leaves, reads_as_names
 
 
 def unmatched_targets(arch: Architecture, config: MethodConfig | None, adapter: Mapping[str, object]) -> tuple[str, ...]:
-    """A warning that names the targets which match nothing; none where all match.
+    """A warning that names the targets that match nothing; empty if all match.
 
     `adapter` holds the fields of a config that only peft reads.
     """
@@ -26,7 +26,7 @@ def unmatched_targets(arch: Architecture, config: MethodConfig | None, adapter: 
 
 
 def _unmatched(arch: Architecture, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """The names that are no module's name and no end of one, as peft compares them."""
+    """The names that equal no module's name and no end of one, as peft compares them."""
     if not targets:
         return ()
     names = {name for module in arch.modules for name in (module.name, *module.names())} | arch.containers
@@ -35,7 +35,7 @@ def _unmatched(arch: Architecture, targets: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _instead(arch: Architecture, names: tuple[str, ...], listed: tuple[str, ...]) -> str:
-    """What was probably meant: near names, or the word that has to stand alone."""
+    """What was probably meant: near names, or a word such as `all-linear` that has to stand alone."""
     if (word := next((name for name in names if name in WORDS), None)) is not None:
         return f"{word} is a word that stands alone, not a name in a list"
     return near_names(names, leaves(arch).difference(listed))

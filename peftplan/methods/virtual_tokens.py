@@ -44,7 +44,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
 
 class PromptTuningConfig(PromptLearningConfig):
-    """peft's `PromptTuningConfig`, less what changes no tensor: how the embedding starts."""
+    """peft's `PromptTuningConfig`, less what changes no tensor: how the embedding is initialized."""
 
     no_effect: ClassVar[frozenset[str]] = frozenset(
         {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "encoder_hidden_size"}
@@ -70,7 +70,7 @@ class _Dims(NamedTuple):
 
 
 def prefix_tuning(arch: Architecture, config: PrefixTuningConfig) -> Adaptation:
-    """The prefix encoder that `get_peft_model` adds; key/value width where the model's config has `num_key_value_heads`."""
+    """The prefix encoder that `get_peft_model` adds. It has key/value width if the model's config has `num_key_value_heads`."""
     dims = _dims(arch, config, kv=True)
     p, d, width = config.num_virtual_tokens, dims.token_dim, 2 * dims.num_layers * dims.token_dim
     if not config.prefix_projection:

@@ -45,5 +45,5 @@ def stable_adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
 
 
 def grokadamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
-    """Three averages like the parameter, kept on the CPU: each step moves one parameter's to the device and back."""
+    """Three averages of the parameter's shape, kept on the CPU. The step moves those of one parameter at a time to the device."""
     return tuple(like(param, name, place="host") for name in ("exp_avg", "exp_avg_sq", "grok_ema"))

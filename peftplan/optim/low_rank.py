@@ -25,7 +25,7 @@ from peftplan.versions import named
 
 DEFAULT_RANK = "128"
 DEFAULT_PROJ_TYPE = "std"
-"""Of transformers, for both packages."""
+"""transformers' default, for both packages."""
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 Side = Literal["left", "right", "full"]
@@ -90,7 +90,7 @@ def _galore(param: Param, dtype: str, optim_args: OptimArgs) -> tuple[Matrix, tu
 
 
 def _svd(param: Param, dtype: str, optim_args: OptimArgs) -> tuple[Matrix, tuple[Allocation, ...]]:
-    """The projected shape and what stays of U (m × k) or Vh (k × n), for a gradient of this dtype."""
+    """The projected shape, and the part of U (m × k) or Vh (k × n) that stays alive, for a gradient of this dtype."""
     m, n = _matrix(param)
     k = min(m, n)
     r = min(_rank(optim_args), k)

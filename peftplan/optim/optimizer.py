@@ -1,4 +1,4 @@
-"""What one optimizer is: a parameter goes in, the tensors that its first step creates come out."""
+"""One optimizer: a function from a parameter to the tensors that the first step creates for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OptimArgs = Mapping[str, str]
 
 
 class Param(NamedTuple):
-    """What an optimizer sees of one parameter; the gradient has the parameter's shape and dtype."""
+    """The facts about one parameter that its states depend on. Its gradient has the same shape and dtype."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -36,7 +36,7 @@ SharedFunction = Callable[[Iterable[Allocation]], tuple[Allocation, ...]]
 
 
 def nothing_shared(states: Iterable[Allocation]) -> tuple[Allocation, ...]:
-    """Most optimizers hold no tensor besides the states of their parameters."""
+    """No shared tensors: most optimizers hold only the states of their parameters."""
     return ()
 
 
@@ -52,7 +52,7 @@ VERSIONS: dict[str, str] = {
     "schedulefree": "1.4.1",
     "torch-optimi": "0.3.3",
 }
-"""The packages that optimizers come from, at the version whose source was read and run."""
+"""The packages that optimizers come from, with the version whose source was read and run."""
 
 
 class Optimizer(NamedTuple):
@@ -60,8 +60,8 @@ class Optimizer(NamedTuple):
 
     `reads` lists the keys of `optim_args` that transformers reads for it, each with the reader it applies.
     `low_rank`: states depend on whether `optim_target_modules` selects the parameter.
-    `states_for_frozen`: frozen parameters get states too. `made_with_states`: the constructor makes them, of every parameter that
-    it is given, where others wait for a gradient.
+    `states_for_frozen`: frozen parameters get states too.
+    `made_with_states`: the constructor creates the states of all its parameters; others create one at its first gradient.
     """
 
     name: str

@@ -21,7 +21,7 @@ def states(
     frozen: bool = False,
     optim_args: Mapping[str, str] | None = None,
 ) -> tuple[Allocation, ...]:
-    """The tensors that exist for one parameter after a step: names as in `optimizer.state[p]`, dtypes and dims as made.
+    """The tensors that exist for one parameter after a step, named as in `optimizer.state[p]`, with the dtypes and dims there.
 
     `dims` are those of the storage that stays alive. `place` is "host" for CPU tensors, "managed" for paged states.
     `in_embedding`: the parameter is the `weight` of an `nn.Embedding` and transformers' Trainer makes the optimizer (it
@@ -60,7 +60,7 @@ def parse_optim_args(text: str | None) -> dict[str, str]:
 
 
 def _checked(optimizer: Optimizer, optim_args: Mapping[str, str]) -> Mapping[str, str]:
-    """The same mapping, if transformers reads every key for this optimizer and every value as the type it wants."""
+    """The mapping itself. Raises UnknownNameError for a key that transformers does not read, InputError for a bad value."""
     for key, value in optim_args.items():
         if not optimizer.reads:
             raise InputError("optim_args", f"{key}={value}", f"{optimizer.name} takes none")

@@ -15,7 +15,7 @@ from peftplan.ledger import Allocation
 from peftplan.optim.optimizer import OptimArgs, Param, like, scalar
 
 TRUE_FOR_TORCH_FLAGS = ("true", "1", "yes")
-"""What transformers takes as true for `nesterov` and `centered`; all other text is false."""
+"""What transformers reads as true for `nesterov` and `centered`. Any other string is false."""
 
 
 def adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
@@ -29,7 +29,7 @@ def adamw_fused(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
 
 
 def sgd(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
-    """SGD: nothing at Trainer's default momentum 0, else one buffer, made like the gradient."""
+    """SGD: nothing at Trainer's default momentum 0, else one buffer with the gradient's shape and dtype."""
     momentum = _momentum(optim_args)
     nesterov = optim_args.get("nesterov", "false").lower() in TRUE_FOR_TORCH_FLAGS
     if nesterov and (momentum == 0 or float(optim_args.get("dampening", 0)) != 0):
@@ -38,7 +38,7 @@ def sgd(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
 
 
 def adagrad(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
-    """Adagrad: the sum of squares; made when the optimizer is constructed, before the first step."""
+    """Adagrad: the sum of squares, created by the constructor, before the first step."""
     return (scalar("step", place="host"), like(param, "sum"))
 
 

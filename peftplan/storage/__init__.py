@@ -35,7 +35,7 @@ __all__ = [
 
 
 def _lazily(module: str, function: str) -> Callable[..., tuple[Allocation, ...]]:
-    """A layout whose module is imported when it is first used: few runs need more than bitsandbytes' formats."""
+    """A layout whose module is imported on first use, since few runs need more than bitsandbytes' formats."""
 
     def layout(*args: object, **kwargs: object) -> tuple[Allocation, ...]:
         allocations: tuple[Allocation, ...] = getattr(import_module(f"peftplan.storage.{module}"), function)(*args, **kwargs)
@@ -56,7 +56,7 @@ _LAYOUTS: dict[str, Callable[..., tuple[Allocation, ...]]] = {
 }
 
 _RANKS: dict[str, tuple[int, ...]] = {"fp8": (2, 3), "mxfp4": (3,)}
-"""Dimensions of the weights that a format stores, where it is not the 2 of a linear layer."""
+"""Format → the ranks of the weights that it stores, if not only the 2 of a linear layer."""
 
 _WEIGHTS = frozenset({"weight", "qweight", "W_q"})
 
@@ -80,11 +80,11 @@ def stored(quant: QuantConfig | None, *, shape: tuple[int, ...], dtype: str, kin
 def shared(quant: QuantConfig | None) -> tuple[Allocation, ...]:
     """The tensors that all weights of a process share: one dynamic map for double quantization, else nothing.
 
-    Made when a weight is quantized, so a checkpoint that is already double quantized does without.
+    It is created when a weight is quantized, so a checkpoint that is already double quantized has none.
     """
     return (bnb.dynamic_map(),) if quant and quant.double_quant and not quant.pre_quantized else ()
 
 
 def category(name: str) -> Category:
-    """The ledger's category of a tensor of `stored` or `shared`: packed weights, all else quant_state."""
+    """The ledger's category of a tensor of `stored` or `shared`: `weights` for packed weights, else `quant_state`."""
     return "weights" if name in _WEIGHTS else "quant_state"

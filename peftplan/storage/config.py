@@ -1,4 +1,4 @@
-"""The words of `--quant`: what each format accepts, its defaults, and whether such a model can be fine-tuned."""
+"""The formats of `--quant`: the options of each, its defaults, and whether such a model can be fine-tuned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameEr
 
 
 class Format(NamedTuple):
-    """What one storage format accepts; a tuple's first entry is the default, an empty one means no such option.
+    """What one storage format accepts. The first entry of a tuple is the default; an empty tuple means no such option.
 
     `untrainable` says why adapters cannot be trained on top (None: they can). `compute_capability` is the oldest GPU on
     which transformers keeps the format: below it the weights are dequantized while loading. `kernels` names those whose
@@ -105,7 +105,7 @@ class QuantConfig(NamedTuple):
     pre_quantized: bool = False
 
     def options(self) -> dict[str, object]:
-        """The options of this format in the command line's words; a block size appears only where it was set."""
+        """The options of this format by their names on the command line. A block size appears only if it was set."""
         known = FORMATS[self.name]
         options: dict[str, object] = {"double_quant": self.double_quant} if known.double_quant else {}
         options |= {"compute_dtype": self.compute_dtype} if self.compute_dtype else {}
@@ -125,7 +125,7 @@ def parse_quant(
     skip_modules: tuple[str, ...] | None = None,
     pre_quantized: bool = False,
 ) -> QuantConfig | None:
-    """The storage that `--quant name` means, or None for `none`; options left None get the library's own default.
+    """The storage of `--quant name`, or None for `none`. An option that is None gets the library's default.
 
     Raises UnknownNameError for an unknown format, InputError for an option that the format does not have.
     """
@@ -157,7 +157,7 @@ def parse_quant(
 
 
 def check_trainable(quant: QuantConfig | None) -> None:
-    """Raise RefusedError if the libraries refuse to train adapters on a base model stored so."""
+    """Raise RefusedError if the libraries refuse to train adapters on a base model in this format."""
     reason = FORMATS[quant.name].untrainable if quant else None
     if reason:
         raise RefusedError(reason)

@@ -1,4 +1,4 @@
-"""A weight as it is: one tensor in its own dtype."""
+"""An unquantized weight: one tensor in its own dtype."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ GPTQ_BLOCKS = (
 """Where gptq looks for the blocks, in this order (`BLOCK_PATTERNS`, optimum/gptq/constants.py 2.3.0)."""
 
 HQQ_SKIPPED = ("lm_head",)
-"""Last parts of names that hqq leaves (`_IGNORE_LINEAR`, hqq/models/base.py 0.2.8); it has no option for it."""
+"""Last parts of names that hqq does not convert (`_IGNORE_LINEAR`, hqq/models/base.py 0.2.8). It has no option for them."""
 
 
 def quantized_modules(
@@ -78,7 +78,7 @@ def quantized_modules(
 
 
 def keys_to_not_convert(*, ties: Mapping[str, str], output_embedding: str | None, last_parameter: str) -> set[str]:
-    """What transformers leaves by default: both sides of every tie, the output embedding, the last parameter.
+    """What transformers does not convert by default: both sides of every tie, the output embedding, the last parameter.
 
     Source: `get_keys_to_not_convert`, transformers/quantizers/base.py 5.24.0. Only `.weight` is cut off: a model
     whose last parameter is a bias (BERT's classifier) gets a key that matches no module, and **its head is
@@ -91,7 +91,7 @@ def keys_to_not_convert(*, ties: Mapping[str, str], output_embedding: str | None
 
 
 def skip_list(quant: QuantConfig, *, default: set[str], keep_in_fp32: tuple[str, ...]) -> set[str]:
-    """The patterns that are left out: the user's list *replaces* the default (awq: joins it).
+    """The patterns of modules that are not converted. The user's list *replaces* the default (awq: is added to it).
 
     Source: `HfQuantizer.get_modules_to_not_convert`, transformers/quantizers/base.py 5.24.0 (`add_default_skips` for
     awq). Modules kept in fp32 always join.
@@ -114,7 +114,7 @@ def is_skipped(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _gptq_block(names: Collection[str]) -> str:
-    """The prefix of the blocks; gptq converts nothing outside of them, and has no skip list."""
+    """The prefix of the blocks. gptq converts nothing outside of them, and has no skip list."""
     for block in GPTQ_BLOCKS:
         if any(name.startswith(block) for name in names):
             return block
