@@ -55,7 +55,8 @@ def summed(entries: Sequence[ConfigEntry]) -> str:
     peaks = sum(entry.peak_allocated is not None for entry in training)
     exact = sum(entry.peak_allocated is not None and not entry.unsayable for entry in training)
     others = f"; {len(entries) - len(training)} other files" if len(entries) > len(training) else ""
-    return f"{len(training)} files of tools: {counted} counted, {peaks} with a peak, {exact} of them with every key said{others}"
+    files = "1 file" if len(training) == 1 else f"{len(training)} files"
+    return f"{files} of tools: {counted} counted, {peaks} with a peak, {exact} of them with every key said{others}"
 
 
 def summary(config: Mapping[str, Any]) -> str:
