@@ -1,1 +1,1 @@
-"""What is asked, checked once: the model, the method, the setup, the script."""
+"""A job, checked once: the model, the method, the setup, the script."""

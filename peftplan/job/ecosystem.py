@@ -1,4 +1,4 @@
-"""The ecosystem's own objects, read by duck typing: peft's configs, `BitsAndBytesConfig`, `TrainingArguments`, `SFTConfig`."""
+"""Read the objects of other libraries by duck typing: peft's configs, `BitsAndBytesConfig`, `TrainingArguments`, `SFTConfig`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftplan.errors import InputError, quoted
 from peftplan.job.trainers import DEFAULT, TRAINERS, Trainer, TrainerName
 
 MAX_ADAPTER_CONFIG_BYTES = 2**20
-"""adapter_config.json files are a few KB; FourierFT's or a long target list's stay far below this."""
+"""Far above any adapter_config.json: they have a few KB, also with a long list of targets."""
 
 TRAINING_FIELDS = {
     "per_device_train_batch_size": "batch_size",
@@ -32,7 +32,7 @@ TRAINING_FIELDS = {
 
 
 NOT_COUNTED = ("torch_compile", "label_smoothing_factor", "neftune_noise_alpha")
-"""Fields of TrainingArguments that change what a step holds, in ways that no engine counts: compiled kernels, another loss, noise
+"""Fields of TrainingArguments that change the memory of a step and that no engine models: compiled kernels, another loss, noise
 on the embeddings."""
 
 
@@ -70,7 +70,7 @@ def base_model(peft_config: object) -> str:
 
 
 def _fields(config: object) -> dict[Any, Any] | None:
-    """A dict, or what an object of the ecosystem writes itself as; None for anything else."""
+    """A dict, or an object's own `to_dict()`; None for anything else."""
     to_dict = None if isinstance(config, type) else getattr(config, "to_dict", None)
     written = to_dict() if callable(to_dict) else config
     return dict(written) if isinstance(written, Mapping) else None
@@ -90,7 +90,7 @@ def _adapter_file(path: Path) -> dict[str, object]:
 
 
 def _is_finite(value: object) -> bool:
-    """Whether no number in a value is infinite or none. A list that is there many times is looked at once."""
+    """Whether a value holds no infinity and no NaN. A list that occurs many times is checked once."""
     todo, seen = [value], set()
     while todo:
         item = todo.pop()
@@ -140,7 +140,7 @@ def training_options(args: object) -> dict[str, object]:
 
 
 def _sharding(args: object) -> dict[str, object]:
-    """What `fsdp` with `fsdp_config`, `deepspeed` and `parallelism_config` say of several GPUs, but for how many there are."""
+    """Options for several GPUs from `fsdp`, `fsdp_config`, `deepspeed` and `parallelism_config`; not the number of GPUs."""
     from peftplan.job.launch import accelerate
 
     said: dict[str, object] = {}
@@ -158,7 +158,7 @@ PARALLELISM_FIELDS = ("dp_shard_size", "tp_size", "cp_size", "sp_size")
 
 
 def _fsdp_words(value: Any) -> dict[str, Any]:
-    """What the words of `fsdp` say: `full_shard auto_wrap offload`. `True` and a list of nothing say nothing more."""
+    """Options from the words of `fsdp`, such as `full_shard auto_wrap offload`. `True` and an empty list set none."""
     words = (
         value.split()
         if isinstance(value, str)
@@ -178,11 +178,11 @@ def _fsdp_words(value: Any) -> dict[str, Any]:
 
 
 LOADING_FIELDS = ("dtype", "attn_implementation")
-"""What `model_init_kwargs` of an SFTConfig say that is an option here too."""
+"""Fields of SFTConfig's `model_init_kwargs` that are options here too."""
 
 
 def _loading(args: object) -> dict[str, object]:
-    """How SFTTrainer loads a model that is given by its name; `auto` is left to our default."""
+    """Options that say how SFTTrainer loads a model by its name. `auto` sets nothing."""
     kwargs = _mapping(args, "model_init_kwargs")
     if kwargs.get("quantization_config") is not None:
         raise InputError("training_args.model_init_kwargs", "quantization_config", "accepted: as quantization_config=…")
@@ -207,10 +207,10 @@ CHECKPOINTING_FIELDS = {"every_n_layers": "every_n_layers", "offload": "offload_
 
 
 def _checkpointing(args: object, *, on: bool) -> dict[str, object]:
-    """What `gradient_checkpointing_kwargs` say (5.24: `activation_checkpointing_kwargs`); None is not reentrant.
+    """Options from `gradient_checkpointing_kwargs` (5.24: `activation_checkpointing_kwargs`). None means non-reentrant.
 
-    Where checkpointing is not on they say nothing. Raises InputError for TRL's `activation_offloading` and `selective`, which are
-    not counted.
+    They set nothing if checkpointing is off. Raises InputError for TRL's `activation_offloading` and `selective`, which are not
+    counted.
     """
     kwargs = _mapping(args, "activation_checkpointing_kwargs") or _mapping(args, "gradient_checkpointing_kwargs")
     if getattr(args, "activation_offloading", False):
@@ -222,14 +222,14 @@ def _checkpointing(args: object, *, on: bool) -> dict[str, object]:
 
 
 def _liger(args: object, trainer: Trainer) -> dict[str, str]:
-    """SFTTrainer applies Liger's layer kernels only, and keeps its own loss; so does who turns Liger's loss off."""
+    """The loss with `use_liger_kernel`: Liger's, unless its config turns that off. SFTTrainer only uses Liger's layer kernels."""
     kernels = _mapping(args, "liger_kernel_config")
     fused = getattr(args, "use_liger_kernel", False) and kernels.get("fused_linear_cross_entropy", True)
     return {"loss": "liger"} if fused and trainer.losses is None else {}
 
 
 def _trainer(args: object) -> TrainerName:
-    """The trainer that has this class of arguments. TRL's others run the model more than once a step, and are refused."""
+    """The trainer of this class of arguments. TRL's other trainers run the model more than once per step and are refused."""
     classes = type(args).__mro__
     names, packages = {cls.__name__ for cls in classes}, {cls.__module__.partition(".")[0] for cls in classes}
     for trainer in TRAINERS.values():

@@ -1,4 +1,4 @@
-"""A job with its tensors: the parameters, and the ledger of what lasts from step to step."""
+"""A job with its tensors: the parameters, and the ledger of tensors that last from step to step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from peftplan.parameters import Parameters
 
 
 class Inventory(NamedTuple):
-    """A job, its parameters, and the lines of what lasts from step to step with the gradients, on the largest rank."""
+    """A job, its parameters, and the tensors that last from step to step, gradients included, on the largest rank."""
 
     job: Job
     parameters: Parameters
     static: Ledger
     holding: Holding | None = None
-    """What a rank holds of the parameters; None on one GPU."""
+    """The part of the parameters that a rank holds; None on one GPU."""
 
 
 def inventory(job: Job) -> Inventory:
@@ -63,7 +63,7 @@ def inventory(job: Job) -> Inventory:
 
 
 def adapter_dtypes(setup: Setup) -> tuple[str, str | None]:
-    """What peft leaves the adapter in, and what the trainer then casts all that trains to: TRL bf16, on a quantized base."""
+    """(the adapter's dtype after peft, the dtype that the trainer casts it to or None). TRL casts to bf16 on a quantized base."""
     if setup.by.casts_adapter(setup.quant) and setup.adapter_dtype == "bf16":
         return "fp32", "bf16"
     return str(setup.adapter_dtype), None

@@ -15,7 +15,7 @@ from peftplan.storage import QuantConfig
 
 
 class Job(NamedTuple):
-    """What `estimate` counts, `trace` traces and `measure` runs.
+    """The input of every engine: what `estimate` counts, `trace` traces and `measure` runs.
 
     `method` and `config` are None if only peft itself can count the `adapter` config; `adapter` is empty where a method was
     named and no adapter config given.
@@ -32,13 +32,13 @@ class Job(NamedTuple):
     warnings: tuple[str, ...] = ()
     """Options that have no effect, shown with every result."""
     chosen: frozenset[str] = frozenset()
-    """Options and fields of the method that somebody set; the others were filled in."""
+    """Options and fields of the method that the user set. The others were filled in."""
     distributed: Distributed | None = None
     """The strategy that divides the job over several GPUs; None on one."""
 
     @property
     def model(self) -> Any:
-        """The model as it was given; its config where it was loaded, or lay in a file."""
+        """The model as the user passed it; the config of a loaded model or of a file."""
         return self.request.model
 
     @property
@@ -48,5 +48,5 @@ class Job(NamedTuple):
 
     @property
     def method_name(self) -> str:
-        """The method as it is shown."""
+        """The method's name as it is shown."""
         return self.method.name if self.method else str(self.adapter.get("peft_type")).lower()

@@ -1,7 +1,7 @@
-"""A model that a program has loaded: its config, and what its parameters say of a job. Duck typing; torch is not imported.
+"""Read a job from a model that a program has loaded: its config and its parameters. Duck typing; torch is not imported.
 
-Read of each parameter: its name, shape, dtype and whether it requires gradients, so a model on the meta device says as much as
-one with weights. peft's wrapper adds the config of its adapter.
+Of each parameter only name, shape, dtype and `requires_grad` are read, so a model on the meta device serves as well as one with
+weights. peft's wrapper adds the config of its adapter.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from peftplan.methods import METHODS
 from peftplan.methods.adaptation import Adaptation, trained_params
 
 PARTIAL = METHODS["full"]._replace(name="partial", summary="the parameters of the base that require gradients train")
-"""What a model trains whose other parameters are frozen, without an adapter."""
+"""The method of a model without an adapter, some of whose parameters are frozen."""
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")
-"""What a model says of checkpointing: today's name, then an older one."""
+"""Attributes that say whether a model checkpoints: the current name, then an older one."""
 WRAPPERS = ("base_model.model.", "base_model.")
-"""What peft puts before the names of a base, the longer one first."""
+"""Prefixes that peft puts before the base's names, the longer one first."""
 INNER = (".base_layer.", ".original_module.")
-"""What peft puts inside them where it wraps a module."""
+"""Parts that peft inserts into the names of wrapped modules."""
 
 
 class Tensor(Protocol):
-    """What is used of a `torch.nn.Parameter`."""
+    """The part of a `torch.nn.Parameter` that is used."""
 
     shape: tuple[int, ...]
     dtype: object
@@ -59,7 +59,7 @@ class Loaded(NamedTuple):
         return "full"
 
     def adaptation(self) -> Adaptation | None:
-        """What trains of a model without an adapter; None if all of it does."""
+        """The parameters that train in a model without an adapter; None if all do."""
         arch, trained = self.architecture, []
         for family in trained_params(arch, arch.modules):
             name = f"{family.module}.{family.param}".lstrip(".")
@@ -71,7 +71,7 @@ class Loaded(NamedTuple):
         return None if whole else Adaptation(trained=tuple(trained))
 
     def differences(self, adaptation: Adaptation, *, adapted: bool) -> Iterator[str]:
-        """Where the model's own counts are not those of the job."""
+        """A warning for each of the model's own counts that differs from the job's."""
         total = self.architecture.num_parameters + adaptation.num_added if adapted else self.architecture.num_parameters
         counts = ((self.num_total, total, ""), (self.num_trainable, adaptation.num_trainable, "trainable "))
         for own, counted, kind in counts if adapted else counts[:1]:
@@ -80,7 +80,7 @@ class Loaded(NamedTuple):
 
 
 def read(model: Any) -> Loaded:
-    """What a loaded model says. Raises InputError for one with several adapters at once."""
+    """Read a loaded model. Raises InputError if several adapters are active."""
     architecture = sources.load(model)
     own = _names(architecture)
     base: dict[str, Tensor] = {}
@@ -166,6 +166,6 @@ def _short(dtype: object) -> str | None:
 
 
 def _numel(parameter: Any) -> int:
-    """Elements; of bitsandbytes' packed 4-bit weights the real ones, two to a byte, as peft counts them."""
+    """The number of elements. bitsandbytes' packed 4-bit weights count unpacked, two per byte, as in peft."""
     packed = type(parameter).__name__ == "Params4bit"
     return int(parameter.numel()) * (2 * parameter.quant_storage.itemsize if packed else 1)

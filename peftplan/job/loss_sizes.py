@@ -1,6 +1,6 @@
-"""Sizes of the losses that never hold all logits: how many tokens they score, and how many of them at once.
+"""Sizes of losses that never hold all logits: how many tokens they score, and how many at once.
 
-A formula of batch and sequence, which may be whole numbers or arrays of them. n tokens, h hidden size, v vocabulary.
+Formulas of batch and sequence, which may be integers or arrays. n tokens, h hidden size, v vocabulary.
 Sources: trl `kernels/chunked_logprob.py`; liger-kernel `ops/fused_linear_cross_entropy.py`; unsloth_zoo 2026.10.9
 `fused_losses/fused_linear.py` (`fused_linear_rows`).
 """
@@ -15,16 +15,16 @@ from peftplan.versions import named
 
 TOKEN_TILE = 4096
 VOCAB_TILE = 32768
-"""TRL projects tiles of so many tokens times so many vocabulary entries; its buffer has that width whatever the vocabulary."""
+"""Width of TRL's tiles of logits, in vocabulary entries. The buffer has this width for any vocabulary."""
 
 MAX_ROWS = 4096
 """Unsloth's tokens per chunk at most, and per tile of the pass for frozen heads (`_MAX_ROWS`, `_BWD_ROWS`)."""
 FEWEST_LOGITS = 512 * 151936
-"""A chunk of Unsloth's holds about so many logits at least (`_MIN_LOGITS`), and 512 tokens."""
+"""The least logits of an Unsloth chunk, approximately (`_MIN_LOGITS`); it also has at least 512 tokens."""
 FEWEST_ROWS = 512
 CHUNK_BYTES = 2 * GIB
 FLASH_FROM_ROWS = 4096
-"""From so many scored tokens on, a frozen head never sees a whole row of logits (`_flash_min_rows` of a large card)."""
+"""From this many scored tokens on, a frozen head never holds a whole row of logits (`_flash_min_rows` of a large card)."""
 SPLIT_COLUMNS = 16384
 """Vocabulary entries per partial softmax (`_SPLIT_COLS`)."""
 HALF, WIDE = 2, 4
@@ -42,18 +42,21 @@ LIGER_MODELS = frozenset(
         "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_vl_text", "smollm3", "smolvlm",
     }
 )  # fmt: skip
-"""Model types that liger-kernel patches (`MODEL_TYPE_TO_APPLY_LIGER_FN`); of any other it leaves the full loss in place."""
+"""Model types that liger-kernel patches (`MODEL_TYPE_TO_APPLY_LIGER_FN`). All others keep the full loss."""
 
 
 def check_liger(model_type: str) -> None:
-    """Raises RefusedError for a model that liger-kernel leaves as it is."""
+    """Raises RefusedError for a model that liger-kernel does not patch."""
     if model_type not in LIGER_MODELS:
         raise RefusedError(f"loss: {named('liger-kernel')} patches no {model_type} models; accepted: full, trl-chunked")
 
 
 class LossSizes(NamedTuple):
-    """The inputs of a loss's sizes besides the batch. `prompted`: virtual tokens precede each row and have no labels;
-    `kept`: how many of a row's last tokens have logits, None for all."""
+    """The inputs of a loss's sizes besides the batch.
+
+    `prompted`: virtual tokens precede each row and have no labels. `kept`: how many of a row's last tokens have logits; None for
+    all.
+    """
 
     loss: str
     hidden_size: int
@@ -63,11 +66,11 @@ class LossSizes(NamedTuple):
     kept: int | None = None
 
     def length(self, seq_len: Any) -> Any:
-        """Hidden states per row, of a sequence with virtual tokens."""
+        """Hidden states per row that reach the loss. `seq_len` includes virtual tokens."""
         return seq_len if self.prompted else seq_len - self.virtual_tokens
 
     def named(self, b: Any, length: Any) -> dict[str, Any]:
-        """The named sizes of b rows of `length` hidden states, numbers or arrays."""
+        """Name → size for b rows of `length` hidden states, integers or arrays."""
         if self.loss == "full":
             return {}
         if self.loss == "liger":
@@ -85,8 +88,7 @@ class LossSizes(NamedTuple):
         return sizes | {f"{name} rest": _rest(n, rows) for name, rows in by_itemsize.items()}
 
     def facts(self, b: Any, length: Any) -> tuple[Any, ...]:
-        """The facts that decide which operations run: whether there are tokens, more than one chunk, more than two; whether there
-        are tokens without logits."""
+        """The facts that decide which operations run: any tokens, more than one chunk, more than two, tokens without logits."""
         if self.loss in ("full", "liger"):
             without_logits = () if self.kept is None else (length > self.kept,)
             if self.loss == "full":
@@ -101,12 +103,12 @@ class LossSizes(NamedTuple):
         return (n > 0, n >= FLASH_FROM_ROWS, *(n > times * rows for rows in chunks for times in (1, 2)))
 
     def _liger(self, b: Any, length: Any) -> tuple[Any, Any]:
-        """Rows that Liger projects, scored or not, and how many of them at once."""
+        """(rows that Liger projects, scored or not; rows per chunk)."""
         n = b * (length if self.kept is None else self.kept)
         return n, liger_rows(n, hidden_size=self.hidden_size, vocab_size=self.vocab_size)
 
     def _scored(self, b: Any, length: Any) -> Any:
-        """Labels that have a token before them: all but each row's first, unless virtual tokens come before it."""
+        """Scored labels: all but the first of each row, which counts too if virtual tokens precede it."""
         return b * (length - max(self.virtual_tokens * self.prompted, 1))
 
 
@@ -124,7 +126,7 @@ def _rest(n: Any, rows: Any) -> Any:
 
 
 def liger_rows(tokens: Any, *, hidden_size: int, vocab_size: int) -> Any:
-    """Tokens per chunk: as many logits as the input has elements, rounded up to a power of two of tokens."""
+    """Liger's tokens per chunk: a chunk has about as many logits as the input has elements; rounded up to a power of two."""
     per_chunk = ceil_div(vocab_size, hidden_size)
     chunk = -(-tokens // per_chunk)
     power = 1 + sum((chunk > 2**i) * 2**i for i in range(MOST_DOUBLINGS))
@@ -132,12 +134,12 @@ def liger_rows(tokens: Any, *, hidden_size: int, vocab_size: int) -> Any:
 
 
 def unsloth_rows(scored: Any, *, hidden_size: int, vocab_size: int, itemsize: int) -> Any:
-    """Tokens per chunk: a power of two at or below n · h / v, within bounds."""
+    """Unsloth's tokens per chunk: the largest power of two up to n · h / v, within bounds."""
     fewest = min(max(_power_at_most(FEWEST_LOGITS // vocab_size), FEWEST_ROWS), MAX_ROWS)
     rows = _most(_power_at_most(scored * hidden_size // vocab_size), fewest)
     return _most(_least(_least(rows, min(MAX_ROWS, max(CHUNK_BYTES // (vocab_size * itemsize), 2))), scored), 1)
 
 
 def _power_at_most(number: Any) -> Any:
-    """The largest power of two that is not above a number, 1 below 1."""
+    """The largest power of two up to a number; 1 for numbers below 1."""
     return 1 + sum((number >= 2 ** (i + 1)) * 2**i for i in range(MOST_DOUBLINGS))

@@ -1,4 +1,4 @@
-"""The options of `estimate`, `fit` and `compare` for type checkers, which then find a wrong keyword before anything runs."""
+"""The options of `estimate`, `fit` and `compare` as types, so that a type checker reports a wrong keyword."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftplan.job.trainers import Autocast, Loss, TrainerName
 
 
 class SetupOptions(TypedDict, total=False):
-    """What `job.setup.Setup` checks."""
+    """Options that `job.setup.Setup` checks."""
 
     trainer: TrainerName
     task_type: str | None
@@ -51,7 +51,7 @@ class SetupOptions(TypedDict, total=False):
 
 
 class StrategyOptions(TypedDict, total=False):
-    """What `distributed.strategy.Distributed` checks, and the launch files that say it (`job.launch`)."""
+    """Options that `distributed.strategy.Distributed` checks, and launch files that set them (`job.launch`)."""
 
     accelerate_config: str | os.PathLike[str] | Mapping[str, object] | None
     deepspeed: str | os.PathLike[str] | Mapping[str, object] | None
@@ -179,7 +179,7 @@ class MethodOptions(TypedDict, total=False):
 
 
 class OtherWords(TypedDict, total=False):
-    """Words of other tools (`job.words`)."""
+    """Option names of other tools (`job.words`)."""
 
     finetuning_type: object
     train_type: object
@@ -264,7 +264,7 @@ class Options(SetupOptions, StrategyOptions, MethodOptions, OtherWords, total=Fa
 
 
 class JobOptions(Options, total=False):
-    """What `fit` and `compare` hand to `estimate`."""
+    """Options that `fit` and `compare` pass on to `estimate`."""
 
     method: str | None
     peft_config: object

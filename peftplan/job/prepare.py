@@ -1,4 +1,4 @@
-"""From a request to a checked and resolved job, the same for every engine and for measuring."""
+"""Check and resolve a request into a job, the same for every engine and for measurements."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def prepare(
 
 
 def prepared(request: Request) -> Job:
-    """The checked and resolved job of a request that was read."""
+    """The checked and resolved job of a `Request`."""
     model, loaded, as_loaded = request.model, request.loaded, request.as_loaded
     method, peft_config = request.method, request.adapter
     if as_loaded is not None:
@@ -136,7 +136,7 @@ def _traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, ad
 
 
 def _launched(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the strategy, and all others; launch files are read, and what they say of either is added."""
+    """(options of the strategy, all others), both with what launch files say."""
     said, _ = launch_options(options)
     options = {name: value for name, value in options.items() if name not in FILES}
     options |= {name: value for name, value in said.items() if options.get(name) is None}
@@ -145,7 +145,7 @@ def _launched(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _separate(options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
-    """Options of the setup, and the rest: fields of the method."""
+    """(options of the setup, fields of the method)."""
     known = Setup.model_fields
     return {k: v for k, v in options.items() if k in known}, {k: v for k, v in options.items() if k not in known}
 
@@ -198,7 +198,7 @@ def _peft_type(raw: Mapping[str, object]) -> str:
 
 
 def _stored(model_config: Mapping[str, object], set_here: Mapping[str, object]) -> dict[str, object]:
-    """How bitsandbytes stored the checkpoint, if its config says so and no format is set: transformers loads it in no other."""
+    """The bitsandbytes format of the checkpoint, if its config states one and none is set. transformers loads it in no other."""
     stored = model_config.get("quantization_config")
     if "quant" in set_here or not isinstance(stored, Mapping) or not (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
         return {}
@@ -208,9 +208,9 @@ def _stored(model_config: Mapping[str, object], set_here: Mapping[str, object]) 
 
 
 def _task_of(adapter: Mapping[str, object]) -> dict[str, str]:
-    """The task of an adapter with a head, which a model's config seldom names: its class is what the user loads for the adapter.
+    """The task of an adapter with a head, which the model's config seldom names: the user loads the class for the adapter.
 
-    Other tasks are left to the config: CAUSAL_LM is what people write for models of pictures and text too.
+    Other tasks come from the config, since people also write CAUSAL_LM for vision-language models.
     """
     task = adapter.get("task_type")
     task = getattr(task, "value", task)
@@ -218,8 +218,9 @@ def _task_of(adapter: Mapping[str, object]) -> dict[str, str]:
 
 
 def _method_setup(method: methods.Method | None, setup_options: Mapping[str, object]) -> dict[str, object]:
-    """What a method implies for the setup where it is not set: QLoRA is NF4 with double quantization and bf16 compute; prefix
-    tuning runs without checkpointing, with which peft refuses it.
+    """What a method implies for options that are not set.
+
+    QLoRA is NF4 with double quantization and bf16 compute. Prefix tuning runs without checkpointing, since peft refuses both.
     """
     if method is not None and method.peft_type == "PREFIX_TUNING":
         return {"gradient_checkpointing": False}
@@ -276,7 +277,7 @@ def _adapt(
 
 
 def _why_peft(adapter: Mapping[str, object]) -> str:
-    """What of an adapter config has no formula here."""
+    """The part of an adapter config that has no formula here."""
     try:
         methods.from_peft_config(adapter)
     except NeedsPeftError as reason:
@@ -285,7 +286,7 @@ def _why_peft(adapter: Mapping[str, object]) -> str:
 
 
 def _ignored(adapter: Mapping[str, object]) -> tuple[str, ...]:
-    """A warning for each field that is set and that the installed peft does not know: it leaves them out."""
+    """A warning for each set field that the installed peft does not know and therefore ignores."""
     from peftplan.libraries.count import unknown_fields
 
     names = [name for name in unknown_fields(adapter) if adapter[name] not in methods.UNSET]
@@ -294,8 +295,10 @@ def _ignored(adapter: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def check_rank_allocator(job: Job) -> None:
-    """Raises RefusedError for an AdaLoRA whose rank allocator fails when it first masks ranks: it then takes the k-th smallest
-    score, k = (init_r - target_r) · layers, by `kthvalue`, for which k is at least 1 (peft, tuners/adalora/layer.py).
+    """Raises RefusedError for an AdaLoRA whose rank allocator fails when it first masks ranks.
+
+    It takes the k-th smallest score, k = (init_r - target_r) · layers, by `kthvalue`, which needs k ≥ 1 (peft,
+    tuners/adalora/layer.py).
     """
     fields = job.config.model_dump() if job.config is not None else job.adapter
     if (job.method is None or job.method.peft_type != "ADALORA") and fields.get("peft_type") != "ADALORA":
@@ -309,6 +312,6 @@ def check_rank_allocator(job: Job) -> None:
 
 
 def config_of(model: Any, setup: Setup) -> dict[str, Any]:
-    """The model's config with what the setup says about labels."""
+    """The model's config with the setup's number of labels."""
     labels = {} if setup.num_labels is None else {"num_labels": setup.num_labels}
     return {**architectures.load_config(model), **labels}

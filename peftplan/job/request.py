@@ -1,4 +1,4 @@
-"""What was asked, read once: objects of other libraries become plain data, which can be asked again with changes."""
+"""A request, read once: objects of other libraries become plain data, so that it can be repeated with changes."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from peftplan.job.script import NO_SCRIPT, Script
 
 
 class Request(NamedTuple):
-    """A job as somebody asked for it. `options` are those of the setup and of the method, under peftplan's own names."""
+    """A job as the user requested it. `options`: those of the setup and of the method, under peftplan's own names."""
 
     model: object
-    """A name, a path, a config; of a loaded model its config."""
+    """A name, a path, or a config; the config of a loaded model."""
     method: str | None = None
     adapter: dict[str, object] | None = None
     """The fields of a `peft_config`."""
     stored: dict[str, object] | None = None
-    """What a `quantization_config` says."""
+    """Options from a `quantization_config`."""
     training: dict[str, object] | None = None
-    """What `training_args` say."""
+    """Options from `training_args`."""
     script: Script = NO_SCRIPT
     options: dict[str, object] = {}  # noqa: RUF012
     loaded: Loaded | None = None
 
     def changed(self, **changes: Any) -> Request:
-        """The same with another method or other options."""
+        """The same request with another method or other options."""
         method = changes.pop("method", self.method)
         return self._replace(method=method, options={**self.options, **changes})
 
     @property
     def as_loaded(self) -> Loaded | None:
-        """A loaded model that says itself what trains: neither a method nor an adapter config is given."""
+        """The loaded model, if it decides what trains: neither a method nor an adapter config is set."""
         return self.loaded if self.method is None and self.adapter is None else None
 
     def all_options(self) -> dict[str, object]:
-        """The options with what objects say beneath them; an option that is None sets nothing."""
+        """The options, over those from objects. An option that is None sets nothing."""
         options = self.options
         if self.loaded is not None:
             options = self.loaded.options | {name: value for name, value in options.items() if value is not None}
@@ -59,7 +59,7 @@ def read_request(
     script: Script,
     **options: object,
 ) -> Request:
-    """Read what was given. Raises InputError for an object that is none of the ecosystem's."""
+    """Read the arguments of `estimate`. Raises InputError for an object of no known class."""
     loaded = None
     if model is None:
         from peftplan.job import ecosystem

@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from peftplan.job.setup import Setup
 
 VERSION = r"^\d+\.\d+"
-"""What a version of a package begins with."""
+"""How the version of a package begins."""
 Version = Annotated[str, Field(pattern=VERSION)]
 
 
 class Script(BaseModel):
-    """Facts about a hand-written program; a run of today's `plain` loop has none of them.
+    """Facts about a hand-written program. All defaults are those of a current `plain` loop.
 
-    Reserved bytes depend on what ran before, so a record of somebody else's run needs them.
+    Reserved bytes depend on what ran before, so the record of a published run needs them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     earlier_seq_lens: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Tokens per sequence of the steps before the counted one; without them one step of the same length."""
+    """Tokens per sequence of the steps before the reported one. If empty: one step of the same length."""
     outputs_outlive_step: bool = False
-    """Whether the name of the outputs is rebound only when the next forward has returned."""
+    """Whether the variable that holds the outputs keeps them until the next forward has returned."""
     outputs_end_with_backward: bool = False
     """Whether kept outputs are freed between backward and the optimizer's step (`del outputs`)."""
     empties_cache: bool = False
@@ -38,9 +38,10 @@ class Script(BaseModel):
     repeats_kv: bool = False
     """Whether grouped keys and values are repeated before torch's sdpa sees them, as kernels without grouped queries need it."""
     enables_adapters_again: bool = False
-    """Whether adapters are disabled and enabled (`with model.disable_adapter():`) between the optimizer's making and the first
-    step, as where the base is evaluated. peft then lets all of an active adapter require gradients (tuners/tuners_utils.py,
-    `enable_adapters`): of LoRA-FA A too, whose inputs are saved again and whose gradients its optimizer does not take."""
+    """Whether adapters are disabled and enabled (`with model.disable_adapter():`) after the optimizer is constructed and before
+    the first step, for example to evaluate the base. peft then makes all of an active adapter require gradients
+    (tuners/tuners_utils.py, `enable_adapters`), including LoRA-FA's A. Its inputs are saved again, and its gradients exist
+    although the optimizer does not use them."""
     torch: Version | None = None
     """The torch that ran, as `2.10.0`; None: one as in `versions.READ_IN`. Decides `cublaslt_apart` and `ties_by_address`."""
     transformers: Version | None = None
@@ -50,18 +51,18 @@ class Script(BaseModel):
 
     @property
     def cublaslt_apart(self) -> bool:
-        """Whether cuBLASLt has workspaces of its own, or takes cuBLAS's (docs/rehearse.md)."""
+        """Whether cuBLASLt has its own workspaces or shares those of cuBLAS (docs/rehearse.md)."""
         return versions.ONE_WORKSPACE.after(self.torch)
 
     @property
     def ties_by_address(self) -> bool:
-        """Whether the allocator orders equal free blocks by address, or by the age of their segment."""
+        """Whether the allocator orders free blocks of equal size by address, or by the age of their segment."""
         return versions.TIES_BY_AGE.after(self.torch)
 
     @property
     def rotary_by_product(self) -> bool:
-        """Whether a matrix product turns positions into angles, which takes cuBLAS's workspace before the first layer
-        (`LlamaRotaryEmbedding.forward`: `inv_freq_expanded @ position_ids_expanded`)."""
+        """Whether a matrix product computes the rotary angles (`LlamaRotaryEmbedding.forward`: `inv_freq_expanded @
+        position_ids_expanded`). cuBLAS's workspace is then allocated before the first layer."""
         return versions.ROTARY_WITHOUT_PRODUCT.after(self.transformers)
 
     @property
@@ -83,9 +84,9 @@ class Script(BaseModel):
         return versions.QUANTIZING_IN_TURN.after(ran) and not versions.LOADING_IN_THREADS.after(ran)
 
     def masks_unpadded(self, model_type: str, setup: Setup) -> bool:
-        """Whether sdpa gets a mask for a batch that has none: without a cache, some releases take its positions for those of
-        packed sequences (`_preprocess_mask_arguments`), and later ones look whether they are. The collators of trainers other
-        than `plain` give a mask."""
+        """Whether sdpa gets a mask although the batch has none. Without a cache, some releases take its positions for those
+        of packed sequences (`_preprocess_mask_arguments`); later ones check. Trainers other than `plain` have collators that add
+        a mask."""
         version = self.transformers
         ran = versions.PACKED_POSITIONS_CHECKED.after(version) and not versions.PACKED_POSITIONS.after(version)
         bare = not setup.by.collates and not setup.padding and not setup.use_cache
@@ -93,15 +94,15 @@ class Script(BaseModel):
 
     @classmethod
     def on(cls, **typed: str | None) -> Script:
-        """A loop of today on this torch and transformers, as somebody typed them. Raises InputError for what is no version."""
+        """A current loop with these versions of torch and transformers. Raises InputError for a string that is no version."""
         for package, version in typed.items():
             if version is not None and not re.match(VERSION, version):
                 raise InputError(package, version, f"accepted: a version such as {EXAMPLES[package]}")
         return NO_SCRIPT.ran_on(typed)
 
     def ran_on(self, packages: Mapping[str, str | None]) -> Script:
-        """The same with these versions of torch and transformers, where the script itself does not say and they are versions (a
-        record may say anything)."""
+        """The same script with these versions, unless it states its own. A string that is no version, as a record may hold, is
+        ignored."""
         said = {package: packages.get(package) or "" for package in EXAMPLES if getattr(self, package) is None}
         readable = {package: version for package, version in said.items() if re.match(VERSION, version)}
         return self.model_copy(update=readable) if readable else self
@@ -116,11 +117,11 @@ POSITIONS_IN_MASKS = frozenset(
         "starcoder2", "vaultgemma",
     }
 )  # fmt: skip
-"""Decoders that give their positions to `create_causal_mask` in the releases that take them for packed ones; others made masks in
-ways of their own."""
+"""Decoders that pass their positions to `create_causal_mask` in the releases that assume packed sequences. Others built masks
+differently."""
 
 EXAMPLES = {"torch": "2.10", "transformers": "5.3"}
-"""The packages of which a version can be said, each with one."""
+"""The packages whose version can be set, each with an example."""
 
 
 NO_SCRIPT = Script.model_construct()

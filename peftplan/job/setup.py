@@ -24,7 +24,7 @@ def _dtype(field: str) -> BeforeValidator:
 ModelDtype = Annotated[str, _dtype("dtype")]
 Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
 MOST = 2**31
-"""The largest size of a batch, a sequence, …"""
+"""The largest batch size, sequence length and other size that is accepted."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
 
 
@@ -75,8 +75,8 @@ class Setup(BaseModel):
 
 
 LOSSES_OF_SLICES = ("full", "liger")
-"""Losses of the last `logits_to_keep` tokens. TRL 1.16 (`add_fused_lm_head`) takes the hidden states of all tokens, for which the
-labels are then too few; Unsloth 2026.10.9 (`CausalLM_fast_forward`) computes logits and leaves its fused loss out."""
+"""Losses that accept `logits_to_keep`. TRL 1.16 (`add_fused_lm_head`) uses the hidden states of all tokens, for which there are
+then too few labels; Unsloth 2026.10.9 (`CausalLM_fast_forward`) computes logits and skips its fused loss."""
 
 
 def parse_setup(options: Mapping[str, Any]) -> Setup:
@@ -99,10 +99,10 @@ def resolved(
     supports_flash_attn: bool = True,
     max_positions: int | None = None,
 ) -> Setup:
-    """The setup with every unset field filled from the defaults of its trainer, and from the model where these leave it open.
+    """The setup with every unset field filled in, from the trainer's defaults or else from the model.
 
     peft leaves adapters in fp32 (`autocast_adapter_dtype`); TRL casts them to bf16, on a bitsandbytes base only. transformers
-    takes sdpa where the model class has it, else eager, and raises where sdpa or FlashAttention is asked of a class without it.
+    uses sdpa if the model class supports it, else eager; it raises if the user selects sdpa or FlashAttention without support.
     `use_cache` is what the model's config says. A `seq_len` that nobody set is no longer than `max_positions`; one that is set
     longer is refused.
     """
@@ -135,19 +135,19 @@ def resolved(
 
 
 def check_length(seq_len: int, max_positions: int | None) -> None:
-    """Raise InputError for more tokens than the model's table of positions has rows."""
+    """Raise InputError if a sequence has more tokens than the model's table of positions has rows."""
     if max_positions is not None and seq_len > max_positions:
         raise InputError("seq_len", seq_len, f"accepted: up to {max_positions}, the positions of the model")
 
 
 def check_logits_to_keep(logits_to_keep: int | None, seq_len: int) -> None:
-    """Raise InputError for logits of more tokens than a sequence has."""
+    """Raise InputError if `logits_to_keep` exceeds the sequence length."""
     if logits_to_keep is not None and logits_to_keep > seq_len:
         raise InputError("logits_to_keep", logits_to_keep, f"accepted: up to {seq_len}, the tokens of a sequence")
 
 
 def _check_checkpointing(setup: Setup) -> None:
-    """Raise InputError for settings of checkpointing where it is off."""
+    """Raise InputError for checkpointing settings while checkpointing is off."""
     if setup.gradient_checkpointing:
         return
     if (setup.every_n_layers or 1) > 1:
@@ -157,7 +157,7 @@ def _check_checkpointing(setup: Setup) -> None:
 
 
 def _check_trainer(setup: Setup) -> None:
-    """Raise RefusedError for what no trainer does, InputError for an option that its loss does not take."""
+    """Raise RefusedError for what the trainer cannot do, InputError for an option that its loss does not accept."""
     by = setup.by
     if by.losses is not None and setup.loss not in by.losses:
         raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; accepted: {', '.join(by.losses)}")

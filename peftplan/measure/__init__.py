@@ -1,2 +1,4 @@
-"""Instrumented training steps on a real GPU: the real model with random weights, the step programs of the trace engine, and what
-torch's allocator and the driver say of them, phase by phase. Needs the extra `measure` and CUDA."""
+"""Instrumented training steps on a real GPU: the real model with random weights runs the step programs of the trace engine.
+
+The peaks of each phase are read from torch's allocator and from the driver. Needs the extra `measure` and CUDA.
+"""

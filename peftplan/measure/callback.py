@@ -1,6 +1,6 @@
-"""`MemoryCallback`: estimated against measured peak inside a transformers or TRL training, and a warning before a batch too long.
+"""`MemoryCallback`: compares estimated and measured peaks in a transformers or TRL training, and warns before too long a batch.
 
-It tells phases apart by the events that Trainer exposes: forward begins and ends, the optimizer's step begins, the step ends.
+Phases are told apart by events: forward begins and ends, the optimizer's step begins, the step ends.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class MemoryCallback(TrainerCallback):
 
     `after`: optimizer steps after which measured and estimated peaks are printed. `engine`: `analytic` (no time) or `trace`
     (seconds). `output`: a file that a record of the run is appended to. `options`: arguments of `peftplan.estimate`
-    that override what is read from the training. `tell` prints a line; `device` stands in for CUDA's. Without CUDA only the
-    estimate is printed. Until the report each phase waits for the GPU; afterwards only a new shape of batch costs anything.
+    that override what is read from the training. `tell` prints a line. `device` replaces the CUDA device. Without CUDA only the
+    estimate is printed. Until the report, each phase synchronizes with the GPU; afterwards only a new batch shape costs time.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class MemoryCallback(TrainerCallback):
         ]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Clipping is done: the optimizer's step comes."""
+        """Gradients are clipped; the optimizer's step begins."""
         self._begin("step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -92,7 +92,7 @@ class MemoryCallback(TrainerCallback):
             self._report()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report what there is, and leave the model as it was."""
+        """Report what was measured, and remove the hooks from the model."""
         self._report()
         for hook in self._hooks:
             hook.remove()
@@ -131,7 +131,7 @@ class MemoryCallback(TrainerCallback):
         }
 
     def _estimate(self, batch: Seen) -> Estimate | None:
-        """The estimate of one shape; a refusal is reported once."""
+        """The estimate of one batch shape; None if it is refused, which is reported once."""
         card = None if self._device is None else gpu_id(self._device.facts().gpu)
         options = self._arguments(batch)
         script = options.pop("script", NO_SCRIPT).ran_on({"torch": torch.__version__, "transformers": transformers.__version__})
@@ -143,7 +143,7 @@ class MemoryCallback(TrainerCallback):
             return None
 
     def _warn(self, batch: Seen) -> None:
-        """Warn before the step that a batch needs more than torch can get: the driver's free memory and torch's own segments."""
+        """Warn before the step if a batch needs more than torch can get: the driver's free memory plus torch's own segments."""
         expected = self._estimates[batch]
         if self._device is None or expected is None or expected.peaks is None:
             return
@@ -156,7 +156,7 @@ class MemoryCallback(TrainerCallback):
             )
 
     def _report(self) -> None:
-        """Once: measured and estimated peaks of the steps so far, and the record."""
+        """Print measured and estimated peaks of the steps so far, and write the record. Runs once."""
         if self._reported or self._largest is None:
             return
         self._reported = True
@@ -196,7 +196,7 @@ class MemoryCallback(TrainerCallback):
 
 
 def _in_short(expected: Estimate) -> str:
-    """An estimate in half a line."""
+    """An estimate as part of a line of text."""
     if expected.peaks is None:
         return f"at least {format_bytes(expected.persistent_bytes)}"
     return f"{format_bytes(expected.peaks.allocated)} allocated at the peak, in {expected.peaks.phase}"

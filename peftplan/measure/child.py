@@ -15,11 +15,11 @@ from peftplan.errors import PeftplanError
 from peftplan.measure.one import measure_and_record
 
 REFUSED, ORPHANED = 2, 3
-"""Exit codes: the configuration cannot be run, as stderr says in its last line; the suite has gone."""
+"""Exit codes: the configuration cannot be run, for the reason in the last line of stderr; the suite has ended."""
 
 
 def main() -> int:
-    """Run what stdin says, and append its record."""
+    """Run the job from stdin and append its record."""
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_leave_with_the_suite, daemon=True).start()
     try:

@@ -1,4 +1,4 @@
-"""The device: the only module that queries torch.cuda and NVML. Tests replace it with a double.
+"""The device. This is the only module that queries torch.cuda and NVML; tests replace it with a double.
 
 Bytes are integers. `allocated` and `reserved` are those of torch's caching allocator (`torch.cuda.memory_stats`, torch);
 `process` is what the driver counts for this process, context included, and `used` for the whole device (NVML, nvidia-ml-py 13).
@@ -18,7 +18,7 @@ import torch
 from peftplan.errors import MissingExtraError, PeftplanError
 
 SNAPSHOT_ENTRIES = 1_000_000
-"""Allocator events that a snapshot keeps; the oldest go first (`_record_memory_history(max_entries=)`)."""
+"""Allocator events that a snapshot keeps, the latest ones (`_record_memory_history(max_entries=)`)."""
 
 
 class NoCudaError(PeftplanError):
@@ -27,19 +27,19 @@ class NoCudaError(PeftplanError):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a measurement depends on besides its setup."""
+    """The facts about a device that a measurement depends on."""
 
     gpu: str
     compute_capability: str
     total_bytes: int
-    """What CUDA reports as the device's memory."""
+    """The device's memory as CUDA reports it."""
     driver: str | None
     cuda: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The allocator's counters: now, and their peaks since the last reset."""
+    """The allocator's counters: current values, and peaks since the last reset."""
 
     allocated: int
     reserved: int
@@ -48,12 +48,12 @@ class Reading:
 
 
 class Device(Protocol):
-    """What a measurement asks of a device."""
+    """What a measurement needs of a device."""
 
     torch_device: torch.device
     backend: str
     before_bytes: int | None
-    """What the driver counted as used on the whole device before this process touched it."""
+    """Bytes in use on the whole device before this process touched it, as the driver reports them."""
 
     def facts(self) -> Facts: ...
     def synchronize(self) -> None: ...
@@ -97,11 +97,11 @@ class Cuda:
         torch.cuda.synchronize(self.torch_device)
 
     def empty_cache(self) -> None:
-        """Give every segment without a live block back to the driver."""
+        """Return every segment without a live block to the driver."""
         torch.cuda.empty_cache()
 
     def reset_peaks(self) -> None:
-        """Peaks start again from what is there now."""
+        """Reset peaks to the current values."""
         torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def read(self) -> Reading:
@@ -111,11 +111,11 @@ class Cuda:
         return Reading(*(int(stats.get(f"{kind}.all.{at}", 0)) for at in ("current", "peak") for kind in kinds))
 
     def free_bytes(self) -> int:
-        """What the driver can still give (`cudaMemGetInfo`)."""
+        """Bytes that the driver has left (`cudaMemGetInfo`)."""
         return int(torch.cuda.mem_get_info(self.torch_device)[0])
 
     def process_bytes(self) -> int | None:
-        """What the driver counts for this process: context, kernels, allocator; None if it does not say."""
+        """Bytes that the driver counts for this process: context, kernels, allocator; None if it does not report them."""
         if self._nvml is None:
             return None
         import pynvml  # type: ignore[import-untyped]
@@ -127,7 +127,7 @@ class Cuda:
         return next((int(p.usedGpuMemory) for p in processes if p.pid == os.getpid() and p.usedGpuMemory), None)
 
     def used_bytes(self) -> int | None:
-        """What the driver counts as used on the whole device, by every process."""
+        """Bytes in use on the whole device, by all processes, as the driver reports them."""
         if self._nvml is None:
             return None
         import pynvml
@@ -135,7 +135,7 @@ class Cuda:
         return int(pynvml.nvmlDeviceGetMemoryInfo(self._nvml).used)
 
     def context_bytes(self) -> int | None:
-        """What the driver counts for this process besides the allocator's segments; before the first tensor, the context."""
+        """Bytes of this process outside the allocator's segments. Before the first tensor this is the context."""
         process, used = self.process_bytes(), self.used_bytes()
         if process is None and used is not None and self.before_bytes is not None:
             process = used - self.before_bytes
@@ -146,11 +146,11 @@ class Cuda:
         return torch.autocast("cuda", dtype=dtype)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """torch's own error, and CUDA's where a library outside the allocator asked (bitsandbytes, NCCL)."""
+        """Whether it is torch's out-of-memory error, or CUDA's from a library outside the allocator (bitsandbytes, NCCL)."""
         return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
     def start_history(self) -> None:
-        """Record every allocation from here on, with the Python code that asked."""
+        """Record every allocation from now on, with its Python stack."""
         torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES, stacks="python")
 
     def save_history(self, path: Path) -> None:
@@ -169,7 +169,7 @@ def open_device(index: int | None = None) -> Device:
 
 
 def card_name() -> str:
-    """The name of the first device, without a context on it. Raises NoCudaError if there is none."""
+    """The name of the first device. Creates no context. Raises NoCudaError if there is no device."""
     _check_cuda()
     return str(torch.cuda.get_device_name(0))
 

@@ -1,7 +1,6 @@
-"""The identity of a measured run: its configuration as a record states it, the key by which a suite recognises it, and its
-circumstances.
+"""The identity of a measured run: its configuration as in a record, the key that a suite compares, and its circumstances.
 
-Nothing here needs torch, so that a suite knows at once what is left to do.
+Nothing here needs torch, so a suite finds out quickly what is left to do.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from peftplan.hardware.gpus import find_gpu
 from peftplan.job.job import Job
 
 WARMUP, STEPS = 1, 2
-"""Optimizer steps: the first makes the optimizer's states; two more show whether the steady state is one."""
+"""Optimizer steps. The first one creates the optimizer's states; two more show whether the state is steady."""
 
 PACKAGES = ("peftplan", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "triton", "numpy")
 SOURCE = "peftplan measure"
@@ -42,7 +41,7 @@ ALLOCATOR_VARIABLES = (
 
 
 def run_of(job: Job) -> Run:
-    """The job in a record's words: the method's own fields, and every option that says something."""
+    """The job as a record states it: the method's own fields, and every option that is set."""
     named = job.method is not None and job.config is not None and not job.adapter
     return Run(
         model=job.model if isinstance(job.model, str) else job.architecture.name,
@@ -55,13 +54,13 @@ def run_of(job: Job) -> Run:
 
 
 def key(run: Run) -> str:
-    """What tells one configuration from another: ten hexadecimal digits of its sha256."""
+    """The key of a configuration: ten hexadecimal digits of its sha256."""
     text = json.dumps(run.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def lost(run: Run, *, gpu: str, error: str) -> Record:
-    """The record of a run whose process left none: it crashed, was killed, or took too long."""
+    """The record of a run whose process wrote none: it crashed, was killed, or timed out."""
     return Record(
         id=new_id(run), run=run, circumstances=circumstances(gpu=gpu), outcome="failed", error=error, covers="whole-run"
     )
@@ -85,12 +84,12 @@ def circumstances(*, gpu: str, **facts: Any) -> Circumstances:
 
 
 def world_size() -> int:
-    """Processes of this run, as torchrun and accelerate say it."""
+    """The number of processes of this run, from the environment of torchrun or accelerate."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process among them."""
+    """The rank of this process, from the same environment."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -125,7 +124,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that runs, None outside of one."""
+    """The commit of the checkout that runs; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(("git", "-C", str(here), "rev-parse", "HEAD"), capture_output=True, text=True, check=False)
@@ -135,5 +134,5 @@ def _commit() -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back: lists for tuples and sets."""
+    """The value as JSON returns it: tuples and sets become lists."""
     return json.loads(json.dumps(value, default=list))

@@ -1,4 +1,4 @@
-"""Measured runs in plain lines of text: one record beside what the engines state, and one line per run of a suite."""
+"""Measured runs as plain text: one record beside the engines' numbers, and one line per run of a suite."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTHS = (12, 14)
 
 
 def answers(record: Record, engines: Sequence[Engine]) -> dict[Engine, Answer]:
-    """What each engine states of a record. A fault of an engine is no reason to stop measuring: it is shown as a refusal."""
+    """Each engine's answer for a record. A failing engine does not stop the measurement; its failure counts as a refusal."""
     case = Case(Path("measured"), 1, record)
     return {engine: Answer(case, _answer(record, engine)) for engine in engines}
 
@@ -32,7 +32,7 @@ def _answer(record: Record, engine: Engine) -> Stated:
 
 
 def of_record(record: Record, stated: dict[Engine, Answer]) -> list[str]:
-    """A record as lines: its title, each figure with every engine's drift, counts, and what an engine does not state."""
+    """A record as lines: its title, each figure with every engine's drift, counts, and engines that state no peak."""
     title = f"{record.run.model} · {record.run.method_name} · {record.circumstances.gpu} · {record.outcome}"
     if record.error:
         return [title, record.error]

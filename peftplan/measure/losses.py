@@ -12,7 +12,7 @@ OUTPUTS_OF_SFT = ("log_probs", "entropy", "is_top1")
 
 
 def install(base: Any, setup: Setup) -> None:
-    """Put the setup's loss in. Raises RefusedError for one that changes more than the loss."""
+    """Install the setup's loss. Raises RefusedError for a library that would change more than the loss."""
     if setup.loss == "trl-chunked":
         try:
             from trl.trainer.utils import add_fused_lm_head
@@ -32,5 +32,5 @@ def install(base: Any, setup: Setup) -> None:
 
 
 def arguments(setup: Setup) -> dict[str, bool]:
-    """What the forward is given beside the batch, so that the loss is taken."""
+    """Arguments of the forward besides the batch that turn the loss on."""
     return {"fused_lm_head": True} if setup.loss == "trl-chunked" else {}

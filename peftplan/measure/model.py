@@ -1,7 +1,8 @@
-"""The model of a measured run, as the user's script would make it, on a real device: loaded, prepared, adapted, checkpointed.
+"""Build the model of a measured run on a real device as a user's script would: load, prepare, adapt, checkpoint.
 
-Weights come from `from_pretrained` itself, with a state dict whose tensors are made when they are asked for: its own order,
-casts, warm-up and quantization, one tensor in host memory at a time for a quantized base, and no download. Values are random.
+`from_pretrained` itself loads the weights, from a state dict that creates each tensor on access. So order, casts, warm-up and
+quantization are its own, a quantized base takes one tensor of host memory at a time, and nothing is downloaded. Values are
+random.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ MEASURED = ("nf4", "fp4", "int8")
 """Formats that `from_pretrained` quantizes dense weights to."""
 
 POOL_ELEMENTS = 2**20
-"""Random numbers that weights are tiled with: as good as fresh ones for memory, and made in no time."""
+"""How many random numbers are drawn. Weights repeat them, which is fast and makes no difference to memory."""
 SCALE = 0.02
 """Standard deviation of the weights, that of transformers' `initializer_range`: activations stay finite."""
 
 
 FIRST_TOKEN = 0
 TOTAL_STEPS = 1000
-"""AdaLoRA's `total_step` where it is unset: it changes when ranks are cut, not a single byte."""
+"""AdaLoRA's `total_step` if it is unset. It decides when ranks are masked, and changes no byte."""
 MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
 class Built:
-    """A model ready to train, and its base inside peft's wrapper; counts as `get_nb_trainable_parameters` gives them."""
+    """A model ready to train, and its base inside peft's wrapper. Counts are those of `get_nb_trainable_parameters`."""
 
     model: Any
     base: Any
@@ -53,7 +54,7 @@ class Built:
 
 
 class Weight:
-    """A tensor of a checkpoint that is made when it is indexed, as a slice of a safetensors file is read."""
+    """A tensor of a checkpoint that is created when it is indexed, like a slice of a safetensors file."""
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, pool: torch.Tensor) -> None:
         self.shape, self.dtype, self.pool = shape, dtype, pool
@@ -117,14 +118,14 @@ def load(job: Job, device: torch.device) -> Any:
 
 
 def _start_decoder(hf_config: Any) -> None:
-    """Set the decoder's start token where the built-in config leaves it out: any id takes the same bytes."""
+    """Set the decoder's start token if the built-in config has none. Any id takes the same bytes."""
     for name in ("decoder_start_token_id", "pad_token_id"):
         if getattr(hf_config, name, None) is None:
             setattr(hf_config, name, FIRST_TOKEN)
 
 
 def config_of(job: Job) -> dict[str, Any]:
-    """The config.json of the job, with the number of labels that was asked for."""
+    """The config.json of the job, with the job's number of labels."""
     labels = {} if job.setup.num_labels is None else {"num_labels": job.setup.num_labels}
     return {**sources.load_config(job.model), **labels}
 
@@ -187,8 +188,10 @@ def adapt(base: Any, peft_config: Mapping[str, Any], job: Job) -> Any:
 
 
 def _cast(model: Any, before: set[int], setup: Setup, *, by_trl: bool) -> None:
-    """What peft made, in the adapter's dtype; copies of the base's own modules keep theirs. TRL 1.16 casts all that trains, and
-    leaves DoRA's magnitudes (`SFTTrainer.__init__`)."""
+    """Cast peft's own parameters to the adapter's dtype; copies of base modules keep theirs.
+
+    TRL 1.16 casts everything that trains, except DoRA's magnitudes (`SFTTrainer.__init__`).
+    """
     target = TORCH_DTYPES[str(setup.adapter_dtype)]
     for name, parameter in model.named_parameters():
         is_new = id(parameter) not in before and not any(part in name for part in COPIES)
@@ -198,7 +201,7 @@ def _cast(model: Any, before: set[int], setup: Setup, *, by_trl: bool) -> None:
 
 
 def counts(model: Any) -> tuple[int, int]:
-    """Trainable and total parameters, 4-bit weights at their real count, as peft and transformers count them."""
+    """(trainable, total) parameters as peft and transformers count them: 4-bit weights by their unpacked elements."""
     if hasattr(model, "get_nb_trainable_parameters"):
         trainable, total = model.get_nb_trainable_parameters()
         return int(trainable), int(total)

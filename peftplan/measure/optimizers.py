@@ -1,4 +1,4 @@
-"""The real optimizer of a run: Trainer's own `create_optimizer`, or for a plain loop the class that Trainer would take."""
+"""The real optimizer of a run: from Trainer's `create_optimizer`, or for a plain loop the class that Trainer would use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peftplan.trace.peft_steps import WithAllocator, allocator_of, lorafa_optimi
 
 @dataclass
 class Real:
-    """An optimizer as a step program asks for it."""
+    """An optimizer with the interface that step programs need."""
 
     optimizer: Any
 
@@ -32,7 +32,7 @@ class Real:
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def after_step(self) -> None:
-        """Nothing is left to name."""
+        """Does nothing: only the trace engine names states."""
 
 
 def make_optimizer(setup: Setup, model: Any, recorder: Recorder) -> Steps:
@@ -61,7 +61,7 @@ def _of_setup(setup: Setup, model: Any, device: torch.device) -> Any:
 
 
 def _arguments(setup: Setup, folder: str, device: torch.device) -> Any:
-    """TrainingArguments that say nothing but the optimizer."""
+    """TrainingArguments that set only the optimizer."""
     from transformers import TrainingArguments
 
     return TrainingArguments(

@@ -1,4 +1,4 @@
-"""From a measured run to the record that is kept of it."""
+"""Convert a measured run to the record that is kept of it."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ def record_of(job: Job, outcome: Outcome, device: Device) -> Record:
 
 
 def _peaks(outcome: Outcome) -> Measured:
-    """By phase the steady steps' peaks; overall those of every phase, warm-up included, which is what the counters would show
-    without resets."""
+    """Peaks of a run. Those by phase are of steady steps; the overall ones cover every phase, warm-up included.
+
+    The overall peaks are what the counters would show without resets.
+    """
     figures, measured = outcome.figures, tuple(steady(outcome.figures, warmup=outcome.warmup))
     if not figures:
         return Measured(context_bytes=outcome.context_bytes)
@@ -57,7 +59,7 @@ def _highest(figures: Iterable[Figure]) -> Peak:
 
 
 def _device_bytes(figures: Iterable[Figure], *, before: int | None) -> int | None:
-    """The driver's figure for the process; where it does not know it, what the device uses more than before the process came."""
+    """Peak bytes of the process by the driver. If it reports none: by how much the whole device's use has grown."""
     listed = list(figures)
     of_process = [f.process for f in listed if f.process is not None]
     if of_process:

@@ -1,4 +1,4 @@
-"""Peaks by phase: the counters are read and reset wherever a step program says that a phase begins."""
+"""Peaks by phase: reads and resets the counters whenever a step program begins a phase."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from peftplan.ledger import Category
 from peftplan.measure.cuda import Device, Reading
 
 LOAD, BETWEEN = "load", "between"
-"""Before the first step; and between steps, where a trainer logs, evaluates and saves."""
+"""Phases before the first step, and between steps, when a trainer logs, evaluates and saves."""
 STEP_GOES_ON = ("forward", "backward")
-"""Phases after which a forward belongs to the same step: accumulation."""
+"""Phases after which a forward belongs to the same step (gradient accumulation)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What one phase showed. `step` counts optimizer steps from 1; 0 is loading. `allocated_after` is what it left alive."""
+    """The peaks of one phase. `step` counts optimizer steps from 1; 0 is loading. `allocated_after`: bytes alive at its end."""
 
     step: int
     phase: str
@@ -30,16 +30,16 @@ class Figure:
     used: int | None
 
     def to_dict(self) -> dict[str, int | str]:
-        """The figure as a record states it; what the driver does not say is left out."""
+        """The figure as in a record, without values that the driver does not report."""
         return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
 
 
 @dataclass
 class Recorder:
-    """A step program's watcher on a real device: one figure per phase, in order.
+    """Records a step program on a real device: one figure per phase, in order.
 
-    The driver's figures are read at the end of each phase: reserved memory only grows within one, so that is its peak unless the
-    allocator gave segments back. Reading waits for the device, which changes no byte.
+    The driver's figures are read at the end of each phase. Reserved memory only grows within a phase, so this is the peak unless
+    the allocator released segments. Reading synchronizes with the device, which changes no byte.
     """
 
     device: Device
@@ -63,7 +63,7 @@ class Recorder:
         self.device.reset_peaks()
 
     def register(self, tensor: torch.Tensor, category: Category, name: str, *, op: str = "load") -> None:
-        """Only the trace engine names tensors."""
+        """Does nothing: only the trace engine names tensors."""
 
 
 def _figure(step: int, phase: str, now: Reading, device: Device) -> Figure:
@@ -80,5 +80,5 @@ def _figure(step: int, phase: str, now: Reading, device: Device) -> Figure:
 
 
 def steady(figures: Iterable[Figure], *, warmup: int) -> Iterator[Figure]:
-    """The figures that count by phase: loading, and every step after the warm-up."""
+    """The figures that enter the peaks by phase: loading, and every step after the warm-up."""
     return (figure for figure in figures if figure.phase == LOAD or figure.step > warmup)

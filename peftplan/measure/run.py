@@ -1,7 +1,7 @@
-"""One measured run: the model is made, a step program runs on it, and each phase's peaks are read from the device.
+"""One measured run: builds the model, runs a step program on it, and reads each phase's peaks from the device.
 
-The program is the trace engine's own (`trace.steps`): both engines run the same loop. An out-of-memory error is an outcome, and
-so is any other failure; what was read until then is kept. Left out: data loader, logging, evaluation, saving.
+The program is that of the trace engine (`trace.steps`). An out-of-memory error is an outcome, as is any other failure; readings
+until then are kept. Left out: data loader, logging, evaluation, saving.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from peftplan.trace.inputs import inputs
 from peftplan.trace.steps import Run, take_steps
 
 PADDED = 1
-"""Tokens of each sequence that a padding mask hides: enough to make it a real one."""
+"""Padded tokens per sequence. One is enough for the mask to be used."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run showed. `context_bytes`: what the driver counted before the first tensor; `before_bytes`: what it counted on the
-    whole device before this process touched it."""
+    """The outcome of a run.
+
+    `context_bytes`: bytes of the process before the first tensor, by the driver. `before_bytes`: bytes in use on the whole device
+    before this process touched it.
+    """
 
     outcome: Literal["ok", "oom", "failed"]
     error: str | None
@@ -52,12 +55,12 @@ class DeviceRun(Run):
     device: Device = field(kw_only=True)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The run's autocast, the device's own."""
+        """The run's autocast, on the device."""
         name = str(self.setup.autocast)
         return nullcontext() if name == "none" else self.device.autocast(TORCH_DTYPES[name])
 
     def name_gradients(self) -> None:
-        """Only the trace engine names gradients."""
+        """Does nothing: only the trace engine names gradients."""
 
 
 def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEPS, snapshot: Path | None = None) -> Outcome:
@@ -98,8 +101,10 @@ def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEP
 
 
 def filled(batch: dict[str, Any], model: Any, device: torch.device) -> dict[str, Any]:
-    """The batch on the device, with random tokens, since a mixture's memory depends on where its router sends them, and with a
-    mask that hides something."""
+    """The batch on the device, with random tokens and a mask that hides some of them.
+
+    Tokens are random because the memory of a mixture of experts depends on how they are routed.
+    """
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -116,7 +121,7 @@ def filled(batch: dict[str, Any], model: Any, device: torch.device) -> dict[str,
 
 
 def _distributed(model: nn.Module, device: Device) -> nn.Module:
-    """With several processes, torch's DistributedDataParallel with its defaults, as accelerate wraps a model."""
+    """The model; with several processes wrapped in torch's DistributedDataParallel with defaults, as accelerate does."""
     if world_size() == 1:
         return model
     from torch.distributed import init_process_group, is_initialized

@@ -1,7 +1,7 @@
 """A suite: many configurations, one process each, resumed where it stopped.
 
-A suite file is JSON Lines: each line an object with `model` and options of `peftplan.estimate`. What the output already has,
-whatever its outcome, is not run again; a run is recognised by its setup, not by its line.
+A suite file is JSON Lines: each line is an object with `model` and options of `peftplan.estimate`. A run that the output already
+has, with any outcome, is not repeated. Runs are compared by their setup, not by their line.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from peftplan.job.prepare import prepare
 from peftplan.measure.identity import STEPS, WARMUP, key, lost, run_of
 
 CHILD: tuple[str, ...] = (sys.executable, "-m", "peftplan.measure.child")
-"""What runs one configuration."""
+"""The command that runs one configuration."""
 
 TIMEOUT = 600.0
-"""Seconds after which a run counts as hung: an 8B model is made, quantized and stepped well within that time."""
+"""Seconds after which a run counts as hung. An 8B model is built, quantized and stepped well within that time."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """The key that distinguishes it from other lines and other records."""
+        """The key that identifies it among other lines and records."""
         return key(self.run)
 
 
 @dataclass(frozen=True)
 class Done:
-    """One finished run of a suite: which of how many, how long it took, and its record."""
+    """One finished run of a suite: its number, the number of runs, its duration, and its record."""
 
     number: int
     of: int
@@ -57,7 +57,7 @@ class Done:
 
 
 def read_suite(path: Path) -> list[Entry]:
-    """Every configuration of a suite file, each of them prepared, so that nothing is refused halfway.
+    """Every configuration of a suite file. Each is prepared here, so that none is refused halfway through the suite.
 
     Raises RecordFileError with the line that is not a configuration, that cannot be estimated, or that repeats another.
     """
@@ -96,7 +96,7 @@ def _entry(path: Path, number: int, line: str) -> Entry:
 
 
 def recorded(output: Path) -> list[Record]:
-    """The records of an output file, whose last line may have been cut by a power failure; none where there is no file."""
+    """The records of an output file; none if it does not exist. Its last line may be incomplete after a crash."""
     if not os.path.exists(output):
         return []
     repair(output)
@@ -118,11 +118,11 @@ def run_suite(
     timeout: float = TIMEOUT,
     starting: Callable[[int, int, Entry], None] = lambda number, of, entry: None,
 ) -> Iterator[Done]:
-    """Run what is pending, one process after the other, and yield each run once its record is in `output`.
+    """Run the pending entries, one process after the other, and yield each run once its record is in `output`.
 
     A process that leaves no record gets one that says why. Raises NoCudaError without a GPU.
     """
-    from peftplan.measure import cuda  # torch, which reading a suite does without
+    from peftplan.measure import cuda  # imports torch, which reading a suite does not need
 
     card = cuda.card_name()
     todo = pending(entries, output)
@@ -139,7 +139,7 @@ def run_suite(
 
 
 def _in_own_process(entry: Entry, *, output: Path, warmup: int, steps: int, timeout: float) -> str | None:
-    """Run one entry; what went wrong with its process, or None."""
+    """Run one entry in its own process. Returns what went wrong with the process, or None."""
     order = {"model": entry.model, "options": entry.options, "output": str(output), "warmup": warmup, "steps": steps}
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=said, stderr=said)

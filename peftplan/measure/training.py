@@ -1,4 +1,4 @@
-"""What a running transformers or TRL training says about its setup, as options of `peftplan.estimate`."""
+"""The setup of a running transformers or TRL training, as options of `peftplan.estimate`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def described(model: Any, args: Any) -> dict[str, Any]:
 
 
 def _model_dtype(base: Any) -> str:
-    """What the base was loaded in, as its config keeps it."""
+    """The dtype that the base was loaded in, from its config."""
     return parse_dtype(base.config.dtype or next(base.parameters()).dtype, accepted=MODEL_DTYPES)
 
 
