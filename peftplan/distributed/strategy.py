@@ -6,10 +6,11 @@ torch's `DistributedDataParallel`, DeepSpeed's `zero_optimization`. `job.launch`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError
@@ -33,6 +34,13 @@ Ranks = Annotated[int, Field(ge=1, le=MOST_RANKS)]
 ReduceDtype = Annotated[str, BeforeValidator(lambda v: v if v is None else parse_dtype(v, field="dtype", accepted=MODEL_DTYPES))]
 
 
+def _release(text: str) -> str:
+    """A release as packages number them. Raises InputError."""
+    if not re.match(r"[0-9]+\.[0-9]+", text):
+        raise InputError("accelerate", text, "accepted: a release, such as 1.15")
+    return text
+
+
 class Distributed(BaseModel):
     """A strategy, the GPUs that it divides a job over, and its parameters; None means: as the tool does it."""
 
@@ -42,7 +50,7 @@ class Distributed(BaseModel):
     gpus: Ranks | None = None
     """GPUs of a node, one process each; of `device-map` all in one process."""
     nodes: Ranks = 1
-    accelerate: Annotated[str, Field(pattern=r"^\d+\.\d+")] | None = None
+    accelerate: Annotated[str, AfterValidator(_release)] | None = None
     """The accelerate that prepares the model; None: one like 1.15."""
     # FSDP
     reshard_after_forward: bool | Annotated[int, Field(ge=2, le=MOST_RANKS)] | None = None

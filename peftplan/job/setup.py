@@ -13,6 +13,7 @@ from peftplan.job.trainers import DEFAULT, TRAINERS, Autocast, Loss, Trainer, Tr
 from peftplan.validation import first_error, listed
 
 Engine = Literal["analytic", "trace"]
+ENGINES: tuple[Engine, ...] = ("analytic", "trace")
 AdviceSearch = Literal["best", "all"]
 SEARCHES: tuple[AdviceSearch, ...] = ("best", "all")
 

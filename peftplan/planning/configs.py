@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from peftplan.arch import catalogue, hub
-from peftplan.errors import InputError, PeftplanError
+from peftplan.errors import InputError, PeftplanError, RefusedError, UnknownNameError
 from peftplan.frames import Listing
+from peftplan.job.configs.detect import check, tool_of
 from peftplan.job.configs.plan import ConfigPlan, Tool
-from peftplan.job.configs.read import read_config
-from peftplan.job.setup import Engine
+from peftplan.job.configs.read import read_config, read_document
+from peftplan.job.setup import ENGINES, Engine
 from peftplan.planning.documents import VerdictName
 from peftplan.planning.estimate import estimate
+from peftplan.planning.verdicts import counted_cards, find_cards
 
 SUFFIXES = (".yml", ".yaml", ".json", ".sh", ".py", ".ipynb")
 """Files of a folder that are read."""
@@ -52,10 +54,22 @@ def configs(
 
     `gpu`: a card, or several of one, for the verdicts. `tool`: the tool of all files. `online`: configs of models that are
     neither built in nor in the local cache are asked of the Hub; without it nothing is. Raises InputError for a path that is not
-    there.
+    there, and for a card, an engine or a tool that is not known.
     """
+    _check(gpu, engine, tool)
     named = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     return Listing(entry(file, gpu=gpu, engine=engine, tool=tool, online=online) for path in named for file in _files(Path(path)))
+
+
+def _check(gpu: str | None, engine: str, tool: str | None) -> None:
+    """Raise for options that no file can be asked with."""
+    if engine not in ENGINES:
+        raise UnknownNameError("engine", engine, ENGINES)
+    if tool is not None:
+        check(tool)
+    groups = counted_cards(gpu)
+    if len(groups) > 1 or len(find_cards(groups[0][1] if groups else None)) > 1:
+        raise RefusedError("gpu: a file has one verdict; accepted: one card, or several of it as 8xh100-80gb")
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -82,8 +96,16 @@ def entry(file: Path, *, gpu: str | None, engine: Engine, tool: str | None, onli
     try:
         plan = read_config(file, tool=tool)
     except PeftplanError as error:
-        return ConfigEntry(str(file), "other", None, error=str(error))
+        return ConfigEntry(str(file), _tool(file, tool), None, error=str(error))
     return of_plan(plan, gpu=gpu, engine=engine, online=online)
+
+
+def _tool(file: Path, tool: str | None) -> Tool:
+    """The tool of a file that has no plan; `other` where nothing can be read."""
+    try:
+        return check(tool) if tool is not None else tool_of(read_document(file), file=str(file))
+    except PeftplanError:
+        return "other"
 
 
 def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analytic", online: bool = False) -> ConfigEntry:

@@ -9,7 +9,7 @@ from peftplan.errors import OptionError, RefusedError, UnknownNameError
 from peftplan.job.inventory import inventory
 from peftplan.job.prepare import check_rank_allocator, prepare
 from peftplan.job.script import NO_SCRIPT, Script
-from peftplan.job.setup import SEARCHES, AdviceSearch, Engine
+from peftplan.job.setup import ENGINES, SEARCHES, AdviceSearch, Engine
 from peftplan.job.words import named_as_typed
 from peftplan.planning.question import Question, analytic, traced
 from peftplan.planning.verdicts import counted_cards, find_cards
@@ -65,8 +65,8 @@ def estimate(
 
     Raises InputError, UnknownNameError, RefusedError or MissingExtraError, each with a message of one line.
     """
-    if engine not in ("analytic", "trace"):
-        raise UnknownNameError("engine", engine, ("analytic", "trace"))
+    if engine not in ENGINES:
+        raise UnknownNameError("engine", engine, ENGINES)
     if advice not in SEARCHES:
         raise UnknownNameError("advice", advice, SEARCHES)
     gpu, count = _counted(gpu)
@@ -76,7 +76,7 @@ def estimate(
             model, named, said = _of_config(config, tool, model, named, objects=peft_config is not None, strict=strict)
             peft_config = named.pop("peft_config", peft_config)
         if count is not None and named.get("gpus") is not None:
-            raise OptionError("gpus", named["gpus"], f"gpu says how many there are ({count}x…); accepted: one of the two")
+            raise OptionError("gpus", named["gpus"], f"the card says how many there are ({count}x…); accepted: one of the two")
         if count is not None:
             named["gpus"] = count
         job = prepare(

@@ -32,7 +32,7 @@ def explain(estimate: Estimate) -> str:
     what = f", in {phase}" if phase else " of what is counted"
     lines += ["", f"sum{what}: {ledger.bytes():,}"]
     if phase is None:
-        lines.append(f"not counted yet, so no peak is stated: {', '.join(estimate.not_modelled)}")
+        lines.append(f"not counted yet, so no peak is stated: {'; '.join(estimate.not_modelled)}")
     return "\n".join(lines)
 
 

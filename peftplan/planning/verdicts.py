@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from peftplan.distributed.strategy import MOST_RANKS
 from peftplan.errors import InputError
 from peftplan.job.requirements import pair
 from peftplan.job.setup import Setup
@@ -32,20 +33,31 @@ def capability(card: Gpu | None) -> str:
     return stated if stated and stated[0].isdigit() else ".".join(map(str, DEFAULT_CAPABILITY))
 
 
-_COUNTED = re.compile(r"\s*(\d+)\s*[x×]\s*(?=\S)", re.IGNORECASE)
+_COUNTED = re.compile(r"\s*([0-9]+)\s*[x×]\s*(?=\S)", re.IGNORECASE)
 """How many of a card: the `8x` of `8xh100-80gb`."""
 
 
 def counted_cards(gpu: str | Iterable[str] | None) -> list[tuple[int | None, tuple[str, ...]]]:
-    """The cards of a request by how many of each there are: `8xh100-80gb,8xl40s,t4` is (8, both) and (None, t4)."""
+    """The cards of a request by how many of each there are: `8xh100-80gb,8xl40s,t4` is (8, both) and (None, t4).
+
+    Raises InputError for a number that no run has.
+    """
     if gpu is None or not isinstance(gpu, Iterable):
         return []
     by_count: dict[int | None, list[str]] = {}
     for name in (gpu,) if isinstance(gpu, str) else gpu:
         for one in name.split(",") if isinstance(name, str) else (name,):
             counted = _COUNTED.match(one) if isinstance(one, str) else None
-            by_count.setdefault(int(counted[1]) if counted else None, []).append(one[counted.end() :] if counted else one)
+            by_count.setdefault(_number(counted) if counted else None, []).append(one[counted.end() :] if counted else one)
     return [(count, tuple(names)) for count, names in by_count.items()]
+
+
+def _number(counted: re.Match[str]) -> int:
+    """How many of a card there are. Raises InputError."""
+    digits = counted[1].lstrip("0") or "0"
+    if len(digits) > len(str(MOST_RANKS)) or not 1 <= int(digits) <= MOST_RANKS:
+        raise InputError("gpu", counted.string, f"accepted: 1 to {MOST_RANKS:,} of a card, such as 8xh100-80gb")
+    return int(digits)
 
 
 def find_cards(gpu: str | Iterable[str] | None, *, context: object = None) -> list[Gpu]:
@@ -62,8 +74,11 @@ def find_cards(gpu: str | Iterable[str] | None, *, context: object = None) -> li
         return []
     from peftplan.hardware.gpus import find_gpu
 
+    several = next((name for each in names for name in each.split(",") if _COUNTED.match(name)), None)
+    if several is not None:
+        raise InputError("gpu", several, "it counts GPUs where one is meant; accepted: the name of a card alone")
     cards: dict[object, Gpu] = {}
-    for card in (find_gpu(name) for several in names for name in several.split(",")):
+    for card in (find_gpu(name) for each in names for name in each.split(",")):
         cards.setdefault(card._replace(id="", name="") if card.vendor is None else card.id, card)  # 24GB is 24G
     return [card._replace(context_mib=context_mib) for card in cards.values()]
 

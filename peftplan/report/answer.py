@@ -183,7 +183,7 @@ def _notes(result: Estimate, screen: Screen) -> list[Row]:
     lines += [f"note: {note}" for note in result.assumptions.get("notes", ()) if note not in result.asides]
     missing = [what for what in result.not_modelled if not (result.gpus and what == "CUDA context")]
     if peaks:
-        lines += [f"not counted: {', '.join(missing)}"] if missing else []
+        lines += [f"not counted: {'; '.join(missing)}"] if missing else []
     rows = [row for line in lines for row in wrapped(line, screen.columns)]
     return [BLANK, *rows] if rows else []
 

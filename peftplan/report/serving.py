@@ -76,7 +76,7 @@ def remarks(result: Serving) -> list[str]:
 
 def not_counted(result: Serving) -> str:
     """What the numbers leave out."""
-    return f"Not counted: {', '.join(result.not_modelled)}."
+    return f"Not counted: {'; '.join(result.not_modelled)}."
 
 
 def _sized(name: str, num_bytes: int, *more: str) -> tuple[str, ...]:

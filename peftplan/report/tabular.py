@@ -79,8 +79,8 @@ def labels(result: Estimate, columns: Iterable[str]) -> list[dict[str, object]]:
 def not_counted(result: Estimate) -> str:
     """What the numbers leave out."""
     if result.peaks is None:
-        return f"Not counted yet, so no peak is stated: {', '.join(result.not_modelled)}."
-    return f"Not counted in the sums: {', '.join(result.not_modelled)}."
+        return f"Not counted yet, so no peak is stated: {'; '.join(result.not_modelled)}."
+    return f"Not counted in the sums: {'; '.join(result.not_modelled)}."
 
 
 GROUPED_FROM = 100_000

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.run import run
 
 QLORA = (
@@ -32,3 +34,29 @@ def test_a_folder(tmp_path: Path) -> None:
 
 def test_a_path_that_is_not_there() -> None:
     assert run("configs", "/nowhere/at/all").code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--gpu", "nosuch"), "--gpu: 'nosuch' is not accepted"),
+        (("--gpu", "0xl4"), "--gpu: '0xl4' is not accepted"),
+        (("--gpu", "2xl4,4xt4"), "--gpu: a file has one verdict"),
+        (("--gpu", "l4,t4"), "--gpu: a file has one verdict"),
+        (("--engine", "no"), "--engine: 'no' is not accepted"),
+        (("--tool", "axolotll"), "did you mean axolotl?"),
+    ],
+)
+def test_options_that_suit_no_file(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    """One line, rather than the same error in every row."""
+    (tmp_path / "a.yml").write_text(QLORA)
+    done = run("configs", str(tmp_path), *options)
+    assert done.code == 2
+    assert said in done.err
+
+
+def test_a_file_with_a_wrong_value_has_its_tool(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text(QLORA.replace("lora_r: 8", "lora_r: -16"))
+    (row,) = json.loads(run("configs", str(tmp_path), "--format", "json").out)
+    assert row["tool"] == "axolotl"
+    assert "a.yml:4: lora_r: -16 is not accepted" in row["error"]

@@ -101,7 +101,7 @@ def test_deepspeed_config(tmp_path: Path) -> None:
 
 
 REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"gpu": "8xt4", "gpus": 4}, "gpus: gpu says how many there are (8x…); accepted: one of the two"),
+    ({"gpu": "8xt4", "gpus": 4}, "gpus: the card says how many there are (8x…); accepted: one of the two"),
     ({"gpu": ["2xl4", "8xt4"]}, "gpu: one estimate is of one number of GPUs, here they are 2x, 8x; ask for each number"),
     ({"strategy": "fsdp2"}, "strategy: 'fsdp2' is not accepted; it divides a job over several GPUs"),
     ({"strategy": "zero4", "gpus": 2}, "strategy: 'zero4' is not accepted; did you mean zero"),
@@ -149,6 +149,12 @@ BROKEN = (
         "at most 10,000",
     ),
     ("- 1\n- 2\n", "accepted: a file of fields and values"),
+    ("distributed_type: FSDP\nfsdp_config: 7\n", "fsdp_config: 7 is not accepted; accepted: fields and values"),
+    ("distributed_type: FSDP\nfsdp_config: {1: 2}\n", "accepted: fields and values"),
+    ("distributed_type: MULTI_GPU\nnum_processes: .inf\n", "num_processes: inf is not accepted; accepted: a whole number"),
+    ("distributed_type: MULTI_GPU\nnum_processes: .nan\n", "num_processes: nan is not accepted; accepted: a whole number"),
+    ("distributed_type: MULTI_GPU\nnum_machines: 0\n", "num_machines: 0 is not accepted; accepted: at least 1"),
+    ("distributed_type: MULTI_GPU\nnum_processes: 0\n", "num_processes: 0 is not accepted; accepted: at least 1"),
     ("distributed_type: !!python/object/apply:os.system ['true']\n", "not a YAML file"),
     ('{"zero_optimization": {"stage": 2, "stage": 3}}', "stage is there twice"),
     ('{"zero_optimization": ', "not a JSON file"),
@@ -161,6 +167,32 @@ def test_a_broken_launch_file_is_one_line(tmp_path: Path, text: str, line: str) 
     file.write_text(text, encoding="utf-8")
     with pytest.raises(PeftplanError, match=line.replace("(", r"\(")):
         estimated(accelerate_config=file)
+
+
+def test_an_offload_without_a_device_is_refused() -> None:
+    """DeepSpeed takes a block (runtime/zero/config.py); a text was read as no offload."""
+    zero = {"zero_optimization": {"stage": 3, "offload_param": "cpu"}}
+    with pytest.raises(PeftplanError, match=r"deepspeed: offload_param: 'cpu' is not accepted; accepted: fields and values"):
+        estimated(deepspeed=zero, gpus=4)
+
+
+@pytest.mark.parametrize("number", ["0", "00", "131073", "1000000000", "9" * 5000])
+def test_a_number_of_cards_that_no_run_has(number: str) -> None:
+    with pytest.raises(PeftplanError, match=r"gpu: '\d.* is not accepted; accepted: 1 to 131,072 of a card"):
+        estimated(gpu=f"{number}xl4")
+
+
+@pytest.mark.parametrize("command", [("serve", "gpt2"), ("sweep", "gpt2"), ("estimate", "gpt2")])
+def test_a_card_that_is_counted_where_one_is_meant(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--gpu", "2x2xl4" if command[0] == "estimate" else "2xl4"])
+    assert ended.value.code == 2
+    assert "--gpu: '2xl4' is not accepted; it counts GPUs where one is meant" in capsys.readouterr().err
+
+
+def test_a_release_that_is_none() -> None:
+    with pytest.raises(PeftplanError, match=r"accelerate: 'x' is not accepted; accepted: a release, such as 1\.15"):
+        estimated(gpus=2, accelerate="x")
 
 
 def test_several_numbers_of_gpus_are_a_list(capsys: pytest.CaptureFixture[str]) -> None:

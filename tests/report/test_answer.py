@@ -170,3 +170,15 @@ def test_how_a_count_was_checked_needs_no_line() -> None:
     note = "published total is 2,048 more"
     assert note not in run("estimate", "llama-2-7b").out
     assert note in run("estimate", "llama-2-7b", "-v", columns=None).out
+
+
+def test_what_is_not_counted_is_told_apart() -> None:
+    """An item holds a comma, so that a semicolon stands between two."""
+    text = run("estimate", "gpt2", "--gpu", "2xh100-80gb", columns=200).out
+    assert "not counted: buffers of NCCL, outside torch's allocator; what cuDNN's attention takes" in text
+
+
+def test_an_item_that_is_longer_than_a_line_breaks_between_words() -> None:
+    item = "no " + ", ".join(["gradient_checkpointing"] * 5)
+    words = {word for row in screen.flowing(["loss full", item], 60, between=" · ") for part in row for word in part.text.split()}
+    assert words == {"loss", "full", "·", "no", "gradient_checkpointing,", "gradient_checkpointing"}

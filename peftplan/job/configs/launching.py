@@ -6,11 +6,13 @@ What several GPUs hold is read by `job.launch`; what it does not count becomes a
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from peftplan.datafiles import load
+from peftplan.distributed.strategy import MOST_RANKS
 from peftplan.errors import PeftplanError
 from peftplan.job.configs.documents import word
 from peftplan.job.configs.plan import Unsayable
@@ -76,8 +78,11 @@ def _processes(said: Launched, launch: Mapping[str, Any], environment: Mapping[s
     if stated is None and launch.get("device_map") is None and visible.count(",") and "NPROC_PER_NODE" in environment:
         stated = visible.count(",") + 1
     for name, value in (("gpus", stated), ("nodes", launch.get("nodes"))):
-        if str(value).isdigit() and 0 < int(str(value)) < 2**17:
-            said.options[name] = int(str(value))
+        number = int(str(value)) if re.fullmatch("-?[0-9]{1,10}", str(value)) else None
+        if number is not None and 0 < number <= MOST_RANKS:
+            said.options[name] = number
+        elif number is not None:
+            said.unsayable[name] = Unsayable(value, f"accepted: 1 to {MOST_RANKS:,}", "unknown")
     nodes = said.options.get("nodes", 1)
     if nodes > 1 and said.options.get("gpus", 0) % nodes == 0 and "num_processes" in launch:
         said.options["gpus"] //= nodes

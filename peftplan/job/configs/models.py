@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from peftplan.arch import catalogue
 from peftplan.job.configs.facts import Facts
@@ -16,7 +16,7 @@ def named(text: str, tool: Facts) -> str:
         own = next((name for pattern, name in tool.models.items() if "*" in pattern and fnmatchcase(text, pattern)), None)
     if own is not None:
         return own
-    if catalogue.find(text) is not None or Path(text).exists():
+    if catalogue.find(text) is not None or os.path.exists(text):
         return text
     last = text.rstrip("/").rpartition("/")[2]
     looks_local = text.startswith(("/", "./", "../", "~", "$"))

@@ -227,7 +227,7 @@ class _Reading:
         product = 1
         for key in said["product"]:
             factor = self._effective(key)
-            if not str(factor).isdigit():
+            if not re.fullmatch("[0-9]{1,10}", str(factor)):
                 return None
             product *= int(factor)
         return product
@@ -246,10 +246,17 @@ class _Reading:
         for key, meant in keys.items():
             value = self._effective(key)
             if isinstance(meant, Mapping):
-                names += [meant.get(name, name) for name in value or ()]
+                names += [meant.get(name, name) for name in self._listed(key, value)]
             elif value:
                 names += meant
         return tuple(dict.fromkeys(names)) or None
+
+    def _listed(self, key: str, value: object) -> list[str]:
+        """The names that a key lists. Raises FileError where it lists something else."""
+        names = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(name, str) for name in names):
+            raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a list of names")
+        return names
 
     def plan(self) -> ConfigPlan:
         """What was read; options that the method does not have are left out."""

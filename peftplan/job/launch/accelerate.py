@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from peftplan.errors import InputError, OptionError, UnknownNameError
 from peftplan.job.launch import deepspeed
-from peftplan.job.launch.content import asks, content, switch, whole
+from peftplan.job.launch.content import asks, block, content, switch, whole
 
 ACCELERATE = "accelerate_config"
 Options = dict[str, object]
@@ -73,6 +73,9 @@ def options(source: object) -> Options:
         raise UnknownNameError(f"{ACCELERATE}: distributed_type", kind, KINDS)
     nodes = whole(raw.get("num_machines", 1), f"{ACCELERATE}: num_machines")
     processes = whole(raw.get("num_processes", 1), f"{ACCELERATE}: num_processes")
+    if nodes < 1 or processes < 1:
+        name = "num_machines" if nodes < 1 else "num_processes"
+        raise InputError(f"{ACCELERATE}: {name}", raw[name], "accepted: at least 1")
     if processes % nodes:
         raise InputError(f"{ACCELERATE}: num_processes", processes, f"accepted: a multiple of the {nodes} machines")
     said: Options = {"autocast": _precision(raw)} if "mixed_precision" in raw else {}
@@ -80,11 +83,11 @@ def options(source: object) -> Options:
         return said
     said |= {"gpus": processes // nodes} | ({"nodes": nodes} if nodes > 1 else {})
     if kind == "DEEPSPEED":
-        return said | _plugin(raw.get("deepspeed_config") or {})
+        return said | _plugin(block(raw.get("deepspeed_config"), f"{ACCELERATE}: deepspeed_config"))
     said["strategy"] = KINDS[kind]
     if kind == "FSDP":
-        said |= fsdp_options(raw.get("fsdp_config") or {})
-    return said | parallel_options(raw.get("parallelism_config") or {})
+        said |= fsdp_options(block(raw.get("fsdp_config"), f"{ACCELERATE}: fsdp_config"))
+    return said | parallel_options(block(raw.get("parallelism_config"), f"{ACCELERATE}: parallelism_config"))
 
 
 def _precision(raw: Mapping[str, object]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -54,6 +55,8 @@ def _yaml(text: str, source: object, field: str) -> object:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _check_nodes(root, source, field)
         return yaml.safe_load(text)
+    except InputError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""
@@ -80,6 +83,15 @@ def _check_nodes(root: object, source: object, field: str) -> None:
             todo += node.value
 
 
+def block(value: object, field: str) -> Mapping[str, object]:
+    """The fields of a field; none where it is empty."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise InputError(field, value, "accepted: fields and values")
+    return value
+
+
 def asks(value: object) -> bool:
     """Whether a field asks for anything."""
     if isinstance(value, Mapping):
@@ -100,6 +112,6 @@ def whole(value: Any, field: str) -> int:
         number = float(value)
     except (TypeError, ValueError):
         raise InputError(field, value, "accepted: a whole number") from None
-    if isinstance(value, bool) or number < 0 or number != int(number):
+    if isinstance(value, bool) or not 0 <= number < math.inf or number != int(number):
         raise InputError(field, value, "accepted: a whole number")
     return int(number)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peftplan.errors import InputError, OptionError, UnknownNameError, nearest
-from peftplan.job.launch.content import OFF, ON, asks, content, switch, whole
+from peftplan.job.launch.content import OFF, ON, asks, block, content, switch, whole
 
 DEEPSPEED = "deepspeed"
 Options = dict[str, object]
@@ -71,7 +71,7 @@ def options(source: object) -> Options:
         if name == "stage" or name in ZERO_SILENT or value is None:
             continue
         if name in ("offload_optimizer", "offload_param"):
-            device = str((value if isinstance(value, Mapping) else {}).get("device", "none"))
+            device = str(block(value, f"{DEEPSPEED}: {name}").get("device", "none"))
             said["offload_params" if name == "offload_param" else name] = device
         elif name in ZERO_FIELDS:
             said[ZERO_FIELDS[name]] = _zero_value(name, value)

@@ -9,6 +9,7 @@ import pytest
 import peftplan
 from peftplan.errors import PeftplanError
 from peftplan.job.configs.documents import read_yaml
+from peftplan.job.configs.read import read_values
 
 AXOLOTL = "base_model: gpt2\nadapter: lora\n"
 
@@ -114,3 +115,14 @@ def test_a_script_and_a_notebook(tmp_path: Path) -> None:
         assert (plan.tool, plan.model) == ("unsloth", "llama-3.2-1b")
         assert (plan.options["seq_len"], plan.options["r"], plan.options["batch_size"]) == (1024, 8, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train.ipynb", "train.py"]
+
+
+def test_names_of_modules_that_are_none() -> None:
+    values = {"model._component_": "torchtune.models.qwen2.lora_qwen2_0_5b", "model.lora_attn_modules": [["q_proj"]]}
+    with pytest.raises(PeftplanError, match=r"model\.lora_attn_modules: .* accepted: a list of names"):
+        read_values(values, file="a.yml", tool="torchtune")
+
+
+def test_a_model_whose_name_is_no_path() -> None:
+    """A file system refuses so long a name."""
+    assert read_values({"base_model": "x" * 5000, "adapter": "lora"}, file="a.yml", tool="axolotl").model == "x" * 5000

@@ -51,3 +51,14 @@ def test_a_file_that_is_not_at_hand_cannot_be_said() -> None:
 
 def test_one_process_is_one_gpu() -> None:
     assert options({**AXOLOTL})["gpus" if "gpus" in options({**AXOLOTL}) else "method"] == "qlora"
+
+
+@pytest.mark.parametrize("number", [-1, 10**9])
+def test_a_number_of_processes_that_no_run_has_cannot_be_said(number: int) -> None:
+    plan = read_values({**AXOLOTL}, file="a.yml", tool="axolotl", NPROC_PER_NODE=number)
+    assert plan.unsayable["gpus"].why == "accepted: 1 to 131,072"
+
+
+def test_digits_of_other_alphabets_are_no_number() -> None:
+    """`"²".isdigit()` holds, and `int("²")` raises."""
+    assert "gpus" not in read_values({**AXOLOTL}, file="a.yml", tool="axolotl", NPROC_PER_NODE="²").options
