@@ -1,1 +1,1 @@
-"""A real training step of the real model on fake tensors: needs torch, and no card."""
+"""A real training step of the real model on fake tensors. Needs torch, but no GPU."""

@@ -1,4 +1,4 @@
-"""Optimizers of small packages, with the memory of each operation: schedulefree and grokadamw, whether installed or not.
+"""Optimizers of small packages, operation by operation: schedulefree and grokadamw. The packages need not be installed.
 
 Source: schedulefree 1.4.1 `{adamw,radam,sgd}_schedulefree.py` (foreach); grokadamw 0.1.2 `grokadamw.py`. Values are not theirs.
 RAdamScheduleFree takes its Adam step at once: in a real run it begins after a few steps of plain SGD, which take less.
@@ -36,7 +36,7 @@ class Stepped(torch.optim.Optimizer):
 
 
 class ScheduleFree(Stepped):
-    """`AdamWScheduleFree` and `RAdamScheduleFree`: the base point and one moment; a copy of all parameters in passing."""
+    """`AdamWScheduleFree` and `RAdamScheduleFree`: the base point and one moment; a step copies all parameters temporarily."""
 
     def update(self, params: Parameters) -> None:
         """The foreach branch."""
@@ -63,7 +63,7 @@ class ScheduleFree(Stepped):
 
 
 class ScheduleFreeSGD(ScheduleFree):
-    """`SGDScheduleFree`: the base point, and nothing in passing."""
+    """`SGDScheduleFree`: the base point, and no temporaries."""
 
     def update(self, params: Parameters) -> None:
         """The foreach branch."""
@@ -74,10 +74,10 @@ class ScheduleFreeSGD(ScheduleFree):
 
 
 class GrokAdamW(Stepped):
-    """`GrokAdamW`: its three averages lie on the host; each step copies one parameter's to the device, then the next one's."""
+    """`GrokAdamW`: its three averages are in host memory. A step copies those of one parameter at a time to the device."""
 
     def update(self, params: Parameters) -> None:
-        """`_update_group`: an empty tensor stands for the copy of what lies on the host."""
+        """`_update_group`, with an empty tensor in place of each copy from the host."""
         for p in params:
             exp_avg, exp_avg_sq = torch.empty_like(p), torch.empty_like(p)
             grok_ema = torch.empty_like(p)

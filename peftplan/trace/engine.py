@@ -1,4 +1,4 @@
-"""`trace`: a real training step of the real model on fake tensors, and what it took, phase by phase."""
+"""`trace`: runs a real training step of the real model on fake tensors, and logs the memory of each phase."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from peftplan.trace.steps import STEPS, Run, phases_begun, take_steps
 
 @dataclass(frozen=True)
 class Traced:
-    """What a trace saw. Bytes are allocated bytes, each storage rounded to 512."""
+    """The result of a trace. Bytes are allocated bytes, each storage rounded up to 512."""
 
     peaks: Mapping[str, Peak]
     num_trainable: int
@@ -65,11 +65,11 @@ class Traced:
     depths: tuple[int, ...] = ()
     """Depths at which the repeated layers were traced; empty if the whole model was."""
     facts: Mapping[str, int | str] = field(default_factory=dict)
-    """What the batch holds besides batch × seq tokens."""
+    """The contents of the batch besides batch × seq tokens."""
     replaced: tuple[str, ...] = ()
     """Packages whose kernels the model would use if they were installed; its torch code was traced instead."""
     host_bytes: int = 0
-    """The most bytes that wait in host memory for backward."""
+    """The most bytes that are offloaded to host memory until backward."""
     prepared: bool = False
     """Whether peft prepared a quantized base, after which it empties the cache (0.20 on, `prepare_model_for_kbit_training`)."""
 
@@ -80,7 +80,7 @@ class Traced:
 
     @cached_property
     def events(self) -> tuple[Event, ...]:
-        """The log for the allocator's replay; what belongs to no counted phase carries the phase `warmup`."""
+        """The log for the allocator's replay. Events outside the reported phases have the phase `warmup`."""
         phases = ["warmup"] * len(self.log)
         for window in self.windows:
             phases[window.start : window.end] = [window.phase] * (window.end - window.start)
@@ -88,11 +88,11 @@ class Traced:
 
     @cached_property
     def replayed(self) -> Replay:
-        """The log through torch's allocator with default options: peaks with the tails of blocks, and reserved bytes."""
+        """The log, replayed through torch's allocator with default options: peaks with tails of blocks, and reserved bytes."""
         return replay(self.emptied(self.events))
 
     def emptied(self, events: Sequence[Event]) -> Sequence[Event]:
-        """The events with the cache emptied behind the last tensor that preparation frees, before the adapters are made."""
+        """The events, with the cache emptied after the last tensor that preparation frees and before adapters are created."""
         at = max((i for i, e in enumerate(events) if e.kind == "free" and e.phase == "load"), default=-1) + 1
         return [*events[:at], Event("empty_cache", phase="load"), *events[at:]] if self.prepared and at else events
 
@@ -103,7 +103,7 @@ class Traced:
 
     @property
     def alive(self) -> tuple[Alive, ...]:
-        """What is alive at the overall peak, in groups, the largest first."""
+        """The tensors alive at the overall peak, in groups, the largest first."""
         return self.peaks[self.peak_phase].alive
 
     def by_category(self, phase: str | None = None) -> dict[Category, int]:
@@ -149,7 +149,7 @@ def trace(
 
 
 def _by_stacks(run: Callable[..., Traced], config: Mapping[str, Any], stacks: tuple[Stack, ...], tell: Tell) -> Traced:
-    """The trace of a model, each repeating stack made from two small depths; one that does not repeat is traced in full."""
+    """The trace of a model, with each repeating stack extended from two small depths. Others are traced in full."""
     if not stacks:
         return run(config, tell=tell)
     stack, *rest = stacks
@@ -164,7 +164,7 @@ def _by_stacks(run: Callable[..., Traced], config: Mapping[str, Any], stacks: tu
 
 
 def _deepened(small: Traced, large: Traced, *, stack: Stack) -> Traced:
-    """What the model with all its layers shows, from two traces that differ by a period: everything is linear in it."""
+    """The trace of the full depth, from two traces that differ by one period. Everything is linear in the number of periods."""
     samples = [
         Sample.of(sample.log, list(sample.began), layers=depth, stack=stack.name, period=stack.period)
         for sample, depth in zip((small, large), stack.samples, strict=True)
@@ -198,7 +198,7 @@ def _run(
     on: torch.device,
     tell: Tell,
 ) -> Traced:
-    """One trace of exactly this model."""
+    """One trace of this model as it is."""
     tell("making the model", 0.0)
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup)
     step_inputs = inputs(built.base, setup)
@@ -256,7 +256,7 @@ def _run(
 
 @contextmanager
 def _as_on_card(mode: DenseMode, capability: Capability, *, device: str) -> Iterator[None]:
-    """Fake tensors, with torch, transformers and flash-attn as they behave on a card."""
+    """Fake tensors, with torch, transformers and flash-attn behaving as on a card."""
     with (
         mode,
         CudaLike(capability=capability, device=device),
@@ -297,9 +297,9 @@ def _token_counts(built: Built, step_inputs: Inputs, setup: Setup) -> set[int]:
 
 
 def _scalar(tensor: torch.Tensor, op: str, *, padding: bool) -> Any:
-    """The value of a fake scalar: of a mask's `all()`, whether there is no padding; of a step counter, 1; of a random draw, 0.
+    """The value of a fake scalar. A mask's `all()`: whether there is no padding; a step counter: 1; a random number: 0.
 
-    Any other comparison guards against bad input (a label past the vocabulary), which there is none of.
+    Any other comparison guards against bad input, such as a label beyond the vocabulary. The batch has none.
     """
     if tensor.dtype == torch.bool:
         return not padding if "all" in op else False
@@ -309,7 +309,7 @@ def _scalar(tensor: torch.Tensor, op: str, *, padding: bool) -> Any:
 
 
 def _event(moment: Moment, phase: str) -> Event:
-    """A line of the log as the allocator takes it; what a storage is stands where it is allocated."""
+    """A line of the log as an event of the allocator. The event that allocates a storage names it."""
     kind, storage, _, module = moment
     if kind == "free":
         return Event("free", storage.id, phase=phase, module=module)

@@ -1,4 +1,4 @@
-"""From a model on the meta device to fake tensors: every storage has a size and a lifetime, but no memory.
+"""Convert a model on the meta device to fake tensors: every storage has a size and a lifetime, but no memory.
 
 The fake device is `cuda` where torch sees a card, so that its own dispatch decides, and else `cpu` with CUDA's differences
 (`differences`): fake `cuda` tensors need a driver in the process as soon as autograd switches devices (torch). No kernel
@@ -20,12 +20,12 @@ FakeOn = Literal["cpu", "auto"]
 
 
 def fake_device(choice: FakeOn) -> torch.device:
-    """Where fake tensors are said to be: `auto` is CUDA where torch sees a card, else the CPU with CUDA's differences."""
+    """The device of fake tensors. `auto`: CUDA if torch sees a card, else the CPU with CUDA's differences."""
     return torch.device("cuda" if choice == "auto" and torch.cuda.is_available() else "cpu")
 
 
 class _Converter:
-    """Remembers what was converted, and keeps it alive, so that a tied tensor stays one tensor."""
+    """Remembers converted tensors and keeps them alive, so that a tied tensor stays one tensor."""
 
     def __init__(self, mode: FakeTensorMode, device: torch.device) -> None:
         self.mode = mode

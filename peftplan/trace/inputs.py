@@ -1,7 +1,7 @@
-"""The batch that a model's forward takes in training: by its class, its config and the arguments of its forward.
+"""The batch of a model's forward in training, derived from its class, its config and the arguments of its forward.
 
-Text is `batch_size × seq_len`; what else a sample holds (pictures, sound, a decoder's tokens) follows from the model's own config
-and the field's habits, and is said in `Inputs.facts`. Values are zeros: only shapes and dtypes matter to a trace.
+Text is `batch_size × seq_len`. Other inputs (images, audio, a decoder's tokens) follow from the model's config and common
+practice, and are stated in `Inputs.facts`. Values are zeros, since only shapes and dtypes matter to a trace.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ ACCEPTED = (*PER_SAMPLE, *PER_TOKEN, "ForQuestionAnswering", "ForCTC")
 
 @dataclass
 class Inputs:
-    """What one micro batch holds. `tokens` are the numbers of rows that a tensor over the vocabulary can have, without virtual
-    tokens, per sample; `selected` is how many places of a mask of samples × positions are true, where the model asks."""
+    """One micro batch. `tokens`: the possible numbers of rows per sample of a tensor over the vocabulary, without virtual tokens.
+
+    `selected`: how many entries of a mask of samples × positions are true, for models that ask.
+    """
 
     batch: dict[str, Any]
     tokens: frozenset[int]
@@ -86,7 +88,7 @@ def _text(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
 
 
 def _seq2seq(model: Any, setup: Setup) -> Inputs:
-    """Encoder and decoder both of `seq_len`; a decoder with a shorter position table takes what it holds."""
+    """Encoder and decoder sequences of `seq_len`. A decoder with a shorter table of positions gets as many as it has rows."""
     b, s = setup.batch_size, setup.seq_len
     check_length(model, "seq_len", s, side="encoder")
     longest = max_positions(model, side="decoder")
@@ -105,7 +107,7 @@ def _seq2seq(model: Any, setup: Setup) -> Inputs:
 
 
 def _transcription(model: Any, setup: Setup) -> Inputs:
-    """Whisper's kind: every clip is padded to the encoder's whole window, and the labels are `seq_len` tokens."""
+    """Batches of models such as Whisper: clips are padded to the encoder's whole window, and labels are `seq_len` tokens."""
     b, s = setup.batch_size, setup.seq_len
     check_length(model, "seq_len", s, side="decoder")
     check_decoder_start(model)
@@ -143,7 +145,7 @@ def _masked_frames(config: Any, frames: int) -> int:
 
 
 def _pictures(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
-    """One picture (or clip) per sample, of the size that the config states."""
+    """One image or clip per sample, of the size that the config states."""
     pictures = picture_inputs(model, takes, setup)
     if not pictures.batch:
         raise RefusedError(f"engine: trace knows no input of {type(model).__name__}; accepted: text, pictures, sound")
@@ -151,7 +153,7 @@ def _pictures(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
 
 
 def labels(model: Any, takes: frozenset[str], b: int, s: int) -> dict[str, Any]:
-    """What the class computes its loss from: the shape follows from the end of its name."""
+    """The labels of the class's loss. Their shape follows from the end of the class's name."""
     name = type(model).__name__
     if "start_positions" in takes and name.endswith("ForQuestionAnswering"):
         return {"start_positions": ids(b), "end_positions": ids(b)}
@@ -185,15 +187,15 @@ def _dtype(model: Any, setup: Setup) -> torch.dtype:
 
 
 def give_pad_token(model: Any) -> None:
-    """As its users must, where the config has none: a classifier that scores each sequence's last token takes several sequences
-    only with a pad token (transformers, modeling_layers.py, `GenericForSequenceClassification.forward`)."""
+    """Set a pad token if the config has none, as users must: a classifier that scores the last token of each sequence needs one
+    for batches above 1 (transformers, modeling_layers.py, `GenericForSequenceClassification.forward`)."""
     config = model.config.get_text_config()
     if type(model).__name__.endswith("ForSequenceClassification") and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0
 
 
 def check_decoder_start(model: Any) -> None:
-    """Labels become decoder inputs by shifting, which needs a token to start with (`shift_tokens_right`)."""
+    """Raise InputError if the config has no start token. Labels are shifted to become decoder inputs (`shift_tokens_right`)."""
     config = model.config.get_text_config(decoder=True)
     for name in ("decoder_start_token_id", "pad_token_id"):
         if getattr(config, name, None) is None and getattr(model.config, name, None) is None:
@@ -201,7 +203,7 @@ def check_decoder_start(model: Any) -> None:
 
 
 def check_length(model: Any, name: str, length: int, *, side: str = "") -> None:
-    """Raises InputError for more tokens than the side's position table has rows."""
+    """Raises InputError if there are more tokens than rows in that side's table of positions."""
     longest = max_positions(model, side=side)
     if longest is not None and length > longest:
         raise InputError(name, length, f"accepted: up to {longest}, the positions of {type(model).__name__}")

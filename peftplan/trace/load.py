@@ -1,4 +1,4 @@
-"""The load phase: how weights reach the device, tensor by tensor, since it decides the holes that later allocations meet.
+"""The load phase: how weights reach the device, tensor by tensor. It decides which free blocks later allocations find.
 
 A quantized model is loaded on the device: transformers reserves one block of the size of the stored weights, frees it, then
 copies each tensor in the order of its name, and quantizes it there. A dense model is moved module by module, with its adapters
@@ -44,7 +44,7 @@ class _Moved(NamedTuple):
 
 
 def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
-    """Register every tensor that lasts, with what loading takes in passing."""
+    """Register every tensor that lasts, and the temporaries of loading."""
     if quant is None:
         _dense_model(built, tracker, setup)
     else:
@@ -52,7 +52,7 @@ def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None
 
 
 def _dense_model(built: Built, tracker: Tracker, setup: Setup) -> None:
-    """Module by module; where the base was there before, what peft adds comes after it."""
+    """Move a dense model module by module. If the base is already on the device, the adapters follow it."""
     there = adapter_from_host(setup, None)
     later = []
     for part in _moved(built):
@@ -172,7 +172,7 @@ def _warm_up(parts: list[Part], tracker: Tracker, quant: QuantConfig, *, dtype: 
 
 
 def _quantized(tracker: Tracker, name: str, module: Any, *, dtype: str) -> None:
-    """A dense weight arrives and is quantized; with double quantization its fp32 absmax, and that less its mean, come first."""
+    """A dense weight arrives and is quantized. With double quantization, fp32 absmax and absmax less its mean are temporary."""
     prefix = name.removesuffix(".weight")
     beside = module.__dict__[QUANT_TENSORS]
     passing = [_dense(tracker, (module.out_features, module.in_features), dtype, name=name)]

@@ -1,6 +1,6 @@
-"""The model of a traced run, built as the user's script would: loaded, quantized, prepared, adapted, checkpointed, on meta.
+"""Build the model of a traced run on meta as a user's script would: load, quantize, prepare, adapt, checkpoint.
 
-Everything that changes a module or a dtype happens here, before the tensors become fake ones.
+Everything that changes a module or a dtype happens here, before the tensors become fake.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def build(
 
 
 def _adapted(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfig | None, setup: Setup) -> Any:
-    """The base as it is, or with the adapter of peft or of ours (`reference`)."""
+    """The base alone, or with an adapter: peft's, or one of `reference`."""
     if peft_config is None:
         return base
     if isinstance(peft_config, Adaptation):
@@ -152,7 +152,7 @@ def _kbit_prepare(model: Any) -> set[int]:
 
 
 def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfig | None, setup: Setup) -> Any:
-    """`get_peft_model`, and what the trainer does to the adapter's dtype.
+    """`get_peft_model`, then the trainer's casts of the adapter.
 
     peft makes adapters in fp32 (`autocast_adapter_dtype`); TRL ≥ 1 casts every trainable parameter of a quantized model to bf16.
     """

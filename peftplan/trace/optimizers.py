@@ -28,7 +28,7 @@ LEARNING_RATE = 1e-3
 
 
 class Steps(Protocol):
-    """What a step program asks of an optimizer."""
+    """The interface of an optimizer that a step program needs."""
 
     def step(self) -> None: ...
     def zero_grad(self, *, set_to_none: bool) -> None: ...
@@ -101,7 +101,7 @@ class Real:
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def after_step(self) -> None:
-        """Name the states; those on the host leave the log."""
+        """Name the states, and remove those in host memory from the log."""
         names: dict[Any, str] = {id(p): name for name, p in self.named}
         host = []
         for p, of_parameter in self.optimizer.state.items():
@@ -119,7 +119,7 @@ class Real:
 
 @dataclass
 class StandIn:
-    """States of `peftplan.optim`, made in the first step; nothing else is taken."""
+    """The states of `peftplan.optim`, created in the first step. No other memory is allocated."""
 
     optimizer: Optimizer
     arguments: Mapping[str, str]
@@ -130,7 +130,7 @@ class StandIn:
     _has_states: bool = field(default=False)
 
     def step(self) -> None:
-        """Make the states once."""
+        """Create the states in the first step."""
         if self._has_states:
             return
         self._has_states = True
@@ -168,4 +168,4 @@ class StandIn:
                 p.grad.zero_()
 
     def after_step(self) -> None:
-        """Nothing is left to name."""
+        """Does nothing: the states are named when they are created."""

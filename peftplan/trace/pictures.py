@@ -1,4 +1,4 @@
-"""The pictures of a batch: how many, of which size, and what else a model with a vision tower wants beside them."""
+"""The images of a batch: how many, of which size, and the other inputs of a model with a vision tower."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from peftplan.errors import InputError
 from peftplan.job.setup import Setup
 
 IMAGE_SIZE = 224
-"""Of networks whose config states none (ResNet, ConvNeXt): the ImageNet crop that they were trained on."""
+"""Image size for networks whose config states none (ResNet, ConvNeXt): the ImageNet crop that they were trained on."""
 CHANNELS = 3
 
 
 @dataclass
 class Pictures:
-    """Tensors, and what they are in words."""
+    """Tensors of the batch, and a description in words."""
 
     batch: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, int | str] = field(default_factory=dict)
@@ -102,4 +102,4 @@ BESIDE_TEXT: dict[str, Callable[[Any, Setup], Pictures]] = {
     "gemma3": _with_text(lambda config: int(config.mm_tokens_per_image), token_types=True),
     "mllama": _mllama,
 }
-"""Model types whose pictures are traced beside text. Of the others the text alone is, which `images_per_sample: 0` says."""
+"""Model types whose images are traced beside text. For all others only text is traced, and `images_per_sample` is 0."""

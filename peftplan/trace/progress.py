@@ -1,4 +1,4 @@
-"""How far a trace is, for whoever waits: a callback takes what is done now and the share of the whole that is behind."""
+"""Progress of a trace: a callback gets the current activity and the share of the work that is done."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ Tell = Callable[[str, float], None]
 
 
 def silent(what: str, share: float) -> None:
-    """Nobody waits."""
+    """Report nothing."""
 
 
 def part(tell: Tell, *, number: int, of: int) -> Tell:
-    """The voice of one of several parts that take about as long."""
+    """The callback for one of several parts of about equal duration."""
     return lambda what, share: tell(what, (number + share) / of)

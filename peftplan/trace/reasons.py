@@ -1,4 +1,4 @@
-"""Why a trace failed, in one line: what torch and transformers say, and in known cases what it means."""
+"""Why a trace failed, in one line: the error of torch or transformers, and its meaning if it is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trace kept whole: its steady step as a series of levels, and its event log as a file."""
+"""A recorded trace: its steady step as a series of memory levels, and its event log as a file."""
 
 from __future__ import annotations
 

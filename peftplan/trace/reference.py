@@ -1,4 +1,4 @@
-"""Methods that peft does not have, as small modules of ours in the real model: Houlsby and Pfeiffer adapters, BitFit.
+"""Methods that peft does not have, as small modules inserted into the real model: Houlsby and Pfeiffer adapters, BitFit.
 
 What is added and what trains is said by the method's own `Adaptation` (`methods/bottleneck.py`, `methods/bitfit.py`). An adapter
 is `x + up(relu(down(x)))`, after self-attention or after the MLP, before the layer's own residual: adapters 1.3.0,
@@ -35,7 +35,7 @@ class Bottleneck(nn.Module):
 
 
 def apply_reference(base: nn.Module, adaptation: Adaptation, *, dtype: torch.dtype) -> nn.Module:
-    """Freeze the base, let train what the adaptation names, and put its adapters in; layers that the model lacks are passed."""
+    """Freeze the base, unfreeze what the adaptation names, and insert its adapters. Layers that the model lacks are skipped."""
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     names = {name for name, _ in base.named_parameters()}
@@ -57,7 +57,7 @@ def apply_reference(base: nn.Module, adaptation: Adaptation, *, dtype: torch.dty
 
 
 def _insert(layer: nn.Module, place: str, adapter: Bottleneck) -> None:
-    """Put an adapter behind the part of the layer that its place names."""
+    """Insert an adapter after the part of the layer that its place names."""
     parts = {name: [inner for inner, _ in part.named_children()] for name, part in layer.named_children()}
     part = layer.get_submodule(part_before(place, parts))
     layer.add_module(place, adapter)

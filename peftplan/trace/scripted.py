@@ -1,4 +1,4 @@
-"""What a hand-written program does beyond all options (`job.script`), in a trace and in the replayed log."""
+"""Behaviour of a hand-written program that no option expresses (`job.script`), in a trace and in the replayed log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftplan.trace.engine import Traced
 
 @contextmanager
 def repeating_kv(repeats: bool) -> Iterator[None]:
-    """transformers' sdpa attention as it repeats keys and values itself, which torch's grouped kernels make needless."""
+    """Make transformers' sdpa attention repeat keys and values itself, as without torch's grouped-query kernels."""
     if not repeats:
         yield
         return

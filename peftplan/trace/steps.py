@@ -1,4 +1,4 @@
-"""Training steps: the loop around the model decides what is alive when.
+"""Training steps: the loop around the model decides how long tensors live.
 
 Source: transformers, trainer.py (`Trainer.training_step`); accelerate; trl, `SFTTrainer.compute_loss`.
 """
@@ -40,7 +40,7 @@ class Watcher(Protocol):
 
 @dataclass
 class Run:
-    """What the loop works on. `started`: how many phases had begun before the steady step."""
+    """The state of the loop. `started`: how many phases had begun before the steady step."""
 
     model: nn.Module
     batch: dict[str, torch.Tensor]
@@ -133,7 +133,7 @@ def take_steps(run: Run) -> None:
 
 
 def _complete_batches(run: Run) -> None:
-    """What a trainer puts into its batches: a mask of ones where nothing is padded, and that no cache is used."""
+    """Add what a trainer puts into its batches: a mask of ones if nothing is padded, and `use_cache=False`."""
     for batch in (run.batch, *run.earlier):
         if run.setup.by.always_masks and "attention_mask" not in batch:
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])

@@ -1,4 +1,4 @@
-"""The trace engine as an `Estimate` sees it: peaks per phase as ledgers, from a real step on fake tensors (extra `trace`)."""
+"""The trace engine's entry point: a job's peaks per phase, from a real step on fake tensors (extra `trace`)."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def trace_peaks(
 
 
 def _on_host(nbytes: int) -> dict[str, int]:
-    """The note on inputs of checkpointed layers that wait in host memory."""
+    """The note on inputs of checkpointed layers that are offloaded to host memory."""
     return {"offloaded_bytes": nbytes} if nbytes else {}
 
 
@@ -107,7 +107,7 @@ def _without(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _unknown(unknown_ops: Mapping[str, int]) -> tuple[str, ...]:
-    """What a trace could not follow, module family by module family; how often depends on the depth that was traced."""
+    """What a trace could not follow, by module family. Counts depend on the traced depth and are left out."""
     families = dict.fromkeys(_INDEX.sub("*", module) or "the run" for module in unknown_ops)
     return tuple(f"{family} asked for a value that a fake tensor does not have" for family in families)
 
