@@ -76,7 +76,7 @@ def _attention(c: Fields, n: Dims) -> Attention:
 
 
 def _capped(c: Fields, name: str, *, absent: float | None) -> bool:
-    """Whether soft-capping is on. Any number turns it on; an explicit null turns it off."""
+    """Whether soft-capping is on. A number turns it on; an explicit null turns it off."""
     if c.raw.get(name, absent) is None:
         return False
     c.number(name, default=absent, low=0, high=1e6)

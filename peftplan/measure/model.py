@@ -118,7 +118,7 @@ def load(job: Job, device: torch.device) -> Any:
 
 
 def _start_decoder(hf_config: Any) -> None:
-    """Set the decoder's start token if the built-in config has none. Any id takes the same bytes."""
+    """Set the decoder's start token if the built-in config has none. The bytes are the same for each id."""
     for name in ("decoder_start_token_id", "pad_token_id"):
         if getattr(hf_config, name, None) is None:
             setattr(hf_config, name, FIRST_TOKEN)

@@ -15,7 +15,7 @@ from peftplan.ledger import Allocation
 from peftplan.optim.optimizer import OptimArgs, Param, like, scalar
 
 TRUE_FOR_TORCH_FLAGS = ("true", "1", "yes")
-"""What transformers reads as true for `nesterov` and `centered`. Any other string is false."""
+"""What transformers reads as true for `nesterov` and `centered`. Every other string is false."""
 
 
 def adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
