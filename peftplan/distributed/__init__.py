@@ -1,1 +1,1 @@
-"""Several GPUs: the strategies, what a rank holds under each, and what it gathers and reduces during a step."""
+"""Several GPUs: the strategies, the tensors that a rank holds under each, and those that it gathers and reduces in a step."""

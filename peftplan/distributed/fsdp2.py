@@ -1,7 +1,7 @@
-"""FSDP2 on the tape: what a rank gathers before a unit runs, frees behind it, and reduces in backward.
+"""FSDP2 on the tape: what a rank gathers before a unit runs, frees after it, and reduces in backward.
 
-Source: torch, distributed/fsdp/_fully_shard/{_fsdp_param_group,_fsdp_collectives,_fsdp_state}.py, whose names these methods
-have. Buffers of collectives are made on streams of their own, which the allocator keeps apart.
+Source: torch, distributed/fsdp/_fully_shard/{_fsdp_param_group,_fsdp_collectives,_fsdp_state}.py. Methods have torch's names.
+Buffers of collectives are allocated on their own streams, whose blocks the allocator keeps apart.
 
     forward     unit 0: gather into one buffer, copy out into its tensors | layer | free its tensors | unit 1: gather, free the
                 buffer of unit 0, copy out …
@@ -21,18 +21,18 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Node, Parameter, Tensor
 
 COPY_IN, REDUCE = 1, 2
-"""Streams beside the default one, 0. The all-gather's own makes nothing, since its input is a view of its output."""
+"""Streams besides the default one, 0. The all-gather's stream allocates nothing, since its input is a view of its output."""
 STREAMS = 3
 
 
 class Member(NamedTuple):
-    """One parameter of a unit. Numbers of elements include what pads it to W equal shards."""
+    """One parameter of a unit. Numbers of elements include the padding to W equal shards."""
 
     name: str
     gathered: int
     shard: int
     dtype: str
-    """In which it is gathered."""
+    """The dtype in which it is gathered."""
     casts: bool
     """Whether its shard has another dtype, and is cast before it is gathered."""
     master: str
@@ -42,7 +42,7 @@ class Member(NamedTuple):
 
 @dataclass
 class Unit:
-    """Parameters that are gathered and reduced together, and where they are in a step."""
+    """Parameters that are gathered and reduced together, and their state during a step."""
 
     name: str
     members: tuple[Member, ...]
@@ -73,7 +73,7 @@ class Fsdp2:
         self.syncs = True
         """Whether gradients are reduced in this backward."""
         self.reduced: set[str] = set()
-        """Families that got gradients."""
+        """Families that have received gradients."""
         self._order: list[Unit] = []
         self._copied_out: Tensor | None = None
         self._reducing: list[Tensor] = []
@@ -81,7 +81,7 @@ class Fsdp2:
     # -- forward -----------------------------------------------------------------------------------------------------------------
 
     def enter(self, name: str) -> None:
-        """Before a unit's forward: its parameters are there."""
+        """Before a unit's forward: gather its parameters."""
         unit = self.by_name.get(self.tied_to.get(name, name))
         if unit is None or self.f.replays:  # a checkpointed layer runs again while its parameters are there
             return
@@ -90,7 +90,7 @@ class Fsdp2:
         self._wait(unit, forward=True)
 
     def enter_with(self, name: str, x: Tensor) -> Tensor:
-        """The same on `x`, behind whose gradient those of the unit are reduced, unless a part of it ran before."""
+        """The same with the unit's input `x`. After its gradient, the unit's are reduced, unless a part of it ran before."""
         unit = self.by_name.get(name)
         first = unit is not None and unit.state != "forward"
         self.enter(name)
@@ -117,7 +117,7 @@ class Fsdp2:
         self._copied_out = None
 
     def _unshard(self, unit: Unit) -> None:
-        """`foreach_all_gather`: shards of another dtype are cast, side by side; all go into one buffer."""
+        """`foreach_all_gather`: casts the shards of another dtype, then gathers all into one buffer."""
         if unit.buffer is not None or unit.unsharded or not unit.members:
             return
         cast = [member for member in unit.members if member.casts]
@@ -131,7 +131,7 @@ class Fsdp2:
         del narrow
 
     def _wait(self, unit: Unit, *, forward: bool) -> None:
-        """`wait_for_unshard`: a tensor per parameter, copied out of the buffer, which in forward stays until the next unit's."""
+        """`wait_for_unshard`: copies the parameters out of the buffer. In forward the buffer lives until the next unit's."""
         if unit.buffer is None:
             return
         if forward:
@@ -145,17 +145,17 @@ class Fsdp2:
         unit.buffer = None
 
     def begin_backward(self, *, syncs: bool) -> None:
-        """Gradients will be reduced, or stay whole."""
+        """Start a backward. `syncs`: gradients are reduced; otherwise they stay whole."""
         self.syncs = syncs
 
     def idle(self, families: set[str]) -> set[str]:
-        """Families of which nothing was reduced."""
+        """The families that have received no gradients."""
         return families - self.reduced
 
     # -- backward ----------------------------------------------------------------------------------------------------------------
 
     def pre_backward(self, unit: Unit) -> None:
-        """A gradient of a unit's output arrives: gather it, and the unit before it ahead of time."""
+        """The gradient of a unit's output has arrived: gather the unit, and prefetch the one before it."""
         if unit.state == "pre_backward":
             return
         unit.state = "pre_backward"
@@ -165,7 +165,7 @@ class Fsdp2:
             self._unshard(self._order[index - 1])
 
     def post_backward(self, unit: Unit) -> None:
-        """The gradients of a unit are there: free its parameters, reduce the gradients."""
+        """The gradients of a unit are complete: free its parameters and reduce the gradients."""
         unit.state = "post_backward"
         places = {member.name: place for place, member in enumerate(unit.members)}
         with_gradients = [p for p in unit.parameters() if p.grad is not None]
@@ -182,7 +182,7 @@ class Fsdp2:
             self._reduce(unit, {p.name for p in with_gradients}, gradients)
 
     def _reduce(self, unit: Unit, names: set[str], gradients: list[Tensor | None]) -> None:
-        """`foreach_reduce`, in which a variable of its first loop holds the last gradient until it returns."""
+        """`foreach_reduce`. The variable of its first loop keeps the last gradient alive until it returns."""
         members = [member for member in unit.members if member.name in names]
         self.reduced |= names
         dtype = self.reduce_dtype or members[0].dtype

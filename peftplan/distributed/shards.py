@@ -1,6 +1,6 @@
-"""What one rank holds between steps: the parameters of a job as shards, and what a strategy adds to them.
+"""The tensors that one rank holds between steps: the shards of a job's parameters, and what a strategy adds to them.
 
-W ranks of a shard group, N parameters, T of them trained. The rank with the most bytes counts: rank 0, whose shards are full.
+W ranks of a shard group, N parameters, T of them trained. The rank with the most bytes is counted: rank 0, whose shards are full.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ HALF = ("fp16", "bf16")
 
 
 class Holding(NamedTuple):
-    """What a rank holds: its parameters, and lines beside them that last from step to step."""
+    """What a rank holds: its parameters, and other lines that last from step to step."""
 
     parameters: Parameters
-    """Those that the optimizer steps over, gradients and states following their shapes and dtypes, and the frozen ones."""
+    """The parameters that the optimizer updates, which give gradients and states their shapes and dtypes, and the frozen ones."""
     beside: tuple[Line, ...] = ()
     states_of: Parameters | None = None
-    """Whose shapes the optimizer's states follow, where they are others than `parameters`."""
+    """The parameters that give optimizer states their shapes, if not `parameters`."""
 
 
 def holding(parameters: Parameters, distributed: Distributed, *, autocast: str, quantized: bool, hidden_size: int) -> Holding:
@@ -49,8 +49,9 @@ def holding(parameters: Parameters, distributed: Distributed, *, autocast: str, 
 
 
 def _divided(parameters: Parameters, parts: int, *, whole_vectors: bool) -> Holding:
-    """Every matrix in equal parts: what transformers' plans leave of a base in tensor parallel, its vectors being whole. Of
-    adapters, and of the layers that `device_map` gives a GPU, this is a lower bound of the largest part.
+    """Every matrix in equal parts, as in transformers' tensor-parallel plans, which leave vectors whole.
+
+    For adapters, and for the layers that `device_map` places on a GPU, this is a lower bound of the largest part.
     """
     shards = []
     for p in parameters.all:
@@ -76,7 +77,7 @@ def _of_fsdp2(parameters: Parameters, distributed: Distributed, *, autocast: str
 
 
 def _upcast(p: Parameter, distributed: Distributed, *, upcasts: bool) -> Parameter:
-    """The parameter as accelerate's version leaves it in fp32."""
+    """The parameter after accelerate's cast to fp32, which depends on its version."""
     if not upcasts or p.dtype not in HALF or p.quantized:
         return p
     everything = versions.FSDP2_UPCASTS_ALL.after(distributed.accelerate)
@@ -132,7 +133,7 @@ def _packed(p: Parameter) -> str:
 
 
 def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: str) -> Iterable[Parameter]:
-    """The flat parameter's shard, and what of its members stays whole."""
+    """The shard of the flat parameter, and those members that stay whole."""
     copies = max(p.copies for p in members)
     numel = sum(_elements(p) * p.copies for p in members) // copies
     shape = (ceil_div(numel, shards),)
@@ -186,7 +187,7 @@ def _buckets(parameters: Parameters, distributed: Distributed) -> tuple[Line, ..
 
 
 def _backwards(parameters: Parameters) -> Iterator[Parameter]:
-    """What trains, the last layer first; a family stands for itself once for each of its layers."""
+    """The trainable parameters, the last layer first. A family is repeated for each of its layers."""
     trained = [p for p in parameters.all if p.trainable]
     layers = sorted({layer for p in trained for layer in p.layers or ()}, reverse=True)
     outside = [p for p in trained if p.layers is None]
@@ -252,7 +253,7 @@ def _of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str,
 
 
 def _zero3_beside(cast: tuple[Parameter, ...], distributed: Distributed, hidden_size: int) -> tuple[Line, ...]:
-    """The reduce bucket, which is there from construction on, and the small parameters that stay gathered."""
+    """The reduce bucket, which exists from construction on, and the small parameters that stay gathered."""
     half = next((p.dtype for p in cast if p.trainable), "bf16")
     bucket = Line("reduce bucket", "communication", half, (reduce_bucket(distributed, hidden_size),), 1, "DeepSpeed, stage3.py")
     most = persistence(distributed, hidden_size)

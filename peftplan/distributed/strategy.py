@@ -21,11 +21,11 @@ Place = Literal["none", "cpu", "nvme"]
 WrapPolicy = Literal["transformer", "size", "none"]
 Prefetch = Literal["pre", "post", "none"]
 DEFAULT: StrategyName = "ddp"
-"""What Trainer under torchrun or accelerate does on several GPUs where nobody names a strategy."""
+"""What Trainer under torchrun or accelerate does on several GPUs if no strategy is set."""
 Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
 MOST = 2**31
 MOST_RANKS = 2**17
-"""No run has come near so many GPUs."""
+"""The most ranks that are accepted, far above any published run."""
 
 Size = Annotated[int, Field(ge=0, le=MOST * 2**10)]
 AutoSize = Size | Literal["auto"]
@@ -51,7 +51,7 @@ class Distributed(BaseModel):
     """GPUs of a node, one process each; of `device-map` all in one process."""
     nodes: Ranks = 1
     accelerate: Annotated[str, AfterValidator(_release)] | None = None
-    """The accelerate that prepares the model; None: one like 1.15."""
+    """The version of accelerate that prepares the model; None: one that behaves as 1.15."""
     # FSDP
     reshard_after_forward: bool | Annotated[int, Field(ge=2, le=MOST_RANKS)] | None = None
     dp_shard_size: Ranks | None = None
@@ -65,7 +65,7 @@ class Distributed(BaseModel):
     use_orig_params: bool | None = None
     cpu_ram_efficient_loading: bool | None = None
     sync_each_batch: bool | None = None
-    """Whether gradients are reduced in every micro batch; without it, they are only once per optimizer step."""
+    """Whether gradients are reduced in every micro batch, not only once per optimizer step."""
     param_dtype: ReduceDtype | None = None
     reduce_dtype: ReduceDtype | None = None
     # DDP
@@ -96,24 +96,24 @@ class Distributed(BaseModel):
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """The number of ranks."""
         return (self.gpus or 1) * self.nodes
 
     @property
     def shards(self) -> int:
-        """The ranks over which one copy of what is sharded is divided."""
+        """The number of ranks that share one copy of the sharded tensors."""
         return self.dp_shard_size or self.world_size
 
     @property
     def replicas(self) -> int:
-        """The ranks that read batches of their own."""
+        """The number of ranks that read their own batches."""
         if self.strategy == "device-map":
             return 1
         return self.world_size // ((self.tp_size or 1) * (self.cp_size or 1) * (self.pp_size or 1))
 
     @property
     def facts(self) -> Facts:
-        """What the strategy does."""
+        """The facts about the strategy."""
         return STRATEGIES[self.strategy]
 
     @property
@@ -162,7 +162,7 @@ ALWAYS = ("strategy", "gpus", "nodes", "accelerate")
 
 
 def parse_distributed(options: Mapping[str, Any]) -> Distributed | None:
-    """The strategy that options ask for; None for one GPU.
+    """The strategy of these options; None for one GPU.
 
     Raises InputError for a strategy on one GPU, for a parameter that the strategy does not have, and for ranks that do not
     divide.
@@ -183,7 +183,7 @@ def parse_distributed(options: Mapping[str, Any]) -> Distributed | None:
 
 
 def _refuse_alone(options: Mapping[str, Any]) -> None:
-    """Raise InputError for what needs several GPUs: `gpus=1` is one GPU."""
+    """Raise InputError for options that need several GPUs. `gpus=1` is one GPU."""
     names = (name for name in ("strategy", *options) if name in options and name not in ("gpus", "nodes", "accelerate"))
     if (name := next(names, None)) is not None:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What the installed transformers, peft and bitsandbytes make of a config, on the meta device: no weights, no memory."""
+"""Models and adapters built by the installed transformers, peft and bitsandbytes on the meta device: no weights, no memory."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""The stacks of a model whose layers are all alike: same modules, same shapes, same settings, and no number of one in the config.
+"""The stacks of a model whose layers are all alike: same modules, shapes and settings, and no layer singled out in the config.
 
 Such a stack is traced at two small depths and extended (`depth.expand`). A model may have two of them: encoder and decoder,
 vision tower and text. A model with any other stack is traced in full.
@@ -17,13 +17,13 @@ from peftplan.errors import PeftplanError
 from peftplan.libraries.meta import build_config, build_model, model_class, quiet_transformers
 
 MAX_STACKS = 2
-"""Each further stack doubles the number of traces."""
+"""The most stacks that are traced at two depths. Each further one doubles the number of traces."""
 _SETTINGS = (bool, int, float, str, type(None))
 NUMBERS_LAYERS = ("_indices", "_indexes")
 """How fields of configs end that number single layers: those of its vision tower whose output Mllama reads. `_out_indices` is of
 backbones, all of whose layers run."""
 _PLACE = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx"})
-"""Attributes that hold only the layer number."""
+"""Attributes that hold the layer's number and nothing else."""
 
 
 def repeating_stacks(config: Mapping[str, Any], *, task_type: str | None, period: int = 1) -> tuple[Stack, ...]:

@@ -1,4 +1,4 @@
-"""The KV cache of any model that the installed transformers can run: its own, after a few tokens, without weights."""
+"""The KV cache of any model that the installed transformers can run: filled with a few tokens, without weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ BASE = "bf16"
 """The dtype that the model has on the meta device, in place of the one that it is loaded in."""
 CLASSES = "transformers.cache_utils"
 FEW = 8
-"""Tokens that are enough to see the shapes: linear attention takes a loop over as many as there are."""
+"""Tokens that suffice to see the shapes. Few, because linear attention loops over them."""
 TOKENS = {"keys": 2, "values": 2, "indexer_keys": 1}
-"""Which dimension holds the tokens."""
+"""Part of a cache → the dimension of its tokens."""
 PARTS = ("keys", "values", "indexer_keys", "conv_states", "recurrent_states")
 """What transformers' cache layers hold: attention's tensors, and the states of linear attention and convolutions."""
 
@@ -82,7 +82,7 @@ def _tensors(layer: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _kind(layer: Any, part: str) -> str:
-    """As the formulas call it: states do not grow, windows do up to their length."""
+    """The kind of a part, as the formulas name it. States do not grow; windows grow up to their length."""
     if part.endswith("_states"):
         return STATE
     return f"sliding {layer.sliding_window}" if getattr(layer, "is_sliding", False) else "full"

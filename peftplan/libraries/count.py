@@ -155,7 +155,7 @@ def stand_ins(peft_type: str) -> Iterator[None]:
 
 
 def _butterfly(layer: Any, n: int, b: int, r: int = 3, n_butterfly_factor: int = 1) -> Any:
-    """As many indices; peft's order reads values."""
+    """The indices of a butterfly permutation in any order: peft's depends on values."""
     import torch
 
     if n_butterfly_factor and b * r * 2 > n:
@@ -178,14 +178,14 @@ def _principal_components(tensor: Any, r: int, device: Any, dtype: Any = None, r
 
 
 def _module_weight(module: Any) -> Any:
-    """The weight whose norm DoRA takes, of a stand-in for a quantized layer too."""
+    """The weight whose norm DoRA computes; also for stand-ins of quantized layers."""
     from peftplan.libraries.quantized import module_weight
 
     return module_weight(module)
 
 
 def _even_clusters(rows: Any, num_subspaces: int, iterations: int) -> tuple[Any, int]:
-    """Clusters of equal size: those of the real weights differ, the sum of their sizes does not."""
+    """Clusters of equal size. Those of real weights differ in size, but not in their sum."""
     import torch
 
     clusters = min(num_subspaces, rows.shape[0])
@@ -266,7 +266,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
 
 
 def _adaptation(base: Base, adapted: Any, method: Any) -> Adaptation:
-    """What differs between the base and the adapted model, collapsed to families."""
+    """The differences between the base and the adapted model, as families."""
     import torch
 
     embeddings = {f"{name}.weight" for name, m in adapted.named_modules() if isinstance(m, torch.nn.Embedding)}
@@ -293,7 +293,7 @@ def _adaptation(base: Base, adapted: Any, method: Any) -> Adaptation:
 
 
 def _checked(adaptation: Adaptation, base: Base, adapted: Any) -> Adaptation:
-    """The adaptation, once its sums are peft's own two numbers."""
+    """The adaptation, after checking its sums against peft's two counts."""
     numbers = adapted.get_nb_trainable_parameters()
     total = base.numel + adaptation.num_added
     if (adaptation.num_trainable, total) != numbers:

@@ -1,4 +1,4 @@
-"""What of the extra `trace` is installed, and whether it is new enough: imports nothing heavy."""
+"""Which packages of the extra `trace` are installed, and whether they are new enough. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftplan.errors import MissingExtraError, RefusedError
 from peftplan.versions import FLOORS
 
 version = cache(metadata.version)
-"""Read once: it opens a file."""
+"""Cached, since it opens a file."""
 
 
 def require(what: str, *packages: str) -> None:

@@ -1,4 +1,4 @@
-"""What every stand-in for a quantized layer has; the layers themselves are in `bnb_layers`."""
+"""The parts that all stand-ins for quantized layers share. The layers themselves are in `bnb_layers`."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 @contextmanager
 def replaced(stand_ins: Mapping[str, Any]) -> Iterator[None]:
-    """Put stand-ins (dotted name → object) in the place of what is there; what a version lacks it does not call either."""
+    """Replace objects (dotted name → stand-in) inside the block. Names that the installed version lacks are skipped."""
     with ExitStack() as stack:
         for target, stand_in in stand_ins.items():
             if _is_there(target):

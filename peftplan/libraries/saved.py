@@ -1,4 +1,4 @@
-"""What the installed peft saves of any of its methods: the tensors of `get_peft_model_state_dict`, of a model without weights."""
+"""The tensors that the installed peft saves for any of its methods: `get_peft_model_state_dict` of a model without weights."""
 
 from __future__ import annotations
 

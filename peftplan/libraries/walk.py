@@ -1,4 +1,4 @@
-"""From a real model to an `Architecture`: module families by name template and shape, ties, buffers, embeddings."""
+"""Convert a real model to an `Architecture`: module families by name template and shape, ties, buffers, embeddings."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Every allocation of a traced step: who made it, when it is freed, what is alive at a peak."""
+"""Every allocation of a traced step: which operation made it, when it is freed, and what is alive at a peak."""

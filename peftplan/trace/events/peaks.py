@@ -1,4 +1,4 @@
-"""From a log of allocations to peaks per phase and what was alive at each."""
+"""Compute the peak of each phase from a log of allocations, and the tensors alive at each peak."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class Window:
 
 
 def windows(began: Sequence[tuple[int, str]], *, length: int, started: int) -> tuple[Window, ...]:
-    """The windows that count: load, and the phases that began once `started` others had."""
+    """The reported windows: load, and the phases that began after the first `started` ones."""
     ends = [start for start, _ in began[1:]] + [length]
     every = [Window(phase, start, end) for (start, phase), end in zip(began, ends, strict=True)]
     return (every[0], *every[started:])
 
 
 def peaks(log: Sequence[Moment], windows: Sequence[Window]) -> dict[str, Peak]:
-    """The peak of each phase over its windows; a window starts at the level that it meets."""
+    """The peak of each phase over its windows. A window starts with what is already alive."""
     best: dict[str, tuple[int, int]] = {}
     level, index = 0, 0
     for window in windows:

@@ -1,4 +1,4 @@
-"""Watches every storage of a traced step: when it is made and freed, by which operation and module, in which phase.
+"""Track every storage of a traced step: when it is allocated and freed, by which operation and module, in which phase.
 
 A `TorchDispatchMode` sees every operation below autograd. Each new storage gets a weak reference, whose callback is the free.
 Bytes are those of the storage; rounding is the reader's. Left out: memory that an operation takes and frees within one call, and
@@ -29,23 +29,23 @@ except ImportError:  # torch before 2.11 has it under its older name
     from torch._prims_common import is_non_overlapping_and_dense as is_dense  # type: ignore[attr-defined,no-redef]
 
 DEVICE_OF = torch.ops.prim.device.default
-"""A FakeTensor answers `.device` through the dispatcher, twice as often as anything else."""
+"""A FakeTensor dispatches this operation for `.device`, twice as often as any other."""
 SUM = torch.ops.aten.add.Tensor
 ALONE = 2
-"""References to a storage that one tensor has: the tensor's, and the name by which it is asked."""
+"""References to a storage of a single tensor: the tensor's own, and that of the code that counts them."""
 _ATEN = torch.ops.aten
 KEEP_ONES = frozenset({_ATEN._to_copy.default, _ATEN.all.default, _ATEN.mul.Tensor})
-"""Operations that leave ones what they are."""
+"""Operations whose result is all ones if their input is."""
 MAKE_ONES: dict[Any, Callable[..., bool]] = {
     _ATEN.ones.default: lambda size: True,
     _ATEN.eq.Tensor: lambda a, b: a is b,
     _ATEN.ne.Scalar: lambda a, b: b == math.inf,
 }
-"""Operations that make ones, if this holds of their arguments: new masks, and both halves of `isfinite` of finite values."""
+"""Operations whose result is all ones if this holds for their arguments: new masks, and both halves of `isfinite`."""
 IGNORED = frozenset({torch.ops.aten.detach.default})
-"""Operations that make no storage and come often."""
+"""Frequent operations that allocate no storage."""
 LIFT_FRESH = torch.ops.aten.lift_fresh.default
-"""What `torch.tensor` ends with: in an optimizer, of a step counter on the host."""
+"""The last operation of `torch.tensor`. In an optimizer it creates a step counter on the host."""
 
 DROPOUT = torch.ops.aten.native_dropout.default
 """Allocates its last result first, the mask (torch, aten/src/ATen/native/cuda/Dropout.cu: `dropout_cuda`)."""
@@ -91,11 +91,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.on_begin: Callable[[], None] = lambda: None
         """Called whenever a phase begins."""
         self.last_module = ""
-        """The module that ran last: where a trace that fails has failed."""
+        """The module that ran last, which names the place where a trace fails."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing here is compiled; a guard against it would take as long as the rest."""
+        """Skip dynamo: nothing here is compiled, and its guard would take as long as everything else."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -129,7 +129,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def begin(self, phase: str) -> None:
-        """From here on the log belongs to this phase."""
+        """Begin a phase. The log that follows belongs to it."""
         self.phase = phase
         self.began.append((len(self.log), phase))
         self.on_begin()
@@ -200,9 +200,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return record
 
     def _note_sum(self, buffered: torch.Tensor, total: torch.Tensor) -> None:
-        """Remember a sum that autograd may have made of a gradient that waited for another one (`InputBuffer`).
+        """Remember a result that may be autograd's sum of a buffered gradient and another one (`InputBuffer`).
 
-        Where it was alone with its storage, which a view never is (its base is there too), the sum is made in place on CUDA.
+        If nothing else refers to the storage of the buffered gradient, CUDA sums in place. A view's base always refers to it.
         """
         with torch._C.DisableTorchFunction():
             storage = buffered.untyped_storage()
@@ -214,7 +214,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._summed = first, new
 
     def _was_in_place(self, reference: _Ref) -> bool:
-        """Whether the gradient that is freed now was summed into just before, and nothing else held it: CUDA adds into it."""
+        """Whether the gradient being freed was the buffer of the last sum and nothing else referred to it: CUDA sums in place."""
         if self._summed is None or self._summed[0] is not reference:
             return False
         new = self._summed[1]
@@ -235,7 +235,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.log.append(Moment("free", record, self.phase, self.module))
 
     def register(self, tensor: torch.Tensor, category: Category, name: str, *, op: str = "load") -> None:
-        """Say what a tensor's storage is; one that was not seen yet counts as allocated now."""
+        """Set the category and name of a tensor's storage. A storage that was not seen yet counts as allocated now."""
         with torch._C.DisableTorchFunction():
             storage = tensor.untyped_storage()
             known = self._live.get(storage._cdata)
@@ -243,7 +243,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         record.category, record.name = category, name
 
     def made_by(self, tensor: torch.Tensor) -> str:
-        """The operation that made a tensor's storage; empty where it was not seen."""
+        """The operation that allocated a tensor's storage; empty if it was not seen."""
         with torch._C.DisableTorchFunction():
             known = self._live.get(tensor.untyped_storage()._cdata)
         return "" if known is None else known.record.op
@@ -261,7 +261,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return known is not None and known.record.ones
 
     def forget(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Take tensors out of the log that do not live on the device."""
+        """Remove tensors that are not on the device from the log."""
         references = [self._live.pop(tensor.untyped_storage()._cdata, None) for tensor in tensors]
         gone = {id(reference.record) for reference in references if reference is not None}
         if gone:
@@ -293,7 +293,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._paused -= 1
 
     def watch(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        """Let these modules say when their forward runs."""
+        """Hook these modules to record when their forward runs."""
 
         def entering(name: str) -> Callable[..., None]:
             return lambda module, args: self._stack.append(name)

@@ -28,7 +28,7 @@ PRODUCTS = frozenset(
 
 
 class Workspaces:
-    """Takes each workspace when the first product of its thread runs.
+    """Allocates each workspace when the first product of its thread runs.
 
     `apart`: cuBLASLt has workspaces of its own. `by_rotary`: a product makes angles of positions, whatever the installed
     transformers does (`job.script`).
