@@ -1,8 +1,8 @@
 """Options that a library refuses to run on older cards: one row each, with the line that raises.
 
-What is only slower or different on an older card is no row here: torch emulates bf16, transformers dequantizes fp8 and mxfp4
-(`planning.verdicts.card_notes` says so), and bitsandbytes multiplies int8 slowly. AMD's cards, and sizes without a card, have no
-row: flash-attn has other kernels for AMD, and the rows below compare CUDA's compute capability.
+Options that are only slower or different there have no row: torch emulates bf16, transformers dequantizes fp8 and mxfp4
+(`planning.verdicts.card_notes` says so), and bitsandbytes multiplies int8 slowly. AMD's cards and plain sizes are not checked:
+the rows compare CUDA's compute capability, and flash-attn has other kernels for AMD.
 """
 
 from __future__ import annotations

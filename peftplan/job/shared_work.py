@@ -1,4 +1,4 @@
-"""Combinations of a strategy with a job that the libraries refuse, each with the line that raises."""
+"""Combinations of a strategy and a job that the libraries refuse, each with the line that raises."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _check_heads(tp_size: int, architecture: Architecture) -> None:
 
 
 def traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, adaptation: Adaptation) -> Iterator[str]:
-    """A warning for each choice that costs memory without an error."""
+    """A warning for each choice that wastes memory without an error."""
     called = distributed.facts.called
     if (
         distributed.strategy == "fsdp2"

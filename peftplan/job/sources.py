@@ -25,12 +25,12 @@ from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.files import is_file
 
 BUILT_INS_KEPT = 512
-"""More than there are built-in models: each is read once per process and task."""
+"""Size of the cache of built-in models, larger than their number: each is read once per process and task."""
 
 
 @runtime_checkable
 class ConfigObject(Protocol):
-    """What is used of a transformers `PretrainedConfig`."""
+    """The part of a transformers `PretrainedConfig` that is used."""
 
     model_type: str
 
@@ -38,7 +38,7 @@ class ConfigObject(Protocol):
 
 
 class LoadedModel(Protocol):
-    """What is used of a loaded model: transformers' `PreTrainedModel`, with or without peft's wrapper."""
+    """The part of a loaded model that is used: transformers' `PreTrainedModel`, with or without peft's wrapper."""
 
     config: ConfigObject
 
@@ -55,7 +55,7 @@ def base_of(model: object) -> object:
 
 
 def module_config(model: object) -> ConfigObject | None:
-    """The transformers config of a loaded model; None for what is none, such as a torch module without a config."""
+    """The transformers config of a loaded model; None for other objects, such as a torch module without a config."""
     if isinstance(model, (str, Mapping, type)) or not callable(getattr(model, "named_parameters", None)):
         return None
     config = getattr(base_of(model), "config", None)
@@ -71,7 +71,7 @@ class Source(NamedTuple):
 
 
 def read(model: Any) -> Any:
-    """A model whose config lies in a file or on the Hub, with that config, so that nothing reads it again; any other as it is."""
+    """A model in a file or on the Hub, together with its config, so that it is read once. Returns any other model unchanged."""
     if not isinstance(model, (str, os.PathLike)) or (isinstance(model, str) and catalogue.find(model)):
         return model
     return Source(*_from_text(os.fspath(model)))
@@ -196,7 +196,7 @@ def _own_name(config: Mapping[str, object]) -> str:
 
 
 def _with_labels(config: Mapping[str, object], num_labels: int | None) -> Mapping[str, object]:
-    """The config with `num_labels` in place of what it says about labels."""
+    """The config with `num_labels` in place of its own labels."""
     if num_labels is None:
         return config
     return {**{k: v for k, v in config.items() if k not in ("id2label", "label2id")}, "num_labels": num_labels}

@@ -1,4 +1,4 @@
-"""What a model's task leaves to train, with one reason for all engines."""
+"""Restrictions that follow from a model's task, with the same reasons for all engines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BARE = "FEATURE_EXTRACTION"
 CAUSAL = "CAUSAL_LM"
 PICTURES = "IMAGE_CLS"
 OF_TOKENS = ("seq_len", "padding", "use_cache")
-"""What a model of images does not read: its tokens are patches."""
+"""Options that a vision model ignores, since its tokens are patches."""
 
 WITHOUT_LABELS = (CAUSAL, "SEQ_2_SEQ_LM", "MASKED_LM", BARE)
 
@@ -58,7 +58,7 @@ def check_task(model: object, architecture: Architecture, setup: Setup) -> None:
 
 
 def as_told(architecture: Architecture, adapter: Mapping[str, object]) -> Architecture:
-    """The architecture with the task that peft is told: the adapter config's own, perhaps none; without one the model's."""
+    """The architecture with the task that peft gets: the adapter config's, which may be none, or without one the model's."""
     if "task_type" not in adapter:
         return architecture
     task = adapter["task_type"]
@@ -66,7 +66,7 @@ def as_told(architecture: Architecture, adapter: Mapping[str, object]) -> Archit
 
 
 def head_notes(architecture: Architecture, adapter: Mapping[str, object]) -> Iterator[str]:
-    """That peft leaves the head of a task frozen unless the adapter config names the task."""
+    """A note that peft leaves the task's head frozen, if the adapter config does not name the task."""
     names = SAVED_HEADS.get(architecture.task_type, ())
     if names and as_told(architecture, adapter).task_type not in SAVED_HEADS:
         head = next((m.name for m in architecture.modules if m.name.rpartition(".")[2] in names), None)
@@ -100,7 +100,7 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
 
 
 def rotary_positions(model: Any, architecture: Architecture) -> int | None:
-    """How many positions the config names, of a model without a table that ends there; None if it names none."""
+    """The number of positions in the config of a model without a table of positions; None if it states none."""
     if architecture.max_positions is not None:
         return None
     config = sources.load_config(model)

@@ -1,4 +1,4 @@
-"""What each trainer does around a model's step, as facts. Code asks a fact; only this file knows the names."""
+"""What each trainer does around a model's step, as facts. Code asks for a fact; only this file compares names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Autocast = Literal["none", "bf16", "fp16"]
 
 
 class Defaults(NamedTuple):
-    """What a trainer sets where the user does not, under the names of the setup's options."""
+    """Values that a trainer sets unless the user does, by the names of the setup's options."""
 
     autocast: Autocast = "bf16"
     gradient_checkpointing: bool = True
@@ -31,7 +31,7 @@ class Trainer(NamedTuple):
 
     name: TrainerName
     called: str
-    """As an error names it."""
+    """Its name in error messages."""
     defaults: Defaults = Defaults()
     drops_outputs: bool = True
     """Whether the loss is computed in a function of its own, which drops the model's outputs before backward."""
@@ -109,7 +109,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
 }
 
 DEFAULT: TrainerName = "transformers"
-"""The trainer of who says nothing."""
+"""The trainer if none is set."""
 
 CHUNKED: dict[str, object] = {"trainer": "trl", "loss": "trl-chunked"}
-"""How a job gets a loss that never holds all logits: SFTTrainer's, which no option of another trainer turns on."""
+"""Options for a loss that never holds all logits: only SFTTrainer has it."""

@@ -1,4 +1,4 @@
-"""Jobs with virtual tokens that peft, transformers or torch refuse, by their own words, and those without formulas.
+"""Jobs with virtual tokens that peft, transformers or torch refuse, with their messages, and those without formulas.
 
 Sources: peft, peft_model.py (the class of each task: `forward`, `_prefix_tuning_forward`); transformers, the models'
 classes of each task; torch, nn/functional.py (`cross_entropy`).

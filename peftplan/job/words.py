@@ -1,4 +1,4 @@
-"""Words of other tools for options of ours, accepted wherever ours are: on the command line and as keywords.
+"""Option names of other tools, accepted wherever peftplan's own are: on the command line and as keywords.
 
 One table: their word → our option, with their values for ours where those differ. `lora_rank=16` is `r=16`,
 `load_in_4bit=True` is `quant="nf4"`. Sources: transformers' TrainingArguments, TRL's SFTConfig and ModelConfig, axolotl's
@@ -30,7 +30,7 @@ def _named(option: str, *words: str, **values: object) -> dict[str, Meaning]:
 
 
 def _switch(option: str, on: object, *words: str, **values: object) -> dict[str, Meaning]:
-    """Words that are true or false; false sets nothing."""
+    """Words with a true or false value; false sets nothing."""
     return {word: Meaning(option, {"true": on, "false": None, **values}, switch=True) for word in words}
 
 
@@ -82,7 +82,7 @@ MEANINGS: Mapping[str, Meaning] = {
     **_named("attn_implementation", "attn_impl", flash_attn=FLASH, flash_attention=FLASH, fa2=FLASH),
     **_switch("loss", "liger", "use_liger_kernel", "enable_liger_kernel", "use_liger"),
 }  # fmt: skip
-"""Their word → what it means here."""
+"""Another tool's word → its meaning here."""
 
 NOT_COUNTED: Mapping[str, str] = {
     **dict.fromkeys(
@@ -93,7 +93,7 @@ NOT_COUNTED: Mapping[str, str] = {
     "torch_compile": "compiled kernels are not counted",
     "neftune_noise_alpha": "noise on the embeddings is not counted",
 }
-"""Words of other tools that ours cannot say."""
+"""Words of other tools for which peftplan has no option."""
 
 ON = ("true", "1", "yes", "on")
 OFF = ("false", "0", "no", "off")

@@ -1,4 +1,4 @@
-"""Which tool a file belongs to, by what stands in it."""
+"""Detect which tool a file belongs to, by its content."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check(tool: str) -> Tool:
 
 
 def tool_of(document: Document, *, file: str) -> Tool:
-    """The tool of a file; `other` where none knows it. Raises RefusedError if two do."""
+    """The tool of a file; `other` if none matches. Raises RefusedError if two match."""
     keys = flat(document.values) if document.kind != "calls" else {call["call"]: True for call in document.values["calls"]}
     program = document.program
     matching = [

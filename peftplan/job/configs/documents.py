@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from yaml.nodes import Node
 
 MOST_BYTES = 2**20
-"""Of a YAML file, a JSON file or a script: the longest published one has 60 KB."""
+"""The largest YAML file, JSON file or script that is read. The longest published one has 60 KB."""
 MOST_NODES = 10_000
-"""Values of one file, aliases followed."""
+"""The most values in one file, with aliases followed."""
 MOST_DEPTH = 50
 NUMBER = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+")
 """Numbers that YAML 1.1, and so PyYAML, takes for text: `1e-5`. Tools convert them by the type of the field."""
@@ -47,7 +47,7 @@ class FileError(InputError):
 
 
 class BrokenFileError(FileError):
-    """A file that cannot be read as what it is: `axolotl.yml:3: no YAML: …`."""
+    """A file that is not in the format of its kind: `axolotl.yml:3: not YAML: …`."""
 
     form = "{field}: {accepted}"
 

@@ -1,4 +1,4 @@
-"""What is known of a tool: its keys, their defaults with file and line, and what each means for memory (`data/configs`)."""
+"""The facts about a tool: its keys, their defaults with file and line, and what each means for memory (`data/configs`)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Tool
 from peftplan.job.configs.reading import plan_of
 
 NOTEBOOK_BYTES = 32 * 2**20
-"""Of a notebook, whose outputs hold pictures."""
+"""The largest notebook that is read. Its outputs may hold images."""
 
 
 def read_config(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, tool: str | None = None) -> ConfigPlan:

@@ -22,9 +22,9 @@ WHOLE = frozenset(
         "init_r", "target_r", "oft_block_size", "boft_block_size", "n_frequency", "every_n_layers", "logits_to_keep",
     }
 )  # fmt: skip
-"""Options that are whole numbers."""
+"""Options that are integers."""
 TEXTS = frozenset({"model", "optim", "method"})
-"""Options that are texts."""
+"""Options that are strings."""
 OPEN = re.compile(r"\$|<[A-Za-z_]|EXPR\{|\{\{")
 """What a text holds that only the shell, the program or a template fills in."""
 NOTHING = ("none", "", "false", "no", "null", "[]", "{}", "0")

@@ -1,4 +1,4 @@
-"""What an estimate is asked when a file comes first: the user's options win over the file, the file over the tool's defaults."""
+"""Combine a file with the user's options, which win over the file, as the file wins over the tool's defaults."""
 
 from __future__ import annotations
 

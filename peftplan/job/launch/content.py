@@ -1,4 +1,4 @@
-"""What stands in a launch file: a mapping, from JSON or YAML that is read safely."""
+"""The content of a launch file: a mapping, from JSON or YAML that is parsed safely."""
 
 from __future__ import annotations
 
