@@ -27,6 +27,8 @@ class Row(TypedDict, total=False):
     """The fact about the launch."""
     rule: str
     """Why the key takes part in the file's `rules`."""
+    names: str
+    """Of `rule`: the option whose value the key names; a name that no rule knows cannot be said."""
     ignored: str
     """Why it does not change memory."""
     unsayable: str

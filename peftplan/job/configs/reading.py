@@ -38,6 +38,7 @@ def plan_of(document: Document, tool: Facts, *, file: str) -> ConfigPlan:
     reading.leave_to_the_tool()
     for rule in tool.rules:
         reading.rule(rule)
+    reading.refuse_unknown_names()
     return reading.plan()
 
 
@@ -182,6 +183,13 @@ class _Reading:
         self.assumed |= rule.get("assumed", {})
         self.kind = rule.get("kind", self.kind)
 
+    def refuse_unknown_names(self) -> None:
+        """A key that names an option's value, and no rule knows the name: it cannot be said."""
+        for key, row in self.tool.rows.items():
+            if key in self.read and "names" in row and row["names"] not in self.options:
+                value = self.read.pop(key).value
+                self.unsayable[key] = Unsayable(value, f"{quoted(value)} is not known here", option=row["names"])
+
     def _effective(self, key: str) -> Any:
         value = self.values.get(key)
         if value is None:
@@ -253,8 +261,9 @@ class _Reading:
 
     def _listed(self, key: str, value: object) -> list[str]:
         """The names that a key lists. Raises FileError where it lists something else."""
-        names = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(name, str) for name in names):
+        listed: list[object] = [] if value is None else value if isinstance(value, list) else [value]
+        names = [name for name in listed if isinstance(name, str)]
+        if len(names) < len(listed):
             raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a list of names")
         return names
 

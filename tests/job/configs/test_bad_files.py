@@ -126,3 +126,12 @@ def test_names_of_modules_that_are_none() -> None:
 def test_a_model_whose_name_is_no_path() -> None:
     """A file system refuses so long a name."""
     assert read_values({"base_model": "x" * 5000, "adapter": "lora"}, file="a.yml", tool="axolotl").model == "x" * 5000
+
+
+@pytest.mark.parametrize("optimizer", ["nonsense", 5, ["adamw_torch"]])
+def test_an_optimizer_that_no_rule_knows_cannot_be_said(optimizer: object) -> None:
+    """It was read as the default, and the peak stood without a bound."""
+    values = {"base_model": "gpt2", "adapter": "lora", "micro_batch_size": 1, "optimizer": optimizer}
+    plan = read_values(values, file="a.yml", tool="axolotl")
+    assert "is not known here" in plan.unsayable["optimizer"].why
+    assert plan.without({"optim": "sgd"}).get("optimizer") is None
