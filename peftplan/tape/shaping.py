@@ -99,10 +99,21 @@ def _difference_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradi
 
 
 def _parts(f: Tape, x: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotated part and the rest of each head. If all of it is rotated, the first is x itself."""
+    """The rotated part and the rest of each head. If all of it is rotated, the first is an alias of x, as indexing returns it.
+
+    In backward the gradient of the rest, made whole, is thus there before that of the alias, which is added to it.
+    """
     *before, head = x.dims
     rotated = cos.dims[-1]
     assert isinstance(head, int)
     assert isinstance(rotated, int)
-    rot = x if rotated == head else sliced(f, x, (*before, rotated))
+    rot = _alias(f, x) if rotated == head else sliced(f, x, (*before, rotated))
     return rot, sliced(f, x, (*before, head - rotated))
+
+
+def _alias(f: Tape, x: Tensor) -> Tensor:
+    return Tensor(x.storage, x.dims, x.dtype, f.record(_alias_backward, (x,)))
+
+
+def _alias_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+    return g
