@@ -60,7 +60,19 @@ COMMANDS: list[tuple[str, str]] = [
     ("method", "methods lora"),
     ("gpus", "gpus"),
     ("check", "check --sample 12"),
+    ("estimate", "estimate llama-3.1-8b --gpu 8xh100-80gb --strategy fsdp2"),
+    ("estimate", "estimate llama-3.1-8b --gpu 4xa100-80gb --strategy zero3"),
+    ("estimate", "estimate --config CONFIG --gpu l4"),
+    ("configs", "configs CONFIG --gpu l4"),
 ]
+CONFIG = """base_model: meta-llama/Llama-3.1-8B
+adapter: lora
+lora_r: 16
+lora_target_linear: true
+sequence_len: 1024
+micro_batch_size: 1
+sample_packing: true
+"""
 
 
 @pytest.mark.parametrize(("name", "line"), COMMANDS, ids=[line for _, line in COMMANDS])
@@ -72,7 +84,9 @@ def test_what_a_command_prints_is_valid(name: str, line: str, tmp_path: Path) ->
         events = (Event("alloc", 0, 100 * MIB, phase="load", op="load"), Event("alloc", 1, 130 * MIB, phase="forward"))
         eventlog.save(events, tmp_path / "EVENTS", title="tiny")
     (tmp_path / "LOG").write_text(LOG, encoding="utf-8")
-    words = [str(tmp_path / word) if word in ("LOG", "EVENTS") else word for word in line.split()]
+    (tmp_path / "CONFIG").with_suffix(".yml").write_text(CONFIG, encoding="utf-8")
+    line = line.replace("CONFIG", "CONFIG.yml")
+    words = [str(tmp_path / word) if word in ("LOG", "EVENTS", "CONFIG.yml") else word for word in line.split()]
     done = run(*words, "--format", "json")
     assert (done.code, done.err) == (0, "")
     jsonschema.Draft202012Validator(json_schema(name, closed=True)).validate(json.loads(done.out))
