@@ -44,7 +44,7 @@ def _release(text: str) -> str:
 class Distributed(BaseModel):
     """A strategy, the GPUs that it divides a job over, and its parameters; None means: as the tool does it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True)  # most jobs run on one GPU
 
     strategy: StrategyName = DEFAULT
     gpus: Ranks | None = None
