@@ -13,7 +13,7 @@ from typing import NamedTuple
 import peftplan.versions as versions
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
-from peftplan.ledger import Allocation, Line
+from peftplan.ledger import Allocation, Line, Place
 from peftplan.parameters import Parameter, Parameters
 from peftplan.storage import dense
 from peftplan.units import ceil_div
@@ -62,6 +62,10 @@ def _divided(parameters: Parameters, parts: int, *, whole_vectors: bool) -> Hold
     return Holding(parameters._replace(all=tuple(shards)))
 
 
+def _place(offload: str | None) -> Place:
+    return "device" if offload in (None, "none") else "host"
+
+
 # -- FSDP2 ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -71,7 +75,7 @@ def _of_fsdp2(parameters: Parameters, distributed: Distributed, *, autocast: str
     models excepted.
     """
     upcasts = autocast != "none" and not quantized
-    place = "host" if distributed.offload_params == "cpu" else "device"
+    place = _place(distributed.offload_params)
     shards = [_fsdp2_shard(_upcast(p, distributed, upcasts=upcasts), distributed.shards, place) for p in parameters.all]
     return Holding(parameters._replace(all=tuple(shards)))
 
@@ -87,7 +91,7 @@ def _upcast(p: Parameter, distributed: Distributed, *, upcasts: bool) -> Paramet
     return p._replace(dtype="fp32", allocations=dense(dtype="fp32", shape=p.shape))
 
 
-def _fsdp2_shard(p: Parameter, shards: int, place: str) -> Parameter:
+def _fsdp2_shard(p: Parameter, shards: int, place: Place) -> Parameter:
     """Rank 0's shard. A 4-bit weight that is not stored in a float dtype stays whole (accelerate excludes it), and so do its
     absmax and code tables.
     """
@@ -96,7 +100,7 @@ def _fsdp2_shard(p: Parameter, shards: int, place: str) -> Parameter:
     allocations = []
     for a in p.allocations:
         if a.name == "weight" and (not p.quantized or a.dtype in FLOATS or a.dtype == "int8"):
-            a = a._replace(dims=(ceil_div(a.dims[0], shards), *a.dims[1:]), place=place)  # type: ignore[arg-type]
+            a = a._replace(dims=(ceil_div(a.dims[0], shards), *a.dims[1:]), place=place)
         allocations.append(a)
     return p._replace(shape=(ceil_div(p.shape[0], shards), *p.shape[1:]), allocations=tuple(allocations))
 
@@ -108,7 +112,7 @@ def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str
     """One flat parameter per unit and dtype, padded to W (torch, distributed/fsdp/_flat_param.py). Under peft's wrap policy what
     trains of an adapter is a unit of its own, each tensor.
     """
-    place = "host" if distributed.offload_params == "cpu" else "device"
+    place = _place(distributed.offload_params)
     trained_apart = any(p.owner == "adapter" and p.trainable for p in parameters.all)
     flats: dict[tuple[str, str, bool], list[Parameter]] = {}
     kept: list[Parameter] = []
@@ -132,13 +136,13 @@ def _packed(p: Parameter) -> str:
     return next(a.dtype for a in p.allocations if a.name == "weight")
 
 
-def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: str) -> Iterable[Parameter]:
+def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: Place) -> Iterable[Parameter]:
     """The shard of the flat parameter, and those members that stay whole."""
     copies = max(p.copies for p in members)
     numel = sum(_elements(p) * p.copies for p in members) // copies
     shape = (ceil_div(numel, shards),)
     first = members[0]
-    flat = Allocation("weight", dtype, shape, place)  # type: ignore[arg-type]
+    flat = Allocation("weight", dtype, shape, place)
     yield first._replace(
         name=f"{first.name if len(members) == 1 else unit + '.flat_param'}",
         shape=shape,
@@ -202,9 +206,7 @@ def _backwards(parameters: Parameters) -> Iterator[Parameter]:
 
 ALIGNMENT = 2
 """`nccl_start_alignment_factor`: flat groups are padded to a multiple of so many elements per rank (stage_1_and_2.py)."""
-REDUCE_BUCKET, ALLGATHER_BUCKET, PREFETCH_BUCKET, PERSISTENCE = 500_000_000, 500_000_000, 50_000_000, 100_000
-MAX_LIVE = 1_000_000_000
-SUB_GROUP = 1_000_000_000
+REDUCE_BUCKET, PERSISTENCE = 500_000_000, 100_000
 """DeepSpeed's own values, in elements (runtime/zero/config.py)."""
 
 
@@ -229,7 +231,7 @@ def _of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str,
     flat = ceil_div(trained, ALIGNMENT * world) * ALIGNMENT
     if stage_3:
         flat = sum(p.copies * ceil_div(p.numel, world) for p in cast if p.trainable)
-    place = "host" if distributed.offload_optimizer not in (None, "none") else "device"
+    place = _place(distributed.offload_optimizer)
     masters = Parameter(
         "fp32 masters of what trains",
         (flat,),
@@ -237,7 +239,7 @@ def _of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str,
         "fp32",
         trainable=True,
         owner="base",
-        allocations=(Allocation("weight", "fp32", (flat,), place),),  # type: ignore[arg-type]
+        allocations=(Allocation("weight", "fp32", (flat,), place),),
         source="DeepSpeed",
     )
     beside: tuple[Line, ...] = ()
@@ -245,8 +247,8 @@ def _of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str,
         beside = _zero3_beside(cast, distributed, hidden_size)
         cast = tuple(_zero3_shard(p, distributed) for p in cast)
     half = next((p.dtype for p in cast if p.trainable), "bf16")
-    gradients = Line("16-bit gradients of the rank's partition", "gradients", half, (flat,), 1, "DeepSpeed", place)  # type: ignore[arg-type]
-    master = Line("fp32 masters of what trains", "optimizer_states", "fp32", (flat,), 1, "DeepSpeed", place)  # type: ignore[arg-type]
+    gradients = Line("16-bit gradients of the rank's partition", "gradients", half, (flat,), 1, "DeepSpeed", place)
+    master = Line("fp32 masters of what trains", "optimizer_states", "fp32", (flat,), 1, "DeepSpeed", place)
     frozen = tuple(p._replace(trainable=False) for p in cast)
     beside = (master, gradients, *beside) if trained else beside
     return Holding(parameters._replace(all=frozen), beside, parameters._replace(all=(masters,)) if trained else None)
@@ -270,11 +272,9 @@ def _in_16_bits(p: Parameter, autocast: str) -> Parameter:
 
 
 def _zero3_shard(p: Parameter, distributed: Distributed) -> Parameter:
-    place = "host" if distributed.offload_params not in (None, "none") else "device"
+    place = _place(distributed.offload_params)
     sharded = tuple(
-        a._replace(dims=(ceil_div(prod(a.dims), distributed.world_size),), place=place)  # type: ignore[arg-type]
-        if a.name == "weight"
-        else a
+        a._replace(dims=(ceil_div(prod(a.dims), distributed.world_size),), place=place) if a.name == "weight" else a
         for a in p.allocations
     )
     return p._replace(allocations=sharded)

@@ -201,6 +201,8 @@ def _check_taken(distributed: Distributed, options: Mapping[str, Any]) -> None:
             options[name],
             f"{distributed.facts.called} has no such parameter; accepted: with strategy {' or '.join(having)}",
         )
+    if distributed.offload_params == "nvme" and distributed.strategy in ("fsdp1", "fsdp2"):
+        raise InputError("offload_params", "nvme", f"{distributed.facts.called} offloads to the host; accepted: none or cpu")
 
 
 def _check_divisible(distributed: Distributed) -> None:

@@ -169,6 +169,13 @@ def test_a_broken_launch_file_is_one_line(tmp_path: Path, text: str, line: str) 
         estimated(accelerate_config=file)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_fsdp_offloads_to_the_host_alone(strategy: str) -> None:
+    """`CPUOffloadPolicy` and `CPUOffload` know no other place (torch, distributed/fsdp)."""
+    with pytest.raises(PeftplanError, match=r"offload_params: 'nvme' is not accepted; .* accepted: none or cpu"):
+        peftplan.estimate("llama-3.2-1b", gpus=2, strategy=strategy, offload_params="nvme")
+
+
 def test_an_offload_without_a_device_is_refused() -> None:
     """DeepSpeed takes a block (runtime/zero/config.py); a text was read as no offload."""
     zero = {"zero_optimization": {"stage": 3, "offload_param": "cpu"}}
