@@ -120,6 +120,15 @@ class OptionError(InputError):
     form = "{field}: {accepted}"
 
 
+class MissingError(InputError):
+    """Something that is needed and was left out: `--num-virtual-tokens is missing: peft has no default for it`."""
+
+    form = "{field} is missing: {accepted}"
+
+    def __init__(self, field: str, accepted: str) -> None:
+        super().__init__(field, None, accepted)
+
+
 class UnreadableError(InputError):
     """A file that cannot be read: `--peft-config: cannot read 'x.json': No such file or directory`."""
 
@@ -156,12 +165,12 @@ class UnknownOptionError(UnknownNameError):
     def __init__(self, option: str, method: str, choices: Iterable[str], *, beside: Iterable[str] = ()) -> None:
         self.choices = sorted(choices)
         self.near = nearest(option[:MOST_OF_A_VALUE].lower(), [*self.choices, *beside])
-        InputError.__init__(self, option, method, f"accepted: {', '.join(self.choices) or 'nothing'}")
+        InputError.__init__(self, option, method, f"accepted: {', '.join(self.choices)}" if self.choices else "it has none")
 
     def message(self) -> str:
         """The line that is shown."""
         suggested = f"did you mean {' or '.join(self.near)}? " if self.near else ""
-        return f"{self.field} is no option of {self.value}; {suggested}{self.accepted}"
+        return f"{self.field} is not an option of {self.value}; {suggested}{self.accepted}"
 
 
 class RefusedError(PeftplanError):

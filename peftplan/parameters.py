@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from peftplan.arch.modules import Architecture, Buffer, Module, Shape
 from peftplan.dtypes import ITEMSIZE, parse_dtype
-from peftplan.errors import InputError, RefusedError
+from peftplan.errors import InputError, MissingError, RefusedError
 from peftplan.ledger import Allocation, Category, Ledger, Line, Place
 from peftplan.methods.adaptation import Adaptation, AddedBuffer, AddedTensor
 from peftplan.optim import Optimizer, shared_states, states
@@ -176,7 +176,7 @@ def optimizer_lines(
     `target_modules` are `optim_target_modules`, which GaLore and APOLLO need.
     """
     if optimizer.low_rank and not target_modules:
-        raise InputError("optim_target_modules", None, f"{optimizer.name} needs the names of the modules to project")
+        raise MissingError("optim_target_modules", f"{optimizer.name} needs the names of the modules to project")
     if target_modules and any(char.isdigit() for target in target_modules for char in target):
         raise InputError(
             "optim_target_modules", list(target_modules), "accepted: names that select the same modules in every layer"

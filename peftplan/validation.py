@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from peftplan.errors import BoundError, InputError, UnknownNameError
+from peftplan.errors import BoundError, InputError, MissingError, UnknownNameError
 
 KINDS: Mapping[str, str] = {
     "int_parsing": "a whole number",
@@ -20,7 +20,7 @@ KINDS: Mapping[str, str] = {
     "finite_number": "a finite number",
     "bool_parsing": "true or false",
     "bool_type": "true or false",
-    "string_type": "a text",
+    "string_type": "a string",
     "dict_type": "a mapping (JSON: {…})",
     "tuple_type": "a list",
     "list_type": "a list",
@@ -39,7 +39,9 @@ def listed(value: object) -> object:
     return tuple(name.strip(" ") for name in value.split(",")) if isinstance(value, str) else value
 
 
-def first_error(error: ValidationError, *, prefix: str = "", nested: bool = True, missing: str = "it is required") -> InputError:
+def first_error(
+    error: ValidationError, *, prefix: str = "", nested: bool = True, missing: str = "it has no default"
+) -> InputError:
     """The first of pydantic's errors. `nested`: a field of a field is named; `missing`: what is wrong where one is left out."""
     first = error.errors(include_url=False)[0]
     context = first.get("ctx", {})
@@ -47,7 +49,7 @@ def first_error(error: ValidationError, *, prefix: str = "", nested: bool = True
         return cause
     field = prefix + (".".join(str(part) for part in first["loc"][: None if nested else 1]) or "options")
     if first["type"] == "missing":
-        return InputError(field, None, missing)
+        return MissingError(field, missing)
     if first["type"] == "literal_error":
         return UnknownNameError(field, first["input"], re.findall(r"'([^']*)'", context["expected"]))
     if (bound := BOUNDS.get(first["type"])) is not None:

@@ -59,7 +59,7 @@ def load(path: Path, *, may_be_new: bool = False) -> Baseline:
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise InputError("baseline", str(path), f"it is not a baseline: {where}: {first['msg']}") from None
+        raise InputError("baseline", str(path), f"not a baseline: {where}: {first['msg']}") from None
 
 
 def updated(baseline: Baseline, engine: Engine, answers: Sequence[Answer], *, versions: dict[str, str]) -> Baseline:

@@ -201,7 +201,7 @@ class Record(Part):
     def _measured(self) -> Record:
         overall = self.peaks.overall
         if self.outcome == "ok" and (overall.allocated, overall.reserved, self.peaks.device_bytes) == (None, None, None):
-            raise ValueError("a run that went well states at least one overall peak")
+            raise ValueError("a run with outcome ok needs at least one overall peak")
         return self
 
     @cached_property

@@ -11,7 +11,7 @@ from peftplan.accuracy.check import Check, check, shown
 from peftplan.accuracy.drift import Answer
 from peftplan.accuracy.engines import Case, read_cases, sampled
 from peftplan.accuracy.jsonl import repair
-from peftplan.errors import InputError, UnknownNameError
+from peftplan.errors import RefusedError, UnknownNameError
 from peftplan.job.setup import Engine
 
 LIBRARIES: dict[Engine, tuple[str, ...]] = {
@@ -62,9 +62,9 @@ def versions(engine: Engine) -> dict[str, str]:
 
 
 def repaired(files: Sequence[Path]) -> list[str]:
-    """Repair each file, and say what was done. Raises InputError without files."""
+    """Repair each file, and say what was done. Raises RefusedError without files."""
     if not files:
-        raise InputError("--repair", "no file", "accepted: the record files to repair")
+        raise RefusedError("--repair needs the record files to repair")
     return [
         f"{shown(path)}: {f'{cut} bytes set aside in {shown(path)}.cut' if (cut := repair(path)) else 'whole'}" for path in files
     ]

@@ -20,7 +20,7 @@ from peftplan.allocator.release import (
 )
 from peftplan.allocator.segments import Segment, segments_of
 from peftplan.allocator.stats import Peaks, Stats
-from peftplan.errors import InputError
+from peftplan.errors import InputError, MissingError
 
 
 class Allocator:
@@ -36,7 +36,9 @@ class Allocator:
         self.config = config or AllocatorConfig()
         fraction = self.config.per_process_memory_fraction
         if fraction is not None and device_bytes is None:
-            raise InputError("device_bytes", None, "per_process_memory_fraction needs the device's whole memory in bytes")
+            raise MissingError(
+                "device_bytes", "per_process_memory_fraction is a fraction of all of the device's memory, in bytes"
+            )
         allowed = None if fraction is None or device_bytes is None else int(fraction * device_bytes)
         self._threshold = int(self.config.garbage_collection_threshold * (allowed or 0))
         self._stats = Stats()

@@ -55,20 +55,20 @@ def load(path: Path | str) -> EventLog:
         document = json.loads(content(path, field="file"))
     except json.JSONDecodeError as error:
         raise InputError(
-            "file", str(path), f"it is no event log: line {error.lineno}, column {error.colno}: {error.msg}"
+            "file", str(path), f"not an event log: line {error.lineno}, column {error.colno}: {error.msg}"
         ) from error
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError("file", str(path), "it is no event log: not a JSON document") from error
+        raise InputError("file", str(path), "not an event log: not a JSON document") from error
     if not isinstance(document, dict) or (document.get("format"), document.get("schema_version")) != (FORMAT, SCHEMA_VERSION):
-        raise InputError("file", str(path), f"it is no event log of format {FORMAT}, schema_version {SCHEMA_VERSION}")
+        raise InputError("file", str(path), f"not an event log of format {FORMAT}, schema_version {SCHEMA_VERSION}")
     for key in document:
         if key not in HEADER:
             raise UnknownNameError("file: key", key, HEADER)
     title, events = document.get("title", ""), document.get("events")
     if type(title) is not str or type(events) is not list:
-        raise InputError("file", str(path), "it is no event log: its title must be text, its events a list")
+        raise InputError("file", str(path), "not an event log: its title must be a string and its events a list")
     return EventLog(title, _checked(events))
 
 
@@ -86,7 +86,7 @@ def _checked(events: list[object]) -> tuple[Event, ...]:
     for number, fields in enumerate(events):
         event = _event(fields, where=f"events[{number}]")
         if event.kind == "alloc" and event.id in live:
-            raise InputError(f"events[{number}].id", event.id, "it is allocated already")
+            raise InputError(f"events[{number}].id", event.id, "already allocated")
         if event.kind == "free" and event.id not in live:
             raise InputError(f"events[{number}].id", event.id, "no live allocation has this id")
         if event.kind in ("alloc", "free"):
@@ -108,7 +108,7 @@ def _event(fields: object, *, where: str) -> Event:
             values[INTEGERS[key]] = value
         elif key in LABELS:
             if type(value) is not str:
-                raise InputError(f"{where}.{key}", value, "accepted: text")
+                raise InputError(f"{where}.{key}", value, "accepted: a string")
             values[key] = intern(value)
         elif key != "kind":
             raise UnknownNameError(f"{where}, key", key, KEYS)

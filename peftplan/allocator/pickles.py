@@ -43,7 +43,7 @@ class _ContainersOnly(pickle.Unpickler):
     """Plain containers need no name to be looked up, and nothing else is let in."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise RefusedError(f"the snapshot names {f'{module}.{name}'!r}: only plain containers, text and numbers are read")
+        raise RefusedError(f"the snapshot names {f'{module}.{name}'!r}: only plain containers, strings and numbers are read")
 
 
 def load(content: bytes) -> object:
@@ -68,4 +68,4 @@ def _scan(content: bytes) -> None:
             raise NotPlainError(f"opcode {opcode:#04x} at byte {at}")
         start = at + 1 + _SIZED[opcode]
         at = start + int.from_bytes(content[at + 1 : start], "little")
-    raise NotPlainError("it has no end")
+    raise NotPlainError("it does not end")

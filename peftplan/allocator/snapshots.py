@@ -81,9 +81,9 @@ def load_snapshot(path: Path | str) -> dict[str, Any]:
     except (RefusedError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle raises almost anything
-        raise InputError("file", str(path), f"it is not a snapshot: no pickle of plain containers: {error}") from error
+        raise InputError("file", str(path), f"not a snapshot (a pickle of plain containers): {error}") from error
     if not isinstance(snapshot, dict) or not {"segments", "device_traces"} <= snapshot.keys():
-        raise InputError("file", str(path), "it is not a snapshot; accepted: what torch.cuda.memory._dump_snapshot() writes")
+        raise InputError("file", str(path), "not a snapshot; accepted: what torch.cuda.memory._dump_snapshot() writes")
     return snapshot
 
 
@@ -100,7 +100,7 @@ def read_trace(path: Path | str, *, device: int = 0) -> RecordedTrace:
         segments = tuple(s for s in _list(snapshot["segments"], "segments") if s.get("device", 0) == device)
         settings = snapshot.get("allocator_settings", {}).get("PYTORCH_CUDA_ALLOC_CONF", "")
         if type(settings) is not str:
-            raise InputError("file: PYTORCH_CUDA_ALLOC_CONF", settings, "accepted: text")
+            raise InputError("file: PYTORCH_CUDA_ALLOC_CONF", settings, "accepted: a string")
         return RecordedTrace(
             config=parse_config(settings),
             events=tuple(reading.events),
@@ -155,7 +155,7 @@ class _Reading:
         if action not in ACTIONS:
             raise UnknownNameError("file: action", action, ACTIONS)
         if action != "oom" and not 0 <= size < ENDLESS:
-            raise InputError("file: size", size, "accepted: bytes that a device can have")
+            raise InputError("file: size", size, "accepted: a number of bytes that a device can hold")
         if entry.get("pool_id", entry.get("segment_pool_id", DEFAULT_POOL)) not in (DEFAULT_POOL, list(DEFAULT_POOL)):
             raise RefusedError("the snapshot uses private memory pools (CUDA graphs, MemPool), which are not modelled")
         if action in ("segment_free", "segment_unmap"):
@@ -166,7 +166,7 @@ class _Reading:
             self.segment_events.append(SegmentEvent(len(self.events), action, size))  # belongs to the alloc that follows
         elif action == "alloc":
             if (address := _integer(entry, "addr")) in self.live:
-                raise RefusedError("the snapshot allocates an address twice: its recording left out frees")
+                raise RefusedError("the snapshot allocates an address twice without a free between: its recording is incomplete")
             self._allocations += 1
             self.live[address] = self._allocations
             self.events.append(Event("alloc", self._allocations, size, stream, op=_op(entry)))
@@ -187,7 +187,7 @@ def _op(entry: dict[str, Any]) -> str:
     frames = entry.get("frames") or ()
     name = frames[0]["name"] if frames else ""
     if type(name) is not str:
-        raise InputError("file: name", name, "accepted: text")
+        raise InputError("file: name", name, "accepted: a string")
     return name[:MOST_OF_A_NAME]
 
 

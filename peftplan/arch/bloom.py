@@ -114,7 +114,7 @@ def _refuse_ignored(c: Fields) -> Fields:
     """The fields of `attn_config`. Raises RefusedError if an MPT config states what transformers' classes ignore."""
     attention = c.raw.get("attn_config") or {}
     if not isinstance(attention, Mapping):
-        raise InputError(f"{c.name}: attn_config", attention, "accepted: an object with attn_type and so on")
+        raise InputError(f"{c.name}: attn_config", attention, "accepted: an object with fields such as attn_type")
     for fields, fixed in ((c.raw, MPT_FIXED), (attention, MPT_ATTENTION_FIXED)):
         for field, only in fixed.items():
             if fields.get(field, only) != only:

@@ -25,7 +25,7 @@ def parse(content: bytes, *, name: str) -> dict[str, object]:
 
     def refuse_constant(text: str) -> float:
         if text == "NaN":
-            raise InputError(name, text, "accepted: numbers; a config.json cannot hold NaN")
+            raise InputError(name, text, "accepted: numbers (NaN is not JSON)")
         return float(text)
 
     if len(content) > MAX_CONFIG_BYTES:
@@ -53,7 +53,7 @@ def check(config: object, *, name: str) -> dict[str, object]:
         _refuse(name, "an object with keys that are not strings")
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
-        hint = "; this is the config of a peft adapter, name its base model" if "peft_type" in config else ""
+        hint = "; this is the config of a peft adapter: name its base model" if "peft_type" in config else ""
         raise InputError(f"{name}: model_type", model_type, f"the config must state it as a string{hint}")
     return dict(config)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, classifier_dropout, probability, rotary_buffers
 from peftplan.arch.modules import Attention, Block, Dropout, Mlp, Module, PromptDims, embedding, linear, rmsnorm
-from peftplan.errors import InputError
+from peftplan.errors import InputError, MissingError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -112,7 +112,7 @@ def layer_windows(
         accepted = f"accepted: {len(layers)} entries (num_hidden_layers), each {' or '.join(LAYER_TYPES)}"
         raise InputError(f"{c.name}: layer_types", list(types), accepted)
     if window is None and "sliding_attention" in types:
-        raise InputError(f"{c.name}: sliding_window", None, "layers of type sliding_attention need it as a whole number")
+        raise MissingError(f"{c.name}: sliding_window", "layers of type sliding_attention need it as a whole number")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 

@@ -82,7 +82,7 @@ def _key_value_heads(c: Fields, a: int) -> int:
     if _flag(c, "multi_query", default=True):
         return 1
     if stated != a:
-        raise RefusedError(f"{c.name}: num_kv_heads is {stated}, which needs new_decoder_architecture; without it: {a}")
+        raise RefusedError(f"{c.name}: num_kv_heads is {stated}, which needs new_decoder_architecture; accepted without it: {a}")
     return a
 
 
@@ -95,7 +95,7 @@ def _norms(c: Fields) -> tuple[tuple[str, ...], bool]:
     parallel = _flag(c, "parallel_attn", default=True)
     count = c.int("num_ln_in_parallel_attn", default=2 if new else 1, high=2)
     if new and not parallel:
-        raise RefusedError(f"{c.name}: new_decoder_architecture needs parallel_attn, whose layers it always has")
+        raise RefusedError(f"{c.name}: new_decoder_architecture needs parallel_attn: its layers are always parallel")
     if not parallel:
         return ("post_attention_layernorm", "input_layernorm"), False
     if count == 2 and not new:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, TypeAlias
 
-from peftplan.errors import InputError
+from peftplan.errors import InputError, MissingError
 
 REQUIRED: Final = object()
 """No default: the field must be in the config. transformers always writes a model's own dimensions, so they are required."""
@@ -33,7 +33,7 @@ class Fields:
             if self.raw.get(name) is not None:
                 return self.raw[name]
         if default is REQUIRED:
-            raise InputError(f"{self.name}: {' or '.join(names)}", None, f"the config must state it as {accepted}")
+            raise MissingError(f"{self.name}: {' or '.join(names)}", f"the config must state it as {accepted}")
         return default
 
     def int(self, *names: str, default: object = REQUIRED, low: int = 1, high: int = MAX_DIMENSION) -> int:
@@ -71,7 +71,7 @@ class Fields:
 
     def str(self, *names: Str, default: object = REQUIRED) -> Str:
         """A string."""
-        value = self._get(names, default, "a text")
+        value = self._get(names, default, "a string")
         if not isinstance(value, str):
             raise InputError(f"{self.name}: {names[0]}", value, "accepted: a string")
         return value

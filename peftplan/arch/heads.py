@@ -162,7 +162,7 @@ def partial_rotary_dim(c: Fields, head_dim: int, *, default: float, legacy: str 
     """
     rope = c.raw.get("rope_scaling") or c.raw.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
-        raise InputError(f"{c.name}: rope_parameters", rope, "accepted: an object with rope_type and its numbers")
+        raise InputError(f"{c.name}: rope_parameters", rope, "accepted: an object with rope_type and its parameters")
     beside = c.number(legacy, default=default, low=0, high=1)
     inside = Fields(rope, name=f"{c.name}: rope_parameters")
     return int(head_dim * inside.number("partial_rotary_factor", default=beside, low=0, high=1))

@@ -146,7 +146,9 @@ def _activation(c: Fields) -> tuple[bool, str]:
     stated = c.str("feed_forward_proj", default=FEED_FORWARD[c.str("model_type")])
     first, *rest = stated.split("-")
     if (rest and first != "gated") or len(rest) > 1:
-        raise InputError(f"{c.name}: feed_forward_proj", stated, "accepted: an activation, or gated- and an activation")
+        raise InputError(
+            f"{c.name}: feed_forward_proj", stated, "accepted: an activation such as relu, or a gated one such as gated-gelu"
+        )
     return bool(rest), "gelu_new" if stated == "gated-gelu" else stated.split("-")[-1]
 
 

@@ -45,7 +45,7 @@ unknown        there is no peak, or only a lower bound that is not too large
     rare=True,
     metavar="NAME",
     heading="Model",
-    help="the tool of --config, where its content does not tell",
+    help="the tool of --config, where its content does not show it",
 )
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
@@ -123,13 +123,13 @@ def command(
     if not config:
         options.check_model(model, raw, also="a --config that names one, or ")
         if tool is not None:
-            raise RefusedError("--tool: it needs a --config")
+            raise RefusedError("--tool needs a --config")
     if explain and fmt != "table":
-        raise RefusedError(f"--explain: it prints text; --format {fmt} without it has each line's formula (markdown: with -v)")
+        raise RefusedError(f"--explain prints text; --format {fmt} without it has each line's formula (markdown: with -v)")
     if require_fit and not gpu:
-        raise RefusedError("--require-fit: it needs a card (--gpu)")
+        raise RefusedError("--require-fit needs a card (--gpu)")
     if (allow_tight or text_only) and not require_fit:
-        raise RefusedError(f"{'--allow-tight' if allow_tight else '--text-only'}: it needs --require-fit")
+        raise RefusedError(f"{'--allow-tight' if allow_tight else '--text-only'} needs --require-fit")
     if timeline is not None:
         from peftplan.report.timeline import check
 

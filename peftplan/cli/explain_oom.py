@@ -33,6 +33,6 @@ def command(source: str, model: str | None, fmt: str, **fields: object) -> int:
     if wanted and model is None:
         from peftplan.errors import RefusedError
 
-        raise RefusedError(f"--{next(iter(wanted)).replace('_', '-')}: it describes a job, which needs --model MODEL")
+        raise RefusedError(f"--{next(iter(wanted)).replace('_', '-')} describes a job: add --model MODEL")
     render.oom(explain_oom(source, model=model, options=wanted), fmt=fmt)
     return 0

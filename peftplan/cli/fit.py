@@ -8,7 +8,7 @@ import click
 
 from peftplan.cli import options
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will_exit
-from peftplan.errors import InputError, RefusedError
+from peftplan.errors import RefusedError, quoted
 
 if TYPE_CHECKING:
     from peftplan.planning.fit import Size
@@ -95,12 +95,12 @@ def command(
         render.members(members, fmt=fmt, gpu=str(cards_named))
         return code
     if model is None and fields["peft_config"] is None:
-        raise RefusedError("MODEL: a model is needed, or a --peft-config that names its base model, or --model-family NAME")
+        raise RefusedError("MODEL is missing: name a model, a --peft-config with its base model, or --model-family NAME")
     if which_gpu:
         from peftplan.planning.choosing import which_gpu as cards_for
 
         if cards_named is not None:
-            raise RefusedError("--which-gpu: it finds the card, so it takes no --gpu")
+            raise RefusedError("--which-gpu finds the card and takes no --gpu")
         with options.computed_by(engine) as by_engine:
             cards = cards_for(model, allow_tight=allow_tight, **by_engine, **wanted)
         code = will_exit(1 if require_fit and not cards else 0)
@@ -132,9 +132,9 @@ def command(
 
 def _check(*, gpu: str | None, model: str | None, of_family: bool) -> None:
     if gpu is None:
-        raise RefusedError("--gpu: a card is needed, such as --gpu rtx-4090 (or --which-gpu to find one)")
+        raise RefusedError("--gpu is missing: name a card, such as --gpu rtx-4090, or find one with --which-gpu")
     if of_family and model is not None:
-        raise InputError("--model-family", model, "accepted: a family instead of MODEL, not beside it")
+        raise RefusedError(f"--model-family takes the place of MODEL (got {quoted(model)}): give one of the two")
 
 
 def _names(methods: str | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import click
 
 from peftplan.cli import options
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option
-from peftplan.errors import InputError, MissingExtraError, UnknownNameError
+from peftplan.errors import InputError, MissingError, MissingExtraError, UnknownNameError
 
 if TYPE_CHECKING:
     from peftplan.job.setup import Engine
@@ -73,11 +73,11 @@ def command(
         if suite is not None:
             if model is not None or chosen or snapshot is not None:
                 raise InputError(
-                    "--suite", suite, "its lines say what runs; accepted beside it: --output, --steps, --warmup, --engine"
+                    "--suite", suite, "its lines define the runs; accepted with it: --output, --steps, --warmup, --engine"
                 )
             return _suite(suite, Path(output), engines, warmup=warmup, steps=steps, timeout=timeout)
         if model is None:
-            raise InputError("MODEL", None, "accepted: a model as for `peftplan estimate`, or --suite FILE")
+            raise MissingError("MODEL", "name a model as for `peftplan estimate`, or --suite FILE")
         return _one(model, Path(output), engines, warmup=warmup, steps=steps, snapshot=snapshot, **chosen)
     except ImportError as error:
         raise MissingExtraError(f"measure ({error.name or error})", "measure") from None

@@ -309,7 +309,7 @@ def counted(gpu: tuple[str, ...], fields: Mapping[str, Any]) -> tuple[tuple[str,
 
     groups = counted_cards(gpu)
     if len(groups) > 1:
-        raise RefusedError("--gpu: one command is of one number of GPUs; ask for each number")
+        raise RefusedError("--gpu: one command takes one number of GPUs; run it once for each")
     number, names = groups[0] if groups else (None, gpu)
     if number is None:
         return gpu, {}
@@ -321,7 +321,7 @@ def counted(gpu: tuple[str, ...], fields: Mapping[str, Any]) -> tuple[tuple[str,
 def check_model(model: str | None, stated: dict[str, Any], *, also: str = "") -> None:
     """Raises RefusedError where nothing names a model; `also` is an option that may name one too."""
     if model is None and stated.get("peft_config") is None:
-        raise RefusedError(f"MODEL: a model is needed, or {also}a --peft-config that names its base model")
+        raise RefusedError(f"MODEL is missing: name a model, or {also}a --peft-config that names its base model")
 
 
 def check_format(name: str) -> None:

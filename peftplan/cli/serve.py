@@ -55,9 +55,9 @@ def command(
     from peftplan.report import render
 
     if require_fit and not gpus:
-        raise RefusedError("--require-fit: it needs a card (--gpu)")
+        raise RefusedError("--require-fit needs a card (--gpu)")
     if allow_tight and not require_fit:
-        raise RefusedError("--allow-tight: it needs --require-fit")
+        raise RefusedError("--allow-tight needs --require-fit")
     result = serving(model, merge=merge, gpu=gpus, **options.chosen(raw))
     accepted = ("fits", "tight") if allow_tight else ("fits",)
     code = will_exit(0 if not require_fit or all(card.verdict in accepted for card in result.gpus) else 1)

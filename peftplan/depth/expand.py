@@ -230,7 +230,7 @@ class _Writer:
             if moment.kind == "alloc":
                 self._storages[key] = self._copied(moment.storage, key)
             elif key not in self._storages:
-                raise NotRepeatingError(f"{moment.storage.op} in {moment.module} is freed before it is made")
+                raise NotRepeatingError(f"{moment.storage.op} in {moment.module} is freed before it is allocated")
             module = moment.module if shift in (None, 0) else self._renamed(moment.module, int(run.layer or 0) + int(shift or 0))
             self.log.append(Moment(moment.kind, self._storages[key], moment.phase, module))
 

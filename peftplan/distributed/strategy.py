@@ -187,7 +187,7 @@ def _refuse_alone(options: Mapping[str, Any]) -> None:
     names = (name for name in ("strategy", *options) if name in options and name not in ("gpus", "nodes", "accelerate"))
     if (name := next(names, None)) is not None:
         raise InputError(
-            name, options[name], "it divides a job over several GPUs; accepted: with gpus of 2 or more, or gpu 2xCARD"
+            name, options[name], "it divides a job over several GPUs; accepted: with gpus of 2 or more, or a gpu such as 2xCARD"
         )
 
 

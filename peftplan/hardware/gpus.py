@@ -101,7 +101,7 @@ def find_gpu(name: str) -> Gpu:
 
 def _anonymous(name: str, *, number: float, unit: str) -> Gpu:
     if not 1 <= number * _UNITS[unit] <= MAX_CAPACITY:
-        raise InputError("gpu", name, f"a size is above zero and at most {MAX_CAPACITY // GIB} GiB, such as 24GiB")
+        raise InputError("gpu", name, f"accepted: a size above zero and at most {MAX_CAPACITY // GIB} GiB, such as 24GiB")
     if unit in _SOLD:
         return Gpu(id=name, name=name, sold_gb=number)
     return Gpu(id=name, name=name, capacity_bytes=round(number * _UNITS[unit]))

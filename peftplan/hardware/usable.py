@@ -76,7 +76,7 @@ def _less_share(gpu: Gpu, size: Callable[[Gpu], int | None], *, smallest: float,
     """`size` of the card, scaled by the worst (reported / size) of its peers that have at least `smallest` of its size."""
     mib = size(gpu)
     if mib is None:
-        raise InputError("gpu", gpu.id, "nothing is recorded of its memory: give a capacity such as 24GiB instead")
+        raise InputError("gpu", gpu.id, "its memory is not recorded; give a size such as 24GiB")
     share, peer, reported, of = min(
         (record.mib / peer_mib, peer.id, record.mib, peer_mib)
         for peer in gpus()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftplan import files
-from peftplan.errors import InputError, quoted
+from peftplan.errors import InputError, MissingError, quoted
 from peftplan.job.trainers import DEFAULT, TRAINERS, Trainer, TrainerName
 
 MAX_ADAPTER_CONFIG_BYTES = 2**20
@@ -60,9 +60,9 @@ def adapter_config(peft_config: object) -> dict[str, object]:
 
 def base_model(peft_config: object) -> str:
     """The model that an adapter config names as its base. Raises InputError if it names none."""
-    accepted = "accepted: a model, or a peft_config whose base_model_name_or_path names one"
+    accepted = "name a model, or a peft_config whose base_model_name_or_path names one"
     if peft_config is None:
-        raise InputError("model", None, accepted)
+        raise MissingError("model", accepted)
     name = adapter_config(peft_config).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError("peft_config: base_model_name_or_path", name, accepted)

@@ -185,7 +185,7 @@ def _config_file(path: Path, text: str) -> Path:
     file = path / CONFIG_NAME if os.path.isdir(path) else path
     if not is_file(file):
         if is_file(path / "adapter_config.json"):
-            raise InputError("model", text, "the folder holds a peft adapter, name its base model")
+            raise InputError("model", text, "the folder holds a peft adapter: name its base model")
         raise InputError("model", text, f"accepted: a {CONFIG_NAME} or a folder that holds one")
     return file
 

@@ -29,7 +29,7 @@ def traced_cache(
     Raises MissingExtraError without torch or transformers, RefusedError if the model keeps no such cache or cannot run so.
     """
     if task_type != "CAUSAL_LM":
-        raise RefusedError(f"which cache a model of task {task_type} keeps is not described here")
+        raise RefusedError(f"peftplan does not know which cache a model of task {task_type} keeps")
     with quiet_transformers():
         hf_config = build_config(config, name="model")
         model = build_model(config, hf_config, model_class(config, hf_config, name="model", task_type=task_type), name="model")
@@ -54,7 +54,7 @@ def traced_cache(
             )
             counts[key] = counts.get(key, 0) + 1
     if not counts:
-        raise RefusedError(f"{type(model).__name__} returns no cache that transformers' cache classes hold")
+        raise RefusedError(f"{type(model).__name__} returns no cache of transformers' own classes")
     return tuple(
         CacheTensor(kind, part, stored_dtype, shape, layers) for (kind, part, stored_dtype, shape), layers in counts.items()
     )

@@ -40,7 +40,9 @@ def saved_tensors(
             raise
         except Exception as error:  # peft raises whatever its code meets
             reason = str(error).strip().split("\n", 1)[0]
-            raise RefusedError(f"peft {peft.__version__} does not say what it saves: {type(error).__name__}: {reason}") from None
+            raise RefusedError(
+                f"peft {peft.__version__} fails when it lists what it saves: {type(error).__name__}: {reason}"
+            ) from None
     dtype_of = {BASE: dtype, ADAPTER: adapter_dtype}
     tensors = ((name, parse_dtype(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items())
     return tuple(StoredTensor(name, dtype_of.get(kind, kind), shape) for name, kind, shape in tensors)

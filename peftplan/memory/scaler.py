@@ -28,7 +28,9 @@ class Scaler:
     def unscale(self, f: Tape, parameters: Parameters) -> None:
         """`unscale_`. Raises RefusedError for fp16 gradients, as torch raises ValueError."""
         if any(p.trainable and p.dtype == "fp16" for p in parameters.all):
-            raise RefusedError("autocast: fp16 training cannot unscale fp16 gradients; train parameters in fp32, or use bf16")
+            raise RefusedError(
+                "autocast: fp16 training cannot unscale fp16 gradients; accepted: trained parameters in fp32, or bf16"
+            )
         wide = f.new((), "fp64", "double")
         inverse = f.new((), "fp64", "reciprocal")
         del wide

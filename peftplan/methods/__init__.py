@@ -11,7 +11,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftplan.errors import InputError, UnknownNameError, UnknownOptionError
+from peftplan.errors import MissingError, UnknownNameError, UnknownOptionError
 
 if TYPE_CHECKING:
     from peftplan.arch.modules import Architecture
@@ -187,7 +187,7 @@ def from_peft_config(raw: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
     from peftplan.methods.adaptation import NeedsPeftError
 
     if raw.get("peft_type") is None:
-        raise InputError("peft_type", None, "every adapter_config.json states it")
+        raise MissingError("peft_type", "every adapter_config.json states it")
     peft_type = str(getattr(raw["peft_type"], "value", raw["peft_type"]))
     names = [m.name for m in METHODS.values() if m.peft_type == peft_type]
     if not names:
@@ -221,7 +221,7 @@ def _validated(cls: type[MethodConfig], values: Mapping[str, Any]) -> MethodConf
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise first_error(error, nested=False, missing="it is required: peft has no default for it") from None
+        raise first_error(error, nested=False, missing="peft has no default for it") from None
 
 
 class Package(ModuleType):

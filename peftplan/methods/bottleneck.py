@@ -85,7 +85,7 @@ def part_before(place: str, parts: Mapping[str, Container[str]]) -> str:
     if part is None or NORM_INSIDE in parts[part]:
         names = " or ".join(PLACES[place])
         raise RefusedError(
-            f"method: adapters follow {names} without a norm of its own, and the layers of this model have none; "
+            f"method: adapters follow {names} without a norm of its own, and this model's layers have no such part; "
             "`peftplan serve` still counts them"
         )
     return part

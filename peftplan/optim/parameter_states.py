@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
-from peftplan.errors import InputError, UnknownNameError
+from peftplan.errors import InputError, MissingError, UnknownNameError
 from peftplan.ledger import Allocation
 from peftplan.optim.names import parse_optim
 from peftplan.optim.optimizer import Optimizer, Param
@@ -34,7 +34,7 @@ def states(
     if frozen and not optimizer.states_for_frozen:
         return ()
     if optimizer.low_rank and in_target is None:
-        raise InputError("in_target", None, f"{optimizer.name} needs optim_target_modules: accepted: True or False")
+        raise MissingError("in_target", f"{optimizer.name} needs optim_target_modules; accepted: True or False")
     short = parse_dtype(dtype) if frozen else parse_dtype(dtype, accepted=MODEL_DTYPES)
     return optimizer.param_states(Param(tuple(shape), short, in_embedding, bool(in_target)), args)
 

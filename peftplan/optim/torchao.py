@@ -27,7 +27,9 @@ def torchao(*, bits: int) -> StatesFunction:
 
     def param_states(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
         if "block_size" in optim_args:
-            raise RefusedError(f"optim_args: {named('transformers')} hands block_size to torchao as text, which torchao refuses")
+            raise RefusedError(
+                f"optim_args: {named('transformers')} hands block_size to torchao as a string, which torchao refuses"
+            )
         step = scalar("step", place="host")
         return (step, *_moment(param, "exp_avg", bits), *_moment(param, "exp_avg_sq", bits))
 

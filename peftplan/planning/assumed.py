@@ -42,7 +42,7 @@ CUDNN_ATTENTION = ("9.0", "10.0")
 `_fused_sdp_choice`, asked on an emulated card). It is counted as the other fused kernels are."""
 BY_CUDNN = "what cuDNN's attention takes beyond torch's own kernels"
 IN_THREADS = (
-    "what threads leave that copy weights to the card while others are quantized "
+    "gaps left by threads that copy weights to the card while others are quantized "
     f"({LOADING_IN_THREADS.named} to {QUANTIZING_IN_TURN.before})"
 )
 """One job, measured twice in one session, reserved 11,880 and 13,272 MiB (`data/runs/fitcheck_t4.jsonl`)."""

@@ -101,7 +101,7 @@ def _counted(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | Non
     groups = counted_cards(gpu)
     if len(groups) > 1:
         numbers = ", ".join(f"{count}x" if count else "one" for count, _ in groups)
-        raise RefusedError(f"gpu: one estimate is of one number of GPUs, here they are {numbers}; ask for each number")
+        raise RefusedError(f"gpu: one estimate is for one number of GPUs (got {numbers}); make one for each")
     return (gpu, None) if not groups or groups[0][0] is None else (groups[0][1], groups[0][0])
 
 

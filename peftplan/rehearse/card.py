@@ -100,7 +100,9 @@ def _compile(packages: Path, libraries: list[Path], folder: Path) -> None:
         raise RefusedError("rehearse compiles its card once and needs a C compiler and nm: install gcc and binutils")
     headers = [next(iter(sorted(packages.glob(pattern))), None) for pattern in HEADERS]
     if None in headers:
-        raise RefusedError(f"rehearse needs the headers of CUDA {cuda}, which torch's own packages hold; they were not there")
+        raise RefusedError(
+            f"rehearse needs the headers of CUDA {cuda}, which belong to torch's own packages and are not installed"
+        )
     include = [f"-I{path.parent}" for path in headers if path is not None]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -127,7 +129,7 @@ def _cc(compiler: str, include: list[str], parts: list[Path | str], output: Path
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-        raise RefusedError(f"the card does not compile for torch {torch_version()[0]}: {reason[:300]}")
+        raise RefusedError(f"the emulated card does not compile with torch {torch_version()[0]}: {reason[:300]}")
 
 
 def _symbols(lister: str, libraries: Iterable[Path], which: str) -> set[str]:

@@ -65,8 +65,8 @@ def rehearse(
         code, timed_out, seconds = _run([*layer, *command], environment, timeout=timeout, stdout=stdout)
         if code == scratch.FAILED and not list(folder.glob("started")):
             raise RefusedError(
-                "this system lets no user make namespaces, so nothing would keep the program from writing and from the network: "
-                "--keep-writes --network runs it without"
+                "this system lets no user make namespaces, which keep the program from your files and the network; "
+                "to run it without them, add --keep-writes --network"
             )
         if code == NOT_THERE and not list(folder.glob("*.json")):
             raise InputError("COMMAND", command[0], "accepted: a program that is on PATH")

@@ -41,13 +41,13 @@ def read(
 ) -> Request:
     """The request. Raises InputError, naming the field."""
     if not command:
-        raise RefusedError("COMMAND is missing: a program and its arguments stand after --, as in -- python train.py")
+        raise RefusedError("COMMAND is missing: put the program and its arguments after --, as in -- python train.py")
     if isinstance(command, str):
         raise InputError("COMMAND", command, "accepted: a list of the program and its arguments")
     if not shutil.which(command[0], path=None) and not (Path(sys.executable).parent / command[0]).exists():
-        raise InputError("COMMAND", command[0], "accepted: a program that is there, on PATH or by its path")
+        raise InputError("COMMAND", command[0], "accepted: a program on PATH, or the path of one")
     if steps < 0:
-        raise InputError("steps", steps, "accepted: a number of optimizer steps, or 0 to let the program end itself")
+        raise InputError("steps", steps, "accepted: a number of optimizer steps, or 0 to run until the program ends")
     if timeout is not None and not timeout > 0:
         raise InputError("timeout", timeout, "accepted: seconds, above 0")
     if world_size is not None and not 1 <= world_size <= MOST_RANKS:

@@ -80,7 +80,7 @@ def remarks(result: Fit) -> Iterator[str]:
     first, word = result.plans[0], WORDS[result.size]
     yield from (f"Warning: {warning}" for warning in first.warnings)
     if result.engine == "trace" and result.size != "model":
-        yield f"Traced at few sizes around the answer; that every smaller {word} fits was not asked."
+        yield f"Only sizes around the answer were traced; whether every smaller {word} fits was not checked."
     if first.binding is not None and first.verdict != "does_not_run":
         following = first.next_larger or f"{word.capitalize()} {first.size + 1:,}"
         beyond = f"{following} {_would(first.binding.verdict)}" if first.size else "At the smallest"

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftplan.errors import InputError, MissingExtraError, PeftplanError, RefusedError, UnknownNameError
+from peftplan.errors import InputError, MissingExtraError, PeftplanError, RefusedError, UnknownNameError, UnwritableError
 from peftplan.files import replacing
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def format_of(fmt: str | None, output: str | None) -> str:
         raise UnknownNameError("--format", fmt, FORMATS)
     if fmt == "parquet":
         if output is None:
-            raise RefusedError("--format parquet: it needs a file (--output FILE.parquet)")
+            raise RefusedError("--format parquet needs a file (--output FILE.parquet)")
         if find_spec("pyarrow") is None:
             raise MissingExtraError("Parquet (pyarrow)", "sweep")
     if output is not None and (Path(output).is_dir() or not Path(output).parent.is_dir()):
@@ -100,7 +100,7 @@ def _sink(output: str | None) -> Iterator[Callable[[str], None]]:
     try:
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o644)
     except OSError as error:
-        raise InputError("--output", output, f"it cannot be written: {error.strerror}") from None
+        raise UnwritableError("--output", output, str(error.strerror)) from None
     try:
         yield lambda text: _write(handle, text, output)
     finally:
@@ -121,7 +121,7 @@ def _write(handle: int, text: str, name: str) -> None:
             begun = done - (data.rfind(b"\n", 0, done) + 1)
             with suppress(OSError):
                 os.ftruncate(handle, os.lseek(handle, -begun, os.SEEK_CUR))
-        raise PeftplanError(f"{name}: {error.strerror}; what was written are whole rows") from None
+        raise PeftplanError(f"{name}: {error.strerror}; the rows written so far are whole") from None
 
 
 def _parquet(result: Sweep, output: str, each: Callable[[Chunk], None]) -> None:

@@ -82,7 +82,7 @@ class Map:
         from matplotlib.figure import Figure
 
         if not self._panels:
-            raise RefusedError("--plot: no point of the grid has numbers")
+            raise RefusedError("--plot: no point of the grid has a peak")
         columns = min(len(self._panels), 3)
         rows = ceil(len(self._panels) / columns)
         figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.6), dpi=150, layout="constrained")

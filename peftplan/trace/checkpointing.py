@@ -31,4 +31,4 @@ def checkpoint_layers(model: Any, setup: Setup) -> None:
         if not stated:
             raise
         names = ", ".join("offload_checkpoints" if name == "offload" else name for name in stated)
-        raise RefusedError(f"{names}: transformers {version('transformers')} does not know it, 5.17 does") from error
+        raise RefusedError(f"{names}: transformers {version('transformers')} does not have it; 5.17 does") from error

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftplan.errors import InputError, RefusedError
+from peftplan.errors import InputError, MissingError, RefusedError
 from peftplan.job.setup import Setup
 from peftplan.trace.pictures import picture_inputs
 
@@ -148,7 +148,9 @@ def _pictures(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
     """One image or clip per sample, of the size that the config states."""
     pictures = picture_inputs(model, takes, setup)
     if not pictures.batch:
-        raise RefusedError(f"engine: trace knows no input of {type(model).__name__}; accepted: text, pictures, sound")
+        raise RefusedError(
+            f"engine: trace cannot make an input for {type(model).__name__}; accepted: models of text, images or audio"
+        )
     return Inputs({**pictures.batch, **labels(model, takes, setup.batch_size, 1)}, frozenset(), pictures.facts)
 
 
@@ -164,7 +166,7 @@ def labels(model: Any, takes: frozenset[str], b: int, s: int) -> dict[str, Any]:
     if "labels" in takes and name.endswith((*PER_TOKEN, "ForCTC")):
         return {"labels": ids(b, s)}
     known = ", ".join(f"…{end}" for end in ACCEPTED)
-    raise RefusedError(f"engine: {name} has no loss that a trace could train; accepted with task_type: {known}")
+    raise RefusedError(f"engine: {name} has no loss to train on; accepted with task_type: {known}")
 
 
 def _classes(config: Any, b: int) -> torch.Tensor:
@@ -199,7 +201,7 @@ def check_decoder_start(model: Any) -> None:
     config = model.config.get_text_config(decoder=True)
     for name in ("decoder_start_token_id", "pad_token_id"):
         if getattr(config, name, None) is None and getattr(model.config, name, None) is None:
-            raise InputError(f"model: {name}", None, f"accepted: a token id; {type(model).__name__} shifts its labels with it")
+            raise MissingError(f"model: {name}", f"{type(model).__name__} shifts its labels with this token id")
 
 
 def check_length(model: Any, name: str, length: int, *, side: str = "") -> None:

@@ -36,7 +36,9 @@ class Scaler:
             if parameter.grad is not None:
                 by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         if torch.float16 in by_dtype:
-            raise RefusedError("autocast: fp16 training cannot unscale fp16 gradients; accepted: what trains in fp32, or bf16")
+            raise RefusedError(
+                "autocast: fp16 training cannot unscale fp16 gradients; accepted: trained parameters in fp32, or bf16"
+            )
         for gradients in by_dtype.values():
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found_inf, inverse)
 

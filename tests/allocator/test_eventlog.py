@@ -99,7 +99,7 @@ ALLOC = '{"kind": "alloc", "id": 0, "bytes": 1}'
         ('{"kind": "alloc", "bytes": true}', InputError, r"events\[0\]\.bytes: True"),
         ('{"kind": "alloc", "bytes": 1.5}', InputError, r"events\[0\]\.bytes: 1.5"),
         ('{"kind": "alloc", "phase": 1}', InputError, r"events\[0\]\.phase: 1"),
-        (f"{ALLOC}, {ALLOC}", InputError, r"events\[1\]\.id: 0 .* allocated already"),
+        (f"{ALLOC}, {ALLOC}", InputError, r"events\[1\]\.id: 0 .* already allocated"),
         (f'{ALLOC}, {{"kind": "free", "id": 7}}', InputError, r"events\[1\]\.id: 7 .* no live allocation"),
     ],
 )
@@ -115,7 +115,7 @@ def test_a_damaged_log_is_refused_by_its_place(tmp_path: Path, events: str, erro
     ("content", "message"),
     [
         ("", "line 1"),
-        ("[]", "no event log of format peftplan-events, schema_version 1"),
+        ("[]", "not an event log of format peftplan-events, schema_version 1"),
         ('{"format": "peftplan-events", "schema_version": 2, "events": []}', "schema_version 1"),
         ('{"format": "peftplan-events", "schema_version": 1, "events": {}}', "its events a list"),
         ('{"format": "peftplan-events", "schema_version": 1, "event": []}', "did you mean events"),

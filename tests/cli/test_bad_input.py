@@ -84,14 +84,14 @@ def refused(*args: str) -> str:
         ("estimate gpt2 --task-type CHAT", ["--task-type: 'CHAT'", "CAUSAL_LM"]),
         ("estimate gpt2 --engine guess", ["engine: 'guess'", "analytic, trace"]),
         # methods and their fields
-        ("estimate gpt2 --set rang=4", ["--set rang is no option of lora", "did you mean --rank", "accepted", "r,"]),
+        ("estimate gpt2 --set rang=4", ["--set rang is not an option of lora", "did you mean --rank", "accepted", "r,"]),
         ("estimate gpt2 --set r", ["--set", "'r'", "FIELD=VALUE"]),
         ("estimate gpt2 --set r=four", ["--set r must be a whole number (got 'four')"]),
         ("estimate gpt2 --set model=gpt2-xl", ["--set", "'model=gpt2-xl'", "FIELD=VALUE"]),
         ("estimate gpt2 --set peft_config=1", ["--set", "'peft_config=1'", "FIELD=VALUE"]),
-        ("estimate gpt2 --method prefix-tuning", ["--num-virtual-tokens: None", "is required"]),
-        ("estimate gpt2 --method full --r 8", ["--r is no option of full", "accepted: nothing"]),
-        ("estimate gpt2 --method prefix-tuning --num-virtual-tokens 4 --r 8", ["--r is no option of prefix-tuning"]),
+        ("estimate gpt2 --method prefix-tuning", ["--num-virtual-tokens is missing: peft has no default for it"]),
+        ("estimate gpt2 --method full --r 8", ["--r is not an option of full; it has none"]),
+        ("estimate gpt2 --method prefix-tuning --num-virtual-tokens 4 --r 8", ["--r is not an option of prefix-tuning"]),
         # targets: near names are shown
         ("estimate llama-2-7b --target-modules q_pro", ["--target-modules", "'q_pro'", "near: q_proj"]),
         ("estimate llama-2-7b --epochs 3", ["no such option: --epochs (see --help)"]),

@@ -64,7 +64,7 @@ def test_require_fit_asks_for_fits_on_every_card(job: str, code: int) -> None:
 @pytest.mark.parametrize("option", ["--allow-tight", "--text-only"])
 def test_what_require_fit_accepts_needs_it(option: str) -> None:
     done = run("estimate", "gpt2", "--gpu", "t4", option)
-    assert (done.code, done.out, done.err) == (2, "", f"peftplan: {option}: it needs --require-fit\n")
+    assert (done.code, done.out, done.err) == (2, "", f"peftplan: {option} needs --require-fit\n")
 
 
 @pytest.mark.parametrize("mib", ["-1", "much", "1e9", ""])

@@ -83,7 +83,7 @@ def test_a_full_disk_leaves_whole_rows(fmt: str, tmp_path: Path) -> None:
 def test_a_disk_that_is_full_is_one_line() -> None:
     stopped = run(*GRID, "--output", "/dev/full")
     assert stopped.code == 2
-    assert stopped.err == "peftplan: /dev/full: No space left on device; what was written are whole rows\n"
+    assert stopped.err == "peftplan: /dev/full: No space left on device; the rows written so far are whole\n"
 
 
 def test_a_parquet_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_deepspeed_config(tmp_path: Path) -> None:
 
 REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"gpu": "8xt4", "gpus": 4}, "gpus: the card says how many there are (8x…); accepted: one of the two"),
-    ({"gpu": ["2xl4", "8xt4"]}, "gpu: one estimate is of one number of GPUs, here they are 2x, 8x; ask for each number"),
+    ({"gpu": ["2xl4", "8xt4"]}, "gpu: one estimate is for one number of GPUs (got 2x, 8x); make one for each"),
     ({"strategy": "fsdp2"}, "strategy: 'fsdp2' is not accepted; it divides a job over several GPUs"),
     ({"strategy": "zero4", "gpus": 2}, "strategy: 'zero4' is not accepted; did you mean zero"),
     ({"gpus": 2, "reshard_after_forward": False}, "reshard_after_forward: False is not accepted; DDP has no such parameter"),
@@ -143,12 +143,12 @@ def test_flat_parameters_of_integers_are_refused() -> None:
 
 BROKEN = (
     ("a: [1", "not a YAML file: line 1"),
-    ("num_processes: 2\nnum_processes: 4\n", "num_processes is there twice"),
+    ("num_processes: 2\nnum_processes: 4\n", "num_processes appears twice"),
     (
         "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "\n".join(f"b{n}: [{', '.join(['*a'] * 10)}]" for n in range(200)),
         "at most 10,000",
     ),
-    ("- 1\n- 2\n", "accepted: a file of fields and values"),
+    ("- 1\n- 2\n", "accepted: a file of fields with values"),
     ("distributed_type: FSDP\nfsdp_config: 7\n", "fsdp_config: 7 is not accepted; accepted: fields and values"),
     ("distributed_type: FSDP\nfsdp_config: {1: 2}\n", "accepted: fields and values"),
     ("distributed_type: MULTI_GPU\nnum_processes: .inf\n", "num_processes: inf is not accepted; accepted: a whole number"),
@@ -156,7 +156,7 @@ BROKEN = (
     ("distributed_type: MULTI_GPU\nnum_machines: 0\n", "num_machines: 0 is not accepted; accepted: at least 1"),
     ("distributed_type: MULTI_GPU\nnum_processes: 0\n", "num_processes: 0 is not accepted; accepted: at least 1"),
     ("distributed_type: !!python/object/apply:os.system ['true']\n", "not a YAML file"),
-    ('{"zero_optimization": {"stage": 2, "stage": 3}}', "stage is there twice"),
+    ('{"zero_optimization": {"stage": 2, "stage": 3}}', "stage appears twice"),
     ('{"zero_optimization": ', "not a JSON file"),
 )
 
@@ -217,7 +217,10 @@ TRAPS: tuple[tuple[dict[str, Any], str], ...] = (
         "gpus: 8 ranks share tensors of 4 rows, of which each rank still holds one",
     ),
     ({"method": "lora", "strategy": "fsdp2", "wrap_policy": "none"}, "wrap_policy: none may make no layer a unit"),
-    ({"method": "lora", "strategy": "fsdp2", "optim": "paged_adamw_32bit"}, "optim: paged_adamw_32bit was not tried under FSDP2"),
+    (
+        {"method": "lora", "strategy": "fsdp2", "optim": "paged_adamw_32bit"},
+        "optim: paged_adamw_32bit has not been tested under FSDP2",
+    ),
 )
 
 

@@ -156,7 +156,7 @@ def test_low_rank_optimizers_must_know_the_targets():
         ("apollo_adamw", {"proj_type": "reverse_std"}, RefusedError, "scale_type=channel"),
         ("sgd", {"momentum": "-1"}, InputError, "0 or more"),
         ("sgd", {"nesterov": "true"}, RefusedError, "nesterov"),
-        ("adamw_torch_8bit", {"block_size": "128"}, RefusedError, "text"),
+        ("adamw_torch_8bit", {"block_size": "128"}, RefusedError, "as a string"),
         ("adamw_torch_8bit", {"bf16_stochastic_round": "maybe"}, InputError, "truth"),
     ],
 )

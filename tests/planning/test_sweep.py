@@ -135,7 +135,7 @@ def test_pandas_takes_the_rows() -> None:
         ({"batch_size": [0, 1]}, InputError, "batch_size must be at least 1"),
         ({"batch_size": ["a", 1]}, InputError, "batch_size: 'a'"),
         ({"batch_size": [2**40, 1]}, InputError, "batch_size must be at most"),
-        ({"nosuch": [1, 2]}, InputError, "nosuch is no option of lora"),
+        ({"nosuch": [1, 2]}, InputError, "nosuch is not an option of lora"),
         ({"method": "lora,lorra"}, UnknownNameError, "did you mean lora"),
         ({"quant": ["nf4", "nf5"]}, UnknownNameError, "did you mean nf4"),
         ({"dtype": ["bf16", "bf17"]}, UnknownNameError, "did you mean bf16"),

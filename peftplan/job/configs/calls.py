@@ -19,7 +19,7 @@ def of_notebook(text: str, *, file: str) -> Document:
         cells = json.loads(text)["cells"]
         sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise BrokenFileError(file, None, "not a notebook: accepted: JSON with cells") from None
+        raise BrokenFileError(file, None, "not a notebook; accepted: JSON with cells") from None
     reader = _Calls()
     for source in sources:
         lines = ["pass" if line.lstrip().startswith(("!", "%")) else line for line in source.splitlines()]

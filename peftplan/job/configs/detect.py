@@ -30,7 +30,7 @@ def tool_of(document: Document, *, file: str) -> Tool:
         if any(_matches(case, document.kind, program, keys, document.values) for case in facts(tool).detect)
     ]
     if len(matching) > 1:
-        raise RefusedError(f"{file}: keys of {' and '.join(matching)} in one file; say which it is with --tool")
+        raise RefusedError(f"{file}: keys of {' and '.join(matching)} in one file; name its tool with --tool")
     return matching[0] if matching else "other"
 
 

@@ -63,7 +63,7 @@ def read_json(text: str, *, file: str) -> Document:
         if len(values) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise BrokenFileError(file, None, f"{quoted(twice)} stands twice in one object")
+            raise BrokenFileError(file, None, f"{quoted(twice)} appears twice in one object")
         return values
 
     try:
@@ -76,7 +76,7 @@ def read_json(text: str, *, file: str) -> Document:
         line = getattr(error, "lineno", None)
         raise BrokenFileError(file, line, f"not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise BrokenFileError(file, None, "accepted: a JSON object, of keys and values")
+        raise BrokenFileError(file, None, "accepted: a JSON object")
     _check_size(values, file)
     return Document(values)
 
@@ -110,7 +110,7 @@ def read_yaml(text: str, *, file: str) -> Document:
     reader = _Yaml(file)
     values = {} if root is None else reader.value(root, "", 0)
     if not isinstance(values, dict):
-        raise BrokenFileError(file, 1, "accepted: keys and values, not a list or a text")
+        raise BrokenFileError(file, 1, "accepted: keys and values, not a list or a string")
     comments = "\n".join(line for line in text.splitlines() if line.lstrip().startswith("#"))
     return Document(values, reader.lines, comments=comments)
 
@@ -174,10 +174,10 @@ class _Yaml:
                 continue
             name = self.value(name_node, key, depth + 1)
             if not isinstance(name, (str, int, float, bool, type(None))):
-                raise BrokenFileError(self.file, line, f"{quoted(name)} is no key; accepted: a text")
+                raise BrokenFileError(self.file, line, f"{quoted(name)} is not a key; accepted: a string")
             name = "" if name is None else str(name)
             if name in values:
-                raise BrokenFileError(self.file, line, f"{name} stands twice")
+                raise BrokenFileError(self.file, line, f"{name} appears twice")
             dotted = f"{key}.{name}" if key else name
             self.lines.setdefault(dotted, line)
             values[name] = self.value(value_node, dotted, depth + 1)

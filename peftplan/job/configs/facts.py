@@ -93,7 +93,7 @@ class Facts:
             return Known(row, row.get("default", default), row.get("at", at))
         if key in self.schema or key.partition(".")[0] in self.schema:
             return Known(
-                {"unsayable": f"what it changes has not been looked at ({at or self.schema[key.partition('.')[0]][1]})"},
+                {"unsayable": f"its effect on memory is not known ({at or self.schema[key.partition('.')[0]][1]})"},
                 default,
                 at,
             )

@@ -124,7 +124,7 @@ def _named(said: Launched, tool: str, key: str, name: Any, read: Callable[[Any],
     elif os.path.isfile(text):
         _from(said, key, lambda: read(text))
     else:
-        said.unsayable[key] = Unsayable(name, "the launch file is not at hand; add it as a further --config", "unknown")
+        said.unsayable[key] = Unsayable(name, "the launch file is not among the files; add it with another --config", "unknown")
 
 
 def _deepspeed(source: Any) -> Mapping[str, Any]:

@@ -29,7 +29,7 @@ def read_config(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     if not paths:
-        raise RefusedError("config: no file is named")
+        raise RefusedError("config: name at least one file")
     named = None if tool is None else check(tool)
     plans = [_plan(Path(each), named if index == 0 else None) for index, each in enumerate(paths)]
     return joined(plans)

@@ -71,7 +71,7 @@ class _Reading:
         elif value is None:
             self.ignored[key] = Ignored(value, "empty: the tool's default holds", known.at)
         elif _open(value) and not {"rule", "launch"} & known.row.keys() and known.row.get("to") != "target_modules":
-            self.unsayable[key] = Unsayable(value, "its value is filled in elsewhere", option=known.row.get("to"))
+            self.unsayable[key] = Unsayable(value, "its value is a placeholder", option=known.row.get("to"))
         else:
             self._known(key, value, known)
 
@@ -110,7 +110,7 @@ class _Reading:
                 raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a whole number of at least 1")
             return int(float(text))
         if option in TEXTS and not isinstance(value, str):
-            raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a text")
+            raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a string")
         return tuple(value) if isinstance(value, list) else value
 
     def _sets(self, key: str, value: Any, known: Known) -> None:
@@ -188,7 +188,7 @@ class _Reading:
         for key, row in self.tool.rows.items():
             if key in self.read and "names" in row and row["names"] not in self.options:
                 value = self.read.pop(key).value
-                self.unsayable[key] = Unsayable(value, f"{quoted(value)} is not known here", option=row["names"])
+                self.unsayable[key] = Unsayable(value, f"{quoted(value)} is not known to peftplan", option=row["names"])
 
     def _effective(self, key: str) -> Any:
         value = self.values.get(key)

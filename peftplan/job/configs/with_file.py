@@ -41,14 +41,10 @@ def with_file(plan: ConfigPlan, model: Any, chosen: Mapping[str, Any], *, object
     """
     file = plan.files[0]
     if plan.kind != "training":
-        what = (
-            "not a training config of a tool that is known here"
-            if plan.tool == "other"
-            else f"of {plan.tool}, and trains no model"
-        )
-        raise RefusedError(f"config: {file} is {what}; accepted: a training config, with launch files behind it")
+        what = "not a training config of a known tool" if plan.tool == "other" else f"of {plan.tool}, and trains no model"
+        raise RefusedError(f"config: {file} is {what}; accepted: a training config, then its launch files")
     if model is None and plan.model is None:
-        raise RefusedError(f"config: {file} names no model; name it as MODEL")
+        raise RefusedError(f"config: {file} names no model; add MODEL")
     stated = {name: value for name, value in chosen.items() if value is not None}
     unsayable = plan.without(stated)
     if strict and unsayable:

@@ -28,7 +28,7 @@ def content(source: Any, *, field: str) -> Mapping[str, Any]:
     text = files.text(os.fspath(source), field=field, most=MOST_BYTES)
     raw = _json(text, source, field) if text.lstrip().startswith("{") else _yaml(text, source, field)
     if not isinstance(raw, Mapping) or not all(isinstance(name, str) for name in raw):
-        raise InputError(field, str(source), "accepted: a file of fields and values")
+        raise InputError(field, str(source), "accepted: a file of fields with values")
     return raw
 
 
@@ -37,7 +37,7 @@ def _json(text: str, source: object, field: str) -> object:
         fields = dict(pairs)
         if len(fields) < len(pairs):
             twice = next(name for n, (name, _) in enumerate(pairs) if name in [other for other, _ in pairs[:n]])
-            raise OptionError(field, str(source), f"{twice} is there twice")
+            raise OptionError(field, str(source), f"{twice} appears twice")
         return fields
 
     try:
@@ -77,7 +77,7 @@ def _check_nodes(root: object, source: object, field: str) -> None:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
             if twice is not None:
-                raise OptionError(field, str(source), f"line {node.start_mark.line + 1}: {twice} is there twice")
+                raise OptionError(field, str(source), f"line {node.start_mark.line + 1}: {twice} appears twice")
             todo += [value for _, value in node.value]
         elif isinstance(node, yaml.SequenceNode):
             todo += node.value

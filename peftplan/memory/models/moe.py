@@ -164,9 +164,9 @@ def deepseek_block(c: Call, x: Tensor, *, route: Route) -> Tensor:
 def check(c: Call) -> None:
     """Raise NeedsTraceError for router options that few configs set."""
     if c.block.mlp.router.noise:
-        raise NeedsTraceError("noise before a router")
+        raise NeedsTraceError("router jitter noise")
     if c.block.mlp.router.loss:
-        raise NeedsTraceError("a loss of routers")
+        raise NeedsTraceError("the auxiliary loss of routers")
 
 
 mixtral = partial(decoder, style=Style(mixture=partial(routed_block, route=mixtral_route, router="mlp.gate", name="mlp.experts")))

@@ -27,8 +27,8 @@ LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("a.yml", AXOLOTL + "micro_batch_size: [1, 2]\n", r"a\.yml:3: micro_batch_size: \[1, 2\] is not acc.* a whole"),
         ("a.yml", AXOLOTL + "micro_batch_size: two\n", r"a\.yml:3: micro_batch_size: 'two'"),
         ("a.yml", AXOLOTL + "micro_batch_size: 0\n", r"a\.yml:3: micro_batch_size: 0"),
-        ("a.yml", "base_model: [gpt2]\nadapter: lora\n", r"a\.yml:1: base_model: \['gpt2'\] is not .* a text"),
-        ("a.yml", AXOLOTL + "adapter: qlora\n", r"a\.yml:3: adapter stands twice"),
+        ("a.yml", "base_model: [gpt2]\nadapter: lora\n", r"a\.yml:1: base_model: \['gpt2'\] is not .* a string"),
+        ("a.yml", AXOLOTL + "adapter: qlora\n", r"a\.yml:3: adapter appears twice"),
         ("a.yml", AXOLOTL + "x: !!python/object/apply:os.system ['true']\n", r"a\.yml:3: .*tag .*python"),
         ("a.yml", AXOLOTL + "x: !!binary aGk=\n", r"a\.yml:3: .*tag"),
         ("a.yml", AXOLOTL + "finetuning_type: lora\nmodel_name_or_path: x\n", r"a\.yml: .*axolotl"),
@@ -37,7 +37,7 @@ LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("a.yml", "[" * 2000, r"a\.yml"),
         ("a.yml", "name: a workflow\non: push\n", r"a\.yml is not a training config"),
         ("a.json", "{", r"a\.json:1: not JSON"),
-        ("a.json", '{"a": 1, "a": 2}', r"a\.json: 'a' stands twice"),
+        ("a.json", '{"a": 1, "a": 2}', r"a\.json: 'a' appears twice"),
         ("a.json", "[1]", r"a\.json: accepted: a JSON object"),
         ("a.sh", "echo hello\n", r"a\.sh: accepted: a script with a training command"),
         ("a.py", "import torch (\n", r"a\.py:1: not Python"),
@@ -133,5 +133,5 @@ def test_an_optimizer_that_no_rule_knows_cannot_be_said(optimizer: object) -> No
     """It was read as the default, and the peak stood without a bound."""
     values = {"base_model": "gpt2", "adapter": "lora", "micro_batch_size": 1, "optimizer": optimizer}
     plan = read_values(values, file="a.yml", tool="axolotl")
-    assert "is not known here" in plan.unsayable["optimizer"].why
+    assert "is not known to peftplan" in plan.unsayable["optimizer"].why
     assert plan.without({"optim": "sgd"}).get("optimizer") is None
