@@ -33,7 +33,7 @@ class Case(NamedTuple):
     @property
     def kind(self) -> str:
         """What the file is: `training`, `launch`, `other`, or training by Megatron."""
-        megatron = any(MEGATRON in said.why for said in self.plan.unsayable.values())
+        megatron = any(MEGATRON in said.why for said in self.plan.unsupported.values())
         return MEGATRON if megatron and self.plan.kind == "training" else self.plan.kind
 
 
@@ -81,7 +81,7 @@ def page(read: Sequence[Case]) -> str:
     tools = sorted({case.plan.tool for case in training})
     rows = [row(tool, [case for case in training if case.plan.tool == tool]) for tool in tools]
     kinds = Counter(case.kind for case in read)
-    keys = Counter((key, said.why, said.effect) for case in known for key, said in case.plan.unsayable.items())
+    keys = Counter((key, said.why, said.effect) for case in known for key, said in case.plan.unsupported.items())
     models = Counter(case.plan.model or "none is named" for case in training if not case.known)
     errors = Counter(case.entry.error for case in known if case.entry.error and case.entry.bound != "unknown")
     return f"""# The files people run
@@ -94,7 +94,7 @@ path, commit and licence), by the instant engine. {kinds["training"]:,} of them 
         kinds["other"]
     } do something else (inference, export, evaluation, data, tools without a reader).
 
-*Counted* are parameters. *Exact* peaks have no key that cannot be said; a *bound* has keys whose direction is known; a *null*
+*Counted* are parameters. *Exact* peaks have no unsupported key; a *bound* has keys whose direction is known; a *null*
 peak has keys whose effect is not known; *no formula* needs the trace engine; a *refusal* is an error with its reason.
 
 {
@@ -116,14 +116,14 @@ peak has keys whose effect is not known; *no formula* needs the trace engine; a 
         )
     }
 
-Bars: counts ≥ 95 % of configs whose model is built in, peaks of text models without a key that cannot be said ≥ 90 %. The
+Bars: counts ≥ 95 % of configs whose model is built in, peaks of text models without an unsupported key ≥ 90 %. The
 first is {"held" if _counted(known) >= 0.95 * len(known) else "not held"} ({
         share(_counted(known), len(known))
     }), the second is not held yet
 ({share(_exact(known), len(known))}, vision-language models included). Of all training configs
 {share(_counted(known), len(training))} are counted.
 
-## What cannot be said, most frequent first
+## Unsupported keys, most frequent first
 
 {
         table(

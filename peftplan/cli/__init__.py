@@ -20,7 +20,7 @@ COMMANDS: dict[str, str] = {
     "estimate": "What a fine-tuning run needs: counts, bytes, verdicts.",
     "fit": "The largest batch, sequence or rank that a card takes, other plans, or the smallest card.",
     "compare": "One job by several methods, on several cards.",
-    "configs": "Training configs of other tools, a line each: peak, verdict, what could not be said.",
+    "configs": "Training configs of other tools, a line each: peak, verdict, unsupported keys.",
     "sweep": "A job at every point of a grid, as CSV, JSON lines or Parquet, and as a map.",
     "explain-oom": "Why a program ran out of memory, from its message, a log or a snapshot, and what to try.",
     "advise": "What papers and documentation recommend: rank, targets, learning rate, which method.",

@@ -16,7 +16,7 @@ from peftplan.cli.command import Command, argument, option
 @option("--online", is_flag=True, help="ask the Hub for models that are neither built in nor in the local cache")
 @options.format_option
 def command(paths: tuple[str, ...], gpu: str | None, engine: str, tool: str | None, online: bool, fmt: str) -> int:
-    """Training configs of other tools, a line each: model, counts, peak, verdict, what could not be said.
+    """Training configs of other tools, a line each: model, counts, peak, verdict, unsupported keys.
 
     PATH is a file, or a folder whose YAML, JSON, shell, Python and notebook files are read. Nothing in them is executed.
 

@@ -1,4 +1,4 @@
-"""Many training configs at once: what each trains, its peak, whether it fits, and what could not be said."""
+"""Many training configs at once: what each trains, its peak, whether it fits, and the unsupported keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_FILES = 100_000
 
 
 class ConfigEntry(NamedTuple):
-    """What one file says: bytes are null where there is no peak, `bound` says what a peak is where keys could not be said."""
+    """What one file says: bytes are null where there is no peak, `bound` says what a peak is where keys are not supported."""
 
     file: str
     tool: Tool
@@ -35,8 +35,8 @@ class ConfigEntry(NamedTuple):
     peak_reserved: int | None = None
     engine: str | None = None
     verdict: VerdictName | None = None
-    unsayable: tuple[str, ...] = ()
-    """Keys that change memory, or may, and that no option says."""
+    unsupported: tuple[str, ...] = ()
+    """Keys that change memory, or may, and that peftplan does not model."""
     error: str | None = None
     """Why there is no estimate, or no peak."""
     bound: Literal["at_most", "at_least", "unknown"] | None = None
@@ -110,7 +110,7 @@ def _tool(file: Path, tool: str | None) -> Tool:
 
 def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analytic", online: bool = False) -> ConfigEntry:
     """The entry of a plan."""
-    said = ConfigEntry(plan.files[0], plan.tool, plan.model, unsayable=tuple(plan.unsayable))
+    said = ConfigEntry(plan.files[0], plan.tool, plan.model, unsupported=tuple(plan.unsupported))
     if plan.kind != "training":
         return said._replace(error="not a training config" if plan.kind == "other" else "a launch file, without a model")
     if plan.model is None:

@@ -275,7 +275,7 @@ class IgnoredKeyDocument(TypedDict):
     """The tool's file and line."""
 
 
-class UnsayableKeyDocument(TypedDict):
+class UnsupportedKeyDocument(TypedDict):
     """A key that changes memory, or may, and that no option says."""
 
     value: Any
@@ -299,13 +299,13 @@ class ConfigDocument(TypedDict):
     launch: dict[str, Any]
     read: dict[str, ReadKeyDocument]
     ignored: dict[str, IgnoredKeyDocument]
-    unsayable: dict[str, UnsayableKeyDocument]
+    unsupported: dict[str, UnsupportedKeyDocument]
     defaults: dict[str, str]
     """Option that the file leaves to the tool → the tool's file and line."""
     assumed: dict[str, str]
     """What the file leaves to the data or the launcher."""
     bound: Literal["at_most", "at_least", "unknown"] | None
-    """What the peak is where a key cannot be said."""
+    """What the peak is where a key is not supported."""
 
 
 class EstimateDocument(TypedDict):

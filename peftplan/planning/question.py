@@ -44,8 +44,8 @@ class Question(NamedTuple):
         """Why there is no peak: keys that no option says and whose effect is not known."""
         if self.config is None or self.bound != "unknown":
             return None
-        keys = [key for key, said in self.config["unsayable"].items() if said["effect"] == "unknown"]
-        return f"keys that no option says ({', '.join(keys or self.config['unsayable'])})"
+        keys = [key for key, said in self.config["unsupported"].items() if said["effect"] == "unknown"]
+        return f"unsupported keys ({', '.join(keys or self.config['unsupported'])})"
 
     def at(self, sizes: Mapping[str, Any], *, replays: int | None) -> Estimate | Grid:
         """The job at other sizes: an Estimate for whole numbers, a Grid where one of them is a list or an array."""

@@ -109,8 +109,8 @@ def _in_words(verdict: Verdict, result: Estimate) -> str:
 
 def _open(result: Estimate) -> str:
     """Why a verdict is unknown, and what to do."""
-    if result.config and result.config["unsayable"]:
-        return "keys of the file cannot be said"
+    if result.config and result.config["unsupported"]:
+        return "unsupported keys in the file"
     if result.peaks:
         return "the trace could not follow all of it"
     return f"no peak{', add --engine trace' if '--engine trace' in result.not_modelled[0] else ''}"
@@ -179,7 +179,7 @@ def _notes(result: Estimate, screen: Screen) -> list[Row]:
     if result.config:
         from peftplan.report import configs
 
-        lines += configs.unsayable(result.config)
+        lines += configs.unsupported(result.config)
     lines += [f"note: {note}" for note in result.assumptions.get("notes", ()) if note not in result.asides]
     missing = [what for what in result.not_modelled if not (result.gpus and what == "CUDA context")]
     if peaks:

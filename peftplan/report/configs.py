@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from peftplan.errors import quoted
+from peftplan.job.configs.plan import LAUNCHERS
 from peftplan.report.tabular import Column
 from peftplan.units import format_bytes
 
@@ -19,7 +20,7 @@ BOUNDS = {
     "unknown": "no peak is stated",
 }
 MOST_KEYS = 4
-"""Keys that cannot be said, shown one by one."""
+"""Unsupported keys, shown one by one."""
 
 COLUMNS = (
     Column("file"),
@@ -28,35 +29,65 @@ COLUMNS = (
     Column("trainable", right=True, wide=True),
     Column("peak", right=True),
     Column("verdict"),
-    Column("not said", right=True),
-    Column("keys that could not be said, or why there is no peak", wide=True),
+    Column("note", wide=True),
 )
 MOST_NAMES = 3
+MOST_NOTES = 20
 SIGNS = {"at_most": "≤ ", "at_least": "≥ "}
+SIGN_MEANS = {
+    "at_most": "at most: the unsupported keys lower the peak",
+    "at_least": "at least: the unsupported keys raise the peak",
+}
+LAUNCH_FILE = "a launch file, which names no model: add it to a training config with a further --config"
+
+
+def listed(entries: Sequence[ConfigEntry]) -> list[ConfigEntry]:
+    """The files that get a row: training configs, or all where there are none."""
+    return [entry for entry in entries if entry.tool not in ("other", *LAUNCHERS)] or list(entries)
 
 
 def cells(entry: ConfigEntry) -> tuple[str | int | None, ...]:
-    """One file of many; without a peak, why."""
+    """One file of many."""
     peak = None if entry.peak_allocated is None else SIGNS.get(entry.bound or "", "") + format_bytes(entry.peak_allocated)
-    names = ", ".join(entry.unsayable[:MOST_NAMES])
-    more = len(entry.unsayable) - MOST_NAMES
-    unsaid = f"{names} and {more} more" if more > 0 else names
     verdict = entry.verdict and entry.verdict.replace("_", " ")
-    why = entry.error if entry.peak_allocated is None and not entry.unsayable else None
     model = None if entry.model is None else entry.model.rpartition("/")[2]
-    file = PurePath(entry.file).name
-    return (file, entry.tool, model, entry.trainable_parameters, peak, verdict, len(entry.unsayable), unsaid or why)
+    return (PurePath(entry.file).name, entry.tool, model, entry.trainable_parameters, peak, verdict, note(entry))
+
+
+def note(entry: ConfigEntry) -> str | None:
+    """Why there is no peak, or which keys make it a bound."""
+    if entry.tool in LAUNCHERS:
+        return LAUNCH_FILE
+    keys = ", ".join(entry.unsupported[:MOST_NAMES])
+    more = len(entry.unsupported) - MOST_NAMES
+    unsupported = f"unsupported: {keys}{f' and {more} more' if more > 0 else ''}" if keys else None
+    return unsupported if entry.total_parameters is not None and unsupported else entry.error or unsupported
+
+
+def notes(entries: Sequence[ConfigEntry]) -> list[str]:
+    """The notes, a line each, for a table that is too narrow for them."""
+    lines = [f"{PurePath(entry.file).name}: {text}" for entry in entries if (text := note(entry)) is not None]
+    more = len(lines) - MOST_NOTES
+    return [*lines[:MOST_NOTES], f"and {more} more notes (--format csv has all)"] if more > 0 else lines
 
 
 def summed(entries: Sequence[ConfigEntry]) -> str:
-    """How many files have what."""
-    training = [entry for entry in entries if entry.tool != "other"]
-    counted = sum(entry.total_parameters is not None for entry in training)
-    peaks = sum(entry.peak_allocated is not None for entry in training)
-    exact = sum(entry.peak_allocated is not None and not entry.unsayable for entry in training)
-    others = f"; {len(entries) - len(training)} other files" if len(entries) > len(training) else ""
-    files = "1 file" if len(training) == 1 else f"{len(training)} files"
-    return f"{files} of tools: {counted} counted, {peaks} with a peak, {exact} of them with every key said{others}"
+    """How many files have what, and what the signs before a peak mean."""
+    launching = sum(entry.tool in LAUNCHERS for entry in entries)
+    others = sum(entry.tool == "other" for entry in entries)
+    counted = sum(entry.total_parameters is not None for entry in entries)
+    peaks = [entry for entry in entries if entry.peak_allocated is not None]
+    exact = sum(not entry.unsupported for entry in peaks)
+    training = len(entries) - launching - others
+    figures = f": {counted} counted, {len(peaks)} with a peak, {exact} exact" if training else ""
+    parts = [_files(training, "training config") + figures]
+    parts += [_files(number, what) for number, what in ((launching, "launch file"), (others, "other file")) if number]
+    legend = [f"{SIGNS[bound]}{text}" for bound, text in SIGN_MEANS.items() if any(entry.bound == bound for entry in peaks)]
+    return "\n".join(["; ".join(parts), *legend])
+
+
+def _files(number: int, what: str) -> str:
+    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
 
 
 def summary(config: Mapping[str, Any]) -> str:
@@ -66,14 +97,14 @@ def summary(config: Mapping[str, Any]) -> str:
     return f"{files} ({config['tool']} {config['version']}): {counts}"
 
 
-def unsayable(config: Mapping[str, Any], *, most: int | None = MOST_KEYS) -> list[str]:
-    """A line for each key that no option says, and what the peak is then."""
-    keys = config["unsayable"]
+def unsupported(config: Mapping[str, Any], *, most: int | None = MOST_KEYS) -> list[str]:
+    """A line for each unsupported key, and what the peak is then."""
+    keys = config["unsupported"]
     if not keys:
         return []
-    lines = [f"cannot be said: {key}: {said['why']}" for key, said in list(keys.items())[:most]]
+    lines = [f"unsupported: {key}: {said['why']}" for key, said in list(keys.items())[:most]]
     more = len(keys) - len(lines)
-    lines += [f"and {more} more keys that cannot be said: -v"] if more else []
+    lines += [f"and {more} more unsupported keys: -v"] if more else []
     return [*lines, f"so {BOUNDS[config['bound']]}"]
 
 
@@ -87,7 +118,7 @@ def keys(config: Mapping[str, Any]) -> list[str]:
     """Every key, a line each, in its group."""
     lines = [f"read: {key}: {quoted(said['value'])} → {_arrow(said)}" for key, said in config["read"].items()]
     lines += [f"no effect: {key}: {_where(said)}" for key, said in config["ignored"].items()]
-    return [*lines, *unsayable(config, most=None)]
+    return [*lines, *unsupported(config, most=None)]
 
 
 def _arrow(said: Mapping[str, Any]) -> str:

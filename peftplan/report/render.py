@@ -218,10 +218,11 @@ def models(entries: Sequence[ModelEntry], *, fmt: str) -> None:
 
 def configs(entries: Sequence[ConfigEntry], *, fmt: str) -> None:
     """A line for each file; text shows what a folder holds besides training configs as a number alone."""
-    from peftplan.report.configs import COLUMNS, cells, summed
+    from peftplan.report.configs import COLUMNS, cells, listed, notes, summed
 
-    shown = [entry for entry in entries if len(entries) == 1 or entry.tool != "other"]
-    _rows(COLUMNS, [cells(entry) for entry in shown], [_fields(entry) for entry in entries], fmt=fmt, below=summed(entries))
+    shown = listed(entries)
+    facts = [_fields(entry) for entry in entries]
+    _rows(COLUMNS, [cells(entry) for entry in shown], facts, fmt=fmt, below=summed(entries), instead=notes(shown))
 
 
 def methods(*, fmt: str) -> None:
@@ -312,9 +313,18 @@ def inspection(result: Inspection, *, fmt: str) -> None:
 
 
 def _rows(
-    columns: Sequence[Column], cells: Cells, facts: Facts, *, fmt: str, above: str | None = None, below: str | None = None
+    columns: Sequence[Column],
+    cells: Cells,
+    facts: Facts,
+    *,
+    fmt: str,
+    above: str | None = None,
+    below: str | None = None,
+    instead: Sequence[str] = (),
 ) -> None:
     """One list in the asked format: cells for people (with a line above and below in a table), facts for programs.
+
+    `instead`: lines that stand below a table which is too narrow for its wide columns.
 
     An empty list is no table: a CSV is empty then, and people read the line below.
     """
@@ -331,7 +341,7 @@ def _rows(
     else:
         from peftplan.report import terminal
 
-        terminal.rows(columns, map(tabular.texts, cells), above=above, below=below)
+        terminal.rows(columns, map(tabular.texts, cells), above=above, below=below, instead=instead)
 
 
 def _remarks(lines: Sequence[str], *, fmt: str) -> None:

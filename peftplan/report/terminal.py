@@ -51,14 +51,22 @@ def show(out: Console, parts: Iterable[RenderableType]) -> None:
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def rows(columns: Sequence[Column], cells: Iterable[Sequence[str]], *, above: str | None, below: str | None) -> None:
-    """One table, with a line above and a line below it where there is something to say."""
+def rows(
+    columns: Sequence[Column],
+    cells: Iterable[Sequence[str]],
+    *,
+    above: str | None,
+    below: str | None,
+    instead: Sequence[str] = (),
+) -> None:
+    """One table, with a line above and a line below it where there is something to say; `instead` of wide columns: more lines."""
     out = console()
     kept = [index for index, column in enumerate(columns) if not column.wide or out.width >= WIDE]
     shown = table(*(columns[index] for index in kept))
     for row in cells:
         shown.add_row(*(row[index] for index in kept))
-    show(out, (*((above, "") if above else ()), fitted(shown, out.width), *(("", below) if below else ())))
+    left_out = ("", *instead) if instead and len(kept) < len(columns) else ()
+    show(out, (*((above, "") if above else ()), fitted(shown, out.width), *left_out, *(("", below) if below else ())))
 
 
 def table(*columns: Column, footer: Sequence[str] = (), header: bool = True) -> Table:

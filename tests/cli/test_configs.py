@@ -24,12 +24,34 @@ def test_a_folder(tmp_path: Path) -> None:
     assert done.code == 0
     a, b, c, d, e = json.loads(done.out)
     assert (a["tool"], a["model"], a["trainable_parameters"], a["verdict"]) == ("axolotl", "llama-3.1-8b", 20_971_520, "fits")
-    assert (b["peak_allocated"], b["verdict"], b["unsayable"], b["trainable_parameters"]) == (None, "unknown", ["rl"], 20_971_520)
+    assert (b["peak_allocated"], b["verdict"], b["unsupported"], b["trainable_parameters"]) == (
+        None,
+        "unknown",
+        ["rl"],
+        20_971_520,
+    )
     assert (c["tool"], c["error"]) == ("other", "not a training config")
     assert "--online" in d["error"]
     assert "e.yml" in e["error"]
     shown = " ".join(run("configs", str(tmp_path), "--gpu", "a100-80gb").out.split())
-    assert "3 files of tools: 2 counted, 1 with a peak, 1 of them with every key said; 2 other files" in shown
+    assert "3 training configs: 2 counted, 1 with a peak, 1 exact; 2 other files" in shown
+
+
+def test_a_narrow_table_keeps_its_notes_and_counts_launch_files(tmp_path: Path) -> None:
+    """The reason stood in a column that 80 columns left out, and a launch file was a row of dashes."""
+    (tmp_path / "a.yml").write_text(QLORA + "rl: dpo\n")
+    (tmp_path / "b.yml").write_text("base_model: somebody/else\nadapter: lora\nmicro_batch_size: 1\nlora_mlp_kernel: true\n")
+    (tmp_path / "c.yml").write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 4\n")
+    narrow = run("configs", str(tmp_path), "--gpu", "l4", columns=80).out
+    assert "a.yml: unsupported: rl\n" in narrow
+    assert "b.yml: somebody/else is neither built in nor in the local cache; --online asks the Hub\n" in narrow
+    assert narrow.endswith("1 launch file\n")
+    assert "c.yml" not in narrow
+    wide = run("configs", str(tmp_path), "--gpu", "l4", columns=140).out
+    assert "a.yml:" not in wide
+    assert "unsupported: rl" in wide
+    alone = run("configs", str(tmp_path / "c.yml"), columns=80).out
+    assert "c.yml: a launch file, which names no model" in alone
 
 
 def test_a_path_that_is_not_there() -> None:

@@ -15,29 +15,29 @@ FOLDER = "configs"
 
 
 class Row(TypedDict, total=False):
-    """What one key means. Exactly one of `to`, `sets`, `launch`, `rule`, `ignored` and `unsayable` is there."""
+    """What one key means. Exactly one of `to`, `sets`, `launch`, `rule`, `ignored` and `unsupported` is there."""
 
     to: str
     """The option (or `model`) that takes the value."""
     values: Mapping[str, Any]
     """Of `to`: their value in lower case → ours; null sets nothing."""
     sets: Mapping[str, Mapping[str, Any] | None]
-    """Value in lower case → the options that it sets; null: it cannot be said. `*`: any other value."""
+    """Value in lower case → the options that it sets; null: it is not supported. `*`: any other value."""
     launch: str
     """The fact about the launch."""
     rule: str
     """Why the key takes part in the file's `rules`."""
     names: str
-    """Of `rule`: the option whose value the key names; a name that no rule knows cannot be said."""
+    """Of `rule`: the option whose value the key names; a name that no rule knows is not supported."""
     ignored: str
     """Why it does not change memory."""
-    unsayable: str
-    """Why it changes memory, and no option says it."""
+    unsupported: str
+    """Why it changes memory, though peftplan does not model it."""
     effect: Effect
     option: str
-    """Of what cannot be said: the option that takes its place where the user sets it."""
+    """Of an unsupported key: the option that takes its place where the user sets it."""
     off: list[Any]
-    """Of what cannot be said: values that change nothing, besides those that are false, empty or `none`."""
+    """Of an unsupported key: values that change nothing, besides those that are false, empty or `none`."""
     default: Any
     at: str
     why: str
@@ -50,7 +50,7 @@ class Rule(TypedDict, total=False):
     """Key → a list of accepted values, `set` or `unset`, for which the tool's defaults count, or `said`: by the file."""
     set: Mapping[str, Any]
     """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"names": {key: …}}` or `{"globs": key}` (`reading`)."""
-    unsayable: Mapping[str, Any]
+    unsupported: Mapping[str, Any]
     """`key`, `why`, `effect`, `option`."""
     assumed: Mapping[str, str]
     kind: str
@@ -93,7 +93,7 @@ class Facts:
             return Known(row, row.get("default", default), row.get("at", at))
         if key in self.schema or key.partition(".")[0] in self.schema:
             return Known(
-                {"unsayable": f"its effect on memory is not known ({at or self.schema[key.partition('.')[0]][1]})"},
+                {"unsupported": f"its effect on memory is not known ({at or self.schema[key.partition('.')[0]][1]})"},
                 default,
                 at,
             )

@@ -1,6 +1,6 @@
 """How a job is launched, as options: what a tool's file says of FSDP and DeepSpeed, launch files, processes.
 
-What several GPUs hold is read by `job.launch`; what it does not count becomes a key that cannot be said.
+What several GPUs hold is read by `job.launch`; what it does not count becomes an unsupported key.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peftplan.datafiles import load
 from peftplan.distributed.strategy import MOST_RANKS
 from peftplan.errors import PeftplanError
 from peftplan.job.configs.documents import word
-from peftplan.job.configs.plan import Unsayable
+from peftplan.job.configs.plan import Unsupported
 from peftplan.job.launch import accelerate, deepspeed
 
 SHIPPED = "configs/launch.json"
@@ -39,10 +39,10 @@ OFF_BY_DEFAULT = (
 
 
 class Launched(NamedTuple):
-    """Options of a launch, what of it cannot be said, and what is assumed."""
+    """Options of a launch, which of it is not supported, and what is assumed."""
 
     options: dict[str, Any]
-    unsayable: dict[str, Unsayable]
+    unsupported: dict[str, Unsupported]
     assumed: dict[str, str]
 
 
@@ -63,7 +63,7 @@ def launched(tool: str, launch: Mapping[str, Any], environment: Mapping[str, str
     for fact, what in DIVIDED.items():
         value = launch.get(fact, any(key.startswith(f"{fact}.") for key in launch))
         if word(value) not in ("none", "false", "1", "-1", "", "0"):
-            said.unsayable[fact] = Unsayable(value, f"{what} over several GPUs", "unknown")
+            said.unsupported[fact] = Unsupported(value, f"{what} over several GPUs", "unknown")
     if said.options.get("strategy") not in (None, "ddp") and "gpus" not in said.options:
         said.options["gpus"] = ASSUMED_GPUS
         said.assumed["gpus"] = f"the launcher decides; {ASSUMED_GPUS} are assumed"
@@ -82,7 +82,7 @@ def _processes(said: Launched, launch: Mapping[str, Any], environment: Mapping[s
         if number is not None and 0 < number <= MOST_RANKS:
             said.options[name] = number
         elif number is not None:
-            said.unsayable[name] = Unsayable(value, f"accepted: 1 to {MOST_RANKS:,}", "unknown")
+            said.unsupported[name] = Unsupported(value, f"accepted: 1 to {MOST_RANKS:,}", "unknown")
     nodes = said.options.get("nodes", 1)
     if nodes > 1 and said.options.get("gpus", 0) % nodes == 0 and "num_processes" in launch:
         said.options["gpus"] //= nodes
@@ -108,11 +108,11 @@ def _values(launch: Mapping[str, Any], label: str) -> Any:
 
 
 def _from(said: Launched, key: str, options: Callable[[], Mapping[str, Any]]) -> None:
-    """Add the options of a launch file; a field that is not counted makes the file one that cannot be said."""
+    """Add the options of a launch file; a field that is not counted makes the file an unsupported key."""
     try:
         said.options.update(options())
     except PeftplanError as error:
-        said.unsayable[key] = Unsayable("the launch file", str(error), "unknown")
+        said.unsupported[key] = Unsupported("the launch file", str(error), "unknown")
 
 
 def _named(said: Launched, tool: str, key: str, name: Any, read: Callable[[Any], Mapping[str, Any]]) -> None:
@@ -124,7 +124,9 @@ def _named(said: Launched, tool: str, key: str, name: Any, read: Callable[[Any],
     elif os.path.isfile(text):
         _from(said, key, lambda: read(text))
     else:
-        said.unsayable[key] = Unsayable(name, "the launch file is not among the files; add it with another --config", "unknown")
+        said.unsupported[key] = Unsupported(
+            name, "the launch file is not among the files; add it with another --config", "unknown"
+        )
 
 
 def _deepspeed(source: Any) -> Mapping[str, Any]:

@@ -38,7 +38,7 @@ class Ignored(NamedTuple):
     """The tool's file and line."""
 
 
-class Unsayable(NamedTuple):
+class Unsupported(NamedTuple):
     """A key that changes memory, or may, and that no option says."""
 
     value: Any
@@ -50,7 +50,7 @@ class Unsayable(NamedTuple):
 
 @dataclass(frozen=True)
 class ConfigPlan:
-    """What a tool's files say. Every key is in one of `read`, `ignored` and `unsayable`."""
+    """What a tool's files say. Every key is in one of `read`, `ignored` and `unsupported`."""
 
     tool: Tool
     version: str
@@ -63,7 +63,7 @@ class ConfigPlan:
     """How many processes run, and how they share the model."""
     read: Mapping[str, Read] = field(default_factory=dict)
     ignored: Mapping[str, Ignored] = field(default_factory=dict)
-    unsayable: Mapping[str, Unsayable] = field(default_factory=dict)
+    unsupported: Mapping[str, Unsupported] = field(default_factory=dict)
     defaults: Mapping[str, str] = field(default_factory=dict)
     """Option that the file leaves to the tool → the tool's file and line."""
     assumed: Mapping[str, str] = field(default_factory=dict)
@@ -71,13 +71,13 @@ class ConfigPlan:
     kind: Literal["training", "launch", "other"] = "training"
     """Whether the file trains a model, launches a job, or does something else."""
 
-    def without(self, chosen: Mapping[str, Any]) -> dict[str, Unsayable]:
-        """What cannot be said once the user has set options: a key whose option is set no longer matters."""
-        return {key: said for key, said in self.unsayable.items() if said.option is None or chosen.get(said.option) is None}
+    def without(self, chosen: Mapping[str, Any]) -> dict[str, Unsupported]:
+        """The unsupported keys, less those whose option the user has set."""
+        return {key: said for key, said in self.unsupported.items() if said.option is None or chosen.get(said.option) is None}
 
     def to_dict(self, chosen: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The `config` field of an estimate's JSON."""
-        unsayable = self.without(chosen or {})
+        unsupported = self.without(chosen or {})
         return {
             "tool": self.tool,
             "version": self.version,
@@ -87,16 +87,16 @@ class ConfigPlan:
             "launch": dict(self.launch),
             "read": {key: row._asdict() for key, row in self.read.items()},
             "ignored": {key: row._asdict() for key, row in self.ignored.items()},
-            "unsayable": {key: row._asdict() for key, row in unsayable.items()},
+            "unsupported": {key: row._asdict() for key, row in unsupported.items()},
             "defaults": dict(self.defaults),
             "assumed": dict(self.assumed),
-            "bound": bound(unsayable),
+            "bound": bound(unsupported),
         }
 
 
-def bound(unsayable: Mapping[str, Unsayable]) -> Bound | None:
+def bound(unsupported: Mapping[str, Unsupported]) -> Bound | None:
     """What a peak is that leaves these keys out; None if there are none."""
-    effects = {said.effect for said in unsayable.values()}
+    effects = {said.effect for said in unsupported.values()}
     if not effects:
         return None
     return "at_most" if effects == {"lowers"} else "at_least" if effects == {"raises"} else "unknown"

@@ -88,6 +88,6 @@ def joined(plans: list[ConfigPlan]) -> ConfigPlan:
             assumed={**other.assumed, **first.assumed},
             read={**first.read, **{f"{other.tool}: {key}": row for key, row in other.read.items()}},
             ignored={**first.ignored, **{f"{other.tool}: {key}": row for key, row in other.ignored.items()}},
-            unsayable={**first.unsayable, **{f"{other.tool}: {key}": row for key, row in other.unsayable.items()}},
+            unsupported={**first.unsupported, **{f"{other.tool}: {key}": row for key, row in other.unsupported.items()}},
         )
     return first

@@ -13,7 +13,7 @@ from peftplan.job.configs.facts import Facts, Known, Row, Rule
 from peftplan.job.configs.interpolation import resolved
 from peftplan.job.configs.launching import launched
 from peftplan.job.configs.models import named
-from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Unsayable
+from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Unsupported
 from peftplan.job.configs.with_file import fitting
 
 WHOLE = frozenset(
@@ -53,7 +53,7 @@ class _Reading:
         self.launch: dict[str, Any] = {}
         self.read: dict[str, Read] = {}
         self.ignored: dict[str, Ignored] = {}
-        self.unsayable: dict[str, Unsayable] = {}
+        self.unsupported: dict[str, Unsupported] = {}
         self.defaults: dict[str, str] = {}
         self.assumed: dict[str, str] = {}
         self.model: str | None = None
@@ -65,13 +65,13 @@ class _Reading:
         if known is None:
             near = nearest(key.rpartition(".")[2].lower(), self.tool.names())
             suggested = f"; did you mean {' or '.join(near)}?" if near else ""
-            self.unsayable[key] = Unsayable(value, f"no key of {self.tool.tool} {self.tool.version}{suggested}")
+            self.unsupported[key] = Unsupported(value, f"no key of {self.tool.tool} {self.tool.version}{suggested}")
         elif "ignored" in known.row:
             self.ignored[key] = Ignored(value, known.row["ignored"], known.at)
         elif value is None:
             self.ignored[key] = Ignored(value, "empty: the tool's default holds", known.at)
         elif _open(value) and not {"rule", "launch"} & known.row.keys() and known.row.get("to") != "target_modules":
-            self.unsayable[key] = Unsayable(value, "its value is a placeholder", option=known.row.get("to"))
+            self.unsupported[key] = Unsupported(value, "its value is a placeholder", option=known.row.get("to"))
         else:
             self._known(key, value, known)
 
@@ -91,7 +91,7 @@ class _Reading:
             self.ignored[key] = Ignored(value, "off", known.at)
         else:
             effect = row.get("effect", "unknown")
-            self.unsayable[key] = Unsayable(value, row["unsayable"], effect, row.get("option"))
+            self.unsupported[key] = Unsupported(value, row["unsupported"], effect, row.get("option"))
 
     def _to(self, key: str, value: Any, row: Row) -> None:
         option = row["to"]
@@ -117,8 +117,8 @@ class _Reading:
         sets = known.row["sets"]
         options = sets.get(word(value), sets.get("*"))
         if options is None:
-            why = known.row.get("why") or f"{quoted(value)} cannot be said"
-            self.unsayable[key] = Unsayable(value, why, known.row.get("effect", "unknown"), known.row.get("option"))
+            why = known.row.get("why") or f"{quoted(value)} is not supported"
+            self.unsupported[key] = Unsupported(value, why, known.row.get("effect", "unknown"), known.row.get("option"))
             return
         self._set(options)
         self.read[key] = Read(value, ", ".join(options), known.row.get("why", ""))
@@ -166,7 +166,7 @@ class _Reading:
             if not any(self.values.get(key) is not None for key in when):
                 schema = (self.tool.schema[key][1] for key in when if key in self.tool.schema)
                 self.defaults[option] = self._place(at or next(schema, ""))
-        stated = [key for key in when if self.values.get(key) is not None and key not in self.unsayable]
+        stated = [key for key in when if self.values.get(key) is not None and key not in self.unsupported]
         if options := ", ".join(rule.get("set", {})):
             for key in stated:
                 before = self.read.get(key)
@@ -175,20 +175,20 @@ class _Reading:
                 whys = [text for text in (before.why if before and before.option else "", said) if text]
                 self.read[key] = Read(self.values[key], ", ".join([*rest, options]), "; ".join(dict.fromkeys(whys)))
                 self.ignored.pop(key, None)
-        if (said := rule.get("unsayable")) is not None:
+        if (said := rule.get("unsupported")) is not None:
             value = self.values.get(said["key"], "by default")
-            self.unsayable[said["key"]] = Unsayable(value, said["why"], said.get("effect", "unknown"), said.get("option"))
+            self.unsupported[said["key"]] = Unsupported(value, said["why"], said.get("effect", "unknown"), said.get("option"))
             self.read.pop(said["key"], None)
             self.ignored.pop(said["key"], None)
         self.assumed |= rule.get("assumed", {})
         self.kind = rule.get("kind", self.kind)
 
     def refuse_unknown_names(self) -> None:
-        """A key that names an option's value, and no rule knows the name: it cannot be said."""
+        """A key that names an option's value, and no rule knows the name: it is not supported."""
         for key, row in self.tool.rows.items():
             if key in self.read and "names" in row and row["names"] not in self.options:
                 value = self.read.pop(key).value
-                self.unsayable[key] = Unsayable(value, f"{quoted(value)} is not known to peftplan", option=row["names"])
+                self.unsupported[key] = Unsupported(value, f"{quoted(value)} is not known to peftplan", option=row["names"])
 
     def _effective(self, key: str) -> Any:
         value = self.values.get(key)
@@ -272,8 +272,8 @@ class _Reading:
         if self.tool.tool in LAUNCHERS:
             self.launch = {self.tool.tool: self.document.values}
         said = launched(self.tool.tool, self.launch, self.document.environment)
-        self.unsayable |= said.unsayable
-        self.read = {key: row for key, row in self.read.items() if key not in said.unsayable}
+        self.unsupported |= said.unsupported
+        self.read = {key: row for key, row in self.read.items() if key not in said.unsupported}
         self.assumed |= said.assumed
         options = fitting({**said.options, **self.options})
         for key, row in self.read.items():
@@ -288,7 +288,7 @@ class _Reading:
             self.launch,
             self.read,
             self.ignored,
-            self.unsayable,
+            self.unsupported,
             {name: at for name, at in self.defaults.items() if name in options},
             self.assumed,
             self.kind,  # type: ignore[arg-type]

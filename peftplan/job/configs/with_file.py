@@ -37,7 +37,7 @@ class WithFile(NamedTuple):
 def with_file(plan: ConfigPlan, model: Any, chosen: Mapping[str, Any], *, objects: bool, strict: bool) -> WithFile:
     """What to estimate. `objects`: whether the user gives a peft config, so that the file's method does not count.
 
-    Raises RefusedError for files that train nothing or name no model, and with `strict` for what cannot be said.
+    Raises RefusedError for files that train nothing or name no model, and with `strict` for an unsupported key.
     """
     file = plan.files[0]
     if plan.kind != "training":
@@ -46,10 +46,10 @@ def with_file(plan: ConfigPlan, model: Any, chosen: Mapping[str, Any], *, object
     if model is None and plan.model is None:
         raise RefusedError(f"config: {file} names no model; add MODEL")
     stated = {name: value for name, value in chosen.items() if value is not None}
-    unsayable = plan.without(stated)
-    if strict and unsayable:
-        key, said = next(iter(unsayable.items()))
-        raise RefusedError(f"config: {file}: {key} cannot be said: {said.why}")
+    unsupported = plan.without(stated)
+    if strict and unsupported:
+        key, said = next(iter(unsupported.items()))
+        raise RefusedError(f"config: {file}: {key} is not supported: {said.why}")
     options = dict(plan.options)
     if objects:
         options = {name: value for name, value in options.items() if name in Setup.model_fields}

@@ -71,7 +71,7 @@ def test_numbers_as_text_anchors_and_empty_keys() -> None:
 
 
 def test_interpolation(tmp_path: Path) -> None:
-    """What the file answers is filled in; what it does not answer cannot be said."""
+    """What the file answers is filled in; what it does not answer is not supported."""
     path = tmp_path / "a.yml"
     path.write_text(
         "size: 4\nmodel: {_component_: torchtune.models.llama2.llama2_7b}\nbatch_size: ${size}\n"
@@ -80,7 +80,7 @@ def test_interpolation(tmp_path: Path) -> None:
     )
     plan = peftplan.read_config(path)
     assert (plan.options["batch_size"], plan.model) == (4, "Llama-2-7b-hf")
-    assert "gradient_accumulation_steps" in plan.unsayable
+    assert "gradient_accumulation_steps" in plan.unsupported
 
 
 def test_a_shell_script(tmp_path: Path) -> None:
@@ -133,5 +133,5 @@ def test_an_optimizer_that_no_rule_knows_cannot_be_said(optimizer: object) -> No
     """It was read as the default, and the peak stood without a bound."""
     values = {"base_model": "gpt2", "adapter": "lora", "micro_batch_size": 1, "optimizer": optimizer}
     plan = read_values(values, file="a.yml", tool="axolotl")
-    assert "is not known to peftplan" in plan.unsayable["optimizer"].why
+    assert "is not known to peftplan" in plan.unsupported["optimizer"].why
     assert plan.without({"optim": "sgd"}).get("optimizer") is None

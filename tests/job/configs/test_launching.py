@@ -41,12 +41,12 @@ def test_fsdp_of_axolotl() -> None:
 
 @pytest.mark.parametrize("key", ["tensor_parallel_size", "context_parallel_size"])
 def test_what_divides_a_job_otherwise_cannot_be_said(key: str) -> None:
-    assert key in read_values({**AXOLOTL, key: 2}, file="a.yml").unsayable
-    assert key not in read_values({**AXOLOTL, key: 1}, file="a.yml").unsayable
+    assert key in read_values({**AXOLOTL, key: 2}, file="a.yml").unsupported
+    assert key not in read_values({**AXOLOTL, key: 1}, file="a.yml").unsupported
 
 
 def test_a_file_that_is_not_at_hand_cannot_be_said() -> None:
-    assert "deepspeed" in read_values({**AXOLOTL, "deepspeed": "my/own.json"}, file="a.yml").unsayable
+    assert "deepspeed" in read_values({**AXOLOTL, "deepspeed": "my/own.json"}, file="a.yml").unsupported
 
 
 def test_one_process_is_one_gpu() -> None:
@@ -56,7 +56,7 @@ def test_one_process_is_one_gpu() -> None:
 @pytest.mark.parametrize("number", [-1, 10**9])
 def test_a_number_of_processes_that_no_run_has_cannot_be_said(number: int) -> None:
     plan = read_values({**AXOLOTL}, file="a.yml", tool="axolotl", NPROC_PER_NODE=number)
-    assert plan.unsayable["gpus"].why == "accepted: 1 to 131,072"
+    assert plan.unsupported["gpus"].why == "accepted: 1 to 131,072"
 
 
 def test_digits_of_other_alphabets_are_no_number() -> None:

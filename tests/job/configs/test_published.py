@@ -47,7 +47,7 @@ def test_each_key_is_in_one_group() -> None:
         read = plan(record)
         if read.tool == "other":
             continue
-        groups = [*read.read, *read.ignored, *read.unsayable]
+        groups = [*read.read, *read.ignored, *read.unsupported]
         keys = flat(record["values"])
         assert len(groups) == len(set(groups)), record["path"]
         assert keys.keys() <= set(groups), (record["path"], keys.keys() - set(groups))

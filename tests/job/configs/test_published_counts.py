@@ -18,12 +18,12 @@ EXPECTED = 31
 
 
 def test_counts_equal_those_printed() -> None:
-    """A notebook whose targets cannot be said has no count to compare."""
+    """A notebook whose targets are not supported has no count to compare."""
     equal, differ = 0, []
     counts: dict[str, int] = {}
     for path, record in PRINTED.items():
         read = plan(record)
-        unsaid = any(said.option == "target_modules" for said in read.unsayable.values())
+        unsaid = any(said.option == "target_modules" for said in read.unsupported.values())
         if read.model is None or catalogue.find(read.model) is None or unsaid:
             continue
         key = repr((read.model, sorted(read.options.items())))

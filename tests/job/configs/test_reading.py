@@ -8,7 +8,7 @@ import pytest
 
 import peftplan
 from peftplan.errors import RefusedError
-from peftplan.job.configs.plan import ConfigPlan, Unsayable, bound
+from peftplan.job.configs.plan import ConfigPlan, Unsupported, bound
 from peftplan.job.configs.read import read_values
 
 AXOLOTL = {
@@ -188,8 +188,8 @@ def test_defaults_are_the_tools() -> None:
     assert "optim" not in result.chosen
 
 
-BOUNDS: dict[str, Unsayable] = {
-    "lower": Unsayable(1, "", "lowers"), "raise": Unsayable(1, "", "raises"), "open": Unsayable(1, "", "unknown"),
+BOUNDS: dict[str, Unsupported] = {
+    "lower": Unsupported(1, "", "lowers"), "raise": Unsupported(1, "", "raises"), "open": Unsupported(1, "", "unknown"),
 }  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def test_a_key_that_lowers_the_peak_makes_it_an_upper_bound() -> None:
     result = peftplan.estimate(config=read(values), gpu=("a100-80gb", "16GiB"))
     assert result.bound == "at_most"
     assert [card.verdict for card in result.gpus] == ["fits", "unknown"]
-    assert result.to_dict()["config"]["unsayable"]["cut_cross_entropy"]["effect"] == "lowers"
+    assert result.to_dict()["config"]["unsupported"]["cut_cross_entropy"]["effect"] == "lowers"
 
 
 def test_an_option_takes_the_place_of_its_key() -> None:
@@ -230,9 +230,9 @@ def test_a_key_of_unknown_effect_leaves_no_peak() -> None:
 
 def test_an_unknown_key_suggests_the_nearest() -> None:
     plan = read({**AXOLOTL, "micro_batch_siez": 4})
-    assert "did you mean micro_batch_size" in plan.unsayable["micro_batch_siez"].why
+    assert "did you mean micro_batch_size" in plan.unsupported["micro_batch_siez"].why
 
 
 def test_strict_makes_it_an_error() -> None:
-    with pytest.raises(RefusedError, match=r"run\.yml: rl cannot be said"):
+    with pytest.raises(RefusedError, match=r"run\.yml: rl is not supported"):
         peftplan.estimate(config=read({**AXOLOTL, "rl": "dpo"}), strict=True)
