@@ -56,7 +56,7 @@ NO_SIZES: Mapping[str, int] = {}
 
 
 class Line(NamedTuple):
-    """`copies` tensors of one name, dtype and shape; bytes = copies × round512(itemsize × ∏ dims).
+    """`copies` tensors of one name, dtype and shape; bytes = copies × round512(itemsize × ∏ dims), without round512 on the host.
 
     `sizes` holds the values of named dims: one mapping, shared by all lines of an estimate.
     """
@@ -76,14 +76,15 @@ class Line(NamedTuple):
         return tuple(dim if isinstance(dim, int) else self.sizes[dim] for dim in self.dims)
 
     def bytes(self) -> int:
-        """Bytes that the allocator counts for this line."""
-        return self.copies * round512(ITEMSIZE[self.dtype] * prod(self.shape))
+        """Bytes that the allocator counts for this line; on the host those of the tensors themselves."""
+        size = ITEMSIZE[self.dtype] * prod(self.shape)
+        return self.copies * (size if self.place == "host" else round512(size))
 
     @property
     def formula(self) -> str:
         """The bytes as they are derived: `80 × round512(2 × b × s × 8192)`."""
-        dims = " × ".join(str(dim) for dim in self.dims) or "1"
-        return f"{self.copies} × round512({ITEMSIZE[self.dtype]} × {dims})"
+        size = f"{ITEMSIZE[self.dtype]} × {' × '.join(str(dim) for dim in self.dims) or '1'}"
+        return f"{self.copies} × {size}" if self.place == "host" else f"{self.copies} × round512({size})"
 
     @property
     def numbers(self) -> str:

@@ -16,6 +16,14 @@ def ceil_div(n: int, d: int) -> int:
     return -(-n // d)
 
 
+def pinned(num_bytes: int) -> int:
+    """Bytes that torch's caching allocator of pinned host memory takes for a tensor of one byte or more.
+
+    Source: torch, aten/src/ATen/core/CachingHostAllocator.h (`allocate`: `PowerOf2Ceil`), with default options.
+    """
+    return 1 << (num_bytes - 1).bit_length()
+
+
 def round512(num_bytes: int) -> int:
     """Bytes that the allocator counts for a request of `num_bytes` (`round_size`: up to a multiple of 512, 0 for 0)."""
     return ceil_div(num_bytes, ALLOCATION_ROUNDING) * ALLOCATION_ROUNDING

@@ -40,6 +40,7 @@ from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters, loaded_dtype
 from peftplan.storage import without_peak
 from peftplan.tape.tape import Tape
+from peftplan.units import pinned
 
 if TYPE_CHECKING:
     from peftplan.allocator import program as events
@@ -78,9 +79,11 @@ class Compiled(NamedTuple):
         return sizes(batch_size, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
 
     def assumed(self, named: Mapping[str, Any]) -> dict[str, int]:
-        """Facts that a result states besides the setup: bytes offloaded to the host until backward."""
-        numels = ((count * ITEMSIZE[dtype], dims) for dims, dtype, count in self.on_host)
-        nbytes = sum(size * prod(dim if isinstance(dim, int) else named[dim] for dim in dims) for size, dims in numels)
+        """Facts that a result states besides the setup: pinned host bytes of what is offloaded until backward."""
+        nbytes = sum(
+            count * pinned(ITEMSIZE[dtype] * prod(dim if isinstance(dim, int) else named[dim] for dim in dims))
+            for dims, dtype, count in self.on_host
+        )
         return {"offloaded_bytes": nbytes} if nbytes else {}
 
 

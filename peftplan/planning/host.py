@@ -1,8 +1,9 @@
 """What a job needs besides the card: host memory to load, to offload and to merge, and what its checkpoints take on disk.
 
-Tensors in host memory are counted by their own bytes, without the interpreter, its libraries and pinned buffers. A base whose
-safetensors file has the dtype that is asked for stays mapped, in pages that the kernel takes back; a converted one is memory of
-the process. Both were measured with transformers on the CPU (tests/planning/test_host_measured.py).
+Tensors in host memory are counted by their own bytes, and offloaded inputs of layers by the pinned blocks that hold them, without
+the interpreter and its libraries. A base whose safetensors file has the dtype that is asked for stays mapped, in pages that the
+kernel takes back; a converted one is memory of the process. Both were measured with transformers on the CPU
+(tests/planning/test_host_measured.py), pinned memory in rehearsed steps (tests/memory/test_offloaded_checkpoints.py).
 Sources: transformers, `modeling_utils.py` and `core_model_loading.py` (`from_pretrained`), `trainer.py` (`_save_checkpoint`,
 `rotate_checkpoints`: a new checkpoint is written before the oldest is removed); `deployment/` for files and merges.
 """

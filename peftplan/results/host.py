@@ -37,8 +37,9 @@ class CheckpointFiles(NamedTuple):
 class Host(NamedTuple):
     """Host memory and disk. Bytes; None is what does not exist or is not known.
 
-    `offloaded` waits in host memory during backward, `paged` are optimizer states that leave a full card for it, `merging` is the
-    peak of `merge_and_unload` on the CPU. `kept` checkpoints take `disk_kept` bytes, one more while the next is written.
+    `offloaded` waits in host memory until backward, in pinned blocks of a power of two each; `paged` are optimizer states that
+    leave a full card for it; `merging` is the peak of `merge_and_unload` on the CPU. `kept` checkpoints take `disk_kept` bytes,
+    one more while the next is written.
     """
 
     loading: Loading

@@ -69,7 +69,7 @@ class Traced:
     replaced: tuple[str, ...] = ()
     """Packages whose kernels the model would use if they were installed; its torch code was traced instead."""
     host_bytes: int = 0
-    """The most bytes that are offloaded to host memory until backward."""
+    """The most pinned host memory that holds what is offloaded until backward."""
     prepared: bool = False
     """Whether peft prepared a quantized base, after which it empties the cache (0.20 on, `prepare_model_for_kbit_training`)."""
 

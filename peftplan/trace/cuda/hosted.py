@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from peftplan.units import pinned
+
 
 class Host:
-    """How many bytes wait in host memory, now and at most; pinned memory of torch rounds each tensor up, which is left out."""
+    """How many bytes of pinned host memory hold what waits, now and at most."""
 
     def __init__(self) -> None:
         self.live = self.most = 0
@@ -32,7 +34,7 @@ class Hosted:
 
     def __init__(self, tensor: torch.Tensor, host: Host) -> None:
         self.size, self.dtype, self.device = tensor.size(), tensor.dtype, tensor.device
-        self.nbytes, self.host = tensor.numel() * tensor.element_size(), host
+        self.nbytes, self.host = pinned(tensor.numel() * tensor.element_size()), host
         host.add(self.nbytes)
 
     def __del__(self) -> None:
