@@ -73,11 +73,11 @@ def nearest(name: str, choices: Sequence[str], *, most: int = 3, cutoff: float =
     return list(dict.fromkeys((*longer, *get_close_matches(name, choices, n=most, cutoff=cutoff))))[:most]
 
 
-def near_names(wanted: Iterable[str], known: Iterable[str], *, most: int = 6) -> str:
+def near_names(typed: Iterable[str], known: Iterable[str], *, most: int = 6) -> str:
     """`near: …` with what reads like one of the names, else `it has …`."""
-    names, wanted = sorted(known), tuple(wanted)
-    each = 1 if len(wanted) > 1 else 4
-    near = list(dict.fromkeys(choice for name in wanted for choice in nearest(name, names, most=each)))
+    names, typed = sorted(known), tuple(typed)
+    each = 1 if len(typed) > 1 else 4
+    near = list(dict.fromkeys(choice for name in typed for choice in nearest(name, names, most=each)))
     return f"near: {', '.join(near[:most])}" if near else f"it has {', '.join(names[:most])}"
 
 

@@ -115,8 +115,8 @@ class Ledger:
 
     def bytes(self, categories: Iterable[Category] = EVERY_CATEGORY, *, place: Place = "device") -> int:
         """Sum of the lines of these categories that live in `place`."""
-        wanted = set(categories)
-        return sum(line.bytes() for line in self.lines if line.category in wanted and line.place == place)
+        chosen = set(categories)
+        return sum(line.bytes() for line in self.lines if line.category in chosen and line.place == place)
 
     def by_category(self) -> dict[Category, int]:
         """Device bytes of each category, in the fixed order of `EVERY_CATEGORY`; those of several GPUs where there are any."""

@@ -56,8 +56,8 @@ def first_error(
         return BoundError(field, _number(first["input"]), bound(context))
     if (kind := KINDS.get(first["type"])) is not None:
         return BoundError(field, first["input"], kind)
-    said = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").partition(", unable to")[0]
-    return InputError(field, first["input"], said if "error" in context else f"accepted: {said}")
+    text = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").partition(", unable to")[0]
+    return InputError(field, first["input"], text if "error" in context else f"accepted: {text}")
 
 
 def _number(value: object) -> object:

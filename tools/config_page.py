@@ -33,7 +33,7 @@ class Case(NamedTuple):
     @property
     def kind(self) -> str:
         """What the file is: `training`, `launch`, `other`, or training by Megatron."""
-        megatron = any(MEGATRON in said.why for said in self.plan.unsupported.values())
+        megatron = any(MEGATRON in entry.why for entry in self.plan.unsupported.values())
         return MEGATRON if megatron and self.plan.kind == "training" else self.plan.kind
 
 
@@ -42,12 +42,12 @@ def cases() -> list[Case]:
     read = []
     for record in records():
         try:
-            said = plan(record)
+            of_record = plan(record)
         except PeftplanError as error:
-            said = ConfigPlan("other", "", (record["path"],), None, {}, kind="other")
-            read.append(Case(record["path"], said, ConfigEntry(record["path"], "other", None, error=str(error))))
+            of_record = ConfigPlan("other", "", (record["path"],), None, {}, kind="other")
+            read.append(Case(record["path"], of_record, ConfigEntry(record["path"], "other", None, error=str(error))))
             continue
-        read.append(Case(record["path"], said, of_plan(said)))
+        read.append(Case(record["path"], of_record, of_plan(of_record)))
     return read
 
 
@@ -81,7 +81,7 @@ def page(read: Sequence[Case]) -> str:
     tools = sorted({case.plan.tool for case in training})
     rows = [row(tool, [case for case in training if case.plan.tool == tool]) for tool in tools]
     kinds = Counter(case.kind for case in read)
-    keys = Counter((key, said.why, said.effect) for case in known for key, said in case.plan.unsupported.items())
+    keys = Counter((key, entry.why, entry.effect) for case in known for key, entry in case.plan.unsupported.items())
     models = Counter(case.plan.model or "none is named" for case in training if not case.known)
     errors = Counter(case.entry.error for case in known if case.entry.error and case.entry.bound != "unknown")
     return f"""# The files people run

@@ -64,11 +64,11 @@ def printed(command: str, folder: Path) -> str:
     assert (shows_code, dropped) in (("", ""), ("echo $?", ""), ("", "/dev/null")), command
     environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "peftplan", *arguments]
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
+    process = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
     if shows_code:
-        return f"{done.stdout}{done.stderr}{done.returncode}\n"
-    assert (done.returncode, "" if dropped else done.stderr) == (0, ""), f"{command}: {done.stderr}"
-    return done.stdout
+        return f"{process.stdout}{process.stderr}{process.returncode}\n"
+    assert (process.returncode, "" if dropped else process.stderr) == (0, ""), f"{command}: {process.stderr}"
+    return process.stdout
 
 
 def sessions(body: str) -> Iterator[tuple[str, str]]:

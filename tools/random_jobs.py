@@ -78,10 +78,10 @@ def outcome(number: int, job: Job, traces: KeptTraces | None = None) -> Outcome:
 def line(answer: Outcome) -> str:
     """One job on one line: number, model type, drifts, options."""
     drifts = " ".join(f"{name} {100 * d:+.2f} %" for name, d in answer.drifts().items() if abs(d) >= 0.0005)
-    said = {"scored": drifts or "equal"}.get(
+    text = {"scored": drifts or "equal"}.get(
         answer.kind(), f"{answer.kind()}: {_short(answer.analytic)} / {_short(answer.traced)}"
     )
-    return f"{answer.number:5} {answer.job['config']['model_type']}: {said}; {answer.job['options']}"
+    return f"{answer.number:5} {answer.job['config']['model_type']}: {text}; {answer.job['options']}"
 
 
 def _short(of_engine: Peaks) -> str:
@@ -134,9 +134,9 @@ def main() -> int:
         answers.append(answer)
     print(*report(answers), sep="\n")
     faults = any(answer.beyond() > 1 or answer.kind() == "one alone" for answer in answers)
-    for said in compare_counts(options.seed, options.adapters):
-        print(said.text)
-        faults |= said.fault
+    for comparison in compare_counts(options.seed, options.adapters):
+        print(comparison.text)
+        faults |= comparison.fault
     return int(faults)
 
 

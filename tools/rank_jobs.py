@@ -57,7 +57,7 @@ WRAPPED = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 def jobs() -> Iterator[dict[str, Any]]:
     """Every job of the grid: its options here, what the program is told, and its world."""
     odd = {**SMALL, "vocab_size": 50001}
-    told: tuple[dict[str, Any], ...] = (
+    variants: tuple[dict[str, Any], ...] = (
         {"accumulation": 3},
         {"config": {"tie_word_embeddings": True}},
         {"config": odd},
@@ -74,7 +74,7 @@ def jobs() -> Iterator[dict[str, Any]]:
         yield job("ddp", method, 4, **more)
     yield job("fsdp2", "qlora", 4)
     yield job("fsdp2", "qlora", 4, quant_storage="uint8")
-    for more, method in product(told, ("full", "lora")):
+    for more, method in product(variants, ("full", "lora")):
         yield job("fsdp2", method, 8, **more)
     for method, layers in product(("full", "lora"), (1, 2, 6)):
         yield job("fsdp2", method, 4, config={"num_hidden_layers": layers})
@@ -82,18 +82,23 @@ def jobs() -> Iterator[dict[str, Any]]:
         yield job("fsdp2", method, world)
     for r in (4, 64):
         yield job("fsdp2", "lora", 16, r=r)
-    for more, method in product(told, ("full", "lora")):
+    for more, method in product(variants, ("full", "lora")):
         yield job("fsdp2", method, 3, **more)
     yield job("ddp", "full", 8)
     yield job("ddp", "lora", 8)
 
 
-def job(strategy: str, method: str, world: int, *, fsdp: dict[str, Any] | None = None, **told: Any) -> dict[str, Any]:
+def job(strategy: str, method: str, world: int, *, fsdp: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
     """One job by its name: what decides it."""
     name = " ".join(
-        [strategy, method, str(world), *(f"{k}={json.dumps(v)}" for k, v in {**told, **({"fsdp": fsdp} if fsdp else {})}.items())]
+        [
+            strategy,
+            method,
+            str(world),
+            *(f"{k}={json.dumps(v)}" for k, v in {**settings, **({"fsdp": fsdp} if fsdp else {})}.items()),
+        ]
     )
-    program = {"method": method, **told}
+    program = {"method": method, **settings}
     if strategy == "fsdp2":
         program["arguments"] = {"fsdp": "full_shard", "fsdp_config": WRAPPED | (fsdp or {})}
     if (
@@ -105,34 +110,34 @@ def job(strategy: str, method: str, world: int, *, fsdp: dict[str, Any] | None =
 
 def options(row: dict[str, Any]) -> dict[str, Any]:
     """The job as `peftplan.estimate` takes it."""
-    told = row["program"]
+    program = row["program"]
     ours = {
-        "method": told["method"],
+        "method": program["method"],
         "gpus": row["world"],
         "strategy": row["strategy"],
-        "seq_len": told.get("seq_len", 512),
-        "batch_size": told.get("batch_size", 1),
-        "gradient_accumulation_steps": told.get("accumulation", 1),
-        "gradient_checkpointing": told.get("checkpointing", True),
-        "optim": told.get("optim", "adamw_torch_fused"),
-        **({} if told["method"] == "full" else {"r": told.get("r", 16)}),
+        "seq_len": program.get("seq_len", 512),
+        "batch_size": program.get("batch_size", 1),
+        "gradient_accumulation_steps": program.get("accumulation", 1),
+        "gradient_checkpointing": program.get("checkpointing", True),
+        "optim": program.get("optim", "adamw_torch_fused"),
+        **({} if program["method"] == "full" else {"r": program.get("r", 16)}),
         **row["fsdp"],
     }
-    if told["method"] == "qlora":
+    if program["method"] == "qlora":
         tied = {"tie_word_embeddings": True}
-        storage = {"bfloat16": "bf16"}.get(told.get("quant_storage", "bfloat16"), "uint8")
+        storage = {"bfloat16": "bf16"}.get(program.get("quant_storage", "bfloat16"), "uint8")
         return {"model": LLAMA | tied, **ours, "quant_storage": storage, "kbit_prepare": False}
-    return {"model": LLAMA | told.get("config", {}), **ours}
+    return {"model": LLAMA | program.get("config", {}), **ours}
 
 
 def run(names: list[str], *, most: int | None) -> int:
     """Rehearse jobs that have no row, at most so many; how many it was."""
     from peftplan.rehearse import rehearse
 
-    done = {row["name"] for row in rows()}
+    recorded = {row["name"] for row in rows()}
     count = 0
     for each in jobs():
-        if each["name"] in done or (names and not any(name in each["name"] for name in names)):
+        if each["name"] in recorded or (names and not any(name in each["name"] for name in names)):
             continue
         if most is not None and count == most:
             break

@@ -66,10 +66,10 @@ def programs() -> list[Program]:
 def read(path: Path) -> Program:
     """A program's docstring, or a config's first line, and comments."""
     text = path.read_text(encoding="utf-8")
-    said = dict(re.findall(r"^# (gpu|launcher|arguments|prepare|needs|exit|estimate): (.+)$", text, re.MULTILINE))
+    header = dict(re.findall(r"^# (gpu|launcher|arguments|prepare|needs|exit|estimate): (.+)$", text, re.MULTILINE))
     title = text.partition('"""')[2].partition('"""')[0] if path.suffix == ".py" else text.partition("\n")[0].removeprefix("# ")
-    split = {name: tuple(shlex.split(said.get(name, ""))) for name in ("launcher", "arguments", "prepare", "needs", "estimate")}
-    return Program(path, title, said["gpu"], exit_code=int(said.get("exit", "0")), **split)
+    split = {name: tuple(shlex.split(header.get(name, ""))) for name in ("launcher", "arguments", "prepare", "needs", "estimate")}
+    return Program(path, title, header["gpu"], exit_code=int(header.get("exit", "0")), **split)
 
 
 def estimated(program: Program) -> dict[str, int] | None:
@@ -135,9 +135,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        said = row["estimated"]
-        drift = "–" if not said else f"{100 * (said['allocated'] / row['peak_allocated'] - 1):+.4f} % / "
-        drift += "" if not said else f"{100 * (said['reserved'] / row['peak_reserved'] - 1):+.2f} %"
+        formulas = row["estimated"]
+        drift = "–" if not formulas else f"{100 * (formulas['allocated'] / row['peak_allocated'] - 1):+.4f} % / "
+        drift += "" if not formulas else f"{100 * (formulas['reserved'] / row['peak_reserved'] - 1):+.2f} %"
         title = row["title"].rstrip(".") + (f" (`{row['launcher']}`)" if row["launcher"] else "")
         out = f"{row['verdict']}, in {row['oom']}" if row["oom"] else row["verdict"]
         peaks = (f"{row['peak_allocated'] or 0:,}", f"{row['peak_reserved'] or 0:,}")

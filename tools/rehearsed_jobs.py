@@ -173,18 +173,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--compare", type=Path)
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--page", type=Path)
-    wanted = parser.parse_args(arguments)
-    if wanted.output:
+    options = parser.parse_args(arguments)
+    if options.output:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        jobs = wanted.jobs_from.read_text(encoding="utf-8").splitlines() if wanted.jobs_from else ()
-        rehearsed([*jobs, *(drawn(wanted.seed, n) for n in range(wanted.jobs))], wanted.output, timeout=wanted.timeout)
-    if wanted.compare:
-        rows = read(wanted.compare)
-        results = list(compared(rows, ("analytic", "trace") if wanted.trace else ("analytic",)))
+        jobs = options.jobs_from.read_text(encoding="utf-8").splitlines() if options.jobs_from else ()
+        rehearsed([*jobs, *(drawn(options.seed, n) for n in range(options.jobs))], options.output, timeout=options.timeout)
+    if options.compare:
+        rows = read(options.compare)
+        results = list(compared(rows, ("analytic", "trace") if options.trace else ("analytic",)))
         for engine, row, drift in results:
             print(json.dumps({"engine": engine, "job": row["job"], "drift": drift}))
-        if wanted.page:
-            wanted.page.write_text(page(results), encoding="utf-8")
+        if options.page:
+            options.page.write_text(page(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

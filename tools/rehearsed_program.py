@@ -185,5 +185,5 @@ def with_loop(job: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    wanted = options()
-    {"trl": with_trl, "transformers": with_trainer, "plain": with_loop}[wanted.trainer](wanted)
+    settings = options()
+    {"trl": with_trl, "transformers": with_trainer, "plain": with_loop}[settings.trainer](settings)

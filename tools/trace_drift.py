@@ -133,8 +133,8 @@ def metamath_figures(row: Row, *, lengths: Sequence[Lengths]) -> Figures:
 def by_other_peft(python: str, row: Row, *, lengths: Sequence[Lengths]) -> Figures:
     """`metamath_figures` by another interpreter, whose environment has another peft."""
     arguments = ["--run", row["experiment"], "--bytes", "--lengths", *(f"{before}/{longest}" for before, longest in lengths)]
-    said = subprocess.run([python, __file__, *arguments], check=True, capture_output=True, text=True)
-    return {head: Figure(row["max_memory_reserved_bytes"], traced) for head, traced in json.loads(said.stdout).items()}
+    process = subprocess.run([python, __file__, *arguments], check=True, capture_output=True, text=True)
+    return {head: Figure(row["max_memory_reserved_bytes"], traced) for head, traced in json.loads(process.stdout).items()}
 
 
 def answers_of(*files: str) -> list[Answer]:
@@ -179,14 +179,14 @@ def _head(lengths: Lengths) -> str:
 
 def tried(rows: Sequence[Row], figures: Callable[[Row], Figures], *, key: str) -> tuple[list[Done], list[Refused]]:
     """What every row comes to; and which rows cannot be traced, with the reason."""
-    done: list[Done] = []
+    scored: list[Done] = []
     refused: list[Refused] = []
     for row in rows:
         try:
-            done.append((row, figures(row)))
+            scored.append((row, figures(row)))
         except RefusedError as error:
             refused.append((row[key], str(error)))
-    return done, refused
+    return scored, refused
 
 
 def summary(rows: Sequence[Figures], head: str) -> str:
@@ -269,11 +269,11 @@ def part_metamath(lengths: Sequence[Lengths], *, other_peft: str | None = None) 
             return by_other_peft(other_peft, row, lengths=lengths)
         return metamath_figures(row, lengths=lengths)
 
-    done, refused = tried(every, figures, key="experiment")
+    scored, refused = tried(every, figures, key="experiment")
     parts = [
-        summary([figures_of_row for row, figures_of_row in done if row["experiment"] not in CHOSEN_BY], "tokens"),
+        summary([figures_of_row for row, figures_of_row in scored if row["experiment"] not in CHOSEN_BY], "tokens"),
         f"OSF is traced with {'the peft that ran' if other_peft else 'a later peft than ran'} (causes below).",
-        table(("run", *map(_head, lengths)), [_metamath_line(*one) for one in done]),
+        table(("run", *map(_head, lengths)), [_metamath_line(*one) for one in scored]),
     ]
     return "\n\n".join([*parts, *_not_traced(refused)])
 

@@ -328,12 +328,12 @@ def _running(job: Job, compute_capability: str) -> Running:
 def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:
     """One workspace per thread that multiplies matrices, allocated at its first product. `apart`: one more for cuBLASLt."""
     nbytes = {"cuBLAS": kernels(compute_capability)[1], "cuBLASLt": CUBLASLT_WORKSPACE_BYTES}
-    taken: dict[tuple[str, str], int] = {}
+    first_use: dict[tuple[str, str], int] = {}
     for (library, thread), at in products.items():
         whose = (library if apart else "cuBLAS", thread)
-        taken[whose] = min(at, taken.get(whose, at))
+        first_use[whose] = min(at, first_use.get(whose, at))
     return tuple(
         (at, Line(f"{library} workspace, {thread} thread", "workspaces", "uint8", (int(size),), 1, library))
-        for (library, thread), at in sorted(taken.items(), reverse=True)
+        for (library, thread), at in sorted(first_use.items(), reverse=True)
         if (size := nbytes[library]) is not None
     )

@@ -184,7 +184,7 @@ class _Writer:
         layers = {repeated.first: repeated for repeated in timeline.repeated}
         outlives = len(timeline.events) if not self.script.outputs_outlive_step else timeline.windows[-1][1]
         self._storages = max(self._storages, len(timeline.kind_of))
-        done = 0
+        covered = 0
         for at, ((kind, count), storage) in enumerate(zip(timeline.events, timeline.storages, strict=True)):
             if at in borders:
                 self._begin(borders[at], counts=phases)
@@ -192,11 +192,13 @@ class _Writer:
                 self.take(lasting[at])
             if at in layers:
                 self._repeat(layers[at].layers, timeline, kinds)
-                done = layers[at].last
-            if at < done or (at < timeline.windows[0][1] and _makes_gradients(timeline, at)):  # they exist since the first step
+                covered = layers[at].last
+            if at < covered or (
+                at < timeline.windows[0][1] and _makes_gradients(timeline, at)
+            ):  # they exist since the first step
                 continue
             if count > 1 and at >= timeline.windows[-1][1]:
-                done = self._by_layer(timeline, kinds, at)
+                covered = self._by_layer(timeline, kinds, at)
             elif count > 0:
                 self._alive[storage] = self._alive.pop(storage, 0) + count
                 stream = timeline.streams.get(storage, 0)

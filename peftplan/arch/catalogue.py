@@ -39,10 +39,10 @@ class ModelEntry(NamedTuple):
 
     def matches(self, pattern: str) -> bool:
         """Whether a name, alias or id contains the pattern, or matches it where it has `*`, `?` or `[`; case is ignored."""
-        wanted = pattern.lower()
-        wanted = wanted if any(c in wanted for c in "*?[") else f"*{wanted}*"
+        glob = pattern.lower()
+        glob = glob if any(c in glob for c in "*?[") else f"*{glob}*"
         names = (self.name, self.repo_id, *self.aliases, *self.siblings, self.model_type)
-        return any(fnmatchcase(name.lower(), wanted) for name in names)
+        return any(fnmatchcase(name.lower(), glob) for name in names)
 
     def is_sibling(self, name: str) -> bool:
         """Whether a name that matches this entry belongs to another checkpoint of the same shapes, or to a mirror."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peftplan.errors import InputError, PeftplanError, UnknownOptionError
-from peftplan.job.words import MEANINGS, NOT_COUNTED, OFF, ON, refuse, said, twice
+from peftplan.job.words import MEANINGS, NOT_COUNTED, OFF, ON, our_value, refuse, twice
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -212,7 +212,7 @@ class _Translation:
             if not rest:
                 raise click.BadOptionUsage(shown, f"Option '{shown}' requires an argument.")
             stated = rest.pop(0)
-        value = said(name, shown, stated)
+        value = our_value(name, shown, stated)
         if value is None:
             return
         self._set_by(option, shown)

@@ -60,9 +60,9 @@ def command(
         check(plot)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     gpus, number = options.counted(gpu, fields)
-    wanted = options.chosen(fields | number) | options.circumstances(torch, transformers, context)
+    stated = options.chosen(fields | number) | options.circumstances(torch, transformers, context)
     with options.computed_by(engine) as by_engine:
-        result = compare(model, methods=names, gpu=gpus, **by_engine, **wanted)
+        result = compare(model, methods=names, gpu=gpus, **by_engine, **stated)
     if plot is not None:
         from peftplan.report.comparing_plot import write
 

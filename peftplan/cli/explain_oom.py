@@ -29,10 +29,10 @@ def command(source: str, model: str | None, fmt: str, **fields: object) -> int:
     from peftplan.oom.diagnosis import explain_oom
     from peftplan.report import render
 
-    wanted = options.chosen(fields)
-    if wanted and model is None:
+    stated = options.chosen(fields)
+    if stated and model is None:
         from peftplan.errors import RefusedError
 
-        raise RefusedError(f"--{next(iter(wanted)).replace('_', '-')} describes a job: add --model MODEL")
-    render.oom(explain_oom(source, model=model, options=wanted), fmt=fmt)
+        raise RefusedError(f"--{next(iter(stated)).replace('_', '-')} describes a job: add --model MODEL")
+    render.oom(explain_oom(source, model=model, options=stated), fmt=fmt)
     return 0

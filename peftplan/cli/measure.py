@@ -105,10 +105,10 @@ def _suite(suite: str, output: Path, engines: tuple[Engine, ...], *, warmup: int
     if already:
         click.echo(f"{already} of {len(entries)} runs are in {output} already")
     records, stated = [], []
-    for done in run_suite(entries, output=output, timeout=timeout, warmup=warmup, steps=steps, starting=_starting):
-        records.append(done.record)
-        stated.append(lines.answers(done.record, engines))
-        click.echo(lines.of_run(done.number, done.of, done.record, stated[-1], seconds=done.seconds))
+    for measured in run_suite(entries, output=output, timeout=timeout, warmup=warmup, steps=steps, starting=_starting):
+        records.append(measured.record)
+        stated.append(lines.answers(measured.record, engines))
+        click.echo(lines.of_run(measured.number, measured.of, measured.record, stated[-1], seconds=measured.seconds))
     click.echo("\n".join(lines.of_suite(records, stated)))
     return 1 if any(record.outcome == "failed" for record in records) else 0
 

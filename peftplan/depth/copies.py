@@ -82,8 +82,8 @@ def copies_of(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, dict[int, in
                     outliving |= {n: n for n in net if n > 0 and n not in passed}
                     outliving |= _late(tape, stack, net, marks[-1][0])
                 else:
-                    gone = {-n for n in tape.log[start:stop] if n < 0}
-                    outliving = {n: last for n, last in outliving.items() if last not in gone}
+                    freed = {-n for n in tape.log[start:stop] if n < 0}
+                    outliving = {n: last for n, last in outliving.items() if last not in freed}
                     outliving |= {n: n for n in tape.lasting.intersection(net)}
     return copies, outliving
 

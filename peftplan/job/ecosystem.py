@@ -143,14 +143,14 @@ def _sharding(args: object) -> dict[str, object]:
     """Options for several GPUs from `fsdp`, `fsdp_config`, `deepspeed` and `parallelism_config`; not the number of GPUs."""
     from peftplan.job.launch import accelerate
 
-    said: dict[str, object] = {}
+    options: dict[str, object] = {}
     if fsdp := getattr(args, "fsdp", None):
-        said |= accelerate.fsdp_options({**_mapping(args, "fsdp_config"), **_fsdp_words(fsdp)})
+        options |= accelerate.fsdp_options({**_mapping(args, "fsdp_config"), **_fsdp_words(fsdp)})
     if parallel := getattr(args, "parallelism_config", None):
-        said |= accelerate.parallel_options({name: getattr(parallel, name, None) for name in PARALLELISM_FIELDS})
+        options |= accelerate.parallel_options({name: getattr(parallel, name, None) for name in PARALLELISM_FIELDS})
     if deepspeed := getattr(args, "deepspeed", None):
-        said["deepspeed"] = deepspeed
-    return said
+        options["deepspeed"] = deepspeed
+    return options
 
 
 PARALLELISM_FIELDS = ("dp_shard_size", "tp_size", "cp_size", "sp_size")
@@ -166,15 +166,15 @@ def _fsdp_words(value: Any) -> dict[str, Any]:
         if value is not True
         else []
     )
-    said: dict[str, object] = {}
+    options: dict[str, object] = {}
     for word in words:
         if word == "auto_wrap":
-            said.setdefault("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
+            options.setdefault("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
         elif word == "offload":
-            said["offload_params"] = True
+            options["offload_params"] = True
         else:
-            said["sharding_strategy"] = word
-    return said
+            options["sharding_strategy"] = word
+    return options
 
 
 LOADING_FIELDS = ("dtype", "attn_implementation")

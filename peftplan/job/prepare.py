@@ -137,9 +137,9 @@ def _traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, ad
 
 def _launched(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(options of the strategy, all others), both with what launch files say."""
-    said, _ = launch_options(options)
+    from_files, _ = launch_options(options)
     options = {name: value for name, value in options.items() if name not in FILES}
-    options |= {name: value for name, value in said.items() if options.get(name) is None}
+    options |= {name: value for name, value in from_files.items() if options.get(name) is None}
     strategy = Distributed.model_fields
     return {k: v for k, v in options.items() if k in strategy}, {k: v for k, v in options.items() if k not in strategy}
 

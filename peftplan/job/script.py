@@ -103,8 +103,8 @@ class Script(BaseModel):
     def ran_on(self, packages: Mapping[str, str | None]) -> Script:
         """The same script with these versions, unless it states its own. A string that is no version, as a record may hold, is
         ignored."""
-        said = {package: packages.get(package) or "" for package in EXAMPLES if getattr(self, package) is None}
-        readable = {package: version for package, version in said.items() if re.match(VERSION, version)}
+        installed = {package: packages.get(package) or "" for package in EXAMPLES if getattr(self, package) is None}
+        readable = {package: version for package, version in installed.items() if re.match(VERSION, version)}
         return self.model_copy(update=readable) if readable else self
 
 

@@ -209,10 +209,10 @@ def _notes(config: Mapping[str, object]) -> Iterator[str]:
     if isinstance(stored, Mapping):
         how = stored.get("quant_method") or "bitsandbytes"
         how = getattr(how, "value", how)  # an enum in the config of a loaded model
-        taken = (
+        effect = (
             "taken from it unless --quant says otherwise" if how == "bitsandbytes" else "counted as --quant says, not as stored"
         )
-        yield f"the config states a quantized checkpoint ({how}): {taken}"
+        yield f"the config states a quantized checkpoint ({how}): {effect}"
 
 
 def _read(config: Mapping[str, Any], *, name: str, task_type: str | None, trust_remote_code: bool) -> Architecture:

@@ -51,8 +51,8 @@ def check_prompted_task(arch: Architecture, adapter: Mapping[str, object]) -> No
 
     `adapter` is the adapter config that was given, if any.
     """
-    told = as_told(arch, adapter).task_type
-    if told in PEFT_TASKS and arch.vocab_size and arch.model_type not in SOUND:
+    task = as_told(arch, adapter).task_type
+    if task in PEFT_TASKS and arch.vocab_size and arch.model_type not in SOUND:
         return
     if arch.task_type in PEFT_TASKS and arch.model_type not in SOUND:
         raise RefusedError(

@@ -109,7 +109,7 @@ def _text(value: object) -> str:
     return (value if isinstance(value, str) else quoted(value)).lower()
 
 
-def said(word: str, shown: str, value: object) -> object:
+def our_value(word: str, shown: str, value: object) -> object:
     """Our value for the value of a word; None sets nothing. Raises InputError for a switch that is neither on nor off."""
     values, switch = MEANINGS[word].values, MEANINGS[word].switch
     text = _text(value)
@@ -144,7 +144,7 @@ def ours(options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, st
             refuse(word, word, value)
             continue
         if word in MEANINGS:
-            option, value = MEANINGS[word].option, None if value is None else said(word, word, value)
+            option, value = MEANINGS[word].option, None if value is None else our_value(word, word, value)
         if value is None:
             if option == word:
                 named.setdefault(option, None)

@@ -121,8 +121,8 @@ def _input_embedding(model: Any) -> nn.Module | None:
     return module if isinstance(module, nn.Embedding) else None
 
 
-def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
-    return None if wanted is None else next((name for name, module in model.named_modules() if module is wanted), None)
+def _name_of(model: nn.Module, embedding: nn.Module | None) -> str | None:
+    return None if embedding is None else next((name for name, module in model.named_modules() if module is embedding), None)
 
 
 def prompt_dims(hf_config: Any, *, seq2seq: bool) -> PromptDims | None:

@@ -127,10 +127,10 @@ def _commit() -> str | None:
     """The commit of the checkout that runs; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(("git", "-C", str(here), "rev-parse", "HEAD"), capture_output=True, text=True, check=False)
+        process = subprocess.run(("git", "-C", str(here), "rev-parse", "HEAD"), capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return done.stdout.strip() or None
+    return process.stdout.strip() or None
 
 
 def _plain(value: Any) -> Any:

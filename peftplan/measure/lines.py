@@ -78,7 +78,7 @@ def _drift(answer: Answer, figure: str) -> str:
 def _counts(record: Record, stated: dict[Engine, Answer]) -> list[str]:
     counts = record.counts
     text = f"trainable {counts.trainable:,} of {counts.total:,} parameters" if counts.trainable is not None else "not counted"
-    wrong = [f"{what}: {said:,} estimated" for answer in stated.values() for what, _, said in answer.miscounts]
+    wrong = [f"{what}: {estimated:,} estimated" for answer in stated.values() for what, _, estimated in answer.miscounts]
     return [f"{text}; {', '.join(dict.fromkeys(wrong)) or 'as estimated'}"]
 
 

@@ -85,9 +85,9 @@ def _entry(path: Path, number: int, line: str) -> Entry:
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), str):
         raise RecordFileError(path, number, "accepted: a JSON object with a model")
     options = {name: value for name, value in raw.items() if name != "model"}
-    taken = next((name for name in ("output", "warmup", "steps", "snapshot") if name in options), None)
-    if taken is not None:
-        raise RecordFileError(path, number, f"{taken} is set for the whole suite, not for one run")
+    suite_option = next((name for name in ("output", "warmup", "steps", "snapshot") if name in options), None)
+    if suite_option is not None:
+        raise RecordFileError(path, number, f"{suite_option} is set for the whole suite, not for one run")
     try:
         job = prepare(raw["model"], **options)
     except PeftplanError as error:
@@ -105,8 +105,8 @@ def recorded(output: Path) -> list[Record]:
 
 def pending(entries: Sequence[Entry], output: Path) -> list[Entry]:
     """The entries that the output does not have yet."""
-    done = {key(record.run) for record in recorded(output)}
-    return [entry for entry in entries if entry.key not in done]
+    recorded_keys = {key(record.run) for record in recorded(output)}
+    return [entry for entry in entries if entry.key not in recorded_keys]
 
 
 def run_suite(
@@ -141,16 +141,16 @@ def run_suite(
 def _in_own_process(entry: Entry, *, output: Path, warmup: int, steps: int, timeout: float) -> str | None:
     """Run one entry in its own process. Returns what went wrong with the process, or None."""
     order = {"model": entry.model, "options": entry.options, "output": str(output), "warmup": warmup, "steps": steps}
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=said, stderr=said)
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=log, stderr=log)
         try:
-            return _waited(process, json.dumps(order) + "\n", said, timeout)
+            return _waited(process, json.dumps(order) + "\n", log, timeout)
         finally:
             process.kill()
             process.wait()
 
 
-def _waited(process: subprocess.Popen[bytes], order: str, said: IO[bytes], timeout: float) -> str | None:
+def _waited(process: subprocess.Popen[bytes], order: str, log: IO[bytes], timeout: float) -> str | None:
     stdin = process.stdin
     assert stdin is not None
     try:
@@ -163,7 +163,7 @@ def _waited(process: subprocess.Popen[bytes], order: str, said: IO[bytes], timeo
         code = process.wait()
     if code == 0:
         return None
-    said.seek(0)
-    lines = [line.strip() for line in said.read().decode(errors="replace").splitlines() if line.strip()]
+    log.seek(0)
+    lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     return f"{ended}: {lines[-1][:300]}" if lines else ended

@@ -143,17 +143,17 @@ def _log_probs(
             del part
             part = None if bias is None else _cast(f, (columns,), bias.dtype, dtype)
             del part
-    passing = f.new(("n",), "fp32", "log")
+    temporary = f.new(("n",), "fp32", "log")
     log_z = f.new(("n",), "fp32", "add")
-    del passing
+    del temporary
     log_probs = f.new(("n",), "fp32", "sub", node)
-    passing = f.new(("n",), "fp32", "div")
+    temporary = f.new(("n",), "fp32", "div")
     entropy = f.new(("n",), "fp32", "sub", node)
     entropy.index = 1
-    del passing
-    passing = f.many(("n",), "bool", "ge, gt", 2)
+    del temporary
+    temporary = f.many(("n",), "bool", "ge, gt", 2)
     is_top1 = f.new(("n",), "bool", "bitwise_and")
-    del passing
+    del temporary
     f.keep(node, hidden.detach(), weight, bias, targets, log_z, entropy.detach(), parts, dtype)
     del sums, buffer, chunk
     return log_probs, entropy, is_top1
@@ -178,10 +178,10 @@ def _log_probs_backward(f: Tape, node: Node, saved: LogProbs, *grads: Tensor | N
         for columns in _vocab_tiles(weight.dims[0]):
             part = _cast(f, (columns, hidden.dims[-1]), weight.dtype, dtype)
             f.products.append((len(f.log), "cuBLAS"))
-            passing = None if bias is None else _cast(f, (columns,), bias.dtype, dtype)
-            del passing
-            passing = f.new((columns,), "fp32", "sum") if node.edges[2] else None
-            del passing
+            temporary = None if bias is None else _cast(f, (columns,), bias.dtype, dtype)
+            del temporary
+            temporary = f.new((columns,), "fp32", "sum") if node.edges[2] else None
+            del temporary
     narrow = tuple(
         None if w is None or x is None else f.to(w, x.dtype) for w, x in zip(wide, (hidden, weight, bias), strict=True)
     )

@@ -59,8 +59,8 @@ def _cross_entropy(model: Model, hidden: Tensor, weight: Operand) -> Tensor:
         for rows in chunks(model):
             logits = buffer or _projected(f, rows, hidden, weight, dtype)
             if trains and not in_place:
-                passing = f.cast(weight, dtype), f.new((rows, hidden.dims[-1]), dtype, "mm")
-                del passing
+                temporaries = f.cast(weight, dtype), f.new((rows, hidden.dims[-1]), dtype, "mm")
+                del temporaries
             if grad_weight is not None:
                 _add_to_weight(f, rows, hidden, weight, dtype, tensor_cores=model.running.flash)
             del logits

@@ -92,13 +92,13 @@ def load_into(
     if prepared:  # newer releases of peft
         memory.empty_cache()
     cast = {id(p) for p in parameters.all if p.dtype == "fp32"} if adapters_pass_in else ()
-    passing = []
+    temporaries = []
     for p, _ in last:
         if adapters_pass_in and id(p) in cast:
-            passing.append((p, memory.allocate(ITEMSIZE[adapters_pass_in] * p.numel)))
+            temporaries.append((p, memory.allocate(ITEMSIZE[adapters_pass_in] * p.numel)))
         else:
             memory.keep(sizes_of[id(p)])
-    for p, narrow_one in passing:
+    for p, narrow_one in temporaries:
         memory.keep(sizes_of[id(p)])
         memory.release(narrow_one)
 
@@ -198,12 +198,12 @@ def _warm_up(base: Iterable[Parameter], quant: QuantConfig, *, dtype: str) -> in
 
 def _quantize_into(memory: Memory[Handle], sizes: tuple[int, ...], *, dense: int, absmax: int) -> None:
     """A dense weight is loaded and quantized. Double quantization first makes its fp32 absmax, then subtracts the mean."""
-    passing = [memory.allocate(dense)]
-    passing += [memory.allocate(absmax)] if absmax else []
+    temporaries = [memory.allocate(dense)]
+    temporaries += [memory.allocate(absmax)] if absmax else []
     memory.keep(sizes[:1])
-    passing += [memory.allocate(absmax)] if absmax else []
+    temporaries += [memory.allocate(absmax)] if absmax else []
     memory.keep(sizes[1:])
-    for number in reversed(passing):
+    for number in reversed(temporaries):
         memory.release(number)
 
 
@@ -242,9 +242,9 @@ def _casting(parameters: Parameters, dtype: str) -> int:
     wide = [p for p, _ in tensors(p for p in parameters.all if p.owner == "adapter" and p.dtype == "fp32")]
     narrow = [round512(ITEMSIZE[dtype] * p.numel) for p in wide]
     above, still = [], 0
-    for p, passing in zip(reversed(wide), reversed(narrow), strict=True):
-        above.append(still + passing)
-        still += passing - _bytes(p)
+    for p, temporaries in zip(reversed(wide), reversed(narrow), strict=True):
+        above.append(still + temporaries)
+        still += temporaries - _bytes(p)
     return max(above, default=0)
 
 
@@ -259,11 +259,11 @@ def _quantizing(base: list[Parameter], loaded: dict[int, int], *, dtype: str, do
         if not p.quantized:
             continue
         level = sum(_before(other, place, key) * loaded[id(other)] for place, other in places)
-        passing = round512(ITEMSIZE[dtype] * p.numel)
+        temporary_bytes = round512(ITEMSIZE[dtype] * p.numel)
         absmax = next((a for a in p.allocations if a.name == "absmax"), None)
         if doubled and absmax is not None:
-            passing += 2 * round512(ITEMSIZE["fp32"] * prod(absmax.dims))
-        peak = max(peak, level + passing + _bytes(p))
+            temporary_bytes += 2 * round512(ITEMSIZE["fp32"] * prod(absmax.dims))
+        peak = max(peak, level + temporary_bytes + _bytes(p))
     return peak
 
 

@@ -34,9 +34,9 @@ def linear4bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     node = f.record(_linear4bit_backward, (x, part.bias), part, x.dims)
     if node is not None:
         node.in_python = True
-    taken = f.autocast or x.dtype
-    casts = [f.new(t.dims, taken, "to") for t in (part.bias, weight, x) if t is not None and x.dtype != taken]
-    out = f.new((*x.dims[:-1], n_out), taken, op, node)
+    compute_dtype = f.autocast or x.dtype
+    casts = [f.new(t.dims, compute_dtype, "to") for t in (part.bias, weight, x) if t is not None and x.dtype != compute_dtype]
+    out = f.new((*x.dims[:-1], n_out), compute_dtype, op, node)
     del casts, weight, absmax
     return f.to(out, dtype)
 

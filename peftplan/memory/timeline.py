@@ -141,16 +141,16 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
     repeated: list[Repeated] = []
     standing_for: dict[int, int] = {}
     counts = tape.counts
-    done = states = 0
+    position = states = 0
     shifts = [(0, 0)]  # of events against the log, from a position on
     for at, what in (*tape.marks, (len(tape.log), "")):
-        for n in tape.log[done:at]:
+        for n in tape.log[position:at]:
             if n in counts or -n in counts:
                 events.append((kind_of[n], counts[n]) if n > 0 else (kind_of[-n], -counts[-n]))
             else:
                 events.append((kind_of[n], 1) if n > 0 else (kind_of[-n], -1 - standing_for.pop(-n, 0)))
             storages.append(abs(n))
-        done = at
+        position = at
         here = copies.get((at, what), ())
         before = len(events)
         for n, count in ((n, len(layers.turns)) for layers in here for n in layers.net):
@@ -173,7 +173,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
             states = len(events)
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
-    products = {taken: at + max(more for start, more in shifts if start <= at) for taken, at in _products(tape).items()}
+    products = {workspace: at + max(more for start, more in shifts if start <= at) for workspace, at in _products(tape).items()}
     sizes: dict[tuple[int, tuple[str, ...]], int] = {}
     size_of = tuple(sizes.setdefault(_size(kind), len(sizes)) for kind in index)
     moves: dict[tuple[int, int], int] = {}
@@ -218,8 +218,8 @@ def _products(tape: Tape) -> dict[tuple[str, str], int]:
     phases = [(at, what) for at, what in tape.marks if what in PHASES]
     for at, library in tape.products:
         phase = max((start, what) for start, what in phases if start <= at)[1]
-        taken = (library, "backward" if phase == "backward" else "forward")
-        first_product[taken] = min(at, first_product.get(taken, at))
+        workspace = (library, "backward" if phase == "backward" else "forward")
+        first_product[workspace] = min(at, first_product.get(workspace, at))
     return first_product
 
 

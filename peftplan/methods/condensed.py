@@ -39,11 +39,11 @@ def _holders(module: Module) -> Iterator[str]:
 
 def _condensed(names: set[str], others: set[str]) -> set[str]:
     """The shortest ends of names that no other module has (`_find_minimal_target_modules`)."""
-    taken = {end for name in others for end in _ends(name)}
+    endings = {end for name in others for end in _ends(name)}
     needed: set[str] = set()
     for name in sorted(names, key=_ends):
         for end in _ends(name):
-            if end not in needed and end not in taken and not any(name.endswith("." + n) for n in needed):
+            if end not in needed and end not in endings and not any(name.endswith("." + n) for n in needed):
                 needed.add(end)
                 break
     return needed or names

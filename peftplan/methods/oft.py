@@ -57,13 +57,13 @@ def oft(arch: Architecture, config: OFTConfig) -> Adaptation:
     return tune(arch, config, tensors, peft_type="OFT", bias=config.bias, buffers=buffers)
 
 
-def nearest_divisor(width: int, wanted: int) -> int:
+def nearest_divisor(width: int, near: int) -> int:
     """The divisor of `width` nearest to `wanted`, the lower one of two (`adjust_oft_parameters`)."""
-    if wanted >= width:
+    if near >= width:
         return width
-    higher = next(d for d in range(wanted, width + 1) if width % d == 0)
-    lower = next(d for d in range(wanted, 0, -1) if width % d == 0)
-    return lower if wanted - lower <= higher - wanted else higher
+    higher = next(d for d in range(near, width + 1) if width % d == 0)
+    lower = next(d for d in range(near, 0, -1) if width % d == 0)
+    return lower if near - lower <= higher - near else higher
 
 
 def _blocks(module: Module, config: OFTConfig) -> tuple[int, int]:

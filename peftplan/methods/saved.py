@@ -78,7 +78,7 @@ def saved_copies(arch: Architecture, names: Iterable[str]) -> tuple[AddedTensor,
     names = tuple(names)
     _refuse_nested([root for name in names for root in _roots(arch, name)])
     copies: list[AddedTensor] = []
-    taken: set[tuple[str, int | None]] = set()
+    copied: set[tuple[str, int | None]] = set()
     for wanted in names:
         roots = _roots(arch, wanted)
         if not roots and wanted not in ALL_HEADS:
@@ -87,8 +87,8 @@ def saved_copies(arch: Architecture, names: Iterable[str]) -> tuple[AddedTensor,
             for module in arch.modules:
                 if module.name != root and not module.name.startswith(root + "."):
                     continue
-                kept = [i for i in module.layers or (None,) if (layers is None or i in layers) and (module.name, i) not in taken]
-                taken |= {(module.name, i) for i in kept}
+                kept = [i for i in module.layers or (None,) if (layers is None or i in layers) and (module.name, i) not in copied]
+                copied |= {(module.name, i) for i in kept}
                 if kept:
                     indices = None if module.layers is None else tuple(i for i in kept if i is not None)
                     copies += _copies(arch, root, module if indices is None else restricted(module, indices))
@@ -107,22 +107,22 @@ def is_saved(copies: Iterable[AddedTensor]) -> frozenset[str]:
     return frozenset(t.name.replace(".modules_to_save", "") for t in copies)
 
 
-def token_deltas(arch: Architecture, wanted: TokenIndices) -> tuple[AddedTensor, ...]:
+def token_deltas(arch: Architecture, tokens: TokenIndices) -> tuple[AddedTensor, ...]:
     """`trainable_token_indices`: one row of deltas per token. A tied head shares those of the embedding.
 
     If several entries have the same tokens, peft leaves out those that are the full name of a module tied to the embedding.
     """
-    if not wanted:
+    if not tokens:
         return ()
-    if not isinstance(wanted, Mapping):
-        wanted = {(arch.input_embedding or "embed_tokens").rpartition(".")[2]: wanted}
+    if not isinstance(tokens, Mapping):
+        tokens = {(arch.input_embedding or "embed_tokens").rpartition(".")[2]: tokens}
     shared = _tied_to_embedding(arch)
-    if len(wanted) > 1 and arch.model_type in TIED_BY_CLASS and arch.output_embedding not in shared:
+    if len(tokens) > 1 and arch.model_type in TIED_BY_CLASS and arch.output_embedding not in shared:
         raise NeedsPeftError(f"trainable_token_indices of several modules of an untied {arch.model_type}")
-    skipped = shared if len(wanted) > 1 and len(set(map(tuple, wanted.values()))) == 1 else frozenset()
+    skipped = shared if len(tokens) > 1 and len(set(map(tuple, tokens.values()))) == 1 else frozenset()
     owners = {alias.rpartition(".")[0]: owner.rpartition(".")[0] for alias, owner in arch.ties}
     added: dict[str, AddedTensor] = {}
-    for name, indices in wanted.items():
+    for name, indices in tokens.items():
         if name in skipped:
             continue
         module = _module_of_tokens(arch, name)
@@ -131,7 +131,7 @@ def token_deltas(arch: Architecture, wanted: TokenIndices) -> tuple[AddedTensor,
             raise InputError("trainable_token_indices", list(indices), f"accepted: token ids from 0 to {rows - 1}")
         # A tied head takes the embedding's adapter; where the class registers it first (XLM-RoBERTa), it owns the name.
         owner = owners.get(module.name, module.name) if module.name == arch.input_embedding else module.name
-        place = module.name if any(owner.endswith(other) for other in wanted) else owner
+        place = module.name if any(owner.endswith(other) for other in tokens) else owner
         added[place] = AddedTensor(f"{place}.token_adapter.trainable_tokens_delta", (len(indices), width))
     return tuple(added.values())
 
@@ -159,26 +159,26 @@ def _tied_to_embedding(arch: Architecture) -> frozenset[str]:
     return frozenset(name.rpartition(".")[0] for name in group)
 
 
-def refuse_both(saved: Iterable[str], wanted: TokenIndices) -> None:
+def refuse_both(saved: Iterable[str], tokens: TokenIndices) -> None:
     """Raise RefusedError if an embedding is saved as a whole and by its rows, NeedsPeftError if that is left open."""
-    if isinstance(wanted, tuple) and wanted and any(name.rpartition(".")[2] in EMBEDDINGS for name in saved):
+    if isinstance(tokens, tuple) and tokens and any(name.rpartition(".")[2] in EMBEDDINGS for name in saved):
         raise NeedsPeftError("trainable_token_indices beside an embedding in modules_to_save")
-    both = set(saved) & set(wanted) if isinstance(wanted, Mapping) else set()
+    both = set(saved) & set(tokens) if isinstance(tokens, Mapping) else set()
     if both:
         raise RefusedError(
             f"trainable_token_indices: {both.pop()} is already in modules_to_save; peft accepts only one of the two"
         )
 
 
-def _roots(arch: Architecture, wanted: str) -> list[tuple[str, frozenset[int] | None]]:
+def _roots(arch: Architecture, suffix: str) -> list[tuple[str, frozenset[int] | None]]:
     """Templates of the modules whose name ends with `wanted`, and the layers where it does (None: all)."""
     roots: list[tuple[str, frozenset[int] | None]] = []
     for template in dict.fromkeys((*(m.name for m in arch.modules), *sorted(arch.containers))):
-        if template.endswith(wanted):
+        if template.endswith(suffix):
             roots.append((template, None))
-        elif "{}" in template and any(char.isdigit() for char in wanted):
+        elif "{}" in template and any(char.isdigit() for char in suffix):
             under = [m for m in arch.modules if m.name == template or m.name.startswith(template + ".")]
-            layers = {i for m in under for i in m.layers or () if template.replace("{}", str(i)).endswith(wanted)}
+            layers = {i for m in under for i in m.layers or () if template.replace("{}", str(i)).endswith(suffix)}
             if layers:
                 roots.append((template, frozenset(layers)))
     return roots
@@ -196,6 +196,6 @@ def _copies(arch: Architecture, root: str, module: Module) -> list[AddedTensor]:
     ]
 
 
-def _near(arch: Architecture, wanted: str) -> str:
+def _near(arch: Architecture, name: str) -> str:
     leaves = sorted({m.leaf for m in arch.modules})
-    return near_names((wanted,), leaves)
+    return near_names((name,), leaves)

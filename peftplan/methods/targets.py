@@ -174,12 +174,12 @@ def part(arch: Architecture, *, attention: bool) -> tuple[str, ...]:
     Each is the shortest end of a name that matches no module of another part, such as `attn.c_proj` in GPT-2. It is a whole
     template if nothing shorter suffices, such as BERT's `bert.encoder.layer.{}.output.dense`.
     """
-    wanted = [m for m in arch.modules if m.kind in LINEAR_KINDS and m.layers is not None and _in_attention(m) == attention]
-    others = [m.name for m in arch.modules if m not in wanted]
-    if not wanted:
+    linears = [m for m in arch.modules if m.kind in LINEAR_KINDS and m.layers is not None and _in_attention(m) == attention]
+    others = [m.name for m in arch.modules if m not in linears]
+    if not linears:
         what = "attention" if attention else "mlp"
         raise InputError("target_modules", what, "no nn.Linear there (fused experts are parameters: use target_parameters)")
-    return tuple(dict.fromkeys(_own_end(m.name, others) for m in wanted))
+    return tuple(dict.fromkeys(_own_end(m.name, others) for m in linears))
 
 
 def _in_attention(module: Module) -> bool:
@@ -269,8 +269,8 @@ def _in_layers(name: str, config: LayeredConfig) -> bool:
         for pattern in config.layers_pattern:
             if (position := re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)) is not None:
                 break
-    wanted = config.layers_to_transform
-    return position is not None and int(position["idx"]) in ((wanted,) if isinstance(wanted, int) else wanted or ())
+    layers = config.layers_to_transform
+    return position is not None and int(position["idx"]) in ((layers,) if isinstance(layers, int) else layers or ())
 
 
 def _layers(arch: Architecture) -> str:

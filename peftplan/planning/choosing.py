@@ -36,8 +36,8 @@ def which_gpu(model: Any, *, allow_tight: bool = False, **options: Any) -> tuple
 
     accepted = ("fits", "tight") if allow_tight else ("fits",)
     result = estimate(model, gpu=[card.id for card in gpus()], **options)
-    does = [verdict for verdict in result.gpus if verdict.verdict in accepted]
-    return tuple(sorted(does, key=lambda verdict: (verdict.usable_bytes, verdict.gpu)))
+    accepting = [verdict for verdict in result.gpus if verdict.verdict in accepted]
+    return tuple(sorted(accepting, key=lambda verdict: (verdict.usable_bytes, verdict.gpu)))
 
 
 def family(

@@ -110,19 +110,19 @@ def _tool(file: Path, tool: str | None) -> Tool:
 
 def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analytic", online: bool = False) -> ConfigEntry:
     """The entry of a plan."""
-    said = ConfigEntry(plan.files[0], plan.tool, plan.model, unsupported=tuple(plan.unsupported))
+    row = ConfigEntry(plan.files[0], plan.tool, plan.model, unsupported=tuple(plan.unsupported))
     if plan.kind != "training":
-        return said._replace(error="not a training config" if plan.kind == "other" else "a launch file, without a model")
+        return row._replace(error="not a training config" if plan.kind == "other" else "a launch file, without a model")
     if plan.model is None:
-        return said._replace(error="no model is named")
+        return row._replace(error="no model is named")
     if not online and not at_hand(plan.model):
-        return said._replace(error=f"{plan.model} is neither built in nor in the local cache; --online asks the Hub")
+        return row._replace(error=f"{plan.model} is neither built in nor in the local cache; --online asks the Hub")
     try:
         result = estimate(config=plan, gpu=gpu, engine=engine)
     except PeftplanError as error:
-        return said._replace(error=str(error))
+        return row._replace(error=str(error))
     peaks = result.peaks
-    return said._replace(
+    return row._replace(
         trainable_parameters=result.trainable_parameters,
         total_parameters=result.total_parameters,
         peak_allocated=peaks.allocated if peaks else None,

@@ -126,8 +126,8 @@ class _State:
             peaks = self._peaks(at)
             self.allocated[at], self.reserved[at] = peaks.allocated, peaks.reserved
             for number in np.flatnonzero(self.verdicts[:, at] == 0).tolist():
-                said = verdict(self.cards[number].card, 0, peaks, peaks.runs_within)
-                self._say(number, at, said.verdict, "replay")
+                decision = verdict(self.cards[number].card, 0, peaks, peaks.runs_within)
+                self._say(number, at, decision.verdict, "replay")
             progress(done / len(where))
         self.replayed += len(where)
 

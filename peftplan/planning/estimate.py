@@ -71,9 +71,9 @@ def estimate(
         raise UnknownNameError("advice", advice, SEARCHES)
     gpu, count = _counted(gpu)
     with named_as_typed({"method": method, **options}) as named:
-        said = None
+        config_document = None
         if config is not None:
-            model, named, said = _of_config(config, tool, model, named, objects=peft_config is not None, strict=strict)
+            model, named, config_document = _of_config(config, tool, model, named, objects=peft_config is not None, strict=strict)
             peft_config = named.pop("peft_config", peft_config)
         if count is not None and named.get("gpus") is not None:
             raise OptionError("gpus", named["gpus"], f"the card says how many there are ({count}x…); accepted: one of the two")
@@ -90,7 +90,7 @@ def estimate(
         )
         check_rank_allocator(job)
         counted = inventory(job)
-    question = Question(counted, tuple(find_cards(gpu, context=context)), advice, said)
+    question = Question(counted, tuple(find_cards(gpu, context=context)), advice, config_document)
     if engine == "trace":
         return traced(question, record=record, progress=progress)
     return analytic(question)

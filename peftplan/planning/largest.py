@@ -108,13 +108,13 @@ def _downwards(at: Callable[[int], Probe], seen: dict[int, Probe], bad: int, mos
 
 def _below(at: Callable[[int], Probe], lowest: int) -> int:
     """Further down in growing steps, the size after one that does; `lowest` where that is so already."""
-    step, does = 1, lowest - 1
-    while not at(does).does:
-        lowest, step = does, 2 * step
-        does = max(does - step, 1)
-    while lowest - does > 1:
-        middle = (does + lowest) // 2
-        does, lowest = (middle, lowest) if at(middle).does else (does, middle)
+    step, passing_size = 1, lowest - 1
+    while not at(passing_size).does:
+        lowest, step = passing_size, 2 * step
+        passing_size = max(passing_size - step, 1)
+    while lowest - passing_size > 1:
+        middle = (passing_size + lowest) // 2
+        passing_size, lowest = (middle, lowest) if at(middle).does else (passing_size, middle)
     return lowest
 
 

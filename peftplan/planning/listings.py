@@ -47,8 +47,8 @@ def models(pattern: str | None = None) -> Listing[ModelEntry]:
 
 def matching_cards(pattern: str | None = None) -> list[cards.Gpu]:
     """The cards of the catalogue whose name or an alias contains `pattern`, in full."""
-    wanted = (pattern or "").lower()
-    return [card for card in cards.gpus() if any(wanted in name.lower() for name in (card.id, card.name, *card.aliases))]
+    part = (pattern or "").lower()
+    return [card for card in cards.gpus() if any(part in name.lower() for name in (card.id, card.name, *card.aliases))]
 
 
 def gpus(pattern: str | None = None) -> Listing[GpuEntry]:

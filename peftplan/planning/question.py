@@ -44,7 +44,7 @@ class Question(NamedTuple):
         """Why there is no peak: keys that no option says and whose effect is not known."""
         if self.config is None or self.bound != "unknown":
             return None
-        keys = [key for key, said in self.config["unsupported"].items() if said["effect"] == "unknown"]
+        keys = [key for key, row in self.config["unsupported"].items() if row["effect"] == "unknown"]
         return f"unsupported keys ({', '.join(keys or self.config['unsupported'])})"
 
     def at(self, sizes: Mapping[str, Any], *, replays: int | None) -> Estimate | Grid:

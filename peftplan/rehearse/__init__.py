@@ -35,23 +35,23 @@ def rehearse(
     """
     from peftplan.rehearse import program, request
 
-    wanted = request.read(command, gpu=gpu, steps=steps, world_size=world_size, rank=rank, timeout=timeout, max_host=max_host)
+    checked = request.read(command, gpu=gpu, steps=steps, world_size=world_size, rank=rank, timeout=timeout, max_host=max_host)
     results = [
         program.rehearse(
-            wanted.command,
-            card=wanted.card,
-            cards=wanted.cards,
-            world_size=wanted.world_size,
+            checked.command,
+            card=checked.card,
+            cards=checked.cards,
+            world_size=checked.world_size,
             rank=number,
             steps=steps,
             timeout=timeout,
             keep_writes=keep_writes,
             network=network,
-            max_host=wanted.max_host,
+            max_host=checked.max_host,
             snapshot=snapshot,
             stdout=stdout,
         )
-        for number in wanted.ranks
+        for number in checked.ranks
     ]
     worst = max(results, key=lambda result: (result.oom is not None, result.needed_bytes))
     return replace(worst, ranks=tuple(rank for result in results for rank in result.ranks))

@@ -126,12 +126,12 @@ HEADERS = ("nvidia/**/include/cuda_runtime_api.h", "triton/backends/nvidia/inclu
 
 def _cc(compiler: str, include: list[str], parts: list[Path | str], output: Path) -> None:
     command = [compiler, "-shared", "-fPIC", "-O1", "-w", *include, *map(str, parts), "-lpthread", "-o", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        reason = next((line for line in process.stderr.splitlines() if "error" in line), process.stderr.strip())
         raise RefusedError(f"the emulated card does not compile with torch {torch_version()[0]}: {reason[:300]}")
 
 
 def _symbols(lister: str, libraries: Iterable[Path], which: str) -> set[str]:
-    done = subprocess.run([lister, "-D", which, *map(str, libraries)], capture_output=True, text=True, check=False)
-    return {line.split()[-1].partition("@")[0] for line in done.stdout.splitlines() if line.strip()}
+    process = subprocess.run([lister, "-D", which, *map(str, libraries)], capture_output=True, text=True, check=False)
+    return {line.split()[-1].partition("@")[0] for line in process.stdout.splitlines() if line.strip()}

@@ -52,8 +52,8 @@ def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
         lines.append(f"Parameter counts: {sums.counts_equal} of {sums.counts_printed} printed by the runs are equal.")
     lines += _bounds(answers)
     if sums.out_of_memory:
-        said = ", ".join(f"{number} {verdict}" for verdict, number in sums.out_of_memory.items())
-        lines.append(f"Verdicts on the cards where runs ran out of memory: {said}.")
+        verdicts = ", ".join(f"{number} {verdict}" for verdict, number in sums.out_of_memory.items())
+        lines.append(f"Verdicts on the cards where runs ran out of memory: {verdicts}.")
     for setup, runs in TITLES.items():
         lines += _verdicts(f"Wrong verdicts, of {runs}", [answer for answer in answers if answer.record.setup == setup])
     return lines

@@ -84,9 +84,9 @@ def _engines(answers: dict[Engine, list[Answer]]) -> Iterable[str]:
 def _wrong(answers: Sequence[Answer]) -> list[tuple[str, str, str, str]]:
     cards = {"own": "the one it ran on", "below": "1 % below its peak", "above": "10 % above its peak"}
     return [
-        (answer.record.id, cards[kind], said, "; ".join(f"{one.figure} {one.drift:+.2f} %" for one in answer.overall))
+        (answer.record.id, cards[kind], verdicts, "; ".join(f"{one.figure} {one.drift:+.2f} %" for one in answer.overall))
         for answer in answers
-        for kind, said in answer.wrong_verdicts.items()
+        for kind, verdicts in answer.wrong_verdicts.items()
     ]
 
 

@@ -167,8 +167,8 @@ def changes(result: Estimate, screen: Screen) -> list[Row]:
         for brings, change in zip(outcomes, best, strict=True):
             line = f"{INDENT}{brings.ljust(widest)}  {advice.command_line(change)}"
             rows += wrapped(line, screen.columns, colour=COLOURS.get(change.verdict or ""), indent=" " * (widest + 6))
-    if said := advice.without_help(nearest.gpu, advised):
-        rows += wrapped(said, screen.columns)
+    if sentence := advice.without_help(nearest.gpu, advised):
+        rows += wrapped(sentence, screen.columns)
     return [BLANK, *rows]
 
 

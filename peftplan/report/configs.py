@@ -102,7 +102,7 @@ def unsupported(config: Mapping[str, Any], *, most: int | None = MOST_KEYS) -> l
     keys = config["unsupported"]
     if not keys:
         return []
-    lines = [f"unsupported: {key}: {said['why']}" for key, said in list(keys.items())[:most]]
+    lines = [f"unsupported: {key}: {row['why']}" for key, row in list(keys.items())[:most]]
     more = len(keys) - len(lines)
     lines += [f"and {more} more unsupported keys: -v"] if more else []
     return [*lines, f"so {BOUNDS[config['bound']]}"]
@@ -116,14 +116,14 @@ def assumed(config: Mapping[str, Any]) -> list[str]:
 
 def keys(config: Mapping[str, Any]) -> list[str]:
     """Every key, a line each, in its group."""
-    lines = [f"read: {key}: {quoted(said['value'])} → {_arrow(said)}" for key, said in config["read"].items()]
-    lines += [f"no effect: {key}: {_where(said)}" for key, said in config["ignored"].items()]
+    lines = [f"read: {key}: {quoted(row['value'])} → {_arrow(row)}" for key, row in config["read"].items()]
+    lines += [f"no effect: {key}: {_where(row)}" for key, row in config["ignored"].items()]
     return [*lines, *unsupported(config, most=None)]
 
 
-def _arrow(said: Mapping[str, Any]) -> str:
-    return " · ".join(filter(None, (said["option"], said["why"]))) or "nothing follows"
+def _arrow(row: Mapping[str, Any]) -> str:
+    return " · ".join(filter(None, (row["option"], row["why"]))) or "nothing follows"
 
 
-def _where(said: Mapping[str, Any]) -> str:
-    return f"{said['why']} ({said['at']})" if said["at"] else str(said["why"])
+def _where(row: Mapping[str, Any]) -> str:
+    return f"{row['why']} ({row['at']})" if row["at"] else str(row["why"])

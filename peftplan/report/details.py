@@ -158,8 +158,8 @@ def _advice(result: Estimate, gpu: str, advised: Advised) -> list[RenderableType
         for row in advice.rows(result, advised.changes):
             shown.add_row(*row)
         parts.append(shown)
-    said = advice.without_help(gpu, advised)
-    return [*parts, said] if said else parts
+    sentence = advice.without_help(gpu, advised)
+    return [*parts, sentence] if sentence else parts
 
 
 def _host(result: Estimate) -> list[RenderableType]:

@@ -22,9 +22,9 @@ def lines(result: Diagnosis) -> Iterator[str]:
         yield f"{'✗ ' if not number else ''}{cause.name.replace('_', ' ')}: {cause.evidence}."
         yield from (f"  → {step}" for step in cause.advice)
     if result.message is not None:
-        said = ((text, getattr(result.message, name)) for name, text in FIGURES.items())
+        figures = ((text, getattr(result.message, name)) for name, text in FIGURES.items())
         yield ""
-        yield "The message: " + ", ".join(f"{text} {format_bytes(size)}" for text, size in said if size is not None) + "."
+        yield "The message: " + ", ".join(f"{text} {format_bytes(size)}" for text, size in figures if size is not None) + "."
         if result.message.frames:
             frame = result.message.frames[-1]
             yield f"At: {frame.file}:{frame.line} in {frame.function}" + (f": {frame.code}" if frame.code else "")

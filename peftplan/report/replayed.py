@@ -65,16 +65,16 @@ def heading(replayed: Replayed) -> str:
 def remarks(replayed: Replayed) -> list[str]:
     """What the table does not say, a sentence each."""
     peaks = replayed.result.peaks
-    said = [
+    lines = [
         f"at the highest allocated bytes: {format_bytes(replayed.free_at_peak)} reserved and free (fragmentation), "
         f"{format_bytes(replayed.rounded_at_peak)} lost to rounding"
     ]
     if replayed.recorded_peak_reserved is not None:
         more = peaks.reserved - replayed.recorded_peak_reserved
-        said.append(f"recorded: {replayed.recorded_peak_reserved:,} bytes reserved at the peak, the replay {more:+,}")
+        lines.append(f"recorded: {replayed.recorded_peak_reserved:,} bytes reserved at the peak, the replay {more:+,}")
     if replayed.untraced:
-        said.append(f"incomplete: blocks that were allocated before the recording began: {replayed.untraced:,}")
-    return [*said, *_out_of_memory(replayed)]
+        lines.append(f"incomplete: blocks that were allocated before the recording began: {replayed.untraced:,}")
+    return [*lines, *_out_of_memory(replayed)]
 
 
 def _out_of_memory(replayed: Replayed) -> list[str]:

@@ -110,15 +110,15 @@ def _sink(output: str | None) -> Iterator[Callable[[str], None]]:
 def _write(handle: int, text: str, name: str) -> None:
     """Write text; where that fails midway, a file loses the row that was begun."""
     data = text.encode("utf-8")
-    done = 0
+    written = 0
     try:
-        while done < len(data):
-            done += os.write(handle, data[done:])
+        while written < len(data):
+            written += os.write(handle, data[written:])
     except BrokenPipeError:
         raise
     except OSError as error:
         if stat.S_ISREG(os.fstat(handle).st_mode):
-            begun = done - (data.rfind(b"\n", 0, done) + 1)
+            begun = written - (data.rfind(b"\n", 0, written) + 1)
             with suppress(OSError):
                 os.ftruncate(handle, os.lseek(handle, -begun, os.SEEK_CUR))
         raise PeftplanError(f"{name}: {error.strerror}; the rows written so far are whole") from None
@@ -159,12 +159,12 @@ def _schema(result: Sweep) -> pyarrow.Schema:
 
 def summary(tally: Tally) -> str:
     """How the verdicts came about, in one line."""
-    said = {
+    texts = {
         "requested": "decided by the bytes that tensors request",
         "bound": "that fit by a bound on what the allocator reserves",
         "replay": "by a replay",
     }
-    parts = [f"{tally.by[by]:,} {text}" for by, text in said.items() if tally.by.get(by)]
+    parts = [f"{tally.by[by]:,} {text}" for by, text in texts.items() if tally.by.get(by)]
     undecided = tally.by.get(None, 0) if parts else 0
     if undecided:
         parts.append(f"{undecided:,} without a verdict (--replays N replays more points, --replays all every one)")

@@ -164,8 +164,8 @@ def _same_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
 
 def _passing_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     out = f.new(g.dims, g.dtype, "backward")
-    passing = f.new(g.dims, g.dtype, "grad * output")
-    del passing
+    temporary = f.new(g.dims, g.dtype, "grad * output")
+    del temporary
     return out
 
 
@@ -185,8 +185,8 @@ def softmax(f: Tape, x: Tensor, dtype: str) -> Tensor:
 
 def _half_softmax_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     out = f.new(g.dims, "fp16", "backward")
-    passing = f.new(g.dims, g.dtype, "grad * output")
-    del passing
+    temporary = f.new(g.dims, g.dtype, "grad * output")
+    del temporary
     return out
 
 

@@ -175,14 +175,14 @@ def _quantized(tracker: Tracker, name: str, module: Any, *, dtype: str) -> None:
     """A dense weight arrives and is quantized. With double quantization, fp32 absmax and absmax less its mean are temporary."""
     prefix = name.removesuffix(".weight")
     beside = module.__dict__[QUANT_TENSORS]
-    passing = [_dense(tracker, (module.out_features, module.in_features), dtype, name=name)]
+    temporaries = [_dense(tracker, (module.out_features, module.in_features), dtype, name=name)]
     nested = "offset" in beside
     if nested:
-        passing.append(_dense(tracker, tuple(beside["absmax"].shape), "fp32", name=name))
+        temporaries.append(_dense(tracker, tuple(beside["absmax"].shape), "fp32", name=name))
     tracker.register(module.weight, "weights", name)
     if nested:
-        passing.append(_dense(tracker, tuple(beside["absmax"].shape), "fp32", name=name))
+        temporaries.append(_dense(tracker, tuple(beside["absmax"].shape), "fp32", name=name))
     for part, tensor in beside.items():
         tracker.register(tensor, category(part), f"{prefix}.{part}")
-    for storage in reversed(passing):
+    for storage in reversed(temporaries):
         tracker.end(storage)

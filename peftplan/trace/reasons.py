@@ -23,6 +23,6 @@ MAX_LENGTH = 200
 def reason(error: Exception) -> str:
     """The kind of error, its first line, and its meaning where it is known."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = f"{type(error).__name__}: {' '.join(lines[:1])[:MAX_LENGTH]}"
-    meaning = next((meaning for part, meaning in MEANINGS if part in said), None)
-    return said if meaning is None else f"{said} ({meaning})"
+    message = f"{type(error).__name__}: {' '.join(lines[:1])[:MAX_LENGTH]}"
+    meaning = next((meaning for part, meaning in MEANINGS if part in message), None)
+    return message if meaning is None else f"{message} ({meaning})"

@@ -82,9 +82,9 @@ def _walk(
     by_category = dict.fromkeys(CATEGORIES, 0)
     groups: dict[tuple[str, ...], tuple[int, int]] = {}
     keys: dict[int, tuple[tuple[str, ...], Category]] = {}
-    done = 0
+    position = 0
     for end in ends:
-        for kind, storage, _, _ in log[done:end]:
+        for kind, storage, _, _ in log[position:end]:
             if kind == "alloc":
                 category = category_of(storage)
                 name = _INDEX.sub("*", storage.name or storage.module)
@@ -95,7 +95,7 @@ def _walk(
             size = round512(storage.nbytes)
             groups[key] = (copies + sign, num_bytes + sign * size)
             by_category[category] += sign * size
-        done = end
+        position = end
         yield by_category, groups
 
 

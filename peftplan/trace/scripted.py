@@ -50,15 +50,15 @@ def events_of(traced: Traced, *, empties_cache: bool) -> Sequence[Event]:
 def with_empty_cache(traced: Traced) -> list[Event]:
     """The log with `empty_cache()` after every step, before the gradients of that step are freed."""
     events: list[Event] = []
-    done = 0
+    position = 0
     for at in [at for (_, before), (at, phase) in pairwise(traced.began) if (before, phase) == ("step", "forward")]:
         start = at
         while traced.log[start - 1].kind == "free":
             start -= 1
         gradients = [i for i in range(start, at) if category_of(traced.log[i].storage) == "gradients"]
         others = [i for i in range(start, at) if i not in set(gradients)]
-        events += traced.events[done:start]
+        events += traced.events[position:start]
         events += [*(traced.events[i] for i in others), Event("empty_cache", phase="warmup")]
         events += [traced.events[i] for i in gradients]
-        done = at
-    return [*events, *traced.events[done:]]
+        position = at
+    return [*events, *traced.events[position:]]

@@ -103,32 +103,32 @@ def _run(case: Case, folder: Path) -> tuple[str, str]:
             raised = _where(error)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        said, complained = (file.seek(0) or file.read().decode(errors="replace") for file in (out, err))
+        stdout, stderr = (file.seek(0) or file.read().decode(errors="replace") for file in (out, err))
     if raised:
         return "fault", raised
-    return judged_command(code, said, complained, strict=case.strict)
+    return judged_command(code, stdout, stderr, strict=case.strict)
 
 
-def judged_command(code: object, said: str, complained: str, *, strict: bool = False) -> tuple[str, str]:
+def judged_command(code: object, stdout: str, stderr: str, *, strict: bool = False) -> tuple[str, str]:
     """What a command is by its exit code, its stdout and its stderr; `strict`: where it answers, stdout is JSON."""
-    return _answer(said, complained, strict=strict) if code in (0, 1) else _refusal(code, said, complained)
+    return _answer(stdout, stderr, strict=strict) if code in (0, 1) else _refusal(code, stdout, stderr)
 
 
-def _answer(said: str, complained: str, *, strict: bool) -> tuple[str, str]:
-    if "Traceback" in complained:
-        return "fault", f"a traceback: {complained[-300:]}"
-    if strict and (why := _not_strict(said)):
+def _answer(stdout: str, stderr: str, *, strict: bool) -> tuple[str, str]:
+    if "Traceback" in stderr:
+        return "fault", f"a traceback: {stderr[-300:]}"
+    if strict and (why := _not_strict(stdout)):
         return "fault", f"no strict JSON: {why}"
-    odd = next((line for line in said.split("\n") if not line.isprintable()), None)
+    odd = next((line for line in stdout.split("\n") if not line.isprintable()), None)
     return ("answer", "") if odd is None else ("fault", f"control characters on stdout: {odd[:200]!r}")
 
 
-def _refusal(code: object, said: str, complained: str) -> tuple[str, str]:
+def _refusal(code: object, stdout: str, stderr: str) -> tuple[str, str]:
     if code != 2:
-        return "fault", f"exit code {code}: {complained[-300:]!r}"
-    line = complained.removesuffix("\n")
-    if said or not complained.endswith("\n") or not line.startswith("peftplan: "):
-        return "fault", f"not one line on stderr alone: {said[:200]!r} {complained[:300]!r}"
+        return "fault", f"exit code {code}: {stderr[-300:]!r}"
+    line = stderr.removesuffix("\n")
+    if stdout or not stderr.endswith("\n") or not line.startswith("peftplan: "):
+        return "fault", f"not one line on stderr alone: {stdout[:200]!r} {stderr[:300]!r}"
     return _message(line, MOST_OF_A_LINE - 1)
 
 

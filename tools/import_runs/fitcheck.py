@@ -115,10 +115,10 @@ def archived(source: Path, listed: set[str]) -> Iterator[Row]:
     folder = source / "data" / "measurements"
     sessions = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["sessions"]
     for name, session in ARCHIVE.items():
-        said, path = sessions[session], f"data/measurements/{name}.json"
+        session_row, path = sessions[session], f"data/measurements/{name}.json"
         for number, run in enumerate(json.loads((source / path).read_text(encoding="utf-8"))["runs"]):
             if f"{path}#runs[{number}]" not in listed:
-                yield archived_row(run, said, run["run"], f"fitcheck/{name}/{number}", f"{path}#runs[{number}]")
+                yield archived_row(run, session_row, run["run"], f"fitcheck/{name}/{number}", f"{path}#runs[{number}]")
     with zipfile.ZipFile(folder / "incoming" / CEILINGS) as ceilings:
         for name in sorted(ceilings.namelist()):
             run = json.loads(ceilings.read(name))

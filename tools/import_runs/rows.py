@@ -66,12 +66,12 @@ def options(trainer: str, row: Row, **changes: Any) -> Options:
 
 def circumstances(row: Row) -> Row:
     """Where, with what and by whom."""
-    said = {
+    fields = {
         name: row[name] for name in ("gpu", "framework", "commit", "date", "source", "repo", "path", "licence") if row.get(name)
     }
     versions = {name.replace("_", "-"): str(version) for name, version in (row.get("versions") or {}).items()}
     cuda = versions.pop("cuda", None) or (versions.get("torch", "").partition("+cu")[2] or None)
-    return {**said, "gpu_id": GPU_IDS.get(row["gpu"]), "num_gpus": row["n_gpus"], "versions": versions, "cuda": cuda}
+    return {**fields, "gpu_id": GPU_IDS.get(row["gpu"]), "num_gpus": row["n_gpus"], "versions": versions, "cuda": cuda}
 
 
 def lora(row: Row, targets: list[str]) -> Row:

@@ -38,10 +38,10 @@ def _matches(case: Mapping[str, Any], kind: str, program: str, keys: Mapping[str
     """Whether a case holds: its `kind` and `program`, `all` of its keys, `any` of others, `none` of the rest."""
 
     def there(key: str) -> bool:
-        name, _, wanted = key.partition("=")
+        name, _, value = key.partition("=")
         if name.endswith("*"):
             return any(each.startswith(name[:-1]) for each in keys)
-        return (name in keys or name in values) and (not wanted or wanted in str(keys.get(name)))
+        return (name in keys or name in values) and (not value or value in str(keys.get(name)))
 
     return (
         case.get("kind", "values") == kind

@@ -48,31 +48,31 @@ class Launched(NamedTuple):
 
 def launched(tool: str, launch: Mapping[str, Any], environment: Mapping[str, str]) -> Launched:
     """What a launch says. `launch`: labels of the facts, dotted where they were nested."""
-    said = Launched({}, {}, {})
-    _processes(said, launch, environment)
+    result = Launched({}, {}, {})
+    _processes(result, launch, environment)
     if (config := _values(launch, "accelerate")) is not None:
-        _from(said, "accelerate", lambda: accelerate.options(config))
+        _from(result, "accelerate", lambda: accelerate.options(config))
     elif (name := launch.get("accelerate_config")) is not None:
-        _named(said, tool, "accelerate_config", name, accelerate.options)
+        _named(result, tool, "accelerate_config", name, accelerate.options)
     own = _values(launch, "deepspeed")
     if isinstance(own, Mapping):
-        _from(said, "deepspeed", lambda: _deepspeed(own))
+        _from(result, "deepspeed", lambda: _deepspeed(own))
     elif isinstance(own, str) and word(own) not in ("none", "false", ""):
-        _named(said, tool, "deepspeed", own, _deepspeed)
-    _fsdp(said, launch)
+        _named(result, tool, "deepspeed", own, _deepspeed)
+    _fsdp(result, launch)
     for fact, what in DIVIDED.items():
         value = launch.get(fact, any(key.startswith(f"{fact}.") for key in launch))
         if word(value) not in ("none", "false", "1", "-1", "", "0"):
-            said.unsupported[fact] = Unsupported(value, f"{what} over several GPUs", "unknown")
-    if said.options.get("strategy") not in (None, "ddp") and "gpus" not in said.options:
-        said.options["gpus"] = ASSUMED_GPUS
-        said.assumed["gpus"] = f"the launcher decides; {ASSUMED_GPUS} are assumed"
-    if said.options.get("gpus") == 1 and "nodes" not in said.options and said.options.get("strategy") in (None, "ddp"):
-        said.options.pop("strategy", None)
-    return said
+            result.unsupported[fact] = Unsupported(value, f"{what} over several GPUs", "unknown")
+    if result.options.get("strategy") not in (None, "ddp") and "gpus" not in result.options:
+        result.options["gpus"] = ASSUMED_GPUS
+        result.assumed["gpus"] = f"the launcher decides; {ASSUMED_GPUS} are assumed"
+    if result.options.get("gpus") == 1 and "nodes" not in result.options and result.options.get("strategy") in (None, "ddp"):
+        result.options.pop("strategy", None)
+    return result
 
 
-def _processes(said: Launched, launch: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+def _processes(result: Launched, launch: Mapping[str, Any], environment: Mapping[str, str]) -> None:
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     stated = launch.get("gpus") or environment.get("NPROC_PER_NODE") or environment.get("nproc_per_node")
     if stated is None and launch.get("device_map") is None and visible.count(",") and "NPROC_PER_NODE" in environment:
@@ -80,14 +80,14 @@ def _processes(said: Launched, launch: Mapping[str, Any], environment: Mapping[s
     for name, value in (("gpus", stated), ("nodes", launch.get("nodes"))):
         number = int(str(value)) if re.fullmatch("-?[0-9]{1,10}", str(value)) else None
         if number is not None and 0 < number <= MOST_RANKS:
-            said.options[name] = number
+            result.options[name] = number
         elif number is not None:
-            said.unsupported[name] = Unsupported(value, f"accepted: 1 to {MOST_RANKS:,}", "unknown")
-    nodes = said.options.get("nodes", 1)
-    if nodes > 1 and said.options.get("gpus", 0) % nodes == 0 and "num_processes" in launch:
-        said.options["gpus"] //= nodes
+            result.unsupported[name] = Unsupported(value, f"accepted: 1 to {MOST_RANKS:,}", "unknown")
+    nodes = result.options.get("nodes", 1)
+    if nodes > 1 and result.options.get("gpus", 0) % nodes == 0 and "num_processes" in launch:
+        result.options["gpus"] //= nodes
     if nodes == 1:
-        said.options.pop("nodes", None)
+        result.options.pop("nodes", None)
 
 
 def _values(launch: Mapping[str, Any], label: str) -> Any:
@@ -107,24 +107,24 @@ def _values(launch: Mapping[str, Any], label: str) -> Any:
     return values
 
 
-def _from(said: Launched, key: str, options: Callable[[], Mapping[str, Any]]) -> None:
+def _from(result: Launched, key: str, options: Callable[[], Mapping[str, Any]]) -> None:
     """Add the options of a launch file; a field that is not counted makes the file an unsupported key."""
     try:
-        said.options.update(options())
+        result.options.update(options())
     except PeftplanError as error:
-        said.unsupported[key] = Unsupported("the launch file", str(error), "unknown")
+        result.unsupported[key] = Unsupported("the launch file", str(error), "unknown")
 
 
-def _named(said: Launched, tool: str, key: str, name: Any, read: Callable[[Any], Mapping[str, Any]]) -> None:
+def _named(result: Launched, tool: str, key: str, name: Any, read: Callable[[Any], Mapping[str, Any]]) -> None:
     """A launch file by its name: one that the tool ships, else a file that is there."""
     text = str(name[0] if isinstance(name, list) else name)
     shipped = load(SHIPPED).get(tool, {}).get(PurePath(text).stem)
     if shipped is not None:
-        _from(said, key, lambda: read(shipped["values"]))
+        _from(result, key, lambda: read(shipped["values"]))
     elif os.path.isfile(text):
-        _from(said, key, lambda: read(text))
+        _from(result, key, lambda: read(text))
     else:
-        said.unsupported[key] = Unsupported(
+        result.unsupported[key] = Unsupported(
             name, "the launch file is not among the files; add it with another --config", "unknown"
         )
 
@@ -142,7 +142,7 @@ def _deepspeed(source: Any) -> Mapping[str, Any]:
     return deepspeed.options({**source, "zero_optimization": on})
 
 
-def _fsdp(said: Launched, launch: Mapping[str, Any]) -> None:
+def _fsdp(result: Launched, launch: Mapping[str, Any]) -> None:
     """FSDP as axolotl and TrainingArguments say it: words, a version, a config."""
     words = launch.get("fsdp")
     config = _values(launch, "fsdp_config")
@@ -152,4 +152,4 @@ def _fsdp(said: Launched, launch: Mapping[str, Any]) -> None:
     if (version := launch.get("fsdp_version")) is not None:
         fields["fsdp_version"] = version
     kept = {name: value for name, value in fields.items() if not name.endswith("final_state_dict_type")}
-    _from(said, "fsdp_config", lambda: accelerate.fsdp_options(kept))
+    _from(result, "fsdp_config", lambda: accelerate.fsdp_options(kept))

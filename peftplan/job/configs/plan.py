@@ -73,7 +73,7 @@ class ConfigPlan:
 
     def without(self, chosen: Mapping[str, Any]) -> dict[str, Unsupported]:
         """The unsupported keys, less those whose option the user has set."""
-        return {key: said for key, said in self.unsupported.items() if said.option is None or chosen.get(said.option) is None}
+        return {key: row for key, row in self.unsupported.items() if row.option is None or chosen.get(row.option) is None}
 
     def to_dict(self, chosen: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The `config` field of an estimate's JSON."""
@@ -96,7 +96,7 @@ class ConfigPlan:
 
 def bound(unsupported: Mapping[str, Unsupported]) -> Bound | None:
     """What a peak is that leaves these keys out; None if there are none."""
-    effects = {said.effect for said in unsupported.values()}
+    effects = {row.effect for row in unsupported.values()}
     if not effects:
         return None
     return "at_most" if effects == {"lowers"} else "at_least" if effects == {"raises"} else "unknown"

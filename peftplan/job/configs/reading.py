@@ -95,11 +95,11 @@ class _Reading:
 
     def _to(self, key: str, value: Any, row: Row) -> None:
         option = row["to"]
-        said = row.get("values", {}).get(word(value), value)
-        if said is None:
+        ours = row.get("values", {}).get(word(value), value)
+        if ours is None:
             self.ignored[key] = Ignored(value, "it sets nothing", row.get("at", ""))
             return
-        self._set({option: self._typed(key, option, said)})
+        self._set({option: self._typed(key, option, ours)})
         self.read[key] = Read(value, option, row.get("why", ""))
 
     def _typed(self, key: str, option: str, value: Any) -> Any:
@@ -140,8 +140,8 @@ class _Reading:
             default = row.get("default", default)
             options: Mapping[str, Any] | None
             if "to" in row:
-                said = row.get("values", {}).get(word(default), default)
-                options = None if said is None else {row["to"]: said}
+                ours = row.get("values", {}).get(word(default), default)
+                options = None if ours is None else {row["to"]: ours}
             else:
                 options = row["sets"].get(word(default), row["sets"].get("*"))
             for option, value in (options or {}).items():
@@ -155,11 +155,11 @@ class _Reading:
     def rule(self, rule: Rule) -> None:
         """Apply a rule whose keys have its values."""
         when = rule.get("when", {})
-        if not all(self._holds(key, wanted) for key, wanted in when.items()):
+        if not all(self._holds(key, accepted) for key, accepted in when.items()):
             return
         why, at = rule.get("why", ""), rule.get("at", "")
-        for option, said in rule.get("set", {}).items():
-            value = self._said(said)
+        for option, stated_value in rule.get("set", {}).items():
+            value = self._value_of(stated_value)
             if value is None:
                 continue
             self._set({option: value})
@@ -171,15 +171,15 @@ class _Reading:
             for key in stated:
                 before = self.read.get(key)
                 rest = [before.option] if before and before.option and before.option != options else []
-                said = f"{why} ({at})" if at and why else why or at
-                whys = [text for text in (before.why if before and before.option else "", said) if text]
+                reason = f"{why} ({at})" if at and why else why or at
+                whys = [text for text in (before.why if before and before.option else "", reason) if text]
                 self.read[key] = Read(self.values[key], ", ".join([*rest, options]), "; ".join(dict.fromkeys(whys)))
                 self.ignored.pop(key, None)
-        if (said := rule.get("unsupported")) is not None:
-            value = self.values.get(said["key"], "by default")
-            self.unsupported[said["key"]] = Unsupported(value, said["why"], said.get("effect", "unknown"), said.get("option"))
-            self.read.pop(said["key"], None)
-            self.ignored.pop(said["key"], None)
+        if (row := rule.get("unsupported")) is not None:
+            value = self.values.get(row["key"], "by default")
+            self.unsupported[row["key"]] = Unsupported(value, row["why"], row.get("effect", "unknown"), row.get("option"))
+            self.read.pop(row["key"], None)
+            self.ignored.pop(row["key"], None)
         self.assumed |= rule.get("assumed", {})
         self.kind = rule.get("kind", self.kind)
 
@@ -200,40 +200,40 @@ class _Reading:
             value = known.default if known else None
         return value
 
-    def _holds(self, key: str, wanted: Any) -> bool:
+    def _holds(self, key: str, accepted: Any) -> bool:
         if key == "program":
-            return any(self.document.program.startswith(name) for name in wanted)
-        if wanted == "said":
+            return any(self.document.program.startswith(name) for name in accepted)
+        if accepted == "said":
             return self.values.get(key) is not None
         value = self._effective(key)
-        if wanted in ("set", "unset"):
-            return (word(value) not in NOTHING) is (str(wanted) == "set")
-        return any(self._equal(value, each) for each in wanted)
+        if accepted in ("set", "unset"):
+            return (word(value) not in NOTHING) is (str(accepted) == "set")
+        return any(self._equal(value, each) for each in accepted)
 
     @staticmethod
-    def _equal(value: object, wanted: object) -> bool:
+    def _equal(value: object, accepted: object) -> bool:
         """`~text` is contained in the value, or in one of its entries."""
-        if isinstance(wanted, str) and wanted.startswith("~"):
-            return wanted[1:].lower() in str(value).lower()
-        same: bool = word(value) == word(wanted)
+        if isinstance(accepted, str) and accepted.startswith("~"):
+            return accepted[1:].lower() in str(value).lower()
+        same: bool = word(value) == word(accepted)
         return same
 
-    def _said(self, said: Any) -> Any:
-        if not isinstance(said, Mapping):
-            return tuple(said) if isinstance(said, list) else said
-        if said.keys() == {"all"}:
+    def _value_of(self, stated: Any) -> Any:
+        if not isinstance(stated, Mapping):
+            return tuple(stated) if isinstance(stated, list) else stated
+        if stated.keys() == {"all"}:
             return self.document.values
-        if "tags" in said:
-            return self._tags(said["tags"])
-        if "globs" in said:
-            return _globs(self._effective(said["globs"]))
-        if "names" in said:
-            return self._names(said["names"])
-        if "key" in said:
-            value = self._effective(said["key"])
+        if "tags" in stated:
+            return self._tags(stated["tags"])
+        if "globs" in stated:
+            return _globs(self._effective(stated["globs"]))
+        if "names" in stated:
+            return self._names(stated["names"])
+        if "key" in stated:
+            value = self._effective(stated["key"])
             return tuple(value) if isinstance(value, list) else value
         product = 1
-        for key in said["product"]:
+        for key in stated["product"]:
             factor = self._effective(key)
             if not re.fullmatch("[0-9]{1,10}", str(factor)):
                 return None
@@ -271,11 +271,11 @@ class _Reading:
         """What was read; options that the method does not have are left out."""
         if self.tool.tool in LAUNCHERS:
             self.launch = {self.tool.tool: self.document.values}
-        said = launched(self.tool.tool, self.launch, self.document.environment)
-        self.unsupported |= said.unsupported
-        self.read = {key: row for key, row in self.read.items() if key not in said.unsupported}
-        self.assumed |= said.assumed
-        options = fitting({**said.options, **self.options})
+        launch = launched(self.tool.tool, self.launch, self.document.environment)
+        self.unsupported |= launch.unsupported
+        self.read = {key: row for key, row in self.read.items() if key not in launch.unsupported}
+        self.assumed |= launch.assumed
+        options = fitting({**launch.options, **self.options})
         for key, row in self.read.items():
             if row.option and not {"model", "launch", *options} & set(row.option.split(", ")):
                 self.read[key] = Read(row.value, "", f"{self.options.get('method')} has no {row.option}")

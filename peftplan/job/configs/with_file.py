@@ -48,8 +48,8 @@ def with_file(plan: ConfigPlan, model: Any, chosen: Mapping[str, Any], *, object
     stated = {name: value for name, value in chosen.items() if value is not None}
     unsupported = plan.without(stated)
     if strict and unsupported:
-        key, said = next(iter(unsupported.items()))
-        raise RefusedError(f"config: {file}: {key} is not supported: {said.why}")
+        key, row = next(iter(unsupported.items()))
+        raise RefusedError(f"config: {file}: {key} is not supported: {row.why}")
     options = dict(plan.options)
     if objects:
         options = {name: value for name, value in options.items() if name in Setup.model_fields}

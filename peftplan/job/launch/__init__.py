@@ -19,15 +19,15 @@ FILES: dict[str, Callable[[object], dict[str, object]]] = {
 
 def launch_options(options: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, ...]]:
     """What launch files say as options, and which files were read. Raises InputError for an option that says otherwise."""
-    said: dict[str, object] = {}
+    from_files: dict[str, object] = {}
     named = [field for field in FILES if options.get(field) is not None]
     for field in named:
         for name, value in FILES[field](options[field]).items():
-            if name in said and said[name] != value and name != "strategy":
-                raise OptionError(field, options[field], f"{name} is {said[name]} in accelerate_config and {value} here")
-            said[name] = value
-    for name, value in said.items():
+            if name in from_files and from_files[name] != value and name != "strategy":
+                raise OptionError(field, options[field], f"{name} is {from_files[name]} in accelerate_config and {value} here")
+            from_files[name] = value
+    for name, value in from_files.items():
         own = options.get(name)
         if own is not None and str(own).lower() != str(value).lower():
             raise InputError(name, own, f"{' and '.join(named)} says {value}; accepted: one of the two")
-    return said, tuple(named)
+    return from_files, tuple(named)

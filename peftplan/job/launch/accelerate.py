@@ -78,24 +78,24 @@ def options(source: object) -> Options:
         raise InputError(f"{ACCELERATE}: {name}", raw[name], "accepted: at least 1")
     if processes % nodes:
         raise InputError(f"{ACCELERATE}: num_processes", processes, f"accepted: a multiple of the {nodes} machines")
-    said: Options = {"autocast": _precision(raw)} if "mixed_precision" in raw else {}
+    settings: Options = {"autocast": _precision(raw)} if "mixed_precision" in raw else {}
     if kind == "NO":
-        return said
-    said |= {"gpus": processes // nodes} | ({"nodes": nodes} if nodes > 1 else {})
+        return settings
+    settings |= {"gpus": processes // nodes} | ({"nodes": nodes} if nodes > 1 else {})
     if kind == "DEEPSPEED":
-        return said | _plugin(block(raw.get("deepspeed_config"), f"{ACCELERATE}: deepspeed_config"))
-    said["strategy"] = KINDS[kind]
+        return settings | _plugin(block(raw.get("deepspeed_config"), f"{ACCELERATE}: deepspeed_config"))
+    settings["strategy"] = KINDS[kind]
     if kind == "FSDP":
-        said |= fsdp_options(block(raw.get("fsdp_config"), f"{ACCELERATE}: fsdp_config"))
-    return said | parallel_options(block(raw.get("parallelism_config"), f"{ACCELERATE}: parallelism_config"))
+        settings |= fsdp_options(block(raw.get("fsdp_config"), f"{ACCELERATE}: fsdp_config"))
+    return settings | parallel_options(block(raw.get("parallelism_config"), f"{ACCELERATE}: parallelism_config"))
 
 
 def _precision(raw: Mapping[str, object]) -> str:
     value = str(raw["mixed_precision"]).lower()
-    said = {"no": "none", "false": "none", "bf16": "bf16", "fp16": "fp16"}
-    if value not in said:
+    autocast = {"no": "none", "false": "none", "bf16": "bf16", "fp16": "fp16"}
+    if value not in autocast:
         raise UnknownNameError(f"{ACCELERATE}: mixed_precision", value, ("no", "bf16", "fp16"))
-    return said[value]
+    return autocast[value]
 
 
 def fsdp_options(fields: Mapping[str, object]) -> Options:
@@ -104,7 +104,7 @@ def fsdp_options(fields: Mapping[str, object]) -> Options:
     version = str(plain.pop("version", 1))
     if version not in ("1", "2"):
         raise InputError(f"{ACCELERATE}: fsdp_version", version, "accepted: 1, 2")
-    said: Options = {"strategy": f"fsdp{version}"}
+    sharding: Options = {"strategy": f"fsdp{version}"}
     for name, value in plain.items():
         if name in FSDP_SILENT:
             continue
@@ -117,8 +117,8 @@ def fsdp_options(fields: Mapping[str, object]) -> Options:
             continue
         if option == "reshard_after_forward" and str(value).lower() in UNSHARDED:
             raise OptionError(f"{ACCELERATE}: fsdp_{name}", value, UNSHARDED[str(value).lower()])
-        said[option] = _worded(option, value, f"{ACCELERATE}: fsdp_{name}")
-    return {name: value for name, value in said.items() if not (name == "offload_checkpoints" and value is False)}
+        sharding[option] = _worded(option, value, f"{ACCELERATE}: fsdp_{name}")
+    return {name: value for name, value in sharding.items() if not (name == "offload_checkpoints" and value is False)}
 
 
 UNSHARDED = {
@@ -132,17 +132,17 @@ UNSHARDED = {
 
 def parallel_options(fields: Mapping[str, object]) -> Options:
     """What `parallelism_config` says."""
-    said: Options = {}
+    sharding: Options = {}
     for name, value in fields.items():
         plain = name.removeprefix("parallelism_config_")
         if value is None or plain == "dp_replicate_size" or plain.endswith("_backend"):
             continue
         size = whole(value, f"{ACCELERATE}: {name}") if plain.endswith("_size") else value
         if plain in PARALLELISM and size != 1:
-            said[PARALLELISM[plain]] = size
+            sharding[PARALLELISM[plain]] = size
         elif plain not in PARALLELISM and size != 1:
             raise UnknownNameError(f"{ACCELERATE}: parallelism_config", name, PARALLELISM)
-    return said
+    return sharding
 
 
 def _worded(option: str, value: object, field: str) -> object:
@@ -168,19 +168,19 @@ def _plugin(fields: Mapping[str, object]) -> Options:
     """What `deepspeed_config` of accelerate's file says: a few fields, or the path of DeepSpeed's own file."""
     if (path := fields.get("deepspeed_config_file")) is not None:
         return deepspeed.options(path)
-    said: Options = {"strategy": deepspeed.strategy_of(fields.get("zero_stage", 2))}
+    sharding: Options = {"strategy": deepspeed.strategy_of(fields.get("zero_stage", 2))}
     known = (*PLUGIN_SILENT, "zero_stage", "gradient_accumulation_steps", "offload_optimizer_device", "offload_param_device")
     for name, value in fields.items():
         if name in PLUGIN_SILENT or name == "zero_stage" or value is None:
             continue
         if name == "gradient_accumulation_steps" and value != "auto":
-            said[name] = value
+            sharding[name] = value
         elif name == "offload_optimizer_device":
-            said["offload_optimizer"] = str(value)
+            sharding["offload_optimizer"] = str(value)
         elif name == "offload_param_device":
-            said["offload_params"] = str(value)
+            sharding["offload_params"] = str(value)
         elif name == "zero3_init_flag":
-            said["zero3_init"] = switch(value, f"{ACCELERATE}: {name}")
+            sharding["zero3_init"] = switch(value, f"{ACCELERATE}: {name}")
         elif name != "gradient_accumulation_steps":
             raise UnknownNameError(f"{ACCELERATE}: deepspeed_config", name, known)
-    return deepspeed.of_stage(said)
+    return deepspeed.of_stage(sharding)

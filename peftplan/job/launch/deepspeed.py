@@ -59,27 +59,27 @@ def options(source: object) -> Options:
     zero = raw.get("zero_optimization")
     if not isinstance(zero, Mapping):
         raise OptionError(DEEPSPEED, source, "accepted: a config with zero_optimization and its stage")
-    said: Options = {"strategy": strategy_of(zero.get("stage", 0))}
-    said |= {ours: raw[name] for name, ours in TOP_FIELDS.items() if raw.get(name) not in (None, "auto")}
+    read: Options = {"strategy": strategy_of(zero.get("stage", 0))}
+    read |= {ours: raw[name] for name, ours in TOP_FIELDS.items() if raw.get(name) not in (None, "auto")}
     if raw.get("optimizer") is not None:
-        said["deepspeed_optimizer"] = _own_adam(raw["optimizer"])
+        read["deepspeed_optimizer"] = _own_adam(raw["optimizer"])
     for dtype in ("bf16", "fp16"):
         enabled = _enabled(raw.get(dtype) or {})
         if enabled != "auto" and asks(enabled):
-            said["autocast"] = dtype
+            read["autocast"] = dtype
     for name, value in zero.items():
         if name == "stage" or name in ZERO_SILENT or value is None:
             continue
         if name in ("offload_optimizer", "offload_param"):
             device = str(block(value, f"{DEEPSPEED}: {name}").get("device", "none"))
-            said["offload_params" if name == "offload_param" else name] = device
+            read["offload_params" if name == "offload_param" else name] = device
         elif name in ZERO_FIELDS:
-            said[ZERO_FIELDS[name]] = _zero_value(name, value)
+            read[ZERO_FIELDS[name]] = _zero_value(name, value)
         else:
             raise UnknownNameError(
                 f"{DEEPSPEED}: zero_optimization", name, (*ZERO_FIELDS, "stage", "offload_optimizer", "offload_param")
             )
-    return of_stage(said)
+    return of_stage(read)
 
 
 def _own_adam(block: object) -> bool:
@@ -102,12 +102,12 @@ def strategy_of(value: object) -> str:
     return f"zero{value}"
 
 
-def of_stage(said: Options) -> Options:
+def of_stage(fields: Options) -> Options:
     """Without the fields that a stage does not read."""
     return (
-        said
-        if said["strategy"] == "zero3"
-        else {name: value for name, value in said.items() if name in SHARED or not _of_3(name)}
+        fields
+        if fields["strategy"] == "zero3"
+        else {name: value for name, value in fields.items() if name in SHARED or not _of_3(name)}
     )
 
 

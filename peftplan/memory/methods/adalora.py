@@ -146,8 +146,8 @@ def allocate(model: Model) -> None:
     f.module = ""
     trained = [p for p in model.parameters.all if p.owner == "adapter" and ".lora_" in p.name]
     for p in trained:
-        passing = f.many(p.shape, p.dtype, "sensitivity", 3)  # two terms and their sum
-        del passing
+        temporaries = f.many(p.shape, p.dtype, "sensitivity", 3)  # two terms and their sum
+        del temporaries
     config = model.running.config
     if config.tinit < STEADY_STEP and STEADY_STEP % config.deltaT == 0:
         _mask(f, trained)

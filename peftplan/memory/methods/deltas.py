@@ -52,8 +52,8 @@ def _dropped_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
 
 def _dropped_view_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     out = f.new(g.dims, g.dtype, "CopySlices")
-    passing = f.new(g.dims, g.dtype, "clone"), f.new(g.dims, g.dtype, "mul")
-    del passing
+    temporaries = f.new(g.dims, g.dtype, "clone"), f.new(g.dims, g.dtype, "mul")
+    del temporaries
     return out
 
 
@@ -80,13 +80,13 @@ def _hadamard_backward(f: Tape, node: Node, saved: tuple[Dims, Dims, Dims, Dims,
     *dims, dtype = saved
     scaled = f.new(g.dims, g.dtype, "mul")
     grads = []
-    passing: Tensor | None = None
+    temporary: Tensor | None = None
     for left, right in (dims[:2], dims[2:]):
         other = f.new(g.dims, dtype, "mm")
-        passing = f.new(g.dims, ops.promoted(scaled.dtype, dtype), "mul")
+        temporary = f.new(g.dims, ops.promoted(scaled.dtype, dtype), "mul")
         del other
         grads += [f.new(left, dtype, "mm"), f.new(right, dtype, "mm")]
-    del passing, scaled
+    del temporary, scaled
     return grads
 
 

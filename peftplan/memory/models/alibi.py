@@ -99,9 +99,9 @@ def bloom_gelu(f: Tape, x: Tensor) -> Tensor:
 
 
 def _bloom_tanh(f: Tape, dims: Dims, dtype: str) -> Tensor:
-    scaled, passing = (f.new(dims, dtype, "mul") for _ in range(2))
+    scaled, temporary = (f.new(dims, dtype, "mul") for _ in range(2))
     square = f.new(dims, dtype, "mul")
-    del passing
+    del temporary
     plus = f.new(dims, dtype, "add")
     del square
     inner = f.new(dims, dtype, "mul")

@@ -27,15 +27,15 @@ class Counters:
 
     def take(self) -> dict[int, tuple[int, int]]:
         """Device → its peaks since the last call; then they begin anew."""
-        taken = {}
+        peaks = {}
         for device in _used():
-            taken[device] = self._peaks(device)
+            peaks[device] = self._peaks(device)
             hidden = self._hidden.setdefault(device, {})
             for path, counter in _counters(torch._C._cuda_memoryStats(device)):
                 hidden[path] = max(hidden.get(path, 0), counter["peak"])
             torch._C._cuda_resetPeakMemoryStats(device)
             self._running.pop(device, None)
-        return taken
+        return peaks
 
     def _peaks(self, device: int) -> tuple[int, int]:
         stats = torch._C._cuda_memoryStats(device)

@@ -76,6 +76,6 @@ def _as_it_is(bucket: Any) -> Any:
     import torch
 
     buffer = bucket.buffer()
-    done: Any = torch.futures.Future(devices=[buffer.device])
-    done.set_result(buffer)
-    return done
+    future: Any = torch.futures.Future(devices=[buffer.device])
+    future.set_result(buffer)
+    return future

@@ -37,9 +37,9 @@ def _launch_one(module: Any, settings: Settings) -> None:
         os.environ |= {"EMULATED_COUNT": str(local), **_played(settings, world_size, local)}
         if callable(entrypoint):
             return {0: entrypoint(*args)}
-        done = subprocess.run([str(entrypoint), *map(str, args)], check=False)
-        if done.returncode:
-            sys.exit(done.returncode)
+        process = subprocess.run([str(entrypoint), *map(str, args)], check=False)
+        if process.returncode:
+            sys.exit(process.returncode)
         return {0: None}
 
     module.launch_agent = launch
@@ -52,8 +52,8 @@ def _spawn_one(module: Any, settings: Settings) -> None:
     def start_one(fn: Callable[..., Any], args: Sequence[Any] = (), nprocs: int = 1, *rest: Any, **kwargs: Any) -> Any:
         if nprocs == 1:
             return start_all(fn, args, nprocs, *rest, **kwargs)
-        wanted = settings.rank % nprocs
-        return start_all(_Numbered(fn, wanted), args, 1, *rest, **kwargs)
+        local_rank = settings.rank % nprocs
+        return start_all(_Numbered(fn, local_rank), args, 1, *rest, **kwargs)
 
     module.start_processes = start_one
 

@@ -136,8 +136,8 @@ class Flash(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         b, s, h, _ = q.shape
         rows = ceil_div(s, FLASH_BLOCK) * FLASH_BLOCK
-        taken = backward_buffers(q, rows=(b, rows), lse=(b, h, rows)), expanded_gradients(q, k)
-        del copies, taken, saved
+        temporaries = backward_buffers(q, rows=(b, rows), lse=(b, h, rows)), expanded_gradients(q, k)
+        del copies, temporaries, saved
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 

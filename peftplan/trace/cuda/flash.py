@@ -75,8 +75,8 @@ class Dense(torch.autograd.Function):
         grad = pad_last(grads[0], HEAD_MULTIPLE)
         b, s, h, _ = q.shape
         rows = ceil_div(s, QUERY_BLOCK) * QUERY_BLOCK
-        taken = backward_buffers(q, rows=(b, rows), lse=(b, h, rows)), expanded_gradients(q, k)
-        del grad, taken
+        temporaries = backward_buffers(q, rows=(b, rows), lse=(b, h, rows)), expanded_gradients(q, k)
+        del grad, temporaries
         return dq[..., :head], dk[..., :head], dv[..., :head]
 
 
@@ -102,8 +102,8 @@ class Unpadded(torch.autograd.Function):
         head = grads[0].shape[-1]
         grad = pad_last(grads[0], HEAD_MULTIPLE)
         rows = q.shape[0] + QUERY_BLOCK * (cu_seqlens_q.shape[0] - 1)
-        taken = backward_buffers(q, rows=(rows,), lse=(q.shape[1], rows)), expanded_gradients(q, k)
-        del grad, taken
+        temporaries = backward_buffers(q, rows=(rows,), lse=(q.shape[1], rows)), expanded_gradients(q, k)
+        del grad, temporaries
         return dq[..., :head], dk[..., :head], dv[..., :head], None, None
 
 

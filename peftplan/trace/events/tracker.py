@@ -263,11 +263,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def forget(self, tensors: Iterable[torch.Tensor]) -> None:
         """Remove tensors that are not on the device from the log."""
         references = [self._live.pop(tensor.untyped_storage()._cdata, None) for tensor in tensors]
-        gone = {id(reference.record) for reference in references if reference is not None}
-        if gone:
-            taken = [at for at, moment in enumerate(self.log) if id(moment.storage) in gone]
-            self.began[:] = [(start - bisect_left(taken, start), phase) for start, phase in self.began]
-            self.log[:] = [moment for moment in self.log if id(moment.storage) not in gone]
+        freed = {id(reference.record) for reference in references if reference is not None}
+        if freed:
+            positions = [at for at, moment in enumerate(self.log) if id(moment.storage) in freed]
+            self.began[:] = [(start - bisect_left(positions, start), phase) for start, phase in self.began]
+            self.log[:] = [moment for moment in self.log if id(moment.storage) not in freed]
 
     def passing(self, *, nbytes: int, shape: tuple[int, ...], dtype: str, op: str, category: Category | None = None) -> Storage:
         """Record an allocation that no tensor of the trace shows; `end` frees it."""
