@@ -257,7 +257,7 @@ def _program(job: Job) -> Program:
 def _check(job: Job) -> None:
     """Raise NeedsTraceError or NoEngineError if a part of the job has no formula."""
     if job.distributed is not None and (why := without_formula(job)) is not None:
-        raise NoEngineError(f"the peak of a step with {job.distributed.called}: no formula yet{why}")
+        raise NoEngineError(f"a step with {job.distributed.called}{why} (no formula yet)")
     if job.quant is not None and (why := without_peak(job.quant)) is not None:
         raise NoEngineError(why)
     model_type = job.architecture.model_type

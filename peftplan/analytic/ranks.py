@@ -42,7 +42,7 @@ def without_formula(job: Job) -> str | None:
     assert distributed is not None
     if distributed.strategy == "ddp":
         views = bool(distributed.gradient_as_bucket_view or distributed.static_graph or distributed.find_unused_parameters)
-        return " (gradient_as_bucket_view, static_graph, find_unused_parameters)" if views else None
+        return " and gradient_as_bucket_view, static_graph or find_unused_parameters" if views else None
     if distributed.strategy != "fsdp2":
         return ""
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
@@ -70,7 +70,7 @@ def without_formula(job: Job) -> str | None:
         f"model type {job.architecture.model_type}": not _is_decoder(job),
     }
     names = [name for name, is_unknown in unknown.items() if is_unknown]
-    return f" ({', '.join(names)})" if names else None
+    return f" and {', '.join(names)}" if names else None
 
 
 def _layer_classes(job: Job) -> tuple[str, ...]:

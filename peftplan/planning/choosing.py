@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from peftplan.errors import InputError, PeftplanError
+from peftplan.methods import config_class, method_named
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_model import members as members_of
 from peftplan.planning.for_method import known_methods, options_for, without_formula
@@ -46,7 +47,8 @@ def family(
     """The largest member of a family of built-in models that one card takes, by method.
 
     `name`: the beginning of the members' names (`qwen3`), or a pattern (`qwen3-vl-*`). Members are asked from the largest down,
-    as far as one without a formula; those that a method refuses are passed over.
+    as far as one without a formula; those that a method refuses are passed over. Without `methods`,
+    those are left out that need an option which is not there, such as `num_virtual_tokens`.
     Raises InputError where no built-in model belongs to the family, and what `estimate` raises where every method is refused.
     """
     accepted = ("fits", "tight") if allow_tight else ("fits",)
@@ -55,11 +57,18 @@ def family(
         raise InputError("model_family", name, "accepted: the beginning of built-in names, such as qwen3 (`peftplan models`)")
     if len(find_cards(gpu)) != 1:
         raise InputError("gpu", gpu, "accepted: one card, such as rtx-4090, or a capacity such as 24GiB")
-    methods = known_methods(methods, "methods")
+    named = known_methods(methods, "methods")
+    methods = [name for name in named if methods is not QUALITY or _is_complete(name, options)]
     members = tuple(_largest(names, gpu, method, accepted, options) for method in methods)
     if all(member.error is not None for member in members):
         estimate(names[0][0], gpu=gpu, **options_for(methods[0], {**options, "method": methods[0]}))  # raises, where all do
     return members
+
+
+def _is_complete(method: str, options: Mapping[str, object]) -> bool:
+    """Whether the options hold every field that the method has no default for."""
+    fields = config_class(method_named(method)).model_fields
+    return all(name in options for name, field in fields.items() if field.is_required())
 
 
 def _largest(

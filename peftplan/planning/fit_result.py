@@ -49,6 +49,8 @@ class Binding(NamedTuple):
         `grows`: whether the line is the one that grew most; it is the largest one where there is no smaller size.
         """
         room = f"{format_bytes(abs(self.headroom_bytes))} {'short' if self.headroom_bytes < 0 else 'left'} in {self.phase}"
+        if self.verdict == "tight" and self.headroom_bytes < 0:
+            room += " unless torch releases cached memory"
         line = f"{self.line} ({self.category}, {format_bytes(self.line_bytes)})"
         return f"{room}; {'grows most' if grows else 'largest'}: {line}"
 

@@ -93,7 +93,7 @@ def remarks(result: Fit) -> Iterator[str]:
     for plan in result.nearest:
         if plan.binding is not None:
             of_model = f" with {plan.model}" if result.size == "model" else ""
-            yield f"Near: {_name(plan)}{of_model} {_would(plan.verdict)}: {plan.binding.text(grows=False)}."
+            yield f"Also tried: {_name(plan)}{of_model} {_would(plan.verdict)}: {plan.binding.text(grows=False)}."
 
 
 def _would(verdict: str) -> str:

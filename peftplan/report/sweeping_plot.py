@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from itertools import product
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
 from peftplan.files import replacing
@@ -27,8 +27,18 @@ WIDTH, HEIGHT = 6.4, 4.2
 """Inches of a map."""
 COLOURS = ("#d62728", "#000000", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 """Of the cards' lines, readable on the map's colours."""
+THINNEST, THICKER = 1.8, 2.2
+"""Points: the last card's solid line, and how much wider each earlier one is, so that lines on one another are all seen."""
 TICKS = 12
 """Most labels of an axis."""
+FAILS = ("does_not_fit", "does_not_run")
+
+
+class Pen(NamedTuple):
+    """How a card's lines are drawn."""
+
+    colour: str
+    width: float
 
 
 def check(path: str) -> None:
@@ -96,11 +106,11 @@ class Map:
             axes.set_title(", ".join(named) or self._title, loc="left", fontsize=10)
         for axes in places[len(self._panels) :]:
             axes.set_axis_off()
-        figure.colorbar(drawn, ax=list(places), label="GiB that tensors request at the peak", shrink=0.8)
+        figure.colorbar(drawn, ax=list(places), label="GiB requested by tensors at the peak", shrink=0.8)
         if self._options:
             figure.suptitle(self._title.partition(" · ")[0], x=0.01, ha="left")
         lines = {label: line for axes in places for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(list(lines.values()), list(lines), loc="outside lower left", ncols=3, fontsize=8, frameon=False)
+        figure.legend(list(lines.values()), list(lines), loc="outside lower left", ncols=2, fontsize=8, frameon=False)
         metadata: dict[str, None] = {} if self.path.endswith(".svg") else {"Software": None}
         with replacing(self.path, field="--plot") as file:
             figure.savefig(file, format=Path(self.path).suffix[1:], metadata=metadata)
@@ -112,23 +122,23 @@ def _draw(axes: Axes, by_card: Mapping[str, Mapping[tuple[int, int], tuple[int, 
     across, down = (sorted({at[axis] for at in cells}) for axis in (0, 1))
     grid = [[cells[x, y][0] / GIB if (x, y) in cells else float("nan") for x in across] for y in down]
     mesh = axes.pcolormesh(range(len(across) + 1), range(len(down) + 1), grid, cmap="YlGnBu", vmin=0, vmax=top)
-    undecided = False
+    between = False
     for number, (card, of_card) in enumerate(by_card.items()):
         verdicts = [[of_card[x, y][1] if (x, y) in of_card else None for x in across] for y in down]
-        undecided = undecided or any(None in row for row in verdicts)
-        colour = COLOURS[number % len(COLOURS)]
+        between = between or any(word not in ("fits", *FAILS) for row in verdicts for word in row)
+        pen = Pen(COLOURS[number % len(COLOURS)], THINNEST + THICKER * (len(by_card) - 1 - number))
         if card:
-            _edge(axes, [[word == "fits" for word in row] for row in verdicts], colour, "-", f"{card}: fits left of it")
-            _edge(axes, [[word in ("does_not_fit", "does_not_run") for word in row] for row in verdicts], colour, ":", None)
-    if undecided and any(by_card):
-        axes.plot([], [], " ", label="between the lines: tight, or no verdict")
+            _edge(axes, [[word == "fits" for word in row] for row in verdicts], pen, "-", f"{card}: fits below and left")
+            _edge(axes, [[word in FAILS for word in row] for row in verdicts], pen._replace(width=THINNEST), ":", None)
     _ticks(axes, across, down)
     if any(by_card):
-        axes.plot([], [], ":", color="grey", label="right of a dotted line: does not fit")
+        axes.plot([], [], ":", color="grey", label="dotted: does not fit above and right")
+    if between and any(by_card):
+        axes.plot([], [], " ", label="between solid and dotted: tight, or no verdict")
     return mesh
 
 
-def _edge(axes: Axes, inside: Sequence[Sequence[bool]], colour: str, style: str, label: str | None) -> None:
+def _edge(axes: Axes, inside: Sequence[Sequence[bool]], pen: Pen, style: str, label: str | None) -> None:
     """The outline between cells that are inside and cells that are not."""
     height, width = len(inside), len(inside[0])
     xs: list[float | None] = []
@@ -141,7 +151,7 @@ def _edge(axes: Axes, inside: Sequence[Sequence[bool]], colour: str, style: str,
             xs += [x, x + 1, None]
             ys += [y + 1, y + 1, None]
     gaps = [float("nan") if x is None else x for x in xs], [float("nan") if y is None else y for y in ys]
-    axes.plot(*gaps, color=colour, linestyle=style, linewidth=1.8, label=label)
+    axes.plot(*gaps, color=pen.colour, linestyle=style, linewidth=pen.width, label=label)
 
 
 def _ticks(axes: Axes, across: Sequence[int], down: Sequence[int]) -> None:

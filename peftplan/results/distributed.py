@@ -68,7 +68,7 @@ class OverGpus(NamedTuple):
         """What the numbers are of, as a person reads it."""
         return (
             f"{self.strategy.called}: bytes of the largest rank; batch size {self.batch_size} per rank, "
-            f"{self.global_batch_size} per step in total"
+            f"{self.global_batch_size} per step"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -188,6 +188,8 @@ def test_the_largest_member_of_a_family() -> None:
     assert prompts.model is not None
     (prompts, _) = family("qwen3", gpu="rtx-4090", methods=("prompt-tuning", "lora"))
     assert "num_virtual_tokens" in str(prompts.error)
+    assert [member.method for member in family("qwen2", gpu="l4", num_virtual_tokens=8)][-1] == "prompt-tuning"
+    assert "prompt-tuning" not in [member.method for member in family("qwen2", gpu="l4")]  # it lacks an option
     (pictures,) = family("qwen3-vl", gpu="l4", methods="lora")  # none has formulas: the largest are too large, the others unknown
     assert "no formula for" in str(pictures.error)
     assert pictures.verdict is None

@@ -88,8 +88,13 @@ def test_cells_and_lines_of_a_map_are_the_rows_of_the_sweep(drawn: list[Figure],
         outlines = [line for line in axes.lines if len(line.get_xdata()) > 0 or line.get_label().startswith("_")]
         fits, fails = outlines[::2], outlines[1::2]
         for gpu, within, beyond in zip(("t4", "l4"), fits, fails, strict=True):
-            assert (within.get_label(), within.get_linestyle(), beyond.get_linestyle()) == (f"{gpu}: fits left of it", "-", ":")
+            assert (within.get_label(), within.get_linestyle(), beyond.get_linestyle()) == (
+                f"{gpu}: fits below and left",
+                "-",
+                ":",
+            )
             assert within.get_color() == beyond.get_color()
+            assert within.get_linewidth() > fits[-1].get_linewidth() or within is fits[-1]  # one line on another is seen
             said = [[cells[gpu, x, y]["verdict"] for x in across] for y in down]
             assert edges(within) == outline(said, {"fits"})
             assert edges(beyond) == outline(said, {"does_not_fit", "does_not_run"})
