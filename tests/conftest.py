@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,19 @@ START = pytest.StashKey[float]()
 
 
 @cache
+def names_stack(path: Path) -> bool:
+    """Whether a file imports one of these libraries anywhere, or skips without."""
+    return bool(NEEDS_STACK.search(path.read_text(encoding="utf-8")))
+
+
+@cache
 def module_needs_stack(path: Path) -> bool:
     """Whether all of a file needs these libraries: it lies in their rooms, or code outside functions and classes says so."""
     if not NEED_STACK.isdisjoint(path.parents):
         return True
-    source = path.read_text(encoding="utf-8")
-    if not NEEDS_STACK.search(source):
+    if not names_stack(path):
         return False
+    source = path.read_text(encoding="utf-8")
     statements = [node for node in ast.parse(source).body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     lines = source.splitlines()
     return any(NEEDS_STACK.search("\n".join(lines[node.lineno - 1 : node.end_lineno])) for node in statements)
@@ -58,7 +64,13 @@ def needs_stack(item: pytest.Function) -> bool:
     """Whether a test needs these libraries."""
     if module_needs_stack(item.path) or not STACK_FIXTURES.isdisjoint(item.fixturenames):
         return True
-    return bool(NEEDS_STACK.search(inspect.getsource(item.function)))
+    return names_stack(item.path) and function_needs_stack(item.function)
+
+
+@cache
+def function_needs_stack(function: Callable[..., object]) -> bool:
+    """Whether a function itself says so. To find its source takes a millisecond, and it may have a thousand cases."""
+    return bool(NEEDS_STACK.search(inspect.getsource(function)))
 
 
 def function_of(nodeid: str) -> str:
@@ -68,6 +80,9 @@ def function_of(nodeid: str) -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--learn-quick", action="store_true", help="time the tests that need no torch, and write tests/slow.json")
+    parser.addoption(
+        "--full-matrix", action="store_true", help="run all combinations of a matrix, not those in which any two values meet"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

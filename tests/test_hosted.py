@@ -85,6 +85,8 @@ def test_continuous_integration_runs_what_a_checkout_runs() -> None:
     assert 'pytest -m "quick or slow"' in commands["ci/quick"]
     assert "sh tools/versions.sh" in commands["ci/versions"]
     assert commands["ci/everything"].endswith(".ci/run")
+    assert commands["ci/full-matrix"].endswith("pytest -n auto --full-matrix")
+    assert load(HOST / "workflows" / "ci.yml")[True]["schedule"][0]["cron"]  # YAML 1.1 reads `on` as true
 
 
 def test_only_the_last_job_may_publish() -> None:

@@ -31,6 +31,21 @@ class Names:
         self.expert_params = [
             f"{m.leaf}.{p}" for m in arch.modules if m.kind.startswith("Experts") for p, shape in m.params if len(shape) == 3
         ]
+        self.roles = {
+            **dict.fromkeys(self.odd, "odd"), **dict.fromkeys(self.norms, "norm"), **dict.fromkeys(self.expert_params, "experts"),
+            self.embedding: "embedding", self.head: "head", self.stack: "stack", self.container: "container",
+            self.last: "last", self.first: "first", self.one_full: "one",
+        }  # fmt: skip
+
+    def without_names(self, value: Any) -> Any:
+        """A value of an option with what a name is in its model in place of the name, which other models have too."""
+        if isinstance(value, dict):
+            return tuple((self.without_names(key), self.without_names(part)) for key, part in value.items())
+        if isinstance(value, (list, tuple)):
+            return tuple(map(self.without_names, value))
+        if not isinstance(value, str) or value in self.roles:
+            return self.roles.get(value, value) if isinstance(value, str) else value
+        return re.sub(r"\w+", lambda word: self.roles.get(word[0], word[0]), value.replace(self.one_full, "one"))
 
 
 def cases(method: str, arch: Architecture) -> list[Options]:
