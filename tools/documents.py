@@ -7,15 +7,19 @@ the file), `<!-- needs: EXTRA -->`, or `<!-- not run: REASON -->`.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
+
+from peftplan.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(?:^<!-- (?P<marker>[^\n]*) -->\n)?^```(?P<language>[^\n]*)\n(?P<body>.*?)^```$", re.M | re.S)
@@ -62,13 +66,25 @@ def printed(command: str, folder: Path) -> str:
     program, *arguments = shlex.split(call)
     assert program == "peftplan", f"only peftplan's own commands run here: {command}"
     assert (shows_code, dropped) in (("", ""), ("echo $?", ""), ("", "/dev/null")), command
-    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "peftplan", *arguments]
-    process = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
+    code, out, err = _run(arguments, folder)
     if shows_code:
-        return f"{process.stdout}{process.stderr}{process.returncode}\n"
-    assert (process.returncode, "" if dropped else process.stderr) == (0, ""), f"{command}: {process.stderr}"
-    return process.stdout
+        return f"{out}{err}{code}\n"
+    assert (code, "" if dropped else err) == (0, ""), f"{command}: {err}"
+    return out
+
+
+def _run(arguments: list[str], folder: Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command line, in this process: a new one takes longer to start than most commands."""
+    out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
+    os.chdir(folder)
+    try:
+        with patch.dict(os.environ, COLUMNS="80", NO_COLOR="1"), redirect_stdout(out), redirect_stderr(err):
+            main(arguments)
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else 0, out.getvalue(), err.getvalue()
+    finally:
+        os.chdir(before)
+    raise AssertionError("main always exits")
 
 
 def sessions(body: str) -> Iterator[tuple[str, str]]:

@@ -86,8 +86,10 @@ def counts(family: Family, kind: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_traced_counts_and_sums(name: str, kind: str) -> None:
-    """LoRA with two layers, the others with one: what repeats is the same in all three."""
+def test_traced_counts_and_sums(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA with two layers and two steps, the others with one: what repeats is the same in all three."""
+    if kind != "lora":
+        monkeypatch.setattr(engine, "STEPS", 1)
     family = FAMILIES[name] if kind == "lora" else of_one_layer(FAMILIES[name])
     result = traced(family, kind, skip=family.qlora_skip)
     assert (result.num_trainable, result.num_total) == counts(family, kind)

@@ -26,6 +26,11 @@ class Selected(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._rows = rows
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Skip dynamo: nothing here is compiled."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace masks by positions, and pass everything else on."""
         kwargs = kwargs or {}
