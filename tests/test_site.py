@@ -37,6 +37,17 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert elsewhere == set(), "the site loads nothing from another server"
 
 
+def test_options_and_short_cells_do_not_break_behind_their_dashes() -> None:
+    long = "<code>smollm2-135m --trainer plain --method full</code>"
+    assert site_hooks.unbroken(long).count('<span class="unbroken">--') == 2
+    assert "smollm2-135m <span" in site_hooks.unbroken(long)
+    row = '<td>rtx-4090</td><td style="text-align: right;">-0.0001 %</td><td>a sentence of several words</td>'
+    assert site_hooks.unbroken(row) == (
+        '<td class="unbroken">rtx-4090</td><td style="text-align: right;" class="unbroken">-0.0001&nbsp;%</td>'
+        "<td>a sentence of several words</td>"
+    )
+
+
 def test_the_picture_shows_what_the_command_prints() -> None:
     svg = picture.FILE.read_text(encoding="utf-8")
     lines = [line.rstrip() for line in picture.answer(coloured=False).splitlines()]

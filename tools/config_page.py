@@ -65,12 +65,14 @@ def row(name: str, of: Sequence[Case]) -> tuple[str, ...]:
 
 def share(part: int, whole: int) -> str:
     """A percentage."""
-    return f"{part / whole:.0%}" if whole else "-"
+    return f"{part / whole:.0%}".replace("%", " %") if whole else "-"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    """A Markdown table; columns of numbers stand to the right."""
+    rows = list(rows)
+    numbers = [all(cell[:1].isdigit() or cell == "-" for cell in column) for column in zip(*rows, strict=True)]
+    lines = [header, ["---:" if is_number else "---" for is_number in numbers], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -95,7 +97,8 @@ path, commit and licence), by the instant engine. {kinds["training"]:,} of them 
     } do something else (inference, export, evaluation, data, tools without a reader).
 
 *Counted* are parameters. *Exact* peaks have no unsupported key; a *bound* has keys whose direction is known; a *null*
-peak has keys whose effect is not known; *no formula* needs the trace engine; a *refusal* is an error with its reason.
+peak has keys whose effect is not known; *no formula* needs the trace engine; a *refusal* is an error with its reason. Shares are
+of the configs whose model is built in.
 
 {
         table(
@@ -109,8 +112,8 @@ peak has keys whose effect is not known; *no formula* needs the trace engine; a 
                 "null",
                 "no formula",
                 "refusal",
-                "counted of built in",
-                "exact of built in",
+                "share counted",
+                "share exact",
             ),
             [*rows, row("all", training)],
         )

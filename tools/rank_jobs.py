@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -195,16 +196,22 @@ def table() -> tuple[list[str], str]:
             continue
         shares = compared(row)
         if shares is None:
-            lines.append(f"| {row['name']} | – | – | – | – | – |")
+            lines.append(f"| {_shown(row['name'])} | – | – | – | – | – |")
             continue
         for what, share in shares.items():
             every.setdefault(what, []).append(share)
-        lines.append(f"| {row['name']} | {' | '.join(f'{100 * share:+.4f} %' for share in shares.values())} |")
+        cells = [f"{round(100 * share, 4) + 0.0:+.4f} %" for share in shares.values()]  # no negative zero
+        lines.append(f"| {_shown(row['name'])} | {' | '.join(cells)} |")
     words = []
     for what, shares_of in every.items():
         worst = max(shares_of, key=abs)
         words.append(f"{what}: median {100 * median(map(abs, shares_of)):.4f} %, worst {100 * worst:+.4f} %")
     return lines, f"{len(next(iter(every.values()), []))} jobs; " + "; ".join(words) + "."
+
+
+def _shown(name: str) -> str:
+    """A job's name without the marks of JSON, and without the class that follows from the model type."""
+    return re.sub(r', "architectures": \[[^]]*\]', "", name).translate(str.maketrans("", "", '{}"'))
 
 
 def write() -> None:

@@ -138,9 +138,9 @@ def page(results: list[tuple[str, dict[str, Any], dict[str, float] | None]]) -> 
         "# Drift against rehearsals",
         "",
         "Random jobs on one card, each run as a program of transformers, TRL or torch alone on the emulated card "
-        "(`tools/rehearsed_jobs.py`), and asked of the formulas and of the trace. Signed per cent of what the rehearsal held.",
+        "(`tools/rehearsed_jobs.py`). Drift is what an engine states ÷ what the rehearsal held − 1, in percent.",
         "",
-        "| engine | what | jobs | median of the size | lowest | highest |",
+        "| engine | what | jobs | median absolute | lowest | highest |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     engines = list(dict.fromkeys(engine for engine, _, _ in results))

@@ -16,6 +16,11 @@ AT_THE_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.
 OUT_OF_DOCS = re.compile(r"\]\((?P<up>(?:\.\./)+)(?P<file>CONTRIBUTING|CHANGELOG)\.md")
 PRINTED = re.compile(r"^<!-- printed by: (?P<command>.*) -->\n```text\n", re.M)
 SHORT_CODE = re.compile(r"<code>([^<\n]{1,30})</code>")
+LONG_CODE = re.compile(r"<code>([^<\n]{31,})</code>")
+OPTION = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
+CELL = re.compile(r"<td([^>]*)>([^<\n]*)</td>")
+SHORT_CELL = 16
+"""Letters; numbers, cards and names of tools would break behind their dashes."""
 ALONE = ("index.md", "tutorial.md")
 """Pages without others beside them, and so without a list of them."""
 FILE = re.compile(r"^<!-- file: (?P<name>.*) -->\n```(?P<language>\w+)\n", re.M)
@@ -40,8 +45,15 @@ def with_titles(text: str) -> str:
 
 
 def unbroken(html: str) -> str:
-    """Short code in a line of text stays in one line: an option would break behind its dashes."""
-    return SHORT_CODE.sub(r'<code class="unbroken">\1</code>', html)
+    """Short code, the options of long code and short cells of tables stay in one line: they would break behind their dashes."""
+    html = SHORT_CODE.sub(r'<code class="unbroken">\1</code>', html)
+    html = LONG_CODE.sub(lambda match: OPTION.sub(r'<span class="unbroken">\g<0></span>', match[0]), html)
+    return CELL.sub(_cell, html)
+
+
+def _cell(match: re.Match[str]) -> str:
+    attributes, text = match[1], match[2].replace(" %", "&nbsp;%")
+    return f'<td{attributes} class="unbroken">{text}</td>' if len(match[2]) <= SHORT_CELL else f"<td{attributes}>{text}</td>"
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
