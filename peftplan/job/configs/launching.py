@@ -74,20 +74,26 @@ def launched(tool: str, launch: Mapping[str, Any], environment: Mapping[str, str
 
 def _processes(result: Launched, launch: Mapping[str, Any], environment: Mapping[str, str]) -> None:
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    stated = launch.get("gpus") or environment.get("NPROC_PER_NODE") or environment.get("nproc_per_node")
+    of_node = launch.get("gpus") or environment.get("NPROC_PER_NODE") or environment.get("nproc_per_node")
+    stated = launch.get("processes", of_node)
     if stated is None and launch.get("device_map") is None and visible.count(",") and "NPROC_PER_NODE" in environment:
         stated = visible.count(",") + 1
-    for name, value in (("gpus", stated), ("nodes", launch.get("nodes"))):
+    for name, value in (("gpus", _before_script(stated)), ("nodes", _before_script(launch.get("nodes")))):
         number = int(str(value)) if re.fullmatch("-?[0-9]{1,10}", str(value)) else None
         if number is not None and 0 < number <= MOST_RANKS:
             result.options[name] = number
         elif number is not None:
             result.unsupported[name] = Unsupported(value, f"accepted: 1 to {MOST_RANKS:,}", "unknown")
     nodes = result.options.get("nodes", 1)
-    if nodes > 1 and result.options.get("gpus", 0) % nodes == 0 and "num_processes" in launch:
+    if nodes > 1 and result.options.get("gpus", 0) % nodes == 0 and "processes" in launch:
         result.options["gpus"] //= nodes
     if nodes == 1:
         result.options.pop("nodes", None)
+
+
+def _before_script(value: Any) -> Any:
+    """A launcher's last option stands before the script: `--nproc_per_node 8 train.py` is read as both."""
+    return value[0] if isinstance(value, list) and value else value
 
 
 def _values(launch: Mapping[str, Any], label: str) -> Any:

@@ -62,3 +62,22 @@ def test_a_number_of_processes_that_no_run_has_cannot_be_said(number: int) -> No
 def test_digits_of_other_alphabets_are_no_number() -> None:
     """`"²".isdigit()` holds, and `int("²")` raises."""
     assert "gpus" not in read_values({**AXOLOTL}, file="a.yml", tool="axolotl", NPROC_PER_NODE="²").options
+
+
+@pytest.mark.parametrize(
+    ("launcher", "gpus", "nodes"),
+    [
+        ("torchrun --nproc_per_node 8", 8, None),
+        ("torchrun --nnodes=2 --nproc-per-node 4", 4, 2),
+        ("deepspeed --num_nodes 2 --num_gpus 8", 8, 2),  # deepspeed/launcher/runner.py: GPUs of each node
+        ("accelerate launch --num_machines 2 --num_processes 16", 8, 2),  # accelerate/commands/launch.py: processes in all
+        ("accelerate launch --num_processes 4", 4, None),
+    ],
+)
+def test_what_a_launcher_says_before_its_script(tmp_path: Path, launcher: str, gpus: int, nodes: int | None) -> None:
+    """The last option stands before the script, which was read as a second value; `num_processes` counted for each node."""
+    path = tmp_path / "train.sh"
+    path.write_text(f"{launcher} sft.py --model_name_or_path Qwen/Qwen2.5-7B --use_peft true\n")
+    plan = peftplan.read_config(path)
+    assert (plan.tool, plan.options["gpus"], plan.options.get("nodes")) == ("trl", gpus, nodes)
+    assert plan.unsupported == {}
