@@ -159,7 +159,14 @@ def gradient_lines(parameters: Parameters, optimizer: Optimizer) -> Ledger:
         largest = max(trained, key=lambda p: ITEMSIZE[p.dtype] * p.numel)
         source = f"{optimizer.cls} steps inside backward: one gradient at a time, the largest counts"
         trained = [largest._replace(copies=1)]
-    return Ledger(tuple(Line(f"{p.name}.grad", "gradients", p.dtype, p.shape, p.copies, source) for p in trained))
+    return Ledger(
+        tuple(Line(f"{p.name}.grad", "gradients", p.dtype, p.shape, p.copies, source, _place(p) or "device") for p in trained)
+    )
+
+
+def _place(p: Parameter) -> Place | None:
+    """The host if a weight is offloaded to it: its gradient and states are there too; else None."""
+    return "host" if all(a.place == "host" for a in p.allocations) else None
 
 
 def optimizer_lines(
@@ -195,7 +202,10 @@ def optimizer_lines(
             optim_args=optim_args,
         )
         every += of_one
-        lines += [Line(f"{p.name}.{a.name}", "optimizer_states", a.dtype, a.dims, p.copies, source, a.place) for a in of_one]
+        beside = _place(p)
+        lines += [
+            Line(f"{p.name}.{a.name}", "optimizer_states", a.dtype, a.dims, p.copies, source, beside or a.place) for a in of_one
+        ]
     once = shared_states(optimizer, states=every)
     lines += [Line(a.name, "optimizer_states", a.dtype, a.dims, 1, source, a.place) for a in once]
     return Ledger(tuple(lines))

@@ -27,7 +27,7 @@ ROWS = ROOT / "tests" / "distributed" / "rank_jobs.jsonl"
 PAGE = ROOT / "docs" / "how-to" / "several-gpus.md"
 MARKS = ("<!-- rank jobs -->", "<!-- end of rank jobs -->")
 CARD = "h200"
-LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")
 PHASES = ("load", "forward", "backward", "step")
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -87,18 +87,49 @@ def jobs() -> Iterator[dict[str, Any]]:
         yield job("fsdp2", method, 3, **more)
     yield job("ddp", "full", 8)
     yield job("ddp", "lora", 8)
+    yield from zero_jobs()
 
 
-def job(strategy: str, method: str, world: int, *, fsdp: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
-    """One job by its name: what decides it."""
-    name = " ".join(
-        [
-            strategy,
-            method,
-            str(world),
-            *(f"{k}={json.dumps(v)}" for k, v in {**settings, **({"fsdp": fsdp} if fsdp else {})}.items()),
-        ]
+def zero_jobs() -> Iterator[dict[str, Any]]:
+    """Jobs of DeepSpeed. `zero`: fields of `zero_optimization` beside the stage."""
+    odd, deep = {**SMALL, "vocab_size": 50001}, {"num_hidden_layers": 16, "tie_word_embeddings": True}
+    offloaded = {"offload_optimizer": {"device": "cpu"}}
+    variants: tuple[dict[str, Any], ...] = (
+        {},
+        {"zero": {"overlap_comm": True}},
+        {"accumulation": 3},
+        {"checkpointing": False, "zero": {"overlap_comm": True}},
+        {"zero": {"reduce_bucket_size": 20_000_000, "overlap_comm": True}},
+        {"zero": offloaded},
+        {"config": odd, "zero": {"overlap_comm": True}},
+        {"config": deep},
     )
+    for more, method in product(variants, ("lora", "full")):
+        yield job("zero2", method, 4, **more)
+    for world, method in product((2, 3, 16, 64), ("full", "lora")):
+        yield job("zero2", method, world)
+    yield job("zero2", "qlora", 4)
+    yield job("zero2", "full", 8, zero=offloaded | {"overlap_comm": True}, accumulation=2)
+    yield job("zero2", "full", 8, optim="adamw_torch", batch_size=2, seq_len=1024)
+    yield job("zero2", "lora", 8, config={"model_type": "qwen3", **CLASSES["qwen3"]})
+    yield job("zero2", "full", 4, zero={"reduce_bucket_size": "auto"})
+    for more, method in product(({}, {"accumulation": 3}, {"zero": {"overlap_comm": True}, "accumulation": 2}), ("full", "lora")):
+        yield job("zero1", method, 4, **more)
+    yield job("zero1", "full", 64)
+
+
+def job(
+    strategy: str,
+    method: str,
+    world: int,
+    *,
+    fsdp: dict[str, Any] | None = None,
+    zero: dict[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """One job by its name: what decides it."""
+    named = {**settings, **({"fsdp": fsdp} if fsdp else {}), **({"zero": zero} if zero else {})}
+    name = " ".join([strategy, method, str(world), *(f"{k}={json.dumps(v)}" for k, v in named.items())])
     program = {"method": method, **settings}
     if strategy == "fsdp2":
         program["arguments"] = {"fsdp": "full_shard", "fsdp_config": WRAPPED | (fsdp or {})}
@@ -106,7 +137,20 @@ def job(strategy: str, method: str, world: int, *, fsdp: dict[str, Any] | None =
         strategy == "ddp"
     ):  # Trainer looks for unused parameters of a PeftModel, with a map in pinned memory, which no rehearsal has
         program["arguments"] = {"ddp_find_unused_parameters": False}
+    if strategy.startswith("zero"):
+        program["arguments"] = {"deepspeed": deepspeed(int(strategy[-1]), zero or {})}
     return {"name": name, "strategy": strategy, "world": world, "program": program, "fsdp": fsdp or {}}
+
+
+def deepspeed(stage: int, zero: dict[str, Any]) -> dict[str, Any]:
+    """A config of DeepSpeed with what transformers fills in left to it."""
+    automatic = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
+    return {
+        **dict.fromkeys(automatic, "auto"),
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": stage, **zero},
+        "zero_force_ds_cpu_optimizer": False,
+    }
 
 
 def options(row: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +159,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
     ours = {
         "method": program["method"],
         "gpus": row["world"],
-        "strategy": row["strategy"],
+        **({"deepspeed": config} if (config := program.get("arguments", {}).get("deepspeed")) else {"strategy": row["strategy"]}),
         "seq_len": program.get("seq_len", 512),
         "batch_size": program.get("batch_size", 1),
         "gradient_accumulation_steps": program.get("accumulation", 1),
@@ -147,6 +191,7 @@ def run(names: list[str], *, most: int | None) -> int:
             (sys.executable, str(PROGRAM), json.dumps(each["program"])),
             gpu=f"{each['world']}x{CARD}",
             world_size=each["world"],
+            rank=largest_rank(each),
             timeout=600,
             stdout=os.open(os.devnull, os.O_WRONLY),
         )
@@ -165,6 +210,17 @@ def run(names: list[str], *, most: int | None) -> int:
     return count
 
 
+def largest_rank(row: dict[str, Any]) -> int:
+    """The rank that the formulas count; the first one where the program quantizes before it knows its device."""
+    from peftplan.job.inventory import inventory
+    from peftplan.job.prepare import prepare
+    from peftplan.memory.zero import largest_rank, slots_of
+
+    if row["strategy"] not in ("zero1", "zero2") or row["program"]["method"] == "qlora":
+        return 0
+    return largest_rank(slots_of(inventory(prepare(**options(row))).parameters, row["world"]))
+
+
 def rows() -> list[dict[str, Any]]:
     """What was rehearsed."""
     return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
@@ -178,19 +234,20 @@ def compared(row: dict[str, Any]) -> dict[str, float] | None:
     peaks = result.peaks
     if peaks is None:
         return None
-    # a rehearsal's forward begins where the step ends, while gradients are still there
+    # a rehearsal's forward begins where the step ends, while gradients are still there; DeepSpeed has freed them
     fused = row["program"].get("optim", "adamw_torch_fused") == "adamw_torch_fused"
     lasting = result.static.bytes() + peaks.ledgers["step"].bytes(["workspaces"])
     after_step = peaks.by_phase["step"] if fused else lasting
-    ours = {**peaks.by_phase, "forward": max(peaks.by_phase["forward"], after_step)}
+    frees = row["strategy"].startswith("zero")
+    ours = {**peaks.by_phase, "forward": max(peaks.by_phase["forward"], 0 if frees else after_step)}
     shares = {phase: ours[phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
     return {**shares, "reserved": (peaks.reserved or 0) / row["peak_reserved"] - 1}
 
 
 def table() -> tuple[list[str], str]:
-    """The comparison as Markdown, and its summary as a row of Markdown."""
+    """The comparison as Markdown, and its summary as a line of Markdown per strategy."""
     lines = ["| job | load | forward | backward | step | reserved |", "| --- | --- | --- | --- | --- | --- |"]
-    every: dict[str, list[float]] = {}
+    every: dict[str, dict[str, list[float]]] = {}
     for row in rows():
         if "error" in row:
             continue
@@ -199,14 +256,17 @@ def table() -> tuple[list[str], str]:
             lines.append(f"| {_shown(row['name'])} | – | – | – | – | – |")
             continue
         for what, share in shares.items():
-            every.setdefault(what, []).append(share)
+            every.setdefault(row["strategy"], {}).setdefault(what, []).append(share)
         cells = [f"{round(100 * share, 4) + 0.0:+.4f} %" for share in shares.values()]  # no negative zero
         lines.append(f"| {_shown(row['name'])} | {' | '.join(cells)} |")
-    words = []
-    for what, shares_of in every.items():
-        worst = max(shares_of, key=abs)
-        words.append(f"{what}: median {100 * median(map(abs, shares_of)):.4f} %, worst {100 * worst:+.4f} %")
-    return lines, f"{len(next(iter(every.values()), []))} jobs; " + "; ".join(words) + "."
+    summary = []
+    for strategy, of_strategy in every.items():
+        words = [
+            f"{what}: median {100 * median(map(abs, values)):.4f} %, worst {round(100 * max(values, key=abs), 4) + 0.0:+.4f} %"
+            for what, values in of_strategy.items()
+        ]
+        summary.append(f"- {strategy}, {len(of_strategy['load'])} jobs: {'; '.join(words)}.")
+    return lines, "\n".join(summary)
 
 
 def _shown(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import peftplan.methods as methods
 from peftplan.analytic.ranks import (
     divided,
+    loaded_if_full,
     loaded_on_rank,
     parameters_on_rank,
     passing_on_rank,
@@ -63,6 +64,10 @@ class Compiled(NamedTuple):
     loss: LossSizes
     early: tuple[Line, ...] = ()
     """Optimizer states that the constructor allocates before the first step."""
+    built: tuple[Line, ...] = ()
+    """What a strategy holds besides weights and states, such as fp32 masters; loading allocates it."""
+    load_if_full: Callable[[Memory[Any]], None] | None = None
+    """How a card that is too small for `load` is loaded, if there is another way."""
     workspaces: tuple[tuple[int, Line], ...] = ()
     """Each workspace, with the index of the event before which it is allocated."""
     on_host: tuple[tuple[tuple[Any, ...], str, int], ...] = ()
@@ -161,10 +166,10 @@ def compiled(inventory: Inventory, *, compute_capability: str) -> Compiled:
 
 
 def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
-    job, parameters, static, _ = inventory
+    job, parameters, static, holding = inventory
     setup, architecture = setup_on_rank(job), job.architecture
     trained_again = _trained_again(job, parameters)
-    computing = parameters_on_rank(job, parameters).all
+    computing = parameters_on_rank(inventory).all
     model = Model(
         Tape(autocast=None if setup.autocast == "none" else setup.autocast),
         architecture,
@@ -186,7 +191,8 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
     buffers = Ledger(tuple(line for line in lasting if line.category == "buffers"))
     dtype_of = partial(loaded_dtype, architecture, dtype=setup.dtype)
     doubled = job.quant is not None and bool(job.quant.double_quant)
-    loaded = tuple(line for line in lasting if line.category != "optimizer_states")
+    beside = holding.beside if holding is not None and model.units.every_layer else ()
+    loaded = tuple(line for line in lasting if line.category != "optimizer_states" or line in beside)
     workspaces = _workspaces(of_step.products, compute_capability, apart=job.script.cublaslt_apart)
     standing = Ledger(lasting + tuple(line for _, line in workspaces))
     passing = load_passing(
@@ -220,6 +226,8 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         standing_bytes=standing.bytes(),
         loading_bytes=loading.bytes(),
         early=early,
+        built=tuple(line for line in loaded if line in beside),
+        load_if_full=loaded_if_full(load),
         workspaces=workspaces,
         virtual_tokens=model.virtual_tokens,
         loss=_loss_sizes(job),

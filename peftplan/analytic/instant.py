@@ -57,7 +57,9 @@ class InstantPeaks(Peaks):
 
     @property
     def at_least(self) -> int:
-        return max(self.requested.values())
+        compiled, _ = last_step(self.inventory, self.compute_capability)
+        decides = (phase for phase in self.requested if phase != "load" or compiled.load_if_full is None)
+        return max(self.requested[phase] for phase in decides)
 
     @property
     def reserved(self) -> int:

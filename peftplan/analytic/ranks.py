@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import peftplan.versions as versions
+from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.load import Memory
@@ -23,14 +24,18 @@ from peftplan.memory.sharded import (
     whole_sizes,
 )
 from peftplan.memory.step import Program
+from peftplan.memory.zero import zero_of
+from peftplan.memory.zero_load import FlatLoading
 from peftplan.parameters import Parameters
 
 if TYPE_CHECKING:
+    from peftplan.distributed.shards import Holding
+    from peftplan.distributed.strategy import Distributed
     from peftplan.job.inventory import Inventory
     from peftplan.job.job import Job
 
 SHOWN_METHODS = ("full", "lora", "qlora")
-"""Methods whose steps were rehearsed under FSDP2 (docs/how-to/several-gpus.md)."""
+"""Methods whose steps were rehearsed under FSDP2 and ZeRO (docs/how-to/several-gpus.md)."""
 
 
 SHOWN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
@@ -43,24 +48,50 @@ def without_formula(job: Job) -> str | None:
     if distributed.strategy == "ddp":
         views = bool(distributed.gradient_as_bucket_view or distributed.static_graph or distributed.find_unused_parameters)
         return " and gradient_as_bucket_view, static_graph or find_unused_parameters" if views else None
-    if distributed.strategy != "fsdp2":
+    if distributed.strategy not in ("fsdp2", *FLAT):
         return ""
-    setup, method = job.setup, job.method.name if job.method else "this adapter config"
-    unknown = {
+    unknown = (_unknown_to_fsdp2(job, distributed) if distributed.strategy == "fsdp2" else _unknown_to_zero(job, distributed)) | {
+        "use_reentrant": job.setup.use_reentrant and bool(job.setup.gradient_checkpointing),
+        **_unrehearsed(job),
+    }
+    names = [name for name, is_unknown in unknown.items() if is_unknown]
+    return f" and {', '.join(names)}" if names else None
+
+
+def _unknown_to_fsdp2(job: Job, distributed: Distributed) -> dict[str, bool]:
+    """Parameters whose values were not rehearsed, and whether the job sets them so."""
+    autocast = job.setup.autocast
+    classes = distributed.transformer_cls_names_to_wrap
+    return {
         "dp_shard_size": distributed.dp_shard_size not in (None, distributed.world_size),
         "reshard_after_forward": type(distributed.reshard_after_forward) is int,
         "sync_each_batch": bool(distributed.sync_each_batch),
-        "param_dtype": distributed.param_dtype not in (None, setup.autocast),
-        "reduce_dtype": distributed.reduce_dtype not in (None, setup.autocast),
+        "param_dtype": distributed.param_dtype not in (None, autocast),
+        "reduce_dtype": distributed.reduce_dtype not in (None, autocast),
         "offload_params": distributed.offload_params not in (None, "none"),
         "wrap_policy": distributed.wrap_policy not in (None, "transformer"),
-        "transformer_cls_names_to_wrap": distributed.transformer_cls_names_to_wrap is not None
-        and distributed.transformer_cls_names_to_wrap != _layer_classes(job),
+        "transformer_cls_names_to_wrap": classes is not None and classes != _layer_classes(job),
         "tp_size": distributed.tp_size not in (None, 1),
         "cp_size": distributed.cp_size not in (None, 1),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate),
-        "use_reentrant": setup.use_reentrant and bool(setup.gradient_checkpointing),
-        "autocast": setup.autocast == "fp16",
+        "autocast": autocast == "fp16",
+    }
+
+
+def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
+    """The same under ZeRO-1 and ZeRO-2."""
+    return {
+        "contiguous_gradients": distributed.contiguous_gradients is False,
+        "deepspeed_optimizer": bool(distributed.deepspeed_optimizer),
+        "offload_optimizer": distributed.offload_optimizer == "nvme",
+        "autocast": job.setup.autocast != "bf16",
+    }
+
+
+def _unrehearsed(job: Job) -> dict[str, bool]:
+    """What of a job was rehearsed under no sharding strategy, and whether it is so."""
+    setup, method = job.setup, job.method.name if job.method else "this adapter config"
+    return {
         "loss": setup.loss != "full",
         f"optim {setup.optim}": setup.optim not in SHOWN_OPTIMIZERS,
         "trainer": not setup.by.prepares_model,
@@ -69,8 +100,6 @@ def without_formula(job: Job) -> str | None:
         f"task {job.architecture.task_type}": job.architecture.task_type != "CAUSAL_LM",
         f"model type {job.architecture.model_type}": not _is_decoder(job),
     }
-    names = [name for name, is_unknown in unknown.items() if is_unknown]
-    return f" and {', '.join(names)}" if names else None
 
 
 def _layer_classes(job: Job) -> tuple[str, ...]:
@@ -90,44 +119,72 @@ DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose steps were rehearsed; Mistral runs Llama's operations."""
 
 
+FLAT = ("zero1", "zero2")
+"""Strategies whose ranks hold all weights in 16 bits, and flat groups of what trains."""
+
+
 def setup_on_rank(job: Job) -> Setup:
-    """The setup that the model runs under. FSDP2 runs without autocast: its mixed-precision policy casts the weights."""
-    if job.distributed is None or job.distributed.strategy != "fsdp2":
+    """The setup that the model runs under. FSDP2 and DeepSpeed run without autocast: they cast the weights."""
+    if job.distributed is None or job.distributed.strategy not in ("fsdp2", *FLAT):
         return job.setup
     return job.setup.model_copy(update={"autocast": "none"})
 
 
-def parameters_on_rank(job: Job, parameters: Parameters) -> Parameters:
-    """The parameters that operations compute with: under FSDP2, gathered."""
-    if job.distributed is None or job.distributed.strategy != "fsdp2":
+def parameters_on_rank(inventory: Inventory) -> Parameters:
+    """The parameters that operations compute with: under FSDP2 gathered, under ZeRO-1 and ZeRO-2 in 16 bits."""
+    job, parameters, _, holding = inventory
+    if job.distributed is None or holding is None or job.distributed.strategy not in ("fsdp2", *FLAT):
         return parameters
+    if job.distributed.strategy in FLAT:
+        return _cast(parameters, holding)
     return computing(parameters, computing_dtype(job.distributed, str(job.setup.autocast)))
 
 
+def _cast(parameters: Parameters, holding: Holding) -> Parameters:
+    """The parameters in 16 bits."""
+    pairs = zip(parameters.all, holding.parameters.all, strict=True)
+    return parameters._replace(all=tuple(cast._replace(trainable=p.trainable) for p, cast in pairs))
+
+
 def divided(inventory: Inventory, model: Model, program: Program) -> Program:
-    """The program of the step on this rank. Under FSDP2 it also sets `model.units`, the groups that are gathered together."""
+    """The program of the step on this rank. It also sets `model.units`: under FSDP2 the groups that are gathered together."""
     job, parameters, _, holding = inventory
-    if job.distributed is None or holding is None or job.distributed.strategy != "fsdp2":
+    if job.distributed is None or holding is None or job.distributed.strategy not in ("fsdp2", *FLAT):
         return program
-    dtype = computing_dtype(job.distributed, str(job.setup.autocast))
-    model.units = units_of(model, parameters, holding.parameters, job.distributed, dtype=dtype)
-    return program._replace(shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch))
+    if job.distributed.strategy == "fsdp2":
+        dtype = computing_dtype(job.distributed, str(job.setup.autocast))
+        model.units = units_of(model, parameters, holding.parameters, job.distributed, dtype=dtype)
+        return program._replace(shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch))
+    masters = holding.states_of.all if holding.states_of else ()
+    model.units = zero_of(model, masters, job.distributed, dtype=str(job.setup.autocast))
+    return program._replace(shards=masters, steps_in_backward=True)
 
 
 def loaded_on_rank(inventory: Inventory, buffers: Ledger, of_one_gpu: Loader) -> Loader:
-    """How a rank loads the model; `of_one_gpu` unless FSDP2 shards it."""
+    """How a rank loads the model; `of_one_gpu` unless FSDP2 shards it, or ZeRO flattens what trains."""
     job, parameters, _, holding = inventory
     distributed = job.distributed
-    if distributed is None or holding is None or distributed.strategy != "fsdp2":
+    if distributed is None or holding is None or distributed.strategy not in ("fsdp2", *FLAT):
         return of_one_gpu
+    whole = of_one_gpu if job.quant is not None else None
+    if distributed.strategy in FLAT:
+        cast, world = _cast(parameters, holding), distributed.world_size
+        groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in groups_of(cast.all))
+        return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole).into
     return Loading(
         grouped(job.architecture, parameters, holding.parameters, distributed),
         buffers,
-        of_one_gpu if job.quant is not None else None,
+        whole,
         bool(distributed.cpu_ram_efficient_loading),
         whole_sizes(parameters, holding.parameters),
         not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
     ).into
+
+
+def loaded_if_full(load: Loader) -> Loader | None:
+    """How a rank loads where the card has no room for `load`; None if it fails then."""
+    flat = getattr(load, "__self__", None)
+    return flat._replace(on_host=True).into if isinstance(flat, FlatLoading) else None
 
 
 def synced(parameters: Parameters, load: Loader) -> Loader:
@@ -144,5 +201,5 @@ def _synced(memory: Memory[Any], *, flats: tuple[int, ...], load: Loader) -> Non
 def passing_on_rank(load: Loader, loaded: Ledger) -> tuple[Line, ...]:
     """What the peak of loading holds beyond the tensors that last; empty if nothing."""
     passing = peak_of(load) - loaded.bytes()
-    source = "accelerate: fsdp2_prepare_model"
-    return (Line("whole weights while shards are made", "temporaries", "uint8", (passing,), 1, source),) if passing > 0 else ()
+    source = "shards and flat copies while they are made"
+    return (Line("weights while they are divided", "temporaries", "uint8", (passing,), 1, source),) if passing > 0 else ()

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peftplan.allocator import program as events
 from peftplan.allocator.program import Program, Replayed, replay
@@ -21,6 +21,7 @@ from peftplan.depth.copies import Layers
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.ledger import Line
+from peftplan.memory.load import Memory
 from peftplan.memory.timeline import Timeline
 
 _LAYER = re.compile(r"(?<=\.)(\d+|\{\})(?=\.)")
@@ -37,40 +38,45 @@ class Run(NamedTuple):
 
     def fits(self, capacity_bytes: int) -> bool:
         """Whether it runs if the allocator may reserve at most `capacity_bytes`. It releases cached segments before it fails."""
-        try:
-            self.peaks(capacity_bytes=capacity_bytes)
-        except MemoryError:
-            return False
-        return True
+        ways = (False, True) if self.steps[-1][0].load_if_full is not None else (False,)
+        for when_full in ways:
+            try:
+                self.peaks(capacity_bytes=capacity_bytes, when_full=when_full)
+            except MemoryError:
+                continue
+            return True
+        return False
 
-    def peaks(self, *, capacity_bytes: int | None = None) -> Replayed:
-        """Allocated bytes of each phase, tails of blocks included, and reserved bytes.
+    def peaks(self, *, capacity_bytes: int | None = None, when_full: bool = False) -> Replayed:
+        """Allocated bytes of each phase, tails of blocks included, and reserved bytes. `when_full`: loaded as a full card is.
 
         Raises MemoryError if `capacity_bytes` are not enough.
         """
-        program, sizes = self.program()
+        program, sizes = self.program(when_full=when_full)
         return replay(program, sizes, ties_by_address=self.script.ties_by_address, capacity=capacity_bytes)
 
-    def program(self) -> tuple[Program, list[int]]:
+    def program(self, *, when_full: bool = False) -> tuple[Program, list[int]]:
         """The events and the table of sizes. All sizes that run the same operations share the events."""
         compiled, _ = self.steps[-1]
-        key = tuple(id(of_step) for of_step, _ in self.steps)
+        key = (when_full, *(id(of_step) for of_step, _ in self.steps))
         if key not in compiled.programs:
-            compiled.programs[key] = _write([of_step for of_step, _ in self.steps], self.script)
+            load = compiled.load_if_full if when_full and compiled.load_if_full is not None else compiled.load
+            compiled.programs[key] = _write([of_step for of_step, _ in self.steps], self.script, load)
         written = compiled.programs[key]
         of_step = {id(step): step[0].timeline.requested(step[1]) for step in self.steps}  # most runs repeat one step
         return written.program, [n for step in self.steps for n in of_step[id(step)]] + written.sizes
 
 
-def _write(steps: list[Compiled], script: Script) -> Written:
+def _write(steps: list[Compiled], script: Script, load: Callable[[Memory[Any]], None]) -> Written:
     writer = _Writer(script, sum(len(of_step.timeline.kinds) for of_step in steps))
     compiled = steps[-1]
     writer.begin("load")
-    compiled.load(writer)
+    load(writer)
     writer.take(compiled.early)
-    writer.take(line for line in compiled.standing if line.category == "communication")
+    writer.take(line for line in compiled.standing if line.category == "communication" and line not in compiled.built)
     writer.begin("warmup")
-    states = [line for line in compiled.standing if line.category == "optimizer_states" and line not in compiled.early]
+    there = (*compiled.early, *compiled.built)
+    states = [line for line in compiled.standing if line.category == "optimizer_states" and line not in there]
     kept = any(_makes_gradients(compiled.timeline, at) for at in range(compiled.timeline.windows[0][1]))
     kinds = 0
     for number, of_step in enumerate(steps, start=1):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Category
+from peftplan.parameters import Parameter as Shard
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Node, Parameter, Tensor
 
@@ -151,6 +152,13 @@ class Fsdp2:
     def idle(self, families: set[str]) -> set[str]:
         """The families that have received no gradients."""
         return families - self.reduced
+
+    def before_step(self) -> None:
+        """Nothing."""
+
+    def groups(self, trained: list[Shard]) -> Iterable[list[Shard]]:
+        """All shards at once."""
+        yield trained
 
     # -- backward ----------------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import peftplan.versions as versions
 from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.zero import UNDECAYED, groups_of, partition, persistence, reduce_bucket
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Allocation, Line, Place
 from peftplan.parameters import Parameter, Parameters
@@ -204,54 +205,41 @@ def _backwards(parameters: Parameters) -> Iterator[Parameter]:
 
 # -- ZeRO ----------------------------------------------------------------------------------------------------------------------
 
-ALIGNMENT = 2
-"""`nccl_start_alignment_factor`: flat groups are padded to a multiple of so many elements per rank (stage_1_and_2.py)."""
-REDUCE_BUCKET, PERSISTENCE = 500_000_000, 100_000
-"""DeepSpeed's own values, in elements (runtime/zero/config.py)."""
-
-
-def reduce_bucket(distributed: Distributed, hidden_size: int) -> int:
-    """Elements of the reduce bucket; `auto` is h² (transformers, integrations/deepspeed.py)."""
-    value = distributed.reduce_bucket_size
-    return REDUCE_BUCKET if value is None else hidden_size**2 if value == "auto" else value
-
-
-def persistence(distributed: Distributed, hidden_size: int) -> int:
-    """Parameters of at most so many elements stay whole under ZeRO-3; `auto` is 10 h."""
-    value = distributed.stage3_param_persistence_threshold
-    return PERSISTENCE if value is None else 10 * hidden_size if value == "auto" else value
-
 
 def _of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str, hidden_size: int) -> Holding:
     """DeepSpeed casts the module to 16 bits, and keeps fp32 masters and states of what trains, 1/W on each rank."""
-    world = distributed.world_size
     stage_3 = distributed.strategy == "zero3"
     cast = tuple(_in_16_bits(p, autocast) for p in parameters.all)
-    trained = sum(p.copies * p.numel for p in cast if p.trainable)
-    flat = ceil_div(trained, ALIGNMENT * world) * ALIGNMENT
-    if stage_3:
-        flat = sum(p.copies * ceil_div(p.numel, world) for p in cast if p.trainable)
     place = _place(distributed.offload_optimizer)
-    masters = Parameter(
-        "fp32 masters of what trains",
-        (flat,),
-        1,
-        "fp32",
-        trainable=True,
-        owner="base",
-        allocations=(Allocation("weight", "fp32", (flat,), place),),
-        source="DeepSpeed",
-    )
+    masters = tuple(_masters(group, distributed, place) for group in groups_of(cast))
     beside: tuple[Line, ...] = ()
     if stage_3:
         beside = _zero3_beside(cast, distributed, hidden_size)
         cast = tuple(_zero3_shard(p, distributed) for p in cast)
     half = next((p.dtype for p in cast if p.trainable), "bf16")
-    gradients = Line("16-bit gradients of the rank's partition", "gradients", half, (flat,), 1, "DeepSpeed", place)
-    master = Line("fp32 masters of what trains", "optimizer_states", "fp32", (flat,), 1, "DeepSpeed", place)
+    flat = (sum(m.numel for m in masters),)
+    lines = [Line(m.name, "optimizer_states", "fp32", m.shape, 1, m.source, place) for m in masters]
+    if masters and place == "device":
+        lines.append(Line("16-bit gradients of the rank's partition", "gradients", half, flat, 1, "DeepSpeed"))
+    elif masters:
+        lines.append(Line("fp32 gradients of the rank's partition", "gradients", "fp32", flat, 1, "DeepSpeed", place))
+    if masters and place == "host" and not stage_3:
+        largest = (max(p.numel for p in cast if p.trainable),)
+        lines.append(Line("updated weights on their way to the device", "weights", half, flat, 1, "DeepSpeed", place))
+        lines.append(Line("temp_grad_buffer_for_gpu_offload", "communication", half, largest, 1, "DeepSpeed"))
     frozen = tuple(p._replace(trainable=False) for p in cast)
-    beside = (master, gradients, *beside) if trained else beside
-    return Holding(parameters._replace(all=frozen), beside, parameters._replace(all=(masters,)) if trained else None)
+    return Holding(parameters._replace(all=frozen), (*lines, *beside), parameters._replace(all=masters) if masters else None)
+
+
+def _masters(group: list[Parameter], distributed: Distributed, place: Place) -> Parameter:
+    """The fp32 masters of a rank's part of a group."""
+    world = distributed.world_size
+    stage_3 = distributed.strategy == "zero3"
+    flat = sum(p.copies * ceil_div(p.numel, world) for p in group) if stage_3 else partition(group, world)
+    names = "norms and biases" if UNDECAYED.search(group[0].name) else "what trains"
+    allocation = Allocation("weight", "fp32", (flat,), place)
+    name, source = f"fp32 masters of {names}", "DeepSpeed: single_partition_of_fp32_groups"
+    return Parameter(name, (flat,), 1, "fp32", trainable=True, owner="base", allocations=(allocation,), source=source)
 
 
 def _zero3_beside(cast: tuple[Parameter, ...], distributed: Distributed, hidden_size: int) -> tuple[Line, ...]:

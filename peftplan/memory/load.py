@@ -63,7 +63,7 @@ def load_into(
     `adapters_pass_in`: the dtype in which peft's layers put their tensors beside a base that is on the device, before it casts
     them all (peft, `_move_adapter_to_device_of_base_layer`, `cast_adapter_dtype`); None where they arrive as they last.
     """
-    first, second, last = _order(parameters, quantized=quant is not None, moved=moved)
+    first, second, last = load_order(parameters, quantized=quant is not None, moved=moved)
     base = [p for p in parameters.all if p.owner == "base"]
     if quant is not None:
         memory.release(memory.allocate(_warm_up(base, quant, dtype=dtype)))
@@ -107,7 +107,7 @@ Tensors = list[tuple[Parameter, int | None]]
 """Tensors of families, each with its layer."""
 
 
-def _order(parameters: Parameters, *, quantized: bool, moved: bool) -> tuple[Tensors, Tensors, Tensors]:
+def load_order(parameters: Parameters, *, quantized: bool, moved: bool) -> tuple[Tensors, Tensors, Tensors]:
     """What reaches the device first, what once that is there, and what when the adapters are made.
 
     A quantized base arrives by name, and then its buffers. A dense model is moved module by module, each with its children first,

@@ -41,6 +41,8 @@ class Program(NamedTuple):
     """What the optimizer steps over, where it is not the whole parameters."""
     syncs_each_batch: bool = False
     """Whether gradients are reduced in every micro batch, not in the last alone."""
+    steps_in_backward: bool = False
+    """Whether accelerate's `backward` also clips and steps, as under DeepSpeed: the loss, and its graph, is still there then."""
 
 
 def steady_step(model: Model, program: Program) -> None:
@@ -65,10 +67,12 @@ def steady_step(model: Model, program: Program) -> None:
         model.units.begin_backward(syncs=program.syncs_each_batch or number == last)
         f.backward(scaled)
         model.units.end_backward()
+        loss_in_step = loss if number == last and program.steps_in_backward else None
         del loss, scaled
         if program.frees_outputs:
             outputs.clear()
             model.kept.clear()
+    model.units.before_step()
     f.mark("step")
     f.module = ""
     if scaler is not None:
@@ -78,11 +82,14 @@ def steady_step(model: Model, program: Program) -> None:
     stepped = model.parameters.all if program.shards is None else program.shards
     trained = [p for p in stepped if p.trainable and p.name not in idle | program.left_alone]
     freezes_a = bool(getattr(model.running.config, "freeze_a", False))
-    optimizer_step(f, program.optimizer, trained, clips=program.trainer.clips_gradients, freezes_a=freezes_a)
+    clips = program.trainer.clips_gradients and not program.steps_in_backward
+    for group in model.units.groups(trained):
+        optimizer_step(f, program.optimizer, group, clips=clips, freezes_a=freezes_a)
     if model.running.peft_type == "ADALORA":
         from peftplan.memory.methods.adalora import allocate
 
         allocate(model)
+    del loss_in_step
     outputs.clear()
     model.kept.clear()
 

@@ -170,7 +170,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
         if what in PHASES:
             starts.append((what, len(events)))
         if what == STATES:
-            states = len(events)
+            states = states or len(events)  # before the first group of parameters
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
     products = {workspace: at + max(more for start, more in shifts if start <= at) for workspace, at in _products(tape).items()}

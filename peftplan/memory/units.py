@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
+from peftplan.parameters import Parameter
 from peftplan.tape.tensors import Tensor
 
 ROOT, EMBEDDING, TAIL = "root", "embedding", "tail"
@@ -42,6 +44,12 @@ class Units(Protocol):
     def idle(self, families: set[str]) -> set[str]:
         """Of trainable families without a `.grad`, those that got none."""
 
+    def before_step(self) -> None:
+        """The last backward has ended, and the optimizer has not begun."""
+
+    def groups(self, trained: list[Parameter]) -> Iterable[list[Parameter]]:
+        """What the optimizer steps over at once, one group after the other."""
+
 
 class OneGpu:
     """Nothing happens."""
@@ -71,6 +79,13 @@ class OneGpu:
     def idle(self, families: set[str]) -> set[str]:
         """All of them."""
         return families
+
+    def before_step(self) -> None:
+        """Nothing."""
+
+    def groups(self, trained: list[Parameter]) -> Iterable[list[Parameter]]:
+        """All at once."""
+        yield trained
 
 
 ONE_GPU = OneGpu()

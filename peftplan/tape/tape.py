@@ -63,6 +63,10 @@ class Tape:
         """Storage → the CUDA stream that allocates it, if not the default one."""
         self.nested = False
         """Whether a nested backward runs. It may reach nodes that another backward has already run."""
+        self.accumulated: Callable[[Parameter], None] | None = None
+        """What is called when a parameter has its gradient: `register_post_accumulate_grad_hook`."""
+        self.arrived: list[Parameter] = []
+        """The parameter for which it is to be called."""
 
     @property
     def replays(self) -> bool:
@@ -224,6 +228,8 @@ class Tape:
             elif edge is not None and isinstance(edge[0], Parameter) and edge[0].counts:
                 edge[0].receive(self, edge[1], None)
             del grad
+            if self.arrived and self.accumulated is not None:  # `AccumulateGrad` runs apart, when the sum is all that is left
+                self.accumulated(self.arrived.pop())
 
     def _unpack(self, value: object) -> object:
         if type(value) is not Place:

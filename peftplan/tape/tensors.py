@@ -56,6 +56,8 @@ class Log(Protocol):
     names: list[str]
     made_as: dict[int, str]
     category: dict[int, Category]
+    accumulated: Callable[[Parameter], None] | None
+    arrived: list[Parameter]
 
     def new(self, dims: Dims, dtype: str, op: str) -> Tensor:
         """Allocate a tensor."""
@@ -181,3 +183,5 @@ class Parameter:
             tape.category[number] = "gradients"
             tape.made_as[number] = tape.names[number]
             tape.names[number] = f"{self.name}.grad"
+        if tape.accumulated is not None:
+            tape.arrived.append(self)

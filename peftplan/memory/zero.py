@@ -1,0 +1,261 @@
+"""ZeRO-1 and ZeRO-2 on the tape: buckets of gradients, the gradients of a rank's partition, and the step over flat masters.
+
+Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py; methods have its names. Where the reduction overlaps with backward, its
+buffers come from a stream of its own, whose blocks the allocator keeps apart.
+
+    backward   a gradient arrives: copied into the bucket and freed | bucket full: copied once more in one piece, all-reduced; the
+               rank keeps those gradients of which a part is its own, in one tensor
+    step       group by group: gradients in one flat tensor, cast to fp32, step over the masters
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
+from typing import NamedTuple
+
+from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.zero import groups_of, overlaps, partition, reduce_bucket
+from peftplan.ledger import Category
+from peftplan.memory.load import by_module, tensors
+from peftplan.memory.model import Model
+from peftplan.memory.units import OneGpu
+from peftplan.parameters import Parameter as Family
+from peftplan.parameters import Parameters
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Parameter, Tensor
+
+REDUCE = 1
+"""The stream of the reduction; 0 is the default one."""
+Key = tuple[str, int | None]
+"""A tensor: its family and its layer."""
+
+
+class Slot(NamedTuple):
+    """The place of a tensor in a flat group, in elements."""
+
+    group: int
+    start: int
+    numel: int
+    partition: int
+    """Elements of each rank's part of the group."""
+
+    @property
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """(rank, elements) of each rank's part of the tensor."""
+        at, end = self.start, self.start + self.numel
+        while at < end:
+            rank = at // self.partition
+            until = min(end, (rank + 1) * self.partition)
+            yield rank, until - at
+            at = until
+
+    def of_rank(self, rank: int) -> int:
+        """Elements that belong to a rank."""
+        first, last = rank * self.partition, (rank + 1) * self.partition
+        return max(0, min(self.start + self.numel, last) - max(self.start, first))
+
+
+def slots_of(parameters: Parameters, world_size: int) -> dict[Key, Slot]:
+    """Each trained tensor's place, in the order of the optimizer's groups and of `named_parameters()`."""
+    base, added = ([p for p in parameters.all if p.owner == owner] for owner in ("base", "adapter"))
+    ordered = list(tensors(by_module(base, added)))
+    slots: dict[Key, Slot] = {}
+    for number, group in enumerate(groups_of(parameters.all)):
+        names, start = {p.name for p in group}, 0
+        for p, layer in ordered:
+            if p.name in names:
+                slots[p.name, layer] = Slot(number, start, p.numel, partition(group, world_size))
+                start += p.numel
+    return slots
+
+
+def largest_rank(slots: Mapping[Key, Slot]) -> int:
+    """The rank into whose partitions the most elements reach: it keeps the gradients of all of a parameter that it shares."""
+    reaching: dict[int, int] = {}
+    for slot in slots.values():
+        for rank, _ in slot.parts:
+            reaching[rank] = reaching.get(rank, 0) + slot.numel
+    return max(sorted(reaching), key=lambda rank: reaching[rank], default=0)
+
+
+def zero_of(model: Model, masters: tuple[Family, ...], distributed: Distributed, *, dtype: str) -> Zero:
+    """The flat groups of a model on the largest rank. `dtype`: the 16 bits that it computes in."""
+    slots = slots_of(model.parameters, distributed.world_size)
+    return Zero(
+        model.tape,
+        slots,
+        masters,
+        distributed,
+        rank=largest_rank(slots),
+        dtype=dtype,
+        hidden_size=model.arch.hidden_size or 0,
+        keys=model.used_by_layer,
+    )
+
+
+class Zero(OneGpu):
+    """Gradients, buckets and flat groups of one rank. `keys`: the tensors that the step has used so far."""
+
+    every_layer = True
+
+    def __init__(
+        self,
+        f: Tape,
+        slots: dict[Key, Slot],
+        masters: tuple[Family, ...],
+        distributed: Distributed,
+        *,
+        rank: int,
+        dtype: str,
+        hidden_size: int,
+        keys: Callable[[], Iterable[tuple[Key, Parameter]]],
+    ) -> None:
+        self.f, self.slots, self.masters, self.rank, self.dtype, self.keys = f, slots, masters, rank, dtype, keys
+        self.partitions_gradients = distributed.strategy == "zero2"
+        self.bucket_size = reduce_bucket(distributed, hidden_size)
+        self.overlaps = overlaps(distributed)
+        self.offloads = distributed.offload_optimizer == "cpu"
+        self.syncs = True
+        """Whether this backward ends at a boundary of gradient accumulation."""
+        self.reduced: set[str] = set()
+        """Families that have received gradients."""
+        self.bucketed: list[Key] = []
+        self.buffers: list[Tensor] = []
+        self.large: Tensor | None = None
+        """The gradient of a parameter that is larger than a bucket."""
+        self.of_rank: Tensor | None = None
+        """Gradients of this backward that belong to the rank: `grads_in_partition`."""
+        self.averaged: list[Tensor] = []
+        """Those of all backwards of the step."""
+        self.flat: Tensor | None = None
+        self.norms: list[Tensor] = []
+        self._keys: dict[int, Key] = {}
+        f.accumulated = self.accumulated
+
+    def begin_backward(self, *, syncs: bool) -> None:
+        """Backward begins; `syncs`: it ends at a boundary of gradient accumulation."""
+        self.syncs = syncs
+
+    # -- backward ----------------------------------------------------------------------------------------------------------------
+
+    def accumulated(self, p: Parameter) -> None:
+        """`process_gradients`: the hook of a parameter that has its gradient, which autograd holds until it returns."""
+        _gradient = p.grad
+        self.setup_buckets()
+        self.reduced.add(p.name)
+        if self.partitions_gradients or (self.overlaps and self.syncs):
+            self.reduce_independent(p)
+
+    def setup_buckets(self) -> None:
+        """Make the bucket, two where the reduction overlaps, with the first gradient."""
+        while len(self.buffers) < (2 if self.overlaps else 1):
+            self.buffers.append(self._new((self.bucket_size,), self.dtype, "bucket of gradients", 0))
+
+    def reduce_independent(self, p: Parameter) -> None:
+        """`reduce_independent_p_g_buckets_and_remove_grads`: a gradient moves into the bucket; a full one is reduced first."""
+        key = self._key(p)
+        numel = self.slots[key].numel
+        if sum(self.slots[other].numel for other in self.bucketed) + numel > self.bucket_size:
+            self.reduce_ipg_grads()
+        if numel > self.bucket_size:
+            self.large = self._new((numel,), self.dtype, "clone of a gradient", 0, "gradients") if self.offloads else p.grad
+        p.grad = None
+        self.bucketed.append(key)
+
+    def reduce_ipg_grads(self) -> None:
+        """Reduce the bucket: copied in one piece, unless all of it belongs to one rank; then keep what is the rank's."""
+        parts = (part for key in self.bucketed for part in self.slots[key].parts)
+        pieces = [sum(numel for _, numel in of_rank) for _, of_rank in groupby(parts, lambda part: part[0])]
+        stream = REDUCE if self.overlaps else 0
+        while pieces:
+            small: list[int] = []
+            while pieces and sum(small) <= self.bucket_size:
+                small.append(pieces.pop(0))
+            if len(small) > 1:  # a single tensor is flat already
+                self._new((sum(small),), self.dtype, "flattened bucket", stream)
+        if self.offloads:
+            self.copy_to_host(stream)
+        elif self.of_rank is None and any(self.slots[key].of_rank(self.rank) for key in self.bucketed):
+            reaching = sum(slot.numel for slot in self.slots.values() if slot.of_rank(self.rank))
+            self.of_rank = self._new((reaching,), self.dtype, "gradients of the rank's partition", stream, "gradients")
+        self.large = None
+        self.bucketed.clear()
+
+    def copy_to_host(self, stream: int) -> None:
+        """`copy_grads_in_partition` where the optimizer is on the host: norms in fp64, then casts to fp32, at a boundary."""
+        for numel in (self.slots[key].of_rank(self.rank) for key in self.bucketed if self.syncs):
+            if numel:
+                self._norm(numel, stream)
+                self._new((numel,), "fp32", "fp32 gradient", stream, "temporaries")
+
+    def _norm(self, numel: int, stream: int) -> None:
+        """The norm of a gradient, cast to fp64."""
+        wide = self._new((numel,), "fp64", "gradient for its norm", stream, "temporaries")
+        self.norms.append(self._new((), "fp64", "norm of a gradient", stream, "temporaries"))
+        del wide
+
+    def end_backward(self) -> None:
+        """`independent_gradient_partition_epilogue`. ZeRO-1 reduces here, and only at a boundary."""
+        if not self.partitions_gradients and not self.syncs:
+            return
+        by_key = dict(self.keys())
+        for key in self.slots:
+            if (p := by_key.get(key)) is not None and p.grad is not None:
+                self.reduce_independent(p)
+        self.reduce_ipg_grads()
+        if not self.averaged and self.of_rank is not None:
+            self.averaged = [self.of_rank]
+        self.of_rank = None  # later ones have been added to the first
+        self.buffers.clear()
+
+    def idle(self, families: set[str]) -> set[str]:
+        """The families that have received no gradients."""
+        return families - self.reduced
+
+    # -- step --------------------------------------------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """`scaled_global_norm`: the norm of each gradient of the rank, cast to fp64; then the first group is flattened."""
+        if self.offloads:
+            return
+        for slot in self.slots.values():
+            if numel := slot.of_rank(self.rank):
+                self._norm(numel, 0)
+        self.norms.clear()
+        self._flatten(0)
+
+    def groups(self, trained: list[Family]) -> Iterator[list[Family]]:
+        """What the optimizer steps over, group by group; nothing where it is on the host."""
+        self.norms.clear()
+        for number, master in enumerate(trained if not self.offloads else ()):
+            if number:
+                self._flatten(number)
+            yield [master]
+            self.flat = None
+
+    def _flatten(self, group: int) -> None:
+        """The gradients of a group in one tensor, cast to fp32. The last group's free those of the rank's partition."""
+        of_group = [slot for slot in self.slots.values() if slot.group == group and slot.of_rank(self.rank)]
+        numel = self.masters[group].numel
+        flat = None
+        if len(of_group) > 1:
+            flat = self._new((numel,), self.dtype, "flat gradients", 0, "gradients")
+        self.flat = self._new((numel,), "fp32", "fp32 gradients", 0, "gradients")
+        del flat
+        if not any(slot.group > group and slot.of_rank(self.rank) for slot in self.slots.values()):
+            self.averaged.clear()
+
+    def _key(self, p: Parameter) -> Key:
+        if id(p) not in self._keys:
+            self._keys = {id(tensor): key for key, tensor in self.keys()}
+        return self._keys[id(p)]
+
+    def _new(self, dims: tuple[int, ...], dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
+        self.f.module = ""
+        tensor = self.f.new(dims, dtype, op)
+        number = tensor.storage.number  # type: ignore[union-attr]
+        self.f.category[number] = category
+        if stream:
+            self.f.streams[number] = stream
+        return tensor
