@@ -1,4 +1,4 @@
-"""Load a checkpoint on the CPU, adapt it and merge: `python loaded_in_host.py TINY FOLDER` prints the own memory of each.
+"""Load checkpoints on the CPU, adapt and merge each: `python loaded_in_host.py TINY FOLDER…` prints a line of memory for each.
 
 Own memory is anonymous: it stays out of the mapped pages of files. A tiny model goes first, so that libraries are loaded.
 """
@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def load(folder: str) -> peft.PeftModel:
 
 if __name__ == "__main__":
     load(sys.argv[1]).merge_and_unload()
-    model, loaded, _ = measured(lambda: load(sys.argv[2]))
-    _, _, merging = measured(model.merge_and_unload)
-    print(json.dumps({"loaded": loaded, "merging": merging}))
+    for folder in sys.argv[2:]:
+        model, loaded, _ = measured(partial(load, folder))
+        _, _, merging = measured(model.merge_and_unload)
+        print(json.dumps({"loaded": loaded, "merging": merging}))
+        del model

@@ -35,17 +35,20 @@ TINY, MODEL = config(64, 2, 256), config(1536, 4, 16_000)
 
 def saved(folder: Path, fields: dict[str, Any], dtype: Any) -> str:
     architecture = transformers.AutoConfig.for_model(**fields)
-    transformers.AutoModelForCausalLM.from_config(architecture, dtype=dtype).save_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    model.save_pretrained(folder)
     return str(folder)
 
 
-def measured(tiny: str, folder: str) -> dict[str, int]:
+def measured(*folders: str) -> list[dict[str, int]]:
+    """Of each folder after the first, what a process of all of them measured."""
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"}  # freed memory goes back at once
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), tiny, folder], check=True, capture_output=True, text=True, env=environment
-    )
-    numbers: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return numbers
+    done = subprocess.run([sys.executable, str(PROGRAM), *folders], check=True, capture_output=True, text=True, env=environment)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process")
@@ -54,10 +57,9 @@ def test_own_memory_is_what_is_said(tmp_path: Path) -> None:
     (merge, *_) = peftplan.serving(MODEL, r=16).merges
     assert host is not None
     assert host.merging == merge.total
-    tiny = saved(tmp_path / "tiny", TINY, torch.bfloat16)
-    converted = measured(tiny, saved(tmp_path / "fp32", MODEL, torch.float32))
+    models = {"tiny": (TINY, torch.bfloat16), "fp32": (MODEL, torch.float32), "bf16": (MODEL, torch.bfloat16)}
+    converted, mapped = measured(*(saved(tmp_path / name, *model) for name, model in models.items()))
     assert converted["loaded"] == pytest.approx(host.loading.bytes, rel=0.01, abs=SLACK)
     assert converted["merging"] == pytest.approx(merge.need.num_bytes, rel=0.05, abs=SLACK)
-    mapped = measured(tiny, saved(tmp_path / "bf16", MODEL, torch.bfloat16))
     assert mapped["loaded"] == pytest.approx(merge.adapter, rel=0.1, abs=SLACK), "the base is mapped from its file"
     assert mapped["loaded"] + mapped["merging"] < host.merging + SLACK

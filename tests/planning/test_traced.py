@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -92,14 +94,16 @@ def test_a_traced_job_is_judged_by_what_it_reserves(card: str, context: int, wor
     assert on_card.needed_bytes == (66 + context) * 2**20
 
 
-def test_a_trace_without_pictures_says_text_only() -> None:
+def test_a_trace_without_pictures_says_text_only(tmp_path: Path) -> None:
     from tests.cli.run import run
     from tests.trace.family_configs import FAMILIES
 
     small = FAMILIES["qwen2_vl"]
     (on_card,) = peftplan.estimate(small.config, method="lora", gpu="4GiB", **SHORT).gpus
     assert (on_card.verdict, on_card.scope, on_card.words) == ("fits", "text", "fits, text only")
-    job = ("estimate", "qwen2-vl-2b-instruct", "--gpu", "h100", "--engine", "trace", "--seq-len", "64", "--require-fit")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(small.config), encoding="utf-8")
+    job = ("estimate", str(config), "--gpu", "h100", "--engine", "trace", "--seq-len", "64", "--require-fit")
     assert run(*job).code == 1
     assert run(*job, "--text-only").code == 0
 
