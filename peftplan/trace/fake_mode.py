@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 VALUES = frozenset({int, float, bool, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format})
 """Types of arguments that enter the key with their type: 1 equals 1.0, but their products have different dtypes."""
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 
 
 class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -31,8 +32,12 @@ class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        """The remembered output, or what torch makes of the operation."""
+        """The remembered output, or what torch makes of the operation.
+
+        torch remembers no `_unsafe_view`, which below autograd is a view like any other.
+        """
         kwargs = kwargs or {}
+        func = torch.ops.aten.view.default if func is UNSAFE_VIEW else func
         key: Any = None if self.cache_crosscheck_enabled or not self.cache_enabled else self._dense_key(func, args, kwargs)
         entry: Any = key and FakeTensorMode.cache.get(key)
         if hasattr(entry, "output_infos"):

@@ -68,6 +68,7 @@ OPERATIONS: list[Callable[[], Any]] = [
     lambda: meta()[:2][1:],
     lambda: meta()[2:][1:],
     lambda: meta().view(2, 12)[1:],
+    lambda: torch.ops.aten._unsafe_view(meta() * 1, [2, 12])[1:],
     lambda: meta().sum(0),
     lambda: meta().sum(0, keepdim=True),
     lambda: meta().sum((0, 1)),
