@@ -9,16 +9,6 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peftplan.methods as methods
-from peftplan.analytic.ranks import (
-    divided,
-    loaded_if_full,
-    loaded_on_rank,
-    parameters_on_rank,
-    passing_on_rank,
-    setup_on_rank,
-    synced,
-    without_formula,
-)
 from peftplan.analytic.sizes import shape_facts, sizes, windows_of
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
@@ -167,9 +157,12 @@ def compiled(inventory: Inventory, *, compute_capability: str) -> Compiled:
 
 def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
     job, parameters, static, holding = inventory
-    setup, architecture = setup_on_rank(job), job.architecture
+    setup, computing, architecture = job.setup, parameters.all, job.architecture
+    if job.distributed is not None:
+        from peftplan.analytic import ranks
+
+        setup, computing = ranks.setup_on_rank(job), ranks.parameters_on_rank(inventory).all
     trained_again = _trained_again(job, parameters)
-    computing = parameters_on_rank(inventory).all
     model = Model(
         Tape(autocast=None if setup.autocast == "none" else setup.autocast),
         architecture,
@@ -179,7 +172,8 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         job.quant,
         adapter=adapter_of(job.method and job.method.peft_type),
     )
-    steady_step(model, divided(inventory, model, _program(job)._replace(left_alone=trained_again)))
+    program = _program(job)._replace(left_alone=trained_again)
+    steady_step(model, program if job.distributed is None else ranks.divided(inventory, model, program))
     of_step = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
     lasting = tuple(line for line in static if line.category != "gradients" and line.place == "device")
     optimizer = parse_optim(str(setup.optim))
@@ -209,11 +203,11 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         moved=job.quant is None and not setup.by.loads_on_device,
     )
     if model.units.every_layer:
-        load = loaded_on_rank(inventory, buffers, load)
-        passing = passing_on_rank(load, Ledger(loaded))
+        load = ranks.loaded_on_rank(inventory, buffers, load)
+        passing = ranks.passing_on_rank(load, Ledger(loaded))
     elif job.distributed is not None:
-        load = synced(parameters, load)
-        passing = passing_on_rank(load, Ledger(loaded)) or passing
+        load = ranks.synced(parameters, load)
+        passing = ranks.passing_on_rank(load, Ledger(loaded)) or passing
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is constructed after loading
         loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
@@ -227,7 +221,7 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         loading_bytes=loading.bytes(),
         early=early,
         built=tuple(line for line in loaded if line in beside),
-        load_if_full=loaded_if_full(load),
+        load_if_full=None if job.distributed is None else ranks.loaded_if_full(load),
         workspaces=workspaces,
         virtual_tokens=model.virtual_tokens,
         loss=_loss_sizes(job),
@@ -264,8 +258,11 @@ def _program(job: Job) -> Program:
 
 def _check(job: Job) -> None:
     """Raise NeedsTraceError or NoEngineError if a part of the job has no formula."""
-    if job.distributed is not None and (why := without_formula(job)) is not None:
-        raise NoEngineError(f"a step with {job.distributed.called}{why} (no formula yet)")
+    if job.distributed is not None:
+        from peftplan.analytic.ranks import without_formula
+
+        if (why := without_formula(job)) is not None:
+            raise NoEngineError(f"a step with {job.distributed.called}{why} (no formula yet)")
     if job.quant is not None and (why := without_peak(job.quant)) is not None:
         raise NoEngineError(why)
     model_type = job.architecture.model_type

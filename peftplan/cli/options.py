@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, get_args
 
 from peftplan.cli.command import option
-from peftplan.distributed.strategy import Place, Prefetch, StrategyName, WrapPolicy
+from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.job.trainers import Autocast, Loss, TrainerName
 from peftplan.job.words import MEANINGS, twice

@@ -53,13 +53,15 @@ class Trained(NamedTuple):
 def optimizer_file_bytes(trained: Iterable[Trained], *, cls: str, device: str = "cuda:0") -> int:
     """Bytes of `optimizer.pt`: states of the tensors with weight decay, then of the others, each in their order."""
     ordered = sorted(trained, key=lambda tensor: tensor.order)
-    decayed = [tensor for tensor in ordered if not NO_DECAY.search(tensor.name.lower())]
-    others = [tensor for tensor in ordered if NO_DECAY.search(tensor.name.lower())]
-    state: dict[int, Value] = {
-        number: {a.name: SavedTensor(a.dtype, a.dims, "cpu" if a.place == "host" else device) for a in tensor.states}
-        for number, tensor in enumerate((*decayed, *others))
-        if tensor.states
+    decayed: list[Trained] = []
+    others: list[Trained] = []
+    for tensor in ordered:
+        (others if NO_DECAY.search(tensor.name.lower()) else decayed).append(tensor)
+    saved = {
+        states: {a.name: SavedTensor(a.dtype, a.dims, "cpu" if a.place == "host" else device) for a in states}
+        for states in {tensor.states for tensor in ordered}
     }
+    state: dict[int, Value] = {number: saved[tensor.states] for number, tensor in enumerate((*decayed, *others)) if tensor.states}
     numbers = range(len(ordered))
     groups = [_group(cls, numbers[: len(decayed)]), _group(cls, numbers[len(decayed) :])]
     return file_bytes({"state": state, "param_groups": groups}, stem="optimizer")

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from peftplan.distributed.names import (
+    ALWAYS,
+    DEFAULT,
+    MOST_RANKS,
+    STRATEGIES,
+    Facts,
+    Place,
+    Prefetch,
+    StrategyName,
+    WrapPolicy,
+)
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError
 from peftplan.validation import first_error, listed
 
-StrategyName = Literal["ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3", "tp", "device-map"]
-Place = Literal["none", "cpu", "nvme"]
-WrapPolicy = Literal["transformer", "size", "none"]
-Prefetch = Literal["pre", "post", "none"]
-DEFAULT: StrategyName = "ddp"
-"""What Trainer under torchrun or accelerate does on several GPUs if no strategy is set."""
 Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
 MOST = 2**31
-MOST_RANKS = 2**17
-"""The most ranks that are accepted, far above any published run."""
 
 Size = Annotated[int, Field(ge=0, le=MOST * 2**10)]
 AutoSize = Size | Literal["auto"]
@@ -44,7 +47,7 @@ def _release(text: str) -> str:
 class Distributed(BaseModel):
     """A strategy, the GPUs that it divides a job over, and its parameters; None means: as the tool does it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True)  # most jobs run on one GPU
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     strategy: StrategyName = DEFAULT
     gpus: Ranks | None = None
@@ -123,44 +126,6 @@ class Distributed(BaseModel):
         return f"{self.facts.called} over {self.world_size} GPUs{where}"
 
 
-SHARDING = ("reshard_after_forward", "dp_shard_size", "offload_params", "wrap_policy", "transformer_cls_names_to_wrap")
-OF_FSDP = (*SHARDING, "min_num_params", "cpu_ram_efficient_loading", "param_dtype", "reduce_dtype", "sync_each_batch", "cp_size")
-OF_ZERO = (
-    *("offload_optimizer", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"),
-    "deepspeed_optimizer",
-)
-OF_ZERO_3 = (
-    *("offload_params", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
-    *("stage3_max_live_parameters", "stage3_max_reuse_distance", "zero3_init"),
-)
-
-
-class Facts(NamedTuple):
-    """What a strategy is called, and the parameters that it takes beside `gpus`, `nodes` and `accelerate`."""
-
-    called: str
-    takes: tuple[str, ...] = ()
-    splits_weights: bool = False
-    """Whether a rank holds only a part of the weights between steps."""
-
-
-STRATEGIES: dict[StrategyName, Facts] = {
-    "ddp": Facts(
-        "DDP",
-        ("bucket_cap_mb", "gradient_as_bucket_view", "find_unused_parameters", "static_graph", "sync_each_batch"),
-    ),
-    "fsdp2": Facts("FSDP2", (*OF_FSDP, "tp_size"), splits_weights=True),
-    "fsdp1": Facts("FSDP1", (*OF_FSDP, "backward_prefetch", "forward_prefetch", "use_orig_params"), splits_weights=True),
-    "zero1": Facts("ZeRO-1", OF_ZERO),
-    "zero2": Facts("ZeRO-2", OF_ZERO),
-    "zero3": Facts("ZeRO-3", (*OF_ZERO, *OF_ZERO_3), splits_weights=True),
-    "tp": Facts("tensor parallelism", ("tp_size", "ep_size", "pp_size"), splits_weights=True),
-    "device-map": Facts("device_map", splits_weights=True),
-}
-ALWAYS = ("strategy", "gpus", "nodes", "accelerate")
-"""Fields that every strategy has."""
-
-
 def parse_distributed(options: Mapping[str, Any]) -> Distributed | None:
     """The strategy of these options; None for one GPU.
 
@@ -217,6 +182,3 @@ def _check_divisible(distributed: Distributed) -> None:
             distributed.reshard_after_forward,
             f"accepted: true, false, or a divisor of the {distributed.shards} GPUs",
         )
-
-
-DISTRIBUTED_OPTIONS = frozenset(Distributed.model_fields)

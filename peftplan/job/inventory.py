@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan import parameters
-from peftplan.distributed.shards import Holding, holding
 from peftplan.job.job import Job
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.parameters import Parameters
+
+if TYPE_CHECKING:
+    from peftplan.distributed.shards import Holding
 
 
 class Inventory(NamedTuple):
@@ -47,6 +49,8 @@ def inventory(job: Job) -> Inventory:
     built = built._replace(buffers=buffers)
     own = None
     if job.distributed is not None:
+        from peftplan.distributed.shards import holding
+
         hidden_size = architecture.hidden_size or 0
         own = holding(built, job.distributed, autocast=str(setup.autocast), quantized=quant is not None, hidden_size=hidden_size)
     on_rank = built if own is None else own.parameters

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
-from peftplan.distributed.strategy import Distributed
 from peftplan.job.request import Request
 from peftplan.job.script import Script
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.storage import QuantConfig
+
+if TYPE_CHECKING:
+    from peftplan.distributed.strategy import Distributed
 
 
 class Job(NamedTuple):

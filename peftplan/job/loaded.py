@@ -13,11 +13,8 @@ from peftplan.arch.modules import Architecture
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, PeftplanError
 from peftplan.job import sources
-from peftplan.methods import METHODS
 from peftplan.methods.adaptation import Adaptation, trained_params
 
-PARTIAL = METHODS["full"]._replace(name="partial", summary="the parameters of the base that require gradients train")
-"""The method of a model without an adapter, some of whose parameters are frozen."""
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")
 """Attributes that say whether a model checkpoints: the current name, then an older one."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypedDict
 
-from peftplan.distributed.strategy import Place, Prefetch, StrategyName, WrapPolicy
+from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
 from peftplan.job.script import Script
 from peftplan.job.trainers import Autocast, Loss, TrainerName
 

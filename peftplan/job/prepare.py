@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peftplan.methods as methods
 from peftplan import versions
 from peftplan.arch.modules import Architecture
-from peftplan.distributed.strategy import Distributed, parse_distributed
+from peftplan.distributed.names import OPTIONS
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
 from peftplan.job import sources as architectures
 from peftplan.job.job import Job
 from peftplan.job.launch import FILES, launch_options
-from peftplan.job.loaded import PARTIAL
 from peftplan.job.request import Request, read_request
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolved
@@ -26,6 +25,11 @@ from peftplan.methods.saved import SAVED_HEADS
 from peftplan.methods.unmatched import unmatched_targets
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
 
+if TYPE_CHECKING:
+    from peftplan.distributed.strategy import Distributed
+
+PARTIAL = methods.METHODS["full"]._replace(name="partial", summary="the parameters of the base that require gradients train")
+"""The method of a loaded model without an adapter, some of whose parameters are frozen."""
 NOT_ON_4_BIT = ("loha", "lokr")
 """Methods whose forward adds an update to the packed weight itself (`LycorisLayer`, peft) and raises a RuntimeError."""
 
@@ -70,7 +74,7 @@ def prepared(request: Request) -> Job:
     chosen = frozenset(name for name, value in options.items() if value is not None)
     launched, options = _launched(options)
     setup_options, method_options = _separate(options)
-    distributed = parse_distributed(launched)
+    distributed = _distributed(launched)
     kind, config, adapter = _method(method, peft_config, method_options)
     model = architectures.read(model)
     model_config = architectures.load_config(model)
@@ -140,8 +144,16 @@ def _launched(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     from_files, _ = launch_options(options)
     options = {name: value for name, value in options.items() if name not in FILES}
     options |= {name: value for name, value in from_files.items() if options.get(name) is None}
-    strategy = Distributed.model_fields
-    return {k: v for k, v in options.items() if k in strategy}, {k: v for k, v in options.items() if k not in strategy}
+    return {k: v for k, v in options.items() if k in OPTIONS}, {k: v for k, v in options.items() if k not in OPTIONS}
+
+
+def _distributed(launched: Mapping[str, Any]) -> Distributed | None:
+    """The strategy of these options; None for one GPU, most jobs, which do not pay for its schema."""
+    if all(value is None for value in launched.values()):
+        return None
+    from peftplan.distributed.strategy import parse_distributed
+
+    return parse_distributed(launched)
 
 
 def _separate(options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:

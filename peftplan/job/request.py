@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.job import sources
-from peftplan.job.loaded import Loaded, read
 from peftplan.job.script import NO_SCRIPT, Script
+
+if TYPE_CHECKING:
+    from peftplan.job.loaded import Loaded
 
 
 class Request(NamedTuple):
@@ -66,6 +68,8 @@ def read_request(
 
         model = ecosystem.base_model(peft_config)
     elif sources.module_config(model) is not None:
+        from peftplan.job.loaded import read
+
         loaded = read(model)
         model = loaded.config
     request = Request(model, method, script=script, options=options, loaded=loaded)

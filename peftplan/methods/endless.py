@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -77,6 +76,8 @@ def _seconds(names: tuple[str, ...]) -> float:
 @lru_cache(maxsize=64)
 def _ends(pattern: str, names: tuple[str, ...]) -> bool:
     """Whether another process matches all names in time; False if none can be started."""
+    import subprocess
+
     seconds = _seconds(names)
     try:
         tried = subprocess.run(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from peftplan.errors import UnknownNameError
-from peftplan.results.advice import Advised
 from peftplan.results.estimate import Estimate, Verdict
+
+if TYPE_CHECKING:
+    from peftplan.results.advice import Advised
 
 
 def advice(estimate: Estimate, *, gpu: str | None = None) -> dict[str, Advised]:

@@ -17,7 +17,7 @@ from peftplan.job.job import Job
 from peftplan.ledger import Ledger
 from peftplan.optim import parse_optim, parse_optim_args, states
 from peftplan.parameters import Parameters
-from peftplan.planning import serving
+from peftplan.planning import finished
 from peftplan.results.host import CheckpointFiles, Host, Loading
 
 
@@ -37,7 +37,7 @@ def _loading(job: Job, built: Parameters) -> Loading:
     """Trainer moves a dense model to the card once it is built, so all of it is in host memory first; a quantized one, and one
     that a plain loop loads with `device_map`, go to the card tensor by tensor.
     """
-    dense = serving.loaded_parameters(job, adapter_dtype=str(job.setup.adapter_dtype), quant=None)
+    dense = finished.loaded_parameters(job, adapter_dtype=str(job.setup.adapter_dtype), quant=None)
     base = residents.base_bytes(job.architecture, dense, dtype=job.setup.dtype, device="cpu")
     adapter = residents.adapter_bytes(job.adaptation, dense, dtype=str(job.setup.adapter_dtype), device="cpu")
     largest = max((a.nbytes for p in dense.all if p.owner == "base" for a in p.allocations), default=0)
@@ -57,7 +57,7 @@ def _loading(job: Job, built: Parameters) -> Loading:
 
 def _merging(job: Job) -> int | None:
     try:
-        return serving.merge_on_cpu(job)
+        return finished.merge_on_cpu(job)
     except PeftplanError:
         return None
 
@@ -76,7 +76,7 @@ def _checkpoint(job: Job, built: Parameters) -> CheckpointFiles:
 
 def _model_files(job: Job) -> tuple[str, int | None]:
     """The adapter where there is one, else the whole model."""
-    for name, size in (("adapter_model.safetensors", serving.adapter_bytes), ("model.safetensors", serving.model_bytes)):
+    for name, size in (("adapter_model.safetensors", finished.adapter_bytes), ("model.safetensors", finished.model_bytes)):
         try:
             return name, size(job)
         except PeftplanError:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import NeedsTraceError, RefusedError
-from peftplan.hardware.gpus import Gpu
 from peftplan.job.inventory import Inventory, inventory
 from peftplan.job.job import Job
 from peftplan.job.prepare import config_of, prepared
@@ -16,12 +15,13 @@ from peftplan.job.tasks import without_loss
 from peftplan.ledger import Ledger
 from peftplan.planning.assumed import NCCL, NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, outside
 from peftplan.planning.verdicts import capability, card_notes, verdict
-from peftplan.results.advice import Advised
-from peftplan.results.distributed import OverGpus, RankGroup
 from peftplan.results.estimate import Estimate, Peaks, Verdict
 
 if TYPE_CHECKING:
     from peftplan.analytic.grid import Grid
+    from peftplan.hardware.gpus import Gpu
+    from peftplan.results.advice import Advised
+    from peftplan.results.distributed import OverGpus
     from peftplan.results.host import Host
 
 
@@ -234,6 +234,8 @@ def _over_gpus(job: Job, static: Ledger, peaks: Peaks | None) -> OverGpus | None
     """What the ranks hold. They are counted alike: shards of rank 0 are full, and no rank's are larger."""
     if job.distributed is None:
         return None
+    from peftplan.results.distributed import OverGpus, RankGroup
+
     ranks = (0, job.distributed.world_size - 1)
     return OverGpus(
         job.distributed,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from peftplan import parameters
-from peftplan.deployment import adapter_file, checkpoint, kv_cache, merging, residents
+from peftplan.deployment import adapter_file, kv_cache, residents
 from peftplan.deployment.decoding import step_bytes
-from peftplan.deployment.safetensors import file_bytes
-from peftplan.deployment.scratch import Device
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, MissingExtraError, NeedsTraceError, RefusedError
 from peftplan.job.inventory import adapter_dtypes
@@ -21,26 +18,23 @@ from peftplan.job.setup import Count
 from peftplan.job.tasks import rotary_positions
 from peftplan.job.words import named_as_typed
 from peftplan.planning.assumed import config_facts, model_facts, unquantized
-from peftplan.planning.serving_result import (
-    KV_CACHE,
-    LEFT_OUT,
-    OF_A_CARD,
+from peftplan.planning.finished import (
+    LOADED_ADAPTER_DTYPE,
     AdapterFile,
-    Cache,
-    Checkpoint,
-    Loaded,
-    MergeMemory,
-    Serving,
+    checkpoint_of,
+    file_of,
+    loaded_parameters,
+    merges_of,
+    peft_type_of,
+    quantized_merge,
+    shown_name,
 )
+from peftplan.planning.serving_result import KV_CACHE, LEFT_OUT, OF_A_CARD, Cache, Loaded, Serving
 from peftplan.planning.serving_room import MOST_ADAPTERS, MOST_TOKENS, Served, verdict_on
 from peftplan.planning.verdicts import find_cards
-from peftplan.storage import QuantConfig
 from peftplan.validation import first_error
 
 Value = TypeVar("Value")
-
-LOADED_ADAPTER_DTYPE = "fp32"
-"""What `PeftModel.from_pretrained` makes of an adapter in 16 bits (`autocast_adapter_dtype`), and so what is merged."""
 
 
 class Request(BaseModel):
@@ -92,17 +86,17 @@ def serving(
     )
     if request.adapters > 1 and job.adaptation.trained:
         raise RefusedError(
-            f"adapters: {_name(job)} changes parameters of the base itself, so only one is served by it; accepted: 1"
+            f"adapters: {shown_name(job)} changes parameters of the base itself, so only one is served by it; accepted: 1"
         )
     most = job.architecture.max_positions
     if most is not None and request.context > most:
         raise InputError("context", request.context, f"accepted: up to {most}, the positions of the model")
     refused: dict[str, str] = {}
-    file = _unless_refused(refused, "adapter_file", lambda: _file(job, {**job.adapter, **options}))
-    merged = _unless_refused(refused, "merged_checkpoint", lambda: _checkpoint(job))
-    merges = _unless_refused(refused, "merge_memory", lambda: _merges(job), required=merge) or ()
+    file = _unless_refused(refused, "adapter_file", lambda: file_of(job, {**job.adapter, **options}))
+    merged = _unless_refused(refused, "merged_checkpoint", lambda: checkpoint_of(job))
+    merges = _unless_refused(refused, "merge_memory", lambda: merges_of(job), required=merge) or ()
     if merges and job.quant is not None:
-        quantized = _unless_refused(refused, "merge_memory.gpu_quantized", lambda: _quantized_merge(job))
+        quantized = _unless_refused(refused, "merge_memory.gpu_quantized", lambda: quantized_merge(job))
         merges = (*merges, quantized) if quantized else merges
     cache = _unless_refused(refused, "kv_cache", lambda: _cache(job, request))
     loaded, cards = _resident(job, request, file), find_cards(gpu)
@@ -110,7 +104,7 @@ def serving(
     uncounted = cache is None and job.architecture.task_type in kv_cache.GENERATES
     return Serving(
         model=model_facts(job.architecture),
-        method={"name": _name(job), "config": config_facts(job.config, job.adapter)},
+        method={"name": shown_name(job), "config": config_facts(job.config, job.adapter)},
         file=file,
         checkpoint=merged,
         merges=merges,
@@ -139,111 +133,6 @@ def _unless_refused(refused: dict[str, str], part: str, make: Callable[[], Value
             raise
         refused[part] = str(reason)
         return None
-
-
-def _name(job: Job) -> str:
-    return job.method_name.replace("_", "-")
-
-
-def _peft_type(job: Job) -> str | None:
-    """peft's name for the method, or None."""
-    if job.method is not None:
-        return job.method.peft_type
-    return str(getattr(job.adapter["peft_type"], "value", job.adapter["peft_type"]))
-
-
-def _file(job: Job, fields: Mapping[str, Any]) -> AdapterFile:
-    """The file as training leaves it, in the dtypes of the trained tensors; `fields` holds fields that change no count too."""
-    peft_type = _peft_type(job)
-    if peft_type is None:
-        raise RefusedError(f"{_name(job)} is not a peft method, so peft writes no adapter file for it")
-    adapter_dtype, trained_dtype = adapter_dtypes(job.setup)
-    if job.method is None:
-        from peftplan.libraries.saved import saved_tensors
-
-        base_dtype = "fp32" if job.setup.kbit_prepare else job.setup.dtype
-        kept = saved_tensors(
-            config_of(job.model, job.setup),
-            job.adapter,
-            task_type=job.architecture.task_type,
-            dtype=base_dtype,
-            adapter_dtype=trained_dtype or adapter_dtype,
-        )
-        return AdapterFile(file_bytes(kept), kept)
-    trained = parameters.build(
-        job.architecture,
-        job.adaptation,
-        dtype=job.setup.dtype,
-        adapter_dtype=adapter_dtype,
-        quant=job.quant,
-        kbit_prepare=bool(job.setup.kbit_prepare),
-        trained_dtype=trained_dtype,
-    )
-    saving = adapter_file.Saving(
-        peft_type,
-        bias=getattr(job.config, "bias", fields.get("bias", "none")),
-        save_projection=bool(fields.get("save_projection", True)),
-        token_indices=bool(getattr(job.config, "trainable_token_indices", fields.get("trainable_token_indices"))),
-    )
-    tensors = adapter_file.adapter_tensors(job.architecture, job.adaptation, trained, saving, adapter_dtype=adapter_dtype)
-    return AdapterFile(file_bytes(tensors), tensors)
-
-
-def loaded_parameters(job: Job, *, adapter_dtype: str, quant: QuantConfig | None) -> parameters.Parameters:
-    """Base and adapter as loaded for inference, without preparation for training."""
-    return parameters.build(
-        job.architecture, job.adaptation, dtype=job.setup.dtype, adapter_dtype=adapter_dtype, quant=quant, kbit_prepare=False
-    )
-
-
-def adapter_bytes(job: Job) -> int:
-    """Bytes of the adapter's file. Raises RefusedError where peft writes none."""
-    fields = {} if job.config is None else job.config.model_dump()
-    return _file(job, {**fields, **job.adapter}).num_bytes
-
-
-def model_bytes(job: Job) -> int:
-    """Bytes of the model's files, of a method that trains the base itself."""
-    return _checkpoint(job).num_bytes
-
-
-def merge_on_cpu(job: Job) -> int:
-    """Host memory at the peak of a merge into the base in its own dtype. Raises RefusedError where there is none."""
-    merging.refuse_unmergeable(_peft_type(job), name=_name(job), quant=None)
-    return _merge_on(job, "cpu", None).total
-
-
-def _checkpoint(job: Job) -> Checkpoint:
-    """The merged model in the dtype of the base, not quantized; of a method that trains the base itself, that base."""
-    if _name(job) not in merging.TRAINS_BASE:
-        merging.refuse_unmergeable(_peft_type(job), name=_name(job), quant=None)
-    dense = loaded_parameters(job, adapter_dtype=LOADED_ADAPTER_DTYPE, quant=None)
-    storages = checkpoint.merged_storages(job.architecture, job.adaptation, dense, dtype=job.setup.dtype)
-    return Checkpoint(job.setup.dtype, checkpoint.shards(storages), sum(map(len, storages)))
-
-
-def _merges(job: Job) -> tuple[MergeMemory, ...]:
-    """Into the base in its own dtype, on the CPU and on a GPU."""
-    merging.refuse_unmergeable(_peft_type(job), name=_name(job), quant=None)
-    return _merge_on(job, "cpu", None), _merge_on(job, "gpu", None)
-
-
-def _quantized_merge(job: Job) -> MergeMemory:
-    """Into the base as it is stored, on a GPU."""
-    merging.refuse_unmergeable(_peft_type(job), name=_name(job), quant=job.quant)
-    return _merge_on(job, "gpu", job.quant)
-
-
-def _merge_on(job: Job, device: Device, quant: QuantConfig | None) -> MergeMemory:
-    loaded, dtype = loaded_parameters(job, adapter_dtype=LOADED_ADAPTER_DTYPE, quant=quant), job.setup.dtype
-    kind = merging.Merging(str(_peft_type(job)), dtype, LOADED_ADAPTER_DTYPE, device, quant)
-    adapter = residents.adapter_bytes(job.adaptation, loaded, dtype=LOADED_ADAPTER_DTYPE, device=device)
-    return MergeMemory(
-        place=device if quant is None else "gpu_quantized",
-        base=residents.base_bytes(job.architecture, loaded, dtype=dtype, device=device),
-        adapter=adapter + residents.shared_bytes(job.adaptation, dtype=LOADED_ADAPTER_DTYPE, device=device),
-        need=merging.largest_need(job.architecture, job.adaptation, loaded, kind),
-    )
 
 
 def _resident(job: Job, request: Request, file: AdapterFile | None) -> Loaded:
@@ -286,7 +175,7 @@ def _cache(job: Job, request: Request) -> Cache:
     A model whose attention has no description here is run without weights by the installed transformers.
     """
     virtual = int(getattr(job.config, "num_virtual_tokens", 0))
-    in_encoder = job.architecture.task_type == "SEQ_2_SEQ_LM" and _peft_type(job) != "PREFIX_TUNING"
+    in_encoder = job.architecture.task_type == "SEQ_2_SEQ_LM" and peft_type_of(job) != "PREFIX_TUNING"
     context = request.context + (0 if in_encoder else virtual)
     encoder = (request.encoder_context or request.context) + (virtual if in_encoder else 0)
     arch, size, dtype = job.architecture, request.batch_size, job.setup.dtype

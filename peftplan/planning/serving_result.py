@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftplan.deployment.kv_cache import CacheTensor, growing_bytes
-from peftplan.deployment.merging import Need
-from peftplan.deployment.safetensors import StoredTensor
 from peftplan.frames import as_html, dataframe
+from peftplan.planning.finished import AdapterFile, Checkpoint, MergeMemory
 from peftplan.results.estimate import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -23,68 +22,6 @@ OF_A_CARD = ("what decoding a token holds for a moment", "CUDA context and works
 """What only the verdict on a card includes."""
 KV_CACHE = "the KV cache"
 """What the sum also leaves out if the model has a cache that cannot be counted here."""
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """`adapter_model.safetensors` of one adapter: its bytes with the header, and its tensors."""
-
-    num_bytes: int
-    tensors: tuple[StoredTensor, ...] = field(repr=False)
-
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """The dtypes of its tensors."""
-        return tuple(sorted({tensor.dtype for tensor in self.tensors}))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        count = len(self.tensors)
-        return {"name": "adapter_model.safetensors", "bytes": self.num_bytes, "tensors": count, "dtypes": list(self.dtypes)}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The merged model's safetensors files: bytes of each, headers included; the index of a sharded one is not among them."""
-
-    dtype: str
-    files: tuple[int, ...]
-    tensors: int
-
-    @property
-    def num_bytes(self) -> int:
-        """All files."""
-        return sum(self.files)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {"dtype": self.dtype, "bytes": self.num_bytes, "files": list(self.files), "tensors": self.tensors}
-
-
-@dataclass(frozen=True)
-class MergeMemory:
-    """Bytes at the peak of `merge_and_unload` in one place: `cpu`, `gpu`, or `gpu_quantized`, into weights as they are stored."""
-
-    place: str
-    base: int
-    adapter: int
-    need: Need
-
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return self.base + self.adapter + self.need.num_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; `host` waits on the CPU while the GPU merges."""
-        return {
-            "base": self.base,
-            "adapter": self.adapter,
-            "temporaries": self.need.num_bytes,
-            "total": self.total,
-            "host": self.need.host_bytes,
-            "largest": self.need.module.replace("{}", "*"),
-        }
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from peftplan.distributed.strategy import MOST_RANKS
+from peftplan.distributed.names import MOST_RANKS
 from peftplan.errors import InputError
 from peftplan.job.requirements import pair
 from peftplan.job.setup import Setup

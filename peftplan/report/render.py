@@ -7,8 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftplan.report import peak, tabular
-from peftplan.report.markdown import plain
+from peftplan.report import tabular
 from peftplan.report.tabular import Column
 from peftplan.results.estimate import Estimate
 from peftplan.units import MIB
@@ -39,6 +38,8 @@ def estimate(result: Estimate, *, fmt: str, verbose: bool, explain_peak: bool = 
     instead of the lines.
     """
     if explain_peak:
+        from peftplan.report import peak
+
         peak.peaks_of(result)
     if fmt == "json":
         _json(result.to_dict() | ({"largest": peak.facts(result)} if explain_peak else {}))
@@ -56,6 +57,8 @@ def estimate(result: Estimate, *, fmt: str, verbose: bool, explain_peak: bool = 
 def estimates(results: Sequence[Estimate], *, fmt: str, verbose: bool, explain_peak: bool = False) -> None:
     """Estimates of one job on different numbers of GPUs: in JSON a list, for people one after the other."""
     if fmt == "json" and len(results) > 1:
+        from peftplan.report import peak
+
         largest = [{"largest": peak.facts(result)} if explain_peak else {} for result in results]
         _json([result.to_dict() | more for result, more in zip(results, largest, strict=True)])
         return
@@ -91,7 +94,7 @@ def replayed(result: Replayed, *, fmt: str) -> None:
     below = "\n".join(report.remarks(result))
     _rows(report.COLUMNS, report.cells(result), report.facts(result), fmt=fmt, above=report.heading(result), below=below)
     if fmt == "markdown":
-        print(f"\n{plain(report.heading(result))}", *map(plain, report.remarks(result)), sep="\n\n")
+        print(f"\n{_markdown(report.heading(result))}", *map(_markdown, report.remarks(result)), sep="\n\n")
 
 
 def serving(result: Serving, *, fmt: str) -> None:
@@ -117,7 +120,7 @@ def _serving_head(result: Serving, *, fmt: str) -> None:
 
     lines = list(report.verdicts(result, screen.glyphs()))
     if fmt == "markdown":
-        print(f"## {plain(report.heading(result))}\n", *(f"{plain(line.strip())}\n" for line, _ in lines), sep="\n")
+        print(f"## {_markdown(report.heading(result))}\n", *(f"{_markdown(line.strip())}\n" for line, _ in lines), sep="\n")
         return
     print(tabular.printable(report.heading(result)))
     screen.show(row for line, colour in lines for row in screen.wrapped(line, screen.width(), colour=colour))
@@ -155,7 +158,7 @@ def comparison(result: Comparison, *, fmt: str) -> None:
     cells, below = comparing.cells(result), "\n".join(comparing.errors(result)) or None
     _rows(comparing.COLUMNS, cells, result.records(), fmt=fmt, above=comparing.heading(result), below=below)
     if fmt == "markdown" and below:
-        print(f"\n{plain(below)}")
+        print(f"\n{_markdown(below)}")
 
 
 def oom(result: Diagnosis, *, fmt: str) -> None:
@@ -347,11 +350,18 @@ def _rows(
 def _remarks(lines: Sequence[str], *, fmt: str) -> None:
     """Lines of text: folded to the terminal, or as paragraphs."""
     if fmt == "markdown":
-        print("\n\n".join(map(plain, lines)))
+        print("\n\n".join(map(_markdown, lines)))
     else:
         from peftplan.report import terminal
 
         terminal.show(terminal.console(), lines)
+
+
+def _markdown(text: str) -> str:
+    """A line of text in Markdown."""
+    from peftplan.report.markdown import plain
+
+    return plain(text)
 
 
 def _json(value: object) -> None:

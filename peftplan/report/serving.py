@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from peftplan.deployment.kv_cache import growing_bytes
-from peftplan.planning.serving_result import KV_CACHE, MergeMemory, Serving
+from peftplan.planning.finished import MergeMemory
+from peftplan.planning.serving_result import KV_CACHE, Serving
 from peftplan.planning.serving_verdict import Limits
 from peftplan.report.cards import card_name
 from peftplan.report.screen import Colour, Glyphs

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from peftplan.distributed.strategy import ALWAYS, Distributed
+from peftplan.distributed.names import ALWAYS
+
+if TYPE_CHECKING:
+    from peftplan.distributed.strategy import Distributed
 
 
 class Peaks(Protocol):

@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from peftplan.errors import InputError
 from peftplan.frames import as_html, dataframe
 from peftplan.ledger import CATEGORIES, OF_SEVERAL_GPUS, Category, Ledger, Line
-from peftplan.methods.adaptation import Adaptation
-from peftplan.parameters import Parameters
-from peftplan.results.advice import Advised
-from peftplan.results.distributed import OverGpus
-from peftplan.results.series import Recording
 from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from peftplan.methods.adaptation import Adaptation
+    from peftplan.parameters import Parameters
     from peftplan.results.advice import Advised
+    from peftplan.results.distributed import OverGpus
     from peftplan.results.host import Host
+    from peftplan.results.series import Recording
 
 SCHEMA_VERSION = 1
 PHASES = ("load", "forward", "backward", "step")

@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from peftplan.datafiles import load
-from peftplan.distributed.strategy import MOST_RANKS
+from peftplan.distributed.names import MOST_RANKS
 from peftplan.errors import PeftplanError
 from peftplan.job.configs.documents import word
 from peftplan.job.configs.plan import Unsupported

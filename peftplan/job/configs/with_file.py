@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import peftplan.methods as methods
-from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.names import OPTIONS
 from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
 from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.setup import Setup
@@ -65,7 +65,7 @@ def fitting(options: Mapping[str, Any]) -> dict[str, Any]:
         fields = methods.config_class(method).model_fields
     except (UnknownNameError, PeftplanError):
         return dict(options)
-    known = {"method", "peft_config", *Setup.model_fields, *Distributed.model_fields, *fields}
+    known = {"method", "peft_config", *Setup.model_fields, *OPTIONS, *fields}
     kept = {name: value for name, value in options.items() if name in known}
     stored = OF_A_STORED_BASE if method.name == "full" or kept.get("quant") == "none" else ()
     return {name: value for name, value in kept.items() if name not in stored}

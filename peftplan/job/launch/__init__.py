@@ -5,16 +5,13 @@ Every field stands in one of three tables: what it sets here, that no byte of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 
 from peftplan.errors import InputError, OptionError
-from peftplan.job.launch import accelerate, deepspeed
 
-FILES: dict[str, Callable[[object], dict[str, object]]] = {
-    "accelerate_config": accelerate.options,
-    "deepspeed": deepspeed.options,
-}
-"""Option that names a launch file → what reads it."""
+FILES = {"accelerate_config": "accelerate", "deepspeed": "deepspeed"}
+"""Option that names a launch file → the module of this package whose `options` reads it."""
 
 
 def launch_options(options: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, ...]]:
@@ -22,7 +19,8 @@ def launch_options(options: Mapping[str, object]) -> tuple[dict[str, object], tu
     from_files: dict[str, object] = {}
     named = [field for field in FILES if options.get(field) is not None]
     for field in named:
-        for name, value in FILES[field](options[field]).items():
+        read = import_module(f"peftplan.job.launch.{FILES[field]}").options
+        for name, value in read(options[field]).items():
             if name in from_files and from_files[name] != value and name != "strategy":
                 raise OptionError(field, options[field], f"{name} is {from_files[name]} in accelerate_config and {value} here")
             from_files[name] = value
