@@ -77,7 +77,7 @@ class Line(NamedTuple):
 
     def bytes(self) -> int:
         """Bytes that the allocator counts for this line; on the host those of the tensors themselves."""
-        size = ITEMSIZE[self.dtype] * prod(self.shape)
+        size = ITEMSIZE[self.dtype] * prod([dim if isinstance(dim, int) else self.sizes[dim] for dim in self.dims])
         return self.copies * (size if self.place == "host" else round512(size))
 
     @property
@@ -120,5 +120,8 @@ class Ledger:
 
     def by_category(self) -> dict[Category, int]:
         """Device bytes of each category, in the fixed order of `EVERY_CATEGORY`; those of several GPUs where there are any."""
-        sizes = {category: self.bytes([category]) for category in EVERY_CATEGORY}
+        sizes = dict.fromkeys(EVERY_CATEGORY, 0)
+        for line in self.lines:
+            if line.place == "device":
+                sizes[line.category] += line.bytes()
         return {category: nbytes for category, nbytes in sizes.items() if nbytes or category not in OF_SEVERAL_GPUS}

@@ -8,12 +8,13 @@ batch size is another table. `replay` feeds it to a model of torch's caching all
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from peftplan.allocator.blocks import Block
     from peftplan.allocator.core import Allocator
+    from peftplan.allocator.events import Event
 
 try:
     from peftplan.allocator import _replay
@@ -61,6 +62,36 @@ class Replayed(NamedTuple):
 
     allocated: dict[str, int]
     reserved: int
+
+
+def of_log(log: Iterable[Event]) -> tuple[Program, list[int]]:
+    """A log of allocations on one stream, frees and emptied caches as a program, with its table of sizes."""
+    handles: dict[int, int] = {}
+    sizes: dict[int, int] = {}
+    phases: dict[str, int] = {}
+    events = array("q")
+    before = None
+    for kind, number, nbytes, _, phase, *_ in log:
+        if phase != before:
+            before = phase
+            events.extend((PHASE, phases.setdefault(phase, len(phases)), 0, 0, 0))
+        if kind == "alloc":
+            handle = handles.setdefault(number, len(handles))
+            events.extend((HOLD, handle, sizes.setdefault(nbytes, len(sizes)), 0, 0))
+        elif kind == "free":
+            events.extend((LET_GO, handles[number], 0, 0, 0))
+        elif kind == "empty_cache":
+            events.extend((EMPTY, 0, 0, 0, 0))
+    return Program(events.tobytes(), 0, len(handles), tuple(phases)), [*sizes]
+
+
+def runs_within(program: Program, sizes: Sequence[int], capacity: int, *, ties_by_address: bool = False) -> bool:
+    """Whether a program runs where the device cannot give more than `capacity` bytes."""
+    try:
+        replay(program, sizes, ties_by_address=ties_by_address, capacity=capacity)
+    except MemoryError:
+        return False
+    return True
 
 
 def replay(program: Program, sizes: Sequence[int], *, ties_by_address: bool = False, capacity: int | None = None) -> Replayed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -253,6 +254,9 @@ def _json(name: str, text: str, shown: str, accepted: str) -> object:
         raise InputError(name, shown, f"accepted: {accepted}") from None
 
 
+UNCOMPILED = "TORCHDYNAMO_DISABLE"
+"""The variable by which torch runs compiled functions as they are."""
+
 torch_option = option(
     "--torch",
     rare=True,
@@ -299,8 +303,20 @@ def computed_by(engine: str) -> Iterator[dict[str, Any]]:
         return
     from peftplan.report.progress import waiting
 
-    with waiting("tracing") as progress:
+    with _uncompiled(), waiting("tracing") as progress:
         yield {"engine": engine, "progress": progress}
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """No torch.compile: at import bitsandbytes compiles kernels for the CPU, which no trace runs, and that loads the compiler."""
+    unset = UNCOMPILED not in os.environ
+    os.environ.setdefault(UNCOMPILED, "1")
+    try:
+        yield
+    finally:
+        if unset:
+            del os.environ[UNCOMPILED]
 
 
 def counted(gpu: tuple[str, ...], fields: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, int]]:

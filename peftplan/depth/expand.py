@@ -224,15 +224,16 @@ class _Writer:
 
     def _append(self, run: Run, *, shift: int | None) -> None:
         """The moments of one run; `shift` is how far its layer moves, None for a run of no layer."""
-        for moment in run.moments:
-            place = self._places.get(moment.storage.id)
-            key: Place | int = moment.storage.id if place is None else self._moved(place, run.layer, shift)
-            if moment.kind == "alloc":
-                self._storages[key] = self._copied(moment.storage, key)
-            elif key not in self._storages:
-                raise NotRepeatingError(f"{moment.storage.op} in {moment.module} is freed before it is allocated")
-            module = moment.module if shift in (None, 0) else self._renamed(moment.module, int(run.layer or 0) + int(shift or 0))
-            self.log.append(Moment(moment.kind, self._storages[key], moment.phase, module))
+        places, storages, append = self._places, self._storages, self.log.append
+        layer = int(run.layer or 0) + int(shift or 0)
+        for kind, storage, phase, module in run.moments:
+            place = places.get(storage.id)
+            key: Place | int = storage.id if place is None else self._moved(place, run.layer, shift)
+            if kind == "alloc":
+                storages[key] = self._copied(storage, key)
+            elif key not in storages:
+                raise NotRepeatingError(f"{storage.op} in {module} is freed before it is allocated")
+            append(Moment(kind, storages[key], phase, self._renamed(module, layer) if shift else module))
 
     def _moved(self, place: Place, layer: int | None, shift: int | None) -> Place:
         chain, made_in, ordinal = place

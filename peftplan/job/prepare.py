@@ -139,7 +139,7 @@ def _traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, ad
     return tuple(traps(distributed, setup, quant, adaptation))
 
 
-def _launched(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _launched(options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
     """(options of the strategy, all others), both with what launch files say."""
     from_files, _ = launch_options(options)
     options = {name: value for name, value in options.items() if name not in FILES}
@@ -147,7 +147,7 @@ def _launched(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     return {k: v for k, v in options.items() if k in OPTIONS}, {k: v for k, v in options.items() if k not in OPTIONS}
 
 
-def _distributed(launched: Mapping[str, Any]) -> Distributed | None:
+def _distributed(launched: Mapping[str, object]) -> Distributed | None:
     """The strategy of these options; None for one GPU, most jobs, which do not pay for its schema."""
     if all(value is None for value in launched.values()):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peftplan import parameters
 from peftplan.deployment import adapter_file, checkpoint, merging, residents
@@ -33,7 +33,7 @@ class AdapterFile:
         """The dtypes of its tensors."""
         return tuple(sorted({tensor.dtype for tensor in self.tensors}))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON values."""
         count = len(self.tensors)
         return {"name": "adapter_model.safetensors", "bytes": self.num_bytes, "tensors": count, "dtypes": list(self.dtypes)}
@@ -51,7 +51,7 @@ class Checkpoint(NamedTuple):
         """All files."""
         return sum(self.files)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON values."""
         return {"dtype": self.dtype, "bytes": self.num_bytes, "files": list(self.files), "tensors": self.tensors}
 
@@ -69,7 +69,7 @@ class MergeMemory(NamedTuple):
         """The sum."""
         return self.base + self.adapter + self.need.num_bytes
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON values; `host` waits on the CPU while the GPU merges."""
         return {
             "base": self.base,
@@ -93,7 +93,7 @@ def peft_type_of(job: Job) -> str | None:
     return str(getattr(job.adapter["peft_type"], "value", job.adapter["peft_type"]))
 
 
-def file_of(job: Job, fields: Mapping[str, Any]) -> AdapterFile:
+def file_of(job: Job, fields: Mapping[str, object]) -> AdapterFile:
     """The file as training leaves it, in the dtypes of the trained tensors; `fields` holds fields that change no count too."""
     peft_type = peft_type_of(job)
     if peft_type is None:
@@ -122,7 +122,7 @@ def file_of(job: Job, fields: Mapping[str, Any]) -> AdapterFile:
     )
     saving = adapter_file.Saving(
         peft_type,
-        bias=getattr(job.config, "bias", fields.get("bias", "none")),
+        bias=str(getattr(job.config, "bias", fields.get("bias", "none"))),
         save_projection=bool(fields.get("save_projection", True)),
         token_indices=bool(getattr(job.config, "trainable_token_indices", fields.get("trainable_token_indices"))),
     )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
 import peftplan.methods as methods
+from peftplan.allocator.config import AllocatorConfig
+from peftplan.allocator.program import of_log, replay, runs_within
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import MissingExtraError, PeftplanError, RefusedError
@@ -50,8 +53,6 @@ def trace_peaks(
 
     require("engine: trace")
     try:
-        from peftplan.allocator.config import AllocatorConfig
-        from peftplan.allocator.replay import replay
         from peftplan.libraries.meta import quiet_transformers
         from peftplan.trace.engine import trace
         from peftplan.trace.recorded import Recorded
@@ -78,21 +79,20 @@ def trace_peaks(
         reason = " ".join(str(error).split())[:200]
         raise RefusedError(f"engine: the trace of {architecture.model_class} failed: {type(error).__name__}: {reason}") from error
     events = events_of(traced, empties_cache=script.empties_cache)
-    allocator = AllocatorConfig(ties_by_address=script.ties_by_address)
-    replayed = replay(events, allocator)
-    allocated = {phase: peaks.allocated for phase, peaks in replayed.by_phase.items()}  # no entry: nothing is allocated in it
+    program, sizes = of_log(events)
+    replayed = replay(program, sizes, ties_by_address=script.ties_by_address)
     traced_peaks = Peaks(
         ledgers={
-            phase: Ledger(tuple(map(_line, peak.alive))).with_tails(allocated.get(phase, 0))
+            phase: Ledger(tuple(map(_line, peak.alive))).with_tails(replayed.allocated.get(phase, 0))
             for phase, peak in traced.peaks.items()
         },
-        reserved=replayed.peaks.reserved,
+        reserved=replayed.reserved,
         reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
         incomplete=_unknown(traced.unknown_ops),
         assumed={**traced.facts, **_without(traced.replaced), **_on_host(traced.host_bytes)},
-        recording=Recorded(traced, events, allocator) if record else None,
+        recording=Recorded(traced, events, AllocatorConfig(ties_by_address=script.ties_by_address)) if record else None,
     )
-    return traced_peaks, lambda capacity: replay(events, allocator, capacity).oom is None
+    return traced_peaks, partial(runs_within, program, sizes, ties_by_address=script.ties_by_address)
 
 
 def _on_host(nbytes: int) -> dict[str, int]:

@@ -9,7 +9,24 @@ from itertools import chain, islice
 import pytest
 
 from peftplan.allocator import program
-from peftplan.allocator.program import END, FREE, HOLD, LEAVE, LET_GO, MAKE, PHASE, TAKE, Program, Replayed, interpret, replay
+from peftplan.allocator.events import Event
+from peftplan.allocator.program import (
+    END,
+    FREE,
+    HOLD,
+    LEAVE,
+    LET_GO,
+    MAKE,
+    PHASE,
+    TAKE,
+    Program,
+    Replayed,
+    interpret,
+    of_log,
+    replay,
+    runs_within,
+)
+from peftplan.allocator.replay import replay as events_replayed
 from peftplan.units import MIB
 from tools.replay_jobs import both, runs
 
@@ -49,6 +66,29 @@ def test_what_is_left_stays_when_a_step_ends(replayed_by: object) -> None:
     events = ((PHASE, 0), (MAKE, 5, 0, 1), (LEAVE, 5), (END,), (PHASE, 1), (MAKE, 5, 2, 1), (END,))
     written = Program(array("q", chain.from_iterable((*e, 0, 0, 0, 0)[:5] for e in events)).tobytes(), 6, 0, ("first", "second"))
     assert replayed_by(written, SIZES).allocated == {"first": 11 * MIB // 2, "second": 11 * MIB // 2 + 1024}
+
+
+def test_a_log_gives_as_a_program_what_it_gives_event_by_event() -> None:
+    """Tensors of five sizes, freed in any order, the cache emptied now and then, in three phases."""
+    drawn = random.Random(7)
+    log: list[Event] = []
+    alive: list[int] = []
+    for number in range(3000):
+        phase = ("load", "forward", "backward")[number // 100 % 3]
+        if alive and drawn.random() < 0.5:
+            log.append(Event("free", alive.pop(drawn.randrange(len(alive))), phase=phase))
+        elif drawn.random() < 0.01:
+            log.append(Event("empty_cache", phase=phase))
+        else:
+            log.append(Event("alloc", number, drawn.choice((0, 700, 3 * MIB, 15 * MIB, 41 * MIB)), phase=phase))
+            alive.append(number)
+    whole = events_replayed(log)
+    replayed = replay(*of_log(log))
+    assert replayed.reserved == whole.peaks.reserved
+    assert replayed.allocated == {phase: peaks.allocated for phase, peaks in whole.by_phase.items()}
+    most = whole.peaks.reserved
+    for capacity in (most, most // 2, most // 4):
+        assert runs_within(*of_log(log), capacity) == (events_replayed(log, capacity_bytes=capacity).oom is None)
 
 
 @pytest.mark.parametrize("nbytes", [2**57, 2**70])
