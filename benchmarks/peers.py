@@ -94,8 +94,8 @@ def offered(name: str, record: Record, folders: Path) -> dict[str, int]:
     except Refused:
         raise
     except Exception as error:  # the tool's own way to refuse, of any type
-        said = " ".join(str(error).replace(str(folders), "").split())
-        raise Refused(f"{type(error).__name__}: {said[:110]}") from None
+        message = " ".join(str(error).replace(str(folders), "").split())
+        raise Refused(f"{type(error).__name__}: {message[:110]}") from None
 
 
 def answers_of(name: str, records: list[Record], folders: Path) -> Tool | None:

@@ -98,8 +98,8 @@ def grid(model: str, method: str, *, repeat: int) -> float:
 
 def after_imports() -> float:
     """Seconds of the first trace of a fresh process."""
-    said = subprocess.run([sys.executable, "-c", TRACE_IMPORTED], check=True, capture_output=True, text=True)
-    return float(said.stdout)
+    process = subprocess.run([sys.executable, "-c", TRACE_IMPORTED], check=True, capture_output=True, text=True)
+    return float(process.stdout)
 
 
 def cpu_model() -> str:

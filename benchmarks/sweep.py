@@ -48,13 +48,13 @@ def rows(points: int, output: Path) -> tuple[float, float, str]:
     batches, lengths = points // (LENGTHS * RANKS), f"8:{8 * LENGTHS}:8"
     grid = ["--batch-size", f"1:{batches}", "--seq-len", lengths, "--r", f"1:{RANKS}", "--method", METHOD, "--gpu", CARD]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    said = subprocess.run(
+    summary = subprocess.run(
         [sys.executable, "-m", "peftplan", "sweep", MODEL, *grid, "--replays", "500", "--output", str(output)],
         check=True, capture_output=True, text=True,
     ).stderr  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return seconds, after.ru_maxrss / 2**20, said.strip()
+    return seconds, after.ru_maxrss / 2**20, summary.strip()
 
 
 def differences(output: Path, points: int, sample: int) -> list[str]:
@@ -91,9 +91,9 @@ def main() -> int:
     print(f"| requested bytes of {arguments.points:,} points | {arrays(arguments.points):.2f} s | ≤ {ARRAYS_BAR_S} s |")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "grid.csv"
-        seconds, gib, said = rows(arguments.points, output)
+        seconds, gib, summary = rows(arguments.points, output)
         print(f"| `peftplan sweep` of them to CSV | {seconds:.1f} s | ≤ {ROWS_BAR_S} s |")
-        print(f"| its memory | {gib:.2f} GiB | ≤ {MEMORY_BAR_GIB} GiB |\n\n{said}")
+        print(f"| its memory | {gib:.2f} GiB | ≤ {MEMORY_BAR_GIB} GiB |\n\n{summary}")
         messages = differences(output, arguments.points, arguments.sample)
     print("\n".join(islice(messages, 20)))
     return 1 if messages else 0

@@ -38,8 +38,8 @@ EXAMPLES = {match["name"]: match["body"] for match in EXAMPLE.finditer(CONTRIBUT
 
 def row(text: str) -> str:
     """A row of a registry that the page gives in its text, as code: it has to stand there."""
-    said = " ".join(CONTRIBUTING.split())
-    assert f"`{text}`" in said
+    prose = " ".join(CONTRIBUTING.split())
+    assert f"`{text}`" in prose
     return text
 
 

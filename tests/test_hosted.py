@@ -24,14 +24,14 @@ NEWEST = (3, 14)
 
 
 def load(path: Path) -> Any:
-    """The parsed file; a key that stands twice is an error, which YAML forbids and PyYAML lets pass."""
+    """The parsed file; a key that appears twice is an error, which YAML forbids and PyYAML lets pass."""
 
     class Strict(yaml.SafeLoader):  # type: ignore[misc, name-defined]
         pass
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
         keys = [loader.construct_object(key) for key, _ in node.value]
-        assert len(keys) == len(set(keys)), f"{path.name}: a key stands twice among {keys}"
+        assert len(keys) == len(set(keys)), f"{path.name}: a key appears twice among {keys}"
         return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
     Strict.add_constructor("tag:yaml.org,2002:map", mapping)
@@ -55,7 +55,7 @@ def pythons(job: dict[str, Any]) -> list[tuple[int, ...]]:
 def test_a_key_that_stands_twice_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "twice.yml"
     path.write_text("a: 1\na: 2\n", encoding="utf-8")
-    with pytest.raises(AssertionError, match="stands twice"):
+    with pytest.raises(AssertionError, match="appears twice"):
         load(path)
 
 

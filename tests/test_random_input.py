@@ -38,7 +38,7 @@ def test_what_breaks_the_rule_is_a_fault() -> None:
         f"peftplan: {'x' * 1000}\n": "fault",
         "peftplan: out of memory\n": "fault",
     }
-    assert {said: judged_command(2, "", said)[0] for said in refusals} == refusals
+    assert {text: judged_command(2, "", text)[0] for text in refusals} == refusals
     assert judged_command(2, "half an answer", "peftplan: one line\n")[0] == "fault"
     assert judged_command(130, "", "peftplan: one line\n")[0] == "fault"
     assert judged_command(0, "a table\n", "")[0] == "answer"

@@ -48,7 +48,7 @@ def named(text: str) -> list[str]:
 
 def test_no_other_file_names_a_release() -> None:
     files = (file for file in sorted(PACKAGE.rglob("*.py")) if file.relative_to(PACKAGE).as_posix() not in TOLD)
-    assert {file.name: said for file in files if (said := named(file.read_text(encoding="utf-8")))} == {}
+    assert {file.name: text for file in files if (text := named(file.read_text(encoding="utf-8")))} == {}
     assert named("peft's 0.21 and torch 2.13's tools") == ["peft's 0.21", "torch 2.13"]
     assert named("galore-torch 1.0, without torch 2") == ["galore-torch 1.0"]
 

@@ -104,8 +104,8 @@ def architecture(case: Case) -> Architecture:
 def planned(case: Case) -> Ledger:
     """What lasts from step to step, as `peftplan.estimate` states it; AdaLoRA's rank allocator does not run here."""
     words = ("method", "quant", "optim", "trainer", "dtype", "kbit_prepare", "adapter_dtype", "task_type", "quant_skip_modules")
-    said = {word: getattr(case, word) for word in words}
-    static = peftplan.estimate(case.config, **said, double_quant=case.double_quant or None, **case.options).static
+    options = {word: getattr(case, word) for word in words}
+    static = peftplan.estimate(case.config, **options, double_quant=case.double_quant or None, **case.options).static
     return Ledger(tuple(line for line in static if "RankAllocator" not in line.source))
 
 

@@ -18,7 +18,7 @@ from peftplan.methods.adaptation import NeedsPeftError
 from tools.random_draws import PROMPTS, draw_config, draw_method
 
 
-class Said(NamedTuple):
+class ReportLine(NamedTuple):
     """A line of the report, and whether it tells of a fault."""
 
     text: str
@@ -105,7 +105,7 @@ def counts_of_peft(config: dict[str, Any], adapter: dict[str, Any]) -> Counts:
     return int(trainable), int(total)
 
 
-def compare_counts(seed: int, number: int) -> Iterator[Said]:
+def compare_counts(seed: int, number: int) -> Iterator[ReportLine]:
     """What differs, then one line of totals; nothing where nothing is asked for."""
     kinds: Counter[str] = Counter()
     for each in range(number):
@@ -117,6 +117,6 @@ def compare_counts(seed: int, number: int) -> Iterator[Said]:
         both_refuse = isinstance(ours, str) and isinstance(theirs, str)
         kinds["refused by both" if both_refuse else "equal" if ours == theirs else "differ"] += 1
         if not both_refuse and ours != theirs:
-            yield Said(f"adapter {each}: ours {ours}, peft's {theirs}\n      {json.dumps([config, adapter])}", fault=True)
+            yield ReportLine(f"adapter {each}: ours {ours}, peft's {theirs}\n      {json.dumps([config, adapter])}", fault=True)
     if number:
-        yield Said(f"{number} adapter configs: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+        yield ReportLine(f"{number} adapter configs: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))

@@ -134,7 +134,7 @@ def named_as_typed(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def ours(options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, str]]:
     """Keywords under our names, and for each that has another one the word that was typed; None sets nothing.
 
-    Raises RefusedError if two words set one option, and for what cannot be said here.
+    Raises RefusedError if two words set one option, and for what is not supported.
     """
     named: dict[str, object] = {}
     typed: dict[str, str] = {}

@@ -102,7 +102,7 @@ def test_a_run_that_ran_out_of_memory_has_a_verdict_and_no_drift() -> None:
     """Its counters stood still at what it had reached; a run that failed otherwise says nothing of a card."""
     reached = overall(allocated=100, reserved=200)
     verdicts = {"oom": "fits", "tight": "tight", "right": "does_not_fit"}
-    ended = [answer(reached, {"allocated": 300}, verdict=said, outcome="oom", id=name) for name, said in verdicts.items()]
+    ended = [answer(reached, {"allocated": 300}, verdict=verdict, outcome="oom", id=name) for name, verdict in verdicts.items()]
     failed = answer(reached, {"allocated": 300}, verdict="does_not_fit", outcome="failed", id="failed")
     assert all(sums.compared == () and sums.bound is None for sums in [*ended, failed])
     assert summaries([*ended, failed], "source") == []

@@ -123,11 +123,11 @@ def archive(
     run = {"model_id": "meta-llama/Llama-3.2-1B", "measured": MEASURED, "run": {**IDENTITY, "attn_impl": "eager"}}
     for name in fitcheck.ARCHIVE:
         (folder / f"{name}.json").write_text(json.dumps({"runs": [{**run, "run": {**run["run"], "model_id": run["model_id"]}}]}))
-    said = [
+    texts = [
         "File measure.py, line 818, in measure",
         "torch.OutOfMemoryError: Tried to allocate 2.94 GiB. If reserved but unallocated",
     ]
-    failed = {"registered": {"identity": {**IDENTITY, "kernel": "flash", "role": "ceiling-oom"}}, "stderr_tail": said}
+    failed = {"registered": {"identity": {**IDENTITY, "kernel": "flash", "role": "ceiling-oom"}}, "stderr_tail": texts}
     with zipfile.ZipFile(folder / "incoming" / fitcheck.CEILINGS, "w") as ceilings:
         ceilings.writestr("final/abc.json", json.dumps(failed))
         ceilings.writestr("final/predictions.json", "[]")
@@ -153,7 +153,7 @@ def test_runs_of_an_archive_that_the_rows_do_not_list(archive: Path) -> None:
 
 def test_a_run_of_vramcalcs_benchmark(tmp_path: Path) -> None:
     """Autocast loads in fp32; sdpa has a mask of its own; inference is no training step."""
-    said = {
+    recorded = {
         "status": "ok", "gpu_name": "NVIDIA RTX A6000", "timestamp": "2026-10-10T14:41:30+00:00",
         "versions": {"torch": "2.14.1+cu130", "transformers": "4.57.6", "peft": "0.21.2"},
         "measured": {"weights": 5, "states": 3, "peak": 2, "total": 10, "overhead": 7},
@@ -163,7 +163,7 @@ def test_a_run_of_vramcalcs_benchmark(tmp_path: Path) -> None:
         },
     }  # fmt: skip
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "results.jsonl").write_text(json.dumps(said))
+    (tmp_path / "benchmarks" / "results.jsonl").write_text(json.dumps(recorded))
     (row,) = vramcalc.benchmark_rows(tmp_path)
     record = vramcalc.vramcalc(row)
     assert (record.id, record.peaks.overall.allocated, record.peaks.context_bytes) == ("vramcalc/0", 10, 7)

@@ -165,9 +165,9 @@ def test_statements_tell_labelled_runs_from_those_whose_stack_was_inferred() -> 
     says_all = [case.record for case in read_cases([]) if case.record.exact]
     kept, replaced = [], []
     for one in says_all:
-        said = {package: one.circumstances.versions[package].partition("+")[0] for package in ("torch", "transformers")}
-        ran_with = {package: getattr(one.run.script, package) or said[package] for package in said}
-        (kept if ran_with == said else replaced).append(one)
+        labelled = {package: one.circumstances.versions[package].partition("+")[0] for package in ("torch", "transformers")}
+        ran_with = {package: getattr(one.run.script, package) or labelled[package] for package in labelled}
+        (kept if ran_with == labelled else replaced).append(one)
     assert (len(kept), len(replaced)) == (17, 30)
     assert {one.setup for one in kept} == {"as labelled"}
     assert {one.setup for one in replaced} == {"with an inferred stack"}

@@ -28,13 +28,13 @@ def every() -> Check:
     return regression.run([], engine="analytic")
 
 
-def said(result: Check) -> str:
+def report_text(result: Check) -> str:
     """The failures, each with the command that repeats it; shown by pytest where there are some."""
     return "\n".join(failure.text(result.engine) for failure in result.failures)
 
 
 def test_every_run_estimated(every: Check) -> None:
-    assert said(every) == ""
+    assert report_text(every) == ""
     assert len(every.answers) == len(read_cases([]))
 
 
@@ -74,13 +74,13 @@ def test_t4_runs_that_ran_out_of_memory(every: Check) -> None:
     assert len(failed) == 4
     for answer in failed:
         assert answer.stated.verdict in ("does_not_fit", "tight")
-        said = re.search(r"allocate ([\d.]+) GiB\..* ([\d.]+) GiB is allocated by PyTorch", answer.record.error or "")
-        assert said is not None
+        sizes = re.search(r"allocate ([\d.]+) GiB\..* ([\d.]+) GiB is allocated by PyTorch", answer.record.error or "")
+        assert sizes is not None
         result = peftplan.estimate(answer.record.run.model, gpu="t4", **answer.record.run.arguments())
         assert result.peaks is not None
         early = "warm step" in (answer.record.note or "")
         expected = result.peaks.allocated - early * result.static.by_category()["optimizer_states"]
-        assert expected / GIB == pytest.approx(sum(map(float, said.groups())), abs=0.01)  # each number was rounded to 0.01 GiB
+        assert expected / GIB == pytest.approx(sum(map(float, sizes.groups())), abs=0.01)  # each number was rounded to 0.01 GiB
 
 
 def test_runs_of_an_a6000(every: Check) -> None:

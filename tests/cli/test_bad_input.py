@@ -26,7 +26,7 @@ def refused(*args: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "expected"),
     [
         # a field, the value, and what is accepted or near
         ("estimate lama-2-7b", ["MODEL", "'lama-2-7b'", "did you mean llama-2-7b", "built-in names", "config.json"]),
@@ -121,9 +121,9 @@ def refused(*args: str) -> str:
         ("estimate bloom-560m --attn-implementation sdpa", ["--attn-implementation", "sdpa", "eager"]),
     ],
 )  # fmt: skip
-def test_what_is_said(command: str, said: list[str]) -> None:
+def test_what_is_said(command: str, expected: list[str]) -> None:
     line = refused(*command.split())
-    assert [text for text in said if text not in line] == [], line
+    assert [text for text in expected if text not in line] == [], line
 
 
 @pytest.mark.parametrize("args", [("estimate", ""), ("estimate", " "), ("estimate", "\x00"), ("estimate", "a\nb")])
@@ -179,7 +179,7 @@ def config(tmp_path: Path, content: bytes | str | dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         (json.dumps(TINY)[:60], ["not JSON", "line 1"]),
         ("", ["not JSON"]),
@@ -205,10 +205,10 @@ def config(tmp_path: Path, content: bytes | str | dict[str, Any]) -> str:
         ({"peft_type": "LORA", "r": 8}, ["adapter", "base model"]),
     ],
 )  # fmt: skip
-def test_a_damaged_config(tmp_path: Path, content: bytes | str | dict[str, Any], said: list[str]) -> None:
+def test_a_damaged_config(tmp_path: Path, content: bytes | str | dict[str, Any], expected: list[str]) -> None:
     for command in ("estimate", "inspect"):
         line = refused(command, config(tmp_path, content))
-        assert [text for text in said if text not in line] == [], line
+        assert [text for text in expected if text not in line] == [], line
 
 
 def test_code_of_a_repository_is_never_run(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_code_of_a_repository_is_never_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         (None, ["--peft-config: ", "cannot read"]),
         ("{", ["--peft-config: ", "not a JSON file"]),
@@ -234,12 +234,12 @@ def test_code_of_a_repository_is_never_run(tmp_path: Path) -> None:
         ('{"peft_type": "LORA", "modules_to_save": "("}', ["modules_to_save: ", "regular expression"]),
     ],
 )
-def test_a_damaged_adapter_config(tmp_path: Path, content: bytes | str | None, said: list[str]) -> None:
+def test_a_damaged_adapter_config(tmp_path: Path, content: bytes | str | None, expected: list[str]) -> None:
     path = tmp_path / "adapter_config.json"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     line = refused("estimate", "llama-2-7b", "--peft-config", str(path))
-    assert [text for text in said if text not in line] == [], line
+    assert [text for text in expected if text not in line] == [], line
 
 
 def test_an_endless_file_is_not_read_to_its_end() -> None:

@@ -59,7 +59,7 @@ def test_a_path_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         (("--gpu", "nosuch"), "--gpu: 'nosuch' is not accepted"),
         (("--gpu", "0xl4"), "--gpu: '0xl4' is not accepted"),
@@ -69,12 +69,12 @@ def test_a_path_that_is_not_there() -> None:
         (("--tool", "axolotll"), "did you mean axolotl?"),
     ],
 )
-def test_options_that_suit_no_file(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+def test_options_that_suit_no_file(tmp_path: Path, options: tuple[str, ...], expected: str) -> None:
     """One line, rather than the same error in every row."""
     (tmp_path / "a.yml").write_text(QLORA)
     done = run("configs", str(tmp_path), *options)
     assert done.code == 2
-    assert said in done.err
+    assert expected in done.err
 
 
 def test_a_file_with_a_wrong_value_has_its_tool(tmp_path: Path) -> None:

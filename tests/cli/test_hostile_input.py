@@ -40,7 +40,7 @@ def refused(*args: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         (("inspect", "gemma-2-2b", "--match", "["), "--match: '[' is not accepted; not a regular expression"),
         (("inspect", "gpt2", "--match", "a{99999999999999999999}"), "not a regular expression"),
@@ -54,8 +54,8 @@ def refused(*args: str) -> str:
         (("replay", "\0"), "cannot read"),
     ],
 )
-def test_what_ended_in_a_traceback_or_was_taken(args: tuple[str, ...], said: str) -> None:
-    assert said in refused(*args)
+def test_what_ended_in_a_traceback_or_was_taken(args: tuple[str, ...], expected: str) -> None:
+    assert expected in refused(*args)
 
 
 def test_allocator_options_of_any_length(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_allocator_options_of_any_length(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "expected"),
     [
         ('{"peft_type": "LORA", "task_type": ["CAUSAL_LM"]}', "task_type: ['CAUSAL_LM'] is not accepted; accepted: CAUSAL_LM"),
         ('{"peft_type": "LORA", "task_type": "SEQ_CLASS"}', "accepted: CAUSAL_LM, "),  # as peft itself refuses it
@@ -74,10 +74,10 @@ def test_allocator_options_of_any_length(tmp_path: Path) -> None:
         ('{"peft_type": "LORA", "lora_alpha": 1e999}', "lora_alpha: inf"),
     ],
 )
-def test_adapter_configs(tmp_path: Path, config: str, said: str) -> None:
+def test_adapter_configs(tmp_path: Path, config: str, expected: str) -> None:
     path = tmp_path / "adapter_config.json"
     path.write_text(config)
-    assert said in refused("estimate", "llama-2-7b", "--peft-config", str(path))
+    assert expected in refused("estimate", "llama-2-7b", "--peft-config", str(path))
 
 
 def test_a_suite_whose_script_is_none(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_snapshot_is_replayed_beside_its_record(recorded: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         ("./nothing.json", ["FILE: cannot read './nothing.json'", "No such file"]),
         ("./golden", ["FILE", "directory"]),
@@ -153,11 +153,11 @@ def test_a_snapshot_is_replayed_beside_its_record(recorded: str) -> None:
         ("", ["FILE"]),
     ],
 )
-def test_bad_input_is_one_line(args: str, said: list[str], log: str, recorded: str) -> None:
+def test_bad_input_is_one_line(args: str, expected: list[str], log: str, recorded: str) -> None:
     words = [{"LOG": log, "SNAPSHOT": recorded}.get(word, word) for word in args.split()]
     done = run("replay", *words)
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
-    assert [text for text in said if text not in done.err] == []
+    assert [text for text in expected if text not in done.err] == []
 
 
 def test_a_memory_fraction_is_of_the_whole_device(log: str) -> None:
@@ -189,7 +189,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 def test_damaged_snapshots_are_refused_in_one_line(tmp_path: Path) -> None:
     whole, path, dice = pickle.dumps(snapshot()), tmp_path / "s.pickle", random.Random(0)
-    said = []
+    messages = []
     for _ in range(600):
         damaged = bytearray(whole)
         for _ in range(dice.randint(1, 4)):
@@ -198,9 +198,9 @@ def test_damaged_snapshots_are_refused_in_one_line(tmp_path: Path) -> None:
         try:
             replay_file(path)
         except PeftplanError as error:
-            said.append(str(error))
-    assert len(said) > 300
-    assert [text for text in said if "\n" in text] == []
+            messages.append(str(error))
+    assert len(messages) > 300
+    assert [text for text in messages if "\n" in text] == []
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_values_are_the_library_s() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         ("gpt2 --method prompt-tuning --num-virtual-tokens 4 --merge", ["merge", "prompt-tuning", "nothing to merge"]),
         ("gpt2 --method pfeiffer --merge", ["merge", "pfeiffer"]),
@@ -52,10 +52,10 @@ def test_values_are_the_library_s() -> None:
         ("", ["MODEL"]),
     ],
 )
-def test_bad_input_is_one_line(args: str, said: list[str]) -> None:
+def test_bad_input_is_one_line(args: str, expected: list[str]) -> None:
     done = run("serve", *args.split())
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
-    assert [text for text in said if text not in done.err] == [], done.err
+    assert [text for text in expected if text not in done.err] == [], done.err
 
 
 def test_without_asking_for_a_merge_the_rest_is_told() -> None:

@@ -106,7 +106,7 @@ def test_a_grid_of_a_thousand_million_points_is_asked_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (("--seq-len", "1024:512"), "--seq-len: '1024:512' is not accepted; it ends before it begins"),
         (("--bs", "1,,2"), "--bs: '1,,2'"),
@@ -121,12 +121,12 @@ def test_a_grid_of_a_thousand_million_points_is_asked_twice() -> None:
         (("--plot", "map.png", "--seq-len", "1:1024", "--batch-size", "1:100"), "102,400 points"),
     ],
 )
-def test_bad_input_is_one_line(arguments: tuple[str, ...], said: str) -> None:
+def test_bad_input_is_one_line(arguments: tuple[str, ...], expected: str) -> None:
     if "--plot" in arguments:
         pytest.importorskip("matplotlib")
     stopped = run("sweep", "gpt2", *arguments)
     assert stopped.code == 2
-    assert said in stopped.err
+    assert expected in stopped.err
     assert stopped.err.count("\n") == 1
 
 

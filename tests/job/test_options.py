@@ -53,7 +53,7 @@ def checked(code: str, folder: Path) -> str:
 
 def test_a_wrong_keyword_is_a_type_error(tmp_path: Path) -> None:
     """Right ones pass: options of the setup, of a method, and another tool's word; so do what `fit` and `compare` hand on."""
-    said = checked(
+    text = checked(
         """
 result = peftplan.estimate("gpt2", method="lora", r=8, target_modules=["c_attn"], batch_size=4, load_in_4bit=True, gpu="t4")
 print(result.peaks, peftplan.fit("gpt2", gpu="t4", r=8, method="lora"), peftplan.compare("gpt2", methods="lora", dtype="bf16"))
@@ -65,7 +65,7 @@ peftplan.compare("gpt2", methods="lora", optimiser="adamw")
 """,
         tmp_path,
     )
-    lines = [line for line in said.splitlines() if ": error:" in line]
-    assert sorted({int(line.split(":")[1]) for line in lines}) == [5, 6, 7, 8, 9], said
+    lines = [line for line in text.splitlines() if ": error:" in line]
+    assert sorted({int(line.split(":")[1]) for line in lines}) == [5, 6, 7, 8, 9], text
     assert 'Unexpected keyword argument "bach_size"' in lines[0]
     assert 'Argument "batch_size" to "estimate" has incompatible type "str"; expected "int"' in lines[1]

@@ -70,7 +70,7 @@ def test_a_preset_on_a_quantized_base(trainer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         ({"quant": "int8"}, {}),
         ({"quant": "fp8"}, {}),
@@ -81,13 +81,13 @@ def test_a_preset_on_a_quantized_base(trainer: str) -> None:
         ({"quant": "nf4"}, {"double_quant": False, "compute_dtype": "bf16"}),
     ],
 )
-def test_a_format_says_its_own_options(options: dict[str, Any], said: dict[str, Any]) -> None:
+def test_a_format_says_its_own_options(options: dict[str, Any], expected: dict[str, Any]) -> None:
     """transformers 5.24, utils/quantization_config.py: GPTQConfig groups by 128, HqqConfig has 4 bits by 64."""
     words = ("double_quant", "compute_dtype", "quant_bits", "quant_group_size")
     values = assumed(**options)
-    assert {name: values[name] for name in words if name in values} == said
+    assert {name: values[name] for name in words if name in values} == expected
     served = peftplan.serving(CONFIG, **options).assumptions
-    assert {name: served[name] for name in words if name in served} == {k: v for k, v in said.items() if k != "compute_dtype"}
+    assert {name: served[name] for name in words if name in served} == {k: v for k, v in expected.items() if k != "compute_dtype"}
 
 
 def test_a_position_table_bounds_the_sequence() -> None:

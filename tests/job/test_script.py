@@ -245,8 +245,8 @@ def test_a_version_that_somebody_typed_is_a_version_and_an_assumption() -> None:
         Script.on(torch="main")
     with pytest.raises(InputError, match=r"transformers: 'v5' is not accepted; accepted: a version such as 5\.3"):
         Script.on(transformers="v5")
-    said = run(Script.on(torch="2.10", transformers="5.3")).assumptions
-    assert (said["torch"], said["transformers"]) == ("2.10", "5.3")
+    assumptions = run(Script.on(torch="2.10", transformers="5.3")).assumptions
+    assert (assumptions["torch"], assumptions["transformers"]) == ("2.10", "5.3")
     assert not {"torch", "transformers"} & set(run(Script()).assumptions)
 
 

@@ -33,7 +33,7 @@ def test_the_floors_are_those_that_pip_reads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("versions", "error", "said"),
+    ("versions", "error", "expected"),
     [
         ({}, peftplan.MissingExtraError, r"engine: trace \(torch\) needs an optional extra"),
         ({"torch": "2.6.0+cu124", "transformers": "5.24.0", "peft": "0.21.2"}, peftplan.RefusedError,
@@ -44,10 +44,10 @@ def test_the_floors_are_those_that_pip_reads() -> None:
     ],
 )  # fmt: skip
 def test_too_old_is_not_missing(
-    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], error: type[Exception], said: str
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], error: type[Exception], expected: str
 ) -> None:
     releases(monkeypatch, **versions)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=expected):
         peftplan.estimate("gpt2", engine="trace")
 
 

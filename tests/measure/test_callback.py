@@ -68,14 +68,14 @@ def trained(folder: Path, callback: Any, *, lengths: list[int], **fields: Any) -
 
 
 def test_a_trainer_prints_measured_beside_estimated_and_leaves_a_record(tmp_path: Path, double: Double) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     output = tmp_path / "runs.jsonl"
-    trained(tmp_path, MemoryCallback(device=double, tell=said.append, output=output), lengths=[16] * 4)
-    assert all(line.startswith("peftplan: ") for line in said)
-    assert "peftplan: after 2 steps, the largest of 1 × 16 tokens" in said
-    (title,) = [line for line in said if " · ok" in line]
+    trained(tmp_path, MemoryCallback(device=double, tell=messages.append, output=output), lengths=[16] * 4)
+    assert all(line.startswith("peftplan: ") for line in messages)
+    assert "peftplan: after 2 steps, the largest of 1 × 16 tokens" in messages
+    (title,) = [line for line in messages if " · ok" in line]
     assert "lora" in title
-    assert any(f"trainable {NUM_LORA:,} of" in line and "as estimated" in line for line in said)
+    assert any(f"trainable {NUM_LORA:,} of" in line and "as estimated" in line for line in messages)
     (record,) = read(output)
     options = record.run.options
     assert (options["batch_size"], options["seq_len"], options["dtype"], options["adapter_dtype"]) == (1, 16, "fp32", "fp32")
@@ -115,13 +115,13 @@ def test_gradients_and_states_are_what_a_step_leaves_alive(tmp_path: Path, doubl
 
 def test_it_warns_before_the_batch_that_will_not_fit(tmp_path: Path, double: Double) -> None:
     """The third sequence is eight times as long; the driver has less left than the trace says it needs."""
-    said: list[str] = []
-    callback = MemoryCallback(device=double, tell=said.append, engine="trace", after=1)
+    messages: list[str] = []
+    callback = MemoryCallback(device=double, tell=messages.append, engine="trace", after=1)
     begun = callback._begin
     at_warning: list[int] = []
 
     def begin(phase: str) -> None:
-        at_warning.append(sum("is likely to run out of memory" in line for line in said))
+        at_warning.append(sum("is likely to run out of memory" in line for line in messages))
         begun(phase)
 
     callback._begin = begin  # type: ignore[method-assign]
@@ -129,7 +129,7 @@ def test_it_warns_before_the_batch_that_will_not_fit(tmp_path: Path, double: Dou
     small, large = (callback_estimate(length) for length in (64, 512))
     double.free_bytes = lambda: (small + large) // 2 - double.counter.reserved  # type: ignore[method-assign]
     trained(tmp_path, callback, lengths=[64, 64, 512, 64])
-    (warning,) = [line for line in said if "is likely to run out of memory" in line]
+    (warning,) = [line for line in messages if "is likely to run out of memory" in line]
     assert "a batch of 1 × 512 tokens" in warning
     # phases begun in the two steps before, four each (forward, backward, step, between), see no warning; all later ones see it
     assert at_warning == [0] * 8 + [1] * 8
@@ -147,12 +147,12 @@ def callback_estimate(length: int) -> int:
 
 
 def test_without_cuda_it_says_so_and_prints_the_estimate(tmp_path: Path) -> None:
-    said: list[str] = []
-    trained(tmp_path, MemoryCallback(tell=said.append), lengths=[16] * 4)
+    messages: list[str] = []
+    trained(tmp_path, MemoryCallback(tell=messages.append), lengths=[16] * 4)
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert any("needs a CUDA GPU" in line for line in said)
-    assert any("estimated for 1 × 16 tokens" in line for line in said)
+    assert any("needs a CUDA GPU" in line for line in messages)
+    assert any("estimated for 1 × 16 tokens" in line for line in messages)
 
 
 def test_the_estimate_is_of_the_torch_that_runs_and_of_what_the_program_does(tmp_path: Path, double: Double) -> None:
@@ -194,14 +194,14 @@ def test_in_sft_trainer(tmp_path: Path, double: Double) -> None:
     """TRL's trainer: its chunked loss, its checkpointing by default, tokens as its data set has them."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    said: list[str] = []
+    messages: list[str] = []
     output = tmp_path / "runs.jsonl"
     sft_config = trl.SFTConfig(**arguments(tmp_path, max_steps=3, max_length=24))
     data = datasets.Dataset.from_dict({"input_ids": [list(range(24))] * 6})
     tokenizer = _tokenizer()
     trainer = trl.SFTTrainer(
         model=model(), args=sft_config, train_dataset=data, processing_class=tokenizer, peft_config=lora(),
-        callbacks=[MemoryCallback(device=double, tell=said.append, output=output)],
+        callbacks=[MemoryCallback(device=double, tell=messages.append, output=output)],
     )  # fmt: skip
     trainer.train()
     (record,) = read(output)
@@ -209,7 +209,7 @@ def test_in_sft_trainer(tmp_path: Path, double: Double) -> None:
     assert record.run.options["gradient_checkpointing"] is True
     assert record.run.options["seq_len"] == 24
     assert record.counts.trainable == NUM_LORA
-    assert any("after 2 steps" in line for line in said)
+    assert any("after 2 steps" in line for line in messages)
 
 
 def _tokenizer() -> Any:

@@ -60,12 +60,12 @@ def test_a_crash_and_an_oom_are_recorded_and_lose_nothing(tmp_path: Path) -> Non
     )
     output = tmp_path / "runs.jsonl"
     process = started("--suite", str(suite), "--output", str(output), DOUBLE_CAPACITY=str(20 * 2**20))
-    said, _ = process.communicate()
+    text, _ = process.communicate()
     assert process.returncode == 1
     records = read(output)
     assert [record.outcome for record in records] == ["failed", "oom", "ok"]
     assert records[0].error == "killed by signal 11"
-    lines = said.splitlines()
+    lines = text.splitlines()
     assert [line.partition("]")[0] for line in lines[:3]] == ["[1/3", "[2/3", "[3/3"]
     assert "ia3 ok  allocated" in lines[2]
     assert "1 ok, 1 oom, 1 failed" in lines
@@ -96,10 +96,10 @@ def test_a_killed_suite_resumes_where_it_stopped(tmp_path: Path) -> None:
     before = read(output)
     assert 2 <= len(before) < len(lengths)
     again = started("--suite", str(suite), "--output", str(output))
-    said, _ = again.communicate()
+    text, _ = again.communicate()
     assert again.returncode == 0
-    assert said.splitlines()[0] == f"{len(before)} of {len(lengths)} runs are in {output} already"
-    assert said.splitlines()[1].startswith(f"[{len(before) + 1}/{len(lengths)}]")
+    assert text.splitlines()[0] == f"{len(before)} of {len(lengths)} runs are in {output} already"
+    assert text.splitlines()[1].startswith(f"[{len(before) + 1}/{len(lengths)}]")
     after = read(output)
     assert after[: len(before)] == before
     assert [record.run.options["seq_len"] for record in after] == lengths

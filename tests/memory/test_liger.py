@@ -52,7 +52,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 
 def test_autocast_casts_an_fp32_head_for_each_product() -> None:
-    """From the second chunk on the weight is there twice: what autocast keeps of it, and the cast of its transpose."""
+    """From the second chunk on there are two copies of the weight: what autocast keeps of it, and the cast of its transpose."""
     lines = alive("forward", method="full", **MIXED)
     assert lines["to"] == 2 * 2 * V * H + 2 * ROWS * H
 

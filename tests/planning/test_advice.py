@@ -221,12 +221,12 @@ def test_changes_exclude_each_other() -> None:
 
 def test_a_hopeless_job_on_a_card_is_one_line() -> None:
     """70e9 parameters as nf4 are 32 GiB and more; of the cards of 48 GB none has 5 % left."""
-    said = run("estimate", "llama-2-70b", "--method", "qlora", "--r", "16", "--gpu", "rtx-4090", columns=None).out
+    output = run("estimate", "llama-2-70b", "--method", "qlora", "--r", "16", "--gpu", "rtx-4090", columns=None).out
     assert (
         "\nRTX 4090: no change helps, since the weights alone take 32.85 GiB; the smallest card it fits is the A100 80GB\n"
-        in said
+        in output
     )
-    assert "\nto fit" not in said
+    assert "\nto fit" not in output
 
 
 def test_the_smallest_card_fits() -> None:
@@ -246,8 +246,8 @@ def test_flash_attention_is_for_cards_that_run_it() -> None:
     for card in ("t4", "rtx-4090"):
         options: dict[str, Any] = {"trainer": "plain", "attn_implementation": "eager", "batch_size": 1024, "advice": "all"}
         eager = estimate("bert-base-uncased", gpu=card, **options)
-        said = [change.options.get("attn_implementation") for change in eager.advice[card].changes]
-        assert ("flash_attention_2" in said) == (card != "t4")
+        kernels = [change.options.get("attn_implementation") for change in eager.advice[card].changes]
+        assert ("flash_attention_2" in kernels) == (card != "t4")
 
 
 def test_trls_loss_comes_with_its_trainer() -> None:
@@ -279,9 +279,9 @@ def test_a_traced_job_without_formulas_has_no_advice() -> None:
 def test_no_advice_is_said(fmt: str) -> None:
     """The card is smaller than an assumed context: nothing fits it."""
     job = ("--method", "bitfit", "--optim", "sgd", "--adapter-dtype", "bf16", "--seq-len", "128", "--gpu", "0.1GiB")
-    said = run("estimate", "bert-base-cased", *job, "--format", fmt)
-    assert said.code == 0
-    assert "0.1GiB: no change helps, since the weights alone take" in said.out
+    done = run("estimate", "bert-base-cased", *job, "--format", fmt)
+    assert done.code == 0
+    assert "0.1GiB: no change helps, since the weights alone take" in done.out
 
 
 def test_an_unknown_search_is_refused() -> None:

@@ -65,7 +65,7 @@ def test_a_range_is_not_written_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "expected"),
     [
         ("512:256:64", "ends before it begins"),
         ("512:1024:0", "step must be above 0"),
@@ -80,6 +80,6 @@ def test_a_range_is_not_written_out() -> None:
         ("1:9999999,5", "one range alone"),
     ],
 )
-def test_what_is_no_value_is_said_in_one_line(value: Any, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_what_is_no_value_is_said_in_one_line(value: Any, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
         values_of("seq_len", value)

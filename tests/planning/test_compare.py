@@ -86,11 +86,11 @@ def test_the_command_and_its_figure(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert figure.read_text(encoding="utf-8").startswith("<?xml")
 
 
-@pytest.mark.parametrize(("args", "said"), [(["--plot", "x.pdf"], "--plot"), (["--method", "lorra"], "lora")])
-def test_bad_input_is_one_line(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("args", "expected"), [(["--plot", "x.pdf"], "--plot"), (["--method", "lorra"], "lora")])
+def test_bad_input_is_one_line(args: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["compare", "llama-3.2-1b", *args])
     assert stopped.value.code == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)
-    assert said in captured.err
+    assert expected in captured.err

@@ -43,7 +43,7 @@ def test_an_estimate_reads_as_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "said"),
+    ("model", "options", "expected"),
     [
         ("mixtral-8x7b", {"method": "qlora"}, "fused experts (45,097,156,608 parameters, 97% of the model) unquantized, and"),
         ("mixtral-8x7b", {"method": "qlora", "trainer": "trl"}, "97% of the model) unquantized"),
@@ -57,7 +57,7 @@ def test_an_estimate_reads_as_one_line() -> None:
         ("llama-2-7b", {"method": "qlora"}, None),
     ],
 )
-def test_what_a_format_leaves_is_said(model: str, options: dict[str, str], said: str | None) -> None:
+def test_what_a_format_leaves_is_said(model: str, options: dict[str, str], expected: str | None) -> None:
     notes = [note for note in estimate(model, **options).assumptions.get("notes", ()) if "unquantized" in note]  # type: ignore[arg-type]
-    assert bool(notes) == (said is not None)
-    assert said is None or (said in notes[0] and notes[0].endswith("unquantized") == (not said.endswith(", and")))
+    assert bool(notes) == (expected is not None)
+    assert expected is None or (expected in notes[0] and notes[0].endswith("unquantized") == (not expected.endswith(", and")))

@@ -112,21 +112,21 @@ def test_shorter_sequences_only_down_to_what_is_said() -> None:
     assert any(plan.seq_len == 1024 for plan in plans)
 
 
-def said(*, gpu: str = "l4", model: str = "llama-3.1-8b", **options: Any) -> list[str]:
+def shown_lines(*, gpu: str = "l4", model: str = "llama-3.1-8b", **options: Any) -> list[str]:
     """The first line and the remarks."""
     result = fit(model, gpu=gpu, keep=("method", "trainer", "gradient_checkpointing"), **options)
     return [fitting.headline(result, ASCII), *fitting.remarks(result)]
 
 
 def test_what_is_tight_or_does_not_run_is_not_called_too_large() -> None:
-    assert "is tight at the smallest batch size, and fits at none" in said(method="dora")[0]
-    lines = said(gpu="t4", attn_implementation="flash_attention_2")
+    assert "is tight at the smallest batch size, and fits at none" in shown_lines(method="dora")[0]
+    lines = shown_lines(gpu="t4", attn_implementation="flash_attention_2")
     assert len(lines) == 1
     assert "x T4: llama-3.1-8b, lora does not run: flash_attention_2 needs compute capability 8.0" in lines[0]
 
 
 def test_an_assumed_context_and_warnings_are_said() -> None:
-    lines = said(model="phi-4", gpu="h100-80gb", target_modules="q_proj,o_proj")
+    lines = shown_lines(model="phi-4", gpu="h100-80gb", target_modules="q_proj,o_proj")
     assert "of CUDA context assumed" in lines[0]
     assert "q_proj' adapts nothing" in lines[1]
 
@@ -141,7 +141,7 @@ def test_context_and_versions_are_those_of_the_estimate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "expected"),
     [
         ({"gpu": "rtx-4090", "max": "layers"}, UnknownNameError, "max"),
         ({"gpu": "rtx-4090,t4"}, InputError, "one card"),
@@ -154,8 +154,8 @@ def test_context_and_versions_are_those_of_the_estimate() -> None:
         ({"gpu": "rtx-4090", "loss": "unsloth"}, PeftplanError, "fit: no formula"),
     ],
 )
-def test_bad_input_says_what_is_accepted(options: dict[str, Any], error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_bad_input_says_what_is_accepted(options: dict[str, Any], error: type[Exception], expected: str) -> None:
+    with pytest.raises(error, match=expected):
         fit("llama-3.2-1b", **options)
 
 

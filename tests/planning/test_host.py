@@ -91,6 +91,6 @@ def test_a_merge_is_that_of_serving() -> None:
 def test_the_answer_stays_short_and_v_says_it() -> None:
     line = ("estimate", "gpt2", "--save-total-limit", "2")
     assert "optimizer.pt" not in run(*line).out
-    said = run(*line, "-v").out
-    assert "checkpoint: optimizer.pt" in said
-    assert "2 checkpoints, as kept" in said
+    output = run(*line, "-v").out
+    assert "checkpoint: optimizer.pt" in output
+    assert "2 checkpoints, as kept" in output

@@ -18,13 +18,13 @@ SEED, JOBS, ADAPTERS = 7, 10, 20
 @pytest.mark.parametrize("number", range(JOBS))
 def test_a_random_job_is_within_the_tolerances(number: int) -> None:
     answer = outcome(number, draw_job(SEED, number))
-    said = "\n".join(report([answer]))
-    assert answer.kind() != "one alone", said
-    assert answer.beyond() <= 1, said
+    text = "\n".join(report([answer]))
+    assert answer.kind() != "one alone", text
+    assert answer.beyond() <= 1, text
 
 
 def test_random_adapter_configs_have_pefts_counts() -> None:
-    assert [said.text for said in compare_counts(SEED, ADAPTERS) if said.fault] == []
+    assert [row.text for row in compare_counts(SEED, ADAPTERS) if row.fault] == []
 
 
 def test_every_drawn_adapter_has_a_model_that_is_read() -> None:

@@ -66,7 +66,7 @@ def test_a_quantized_base_is_served_as_it_is_stored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "expected"),
     [
         ({"adapters": 0}, InputError, "adapters must be at least 1 (got 0)"),
         ({"batch_size": 0}, InputError, "batch_size must be at least 1 (got 0)"),
@@ -78,10 +78,10 @@ def test_a_quantized_base_is_served_as_it_is_stored() -> None:
         ({"no_such_option": 1}, UnknownNameError, "no_such_option"),
     ],
 )
-def test_bad_input(options: dict[str, Any], error: type[PeftplanError], said: str) -> None:
+def test_bad_input(options: dict[str, Any], error: type[PeftplanError], expected: str) -> None:
     with pytest.raises(error) as raised:
         serving(**options)
-    assert said in str(raised.value)
+    assert expected in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

@@ -124,7 +124,7 @@ def test_pandas_takes_the_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "expected"),
     [
         (
             {"seq_len": "1:1000", "batch_size": "1:1000", "r": "1:1000"},
@@ -146,6 +146,6 @@ def test_pandas_takes_the_rows() -> None:
         ({"method": "full", "quant": ["nf4", "int8"]}, PeftplanError, "cannot be trained in full"),
     ],
 )
-def test_bad_input_says_what_is_accepted(options: dict[str, Any], error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_bad_input_says_what_is_accepted(options: dict[str, Any], error: type[Exception], expected: str) -> None:
+    with pytest.raises(error, match=expected):
         sweep("gpt2", **options).records()

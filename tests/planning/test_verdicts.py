@@ -74,7 +74,7 @@ def test_verdicts_subtract_what_they_show() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "options", "said"),
+    ("gpu", "options", "expected"),
     [
         ("t4", {}, "t4: no bf16 in hardware"),
         ("t4", {"dtype": "fp16", "autocast": "fp16"}, None),
@@ -84,14 +84,14 @@ def test_verdicts_subtract_what_they_show() -> None:
         ("24GiB", {}, None),
     ],
 )
-def test_what_a_card_does_otherwise_is_said(gpu: str, options: dict[str, str], said: str | None) -> None:
+def test_what_a_card_does_otherwise_is_said(gpu: str, options: dict[str, str], expected: str | None) -> None:
     notes = [note for note in estimate("llama-2-7b", gpu=gpu, **options).assumptions["notes"] if note.startswith(gpu)]
-    assert [note for note in notes if said is None or said not in note] == []
-    assert bool(notes) == (said is not None)
+    assert [note for note in notes if expected is None or expected not in note] == []
+    assert bool(notes) == (expected is not None)
 
 
 @pytest.mark.parametrize(
-    ("cards", "options", "said"),
+    ("cards", "options", "expected"),
     [
         ("h100-80gb", {}, True),
         ("a100-80gb", {}, False),
@@ -102,9 +102,11 @@ def test_what_a_card_does_otherwise_is_said(gpu: str, options: dict[str, str], s
         ("h100-80gb", {"dtype": "fp32"}, True),  # autocast bf16
     ],
 )
-def test_attention_that_may_be_cudnns_is_said_wherever_a_card_prefers_it(cards: str, options: dict[str, str], said: bool) -> None:
+def test_attention_that_may_be_cudnns_is_said_wherever_a_card_prefers_it(
+    cards: str, options: dict[str, str], expected: bool
+) -> None:
     result = estimate("llama-3.2-1b", gpu=cards, **options)
-    assert any("cuDNN" in what for what in result.not_modelled) is said
+    assert any("cuDNN" in what for what in result.not_modelled) is expected
 
 
 QWEN = {"model": "qwen3-8b", "r": 16}

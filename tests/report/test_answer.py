@@ -46,13 +46,13 @@ def lines_of(result: Estimate, columns: int = 80, glyphs: screen.Glyphs = UNICOD
 @pytest.mark.parametrize("columns", [80, 100, None])
 @pytest.mark.parametrize("job", JOBS)
 def test_an_answer_has_at_most_25_lines(job: str, columns: int | None) -> None:
-    said = run("estimate", *job.split(), columns=columns)
-    lines = said.out.splitlines()
-    assert (said.code, said.err) == (0, "")
+    done = run("estimate", *job.split(), columns=columns)
+    lines = done.out.splitlines()
+    assert (done.code, done.err) == (0, "")
     assert len(lines) <= 25
     assert columns is None or max(map(len, lines)) <= columns
     assert [line for line in lines if line != line.rstrip()] == []
-    assert "\x1b" not in said.out
+    assert "\x1b" not in done.out
 
 
 @pytest.mark.parametrize("columns", [80, 100])
@@ -108,16 +108,16 @@ def test_a_verdict_in_words(verdict: Verdict, words: str) -> None:
 
 
 def test_an_unknown_verdict_says_what_to_do() -> None:
-    said = run("estimate", "llama-2-7b", "--loss", "unsloth", "--gpu", "a100-80gb", columns=None).out.splitlines()
-    assert said[1].startswith("? A100 80GB: unknown, needs at least ")
-    assert "--engine trace" in said[1]
+    lines = run("estimate", "llama-2-7b", "--loss", "unsloth", "--gpu", "a100-80gb", columns=None).out.splitlines()
+    assert lines[1].startswith("? A100 80GB: unknown, needs at least ")
+    assert "--engine trace" in lines[1]
 
 
 def test_an_incomplete_peak_is_said() -> None:
     unknown = tuple(f"model.part{n}" for n in range(5))
-    said = lines_of(tiny_estimate(incomplete=unknown), columns=200)
-    assert "the peak is a lower bound: model.part0" in said
-    assert "and 3 more that the trace could not follow (-v)" in said
+    lines = lines_of(tiny_estimate(incomplete=unknown), columns=200)
+    assert "the peak is a lower bound: model.part0" in lines
+    assert "and 3 more that the trace could not follow (-v)" in lines
 
 
 def test_a_card_is_written_as_it_can_be_typed() -> None:
@@ -143,27 +143,27 @@ def test_a_stream_without_block_letters_gets_ascii(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(screen.sys, "stdout", Latin())
     assert screen.glyphs() is ASCII
-    said = "\n".join(lines_of(estimate("llama-2-7b", gpu=["t4", "a100-80gb"]), glyphs=ASCII))
-    assert said.isascii()
-    assert "\nx T4: needs " in said
-    assert "\n+ A100 80GB: " in said
+    shown = "\n".join(lines_of(estimate("llama-2-7b", gpu=["t4", "a100-80gb"]), glyphs=ASCII))
+    assert shown.isascii()
+    assert "\nx T4: needs " in shown
+    assert "\n+ A100 80GB: " in shown
 
 
 def test_what_was_set_is_no_assumption() -> None:
     job: dict[str, Any] = {"batch_size": 1, "seq_len": 2048, "target_modules": "q_proj"}
-    said = "\n".join(lines_of(estimate("llama-2-7b", **job))).partition("assumed: ")[2]
-    assert not {"batch_size", "seq_len", "target_modules"} & set(re.findall(r"\w+", said))
-    assert {"trainer", "loss", "optim"} < set(re.findall(r"\w+", said))
-    assert said.startswith("trainer transformers · gradient_checkpointing · loss full")
+    assumed = "\n".join(lines_of(estimate("llama-2-7b", **job))).partition("assumed: ")[2]
+    assert not {"batch_size", "seq_len", "target_modules"} & set(re.findall(r"\w+", assumed))
+    assert {"trainer", "loss", "optim"} < set(re.findall(r"\w+", assumed))
+    assert assumed.startswith("trainer transformers · gradient_checkpointing · loss full")
 
 
 def test_assumptions_are_cut_before_anything_else() -> None:
     notes = [f"note {n}" for n in range(12)]
     result = estimate("llama-2-7b", method="qlora", gpu="t4")
-    said = lines_of(replace(result, assumptions={**result.assumptions, "notes": notes}))
-    assert len(said) == MOST_LINES
-    assert [line for line in said if line.startswith("note: ")] == [f"note: {note}" for note in notes]
-    assert re.fullmatch(r"  and \d more lines: -v", said[-1])
+    lines = lines_of(replace(result, assumptions={**result.assumptions, "notes": notes}))
+    assert len(lines) == MOST_LINES
+    assert [line for line in lines if line.startswith("note: ")] == [f"note: {note}" for note in notes]
+    assert re.fullmatch(r"  and \d more lines: -v", lines[-1])
 
 
 def test_how_a_count_was_checked_needs_no_line() -> None:

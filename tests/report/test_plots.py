@@ -95,9 +95,9 @@ def test_cells_and_lines_of_a_map_are_the_rows_of_the_sweep(drawn: list[Figure],
             )
             assert within.get_color() == beyond.get_color()
             assert within.get_linewidth() > fits[-1].get_linewidth() or within is fits[-1]  # one line on another is seen
-            said = [[cells[gpu, x, y]["verdict"] for x in across] for y in down]
-            assert edges(within) == outline(said, {"fits"})
-            assert edges(beyond) == outline(said, {"does_not_fit", "does_not_run"})
+            verdicts = [[cells[gpu, x, y]["verdict"] for x in across] for y in down]
+            assert edges(within) == outline(verdicts, {"fits"})
+            assert edges(beyond) == outline(verdicts, {"does_not_fit", "does_not_run"})
 
 
 def edges(line: Line2D) -> set[Edge]:

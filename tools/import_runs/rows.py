@@ -31,7 +31,7 @@ TOLERANCE = {
     "trace": {"allocated": 1.5, "phases": 1.5, "reserved": 3.0, "device": 2.0},
 }
 """Percent, for runs that say all that ran."""
-UNSAID = {"torch": "2.4", "transformers": "4.40"}
+UNSTATED = {"torch": "2.4", "transformers": "4.40"}
 """The stack that rows are asked with which do not say theirs: one of 2024, as most are. Each leaves something open anyway."""
 
 
@@ -85,8 +85,8 @@ def record(row: Row, run: Row, *, covers: str, peaks: Row, **more: Any) -> Recor
     """A record of a row of PEAKS."""
     counts = {name: row[f"{name}_params"] for name in ("trainable", "total") if row.get(f"{name}_params")}
     peaks = {"rounding_bytes": rounding(row["value"], row["unit"]), **peaks}
-    unsaid = {package: version for package, version in UNSAID.items() if package not in (row.get("versions") or {})}
-    run = {**run, "script": {**unsaid, **run.get("script", {})}}
+    unstated = {package: version for package, version in UNSTATED.items() if package not in (row.get("versions") or {})}
+    run = {**run, "script": {**unstated, **run.get("script", {})}}
     fields = {"id": row["id"], "run": run, "circumstances": circumstances(row), "outcome": row["outcome"], "covers": covers}
     fields |= {"peaks": peaks, "counts": counts, "note": row.get("note"), **more}
     return Record.model_validate_json(json.dumps(fields))

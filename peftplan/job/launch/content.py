@@ -64,7 +64,7 @@ def _yaml(text: str, source: object, field: str) -> object:
 
 
 def _check_nodes(root: object, source: object, field: str) -> None:
-    """Raise InputError for a key that is there twice, and for aliases that stand for too many nodes."""
+    """Raise InputError for a key that appears twice, and for aliases that stand for too many nodes."""
     import yaml
 
     todo, seen = [root], 0

@@ -23,8 +23,8 @@ def test_counts_equal_those_printed() -> None:
     counts: dict[str, int] = {}
     for path, record in PRINTED.items():
         read = plan(record)
-        unsaid = any(said.option == "target_modules" for said in read.unsupported.values())
-        if read.model is None or catalogue.find(read.model) is None or unsaid:
+        other_targets = any(row.option == "target_modules" for row in read.unsupported.values())
+        if read.model is None or catalogue.find(read.model) is None or other_targets:
             continue
         key = repr((read.model, sorted(read.options.items())))
         if key not in counts:
