@@ -291,7 +291,7 @@ def _refused_by_both(o: Outcome) -> bool:
 
 
 def reason(answer: Peaks) -> str:
-    """Why there is no number: what a library raised without where it did and its counts, else our own words."""
+    """Why there is no number: a library's error without its place and counts, else our own message."""
     if not isinstance(answer, str):
         return "a number"
     raised = re.search(r"\w+(Error|Exception): .*", answer)

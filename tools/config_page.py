@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Every record that is kept. A file of two tools is one that cannot be read."""
+    """Every record that is kept. A file that matches two tools counts as unreadable."""
     read = []
     for record in records():
         try:

@@ -246,7 +246,7 @@ def draw_method(draw: random.Random, method: str, config: Mapping[str, Any], tas
 
 
 def _rarely(draw: random.Random, method: str, leaves: Sequence[str], whole: Sequence[str]) -> Options:
-    """What of a method's fields few set."""
+    """Fields of a method that few people set."""
     options: Options = {}
     if draw.random() < 0.1:
         options["modules_to_save"] = [draw.choice(whole)]

@@ -176,7 +176,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(names: list[str], *, most: int | None) -> int:
-    """Rehearse jobs that have no row, at most so many; how many it was."""
+    """Rehearse up to this many jobs without a row; returns how many."""
     from peftplan.rehearse import rehearse
 
     recorded = {row["name"] for row in rows()}

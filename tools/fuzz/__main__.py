@@ -52,7 +52,7 @@ class Worker:
             )
 
     def end(self) -> None:
-        """Let it go, before its folder is removed."""
+        """Stop the process before its folder is removed."""
         with contextlib.suppress(OSError):
             self.pipe.send(None)
         self.process.join()

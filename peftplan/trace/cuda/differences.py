@@ -149,7 +149,7 @@ def cuda_autocast(dtype: torch.dtype | None, device: str) -> Iterator[None]:
 
 
 def _all_by_name(mask: torch.Tensor) -> torch.Tensor:
-    """`fast_all`, which compares the sum of a mask with its size: as `all`, by which the trace knows what is asked."""
+    """`fast_all`, which compares the sum of a mask with its size: runs as `all`, which the trace recognises."""
     mask.sum()
     return mask.all()
 

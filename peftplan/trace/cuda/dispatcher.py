@@ -9,7 +9,7 @@ again, so a list of Python functions cannot stand for it. While a trace runs, th
 | fp32 | casts 16-bit inputs to fp32 | `_widened` |
 | fp32 result | asks for an fp32 result unless the call names a dtype | `_with_dtype` |
 | promote | casts the inputs to the widest of them | `_promoted` |
-| none (`cat`, `cross_entropy_loss`, `quantile` …) | nothing | the CPU's rule is passed over |
+| none (`cat`, `cross_entropy_loss`, `quantile` …) | nothing | the CPU's rule is skipped |
 
 `softmax` and `log_softmax` of fp16 with an fp32 result are one kernel on CUDA, a copy and a kernel on the CPU (SoftMax.cpp).
 
@@ -127,7 +127,7 @@ def _promoted(name: str) -> Rule:
 
 
 def _widest(args: Any) -> torch.dtype:
-    """`promote_type`: fp32 if one of the inputs is, else autocast's dtype. Raises RuntimeError for the other one of 16 bits."""
+    """`promote_type`: fp32 if one of the inputs is, else autocast's dtype. Raises RuntimeError for the other 16-bit dtype."""
     low = widest = torch.get_autocast_dtype("cpu")
     for each in (part for arg in args for part in (arg if isinstance(arg, list | tuple) else (arg,))):
         if isinstance(each, torch.Tensor) and each.dtype in FLOATING:

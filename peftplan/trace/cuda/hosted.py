@@ -16,19 +16,19 @@ from peftplan.units import pinned
 
 
 class Host:
-    """How many bytes of pinned host memory hold what waits, now and at most."""
+    """Bytes of pinned host memory that saved tensors take, now and at most."""
 
     def __init__(self) -> None:
         self.live = self.most = 0
 
     def add(self, nbytes: int) -> None:
-        """Bytes that come, or that go where negative."""
+        """Add bytes; negative ones are freed."""
         self.live += nbytes
         self.most = max(self.most, self.live)
 
 
 class Hosted:
-    """A tensor that waits on the host: what a copy on the device is made from."""
+    """A tensor saved on the host, from which its copy on the device is made."""
 
     __slots__ = ("device", "dtype", "host", "nbytes", "size")
 
@@ -46,7 +46,7 @@ _HOSTS = [Host()]
 
 @contextmanager
 def counted_host() -> Iterator[Host]:
-    """Count what waits in host memory from here on."""
+    """Count saved tensors in host memory from here on."""
     _HOSTS.append(Host())
     try:
         yield _HOSTS[-1]
@@ -55,7 +55,7 @@ def counted_host() -> Iterator[Host]:
 
 
 class SavedOnHost(saved_tensors_hooks):
-    """`save_on_cpu` for fake tensors: keeps what a copy is made from, and makes it anew whenever it is asked for."""
+    """`save_on_cpu` for fake tensors: keeps the source of a copy, and copies again at each use."""
 
     def __init__(self, pin_memory: bool = False, device_type: str = "cuda") -> None:
         host = _HOSTS[-1]

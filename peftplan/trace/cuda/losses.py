@@ -1,4 +1,4 @@
-"""Losses that never hold all logits: forwards with which libraries replace a model's own, on kernels without values.
+"""Losses that never hold all logits: the forwards that libraries put in place of a model's own, on kernels without values.
 
 Each takes what the real code takes on CUDA, in the same order; a Triton kernel takes nothing. Letters: n scored tokens, h hidden
 size, v vocabulary. Every label counts as scored: how many a run masks (prompts, padding) lies in its data, and fewer take less.

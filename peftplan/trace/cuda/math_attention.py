@@ -27,7 +27,7 @@ def math_kernel(
     scale: float | None,
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """Attention over all scores, in fp32 for 16-bit inputs; the weights in the inputs' dtype are made first and thrown away."""
+    """Attention over all scores, in fp32 for 16-bit inputs; the weights in the inputs' dtype are made first and discarded."""
     dtype = query.dtype
     q, k, v = (x.float() if dtype in HALF else x for x in (query, key, value))
     root = math.sqrt(abs(scale if scale is not None else 1 / math.sqrt(query.shape[-1])))

@@ -1,4 +1,4 @@
-"""Which tokens a loss scores: selections by a mask, whose size lies in the data and so is said, not asked.
+"""Which tokens a loss scores: selections by a mask, whose size depends on the data, so the caller gives it.
 
 Source: torch aten/src/ATen/native/cuda/IndexKernel.cu (`nonzero` makes the indices, int64, one per dimension of the mask),
 `masked_scatter` (a prefix sum, int64, per element of the mask), tools/autograd/derivatives.yaml (what each keeps).

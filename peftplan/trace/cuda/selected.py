@@ -17,9 +17,9 @@ def selecting(rows: int | None) -> AbstractContextManager[Any]:
 
 
 class Selected(TorchDispatchMode):
-    """Runs indexing by a boolean mask as indexing by the positions of `rows` true places, and gives those to who asks for them.
+    """Runs indexing by a boolean mask as indexing by `rows` positions, and returns those where code asks for the true places.
 
-    `unique_consecutive` gives one value: what models ask it for is whether all samples are alike.
+    `unique_consecutive` returns one value: models only ask whether all samples are alike.
     """
 
     def __init__(self, rows: int) -> None:

@@ -1,4 +1,4 @@
-"""Unsloth's fused linear cross entropy: the gradient of the hidden states is made in forward, tile by tile, from fp32 logits.
+"""Unsloth's fused linear cross entropy: forward computes the gradient of the hidden states, tile by tile, from fp32 logits.
 
 Letters: n scored tokens, h hidden size, v vocabulary. Source: unsloth_zoo 2026.10.9 `fused_losses/fused_linear.py`: `_ce_impl`,
 `_tiled_forward`, `_tiled_layout`, `fused_linear_rows`, `_Buffers`; `_ce_backward`. Its tiles depend on the card: as on one of
