@@ -54,8 +54,9 @@ class _Quoted(Repr):
 
 
 def quoted(value: object) -> str:
-    """A value as messages show it, at most `MOST_OF_A_VALUE` characters."""
-    text = _Quoted().repr(value)
+    """A value as messages show it, at most `MOST_OF_A_VALUE` characters; a tuple of names as it is typed, with commas."""
+    names = value[:20] if isinstance(value, tuple) else ()
+    text = _Quoted().repr(",".join(names) if names and all(isinstance(name, str) for name in names) else value)
     return text if len(text) <= MOST_OF_A_VALUE else text[: MOST_OF_A_VALUE - 3] + "..."
 
 

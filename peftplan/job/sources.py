@@ -21,7 +21,7 @@ from peftplan.arch.fields import MAX_LABELS
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.arch.readers import READERS, read_config
-from peftplan.errors import InputError, RefusedError, UnknownNameError
+from peftplan.errors import InputError, RefusedError, UnknownNameError, UnreadableError
 from peftplan.files import is_file
 
 BUILT_INS_KEPT = 512
@@ -171,7 +171,7 @@ def _from_text(text: str) -> tuple[dict[str, object], str, str]:
         file = _config_file(path, text)
         return read_file(file, name=text), text, f"file {file}"
     if text.startswith((".", "~", os.sep)) or text.endswith(".json") or "\\" in text:
-        raise InputError("model", text, "no such file or folder")
+        raise UnreadableError("model", text, "no such file or folder")
     from peftplan.arch import hub
 
     if not hub.is_repo_id(text):

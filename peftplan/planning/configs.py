@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from peftplan.arch import catalogue, hub
-from peftplan.errors import InputError, PeftplanError, RefusedError, UnknownNameError
+from peftplan.errors import InputError, PeftplanError, RefusedError, UnknownNameError, UnreadableError
 from peftplan.frames import Listing
 from peftplan.job.configs.detect import check, tool_of
 from peftplan.job.configs.plan import ConfigPlan, Tool
@@ -76,7 +76,7 @@ def _files(path: Path) -> Iterator[Path]:
     """A file, or those of a folder in the order of their names; hidden ones and links are left out."""
     if not path.is_dir():
         if not path.exists():
-            raise InputError("path", str(path), "no such file or folder")
+            raise UnreadableError("paths", str(path), "no such file or folder")
         yield path
         return
     count = 0
@@ -87,7 +87,7 @@ def _files(path: Path) -> Iterator[Path]:
             if name.endswith(SUFFIXES) and not name.startswith(".") and not file.is_symlink():
                 count += 1
                 if count > MOST_FILES:
-                    raise InputError("path", str(path), f"accepted: folders of at most {MOST_FILES:,} files")
+                    raise InputError("paths", str(path), f"accepted: folders of at most {MOST_FILES:,} files")
                 yield file
 
 

@@ -94,6 +94,8 @@ def refused(*args: str) -> str:
         ("estimate gpt2 --method prefix-tuning --num-virtual-tokens 4 --r 8", ["--r is not an option of prefix-tuning"]),
         # targets: near names are shown
         ("estimate llama-2-7b --target-modules q_pro", ["--target-modules", "'q_pro'", "near: q_proj"]),
+        ("estimate llama-2-7b --target-modules q_pro,v_pro", ["--target-modules: 'q_pro,v_pro' is not accepted"]),
+        ("configs nosuch", ["PATH: cannot read 'nosuch': no such file or folder"]),
         ("estimate llama-2-7b --epochs 3", ["no such option: --epochs (see --help)"]),
         ("estimate llama-2-7b --batchsize 3", ["did you mean --batch-size"]),
         ("inspect llama-2-7b --match q_pro", ["--match", "'q_pro'", "near: q_proj"]),

@@ -41,7 +41,9 @@ def with_file(plan: ConfigPlan, model: Any, chosen: Mapping[str, Any], *, object
     """
     file = plan.files[0]
     if plan.kind != "training":
-        what = "not a training config of a known tool" if plan.tool == "other" else f"of {plan.tool}, and trains no model"
+        what = (
+            "not a training config of a known tool" if plan.tool == "other" else f"a file of {plan.tool}, which trains no model"
+        )
         raise RefusedError(f"config: {file} is {what}; accepted: a training config, then its launch files")
     if model is None and plan.model is None:
         raise RefusedError(f"config: {file} names no model; add MODEL")
