@@ -107,7 +107,9 @@ class Command(click.Command):
         typed: dict[str, str] = ctx.meta.get(TYPED, {})
         options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         spellings = {name: param.opts[0] for param in options for name in _names(param)}
-        arguments = {name: param.human_readable_name.rstrip(".") for param in self.get_params(ctx) for name in _argument_names(param)}
+        arguments = {
+            name: param.human_readable_name.rstrip(".") for param in self.get_params(ctx) for name in _argument_names(param)
+        }
         in_file = {name for param in options if getattr(param, "heading", "") == METHOD_HEADING for name in _names(param)}
         fields = {name: text for name, text in spellings.items() if "peft_config" not in typed or name not in in_file}
         words = [text.partition("=")[0] for text in ctx.params.get("set") or ()]
