@@ -59,12 +59,12 @@ def rows(points: int, output: Path) -> tuple[float, float, str]:
 
 def differences(output: Path, points: int, sample: int) -> list[str]:
     """What direct estimates of a sample say otherwise; half of the sample are points with a replay or without a verdict."""
-    wanted = set(random.Random(7).sample(range(points), sample // 2))
+    sampled = set(random.Random(7).sample(range(points), sample // 2))
     chosen: list[dict[str, str]] = []
     near: list[dict[str, str]] = []
     with output.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.DictReader(file)):
-            if number in wanted:
+            if number in sampled:
                 chosen.append(row)
             elif row["decided_by"] in ("replay", "") and number % 17 == 0:
                 near.append(row)

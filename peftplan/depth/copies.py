@@ -125,17 +125,17 @@ def _net(tape: Tape, log: list[int], stack: Stack, early: set[int] | None) -> tu
     allocated = {n for n in log if n > 0}
     freed = {-n for n in log if n < 0}
     kept = [n for n in log if n > 0 and n not in freed]
-    gone = [-n for n in log if n < 0 and -n not in allocated]
+    freed_here = [-n for n in log if n < 0 and -n not in allocated]
     for alike in (_same, _of_one_pass, _alike):  # the closest first: a gradient replaces a gradient
-        for n in [*gone]:
+        for n in [*freed_here]:
             twin = next((k for k in kept if k not in tape.lasting and alike(tape, k, n)), None)
             if twin is None:
                 continue
-            gone.remove(n)
+            freed_here.remove(n)
             if early is None or n in stack.passed or twin in early:
                 kept.remove(twin)
                 moved[n] = twin
-    return [*(-n for n in gone), *kept], moved  # frees first: the copies count as one step and must not overshoot
+    return [*(-n for n in freed_here), *kept], moved  # frees first: the copies count as one step and must not overshoot
 
 
 def _alike(tape: Tape, one: int, other: int) -> bool:

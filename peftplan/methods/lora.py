@@ -88,10 +88,10 @@ class LoraConfig(LayeredConfig):
 def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
     """The tensors that `get_peft_model` adds for a LoraConfig; `target_modules` None means all linear layers."""
     _refuse(arch, config)
-    wanted = ALL_LINEAR if config.target_modules is None else config.target_modules
-    if wanted == PEFT_DEFAULT and config.target_parameters and not has_default(arch, peft_type="LORA"):
-        wanted = ()  # peft then adapts the parameters alone
-    resolved = fused_expert_targets(arch, config, wanted, left_out=excluded(arch, config))
+    requested = ALL_LINEAR if config.target_modules is None else config.target_modules
+    if requested == PEFT_DEFAULT and config.target_parameters and not has_default(arch, peft_type="LORA"):
+        requested = ()  # peft then adapts the parameters alone
+    resolved = fused_expert_targets(arch, config, requested, left_out=excluded(arch, config))
     if not resolved.target_modules and not resolved.target_parameters:
         raise InputError("target_modules", list(config.target_modules or ()), "peft refuses it; name modules or parameters")
     targets = resolve_targets(arch, resolved.target_modules, peft_type="LORA") if resolved.target_modules else ()

@@ -79,10 +79,10 @@ def saved_copies(arch: Architecture, names: Iterable[str]) -> tuple[AddedTensor,
     _refuse_nested([root for name in names for root in _roots(arch, name)])
     copies: list[AddedTensor] = []
     copied: set[tuple[str, int | None]] = set()
-    for wanted in names:
-        roots = _roots(arch, wanted)
-        if not roots and wanted not in ALL_HEADS:
-            raise InputError("modules_to_save", wanted, f"no module ends with it; {_near(arch, wanted)}")
+    for suffix in names:
+        roots = _roots(arch, suffix)
+        if not roots and suffix not in ALL_HEADS:
+            raise InputError("modules_to_save", suffix, f"no module ends with it; {_near(arch, suffix)}")
         for root, layers in roots:
             for module in arch.modules:
                 if module.name != root and not module.name.startswith(root + "."):

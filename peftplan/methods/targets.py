@@ -93,14 +93,14 @@ def match(
     `targets` is `config.target_modules` once words are resolved. Raises InputError if nothing matches (near names are
     shown) unless that may be, RefusedError if a container module matches, which peft refuses too.
     """
-    wanted = _matcher(targets)
+    in_targets = _matcher(targets)
     templates = frozenset(t for t in targets if "{" in t) if isinstance(targets, tuple) else frozenset()
     left_out = excluded(arch, config)
     layers = config if isinstance(config, LayeredConfig) and _uses_layers(config) else None
     exact = exact_names(arch, targets) if layers else frozenset()
 
     def matches(name: str, template: str) -> bool:
-        if left_out(name) or not (template in templates or wanted(name)):
+        if left_out(name) or not (template in templates or in_targets(name)):
             return False
         return layers is None or name in exact or _in_layers(name, layers)
 
@@ -110,7 +110,7 @@ def match(
     if container is not None:
         raise RefusedError(f"target_modules: {container} is not a layer that can be adapted; peft refuses it as not supported")
     if not matched and not may_be_none:
-        elsewhere = (wanted(name) or module.name in templates for module in arch.modules for name in module.names())
+        elsewhere = (in_targets(name) or module.name in templates for module in arch.modules for name in module.names())
         if layers is not None and any(elsewhere):
             accepted = f"no target in these layers; accepted: {_layers(arch)}"
             raise InputError("layers_to_transform", layers.layers_to_transform, accepted)

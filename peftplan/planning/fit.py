@@ -153,7 +153,7 @@ def _plan(model: Any, gpu: str, search: Search, options: Mapping[str, Any], chan
     if search.engine == "trace":
         return _traced_plan(model, gpu, search, options, changes)
     size, accepted, smallest = search.size, search.accepted, search.smallest
-    ask = _asking(model, gpu, size, options, smallest)
+    ask = _estimates(model, gpu, size, options, smallest)
     start = ask(smallest)
     if start.peaks is None:
         raise RefusedError(f"fit: {without_formula(start)}")
@@ -161,7 +161,7 @@ def _plan(model: Any, gpu: str, search: Search, options: Mapping[str, Any], chan
     def probe(number: int) -> Probe:
         return _probe(ask(number), accepted)
 
-    if not _probe(start, accepted).does:
+    if not _probe(start, accepted).accepted:
         edge, answer = Largest(0, smallest), start
     else:
         most_asked = MOST_ASKED if not changes else ASKED_OF_OTHERS
@@ -202,7 +202,7 @@ def _traced_plan(model: Any, gpu: str, search: Search, options: Mapping[str, Any
     return _plan_at(edge, ask(edge.size or search.smallest), ask, size, changes)
 
 
-def _asking(model: Any, gpu: str, size: Size, options: Mapping[str, Any], smallest: int) -> Callable[[int], Estimate]:
+def _estimates(model: Any, gpu: str, size: Size, options: Mapping[str, Any], smallest: int) -> Callable[[int], Estimate]:
     """The job at any size: by its formulas' own sizes where they have a name for it."""
     start = estimate(model, gpu=gpu, **{**options, size: smallest})
 

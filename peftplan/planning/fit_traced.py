@@ -18,32 +18,32 @@ def largest_traced(probe: Callable[[int], Probe], *, smallest: int, ceiling: int
     """A size that fits while one more does not; `asked_from` is that size, since smaller ones were not all asked."""
     seen: dict[int, Probe] = {}
 
-    def does(size: int) -> bool:
+    def accepts(size: int) -> bool:
         if size not in seen:
             seen[size] = probe(size)
-        return seen[size].does
+        return seen[size].accepted
 
-    good, bad = _bracket(does, smallest=smallest, ceiling=ceiling, guess=min(max(guess, smallest), ceiling))
+    good, bad = _bracket(accepts, smallest=smallest, ceiling=ceiling, guess=min(max(guess, smallest), ceiling))
     by_halves = False
     while bad - good > 1 and bad > smallest:
         middle = (good + bad) // 2 if by_halves or good < smallest else _between(seen, good, bad)
-        good, bad = (middle, bad) if does(middle) else (good, middle)
+        good, bad = (middle, bad) if accepts(middle) else (good, middle)
         by_halves = not by_halves
     if good < smallest:
         return Largest(0, smallest)
     return Largest(good, good, bounded=good == ceiling)
 
 
-def _bracket(does: Callable[[int], bool], *, smallest: int, ceiling: int, guess: int) -> tuple[int, int]:
+def _bracket(accepts: Callable[[int], bool], *, smallest: int, ceiling: int, guess: int) -> tuple[int, int]:
     """A size that fits, and a larger one that does not: one below `smallest` or above `ceiling` where there is none."""
     size, step = guess, 1
-    if does(size):
-        while size < ceiling and does(min(size + step, ceiling)):
+    if accepts(size):
+        while size < ceiling and accepts(min(size + step, ceiling)):
             size, step = min(size + step, ceiling), 2 * step
         return size, min(size + step, ceiling) if size < ceiling else ceiling + 1
     while size > smallest:
         lower = max(size - step, smallest)
-        if does(lower):
+        if accepts(lower):
             return lower, size
         size, step = lower, 2 * step
     return smallest - 1, smallest

@@ -6,7 +6,7 @@ batch sizes on a card that takes 23 GiB::
 
     batch size            5     6     7     8     9
     reserved, GiB      19.8  22.4  23.1  22.9  25.6
-    does                yes   yes    no   yes    no     -> largest 6, again 8
+    fits                yes   yes    no   yes    no     -> largest 6, again 8
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ MOST_BEYOND = 64
 class Probe(NamedTuple):
     """What a job needs at one size, in bytes, and whether that does.
 
-    `room`: what a card has for torch's allocator if the verdict is to be good enough. `does` may hold for more reserved bytes
+    `room`: what a card has for torch's allocator if the verdict is to be good enough. `accepted` may hold for more reserved bytes
     than that, where the allocator gets by once it gives cached memory back.
     """
 
-    does: bool
+    accepted: bool
     allocated: int
     reserved: int
     room: int
@@ -71,12 +71,12 @@ def largest(probe: Callable[[int], Probe], *, ceiling: int, most_asked: int = MO
             seen[size] = probe(size)
         return seen[size]
 
-    if not at(1).does:
+    if not at(1).accepted:
         return Largest(0, 1, again=_again(at, after=1, ceiling=ceiling))
     good, bad = _bracket(at, ceiling)
     while bad - good > 1:
         middle = (good + bad) // 2
-        good, bad = (middle, bad) if at(middle).does else (good, middle)
+        good, bad = (middle, bad) if at(middle).accepted else (good, middle)
     lowest, asked_from = _downwards(at, seen, bad, most_asked)
     if lowest > ceiling:
         return Largest(ceiling, asked_from, bounded=True)
@@ -88,7 +88,7 @@ def _bracket(at: Callable[[int], Probe], ceiling: int) -> tuple[int, int]:
     good = 1
     while good < ceiling:
         following = min(2 * good, ceiling)
-        if not at(following).does:
+        if not at(following).accepted:
             return good, following
         good = following
     return ceiling, ceiling + 1
@@ -99,7 +99,7 @@ def _downwards(at: Callable[[int], Probe], seen: dict[int, Probe], bad: int, mos
     lowest = bad
     for size in range(bad - 1, max(bad - 1 - most_asked, 0), -1):
         here = at(size)
-        if not here.does:
+        if not here.accepted:
             lowest = size
         elif bad - size >= LEAST_ASKED and here.reserved + CAUTION * max(_drop(seen), LEAST_DROP) <= here.room:
             return lowest, size
@@ -109,12 +109,12 @@ def _downwards(at: Callable[[int], Probe], seen: dict[int, Probe], bad: int, mos
 def _below(at: Callable[[int], Probe], lowest: int) -> int:
     """Further down in growing steps, the size after one that does; `lowest` where that is so already."""
     step, passing_size = 1, lowest - 1
-    while not at(passing_size).does:
+    while not at(passing_size).accepted:
         lowest, step = passing_size, 2 * step
         passing_size = max(passing_size - step, 1)
     while lowest - passing_size > 1:
         middle = (passing_size + lowest) // 2
-        passing_size, lowest = (middle, lowest) if at(middle).does else (passing_size, middle)
+        passing_size, lowest = (middle, lowest) if at(middle).accepted else (passing_size, middle)
     return lowest
 
 
@@ -134,6 +134,6 @@ def _again(at: Callable[[int], Probe], *, after: int, ceiling: int) -> int | Non
         here = at(size)
         if here.allocated > here.room:
             break
-        if here.does:
+        if here.accepted:
             again = size
     return again

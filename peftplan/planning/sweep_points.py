@@ -145,7 +145,7 @@ class Block:
         """The sizes of the points, as arrays."""
         shape = [len(values) for values in self.job.sizes.values()]
         places = np.unravel_index(np.arange(self.start, self.start + self.count), shape) if shape else ()
-        at = {name: _taken(name, values, place) for (name, values), place in zip(self.job.sizes.items(), places, strict=True)}
+        at = {name: _values_at(name, values, place) for (name, values), place in zip(self.job.sizes.items(), places, strict=True)}
         for name in ("batch_size", "seq_len"):
             if name not in at and self.first is not None:
                 at[name] = np.full(self.count, getattr(self.first.setup, name), dtype=np.int64)
@@ -247,7 +247,7 @@ def counted(model: Any, **options: Any) -> Inventory:
     return inventory(job)
 
 
-def _taken(name: str, values: Values, places: Any) -> Any:
+def _values_at(name: str, values: Values, places: Any) -> Any:
     """Values of an axis at some places; a range is not written out."""
     if isinstance(values, range):
         return values.start + values.step * places.astype(np.int64)

@@ -65,7 +65,7 @@ def test_a_size_that_was_not_asked_is_never_the_answer() -> None:
 
     answer = largest(probe, ceiling=1000, most_asked=300)
     assert {answer.size, answer.size + 1} <= probed
-    assert (probe(answer.size).does, probe(answer.size + 1).does) == (True, False)
+    assert (probe(answer.size).accepted, probe(answer.size + 1).accepted) == (True, False)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -75,9 +75,9 @@ def test_against_asking_every_size(seed: int) -> None:
     step = draw.randint(1, 40)
     needs = [0] + [n * step + draw.randint(0, 100) for n in range(1, 4000)]
     room = draw.randint(200, 3000 * step)
-    does = [need <= room for need in needs]
-    expected = next(n for n in range(1, 4000) if not does[n]) - 1
+    accepted = [need <= room for need in needs]
+    expected = next(n for n in range(1, 4000) if not accepted[n]) - 1
     answer = largest(needing(lambda n: needs[n] * MIB, room=room * MIB), ceiling=3999)
     assert answer.size == expected
-    beyond = [n for n in range(expected + 2, min(expected + 2 + MOST_BEYOND, 4000)) if does[n]]
+    beyond = [n for n in range(expected + 2, min(expected + 2 + MOST_BEYOND, 4000)) if accepted[n]]
     assert answer.again == max(beyond, default=None)
