@@ -46,6 +46,7 @@ def test_options_and_short_cells_do_not_break_behind_their_dashes() -> None:
         '<td class="unbroken">rtx-4090</td><td style="text-align: right;" class="unbroken">-0.0001&nbsp;%</td>'
         "<td>a sentence of several words</td>"
     )
+    assert site_hooks.unbroken("<p>within 2 %</p><pre>2 %</pre>") == "<p>within 2&nbsp;%</p><pre>2 %</pre>"
 
 
 def test_the_picture_shows_what_the_command_prints() -> None:

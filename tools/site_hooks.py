@@ -18,6 +18,8 @@ PRINTED = re.compile(r"^<!-- printed by: (?P<command>.*) -->\n```text\n", re.M)
 SHORT_CODE = re.compile(r"<code>([^<\n]{1,30})</code>")
 LONG_CODE = re.compile(r"<code>([^<\n]{31,})</code>")
 OPTION = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
+PRE = re.compile(r"(<pre.*?</pre>)", re.S)
+PERCENT = re.compile(r"(?<=\d) %")
 CELL = re.compile(r"<td([^>]*)>([^<\n]*)</td>")
 SHORT_CELL = 16
 """Letters; numbers, cards and names of tools would break behind their dashes."""
@@ -45,15 +47,18 @@ def with_titles(text: str) -> str:
 
 
 def unbroken(html: str) -> str:
-    """Short code, the options of long code and short cells of tables stay in one line: they would break behind their dashes."""
+    """Short code, the options of long code and short cells of tables stay in one line: they would break behind their dashes.
+
+    A number keeps its percent sign.
+    """
     html = SHORT_CODE.sub(r'<code class="unbroken">\1</code>', html)
     html = LONG_CODE.sub(lambda match: OPTION.sub(r'<span class="unbroken">\g<0></span>', match[0]), html)
-    return CELL.sub(_cell, html)
+    html = CELL.sub(_cell, html)
+    return "".join(part if part.startswith("<pre") else PERCENT.sub("&nbsp;%", part) for part in PRE.split(html))
 
 
 def _cell(match: re.Match[str]) -> str:
-    attributes, text = match[1], match[2].replace(" %", "&nbsp;%")
-    return f'<td{attributes} class="unbroken">{text}</td>' if len(match[2]) <= SHORT_CELL else f"<td{attributes}>{text}</td>"
+    return f'<td{match[1]} class="unbroken">{match[2]}</td>' if len(match[2]) <= SHORT_CELL else match[0]
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
