@@ -145,7 +145,7 @@ def _sharding(args: object) -> dict[str, object]:
 
     options: dict[str, object] = {}
     if fsdp := getattr(args, "fsdp", None):
-        options |= accelerate.fsdp_options({**_mapping(args, "fsdp_config"), **_fsdp_words(fsdp)})
+        options |= accelerate.fsdp_options({**_mapping(args, "fsdp_config"), **accelerate.of_words(fsdp)})
     if parallel := getattr(args, "parallelism_config", None):
         options |= accelerate.parallel_options({name: getattr(parallel, name, None) for name in PARALLELISM_FIELDS})
     if deepspeed := getattr(args, "deepspeed", None):
@@ -155,26 +155,6 @@ def _sharding(args: object) -> dict[str, object]:
 
 PARALLELISM_FIELDS = ("dp_shard_size", "tp_size", "cp_size", "sp_size")
 """Sizes of accelerate's `ParallelismConfig`."""
-
-
-def _fsdp_words(value: Any) -> dict[str, Any]:
-    """Options from the words of `fsdp`, such as `full_shard auto_wrap offload`. `True` and an empty list set none."""
-    words = (
-        value.split()
-        if isinstance(value, str)
-        else [str(getattr(word, "value", word)) for word in value]
-        if value is not True
-        else []
-    )
-    options: dict[str, object] = {}
-    for word in words:
-        if word == "auto_wrap":
-            options.setdefault("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
-        elif word == "offload":
-            options["offload_params"] = True
-        else:
-            options["sharding_strategy"] = word
-    return options
 
 
 LOADING_FIELDS = ("dtype", "attn_implementation")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from peftplan.job.configs.documents import BrokenFileError, Document
+from peftplan.job.configs.documents import BrokenFileError, Document, Values
 
 WANTED = ("Config", "Trainer", "from_pretrained", "get_peft_model", "Arguments", "prepare_model_for_kbit_training")
 """Ends of the names of calls that matter."""
@@ -31,7 +32,8 @@ def of_script(text: str, *, file: str) -> Document:
     """The calls of a Python script."""
     reader = _Calls()
     reader.read(text, file=file)
-    return _document(reader, file)
+    comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    return _document(reader, file)._replace(comments=comments)
 
 
 def _document(reader: _Calls, file: str) -> Document:
@@ -40,12 +42,29 @@ def _document(reader: _Calls, file: str) -> Document:
     return Document({"calls": reader.calls}, kind="calls")
 
 
+def arguments(calls: Iterable[Values], kinds: Mapping[str, str]) -> Values:
+    """The arguments of the first call of each kind: `load.max_seq_length`; later ones count as calls after training.
+
+    `kinds`: name of a call → what stands before its arguments.
+    """
+    values: Values = {}
+    for call in calls:
+        kind = kinds.get(call["call"])
+        if kind is None or kind in values:
+            times = sum(key.startswith(f"later.{call['call']}") for key in values) + 1
+            values[f"later.{call['call']}#{times}"] = "call"
+            continue
+        stated = {str(index): value for index, value in enumerate(call["args"])} | call["kwargs"]
+        values[kind] = {"call": call["call"], **stated}
+    return values
+
+
 class _Calls(ast.NodeVisitor):
     """The calls in the order of the text; names that were assigned once to a plain value stand for it."""
 
     def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-        self.names: dict[str, Any] = {}
+        self.calls: list[Values] = []
+        self.names: Values = {}
 
     def read(self, source: str, *, file: str | None) -> None:
         """Add the calls of a source. A cell that is no Python is left out; a file that is none raises BrokenFileError."""

@@ -24,10 +24,14 @@ NUMBER = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+")
 """Numbers that YAML 1.1, and so PyYAML, takes for text: `1e-5`. Tools convert them by the type of the field."""
 
 
+Values = dict[str, Any]
+"""Keys with values of any kind, as a file holds them."""
+
+
 class Document(NamedTuple):
     """The values of a file. `lines`: dotted key → line, where it is known."""
 
-    values: dict[str, Any]
+    values: Values
     lines: Mapping[str, int] = {}
     kind: str = "values"
     """`values`, `command` or `calls`."""
@@ -58,7 +62,7 @@ class BrokenFileError(FileError):
 def read_json(text: str, *, file: str) -> Document:
     """The object of a JSON file."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, object]]) -> Values:
         values = dict(pairs)
         if len(values) < len(pairs):
             names = [name for name, _ in pairs]
@@ -160,9 +164,9 @@ class _Yaml:
             return as_number(node.value) if not node.style else node.value
         raise BrokenFileError(self.file, line, f"{key}: the tag {node.tag} is not accepted; accepted: values without tags")
 
-    def _mapping(self, node: Any, key: str, depth: int) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
+    def _mapping(self, node: Any, key: str, depth: int) -> Values:
+        values: Values = {}
+        merged: Values = {}
         for name_node, value_node in node.value:
             line = name_node.start_mark.line + 1
             if name_node.tag == "tag:yaml.org,2002:merge":
@@ -197,9 +201,15 @@ def word(value: object) -> str:
     return "none" if value is None else str(value).lower()
 
 
+def by_word(values: Mapping[str, Any], value: object) -> Any:
+    """Our value for theirs, in whatever case; another value is its own."""
+    wanted = word(value)
+    return next((ours for theirs, ours in values.items() if word(theirs) == wanted), value)
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key → value; an empty mapping is a value."""
-    flattened: dict[str, Any] = {}
+    flattened: Values = {}
     for name, value in values.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         if isinstance(value, Mapping) and value:

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, NamedTuple, TypedDict
 
 from peftplan.datafiles import load
+from peftplan.job.configs.documents import Values
 from peftplan.job.configs.plan import Effect, Tool
 
 FOLDER = "configs"
@@ -79,6 +80,12 @@ class Facts:
     calls: Mapping[str, str]
     """Calls of a script → the name under which their arguments are keys."""
     models: Mapping[str, str]
+    write: Values
+    """What `export` adds to the tables (`writing`)."""
+    strategy: str | None = None
+    """What the tool does on several GPUs, where its files do not say it."""
+    prefixes: tuple[str, ...] = ()
+    """What stands before the keys of other tools that it takes too."""
 
     def known(self, key: str) -> Known | None:
         """The row of a dotted key: its own, a pattern's, or that of the mapping which it is in; None for no key of the tool."""
@@ -102,6 +109,10 @@ class Facts:
     def _patterns(self) -> Iterator[tuple[str, Row]]:
         return ((name, row) for name, row in self.rows.items() if "*" in name and not name.endswith(".*"))
 
+    def bare(self, key: str) -> str:
+        """A key without such a prefix."""
+        return key.removeprefix(next((prefix for prefix in self.prefixes if key.startswith(prefix)), ""))
+
     def names(self) -> tuple[str, ...]:
         """All keys that the tool has."""
         return tuple({*self.schema, *(name for name in self.rows if "*" not in name)})
@@ -124,7 +135,8 @@ def facts(tool: Tool) -> Facts:
         schema |= {prefix + key: (default, f"{other.tool} {other.version}, {at}") for key, (default, at) in other.schema.items()}
     for why, keys in raw.get("ignored", {}).items():
         rows |= {key: {"ignored": why} for key in keys}
-    rows |= raw.get("keys", {})
+    own = raw.get("keys", {})
+    rows = {**{key: row for key, row in own.items() if "*" not in key}, **rows, **own}  # a tool's own words come first
     schema |= {key: (default, at) for key, (default, at) in raw.get("schema", {}).items()}
     return Facts(
         tool,
@@ -135,4 +147,7 @@ def facts(tool: Tool) -> Facts:
         tuple(raw.get("rules", ())),
         raw.get("calls", {}),
         raw.get("models", {}),
+        {**raw.get("write", {}), "models": raw.get("builders")},
+        raw.get("strategy"),
+        tuple(raw["includes"]) if isinstance(raw.get("includes"), Mapping) else (),
     )

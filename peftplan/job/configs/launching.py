@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from peftplan.datafiles import load
 from peftplan.distributed.names import MOST_RANKS
 from peftplan.errors import PeftplanError
-from peftplan.job.configs.documents import word
+from peftplan.job.configs.documents import Values, read_json, word
 from peftplan.job.configs.plan import Unsupported
 from peftplan.job.launch import accelerate, deepspeed
 
@@ -38,10 +38,20 @@ OFF_BY_DEFAULT = (
 """Switches of ZeRO++ that files state although they are off (deepspeed, runtime/zero/config.py)."""
 
 
+HEADER = re.compile(r"\b(num_processes|nproc_per_node|num_machines|nnodes)[= ]([0-9]{1,6})\b", re.IGNORECASE)
+IN_HEADERS = {"num_processes": "processes", "nproc_per_node": "gpus", "num_machines": "nodes", "nnodes": "nodes"}
+"""A launcher's word in the comments of a file → the fact about the launch."""
+
+
+def of_comments(comments: str) -> dict[str, int]:
+    """How many processes the command launches that a file's comments show, such as `accelerate launch --num_processes 8`."""
+    return {IN_HEADERS[name.lower()]: int(number) for name, number in reversed(HEADER.findall(comments))}
+
+
 class Launched(NamedTuple):
     """Options of a launch, which of it is not supported, and what is assumed."""
 
-    options: dict[str, Any]
+    options: Values
     unsupported: dict[str, Unsupported]
     assumed: dict[str, str]
 
@@ -49,17 +59,17 @@ class Launched(NamedTuple):
 def launched(tool: str, launch: Mapping[str, Any], environment: Mapping[str, str]) -> Launched:
     """What a launch says. `launch`: labels of the facts, dotted where they were nested."""
     result = Launched({}, {}, {})
-    _processes(result, launch, environment)
     if (config := _values(launch, "accelerate")) is not None:
         _from(result, "accelerate", lambda: accelerate.options(config))
     elif (name := launch.get("accelerate_config")) is not None:
         _named(result, tool, "accelerate_config", name, accelerate.options)
+    _processes(result, launch, environment)  # they win over those of a launch file
     own = _values(launch, "deepspeed")
     if isinstance(own, Mapping):
         _from(result, "deepspeed", lambda: _deepspeed(own))
     elif isinstance(own, str) and word(own) not in ("none", "false", ""):
         _named(result, tool, "deepspeed", own, _deepspeed)
-    _fsdp(result, launch)
+    _fsdp(result, tool, launch)
     for fact, what in DIVIDED.items():
         value = launch.get(fact, any(key.startswith(f"{fact}.") for key in launch))
         if word(value) not in ("none", "false", "1", "-1", "", "0"):
@@ -74,21 +84,21 @@ def launched(tool: str, launch: Mapping[str, Any], environment: Mapping[str, str
 
 def _processes(result: Launched, launch: Mapping[str, Any], environment: Mapping[str, str]) -> None:
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    of_node = launch.get("gpus") or environment.get("NPROC_PER_NODE") or environment.get("nproc_per_node")
-    stated = launch.get("processes", of_node)
+    nodes = _before_script(launch.get("nodes")) or environment.get("NNODES")
+    stated = _before_script(launch.get("gpus")) or environment.get("NPROC_PER_NODE") or environment.get("nproc_per_node")
+    if stated is None and (stated := _before_script(launch.get("processes"))) is not None:
+        whole = re.fullmatch("[0-9]{1,10}", str(stated)) and re.fullmatch("[1-9][0-9]{0,9}", str(nodes))
+        stated = int(str(stated)) // int(str(nodes)) if whole and int(str(stated)) % int(str(nodes)) == 0 else stated
     if stated is None and launch.get("device_map") is None and visible.count(",") and "NPROC_PER_NODE" in environment:
         stated = visible.count(",") + 1
-    for name, value in (("gpus", _before_script(stated)), ("nodes", _before_script(launch.get("nodes")))):
+    for name, value in (("gpus", stated), ("nodes", nodes)):
         number = int(str(value)) if re.fullmatch("-?[0-9]{1,10}", str(value)) else None
         if number is not None and 0 < number <= MOST_RANKS:
             result.options[name] = number
         elif number is not None:
             result.unsupported[name] = Unsupported(value, f"accepted: 1 to {MOST_RANKS:,}", "unknown")
-    nodes = result.options.get("nodes", 1)
-    if nodes > 1 and result.options.get("gpus", 0) % nodes == 0 and "processes" in launch:
-        result.options["gpus"] //= nodes
-    if nodes == 1:
-        result.options.pop("nodes", None)
+    if result.options.get("nodes") == 1:
+        result.options.pop("nodes")
 
 
 def _before_script(value: Any) -> Any:
@@ -103,7 +113,7 @@ def _values(launch: Mapping[str, Any], label: str) -> Any:
     nested = {key.partition(".")[2]: value for key, value in launch.items() if key.startswith(f"{label}.")}
     if not nested:
         return None
-    values: dict[str, Any] = {}
+    values: Values = {}
     for dotted, value in nested.items():
         *above, last = dotted.split(".")
         inner = values
@@ -124,6 +134,9 @@ def _from(result: Launched, key: str, options: Callable[[], Mapping[str, Any]]) 
 def _named(result: Launched, tool: str, key: str, name: Any, read: Callable[[Any], Mapping[str, Any]]) -> None:
     """A launch file by its name: one that the tool ships, else a file that is there."""
     text = str(name[0] if isinstance(name, list) else name)
+    if text.startswith("{"):
+        _from(result, key, lambda: read(read_json(text, file=key).values))
+        return
     shipped = load(SHIPPED).get(tool, {}).get(PurePath(text).stem)
     if shipped is not None:
         _from(result, key, lambda: read(shipped["values"]))
@@ -148,14 +161,29 @@ def _deepspeed(source: Any) -> Mapping[str, Any]:
     return deepspeed.options({**source, "zero_optimization": on})
 
 
-def _fsdp(result: Launched, launch: Mapping[str, Any]) -> None:
-    """FSDP as axolotl and TrainingArguments say it: words, a version, a config."""
+FSDP_1 = ("axolotl",)
+"""Tools whose FSDP is version 1 unless they say otherwise; transformers' `TrainingArguments` default to 2."""
+
+
+def _fsdp(result: Launched, tool: str, launch: Mapping[str, Any]) -> None:
+    """FSDP as axolotl and TrainingArguments say it: words or the name of a file that the tool ships, a version, a config."""
     words = launch.get("fsdp")
     config = _values(launch, "fsdp_config")
+    whole: Mapping[str, Any] = {}
+    if isinstance(words, str) and words.startswith("{"):
+        whole = read_json(words, file="fsdp").values
+    elif isinstance(words, str):
+        whole = load(SHIPPED).get(tool, {}).get(words, {}).get("values", {})
+    if "fsdp" in whole:
+        words, config = whole["fsdp"], whole.get("fsdp_config")
     if word(words) in ("none", "", "false", "[]") and not config:
         return
-    fields = dict(config) if isinstance(config, Mapping) else {}
+    fields = {
+        "version": 1 if tool in FSDP_1 else 2,
+        **{"version" if k == "fsdp_version" else k: v for k, v in (config or {}).items()},
+    }
     if (version := launch.get("fsdp_version")) is not None:
-        fields["fsdp_version"] = version
+        fields["version"] = version
     kept = {name: value for name, value in fields.items() if not name.endswith("final_state_dict_type")}
-    _from(result, "fsdp_config", lambda: accelerate.fsdp_options(kept))
+    switch = word(words) in ("none", "", "true")
+    _from(result, "fsdp_config", lambda: accelerate.fsdp_options({**kept, **({} if switch else accelerate.of_words(words))}))

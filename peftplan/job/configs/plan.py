@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 Tool = Literal[
-    "axolotl", "llamafactory", "llamafactory-v1", "trl", "torchtune", "swift", "unsloth", "transformers", "nemo-automodel",
-    "peft", "accelerate", "deepspeed", "other",
+    "axolotl", "llamafactory", "llamafactory-v1", "trl", "trl-script", "torchtune", "swift", "unsloth", "transformers",
+    "nemo-automodel", "peft", "accelerate", "deepspeed", "other",
 ]  # fmt: skip
 TOOLS: tuple[Tool, ...] = get_args(Tool)
+ExportTool = Literal["axolotl", "llamafactory", "trl", "trl-script", "torchtune", "ms-swift", "accelerate", "deepspeed"]
+"""Tools whose configs are written, as `export --to` names them."""
 LAUNCHERS: tuple[Tool, ...] = ("accelerate", "deepspeed")
 """Tools whose files say how a job is launched, not what it trains."""
 

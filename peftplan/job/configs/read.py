@@ -57,21 +57,27 @@ def _of_document(document: Document, file: str, tool: Tool | None) -> ConfigPlan
 
 def read_document(path: Path) -> Document:
     """The values of a file, by its kind."""
-    name = str(path)
-    if path.suffix == ".ipynb":
-        from peftplan.job.configs.calls import of_notebook
+    notebook = path.suffix == ".ipynb"
+    return document_of_text(files.text(path, field="config", most=NOTEBOOK_BYTES if notebook else MOST_BYTES), file=str(path))
 
-        return of_notebook(files.text(path, field="config", most=NOTEBOOK_BYTES), file=name)
-    text = files.text(path, field="config", most=MOST_BYTES)
-    if path.suffix == ".py":
-        from peftplan.job.configs.calls import of_script
 
-        return of_script(text, file=name)
-    if path.suffix in (".sh", ".bash") or text.startswith("#!"):
+def document_of_text(text: str, *, file: str) -> Document:
+    """The values of a text, by the ending of its file's name."""
+    suffix = Path(file).suffix
+    if suffix in (".ipynb", ".py"):
+        from peftplan.job.configs import calls
+
+        return calls.of_notebook(text, file=file) if suffix == ".ipynb" else calls.of_script(text, file=file)
+    if suffix in (".sh", ".bash") or text.startswith("#!"):
         from peftplan.job.configs.shell import of_shell
 
-        return of_shell(text, file=name)
-    return read_json(text, file=name) if path.suffix == ".json" else read_yaml(text, file=name)
+        return of_shell(text, file=file)
+    return read_json(text, file=file) if suffix == ".json" else read_yaml(text, file=file)
+
+
+def read_text(text: str, *, file: str) -> ConfigPlan:
+    """The plan of a text, as the file of this name would hold it."""
+    return _of_document(document_of_text(text, file=file), file, None)
 
 
 def joined(plans: list[ConfigPlan]) -> ConfigPlan:
@@ -83,9 +89,9 @@ def joined(plans: list[ConfigPlan]) -> ConfigPlan:
         first = replace(
             first,
             files=first.files + other.files,
-            options={**other.options, **first.options},
+            options={**first.options, **other.options, **{k: v for k, v in first.options.items() if k not in first.assumed}},
             launch={**first.launch, **other.launch},
-            assumed={**other.assumed, **first.assumed},
+            assumed={**other.assumed, **{k: why for k, why in first.assumed.items() if k not in other.options}},
             read={**first.read, **{f"{other.tool}: {key}": row for key, row in other.read.items()}},
             ignored={**first.ignored, **{f"{other.tool}: {key}": row for key, row in other.ignored.items()}},
             unsupported={**first.unsupported, **{f"{other.tool}: {key}": row for key, row in other.unsupported.items()}},

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from peftplan.errors import nearest, quoted
-from peftplan.job.configs.documents import Document, FileError, flat, word
+from peftplan.job.configs.documents import Document, FileError, Values, by_word, flat, read_json, word
 from peftplan.job.configs.facts import Facts, Known, Row, Rule
 from peftplan.job.configs.interpolation import resolved
-from peftplan.job.configs.launching import launched
+from peftplan.job.configs.launching import launched, of_comments
 from peftplan.job.configs.models import named
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Unsupported
 from peftplan.job.configs.with_file import fitting
@@ -32,25 +32,36 @@ NOTHING = ("none", "", "false", "no", "null", "[]", "{}", "0")
 
 def plan_of(document: Document, tool: Facts, *, file: str) -> ConfigPlan:
     """The plan of one file."""
-    reading = _Reading(document, tool, file)
+    return read_all(document, tool, file=file).plan()
+
+
+def read_all(document: Document, tool: Facts, *, file: str) -> Reading:
+    """One file, each of its keys read and each rule applied."""
+    reading = Reading(document, tool, file)
     for key, value in reading.values.items():
         reading.key(key, value)
     reading.leave_to_the_tool()
     for rule in tool.rules:
         reading.rule(rule)
     reading.refuse_unknown_names()
-    return reading.plan()
+    return reading
 
 
-class _Reading:
+class Reading:
     """One file while it is read; each key ends in one of three groups."""
 
     def __init__(self, document: Document, tool: Facts, file: str) -> None:
         self.tool, self.file, self.document = tool, file, document
-        values = _of_calls(document, tool) if document.kind == "calls" else document.values
+        values = document.values
+        if document.kind == "calls":
+            from peftplan.job.configs.calls import arguments
+
+            values = arguments(values["calls"], tool.calls)
+        if document.kind == "command":
+            values = {key: self._object(key, value) for key, value in values.items()}
         self.values = flat(resolved(values))
-        self.options: dict[str, Any] = {}
-        self.launch: dict[str, Any] = {}
+        self.options: Values = {}
+        self.launch: Values = {}
         self.read: dict[str, Read] = {}
         self.ignored: dict[str, Ignored] = {}
         self.unsupported: dict[str, Unsupported] = {}
@@ -70,10 +81,20 @@ class _Reading:
             self.ignored[key] = Ignored(value, known.row["ignored"], known.at)
         elif value is None:
             self.ignored[key] = Ignored(value, "empty: the tool's default holds", known.at)
-        elif _open(value) and not {"rule", "launch"} & known.row.keys() and known.row.get("to") != "target_modules":
+        elif (
+            _open(value)
+            and word(value) not in map(word, known.row.get("values", ()))
+            and not {"rule", "launch"} & known.row.keys()
+            and known.row.get("to") != "target_modules"
+        ):
             self.unsupported[key] = Unsupported(value, "its value is a placeholder", option=known.row.get("to"))
         else:
             self._known(key, value, known)
+
+    def _object(self, key: str, value: Any) -> Any:
+        """The value of a command line's argument; of a field that is a mapping, JSON. Launch files are read as a whole."""
+        is_object = isinstance(value, str) and value.startswith("{") and "launch" not in self.tool.rows.get(key, {})
+        return read_json(value, file=f"{self.file}: {key}").values if is_object else value
 
     def _known(self, key: str, value: Any, known: Known) -> None:
         row = known.row
@@ -82,7 +103,7 @@ class _Reading:
         elif "sets" in row:
             self._sets(key, value, known)
         elif "launch" in row:
-            label, _, rest = row["launch"], *key.partition(".")[1:]
+            label, rest = row["launch"], self.tool.bare(key).partition(".")[2]
             self.launch[key if label == self.tool.tool else f"{label}.{rest}" if rest else label] = value
             self.read[key] = Read(value, "launch", row.get("why", ""))
         elif "rule" in row:
@@ -95,7 +116,7 @@ class _Reading:
 
     def _to(self, key: str, value: Any, row: Row) -> None:
         option = row["to"]
-        ours = row.get("values", {}).get(word(value), value)
+        ours = by_word(row.get("values", {}), value)
         if ours is None:
             self.ignored[key] = Ignored(value, "it sets nothing", row.get("at", ""))
             return
@@ -140,7 +161,7 @@ class _Reading:
             default = row.get("default", default)
             options: Mapping[str, Any] | None
             if "to" in row:
-                ours = row.get("values", {}).get(word(default), default)
+                ours = by_word(row.get("values", {}), default)
                 options = None if ours is None else {row["to"]: ours}
             else:
                 options = row["sets"].get(word(default), row["sets"].get("*"))
@@ -155,7 +176,7 @@ class _Reading:
     def rule(self, rule: Rule) -> None:
         """Apply a rule whose keys have its values."""
         when = rule.get("when", {})
-        if not all(self._holds(key, accepted) for key, accepted in when.items()):
+        if not all(self.holds(key, accepted) for key, accepted in when.items()):
             return
         why, at = rule.get("why", ""), rule.get("at", "")
         for option, stated_value in rule.get("set", {}).items():
@@ -200,7 +221,8 @@ class _Reading:
             value = known.default if known else None
         return value
 
-    def _holds(self, key: str, accepted: Any) -> bool:
+    def holds(self, key: str, accepted: Any) -> bool:
+        """Whether a key of the file, or the tool's default for it, has one of the values of a rule."""
         if key == "program":
             return any(self.document.program.startswith(name) for name in accepted)
         if accepted == "said":
@@ -271,7 +293,13 @@ class _Reading:
         """What was read; options that the method does not have are left out."""
         if self.tool.tool in LAUNCHERS:
             self.launch = {self.tool.tool: self.document.values}
+        for fact, number in of_comments(self.document.comments).items():
+            if not {"gpus", "processes"} & self.launch.keys() or fact == "nodes":
+                self.launch.setdefault(fact, number)
+                self.assumed["gpus"] = "as the command in its comments launches it"
         launch = launched(self.tool.tool, self.launch, self.document.environment)
+        if self.tool.strategy and launch.options.get("gpus", 1) > 1:
+            launch.options.setdefault("strategy", self.tool.strategy)
         self.unsupported |= launch.unsupported
         self.read = {key: row for key, row in self.read.items() if key not in launch.unsupported}
         self.assumed |= launch.assumed
@@ -309,17 +337,3 @@ def _open(value: Any) -> bool:
     if isinstance(value, list):
         return any(isinstance(each, str) and OPEN.search(each) for each in value)
     return isinstance(value, str) and OPEN.search(value) is not None
-
-
-def _of_calls(document: Document, tool: Facts) -> dict[str, Any]:
-    """The arguments of the first call of each kind: `load.max_seq_length`; later ones count as calls after training."""
-    values: dict[str, Any] = {}
-    for call in document.values["calls"]:
-        kind = tool.calls.get(call["call"])
-        if kind is None or kind in values:
-            times = sum(key.startswith(f"later.{call['call']}") for key in values) + 1
-            values[f"later.{call['call']}#{times}"] = "call"
-            continue
-        arguments = {str(index): value for index, value in enumerate(call["args"])} | call["kwargs"]
-        values[kind] = {"call": call["call"], **arguments}
-    return values

@@ -33,6 +33,7 @@ FSDP_SILENT = frozenset(
 """Fields of `fsdp_config` that change no peak: how checkpoints are written, and what waits on the host."""
 FSDP_FIELDS = {
     "offload_params": "offload_params",
+    "cpu_offload": "offload_params",
     "reshard_after_forward": "reshard_after_forward",
     "sharding_strategy": "reshard_after_forward",
     "auto_wrap_policy": "wrap_policy",
@@ -128,6 +129,21 @@ UNSHARDED = {
     ),
 }
 """Sharding strategies of FSDP1 that are not counted."""
+
+
+def of_words(value: object) -> Options:
+    """Fields of `fsdp_config` that the words of TrainingArguments' `fsdp` stand for, such as `full_shard auto_wrap offload`."""
+    words = value.split() if isinstance(value, str) else value if isinstance(value, (list, tuple)) else ()
+    named = [str(getattr(word, "value", word)) for word in words]
+    options: Options = {}
+    for word in named:
+        if word == "auto_wrap":
+            options.setdefault("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
+        elif word == "offload":
+            options["offload_params"] = True
+        else:
+            options["sharding_strategy"] = word
+    return options
 
 
 def parallel_options(fields: Mapping[str, object]) -> Options:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import peftplan
-from peftplan.job.configs.read import read_values
+from peftplan.job.configs.read import read_config, read_text, read_values
 from tests.job.configs.test_reading import AXOLOTL, LLAMAFACTORY, SWIFT, TRL
 
 ZERO3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": "auto"}}
@@ -81,3 +81,54 @@ def test_what_a_launcher_says_before_its_script(tmp_path: Path, launcher: str, g
     plan = peftplan.read_config(path)
     assert (plan.tool, plan.options["gpus"], plan.options.get("nodes")) == ("trl", gpus, nodes)
     assert plan.unsupported == {}
+
+
+def test_fsdp_of_training_arguments() -> None:
+    """transformers 5.24, `_process_fsdp_args`: version 2 unless the config says 1; words of `fsdp` are fields of the config."""
+    trl = {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "per_device_train_batch_size": 1}
+    assert options({**trl, "fsdp": "full_shard auto_wrap offload"})["strategy"] == "fsdp2"
+    assert options({**trl, "fsdp": "full_shard auto_wrap offload"})["offload_params"] == "cpu"
+    assert options({**trl, "fsdp": "shard_grad_op auto_wrap"})["reshard_after_forward"] is False
+    assert options({**trl, "fsdp": True, "fsdp_config": {"version": 1}})["strategy"] == "fsdp1"
+    assert options({**trl, "fsdp": True, "fsdp_config": {"cpu_offload": True}})["offload_params"] == "cpu"
+
+
+def test_fsdp_of_swift_by_name_and_as_json() -> None:
+    """ms-swift 4.6.0, `SftArguments._init_fsdp`: a name of its own files, or the JSON of one."""
+    swift = {"model": "Qwen/Qwen2.5-7B", "tuner_type": "lora"}
+    for fsdp in ("fsdp2", '{"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}'):
+        plan = read_values({**swift, "fsdp": fsdp}, file="a.sh", kind="command", program="swift sft")
+        assert (plan.options["strategy"], plan.unsupported) == ("fsdp2", {})
+    inline = '{"zero_optimization": {"stage": 2}}'
+    plan = read_values({**swift, "deepspeed": inline}, file="a.sh", kind="command", program="swift sft")
+    assert (plan.options["strategy"], plan.unsupported) == ("zero2", {})
+
+
+def test_processes_of_a_file_win_over_those_of_the_launch_file_that_it_names() -> None:
+    """`trl sft --num_processes 4 --accelerate_config zero3`: accelerate launch takes the argument, not the file's 8."""
+    trl = {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "per_device_train_batch_size": 1, "accelerate_config": "zero3"}
+    assert options(trl)["gpus"] == 8
+    assert options({**trl, "num_processes": 4})["gpus"] == 4
+    assert options({**trl, "num_processes": 4, "num_machines": 2})["gpus"] == 2  # it counts those of all machines
+
+
+def test_processes_of_the_command_in_the_comments() -> None:
+    """torchtune's recipes say in their header how they are launched; its recipes for several GPUs run FSDP2."""
+    command = "# tune run --nnodes 1 --nproc_per_node 2 lora_finetune_distributed --config a.yml\n"
+    recipe = "model:\n  _component_: torchtune.models.llama3_1.lora_llama3_1_8b\n  lora_attn_modules: [q_proj]\n"
+    plan = read_text(command + recipe + "checkpointer:\n  checkpoint_dir: /tmp/Llama-3.1-8B\n", file="a.yml")
+    assert (plan.options["gpus"], plan.options["strategy"]) == (2, "fsdp2")
+    assert plan.assumed["gpus"] == "as the command in its comments launches it"
+    axolotl = "base_model: gpt2\nadapter: lora\nfsdp_version: 2\nfsdp_config:\n  reshard_after_forward: true\n"
+    assert (
+        read_text("# accelerate launch --num_processes 4 -m axolotl.cli.train a.yml\n" + axolotl, file="a.yml").options["gpus"]
+        == 4
+    )
+    assert read_text(axolotl, file="a.yml").options["gpus"] == 8
+
+
+def test_a_launch_file_wins_over_processes_that_were_assumed(tmp_path: Path) -> None:
+    training, launch = tmp_path / "a.yml", tmp_path / "accelerate.yaml"
+    training.write_text("base_model: gpt2\nadapter: lora\nfsdp_version: 2\nfsdp_config:\n  reshard_after_forward: true\n")
+    launch.write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 4\n")
+    assert read_config([training, launch]).options["gpus"] == 4

@@ -9,7 +9,7 @@ import pytest
 import peftplan
 from peftplan.errors import RefusedError
 from peftplan.job.configs.plan import ConfigPlan, Unsupported, bound
-from peftplan.job.configs.read import read_values
+from peftplan.job.configs.read import read_text, read_values
 
 AXOLOTL = {
     "base_model": "meta-llama/Llama-3.1-8B",
@@ -236,3 +236,49 @@ def test_an_unknown_key_suggests_the_nearest() -> None:
 def test_strict_makes_it_an_error() -> None:
     with pytest.raises(RefusedError, match=r"run\.yml: rl is not supported"):
         peftplan.estimate(config=read({**AXOLOTL, "rl": "dpo"}), strict=True)
+
+
+TRL_SCRIPT = """
+import torch
+from trl import SFTConfig, SFTTrainer
+quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.bfloat16, quantization_config=quantization)
+tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen2.5-0.5B")
+args = SFTConfig(output_dir="a", max_length=512, per_device_train_batch_size=4, packing=False)
+lora = LoraConfig(r=32, lora_alpha=64, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+SFTTrainer(model=model, args=args, peft_config=lora, train_dataset=load_dataset("a")).train()
+"""
+
+
+def test_trl_script() -> None:
+    """TRL's SFTTrainer in a Python script, read from its calls."""
+    plan = read_text(TRL_SCRIPT, file="train.py")
+    assert (plan.tool, plan.model, plan.unsupported) == ("trl-script", "Qwen/Qwen2.5-0.5B", {})
+    expected = {
+        "trainer": "trl",
+        "method": "lora",
+        "r": 32,
+        "target_modules": ("q_proj", "v_proj"),
+        "quant": "nf4",
+        "seq_len": 512,
+    }
+    expected |= {"compute_dtype": "bf16", "dtype": "bf16", "batch_size": 4}
+    assert {name: plan.options.get(name) for name in expected} == expected
+    # BitsAndBytesConfig's own defaults: FP4, computing in fp32
+    bare = read_text(
+        TRL_SCRIPT.replace(', bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16', ""), file="train.py"
+    )
+    assert (bare.options["quant"], bare.options["compute_dtype"]) == ("fp4", "fp32")
+    full = read_text(TRL_SCRIPT.replace("lora = LoraConfig(", "other = dict(").replace("peft_config=lora, ", ""), file="train.py")
+    assert full.options["method"] == "full"
+
+
+def test_scaling_of_llamafactory_changes_no_memory() -> None:
+    plan = read({**LLAMAFACTORY, "lora_alpha": 32, "use_rslora": True})
+    assert plan.unsupported == read(LLAMAFACTORY).unsupported
+
+
+def test_json_in_a_command() -> None:
+    """A field that is a mapping is JSON on a command line (`--gradient_checkpointing_kwargs '{"use_reentrant": true}'`)."""
+    plan = read({**SWIFT, "gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, kind="command", program="swift sft")
+    assert plan.options["use_reentrant"] is True
