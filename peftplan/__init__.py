@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peftplan.planning.configs import configs
     from peftplan.planning.estimate import estimate
     from peftplan.planning.explain import explain
+    from peftplan.planning.export import Exported, export
     from peftplan.planning.fit import fit
     from peftplan.planning.inspection import inspect
     from peftplan.planning.listings import gpus, models
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ConfigPlan": "job.configs.plan",
     "Estimate": "results.estimate",
+    "Exported": "planning.export",
     "InputError": "errors",
     "MissingExtraError": "errors",
     "PeftplanError": "errors",
@@ -47,6 +49,7 @@ _HOMES = {
     "estimate": "planning.estimate",
     "explain": "planning.explain",
     "explain_oom": "oom.diagnosis",
+    "export": "planning.export",
     "fit": "planning.fit",
     "gpus": "planning.listings",
     "inspect": "planning.inspection",
@@ -61,6 +64,7 @@ _HOMES = {
 __all__ = [
     "ConfigPlan",
     "Estimate",
+    "Exported",
     "InputError",
     "MissingExtraError",
     "PeftplanError",
@@ -75,6 +79,7 @@ __all__ = [
     "estimate",
     "explain",
     "explain_oom",
+    "export",
     "fit",
     "gpus",
     "inspect",

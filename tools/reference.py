@@ -20,7 +20,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
 WRITTEN = "<!-- python -m tools.reference writes this page. -->"
 RESULTS = (
     *("Estimate", "Peaks", "Verdict", "Fit", "Plan", "Binding", "Comparison", "Compared", "Sweep"),
-    *("Serving", "Inspection", "Diagnosis"),
+    *("Exported", "Serving", "Inspection", "Diagnosis"),
 )
 """The classes of results that the page explains, in its order; each is reached from what a public function returns."""
 OF_HELP = "<!-- not run: part of the help; tests/cli/test_help.py runs its examples -->"

@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "estimate": "What a fine-tuning run needs: counts, bytes, verdicts.",
     "fit": "The largest batch, sequence or rank that a card takes, other plans, or the smallest card.",
     "compare": "One job by several methods, on several cards.",
+    "export": "A job as the config of axolotl, LLaMA-Factory, TRL, torchtune, ms-swift, accelerate or DeepSpeed.",
     "configs": "Training configs of other tools, a line each: peak, verdict, unsupported keys.",
     "sweep": "A job at every point of a grid, as CSV, JSON lines or Parquet, and as a map.",
     "explain-oom": "Why a program ran out of memory, from its message, a log or a snapshot, and what to try.",

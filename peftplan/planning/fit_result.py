@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from peftplan.frames import as_html, dataframe
 from peftplan.ledger import Line
 from peftplan.planning.largest import Largest
-from peftplan.results.estimate import Estimate
+from peftplan.results.estimate import Estimate, Origin
 from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ class Plan(NamedTuple):
     warnings: tuple[str, ...]
     next_larger: str | None = None
     """The next larger model, which does not fit, where models were searched; `size` is then the number of parameters."""
+    origin: Origin | None = None
+    """The job and its card, as data; `peftplan.export` writes them into another tool's config."""
 
     @classmethod
     def of(cls, result: Estimate, edge: Largest, *, size: str, changes: Mapping[str, object], binding: Binding | None) -> Plan:
@@ -117,6 +119,7 @@ class Plan(NamedTuple):
             model=result.model["name"],
             assumptions=result.assumptions,
             warnings=result.warnings,
+            origin=result.origin,
         )
 
     @property
@@ -126,7 +129,7 @@ class Plan(NamedTuple):
 
     def to_dict(self, size: str) -> dict[str, Any]:
         """One entry of `plans`: the size that was asked for is 0 where nothing fits, and the model None."""
-        left_out = ("size", "model", "assumptions", "warnings", *(() if size == "model" else ("next_larger",)))
+        left_out = ("size", "model", "assumptions", "warnings", "origin", *(() if size == "model" else ("next_larger",)))
         facts = {name: value for name, value in self._asdict().items() if name not in left_out}
         facts["binding"] = None if self.binding is None else self.binding._asdict()
         largest = (self.model if self.size else None) if size == "model" else self.size

@@ -198,7 +198,7 @@ SHAPES: dict[type, Shape] = {
     rehearsal.Alive: Shape(name="MadeBy"),
     rehearsal.OutOfMemory: Shape(name="FailedRequest"),
     Plan: Shape(
-        ("size", "assumptions", "warnings"),
+        ("size", "assumptions", "warnings", "origin"),
         {"tokens_per_step": int, **dict.fromkeys(("model", "next_larger"), NotRequired[str | None])},
     ),
     Member: Shape(added={"verdict": VerdictDocument | None}),

@@ -1,0 +1,94 @@
+"""Values of a tool that set an option to a value: its rows and rules, read backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from peftplan.job.configs.documents import Values
+from peftplan.job.configs.facts import Facts, Rule
+from peftplan.job.configs.reading import Reading
+
+OPEN_WORDS = ("auto", "*")
+"""Their words for what the tool chooses itself."""
+LITERALS = {"true": True, "false": False, "none": None}
+
+
+def candidates(tool: Facts, option: str, value: object, reading: Reading) -> Iterator[Values]:
+    """Values with values, the plainest first: rows, rules that set the value itself, rules that take it from a key.
+
+    A value of None removes the key. `reading` says which keys are there already.
+    """
+    yield from (keys for keys in _of_rows(tool, option, value) if not _never(tool, keys))
+    for rule in sorted(tool.rules, key=lambda rule: isinstance(rule.get("set", {}).get(option), Mapping)):
+        keys = _of_rule(rule, option, value, reading)
+        if keys is not None and not _never(tool, {*keys, *rule.get("when", {})}):
+            yield keys
+
+
+def _never(tool: Facts, keys: Values | set[str]) -> bool:
+    """Whether a key is one that is read and that no file should have."""
+    return any(fnmatchcase(key, name) for key in keys for name in tool.write.get("never", ()))
+
+
+def _of_rows(tool: Facts, option: str, value: object) -> Iterator[Values]:
+    for key, row in tool.rows.items():
+        if "*" in key:
+            continue
+        if row.get("to") == option:
+            words = [theirs for theirs, ours in row.get("values", {}).items() if ours == value and theirs not in OPEN_WORDS]
+            if words or not row.get("values"):
+                yield {key: _plain(words[0] if words else value)}
+        for theirs, sets in row.get("sets", {}).items():
+            if sets and sets.get(option) == value and theirs not in OPEN_WORDS:
+                yield {key: LITERALS.get(theirs, theirs)}
+
+
+def _of_rule(rule: Rule, option: str, value: object, reading: Reading) -> Values | None:
+    """The keys that make a rule hold and the option that it sets the value; none if they are all there, None if none do."""
+    stated = rule.get("set", {}).get(option)
+    keys = _reversed(stated, value) if isinstance(stated, Mapping) else {} if _equal(stated, value) else None
+    if stated is None or keys is None:
+        return None
+    for key, wanted in rule.get("when", {}).items():
+        if key == "program" or (wanted in ("set", "stated") and key not in keys and not reading.holds(key, wanted)):
+            return None
+        if wanted == "unset" or (isinstance(wanted, list) and not reading.holds(key, wanted) and key not in keys):
+            accepted = [each for each in wanted if each is not None] if isinstance(wanted, list) else []
+            if any(isinstance(each, str) and each.startswith("~") for each in accepted):
+                return None
+            keys[key] = accepted[0] if accepted else None
+    return keys or _by_default(rule, reading)
+
+
+def _equal(stated: object, value: object) -> bool:
+    return (tuple(stated) if isinstance(stated, list) else stated) == value
+
+
+def _by_default(rule: Rule, reading: Reading) -> Values:
+    """The keys of a rule that holds by the tool's defaults, so that a file states them."""
+    conditions = ((key, wanted) for key, wanted in rule.get("when", {}).items() if isinstance(wanted, list) and wanted[0])
+    return {key: wanted[0] for key, wanted in conditions if key not in reading.values and not str(wanted[0]).startswith("~")}
+
+
+def _plain(value: object) -> object:
+    return LITERALS.get(value, value) if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
+
+
+def _reversed(stated: Mapping[str, Any], value: object) -> Values | None:
+    """The keys from which a rule takes the value; None where it cannot be."""
+    if "key" in stated or "globs" in stated:
+        return {stated.get("key") or stated["globs"]: _plain(value)}
+    if "names" not in stated or not isinstance(value, tuple):
+        return None
+    keys: Values = {}
+    rest = list(value)
+    for key, meant in stated["names"].items():
+        if isinstance(meant, list) and all(name in rest for name in meant):
+            keys[key] = True
+            rest = [name for name in rest if name not in meant]
+    for key, meant in stated["names"].items():
+        if isinstance(meant, Mapping):
+            keys[key] = [next((theirs for theirs, ours in meant.items() if ours == name), name) for name in rest]
+    return keys

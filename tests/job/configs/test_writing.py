@@ -1,0 +1,241 @@
+"""Round trips: what `export` writes says the same job when it is read back, for every tool and for jobs drawn from a seed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.datafiles import load
+from peftplan.errors import InputError, PeftplanError
+from peftplan.job.configs.read import read_text
+from peftplan.job.configs.sayable import fields_of
+from peftplan.job.launch import accelerate, deepspeed
+from peftplan.planning.export import TOOLS, export
+from peftplan.results.estimate import Estimate
+from tests.job.configs.drawn import PLANS, Trip, trips
+from tools.check_exports import SUFFIX, shapes, values_of
+
+TRAINERS = tuple(tool for tool in TOOLS if tool not in ("accelerate", "deepspeed"))
+TWICE = 4
+"""Jobs of a tool that are exported again from what was read."""
+CHECKED: Mapping[str, Any] = load("configs/checked.json")
+
+
+def numbers(estimate: Estimate) -> dict[str, object]:
+    """All counts and bytes of an estimate: each line of the ledger at each phase, what is reserved, and what the host holds."""
+    peaks = estimate.peaks
+    return {
+        "counts": (estimate.trainable_parameters, estimate.total_parameters),
+        "standing": sorted((line.name, line.place, line.bytes()) for line in estimate.static),
+        "phases": peaks
+        and {phase: sorted((line.name, line.bytes()) for line in ledger) for phase, ledger in peaks.ledgers.items()},
+        "reserved": peaks and peaks.reserved,
+        "host": estimate.host,
+        "cards": [(verdict.gpu, verdict.verdict, verdict.needed_bytes) for verdict in estimate.gpus],
+    }
+
+
+def fields(estimate: Estimate) -> dict[str, object]:
+    return fields_of(estimate.origin.inventory.job)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("tool", TRAINERS)
+def test_round_trip(tool: str) -> None:
+    exports = [trip for trip in trips(tool) if isinstance(trip, Trip)]
+    assert len(exports) == PLANS
+    for number, (model, options, estimate, exported) in enumerate(exports):
+        where = f"{tool}: {model} {options}"
+        check_schema(tool, exported.text)
+        plan = read_text(exported.text, file=f"a.{SUFFIX.get(tool, 'yml')}")
+        assert not plan.unsupported, where
+        again = peftplan.estimate(config=plan)
+        # the file says every option as it was, except those that it lists
+        before, after = fields(estimate), fields(again)
+        differing = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+        by_targets = (
+            {"target_modules", "exclude_modules"} if before.get("target_modules") == after.get("target_modules") else set()
+        )
+        assert differing - by_targets - {"adapter_dtype"} == exported.changed.keys() - {"adapter_dtype"}, where
+        assert not exported.changed.keys() & options.keys(), where
+        # and the same bytes: those of the job, or of what the tool makes of it
+        assert numbers(again) == numbers(exported.estimate), where
+        if not exported.changed:
+            assert numbers(again) == numbers(estimate), where
+        if number >= TWICE:
+            continue
+        # what was read back can be said whole, and is said the same way
+        twice = export(exported.estimate, to=tool)  # type: ignore[arg-type]
+        assert not twice.changed, where
+        assert _read(tool, twice.text) == _read(tool, exported.text), where
+
+
+def _read(tool: str, text: str) -> dict[str, object]:
+    """The values of a config without scaling, which is not read."""
+    return {key: value for key, value in values_of(tool, text).items() if not key.endswith("lora_alpha")}
+
+
+@pytest.mark.parametrize("tool", ["accelerate", "deepspeed"])
+def test_round_trip_of_launch_files(tool: str) -> None:
+    exports = [trip for trip in trips(tool) if isinstance(trip, Trip)]
+    assert len(exports) == PLANS
+    for model, options, estimate, exported in exports:
+        check_schema(tool, exported.text)
+        values = values_of(tool, exported.text)
+        read = accelerate.options if tool == "accelerate" else deepspeed.options
+        said = read(_nested(values))
+        own = ("strategy", "gpus", "nodes", "offload_params", "offload_optimizer", "reshard_after_forward", "autocast")
+        rest = {name: value for name, value in options.items() if name not in own}
+        ranks = {name: options[name] for name in ("gpus", "nodes") if tool == "deepspeed" and name in options}
+        again = peftplan.estimate(model, **rest, **ranks, **said)
+        assert numbers(again) == numbers(estimate), (model, options)
+        assert fields(again) == fields(estimate), (model, options)
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, object]:
+    from peftplan.job.configs.texts import nested
+
+    return nested(values)
+
+
+def check_schema(tool: str, text: str) -> None:
+    """Keys, types and words of a config are among those that the tool itself accepted (`tools/check_exports.py`)."""
+    kept = CHECKED[tool]
+    assert kept["accepted"] == kept["plans"] == PLANS
+    for key, shape in shapes(values_of(tool, text)):
+        assert shape in kept["keys"].get(key, ()), f"{tool} was not asked about {key}: {shape}"
+
+
+@pytest.mark.parametrize(
+    ("tool", "model", "options", "line"),
+    [
+        (
+            "axolotl",
+            "llama-3.1-8b",
+            {"method": "ia3"},
+            "method: a config of axolotl 0.19.0 cannot say 'ia3'; accepted: lora, qlora, full",
+        ),
+        (
+            "axolotl",
+            "llama-3.1-8b",
+            {"trainer": "trl"},
+            "trainer: a config of axolotl 0.19.0 cannot say 'trl'; accepted: transformers",
+        ),
+        ("axolotl", "llama-3.1-8b", {"method": "full"}, "attn_implementation: axolotl runs it otherwise than counted here"),
+        ("trl", "llama-3.1-8b", {"loss": "full"}, "loss: a config of trl 1.16.0 cannot say 'full'; accepted: trl-chunked"),
+        ("trl", "bert-base-uncased", {}, "task_type: trl trains CAUSAL_LM; bert-base-uncased has the head of MASKED_LM"),
+        ("torchtune", "smollm2-135m", {}, "model: torchtune has no builder for smollm2-135m; accepted: codellama-7b"),
+        ("torchtune", "llama-3.1-8b", {"optim": "adafactor"}, "optim: a config of torchtune 0.6.1 cannot say 'adafactor'"),
+        (
+            "llamafactory",
+            "llama-3.1-8b",
+            {"method": "full", "dtype": "bf16", "autocast": "bf16"},
+            "autocast: a config of llamafactory",
+        ),
+        ("deepspeed", "llama-3.1-8b", {}, "strategy: DeepSpeed's file says a stage of ZeRO, not one GPU"),
+        (
+            "accelerate",
+            "llama-3.1-8b",
+            {"gpus": 2, "strategy": "zero2", "overlap_comm": True},
+            "overlap_comm: a file of accelerate",
+        ),
+    ],
+)
+def test_refused_by_the_name_of_the_option(tool: Any, model: str, options: dict[str, Any], line: str) -> None:
+    with pytest.raises(PeftplanError, match=re.escape(line)):
+        export(peftplan.estimate(model, **options), to=tool)
+
+
+def test_model_without_a_repository() -> None:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config |= {"vocab_size": 128, "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 128, "rms_norm_eps": 1e-5}
+    with pytest.raises(PeftplanError, match="model: the repository of llama is not known"):
+        export(peftplan.estimate({**config, "tie_word_embeddings": False, "num_key_value_heads": 4}), to="trl")
+
+
+@pytest.mark.parametrize(
+    ("model", "repository"),
+    [
+        ("llama-3.1-8b", "meta-llama/Llama-3.1-8B"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),  # the checkpoint that was named, not its base
+        ("Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
+    ],
+)
+def test_repository(model: str, repository: str) -> None:
+    assert f"model_name_or_path: {repository}\n" in export(peftplan.estimate(model), to="trl").text
+
+
+def test_a_plan_of_fit() -> None:
+    result = peftplan.fit("qwen2.5-0.5b", gpu="t4", method="lora", seq_len=1024, methods="lora")
+    plan = result.plans[0]
+    exported = export(plan, to="llamafactory")
+    assert f"per_device_train_batch_size: {plan.batch_size}\n" in exported.text
+    assert exported.estimate is not None
+    assert exported.estimate.peaks is not None
+    assert exported.estimate.peaks.allocated == plan.peak_allocated
+    assert exported.estimate.gpus[0].verdict == plan.verdict
+
+
+def test_header_says_what_is_estimated_and_how_to_run_it() -> None:
+    exported = export(peftplan.estimate("llama-3.1-8b", method="qlora", r=16, gpu="rtx-4090"), to="axolotl", file="qlora.yml")
+    header = [line for line in exported.text.splitlines() if line.startswith("# ")]
+    assert header[0].startswith(f"# llama-3.1-8b, qlora r=16: written by peftplan {peftplan.__version__} for axolotl 0.19.0")
+    assert any("peak" in line and "reserved" in line for line in header)
+    assert "# rtx-4090: fits; it needs" in "\n".join(header)
+    assert "# run: axolotl train qlora.yml" in header
+    assert "# check: peftplan estimate --config qlora.yml --gpu rtx-4090" in header
+    assert "learning_rate: 0.0002  # placeholder" in exported.text
+
+
+def test_switches_that_no_option_says_are_off() -> None:
+    """axolotl turns its LoRA kernels on by itself, and they save fewer tensors than peft's code."""
+    text = export(peftplan.estimate("llama-3.1-8b", r=16), to="axolotl").text
+    assert "lora_mlp_kernel: false  # off, as estimated: axolotl's own autograd functions" in text
+
+
+def test_options_that_move_no_byte() -> None:
+    said = export(peftplan.estimate("llama-3.1-8b", r=16, lora_alpha=32, use_rslora=True), to="llamafactory")
+    assert "lora_alpha: 32\n" in said.text
+    assert "use_rslora: true\n" in said.text
+    assert said.left_out == ()
+    assert export(peftplan.estimate("llama-3.1-8b", use_rslora=True), to="trl").left_out == ("use_rslora",)
+
+
+def test_number_of_gpus_is_in_the_command_that_runs_it() -> None:
+    text = export(peftplan.estimate("llama-3.1-8b", gpus=4, nodes=2), to="axolotl").text
+    assert "# run: accelerate launch --num_processes 8 --num_machines 2 -m axolotl.cli.train axolotl.yml" in text
+    assert read_text(text, file="a.yml").options["gpus"] == 4
+    assert read_text(text, file="a.yml").options["nodes"] == 2
+
+
+def test_from_the_file_of_another_tool(tmp_path: Path) -> None:
+    """A key that no option says is named in the comments; it does not vanish."""
+    file = tmp_path / "axolotl.yml"
+    file.write_text(
+        "base_model: meta-llama/Llama-3.1-8B\nadapter: lora\nlora_r: 8\nlora_target_linear: true\nsequence_len: 1024\n"
+        "micro_batch_size: 2\nneftune_noise_alpha: 5\n"
+    )
+    text = export(peftplan.estimate(config=file), to="trl").text
+    assert "not carried over from" in text
+    assert "neftune_noise_alpha" in text
+    assert "per_device_train_batch_size: 2\n" in text
+
+
+def test_a_file_that_is_there(tmp_path: Path) -> None:
+    file = tmp_path / "a.yml"
+    exported = export(peftplan.estimate("llama-3.1-8b"), to="trl")
+    exported.write(file)
+    assert file.read_text() == str(exported)
+    with pytest.raises(InputError, match="it is there; accepted: another name, or force"):
+        exported.write(file)
+    exported.write(file, force=True)
