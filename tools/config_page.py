@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from peftplan.arch import catalogue
+from peftplan.datafiles import load
 from peftplan.errors import PeftplanError
 from peftplan.job.configs.plan import ConfigPlan
 from peftplan.planning.configs import ConfigEntry, of_plan
@@ -144,6 +145,23 @@ Targets, of the configs whose model is built in: counts for 95 %, and exact peak
 {table(("model", "configs"), [(f"`{model}`", str(n)) for model, n in models.most_common(MOST_MODELS)])}
 
 And {max(len(models) - MOST_MODELS, 0)} more.
+
+## Round trips
+
+`peftplan export` wrote configs for jobs drawn from a seed (`tests/job/configs/drawn.py`: models, methods, sizes, optimizers,
+strategies). Read back, each gives the options and the estimate that its comments state, to the byte: those of the job, or of the
+job as the tool runs it where nobody set an option (`tests/job/configs/test_writing.py`). The tool's own check accepts it
+(`tools/check_exports.py`, where the tool is installed; LLaMA-Factory and ms-swift beside newer releases than they ask for).
+
+{
+        table(
+            ("tool", "version", "jobs", "accepted", "checked by"),
+            [
+                (tool, kept["version"], str(kept["plans"]), str(kept["accepted"]), f"`{kept['by']}`")
+                for tool, kept in load("configs/checked.json").items()
+            ],
+        )
+    }
 """
 
 
