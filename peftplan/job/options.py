@@ -1,4 +1,4 @@
-"""The options of `estimate`, `fit` and `compare` as types, so that a type checker reports a wrong keyword."""
+"""The options of `estimate`, `fit`, `compare` and `serving` as types, so that a type checker reports a wrong keyword."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import InputError, PeftplanError
 from peftplan.methods import config_class, method_named
@@ -13,6 +13,11 @@ from peftplan.planning.for_method import known_methods, options_for, without_for
 from peftplan.planning.plans import QUALITY
 from peftplan.planning.verdicts import find_cards
 from peftplan.results.estimate import Verdict
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from peftplan.job.options import JobOptions
 
 
 class Member(NamedTuple):
@@ -31,7 +36,7 @@ class Member(NamedTuple):
         return {**self._asdict(), "verdict": None if self.verdict is None else self.verdict.to_dict()}
 
 
-def which_gpu(model: Any, *, allow_tight: bool = False, **options: Any) -> tuple[Verdict, ...]:
+def which_gpu(model: object, *, allow_tight: bool = False, **options: Unpack[JobOptions]) -> tuple[Verdict, ...]:
     """Every card of the catalogue that takes the job, the smallest (usable bytes) first; options as `estimate` takes them."""
     from peftplan.hardware.gpus import gpus
 

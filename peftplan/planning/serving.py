@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -34,6 +34,11 @@ from peftplan.planning.serving_room import MOST_ADAPTERS, MOST_TOKENS, Served, v
 from peftplan.planning.verdicts import find_cards
 from peftplan.validation import first_error
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from peftplan.job.options import Options
+
 Value = TypeVar("Value")
 
 
@@ -56,13 +61,12 @@ def serving(
     peft_config: object = None,
     quantization_config: object = None,
     adapters: int = 1,
-    batch_size: int = 1,
     context: int | None = None,
     encoder_context: int | None = None,
     serving_dtype: object = None,
     merge: bool = False,
     gpu: str | Iterable[str] | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Serving:
     """What `model`, fine-tuned by `method`, takes on disk, in a merge, and while it is served.
 
@@ -73,13 +77,13 @@ def serving(
     `gpu`: names of cards, or sizes such as 24GiB; each gets a verdict, and how many adapters, tokens and sequences fit it.
     `merge` demands a merge: RefusedError where the method has none. Other errors as `estimate`.
     """
-    with named_as_typed({"method": method, **options}) as options:
-        method, batch_size = options.pop("method"), options.pop("batch_size", None) or batch_size
-        job = prepare(model, method=method, peft_config=peft_config, quantization_config=quantization_config, **options)
+    with named_as_typed({"method": method, **options}) as named:
+        method, batch_size = named.pop("method"), named.pop("batch_size", None)
+        job = prepare(model, method=method, peft_config=peft_config, quantization_config=quantization_config, **named)
     stated = job.setup.dtype if serving_dtype is None else serving_dtype
     request = _request(
         adapters=adapters,
-        batch_size=batch_size,
+        batch_size=1 if batch_size is None else batch_size,
         context=job.setup.seq_len if context is None else context,
         encoder_context=encoder_context,
         serving_dtype=parse_dtype(stated, field="serving_dtype", accepted=MODEL_DTYPES),
@@ -92,7 +96,7 @@ def serving(
     if most is not None and request.context > most:
         raise InputError("context", request.context, f"accepted: up to {most}, the positions of the model")
     refused: dict[str, str] = {}
-    file = _unless_refused(refused, "adapter_file", lambda: file_of(job, {**job.adapter, **options}))
+    file = _unless_refused(refused, "adapter_file", lambda: file_of(job, {**job.adapter, **named}))
     merged = _unless_refused(refused, "merged_checkpoint", lambda: checkpoint_of(job))
     merges = _unless_refused(refused, "merge_memory", lambda: merges_of(job), required=merge) or ()
     if merges and job.quant is not None:

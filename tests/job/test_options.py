@@ -52,7 +52,7 @@ def checked(code: str, folder: Path) -> str:
 
 
 def test_a_wrong_keyword_is_a_type_error(tmp_path: Path) -> None:
-    """Right ones pass: options of the setup, of a method, and another tool's word; so do what `fit` and `compare` hand on."""
+    """Right ones pass: options of the setup, of a method, and another tool's word; also those that others hand to `estimate`."""
     text = checked(
         """
 result = peftplan.estimate("gpt2", method="lora", r=8, target_modules=["c_attn"], batch_size=4, load_in_4bit=True, gpu="t4")
@@ -62,10 +62,12 @@ peftplan.estimate("gpt2", batch_size="four")
 peftplan.estimate("gpt2", trainer="trainer")
 peftplan.fit("gpt2", gpu="t4", seqlen=4)
 peftplan.compare("gpt2", methods="lora", optimiser="adamw")
+peftplan.serving("gpt2", method="lora", r=8, batch_size=4, context=512)
+peftplan.serving("gpt2", method="lora", rr=8)
 """,
         tmp_path,
     )
     lines = [line for line in text.splitlines() if ": error:" in line]
-    assert sorted({int(line.split(":")[1]) for line in lines}) == [5, 6, 7, 8, 9], text
+    assert sorted({int(line.split(":")[1]) for line in lines}) == [5, 6, 7, 8, 9, 11], text
     assert 'Unexpected keyword argument "bach_size"' in lines[0]
     assert 'Argument "batch_size" to "estimate" has incompatible type "str"; expected "int"' in lines[1]
