@@ -17,13 +17,10 @@ from peftplan.tape.tape import Tape
 
 
 class Stack(NamedTuple):
-    """A stack of layers. `copies`: section → its copied layers, by their numbers in the stack. `places`: section → the mark at
-    which they are inserted.
-    """
+    """A stack of layers. `copies`: section → the mark at which copies of it are inserted → their numbers in the stack."""
 
     name: str
-    places: Mapping[str, str]
-    copies: Mapping[str, Sequence[int]]
+    copies: Mapping[str, Mapping[str, Sequence[int]]]
     passed: set[int]
     """Storages of the hidden states that one layer hands to the next."""
     sums: set[int]
@@ -66,17 +63,17 @@ def copies_of(tape: Tape, stacks: Iterable[Stack]) -> tuple[Copies, dict[int, in
             position = {what: (at, what) for at, what in reversed(run)}
             for (start, before), (stop, after) in pairwise(run):
                 section = before if forward else after
-                layers = stack.copies.get(section, ())
-                where = position.get(stack.places.get(section, ""))
-                if not layers or where is None:
+                places = [(position[mark], layers) for mark, layers in stack.copies.get(section, {}).items() if mark in position]
+                if not places:
                     continue
                 log = [n for n in tape.log[start:stop] if abs(n) not in stack.sums]
                 net, moved = _net(tape, log, stack, _early(tape, stop) if forward else None)
                 if not forward:  # what the stack did not allocate is freed once
                     net = [n for n in net if n > 0 or -n >= own]
                 handed_on = _handed_on(stack, net) if forward else {}
-                turns = tuple(layers) if forward else tuple(-layer for layer in reversed(layers))
-                copies.setdefault(where, []).append(Layers(tuple(log), turns, tuple(net), moved, handed_on))
+                for where, layers in places:
+                    turns = tuple(layers) if forward else tuple(-layer for layer in reversed(layers))
+                    copies.setdefault(where, []).append(Layers(tuple(log), turns, tuple(net), moved, handed_on))
                 if forward:
                     passed = stack.passed - (_early(tape, stop) if stack.holds else set())
                     outliving |= {n: n for n in net if n > 0 and n not in passed}

@@ -9,6 +9,7 @@ encoder's before its decoder's, and those whose number n divides are checkpointe
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby, pairwise
 
@@ -75,29 +76,41 @@ def sections_of_periods(kinds: tuple[int, ...], *, summing: bool) -> tuple[list[
     return sections, copies, places
 
 
-def placed(kinds: tuple[int, ...], *, summing: bool, mixed: bool) -> tuple[list[int], dict[int, list[int]], dict[int, int]]:
-    """The layers that run; section → the layers that are copies of it; section → the section before which they go.
+Copied = dict[int, dict[int, list[int]]]
+"""Section → the section before which copies of it go → the layers that these are."""
 
-    `mixed`: some layers are checkpointed and some are not. `summing`: all layers add to one gradient.
+
+def placed(kinds: tuple[int, ...], *, summing: bool, mixed: bool) -> tuple[list[int], Copied]:
+    """The layers that run, and the copies of each.
+
+    Copies go where their layers run, so those of a kind may stand in several places. `mixed`: some layers are checkpointed and
+    some are not. `summing`: all layers add to one gradient; copies of kinds that alternate then go behind the first of each kind.
     """
     in_runs = _in_runs(kinds)
     if mixed and not in_runs:
-        return sections_of_periods(kinds, summing=summing)
+        sections, copies, places = sections_of_periods(kinds, summing=summing)
+        return sections, {section: {places[section]: layers} for section, layers in copies.items()}
     sections, copies = sections_of(kinds, summing=summing)
-    return sections, copies, {section: section if in_runs else len(set(kinds)) for section in copies}
+    if summing and not in_runs:
+        return sections, {section: {len(set(kinds)): layers} for section, layers in copies.items()}
+    by_place: Copied = {}
+    for section, layers in copies.items():
+        for layer in layers:
+            by_place.setdefault(section, {}).setdefault(bisect(sections, layer), []).append(layer)
+    return sections, by_place
 
 
 def sections_of(kinds: tuple[int, ...], *, summing: bool = False) -> tuple[list[int], dict[int, list[int]]]:
-    """The layers that run, first of each kind and then last of each; section → the layers that are copies of it.
+    """The layers that run, first and last of each kind, in order; section → the layers that are copies of it.
 
-    In the order of the layers where those of a kind follow each other. `summing`: the layer before the last as well, where all
-    add to one gradient.
+    `summing`: the layer before the last as well, where all add to one gradient. Where kinds alternate then, the first of each
+    kind come first, and the last of each at the end.
     """
     first = {kind: layer for layer, kind in reversed([*enumerate(kinds)])}
     last = {kind: layer for layer, kind in enumerate(kinds) if layer != first[kind]}
     before = _second_last(kinds, first, last) if summing else {}
     sections = [*sorted(first.values()), *sorted(before.values()), *sorted(last.values())]
-    if _in_runs(kinds):
+    if not summing or _in_runs(kinds):
         sections.sort()
     copied = [layer for layer in range(len(kinds)) if layer not in sections]
     return sections, {

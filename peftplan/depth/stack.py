@@ -101,7 +101,7 @@ def run_stack(
     every: tuple[object, ...] | Callable[[], tuple[object, ...]] = (),
     outputs: list[Tensor] | None = None,
 ) -> Tensor:
-    """Run the first layer of each kind, then the last of each; `kinds[l]` is the kind of layer l.
+    """Run the first and the last layer of each kind; `kinds[l]` is the kind of layer l.
 
     The layers between them become copies of the last of their kind (`depth.copies`). `sums`: the gradients of what all
     layers read (`shared`). `holds`: the caller keeps what every layer returns until the forward ends. `own`: further arguments of
@@ -116,21 +116,21 @@ def run_stack(
     mixed = len(set(flags)) > 1
     if mixed and outputs is not None:  # how long they live is the next layer's matter too: each is run
         kinds = tuple(range(len(kinds)))
-    sections, extra, at = placed(paired(kinds, flags), summing=sums is not None, mixed=mixed)
-    copies = {f"{name} {number}": layers for number, layers in extra.items()}
-    places = {f"{name} {number}": f"{name} {place}" for number, place in at.items()}
+    sections, extra = placed(paired(kinds, flags), summing=sums is not None, mixed=mixed)
+    copies = {f"{name} {n}": {f"{name} {place}": layers for place, layers in by_place.items()} for n, by_place in extra.items()}
 
     def run(layer: int, of_layer: tuple[object, ...], x: Tensor, *every: object) -> Outputs:
         return model.call_layer(layer, call, x, *of_layer, *every)
 
-    stack = Stack(name, places, copies, set(), set() if sums is None else sums, holds)
+    stack = Stack(name, copies, set(), set() if sums is None else sums, holds)
     model.stacks.append(stack)
     for number, layer in enumerate(sections):
         x = boundary(f, x, f"{name} {number}")
         of_layer = own(layer) if own else ()
         beside = every() if callable(every) else every
         if flags[layer] and model.hosted and not model.micro_batch:
-            model.on_host += [(y.dims, y.dtype, 1 + len(extra.get(number, ()))) for y in (x, *beside) if type(y) is Tensor]
+            count = 1 + sum(map(len, extra.get(number, {}).values()))
+            model.on_host += [(y.dims, y.dtype, count) for y in (x, *beside) if type(y) is Tensor]
         result = model.checkpoint(run, layer, of_layer, x, *beside) if flags[layer] else run(layer, of_layer, x, *beside)
         x = result if isinstance(result, Tensor) else result[0]
         if outputs is not None and not isinstance(result, Tensor):

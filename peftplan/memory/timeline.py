@@ -155,7 +155,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
         before = len(events)
         for n, count in ((n, len(layers.turns)) for layers in here for n in layers.net):
             if n in outliving:
-                standing_for[outliving[n]] = count
+                standing_for[outliving[n]] = standing_for.get(outliving[n], 0) + count
             kind = kinds[kind_of[abs(n)]]
             if kind.category == "temporaries":  # what each of many layers leaves alive is kept
                 kind = kind._replace(category="activations")
