@@ -25,7 +25,8 @@ SCORED_TOKENS = ("TOKEN_CLS", "MASKED_LM")
 PEFT_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 """peft's `TaskType`."""
 SOUND = ("whisper",)
-"""Types that read no text: they get no task type, since peft's classes for tasks pass `input_ids`."""
+"""Types that read no text: they get no task type, since peft's classes for tasks pass `input_ids`. An adapter config that states
+one is counted, but does not run."""
 SHAPED_BY_LABELS = ("bloom", "falcon", "mpt")
 """Types whose token classifier views its scores in the shape of the labels before the loss compares the two."""
 
@@ -40,6 +41,11 @@ def check_virtual_tokens(job: Job) -> None:
         raise RefusedError(f"{named('peft')} refuses it: ValueError: PREFIX_TUNING does not work with gradient checkpointing.")
     if peft_type not in (*PROMPTED, PREFIX):
         return
+    if job.architecture.model_type in SOUND:
+        raise NoEngineError(
+            f"{named('transformers')} refuses to run it: ValueError: You have to provide either input_ids or inputs_embeds "
+            f"(peft's class for a task passes no sound to {job.architecture.model_class})"
+        )
     if peft_type == PREFIX:
         _check_prefix(job)
     else:
@@ -52,7 +58,7 @@ def check_prompted_task(arch: Architecture, adapter: Mapping[str, object]) -> No
     `adapter` is the adapter config that was given, if any.
     """
     task = as_told(arch, adapter).task_type
-    if task in PEFT_TASKS and arch.vocab_size and arch.model_type not in SOUND:
+    if task in PEFT_TASKS and arch.vocab_size and (arch.model_type not in SOUND or "task_type" in adapter):
         return
     if arch.task_type in PEFT_TASKS and arch.model_type not in SOUND:
         raise RefusedError(

@@ -54,6 +54,19 @@ def test_both_engines_refuse_what_peft_does(model: str, method: str, reason: str
             estimate(shallow(model, 2), method=method, engine=engine, seq_len=32, **TOKENS, **OFF)  # type: ignore[arg-type]
 
 
+def test_whisper_with_a_stated_task_is_counted_and_does_not_run() -> None:
+    """20 tokens for each of two stacks, 384 wide; peft's class passes `input_ids`, of which there are none."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    adapter = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_2_SEQ_LM", **TOKENS}
+    reason = "You have to provide either input_ids or inputs_embeds"
+    counted = estimate("whisper-tiny", peft_config=adapter, seq_len=32, **OFF)  # type: ignore[arg-type]
+    assert counted.trainable_parameters == 20 * 2 * 384
+    assert reason in counted.not_modelled[0]
+    with pytest.raises(RefusedError, match=reason):
+        estimate("whisper-tiny", peft_config=adapter, engine="trace", seq_len=32, **OFF)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("peft_type", ["PROMPT_TUNING", "P_TUNING"])
 def test_virtual_tokens_of_a_masked_language_model_meet_too_few_labels(peft_type: str) -> None:
     """peft wraps it as FEATURE_EXTRACTION, and both engines meet the loss that has no labels for the virtual tokens."""
