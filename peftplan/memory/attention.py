@@ -89,7 +89,7 @@ def attend(
     `rotated`: queries and keys went through rotary embeddings, whose gradients come head by head anyway. `wide`: eager attention
     asks for a softmax in fp32, as decoders do. `bias`: what eager attention adds before the mask. `by_head`: the three lie
     (b, a, s, d), as copies that the class made. `cached`: a cache copied keys and values, which the model itself does not state.
-    `moved`: the projections' gradients are copied already, behind a cache.
+    `moved`: the gradients of keys and values need no copy: a cache copied them, or one projection's gradient joins all three.
     """
     f = model.tape
     grouped = a.num_attention_heads != a.num_key_value_heads
@@ -97,17 +97,20 @@ def attend(
         q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
         return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide, bias=bias, by_head=by_head, cached=cached)
     gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
-    if model.running.attention == "sdpa" and grouped and (model.running.repeats_kv or not gqa):
-        single = a.num_key_value_heads == 1
-        v = v if single or moved else ops.heads(f, v, v.dims, clones=True)
-        k, v = (repeat_kv(f, x, a, copies=not single) for x in (k, v))
+    repeats = model.running.attention == "sdpa" and grouped and (model.running.repeats_kv or not gqa)
+    kernel = _kernel(model, q, v, mask, dtype=f.autocast or q.dtype, grouped=q.dims[1] != k.dims[1] and not repeats)
+    if kernel == "math" or repeats:
+        by_head_q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
+        q = by_head_q if kernel == "math" else q
+        del by_head_q
+    if repeats:
+        k, v = (repeat_kv(f, x, a, copies=a.num_key_value_heads > 1) for x in (k, v))
     head = v.dims[3]
     if model.running.attention == "flash_attention_2" and head != q.dims[3]:
         v = padded_head(f, v, q.dims[3])
     _arguments = q, k, v  # of `sdpa_attention_forward`, which live until it returns
     if f.autocast:
         q, k, v = f.cast_all(f.autocast, q, k, v)
-    kernel = _kernel(model, q, k, v, mask)
     if kernel == "flash":
         out = flash(f, q, k, v, by_head=by_head)
         del q, k, v  # autocast's copies
@@ -118,10 +121,9 @@ def attend(
     elif kernel == "efficient":
         out = efficient(f, q, k, v, mask, ragged=bool(model.length(k.dims[2]) % MASK_MULTIPLE))
     else:
-        q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
         autocast, f.autocast = f.autocast, None  # the wrapper that cast the inputs turns it off
         try:
-            out = math(model, a, q, k, v, mask, dropout=dropout)
+            out = math(model, a, q, k, v, mask, dropout=dropout, by_head=by_head)
         finally:  # a recomputation may stop inside
             f.autocast = autocast
         del q, k, v  # autocast's copies
@@ -130,18 +132,21 @@ def attend(
     return out.view((b, s, _product(heads, d)))
 
 
-def _kernel(model: Model, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
-    """The kernel that torch chooses: flash, else memory-efficient, else math (`select_sdp_backend`)."""
+def _kernel(model: Model, q: Tensor, v: Tensor, mask: Tensor | None, *, dtype: str, grouped: bool) -> str:
+    """The kernel that torch chooses: flash, else memory-efficient, else math (`select_sdp_backend`).
+
+    `dtype`: what the kernel gets. `grouped`: it gets fewer heads of keys than of queries.
+    """
     head, running = q.dims[3], model.running
     if running.attention == "flash_attention_2":
-        if running.padding or q.dtype not in HALF:
+        if running.padding or dtype not in HALF:
             raise NeedsTraceError("flash_attention_2 with padding or fp32 inputs")
         return "flash"
-    if mask is None and q.dtype in HALF and running.flash and _at_most(head, MAX_FLASH_HEAD) and head == v.dims[3]:
+    if mask is None and dtype in HALF and running.flash and _at_most(head, MAX_FLASH_HEAD) and head == v.dims[3]:
         return "flash"
-    aligned = not number(head) % (HEAD_MULTIPLE if q.dtype in HALF else HEAD_MULTIPLE // 2)
-    known = q.dtype in ("fp16", "fp32") or (q.dtype == "bf16" and running.flash)
-    return "efficient" if known and aligned and q.dims[1] == k.dims[1] else "math"
+    aligned = not number(head) % (HEAD_MULTIPLE if dtype in HALF else HEAD_MULTIPLE // 2)
+    known = dtype in ("fp16", "fp32") or (dtype == "bf16" and running.flash)
+    return "efficient" if known and aligned and not grouped else "math"
 
 
 def by_heads(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, rotated: bool, moved: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +218,8 @@ def eager(
     copied = not single and (grouped or ((model.joins if cached is None else cached) and not joined))
     dtype = q.dtype
     moved = joined or by_head
-    scores = product(model, q, keys, (*q.dims[:3], k.dims[2]), joined=(moved, copied or (moved and not single)))
+    in_order = copied or (moved and not single)
+    scores = product(model, q, keys, (*q.dims[:3], k.dims[2]), joined=(moved, in_order), spread=single)
     if scales:
         scores = ops.scale(f, scores)
     if a.softcap:
@@ -230,16 +236,20 @@ def eager(
     del scores
     weights = ops.dropout(f, weights, dropout)
     model.layer_locals.append(weights)
-    out = product(model, weights, values, (*q.dims[:3], v.dims[3]), joined=(True, copied))
+    out = product(model, weights, values, (*q.dims[:3], v.dims[3]), joined=(True, copied), spread=single)
     return gathered(model, out)
 
 
-def product(model: Model, a: Tensor, b: Tensor, dims: Dims, *, joined: tuple[bool, bool]) -> Tensor:
-    """`matmul` of activations, which copies what does not lie head by head (`joined`: a, b do) once autocast has cast it."""
+def product(model: Model, a: Tensor, b: Tensor, dims: Dims, *, joined: tuple[bool, bool], spread: bool = False) -> Tensor:
+    """`matmul` of activations, which copies what does not lie head by head (`joined`: a, b do) once autocast has cast it.
+
+    `spread`: b is a view of one head for all, of which a cast makes a tensor that lies head by head.
+    """
     f = model.tape
+    in_order = joined[1] or (spread and f.autocast not in (None, b.dtype))
     if f.autocast:
         a, b = f.cast_all(f.autocast, a, b)
-    return ops.matmul(f, a if joined[0] else batched(model, a), b if joined[1] else batched(model, b), dims)
+    return ops.matmul(f, a if joined[0] else batched(model, a), b if in_order else batched(model, b), dims)
 
 
 def _scores(f: Tape, q: Tensor, k: Tensor) -> Tensor:
@@ -260,10 +270,13 @@ def _gathered_backward(f: Tape, node: Node, saved: tuple[Dims, bool], g: Tensor)
     return f.new(dims, g.dtype, "clone") if clones else g
 
 
-def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float) -> Tensor:
+def math(
+    model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, by_head: bool = False
+) -> Tensor:
     """The math kernel: plain operations; 16-bit inputs are computed in fp32. Both sides are scaled by the root of the scale.
 
-    Its second result, the weights in the inputs' dtype, is made before the first and thrown away.
+    Its second result, the weights in the inputs' dtype, is made before the first and thrown away. `by_head`: queries and keys lie
+    (b, heads, s, d), as copies that the class made.
     """
     f = model.tape
     dtype = q.dtype
@@ -271,18 +284,17 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     q, k, v = f.to(q, wide), f.to(k, wide), f.to(v, wide)
     scaled = ops.scale(f, q)
     s, keys = q.dims[2], k.dims[2]
-    if mask is None:
-        bias = f.new((s, keys), wide, "causal mask")
-    else:
-        bias = f.new(mask.dims, wide, "mask") if mask.dtype == "bool" else mask
-        seen = f.new(mask.dims, "bool", "logical_not") if mask.dtype == "bool" else None
-        del seen
+    seen = _lower_triangle(f, (s, keys)) if mask is None else mask
+    bias = f.new(seen.dims, wide, "mask") if seen.dtype == "bool" else seen
+    unseen = f.new(seen.dims, "bool", "logical_not") if seen.dtype == "bool" else None
+    del unseen, seen
     heads, values = (repeat_kv(f, x, a) if x.dims[1] == a.num_key_value_heads else x for x in (k, v))  # else it is repeated
     broadcast = q.dims[1] != heads.dims[1]
     copied = a.num_attention_heads != a.num_key_value_heads or (model.joins and not broadcast)
     spread = partial(_math_copy, model, heads=q.dims[1], broadcast=broadcast, copied=copied)
     scaled_keys = ops.scale(f, heads)
-    scores = _scores(f, batched(model, scaled), spread(scaled_keys))
+    scaled = scaled if by_head else batched(model, scaled)
+    scores = _scores(f, scaled, scaled_keys if by_head and not broadcast else spread(scaled_keys))
     del scaled_keys
     scores = ops.add_(f, scores, bias)
     weights = ops.keeps_output(f, scores, "softmax", passing=True)
@@ -293,6 +305,14 @@ def math(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     out = ops.matmul(f, weights, spread(values), (*q.dims[:3], v.dims[3]))
     out = ops.heads(f, out, out.dims, clones=model.running.batch_size > 1)
     return f.to(out, dtype)
+
+
+def _lower_triangle(f: Tape, dims: Dims) -> Tensor:
+    """`ones({L, S}).tril()`, the boolean mask of causal attention."""
+    ones = f.new(dims, "bool", "ones")
+    seen = f.new(dims, "bool", "tril")
+    del ones
+    return seen
 
 
 def _math_copy(model: Model, x: Tensor, *, heads: Dim, broadcast: bool, copied: bool) -> Tensor:

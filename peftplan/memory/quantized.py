@@ -98,7 +98,8 @@ def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     assert part.weight is not None
     n_out, _ = _sizes(part)
     rows = x.dims[:-1]
-    kept = f.new(x.dims, x.dtype, "clone") if type(x) is Strided else x.detach()  # `reshape` to rows
+    copied = type(x) is Strided and not x.rows_are_a_view
+    kept = f.new(x.dims, x.dtype, "clone") if copied else x.detach()  # `reshape` to rows
     half = kept if x.dtype == "fp16" else f.new(x.dims, "fp16", "to")
     scales = f.new(rows, "fp32", "row scales")
     quantized = f.new(x.dims, "int8", "int8 input")
@@ -127,7 +128,7 @@ def _linear8bit_backward(f: Tape, node: Node, saved: tuple[Part], g: Tensor) -> 
     scale = f.new((n_out, 1), "fp32", "mul")
     weight = f.new((n_out, n_in), x.dtype, "dequantized")
     low = g if g.dtype == x.dtype else f.new(g.dims, x.dtype, "to")
-    grad = f.new(x.dims, x.dtype, "mm")
+    grad = f.view_of(f.new(x.dims, x.dtype, "mm"))  # `matmul(…).view(ctx.grad_shape)`
     del weight, scale, low
     return grad, bias
 

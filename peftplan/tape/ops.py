@@ -51,13 +51,13 @@ def linear(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = None, *, 
 
     x is (…, in), the result (…, out). The weight is (out, in), or (in, out) if `transposed` (Conv1D, `x @ W`).
 
-    A strided x never goes to addmm. It is copied if the weight trains; otherwise bmm reads it as it is. Source: torch,
-    aten/src/ATen/native/Linear.cpp (`linear`), LinearAlgebra.cpp (`should_fold`).
+    A strided x never goes to addmm. It is copied if the weight trains, unless its rows are a view; otherwise bmm reads it as it
+    is. Source: torch, aten/src/ATen/native/Linear.cpp (`linear`), LinearAlgebra.cpp (`should_fold`).
     """
     if f.autocast:
         x, weight, bias = f.cast_all(f.autocast, x, weight, bias)
     op = "linear" if bias is None or type(x) is Strided else "addmm"
-    if type(x) is Strided and weight.node is not None:
+    if type(x) is Strided and weight.node is not None and not x.rows_are_a_view:
         x = copied(f, x, "clone")
     kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None if bias is None else bias.dims)
     backward = _addmm_backward if op == "addmm" else _linear_backward
@@ -111,11 +111,13 @@ def mul(f: Tape, a: Operand, b: Operand) -> Tensor:
 
 
 def _mul_backward(f: Tape, node: Node, saved: Factors, g: Tensor) -> Gradients:
-    grad_b = f.new(g.dims, g.dtype, "mul") if node.edges[1] else None
-    grad_a = f.new(g.dims, g.dtype, "mul") if node.edges[0] else None
-    if saved[2] is None:
+    likes = saved[2]
+    dims = g.dims if likes is None else max(likes, key=len)  # those of the result, which g may be a view of
+    grad_b = f.new(dims, g.dtype, "mul") if node.edges[1] else None
+    grad_a = f.new(dims, g.dtype, "mul") if node.edges[0] else None
+    if likes is None:
         return grad_a, grad_b
-    pairs = zip((grad_a, grad_b), saved[2], strict=True)
+    pairs = zip((grad_a, grad_b), likes, strict=True)
     return [None if grad is None else of_broadcast(grad, like) for grad, like in pairs]
 
 
@@ -297,15 +299,16 @@ RIGHT_BEHIND = 0.5
 """Added to a node's sequence number to place a view directly after its base in autograd's order, wherever it is called here."""
 
 
-def heads(f: Tape, x: Tensor, dims: Dims, *, clones: bool = False) -> Tensor:
+def heads(f: Tape, x: Tensor, dims: Dims, *, clones: bool = False, at_once: bool = True) -> Tensor:
     """`view(…).transpose(1, 2)`: shares the storage of x.
 
-    `clones`: the gradient arrives with the heads' strides, so that the reshape in backward copies it.
+    `clones`: the gradient arrives with the heads' strides, so that the reshape in backward copies it, unless there is one head.
+    `at_once`: the view is made directly after x.
     """
-    if not clones:
+    if not clones or dims[1] == 1:
         return x.view(dims)
     node = f.record(_heads_backward, (x,), x.dims)
-    if node is not None and type(x.node) is Node:
+    if node is not None and type(x.node) is Node and at_once:
         node.sequence = x.node.sequence + RIGHT_BEHIND
     return Tensor(x.storage, dims, x.dtype, node)
 

@@ -109,6 +109,11 @@ class Strided(Tensor):
 
     __slots__ = ()
 
+    @property
+    def rows_are_a_view(self) -> bool:
+        """Whether `reshape` makes rows of it without a copy: one token of each sequence is one stride from the next."""
+        return self.dims[-2] == 1
+
 
 class Broadcast(Tensor):
     """The gradient of a broadcast input before the engine sums it; `dims` are those of the input."""

@@ -223,6 +223,34 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "use_reentrant": True,
         },
     ),
+    "layers of two kinds take turns as they stand, their copies too": (
+        shallow("c4ai-command-r7b-12-2024", 6),
+        {
+            "method": "qdora",
+            **ATTENTION,
+            **PLAIN,
+            "autocast": "bf16",
+            "gradient_checkpointing": True,
+            "padding": True,
+            "batch_size": 1,
+            "seq_len": 448,
+            "optim": "adamw_8bit",
+        },
+    ),
+    "ViT's patches go when the class token stands before them": (
+        {**shallow("vit-base-patch16-224-in21k", 5), "hidden_size": 896, "intermediate_size": 3104, "num_attention_heads": 14},
+        {
+            "method": "qlora",
+            "r": 4,
+            "dtype": "fp32",
+            "autocast": "none",
+            "gradient_checkpointing": True,
+            "gpu": "t4",
+            "task_type": "IMAGE_CLS",
+            "num_labels": 10,
+            "batch_size": 8,
+        },
+    ),
 }
 
 

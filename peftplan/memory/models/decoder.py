@@ -73,17 +73,17 @@ class Call(NamedTuple):
 
     @property
     def moved(self) -> bool:
-        """Whether a cache copies keys and values."""
-        return self.model.caches and not self.model.past
+        """Whether a cache copies keys and values, or joins them to those of a prefix."""
+        return self.model.joins
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, rotated: bool) -> Tensor:
-        """Attention over keys and values that `cached` gave."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, rotated: bool, split: bool = False) -> Tensor:
+        """Attention over keys and values that `cached` gave. `split`: parts of one projection, whose gradient joins theirs."""
         a, dropout = self.block.attentions[0], self.model.arch.dropout.attention
         if self.style.narrow_eager and self.model.running.attention == "eager":
             return narrow_eager(self, q, k, v, dropout, rotated=rotated)
         if a.softcap and not self.style.softcaps:
             a = a._replace(softcap=False)
-        by_head, moved = self.style.by_head, self.moved
+        by_head, moved = self.style.by_head, self.moved or split
         return attend(self.model, a, q, k, v, self.mask, dropout=dropout, rotated=rotated, by_head=by_head, moved=moved)
 
 
@@ -116,7 +116,7 @@ class Style(NamedTuple):
 
     `norms` are those before and after attention, before and after the MLP. `qk_norm`: on the projection as it comes (`flat`), on
     its heads (`head`), on heads moved before the sequence (`moved`), or on each head with a norm of its own (`each`).
-    `norms_last`: q is normed once k and v are projected.
+    `norms_last`: q is normed once k and v are projected. `views_last`: heads are viewed once all three are there.
     `output` and `plain` are names: of attention's last projection, of the two matrices of an MLP without gate. `multiplied`: the
     embedding, and what a sublayer adds, are multiplied. `tables_by_window`: sliding layers have rotary tables of their own;
     `wide_tables`: in fp32, whatever the hidden states are. `hands_out_weights`: a layer's outputs, attention weights among them,
@@ -135,6 +135,7 @@ class Style(NamedTuple):
     qk_norm: Literal["flat", "head", "moved", "each"] = "head"
     qk_names: tuple[str, str] = ("q_norm", "k_norm")
     norms_last: bool = False
+    views_last: bool = False
     output: str = "o_proj"
     plain: tuple[str, str] = ("mlp.c_fc", "mlp.c_proj")
     stack: str = "model.layers.{}"
@@ -283,9 +284,9 @@ def attention(c: Call, x: Tensor) -> Tensor:
 
 
 def projected(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v from a projection each, q and k normed where the model norms them: at once, or behind all three."""
+    """q, k and v from a projection each; q and k viewed by heads and normed where the model does so: at once, or behind all."""
     side = _normed if a.qk_norm else _by_head
-    at_once = not (a.qk_norm and c.style.norms_last)
+    at_once = not (c.style.views_last or (a.qk_norm and c.style.norms_last))
     q = c.linear("self_attn.q_proj", x)
     q = side(c, a, 0, q) if at_once else q
     k = c.linear("self_attn.k_proj", x)
@@ -303,7 +304,7 @@ def _head_dims(a: Attention, side: int, x: Tensor) -> tuple[str | int, ...]:
 
 
 def _by_head(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
-    return ops.heads(c.tape, x, _head_dims(a, side, x), clones=a.positions == "rotary")
+    return ops.heads(c.tape, x, _head_dims(a, side, x), clones=a.positions == "rotary", at_once=not c.style.views_last)
 
 
 def _normed(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
@@ -315,7 +316,9 @@ def _normed(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
         return c.norm(name, _by_head(c, a, side, x))
     if c.style.qk_norm == "each":
         return _normed_each(c, name, _by_head(c, a, side, x))
-    return c.norm(name, x.view((dims[0], dims[2], dims[1], dims[3]))).view(dims)
+    b, heads, s, d = dims
+    x = ops.heads(c.tape, x, (b, s, heads, d), clones=a.positions == "rotary")
+    return c.norm(name, x).view(dims)
 
 
 def _normed_each(c: Call, name: str, x: Tensor) -> Tensor:

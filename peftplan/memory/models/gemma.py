@@ -13,8 +13,16 @@ from peftplan.memory.norms import rms_plus_one
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 gemma = partial(decoder, style=Style(norm=rms_plus_one))
-gemma2 = partial(decoder, style=Style(norm=rms_plus_one, norms=SANDWICH))
+gemma2 = partial(decoder, style=Style(norm=rms_plus_one, norms=SANDWICH, both_masks=True))
 gemma3 = partial(
     decoder,
-    style=Style(norm=rms_plus_one, norms=SANDWICH, qk_norm="moved", norms_last=True, tables_by_window=True, softcaps=False),
+    style=Style(
+        norm=rms_plus_one,
+        norms=SANDWICH,
+        qk_norm="moved",
+        norms_last=True,
+        tables_by_window=True,
+        softcaps=False,
+        both_masks=True,
+    ),
 )

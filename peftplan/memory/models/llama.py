@@ -30,7 +30,7 @@ def cast_back(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[
 
 llama = partial(decoder, style=Style())
 granite = partial(decoder, style=Style(multiplied=True))
-olmo = partial(decoder, style=Style(norm=bare_layer_norm, rotate=cast_back, wide_tables=True))
+olmo = partial(decoder, style=Style(norm=bare_layer_norm, rotate=cast_back, wide_tables=True, views_last=True))
 olmo2 = partial(
     decoder,
     style=Style(

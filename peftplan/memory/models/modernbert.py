@@ -52,12 +52,16 @@ def embeddings(model: Model) -> Tensor:
 def encoder_layer(model: Model, block: Block, number: int, x: Tensor, mask: Tensor | None, turns: Turns) -> Tensor:
     """`ModernBertEncoderLayer.forward`; layer 0 has no norm before its attention."""
     f, name = model.tape, "model.layers.{}"
-    attended = attention(model, block, number, x if number == 0 else model.layernorm(f"{name}.attn_norm", x, number), mask, turns)
-    attended = behind(model, f"{name}.attention_adapters", attended, number)
+    normed = (
+        x if number == 0 else model.layernorm(f"{name}.attn_norm", x, number)
+    )  # an argument, until the adapter behind is done
+    attended = behind(model, f"{name}.attention_adapters", attention(model, block, number, normed, mask, turns), number)
+    del normed
     f.module = name
     x = ops.add(f, x, attended)
-    out = mlp(model, block, number, model.layernorm(f"{name}.mlp_norm", x, number))
-    out = behind(model, f"{name}.output_adapters", out, number)
+    normed = model.layernorm(f"{name}.mlp_norm", x, number)
+    out = behind(model, f"{name}.output_adapters", mlp(model, block, number, normed), number)
+    del normed
     f.module = name
     return ops.add(f, x, out)
 
@@ -69,7 +73,7 @@ def attention(model: Model, block: Block, number: int, x: Tensor, mask: Tensor |
     f.module = name
     q, k, v = split(f, qkv, [("b", a.num_attention_heads, model.seq, a.head_dim)] * 3)
     q, k = rotated(model, q, k, *turns)
-    out = attend(model, a, q, k, v, mask, dropout=model.arch.dropout.attention)
+    out = attend(model, a, q, k, v, mask, dropout=model.arch.dropout.attention, moved=True)  # backward stacks the three gradients
     out = model.linear(f"{name}.Wo", out, number)
     f.module = name
     return ops.dropout(f, out, model.arch.dropout.attention)

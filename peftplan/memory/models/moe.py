@@ -80,12 +80,16 @@ def routed_block(c: Call, x: Tensor, *, route: Route, router: str, name: str) ->
 
 
 def qwen2_block(c: Call, x: Tensor) -> Tensor:
-    """`Qwen2MoeSparseMoeBlock.forward`: a shared expert behind a gate of its own."""
+    """`Qwen2MoeSparseMoeBlock.forward`: a shared expert behind a gate of its own.
+
+    The gradient of that gate's input comes first. It has two dims, so it is no view and the others are added to it in place.
+    """
     check(c)
+    rows = x.view((f"b·{c.model.seq}", x.dims[-1]))
     shared = gated_mlp(c, x, "mlp.shared_expert")
     _logits, weights, indices = qwen_route(c, x, "mlp.gate")
     out = run_experts(c, x, indices, weights)
-    gate = ops.keeps_output(c.tape, c.linear("mlp.shared_expert_gate", x), "sigmoid")
+    gate = ops.keeps_output(c.tape, c.linear("mlp.shared_expert_gate", rows), "sigmoid")
     shared = ops.mul(c.at("mlp"), shared, gate)
     del gate
     return ops.add(c.tape, out, shared)

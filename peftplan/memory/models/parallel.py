@@ -92,7 +92,7 @@ def neox_attention(c: Call, x: Tensor) -> Tensor:
     cos, sin = c.tables
     q, k = partly_rotary(f, q, k, cos, sin)
     k, v = c.cached(k, v, rotated=True)
-    return c.linear("attention.dense", c.attend(q, k, v, rotated=True))
+    return c.linear("attention.dense", c.attend(q, k, v, rotated=True, split=True))
 
 
 def gptj_layer(c: Call, x: Tensor) -> Tensor:
@@ -175,6 +175,7 @@ stablelm = partial(
         layer=stablelm_layer,
         rotate=partly_rotary_inline,
         by_head=True,
+        views_last=True,
         qk_norm="each",
         norms_last=True,
         qk_names=("q_layernorm", "k_layernorm"),

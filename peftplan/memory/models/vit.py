@@ -47,6 +47,7 @@ def embeddings(model: Model, picture: Tensor) -> Tensor:
     patches = model.asking_gradient(patches.view(("b", count - 1, h)))
     f.module = "vit.embeddings"
     x = cat(f, (ops.expanded(f, token, ("b", 1, h)), patches), ("b", count, h))
+    del patches
     x = ops.add(f, x, positions)
     f.module = "vit.embeddings.dropout"
     return ops.dropout(f, x, model.arch.dropout.embedding)

@@ -1,0 +1,126 @@
+"""The order of a run: tensors of 2 MiB and more are allocated and freed at the same places in the events of both engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.allocator.program import _Run
+from peftplan.analytic.instant import InstantPeaks
+from peftplan.units import MIB, round512
+from tests.memory.engines import shallow
+
+PLAIN: dict[str, Any] = {"trainer": "plain"}
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
+KEPT: dict[str, Any] = {"gradient_checkpointing": False}
+CHECKPOINTED: dict[str, Any] = {"gradient_checkpointing": True}
+ONE_TOKEN: dict[str, Any] = {"method": "full", **PLAIN, **CHECKPOINTED, "logits_to_keep": 1, "batch_size": 7, "seq_len": 512}
+JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "the math kernel's causal mask is made of booleans; a norm of heads gets no gradient that is summed": (
+        shallow("qwen3-0.6b", 3),
+        {"method": "pfeiffer", "dtype": "fp16", "autocast": "fp16", **KEPT, "gpu": "t4", "batch_size": 1, "seq_len": 1377},
+    ),
+    "the math kernel takes heads that a rotation copied as they are; int8's gradient is a view": (
+        shallow("stablelm-2-1_6b", 3),
+        {"method": "qlora", "quant": "int8", "gpu": "t4", "kbit_prepare": False, "batch_size": 2, "seq_len": 500},
+    ),
+    "autocast's cast of one head for all lies head by head; Gemma 3 makes both masks, whatever layers it has": (
+        shallow("gemma-3-270m", 3),
+        {"method": "full", "trainer": "trl", "dtype": "fp32", "autocast": "bf16", **EAGER, "batch_size": 4, "seq_len": 384},
+    ),
+    "the gradients of keys and values are copied behind the slices of a prefix": (
+        shallow("phi-1-5", 3),
+        {
+            "method": "prefix-tuning",
+            "num_virtual_tokens": 30,
+            "dtype": "fp32",
+            "autocast": "bf16",
+            **EAGER,
+            **KEPT,
+            "batch_size": 4,
+        },
+    ),
+    "OLMo views heads once all three projections are there": (
+        shallow("olmo-1b", 3),
+        {"method": "full", **PLAIN, **EAGER, **KEPT, "batch_size": 2},
+    ),
+    "the gradients of ModernBERT's queries, keys and values are stacked; an adapter's hook holds what its module took": (
+        shallow("modernbert-base", 6),
+        {"method": "houlsby", **PLAIN, "dtype": "fp32", **EAGER, "batch_size": 4, "task_type": "TOKEN_CLS", "num_labels": 9},
+    ),
+    "the gradients of GPT-NeoX's three are slices of one": (
+        shallow("pythia-70m", 3),
+        {"method": "lora", **PLAIN, "dtype": "fp32", **EAGER, **CHECKPOINTED, "batch_size": 4},
+    ),
+    "one token of each sequence is a view of rows; the shared expert's gate gets rows": (
+        {**shallow("qwen1.5-moe-a2.7b", 2), "num_experts": 8, "vocab_size": 20000},
+        ONE_TOKEN,
+    ),
+}
+Change = tuple[str, int]
+"""What happens, and the bytes of the block."""
+
+
+class _Log:
+    """Stands for the allocator: writes down what is asked of it."""
+
+    def __init__(self) -> None:
+        self.changes: list[Change] = []
+
+    def allocate(self, nbytes: int, stream: int = 0) -> int:
+        self.changes.append(("alloc", nbytes))
+        return nbytes
+
+    def release(self, nbytes: int) -> None:
+        self.changes.append(("free", nbytes))
+
+    def begin_phase(self, phase: str) -> None:
+        """Phases are not compared."""
+
+    def empty_cache(self) -> None:
+        self.changes.append(("empty_cache", 0))
+
+
+def analytic_changes(config: dict[str, Any], options: dict[str, Any]) -> list[Change]:
+    peaks = peftplan.estimate(config, **options).peaks
+    assert isinstance(peaks, InstantPeaks)
+    run = _Run(*peaks.run().program(), log := _Log())  # type: ignore[arg-type]
+    run.events(0, len(run.program))
+    return log.changes
+
+
+def traced_changes(config: dict[str, Any], options: dict[str, Any]) -> list[Change]:
+    peaks = peftplan.estimate(config, engine="trace", record=True, **options).peaks
+    assert peaks is not None
+    nbytes: dict[int, int] = {}
+    changes = []
+    for event in peaks.recording.events:  # type: ignore[union-attr]
+        if event.kind == "alloc":
+            nbytes[event.id] = event.nbytes
+        changes.append((event.kind, nbytes.get(event.id, 0)))
+    return changes
+
+
+def large(changes: Iterable[Change]) -> list[Change]:
+    """Those of large tensors; what is freed between two allocations in order of size, since the allocator does not care."""
+    kept: list[Change] = []
+    freed: list[Change] = []
+    for what, nbytes in changes:
+        if what == "free":
+            freed += [(what, round512(nbytes))] * (nbytes >= 2 * MIB)
+        elif nbytes >= 2 * MIB:
+            kept += [*sorted(freed), (what, round512(nbytes))]
+            freed.clear()
+    return kept + sorted(freed)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_large_tensors_come_and_go_in_the_traces_order(job: str) -> None:
+    for module in ("torch", "transformers", "peft"):
+        pytest.importorskip(module)
+    config, options = JOBS[job]
+    options = {"seq_len": 384, **options}
+    assert large(analytic_changes(config, options)) == large(traced_changes(config, options))
