@@ -293,8 +293,11 @@ def math(
     copied = a.num_attention_heads != a.num_key_value_heads or (model.joins and not broadcast)
     spread = partial(_math_copy, model, heads=q.dims[1], broadcast=broadcast, copied=copied)
     scaled_keys = ops.scale(f, heads)
-    scaled = scaled if by_head else batched(model, scaled)
-    scores = _scores(f, scaled, scaled_keys if by_head and not broadcast else spread(scaled_keys))
+    scores = _scores(
+        f,
+        scaled if by_head else batched(model, scaled),
+        scaled_keys if by_head and not broadcast else spread(scaled_keys),
+    )
     del scaled_keys
     scores = ops.add_(f, scores, bias)
     weights = ops.keeps_output(f, scores, "softmax", passing=True)

@@ -27,6 +27,10 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         shallow("stablelm-2-1_6b", 3),
         {"method": "qlora", "quant": "int8", "gpu": "t4", "kbit_prepare": False, "batch_size": 2, "seq_len": 500},
     ),
+    "the math kernel holds queries beside the copies that it multiplies": (
+        {**shallow("qwen3-0.6b", 2), "num_attention_heads": 17, "num_key_value_heads": 1},
+        {"method": "lora", **PLAIN, "gpu": "t4", **KEPT, "batch_size": 4},
+    ),
     "autocast's cast of one head for all lies head by head; Gemma 3 makes both masks, whatever layers it has": (
         shallow("gemma-3-270m", 3),
         {"method": "full", "trainer": "trl", "dtype": "fp32", "autocast": "bf16", **EAGER, "batch_size": 4, "seq_len": 384},
