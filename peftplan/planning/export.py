@@ -50,8 +50,9 @@ class Exported(NamedTuple):
 
     def notes(self) -> Iterator[str]:
         """What differs from the job that was exported, a line each."""
-        if self.changed:
-            values = ", ".join(f"{name} {_shown(theirs)} (else {_shown(ours)})" for name, (ours, theirs) in self.changed.items())
+        named = {name: pair for name, pair in self.changed.items() if pair[0] is not None}  # the others follow from these
+        if named:
+            values = ", ".join(f"{name} {_shown(theirs)} (else {_shown(ours)})" for name, (ours, theirs) in named.items())
             yield f"{self.to}'s own where nothing was set: {values}"
         if self.left_out:
             yield f"not in the file, and without effect on memory: {', '.join(self.left_out)}"

@@ -109,6 +109,11 @@ class Facts:
     def _patterns(self) -> Iterator[tuple[str, Row]]:
         return ((name, row) for name, row in self.rows.items() if "*" in name and not name.endswith(".*"))
 
+    @property
+    def called(self) -> str:
+        """The tool's name for people."""
+        return str(self.write.get("called", self.tool))
+
     def bare(self, key: str) -> str:
         """A key without such a prefix."""
         return key.removeprefix(next((prefix for prefix in self.prefixes if key.startswith(prefix)), ""))

@@ -21,7 +21,7 @@ OF_STORAGE = ("quant", "double_quant", "quant_bits", "quant_group_size", "quant_
 WITHOUT_EFFECT = (*OF_STORAGE, "compute_dtype", "trust_remote_code", "task_type")
 """Fields of a setup that `fields_of` takes from elsewhere, or that change nothing."""
 ROLES = frozenset(Distributed.model_fields)
-FIRM = frozenset({"model", "task_type", "method", "quant", "batch_size", "seq_len", "strategy", "gpus", "nodes"})
+FIRM = frozenset({"model", "task_type", "method", "quant", "batch_size", "seq_len", "gpus", "nodes"})
 """Fields of which a tool's own value is never taken, chosen or not."""
 
 

@@ -29,7 +29,7 @@ from peftplan.job.prepare import prepare
 from peftplan.job.setup import Setup
 from peftplan.job.sources import Source
 
-SAID = (
+STATED = (
     *("method", "r", "lora_dropout", "target_modules", "seq_len", "batch_size", "gradient_accumulation_steps"),
     *("gradient_checkpointing", "optim", "dtype", "autocast"),
 )
@@ -55,7 +55,7 @@ def written(job: Job, tool: Facts, *, chosen: frozenset[str] | None = None) -> W
     tasks = tool.write["tasks"]
     if job.architecture.task_type not in tasks:
         raise RefusedError(
-            f"task_type: {tool.tool} trains {', '.join(tasks)}; {job.architecture.name} has the head of "
+            f"task_type: {tool.called} trains {', '.join(tasks)}; {job.architecture.name} has the head of "
             f"{job.architecture.task_type}"
         )
     return _Writing(job, tool, job.chosen if chosen is None else chosen).written()
@@ -131,7 +131,7 @@ class _Writing:
         row = builders.get(self.job.architecture.name)
         if row is None:
             raise RefusedError(
-                f"model: {self.tool.tool} has no builder for {self.job.architecture.name}; accepted: {', '.join(builders)}"
+                f"model: {self.tool.called} has no builder for {self.job.architecture.name}; accepted: {', '.join(builders)}"
             )
         folder = f"/tmp/{named.rpartition('/')[2]}"
         component, pattern = self.tool.write["builder"], row["builder"]
@@ -158,7 +158,8 @@ class _Writing:
         except PeftplanError as error:
             method = methods.METHODS.get(str(plan.options.get("method")))
             trained = {} if method is None else {"method": method.peft_type or method.name}
-            return _Trial(values, reading, plan, {"model": plan.model, **plan.options, **trained}, error)
+            of_model = {name: self.target[name] for name in ("model", "task_type")}
+            return _Trial(values, reading, plan, {**of_model, **plan.options, **trained}, error)
 
     def _launch_comment(self, values: Values) -> str:
         distributed = self.job.distributed
@@ -185,7 +186,7 @@ class _Writing:
     def _with(self, field: str, now: _Trial) -> _Trial:
         """The values with a field said, if any of its candidates says it."""
         there = now.has(field, self.target)
-        if there and field not in SAID:
+        if there and field not in STATED:
             return now
         before = self.order if there else self.order[: self.order.index(field)]
         earlier = [name for name in before if now.has(name, self.target)]
@@ -246,20 +247,25 @@ class _Writing:
             ):
                 raise self._refused(field, now)
         if now.plan.unsupported:
-            key, said = next(iter(now.plan.unsupported.items()))
-            raise RefusedError(f"{said.option or key}: {self.tool.tool} runs it otherwise than counted here: {said.why} ({key})")
+            key, row = next(iter(now.plan.unsupported.items()))
+            option = row.option or key
+            of_key = "" if key == option else f" ({key})"
+            raise RefusedError(f"{option}: {self.tool.called} runs it otherwise than counted here: {row.why}{of_key}")
         if now.error is not None:
-            raise RefusedError(f"{self.tool.tool}: {now.error}")
+            raise RefusedError(f"{self.tool.called}: {now.error}")
 
     def _refused(self, field: str, now: _Trial) -> RefusedError:
         value = self.job.method_name if field == "method" else self.target[field]
         if field in BY_TARGETS and self.job.config is not None:
-            value = getattr(self.job.config, field)
+            choosing = {name: getattr(self.job.config, name, None) for name in reversed(BY_TARGETS)}
+            field, value = next(((name, each) for name, each in choosing.items() if each), (field, choosing[field]))
         theirs = now.fields.get(field)
+        if self.job.method is not None and field in self.job.method.defaults.keys() - self.stated:
+            field, value, theirs = "method", self.job.method_name, None  # the name implies it
         runs = "" if field in BY_TARGETS or theirs is None or theirs == value else f"; accepted: {theirs}"
         if field == "method":
             runs = f"; accepted: {', '.join(self._methods())}"
-        return RefusedError(f"{field}: a config of {self.tool.tool} {self.tool.version} cannot say {value!r}{runs}")
+        return RefusedError(f"{field}: a config of {self.tool.called} {self.tool.version} cannot say {value!r}{runs}")
 
     def _methods(self) -> list[str]:
         """The methods that the tool's keys name."""
@@ -271,16 +277,18 @@ class _Writing:
         """The values with options that move no byte, and the names of those that the tool has no key for."""
         config = {} if self.job.config is None else self.job.config.model_dump()
         keys = self.tool.write.get("as", {})
-        said = {keys[name]: _whole(config[name]) for name in keys if config.get(name) not in (None, BYTELESS[name])}
-        said |= {
-            keys[name]: BYTELESS[name] for name in self.tool.write.get("needs", ()) if name in config and keys[name] not in said
+        scaling = {keys[name]: _whole(config[name]) for name in keys if config.get(name) not in (None, BYTELESS[name])}
+        scaling |= {
+            keys[name]: BYTELESS[name]
+            for name in self.tool.write.get("needs", ())
+            if name in config and keys[name] not in scaling
         }
         left = [name for name, default in BYTELESS.items() if name in config and name not in keys]
         left = [name for name in left if config[name] not in (None, BYTELESS[name])]
         known = {*self.target, *config, *BYTELESS, *Setup.model_fields, *Distributed.model_fields, *methods.BOOKKEEPING, *FILES}
         stated = {**self.job.request.options, **self.job.adapter}
         left += sorted(name for name in self.stated - known if name in stated and stated[name] not in methods.UNSET)
-        return {**values, **said}, tuple(left)
+        return {**values, **scaling}, tuple(left)
 
 
 def _whole(value: object) -> object:

@@ -30,10 +30,10 @@ OF_ARGUMENTS = {"offload_params": "cpu_offload"}
 
 def stated(distributed: Distributed) -> Fields:
     """The options of a strategy that decide what a rank holds, those that are unset included."""
-    said = distributed.model_dump(exclude={"accelerate"})
+    options = distributed.model_dump(exclude={"accelerate"})
     unset = OF_FSDP if distributed.strategy.startswith("fsdp") else {}
-    said |= {name: value for name, value in unset.items() if said[name] is None}
-    return {**said, "gpus": distributed.gpus or 1} | {name: None for name in PLACES if said[name] == "none"}
+    options |= {name: value for name, value in unset.items() if options[name] is None}
+    return {**options, "gpus": distributed.gpus or 1} | {name: None for name in PLACES if options[name] == "none"}
 
 
 def fsdp_fields(distributed: Distributed, *, prefix: str = "fsdp_") -> Fields:
@@ -80,12 +80,12 @@ def accelerate_file(distributed: Distributed | None, autocast: str) -> Fields:
     if distributed.strategy.startswith("fsdp"):
         fields["fsdp_config"] = fsdp_fields(distributed)
     elif distributed.strategy.startswith("zero"):
-        said = stated(distributed)
+        options = stated(distributed)
         plugin = {"offload_optimizer": "offload_optimizer_device", "offload_params": "offload_param_device"}
         plugin["zero3_init"] = "zero3_init_flag"
         fields["deepspeed_config"] = {
             "zero_stage": int(distributed.strategy[-1]),
-            **{theirs: said[ours] for ours, theirs in plugin.items() if said[ours] is not None},
+            **{theirs: options[ours] for ours, theirs in plugin.items() if options[ours] is not None},
         }
     sizes = {name: getattr(distributed, ours) for name, ours in accelerate.PARALLELISM.items()}
     if parallel := {f"parallelism_config_{name}": size for name, size in sizes.items() if size is not None}:
@@ -95,11 +95,11 @@ def accelerate_file(distributed: Distributed | None, autocast: str) -> Fields:
 
 def deepspeed_file(distributed: Distributed) -> Fields:
     """DeepSpeed's JSON for a stage of ZeRO; what Trainer fills in by its arguments is `auto`."""
-    said = stated(distributed)
+    options = stated(distributed)
     first = {option: name for name, option in reversed(deepspeed.ZERO_FIELDS.items())}
     zero: Fields = {"stage": int(distributed.strategy[-1])}
-    zero |= {theirs: said[option] for option, theirs in first.items() if said[option] is not None}
-    zero |= {option.removesuffix("s"): {"device": said[option]} for option in PLACES if said[option] is not None}
+    zero |= {theirs: options[option] for option, theirs in first.items() if options[option] is not None}
+    zero |= {option.removesuffix("s"): {"device": options[option]} for option in PLACES if options[option] is not None}
     fields: Fields = {
         "train_batch_size": "auto",
         **dict.fromkeys(deepspeed.TOP_FIELDS, "auto"),
@@ -108,7 +108,7 @@ def deepspeed_file(distributed: Distributed) -> Fields:
         "fp16": {"enabled": "auto"},
         "zero_optimization": zero,
     }
-    if said.get("deepspeed_optimizer"):
+    if options.get("deepspeed_optimizer"):
         auto = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
         fields["optimizer"] = {"type": "AdamW", "params": auto}
     return fields

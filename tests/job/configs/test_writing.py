@@ -87,11 +87,11 @@ def test_round_trip_of_launch_files(tool: str) -> None:
         check_schema(tool, exported.text)
         values = values_of(tool, exported.text)
         read = accelerate.options if tool == "accelerate" else deepspeed.options
-        said = read(_nested(values))
+        options_read = read(_nested(values))
         own = ("strategy", "gpus", "nodes", "offload_params", "offload_optimizer", "reshard_after_forward", "autocast")
         rest = {name: value for name, value in options.items() if name not in own}
         ranks = {name: options[name] for name in ("gpus", "nodes") if tool == "deepspeed" and name in options}
-        again = peftplan.estimate(model, **rest, **ranks, **said)
+        again = peftplan.estimate(model, **rest, **ranks, **options_read)
         assert numbers(again) == numbers(estimate), (model, options)
         assert fields(again) == fields(estimate), (model, options)
 
@@ -126,6 +126,13 @@ def check_schema(tool: str, text: str) -> None:
             "trainer: a config of axolotl 0.19.0 cannot say 'trl'; accepted: transformers",
         ),
         ("axolotl", "llama-3.1-8b", {"method": "full"}, "attn_implementation: axolotl runs it otherwise than counted here"),
+        (
+            "ms-swift",
+            "llama-3.1-8b",
+            {"method": "lora-fa"},
+            "method: a config of ms-swift 4.6.0 cannot say 'lora-fa'",
+        ),
+        ("trl", "llama-3.1-8b", {"layers_to_transform": [0, 1]}, "layers_to_transform: a config of trl 1.16.0 cannot say (0, 1)"),
         ("trl", "llama-3.1-8b", {"loss": "full"}, "loss: a config of trl 1.16.0 cannot say 'full'; accepted: trl-chunked"),
         ("trl", "bert-base-uncased", {}, "task_type: trl trains CAUSAL_LM; bert-base-uncased has the head of MASKED_LM"),
         ("torchtune", "smollm2-135m", {}, "model: torchtune has no builder for smollm2-135m; accepted: codellama-7b"),
@@ -148,6 +155,20 @@ def check_schema(tool: str, text: str) -> None:
 def test_refused_by_the_name_of_the_option(tool: Any, model: str, options: dict[str, Any], line: str) -> None:
     with pytest.raises(PeftplanError, match=re.escape(line)):
         export(peftplan.estimate(model, **options), to=tool)
+
+
+def test_a_model_without_default_targets() -> None:
+    """peft knows no targets for Command R: a script without target_modules fails on the way to one that has them."""
+    text = export(peftplan.estimate("c4ai-command-r7b-12-2024", method="qlora"), to="trl-script").text
+    assert 'target_modules="all-linear"' in text
+
+
+def test_torchtune_shards_where_nobody_said_how() -> None:
+    exported = export(peftplan.estimate("llama-3.1-8b", gpus=4), to="torchtune")
+    assert exported.changed["strategy"] == ("ddp", "fsdp2")
+    assert "strategy fsdp2 (else ddp)" in "".join(exported.notes())
+    with pytest.raises(PeftplanError, match="cannot say 'ddp'; accepted: fsdp2"):
+        export(peftplan.estimate("llama-3.1-8b", gpus=4, strategy="ddp"), to="torchtune")
 
 
 def test_model_without_a_repository() -> None:
@@ -204,10 +225,10 @@ def test_switches_that_no_option_says_are_off() -> None:
 
 
 def test_options_that_move_no_byte() -> None:
-    said = export(peftplan.estimate("llama-3.1-8b", r=16, lora_alpha=32, use_rslora=True), to="llamafactory")
-    assert "lora_alpha: 32\n" in said.text
-    assert "use_rslora: true\n" in said.text
-    assert said.left_out == ()
+    exported = export(peftplan.estimate("llama-3.1-8b", r=16, lora_alpha=32, use_rslora=True), to="llamafactory")
+    assert "lora_alpha: 32\n" in exported.text
+    assert "use_rslora: true\n" in exported.text
+    assert exported.left_out == ()
     assert export(peftplan.estimate("llama-3.1-8b", use_rslora=True), to="trl").left_out == ("use_rslora",)
 
 
