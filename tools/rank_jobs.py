@@ -21,8 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tools.rehearsed_jobs import program_words
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "tests" / "distributed" / "programs" / "trainer.py"
+BUILT_IN = ROOT / "tools" / "rehearsed_program.py"
 ROWS = ROOT / "tests" / "distributed" / "rank_jobs.jsonl"
 PAGE = ROOT / "docs" / "how-to" / "several-gpus.md"
 MARKS = ("<!-- rank jobs -->", "<!-- end of rank jobs -->")
@@ -113,9 +116,26 @@ def zero_jobs() -> Iterator[dict[str, Any]]:
     yield job("zero2", "full", 8, optim="adamw_torch", batch_size=2, seq_len=1024)
     yield job("zero2", "lora", 8, config={"model_type": "qwen3", **CLASSES["qwen3"]})
     yield job("zero2", "full", 4, zero={"reduce_bucket_size": "auto"})
+    yield job("zero2", "full", 4, zero={"round_robin_gradients": True, "overlap_comm": True})
+    yield job("zero2", "full", 4, zero={"reduce_scatter": False})
     for more, method in product(({}, {"accumulation": 3}, {"zero": {"overlap_comm": True}, "accumulation": 2}), ("full", "lora")):
         yield job("zero1", method, 4, **more)
     yield job("zero1", "full", 64)
+    for method in ("lora", "full", "qlora"):
+        yield published("llama-3.2-1b", method, trainer="trl", seq_len=1024)
+    for model, method in product(FAMILIES, ("lora", "full")):
+        yield published(model, method, trainer="transformers", seq_len=256)
+
+
+FAMILIES = ("gemma-3-270m", "pythia-160m", "gpt2", "opt-125m", "bloom-560m", "qwen2.5-0.5b", "qwen3-0.6b")
+"""Built-in models of other kinds than Llama, and of full depth."""
+
+
+def published(model: str, method: str, **settings: Any) -> dict[str, Any]:
+    """A job of a built-in model under ZeRO-2 on 4 ranks, which tools/rehearsed_program.py runs with DeepSpeed's config."""
+    settings = {"method": method, "r": 16, "batch_size": 2, **settings}
+    name = " ".join(["zero2", method, "4", model, f"trainer={settings['trainer']}"])
+    return {"name": name, "strategy": "zero2", "world": 4, "model": model, "program": settings, "fsdp": {}}
 
 
 def job(
@@ -156,6 +176,10 @@ def deepspeed(stage: int, zero: dict[str, Any]) -> dict[str, Any]:
 def options(row: dict[str, Any]) -> dict[str, Any]:
     """The job as `peftplan.estimate` takes it."""
     program = row["program"]
+    if "model" in row:
+        rank = {} if program["method"] == "full" else {"r": program["r"]}
+        others = {name: value for name, value in program.items() if name != "r"}
+        return {"model": row["model"], **others, **rank, "gpus": row["world"], "strategy": "zero2", "overlap_comm": True}
     ours = {
         "method": program["method"],
         "gpus": row["world"],
@@ -188,7 +212,7 @@ def run(names: list[str], *, most: int | None) -> int:
             break
         count += 1
         result = rehearse(
-            (sys.executable, str(PROGRAM), json.dumps(each["program"])),
+            command(each),
             gpu=f"{each['world']}x{CARD}",
             world_size=each["world"],
             rank=largest_rank(each),
@@ -210,6 +234,15 @@ def run(names: list[str], *, most: int | None) -> int:
     return count
 
 
+def command(row: dict[str, Any]) -> tuple[str, ...]:
+    """The program of a job, with what it is told."""
+    if "model" not in row:
+        return (sys.executable, str(PROGRAM), json.dumps(row["program"]))
+    words = [word for name, value in row["program"].items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    where = ["--strategy", row["strategy"], "--gpus", str(row["world"])]
+    return (sys.executable, str(BUILT_IN), *program_words([row["model"], *words, *where]))
+
+
 def largest_rank(row: dict[str, Any]) -> int:
     """The rank that the formulas count; the first one where the program quantizes before it knows its device."""
     from peftplan.job.inventory import inventory
@@ -218,7 +251,9 @@ def largest_rank(row: dict[str, Any]) -> int:
 
     if row["strategy"] not in ("zero1", "zero2") or row["program"]["method"] == "qlora":
         return 0
-    return largest_rank(slots_of(inventory(prepare(**options(row))).parameters, row["world"]))
+    counted = inventory(prepare(**options(row)))
+    assert counted.job.distributed is not None
+    return largest_rank(slots_of(counted.parameters, counted.job.distributed))
 
 
 def rows() -> list[dict[str, Any]]:

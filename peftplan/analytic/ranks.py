@@ -75,6 +75,7 @@ def _unknown_to_fsdp2(job: Job, distributed: Distributed) -> dict[str, bool]:
         "cp_size": distributed.cp_size not in (None, 1),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         "autocast": autocast == "fp16",
+        "loss": job.setup.loss != "full",
     }
 
 
@@ -85,6 +86,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         "deepspeed_optimizer": bool(distributed.deepspeed_optimizer),
         "offload_optimizer": distributed.offload_optimizer == "nvme",
         "autocast": job.setup.autocast != "bf16",
+        "loss": job.setup.loss not in ("full", "trl-chunked"),
     }
 
 
@@ -92,9 +94,9 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     """What of a job was rehearsed under no sharding strategy, and whether it is so."""
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
     return {
-        "loss": setup.loss != "full",
         f"optim {setup.optim}": setup.optim not in SHOWN_OPTIMIZERS,
         "trainer": not setup.by.prepares_model,
+        "keep_gradients": bool(setup.keep_gradients),
         f"method {method}": method not in SHOWN_METHODS or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
         f"task {job.architecture.task_type}": job.architecture.task_type != "CAUSAL_LM",
@@ -108,17 +110,19 @@ def _layer_classes(job: Job) -> tuple[str, ...]:
 
 
 def _is_decoder(job: Job) -> bool:
-    """Whether the model is a plain decoder of `DECODERS`: embedding, layers, final norm, head."""
+    """Whether the model is a plain decoder whose steps were rehearsed: embedding, layers, final norm, head."""
     architecture = job.architecture
     forward = FORWARDS.get(architecture.model_type)
     decoders = architecture.blocks and all(block.stack == "decoder" for block in architecture.blocks)
-    return bool(forward and decoders and architecture.input_embedding and architecture.model_type in DECODERS)
+    flat = job.distributed is not None and job.distributed.strategy in FLAT
+    rehearsed = architecture.model_type in (*DECODERS, *(OTHERS if flat else ()))
+    return bool(forward and decoders and architecture.input_embedding and rehearsed)
 
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose steps were rehearsed; Mistral runs Llama's operations."""
-
-
+OTHERS = ("gemma3_text", "gpt_neox", "gpt2", "opt", "bloom")
+"""The same under ZeRO-1 and ZeRO-2, which change nothing of a model's operations."""
 FLAT = ("zero1", "zero2")
 """Strategies whose ranks hold all weights in 16 bits, and flat groups of what trains."""
 

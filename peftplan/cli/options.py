@@ -101,6 +101,8 @@ GPUS: dict[str, str] = {
     "--static-graph/--no-static-graph": "DDP: every step uses the same parameters",
     "--overlap-comm/--no-overlap-comm": "DeepSpeed: reduce while backward runs, with a second bucket",
     "--contiguous-gradients/--no-contiguous-gradients": "DeepSpeed: copy gradients into a bucket as they are made",
+    "--reduce-scatter/--no-reduce-scatter": "DeepSpeed: reduce a bucket in parts, copied in one piece, not as it is",
+    "--round-robin-gradients/--no-round-robin-gradients": "ZeRO-1 and ZeRO-2: deal parameters out to the ranks in turn",
     "--reduce-bucket-size": "DeepSpeed: elements that are reduced at once, or auto (hidden size squared)",
     "--allgather-bucket-size": "DeepSpeed: elements that are gathered at once",
     "--sub-group-size": "ZeRO-3: elements that the optimizer steps over at once",

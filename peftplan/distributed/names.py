@@ -17,7 +17,7 @@ SHARDING = ("reshard_after_forward", "dp_shard_size", "offload_params", "wrap_po
 OF_FSDP = (*SHARDING, "min_num_params", "cpu_ram_efficient_loading", "param_dtype", "reduce_dtype", "sync_each_batch", "cp_size")
 OF_ZERO = (
     *("offload_optimizer", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"),
-    "deepspeed_optimizer",
+    *("reduce_scatter", "round_robin_gradients", "deepspeed_optimizer"),
 )
 OF_ZERO_3 = (
     *("offload_params", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),

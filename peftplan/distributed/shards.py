@@ -223,6 +223,8 @@ def _of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str,
         lines.append(Line("16-bit gradients of the rank's partition", "gradients", half, flat, 1, "DeepSpeed"))
     elif masters:
         lines.append(Line("fp32 gradients of the rank's partition", "gradients", "fp32", flat, 1, "DeepSpeed", place))
+    if masters and place == "host" and stage_3:
+        lines.append(Line("grad_partitions_flat_buffer", "gradients", half, flat, 1, "DeepSpeed", place))
     if masters and place == "host" and not stage_3:
         largest = (max(p.numel for p in cast if p.trainable),)
         lines.append(Line("updated weights on their way to the device", "weights", half, flat, 1, "DeepSpeed", place))

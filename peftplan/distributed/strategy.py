@@ -80,6 +80,8 @@ class Distributed(BaseModel):
     offload_optimizer: Place | None = None
     overlap_comm: bool | None = None
     contiguous_gradients: bool | None = None
+    reduce_scatter: bool | None = None
+    round_robin_gradients: bool | None = None
     reduce_bucket_size: AutoSize | None = None
     allgather_bucket_size: Size | None = None
     sub_group_size: Size | None = None

@@ -79,6 +79,8 @@ class StrategyOptions(TypedDict, total=False):
     offload_optimizer: Place | None
     overlap_comm: bool | None
     contiguous_gradients: bool | None
+    reduce_scatter: bool | None
+    round_robin_gradients: bool | None
     reduce_bucket_size: int | Literal["auto"] | None
     allgather_bucket_size: int | None
     sub_group_size: int | None

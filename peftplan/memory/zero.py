@@ -56,17 +56,22 @@ class Slot(NamedTuple):
         return max(0, min(self.start + self.numel, last) - max(self.start, first))
 
 
-def slots_of(parameters: Parameters, world_size: int) -> dict[Key, Slot]:
-    """Each trained tensor's place, in the order of the optimizer's groups and of `named_parameters()`."""
+def slots_of(parameters: Parameters, distributed: Distributed) -> dict[Key, Slot]:
+    """Each trained tensor's place, in the order of the optimizer's groups and of `named_parameters()`, dealt out to the ranks in
+    turn under `round_robin_gradients` (`_round_robin_reorder`).
+    """
+    world_size = distributed.world_size
     base, added = ([p for p in parameters.all if p.owner == owner] for owner in ("base", "adapter"))
     ordered = list(tensors(by_module(base, added)))
     slots: dict[Key, Slot] = {}
     for number, group in enumerate(groups_of(parameters.all)):
         names, start = {p.name for p in group}, 0
-        for p, layer in ordered:
-            if p.name in names:
-                slots[p.name, layer] = Slot(number, start, p.numel, partition(group, world_size))
-                start += p.numel
+        members = [(p, layer) for p, layer in ordered if p.name in names]
+        if distributed.round_robin_gradients:
+            members = [member for rank in range(world_size) for member in members[rank::world_size]]
+        for p, layer in members:
+            slots[p.name, layer] = Slot(number, start, p.numel, partition(group, world_size))
+            start += p.numel
     return slots
 
 
@@ -81,7 +86,7 @@ def largest_rank(slots: Mapping[Key, Slot]) -> int:
 
 def zero_of(model: Model, masters: tuple[Family, ...], distributed: Distributed, *, dtype: str) -> Zero:
     """The flat groups of a model on the largest rank. `dtype`: the 16 bits that it computes in."""
-    slots = slots_of(model.parameters, distributed.world_size)
+    slots = slots_of(model.parameters, distributed)
     return Zero(
         model.tape,
         slots,
@@ -115,6 +120,7 @@ class Zero(OneGpu):
         self.partitions_gradients = distributed.strategy == "zero2"
         self.bucket_size = reduce_bucket(distributed, hidden_size)
         self.overlaps = overlaps(distributed)
+        self.scatters = distributed.reduce_scatter is not False
         self.offloads = distributed.offload_optimizer == "cpu"
         self.syncs = True
         """Whether this backward ends at a boundary of gradient accumulation."""
@@ -164,8 +170,8 @@ class Zero(OneGpu):
         self.bucketed.append(key)
 
     def reduce_ipg_grads(self) -> None:
-        """Reduce the bucket: copied in one piece, unless all of it belongs to one rank; then keep what is the rank's."""
-        parts = (part for key in self.bucketed for part in self.slots[key].parts)
+        """Reduce the bucket, copied in one piece unless all of it is one rank's; then keep what is this rank's."""
+        parts = (part for key in self.bucketed if self.scatters for part in self.slots[key].parts)
         pieces = [sum(numel for _, numel in of_rank) for _, of_rank in groupby(parts, lambda part: part[0])]
         stream = REDUCE if self.overlaps else 0
         while pieces:

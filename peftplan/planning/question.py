@@ -231,7 +231,7 @@ def _estimated(
 
 
 def _over_gpus(job: Job, static: Ledger, peaks: Peaks | None) -> OverGpus | None:
-    """What the ranks hold. They are counted alike: shards of rank 0 are full, and no rank's are larger."""
+    """What the ranks hold. All are counted as the largest: rank 0 has full shards, under ZeRO one shares the largest parameters."""
     if job.distributed is None:
         return None
     from peftplan.results.distributed import OverGpus, RankGroup

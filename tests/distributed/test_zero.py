@@ -9,6 +9,7 @@ import pytest
 import peftplan
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import groups_of, partition
+from peftplan.errors import PeftplanError
 from peftplan.job.inventory import inventory
 from peftplan.job.prepare import prepare
 from peftplan.memory.zero import largest_rank, slots_of
@@ -21,6 +22,10 @@ TRAINED = 1_235_814_400
 
 def estimated(strategy: str, world: int, **options: Any) -> Estimate:
     return peftplan.estimate("llama-3.2-1b", gpus=world, strategy=strategy, **{"method": "full"} | options)  # type: ignore[arg-type]
+
+
+def over(world: int) -> Distributed:
+    return Distributed(strategy="zero2", gpus=world)
 
 
 def test_norms_are_a_group_of_their_own() -> None:
@@ -38,7 +43,7 @@ def test_an_adapter_has_one_group() -> None:
 
 def test_the_largest_rank_is_where_whole_gradients_meet() -> None:
     """Of 4 ranks the first two share the embedding, which is larger than a part; the second has layers besides."""
-    slots = slots_of(inventory(prepare("llama-3.1-8b", method="full")).parameters, 16)
+    slots = slots_of(inventory(prepare("llama-3.1-8b", method="full")).parameters, over(16))
     embedding = slots["model.embed_tokens.weight", None]
     assert list(embedding.parts) == [(0, 501_874_688), (1, 525_336_576 - 501_874_688)]
     assert largest_rank(slots) == 1
@@ -88,7 +93,7 @@ def test_zero_1_keeps_all_gradients_until_the_boundary() -> None:
     one, two = (estimated(strategy, 64, gradient_accumulation_steps=2).peaks for strategy in ("zero1", "zero2"))
     assert one is not None
     assert two is not None
-    slots = slots_of(inventory(prepare("llama-3.2-1b", method="full")).parameters, 64)
+    slots = slots_of(inventory(prepare("llama-3.2-1b", method="full")).parameters, over(64))
     kept = sum(slot.numel for slot in slots.values() if slot.of_rank(largest_rank(slots)))
     bucket = 2 * 500_000_000  # made with the first gradient, and freed at the boundary
     assert one.by_phase["forward"] - two.by_phase["forward"] == pytest.approx(2 * (TRAINED - kept) + bucket, rel=1e-3)
@@ -98,3 +103,23 @@ def test_groups_take_deepspeed_s_defaults() -> None:
     from peftplan.distributed.zero import overlaps
 
     assert [overlaps(Distributed(strategy=s, gpus=2)) for s in ("zero1", "zero2", "zero3")] == [False, False, True]
+
+
+def test_wider_sums_of_gradients_are_refused() -> None:
+    config = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    with pytest.raises(PeftplanError, match="data_types"):
+        peftplan.estimate("llama-3.2-1b", gpus=2, deepspeed=config)
+    config["data_types"] = {"grad_accum_dtype": "bf16"}
+    assert peftplan.estimate("llama-3.2-1b", gpus=2, deepspeed=config).peaks is not None
+
+
+def test_parameters_are_dealt_out_in_turn() -> None:
+    """Of 2 ranks the first gets the tensors of even numbers: the table of tokens, key projections, ..."""
+    parameters = inventory(prepare("llama-3.2-1b", method="full")).parameters
+    slots = slots_of(parameters, Distributed(strategy="zero2", gpus=2, round_robin_gradients=True))
+    first = [key for key, slot in slots.items() if slot.group == 0][:3]
+    assert first == [
+        ("model.embed_tokens.weight", None),
+        ("model.layers.{}.self_attn.k_proj.weight", 0),
+        ("model.layers.{}.self_attn.o_proj.weight", 0),
+    ]

@@ -17,14 +17,15 @@ Options = dict[str, object]
 ZERO_SILENT = frozenset(
     {
         "stage3_gather_16bit_weights_on_model_save", "gather_16bit_weights_on_model_save", "load_from_fp32_weights",
-        "elastic_checkpoint", "legacy_stage1", "memory_efficient_linear", "allgather_partitions", "reduce_scatter",
-        "round_robin_gradients",
+        "elastic_checkpoint", "legacy_stage1", "memory_efficient_linear", "allgather_partitions",
     }
 )  # fmt: skip
 """Fields of `zero_optimization` that change no peak."""
 ZERO_FIELDS = {
     "overlap_comm": "overlap_comm",
     "contiguous_gradients": "contiguous_gradients",
+    "reduce_scatter": "reduce_scatter",
+    "round_robin_gradients": "round_robin_gradients",
     "reduce_bucket_size": "reduce_bucket_size",
     "allgather_bucket_size": "allgather_bucket_size",
     "sub_group_size": "sub_group_size",
@@ -35,18 +36,21 @@ ZERO_FIELDS = {
     "stage3_max_reuse_distance": "stage3_max_reuse_distance",
     "max_reuse_distance": "stage3_max_reuse_distance",
 }
-SHARED = ("overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size", "offload_optimizer")
+SHARED = (
+    *("overlap_comm", "contiguous_gradients", "reduce_scatter", "round_robin_gradients", "reduce_bucket_size"),
+    *("allgather_bucket_size", "offload_optimizer"),
+)
 TOP_SILENT = frozenset(
     {
         "train_batch_size", "steps_per_print", "wall_clock_breakdown", "gradient_clipping", "scheduler",
         "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients", "comms_config", "comms_logger",
         "monitor_config", "tensorboard", "wandb", "csv_monitor", "flops_profiler", "dump_state", "checkpoint", "aio",
-        "cuda_visible_devices", "_comment", "gradient_predivide_factor", "memory_breakdown", "data_types",
+        "cuda_visible_devices", "_comment", "gradient_predivide_factor", "memory_breakdown",
     }
 )  # fmt: skip
 """Fields that change no byte of a GPU."""
 TOP_FIELDS = {"train_micro_batch_size_per_gpu": "batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps"}
-TOP = ("zero_optimization", "fp16", "bf16", "optimizer", *TOP_FIELDS)
+TOP = ("zero_optimization", "fp16", "bf16", "optimizer", "data_types", *TOP_FIELDS)
 
 
 def options(source: object) -> Options:
@@ -63,6 +67,7 @@ def options(source: object) -> Options:
     read |= {ours: raw[name] for name, ours in TOP_FIELDS.items() if raw.get(name) not in (None, "auto")}
     if raw.get("optimizer") is not None:
         read["deepspeed_optimizer"] = _own_adam(raw["optimizer"])
+    _check_gradients(block(raw.get("data_types") or {}, f"{DEEPSPEED}: data_types"))
     for dtype in ("bf16", "fp16"):
         enabled = _enabled(raw.get(dtype) or {})
         if enabled != "auto" and asks(enabled):
@@ -88,6 +93,13 @@ def _own_adam(block: object) -> bool:
     if str(kind).lower() not in ("adam", "adamw"):
         raise InputError(f"{DEEPSPEED}: optimizer", kind, "accepted: Adam, AdamW, or none; Trainer's --optim then steps")
     return True
+
+
+def _check_gradients(dtypes: Mapping[str, object]) -> None:
+    """Raise InputError for gradients that are summed in another dtype than the weights'."""
+    dtype = dtypes.get("grad_accum_dtype")
+    if dtype is not None and str(dtype).lower() not in ("bf16", "bfloat16", "fp16", "float16"):
+        raise InputError(f"{DEEPSPEED}: data_types", dtype, "wider sums of gradients are not counted; accepted: null, bf16, fp16")
 
 
 def _enabled(value: object) -> object:
