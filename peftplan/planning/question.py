@@ -231,7 +231,7 @@ def _estimated(
 
 
 def _over_gpus(job: Job, static: Ledger, peaks: Peaks | None) -> OverGpus | None:
-    """What the ranks hold. All are counted as the largest: rank 0 has full shards, under ZeRO one shares the largest parameters."""
+    """What the ranks hold. All are counted as the largest: rank 0 with its full shards, under ZeRO where most gradients are."""
     if job.distributed is None:
         return None
     from peftplan.results.distributed import OverGpus, RankGroup
