@@ -321,7 +321,7 @@ def _uncompiled() -> Iterator[None]:
             del os.environ[UNCOMPILED]
 
 
-def counted(gpu: tuple[str, ...], fields: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, int]]:
+def counted(gpu: tuple[str, ...], fields: Mapping[str, object]) -> tuple[tuple[str, ...], dict[str, int]]:
     """The cards without how many there are of each, and that number as the option `gpus`. Raises RefusedError for several."""
     from peftplan.planning.verdicts import counted_cards
 
@@ -336,7 +336,7 @@ def counted(gpu: tuple[str, ...], fields: Mapping[str, Any]) -> tuple[tuple[str,
     return names, {"gpus": number}
 
 
-def check_model(model: str | None, stated: dict[str, Any], *, also: str = "") -> None:
+def check_model(model: str | None, stated: Mapping[str, object], *, also: str = "") -> None:
     """Raises RefusedError where nothing names a model; `also` is an option that may name one too."""
     if model is None and stated.get("peft_config") is None:
         raise RefusedError(f"MODEL is missing: name a model, or {also}a --peft-config that names its base model")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peftplan.deployment.torch_save import SavedTensor, Value, file_bytes
 from peftplan.ledger import Allocation
@@ -74,7 +74,7 @@ def _group(cls: str, numbers: Iterable[int]) -> dict[str, Value]:
 
 def scheduler_file_bytes() -> int:
     """Bytes of `scheduler.pt` of a schedule that is a function of the step, such as Trainer's linear one."""
-    value: dict[str, Any] = {"base_lrs": [0.0, 0.0], "last_epoch": STEPS, "_step_count": STEPS + 1, "_is_initial": False}
+    value: dict[str, Value] = {"base_lrs": [0.0, 0.0], "last_epoch": STEPS, "_step_count": STEPS + 1, "_is_initial": False}
     value |= {"_get_lr_called_within_step": False, "_last_lr": [0.0, 0.0], "lr_lambdas": [{}, {}]}
     return file_bytes(value, stem="scheduler")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -128,7 +128,7 @@ class Distributed(BaseModel):
         return f"{self.facts.called} over {self.world_size} GPUs{where}"
 
 
-def parse_distributed(options: Mapping[str, Any]) -> Distributed | None:
+def parse_distributed(options: Mapping[str, object]) -> Distributed | None:
     """The strategy of these options; None for one GPU.
 
     Raises InputError for a strategy on one GPU, for a parameter that the strategy does not have, and for ranks that do not
@@ -138,7 +138,7 @@ def parse_distributed(options: Mapping[str, Any]) -> Distributed | None:
     if not options:
         return None
     try:
-        distributed = Distributed(**options)
+        distributed = Distributed.model_validate(options)
     except ValidationError as error:
         raise first_error(error, nested=False) from None
     if distributed.world_size == 1:
@@ -149,7 +149,7 @@ def parse_distributed(options: Mapping[str, Any]) -> Distributed | None:
     return distributed
 
 
-def _refuse_alone(options: Mapping[str, Any]) -> None:
+def _refuse_alone(options: Mapping[str, object]) -> None:
     """Raise InputError for options that need several GPUs. `gpus=1` is one GPU."""
     names = (name for name in ("strategy", *options) if name in options and name not in ("gpus", "nodes", "accelerate"))
     if (name := next(names, None)) is not None:
@@ -158,7 +158,7 @@ def _refuse_alone(options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_taken(distributed: Distributed, options: Mapping[str, Any]) -> None:
+def _check_taken(distributed: Distributed, options: Mapping[str, object]) -> None:
     for name in options:
         if name in ALWAYS or name in distributed.facts.takes:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -80,13 +80,13 @@ LOSSES_OF_SLICES = ("full", "liger")
 then too few labels; Unsloth 2026.10.9 (`CausalLM_fast_forward`) computes logits and skips its fused loss."""
 
 
-def parse_setup(options: Mapping[str, Any]) -> Setup:
+def parse_setup(options: Mapping[str, object]) -> Setup:
     """Check the options of a run. Raises InputError or UnknownNameError: one line with field, value and what is accepted."""
     unknown = next((name for name in options if name not in Setup.model_fields), None)
     if unknown is not None:
         raise UnknownNameError("option", unknown, Setup.model_fields)
     try:
-        return Setup(**options)
+        return Setup.model_validate(dict(options))
     except ValidationError as error:
         raise first_error(error) from None
 

@@ -32,7 +32,7 @@ class Method(NamedTuple):
     function: str
     summary: str
     source: str
-    defaults: Mapping[str, Any] = {}
+    defaults: Mapping[str, object] = {}
     quant: str | None = None
 
 
@@ -138,7 +138,7 @@ BOOKKEEPING = frozenset(
 )
 """Fields of every peft config that describe the checkpoint (`PeftConfigMixin`, `PeftConfig`, peft `config.py`)."""
 
-UNSET: tuple[Any, ...] = (None, False, {}, [], ())
+UNSET: tuple[object, ...] = (None, False, {}, [], ())
 """Values that leave a feature off. A field that is unknown here may have one of them."""
 
 
@@ -163,7 +163,7 @@ def config_class(method: Method) -> type[MethodConfig]:
     return cls
 
 
-def configure(name: str, options: Mapping[str, Any], *, beside: Iterable[str] = ()) -> tuple[Method, MethodConfig]:
+def configure(name: str, options: Mapping[str, object], *, beside: Iterable[str] = ()) -> tuple[Method, MethodConfig]:
     """The method of that name with its checked options: peft's field names, including those without effect on a tensor.
 
     `beside`: names of other options, of which a near one is suggested too.
@@ -178,7 +178,7 @@ def configure(name: str, options: Mapping[str, Any], *, beside: Iterable[str] = 
     return method, _validated(cls, {**method.defaults, **effective})
 
 
-def from_peft_config(raw: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
+def from_peft_config(raw: Mapping[str, object]) -> tuple[Method, MethodConfig]:
     """The method and configuration of a peft `adapter_config.json`.
 
     Fields that describe the checkpoint or change no tensor are left out. Raises NeedsPeftError for a peft type, or a field that
@@ -213,7 +213,7 @@ def adapt(arch: Architecture, method: Method, config: MethodConfig) -> Adaptatio
     return adaptation
 
 
-def _validated(cls: type[MethodConfig], values: Mapping[str, Any]) -> MethodConfig:
+def _validated(cls: type[MethodConfig], values: Mapping[str, object]) -> MethodConfig:
     from pydantic import ValidationError
 
     from peftplan.validation import first_error

@@ -81,7 +81,7 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    model: Any = None,
+    model: object = None,
     *,
     methods: str | Sequence[str],
     gpu: str | Sequence[str] | None = None,
@@ -117,7 +117,7 @@ def compare(
     return Comparison(name, tuple(rows), engine, over)
 
 
-def _jobs(model: Any, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _jobs(model: object, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Method → the options of its job, the adapter of a `peft_config` first."""
     if options.get("peft_config") is None:
         return {name: {**options_for(name, options), "method": name} for name in names}
@@ -136,7 +136,7 @@ def _jobs(model: Any, names: Sequence[str], options: Mapping[str, Any]) -> dict[
     return jobs
 
 
-def _unnamed(adapter: Mapping[str, Any]) -> dict[str, Any]:
+def _unnamed(adapter: Mapping[str, object]) -> dict[str, object]:
     """An adapter config without the fields that make it one method of its peft type, such as `use_dora`."""
     naming = {field for method in METHODS.values() for field in method.defaults} - {"target_modules"}
     return {name: value for name, value in adapter.items() if name not in naming}
@@ -179,7 +179,7 @@ def _rows(method: str, result: Estimate, adapter_bytes: int | None) -> list[Comp
     ] or [shared]
 
 
-def _adapter_bytes(model: Any, options: Mapping[str, Any]) -> int | None:
+def _adapter_bytes(model: object, options: Mapping[str, Any]) -> int | None:
     """The adapter's file; None where the method writes none, or only peft knows it."""
     fields = {name: value for name, value in options.items() if name not in NOT_SERVED}
     try:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from typing_extensions import NotRequired, TypedDict
 
@@ -33,7 +33,7 @@ class MethodDocument(TypedDict):
     """The PEFT method."""
 
     name: str
-    config: dict[str, Any]
+    config: dict[str, object]
     """Its fields under peft's names."""
 
 
@@ -135,7 +135,7 @@ class LargestLineDocument(TypedDict):
 class AdviceDocument(TypedDict):
     """Options to change together."""
 
-    options: dict[str, Any]
+    options: dict[str, object]
     """Keywords of `peftplan.estimate` → new values."""
     saving_bytes: int
     tensor_bytes: int
@@ -247,7 +247,7 @@ class DistributedDocument(TypedDict):
     gpus_per_node: int
     nodes: int
     groups: GroupsDocument
-    parameters: dict[str, Any]
+    parameters: dict[str, object]
     """Parameters of the strategy that were set, under their tools' names."""
     batch_size_per_rank: int
     global_batch_size: int
@@ -260,7 +260,7 @@ class DistributedDocument(TypedDict):
 class ReadKeyDocument(TypedDict):
     """A key of a file that decides options."""
 
-    value: Any
+    value: object
     option: str
     """The options, comma-separated."""
     why: str
@@ -269,7 +269,7 @@ class ReadKeyDocument(TypedDict):
 class IgnoredKeyDocument(TypedDict):
     """A key that does not change memory."""
 
-    value: Any
+    value: object
     why: str
     at: str
     """The tool's file and line."""
@@ -278,7 +278,7 @@ class IgnoredKeyDocument(TypedDict):
 class UnsupportedKeyDocument(TypedDict):
     """A key that changes memory, or may, and that no option says."""
 
-    value: Any
+    value: object
     why: str
     effect: Literal["lowers", "raises", "unknown"]
     """What it does to the true peak."""
@@ -294,9 +294,9 @@ class ConfigDocument(TypedDict):
     """The version whose defaults are known."""
     files: list[str]
     model: str | None
-    options: dict[str, Any]
+    options: dict[str, object]
     """peftplan's options, the tool's defaults included."""
-    launch: dict[str, Any]
+    launch: dict[str, object]
     read: dict[str, ReadKeyDocument]
     ignored: dict[str, IgnoredKeyDocument]
     unsupported: dict[str, UnsupportedKeyDocument]
@@ -321,7 +321,7 @@ class EstimateDocument(TypedDict):
     total_parameters: int
     """What it returns second."""
     memory: MemoryDocument
-    assumptions: dict[str, Any]
+    assumptions: dict[str, object]
     """Every value that the numbers rest on, defaults included."""
     warnings: list[str]
     not_modelled: list[str]

@@ -16,16 +16,23 @@ from peftplan.planning.verdicts import counted_cards, find_cards
 from peftplan.results.estimate import Estimate
 
 if TYPE_CHECKING:
+    from os import PathLike
+    from typing import TypeAlias
+
     from typing_extensions import Unpack
 
+    from peftplan.job.configs.plan import ConfigPlan
     from peftplan.job.configs.with_file import WithFile
     from peftplan.job.options import Options
+
+    ConfigFiles: TypeAlias = str | PathLike[str] | Iterable[str | PathLike[str]] | ConfigPlan
+    """Files of another tool, or what was read from them."""
 
 
 def estimate(
     model: object = None,
     *,
-    config: Any = None,
+    config: ConfigFiles | None = None,
     tool: str | None = None,
     method: str | None = None,
     peft_config: object = None,
@@ -105,7 +112,9 @@ def _counted(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | Non
     return (gpu, None) if not groups or groups[0][0] is None else (groups[0][1], groups[0][0])
 
 
-def _of_config(config: Any, tool: str | None, model: Any, named: Mapping[str, Any], *, objects: bool, strict: bool) -> WithFile:
+def _of_config(
+    config: ConfigFiles, tool: str | None, model: object, named: Mapping[str, Any], *, objects: bool, strict: bool
+) -> WithFile:
     """What a file asks together with the user's options."""
     from peftplan.job.configs.plan import ConfigPlan
     from peftplan.job.configs.read import read_config

@@ -38,7 +38,7 @@ ASKED_OF_OTHERS = 128
 
 @overload
 def fit(
-    model: Any = ...,
+    model: object = ...,
     *,
     gpu: str,
     max: Size = ...,
@@ -52,7 +52,7 @@ def fit(
 ) -> Fit: ...
 @overload
 def fit(
-    model: Any = ...,
+    model: object = ...,
     *,
     gpu: list[str] | tuple[str, ...],
     max: Size = ...,
@@ -65,7 +65,7 @@ def fit(
     **options: Unpack[JobOptions],
 ) -> tuple[Fit, ...]: ...
 def fit(
-    model: Any = None,
+    model: object = None,
     *,
     gpu: str | list[str] | tuple[str, ...],
     max: Size = "batch_size",
@@ -148,7 +148,7 @@ class Search(NamedTuple):
         return self.min_seq_len if self.size == "seq_len" and self.min_seq_len else 1
 
 
-def _plan(model: Any, gpu: str, search: Search, options: Mapping[str, Any], changes: Mapping[str, Any]) -> Plan:
+def _plan(model: object, gpu: str, search: Search, options: Mapping[str, Any], changes: Mapping[str, object]) -> Plan:
     """The plan with the largest size of one job; of size 0, with the verdict at size 1 (or `min_seq_len`), where nothing fits."""
     if search.engine == "trace":
         return _traced_plan(model, gpu, search, options, changes)
@@ -171,13 +171,13 @@ def _plan(model: Any, gpu: str, search: Search, options: Mapping[str, Any], chan
     return _plan_at(edge, answer, ask, size, changes)
 
 
-def _plan_at(edge: Largest, answer: Estimate, ask: Callable[[int], Estimate], size: Size, changes: Mapping[str, Any]) -> Plan:
+def _plan_at(edge: Largest, answer: Estimate, ask: Callable[[int], Estimate], size: Size, changes: Mapping[str, object]) -> Plan:
     """The plan of an answer, with what keeps it from the next size."""
     beyond = ask(edge.size + 1) if edge.size and not edge.bounded else None if edge.size else answer
     return Plan.of(answer, edge, size=size, changes=changes, binding=None if beyond is None else Binding.of(answer, beyond))
 
 
-def _traced_plan(model: Any, gpu: str, search: Search, options: Mapping[str, Any], changes: Mapping[str, Any]) -> Plan:
+def _traced_plan(model: object, gpu: str, search: Search, options: Mapping[str, Any], changes: Mapping[str, object]) -> Plan:
     """The same by traces, around the answer of the formulas where there are any."""
     size, seen = search.size, dict[int, Estimate]()
     word = size.replace("_", " ")
@@ -202,7 +202,7 @@ def _traced_plan(model: Any, gpu: str, search: Search, options: Mapping[str, Any
     return _plan_at(edge, ask(edge.size or search.smallest), ask, size, changes)
 
 
-def _estimates(model: Any, gpu: str, size: Size, options: Mapping[str, Any], smallest: int) -> Callable[[int], Estimate]:
+def _estimates(model: object, gpu: str, size: Size, options: Mapping[str, Any], smallest: int) -> Callable[[int], Estimate]:
     """The job at any size: by its formulas' own sizes where they have a name for it."""
     start = estimate(model, gpu=gpu, **{**options, size: smallest})
 
@@ -217,7 +217,7 @@ def _estimates(model: Any, gpu: str, size: Size, options: Mapping[str, Any], sma
     return ask
 
 
-def _ceiling(size: Size, model: Any, options: Mapping[str, Any]) -> int:
+def _ceiling(size: Size, model: object, options: Mapping[str, Any]) -> int:
     """Where the search ends: for sequences at the model's table of positions, if it has one."""
     positions = prepare(model, **options).architecture.max_positions if size == "seq_len" else None
     return min(CEILINGS[size], positions or CEILINGS[size])

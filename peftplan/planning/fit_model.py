@@ -39,10 +39,10 @@ def _no_model(model: object) -> object:
 
 
 def model_plan(
-    model: Any,
+    model: object,
     gpu: str,
     options: Mapping[str, Any],
-    changes: Mapping[str, Any],
+    changes: Mapping[str, object],
     accepted: tuple[str, ...],
     engine: Engine = "analytic",
     progress: Callable[[str, float], None] | None = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -106,9 +106,9 @@ class Sweep:
 
 
 def sweep(
-    model: Any = None,
+    model: object = None,
     *,
-    gpu: Any = None,
+    gpu: str | Iterable[str] | None = None,
     context: float | None = None,
     replays: int | None = REPLAYS,
     most_rows: int | None = MOST_ROWS,

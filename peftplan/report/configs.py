@@ -125,5 +125,5 @@ def _arrow(row: Mapping[str, Any]) -> str:
     return " · ".join(filter(None, (row["option"], row["why"]))) or "nothing follows"
 
 
-def _where(row: Mapping[str, Any]) -> str:
+def _where(row: Mapping[str, object]) -> str:
     return f"{row['why']} ({row['at']})" if row["at"] else str(row["why"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from typing_extensions import TypedDict
 
@@ -124,7 +124,7 @@ class ServingDocument(TypedDict):
     serving: LoadedDocument
     kv_cache: CacheDocument | None
     refused: dict[str, str]
-    assumptions: dict[str, Any]
+    assumptions: dict[str, object]
     not_modelled: list[str]
     gpus: list[ServingVerdictDocument]
     """A verdict for each card that was named."""

@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
+from peftplan.ledger import Category
 from peftplan.report.colours import COLOURS
 from peftplan.report.timeline_svg import HEIGHT, LEFT, RIGHT, WIDTH, drawing
 from peftplan.results.series import Series
@@ -31,7 +31,7 @@ def page(series: Series, *, title: str, notes: Sequence[str] = ()) -> str:
     return re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _PAGE)
 
 
-def _key(category: Any, num_bytes: int) -> str:
+def _key(category: Category, num_bytes: int) -> str:
     return (
         f'<tr data-category="{category}"><td><span style="background:{COLOURS[category]}"></span>{category}</td>'
         f'<td class="bytes">{num_bytes:,}</td><td class="bytes">{format_bytes(num_bytes)}</td></tr>\n'

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from peftplan.job.configs.documents import BrokenFileError, Document, Values
 
@@ -96,7 +95,7 @@ class _Calls(ast.NodeVisitor):
             starred = {"**": "<keyword arguments>"} if any(keyword.arg is None for keyword in node.keywords) else {}
             self.calls.append({"call": name, "args": [self.value(each) for each in node.args], "kwargs": kwargs | starred})
 
-    def value(self, node: ast.expr) -> Any:
+    def value(self, node: ast.expr) -> object:
         """A plain value, or `<text>` of what only the program knows."""
         try:
             return ast.literal_eval(node)

@@ -188,7 +188,7 @@ class _Yaml:
         return {**merged, **values}
 
 
-def as_number(text: str) -> Any:
+def as_number(text: str) -> object:
     """The number that a plain text such as `1e-5` is; other text as it is."""
     if not NUMBER.fullmatch(text):
         return text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 MOST_STEPS = 5
@@ -12,12 +11,12 @@ MOST_STEPS = 5
 MOST_OF_A_TEXT = 10_000
 
 
-def resolved(values: dict[str, Any]) -> dict[str, Any]:
+def resolved(values: dict[str, object]) -> dict[str, object]:
     """The values with the references that the file itself answers."""
     return {key: _resolved(value, values, 0) for key, value in values.items()}
 
 
-def _resolved(value: Any, values: Mapping[str, Any], steps: int) -> Any:
+def _resolved(value: object, values: Mapping[str, object], steps: int) -> object:
     if isinstance(value, Mapping):
         return {key: _resolved(each, values, steps) for key, each in value.items()}
     if isinstance(value, list):
@@ -32,12 +31,12 @@ def _resolved(value: Any, values: Mapping[str, Any], steps: int) -> Any:
     return value if len(text) > MOST_OF_A_TEXT else text if text == value else _resolved(text, values, steps + 1)
 
 
-def _text(answer: Any, otherwise: str) -> str:
+def _text(answer: object, otherwise: str) -> str:
     return str(answer) if isinstance(answer, (str, int, float)) else otherwise
 
 
-def _lookup(values: Mapping[str, Any], dotted: str) -> Any:
-    value: Any = values
+def _lookup(values: Mapping[str, object], dotted: str) -> object:
+    value: object = values
     for name in dotted.split("."):
         if not isinstance(value, Mapping) or name not in value:
             return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from peftplan.job.configs.documents import BrokenFileError, Document, as_number
 
@@ -102,7 +101,7 @@ def _program(words: list[str]) -> tuple[str, list[str]] | None:
     return None
 
 
-def _arguments(words: list[str]) -> dict[str, Any]:
+def _arguments(words: list[str]) -> dict[str, object]:
     """`--key value…`, `--key=value`, `--switch` and `key=value` → values; a word before them is the script."""
     values: dict[str, list[str]] = {}
     key: str | None = None
@@ -120,12 +119,12 @@ def _arguments(words: list[str]) -> dict[str, Any]:
     return {name: _value(texts) for name, texts in values.items()}
 
 
-def _value(texts: list[str]) -> Any:
+def _value(texts: list[str]) -> object:
     parsed = [_scalar(text) for text in texts]
     return True if not parsed else parsed[0] if len(parsed) == 1 else parsed
 
 
-def _scalar(text: str) -> Any:
+def _scalar(text: str) -> object:
     word = text.lower()
     if word in ("true", "false"):
         return word == "true"
