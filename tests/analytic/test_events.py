@@ -59,6 +59,22 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         shallow("pythia-70m", 3),
         {"method": "lora", **PLAIN, "dtype": "fp32", **EAGER, **CHECKPOINTED, "batch_size": 4},
     ),
+    "LoKr's cast of its input lives until the product is there": (
+        shallow("modernbert-base", 6),
+        {
+            "method": "lokr",
+            "target_modules": "attention",
+            **PLAIN,
+            "dtype": "fp32",
+            "autocast": "bf16",
+            **EAGER,
+            **KEPT,
+            "batch_size": 3,
+            "seq_len": 250,
+            "task_type": "TOKEN_CLS",
+            "num_labels": 9,
+        },
+    ),
     "one token of each sequence is a view of rows; the shared expert's gate gets rows": (
         {**shallow("qwen1.5-moe-a2.7b", 2), "num_experts": 8, "vocab_size": 20000},
         ONE_TOKEN,

@@ -237,6 +237,20 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "optim": "adamw_8bit",
         },
     ),
+    "ModernBERT makes one mask of each kind": (
+        shallow("modernbert-base", 6),
+        {
+            "method": "boft",
+            **ATTENTION,
+            "autocast": "bf16",
+            **EAGER,
+            "padding": True,
+            "batch_size": 4,
+            "seq_len": 384,
+            "optim": "adamw_torch_fused",
+            **TOKENS,
+        },
+    ),
     "ViT's patches go when the class token stands before them": (
         {**shallow("vit-base-patch16-224-in21k", 5), "hidden_size": 896, "intermediate_size": 3104, "num_attention_heads": 14},
         {

@@ -58,8 +58,9 @@ def _dropped_view_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Ten
 
 
 def _applied(f: Tape, weight: Tensor, x: Tensor) -> Tensor:
-    """`linear` of x in the dtype of ΔW, which ends here where nothing keeps it."""
-    return ops.linear(f, f.to(x, weight.dtype), weight)
+    """`linear` of x in the dtype of ΔW; that copy lives until the product is there, longer where something keeps it."""
+    x = f.to(x, weight.dtype)
+    return ops.linear(f, x, weight)
 
 
 def _hadamard(f: Tape, part: Part) -> Tensor:

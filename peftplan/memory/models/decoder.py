@@ -317,7 +317,7 @@ def _normed(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
     if c.style.qk_norm == "each":
         return _normed_each(c, name, _by_head(c, a, side, x))
     b, heads, s, d = dims
-    x = ops.heads(c.tape, x, (b, s, heads, d), clones=a.positions == "rotary")
+    x = ops.heads(c.tape, x, (b, s, heads, d), clones=a.positions == "rotary" and heads != 1)
     return c.norm(name, x).view(dims)
 
 

@@ -28,7 +28,7 @@ def modernbert(model: Model) -> Tensor:
     _embedded = x  # in the arguments of masks
     blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
     windows = {block.attentions[0].window for block in model.arch.blocks}
-    masks = {window: bidirectional_mask(model, x.dtype, window) for window in (None, *windows)}
+    masks = {window: bidirectional_mask(model, x.dtype, window) for window in (None, *sorted(filter(None, windows)))}
     turns = {window: rotary_tables(model, x.dtype) for window in windows}
 
     def layer(number: int, x: Tensor) -> Tensor:
