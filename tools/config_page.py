@@ -123,7 +123,7 @@ of the configs whose model is built in.
     }
 
 Targets, of the configs whose model is built in: counts for 95 %, and exact peaks for 90 % of the text models. Counts are at
-{share(_counted(known), len(known))}, exact peaks at {
+{_counted(known)} of {len(known)} ({_counted(known) / len(known):.1%}), exact peaks at {
         share(_exact(known), len(known))
     } (vision-language models included). Of all training configs {share(_counted(known), len(training))} are counted.
 

@@ -16,7 +16,7 @@ def test_stdout_is_the_config_and_stderr_the_notes() -> None:
     assert done.code == 0
     assert done.out.startswith("# llama-3.1-8b, qlora r=16: written by peftplan ")
     assert "\nadapter: qlora\n" in done.out
-    assert done.err == "note: axolotl's own where nothing was set: kbit_prepare off (else on)\n"
+    assert done.err == "note: axolotl's own where nothing was set: quant_storage bf16 (else uint8), kbit_prepare off (else on)\n"
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -120,6 +120,9 @@ class Reading:
         if ours is None:
             self.ignored[key] = Ignored(value, "it sets nothing", row.get("at", ""))
             return
+        if option == "optim" and ours is value and "." in str(value):
+            self.unsupported[key] = Unsupported(value, f"the states of {value} are not known here", option=option)
+            return
         self._set({option: self._typed(key, option, ours)})
         self.read[key] = Read(value, option, row.get("why", ""))
 

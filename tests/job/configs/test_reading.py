@@ -163,10 +163,10 @@ def test_the_file_and_its_options_ask_the_same() -> None:
     """Options typed by hand for the same job give the same estimate, to the byte."""
     by_file = peftplan.estimate(config=read(AXOLOTL))
     by_hand = peftplan.estimate(
-        "llama-3.1-8b", method="qlora", r=32, quant="nf4", double_quant=True, compute_dtype="bf16", kbit_prepare=False,
-        target_modules="all-linear", batch_size=2, seq_len=4096, optim="paged_adamw_8bit", dtype="bf16", autocast="bf16",
-        gradient_checkpointing=True, attn_implementation="flash_attention_2",
-    )  # fmt: skip
+        "llama-3.1-8b", method="qlora", r=32, quant="nf4", double_quant=True, compute_dtype="bf16", quant_storage="bf16",
+            kbit_prepare=False, target_modules="all-linear", batch_size=2, seq_len=4096, optim="paged_adamw_8bit", dtype="bf16",
+            autocast="bf16", gradient_checkpointing=True, attn_implementation="flash_attention_2",
+        )  # fmt: skip
     assert by_file.peaks == by_hand.peaks
     assert by_file.trainable_parameters == by_hand.trainable_parameters
     assert by_file.bound is None
@@ -282,3 +282,24 @@ def test_json_in_a_command() -> None:
     """A field that is a mapping is JSON on a command line (`--gradient_checkpointing_kwargs '{"use_reentrant": true}'`)."""
     plan = read({**SWIFT, "gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, kind="command", program="swift sft")
     assert plan.options["use_reentrant"] is True
+
+
+@pytest.mark.parametrize(
+    ("values", "storage"),
+    [
+        (AXOLOTL, "bf16"),  # loaders/model.py:809
+        ({**LLAMAFACTORY, "quantization_bit": 4}, "bf16"),  # model/model_utils/quantization.py:178, the compute dtype
+        ({**TRL, "bnb_4bit_quant_storage": "bfloat16"}, "bf16"),
+        (TRL, None),
+    ],
+)
+def test_what_4_bit_weights_are_packed_as(values: dict[str, Any], storage: str | None) -> None:
+    """FSDP shards packed weights only if they are stored as floats, and FSDP1 refuses others."""
+    assert read(values).options.get("quant_storage") == storage
+
+
+def test_an_optimizer_of_a_package_is_not_supported() -> None:
+    """Its states are not known; the rest of the file is read, and the parameters are counted."""
+    plan = read({**TORCHTUNE, "optimizer": {"_component_": "dion.Muon"}})
+    assert plan.unsupported["optimizer._component_"].option == "optim"
+    assert peftplan.estimate(config=plan).trainable_parameters > 0
