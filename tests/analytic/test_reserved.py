@@ -251,6 +251,22 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             **TOKENS,
         },
     ),
+    "AdaLoRA's model adds no loss where peft has no class for the task": (
+        shallow("vit-base-patch16-224-in21k", 6),
+        {
+            "method": "adalora",
+            **ATTENTION,
+            **PLAIN,
+            "dtype": "fp16",
+            "autocast": "none",
+            "gradient_checkpointing": True,
+            "padding": True,
+            "batch_size": 3,
+            "optim": "adamw_8bit",
+            "task_type": "IMAGE_CLS",
+            "num_labels": 10,
+        },
+    ),
     "ViT's patches go when the class token stands before them": (
         {**shallow("vit-base-patch16-224-in21k", 5), "hidden_size": 896, "intermediate_size": 3104, "num_attention_heads": 14},
         {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from peftplan.job.virtual_tokens import PEFT_TASKS, SOUND
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
 from peftplan.memory.parts import FOUR_BIT, Part, Running
@@ -65,8 +66,11 @@ def factors(model: Model) -> list[Family]:
 def regularized(model: Model, loss: Tensor) -> Tensor:
     """`AdaLoraModel.forward`: how far each A and B is from orthogonal is added to the loss.
 
-    Backward makes these gradients first, for all layers together; they wait for those that come through the layers.
+    Backward makes these gradients first, for all layers together; they wait for those that come through the layers. Without a
+    class for the task, `PeftModel.forward` calls the base model itself, and nothing is added.
     """
+    if model.arch.task_type not in PEFT_TASKS or model.arch.model_type in SOUND:
+        return loss
     f = model.tape
     f.module = ""
     total: Tensor | None = None
