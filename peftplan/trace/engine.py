@@ -27,7 +27,7 @@ from peftplan.trace.cuda import losses
 from peftplan.trace.cuda.attention import Capability
 from peftplan.trace.cuda.ctc import ctc_on_cuda
 from peftplan.trace.cuda.differences import KERNEL_TEMPORARIES, CudaLike, as_on_cuda
-from peftplan.trace.cuda.dispatcher import dispatched_as_on_cuda
+from peftplan.trace.cuda.dispatcher import attention_on, dispatched_as_on_cuda
 from peftplan.trace.cuda.experts import experts_on
 from peftplan.trace.cuda.flash import flash_attn_installed
 from peftplan.trace.cuda.hosted import counted_host
@@ -259,7 +259,8 @@ def _as_on_card(mode: DenseMode, capability: Capability, *, device: str) -> Iter
     """Fake tensors, with torch, transformers and flash-attn behaving as on a card."""
     with (
         mode,
-        CudaLike(capability=capability, device=device),
+        CudaLike(),
+        attention_on(capability),
         dispatched_as_on_cuda() if device == "cpu" else nullcontext(),
         as_on_cuda(device),
         flash_attn_installed(),

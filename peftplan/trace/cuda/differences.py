@@ -2,7 +2,7 @@
 
 | what | cause | corrected by |
 | --- | --- | --- |
-| attention | CPU has its own flash kernel, and math for masks and dropout | `attention.sdpa`: CUDA's kernels |
+| attention | CPU has its own flash kernel, and math for masks and dropout | `dispatcher`, by `attention.sdpa`: CUDA's kernels |
 | the math kernel | dropout as below, but inside C++; under a mode the mask is added out of place | `math_attention` |
 | dropout | CPU multiplies by a mask of the input's dtype; CUDA's `native_dropout` keeps a boolean one | `_dropout` |
 | softmax(fp16, dtype=fp32) | CUDA's kernel reads fp16, writes fp32; CPU copies to fp32 first (ATen SoftMax.cpp) | `dispatcher` |
@@ -15,7 +15,8 @@
 | `torch.is_autocast_enabled()` | without an argument it asks about CUDA | `as_on_cuda` |
 | masks | transformers builds a full mask for fake tensors (`is_tracing`), none for real unpadded ones | `as_on_cuda` |
 | statistics of LayerNorm | fp32 for 16-bit inputs (layer_norm_kernel.cu: `acc_type`), on a CPU the inputs' dtype | `statistics` |
-| backward of indexing | under a mode a copy of the zeros (FunctionsManual.cpp), else in place | `in_place` |
+| backward of indexing and of clamp | under a mode a copy (FunctionsManual.cpp), else in place | `in_place` |
+| `isinf` | a composite, of which a mode sees nothing | `COMPOSITE` |
 | sums of gradients | never in place into a tensor subclass (autograd `input_buffer.cpp`) | `tracker`, where torch would |
 | `tensor[mask]` | its size is data: fake tensors refuse | `scored.Rows`, `flash.Picked` |
 | TRL's chunked loss | without Triton each tile is copied to fp32, and so are factors of products | `losses.ChunkedLogProbs` |
@@ -29,6 +30,7 @@ large reductions, sorts of an embedding's gradient: temporaries of a few MB insi
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +41,6 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from peftplan.libraries.replacing import replaced
-from peftplan.trace.cuda.attention import Capability, sdpa
 from peftplan.trace.cuda.hosted import SavedOnHost
 
 F = torch.nn.functional
@@ -48,30 +49,11 @@ F = torch.nn.functional
 class CudaLike(TorchFunctionMode):
     """Runs the CUDA version of functions that differ."""
 
-    def __init__(self, *, capability: Capability, device: str) -> None:
-        super().__init__()
-        self._device = device
-        self._capability = capability
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the call, or pass it on."""
         kwargs = kwargs or {}
         rule = RULES.get(func)
         return func(*args, **kwargs) if rule is None else rule(self, func, args, kwargs)
-
-    def attention(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`scaled_dot_product_attention`, with autocast's cast of its inputs, the mask included; inside there is no autocast."""
-        if torch.is_autocast_enabled(self._device):
-            low = torch.get_autocast_dtype(self._device)
-
-            def cast(value: Any) -> Any:
-                return value.to(low) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-            kwargs = {name: cast(value) for name, value in kwargs.items()}
-            args = tuple(reversed([cast(value) for value in reversed(args)]))  # the wrapper's C++ takes its last argument first
-            with torch.autocast(self._device, enabled=False):
-                return sdpa(*args, **kwargs, capability=self._capability)
-        return sdpa(*args, **kwargs, capability=self._capability)
 
     def dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`native_dropout`, which CUDA takes for training (ATen Dropout.cpp: `is_fused_kernel_acceptable`)."""
@@ -97,7 +79,6 @@ def _dropout_arguments(input: Any, p: float = 0.5, training: bool = True, inplac
 RULES: dict[Any, Callable[[CudaLike, Any, Any, Any], Any]] = {
     torch.Tensor.backward: CudaLike.backward,
     torch.autograd.backward: CudaLike.backward,
-    F.scaled_dot_product_attention: CudaLike.attention,
     F.dropout: CudaLike.dropout,
     torch.dropout: CudaLike.dropout,
 }
@@ -116,6 +97,7 @@ IN_PLACE: dict[tuple[str, Any], Any] = {
     ("IndexBackward0", _ATEN.index_put.default): _ATEN.index_put_.default,
     ("IndexSelectBackward0", _ATEN.index_add.default): _ATEN.index_add_.default,
     ("GatherBackward0", _ATEN.scatter_add.default): _ATEN.scatter_add_.default,
+    **{(f"ClampBackward{number}", _ATEN.logical_and.default): _ATEN.logical_and_.default for number in (0, 1)},
     **{(f"{name}Backward0", _ATEN.scatter.src): _ATEN.scatter_.src for name in ("Max", "Min", "Topk", "Sort")},
 }
 """(node of autograd, operation) → the operation that it does to the zeros it just made where no mode watches
@@ -129,6 +111,10 @@ def in_place(func: Any) -> Any:
         return func
     node = torch._C._current_autograd_node()
     return func if node is None else IN_PLACE.get((node.name(), func), func)
+
+
+COMPOSITE: dict[Any, Callable[..., torch.Tensor]] = {_ATEN.isinf.default: lambda x: x.abs() == math.inf}
+"""Operations made of others below where a mode watches (ATen TensorCompare.cpp: `isinf`)."""
 
 
 def statistics(func: Any, out: Any) -> Any:

@@ -20,14 +20,18 @@ Left out: the kept cast of a trainable leaf that goes into an operation for whic
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
 import torch
 
+from peftplan.trace.cuda.attention import Capability, sdpa
+
 Rule = Callable[..., Any]
+COMPOSITE = "CompositeImplicitAutograd"
+"""The dispatch key of an operation that is made of others, below autocast."""
 FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 """What autocast looks at."""
 
@@ -59,14 +63,26 @@ WITH_DTYPE = {"norm.Scalar": "norm.ScalarOpt_dtype", "norm.ScalarOpt_dim": "norm
 @contextmanager
 def dispatched_as_on_cuda() -> Iterator[None]:
     """Let autocast of CPU tensors do what CUDA's does, and softmax of fp16 be one kernel."""
+    with _registered({name: (rule, "AutocastCPU") for name, rule in _rules()}), _registered(ONE_KERNEL):
+        yield
+
+
+@contextmanager
+def attention_on(capability: Capability) -> Iterator[None]:
+    """Let `scaled_dot_product_attention` be the kernels of a card, below autocast, which keeps the cast of a leaf."""
+    with _registered({"scaled_dot_product_attention": (partial(sdpa, capability=capability), COMPOSITE)}):
+        yield
+
+
+@contextmanager
+def _registered(kernels: Mapping[str, tuple[Rule, str]]) -> Iterator[None]:
+    """Let operations be other kernels: name → kernel, dispatch key."""
     library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a rule is replaced
-            for name, rule in _rules():
-                library.impl(name, rule, "AutocastCPU")
-            for name, kernel in ONE_KERNEL.items():
-                library.impl(name, kernel, "CompositeImplicitAutograd")
+            warnings.simplefilter("ignore")  # that a kernel is replaced
+            for name, (kernel, key) in kernels.items():
+                library.impl(name, kernel, key)
         yield
     finally:
         library._destroy()
@@ -172,9 +188,9 @@ def _softmax(kernel: Callable[..., torch.Tensor], x: torch.Tensor, dim: int, dty
     return kernel(x if dtype is None else x.to(dtype), dim, False)
 
 
-ONE_KERNEL: dict[str, Rule] = {
-    "softmax.int": partial(_softmax, torch.ops.aten._softmax.default),
-    "log_softmax.int": partial(_softmax, torch.ops.aten._log_softmax.default),
+ONE_KERNEL: dict[str, tuple[Rule, str]] = {
+    "softmax.int": (partial(_softmax, torch.ops.aten._softmax.default), COMPOSITE),
+    "log_softmax.int": (partial(_softmax, torch.ops.aten._log_softmax.default), COMPOSITE),
 }
 
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peftplan.depth.log import AUTOGRAD, Moment, Storage
 from peftplan.dtypes import parse_dtype
 from peftplan.ledger import Category
-from peftplan.trace.cuda.differences import in_place, statistics
+from peftplan.trace.cuda.differences import COMPOSITE, in_place, statistics
 
 try:
     from torch._prims_common import is_non_overlapping_and_dense_or_false as is_dense
@@ -109,6 +109,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self.phase != "step" and args[0].dtype != torch.bool:
                 self.data_dependent[self.module] = self.data_dependent.get(self.module, 0) + 1
             return self._scalar(args[0])
+        if func in COMPOSITE:
+            with self:
+                return COMPOSITE[func](*args)
         self._enter_op()
         func = in_place(func)
         out = statistics(func, func(*args, **(kwargs or {})))

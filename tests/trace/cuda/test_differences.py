@@ -56,12 +56,37 @@ def test_backward_of_indexing_writes_into_its_zeros(pick: Callable[[torch.Tensor
 def test_autocast_casts_the_log_probabilities_of_a_cross_entropy_not_its_logits(dtype: torch.dtype) -> None:
     """As CUDA's own dispatcher does, seen with a CUDA build of torch 2.12: 16-bit log probabilities, and a copy in fp32."""
     tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, after=lambda *args: None)
-    cuda = CudaLike(capability=(8, 0), device="cpu")
+    cuda = CudaLike()
     with FakeTensorMode(), cuda, dispatched_as_on_cuda(), tracker, torch.autocast("cpu", dtype=dtype):
         logits = torch.empty(ROWS, WIDTH, dtype=dtype, requires_grad=True)
         torch.nn.functional.cross_entropy(logits, torch.empty(ROWS, dtype=torch.int64))
     sizes = [m.storage.nbytes for m in tracker.log if m.kind == "alloc"][1:]
     assert [nbytes for nbytes in sizes if nbytes >= WHOLE // 2] == [WHOLE // 2, WHOLE]
+
+
+def test_backward_of_clamp_joins_its_conditions_in_place() -> None:
+    """Two masks and the gradient (FunctionsManual.cpp: `logical_and_` where nothing watches)."""
+    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, after=lambda *args: None)
+    with FakeTensorMode():
+        x, bound = torch.empty(ROWS, WIDTH, requires_grad=True), torch.empty(())
+        out = torch.clamp(x, min=-bound, max=bound)
+        with tracker:
+            torch.autograd.grad(out, x, torch.empty_like(out))
+    sizes = [m.storage.nbytes for m in tracker.log if m.kind == "alloc" and m.storage.nbytes >= WHOLE // 4]
+    assert sizes == [WHOLE, WHOLE // 4, WHOLE // 4, WHOLE]  # the first is the gradient that comes
+
+
+def test_isinf_takes_the_absolute_values_first() -> None:
+    """Torch's own allocations on the CPU are the witness: the values, then the result of their comparison."""
+    x = torch.zeros(ROWS, WIDTH, dtype=torch.float16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        torch.isinf(x)
+    real = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, after=lambda *args: None)
+    with FakeTensorMode(), tracker:
+        torch.isinf(torch.empty(ROWS, WIDTH, dtype=torch.float16))
+    traced = [m.storage.nbytes if m.kind == "alloc" else -m.storage.nbytes for m in tracker.log][1:]
+    assert [n for n in real if n > 64] == [n for n in traced if n > 0] == [WHOLE // 2, WHOLE // 4]
 
 
 def test_a_copy_that_code_asks_for_stays_a_copy() -> None:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 
-from peftplan.trace.cuda.dispatcher import CASTS, dispatched_as_on_cuda
+from peftplan.trace.cuda.dispatcher import CASTS, attention_on, dispatched_as_on_cuda
 
 F = torch.nn.functional
 Step = tuple[str, tuple[torch.dtype, ...]]
@@ -191,3 +191,24 @@ def test_the_rules_of_the_cpu_come_back() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.square(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.bfloat16
         assert F.cross_entropy(torch.ones(2, 3, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_the_cast_of_a_trainable_mask_is_kept_for_later_attention(made_anew: bool) -> None:
+    """Torch's own rule is the witness: `cached_cast` keeps that of a leaf (autocast_mode.cpp), not that of a result."""
+
+    def casts() -> int:
+        qkv = [torch.zeros(1, 2, 16, 8)] * 3
+        mask = torch.zeros(1, 2, 16, 16, requires_grad=True)
+        with autocast("cpu", torch.bfloat16), Steps() as seen:
+            for _ in range(2):
+                F.scaled_dot_product_attention(*qkv, attn_mask=mask * 2 if made_anew else mask)
+        return sum(step == ("aten._to_copy.default", (torch.bfloat16,)) for step in seen.log)
+
+    real = casts()
+    with dispatched_as_on_cuda(), attention_on((8, 0)), FakeTensorMode():
+        traced = casts()
+    inputs = 2 * 3
+    assert traced == inputs + (2 if made_anew else 1)
+    inside = 2 * 2  # torch's composite on the CPU casts its result and its weights
+    assert real == traced + inside
