@@ -340,13 +340,14 @@ def cached(f: Tape, x: Tensor) -> Tensor:
 
 
 def dropout(f: Tape, x: Tensor, p: float) -> Tensor:
-    """`native_dropout`: saves a boolean mask. At p = 0 it returns x and saves nothing."""
+    """`native_dropout`: saves a boolean mask, once both results are there. At p = 0 it returns x and saves nothing."""
     if not p:
         return x
     node = f.record(_scale_backward, (x,))
     mask = f.new(x.dims, "bool", "dropout mask")  # allocated even if no node saves it
+    out = f.new(x.dims, x.dtype, "dropout", node)
     f.keep(node, mask)
-    return f.new(x.dims, x.dtype, "dropout", node)
+    return out
 
 
 def layernorm(f: Tape, x: Operand, weight: Operand | None, bias: Operand | None = None) -> Tensor:

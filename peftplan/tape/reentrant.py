@@ -19,16 +19,24 @@ from peftplan.tape.tensors import Dims, Gradients, Log, Node, Outputs, Parameter
 
 
 class Leaf(Parameter):
-    """A detached input that requires a gradient. Its gradient accumulates on it."""
+    """A detached input that requires a gradient. Its gradient accumulates on it.
 
-    __slots__ = ()
+    `permuted`: its elements do not lie in the order of its dims, nor does its gradient then.
+    """
 
-    def __init__(self, dims: Dims, dtype: str) -> None:
+    __slots__ = ("permuted",)
+
+    def __init__(self, dims: Dims, dtype: str, *, permuted: bool = False) -> None:
         super().__init__("", dims, dtype, trainable=True)
         self.node = None  # a Parameter refers to itself: a cycle
+        self.permuted = permuted
 
     def accumulate(self, tape: Log, grad: Tensor) -> None:
-        """`AccumulateGrad`: takes over the gradient without a copy, since nothing else refers to it."""
+        """`AccumulateGrad`: takes over the gradient, since nothing else refers to it, or a copy that lies as the leaf does."""
+        if grad.storage is not None and self.permuted != (grad.storage.number in tape.permuted):
+            grad = tape.new(self.dims, self.dtype, "clone")
+            if self.permuted and grad.storage is not None:
+                tape.permuted.add(grad.storage.number)
         self.grad = grad.detach()
 
 
@@ -63,16 +71,18 @@ TENSOR = object()
 """Placeholder for a saved tensor among the arguments."""
 
 
+def _leaf(f: Tape, x: Tensor) -> Leaf:
+    return Leaf(x.dims, x.dtype, permuted=x.storage is not None and x.storage.number in f.permuted)
+
+
 def _checkpoint_backward(f: Tape, node: Node, saved: Sequence[object], *grads_of_outputs: Tensor | None) -> Gradients:
     assert isinstance(node.context, Call)
     function, others, shapes = node.context
-    saved = fetched(f, tuple(saved))
     grads = [*grads_of_outputs, *[None] * (len(shapes) - len(grads_of_outputs))]
     for index, (dims, dtype) in enumerate(shapes):  # `materialize_grads`
         grads[index] = grads[index] or f.new(dims, dtype, "zeros")
-    detached = [
-        Tensor(x.storage, x.dims, x.dtype, Leaf(x.dims, x.dtype) if x.node else None) for x in saved if isinstance(x, Tensor)
-    ]
+    saved = fetched(f, tuple(saved))
+    detached = [Tensor(x.storage, x.dims, x.dtype, _leaf(f, x) if x.node else None) for x in saved if isinstance(x, Tensor)]
     waiting = iter(detached)
     inputs = tuple(next(waiting) if x is TENSOR else x for x in others)
     with f.recomputing():

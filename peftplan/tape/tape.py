@@ -53,6 +53,8 @@ class Tape:
         """Storages of leaf tensors that require a gradient: embeddings under `enable_input_require_grads`."""
         self.views: set[int] = set()
         """Storages of gradients that autograd's formulas return as views."""
+        self.permuted: set[int] = set()
+        """Storages of tensors whose elements do not lie in the order of their dims."""
         self.lasting: set[int] = set()
         """Storages that the backward of a layer allocates and that live until the backward of all layers is done."""
         self._sequence = 0
@@ -106,17 +108,17 @@ class Tape:
         if before is None:
             grads[index] = grad
             return
-        if before.storage is None or before.storage.number in self.views:
-            grads[index] = self.new(grad.dims, grad.dtype, "add")
-            return
-        number = before.storage.number
-        grads[index] = before = None
-        if self.log[-1] == -number:
-            self.log.pop()
-            del self.freed[number]
-            grads[index] = Tensor(Storage(self, number), grad.dims, grad.dtype)
-        else:
-            grads[index] = self.new(grad.dims, grad.dtype, "add")
+        number = None if before.storage is None else before.storage.number
+        if number is not None and number not in self.views:
+            grads[index] = before = None
+            if self.log[-1] == -number:
+                self.log.pop()
+                del self.freed[number]
+                grads[index] = Tensor(Storage(self, number), grad.dims, grad.dtype)
+                return
+        grads[index] = total = self.new(grad.dims, grad.dtype, "add")
+        if number in self.permuted and total.storage is not None:
+            self.permuted.add(total.storage.number)
 
     def mark(self, what: str) -> None:
         """Mark this position in the log, such as the start of a phase or the end of a layer."""
@@ -187,8 +189,12 @@ class Tape:
         order = reachable([x.node for x, _ in roots])
         while roots:
             x, grad = roots.pop(0)
-            x.node.receive(self, x.index, grad)  # type: ignore[union-attr]
+            root = x.node
+            assert root is not None
+            root.receive(self, x.index, grad)
             del x, grad
+            root.settle(self)
+            del root
         while order:
             node = order.pop()
             if any(node.grads):
@@ -223,11 +229,14 @@ class Tape:
         del saved, grads, places
         for i, edge in enumerate(node.edges):
             grad, grads_of_inputs[i] = grads_of_inputs[i], None
-            if edge is not None and grad is not None:
+            if edge is None:
+                continue
+            if grad is not None:
                 edge[0].receive(self, edge[1], grad)
-            elif edge is not None and isinstance(edge[0], Parameter) and edge[0].counts:
+            elif isinstance(edge[0], Parameter) and edge[0].counts:
                 edge[0].receive(self, edge[1], None)
             del grad
+            edge[0].settle(self)
             if self.arrived and self.accumulated is not None:  # `AccumulateGrad` runs apart, when the sum is all that is left
                 self.accumulated(self.arrived.pop())
 

@@ -58,6 +58,7 @@ class Log(Protocol):
     category: dict[int, Category]
     accumulated: Callable[[Parameter], None] | None
     arrived: list[Parameter]
+    permuted: set[int]
 
     def new(self, dims: Dims, dtype: str, op: str) -> Tensor:
         """Allocate a tensor."""
@@ -147,6 +148,9 @@ class Node:
             self.grads.append(None)
         tape.sum_into(self.grads, index, grad)
 
+    def settle(self, tape: Log) -> None:
+        """A node waits: the engine runs it in its turn."""
+
 
 class Parameter:
     """A weight. The ledger of parameters counts its bytes; as an autograd node it accumulates its gradient.
@@ -175,6 +179,9 @@ class Parameter:
         if grad is not None:
             tape.sum_into(self.buffered, 0, grad)
         self.uses -= 1
+
+    def settle(self, tape: Log) -> None:
+        """Accumulate the sum, once the last gradient is in it and gone."""
         grad = self.buffered[0]
         if self.uses <= 0 and grad is not None:
             self.buffered[0] = None
