@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peftplan.methods as methods
-from peftplan.analytic.sizes import shape_facts, sizes, windows_of
+from peftplan.analytic.sizes import shape_facts, sizes
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError
@@ -67,7 +67,7 @@ class Compiled(NamedTuple):
 
     def facts(self, batch_size: Any, seq_len: Any) -> tuple[Any, ...]:
         """`shape_facts` of this job at these sizes, numbers or arrays."""
-        return shape_facts(batch_size, seq_len + self.virtual_tokens, windows_of(self.architecture), self.loss)
+        return shape_facts(batch_size, seq_len + self.virtual_tokens, self.architecture, self.loss)
 
     def sizes(self, batch_size: object, seq_len: object) -> dict[str, object]:
         """Name → size for a batch size and a sequence length, numbers or arrays."""
@@ -135,7 +135,7 @@ def compiled(inventory: Inventory, *, compute_capability: str) -> Compiled:
     job, setup = inventory.job, inventory.job.setup
     virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
     loss = _loss_sizes(job)
-    facts = shape_facts(setup.batch_size, setup.seq_len + virtual_tokens, windows_of(job.architecture), loss)
+    facts = shape_facts(setup.batch_size, setup.seq_len + virtual_tokens, job.architecture, loss)
     described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
     key = (
         id(job.architecture),

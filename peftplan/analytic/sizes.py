@@ -6,7 +6,7 @@ from typing import Any
 
 from peftplan.arch.modules import Architecture
 from peftplan.job.loss_sizes import LossSizes
-from peftplan.memory.fused_attention import MASK_MULTIPLE
+from peftplan.memory.fused_attention import MASK_GRADIENT_MULTIPLE, MASK_MULTIPLE
 
 MULTIPLES = (8, 16, 32, 64, 128)
 """Multiples to which kernels round the sequence length up."""
@@ -24,13 +24,16 @@ def windows_of(architecture: Architecture) -> tuple[int, ...]:
     return tuple(sorted({(a.window if a.causal else a.window // 2) - 1 for a in windowed if a.window}))
 
 
-def shape_facts(batch_size: Any, seq_len: Any, windows: tuple[int, ...], loss: LossSizes) -> tuple[Any, ...]:
+def shape_facts(batch_size: Any, seq_len: Any, architecture: Architecture, loss: LossSizes) -> tuple[Any, ...]:
     """The facts that decide which operations run: more than one sequence, unaligned masks, exceeded windows, chunks of the loss.
 
     `batch_size` and `seq_len` are integers or arrays; `seq_len` includes virtual tokens.
     """
-    ragged = (seq_len % MASK_MULTIPLE > 0, (seq_len - loss.virtual_tokens) % MASK_MULTIPLE > 0)
-    return (batch_size > 1, *ragged, *(seq_len > window for window in windows), *loss.facts(batch_size, loss.length(seq_len)))
+    positions = any(a.positions == "relative" for block in architecture.blocks for a in block.attentions)
+    multiples = (MASK_MULTIPLE, MASK_GRADIENT_MULTIPLE) if positions else (MASK_MULTIPLE,)  # a mask of positions has a gradient
+    ragged = (length % multiple > 0 for length in (seq_len, seq_len - loss.virtual_tokens) for multiple in multiples)
+    exceeded = (seq_len > window for window in windows_of(architecture))
+    return (batch_size > 1, *ragged, *exceeded, *loss.facts(batch_size, loss.length(seq_len)))
 
 
 def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, Any]:

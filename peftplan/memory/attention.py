@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
 from peftplan.ledger import Dim
-from peftplan.memory.fused_attention import HEAD_MULTIPLE, MASK_MULTIPLE, efficient, flash, number, padded_head
+from peftplan.memory.fused_attention import HEAD_MULTIPLE, efficient, flash, number, padded_head
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
@@ -119,7 +119,7 @@ def attend(
         if by_head:
             out = ops.copied(f, out, "clone")
     elif kernel == "efficient":
-        out = efficient(f, q, k, v, mask, ragged=bool(model.length(k.dims[2]) % MASK_MULTIPLE))
+        out = efficient(f, q, k, v, mask, keys=model.length(k.dims[2]))
     else:
         autocast, f.autocast = f.autocast, None  # the wrapper that cast the inputs turns it off
         try:

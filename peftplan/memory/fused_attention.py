@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from peftplan.ledger import Dim
 from peftplan.tape import ops
+from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 from peftplan.units import ceil_div
@@ -87,24 +88,30 @@ def _flash_backward(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor) -> 
     return dq, dk, dv
 
 
-Efficient: TypeAlias = tuple[Tensor, Tensor, Tensor, Dims | None, Tensor, Tensor, Tensor | None]
-"""What the memory-efficient kernel saves: q, k, v, the dims of the mask, its output, the logsumexp, and the mask."""
+Efficient: TypeAlias = tuple[Tensor, Tensor, Tensor, bool, Tensor, Tensor, Tensor | None]
+"""What the memory-efficient kernel saves: q, k, v, its output, the logsumexp and the mask; and whether the gradient of a mask is
+a slice of longer rows, to which autograd never adds in place (`is_non_overlapping_and_dense`)."""
 
 
-def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, ragged: bool) -> Tensor:
+def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, keys: int) -> Tensor:
     """The memory-efficient kernel: keeps q, k, v, its output, an fp32 logsumexp, and its own copy of a boolean mask.
 
-    `ragged`: the number of keys is no multiple of 8, so the rows of a mask are padded, in another copy.
+    `keys`: how many there are. If they are no multiple of 8, the rows of a mask are padded, in another copy.
     """
     b, a, s, _ = q.dims
     d = v.dims[3]
     if mask is not None and mask.dtype != q.dtype:
         mask = f.new((b, *mask.dims[1:]), q.dtype, "mask")
-    if mask is not None and ragged:
+    if mask is not None and keys % MASK_MULTIPLE:
         dims = (*mask.dims[:3], padded(mask.dims[3], MASK_MULTIPLE))
-        mask = f.new(dims, q.dtype, "mask, padded", f.record(_ragged_backward, (mask,), mask.dims, dims))
-    like = None if mask is None else mask.dims
-    node = f.record(_efficient_backward, (q, k, v, mask), q.detach(), k.detach(), v.detach(), like)
+        rows = f.new(dims, q.dtype, "mask, padded", f.record(_pad_backward, (mask,), mask.dims))
+        mask = sliced(f, rows, mask.dims)
+        del rows
+    whole = (b, a, s, k.dims[2])
+    if mask is not None and mask.dims != whole:
+        mask = ops.expanded(f, mask, whole)
+    sliced_rows = bool(keys % MASK_GRADIENT_MULTIPLE)
+    node = f.record(_efficient_backward, (q, k, v, mask), q.detach(), k.detach(), v.detach(), sliced_rows)
     out = f.new((b, s, a, d), q.dtype, "memory-efficient attention", node)
     lse = f.new((b, a, padded(s, LSE_MULTIPLE)), "fp32", "logsumexp")
     if number(d) > RF_HEAD and q.dtype != "fp32":
@@ -114,21 +121,16 @@ def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
     return out.view((b, a, s, d))
 
 
-def _ragged_backward(f: Tape, node: Node, saved: tuple[Dims, Dims], g: Tensor) -> Tensor:
-    dims, rows = saved
-    whole = f.new(rows, g.dtype, "slice_backward")
-    del g
-    return f.new(dims, whole.dtype, "pad")
-
-
 def _efficient_backward(f: Tape, node: Node, saved: Efficient, g: Tensor) -> Gradients:
-    """A gradient of the mask comes for each sample and head, and is summed to what was broadcast."""
-    q, k, v, like = saved[:4]
+    """A gradient of the mask comes for each sample and head."""
+    q, k, v, sliced_rows = saved[:4]
     b, a, s, d = q.dims
     dq = f.new((b, s, a, d), q.dtype, "dq")
     dk = f.new((b, k.dims[2], a, d), q.dtype, "dk")
     dv = f.new((b, v.dims[2], a, v.dims[3]), q.dtype, "dv")
     of_mask = f.new((b, a, s, padded(k.dims[2], MASK_GRADIENT_MULTIPLE)), q.dtype, "dmask") if node.edges[3] else None
+    if of_mask is not None and sliced_rows:
+        f.view_of(of_mask)
     if q.dtype == "fp32":
         product = f.new(g.dims, "fp32", "mul")
         delta = f.new((b, a, s), "fp32", "delta")
@@ -139,7 +141,7 @@ def _efficient_backward(f: Tape, node: Node, saved: Efficient, g: Tensor) -> Gra
         workspace = f.new((b, a, *tiles, EFFICIENT_BLOCK**2 + TILE_HEADER), "fp32", "dq accumulator")
         del workspace
     del delta, g
-    return dq, dk, dv, None if of_mask is None else ops.of_broadcast(of_mask.view((b, a, s, k.dims[2])), like)
+    return dq, dk, dv, None if of_mask is None else of_mask.view((b, a, s, k.dims[2]))
 
 
 def number(dim: Dim) -> int:
