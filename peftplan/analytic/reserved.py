@@ -261,8 +261,8 @@ class _Writer:
         there = {n for layer in layers for n in layer.log if n > 0} | {n for n, count in self._alive.items() if count > 0}
         of_kind = []
         for layer in layers:
-            gone = [n for n, place in layer.moved.items() if n not in there and self._alive.get(place, 0) <= 0]
-            handed_on = {n: self._alike(n, timeline) for n in gone}
+            replaced = [n for n, place in layer.moved.items() if n not in there and self._alive.get(place, 0) <= 0]
+            handed_on = {n: self._alike(n, timeline) for n in replaced}
             of_kind.append(_events_of(layer, timeline, kinds, handed_on, self._stacked))
         order = [kind for _, kind in sorted((turn, kind) for kind, layer in enumerate(layers) for turn in layer.turns)]
         period = period_of(order)

@@ -89,6 +89,8 @@ class Model:
         self._families = families
         own = {name.removesuffix(TOKEN_ADAPTER): name for name in families if name.endswith(TOKEN_ADAPTER)}
         ties = [tuple(name.removesuffix(".weight") for name in tie) for tie in self.arch.ties if tie[0].endswith(".weight")]
+        if self.arch.model_type in ("t5", "mt5"):  # `tie_word_embeddings` of their configs is true, whatever was loaded
+            ties.append(("lm_head", "shared"))
         ties += [(original, tied) for tied, original in ties]  # RoBERTa's table is the head's
         self.token_adapters = {module: own[other] for module, other in ties if other in own} | own
 

@@ -18,6 +18,15 @@ EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 KEPT: dict[str, Any] = {"gradient_checkpointing": False}
 CHECKPOINTED: dict[str, Any] = {"gradient_checkpointing": True}
 ONE_TOKEN: dict[str, Any] = {"method": "full", **PLAIN, **CHECKPOINTED, "logits_to_keep": 1, "batch_size": 7, "seq_len": 512}
+REENTRANT: dict[str, Any] = {"gradient_checkpointing": True, "use_reentrant": True}
+T5: dict[str, Any] = {
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 1024, "d_ff": 1024, "d_kv": 128,
+    "num_heads": 8, "num_layers": 3, "num_decoder_layers": 3, "vocab_size": 3000, "feed_forward_proj": "gated-gelu",
+    "pad_token_id": 0, "decoder_start_token_id": 0,
+}  # fmt: skip
+UNTIED: dict[str, Any] = {**T5, "tie_word_embeddings": False}
+ROWS: dict[str, Any] = {"batch_size": 1, "seq_len": 520}
+"""No multiple of 16: the gradient of a mask is a slice of longer rows."""
 JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "the math kernel's causal mask is made of booleans; a norm of heads gets no gradient that is summed": (
         shallow("qwen3-0.6b", 3),
@@ -79,6 +88,40 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**shallow("qwen1.5-moe-a2.7b", 2), "num_experts": 8, "vocab_size": 20000},
         ONE_TOKEN,
     ),
+    "autocast keeps its cast of the zeros of cross-attention; slices are not added to in place": (
+        T5,
+        {**ROWS, "quant": "nf4", "method": "lora"},
+    ),
+    "positions that come back from the host lie in order": (
+        T5,
+        {
+            **ROWS,
+            **REENTRANT,
+            "offload_checkpoints": True,
+            "padding": True,
+            "dtype": "fp32",
+            "autocast": "fp16",
+            "method": "lora",
+        },
+    ),
+    "a gradient lies as its leaf; trained rows reach an untied head; copies tell two gradients apart": (
+        {**UNTIED, "num_layers": 6, "num_decoder_layers": 6},
+        {**REENTRANT, "quant": "int8", "method": "lora", "trainable_token_indices": [1, 2], "batch_size": 2},
+    ),
+    "rows of a mask are padded, sliced and expanded in steps; some layers are checkpointed": (
+        T5,
+        {
+            "method": "full",
+            **PLAIN,
+            "dtype": "fp32",
+            "padding": True,
+            **CHECKPOINTED,
+            "every_n_layers": 2,
+            "batch_size": 1,
+            "seq_len": 523,
+        },
+    ),
+    "states of fp16 are clamped": (UNTIED, {"method": "lora", **PLAIN, "dtype": "fp16", **CHECKPOINTED, "batch_size": 4}),
 }
 Change = tuple[str, int]
 """What happens, and the bytes of the block."""
@@ -120,7 +163,7 @@ def traced_changes(config: dict[str, Any], options: dict[str, Any]) -> list[Chan
     for event in peaks.recording.events:  # type: ignore[union-attr]
         if event.kind == "alloc":
             nbytes[event.id] = event.nbytes
-        changes.append((event.kind, nbytes.get(event.id, 0)))
+        changes.append((event.kind, 0 if event.kind == "empty_cache" else nbytes.get(event.id, 0)))
     return changes
 
 
@@ -131,7 +174,7 @@ def large(changes: Iterable[Change]) -> list[Change]:
     for what, nbytes in changes:
         if what == "free":
             freed += [(what, round512(nbytes))] * (nbytes >= 2 * MIB)
-        elif nbytes >= 2 * MIB:
+        elif nbytes >= 2 * MIB or what == "empty_cache":
             kept += [*sorted(freed), (what, round512(nbytes))]
             freed.clear()
     return kept + sorted(freed)

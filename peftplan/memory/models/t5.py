@@ -6,9 +6,7 @@ states are fp32 from the first feed-forward on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.depth.stack import SharedLeaf, run_stack, shared
@@ -26,7 +24,7 @@ from peftplan.methods.adaptation import PROMPTED
 from peftplan.tape import ops
 from peftplan.tape.reentrant import Leaf
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Outputs, Tensor
+from peftplan.tape.tensors import Dims, Node, Tensor
 
 
 def t5(model: Model) -> Tensor:
@@ -37,10 +35,10 @@ def t5(model: Model) -> Tensor:
     prefix = "transformer." if model.has("transformer.shared") else ""
     if model.keys != model.seq:
         model.past = virtual_tokens.prefixed(model, t5_kinds(model, "decoder"))
-    encoded = Stack(model, prefix, "encoder").run(None, None)
+    encoded = Stack(model, prefix, "encoder", set()).run(None, None)
     model.tape.module = ""
     ids = model.tape.new(("b", model.seq), "int64", "decoder_input_ids")
-    out = Stack(model, prefix, "decoder").run(ids, encoded)
+    out = Stack(model, prefix, "decoder", set()).run(ids, encoded)
     model.outputs.append(encoded)
     return out
 
@@ -134,25 +132,17 @@ def relative_buckets(f: Tape, dims: Dims, *, signed: bool) -> Tensor:
     return buckets
 
 
-class How(NamedTuple):
-    """How `run_stack` calls the layers of a stack."""
-
-    call: Callable[..., Outputs]
-    every: tuple[object, ...] | Callable[[], tuple[object, ...]] = ()
-    outputs: list[Tensor] | None = None
-
-
 class Stack:
-    """`T5Stack.forward` of one side; `biases` are made by layer 0 and read by all."""
+    """`T5Stack.forward` of one side; `biases` are made by layer 0 and handed from layer to layer, as arguments and results."""
 
-    def __init__(self, model: Model, prefix: str, side: str) -> None:
+    def __init__(self, model: Model, prefix: str, side: str, sums: set[int]) -> None:
         self.model = model
         self.side = side
         self.name = f"{prefix}{side}"
         self.block: Block = block_of(model, side)
         self.biases: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor | None] = {}
-        self.sums: set[int] = set()
+        self.sums = sums
 
     @property
     def length(self) -> str:
@@ -173,63 +163,39 @@ class Stack:
             self.masks["own"] = decoder_mask(model, words.dtype)
             self.masks["cross"] = bidirectional_mask(model, words.dtype, cross=True)
         states = None if encoded is None else shared(f, encoded, self.sums)
-
-        handed_on = model.running.checkpointing and (model.running.reentrant or model.running.hosted)
-        how = (self.handing_on if handed_on else self.layers)(states)
-        x = run_stack(
-            model,
-            t5_kinds(model, self.side),
-            ops.dropout(f, words, p),  # no name holds it
-            how.call,
-            name=self.side,
-            checkpointed=model.running.checkpointing,
-            sums=self.sums,
-            every=how.every,
-            outputs=how.outputs,
-        )
-        x = norm(model, f"{self.name}.final_layer_norm", x)
-        f.module = self.name
-        return ops.dropout(f, x, p)
-
-    def layers(self, states: Tensor | None) -> How:
-        """How layers are called: they read the positions that the first one leaves here."""
-
-        def layer(number: int, x: Tensor) -> Tensor:
-            return self.layer(number, x, states)
-
-        return How(layer)
-
-    def handing_on(self, states: Tensor | None) -> How:
-        """How they are called where checkpointing holds their arguments otherwise: the positions are among these, and results."""
         biases: list[Tensor] = []
 
         def every() -> tuple[object, ...]:
             own, cross = (*biases, None, None)[:2]
             return self.masks["own"], own, states, self.masks.get("cross"), cross
 
-        layer = partial(_layer_of, (self.model, self.name.removesuffix(self.side), self.side))
-        return How(layer, every, biases)
-
-    def layer(self, number: int, x: Tensor, states: Tensor | None) -> Tensor:
-        """`T5Block.forward`."""
-        again = number == 0 and bool(self.biases)  # recomputed last: no other layer holds what it made, nor will
-        if again:
-            self.biases.clear()
-        try:
-            return self.run_layer(number, x, states)
-        finally:
-            if again:
-                self.biases.clear()
+        x = run_stack(
+            model,
+            t5_kinds(model, self.side),
+            ops.dropout(f, words, p),  # no name holds it
+            partial(_layer_of, (model, self.name.removesuffix(self.side), self.side, self.sums)),
+            name=self.side,
+            checkpointed=model.running.checkpointing,
+            sums=self.sums,
+            every=every,
+            outputs=biases,
+        )
+        x = norm(model, f"{self.name}.final_layer_norm", x)
+        f.module = self.name
+        return ops.dropout(f, x, p)
 
     def run_layer(self, number: int, x: Tensor, states: Tensor | None) -> Tensor:
         """The layer, whose biases are there or made."""
         own, *cross = self.block.attentions
         f = self.model.tape
-        x = clamped(f, self.attended("0.SelfAttention", own, number, x, None))
+        x = self.attended("0.SelfAttention", own, number, x, None)
+        x = clamped(f, x)
         if cross:
-            x = clamped(f, self.attended("1.EncDecAttention", cross[0], number, x, states))
+            x = self.attended("1.EncDecAttention", cross[0], number, x, states)
+            x = clamped(f, x)
             del self.model.layer_locals[:-1]  # one name for the weights of both
-        return clamped(f, self.feed_forward(number, x))
+        x = self.feed_forward(number, x)
+        return clamped(f, x)
 
     def attended(self, part: str, a: Attention, number: int, x: Tensor, states: Tensor | None) -> Tensor:
         """`T5LayerSelfAttention.forward`, `T5LayerCrossAttention.forward`."""
@@ -267,13 +233,11 @@ class Stack:
         """`create_position_bias_mask`: a copy per layer, of the positions and what the mask or causality hides."""
         f = self.model.tape
         dims = ("b" if mask is not None else bias.dims[0], *bias.dims[1:])
-        hidden = mask
+        hidden, permuted = mask, bias.storage is not None and bias.storage.number in f.permuted
         if mask is not None or a.causal:
             hidden = mask if mask is not None else f.new(dims[2:], "bool", "causal mask")
             bias = where(f, hidden, bias, dims)
-        if not a.cross:  # positions lie head by head innermost
-            bias = ops.copied(f, bias, "clone", viewed=False)
-        return bias
+        return ops.copied(f, bias, "clone", viewed=False) if permuted else bias
 
     def bias(self, name: str, a: Attention, number: int, dtype: str, *, cross: bool) -> Tensor:
         """The positions that layer 0 makes: an embedding of distances, or zeros for cross-attention.
@@ -301,6 +265,8 @@ class Stack:
             distances = f.new((s, keys), "int64", "relative_position")
             buckets = relative_buckets(f, (s, keys), signed=self.side == "encoder")
             positions = model.embedding(table, (s, keys), buckets).view(dims)
+            if positions.storage is not None:
+                f.permuted.add(positions.storage.number)
             del distances, buckets
             positions = shared(f, positions, self.sums)
         self.biases[key] = positions
@@ -349,7 +315,7 @@ class Stack:
 
 
 def _layer_of(
-    stack: tuple[Model, str, str],
+    stack: tuple[Model, str, str, set[int]],
     number: int,
     x: Tensor,
     mask: Tensor | None,
@@ -362,5 +328,5 @@ def _layer_of(
     called = Stack(*stack)
     called.masks = {"own": mask, "cross": cross_mask}
     called.biases = {key: bias for key, bias in (("own", own), ("cross", cross)) if bias is not None}
-    x = called.layer(number, x, states)
+    x = called.run_layer(number, x, states)
     return (x, *(called.biases[key] for key in ("own", "cross") if key in called.biases))
