@@ -69,5 +69,5 @@ def test_an_older_model_is_asked_in_its_own_words() -> None:
     ("options", "name"), [({"every_n_layers": 2}, "every_n_layers"), ({"offload_checkpoints": True}, "offload_checkpoints")]
 )
 def test_what_an_older_model_does_not_know_is_refused_by_name(options: dict[str, Any], name: str) -> None:
-    with pytest.raises(RefusedError, match=f"{name}: transformers .* does not know it"):
+    with pytest.raises(RefusedError, match=f"{name}: transformers .* does not have it"):
         checkpoint_layers(Older(), setup(**options))
