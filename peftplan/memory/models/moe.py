@@ -82,7 +82,7 @@ def routed_block(c: Call, x: Tensor, *, route: Route, router: str, name: str) ->
 def qwen2_block(c: Call, x: Tensor) -> Tensor:
     """`Qwen2MoeSparseMoeBlock.forward`: a shared expert behind a gate of its own.
 
-    The gradient of that gate's input comes first. It has two dims, so it is no view and the others are added to it in place.
+    The gradient of that gate's input comes first. It has two dims, so it is not a view and the others are added to it in place.
     """
     check(c)
     rows = x.view((f"b·{c.model.seq}", x.dims[-1]))
