@@ -13,15 +13,13 @@ LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 256,
     "intermediate_size": 768,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 5,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "vocab_size": 1000,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
-DEEP = {**LLAMA, "num_hidden_layers": 5}
-"""For what layers have to do with each other; elsewhere three stand for all: the first, one that is copied, the last."""
 BATCH, TOKENS = 4, 256
 TOLERANCE = 0.005
 """The lists of small integers (positions, padded labels) that only the trace has."""
@@ -33,7 +31,7 @@ OFF = {"trainer": "transformers", "gradient_checkpointing": False}
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 
 
-def shallow(model: str, layers: int = 3) -> dict[str, Any]:
+def shallow(model: str, layers: int = 4) -> dict[str, Any]:
     """The config of a built-in model with so many layers."""
     config = load_config(model)
     for field in LAYER_FIELDS:

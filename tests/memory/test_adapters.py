@@ -83,4 +83,4 @@ def test_boft_leaves_its_permutation_on_the_host_in_a_plain_loop() -> None:
     options: dict[str, Any] = {"method": "boft", "target_modules": ["q_proj"]}
     both = (estimate(LLAMA, **{"batch_size": BATCH, "seq_len": TOKENS, **options, **loop}).peaks for loop in (PLAIN, OFF))
     plain, trainer = (peaks.ledgers["load"].by_category()["buffers"] for peaks in both if peaks is not None)
-    assert trainer - plain == 3 * 4 * 256 * 256
+    assert trainer - plain == 5 * 4 * 256 * 256

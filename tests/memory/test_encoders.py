@@ -9,8 +9,8 @@ import pytest
 from peftplan import estimate
 from tests.memory.engines import phases
 
-SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 8, "vocab_size": 1000}
-SIDES = {"d_model": 256, "encoder_ffn_dim": 768, "decoder_ffn_dim": 640, "encoder_layers": 3, "decoder_layers": 2}
+SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 1000}
+SIDES = {"d_model": 256, "encoder_ffn_dim": 768, "decoder_ffn_dim": 640, "encoder_layers": 4, "decoder_layers": 3}
 HEADS = {"encoder_attention_heads": 8, "decoder_attention_heads": 8, "vocab_size": 1000}
 TOKENS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "is_encoder_decoder": True}
 BERT = {"model_type": "bert", "max_position_embeddings": 514, "type_vocab_size": 2, "pad_token_id": 0, **SIZES}
@@ -20,7 +20,7 @@ DISTILBERT = {
     "model_type": "distilbert",
     "dim": 256,
     "hidden_dim": 768,
-    "n_layers": 3,
+    "n_layers": 4,
     "n_heads": 8,
     "vocab_size": 1000,
     "max_position_embeddings": 514,
@@ -29,7 +29,7 @@ MODERNBERT = {
     **SIZES,
     "model_type": "modernbert",
     "intermediate_size": 384,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 5,
     "max_position_embeddings": 514,
     "pad_token_id": 0,
     "local_attention": 128,
@@ -46,8 +46,8 @@ T5 = {
     "d_ff": 768,
     "d_kv": 32,
     "num_heads": 8,
-    "num_layers": 3,
-    "num_decoder_layers": 2,
+    "num_layers": 4,
+    "num_decoder_layers": 3,
     "vocab_size": 1000,
     "feed_forward_proj": "gated-gelu",
     "dropout_rate": 0.1,

@@ -10,8 +10,7 @@ import pytest
 
 from peftplan import estimate
 from peftplan.rehearse import rehearse
-from tests.memory.engines import DEEP as LLAMA
-from tests.memory.engines import TOLERANCE, by_phase, phases, shallow
+from tests.memory.engines import LLAMA, TOLERANCE, by_phase, phases, shallow
 from tests.memory.families import T5
 
 BATCH, TOKENS, LAYERS = 2, 128, 5

@@ -13,7 +13,7 @@ pytest.importorskip("bitsandbytes")
 
 from peftplan import estimate
 from peftplan.errors import RefusedError
-from tests.memory.engines import DEEP, LLAMA, OFF, PLAIN, TOLERANCE, phases, shallow
+from tests.memory.engines import LLAMA, OFF, PLAIN, TOLERANCE, phases, shallow
 from tests.memory.test_mixtures import V2 as DEEPSEEK
 
 WIDE_MLP = {**LLAMA, "intermediate_size": 4096, "vocab_size": 100}
@@ -41,7 +41,7 @@ MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausal
         # Adagrad's constructor makes its states, and its step counters lie on the host
         (LLAMA, {**PLAIN, "optim": "adagrad", "r": 64}),
         # peft takes layers beside a list of names only
-        (DEEP, {**PLAIN, "layers_to_transform": (1, 3)}),
+        (LLAMA, {**PLAIN, "layers_to_transform": (1, 3)}),
         # kbit preparation makes fp32 copies of what bitsandbytes left as it was
         (FALCON, {**PLAIN, "quant": "nf4", "target_modules": ["query_key_value"], "seq_len": 8}),
         # the new architecture broadcasts a single head by views, to as many heads as the fused kernel takes
