@@ -258,8 +258,8 @@ class _Writer:
         handed_on = {after: before for layer in layers for after, before in layer.handed_on.items()}
         for after, before in sorted(handed_on.items()):
             if before not in self._stacked and self._alive.get(before, 0) <= 0:  # these copies run before the layer they copy
-                there = self._alike(before, timeline)
-                self._stacked[before] = self._stacked.get(there, there)
+                in_its_place = self._alike(before, timeline)
+                self._stacked[before] = self._stacked.get(in_its_place, in_its_place)
             self._stacked[after] = self._stacked.get(before, before)
         there = {n for layer in layers for n in layer.log if n > 0} | {n for n, count in self._alive.items() if count > 0}
         of_kind = []

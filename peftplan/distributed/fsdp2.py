@@ -18,6 +18,7 @@ from typing import NamedTuple
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Category
 from peftplan.parameters import Parameter as Shard
+from peftplan.tape.streams import on_stream
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Node, Parameter, Tensor
 
@@ -221,13 +222,7 @@ class Fsdp2:
         self._reducing.clear()
 
     def _new(self, dims: tuple[int, ...], dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
-        self.f.module = ""
-        tensor = self.f.new(dims, dtype, op)
-        number = tensor.storage.number  # type: ignore[union-attr]
-        self.f.category[number] = category
-        if stream:
-            self.f.streams[number] = stream
-        return tensor
+        return on_stream(self.f, dims, dtype, op, stream, category)
 
 
 def _pre_backward(f: Tape, node: Node, saved: tuple[Fsdp2, Unit], g: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.units import OneGpu
 from peftplan.parameters import Parameter as Family
 from peftplan.parameters import Parameters
+from peftplan.tape.streams import on_stream
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter, Tensor
 
@@ -258,10 +259,4 @@ class Zero(OneGpu):
         return self._keys[id(p)]
 
     def _new(self, dims: tuple[int, ...], dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
-        self.f.module = ""
-        tensor = self.f.new(dims, dtype, op)
-        number = tensor.storage.number  # type: ignore[union-attr]
-        self.f.category[number] = category
-        if stream:
-            self.f.streams[number] = stream
-        return tensor
+        return on_stream(self.f, dims, dtype, op, stream, category)

@@ -59,6 +59,18 @@ class BrokenFileError(FileError):
         super().__init__(file, line, "", None, why)
 
 
+def nested(values: Values) -> Values:
+    """Values under dotted keys as mappings in mappings."""
+    tree: Values = {}
+    for dotted, value in values.items():
+        *above, last = dotted.split(".")
+        inner = tree
+        for name in above:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return tree
+
+
 def read_json(text: str, *, file: str) -> Document:
     """The object of a JSON file."""
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from peftplan.datafiles import load
 from peftplan.distributed.names import MOST_RANKS
 from peftplan.errors import PeftplanError
-from peftplan.job.configs.documents import Values, read_json, word
+from peftplan.job.configs.documents import Values, nested, read_json, word
 from peftplan.job.configs.plan import Unsupported
 from peftplan.job.launch import accelerate, deepspeed
 
@@ -110,17 +110,8 @@ def _values(launch: Mapping[str, Any], label: str) -> Any:
     """The value under a label, nested again where it was."""
     if label in launch:
         return launch[label]
-    nested = {key.partition(".")[2]: value for key, value in launch.items() if key.startswith(f"{label}.")}
-    if not nested:
-        return None
-    values: Values = {}
-    for dotted, value in nested.items():
-        *above, last = dotted.split(".")
-        inner = values
-        for name in above:
-            inner = inner.setdefault(name, {})
-        inner[last] = value
-    return values
+    below = {key.partition(".")[2]: value for key, value in launch.items() if key.startswith(f"{label}.")}
+    return nested(below) or None
 
 
 def _from(result: Launched, key: str, options: Callable[[], Mapping[str, Any]]) -> None:

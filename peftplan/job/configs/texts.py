@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from peftplan.job.configs.documents import Document, Values
+from peftplan.job.configs.documents import Document, Values, nested
 from peftplan.job.configs.facts import Facts
 
 WIDTH = 120
@@ -49,18 +49,6 @@ def text_of(parts: Parts, tool: Facts, *, environment: Mapping[str, int] | None 
     lines = [f"# {line}" for comment in parts.header for line in _broken(comment)]
     first = ["#!/bin/sh"] if kind == "shell" else []
     return "\n".join([*first, *lines, "", *body(parts, tool, environment or {})]).rstrip() + "\n"
-
-
-def nested(values: Values) -> Values:
-    """Values under dotted keys as mappings in mappings."""
-    tree: Values = {}
-    for dotted, value in values.items():
-        *above, last = dotted.split(".")
-        inner = tree
-        for name in above:
-            inner = inner.setdefault(name, {})
-        inner[last] = value
-    return tree
 
 
 def _broken(text: str) -> list[str]:
