@@ -15,8 +15,8 @@ from peftplan.job.configs.plan import ExportTool
 @click.command("export", cls=Command)
 @argument("model", required=False)
 @option("--to", "to", default=None, metavar=f"[{'|'.join(get_args(ExportTool))}]", help="the tool that will run the job")
-@option("-o", "--output", default=None, metavar="FILE", help="write FILE, not stdout")
-@option("--force", is_flag=True, help="replace FILE where it is there")
+@option("-o", "--output", default=None, metavar="FILE", help="write to FILE instead of stdout")
+@option("--force", is_flag=True, help="replace FILE if it exists")
 @options.group(METHOD_HEADING, options.METHOD)
 @options.group("Model", options.MODEL)
 @option("--config", "config", multiple=True, metavar="FILE", heading="Model", help="a config of another tool, to be translated")
@@ -41,9 +41,9 @@ def command(
     context: str | None,
     **raw: object,
 ) -> int:
-    """A config of another training tool for a job, with what it needs in a comment.
+    """Write a job as a config of another training tool, with its estimate in comments.
 
-    Takes the options of `peftplan estimate`. What was set stands in the config, or export refuses with the name of the option;
+    Takes the options of `peftplan estimate`. Each option that you set goes into the config, or export names it and refuses.
     `peftplan estimate --config FILE` gives the same numbers again. Dataset, output folder and learning rate are placeholders.
 
     \b
@@ -56,7 +56,7 @@ def command(
         raise RefusedError(f"--to is missing: name a tool; accepted: {', '.join(get_args(ExportTool))}")
     check_tool(to)
     if force and output is None:
-        raise RefusedError("--force: it needs a FILE to replace (--output)")
+        raise RefusedError("--force needs a FILE to replace (--output)")
     if output is not None:
         check_output(output, force=force)
     if not config:

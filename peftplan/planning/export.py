@@ -1,4 +1,4 @@
-"""`export`: a job as the config of another training tool, with what it needs in a comment."""
+"""`export`: a job as the config of another training tool, with its estimate in comments."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Exported(NamedTuple):
         """What differs from the job that was exported, a line each."""
         named = {name: pair for name, pair in self.changed.items() if pair[0] is not None}  # the others follow from these
         if named:
-            values = ", ".join(f"{name} {_shown(theirs)} (else {_shown(ours)})" for name, (ours, theirs) in named.items())
-            yield f"{self.to}'s own where nothing was set: {values}"
+            values = ", ".join(f"{name} {_shown(theirs)} (instead of {_shown(ours)})" for name, (ours, theirs) in named.items())
+            yield f"{self.to}'s defaults where you set nothing: {values}"
         if self.left_out:
             yield f"not in the file, and without effect on memory: {', '.join(self.left_out)}"
 
@@ -67,7 +67,7 @@ class Exported(NamedTuple):
 def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
     """Raise InputError for a file that is there."""
     if not force and os.path.lexists(path):
-        raise InputError("output", os.fspath(path), "it is there; accepted: another name, or force (--force)")
+        raise InputError("output", os.fspath(path), "the file exists; accepted: another name, or force (--force)")
 
 
 def check_tool(to: str) -> None:
@@ -184,7 +184,7 @@ def _launch_file(job: Job, to: str) -> Exported:
     distributed, autocast = job.distributed, str(job.setup.autocast)
     if distributed is not None and distributed.strategy in ("tp", "device-map"):
         raise RefusedError(
-            f"strategy: {to}'s file cannot say {distributed.strategy}; accepted: ddp, fsdp1, fsdp2, zero1 to zero3"
+            f"strategy: {to}'s file has no setting for {distributed.strategy}; accepted: ddp, fsdp1, fsdp2, zero1 to zero3"
         )
     if to == "deepspeed" and (distributed is None or not distributed.strategy.startswith("zero")):
         named = "one GPU" if distributed is None else distributed.strategy
@@ -202,7 +202,7 @@ def _launch_file(job: Job, to: str) -> Exported:
         lost = {name: value for name, value in stated(distributed).items() if theirs.get(name) != value}
         if lost:
             name, value = next(iter(lost.items()))
-            raise RefusedError(f"{name}: a file of {to} cannot say {value!r}; accepted: {theirs.get(name)}")
+            raise RefusedError(f"{name}: a file of {to} has no setting for {value!r}; accepted: {theirs.get(name)}")
     tool = facts("accelerate" if to == "accelerate" else "deepspeed")
     from importlib.metadata import version
 

@@ -16,7 +16,8 @@ def test_stdout_is_the_config_and_stderr_the_notes() -> None:
     assert done.code == 0
     assert done.out.startswith("# llama-3.1-8b, qlora r=16: written by peftplan ")
     assert "\nadapter: qlora\n" in done.out
-    assert done.err == "note: axolotl's own where nothing was set: quant_storage bf16 (else uint8), kbit_prepare off (else on)\n"
+    defaults = "quant_storage bf16 (instead of uint8), kbit_prepare off (instead of on)"
+    assert done.err == f"note: axolotl's defaults where you set nothing: {defaults}\n"
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_a_file_stays_unless_forced(tmp_path: Path) -> None:
     file.write_text("mine")
     done = run("export", *JOB, "--to", "trl", "--output", str(file))
     assert (done.code, done.out) == (2, "")
-    assert "it is there; accepted: another name, or force (--force)" in done.err
+    assert "the file exists; accepted: another name, or force (--force)" in done.err
     assert file.read_text() == "mine"
     assert run("export", *JOB, "--to", "trl", "-o", str(file), "--force").code == 0
     assert "use_peft: true" in file.read_text()
@@ -53,7 +54,7 @@ def test_translates_a_config(tmp_path: Path) -> None:
         ((*JOB,), "--to is missing: name a tool; accepted: axolotl, llamafactory, trl, "),
         ((*JOB, "--to", "axolotle"), "--to: 'axolotle' is not accepted; did you mean axolotl? accepted: "),
         (("--to", "trl"), "MODEL is missing: name a model, or a --config that names one"),
-        ((*JOB, "--to", "trl", "--force"), "--force: it needs a FILE to replace (--output)"),
+        ((*JOB, "--to", "trl", "--force"), "--force needs a FILE to replace (--output)"),
         ((*JOB, "--to", "trl", "-o", "/nowhere/at/all.yml"), "/nowhere/at/all.yml"),
         ((*JOB, "--to", "trl", "--loss", "liger"), "--loss"),
         ((*JOB, "--to", "torchtune", "--attn-implementation", "eager"), "--attn-implementation: a config of torchtune"),

@@ -50,7 +50,7 @@ class Written(NamedTuple):
 def written(job: Job, tool: Facts, *, chosen: frozenset[str] | None = None) -> Written:
     """The values of a tool's file for a job, flat under dotted keys. `chosen`: options that must be said (None: the job's own).
 
-    Raises RefusedError, one line with the option, for a job that the tool cannot run or cannot say.
+    Raises RefusedError, one line with the option, for a job that the tool cannot run or has no setting for.
     """
     tasks = tool.write["tasks"]
     if job.architecture.task_type not in tasks:
@@ -238,7 +238,7 @@ class _Writing:
         return now.has("target_modules", self.target)
 
     def _check(self, now: _Trial) -> None:
-        """Raise RefusedError for what the tool cannot say or cannot run."""
+        """Raise RefusedError for what the tool has no setting for or cannot run."""
         for field in self.order:
             if (
                 field in self.required
@@ -265,7 +265,7 @@ class _Writing:
         runs = "" if field in BY_TARGETS or theirs is None or theirs == value else f"; accepted: {theirs}"
         if field == "method":
             runs = f"; accepted: {', '.join(self._methods())}"
-        return RefusedError(f"{field}: a config of {self.tool.called} {self.tool.version} cannot say {value!r}{runs}")
+        return RefusedError(f"{field}: a config of {self.tool.called} {self.tool.version} has no setting for {value!r}{runs}")
 
     def _methods(self) -> list[str]:
         """The methods that the tool's keys name."""

@@ -117,26 +117,41 @@ def check_schema(tool: str, text: str) -> None:
             "axolotl",
             "llama-3.1-8b",
             {"method": "ia3"},
-            "method: a config of axolotl 0.19.0 cannot say 'ia3'; accepted: lora, qlora, full",
+            "method: a config of axolotl 0.19.0 has no setting for 'ia3'; accepted: lora, qlora, full",
         ),
         (
             "axolotl",
             "llama-3.1-8b",
             {"trainer": "trl"},
-            "trainer: a config of axolotl 0.19.0 cannot say 'trl'; accepted: transformers",
+            "trainer: a config of axolotl 0.19.0 has no setting for 'trl'; accepted: transformers",
         ),
         ("axolotl", "llama-3.1-8b", {"method": "full"}, "attn_implementation: axolotl runs it otherwise than counted here"),
         (
             "ms-swift",
             "llama-3.1-8b",
             {"method": "lora-fa"},
-            "method: a config of ms-swift 4.6.0 cannot say 'lora-fa'",
+            "method: a config of ms-swift 4.6.0 has no setting for 'lora-fa'",
         ),
-        ("trl", "llama-3.1-8b", {"layers_to_transform": [0, 1]}, "layers_to_transform: a config of trl 1.16.0 cannot say (0, 1)"),
-        ("trl", "llama-3.1-8b", {"loss": "full"}, "loss: a config of trl 1.16.0 cannot say 'full'; accepted: trl-chunked"),
+        (
+            "trl",
+            "llama-3.1-8b",
+            {"layers_to_transform": [0, 1]},
+            "layers_to_transform: a config of trl 1.16.0 has no setting for (0, 1)",
+        ),
+        (
+            "trl",
+            "llama-3.1-8b",
+            {"loss": "full"},
+            "loss: a config of trl 1.16.0 has no setting for 'full'; accepted: trl-chunked",
+        ),
         ("trl", "bert-base-uncased", {}, "task_type: trl trains CAUSAL_LM; bert-base-uncased has the head of MASKED_LM"),
         ("torchtune", "smollm2-135m", {}, "model: torchtune has no builder for smollm2-135m; accepted: codellama-7b"),
-        ("torchtune", "llama-3.1-8b", {"optim": "adafactor"}, "optim: a config of torchtune 0.6.1 cannot say 'adafactor'"),
+        (
+            "torchtune",
+            "llama-3.1-8b",
+            {"optim": "adafactor"},
+            "optim: a config of torchtune 0.6.1 has no setting for 'adafactor'",
+        ),
         (
             "llamafactory",
             "llama-3.1-8b",
@@ -166,8 +181,8 @@ def test_a_model_without_default_targets() -> None:
 def test_torchtune_shards_where_nobody_said_how() -> None:
     exported = export(peftplan.estimate("llama-3.1-8b", gpus=4), to="torchtune")
     assert exported.changed["strategy"] == ("ddp", "fsdp2")
-    assert "strategy fsdp2 (else ddp)" in "".join(exported.notes())
-    with pytest.raises(PeftplanError, match="cannot say 'ddp'; accepted: fsdp2"):
+    assert "strategy fsdp2 (instead of ddp)" in "".join(exported.notes())
+    with pytest.raises(PeftplanError, match="has no setting for 'ddp'; accepted: fsdp2"):
         export(peftplan.estimate("llama-3.1-8b", gpus=4, strategy="ddp"), to="torchtune")
 
 
@@ -257,6 +272,6 @@ def test_a_file_that_is_there(tmp_path: Path) -> None:
     exported = export(peftplan.estimate("llama-3.1-8b"), to="trl")
     exported.write(file)
     assert file.read_text() == str(exported)
-    with pytest.raises(InputError, match="it is there; accepted: another name, or force"):
+    with pytest.raises(InputError, match="the file exists; accepted: another name, or force"):
         exported.write(file)
     exported.write(file, force=True)
