@@ -21,7 +21,9 @@ COUNTED = ("--r", "--batch-size", "--seq-len")
 
 @click.command("sweep", cls=Command)
 @argument("model", required=False)
-@option("--gpu", "gpus", multiple=True, metavar="NAME", help="cards, comma-separated or repeated; or capacities such as 24GiB")
+@option(
+    "--gpu", "gpu", multiple=True, metavar="NAME", help="cards, comma-separated or repeated; capacities such as 24GiB; or 8xh100"
+)
 @option("--output", default=None, metavar="FILE", help="FILE.csv, .jsonl or .parquet; default: stdout")
 @option("--format", "fmt", default=None, metavar="[csv|jsonl|parquet]", help="default: as the file's name ends, else csv")
 @option("--replays", default="2000", metavar="INT|all", show_default=True, help="points near a card's limit that are replayed")
@@ -34,12 +36,13 @@ COUNTED = ("--r", "--batch-size", "--seq-len")
 @options.group("Model", options.MODEL, several=True)
 @options.group("Precision and storage", options.STORAGE, several=True)
 @options.group("Training", options.TRAINING, several=True)
+@options.group("Several GPUs", options.GPUS, several=True)
 @options.torch_option
 @options.transformers_option
 @options.context_option
 def command(
     model: str | None,
-    gpus: tuple[str, ...],
+    gpu: tuple[str, ...],
     output: str | None,
     fmt: str | None,
     replays: str,
@@ -59,6 +62,7 @@ def command(
     \b
     peftplan sweep llama-3.1-8b --batch-size 1,2,4 --seq-len 512:8192:512 --r 8,16,64 --gpu rtx-4090
     peftplan sweep qwen3-0.6b,qwen3-4b --method lora,qlora --gpu l4,a10g --format jsonl
+    peftplan sweep llama-3.1-8b --gpus 2,4,8 --strategy ddp,fsdp2,zero2 --batch-size 1:16 --gpu a100-40gb
 
     A card's verdict takes a replay of torch's allocator only where bytes alone do not tell: `decided_by` says requested (the
     tensors are too large), bound (they are so small that what the allocator may add does not matter), or replay. Where
@@ -70,7 +74,8 @@ def command(
 
     fmt = sweeping.format_of(fmt, output)
     options.check_model(model, {"peft_config": fields["peft_config"] or None})
-    stated = options.several(fields) | options.circumstances(torch, transformers, context)
+    gpus, number = options.counted(gpu, {"gpus": fields["gpus"] or None})
+    stated = options.several(fields) | number | options.circumstances(torch, transformers, context)
     draw = None
     if plot is not None:
         from peftplan.report.sweeping_plot import Map, check

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.errors import InputError, PeftplanError
 from peftplan.methods import config_class, method_named
@@ -29,9 +29,9 @@ class Member(NamedTuple):
     verdict: Verdict | None
     """Of the named model, or of the smallest one if none fits."""
     error: str | None = None
-    """Why it is not known."""
+    """What is not known: members that have no formula, or why the method has no answer."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """One entry of `members` in the JSON."""
         return {**self._asdict(), "verdict": None if self.verdict is None else self.verdict.to_dict()}
 
@@ -51,9 +51,9 @@ def family(
 ) -> tuple[Member, ...]:
     """The largest member of a family of built-in models that one card takes, by method.
 
-    `name`: the beginning of the members' names (`qwen3`), or a pattern (`qwen3-vl-*`). Members are asked from the largest down,
-    as far as one without a formula; those that a method refuses are passed over. Without `methods`,
-    those are left out that need an option which is not there, such as `num_virtual_tokens`.
+    `name`: the beginning of the members' names (`qwen3`), or a pattern (`qwen3-vl-*`). Members are asked from the largest down;
+    those that a method refuses or that have no formula are passed over, and `error` names the latter. Without `methods`, those
+    are left out that need an option which is not there, such as `num_virtual_tokens`.
     Raises InputError where no built-in model belongs to the family, and what `estimate` raises where every method is refused.
     """
     accepted = ("fits", "tight") if allow_tight else ("fits",)
@@ -65,7 +65,7 @@ def family(
     named = known_methods(methods, "methods")
     methods = [name for name in named if methods is not QUALITY or _is_complete(name, options)]
     members = tuple(_largest(names, gpu, method, accepted, options) for method in methods)
-    if all(member.error is not None for member in members):
+    if all(member.model is None and member.error is not None for member in members):
         estimate(names[0][0], gpu=gpu, **options_for(methods[0], {**options, "method": methods[0]}))  # raises, where all do
     return members
 
@@ -80,17 +80,26 @@ def _largest(
     members: list[tuple[str, int]], gpu: str, method: str, accepted: tuple[str, ...], options: dict[str, object]
 ) -> Member:
     smallest: Verdict | None = None
-    error = ""
+    refused_by = ""
+    passed_over: dict[str, list[str]] = {}
     for name, num_parameters in members:
         try:
             result = estimate(name, gpu=gpu, **options_for(method, {**options, "method": method}))
         except PeftplanError as refused:
-            error = str(refused)
+            refused_by = str(refused)
             continue
         (verdict,) = result.gpus
         if verdict.verdict in accepted:
-            return Member(method, name, num_parameters, verdict)
-        if verdict.verdict == "unknown":  # so this member may fit even if larger ones do not
-            return Member(method, None, 0, None, f"{name}: {without_formula(result)}")
-        smallest = verdict
-    return Member(method, None, 0, smallest, None if smallest else error)
+            return Member(method, name, num_parameters, verdict, _unknown(passed_over))
+        if verdict.verdict == "unknown":
+            passed_over.setdefault(without_formula(result), []).append(name)
+        else:
+            smallest = verdict
+    if passed_over:
+        return Member(method, None, 0, None, _unknown(passed_over))
+    return Member(method, None, 0, smallest, None if smallest else refused_by)
+
+
+def _unknown(passed_over: Mapping[str, Sequence[str]]) -> str | None:
+    """Members of which nothing is known, by the reason."""
+    return "; ".join(f"{', '.join(names)}: {why}" for why, names in passed_over.items()) or None

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
 from peftplan.errors import BoundError, InputError, RefusedError, UnknownNameError
 from peftplan.job.prepare import prepare
 from peftplan.job.setup import Engine
+from peftplan.planning.choosing import which_gpu
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_model import model_plan
-from peftplan.planning.fit_result import Binding, Fit, Plan
+from peftplan.planning.fit_result import Binding, Fit, OtherCard, Plan
 from peftplan.planning.fit_traced import GUESSES, largest_traced
-from peftplan.planning.for_method import base_of, known_methods, without_formula
+from peftplan.planning.for_method import base_of, known_methods, options_for, without_formula
 from peftplan.planning.largest import MOST_ASKED, Largest, Probe, largest
 from peftplan.planning.plans import Options, changes_of, kept_options, ranked
 from peftplan.planning.verdicts import find_cards
@@ -122,7 +123,8 @@ def fit(
         else:
             changes = changes_of(typed, first, size, methods, kept, min_seq_len)
         plans, nearest = ranked(first, typed, changes, plan, by_size=size == "model")
-        return Fit(model=_asked_for(model, first, size), gpu=card, size=size, plans=plans, nearest=nearest, engine=engine)
+        elsewhere = None if engine == "trace" or any(each.size for each in plans) else _other_card(typed, search, first, nearest)
+        return Fit(_asked_for(model, first, size), card, size, plans, nearest, engine, elsewhere)
 
     answers = tuple(on(card.id) for card in cards)
     return answers[0] if isinstance(gpu, str) else answers
@@ -131,6 +133,17 @@ def fit(
 def _asked_for(model: object, first: Plan, size: Size) -> str:
     """The model as a result names it: a family by what was typed."""
     return model if size == "model" and isinstance(model, str) else first.model
+
+
+def _other_card(typed: Mapping[str, Any], search: Search, first: Plan, nearest: Sequence[Plan]) -> OtherCard | None:
+    """The smallest card that takes the plan that comes nearest, at its smallest size; None where no card does."""
+    near = max((first, *nearest), key=lambda plan: plan.headroom_bytes)
+    changed = {**typed, **near.changes}
+    options = options_for(near.method, changed) if "method" in near.changes else changed
+    if search.size != "model":
+        options = {**options, search.size: search.smallest}
+    cards = which_gpu(near.model, allow_tight="tight" in search.accepted, **options)
+    return OtherCard(cards[0].gpu, near.model, near.changes, cards[0].usable_bytes, cards[0].needed_bytes) if cards else None
 
 
 class Search(NamedTuple):

@@ -136,6 +136,16 @@ class Plan(NamedTuple):
         return {**facts, size: largest, "tokens_per_step": self.tokens_per_step if self.size else 0}
 
 
+class OtherCard(NamedTuple):
+    """The smallest card of the catalogue that takes a job which no size makes fit; `changes` as those of a plan."""
+
+    gpu: str
+    model: str
+    changes: Mapping[str, object]
+    usable_bytes: int
+    needed_bytes: int
+
+
 class Fit(NamedTuple):
     """The plans of a job on one card: the first is the job as typed, the others are ranked; `nearest` are two that do not fit."""
 
@@ -145,6 +155,8 @@ class Fit(NamedTuple):
     plans: tuple[Plan, ...]
     nearest: tuple[Plan, ...]
     engine: str = "analytic"
+    other_card: OtherCard | None = None
+    """Where no plan fits: the smallest card that takes the one that comes nearest, at the smallest size."""
 
     @property
     def fits(self) -> bool:
@@ -162,6 +174,7 @@ class Fit(NamedTuple):
             "warnings": list(self.plans[0].warnings),
             "plans": [plan.to_dict(self.size) for plan in self.plans],
             "nearest": [plan.to_dict(self.size) for plan in self.nearest],
+            "other_card": None if self.other_card is None else self.other_card._asdict(),
         }
 
     def records(self) -> list[dict[str, Any]]:

@@ -36,10 +36,11 @@ Progress = Callable[[str, float], None]
 
 
 class Tally(NamedTuple):
-    """How the verdicts of a sweep came about: rows by `BY`, points that were replayed, and seconds."""
+    """How the verdicts of a sweep came about: rows by `BY`, rows with an `error`, points that were replayed, and seconds."""
 
     rows: int
     by: Mapping[str | None, int]
+    refused: int
     replayed: int
     seconds: float
 
@@ -80,7 +81,7 @@ class Sweep:
 
     def chunks(self) -> Iterator[Chunk]:
         """The rows as columns, some ten thousand at a time: column → a list of values."""
-        begin, rows, points, replayed = time.perf_counter(), 0, 0, 0
+        begin, rows, refused, points, replayed = time.perf_counter(), 0, 0, 0, 0
         by: Counter[str | None] = Counter()
         warnings: dict[str, None] = {}
         total = self._grid.num_points()
@@ -91,11 +92,13 @@ class Sweep:
                 for chunk in block.rows(self.columns, share, self._telling(rows)):
                     rows += len(chunk["model"])
                     by.update(chunk["decided_by"])
+                    refused += len(chunk["error"]) - chunk["error"].count(None)
                     yield chunk
                 replayed += block.replayed
                 warnings |= dict.fromkeys(block.warnings)
         self.warnings = tuple(warnings)
-        self.tally = Tally(rows, by, replayed, time.perf_counter() - begin)
+        by[None] -= refused
+        self.tally = Tally(rows, by, refused, replayed, time.perf_counter() - begin)
 
     def _telling(self, rows: int) -> Callable[[int, float], None]:
         """Tells the progress: how many points of a block are behind, and what share of its replays."""

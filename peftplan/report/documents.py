@@ -19,7 +19,7 @@ from peftplan.planning.choosing import Member
 from peftplan.planning.compare import Compared
 from peftplan.planning.configs import ConfigEntry
 from peftplan.planning.documents import EstimateDocument, VerdictDocument
-from peftplan.planning.fit_result import Plan
+from peftplan.planning.fit_result import OtherCard, Plan
 from peftplan.planning.inspection import Row
 from peftplan.planning.practice import Practice
 from peftplan.report.check_documents import CheckDocument
@@ -42,6 +42,8 @@ class FitDocument(TypedDict):
     """The job as typed, then other plans that fit, ranked."""
     nearest: list[Plan]
     """Plans that come near and do not fit."""
+    other_card: OtherCard | None
+    """Where no plan fits: the smallest card that takes the one that comes nearest."""
 
 
 class FitsDocument(TypedDict):

@@ -62,7 +62,8 @@ def headline(result: Fit, marks: Glyphs) -> str:
     if not first.size and first.verdict == "tight":
         return f"{marks.tight} {job} is tight at the smallest {word}, and fits at none: {needs} (--allow-tight accepts it)"
     if not first.size:
-        return f"{marks.fails} {job} does not fit at any {word}: at the smallest it {needs}"
+        where = "with" if result.size == "model" else "at"
+        return f"{marks.fails} {job} does not fit {where} any {word}: {where} the smallest it {needs}"
     verb = "fits" if first.verdict == "fits" else "runs, tightly,"
     if result.size == "model":
         largest = "the largest there is" if first.bounded else "the largest that does"
@@ -94,6 +95,11 @@ def remarks(result: Fit) -> Iterator[str]:
         if plan.binding is not None:
             of_model = f" with {plan.model}" if result.size == "model" else ""
             yield f"Also tried: {_name(plan)}{of_model} {_would(plan.verdict)}: {plan.binding.text(grows=False)}."
+    if (card := result.other_card) is not None:
+        needs = f"{format_bytes(card.needed_bytes)} of {format_bytes(card.usable_bytes)}"
+        size = f"with {card.model}" if result.size == "model" else f"at the smallest {word}"
+        how = f"{changed(card.changes) or 'as typed'}, {size}"
+        yield f"The smallest card that takes it: {card_name(card.gpu)}, {how}: {needs} (--which-gpu lists more)."
 
 
 def _would(verdict: str) -> str:
@@ -166,11 +172,18 @@ def card_cells(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
 
 def member_cells(members: Sequence[Member]) -> list[tuple[str, ...]]:
     """A row per method with the largest model that the card takes."""
-    return [(member.method, member.model or ("-" if member.error else "none"), *_needs(member.verdict)) for member in members]
+    return [(member.method, _largest(member), *_needs(member.verdict)) for member in members]
+
+
+def _largest(member: Member) -> str:
+    """The model; `at least` where larger ones have no formula."""
+    if member.model is None:
+        return "-" if member.error else "none"
+    return f"at least {member.model}" if member.error else member.model
 
 
 def refusals(members: Sequence[Member]) -> str | None:
-    """Why methods have no verdict, a line each."""
+    """What is not known of methods, a line each."""
     return "\n".join(f"{member.method}: {member.error}" for member in members if member.error) or None
 
 

@@ -168,5 +168,7 @@ def summary(tally: Tally) -> str:
     undecided = tally.by.get(None, 0) if parts else 0
     if undecided:
         parts.append(f"{undecided:,} without a verdict (--replays N replays more points, --replays all every one)")
+    if tally.refused:
+        parts.append(f"{tally.refused:,} without numbers (column error says why)")
     line = f"{tally.rows:,} rows in {tally.seconds:.1f} s, {tally.replayed:,} points replayed"
     return line + (f": {', '.join(parts)}" if parts else "")

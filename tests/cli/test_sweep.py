@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from peftplan import estimate
 from tests.cli.run import run
 
 pytest.importorskip("numpy")
@@ -48,6 +49,24 @@ def test_repeated_options_are_values() -> None:
     assert [(row["target_modules"], row["r"]) for row in rows] == [
         ("c_attn", "4"), ("c_attn", "8"), ("c_attn,c_proj", "4"), ("c_attn,c_proj", "8"),
     ]  # fmt: skip
+
+
+def test_a_grid_over_gpus_and_strategies() -> None:
+    """Each row is `estimate` of its job; what has no formula says so and is counted apart."""
+    grid = ("sweep", "llama-3.2-1b", "--gpus", "2,4", "--strategy", "ddp,fsdp2", "--batch-size", "1,2", "--format", "jsonl")
+    stopped = run(*grid, "--gpu", "rtx-4090")
+    rows = [json.loads(line) for line in stopped.out.splitlines()]
+    assert len(rows) == 8
+    for row in rows:
+        named = {"gpus": int(row["gpus"]), "strategy": row["strategy"], "batch_size": row["batch_size"]}
+        result = estimate("llama-3.2-1b", gpu="rtx-4090", **named)
+        assert result.peaks is not None
+        assert (row["peak_allocated"], row["peak_reserved"]) == (result.peaks.allocated, result.peaks.reserved)
+        assert row["verdict"] == result.gpus[0].verdict
+    counted = run("sweep", "llama-3.2-1b", "--gpu", "2xrtx-4090", "--offload-params", "cpu", "--strategy", "ddp,fsdp2")
+    assert "2 rows in" in counted.err
+    assert "2 without numbers" in counted.err
+    assert "DDP has no such parameter" in counted.out
 
 
 def limited(most: int) -> Callable[[], None]:
@@ -115,6 +134,8 @@ def test_a_grid_of_a_thousand_million_points_is_asked_twice() -> None:
         (("--format", "parquet"), "--output FILE.parquet"),
         (("--output", "/nosuch/folder/grid.csv"), "--output"),
         (("--replays", "some"), "--replays must be a whole number, or all"),
+        (("--gpu", "2xl4,4xt4"), "--gpu: one command takes one number of GPUs"),
+        (("--gpu", "2xl4", "--gpus", "2,4"), "--gpu says how many there are"),
         (("--plot", "map.gif"), "--plot: 'map.gif'"),
         (("--plot", "map.png", "--r", "4,8"), "several batch sizes or sequence lengths"),
         (("--plot", "map.png", "--r", "1:9", "--batch-size", "1,2"), "9 maps would be drawn (r 9)"),

@@ -92,6 +92,22 @@ def test_a_job_that_never_fits_names_what_comes_nearest() -> None:
     assert result.to_dict()["plans"][0]["batch_size"] == 0
 
 
+def test_a_job_that_never_fits_names_the_smallest_card_that_takes_it() -> None:
+    """The card takes the nearest plan, and no card with fewer usable bytes does, by direct estimates."""
+    result = fit("llama-2-70b", gpu="rtx-4090", method="lora", methods=("full", "qlora"))
+    card = result.other_card
+    assert card is not None
+    assert card.changes == result.nearest[0].changes
+    options = {**card.changes, "batch_size": 1}
+    assert verdict("llama-2-70b", card.gpu, **options) == "fits"
+    smaller = [other.id for other in gpus() if usable_bytes(other).bytes < card.usable_bytes]
+    assert "rtx-4090" in smaller
+    taken = peftplan.estimate("llama-2-70b", gpu=smaller, **options).gpus
+    assert [other.gpu for other in taken if other.verdict == "fits"] == []
+    assert any("The smallest card that takes it" in line for line in fitting.remarks(result))
+    assert fit("llama-3.2-1b", gpu="rtx-4090", keep=("method", "loss")).other_card is None
+
+
 def test_what_is_kept_no_plan_changes() -> None:
     plans = fit("llama-3.2-1b", gpu="rtx-4090", keep=("method", "loss")).plans
     assert {plan.method for plan in plans} == {"lora"}
@@ -121,7 +137,8 @@ def shown_lines(*, gpu: str = "l4", model: str = "llama-3.1-8b", **options: Any)
 def test_what_is_tight_or_does_not_run_is_not_called_too_large() -> None:
     assert "is tight at the smallest batch size, and fits at none" in shown_lines(method="dora")[0]
     lines = shown_lines(gpu="t4", attn_implementation="flash_attention_2")
-    assert len(lines) == 1
+    assert len(lines) == 2
+    assert lines[1].startswith("The smallest card that takes it: A10, as typed")
     assert "x T4: llama-3.1-8b, lora does not run: flash_attention_2 needs compute capability 8.0" in lines[0]
 
 
@@ -193,6 +210,10 @@ def test_the_largest_member_of_a_family() -> None:
     (pictures,) = family("qwen3-vl", gpu="l4", methods="lora")  # none has formulas: the largest are too large, the others unknown
     assert "no formula for" in str(pictures.error)
     assert pictures.verdict is None
+    (some,) = family("llama", gpu="rtx-4090", methods="lora")  # 8B fits, 13B does not, 11B has pictures and no formula
+    assert some.model == "llama-3-8b"
+    assert "llama-3.2-11b-vision: no formula for" in str(some.error)
+    assert fitting.member_cells([some])[0][1] == "at least llama-3-8b"
     for wrong in ({"gpu": "nosuch"}, {"gpu": "l4,t4"}, {"gpu": "l4", "dtype": "nosuch"}, {"gpu": "l4", "methods": ("nosuch",)}):
         with pytest.raises(InputError):
             family("qwen3", **wrong)
