@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peftplan.errors import RefusedError, UnknownNameError
@@ -34,8 +34,13 @@ def tool_of(document: Document, *, file: str) -> Tool:
     return matching[0] if matching else "other"
 
 
+def runs(program: str, names: Iterable[str]) -> bool:
+    """Whether a command line begins with one of the names, or contains one that is written with `~`."""
+    return any(name[1:] in program if name.startswith("~") else program.startswith(name) for name in names)
+
+
 def _matches(case: Mapping[str, Any], kind: str, program: str, keys: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Whether a case holds: its `kind` and `program`, `all` of its keys, `any` of others, `none` of the rest."""
+    """Whether a case holds: its `kind`, `program` and `not_program`, `all` of its keys, `any` of others, `none` of the rest."""
 
     def there(key: str) -> bool:
         name, _, value = key.partition("=")
@@ -45,7 +50,8 @@ def _matches(case: Mapping[str, Any], kind: str, program: str, keys: Mapping[str
 
     return (
         case.get("kind", "values") == kind
-        and any(program.startswith(name) for name in case.get("program", [""]))
+        and runs(program, case.get("program", [""]))
+        and not runs(program, case.get("not_program", ()))
         and all(map(there, case.get("all", ())))
         and (not case.get("any") or any(map(there, case["any"])))
         and not any(map(there, case.get("none", ())))

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 Tool = Literal[
     "axolotl", "llamafactory", "llamafactory-v1", "trl", "trl-script", "torchtune", "swift", "unsloth", "transformers",
-    "nemo-automodel", "peft", "accelerate", "deepspeed", "other",
+    "transformers-examples", "nemo-automodel", "peft", "accelerate", "deepspeed", "other",
 ]  # fmt: skip
 TOOLS: tuple[Tool, ...] = get_args(Tool)
 ExportTool = Literal["axolotl", "llamafactory", "trl", "trl-script", "torchtune", "ms-swift", "accelerate", "deepspeed"]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from peftplan.errors import nearest, quoted
+from peftplan.job.configs.detect import runs
 from peftplan.job.configs.documents import Document, FileError, Values, by_word, flat, read_json, word
 from peftplan.job.configs.facts import Facts, Known, Row, Rule
 from peftplan.job.configs.interpolation import resolved
@@ -227,7 +228,7 @@ class Reading:
     def holds(self, key: str, accepted: Any) -> bool:
         """Whether a key of the file, or the tool's default for it, has one of the values of a rule."""
         if key == "program":
-            return any(self.document.program.startswith(name) for name in accepted)
+            return runs(self.document.program, accepted)
         if accepted == "said":
             return self.values.get(key) is not None
         value = self._effective(key)

@@ -93,11 +93,12 @@ def _filled(text: str, variables: Mapping[str, str]) -> str:
 
 
 def _program(words: list[str]) -> tuple[str, list[str]] | None:
-    """The training program that a command runs, and its arguments."""
+    """The training program that a command runs, with its script, and its arguments."""
     first = words[0].rpartition("/")[2]
     for name, more in PROGRAMS:
         if first == name:
-            return " ".join([name, *words[1 : 1 + more]]), words[1 + more :]
+            script = next(([word] for word in words[1 + more :] if word.endswith(".py")), [])
+            return " ".join([name, *words[1 : 1 + more], *script]), words[1 + more :]
     return None
 
 

@@ -132,3 +132,19 @@ def test_a_launch_file_wins_over_processes_that_were_assumed(tmp_path: Path) -> 
     training.write_text("base_model: gpt2\nadapter: lora\nfsdp_version: 2\nfsdp_config:\n  reshard_after_forward: true\n")
     launch.write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 4\n")
     assert read_config([training, launch]).options["gpus"] == 4
+
+
+def test_example_scripts_of_transformers(tmp_path: Path) -> None:
+    """run_glue.py trains a sequence classifier by Trainer, with three labels for MNLI; it was read as TRL's SFTTrainer."""
+    path = tmp_path / "train.sh"
+    glue = "torchrun --nproc_per_node 4 examples/pytorch/text-classification/run_glue.py"
+    path.write_text(f"{glue} --model_name_or_path distilbert-base-uncased --task_name mnli --per_device_train_batch_size 64\n")
+    plan = peftplan.read_config(path)
+    assert (plan.tool, plan.unsupported, plan.options["gpus"]) == ("transformers-examples", {}, 4)
+    classified = peftplan.estimate(config=plan)
+    classifier = (768 * 768 + 768) + (3 * 768 + 3)  # pre_classifier and classifier of DistilBertForSequenceClassification
+    assert classified.trainable_parameters == 66_362_880 + classifier  # DistilBertModel, and 66,955,779 by transformers on meta
+    assert (plan.options["batch_size"], plan.options["seq_len"], plan.options["dtype"]) == (64, 128, "fp32")
+    path.write_text("python examples/pytorch/language-modeling/run_clm.py --model_name_or_path gpt2 --fp16 --block_size 512\n")
+    plan = peftplan.read_config(path)
+    assert (plan.tool, plan.options["seq_len"], plan.options["autocast"]) == ("transformers-examples", 512, "fp16")
