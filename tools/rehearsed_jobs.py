@@ -132,13 +132,13 @@ def compared(rows: list[dict[str, Any]], engines: Iterable[str]) -> Iterator[tup
             yield engine, row, drifts(row, engine)
 
 
-def page(results: list[tuple[str, dict[str, Any], dict[str, float] | None]]) -> str:
-    """The drift of each engine, then each job."""
+def page(results: list[tuple[str, dict[str, Any], dict[str, float] | None]], *, called: str = "") -> str:
+    """The drift of each engine, then each job. `called`: what the jobs have in common, if they are not drawn at random."""
     lines = [
-        "# Drift against rehearsals",
+        f"# Drift against rehearsals{': ' if called else ''}{called}",
         "",
-        "Random jobs on one card, each run as a program of transformers, TRL or torch alone on the emulated card "
-        "(`tools/rehearsed_jobs.py`). Drift is what an engine states ÷ what the rehearsal held − 1, in percent.",
+        f"{'Jobs' if called else 'Random jobs'} on one card, each run as a program of transformers, TRL or torch alone on the "
+        "emulated card (`tools/rehearsed_jobs.py`). Drift is what an engine states ÷ what the rehearsal held − 1, in percent.",
         "",
         "| engine | what | jobs | median absolute | lowest | highest |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -173,6 +173,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--compare", type=Path)
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--page", type=Path)
+    parser.add_argument("--called", default="")
     options = parser.parse_args(arguments)
     if options.output:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -184,7 +185,7 @@ def main(arguments: list[str]) -> None:
         for engine, row, drift in results:
             print(json.dumps({"engine": engine, "job": row["job"], "drift": drift}))
         if options.page:
-            options.page.write_text(page(results), encoding="utf-8")
+            options.page.write_text(page(results, called=options.called), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,20 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = 256
 FLAGS = argparse.BooleanOptionalAction
+OTHER_TRAINERS = ("trl-dpo", "trl-kto", "trl-reward", "trl-orpo", "trl-cpo", "trl-grpo", "trl-rloo", "trl-gkd")
 
 
 def options() -> argparse.Namespace:
@@ -32,7 +41,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--use-rslora", action=FLAGS, default=False)
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--autocast", choices=("none", "bf16", "fp16"))
-    parser.add_argument("--trainer", default="transformers", choices=("transformers", "trl", "plain"))
+    parser.add_argument("--trainer", default="transformers", choices=("transformers", "trl", "plain", *OTHER_TRAINERS))
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
@@ -40,6 +49,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--use-reentrant", action=FLAGS)
     parser.add_argument("--optim")
     parser.add_argument("--attn-implementation")
+    parser.add_argument("--max-completion-length", type=int)
+    parser.add_argument("--precompute-ref-log-probs", action=FLAGS, default=False)
+    parser.add_argument("--beta", type=float)
+    parser.add_argument("--loss-type")
+    parser.add_argument("--num-generations", type=int)
+    parser.add_argument("--steps-per-generation", type=int)
+    parser.add_argument("--padding", action=FLAGS, default=False)
     parser.add_argument("--strategy", choices=("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3"))
     parser.add_argument("--offload-params", choices=("none", "cpu"), default="none")
     parser.add_argument("--offload-optimizer", choices=("none", "cpu"), default="none")
@@ -54,7 +70,7 @@ def checkpoints(job: argparse.Namespace) -> bool:
     return job.trainer != "plain" if job.gradient_checkpointing is None else job.gradient_checkpointing
 
 
-def load(job: argparse.Namespace) -> Any:
+def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any:
     """The model, as it is passed to a trainer."""
     quantization = None
     if job.method == "qlora":
@@ -65,7 +81,9 @@ def load(job: argparse.Namespace) -> Any:
             bnb_4bit_compute_dtype=DTYPES[job.dtype],
         )
     attention = {"attn_implementation": job.attn_implementation} if job.attn_implementation else {}
-    return AutoModelForCausalLM.from_pretrained(job.model, dtype=DTYPES[job.dtype], quantization_config=quantization, **attention)
+    if auto_class is AutoModelForSequenceClassification:
+        attention["num_labels"] = 1
+    return auto_class.from_pretrained(job.model, dtype=DTYPES[job.dtype], quantization_config=quantization, **attention)
 
 
 def adapter(job: argparse.Namespace) -> LoraConfig | None:
@@ -73,9 +91,8 @@ def adapter(job: argparse.Namespace) -> LoraConfig | None:
     if job.method == "full":
         return None
     modules = job.target_modules if job.target_modules == "all-linear" else job.target_modules.split(",")
-    return LoraConfig(
-        r=job.r, target_modules=modules, use_dora=job.use_dora, use_rslora=job.use_rslora, task_type=TaskType.CAUSAL_LM
-    )
+    task = TaskType.SEQ_CLS if job.trainer == "trl-reward" else TaskType.CAUSAL_LM
+    return LoraConfig(r=job.r, target_modules=modules, use_dora=job.use_dora, use_rslora=job.use_rslora, task_type=task)
 
 
 def sharding(job: argparse.Namespace, model: Any) -> dict[str, Any]:
@@ -144,6 +161,64 @@ def with_trl(job: argparse.Namespace) -> None:
     ).train()
 
 
+def with_preferences(job: argparse.Namespace) -> None:
+    """TRL's trainers of pairs, of single completions with a label, and of completions that the model writes itself."""
+    import trl
+    from trl.experimental import cpo, gkd, orpo
+
+    homes = {"orpo": orpo, "cpo": cpo, "gkd": gkd}
+    name = job.trainer.removeprefix("trl-")
+    home, called = homes.get(name, trl), "Reward" if name == "reward" else name.upper()
+    stated = {
+        "beta": job.beta,
+        "loss_type": job.loss_type,
+        "precompute_ref_log_probs": job.precompute_ref_log_probs or None,
+        "num_generations": job.num_generations,
+        "steps_per_generation": job.steps_per_generation,
+        "max_completion_length": job.max_completion_length if name in ("grpo", "rloo") else None,
+        "max_length": None if name in ("grpo", "rloo") else job.seq_len,
+    }
+    model = load(job, AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM)
+    fields = {key: value for key, value in stated.items() if value is not None}
+    config = getattr(home, f"{called}Config")(**fields, **arguments(job, model))
+    rewards = (
+        {"reward_funcs": lambda completions, **_: [float(len(text)) for text in completions]} if name in ("grpo", "rloo") else {}
+    )
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    getattr(home, f"{called}Trainer")(
+        model=model,
+        args=config,
+        train_dataset=texts(job, name, tokenizer),
+        processing_class=tokenizer,
+        peft_config=adapter(job),
+        **rewards,
+    ).train()
+
+
+def texts(job: argparse.Namespace, name: str, tokenizer: Any) -> Dataset:
+    """Rows of text, of which the tokenizer makes as many tokens as the job says, the one at the end included.
+
+    With padding the completions of a batch differ in length.
+    """
+
+    def text(word: str, tokens: int) -> str:
+        every = len(word * ROWS) // len(tokenizer(word * ROWS, add_special_tokens=False)["input_ids"])
+        return (word * tokens)[: every * tokens]
+
+    completion = job.max_completion_length or job.seq_len - 1
+    prompt = text("ask ", job.seq_len - completion)
+    others = completion // 2 if job.padding else completion
+    if name in ("grpo", "rloo"):
+        return Dataset.from_dict({"prompt": [prompt] * ROWS})
+    if name == "kto":
+        answers = [text("good", completion - 1), text("poor", others - 1)] * (ROWS // 2)
+        return Dataset.from_dict({"prompt": [prompt] * ROWS, "completion": answers, "label": [True, False] * (ROWS // 2)})
+    pair = {"chosen": [text("good", completion - 1)] * ROWS, "rejected": [text("poor", others - 1)] * ROWS}
+    return Dataset.from_dict({"prompt": [prompt] * ROWS, **pair})
+
+
 def with_trainer(job: argparse.Namespace) -> None:
     """transformers' Trainer. Its arguments come first: under ZeRO-3 they decide how the model is loaded."""
     config = AutoConfig.from_pretrained(job.model)
@@ -186,4 +261,5 @@ def with_loop(job: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     settings = options()
-    {"trl": with_trl, "transformers": with_trainer, "plain": with_loop}[settings.trainer](settings)
+    programs = {"trl": with_trl, "transformers": with_trainer, "plain": with_loop}
+    programs.get(settings.trainer, with_preferences)(settings)

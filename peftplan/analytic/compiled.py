@@ -52,6 +52,8 @@ class Compiled(NamedTuple):
     loading_bytes: int
     virtual_tokens: int
     loss: LossSizes
+    rows: int = 1
+    """Sequences of a forward for each example of the batch size."""
     early: tuple[Line, ...] = ()
     """Optimizer states that the constructor allocates before the first step."""
     built: tuple[Line, ...] = ()
@@ -67,11 +69,11 @@ class Compiled(NamedTuple):
 
     def facts(self, batch_size: Any, seq_len: Any) -> tuple[Any, ...]:
         """`shape_facts` of this job at these sizes, numbers or arrays."""
-        return shape_facts(batch_size, seq_len + self.virtual_tokens, self.architecture, self.loss)
+        return shape_facts(batch_size * self.rows, seq_len + self.virtual_tokens, self.architecture, self.loss)
 
-    def sizes(self, batch_size: object, seq_len: object) -> dict[str, object]:
+    def sizes(self, batch_size: Any, seq_len: Any) -> dict[str, object]:
         """Name → size for a batch size and a sequence length, numbers or arrays."""
-        return sizes(batch_size, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
+        return sizes(batch_size * self.rows, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
 
     def assumed(self, named: Mapping[str, Any]) -> dict[str, int]:
         """Facts that a result states besides the setup: pinned host bytes of what is offloaded until backward."""
@@ -135,7 +137,7 @@ def compiled(inventory: Inventory, *, compute_capability: str) -> Compiled:
     job, setup = inventory.job, inventory.job.setup
     virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
     loss = _loss_sizes(job)
-    facts = shape_facts(setup.batch_size, setup.seq_len + virtual_tokens, job.architecture, loss)
+    facts = shape_facts(setup.rows, setup.seq_len + virtual_tokens, job.architecture, loss)
     described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
     key = (
         id(job.architecture),
@@ -173,7 +175,11 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         adapter=adapter_of(job.method and job.method.peft_type),
     )
     program = _program(job)._replace(left_alone=trained_again)
-    steady_step(model, program if job.distributed is None else ranks.divided(inventory, model, program))
+    steady_step(
+        model,
+        program if job.distributed is None else ranks.divided(inventory, model, program),
+        reference=_reference(job, model),
+    )
     of_step = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
     lasting = tuple(line for line in static if line.category != "gradients" and line.place == "device")
     optimizer = parse_optim(str(setup.optim))
@@ -202,6 +208,10 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         adapters_pass_in=_passed_in(job),
         moved=job.quant is None and not setup.by.loads_on_device,
     )
+    if job.reference == "copy":
+        from peftplan.memory.reference_load import load_both
+
+        load = partial(load_both, load=load, reference=parameters)
     if model.units.every_layer:
         load = ranks.loaded_on_rank(inventory, buffers, load)
         passing = ranks.passing_on_rank(load, Ledger(loaded))
@@ -225,6 +235,7 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         workspaces=workspaces,
         virtual_tokens=model.virtual_tokens,
         loss=_loss_sizes(job),
+        rows=setup.by.rows,
         on_host=tuple(model.on_host),
         programs={},
     )
@@ -252,7 +263,28 @@ def _program(job: Job) -> Program:
         parse_optim(str(setup.optim)),
         accumulation=setup.gradient_accumulation_steps,
         keep_gradients=setup.keep_gradients,
+        forwards=setup.forwards,
         frees_outputs=job.script.outputs_end_with_backward,
+    )
+
+
+def _reference(job: Job, policy: Model) -> Model | None:
+    """The reference model on the policy's tape: a second one, or the policy whose adapter is switched off. No layer of it is
+    checkpointed (trl `disable_gradient_checkpointing`)."""
+    if job.reference == "none":
+        return None
+    base = (p for p in policy.parameters.all if p.owner == "base")
+    if job.reference == "adapter_off":
+        base = (p._replace(trainable=False) for p in base)
+    outputs = policy.running.token_outputs if job.reference == "adapter_off" else ()  # trl `add_fused_lm_head(self.ref_model)`
+    return Model(
+        policy.tape,
+        policy.arch,
+        policy.parameters._replace(all=tuple(base)),
+        policy.adaptation,
+        policy.running._replace(peft_type=None, config=None, checkpointing=False, hosted=False, token_outputs=outputs),
+        policy.quant,
+        stacks=policy.stacks,
     )
 
 
@@ -297,6 +329,7 @@ def _loss_sizes(job: Job) -> LossSizes:
         virtual_tokens=getattr(job.config, "num_virtual_tokens", None) or 0,
         prompted=before_embeddings,
         kept=job.setup.logits_to_keep,
+        completion=job.setup.max_completion_length,
     )
 
 
@@ -319,14 +352,15 @@ def _running(job: Job, compute_capability: str) -> Running:
         peft_type=None if job.method is None else job.method.peft_type,
         config=job.config,
         seq_len=setup.seq_len,
-        batch_size=setup.batch_size,
+        batch_size=setup.rows,
         dtype=setup.dtype,
         loss=setup.loss,
-        loss_facts=loss.facts(setup.batch_size, loss.length(setup.seq_len + loss.virtual_tokens)),
+        loss_facts=loss.facts(setup.rows, loss.length(setup.seq_len + loss.virtual_tokens)),
         logits_to_keep=setup.logits_to_keep,
         reentrant=setup.use_reentrant,
         every_n_layers=setup.every_n_layers or 1,
         hosted=bool(setup.offload_checkpoints),
+        token_outputs=setup.by.token_outputs,
     )
 
 

@@ -45,6 +45,8 @@ def without_formula(job: Job) -> str | None:
     """Why a job over several GPUs has no peak formula, as a suffix for a message; None if it has one."""
     distributed = job.distributed
     assert distributed is not None
+    if job.setup.by.of_preferences:
+        return f" and {job.setup.by.called}"
     if distributed.strategy == "ddp":
         views = bool(distributed.gradient_as_bucket_view or distributed.static_graph or distributed.find_unused_parameters)
         return " and gradient_as_bucket_view, static_graph or find_unused_parameters" if views else None

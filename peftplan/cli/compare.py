@@ -26,6 +26,7 @@ METHOD = {name: text for name, text in options.METHOD.items() if name != "--meth
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
+@options.group("Preferences and RL", options.PREFERENCES)
 @options.group("Several GPUs", options.GPUS)
 @options.torch_option
 @options.transformers_option

@@ -49,6 +49,7 @@ unknown        there is no peak, or only a lower bound that is not too large
 )
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
+@options.group("Preferences and RL", options.PREFERENCES)
 @options.group("Several GPUs", options.GPUS)
 @options.torch_option
 @options.transformers_option

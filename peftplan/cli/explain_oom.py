@@ -15,6 +15,7 @@ from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
+@options.group("Preferences and RL", options.PREFERENCES)
 @options.format_option
 def command(source: str, model: str | None, fmt: str, **fields: object) -> int:
     """Why a program ran out of memory, and what to try next.

@@ -23,6 +23,7 @@ from peftplan.job.configs.plan import ExportTool
 @option("--tool", default=None, rare=True, metavar="NAME", heading="Model", help="the tool of --config")
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
+@options.group("Preferences and RL", options.PREFERENCES)
 @options.group("Several GPUs", options.GPUS)
 @options.torch_option
 @options.transformers_option

@@ -41,6 +41,7 @@ SIZES: dict[str, Size] = {"batch-size": "batch_size", "seq-len": "seq_len", "r":
 @options.group("Model", options.MODEL)
 @options.group("Precision and storage", options.STORAGE)
 @options.group("Training", options.TRAINING)
+@options.group("Preferences and RL", options.PREFERENCES)
 @options.group("Several GPUs", options.GPUS)
 @options.torch_option
 @options.transformers_option

@@ -74,6 +74,12 @@ TRAINING: dict[str, str] = {
     "--keep-outputs/--drop-outputs": "keep the model's outputs alive through backward and step",
     "--keep-gradients/--drop-gradients": "keep gradients allocated between steps (zero_grad(set_to_none=False))",
 }
+PREFERENCES: dict[str, str] = {
+    "--max-completion-length": "tokens of a completion, which are scored; default: all but the first",
+    "--precompute-ref-log-probs/--no-precompute-ref-log-probs": "score with the reference model before training",
+    "--beta": "weight of the reference model",
+    "--loss-type": "the trainer's loss",
+}
 GPUS: dict[str, str] = {
     "--gpus": "GPUs of a node, one process each (--gpu NxCARD)",
     "--nodes": "nodes with as many GPUs each; default: 1",
@@ -173,6 +179,9 @@ METAVARS: dict[str, str] = {
     "--attn-implementation": "[sdpa|eager|flash_attention_2]",
     "--loss": _choices(Loss),
     "--optim-args": "KEY=VALUE,…",
+    "--max-completion-length": "INT",
+    "--beta": "FLOAT",
+    "--loss-type": "NAME",
 }
 """What an option is given, as `--help` shows it; completion offers the choices."""
 INT_LISTS = ("layers_to_transform",)

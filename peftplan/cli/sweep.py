@@ -36,6 +36,7 @@ COUNTED = ("--r", "--batch-size", "--seq-len")
 @options.group("Model", options.MODEL, several=True)
 @options.group("Precision and storage", options.STORAGE, several=True)
 @options.group("Training", options.TRAINING, several=True)
+@options.group("Preferences and RL", options.PREFERENCES, several=True)
 @options.group("Several GPUs", options.GPUS, several=True)
 @options.torch_option
 @options.transformers_option

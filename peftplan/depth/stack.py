@@ -24,6 +24,8 @@ class Runner(Protocol):
     stacks: list[Stack]
     on_host: list[tuple[Dims, str, int]]
     micro_batch: int
+    pass_name: str
+    """Tells the forwards of a step apart, each of which has its own stacks."""
 
     @property
     def hosted(self) -> bool:
@@ -113,6 +115,7 @@ def run_stack(
         kinds = tuple(range(len(kinds)))
     flags = model.reached(name, len(kinds)) if checkpointed else (False,) * len(kinds)
     name = f"{name}/{model.micro_batch}" if model.micro_batch else name
+    name += model.pass_name
     mixed = len(set(flags)) > 1
     if mixed and outputs is not None:  # how long they live is the next layer's matter too: each is run
         kinds = tuple(range(len(kinds)))

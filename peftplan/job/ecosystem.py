@@ -28,7 +28,7 @@ TRAINING_FIELDS = {
     "use_cache": "use_cache",
     "save_total_limit": "save_total_limit",
 }
-"""Fields of transformers' TrainingArguments and TRL's SFTConfig → ours. `activation_checkpointing` is 5.24's name."""
+"""Fields of transformers' TrainingArguments and of TRL's configs → ours. `activation_checkpointing` is 5.24's name."""
 
 
 NOT_COUNTED = ("torch_compile", "label_smoothing_factor", "neftune_noise_alpha")
@@ -132,6 +132,9 @@ def training_options(args: object) -> dict[str, object]:
         ours: _plain(getattr(args, name)) for name, ours in TRAINING_FIELDS.items() if getattr(args, name, None) is not None
     }
     options["trainer"] = _trainer(args)
+    for name in sorted(TRAINERS[options["trainer"]].options):
+        if (value := getattr(args, name, None)) is not None:
+            options[name] = ",".join(value) if isinstance(value, list) else value  # DPO's losses may be several
     options |= _loading(args)
     _refuse_padding_free(args)
     options |= _checkpointing(args, on=bool(options.get("gradient_checkpointing")))
@@ -216,7 +219,9 @@ def _trainer(args: object) -> TrainerName:
         if trainer.arguments in names:
             return trainer.name
     if any(trainer.package in packages for trainer in TRAINERS.values()):
-        raise InputError("training_args", type(args).__name__, "accepted: a transformers TrainingArguments or a TRL SFTConfig")
+        configs = ", ".join(trainer.arguments for trainer in TRAINERS.values() if trainer.arguments)
+        accepted = f"accepted: a transformers TrainingArguments, or one of TRL's {configs}"
+        raise InputError("training_args", type(args).__name__, accepted)
     return DEFAULT
 
 

@@ -62,8 +62,17 @@ def inventory(job: Job) -> Inventory:
         + Ledger(() if own is None else own.beside)
         + _optimizer(states_of, optimizer, setup)
         + parameters.sensitivity_lines(on_rank)
+        + (reference_lines(on_rank) if job.reference == "copy" else Ledger(()))
     )
     return Inventory(job, built, static, own)
+
+
+def reference_lines(built: Parameters) -> Ledger:
+    """The weights and buffers of a reference model that is a second model, in the dtypes of the policy (trl
+    `DPOTrainer.__init__`: `ref_model_init_kwargs`)."""
+    lines = (*parameters.weight_lines(built), *parameters.buffer_lines(built))
+    source = "trl: a second model, loaded as the policy is"
+    return Ledger(tuple(line._replace(name=f"reference model: {line.name}", source=source) for line in lines))
 
 
 def adapter_dtypes(setup: Setup) -> tuple[str, str | None]:

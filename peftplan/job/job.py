@@ -9,6 +9,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.job.request import Request
 from peftplan.job.script import Script
 from peftplan.job.setup import Setup
+from peftplan.job.trainers import Reference
 from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.storage import QuantConfig
 
@@ -47,6 +48,13 @@ class Job(NamedTuple):
     def script(self) -> Script:
         """Facts about the program around the step."""
         return self.request.script
+
+    @property
+    def reference(self) -> Reference:
+        """Where the reference model of a preference or RL trainer comes from (trl `DPOTrainer.__init__`)."""
+        if not any(forward.of == "reference" for forward in self.setup.forwards):
+            return "none"
+        return "copy" if self.method is not None and self.method.name in ("full", "partial") else "adapter_off"
 
     @property
     def method_name(self) -> str:

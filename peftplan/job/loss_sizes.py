@@ -55,7 +55,7 @@ class LossSizes(NamedTuple):
     """The inputs of a loss's sizes besides the batch.
 
     `prompted`: virtual tokens precede each row and have no labels. `kept`: how many of a row's last tokens have logits; None for
-    all.
+    all. `completion`: how many of a row's tokens are scored, the last ones; None for all that have a label.
     """
 
     loss: str
@@ -64,6 +64,7 @@ class LossSizes(NamedTuple):
     virtual_tokens: int
     prompted: bool
     kept: int | None = None
+    completion: int | None = None
 
     def length(self, seq_len: Any) -> Any:
         """Hidden states per row that reach the loss. `seq_len` includes virtual tokens."""
@@ -109,7 +110,8 @@ class LossSizes(NamedTuple):
 
     def _scored(self, b: Any, length: Any) -> Any:
         """Scored labels: all but the first of each row, which counts too if virtual tokens precede it."""
-        return b * (length - max(self.virtual_tokens * self.prompted, 1))
+        labels = length - max(self.virtual_tokens * self.prompted, 1)
+        return b * (labels if self.completion is None else _least(labels, self.completion))
 
 
 def _least(a: Any, b: Any) -> Any:

@@ -41,6 +41,10 @@ class SetupOptions(TypedDict, total=False):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None
     loss: Loss
     logits_to_keep: int | None
+    max_completion_length: int | None
+    precompute_ref_log_probs: bool | None
+    beta: float | None
+    loss_type: str | None
     padding: bool
     keep_outputs: bool | None
     keep_gradients: bool

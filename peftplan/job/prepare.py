@@ -18,6 +18,7 @@ from peftplan.job.request import Request, read_request
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolved
 from peftplan.job.tasks import as_told, check_task
+from peftplan.job.trainers import DEFAULT, TRAINERS
 from peftplan.job.words import MEANINGS, named_as_typed
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.methods.endless import refuse_endless
@@ -80,7 +81,7 @@ def prepared(request: Request) -> Job:
     model_config = architectures.load_config(model)
     set_here = {k: v for k, v in setup_options.items() if v is not None}
     set_here = _stored(model_config, set_here) | set_here
-    setup = parse_setup({**_task_of(adapter), **_method_setup(kind, set_here), **set_here})
+    setup = parse_setup({**_task_of(adapter), **_method_setup(kind, set_here), **_trainer_setup(set_here), **set_here})
     architecture = architectures.load(
         model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
     )
@@ -245,6 +246,14 @@ def _method_setup(method: methods.Method | None, setup_options: Mapping[str, obj
         )
     four_bit = {"double_quant": True, "compute_dtype": "bf16"} if quant in ("nf4", "fp4") else {}
     return {"quant": quant, **four_bit}
+
+
+def _trainer_setup(setup_options: Mapping[str, object]) -> dict[str, object]:
+    """The task and the scores of a trainer's head, where it has one of its own."""
+    trainer = TRAINERS.get(setup_options.get("trainer", DEFAULT))  # type: ignore[call-overload]
+    if trainer is None or trainer.num_labels is None:
+        return {}
+    return {"task_type": trainer.task, "num_labels": trainer.num_labels}
 
 
 def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:

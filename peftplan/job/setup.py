@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError
-from peftplan.job.trainers import DEFAULT, TRAINERS, Autocast, Loss, Trainer, TrainerName
+from peftplan.job.trainers import DEFAULT, TRAINERS, Autocast, Forward, Loss, Trainer, TrainerName
 from peftplan.validation import first_error, listed
 
 Engine = Literal["analytic", "trace"]
@@ -68,16 +68,36 @@ class Setup(BaseModel):
     kbit_prepare: bool | None = None
     use_cache: bool | None = None
     trust_remote_code: bool = False
+    max_completion_length: Count | None = None
+    precompute_ref_log_probs: bool | None = None
+    beta: Annotated[float | None, Field(ge=0)] = None
+    loss_type: str | None = None
 
     @property
     def by(self) -> Trainer:
         """What the trainer does."""
         return TRAINERS[self.trainer]
 
+    @property
+    def forwards(self) -> tuple[Forward, ...]:
+        """The forwards of a step: those of the trainer that the options leave."""
+        without = "reference" if self.precompute_ref_log_probs else None
+        extra_rows = self.loss_type not in self.by.without_extra_rows
+        return tuple(f for f in self.by.forwards if f.of != without and (extra_rows or not f.batch))
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a forward: two for each example where it is a pair."""
+        return self.batch_size * self.by.rows
+
 
 LOSSES_OF_SLICES = ("full", "liger")
 """Losses that accept `logits_to_keep`. TRL 1.16 (`add_fused_lm_head`) uses the hidden states of all tokens, for which there are
 then too few labels; Unsloth 2026.10.9 (`CausalLM_fast_forward`) computes logits and skips its fused loss."""
+
+
+OF_PREFERENCES = frozenset().union(*(trainer.options for trainer in TRAINERS.values()))
+"""Options that only trainers of preferences and RL have."""
 
 
 def parse_setup(options: Mapping[str, object]) -> Setup:
@@ -168,3 +188,7 @@ def _check_trainer(setup: Setup) -> None:
         )
     if by.drops_outputs and setup.keep_outputs:
         raise RefusedError(f"keep_outputs: {setup.trainer} drops the outputs in compute_loss")
+    for name in sorted(OF_PREFERENCES - by.options):
+        if getattr(setup, name) not in (None, False):
+            having = ", ".join(trainer.name for trainer in TRAINERS.values() if name in trainer.options)
+            raise InputError(name, getattr(setup, name), f"{by.called} has no such option; accepted: trainer {having}")

@@ -20,6 +20,8 @@ from peftplan.optim import parse_optim
 BARE = "FEATURE_EXTRACTION"
 CAUSAL = "CAUSAL_LM"
 PICTURES = "IMAGE_CLS"
+CALLED = {CAUSAL: "causal language models", "SEQ_CLS": "classes that score a sequence"}
+"""Tasks of trainers, in words."""
 OF_TOKENS = ("seq_len", "padding", "use_cache")
 """Options that a vision model ignores, since its tokens are patches."""
 
@@ -42,15 +44,17 @@ def check_task(model: object, architecture: Architecture, setup: Setup) -> None:
     """Raise RefusedError for a trainer or a loss that only causal language models have, InputError for an option that only
     their forwards take. `setup` is resolved."""
     task, model_class = architecture.task_type, architecture.model_class
+    if setup.by.task not in (None, task):
+        others = ", ".join(name for name, trainer in TRAINERS.items() if trainer.task in (None, task))
+        raise RefusedError(
+            f"trainer: {setup.by.called} trains {CALLED[str(setup.by.task)]}, not {model_class}; accepted: {others}"
+        )
     if setup.logits_to_keep is not None and (task != CAUSAL or architecture.model_type in ALWAYS_ALL_LOGITS):
         raise InputError("logits_to_keep", setup.logits_to_keep, f"the forward of {model_class} has no such argument")
     if task == CAUSAL:
         if setup.loss == "liger":
             check_liger(architecture.model_type)
         return
-    if setup.by.only_causal:
-        others = ", ".join(name for name, trainer in TRAINERS.items() if not trainer.only_causal)
-        raise RefusedError(f"trainer: {setup.by.called} trains causal language models, not {model_class}; accepted: {others}")
     if setup.loss != "full":
         raise RefusedError(
             f"loss: {setup.loss} replaces the loss of causal language models, not of {model_class}; accepted: full"
@@ -90,7 +94,10 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
     if positions is not None and setup.seq_len > positions and "seq_len" in setup.model_fields_set:
         yield f"seq_len {setup.seq_len:,} is beyond the config's max_position_embeddings, {positions:,}; all tokens are counted"
     if setup.by.loads_in_fp32 and "dtype" not in setup.model_fields_set:
-        yield "SFTTrainer loads a model given by name in fp32 unless model_init_kwargs sets a dtype (--dtype fp32)"
+        trainer = setup.by.called.partition(" of ")[0]
+        yield f"{trainer} loads a model given by name in fp32 unless model_init_kwargs sets a dtype (--dtype fp32)"
+    if "max_completion_length" in setup.by.options and setup.max_completion_length is None:
+        yield "max_completion_length is not set: every token of a row but the first is counted as one of the completion"
     scores = architecture.task_type == "SEQ_CLS" and any(module.name == "score" for module in architecture.modules)
     if scores and setup.batch_size > 1 and not _has_pad_token(sources.load_config(model)):
         yield (

@@ -6,7 +6,9 @@ from typing import Literal, NamedTuple
 
 from peftplan.versions import named
 
-TrainerName = Literal["plain", "transformers", "trl", "qlora-paper"]
+TrainerName = Literal["plain", "transformers", "trl", "qlora-paper", "trl-dpo", "trl-kto", "trl-reward"]
+Reference = Literal["none", "adapter_off", "copy"]
+"""Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
 Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth"]
 Autocast = Literal["none", "bf16", "fp16"]
 
@@ -22,6 +24,20 @@ class Defaults(NamedTuple):
     use_cache: bool | None = False
     """None: as the model's config says."""
     kbit_prepare: bool = True
+
+
+class Forward(NamedTuple):
+    """A forward of a step: of the policy, which trains, or of the reference model, which does not."""
+
+    of: Literal["policy", "reference"]
+    trains: bool = False
+    """Whether its graph is kept for backward; else it runs under `no_grad`, and leaves a sum for each row."""
+    batch: str = ""
+    """The prefix of the batch's tensors that it reads. What a forward of such rows gives is dropped but for a sum of each row."""
+
+
+LOSS = (Forward("policy", trains=True),)
+"""A step that runs the model once, with its loss."""
 
 
 class Trainer(NamedTuple):
@@ -56,12 +72,31 @@ class Trainer(NamedTuple):
     """The losses that it can compute; None: any."""
     sums_tokens: bool = False
     """Whether it makes the chunked loss itself, from the log-probabilities of the tokens that the forward returns."""
-    only_causal: bool = False
-    """Whether it trains causal language models only."""
+    rows: int = 1
+    """Rows of the batch for each example of `batch_size`: 2 where it is a pair of completions."""
+    forwards: tuple[Forward, ...] = LOSS
+    """The forwards of a step, in order; what those before it gave is alive while one runs."""
+    token_outputs: tuple[str, ...] = ("entropy", "is_top1")
+    """What the chunked head gives for each token besides its log-probability (`add_fused_lm_head`)."""
+    sums_rows: bool = False
+    """Whether its loss is made of the log-probabilities of whole rows, summed from those of their tokens."""
+    without_extra_rows: tuple[str, ...] = ()
+    """Values of `loss_type` that leave out the forwards of extra rows (`Forward.batch`)."""
+    task: str | None = None
+    """The task of the models that it trains, where it is one."""
+    num_labels: int | None = None
+    """Scores of its head."""
+    options: frozenset[str] = frozenset()
+    """The options of preference and RL trainers that it has."""
     package: str | None = None
     """The package whose other trainers are not counted."""
     arguments: str | None = None
     """The class of its arguments, where it has one of its own."""
+
+    @property
+    def of_preferences(self) -> bool:
+        """Whether it trains on preferences or rewards: a step is more than a forward with its loss."""
+        return bool(self.options) or self.rows > 1
 
     def adapter_on_host(self, *, quantized: bool) -> bool:
         """Whether buffers that peft makes on the host stay there."""
@@ -72,26 +107,61 @@ class Trainer(NamedTuple):
         return quant in self.casts
 
 
+# trl `SFTTrainer.__init__` asks for `is_loaded_in_4bit` and `is_loaded_in_8bit` before it casts, projects in chunks
+# whatever `loss_type` says, and refuses Liger's fused loss (it keeps Liger's layer kernels). Unsloth replaces its
+# `compute_loss` by Trainer's.
+TRL = Trainer(
+    "trl",
+    f"SFTTrainer of {named('trl')}",
+    Defaults(loss="trl-chunked", kbit_prepare=False),
+    always_masks=True,
+    loads_in_fp32=True,
+    turns_cache_off=True,
+    casts=("nf4", "fp4", "int8"),
+    losses=("trl-chunked", "unsloth"),
+    sums_tokens=True,
+    task="CAUSAL_LM",
+    package="trl",
+    arguments="SFTConfig",
+)
+OF_PREFERENCES = TRL._replace(
+    losses=("trl-chunked",),
+    sums_rows=True,
+    token_outputs=("entropy", "mean_logits", "is_top1"),
+    options=frozenset({"max_completion_length", "precompute_ref_log_probs", "beta", "loss_type"}),
+)
+
 TRAINERS: dict[TrainerName, Trainer] = {
     trainer.name: trainer
     for trainer in (
         Trainer("transformers", "Trainer"),
-        # trl `SFTTrainer.__init__` asks for `is_loaded_in_4bit` and `is_loaded_in_8bit` before it casts, projects in chunks
-        # whatever `loss_type` says, and refuses Liger's fused loss (it keeps Liger's layer kernels). Unsloth replaces its
-        # `compute_loss` by Trainer's.
-        Trainer(
-            "trl",
-            f"SFTTrainer of {named('trl')}",
-            Defaults(loss="trl-chunked", kbit_prepare=False),
-            always_masks=True,
-            loads_in_fp32=True,
-            turns_cache_off=True,
-            casts=("nf4", "fp4", "int8"),
-            losses=("trl-chunked", "unsloth"),
-            sums_tokens=True,
-            only_causal=True,
-            package="trl",
-            arguments="SFTConfig",
+        TRL,
+        # Chosen and rejected completion of a prompt are rows of one batch (`DataCollatorForPreference`).
+        OF_PREFERENCES._replace(
+            name="trl-dpo",
+            called=f"DPOTrainer of {named('trl')}",
+            rows=2,
+            forwards=(*LOSS, Forward("reference")),
+            arguments="DPOConfig",
+        ),
+        # Completions of other prompts are scored too, by both models (`_compute_kl_logps`).
+        OF_PREFERENCES._replace(
+            name="trl-kto",
+            called=f"KTOTrainer of {named('trl')}",
+            forwards=(Forward("policy", batch="KL_"), *LOSS, Forward("reference", batch="KL_"), Forward("reference")),
+            without_extra_rows=("apo_zero_unpaired",),
+            arguments="KTOConfig",
+        ),
+        TRL._replace(
+            name="trl-reward",
+            called=f"RewardTrainer of {named('trl')}",
+            defaults=TRL.defaults._replace(loss="full"),
+            losses=("full",),
+            sums_tokens=False,
+            rows=2,
+            task="SEQ_CLS",
+            num_labels=1,
+            arguments="RewardConfig",
         ),
         Trainer(
             "plain",
@@ -107,6 +177,9 @@ TRAINERS: dict[TrainerName, Trainer] = {
         Trainer("qlora-paper", "Trainer as the QLoRA paper ran it (arXiv 2305.14314)", Defaults(optim="paged_adamw_32bit")),
     )
 }
+
+ONE_FORWARD = tuple(trainer.name for trainer in TRAINERS.values() if not trainer.of_preferences)
+"""Trainers whose step is a forward with its loss."""
 
 DEFAULT: TrainerName = "transformers"
 """The trainer if none is set."""

@@ -35,10 +35,30 @@ def trl_chunked(model: Model, x: Tensor) -> tuple[Tensor, ...]:
     targets = _rows(f, Tensor(None, LABELS, "int64"), mask)
     per_label = _log_probs(model, chosen, head.own_weight, head.bias, targets)
     del chosen, targets
-    log_probs, entropy, is_top1 = (_scattered(f, part, mask) for part in per_label)
+    log_probs, *others = (_scattered(f, part, mask) for part in per_label)
     del per_label
     loss = _mean(f, ops.scale(f, _sum(f, log_probs), "neg"), mask)
-    return loss, log_probs, entropy, is_top1, mask
+    return loss, log_probs, *others, mask
+
+
+def sum_of_rows(f: Tape, log_probs: Tensor) -> Tensor:
+    """`log_probs[:, -seq_len:].sum(dim=1)`: the log-probability of each row's completion."""
+    sliced_ = Tensor(log_probs.storage, log_probs.dims, log_probs.dtype, f.record(_zero_padded_backward, (log_probs,)))
+    return f.new(("b",), log_probs.dtype, "sum", f.record(_sum_backward, (sliced_,), log_probs.dims))
+
+
+def _zero_padded_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "slice_backward")
+
+
+def loss_of_rows(f: Tape, sums: Sequence[Tensor]) -> Tensor:
+    """The mean over rows of what a preference loss makes of their log-probabilities."""
+    trained = next(x for x in sums if x.node is not None)
+    return f.new((), "fp32", "mean", f.record(_loss_of_rows_backward, (trained,), trained.dims))
+
+
+def _loss_of_rows_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "cat")
 
 
 def loss_of_trl(f: Tape, log_probs: Tensor, entropy: Tensor, is_top1: Tensor, mask: Tensor) -> Tensor:
@@ -124,10 +144,8 @@ LogProbs: TypeAlias = tuple[Tensor, Operand, Operand | None, Tensor, Tensor, Ten
 """What `_log_probs` saves: hidden states, weight, bias, targets, log Z, entropy, the rows of each chunk, the products' dtype."""
 
 
-def _log_probs(
-    model: Model, hidden: Tensor, weight: Operand, bias: Operand | None, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`ChunkedLogProbFunction` with entropy and `is_top1`: log-probability of each label, from tiles of logits."""
+def _log_probs(model: Model, hidden: Tensor, weight: Operand, bias: Operand | None, targets: Tensor) -> tuple[Tensor, ...]:
+    """`ChunkedLogProbFunction`: the log-probability of each label, from tiles of logits, and `running.token_outputs`."""
     f = model.tape
     parts = chunks(model)
     node = f.record(_log_probs_backward, (hidden, weight, bias))
@@ -147,16 +165,24 @@ def _log_probs(
     log_z = f.new(("n",), "fp32", "add")
     del temporary
     log_probs = f.new(("n",), "fp32", "sub", node)
-    temporary = f.new(("n",), "fp32", "div")
-    entropy = f.new(("n",), "fp32", "sub", node)
-    entropy.index = 1
-    del temporary
-    temporary = f.many(("n",), "bool", "ge, gt", 2)
-    is_top1 = f.new(("n",), "bool", "bitwise_and")
-    del temporary
-    f.keep(node, hidden.detach(), weight, bias, targets, log_z, entropy.detach(), parts, dtype)
+    others = [_token_output(f, name, node) for name in model.running.token_outputs]
+    f.keep(node, hidden.detach(), weight, bias, targets, log_z, others[0].detach() if others else log_z, parts, dtype)
     del sums, buffer, chunk
-    return log_probs, entropy, is_top1
+    return log_probs, *others
+
+
+def _token_output(f: Tape, name: str, node: Node | None) -> Tensor:
+    """One of the outputs beside the log-probabilities; entropy comes first, and has a gradient."""
+    if name == "entropy":
+        temporary = f.new(("n",), "fp32", "div")
+        entropy = f.new(("n",), "fp32", "sub", node)
+        entropy.index = 1
+        del temporary
+        return entropy
+    if name == "mean_logits":
+        return f.new(("n",), "fp32", "div")
+    temporary = f.many(("n",), "bool", "ge, gt", 2)
+    return f.new(("n",), "bool", "bitwise_and")
 
 
 def _cast(f: Tape, dims: tuple[Dim, ...], current: str, dtype: str) -> Tensor | None:

@@ -58,6 +58,8 @@ class Model:
     """Dims and dtype of tensors that wait on the host while a micro batch runs, and how many there are."""
     micro_batch: int = 0
     """The number of the current micro batch: each has its own stacks."""
+    pass_name: str = ""
+    """Tells the forwards of a step apart where it has several."""
     _parts: dict[tuple[str, int | None], Part] = field(default_factory=dict)
     _families: Mapping[str, list[tuple[Family, str]]] = field(default_factory=dict)
     _kinds: Mapping[str, str] = field(default_factory=dict)

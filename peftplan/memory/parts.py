@@ -41,6 +41,8 @@ class Running(NamedTuple):
     loss: str = "full"
     loss_facts: tuple[bool, ...] = ()
     """The facts of the batch that decide which operations the loss runs (`LossSizes.facts`)."""
+    token_outputs: tuple[str, ...] = ()
+    """What the chunked head gives for each token besides its log-probability."""
     logits_to_keep: int | None = None
     """How many of each sequence's last tokens the head reads; None for all."""
     reentrant: bool = False

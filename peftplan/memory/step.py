@@ -6,9 +6,10 @@ utils/operations.py (`ConvertOutputsToFp32`). The same programs as `trace.steps`
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
-from peftplan.job.trainers import Trainer
+from peftplan.job.trainers import LOSS, Forward, Trainer
 from peftplan.memory.batch import batch_of
 from peftplan.memory.heads import head_of
 from peftplan.memory.model import Model
@@ -18,6 +19,7 @@ from peftplan.memory.scaler import Scaler
 from peftplan.memory.units import ROOT
 from peftplan.optim import Optimizer
 from peftplan.parameters import Parameter
+from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
 MICRO_BATCHES = 2
@@ -41,16 +43,21 @@ class Program(NamedTuple):
     """What the optimizer steps over, where it is not the whole parameters."""
     syncs_each_batch: bool = False
     """Whether gradients are reduced in every micro batch, not in the last alone."""
+    forwards: tuple[Forward, ...] = LOSS
+    """The forwards of a micro batch."""
     steps_in_backward: bool = False
     """Whether accelerate's `backward` also clips and steps, as under DeepSpeed: the loss, and its graph, is still there then."""
 
 
-def steady_step(model: Model, program: Program) -> None:
-    """One steady optimizer step."""
+def steady_step(model: Model, program: Program, reference: Model | None = None) -> None:
+    """One steady optimizer step. `reference`: the model that the policy is compared with, where a forward runs it."""
     f = model.tape
     model.batch = batch_of(model)
     if program.trainer.always_masks and "attention_mask" not in model.batch:
         model.batch["attention_mask"] = f.new(("b", "s"), "int64", "attention_mask")
+    for rows in dict.fromkeys(forward.batch for forward in program.forwards if forward.batch):
+        for name in ("input_ids", "attention_mask", "completion_mask"):
+            model.batch[f"{rows}{name}"] = f.new(("b", "s"), "int64", f"{rows}{name}")
     if program.keep_gradients:
         model.keep_gradients()
     scaler = Scaler(f) if f.autocast == "fp16" and program.trainer.prepares_model else None
@@ -61,7 +68,10 @@ def steady_step(model: Model, program: Program) -> None:
         model.micro_batch = number
         f.segment = abs(f.segment) + 1  # forward code again, after the backward of the micro batch before
         f.mark("forward")
-        loss = _loss_apart(model, program) if program.trainer.drops_outputs else _plain_loss(model, outputs, program)
+        if program.trainer.sums_rows:
+            loss = _preference_loss(model, program, reference)
+        else:
+            loss = _loss_apart(model, program) if program.trainer.drops_outputs else _plain_loss(model, outputs, program)
         f.mark("backward")
         scaled = loss if scaler is None else scaler.scaled(f, loss)
         model.units.begin_backward(syncs=program.syncs_each_batch or number == last)
@@ -109,16 +119,60 @@ def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor
 def _loss_apart(model: Model, program: Program) -> Tensor:
     """`compute_loss`, which drops the outputs, fp32 copies of them under accelerate's autocast."""
     f = model.tape
-    loss, *outputs = _forward(model)
-    f.module = ""
-    if f.autocast and program.trainer.prepares_model:
-        outputs = [f.to(x.detach(), "fp32") if x.dtype in HALF else x for x in outputs]
+    loss, *outputs = _prepared(model, program)
     if program.trainer.sums_tokens and model.running.loss == "trl-chunked":
         from peftplan.memory.chunked_loss import loss_of_trl
 
         loss = loss_of_trl(f, *outputs)
     model.kept.clear()
     return loss
+
+
+def _prepared(model: Model, program: Program) -> list[Tensor]:
+    """The outputs of a model that accelerate prepared: under autocast fp32 copies of those in 16 bits."""
+    f = model.tape
+    loss, *outputs = _forward(model)
+    f.module = ""
+    if f.autocast and program.trainer.prepares_model:
+        outputs = [f.to(x.detach(), "fp32") if x.dtype in HALF else x for x in outputs]
+    return [loss, *outputs]
+
+
+def _preference_loss(model: Model, program: Program, reference: Model | None) -> Tensor:
+    """`compute_loss` of TRL's trainers of preferences: forwards in order, and what they gave stays alive until it returns.
+
+    Source: trl `DPOTrainer._compute_loss`, `KTOTrainer._compute_loss`. Left out: numbers of whole rows, and the metrics.
+    """
+    from peftplan.memory.chunked_loss import loss_of_rows, sum_of_rows
+
+    f = model.tape
+    kept: list[object] = []
+    sums: list[Tensor] = []
+    labels: dict[str, Tensor] = {}
+    for number, forward in enumerate(program.forwards):
+        runs = model if forward.of == "policy" or reference is None else reference
+        runs.pass_name, runs.micro_batch, runs.batch = f"/{number}", model.micro_batch, model.batch
+        if forward.batch or not labels:
+            labels[forward.batch] = _labels(f)
+        with nullcontext() if forward.trains else f.no_grad():
+            outputs = _prepared(runs, program)
+            sums.append(sum_of_rows(f, outputs[1]))
+        if forward.batch:
+            del labels[forward.batch]
+        else:
+            kept.append(outputs)
+        del outputs
+    loss = loss_of_rows(f, sums)
+    model.kept.clear()
+    return loss
+
+
+def _labels(f: Tape) -> Tensor:
+    """`input_ids.masked_fill(completion_mask == 0, -100)`."""
+    prompt = f.new(("b", "s"), "bool", "eq")
+    labels = f.new(("b", "s"), "int64", "masked_fill")
+    del prompt
+    return labels
 
 
 def _forward(model: Model) -> list[Tensor]:

@@ -84,6 +84,8 @@ def assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
     assumed: dict[str, object] = {"model": architecture.source, "model_class": architecture.model_class}
     unread = OF_TOKENS if architecture.task_type == PICTURES else ()
     assumed |= {key: value for key, value in setup.model_dump(mode="json").items() if value is not None and key not in unread}
+    if job.setup.by.of_preferences:
+        assumed["reference"] = job.reference
     if job.distributed is not None:
         assumed |= job.distributed.model_dump(mode="json", exclude_none=True) | {"world_size": job.distributed.world_size}
     assumed["quant"] = quant.name if quant else "none"

@@ -71,7 +71,7 @@ def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str
         yield {"attn_implementation": "sdpa"}, SAME
     if runs_flash_attention and setup.attn_implementation != "flash_attention_2":
         yield {"attn_implementation": "flash_attention_2"}, SAME
-    if job.architecture.task_type == "CAUSAL_LM" and setup.loss == "full":
+    if job.architecture.task_type == "CAUSAL_LM" and setup.loss == "full" and not setup.by.of_preferences:
         yield {"loss": "liger"}, SAME
         yield CHUNKED, CLOSE
 

@@ -178,9 +178,27 @@ def test_an_sft_config_is_trl() -> None:
 
 
 def test_other_trainers_of_trl_are_refused() -> None:
+    args = pytest.importorskip("trl.trainer.distillation_config").DistillationConfig(**COMMON, bf16=False)
+    with pytest.raises(peftplan.InputError, match=r"'DistillationConfig' is not accepted; accepted: .* SFTConfig, DPOConfig"):
+        peftplan.estimate(CONFIG, training_args=args)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "options"),
+    [
+        ("DPO", {"precompute_ref_log_probs": True, "beta": 0.3}, {"precompute_ref_log_probs": True, "beta": 0.3}),
+        ("DPO", {"loss_type": ["sigmoid", "sft"]}, {"loss_type": "sigmoid,sft"}),
+        ("KTO", {"loss_type": "apo_zero_unpaired"}, {"loss_type": "apo_zero_unpaired"}),
+        ("Reward", {}, {}),
+    ],
+)
+def test_configs_of_preferences_and_rewards(name: str, fields: dict[str, Any], options: dict[str, Any]) -> None:
     trl = pytest.importorskip("trl")
-    with pytest.raises(peftplan.InputError, match=r"training_args: 'DPOConfig' is not accepted; accepted: .* SFTConfig"):
-        peftplan.estimate(CONFIG, training_args=trl.DPOConfig(**COMMON, bf16=False))
+    args = getattr(trl, f"{name}Config")(**COMMON, max_length=512, per_device_train_batch_size=2, bf16=False, **fields)
+    expected: dict[str, Any] = {"trainer": f"trl-{name.lower()}", "seq_len": 512, "batch_size": 2, "autocast": "none"}
+    result = peftplan.estimate(CONFIG, training_args=args)
+    assert result.lines() == peftplan.estimate(CONFIG, **expected, **options).lines()
+    assert {option: result.assumptions[option] for option in {**expected, **options}} == {**expected, **options}
 
 
 def test_what_is_set_wins_over_training_arguments() -> None:

@@ -28,6 +28,7 @@ from peftplan.job.launch import FILES
 from peftplan.job.prepare import prepare
 from peftplan.job.setup import Setup
 from peftplan.job.sources import Source
+from peftplan.job.trainers import ONE_FORWARD
 
 STATED = (
     *("method", "r", "lora_dropout", "target_modules", "seq_len", "batch_size", "gradient_accumulation_steps"),
@@ -58,6 +59,8 @@ def written(job: Job, tool: Facts, *, chosen: frozenset[str] | None = None) -> W
             f"task_type: {tool.called} trains {', '.join(tasks)}; {job.architecture.name} has the head of "
             f"{job.architecture.task_type}"
         )
+    if job.setup.by.of_preferences:
+        raise RefusedError(f"trainer: no config is written yet for {job.setup.by.called}; accepted: {', '.join(ONE_FORWARD)}")
     return _Writing(job, tool, job.chosen if chosen is None else chosen).written()
 
 

@@ -1,0 +1,68 @@
+"""A reference model that is loaded beside the policy.
+
+Source: trl `DPOTrainer.__init__` (`create_model_from_path`, with `device_map="auto"`); transformers, modeling_utils.py
+(`caching_allocator_warmup`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peftplan.allocator.blocks import Block
+from peftplan.allocator.core import Allocator
+from peftplan.memory.load import Handle, Memory, load_order
+from peftplan.parameters import Parameters
+from peftplan.units import GIB
+
+MOST_UNTOUCHED = 3 * GIB // 2
+"""Up to so many bytes beyond the cached ones the warm-up takes nothing."""
+
+
+def load_both(memory: Memory[Handle], load: Callable[[Memory[Any]], None], reference: Parameters) -> None:
+    """Load the policy, and then a dense reference model as it arrives on a device map: by name, its buffers last."""
+    load(memory)
+    base = tuple(p for p in reference.all if p.owner == "base")
+    weights = sum(a.nbytes * p.copies for p in base for a in p.allocations)
+    memory.release(memory.allocate(warm_up(weights, cached_after(load))))
+    first, second, _ = load_order(reference._replace(all=base), quantized=True, moved=False)
+    for p, _ in (*first, *second):
+        memory.keep(tuple(a.nbytes for a in p.allocations if a.place == "device"))
+
+
+def warm_up(weights: int, cached: int) -> int:
+    """Bytes that the warm-up takes and frees where the allocator has cached some: in whole elements of fp16."""
+    missing = weights - cached
+    forced = cached + 1 if missing > MOST_UNTOUCHED else 0
+    return (missing if missing > cached else forced) // 2 * 2
+
+
+def cached_after(load: Callable[[Memory[Any]], None]) -> int:
+    """Bytes that the allocator holds in no tensor once something is loaded."""
+    memory = _Allocated()
+    load(memory)
+    return memory.allocator.reserved - memory.allocator.allocated
+
+
+class _Allocated:
+    """A device whose memory torch's allocator gives out."""
+
+    def __init__(self) -> None:
+        self.allocator = Allocator()
+
+    def allocate(self, nbytes: int) -> Block | None:
+        """A tensor."""
+        return self.allocator.allocate(nbytes)
+
+    def keep(self, sizes: tuple[int, ...], /) -> None:
+        """Tensors that stay."""
+        for nbytes in sizes:
+            self.allocator.allocate(nbytes)
+
+    def release(self, tensor: Block | None, /) -> None:
+        """Free a tensor."""
+        self.allocator.release(tensor)
+
+    def empty_cache(self) -> None:
+        """Give cached segments back."""
+        self.allocator.empty_cache()
