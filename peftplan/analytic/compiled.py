@@ -14,6 +14,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
+from peftplan.job.kernels import kernels_of, without_formula
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.job.setup import Setup
 from peftplan.job.virtual_tokens import check_virtual_tokens
@@ -305,10 +306,23 @@ def _check(job: Job) -> None:
     if job.adaptation.matched and job.method.peft_type not in (*ADAPTERS, "LN_TUNING"):
         raise NeedsTraceError(f"activations of method {job.method.name}")
     check_virtual_tokens(job)
+    _check_kernels(job)
     if job.method.module == "bottleneck":
         from peftplan.methods.bottleneck import refuse_unplaced
 
         refuse_unplaced(job.architecture, job.adaptation)
+
+
+def _check_kernels(job: Job) -> None:
+    """Raise NoEngineError where a step with these kernels has no formula."""
+    setup, architecture = job.setup, job.architecture
+    why = without_formula(setup.kernels, architecture.model_type, architecture.task_type)
+    if why is None and setup.kernels and job.distributed is not None:
+        why = f"kernels with {job.distributed.called}"
+    if why is None and setup.kernels and setup.attn_implementation == "eager":
+        why = "kernels with eager attention"
+    if why is not None:
+        raise NoEngineError(f"{why} (no formula yet)")
 
 
 def _unread(adapter: Mapping[str, object]) -> str:
@@ -359,6 +373,7 @@ def _running(job: Job, compute_capability: str) -> Running:
         logits_to_keep=setup.logits_to_keep,
         reentrant=setup.use_reentrant,
         every_n_layers=setup.every_n_layers or 1,
+        kernels=kernels_of(setup.kernels or ()),
         hosted=bool(setup.offload_checkpoints),
         token_outputs=setup.by.token_outputs,
     )

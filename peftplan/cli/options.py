@@ -67,6 +67,7 @@ TRAINING: dict[str, str] = {
     "--optim-args": "as in TrainingArguments",
     "--optim-target-modules": "modules that GaLore and APOLLO project",
     "--attn-implementation": "attention kernels; default: sdpa where the model has it",
+    "--kernels": "kernels that replace the model's own: unsloth, axolotl, liger, or parts of them (liger.rope), comma-separated",
     "--loss": "how the loss is computed; default: auto, the trainer's",
     "--logits-to-keep": "compute logits for the last N tokens of each sequence only",
     "--padding/--no-padding": "batches with padding, and so a real attention mask",
@@ -148,7 +149,7 @@ METAVARS: dict[str, str] = {
         ("--quant-group-size", "--quant-blocksize", "--adapters", "--context", "--encoder-context", "--save-total-limit"), "INT"
     ),
     **dict.fromkeys(("--target-modules", "--exclude-modules", "--target-parameters", "--modules-to-save"), "NAMES"),
-    **dict.fromkeys(("--quant-skip-modules", "--optim-target-modules"), "NAMES"),
+    **dict.fromkeys(("--quant-skip-modules", "--optim-target-modules", "--kernels"), "NAMES"),
     **dict.fromkeys(("--dtype", "--adapter-dtype", "--compute-dtype", "--serving-dtype"), "[bf16|fp16|fp32]"),
     "--save-total-limit": "INT",
     "--peft-config": "FILE",

@@ -32,6 +32,10 @@ class Runner(Protocol):
         """Whether the inputs of checkpointed layers wait on the host."""
 
     @property
+    def keeps_last(self) -> bool:
+        """Whether that of the last one stays on the card all the same."""
+
+    @property
     def every_layer(self) -> bool:
         """Whether each layer is run, since no two are alike."""
 
@@ -41,8 +45,8 @@ class Runner(Protocol):
     def reached(self, stack: str, layers: int) -> tuple[bool, ...]:
         """Whether checkpointing reaches each layer of a stack."""
 
-    def checkpoint(self, function: Callable[..., Outputs], *args: object) -> Outputs:
-        """Call a checkpointed layer."""
+    def checkpoint(self, function: Callable[..., Outputs], *args: object, stays: bool = False) -> Outputs:
+        """Call a checkpointed layer. `stays`: its input does not go to the host."""
 
 
 class SharedNode(Node):
@@ -113,6 +117,9 @@ def run_stack(
     f = model.tape
     if model.every_layer:
         kinds = tuple(range(len(kinds)))
+    last = len(kinds) - 1
+    if checkpointed and model.keeps_last:
+        kinds = (*kinds[:-1], max(kinds) + 1)
     flags = model.reached(name, len(kinds)) if checkpointed else (False,) * len(kinds)
     name = f"{name}/{model.micro_batch}" if model.micro_batch else name
     name += model.pass_name
@@ -131,10 +138,14 @@ def run_stack(
         x = boundary(f, x, f"{name} {number}")
         of_layer = own(layer) if own else ()
         beside = every() if callable(every) else every
-        if flags[layer] and model.hosted and not model.micro_batch:
+        stays = model.keeps_last and layer == last
+        if flags[layer] and model.hosted and not stays and not model.micro_batch:
             count = 1 + sum(map(len, extra.get(number, {}).values()))
             model.on_host += [(y.dims, y.dtype, count) for y in (x, *beside) if type(y) is Tensor]
-        result = model.checkpoint(run, layer, of_layer, x, *beside) if flags[layer] else run(layer, of_layer, x, *beside)
+        if flags[layer]:
+            result = model.checkpoint(run, layer, of_layer, x, *beside, stays=stays)
+        else:
+            result = run(layer, of_layer, x, *beside)
         x = result if isinstance(result, Tensor) else result[0]
         if outputs is not None and not isinstance(result, Tensor):
             outputs[:] = result[1:]

@@ -39,6 +39,7 @@ class SetupOptions(TypedDict, total=False):
     every_n_layers: int | None
     offload_checkpoints: bool | None
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None
+    kernels: str | Iterable[str] | None
     loss: Loss
     logits_to_keep: int | None
     max_completion_length: int | None

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError
+from peftplan.job.kernels import named_kernels
 from peftplan.job.trainers import DEFAULT, TRAINERS, Autocast, Forward, Loss, Trainer, TrainerName
 from peftplan.validation import first_error, listed
 
@@ -24,6 +25,7 @@ def _dtype(field: str) -> BeforeValidator:
 
 ModelDtype = Annotated[str, _dtype("dtype")]
 Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
+KernelNames = Annotated[tuple[str, ...] | None, BeforeValidator(lambda v: named_kernels(v) or None)]
 MOST = 2**31
 """The largest batch size, sequence length and other size that is accepted."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
@@ -60,6 +62,7 @@ class Setup(BaseModel):
     every_n_layers: Count | None = None
     offload_checkpoints: bool | None = None
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    kernels: KernelNames = None
     loss: Loss = "auto"
     logits_to_keep: Count | None = None
     padding: bool = False

@@ -83,7 +83,11 @@ OF_MODEL: dict[tuple[str, str], Place] = {
 """(model type, task) → head, for classes with a head of their own."""
 
 
-OF_LOSS: dict[str, Place] = {"trl-chunked": ("chunked_loss", "trl_chunked"), "liger": ("liger_loss", "liger")}
+OF_LOSS: dict[str, Place] = {
+    "trl-chunked": ("chunked_loss", "trl_chunked"),
+    "liger": ("liger_loss", "liger"),
+    "unsloth": ("unsloth_loss", "unsloth"),
+}
 """Loss → the head that replaces that of a causal language model."""
 
 

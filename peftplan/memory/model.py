@@ -10,7 +10,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.depth.copies import Stack
 from peftplan.depth.sections import checkpointed_layers
 from peftplan.ledger import Dim
-from peftplan.memory import units
+from peftplan.memory import fused_layers, units
 from peftplan.memory.parts import SAVED, TOKEN_ADAPTER, Adapter, Part, Running
 from peftplan.memory.units import ONE_GPU, Units
 from peftplan.methods.adaptation import PROMPTED, Adaptation
@@ -54,6 +54,10 @@ class Model:
     waiting: list[Tensor] = field(default_factory=list)
     """Gradients of copied layers that are allocated outside the layers."""
     stacks: list[Stack] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
+    """Tensors of the hidden states' dims that stay on the card, through which offloaded inputs come back."""
+    lasting: list[Tensor] = field(default_factory=list)
+    """What else a package keeps on the card from step to step."""
     on_host: list[tuple[Dims, str, int]] = field(default_factory=list)
     """Dims and dtype of tensors that wait on the host while a micro batch runs, and how many there are."""
     micro_batch: int = 0
@@ -226,6 +230,11 @@ class Model:
         return self.running.hosted
 
     @property
+    def keeps_last(self) -> bool:
+        """Whether the input of the last checkpointed layer stays on the card all the same."""
+        return self.running.hosted and self.running.kernels.checkpoint is not None
+
+    @property
     def every_layer(self) -> bool:
         """Whether each layer is run, since no two are alike."""
         return self.units.every_layer
@@ -247,12 +256,14 @@ class Model:
         before = sum(len(block.layers) for block in self.arch.blocks if block.stack == "encoder") if stack == "decoder" else 0
         return checkpointed_layers(layers, before=before, every=self.running.every_n_layers)
 
-    def checkpoint(self, function: Callable[..., Outputs], *args: object) -> Outputs:
-        """Call a checkpointed layer."""
+    def checkpoint(self, function: Callable[..., Outputs], *args: object, stays: bool = False) -> Outputs:
+        """Call a checkpointed layer. `stays`: its input does not go to the host."""
+        hosted = self.running.hosted and not stays
         if self.running.reentrant:
             from peftplan.tape.reentrant import checkpoint
 
-            return checkpoint(self.tape, function, *args, hosted=self.running.hosted)
+            buffer = self.buffers[0] if self.buffers and hosted else None
+            return checkpoint(self.tape, function, *args, hosted=hosted, buffer=buffer)
         if self.running.hosted:
             from peftplan.tape.hosted import fetched, stored
 
@@ -328,7 +339,10 @@ class Model:
     def rmsnorm(self, name: str, x: Tensor, layer: int | None = None, **how: bool) -> Tensor:
         """Call an RMSNorm."""
         self.tape.module = name
-        return ops.rmsnorm(self.tape, x, self.part(name, layer).weight, **how)
+        weight, kernel = self.part(name, layer).weight, self.running.kernels.rms_norm
+        if kernel is not None and weight is not None:
+            return fused_layers.rms_norm(self.tape, kernel, x, weight)
+        return ops.rmsnorm(self.tape, x, weight, **how)
 
     def layernorm(self, name: str, x: Operand, layer: int | None = None) -> Tensor:
         """Call a LayerNorm."""

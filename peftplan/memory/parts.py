@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from peftplan.job.kernels import Kernels
 from peftplan.storage import QuantConfig
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter, Tensor
+
+NO_KERNELS = Kernels()
 
 
 class Running(NamedTuple):
@@ -49,6 +52,8 @@ class Running(NamedTuple):
     """Whether checkpointing is reentrant."""
     every_n_layers: int = 1
     """Which layers checkpointing reaches: those whose number it divides."""
+    kernels: Kernels = NO_KERNELS
+    """The kernels of other packages that replace the model's own."""
     hosted: bool = False
     """Whether the inputs of checkpointed layers wait on the host."""
 

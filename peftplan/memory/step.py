@@ -52,6 +52,10 @@ class Program(NamedTuple):
 def steady_step(model: Model, program: Program, reference: Model | None = None) -> None:
     """One steady optimizer step. `reference`: the model that the policy is compared with, where a forward runs it."""
     f = model.tape
+    if model.running.kernels.decoder is not None or model.running.kernels.checkpoint is not None:
+        from peftplan.memory.lasting import kept_on_card
+
+        kept_on_card(model)
     model.batch = batch_of(model)
     if program.trainer.always_masks and "attention_mask" not in model.batch:
         model.batch["attention_mask"] = f.new(("b", "s"), "int64", "attention_mask")

@@ -13,9 +13,10 @@ from peftplan.tape.tensors import Tensor
 class Hosted:
     """A tensor in host memory, with the facts that restore it on the device."""
 
-    __slots__ = ("dims", "dtype", "index", "leaf", "node")
+    __slots__ = ("buffer", "dims", "dtype", "index", "leaf", "node")
 
-    def __init__(self, f: Tape, x: Tensor) -> None:
+    def __init__(self, f: Tape, x: Tensor, buffer: Tensor | None = None) -> None:
+        self.buffer = buffer
         self.dims = x.dims
         self.dtype = x.dtype
         self.node = x.node
@@ -23,9 +24,12 @@ class Hosted:
         self.leaf = x.storage is not None and (x.storage.number, x.dims) in f.leaves
 
 
-def stored(f: Tape, args: tuple[object, ...]) -> tuple[object, ...]:
-    """Move the tensors among the arguments to the host."""
-    return tuple(Hosted(f, x) if type(x) is Tensor else x for x in args)
+def stored(f: Tape, args: tuple[object, ...], buffer: Tensor | None = None) -> tuple[object, ...]:
+    """Move the tensors among the arguments to the host; `buffer` takes the first one when it comes back."""
+    if buffer is None:
+        return tuple(Hosted(f, x) if type(x) is Tensor else x for x in args)
+    at = next(index for index, x in enumerate(args) if type(x) is Tensor)
+    return tuple(Hosted(f, x, buffer) if index == at and type(x) is Tensor else x for index, x in enumerate(args))
 
 
 def fetched(f: Tape, args: tuple[object, ...]) -> tuple[object, ...]:
@@ -34,7 +38,7 @@ def fetched(f: Tape, args: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def _copy(f: Tape, x: Hosted) -> Tensor:
-    copy = f.new(x.dims, x.dtype, "to")
+    copy = f.new(x.dims, x.dtype, "to") if x.buffer is None else x.buffer
     assert copy.storage is not None
     if x.leaf:
         f.leaves.add((copy.storage.number, x.dims))

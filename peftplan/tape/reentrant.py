@@ -50,13 +50,15 @@ class Call(NamedTuple):
     """Dims and dtype of each result."""
 
 
-def checkpoint(f: Tape, function: Callable[..., Outputs], *args: object, hosted: bool = False) -> Outputs:
+def checkpoint(
+    f: Tape, function: Callable[..., Outputs], *args: object, hosted: bool = False, buffer: Tensor | None = None
+) -> Outputs:
     """`checkpoint(function, *args, use_reentrant=True)`: saves the tensors among the arguments.
 
-    `hosted`: saves them in host memory.
+    `hosted`: saves them in host memory. `buffer`: the tensor that the first of them is copied back into, in place of a new one.
     """
     tensors = tuple(x for x in args if type(x) is Tensor)
-    node = f.record(_checkpoint_backward, tensors, *(stored(f, tensors) if hosted else tensors))
+    node = f.record(_checkpoint_backward, tensors, *(stored(f, tensors, buffer) if hosted else tensors))
     with f.no_grad():
         out = function(*args)
     outputs = (out,) if isinstance(out, Tensor) else out

@@ -15,6 +15,7 @@ from peftplan.allocator.program import of_log, replay, runs_within
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import MissingExtraError, PeftplanError, RefusedError
+from peftplan.job.kernels import packages_of
 from peftplan.job.requirements import pair
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup
@@ -51,6 +52,9 @@ def trace_peaks(
     """
     from peftplan.libraries.installed import require
 
+    if setup.kernels:
+        named = packages_of(setup.kernels)
+        raise RefusedError(f"kernels: the trace engine runs the model's own, not {named}; leave out --engine trace")
     require("engine: trace")
     try:
         from peftplan.libraries.meta import quiet_transformers

@@ -6,11 +6,13 @@ order of operations and whose names of locals these functions follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.depth.stack import run_stack
+from peftplan.job.kernels import Lora
+from peftplan.memory import fused_layers, lora_kernels
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend, by_heads, causal_mask, gathered, product
 from peftplan.memory.calls import behind, inputs, into_cache
@@ -46,6 +48,10 @@ class Call(NamedTuple):
     def linear(self, name: str, x: Tensor) -> Tensor:
         """A linear layer of this layer."""
         return self.model.linear(f"{self.style.stack}.{name}", x, self.number)
+
+    def adapted(self, kernel: Lora, names: Sequence[str]) -> list[lora_kernels.Projection] | None:
+        """Projections of this layer that a LoRA kernel takes; None where it takes them not."""
+        return lora_kernels.projections(self.model, kernel, [f"{self.style.stack}.{name}" for name in names], self.number)
 
     def norm(self, name: str | None, x: Tensor) -> Tensor:
         """A norm of this layer; x itself where it has none."""
@@ -155,17 +161,19 @@ class Style(NamedTuple):
 def decoder(model: Model, style: Style) -> Tensor:
     """`…Model.forward` of a rotary decoder."""
     f = model.tape
+    replaced = model.running.kernels.decoder
     embedded = x = inputs(model)
     f.module = "model"
     if style.multiplied:
         embedded = x = ops.scale(f, x)
-    _positions = f.new((model.seq,), "int64", "position_ids")
+    _positions = None if replaced else f.new((model.seq,), "int64", "position_ids")
     windows = {block.attentions[0].window for block in model.arch.blocks} if style.tables_by_window else {None}
-    masks = masks_of(model, style, x.dtype)
+    masks = {} if replaced else masks_of(model, style, x.dtype)
     f.module = "model"
     states = [ops.dropout(f, x, model.arch.dropout.embedding)]  # no name holds it while the layers run
     del x
-    tables = {window: rotary_tables(model, "fp32" if style.wide_tables else states[0].dtype) for window in windows}
+    dtype = "fp32" if style.wide_tables else states[0].dtype
+    tables = {window: () if replaced else rotary_tables(model, dtype) for window in windows}
     x = run_layers(model, style, states.pop(), lambda window: tables[window if style.tables_by_window else None], masks=masks)
     del embedded
     return x
@@ -203,7 +211,7 @@ def run_layers(
         return (out, *model.layer_locals[-1:]) if style.hands_out_weights else out
 
     def its_mask(number: int) -> tuple[Tensor | None]:
-        return (masks_by_window[blocks[number].attentions[0].window],)
+        return (masks_by_window.get(blocks[number].attentions[0].window),)
 
     states = [x]  # no name holds it while the layers run
     del x
@@ -271,21 +279,31 @@ def added(c: Call, residual: Tensor, x: Tensor) -> Tensor:
 
 def attention(c: Call, x: Tensor) -> Tensor:
     """`LlamaAttention.forward`."""
-    a = c.block.attentions[0]
+    a, kernels = c.block.attentions[0], c.model.running.kernels
     _qkv = c.linear("self_attn.qkv_proj", x) if a.fused_qkv else None
     q, k, v = projected(c, a, x) if _qkv is None else parts_of(c, a, _qkv)
     f = c.at("self_attn")
     rotated = a.positions == "rotary"
-    if rotated:
+    if rotated and kernels.rope is not None:
+        q, k = fused_layers.rotate(f, kernels.rope, q, k)
+    elif rotated:
         q, k, *_kept_alive = c.style.rotate(f, q, k, *c.tables)
     k, v = c.cached(k, v, rotated=rotated)
     x = c.attend(q, k, v, rotated=rotated)
+    if kernels.lora_o is not None and (ps := c.adapted(kernels.lora_o, [f"self_attn.{c.style.output}"])):
+        return lora_kernels.output(f, kernels.lora_o, x, ps[0])
     return c.linear(f"self_attn.{c.style.output}", x)
 
 
 def projected(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v from a projection each; q and k viewed by heads and normed where the model does so: at once, or behind all."""
     side = _normed if a.qk_norm else _by_head
+    kernel = c.model.running.kernels.lora_qkv
+    if kernel is not None and (ps := c.adapted(kernel, [f"self_attn.{name}_proj" for name in "qkv"])):
+        q, k, v = lora_kernels.qkv(c.tape, kernel, x, ps)
+        q = side(c, a, 0, q)
+        k = side(c, a, 1, k)
+        return q, k, v.view(_head_dims(a, 1, v))
     at_once = not (c.style.views_last or (a.qk_norm and c.style.norms_last))
     q = c.linear("self_attn.q_proj", x)
     q = side(c, a, 0, q) if at_once else q
@@ -304,7 +322,12 @@ def _head_dims(a: Attention, side: int, x: Tensor) -> tuple[str | int, ...]:
 
 
 def _by_head(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
-    return ops.heads(c.tape, x, _head_dims(a, side, x), clones=a.positions == "rotary", at_once=not c.style.views_last)
+    return ops.heads(c.tape, x, _head_dims(a, side, x), clones=_clones(c, a), at_once=not c.style.views_last)
+
+
+def _clones(c: Call, a: Attention) -> bool:
+    """Whether the gradient of a projection comes back head by head: from rotary embedding as transformers writes it."""
+    return a.positions == "rotary" and c.model.running.kernels.rope is None
 
 
 def _normed(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
@@ -317,7 +340,7 @@ def _normed(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
     if c.style.qk_norm == "each":
         return _normed_each(c, name, _by_head(c, a, side, x))
     b, heads, s, d = dims
-    x = ops.heads(c.tape, x, (b, s, heads, d), clones=a.positions == "rotary" and heads != 1)
+    x = ops.heads(c.tape, x, (b, s, heads, d), clones=_clones(c, a) and heads != 1)
     return c.norm(name, x).view(dims)
 
 
@@ -351,9 +374,20 @@ def mlp(c: Call, x: Tensor) -> Tensor:
     return fused_mlp(c, x) if c.block.mlp.fused_gate_up else gated_mlp(c, x)
 
 
+PARTS = ("gate", "up", "down")
+
+
 def gated_mlp(c: Call, x: Tensor, name: str = "mlp") -> Tensor:
     """`LlamaMLP.forward`."""
+    kernels = c.model.running.kernels
+    if kernels.lora_mlp is not None and (ps := c.adapted(kernels.lora_mlp, [f"{name}.{part}_proj" for part in PARTS])):
+        return lora_kernels.mlp(c.tape, kernels.lora_mlp, x, ps)
     gate = c.linear(f"{name}.gate_proj", x)
+    if kernels.glu is not None:
+        up = c.linear(f"{name}.up_proj", x)
+        x = fused_layers.gated(c.at(name), kernels.glu, gate, up)
+        del gate, up
+        return c.linear(f"{name}.down_proj", x)
     gate = activation(c.at(f"{name}.act_fn"), gate, c.block.mlp.activation)
     up = c.linear(f"{name}.up_proj", x)
     x = ops.mul(c.at(name), gate, up)

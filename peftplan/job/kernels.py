@@ -1,0 +1,181 @@
+"""Kernels of other packages that replace parts of a model: which function each is, and the facts of it that decide memory.
+
+A kernel is one autograd function. Its formula is written once for all packages (`memory.fused_layers`, `memory.lora_kernels`) and
+asks for the facts of these records; only this file compares names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, TypeAlias
+
+from peftplan.errors import InputError, UnknownNameError
+from peftplan.units import MIB
+
+
+class Norm(NamedTuple):
+    """An RMSNorm that saves its input and one fp32 number per row.
+
+    `reuses_gradient`: the gradient of the input is written into that of the result. `partial_rows`: rows of the fp32 sums that
+    make the gradient of the weight, per multiprocessor of the card.
+    """
+
+    source: str
+    reuses_gradient: bool = True
+    partial_rows: int = 1
+
+
+class Rotary(NamedTuple):
+    """Rotary embedding of queries and keys, written where they lie. `backward_in_place`: so are their gradients."""
+
+    source: str
+    backward_in_place: bool
+
+
+class Gated(NamedTuple):
+    """The product of an activated gate and its partner: saves both, and writes their gradients where they lie."""
+
+    source: str
+
+
+class Lora(NamedTuple):
+    """Projections with LoRA in one function, which saves the input and, of an MLP, gate and partner.
+
+    `overwrites_input`: the gradient of the input is written where the input lies. `saves_casts`: the adapter in the dtype of the
+    input is saved; else it is cast again in backward. `global_buffer`: in forward a 4-bit weight goes into one buffer per card,
+    which grows to the largest of them and stays. `wide_gradients`: an fp32 adapter's gradient is made in fp32. `takes_bias`: also
+    projections with a bias.
+    """
+
+    source: str
+    overwrites_input: bool = False
+    saves_casts: bool = False
+    global_buffer: bool = False
+    wide_gradients: bool = False
+    takes_bias: bool = False
+
+
+class LayerNorms(NamedTuple):
+    """LayerNorms, which models with RMSNorms alone do not have."""
+
+    source: str
+
+
+class Decoder(NamedTuple):
+    """A decoder's own forward: without an attention mask in training, with rotary tables of so many positions that stay."""
+
+    source: str
+    positions: int
+
+
+class Checkpoint(NamedTuple):
+    """Checkpointing that keeps the inputs of layers, the last one's excepted, in host memory.
+
+    In backward they come through `buffers` buffers of one hidden state, which last. `least_bytes`: smaller inputs stay there.
+    """
+
+    source: str
+    buffers: int
+    least_bytes: int
+
+
+Kernel: TypeAlias = Norm | Rotary | Gated | Lora | Decoder | Checkpoint | LayerNorms
+
+UNSLOTH_LORA = Lora("unsloth 2026.10.9, kernels/fast_lora.py", overwrites_input=True, global_buffer=True)
+AXOLOTL_LORA = Lora("axolotl 0.21.0, kernels/lora.py", saves_casts=True, wide_gradients=True, takes_bias=True)
+
+KERNELS: dict[str, Kernel] = {
+    "unsloth.decoder": Decoder(
+        "unsloth 2026.10.9, models/llama.py (`LlamaModel_fast_forward`, `LlamaRotaryEmbedding`)", 4 * 8192
+    ),
+    "unsloth.checkpoint": Checkpoint(
+        "unsloth_zoo 2026.10.9, gradient_checkpointing.py (`UnslothCheckpointFunction`)", buffers=2, least_bytes=2 * MIB
+    ),
+    "unsloth.rms_norm": Norm("unsloth 2026.10.9, kernels/rms_layernorm.py (`Fast_RMS_Layernorm`)", partial_rows=4),
+    "unsloth.rope": Rotary(
+        "unsloth 2026.10.9, kernels/rope_embedding.py (`Fast_RoPE_Embedding_QK_Positions`)", backward_in_place=False
+    ),
+    "unsloth.lora_mlp": UNSLOTH_LORA,
+    "unsloth.lora_qkv": UNSLOTH_LORA,
+    "unsloth.lora_o": UNSLOTH_LORA,
+    "axolotl.lora_mlp": AXOLOTL_LORA,
+    "axolotl.lora_qkv": AXOLOTL_LORA,
+    "axolotl.lora_o": AXOLOTL_LORA,
+    "liger.rms_norm": Norm("liger-kernel 0.8.5, ops/rms_norm.py (`LigerRMSNormFunction`)"),
+    "liger.layer_norm": LayerNorms("liger-kernel 0.8.5, ops/layer_norm.py (`LigerLayerNormFunction`)"),
+    "liger.rope": Rotary("liger-kernel 0.8.5, ops/rope.py (`LigerRopeFunction`)", backward_in_place=True),
+    "liger.glu": Gated("liger-kernel 0.8.5, ops/swiglu.py (`LigerSiLUMulFunction`), ops/geglu.py (`LigerGELUMulFunction`)"),
+}
+"""Package and part → the kernel."""
+PACKAGES = tuple(dict.fromkeys(name.partition(".")[0] for name in KERNELS))
+NONE = "none"
+
+
+class Kernels(NamedTuple):
+    """The kernel of each part of a model, None where the model's own code runs."""
+
+    decoder: Decoder | None = None
+    checkpoint: Checkpoint | None = None
+    rms_norm: Norm | None = None
+    layer_norm: LayerNorms | None = None
+    rope: Rotary | None = None
+    glu: Gated | None = None
+    lora_mlp: Lora | None = None
+    lora_qkv: Lora | None = None
+    lora_o: Lora | None = None
+
+
+def named_kernels(value: object) -> tuple[str, ...]:
+    """Names of kernels, a package's name being all of its own, in the order of `KERNELS`; `none` is none.
+
+    Raises UnknownNameError for another name, InputError for two kernels of one part.
+    """
+    if value is None or isinstance(value, str):
+        stated: Iterable[object] = [] if value is None else value.split(",")
+    elif isinstance(value, Iterable):
+        stated = value
+    else:
+        stated = [value]
+    names: set[str] = set()
+    for each in stated:
+        name = each.strip() if isinstance(each, str) else each
+        if name == NONE:
+            continue
+        if name not in KERNELS and name not in PACKAGES:
+            raise UnknownNameError("kernels", name, (NONE, *PACKAGES), beside=KERNELS, also="; or one of their parts")
+        names |= {kernel for kernel in KERNELS if name in (kernel, kernel.partition(".")[0])}
+    chosen = tuple(name for name in KERNELS if name in names)
+    parts = [name.partition(".")[2] for name in chosen]
+    twice = next((part for part in parts if parts.count(part) > 1), None)
+    if twice is not None:
+        both = " and ".join(name for name in chosen if name.partition(".")[2] == twice)
+        raise InputError("kernels", ", ".join(map(str, stated)), f"accepted: one kernel of each part, not {both}")
+    return chosen
+
+
+def kernels_of(names: Iterable[str]) -> Kernels:
+    """The kernels of these names, by the part that each replaces."""
+    return Kernels(**{name.partition(".")[2]: KERNELS[name] for name in names})  # type: ignore[arg-type]
+
+
+def packages_of(names: Iterable[str]) -> str:
+    """The names as a person states them: a package that replaces all that it can, by its name alone."""
+    names = tuple(names)
+    names_shown: list[str] = []
+    for package in PACKAGES:
+        own = [name for name in KERNELS if name.startswith(f"{package}.")]
+        here = [name for name in own if name in names]
+        names_shown += [package] if here == own else here
+    return ", ".join(names_shown) or NONE
+
+
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
+MODELS: dict[str, tuple[str, ...]] = {"unsloth": ("llama",), "axolotl": LLAMAS, "liger": LLAMAS}
+"""Package → model types whose layers have formulas with its kernels."""
+
+
+def without_formula(names: Iterable[str] | None, model_type: str, task_type: str) -> str | None:
+    """Why a step with these kernels has no formula; None where it has one."""
+    packages = dict.fromkeys(name.partition(".")[0] for name in names or ())
+    missing = next((package for package in packages if model_type not in MODELS[package] or task_type != "CAUSAL_LM"), None)
+    return missing and f"{missing}'s kernels in {model_type} for {task_type}"

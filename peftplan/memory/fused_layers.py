@@ -1,0 +1,67 @@
+"""Fused kernels of layers, each an autograd function: RMSNorm, rotary embedding, and the product behind a gate.
+
+Letters: b batch, s sequence, h hidden size, i intermediate size, d head size. What a package does differently are facts of
+`job.kernels`; the sources stand there. Triton's launches allocate nothing.
+"""
+
+from __future__ import annotations
+
+from peftplan.job.kernels import Gated, Norm, Rotary
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
+
+MULTIPROCESSORS = 108
+"""Of an A100 (NVIDIA A100 whitepaper); a norm whose weight trains has a row of fp32 sums for each."""
+
+
+def rms_norm(f: Tape, kernel: Norm, x: Tensor, weight: Operand) -> Tensor:
+    """`Y = X / rms(X) * W` in the dtype of x: saves x, W and an fp32 number per row."""
+    node = _in_python(f.record(_rms_norm_backward, (x, weight), kernel))
+    out = f.new(x.dims, x.dtype, "rms_norm", node)
+    f.keep(node, x.detach(), f.new(x.dims[:-1], "fp32", "rstd"), weight)
+    return out
+
+
+def _rms_norm_backward(f: Tape, node: Node, saved: tuple[Norm, Tensor, Tensor, Operand], g: Tensor) -> Gradients:
+    kernel, x, _, weight = saved
+    out = Tensor(g.storage, x.dims, g.dtype) if kernel.reuses_gradient else f.new(x.dims, g.dtype, "dX")
+    if not node.edges[1]:
+        return out, None
+    partial = f.new((kernel.partial_rows * MULTIPROCESSORS, *weight.dims), "fp32", "dW of each program")
+    total = f.new(weight.dims, "fp32", "sum")
+    grad_weight = f.to(total, weight.dtype)
+    del partial, total
+    return out, grad_weight
+
+
+def rotate(f: Tape, kernel: Rotary, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys turned where they lie, (b, heads, s, d) views of (b, s, heads, d): saves nothing of theirs."""
+    node = _in_python(f.record(_rotate_backward, (q, k), kernel, q.dims, k.dims))
+    return Tensor(q.storage, q.dims, q.dtype, node), Tensor(k.storage, k.dims, k.dtype, node, 1)
+
+
+def _rotate_backward(f: Tape, node: Node, saved: tuple[Rotary, Dims, Dims], dq: Tensor, dk: Tensor) -> Gradients:
+    kernel, q_dims, k_dims = saved
+    if kernel.backward_in_place:
+        return Tensor(dq.storage, q_dims, dq.dtype), Tensor(dk.storage, k_dims, dk.dtype)
+    return f.new(q_dims, dq.dtype, "dQ"), f.new(k_dims, dk.dtype, "dK")
+
+
+def gated(f: Tape, kernel: Gated, gate: Tensor, up: Tensor) -> Tensor:
+    """`act(gate) * up`: saves both; their gradients take their place."""
+    node = _in_python(f.record(_gated_backward, (gate, up)))
+    out = f.new(gate.dims, gate.dtype, "mul", node)
+    f.keep(node, gate.detach(), up.detach())
+    return out
+
+
+def _gated_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Gradients:
+    gate, up = saved
+    return gate, up
+
+
+def _in_python(node: Node | None) -> Node | None:
+    """An `autograd.Function`, whose incoming gradients go before the engine casts what it returns."""
+    if node is not None:
+        node.in_python = True
+    return node

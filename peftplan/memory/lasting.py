@@ -1,0 +1,28 @@
+"""What packages of kernels keep on the card from step to step besides the model.
+
+Source: unsloth, kernels/utils.py (`_scratch`), models/llama.py (`LlamaRotaryEmbedding`); unsloth_zoo, gradient_checkpointing.py.
+"""
+
+from __future__ import annotations
+
+from peftplan.memory.model import Model
+
+
+def kept_on_card(model: Model) -> None:
+    """What a package makes in the first step and keeps: buffers of offloaded inputs, rotary tables, one of a 4-bit weight."""
+    f, running = model.tape, model.running
+    decoder, checkpoint, lora = running.kernels.decoder, running.kernels.checkpoint, running.kernels.lora_mlp
+    f.module = "model"
+    if checkpoint is not None and running.hosted:
+        dims = ("b", model.seq, model.arch.hidden_size or 0)
+        model.buffers = [f.new(dims, running.dtype, "buffer of offloaded inputs") for _ in range(checkpoint.buffers)]
+    if decoder is not None:
+        a = model.arch.blocks[0].attentions[0]
+        width = a.head_dim if a.rotary_dim is None else a.rotary_dim
+        model.lasting = [f.new((decoder.positions, width), running.dtype, name) for name in ("cos", "sin")]
+    if lora is not None and lora.global_buffer and model.quant is not None:
+        largest = max(p.numel for p in model.parameters.all if p.quantized)
+        model.lasting.append(f.new((largest,), running.dtype, "buffer of dequantized weights"))
+    for tensor in (*model.buffers, *model.lasting):
+        assert tensor.storage is not None
+        f.category[tensor.storage.number] = "buffers"

@@ -1,0 +1,262 @@
+"""LoRA's projections in one autograd function: q, k and v; the output projection; a gated MLP.
+
+Letters: n tokens (b · s), r rank; a projection has a weight (out, in), A (r, in) and B (out, r).
+Sources: `LoRA_QKV`, `LoRA_W` and `LoRA_MLP` of unsloth, kernels/fast_lora.py, `matmul_lora` of its kernels/utils.py; axolotl's
+kernels/lora.py, which descends from them. The facts of `job.kernels.Lora` are where they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from peftplan.errors import NoEngineError
+from peftplan.job.kernels import Lora
+from peftplan.ledger import Dim
+from peftplan.memory.model import Model
+from peftplan.memory.parts import FOUR_BIT, Part
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
+from peftplan.units import ceil_div
+
+BLOCKSIZE = 64
+
+
+class Projection(NamedTuple):
+    """One projection, as a kernel takes it."""
+
+    part: Part
+    a: Parameter
+    b: Parameter
+
+    @property
+    def rank(self) -> Dim:
+        """Rows of A."""
+        return self.a.dims[0]
+
+    @property
+    def width(self) -> Dim:
+        """Rows of B."""
+        return self.b.dims[0]
+
+
+def projections(model: Model, kernel: Lora, names: Sequence[str], layer: int) -> list[Projection] | None:
+    """The projections of these names; None where one has no LoRA adapter or a bias that the kernel does not take, and peft's own
+    forward runs (`patch_peft_model`). Raises NoEngineError where the kernel does more than the formula says.
+    """
+    config = model.running.config
+    adapted = []
+    for name in names:
+        part = model.part(name, layer)
+        if "lora_A.weight" not in part.params or (part.bias is not None and not kernel.takes_bias):
+            return None
+        if part.bias is not None or config.lora_dropout or config.use_dora or part.params.keys() - {"weight", *LORA}:
+            raise NoEngineError(f"a LoRA kernel with dropout, biases or DoRA at {name.rpartition('.')[2]} (no formula yet)")
+        if part.quant is not None and part.quant.name not in FOUR_BIT:
+            raise NoEngineError(f"a LoRA kernel over {part.quant.name} (no formula yet)")
+        adapted.append(Projection(part, part.params["lora_A.weight"], part.params["lora_B.weight"]))
+    return adapted
+
+
+LORA = ("lora_A.weight", "lora_B.weight")
+
+
+def _weight(f: Tape, kernel: Lora, p: Projection, dtype: str, *, buffered: bool) -> Tensor | None:
+    """`fast_dequantize`, `dequantize`: a 4-bit weight whole; one of 16 bits is there, and one in the card's buffer too."""
+    if p.part.quant is None or (buffered and kernel.global_buffer):
+        return None
+    out_width, in_width = p.part.own_weight.dims
+    weight = f.new((out_width, in_width), dtype, "dequantized")
+    if not kernel.global_buffer and p.part.quant.double_quant:
+        assert isinstance(out_width, int)
+        assert isinstance(in_width, int)
+        absmax = f.new((ceil_div(out_width * in_width, BLOCKSIZE),), "fp32", "absmax")
+        del absmax
+    return weight
+
+
+def _cast(f: Tape, x: Parameter, dtype: str) -> Tensor | None:
+    """`A.to(dtype)`: a copy, or nothing where it has the dtype."""
+    return None if x.dtype == dtype else f.new(x.dims, dtype, "to")
+
+
+def _product(f: Tape, dims: Dims, dtype: str) -> Tensor:
+    return f.new(dims, dtype, "mm")
+
+
+def _into(f: Tape) -> None:
+    """A product that is written into a tensor that is there."""
+    f.products.append((len(f.log), "cuBLAS"))
+
+
+def _matmul_lora(f: Tape, kernel: Lora, x: Tensor, p: Projection, *, back: bool = False) -> Tensor:
+    """`X @ W + s * (X @ A) @ B`; `back`: of the gradient, through the transposed ones, the adapter cast already."""
+    rows, dtype = x.dims[:-1], x.dtype
+    weight = _weight(f, kernel, p, dtype, buffered=True)
+    out = _product(f, (*rows, p.a.dims[1] if back else p.width), dtype)
+    del weight
+    if kernel.saves_casts:
+        casts = None if back else [_cast(f, p.a, dtype), _cast(f, p.b, dtype)]
+        low = _product(f, (*rows, p.rank), dtype)
+    else:
+        casts = None if back else [_cast(f, p.a, dtype)]
+        low = _product(f, (*rows, p.rank), dtype)
+        casts = None if back else [_cast(f, p.b, dtype)]
+    _into(f)
+    del low, casts
+    return out
+
+
+class Saved(NamedTuple):
+    """What a kernel keeps outside autograd's saved tensors: its facts and its projections."""
+
+    kernel: Lora
+    projections: tuple[Projection, ...]
+
+
+def _record(f: Tape, backward: object, kernel: Lora, x: Tensor, ps: Sequence[Projection]) -> Node | None:
+    node = f.record(backward, (x, *(side for p in ps for side in (p.a, p.b))))  # type: ignore[arg-type]
+    if node is not None:
+        node.in_python = True
+        node.context = Saved(kernel, tuple(ps))
+    return node
+
+
+def _save(f: Tape, node: Node | None, kernel: Lora, x: Tensor, ps: Sequence[Projection], *more: Tensor) -> None:
+    """`save_for_backward`: the input, what else is needed, and the adapter, in the input's dtype or as it is."""
+    casts = [_cast(f, side, x.dtype) for p in ps for side in (p.a, p.b)] if kernel.saves_casts else []
+    f.keep(node, x.detach(), *more, *(cast for cast in casts if cast is not None))
+
+
+def qkv(f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection]) -> list[Tensor]:
+    """`LoRA_QKV`: three results; saves x."""
+    node = _record(f, _qkv_backward, kernel, x, ps)
+    outs = []
+    for index, p in enumerate(ps):
+        f.module = p.part.name
+        out = _matmul_lora(f, kernel, x, p)
+        outs.append(Tensor(out.storage, out.dims, out.dtype, node, index))
+        del out
+    _save(f, node, kernel, x, ps)
+    return outs
+
+
+def _qkv_backward(f: Tape, node: Node, saved: Sequence[Tensor], *grads: Tensor) -> Gradients:
+    assert isinstance(node.context, Saved)
+    kernel, ps = node.context
+    x, *casts = saved
+    return _projected_backward(f, kernel, x, ps, grads, casts, needs_x=bool(node.edges[0]))
+
+
+def _projected_backward(
+    f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection], grads: Sequence[Tensor], casts: Sequence[Tensor], *, needs_x: bool
+) -> Gradients:
+    """The gradients of projections that read the same x."""
+    dtype, rows = x.dtype, x.dims[:-1]
+    adapters = [_cast(f, side, dtype) for p in ps for side in (p.a, p.b)] if not kernel.saves_casts else list(casts)
+    lows, grads_of = _adapter_gradients(f, kernel, ps, x, grads)
+    f.module = ps[0].part.name
+    weight = _weight(f, kernel, ps[0], grads[0].dtype, buffered=False)
+    if kernel.overwrites_input and len(ps) > 1:
+        _into(f)
+        dx = Tensor(x.storage, x.dims, x.dtype)
+    else:
+        dx = _product(f, (*rows, x.dims[-1]), dtype)
+    del weight
+    for p, g in zip(ps[1:], grads[1:], strict=True):
+        f.module = p.part.name
+        weight = _weight(f, kernel, p, g.dtype, buffered=False)
+        _into(f)
+        del weight
+    del lows, adapters
+    return (dx if needs_x else None, *grads_of)
+
+
+def _adapter_gradients(
+    f: Tape, kernel: Lora, ps: Sequence[Projection], x: Tensor, grads: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients times B of each projection, which the gradient of x needs too; and the gradients of A and B."""
+    dtype, rows = x.dtype, x.dims[:-1]
+    lows: list[Tensor] = []
+    gradients: list[Tensor] = []
+    if not kernel.saves_casts:
+        gradients = [f.new(side.dims, dtype, "empty_like") for p in ps for side in (p.a, p.b)]
+        lows = [_product(f, (*rows, p.rank), g.dtype) for p, g in zip(ps, grads, strict=True)]
+        for p in ps:
+            _into(f)
+            inner = _product(f, (p.rank, *rows), dtype)
+            _into(f)
+            del inner
+        return lows, gradients
+    for p, g in zip(ps, grads, strict=True):
+        lows.append(_product(f, (*rows, p.rank), g.dtype))
+        for number, side in enumerate((p.a, p.b)):
+            transposed = _product(f, (p.rank, *rows), dtype) if number else None
+            gradients.append(f.new(side.dims, "fp32" if kernel.wide_gradients and side.dtype == "fp32" else dtype, "mm"))
+            del transposed
+    return lows, gradients
+
+
+def output(f: Tape, kernel: Lora, x: Tensor, p: Projection) -> Tensor:
+    """`LoRA_W`, `LoRA_O`: saves x; the gradient of x is a new tensor."""
+    node = _record(f, _qkv_backward, kernel, x, [p])
+    f.module = p.part.name
+    out = _matmul_lora(f, kernel, x, p)
+    _save(f, node, kernel, x, [p])
+    return Tensor(out.storage, out.dims, out.dtype, node)
+
+
+def mlp(f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection]) -> Tensor:
+    """`LoRA_MLP`: saves x, the gate before its activation, and its partner."""
+    gate, up, down = ps
+    node = _record(f, _mlp_backward, kernel, x, ps)
+    f.module = gate.part.name
+    e = _matmul_lora(f, kernel, x, gate)
+    f.module = up.part.name
+    g = _matmul_lora(f, kernel, x, up)
+    hidden = f.new(e.dims, x.dtype, "mul")
+    f.module = down.part.name
+    out = _matmul_lora(f, kernel, hidden, down)
+    _save(f, node, kernel, x, ps, e, g)
+    return Tensor(out.storage, out.dims, out.dtype, node)
+
+
+def _mlp_backward(f: Tape, node: Node, saved: Sequence[Tensor], dy: Tensor) -> Gradients:
+    """Gate, partner and the gradient of their product are overwritten by their gradients and by the product itself."""
+    assert isinstance(node.context, Saved)
+    kernel, (gate, up, down) = node.context
+    x, e, g, *casts = saved
+    dtype, rows = x.dtype, x.dims[:-1]
+    adapters = [_cast(f, side, dtype) for p in (gate, up, down) for side in (p.a, p.b)] if not kernel.saves_casts else list(casts)
+    f.module = down.part.name
+    product = _matmul_lora(f, kernel, dy, down, back=True)
+    if kernel.saves_casts:
+        low_down, of_down = _adapter_gradients(f, kernel, [down], product, [dy])
+        low_up, of_up = _adapter_gradients(f, kernel, [up], x, [g])
+        low_gate, of_gate = _adapter_gradients(f, kernel, [gate], x, [e])
+    else:
+        of_down, of_gate, of_up = ([f.new(side.dims, dtype, "empty_like") for side in (p.a, p.b)] for p in (down, gate, up))
+        low_down = [_product(f, (*rows, down.rank), dtype)]
+        _into(f)
+        low_down = [_product(f, (down.rank, *rows), dtype)]
+        _into(f)
+        low_down = []
+        low_up, low_gate = ([_product(f, (*rows, p.rank), dtype)] for p in (up, gate))
+        for p in (up, gate):
+            _into(f)
+            low = _product(f, (p.rank, *rows), dtype)
+            _into(f)
+            del low
+    f.module = up.part.name
+    weight = _weight(f, kernel, up, dtype, buffered=False)
+    if kernel.overwrites_input:
+        _into(f)
+        dx = Tensor(x.storage, x.dims, x.dtype)
+    else:
+        dx = _product(f, (*rows, x.dims[-1]), dtype)
+    del weight
+    f.module = gate.part.name
+    weight = _weight(f, kernel, gate, dtype, buffered=False)
+    _into(f)
+    del weight, low_down, low_up, low_gate, adapters, product
+    return (dx if node.edges[0] else None, *of_gate, *of_up, *of_down)

@@ -1,0 +1,147 @@
+"""Unsloth's fused linear cross entropy: forward makes the gradient of the hidden states, chunk by chunk, from fp32 logits.
+
+n scored tokens, h hidden size, v vocabulary. Source: unsloth_zoo 2026.10.9 `fused_losses/fused_linear.py`: `_ce_impl`,
+`_tiled_forward`, `_Buffers`, `_row_forward`, `_ce_backward`; as on a card of over 24.5 GiB, of which 4 GiB or more are free.
+"""
+
+from __future__ import annotations
+
+from peftplan.errors import NeedsTraceError
+from peftplan.job.loss_sizes import HALF, SPLIT_COLUMNS, WIDE
+from peftplan.ledger import Dim
+from peftplan.memory.attention import HALF as HALF_DTYPES
+from peftplan.memory.loss import projection
+from peftplan.memory.model import Model
+from peftplan.tape import ops
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Gradients, Node, Operand, Tensor
+from peftplan.units import ceil_div
+
+FEW_SPLITS = 2
+"""Up to so many parts of the vocabulary are one (`_tiled_vocab`)."""
+STATISTICS, PARTIAL_STATISTICS = 7, 8
+"""fp32 numbers per token and split of the vocabulary, chunked and tiled."""
+COLUMN_MULTIPLE = 8
+TILED_FROM, OF_TILES = 1, {"tile": 2, f"rows{HALF}": 4, f"rows{WIDE}": 6}
+"""Places of `LossSizes.facts`: whether a frozen head is tiled; whether there is a second and a third chunk."""
+
+
+def unsloth(model: Model, x: Tensor) -> tuple[Tensor]:
+    """`unsloth_fused_ce_loss` in training: a loss, no logits. Raises NeedsTraceError for a head with a bias."""
+    f = model.tape
+    head = projection(model)
+    if head.bias is not None:
+        raise NeedsTraceError(f"the unsloth loss of {model.arch.model_type} with a bias")
+    f.module = ""
+    batch, seq = x.dims[:-1]
+    ignored = f.new((batch, 1), "int64", "full_like")
+    targets = f.new((batch, seq), "int64", "cat")
+    del ignored
+    hidden = ops.reshaped(f, x)
+    weight = model.table(head.name, head)
+    f.module = ""
+    loss = _cross_entropy(model, hidden, weight)
+    del targets
+    return (loss,)
+
+
+def _chunks(model: Model, name: str) -> tuple[Dim, ...]:
+    """Tokens of each chunk, those between the first and the last once."""
+    facts, at = model.running.loss_facts, OF_TILES[name]
+    return (*(name,) * sum(facts[at : at + 2]), f"{name} rest") if facts[0] else ()
+
+
+def _cross_entropy(model: Model, hidden: Tensor, weight: Operand) -> Tensor:
+    f = model.tape
+    vocab = weight.dims[0]
+    assert isinstance(vocab, int)
+    dtype = f.autocast or weight.dtype
+    into_hidden, into_weight = hidden.node is not None, weight.node is not None
+    node = f.record(_cross_entropy_backward, (hidden, weight))
+    with f.no_grad():
+        kept = f.new(("n",), "int64", "kept")
+        grad_hidden = f.new(hidden.dims, hidden.dtype, "grad_h") if into_hidden else None
+        grad_weight = f.new(weight.dims, weight.dtype, "acc_w") if into_weight else None
+        stored = None if weight.dtype == dtype else f.new(weight.dims, dtype, "to")
+        log_probs = f.new(("n",), "fp32", "lp_all")
+        modern = model.running.flash
+        fp32 = dtype == "fp16" or (dtype == "bf16" and modern)
+        many = ceil_div(vocab, SPLIT_COLUMNS) > FEW_SPLITS
+        if fp32 and modern and many and model.running.loss_facts[TILED_FROM] and not into_weight:
+            _tiled(model, hidden, vocab, dtype)
+        else:
+            _chunked(model, hidden, weight, dtype, fp32=fp32, trains=(into_hidden, grad_weight))
+        wide = f.new(("n",), "fp64", "to")
+        wide = f.new(("n",), "fp64", "neg")
+    loss = f.new((), "fp32", "sum", node)
+    del wide, log_probs, stored, kept
+    f.keep(node, grad_hidden, grad_weight)
+    return loss
+
+
+def _logits(f: Tape, dims: tuple[Dim, ...], dtype: str) -> Tensor:
+    buffer = f.new(dims, dtype, "logits, in chunks")
+    assert buffer.storage is not None
+    f.category[buffer.storage.number] = "logits"
+    return buffer
+
+
+def _tiled(model: Model, hidden: Tensor, vocab: int, dtype: str) -> None:
+    """`_tiled_forward`: a tile of logits becomes probabilities in place; an fp32 accumulator of a chunk's gradient."""
+    f, splits = model.tape, ceil_div(vocab, SPLIT_COLUMNS)
+    log_sums = f.new(("n",), "fp32", "lse")
+    buffer = _logits(f, ("tile", SPLIT_COLUMNS), "fp32")
+    accumulator = f.new(("tile", hidden.dims[-1]), "fp32", "acc")
+    maximum = f.new(("tile",), "fp32", "m_run")
+    chunk = part = None
+    for rows in _chunks(model, "tile"):
+        chunk = _chosen(f, rows, hidden, dtype)
+        part = f.new((PARTIAL_STATISTICS, splits, rows), "fp32", "part")
+        f.products.append((len(f.log), "cuBLAS"))
+    del chunk, part, maximum, accumulator, buffer, log_sums
+
+
+def _chosen(f: Tape, rows: Dim, hidden: Tensor, dtype: str) -> Tensor:
+    """`hidden.index_select(0, …).to(dtype)`."""
+    chosen = f.new((rows, hidden.dims[-1]), hidden.dtype, "index_select")
+    return chosen if hidden.dtype == dtype else f.new(chosen.dims, dtype, "to")
+
+
+def _chunked(
+    model: Model, hidden: Tensor, weight: Operand, dtype: str, *, fp32: bool, trains: tuple[bool, Tensor | None]
+) -> None:
+    """One buffer of a chunk's logits, which become their gradient in place."""
+    f, (vocab, width) = model.tape, weight.dims
+    assert isinstance(vocab, int)
+    into_hidden, grad_weight = trains
+    name, splits = f"rows{WIDE if fp32 or dtype == 'fp32' else HALF}", ceil_div(vocab, SPLIT_COLUMNS)
+    columns = ceil_div(vocab, COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+    buffer = _logits(f, (name, columns), "fp32" if fp32 else dtype)
+    chunk = targets = product = None
+    for rows in _chunks(model, name):
+        chunk = _chosen(f, rows, hidden, dtype)
+        targets = f.new((rows,), "int64", "index_select")
+        f.products.append((len(f.log), "cuBLAS"))
+        statistics = f.new((STATISTICS, splits, rows), "fp32", "part") if splits > FEW_SPLITS else None
+        del statistics
+        if into_hidden:
+            product = f.new((rows, width), "fp32" if dtype in HALF_DTYPES else dtype, "mm")
+            narrow = f.to(product.detach(), hidden.dtype)
+            del narrow
+        if grad_weight is not None:
+            _into(f, weight, rows, dtype)
+    del chunk, targets, product, buffer
+
+
+def _into(f: Tape, weight: Operand, rows: Dim, dtype: str) -> None:
+    """`_addmm_fp32`: the product goes straight into a gradient of its dtype or of fp32."""
+    if weight.dtype in (dtype, "fp32"):
+        f.products.append((len(f.log), "cuBLAS"))
+        return
+    product = f.new(weight.dims, weight.dtype, "mm")
+    del product
+
+
+def _cross_entropy_backward(f: Tape, node: Node, saved: tuple[Tensor | None, Tensor | None], g: Tensor) -> Gradients:
+    """Each gradient scaled into a tensor of its own (`fused_linear_scale_rows`)."""
+    return [None if grad is None else f.new(grad.dims, grad.dtype, "scaled") for grad in saved]

@@ -1,0 +1,60 @@
+"""Names of kernels: packages, their parts, and what is refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftplan import estimate
+from peftplan.errors import InputError, RefusedError
+from peftplan.job.kernels import KERNELS, PACKAGES, kernels_of, named_kernels, packages_of
+
+
+@pytest.mark.quick
+def test_a_package_stands_for_all_its_parts() -> None:
+    assert named_kernels("axolotl") == ("axolotl.lora_mlp", "axolotl.lora_qkv", "axolotl.lora_o")
+    assert named_kernels("liger.rope, axolotl.lora_o") == ("axolotl.lora_o", "liger.rope")
+    assert named_kernels("none") == named_kernels(None) == ()
+    assert packages_of(named_kernels("axolotl,liger.rope")) == "axolotl, liger.rope"
+    assert packages_of(()) == "none"
+
+
+@pytest.mark.quick
+def test_every_part_has_a_place() -> None:
+    for package in PACKAGES:
+        own = [name for name in KERNELS if name.startswith(f"{package}.")]
+        assert [kernel for kernel in kernels_of(own) if kernel is not None]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("unslot", "kernels: 'unslot' is not accepted; did you mean unsloth"),
+        ("liger,unsloth.rope", "accepted: one kernel of each part, not unsloth.rope and liger.rope"),
+        (3, "kernels: 3 is not accepted"),
+    ],
+)
+def test_bad_names_are_one_line(names: object, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        estimate("llama-3.2-1b", method="lora", kernels=names)
+    assert "\n" not in str(error.value)
+
+
+def test_the_trace_refuses_them() -> None:
+    with pytest.raises(RefusedError, match="the trace engine runs the model's own, not liger; leave out --engine trace"):
+        estimate("smollm-135m", method="lora", kernels="liger", engine="trace")
+
+
+@pytest.mark.quick
+def test_a_model_without_formulas_is_named() -> None:
+    result = estimate("gpt2", method="lora", kernels="liger")
+    assert result.peaks is None
+    assert result.not_modelled[0] == "liger's kernels in gpt2 for CAUSAL_LM (no formula yet)"
+
+
+@pytest.mark.quick
+def test_none_leaves_the_estimate_as_it_is() -> None:
+    def shown(**options: object) -> dict[str, object]:
+        return estimate("llama-3.2-1b", method="lora", **options).to_dict()  # type: ignore[arg-type]
+
+    assert shown() == shown(kernels="none")
