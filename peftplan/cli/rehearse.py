@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from peftplan.cli import options
 from peftplan.cli.command import Command, argument, option, will_exit
+from peftplan.errors import InputError
+from peftplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from peftplan.results.rehearsal import Rehearsal
+
+OF_MEASURE = ("steps", "warmup", "suite", "timeout", "engine", "snapshot", "output")
+"""Options of `peftplan measure` that say how a job is measured, not what it is."""
 
 
 @click.command("rehearse", cls=Command)
@@ -20,10 +31,25 @@ from peftplan.cli.command import Command, argument, option, will_exit
 )
 @option("--rank", default="0", show_default=True, metavar="INT|all", help="the rank to play")
 @option("--timeout", type=float, default=None, metavar="SECONDS", help="stop the program after this long")
-@option("--max-host", default=None, metavar="SIZE", help="host memory for what it writes (80 % of what is free)")
+@option(
+    "--data",
+    default=None,
+    metavar="synthetic",
+    help="rows for data sets that are not here; synthetic:COLUMN,COLUMN names them",
+)
+@option("--seq-len", type=int, default=None, metavar="INT", help="tokens of such a row; default: 2048")
+@option("--max-host", default=None, metavar="SIZE", help="host memory that it and its files may take (80 % of what is free)")
 @option("--keep-writes", is_flag=True, help="let the program write to your files")
 @option("--network", is_flag=True, help="let the program use the network")
+@option("--timeline", default=None, metavar="FILE", help="memory over time as FILE.png, .html, or .json (for replay)")
 @option("--snapshot", default=None, metavar="FILE", help="save torch's memory snapshot, for pytorch.org/memory_viz")
+@option(
+    "--job",
+    default=None,
+    metavar="'MODEL …'",
+    help="the job that the program trains, in the options of `peftplan estimate`: prints the drift",
+)
+@option("--output", default=None, metavar="FILE", help="append the run's record to this file, for `peftplan check` (with --job)")
 @option("--require-fit", is_flag=True, help="exit 1 unless the verdict is fits")
 @options.format_option
 def command(
@@ -33,10 +59,15 @@ def command(
     world_size: int | None,
     rank: str,
     timeout: float | None,
+    data: str | None,
+    seq_len: int | None,
     max_host: str | None,
     keep_writes: bool,
     network: bool,
+    timeline: str | None,
     snapshot: str | None,
+    job: str | None,
+    output: str | None,
     require_fit: bool,
     fmt: str,
 ) -> int:
@@ -45,7 +76,7 @@ def command(
     COMMAND runs as it is, on an emulated card whose kernels do nothing. Weights that are not there become holes; what it writes
     goes to a scratch layer; it has no network. It ends after a few optimizer steps.
 
-    Exit code: 0 after those steps or the program's own end, 1 if it ran out of memory, else the program's own.
+    Exit code: 0 after those steps or the program's own end, 1 if it ran out of memory or time, else the program's own.
 
     \b
     peftplan rehearse --gpu rtx-4090 -- python train.py --batch_size 4
@@ -54,7 +85,14 @@ def command(
     options.check_format(fmt)
     from peftplan.rehearse import rehearse
     from peftplan.report import render
+    from peftplan.report.timeline import check, write
 
+    if timeline is not None:
+        check(timeline)
+    if output is not None and job is None:
+        raise InputError("--output", output, "a record states its job; accepted with --job 'MODEL …'")
+    stated = None if job is None else _job(job)
+    _say_limits(max_host, keep_writes=keep_writes)
     as_json = fmt == "json"
     result = rehearse(
         command,
@@ -67,9 +105,53 @@ def command(
         keep_writes=keep_writes,
         network=network,
         snapshot=None if snapshot is None else Path(snapshot),
+        record=timeline is not None,
+        data=data,
+        seq_len=seq_len,
         stdout=sys.stderr.fileno() if as_json else None,
     )
+    if timeline is not None:
+        write(result, timeline)
     fits = not require_fit or (bool(result.gpus) and all(verdict.verdict == "fits" for verdict in result.gpus))
     code = will_exit(result.exit_code if result.exit_code else 0 if fits else 1)
+    if stated is not None:
+        _compare(*stated, result, output)
     render.rehearsal(result, fmt=fmt)
     return code
+
+
+def _say_limits(max_host: str | None, *, keep_writes: bool) -> None:
+    """What a rehearsal may take of the host, before it starts."""
+    from peftplan.rehearse.request import host_limit
+
+    files = "what it writes to disk is not bounded" if keep_writes else "what it writes included; nothing is written to disk"
+    click.echo(f"peftplan: the program may take {format_bytes(host_limit(max_host))} of host memory, {files}", err=True)
+
+
+def _job(job: str) -> tuple[str, Mapping[str, object]]:
+    """The model and the options of `peftplan estimate` that a job is spelled in, checked before anything runs."""
+    from peftplan.cli.measure import command as measured
+    from peftplan.job.prepare import prepare
+
+    raw = measured.make_context("--job", shlex.split(job)).params
+    model = raw.pop("model")
+    for name in OF_MEASURE:
+        raw.pop(name)
+    if model is None:
+        raise InputError("--job", job, "accepted: a model and the options of `peftplan estimate`")
+    stated = options.chosen(raw)
+    prepare(model, **stated)
+    return model, stated
+
+
+def _compare(model: str, setup: Mapping[str, object], result: Rehearsal, output: str | None) -> None:
+    """Print the drift of the formulas, and append the record where it is wanted."""
+    from peftplan.accuracy.jsonl import append
+    from peftplan.measure import lines
+    from peftplan.measure.rehearsed import record_of
+
+    record = record_of(model, result, **setup)
+    click.echo("\n".join(lines.of_record(record, lines.answers(record, ("analytic",)))), err=True)
+    if output is not None:
+        append(Path(output), [record])
+        click.echo(f"{record.id} appended to {output}", err=True)

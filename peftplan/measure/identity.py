@@ -53,6 +53,17 @@ def run_of(job: Job) -> Run:
     )
 
 
+def kept_alive(job: Job) -> tuple[str, ...]:
+    """What the job's trainer holds on to, from forward to the end of the step or longer."""
+    setup = job.setup
+    kept = {
+        "outputs": setup.keep_outputs,
+        "kv cache": setup.keep_outputs and setup.use_cache and not setup.gradient_checkpointing,
+        "gradients": setup.keep_gradients,
+    }
+    return tuple(name for name, is_kept in kept.items() if is_kept)
+
+
 def key(run: Run) -> str:
     """The key of a configuration: ten hexadecimal digits of its sha256."""
     text = json.dumps(run.model_dump(mode="json"), sort_keys=True)

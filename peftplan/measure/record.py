@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from peftplan.accuracy.records import PHASES, Counts, Measured, Peak, Record
 from peftplan.job.job import Job
 from peftplan.measure.cuda import Device
-from peftplan.measure.identity import allocator_settings, circumstances, gpu_id, new_id, run_of
+from peftplan.measure.identity import allocator_settings, circumstances, gpu_id, kept_alive, new_id, run_of
 from peftplan.measure.recorder import Figure, steady
 from peftplan.measure.run import Outcome
 
@@ -31,7 +31,7 @@ def record_of(job: Job, outcome: Outcome, device: Device) -> Record:
         covers="whole-run",
         peaks=_peaks(outcome),
         counts=Counts(trainable=outcome.num_trainable, total=outcome.num_total),
-        kept_alive=_kept_alive(job),
+        kept_alive=kept_alive(job),
         steps=tuple(figure.to_dict() for figure in outcome.figures),
         note=" ".join(notes) or None,
     )
@@ -66,13 +66,3 @@ def _device_bytes(figures: Iterable[Figure], *, before: int | None) -> int | Non
         return max(of_process)
     used = [f.used for f in listed if f.used is not None]
     return max(used) - before if used and before is not None else None
-
-
-def _kept_alive(job: Job) -> tuple[str, ...]:
-    setup = job.setup
-    kept = {
-        "outputs": setup.keep_outputs,
-        "kv cache": setup.keep_outputs and setup.use_cache and not setup.gradient_checkpointing,
-        "gradients": setup.keep_gradients,
-    }
-    return tuple(name for name, is_kept in kept.items() if is_kept)

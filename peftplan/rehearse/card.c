@@ -3,25 +3,31 @@
  *
  * Copies from a card give zeros, one byte EMULATED_BOOL (1: a mask's `all()` is true), 4 or 8 bytes EMULATED_INT (0: so many
  * places of a mask are true). EMULATED_COUNT (1), EMULATED_CAPABILITY ("8.0"), EMULATED_BYTES (85899345920), EMULATED_CONTEXT
- * (115343360, what the driver holds before the first tensor) and EMULATED_NAME ("emulated card") describe the cards. */
+ * (115343360, what the driver holds for a process before its first tensor) and EMULATED_NAME ("emulated card") describe the cards.
+ * Processes that are given the same file as EMULATED_SHARED share their memory. */
 #define _GNU_SOURCE
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #undef cudaGetDeviceProperties
 
 #define GRAIN ((size_t)2 << 20)
 #define SPACE ((size_t)1 << 42)
 #define CARDS 16
+#define PROCESSES 256
 
 static struct { char *at; size_t bytes; } segments[65536];
 static int count;
-static size_t used[CARDS], taken[CARDS], reserved[CARDS];
+static size_t taken[CARDS], reserved[CARDS];
 static char *base;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static __thread cudaError_t last;
@@ -63,8 +69,57 @@ static void make_space(void) {
     base = (char *)(((size_t)base + GRAIN - 1) / GRAIN * GRAIN);
 }
 
+/* What each process holds of each card, and whether it has a context there. A process that died holds nothing. */
+struct process { int pid; char context[CARDS]; size_t used[CARDS]; };
+
+static struct process *processes(void) {
+    static struct process *all;
+    if (all) return all;
+    size_t bytes = PROCESSES * sizeof *all;
+    const char *file = getenv("EMULATED_SHARED");
+    int shared = file ? open(file, O_RDWR | O_CREAT | O_CLOEXEC, 0600) : -1;
+    if (shared >= 0 && ftruncate(shared, bytes)) shared = -1;
+    void *at = mmap(0, bytes, PROT_READ | PROT_WRITE, shared < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED, shared, 0);
+    if (shared >= 0) close(shared);
+    return all = at;
+}
+
+static int alive(int pid) { return pid && (!kill(pid, 0) || errno != ESRCH); }
+
+static struct process *own(int card) {
+    static struct process *mine, alone;
+    struct process *all = processes();
+    for (int i = 0; (!mine || mine->pid != getpid()) && i < PROCESSES; i++) {
+        int before = all[i].pid;
+        if (alive(before) || !__sync_bool_compare_and_swap(&all[i].pid, before, getpid())) continue;
+        mine = all + i;
+        memset(mine->used, 0, sizeof mine->used);
+        memset(mine->context, 0, sizeof mine->context);
+    }
+    if (!mine) mine = &alone;
+    mine->context[card] = 1;
+    return mine;
+}
+
+static void give_back(int card, size_t bytes) {
+    size_t *held = &own(card)->used[card];
+    *held -= bytes < *held ? bytes : *held; /* a forked child frees what its parent holds */
+}
+
+static size_t used(int card) {
+    size_t bytes = 0;
+    struct process *all = processes();
+    for (int i = 0; i < PROCESSES; i++)
+        if (all[i].context[card] && alive(all[i].pid)) bytes += all[i].used[card] + context();
+    return bytes;
+}
+
 static size_t whole(size_t bytes) { return (bytes + GRAIN - 1) / GRAIN * GRAIN; }
-static int full(int card, size_t bytes) { return used[card] + bytes + context() > total(); }
+
+static int full(int card, size_t bytes) {
+    own(card);
+    return used(card) + bytes > total();
+}
 
 /* Segments lie one below the other, as on a real card. */
 cudaError_t cudaMalloc(void **at, size_t bytes) {
@@ -74,7 +129,7 @@ cudaError_t cudaMalloc(void **at, size_t bytes) {
     last = full(current, bytes) ? cudaErrorMemoryAllocation : cudaSuccess;
     if (!last) {
         taken[current] += bytes;
-        used[current] += bytes;
+        own(current)->used[current] += bytes;
         *at = segments[count].at = base + (current + 1) * SPACE - taken[current];
         segments[count++].bytes = bytes;
     }
@@ -101,7 +156,7 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t bytes, const C
     if (!refused) {
         struct piece *piece = malloc(sizeof *piece);
         *piece = (struct piece){whole(bytes), card};
-        used[card] += piece->bytes;
+        own(card)->used[card] += piece->bytes;
         *handle = (CUmemGenericAllocationHandle)piece;
     }
     pthread_mutex_unlock(&lock);
@@ -111,7 +166,7 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t bytes, const C
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
     struct piece *piece = (struct piece *)handle;
     pthread_mutex_lock(&lock);
-    used[piece->card] -= piece->bytes;
+    give_back(piece->card, piece->bytes);
     pthread_mutex_unlock(&lock);
     free(piece);
     return CUDA_SUCCESS;
@@ -121,7 +176,7 @@ cudaError_t cudaFree(void *at) {
     pthread_mutex_lock(&lock);
     for (int i = 0; i < count; i++)
         if (segments[i].at == at) {
-            used[card_of(at)] -= segments[i].bytes;
+            give_back(card_of(at), segments[i].bytes);
             segments[i] = segments[--count];
             break;
         }
@@ -131,10 +186,13 @@ cudaError_t cudaFree(void *at) {
 
 void emulated_memory(int card, size_t *unused, size_t *all) {
     *all = total();
-    *unused = total() - used[card] - context();
+    *unused = total() - used(card);
 }
 
-cudaError_t cudaMemGetInfo(size_t *unused, size_t *all) { return emulated_memory(current, unused, all), cudaSuccess; }
+cudaError_t cudaMemGetInfo(size_t *unused, size_t *all) {
+    own(current);
+    return emulated_memory(current, unused, all), cudaSuccess;
+}
 
 static void said(void *to, size_t bytes) {
     memset(to, 0, bytes);
@@ -238,6 +296,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     memset(p, 0, sizeof *p);
     strcpy(p->name, getenv("EMULATED_NAME") ? getenv("EMULATED_NAME") : "emulated card");
     p->totalGlobalMem = total();
+    p->pciDeviceID = 4 + device;
     p->major = capability(0);
     p->minor = capability(1);
     p->multiProcessorCount = turing() ? 40 : 108;
@@ -382,6 +441,8 @@ int ncclCommInitAll(void **comms, int n, const int *devices) {
 typedef struct { unsigned long long total, free, used; } nvml_memory;
 typedef struct { unsigned version; unsigned long long total, reserved, free, used; } nvml_memory_v2;
 typedef struct { unsigned gpu, memory; } nvml_utilization;
+typedef struct { unsigned pid; unsigned long long bytes; } nvml_process_v1;
+typedef struct { unsigned pid; unsigned long long bytes; unsigned instance, part; } nvml_process;
 
 static int card_in(const void *device) { return (int)(size_t)device - 1; }
 
@@ -393,11 +454,10 @@ const char *nvmlErrorString(int code) { return code ? "emulated: not answered" :
 int nvmlDeviceGetCount_v2(unsigned *n) { return *n = number("EMULATED_COUNT", 1), 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned n, void **device) { return *device = (void *)(size_t)(n + 1), 0; }
 int nvmlDeviceGetHandleByUUID(const char *id, void **device) { return *device = (void *)(size_t)(atoi(id + 4) + 1), 0; }
-int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) { return *device = (void *)(strtoul(id + strlen("0000:00:"), 0, 16) - 3), 0; }
+int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) { return *device = (void *)(strtoul(strrchr(id, ':') + 1, 0, 16) - 3), 0; }
 int nvmlDeviceGetIndex(void *device, unsigned *n) { return *n = card_in(device), 0; }
 int nvmlDeviceGetNvLinkRemoteDeviceType(void *device, unsigned link, unsigned *kind) { return 3; }
 int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *device, unsigned link, void *info) { return 3; }
-int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *n, void *processes) { return *n = 0, 0; }
 int nvmlSystemGetCudaDriverVersion_v2(int *version) { return *version = CUDART_VERSION, 0; }
 int nvmlSystemGetCudaDriverVersion(int *version) { return *version = CUDART_VERSION, 0; }
 int nvmlSystemGetDriverVersion(char *text, unsigned length) { return snprintf(text, length, "580.00"), 0; }
@@ -421,4 +481,29 @@ int nvmlDeviceGetMemoryInfo_v2(void *device, nvml_memory_v2 *memory) {
     size_t unused, all;
     emulated_memory(card_in(device), &unused, &all);
     return *memory = (nvml_memory_v2){memory->version, all, 0, unused, all - unused}, 0;
+}
+
+static int show_processes(int card, unsigned *n, void *shown, size_t bytes) {
+    unsigned room = *n;
+    struct process *all = processes();
+    *n = 0;
+    for (int i = 0; i < PROCESSES; i++)
+        if (all[i].context[card] && alive(all[i].pid)) {
+            nvml_process one = {all[i].pid, all[i].used[card] + context(), -1, -1};
+            if (*n < room) memcpy((char *)shown + *n * bytes, &one, bytes);
+            ++*n;
+        }
+    return *n > room ? 7 : 0; /* NVML_ERROR_INSUFFICIENT_SIZE */
+}
+
+int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *n, nvml_process_v1 *shown) {
+    return show_processes(card_in(device), n, shown, sizeof *shown);
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *n, nvml_process *shown) {
+    return show_processes(card_in(device), n, shown, sizeof *shown);
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v2(void *device, unsigned *n, nvml_process *shown) {
+    return nvmlDeviceGetComputeRunningProcesses_v3(device, n, shown);
 }

@@ -1,8 +1,8 @@
 """The emulated card: `card.c`, compiled once for the CUDA build of torch that is installed, and kept in the cache.
 
 The library answers every function of CUDA that torch and bitsandbytes import: those that `card.c` defines with a meaning, all
-others with success. Three files result: one is loaded before the program (`LD_PRELOAD`), triton opens the second
-(`libcuda.so.1`), monitors open the third (`libnvidia-ml.so.1`).
+others with success; and those of NVML that pynvml knows: others are not supported. Three files result: one is loaded before the
+program (`LD_PRELOAD`), triton opens the second (`libcuda.so.1`), monitors open the third (`libnvidia-ml.so.1`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pathlib import Path
 from peftplan.errors import MissingExtraError, RefusedError
 
 SOURCE = Path(__file__).with_name("card.c")
+NOT_SUPPORTED = 3
+"""NVML's code for what a card does not tell."""
 NAMES = re.compile(r"^(cu[A-Z]|cuda|__cuda|cublas|cusolver|cusparse|nccl[A-Z])")
 OPENED_BY_TRITON = [
     "cuCtxGetDevice",
@@ -54,9 +56,11 @@ def library() -> Path:
         raise RefusedError(f"rehearse runs on Linux on x86-64 only (this is {sys.platform} on {platform.machine()})")
     packages = _packages()
     libraries = [*packages.glob("torch/lib/*.so"), *packages.glob("bitsandbytes/libbitsandbytes_cuda1[23]*.so")]
-    folder = _cache() / _key(libraries)
+    spec = find_spec("pynvml")
+    pynvml = [Path(spec.origin)] if spec is not None and spec.origin is not None else []
+    folder = _cache() / _key([*libraries, *pynvml])
     if not (folder / OPENED[-1]).exists():  # moved there last
-        _compile(packages, libraries, folder)
+        _compile(packages, libraries, pynvml, folder)
     return folder
 
 
@@ -87,7 +91,7 @@ def _key(libraries: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile(packages: Path, libraries: list[Path], folder: Path) -> None:
+def _compile(packages: Path, libraries: list[Path], pynvml: list[Path], folder: Path) -> None:
     version, cuda = torch_version()
     if cuda is None:
         raise RefusedError(
@@ -112,7 +116,9 @@ def _compile(packages: Path, libraries: list[Path], folder: Path) -> None:
         answered = _symbols(lister, [work / "some.so"], "--defined-only")
         others = sorted(name for name in imported - answered if NAMES.match(name))
         rest = work / "rest.c"
-        rest.write_text("".join(f"int {name}() {{ return 0; }}\n" for name in others), encoding="utf-8")
+        monitored = {name for path in pynvml for name in re.findall(r'"(nvml[A-Z]\w+)"', path.read_text(encoding="utf-8"))}
+        codes = {**dict.fromkeys(others, 0), **dict.fromkeys(sorted(monitored - answered), NOT_SUPPORTED)}
+        rest.write_text("".join(f"int {name}() {{ return {code}; }}\n" for name, code in codes.items()), encoding="utf-8")
         _cc(compiler, include, [SOURCE, rest], work / "card.so")
         for name in OPENED:
             _cc(compiler, include, [SOURCE, rest, f"-Wl,-soname,{name}"], work / name)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from peftplan.hardware.context import context_for_verdict
 from peftplan.hardware.gpus import Gpu
 from peftplan.hardware.usable import usable_bytes
 from peftplan.planning.verdicts import capability, stated, usable_and_room
-from peftplan.rehearse import scratch
+from peftplan.rehearse import keeper, scratch
 from peftplan.rehearse.card import library
+from peftplan.rehearse.recorded import Recorded
+from peftplan.rehearse.request import Request
 from peftplan.rehearse.settings import VARIABLE, Settings
 from peftplan.rehearse.settings import environment as ranked
 from peftplan.results.estimate import TIGHT, Verdict
@@ -28,86 +32,96 @@ from peftplan.units import GIB, MIB
 
 UNLIMITED = 1000 * GIB
 """The memory of a card where none is named."""
-GRACE = 5
-"""Seconds that a program has to end once it was told to."""
 SITE = Path(__file__).parent / "inside" / "site"
+MONITOR = Path(__file__).with_name("monitor.py")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "COMET_MODE": "disabled"}
 """What keeps libraries from asking a network that is not there."""
 
 
-def rehearse(
-    command: Sequence[str],
-    *,
-    card: Gpu | None = None,
-    cards: int = 1,
-    world_size: int = 1,
-    rank: int = 0,
-    steps: int = 3,
-    timeout: float | None = None,
-    keep_writes: bool = False,
-    network: bool = False,
-    max_host: int | None = None,
-    snapshot: Path | None = None,
-    stdout: int | None = None,
-) -> Rehearsal:
-    """Run `command` until `steps` optimizer steps are done, on `cards` cards like `card`, as one rank of a world.
+def rehearse(request: Request, *, rank: int = 0, stdout: int | None = None) -> Rehearsal:
+    """Run the command until the steps that are wanted are done, as one rank of a world.
 
-    `max_host`: bytes of host memory that the scratch layer may take, else 80 % of what is free. `stdout`: a file descriptor for
-    the program's output, else ours. Raises RefusedError where nothing can be started.
+    `stdout`: a file descriptor for the program's output, else ours. Raises RefusedError where nothing can be started.
     """
     preload = library()
     with tempfile.TemporaryDirectory(prefix="peftplan-rehearsal-") as name:
         folder = Path(name)
-        settings = Settings(name, steps, rank, world_size, snapshot is not None, not keep_writes)
-        environment = _environment(settings, card, cards, preload, network=network)
-        layer = [sys.executable, "-m", "peftplan.rehearse.scratch", name, str(_host_mib(max_host))]
-        layer += ["1" if network else "0", "1" if keep_writes else "0"]
-        code, timed_out, seconds = _run([*layer, *command], environment, timeout=timeout, stdout=stdout)
+        settings = Settings(
+            name,
+            request.steps,
+            rank,
+            request.world_size,
+            snapshot=request.snapshot is not None,
+            stand_ins=not request.keep_writes,
+            record=request.record,
+            data=request.data,
+            seq_len=request.seq_len,
+        )
+        environment = _environment(settings, request, preload)
+        layer = [sys.executable, "-m", "peftplan.rehearse.scratch", name, str(request.max_host // MIB)]
+        layer += ["1" if request.network else "0", "1" if request.keep_writes else "0"]
+        code, timed_out, seconds = _run([*layer, *request.command], environment, timeout=request.timeout, stdout=stdout)
         if code == scratch.FAILED and not list(folder.glob("started")):
             raise RefusedError(
                 "this system lets no user make namespaces, which keep the program from your files and the network; "
                 "to run it without them, add --keep-writes --network"
             )
-        if code == NOT_THERE and not list(folder.glob("*.json")):
-            raise InputError("COMMAND", command[0], "accepted: a program that is on PATH")
+        if code == keeper.NOT_THERE and not list(folder.glob("*.json")):
+            raise InputError("COMMAND", request.command[0], "accepted: a program that is on PATH")
         reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rank*.json"))]
-        stand_ins = _lines(folder / "stand-ins.txt")
-        if snapshot is not None and (pickles := sorted(folder.glob("*.pickle"))):
-            snapshot.write_bytes(pickles[0].read_bytes())
-    world_size = max((report["world_size"] for report in reports), default=world_size)  # a launcher says it
+        stand_ins, remarks = _lines(folder / "stand-ins.txt"), _lines(folder / "notes.txt")
+        kept = keeper.read(folder)
+        recording = _recording(folder, request)
+        if request.snapshot is not None and (pickles := sorted(folder.glob("*.pickle"))):
+            request.snapshot.write_bytes(pickles[0].read_bytes())
+    world_size = max((report["world_size"] for report in reports), default=request.world_size)  # a launcher says it
     settings = settings._replace(world_size=world_size)
-    replaced = [*stand_ins, *_replaced(settings, keep_writes=keep_writes, network=network)]
-    return _result(command, reports, code, card, timed_out=timed_out, seconds=seconds, settings=settings, replaced=replaced)
+    result = _result(request, reports, code, timed_out=timed_out, over=kept.over, settings=settings)
+    return replace(
+        result,
+        replaced=(*stand_ins, *_replaced(settings, request)),
+        notes=(*result.notes, *remarks),
+        seconds=round(seconds, 1),
+        host_bytes=kept.host_bytes,
+        recording=recording,
+    )
 
 
 def _lines(path: Path) -> list[str]:
     return list(dict.fromkeys(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
 
 
-NOT_THERE = 127
-"""A shell's exit code for a command that is not there."""
-
-
-def _environment(settings: Settings, card: Gpu | None, cards: int, preload: Path, *, network: bool) -> dict[str, str]:
+def _environment(settings: Settings, request: Request, preload: Path) -> dict[str, str]:
     environment = dict(os.environ)
     environment.pop("CUDA_VISIBLE_DEVICES", None)
+    card = request.card
     context = context_for_verdict(card).bytes if card else 0
     environment |= {
         VARIABLE: settings.to_text(),
         "PEFTPLAN_PRELOAD": _first(preload / "card.so", environment.get("LD_PRELOAD")),
         "LD_LIBRARY_PATH": _first(preload, environment.get("LD_LIBRARY_PATH")),
         "PYTHONPATH": _first(SITE, environment.get("PYTHONPATH")),
-        "PATH": _first(Path(sys.executable).parent, environment.get("PATH")),
-        "EMULATED_COUNT": str(max(cards, min(settings.world_size, MOST_LOCAL))),
+        "PATH": _first(_monitor(Path(settings.folder)), _first(Path(sys.executable).parent, environment.get("PATH"))),
+        "EMULATED_COUNT": str(max(request.cards, min(settings.world_size, MOST_LOCAL))),
         "EMULATED_BYTES": str(usable_bytes(card).bytes if card else UNLIMITED),
         "EMULATED_CONTEXT": str(context),
         "EMULATED_CAPABILITY": capability(card),
         "EMULATED_NAME": card.name if card else "emulated card",
-        **({} if network else OFFLINE),
+        "EMULATED_SHARED": str(Path(settings.folder, "cards")),
+        **({} if request.network else OFFLINE),
     }
     if settings.world_size > 1:
         environment |= ranked(settings.rank, world_size=settings.world_size, local=min(settings.world_size, MOST_LOCAL))
     return environment
+
+
+def _monitor(folder: Path) -> Path:
+    """A folder that holds an `nvidia-smi` of the emulated cards."""
+    script = folder / "bin" / "nvidia-smi"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S {shlex.quote(str(MONITOR))} "$@"\n', encoding="utf-8")
+    script.chmod(0o755)
+    return script.parent
 
 
 MOST_LOCAL = 8
@@ -116,15 +130,6 @@ MOST_LOCAL = 8
 
 def _first(path: Path, others: str | None) -> str:
     return f"{path}{os.pathsep}{others}" if others else str(path)
-
-
-def _host_mib(max_host: int | None) -> int:
-    if max_host is not None:
-        return max_host // MIB
-    free = next(
-        line for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable")
-    )
-    return int(int(free.split()[1]) / 1024 * 0.8)
 
 
 def _run(
@@ -147,49 +152,46 @@ def _run(
 
 
 def _end(process: subprocess.Popen[bytes], first: signal.Signals) -> None:
-    """End what is left of the program's process group, gently first."""
-    for kind in (first, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, kind)
-        except (ProcessLookupError, PermissionError):
-            break
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
+    """Let the keeper end all that it keeps, gently first."""
+    process.send_signal(first)
+    try:
+        process.wait(3 * keeper.GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _recording(folder: Path, request: Request) -> Recorded | None:
+    """What the largest process allocated, where it was to be kept."""
+    logs = [Recorded.read(path) for path in sorted(folder.glob("recorded*.json"))] if request.record else []
+    return max(logs, key=lambda log: log.peak, default=None)
 
 
 def _result(
-    command: Sequence[str],
-    reports: list[dict[str, Any]],
-    code: int,
-    card: Gpu | None,
-    *,
-    timed_out: bool,
-    seconds: float,
-    settings: Settings,
-    replaced: Sequence[str],
+    request: Request, reports: list[dict[str, Any]], code: int, *, timed_out: bool, over: bool, settings: Settings
 ) -> Rehearsal:
     reports = [report for report in reports if report["steps_taken"]] or reports[:1]
+    card = request.card
     context = context_for_verdict(card).bytes if card else 0
     ranks = tuple(rank for report in reports for rank in _ranks(report, context))
     ooms = [_out_of_memory(report) for report in reports if report["oom"] and (code or report["program_exit"])]
     steps = max((report["steps_taken"] for report in reports), default=0)
     reached = settings.steps and steps >= settings.steps
-    endings = {"timeout": timed_out, "out_of_memory": ooms, "steps": reached, "program": True}
+    endings = {"host_memory": over, "timeout": timed_out, "out_of_memory": ooms, "steps": reached, "program": True}
     ended = next(ending for ending, happened in endings.items() if happened)
     return Rehearsal(
-        command=tuple(command),
+        command=request.command,
         ended=ended,
         program_exit=code,
         steps=steps,
         ranks=ranks,
         oom=ooms[0] if ooms else None,
         gpus=() if card is None or not (ranks or ooms) else (_verdict(card, ranks, out_of_memory=bool(ooms), steps=steps),),
-        replaced=tuple(replaced),
+        replaced=(),
         notes=tuple(_notes(ranks, steps, settings)),
-        seconds=round(seconds, 1),
+        seconds=0.0,
+        world_size=settings.world_size,
+        versions=next((report["versions"] for report in reports), {}),
     )
 
 
@@ -227,14 +229,14 @@ def _verdict(card: Gpu, ranks: Iterable[Rank], *, out_of_memory: bool, steps: in
     return stated(card, word, reserved, lower_bound=undecided, runs_by_releasing_cache=released and not out_of_memory)
 
 
-def _replaced(settings: Settings, *, keep_writes: bool, network: bool) -> Iterator[str]:
+def _replaced(settings: Settings, request: Request) -> Iterator[str]:
     yield "kernels do nothing: numbers read from the card are zero, counts of labels are those of the batch"
     if settings.world_size > 1:
         yield f"collectives do nothing: this process plays rank {settings.rank} of {settings.world_size} alone"
-    if not keep_writes:
+    if not request.keep_writes:
         yield "saved tensors are files of the true length without data"
         yield "writes went to a scratch layer and are gone"
-    if not network:
+    if not request.network:
         yield "the network was out of reach"
 
 

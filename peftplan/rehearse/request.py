@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,28 +16,57 @@ from peftplan.planning.verdicts import find_cards
 SEVERAL = re.compile(r"(\d+)x(.+)")
 MOST_RANKS = 65536
 ALL = "all"
+MOST_OF_FREE = 80
+"""Per cent of the free host memory that a rehearsal may take unless told otherwise."""
+SEQ_LEN = 2048
+KINDS = ("text", "int", "float", "messages", "turns", "image", "images")
+"""What a column of synthetic rows may hold; `messages` have a role and a content, `turns` a `from` and a `value`."""
+KIND_OF = {
+    "label": "int",
+    "labels": "int",
+    "score": "float",
+    "messages": "messages",
+    "conversations": "turns",
+    "image": "image",
+    "images": "images",
+}
+"""Kind of a column whose kind is not stated, by its name."""
 
 
 class Request(NamedTuple):
-    """A checked request; `cards` are those that the process sees."""
+    """A checked request. `cards`: those that the process sees. `max_host`: bytes. `data`: column of a row → its kind."""
 
     command: tuple[str, ...]
     card: Gpu | None
     cards: int
     world_size: int
     ranks: tuple[int, ...]
-    max_host: int | None
+    max_host: int
+    steps: int
+    timeout: float | None
+    keep_writes: bool
+    network: bool
+    snapshot: Path | None
+    record: bool
+    data: Mapping[str, str] | None
+    seq_len: int
 
 
 def read(
     command: Sequence[str],
     *,
-    gpu: str | None,
-    steps: int,
-    world_size: int | None,
-    rank: int | str,
-    timeout: float | None,
-    max_host: str | None,
+    gpu: str | None = None,
+    steps: int = 3,
+    world_size: int | None = None,
+    rank: int | str = 0,
+    timeout: float | None = None,
+    max_host: str | None = None,
+    keep_writes: bool = False,
+    network: bool = False,
+    snapshot: Path | None = None,
+    record: bool = False,
+    data: str | None = None,
+    seq_len: int | None = None,
 ) -> Request:
     """The request. Raises InputError, naming the field."""
     if not command:
@@ -52,9 +81,55 @@ def read(
         raise InputError("timeout", timeout, "accepted: seconds, above 0")
     if world_size is not None and not 1 <= world_size <= MOST_RANKS:
         raise InputError("world_size", world_size, f"accepted: a number of ranks from 1 to {MOST_RANKS:,}")
+    if seq_len is not None and (data is None or seq_len < 1):
+        raise InputError("seq_len", seq_len, "accepted: tokens of a row, above 0, with --data synthetic")
+    if snapshot is not None and not snapshot.parent.is_dir():
+        raise InputError("snapshot", str(snapshot), "accepted: a file in an existing folder")
     cards, card = _cards(gpu)
     world = world_size or 1
-    return Request(tuple(command), card, cards, world, _ranks(rank, world), _bytes(max_host))
+    return Request(
+        command=tuple(command),
+        card=card,
+        cards=cards,
+        world_size=world,
+        ranks=_ranks(rank, world),
+        max_host=host_limit(max_host),
+        steps=steps,
+        timeout=timeout,
+        keep_writes=keep_writes,
+        network=network,
+        snapshot=snapshot,
+        record=record,
+        data=None if data is None else _columns(data),
+        seq_len=seq_len or SEQ_LEN,
+    )
+
+
+def host_limit(max_host: str | None) -> int:
+    """Bytes of host memory that a rehearsal may take: as stated, else most of what is free. Raises InputError."""
+    return _bytes(max_host) or free_host_bytes() * MOST_OF_FREE // 100
+
+
+def free_host_bytes() -> int:
+    """Host memory that is free, or that a container may still take."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    limit, taken = (Path("/sys/fs/cgroup", f"memory.{what}") for what in ("max", "current"))
+    if limit.exists() and (bound := limit.read_text(encoding="ascii").strip()).isdigit():
+        free = min(free, int(bound) - int(taken.read_text(encoding="ascii")))
+    return max(free, 0)
+
+
+def _columns(stated: str) -> dict[str, str]:
+    """Column → kind, from `synthetic` or `synthetic:NAME,NAME=KIND`."""
+    word, _, names = stated.partition(":")
+    kinds = {}
+    for part in names.split(",") if names else ["text"]:
+        name, _, kind = part.partition("=")
+        kinds[name] = kind or KIND_OF.get(name, "text")
+    if word != "synthetic" or "" in kinds or not set(kinds.values()) <= set(KINDS):
+        raise InputError("data", stated, f"accepted: synthetic, or synthetic:COLUMN,COLUMN=KIND with {', '.join(KINDS)}")
+    return kinds
 
 
 def _cards(gpu: str | None) -> tuple[int, Gpu | None]:

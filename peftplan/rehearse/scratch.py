@@ -14,10 +14,12 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from fcntl import ioctl
 from pathlib import Path
+
+from peftplan.rehearse import keeper
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
@@ -28,8 +30,8 @@ FAILED = 125
 """Exit code where there is no scratch layer: nothing was started."""
 
 
-def enter(folder: Path, *, mib: int, network: bool, writes: bool) -> None:
-    """Go into the layer. Raises OSError where the system allows none."""
+def enter(folder: Path, *, mib: int, network: bool, writes: bool) -> Callable[[], int]:
+    """Go into the layer. Returns what says the bytes that lie there. Raises OSError where the system allows none."""
     user, group, here = os.getuid(), os.getgid(), Path.cwd()
     kinds = CLONE_NEWUSER | (0 if writes else CLONE_NEWNS) | (0 if network else CLONE_NEWNET)
     _call("unshare", kinds)
@@ -38,12 +40,21 @@ def enter(folder: Path, *, mib: int, network: bool, writes: bool) -> None:
     Path("/proc/self/gid_map").write_text(f"{group} {group} 1", encoding="ascii")
     if not network:
         _loopback_up()
-    if not writes:
-        _cover(folder, mib)
-        os.chdir(here)
+    if writes:
+        return lambda: 0
+    layers = _cover(folder, mib)
+    os.chdir(here)
+    return lambda: sum(map(_used, layers))
 
 
-def _cover(folder: Path, mib: int) -> None:
+def _used(layer: int) -> int:
+    """Bytes of the file system in which a folder is that was opened."""
+    stat = os.fstatvfs(layer)
+    return (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+
+
+def _cover(folder: Path, mib: int) -> list[int]:
+    """Cover every file system. Returns the opened folders of those that hold what is written."""
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     points = dict(_mounts())
     layer = folder / "layer"
@@ -55,7 +66,10 @@ def _cover(folder: Path, mib: int) -> None:
     _mount(str(folder), str(real), None, MS_BIND)
     if (layer / "root/dev/shm").is_dir():
         _mount("tmpfs", str(layer / "root/dev/shm"), "tmpfs", 0, f"size={mib}m,mode=1777")
+    layers = [path for path in (layer, layer / "root/dev/shm") if path.is_dir()]
+    opened = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in layers]
     os.chroot(layer / "root")
+    return opened
 
 
 def _cover_directory(source: Path, target: Path, points: Mapping[Path, str], layer: Path, folder: Path) -> None:
@@ -127,21 +141,18 @@ def _call(name: str, *arguments: object) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Enter the layer, then become the command."""
-    folder, mib, network, writes, *command = arguments
+    """Enter the layer, then run the command there until all of it has ended."""
+    name, mib, network, writes, *command = arguments
+    folder = Path(name)
     try:
-        enter(Path(folder), mib=int(mib), network=network == "1", writes=writes == "1")
+        written = enter(folder, mib=int(mib), network=network == "1", writes=writes == "1")
     except OSError:
         sys.exit(FAILED)
-    Path(folder, "started").touch()
+    (folder / "started").touch()
     preload = os.environ.pop("PEFTPLAN_PRELOAD", None)
     if preload:
         os.environ["LD_PRELOAD"] = preload
-    try:
-        os.execvp(command[0], command)
-    except OSError as error:
-        print(f"peftplan: {command[0]}: {error.strerror}", file=sys.stderr)
-        sys.exit(127)
+    keeper.keep(command, folder, limit=int(mib) << 20, written=written)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 VARIABLE = "PEFTPLAN_REHEARSAL"
@@ -12,7 +13,9 @@ VARIABLE = "PEFTPLAN_REHEARSAL"
 class Settings(NamedTuple):
     """`folder`: where reports go. `steps`: after so many optimizer steps the program ends; 0 lets it end itself.
 
-    `stand_ins`: whether what is missing may be written where libraries look for it."""
+    `stand_ins`: whether what is missing may be written where libraries look for it. `record`: whether every allocation is kept.
+    `data`: column → kind of the rows that answer for missing data sets, of `seq_len` tokens.
+    """
 
     folder: str
     steps: int
@@ -20,6 +23,9 @@ class Settings(NamedTuple):
     world_size: int
     snapshot: bool = False
     stand_ins: bool = True
+    record: bool = False
+    data: Mapping[str, str] | None = None
+    seq_len: int = 0
 
     def to_text(self) -> str:
         """As the environment holds it."""

@@ -196,7 +196,9 @@ class Shape(NamedTuple):
 
 REHEARSED = {"schema_version": Literal[1], "engine": str, "gpus": list[VerdictDocument]}
 SHAPES: dict[type, Shape] = {
-    rehearsal.Rehearsal: Shape(added={**REHEARSED, **dict.fromkeys(("peak_allocated", "peak_reserved"), NotRequired[int])}),
+    rehearsal.Rehearsal: Shape(
+        ("recording",), added={**REHEARSED, **dict.fromkeys(("peak_allocated", "peak_reserved"), NotRequired[int])}
+    ),
     rehearsal.Alive: Shape(name="MadeBy"),
     rehearsal.OutOfMemory: Shape(name="FailedRequest"),
     Plan: Shape(

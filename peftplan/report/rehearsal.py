@@ -37,6 +37,9 @@ def rows(result: Rehearsal, screen: Screen) -> list[Row]:
         lines += _verdict(verdict, result, screen)
     if result.ended == "timeout":
         lines += wrapped(f"{screen.glyphs.fails} the time was up before the steps were done", screen.columns, colour="red")
+    if result.ended == "host_memory":
+        text = f"stopped: it took {format_bytes(result.host_bytes)} of host memory; --max-host allows more"
+        lines += wrapped(f"{screen.glyphs.fails} {text}", screen.columns, colour="red")
     if result.oom is not None:
         lines += _out_of_memory(result.oom, screen)
     if (rank := result.largest_rank) is not None:

@@ -11,6 +11,8 @@ from peftplan.units import GIB, format_bytes
 
 INCHES = (12.0, 6.0)
 DOTS_PER_INCH = 130
+LETTERS = 190
+"""So many letters of a phase's name fit side by side."""
 
 
 def picture(series: Series, *, title: str, notes: Sequence[str] = ()) -> bytes:
@@ -38,7 +40,7 @@ def picture(series: Series, *, title: str, notes: Sequence[str] = ()) -> bytes:
     axes.set_xlim(series.times[0], series.times[-1])
     axes.set_ylim(0, 1.12 * max(*total, *(series.reserved or ())) / GIB)
     axes.set_ylabel("GiB")
-    axes.set_xlabel("\n".join(("allocations and frees of one optimizer step, in order", *notes)))
+    axes.set_xlabel("\n".join(("allocations and frees, in order", *notes)))
     axes.set_title(title, loc="left", pad=22)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
@@ -51,6 +53,8 @@ def _mark_phases(axes, series: Series) -> None:  # type: ignore[no-untyped-def]
     for number, span in enumerate(series.phases):
         if number:
             axes.axvline(span.start, color="black", linewidth=0.8)
+        if span.end - span.start < (series.times[-1] - series.times[0]) * len(span.phase) / LETTERS:
+            continue  # its name would cover the next one's
         axes.text((span.start + span.end) / 2, 1.01, span.phase, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
 
 

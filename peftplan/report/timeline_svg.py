@@ -13,6 +13,8 @@ from peftplan.units import GIB, MIB
 WIDTH, HEIGHT = 1000, 420
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 28, 24
 """Margins of the plot inside the drawing, in its own units."""
+LETTER = 5
+"""About the width of a letter of a phase's name; a narrower phase has no name."""
 TICKS = 6
 """About so many lines across."""
 
@@ -48,7 +50,7 @@ def drawing(series: Series) -> str:
     parts += _phases(series, frame)
     parts.append(f'<line id="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>')
     body = "\n".join(parts)
-    label = "memory over one optimizer step, stacked by category"
+    label = "memory over time, stacked by category"
     return f'<svg id="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" tabindex="0">\n{body}\n</svg>'
 
 
@@ -101,4 +103,5 @@ def _phases(series: Series, frame: Frame) -> Iterator[str]:
         start, end = frame.x(span.start), frame.x(span.end)
         if number:
             yield f'<line class="phase" x1="{start:g}" x2="{start:g}" y1="{TOP - 14}" y2="{HEIGHT - BOTTOM}"/>'
-        yield f'<text x="{(start + end) / 2:g}" y="{TOP - 10}" text-anchor="middle">{escape(span.phase)}</text>'
+        if end - start >= LETTER * len(span.phase):
+            yield f'<text x="{(start + end) / 2:g}" y="{TOP - 10}" text-anchor="middle">{escape(span.phase)}</text>'

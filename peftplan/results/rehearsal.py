@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from peftplan.results.estimate import SCHEMA_VERSION, Verdict
+from peftplan.results.series import Recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class Rehearsal:
     """A program's run on an emulated card.
 
     `ended`: `steps` where it was ended after the steps that were wanted, `program` where it ended itself, `out_of_memory`,
-    `timeout`. `program_exit` is its exit code, negative for a signal as in `subprocess`.
+    `timeout`, `host_memory` where it took more of the host than it was allowed to. `program_exit` is its exit code, negative for
+    a signal as in `subprocess`. `recording`: every allocation, where it was to be kept; not part of the JSON.
     """
 
     command: tuple[str, ...]
@@ -85,6 +87,12 @@ class Rehearsal:
     replaced: tuple[str, ...]
     notes: tuple[str, ...]
     seconds: float
+    world_size: int = 1
+    host_bytes: int = 0
+    """Host memory that its processes and what they wrote took at most."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Package → version, of what the program imported."""
+    recording: Recording | None = field(default=None, compare=False, repr=False)
 
     @property
     def largest_rank(self) -> Rank | None:
@@ -101,13 +109,14 @@ class Rehearsal:
         """0 after the wanted steps, 1 out of memory or out of time, else the program's own (128 + a signal)."""
         if self.ended == "steps":
             return 0
-        if self.ended in ("out_of_memory", "timeout"):
+        if self.ended in ("out_of_memory", "timeout", "host_memory"):
             return 1
         return self.program_exit if self.program_exit >= 0 else 128 - self.program_exit
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON states it."""
-        stated = asdict(self)
+        stated = asdict(replace(self, recording=None))
+        del stated["recording"]
         verdicts = [verdict.to_dict() for verdict in self.gpus]
         largest = self.largest_rank
         peak = {"peak_allocated": largest.peak_allocated, "peak_reserved": largest.peak_reserved} if largest else {}

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from peftplan.accuracy import jsonl
+from peftplan.accuracy.engines import ask
+from peftplan.accuracy.jsonl import append
+from peftplan.measure.rehearsed import record_of
 from peftplan.planning.verdicts import find_cards
 from peftplan.rehearse.program import _verdict
 from peftplan.report.rehearsal import facts, rows
@@ -49,6 +54,7 @@ def rehearsal(rank: Rank = RANK, *, oom: OutOfMemory | None = None, ended: str =
         ("program", -9, 137),
         ("out_of_memory", 1, 1),
         ("timeout", -15, 1),
+        ("host_memory", -15, 1),
     ],
 )
 def test_exit_codes(ended: str, program_exit: int, code: int) -> None:
@@ -90,3 +96,21 @@ def test_out_of_memory_names_the_line_that_asked() -> None:
     )
     assert "train.py:31: loss.backward()" in text
     assert "asked for 1.00 MiB more in backward, step 1, rank 0" in text
+
+
+def test_a_record_says_the_job_that_was_stated_and_what_was_rehearsed(tmp_path: Path) -> None:
+    result = replace(rehearsal(), versions={"torch": "2.13.0", "transformers": "5.24.0"}, world_size=8)
+    record = record_of("qwen2.5-0.5b", result, method="lora", r=4, trainer="trl", batch_size=2)
+    append(tmp_path / "runs.jsonl", [record])
+    (read,) = jsonl.read(tmp_path / "runs.jsonl")
+    assert (read.outcome, read.peaks.overall.reserved, read.peaks.by_phase["backward"].allocated) == ("ok", 5 * GIB, 4 * GIB)
+    assert (read.circumstances.versions["torch"], read.circumstances.num_gpus) == ("2.13.0", 8)
+    assert (read.run.method_config, read.run.options["trainer"]) == ({"r": 4}, "trl")
+    assert ask(read, "analytic").figures["allocated"] > 0
+    assert "train.py" not in (tmp_path / "runs.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("ended", "oom", "outcome"), [("out_of_memory", OOM, "oom"), ("timeout", None, "failed")])
+def test_a_run_that_did_not_end_well_is_a_record_too(ended: str, oom: OutOfMemory | None, outcome: str) -> None:
+    record = record_of("qwen2.5-0.5b", rehearsal(oom=oom, ended=ended), method="lora")
+    assert (record.outcome, record.error) == (outcome, f"{ended} after 3 steps")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from peftplan.rehearse.inside import standins, workers
+from peftplan.rehearse.inside import rows, standins, workers
 from peftplan.rehearse.inside.after_import import AfterImport
 from peftplan.rehearse.settings import read
 
@@ -14,9 +15,12 @@ def begin() -> None:
     """Called once when Python starts, before the program's first line."""
     settings = read()
 
-    def say(text: str) -> None:
-        with open(Path(settings.folder, "stand-ins.txt"), "a", encoding="utf-8") as file:
-            file.write(f"{text}\n")
+    def into(name: str) -> Callable[[str], None]:
+        def say(text: str) -> None:
+            with open(Path(settings.folder, name), "a", encoding="utf-8") as file:
+                file.write(f"{text}\n")
+
+        return say
 
     def torch_is_there(torch: object) -> None:
         from peftplan.rehearse.inside import generation, holes, ranks, values, watch
@@ -29,6 +33,7 @@ def begin() -> None:
             holes.start()
 
     if settings.stand_ins:
-        standins.start(say)
+        standins.start(into("stand-ins.txt"))
     workers.start(settings)
+    rows.start(settings.data, settings.seq_len, into("stand-ins.txt"), into("notes.txt"))
     sys.meta_path.insert(0, AfterImport({"torch": torch_is_there}))

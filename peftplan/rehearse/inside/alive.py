@@ -120,9 +120,12 @@ def _of_torch(file: str) -> bool:
     return file.startswith(TORCH) or ("site-packages" not in file and of_library(file))
 
 
-def now(device: int) -> list[dict[str, Any]]:
-    """What is alive now, by line."""
-    return by_line((block, "") for block in _alive(device))
+def now(device: int, persistent: Persistent, marks: list[tuple[int, int, str]]) -> list[dict[str, Any]]:
+    """What is alive now, by line and category."""
+    events = torch.cuda.memory._snapshot(device)["device_traces"][device]
+    times = {event["addr"]: event["time_us"] for event in events if event["action"] == "alloc"}
+    blocks = [block._replace(time=times.get(block.address, 0)) for block in _alive(device)]
+    return by_line(categories(blocks, persistent, marks, marks[-1][0]))
 
 
 def _alive(device: int) -> list[Block]:
@@ -157,20 +160,26 @@ def categories(
     blocks: Iterable[Block], persistent: Persistent, marks: list[tuple[int, int, str]], moment: int
 ) -> Iterator[tuple[Block, str]]:
     """Each block that was alive at a moment, with its category."""
-    phase_then = _phase_at(marks, moment)
+    computing = phase_at(marks, moment) in ("forward", "backward")
     for block in blocks:
-        named = persistent.category.get(block.address)
-        phase = _phase_at(marks, block.time)
-        if named in ("weights", "adapter_weights", "quant_state", "buffers") and phase != "load":
-            named = None  # the address was used again
-        if named == "gradients" and phase != "backward":
-            named = None
-        if named is None:
-            named = _of_sharding(block)
-        if named is None:
-            kept = phase == "forward" or any(RECOMPUTING in frame["filename"] for frame in block.frames)
-            named = "activations" if kept and phase_then in ("forward", "backward") else "temporaries"
-        yield block, named
+        named = category(block, persistent, marks)
+        yield block, "temporaries" if named == "activations" and not computing else named
+
+
+def category(block: Block, persistent: Persistent, marks: list[tuple[int, int, str]]) -> str:
+    """A block's category while forward or backward runs."""
+    named = persistent.category.get(block.address)
+    phase = phase_at(marks, block.time)
+    if named in ("weights", "adapter_weights", "quant_state", "buffers") and phase != "load":
+        named = None  # the address was used again
+    if (named == "gradients" and phase != "backward") or (named == "optimizer_states" and phase == "forward"):
+        named = None
+    if named is None:
+        named = _of_sharding(block)
+    if named is None:
+        kept = phase == "forward" or any(RECOMPUTING in frame["filename"] for frame in block.frames)
+        named = "activations" if kept else "temporaries"
+    return named
 
 
 def _of_sharding(block: Block) -> str | None:
@@ -181,7 +190,8 @@ def _of_sharding(block: Block) -> str | None:
     return "communication" if any("reduce" in frame["name"] for frame in frames) else "gathered_weights"
 
 
-def _phase_at(marks: list[tuple[int, int, str]], moment: int) -> str:
+def phase_at(marks: list[tuple[int, int, str]], moment: int) -> str:
+    """The phase that ran at a time (µs)."""
     return marks[max(0, bisect_right(marks, (moment, 1 << 60, "")) - 1)][2]
 
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peftplan.rehearse.inside import alive, host
+from peftplan.rehearse.inside import alive, host, recording
 from peftplan.rehearse.settings import Settings
 
 PHASES = ("load", "forward", "backward", "step")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "deepspeed", "triton")
 
 
 class Shown(NamedTuple):
@@ -48,12 +49,21 @@ def write(shown: Shown) -> None:
         "steps_taken": shown.steps_done,
         "program_exit": shown.program_exit,
         "host": host.host_bytes(),
+        "versions": _versions(),
         "devices": [_device(shown, device) for device in sorted({row[2] for row in shown.figures})],
         "oom": shown.out_of_memory[-1] if shown.out_of_memory else None,
     }
+    for device in {row[2] for row in shown.figures} if shown.settings.record else ():
+        recording.write(folder / f"recorded{device}.{os.getpid()}.json", device, shown.persistent, shown.marks)
     path = folder / f"rank{shown.settings.rank}.{os.getpid()}.json"
     path.with_suffix(".tmp").write_text(json.dumps(report), encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the libraries that the program imported."""
+    stated = {name: getattr(sys.modules.get(name), "__version__", None) for name in PACKAGES}
+    return {name: str(version) for name, version in stated.items() if version is not None}
 
 
 def _device(shown: Shown, device: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import threading
 import time
@@ -44,6 +45,7 @@ class Watch:
         self.steps_done = 0
         self.program_exit: str | None = None
         self._forward_hook: Any = None
+        self._process = os.getpid()
         self._done = False
 
     def begin(self, phase: str) -> None:
@@ -130,13 +132,19 @@ class Watch:
                 "step": self.step,
                 "requested_bytes": requested,
                 **asking_line(frame),
-                "alive": alive.now(device),
+                "alive": alive.now(device, self.persistent, self.marks),
             }
         )
 
+    def told_to_end(self, number: int, frame: FrameType | None) -> None:
+        """The time is up: report what there is, then end by the signal as a program without a handler does."""
+        self.finish()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
     def finish(self) -> None:
-        """Write the report, once."""
-        if not self._done:
+        """Write the report, once, and in no forked child."""
+        if not self._done and os.getpid() == self._process:
             self._done = True
             self.steps_done += self.stepped
             self.close()
@@ -173,6 +181,8 @@ def start(settings: Settings) -> None:
     torch._C._set_cudnn_enabled(False)
     torch.cuda._lazy_call(lambda: _record(watch))  # type: ignore[no-untyped-call]
     atexit.register(watch.finish)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, watch.told_to_end)
     unhandled = sys.excepthook
 
     def ended_by(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -1,0 +1,167 @@
+"""What a rehearsal does with a program that leaks, runs out of memory, hangs, forks, asks a monitor, or lacks its data."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftplan.planning.replayed import replay_file
+from peftplan.rehearse import rehearse
+from peftplan.report import timeline
+from peftplan.results.rehearsal import Rehearsal
+
+pytestmark = pytest.mark.rehearse
+
+LOOP = """
+import sys, time, torch
+model = torch.nn.Linear(1024, 1024).cuda()
+optimizer = torch.optim.AdamW(model.parameters())
+kept = []
+for step in range(5):
+    model(torch.randn(64, 1024).cuda()).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if "leak" in sys.argv:
+        kept.append(torch.zeros(1 << 22, device="cuda"))
+    if "hang" in sys.argv and step == 1:
+        time.sleep(600)
+    if "large" in sys.argv:
+        torch.zeros(1 << 36, device="cuda")
+"""
+MONITORED = """
+import ctypes, json, multiprocessing, os, subprocess, torch
+from torch.utils.data import DataLoader
+def smi(*arguments):
+    return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True).stdout.split("\\n")[:-1]
+def spawned(queue):
+    queue.put(torch.ones(3, device="cuda").shape[0])
+if __name__ == "__main__":
+    x = torch.zeros(1 << 28, device="cuda")
+    free, total = torch.cuda.mem_get_info()
+    queue = multiprocessing.get_context("spawn").Queue()
+    process = multiprocessing.get_context("spawn").Process(target=spawned, args=(queue,))
+    process.start()
+    got = queue.get()
+    process.join()
+    forked = os.fork()
+    if not forked:
+        os._exit(5)
+    print("SEEN", json.dumps({
+        "table": smi("--query-gpu=index,name,memory.used,memory.total,unheard.of", "--format=csv,noheader,nounits"),
+        "list": smi("-L"),
+        "second": smi("--query-gpu=memory.used", "--format=csv", "-i", "1"),
+        "unknown": smi("topo", "-m"),
+        "used": (total - free) >> 20,
+        "total": total >> 20,
+        "spawned": got,
+        "forked": os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]),
+        "loaded": [len(batch) for batch in DataLoader(range(8), batch_size=4, num_workers=2, pin_memory=True)],
+    }), flush=True)
+"""
+DATA = """
+import json
+from datasets import load_dataset
+whole, test = load_dataset("nobody/nothing"), load_dataset("nobody/nothing", split="test[:10]")
+row = whole["unheard_of"][0]
+print("SEEN", json.dumps({"columns": test.column_names, "words": row["prompt"].count(" the"), "label": row["label"],
+    "roles": [turn["role"] for turn in row["messages"]]}))
+"""
+
+
+def run(program: str, tmp_path: Path, *words: str, **options: Any) -> tuple[Rehearsal, str]:
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda is None:
+        pytest.skip("needs the CUDA build of torch")
+    path, output = tmp_path / "program.py", tmp_path / "output"
+    path.write_text(program, encoding="utf-8")
+    with output.open("w") as file:
+        result = rehearse([sys.executable, str(path), *words], **{"gpu": "2xrtx-4090", **options}, stdout=file.fileno())
+    return result, output.read_text(encoding="utf-8")
+
+
+def seen(output: str) -> Any:
+    return json.loads(next(line for line in output.splitlines() if line.startswith("SEEN"))[len("SEEN") :])
+
+
+def test_growth_from_step_to_step_is_said_and_drawn(tmp_path: Path) -> None:
+    result, _ = run(LOOP, tmp_path, "leak", steps=4, record=True)
+    assert any("step 4 held 33,554,432 bytes more than step 2" in note for note in result.notes)  # two tensors of 16 MiB
+    assert result.versions["torch"].startswith("2.")
+    assert result.host_bytes > 2**26
+    assert result.recording is not None
+    series = result.recording.series()
+    rank = result.largest_rank
+    assert rank is not None
+    assert (max(series.total), max(series.reserved or ())) == (rank.peak_allocated, rank.peak_reserved)
+    at = series.total.index(max(series.total))
+    assert {category: levels[at] for category, levels in series.by_category.items() if levels[at]} == rank.by_category
+    assert [span.phase for span in series.phases][:4] == ["load", "forward", "backward", "step"]
+    for suffix in (".html", ".json"):
+        timeline.write(result, str(tmp_path / f"drawn{suffix}"))
+    assert replay_file(str(tmp_path / "drawn.json")).result.peaks.allocated == rank.peak_allocated
+    assert "recording" not in result.to_dict()
+
+
+def test_out_of_memory_says_who_asked_and_what_was_alive(tmp_path: Path) -> None:
+    result, _ = run(LOOP, tmp_path, "large")
+    oom = result.to_dict()["oom"]
+    assert (result.exit_code, result.ended, result.gpus[0].verdict) == (1, "out_of_memory", "does_not_fit")
+    assert (oom["rank"], oom["phase"], oom["step"], oom["requested_bytes"]) == (0, "step", 1, 2**38)
+    assert (oom["file"], oom["line"]) == (str(tmp_path / "program.py"), 1 + LOOP.splitlines().index(f"        {oom['code']}"))
+    assert oom["code"] == 'torch.zeros(1 << 36, device="cuda")'
+    assert {row["category"] for row in oom["alive"]} >= {"weights", "optimizer_states"}
+
+
+def test_a_program_that_hangs_is_ended_and_reported_up_to_there(tmp_path: Path) -> None:
+    result, _ = run(LOOP, tmp_path, "hang", timeout=60)
+    assert (result.exit_code, result.ended, result.steps) == (1, "timeout", 2)
+
+
+def test_ctrl_c_ends_all_of_it(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda is None:
+        pytest.skip("needs the CUDA build of torch")
+    path, started = tmp_path / "program.py", tmp_path / "started"
+    path.write_text(f"import os, time\nopen({str(started)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n", encoding="utf-8")
+    command = [sys.executable, "-m", "peftplan", "rehearse", "--keep-writes", "--network", "--", sys.executable, str(path)]
+    process = subprocess.Popen(command)
+    for _ in range(1200):
+        if started.exists() and started.read_text(encoding="ascii"):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text(encoding="ascii")), 0)
+
+
+def test_monitors_workers_and_children(tmp_path: Path) -> None:
+    result, output = run(MONITORED, tmp_path, steps=0)
+    shown = seen(output)
+    first, second = shown["table"]
+    assert first == f"0, NVIDIA GeForce RTX 4090, {shown['used']}, {shown['total']}, [N/A]"
+    assert shown["used"] > 1024
+    assert second.split(", ")[2] == "0"
+    assert shown["second"] == ["memory.used [MiB]", "0 MiB"]
+    assert [line.partition(" (")[0] for line in shown["list"]] == [f"GPU {index}: NVIDIA GeForce RTX 4090" for index in range(2)]
+    assert (shown["spawned"], shown["forked"], shown["loaded"]) == (3, 5, [4, 4])
+    assert any("nvidia-smi topo -m was not answered" in note for note in result.notes)
+    assert result.exit_code == 0
+
+
+def test_rows_answer_for_a_data_set_that_is_not_here(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    result, output = run(DATA, tmp_path, data="synthetic:prompt,label,messages", seq_len=100, steps=0)
+    assert seen(output) == {"columns": ["prompt", "label", "messages"], "words": 50, "label": 0, "roles": ["user", "assistant"]}
+    assert any("nobody/nothing: 1,024 rows of prompt, label, messages with 100 tokens" in text for text in result.replaced)
+    result, _ = run(DATA, tmp_path, steps=0)
+    assert result.exit_code == 1
+    assert any("--data synthetic answers for it" in note for note in result.notes)
