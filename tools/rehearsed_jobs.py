@@ -112,7 +112,12 @@ def estimated(job: str, engine: str) -> dict[str, Any]:
         memory = json.loads(output.getvalue())["memory"]
     except (json.JSONDecodeError, KeyError, TypeError):
         return {"error": errors.getvalue().strip().splitlines()[-1:]}
-    return {"allocated": memory["peak_allocated"], "reserved": memory["peak_reserved"], "by_phase": memory["peak_by_phase"]}
+    phases = memory["peak_by_phase"]
+    if (
+        generated := phases.pop("generate", None)
+    ) is not None:  # a rehearsal counts it as part of loading, and of the step before
+        phases |= {"load": None, "step": max(phases["step"], generated)}
+    return {"allocated": memory["peak_allocated"], "reserved": memory["peak_reserved"], "by_phase": phases}
 
 
 def drifts(row: dict[str, Any], engine: str) -> dict[str, float] | None:

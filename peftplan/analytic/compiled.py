@@ -91,6 +91,7 @@ class Written(NamedTuple):
     program: events.Program
     sizes: list[int]
     steps: list[Compiled]
+    generation: object = None
 
 
 def kernels(compute_capability: str) -> tuple[bool, int | None]:
@@ -171,7 +172,7 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         architecture,
         parameters._replace(all=tuple(p._replace(trainable=p.trainable or p.name in trained_again) for p in computing)),
         job.adaptation,
-        _running(job._replace(setup=setup), compute_capability),
+        running_of(job._replace(setup=setup), compute_capability),
         job.quant,
         adapter=adapter_of(job.method and job.method.peft_type),
     )
@@ -347,7 +348,8 @@ def _loss_sizes(job: Job) -> LossSizes:
     )
 
 
-def _running(job: Job, compute_capability: str) -> Running:
+def running_of(job: Job, compute_capability: str) -> Running:
+    """How the step of a job runs."""
     setup, loss = job.setup, _loss_sizes(job)
     of_llama = job.architecture.model_class.endswith("ForCausalLM")  # others had a loss of their own, such as GPT2LMHeadModel
     return Running(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peftplan.analytic.compiled import last_step
+from peftplan.analytic.generation import generation_of
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.job.inventory import Inventory
 
@@ -15,5 +16,8 @@ def analytic_peaks(inventory: Inventory, *, compute_capability: str) -> InstantP
     compiled_job, named = last_step(inventory, compute_capability)
     moments = compiled_job.timeline.peaks(named, compiled_job.standing_bytes)
     requested = {"load": compiled_job.loading_bytes, **{phase: nbytes for phase, (nbytes, _) in moments.items()}}
+    generation = generation_of(inventory, compiled_job, compute_capability=compute_capability)
+    if generation is not None:
+        requested["generate"] = compiled_job.standing_bytes + generation.peak[0]
     ends = {phase: at for phase, (_, at) in moments.items()}
     return InstantPeaks(inventory, compute_capability, requested, ends, compiled_job.assumed(named))

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from peftplan.allocator.program import Replayed
 from peftplan.analytic.compiled import last_step, steps_of
+from peftplan.analytic.generation import generation_of
 from peftplan.analytic.reserved import SOURCE, Run
 from peftplan.ledger import Ledger
-from peftplan.results.estimate import PHASES, Peaks
+from peftplan.results.estimate import ALL_PHASES, Peaks
 
 if TYPE_CHECKING:
     from peftplan.job.inventory import Inventory
@@ -45,7 +46,9 @@ class InstantPeaks(Peaks):
 
     def run(self) -> Run:
         """The steps that are replayed."""
-        return Run(steps_of(self.inventory, self.compute_capability), self.inventory.job.script)
+        steps = steps_of(self.inventory, self.compute_capability)
+        generation = generation_of(self.inventory, steps[-1][0], compute_capability=self.compute_capability)
+        return Run(steps, self.inventory.job.script, generation)
 
     def runs_within(self, capacity_bytes: int) -> bool:
         """Whether the job runs if at most `capacity_bytes` can be reserved. The allocator releases its cache before it fails."""
@@ -67,7 +70,8 @@ class InstantPeaks(Peaks):
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
-        return {phase: max(self.requested[phase], self._replayed.allocated.get(phase, 0)) for phase in PHASES}
+        allocated = self._replayed.allocated
+        return {phase: max(self.requested[phase], allocated.get(phase, 0)) for phase in ALL_PHASES if phase in self.requested}
 
     @cached_property
     def ledgers(self) -> Mapping[str, Ledger]:
@@ -90,6 +94,10 @@ class _Ledgers(Mapping[str, Ledger]):
         compiled, named = last_step(self._peaks.inventory, self._peaks.compute_capability)
         if phase == "load":
             return compiled.loading
+        if phase == "generate":
+            generation = generation_of(self._peaks.inventory, compiled, compute_capability=self._peaks.compute_capability)
+            assert generation is not None
+            return compiled.standing + generation.lines
         return compiled.standing + Ledger(compiled.timeline.lines(self._peaks.ends[phase], named))
 
     def __iter__(self) -> Iterator[str]:

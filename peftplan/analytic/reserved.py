@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from peftplan.allocator import program as events
 from peftplan.allocator.program import Program, Replayed, replay
 from peftplan.analytic.compiled import Compiled, Steps, Written
+from peftplan.analytic.generation import Generation
 from peftplan.depth.copies import Layers
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.script import NO_SCRIPT, Script
@@ -35,6 +36,8 @@ class Run(NamedTuple):
 
     steps: Steps
     script: Script = NO_SCRIPT
+    generation: Generation | None = None
+    """What the policy writes before each step."""
 
     def fits(self, capacity_bytes: int) -> bool:
         """Whether it runs if the allocator may reserve at most `capacity_bytes`. It releases cached segments before it fails."""
@@ -58,17 +61,19 @@ class Run(NamedTuple):
     def program(self, *, when_full: bool = False) -> tuple[Program, list[int]]:
         """The events and the table of sizes. All sizes that run the same operations share the events."""
         compiled, _ = self.steps[-1]
-        key = (when_full, *(id(of_step) for of_step, _ in self.steps))
+        key = (when_full, id(self.generation), *(id(of_step) for of_step, _ in self.steps))
         if key not in compiled.programs:
             load = compiled.load_if_full if when_full and compiled.load_if_full is not None else compiled.load
-            compiled.programs[key] = _write([of_step for of_step, _ in self.steps], self.script, load)
+            compiled.programs[key] = _write([of_step for of_step, _ in self.steps], self.script, load, self.generation)
         written = compiled.programs[key]
         of_step = {id(step): step[0].timeline.requested(step[1]) for step in self.steps}  # most runs repeat one step
-        return written.program, [n for step in self.steps for n in of_step[id(step)]] + written.sizes
+        generated = [] if self.generation is None else self.generation.timeline.requested(self.generation.sizes)
+        return written.program, generated + [n for step in self.steps for n in of_step[id(step)]] + written.sizes
 
 
-def _write(steps: list[Compiled], script: Script, load: Callable[[Memory[Any]], None]) -> Written:
-    writer = _Writer(script, sum(len(of_step.timeline.kinds) for of_step in steps))
+def _write(steps: list[Compiled], script: Script, load: Callable[[Memory[Any]], None], generation: Generation | None) -> Written:
+    generated = 0 if generation is None else len(generation.timeline.kinds)
+    writer = _Writer(script, generated + sum(len(of_step.timeline.kinds) for of_step in steps))
     compiled = steps[-1]
     writer.begin("load")
     load(writer)
@@ -78,15 +83,18 @@ def _write(steps: list[Compiled], script: Script, load: Callable[[Memory[Any]], 
     there = (*compiled.early, *compiled.built)
     states = [line for line in compiled.standing if line.category == "optimizer_states" and line not in there]
     kept = any(_makes_gradients(compiled.timeline, at) for at in range(compiled.timeline.windows[0][1]))
-    kinds = 0
+    kinds = generated
     for number, of_step in enumerate(steps, start=1):
+        if generation is not None:
+            writer.step(generation.timeline, 0, {}, phases=number == len(steps))
+            writer.end()
         lasting = _lasting(states, of_step) if number == 1 else {}
         writer.step(of_step.timeline, kinds, lasting, phases=number == len(steps))
         if kept:
             writer.leave(n for n, kind in enumerate(of_step.timeline.kind_of) if _is_gradient(of_step.timeline, kind))
         writer.end()
         kinds += len(of_step.timeline.kinds)
-    return Written(writer.program(), list(writer.sizes), steps)
+    return Written(writer.program(), list(writer.sizes), steps, generation)
 
 
 def _lasting(states: list[Line], compiled: Compiled) -> dict[int, list[Line]]:

@@ -11,7 +11,7 @@ from peftplan.analytic.engine import analytic_peaks
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.analytic.moments import Moments
 from peftplan.analytic.ranked import Ranked, of_all_ranks, of_one_rank
-from peftplan.errors import BoundError, InputError, MissingExtraError
+from peftplan.errors import BoundError, InputError, MissingExtraError, RefusedError
 from peftplan.job.inventory import Inventory
 from peftplan.job.setup import MOST
 
@@ -50,6 +50,10 @@ class Sized:
         self.ranks = ranks
         self.compute_capability = compute_capability
         self.first = self.at_rank(ranks[0] if ranks else None)
+        if self.first.job.setup.vllm_share:
+            raise RefusedError(
+                "use_vllm: the share of the card that vLLM takes is not known at many sizes yet; accepted: estimate"
+            )
         self._ranked: dict[tuple[int, int | None], tuple[Ranked, Moments]] = {}
         self._on_lines: dict[int, bool] = {}
 

@@ -80,6 +80,13 @@ PREFERENCES: dict[str, str] = {
     "--precompute-ref-log-probs/--no-precompute-ref-log-probs": "score with the reference model before training",
     "--beta": "weight of the reference model",
     "--loss-type": "the trainer's loss",
+    "--max-prompt-length": "tokens of a prompt, instead of --seq-len",
+    "--num-generations": "completions of a prompt",
+    "--steps-per-generation": "micro batches for which completions are written at once; default: those of a step",
+    "--use-vllm/--no-use-vllm": "vLLM writes the completions, not transformers",
+    "--vllm-mode": "vLLM on the training GPUs, or a server elsewhere; default: colocate",
+    "--vllm-gpu-memory-utilization": "share of the card that vLLM takes; default: 0.3",
+    "--vllm-enable-sleep-mode/--no-vllm-enable-sleep-mode": "vLLM gives its memory back while the policy trains",
 }
 GPUS: dict[str, str] = {
     "--gpus": "GPUs of a node, one process each (--gpu NxCARD)",
@@ -182,6 +189,9 @@ METAVARS: dict[str, str] = {
     "--optim-args": "KEY=VALUE,…",
     "--max-completion-length": "INT",
     "--beta": "FLOAT",
+    **dict.fromkeys(("--max-prompt-length", "--num-generations", "--steps-per-generation"), "INT"),
+    "--vllm-mode": "[colocate|server]",
+    "--vllm-gpu-memory-utilization": "FLOAT",
     "--loss-type": "NAME",
 }
 """What an option is given, as `--help` shows it; completion offers the choices."""

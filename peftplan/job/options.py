@@ -46,6 +46,13 @@ class SetupOptions(TypedDict, total=False):
     precompute_ref_log_probs: bool | None
     beta: float | None
     loss_type: str | None
+    max_prompt_length: int | None
+    num_generations: int | None
+    steps_per_generation: int | None
+    use_vllm: bool | None
+    vllm_mode: Literal["colocate", "server"] | None
+    vllm_gpu_memory_utilization: float | None
+    vllm_enable_sleep_mode: bool | None
     padding: bool
     keep_outputs: bool | None
     keep_gradients: bool

@@ -75,6 +75,13 @@ class Setup(BaseModel):
     precompute_ref_log_probs: bool | None = None
     beta: Annotated[float | None, Field(ge=0)] = None
     loss_type: str | None = None
+    max_prompt_length: Count | None = None
+    num_generations: Count | None = None
+    steps_per_generation: Count | None = None
+    use_vllm: bool | None = None
+    vllm_mode: Literal["colocate", "server"] | None = None
+    vllm_gpu_memory_utilization: Annotated[float | None, Field(gt=0, le=1)] = None
+    vllm_enable_sleep_mode: bool | None = None
 
     @property
     def by(self) -> Trainer:
@@ -84,9 +91,26 @@ class Setup(BaseModel):
     @property
     def forwards(self) -> tuple[Forward, ...]:
         """The forwards of a step: those of the trainer that the options leave."""
-        without = "reference" if self.precompute_ref_log_probs else None
+        weight = self.by.beta if self.beta is None else self.beta
+        without = "reference" if self.precompute_ref_log_probs or (self.by.generates and not weight) else None
         extra_rows = self.loss_type not in self.by.without_extra_rows
         return tuple(f for f in self.by.forwards if f.of != without and (extra_rows or not f.batch))
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of a prompt before the completion that the policy writes."""
+        return max(self.seq_len - (self.max_completion_length or self.seq_len - 1), 1)
+
+    @property
+    def vllm_share(self) -> float:
+        """The part of a card that vLLM takes, which generates on the training GPUs; 0 where it does not."""
+        colocated = bool(self.use_vllm) and self.vllm_mode != "server"
+        return (self.vllm_gpu_memory_utilization or VLLM_SHARE) if colocated else 0.0
+
+    @property
+    def generation_rows(self) -> int:
+        """Completions that the policy writes at once."""
+        return self.batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
 
     @property
     def rows(self) -> int:
@@ -99,6 +123,8 @@ LOSSES_OF_SLICES = ("full", "liger")
 then too few labels; Unsloth 2026.10.9 (`CausalLM_fast_forward`) computes logits and skips its fused loss."""
 
 
+VLLM_SHARE = 0.3
+"""trl's default of `vllm_gpu_memory_utilization` (grpo_config.py)."""
 OF_PREFERENCES = frozenset().union(*(trainer.options for trainer in TRAINERS.values()))
 """Options that only trainers of preferences and RL have."""
 
@@ -150,12 +176,32 @@ def resolved(
         )
     if max_positions is not None and "seq_len" not in setup.model_fields_set:
         filled["seq_len"] = min(setup.seq_len, max_positions)
+    filled |= _lengths(setup, filled.get("seq_len", setup.seq_len))
     complete = setup.model_copy(update=filled)
     check_length(complete.seq_len, max_positions)
     check_logits_to_keep(complete.logits_to_keep, complete.seq_len)
     _check_trainer(complete)
     _check_checkpointing(complete)
     return complete
+
+
+def _lengths(setup: Setup, seq_len: int) -> dict[str, int]:
+    """The lengths of what a trainer generates: of a completion as trl's config has it, and of prompt and completion together.
+
+    Raises InputError for a prompt's length beside that of both, and for a completion that leaves no prompt.
+    """
+    if not setup.by.generates:
+        return {}
+    completion = setup.max_completion_length or min(setup.by.completion or 1, seq_len - 1)
+    if setup.max_prompt_length is not None:
+        if "seq_len" in setup.model_fields_set:
+            raise InputError(
+                "max_prompt_length", setup.max_prompt_length, "seq_len is prompt and completion; give one of the two"
+            )
+        seq_len = setup.max_prompt_length + completion
+    if completion >= seq_len:
+        raise InputError("max_completion_length", completion, f"accepted: below the {seq_len} tokens of prompt and completion")
+    return {"seq_len": seq_len, "max_completion_length": completion}
 
 
 def check_length(seq_len: int, max_positions: int | None) -> None:

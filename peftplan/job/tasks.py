@@ -96,6 +96,8 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
     if setup.by.loads_in_fp32 and "dtype" not in setup.model_fields_set:
         trainer = setup.by.called.partition(" of ")[0]
         yield f"{trainer} loads a model given by name in fp32 unless model_init_kwargs sets a dtype (--dtype fp32)"
+    if setup.use_vllm and not setup.vllm_share:
+        yield "a vLLM server generates elsewhere: nothing of it is on this card"
     if "max_completion_length" in setup.by.options and setup.max_completion_length is None:
         yield "max_completion_length is not set: every token of a row but the first is counted as one of the completion"
     scores = architecture.task_type == "SEQ_CLS" and any(module.name == "score" for module in architecture.modules)

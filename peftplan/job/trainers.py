@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from peftplan.versions import named
 
-TrainerName = Literal["plain", "transformers", "trl", "qlora-paper", "trl-dpo", "trl-kto", "trl-reward"]
+TrainerName = Literal["plain", "transformers", "trl", "qlora-paper", "trl-dpo", "trl-kto", "trl-reward", "trl-grpo", "trl-rloo"]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
 Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth"]
@@ -86,12 +86,21 @@ class Trainer(NamedTuple):
     """The task of the models that it trains, where it is one."""
     num_labels: int | None = None
     """Scores of its head."""
+    completion: int | None = None
+    """The default of `max_completion_length`, where the policy writes the completions that it is trained on."""
+    beta: float | None = None
+    """The default of `beta`; 0 leaves the reference model out."""
     options: frozenset[str] = frozenset()
     """The options of preference and RL trainers that it has."""
     package: str | None = None
     """The package whose other trainers are not counted."""
     arguments: str | None = None
     """The class of its arguments, where it has one of its own."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether the policy writes the completions that it is trained on."""
+        return self.completion is not None
 
     @property
     def of_preferences(self) -> bool:
@@ -123,6 +132,19 @@ TRL = Trainer(
     task="CAUSAL_LM",
     package="trl",
     arguments="SFTConfig",
+)
+# The reference model scores what was generated before the step, when nothing of it is alive (`_generate_and_score_completions`).
+GENERATING = TRL._replace(
+    losses=("trl-chunked",),
+    forwards=(Forward("reference"), *LOSS),
+    token_outputs=("entropy",),
+    completion=512,
+    options=frozenset(
+        {
+            *("max_completion_length", "max_prompt_length", "beta", "loss_type", "num_generations", "steps_per_generation"),
+            *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),
+        }
+    ),
 )
 OF_PREFERENCES = TRL._replace(
     losses=("trl-chunked",),
@@ -163,6 +185,8 @@ TRAINERS: dict[TrainerName, Trainer] = {
             num_labels=1,
             arguments="RewardConfig",
         ),
+        GENERATING._replace(name="trl-grpo", called=f"GRPOTrainer of {named('trl')}", beta=0.0, arguments="GRPOConfig"),
+        GENERATING._replace(name="trl-rloo", called=f"RLOOTrainer of {named('trl')}", beta=0.05, arguments="RLOOConfig"),
         Trainer(
             "plain",
             "a hand-written loop",

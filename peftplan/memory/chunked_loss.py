@@ -61,12 +61,13 @@ def _loss_of_rows_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -
     return f.new(saved[0], g.dtype, "cat")
 
 
-def loss_of_trl(f: Tape, log_probs: Tensor, entropy: Tensor, is_top1: Tensor, mask: Tensor) -> Tensor:
+def loss_of_trl(f: Tape, log_probs: Tensor, *others: Tensor) -> Tensor:
     """`SFTTrainer.compute_loss`: the loss from log-probabilities; entropy and accuracy are summed while they live."""
+    *metrics, mask = others
     per_token = ops.scale(f, log_probs, "neg")
     tokens = f.new((), "int64", "sum")
     loss = _mean(f, _sum(f, per_token), mask, tokens)
-    for metric in (entropy, is_top1):
+    for metric in metrics:
         total = f.new((), "int64" if metric.dtype == "bool" else "fp32", "sum")
         mean = f.new((), "fp32", "div")
         del total, mean

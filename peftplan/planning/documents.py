@@ -11,7 +11,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from peftplan.ledger import Category, Place
 
-Phase = Literal["load", "forward", "backward", "step"]
+Phase = Literal["load", "generate", "forward", "backward", "step"]
 VerdictName = Literal["fits", "tight", "does_not_fit", "does_not_run", "unknown"]
 
 
@@ -164,6 +164,8 @@ class VerdictDocument(TypedDict):
     needed_is_lower_bound: bool
     needed_is_upper_bound: NotRequired[bool]
     """Whether keys of a file, which no option says, make the job need less."""
+    vllm_bytes: NotRequired[int]
+    """What vLLM takes of the card, where it generates for the trainer."""
     context_bytes: int
     context_assumed: bool
     """Whether the context is that of another card."""

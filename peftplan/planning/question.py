@@ -14,7 +14,7 @@ from peftplan.job.setup import AdviceSearch, Engine, check_length, check_logits_
 from peftplan.job.tasks import without_loss
 from peftplan.ledger import Ledger
 from peftplan.planning.assumed import NCCL, NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, outside
-from peftplan.planning.verdicts import capability, card_notes, verdict
+from peftplan.planning.verdicts import Vllm, capability, card_notes, verdict
 from peftplan.results.estimate import Estimate, Peaks, Verdict
 
 if TYPE_CHECKING:
@@ -190,7 +190,9 @@ def _estimated(
     counted = {of: question.open or peaks_on(of) for of in dict.fromkeys((of_first, *map(capability, cards)))}
     by_capability = {of: Counted() if isinstance(peaks, str) else peaks for of, peaks in counted.items()}
     peaks = by_capability[of_first].peaks
-    standing = static.bytes() if any(peaks.peaks is None for peaks in by_capability.values()) else 0
+    setup = job.setup
+    vllm = Vllm(setup.vllm_share, bool(setup.vllm_enable_sleep_mode)) if setup.vllm_share else None
+    standing = static.bytes() if vllm or any(peaks.peaks is None for peaks in by_capability.values()) else 0
     assumed = assumptions(job, quantized=built.quantized)
     notes = card_notes(cards, job.setup, job.quant)
     if peaks is not None and peaks.assumed.get("images_per_sample") == 0:
@@ -219,6 +221,7 @@ def _estimated(
                 refused=unmet(job.setup, pair(of)),
                 skip_unfit=skip_unfit,
                 bound=question.bound,
+                vllm=vllm,
             )
             for card, of in ((card, capability(card)) for card in cards)
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.distributed.names import MOST_RANKS
 from peftplan.errors import InputError
@@ -13,6 +13,7 @@ from peftplan.job.setup import Setup
 from peftplan.results.estimate import TIGHT, Peaks, Verdict
 from peftplan.storage import QuantConfig
 from peftplan.storage.config import FORMATS
+from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
@@ -23,6 +24,21 @@ MAX_CONTEXT_MIB = 2**20
 
 TEXT = "text"
 """The scope of a verdict on a traced model whose pictures are not counted."""
+
+
+class Vllm(NamedTuple):
+    """vLLM on the training GPU: the part of the card that it takes, beside torch's allocator of the trainer.
+
+    `sleeps`: it gives that back while the policy trains (trl `VLLMGeneration`, `sleep(level=2)`), and then what lasts of the
+    trainer is beside it, whose cache was emptied. Left out: the context and graphs that a sleeping engine keeps.
+    """
+
+    share: float
+    sleeps: bool
+
+    def beside(self, usable: int) -> int:
+        """Bytes of a card that are taken while the policy trains."""
+        return 0 if self.sleeps else int(self.share * usable)
 
 
 def capability(card: Gpu | None) -> str:
@@ -104,6 +120,12 @@ def card_notes(cards: Iterable[Gpu], setup: Setup, quant: QuantConfig | None) ->
 
 def _notes(card: Gpu, setup: Setup, quant: QuantConfig | None) -> Iterator[str]:
     has = capability(card)
+    if setup.vllm_share:
+        from peftplan.hardware.usable import usable_bytes
+
+        when = "while it generates, and sleeps while the policy trains" if setup.vllm_enable_sleep_mode else "beside the trainer"
+        taken = format_bytes(int(setup.vllm_share * usable_bytes(card).bytes))
+        yield f"vLLM takes {taken} {when} (--vllm-gpu-memory-utilization {setup.vllm_share})"
     if card.sold_gb is not None:
         from peftplan.hardware.usable import usable_bytes
 
@@ -127,6 +149,7 @@ def verdict(
     refused: str | None = None,
     skip_unfit: bool = False,
     bound: str | None = None,
+    vllm: Vllm | None = None,
 ) -> Verdict:
     """Whether a job fits a card.
 
@@ -137,12 +160,19 @@ def verdict(
     upper one that is. `bound`: what the peak is where a file has keys that no option says: `at_least`, `at_most` or `unknown`.
 
     `static_bytes`: what lasts from step to step, a lower bound where there is no peak. `runs_within`: whether the job runs where
-    the allocator can take so many bytes. `skip_unfit`: do not replay peaks whose tensors alone are too large.
+    the allocator can take so many bytes. `skip_unfit`: do not replay peaks whose tensors alone are too large. `vllm`: what vLLM
+    takes of the card.
     """
     usable, room = usable_and_room(card)
+    beside = 0 if vllm is None else vllm.beside(usable)
+    room -= beside
     unfit = skip_unfit and peaks is not None and peaks.at_least > room
     reserved = static_bytes if peaks is None else peaks.at_least if unfit else peaks.reserved or peaks.allocated
     lower_bound = peaks is None or bool(peaks.incomplete) or bound == "at_least"
+    if vllm is not None and vllm.sleeps and static_bytes + int(vllm.share * usable) > reserved:
+        beside = int(vllm.share * usable)
+        reserved = static_bytes
+        room -= beside
     releases_cache = reserved > room and peaks is not None and _ends(peaks, runs_within, room)
     if refused is not None:
         word = "does_not_run"
@@ -156,6 +186,7 @@ def verdict(
         card,
         word,
         reserved,
+        vllm=beside,
         lower_bound=lower_bound,
         upper_bound=bound == "at_most" and not lower_bound,
         runs_by_releasing_cache=releases_cache and word == "tight",
@@ -178,6 +209,7 @@ def stated(
     word: str,
     reserved: int,
     *,
+    vllm: int = 0,
     lower_bound: bool = False,
     upper_bound: bool = False,
     runs_by_releasing_cache: bool = False,
@@ -194,7 +226,8 @@ def stated(
         usable.bytes,
         usable.why,
         word,
-        needed_bytes=reserved + context.bytes,
+        needed_bytes=reserved + vllm + context.bytes,
+        vllm_bytes=vllm,
         context_bytes=context.bytes,
         context_source=context.why,
         context_assumed=context.assumed,

@@ -28,7 +28,8 @@ def segments(result: Estimate, card: Verdict | None) -> list[Segment]:
     sizes = [Segment(name.replace("_", " "), nbytes) for name, nbytes in result.ledger.by_category().items() if nbytes]
     total = sum(segment.bytes for segment in sizes)
     if card is not None:
-        sizes.append(Segment("allocator", card.needed_bytes - card.context_bytes - total))
+        sizes.append(Segment("allocator", card.needed_bytes - card.context_bytes - card.vllm_bytes - total))
+        sizes.append(Segment("vLLM", card.vllm_bytes))
         sizes.append(Segment("context", card.context_bytes))
         total = card.needed_bytes
     large = [segment for segment in sizes if segment.bytes >= SMALL * total]

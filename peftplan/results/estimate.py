@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 PHASES = ("load", "forward", "backward", "step")
+ALL_PHASES = ("load", "generate", "forward", "backward", "step")
+"""`generate`: the policy of an RL trainer writes completions."""
 COUNTED: tuple[Category, ...] = (
     "weights",
     "adapter_weights",
@@ -59,13 +61,13 @@ class Peaks:
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
-        """Phase → allocated bytes at its peak, in the order of `PHASES`."""
-        return {phase: self.ledgers[phase].bytes() for phase in PHASES}
+        """Phase → allocated bytes at its peak, in the order of `ALL_PHASES`."""
+        return {phase: self.ledgers[phase].bytes() for phase in ALL_PHASES if phase in self.ledgers}
 
     @property
     def phase(self) -> str:
         """The phase of the overall peak; ties go to the earlier one."""
-        return max(PHASES, key=lambda phase: self.by_phase[phase])
+        return max(self.by_phase, key=self.by_phase.__getitem__)
 
     @property
     def allocated(self) -> int:
@@ -106,6 +108,9 @@ class Verdict(NamedTuple):
     upper_bound: bool = False
     """Whether a file has keys that need less than `needed_bytes`, and that no option says."""
 
+    vllm_bytes: int = 0
+    """What vLLM takes inside `needed_bytes`, where it generates on the training GPU."""
+
     @property
     def headroom_bytes(self) -> int:
         """What the job leaves of the usable bytes; negative where it needs more."""
@@ -141,6 +146,7 @@ class Verdict(NamedTuple):
             "needed_bytes": self.needed_bytes,
             "needed_is_lower_bound": self.lower_bound,
             **({"needed_is_upper_bound": True} if self.upper_bound else {}),
+            **({"vllm_bytes": self.vllm_bytes} if self.vllm_bytes else {}),
             "context_bytes": self.context_bytes,
             "context_assumed": self.context_assumed,
             "context_source": self.context_source,

@@ -77,6 +77,53 @@ def test_the_warm_up_leaves_out_what_is_cached() -> None:
     assert warm_up(4 * 2**30, int(2.2 * 2**30)) == (int(2.2 * 2**30) + 1) // 2 * 2  # whole elements of fp16
 
 
+GRPO: dict[str, Any] = {"trainer": "trl-grpo", "batch_size": 2, "seq_len": S, "max_completion_length": C}
+
+
+def test_the_policy_writes_completions_into_a_cache() -> None:
+    """3 layers of keys and values, 4 heads of 32 numbers in 16 bits, for 4 x 2 completions of 255 tokens, since the last is not
+    fed; and what a token's scores take. The optimizer's states are there meanwhile."""
+    long = {**GRPO, "max_completion_length": 250, "method": "lora", "gradient_accumulation_steps": 4}
+    result = estimate(MODEL, **long)
+    assert result.peaks is not None
+    cache = [line for line in result.peaks.ledgers["generate"] if "KV cache" in line.name]
+    heads, width = MODEL["num_key_value_heads"], MODEL["hidden_size"] // MODEL["num_attention_heads"]
+    assert sum(line.bytes() for line in cache) == 3 * 2 * 2 * (4 * 2) * heads * (S - 1) * width
+    states = result.peaks.ledgers["generate"].by_category()["optimizer_states"]
+    assert states == result.static.by_category()["optimizer_states"]
+    fewer = estimate(MODEL, **long, steps_per_generation=2)
+    assert fewer.peaks is not None
+    assert sum(line.bytes() for line in fewer.peaks.ledgers["generate"] if "KV cache" in line.name) == sum(
+        line.bytes() // 2 for line in cache
+    )
+
+
+def test_a_weight_of_the_reference_makes_a_second_model() -> None:
+    by_beta = {beta: estimate(MODEL, method="full", beta=beta, **GRPO).assumptions["reference"] for beta in (None, 0.0, 0.04)}
+    assert by_beta == {None: "none", 0.0: "none", 0.04: "copy"}
+    assert estimate(MODEL, method="full", **{**GRPO, "trainer": "trl-rloo"}).assumptions["reference"] == "copy"
+
+
+def test_prompt_and_completion_make_the_sequence() -> None:
+    assert estimate(MODEL, **{**GRPO, "seq_len": None}, max_prompt_length=60).assumptions["seq_len"] == 60 + C
+    assert estimate(MODEL, trainer="trl-grpo").assumptions["max_completion_length"] == 512
+
+
+def test_vllm_takes_its_share_of_the_card() -> None:
+    def needed(**options: Any) -> int:
+        return estimate(MODEL, gpu="a100-80gb", **GRPO, **options).gpus[0].needed_bytes
+
+    usable = estimate(MODEL, gpu="a100-80gb", **GRPO).gpus[0].usable_bytes
+    trainer = needed(use_vllm=True, vllm_mode="server")
+    assert needed(use_vllm=True) == trainer + int(0.3 * usable)
+    assert needed(use_vllm=True, vllm_gpu_memory_utilization=0.5) == trainer + int(0.5 * usable)
+    assert trainer < needed(use_vllm=True, vllm_enable_sleep_mode=True) < needed(use_vllm=True)
+    result = estimate(MODEL, gpu="a100-80gb", use_vllm=True, **GRPO)
+    assert result.gpus[0].to_dict()["vllm_bytes"] == int(0.3 * usable)
+    assert result.peaks is not None
+    assert "generate" not in result.peaks.by_phase
+
+
 @pytest.mark.parametrize(
     ("options", "error", "reason"),
     [
@@ -84,6 +131,9 @@ def test_the_warm_up_leaves_out_what_is_cached() -> None:
         ({"trainer": "trl-reward", "max_completion_length": 9}, InputError, "RewardTrainer of trl 1.16 has no such option"),
         ({"engine": "trace"}, RefusedError, "engine: trace follows a step of one forward, not that of DPOTrainer of trl 1.16"),
         ({"loss": "liger"}, RefusedError, "loss: DPOTrainer of trl 1.16 cannot compute the liger loss; accepted: trl-chunked"),
+        ({**GRPO, "max_completion_length": 300}, InputError, "accepted: below the 256 tokens of prompt and completion"),
+        ({**GRPO, "max_prompt_length": 9}, InputError, "seq_len is prompt and completion; give one of the two"),
+        ({"use_vllm": True}, InputError, "DPOTrainer of trl 1.16 has no such option; accepted: trainer trl-grpo, trl-rloo"),
         ({"trainer": "trl-reward", "task_type": "CAUSAL_LM"}, RefusedError, "trains classes that score a sequence, not Llama"),
     ],
 )

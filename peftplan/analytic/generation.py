@@ -1,0 +1,109 @@
+"""What a trainer holds while its policy writes completions with transformers: a prompt's forward, then the KV cache.
+
+b completions that are written at once, s tokens of a prompt, t tokens of the full cache, v vocabulary.
+
+    prompt      the forward without gradients or autocast, with logits of the last token
+    decoding    the full cache, a layer's keys once more while they grow, logits and probabilities of a token
+
+Source: trl `GRPOTrainer._generate_single_turn` (`unwrap_model_for_generation`, which gives the model that accelerate did not
+wrap); transformers, generation/utils.py (`_sample`, without top-k and top-p). Left out: the cache grows token by token, and the
+allocator keeps what it outgrows.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+from peftplan.analytic.compiled import Compiled, running_of
+from peftplan.analytic.sizes import sizes
+from peftplan.deployment.kv_cache import kv_cache
+from peftplan.job.inventory import Inventory
+from peftplan.job.loss_sizes import LossSizes
+from peftplan.ledger import Ledger
+from peftplan.memory.methods import adapter_of
+from peftplan.memory.model import Model
+from peftplan.memory.models import forward_of
+from peftplan.memory.timeline import Timeline, timeline
+from peftplan.tape.shaping import sliced
+from peftplan.tape.tape import Tape
+
+GENERATE = "generate"
+KEPT = 8
+"""The last generations, each with the job that it is of."""
+
+
+class Generation(NamedTuple):
+    """The events of writing the completions of one batch, and the sizes at which they are evaluated."""
+
+    timeline: Timeline
+    sizes: dict[str, Any]
+
+    @property
+    def peak(self) -> tuple[int, int]:
+        """Bytes beside what lasts, and how many events lead to them."""
+        return self.timeline.peaks(self.sizes)[GENERATE]
+
+    @property
+    def lines(self) -> Ledger:
+        """What is alive then."""
+        return Ledger(self.timeline.lines(self.peak[1], self.sizes))
+
+
+_GENERATIONS: OrderedDict[tuple[object, ...], tuple[Compiled, Generation]] = OrderedDict()
+
+
+def generation_of(inventory: Inventory, compiled: Compiled, *, compute_capability: str) -> Generation | None:
+    """The generation of a job; None where the policy writes nothing, or vLLM writes for it."""
+    setup = inventory.job.setup
+    if not setup.by.generates or setup.use_vllm:
+        return None
+    key = (id(compiled), setup.generation_rows, setup.prompt_len, setup.seq_len, compute_capability)
+    if key not in _GENERATIONS:
+        _GENERATIONS[key] = compiled, _written(inventory, compute_capability)
+        if len(_GENERATIONS) > KEPT:
+            _GENERATIONS.popitem(last=False)
+    return _GENERATIONS[key][1]
+
+
+def _written(inventory: Inventory, compute_capability: str) -> Generation:
+    job, parameters, *_ = inventory
+    setup, arch = job.setup, job.architecture
+    rows, prompt, full = setup.generation_rows, setup.prompt_len, setup.seq_len - 1  # the last token is not fed
+    running = running_of(job, compute_capability)._replace(
+        autocast=None, checkpointing=False, use_cache=True, loss="full", loss_facts=(), batch_size=rows, seq_len=prompt
+    )
+    frozen = parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all))
+    adapter = adapter_of(job.method and job.method.peft_type)
+    model = Model(Tape(), arch, frozen, job.adaptation, running, job.quant, adapter=adapter)
+    f = model.tape
+    f.mark("forward")
+    with f.no_grad():
+        for name in ("input_ids", "attention_mask"):
+            model.batch[name] = f.new(("b", "s"), "int64", name)
+        hidden = forward_of(arch.model_type)(model)
+        assert arch.output_embedding is not None
+        logits = model.linear(arch.output_embedding, sliced(f, hidden, ("b", 1, hidden.dims[-1])))
+        f.module = ""
+        scores = [f.new(("b", arch.vocab_size or 0), "fp32", name) for name in ("scores", "softmax")]
+        del hidden, logits
+        f.mark("backward")
+        model.kept.clear()
+        cache = kv_cache(arch, batch_size=rows, context=full, encoder_context=0, dtype=setup.dtype)
+        grown = [
+            f.many(("b", *tensor.shape[1:]), tensor.dtype, f"KV cache, {tensor.part} of {tensor.kind} attention", tensor.layers)
+            for tensor in cache
+        ]
+        largest = max(cache, key=lambda tensor: tensor.num_bytes // tensor.layers)
+        growing = f.new(("b", *largest.shape[1:]), largest.dtype, "cat")
+        del growing
+        logits = f.new(("b", 1, arch.vocab_size or 0), setup.dtype, "linear")
+        scores.append(f.new(("b", arch.vocab_size or 0), "fp32", "scores"))
+        del logits
+        scores.clear()
+        del grown
+        model.batch.clear()
+    of_prompt = timeline(f, model.stacks, vocab=arch.vocab_size)
+    end = len(of_prompt.events)
+    named = sizes(rows, prompt, virtual_tokens=model.virtual_tokens, loss=LossSizes("full", 0, 0, 0, prompted=False))
+    return Generation(of_prompt._replace(windows=((GENERATE, 0, end), ("", end, end))), named)
