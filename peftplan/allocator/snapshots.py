@@ -89,7 +89,11 @@ def load_snapshot(path: Path | str) -> dict[str, Any]:
 
 def read_trace(path: Path | str, *, device: int = 0) -> RecordedTrace:
     """The trace of one device, as events; recording must have begun before the first allocation for a replay to agree."""
-    snapshot = load_snapshot(path)
+    return trace_of(load_snapshot(path), path, device=device)
+
+
+def trace_of(snapshot: dict[str, Any], path: Path | str, *, device: int = 0) -> RecordedTrace:
+    """The trace of one device of a snapshot that was read from `path`."""
     try:
         traces = _list(snapshot["device_traces"], "device_traces")
         if not 0 <= device < len(traces):

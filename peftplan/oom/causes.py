@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from peftplan.oom.kept import Earlier, Kept
 from peftplan.oom.message import Frame, Message
 from peftplan.units import MIB, format_bytes
 from peftplan.versions import SHORTER_ALLOC_CONF
@@ -17,6 +18,10 @@ CLEARLY_FREE = 256 * MIB
 """A request that fails although so much more is free did not fail for want of memory; less may be rounding."""
 WORTH = 0.02
 """Cached memory below this share of a card is no cause."""
+
+LONGER = 1.2
+"""A request larger than any earlier one of its line by this factor is a longer batch."""
+NOTHING = Earlier()
 
 
 class Cause(NamedTuple):
@@ -141,12 +146,40 @@ def place_of(frames: tuple[Frame, ...]) -> Place | None:
     return None
 
 
-def causes(message: Message) -> tuple[Cause, ...]:
-    """Every cause that the message gives evidence for, the most certain first; at least one."""
+def causes(message: Message, earlier: Earlier = NOTHING) -> tuple[Cause, ...]:
+    """Every cause that the message gives evidence for, the most certain first; at least one. `earlier`: what a snapshot adds."""
     certain = tuple(cause for rule in RULES if (cause := rule(message)) is not None)
+    if earlier.kept is not None:
+        certain = (_kept(earlier.kept), *certain)
+    elif earlier.most_at_once is not None and message.requested > LONGER * earlier.most_at_once:
+        certain = (_longer(message.requested, earlier.most_at_once), *certain)
     place = place_of(message.frames)
     where = () if place is None else (Cause(place.name, place.says, place.advice),)
     return (*certain, *where) or (_too_large(message),)
+
+
+def _kept(kept: Kept) -> Cause:
+    return Cause(
+        "kept",
+        f"{format_bytes(kept.bytes)} in {kept.blocks:,} blocks are alive that earlier steps would have freed: the program keeps "
+        "them, or runs forward without backward and without torch.no_grad()",
+        (
+            "keep numbers, not tensors: loss.item(), outputs.detach().cpu()",
+            "evaluate under torch.no_grad(), and drop outputs before the next batch",
+        ),
+    )
+
+
+def _longer(requested: int, before: int) -> Cause:
+    return Cause(
+        "longer_batch",
+        f"this line asks for {format_bytes(requested)}, and asked for {format_bytes(before)} at most in earlier steps: "
+        "this batch is longer",
+        (
+            "cut sequences at a length that fits (`peftplan fit --max seq-len`)",
+            "group sequences by length, and take fewer of the long ones at once",
+        ),
+    )
 
 
 def _beyond_the_card(message: Message) -> Cause | None:

@@ -13,6 +13,7 @@ from peftplan.allocator.pickles import MAGIC
 from peftplan.errors import InputError
 from peftplan.oom import message as messages
 from peftplan.oom.causes import Cause, causes
+from peftplan.oom.kept import Earlier
 from peftplan.oom.message import Message
 from peftplan.oom.snapshot import Alive, alive_in
 from peftplan.planning.estimate import estimate
@@ -77,9 +78,9 @@ def explain_oom(source: str | PathLike[str], *, model: Any = None, options: Mapp
     source = fspath(source)
     content = _content(source)
     if content.startswith(MAGIC):
-        message, alive = alive_in(source)
+        message, alive, before = alive_in(source)
     else:
-        message, alive = messages.find(content.decode("utf-8", errors="replace")), ()
+        message, alive, before = messages.find(content.decode("utf-8", errors="replace")), (), Earlier()
         if message is None:
             raise InputError(
                 "source",
@@ -87,7 +88,7 @@ def explain_oom(source: str | PathLike[str], *, model: Any = None, options: Mapp
                 "it holds no out-of-memory message; accepted: torch's message, a log with one, or a memory snapshot",
             )
     expected = None if model is None else _expected(estimate(model, **(options or {})), message)
-    return Diagnosis(message, causes(message) if message else (), alive, expected)
+    return Diagnosis(message, causes(message, before) if message else (), alive, expected)
 
 
 def _content(source: str) -> bytes:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from peftplan.allocator.snapshots import read_trace
+from peftplan.allocator.snapshots import load_snapshot, trace_of
+from peftplan.oom.kept import LIBRARIES, Earlier, Entry, earlier, python_frames
 from peftplan.oom.message import Frame, Message
 
 MOST_SHOWN = 12
 """Lines of a program that are named, largest first."""
-LIBRARIES = ("site-packages", "dist-packages", "/lib/python", "\\lib\\")
-"""Parts of paths that are not the user's program."""
 
 
 class Alive(NamedTuple):
@@ -23,12 +22,21 @@ class Alive(NamedTuple):
     function: str
 
 
-def alive_in(path: str, *, device: int = 0) -> tuple[Message | None, tuple[Alive, ...]]:
-    """The failed request of a snapshot, None where it records none, and what was alive, by the innermost line of the program.
+class Contents(NamedTuple):
+    """The failed request of a snapshot, None where it records none; what was alive; and what earlier steps say."""
 
-    Blocks without frames (a recording without a stack) are counted as one. Raises InputError for what is no snapshot.
+    message: Message | None
+    alive: tuple[Alive, ...]
+    earlier: Earlier
+
+
+def alive_in(path: str, *, device: int = 0) -> Contents:
+    """What a snapshot says, by the innermost line of the program. Blocks without frames are counted as one.
+
+    Raises InputError for what is no snapshot.
     """
-    trace = read_trace(path, device=device)
+    snapshot = load_snapshot(path)
+    trace = trace_of(snapshot, path, device=device)
     groups: dict[tuple[str, int, str], tuple[int, int]] = {}
     allocated = 0
     for segment in trace.segments:
@@ -40,21 +48,34 @@ def alive_in(path: str, *, device: int = 0) -> tuple[Message | None, tuple[Alive
             key = _line(block)
             nbytes, count = groups.get(key, (0, 0))
             groups[key] = (nbytes + size, count + 1)
-    failed = [event for event in trace.events if event.op == "oom"]
+    entries = snapshot["device_traces"][device]
+    failed = [entry for entry in entries if entry["action"] == "oom"]
     lines = sorted((Alive(size, count, *key) for key, (size, count) in groups.items()), reverse=True)[:MOST_SHOWN]
     if not failed:
-        return None, tuple(lines)
-    frames = tuple(Frame(alive.file, alive.line, alive.function) for alive in lines[:1])
-    return Message(
-        requested=failed[-1].nbytes, device=device, allocated=allocated, reserved=trace.reserved, frames=frames
-    ), tuple(lines)
+        return Contents(None, tuple(lines), Earlier())
+    free = failed[-1].get("device_free")
+    message = Message(
+        requested=failed[-1]["size"],
+        device=device,
+        allocated=allocated,
+        reserved=trace.reserved,
+        free=free if type(free) is int else None,
+        frames=_frames(failed[-1]) or tuple(Frame(alive.file, alive.line, alive.function) for alive in lines[:1]),
+    )
+    return Contents(message, tuple(lines), earlier(entries, failed[-1], trace.reserved))
 
 
-def _line(block: dict[str, Any]) -> tuple[str, int, str]:
-    frames = block.get("frames") or ()
-    python = [frame for frame in frames if isinstance(frame, dict) and str(frame.get("filename", ""))[-3:] == ".py"]
+def _frames(entry: Entry) -> tuple[Frame, ...]:
+    """The Python frames of a request, the innermost last, as in a traceback."""
+    return tuple(Frame(*_named(frame)) for frame in reversed(python_frames(entry)))
+
+
+def _line(block: Entry) -> tuple[str, int, str]:
+    python = python_frames(block)
     own = [frame for frame in python if not any(part in frame["filename"] for part in LIBRARIES)]
     frame = next(iter(own or python), None)
-    if frame is None:
-        return "", 0, "unknown"
+    return ("", 0, "unknown") if frame is None else _named(frame)
+
+
+def _named(frame: Entry) -> tuple[str, int, str]:
     return str(frame["filename"])[:500], int(frame.get("line", 0)), str(frame.get("name", ""))[:200]

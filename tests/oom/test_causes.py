@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from peftplan.oom import message as messages
 from peftplan.oom.causes import causes, place_of
 from peftplan.oom.diagnosis import explain_oom
 from peftplan.oom.message import Frame
-from peftplan.units import GIB, MIB
+from peftplan.units import GIB, MIB, format_bytes
 
 HINT = " If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
 
@@ -214,3 +217,52 @@ def test_options_of_a_job_need_a_model(tmp_path: Path, capsys: pytest.CaptureFix
         main(["explain-oom", str(file), "--batch-size", "4"])
     assert stopped.value.code == 2
     assert "--batch-size" in capsys.readouterr().err
+
+
+PROGRAMS = Path(__file__).parent / "programs"
+SNAPSHOTS: dict[str, str] = {
+    "evaluation_graph": "kept",
+    "outputs_kept": "kept",
+    "long_batch": "longer_batch",
+    "first_step": "step",
+    "first_forward": "forward",
+    "fragmented": "fragmentation",
+}
+"""Programs that run out of memory, and why; `snapshots` holds what torch's allocator recorded of them on an emulated T4."""
+
+
+@pytest.mark.parametrize("program", SNAPSHOTS)
+def test_the_cause_of_a_snapshot(program: str, tmp_path: Path) -> None:
+    assert (
+        _cause_of(gzip.decompress((PROGRAMS.parent / "snapshots" / f"{program}.gz").read_bytes()), tmp_path) == SNAPSHOTS[program]
+    )
+
+
+@pytest.mark.rehearse
+@pytest.mark.parametrize("program", SNAPSHOTS)
+def test_a_program_that_runs_out_of_memory_says_so_again(program: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda is None:
+        pytest.skip("needs the CUDA build of torch")
+    snapshot, file = tmp_path / "out", str(PROGRAMS / f"{program}.py")
+    command = [sys.executable, "-m", "peftplan", "rehearse", "--gpu", "t4", "--keep-writes", "--network", "--steps", "1000", "--"]
+    ended = subprocess.run([*command, sys.executable, file, str(snapshot)], capture_output=True, check=False)
+    assert ended.returncode == 1
+    assert _cause_of(snapshot.read_bytes(), tmp_path) == SNAPSHOTS[program]
+
+
+def _recorded(program: str) -> bytes:
+    return gzip.decompress((PROGRAMS.parent / "snapshots" / f"{program}.gz").read_bytes())
+
+
+def _cause_of(snapshot: bytes, folder: Path) -> str:
+    file = folder / "snapshot.pickle"
+    file.write_bytes(snapshot)
+    return explain_oom(file).causes[0].name
+
+
+def test_what_is_kept_is_counted(tmp_path: Path) -> None:
+    """Hand sum: the logits of every step but the last are kept, 8,192 × 32,000 × 4 bytes in each of ten."""
+    file = tmp_path / "snapshot.pickle"
+    file.write_bytes(_recorded("outputs_kept"))
+    assert f"{format_bytes(10 * 8192 * 32000 * 4)} in 10 blocks" in explain_oom(file).causes[0].evidence
