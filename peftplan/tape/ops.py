@@ -80,7 +80,9 @@ def _addmm_backward(f: Tape, node: Node, saved: Product, g: Tensor) -> Gradients
     """`mat1` before `mat2`. The autograd engine sums the gradient of the bias."""
     _, _, x_dims, w_dims, bias_dims = saved
     to_x, to_weight, to_bias = node.edges
-    grad_x = f.view_of(f.new(x_dims, g.dtype, "mm")) if to_x else None
+    grad_x = f.new(x_dims, g.dtype, "mm") if to_x else None
+    if grad_x is not None and len(x_dims) > 2:
+        f.view_of(grad_x)
     grad_weight = f.view_of(f.new(w_dims, g.dtype, "mm")) if to_weight else None
     return grad_x, grad_weight, Broadcast(g.storage, bias_dims, g.dtype) if to_bias and bias_dims is not None else None
 
@@ -325,9 +327,9 @@ def copied(f: Tape, x: Tensor, op: str, dims: Dims | None = None, *, viewed: boo
     return f.new(dims or x.dims, x.dtype, op, f.record(_view_backward if viewed else _shift_backward, (x,)))
 
 
-def reshaped(f: Tape, x: Tensor) -> Tensor:
-    """A view with a node of its own: shares the storage of x, and its gradient is a view too."""
-    return Tensor(x.storage, x.dims, x.dtype, f.record(_view_backward, (x,)))
+def reshaped(f: Tape, x: Tensor, dims: Dims | None = None) -> Tensor:
+    """A view with a node of its own, of these dims: shares the storage of x, and its gradient is a view too."""
+    return Tensor(x.storage, dims or x.dims, x.dtype, f.record(_view_backward, (x,)))
 
 
 def _view_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:

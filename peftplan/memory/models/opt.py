@@ -55,7 +55,8 @@ def layer(c: Call, x: Tensor) -> Tensor:
     x = ops.add(c.at(), residual, x)
     if not before:
         x = c.norm("self_attn_layer_norm", x)
-    residual = x = ops.reshaped(c.at(), x)
+    b, s, h = x.dims
+    residual = x = ops.reshaped(c.at(), x, (f"{b}·{s}", h))  # tokens of all sequences in one dim
     if before:
         x = c.norm("final_layer_norm", x)
     x = c.linear("fc1", x)
@@ -63,7 +64,7 @@ def layer(c: Call, x: Tensor) -> Tensor:
     x = c.linear("fc2", x)
     c.at()
     x = c.dropout(x)
-    x = ops.reshaped(c.at(), ops.add(c.at(), residual, x))
+    x = ops.reshaped(c.at(), ops.add(c.at(), residual, x), (b, s, h))
     return x if before else c.norm("final_layer_norm", x)
 
 
