@@ -29,7 +29,7 @@ def check_distributed(distributed: Distributed, setup: Setup, architecture: Arch
     if strategy == "tp" and setup.optim in FOREACH:
         raise RefusedError(
             f"optim: {setup.optim} steps over lists of tensors, and fails on a model in tensor parallel: mixed torch.Tensor and "
-            "DTensor (the norms stay whole); accepted: adamw_torch_fused"
+            "DTensor (the norms stay whole); accepted: one that steps tensor by tensor, such as adafactor"
         )
     if distributed.sync_each_batch is not None and setup.gradient_accumulation_steps == 1:
         raise InputError(
@@ -64,5 +64,7 @@ def traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, ada
         yield f"gpus: {distributed.shards} ranks share tensors of {rows} rows, of which each rank still holds one"
     if distributed.facts.splits_weights and str(setup.optim).startswith("paged_"):
         yield f"optim: {setup.optim} has not been tested under {called}; its states are counted as if they followed the shards"
+    if distributed.strategy == "tp" and setup.optim == "adamw_torch_fused" and not adaptation.added:
+        yield "optim: adamw_torch_fused fails in the first step of tensor parallelism: norms are no DTensor, matrices are"
     if distributed.find_unused_parameters and setup.gradient_checkpointing and setup.use_reentrant:
         yield "find_unused_parameters: with reentrant checkpointing DDP marks parameters ready twice and raises"

@@ -221,6 +221,7 @@ TRAPS: tuple[tuple[dict[str, Any], str], ...] = (
         {"method": "lora", "strategy": "fsdp2", "optim": "paged_adamw_32bit"},
         "optim: paged_adamw_32bit has not been tested under FSDP2",
     ),
+    ({"method": "full", "strategy": "tp"}, "optim: adamw_torch_fused fails in the first step of tensor parallelism"),
 )
 
 
