@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tools.rank_grid import SMALL, cut, sharded_jobs
 from tools.rehearsed_jobs import program_words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,14 +49,11 @@ LLAMA: dict[str, Any] = {
     "hidden_act": "silu",
 }
 """Llama-3.2-1B cut to three layers, with a head of its own."""
-SMALL = {"hidden_size": 1000, "intermediate_size": 2730, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 100}
-"""Sizes that no number of ranks divides."""
 CLASSES: dict[str, dict[str, Any]] = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": None},
 }
-WRAPPED = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 
 
 def jobs() -> Iterator[dict[str, Any]]:
@@ -91,6 +89,8 @@ def jobs() -> Iterator[dict[str, Any]]:
     yield job("ddp", "full", 8)
     yield job("ddp", "lora", 8)
     yield from zero_jobs()
+    for strategy, method, world, more in sharded_jobs():
+        yield job(strategy, method, world, **more)
 
 
 def zero_jobs() -> Iterator[dict[str, Any]]:
@@ -151,8 +151,16 @@ def job(
     named = {**settings, **({"fsdp": fsdp} if fsdp else {}), **({"zero": zero} if zero else {})}
     name = " ".join([strategy, method, str(world), *(f"{k}={json.dumps(v)}" for k, v in named.items())])
     program = {"method": method, **settings}
-    if strategy == "fsdp2":
-        program["arguments"] = {"fsdp": "full_shard", "fsdp_config": WRAPPED | (fsdp or {})}
+    if strategy in ("fsdp1", "fsdp2"):
+        config = {"version": int(strategy[-1]), **(fsdp or {})}
+        arguments: dict[str, Any] = {"fsdp": "full_shard"}
+        if config.pop("offload_params", None):
+            config["cpu_offload"] = True
+        if config.pop("sync_each_batch", None):
+            arguments["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+        if (prefetch := config.pop("backward_prefetch", None)) is not None:
+            config["backward_prefetch"] = f"backward_{prefetch}"
+        program["arguments"] = {**arguments, "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", **config}}
     if (
         strategy == "ddp"
     ):  # Trainer looks for unused parameters of a PeftModel, with a map in pinned memory, which no rehearsal has
@@ -190,12 +198,17 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         "gradient_checkpointing": program.get("checkpointing", True),
         "optim": program.get("optim", "adamw_torch_fused"),
         **({} if program["method"] == "full" else {"r": program.get("r", 16)}),
+        **({"dtype": "fp16", "autocast": "fp16"} if program.get("autocast") == "fp16" else {}),
+        **({"dp_shard_size": shards} if (shards := program.get("parallel", {}).get("dp_shard_size")) else {}),
+        **({"reduce_dtype": "fp32"} if "policy" in program else {}),
         **row["fsdp"],
     }
     if program["method"] == "qlora":
         tied = {"tie_word_embeddings": True}
         storage = {"bfloat16": "bf16"}.get(program.get("quant_storage", "bfloat16"), "uint8")
         return {"model": LLAMA | tied, **ours, "quant_storage": storage, "kbit_prepare": False}
+    if "model" in program:
+        return {"model": cut(program["model"], program["layers"]), **ours}
     return {"model": LLAMA | program.get("config", {}), **ours}
 
 
@@ -237,7 +250,8 @@ def run(names: list[str], *, most: int | None) -> int:
 def command(row: dict[str, Any]) -> tuple[str, ...]:
     """The program of a job, with what it is told."""
     if "model" not in row:
-        return (sys.executable, str(PROGRAM), json.dumps(row["program"]))
+        model = {"model": program_words([row["program"]["model"]])[0]} if "model" in row["program"] else {}
+        return (sys.executable, str(PROGRAM), json.dumps(row["program"] | model))
     words = [word for name, value in row["program"].items() for word in (f"--{name.replace('_', '-')}", str(value))]
     where = ["--strategy", row["strategy"], "--gpus", str(row["world"])]
     return (sys.executable, str(BUILT_IN), *program_words([row["model"], *words, *where]))

@@ -59,6 +59,8 @@ class Compiled(NamedTuple):
     """Optimizer states that the constructor allocates before the first step."""
     built: tuple[Line, ...] = ()
     """What a strategy holds besides weights and states, such as fp32 masters; loading allocates it."""
+    first_run: Callable[[Memory[Any]], None] | None = None
+    """What the first forward alone makes and frees."""
     load_if_full: Callable[[Memory[Any]], None] | None = None
     """How a card that is too small for `load` is loaded, if there is another way."""
     workspaces: tuple[tuple[int, Line], ...] = ()
@@ -215,10 +217,10 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
 
         load = partial(load_both, load=load, reference=parameters)
     if model.units.every_layer:
-        load = ranks.loaded_on_rank(inventory, buffers, load)
+        load = ranks.loaded_on_rank(inventory, model, buffers, load)
         passing = ranks.passing_on_rank(load, Ledger(loaded))
     elif job.distributed is not None:
-        load = ranks.synced(parameters, load)
+        load = ranks.synced(parameters, buffers, holding.beside if holding else (), load)
         passing = ranks.passing_on_rank(load, Ledger(loaded)) or passing
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is constructed after loading
@@ -233,6 +235,7 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         loading_bytes=loading.bytes(),
         early=early,
         built=tuple(line for line in loaded if line in beside),
+        first_run=None if job.distributed is None else ranks.first_run(load),
         load_if_full=None if job.distributed is None else ranks.loaded_if_full(load),
         workspaces=workspaces,
         virtual_tokens=model.virtual_tokens,
@@ -267,6 +270,7 @@ def _program(job: Job) -> Program:
         keep_gradients=setup.keep_gradients,
         forwards=setup.forwards,
         frees_outputs=job.script.outputs_end_with_backward,
+        scales=setup.autocast == "fp16",
     )
 
 

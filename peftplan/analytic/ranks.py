@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import peftplan.versions as versions
 from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
+from peftplan.memory.flat_load import FlatUnits
 from peftplan.memory.load import Memory
 from peftplan.memory.model import Model
 from peftplan.memory.models import FORWARDS
@@ -17,13 +19,14 @@ from peftplan.memory.sharded import (
     Loading,
     computing,
     computing_dtype,
+    flat_units,
     grouped,
     peak_of,
-    sync_buckets,
     units_of,
     whole_sizes,
 )
 from peftplan.memory.step import Program
+from peftplan.memory.synced import of_model, send
 from peftplan.memory.zero import zero_of
 from peftplan.memory.zero_load import FlatLoading
 from peftplan.parameters import Parameters
@@ -50,9 +53,9 @@ def without_formula(job: Job) -> str | None:
     if distributed.strategy == "ddp":
         views = bool(distributed.gradient_as_bucket_view or distributed.static_graph or distributed.find_unused_parameters)
         return " and gradient_as_bucket_view, static_graph or find_unused_parameters" if views else None
-    if distributed.strategy not in ("fsdp2", *FLAT):
+    if distributed.strategy not in MODELLED:
         return ""
-    unknown = (_unknown_to_fsdp2(job, distributed) if distributed.strategy == "fsdp2" else _unknown_to_zero(job, distributed)) | {
+    unknown = (_unknown_to_zero(job, distributed) if distributed.strategy in FLAT else _unknown_to_fsdp(job, distributed)) | {
         "use_reentrant": job.setup.use_reentrant and bool(job.setup.gradient_checkpointing),
         **_unrehearsed(job),
     }
@@ -60,24 +63,30 @@ def without_formula(job: Job) -> str | None:
     return f" and {', '.join(names)}" if names else None
 
 
-def _unknown_to_fsdp2(job: Job, distributed: Distributed) -> dict[str, bool]:
+def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
     """Parameters whose values were not rehearsed, and whether the job sets them so."""
     autocast = job.setup.autocast
     classes = distributed.transformer_cls_names_to_wrap
-    return {
-        "dp_shard_size": distributed.dp_shard_size not in (None, distributed.world_size),
-        "reshard_after_forward": type(distributed.reshard_after_forward) is int,
+    flat = distributed.strategy == "fsdp1"
+    of_fsdp2 = {
+        "dp_shard_size": distributed.shards != distributed.world_size,
+        "reshard_after_forward": distributed.reshard_after_forward is False,
         "sync_each_batch": bool(distributed.sync_each_batch),
-        "param_dtype": distributed.param_dtype not in (None, autocast),
         "reduce_dtype": distributed.reduce_dtype not in (None, autocast),
-        "offload_params": distributed.offload_params not in (None, "none"),
+        "autocast": autocast == "fp16",
+    }
+    return {
+        "reshard_after_forward": type(distributed.reshard_after_forward) is int,
+        "param_dtype": distributed.param_dtype not in (None, autocast),
         "wrap_policy": distributed.wrap_policy not in (None, "transformer"),
         "transformer_cls_names_to_wrap": classes is not None and classes != _layer_classes(job),
         "tp_size": distributed.tp_size not in (None, 1),
         "cp_size": distributed.cp_size not in (None, 1),
-        "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate),
-        "autocast": autocast == "fp16",
+        "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
         "loss": job.setup.loss != "full",
+        "forward_prefetch": bool(distributed.forward_prefetch),
+        "use_orig_params": distributed.use_orig_params is False,
+        **{f"{name} under FSDP1": flat and is_set for name, is_set in of_fsdp2.items()},
     }
 
 
@@ -117,21 +126,22 @@ def _is_decoder(job: Job) -> bool:
     forward = FORWARDS.get(architecture.model_type)
     decoders = architecture.blocks and all(block.stack == "decoder" for block in architecture.blocks)
     flat = job.distributed is not None and job.distributed.strategy in FLAT
-    rehearsed = architecture.model_type in (*DECODERS, *(OTHERS if flat else ()))
+    rehearsed = not flat or architecture.model_type in FLAT_DECODERS
     return bool(forward and decoders and architecture.input_embedding and rehearsed)
 
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose steps were rehearsed; Mistral runs Llama's operations."""
-OTHERS = ("gemma3_text", "gpt_neox", "gpt2", "opt", "bloom")
-"""The same under ZeRO-1 and ZeRO-2, which change nothing of a model's operations."""
+FLAT_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt_neox", "gpt2", "opt", "bloom")
+"""Model types whose steps were rehearsed under ZeRO-1 and ZeRO-2; Mistral runs Llama's operations."""
 FLAT = ("zero1", "zero2")
 """Strategies whose ranks hold all weights in 16 bits, and flat groups of what trains."""
+FSDP = ("fsdp1", "fsdp2")
+MODELLED = (*FSDP, *FLAT)
+"""Sharding strategies whose steps have a formula."""
 
 
 def setup_on_rank(job: Job) -> Setup:
     """The setup that the model runs under. FSDP2 and DeepSpeed run without autocast: they cast the weights."""
-    if job.distributed is None or job.distributed.strategy not in ("fsdp2", *FLAT):
+    if job.distributed is None or job.distributed.strategy not in ("fsdp2", *FLAT):  # FSDP1 runs under autocast
         return job.setup
     return job.setup.model_copy(update={"autocast": "none"})
 
@@ -139,7 +149,7 @@ def setup_on_rank(job: Job) -> Setup:
 def parameters_on_rank(inventory: Inventory) -> Parameters:
     """The parameters that operations compute with: under FSDP2 gathered, under ZeRO-1 and ZeRO-2 in 16 bits."""
     job, parameters, _, holding = inventory
-    if job.distributed is None or holding is None or job.distributed.strategy not in ("fsdp2", *FLAT):
+    if job.distributed is None or holding is None or job.distributed.strategy not in MODELLED:
         return parameters
     if job.distributed.strategy in FLAT:
         return _cast(parameters, holding)
@@ -155,23 +165,25 @@ def _cast(parameters: Parameters, holding: Holding) -> Parameters:
 def divided(inventory: Inventory, model: Model, program: Program) -> Program:
     """The program of the step on this rank. It also sets `model.units`: under FSDP2 the groups that are gathered together."""
     job, parameters, _, holding = inventory
-    if job.distributed is None or holding is None or job.distributed.strategy not in ("fsdp2", *FLAT):
+    if job.distributed is None or holding is None or job.distributed.strategy not in MODELLED:
         return program
-    if job.distributed.strategy == "fsdp2":
+    if job.distributed.strategy in FSDP:
         dtype = computing_dtype(job.distributed, str(job.setup.autocast))
-        model.units = units_of(model, parameters, holding.parameters, job.distributed, dtype=dtype)
+        model.units = units_of(model, parameters, holding.each or holding.parameters, job.distributed, dtype=dtype)
         return program._replace(shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch))
     masters = holding.states_of.all if holding.states_of else ()
     model.units = zero_of(model, masters, job.distributed, dtype=str(job.setup.autocast))
     return program._replace(shards=masters, steps_in_backward=True)
 
 
-def loaded_on_rank(inventory: Inventory, buffers: Ledger, of_one_gpu: Loader) -> Loader:
+def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_gpu: Loader) -> Loader:
     """How a rank loads the model; `of_one_gpu` unless FSDP2 shards it, or ZeRO flattens what trains."""
     job, parameters, _, holding = inventory
     distributed = job.distributed
-    if distributed is None or holding is None or distributed.strategy not in ("fsdp2", *FLAT):
+    if distributed is None or holding is None or distributed.strategy not in MODELLED:
         return of_one_gpu
+    if distributed.strategy == "fsdp1":
+        return flat_units(model, buffers).into
     whole = of_one_gpu if job.quant is not None else None
     if distributed.strategy in FLAT:
         cast, world = _cast(parameters, holding), distributed.world_size
@@ -187,21 +199,29 @@ def loaded_on_rank(inventory: Inventory, buffers: Ledger, of_one_gpu: Loader) ->
     ).into
 
 
+def first_run(load: Loader) -> Loader | None:
+    """What the first forward alone makes and frees."""
+    flat = getattr(load, "__self__", None)
+    return flat.first_run if isinstance(flat, FlatUnits) else None
+
+
 def loaded_if_full(load: Loader) -> Loader | None:
     """How a rank loads where the card has no room for `load`; None if it fails then."""
     flat = getattr(load, "__self__", None)
     return flat._replace(on_host=True).into if isinstance(flat, FlatLoading) else None
 
 
-def synced(parameters: Parameters, load: Loader) -> Loader:
-    """Loading under DDP. Its constructor broadcasts all weights from rank 0, in flat tensors of at least 250 MiB in turn."""
-    return partial(_synced, flats=sync_buckets(parameters), load=load)
+def synced(parameters: Parameters, buffers: Ledger, beside: Iterable[Line], load: Loader) -> Loader:
+    """Loading under DDP. Its constructor broadcasts all weights from rank 0, in flat tensors of at least 250 MiB in turn, and
+    makes one bucket of all gradients, which it divides when it has seen their order (`_ddp_init_helper`).
+    """
+    return partial(_synced, flats=of_model(parameters, buffers), bucket=Ledger(tuple(beside)).bytes(), load=load)
 
 
-def _synced(memory: Memory[Any], *, flats: tuple[int, ...], load: Loader) -> None:
+def _synced(memory: Memory[Any], *, flats: tuple[int, ...], bucket: int, load: Loader) -> None:
     load(memory)
-    for nbytes in flats:
-        memory.release(memory.allocate(nbytes))
+    send(memory, flats)
+    memory.release(memory.allocate(bucket))
 
 
 def passing_on_rank(load: Loader, loaded: Ledger) -> tuple[Line, ...]:

@@ -80,6 +80,8 @@ def _write(steps: list[Compiled], script: Script, load: Callable[[Memory[Any]], 
     writer.take(compiled.early)
     writer.take(line for line in compiled.standing if line.category == "communication" and line not in compiled.built)
     writer.begin("warmup")
+    if compiled.first_run is not None:
+        compiled.first_run(writer)
     there = (*compiled.early, *compiled.built)
     states = [line for line in compiled.standing if line.category == "optimizer_states" and line not in there]
     kept = any(_makes_gradients(compiled.timeline, at) for at in range(compiled.timeline.windows[0][1]))

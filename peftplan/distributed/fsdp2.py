@@ -11,7 +11,7 @@ Buffers of collectives are allocated on their own streams, whose blocks the allo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,11 +20,10 @@ from peftplan.ledger import Category
 from peftplan.parameters import Parameter as Shard
 from peftplan.tape.streams import on_stream
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Node, Parameter, Tensor
 
-COPY_IN, REDUCE = 1, 2
+COPY_IN, REDUCE, ALL_REDUCE = 1, 2, 3
 """Streams besides the default one, 0. The all-gather's stream allocates nothing, since its input is a view of its output."""
-STREAMS = 3
 
 
 class Member(NamedTuple):
@@ -40,6 +39,12 @@ class Member(NamedTuple):
     master: str
     """The dtype of the shard."""
     trainable: bool
+    numel: int
+    """Elements without padding."""
+    loaded: str
+    """The dtype before accelerate casts what trains."""
+    apart: bool
+    """Whether FSDP1 makes a unit of it alone, as under peft's wrap policy."""
 
 
 @dataclass
@@ -56,6 +61,12 @@ class Unit:
     buffer: Tensor | None = None
     unsharded: list[Tensor] = field(default_factory=list)
     gradient: Tensor | None = None
+    whole: list[Tensor] = field(default_factory=list)
+    """Flat gradients that are not reduced yet, under FSDP1."""
+    gradients: list[Tensor] = field(default_factory=list)
+    """Shards of flat gradients under FSDP1."""
+    all_reduced: Tensor | None = None
+    """What the replicas sum, held until backward ends (`_all_reduce_state`)."""
     indices: list[int] = field(default_factory=list)
 
 
@@ -65,12 +76,20 @@ class Fsdp2:
     every_layer = True
 
     def __init__(
-        self, f: Tape, units: list[Unit], *, world_size: int, reduce_dtype: str | None, offloads: bool, tied: bool
+        self,
+        f: Tape,
+        units: list[Unit],
+        *,
+        world_size: int,
+        reduce_dtype: str | None,
+        offloads: bool,
+        replicates: bool,
+        joined: Mapping[str, str],
     ) -> None:
         self.f, self.units, self.world_size = f, units, world_size
-        self.reduce_dtype, self.offloads = reduce_dtype, offloads
+        self.reduce_dtype, self.offloads, self.replicates = reduce_dtype, offloads, replicates
         self.by_name = {unit.name: unit for unit in units if unit.members}
-        self.tied_to = {"embedding": "tail"} if tied else {}
+        self.joined = joined
         """Modules that belong to another unit, which is gathered when the first of them runs."""
         self.syncs = True
         """Whether gradients are reduced in this backward."""
@@ -84,7 +103,7 @@ class Fsdp2:
 
     def enter(self, name: str) -> None:
         """Before a unit's forward: gather its parameters."""
-        unit = self.by_name.get(self.tied_to.get(name, name))
+        unit = self.by_name.get(self.joined.get(name, name))
         if unit is None or self.f.replays:  # a checkpointed layer runs again while its parameters are there
             return
         unit.state = "forward"
@@ -93,7 +112,7 @@ class Fsdp2:
 
     def enter_with(self, name: str, x: Tensor) -> Tensor:
         """The same with the unit's input `x`. After its gradient, the unit's are reduced, unless a part of it ran before."""
-        unit = self.by_name.get(name)
+        unit = self.by_name.get(self.joined.get(name, name))
         first = unit is not None and unit.state != "forward"
         self.enter(name)
         if unit is None or self.f.replays or not first:
@@ -122,8 +141,7 @@ class Fsdp2:
         """`foreach_all_gather`: casts the shards of another dtype, then gathers all into one buffer."""
         if unit.buffer is not None or unit.unsharded or not unit.members:
             return
-        cast = [member for member in unit.members if member.casts]
-        narrow = self._new((sum(member.shard for member in cast),), cast[0].dtype, "cast of shards", COPY_IN) if cast else None
+        narrow = self._moved(unit) if self.offloads else self._narrowed(unit)
         dtypes = {member.dtype for member in unit.members}
         if len(dtypes) == 1:
             dims, dtype = (sum(member.gathered for member in unit.members),), dtypes.pop()
@@ -132,12 +150,27 @@ class Fsdp2:
         unit.buffer = self._new(dims, dtype, "all-gather output", COPY_IN)
         del narrow
 
+    def _narrowed(self, unit: Unit) -> list[Tensor]:
+        """Shards of another dtype, cast in one piece."""
+        cast = [member for member in unit.members if member.casts]
+        numel = sum(member.shard for member in cast)
+        return [self._new((numel,), cast[0].dtype, "cast of shards", COPY_IN)] if cast else []
+
+    def _moved(self, unit: Unit) -> list[Tensor]:
+        """Shards from the host, each moved and then cast (`all_gather_inputs`)."""
+        moved = []
+        for member in unit.members:
+            shard = self._new((member.shard,), member.master, "shard from the host", COPY_IN)
+            moved.append(self._new((member.shard,), member.dtype, "cast of a shard", COPY_IN) if member.casts else shard)
+            del shard
+        return moved
+
     def _wait(self, unit: Unit, *, forward: bool) -> None:
-        """`wait_for_unshard`: copies the parameters out of the buffer. In forward the buffer lives until the next unit's."""
+        """`wait_for_unshard`: copies the parameters out of the buffer. In forward the buffer lives until the next unit's are
+        copied out: a local variable, `prev_all_gather_state`, holds it."""
         if unit.buffer is None:
             return
-        if forward:
-            self._copied_out = None
+        _previous = self._copied_out if forward else None
         unit.unsharded = [
             self._new((member.gathered,), member.dtype, f"{member.name} gathered", 0, "gathered_weights")
             for member in unit.members
@@ -158,8 +191,8 @@ class Fsdp2:
         """Nothing."""
 
     def groups(self, trained: list[Shard]) -> Iterable[list[Shard]]:
-        """All shards at once."""
-        yield trained
+        """All shards at once; none on the device where they are on the host."""
+        yield [] if self.offloads else trained
 
     # -- backward ----------------------------------------------------------------------------------------------------------------
 
@@ -181,6 +214,7 @@ class Fsdp2:
         with_gradients.sort(key=lambda p: places[p.name])
         if not self.syncs:
             unit.unsharded = []
+            self._widen(with_gradients)
             return
         gradients = [p.grad for p in with_gradients]
         for p in with_gradients:
@@ -189,6 +223,12 @@ class Fsdp2:
         self._reducing.clear()
         if gradients:
             self._reduce(unit, {p.name for p in with_gradients}, gradients)
+
+    def _widen(self, with_gradients: list[Parameter]) -> None:
+        """`to_accumulated_grad_if_needed`: gradients that are not reduced yet are kept in the dtype of the reduction."""
+        for p in with_gradients:
+            if p.grad is not None and self.reduce_dtype not in (None, p.grad.dtype):
+                p.grad = self._new(p.grad.dims, str(self.reduce_dtype), "gradient to be reduced", 0, "gradients")
 
     def _reduce(self, unit: Unit, names: set[str], gradients: list[Tensor | None]) -> None:
         """`foreach_reduce`. The variable of its first loop keeps the last gradient alive until it returns."""
@@ -200,8 +240,11 @@ class Fsdp2:
         _last = gradients[-1]
         gradients.clear()
         output = self._new((numel // self.world_size,), dtype, "reduce-scatter output", REDUCE)
+        if self.replicates:
+            unit.all_reduced = output
         if dtype != members[0].master:
-            output = self._new((numel // self.world_size,), members[0].master, "reduce-scatter output, cast", REDUCE)
+            stream = ALL_REDUCE if self.replicates else REDUCE
+            output = self._new((numel // self.world_size,), members[0].master, "reduce-scatter output, cast", stream)
         if self.offloads:
             return
         if unit.gradient is None:
@@ -216,12 +259,12 @@ class Fsdp2:
             if unit.state != "post_backward":
                 self.post_backward(unit)
             unit.state = "idle"
-            unit.buffer = None
+            unit.buffer = unit.all_reduced = None
             unit.indices.clear()
         self._order.clear()
         self._reducing.clear()
 
-    def _new(self, dims: tuple[int, ...], dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
+    def _new(self, dims: Dims, dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
         return on_stream(self.f, dims, dtype, op, stream, category)
 
 

@@ -31,6 +31,8 @@ class Holding(NamedTuple):
     beside: tuple[Line, ...] = ()
     states_of: Parameters | None = None
     """The parameters that give optimizer states their shapes, if not `parameters`."""
+    each: Parameters | None = None
+    """The rank's part of each parameter, where `parameters` are flat."""
 
 
 def holding(parameters: Parameters, distributed: Distributed, *, autocast: str, quantized: bool, hidden_size: int) -> Holding:
@@ -117,14 +119,25 @@ def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str
     trained_apart = any(p.owner == "adapter" and p.trainable for p in parameters.all)
     flats: dict[tuple[str, str, bool], list[Parameter]] = {}
     kept: list[Parameter] = []
+    each: list[Parameter] = []
     for p in parameters.all:
         dtype = "fp32" if p.trainable and autocast != "none" and p.dtype in HALF else p.dtype
         p = p if dtype == p.dtype or p.quantized else p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape))
+        each.append(_part(p, distributed.shards, place))
         alone = trained_apart and p.trainable
         flats.setdefault((p.name if alone else unit_of(p), p.dtype if not p.quantized else _packed(p), p.trainable), []).append(p)
     for (unit, dtype, _), members in flats.items():
         kept += _flat(unit, dtype, members, distributed.shards, place)
-    return Holding(parameters._replace(all=tuple(kept)))
+    return Holding(parameters._replace(all=tuple(kept)), each=parameters._replace(all=tuple(each)))
+
+
+def _part(p: Parameter, shards: int, place: Place) -> Parameter:
+    """1/W of a tensor, as if it alone were flat."""
+    return p._replace(
+        allocations=tuple(
+            a._replace(dims=(ceil_div(prod(a.dims), shards),), place=place) if a.name == "weight" else a for a in p.allocations
+        )
+    )
 
 
 def unit_of(p: Parameter) -> str:

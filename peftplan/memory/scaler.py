@@ -5,8 +5,10 @@ Source: torch `amp/grad_scaler.py`; accelerate makes it for `mixed_precision="fp
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from peftplan.errors import RefusedError
-from peftplan.parameters import Parameters
+from peftplan.parameters import Parameter
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
@@ -25,9 +27,9 @@ class Scaler:
         """`scale`: what backward starts from."""
         return ops.mul(f, loss, self.scale)
 
-    def unscale(self, f: Tape, parameters: Parameters) -> None:
+    def unscale(self, f: Tape, parameters: Iterable[Parameter]) -> None:
         """`unscale_`. Raises RefusedError for fp16 gradients, as torch raises ValueError."""
-        if any(p.trainable and p.dtype == "fp16" for p in parameters.all):
+        if any(p.trainable and p.dtype == "fp16" for p in parameters):
             raise RefusedError(
                 "autocast: fp16 training cannot unscale fp16 gradients; accepted: trained parameters in fp32, or bf16"
             )

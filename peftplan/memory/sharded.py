@@ -13,13 +13,15 @@ from typing import Any, Generic, NamedTuple
 
 import peftplan.versions as versions
 from peftplan.arch.modules import Architecture
+from peftplan.distributed.fsdp1 import Flat, Fsdp1, flats_of
 from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
-from peftplan.memory.load import Handle, Memory, by_module, tensors
+from peftplan.memory.flat_load import FlatShard, FlatUnits
+from peftplan.memory.load import Handle, Memory, by_module
 from peftplan.memory.model import Model
-from peftplan.memory.units import EMBEDDING, ROOT, TAIL, layer
+from peftplan.memory.units import EMBEDDING, NORM, ROOT, TAIL, layer
 from peftplan.parameters import Parameter, Parameters
 from peftplan.tape.tensors import Parameter as TapeParameter
 from peftplan.units import round512
@@ -42,25 +44,37 @@ def computing(parameters: Parameters, dtype: str | None) -> Parameters:
 
 
 def units_of(model: Model, full: Parameters, shards: Parameters, distributed: Distributed, *, dtype: str | None) -> Fsdp2:
-    """The units of a model. `full` are its parameters, `shards` what the rank holds of them."""
+    """The units of a model. `full` are its parameters, `shards` what the rank holds of each of them."""
     reshards = distributed.reshard_after_forward is not False
+    of_fsdp1 = distributed.strategy == "fsdp1"
+    trained_apart = any(p.owner == "adapter" and p.trainable for p in full.all)
     units = [
         Unit(
             name,
-            tuple(_member(p, shard, distributed.shards, dtype) for p, shard in members),
+            tuple(
+                _member(p, shard, distributed.shards, dtype, apart=of_fsdp1 and trained_apart and p.trainable)
+                for p, shard in members
+            ),
             reshards=reshards and name not in (TAIL, ROOT),
             parameters=partial(_parameters_of, model, name, {p.name for p, _ in members}),
         )
         for name, members in grouped(model.arch, full, shards, distributed).items()
     ]
-    return Fsdp2(
+    units_in_step = (Fsdp1 if of_fsdp1 else Fsdp2)(
         model.tape,
         units,
         world_size=distributed.shards,
         reduce_dtype=distributed.reduce_dtype,
         offloads=distributed.offload_params == "cpu",
-        tied=tied(model.arch),
+        replicates=distributed.shards != distributed.world_size,
+        joined={
+            **({EMBEDDING: TAIL} if tied(model.arch) else {}),
+            **({NORM: TAIL} if final_norm(model.arch, full) else {}),
+        },
     )
+    if isinstance(units_in_step, Fsdp1):
+        units_in_step.prefetch = distributed.backward_prefetch or "none"
+    return units_in_step
 
 
 def tied(arch: Architecture) -> bool:
@@ -77,34 +91,37 @@ def grouped(arch: Architecture, full: Parameters, shards: Parameters, distribute
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
     base = [p for p in full.all if p.owner == "base"]
     ordered = by_module(base, [p for p in full.all if p.owner == "adapter"])
-    is_tied = tied(arch)
-    apart = not versions.FSDP2_TAIL_APART.after(distributed.accelerate)
+    is_tied, norm = tied(arch), final_norm(arch, full)
+    apart = distributed.strategy == "fsdp2" and not versions.FSDP2_TAIL_APART.after(distributed.accelerate)
     layers = sorted({number for p in base for number in p.layers or ()})
     groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if apart and not is_tied else {})}
     groups |= {layer(number): [] for number in layers} | ({TAIL: []} if apart else {})
     for p in ordered:
         if p.quantized and p.name.endswith("weight") and not _is_sharded(*pairs[id(p)]):
             continue
-        for name in _units(p, arch, is_tied=is_tied) if apart or p.layers else (ROOT,):
+        for name in _units(p, arch, norm, is_tied=is_tied) if apart or p.layers else (ROOT,):
             groups[name].append(pairs[id(p)])
     return groups
 
 
-def _units(p: Parameter, arch: Architecture, *, is_tied: bool) -> Iterator[str]:
+def _units(p: Parameter, arch: Architecture, norm: str | None, *, is_tied: bool) -> Iterator[str]:
     if p.layers is not None:
         yield from map(layer, sorted(p.layers))
     elif arch.input_embedding and p.name.startswith(f"{arch.input_embedding}."):
         yield TAIL if is_tied else EMBEDDING
-    elif p.name.startswith(f"{arch.output_embedding}.") or p.name.rpartition(".")[0] == final_norm(arch):
+    elif p.name.startswith(f"{arch.output_embedding}.") or p.name.rpartition(".")[0] == norm:
         yield TAIL
     else:
         yield ROOT
 
 
-def final_norm(arch: Architecture) -> str | None:
-    """The norm behind the layers: the last module outside them that is no head."""
-    outside = [m for m in arch.modules if m.layers is None and m.name not in (arch.input_embedding, arch.output_embedding)]
-    return outside[-1].name if outside else None
+def final_norm(arch: Architecture, full: Parameters) -> str | None:
+    """The norm behind the layers, where accelerate finds it (`_find_final_norm`): it looks for it in the attribute that
+    `base_model_prefix` names, and not deeper. A PeftModel's `model` is the class with the head, which has no norm of its own.
+    """
+    adapted = any(p.owner == "adapter" for p in full.all)
+    norms = [m.name for m in arch.modules if m.layers is None and "Norm" in m.kind and m.name.count(".") == 1]
+    return norms[-1] if norms and not (adapted and norms[-1].startswith("model.")) else None
 
 
 def _is_sharded(p: Parameter, shard: Parameter) -> bool:
@@ -113,17 +130,46 @@ def _is_sharded(p: Parameter, shard: Parameter) -> bool:
     )
 
 
-def _member(p: Parameter, shard: Parameter, ranks: int, dtype: str | None) -> Member:
+def _member(p: Parameter, shard: Parameter, ranks: int, dtype: str | None, *, apart: bool) -> Member:
     weight = next(a for a in shard.allocations if a.name == "weight")
     numel = prod(weight.dims)
     casts = dtype is not None and not p.quantized and weight.dtype != dtype
     gathered = dtype if casts and dtype is not None else weight.dtype
-    return Member(p.name, numel * ranks, numel, gathered, casts, weight.dtype, p.trainable)
+    whole = next(a for a in p.allocations if a.name == "weight") if p.quantized else None
+    elements = prod(whole.dims) if whole is not None else p.numel
+    loaded = weight.dtype if p.quantized else p.dtype
+    return Member(p.name, numel * ranks, numel, gathered, casts, weight.dtype, p.trainable, elements, loaded, apart)
 
 
 def _parameters_of(model: Model, unit: str, names: set[str]) -> Iterable[TapeParameter]:
     """The parameters of a unit that the tape has used."""
     return [p for (name, number), p in model.used_by_layer() if name in names and (number is None or layer(number) == unit)]
+
+
+def flat_units(model: Model, buffers: Ledger) -> FlatUnits:
+    """The flat parameters of FSDP1's units, the root's last."""
+    fsdp = model.units
+    assert isinstance(fsdp, Fsdp1)
+    ordered = [*fsdp.units[1:], fsdp.units[0]]
+    flats = [_flat_shard(flat, fsdp) for unit in ordered for flat in flats_of(unit, fsdp.world_size)]
+    return FlatUnits(tuple(flats), buffers)
+
+
+def _flat_shard(flat: Flat, fsdp: Fsdp1) -> FlatShard:
+    """Loaded in the dtype of the gathered parameters, and cast to that of their shards."""
+    first = flat.members[0]
+    itemsize = ITEMSIZE[first.loaded]
+    shard = flat.numel // fsdp.world_size
+    cast = ITEMSIZE[first.master] * shard if first.loaded != first.master else 0
+    return FlatShard(
+        tuple(itemsize * member.numel for member in flat.members),
+        itemsize * flat.numel,
+        itemsize * shard,
+        cast,
+        fsdp.offloads,
+        ITEMSIZE[first.dtype] * flat.numel,
+        ITEMSIZE[first.master] * flat.numel if first.casts else 0,
+    )
 
 
 # -- loading -------------------------------------------------------------------------------------------------------------------
@@ -157,7 +203,7 @@ class Loading(NamedTuple):
             for name in (name for name in (EMBEDDING, *layers, TAIL, ROOT) if name in self.groups):
                 for p, shard in self.groups[name]:
                     whole = memory.allocate(ITEMSIZE[shard.dtype] * p.numel)
-                    memory.keep(_on_device(shard))
+                    _keep_shard(memory, shard)
                     memory.release(whole)
             self._buffers(memory)
         else:
@@ -173,7 +219,7 @@ class Loading(NamedTuple):
             if name == ROOT:
                 self._buffers(memory)
             for _, shard in self.groups[name]:
-                memory.keep(_on_device(shard))
+                _keep_shard(memory, shard)
             for p, handle in whole:
                 if self.keeps_ends and name in (EMBEDDING, TAIL) and len(p.shape) > 1 and p.owner == "base":
                     held_until_end.append(handle)
@@ -202,6 +248,14 @@ class Loading(NamedTuple):
     def _buffers(self, memory: Memory[Handle]) -> None:
         for line in self.buffers:
             memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
+
+
+def _keep_shard(memory: Memory[Handle], shard: Parameter) -> None:
+    """A shard is made on the device, also one that goes to the host."""
+    memory.keep(_on_device(shard))
+    for a in shard.allocations:
+        if a.place == "host":
+            memory.release(memory.allocate(a.nbytes))
 
 
 def _on_device(shard: Parameter) -> tuple[int, ...]:
@@ -250,23 +304,6 @@ def peak_of(load: Loader) -> int:
     level = Level()
     load(level)
     return level.peak
-
-
-SYNC_BUCKET = 250 * 2**20
-"""Bytes at which DDP sends what it has gathered (torch, nn/parallel/distributed.py, `broadcast_bucket_size`)."""
-
-
-def sync_buckets(parameters: Parameters) -> tuple[int, ...]:
-    """Bytes of each flat tensor in which DDP sends the weights of one dtype."""
-    base = [p for p in parameters.all if p.owner == "base"]
-    sizes: list[int] = []
-    filled: dict[str, int] = {}
-    for p, _ in tensors(by_module(base, [p for p in parameters.all if p.owner == "adapter"])):
-        weight = next((a for a in p.allocations if a.name == "weight"), p.allocations[0])
-        filled[weight.dtype] = filled.get(weight.dtype, 0) + weight.nbytes
-        if filled[weight.dtype] >= SYNC_BUCKET:
-            sizes.append(filled.pop(weight.dtype))
-    return (*sizes, *filled.values())
 
 
 class Level:

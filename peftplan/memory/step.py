@@ -41,6 +41,8 @@ class Program(NamedTuple):
     """Whether kept outputs are freed after each backward."""
     shards: tuple[Parameter, ...] | None = None
     """What the optimizer steps over, where it is not the whole parameters."""
+    scales: bool = False
+    """Whether the loss is scaled, as accelerate does for `mixed_precision="fp16"`."""
     syncs_each_batch: bool = False
     """Whether gradients are reduced in every micro batch, not in the last alone."""
     forwards: tuple[Forward, ...] = LOSS
@@ -64,7 +66,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
             model.batch[f"{rows}{name}"] = f.new(("b", "s"), "int64", f"{rows}{name}")
     if program.keep_gradients:
         model.keep_gradients()
-    scaler = Scaler(f) if f.autocast == "fp16" and program.trainer.prepares_model else None
+    scaler = Scaler(f) if program.scales and program.trainer.prepares_model else None
     outputs: list[Tensor] = []
     alike = program.keep_gradients and not program.keep_outputs  # every micro batch meets what the first does
     last = (1 if alike else min(program.accumulation, MICRO_BATCHES)) - 1
@@ -89,11 +91,11 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     model.units.before_step()
     f.mark("step")
     f.module = ""
+    stepped = model.parameters.all if program.shards is None else program.shards
     if scaler is not None:
-        scaler.unscale(f, model.parameters)
+        scaler.unscale(f, stepped)
     idle = model.units.idle(model.idle())
     model.forget_gradients(idle)
-    stepped = model.parameters.all if program.shards is None else program.shards
     trained = [p for p in stepped if p.trainable and p.name not in idle | program.left_alone]
     freezes_a = bool(getattr(model.running.config, "freeze_a", False))
     clips = program.trainer.clips_gradients and not program.steps_in_backward

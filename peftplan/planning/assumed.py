@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftplan import parameters
 from peftplan.arch.modules import Architecture
@@ -15,6 +15,9 @@ from peftplan.methods.adaptation import MethodConfig
 from peftplan.storage import QuantConfig
 from peftplan.storage.modules import CONVERTED_KINDS
 from peftplan.versions import LOADING_IN_THREADS, QUANTIZING_IN_TURN
+
+if TYPE_CHECKING:
+    from peftplan.distributed.strategy import Distributed
 
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
 """What an estimate without a peak leaves out."""
@@ -34,6 +37,7 @@ NOTED = 0.01
 """Less than this share of a model is not worth a note."""
 
 NCCL = "buffers of NCCL, outside torch's allocator"
+RECORDED = "reserved bytes of up to two gathered units that FSDP1 has freed and the GPU has not passed yet (record_stream)"
 OUTSIDE = ("CUDA context",)
 """What is outside torch's allocator, and so in no peak."""
 
@@ -48,6 +52,11 @@ IN_THREADS = (
 """One job, measured twice in one session, reserved 11,880 and 13,272 MiB (`data/runs/fitcheck_t4.jsonl`)."""
 
 
+def of_ranks(distributed: Distributed) -> tuple[str, ...]:
+    """What no number of a rank holds."""
+    return (NCCL, RECORDED) if distributed.strategy == "fsdp1" else (NCCL,)
+
+
 def outside(job: Job, capabilities: Iterable[str]) -> tuple[str, ...]:
     """What no peak holds: kernels of 16 bits that may be cuDNN's on one of the cards, holes that threads leave while loading."""
     setup = job.setup
@@ -56,7 +65,7 @@ def outside(job: Job, capabilities: Iterable[str]) -> tuple[str, ...]:
     in_threads = job.quant is not None and job.script.loads_in_threads
     return (
         *OUTSIDE,
-        *([NCCL] if job.distributed else []),
+        *(of_ranks(job.distributed) if job.distributed else ()),
         *([BY_CUDNN] if by_cudnn else []),
         *([IN_THREADS] if in_threads else []),
     )

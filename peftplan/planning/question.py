@@ -13,7 +13,7 @@ from peftplan.job.requirements import pair, unmet
 from peftplan.job.setup import AdviceSearch, Engine, check_length, check_logits_to_keep, parse_setup
 from peftplan.job.tasks import without_loss
 from peftplan.ledger import Ledger
-from peftplan.planning.assumed import NCCL, NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, outside
+from peftplan.planning.assumed import NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, of_ranks, outside
 from peftplan.planning.verdicts import Vllm, capability, card_notes, verdict
 from peftplan.results.estimate import Estimate, Peaks, Verdict
 
@@ -248,5 +248,5 @@ def _over_gpus(job: Job, static: Ledger, peaks: Peaks | None) -> OverGpus | None
         job.setup.gradient_accumulation_steps,
         (RankGroup(ranks, static.bytes(), peaks),),
         static.bytes(place="host"),
-        (NCCL,),
+        of_ranks(job.distributed),
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from peftplan.ledger import Category
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Dims, Tensor
 
 
-def on_stream(f: Tape, dims: tuple[int, ...], dtype: str, op: str, stream: int, category: Category) -> Tensor:
+def on_stream(f: Tape, dims: Dims, dtype: str, op: str, stream: int, category: Category) -> Tensor:
     """A new tensor of these dims that `op` makes on a stream; 0 is the stream that computes."""
     f.module = ""
     tensor = f.new(dims, dtype, op)

@@ -19,7 +19,7 @@ from peftplan.memory.calls import behind, inputs, into_cache
 from peftplan.memory.kinds import kinds_of
 from peftplan.memory.model import Model
 from peftplan.memory.norms import rms
-from peftplan.memory.units import TAIL
+from peftplan.memory.units import NORM
 from peftplan.tape import ops
 from peftplan.tape.shaping import cat, sliced, split
 from peftplan.tape.tape import Tape
@@ -227,7 +227,7 @@ def run_layers(
         outputs=outputs if style.hands_out_weights else None,
     )
     if style.final_norm is not None:
-        x = style.norm(model, style.final_norm, model.units.enter_with(TAIL, x), None)
+        x = style.norm(model, style.final_norm, model.units.enter_with(NORM, x), None)
     outputs.clear()
     return x
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from transformers.initialization import no_init_weights
 
 job = json.loads(sys.argv[1])
+half = torch.float16 if job.get("autocast") == "fp16" else torch.bfloat16
 shapes = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -33,6 +34,15 @@ class Tokens(Dataset):
         return {"input_ids": row, "labels": row.clone()}
 
 
+def cut(name, layers):
+    """A built-in model's config with its first layers alone."""
+    config = AutoConfig.from_pretrained(name)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.num_hidden_layers = layers
+    return config
+
+
 if job["method"] == "qlora":
     from transformers import BitsAndBytesConfig
 
@@ -40,16 +50,19 @@ if job["method"] == "qlora":
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=half,
         bnb_4bit_quant_storage=getattr(torch, job.get("quant_storage", "bfloat16")),
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        "meta-llama/Llama-3.2-1B", dtype=torch.bfloat16, quantization_config=stored, num_hidden_layers=3
-    )
+    name = job.get("model", "meta-llama/Llama-3.2-1B")
+    config = cut(name, job.get("layers", 3))
+    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=half, quantization_config=stored)
 else:
     with no_init_weights():
-        config = AutoConfig.for_model(**{"model_type": "llama"} | shapes | job.get("config", {}))
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        if "model" in job:
+            config = cut(job["model"], job["layers"])
+        else:
+            config = AutoConfig.for_model(**{"model_type": "llama"} | shapes | job.get("config", {}))
+        model = AutoModelForCausalLM.from_config(config, dtype=half)
     model.tie_weights()
 if job["method"] != "full":
     from peft import LoraConfig, get_peft_model
@@ -62,6 +75,10 @@ if "deepspeed" in job.get("arguments", {}):  # ranks that are not there cannot b
 
     for module in (deepspeed.runtime.zero.utils, deepspeed.runtime.zero.stage3, deepspeed.runtime.zero.partition_parameters):
         module.assert_ints_same_as_other_ranks = lambda *ints: None
+if "parallel" in job:
+    from accelerate.parallelism_config import ParallelismConfig
+
+    job["arguments"]["parallelism_config"] = ParallelismConfig(**job["parallel"])
 arguments = TrainingArguments(
     output_dir="out",
     per_device_train_batch_size=job.get("batch_size", 1),
@@ -69,10 +86,17 @@ arguments = TrainingArguments(
     gradient_checkpointing=job.get("checkpointing", True),
     optim=job.get("optim", "adamw_torch_fused"),
     max_steps=4,
-    bf16=True,
+    bf16=job.get("autocast", "bf16") == "bf16",
+    fp16=job.get("autocast", "bf16") == "fp16",
     report_to="none",
     save_strategy="no",
     logging_steps=100,
     **job.get("arguments", {}),
 )
-Trainer(model=model, args=arguments, train_dataset=Tokens()).train()
+trainer = Trainer(model=model, args=arguments, train_dataset=Tokens())
+if "policy" in job:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    dtypes = {name: getattr(torch, dtype) for name, dtype in job["policy"].items()}
+    trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(**dtypes)
+trainer.train()

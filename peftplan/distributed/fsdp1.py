@@ -1,0 +1,136 @@
+"""FSDP1 on the tape: flat parameters that a rank gathers before a unit runs and frees after it, and flat gradients to reduce.
+
+Source: torch, distributed/fsdp/{_flat_param,_runtime_utils}.py. Methods have torch's names. What peft trains is a unit of its own
+for each tensor, inside its layer's; here it is gathered and reduced with its layer.
+
+    forward     unit: cast its shard, gather into the flat parameter, free the cast | layer | free
+    backward    unit: gather, and the one before it ahead (BACKWARD_PRE) | layer | gradients into one flat tensor, free them, free
+                the flat parameter, make the shard of the gradient, free the flat gradient
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
+from peftplan.tape.tensors import Parameter, Tensor
+from peftplan.units import ceil_div
+
+PRE_UNSHARD, UNSHARD, POST_BACKWARD = 1, 2, 3
+"""Streams besides the default one, 0."""
+ALIGNMENT = 16
+"""Bytes at whose multiples each tensor of a flat parameter begins (`_get_aligned_numel`)."""
+
+
+class Flat(NamedTuple):
+    """A flat parameter: the tensors that one all-gather brings."""
+
+    name: str
+    members: tuple[Member, ...]
+    numel: int
+    """Elements of the gathered flat parameter, a multiple of W."""
+
+
+def flats_of(unit: Unit, ranks: int) -> list[Flat]:
+    """The flat parameter of a unit, and one for each tensor that peft trains."""
+    apart = [member for member in unit.members if member.apart]
+    together = tuple(member for member in unit.members if not member.apart)
+    flats = [Flat(f"{member.name}.flat_param", (member,), ceil_div(member.numel, ranks) * ranks) for member in apart]
+    if together:
+        flats.append(Flat(f"{unit.name}.flat_param", together, ceil_div(sum(m.numel for m in together), ranks) * ranks))
+    return flats
+
+
+class Fsdp1(Fsdp2):
+    """All units of a model, the root first. `prefetch`: when backward gathers ahead, `pre`, `post` or `none`."""
+
+    prefetch = "none"
+    _reshards_late: Unit | None = None
+    """A unit whose base is frozen. Its hook is on its input, behind that of the unit before it, which gathers first
+    (`_register_post_backward_reshard_only_hook`)."""
+
+    def _unshard(self, unit: Unit) -> None:
+        """`FlatParamHandle.unshard`: the gathered buffer is the flat parameter that the layer runs on."""
+        if unit.unsharded or not unit.members:
+            return
+        for flat in flats_of(unit, self.world_size):
+            first, shard = flat.members[0], (flat.numel // self.world_size,)
+            moved = self._new(shard, first.master, "shard from the host", PRE_UNSHARD) if self.offloads else None
+            narrow = self._new(shard, first.dtype, "cast of a shard", PRE_UNSHARD) if first.casts else None
+            gathered = self._new((flat.numel,), first.dtype, f"{flat.name} gathered", UNSHARD, "gathered_weights")
+            unit.unsharded.append(gathered)
+            del moved, narrow
+
+    def _wait(self, unit: Unit, *, forward: bool) -> None:
+        """Nothing is copied out."""
+
+    def pre_backward(self, unit: Unit) -> None:
+        """The gradient of a unit's output has arrived: gather the unit, and under BACKWARD_PRE the one before it."""
+        if unit.state == "pre_backward":
+            return
+        unit.state = "pre_backward"
+        self._unshard(unit)
+        self._reshard_late()
+        if self.prefetch == "pre":  # of an adapted layer its adapters do it, while its backward runs
+            self._gather_before(unit)
+
+    def _reshard_late(self) -> None:
+        if self._reshards_late is not None:
+            self._reshards_late.unsharded = []
+            self._reshards_late = None
+
+    def _gather_before(self, unit: Unit) -> None:
+        if unit.indices and (index := unit.indices.pop()) > 0:
+            self._unshard(self._order[index - 1])
+
+    def post_backward(self, unit: Unit) -> None:
+        """The gradients of a unit are complete: make them flat, free its parameters and reduce the gradients."""
+        unit.state = "post_backward"
+        gradients = {p.name: p for p in unit.parameters() if p.grad is not None}
+        flats = [flat for flat in flats_of(unit, self.world_size) if any(m.name in gradients for m in flat.members)]
+        whole = [self._flattened(flat, gradients) for flat in flats]
+        if any(member.trainable and not member.apart for member in unit.members):
+            unit.unsharded = []
+        else:
+            self._reshard_late()
+            self._reshards_late = unit
+        if self.prefetch == "post":
+            self._gather_before(unit)
+        if not self.syncs:
+            if unit.whole:
+                return  # added in place
+            unit.whole = whole
+            return
+        whole, unit.whole = unit.whole or whole, []
+        for number, flat in enumerate(flats):
+            self._reduce_grad(unit, flat, whole, number)
+
+    def end_backward(self) -> None:
+        """`_post_backward_final_callback`."""
+        super().end_backward()
+        self._reshard_late()
+
+    def _flattened(self, flat: Flat, gradients: dict[str, Parameter]) -> Tensor:
+        """The backward of the split into views: one tensor of all gradients, on the stream of the gather, as the split was."""
+        tensor = self._new((flat.numel,), flat.members[0].dtype, f"{flat.name} gradient", UNSHARD)
+        for member in flat.members:
+            if member.name in gradients:
+                gradients[member.name].grad = None
+                self.reduced.add(member.name)
+        return tensor
+
+    def _reduce_grad(self, unit: Unit, flat: Flat, whole: list[Tensor], number: int) -> None:
+        first, shard = flat.members[0], (flat.numel // self.world_size,)
+        dtype = self.reduce_dtype or first.dtype
+        if dtype != first.dtype:
+            whole[number] = self._new((flat.numel,), dtype, f"{flat.name} gradient, cast", POST_BACKWARD)
+        output = self._new(shard, dtype, "reduce-scatter output", POST_BACKWARD)
+        if dtype != first.master:
+            output = self._new(shard, first.master, "reduce-scatter output, cast", POST_BACKWARD)
+        whole[number] = output  # the flat gradient is freed
+        if self.offloads or len(unit.gradients) > number:
+            return
+        unit.gradients.append(output)
+        storage = output.storage.number  # type: ignore[union-attr]
+        self.f.category[storage] = "gradients"
+        self.f.names[storage] = f"gradients of {flat.name}"

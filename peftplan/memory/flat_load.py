@@ -1,0 +1,66 @@
+"""How a rank loads under FSDP1: unit by unit, its tensors in one flat parameter, of which the rank keeps its part.
+
+Source: torch, distributed/fsdp/_init_utils.py (`_init_param_handle_from_module`), _flat_param.py (`FlatParamHandle.__init__`,
+`shard`); accelerate, accelerator.py (`prepare_model`), which casts what trains to fp32 when all units are made.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+from peftplan.dtypes import ITEMSIZE
+from peftplan.ledger import Ledger
+from peftplan.memory.load import Handle, Memory
+from peftplan.memory.synced import flat_tensors, send
+
+
+class FlatShard(NamedTuple):
+    """A flat parameter while it is made. Bytes."""
+
+    tensors: tuple[int, ...]
+    whole: int
+    shard: int
+    cast: int
+    """Of the shard in fp32; 0 if it is not cast."""
+    on_host: bool
+    gathered: int
+    in_masters: int
+    """Of the gathered parameter in the dtype of the shard; 0 if that is the dtype in which it is gathered."""
+
+
+class FlatUnits(NamedTuple):
+    """All flat parameters in the order in which they are made, the root's last, and the buffers."""
+
+    flats: tuple[FlatShard, ...]
+    buffers: Ledger
+
+    def first_run(self, memory: Memory[Handle]) -> None:
+        """The first forward makes each tensor that will hold a flat parameter, and frees it (`init_flat_param_attributes`)."""
+        for flat in (*self.flats[-1:], *self.flats[:-1]):
+            for nbytes in filter(None, (flat.gathered, flat.in_masters)):
+                memory.release(memory.allocate(nbytes))
+
+    def into(self, memory: Memory[Handle]) -> None:
+        """Load flat parameter by flat parameter."""
+        to_cast = []
+        for flat in self.flats:
+            tensors = [memory.allocate(nbytes) for nbytes in flat.tensors]
+            send(memory, flat_tensors(("", nbytes) for nbytes in flat.tensors))
+            whole = memory.allocate(flat.whole)
+            if flat.cast or flat.on_host:
+                shard = memory.allocate(flat.shard)
+                if flat.on_host:
+                    memory.release(shard)
+                else:
+                    to_cast.append((shard, flat.cast))
+            else:
+                memory.keep((flat.shard,))
+            memory.release(whole)
+            for tensor in tensors:  # they become views of the shard when it is there
+                memory.release(tensor)
+        for line in self.buffers:
+            memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
+        for shard, nbytes in to_cast:
+            memory.keep((nbytes,))
+            memory.release(shard)

@@ -1,0 +1,55 @@
+"""The flat tensors in which rank 0 sends its weights to the other ranks: under DDP, and under FSDP1 with `sync_module_states`.
+
+Source: torch, distributed/utils.py (`_sync_params_and_buffers`), csrc/distributed/c10d/comm.cpp (`broadcast_coalesced`),
+reducer.cpp (`compute_bucket_assignment_by_size`), csrc/utils/tensor_flatten.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+from peftplan.dtypes import ITEMSIZE
+from peftplan.ledger import Ledger
+from peftplan.memory.load import Handle, Memory, by_module, tensors
+from peftplan.parameters import Parameters
+
+BUCKET = 250 * 2**20
+"""Bytes at which a bucket is sent (torch, nn/parallel/distributed.py, `broadcast_bucket_size`)."""
+IN_FLIGHT = 2
+"""Buckets that are there at once."""
+
+
+def flat_tensors(sizes: Iterable[tuple[str, int]]) -> tuple[int, ...]:
+    """Bytes of each flat tensor, in order; 0 where a bucket has one tensor, which is sent itself. `sizes`: dtype and bytes."""
+    buckets: list[tuple[int, list[int]]] = []
+    filling: dict[str, tuple[int, list[int]]] = {}
+    for number, (dtype, nbytes) in enumerate(sizes):
+        bucket = filling.setdefault(dtype, (number, []))[1]
+        bucket.append(nbytes)
+        if sum(bucket) >= BUCKET:
+            buckets.append(filling.pop(dtype))
+    ordered = sorted([*buckets, *filling.values()], key=lambda bucket: bucket[0])
+    return tuple(sum(bucket) if len(bucket) > 1 else 0 for _, bucket in ordered)
+
+
+def of_model(parameters: Parameters, buffers: Ledger) -> tuple[int, ...]:
+    """Those of a whole model."""
+    base = [p for p in parameters.all if p.owner == "base"]
+    ordered = by_module(base, [p for p in parameters.all if p.owner == "adapter"])
+    weights = (next((a for a in p.allocations if a.name == "weight"), p.allocations[0]) for p, _ in tensors(ordered))
+    of_buffers = ((line.dtype, ITEMSIZE[line.dtype] * prod(line.shape)) for line in buffers for _ in range(line.copies))
+    return flat_tensors([*((a.dtype, a.nbytes) for a in weights), *of_buffers])
+
+
+def send(memory: Memory[Handle], flats: Iterable[int]) -> None:
+    """Make the flat tensors, two at a time."""
+    in_flight: list[list[Handle]] = []
+    for nbytes in flats:
+        if len(in_flight) == IN_FLIGHT:
+            for flat in in_flight.pop(0):
+                memory.release(flat)
+        in_flight.append([memory.allocate(nbytes)] if nbytes else [])
+    for flats_of_bucket in in_flight:
+        for flat in flats_of_bucket:
+            memory.release(flat)
