@@ -29,7 +29,7 @@ READ: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "llamafactory": ("llamafactory", {"hparams/*.py": ("*",)}),
     "llamafactory-v1": ("llamafactory", {"v1/config/*.py": ("*",)}),
     "trl": ("trl", {"trainer/*_config.py": ("*",), "scripts/utils.py": ("ScriptArguments", "DatasetMixtureConfig")}),
-    "swift": ("swift", {"arguments/**/*.py": ("*",), "trainers/arguments.py": ("*",), "rlhf_trainers/arguments.py": ("*",)}),
+    "swift": ("swift", {"arguments/**/*.py": ("*",), "trainers/arguments.py": ("*",), "rlhf_trainers/arg*.py": ("*",)}),
     "transformers": ("transformers", {"training_args.py": ("TrainingArguments",)}),
     "unsloth": (
         "unsloth",

@@ -50,9 +50,12 @@ class Rule(TypedDict, total=False):
     when: Mapping[str, Any]
     """Key → a list of accepted values, `set` or `unset`, for which the tool's defaults count, or `said`: by the file."""
     set: Mapping[str, Any]
-    """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"names": {key: …}}` or `{"globs": key}` (`reading`)."""
+    """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"sum": [names]}`, `{"names": {key: …}}` or `{"globs": key}`
+    (`reading`)."""
     unsupported: Mapping[str, Any]
     """`key`, `why`, `effect`, `option`."""
+    supports: list[str]
+    """Keys that rules before this one called unsupported, and that are supported here."""
     assumed: Mapping[str, str]
     kind: str
     why: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from peftplan.errors import nearest, quoted
@@ -15,12 +16,14 @@ from peftplan.job.configs.interpolation import resolved
 from peftplan.job.configs.launching import launched, of_comments
 from peftplan.job.configs.models import named
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Unsupported
-from peftplan.job.configs.with_file import fitting
+from peftplan.job.configs.with_file import fitting, of_trainer
+from peftplan.job.setup import OF_PREFERENCES
 
 WHOLE = frozenset(
     {
         "batch_size", "seq_len", "gradient_accumulation_steps", "r", "num_labels", "num_virtual_tokens", "save_total_limit",
         "init_r", "target_r", "oft_block_size", "boft_block_size", "n_frequency", "every_n_layers", "logits_to_keep",
+        "max_completion_length", "max_prompt_length", "num_generations", "steps_per_generation",
     }
 )  # fmt: skip
 """Options that are integers."""
@@ -205,6 +208,8 @@ class Reading:
             self.unsupported[row["key"]] = Unsupported(value, row["why"], row.get("effect", "unknown"), row.get("option"))
             self.read.pop(row["key"], None)
             self.ignored.pop(row["key"], None)
+        for key in rule.get("supports", ()):
+            self.unsupported.pop(key, None)
         self.assumed |= rule.get("assumed", {})
         self.kind = rule.get("kind", self.kind)
 
@@ -258,13 +263,11 @@ class Reading:
         if "key" in stated:
             value = self._effective(stated["key"])
             return tuple(value) if isinstance(value, list) else value
-        product = 1
-        for key in stated["product"]:
-            factor = self._effective(key)
-            if not re.fullmatch("[0-9]{1,10}", str(factor)):
-                return None
-            product *= int(factor)
-        return product
+        how, keys = next(iter(stated.items()))
+        numbers = [self._effective(key) for key in keys]
+        if not all(re.fullmatch("[0-9]{1,10}", str(number)) for number in numbers):
+            return None
+        return prod(map(int, numbers)) if how == "product" else sum(map(int, numbers))
 
     def _tags(self, groups: list[Mapping[str, list[str]]]) -> str:
         """A regular expression of names that hold one tag of each group, in their order: tags of the switches that are on."""
@@ -307,10 +310,11 @@ class Reading:
         self.unsupported |= launch.unsupported
         self.read = {key: row for key, row in self.read.items() if key not in launch.unsupported}
         self.assumed |= launch.assumed
-        options = fitting({**launch.options, **self.options})
+        options = fitting(of_trainer({**launch.options, **self.options}))
         for key, row in self.read.items():
             if row.option and not {"model", "launch", *options} & set(row.option.split(", ")):
-                self.read[key] = Read(row.value, "", f"{self.options.get('method')} has no {row.option}")
+                whose = self.options.get("trainer") if row.option in OF_PREFERENCES else self.options.get("method")
+                self.read[key] = Read(row.value, "", f"{whose} has no {row.option}")
         plan = ConfigPlan(
             self.tool.tool,
             self.tool.version,

@@ -9,7 +9,8 @@ import peftplan.methods as methods
 from peftplan.distributed.names import OPTIONS
 from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
 from peftplan.job.configs.plan import ConfigPlan
-from peftplan.job.setup import Setup
+from peftplan.job.setup import OF_PREFERENCES, Setup
+from peftplan.job.trainers import DEFAULT, TRAINERS
 
 ADAPTERS = {"lora": "lora", "qlora": "lora", "dora": "lora", "rslora": "lora", "full": "full"}
 
@@ -59,6 +60,13 @@ def with_file(plan: ConfigPlan, model: Any, chosen: Mapping[str, Any], *, object
     elif stated.get("method") not in (None, options.get("method")):
         options = fitting({**options, "method": stated["method"]})
     return WithFile(plan.model if model is None else model, {**options, **stated}, plan.to_dict(stated))
+
+
+def of_trainer(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those of other trainers, such as the share of vLLM in supervised fine-tuning."""
+    trainer = TRAINERS.get(options.get("trainer", DEFAULT))
+    lacking = OF_PREFERENCES - (trainer.options if trainer else frozenset())
+    return {name: value for name, value in options.items() if name not in lacking}
 
 
 def fitting(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -303,3 +303,46 @@ def test_an_optimizer_of_a_package_is_not_supported() -> None:
     plan = read({**TORCHTUNE, "optimizer": {"_component_": "dion.Muon"}})
     assert plan.unsupported["optimizer._component_"].option == "optim"
     assert peftplan.estimate(config=plan).trainable_parameters > 0
+
+
+MODEL = {"model_name_or_path": "Qwen/Qwen2.5-0.5B"}
+
+
+@pytest.mark.parametrize(
+    ("program", "values", "expected"),
+    [
+        ("trl dpo", {}, {"trainer": "trl-dpo", "seq_len": 1024}),
+        ("trl dpo", {"beta": 0.3, "precompute_ref_log_probs": True}, {"beta": 0.3, "precompute_ref_log_probs": True}),
+        ("trl kto", {"loss_type": "apo_zero_unpaired"}, {"trainer": "trl-kto", "loss_type": "apo_zero_unpaired"}),
+        ("trl reward", {"max_length": 2048}, {"trainer": "trl-reward", "seq_len": 2048}),
+        ("trl grpo", {}, {"trainer": "trl-grpo", "max_completion_length": 512, "seq_len": 512 + 512}),
+        ("trl grpo", {"max_completion_length": 1024, "max_prompt_length": 256}, {"max_completion_length": 1024, "seq_len": 1280}),
+        ("trl grpo", {"use_vllm": True, "vllm_mode": "server"}, {"use_vllm": True, "vllm_mode": "server"}),
+        ("python trl/scripts/rloo.py", {"beta": 0.1}, {"trainer": "trl-rloo", "beta": 0.1}),
+    ],
+)
+def test_trl_commands_of_preferences_and_rewards(program: str, values: dict[str, Any], expected: dict[str, Any]) -> None:
+    plan = read({**MODEL, **values}, kind="command", program=program)
+    assert plan.unsupported == {}
+    assert {name: plan.options.get(name) for name in expected} == expected
+
+
+def test_options_of_another_trainer_are_left_out() -> None:
+    """The default of vLLM's share, 0.3, is none of supervised fine-tuning; a server's address moves no byte."""
+    plan = read(MODEL, kind="command", program="trl sft")
+    assert "vllm_gpu_memory_utilization" not in plan.options
+    grpo = read({**MODEL, "vllm_server_host": "10.0.0.1", "reward_funcs": "accuracy_reward"}, kind="command", program="trl grpo")
+    assert {"vllm_server_host", "reward_funcs"} <= grpo.ignored.keys()
+
+
+@pytest.mark.parametrize("script", ["bco", "orpo", "gkd", "prm"])
+def test_a_script_of_another_trainer_is_not_read_as_sft(script: str) -> None:
+    plan = read(MODEL, kind="command", program=f"python examples/scripts/{script}.py")
+    assert plan.unsupported["trainer"].effect == "unknown"
+
+
+def test_keys_of_swifts_rollouts_are_known() -> None:
+    """They stand in rlhf_trainers/args_mixin.py."""
+    rollout = {"use_vllm": True, "vllm_mode": "colocate", "vllm_server_port": 8000, "sleep_level": 1, "reward_funcs": "accuracy"}
+    plan = read({"model": "Qwen/Qwen2.5-7B-Instruct", "rlhf_type": "grpo", **rollout}, kind="command", program="swift rlhf")
+    assert plan.unsupported.keys() == {"rlhf_type"}
