@@ -47,9 +47,14 @@ class Allocation(NamedTuple):
     place: Place = "device"
 
     @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return prod(self.dims)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensor itself, before the allocator rounds them."""
-        return ITEMSIZE[self.dtype] * prod(self.dims)
+        return ITEMSIZE[self.dtype] * self.numel
 
 
 NO_SIZES: Mapping[str, int] = {}

@@ -125,17 +125,49 @@ def zero_jobs() -> Iterator[dict[str, Any]]:
         yield published("llama-3.2-1b", method, trainer="trl", seq_len=1024)
     for model, method in product(FAMILIES, ("lora", "full")):
         yield published(model, method, trainer="transformers", seq_len=256)
+    yield from zero3_jobs()
+
+
+AUTO = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto")
+"""Fields that transformers fills in from the hidden size."""
+
+
+def zero3_jobs() -> Iterator[dict[str, Any]]:
+    """Jobs of DeepSpeed whose ranks hold shards of the weights."""
+    odd, deep = {**SMALL, "vocab_size": 50001}, {"num_hidden_layers": 16, "tie_word_embeddings": True}
+    few = {"stage3_max_live_parameters": 300_000_000, "stage3_max_reuse_distance": 100_000_000}
+    cpu = {"device": "cpu"}
+    variants: tuple[dict[str, Any], ...] = (
+        {"zero": AUTO},
+        {},
+        {"zero": AUTO, "checkpointing": False},
+        {"zero": AUTO | few},
+        {"zero": AUTO, "accumulation": 3},
+        {"zero": AUTO, "config": deep},
+        {"zero": AUTO, "config": odd},
+        {"zero": AUTO | {"offload_optimizer": cpu}},
+        {"zero": AUTO | {"offload_param": cpu, "offload_optimizer": cpu}},
+        {"zero": {"overlap_comm": False, "sub_group_size": 50_000_000}},
+    )
+    for more, method in product(variants, ("full", "lora")):
+        yield job("zero3", method, 4, **more)
+    for world, method in product((2, 3, 8, 64), ("full", "lora")):
+        yield job("zero3", method, world, zero=AUTO)
+    yield job("zero3", "qlora", 4, zero=AUTO)
+    yield job("zero3", "lora", 4, zero=AUTO, config={"model_type": "qwen3", **CLASSES["qwen3"]}, checkpointing=False)
+    for model, method in product(("gpt2", "opt-125m", "qwen2.5-0.5b", "qwen3-0.6b"), ("lora", "full")):
+        yield published(model, method, strategy="zero3", trainer="transformers", seq_len=256)
 
 
 FAMILIES = ("gemma-3-270m", "pythia-160m", "gpt2", "opt-125m", "bloom-560m", "qwen2.5-0.5b", "qwen3-0.6b")
 """Built-in models of other kinds than Llama, and of full depth."""
 
 
-def published(model: str, method: str, **settings: Any) -> dict[str, Any]:
-    """A job of a built-in model under ZeRO-2 on 4 ranks, which tools/rehearsed_program.py runs with DeepSpeed's config."""
+def published(model: str, method: str, *, strategy: str = "zero2", **settings: Any) -> dict[str, Any]:
+    """A job of a built-in model under ZeRO on 4 ranks, which tools/rehearsed_program.py runs with DeepSpeed's config."""
     settings = {"method": method, "r": 16, "batch_size": 2, **settings}
-    name = " ".join(["zero2", method, "4", model, f"trainer={settings['trainer']}"])
-    return {"name": name, "strategy": "zero2", "world": 4, "model": model, "program": settings, "fsdp": {}}
+    name = " ".join([strategy, method, "4", model, f"trainer={settings['trainer']}"])
+    return {"name": name, "strategy": strategy, "world": 4, "model": model, "program": settings, "fsdp": {}}
 
 
 def job(
@@ -187,7 +219,8 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
     if "model" in row:
         rank = {} if program["method"] == "full" else {"r": program["r"]}
         others = {name: value for name, value in program.items() if name != "r"}
-        return {"model": row["model"], **others, **rank, "gpus": row["world"], "strategy": "zero2", "overlap_comm": True}
+        shared = {"gpus": row["world"], "strategy": row["strategy"], "overlap_comm": True}
+        return {"model": row["model"], **others, **rank, **shared, **(AUTO if row["strategy"] == "zero3" else {})}
     ours = {
         "method": program["method"],
         "gpus": row["world"],
@@ -202,6 +235,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         **({"dp_shard_size": shards} if (shards := program.get("parallel", {}).get("dp_shard_size")) else {}),
         **({"reduce_dtype": "fp32"} if "policy" in program else {}),
         **row["fsdp"],
+        **({"zero3_init": False} if row["strategy"] == "zero3" else {}),  # the program makes its model first
     }
     if program["method"] == "qlora":
         tied = {"tie_word_embeddings": True}

@@ -67,6 +67,8 @@ class Compiled(NamedTuple):
     """Each workspace, with the index of the event before which it is allocated."""
     on_host: tuple[tuple[tuple[Any, ...], str, int], ...] = ()
     """Dims, dtype and count of the tensors that are offloaded to the host until backward."""
+    first: Compiled | None = None
+    """The first step, where it allocates otherwise than all later ones."""
     programs: dict[tuple[int, ...], Written] = {}  # noqa: RUF012
     """Cache of `analytic.reserved`: the programs of the runs that end with this step."""
 
@@ -125,7 +127,9 @@ def steps_of(inventory: Inventory, compute_capability: str) -> Steps:
         earlier = job._replace(setup=setup.model_copy(update={"seq_len": tokens, "keep_gradients": there}))
         of_step = compiled(inventory._replace(job=earlier), compute_capability=compute_capability)
         before.append((of_step, of_step.sizes(setup.batch_size, tokens)))
-    return (*before, last) if before else (last, last)
+    of_last, named = last
+    first = last if of_last.first is None else (of_last.first, named)
+    return (*before, last) if before else (first, last)
 
 
 COMPILED: OrderedDict[tuple[object, ...], Compiled] = OrderedDict()
@@ -169,23 +173,27 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
 
         setup, computing = ranks.setup_on_rank(job), ranks.parameters_on_rank(inventory).all
     trained_again = _trained_again(job, parameters)
-    model = Model(
-        Tape(autocast=None if setup.autocast == "none" else setup.autocast),
-        architecture,
-        parameters._replace(all=tuple(p._replace(trainable=p.trainable or p.name in trained_again) for p in computing)),
-        job.adaptation,
-        running_of(job._replace(setup=setup), compute_capability),
-        job.quant,
+    new_model = partial(
+        Model,
+        arch=architecture,
+        parameters=parameters._replace(
+            all=tuple(p._replace(trainable=p.trainable or p.name in trained_again) for p in computing)
+        ),
+        adaptation=job.adaptation,
+        running=running_of(job._replace(setup=setup), compute_capability),
+        quant=job.quant,
         adapter=adapter_of(job.method and job.method.peft_type),
     )
+    model = new_model(Tape(autocast=None if setup.autocast == "none" else setup.autocast))
     program = _program(job)._replace(left_alone=trained_again)
-    steady_step(
-        model,
-        program if job.distributed is None else ranks.divided(inventory, model, program),
-        reference=_reference(job, model),
-    )
+    first = None
+    if job.distributed is not None:
+        first = ranks.first_step(inventory, lambda: new_model(Tape()), program)
+        program = ranks.divided(inventory, model, program, first)
+    steady_step(model, program, reference=_reference(job, model))
     of_step = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
-    lasting = tuple(line for line in static if line.category != "gradients" and line.place == "device")
+    on_tape = "gradients" if holding is None else holding.on_tape
+    lasting = tuple(line for line in static if line.category != on_tape and line.place == "device")
     optimizer = parse_optim(str(setup.optim))
     early = tuple(line for line in lasting if optimizer.made_with_states and line.source == optimizer.source)
     if not early and (idle := model.units.idle(model.idle())):  # a parameter without a gradient has no state
@@ -225,7 +233,7 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is constructed after loading
         loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
-    return Compiled(
+    compiled_job = Compiled(
         architecture,
         of_step,
         standing=standing,
@@ -244,6 +252,11 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         on_host=tuple(model.on_host),
         programs={},
     )
+    if first is None:
+        return compiled_job
+    of_first = timeline(first.tape, first.stacks, vocab=architecture.vocab_size)
+    workspaces = _workspaces(of_first.products, compute_capability, apart=job.script.cublaslt_apart)
+    return compiled_job._replace(first=compiled_job._replace(timeline=of_first, workspaces=workspaces))
 
 
 def _trained_again(job: Job, parameters: Parameters) -> frozenset[str]:
@@ -254,10 +267,11 @@ def _trained_again(job: Job, parameters: Parameters) -> frozenset[str]:
 
 
 def _passed_in(job: Job) -> str | None:
-    """The dtype of adapters before peft casts them to fp32: that of a 16-bit base that is already on the device, else None."""
-    layered = job.method is not None and job.method.peft_type in ADAPTERS
-    there = job.quant is None and job.setup.by.loads_on_device
-    return job.setup.dtype if layered and there and job.setup.dtype in HALF else None
+    """The dtype of adapters before peft casts them to fp32: that of the stored base, if it is on the device and in 16 bits."""
+    if job.method is None or job.method.peft_type not in ADAPTERS or not (job.quant or job.setup.by.loads_on_device):
+        return None
+    stored = job.setup.dtype if job.quant is None else job.quant.quant_storage
+    return stored if stored in HALF else None
 
 
 def _program(job: Job) -> Program:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import peftplan.versions as versions
+from peftplan.distributed.shards import cast_on_rank
 from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
@@ -22,17 +23,18 @@ from peftplan.memory.sharded import (
     flat_units,
     grouped,
     peak_of,
+    tied,
     units_of,
     whole_sizes,
 )
-from peftplan.memory.step import Program
+from peftplan.memory.step import Program, steady_step
 from peftplan.memory.synced import of_model, send
 from peftplan.memory.zero import zero_of
-from peftplan.memory.zero_load import FlatLoading
+from peftplan.memory.zero3 import Zero3, zero3_of
+from peftplan.memory.zero_load import FlatLoading, PartLoading
 from peftplan.parameters import Parameters
 
 if TYPE_CHECKING:
-    from peftplan.distributed.shards import Holding
     from peftplan.distributed.strategy import Distributed
     from peftplan.job.inventory import Inventory
     from peftplan.job.job import Job
@@ -55,7 +57,7 @@ def without_formula(job: Job) -> str | None:
         return " and gradient_as_bucket_view, static_graph or find_unused_parameters" if views else None
     if distributed.strategy not in MODELLED:
         return ""
-    unknown = (_unknown_to_zero(job, distributed) if distributed.strategy in FLAT else _unknown_to_fsdp(job, distributed)) | {
+    unknown = (_unknown_to_zero(job, distributed) if distributed.strategy in ZERO else _unknown_to_fsdp(job, distributed)) | {
         "use_reentrant": job.setup.use_reentrant and bool(job.setup.gradient_checkpointing),
         **_unrehearsed(job),
     }
@@ -91,13 +93,24 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
 
 
 def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
-    """The same under ZeRO-1 and ZeRO-2."""
-    return {
+    """The same under DeepSpeed."""
+    unknown = {
         "contiguous_gradients": distributed.contiguous_gradients is False,
         "deepspeed_optimizer": bool(distributed.deepspeed_optimizer),
         "offload_optimizer": distributed.offload_optimizer == "nvme",
         "autocast": job.setup.autocast != "bf16",
         "loss": job.setup.loss not in ("full", "trl-chunked"),
+    }
+    if distributed.strategy != "zero3":
+        return unknown
+    tables = (job.architecture.input_embedding, job.architecture.output_embedding)
+    return unknown | {
+        "reduce_scatter": distributed.reduce_scatter is False,
+        "offload_params": distributed.offload_params not in (None, "none"),
+        "loss": job.setup.loss != "full",
+        "modules_to_save": bool(getattr(job.config, "modules_to_save", None)),
+        "bias": getattr(job.config, "bias", "none") != "none",
+        "target_modules": any(module.name in tables for module in job.adaptation.matched),
     }
 
 
@@ -125,45 +138,65 @@ def _is_decoder(job: Job) -> bool:
     architecture = job.architecture
     forward = FORWARDS.get(architecture.model_type)
     decoders = architecture.blocks and all(block.stack == "decoder" for block in architecture.blocks)
-    flat = job.distributed is not None and job.distributed.strategy in FLAT
-    rehearsed = not flat or architecture.model_type in FLAT_DECODERS
+    strategy = job.distributed.strategy if job.distributed else ""
+    rehearsed = architecture.model_type in REHEARSED.get(strategy, (architecture.model_type,))
     return bool(forward and decoders and architecture.input_embedding and rehearsed)
 
 
-FLAT_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt_neox", "gpt2", "opt", "bloom")
-"""Model types whose steps were rehearsed under ZeRO-1 and ZeRO-2; Mistral runs Llama's operations."""
 FLAT = ("zero1", "zero2")
 """Strategies whose ranks hold all weights in 16 bits, and flat groups of what trains."""
+ZERO = (*FLAT, "zero3")
 FSDP = ("fsdp1", "fsdp2")
-MODELLED = (*FSDP, *FLAT)
+MODELLED = (*FSDP, *ZERO)
 """Sharding strategies whose steps have a formula."""
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
+REHEARSED = {
+    **dict.fromkeys(FLAT, (*LLAMAS, "gemma3_text", "gpt_neox", "gpt2", "opt", "bloom")),
+    "zero3": (*LLAMAS, "gpt2", "opt"),
+}
+"""Model types whose steps were rehearsed under DeepSpeed; Mistral runs Llama's operations."""
 
 
 def setup_on_rank(job: Job) -> Setup:
     """The setup that the model runs under. FSDP2 and DeepSpeed run without autocast: they cast the weights."""
-    if job.distributed is None or job.distributed.strategy not in ("fsdp2", *FLAT):  # FSDP1 runs under autocast
+    if job.distributed is None or job.distributed.strategy not in ("fsdp2", *ZERO):  # FSDP1 runs under autocast
         return job.setup
     return job.setup.model_copy(update={"autocast": "none"})
 
 
 def parameters_on_rank(inventory: Inventory) -> Parameters:
-    """The parameters that operations compute with: under FSDP2 gathered, under ZeRO-1 and ZeRO-2 in 16 bits."""
+    """The parameters that operations compute with: under FSDP2 gathered, under DeepSpeed in 16 bits."""
     job, parameters, _, holding = inventory
     if job.distributed is None or holding is None or job.distributed.strategy not in MODELLED:
         return parameters
-    if job.distributed.strategy in FLAT:
-        return _cast(parameters, holding)
+    if job.distributed.strategy in ZERO:
+        return _cast(job, parameters)
     return computing(parameters, computing_dtype(job.distributed, str(job.setup.autocast)))
 
 
-def _cast(parameters: Parameters, holding: Holding) -> Parameters:
-    """The parameters in 16 bits."""
-    pairs = zip(parameters.all, holding.parameters.all, strict=True)
-    return parameters._replace(all=tuple(cast._replace(trainable=p.trainable) for p, cast in pairs))
+def _cast(job: Job, parameters: Parameters) -> Parameters:
+    """The parameters as DeepSpeed leaves them."""
+    assert job.distributed is not None
+    return parameters._replace(all=cast_on_rank(parameters, job.distributed, autocast=str(job.setup.autocast)))
 
 
-def divided(inventory: Inventory, model: Model, program: Program) -> Program:
-    """The program of the step on this rank. It also sets `model.units`: under FSDP2 the groups that are gathered together."""
+def first_step(inventory: Inventory, recording: Callable[[], Model], program: Program) -> Model | None:
+    """The model after its first step under ZeRO-3, whose coordinator then knows no order; None elsewhere.
+
+    `recording`: makes the model.
+    """
+    if inventory.job.distributed is None or inventory.job.distributed.strategy != "zero3":
+        return None
+    model = recording()
+    steady_step(model, divided(inventory, model, program, None))
+    return model
+
+
+def divided(inventory: Inventory, model: Model, program: Program, before: Model | None) -> Program:
+    """The program of the step on this rank. It also sets `model.units`: under FSDP2 the groups that are gathered together.
+
+    `before`: the model after the first step, where there is one.
+    """
     job, parameters, _, holding = inventory
     if job.distributed is None or holding is None or job.distributed.strategy not in MODELLED:
         return program
@@ -171,8 +204,12 @@ def divided(inventory: Inventory, model: Model, program: Program) -> Program:
         dtype = computing_dtype(job.distributed, str(job.setup.autocast))
         model.units = units_of(model, parameters, holding.each or holding.parameters, job.distributed, dtype=dtype)
         return program._replace(shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch))
-    masters = holding.states_of.all if holding.states_of else ()
-    model.units = zero_of(model, masters, job.distributed, dtype=str(job.setup.autocast))
+    masters, dtype = holding.states_of.all if holding.states_of else (), str(job.setup.autocast)
+    if job.distributed.strategy in FLAT:
+        model.units = zero_of(model, masters, job.distributed, dtype=dtype)
+    else:
+        order = before.units.order if before is not None and isinstance(before.units, Zero3) else None
+        model.units = zero3_of(model, job.distributed, dtype=dtype, order=order)
     return program._replace(shards=masters, steps_in_backward=True)
 
 
@@ -185,8 +222,19 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     if distributed.strategy == "fsdp1":
         return flat_units(model, buffers).into
     whole = of_one_gpu if job.quant is not None else None
+    if distributed.strategy == "zero3":
+        table = next((p.numel for p in parameters.all if p.name == f"{job.architecture.input_embedding}.weight"), 0)
+        return PartLoading(
+            parameters,
+            _cast(job, parameters),
+            distributed,
+            job.architecture.hidden_size or 0,
+            str(job.setup.autocast),
+            whole,
+            table if tied(job.architecture) else 0,
+        ).into
     if distributed.strategy in FLAT:
-        cast, world = _cast(parameters, holding), distributed.world_size
+        cast, world = _cast(job, parameters), distributed.world_size
         groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in groups_of(cast.all))
         return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole).into
     return Loading(

@@ -101,10 +101,18 @@ def _write(steps: list[Compiled], script: Script, load: Callable[[Memory[Any]], 
 
 def _lasting(states: list[Line], compiled: Compiled) -> dict[int, list[Line]]:
     """What the first step allocates for good: optimizer states and workspaces, by the event that they precede."""
-    by_event = {compiled.timeline.states: states}
+    by_event = _by_group(states, compiled.timeline.states)
     for at, line in compiled.workspaces:
         by_event.setdefault(at, []).append(line)
     return by_event
+
+
+def _by_group(states: list[Line], at: tuple[int, ...]) -> dict[int, list[Line]]:
+    """Event → the states that are made before it: those of each group of parameters, which have as many each."""
+    each = len(states) // max(len(at), 1)
+    if len(at) < 2 or each * len(at) != len(states):
+        return dict.fromkeys(at[:1], states)
+    return {place: states[number * each : (number + 1) * each] for number, place in enumerate(at)}
 
 
 def _is_gradient(timeline: Timeline, kind: int) -> bool:

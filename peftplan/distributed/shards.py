@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import peftplan.versions as versions
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.zero import UNDECAYED, groups_of, partition, persistence, reduce_bucket
+from peftplan.distributed.zero import UNDECAYED, by_tensor, groups_of, partition, persistence, reduce_bucket, trained_groups
 from peftplan.dtypes import ITEMSIZE
-from peftplan.ledger import Allocation, Line, Place
+from peftplan.ledger import Allocation, Category, Line, Place
 from peftplan.parameters import Parameter, Parameters
 from peftplan.storage import dense
 from peftplan.units import ceil_div
@@ -33,6 +33,8 @@ class Holding(NamedTuple):
     """The parameters that give optimizer states their shapes, if not `parameters`."""
     each: Parameters | None = None
     """The rank's part of each parameter, where `parameters` are flat."""
+    on_tape: Category = "gradients"
+    """What the step makes and frees."""
 
 
 def holding(parameters: Parameters, distributed: Distributed, *, autocast: str, quantized: bool, hidden_size: int) -> Holding:
@@ -222,14 +224,17 @@ def _backwards(parameters: Parameters) -> Iterator[Parameter]:
 def _of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str, hidden_size: int) -> Holding:
     """DeepSpeed casts the module to 16 bits, and keeps fp32 masters and states of what trains, 1/W on each rank."""
     stage_3 = distributed.strategy == "zero3"
-    cast = tuple(_in_16_bits(p, autocast) for p in parameters.all)
+    cast = cast_on_rank(parameters, distributed, autocast=autocast)
     place = _place(distributed.offload_optimizer)
-    masters = tuple(_masters(group, distributed, place) for group in groups_of(cast))
+    if stage_3:
+        masters = tuple(_masters(names, flat, place) for names, flat in _zero3_groups(parameters._replace(all=cast), distributed))
+    else:
+        masters = tuple(_masters(group[0].name, partition(group, distributed.world_size), place) for group in groups_of(cast))
     beside: tuple[Line, ...] = ()
     if stage_3:
-        beside = _zero3_beside(cast, distributed, hidden_size)
+        beside = _zero3_beside(cast, distributed, hidden_size, _half(cast, autocast))
         cast = tuple(_zero3_shard(p, distributed) for p in cast)
-    half = next((p.dtype for p in cast if p.trainable), "bf16")
+    half = _half(cast, autocast)
     flat = (sum(m.numel for m in masters),)
     lines = [Line(m.name, "optimizer_states", "fp32", m.shape, 1, m.source, place) for m in masters]
     if masters and place == "device":
@@ -243,28 +248,45 @@ def _of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str,
         lines.append(Line("updated weights on their way to the device", "weights", half, flat, 1, "DeepSpeed", place))
         lines.append(Line("temp_grad_buffer_for_gpu_offload", "communication", half, largest, 1, "DeepSpeed"))
     frozen = tuple(p._replace(trainable=False) for p in cast)
-    return Holding(parameters._replace(all=frozen), (*lines, *beside), parameters._replace(all=masters) if masters else None)
+    states_of = parameters._replace(all=masters) if masters else None
+    on_tape: Category = "gathered_weights" if stage_3 else "gradients"
+    return Holding(parameters._replace(all=frozen), (*lines, *beside), states_of, on_tape=on_tape)
 
 
-def _masters(group: list[Parameter], distributed: Distributed, place: Place) -> Parameter:
-    """The fp32 masters of a rank's part of a group."""
-    world = distributed.world_size
-    stage_3 = distributed.strategy == "zero3"
-    flat = sum(p.copies * ceil_div(p.numel, world) for p in group) if stage_3 else partition(group, world)
-    names = "norms and biases" if UNDECAYED.search(group[0].name) else "what trains"
+def _zero3_groups(parameters: Parameters, distributed: Distributed) -> Iterator[tuple[str, int]]:
+    """A name of each sub group, and the elements of a rank's parts of it."""
+    numel = {p.name: p.numel for p in parameters.all}
+    for group in trained_groups(parameters, distributed):
+        yield group[0][0], sum(ceil_div(numel[name], distributed.world_size) for name, _ in group)
+
+
+def _masters(first: str, flat: int, place: Place) -> Parameter:
+    """The fp32 masters of a rank's part of a group. `first`: a parameter of it."""
+    names = "norms and biases" if UNDECAYED.search(first) else "what trains"
     allocation = Allocation("weight", "fp32", (flat,), place)
     name, source = f"fp32 masters of {names}", "DeepSpeed: single_partition_of_fp32_groups"
     return Parameter(name, (flat,), 1, "fp32", trainable=True, owner="base", allocations=(allocation,), source=source)
 
 
-def _zero3_beside(cast: tuple[Parameter, ...], distributed: Distributed, hidden_size: int) -> tuple[Line, ...]:
+def _half(cast: tuple[Parameter, ...], autocast: str) -> str:
+    """The dtype of buckets and of summed gradients."""
+    return next((p.dtype for p in cast if p.trainable), "bf16") if autocast == "none" else autocast
+
+
+def _zero3_beside(cast: tuple[Parameter, ...], distributed: Distributed, hidden_size: int, half: str) -> tuple[Line, ...]:
     """The reduce bucket, which exists from construction on, and the small parameters that stay gathered."""
-    half = next((p.dtype for p in cast if p.trainable), "bf16")
     bucket = Line("reduce bucket", "communication", half, (reduce_bucket(distributed, hidden_size),), 1, "DeepSpeed, stage3.py")
     most = persistence(distributed, hidden_size)
     small = [p for p in cast if p.numel <= most and not p.quantized]
     source = "DeepSpeed, stage3.py: param_persistence_threshold"
     return (bucket, *(Line(f"{p.name} (persistent)", "gathered_weights", p.dtype, p.shape, p.copies, source) for p in small))
+
+
+def cast_on_rank(parameters: Parameters, distributed: Distributed, *, autocast: str) -> tuple[Parameter, ...]:
+    """The parameters as DeepSpeed leaves them: in 16 bits, but for an adapter that is added to shards, which keeps its dtype
+    (runtime/engine.py, `_configure_distributed_model`)."""
+    keeps = distributed.strategy == "zero3" and by_tensor(distributed, quantized=parameters.quantized > 0)
+    return tuple(p if keeps and p.owner == "adapter" else _in_16_bits(p, autocast) for p in parameters.all)
 
 
 def _in_16_bits(p: Parameter, autocast: str) -> Parameter:

@@ -7,15 +7,20 @@ integrations/deepspeed.py. W ranks, N parameters, T of them trained.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from peftplan.distributed.order import by_module, tensors
 from peftplan.distributed.strategy import Distributed
-from peftplan.parameters import Parameter
+from peftplan.distributed.zero3 import Limits
+from peftplan.parameters import Parameter, Parameters
 from peftplan.units import ceil_div
 
+Key = tuple[str, int | None]
+"""A tensor: its family and its layer."""
 ALIGNMENT = 2
 """`nccl_start_alignment_factor`: flat groups are padded to a multiple of so many elements per rank (stage_1_and_2.py)."""
-REDUCE_BUCKET, PERSISTENCE = 500_000_000, 100_000
+REDUCE_BUCKET, PERSISTENCE, PREFETCH_BUCKET = 500_000_000, 100_000, 50_000_000
+MAX_LIVE = MAX_REUSE = SUB_GROUP = 1_000_000_000
 """DeepSpeed's own values, in elements (runtime/zero/config.py)."""
 UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 """Names of parameters without weight decay, which transformers' Trainer puts into a group of their own
@@ -34,6 +39,25 @@ def persistence(distributed: Distributed, hidden_size: int) -> int:
     return PERSISTENCE if value is None else 10 * hidden_size if value == "auto" else value
 
 
+def limits(distributed: Distributed, hidden_size: int) -> Limits:
+    """What ZeRO-3 gathers ahead and keeps; `auto` of the prefetch bucket is 0.9 h²."""
+    bucket, live, reuse = (
+        distributed.stage3_prefetch_bucket_size,
+        distributed.stage3_max_live_parameters,
+        distributed.stage3_max_reuse_distance,
+    )
+    return Limits(
+        PREFETCH_BUCKET if bucket is None else int(0.9 * hidden_size**2) if bucket == "auto" else bucket,
+        MAX_LIVE if live is None else live,
+        MAX_REUSE if reuse is None else reuse,
+    )
+
+
+def by_tensor(distributed: Distributed, *, quantized: bool) -> bool:
+    """Whether a rank makes and divides one tensor after the other, as `from_pretrained` does under ZeRO-3 unless it quantizes."""
+    return not quantized if distributed.zero3_init is None else distributed.zero3_init
+
+
 def overlaps(distributed: Distributed) -> bool:
     """Whether gradients are reduced on a stream of their own while backward runs; unset it is so under ZeRO-3 alone."""
     return distributed.strategy == "zero3" if distributed.overlap_comm is None else distributed.overlap_comm
@@ -44,6 +68,35 @@ def groups_of(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
     trained = [p for p in parameters if p.trainable]
     groups = [[p for p in trained if bool(UNDECAYED.search(p.name)) is undecayed] for undecayed in (False, True)]
     return [group for group in groups if group]
+
+
+def trained_groups(parameters: Parameters, distributed: Distributed) -> list[list[Key]]:
+    """The sub groups of the optimizer, each with its tensors in order (`_create_fp16_sub_groups`)."""
+    base, added = ([p for p in parameters.all if p.owner == owner] for owner in ("base", "adapter"))
+    ordered = list(tensors(by_module(base, added)))
+    groups: list[list[Key]] = []
+    for group in groups_of(parameters.all):
+        names = {p.name for p in group}
+        of_group = [(p, layer) for p, layer in ordered if p.name in names]
+        groups += [[(p.name, layer) for p, layer in part] for part in _sub_groups(of_group, distributed)]
+    return groups
+
+
+def _sub_groups(
+    group: list[tuple[Parameter, int | None]], distributed: Distributed
+) -> Iterator[list[tuple[Parameter, int | None]]]:
+    """The tensors of a group as ZeRO-3's optimizer steps over them: until a rank's parts fill a sub group (stage3.py,
+    `_create_fp16_sub_groups`)."""
+    most = SUB_GROUP if distributed.sub_group_size is None else distributed.sub_group_size
+    filled, numel = [], 0
+    for p, layer in group:
+        filled.append((p, layer))
+        numel += ceil_div(p.numel, distributed.world_size)
+        if numel >= most:
+            yield filled
+            filled, numel = [], 0
+    if filled:
+        yield filled
 
 
 def partition(group: Iterable[Parameter], world_size: int) -> int:

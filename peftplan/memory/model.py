@@ -121,7 +121,7 @@ class Model:
             part = part.removeprefix("ln_tuning_layers.")
             quantized |= p.quantized
             params[part] = self._parameter(p, layer)
-        return Part(name, self._kinds.get(name, ""), params, self.quant if quantized else None)
+        return Part(name, self._kinds.get(name, ""), params, self.quant if quantized else None, layer)
 
     def _parameter(self, p: Family, layer: int | None) -> Parameter:
         key = (p.name, layer if p.layers is not None else None)
@@ -170,8 +170,16 @@ class Model:
         """Call a linear layer, through its adapter if it has one."""
         part = self.part(name, layer)
         if self.adapter is not None and len(part.params) > 1 and any(key not in ("weight", "bias") for key in part.params):
-            return self.adapter(self.tape, part, x, lambda x: self.base(part, x), self.running)
-        return self.base(part, x)
+            read = part.params.get("lora_A.weight")
+            return self.tape.call(name, layer, (read,), x, lambda x: self._adapted(part, x))
+        return self._called(name, part, x)
+
+    def _adapted(self, part: Part, x: Tensor) -> Tensor:
+        assert self.adapter is not None
+        return self.adapter(self.tape, part, x, lambda x: self._called(f"{part.name}.base_layer", part, x), self.running)
+
+    def _called(self, name: str, part: Part, x: Tensor) -> Tensor:
+        return self.tape.call(name, part.layer, (part.weight, part.bias), x, lambda x: self.base(part, x))
 
     def base(self, part: Part, x: Tensor) -> Tensor:
         """The layer without its adapter: dense, 4-bit or 8-bit."""
@@ -320,7 +328,11 @@ class Model:
             check_lora_embedding(self.arch.model_type, self.running.config)
             rows = self.asking_gradient(ops.embedding(self.tape, part.own_weight, dims, ids))  # its hook is on the base layer
             return lora_embedding(self.tape, part, rows, ids)
-        return ops.embedding(self.tape, self.table(name, part), dims, ids)
+        if name == self.arch.input_embedding:  # a unit of its own
+            return ops.embedding(self.tape, self.table(name, part), dims, ids)
+        return self.tape.call(
+            name, None, (part.weight,), ids, lambda ids: ops.embedding(self.tape, self.table(name, part), dims, ids)
+        )
 
     def _original(self, name: str) -> Parameter:
         """The table that prompts read, beside a trained copy that no forward then calls (peft, peft_model.py,
@@ -338,17 +350,25 @@ class Model:
 
     def rmsnorm(self, name: str, x: Tensor, layer: int | None = None, **how: bool) -> Tensor:
         """Call an RMSNorm."""
-        self.tape.module = name
         weight, kernel = self.part(name, layer).weight, self.running.kernels.rms_norm
-        if kernel is not None and weight is not None:
-            return fused_layers.rms_norm(self.tape, kernel, x, weight)
-        return ops.rmsnorm(self.tape, x, weight, **how)
+
+        def norm(x: Tensor) -> Tensor:
+            self.tape.module = name
+            if kernel is not None and weight is not None:
+                return fused_layers.rms_norm(self.tape, kernel, x, weight)
+            return ops.rmsnorm(self.tape, x, weight, **how)
+
+        return self.tape.call(name, layer, (weight,), x, norm)
 
     def layernorm(self, name: str, x: Operand, layer: int | None = None) -> Tensor:
         """Call a LayerNorm."""
-        self.tape.module = name
         part = self.part(name, layer)
-        return ops.layernorm(self.tape, x, part.weight, part.bias)
+
+        def norm(x: Operand) -> Tensor:
+            self.tape.module = name
+            return ops.layernorm(self.tape, x, part.weight, part.bias)
+
+        return self.tape.call(name, layer, (part.weight, part.bias), x, norm)
 
 
 def _leaf_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[()]:

@@ -36,9 +36,7 @@ def rms_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -> Tenso
 
 def layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
     """`nn.LayerNorm`."""
-    part = model.part(name, layer)
-    model.tape.module = name
-    return ops.layernorm(model.tape, x, part.weight, part.bias)
+    return model.layernorm(name, x, layer)
 
 
 def bare_layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:

@@ -61,10 +61,13 @@ class Running(NamedTuple):
 class Part:
     """One module of one layer: its parameters by name, and the kind of class it is."""
 
-    __slots__ = ("bias", "kind", "name", "params", "quant", "weight")
+    __slots__ = ("bias", "kind", "layer", "name", "params", "quant", "weight")
 
-    def __init__(self, name: str, kind: str, params: dict[str, Parameter], quant: QuantConfig | None) -> None:
+    def __init__(
+        self, name: str, kind: str, params: dict[str, Parameter], quant: QuantConfig | None, layer: int | None = None
+    ) -> None:
         self.name = name
+        self.layer = layer
         self.kind = kind
         self.params = params
         self.quant = quant

@@ -34,6 +34,7 @@ def linear4bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     node = f.record(_linear4bit_backward, (x, part.bias), part, x.dims)
     if node is not None:
         node.in_python = True
+        node.context = None if f.modules is None else f.modules.whole(part.weight)  # `ctx.tensors`, a view of the packed weight
     compute_dtype = f.autocast or x.dtype
     casts = [f.new(t.dims, compute_dtype, "to") for t in (part.bias, weight, x) if t is not None and x.dtype != compute_dtype]
     out = f.new((*x.dims[:-1], n_out), compute_dtype, op, node)

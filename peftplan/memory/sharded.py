@@ -15,11 +15,12 @@ import peftplan.versions as versions
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.fsdp1 import Flat, Fsdp1, flats_of
 from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
+from peftplan.distributed.order import by_module
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
 from peftplan.memory.flat_load import FlatShard, FlatUnits
-from peftplan.memory.load import Handle, Memory, by_module
+from peftplan.memory.load import Handle, Memory
 from peftplan.memory.model import Model
 from peftplan.memory.units import EMBEDDING, NORM, ROOT, TAIL, layer
 from peftplan.parameters import Parameter, Parameters

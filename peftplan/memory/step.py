@@ -16,7 +16,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
 from peftplan.memory.optimizer import optimizer_step
 from peftplan.memory.scaler import Scaler
-from peftplan.memory.units import ROOT
+from peftplan.memory.units import BACKBONE, ROOT
 from peftplan.optim import Optimizer
 from peftplan.parameters import Parameter
 from peftplan.tape.tape import Tape
@@ -185,7 +185,8 @@ def _forward(model: Model) -> list[Tensor]:
     """The loss, and what else the outputs hold."""
     head = head_of(model)
     model.units.enter(ROOT)
-    outputs = [*head(model, forward_of(model.arch.model_type)(model)), *model.outputs]
+    model.units.enter(BACKBONE)
+    outputs = [*head(model, model.units.leave(BACKBONE, forward_of(model.arch.model_type)(model))), *model.outputs]
     outputs[0] = model.units.leave(ROOT, outputs[0])
     model.units.end_forward()
     if model.running.peft_type == "ADALORA" and model.running.loss != "trl-chunked":

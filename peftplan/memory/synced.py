@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
+from peftplan.distributed.order import by_module, tensors
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
-from peftplan.memory.load import Handle, Memory, by_module, tensors
+from peftplan.memory.load import Handle, Memory
 from peftplan.parameters import Parameters
 
 BUCKET = 250 * 2**20

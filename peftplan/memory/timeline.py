@@ -55,8 +55,8 @@ class Timeline(NamedTuple):
     """Storage of the tape → its kind."""
     tensors: Mapping[int, int] = MappingProxyType({})
     """Storages that stand for several tensors → how many."""
-    states: int = 0
-    """The event before which the first step makes the optimizer's states."""
+    states: tuple[int, ...] = ()
+    """The event before which the first step makes the optimizer's states, of each group of parameters that it steps over."""
     sizes: tuple[tuple[int, tuple[str, ...]], ...] = ()
     """The sizes of tensors that occur: bytes, times these named sizes."""
     size_of: tuple[int, ...] = ()
@@ -141,7 +141,8 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
     repeated: list[Repeated] = []
     standing_for: dict[int, int] = {}
     counts = tape.counts
-    position = states = 0
+    position = 0
+    states: list[int] = []
     shifts = [(0, 0)]  # of events against the log, from a position on
     for at, what in (*tape.marks, (len(tape.log), "")):
         for n in tape.log[position:at]:
@@ -170,7 +171,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
         if what in PHASES:
             starts.append((what, len(events)))
         if what == STATES:
-            states = states or len(events)  # before the first group of parameters
+            states.append(len(events))
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
     products = {workspace: at + max(more for start, more in shifts if start <= at) for workspace, at in _products(tape).items()}
@@ -188,7 +189,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
         tuple(repeated),
         kind_of,
         counts,
-        states,
+        tuple(states),
         sizes=tuple(sizes),
         size_of=size_of,
         moves=tuple(moves),

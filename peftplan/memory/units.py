@@ -8,8 +8,8 @@ from typing import Protocol
 from peftplan.parameters import Parameter
 from peftplan.tape.tensors import Tensor
 
-ROOT, EMBEDDING, NORM, TAIL = "root", "embedding", "norm", "tail"
-"""The whole model; the input embedding; the final norm; the head. A layer is called by its number."""
+ROOT, BACKBONE, EMBEDDING, NORM, TAIL = "root", "backbone", "embedding", "norm", "tail"
+"""The whole model; all of it but the head; the input embedding; the final norm; the head. A layer is called by its number."""
 
 
 def layer(number: int) -> str:

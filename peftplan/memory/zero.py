@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import NamedTuple
 
+from peftplan.distributed.order import by_module, tensors
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.zero import groups_of, overlaps, partition, reduce_bucket
+from peftplan.distributed.zero import Key, groups_of, overlaps, partition, reduce_bucket
 from peftplan.ledger import Category
-from peftplan.memory.load import by_module, tensors
 from peftplan.memory.model import Model
 from peftplan.memory.units import OneGpu
 from peftplan.parameters import Parameter as Family
@@ -28,8 +28,6 @@ from peftplan.tape.tensors import Parameter, Tensor
 
 REDUCE = 1
 """The stream of the reduction; 0 is the default one."""
-Key = tuple[str, int | None]
-"""A tensor: its family and its layer."""
 
 
 class Slot(NamedTuple):

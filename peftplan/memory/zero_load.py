@@ -7,12 +7,17 @@ Source: DeepSpeed 0.19.8, runtime/engine.py (`_configure_distributed_model`), ru
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 from typing import NamedTuple
 
+from peftplan.distributed.order import by_module, tensors
+from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.zero import Key, by_tensor, reduce_bucket, trained_groups
 from peftplan.dtypes import ITEMSIZE
 from peftplan.memory.load import Handle, Memory, load_order
 from peftplan.memory.sharded import Loader
 from peftplan.parameters import Parameter, Parameters
+from peftplan.units import ceil_div
 
 
 class FlatLoading(NamedTuple):
@@ -113,8 +118,145 @@ class Passing(Memory[Handle]):
     def take(self, sizes: tuple[int, ...]) -> None:
         """Free the oldest tensor of these sizes."""
         if self.by_size[sizes]:
-            self.memory.release(self.by_size[sizes].pop(0))
+            self.memory.release(self.pop(sizes))
+
+    def pop(self, sizes: tuple[int, ...]) -> Handle:
+        """The handle of the oldest tensor of these sizes."""
+        return self.by_size[sizes].pop(0)
 
 
 def _sizes(p: Parameter) -> tuple[int, ...]:
     return tuple(a.nbytes for a in p.allocations if a.place == "device")
+
+
+class PartLoading(NamedTuple):
+    """How a rank loads under ZeRO-3: tensor by tensor, or the whole model first where it was made without DeepSpeed."""
+
+    parameters: Parameters
+    """As they are loaded and adapted."""
+    cast: Parameters
+    """The same in 16 bits."""
+    distributed: Distributed
+    hidden_size: int
+    half: str
+    """The dtype of buckets and of summed gradients."""
+    of_one_gpu: Loader | None
+    """Loads and adapts a quantized model; None: any other is cast on the host."""
+    tied: int
+    """Elements of a head that is tied to the embedding."""
+
+    def into(self, memory: Memory[Handle]) -> None:
+        """Load tensor by tensor."""
+        world = self.distributed.world_size
+        trained: dict[Key, tuple[int, Handle | None]] = {}
+        if by_tensor(self.distributed, quantized=self.of_one_gpu is not None):
+            self._by_tensor(memory, trained)
+        else:
+            self._whole_first(memory, trained)
+        groups = [[trained[key] for key in group] for group in trained_groups(self.cast, self.distributed)]
+        self._flatten(memory, groups)
+        for nbytes, part in (tensor for group in groups for tensor in group):  # hooks are set on whole parameters
+            whole = memory.allocate(nbytes * world)
+            if part is None:
+                memory.release(memory.allocate(nbytes))
+            memory.release(whole)
+
+    def _by_tensor(self, memory: Memory[Handle], trained: dict[Key, tuple[int, Handle | None]]) -> None:
+        """`deepspeed.zero.Init`: each parameter is made whole, then divided. Those of a module are gathered to be loaded."""
+        base, added = ([p for p in self.cast.all if p.owner == owner] for owner in ("base", "adapter"))
+        loaded = list(tensors(base))
+        half = ITEMSIZE[self.half]
+        of_head = None
+        for p, layer in loaded:
+            self._divide(memory, p, layer, memory.allocate(ITEMSIZE[p.dtype] * p.numel), trained)
+        if self.tied:
+            whole = memory.allocate(half * self.tied)
+            of_head = memory.allocate(half * ceil_div(self.tied, self.distributed.world_size))
+            memory.release(whole)
+        for _, module in groupby(loaded, key=lambda tensor: (tensor[0].name.rpartition(".")[0], tensor[1])):
+            wholes = [memory.allocate(self._part(p) * self.distributed.world_size) for p, _ in module]
+            for whole in wholes:
+                memory.release(whole)
+        if of_head is not None:
+            memory.release(of_head)
+        self._buffers(memory)
+        for p, layer in tensors(added):
+            self._divide(memory, p, layer, memory.allocate(ITEMSIZE[p.dtype] * p.numel), trained)
+
+    def _whole_first(self, memory: Memory[Handle], trained: dict[Key, tuple[int, Handle | None]]) -> None:
+        """The whole model reaches the device, a quantized one as on one GPU; then all is cast, tensor by tensor."""
+        whole: dict[Key, list[Handle]] = {}
+        if self.of_one_gpu is None:
+            for p, layer in (tensor for part in load_order(self.cast, quantized=False, moved=True) for tensor in part):
+                whole.setdefault((p.name, layer), []).append(memory.allocate(ITEMSIZE[p.dtype] * p.numel))
+        else:
+            passing = Passing(memory, {_sizes(p)[:1] for p in self.parameters.all})
+            self.of_one_gpu(passing)
+            by_name, _, added_last = load_order(self.parameters, quantized=True, moved=False)
+            for p, layer in (*by_name, *added_last):
+                whole.setdefault((p.name, layer), []).append(passing.pop(_sizes(p)[:1]))
+            self._cast(memory, whole)
+        base, added = ([p for p in self.cast.all if p.owner == owner] for owner in ("base", "adapter"))
+        for p, layer in tensors(by_module(base, added)):
+            self._divide(memory, p, layer, whole.pop((p.name, layer))[0], trained)
+
+    def _cast(self, memory: Memory[Handle], whole: dict[Key, list[Handle]]) -> None:
+        """`_cast_module_mixed_precision`, in the order of `parameters()`."""
+        before = {p.name: p.dtype for p in self.parameters.all}
+        base, added = ([p for p in self.cast.all if p.owner == owner] for owner in ("base", "adapter"))
+        for p, layer in tensors(by_module(base, added)):
+            if p.dtype != before[p.name] and not p.quantized:
+                whole[p.name, layer].append(memory.allocate(ITEMSIZE[p.dtype] * p.numel))
+                memory.release(whole[p.name, layer].pop(0))
+
+    def _divide(
+        self,
+        memory: Memory[Handle],
+        p: Parameter,
+        layer: int | None,
+        whole: Handle,
+        trained: dict[Key, tuple[int, Handle | None]],
+    ) -> None:
+        """`_partition_param`."""
+        nbytes = self._part(p)
+        on_device = self.distributed.offload_params in (None, "none")
+        if p.trainable:
+            trained[p.name, layer] = nbytes, memory.allocate(nbytes) if on_device else None
+        elif on_device:
+            memory.keep((nbytes,))
+        memory.release(whole)
+
+    def _part(self, p: Parameter) -> int:
+        stored = p.allocations[0]
+        dtype, numel = (stored.dtype, stored.numel) if p.quantized else (p.dtype, p.numel)
+        return ITEMSIZE[dtype] * ceil_div(numel, self.distributed.world_size)
+
+    def _buffers(self, memory: Memory[Handle]) -> None:
+        for p, _ in tensors(self.cast.buffers):
+            memory.keep(_sizes(p))
+
+    def _flatten(self, memory: Memory[Handle], groups: list[list[tuple[int, Handle | None]]]) -> None:
+        """`_create_fp16_partitions_with_defragmentation`, then `_setup_for_real_optimizer`."""
+        flats = [sum(nbytes for nbytes, _ in group) for group in groups]
+        handles = [handle for group in groups for _, handle in group if handle is not None]
+        for handle in handles:
+            memory.release(handle)
+        memory.empty_cache()
+        if handles:
+            memory.keep((sum(flats),))
+        half, single = ITEMSIZE[self.half], ITEMSIZE["fp32"]
+        stored = ITEMSIZE[next((p.dtype for p in self.cast.all if p.trainable), self.half)]
+        sizes = [flat // stored for flat in flats]
+        if self.distributed.offload_optimizer != "cpu":
+            wide: list[Handle] = []  # the loop's variable holds one until there is the next
+            for size in sizes:
+                wide += [memory.allocate(single * size)] if stored < single else []
+                if len(wide) > 1:
+                    memory.release(wide.pop(0))
+                memory.keep((single * size,))
+            for handle in wide:
+                memory.release(handle)
+            memory.release(memory.allocate(single * max(sizes, default=0)))
+        memory.keep((half * reduce_bucket(self.distributed, self.hidden_size),))
+        if self.distributed.offload_optimizer != "cpu":
+            memory.keep((half * sum(sizes),))

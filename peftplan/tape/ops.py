@@ -56,6 +56,8 @@ def linear(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = None, *, 
     """
     if f.autocast:
         x, weight, bias = f.cast_all(f.autocast, x, weight, bias)
+    if f.linear_in_python and not transposed:
+        return _linear_in_python(f, x, weight, bias)
     op = "linear" if bias is None or type(x) is Strided else "addmm"
     if type(x) is Strided and weight.node is not None and not x.rows_are_a_view:
         x = copied(f, x, "clone")
@@ -63,6 +65,26 @@ def linear(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = None, *, 
     backward = _addmm_backward if op == "addmm" else _linear_backward
     node = f.record(backward, (x, weight, bias), *kept)
     return f.new((*x.dims[:-1], weight.dims[1 if transposed else 0]), x.dtype, op, node)
+
+
+def _linear_in_python(f: Tape, x: Tensor, weight: Operand, bias: Operand | None) -> Tensor:
+    """DeepSpeed's `LinearFunctionForZeroStage3`: saves x, whatever trains, and the weight, once the result is there
+    (runtime/zero/linear.py)."""
+    node = f.record(_linear_in_python_backward, (x, weight, bias))
+    out = f.new((*x.dims[:-1], weight.dims[0]), x.dtype, "linear", node)
+    if node is not None:
+        node.in_python = True
+        f.keep(node, x, weight, x.dims, weight.dims, None if bias is None else bias.dims)
+    return out
+
+
+def _linear_in_python_backward(f: Tape, node: Node, saved: Product, g: Tensor) -> Gradients:
+    _, _, x_dims, w_dims, bias_dims = saved
+    to_x, to_weight, to_bias = node.edges
+    grad_x = f.new(x_dims, g.dtype, "mm") if to_x else None
+    grad_weight = f.new(w_dims, g.dtype, "mm") if to_weight else None
+    grad_bias = f.new(bias_dims, g.dtype, "sum") if to_bias and bias_dims is not None else None
+    return grad_x, grad_weight, grad_bias
 
 
 def _linear_backward(f: Tape, node: Node, saved: Product, g: Tensor) -> Gradients:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar, overload
+from typing import Protocol, TypeVar, overload
 
 from peftplan.errors import RefusedError
 from peftplan.ledger import Category
@@ -23,6 +23,29 @@ from peftplan.tape.tensors import Backward, Broadcast, Dims, Node, Operand, Para
 from peftplan.versions import named
 
 T = TypeVar("T")
+X = TypeVar("X")
+
+
+class Modules(Protocol):
+    """Called in place of each module."""
+
+    def call(
+        self,
+        name: str,
+        layer: int | None,
+        parameters: tuple[Parameter, ...],
+        x: X,
+        function: Callable[[X], Tensor],
+        *,
+        by_name: bool,
+    ) -> Tensor:
+        """Call `function`, which is the module `name` of a layer, on `x`."""
+
+    def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
+        """The module reads a parameter that is not its own, such as the dtype of a child's."""
+
+    def whole(self, parameter: Parameter) -> Tensor | None:
+        """The gathered tensor that holds a parameter's bytes now."""
 
 
 class Tape:
@@ -69,6 +92,25 @@ class Tape:
         """What is called when a parameter has its gradient: `register_post_accumulate_grad_hook`."""
         self.arrived: list[Parameter] = []
         """The parameter for which it is to be called."""
+        self.modules: Modules | None = None
+        """What is done around each module; None: nothing."""
+        self.linear_in_python = False
+        """Whether DeepSpeed has replaced `torch.nn.functional.linear`."""
+
+    def call(
+        self,
+        name: str,
+        layer: int | None,
+        parameters: tuple[Parameter | None, ...],
+        x: X,
+        function: Callable[[X], Tensor],
+        *,
+        by_name: bool = False,
+    ) -> Tensor:
+        """Call a module on `x`: its own parameters, and whether it takes `x` as a keyword, decide what hooks on it do."""
+        if self.modules is None:
+            return function(x)
+        return self.modules.call(name, layer, tuple(p for p in parameters if p is not None), x, function, by_name=by_name)
 
     @property
     def replays(self) -> bool:

@@ -22,18 +22,21 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
         result = ops.copied(f, result, "clone", viewed=False)
     converts = part.quant is None or running.autocast is None
     if converts:
+        if f.modules is not None:
+            f.modules.read(part.name, part.layer, a)
         x = f.to(x, a.dtype)
     if running.config.use_dora:
         from peftplan.memory.methods.dora import dora
 
         result = dora(f, part, x, result, running)
         return f.to(result, dtype) if converts else result
+    bias = part.params.get("lora_B.bias")
     f.module = f"{part.name}.lora_A"
-    dropped = ops.dropout(f, x, running.config.lora_dropout)
-    low = ops.linear(f, dropped, a)
+    dropped = f.call(f"{part.name}.lora_dropout", part.layer, (), x, lambda x: ops.dropout(f, x, running.config.lora_dropout))
+    low = f.call(f"{part.name}.lora_A", part.layer, (a,), dropped, lambda x: ops.linear(f, x, a))
     del dropped  # an argument of the module
     f.module = f"{part.name}.lora_B"
-    out = ops.linear(f, low, b, part.params.get("lora_B.bias"))
+    out = f.call(f"{part.name}.lora_B", part.layer, (b, bias), low, lambda x: ops.linear(f, x, b, bias))
     del low
     f.module = part.name
     out = ops.scale(f, out)

@@ -57,6 +57,10 @@ class Call(NamedTuple):
         """A norm of this layer; x itself where it has none."""
         return x if name is None else self.style.norm(self.model, f"{self.style.stack}.{name}", x, self.number)
 
+    def module(self, name: str, x: Tensor, function: Sublayer, *, by_name: bool = False) -> Tensor:
+        """A module of this layer that has no parameters of its own."""
+        return self.tape.call(f"{self.style.stack}.{name}", self.number, (), x, lambda x: function(self, x), by_name=by_name)
+
     def at(self, name: str = "") -> Tape:
         """The tape, for operations of the layer itself or of a module of it."""
         self.model.tape.module = f"{self.style.stack}.{name}" if name else self.style.stack
@@ -237,6 +241,7 @@ def rotary_tables(model: Model, dtype: str) -> tuple[Tensor, Tensor]:
     a = model.arch.blocks[0].attentions[0]
     width = a.head_dim if a.rotary_dim is None else a.rotary_dim
     f, dims = model.tape, (1, model.seq, width)
+    model.units.enter("model.rotary_emb")
     f.module = "model.rotary_emb"
     positions = f.new((1, model.seq, 1), "fp32", "to")
     half = f.new((*dims[:-1], width // 2), "fp32", "mul")
@@ -258,12 +263,12 @@ def serial(c: Call, x: Tensor) -> Tensor:
     before, after, before_mlp, after_mlp = c.style.norms
     residual = x
     x = c.norm(before, x)
-    x = c.behind("attention", (c.style.attention or attention)(c, x))
+    x = c.behind("attention", c.module("self_attn", x, c.style.attention or attention, by_name=True))
     x = c.norm(after, x)
     x = added(c, residual, x)
     residual = x
     x = c.norm(before_mlp, x)
-    x = c.behind("output", mlp(c, x))
+    x = c.behind("output", c.module("mlp", x, mlp))
     x = c.norm(after_mlp, x)
     return added(c, residual, x)
 
@@ -388,7 +393,7 @@ def gated_mlp(c: Call, x: Tensor, name: str = "mlp") -> Tensor:
         x = fused_layers.gated(c.at(name), kernels.glu, gate, up)
         del gate, up
         return c.linear(f"{name}.down_proj", x)
-    gate = activation(c.at(f"{name}.act_fn"), gate, c.block.mlp.activation)
+    gate = c.module(f"{name}.act_fn", gate, lambda c, x: activation(c.at(f"{name}.act_fn"), x, c.block.mlp.activation))
     up = c.linear(f"{name}.up_proj", x)
     x = ops.mul(c.at(name), gate, up)
     del gate, up
@@ -408,5 +413,5 @@ def plain_mlp(c: Call, x: Tensor) -> Tensor:
     """An MLP without gate."""
     first, second = c.style.plain
     x = c.linear(first, x)
-    x = activation(c.at("mlp.act"), x, c.block.mlp.activation)
+    x = c.module("mlp.act", x, lambda c, x: activation(c.at("mlp.act"), x, c.block.mlp.activation))
     return c.linear(second, x)

@@ -28,7 +28,8 @@ def model_forward(model: Model, style: Style) -> Tensor:
     f.module = "transformer"
     states = [ops.add(f, tokens, positions)]  # no name holds it while layers run
     masks = masks or masks_of(model, style, tokens.dtype)
-    states = [ops.dropout(f, states.pop(), model.arch.dropout.embedding)]
+    drop = model.arch.dropout.embedding
+    states = [f.call("transformer.drop", None, (), states.pop(), lambda x: ops.dropout(f, x, drop))]
     x = run_layers(model, style, states.pop(), lambda window: (), masks=masks)
     del tokens, positions
     return x
@@ -38,13 +39,18 @@ def block(c: Call, x: Tensor) -> Tensor:
     """`GPT2Block.forward`."""
     residual = x
     x = c.norm("ln_1", x)
-    attended = c.behind("attention", attention(c, x))
+    attended = c.behind("attention", c.module("attn", x, attention))
     x = ops.add(c.at(), attended, residual)
     normed = c.norm("ln_2", x)
-    inner = [mlp(c, normed)]  # no name holds it once it went through dropout
-    c.at("mlp")
-    out = c.behind("output", c.dropout(inner.pop()))
+    out = c.behind("output", c.module("mlp", normed, feed_forward))
     return ops.add(c.at(), x, out)
+
+
+def feed_forward(c: Call, x: Tensor) -> Tensor:
+    """`GPT2MLP.forward`."""
+    inner = [mlp(c, x)]  # no name holds it once it went through dropout
+    c.at("mlp")
+    return c.module("mlp.dropout", inner.pop(), Call.dropout)
 
 
 def attention(c: Call, x: Tensor) -> Tensor:
@@ -55,7 +61,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
     x = c.attend(q, k, v, rotated=False)
     x = c.linear("attn.c_proj", x)
     c.at("attn")
-    return c.dropout(x)
+    return c.module("attn.resid_dropout", x, Call.dropout)
 
 
 def _interleaved(c: Call, a: Attention) -> bool:

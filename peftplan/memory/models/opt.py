@@ -49,7 +49,7 @@ def layer(c: Call, x: Tensor) -> Tensor:
     residual = x
     if before:
         x = c.norm("self_attn_layer_norm", x)
-    x = c.behind("attention", attention(c, x))
+    x = c.behind("attention", c.module("self_attn", x, attention, by_name=True))
     c.at()
     x = c.dropout(x)
     x = ops.add(c.at(), residual, x)
@@ -60,7 +60,7 @@ def layer(c: Call, x: Tensor) -> Tensor:
     if before:
         x = c.norm("final_layer_norm", x)
     x = c.linear("fc1", x)
-    x = activation(c.at("activation_fn"), x, c.block.mlp.activation)
+    x = c.module("activation_fn", x, lambda c, x: activation(c.at("activation_fn"), x, c.block.mlp.activation))
     x = c.linear("fc2", x)
     c.at()
     x = c.dropout(x)

@@ -1,0 +1,229 @@
+"""ZeRO-3's coordinator on the tape: which parameters are gathered when a module runs, which ahead of it, and when they are freed.
+
+Source: DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py and partition_parameters.py; methods have its names. From
+the second micro batch on it knows the order in which modules run, and follows it:
+
+    a module begins     its parameters are gathered, or waited for | behind them in the order, as many as the prefetch bucket
+                        holds, while fewer than `max_live_parameters` elements are there
+    a module ends       its parameters are freed, unless they are small enough to persist, or the order names them again before
+                        `max_reuse_distance` elements
+
+Several parameters are gathered into one buffer, and copied out of it when the first of them is needed. The buffer lives until the
+last of them is.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
+
+from peftplan.ledger import Category
+from peftplan.tape.streams import on_stream
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
+
+GATHER, REDUCE = 1, 2
+"""Streams of the gathers and of the reductions; 0 is the default one."""
+
+
+@dataclass(eq=False)
+class Sharded:
+    """A parameter of which each rank holds a part. Numbers of elements."""
+
+    number: int
+    """Its place in the order in which parameters were divided."""
+    name: str
+    numel: int
+    part: int
+    """A rank's part, padded."""
+    dtype: str
+    trainable: bool
+    persists: bool
+    """Whether it stays gathered from one optimizer step to the next."""
+    whole: Tensor | None = None
+    handle: Handle | None = None
+    """Its gather, while nothing has waited for it."""
+    active: set[str] = field(default_factory=set)
+    """The modules that need it now."""
+
+
+class Module(NamedTuple):
+    """A call of a module: its name with the number of its layer, and its own parameters."""
+
+    name: str
+    parameters: tuple[Sharded, ...]
+
+
+class Handle:
+    """A gather in flight: its parameters, and the buffer that they are copied out of."""
+
+    __slots__ = ("buffer", "parameters")
+
+    def __init__(self, parameters: list[Sharded], buffer: Tensor | None) -> None:
+        self.parameters, self.buffer = parameters, buffer
+
+
+class Limits(NamedTuple):
+    """Elements: of the prefetch bucket, of what may be gathered at once, and to the next use of what is not freed."""
+
+    prefetch_bucket: int
+    max_live: int
+    max_reuse: int
+
+
+class Coordinator:
+    """`PartitionedParameterCoordinator`. `order`: the modules in the order of forward and backward; None records it."""
+
+    def __init__(
+        self, f: Tape, order: Sequence[Module] | None, limits: Limits, *, world_size: int, overlaps: bool, offloads: bool
+    ) -> None:
+        self.f, self.limits, self.world_size, self.offloads = f, limits, world_size, offloads
+        self.stream = GATHER if overlaps else 0
+        self.order: tuple[Module, ...] = ()
+        self.recorded: list[Module] | None = [] if order is None else None
+        self.queue: deque[tuple[Sharded, int]] = deque()
+        self.step = self.live = 0
+        self.inflight: dict[Sharded, Handle] = {}
+        self._latest: dict[Sharded, int] = {}
+        """The last place in the order for which a parameter was fetched."""
+        self._uses: dict[Sharded, list[int]] = {}
+        self._before: list[int] = []
+        if order is not None:
+            self._complete(order)
+
+    def _complete(self, order: Sequence[Module]) -> None:
+        self.order, self.recorded = tuple(order), None
+        self._before = [0, *accumulate(sum(p.numel for p in module.parameters) for module in self.order)]
+        for place, module in enumerate(self.order):
+            for p in module.parameters:
+                self._uses.setdefault(p, []).append(place)
+
+    def reset_step(self) -> None:
+        """A forward begins; if another one has ended, its order is known."""
+        for p in [*self.inflight]:
+            self._wait(p)
+            self.free(p)
+        if self.recorded:
+            self._complete(self.recorded)
+        self.queue = deque((p, place) for place, module in enumerate(self.order) for p in sorted(module.parameters, key=_number))
+        self._latest.clear()
+        self.step = self.live = 0
+
+    def fetch(self, module: Module, *, unknown: bool = False) -> None:
+        """`fetch_sub_module`: gather what a module needs, wait for it, and prefetch what comes next. `unknown`: that it reads
+        its parameters is found out only when it does.
+        """
+        if self.recorded is not None:
+            self.recorded.append(module)
+        if unknown:
+            module = Module(module.name, ())
+        self.all_gather(p for p in module.parameters if p.whole is None and p not in self.inflight)
+        for p in module.parameters:
+            p.active.add(module.name)
+            if p in self.inflight:
+                self._wait(p)
+        if self.order:
+            self._prefetch(module)
+        self.step += 1
+
+    def _prefetch(self, module: Module) -> None:
+        fresh = {p for p in module.parameters if self._latest.get(p, -1) < self.step}
+        while self.queue and fresh:
+            p, place = self.queue.popleft()
+            self._latest[p] = place
+            fresh.discard(p)
+        most = min(self.limits.max_live - self.live, self.limits.prefetch_bucket)
+        ahead: dict[Sharded, None] = {}
+        numel = 0
+        while self.queue and numel < most:
+            p, place = self.queue.popleft()
+            self._latest[p] = max(self._latest.get(p, -1), place)
+            if p.whole is None and p not in self.inflight and p not in ahead:
+                ahead[p] = None
+                numel += p.numel
+        self.all_gather(ahead)
+
+    def all_gather(self, parameters: Iterable[Sharded]) -> None:
+        """`all_gather_coalesced`: one buffer per dtype; a single parameter is a view of its buffer."""
+        parameters = sorted(parameters, key=_number)
+        self.live += sum(p.numel for p in parameters)
+        if len(parameters) == 1:
+            (p,) = parameters
+            p.whole = self._new(p.part * self.world_size, p.dtype, f"{p.name} gathered", "gathered_weights")
+            self._from_host([p])
+            self.inflight[p] = Handle([], None)
+            return
+        by_dtype: dict[str, list[Sharded]] = {}
+        for p in parameters:
+            by_dtype.setdefault(p.dtype, []).append(p)
+        for dtype, of_dtype in by_dtype.items():
+            numel = sum(p.part for p in of_dtype) * self.world_size
+            handle = Handle(of_dtype, self._new(numel, dtype, "all-gather buffer", "communication"))
+            self._from_host(of_dtype)
+            self.inflight.update(dict.fromkeys(of_dtype, handle))
+
+    def _from_host(self, parameters: Iterable[Sharded], stream: int | None = None) -> None:
+        """Parts that are offloaded reach the device for the gather alone."""
+        if self.offloads:
+            _parts = [self._new(p.part, p.dtype, f"{p.name} on its way", "communication", stream) for p in parameters]
+
+    def gather_alone(self, p: Sharded) -> None:
+        """A parameter is read outside the module that owns it (parameter_offload.py, `ZeROOrderedDict`)."""
+        if p.whole is None:
+            p.whole = self._new(p.part * self.world_size, p.dtype, f"{p.name} gathered", "gathered_weights", 0)
+            self._from_host([p], 0)
+
+    def _wait(self, p: Sharded) -> None:
+        """`AllGatherCoalescedHandle.wait`: all of the buffer is copied out, once."""
+        handle = self.inflight.pop(p)
+        for other in handle.parameters:
+            if other.whole is None:
+                other.whole = self._new(other.numel, other.dtype, f"{other.name} gathered", "gathered_weights")
+        handle.parameters = []
+
+    def release(self, module: Module, also: Iterable[Sharded] = ()) -> None:
+        """`release_sub_module`: free a module's parameters that are not needed soon, and `also`, which it recomputed."""
+        also = [*also]
+        for p in (*module.parameters, *also):
+            p.active.discard(module.name)
+        for p in module.parameters:
+            if not self.order or not (p.persists or self._is_needed_soon(p)):
+                self.free(p)
+        for p in also:
+            if not p.persists:
+                self.free(p)
+
+    def _is_needed_soon(self, p: Sharded) -> bool:
+        """`__params_to_release`: a later use was skipped by the prefetch, or is near."""
+        if self._latest.get(p, -1) > self.step:
+            return True
+        uses = self._uses[p]
+        following = bisect_left(uses, self.step)
+        if following == len(uses):
+            return False
+        return self._before[uses[following]] - self._before[self.step] < self.limits.max_reuse
+
+    def free(self, p: Sharded) -> None:
+        """`__release_param`."""
+        if p.whole is not None and p not in self.inflight and not p.active:
+            p.whole = None
+            self.live -= p.numel
+
+    def release_all(self, parameters: Iterable[Sharded]) -> None:
+        """`release_and_reset_all`, before the optimizer's step."""
+        for p in parameters:
+            if p in self.inflight:
+                self._wait(p)
+            p.active.clear()
+            self.free(p)
+
+    def _new(self, numel: int, dtype: str, op: str, category: Category, stream: int | None = None) -> Tensor:
+        return on_stream(self.f, (numel,), dtype, op, self.stream if stream is None else stream, category)
+
+
+def _number(p: Sharded) -> int:
+    return p.number

@@ -1,0 +1,313 @@
+"""ZeRO-3 on the tape: hooks around each module, buckets of gradients, and the step over flat masters.
+
+Source: DeepSpeed 0.19.8, runtime/zero/parameter_offload.py (hooks), stage3.py (gradients, step); methods have its names. Each
+module's output and input carry a node, so that backward fetches a module before its gradient is computed, and releases it after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+
+from peftplan.distributed.order import by_module, tensors
+from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.zero import Key, limits, overlaps, persistence, reduce_bucket, trained_groups
+from peftplan.distributed.zero3 import REDUCE, Coordinator, Module, Sharded
+from peftplan.ledger import Category
+from peftplan.memory.model import Model
+from peftplan.memory.units import BACKBONE, EMBEDDING, NORM, ROOT, TAIL, OneGpu
+from peftplan.parameters import Parameter as Family
+from peftplan.parameters import Parameters
+from peftplan.tape.streams import on_stream
+from peftplan.tape.tape import Tape, X
+from peftplan.tape.tensors import Node, Parameter, Tensor
+from peftplan.units import ceil_div
+
+NORM_PART = 250_000_000
+"""Elements that an offloaded gradient's norm reads at once (stage3.py, `_constant_buffered_norm2`)."""
+
+
+def sharded_of(parameters: Parameters, distributed: Distributed, hidden_size: int) -> dict[Key, Sharded]:
+    """Every tensor of a model, in the order of `named_parameters()`."""
+    base, added = ([p for p in parameters.all if p.owner == owner] for owner in ("base", "adapter"))
+    world, most = distributed.world_size, persistence(distributed, hidden_size)
+    sharded: dict[Key, Sharded] = {}
+    for p, layer in tensors(by_module(base, added)):
+        stored = next(a for a in p.allocations if a.name == "weight")
+        numel, dtype = (stored.numel, stored.dtype) if p.quantized else (p.numel, p.dtype)
+        sharded[p.name, layer] = Sharded(len(sharded), p.name, numel, ceil_div(numel, world), dtype, p.trainable, numel <= most)
+    return sharded
+
+
+def zero3_of(model: Model, distributed: Distributed, *, dtype: str, order: Sequence[Module] | None) -> Zero3:
+    """The shards of a model. `dtype`: the 16 bits that it computes in; `order`: that in which its modules run, recorded by the
+    shards of another model; None to record it.
+    """
+    sharded = sharded_of(model.parameters, distributed, model.arch.hidden_size or 0)
+    if order is not None:
+        own = list(sharded.values())
+        order = [Module(module.name, tuple(own[p.number] for p in module.parameters)) for module in order]
+    groups = [[sharded[key] for key in group] for group in trained_groups(model.parameters, distributed)]
+    return Zero3(model, sharded, groups, distributed, dtype=dtype, order=order)
+
+
+class Zero3(OneGpu):
+    """Gathered parameters, gradients, buckets and flat groups of one rank."""
+
+    every_layer = True
+
+    def __init__(
+        self,
+        model: Model,
+        sharded: dict[Key, Sharded],
+        groups: list[list[Sharded]],
+        distributed: Distributed,
+        *,
+        dtype: str,
+        order: Sequence[Module] | None,
+    ) -> None:
+        hidden_size = model.arch.hidden_size or 0
+        self.f: Tape = model.tape
+        self.model, self.sharded, self.of_groups, self.dtype = model, sharded, groups, dtype
+        self.world_size = distributed.world_size
+        self.coordinator = Coordinator(
+            self.f,
+            order,
+            limits(distributed, hidden_size),
+            world_size=self.world_size,
+            overlaps=overlaps(distributed),
+            offloads=distributed.offload_params == "cpu",
+        )
+        self.bucket_size = reduce_bucket(distributed, hidden_size)
+        self.stream = REDUCE if overlaps(distributed) else 0
+        self.offloads = distributed.offload_optimizer == "cpu"
+        self.syncs = True
+        """Whether this backward ends at a boundary of gradient accumulation."""
+        self.reduced: set[str] = set()
+        self.bucketed: list[Sharded] = []
+        self.large: Tensor | None = None
+        """The gradient of a parameter that is larger than a bucket."""
+        self.flat: Tensor | None = None
+        self.norms: list[Tensor] = []
+        self.running: dict[str, Module] = {}
+        """Modules that backward has entered and not left, the last one entered last."""
+        self.recomputed: dict[str, list[Sharded]] = {}
+        """Module → frozen parameters that were gathered for a recomputation while backward was in it."""
+        self.readers: set[str] = set() if order is None else {module.name for module in order}
+        """Modules of which it is known that they read a parameter of another one."""
+        self._keys: dict[int, Key] = {}
+        self.wrapped = ("tuner", "base model") if model.running.peft_type else ()
+        self.f.accumulated = self.accumulated
+        self.f.modules, self.f.linear_in_python = self, True
+
+    @property
+    def order(self) -> Sequence[Module]:
+        """The order in which modules ran."""
+        return self.coordinator.recorded or self.coordinator.order
+
+    # -- modules -----------------------------------------------------------------------------------------------------------------
+
+    def call(
+        self,
+        name: str,
+        layer: int | None,
+        parameters: tuple[Parameter, ...],
+        x: X,
+        function: Callable[[X], Tensor],
+        *,
+        by_name: bool,
+    ) -> Tensor:
+        """Call a module on `x`; `by_name`: it takes it as a keyword, which hooks do not see."""
+        module = self._module(name, layer, parameters)
+        reads = any(p.name == f"{name}.lora_A.weight" for p in parameters)
+        self.pre_forward(module, unknown=reads and module.name not in self.readers)
+        if isinstance(x, Tensor) and not by_name:
+            x = self._linked(_post_backward, x, module)  # type: ignore[assignment]
+        out = function(x)
+        self.coordinator.release(module)
+        return self._linked(_pre_backward, out, module)
+
+    def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
+        """A module's forward reads a parameter of another one: it is gathered, and from now on with the module."""
+        self.readers.add(name.format(layer))
+        if not self.f.replays:
+            self.coordinator.gather_alone(self.sharded[self._key(parameter)])
+
+    def whole(self, parameter: Parameter) -> Tensor | None:
+        """The gathered tensor of a parameter."""
+        return self.sharded[self._key(parameter)].whole
+
+    def _module(self, name: str, layer: int | None, parameters: Iterable[Parameter]) -> Module:
+        return Module(name.format(layer), tuple(dict.fromkeys(self.sharded[self._key(p)] for p in parameters)))
+
+    def _linked(self, backward: Callable[..., Tensor], x: Tensor, module: Module) -> Tensor:
+        node = self.f.record(backward, (x,), self, module)
+        return x if node is None else Tensor(x.storage, x.dims, x.dtype, node)
+
+    def pre_forward(self, module: Module, *, unknown: bool = False) -> None:
+        """`pre_sub_module_forward_function`. Frozen parameters of a recomputation belong to the module that backward is in."""
+        self.coordinator.fetch(module, unknown=unknown)
+        if self.f.replays and self.running:
+            frozen = [p for p in module.parameters if not p.trainable]
+            last = next(reversed(self.running))
+            self.recomputed.setdefault(last, []).extend(frozen)
+            for p in frozen:
+                p.active.add(last)
+
+    def pre_backward(self, module: Module) -> None:
+        """`pre_sub_module_backward_function`."""
+        self.running[module.name] = module
+        self.coordinator.fetch(module)
+
+    def post_backward(self, module: Module) -> None:
+        """`post_sub_module_backward_function`."""
+        self.running.pop(module.name, None)
+        self.coordinator.release(module, dict.fromkeys(self.recomputed.pop(module.name, ())))
+
+    def enter(self, name: str) -> None:
+        """Before a part that takes what needs no gradient runs."""
+        if name in (NORM, TAIL):
+            return
+        if name == ROOT:
+            self._gather_persistent()
+            self.coordinator.reset_step()
+        for module in self._parts(name):
+            self.pre_forward(module)
+
+    def enter_with(self, name: str, x: Tensor) -> Tensor:
+        """Before a layer runs on `x`."""
+        if name in (NORM, TAIL):
+            return x
+        (module,) = self._parts(name)
+        self.pre_forward(module)
+        return self._linked(_post_backward, x, module)
+
+    def leave(self, name: str, x: Tensor) -> Tensor:
+        """After a part gave `x`."""
+        if name in (NORM, TAIL):
+            return x
+        for module in reversed(self._parts(name)):
+            self.coordinator.release(module)
+            x = self._linked(_pre_backward, x, module)
+        return x
+
+    def _parts(self, name: str) -> list[Module]:
+        """The modules that a part consists of, the outermost first."""
+        embedding = self.model.arch.input_embedding
+        assert embedding is not None
+        if name == EMBEDDING:
+            return [self._module(embedding, None, [self.model.part(embedding).own_weight])]
+        if name == BACKBONE:  # `model`, or `model` and `model.decoder`
+            return [Module(inner, ()) for inner in accumulate(embedding.split(".")[:-1], "{}.{}".format)]
+        return [Module(name, ()), *(Module(inner, ()) for inner in self.wrapped if name == ROOT)]
+
+    def _gather_persistent(self) -> None:
+        """What the step before gathered at its end (`_post_step`)."""
+        for p in self.sharded.values() if self.coordinator.order else ():
+            if p.persists:
+                self.coordinator.gather_alone(p)
+
+    # -- backward ----------------------------------------------------------------------------------------------------------------
+
+    def begin_backward(self, *, syncs: bool) -> None:
+        """Backward begins; `syncs`: it ends at a boundary of gradient accumulation."""
+        self.syncs = syncs
+
+    def accumulated(self, p: Parameter) -> None:
+        """`reduce_independent_p_g_buckets_and_remove_grads`: a gradient moves into the bucket, after a full one is reduced."""
+        sharded = self.sharded[self._key(p)]
+        self.reduced.add(p.name)
+        if self.bucketed and self._elements() + sharded.numel > self.bucket_size:
+            self.reduce_and_partition()
+        if self._elements() + sharded.numel > self.bucket_size:
+            self.large = p.grad
+        p.grad = None
+        self.bucketed.append(sharded)
+
+    def _elements(self) -> int:
+        return sum(p.numel for p in self.bucketed)
+
+    def reduce_and_partition(self) -> None:
+        """`__reduce_and_partition_ipg_grads`: interleave the gradients' parts in one tensor, unless one that divides evenly."""
+        flat = None
+        if len(self.bucketed) > 1 or any(p.numel % self.world_size for p in self.bucketed):
+            numel = sum(p.part for p in self.bucketed) * self.world_size
+            flat = self._new((numel,), self.dtype, "interleaved gradients", self.stream)
+        if self.offloads:
+            self._to_host()
+        del flat
+        self.large = None
+        self.bucketed.clear()
+
+    def _to_host(self) -> None:
+        """`partition_grads` where the optimizer is on the host: a part comes back to the device for its norm and its cast."""
+        for p in self.bucketed:
+            _back = self._new((p.part,), self.dtype, "gradient on its way back", self.stream)
+            if self.syncs:
+                for start in range(0, p.part, NORM_PART):
+                    self._norm(min(NORM_PART, p.part - start), self.stream)
+                self._new((p.part,), "fp32", "fp32 gradient", self.stream, "temporaries")
+
+    def end_backward(self) -> None:
+        """`independent_gradient_partition_epilogue`, then `release_backward_leftovers`."""
+        self.reduce_and_partition()
+        for module in [*reversed(self.running.values())]:
+            self.running.pop(module.name)
+            also = self.recomputed.pop(module.name, ())
+            for p in dict.fromkeys((*module.parameters, *also)):
+                p.active.discard(module.name)
+                if not p.persists:
+                    self.coordinator.free(p)
+
+    def idle(self, families: set[str]) -> set[str]:
+        """The families that have received no gradients."""
+        return families - self.reduced
+
+    # -- step --------------------------------------------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """All parameters are released; each gradient's norm is taken, cast to fp64; then the first sub group is flattened."""
+        self.coordinator.release_all(self.sharded.values())
+        if not self.offloads:
+            for p in (p for group in self.of_groups for p in group):
+                self._norm(p.part, 0)
+            self._flatten(self.of_groups[0])
+        self.norms.clear()
+
+    def groups(self, trained: list[Family]) -> Iterator[list[Family]]:
+        """What the optimizer steps over, sub group by sub group; nothing where it is on the host."""
+        for number, master in enumerate(trained if not self.offloads else ()):
+            if number:
+                self._flatten(self.of_groups[number])
+            yield [master]
+            self.flat = None
+
+    def _flatten(self, group: list[Sharded]) -> None:
+        """`_prepare_fp32_grad_for_sub_group`: gradients in one tensor, cast to fp32."""
+        dims = (sum(p.part for p in group),)
+        flat = self._new(dims, self.dtype, "flat gradients", 0, "gradients") if len(group) > 1 else None
+        self.flat = self._new(dims, "fp32", "fp32 gradients", 0, "gradients")
+        del flat
+
+    def _norm(self, numel: int, stream: int) -> None:
+        wide = self._new((numel,), "fp64", "gradient for its norm", stream, "temporaries")
+        self.norms.append(self._new((), "fp64", "norm of a gradient", stream, "temporaries"))
+        del wide
+
+    def _key(self, p: Parameter) -> Key:
+        if id(p) not in self._keys:
+            self._keys = {id(tensor): key for key, tensor in self.model.used_by_layer()}
+        return self._keys[id(p)]
+
+    def _new(self, dims: tuple[int, ...], dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
+        return on_stream(self.f, dims, dtype, op, stream, category)
+
+
+def _pre_backward(f: Tape, node: Node, saved: tuple[Zero3, Module], g: Tensor) -> Tensor:
+    saved[0].pre_backward(saved[1])
+    return g
+
+
+def _post_backward(f: Tape, node: Node, saved: tuple[Zero3, Module], g: Tensor) -> Tensor:
+    saved[0].post_backward(saved[1])
+    return g

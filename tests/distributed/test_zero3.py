@@ -1,0 +1,164 @@
+"""ZeRO-3: its coordinator on a model of three modules, and sums by hand beside the rehearsals of `test_peaks.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.zero import trained_groups
+from peftplan.distributed.zero3 import Coordinator, Limits, Module, Sharded
+from peftplan.job.inventory import inventory
+from peftplan.job.prepare import prepare
+from peftplan.results.estimate import Estimate
+from peftplan.tape.tape import Tape
+
+TRAINED, NORMS = 1_235_814_400, 33 * 2048
+"""Parameters of Llama-3.2-1B, and those without weight decay."""
+
+
+def sharded(number: int, numel: int, *, persists: bool = False) -> Sharded:
+    return Sharded(number, f"p{number}", numel, numel // 2, "bf16", trainable=True, persists=persists)
+
+
+def three_modules() -> list[Module]:
+    return [Module(f"m{number}", (sharded(number, 100),)) for number in range(3)]
+
+
+def coordinator(order: list[Module] | None, *, bucket: int = 100, live: int = 10**9, reuse: int = 0) -> Coordinator:
+    zero = Coordinator(Tape(), order, Limits(bucket, live, reuse), world_size=2, overlaps=True, offloads=False)
+    zero.reset_step()
+    return zero
+
+
+def gathered(modules: list[Module]) -> list[bool]:
+    return [module.parameters[0].whole is not None for module in modules]
+
+
+def test_a_module_is_gathered_with_the_next_one() -> None:
+    modules = three_modules()
+    zero = coordinator(modules)
+    zero.fetch(modules[0])
+    assert gathered(modules) == [True, True, False]
+    zero.release(modules[0])
+    assert gathered(modules) == [False, True, False]
+    zero.fetch(modules[1])
+    assert gathered(modules) == [False, True, True]
+
+
+def test_the_first_step_gathers_nothing_ahead() -> None:
+    modules = three_modules()
+    zero = coordinator(None)
+    for module in modules:
+        zero.fetch(module)
+        assert sum(gathered(modules)) == 1
+        zero.release(module)
+    assert zero.recorded == modules
+    zero.reset_step()
+    assert zero.order == tuple(modules)
+
+
+def test_what_is_used_again_soon_stays() -> None:
+    """Backward uses the last module at once, and the first one 400 elements later."""
+    modules = three_modules()
+    order = [*modules, *reversed(modules)]
+    zero = coordinator(order, bucket=0, reuse=300)
+    for module in modules:
+        zero.fetch(module)
+        zero.release(module)
+    assert gathered(modules) == [False, True, True]
+
+
+def test_live_elements_are_bounded() -> None:
+    """Prefetching stops once `max_live_parameters` are there: one module more than that at most."""
+    modules = [Module(f"m{number}", (sharded(number, 100),)) for number in range(8)]
+    zero = coordinator(modules, bucket=1000, live=250)
+    most = 0
+    for module in modules:
+        zero.fetch(module)
+        most = max(most, 100 * sum(gathered(modules)))
+        zero.release(module)
+    assert most == 300
+
+
+def test_several_parameters_share_a_buffer_until_the_last_is_needed() -> None:
+    """Two parameters of 100 elements are copied out of one buffer of 200, which the second one still holds."""
+    modules = three_modules()
+    zero = coordinator(modules, bucket=200)
+    zero.fetch(modules[0])
+    assert [zero.f.dims[n][0] for n in zero.f.log if n > 0] == [100, 200]
+    zero.fetch(modules[1])
+    assert [zero.f.dims[n][0] for n in zero.f.log if n > 0] == [100, 200, 100, 100]
+    assert -2 not in zero.f.log
+    zero.fetch(modules[2])
+    assert -2 in zero.f.log
+
+
+def estimated(world: int, **options: Any) -> Estimate:
+    return peftplan.estimate("llama-3.2-1b", gpus=world, strategy="zero3", **{"method": "full"} | options)  # type: ignore[arg-type]
+
+
+def test_what_lasts_is_a_sum_by_hand() -> None:
+    """Of a quarter per element: 2 B weights, 4 B masters, 8 B moments, 2 B gradients; a bucket of 5e8 elements.
+
+    Parameters of at most 100,000 elements, here the norms, stay gathered.
+    """
+    static = estimated(4).static
+    assert static.bytes(["weights"]) == pytest.approx(2 * TRAINED // 4, rel=1e-4)
+    assert static.bytes(["optimizer_states"]) == pytest.approx(12 * TRAINED // 4, rel=1e-4)
+    assert static.bytes(["gradients"]) == 2 * TRAINED // 4
+    assert static.bytes(["communication"]) == 1_000_000_000
+    assert static.bytes(["gathered_weights"]) == 2 * NORMS
+
+
+def test_more_ranks_never_last_longer() -> None:
+    lasting = [estimated(world, method=method).static.bytes() for method in ("full", "lora") for world in (2, 3, 4, 8, 64)]
+    assert lasting[:5] == sorted(lasting[:5], reverse=True)
+    assert lasting[5:] == sorted(lasting[5:], reverse=True)
+
+
+def test_fewer_live_parameters_need_less() -> None:
+    """A 7B model keeps 1e9 elements gathered: 2 GB, of which 1e8 leave a tenth."""
+    options = {"method": "full", "gpus": 8, "strategy": "zero3", "seq_len": 128}
+    peaks = [
+        peftplan.estimate("mistral-7b-v0.3", **options, stage3_max_live_parameters=live, stage3_max_reuse_distance=0).peaks  # type: ignore[arg-type]
+        for live in (10**9, 10**8)
+    ]
+    assert peaks[0] is not None
+    assert peaks[1] is not None
+    assert peaks[0].by_phase["forward"] - peaks[1].by_phase["forward"] > 1.5e9
+
+
+def test_sub_groups_bound_the_step() -> None:
+    """Each holds whole tensors until its parts reach `sub_group_size`; the step casts one sub group at a time."""
+    parameters = inventory(prepare("llama-3.2-1b", method="full")).parameters
+    over = Distributed(strategy="zero3", gpus=4, sub_group_size=50_000_000)
+    groups = trained_groups(parameters, over)
+    assert groups[0] == [("model.embed_tokens.weight", None)]  # 65,667,072 elements of its own
+    assert sum(map(len, groups)) == 1 + 16 * 9 + 1
+    one, many = (estimated(4, **more).peaks for more in ({}, {"sub_group_size": 50_000_000}))
+    assert one is not None
+    assert many is not None
+    assert many.by_phase["step"] < one.by_phase["step"]
+
+
+def test_adapters_on_shards_keep_their_dtype() -> None:
+    """DeepSpeed casts no model whose parameters it has divided already, and so no adapter that peft made in fp32."""
+    made_first, at_once = (estimated(4, method="lora", zero3_init=init).static for init in (False, True))
+    assert at_once.bytes(["adapter_weights"]) == pytest.approx(2 * made_first.bytes(["adapter_weights"]), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("reduce_scatter", False), ("offload_params", "cpu"), ("contiguous_gradients", False)]
+)
+def test_what_was_not_rehearsed_is_named(option: str, value: object) -> None:
+    result = estimated(4, **{option: value})
+    assert result.peaks is None
+    assert option in result.to_dict()["not_modelled"][0]
+
+
+def test_a_mixture_has_no_peak() -> None:
+    result = peftplan.estimate("qwen3-30b-a3b", method="lora", gpus=8, strategy="zero3")
+    assert result.peaks is None
