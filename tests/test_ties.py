@@ -6,6 +6,7 @@ import pytest
 
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.timeline import Kind, Timeline
+from peftplan.memory.waves import waves_of
 from peftplan.results.estimate import PHASES, Peaks
 
 
@@ -22,15 +23,17 @@ def test_of_phases_that_peak_alike_the_earlier_one_is_named(largest: tuple[str, 
 
 def test_of_moments_that_peak_alike_the_earlier_one_counts() -> None:
     """One tensor is made and freed three times, twice in forward (of two micro-batches), once in backward between them."""
+    counts, move_of, windows = (1, -1), (0, 1) * 3, (("forward", 0, 2), ("backward", 2, 4), ("forward", 4, 6))
     timeline = Timeline(
         kinds=(Kind("x", "activations", "fp32", (128,)),),
         sources=("a test",),
         events=((0, 1), (0, -1)) * 3,
-        windows=(("forward", 0, 2), ("backward", 2, 4), ("forward", 4, 6)),
+        windows=windows,
         sizes=((512, ()),),
         size_of=(0,),
         moves=((0, 1), (0, -1)),
-        move_of=(0, 1) * 3,
+        move_of=move_of,
+        waves=waves_of(move_of, counts, windows),
     )
     assert timeline.peaks({}, standing=1024) == {"forward": (1536, 1), "backward": (1536, 3)}
 

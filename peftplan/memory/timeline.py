@@ -7,7 +7,6 @@ two boundaries, times their number (`depth.copies`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
 from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from peftplan.depth.copies import Layers, Stack, copies_of
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Category, Dim, Line
 from peftplan.memory.optimizer import STATES
+from peftplan.memory.waves import Waves, waves_of
 from peftplan.tape.tape import Tape
 from peftplan.units import ALLOCATION_ROUNDING
 
@@ -65,21 +65,15 @@ class Timeline(NamedTuple):
     """By how much events change the level: a place in `sizes`, and a count."""
     move_of: tuple[int, ...] = ()
     """Event → its place in `moves`."""
+    waves: Waves = Waves()
+    """The events as few different waves, which peaks are added up from."""
     streams: Mapping[int, int] = MappingProxyType({})
     """Storages that are made on another CUDA stream than the default one → its number."""
 
     def peaks(self, sizes: Mapping[str, int], standing: int = 0) -> dict[str, tuple[int, int]]:
         """Phase → (bytes, how many events lead to them), on top of `standing` bytes that are always there."""
         rounded = [-(-nbytes // ALLOCATION_ROUNDING) * ALLOCATION_ROUNDING for nbytes in self._evaluated(sizes)]
-        moves = [count * rounded[place] for place, count in self.moves]
-        levels = list(accumulate(map(moves.__getitem__, self.move_of), initial=standing))
-        by_phase: dict[str, tuple[int, int]] = {}
-        for phase, start, end in self.windows:
-            within = levels[start : end + 1]
-            best = max(within)
-            if best > by_phase.get(phase, (-1, 0))[0]:
-                by_phase[phase] = (best, start + within.index(best))
-        return by_phase
+        return self.waves.peaks([count * rounded[place] for place, count in self.moves], standing)
 
     def requested(self, named: Mapping[str, int]) -> list[int]:
         """Bytes of a tensor of each kind as asked for, before rounding."""
@@ -194,6 +188,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
         size_of=size_of,
         moves=tuple(moves),
         move_of=move_of,
+        waves=waves_of(move_of, [count for _, count in moves], windows),
         streams=tape.streams,
     )
 
