@@ -223,7 +223,7 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
     if job.reference == "copy":
         from peftplan.memory.reference_load import load_both
 
-        load = partial(load_both, load=load, reference=parameters)
+        load = partial(load_both, load=load, reference=parameters, moved=job.distributed is not None)
     if model.units.every_layer:
         load = ranks.loaded_on_rank(inventory, model, buffers, load)
         passing = ranks.passing_on_rank(load, Ledger(loaded))
@@ -315,6 +315,8 @@ def _check(job: Job) -> None:
 
         if (why := without_formula(job)) is not None:
             raise NoEngineError(f"a step with {job.distributed.called}{why} (no formula yet)")
+    if job.quant is not None and job.setup.by.of_logits:
+        raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")
     if job.quant is not None and (why := without_peak(job.quant)) is not None:
         raise NoEngineError(why)
     model_type = job.architecture.model_type
@@ -396,6 +398,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         kernels=kernels_of(setup.kernels or ()),
         hosted=bool(setup.offload_checkpoints),
         token_outputs=setup.by.token_outputs,
+        without_loss=setup.by.of_logits,
     )
 
 

@@ -50,7 +50,8 @@ def without_formula(job: Job) -> str | None:
     """Why a job over several GPUs has no peak formula, as a suffix for a message; None if it has one."""
     distributed = job.distributed
     assert distributed is not None
-    if job.setup.by.of_preferences:
+    rehearsed = distributed.strategy == "ddp" and job.setup.by.sums_rows and job.reference != "copy"
+    if job.setup.by.of_preferences and not rehearsed:
         return f" and {job.setup.by.called}"
     if distributed.strategy == "ddp":
         views = bool(distributed.gradient_as_bucket_view or distributed.static_graph or distributed.find_unused_parameters)

@@ -45,5 +45,6 @@ def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, 
     named |= {f"{name}%{m}": -(-named[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
     named |= {f"{name}/{BLOCK}": -(-named[name] // BLOCK) for name in ("s", "k")}
     named |= {f"{name}{more:+}": named[name] + more for name in ("s", "k") for more in (1, -1)}
+    named["b/2"] = b // 2
     named |= {f"b·{name}": b * named[name] for name in ("s", "k")}
     return named | loss.named(b, loss.length(s + virtual_tokens))

@@ -6,7 +6,19 @@ from typing import Literal, NamedTuple
 
 from peftplan.versions import named
 
-TrainerName = Literal["plain", "transformers", "trl", "qlora-paper", "trl-dpo", "trl-kto", "trl-reward", "trl-grpo", "trl-rloo"]
+TrainerName = Literal[
+    "plain",
+    "transformers",
+    "trl",
+    "qlora-paper",
+    "trl-dpo",
+    "trl-kto",
+    "trl-reward",
+    "trl-grpo",
+    "trl-rloo",
+    "trl-orpo",
+    "trl-cpo",
+]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
 Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth"]
@@ -80,6 +92,8 @@ class Trainer(NamedTuple):
     """What the chunked head gives for each token besides its log-probability (`add_fused_lm_head`)."""
     sums_rows: bool = False
     """Whether its loss is made of the log-probabilities of whole rows, summed from those of their tokens."""
+    of_logits: bool = False
+    """Whether its loss is made of all logits of pairs, which the model returns without a loss."""
     without_extra_rows: tuple[str, ...] = ()
     """Values of `loss_type` that leave out the forwards of extra rows (`Forward.batch`)."""
     task: str | None = None
@@ -153,6 +167,18 @@ OF_PREFERENCES = TRL._replace(
     options=frozenset({"max_completion_length", "precompute_ref_log_probs", "beta", "loss_type"}),
 )
 
+# Pairs without a reference model; they keep all logits (`experimental/orpo`, `experimental/cpo`).
+OF_LOGITS = TRL._replace(
+    defaults=TRL.defaults._replace(loss="full", kbit_prepare=True),
+    loads_in_fp32=False,
+    casts=(),
+    losses=("full",),
+    sums_tokens=False,
+    rows=2,
+    of_logits=True,
+    options=frozenset({"beta", "loss_type"}),
+)
+
 TRAINERS: dict[TrainerName, Trainer] = {
     trainer.name: trainer
     for trainer in (
@@ -185,6 +211,8 @@ TRAINERS: dict[TrainerName, Trainer] = {
             num_labels=1,
             arguments="RewardConfig",
         ),
+        OF_LOGITS._replace(name="trl-orpo", called=f"ORPOTrainer of {named('trl')}", arguments="ORPOConfig"),
+        OF_LOGITS._replace(name="trl-cpo", called=f"CPOTrainer of {named('trl')}", arguments="CPOConfig"),
         GENERATING._replace(name="trl-grpo", called=f"GRPOTrainer of {named('trl')}", beta=0.0, arguments="GRPOConfig"),
         GENERATING._replace(name="trl-rloo", called=f"RLOOTrainer of {named('trl')}", beta=0.05, arguments="RLOOConfig"),
         Trainer(

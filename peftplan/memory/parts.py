@@ -46,6 +46,8 @@ class Running(NamedTuple):
     """The facts of the batch that decide which operations the loss runs (`LossSizes.facts`)."""
     token_outputs: tuple[str, ...] = ()
     """What the chunked head gives for each token besides its log-probability."""
+    without_loss: bool = False
+    """Whether the model returns logits alone."""
     logits_to_keep: int | None = None
     """How many of each sequence's last tokens the head reads; None for all."""
     reentrant: bool = False

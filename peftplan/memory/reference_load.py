@@ -19,13 +19,17 @@ MOST_UNTOUCHED = 3 * GIB // 2
 """Up to so many bytes beyond the cached ones the warm-up takes nothing."""
 
 
-def load_both(memory: Memory[Handle], load: Callable[[Memory[Any]], None], reference: Parameters) -> None:
-    """Load the policy, and then a dense reference model as it arrives on a device map: by name, its buffers last."""
+def load_both(memory: Memory[Handle], load: Callable[[Memory[Any]], None], reference: Parameters, *, moved: bool) -> None:
+    """Load the policy, and then a dense reference model as it arrives on a device map: by name, its buffers last.
+
+    `moved`: several processes load it on the host, and accelerate moves it (`prepare_model`).
+    """
     load(memory)
     base = tuple(p for p in reference.all if p.owner == "base")
-    weights = sum(a.nbytes * p.copies for p in base for a in p.allocations)
-    memory.release(memory.allocate(warm_up(weights, cached_after(load))))
-    first, second, _ = load_order(reference._replace(all=base), quantized=True, moved=False)
+    if not moved:
+        weights = sum(a.nbytes * p.copies for p in base for a in p.allocations)
+        memory.release(memory.allocate(warm_up(weights, cached_after(load))))
+    first, second, _ = load_order(reference._replace(all=base), quantized=not moved, moved=moved)
     for p, _ in (*first, *second):
         memory.keep(tuple(a.nbytes for a in p.allocations if a.place == "device"))
 

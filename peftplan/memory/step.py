@@ -125,6 +125,13 @@ def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor
 def _loss_apart(model: Model, program: Program) -> Tensor:
     """`compute_loss`, which drops the outputs, fp32 copies of them under accelerate's autocast."""
     f = model.tape
+    if program.trainer.of_logits:
+        from peftplan.memory.pair_logits import loss_of_pairs
+
+        logits = _forward(model)[1]
+        f.module = ""
+        logits = f.to(logits, "fp32")
+        return loss_of_pairs(f, logits)
     loss, *outputs = _prepared(model, program)
     if program.trainer.sums_tokens and model.running.loss == "trl-chunked":
         from peftplan.memory.chunked_loss import loss_of_trl

@@ -77,6 +77,16 @@ def test_the_warm_up_leaves_out_what_is_cached() -> None:
     assert warm_up(4 * 2**30, int(2.2 * 2**30)) == (int(2.2 * 2**30) + 1) // 2 * 2  # whole elements of fp16
 
 
+def test_orpo_holds_the_logits_of_both_and_their_gradients() -> None:
+    """At the peak of backward the slice of the chosen rows adds its gradient, of all rows, to that of the log-probabilities:
+    4 x 256 rows of 32,000 numbers twice in fp32, and the chosen half of them once."""
+    for trainer in ("trl-orpo", "trl-cpo"):
+        ledger = estimate(MODEL, method="lora", trainer=trainer, batch_size=2, seq_len=S).peaks.ledgers["backward"]
+        sizes = sorted(line.bytes() for line in ledger if line.category == "logits")
+        assert sizes[-1] + (sizes[-2] if len(sizes) > 2 else 0) >= 2 * 4 * 4 * S * 32_000
+        assert sum(sizes) == 4 * 32_000 * (2 * 4 * S + 2 * S)
+
+
 GRPO: dict[str, Any] = {"trainer": "trl-grpo", "batch_size": 2, "seq_len": S, "max_completion_length": C}
 
 
@@ -141,6 +151,11 @@ def test_what_a_trainer_has_not_is_refused(options: dict[str, Any], error: type[
     with pytest.raises(error) as refused:
         estimate(MODEL, **{**DPO, **options})
     assert reason in str(refused.value)
+
+
+def test_a_quantized_base_of_orpo_has_no_formula_yet() -> None:
+    result = estimate("llama-3.2-1b", trainer="trl-orpo", method="qlora")
+    assert (result.peaks, "a quantized base under ORPOTrainer" in result.not_modelled[0]) == (None, True)
 
 
 def test_several_gpus_have_no_formula_yet() -> None:

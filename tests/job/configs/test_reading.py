@@ -318,6 +318,7 @@ MODEL = {"model_name_or_path": "Qwen/Qwen2.5-0.5B"}
         ("trl grpo", {}, {"trainer": "trl-grpo", "max_completion_length": 512, "seq_len": 512 + 512}),
         ("trl grpo", {"max_completion_length": 1024, "max_prompt_length": 256}, {"max_completion_length": 1024, "seq_len": 1280}),
         ("trl grpo", {"use_vllm": True, "vllm_mode": "server"}, {"use_vllm": True, "vllm_mode": "server"}),
+        ("python examples/scripts/orpo.py", {"beta": 0.1}, {"trainer": "trl-orpo", "beta": 0.1}),
         ("python trl/scripts/rloo.py", {"beta": 0.1}, {"trainer": "trl-rloo", "beta": 0.1}),
     ],
 )
@@ -335,7 +336,7 @@ def test_options_of_another_trainer_are_left_out() -> None:
     assert {"vllm_server_host", "reward_funcs"} <= grpo.ignored.keys()
 
 
-@pytest.mark.parametrize("script", ["bco", "orpo", "gkd", "prm"])
+@pytest.mark.parametrize("script", ["bco", "tpo", "gkd", "prm"])
 def test_a_script_of_another_trainer_is_not_read_as_sft(script: str) -> None:
     plan = read(MODEL, kind="command", program=f"python examples/scripts/{script}.py")
     assert plan.unsupported["trainer"].effect == "unknown"
