@@ -25,6 +25,7 @@ from peftplan.memory.methods import adapter_of
 from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
 from peftplan.memory.timeline import Timeline, timeline
+from peftplan.memory.waves import waves_of
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
 
@@ -106,4 +107,6 @@ def _written(inventory: Inventory, compute_capability: str) -> Generation:
     of_prompt = timeline(f, model.stacks, vocab=arch.vocab_size)
     end = len(of_prompt.events)
     named = sizes(rows, prompt, virtual_tokens=model.virtual_tokens, loss=LossSizes("full", 0, 0, 0, prompted=False))
-    return Generation(of_prompt._replace(windows=((GENERATE, 0, end), ("", end, end))), named)
+    windows = ((GENERATE, 0, end), ("", end, end))
+    waves = waves_of(of_prompt.move_of, [count for _, count in of_prompt.moves], windows[:1])
+    return Generation(of_prompt._replace(windows=windows, waves=waves), named)
