@@ -107,7 +107,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
     tables = (job.architecture.input_embedding, job.architecture.output_embedding)
     return unknown | {
         "reduce_scatter": distributed.reduce_scatter is False,
-        "offload_params": distributed.offload_params not in (None, "none"),
+        "offload_params": distributed.offload_params == "nvme",
         "loss": job.setup.loss != "full",
         "modules_to_save": bool(getattr(job.config, "modules_to_save", None)),
         "bias": getattr(job.config, "bias", "none") != "none",

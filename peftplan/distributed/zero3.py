@@ -28,6 +28,8 @@ from peftplan.tape.tensors import Tensor
 
 GATHER, REDUCE = 1, 2
 """Streams of the gathers and of the reductions; 0 is the default one."""
+DTYPES = ("bf16", "fp16", "fp32", "fp64", "int8", "uint8")
+"""The order in which parameters of several dtypes are gathered: by torch's names (runtime/torch_autocast.py, `sort_dtypes`)."""
 
 
 @dataclass(eq=False)
@@ -59,12 +61,13 @@ class Module(NamedTuple):
 
 
 class Handle:
-    """A gather in flight: its parameters, and the buffer that they are copied out of."""
+    """A gather in flight: its parameters, and the buffers that they are copied out of, one per dtype."""
 
-    __slots__ = ("buffer", "parameters")
+    __slots__ = ("buffers", "parameters")
 
-    def __init__(self, parameters: list[Sharded], buffer: Tensor | None) -> None:
-        self.parameters, self.buffer = parameters, buffer
+    def __init__(self) -> None:
+        self.parameters: list[Sharded] = []
+        self.buffers: list[Tensor] = []
 
 
 class Limits(NamedTuple):
@@ -155,16 +158,18 @@ class Coordinator:
             (p,) = parameters
             p.whole = self._new(p.part * self.world_size, p.dtype, f"{p.name} gathered", "gathered_weights")
             self._from_host([p])
-            self.inflight[p] = Handle([], None)
+            self.inflight[p] = Handle()
             return
+        handle = Handle()
         by_dtype: dict[str, list[Sharded]] = {}
         for p in parameters:
             by_dtype.setdefault(p.dtype, []).append(p)
-        for dtype, of_dtype in by_dtype.items():
+        for dtype, of_dtype in sorted(by_dtype.items(), key=lambda item: DTYPES.index(item[0])):
             numel = sum(p.part for p in of_dtype) * self.world_size
-            handle = Handle(of_dtype, self._new(numel, dtype, "all-gather buffer", "communication"))
+            handle.buffers.append(self._new(numel, dtype, "all-gather buffer", "communication"))
+            handle.parameters += of_dtype
             self._from_host(of_dtype)
-            self.inflight.update(dict.fromkeys(of_dtype, handle))
+        self.inflight.update(dict.fromkeys(handle.parameters, handle))
 
     def _from_host(self, parameters: Iterable[Sharded], stream: int | None = None) -> None:
         """Parts that are offloaded reach the device for the gather alone."""
@@ -176,6 +181,14 @@ class Coordinator:
         if p.whole is None:
             p.whole = self._new(p.part * self.world_size, p.dtype, f"{p.name} gathered", "gathered_weights", 0)
             self._from_host([p], 0)
+
+    def gather_together(self, parameters: list[Sharded]) -> None:
+        """`_allgather_params_coalesced` at the end of a step, after which parts that the host sent are freed.
+
+        Nothing stays on the tape, since the next step begins with the same gather.
+        """
+        _parts = [self._new(p.part, p.dtype, f"{p.name} on its way", "communication", 0) for p in parameters if self.offloads]
+        _whole = [self._new(p.part * self.world_size, p.dtype, f"{p.name} gathered", "gathered_weights", 0) for p in parameters]
 
     def _wait(self, p: Sharded) -> None:
         """`AllGatherCoalescedHandle.wait`: all of the buffer is copied out, once."""

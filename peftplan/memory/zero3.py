@@ -281,6 +281,7 @@ class Zero3(OneGpu):
                 self._flatten(self.of_groups[number])
             yield [master]
             self.flat = None
+        self.coordinator.gather_together([p for p in self.sharded.values() if p.persists])
 
     def _flatten(self, group: list[Sharded]) -> None:
         """`_prepare_fp32_grad_for_sub_group`: gradients in one tensor, cast to fp32."""

@@ -241,8 +241,8 @@ class PartLoading(NamedTuple):
         handles = [handle for group in groups for _, handle in group if handle is not None]
         for handle in handles:
             memory.release(handle)
-        memory.empty_cache()
-        if handles:
+        if handles:  # those on the host are flattened there
+            memory.empty_cache()
             memory.keep((sum(flats),))
         half, single = ITEMSIZE[self.half], ITEMSIZE["fp32"]
         stored = ITEMSIZE[next((p.dtype for p in self.cast.all if p.trainable), self.half)]

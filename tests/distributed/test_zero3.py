@@ -151,7 +151,7 @@ def test_adapters_on_shards_keep_their_dtype() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("reduce_scatter", False), ("offload_params", "cpu"), ("contiguous_gradients", False)]
+    ("option", "value"), [("reduce_scatter", False), ("offload_params", "nvme"), ("contiguous_gradients", False)]
 )
 def test_what_was_not_rehearsed_is_named(option: str, value: object) -> None:
     result = estimated(4, **{option: value})
@@ -162,3 +162,58 @@ def test_what_was_not_rehearsed_is_named(option: str, value: object) -> None:
 def test_a_mixture_has_no_peak() -> None:
     result = peftplan.estimate("qwen3-30b-a3b", method="lora", gpus=8, strategy="zero3")
     assert result.peaks is None
+
+
+def test_weights_on_the_host_pass_through_the_device() -> None:
+    """Both parts of 50 elements reach the device for the gather alone, behind the buffer of 200."""
+    modules = [Module("m0", (sharded(0, 100), sharded(1, 100)))]
+    zero = Coordinator(Tape(), modules, Limits(0, 10**9, 0), world_size=2, overlaps=True, offloads=True)
+    zero.reset_step()
+    zero.fetch(modules[0])
+    assert [zero.f.dims[n][0] for n in zero.f.log if n > 0][:3] == [200, 50, 50]
+    assert {-2, -3} <= set(zero.f.log)
+
+
+def test_several_dtypes_are_gathered_by_their_names() -> None:
+    """torch.bfloat16 before torch.float32; the first wait copies out both buffers."""
+    wide = Sharded(0, "p0", 100, 50, "fp32", trainable=True, persists=False)
+    modules = [Module("m0", ()), Module("m1", (wide,)), Module("m2", (sharded(1, 80),))]
+    zero = coordinator(modules, bucket=200)
+    zero.fetch(modules[0])
+    assert [(zero.f.dtypes[n], zero.f.dims[n][0]) for n in zero.f.log] == [("bf16", 80), ("fp32", 100)]
+    zero.fetch(modules[1])
+    assert [p.whole is not None for module in modules for p in module.parameters] == [True, True]
+
+
+def test_adapters_pass_in_the_dtype_of_the_stored_base() -> None:
+    """peft moves an adapter to a base in 16-bit floats in that dtype, then casts it to fp32: each bf16 tensor is freed after."""
+    from peftplan.analytic.compiled import compiled
+
+    sizes: dict[str, list[int]] = {}
+    for storage in ("bf16", "uint8"):
+        counted = inventory(prepare("llama-3.2-1b", method="qlora", r=16, quant_storage=storage, kbit_prepare=False))
+        memory = Recorder()
+        compiled(counted, compute_capability="8.0").load(memory)
+        sizes[storage] = memory.freed
+    assert sizes["bf16"].count(2 * 16 * 8192) == sizes["uint8"].count(2 * 16 * 8192) + 3 * 16
+
+
+class Recorder:
+    """A memory that notes what is freed."""
+
+    def __init__(self) -> None:
+        self.freed: list[int] = []
+
+    def allocate(self, nbytes: int) -> int:
+        """The handle is the size."""
+        return nbytes
+
+    def keep(self, sizes: tuple[int, ...], /) -> None:
+        """Nothing is noted."""
+
+    def release(self, tensor: int, /) -> None:
+        """Note the size."""
+        self.freed.append(tensor)
+
+    def empty_cache(self) -> None:
+        """Nothing."""
