@@ -184,7 +184,7 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         quant=job.quant,
         adapter=adapter_of(job.method and job.method.peft_type),
     )
-    model = new_model(Tape(autocast=None if setup.autocast == "none" else setup.autocast))
+    model = new_model(Tape(autocast=None if setup.autocast == "none" else setup.autocast, several=setup.batch_size > 1))
     program = _program(job)._replace(left_alone=trained_again)
     first = None
     if job.distributed is not None:

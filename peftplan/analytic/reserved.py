@@ -236,6 +236,8 @@ class _Writer:
                 self._events += (events.FREE, self._stacked.get(storage, storage), kinds + kind, -count, 0)
             else:
                 self._write(events.OUTPUTS, self._stacked.get(storage, storage))
+        if len(timeline.events) in borders:  # the last phase allocates nothing
+            self._begin(borders[len(timeline.events)], counts=phases)
         self.take(lasting.get(len(timeline.events), ()))
         if self.script.empties_cache:
             self._write(events.EMPTY)

@@ -44,14 +44,14 @@ def causal_mask(model: Model, dtype: str, window: int | None = None) -> Tensor |
     return None
 
 
-def seen_keys(model: Model, *, windowed: bool) -> Tensor:
+def seen_keys(model: Model, *, windowed: bool, padded: bool | None = None) -> Tensor:
     """`sdpa_mask`: which keys a query sees, each condition `and`ed to those before (`and_masks`): the window, causality, and
-    padding or one sequence's number.
+    padding or one sequence's number. `padded`: whether the class passes a mask of the padding; None: the one of the batch.
     """
     f = model.tape
     of_all = (1, 1, model.seq, model.keys)
-    packed = model.running.masks_unpadded and model.keys == model.seq
-    padded = packed or "attention_mask" in model.batch
+    packed = padded is None and model.running.masks_unpadded and model.keys == model.seq
+    padded = packed or ("attention_mask" in model.batch if padded is None else padded)
     if windowed:
         near = f.new(of_all, "bool", "gt")
         seen = f.new(of_all, "bool", "bitwise_and")
@@ -94,7 +94,8 @@ def attend(
     f = model.tape
     grouped = a.num_attention_heads != a.num_key_value_heads
     if model.running.attention == "eager":
-        q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
+        if not by_head:
+            q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
         return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide, bias=bias, by_head=by_head, cached=cached)
     gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
     repeats = model.running.attention == "sdpa" and grouped and (model.running.repeats_kv or not gqa)
@@ -103,6 +104,8 @@ def attend(
         by_head_q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
         q = by_head_q if kernel == "math" else q
         del by_head_q
+    elif not moved and not by_head:
+        q, k, v = (x if rotated and x is not v else viewed(model, x) for x in (q, k, v))
     if repeats:
         k, v = (repeat_kv(f, x, a, copies=a.num_key_value_heads > 1) for x in (k, v))
     head = v.dims[3]
@@ -154,6 +157,14 @@ def by_heads(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, rotated: bool, moved: 
     q = q if rotated else ops.heads(f, q, q.dims, clones=True)
     k = k if rotated or moved else ops.heads(f, k, k.dims, clones=True)
     return q, k, v if moved else ops.heads(f, v, v.dims, clones=True)
+
+
+def viewed(model: Model, x: Tensor) -> Tensor:
+    """A projection as heads whose gradient needs no copy: it comes back as a view, to which autograd adds nothing in place.
+
+    DoRA alone sends two gradients to a projection; elsewhere the view needs no node.
+    """
+    return ops.reshaped(model.tape, x) if getattr(model.running.config, "use_dora", False) else x
 
 
 def repeat_kv(f: Tape, x: Tensor, a: Attention, *, copies: bool = True) -> Tensor:
@@ -219,7 +230,7 @@ def eager(
     dtype = q.dtype
     moved = joined or by_head
     in_order = copied or (moved and not single)
-    scores = product(model, q, keys, (*q.dims[:3], k.dims[2]), joined=(moved, in_order), spread=single)
+    scores = product(model, q, keys, (*q.dims[:3], k.dims[2]), joined=(moved, in_order), spread=single, transposed=True)
     if scales:
         scores = ops.scale(f, scores)
     if a.softcap:
@@ -240,20 +251,31 @@ def eager(
     return gathered(model, out)
 
 
-def product(model: Model, a: Tensor, b: Tensor, dims: Dims, *, joined: tuple[bool, bool], spread: bool = False) -> Tensor:
+def product(
+    model: Model,
+    a: Tensor,
+    b: Tensor,
+    dims: Dims,
+    *,
+    joined: tuple[bool, bool],
+    spread: bool = False,
+    transposed: bool = False,
+) -> Tensor:
     """`matmul` of activations, which copies what does not lie head by head (`joined`: a, b do) once autocast has cast it.
 
-    `spread`: b is a view of one head for all, of which a cast makes a tensor that lies head by head.
+    `spread`: b is a view of one head for all, of which a cast makes a tensor that lies head by head. `transposed`: as in
+    `ops.matmul`.
     """
     f = model.tape
     in_order = joined[1] or (spread and f.autocast not in (None, b.dtype))
     if f.autocast:
         a, b = f.cast_all(f.autocast, a, b)
-    return ops.matmul(f, a if joined[0] else batched(model, a), b if in_order else batched(model, b), dims)
+    copies = a if joined[0] else batched(model, a), b if in_order else batched(model, b)
+    return ops.matmul(f, *copies, dims, transposed=transposed)
 
 
 def _scores(f: Tape, q: Tensor, k: Tensor) -> Tensor:
-    return ops.matmul(f, q, k, (*q.dims[:3], k.dims[2]))
+    return ops.matmul(f, q, k, (*q.dims[:3], k.dims[2]), transposed=True)
 
 
 def gathered(model: Model, out: Tensor) -> Tensor:

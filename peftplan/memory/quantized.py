@@ -125,6 +125,7 @@ def _linear8bit_backward(f: Tape, node: Node, saved: tuple[Part], g: Tensor) -> 
     bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] and part.bias is not None else None
     if not node.edges[0]:
         return None, bias
+    g = f.new(g.dims, g.dtype, "clone") if f.is_permuted(g) else g  # `reshape(…).contiguous()`
     n_out, n_in = _sizes(part)
     scale = f.new((n_out, 1), "fp32", "mul")
     weight = f.new((n_out, n_in), x.dtype, "dequantized")

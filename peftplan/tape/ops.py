@@ -64,6 +64,8 @@ def linear(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = None, *, 
     kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None if bias is None else bias.dims)
     backward = _addmm_backward if op == "addmm" else _linear_backward
     node = f.record(backward, (x, weight, bias), *kept)
+    if node is not None:
+        node.folds = True
     return f.new((*x.dims[:-1], weight.dims[1 if transposed else 0]), x.dtype, op, node)
 
 
@@ -137,8 +139,8 @@ def mul(f: Tape, a: Operand, b: Operand) -> Tensor:
 def _mul_backward(f: Tape, node: Node, saved: Factors, g: Tensor) -> Gradients:
     likes = saved[2]
     dims = g.dims if likes is None else max(likes, key=len)  # those of the result, which g may be a view of
-    grad_b = f.new(dims, g.dtype, "mul") if node.edges[1] else None
-    grad_a = f.new(dims, g.dtype, "mul") if node.edges[0] else None
+    grad_b = f.alike(g.view(dims), g.dtype, "mul") if node.edges[1] else None
+    grad_a = f.alike(g.view(dims), g.dtype, "mul") if node.edges[0] else None
     if likes is None:
         return grad_a, grad_b
     pairs = zip((grad_a, grad_b), likes, strict=True)
@@ -151,7 +153,7 @@ def scale(f: Tape, x: Operand, op: str = "mul") -> Tensor:
 
 
 def _scale_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
-    return f.new(g.dims, g.dtype, "mul")
+    return f.alike(g, g.dtype, "mul")
 
 
 def divide(f: Tape, x: Operand, by: Tensor) -> Tensor:
@@ -216,19 +218,21 @@ def _half_softmax_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Ten
     return out
 
 
-def matmul(f: Tape, a: Tensor, b: Tensor, dims: Dims) -> Tensor:
+def matmul(f: Tape, a: Tensor, b: Tensor, dims: Dims, *, transposed: bool = False) -> Tensor:
     """`matmul` of two activations (bmm), with a result of `dims`: saves each factor whose partner requires a gradient.
 
-    Autocast casts both factors.
+    Autocast casts both factors. `transposed` (`a @ b.mT`): the gradient of b is a view of one whose last two dims are swapped.
     """
     if f.autocast:
         a, b = f.cast_all(f.autocast, a, b)
-    node = f.record(_matmul_backward, (a, b), a if b.node else None, b if a.node else None, a.dims, b.dims)
+    node = f.record(_matmul_backward, (a, b), a if b.node else None, b if a.node else None, a.dims, b.dims, transposed)
     return f.new(dims, a.dtype, "bmm", node)
 
 
-def _matmul_backward(f: Tape, node: Node, saved: tuple[Tensor | None, Tensor | None, Dims, Dims], g: Tensor) -> Gradients:
+def _matmul_backward(f: Tape, node: Node, saved: tuple[Tensor | None, Tensor | None, Dims, Dims, bool], g: Tensor) -> Gradients:
     grad_b = f.view_of(f.new(saved[3], g.dtype, "bmm")) if node.edges[1] else None
+    if saved[4] and grad_b is not None and grad_b.storage is not None:
+        f.permuted.add(grad_b.storage.number)
     grad_a = f.view_of(f.new(saved[2], g.dtype, "bmm")) if node.edges[0] else None
     return grad_a, grad_b
 
@@ -326,7 +330,8 @@ RIGHT_BEHIND = 0.5
 def heads(f: Tape, x: Tensor, dims: Dims, *, clones: bool = False, at_once: bool = True) -> Tensor:
     """`view(…).transpose(1, 2)`: shares the storage of x.
 
-    `clones`: the gradient arrives with the heads' strides, so that the reshape in backward copies it, unless there is one head.
+    `clones`: the gradient arrives with the heads' strides, so that the reshape in backward copies it, unless there is one head or
+    the gradient has its last two dims swapped (`matmul`), which makes the numbers of all heads follow each other.
     `at_once`: the view is made directly after x.
     """
     if not clones or dims[1] == 1:
@@ -338,7 +343,7 @@ def heads(f: Tape, x: Tensor, dims: Dims, *, clones: bool = False, at_once: bool
 
 
 def _heads_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
-    return f.new(saved[0], g.dtype, "clone")
+    return g.view(saved[0]) if f.is_permuted(g) else f.new(saved[0], g.dtype, "clone")
 
 
 def copied(f: Tape, x: Tensor, op: str, dims: Dims | None = None, *, viewed: bool = True) -> Tensor:

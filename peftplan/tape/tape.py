@@ -51,7 +51,7 @@ class Modules(Protocol):
 class Tape:
     """The log of one step. `log` holds the number of a storage where it is allocated, and its negative where it is freed."""
 
-    def __init__(self, *, autocast: str | None = None) -> None:
+    def __init__(self, *, autocast: str | None = None, several: bool = False) -> None:
         self.log: list[int] = []
         self.dims: list[Dims] = [()]
         self.dtypes: list[str] = ["uint8"]
@@ -68,6 +68,8 @@ class Tape:
         self.module = ""
         self.segment = 1
         self.autocast = autocast
+        self.several = several
+        """Whether the batch has several sequences, whose rows are one matrix only where each row is contiguous."""
         self.grad_enabled = True
         self.marks: list[tuple[int, str]] = []
         self.products: list[tuple[int, str]] = []
@@ -126,6 +128,17 @@ class Tape:
         self.made_in.append(self.segment)
         self.log.append(number)
         return Tensor(Storage(self, number), dims, dtype, node)
+
+    def alike(self, x: Tensor, dtype: str, op: str) -> Tensor:
+        """Allocate the result of an operation on each element of x; its elements lie in the order of those of x."""
+        out = self.new(x.dims, dtype, op)
+        if self.is_permuted(x) and out.storage is not None:
+            self.permuted.add(out.storage.number)
+        return out
+
+    def is_permuted(self, x: Tensor | None) -> bool:
+        """Whether the elements of x do not lie in the order of its dims."""
+        return x is not None and x.storage is not None and x.storage.number in self.permuted
 
     def many(self, dims: Dims, dtype: str, op: str, count: int) -> Tensor:
         """Allocate `count` equal tensors with one lifetime, under one number in the log."""
@@ -245,6 +258,8 @@ class Tape:
     def _apply(self, node: Node) -> None:
         grads, node.grads = node.grads, [None]
         self.module = node.module
+        if self.several and node.folds and self.is_permuted(grads[0]):  # `reshape`, in the backward of `view`
+            grads[0] = self.new(grads[0].dims, grads[0].dtype, "clone")  # type: ignore[union-attr]
         saved, node.saved = node.saved, ()
         if saved is RELEASED:
             raise RefusedError(f"{named('torch')} refuses it: RuntimeError: Trying to backward through the graph a second time")
@@ -266,7 +281,7 @@ class Tape:
             if type(grad) is Broadcast:
                 grad = grads_of_inputs[i] = self.new(grad.dims, grad.dtype, "sum")
             if edge is not None and grad is not None and grad.dtype != edge[2]:
-                grad = grads_of_inputs[i] = self.new(grad.dims, edge[2], "to")
+                grad = grads_of_inputs[i] = self.alike(grad, edge[2], "to")
         grad = None
         del saved, grads, places
         for i, edge in enumerate(node.edges):

@@ -92,9 +92,12 @@ class Traced:
         return replay(self.emptied(self.events))
 
     def emptied(self, events: Sequence[Event]) -> Sequence[Event]:
-        """The events, with the cache emptied after the last tensor that preparation frees and before adapters are created."""
-        at = max((i for i, e in enumerate(events) if e.kind == "free" and e.phase == "load"), default=-1) + 1
-        return [*events[:at], Event("empty_cache", phase="load"), *events[at:]] if self.prepared and at else events
+        """The events, with the cache emptied once the base is prepared, before adapters are created."""
+        if not self.prepared:
+            return events
+        loaded = [i for i, event in enumerate(events) if event.phase == "load"]
+        at = next((i for i in loaded if events[i].category == "adapter_weights"), loaded[-1] + 1)
+        return [*events[:at], Event("empty_cache", phase="load"), *events[at:]]
 
     @property
     def peak_phase(self) -> str:

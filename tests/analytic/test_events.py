@@ -24,6 +24,11 @@ T5: dict[str, Any] = {
     "num_heads": 8, "num_layers": 3, "num_decoder_layers": 3, "vocab_size": 3000, "feed_forward_proj": "gated-gelu",
     "pad_token_id": 0, "decoder_start_token_id": 0,
 }  # fmt: skip
+BART: dict[str, Any] = {
+    "model_type": "bart", "architectures": ["BartForConditionalGeneration"], "d_model": 1280, "encoder_layers": 2,
+    "decoder_layers": 2, "encoder_attention_heads": 20, "decoder_attention_heads": 20, "encoder_ffn_dim": 1024,
+    "decoder_ffn_dim": 1024, "vocab_size": 3000, "max_position_embeddings": 1024,
+}  # fmt: skip
 UNTIED: dict[str, Any] = {**T5, "tie_word_embeddings": False}
 ROWS: dict[str, Any] = {"batch_size": 1, "seq_len": 520}
 """No multiple of 16: the gradient of a mask is a slice of longer rows."""
@@ -120,6 +125,51 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "batch_size": 1,
             "seq_len": 523,
         },
+    ),
+    "BART makes its mask before its positions; one sequence's gradient of keys needs no copy; a base is emptied once whole": (
+        BART,
+        {"method": "qlora", **PLAIN, "dtype": "fp32", "autocast": "fp16", **EAGER, **KEPT, "batch_size": 1, "seq_len": 1000},
+    ),
+    "a gradient of keys is copied where rows of several sequences become one matrix": (
+        BART,
+        {"method": "lora", **PLAIN, "dtype": "fp32", "autocast": "fp16", **EAGER, **KEPT, "batch_size": 2, "seq_len": 1000},
+    ),
+    "int8 makes rows of a gradient of keys, whatever the batch": (
+        BART,
+        {"method": "lora", "quant": "int8", **PLAIN, **EAGER, **CHECKPOINTED, "batch_size": 1, "seq_len": 1000},
+    ),
+    "BART's gradients behind a prefix are copied after the slices": (
+        BART,
+        {"method": "prefix-tuning", "num_virtual_tokens": 30, **PLAIN, **EAGER, **KEPT, "batch_size": 2, "seq_len": 900},
+    ),
+    "T5's gradients behind a prefix are copied after the slices": (
+        T5,
+        {"method": "prefix-tuning", "num_virtual_tokens": 30, **PLAIN, **KEPT, "batch_size": 4},
+    ),
+    "OPT views keys and values once both are there": (
+        shallow("opt-125m", 2),
+        {"method": "full", **PLAIN, **KEPT, "batch_size": 4, "seq_len": 512},
+    ),
+    "DoRA's products keep the order of a gradient's elements": (
+        shallow("opt-125m", 2),
+        {"method": "dora", **PLAIN, **EAGER, **KEPT, "batch_size": 4, "seq_len": 512},
+    ),
+    "Whisper copies its heads itself": (
+        {
+            **shallow("whisper-tiny", 2),
+            "d_model": 768,
+            **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 12),
+            "vocab_size": 51865,
+        },
+        {"method": "lora", **PLAIN, **EAGER, **KEPT, "batch_size": 1, "seq_len": 448},
+    ),
+    "DoRA's two gradients of a projection are not summed in place: the first is a view of heads": (
+        {**shallow("gpt-j-6b", 2), "n_embd": 1024, "n_head": 8, "vocab_size": 4000},
+        {"method": "qdora", "target_modules": "all-linear", "use_cache": False, "batch_size": 1, "seq_len": 1100},
+    ),
+    "DeBERTa's gradients of keys and positions need no copies, and those of one sample's positions no sum": (
+        {**shallow("deberta-v3-base", 2), "hidden_size": 1536, "num_attention_heads": 24, "vocab_size": 4000},
+        {"method": "lokr", "dtype": "fp32", **REENTRANT, "task_type": "TOKEN_CLS", "num_labels": 9, "batch_size": 1},
     ),
     "states of fp16 are clamped": (UNTIED, {"method": "lora", **PLAIN, "dtype": "fp16", **CHECKPOINTED, "batch_size": 4}),
 }

@@ -9,9 +9,8 @@ from __future__ import annotations
 from peftplan.arch.modules import Attention, Block
 from peftplan.depth.stack import run_stack, shared
 from peftplan.errors import NeedsTraceError
-from peftplan.ledger import Dim
 from peftplan.memory.activations import activation
-from peftplan.memory.attention import attend
+from peftplan.memory.attention import attend, seen_keys
 from peftplan.memory.calls import into_cache
 from peftplan.memory.convolution import convolution
 from peftplan.memory.kinds import kinds_of
@@ -124,14 +123,18 @@ def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
     f, s, name, whisper = model.tape, model.seq, "model.decoder", is_whisper(model)
     words = words_of(model, name, ids)
     rows = ("b", s) if whisper else (1, s)
-    positions = model.embedding(f"{name}.embed_positions", rows, f.new(rows, "int64", "position_ids"))
+    position_ids = f.new(rows, "int64", "position_ids")
     f.module = name
-    mask = decoder_mask(model, words.dtype)
+    mask = None if whisper else decoder_mask(model, words.dtype)
     cross_mask = None if whisper else bidirectional_mask(model, words.dtype, cross=True)
+    positions = model.embedding(f"{name}.embed_positions", rows, position_ids)
+    f.module = name
     x = ops.add(f, words, positions)
     if not whisper:
         x = model.layernorm(f"{name}.layernorm_embedding", x)
-    states = [ops.dropout(f, x, model.arch.dropout.embedding)]  # no name holds it
+    x = ops.dropout(f, x, model.arch.dropout.embedding)
+    mask = decoder_mask(model, words.dtype) if whisper else mask
+    states = [x]  # no name holds it
     del x
     block = block_of(model, "decoder")
 
@@ -149,11 +152,12 @@ def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
 
 def decoder_mask(model: Model, dtype: str) -> Tensor | None:
     """`create_causal_mask` of targets without padding: none but for eager or a prefix, to which BART adds a mask of ones."""
-    rows: Dim = "b" if model.running.attention == "eager" or model.arch.model_type == "bart" else 1
-    dims = (rows, 1, model.seq, model.keys)
-    if model.running.attention == "eager":
-        return model.tape.new(dims, dtype, "causal mask")
-    return None if model.keys == model.seq else model.tape.new(dims, "bool", "causal mask")
+    if model.running.attention != "eager" and model.keys == model.seq:
+        return None
+    seen = seen_keys(model, windowed=False, padded=not is_whisper(model))
+    if model.running.attention != "eager":
+        return seen
+    return model.tape.new(("b", 1, model.seq, model.keys), dtype, "causal mask")
 
 
 def encoder_layer(model: Model, block: Block, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -232,12 +236,12 @@ def attention(
     f.module = name
     if whisper:
         q = ops.scale(f, q)
+    prefixed = model.keys != model.seq and block.stack == "decoder"
     q = split_heads(model, q, heads, d)
     source = x if states is None else states
-    k = split_heads(model, model.linear(f"{name}.k_proj", source, number), heads, d)
-    v = split_heads(model, model.linear(f"{name}.v_proj", source, number), heads, d)
+    k = split_heads(model, model.linear(f"{name}.k_proj", source, number), heads, d, moved=prefixed)
+    v = split_heads(model, model.linear(f"{name}.v_proj", source, number), heads, d, moved=prefixed)
     f.module = name
-    prefixed = model.keys != model.seq and block.stack == "decoder"
     if whisper and block.stack == "decoder":
         k, v = into_cache(model, k, v)
     elif prefixed:
@@ -254,12 +258,13 @@ def attention(
         wide=False,
         by_head=whisper,
         cached=whisper or prefixed or None,
+        moved=prefixed,
     )
     return model.linear(f"{name}.out_proj", out, number)
 
 
-def split_heads(model: Model, x: Tensor, heads: int, d: int) -> Tensor:
-    """`view(…).transpose(1, 2)`, and `contiguous()` where the class calls it."""
+def split_heads(model: Model, x: Tensor, heads: int, d: int, *, moved: bool = False) -> Tensor:
+    """`view(…).transpose(1, 2)`, and `contiguous()` where the class calls it. `moved`: a cache joins it to a prefix."""
     b, s, _ = x.dims
-    x = x.view((b, heads, s, d))
-    return ops.copied(model.tape, ops.heads(model.tape, x, x.dims, clones=True), "clone") if is_whisper(model) else x
+    split = ops.heads(model.tape, x, (b, heads, s, d), clones=moved or is_whisper(model))
+    return ops.copied(model.tape, split, "clone") if is_whisper(model) else split

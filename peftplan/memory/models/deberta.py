@@ -138,12 +138,12 @@ def _masked_fill_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tens
 
 
 def repeated(f: Tape, x: Tensor, dims: Dims) -> Tensor:
-    """`repeat`: a copy per sample; its gradient is their sum."""
+    """`repeat`: a copy per sample; its gradient is their sum, that of one sample the gradient itself."""
     return f.new(dims, x.dtype, "repeat", f.record(_repeated_backward, (x,), x.dims))
 
 
 def _repeated_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
-    return f.new(saved[0], g.dtype, "sum")
+    return f.new(saved[0], g.dtype, "sum") if f.several else g.view(saved[0])
 
 
 class Scores:
@@ -169,7 +169,9 @@ class Scores:
         model, f = self.model, self.model.tape
         q, k, v = (self.by_head(part, x) for part in ("query_proj", "key_proj", "value_proj"))
         dims = (*q.dims[:3], k.dims[2])
-        scores = ops.matmul(f, q, ops.scale(f, k, "div"), dims)
+        scaled = ops.scale(f, k, "div")
+        scores = ops.matmul(f, q, scaled, dims, transposed=True)
+        del scaled
         if distances is not None and positions is not None:
             positions = ops.dropout(f, positions, model.arch.dropout.hidden)
             bias = self.bias(q, k, distances, positions)
@@ -213,7 +215,7 @@ class Scores:
     def picked(self, content: Tensor, against: Tensor, distances: Tensor, span: Dim) -> tuple[Tensor, Tensor]:
         """One kind of score: of every position in the table, then those of each pair; and which they are."""
         f = self.model.tape
-        every = ops.matmul(f, content, against, (*content.dims[:3], span))
+        every = ops.matmul(f, content, against, (*content.dims[:3], span), transposed=True)
         index = f.new(distances.dims, "int64", "clamp")
         return gather(f, every, index, (*content.dims[:3], content.dims[2])), index
 

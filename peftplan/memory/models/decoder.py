@@ -74,11 +74,11 @@ class Call(NamedTuple):
         """The output of this layer's `attention` or `output`, through the adapter behind it."""
         return behind(self.model, f"{self.style.stack}.{part}_adapters", x, self.number)
 
-    def cached(self, k: Tensor, v: Tensor, *, rotated: bool) -> tuple[Tensor, Tensor]:
-        """Keys and values as a cache copies them: the gradients of the copies come back head by head."""
+    def cached(self, k: Tensor, v: Tensor, *, rotated: bool, at_once: bool = True) -> tuple[Tensor, Tensor]:
+        """Keys and values as a cache copies them: their gradients come back head by head. `at_once`: see `ops.heads`."""
         if self.moved:
-            k = k if rotated else ops.heads(self.tape, k, k.dims, clones=True)
-            v = ops.heads(self.tape, v, v.dims, clones=True)
+            k = k if rotated else ops.heads(self.tape, k, k.dims, clones=True, at_once=at_once)
+            v = ops.heads(self.tape, v, v.dims, clones=True, at_once=at_once)
         return into_cache(self.model, k, v)
 
     @property
@@ -102,7 +102,9 @@ def narrow_eager(c: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, ro
     f, model = c.tape, c.model
     q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=c.moved)
     wide = (lambda y: f.to(y, "fp32")) if c.style.wide_scores else (lambda y: y)
-    weights = ops.scale(f, product(model, wide(q), wide(k), (*q.dims[:3], k.dims[2]), joined=(False, model.joins)))
+    weights = ops.scale(
+        f, product(model, wide(q), wide(k), (*q.dims[:3], k.dims[2]), joined=(False, model.joins), transposed=True)
+    )
     if c.mask is not None:
         weights = ops.add(f, weights, c.mask)
     weights = ops.softmax(f, weights, "fp32" if f.autocast else weights.dtype)

@@ -77,7 +77,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
     q = ops.scale(c.at("self_attn"), q).view(by_head)
     k = c.linear("self_attn.k_proj", x).view(by_head)
     v = c.linear("self_attn.v_proj", x).view(by_head)
-    k, v = c.cached(k, v, rotated=False)
+    k, v = c.cached(k, v, rotated=False, at_once=False)
     x = c.attend(q, k, v, rotated=False)
     return c.linear("self_attn.out_proj", x)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from peftplan.memory.attention import viewed
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, attention, decoder, masks_of, mlp, run_layers
@@ -111,8 +112,8 @@ def gptj_attention(c: Call, x: Tensor) -> Tensor:
     b, s, _ = x.dims
     by_token = (b, s, a.num_attention_heads, a.head_dim)
     by_head = (b, a.num_attention_heads, s, a.head_dim)
-    q = c.linear("attn.q_proj", x).view(by_token)
-    k = c.linear("attn.k_proj", x).view(by_token)
+    q = viewed(c.model, c.linear("attn.q_proj", x).view(by_token))
+    k = viewed(c.model, c.linear("attn.k_proj", x).view(by_token))
     v = c.linear("attn.v_proj", x).view(by_head)
     f = c.at("attn")
     k_rot, k_pass = gptj_parts(c, f, k)

@@ -212,6 +212,8 @@ class Stack:
         q, k, v = (by_head(a, model.linear(f"{name}.{part}", y, number)) for part, y in (("q", x), ("k", source), ("v", source)))
         f.module = name
         prefixed = self.side == "decoder" and model.keys != model.seq
+        if prefixed:  # before the cache joins them to those of the prefix
+            k, v = (ops.heads(f, y, y.dims, clones=True) for y in (k, v))
         if prefixed:
             k, v = (virtual_tokens.continued if states is None else virtual_tokens.crossed)(model, k, v)
         elif self.side == "decoder":
@@ -221,11 +223,13 @@ class Stack:
         dropout = model.arch.dropout.attention
         if model.running.attention == "eager":
             wide, cached = False, (prefixed or None) if self.side == "decoder" else False
-            out = attend(model, a, q, k, v, mask, dropout=dropout, rotated=False, wide=wide, bias=bias, cached=cached)
+            out = attend(
+                model, a, q, k, v, mask, dropout=dropout, rotated=False, wide=wide, bias=bias, cached=cached, moved=prefixed
+            )
         else:
             added = self.additive(a, bias, mask)  # lives beside autocast's cast of it until the kernel returns
             cast: Tensor = f.cast(added, f.autocast) if f.autocast else added
-            out = attend(model, a, q, k, v, cast, dropout=dropout, rotated=False)
+            out = attend(model, a, q, k, v, cast, dropout=dropout, rotated=False, moved=prefixed)
             del added, cast
         return model.linear(f"{name}.o", out, number)
 
