@@ -114,11 +114,21 @@ def _sizes(draw: random.Random, config: Mapping[str, Any]) -> dict[str, Any]:
     sizes |= dict.fromkeys(EXPERT_FIELDS, experts) | {"num_experts_per_tok": draw.randint(1, min(4, experts))}
     padded = config.get("pad_token_id") is not None or config["model_type"] not in (*WITH_PAD_TOKEN, "modernbert")
     if draw.random() < 0.6 and padded:  # a default of its class may lie beyond a smaller vocabulary
-        stated_ids = [config.get(f"{name}_token_id", -1) for name in ("pad", "bos", "eos", "decoder_start")]
-        used = max((value for value in stated_ids if isinstance(value, int)), default=-1) + 1
+        used = _used_ids(config)
         sizes["vocab_size"] = draw.randint(max(VOCAB[0], used), max(VOCAB[1], used))
     stated_sizes = {name: value for name, value in sizes.items() if isinstance(config.get(name), int)}
     return stated_sizes | ({"hidden_dim": mlp} if config["model_type"] == "distilbert" else {})
+
+
+def _used_ids(config: Mapping[str, Any]) -> int:
+    """The least vocabulary that has the padding and other special tokens: those stated, else the defaults of the config's class."""
+    defaults = SPECIAL_IDS.get(config["model_type"], {})
+    ids = [config.get(f"{name}_token_id", defaults.get(name)) for name in ("pad", "bos", "eos", "decoder_start")]
+    return max((value for value in ids if isinstance(value, int)), default=-1) + 1
+
+
+SPECIAL_IDS = {"whisper": {"pad": 50256, "bos": 50256, "eos": 50256, "decoder_start": 50257}}
+"""Model type → ids of special tokens that a config need not state (transformers, `WhisperConfig`)."""
 
 
 def _first(config: Mapping[str, Any], names: Sequence[str]) -> int:
