@@ -11,6 +11,7 @@ from math import prod
 from typing import NamedTuple
 
 import peftplan.versions as versions
+from peftplan.distributed.device_map import largest
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import UNDECAYED, by_tensor, groups_of, partition, persistence, reduce_bucket, trained_groups
 from peftplan.dtypes import ITEMSIZE
@@ -49,18 +50,18 @@ def holding(parameters: Parameters, distributed: Distributed, *, autocast: str, 
     if strategy == "ddp":
         return Holding(parameters, _buckets(parameters, distributed))
     if strategy == "tp":
-        return _divided(parameters, distributed.tp_size or distributed.world_size, whole_vectors=True)
-    return _divided(parameters, distributed.world_size, whole_vectors=False)
+        return _divided(parameters, distributed.tp_size or distributed.world_size)
+    return Holding(largest(parameters, distributed.world_size))
 
 
-def _divided(parameters: Parameters, parts: int, *, whole_vectors: bool) -> Holding:
+def _divided(parameters: Parameters, parts: int) -> Holding:
     """Every matrix in equal parts, as in transformers' tensor-parallel plans, which leave vectors whole.
 
-    For adapters, and for the layers that `device_map` places on a GPU, this is a lower bound of the largest part.
+    For adapters this is a lower bound of the largest part.
     """
     shards = []
     for p in parameters.all:
-        divided = len(p.shape) > 1 or not whole_vectors
+        divided = len(p.shape) > 1
         numel = ceil_div(p.numel, parts) if divided else p.numel
         allocations = tuple(a._replace(dims=(ceil_div(prod(a.dims), parts),)) if divided else a for a in p.allocations)
         shards.append(p._replace(shape=(numel,) if divided else p.shape, allocations=allocations))

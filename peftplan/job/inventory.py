@@ -28,7 +28,6 @@ class Inventory(NamedTuple):
 def inventory(job: Job) -> Inventory:
     """Name every tensor of a job."""
     architecture, adaptation, quant, setup = job.architecture, job.adaptation, job.quant, job.setup
-    optimizer = parse_optim(str(setup.optim))
     adapter_dtype, trained_dtype = adapter_dtypes(setup)
     built = parameters.build(
         architecture,
@@ -53,9 +52,24 @@ def inventory(job: Job) -> Inventory:
 
         hidden_size = architecture.hidden_size or 0
         own = holding(built, job.distributed, autocast=str(setup.autocast), quantized=quant is not None, hidden_size=hidden_size)
+    return Inventory(job, built, _lasting(job, built, own), own)
+
+
+def on_each_device(job: Job) -> list[Ledger]:
+    """What lasts on each GPU of a `device_map`."""
+    from peftplan.distributed.device_map import on_device
+    from peftplan.distributed.shards import Holding
+
+    assert job.distributed is not None
+    built, devices = inventory(job).parameters, job.distributed.world_size
+    return [_lasting(job, built, Holding(on_device(built, devices, device))) for device in range(devices)]
+
+
+def _lasting(job: Job, built: Parameters, own: Holding | None) -> Ledger:
+    setup, optimizer = job.setup, parse_optim(str(job.setup.optim))
     on_rank = built if own is None else own.parameters
     states_of = on_rank if own is None else own.states_of or on_rank
-    static = (
+    return (
         parameters.weight_lines(on_rank)
         + parameters.buffer_lines(built)
         + parameters.gradient_lines(on_rank, optimizer)
@@ -64,7 +78,6 @@ def inventory(job: Job) -> Inventory:
         + parameters.sensitivity_lines(on_rank)
         + (reference_lines(on_rank) if job.reference == "copy" else Ledger(()))
     )
-    return Inventory(job, built, static, own)
 
 
 def reference_lines(built: Parameters) -> Ledger:

@@ -241,12 +241,17 @@ def _over_gpus(job: Job, static: Ledger, peaks: Peaks | None) -> OverGpus | None
         return None
     from peftplan.results.distributed import OverGpus, RankGroup
 
-    ranks = (0, job.distributed.world_size - 1)
+    if job.distributed.strategy == "device-map":
+        from peftplan.job.inventory import on_each_device
+
+        groups = tuple(RankGroup((device,), held.bytes(), None) for device, held in enumerate(on_each_device(job)))
+    else:
+        groups = (RankGroup((0, job.distributed.world_size - 1), static.bytes(), peaks),)
     return OverGpus(
         job.distributed,
         job.setup.batch_size,
         job.setup.gradient_accumulation_steps,
-        (RankGroup(ranks, static.bytes(), peaks),),
+        groups,
         static.bytes(place="host"),
         of_ranks(job.distributed),
     )
