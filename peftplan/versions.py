@@ -55,6 +55,7 @@ def named(package: str) -> str:
 SHORTER_ALLOC_CONF = Change("torch", (2, 9), "`PYTORCH_ALLOC_CONF` replaces `PYTORCH_CUDA_ALLOC_CONF`")
 ONE_WORKSPACE = Change("torch", (2, 12), "cuBLASLt takes cuBLAS's workspaces (docs/rehearse.md)")
 TIES_BY_AGE = Change("torch", (2, 13), "the allocator orders equal free blocks by the age of their segment, no longer by address")
+LAYERS_CHECKPOINT = Change("transformers", (4, 52), "`GradientCheckpointingLayer`: checkpointed calls lie in FSDP's units")
 LOGITS_STAY_16_BIT = Change("transformers", (4, 46), "the model's own forward has no `logits = logits.float()`")
 LABELS_PADDED = Change("transformers", (4, 49), "`ForCausalLMLoss` pads labels instead of `logits[..., :-1, :].contiguous()`")
 PACKED_POSITIONS = Change("transformers", (4, 54), "`_preprocess_mask_arguments` reads positions as those of packed sequences")

@@ -59,7 +59,9 @@ def without_formula(job: Job) -> str | None:
     if distributed.strategy not in MODELLED:
         return ""
     unknown = (_unknown_to_zero(job, distributed) if distributed.strategy in ZERO else _unknown_to_fsdp(job, distributed)) | {
-        "use_reentrant": job.setup.use_reentrant and bool(job.setup.gradient_checkpointing),
+        "use_reentrant": job.setup.use_reentrant
+        and bool(job.setup.gradient_checkpointing)
+        and not (distributed.strategy == "fsdp1" and job.script.checkpoints_units),
         **_unrehearsed(job),
     }
     names = [name for name, is_unknown in unknown.items() if is_unknown]

@@ -36,8 +36,10 @@ def blocks_of(parameters: Parameters) -> list[Block]:
             members.append(p)
             if len(members) == 1:
                 order.append(key)
-    found = ((key, by_layer[key] if isinstance(key, int) else outside[key]) for key in order)
-    return [Block(key if isinstance(key, int) else None, tuple(members), sum(map(_loaded, members))) for key, members in found]
+    members_of = ((key, by_layer[key] if isinstance(key, int) else outside[key]) for key in order)
+    return [
+        Block(key if isinstance(key, int) else None, tuple(members), sum(map(_loaded, members))) for key, members in members_of
+    ]
 
 
 def _loaded(p: Parameter) -> int:

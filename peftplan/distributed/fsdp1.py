@@ -45,6 +45,9 @@ class Fsdp1(Fsdp2):
     """All units of a model, the root first. `prefetch`: when backward gathers ahead, `pre`, `post` or `none`."""
 
     prefetch = "none"
+    in_checkpoints = False
+    """Whether units lie in reentrant checkpoints. Then a frozen unit's hook holds its detached input, and with it the gradient,
+    until backward ends (torch, autograd/graph.py, `register_multi_grad_hook`), and no layer is gathered ahead."""
     _reshards_late: Unit | None = None
     """A unit whose base is frozen. Its hook is on its input, behind that of the unit before it, which gathers first
     (`_register_post_backward_reshard_only_hook`)."""
@@ -89,7 +92,7 @@ class Fsdp1(Fsdp2):
         gradients = {p.name: p for p in unit.parameters() if p.grad is not None}
         flats = [flat for flat in flats_of(unit, self.world_size) if any(m.name in gradients for m in flat.members)]
         whole = [self._flattened(flat, gradients) for flat in flats]
-        if any(member.trainable and not member.apart for member in unit.members):
+        if self.in_checkpoints or any(member.trainable and not member.apart for member in unit.members):
             unit.unsharded = []
         else:
             self._reshard_late()
@@ -109,6 +112,8 @@ class Fsdp1(Fsdp2):
         """`_post_backward_final_callback`."""
         super().end_backward()
         self._reshard_late()
+        if self.f.kept_inputs is not None:
+            self.f.kept_inputs.clear()
 
     def _flattened(self, flat: Flat, gradients: dict[str, Parameter]) -> Tensor:
         """The backward of the split into views: one tensor of all gradients, on the stream of the gather, as the split was."""

@@ -77,6 +77,11 @@ class Script(BaseModel):
         return versions.LOGITS_STAY_16_BIT.after(self.transformers)
 
     @property
+    def checkpoints_units(self) -> bool:
+        """Whether the model calls checkpointed layers as wrapped by FSDP, not the layers themselves."""
+        return versions.LAYERS_CHECKPOINT.after(self.transformers)
+
+    @property
     def loads_in_threads(self) -> bool:
         """Whether threads copy weights to the card while others are quantized there (`core_model_loading.py`; later releases ask
         for `has_on_the_fly_quantization`)."""

@@ -244,7 +244,7 @@ def _over_gpus(job: Job, static: Ledger, peaks: Peaks | None) -> OverGpus | None
     if job.distributed.strategy == "device-map":
         from peftplan.job.inventory import on_each_device
 
-        groups = tuple(RankGroup((device,), held.bytes(), None) for device, held in enumerate(on_each_device(job)))
+        groups = tuple(RankGroup((device,), lasting.bytes(), None) for device, lasting in enumerate(on_each_device(job)))
     else:
         groups = (RankGroup((0, job.distributed.world_size - 1), static.bytes(), peaks),)
     return OverGpus(

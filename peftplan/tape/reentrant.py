@@ -93,4 +93,6 @@ def _checkpoint_backward(f: Tape, node: Node, saved: Sequence[object], *grads_of
     f.nested = True
     f.backward_from([(x, g) for x, g in zip(outputs, grads, strict=True) if x.node and g])
     f.nested = False
+    if f.kept_inputs is not None:
+        f.kept_inputs += [(x, x.node.grad) for x in detached if type(x.node) is Leaf]
     return tuple(x.node.grad if type(x.node) is Leaf else None for x in detached)

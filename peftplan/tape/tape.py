@@ -92,6 +92,8 @@ class Tape:
         """Whether a nested backward runs. It may reach nodes that another backward has already run."""
         self.accumulated: Callable[[Parameter], None] | None = None
         """What is called when a parameter has its gradient: `register_post_accumulate_grad_hook`."""
+        self.kept_inputs: list[object] | None = None
+        """Detached inputs of reentrant checkpoints with their gradients, where hooks hold them until backward ends."""
         self.arrived: list[Parameter] = []
         """The parameter for which it is to be called."""
         self.modules: Modules | None = None

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.job.script import Script
+from tools.rank_grid import cut
+from tools.rank_jobs import PHASES
 
 ROWS = [
     json.loads(line)
@@ -29,7 +32,8 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
     """r 16 on the four attention projections, as the repository's scenarios say; adapters in fp32, the rest in bf16."""
     adapter = {} if row["method"] == "full" else {"r": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
     stored = {"quant_storage": "bf16", "kbit_prepare": False} if row["method"] == "qlora" else {}
-    return {"method": row["method"], "autocast": "none", "gpus": row["world"], "strategy": "fsdp1", **adapter, **stored}
+    autocast = "none" if row["amp"] == "no" else row["amp"]
+    return {"method": row["method"], "autocast": autocast, "gpus": row["world"], "strategy": "fsdp1", **adapter, **stored}
 
 
 FUSED = ("pk00061", "pk00063")
@@ -46,10 +50,48 @@ def test_what_lasts_on_a_rank(row: dict[str, Any]) -> None:
     assert result.persistent_bytes + WORKSPACES + batch == pytest.approx(row["steady_bytes"], rel=5e-4)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row["method"] == "full"], ids=lambda row: row["id"])
-def test_the_peak_of_full_fine_tuning(row: dict[str, Any]) -> None:
-    """In the step, where foreach AdamW holds one more copy of the shards: within 0.001 %."""
-    setup = {"attn_implementation": "flash_attention_2", "optim": "adamw_torch", "backward_prefetch": "pre"}
-    result = peftplan.estimate(MODELS[row["model"]], **options(row), **setup, batch_size=row["batch"], seq_len=row["seq"])
+MIXTURES = [row["id"] for row in ROWS if "Mixtral" in row["model"]]
+"""transformers 4.48 ran experts one after the other, which today's classes do not."""
+THEN = Script.on(torch="2.4.1", transformers="4.48.1")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row["id"] not in MIXTURES], ids=lambda row: row["id"])
+def test_the_peak_on_a_rank(row: dict[str, Any]) -> None:
+    """Within 0.01 %. Full fine-tuning peaks in the step, where foreach AdamW holds one more copy of the shards. Adapters peak in
+    the backward of the first layer, when the inputs of all layers and the gradients of the inputs are still there.
+    """
+    setup = {
+        "attn_implementation": "flash_attention_2",
+        "optim": "adamw_torch",
+        "backward_prefetch": "pre",
+        "use_reentrant": True,
+    }
+    adapter = {} if row["method"] == "full" else {"lora_dropout": 0.1}
+    sizes = {"batch_size": row["batch"], "seq_len": row["seq"]}
+    result = peftplan.estimate(MODELS[row["model"]], **options(row), **setup, **adapter, **sizes, script=THEN)
     assert result.peaks is not None
-    assert result.peaks.allocated == pytest.approx(row["value_bytes"], rel=1e-5)
+    assert result.peaks.allocated == pytest.approx(row["value_bytes"], rel=1e-4)
+
+
+REHEARSED = (
+    (4, 512, True, (1_748_303_872, 2_458_155_008, 4_410_343_424, 910_923_776), 5_211_422_720),
+    (8, 512, True, (2_624_159_744, 3_609_262_080, 5_833_293_824, 1_800_411_136), 6_813_646_848),
+    (8, 32_000, True, (3_062_452_736, 6_979_468_800, 6_607_142_912, 2_058_360_832), 8_061_452_288),
+    (8, 32_000, False, (3_062_452_736, 6_979_468_800, 6_824_230_400, 2_058_360_832), 8_499_757_056),
+)
+"""Mistral-7B cut to so many layers and tokens, reentrant or not, the bytes of each phase and reserved: rank 0 of 2, LoRA of the
+published runs, 2 x 4,096 tokens, rehearsed with torch 2.4.1, transformers 4.48.1, accelerate 1.0.1, peft 0.13.2, and a stand-in
+of flash-attn 2.7.3 that allocates what flash_api.cpp does."""
+
+
+@pytest.mark.parametrize(("layers", "vocab", "reentrant", "phases", "reserved"), REHEARSED)
+def test_the_same_libraries_rehearsed(layers: int, vocab: int, reentrant: bool, phases: tuple[int, ...], reserved: int) -> None:
+    """Within 0.1 %."""
+    row = {"method": "lora", "amp": "no", "world": 2}
+    setup = {"attn_implementation": "flash_attention_2", "optim": "adamw_torch", "backward_prefetch": "pre"}
+    sizes = {"batch_size": 2, "seq_len": 4096, "lora_dropout": 0.1, "use_reentrant": reentrant}
+    config = cut("mistral-7b-v0.1", layers) | {"vocab_size": vocab}
+    peaks = peftplan.estimate(config, **options(row), **setup, **sizes, script=THEN).peaks
+    assert peaks is not None
+    assert [peaks.by_phase[phase] for phase in PHASES] == pytest.approx(phases, rel=1e-3)
+    assert peaks.reserved == pytest.approx(reserved, rel=1e-3)
