@@ -94,9 +94,19 @@ def runs_within(program: Program, sizes: Sequence[int], capacity: int, *, ties_b
     return True
 
 
-def replay(program: Program, sizes: Sequence[int], *, ties_by_address: bool = False, capacity: int | None = None) -> Replayed:
-    """The peaks of a program at these sizes. Raises MemoryError where the device cannot give more than `capacity` bytes."""
-    if COMPILED and program.streams <= getattr(_replay, "STREAMS", 1):
+def replay(
+    program: Program,
+    sizes: Sequence[int],
+    *,
+    ties_by_address: bool = False,
+    expandable: bool = False,
+    capacity: int | None = None,
+) -> Replayed:
+    """The peaks of a program at these sizes. `expandable`: in segments that grow (`expandable_segments:True`).
+
+    Raises MemoryError where the device cannot give more than `capacity` bytes.
+    """
+    if COMPILED and not expandable and program.streams <= getattr(_replay, "STREAMS", 1):
         try:
             table = array("q", sizes).tobytes()
             limit = -1 if capacity is None else max(0, capacity)
@@ -108,15 +118,24 @@ def replay(program: Program, sizes: Sequence[int], *, ties_by_address: bool = Fa
         else:
             reserved, *allocated = peaks
             return Replayed({phase: n for phase, n in zip(program.phases, allocated, strict=True) if n >= 0}, reserved)
-    return interpret(program, sizes, ties_by_address=ties_by_address, capacity=capacity)
+    return interpret(program, sizes, ties_by_address=ties_by_address, expandable=expandable, capacity=capacity)
 
 
-def interpret(program: Program, sizes: Sequence[int], *, ties_by_address: bool = False, capacity: int | None = None) -> Replayed:
+def interpret(
+    program: Program,
+    sizes: Sequence[int],
+    *,
+    ties_by_address: bool = False,
+    expandable: bool = False,
+    capacity: int | None = None,
+) -> Replayed:
     """As `replay`, through the allocator's model: slower, and what the compiled replay is tested against."""
     from peftplan.allocator.config import AllocatorConfig
     from peftplan.allocator.core import Allocator
 
-    run = _Run(program, sizes, Allocator(AllocatorConfig(ties_by_address=ties_by_address), capacity))
+    run = _Run(
+        program, sizes, Allocator(AllocatorConfig(ties_by_address=ties_by_address, expandable_segments=expandable), capacity)
+    )
     run.events(0, len(run.program))
     allocated = {phase: peaks.allocated for phase, peaks in run.allocator.peaks_by_phase.items() if phase}
     return Replayed(allocated, run.allocator.peaks.reserved)

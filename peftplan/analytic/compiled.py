@@ -69,6 +69,8 @@ class Compiled(NamedTuple):
     """Dims, dtype and count of the tensors that are offloaded to the host until backward."""
     first: Compiled | None = None
     """The first step, where it allocates otherwise than all later ones."""
+    expandable: bool = False
+    """Whether the allocator's segments grow."""
     programs: dict[tuple[int, ...], Written] = {}  # noqa: RUF012
     """Cache of `analytic.reserved`: the programs of the runs that end with this step."""
 
@@ -250,6 +252,7 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         loss=_loss_sizes(job),
         rows=setup.by.rows,
         on_host=tuple(model.on_host),
+        expandable=setup.by.expandable_segments,
         programs={},
     )
     if first is None:
@@ -335,13 +338,17 @@ def _check(job: Job) -> None:
 
 
 def _check_kernels(job: Job) -> None:
-    """Raise NoEngineError where a step with these kernels has no formula."""
+    """Raise NoEngineError where a step with these kernels, or of these modules, has no formula."""
     setup, architecture = job.setup, job.architecture
     why = without_formula(setup.kernels, architecture.model_type, architecture.task_type)
     if why is None and setup.kernels and job.distributed is not None:
         why = f"kernels with {job.distributed.called}"
     if why is None and setup.kernels and setup.attn_implementation == "eager":
         why = "kernels with eager attention"
+    if why is None and setup.by.own_modules:
+        from peftplan.job import built
+
+        why = built.without_formula(job)
     if why is not None:
         raise NoEngineError(f"{why} (no formula yet)")
 
@@ -395,6 +402,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         logits_to_keep=setup.logits_to_keep,
         reentrant=setup.use_reentrant,
         every_n_layers=setup.every_n_layers or 1,
+        own_modules=setup.by.own_modules,
         kernels=kernels_of(setup.kernels or ()),
         hosted=bool(setup.offload_checkpoints),
         token_outputs=setup.by.token_outputs,

@@ -56,7 +56,8 @@ class Run(NamedTuple):
         Raises MemoryError if `capacity_bytes` are not enough.
         """
         program, sizes = self.program(when_full=when_full)
-        return replay(program, sizes, ties_by_address=self.script.ties_by_address, capacity=capacity_bytes)
+        ties, expandable = self.script.ties_by_address, self.steps[-1][0].expandable
+        return replay(program, sizes, ties_by_address=ties, expandable=expandable, capacity=capacity_bytes)
 
     def program(self, *, when_full: bool = False) -> tuple[Program, list[int]]:
         """The events and the table of sizes. All sizes that run the same operations share the events."""

@@ -17,6 +17,9 @@ TOKEN_TILE = 4096
 VOCAB_TILE = 32768
 """Width of TRL's tiles of logits, in vocabulary entries. The buffer has this width for any vocabulary."""
 
+CHUNKS = 8
+"""Chunks of torchtune's loss (`num_output_chunks`)."""
+
 MAX_ROWS = 4096
 """Unsloth's tokens per chunk at most, and per tile of the pass for frozen heads (`_MAX_ROWS`, `_BWD_ROWS`)."""
 FEWEST_LOGITS = 512 * 151936
@@ -80,6 +83,8 @@ class LossSizes(NamedTuple):
         n = self._scored(b, length)
         if self.loss == "trl-chunked":
             return {"n": n, "s-1": length - 1, "rows": _least(n, TOKEN_TILE), "rest": _rest(n, TOKEN_TILE)}
+        if self.loss == "torchtune-linear":
+            return {"n": n, "chunk": n // CHUNKS, "longer": n // CHUNKS + 1}
         tile = _least(n, MAX_ROWS)
         by_itemsize = {
             f"rows{size}": unsloth_rows(n, hidden_size=self.hidden_size, vocab_size=self.vocab_size, itemsize=size)
@@ -99,6 +104,8 @@ class LossSizes(NamedTuple):
         n = self._scored(b, length)
         if self.loss == "trl-chunked":
             return (n > 0, n > TOKEN_TILE, n > 2 * TOKEN_TILE)
+        if self.loss == "torchtune-linear":
+            return (n >= CHUNKS, n % CHUNKS)
         named = self.named(b, length)
         chunks = (MAX_ROWS, *(named[f"rows{size}"] for size in (HALF, WIDE)))
         return (n > 0, n >= FLASH_FROM_ROWS, *(n > times * rows for rows in chunks for times in (1, 2)))

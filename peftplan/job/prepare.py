@@ -87,6 +87,10 @@ def prepared(request: Request) -> Job:
     )
     if loaded is not None:
         architecture = replace(architecture, source=loaded.architecture.source)
+    if setup.by.own_modules:
+        from peftplan.job.built import as_torchtune_builds
+
+        architecture = as_torchtune_builds(architecture, model_config, adapted=bool(kind and kind.peft_type))
     quant = _quant(setup, kind)
     setup = resolved(
         setup,

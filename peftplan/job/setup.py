@@ -164,7 +164,8 @@ def resolved(
     if setup.use_cache is None and filled["use_cache"] is None:
         filled["use_cache"] = use_cache
     if setup.adapter_dtype is None:
-        filled["adapter_dtype"] = "bf16" if quantized and setup.by.casts_adapter(setup.quant) else "fp32"
+        narrow = "bf16" if quantized and setup.by.casts_adapter(setup.quant) else "fp32"
+        filled["adapter_dtype"] = setup.dtype if setup.by.own_modules else narrow
     if setup.attn_implementation is None:
         filled["attn_implementation"] = "sdpa" if supports_sdpa else "eager"
     elif setup.attn_implementation == "sdpa" and not supports_sdpa:
@@ -229,6 +230,8 @@ def _check_checkpointing(setup: Setup) -> None:
 def _check_trainer(setup: Setup) -> None:
     """Raise RefusedError for what the trainer cannot do, InputError for an option that its loss does not accept."""
     by = setup.by
+    if setup.loss == "torchtune-linear" and not by.own_modules:
+        raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; add --trainer torchtune")
     if by.losses is not None and setup.loss not in by.losses:
         raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; accepted: {', '.join(by.losses)}")
     if setup.logits_to_keep is not None and setup.loss not in LOSSES_OF_SLICES:

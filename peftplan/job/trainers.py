@@ -18,10 +18,11 @@ TrainerName = Literal[
     "trl-rloo",
     "trl-orpo",
     "trl-cpo",
+    "torchtune",
 ]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
-Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth"]
+Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth", "torchtune-linear"]
 Autocast = Literal["none", "bf16", "fp16"]
 
 
@@ -106,6 +107,10 @@ class Trainer(NamedTuple):
     """The default of `beta`; 0 leaves the reference model out."""
     options: frozenset[str] = frozenset()
     """The options of preference and RL trainers that it has."""
+    expandable_segments: bool = False
+    """Whether its package sets `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True` (torchtune/__init__.py)."""
+    own_modules: bool = False
+    """Whether it builds the model of modules of its own, on the card, with adapters in the model's dtype."""
     package: str | None = None
     """The package whose other trainers are not counted."""
     arguments: str | None = None
@@ -225,6 +230,21 @@ TRAINERS: dict[TrainerName, Trainer] = {
             makes_optimizer=False,
             collates=False,
             loads_on_device=True,
+        ),
+        # Recipes on one device (`lora_finetune_single_device`, `full_finetune_single_device`).
+        Trainer(
+            "torchtune",
+            "torchtune's recipe",
+            Defaults("none", gradient_checkpointing=False, loss="torchtune-linear", kbit_prepare=False),
+            prepares_model=False,
+            clips_gradients=False,
+            makes_optimizer=False,
+            loads_on_device=True,
+            turns_cache_off=True,
+            losses=("torchtune-linear", "full"),
+            task="CAUSAL_LM",
+            expandable_segments=True,
+            own_modules=True,
         ),
         Trainer("qlora-paper", "Trainer as the QLoRA paper ran it (arXiv 2305.14314)", Defaults(optim="paged_adamw_32bit")),
     )

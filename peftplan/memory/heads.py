@@ -88,6 +88,7 @@ OF_LOSS: dict[str, Place] = {
     "trl-chunked": ("chunked_loss", "trl_chunked"),
     "liger": ("liger_loss", "liger"),
     "unsloth": ("unsloth_loss", "unsloth"),
+    "torchtune-linear": ("torchtune_loss", "linear_cross_entropy"),
 }
 """Loss → the head that replaces that of a causal language model."""
 
@@ -110,6 +111,8 @@ def _head_of(model: Model) -> Head:
         raise NeedsTraceError(f"the {loss} loss of {model_type} for {task}")
     if loss != "full":
         return _imported(OF_LOSS[loss])
+    if model.running.own_modules:
+        return _imported(("torchtune_loss", "cross_entropy"))
     place = OF_MODEL.get((model_type, task)) or HEADS.get(task)
     if task == "TOKEN_CLS" and model.arch.blocks[0].stack == "decoder":
         place = ("decoder_heads", "every_token")

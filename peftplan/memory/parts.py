@@ -54,6 +54,8 @@ class Running(NamedTuple):
     """Whether checkpointing is reentrant."""
     every_n_layers: int = 1
     """Which layers checkpointing reaches: those whose number it divides."""
+    own_modules: bool = False
+    """Whether the trainer builds the model of modules of its own."""
     kernels: Kernels = NO_KERNELS
     """The kernels of other packages that replace the model's own."""
     hosted: bool = False

@@ -193,7 +193,8 @@ def _forward(model: Model) -> list[Tensor]:
     head = head_of(model)
     model.units.enter(ROOT)
     model.units.enter(BACKBONE)
-    outputs = [*head(model, model.units.leave(BACKBONE, forward_of(model.arch.model_type)(model))), *model.outputs]
+    forward = forward_of(model.arch.model_type, own_modules=model.running.own_modules)
+    outputs = [*head(model, model.units.leave(BACKBONE, forward(model))), *model.outputs]
     outputs[0] = model.units.leave(ROOT, outputs[0])
     model.units.end_forward()
     if model.running.peft_type == "ADALORA" and model.running.loss != "trl-chunked":

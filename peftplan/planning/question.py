@@ -146,6 +146,8 @@ def traced(question: Question, *, record: bool, progress: Callable[[str, float],
     job = question.inventory.job
     if job.distributed is not None:
         raise RefusedError(f"engine: trace follows one GPU, not {job.distributed.called}; accepted: analytic")
+    if job.setup.by.own_modules:
+        raise RefusedError(f"engine: trace runs models of transformers, not those of {job.setup.by.called}; accepted: analytic")
     if job.setup.by.of_preferences:
         raise RefusedError(f"engine: trace follows a step of one forward, not that of {job.setup.by.called}; accepted: analytic")
     if (why := without_loss(job.model, job.architecture)) is not None:

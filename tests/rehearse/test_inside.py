@@ -49,6 +49,13 @@ prompt = torch.ones(3, 5, dtype=torch.int64, device="cuda")
 print("SEEN", json.dumps([list(model.generate(prompt, do_sample=sample, max_new_tokens=17).shape) for sample in (True, False)]))
 """
 
+MAKING = """
+import json, torch
+with torch.device("cuda"):
+    numbers = torch.tensor([number / 2 for number in torch.arange(3).float()])
+    print("SEEN", json.dumps([torch.ones(2).device.type, numbers.device.type, list(numbers.shape)]))
+"""
+
 
 def seen(program: str, gpu: str, tmp_path: Path, **environment: str) -> Any:
     torch = pytest.importorskip("torch")
@@ -82,3 +89,8 @@ def test_conditions_read_from_the_card_are_sane(tmp_path: Path) -> None:
 def test_generated_text_has_the_length_that_was_asked_for(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     assert seen(GENERATING, "rtx-4090", tmp_path, HF_HUB_OFFLINE=os.environ.get("HF_HUB_OFFLINE", "1")) == [[3, 22], [3, 22]]
+
+
+def test_what_is_made_under_a_device_is_on_it(tmp_path: Path) -> None:
+    """torch asks whether a function is one of its own; and takes what has our `__getitem__` for a sequence."""
+    assert seen(MAKING, "rtx-4090", tmp_path) == ["cuda", "cuda", [3]]

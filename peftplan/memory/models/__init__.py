@@ -59,8 +59,12 @@ FORWARDS: dict[str, tuple[str, str]] = {
 """model type → module of this folder and its function: from token ids to the last hidden states."""
 
 
-def forward_of(model_type: str) -> Forward:
-    """The forward of a model type in `FORWARDS`."""
+def forward_of(model_type: str, *, own_modules: bool = False) -> Forward:
+    """The forward of a model type in `FORWARDS`, or of one that torchtune builds."""
+    if own_modules:
+        from peftplan.memory.models.torchtune import BUILT
+
+        return BUILT[model_type]
     module, function = FORWARDS[model_type]
     forward: Forward = getattr(import_module(f"peftplan.memory.models.{module}"), function)
     return forward

@@ -57,6 +57,9 @@ def of(tensor: torch.Tensor) -> torch.Tensor | None:
 
 def start() -> None:
     """Follow values through the operations that programs use on batches."""
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()  # cached: torch's own functions, which `with torch.device(…)` knows
     for name in FOLLOWED:
         for owner in (torch.Tensor, torch, torch.nn.functional):
             if callable(getattr(owner, name, None)):  # torch.float is a dtype
@@ -204,9 +207,16 @@ def _changing(operation: Callable[..., Any]) -> Callable[..., Any]:
     return changing
 
 
+def _numbers(value: Any) -> Any:
+    """Tensors of one number, in a list, as numbers: torch takes them for sequences, because `__getitem__` is ours."""
+    if not isinstance(value, (tuple, list)):
+        return value
+    return [each.item() if isinstance(each, torch.Tensor) and not each.dim() else _numbers(each) for each in value]
+
+
 def _creating(operation: Callable[..., Any]) -> Callable[..., Any]:
     def creating(*args: Any, **kwargs: Any) -> Any:
-        result = operation(*args, **kwargs)
+        result = operation(*map(_numbers, args), **kwargs)
         if (
             result.device.type == "cuda"
             and not result.is_floating_point()

@@ -111,9 +111,9 @@ def read(values: dict[str, Any], **more: Any) -> ConfigPlan:
             TORCHTUNE,
             "torchtune",
             {
-                "trainer": "plain", "dtype": "bf16", "adapter_dtype": "bf16", "autocast": "none", "r": 8, "batch_size": 2,
+                "trainer": "torchtune", "dtype": "bf16", "adapter_dtype": "bf16", "autocast": "none", "r": 8, "batch_size": 2,
                 "target_modules": ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-                "optim": "adamw_torch_fused", "gradient_checkpointing": True, "keep_outputs": False,
+                "optim": "adamw_torch_fused", "gradient_checkpointing": True, "loss": "full",
             },
         ),
         (SWIFT, "swift", {"method": "lora", "r": 8, "target_modules": "all-linear", "batch_size": 1, "autocast": "bf16"}),

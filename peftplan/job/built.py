@@ -1,0 +1,60 @@
+"""Models that a trainer builds of its own modules: their buffers, and what of a job has no formula then.
+
+Source: torchtune at bd2a0fc7, modules/position_embeddings.py, models/{llama3_1,qwen2}/_position*_embeddings.py, and
+models/*/_model_builders.py (`max_seq_len`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from peftplan.arch.modules import Architecture, Buffer
+
+if TYPE_CHECKING:
+    from peftplan.job.job import Job
+
+BUILT = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+"""Model types whose forward is written as torchtune has it (`memory.models.torchtune`)."""
+MOST_POSITIONS = {"qwen2": 32768}
+"""Rows of the rotary table at most; else those of the model's config."""
+
+
+def as_torchtune_builds(architecture: Architecture, config: Mapping[str, object], *, adapted: bool) -> Architecture:
+    """The architecture with torchtune's buffers: fp32 rotary tables.
+
+    Layers share one, but builders with adapters make one in each layer (`lora_…_self_attention`), those of Llama 3.1 and later
+    excepted.
+    """
+    if architecture.model_type not in BUILT or not architecture.blocks:
+        return architecture
+    positions, width = config.get("max_position_embeddings"), architecture.blocks[0].attentions[0].head_dim
+    if not isinstance(positions, int):
+        return architecture
+    rows = min(positions, MOST_POSITIONS.get(architecture.model_type, positions))
+    of_halves = architecture.model_type in ("qwen2", "qwen3")
+    table = (rows, 2 * width) if of_halves else (rows, width // 2, 2)
+    scaled = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    shared = not adapted or (isinstance(scaled, Mapping) and scaled.get("rope_type") == "llama3")
+    name = f"layers.{0 if shared else '{}'}.attn.pos_embeddings"
+    layers = None if shared else tuple(layer for block in architecture.blocks for layer in block.layers)
+    buffers = (Buffer(f"{name}.theta", "fp32", (width // 2,), layers), Buffer(f"{name}.cache", "fp32", table, layers))
+    return replace(architecture, buffers=buffers)
+
+
+def without_formula(job: Job) -> str | None:
+    """Why a step with torchtune's modules has no formula; None where it has one."""
+    architecture, setup = job.architecture, job.setup
+    unknown = {
+        f"model type {architecture.model_type}": architecture.model_type not in BUILT,
+        f"method {job.method.name if job.method else 'this adapter config'}": job.method is None
+        or job.method.peft_type not in (None, "LORA")
+        or bool(getattr(job.config, "use_dora", False)),
+        f"quant {setup.quant}": job.quant is not None,
+        "autocast": setup.autocast != "none",
+        "eager attention": setup.attn_implementation == "eager",
+        "padding": setup.padding,
+    }
+    missing = next((what for what, is_so in unknown.items() if is_so), None)
+    return missing and f"torchtune's modules: {missing}"

@@ -1,0 +1,151 @@
+"""Decoders as torchtune builds them, of modules of its own. Weights have transformers' names here.
+
+Source: torchtune at bd2a0fc7, modules/{transformer,attention,feed_forward,rms_norm,position_embeddings}.py,
+models/qwen2/_positional_embeddings.py, models/gemma/rms_norm.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from peftplan.arch.modules import Attention
+from peftplan.memory.attention import attend, repeat_kv
+from peftplan.memory.calls import inputs
+from peftplan.memory.model import Model
+from peftplan.memory.models.decoder import Call, Norm, Style, mlp, run_layers
+from peftplan.memory.norms import rms_plus_one
+from peftplan.tape import ops
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Node, Tensor
+
+Rotate = Callable[[Tape, Tensor], Tensor]
+
+
+def torchtune(model: Model, *, rotate: Rotate, norm: Norm) -> Tensor:
+    """`TransformerDecoder.forward` up to its output layer: without a mask, with rotary tables that are buffers."""
+    style = Style(norm=norm, layer=partial(_layer, rotate=rotate))
+    return run_layers(model, style, inputs(model), lambda _: (), masks={})
+
+
+def _layer(c: Call, x: Tensor, *, rotate: Rotate) -> Tensor:
+    """`TransformerSelfAttentionLayer.forward`."""
+    h = c.norm("input_layernorm", x)
+    attn_out = _attention(c, h, rotate)
+    h = ops.add(c.at(), attn_out, x)
+    mlp_out = mlp(c, c.norm("post_attention_layernorm", h))
+    return ops.add(c.at(), h, mlp_out)
+
+
+def _attention(c: Call, x: Tensor, rotate: Rotate) -> Tensor:
+    """`MultiHeadAttention.forward`: keys and values are repeated for each query head."""
+    a, f = c.block.attentions[0], c.tape
+    grouped = a.num_attention_heads != a.num_key_value_heads
+    q = rotate(f, _by_head(c, a.num_attention_heads, c.linear("self_attn.q_proj", x)))
+    q = c.norm("self_attn.q_norm", q) if a.qk_norm else q
+    k = c.linear("self_attn.k_proj", x)
+    v = c.linear("self_attn.v_proj", x)
+    # the sum over a group of heads lies head by head, and all that follows it but `select_backward` keeps that order
+    k = rotate(f, _by_head(c, a.num_key_value_heads, k, clones=grouped and rotate is rotated_halves))
+    v = _by_head(c, a.num_key_value_heads, v, clones=grouped)
+    k = c.norm("self_attn.k_norm", k) if a.qk_norm else k
+    if grouped:
+        k = _repeated(f, a, k)
+        v = _repeated(f, a, v)
+    x = attend(c.model, a._replace(num_key_value_heads=a.num_attention_heads), q, k, v)
+    return c.linear("self_attn.o_proj", x)
+
+
+def _by_head(c: Call, heads: int, x: Tensor, *, clones: bool = False) -> Tensor:
+    batch, seq, _ = x.dims
+    return ops.heads(c.tape, x, (batch, heads, seq, c.block.attentions[0].head_dim), clones=clones)
+
+
+def _repeated(f: Tape, a: Attention, x: Tensor) -> Tensor:
+    """`unsqueeze(2).expand(…).flatten(1, 2)`: a copy, of a single head a view."""
+    if a.num_key_value_heads > 1:
+        return repeat_kv(f, x, a)
+    batch, _, seq, width = x.dims
+    return ops.expanded(f, x, (batch, a.num_attention_heads, seq, width))
+
+
+def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
+    """`RMSNorm.forward`: normed in fp32, cast back, times the weight."""
+    f, weight = model.tape, model.part(name, layer).own_weight
+    f.module = name
+    return ops.mul(f, f.to(ops.rms_normed(f, f.to(x, "fp32")), x.dtype), weight)
+
+
+def rotated_pairs(f: Tape, x: Tensor) -> Tensor:
+    """`RotaryPositionalEmbeddings.forward`, in fp32: adjacent numbers of a head are a pair. The table is a buffer."""
+    wide = f.to(x, "fp32")
+    return f.to(_turned(f, wide), x.dtype)
+
+
+def _turned(f: Tape, x: Tensor) -> Tensor:
+    half = (*x.dims[:-1], _half(x))
+    node = f.record(_turned_backward, (x,))
+    numbers = []
+    for op in ("sub", "add"):
+        products = f.new(half, x.dtype, "mul"), f.new(half, x.dtype, "mul")
+        numbers.append(f.new(half, x.dtype, op))
+        del products
+    out = f.new(x.dims, x.dtype, "stack", node)
+    numbers.clear()
+    return out
+
+
+def _turned_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+    """Each of four products takes a `select` of x, whose gradient is whole; three are added into the first in place."""
+    half = (*g.dims[:-1], _half(g))
+    product = f.new(half, g.dtype, "mul")
+    total = f.new(g.dims, g.dtype, "select_backward")
+    del product
+    for subtracted in (False, True, False):
+        negated = f.new(half, g.dtype, "neg") if subtracted else None
+        product = f.new(half, g.dtype, "mul")
+        del negated
+        more = f.new(g.dims, g.dtype, "select_backward")
+        del product, more
+    return total
+
+
+def rotated_halves(f: Tape, x: Tensor) -> Tensor:
+    """`Qwen2RotaryPositionalEmbeddings.forward`: each call casts its rows of the table, and saves both casts."""
+    row = (1, x.dims[2], 1, x.dims[3])
+    cos, sin = (None, None) if x.dtype == "fp32" else (f.new(row, x.dtype, name) for name in ("cos", "sin"))
+    negated = f.new((*x.dims[:-1], _half(x)), x.dtype, "neg")
+    turned = f.new(x.dims, x.dtype, "cat")
+    del negated
+    node = f.record(_halves_backward, (x,), cos, sin)
+    products = f.new(x.dims, x.dtype, "mul"), f.new(x.dims, x.dtype, "mul")
+    out = f.new(x.dims, x.dtype, "add", node)
+    del products, turned
+    return out
+
+
+def _halves_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+    by_sin = f.new(g.dims, g.dtype, "mul")
+    total = f.new(g.dims, g.dtype, "mul")
+    negated = f.new((*g.dims[:-1], _half(g)), g.dtype, "neg")
+    more = f.new(g.dims, g.dtype, "slice_backward")  # added into the total in place, like the next
+    del negated, more
+    more = f.new(g.dims, g.dtype, "slice_backward")
+    del by_sin, more
+    return total
+
+
+def _half(x: Tensor) -> int:
+    width = x.dims[-1]
+    assert isinstance(width, int)
+    return width // 2
+
+
+BUILT = {
+    "llama": partial(torchtune, rotate=rotated_pairs, norm=rms),
+    "mistral": partial(torchtune, rotate=rotated_pairs, norm=rms),
+    "qwen2": partial(torchtune, rotate=rotated_halves, norm=rms),
+    "qwen3": partial(torchtune, rotate=rotated_halves, norm=rms),
+    "gemma": partial(torchtune, rotate=rotated_pairs, norm=rms_plus_one),
+}
+"""model type → torchtune's forward of it."""

@@ -1,0 +1,72 @@
+"""torchtune's loss, which projects the scored tokens in chunks, and its plain cross entropy.
+
+n scored tokens, h hidden size, v vocabulary. Source: torchtune at bd2a0fc7, modules/loss/cross_entropy_loss.py
+(`LinearCrossEntropyLoss`), recipes/lora_finetune_single_device.py (`_loss_step`).
+"""
+
+from __future__ import annotations
+
+from peftplan.job.loss_sizes import CHUNKS
+from peftplan.memory.loss import causal_lm_loss
+from peftplan.memory.model import Model
+from peftplan.tape import ops
+from peftplan.tape.shaping import sliced
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Node, Tensor
+
+
+def linear_cross_entropy(model: Model, x: Tensor) -> tuple[Tensor]:
+    """`LinearCrossEntropyLoss.forward`, and the product with the number of tokens that the recipe takes.
+
+    `tensor_split` makes the first n % 8 chunks longer by one. Log-probabilities of all chunks wait in fp32 for backward.
+    """
+    f, head = model.tape, model.arch.output_embedding
+    assert head is not None
+    f.module = ""
+    rows, targets = _scored(f, x)
+    longer = model.running.loss_facts[-1]
+    views = [sliced(f, rows, ("longer" if number < longer else "chunk", rows.dims[1])) for number in range(CHUNKS)]
+    total = f.new((), "fp32", "total loss")
+    while views:
+        total = ops.add_(f, total, _of_chunk(model, head, views.pop(0)))
+    del targets
+    return (ops.scale(f, ops.scale(f, total, "div")),)
+
+
+def _scored(f: Tape, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and labels that are not ignored (`mask_inputs`)."""
+    counted = f.new(("b", x.dims[1]), "bool", "label mask"), f.new(("n", 2), "int64", "nonzero")
+    del counted
+    mask = f.new(("b", x.dims[1]), "bool", "label mask")
+    indices = f.new(("n", 1), "int64", "nonzero")
+    del mask
+    node = f.record(_scored_backward, (x,), x.dims, indices)
+    return f.new(("n", x.dims[2]), x.dtype, "index_select", node), f.new(("n",), "int64", "scored labels")
+
+
+def _scored_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor], g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "index_select_backward")
+
+
+def _of_chunk(model: Model, head: str, x: Tensor) -> Tensor:
+    """`compute_cross_entropy`: the summed loss of one chunk."""
+    f = model.tape
+    logits = model.linear(head, x)
+    f.module = ""
+    log_probabilities = ops.keeps_output(f, f.to(logits, "fp32"), "log_softmax")
+    node = f.record(_nll_backward, (log_probabilities,), log_probabilities.dims)
+    f.keep(node, log_probabilities.detach())
+    loss = f.new((), "fp32", "nll_loss", node)
+    f.keep(node, f.new((), "fp32", "nll_loss total weight"))
+    return loss
+
+
+def _nll_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor, Tensor], g: Tensor) -> Tensor:
+    return f.new(saved[0], "fp32", "nll_loss_backward")
+
+
+def cross_entropy(model: Model, x: Tensor) -> tuple[Tensor]:
+    """`CrossEntropyLoss` of fp32 logits (`TransformerDecoder.unembed`), which the recipe drops before backward."""
+    f, head = model.tape, model.arch.output_embedding
+    assert head is not None
+    return (causal_lm_loss(f, f.to(model.linear(head, x), "fp32")),)

@@ -1,0 +1,115 @@
+"""Rehearse torchtune's own recipes and keep what they held beside the options of `peftplan estimate` that say the same job.
+
+    python -m tools.rehearsed_recipes FILE     runs the jobs of FILE that hold nothing yet
+
+FILE holds a row of JSON per job: `job` (MODEL and options), `recipe` and `config` as torchtune ships them, and `overrides`. Rows
+are as long as `--seq-len` says, and each label but the last of a row is scored. Needs torchtune of commit bd2a0fc7 with its
+folder `recipes`, and the CUDA build of torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from peftplan.arch import catalogue
+from peftplan.rehearse import rehearse
+from peftplan.rehearse.inside import standins
+
+IGNORED = -100
+ROWS = 64
+
+
+class Tokenizer:
+    """What recipes ask of a tokenizer whose rows are tokens already."""
+
+    pad_id = 0
+    eos_id = 1
+
+
+class Rows:
+    """Rows of one length."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return ROWS
+
+    def __getitem__(self, number: int) -> dict[str, list[int]]:
+        """Tokens, and labels as torchtune's datasets shift them."""
+        tokens = [(7 * number + place) % 1000 + 5 for place in range(self.length)]
+        return {"tokens": tokens, "labels": [*tokens[1:], IGNORED]}
+
+
+def tokenizer() -> Tokenizer:
+    """A component of a config."""
+    return Tokenizer()
+
+
+def rows(tokenizer: Tokenizer, length: int) -> Rows:
+    """A component of a config."""
+    return Rows(length)
+
+
+def run(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what the recipe held."""
+    words = shlex.split(row["job"])
+    found = importlib.util.find_spec("recipes")
+    entry = catalogue.find(words[0])
+    assert found is not None
+    assert found.origin is not None
+    assert entry is not None
+    recipes = Path(found.origin).parent
+    config = recipes / "configs" / f"{row['config']}.yaml"
+    with TemporaryDirectory() as folder, TemporaryDirectory() as output:
+        standins.write_repository(Path(folder), entry.repo_id)
+        settings = [*_settings(config, folder, output, length=words[words.index("--seq-len") + 1]), *row["overrides"]]
+        command = [sys.executable, str(recipes / f"{row['recipe']}.py"), "--config", str(config), *settings]
+        result = rehearse(command, timeout=900, stdout=sys.stderr.fileno())
+    rank = result.largest_rank
+    if rank is None or result.ended != "steps":
+        return row | {"ended": result.ended}
+    return row | {
+        "ended": "steps",
+        "allocated": rank.peak_allocated,
+        "reserved": rank.peak_reserved,
+        "by_phase": dict(rank.peak_by_phase),
+        "reserved_by_phase": dict(rank.reserved_by_phase),
+        "host": dict(rank.host),
+    }
+
+
+def _settings(config: Path, folder: str, output: str, *, length: str) -> Iterator[str]:
+    """Settings that put the stand-in, its rows and one micro batch per step in place of what the config names."""
+    shipped = yaml.safe_load(config.read_text(encoding="utf-8"))
+    files = sorted(path.name for path in Path(folder).glob("*.safetensors"))
+    yield from (f"output_dir={output}", f"checkpointer.checkpoint_dir={folder}")
+    yield f"checkpointer.checkpoint_files=[{','.join(files)}]"
+    yield from (f"tokenizer._component_={__name__}.tokenizer", f"dataset._component_={__name__}.rows", f"dataset.length={length}")
+    yield from (f"~{part}.{key}" for part in ("tokenizer", "dataset") for key in shipped[part] if key != "_component_")
+    yield from (f"metric_logger.log_dir={output}/logs", "gradient_accumulation_steps=1")
+
+
+def main(file: Path) -> None:
+    """Run what the file does not hold yet, and write it again after each job."""
+    kept = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for place, row in enumerate(kept):
+        if "allocated" not in row:
+            kept[place] = run(row)
+            file.write_text("".join(f"{json.dumps(each)}\n" for each in kept), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    from tools import rehearsed_recipes  # under the name that a config can import
+
+    rehearsed_recipes.main(Path(sys.argv[1]))
