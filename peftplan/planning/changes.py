@@ -19,6 +19,15 @@ SAME, CLOSE, FEWER, OTHER, DATA, MORE_GPUS = 1, 2, 4, 6, 8, 12
 PRESET_BY = {"trainer": ("kbit_prepare", "adapter_dtype")}
 """Options that a trainer sets by default: they are not proposed beside a change of the trainer."""
 
+STRATEGIES: Mapping[str, tuple[tuple[dict[str, object], int], ...]] = {
+    "ddp": (({"strategy": "fsdp2"}, SAME), ({"strategy": "fsdp2", "offload_params": "cpu"}, CLOSE)),
+    "fsdp2": (({"offload_params": "cpu"}, CLOSE),),
+    "zero1": (({"strategy": "zero2"}, SAME), ({"strategy": "zero3"}, SAME), ({"offload_optimizer": "cpu"}, CLOSE)),
+    "zero2": (({"strategy": "zero3"}, SAME), ({"offload_optimizer": "cpu"}, CLOSE)),
+    "zero3": (({"offload_optimizer": "cpu"}, CLOSE), ({"offload_optimizer": "cpu", "offload_params": "cpu"}, CLOSE)),
+}
+"""Strategy → what divides more, or holds it on the host, with its price."""
+
 Sizes = Mapping[str, int]
 """Bytes of the tensors at the peak of each phase."""
 
@@ -58,8 +67,8 @@ def single_changes(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[di
 
 def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str, object], int]]:
     setup = job.setup
-    if job.distributed is not None and job.distributed.strategy == "ddp":
-        yield {"strategy": "fsdp2"}, SAME
+    if job.distributed is not None:
+        yield from STRATEGIES.get(job.distributed.strategy, ())
     if job.distributed is not None and job.distributed.facts.splits_weights:
         for place, times in enumerate((2, 4, 8)):
             yield {"gpus": (job.distributed.gpus or 1) * times}, MORE_GPUS + place

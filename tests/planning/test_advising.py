@@ -51,3 +51,11 @@ def test_nothing_is_advised_without_a_job_or_a_peak() -> None:
     estimate = peftplan.estimate(CONFIG, gpu="0.05GiB", **UNFIT)
     assert peftplan.advice(replace(estimate, origin=None)) == replace(estimate, origin=None).advice == {}
     assert peftplan.advice(replace(estimate, peaks=None)) == {}
+
+
+def test_ddp_fits_by_shards_on_the_host() -> None:
+    """Full fine-tuning of 8B on two RTX 4090: DDP needs all of it on each card; FSDP2 with its shards on the host fits."""
+    result = peftplan.estimate("llama-3.1-8b", method="full", gpu="2xrtx-4090")
+    assert [card.verdict for card in result.gpus] == ["does_not_fit"]
+    fitting = [change.options for change in peftplan.advice(result)["rtx-4090"].changes if change.verdict == "fits"]
+    assert {"strategy": "fsdp2", "offload_params": "cpu"} in fitting
