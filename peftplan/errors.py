@@ -92,7 +92,7 @@ class PeftplanError(Exception):
 class InputError(PeftplanError, ValueError):
     """Bad input: names the field, the value, and what is accepted."""
 
-    form = "{field}: {value} is not accepted; {accepted}"
+    form = "{field}: {value} is not valid; {accepted}"
 
     def __init__(self, field: str, value: object, accepted: str) -> None:
         self.field, self.value, self.accepted = field, value, accepted

@@ -36,7 +36,7 @@ PHRASES = {
     "could not be said": "is not supported",
     "a model is needed": "MODEL is missing",
     "accepted: text": "accepted: a string",
-    "None is not accepted": "is missing",
+    "None is not valid": "is missing",
     "is no option of": "is not an option of",
 }
 """What not to write → what to write."""

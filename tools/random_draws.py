@@ -121,7 +121,7 @@ def _sizes(draw: random.Random, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _used_ids(config: Mapping[str, Any]) -> int:
-    """The least vocabulary that has the padding and other special tokens: those stated, else the defaults of the config's class."""
+    """The least vocabulary that has the padding and other special tokens: those stated, else the defaults of the class."""
     defaults = SPECIAL_IDS.get(config["model_type"], {})
     ids = [config.get(f"{name}_token_id", defaults.get(name)) for name in ("pad", "bos", "eos", "decoder_start")]
     return max((value for value in ids if isinstance(value, int)), default=-1) + 1

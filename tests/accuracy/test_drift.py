@@ -396,8 +396,8 @@ def test_every_format_says_the_drift(runs: Path, tmp_path: Path, fmt: str) -> No
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--engine", "guess"], "engine: 'guess' is not accepted"),
-        (["--format", "csv"], "format: 'csv' is not accepted"),
+        (["--engine", "guess"], "engine: 'guess' is not valid"),
+        (["--format", "csv"], "format: 'csv' is not valid"),
         (["--id", "exampel"], "did you mean example?"),
         (["--sample", "0"], "--sample"),
     ],

@@ -65,7 +65,7 @@ def test_the_digest_is_sha256_of_the_canonical_json() -> None:
         (signed({**PAYLOAD, "speed": 3}), "speed: 3"),
         (
             signed({**PAYLOAD, "outcome": "fine"}),
-            "outcome: 'fine' is not accepted; did you mean failed?",
+            "outcome: 'fine' is not valid; did you mean failed?",
         ),
         (
             signed({**PAYLOAD, "peaks": {"overall": {"allocated": "15"}}}),

@@ -76,7 +76,7 @@ def test_every_shell_has_a_script() -> None:
         done = run("completion", shell)
         assert done.code == 0
         assert f"_PEFTPLAN_COMPLETE={shell}_complete" in done.out
-    assert run("completion", "tcsh").err.startswith("peftplan: SHELL: 'tcsh' is not accepted")
+    assert run("completion", "tcsh").err.startswith("peftplan: SHELL: 'tcsh' is not valid")
 
 
 def test_choices_are_those_of_the_library() -> None:

@@ -61,11 +61,11 @@ def test_a_path_that_is_not_there() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--gpu", "nosuch"), "--gpu: 'nosuch' is not accepted"),
-        (("--gpu", "0xl4"), "--gpu: '0xl4' is not accepted"),
+        (("--gpu", "nosuch"), "--gpu: 'nosuch' is not valid"),
+        (("--gpu", "0xl4"), "--gpu: '0xl4' is not valid"),
         (("--gpu", "2xl4,4xt4"), "--gpu: a file has one verdict"),
         (("--gpu", "l4,t4"), "--gpu: a file has one verdict"),
-        (("--engine", "no"), "--engine: 'no' is not accepted"),
+        (("--engine", "no"), "--engine: 'no' is not valid"),
         (("--tool", "axolotll"), "did you mean axolotl?"),
     ],
 )
@@ -81,4 +81,4 @@ def test_a_file_with_a_wrong_value_has_its_tool(tmp_path: Path) -> None:
     (tmp_path / "a.yml").write_text(QLORA.replace("lora_r: 8", "lora_r: -16"))
     (row,) = json.loads(run("configs", str(tmp_path), "--format", "json").out)
     assert row["tool"] == "axolotl"
-    assert "a.yml:4: lora_r: -16 is not accepted" in row["error"]
+    assert "a.yml:4: lora_r: -16 is not valid" in row["error"]

@@ -52,7 +52,7 @@ def test_translates_a_config(tmp_path: Path) -> None:
     ("options", "line"),
     [
         ((*JOB,), "--to is missing: name a tool; accepted: axolotl, llamafactory, trl, "),
-        ((*JOB, "--to", "axolotle"), "--to: 'axolotle' is not accepted; did you mean axolotl? accepted: "),
+        ((*JOB, "--to", "axolotle"), "--to: 'axolotle' is not valid; did you mean axolotl? accepted: "),
         (("--to", "trl"), "MODEL is missing: name a model, or a --config that names one"),
         ((*JOB, "--to", "trl", "--force"), "--force needs a FILE to replace (--output)"),
         ((*JOB, "--to", "trl", "-o", "/nowhere/at/all.yml"), "/nowhere/at/all.yml"),

@@ -127,7 +127,7 @@ def test_a_grid_of_a_thousand_million_points_is_asked_twice() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--seq-len", "1024:512"), "--seq-len: '1024:512' is not accepted; it ends before it begins"),
+        (("--seq-len", "1024:512"), "--seq-len: '1024:512' is not valid; it ends before it begins"),
         (("--bs", "1,,2"), "--bs: '1,,2'"),
         (("--nosuch", "1"), "no such option: --nosuch"),
         (("--format", "xml"), "--format: 'xml'"),

@@ -101,11 +101,11 @@ def test_serving_reads_them_too() -> None:
         ("--lora_rank 0", "--lora_rank must be at least 1 (got 0)"),
         ("--bs many", "--bs must be a whole number (got 'many')"),
         ("--set rank=0", "--set rank must be at least 1 (got 0)"),
-        ("--flash-attn=x", "--flash-attn: 'x' is not accepted; accepted: true, false, fa2, sdpa, disabled, auto"),
+        ("--flash-attn=x", "--flash-attn: 'x' is not valid; accepted: true, false, fa2, sdpa, disabled, auto"),
         ("--quant nf4 --method full",
          "--quant: a base stored as nf4 cannot be trained in full; use a PEFT method or --quant none"),
         ("--no-gradient-checkpointing --every-n-layers 2",
-         "--every-n-layers: 2 is not accepted; accepted: 1, or more with --gradient-checkpointing"),
+         "--every-n-layers: 2 is not valid; accepted: 1, or more with --gradient-checkpointing"),
     ],
 )  # fmt: skip
 def test_an_error_names_what_was_typed(command: str, line: str) -> None:

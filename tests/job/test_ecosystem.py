@@ -179,7 +179,7 @@ def test_an_sft_config_is_trl() -> None:
 
 def test_other_trainers_of_trl_are_refused() -> None:
     args = pytest.importorskip("trl.trainer.distillation_config").DistillationConfig(**COMMON, bf16=False)
-    with pytest.raises(peftplan.InputError, match=r"'DistillationConfig' is not accepted; accepted: .* SFTConfig, DPOConfig"):
+    with pytest.raises(peftplan.InputError, match=r"'DistillationConfig' is not valid; accepted: .* SFTConfig, DPOConfig"):
         peftplan.estimate(CONFIG, training_args=args)
 
 
@@ -276,7 +276,7 @@ def test_checkpointing_kwargs_are_checked_as_options() -> None:
 def test_activations_that_trl_moves_to_the_host_are_refused() -> None:
     trl = pytest.importorskip("trl")
     args = trl.SFTConfig(**COMMON, activation_offloading=True, bf16=False)
-    with pytest.raises(peftplan.InputError, match="activation_offloading: True is not accepted; accepted: False"):
+    with pytest.raises(peftplan.InputError, match="activation_offloading: True is not valid; accepted: False"):
         peftplan.estimate(CONFIG, training_args=args)
 
 

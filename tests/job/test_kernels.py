@@ -29,9 +29,9 @@ def test_every_part_has_a_place() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("unslot", "kernels: 'unslot' is not accepted; did you mean unsloth"),
+        ("unslot", "kernels: 'unslot' is not valid; did you mean unsloth"),
         ("liger,unsloth.rope", "accepted: one kernel of each part, not unsloth.rope and liger.rope"),
-        (3, "kernels: 3 is not accepted"),
+        (3, "kernels: 3 is not valid"),
     ],
 )
 def test_bad_names_are_one_line(names: object, message: str) -> None:

@@ -127,8 +127,8 @@ def with_two_adapters() -> Any:
 @pytest.mark.parametrize(
     ("unusable", "message"),
     [
-        (lambda: torch.nn.Linear(2, 2), "model: <Linear object> is not accepted; accepted: a built-in name"),
-        (lambda: object(), "model: <object object> is not accepted; accepted: a built-in name"),
+        (lambda: torch.nn.Linear(2, 2), "model: <Linear object> is not valid; accepted: a built-in name"),
+        (lambda: object(), "model: <object object> is not valid; accepted: a built-in name"),
         (frozen, "no parameter of it requires gradients"),
         (with_two_adapters, "accepted: one adapter on a loaded model"),
     ],
@@ -150,13 +150,13 @@ def test_a_sweep_takes_a_config_or_a_module_as_one_model() -> None:
         rows = peftplan.sweep(one, seq_len=[64, 128], trainer="plain", r=4).records()
         assert [row["error"] for row in rows] == [None, None]
         assert [row["seq_len"] for row in rows] == [64, 128]
-    with pytest.raises(peftplan.InputError, match="model: <Sequential object> is not accepted"):
+    with pytest.raises(peftplan.InputError, match="model: <Sequential object> is not valid"):
         peftplan.sweep(torch.nn.Sequential(torch.nn.Linear(2, 2)), seq_len=[64, 128]).records()
 
 
 @pytest.mark.parametrize("ask", [peftplan.estimate, peftplan.inspect, peftplan.serving, peftplan.sweep])
 def test_an_unknown_object_is_one_line_of_every_question(ask: Callable[..., Any]) -> None:
-    with pytest.raises(peftplan.InputError, match="model: <object object> is not accepted; accepted: a built-in name"):
+    with pytest.raises(peftplan.InputError, match="model: <object object> is not valid; accepted: a built-in name"):
         list(ask(object()).records())
 
 

@@ -95,9 +95,9 @@ def test_a_position_table_bounds_the_sequence() -> None:
     longest = {"gpt2": 1024, "roberta-base": 512, "opt-125m": 2048, "bart-base": 1024, "whisper-tiny": 448}
     for model, positions in longest.items():
         assert peftplan.estimate(model, method="full").assumptions["seq_len"] == positions
-        with pytest.raises(InputError, match=f"seq_len: 4096 is not accepted; accepted: up to {positions}, the positions"):
+        with pytest.raises(InputError, match=f"seq_len: 4096 is not valid; accepted: up to {positions}, the positions"):
             peftplan.estimate(model, method="full", seq_len=4096)
-    with pytest.raises(InputError, match="seq_len: 1025 is not accepted"):
+    with pytest.raises(InputError, match="seq_len: 1025 is not valid"):
         peftplan.estimate("gpt2", method="full").at(seq_len=1025)
 
 

@@ -241,9 +241,9 @@ def test_a_script_runs_on_a_stack_unless_it_says_another() -> None:
 
 def test_a_version_that_somebody_typed_is_a_version_and_an_assumption() -> None:
     assert Script.on(torch=None, transformers=None) is NO_SCRIPT
-    with pytest.raises(InputError, match=r"torch: 'main' is not accepted; accepted: a version such as 2\.10"):
+    with pytest.raises(InputError, match=r"torch: 'main' is not valid; accepted: a version such as 2\.10"):
         Script.on(torch="main")
-    with pytest.raises(InputError, match=r"transformers: 'v5' is not accepted; accepted: a version such as 5\.3"):
+    with pytest.raises(InputError, match=r"transformers: 'v5' is not valid; accepted: a version such as 5\.3"):
         Script.on(transformers="v5")
     assumptions = run(Script.on(torch="2.10", transformers="5.3")).assumptions
     assert (assumptions["torch"], assumptions["transformers"]) == ("2.10", "5.3")

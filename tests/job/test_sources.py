@@ -99,7 +99,8 @@ def test_a_built_in_name_is_found_without_reading_the_other_models() -> None:
         "load('llama-2-70b')\n"
         "assert not {'torch', 'transformers', 'huggingface_hub', 'pydantic', 'click', 'rich'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_weight_table_with_another_head_is_read_by_transformers() -> None:
@@ -348,7 +349,8 @@ def test_the_cache_folder_is_huggingface_hubs(monkeypatch: pytest.MonkeyPatch, t
         {"HF_HUB_CACHE": str(tmp_path)},
         {"HUGGINGFACE_HUB_CACHE": str(tmp_path / "old")},
     ):
-        subprocess.run([sys.executable, "-c", program], env={**base, **extra}, check=True)
+        done = subprocess.run([sys.executable, "-c", program], env={**base, **extra}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_offline_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,5 +52,9 @@ def test_too_old_is_not_missing(
 
 
 def test_newer_ones_are_new_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    releases(monkeypatch, torch="2.15.0a0+git1", transformers="5.0.0rc1", peft="1.0")
+    newer = {"torch": "2.15.0a0+git1", "transformers": "5.0.0rc1", "peft": "1.0"}
+    releases(monkeypatch, **newer)
     installed.require("engine: trace")
+    releases(monkeypatch, **newer | {"peft": "0.9"})
+    with pytest.raises(peftplan.RefusedError, match=r"0\.9 is installed"):
+        installed.require("engine: trace")

@@ -108,7 +108,7 @@ def test_other_sizes_keep_the_count(options: dict[str, Any]) -> None:
 def test_a_slice_of_several_sequences_is_refused() -> None:
     """`LigerForCausalLMLoss` views its hidden states as rows."""
     with pytest.raises(
-        InputError, match="logits_to_keep: 40 is not accepted; liger keeps the logits of all tokens, or needs batch_size 1"
+        InputError, match="logits_to_keep: 40 is not valid; liger keeps the logits of all tokens, or needs batch_size 1"
     ):
         estimate(MODEL, **SIZES, logits_to_keep=40)
     assert estimate(MODEL, **SIZES, logits_to_keep=S).peaks is not None

@@ -78,7 +78,7 @@ def test_other_sizes_keep_the_count() -> None:
         assert by_phase(base.at(batch_size=b, seq_len=s)) == direct
         assert {phase: int(values[number]) for phase, values in grid.requested_by_phase.items()} == direct
     for shorter in (N - 1, numpy.array([S, N - 1])):
-        with pytest.raises(InputError, match=rf"logits_to_keep: {N} is not accepted; accepted: up to {N - 1}, the to"):
+        with pytest.raises(InputError, match=rf"logits_to_keep: {N} is not valid; accepted: up to {N - 1}, the to"):
             base.at(seq_len=shorter)
 
 

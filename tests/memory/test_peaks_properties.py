@@ -80,30 +80,30 @@ def phases(result: Any) -> dict[str, int]:
     return dict(result.peaks.requested)
 
 
-def never_less(small: dict[str, int], large: dict[str, int]) -> None:
-    """Every phase's peak has grown or stayed."""
-    assert all(small[phase] <= large[phase] for phase in small), (small, large)
+def shrunk(small: dict[str, int], large: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """The phases whose peak is less, with both peaks."""
+    return {phase: (small[phase], large[phase]) for phase in small if small[phase] > large[phase]}
 
 
 @QUICK
 @given(job=jobs(), batch=BATCHES, more=st.integers(1, 8), seq=SEQUENCES | EDGES)
 def test_more_sequences_never_take_less(job: dict[str, Any], batch: int, more: int, seq: int) -> None:
     small, large = (estimated(job, batch_size=size, seq_len=seq) for size in (batch, batch + more))
-    never_less(phases(small), phases(large))
+    assert shrunk(phases(small), phases(large)) == {}
 
 
 @QUICK
 @given(job=jobs(), batch=BATCHES, seq=SEQUENCES | EDGES, more=st.integers(1, 130))
 def test_longer_sequences_never_take_less(job: dict[str, Any], batch: int, seq: int, more: int) -> None:
     small, large = (estimated(job, batch_size=batch, seq_len=length) for length in (seq, seq + more))
-    never_less(phases(small), phases(large))
+    assert shrunk(phases(small), phases(large)) == {}
 
 
 @QUICK
 @given(job=jobs(methods=("lora", "qlora", "dora")), batch=BATCHES, seq=SEQUENCES | EDGES, r=RANKS, more=st.integers(1, 60))
 def test_more_rank_never_takes_less(job: dict[str, Any], batch: int, seq: int, r: int, more: int) -> None:
     small, large = (estimated(job, batch_size=batch, seq_len=seq, r=rank) for rank in (r, r + more))
-    never_less(phases(small), phases(large))
+    assert shrunk(phases(small), phases(large)) == {}
 
 
 def test_a_window_that_begins_to_hide_takes_a_mask_and_with_it_another_kernel() -> None:

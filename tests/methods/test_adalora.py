@@ -48,7 +48,7 @@ def test_a_schedule_leaves_steps_to_allocate_ranks_in() -> None:
     schedule = {"tinit": 6, "tfinal": 3}
     with pytest.raises(ValueError, match="don't allow for a budgeting phase"):
         AdaLoraConfig(total_step=9, **schedule)
-    with pytest.raises(InputError, match=r"total_step: 9 is not accepted; accepted: more than tinit \(6\) \+ tfinal \(3\)"):
+    with pytest.raises(InputError, match=r"total_step: 9 is not valid; accepted: more than tinit \(6\) \+ tfinal \(3\)"):
         ours("llama", "adalora", total_step=9, **schedule)
     assert ours("llama", "adalora", total_step=10, **schedule).added == ours("llama", "adalora").added
 

@@ -45,7 +45,7 @@ def test_the_command_line_names_the_option(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(endless, "SECONDS", 0.3)
     done = run("inspect", "llama-2-7b", "--match", "(.*)*x!")
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("peftplan: --match: '(.*)*x!' is not accepted; it takes more than ")
+    assert done.err.startswith("peftplan: --match: '(.*)*x!' is not valid; it takes more than ")
     assert done.err.count("\n") == 1
 
 

@@ -66,7 +66,7 @@ def test_fields_are_pefts(name: str) -> None:
         ("lorra", {}, UnknownNameError, "did you mean lora"),
         ("lora", {"rank_patern": {}}, UnknownNameError, "did you mean rank_pattern"),
         ("lora", {"r": 0}, InputError, "r must be at least 1 (got 0)"),
-        ("lora", {"bias": "some"}, InputError, "bias: 'some' is not accepted; accepted: all, lora_only, none"),
+        ("lora", {"bias": "some"}, InputError, "bias: 'some' is not valid; accepted: all, lora_only, none"),
         ("prefix-tuning", {}, InputError, "num_virtual_tokens is missing: peft has no default for it"),
         ("loha", {"rank_pattern": {"(": 1}}, InputError, "not a regular expression"),
         ("full", {"r": 8}, UnknownNameError, "r is not an option of full"),

@@ -285,7 +285,7 @@ def test_no_advice_is_said(fmt: str) -> None:
 
 
 def test_an_unknown_search_is_refused() -> None:
-    with pytest.raises(InputError, match="advice: 'some' is not accepted"):
+    with pytest.raises(InputError, match="advice: 'some' is not valid"):
         estimate("llama-2-7b", advice=cast("Any", "some"))
 
 

@@ -43,7 +43,7 @@ def test_the_json_holds_it() -> None:
 
 def test_a_card_of_another_estimate_is_an_error() -> None:
     estimate = peftplan.estimate(CONFIG, gpu=["0.05GiB", "t4"], **UNFIT)
-    with pytest.raises(peftplan.UnknownNameError, match=r"gpu: 'h100' is not accepted.*accepted: 0.05GiB, t4"):
+    with pytest.raises(peftplan.UnknownNameError, match=r"gpu: 'h100' is not valid.*accepted: 0.05GiB, t4"):
         peftplan.advice(estimate, gpu="h100")
 
 

@@ -84,8 +84,6 @@ def test_traced_methods_are_compared() -> None:
 def test_a_sweep_says_what_traces_instead() -> None:
     done = run("sweep", "gpt2", "--engine", "trace")
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith(
-        "peftplan: --engine: 'trace' is not accepted; accepted: analytic; `peftplan estimate --engine trace`"
-    )
+    assert done.err.startswith("peftplan: --engine: 'trace' is not valid; accepted: analytic; `peftplan estimate --engine trace`")
     rows = peftplan.sweep(NEO, batch_size=[1, 2], seq_len=128).records()
     assert all("no formula for activations of model type gpt_neo; `peftplan estimate" in row["error"] for row in rows)

@@ -92,7 +92,7 @@ def test_biases_of_the_base_belong_to_one_adapter() -> None:
 
 
 def test_a_context_beyond_the_positions_of_the_model() -> None:
-    with pytest.raises(InputError, match="context: 1025 is not accepted; accepted: up to 1024"):
+    with pytest.raises(InputError, match="context: 1025 is not valid; accepted: up to 1024"):
         peftplan.serving("gpt2", context=1025)
     assert peftplan.serving("gpt2").assumptions["context"] == 1024
 

@@ -183,5 +183,5 @@ def test_the_list_says_which_command_prints_what() -> None:
     assert [row["name"] for row in rows] == list(DOCUMENTS)
     refused = run("schema", "estimat")
     assert refused.code == 2
-    assert refused.err.startswith("peftplan: NAME: 'estimat' is not accepted; did you mean estimate? accepted: ")
+    assert refused.err.startswith("peftplan: NAME: 'estimat' is not valid; did you mean estimate? accepted: ")
     assert run("schema", "fit", "--format", "csv").err.startswith("peftplan: --format: a schema is JSON (got csv)")

@@ -92,6 +92,6 @@ def test_bad_values_are_refused() -> None:
 
     with pytest.raises(InputError, match=r"every_n_layers must be at least 1 \(got 0\)"):
         of(every_n_layers=0)
-    with pytest.raises(InputError, match="every_n_layers: 2 is not accepted; accepted: 1, or more with gradient_checkpointing"):
+    with pytest.raises(InputError, match="every_n_layers: 2 is not valid; accepted: 1, or more with gradient_checkpointing"):
         of(every_n_layers=2, gradient_checkpointing=False)
     of(every_n_layers=1, gradient_checkpointing=False)

@@ -74,7 +74,7 @@ def test_liger_takes_a_slice_of_one_sequence() -> None:
     assert one.peak_by_phase["forward"] <= every.peak_by_phase["forward"]
     traced(llama(), lora(), loss="liger", **SIZES, logits_to_keep=S)
     with pytest.raises(
-        InputError, match=f"logits_to_keep: {N} is not accepted; liger keeps the logits of all tokens, or needs batch_size 1"
+        InputError, match=f"logits_to_keep: {N} is not valid; liger keeps the logits of all tokens, or needs batch_size 1"
     ):
         traced(llama(), lora(), loss="liger", **SIZES, logits_to_keep=N)
 
@@ -92,7 +92,7 @@ def test_liger_takes_a_slice_of_one_sequence() -> None:
 @pytest.mark.parametrize("engine", ["analytic", "trace"])
 def test_what_does_not_take_it_is_refused(options: dict[str, Any], accepted: str, engine: Any) -> None:
     job = {**SIZES, "logits_to_keep": N, **options}
-    with pytest.raises(InputError, match=f"logits_to_keep: {job['logits_to_keep']} is not accepted; {accepted}"):
+    with pytest.raises(InputError, match=f"logits_to_keep: {job['logits_to_keep']} is not valid; {accepted}"):
         estimate(llama(), engine=engine, **job)
 
 
@@ -111,7 +111,7 @@ def test_labels_of_virtual_tokens_are_too_many() -> None:
 
 def test_a_forward_without_the_argument_is_refused() -> None:
     config = {"model_type": "trocr", "architectures": ["TrOCRForCausalLM"], **SMALL}
-    with pytest.raises(InputError, match=f"logits_to_keep: {N} is not accepted; the forward of TrOCRFor"):
+    with pytest.raises(InputError, match=f"logits_to_keep: {N} is not valid; the forward of TrOCRFor"):
         traced(config, None, logits_to_keep=N, seq_len=S, attn_implementation="eager")
 
 

@@ -43,7 +43,7 @@ class Document(NamedTuple):
 
 
 class FileError(InputError):
-    """Something wrong in a file: `axolotl.yml:12: micro_batch_size: [1, 2] is not accepted; …`."""
+    """Something wrong in a file: `axolotl.yml:12: micro_batch_size: [1, 2] is not valid; …`."""
 
     def __init__(self, file: str, line: int | None, field: str, value: object, accepted: str) -> None:
         where = file if line is None else f"{file}:{line}"
@@ -163,7 +163,7 @@ class _Yaml:
         if isinstance(node, ScalarNode):
             return self._scalar(node, key, line)
         raise BrokenFileError(
-            self.file, line, f"{key or 'the file'}: the tag {node.tag} is not accepted; accepted: values without tags"
+            self.file, line, f"{key or 'the file'}: the tag {node.tag} is not valid; accepted: values without tags"
         )
 
     def _scalar(self, node: Any, key: str, line: int) -> Any:
@@ -174,7 +174,7 @@ class _Yaml:
                 raise FileError(self.file, line, key, node.value, "accepted: a number of fewer digits") from None
         if node.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"):
             return as_number(node.value) if not node.style else node.value
-        raise BrokenFileError(self.file, line, f"{key}: the tag {node.tag} is not accepted; accepted: values without tags")
+        raise BrokenFileError(self.file, line, f"{key}: the tag {node.tag} is not valid; accepted: values without tags")
 
     def _mapping(self, node: Any, key: str, depth: int) -> Values:
         values: Values = {}
