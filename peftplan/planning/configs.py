@@ -14,9 +14,9 @@ from peftplan.job.configs.detect import check, tool_of
 from peftplan.job.configs.plan import ConfigPlan, Tool
 from peftplan.job.configs.read import read_config, read_document
 from peftplan.job.setup import ENGINES, Engine
-from peftplan.planning.documents import VerdictName
 from peftplan.planning.estimate import estimate
 from peftplan.planning.verdicts import counted_cards, find_cards
+from peftplan.results.documents import VerdictName
 
 SUFFIXES = (".yml", ".yaml", ".json", ".sh", ".py", ".ipynb")
 """Files of a folder that are read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peftplan.deployment.kv_cache import CacheTensor, growing_bytes
 from peftplan.frames import as_html, dataframe
@@ -14,6 +14,7 @@ from peftplan.results.estimate import SCHEMA_VERSION
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from peftplan.planning.serving_documents import ServingDocument
     from peftplan.planning.serving_verdict import ServingVerdict
 
 LEFT_OUT = ("activations of the prompt", "filters of sampling beside top-k", "blocks that a serving engine allocates ahead")
@@ -36,7 +37,7 @@ class Cache:
         """Device bytes."""
         return sum(tensor.num_bytes for tensor in self.tensors)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON values; `growing` is what one token more needs for a moment."""
         return {
             "bytes": self.num_bytes,
@@ -85,10 +86,10 @@ class Serving:
         """Device bytes of base, adapters and cache, as far as it is known."""
         return self.loaded.base + self.loaded.all_adapters + (self.cache.num_bytes if self.cache else 0)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ServingDocument:
         """JSON values, bytes as integers; null is what does not exist or is not known, with its reason under `refused`."""
         loaded = self.loaded
-        return {
+        document = {
             "schema_version": SCHEMA_VERSION,
             "model": dict(self.model),
             "method": dict(self.method),
@@ -110,6 +111,7 @@ class Serving:
             "not_modelled": list(self.not_modelled),
             "gpus": [verdict.to_dict() for verdict in self.gpus],
         }
+        return cast("ServingDocument", document)
 
     def records(self) -> list[dict[str, Any]]:
         """One record per number: its part, its name, its bytes."""
@@ -119,10 +121,14 @@ class Serving:
         rows += [("merged_checkpoint", f"file {i}", size) for i, size in enumerate(merged["files"] if merged else (), start=1)]
         for place, parts in (document["merge_memory"] or {}).items():
             rows += [(f"merge_memory.{place}", name, size) for name, size in parts.items() if isinstance(size, int)]
-        loaded = ("base", "adapter", "shared_by_adapters", "all_adapters")
-        rows += [("serving", name, document["serving"][name]) for name in loaded]
+        loaded = document["serving"]
+        rows += [("serving", "base", loaded["base"]), ("serving", "adapter", loaded["adapter"])]
+        rows += [
+            ("serving", "shared_by_adapters", loaded["shared_by_adapters"]),
+            ("serving", "all_adapters", loaded["all_adapters"]),
+        ]
         rows += [("kv_cache", f"{t['kind']} {t['part']}", t["bytes"]) for t in (cache["tensors"] if cache else ())]
-        rows.append(("serving", "total", document["serving"]["total"]))
+        rows.append(("serving", "total", loaded["total"]))
         return [{"part": part, "name": name, "bytes": size} for part, name, size in rows]
 
     def to_dataframe(self) -> DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Limits(NamedTuple):
@@ -44,7 +44,7 @@ class ServingVerdict(NamedTuple):
         """What is left of the usable bytes; negative where more is needed."""
         return self.usable_bytes - self.needed_bytes
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """One entry of `gpus` in the JSON."""
         facts = {name: value for name, value in self._asdict().items() if name not in ("gpu", "most", "most_tight")}
         limits = {name: {**limits._asdict(), "bounded": [*limits.bounded]} for name, limits in self._limits()}

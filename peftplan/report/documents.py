@@ -18,14 +18,14 @@ from peftplan.oom.snapshot import Alive
 from peftplan.planning.choosing import Member
 from peftplan.planning.compare import Compared
 from peftplan.planning.configs import ConfigEntry
-from peftplan.planning.documents import EstimateDocument, VerdictDocument
 from peftplan.planning.fit_result import OtherCard, Plan
 from peftplan.planning.inspection import Row
 from peftplan.planning.practice import Practice
+from peftplan.planning.serving_documents import ServingDocument
 from peftplan.report.check_documents import CheckDocument
-from peftplan.report.serving_documents import ServingDocument
 from peftplan.report.sweep_documents import SweepRowDocument
 from peftplan.results import rehearsal
+from peftplan.results.documents import EstimateDocument, VerdictDocument
 
 
 class FitDocument(TypedDict):

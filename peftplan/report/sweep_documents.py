@@ -6,7 +6,7 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from peftplan.planning.documents import VerdictName
+from peftplan.results.documents import VerdictName
 
 
 class SweepRowDocument(TypedDict):

@@ -25,7 +25,7 @@ class Column(NamedTuple):
 def line_facts(result: Estimate) -> list[dict[str, Any]]:
     """One record per line of the ledger, category by category."""
     lines = sorted(result.lines(), key=lambda line: EVERY_CATEGORY.index(line["category"]))
-    return [{column: line[column] for column in LINE_COLUMNS} for line in lines]
+    return [{column: fact for column, fact in line.items() if column in LINE_COLUMNS} for line in lines]
 
 
 def family(name: str) -> str:

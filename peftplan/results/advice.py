@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 FITS = ("fits", "tight")
 
@@ -22,7 +22,7 @@ class Advice(NamedTuple):
     peak_allocated: int | None = None
     headroom_bytes: int | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """One entry of a card's `advice` in the JSON."""
         return self._asdict()
 

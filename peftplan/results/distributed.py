@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from peftplan.distributed.names import ALWAYS
 
@@ -36,7 +36,7 @@ class RankGroup(NamedTuple):
     """Device bytes that last from step to step, and the gradients."""
     peaks: Peaks | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The group in the JSON."""
         first, last = self.ranks[0], self.ranks[-1]
         peaks = self.peaks
@@ -74,7 +74,7 @@ class OverGpus(NamedTuple):
             f"{self.global_batch_size} per step"
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The block `distributed` of the JSON."""
         strategy = self.strategy
         stated = strategy.model_dump(mode="json", exclude_none=True, exclude=set(ALWAYS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from peftplan.errors import InputError
 from peftplan.frames import as_html, dataframe
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from peftplan.parameters import Parameters
     from peftplan.results.advice import Advised
     from peftplan.results.distributed import OverGpus
+    from peftplan.results.documents import EstimateDocument, LineDocument, Phase, VerdictDocument
     from peftplan.results.host import Host
     from peftplan.results.series import Recording
 
 SCHEMA_VERSION = 1
-PHASES = ("load", "forward", "backward", "step")
+PHASES: tuple[Phase, ...] = ("load", "forward", "backward", "step")
 ALL_PHASES = ("load", "generate", "forward", "backward", "step")
 """`generate`: the policy of an RL trainer writes completions."""
 COUNTED: tuple[Category, ...] = (
@@ -133,10 +134,10 @@ class Verdict(NamedTuple):
         """What nvidia-smi shows for the process; None where the context or the peak is not known."""
         return None if self.context_assumed or self.lower_bound or self.upper_bound else self.needed_bytes
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> VerdictDocument:
         """One entry of `gpus` in the JSON."""
         scope = {} if self.scope is None else {"scope": self.scope}
-        return {
+        facts = {
             "name": self.gpu,
             "usable_bytes": self.usable_bytes,
             "usable_source": self.why,
@@ -155,6 +156,7 @@ class Verdict(NamedTuple):
             "headroom_bytes": self.headroom_bytes,
             "runs_by_releasing_cache": self.runs_by_releasing_cache,
         }
+        return cast("VerdictDocument", facts)
 
 
 class Origin(Protocol):
@@ -216,10 +218,10 @@ class Estimate:
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of the ledger, a row per line with its bytes at each phase's own peak, as pandas and polars take them."""
-        columns = [f"{phase}_bytes" for phase in PHASES] if self.peaks else []
+        phases = PHASES if self.peaks else ()
         return [
             {name: value for name, value in line.items() if name != "bytes_by_phase"}
-            | {column: line["bytes_by_phase"].get(column.removesuffix("_bytes"), 0) for column in columns}
+            | {f"{phase}_bytes": line["bytes_by_phase"].get(phase, 0) for phase in phases}
             for line in self.lines()
         ]
 
@@ -294,14 +296,14 @@ class Estimate:
         """Bytes in CUDA managed memory (paged optimizer states): outside torch's allocator, paged out under pressure."""
         return self.static.bytes(place="managed")
 
-    def lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[LineDocument]:
         """One record per line of the ledger; `model.layers.*.mlp.up_proj.weight` stands for the weights of all its layers."""
         by_phase: dict[tuple[object, ...], dict[str, int]] = {}
         for phase, ledger in (self.peaks.ledgers if self.peaks else {}).items():
             for line in ledger:
                 of_line = by_phase.setdefault(_identity(line), {})
                 of_line[phase] = of_line.get(phase, 0) + line.bytes()
-        return [
+        facts = [
             {
                 "category": line.category,
                 "name": line.name.replace("{}", "*"),
@@ -313,13 +315,14 @@ class Estimate:
             }
             for line in self.ledger
         ]
+        return cast("list[LineDocument]", facts)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> EstimateDocument:
         """The JSON contract, bytes as integers; null is what this engine does not count."""
         by_category, counted = self.ledger.by_category(), self.counted
         line = self.largest_line
         largest = {"category": line.category, "name": line.name.replace("{}", "*"), "bytes": line.bytes()}
-        return {
+        document = {
             "schema_version": SCHEMA_VERSION,
             "engine": self.engine,
             "model": dict(self.model),
@@ -343,6 +346,7 @@ class Estimate:
             **({"distributed": self.distributed.to_dict()} if self.distributed else {}),
             **({} if self.config is None else {"config": dict(self.config)}),
         }
+        return cast("EstimateDocument", document)
 
     def _advice_facts(self, gpu: str) -> dict[str, object]:
         """A card's advice, and the engine that counted it."""

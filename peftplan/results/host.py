@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 SMALL_FILES = "adapter_config.json or config.json, rng_state.pth, trainer_state.json, training_args.bin and tokenizer files"
 """What the sum of a checkpoint leaves out: about 30 KB, and the tokenizer's few MB where Trainer is given one."""
@@ -59,7 +59,7 @@ class Host(NamedTuple):
         """The same while a new checkpoint is written beside them."""
         return None if self.disk_kept is None else self.disk_kept + self.checkpoint.total
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The key `host` of the JSON."""
         return {
             "loading": self.loading._asdict(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from peftplan.results.estimate import SCHEMA_VERSION, Verdict
 from peftplan.results.series import Recording
@@ -113,7 +112,7 @@ class Rehearsal:
             return 1
         return self.program_exit if self.program_exit >= 0 else 128 - self.program_exit
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As JSON states it."""
         stated = asdict(replace(self, recording=None))
         del stated["recording"]

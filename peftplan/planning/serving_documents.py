@@ -6,7 +6,7 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from peftplan.planning.documents import MethodDocument, ModelDocument
+from peftplan.results.documents import MethodDocument, ModelDocument
 
 
 class AdapterFileDocument(TypedDict):
