@@ -38,6 +38,14 @@ class Case(NamedTuple):
         return MEGATRON if megatron and self.plan.kind == "training" else self.plan.kind
 
 
+def _why(case: Case, key: str) -> tuple[str, str]:
+    """Why a key is not supported, and its effect; keys of kernels are read where the model and the launch have formulas."""
+    row = case.plan.unsupported.get(key)
+    return (
+        ("kernels of a package, without a formula for this model or launch", "lowers") if row is None else (row.why, row.effect)
+    )
+
+
 def cases() -> list[Case]:
     """Every record that is kept. A file that matches two tools counts as unreadable."""
     read = []
@@ -84,7 +92,7 @@ def page(read: Sequence[Case]) -> str:
     tools = sorted({case.plan.tool for case in training})
     rows = [row(tool, [case for case in training if case.plan.tool == tool]) for tool in tools]
     kinds = Counter(case.kind for case in read)
-    keys = Counter((key, entry.why, entry.effect) for case in known for key, entry in case.plan.unsupported.items())
+    keys = Counter((key, *_why(case, key)) for case in known for key in case.entry.unsupported)
     models = Counter(case.plan.model or "none is named" for case in training if not case.known)
     errors = Counter(case.entry.error for case in known if case.entry.error and case.entry.bound != "unknown")
     return f"""# The files people run

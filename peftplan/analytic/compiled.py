@@ -9,12 +9,13 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peftplan.methods as methods
+from peftplan.analytic.fused import kernels_without_formula
 from peftplan.analytic.sizes import shape_facts, sizes
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
-from peftplan.job.kernels import kernels_of, without_formula
+from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.job.setup import Setup
 from peftplan.job.virtual_tokens import check_virtual_tokens
@@ -339,13 +340,8 @@ def _check(job: Job) -> None:
 
 def _check_kernels(job: Job) -> None:
     """Raise NoEngineError where a step with these kernels, or of these modules, has no formula."""
-    setup, architecture = job.setup, job.architecture
-    why = without_formula(setup.kernels, architecture.model_type, architecture.task_type)
-    if why is None and setup.kernels and job.distributed is not None:
-        why = f"kernels with {job.distributed.called}"
-    if why is None and setup.kernels and setup.attn_implementation == "eager":
-        why = "kernels with eager attention"
-    if why is None and setup.by.own_modules:
+    why = kernels_without_formula(job)
+    if why is None and job.setup.by.own_modules:
         from peftplan.job import built
 
         why = built.without_formula(job)

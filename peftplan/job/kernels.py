@@ -44,7 +44,7 @@ class Lora(NamedTuple):
     `overwrites_input`: the gradient of the input is written where the input lies. `saves_casts`: the adapter in the dtype of the
     input is saved; else it is cast again in backward. `global_buffer`: in forward a 4-bit weight goes into one buffer per card,
     which grows to the largest of them and stays. `wide_gradients`: an fp32 adapter's gradient is made in fp32. `takes_bias`: also
-    projections with a bias.
+    projections with a bias. `drops_outside`: dropout runs before the function, once for projections that read one input.
     """
 
     source: str
@@ -53,6 +53,7 @@ class Lora(NamedTuple):
     global_buffer: bool = False
     wide_gradients: bool = False
     takes_bias: bool = False
+    drops_outside: bool = False
 
 
 class LayerNorms(NamedTuple):
@@ -82,7 +83,7 @@ class Checkpoint(NamedTuple):
 Kernel: TypeAlias = Norm | Rotary | Gated | Lora | Decoder | Checkpoint | LayerNorms
 
 UNSLOTH_LORA = Lora("unsloth 2026.10.9, kernels/fast_lora.py", overwrites_input=True, global_buffer=True)
-AXOLOTL_LORA = Lora("axolotl 0.21.0, kernels/lora.py", saves_casts=True, wide_gradients=True, takes_bias=True)
+AXOLOTL_LORA = Lora("axolotl 0.21.0, kernels/lora.py", saves_casts=True, wide_gradients=True, takes_bias=True, drops_outside=True)
 
 KERNELS: dict[str, Kernel] = {
     "unsloth.decoder": Decoder(

@@ -8,15 +8,16 @@ kernels/lora.py, which descends from them. The facts of `job.kernels.Lora` are w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from peftplan.errors import NoEngineError
 from peftplan.job.kernels import Lora
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
 from peftplan.memory.parts import FOUR_BIT, Part
+from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
+from peftplan.tape.tensors import Backward, Dims, Gradients, Node, Parameter, Tensor
 from peftplan.units import ceil_div
 
 BLOCKSIZE = 64
@@ -50,8 +51,11 @@ def projections(model: Model, kernel: Lora, names: Sequence[str], layer: int) ->
         part = model.part(name, layer)
         if "lora_A.weight" not in part.params or (part.bias is not None and not kernel.takes_bias):
             return None
-        if part.bias is not None or config.lora_dropout or config.use_dora or part.params.keys() - {"weight", *LORA}:
-            raise NoEngineError(f"a LoRA kernel with dropout, biases or DoRA at {name.rpartition('.')[2]} (no formula yet)")
+        dropped = config.lora_dropout and not kernel.drops_outside
+        if dropped or config.use_dora or part.params.keys() - {"weight", "bias", *LORA} or _trains(part.bias):
+            raise NoEngineError(
+                f"a LoRA kernel with dropout, trained biases or DoRA at {name.rpartition('.')[2]} (no formula yet)"
+            )
         if part.quant is not None and part.quant.name not in FOUR_BIT:
             raise NoEngineError(f"a LoRA kernel over {part.quant.name} (no formula yet)")
         adapted.append(Projection(part, part.params["lora_A.weight"], part.params["lora_B.weight"]))
@@ -59,6 +63,10 @@ def projections(model: Model, kernel: Lora, names: Sequence[str], layer: int) ->
 
 
 LORA = ("lora_A.weight", "lora_B.weight")
+
+
+def _trains(bias: Parameter | None) -> bool:
+    return bias is not None and bias.trainable
 
 
 def _weight(f: Tape, kernel: Lora, p: Projection, dtype: str, *, buffered: bool) -> Tensor | None:
@@ -114,43 +122,64 @@ class Saved(NamedTuple):
     projections: tuple[Projection, ...]
 
 
-def _record(f: Tape, backward: object, kernel: Lora, x: Tensor, ps: Sequence[Projection]) -> Node | None:
-    node = f.record(backward, (x, *(side for p in ps for side in (p.a, p.b))))  # type: ignore[arg-type]
+def _record(f: Tape, backward: Backward, kernel: Lora, xs: Inputs, ps: Sequence[Projection]) -> Node | None:
+    node = f.record(backward, (*xs, *(side for p in ps for side in (p.a, p.b))))
     if node is not None:
         node.in_python = True
         node.context = Saved(kernel, tuple(ps))
     return node
 
 
-def _save(f: Tape, node: Node | None, kernel: Lora, x: Tensor, ps: Sequence[Projection], *more: Tensor) -> None:
-    """`save_for_backward`: the input, what else is needed, and the adapter, in the input's dtype or as it is."""
+Inputs: TypeAlias = tuple[Tensor, Tensor | None]
+"""What a kernel reads: x, and what dropout made of it for the adapter, if it ran."""
+
+
+def _dropped(f: Tape, kernel: Lora, x: Tensor, p: float) -> Inputs:
+    return x, ops.dropout(f, x, p) if p and kernel.drops_outside else None
+
+
+def _save(f: Tape, node: Node | None, kernel: Lora, xs: Inputs, ps: Sequence[Projection], *more: Tensor) -> None:
+    """`save_for_backward`: the inputs, what else is needed, and the adapter, in the input's dtype or as it is."""
+    x, dropped = xs
     casts = [_cast(f, side, x.dtype) for p in ps for side in (p.a, p.b)] if kernel.saves_casts else []
-    f.keep(node, x.detach(), *more, *(cast for cast in casts if cast is not None))
+    f.keep(node, x.detach(), None if dropped is None else dropped.detach(), *more, *(c for c in casts if c is not None))
 
 
-def qkv(f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection]) -> list[Tensor]:
-    """`LoRA_QKV`: three results; saves x."""
-    node = _record(f, _qkv_backward, kernel, x, ps)
+def qkv(f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection], dropout: float) -> list[Tensor]:
+    """`LoRA_QKV`: three results; saves x, and its copy after dropout."""
+    xs = _dropped(f, kernel, x, dropout)
+    node = _record(f, _qkv_backward, kernel, xs, ps)
     outs = []
     for index, p in enumerate(ps):
         f.module = p.part.name
         out = _matmul_lora(f, kernel, x, p)
         outs.append(Tensor(out.storage, out.dims, out.dtype, node, index))
         del out
-    _save(f, node, kernel, x, ps)
+    _save(f, node, kernel, xs, ps)
     return outs
 
 
 def _qkv_backward(f: Tape, node: Node, saved: Sequence[Tensor], *grads: Tensor) -> Gradients:
     assert isinstance(node.context, Saved)
     kernel, ps = node.context
-    x, *casts = saved
-    return _projected_backward(f, kernel, x, ps, grads, casts, needs_x=bool(node.edges[0]))
+    x, dropped, *casts = saved
+    dx, *of_adapters = _projected_backward(f, kernel, x, ps, grads, casts)
+    return dx if node.edges[0] else None, _of_dropped(f, dropped, output=len(ps) == 1), *of_adapters
+
+
+def _of_dropped(f: Tape, dropped: Tensor | None, *, output: bool) -> Tensor | None:
+    """`zeros_like`, into which products go; of the output projection the product, scaled."""
+    if dropped is None:
+        return None
+    product = _product(f, dropped.dims, dropped.dtype) if output else None
+    gradient = f.new(dropped.dims, dropped.dtype, "dX_drop")
+    del product
+    return gradient
 
 
 def _projected_backward(
-    f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection], grads: Sequence[Tensor], casts: Sequence[Tensor], *, needs_x: bool
-) -> Gradients:
+    f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection], grads: Sequence[Tensor], casts: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """The gradients of projections that read the same x."""
     dtype, rows = x.dtype, x.dims[:-1]
     adapters = [_cast(f, side, dtype) for p in ps for side in (p.a, p.b)] if not kernel.saves_casts else list(casts)
@@ -169,7 +198,7 @@ def _projected_backward(
         _into(f)
         del weight
     del lows, adapters
-    return (dx if needs_x else None, *grads_of)
+    return dx, *grads_of
 
 
 def _adapter_gradients(
@@ -197,19 +226,21 @@ def _adapter_gradients(
     return lows, gradients
 
 
-def output(f: Tape, kernel: Lora, x: Tensor, p: Projection) -> Tensor:
+def output(f: Tape, kernel: Lora, x: Tensor, p: Projection, dropout: float) -> Tensor:
     """`LoRA_W`, `LoRA_O`: saves x; the gradient of x is a new tensor."""
-    node = _record(f, _qkv_backward, kernel, x, [p])
+    xs = _dropped(f, kernel, x, dropout)
+    node = _record(f, _qkv_backward, kernel, xs, [p])
     f.module = p.part.name
     out = _matmul_lora(f, kernel, x, p)
-    _save(f, node, kernel, x, [p])
+    _save(f, node, kernel, xs, [p])
     return Tensor(out.storage, out.dims, out.dtype, node)
 
 
-def mlp(f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection]) -> Tensor:
+def mlp(f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection], dropout: float) -> Tensor:
     """`LoRA_MLP`: saves x, the gate before its activation, and its partner."""
     gate, up, down = ps
-    node = _record(f, _mlp_backward, kernel, x, ps)
+    xs = _dropped(f, kernel, x, dropout)
+    node = _record(f, _mlp_backward, kernel, xs, ps)
     f.module = gate.part.name
     e = _matmul_lora(f, kernel, x, gate)
     f.module = up.part.name
@@ -217,7 +248,7 @@ def mlp(f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection]) -> Tensor:
     hidden = f.new(e.dims, x.dtype, "mul")
     f.module = down.part.name
     out = _matmul_lora(f, kernel, hidden, down)
-    _save(f, node, kernel, x, ps, e, g)
+    _save(f, node, kernel, xs, ps, e, g)
     return Tensor(out.storage, out.dims, out.dtype, node)
 
 
@@ -225,7 +256,7 @@ def _mlp_backward(f: Tape, node: Node, saved: Sequence[Tensor], dy: Tensor) -> G
     """Gate, partner and the gradient of their product are overwritten by their gradients and by the product itself."""
     assert isinstance(node.context, Saved)
     kernel, (gate, up, down) = node.context
-    x, e, g, *casts = saved
+    x, dropped, e, g, *casts = saved
     dtype, rows = x.dtype, x.dims[:-1]
     adapters = [_cast(f, side, dtype) for p in (gate, up, down) for side in (p.a, p.b)] if not kernel.saves_casts else list(casts)
     f.module = down.part.name
@@ -259,4 +290,4 @@ def _mlp_backward(f: Tape, node: Node, saved: Sequence[Tensor], dy: Tensor) -> G
     weight = _weight(f, kernel, gate, dtype, buffered=False)
     _into(f)
     del weight, low_down, low_up, low_gate, adapters, product
-    return (dx if node.edges[0] else None, *of_gate, *of_up, *of_down)
+    return (dx if node.edges[0] else None, _of_dropped(f, dropped, output=False), *of_gate, *of_up, *of_down)

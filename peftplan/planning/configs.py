@@ -121,7 +121,7 @@ def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analy
         result = estimate(config=plan, gpu=gpu, engine=engine)
     except PeftplanError as error:
         return row._replace(error=str(error))
-    peaks = result.peaks
+    peaks, read = result.peaks, result.config or plan.to_dict()
     return row._replace(
         trainable_parameters=result.trainable_parameters,
         total_parameters=result.total_parameters,
@@ -130,7 +130,8 @@ def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analy
         engine=result.engine,
         verdict=result.gpus[0].verdict if result.gpus else None,  # type: ignore[arg-type]
         error=None if peaks else result.not_modelled[0],
-        bound=plan.to_dict()["bound"],
+        bound=read["bound"],
+        unsupported=tuple(read["unsupported"]),
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftplan.errors import OptionError, RefusedError, UnknownNameError
 from peftplan.job.inventory import inventory
-from peftplan.job.prepare import check_rank_allocator, prepare
+from peftplan.job.prepare import check_rank_allocator, prepare, prepared
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import ENGINES, SEARCHES, AdviceSearch, Engine
 from peftplan.job.words import named_as_typed
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from peftplan.job.configs.plan import ConfigPlan
     from peftplan.job.configs.with_file import WithFile
+    from peftplan.job.job import Job
     from peftplan.job.options import Options
 
     ConfigFiles: TypeAlias = str | PathLike[str] | Iterable[str | PathLike[str]] | ConfigPlan
@@ -95,6 +96,8 @@ def estimate(
             strict=strict,
             **named,
         )
+        if config_document is not None and "kernels" not in {name for name, value in options.items() if value is not None}:
+            job, config_document = _with_formula(job, config_document)
         check_rank_allocator(job)
         counted = inventory(job)
     question = Question(counted, tuple(find_cards(gpu, context=context)), advice, config_document)
@@ -110,6 +113,18 @@ def _counted(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | Non
         numbers = ", ".join(f"{count}x" if count else "one" for count, _ in groups)
         raise RefusedError(f"gpu: one estimate is for one number of GPUs (got {numbers}); make one for each")
     return (gpu, None) if not groups or groups[0][0] is None else (groups[0][1], groups[0][0])
+
+
+def _with_formula(job: Job, document: dict[str, Any]) -> tuple[Job, dict[str, Any]]:
+    """A job of a file without kernels that have no formula, and the file's `config` field, which then says so."""
+    if not job.setup.kernels:
+        return job, document
+    from peftplan.analytic.fused import kernels_without_formula
+    from peftplan.job.configs.with_file import without_kernels
+
+    if (why := kernels_without_formula(job)) is None:
+        return job, document
+    return prepared(job.request.changed(kernels=None)), without_kernels(document, why)
 
 
 def _of_config(

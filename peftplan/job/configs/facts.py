@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -52,6 +52,8 @@ class Rule(TypedDict, total=False):
     set: Mapping[str, Any]
     """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"sum": [names]}`, `{"names": {key: …}}` or `{"globs": key}`
     (`reading`)."""
+    add: Mapping[str, Sequence[str]]
+    """Option → names that are added to those that other rules set."""
     unsupported: Mapping[str, Any]
     """`key`, `why`, `effect`, `option`."""
     supports: list[str]

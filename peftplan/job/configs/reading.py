@@ -194,8 +194,10 @@ class Reading:
             if not any(self.values.get(key) is not None for key in when):
                 schema = (self.tool.schema[key][1] for key in when if key in self.tool.schema)
                 self.defaults[option] = self._place(at or next(schema, ""))
+        for option, names in rule.get("add", {}).items():
+            self._set({option: (*self.options.get(option, ()), *names)})
         stated = [key for key in when if self.values.get(key) is not None and key not in self.unsupported]
-        if options := ", ".join(rule.get("set", {})):
+        if options := ", ".join((*rule.get("set", {}), *rule.get("add", {}))):
             for key in stated:
                 before = self.read.get(key)
                 rest = [before.option] if before and before.option and before.option != options else []

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import peftplan.methods as methods
 from peftplan.distributed.names import OPTIONS
 from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
-from peftplan.job.configs.plan import ConfigPlan
+from peftplan.job.configs.plan import ConfigPlan, Unsupported, bound
 from peftplan.job.setup import OF_PREFERENCES, Setup
 from peftplan.job.trainers import DEFAULT, TRAINERS
 
@@ -67,6 +67,23 @@ def of_trainer(options: Mapping[str, Any]) -> dict[str, Any]:
     trainer = TRAINERS.get(options.get("trainer", DEFAULT))
     lacking = OF_PREFERENCES - (trainer.options if trainer else frozenset())
     return {name: value for name, value in options.items() if name not in lacking}
+
+
+def without_kernels(document: Mapping[str, Any], why: str) -> dict[str, Any]:
+    """The `config` field of a result whose kernels have no formula: the keys that name them are not supported.
+
+    They save fewer tensors than the model's own code, so the peak without them is at most the true one's bound.
+    """
+    options = {name: value for name, value in document["options"].items() if name != "kernels"}
+    named = {key: row for key, row in document["read"].items() if row["option"].split(", ") == ["kernels"]}
+    read = {key: row for key, row in document["read"].items() if key not in named}
+    rows = {key: Unsupported(row["value"], f"{why} (no formula yet)", "lowers", "kernels") for key, row in named.items()}
+    rows = rows or {"kernels": Unsupported("by default", f"{why} (no formula yet)", "lowers", "kernels")}
+    unsupported = {key: Unsupported(**row) for key, row in document["unsupported"].items()} | rows
+    assumed = {name: text for name, text in document["assumed"].items() if name != "kernels"}
+    shown = {key: row._asdict() for key, row in unsupported.items()}
+    changed = {"options": options, "read": read, "unsupported": shown, "assumed": assumed, "bound": bound(unsupported)}
+    return {**document, **changed}
 
 
 def fitting(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,11 @@ class Call(NamedTuple):
         """Projections of this layer that a LoRA kernel takes; None where it takes them not."""
         return lora_kernels.projections(self.model, kernel, [f"{self.style.stack}.{name}" for name in names], self.number)
 
+    @property
+    def lora_dropout(self) -> float:
+        """The dropout before an adapter."""
+        return float(self.model.running.config.lora_dropout)
+
     def norm(self, name: str | None, x: Tensor) -> Tensor:
         """A norm of this layer; x itself where it has none."""
         return x if name is None else self.style.norm(self.model, f"{self.style.stack}.{name}", x, self.number)
@@ -298,7 +303,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
     k, v = c.cached(k, v, rotated=rotated)
     x = c.attend(q, k, v, rotated=rotated)
     if kernels.lora_o is not None and (ps := c.adapted(kernels.lora_o, [f"self_attn.{c.style.output}"])):
-        return lora_kernels.output(f, kernels.lora_o, x, ps[0])
+        return lora_kernels.output(f, kernels.lora_o, x, ps[0], c.lora_dropout)
     return c.linear(f"self_attn.{c.style.output}", x)
 
 
@@ -307,7 +312,7 @@ def projected(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
     side = _normed if a.qk_norm else _by_head
     kernel = c.model.running.kernels.lora_qkv
     if kernel is not None and (ps := c.adapted(kernel, [f"self_attn.{name}_proj" for name in "qkv"])):
-        q, k, v = lora_kernels.qkv(c.tape, kernel, x, ps)
+        q, k, v = lora_kernels.qkv(c.tape, kernel, x, ps, c.lora_dropout)
         q = side(c, a, 0, q)
         k = side(c, a, 1, k)
         return q, k, v.view(_head_dims(a, 1, v))
@@ -388,7 +393,7 @@ def gated_mlp(c: Call, x: Tensor, name: str = "mlp") -> Tensor:
     """`LlamaMLP.forward`."""
     kernels = c.model.running.kernels
     if kernels.lora_mlp is not None and (ps := c.adapted(kernels.lora_mlp, [f"{name}.{part}_proj" for part in PARTS])):
-        return lora_kernels.mlp(c.tape, kernels.lora_mlp, x, ps)
+        return lora_kernels.mlp(c.tape, kernels.lora_mlp, x, ps, c.lora_dropout)
     gate = c.linear(f"{name}.gate_proj", x)
     if kernels.glu is not None:
         up = c.linear(f"{name}.up_proj", x)
