@@ -72,12 +72,15 @@ class Compiled(NamedTuple):
     """The first step, where it allocates otherwise than all later ones."""
     expandable: bool = False
     """Whether the allocator's segments grow."""
+    tokens_kept: int | None = None
+    """Inputs of checkpointed layers of up to so many tokens stay on the card, whatever is offloaded."""
     programs: dict[tuple[int, ...], Written] = {}  # noqa: RUF012
     """Cache of `analytic.reserved`: the programs of the runs that end with this step."""
 
     def facts(self, batch_size: Any, seq_len: Any) -> tuple[Any, ...]:
         """`shape_facts` of this job at these sizes, numbers or arrays."""
-        return shape_facts(batch_size * self.rows, seq_len + self.virtual_tokens, self.architecture, self.loss)
+        length = seq_len + self.virtual_tokens
+        return shape_facts(batch_size * self.rows, length, self.architecture, self.loss, self.tokens_kept)
 
     def sizes(self, batch_size: Any, seq_len: Any) -> dict[str, object]:
         """Name → size for a batch size and a sequence length, numbers or arrays."""
@@ -148,7 +151,7 @@ def compiled(inventory: Inventory, *, compute_capability: str) -> Compiled:
     job, setup = inventory.job, inventory.job.setup
     virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
     loss = _loss_sizes(job)
-    facts = shape_facts(setup.rows, setup.seq_len + virtual_tokens, job.architecture, loss)
+    facts = shape_facts(setup.rows, setup.seq_len + virtual_tokens, job.architecture, loss, _tokens_kept(job))
     described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
     key = (
         id(job.architecture),
@@ -253,7 +256,8 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         loss=_loss_sizes(job),
         rows=setup.by.rows,
         on_host=tuple(model.on_host),
-        expandable=setup.by.expandable_segments,
+        expandable=setup.by.expandable_segments or _grows(setup),
+        tokens_kept=_tokens_kept(job),
         programs={},
     )
     if first is None:
@@ -400,10 +404,24 @@ def running_of(job: Job, compute_capability: str) -> Running:
         every_n_layers=setup.every_n_layers or 1,
         own_modules=setup.by.own_modules,
         kernels=kernels_of(setup.kernels or ()),
-        hosted=bool(setup.offload_checkpoints),
+        hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (_tokens_kept(job) or 0),
         token_outputs=setup.by.token_outputs,
         without_loss=setup.by.of_logits,
     )
+
+
+def _grows(setup: Setup) -> bool:
+    """Whether the package of the kernels sets `expandable_segments`."""
+    decoder = kernels_of(setup.kernels or ()).decoder
+    return decoder is not None and decoder.expandable_segments
+
+
+def _tokens_kept(job: Job) -> int | None:
+    """Tokens of the largest input of a checkpointed layer that is too small to be offloaded."""
+    checkpoint = kernels_of(job.setup.kernels or ()).checkpoint
+    if checkpoint is None or not job.setup.offload_checkpoints or not job.architecture.hidden_size:
+        return None
+    return checkpoint.least_bytes // (ITEMSIZE[job.setup.dtype] * job.architecture.hidden_size)
 
 
 def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:

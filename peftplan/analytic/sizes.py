@@ -24,16 +24,20 @@ def windows_of(architecture: Architecture) -> tuple[int, ...]:
     return tuple(sorted({(a.window if a.causal else a.window // 2) - 1 for a in windowed if a.window}))
 
 
-def shape_facts(batch_size: Any, seq_len: Any, architecture: Architecture, loss: LossSizes) -> tuple[Any, ...]:
+def shape_facts(
+    batch_size: Any, seq_len: Any, architecture: Architecture, loss: LossSizes, tokens_kept: int | None = None
+) -> tuple[Any, ...]:
     """The facts that decide which operations run: more than one sequence, unaligned masks, exceeded windows, chunks of the loss.
 
-    `batch_size` and `seq_len` are integers or arrays; `seq_len` includes virtual tokens.
+    `batch_size` and `seq_len` are integers or arrays; `seq_len` includes virtual tokens. `tokens_kept`: inputs of checkpointed
+    layers of up to so many tokens stay on the card.
     """
     positions = any(a.positions == "relative" for block in architecture.blocks for a in block.attentions)
     multiples = (MASK_MULTIPLE, MASK_GRADIENT_MULTIPLE) if positions else (MASK_MULTIPLE,)  # a mask of positions has a gradient
     ragged = (length % multiple > 0 for length in (seq_len, seq_len - loss.virtual_tokens) for multiple in multiples)
     exceeded = (seq_len > window for window in windows_of(architecture))
-    return (batch_size > 1, *ragged, *exceeded, *loss.facts(batch_size, loss.length(seq_len)))
+    offloaded = () if tokens_kept is None else (batch_size * seq_len > tokens_kept,)
+    return (batch_size > 1, *offloaded, *ragged, *exceeded, *loss.facts(batch_size, loss.length(seq_len)))
 
 
 def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, Any]:

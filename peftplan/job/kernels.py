@@ -26,10 +26,15 @@ class Norm(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """Rotary embedding of queries and keys, written where they lie. `backward_in_place`: so are their gradients."""
+    """Rotary embedding of queries and keys, written where they lie.
+
+    `backward_in_place`: so are their gradients. `norms`: where queries and keys are normed by head, one function does both, into
+    new tensors.
+    """
 
     source: str
     backward_in_place: bool
+    norms: bool = False
 
 
 class Gated(NamedTuple):
@@ -63,10 +68,14 @@ class LayerNorms(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """A decoder's own forward: without an attention mask in training, with rotary tables of so many positions that stay."""
+    """A decoder's own forward: without an attention mask in training, with rotary tables of so many positions that stay.
+
+    `expandable_segments`: whether its package sets this option of torch's allocator.
+    """
 
     source: str
     positions: int
+    expandable_segments: bool = True
 
 
 class Checkpoint(NamedTuple):
@@ -87,14 +96,16 @@ AXOLOTL_LORA = Lora("axolotl 0.21.0, kernels/lora.py", saves_casts=True, wide_gr
 
 KERNELS: dict[str, Kernel] = {
     "unsloth.decoder": Decoder(
-        "unsloth 2026.10.9, models/llama.py (`LlamaModel_fast_forward`, `LlamaRotaryEmbedding`)", 4 * 8192
+        "unsloth 2026.10.9, models/llama.py (`LlamaModel_fast_forward`, `LlamaRotaryEmbedding`)", positions=4 * 8192
     ),
     "unsloth.checkpoint": Checkpoint(
         "unsloth_zoo 2026.10.9, gradient_checkpointing.py (`UnslothCheckpointFunction`)", buffers=2, least_bytes=2 * MIB
     ),
     "unsloth.rms_norm": Norm("unsloth 2026.10.9, kernels/rms_layernorm.py (`Fast_RMS_Layernorm`)", partial_rows=4),
     "unsloth.rope": Rotary(
-        "unsloth 2026.10.9, kernels/rope_embedding.py (`Fast_RoPE_Embedding_QK_Positions`)", backward_in_place=False
+        "unsloth 2026.10.9, kernels/rope_embedding.py (`Fast_RoPE_Embedding_QK_Positions`), qk_norm_rope.py",
+        backward_in_place=False,
+        norms=True,
     ),
     "unsloth.lora_mlp": UNSLOTH_LORA,
     "unsloth.lora_qkv": UNSLOTH_LORA,
@@ -171,7 +182,7 @@ def packages_of(names: Iterable[str]) -> str:
 
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
-MODELS: dict[str, tuple[str, ...]] = {"unsloth": ("llama",), "axolotl": LLAMAS, "liger": LLAMAS}
+MODELS: dict[str, tuple[str, ...]] = {"unsloth": ("llama", "qwen3"), "axolotl": LLAMAS, "liger": LLAMAS}
 """Package → model types whose layers have formulas with its kernels."""
 
 

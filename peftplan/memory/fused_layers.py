@@ -6,6 +6,8 @@ Letters: b batch, s sequence, h hidden size, i intermediate size, d head size. W
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from peftplan.job.kernels import Gated, Norm, Rotary
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
@@ -45,6 +47,19 @@ def _rotate_backward(f: Tape, node: Node, saved: tuple[Rotary, Dims, Dims], dq: 
     if kernel.backward_in_place:
         return Tensor(dq.storage, q_dims, dq.dtype), Tensor(dk.storage, k_dims, dk.dtype)
     return f.new(q_dims, dq.dtype, "dQ"), f.new(k_dims, dk.dtype, "dK")
+
+
+def norm_and_rotate(f: Tape, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys normed by head and turned, into new tensors: saves both, and an fp32 number per head."""
+    node = _in_python(f.record(_norm_and_rotate_backward, (q, k)))
+    outs = f.new(q.dims, q.dtype, "norm_rope", node), f.new(k.dims, k.dtype, "norm_rope", node)
+    outs[1].index = 1
+    f.keep(node, q.detach(), k.detach(), *(f.new(x.dims[:-1], "fp32", "rstd") for x in outs))
+    return outs
+
+
+def _norm_and_rotate_backward(f: Tape, node: Node, saved: Sequence[Tensor], dq: Tensor, dk: Tensor) -> Gradients:
+    return f.new(saved[0].dims, dq.dtype, "dQ"), f.new(saved[1].dims, dk.dtype, "dK")
 
 
 def gated(f: Tape, kernel: Gated, gate: Tensor, up: Tensor) -> Tensor:

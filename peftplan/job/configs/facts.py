@@ -54,6 +54,8 @@ class Rule(TypedDict, total=False):
     (`reading`)."""
     add: Mapping[str, Sequence[str]]
     """Option → names that are added to those that other rules set."""
+    by_default: bool
+    """Whether the tool does so by itself."""
     unsupported: Mapping[str, Any]
     """`key`, `why`, `effect`, `option`."""
     supports: list[str]

@@ -196,6 +196,8 @@ class Reading:
                 self.defaults[option] = self._place(at or next(schema, ""))
         for option, names in rule.get("add", {}).items():
             self._set({option: (*self.options.get(option, ()), *names)})
+            if rule.get("by_default"):
+                self.defaults[option] = self._place(at)
         stated = [key for key in when if self.values.get(key) is not None and key not in self.unsupported]
         if options := ", ".join((*rule.get("set", {}), *rule.get("add", {}))):
             for key in stated:

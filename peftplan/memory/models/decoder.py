@@ -296,7 +296,9 @@ def attention(c: Call, x: Tensor) -> Tensor:
     q, k, v = projected(c, a, x) if _qkv is None else parts_of(c, a, _qkv)
     f = c.at("self_attn")
     rotated = a.positions == "rotary"
-    if rotated and kernels.rope is not None:
+    if rotated and norms_in_rotation(c, a):
+        q, k = fused_layers.norm_and_rotate(f, q, k)
+    elif rotated and kernels.rope is not None:
         q, k = fused_layers.rotate(f, kernels.rope, q, k)
     elif rotated:
         q, k, *_kept_alive = c.style.rotate(f, q, k, *c.tables)
@@ -309,7 +311,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
 
 def projected(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v from a projection each; q and k viewed by heads and normed where the model does so: at once, or behind all."""
-    side = _normed if a.qk_norm else _by_head
+    side = _normed if a.qk_norm and not norms_in_rotation(c, a) else _by_head
     kernel = c.model.running.kernels.lora_qkv
     if kernel is not None and (ps := c.adapted(kernel, [f"self_attn.{name}_proj" for name in "qkv"])):
         q, k, v = lora_kernels.qkv(c.tape, kernel, x, ps, c.lora_dropout)
@@ -326,6 +328,12 @@ def projected(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
         q = side(c, a, 0, q)
         k = side(c, a, 1, k)
     return q, k, v.view(_head_dims(a, 1, v))
+
+
+def norms_in_rotation(c: Call, a: Attention) -> bool:
+    """Whether one kernel norms the heads of queries and keys and turns them."""
+    kernel = c.model.running.kernels.rope
+    return kernel is not None and kernel.norms and a.qk_norm and c.style.qk_norm == "head"
 
 
 def _head_dims(a: Attention, side: int, x: Tensor) -> tuple[str | int, ...]:

@@ -236,7 +236,10 @@ def test_header_says_what_is_estimated_and_how_to_run_it() -> None:
 def test_switches_that_no_option_says_are_off() -> None:
     """axolotl turns its LoRA kernels on by itself, and they save fewer tensors than peft's code."""
     text = export(peftplan.estimate("llama-3.1-8b", r=16), to="axolotl").text
-    assert "lora_mlp_kernel: false  # off, as estimated: axolotl's own autograd functions" in text
+    assert "lora_mlp_kernel: false\n" in text
+    text = export(peftplan.estimate("llama-3.1-8b", r=16, kernels="axolotl,liger", trainer="transformers"), to="axolotl").text
+    assert "liger_rope: true\n" in text
+    assert "lora_mlp_kernel" not in text
 
 
 def test_options_that_move_no_byte() -> None:

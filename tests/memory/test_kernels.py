@@ -1,0 +1,78 @@
+"""Kernels of other packages by formula: by hand, and as the packages themselves ran on the emulated card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peftplan import estimate
+from tests.memory.engines import LLAMA, activation_bytes, kept_per_layer
+
+B, S, H, I, R, HEADS, KV, D = 4, 256, 256, 768, 8, 8, 4, 32  # noqa: E741
+N = B * S
+ALL = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+ADAPTED: dict[str, Any] = {"method": "lora", "r": R, "target_modules": ALL, "trainer": "plain", "use_cache": False}
+ATTENTION = 2 * N * H + 4 * B * HEADS * S
+"""FlashAttention's output and its logsumexp; q, k and v are saved where the projections wrote them."""
+
+
+def test_liger_s_layer_keeps_inputs_alone() -> None:
+    """Full fine-tuning in bf16: each product's input, and of a norm one fp32 number per row beside its own."""
+    norms = 2 * (2 * N * H + 4 * N)  # x of each norm, an fp32 rstd per row
+    attention = 2 * N * H + 2 * N * (H + 2 * KV * D) + ATTENTION  # the normed x; q, k, v
+    mlp = 2 * N * H + 3 * 2 * N * I  # the normed x; gate, up and their product
+    options: dict[str, Any] = {"method": "full", "kernels": "liger", "trainer": "plain", "use_cache": False}
+    tables_and_lists = 512  # the rng state of flash, and one that it does not use
+    assert kept_per_layer(LLAMA, **options) == norms + attention + mlp + 2 * tables_and_lists
+
+
+def test_axolotl_s_layer_keeps_one_input_per_function() -> None:
+    """bf16 adapters: x of q, k and v, of the output projection, and of the MLP; gate and up, but not their product."""
+    norm = 4 * N * H + 4 * N + 2 * N * H  # Llama's own: x in fp32, rsqrt, and the normed x, which the function saves
+    rotated = 2 * N * (H + KV * D)  # q and k turned; the values lie as projected
+    kept = 2 * norm + rotated + 2 * N * KV * D + ATTENTION + 2 * (2 * N * I)
+    options = {**ADAPTED, "kernels": "axolotl", "adapter_dtype": "bf16"}
+    assert kept_per_layer(LLAMA, **options) == kept + 2 * 512
+
+
+def test_the_last_input_stays_and_the_others_wait_on_the_host() -> None:
+    options: dict[str, Any] = {
+        **ADAPTED, "method": "qlora", "trainer": "trl", "kernels": "unsloth", "loss": "unsloth", "batch_size": 8, "seq_len": 1024,
+        "gradient_checkpointing": True, "offload_checkpoints": True, "use_reentrant": True, "kbit_prepare": False,
+    }  # fmt: skip
+    result = estimate(LLAMA, **options)
+    hidden = 2 * 8 * 1024 * H
+    assert result.assumptions["offloaded_bytes"] == (LLAMA["num_hidden_layers"] - 1) * hidden
+    small = estimate(LLAMA, **{**options, "batch_size": 1})
+    assert "offloaded_bytes" not in small.assumptions  # 512 KiB: below 2 MiB nothing moves
+    assert activation_bytes(result.peaks.ledgers["forward"]) > 0  # type: ignore[union-attr]
+
+
+SEVEN = {"r": 16, "target_modules": ALL, "batch_size": 2, "seq_len": 2048}
+OF_TRAINER = {**SEVEN, "logits_to_keep": 8}
+UNSLOTH = {
+    **SEVEN, "trainer": "trl", "kernels": "unsloth", "loss": "unsloth", "optim": "adamw_8bit", "gradient_accumulation_steps": 2,
+    "adapter_dtype": "fp32", "kbit_prepare": False, "use_reentrant": True, "offload_checkpoints": True,
+}  # fmt: skip
+QLORA = {"method": "qlora", "kbit_prepare": False}
+LORA = {"method": "lora"}
+REHEARSED: list[tuple[str, dict[str, Any], int, int]] = [
+    ("llama-3.2-1b", {**OF_TRAINER, **LORA, "kernels": "axolotl"}, 3_290_343_424, 3_361_734_656),
+    ("llama-3.2-1b", {**OF_TRAINER, **QLORA, "kernels": "axolotl"}, 1_878_977_536, 1_956_642_816),
+    ("llama-3.2-1b", {**OF_TRAINER, **LORA, "kernels": "liger"}, 3_526_141_952, 3_651_141_632),
+    ("llama-3.2-1b", {**OF_TRAINER, **LORA, "kernels": "liger", "gradient_checkpointing": False}, 8_980_061_696, 9_162_457_088),
+    ("qwen2.5-0.5b", {**OF_TRAINER, **LORA, "kernels": "liger", "gradient_checkpointing": False}, 5_995_361_792, 6_222_249_984),
+    ("llama-3.2-1b", {**UNSLOTH, **QLORA}, 1_630_581_760, 1_639_972_864),
+]
+"""Model, job, and the peaks (allocated, reserved) that the second step of the real package had on an emulated A100 80 GB: torch
+2.13.0, peft 0.21.2, bitsandbytes 0.50.2; axolotl 0.21.0 (`apply_lora_kernel_patches`) and liger-kernel 0.8.5 under transformers
+5.24.0's Trainer; unsloth 2026.10.9 under transformers 5.17.0 and trl 1.15.0, its layers not compiled."""
+
+
+@pytest.mark.parametrize(("model", "job", "allocated", "reserved"), REHEARSED)
+def test_as_the_packages_ran(model: str, job: dict[str, Any], allocated: int, reserved: int) -> None:
+    peaks = estimate(model, **job).peaks
+    assert peaks is not None
+    assert peaks.allocated == pytest.approx(allocated, rel=1e-4)
+    assert peaks.reserved == pytest.approx(reserved, rel=1e-3)
