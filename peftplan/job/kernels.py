@@ -182,7 +182,7 @@ def packages_of(names: Iterable[str]) -> str:
 
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
-MODELS: dict[str, tuple[str, ...]] = {"unsloth": ("llama", "qwen3"), "axolotl": LLAMAS, "liger": LLAMAS}
+MODELS: dict[str, tuple[str, ...]] = {"unsloth": ("llama", "mistral", "qwen2", "qwen3"), "axolotl": LLAMAS, "liger": LLAMAS}
 """Package → model types whose layers have formulas with its kernels."""
 
 

@@ -58,3 +58,27 @@ def test_none_leaves_the_estimate_as_it_is() -> None:
         return estimate("llama-3.2-1b", method="lora", **options).to_dict()  # type: ignore[arg-type]
 
     assert shown() == shown(kernels="none")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"kernels": "axolotl", "quant": "int8"}, "LoRA kernels over int8"),
+        ({"kernels": "axolotl", "dtype": "fp32"}, "LoRA kernels in fp32 with autocast bf16"),
+        ({"kernels": "unsloth", "lora_dropout": 0.05}, "LoRA kernels with dropout or DoRA"),
+        ({"kernels": "axolotl", "use_dora": True}, "LoRA kernels with dropout or DoRA"),
+        ({"kernels": "liger", "attn_implementation": "eager"}, "kernels with eager attention"),
+        ({"kernels": "liger", "gpus": 2}, "kernels with DDP"),
+    ],
+)
+def test_jobs_without_a_formula_say_why(options: dict[str, object], why: str) -> None:
+    result = estimate("llama-3.2-1b", method="lora", **options)  # type: ignore[arg-type]
+    assert result.peaks is None
+    assert result.not_modelled[0].startswith(why)
+
+
+@pytest.mark.quick
+def test_a_sequence_above_the_window_has_none() -> None:
+    result = estimate("mistral-7b-v0.1", method="lora", kernels="unsloth", seq_len=8192)
+    assert result.not_modelled[0] == "unsloth's kernels with a sequence above the window of 4,096 tokens (no formula yet)"
