@@ -64,6 +64,7 @@ REHEARSED: list[tuple[str, dict[str, Any], int, int]] = [
     ("llama-3.2-1b", {**OF_TRAINER, **LORA, "kernels": "liger", "gradient_checkpointing": False}, 8_980_061_696, 9_162_457_088),
     ("qwen2.5-0.5b", {**OF_TRAINER, **LORA, "kernels": "liger", "gradient_checkpointing": False}, 5_995_361_792, 6_222_249_984),
     ("llama-3.2-1b", {**UNSLOTH, **QLORA}, 1_630_581_760, 1_639_972_864),
+    ("mistral-7b-v0.3", {**UNSLOTH, **QLORA}, 5_570_511_872, 5_618_270_208),
 ]
 """Model, job, and the peaks (allocated, reserved) that the second step of the real package had on an emulated A100 80 GB: torch
 2.13.0, peft 0.21.2, bitsandbytes 0.50.2; axolotl 0.21.0 (`apply_lora_kernel_patches`) and liger-kernel 0.8.5 under transformers
