@@ -21,6 +21,8 @@ TYPED = "peftplan.typed"
 """Key of `Context.meta`: parameter → how its option was typed."""
 METHOD_HEADING = "Method"
 """Options under it are fields of a method, which a --peft-config can hold too."""
+WIDEST = 80
+"""Characters of the values that help shows beside an option."""
 WHOLE_HELP = "peftplan.whole_help"
 """Key of `Context.meta`: whether help lists rare options too."""
 
@@ -32,6 +34,11 @@ class Option(click.Option):
         super().__init__(*args, **kwargs)
         self.heading = heading
         self.rare = rare
+
+    def make_metavar(self, ctx: click.Context) -> str:
+        """The values, or NAME where they are too many for a line; the option's text lists them then."""
+        shown = super().make_metavar(ctx)
+        return shown if len(shown) <= WIDEST else "NAME"
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """The names that the option accepts."""

@@ -54,7 +54,7 @@ STORAGE: dict[str, str] = {
     "--kbit-prepare/--no-kbit-prepare": "prepare_model_for_kbit_training on a quantized base",
 }
 TRAINING: dict[str, str] = {
-    "--trainer": "sets the defaults of what you leave unset; default: transformers",
+    "--trainer": f"{', '.join(get_args(TrainerName))}; sets the defaults of what you leave unset; default: transformers",
     "--batch-size": "sequences per device and step (micro batch); default: 1",
     "--seq-len": "tokens per sequence; default: 2048, or as many as the model holds",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",
