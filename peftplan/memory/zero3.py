@@ -7,7 +7,6 @@ module's output and input carry a node, so that backward fetches a module before
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
 
 from peftplan.distributed.order import by_module, tensors
 from peftplan.distributed.strategy import Distributed
@@ -197,8 +196,8 @@ class Zero3(OneGpu):
         assert embedding is not None
         if name == EMBEDDING:
             return [self._module(embedding, None, [self.model.part(embedding).own_weight])]
-        if name == BACKBONE:  # `model`, or `model` and `model.decoder`
-            return [Module(inner, ()) for inner in accumulate(embedding.split(".")[:-1], "{}.{}".format)]
+        if name == BACKBONE:  # OPT's head calls `model.decoder` itself
+            return [Module(embedding.rpartition(".")[0], ())]
         return [Module(name, ()), *(Module(inner, ()) for inner in self.wrapped if name == ROOT)]
 
     def _gather_persistent(self) -> None:
