@@ -109,6 +109,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
     tables = (job.architecture.input_embedding, job.architecture.output_embedding)
     return unknown | {
         "reduce_scatter": distributed.reduce_scatter is False,
+        "zero3_init": bool(distributed.zero3_init) and job.quant is not None,
         "offload_params": distributed.offload_params == "nvme",
         "loss": job.setup.loss != "full",
         "modules_to_save": bool(getattr(job.config, "modules_to_save", None)),

@@ -159,6 +159,12 @@ def test_what_was_not_rehearsed_is_named(option: str, value: object) -> None:
     assert option in result.to_dict()["not_modelled"][0]
 
 
+def test_quantized_shards_made_at_once_are_unknown() -> None:
+    """transformers quantizes a whole model, outside `deepspeed.zero.Init`."""
+    assert estimated(4, method="qlora").peaks is not None
+    assert "zero3_init" in estimated(4, method="qlora", zero3_init=True).to_dict()["not_modelled"][0]
+
+
 def test_a_mixture_has_no_peak() -> None:
     result = peftplan.estimate("qwen3-30b-a3b", method="lora", gpus=8, strategy="zero3")
     assert result.peaks is None
