@@ -64,12 +64,12 @@ def rows(tokenizer: Tokenizer, length: int) -> Rows:
 def run(row: dict[str, Any]) -> dict[str, Any]:
     """The row with what the recipe held."""
     words = shlex.split(row["job"])
-    found = importlib.util.find_spec("recipes")
+    package = importlib.util.find_spec("recipes")
     entry = catalogue.find(words[0])
-    assert found is not None
-    assert found.origin is not None
+    assert package is not None
+    assert package.origin is not None
     assert entry is not None
-    recipes = Path(found.origin).parent
+    recipes = Path(package.origin).parent
     config = recipes / "configs" / f"{row['config']}.yaml"
     with TemporaryDirectory() as folder, TemporaryDirectory() as output:
         standins.write_repository(Path(folder), entry.repo_id)
