@@ -171,6 +171,19 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**shallow("deberta-v3-base", 2), "hidden_size": 1536, "num_attention_heads": 24, "vocab_size": 4000},
         {"method": "lokr", "dtype": "fp32", **REENTRANT, "task_type": "TOKEN_CLS", "num_labels": 9, "batch_size": 1},
     ),
+    "gpt-oss's single head of keys is copied by `matmul`; both bounds of a clamp live until its gradient is there": (
+        {
+            **shallow("gpt-oss-20b", 2),
+            "hidden_size": 640,
+            "intermediate_size": 640,
+            "num_attention_heads": 10,
+            "num_key_value_heads": 1,
+            "num_local_experts": 4,
+            "vocab_size": 4000,
+            "pad_token_id": None,
+        },
+        {"method": "boft", "trainer": "trl", "target_modules": ["q_proj", "v_proj"], "batch_size": 4, "seq_len": 512},
+    ),  # fmt: skip
     "states of fp16 are clamped": (UNTIED, {"method": "lora", **PLAIN, "dtype": "fp16", **CHECKPOINTED, "batch_size": 4}),
 }
 Change = tuple[str, int]

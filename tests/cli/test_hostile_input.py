@@ -147,7 +147,9 @@ def endless(tmp_path: Path) -> list[str]:
 
 def is_named(line: str) -> bool:
     """Whether an error says what is wrong with a file, or what a model may be."""
-    return any(reason in line.lower() for reason in ("a pipe or a device", "a directory", "symbolic links", "no such file", "accepted: "))
+    return any(
+        reason in line.lower() for reason in ("a pipe or a device", "a directory", "symbolic links", "no such file", "accepted: ")
+    )
 
 
 def test_only_regular_files_are_read(endless: list[str], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ torch, FunctionsManual.cpp (`clamp_backward`, `value_selecting_reduction_backwar
 from __future__ import annotations
 
 from peftplan.arch.modules import Attention
-from peftplan.memory.attention import batched, gathered, repeat_kv
+from peftplan.memory.attention import batched, gathered, product, repeat_kv
 from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.experts import experts, top_k
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
@@ -73,11 +73,12 @@ def rotated(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def eager(c: Call, a: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`eager_attention_forward`: each row of scores gets its sink, is lowered by its maximum, and loses the sink's share."""
     f, model = c.tape, c.model
-    keys, values = repeat_kv(f, k, a), repeat_kv(f, v, a)
+    single = a.num_key_value_heads == 1 != a.num_attention_heads  # a view, which `matmul` copies
+    keys, values = (repeat_kv(f, x, a, copies=not single) for x in (k, v))
     if a.num_attention_heads == a.num_key_value_heads and not model.caches:
         values = batched(model, values)
     dims = (*q.dims[:3], k.dims[2])
-    scores = ops.scale(f, ops.matmul(f, q, keys, dims))
+    scores = ops.scale(f, product(model, q, keys, dims, joined=(True, not single), spread=single))
     if c.mask is not None:
         scores = ops.add(f, scores, c.mask)
     logits = with_sinks(f, scores, model.part(f"{c.style.stack}.self_attn", c.number).params["sinks"])
@@ -89,7 +90,7 @@ def eager(c: Call, a: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     del scores
     weights = ops.dropout(f, weights, model.arch.dropout.attention)
     model.layer_locals.append(weights)
-    return gathered(model, ops.matmul(f, weights, values, (*q.dims[:3], v.dims[3])))
+    return gathered(model, product(model, weights, values, (*q.dims[:3], v.dims[3]), joined=(True, not single), spread=single))
 
 
 def with_sinks(f: Tape, scores: Tensor, sinks: Parameter) -> Tensor:
@@ -136,8 +137,9 @@ def clamped(f: Tape, x: Tensor, *, bounds: int) -> Tensor:
 
 def _clamped_backward(f: Tape, node: Node, saved: tuple[Tensor, int], g: Tensor) -> Tensor:
     within = [f.new(g.dims, "bool", "le") for _ in range(saved[1])]
+    out = f.new(g.dims, g.dtype, "where")
     del within[1:]
-    return f.new(g.dims, g.dtype, "where")
+    return out
 
 
 STYLE = Style(norm=rms_cast_last, layer=layer, both_masks=True, by_head=True)
