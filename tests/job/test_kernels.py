@@ -9,7 +9,6 @@ from peftplan.errors import InputError, RefusedError
 from peftplan.job.kernels import KERNELS, PACKAGES, kernels_of, named_kernels, packages_of
 
 
-@pytest.mark.quick
 def test_a_package_stands_for_all_its_parts() -> None:
     assert named_kernels("axolotl") == ("axolotl.lora_mlp", "axolotl.lora_qkv", "axolotl.lora_o")
     assert named_kernels("liger.rope, axolotl.lora_o") == ("axolotl.lora_o", "liger.rope")
@@ -18,14 +17,12 @@ def test_a_package_stands_for_all_its_parts() -> None:
     assert packages_of(()) == "none"
 
 
-@pytest.mark.quick
 def test_every_part_has_a_place() -> None:
     for package in PACKAGES:
         own = [name for name in KERNELS if name.startswith(f"{package}.")]
         assert [kernel for kernel in kernels_of(own) if kernel is not None]
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -45,14 +42,12 @@ def test_the_trace_refuses_them() -> None:
         estimate("smollm-135m", method="lora", kernels="liger", engine="trace")
 
 
-@pytest.mark.quick
 def test_a_model_without_formulas_is_named() -> None:
     result = estimate("gpt2", method="lora", kernels="liger")
     assert result.peaks is None
     assert result.not_modelled[0] == "liger's kernels in gpt2 for CAUSAL_LM (no formula yet)"
 
 
-@pytest.mark.quick
 def test_none_leaves_the_estimate_as_it_is() -> None:
     def shown(**options: object) -> dict[str, object]:
         return estimate("llama-3.2-1b", method="lora", **options).to_dict()  # type: ignore[arg-type]
@@ -60,7 +55,6 @@ def test_none_leaves_the_estimate_as_it_is() -> None:
     assert shown() == shown(kernels="none")
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     ("options", "why"),
     [
@@ -78,7 +72,6 @@ def test_jobs_without_a_formula_say_why(options: dict[str, object], why: str) ->
     assert result.not_modelled[0].startswith(why)
 
 
-@pytest.mark.quick
 def test_a_sequence_above_the_window_has_none() -> None:
     result = estimate("mistral-7b-v0.1", method="lora", kernels="unsloth", seq_len=8192)
     assert result.not_modelled[0] == "unsloth's kernels with a sequence above the window of 4,096 tokens (no formula yet)"

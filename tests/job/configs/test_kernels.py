@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from peftplan import estimate
 from peftplan.job.configs.read import read_values
 
@@ -25,7 +23,6 @@ def kernels(**keys: Any) -> Any:
     return read_values({**AXOLOTL, **keys}, file="a.yml").options.get("kernels")
 
 
-@pytest.mark.quick
 def test_axolotl_turns_its_own_on() -> None:
     assert kernels() == ("axolotl",)
     assert kernels(lora_mlp_kernel=False) is None
@@ -34,7 +31,6 @@ def test_axolotl_turns_its_own_on() -> None:
     assert kernels(adapter=None) is None
 
 
-@pytest.mark.quick
 def test_those_of_plugins_are_added() -> None:
     assert kernels(**LIGER) == ("liger.rms_norm", "liger.rope", "axolotl")
     plan = read_values({**AXOLOTL, **LIGER}, file="a.yml")
