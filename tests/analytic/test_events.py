@@ -183,7 +183,7 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "pad_token_id": None,
         },
         {"method": "boft", "trainer": "trl", "target_modules": ["q_proj", "v_proj"], "batch_size": 4, "seq_len": 512},
-    ),  # fmt: skip
+    ),
     "states of fp16 are clamped": (UNTIED, {"method": "lora", **PLAIN, "dtype": "fp16", **CHECKPOINTED, "batch_size": 4}),
 }
 Change = tuple[str, int]
