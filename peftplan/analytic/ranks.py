@@ -207,6 +207,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
     if job.distributed.strategy in FSDP:
         dtype = computing_dtype(job.distributed, str(job.setup.autocast))
         model.units = units_of(model, parameters, holding.each or holding.parameters, job.distributed, dtype=dtype)
+        if job.distributed.strategy == "fsdp1" and dtype not in (None, str(job.setup.adapter_dtype)):
+            model.running = model.running._replace(adapter_shards=str(job.setup.adapter_dtype))
         return program._replace(shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch))
     masters, dtype = holding.states_of.all if holding.states_of else (), str(job.setup.autocast)
     if job.distributed.strategy in FLAT:
@@ -224,7 +226,8 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     if distributed is None or holding is None or distributed.strategy not in MODELLED:
         return of_one_gpu
     if distributed.strategy == "fsdp1":
-        return flat_units(model, buffers).into
+        accumulates = job.setup.gradient_accumulation_steps > 1 and not distributed.sync_each_batch
+        return flat_units(model, buffers, accumulates=accumulates).into
     whole = of_one_gpu if job.quant is not None else None
     if distributed.strategy == "zero3":
         table = next((p.numel for p in parameters.all if p.name == f"{job.architecture.input_embedding}.weight"), 0)
@@ -254,7 +257,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
 def first_run(load: Loader) -> Loader | None:
     """What the first forward alone makes and frees."""
     flat = getattr(load, "__self__", None)
-    return flat.first_run if isinstance(flat, FlatUnits) else None
+    return flat.first_run if isinstance(flat, FlatUnits) and not flat.accumulates else None
 
 
 def loaded_if_full(load: Loader) -> Loader | None:

@@ -44,6 +44,7 @@ def flats_of(unit: Unit, ranks: int) -> list[Flat]:
 class Fsdp1(Fsdp2):
     """All units of a model, the root first. `prefetch`: when backward gathers ahead, `pre`, `post` or `none`."""
 
+    micro_batches = 3
     prefetch = "none"
     in_checkpoints = False
     """Whether units lie in reentrant checkpoints. Then a frozen unit's hook holds its detached input, and with it the gradient,

@@ -74,6 +74,7 @@ class Fsdp2:
     """All units of a model, in the order in which torch finds them: the root first."""
 
     every_layer = True
+    micro_batches = 2
 
     def __init__(
         self,

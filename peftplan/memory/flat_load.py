@@ -34,6 +34,8 @@ class FlatUnits(NamedTuple):
 
     flats: tuple[FlatShard, ...]
     buffers: Ledger
+    accumulates: bool
+    """Whether `no_sync` makes them ready before the first forward."""
 
     def first_run(self, memory: Memory[Handle]) -> None:
         """The first forward makes each tensor that will hold a flat parameter, and frees it (`init_flat_param_attributes`)."""
@@ -61,6 +63,9 @@ class FlatUnits(NamedTuple):
                 memory.release(tensor)
         for line in self.buffers:
             memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
-        for shard, nbytes in to_cast:
+        for _, nbytes in to_cast:
             memory.keep((nbytes,))
+        if self.accumulates:
+            self.first_run(memory)
+        for shard, _ in to_cast:  # views of the module's tensors hold what was cast until the first forward
             memory.release(shard)

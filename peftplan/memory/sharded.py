@@ -149,13 +149,13 @@ def _parameters_of(model: Model, unit: str, names: set[str]) -> Iterable[TapePar
     return [p for (name, number), p in model.used_by_layer() if name in names and (number is None or layer(number) == unit)]
 
 
-def flat_units(model: Model, buffers: Ledger) -> FlatUnits:
+def flat_units(model: Model, buffers: Ledger, *, accumulates: bool) -> FlatUnits:
     """The flat parameters of FSDP1's units, the root's last."""
     fsdp = model.units
     assert isinstance(fsdp, Fsdp1)
     ordered = [*fsdp.units[1:], fsdp.units[0]]
     flats = [_flat_shard(flat, fsdp) for unit in ordered for flat in flats_of(unit, fsdp.world_size)]
-    return FlatUnits(tuple(flats), buffers)
+    return FlatUnits(tuple(flats), buffers, accumulates)
 
 
 def _flat_shard(flat: Flat, fsdp: Fsdp1) -> FlatShard:

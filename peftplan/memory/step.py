@@ -22,8 +22,6 @@ from peftplan.parameters import Parameter
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
-MICRO_BATCHES = 2
-"""Of many micro batches per step, the first finds no gradients and the second finds those of the first, as all later ones do."""
 HALF = ("fp16", "bf16")
 
 
@@ -69,7 +67,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     scaler = Scaler(f) if program.scales and program.trainer.prepares_model else None
     outputs: list[Tensor] = []
     alike = program.keep_gradients and not program.keep_outputs  # every micro batch meets what the first does
-    last = (1 if alike else min(program.accumulation, MICRO_BATCHES)) - 1
+    last = (1 if alike else min(program.accumulation, model.units.micro_batches)) - 1
     for number in range(last + 1):
         model.micro_batch = number
         f.segment = abs(f.segment) + 1  # forward code again, after the backward of the micro batch before

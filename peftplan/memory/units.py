@@ -22,6 +22,8 @@ class Units(Protocol):
 
     every_layer: bool
     """Whether each layer is run, since the first, the last and those between differ."""
+    micro_batches: int
+    """Kinds of micro batches: one that finds no gradients, one that finds some, and one more where the last differs from it."""
 
     def enter(self, name: str) -> None:
         """Before the part runs on what needs no gradient."""
@@ -55,6 +57,7 @@ class OneGpu:
     """Nothing happens."""
 
     every_layer = False
+    micro_batches = 2
 
     def enter(self, name: str) -> None:
         """Nothing."""

@@ -24,7 +24,7 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     if converts:
         if f.modules is not None:
             f.modules.read(part.name, part.layer, a)
-        x = f.to(x, a.dtype)
+        x = f.to(x, running.adapter_shards or a.dtype)
     if running.config.use_dora:
         from peftplan.memory.methods.dora import dora
 
@@ -33,6 +33,8 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     bias = part.params.get("lora_B.bias")
     f.module = f"{part.name}.lora_A"
     dropped = f.call(f"{part.name}.lora_dropout", part.layer, (), x, lambda x: ops.dropout(f, x, running.config.lora_dropout))
+    if converts and running.adapter_shards:
+        dropped = f.to(dropped, a.dtype)  # as the unit casts what it is called with
     low = f.call(f"{part.name}.lora_A", part.layer, (a,), dropped, lambda x: ops.linear(f, x, a))
     del dropped  # an argument of the module
     f.module = f"{part.name}.lora_B"
