@@ -83,7 +83,6 @@ def fsdp1_jobs() -> Iterator[Named]:
         {"accumulation": 3},
         {"config": {**SMALL, "vocab_size": 50001}},
         {"config": {"tie_word_embeddings": True}, "fsdp": ahead},
-        {"fsdp": {"offload_params": "cpu"}},
         {"optim": "adamw_torch"},
     )
     for more, method in product(variants, METHODS):

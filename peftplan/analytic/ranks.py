@@ -79,6 +79,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "sync_each_batch": bool(distributed.sync_each_batch),
         "reduce_dtype": distributed.reduce_dtype not in (None, autocast),
         "autocast": autocast == "fp16",
+        "offload_params": distributed.offload_params == "cpu",
     }
     return {
         "reshard_after_forward": type(distributed.reshard_after_forward) is int,

@@ -121,9 +121,17 @@ class Fsdp1(Fsdp2):
         tensor = self._new((flat.numel,), flat.members[0].dtype, f"{flat.name} gradient", UNSHARD)
         for member in flat.members:
             if member.name in gradients:
+                self._sum_on_unshard(gradients[member.name].grad)
                 gradients[member.name].grad = None
                 self.reduced.add(member.name)
         return tensor
+
+    def _sum_on_unshard(self, gradient: Tensor | None) -> None:
+        """The sum of two gradients of one tensor is made for the split's backward, and so on its stream."""
+        if gradient is not None and gradient.storage is not None:
+            number = gradient.storage.number
+            if self.f.made_as.get(number, self.f.names[number]).endswith(" add"):
+                self.f.streams[number] = UNSHARD
 
     def _reduce_grad(self, unit: Unit, flat: Flat, whole: list[Tensor], number: int) -> None:
         first, shard = flat.members[0], (flat.numel // self.world_size,)

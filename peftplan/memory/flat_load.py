@@ -63,7 +63,7 @@ class FlatUnits(NamedTuple):
                 memory.release(tensor)
         for line in self.buffers:
             memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
-        for _, nbytes in to_cast:
+        for _, nbytes in (*to_cast[-1:], *to_cast[:-1]):  # the root first
             memory.keep((nbytes,))
         if self.accumulates:
             self.first_run(memory)
