@@ -13,7 +13,8 @@ allocator keeps what it outgrows.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from peftplan.analytic.compiled import Compiled, running_of
 from peftplan.analytic.sizes import sizes
@@ -38,7 +39,7 @@ class Generation(NamedTuple):
     """The events of writing the completions of one batch, and the sizes at which they are evaluated."""
 
     timeline: Timeline
-    sizes: dict[str, Any]
+    sizes: Mapping[str, int]
 
     @property
     def peak(self) -> tuple[int, int]:

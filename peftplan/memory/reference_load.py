@@ -15,11 +15,13 @@ from peftplan.memory.load import Handle, Memory, load_order
 from peftplan.parameters import Parameters
 from peftplan.units import GIB
 
+Load = Callable[[Memory[Any]], None]
+"""Loads the policy."""
 MOST_UNTOUCHED = 3 * GIB // 2
 """Up to so many bytes beyond the cached ones the warm-up takes nothing."""
 
 
-def load_both(memory: Memory[Handle], load: Callable[[Memory[Any]], None], reference: Parameters, *, moved: bool) -> None:
+def load_both(memory: Memory[Handle], load: Load, reference: Parameters, *, moved: bool) -> None:
     """Load the policy, and then a dense reference model as it arrives on a device map: by name, its buffers last.
 
     `moved`: several processes load it on the host, and accelerate moves it (`prepare_model`).
@@ -41,7 +43,7 @@ def warm_up(weights: int, cached: int) -> int:
     return (missing if missing > cached else forced) // 2 * 2
 
 
-def cached_after(load: Callable[[Memory[Any]], None]) -> int:
+def cached_after(load: Load) -> int:
     """Bytes that the allocator holds in no tensor once something is loaded."""
     memory = _Allocated()
     load(memory)

@@ -62,9 +62,10 @@ def with_file(plan: ConfigPlan, model: Any, chosen: Mapping[str, Any], *, object
     return WithFile(plan.model if model is None else model, {**options, **stated}, plan.to_dict(stated))
 
 
-def of_trainer(options: Mapping[str, Any]) -> dict[str, Any]:
+def of_trainer(options: Mapping[str, object]) -> dict[str, object]:
     """The options without those of other trainers, such as the share of vLLM in supervised fine-tuning."""
-    trainer = TRAINERS.get(options.get("trainer", DEFAULT))
+    name = options.get("trainer", DEFAULT)
+    trainer = next((trainer for trainer in TRAINERS.values() if trainer.name == name), None)
     lacking = OF_PREFERENCES - (trainer.options if trainer else frozenset())
     return {name: value for name, value in options.items() if name not in lacking}
 
