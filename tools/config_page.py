@@ -17,6 +17,12 @@ from tests.job.configs.published import plan, records
 PAGE = Path(__file__).parents[1] / "docs" / "configs.md"
 MOST_KEYS, MOST_MODELS, MOST_REASONS = 40, 40, 15
 MEGATRON = "Megatron"
+TOOLS_REFUSE = {
+    "has no flash_attention_2 in transformers": "transformers 5.24, models/gemma3/modeling_gemma3.py:906 and "
+    "models/gemma4/modeling_gemma4.py:2591 (`_supports_flash_attn = False`)",
+    "peft's ParamWrapper supports none of": "peft 0.21, tuners/lora/layer.py (`ParamWrapper`)",
+}
+"""Part of an error → the library of the tool that raises for such a config, with file and line."""
 
 
 class Case(NamedTuple):
@@ -68,8 +74,17 @@ def row(name: str, of: Sequence[Case]) -> tuple[str, ...]:
     exact = [case for case in peaks if case.entry.bound is None]
     by_keys = [case for case in counted if case.entry.peak_allocated is None and case.entry.bound == "unknown"]
     numbers = (len(of), len(known), len(counted), len(exact), len(peaks) - len(exact), len(by_keys))
-    rest = (len(counted) - len(peaks) - len(by_keys), len(known) - len(counted))
+    by_tool = sum(refused_by(case) is not None for case in known)
+    rest = (len(counted) - len(peaks) - len(by_keys), len(known) - len(counted) - by_tool, by_tool)
     return (name, *map(str, numbers + rest), share(len(counted), len(known)), share(len(exact), len(known)))
+
+
+def refused_by(case: Case) -> str | None:
+    """The place in the tool's libraries that refuses a config; None for one that is counted or that only peftplan refuses."""
+    error = case.entry.error or ""
+    if case.entry.total_parameters is not None:
+        return None
+    return next((place for text, place in TOOLS_REFUSE.items() if text in error), None)
 
 
 def share(part: int, whole: int) -> str:
@@ -108,8 +123,8 @@ path, commit and licence), by the analytic engine. {kinds["training"]:,} of them
     } do something else (inference, export, evaluation, data, tools without a reader).
 
 *Counted* are parameters. *Exact* peaks have no unsupported key; a *bound* has keys whose direction is known; a *null*
-peak has keys whose effect is not known; *no formula* needs the trace engine; a *refusal* is an error with its reason. Shares are
-of the configs whose model is built in.
+peak has keys whose effect is not known; *no formula* needs the trace engine, or has none; a *refusal* is an error with its
+reason, in a column of its own where a library of the tool raises it. Shares are of the configs whose model is built in.
 
 {
         table(
@@ -123,6 +138,7 @@ of the configs whose model is built in.
                 "null",
                 "no formula",
                 "refusal",
+                "refused by the tool",
                 "share counted",
                 "share exact",
             ),
@@ -147,6 +163,10 @@ Targets, of the configs whose model is built in: counts for 95 %, and exact peak
 ## Why there is no estimate or no formula
 
 {table(("reason", "configs"), [(_cell(str(error)), str(n)) for error, n in errors.most_common(MOST_REASONS)])}
+
+A library of the tool itself raises for {sum(refused_by(case) is not None for case in known)} of them:
+
+{chr(10).join(f"- {place}" for place in TOOLS_REFUSE.values())}
 
 ## Models that are not built in
 

@@ -347,3 +347,18 @@ def test_keys_of_swifts_rollouts_are_known() -> None:
     rollout = {"use_vllm": True, "vllm_mode": "colocate", "vllm_server_port": 8000, "sleep_level": 1, "reward_funcs": "accuracy"}
     plan = read({"model": "Qwen/Qwen2.5-7B-Instruct", "rlhf_type": "grpo", **rollout}, kind="command", program="swift rlhf")
     assert plan.unsupported.keys() == {"rlhf_type"}
+
+
+def test_nemo_builds_some_models_itself() -> None:
+    """Classes in its registry are modules of its own, unless `force_hf`; their peak was stated as transformers' model has it."""
+    config = {
+        "model": {"_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained"},
+        "step_scheduler": {"local_batch_size": 1},
+    }
+    for name, force_hf, expected in (
+        ("meta-llama/Llama-3.2-1B", None, ["model"]),
+        ("meta-llama/Llama-3.2-1B", True, []),
+        ("mistralai/Mistral-7B-v0.1", None, []),
+    ):
+        model = {**config["model"], "pretrained_model_name_or_path": name, "force_hf": force_hf}
+        assert list(read({**config, "model": model}).unsupported) == expected
