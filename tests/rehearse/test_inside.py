@@ -37,6 +37,8 @@ print("SEEN", json.dumps({
     "pinned": [torch.zeros(9, pin_memory=True).is_pinned(), torch.zeros(9).is_pinned()],
     "conditions": [bool((x > 0).all()), bool((x < 0).any()), bool(torch.isnan(x).any()), bool(torch.isfinite(x).all())],
     "overflow": (x.sum() == 0).byte().item(),
+    "listed": torch.tensor([torch.tensor(3, device="cuda"), torch.tensor(4)], device="cuda").tolist(),
+    "checked": torch._check_tensor_all(x[0, 0] == x[0, 1]) is None,
     "mask": [all(mask.cpu().tolist()), all(mask.tolist()), any(torch.isnan(x[0, 0]).tolist())],
 }))
 """
@@ -83,6 +85,8 @@ def test_conditions_read_from_the_card_are_sane(tmp_path: Path) -> None:
     shown = seen(SEEN, "rtx-4090", tmp_path)
     assert shown["conditions"] == [True, False, False, True]
     assert shown["overflow"] == 0
+    assert shown["checked"]
+    assert shown["listed"] == [3, 4]
     assert shown["mask"] == [True, True, False]
 
 

@@ -110,6 +110,22 @@ def test_growth_from_step_to_step_is_said_and_drawn(tmp_path: Path) -> None:
     assert "recording" not in result.to_dict()
 
 
+TRIED = """
+import torch
+trial = torch.nn.Linear(4096, 4096).cuda()
+trial(torch.ones(8, 4096, device="cuda")).sum().backward()
+del trial
+"""
+
+
+def test_what_runs_before_there_is_an_optimizer_is_loading(tmp_path: Path) -> None:
+    result, _ = run(TRIED + LOOP, tmp_path)
+    rank = result.largest_rank
+    assert rank is not None
+    assert [step.step for step in rank.steps] == [1, 2, 3]
+    assert rank.peak_by_phase["load"] > 2**27 > rank.peak_by_phase["step"]
+
+
 def test_out_of_memory_says_who_asked_and_what_was_alive(tmp_path: Path) -> None:
     result, _ = run(LOOP, tmp_path, "large")
     oom = result.to_dict()["oom"]

@@ -27,7 +27,7 @@ FOLLOWED = (
     "__sub__", "__rsub__", "__mul__", "__rmul__", "__floordiv__", "__mod__", "__truediv__", "__neg__", "logical_not",
     "logical_and", "logical_or", "bitwise_not", "bool", "int", "long", "float", "type", "view", "reshape", "flatten", "squeeze",
     "unsqueeze", "expand", "repeat", "contiguous", "clone", "detach", "sum", "prod", "max", "min", "amax", "amin",
-    "any", "all", "argmax", "argmin", "cumsum", "diff", "masked_fill", "where", "cat", "stack", "isin", "split", "chunk",
+    "any", "all", "_is_all_true", "argmax", "argmin", "cumsum", "diff", "masked_fill", "where", "cat", "stack", "isin", "split", "chunk",
     "unbind", "flip", "roll", "t", "transpose", "permute", "index_select", "gather", "sort", "argsort", "clamp", "minimum", "pad",
     "maximum",
 )  # fmt: skip
@@ -227,6 +227,13 @@ def _creating(operation: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return creating
+
+
+def _numbers(listed: Any) -> Any:
+    """A list whose tensors of no dimension are numbers: torch takes them for sequences once Python code indexes them."""
+    if isinstance(listed, (tuple, list)) and listed and isinstance(listed[0], (tuple, list, torch.Tensor)):
+        return [_numbers(one) for one in listed]
+    return listed.item() if isinstance(listed, torch.Tensor) and not listed.dim() else listed
 
 
 def _read(reading: Callable[..., Any]) -> Callable[..., Any]:

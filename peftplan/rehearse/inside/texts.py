@@ -39,7 +39,8 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, int]:
     numbers = {match[1]: _first_id(value) for name, value in fields.items() if (match := SPECIAL.fullmatch(name))}
     special = {role: number for role, number in numbers.items() if isinstance(number, int) and 0 <= number < size}
     special.setdefault("eos", size - 1)
-    special.setdefault("pad", special["eos"])
+    spare = (number for number in range(size - 1, -1, -1) if number not in special.values())
+    special.setdefault("pad", next(spare, special["eos"]))
     return special
 
 

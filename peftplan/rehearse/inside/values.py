@@ -36,7 +36,9 @@ def start() -> None:
     torch.Tensor.cpu, torch.Tensor.tolist = watched_cpu, watched_tolist  # type: ignore[assignment,method-assign]
     for name in ("item", "__float__", "__int__", "__bool__"):
         setattr(torch.Tensor, name, _sane(getattr(torch.Tensor, name)))
-    torch.all, torch.Tensor.all = _true(torch.all), _true(torch.Tensor.all)  # type: ignore[method-assign]
+    torch.all = _true(torch.all)
+    for name in ("all", "_is_all_true"):
+        setattr(torch.Tensor, name, _true(getattr(torch.Tensor, name)))
     for name in ("isnan", "isinf"):
         setattr(torch, name, _never(getattr(torch, name)))
         setattr(torch.Tensor, name, _never(getattr(torch.Tensor, name)))

@@ -1,6 +1,6 @@
 """Where a program loads, runs forward, backward and steps its optimizer, found by hooks of torch; what each phase held at most.
 
-`load` ends with the first forward of a module in training mode with gradients. A step goes from a forward until the first one
+`load` ends with the first forward of a module in training mode with gradients after an optimizer was made. A step goes from a forward until the first one
 after the optimizer has stepped, so that an optimizer that is stepped in parts counts once. Optimizers that step inside backward
 (one per parameter) count once per backward.
 """
@@ -75,6 +75,20 @@ class Watch:
         self._end_step()
         if self.phase != "forward":
             self.begin("forward")
+
+    def wrap_optimizer(self, init: Callable[..., None]) -> Callable[..., None]:
+        """torch.optim.Optimizer's constructor, watched: what ran before there was one is loading, such as a library's trials."""
+
+        def watched(*args: Any, **kwargs: Any) -> None:
+            init(*args, **kwargs)
+            if self.phase != "load" and not self.stepped and not self.steps_done and not self.in_backward:
+                self.begin("load")
+                self.step = 0
+                self.figures = [(0, "load", *row[2:]) for row in self.figures]
+                self.marks = [(moment, 0, "load") for moment, _, _ in self.marks]
+                self.await_forward()
+
+        return watched
 
     def wrap_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
         """torch.autograd.backward, watched."""
@@ -176,6 +190,7 @@ def start(settings: Settings) -> None:
     torch.autograd.backward = watch.wrap_backward(torch.autograd.backward)
     register_optimizer_step_pre_hook(watch.before_step)
     register_optimizer_step_post_hook(watch.after_step)
+    torch.optim.Optimizer.__init__ = watch.wrap_optimizer(torch.optim.Optimizer.__init__)  # type: ignore[method-assign]
     watch.await_forward()
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN brings its own way to the driver
     torch._C._set_cudnn_enabled(False)
