@@ -21,9 +21,10 @@ from peftplan.results.rehearsal import Rehearsal
 pytestmark = pytest.mark.rehearse
 
 LOOP = """
-import sys, time, torch
+import gc, sys, time, torch
 model = torch.nn.Linear(1024, 1024).cuda()
 optimizer = torch.optim.AdamW(model.parameters())
+gc.freeze()
 kept = []
 for step in range(5):
     model(torch.randn(64, 1024).cuda()).square().mean().backward()
@@ -103,6 +104,7 @@ def test_growth_from_step_to_step_is_said_and_drawn(tmp_path: Path) -> None:
     assert (max(series.total), max(series.reserved or ())) == (rank.peak_allocated, rank.peak_reserved)
     at = series.total.index(max(series.total))
     assert {category: levels[at] for category, levels in series.by_category.items() if levels[at]} == rank.by_category
+    assert rank.by_category["weights"] == 2**22 + 2**12
     assert [span.phase for span in series.phases][:4] == ["load", "forward", "backward", "step"]
     for suffix in (".html", ".json"):
         timeline.write(result, str(tmp_path / f"drawn{suffix}"))

@@ -49,7 +49,7 @@ class Persistent:
 
     def find_weights(self) -> None:
         """Parameters and quantization states of every module, when the first step begins."""
-        modules = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)]
+        modules = [thing for thing in objects() if issubclass(type(thing), torch.nn.Module)]
         parameters = {id(p): p for module in modules for p in module._parameters.values() if p is not None}.values()
         some_frozen = any(not p.requires_grad for p in parameters)
         for parameter in parameters:
@@ -83,6 +83,16 @@ class Persistent:
         if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
             tensor = getattr(tensor, "_local_tensor", tensor)  # a DTensor's own part
             self.category[tensor.untyped_storage().data_ptr()] = category
+
+
+def objects() -> list[Any]:
+    """All objects that Python's collector knows, those too that a program has set aside (`gc.freeze`)."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    listed = gc.get_objects()
+    if frozen:
+        gc.freeze()
+    return listed
 
 
 def _parameters(optimizer: Any) -> Iterator[Any]:

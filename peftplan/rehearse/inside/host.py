@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 
 import torch
+
+from peftplan.rehearse.inside import alive
 
 
 def host_bytes() -> dict[str, int]:
@@ -18,7 +19,7 @@ def host_bytes() -> dict[str, int]:
 
 def _pageable() -> int:
     storages = {}
-    for thing in gc.get_objects():
+    for thing in alive.objects():
         if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
             tensor = getattr(thing, "_local_tensor", thing)
             if not tensor.is_pinned():

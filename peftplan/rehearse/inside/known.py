@@ -27,9 +27,9 @@ FOLLOWED = (
     "__sub__", "__rsub__", "__mul__", "__rmul__", "__floordiv__", "__mod__", "__truediv__", "__neg__", "logical_not",
     "logical_and", "logical_or", "bitwise_not", "bool", "int", "long", "float", "type", "view", "reshape", "flatten", "squeeze",
     "unsqueeze", "expand", "repeat", "contiguous", "clone", "detach", "sum", "prod", "max", "min", "amax", "amin",
-    "any", "all", "_is_all_true", "argmax", "argmin", "cumsum", "diff", "masked_fill", "where", "cat", "stack", "isin", "split", "chunk",
+    "any", "all", "argmax", "argmin", "cumsum", "diff", "masked_fill", "where", "cat", "stack", "isin", "split", "chunk",
     "unbind", "flip", "roll", "t", "transpose", "permute", "index_select", "gather", "sort", "argsort", "clamp", "minimum", "pad",
-    "maximum",
+    "maximum", "_is_all_true",
 )  # fmt: skip
 CHANGING = ("__setitem__", "masked_fill_", "fill_", "zero_", "copy_", "add_", "mul_", "sub_", "clamp_")
 CREATING = ("arange", "tensor", "as_tensor", "full", "ones", "zeros")

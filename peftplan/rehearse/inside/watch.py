@@ -1,8 +1,8 @@
 """Where a program loads, runs forward, backward and steps its optimizer, found by hooks of torch; what each phase held at most.
 
-`load` ends with the first forward of a module in training mode with gradients after an optimizer was made. A step goes from a forward until the first one
-after the optimizer has stepped, so that an optimizer that is stepped in parts counts once. Optimizers that step inside backward
-(one per parameter) count once per backward.
+`load` ends with the first forward of a module in training mode with gradients, after an optimizer was made. A step goes from a
+forward until the first one after the optimizer has stepped, so that an optimizer that is stepped in parts counts once. Optimizers
+that step inside backward (one per parameter) count once per backward.
 """
 
 from __future__ import annotations

@@ -2,18 +2,18 @@
 # gpu: rtx-4090
 # needs: unsloth
 
+from unsloth import FastLanguageModel  # isort: skip  # it has to come first
 from datasets import Dataset
-from unsloth import FastLanguageModel  # isort: skip
-from trl import SFTConfig, SFTTrainer  # isort: skip
+from trl import SFTConfig, SFTTrainer
 
-model, tokenizer = FastLanguageModel.from_pretrained("meta-llama/Llama-3.2-1B", max_seq_length=2048, load_in_4bit=True, use_exact_model_name=True)
+model, tokenizer = FastLanguageModel.from_pretrained(
+    "meta-llama/Llama-3.2-1B", max_seq_length=2048, load_in_4bit=True, use_exact_model_name=True
+)
 model = FastLanguageModel.get_peft_model(model, r=16, use_gradient_checkpointing="unsloth")
 trainer = SFTTrainer(
     model=model,
     processing_class=tokenizer,
-    args=SFTConfig(
-        output_dir="out", per_device_train_batch_size=2, max_length=2048, max_steps=20, bf16=True, report_to="none"
-    ),
+    args=SFTConfig(output_dir="out", per_device_train_batch_size=2, max_length=2048, max_steps=20, bf16=True, report_to="none"),
     train_dataset=Dataset.from_dict({"text": ["word " * 4000] * 64}),
 )
 trainer.train()
