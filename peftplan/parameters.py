@@ -265,7 +265,7 @@ def _converted_layers(arch: Architecture, quant: QuantConfig | None) -> dict[str
     # Only a user's own skip list can tell layers apart, and the last parameter where it lies inside the last layer (OPT without
     # affine norms); in every other family the first layer speaks for all.
     layered = any(char.isdigit() for pattern in quant.skip_modules or () for char in pattern)
-    last = arch.last_module().name
+    last = _last_module(arch).name
     apart = {module.name for module in arch.modules if layered or module.name == last}
     candidates = [
         (name, module, layer)
@@ -289,10 +289,17 @@ def _converted_layers(arch: Architecture, quant: QuantConfig | None) -> dict[str
     return converted
 
 
+def _last_module(arch: Architecture) -> Module:
+    """The module with the last parameter when the quantizer looks: `from_pretrained` ties weights later (`no_tie_weights`,
+    transformers/modeling_utils.py), so a tied head counts.
+    """
+    return next(module for module in reversed(arch.modules) if module.params)
+
+
 def _last_parameter(arch: Architecture) -> str:
-    module = arch.last_module()
+    module = _last_module(arch)
     *_, name = module.names()
-    return f"{name}.{arch.owned_params(module)[-1][0]}"
+    return f"{name}.{module.params[-1][0]}"
 
 
 def loaded_dtype(arch: Architecture, name: str, *, dtype: str) -> str:

@@ -18,12 +18,13 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from peftplan.cli import main as peftplan_main
+from peftplan.cli.rehearse import job_of
+from peftplan.errors import PeftplanError
+from peftplan.job.script import NO_SCRIPT, Script
+from peftplan.planning.estimate import estimate
 from peftplan.rehearse import rehearse
 
 PROGRAM = Path(__file__).with_name("rehearsed_program.py")
@@ -31,6 +32,8 @@ MODELS = (
     *("qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "smollm2-135m", "smollm2-360m", "gemma-3-270m"),
     *("pythia-160m", "pythia-410m", "gpt2", "opt-125m", "bloom-560m", "tinyllama-1.1b-chat-v1.0", "olmo-1b"),
 )
+LOOP = Script(outputs_outlive_step=True)
+"""What the program's loop does: its variable holds the outputs until the next forward has returned."""
 PHASES = ("load", "forward", "backward", "step")
 
 
@@ -105,19 +108,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def estimated(job: str, engine: str) -> dict[str, Any]:
     """The same job's peaks by an engine of ours, or `error`."""
-    output, errors = StringIO(), StringIO()
-    with redirect_stdout(output), redirect_stderr(errors), suppress(SystemExit):
-        peftplan_main(["estimate", *shlex.split(job), "--engine", engine, "--format", "json"])
     try:
-        memory = json.loads(output.getvalue())["memory"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return {"error": errors.getvalue().strip().splitlines()[-1:]}
-    phases = memory["peak_by_phase"]
-    if (
-        generated := phases.pop("generate", None)
-    ) is not None:  # a rehearsal counts it as part of loading, and of the step before
-        phases |= {"load": None, "step": max(phases["step"], generated)}
-    return {"allocated": memory["peak_allocated"], "reserved": memory["peak_reserved"], "by_phase": phases}
+        model, options = job_of(job)
+        result = estimate(model, engine=engine, script=LOOP if options.get("trainer") == "plain" else NO_SCRIPT, **options)
+    except PeftplanError as error:
+        return {"error": str(error)}
+    memory = result.to_dict()["memory"]
+    return {"allocated": memory["peak_allocated"], "reserved": memory["peak_reserved"], "by_phase": memory["peak_by_phase"]}
 
 
 def drifts(row: dict[str, Any], engine: str) -> dict[str, float] | None:

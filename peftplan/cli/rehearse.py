@@ -91,7 +91,7 @@ def command(
         check(timeline)
     if output is not None and job is None:
         raise InputError("--output", output, "a record states its job; accepted with --job 'MODEL …'")
-    stated = None if job is None else _job(job)
+    stated = None if job is None else job_of(job)
     _say_limits(max_host, keep_writes=keep_writes)
     as_json = fmt == "json"
     result = rehearse(
@@ -128,7 +128,7 @@ def _say_limits(max_host: str | None, *, keep_writes: bool) -> None:
     click.echo(f"peftplan: the program may take {format_bytes(host_limit(max_host))} of host memory, {files}", err=True)
 
 
-def _job(job: str) -> tuple[str, Mapping[str, object]]:
+def job_of(job: str) -> tuple[str, Mapping[str, object]]:
     """The model and the options of `peftplan estimate` that a job is spelled in, checked before anything runs."""
     from peftplan.cli.measure import command as measured
     from peftplan.job.prepare import prepare

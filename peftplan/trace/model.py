@@ -130,7 +130,7 @@ def _quantized(model: Any, quant: QuantConfig) -> set[str]:
         modules=[(name, kind_of(module)) for name, module in model.named_modules() if "weight" in module._parameters],
         ties=dict(ties_of(model)),
         output_embedding=None if head is None else names[id(head)],
-        last_parameter=[name for name, _ in model.named_parameters()][-1],
+        last_parameter=[name for name, _ in model.named_parameters(remove_duplicate=False)][-1],  # the loader ties weights later
         keep_in_fp32=tuple(model._keep_in_fp32_modules or ()),
         model_type=model.config.model_type,
     )
