@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import sys
 from collections.abc import Mapping
@@ -17,9 +18,6 @@ from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
     from peftplan.results.rehearsal import Rehearsal
-
-OF_MEASURE = ("steps", "warmup", "suite", "timeout", "engine", "snapshot", "output")
-"""Options of `peftplan measure` that say how a job is measured, not what it is."""
 
 
 @click.command("rehearse", cls=Command)
@@ -83,6 +81,7 @@ def command(
     peftplan rehearse --gpu 8xh100 -- torchrun --nproc-per-node 8 train.py
     """
     options.check_format(fmt)
+    from peftplan.job.prepare import prepare
     from peftplan.rehearse import rehearse
     from peftplan.report import render
     from peftplan.report.timeline import check, write
@@ -91,7 +90,9 @@ def command(
         check(timeline)
     if output is not None and job is None:
         raise InputError("--output", output, "a record states its job; accepted with --job 'MODEL …'")
-    stated = None if job is None else job_of(job)
+    if job is not None:
+        model, setup = job_of(job)
+        prepare(model, **setup)  # type: ignore[arg-type]  # before anything runs
     _say_limits(max_host, keep_writes=keep_writes)
     as_json = fmt == "json"
     result = rehearse(
@@ -114,8 +115,8 @@ def command(
         write(result, timeline)
     fits = not require_fit or (bool(result.gpus) and all(verdict.verdict == "fits" for verdict in result.gpus))
     code = will_exit(result.exit_code if result.exit_code else 0 if fits else 1)
-    if stated is not None:
-        _compare(*stated, result, output)
+    if job is not None:
+        _compare(model, setup, result, output)
     render.rehearsal(result, fmt=fmt)
     return code
 
@@ -129,19 +130,15 @@ def _say_limits(max_host: str | None, *, keep_writes: bool) -> None:
 
 
 def job_of(job: str) -> tuple[str, Mapping[str, object]]:
-    """The model and the options of `peftplan estimate` that a job is spelled in, checked before anything runs."""
-    from peftplan.cli.measure import command as measured
-    from peftplan.job.prepare import prepare
+    """The model and the options of `peftplan estimate` that a job is spelled in."""
+    from peftplan.cli.estimate import command as estimate
 
-    raw = measured.make_context("--job", shlex.split(job)).params
-    model = raw.pop("model")
-    for name in OF_MEASURE:
-        raw.pop(name)
+    raw = estimate.make_context("--job", shlex.split(job)).params
+    model = raw["model"]
     if model is None:
         raise InputError("--job", job, "accepted: a model and the options of `peftplan estimate`")
-    stated = options.chosen(raw)
-    prepare(model, **stated)
-    return model, stated
+    of_the_answer = inspect.signature(estimate.callback or job_of).parameters
+    return model, options.chosen({name: value for name, value in raw.items() if name not in of_the_answer})
 
 
 def _compare(model: str, setup: Mapping[str, object], result: Rehearsal, output: str | None) -> None:

@@ -14,7 +14,7 @@ ROWS = read(Path(__file__).with_name("jobs.jsonl"))
 LARGEST = {"allocated": 1.1, "reserved": 3.6}
 """Per cent: gemma-3-270m's accumulated step under TRL, and its QDoRA, whose loading holds 5 % more than both engines say."""
 OPEN = ("gemma-3-270m --trainer plain --method qlora --batch-size 3 --seq-len 128 --r 4",)
-"""Reserved bytes -11.5 %, while allocated bytes of each phase agree: one tensor of logits more that is cached and not used again."""
+"""Reserved bytes -11.5 %, while the allocated bytes of each phase agree: the rehearsal caches one tensor of logits more."""
 
 
 @pytest.fixture(scope="module")

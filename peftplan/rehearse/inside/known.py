@@ -229,13 +229,6 @@ def _creating(operation: Callable[..., Any]) -> Callable[..., Any]:
     return creating
 
 
-def _numbers(listed: Any) -> Any:
-    """A list whose tensors of no dimension are numbers: torch takes them for sequences once Python code indexes them."""
-    if isinstance(listed, (tuple, list)) and listed and isinstance(listed[0], (tuple, list, torch.Tensor)):
-        return [_numbers(one) for one in listed]
-    return listed.item() if isinstance(listed, torch.Tensor) and not listed.dim() else listed
-
-
 def _read(reading: Callable[..., Any]) -> Callable[..., Any]:
     def read(self: torch.Tensor) -> Any:
         known = of(self)
