@@ -38,6 +38,8 @@ MOST_REFUSED = 200
 
 Chunk = dict[str, list[Any]]
 """Rows as columns: name → a list of values."""
+OF_RANKS = ("gpus", "nodes", "strategy")
+"""Options that have a column wherever they are set: without them a row reads as one of a single GPU."""
 
 
 class Grid(NamedTuple):
@@ -63,8 +65,12 @@ class Grid(NamedTuple):
         return " × ".join(f"{name.replace('_', ' ')} {len(values):,}" for name, values in named.items() if len(values) > 1)
 
     def of_jobs(self) -> list[str]:
-        """The options that differ between jobs."""
-        return [name for name in self.axes if name not in SIZES]
+        """The options that differ between jobs, and `OF_RANKS`."""
+        return [name for name in (*self.axes, *self.of_ranks()) if name not in SIZES]
+
+    def of_ranks(self) -> dict[str, object]:
+        """Those of `OF_RANKS` that have one value."""
+        return {name: self.single[name] for name in OF_RANKS if self.single.get(name) is not None}
 
     def check(self, name: str, values: Values) -> None:
         """Raise for a value that no job takes, so that a typing error is no row."""
@@ -96,11 +102,11 @@ class Grid(NamedTuple):
             single = self.own(method, self.single) | ({"method": method} if method else {})
             for values in product(*axes.values()):
                 shown = dict(zip(axes, values, strict=True))
-                yield Job(model, method, {**single, **shown}, shown, sizes)
+                yield Job(model, method, {**single, **shown}, {**self.of_ranks(), **shown}, sizes)
 
 
 class Job(NamedTuple):
-    """A job with the sizes that its points take. `shown`: the options that differ between jobs."""
+    """A job with the sizes that its points take. `shown`: the options of its columns."""
 
     model: object
     method: str

@@ -189,7 +189,7 @@ def test_a_number_of_cards_that_no_run_has(number: str) -> None:
         estimated(gpu=f"{number}xl4")
 
 
-@pytest.mark.parametrize("command", [("serve", "gpt2"), ("sweep", "gpt2"), ("estimate", "gpt2")])
+@pytest.mark.parametrize("command", [("serve", "gpt2"), ("estimate", "gpt2")])
 def test_a_card_that_is_counted_where_one_is_meant(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command, "--gpu", "2x2xl4" if command[0] == "estimate" else "2xl4"])

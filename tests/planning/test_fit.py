@@ -168,7 +168,7 @@ def test_context_and_versions_are_those_of_the_estimate() -> None:
         ({"gpu": "rtx-4090", "methods": None, "keep": 3}, InputError, "keep"),
         ({"gpu": "rtx-4090", "methods": (1,)}, InputError, "methods"),
         ({"gpu": "rtx-4090", "min_seq_len": 0}, InputError, "min_seq_len must be at least 1"),
-        ({"gpu": "rtx-4090", "loss": "unsloth"}, PeftplanError, "fit: no formula"),
+        ({"gpu": "rtx-4090", "optim": "schedule_free_adamw"}, PeftplanError, "fit: no formula"),
     ],
 )
 def test_bad_input_says_what_is_accepted(options: dict[str, Any], error: type[Exception], expected: str) -> None:

@@ -24,7 +24,7 @@ LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     [
         ("a.yml", "base_model: [gpt2\nadapter: lora\n", r"a\.yml:2: not YAML"),
         ("a.yml", "- gpt2\n- lora\n", r"a\.yml:1: accepted: keys and values"),
-        ("a.yml", AXOLOTL + "micro_batch_size: [1, 2]\n", r"a\.yml:3: micro_batch_size: \[1, 2\] is not acc.* a whole"),
+        ("a.yml", AXOLOTL + "micro_batch_size: [1, 2]\n", r"a\.yml:3: micro_batch_size: \[1, 2\] is not valid.* a whole"),
         ("a.yml", AXOLOTL + "micro_batch_size: two\n", r"a\.yml:3: micro_batch_size: 'two'"),
         ("a.yml", AXOLOTL + "micro_batch_size: 0\n", r"a\.yml:3: micro_batch_size: 0"),
         ("a.yml", "base_model: [gpt2]\nadapter: lora\n", r"a\.yml:1: base_model: \['gpt2'\] is not .* a string"),
