@@ -16,6 +16,8 @@ CONTENT = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}PICTURE{% endif %}{% endfor %}{% endif %}"
 )
+RESERVED = "<|reserved_special_token_0|>"
+"""A special token without a role, of which large vocabularies have many: what is in need of one takes it."""
 SPECIAL = re.compile(r"(\w+)_token_(?:id|index)")
 """Fields of a config that hold the number of a special token."""
 
@@ -39,8 +41,7 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, int]:
     numbers = {match[1]: _first_id(value) for name, value in fields.items() if (match := SPECIAL.fullmatch(name))}
     special = {role: number for role, number in numbers.items() if isinstance(number, int) and 0 <= number < size}
     special.setdefault("eos", size - 1)
-    spare = (number for number in range(size - 1, -1, -1) if number not in special.values())
-    special.setdefault("pad", next(spare, special["eos"]))
+    special.setdefault("pad", special["eos"])
     return special
 
 
@@ -50,7 +51,9 @@ def tokenizer_files(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     special = special_tokens(config)
     special_names = {number: f"<{role}>" for role, number in special.items()}
     names = dict(special_names)
-    plain = next(number for number in range(size - 1, -1, -1) if number not in names)
+    plain, *spare = (number for number in range(size - 1, max(-1, size - 9), -1) if number not in names)
+    special_names |= dict.fromkeys(spare[:1], RESERVED)
+    names |= special_names
     usual = [number for number in range(size) if number not in names and number != plain]
     names |= {plain: "<unk>", **dict(zip(usual, _bytes(), strict=False))}
     vocabulary = {names.get(number, f"<{number}>"): number for number in range(size)}
