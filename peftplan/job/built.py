@@ -55,6 +55,7 @@ def without_formula(job: Job) -> str | None:
         "autocast": setup.autocast != "none",
         "eager attention": setup.attn_implementation == "eager",
         "padding": setup.padding,
+        "several GPUs": job.distributed is not None,
     }
     missing = next((what for what, is_so in unknown.items() if is_so), None)
     return missing and f"torchtune's modules: {missing}"

@@ -50,6 +50,11 @@ class Job(NamedTuple):
         return self.request.script
 
     @property
+    def replicas(self) -> int:
+        """The number of ranks that read batches of their own."""
+        return 1 if self.distributed is None else self.distributed.replicas
+
+    @property
     def reference(self) -> Reference:
         """Where the reference model of a preference or RL trainer comes from (trl `DPOTrainer.__init__`)."""
         if not any(forward.of == "reference" for forward in self.setup.forwards):

@@ -17,7 +17,7 @@ from peftplan.job.launch import FILES, launch_options
 from peftplan.job.request import Request, read_request
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolved
-from peftplan.job.tasks import as_told, check_task
+from peftplan.job.tasks import CALLED, as_told, check_task
 from peftplan.job.trainers import DEFAULT, TRAINERS
 from peftplan.job.words import MEANINGS, named_as_typed
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
@@ -82,9 +82,16 @@ def prepared(request: Request) -> Job:
     set_here = {k: v for k, v in setup_options.items() if v is not None}
     set_here = _stored(model_config, set_here) | set_here
     setup = parse_setup({**_task_of(adapter), **_method_setup(kind, set_here), **_trainer_setup(set_here), **set_here})
-    architecture = architectures.load(
-        model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
-    )
+    try:
+        architecture = architectures.load(
+            model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
+        )
+    except InputError as error:
+        if error.field == "task_type" and "task_type" not in set_here and setup.by.task is not None:
+            raise RefusedError(
+                f"trainer: {setup.by.called} trains {CALLED[setup.by.task]}, which this model has not ({error.accepted})"
+            ) from None
+        raise
     if loaded is not None:
         architecture = replace(architecture, source=loaded.architecture.source)
     if setup.by.own_modules:

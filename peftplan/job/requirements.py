@@ -1,4 +1,5 @@
-"""Options that a library refuses to run on older cards: one row each, with the line that raises.
+"""Options that a library refuses to run on older cards: one row each, with the line that raises; and batch sizes that a trainer
+refuses on any.
 
 Options that are only slower or different there have no row: torch emulates bf16, transformers dequantizes fp8 and mxfp4
 (`planning.verdicts.card_notes` says so), and bitsandbytes multiplies int8 slowly. AMD's cards and plain sizes are not checked:
@@ -7,6 +8,7 @@ the rows compare CUDA's compute capability, and flash-attn has other kernels for
 
 from __future__ import annotations
 
+from math import gcd
 from typing import NamedTuple
 
 from peftplan.job.setup import Setup
@@ -51,6 +53,36 @@ def unmet(setup: Setup, compute_capability: tuple[int, int]) -> str | None:
             oldest, has = (f"{major}.{minor}" for major, minor in (needs.compute_capability, compute_capability))
             return f"{value} needs compute capability {oldest}, the card has {has} ({needs.raises}); use {needs.instead}"
     return None
+
+
+def accepted_batch(setup: Setup, replicas: int) -> int:
+    """The batch size, or the next larger one, that the trainer accepts, on so many ranks with batches of their own.
+
+    KTO's KL term compares completions with others of the same batch (trl, kto_trainer.py: "batch size must be > 1"). GRPO and
+    RLOO generate all completions of a prompt together (grpo_config.py: "generation_batch_size must be divisible by
+    num_generations").
+    """
+    size = setup.batch_size
+    if any(forward.batch for forward in setup.forwards):
+        return max(size, 2)
+    together = setup.num_generations or setup.by.num_generations or 1
+    unit = together // gcd(together, setup.generation_rows // size * replicas)
+    return -(-size // unit) * unit
+
+
+def refused_batch(setup: Setup, replicas: int) -> str | None:
+    """Why the trainer raises at this batch size, and which it accepts; None where it runs."""
+    larger = accepted_batch(setup, replicas)
+    if larger == setup.batch_size:
+        return None
+    if setup.by.num_generations is None:
+        return f"{setup.by.called} refuses a batch of one; use --batch-size {larger} or --loss-type apo_zero_unpaired"
+    together, rows = setup.num_generations or setup.by.num_generations, setup.generation_rows * replicas
+    completions = f"{rows} completion{'s' * (rows > 1)}"
+    return (
+        f"{setup.by.called} generates {completions} at once, which is not a multiple of num_generations {together}; "
+        f"use --batch-size {larger} or another --num-generations"
+    )
 
 
 def pair(compute_capability: str) -> tuple[int, int]:

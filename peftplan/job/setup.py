@@ -73,10 +73,10 @@ class Setup(BaseModel):
     trust_remote_code: bool = False
     max_completion_length: Count | None = None
     precompute_ref_log_probs: bool | None = None
-    beta: Annotated[float | None, Field(ge=0)] = None
+    beta: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     loss_type: str | None = None
     max_prompt_length: Count | None = None
-    num_generations: Count | None = None
+    num_generations: Annotated[int | None, Field(ge=2, le=MOST)] = None
     steps_per_generation: Count | None = None
     use_vllm: bool | None = None
     vllm_mode: Literal["colocate", "server"] | None = None
@@ -234,6 +234,8 @@ def _check_trainer(setup: Setup) -> None:
         raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; add --trainer torchtune")
     if by.losses is not None and setup.loss not in by.losses:
         raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; accepted: {', '.join(by.losses)}")
+    if setup.kernels and by.own_modules:
+        raise RefusedError(f"kernels: {by.called} runs modules of its own, which no kernels replace; leave out --kernels")
     if setup.logits_to_keep is not None and setup.loss not in LOSSES_OF_SLICES:
         raise InputError(
             "logits_to_keep", setup.logits_to_keep, f"accepted: with loss {' or '.join(LOSSES_OF_SLICES)}, not {setup.loss}"
@@ -243,4 +245,8 @@ def _check_trainer(setup: Setup) -> None:
     for name in sorted(OF_PREFERENCES - by.options):
         if getattr(setup, name) not in (None, False):
             having = ", ".join(trainer.name for trainer in TRAINERS.values() if name in trainer.options)
-            raise InputError(name, getattr(setup, name), f"{by.called} has no such option; accepted: trainer {having}")
+            raise OptionError(name, getattr(setup, name), f"{by.called} has no such option; accepted: trainer {having}")
+    if setup.loss_type is not None:
+        types = setup.loss_type.split(",") if by.many_losses else [setup.loss_type]
+        for unknown in (name for name in types if name.strip() not in by.loss_types):
+            raise UnknownNameError("loss_type", unknown, by.loss_types, most=len(by.loss_types))

@@ -105,8 +105,14 @@ class Trainer(NamedTuple):
     """The default of `max_completion_length`, where the policy writes the completions that it is trained on."""
     beta: float | None = None
     """The default of `beta`; 0 leaves the reference model out."""
+    num_generations: int | None = None
+    """The default of `num_generations`, completions of a prompt, all of which one generation holds."""
     options: frozenset[str] = frozenset()
     """The options of preference and RL trainers that it has."""
+    loss_types: tuple[str, ...] = ()
+    """What it accepts as `loss_type`."""
+    many_losses: bool = False
+    """Whether it adds up losses of several types."""
     expandable_segments: bool = False
     """Whether its package sets `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True` (torchtune/__init__.py)."""
     own_modules: bool = False
@@ -160,7 +166,7 @@ GENERATING = TRL._replace(
     completion=512,
     options=frozenset(
         {
-            *("max_completion_length", "max_prompt_length", "beta", "loss_type", "num_generations", "steps_per_generation"),
+            *("max_completion_length", "max_prompt_length", "beta", "num_generations", "steps_per_generation"),
             *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),
         }
     ),
@@ -181,8 +187,14 @@ OF_LOGITS = TRL._replace(
     sums_tokens=False,
     rows=2,
     of_logits=True,
-    options=frozenset({"beta", "loss_type"}),
+    options=frozenset({"beta"}),
 )
+DPO_LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero"),
+    *("apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+"""The names that trl's `compute_loss` compares with (dpo_trainer.py, grpo_trainer.py)."""
 
 TRAINERS: dict[TrainerName, Trainer] = {
     trainer.name: trainer
@@ -195,6 +207,8 @@ TRAINERS: dict[TrainerName, Trainer] = {
             called=f"DPOTrainer of {named('trl')}",
             rows=2,
             forwards=(*LOSS, Forward("reference")),
+            loss_types=DPO_LOSSES,
+            many_losses=True,
             arguments="DPOConfig",
         ),
         # Completions of other prompts are scored too, by both models (`_compute_kl_logps`).
@@ -203,6 +217,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             called=f"KTOTrainer of {named('trl')}",
             forwards=(Forward("policy", batch="KL_"), *LOSS, Forward("reference", batch="KL_"), Forward("reference")),
             without_extra_rows=("apo_zero_unpaired",),
+            loss_types=("kto", "apo_zero_unpaired"),
             arguments="KTOConfig",
         ),
         TRL._replace(
@@ -217,9 +232,25 @@ TRAINERS: dict[TrainerName, Trainer] = {
             arguments="RewardConfig",
         ),
         OF_LOGITS._replace(name="trl-orpo", called=f"ORPOTrainer of {named('trl')}", arguments="ORPOConfig"),
-        OF_LOGITS._replace(name="trl-cpo", called=f"CPOTrainer of {named('trl')}", arguments="CPOConfig"),
-        GENERATING._replace(name="trl-grpo", called=f"GRPOTrainer of {named('trl')}", beta=0.0, arguments="GRPOConfig"),
-        GENERATING._replace(name="trl-rloo", called=f"RLOOTrainer of {named('trl')}", beta=0.05, arguments="RLOOConfig"),
+        OF_LOGITS._replace(
+            name="trl-cpo",
+            called=f"CPOTrainer of {named('trl')}",
+            options=OF_LOGITS.options | {"loss_type"},
+            loss_types=("sigmoid", "hinge", "ipo", "simpo", "alphapo"),
+            arguments="CPOConfig",
+        ),
+        GENERATING._replace(
+            name="trl-grpo",
+            called=f"GRPOTrainer of {named('trl')}",
+            beta=0.0,
+            num_generations=8,
+            options=GENERATING.options | {"loss_type"},
+            loss_types=GRPO_LOSSES,
+            arguments="GRPOConfig",
+        ),
+        GENERATING._replace(
+            name="trl-rloo", called=f"RLOOTrainer of {named('trl')}", beta=0.05, num_generations=2, arguments="RLOOConfig"
+        ),
         Trainer(
             "plain",
             "a hand-written loop",

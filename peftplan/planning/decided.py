@@ -21,7 +21,7 @@ from peftplan.errors import MissingExtraError
 from peftplan.hardware.context import context_for_verdict
 from peftplan.hardware.gpus import Gpu
 from peftplan.hardware.usable import usable_bytes
-from peftplan.job.requirements import pair, unmet
+from peftplan.job.requirements import pair, refused_batch, unmet
 from peftplan.planning.verdicts import capability, verdict
 from peftplan.results.estimate import TIGHT
 from peftplan.units import MIB
@@ -110,11 +110,20 @@ class _State:
         self.verdicts = np.zeros((len(cards), count), dtype=np.int8)
         self.by = np.zeros((len(cards), count), dtype=np.int8)
         self.replayed = 0
+        refused = self._refused_batches()
         for number, card in enumerate(cards):
             if card.refused is not None:
                 self._say(number, np.arange(count), "does_not_run", "requested")
             else:
                 self._say(number, np.flatnonzero(requested > card.room), "does_not_fit", "requested")
+                self._say(number, np.flatnonzero(refused), "does_not_run", "requested")
+
+    def _refused_batches(self) -> Any:
+        """Whether the trainer refuses each point's batch size."""
+        job = self.sized.first.job
+        sizes, where = np.unique(self.points.batch_size, return_inverse=True)
+        setups = (job.setup.model_copy(update={"batch_size": size}) for size in sizes.tolist())
+        return np.array([refused_batch(setup, job.replicas) is not None for setup in setups], dtype=bool)[where]
 
     def undecided(self) -> Any:
         """Cards × points without a verdict."""

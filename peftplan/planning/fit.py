@@ -7,10 +7,12 @@ on, so plans over several cards are plans with other options.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
 
 from peftplan.errors import BoundError, InputError, RefusedError, UnknownNameError
 from peftplan.job.prepare import prepare
+from peftplan.job.requirements import accepted_batch
 from peftplan.job.setup import Engine
 from peftplan.planning.choosing import which_gpu
 from peftplan.planning.estimate import estimate
@@ -20,6 +22,7 @@ from peftplan.planning.fit_traced import GUESSES, largest_traced
 from peftplan.planning.for_method import base_of, known_methods, options_for, without_formula
 from peftplan.planning.largest import MOST_ASKED, Largest, Probe, largest
 from peftplan.planning.plans import Options, changes_of, kept_options, ranked
+from peftplan.planning.question import Question
 from peftplan.planning.verdicts import find_cards
 from peftplan.results.estimate import TIGHT, Estimate
 
@@ -187,7 +190,10 @@ def _plan(model: object, gpu: str, search: Search, options: Mapping[str, Any], c
 def _plan_at(edge: Largest, answer: Estimate, ask: Callable[[int], Estimate], size: Size, changes: Mapping[str, object]) -> Plan:
     """The plan of an answer, with what keeps it from the next size."""
     beyond = ask(edge.size + 1) if edge.size and not edge.bounded else None if edge.size else answer
-    return Plan.of(answer, edge, size=size, changes=changes, binding=None if beyond is None else Binding.of(answer, beyond))
+    plan = Plan.of(answer, edge, size=size, changes=changes, binding=None if beyond is None else Binding.of(answer, beyond))
+    if beyond is None or size != "batch_size":
+        return plan
+    return plan._replace(next_larger=f"Batch size {beyond.assumptions['batch_size']:,}")
 
 
 def _traced_plan(model: object, gpu: str, search: Search, options: Mapping[str, Any], changes: Mapping[str, object]) -> Plan:
@@ -216,16 +222,28 @@ def _traced_plan(model: object, gpu: str, search: Search, options: Mapping[str, 
 
 
 def _estimates(model: object, gpu: str, size: Size, options: Mapping[str, Any], smallest: int) -> Callable[[int], Estimate]:
-    """The job at any size: by its formulas' own sizes where they have a name for it."""
-    start = estimate(model, gpu=gpu, **{**options, size: smallest})
+    """The job at any size: by its formulas' own sizes where they have a name for it.
 
-    def ask(number: int) -> Estimate:
+    A batch size that the trainer refuses is asked as the next larger one that it accepts.
+    """
+    start = estimate(model, gpu=gpu, **{**options, size: smallest})
+    assert isinstance(start.origin, Question)
+    job = start.origin.inventory.job
+
+    @cache
+    def at(number: int) -> Estimate:
         if number == smallest:
             return start
         if size == "r":
             return estimate(model, gpu=gpu, **{**options, "r": number})
         resized: Estimate = start.at(**{size: number})
         return resized
+
+    def ask(number: int) -> Estimate:
+        if size != "batch_size":
+            return at(number)
+        sized = job.setup.model_copy(update={"batch_size": number})
+        return at(accepted_batch(sized, job.replicas))
 
     return ask
 

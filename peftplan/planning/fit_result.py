@@ -86,7 +86,7 @@ class Plan(NamedTuple):
     assumptions: Mapping[str, object]
     warnings: tuple[str, ...]
     next_larger: str | None = None
-    """The next larger model, which does not fit, where models were searched; `size` is then the number of parameters."""
+    """The next that does not fit: a batch size, or a model where models were searched; `size` is then its parameters."""
     origin: Origin | None = None
     """The job and its card, as data; `peftplan.export` writes them into another tool's config."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from peftplan.errors import InputError, PeftplanError, UnknownNameError
-from peftplan.job.trainers import CHUNKED
+from peftplan.job.trainers import CHUNKED, ONE_FORWARD
 from peftplan.planning.fit_result import Plan
 from peftplan.planning.for_method import options_for
 from peftplan.validation import listed
@@ -26,7 +26,7 @@ SAVES: tuple[dict[str, object], ...] = (
     CHUNKED,
 )
 """Options that change no result of a training step, tried beside each method: layers that are computed again, and SFTTrainer's
-loss, which never holds all logits."""
+loss, which never holds all logits, where a trainer has the same objective and the model its own code."""
 
 
 def ranked(
@@ -85,7 +85,9 @@ def changes_of(
     others: list[dict[str, object]] = [{}]
     names = QUALITY if methods is None else methods
     others += [] if by_adapter else [{"method": name} for name in names if name != first.method]
-    saving = [change for change in SAVES if kept.isdisjoint(change) and not change.items() <= first.assumptions.items()]
+    own_loss = first.assumptions["trainer"] not in ONE_FORWARD or first.assumptions.get("kernels")
+    saves = [change for change in SAVES if not (own_loss and change is CHUNKED)]
+    saving = [change for change in saves if kept.isdisjoint(change) and not change.items() <= first.assumptions.items()]
     shorter = min_seq_len is not None and size != "seq_len" and "seq_len" not in kept and min_seq_len < first.seq_len
     lengths: list[dict[str, object]] = [{}, {"seq_len": min_seq_len}] if shorter else [{}]
     for method in others:

@@ -9,7 +9,7 @@ from peftplan.errors import NeedsTraceError, RefusedError
 from peftplan.job.inventory import Inventory, inventory
 from peftplan.job.job import Job
 from peftplan.job.prepare import config_of, prepared
-from peftplan.job.requirements import pair, unmet
+from peftplan.job.requirements import pair, refused_batch, unmet
 from peftplan.job.setup import AdviceSearch, Engine, check_length, check_logits_to_keep, parse_setup
 from peftplan.job.tasks import without_loss
 from peftplan.ledger import Ledger
@@ -193,6 +193,7 @@ def _estimated(
     by_capability = {of: Counted() if isinstance(peaks, str) else peaks for of, peaks in counted.items()}
     peaks = by_capability[of_first].peaks
     setup = job.setup
+    refused = refused_batch(setup, job.replicas)
     vllm = Vllm(setup.vllm_share, bool(setup.vllm_enable_sleep_mode)) if setup.vllm_share else None
     standing = static.bytes() if vllm or any(peaks.peaks is None for peaks in by_capability.values()) else 0
     assumed = assumptions(job, quantized=built.quantized)
@@ -220,7 +221,7 @@ def _estimated(
                 card,
                 standing,
                 *by_capability[of],
-                refused=unmet(job.setup, pair(of)),
+                refused=refused or unmet(setup, pair(of)),
                 skip_unfit=skip_unfit,
                 bound=question.bound,
                 vllm=vllm,
@@ -228,7 +229,7 @@ def _estimated(
             for card, of in ((card, capability(card)) for card in cards)
         ),
         peaks=peaks,
-        warnings=job.warnings,
+        warnings=job.warnings if refused is None or cards else (*job.warnings, f"batch_size: {refused}"),
         chosen=job.chosen - (question.config or {}).get("defaults", {}).keys(),
         asides=job.architecture.asides,
         origin=question,

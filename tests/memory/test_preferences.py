@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peftplan import estimate
+from peftplan import estimate, fit
 from peftplan.errors import InputError, RefusedError
 from peftplan.memory.reference_load import warm_up
 from tests.memory.engines import LLAMA
@@ -144,6 +144,11 @@ def test_vllm_takes_its_share_of_the_card() -> None:
         ({**GRPO, "max_completion_length": 300}, InputError, "accepted: below the 256 tokens of prompt and completion"),
         ({**GRPO, "max_prompt_length": 9}, InputError, "seq_len is prompt and completion; give one of the two"),
         ({"use_vllm": True}, InputError, "DPOTrainer of trl 1.16 has no such option; accepted: trainer trl-grpo, trl-rloo"),
+        ({"beta": float("inf")}, InputError, "beta must be a finite number"),
+        ({"loss_type": "nonsense"}, InputError, "loss_type: 'nonsense' is not valid; accepted: aot"),
+        ({"loss_type": "sigmoid,nonsense"}, InputError, "loss_type: 'nonsense' is not valid"),
+        ({"trainer": "trl-orpo", "loss_type": "sigmoid"}, InputError, "loss_type: ORPOTrainer of trl 1.16 has no such option"),
+        ({**GRPO, "num_generations": 1}, InputError, "num_generations must be at least 2 (got 1)"),
         ({"trainer": "trl-reward", "task_type": "CAUSAL_LM"}, RefusedError, "trains classes that score a sequence, not Llama"),
     ],
 )
@@ -162,3 +167,50 @@ def test_several_gpus_have_no_formula_yet() -> None:
     result = estimate("llama-3.2-1b", trainer="trl-dpo", gpus=2, strategy="fsdp2")
     assert result.peaks is None
     assert "a step with FSDP2 over 2 GPUs and DPOTrainer of trl 1.16" in result.not_modelled[0]
+
+
+KTO: dict[str, Any] = {"trainer": "trl-kto", "seq_len": S}
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({**KTO, "batch_size": 1}, "KTOTrainer of trl 1.16 refuses a batch of one; use --batch-size 2"),
+        ({**KTO, "batch_size": 2}, None),
+        ({**KTO, "batch_size": 1, "loss_type": "apo_zero_unpaired"}, None),
+        ({**GRPO, "batch_size": 3, "gradient_accumulation_steps": 1}, "which is not a multiple of num_generations 8"),
+        ({**GRPO, "batch_size": 3, "gradient_accumulation_steps": 1, "num_generations": 3}, None),
+        ({**GRPO, "batch_size": 1, "gradient_accumulation_steps": 8}, None),
+        ({**GRPO, "batch_size": 2, "gradient_accumulation_steps": 1, "gpus": 4}, None),
+        ({**GRPO, "batch_size": 2, "gradient_accumulation_steps": 1, "gpus": 3}, "use --batch-size 8"),
+        ({**GRPO, "trainer": "trl-rloo", "batch_size": 1, "gradient_accumulation_steps": 1}, "generates 1 completion at once"),
+    ],
+)
+def test_a_batch_that_trl_refuses_does_not_run(options: dict[str, Any], refused: str | None) -> None:
+    """kto_trainer.py: batch size must be > 1; grpo_config.py: generation_batch_size must be divisible by num_generations."""
+    (verdict,) = estimate("llama-3.2-1b", gpu="h100", **options).gpus
+    assert (verdict.verdict == "does_not_run") == (refused is not None)
+    assert refused is None or refused in (verdict.reason or "")
+    warnings = estimate("llama-3.2-1b", **options).warnings
+    assert [f"batch_size: {verdict.reason}"] == list(warnings) if refused else not warnings
+
+
+def test_the_largest_batch_is_one_that_trl_accepts() -> None:
+    grpo = fit("llama-3.2-1b", gpu="l4", trainer="trl-grpo", methods=["lora"])
+    assert grpo.plans[0].size > 0
+    assert grpo.plans[0].size % 8 == 0
+    assert grpo.plans[0].next_larger == f"Batch size {grpo.plans[0].size + 8}"
+    kto = fit("llama-3.2-1b", gpu="l4", trainer="trl-kto", methods=["lora"])
+    assert (kto.plans[0].size > 2, kto.plans[0].verdict) == (True, "fits")
+    assert all("trainer" not in plan.changes for plan in (*grpo.plans, *kto.plans)), "another trainer trains another objective"
+
+
+def test_a_trainer_whose_task_a_model_has_not_is_named() -> None:
+    with pytest.raises(RefusedError, match=r"^trainer: RewardTrainer of trl 1.16 trains classes that score a sequence, which"):
+        estimate("vit-base-patch16-224", trainer="trl-reward")
+
+
+def test_torchtune_takes_no_kernels_and_one_gpu() -> None:
+    with pytest.raises(RefusedError, match=r"^kernels: torchtune's recipe runs modules of its own"):
+        estimate("llama-3.2-1b", trainer="torchtune", kernels="liger")
+    assert estimate("llama-3.2-1b", trainer="torchtune", gpus=2).peaks is None

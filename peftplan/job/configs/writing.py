@@ -24,6 +24,7 @@ from peftplan.job.configs.reading import Reading, read_all
 from peftplan.job.configs.sayable import BY_TARGETS, BYTELESS, ROLES, fields_of, firm, spellings
 from peftplan.job.configs.texts import document_of
 from peftplan.job.job import Job
+from peftplan.job.kernels import packages_of
 from peftplan.job.launch import FILES
 from peftplan.job.prepare import prepare
 from peftplan.job.setup import Setup
@@ -265,6 +266,8 @@ class _Writing:
         theirs = now.fields.get(field)
         if self.job.method is not None and field in self.job.method.defaults.keys() - self.stated:
             field, value, theirs = "method", self.job.method_name, None  # the name implies it
+        if field == "kernels":
+            value, theirs = packages_of(value or ()), theirs and packages_of(theirs)
         runs = "" if field in BY_TARGETS or theirs is None or theirs == value else f"; accepted: {theirs}"
         if field == "method":
             runs = f"; accepted: {', '.join(self._methods())}"
