@@ -163,8 +163,8 @@ def _qkv_backward(f: Tape, node: Node, saved: Sequence[Tensor], *grads: Tensor) 
     assert isinstance(node.context, Saved)
     kernel, ps = node.context
     x, dropped, *casts = saved
-    dx, *of_adapters = _projected_backward(f, kernel, x, ps, grads, casts)
-    return dx if node.edges[0] else None, _of_dropped(f, dropped, output=len(ps) == 1), *of_adapters
+    dx, *others = _projected_backward(f, kernel, (x, dropped), ps, grads, casts)
+    return dx if node.edges[0] else None, *others
 
 
 def _of_dropped(f: Tape, dropped: Tensor | None, *, output: bool) -> Tensor | None:
@@ -178,9 +178,10 @@ def _of_dropped(f: Tape, dropped: Tensor | None, *, output: bool) -> Tensor | No
 
 
 def _projected_backward(
-    f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection], grads: Sequence[Tensor], casts: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """The gradients of projections that read the same x."""
+    f: Tape, kernel: Lora, xs: Inputs, ps: Sequence[Projection], grads: Sequence[Tensor], casts: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, of what dropout made of it, and of the adapters: of projections that read the same x."""
+    x, dropped = xs
     dtype, rows = x.dtype, x.dims[:-1]
     adapters = [_cast(f, side, dtype) for p in ps for side in (p.a, p.b)] if not kernel.saves_casts else list(casts)
     lows, grads_of = _adapter_gradients(f, kernel, ps, x, grads)
@@ -197,8 +198,9 @@ def _projected_backward(
         weight = _weight(f, kernel, p, g.dtype, buffered=False)
         _into(f)
         del weight
+    of_dropped = _of_dropped(f, dropped, output=len(ps) == 1)
     del lows, adapters
-    return dx, *grads_of
+    return dx, of_dropped, *grads_of
 
 
 def _adapter_gradients(
@@ -289,5 +291,7 @@ def _mlp_backward(f: Tape, node: Node, saved: Sequence[Tensor], dy: Tensor) -> G
     f.module = gate.part.name
     weight = _weight(f, kernel, gate, dtype, buffered=False)
     _into(f)
-    del weight, low_down, low_up, low_gate, adapters, product
-    return (dx if node.edges[0] else None, _of_dropped(f, dropped, output=False), *of_gate, *of_up, *of_down)
+    del weight
+    of_dropped = _of_dropped(f, dropped, output=False)
+    del low_down, low_up, low_gate, adapters, product
+    return (dx if node.edges[0] else None, of_dropped, *of_gate, *of_up, *of_down)

@@ -76,5 +76,21 @@ REHEARSED: list[tuple[str, dict[str, Any], int, int]] = [
 def test_as_the_packages_ran(model: str, job: dict[str, Any], allocated: int, reserved: int) -> None:
     peaks = estimate(model, **job).peaks
     assert peaks is not None
-    assert peaks.allocated == pytest.approx(allocated, rel=1e-3)
+    assert peaks.allocated == pytest.approx(allocated, rel=1e-4)
     assert peaks.reserved == pytest.approx(reserved, rel=1e-3)
+
+
+IN_THE_LOSS: list[tuple[str, dict[str, Any], int]] = [
+    ("llama-3.2-1b", {**UNSLOTH, **LORA}, 3_001_064_448),
+    ("qwen2.5-0.5b", {**UNSLOTH, **QLORA}, 951_031_808),
+    ("qwen3-0.6b", {**UNSLOTH, **QLORA}, 1_055_901_696),
+]
+"""Model, job, and the peak of forward, as above: the last label of a row is ignored, so that 2 x 2,048 tokens run in chunks of
+logits. Scalars of the loss and Unsloth's own buffers, 110,592 B of both in each job, are not in the formula."""
+
+
+@pytest.mark.parametrize(("model", "job", "forward"), IN_THE_LOSS)
+def test_unsloth_s_loss_scores_all_tokens_but_the_last_of_a_row(model: str, job: dict[str, Any], forward: int) -> None:
+    peaks = estimate(model, **job).peaks
+    assert peaks is not None
+    assert peaks.by_phase["forward"] == pytest.approx(forward, rel=2e-4)
