@@ -67,6 +67,16 @@ if __name__ == "__main__":
         "loaded": [len(batch) for batch in DataLoader(range(8), batch_size=4, num_workers=2, pin_memory=True)],
     }), flush=True)
 """
+SHIFTED = """
+import json
+import torch
+labels = torch.ones(2, 8, dtype=torch.int64).to("cuda")
+ignored = torch.full_like(labels[..., :1], -100), labels.new_full((2, 1), -100)
+targets = [torch.cat([labels[..., 1:], last], dim=-1) for last in ignored]
+kept = targets[0] != -100
+kept &= torch.ones_like(labels) > 0
+print("SEEN", json.dumps([len(mask.nonzero()) for mask in (kept, targets[1] >= 0)]))
+"""
 DATA = """
 import json
 from datasets import load_dataset
@@ -136,6 +146,10 @@ def test_out_of_memory_says_who_asked_and_what_was_alive(tmp_path: Path) -> None
     assert (oom["file"], oom["line"]) == (str(tmp_path / "program.py"), 1 + LOOP.splitlines().index(f"        {oom['code']}"))
     assert oom["code"] == 'torch.zeros(1 << 36, device="cuda")'
     assert {row["category"] for row in oom["alive"]} >= {"weights", "optimizer_states"}
+
+
+def test_labels_that_a_loss_shifts_keep_their_values(tmp_path: Path) -> None:
+    assert seen(run(SHIFTED, tmp_path, steps=0)[1]) == [14, 14]  # the last label of each row is ignored
 
 
 def test_a_program_that_hangs_is_ended_and_reported_up_to_there(tmp_path: Path) -> None:

@@ -29,9 +29,12 @@ FOLLOWED = (
     "unsqueeze", "expand", "repeat", "contiguous", "clone", "detach", "sum", "prod", "max", "min", "amax", "amin",
     "any", "all", "argmax", "argmin", "cumsum", "diff", "masked_fill", "where", "cat", "stack", "isin", "split", "chunk",
     "unbind", "flip", "roll", "t", "transpose", "permute", "index_select", "gather", "sort", "argsort", "clamp", "minimum", "pad",
-    "maximum", "_is_all_true",
+    "maximum", "_is_all_true", "full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones",
 )  # fmt: skip
-CHANGING = ("__setitem__", "masked_fill_", "fill_", "zero_", "copy_", "add_", "mul_", "sub_", "clamp_")
+CHANGING = (
+    "__setitem__", "masked_fill_", "fill_", "zero_", "copy_", "add_", "mul_", "sub_", "clamp_", "scatter_", "index_fill_",
+    "__iand__", "__ior__",
+)  # fmt: skip
 CREATING = ("arange", "tensor", "as_tensor", "full", "ones", "zeros")
 READ = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
 
