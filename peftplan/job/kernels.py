@@ -1,7 +1,8 @@
 """Kernels of other packages that replace parts of a model: which function each is, and the facts of it that decide memory.
 
 A kernel is one autograd function. Its formula is written once for all packages (`memory.fused_layers`, `memory.lora_kernels`) and
-asks for the facts of these records; only this file compares names.
+asks for the facts of these records; only this file compares names. Unsloth's formulas are of layers that torch does not compile
+(UNSLOTH_BLOCK_COMPILE=0) and of padded batches (UNSLOTH_DISABLE_AUTO_PADDING_FREE=1).
 """
 
 from __future__ import annotations

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterable, Mapping
 
 from peftplan.job.configs.documents import BrokenFileError, Document, Values
 
 WANTED = ("Config", "Trainer", "from_pretrained", "get_peft_model", "Arguments", "prepare_model_for_kbit_training")
 """Ends of the names of calls that matter."""
+SETTINGS = "UNSLOTH_"
+"""Start of the names of environment variables that decide how a package trains."""
+MAGIC = re.compile(rf"%(?:set_)?env\s+({SETTINGS}\w+)[=\s]\s*(\S+)")
+"""A notebook's line that sets one of them."""
 MOST_OF_A_TEXT = 40
 
 
@@ -22,6 +27,7 @@ def of_notebook(text: str, *, file: str) -> Document:
         raise BrokenFileError(file, None, "not a notebook; accepted: JSON with cells") from None
     reader = _Calls()
     for source in sources:
+        reader.environment |= dict(MAGIC.findall(source))
         lines = ["pass" if line.lstrip().startswith(("!", "%")) else line for line in source.splitlines()]
         reader.read("\n".join(lines), file=None)
     return _document(reader, file)
@@ -38,7 +44,8 @@ def of_script(text: str, *, file: str) -> Document:
 def _document(reader: _Calls, file: str) -> Document:
     if not reader.calls:
         raise BrokenFileError(file, None, "accepted: a program that calls from_pretrained, get_peft_model or a Trainer")
-    return Document({"calls": reader.calls}, kind="calls")
+    settings = [{"call": "os.environ", "args": [], "kwargs": reader.environment}] if reader.environment else []
+    return Document({"calls": reader.calls + settings}, kind="calls")
 
 
 def arguments(calls: Iterable[Values], kinds: Mapping[str, str]) -> Values:
@@ -59,11 +66,15 @@ def arguments(calls: Iterable[Values], kinds: Mapping[str, str]) -> Values:
 
 
 class _Calls(ast.NodeVisitor):
-    """The calls in the order of the text; names that were assigned once to a plain value stand for it."""
+    """The calls in the order of the text; names that were assigned once to a plain value stand for it.
+
+    `environment`: variables of packages that the program sets, by their names.
+    """
 
     def __init__(self) -> None:
         self.calls: list[Values] = []
         self.names: Values = {}
+        self.environment: Values = {}
 
     def read(self, source: str, *, file: str | None) -> None:
         """Add the calls of a source. A cell that is no Python is left out; a file that is none raises BrokenFileError."""
@@ -75,8 +86,11 @@ class _Calls(ast.NodeVisitor):
                 raise BrokenFileError(file, line, f"not Python: {error}") from None
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        """A name for a plain value."""
+        """A name for a plain value, or `os.environ["NAME"] = value`."""
         self.generic_visit(node)
+        for target in node.targets:
+            if isinstance(target, ast.Subscript):
+                self._set(target.value, target.slice, node.value)
         if len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             value = self.value(node.value)
             if (
@@ -90,10 +104,18 @@ class _Calls(ast.NodeVisitor):
         """A call, if its name is one of those that matter; what it is called with stands before it."""
         self.generic_visit(node)
         name = ast.unparse(node.func)[:200]
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "setdefault" and len(node.args) > 1:
+            self._set(node.func.value, *node.args[:2])
         if name.endswith(WANTED):
             kwargs = {keyword.arg: self.value(keyword.value) for keyword in node.keywords if keyword.arg}
             starred = {"**": "<keyword arguments>"} if any(keyword.arg is None for keyword in node.keywords) else {}
             self.calls.append({"call": name, "args": [self.value(each) for each in node.args], "kwargs": kwargs | starred})
+
+    def _set(self, mapping: ast.expr, key: ast.expr, value: ast.expr) -> None:
+        """A variable of the environment, if the mapping is the environment and the variable is one of those that matter."""
+        name = self.value(key)
+        if ast.unparse(mapping).endswith("environ") and str(name).startswith(SETTINGS):
+            self.environment[str(name)] = self.value(value)
 
     def value(self, node: ast.expr) -> object:
         """A plain value, or `<text>` of what only the program knows."""

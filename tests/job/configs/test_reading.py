@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -152,6 +153,42 @@ def test_unsloths_calls() -> None:
     }
     assert {name: plan.options[name] for name in wanted} == wanted
     assert (plan.options["gradient_checkpointing"], plan.options["offload_checkpoints"]) == (True, True)
+
+
+UNSLOTH = """
+import os
+{settings}
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Llama-3.2-1B", max_seq_length=2048)
+model = FastLanguageModel.get_peft_model(model, r=16)
+SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=2)).train()
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "unsupported"),
+    [
+        ("", {"UNSLOTH_BLOCK_COMPILE", "UNSLOTH_DISABLE_AUTO_PADDING_FREE"}),
+        ('os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"', {"UNSLOTH_DISABLE_AUTO_PADDING_FREE"}),
+        ('os.environ.setdefault("UNSLOTH_DISABLE_AUTO_PADDING_FREE", "1")', {"UNSLOTH_BLOCK_COMPILE"}),
+        ('os.environ["UNSLOTH_BLOCK_COMPILE"] = os.environ["UNSLOTH_DISABLE_AUTO_PADDING_FREE"] = "0"',
+         {"UNSLOTH_DISABLE_AUTO_PADDING_FREE"}),
+        ('os.environ["UNSLOTH_COMPILE_DISABLE"] = os.environ["UNSLOTH_DISABLE_AUTO_PADDING_FREE"] = "1"', set()),
+    ],
+)  # fmt: skip
+def test_unsloth_compiles_layers_and_pads_nothing_unless_told(settings: str, unsupported: set[str]) -> None:
+    plan = read_text(UNSLOTH.format(settings=settings), file="train.py")
+    assert set(plan.unsupported) == unsupported
+    assert (peftplan.estimate(config=plan).peaks is None) == bool(unsupported)  # in which direction it changes is not known
+    assert not peftplan.estimate(config=plan, kernels="unsloth").config["unsupported"]  # the user says how it runs
+
+
+def test_a_notebook_sets_variables_by_a_magic() -> None:
+    cells = ["%env UNSLOTH_BLOCK_COMPILE=0\n%env WANDB_PROJECT=mine", UNSLOTH.format(settings="")]
+    notebook = json.dumps({"cells": [{"cell_type": "code", "source": [cell]} for cell in cells]})
+    plan = read_text(notebook, file="train.ipynb")
+    assert set(plan.unsupported) == {"UNSLOTH_DISABLE_AUTO_PADDING_FREE"}
+    assert plan.read["environment.UNSLOTH_BLOCK_COMPILE"].value == "0"
 
 
 def test_a_command() -> None:
