@@ -126,7 +126,7 @@ def fit(
         else:
             changes = changes_of(typed, first, size, methods, kept, min_seq_len)
         plans, nearest = ranked(first, typed, changes, plan, by_size=size == "model")
-        elsewhere = None if engine == "trace" or any(each.size for each in plans) else _other_card(typed, search, first, nearest)
+        elsewhere = None if engine == "trace" or any(each.size for each in plans) else _other_card(model, typed, search, (first, *nearest))
         return Fit(_asked_for(model, first, size), card, size, plans, nearest, engine, elsewhere)
 
     answers = tuple(on(card.id) for card in cards)
@@ -138,14 +138,16 @@ def _asked_for(model: object, first: Plan, size: Size) -> str:
     return model if size == "model" and isinstance(model, str) else first.model
 
 
-def _other_card(typed: Mapping[str, Any], search: Search, first: Plan, nearest: Sequence[Plan]) -> OtherCard | None:
+def _other_card(model: object, typed: Mapping[str, Any], search: Search, plans: Sequence[Plan]) -> OtherCard | None:
     """The smallest card that takes the plan that comes nearest, at its smallest size; None where no card does."""
-    near = max((first, *nearest), key=lambda plan: plan.headroom_bytes)
+    near = max(plans, key=lambda plan: plan.headroom_bytes)
     changed = {**typed, **near.changes}
     options = options_for(near.method, changed) if "method" in near.changes else changed
-    if search.size != "model":
+    if search.size == "model":
+        model = near.model  # a member of the family
+    else:
         options = {**options, search.size: search.smallest}
-    cards = which_gpu(near.model, allow_tight="tight" in search.accepted, **options)
+    cards = which_gpu(model, allow_tight="tight" in search.accepted, **options)
     return OtherCard(cards[0].gpu, near.model, near.changes, cards[0].usable_bytes, cards[0].needed_bytes) if cards else None
 
 

@@ -108,7 +108,7 @@ def test_a_verdict_in_words(verdict: Verdict, words: str) -> None:
 
 
 def test_an_unknown_verdict_says_what_to_do() -> None:
-    lines = run("estimate", "llama-2-7b", "--loss", "unsloth", "--gpu", "a100-80gb", columns=None).out.splitlines()
+    lines = run("estimate", "llama-2-7b", "--optim", "grokadamw", "--gpu", "a100-80gb", columns=None).out.splitlines()
     assert lines[1].startswith("? A100 80GB: unknown, needs at least ")
     assert "--engine trace" in lines[1]
 
