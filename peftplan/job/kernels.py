@@ -114,10 +114,10 @@ KERNELS: dict[str, Kernel] = {
     "axolotl.lora_mlp": AXOLOTL_LORA,
     "axolotl.lora_qkv": AXOLOTL_LORA,
     "axolotl.lora_o": AXOLOTL_LORA,
-    "liger.rms_norm": Norm("liger-kernel 0.8.5, ops/rms_norm.py (`LigerRMSNormFunction`)"),
-    "liger.layer_norm": LayerNorms("liger-kernel 0.8.5, ops/layer_norm.py (`LigerLayerNormFunction`)"),
-    "liger.rope": Rotary("liger-kernel 0.8.5, ops/rope.py (`LigerRopeFunction`)", backward_in_place=True),
-    "liger.glu": Gated("liger-kernel 0.8.5, ops/swiglu.py (`LigerSiLUMulFunction`), ops/geglu.py (`LigerGELUMulFunction`)"),
+    "liger.rms_norm": Norm("liger-kernel, ops/rms_norm.py (`LigerRMSNormFunction`)"),
+    "liger.layer_norm": LayerNorms("liger-kernel, ops/layer_norm.py (`LigerLayerNormFunction`)"),
+    "liger.rope": Rotary("liger-kernel, ops/rope.py (`LigerRopeFunction`)", backward_in_place=True),
+    "liger.glu": Gated("liger-kernel, ops/swiglu.py (`LigerSiLUMulFunction`), ops/geglu.py (`LigerGELUMulFunction`)"),
 }
 """Package and part → the kernel."""
 PACKAGES = tuple(dict.fromkeys(name.partition(".")[0] for name in KERNELS))

@@ -126,7 +126,11 @@ def fit(
         else:
             changes = changes_of(typed, first, size, methods, kept, min_seq_len)
         plans, nearest = ranked(first, typed, changes, plan, by_size=size == "model")
-        elsewhere = None if engine == "trace" or any(each.size for each in plans) else _other_card(model, typed, search, (first, *nearest))
+        elsewhere = (
+            None
+            if engine == "trace" or any(each.size for each in plans)
+            else _other_card(model, typed, search, (first, *nearest))
+        )
         return Fit(_asked_for(model, first, size), card, size, plans, nearest, engine, elsewhere)
 
     answers = tuple(on(card.id) for card in cards)
