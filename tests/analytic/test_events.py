@@ -61,6 +61,10 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "batch_size": 4,
         },
     ),
+    "a call of GPT-NeoX's MLP holds the norm's output while the adapter in its hook runs": (
+        shallow("pythia-70m", 3),
+        {"method": "houlsby", "quant": "nf4", **EAGER, **KEPT, "batch_size": 4, "seq_len": 512},
+    ),
     "OLMo views heads once all three projections are there": (
         shallow("olmo-1b", 3),
         {"method": "full", **PLAIN, **EAGER, **KEPT, "batch_size": 2},

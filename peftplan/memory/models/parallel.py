@@ -1,5 +1,7 @@
 """Rotary decoders whose attention and MLP read the layer's input side by side, and StableLM, which can.
 
+A call of a module holds what it took until the adapter in its hook has run.
+
 Sources: transformers, models/{cohere,cohere2,stablelm,phi,gptj,gpt_neox}/modeling_*.py.
 """
 
@@ -49,7 +51,9 @@ def stablelm_layer(c: Call, x: Tensor) -> Tensor:
         out = c.dropout(out)
         return ops.add(f, ops.add(f, residual, attended), out)
     residual = ops.add(c.at(), residual, attended)
-    out = c.behind("output", mlp(c, c.norm("post_attention_layernorm", residual)))
+    normed = c.norm("post_attention_layernorm", residual)
+    out = c.behind("output", mlp(c, normed))
+    del normed
     f = c.at()
     out = c.dropout(out)
     return ops.add(f, residual, out)
@@ -69,15 +73,21 @@ def phi_layer(c: Call, x: Tensor) -> Tensor:
 
 def neox_layer(c: Call, x: Tensor) -> Tensor:
     """`GPTNeoXLayer.forward`: two norms; serial or parallel."""
-    attended = c.behind("attention", neox_attention(c, c.norm("input_layernorm", x)))
+    normed = c.norm("input_layernorm", x)
+    attended = c.behind("attention", neox_attention(c, normed))
+    del normed
     attended = c.dropout(attended)
     if c.block.parallel:
-        out = c.behind("output", mlp(c, c.norm("post_attention_layernorm", x)))
+        normed = c.norm("post_attention_layernorm", x)
+        out = c.behind("output", mlp(c, normed))
+        del normed
         out = c.dropout(out)
         f = c.at()
         return ops.add(f, ops.add(f, out, attended), x)
     attended = ops.add(c.at(), attended, x)
-    out = c.behind("output", mlp(c, c.norm("post_attention_layernorm", attended)))
+    normed = c.norm("post_attention_layernorm", attended)
+    out = c.behind("output", mlp(c, normed))
+    del normed
     out = c.dropout(out)
     return ops.add(c.at(), out, attended)
 
