@@ -15,6 +15,7 @@ from peftplan.job import sources as architectures
 from peftplan.job.job import Job
 from peftplan.job.launch import FILES, launch_options
 from peftplan.job.request import Request, read_request
+from peftplan.job.requirements import accepted_batch
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolved
 from peftplan.job.tasks import CALLED, as_told, check_task
@@ -107,6 +108,9 @@ def prepared(request: Request) -> Job:
         use_cache=bool(model_config.get("use_cache", True)),
         max_positions=architecture.max_positions,
     )
+    if "batch_size" not in setup.model_fields_set:
+        replicas = 1 if distributed is None else distributed.replicas
+        setup = setup.model_copy(update={"batch_size": accepted_batch(setup, replicas)})
     check_task(model, architecture, setup)
     if distributed is not None:
         from peftplan.job.shared_work import check_distributed

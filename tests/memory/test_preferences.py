@@ -214,3 +214,23 @@ def test_torchtune_takes_no_kernels_and_one_gpu() -> None:
     with pytest.raises(RefusedError, match=r"^kernels: torchtune's recipe runs modules of its own"):
         estimate("llama-3.2-1b", trainer="torchtune", kernels="liger")
     assert estimate("llama-3.2-1b", trainer="torchtune", gpus=2).peaks is None
+
+
+@pytest.mark.parametrize(
+    ("options", "batch_size"),
+    [
+        ({"trainer": "trl-kto"}, 2),
+        ({"trainer": "trl-kto", "loss_type": "apo_zero_unpaired"}, 1),
+        ({"trainer": "trl-rloo"}, 2),
+        ({"trainer": "trl-grpo"}, 8),
+        ({"trainer": "trl-grpo", "num_generations": 6}, 6),
+        ({"trainer": "trl-grpo", "gradient_accumulation_steps": 4}, 2),
+        ({"trainer": "trl-grpo", "gpus": 4}, 2),
+        ({"trainer": "trl-dpo"}, 1),
+    ],
+)
+def test_a_batch_size_that_nobody_set_is_one_that_trl_accepts(options: dict[str, Any], batch_size: int) -> None:
+    result = estimate("llama-3.2-1b", gpu="h100", **options)
+    assert result.assumptions["batch_size"] == batch_size
+    assert result.gpus[0].verdict != "does_not_run"
+    assert not result.warnings
