@@ -38,6 +38,8 @@ class Compared(NamedTuple):
     peak_phase: str | None = None
     by_category: Mapping[str, int] | None = None
     needed_bytes: int | None = None
+    needed_is_lower_bound: bool = False
+    """True where there is no peak: `needed_bytes` is then what lasts from step to step."""
     usable_bytes: int | None = None
     headroom_bytes: int | None = None
     verdict: str | None = None
@@ -170,6 +172,7 @@ def _rows(method: str, result: Estimate, adapter_bytes: int | None) -> list[Comp
         shared._replace(
             gpu=card.gpu,
             needed_bytes=card.needed_bytes,
+            needed_is_lower_bound=card.lower_bound,
             usable_bytes=card.usable_bytes,
             headroom_bytes=card.headroom_bytes,
             verdict=card.verdict,

@@ -38,8 +38,7 @@ def cells(result: Comparison) -> list[tuple[str, ...]]:
         again = before == row.method
         shared = ("", "", "") if again else (row.method, _count(row), _size(row.peak_allocated))
         last = ("", "") if again else (_size(row.adapter_bytes), bar(row.peak_allocated or 0, largest))
-        card = (row.gpu or "", _size(row.needed_bytes), _size(row.headroom_bytes), (row.verdict or "").replace("_", " "))
-        rows.append((*shared, *card, *last))
+        rows.append((*shared, row.gpu or "", *_needs_and_left(row), (row.verdict or "").replace("_", " "), *last))
         before = row.method
     return rows
 
@@ -58,6 +57,13 @@ def _error(row: Compared) -> Compared | None:
 
 def _count(row: Compared) -> str:
     return "" if row.trainable_parameters is None else format_count(row.trainable_parameters)
+
+
+def _needs_and_left(row: Compared) -> tuple[str, str]:
+    """Of a lower bound, nothing says what is left."""
+    if row.needed_is_lower_bound:
+        return f"at least {_size(row.needed_bytes)}", ""
+    return _size(row.needed_bytes), _size(row.headroom_bytes)
 
 
 def _size(num_bytes: int | None) -> str:
