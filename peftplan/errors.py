@@ -62,6 +62,8 @@ def quoted(value: object) -> str:
 
 SIMILAR = 0.6
 """The least `difflib` ratio of a name that is suggested: a typing error keeps more, another word less."""
+NOTHING = "none"
+"""Never suggested: who types a name wants something, and other words of few letters (nonsense) are as similar."""
 SHORTEST_BEGINNING = 2
 """A name of fewer letters begins too many others to mean one of them."""
 
@@ -150,7 +152,7 @@ class UnknownNameError(InputError):
     ) -> None:
         self.choices = sorted(choices)
         text = value if isinstance(value, str) else quoted(value)
-        near = nearest(text[:MOST_OF_A_VALUE].lower(), [*self.choices, *beside])
+        near = [choice for choice in nearest(text[:MOST_OF_A_VALUE].lower(), [*self.choices, *beside]) if choice != NOTHING]
         if len(self.choices) <= most:
             accepted = "accepted: " + (", ".join(self.choices) or "nothing")
         else:
