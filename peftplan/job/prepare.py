@@ -18,7 +18,7 @@ from peftplan.job.request import Request, read_request
 from peftplan.job.requirements import accepted_batch
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolved
-from peftplan.job.tasks import CALLED, as_told, check_task
+from peftplan.job.tasks import CALLED, as_told, check_task, without_vllm
 from peftplan.job.trainers import DEFAULT, TRAINERS
 from peftplan.job.words import MEANINGS, named_as_typed
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
@@ -131,6 +131,7 @@ def prepared(request: Request) -> Job:
         *differing,
         *unmatched_targets(architecture, config, adapter),
         *(_ignored(adapter) if config is None and peft_config else ()),
+        *without_vllm(setup),
         *(() if distributed is None else _traps(distributed, setup, quant, adaptation)),
     )
     chosen |= frozenset(adapter)

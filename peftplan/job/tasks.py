@@ -25,6 +25,9 @@ CALLED = {CAUSAL: "causal language models", "SEQ_CLS": "classes that score a seq
 OF_TOKENS = ("seq_len", "padding", "use_cache")
 """Options that a vision model ignores, since its tokens are patches."""
 
+OF_VLLM = ("vllm_mode", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode")
+"""Options that only `use_vllm` reads."""
+
 WITHOUT_LABELS = (CAUSAL, "SEQ_2_SEQ_LM", "MASKED_LM", BARE)
 
 WITH_PAD_TOKEN = (
@@ -106,6 +109,15 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
             f"{model_class} takes more than one sequence only with a pad token, and the model's config has none: "
             "set model.config.pad_token_id (counted as set)"
         )
+
+
+def without_vllm(setup: Setup) -> Iterator[str]:
+    """A warning for options of vLLM where transformers generates."""
+    if setup.use_vllm:
+        return
+    unread = [name for name in OF_VLLM if getattr(setup, name)]
+    if unread:
+        yield f"{', '.join(unread)}: without effect, since vLLM does not generate; add --use-vllm"
 
 
 def rotary_positions(model: Any, architecture: Architecture) -> int | None:

@@ -134,6 +134,13 @@ def test_vllm_takes_its_share_of_the_card() -> None:
     assert "generate" not in result.peaks.by_phase
 
 
+def test_options_of_vllm_without_it_are_one_warning() -> None:
+    unread = {"vllm_mode": "server", "vllm_gpu_memory_utilization": 0.5}
+    (warning,) = estimate(MODEL, gpus=4, **GRPO, **unread).warnings
+    assert warning == "vllm_mode, vllm_gpu_memory_utilization: without effect, since vLLM does not generate; add --use-vllm"
+    assert not estimate(MODEL, gpus=4, **GRPO, **unread, use_vllm=True).warnings
+
+
 @pytest.mark.parametrize(
     ("options", "error", "reason"),
     [
