@@ -55,7 +55,7 @@ STORAGE: dict[str, str] = {
 }
 TRAINING: dict[str, str] = {
     "--trainer": f"{', '.join(get_args(TrainerName))}; sets the defaults of what you leave unset; default: transformers",
-    "--batch-size": "sequences per device and step (micro batch); default: the smallest that the trainer accepts, mostly 1",
+    "--batch-size": "sequences per device and step (micro batch); default: the trainer's least, mostly 1",
     "--seq-len": "tokens per sequence; default: 2048, or as many as the model holds",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
