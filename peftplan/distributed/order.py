@@ -6,7 +6,13 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from itertools import groupby
 
-from peftplan.parameters import Parameter
+from peftplan.parameters import Parameter, Parameters
+
+
+def in_module_order(parameters: Parameters) -> list[Parameter]:
+    """All families of a model as it is moved, those of an adapter behind the module that they adapt."""
+    base, added = ([p for p in parameters.all if p.owner == owner] for owner in ("base", "adapter"))
+    return by_module(base, added)
 
 
 def by_module(base: list[Parameter], added: list[Parameter]) -> list[Parameter]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from peftplan.distributed.order import by_module, tensors
+from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero3 import Limits
 from peftplan.parameters import Parameter, Parameters
@@ -72,8 +72,7 @@ def groups_of(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
 
 def trained_groups(parameters: Parameters, distributed: Distributed) -> list[list[Key]]:
     """The sub groups of the optimizer, each with its tensors in order (`_create_fp16_sub_groups`)."""
-    base, added = ([p for p in parameters.all if p.owner == owner] for owner in ("base", "adapter"))
-    ordered = list(tensors(by_module(base, added)))
+    ordered = list(tensors(in_module_order(parameters)))
     groups: list[list[Key]] = []
     for group in groups_of(parameters.all):
         names = {p.name for p in group}

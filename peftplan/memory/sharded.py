@@ -15,7 +15,7 @@ import peftplan.versions as versions
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.fsdp1 import Flat, Fsdp1, flats_of
 from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
-from peftplan.distributed.order import by_module
+from peftplan.distributed.order import in_module_order
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
@@ -92,14 +92,12 @@ Pairs = list[tuple[Parameter, Parameter]]
 def grouped(arch: Architecture, full: Parameters, shards: Parameters, distributed: Distributed) -> dict[str, Pairs]:
     """Unit → its parameters, in the order in which torch finds the units: the root first."""
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
-    base = [p for p in full.all if p.owner == "base"]
-    ordered = by_module(base, [p for p in full.all if p.owner == "adapter"])
     is_tied, norm = tied(arch), final_norm(arch, full)
     apart = distributed.strategy == "fsdp2" and not versions.FSDP2_TAIL_APART.after(distributed.accelerate)
-    layers = sorted({number for p in base for number in p.layers or ()})
+    layers = sorted({number for p in full.all if p.owner == "base" for number in p.layers or ()})
     groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if apart and not is_tied else {})}
     groups |= {layer(number): [] for number in layers} | ({TAIL: []} if apart else {})
-    for p in ordered:
+    for p in in_module_order(full):
         if p.quantized and p.name.endswith("weight") and not _is_sharded(*pairs[id(p)]):
             continue
         for name in _units(p, arch, norm, is_tied=is_tied) if apart or p.layers else (ROOT,):

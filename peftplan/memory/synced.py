@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
-from peftplan.distributed.order import by_module, tensors
+from peftplan.distributed.order import in_module_order, tensors
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
 from peftplan.memory.load import Handle, Memory
@@ -36,9 +36,9 @@ def flat_tensors(sizes: Iterable[tuple[str, int]]) -> tuple[int, ...]:
 
 def of_model(parameters: Parameters, buffers: Ledger) -> tuple[int, ...]:
     """Those of a whole model."""
-    base = [p for p in parameters.all if p.owner == "base"]
-    ordered = by_module(base, [p for p in parameters.all if p.owner == "adapter"])
-    weights = (next((a for a in p.allocations if a.name == "weight"), p.allocations[0]) for p, _ in tensors(ordered))
+    weights = (
+        next((a for a in p.allocations if a.name == "weight"), p.allocations[0]) for p, _ in tensors(in_module_order(parameters))
+    )
     of_buffers = ((line.dtype, ITEMSIZE[line.dtype] * prod(line.shape)) for line in buffers for _ in range(line.copies))
     return flat_tensors([*((a.dtype, a.nbytes) for a in weights), *of_buffers])
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import NamedTuple
 
-from peftplan.distributed.order import by_module, tensors
+from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, groups_of, overlaps, partition, reduce_bucket
 from peftplan.ledger import Category
@@ -60,8 +60,7 @@ def slots_of(parameters: Parameters, distributed: Distributed) -> dict[Key, Slot
     turn under `round_robin_gradients` (`_round_robin_reorder`).
     """
     world_size = distributed.world_size
-    base, added = ([p for p in parameters.all if p.owner == owner] for owner in ("base", "adapter"))
-    ordered = list(tensors(by_module(base, added)))
+    ordered = list(tensors(in_module_order(parameters)))
     slots: dict[Key, Slot] = {}
     for number, group in enumerate(groups_of(parameters.all)):
         names, start = {p.name for p in group}, 0

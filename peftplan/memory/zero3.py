@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from peftplan.distributed.order import by_module, tensors
+from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, limits, overlaps, persistence, reduce_bucket, trained_groups
 from peftplan.distributed.zero3 import REDUCE, Coordinator, Module, Sharded
@@ -28,10 +28,9 @@ NORM_PART = 250_000_000
 
 def sharded_of(parameters: Parameters, distributed: Distributed, hidden_size: int) -> dict[Key, Sharded]:
     """Every tensor of a model, in the order of `named_parameters()`."""
-    base, added = ([p for p in parameters.all if p.owner == owner] for owner in ("base", "adapter"))
     world, most = distributed.world_size, persistence(distributed, hidden_size)
     sharded: dict[Key, Sharded] = {}
-    for p, layer in tensors(by_module(base, added)):
+    for p, layer in tensors(in_module_order(parameters)):
         stored = next(a for a in p.allocations if a.name == "weight")
         numel, dtype = (stored.numel, stored.dtype) if p.quantized else (p.numel, p.dtype)
         sharded[p.name, layer] = Sharded(len(sharded), p.name, numel, ceil_div(numel, world), dtype, p.trainable, numel <= most)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import NamedTuple
 
-from peftplan.distributed.order import by_module, tensors
+from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, by_tensor, reduce_bucket, trained_groups
 from peftplan.dtypes import ITEMSIZE
@@ -196,15 +196,13 @@ class PartLoading(NamedTuple):
             for p, layer in (*by_name, *added_last):
                 whole.setdefault((p.name, layer), []).append(passing.pop(_sizes(p)[:1]))
             self._cast(memory, whole)
-        base, added = ([p for p in self.cast.all if p.owner == owner] for owner in ("base", "adapter"))
-        for p, layer in tensors(by_module(base, added)):
+        for p, layer in tensors(in_module_order(self.cast)):
             self._divide(memory, p, layer, whole.pop((p.name, layer))[0], trained)
 
     def _cast(self, memory: Memory[Handle], whole: dict[Key, list[Handle]]) -> None:
         """`_cast_module_mixed_precision`, in the order of `parameters()`."""
         before = {p.name: p.dtype for p in self.parameters.all}
-        base, added = ([p for p in self.cast.all if p.owner == owner] for owner in ("base", "adapter"))
-        for p, layer in tensors(by_module(base, added)):
+        for p, layer in tensors(in_module_order(self.cast)):
             if p.dtype != before[p.name] and not p.quantized:
                 whole[p.name, layer].append(memory.allocate(ITEMSIZE[p.dtype] * p.numel))
                 memory.release(whole[p.name, layer].pop(0))
