@@ -18,9 +18,10 @@ from typing import NamedTuple
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Category
 from peftplan.parameters import Parameter as Shard
+from peftplan.tape.hooks import hooked
 from peftplan.tape.streams import on_stream
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Parameter, Tensor
 
 COPY_IN, REDUCE, ALL_REDUCE = 1, 2, 3
 """Streams besides the default one, 0. The all-gather's stream allocates nothing, since its input is a view of its output."""
@@ -118,8 +119,7 @@ class Fsdp2:
         self.enter(name)
         if unit is None or self.f.replays or not first:
             return x
-        node = self.f.record(_post_backward, (x,), self, unit)
-        return x if node is None else Tensor(x.storage, x.dims, x.dtype, node)
+        return hooked(self.f, x, self.post_backward, unit)
 
     def leave(self, name: str, x: Tensor) -> Tensor:
         """After a unit's forward, whose output is `x`."""
@@ -131,8 +131,7 @@ class Fsdp2:
         unit.indices.append(len(self._order))
         self._order.append(unit)
         unit.state = "idle"
-        node = self.f.record(_pre_backward, (x,), self, unit)
-        return x if node is None else Tensor(x.storage, x.dims, x.dtype, node)
+        return hooked(self.f, x, self.pre_backward, unit)
 
     def end_forward(self) -> None:
         """The root's forward has returned."""
@@ -267,13 +266,3 @@ class Fsdp2:
 
     def _new(self, dims: Dims, dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
         return on_stream(self.f, dims, dtype, op, stream, category)
-
-
-def _pre_backward(f: Tape, node: Node, saved: tuple[Fsdp2, Unit], g: Tensor) -> Tensor:
-    saved[0].pre_backward(saved[1])
-    return g
-
-
-def _post_backward(f: Tape, node: Node, saved: tuple[Fsdp2, Unit], g: Tensor) -> Tensor:
-    saved[0].post_backward(saved[1])
-    return g

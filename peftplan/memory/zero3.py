@@ -17,9 +17,10 @@ from peftplan.memory.model import Model
 from peftplan.memory.units import BACKBONE, EMBEDDING, NORM, ROOT, TAIL, OneGpu
 from peftplan.parameters import Parameter as Family
 from peftplan.parameters import Parameters
+from peftplan.tape.hooks import hooked
 from peftplan.tape.streams import on_stream
 from peftplan.tape.tape import Tape, X
-from peftplan.tape.tensors import Node, Parameter, Tensor
+from peftplan.tape.tensors import Parameter, Tensor
 from peftplan.units import ceil_div
 
 NORM_PART = 250_000_000
@@ -120,10 +121,10 @@ class Zero3(OneGpu):
         reads = any(p.name == f"{name}.lora_A.weight" for p in parameters)
         self.pre_forward(module, unknown=reads and module.name not in self.readers)
         if isinstance(x, Tensor) and not by_name:
-            x = self._linked(_post_backward, x, module)  # type: ignore[assignment]
+            x = hooked(self.f, x, self.post_backward, module)  # type: ignore[assignment]
         out = function(x)
         self.coordinator.release(module)
-        return self._linked(_pre_backward, out, module)
+        return hooked(self.f, out, self.pre_backward, module)
 
     def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
         """A module's forward reads a parameter of another one: it is gathered, and from now on with the module."""
@@ -137,10 +138,6 @@ class Zero3(OneGpu):
 
     def _module(self, name: str, layer: int | None, parameters: Iterable[Parameter]) -> Module:
         return Module(name.format(layer), tuple(dict.fromkeys(self.sharded[self._key(p)] for p in parameters)))
-
-    def _linked(self, backward: Callable[..., Tensor], x: Tensor, module: Module) -> Tensor:
-        node = self.f.record(backward, (x,), self, module)
-        return x if node is None else Tensor(x.storage, x.dims, x.dtype, node)
 
     def pre_forward(self, module: Module, *, unknown: bool = False) -> None:
         """`pre_sub_module_forward_function`. Frozen parameters of a recomputation belong to the module that backward is in."""
@@ -178,7 +175,7 @@ class Zero3(OneGpu):
             return x
         (module,) = self._parts(name)
         self.pre_forward(module)
-        return self._linked(_post_backward, x, module)
+        return hooked(self.f, x, self.post_backward, module)
 
     def leave(self, name: str, x: Tensor) -> Tensor:
         """After a part gave `x`."""
@@ -186,7 +183,7 @@ class Zero3(OneGpu):
             return x
         for module in reversed(self._parts(name)):
             self.coordinator.release(module)
-            x = self._linked(_pre_backward, x, module)
+            x = hooked(self.f, x, self.pre_backward, module)
         return x
 
     def _parts(self, name: str) -> list[Module]:
@@ -300,13 +297,3 @@ class Zero3(OneGpu):
 
     def _new(self, dims: tuple[int, ...], dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
         return on_stream(self.f, dims, dtype, op, stream, category)
-
-
-def _pre_backward(f: Tape, node: Node, saved: tuple[Zero3, Module], g: Tensor) -> Tensor:
-    saved[0].pre_backward(saved[1])
-    return g
-
-
-def _post_backward(f: Tape, node: Node, saved: tuple[Zero3, Module], g: Tensor) -> Tensor:
-    saved[0].post_backward(saved[1])
-    return g
