@@ -60,15 +60,18 @@ def test_the_first_step_gathers_nothing_ahead() -> None:
     assert zero.order == tuple(modules)
 
 
-def test_what_is_used_again_soon_stays() -> None:
-    """Backward uses the last module at once, and the first one 400 elements later."""
+@pytest.mark.parametrize(("reuse", "first_stays"), [(300, False), (400, False), (401, True)])
+def test_what_is_used_again_soon_stays(reuse: int, *, first_stays: bool) -> None:
+    """Backward uses the last module at once, and the first one 400 elements later. At `max_reuse_distance` elements DeepSpeed
+    looks no further (`__params_to_release`), so 400 are too few.
+    """
     modules = three_modules()
     order = [*modules, *reversed(modules)]
-    zero = coordinator(order, bucket=0, reuse=300)
+    zero = coordinator(order, bucket=0, reuse=reuse)
     for module in modules:
         zero.fetch(module)
         zero.release(module)
-    assert gathered(modules) == [False, True, True]
+    assert gathered(modules) == [first_stays, True, True]
 
 
 def test_live_elements_are_bounded() -> None:
