@@ -29,8 +29,8 @@ from peftplan.memory.sharded import (
 )
 from peftplan.memory.step import Program, steady_step
 from peftplan.memory.synced import of_model, send
-from peftplan.memory.zero import zero_of
-from peftplan.memory.zero3 import Zero3, zero3_of
+from peftplan.memory.zero import Zero
+from peftplan.memory.zero3 import Zero3
 from peftplan.memory.zero_load import FlatLoading, PartLoading
 from peftplan.parameters import Parameters
 
@@ -213,10 +213,10 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         return program._replace(shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch))
     masters, dtype = holding.states_of.all if holding.states_of else (), str(job.setup.autocast)
     if job.distributed.strategy in FLAT:
-        model.units = zero_of(model, masters, job.distributed, dtype=dtype)
+        model.units = Zero(model, masters, job.distributed, dtype=dtype)
     else:
         order = before.units.order if before is not None and isinstance(before.units, Zero3) else None
-        model.units = zero3_of(model, job.distributed, dtype=dtype, order=order)
+        model.units = Zero3(model, job.distributed, dtype=dtype, order=order)
     return program._replace(shards=masters, steps_in_backward=True)
 
 

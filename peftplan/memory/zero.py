@@ -10,20 +10,17 @@ buffers come from a stream of its own, whose blocks the allocator keeps apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import NamedTuple
 
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.zero import Key, groups_of, overlaps, partition, reduce_bucket
-from peftplan.ledger import Category
+from peftplan.distributed.zero import Key, groups_of, partition
 from peftplan.memory.model import Model
-from peftplan.memory.units import OneGpu
+from peftplan.memory.zero_stage import Stage
 from peftplan.parameters import Parameter as Family
 from peftplan.parameters import Parameters
-from peftplan.tape.streams import on_stream
-from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter, Tensor
 
 REDUCE = 1
@@ -82,64 +79,23 @@ def largest_rank(slots: Mapping[Key, Slot]) -> int:
     return max(sorted(reaching), key=lambda rank: reaching[rank], default=0)
 
 
-def zero_of(model: Model, masters: tuple[Family, ...], distributed: Distributed, *, dtype: str) -> Zero:
-    """The flat groups of a model on the largest rank. `dtype`: the 16 bits that it computes in."""
-    slots = slots_of(model.parameters, distributed)
-    return Zero(
-        model.tape,
-        slots,
-        masters,
-        distributed,
-        rank=largest_rank(slots),
-        dtype=dtype,
-        hidden_size=model.arch.hidden_size or 0,
-        keys=model.used_by_layer,
-    )
+class Zero(Stage):
+    """Gradients, buckets and flat groups of the largest rank. `masters`: the fp32 masters of each group."""
 
-
-class Zero(OneGpu):
-    """Gradients, buckets and flat groups of one rank. `keys`: the tensors that the step has used so far."""
-
-    every_layer = True
-
-    def __init__(
-        self,
-        f: Tape,
-        slots: dict[Key, Slot],
-        masters: tuple[Family, ...],
-        distributed: Distributed,
-        *,
-        rank: int,
-        dtype: str,
-        hidden_size: int,
-        keys: Callable[[], Iterable[tuple[Key, Parameter]]],
-    ) -> None:
-        self.f, self.slots, self.masters, self.rank, self.dtype, self.keys = f, slots, masters, rank, dtype, keys
+    def __init__(self, model: Model, masters: tuple[Family, ...], distributed: Distributed, *, dtype: str) -> None:
+        super().__init__(model, distributed, dtype=dtype)
+        self.masters = masters
+        self.slots = slots_of(model.parameters, distributed)
+        self.rank = largest_rank(self.slots)
         self.partitions_gradients = distributed.strategy == "zero2"
-        self.bucket_size = reduce_bucket(distributed, hidden_size)
-        self.overlaps = overlaps(distributed)
         self.scatters = distributed.reduce_scatter is not False
-        self.offloads = distributed.offload_optimizer == "cpu"
-        self.syncs = True
-        """Whether this backward ends at a boundary of gradient accumulation."""
-        self.reduced: set[str] = set()
-        """Families that have received gradients."""
         self.bucketed: list[Key] = []
         self.buffers: list[Tensor] = []
-        self.large: Tensor | None = None
-        """The gradient of a parameter that is larger than a bucket."""
         self.of_rank: Tensor | None = None
         """Gradients of this backward that belong to the rank: `grads_in_partition`."""
         self.averaged: list[Tensor] = []
         """Those of all backwards of the step."""
-        self.flat: Tensor | None = None
-        self.norms: list[Tensor] = []
-        self._keys: dict[int, Key] = {}
-        f.accumulated = self.accumulated
-
-    def begin_backward(self, *, syncs: bool) -> None:
-        """Backward begins; `syncs`: it ends at a boundary of gradient accumulation."""
-        self.syncs = syncs
+        self.f.accumulated = self.accumulated
 
     # -- backward ----------------------------------------------------------------------------------------------------------------
 
@@ -193,17 +149,11 @@ class Zero(OneGpu):
                 self._norm(numel, stream)
                 self._new((numel,), "fp32", "fp32 gradient", stream, "temporaries")
 
-    def _norm(self, numel: int, stream: int) -> None:
-        """The norm of a gradient, cast to fp64."""
-        wide = self._new((numel,), "fp64", "gradient for its norm", stream, "temporaries")
-        self.norms.append(self._new((), "fp64", "norm of a gradient", stream, "temporaries"))
-        del wide
-
     def end_backward(self) -> None:
         """`independent_gradient_partition_epilogue`. ZeRO-1 reduces here, and only at a boundary."""
         if not self.partitions_gradients and not self.syncs:
             return
-        by_key = dict(self.keys())
+        by_key = dict(self.model.used_by_layer())
         for key in self.slots:
             if (p := by_key.get(key)) is not None and p.grad is not None:
                 self.reduce_independent(p)
@@ -212,10 +162,6 @@ class Zero(OneGpu):
             self.averaged = [self.of_rank]
         self.of_rank = None  # later ones have been added to the first
         self.buffers.clear()
-
-    def idle(self, families: set[str]) -> set[str]:
-        """The families that have received no gradients."""
-        return families - self.reduced
 
     # -- step --------------------------------------------------------------------------------------------------------------------
 
@@ -249,11 +195,3 @@ class Zero(OneGpu):
         del flat
         if not any(slot.group > group and slot.of_rank(self.rank) for slot in self.slots.values()):
             self.averaged.clear()
-
-    def _key(self, p: Parameter) -> Key:
-        if id(p) not in self._keys:
-            self._keys = {id(tensor): key for key, tensor in self.keys()}
-        return self._keys[id(p)]
-
-    def _new(self, dims: tuple[int, ...], dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
-        return on_stream(self.f, dims, dtype, op, stream, category)

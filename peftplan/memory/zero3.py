@@ -10,16 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.zero import Key, limits, overlaps, persistence, reduce_bucket, trained_groups
+from peftplan.distributed.zero import Key, limits, persistence, trained_groups
 from peftplan.distributed.zero3 import REDUCE, Coordinator, Module, Sharded
-from peftplan.ledger import Category
 from peftplan.memory.model import Model
-from peftplan.memory.units import BACKBONE, EMBEDDING, NORM, ROOT, TAIL, OneGpu
+from peftplan.memory.units import BACKBONE, EMBEDDING, NORM, ROOT, TAIL
+from peftplan.memory.zero_stage import Stage
 from peftplan.parameters import Parameter as Family
 from peftplan.parameters import Parameters
 from peftplan.tape.hooks import hooked
-from peftplan.tape.streams import on_stream
-from peftplan.tape.tape import Tape, X
+from peftplan.tape.tape import X
 from peftplan.tape.tensors import Parameter, Tensor
 from peftplan.units import ceil_div
 
@@ -38,63 +37,35 @@ def sharded_of(parameters: Parameters, distributed: Distributed, hidden_size: in
     return sharded
 
 
-def zero3_of(model: Model, distributed: Distributed, *, dtype: str, order: Sequence[Module] | None) -> Zero3:
-    """The shards of a model. `dtype`: the 16 bits that it computes in; `order`: that in which its modules run, recorded by the
-    shards of another model; None to record it.
+class Zero3(Stage):
+    """Gathered parameters, gradients, buckets and flat groups of one rank.
+
+    `order`: that in which modules run, recorded by the shards of another model; None to record it.
     """
-    sharded = sharded_of(model.parameters, distributed, model.arch.hidden_size or 0)
-    if order is not None:
-        own = list(sharded.values())
-        order = [Module(module.name, tuple(own[p.number] for p in module.parameters)) for module in order]
-    groups = [[sharded[key] for key in group] for group in trained_groups(model.parameters, distributed)]
-    return Zero3(model, sharded, groups, distributed, dtype=dtype, order=order)
 
-
-class Zero3(OneGpu):
-    """Gathered parameters, gradients, buckets and flat groups of one rank."""
-
-    every_layer = True
-
-    def __init__(
-        self,
-        model: Model,
-        sharded: dict[Key, Sharded],
-        groups: list[list[Sharded]],
-        distributed: Distributed,
-        *,
-        dtype: str,
-        order: Sequence[Module] | None,
-    ) -> None:
+    def __init__(self, model: Model, distributed: Distributed, *, dtype: str, order: Sequence[Module] | None) -> None:
+        super().__init__(model, distributed, dtype=dtype)
         hidden_size = model.arch.hidden_size or 0
-        self.f: Tape = model.tape
-        self.model, self.sharded, self.of_groups, self.dtype = model, sharded, groups, dtype
+        self.sharded = sharded_of(model.parameters, distributed, hidden_size)
+        self.of_groups = [[self.sharded[key] for key in group] for group in trained_groups(model.parameters, distributed)]
         self.world_size = distributed.world_size
+        own = list(self.sharded.values())
         self.coordinator = Coordinator(
             self.f,
-            order,
+            None if order is None else [Module(module.name, tuple(own[p.number] for p in module.parameters)) for module in order],
             limits(distributed, hidden_size),
             world_size=self.world_size,
-            overlaps=overlaps(distributed),
+            overlaps=self.overlaps,
             offloads=distributed.offload_params == "cpu",
         )
-        self.bucket_size = reduce_bucket(distributed, hidden_size)
-        self.stream = REDUCE if overlaps(distributed) else 0
-        self.offloads = distributed.offload_optimizer == "cpu"
-        self.syncs = True
-        """Whether this backward ends at a boundary of gradient accumulation."""
-        self.reduced: set[str] = set()
+        self.stream = REDUCE if self.overlaps else 0
         self.bucketed: list[Sharded] = []
-        self.large: Tensor | None = None
-        """The gradient of a parameter that is larger than a bucket."""
-        self.flat: Tensor | None = None
-        self.norms: list[Tensor] = []
         self.running: dict[str, Module] = {}
         """Modules that backward has entered and not left, the last one entered last."""
         self.recomputed: dict[str, list[Sharded]] = {}
         """Module → frozen parameters that were gathered for a recomputation while backward was in it."""
         self.readers: set[str] = set() if order is None else {module.name for module in order}
         """Modules of which it is known that they read a parameter of another one."""
-        self._keys: dict[int, Key] = {}
         self.wrapped = ("tuner", "base model") if model.running.peft_type else ()
         self.f.accumulated = self.accumulated
         self.f.modules, self.f.linear_in_python = self, True
@@ -204,10 +175,6 @@ class Zero3(OneGpu):
 
     # -- backward ----------------------------------------------------------------------------------------------------------------
 
-    def begin_backward(self, *, syncs: bool) -> None:
-        """Backward begins; `syncs`: it ends at a boundary of gradient accumulation."""
-        self.syncs = syncs
-
     def accumulated(self, p: Parameter) -> None:
         """`reduce_independent_p_g_buckets_and_remove_grads`: a gradient moves into the bucket, after a full one is reduced."""
         sharded = self.sharded[self._key(p)]
@@ -254,10 +221,6 @@ class Zero3(OneGpu):
                 if not p.persists:
                     self.coordinator.free(p)
 
-    def idle(self, families: set[str]) -> set[str]:
-        """The families that have received no gradients."""
-        return families - self.reduced
-
     # -- step --------------------------------------------------------------------------------------------------------------------
 
     def before_step(self) -> None:
@@ -284,16 +247,3 @@ class Zero3(OneGpu):
         flat = self._new(dims, self.dtype, "flat gradients", 0, "gradients") if len(group) > 1 else None
         self.flat = self._new(dims, "fp32", "fp32 gradients", 0, "gradients")
         del flat
-
-    def _norm(self, numel: int, stream: int) -> None:
-        wide = self._new((numel,), "fp64", "gradient for its norm", stream, "temporaries")
-        self.norms.append(self._new((), "fp64", "norm of a gradient", stream, "temporaries"))
-        del wide
-
-    def _key(self, p: Parameter) -> Key:
-        if id(p) not in self._keys:
-            self._keys = {id(tensor): key for key, tensor in self.model.used_by_layer()}
-        return self._keys[id(p)]
-
-    def _new(self, dims: tuple[int, ...], dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
-        return on_stream(self.f, dims, dtype, op, stream, category)
