@@ -1,11 +1,33 @@
-"""The jobs of FSDP1 and of FSDP2's other parameters and models that tools/rank_jobs.py rehearses."""
+"""The jobs that tools/rank_jobs.py rehearses: strategies, methods, ranks, and what else is set."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "num_hidden_layers": 3,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+}
+"""Llama-3.2-1B cut to three layers, with a head of its own."""
+CLASSES: dict[str, dict[str, Any]] = {
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": None},
+}
 SMALL = {"hidden_size": 1000, "intermediate_size": 2730, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 100}
 """Sizes that no number of ranks divides."""
 METHODS = ("full", "lora")
@@ -47,8 +69,164 @@ Named = tuple[str, str, int, dict[str, Any]]
 """Strategy, method, ranks, and what else is set."""
 
 
+def jobs() -> Iterator[dict[str, Any]]:
+    """Every job of the grid: its options here, what the program is told, and its world."""
+    odd = {**SMALL, "vocab_size": 50001}
+    variants: tuple[dict[str, Any], ...] = (
+        {"accumulation": 3},
+        {"config": {"tie_word_embeddings": True}},
+        {"config": odd},
+        {"checkpointing": False},
+        {"optim": "adamw_torch"},
+        {"fsdp": {"reshard_after_forward": False}},
+        {"batch_size": 2, "seq_len": 1024},
+        {"fsdp": {"cpu_ram_efficient_loading": True}},
+        {},
+    )
+    for model_type, method in product(("qwen3", "qwen2", "mistral"), ("lora", "full")):
+        yield job("fsdp2", method, 4, config={"model_type": model_type, **CLASSES[model_type]})
+    for more, method in product(({}, {"accumulation": 2}, {"checkpointing": False}), ("full", "lora")):
+        yield job("ddp", method, 4, **more)
+    yield job("fsdp2", "qlora", 4)
+    yield job("fsdp2", "qlora", 4, quant_storage="uint8")
+    for more, method in product(variants, ("full", "lora")):
+        yield job("fsdp2", method, 8, **more)
+    for method, layers in product(("full", "lora"), (1, 2, 6)):
+        yield job("fsdp2", method, 4, config={"num_hidden_layers": layers})
+    for world, method in product((2, 4, 64), ("full", "lora", "qlora")):
+        yield job("fsdp2", method, world)
+    for r in (4, 64):
+        yield job("fsdp2", "lora", 16, r=r)
+    for more, method in product(variants, ("full", "lora")):
+        yield job("fsdp2", method, 3, **more)
+    yield job("ddp", "full", 8)
+    yield job("ddp", "lora", 8)
+    yield from zero_jobs()
+    for strategy, method, world, more in sharded_jobs():
+        yield job(strategy, method, world, **more)
+
+
+def zero_jobs() -> Iterator[dict[str, Any]]:
+    """Jobs of DeepSpeed. `zero`: fields of `zero_optimization` beside the stage."""
+    odd, deep = {**SMALL, "vocab_size": 50001}, {"num_hidden_layers": 16, "tie_word_embeddings": True}
+    offloaded = {"offload_optimizer": {"device": "cpu"}}
+    variants: tuple[dict[str, Any], ...] = (
+        {},
+        {"zero": {"overlap_comm": True}},
+        {"accumulation": 3},
+        {"checkpointing": False, "zero": {"overlap_comm": True}},
+        {"zero": {"reduce_bucket_size": 20_000_000, "overlap_comm": True}},
+        {"zero": offloaded},
+        {"config": odd, "zero": {"overlap_comm": True}},
+        {"config": deep},
+    )
+    for more, method in product(variants, ("lora", "full")):
+        yield job("zero2", method, 4, **more)
+    for world, method in product((2, 3, 16, 64), ("full", "lora")):
+        yield job("zero2", method, world)
+    yield job("zero2", "qlora", 4)
+    yield job("zero2", "full", 8, zero=offloaded | {"overlap_comm": True}, accumulation=2)
+    yield job("zero2", "full", 8, optim="adamw_torch", batch_size=2, seq_len=1024)
+    yield job("zero2", "lora", 8, config={"model_type": "qwen3", **CLASSES["qwen3"]})
+    yield job("zero2", "full", 4, zero={"reduce_bucket_size": "auto"})
+    yield job("zero2", "full", 4, zero={"round_robin_gradients": True, "overlap_comm": True})
+    yield job("zero2", "full", 4, zero={"reduce_scatter": False})
+    for more, method in product(({}, {"accumulation": 3}, {"zero": {"overlap_comm": True}, "accumulation": 2}), ("full", "lora")):
+        yield job("zero1", method, 4, **more)
+    yield job("zero1", "full", 64)
+    for method in ("lora", "full", "qlora"):
+        yield published("llama-3.2-1b", method, trainer="trl", seq_len=1024)
+    for model, method in product(FAMILIES, ("lora", "full")):
+        yield published(model, method, trainer="transformers", seq_len=256)
+    yield from zero3_jobs()
+
+
+AUTO = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto")
+"""Fields that transformers fills in from the hidden size."""
+
+
+def zero3_jobs() -> Iterator[dict[str, Any]]:
+    """Jobs of DeepSpeed whose ranks hold shards of the weights."""
+    odd, deep = {**SMALL, "vocab_size": 50001}, {"num_hidden_layers": 16, "tie_word_embeddings": True}
+    few = {"stage3_max_live_parameters": 300_000_000, "stage3_max_reuse_distance": 100_000_000}
+    cpu = {"device": "cpu"}
+    variants: tuple[dict[str, Any], ...] = (
+        {"zero": AUTO},
+        {},
+        {"zero": AUTO, "checkpointing": False},
+        {"zero": AUTO | few},
+        {"zero": AUTO, "accumulation": 3},
+        {"zero": AUTO, "config": deep},
+        {"zero": AUTO, "config": odd},
+        {"zero": AUTO | {"offload_optimizer": cpu}},
+        {"zero": AUTO | {"offload_param": cpu, "offload_optimizer": cpu}},
+        {"zero": {"overlap_comm": False, "sub_group_size": 50_000_000}},
+    )
+    for more, method in product(variants, ("full", "lora")):
+        yield job("zero3", method, 4, **more)
+    for world, method in product((2, 3, 8, 64), ("full", "lora")):
+        yield job("zero3", method, world, zero=AUTO)
+    yield job("zero3", "qlora", 4, zero=AUTO)
+    yield job("zero3", "lora", 4, zero=AUTO, config={"model_type": "qwen3", **CLASSES["qwen3"]}, checkpointing=False)
+    for model, method in product(("gpt2", "opt-125m", "qwen2.5-0.5b", "qwen3-0.6b"), ("lora", "full")):
+        yield published(model, method, strategy="zero3", trainer="transformers", seq_len=256)
+
+
+FAMILIES = ("gemma-3-270m", "pythia-160m", "gpt2", "opt-125m", "bloom-560m", "qwen2.5-0.5b", "qwen3-0.6b")
+"""Built-in models of other kinds than Llama, and of full depth."""
+
+
+def published(model: str, method: str, *, strategy: str = "zero2", **settings: Any) -> dict[str, Any]:
+    """A job of a built-in model under ZeRO on 4 ranks, which tools/rehearsed_program.py runs with DeepSpeed's config."""
+    settings = {"method": method, "r": 16, "batch_size": 2, **settings}
+    name = " ".join([strategy, method, "4", model, f"trainer={settings['trainer']}"])
+    return {"name": name, "strategy": strategy, "world": 4, "model": model, "program": settings, "fsdp": {}}
+
+
+def job(
+    strategy: str,
+    method: str,
+    world: int,
+    *,
+    fsdp: dict[str, Any] | None = None,
+    zero: dict[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """One job by its name: what decides it."""
+    named = {**settings, **({"fsdp": fsdp} if fsdp else {}), **({"zero": zero} if zero else {})}
+    name = " ".join([strategy, method, str(world), *(f"{k}={json.dumps(v)}" for k, v in named.items())])
+    program = {"method": method, **settings}
+    if strategy in ("fsdp1", "fsdp2"):
+        config = {"version": int(strategy[-1]), **(fsdp or {})}
+        arguments: dict[str, Any] = {"fsdp": "full_shard"}
+        if config.pop("offload_params", None):
+            config["cpu_offload"] = True
+        if config.pop("sync_each_batch", None):
+            arguments["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+        if (prefetch := config.pop("backward_prefetch", None)) is not None:
+            config["backward_prefetch"] = f"backward_{prefetch}"
+        program["arguments"] = {**arguments, "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", **config}}
+    if strategy == "ddp":
+        # Trainer looks for unused parameters of a PeftModel, with a map in pinned memory, which no rehearsal has
+        program["arguments"] = {"ddp_find_unused_parameters": False}
+    if strategy.startswith("zero"):
+        program["arguments"] = {"deepspeed": deepspeed(int(strategy[-1]), zero or {})}
+    return {"name": name, "strategy": strategy, "world": world, "program": program, "fsdp": fsdp or {}}
+
+
+def deepspeed(stage: int, zero: dict[str, Any]) -> dict[str, Any]:
+    """A config of DeepSpeed with what transformers fills in left to it."""
+    automatic = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
+    return {
+        **dict.fromkeys(automatic, "auto"),
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": stage, **zero},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
 def sharded_jobs() -> Iterator[Named]:
-    """All of them."""
+    """Jobs of FSDP1, and of FSDP2's other parameters and models."""
     yield from fsdp2_jobs()
     yield from fsdp1_jobs()
 
