@@ -12,21 +12,11 @@ from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.flat_load import FlatUnits
-from peftplan.memory.load import Memory
+from peftplan.memory.load import Loader, Memory, peak_of
 from peftplan.memory.model import Model
 from peftplan.memory.models import FORWARDS
-from peftplan.memory.sharded import (
-    Loader,
-    Loading,
-    computing,
-    computing_dtype,
-    flat_units,
-    grouped,
-    peak_of,
-    tied,
-    units_of,
-    whole_sizes,
-)
+from peftplan.memory.sharded import computing, computing_dtype, flat_units, grouped, tied, units_of
+from peftplan.memory.sharded_load import Loading, whole_sizes
 from peftplan.memory.step import Program, steady_step
 from peftplan.memory.synced import of_model, send
 from peftplan.memory.zero import Zero

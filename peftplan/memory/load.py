@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import cache
 from math import prod
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from peftplan.distributed.order import by_module, tensors
 from peftplan.dtypes import ITEMSIZE
@@ -43,6 +43,43 @@ class Memory(Protocol[Handle]):
 
     def empty_cache(self) -> None:
         """`torch.cuda.empty_cache()`."""
+
+
+Loader = Callable[[Memory[Any]], None]
+"""Loads a model tensor by tensor."""
+
+
+def peak_of(load: Loader) -> int:
+    """Bytes of the tensors at the highest level of loading."""
+    level = Level()
+    load(level)
+    return level.peak
+
+
+class Level:
+    """A memory that only counts."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def allocate(self, nbytes: int) -> int:
+        """Count a tensor; what frees it is its size."""
+        nbytes = round512(nbytes)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+        return nbytes
+
+    def keep(self, sizes: tuple[int, ...], /) -> None:
+        """Count tensors for good."""
+        for nbytes in sizes:
+            self.allocate(nbytes)
+
+    def release(self, tensor: int, /) -> None:
+        """Count one less."""
+        self.now -= tensor
+
+    def empty_cache(self) -> None:
+        """Nothing."""
 
 
 def load_into(

@@ -1,4 +1,4 @@
-"""Units of a model under FSDP2, and how a rank loads them.
+"""Units of a model under FSDP: the parameters that are gathered and reduced together.
 
 Source: accelerate, utils/fsdp_utils.py (`fsdp2_prepare_model`): each layer is a unit, and since `versions.FSDP2_TAIL_APART` the
 embedding too, and the final norm with the head, which is not freed after forward; the root has what is left.
@@ -6,10 +6,9 @@ embedding too, and the final norm with the head, which is not freed after forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from math import prod
-from typing import Any, Generic, NamedTuple
 
 import peftplan.versions as versions
 from peftplan.arch.modules import Architecture
@@ -20,12 +19,10 @@ from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
 from peftplan.memory.flat_load import FlatShard, FlatUnits
-from peftplan.memory.load import Handle, Memory
 from peftplan.memory.model import Model
 from peftplan.memory.units import EMBEDDING, NORM, ROOT, TAIL, layer
 from peftplan.parameters import Parameter, Parameters
 from peftplan.tape.tensors import Parameter as TapeParameter
-from peftplan.units import round512
 
 FLOATS = ("fp64", "fp32", "fp16", "bf16")
 
@@ -98,7 +95,7 @@ def grouped(arch: Architecture, full: Parameters, shards: Parameters, distribute
     groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if apart and not is_tied else {})}
     groups |= {layer(number): [] for number in layers} | ({TAIL: []} if apart else {})
     for p in in_module_order(full):
-        if p.quantized and p.name.endswith("weight") and not _is_sharded(*pairs[id(p)]):
+        if p.quantized and p.name.endswith("weight") and not is_sharded(*pairs[id(p)]):
             continue
         for name in _units(p, arch, norm, is_tied=is_tied) if apart or p.layers else (ROOT,):
             groups[name].append(pairs[id(p)])
@@ -125,7 +122,8 @@ def final_norm(arch: Architecture, full: Parameters) -> str | None:
     return norms[-1] if norms and not (adapted and norms[-1].startswith("model.")) else None
 
 
-def _is_sharded(p: Parameter, shard: Parameter) -> bool:
+def is_sharded(p: Parameter, shard: Parameter) -> bool:
+    """Whether a rank holds less than all of a parameter's weight."""
     return next(a.dims for a in p.allocations if a.name == "weight") != next(
         a.dims for a in shard.allocations if a.name == "weight"
     )
@@ -171,163 +169,3 @@ def _flat_shard(flat: Flat, fsdp: Fsdp1) -> FlatShard:
         ITEMSIZE[first.dtype] * flat.numel,
         ITEMSIZE[first.master] * flat.numel if first.casts else 0,
     )
-
-
-# -- loading -------------------------------------------------------------------------------------------------------------------
-
-
-Loader = Callable[[Memory[Any]], None]
-"""Loads a model tensor by tensor."""
-
-
-class Loading(NamedTuple):
-    """How a rank loads."""
-
-    groups: dict[str, Pairs]
-    buffers: Ledger
-    of_one_gpu: Loader | None
-    """Loads the whole model onto the GPU first, as a quantized one is; None: shards are made from the host."""
-    one_by_one: bool
-    """Whether each tensor is moved alone (`cpu_ram_efficient_loading`, on rank 0), not all of a unit."""
-    stays: frozenset[tuple[int, ...]]
-    """Sizes of tensors of quantized weights that are made together and never sharded."""
-    keeps_ends: bool
-    """Whether accelerate's own variables hold the embedding and the head whole until the model is prepared."""
-
-    def into(self, memory: Memory[Handle]) -> None:
-        """Load tensor by tensor."""
-        if self.of_one_gpu is not None:
-            self._from_whole(memory)
-        elif self.one_by_one:
-            ends = (EMBEDDING, TAIL, ROOT)  # in the order of the state dict
-            layers = [name for name in self.groups if name not in ends]
-            for name in (name for name in (EMBEDDING, *layers, TAIL, ROOT) if name in self.groups):
-                for p, shard in self.groups[name]:
-                    whole = memory.allocate(ITEMSIZE[shard.dtype] * p.numel)
-                    _keep_shard(memory, shard)
-                    memory.release(whole)
-            self._buffers(memory)
-        else:
-            self._by_unit(memory)
-
-    def _by_unit(self, memory: Memory[Handle]) -> None:
-        """All of a unit is moved, then each tensor leaves its shard (torch, distributed/fsdp/_fully_shard/_fsdp_init.py,
-        `_move_states_to_device`). The root comes last.
-        """
-        held_until_end = []
-        for name in self._order():
-            whole = [(p, memory.allocate(ITEMSIZE[shard.dtype] * p.numel)) for p, shard in self.groups[name]]
-            if name == ROOT:
-                self._buffers(memory)
-            for _, shard in self.groups[name]:
-                _keep_shard(memory, shard)
-            for p, handle in whole:
-                if self.keeps_ends and name in (EMBEDDING, TAIL) and len(p.shape) > 1 and p.owner == "base":
-                    held_until_end.append(handle)
-                else:
-                    memory.release(handle)
-        for handle in held_until_end:
-            memory.release(handle)
-
-    def _from_whole(self, memory: Memory[Handle]) -> None:
-        """The whole model is there until all shards are: `fsdp2_prepare_model` holds its state dict."""
-        assert self.of_one_gpu is not None
-        pairs = [pair for members in self.groups.values() for pair in members]
-        whole = Whole(memory, self.stays)
-        self.of_one_gpu(whole)
-        for p, shard in pairs:
-            memory.keep(
-                tuple(a.nbytes for a in shard.allocations if a.place == "device" and (a.name == "weight" or not p.quantized))
-            )
-        for handle in whole.handles:
-            memory.release(handle)
-
-    def _order(self) -> list[str]:
-        ends = (EMBEDDING, TAIL, ROOT)
-        return [*(name for name in self.groups if name not in ends), *(name for name in ends if name in self.groups)]
-
-    def _buffers(self, memory: Memory[Handle]) -> None:
-        for line in self.buffers:
-            memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
-
-
-def _keep_shard(memory: Memory[Handle], shard: Parameter) -> None:
-    """A shard is made on the device, also one that goes to the host."""
-    memory.keep(_on_device(shard))
-    for a in shard.allocations:
-        if a.place == "host":
-            memory.release(memory.allocate(a.nbytes))
-
-
-def _on_device(shard: Parameter) -> tuple[int, ...]:
-    return tuple(a.nbytes for a in shard.allocations if a.place == "device")
-
-
-class Whole(Generic[Handle]):
-    """A memory where what is loaded for good is held by handles, but for sizes that stay."""
-
-    def __init__(self, memory: Memory[Handle], stays: frozenset[tuple[int, ...]]) -> None:
-        self.memory, self.stays = memory, stays
-        self.handles: list[Handle] = []
-
-    def allocate(self, nbytes: int) -> Handle:
-        """Allocate a tensor."""
-        return self.memory.allocate(nbytes)
-
-    def keep(self, sizes: tuple[int, ...], /) -> None:
-        """Allocate tensors that stay until their shards are made."""
-        if sizes in self.stays:
-            self.memory.keep(sizes)
-        else:
-            self.handles += [self.memory.allocate(nbytes) for nbytes in sizes]
-
-    def release(self, tensor: Handle, /) -> None:
-        """Free a tensor."""
-        self.memory.release(tensor)
-
-    def empty_cache(self) -> None:
-        """`torch.cuda.empty_cache()`."""
-        self.memory.empty_cache()
-
-
-def whole_sizes(full: Parameters, shards: Parameters) -> frozenset[tuple[int, ...]]:
-    """Sizes of what every rank holds of quantized weights: absmax and code tables, and packed weights that are not sharded."""
-    sizes: set[tuple[int, ...]] = set()
-    for p, shard in zip(full.all, shards.all, strict=True):
-        if p.quantized:
-            sizes.add(tuple(a.nbytes for a in p.allocations if a.name != "weight"))
-            sizes |= set() if _is_sharded(p, shard) else {tuple(a.nbytes for a in p.allocations if a.name == "weight")}
-    return frozenset(sizes)
-
-
-def peak_of(load: Loader) -> int:
-    """Bytes of the tensors at the highest level of loading."""
-    level = Level()
-    load(level)
-    return level.peak
-
-
-class Level:
-    """A memory that only counts."""
-
-    def __init__(self) -> None:
-        self.now = self.peak = 0
-
-    def allocate(self, nbytes: int) -> int:
-        """Count a tensor; what frees it is its size."""
-        nbytes = round512(nbytes)
-        self.now += nbytes
-        self.peak = max(self.peak, self.now)
-        return nbytes
-
-    def keep(self, sizes: tuple[int, ...], /) -> None:
-        """Count tensors for good."""
-        for nbytes in sizes:
-            self.allocate(nbytes)
-
-    def release(self, tensor: int, /) -> None:
-        """Count one less."""
-        self.now -= tensor
-
-    def empty_cache(self) -> None:
-        """Nothing."""

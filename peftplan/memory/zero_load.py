@@ -14,8 +14,7 @@ from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, by_tensor, reduce_bucket, trained_groups
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.load import Handle, Memory, load_order
-from peftplan.memory.sharded import Loader
+from peftplan.memory.load import Handle, Loader, Memory, load_order
 from peftplan.parameters import Parameter, Parameters
 from peftplan.units import ceil_div
 

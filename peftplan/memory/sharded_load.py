@@ -1,0 +1,136 @@
+"""How a rank loads under FSDP2: shards are made from the host, or from the whole of a quantized model on the GPU.
+
+Source: accelerate, utils/fsdp_utils.py (`fsdp2_prepare_model`, `fsdp2_load_full_state_dict`).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Generic, NamedTuple
+
+from peftplan.dtypes import ITEMSIZE
+from peftplan.ledger import Ledger
+from peftplan.memory.load import Handle, Loader, Memory
+from peftplan.memory.sharded import Pairs, is_sharded
+from peftplan.memory.units import EMBEDDING, ROOT, TAIL
+from peftplan.parameters import Parameter, Parameters
+
+
+class Loading(NamedTuple):
+    """What a rank loads, and from where."""
+
+    groups: dict[str, Pairs]
+    buffers: Ledger
+    of_one_gpu: Loader | None
+    """Loads the whole model onto the GPU first, as a quantized one is; None: shards are made from the host."""
+    one_by_one: bool
+    """Whether each tensor is moved alone (`cpu_ram_efficient_loading`, on rank 0), not all of a unit."""
+    stays: frozenset[tuple[int, ...]]
+    """Sizes of tensors of quantized weights that are made together and never sharded."""
+    keeps_ends: bool
+    """Whether accelerate's own variables hold the embedding and the head whole until the model is prepared."""
+
+    def into(self, memory: Memory[Handle]) -> None:
+        """Load tensor by tensor."""
+        if self.of_one_gpu is not None:
+            self._from_whole(memory)
+        elif self.one_by_one:
+            ends = (EMBEDDING, TAIL, ROOT)  # in the order of the state dict
+            layers = [name for name in self.groups if name not in ends]
+            for name in (name for name in (EMBEDDING, *layers, TAIL, ROOT) if name in self.groups):
+                for p, shard in self.groups[name]:
+                    whole = memory.allocate(ITEMSIZE[shard.dtype] * p.numel)
+                    _keep_shard(memory, shard)
+                    memory.release(whole)
+            self._buffers(memory)
+        else:
+            self._by_unit(memory)
+
+    def _by_unit(self, memory: Memory[Handle]) -> None:
+        """All of a unit is moved, then each tensor leaves its shard (torch, distributed/fsdp/_fully_shard/_fsdp_init.py,
+        `_move_states_to_device`). The root comes last.
+        """
+        held_until_end = []
+        for name in self._order():
+            whole = [(p, memory.allocate(ITEMSIZE[shard.dtype] * p.numel)) for p, shard in self.groups[name]]
+            if name == ROOT:
+                self._buffers(memory)
+            for _, shard in self.groups[name]:
+                _keep_shard(memory, shard)
+            for p, handle in whole:
+                if self.keeps_ends and name in (EMBEDDING, TAIL) and len(p.shape) > 1 and p.owner == "base":
+                    held_until_end.append(handle)
+                else:
+                    memory.release(handle)
+        for handle in held_until_end:
+            memory.release(handle)
+
+    def _from_whole(self, memory: Memory[Handle]) -> None:
+        """The whole model is there until all shards are: `fsdp2_prepare_model` holds its state dict."""
+        assert self.of_one_gpu is not None
+        pairs = [pair for members in self.groups.values() for pair in members]
+        whole = Whole(memory, self.stays)
+        self.of_one_gpu(whole)
+        for p, shard in pairs:
+            memory.keep(
+                tuple(a.nbytes for a in shard.allocations if a.place == "device" and (a.name == "weight" or not p.quantized))
+            )
+        for handle in whole.handles:
+            memory.release(handle)
+
+    def _order(self) -> list[str]:
+        ends = (EMBEDDING, TAIL, ROOT)
+        return [*(name for name in self.groups if name not in ends), *(name for name in ends if name in self.groups)]
+
+    def _buffers(self, memory: Memory[Handle]) -> None:
+        for line in self.buffers:
+            memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
+
+
+def _keep_shard(memory: Memory[Handle], shard: Parameter) -> None:
+    """A shard is made on the device, also one that goes to the host."""
+    memory.keep(_on_device(shard))
+    for a in shard.allocations:
+        if a.place == "host":
+            memory.release(memory.allocate(a.nbytes))
+
+
+def _on_device(shard: Parameter) -> tuple[int, ...]:
+    return tuple(a.nbytes for a in shard.allocations if a.place == "device")
+
+
+class Whole(Generic[Handle]):
+    """A memory where what is loaded for good is held by handles, but for sizes that stay."""
+
+    def __init__(self, memory: Memory[Handle], stays: frozenset[tuple[int, ...]]) -> None:
+        self.memory, self.stays = memory, stays
+        self.handles: list[Handle] = []
+
+    def allocate(self, nbytes: int) -> Handle:
+        """Allocate a tensor."""
+        return self.memory.allocate(nbytes)
+
+    def keep(self, sizes: tuple[int, ...], /) -> None:
+        """Allocate tensors that stay until their shards are made."""
+        if sizes in self.stays:
+            self.memory.keep(sizes)
+        else:
+            self.handles += [self.memory.allocate(nbytes) for nbytes in sizes]
+
+    def release(self, tensor: Handle, /) -> None:
+        """Free a tensor."""
+        self.memory.release(tensor)
+
+    def empty_cache(self) -> None:
+        """`torch.cuda.empty_cache()`."""
+        self.memory.empty_cache()
+
+
+def whole_sizes(full: Parameters, shards: Parameters) -> frozenset[tuple[int, ...]]:
+    """Sizes of what every rank holds of quantized weights: absmax and code tables, and packed weights that are not sharded."""
+    sizes: set[tuple[int, ...]] = set()
+    for p, shard in zip(full.all, shards.all, strict=True):
+        if p.quantized:
+            sizes.add(tuple(a.nbytes for a in p.allocations if a.name != "weight"))
+            sizes |= set() if is_sharded(p, shard) else {tuple(a.nbytes for a in p.allocations if a.name == "weight")}
+    return frozenset(sizes)
