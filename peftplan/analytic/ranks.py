@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from peftplan.job.job import Job
 
 SHOWN_METHODS = ("full", "lora", "qlora")
-"""Methods whose steps were rehearsed under FSDP2 and ZeRO (docs/how-to/several-gpus.md)."""
+"""Methods whose steps were rehearsed under FSDP and ZeRO (docs/how-to/several-gpus.md)."""
 
 
 SHOWN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
@@ -160,7 +160,7 @@ def setup_on_rank(job: Job) -> Setup:
 
 
 def parameters_on_rank(inventory: Inventory) -> Parameters:
-    """The parameters that operations compute with: under FSDP2 gathered, under DeepSpeed in 16 bits."""
+    """The parameters that operations compute with: under FSDP gathered, under DeepSpeed in 16 bits."""
     job, parameters, _, holding = inventory
     if job.distributed is None or holding is None or job.distributed.strategy not in MODELLED:
         return parameters
@@ -188,7 +188,7 @@ def first_step(inventory: Inventory, recording: Callable[[], Model], program: Pr
 
 
 def divided(inventory: Inventory, model: Model, program: Program, before: Model | None) -> Program:
-    """The program of the step on this rank. It also sets `model.units`: under FSDP2 the groups that are gathered together.
+    """The program of the step on this rank. It also sets `model.units`, which gathers and reduces around its parts.
 
     `before`: the model after the first step, where there is one.
     """
@@ -211,7 +211,7 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
 
 
 def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_gpu: Loader) -> Loader:
-    """How a rank loads the model; `of_one_gpu` unless FSDP2 shards it, or ZeRO flattens what trains."""
+    """How a rank loads the model; `of_one_gpu` where no strategy of `MODELLED` divides it."""
     job, parameters, _, holding = inventory
     distributed = job.distributed
     if distributed is None or holding is None or distributed.strategy not in MODELLED:
@@ -258,8 +258,8 @@ def loaded_if_full(load: Loader) -> Loader | None:
 
 
 def synced(parameters: Parameters, buffers: Ledger, beside: Iterable[Line], load: Loader) -> Loader:
-    """Loading under DDP. Its constructor broadcasts all weights from rank 0, in flat tensors of at least 250 MiB in turn, and
-    makes one bucket of all gradients, which it divides when it has seen their order (`_ddp_init_helper`).
+    """Loading under DDP. Its constructor broadcasts all weights from rank 0, in flat tensors of at least 250 MiB, two at a time.
+    Then it makes one bucket of all gradients, which it divides when it has seen their order (`_ddp_init_helper`).
     """
     return partial(_synced, flats=of_model(parameters, buffers), bucket=Ledger(tuple(beside)).bytes(), load=load)
 

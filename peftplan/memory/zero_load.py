@@ -1,7 +1,8 @@
-"""How a rank loads under ZeRO-1 and ZeRO-2: the whole model reaches the device, then what trains is flattened.
+"""How a rank loads under ZeRO: the model reaches the device, whole or in parts, then what trains is flattened.
 
-Source: DeepSpeed 0.19.8, runtime/engine.py (`_configure_distributed_model`), runtime/zero/stage_1_and_2.py (the constructor,
-`initialize_optimizer_states`). Where the card has no room for a flat copy beside the model, DeepSpeed flattens on the host.
+Source: DeepSpeed 0.19.8, runtime/engine.py (`_configure_distributed_model`), runtime/zero/stage_1_and_2.py and stage3.py (the
+constructors, `initialize_optimizer_states`), partition_parameters.py (`Init`). Under ZeRO-1 and ZeRO-2, where the card has no
+room for a flat copy beside the model, DeepSpeed flattens on the host.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from peftplan.units import ceil_div
 
 
 class FlatLoading(NamedTuple):
-    """How a rank loads."""
+    """How a rank loads under ZeRO-1 and ZeRO-2: the whole model first."""
 
     parameters: Parameters
     """As they are loaded and adapted."""

@@ -39,7 +39,8 @@ OPEN = (
     'fsdp1 full 4 config={"tie_word_embeddings": true} fsdp={"backward_prefetch": "pre"}',
     'fsdp1 full 64 fsdp={"backward_prefetch": "pre"}',
 )
-"""Reserved +10 %, and a step of 0.25 GB -0.3 %: states are made in one piece for each flat parameter, not for its tensors."""
+"""Reserved +10 %, and a step of 0.25 GB -0.3 %: the formulas make states in one piece for each flat parameter, AdamW for each of
+its tensors (`use_orig_params`)."""
 ROWS = [row for row in rows() if "error" not in row]
 
 
