@@ -101,8 +101,10 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
         yield f"{trainer} loads a model given by name in fp32 unless model_init_kwargs sets a dtype (--dtype fp32)"
     if setup.use_vllm and not setup.vllm_share:
         yield "a vLLM server generates elsewhere: nothing of it is on this card"
-    if "max_completion_length" in setup.by.options and setup.max_completion_length is None:
-        yield "max_completion_length is not set: every token of a row but the first is counted as one of the completion"
+    completion = setup.max_completion_length
+    if "max_completion_length" in setup.by.options and (completion is None or completion >= setup.seq_len):
+        why = "is not set" if completion is None else f"{completion:,} leaves no prompt within seq_len {setup.seq_len:,}"
+        yield f"max_completion_length {why}: every token of a row but the first is counted as part of the completion"
     scores = architecture.task_type == "SEQ_CLS" and any(module.name == "score" for module in architecture.modules)
     if scores and setup.batch_size > 1 and not _has_pad_token(sources.load_config(model)):
         yield (

@@ -44,6 +44,17 @@ def test_only_completions_are_scored() -> None:
         assert by_name["index"] == 2 * (2 * scored * 256 + -(-8 * scored // 512) * 512)
 
 
+@pytest.mark.parametrize(
+    ("completion", "why"), [(S - 1, []), (S, ["256 leaves no prompt within seq_len 256"]), (None, ["is not set"])]
+)
+def test_a_completion_as_long_as_the_row_has_a_note(completion: int | None, why: list[str]) -> None:
+    """The first token of a row has no label, so 255 of 256 tokens are scored at most."""
+    result = estimate(MODEL, method="lora", **DPO, max_completion_length=completion)
+    notes = [note for note in result.assumptions["notes"] if note.startswith("max_completion_length")]
+    assert [note.removeprefix("max_completion_length ").partition(":")[0] for note in notes] == why
+    assert peak(method="lora", max_completion_length=completion) == peak(method="lora", max_completion_length=S - 1)
+
+
 def test_a_full_run_holds_a_second_model() -> None:
     with_copy = estimate(MODEL, method="full", **DPO)
     without = estimate(MODEL, method="full", precompute_ref_log_probs=True, **DPO)
