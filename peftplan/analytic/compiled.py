@@ -8,30 +8,22 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import peftplan.methods as methods
-from peftplan.analytic.fused import kernels_without_formula
+from peftplan.analytic.checks import check
+from peftplan.analytic.running import kernels, loss_sizes, program_of, reference_of, running_of, segments_grow, tokens_kept
 from peftplan.analytic.sizes import shape_facts, sizes
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
-from peftplan.errors import NeedsTraceError, NoEngineError
-from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
-from peftplan.job.kernels import kernels_of
+from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.job.setup import Setup
-from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.ledger import Ledger, Line
-from peftplan.memory.attention import FLASH_CAPABILITY
 from peftplan.memory.load import Memory, load_into, load_passing
 from peftplan.memory.methods import ADAPTERS, adapter_of
 from peftplan.memory.model import Model
-from peftplan.memory.models import FORWARDS
-from peftplan.memory.parts import Running
-from peftplan.memory.step import HALF, Program, steady_step
+from peftplan.memory.step import HALF, steady_step
 from peftplan.memory.timeline import Timeline, timeline
-from peftplan.methods.adaptation import PROMPTED, NeedsPeftError
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters, loaded_dtype
-from peftplan.storage import without_peak
 from peftplan.tape.tape import Tape
 from peftplan.units import pinned
 
@@ -104,12 +96,6 @@ class Written(NamedTuple):
     generation: object = None
 
 
-def kernels(compute_capability: str) -> tuple[bool, int | None]:
-    """What the formulas need to know of a card: whether it runs the flash kernel, and the bytes of a cuBLAS workspace."""
-    flash = tuple(map(int, compute_capability.split("."))) >= FLASH_CAPABILITY
-    return flash, cublas_workspace_bytes(compute_capability).bytes
-
-
 Step = tuple[Compiled, dict[str, Any]]
 """A step of a run, with its sizes."""
 Steps = tuple[Step, ...]
@@ -150,8 +136,8 @@ def compiled(inventory: Inventory, *, compute_capability: str) -> Compiled:
     """
     job, setup = inventory.job, inventory.job.setup
     virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
-    loss = _loss_sizes(job)
-    facts = shape_facts(setup.rows, setup.seq_len + virtual_tokens, job.architecture, loss, _tokens_kept(job))
+    loss = loss_sizes(job)
+    facts = shape_facts(setup.rows, setup.seq_len + virtual_tokens, job.architecture, loss, tokens_kept(job))
     described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
     key = (
         id(job.architecture),
@@ -164,7 +150,7 @@ def compiled(inventory: Inventory, *, compute_capability: str) -> Compiled:
     if key in COMPILED:
         COMPILED.move_to_end(key)
         return COMPILED[key]
-    _check(job)
+    check(job)
     COMPILED[key] = compiled_job = _compile(inventory, compute_capability=compute_capability)
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
@@ -191,12 +177,12 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         adapter=adapter_of(job.method and job.method.peft_type),
     )
     model = new_model(Tape(autocast=None if setup.autocast == "none" else setup.autocast, several=setup.batch_size > 1))
-    program = _program(job)._replace(left_alone=trained_again)
+    program = program_of(job)._replace(left_alone=trained_again)
     first = None
     if job.distributed is not None:
         first = ranks.first_step(inventory, lambda: new_model(Tape()), program)
         program = ranks.divided(inventory, model, program, first)
-    steady_step(model, program, reference=_reference(job, model))
+    steady_step(model, program, reference=reference_of(job, model))
     of_step = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
     on_tape = "gradients" if holding is None else holding.on_tape
     lasting = tuple(line for line in static if line.category != on_tape and line.place == "device")
@@ -253,11 +239,11 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
         load_if_full=None if job.distributed is None else ranks.loaded_if_full(load),
         workspaces=workspaces,
         virtual_tokens=model.virtual_tokens,
-        loss=_loss_sizes(job),
+        loss=loss_sizes(job),
         rows=setup.by.rows,
         on_host=tuple(model.on_host),
-        expandable=setup.by.expandable_segments or _grows(setup),
-        tokens_kept=_tokens_kept(job),
+        expandable=segments_grow(setup),
+        tokens_kept=tokens_kept(job),
         programs={},
     )
     if first is None:
@@ -280,148 +266,6 @@ def _passed_in(job: Job) -> str | None:
         return None
     stored = job.setup.dtype if job.quant is None else job.quant.quant_storage
     return stored if stored in HALF else None
-
-
-def _program(job: Job) -> Program:
-    setup = job.setup
-    return Program(
-        setup.by,
-        bool(setup.keep_outputs),
-        parse_optim(str(setup.optim)),
-        accumulation=setup.gradient_accumulation_steps,
-        keep_gradients=setup.keep_gradients,
-        forwards=setup.forwards,
-        frees_outputs=job.script.outputs_end_with_backward,
-        scales=setup.autocast == "fp16",
-    )
-
-
-def _reference(job: Job, policy: Model) -> Model | None:
-    """The reference model on the policy's tape: a second one, or the policy whose adapter is switched off. No layer of it is
-    checkpointed (trl `disable_gradient_checkpointing`)."""
-    if job.reference == "none":
-        return None
-    base = (p for p in policy.parameters.all if p.owner == "base")
-    if job.reference == "adapter_off":
-        base = (p._replace(trainable=False) for p in base)
-    outputs = policy.running.token_outputs if job.reference == "adapter_off" else ()  # trl `add_fused_lm_head(self.ref_model)`
-    return Model(
-        policy.tape,
-        policy.arch,
-        policy.parameters._replace(all=tuple(base)),
-        policy.adaptation,
-        policy.running._replace(peft_type=None, config=None, checkpointing=False, hosted=False, token_outputs=outputs),
-        policy.quant,
-        stacks=policy.stacks,
-    )
-
-
-def _check(job: Job) -> None:
-    """Raise NeedsTraceError or NoEngineError if a part of the job has no formula."""
-    if job.distributed is not None:
-        from peftplan.analytic.ranks import without_formula
-
-        if (why := without_formula(job)) is not None:
-            raise NoEngineError(f"a step with {job.distributed.called}{why} (no formula yet)")
-    if job.quant is not None and job.setup.by.of_logits:
-        raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")
-    if job.quant is not None and (why := without_peak(job.quant)) is not None:
-        raise NoEngineError(why)
-    model_type = job.architecture.model_type
-    if model_type not in FORWARDS:
-        raise NeedsTraceError(f"activations of model type {model_type}")
-    if job.method is None:
-        raise NeedsTraceError(f"activations of {_unread(job.adapter)}")
-    if job.adaptation.matched and job.method.peft_type not in (*ADAPTERS, "LN_TUNING"):
-        raise NeedsTraceError(f"activations of method {job.method.name}")
-    check_virtual_tokens(job)
-    _check_kernels(job)
-    if job.method.module == "bottleneck":
-        from peftplan.methods.bottleneck import refuse_unplaced
-
-        refuse_unplaced(job.architecture, job.adaptation)
-
-
-def _check_kernels(job: Job) -> None:
-    """Raise NoEngineError where a step with these kernels, or of these modules, has no formula."""
-    why = kernels_without_formula(job)
-    if why is None and job.setup.by.own_modules:
-        from peftplan.job import built
-
-        why = built.without_formula(job)
-    if why is not None:
-        raise NoEngineError(f"{why} (no formula yet)")
-
-
-def _unread(adapter: Mapping[str, object]) -> str:
-    """The part of an adapter config that only peft itself can read."""
-    try:
-        methods.from_peft_config(adapter)
-    except NeedsPeftError as what:
-        return str(what)
-    return "this adapter config"
-
-
-def _loss_sizes(job: Job) -> LossSizes:
-    before_embeddings = job.method is not None and job.method.peft_type in PROMPTED
-    return LossSizes(
-        job.setup.loss,
-        hidden_size=job.architecture.hidden_size or 0,
-        vocab_size=job.architecture.vocab_size or 0,
-        virtual_tokens=getattr(job.config, "num_virtual_tokens", None) or 0,
-        prompted=before_embeddings,
-        kept=job.setup.logits_to_keep,
-        completion=job.setup.max_completion_length,
-    )
-
-
-def running_of(job: Job, compute_capability: str) -> Running:
-    """How the step of a job runs."""
-    setup, loss = job.setup, _loss_sizes(job)
-    of_llama = job.architecture.model_class.endswith("ForCausalLM")  # others had a loss of their own, such as GPT2LMHeadModel
-    return Running(
-        autocast=None if setup.autocast == "none" else setup.autocast,
-        checkpointing=bool(setup.gradient_checkpointing),
-        attention=str(setup.attn_implementation),
-        padding=setup.padding,
-        use_cache=bool(setup.use_cache) and not setup.by.turns_cache_off and setup.loss != "trl-chunked",
-        adapter_on_host=setup.by.adapter_on_host(quantized=job.quant is not None),
-        masks_unpadded=job.script.masks_unpadded(job.architecture.model_type, setup),
-        repeats_kv=job.script.repeats_kv,
-        rotary_by_product=job.script.rotary_by_product,
-        shifts_logits=job.script.shifts_logits and of_llama,
-        logits_in_fp32=job.script.logits_in_fp32 and of_llama and not job.architecture.logits_ops,
-        flash=kernels(compute_capability)[0],
-        peft_type=None if job.method is None else job.method.peft_type,
-        config=job.config,
-        seq_len=setup.seq_len,
-        batch_size=setup.rows,
-        dtype=setup.dtype,
-        loss=setup.loss,
-        loss_facts=loss.facts(setup.rows, loss.length(setup.seq_len + loss.virtual_tokens)),
-        logits_to_keep=setup.logits_to_keep,
-        reentrant=setup.use_reentrant,
-        every_n_layers=setup.every_n_layers or 1,
-        own_modules=setup.by.own_modules,
-        kernels=kernels_of(setup.kernels or ()),
-        hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (_tokens_kept(job) or 0),
-        token_outputs=setup.by.token_outputs,
-        without_loss=setup.by.of_logits,
-    )
-
-
-def _grows(setup: Setup) -> bool:
-    """Whether the package of the kernels sets `expandable_segments`."""
-    decoder = kernels_of(setup.kernels or ()).decoder
-    return decoder is not None and decoder.expandable_segments
-
-
-def _tokens_kept(job: Job) -> int | None:
-    """Tokens of the largest input of a checkpointed layer that is too small to be offloaded."""
-    checkpoint = kernels_of(job.setup.kernels or ()).checkpoint
-    if checkpoint is None or not job.setup.offload_checkpoints or not job.architecture.hidden_size:
-        return None
-    return checkpoint.least_bytes // (ITEMSIZE[job.setup.dtype] * job.architecture.hidden_size)
 
 
 def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:

@@ -16,7 +16,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from peftplan.analytic.compiled import Compiled, running_of
+from peftplan.analytic.compiled import Compiled
+from peftplan.analytic.running import running_of
 from peftplan.analytic.sizes import sizes
 from peftplan.deployment.kv_cache import kv_cache
 from peftplan.job.inventory import Inventory

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from peftplan.analytic.compiled import kernels
 from peftplan.analytic.grid import Grid
+from peftplan.analytic.running import kernels
 from peftplan.analytic.sized import Points, Sized
 from peftplan.errors import InputError, MissingExtraError
 from peftplan.hardware.gpus import Gpu

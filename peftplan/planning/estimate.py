@@ -119,7 +119,7 @@ def _with_formula(job: Job, document: dict[str, Any]) -> tuple[Job, dict[str, An
     """A job of a file without kernels that have no formula, and the file's `config` field, which then says so."""
     if not job.setup.kernels:
         return job, document
-    from peftplan.analytic.fused import kernels_without_formula
+    from peftplan.analytic.checks import kernels_without_formula
     from peftplan.job.configs.with_file import without_kernels
 
     if (why := kernels_without_formula(job)) is None:

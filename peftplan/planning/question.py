@@ -120,8 +120,8 @@ def analytic(question: Question, *, skip_unfit: bool = False) -> Estimate:
 
     `skip_unfit`: no replay for a job whose tensors alone do not fit a card.
     """
-    from peftplan.analytic.compiled import kernels
     from peftplan.analytic.engine import analytic_peaks
+    from peftplan.analytic.running import kernels
 
     job = question.inventory.job
     by_kernels: dict[tuple[bool, int | None], Counted] = {}

@@ -20,7 +20,7 @@ try:
 except ImportError:
     raise MissingExtraError("sweep (numpy)", "sweep") from None
 
-from peftplan.analytic.compiled import kernels
+from peftplan.analytic.running import kernels
 from peftplan.analytic.sized import Points, Sized
 from peftplan.planning.decided import BY, WORDS, Decided, Limits, decide
 

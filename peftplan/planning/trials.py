@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from peftplan.analytic.compiled import kernels
 from peftplan.analytic.engine import analytic_peaks
+from peftplan.analytic.running import kernels
 from peftplan.hardware.gpus import Gpu, gpus
 from peftplan.job.inventory import Inventory
 from peftplan.job.requirements import pair, unmet

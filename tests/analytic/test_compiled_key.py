@@ -46,7 +46,7 @@ def compile_again(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     """Whether a job is compiled, where `JOB` was just before."""
     compiled: list[Job] = []
     monkeypatch.setattr(room, "COMPILED", type(room.COMPILED)())
-    monkeypatch.setattr(room, "_check", lambda job: None)
+    monkeypatch.setattr(room, "check", lambda job: None)
     monkeypatch.setattr(room, "_compile", lambda job, *_, **__: compiled.append(job))
 
     of_base = inventory(JOB)

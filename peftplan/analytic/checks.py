@@ -1,0 +1,95 @@
+"""Which jobs have a formula, and what the others lack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import peftplan.methods as methods
+from peftplan.errors import NeedsTraceError, NoEngineError
+from peftplan.job.kernels import KERNELS, Lora, kernels_of, without_formula
+from peftplan.job.virtual_tokens import check_virtual_tokens
+from peftplan.memory.methods import ADAPTERS
+from peftplan.memory.models import FORWARDS
+from peftplan.memory.parts import FOUR_BIT
+from peftplan.methods.adaptation import NeedsPeftError
+from peftplan.storage import without_peak
+
+if TYPE_CHECKING:
+    from peftplan.job.job import Job
+
+
+def check(job: Job) -> None:
+    """Raise NeedsTraceError or NoEngineError if a part of the job has no formula."""
+    if job.distributed is not None:
+        from peftplan.analytic import ranks
+
+        if (why := ranks.without_formula(job)) is not None:
+            raise NoEngineError(f"a step with {job.distributed.called}{why} (no formula yet)")
+    if job.quant is not None and job.setup.by.of_logits:
+        raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")
+    if job.quant is not None and (why := without_peak(job.quant)) is not None:
+        raise NoEngineError(why)
+    model_type = job.architecture.model_type
+    if model_type not in FORWARDS:
+        raise NeedsTraceError(f"activations of model type {model_type}")
+    if job.method is None:
+        raise NeedsTraceError(f"activations of {_unread(job.adapter)}")
+    if job.adaptation.matched and job.method.peft_type not in (*ADAPTERS, "LN_TUNING"):
+        raise NeedsTraceError(f"activations of method {job.method.name}")
+    check_virtual_tokens(job)
+    _check_kernels(job)
+    if job.method.module == "bottleneck":
+        from peftplan.methods.bottleneck import refuse_unplaced
+
+        refuse_unplaced(job.architecture, job.adaptation)
+
+
+def _check_kernels(job: Job) -> None:
+    """Raise NoEngineError where a step with these kernels, or of these modules, has no formula."""
+    why = kernels_without_formula(job)
+    if why is None and job.setup.by.own_modules:
+        from peftplan.job import built
+
+        why = built.without_formula(job)
+    if why is not None:
+        raise NoEngineError(f"{why} (no formula yet)")
+
+
+def kernels_without_formula(job: Job) -> str | None:
+    """Why a step with the job's kernels has no formula; None where it has one."""
+    setup, architecture = job.setup, job.architecture
+    if not setup.kernels:
+        return None
+    if job.distributed is not None:
+        return f"kernels with {job.distributed.called}"
+    if setup.by.of_preferences:
+        return f"kernels with {setup.by.called}"
+    if setup.attn_implementation == "eager":
+        return "kernels with eager attention"
+    if (why := without_formula(setup.kernels, architecture.model_type, architecture.task_type)) is not None:
+        return why
+    if kernels_of(setup.kernels).decoder is not None:
+        windows = [a.window for block in architecture.blocks for a in block.attentions if a.window]
+        if windows and setup.seq_len > min(windows):
+            return f"unsloth's kernels with a sequence above the window of {min(windows):,} tokens"
+        if setup.autocast != setup.dtype:
+            return f"unsloth's kernels in {setup.dtype} with autocast {setup.autocast}"
+    of_lora = [kernel for name in setup.kernels if isinstance(kernel := KERNELS[name], Lora)]
+    if not of_lora or job.method is None or job.method.peft_type != "LORA":
+        return None
+    if setup.autocast not in ("none", setup.dtype):
+        return f"LoRA kernels in {setup.dtype} with autocast {setup.autocast}"
+    if job.quant is not None and job.quant.name not in FOUR_BIT:
+        return f"LoRA kernels over {job.quant.name}"
+    drops = getattr(job.config, "lora_dropout", 0) and not all(kernel.drops_outside for kernel in of_lora)
+    return "LoRA kernels with dropout or DoRA" if drops or getattr(job.config, "use_dora", False) else None
+
+
+def _unread(adapter: Mapping[str, object]) -> str:
+    """The part of an adapter config that only peft itself can read."""
+    try:
+        methods.from_peft_config(adapter)
+    except NeedsPeftError as what:
+        return str(what)
+    return "this adapter config"

@@ -1,0 +1,126 @@
+"""How the models of a job run: the facts of its setup, its card and its trainer that the formulas ask for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peftplan.dtypes import ITEMSIZE
+from peftplan.hardware.context import cublas_workspace_bytes
+from peftplan.job.kernels import kernels_of
+from peftplan.job.loss_sizes import LossSizes
+from peftplan.job.setup import Setup
+from peftplan.memory.attention import FLASH_CAPABILITY
+from peftplan.memory.model import Model
+from peftplan.memory.parts import Running
+from peftplan.memory.step import Program
+from peftplan.methods.adaptation import PROMPTED
+from peftplan.optim import parse_optim
+
+if TYPE_CHECKING:
+    from peftplan.job.job import Job
+
+
+def kernels(compute_capability: str) -> tuple[bool, int | None]:
+    """What the formulas need to know of a card: whether it runs the flash kernel, and the bytes of a cuBLAS workspace."""
+    flash = tuple(map(int, compute_capability.split("."))) >= FLASH_CAPABILITY
+    return flash, cublas_workspace_bytes(compute_capability).bytes
+
+
+def running_of(job: Job, compute_capability: str) -> Running:
+    """How the step of a job runs."""
+    setup, loss = job.setup, loss_sizes(job)
+    of_llama = job.architecture.model_class.endswith("ForCausalLM")  # others had a loss of their own, such as GPT2LMHeadModel
+    return Running(
+        autocast=None if setup.autocast == "none" else setup.autocast,
+        checkpointing=bool(setup.gradient_checkpointing),
+        attention=str(setup.attn_implementation),
+        padding=setup.padding,
+        use_cache=bool(setup.use_cache) and not setup.by.turns_cache_off and setup.loss != "trl-chunked",
+        adapter_on_host=setup.by.adapter_on_host(quantized=job.quant is not None),
+        masks_unpadded=job.script.masks_unpadded(job.architecture.model_type, setup),
+        repeats_kv=job.script.repeats_kv,
+        rotary_by_product=job.script.rotary_by_product,
+        shifts_logits=job.script.shifts_logits and of_llama,
+        logits_in_fp32=job.script.logits_in_fp32 and of_llama and not job.architecture.logits_ops,
+        flash=kernels(compute_capability)[0],
+        peft_type=None if job.method is None else job.method.peft_type,
+        config=job.config,
+        seq_len=setup.seq_len,
+        batch_size=setup.rows,
+        dtype=setup.dtype,
+        loss=setup.loss,
+        loss_facts=loss.facts(setup.rows, loss.length(setup.seq_len + loss.virtual_tokens)),
+        logits_to_keep=setup.logits_to_keep,
+        reentrant=setup.use_reentrant,
+        every_n_layers=setup.every_n_layers or 1,
+        own_modules=setup.by.own_modules,
+        kernels=kernels_of(setup.kernels or ()),
+        hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (tokens_kept(job) or 0),
+        token_outputs=setup.by.token_outputs,
+        without_loss=setup.by.of_logits,
+    )
+
+
+def loss_sizes(job: Job) -> LossSizes:
+    """What the sizes of a job's loss depend on besides the batch."""
+    before_embeddings = job.method is not None and job.method.peft_type in PROMPTED
+    return LossSizes(
+        job.setup.loss,
+        hidden_size=job.architecture.hidden_size or 0,
+        vocab_size=job.architecture.vocab_size or 0,
+        virtual_tokens=getattr(job.config, "num_virtual_tokens", None) or 0,
+        prompted=before_embeddings,
+        kept=job.setup.logits_to_keep,
+        completion=job.setup.max_completion_length,
+    )
+
+
+def tokens_kept(job: Job) -> int | None:
+    """Tokens of the largest input of a checkpointed layer that is too small to be offloaded."""
+    checkpoint = kernels_of(job.setup.kernels or ()).checkpoint
+    if checkpoint is None or not job.setup.offload_checkpoints or not job.architecture.hidden_size:
+        return None
+    return checkpoint.least_bytes // (ITEMSIZE[job.setup.dtype] * job.architecture.hidden_size)
+
+
+def program_of(job: Job) -> Program:
+    """What a job's trainer does around forward and backward."""
+    setup = job.setup
+    return Program(
+        setup.by,
+        bool(setup.keep_outputs),
+        parse_optim(str(setup.optim)),
+        accumulation=setup.gradient_accumulation_steps,
+        keep_gradients=setup.keep_gradients,
+        forwards=setup.forwards,
+        frees_outputs=job.script.outputs_end_with_backward,
+        scales=setup.autocast == "fp16",
+    )
+
+
+def reference_of(job: Job, policy: Model) -> Model | None:
+    """The reference model on the policy's tape: a second one, or the policy with its adapter switched off.
+
+    None of its layers is checkpointed (trl `disable_gradient_checkpointing`).
+    """
+    if job.reference == "none":
+        return None
+    base = (p for p in policy.parameters.all if p.owner == "base")
+    if job.reference == "adapter_off":
+        base = (p._replace(trainable=False) for p in base)
+    outputs = policy.running.token_outputs if job.reference == "adapter_off" else ()  # trl `add_fused_lm_head(self.ref_model)`
+    return Model(
+        policy.tape,
+        policy.arch,
+        policy.parameters._replace(all=tuple(base)),
+        policy.adaptation,
+        policy.running._replace(peft_type=None, config=None, checkpointing=False, hosted=False, token_outputs=outputs),
+        policy.quant,
+        stacks=policy.stacks,
+    )
+
+
+def segments_grow(setup: Setup) -> bool:
+    """Whether the trainer's package, or that of the kernels, sets `expandable_segments`."""
+    decoder = kernels_of(setup.kernels or ()).decoder
+    return setup.by.expandable_segments or (decoder is not None and decoder.expandable_segments)
