@@ -1,4 +1,4 @@
-"""Kernels of other packages that replace parts of a model: which function each is, and the facts of it that decide memory.
+"""Kernels of other packages that replace parts of a model: which function each is, and those facts of it that decide memory.
 
 A kernel is one autograd function. Its formula is written once for all packages (`memory.fused_layers`, `memory.lora_kernels`) and
 asks for the facts of these records; only this file compares names. Unsloth's formulas are of layers that torch does not compile
@@ -182,13 +182,13 @@ def packages_of(names: Iterable[str]) -> str:
     return ", ".join(names_shown) or NONE
 
 
-LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
-MODELS: dict[str, tuple[str, ...]] = {"unsloth": ("llama", "mistral", "qwen2", "qwen3"), "axolotl": LLAMAS, "liger": LLAMAS}
-"""Package → model types whose layers have formulas with its kernels."""
+WITH_FORMULA = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose layers have formulas with the kernels of every package."""
 
 
 def without_formula(names: Iterable[str] | None, model_type: str, task_type: str) -> str | None:
     """Why a step with these kernels has no formula; None where it has one."""
-    packages = dict.fromkeys(name.partition(".")[0] for name in names or ())
-    missing = next((package for package in packages if model_type not in MODELS[package] or task_type != "CAUSAL_LM"), None)
-    return missing and f"{missing}'s kernels in {model_type} for {task_type}"
+    package = next((name.partition(".")[0] for name in names or ()), None)
+    if package is None or (model_type in WITH_FORMULA and task_type == "CAUSAL_LM"):
+        return None
+    return f"{package}'s kernels in {model_type} for {task_type}"
