@@ -73,7 +73,7 @@ def of_trainer(options: Mapping[str, object]) -> dict[str, object]:
 def without_kernels(document: Mapping[str, Any], why: str) -> dict[str, Any]:
     """The `config` field of a result whose kernels have no formula: the keys that name them are not supported.
 
-    They save fewer tensors than the model's own code, so the peak without them is at most the true one's bound.
+    They save fewer tensors than the model's own code, so the true peak is at most the one without them.
     """
     options = {name: value for name, value in document["options"].items() if name != "kernels"}
     named = {key: row for key, row in document["read"].items() if row["option"].split(", ") == ["kernels"]}
