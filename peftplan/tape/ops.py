@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from peftplan.ledger import Dim
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Broadcast, Dims, Gradients, Node, Operand, Strided, Tensor
 
@@ -285,44 +284,6 @@ def _inverse_rms_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: 
     return out
 
 
-def rotary(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x * cos + rotate_half(x) * sin`: saves cos and sin alone. Source: transformers, `apply_rotary_pos_emb`."""
-    dtype = promoted(x.dtype, cos.dtype)
-    half = (*x.dims[:-1], _half(x.dims[-1]))
-    by_cos = f.new(x.dims, dtype, "mul")
-    negated = f.new(half, x.dtype, "neg")
-    turned = f.new(x.dims, x.dtype, "cat")
-    del negated
-    by_sin = f.new(x.dims, dtype, "mul")
-    del turned
-    out = f.new(x.dims, dtype, "add", f.record(_rotary_backward, (x,), cos, sin, x.dtype))
-    del by_cos, by_sin
-    return out
-
-
-def _rotary_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor, str], g: Tensor) -> Tensor:
-    dims, dtype = g.dims, saved[2]
-    turned = f.new(dims, g.dtype, "mul")
-    if dtype != g.dtype:
-        turned = f.new(dims, dtype, "to")
-    negated = f.new((*dims[:-1], _half(dims[-1])), dtype, "neg")
-    out = f.new(dims, dtype, "slice_backward")
-    del negated
-    second = f.new(dims, dtype, "slice_backward")  # added in place into the first, like the third
-    del turned, second
-    by_cos = f.new(dims, g.dtype, "mul")
-    del g
-    if by_cos.dtype != dtype:
-        by_cos = f.new(dims, dtype, "to")
-    del by_cos
-    return out
-
-
-def _half(dim: Dim) -> int:
-    assert isinstance(dim, int)
-    return dim // 2
-
-
 RIGHT_BEHIND = 0.5
 """Added to a node's sequence number to place a view directly after its base in autograd's order, wherever it is called here."""
 
@@ -414,39 +375,6 @@ def selected(f: Tape, x: Tensor, dims: Dims) -> Tensor:
 
 def _selected_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "select_backward")
-
-
-def rotary_in_fp32(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x.float() * cos + rotate_half(x.float()) * sin`, in fp32. Source: transformers, modeling_modernbert.py."""
-    half = (*x.dims[:-1], _half(x.dims[-1]))
-    narrow = x.dtype != "fp32"
-    wide = f.new(x.dims, "fp32", "to") if narrow else None
-    by_cos = f.new(x.dims, "fp32", "mul")
-    del wide
-    wide = f.new(x.dims, "fp32", "to") if narrow else None
-    negated = f.new(half, "fp32", "neg")
-    turned = f.new(x.dims, "fp32", "cat")
-    del negated, wide
-    by_sin = f.new(x.dims, "fp32", "mul")
-    del turned
-    out = f.new(x.dims, "fp32", "add", f.record(_rotary_in_fp32_backward, (x,), cos, sin, x.dtype))
-    del by_cos, by_sin
-    return out
-
-
-def _rotary_in_fp32_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor, str], g: Tensor) -> Tensor:
-    dims, dtype = g.dims, saved[2]
-    turned = f.new(dims, "fp32", "mul")
-    negated = f.new((*dims[:-1], _half(dims[-1])), "fp32", "neg")
-    both = f.new(dims, "fp32", "slice_backward")
-    del negated
-    second = f.new(dims, "fp32", "slice_backward")  # added in place into the first
-    del turned, second
-    out: Tensor = f.to(both, dtype)
-    del both
-    by_cos = f.to(f.new(dims, "fp32", "mul"), dtype)  # added in place into the sum
-    del by_cos
-    return out
 
 
 def expanded(f: Tape, x: Operand, dims: Dims) -> Tensor:

@@ -21,6 +21,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.norms import rms
 from peftplan.memory.units import NORM
 from peftplan.tape import ops
+from peftplan.tape.rotary import rotary
 from peftplan.tape.shaping import cat, sliced, split
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Outputs, Tensor
@@ -124,8 +125,8 @@ Sublayer = Callable[[Call, Tensor], Tensor]
 
 def rotate_all(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb` of whole heads."""
-    q = ops.rotary(f, q, cos, sin)
-    return q, ops.rotary(f, k, cos, sin)
+    q = rotary(f, q, cos, sin)
+    return q, rotary(f, k, cos, sin)
 
 
 class Style(NamedTuple):

@@ -16,7 +16,8 @@ from peftplan.memory.models.decoder import Call, Style, masks_of, projected, run
 from peftplan.memory.models.moe import check
 from peftplan.memory.norms import minus, rms_cast_last
 from peftplan.tape import ops
-from peftplan.tape.shaping import cat, halves_rotated, sliced, split
+from peftplan.tape.rotary import halves_rotated
+from peftplan.tape.shaping import cat, sliced, split
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Parameter, Tensor
 

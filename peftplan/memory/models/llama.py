@@ -9,8 +9,7 @@ from functools import partial
 
 from peftplan.memory.models.decoder import Style, decoder
 from peftplan.memory.norms import bare_layer_norm, layer_norm, rms_cast_last
-from peftplan.tape import ops
-from peftplan.tape.shaping import partly_rotary, partly_rotary_in_turn
+from peftplan.tape.rotary import partly_rotary, partly_rotary_in_turn, rotary
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
@@ -24,7 +23,7 @@ def interleaved(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tupl
 
 def cast_back(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """OLMo: the rotated heads in the dtype that they came in."""
-    rotated = ops.rotary(f, q, cos, sin), ops.rotary(f, k, cos, sin)
+    rotated = rotary(f, q, cos, sin), rotary(f, k, cos, sin)
     return f.to(rotated[0], q.dtype), f.to(rotated[1], k.dtype)
 
 

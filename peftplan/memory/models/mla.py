@@ -16,7 +16,8 @@ from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, decoder, masks_of, rotate_all, run_layers
 from peftplan.memory.models.moe import deepseek_block, deepseek_v2_route, deepseek_v3_route
 from peftplan.tape import ops
-from peftplan.tape.shaping import cat, halves_rotated, sliced, split
+from peftplan.tape.rotary import halves_rotated
+from peftplan.tape.shaping import cat, sliced, split
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 

@@ -12,6 +12,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.models.decoder import rotary_tables
 from peftplan.tape import ops
+from peftplan.tape.rotary import rotary_in_fp32
 from peftplan.tape.shaping import split
 from peftplan.tape.tensors import Tensor
 
@@ -82,7 +83,7 @@ def attention(model: Model, block: Block, number: int, x: Tensor, mask: Tensor |
 def rotated(model: Model, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb`."""
     f, dtype = model.tape, q.dtype
-    wide_q, wide_k = ops.rotary_in_fp32(f, q, cos, sin), ops.rotary_in_fp32(f, k, cos, sin)
+    wide_q, wide_k = rotary_in_fp32(f, q, cos, sin), rotary_in_fp32(f, k, cos, sin)
     return f.to(wide_q, dtype), f.to(wide_k, dtype)
 
 

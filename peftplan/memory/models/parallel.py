@@ -15,7 +15,8 @@ from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import Call, Style, attention, decoder, masks_of, mlp, run_layers
 from peftplan.memory.norms import layer_norm, written_layer_norm
 from peftplan.tape import ops
-from peftplan.tape.shaping import cat, partly_rotary, partly_rotary_inline, sliced, split
+from peftplan.tape.rotary import partly_rotary, partly_rotary_inline, rotary
+from peftplan.tape.shaping import cat, sliced, split
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
@@ -34,8 +35,8 @@ def cohere_rotary(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tu
     """Rotated in fp32."""
     dtype = q.dtype
     q, k = f.to(q, "fp32"), f.to(k, "fp32")
-    q_embed = ops.rotary(f, q, cos, sin)
-    k_embed = ops.rotary(f, k, cos, sin)
+    q_embed = rotary(f, q, cos, sin)
+    k_embed = rotary(f, k, cos, sin)
     narrow: Tensor = f.to(q_embed, dtype)
     return narrow, f.to(k_embed, dtype)
 
@@ -149,7 +150,7 @@ def gptj_rotary(c: Call, f: Tape, x: Tensor) -> Tensor:
     table = c.tables[0]
     dims = (1, table.dims[1], 1, x.dims[3])
     sin, cos = (f.new(dims, table.dtype, "repeat_interleave") for _ in range(2))
-    return ops.rotary(f, x, cos, sin)
+    return rotary(f, x, cos, sin)
 
 
 def gptj(model: Model) -> Tensor:
