@@ -90,7 +90,7 @@ def prepared(request: Request) -> Job:
     except InputError as error:
         if error.field == "task_type" and "task_type" not in set_here and setup.by.task is not None:
             raise RefusedError(
-                f"trainer: {setup.by.called} trains {CALLED[setup.by.task]}, which this model has not ({error.accepted})"
+                f"trainer: {setup.by.called} trains {CALLED[setup.by.task]}, and this model has none ({error.accepted})"
             ) from None
         raise
     if loaded is not None:

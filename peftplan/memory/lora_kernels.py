@@ -70,7 +70,7 @@ def _trains(bias: Parameter | None) -> bool:
 
 
 def _weight(f: Tape, kernel: Lora, p: Projection, dtype: str, *, buffered: bool) -> Tensor | None:
-    """`fast_dequantize`, `dequantize`: a 4-bit weight whole; one of 16 bits is there, and one in the card's buffer too."""
+    """`fast_dequantize`, `dequantize`: a whole 4-bit weight. A 16-bit weight needs no new tensor, nor does the card's buffer."""
     if p.part.quant is None or (buffered and kernel.global_buffer):
         return None
     out_width, in_width = p.part.own_weight.dims
@@ -93,7 +93,7 @@ def _product(f: Tape, dims: Dims, dtype: str) -> Tensor:
 
 
 def _into(f: Tape) -> None:
-    """A product that is written into a tensor that is there."""
+    """A product that is written into an existing tensor."""
     f.products.append((len(f.log), "cuBLAS"))
 
 

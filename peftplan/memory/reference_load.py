@@ -18,7 +18,7 @@ from peftplan.units import GIB
 Load = Callable[[Memory[Any]], None]
 """Loads the policy."""
 MOST_UNTOUCHED = 3 * GIB // 2
-"""Up to so many bytes beyond the cached ones the warm-up takes nothing."""
+"""If more bytes are missing, the warm-up takes one more than is cached, which forces a new segment."""
 
 
 def load_both(memory: Memory[Handle], load: Load, reference: Parameters, *, moved: bool) -> None:

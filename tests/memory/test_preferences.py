@@ -224,7 +224,9 @@ def test_the_largest_batch_is_one_that_trl_accepts() -> None:
 
 
 def test_a_trainer_whose_task_a_model_has_not_is_named() -> None:
-    with pytest.raises(RefusedError, match=r"^trainer: RewardTrainer of trl 1.16 trains classes that score a sequence, which"):
+    with pytest.raises(
+        RefusedError, match=r"^trainer: RewardTrainer of trl 1.16 trains classes that score a sequence, and this model has none"
+    ):
         estimate("vit-base-patch16-224", trainer="trl-reward")
 
 

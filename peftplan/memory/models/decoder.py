@@ -51,7 +51,7 @@ class Call(NamedTuple):
         return self.model.linear(f"{self.style.stack}.{name}", x, self.number)
 
     def adapted(self, kernel: Lora, names: Sequence[str]) -> list[lora_kernels.Projection] | None:
-        """Projections of this layer that a LoRA kernel takes; None where it takes them not."""
+        """Projections of this layer that a LoRA kernel takes; None where it does not take them."""
         return lora_kernels.projections(self.model, kernel, [f"{self.style.stack}.{name}" for name in names], self.number)
 
     @property

@@ -1,6 +1,6 @@
 """Rotary decoders whose attention and MLP read the layer's input side by side, and StableLM, which can.
 
-A call of a module holds what it took until the adapter in its hook has run.
+The call of a module holds its input until the adapter in its hook has run.
 
 Sources: transformers, models/{cohere,cohere2,stablelm,phi,gptj,gpt_neox}/modeling_*.py.
 """

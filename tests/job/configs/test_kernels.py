@@ -38,7 +38,7 @@ def test_those_of_plugins_are_added() -> None:
 
 
 def test_a_file_without_a_formula_for_them_is_a_bound() -> None:
-    """Gemma's layers have none: the peak without the kernels is at most the true one's, and says so."""
+    """Gemma's layers have none: the true peak is at most the one without the kernels, and the result says so."""
     result = estimate(config=read_values({**AXOLOTL, "base_model": "google/gemma-2b", **LIGER}, file="a.yml"))
     assert result.config is not None
     assert result.config["bound"] == "at_most"
