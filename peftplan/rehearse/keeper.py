@@ -10,7 +10,6 @@ import ctypes
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -24,7 +23,7 @@ GRACE = 5.0
 """Seconds that processes have to end once they were told to."""
 PERIOD = 0.5
 """Seconds between two looks at the host's memory."""
-REPORT = "keeper.json"
+REPORT, NOT_STARTED = "keeper.json", "not-started.txt"
 HEARD = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
@@ -47,7 +46,7 @@ def keep(command: list[str], folder: Path, *, limit: int, written: Callable[[], 
     child = os.fork()
     if child == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
-        _become(command)
+        _become(command, folder)
     status, seen = _attend(child, limit, written)
     _end(signal.SIGTERM)
     (folder / REPORT).write_text(json.dumps(seen._asdict()), encoding="ascii")
@@ -63,11 +62,11 @@ def read(folder: Path) -> Kept:
     return Kept(**json.loads(path.read_text(encoding="ascii"))) if path.exists() else Kept(0, over=False)
 
 
-def _become(command: list[str]) -> NoReturn:
+def _become(command: list[str], folder: Path) -> NoReturn:
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        print(f"peftplan: {command[0]}: {error.strerror}", file=sys.stderr, flush=True)
+        (folder / NOT_STARTED).write_text(str(error.strerror), encoding="utf-8")
         os._exit(NOT_THERE)
 
 

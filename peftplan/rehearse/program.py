@@ -66,8 +66,8 @@ def rehearse(request: Request, *, rank: int = 0, stdout: int | None = None) -> R
                 "this system lets no user make namespaces, which keep the program from your files and the network; "
                 "to run it without them, add --keep-writes --network"
             )
-        if code == keeper.NOT_THERE and not list(folder.glob("*.json")):
-            raise InputError("COMMAND", request.command[0], "accepted: a program that is on PATH")
+        if reason := " ".join(_lines(folder / keeper.NOT_STARTED)):
+            raise InputError("COMMAND", request.command[0], f"it does not start: {reason}; accepted: a program on PATH")
         reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rank*.json"))]
         stand_ins, remarks = _lines(folder / "stand-ins.txt"), _lines(folder / "notes.txt")
         kept = keeper.read(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -60,6 +61,7 @@ def test_it_ends_as_the_program_ended(command: str, code: int, tmp_path: Path) -
 
 def test_a_command_that_is_not_there(tmp_path: Path) -> None:
     assert kept(tmp_path, "no-such-program").wait() == keeper.NOT_THERE
+    assert (tmp_path / keeper.NOT_STARTED).read_text(encoding="utf-8") == os.strerror(errno.ENOENT)
 
 
 def test_a_process_in_its_own_session_does_not_get_away(tmp_path: Path) -> None:

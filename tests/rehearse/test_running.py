@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from peftplan.errors import InputError
 from peftplan.planning.replayed import replay_file
 from peftplan.rehearse import rehearse
 from peftplan.report import timeline
@@ -155,6 +156,18 @@ def test_labels_that_a_loss_shifts_keep_their_values(tmp_path: Path) -> None:
 def test_a_program_that_hangs_is_ended_and_reported_up_to_there(tmp_path: Path) -> None:
     result, _ = run(LOOP, tmp_path, "hang", timeout=60)
     assert (result.exit_code, result.ended, result.steps) == (1, "timeout", 2)
+
+
+def test_a_command_that_the_system_does_not_start(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda is None:
+        pytest.skip("needs the CUDA build of torch")
+    script = tmp_path / "script"
+    script.write_text("#!/no/such/interpreter\n", encoding="ascii")
+    script.chmod(0o755)
+    with pytest.raises(InputError, match=r"COMMAND: .*; it does not start: No such file or directory"):
+        rehearse([str(script)])
+    assert rehearse(["sh", "-c", "exit 127"]).exit_code == 127  # the program's own
 
 
 def test_ctrl_c_ends_all_of_it(tmp_path: Path) -> None:
