@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import shlex
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -95,6 +97,7 @@ def command(
         prepare(model, **setup)  # type: ignore[arg-type]  # before anything runs
     _say_limits(max_host, keep_writes=keep_writes)
     as_json = fmt == "json"
+    signal.signal(signal.SIGTERM, _told_to_end)
     result = rehearse(
         command,
         gpu=gpu,
@@ -127,6 +130,12 @@ def _say_limits(max_host: str | None, *, keep_writes: bool) -> None:
 
     files = "what it writes to disk is not bounded" if keep_writes else "what it writes included; nothing is written to disk"
     click.echo(f"peftplan: the program may take {format_bytes(host_limit(max_host))} of host memory, {files}", err=True)
+
+
+def _told_to_end(number: int, frame: FrameType | None) -> NoReturn:
+    """End by an exception: the signal alone would leave the program's temporary folder behind."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def job_of(job: str) -> tuple[str, Mapping[str, object]]:

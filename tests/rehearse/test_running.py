@@ -170,20 +170,24 @@ def test_a_command_that_the_system_does_not_start(tmp_path: Path) -> None:
     assert rehearse(["sh", "-c", "exit 127"]).exit_code == 127  # the program's own
 
 
-def test_ctrl_c_ends_all_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_all_of_it(number: signal.Signals, code: int, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if torch.version.cuda is None:
         pytest.skip("needs the CUDA build of torch")
     path, started = tmp_path / "program.py", tmp_path / "started"
     path.write_text(f"import os, time\nopen({str(started)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n", encoding="utf-8")
     command = [sys.executable, "-m", "peftplan", "rehearse", "--keep-writes", "--network", "--", sys.executable, str(path)]
-    process = subprocess.Popen(command)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)})
     for _ in range(1200):
         if started.exists() and started.read_text(encoding="ascii"):
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    process.send_signal(number)
+    assert process.wait(30) == code
+    assert list(temporary.glob("peftplan-*")) == []
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text(encoding="ascii")), 0)
 
