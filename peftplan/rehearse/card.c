@@ -185,8 +185,9 @@ cudaError_t cudaFree(void *at) {
 }
 
 void emulated_memory(int card, size_t *unused, size_t *all) {
+    size_t held = used(card); /* beyond the card, once the context of another process no longer fits */
     *all = total();
-    *unused = total() - used(card);
+    *unused = held < *all ? *all - held : 0;
 }
 
 cudaError_t cudaMemGetInfo(size_t *unused, size_t *all) {

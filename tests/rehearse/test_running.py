@@ -68,6 +68,15 @@ if __name__ == "__main__":
         "loaded": [len(batch) for batch in DataLoader(range(8), batch_size=4, num_workers=2, pin_memory=True)],
     }), flush=True)
 """
+FULL = """
+import subprocess, sys, torch
+free, total = torch.cuda.mem_get_info()
+if len(sys.argv) == 1:
+    x = torch.empty(free - (20 << 20), dtype=torch.uint8, device="cuda")
+    print("SEEN", subprocess.run([sys.executable, __file__, "child"], capture_output=True, text=True).stdout)
+else:
+    print([free, total >> 30])
+"""
 SHIFTED = """
 import json
 import torch
@@ -204,6 +213,10 @@ def test_monitors_workers_and_children(tmp_path: Path) -> None:
     assert (shown["spawned"], shown["forked"], shown["loaded"]) == (3, 5, [4, 4])
     assert any("nvidia-smi topo -m was not answered" in note for note in result.notes)
     assert result.exit_code == 0
+
+
+def test_a_second_process_on_a_full_card_finds_nothing_free(tmp_path: Path) -> None:
+    assert seen(run(FULL, tmp_path, gpu="24GiB", steps=0)[1]) == [0, 24]
 
 
 def test_rows_answer_for_a_data_set_that_is_not_here(tmp_path: Path) -> None:
