@@ -233,9 +233,7 @@ SNAPSHOTS: dict[str, str] = {
 
 @pytest.mark.parametrize("program", SNAPSHOTS)
 def test_the_cause_of_a_snapshot(program: str, tmp_path: Path) -> None:
-    assert (
-        _cause_of(gzip.decompress((PROGRAMS.parent / "snapshots" / f"{program}.gz").read_bytes()), tmp_path) == SNAPSHOTS[program]
-    )
+    assert _cause_of(_recorded(program), tmp_path) == SNAPSHOTS[program]
 
 
 @pytest.mark.rehearse
