@@ -4,6 +4,8 @@
     python -m tools.rehearsed_jobs --jobs-from FILE --output FILE          a job per line: MODEL and options
     python -m tools.rehearsed_jobs --compare FILE [--trace] [--page PAGE]  evaluates formulas, and traces, against what was kept
 
+`--called` is what the jobs of a page have in common, if they are not drawn: "preferences and rewards", "recipes of torchtune".
+
 FILE holds a row of JSON per job: its options and what it held. A job that FILE has is not run again. `tools.rehearsed_program`
 is the program; of several GPUs it plays rank 0. Needs the CUDA build of torch, transformers, peft, trl and datasets.
 """
@@ -35,6 +37,10 @@ MODELS = (
 LOOP = Script(outputs_outlive_step=True)
 """What the program's loop does: its variable holds the outputs until the next forward has returned."""
 OF_THE_LOOP = "A loop's variable holds the outputs until the next forward has returned, and the engines are told so. "
+PROGRAMS = "as a program of transformers, TRL or torch alone on the emulated card (`tools/rehearsed_jobs.py`)"
+RECIPES = "recipes of torchtune"
+RAN = {RECIPES: "on the emulated card (`tools/rehearsed_recipes.py`)"}
+"""What jobs have in common → how they ran, where not as `PROGRAMS`."""
 PHASES = ("load", "forward", "backward", "step")
 
 
@@ -143,8 +149,8 @@ def page(results: list[tuple[str, dict[str, Any], dict[str, float] | None]], *, 
     lines = [
         f"# Drift against rehearsals{': ' if called else ''}{called}",
         "",
-        f"{'Jobs' if called else 'Random jobs'} on one card, each run as a program of transformers, TRL or torch alone on the "
-        f"emulated card (`tools/rehearsed_jobs.py`). {'' if called else OF_THE_LOOP}"
+        f"{'Each job ran' if called else 'Random jobs on one card, each run'} {RAN.get(called, PROGRAMS)}. "
+        f"{'' if called else OF_THE_LOOP}"
         "Drift is what an engine states ÷ what the rehearsal held − 1, in percent.",
         "",
         "| engine | what | jobs | median absolute | lowest | highest |",

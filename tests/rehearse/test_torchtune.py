@@ -10,7 +10,7 @@ import pytest
 import peftplan
 from peftplan.errors import RefusedError
 from peftplan.job.built import BUILT
-from tools.rehearsed_jobs import compared, page, read
+from tools.rehearsed_jobs import RECIPES, compared, page, read
 
 ROOT = Path(__file__).parents[2]
 ROWS = read(Path(__file__).with_name("torchtune.jsonl"))
@@ -19,7 +19,6 @@ LARGEST = {"allocated": 0.01, "reserved": 3.0}
 """Per cent."""
 NOT_EXPLAINED = {"reserved": 1}
 """How many jobs are beyond: full fine-tuning of Qwen2.5-0.5B with checkpointing reserves 5.4 % more than is stated."""
-TITLE = "recipes of torchtune"
 
 Results = list[tuple[str, dict[str, object], dict[str, float] | None]]
 
@@ -46,7 +45,7 @@ def test_each_model_was_rehearsed() -> None:
 
 def test_the_page_shows_the_rows(results: Results) -> None:
     text = (ROOT / "docs" / "torchtune-drift.md").read_text(encoding="utf-8")
-    assert text == page(results, called=TITLE)
+    assert text == page(results, called=RECIPES)
 
 
 def test_log_probabilities_of_all_chunks_wait_for_backward() -> None:
