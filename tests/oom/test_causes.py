@@ -259,8 +259,15 @@ def _cause_of(snapshot: bytes, folder: Path) -> str:
     return explain_oom(file).causes[0].name
 
 
-def test_what_is_kept_is_counted(tmp_path: Path) -> None:
-    """Hand sum: the logits of every step but the last are kept, 8,192 × 32,000 × 4 bytes in each of ten."""
+@pytest.mark.parametrize(
+    ("program", "blocks", "size"),
+    [
+        ("outputs_kept", 10, 8192 * 32000 * 4),  # the fp32 logits of every step but the last
+        ("evaluation_graph", 21 * 5 + 4 - 5, 8192 * 4096 * 4),  # a batch and 4 outputs; the last output failed; 5 are a step's
+    ],
+)
+def test_what_is_kept_is_counted(program: str, blocks: int, size: int, tmp_path: Path) -> None:
+    """Hand sums: blocks of one size that the list keeps alive, less those of a training step."""
     file = tmp_path / "snapshot.pickle"
-    file.write_bytes(_recorded("outputs_kept"))
-    assert f"{format_bytes(10 * 8192 * 32000 * 4)} in 10 blocks" in explain_oom(file).causes[0].evidence
+    file.write_bytes(_recorded(program))
+    assert f"{format_bytes(blocks * size)} in {blocks} blocks" in explain_oom(file).causes[0].evidence
