@@ -12,8 +12,6 @@ from peftplan.results.rehearsal import Rehearsal
 
 SOURCE = "peftplan rehearse"
 NO_CARD = "emulated card"
-OUTCOMES: dict[str, Literal["ok", "oom"]] = {"steps": "ok", "program": "ok", "out_of_memory": "oom"}
-"""How a rehearsal ended → the outcome of a record; all else failed."""
 
 
 def record_of(model: Any, result: Rehearsal, **options: Any) -> Record:
@@ -25,8 +23,10 @@ def record_of(model: Any, result: Rehearsal, **options: Any) -> Record:
     run = run_of(job)
     rank = result.largest_rank
     outcome: Literal["ok", "oom", "failed"] = "failed"
-    if result.steps or result.oom:
-        outcome = OUTCOMES.get(result.ended, "failed")
+    if result.ended == "out_of_memory":
+        outcome = "oom"
+    elif result.steps and not result.exit_code:
+        outcome = "ok"
     return Record(
         id=new_id(run),
         run=run,

@@ -110,7 +110,9 @@ def test_a_record_says_the_job_that_was_stated_and_what_was_rehearsed(tmp_path: 
     assert "train.py" not in (tmp_path / "runs.jsonl").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("ended", "oom", "outcome"), [("out_of_memory", OOM, "oom"), ("timeout", None, "failed")])
+@pytest.mark.parametrize(
+    ("ended", "oom", "outcome"), [("out_of_memory", OOM, "oom"), ("timeout", None, "failed"), ("program", None, "failed")]
+)
 def test_a_run_that_did_not_end_well_is_a_record_too(ended: str, oom: OutOfMemory | None, outcome: str) -> None:
-    record = record_of("qwen2.5-0.5b", rehearsal(oom=oom, ended=ended), method="lora")
+    record = record_of("qwen2.5-0.5b", rehearsal(oom=oom, ended=ended, code=1), method="lora")
     assert (record.outcome, record.error) == (outcome, f"{ended} after 3 steps")
