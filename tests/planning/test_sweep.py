@@ -70,9 +70,9 @@ def test_few_replays_leave_verdicts_open_and_the_others_true() -> None:
 
 def test_many_ranks_are_one_job() -> None:
     """Rank as a named size: 40 ranks of a model whose number of experts is one of them."""
-    for row in random.Random(6).sample(
-        sweep("mixtral-8x7b", method="qlora", r="1:40", seq_len=[512, 8192], replays=0).records(), 12
-    ):
+    rows = sweep("mixtral-8x7b", method="qlora", r="1:40", seq_len=[512, 8192], replays=0).records()
+    assert [(row["r"], row["seq_len"]) for row in rows] == [(r, seq_len) for seq_len in (512, 8192) for r in range(1, 41)]
+    for row in random.Random(6).sample(rows, 12):
         agrees(row)
 
 
