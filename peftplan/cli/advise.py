@@ -23,7 +23,7 @@ def command(about: str | None, fmt: str) -> int:
     """
     options.check_format(fmt)
     from peftplan.planning.practice import practices
-    from peftplan.report import render
+    from peftplan.report import catalogues
 
-    render.practices(practices(about), fmt=fmt)
+    catalogues.practices(practices(about), fmt=fmt)
     return 0

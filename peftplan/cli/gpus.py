@@ -20,7 +20,7 @@ def command(pattern: str | None, fmt: str) -> int:
     """
     options.check_format(fmt)
     from peftplan.planning.listings import matching_cards
-    from peftplan.report import render
+    from peftplan.report import catalogues
 
-    render.gpus(matching_cards(pattern), fmt=fmt)
+    catalogues.gpus(matching_cards(pattern), fmt=fmt)
     return 0

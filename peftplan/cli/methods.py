@@ -19,10 +19,10 @@ def command(name: str | None, fmt: str) -> int:
     peftplan methods lora
     """
     options.check_format(fmt)
-    from peftplan.report import render
+    from peftplan.report import catalogues
 
     if name is None:
-        render.methods(fmt=fmt)
+        catalogues.methods(fmt=fmt)
     else:
-        render.method(name, fmt=fmt)
+        catalogues.method(name, fmt=fmt)
     return 0

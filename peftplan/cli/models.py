@@ -20,7 +20,7 @@ def command(pattern: str | None, fmt: str) -> int:
     """
     options.check_format(fmt)
     from peftplan.arch import catalogue
-    from peftplan.report import render
+    from peftplan.report import catalogues
 
-    render.models(catalogue.models(pattern), fmt=fmt)
+    catalogues.models(catalogue.models(pattern), fmt=fmt)
     return 0

@@ -24,11 +24,11 @@ def command(name: str | None, fmt: str) -> int:
     options.check_format(fmt)
     if name is not None and fmt not in ("table", "json"):
         raise RefusedError(f"--format: a schema is JSON (got {fmt}); only the list of all has other formats")
-    from peftplan.report import render
+    from peftplan.report import catalogues
     from peftplan.report.schema import json_schema
 
     if name is None:
-        render.schemas(fmt=fmt)
+        catalogues.schemas(fmt=fmt)
     else:
         click.echo(json.dumps(json_schema(name), indent=2, ensure_ascii=False))
     return 0
