@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from peftplan.cli import options
+from peftplan.cli import options, texts
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 
-METHOD = {name: text for name, text in options.METHOD.items() if name != "--method"} | {
+METHOD = {name: text for name, text in texts.METHOD.items() if name != "--method"} | {
     "--peft-config": "a peft adapter_config.json: its rows come first, and methods of its type keep its fields"
 }
 
@@ -23,11 +23,11 @@ METHOD = {name: text for name, text in options.METHOD.items() if name != "--meth
 @option("--plot", default=None, metavar="FILE", help="bars of every method as FILE.png or .svg, with the cards as lines")
 @options.engine_option
 @options.group(METHOD_HEADING, METHOD)
-@options.group("Model", options.MODEL)
-@options.group("Precision and storage", options.STORAGE)
-@options.group("Training", options.TRAINING)
-@options.group("Preferences and RL", options.PREFERENCES)
-@options.group("Several GPUs", options.GPUS)
+@options.group("Model", texts.MODEL)
+@options.group("Precision and storage", texts.STORAGE)
+@options.group("Training", texts.TRAINING)
+@options.group("Preferences and RL", texts.PREFERENCES)
+@options.group("Several GPUs", texts.GPUS)
 @options.torch_option
 @options.transformers_option
 @options.context_option

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peftplan.cli import options
+from peftplan.cli import options, texts
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will_exit
 from peftplan.errors import RefusedError
 
@@ -29,8 +29,8 @@ unknown        there is no peak, or only a lower bound that is not too large
 
 @click.command("estimate", cls=Command, epilog=VERDICTS)
 @argument("model", required=False)
-@options.group(METHOD_HEADING, options.METHOD)
-@options.group("Model", options.MODEL)
+@options.group(METHOD_HEADING, texts.METHOD)
+@options.group("Model", texts.MODEL)
 @option(
     "--config",
     "config",
@@ -47,10 +47,10 @@ unknown        there is no peak, or only a lower bound that is not too large
     heading="Model",
     help="the tool of --config, where its content does not show it",
 )
-@options.group("Precision and storage", options.STORAGE)
-@options.group("Training", options.TRAINING)
-@options.group("Preferences and RL", options.PREFERENCES)
-@options.group("Several GPUs", options.GPUS)
+@options.group("Precision and storage", texts.STORAGE)
+@options.group("Training", texts.TRAINING)
+@options.group("Preferences and RL", texts.PREFERENCES)
+@options.group("Several GPUs", texts.GPUS)
 @options.torch_option
 @options.transformers_option
 @options.engine_option

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import click
 
-from peftplan.cli import options
+from peftplan.cli import options, texts
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 
 
 @click.command("explain-oom", cls=Command)
 @argument("source", metavar="FILE")
 @option("--model", default=None, metavar="MODEL", help="the model of the job that ran; with its options, says what was expected")
-@options.group(METHOD_HEADING, options.METHOD)
-@options.group("Model", options.MODEL)
-@options.group("Precision and storage", options.STORAGE)
-@options.group("Training", options.TRAINING)
-@options.group("Preferences and RL", options.PREFERENCES)
+@options.group(METHOD_HEADING, texts.METHOD)
+@options.group("Model", texts.MODEL)
+@options.group("Precision and storage", texts.STORAGE)
+@options.group("Training", texts.TRAINING)
+@options.group("Preferences and RL", texts.PREFERENCES)
 @options.format_option
 def command(source: str, model: str | None, fmt: str, **fields: object) -> int:
     """Why a program ran out of memory, and what to try next.

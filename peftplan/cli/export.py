@@ -6,7 +6,7 @@ from typing import get_args
 
 import click
 
-from peftplan.cli import options
+from peftplan.cli import options, texts
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 from peftplan.errors import RefusedError
 from peftplan.job.configs.plan import ExportTool
@@ -17,14 +17,14 @@ from peftplan.job.configs.plan import ExportTool
 @option("--to", "to", default=None, metavar=f"[{'|'.join(get_args(ExportTool))}]", help="the tool that will run the job")
 @option("-o", "--output", default=None, metavar="FILE", help="write to FILE instead of stdout")
 @option("--force", is_flag=True, help="replace FILE if it exists")
-@options.group(METHOD_HEADING, options.METHOD)
-@options.group("Model", options.MODEL)
+@options.group(METHOD_HEADING, texts.METHOD)
+@options.group("Model", texts.MODEL)
 @option("--config", "config", multiple=True, metavar="FILE", heading="Model", help="a config of another tool, to be translated")
 @option("--tool", default=None, rare=True, metavar="NAME", heading="Model", help="the tool of --config")
-@options.group("Precision and storage", options.STORAGE)
-@options.group("Training", options.TRAINING)
-@options.group("Preferences and RL", options.PREFERENCES)
-@options.group("Several GPUs", options.GPUS)
+@options.group("Precision and storage", texts.STORAGE)
+@options.group("Training", texts.TRAINING)
+@options.group("Preferences and RL", texts.PREFERENCES)
+@options.group("Several GPUs", texts.GPUS)
 @options.torch_option
 @options.transformers_option
 @option("--gpu", "gpu", multiple=True, metavar="NAME", help="a card for the verdict in the comments, or several as 8xh100")

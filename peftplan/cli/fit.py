@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peftplan.cli import options
+from peftplan.cli import options, texts
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will_exit
 from peftplan.errors import RefusedError, quoted
 
@@ -37,12 +37,12 @@ SIZES: dict[str, Size] = {"batch-size": "batch_size", "seq-len": "seq_len", "r":
 @option("--model-family", default=None, metavar="NAME", help="the largest model of a family per method, such as qwen3")
 @option("--require-fit", is_flag=True, help="exit 1 if the job as typed fits at no size")
 @options.engine_option
-@options.group(METHOD_HEADING, options.METHOD)
-@options.group("Model", options.MODEL)
-@options.group("Precision and storage", options.STORAGE)
-@options.group("Training", options.TRAINING)
-@options.group("Preferences and RL", options.PREFERENCES)
-@options.group("Several GPUs", options.GPUS)
+@options.group(METHOD_HEADING, texts.METHOD)
+@options.group("Model", texts.MODEL)
+@options.group("Precision and storage", texts.STORAGE)
+@options.group("Training", texts.TRAINING)
+@options.group("Preferences and RL", texts.PREFERENCES)
+@options.group("Several GPUs", texts.GPUS)
 @options.torch_option
 @options.transformers_option
 @options.context_option

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peftplan.cli import options
+from peftplan.cli import options, texts
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 from peftplan.errors import InputError, MissingError, MissingExtraError, UnknownNameError
 
@@ -21,10 +21,10 @@ ENGINES = ("analytic", "trace")
 
 @click.command("measure", cls=Command)
 @argument("model", required=False)
-@options.group(METHOD_HEADING, options.METHOD)
-@options.group("Model", options.MODEL)
-@options.group("Precision and storage", options.STORAGE)
-@options.group("Training", options.TRAINING)
+@options.group(METHOD_HEADING, texts.METHOD)
+@options.group("Model", texts.MODEL)
+@options.group("Precision and storage", texts.STORAGE)
+@options.group("Training", texts.TRAINING)
 @option("--steps", type=int, default=2, show_default=True, metavar="INT", help="measured optimizer steps")
 @option(
     "--warmup",

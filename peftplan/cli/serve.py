@@ -6,7 +6,7 @@ from typing import get_args
 
 import click
 
-from peftplan.cli import options
+from peftplan.cli import options, texts
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will_exit
 from peftplan.errors import RefusedError
 from peftplan.job.trainers import TrainerName
@@ -20,15 +20,15 @@ SERVING: dict[str, str] = {
 }
 STORAGE = {
     name: text
-    for name, text in options.STORAGE.items()
+    for name, text in texts.STORAGE.items()
     if name not in ("--autocast", "--kbit-prepare/--no-kbit-prepare", "--compute-dtype")
 } | {"--trainer": f"{' | '.join(get_args(TrainerName))}: decides the dtype of the saved adapter"}
 
 
 @click.command("serve", cls=Command)
 @argument("model", required=False)
-@options.group(METHOD_HEADING, options.METHOD)
-@options.group("Model", options.MODEL)
+@options.group(METHOD_HEADING, texts.METHOD)
+@options.group("Model", texts.MODEL)
 @options.group("Precision and storage", STORAGE)
 @options.group("Serving", SERVING)
 @option("--gpu", "gpus", multiple=True, metavar="NAME", help="a card or a size such as 24GiB; repeatable")

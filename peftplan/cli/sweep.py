@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peftplan.cli import options
+from peftplan.cli import options, texts
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 from peftplan.errors import BoundError, RefusedError
 
@@ -32,12 +32,12 @@ COUNTED = ("--r", "--batch-size", "--seq-len")
 )
 @option("--engine", default="analytic", metavar="[analytic]", rare=True, help="a sweep evaluates formulas; it is not traced")
 @option("--yes", is_flag=True, help="run a grid of more than 10,000,000 rows")
-@options.group(METHOD_HEADING, options.METHOD, several=True)
-@options.group("Model", options.MODEL, several=True)
-@options.group("Precision and storage", options.STORAGE, several=True)
-@options.group("Training", options.TRAINING, several=True)
-@options.group("Preferences and RL", options.PREFERENCES, several=True)
-@options.group("Several GPUs", options.GPUS, several=True)
+@options.group(METHOD_HEADING, texts.METHOD, several=True)
+@options.group("Model", texts.MODEL, several=True)
+@options.group("Precision and storage", texts.STORAGE, several=True)
+@options.group("Training", texts.TRAINING, several=True)
+@options.group("Preferences and RL", texts.PREFERENCES, several=True)
+@options.group("Several GPUs", texts.GPUS, several=True)
 @options.torch_option
 @options.transformers_option
 @options.context_option

@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 
 from peftplan.cli import COMMANDS
-from peftplan.cli.options import METAVARS
+from peftplan.cli.texts import METAVARS
 from peftplan.job.trainers import Autocast, Loss, TrainerName
 from peftplan.optim.names import OPTIMIZERS
 from peftplan.storage.config import FORMATS

@@ -1,0 +1,183 @@
+"""The options of a job by group, under the ecosystem's names: what `--help` says of each, and what it is given."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
+from peftplan.job.trainers import Autocast, Loss, TrainerName
+
+METHOD: dict[str, str] = {
+    "--method": "see `peftplan methods`; default: lora",
+    "--peft-config": "a peft adapter_config.json of any method",
+    "--r": "rank; default: the method's (8 for LoRA)",
+    "--lora-alpha": "scaling of the update",
+    "--lora-dropout": "dropout before A",
+    "--target-modules": "names, comma-separated; a regular expression; or all-linear | attention | mlp | peft-default",
+    "--exclude-modules": "modules left out: names or a regular expression",
+    "--target-parameters": "parameters adapted directly, such as fused experts",
+    "--modules-to-save": "modules trained in full beside the adapter",
+    "--layers-to-transform": "layer indices, comma-separated",
+    "--rank-pattern": 'rank per module, JSON: {"q_proj": 4}',
+    "--bias": "which biases train",
+    "--num-virtual-tokens": "virtual tokens of prefix, prompt and p-tuning",
+    "--use-dora/--no-use-dora": "DoRA on top of LoRA",
+    "--use-rslora/--no-use-rslora": "scale by alpha / sqrt(r)",
+    "--set": "any other field of the method's config; repeatable",
+}
+MODEL: dict[str, str] = {
+    "--task-type": "peft's task type: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, …; default: as the config says",
+    "--num-labels": "classes of a classification head",
+    "--trust-remote-code/--no-trust-remote-code": "accepted for compatibility; remote code is never run",
+}
+STORAGE: dict[str, str] = {
+    "--dtype": "dtype of the base model; default: bf16",
+    "--adapter-dtype": "dtype of the adapter; peft's default is fp32",
+    "--autocast": "dtype that autocast computes in; default: the trainer's",
+    "--quant": "storage of the frozen base; default: the method's",
+    "--quant-bits": "bits of gptq and hqq",
+    "--quant-group-size": "group size of gptq, awq and hqq",
+    "--quant-blocksize": "block size of nf4 and fp4",
+    "--quant-skip-modules": "modules left unquantized, comma-separated (replaces the default list)",
+    "--quant-storage": "dtype that packed nf4 and fp4 weights are stored as; FSDP shards only floats",
+    "--double-quant/--no-double-quant": "double quantization of nf4 and fp4",
+    "--compute-dtype": "compute dtype of 4-bit layers",
+    "--kbit-prepare/--no-kbit-prepare": "prepare_model_for_kbit_training on a quantized base",
+}
+TRAINING: dict[str, str] = {
+    "--trainer": f"{', '.join(get_args(TrainerName))}; sets the defaults of what you leave unset; default: transformers",
+    "--batch-size": "sequences per device and step (micro batch); default: the trainer's least, mostly 1",
+    "--seq-len": "tokens per sequence; default: 2048, or as many as the model holds",
+    "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",
+    "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
+    "--every-n-layers": "checkpoint only every n-th layer",
+    "--offload-checkpoints/--no-offload-checkpoints": "keep the inputs of checkpointed layers in host memory",
+    "--use-reentrant/--no-use-reentrant": "reentrant checkpointing (older default of transformers and peft)",
+    "--save-total-limit": "checkpoints that Trainer keeps on disk (-v and JSON say their bytes)",
+    "--optim": "a name of TrainingArguments.optim",
+    "--optim-args": "as in TrainingArguments",
+    "--optim-target-modules": "modules that GaLore and APOLLO project",
+    "--attn-implementation": "attention kernels; default: sdpa where the model has it",
+    "--kernels": "kernels in place of the model's: unsloth (not compiled, padded), axolotl, liger, or parts of them (liger.rope)",
+    "--loss": "how the loss is computed; default: auto, the trainer's",
+    "--logits-to-keep": "compute logits for the last N tokens of each sequence only",
+    "--padding/--no-padding": "batches with padding, and so a real attention mask",
+    "--use-cache/--no-use-cache": "build a KV cache in training",
+    "--keep-outputs/--drop-outputs": "keep the model's outputs alive through backward and step",
+    "--keep-gradients/--drop-gradients": "keep gradients allocated between steps (zero_grad(set_to_none=False))",
+}
+PREFERENCES: dict[str, str] = {
+    "--max-completion-length": "tokens of a completion, which are scored; default: all but the first",
+    "--precompute-ref-log-probs/--no-precompute-ref-log-probs": "score with the reference model before training",
+    "--beta": "weight of the reference model",
+    "--loss-type": "the trainer's loss",
+    "--max-prompt-length": "tokens of a prompt, instead of --seq-len",
+    "--num-generations": "completions of a prompt",
+    "--steps-per-generation": "micro batches for which completions are written at once; default: those of a step",
+    "--use-vllm/--no-use-vllm": "vLLM writes the completions, not transformers",
+    "--vllm-mode": "vLLM on the training GPUs, or a server elsewhere; default: colocate",
+    "--vllm-gpu-memory-utilization": "share of the card that vLLM takes; default: 0.3",
+    "--vllm-enable-sleep-mode/--no-vllm-enable-sleep-mode": "vLLM gives its memory back while the policy trains",
+}
+GPUS: dict[str, str] = {
+    "--gpus": "GPUs of a node, one process each (--gpu NxCARD)",
+    "--nodes": "nodes with as many GPUs each; default: 1",
+    "--strategy": "how the GPUs share the job; default: ddp",
+    "--accelerate-config": "an accelerate config file (YAML)",
+    "--deepspeed": "a DeepSpeed config file (JSON); auto as transformers fills it in",
+    "--accelerate": "accelerate that prepares the model; before 1.14 its FSDP2 units and casts differ",
+    "--reshard-after-forward": "FSDP: free gathered weights after forward; true, false, or a number of ranks",
+    "--dp-shard-size": "FSDP: ranks of a shard group; the model is replicated over the groups (HSDP)",
+    "--offload-params": "keep the shards in host memory",
+    "--offload-optimizer": "DeepSpeed: keep masters and states in host memory",
+    "--param-dtype": "FSDP: dtype of gathered weights; default: --autocast",
+    "--reduce-dtype": "FSDP: dtype in which gradients are reduced; default: that of gathered weights",
+    "--wrap-policy": "FSDP: what becomes a unit",
+    "--transformer-cls-names-to-wrap": "FSDP: classes of layers that become units; default: the model's own",
+    "--min-num-params": "FSDP: the least parameters of a unit with --wrap-policy size",
+    "--backward-prefetch": "FSDP1: when the next unit is gathered in backward",
+    "--forward-prefetch/--no-forward-prefetch": "FSDP1: gather the next unit early in forward",
+    "--use-orig-params/--no-use-orig-params": "FSDP1: the optimizer steps over views of the flat parameters",
+    "--cpu-ram-efficient-loading/--no-cpu-ram-efficient-loading": "only rank 0 loads the model; the others get shards",
+    "--sync-each-batch/--no-sync-each-batch": "reduce gradients in every micro batch",
+    "--bucket-cap-mb": "DDP: MiB of a bucket",
+    "--gradient-as-bucket-view/--no-gradient-as-bucket-view": "DDP: gradients are views of the buckets",
+    "--find-unused-parameters/--no-find-unused-parameters": "DDP: look for parameters without gradients",
+    "--static-graph/--no-static-graph": "DDP: every step uses the same parameters",
+    "--overlap-comm/--no-overlap-comm": "DeepSpeed: reduce while backward runs, with a second bucket",
+    "--contiguous-gradients/--no-contiguous-gradients": "DeepSpeed: copy gradients into a bucket as they are made",
+    "--reduce-scatter/--no-reduce-scatter": "DeepSpeed: reduce a bucket in parts, copied in one piece, not as it is",
+    "--round-robin-gradients/--no-round-robin-gradients": "ZeRO-1 and ZeRO-2: deal parameters out to the ranks in turn",
+    "--reduce-bucket-size": "DeepSpeed: elements that are reduced at once, or auto (hidden size squared)",
+    "--allgather-bucket-size": "DeepSpeed: elements that are gathered at once",
+    "--sub-group-size": "ZeRO-3: elements that the optimizer steps over at once",
+    "--stage3-prefetch-bucket-size": "ZeRO-3: elements that are gathered ahead, or auto",
+    "--stage3-param-persistence-threshold": "ZeRO-3: parameters of at most so many elements stay whole, or auto",
+    "--stage3-max-live-parameters": "ZeRO-3: gathered elements above which some are freed; DeepSpeed's own: 1000000000",
+    "--stage3-max-reuse-distance": "ZeRO-3: parameters needed again within so many elements stay gathered",
+    "--zero3-init/--no-zero3-init": "ZeRO-3: from_pretrained makes shards at once",
+    "--tp-size": "ranks of a tensor-parallel group",
+    "--cp-size": "ranks that share one sequence (context parallelism)",
+    "--ep-size": "ranks that share the experts",
+    "--pp-size": "stages of a pipeline",
+}
+SHORT_HELP = (
+    *("--gpus", "--strategy"),
+    *("--method", "--r", "--target-modules", "--quant", "--trainer", "--batch-size", "--seq-len"),
+    *("--gradient-checkpointing/--no-gradient-checkpointing", "--adapters", "--context"),
+)
+"""The options of a group that `--help` shows; `--help-all` shows the others too."""
+
+
+def _choices(of: object) -> str:
+    """The values of a Literal, as `--help` shows them."""
+    return f"[{'|'.join(get_args(of))}]"
+
+
+METAVARS: dict[str, str] = {
+    **dict.fromkeys(("--method", "--optim", "--attn-implementation", "--task-type"), "NAME"),
+    **dict.fromkeys(("--r", "--lora-alpha", "--num-virtual-tokens", "--num-labels", "--batch-size", "--seq-len"), "INT"),
+    **dict.fromkeys(("--gradient-accumulation-steps", "--every-n-layers", "--logits-to-keep", "--quant-bits"), "INT"),
+    **dict.fromkeys(
+        ("--quant-group-size", "--quant-blocksize", "--adapters", "--context", "--encoder-context", "--save-total-limit"), "INT"
+    ),
+    **dict.fromkeys(("--target-modules", "--exclude-modules", "--target-parameters", "--modules-to-save"), "NAMES"),
+    **dict.fromkeys(("--quant-skip-modules", "--optim-target-modules", "--kernels"), "NAMES"),
+    **dict.fromkeys(("--dtype", "--adapter-dtype", "--compute-dtype", "--serving-dtype"), "[bf16|fp16|fp32]"),
+    "--save-total-limit": "INT",
+    "--peft-config": "FILE",
+    "--lora-dropout": "FLOAT",
+    "--layers-to-transform": "INTS",
+    "--rank-pattern": "JSON",
+    "--bias": "[none|all|lora_only]",
+    "--set": "FIELD=VALUE",
+    "--quant-storage": "[uint8|bf16|fp16|fp32]",
+    **dict.fromkeys(("--gpus", "--nodes", "--dp-shard-size", "--min-num-params", "--allgather-bucket-size"), "INT"),
+    **dict.fromkeys(("--sub-group-size", "--stage3-max-live-parameters", "--stage3-max-reuse-distance"), "INT"),
+    **dict.fromkeys(("--tp-size", "--cp-size", "--ep-size", "--pp-size"), "INT"),
+    **dict.fromkeys(("--reduce-bucket-size", "--stage3-prefetch-bucket-size"), "INT|auto"),
+    "--stage3-param-persistence-threshold": "INT|auto",
+    **dict.fromkeys(("--param-dtype", "--reduce-dtype"), "[bf16|fp16|fp32]"),
+    **dict.fromkeys(("--offload-params", "--offload-optimizer"), _choices(Place)),
+    **dict.fromkeys(("--accelerate-config", "--deepspeed"), "FILE"),
+    "--accelerate": "VERSION",
+    "--strategy": _choices(StrategyName),
+    "--reshard-after-forward": "[true|false|INT]",
+    "--wrap-policy": _choices(WrapPolicy),
+    "--backward-prefetch": _choices(Prefetch),
+    "--transformer-cls-names-to-wrap": "NAMES",
+    "--bucket-cap-mb": "FLOAT",
+    "--autocast": _choices(Autocast),
+    "--quant": "[none|nf4|fp4|int8|fp8|mxfp4|gptq|awq|hqq]",
+    "--trainer": _choices(TrainerName),
+    "--attn-implementation": "[sdpa|eager|flash_attention_2]",
+    "--loss": _choices(Loss),
+    "--optim-args": "KEY=VALUE,…",
+    "--max-completion-length": "INT",
+    "--beta": "FLOAT",
+    **dict.fromkeys(("--max-prompt-length", "--num-generations", "--steps-per-generation"), "INT"),
+    "--vllm-mode": "[colocate|server]",
+    "--vllm-gpu-memory-utilization": "FLOAT",
+    "--loss-type": "NAME",
+}
+"""What an option is given, as `--help` shows it; completion offers the choices."""
