@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftplan.errors import UnknownNameError
-from peftplan.results.estimate import Estimate, Verdict
+from peftplan.results.estimate import Estimate
+from peftplan.results.verdict import Verdict
 
 if TYPE_CHECKING:
     from peftplan.results.advice import Advised

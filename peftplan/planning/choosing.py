@@ -12,7 +12,7 @@ from peftplan.planning.fit_model import members as members_of
 from peftplan.planning.for_method import known_methods, options_for, without_formula
 from peftplan.planning.plans import QUALITY
 from peftplan.planning.verdicts import find_cards
-from peftplan.results.estimate import Verdict
+from peftplan.results.verdict import Verdict
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -23,7 +23,7 @@ from peftplan.hardware.gpus import Gpu
 from peftplan.hardware.usable import usable_bytes
 from peftplan.job.requirements import pair, refused_batch, unmet
 from peftplan.planning.verdicts import capability, verdict
-from peftplan.results.estimate import TIGHT
+from peftplan.results.verdict import TIGHT
 from peftplan.units import MIB
 
 try:

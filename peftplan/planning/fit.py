@@ -24,7 +24,8 @@ from peftplan.planning.largest import MOST_ASKED, Largest, Probe, largest
 from peftplan.planning.plans import Options, changes_of, kept_options, ranked
 from peftplan.planning.question import Question
 from peftplan.planning.verdicts import find_cards
-from peftplan.results.estimate import TIGHT, Estimate
+from peftplan.results.estimate import Estimate
+from peftplan.results.verdict import TIGHT
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

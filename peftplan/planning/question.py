@@ -15,7 +15,8 @@ from peftplan.job.tasks import without_loss
 from peftplan.ledger import Ledger
 from peftplan.planning.assumed import NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, of_ranks, outside
 from peftplan.planning.verdicts import Vllm, capability, card_notes, verdict
-from peftplan.results.estimate import Estimate, Peaks, Verdict
+from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.verdict import Verdict
 
 if TYPE_CHECKING:
     from peftplan.analytic.grid import Grid

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from peftplan.planning.serving_result import Cache, Loaded
 from peftplan.planning.serving_verdict import Limits, ServingVerdict
 from peftplan.planning.verdicts import capability
-from peftplan.results.estimate import TIGHT
+from peftplan.results.verdict import TIGHT
 
 if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu

@@ -14,7 +14,8 @@ from peftplan.job.requirements import pair, unmet
 from peftplan.job.setup import Setup
 from peftplan.planning.changes import Sizes
 from peftplan.planning.verdicts import capability, verdict
-from peftplan.results.estimate import TIGHT, Estimate, Peaks, Verdict
+from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.verdict import TIGHT, Verdict
 
 if TYPE_CHECKING:
     pass

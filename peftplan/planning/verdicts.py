@@ -10,7 +10,8 @@ from peftplan.distributed.names import MOST_RANKS
 from peftplan.errors import InputError
 from peftplan.job.requirements import pair
 from peftplan.job.setup import Setup
-from peftplan.results.estimate import TIGHT, Peaks, Verdict
+from peftplan.results.estimate import Peaks
+from peftplan.results.verdict import TIGHT, Verdict
 from peftplan.storage import QuantConfig
 from peftplan.storage.config import FORMATS
 from peftplan.units import format_bytes

@@ -26,8 +26,8 @@ from peftplan.rehearse.recorded import Recorded
 from peftplan.rehearse.request import Request
 from peftplan.rehearse.settings import VARIABLE, Settings
 from peftplan.rehearse.settings import environment as ranked
-from peftplan.results.estimate import TIGHT, Verdict
 from peftplan.results.rehearsal import Alive, OutOfMemory, Rank, Rehearsal, Step
+from peftplan.results.verdict import TIGHT, Verdict
 from peftplan.units import GIB, MIB
 
 UNLIMITED = 1000 * GIB

@@ -10,7 +10,8 @@ from peftplan.report.bar import bar, legend, segments, unit_of
 from peftplan.report.cards import card_name
 from peftplan.report.screen import INDENT, Colour, Glyphs, Part, Row, Screen, flowing, wrapped
 from peftplan.report.tabular import assumption_rows
-from peftplan.results.estimate import Estimate, Verdict
+from peftplan.results.estimate import Estimate
+from peftplan.results.verdict import Verdict
 from peftplan.units import GIB, MIB, format_bytes
 
 MOST_LINES = 25

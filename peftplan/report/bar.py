@@ -7,7 +7,8 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from peftplan.report.screen import Colour, Glyphs, Part, Row
-from peftplan.results.estimate import Estimate, Verdict
+from peftplan.results.estimate import Estimate
+from peftplan.results.verdict import Verdict
 from peftplan.units import GIB, MIB
 
 CELLS = 72

@@ -9,7 +9,7 @@ from peftplan.planning.fit_result import Fit, Plan
 from peftplan.report.cards import card_name
 from peftplan.report.screen import Glyphs
 from peftplan.report.tabular import Column
-from peftplan.results.estimate import Verdict
+from peftplan.results.verdict import Verdict
 from peftplan.units import format_bytes
 
 PLAN_COLUMNS = (

@@ -18,7 +18,8 @@ from peftplan.report.colours import COLOURS as CATEGORIES
 from peftplan.report.markup import Html, Stretch
 from peftplan.report.screen import UNICODE, Part, Screen
 from peftplan.report.tabular import Column
-from peftplan.results.estimate import Estimate, Verdict
+from peftplan.results.estimate import Estimate
+from peftplan.results.verdict import Verdict
 from peftplan.units import format_bytes
 
 WHOLE_LINES = Screen(10**6, UNICODE)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from peftplan.report.bar import Segment, bar, legend, unit_of
 from peftplan.report.cards import card_name
 from peftplan.report.screen import Colour, Part, Row, Screen, flowing, wrapped
-from peftplan.results.estimate import Verdict
 from peftplan.results.rehearsal import Alive, OutOfMemory, Rank, Rehearsal
+from peftplan.results.verdict import Verdict
 from peftplan.units import GIB, MIB, format_bytes
 
 MOST_LINES = 6

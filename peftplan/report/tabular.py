@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 from peftplan.ledger import EVERY_CATEGORY
-from peftplan.results.estimate import Estimate, Peaks, Verdict
+from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.verdict import Verdict
 from peftplan.units import format_bytes
 
 LINE_COLUMNS = ("category", "name", "bytes", "place", "formula", "source")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from peftplan.results.estimate import SCHEMA_VERSION, Verdict
+from peftplan.results.estimate import SCHEMA_VERSION
 from peftplan.results.series import Recording
+from peftplan.results.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from peftplan.report.answer import MOST_LINES, answer
 from peftplan.report.bar import CELLS, Segment, bar
 from peftplan.report.cards import card_name
 from peftplan.report.screen import ASCII, UNICODE, Part, Screen
-from peftplan.results.estimate import Estimate, Verdict
+from peftplan.results.estimate import Estimate
+from peftplan.results.verdict import Verdict
 from tests.cli.run import run
 from tests.cli.test_exit import in_terminal
 from tests.report.tiny_estimate import tiny_estimate
