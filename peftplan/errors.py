@@ -63,7 +63,7 @@ def quoted(value: object) -> str:
 SIMILAR = 0.6
 """The least `difflib` ratio of a name that is suggested: a typing error keeps more, another word less."""
 NOTHING = "none"
-"""Never suggested: who types a name wants something, and other words of few letters (nonsense) are as similar."""
+"""Never suggested: someone who types a name wants something, and any short nonsense is as similar to it."""
 SHORTEST_BEGINNING = 2
 """A name of fewer letters begins too many others to mean one of them."""
 

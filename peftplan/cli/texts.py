@@ -46,7 +46,7 @@ STORAGE: dict[str, str] = {
 }
 TRAINING: dict[str, str] = {
     "--trainer": f"{', '.join(get_args(TrainerName))}; sets the defaults of what you leave unset; default: transformers",
-    "--batch-size": "sequences per device and step (micro batch); default: the trainer's least, mostly 1",
+    "--batch-size": "sequences per device and step (micro batch); default: the smallest the trainer accepts, 1 for most",
     "--seq-len": "tokens per sequence; default: 2048, or as many as the model holds",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
@@ -70,9 +70,9 @@ PREFERENCES: dict[str, str] = {
     "--max-completion-length": "tokens of a completion, which are scored; default: all but the first",
     "--precompute-ref-log-probs/--no-precompute-ref-log-probs": "score with the reference model before training",
     "--beta": "weight of the reference model",
-    "--loss-type": "the trainer's loss",
+    "--loss-type": "the loss, under the trainer's own name for it",
     "--max-prompt-length": "tokens of a prompt, instead of --seq-len",
-    "--num-generations": "completions of a prompt",
+    "--num-generations": "completions per prompt",
     "--steps-per-generation": "micro batches for which completions are written at once; default: those of a step",
     "--use-vllm/--no-use-vllm": "vLLM writes the completions, not transformers",
     "--vllm-mode": "vLLM on the training GPUs, or a server elsewhere; default: colocate",

@@ -53,7 +53,7 @@ IN_THREADS = (
 
 
 def of_ranks(distributed: Distributed) -> tuple[str, ...]:
-    """What no number of a rank holds."""
+    """What the numbers of a rank leave out."""
     return (NCCL, RECORDED) if distributed.strategy == "fsdp1" else (NCCL,)
 
 

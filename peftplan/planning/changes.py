@@ -26,7 +26,7 @@ STRATEGIES: Mapping[str, tuple[tuple[dict[str, object], int], ...]] = {
     "zero2": (({"strategy": "zero3"}, SAME), ({"offload_optimizer": "cpu"}, CLOSE)),
     "zero3": (({"offload_optimizer": "cpu"}, CLOSE), ({"offload_optimizer": "cpu", "offload_params": "cpu"}, CLOSE)),
 }
-"""Strategy → what divides more, or holds it on the host, with its price."""
+"""Strategy → changes that divide more over the ranks, or hold it on the host, each with its price."""
 
 Sizes = Mapping[str, int]
 """Bytes of the tensors at the peak of each phase."""

@@ -96,7 +96,7 @@ def estimate(
             strict=strict,
             **named,
         )
-        if config_document is not None and "kernels" not in {name for name, value in options.items() if value is not None}:
+        if config_document is not None and options.get("kernels") is None:
             job, config_document = _with_formula(job, config_document)
         check_rank_allocator(job)
         counted = inventory(job)
@@ -116,7 +116,7 @@ def _counted(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | Non
 
 
 def _with_formula(job: Job, document: dict[str, Any]) -> tuple[Job, dict[str, Any]]:
-    """A job of a file without kernels that have no formula, and the file's `config` field, which then says so."""
+    """The job of a file, without its kernels where they have no formula, and the `config` document, which then says so."""
     if not job.setup.kernels:
         return job, document
     from peftplan.analytic.checks import kernels_without_formula

@@ -86,7 +86,7 @@ class Plan(NamedTuple):
     assumptions: Mapping[str, object]
     warnings: tuple[str, ...]
     next_larger: str | None = None
-    """The next that does not fit: a batch size, or a model where models were searched; `size` is then its parameters."""
+    """The next larger batch size or model, which does not fit. Where models were searched, `size` counts parameters."""
     origin: Origin | None = None
     """The job and its card, as data; `peftplan.export` writes them into another tool's config."""
 

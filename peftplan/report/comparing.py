@@ -60,7 +60,7 @@ def _count(row: Compared) -> str:
 
 
 def _needs_and_left(row: Compared) -> tuple[str, str]:
-    """Of a lower bound, nothing says what is left."""
+    """What the card needs and has left; where the need is a lower bound, what is left is not known."""
     if row.needed_is_lower_bound:
         return f"at least {_size(row.needed_bytes)}", ""
     return _size(row.needed_bytes), _size(row.headroom_bytes)

@@ -99,7 +99,7 @@ def remarks(result: Fit) -> Iterator[str]:
         needs = f"{format_bytes(card.needed_bytes)} of {format_bytes(card.usable_bytes)}"
         size = f"with {card.model}" if result.size == "model" else f"at the smallest {word}"
         how = f"{changed(card.changes) or 'as typed'}, {size}"
-        yield f"The smallest card that takes it: {card_name(card.gpu)}, {how}: {needs} (--which-gpu lists more)."
+        yield f"The smallest card that takes it: {card_name(card.gpu)}, {how} (needs {needs}; --which-gpu lists more)."
 
 
 def _would(verdict: str) -> str:

@@ -170,5 +170,9 @@ def summary(tally: Tally) -> str:
         parts.append(f"{undecided:,} without a verdict (--replays N replays more points, --replays all every one)")
     if tally.refused:
         parts.append(f"{tally.refused:,} without numbers (column error says why)")
-    line = f"{tally.rows:,} rows in {tally.seconds:.1f} s, {tally.replayed:,} points replayed"
+    line = f"{_counted(tally.rows, 'row')} in {tally.seconds:.1f} s, {_counted(tally.replayed, 'point')} replayed"
     return line + (f": {', '.join(parts)}" if parts else "")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -12,7 +12,7 @@ from peftplan.units import GIB, format_bytes
 INCHES = (12.0, 6.0)
 DOTS_PER_INCH = 130
 LETTERS = 190
-"""So many letters of a phase's name fit side by side."""
+"""Letters of phase names that fit side by side over the plot."""
 
 
 def picture(series: Series, *, title: str, notes: Sequence[str] = ()) -> bytes:
