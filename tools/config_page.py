@@ -73,10 +73,11 @@ def row(name: str, of: Sequence[Case]) -> tuple[str, ...]:
     peaks = [case for case in counted if case.entry.peak_allocated is not None]
     exact = [case for case in peaks if case.entry.bound is None]
     by_keys = [case for case in counted if case.entry.peak_allocated is None and case.entry.bound == "unknown"]
-    numbers = (len(of), len(known), len(counted), len(exact), len(peaks) - len(exact), len(by_keys))
+    numbers = (len(counted), len(exact), len(peaks) - len(exact), len(by_keys))
     by_tool = sum(refused_by(case) is not None for case in known)
     rest = (len(counted) - len(peaks) - len(by_keys), len(known) - len(counted) - by_tool, by_tool)
-    return (name, *map(str, numbers + rest), share(len(counted), len(known)), share(len(exact), len(known)))
+    shares = (share(len(counted), len(known)), share(len(exact), len(known)))
+    return (name, str(len(of)), str(len(known)), *shares, *map(str, numbers + rest))
 
 
 def refused_by(case: Case) -> str | None:
@@ -132,6 +133,8 @@ reason, in a column of its own where a library of the tool raises it. Shares are
                 "tool",
                 "training",
                 "model built in",
+                "share counted",
+                "share exact",
                 "counted",
                 "exact peak",
                 "bound",
@@ -139,8 +142,6 @@ reason, in a column of its own where a library of the tool raises it. Shares are
                 "no formula",
                 "refusal",
                 "refused by the tool",
-                "share counted",
-                "share exact",
             ),
             [*rows, row("all", training)],
         )
