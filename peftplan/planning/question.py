@@ -14,7 +14,7 @@ from peftplan.job.setup import AdviceSearch, Engine, check_length, check_logits_
 from peftplan.job.tasks import without_loss
 from peftplan.ledger import Ledger
 from peftplan.planning.assumed import NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, of_ranks, outside
-from peftplan.planning.verdicts import Vllm, capability, card_notes, verdict
+from peftplan.planning.verdicts import capability, card_notes, verdict, vllm_of
 from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import Verdict
 
@@ -195,7 +195,7 @@ def _estimated(
     peaks = by_capability[of_first].peaks
     setup = job.setup
     refused = refused_batch(setup, job.replicas)
-    vllm = Vllm(setup.vllm_share, bool(setup.vllm_enable_sleep_mode)) if setup.vllm_share else None
+    vllm = vllm_of(setup)
     standing = static.bytes() if vllm or any(peaks.peaks is None for peaks in by_capability.values()) else 0
     assumed = assumptions(job, quantized=built.quantized)
     notes = card_notes(cards, job.setup, job.quant)

@@ -37,9 +37,14 @@ class Vllm(NamedTuple):
     share: float
     sleeps: bool
 
-    def beside(self, usable: int) -> int:
-        """Bytes of a card that are taken while the policy trains."""
-        return 0 if self.sleeps else int(self.share * usable)
+    def taken(self, usable: int) -> int:
+        """Bytes of a card that it takes while it generates."""
+        return int(self.share * usable)
+
+
+def vllm_of(setup: Setup) -> Vllm | None:
+    """vLLM as a job runs it on the training GPU; None where it does not."""
+    return Vllm(setup.vllm_share, bool(setup.vllm_enable_sleep_mode)) if setup.vllm_share else None
 
 
 def capability(card: Gpu | None) -> str:
@@ -121,12 +126,12 @@ def card_notes(cards: Iterable[Gpu], setup: Setup, quant: QuantConfig | None) ->
 
 def _notes(card: Gpu, setup: Setup, quant: QuantConfig | None) -> Iterator[str]:
     has = capability(card)
-    if setup.vllm_share:
+    if (vllm := vllm_of(setup)) is not None:
         from peftplan.hardware.usable import usable_bytes
 
-        when = "while it generates, and sleeps while the policy trains" if setup.vllm_enable_sleep_mode else "beside the trainer"
-        taken = format_bytes(int(setup.vllm_share * usable_bytes(card).bytes))
-        yield f"vLLM takes {taken} {when} (--vllm-gpu-memory-utilization {setup.vllm_share})"
+        when = "while it generates, and sleeps while the policy trains" if vllm.sleeps else "beside the trainer"
+        taken = format_bytes(vllm.taken(usable_bytes(card).bytes))
+        yield f"vLLM takes {taken} {when} (--vllm-gpu-memory-utilization {vllm.share})"
     if card.sold_gb is not None:
         from peftplan.hardware.usable import usable_bytes
 
@@ -165,14 +170,14 @@ def verdict(
     takes of the card.
     """
     usable, room = usable_and_room(card)
-    beside = 0 if vllm is None else vllm.beside(usable)
+    taken = 0 if vllm is None else vllm.taken(usable)
+    beside = 0 if vllm is None or vllm.sleeps else taken
     room -= beside
     unfit = skip_unfit and peaks is not None and peaks.at_least > room
     reserved = static_bytes if peaks is None else peaks.at_least if unfit else peaks.reserved or peaks.allocated
     lower_bound = peaks is None or bool(peaks.incomplete) or bound == "at_least"
-    if vllm is not None and vllm.sleeps and static_bytes + int(vllm.share * usable) > reserved:
-        beside = int(vllm.share * usable)
-        reserved = static_bytes
+    if vllm is not None and vllm.sleeps and static_bytes + taken > reserved:
+        beside, reserved = taken, static_bytes
         room -= beside
     releases_cache = reserved > room and peaks is not None and _ends(peaks, runs_within, room)
     if refused is not None:
