@@ -218,7 +218,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         return of_one_gpu
     if distributed.strategy == "fsdp1":
         accumulates = job.setup.gradient_accumulation_steps > 1 and not distributed.sync_each_batch
-        return flat_units(model, buffers, accumulates=accumulates).into
+        return flat_units(model, buffers, accumulates=accumulates)
     whole = of_one_gpu if job.quant is not None else None
     if distributed.strategy == "zero3":
         table = next((p.numel for p in parameters.all if p.name == f"{job.architecture.input_embedding}.weight"), 0)
@@ -230,11 +230,11 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
             str(job.setup.autocast),
             whole,
             table if tied(job.architecture) else 0,
-        ).into
+        )
     if distributed.strategy in FLAT:
         cast, world = _cast(job, parameters), distributed.world_size
         groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in groups_of(cast.all))
-        return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole).into
+        return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole)
     return Loading(
         grouped(job.architecture, parameters, holding.parameters, distributed),
         buffers,
@@ -242,19 +242,17 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         bool(distributed.cpu_ram_efficient_loading),
         whole_sizes(parameters, holding.parameters),
         not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
-    ).into
+    )
 
 
 def first_run(load: Loader) -> Loader | None:
     """What the first forward alone makes and frees."""
-    flat = getattr(load, "__self__", None)
-    return flat.first_run if isinstance(flat, FlatUnits) and not flat.accumulates else None
+    return load.first_run if isinstance(load, FlatUnits) and not load.accumulates else None
 
 
 def loaded_if_full(load: Loader) -> Loader | None:
     """How a rank loads where the card has no room for `load`; None if it fails then."""
-    flat = getattr(load, "__self__", None)
-    return flat._replace(on_host=True).into if isinstance(flat, FlatLoading) else None
+    return load._replace(on_host=True) if isinstance(load, FlatLoading) else None
 
 
 def synced(parameters: Parameters, buffers: Ledger, beside: Iterable[Line], load: Loader) -> Loader:

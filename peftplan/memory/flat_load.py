@@ -43,7 +43,7 @@ class FlatUnits(NamedTuple):
             for nbytes in filter(None, (flat.gathered, flat.in_masters)):
                 memory.release(memory.allocate(nbytes))
 
-    def into(self, memory: Memory[Handle]) -> None:
+    def __call__(self, memory: Memory[Handle]) -> None:
         """Load flat parameter by flat parameter."""
         to_cast = []
         for flat in self.flats:

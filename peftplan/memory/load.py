@@ -45,8 +45,11 @@ class Memory(Protocol[Handle]):
         """`torch.cuda.empty_cache()`."""
 
 
-Loader = Callable[[Memory[Any]], None]
-"""Loads a model tensor by tensor."""
+class Loader(Protocol):
+    """Loads a model tensor by tensor."""
+
+    def __call__(self, memory: Memory[Any], /) -> None:
+        """Load it."""
 
 
 def peak_of(load: Loader) -> int:

@@ -30,7 +30,7 @@ class Loading(NamedTuple):
     keeps_ends: bool
     """Whether accelerate's own variables hold the embedding and the head whole until the model is prepared."""
 
-    def into(self, memory: Memory[Handle]) -> None:
+    def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
         if self.of_one_gpu is not None:
             self._from_whole(memory)

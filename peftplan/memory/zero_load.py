@@ -36,7 +36,7 @@ class FlatLoading(NamedTuple):
     on_host: bool = False
     """Whether the flat copy is made on the host."""
 
-    def into(self, memory: Memory[Handle]) -> None:
+    def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
         trained: dict[str, list[Handle]] = {}
         if self.of_one_gpu is None:
@@ -145,7 +145,7 @@ class PartLoading(NamedTuple):
     tied: int
     """Elements of a head that is tied to the embedding."""
 
-    def into(self, memory: Memory[Handle]) -> None:
+    def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
         world = self.distributed.world_size
         trained: dict[Key, tuple[int, Handle | None]] = {}
