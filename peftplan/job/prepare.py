@@ -266,8 +266,11 @@ def _method_setup(method: methods.Method | None, setup_options: Mapping[str, obj
 
 def _trainer_setup(setup_options: Mapping[str, object]) -> dict[str, object]:
     """The task and the scores of a trainer's head, where it has one of its own."""
-    trainer = TRAINERS.get(setup_options.get("trainer", DEFAULT))  # type: ignore[call-overload]
-    if trainer is None or trainer.num_labels is None:
+    name = setup_options.get("trainer", DEFAULT)
+    if not isinstance(name, str) or name not in TRAINERS:
+        return {}
+    trainer = TRAINERS[name]
+    if trainer.num_labels is None:
         return {}
     return {"task_type": trainer.task, "num_labels": trainer.num_labels}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,7 +21,7 @@ from peftplan.results.documents import VerdictName
 
 SUFFIXES = (".yml", ".yaml", ".json", ".sh", ".py", ".ipynb")
 """Files of a folder that are read."""
-MOST_FILES = 100_000
+MOST_FILES = 10_000
 
 
 class ConfigEntry(NamedTuple):
@@ -72,22 +73,29 @@ def _check(gpu: str | None, engine: str, tool: str | None) -> None:
         raise RefusedError("gpu: a file has one verdict; accepted: one card, or several of it as 8xh100-80gb")
 
 
-def _files(path: Path) -> Iterator[Path]:
-    """A file, or those of a folder in the order of their names; hidden ones and links are left out."""
-    if not path.is_dir():
-        if not path.exists():
-            raise UnreadableError("paths", str(path), "no such file or folder")
-        yield path
-        return
-    count = 0
+def _files(path: Path) -> list[Path]:
+    """A file, or those of a folder in the order of their names; hidden ones and links are left out.
+
+    Files are counted before any is read.
+    """
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a name that no file can have
+        raise UnreadableError("paths", str(path), error.strerror or "no such file or folder") from None
+    if not exists:
+        raise UnreadableError("paths", str(path), "no such file or folder")
+    files = list(islice(_walk(path), MOST_FILES + 1)) if is_folder else [path]
+    if len(files) > MOST_FILES:
+        raise InputError("paths", str(path), f"accepted: folders of at most {MOST_FILES:,} files")
+    return files
+
+
+def _walk(path: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             file = Path(folder, name)
             if name.endswith(SUFFIXES) and not name.startswith(".") and not file.is_symlink():
-                count += 1
-                if count > MOST_FILES:
-                    raise InputError("paths", str(path), f"accepted: folders of at most {MOST_FILES:,} files")
                 yield file
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import peftplan
+from peftplan.planning import configs as planning_configs
 from tests.cli.run import run
 
 QLORA = (
@@ -56,6 +58,21 @@ def test_a_narrow_table_keeps_its_notes_and_counts_launch_files(tmp_path: Path) 
 
 def test_a_path_that_is_not_there() -> None:
     assert run("configs", "/nowhere/at/all").code == 2
+
+
+def test_a_name_that_no_file_can_have_is_bad_input() -> None:
+    """The system's own error was taken for a full disk."""
+    with pytest.raises(peftplan.InputError, match="File name too long"):
+        list(peftplan.configs("a" * 300))
+
+
+def test_files_are_counted_before_any_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.yml").write_text(QLORA)
+    monkeypatch.setattr(planning_configs, "MOST_FILES", 2)
+    monkeypatch.setattr(planning_configs, "entry", None)
+    with pytest.raises(peftplan.InputError, match="folders of at most 2 files"):
+        list(peftplan.configs(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def arguments(**fields: Any) -> SimpleNamespace:
     "call",
     [
         lambda: peftplan.estimate("gpt2", script=1),  # type: ignore[arg-type]
+        lambda: peftplan.estimate("gpt2", trainer=[]),  # type: ignore[arg-type]
         lambda: peftplan.estimate("gpt2", training_args=arguments(gradient_checkpointing_kwargs=1)),
         lambda: peftplan.estimate("gpt2", training_args=arguments(model_init_kwargs="[")),
         lambda: peftplan.estimate("gpt2", training_args=arguments(use_liger_kernel=True, liger_kernel_config=3)),
