@@ -46,7 +46,7 @@ STORAGE: dict[str, str] = {
 }
 TRAINING: dict[str, str] = {
     "--trainer": f"{', '.join(get_args(TrainerName))}; sets the defaults of what you leave unset; default: transformers",
-    "--batch-size": "sequences per device and step (micro batch); default: the smallest the trainer accepts, 1 for most",
+    "--batch-size": "sequences per device and step; default: the smallest the trainer accepts, 1 for most",
     "--seq-len": "tokens per sequence; default: 2048, or as many as the model holds",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
