@@ -25,8 +25,8 @@ def dataframe(rows: Sequence[Mapping[str, object]]) -> DataFrame:
 
 def as_html(result: object) -> str:
     """A result as a notebook shows it. Text is made above results, so the package itself is asked (`report.notebook`)."""
-    shown: str = import_module("peftplan").as_html(result)
-    return shown
+    markup: str = import_module("peftplan").as_html(result)
+    return markup
 
 
 class Listing(list[Record], Generic[Record]):

@@ -94,12 +94,12 @@ def save(baseline: Baseline, path: Path) -> None:
 
 def _entry_lines(entries: dict[str, Entry]) -> Iterator[str]:
     for record_id in sorted(entries):
-        kept = entries[record_id].model_dump(mode="json", exclude_defaults=True)
-        yield f"{json.dumps(record_id)}: {json.dumps(kept, ensure_ascii=False)}"
+        fields = entries[record_id].model_dump(mode="json", exclude_defaults=True)
+        yield f"{json.dumps(record_id)}: {json.dumps(fields, ensure_ascii=False)}"
 
 
-def _filled(stated: Stated) -> dict[str, Any]:
-    return {name: value for name, value in asdict(stated).items() if value not in (None, {}, False)}
+def _filled(prediction: Stated) -> dict[str, Any]:
+    return {name: value for name, value in asdict(prediction).items() if value not in (None, {}, False)}
 
 
 def moves(answer: Answer, old: Stated | None) -> list[str]:

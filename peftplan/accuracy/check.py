@@ -62,12 +62,12 @@ def check(
     What was run twice is asked once.
     """
     answers = []
-    stated: dict[str, Stated] = {}
+    predictions: dict[str, Stated] = {}
     for case in cases:
         same = same_answer(case.record)
-        if same not in stated:
-            stated[same] = ask(case.record, engine)
-        answers.append(Answer(case, stated[same]))
+        if same not in predictions:
+            predictions[same] = ask(case.record, engine)
+        answers.append(Answer(case, predictions[same]))
         progress(answers[-1])
     old = {answer.record.id: baseline.stated(engine, answer.record.id) for answer in answers}
     failures = [failure for answer in answers for failure in _failures(answer, engine, old[answer.record.id])]
@@ -88,9 +88,9 @@ def _failures(answer: Answer, engine: Engine, old: Stated | None) -> Iterator[Fa
 
 
 def _miscounts(answer: Answer) -> Iterator[str]:
-    for what, printed, stated in answer.miscounts:
-        percent = 100 * (stated / printed - 1)
-        yield f"{what} parameters: stated {stated:,}, printed by the run {printed:,} ({percent:+.4f} %)"
+    for what, printed, predicted in answer.miscounts:
+        percent = 100 * (predicted / printed - 1)
+        yield f"{what} parameters: stated {predicted:,}, printed by the run {printed:,} ({percent:+.4f} %)"
 
 
 def _exceeded(answer: Answer, engine: Engine) -> Iterator[str]:

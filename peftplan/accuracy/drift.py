@@ -64,7 +64,9 @@ class Answer:
         """Every figure that was both measured and stated."""
         rounding = self.record.peaks.rounding_bytes
         both = ((figure, measured, self.stated.figures.get(figure)) for figure, measured in measured_figures(self.record))
-        return tuple(Compared(figure, measured, stated, rounding) for figure, measured, stated in both if stated is not None)
+        return tuple(
+            Compared(figure, measured, predicted, rounding) for figure, measured, predicted in both if predicted is not None
+        )
 
     @property
     def overall(self) -> tuple[Compared, ...]:
@@ -74,18 +76,18 @@ class Answer:
     @property
     def bound(self) -> Compared | None:
         """Where no overall peak compares: the stated allocated bytes beside measured reserved or device bytes, which are more."""
-        stated = self.stated.figures.get("allocated")
-        if self.overall or stated is None:
+        predicted = self.stated.figures.get("allocated")
+        if self.overall or predicted is None:
             return None
         above = [(figure, size) for figure, size in measured_figures(self.record) if figure in ("reserved", "device")]
-        return Compared(above[0][0], above[0][1], stated, self.record.peaks.rounding_bytes) if above else None
+        return Compared(above[0][0], above[0][1], predicted, self.record.peaks.rounding_bytes) if above else None
 
     @property
     def miscounts(self) -> tuple[tuple[str, int, int], ...]:
         """(what, printed by the run, stated) of each count that differs."""
         counts = self.record.counts
         pairs = (("trainable", counts.trainable, self.stated.trainable), ("total", counts.total, self.stated.total))
-        return tuple((what, printed, stated) for what, printed, stated in pairs if _differ(printed, stated))  # type: ignore[misc]
+        return tuple((what, printed, predicted) for what, printed, predicted in pairs if _differ(printed, predicted))  # type: ignore[misc]
 
     @property
     def wrong_verdicts(self) -> dict[Wrong, str]:
@@ -93,8 +95,8 @@ class Answer:
         return dict(_wrong(self))
 
 
-def _differ(printed: int | None, stated: int | None) -> bool:
-    return printed is not None and stated is not None and printed != stated
+def _differ(printed: int | None, predicted: int | None) -> bool:
+    return printed is not None and predicted is not None and printed != predicted
 
 
 def measured_figures(record: Record) -> Iterator[tuple[Figure, int]]:

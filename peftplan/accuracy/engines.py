@@ -68,8 +68,8 @@ def sampled(cases: Sequence[Case], *, number: int | None, seed: int) -> list[Cas
     """`number` of the cases drawn by `seed`, in their order; all of them where `number` is None or larger."""
     if number is None or number >= len(cases):
         return list(cases)
-    kept = set(random.Random(seed).sample(range(len(cases)), number))
-    return [case for at, case in enumerate(cases) if at in kept]
+    drawn = set(random.Random(seed).sample(range(len(cases)), number))
+    return [case for at, case in enumerate(cases) if at in drawn]
 
 
 def ask(record: Record, engine: Engine) -> Stated:

@@ -34,8 +34,8 @@ class RecordFileError(PeftplanError):
 
 def digest(payload: Mapping[str, object]) -> str:
     """sha256 over the JSON with sorted keys, no spaces, in UTF-8, `digest` left out."""
-    kept = {name: value for name, value in payload.items() if name != DIGEST}
-    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    content = {name: value for name, value in payload.items() if name != DIGEST}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
@@ -113,8 +113,8 @@ def repair(path: Path) -> int:
     try:
         with _locked(handle):
             content = files.content(path, field="file")
-            kept = content.rfind(b"\n") + 1
-            tail = content[kept:]
+            whole_lines = content.rfind(b"\n") + 1
+            tail = content[whole_lines:]
             if not tail:
                 return 0
             if _is_record(path, tail):
@@ -123,7 +123,7 @@ def repair(path: Path) -> int:
                 return 0
             with open(f"{path}.cut", "ab") as aside:
                 aside.write(tail + b"\n")
-            os.ftruncate(handle, kept)
+            os.ftruncate(handle, whole_lines)
             os.fsync(handle)
             return len(tail)
     finally:

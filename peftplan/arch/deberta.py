@@ -163,8 +163,12 @@ def _position_kinds(c: Fields) -> tuple[str, ...]:
     """The kinds of scores in use: content to position (`c2p`), position to content (`p2c`)."""
     if not c.bool("relative_attention", default=False):
         return ()
-    stated = c.raw.get("pos_att_type")
-    kinds = [k.strip() for k in stated.lower().split("|")] if isinstance(stated, str) else c.strs("pos_att_type", default=())
+    pos_att_type = c.raw.get("pos_att_type")
+    kinds = (
+        [k.strip() for k in pos_att_type.lower().split("|")]
+        if isinstance(pos_att_type, str)
+        else c.strs("pos_att_type", default=())
+    )
     return tuple(kind for kind in POSITION_PROJECTIONS if kind in kinds)
 
 

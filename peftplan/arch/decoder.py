@@ -52,8 +52,8 @@ def read_dims(c: Fields, *, kv: int | None = None, head_dim: int | None = None, 
     h, a = c.int("hidden_size"), c.int("num_attention_heads")
     kv = c.optional_int("num_key_value_heads", absent=kv) or a
     c.divide("num_attention_heads", a, "num_key_value_heads", kv)
-    stated = c.optional_int("head_dim") or head_dim
-    d = stated or c.divide("hidden_size", h, "num_attention_heads", a)
+    configured = c.optional_int("head_dim") or head_dim
+    d = configured or c.divide("hidden_size", h, "num_attention_heads", a)
     return Dims(
         h=h,
         i=c.int("intermediate_size"),
@@ -62,7 +62,7 @@ def read_dims(c: Fields, *, kv: int | None = None, head_dim: int | None = None, 
         kv=kv,
         d=d,
         layers=c.layers("num_hidden_layers"),
-        shown_head_dim=d if shows_head_dim else stated,
+        shown_head_dim=d if shows_head_dim else configured,
     )
 
 

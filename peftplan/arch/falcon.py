@@ -75,14 +75,16 @@ def _flag(c: Fields, name: str, *, default: bool) -> bool:
 
 def _key_value_heads(c: Fields, a: int) -> int:
     """`num_kv_heads` with the new decoder, 1 with `multi_query`, else as many as query heads."""
-    stated = c.int("num_kv_heads", default=a)
+    configured = c.int("num_kv_heads", default=a)
     if _flag(c, "new_decoder_architecture", default=False):
-        c.divide("num_attention_heads", a, "num_kv_heads", stated)
-        return stated
+        c.divide("num_attention_heads", a, "num_kv_heads", configured)
+        return configured
     if _flag(c, "multi_query", default=True):
         return 1
-    if stated != a:
-        raise RefusedError(f"{c.name}: num_kv_heads is {stated}, which needs new_decoder_architecture; accepted without it: {a}")
+    if configured != a:
+        raise RefusedError(
+            f"{c.name}: num_kv_heads is {configured}, which needs new_decoder_architecture; accepted without it: {a}"
+        )
     return a
 
 

@@ -32,8 +32,8 @@ HEAD_DIM = 256
 def gemma(c: Fields, task_type: str) -> Architecture:
     """Gemma 1: the Llama shape with `head_dim` 256. `gelu` in a config means its tanh form (configuration_gemma.py)."""
     n = read_dims(c, kv=16, head_dim=HEAD_DIM)
-    stated = c.str("hidden_act", default=ACTIVATION)
-    mlp = Mlp("gated", n.i, ACTIVATION if stated == "gelu" else stated)
+    activation = c.str("hidden_act", default=ACTIVATION)
+    mlp = Mlp("gated", n.i, ACTIVATION if activation == "gelu" else activation)
     block = Block("decoder", n.layers, (_attention(c, n),), mlp, "rmsnorm")
     backbone = _backbone(c, n, stem="Gemma", blocks=(block,), layer_norms=PRE_NORMS)
     return decoder_model(backbone, c, task_type, tie_word_embeddings=True)

@@ -181,8 +181,8 @@ def probability(c: Fields, *names: str, default: float = 0.0) -> float:
 
 def classifier_dropout(c: Fields) -> float:
     """Dropout before a decoder's token classifier (`GenericForTokenClassification`): the first of two fields present, or 0.1."""
-    stated = probability(c, "hidden_dropout", default=DECODER_CLASSIFIER_DROPOUT)
-    return probability(c, "classifier_dropout", default=stated)
+    hidden_dropout = probability(c, "hidden_dropout", default=DECODER_CLASSIFIER_DROPOUT)
+    return probability(c, "classifier_dropout", default=hidden_dropout)
 
 
 def dropout_of(c: Fields, *, default: float = BERT_DROPOUT) -> Dropout:

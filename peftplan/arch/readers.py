@@ -81,8 +81,8 @@ def read_config(config: Mapping[str, object], *, name: str, task_type: str | Non
 
 def _stated_task(config: Mapping[str, object]) -> str | None:
     """The task of the class that `architectures` names, longest suffix first, or None if it names none we know."""
-    stated = config.get("architectures")
-    name = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
+    class_names = config.get("architectures")
+    name = class_names[0] if isinstance(class_names, list) and class_names and isinstance(class_names[0], str) else ""
     suffixes = {suffix: task for task, suffix in TASK_TYPES.items()}
     suffixes |= {"LMHeadModel": "CAUSAL_LM", "DoubleHeadsModel": "CAUSAL_LM"}
     for suffix, task in sorted(suffixes.items(), key=lambda item: -len(item[0])):

@@ -143,13 +143,15 @@ def _stack(c: Fields, stack: Stack) -> tuple[Module, ...]:
 
 def _activation(c: Fields) -> tuple[bool, str]:
     """(gated, activation) of `feed_forward_proj`: `relu`, `gated-silu`; the gelu of `gated-gelu` is `gelu_new`."""
-    stated = c.str("feed_forward_proj", default=FEED_FORWARD[c.str("model_type")])
-    first, *rest = stated.split("-")
+    feed_forward = c.str("feed_forward_proj", default=FEED_FORWARD[c.str("model_type")])
+    first, *rest = feed_forward.split("-")
     if (rest and first != "gated") or len(rest) > 1:
         raise InputError(
-            f"{c.name}: feed_forward_proj", stated, "accepted: an activation such as relu, or a gated one such as gated-gelu"
+            f"{c.name}: feed_forward_proj",
+            feed_forward,
+            "accepted: an activation such as relu, or a gated one such as gated-gelu",
         )
-    return bool(rest), "gelu_new" if stated == "gated-gelu" else stated.split("-")[-1]
+    return bool(rest), "gelu_new" if feed_forward == "gated-gelu" else feed_forward.split("-")[-1]
 
 
 def _block(c: Fields, stack: Stack) -> Block:

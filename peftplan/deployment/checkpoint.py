@@ -64,13 +64,13 @@ def merged_storages(arch: Architecture, adaptation: Adaptation, parameters: Para
     and shape; a copy in `modules_to_save` replaces its module, and so breaks a tie.
     """
     dtypes = {p.name: p.dtype for p in parameters.all if p.owner == "base"}
-    kept = _names_of_ties(arch, adaptation)
+    tied_names = _names_of_ties(arch, adaptation)
     owners = dict(arch.ties)
     names: list[tuple[str, str, Shape]] = []
     for module in arch.modules:
         for param, shape in module.params:
             key = f"{module.name}.{param}".lstrip(".")
-            if kept.get(key, key) == key:
+            if tied_names.get(key, key) == key:
                 param_dtype = dtypes[owners.get(key, key)]
                 names += [(f"{name}.{param}".lstrip("."), param_dtype, shape) for name in module.names()]
     for buffer in arch.buffers:

@@ -29,9 +29,9 @@ def step_bytes(arch: Architecture, cache: Iterable[CacheTensor], *, batch_size: 
     b, e, logits = batch_size, ITEMSIZE[dtype], batch_size * arch.vocab_size
     widest = max((_width(block.mlp) for block in arch.blocks if block.stack == "decoder"), default=0)
     layer = 2 * round512(e * b * arch.hidden_size) + 3 * round512(e * b * widest)
-    kept = 2 * round512(FP32 * logits)
+    scores = 2 * round512(FP32 * logits)
     sampling = round512(e * logits) + 2 * round512(FP32 * logits) + round512(logits)
-    return kept + max(growing_bytes(cache) + layer, sampling)
+    return scores + max(growing_bytes(cache) + layer, sampling)
 
 
 def _width(mlp: Mlp) -> int:

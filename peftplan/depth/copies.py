@@ -121,18 +121,18 @@ def _net(tape: Tape, log: list[int], stack: Stack, early: set[int] | None) -> tu
     moved: dict[int, int] = {}
     allocated = {n for n in log if n > 0}
     freed = {-n for n in log if n < 0}
-    kept = [n for n in log if n > 0 and n not in freed]
+    lasting = [n for n in log if n > 0 and n not in freed]
     freed_here = [-n for n in log if n < 0 and -n not in allocated]
     for alike in (_same, _of_one_pass, _alike):  # the closest first: a gradient replaces a gradient
         for n in [*freed_here]:
-            twin = next((k for k in kept if k not in tape.lasting and alike(tape, k, n)), None)
+            twin = next((k for k in lasting if k not in tape.lasting and alike(tape, k, n)), None)
             if twin is None:
                 continue
             freed_here.remove(n)
             if early is None or n in stack.passed or twin in early:
-                kept.remove(twin)
+                lasting.remove(twin)
                 moved[n] = twin
-    return [*(-n for n in freed_here), *kept], moved  # frees first: the copies count as one step and must not overshoot
+    return [*(-n for n in freed_here), *lasting], moved  # frees first: the copies count as one step and must not overshoot
 
 
 def _alike(tape: Tape, one: int, other: int) -> bool:

@@ -141,31 +141,31 @@ def in_order(log: Sequence[Moment], began: Began, *, stack: str) -> tuple[Moment
     return (*ordered, *sorted(batch, key=rank))
 
 
-def _runs(log: Sequence[Moment], began: Began, named: Layers) -> list[Run]:
+def _runs(log: Sequence[Moment], began: Began, layer_of: Layers) -> list[Run]:
     starts = {start: window for window, (start, _) in enumerate(began)}
     runs: list[Run] = []
     window = 0
     for index, moment in enumerate(log):
         window = starts.get(index, window)
         previous = runs[-1].layer if runs else None
-        layer = _unit(moment, named, previous)
+        layer = _unit(moment, layer_of, previous)
         if not runs or runs[-1].layer != layer or runs[-1].window != window:
             runs.append(Run(window, layer))
         runs[-1].moments.append(moment)
     return runs
 
 
-def _unit(moment: Moment, named: Layers, previous: int | None) -> int | None:
+def _unit(moment: Moment, layer_of: Layers, previous: int | None) -> int | None:
     """The unit that a moment belongs to: that of the running module, else of the tensor's owner.
 
     What the caller of the layers frees between two of them belongs to the one before.
     """
     if moment.module:
-        unit = named.unit(moment.module)
+        unit = layer_of.unit(moment.module)
         follows = moment.kind == "free" or moment.module == AUTOGRAD
         return previous if unit is None and follows else unit
     owner = moment.storage.name or moment.storage.module
-    return named.unit(owner) if owner else previous
+    return layer_of.unit(owner) if owner else previous
 
 
 def _chains(runs: list[Run], units: int) -> Iterator[Run | Chain]:
@@ -188,9 +188,9 @@ def _chains(runs: list[Run], units: int) -> Iterator[Run | Chain]:
 class _Writer:
     """Builds the longer log, part by part."""
 
-    def __init__(self, parts: Sequence[Run | Chain], named: Layers, growth: Sequence[Growth], *, added: int) -> None:
+    def __init__(self, parts: Sequence[Run | Chain], layer_of: Layers, growth: Sequence[Growth], *, added: int) -> None:
         self.log: list[Moment] = []
-        self._named = named
+        self._named = layer_of
         self._added = added
         self._growth = iter(growth)
         self._places: dict[int, Place] = {}
@@ -291,8 +291,8 @@ class _Writer:
         return starts[::-1]
 
 
-def _kin(one: Storage, other: Storage, named: Layers) -> bool:
-    names = [named.renamed(s.name or s.module, 0) for s in (one, other)]
+def _kin(one: Storage, other: Storage, layer_of: Layers) -> bool:
+    names = [layer_of.renamed(s.name or s.module, 0) for s in (one, other)]
     return (one.op, one.shape, one.dtype, names[0]) == (other.op, other.shape, other.dtype, names[1])
 
 

@@ -63,12 +63,12 @@ def sections_of_periods(kinds: tuple[int, ...], *, summing: bool) -> tuple[list[
     for kind, group in groupby(range(tail, len(kinds)), key=kinds.__getitem__):
         run = [*group]
         ends = run[-2:] if summing else run[-1:]
-        shown = [run[0], *(layer for layer in ends if layer != run[0])]
+        samples = [run[0], *(layer for layer in ends if layer != run[0])]
         opening.setdefault(kind, len(sections))
-        if len(run) > len(shown):
-            copies[len(sections) + 1] = [layer for layer in run if layer not in shown]
+        if len(run) > len(samples):
+            copies[len(sections) + 1] = [layer for layer in run if layer not in samples]
             places[len(sections) + 1] = len(sections) + 1
-        sections += shown
+        sections += samples
     for kind, section in opening.items():
         between = [layer for layer in range(tail) if kinds[layer] == kind and layer != first[kind]]
         if between:

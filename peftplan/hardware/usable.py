@@ -48,12 +48,12 @@ def usable_bytes(gpu: Gpu) -> Usable:
     if record is not None:
         return Usable(record.mib * MIB, f"{_runtime(gpu)} reports {record.mib} MiB ({_of_records(gpu)}: {record.how})")
     if gpu.total_mib is not None:
-        return _less_share(gpu, _total_mib, smallest=COMPARABLE_SIZE, shown=f"nvidia-smi total {gpu.total_mib} MiB")
+        return _less_share(gpu, _total_mib, smallest=COMPARABLE_SIZE, size_text=f"nvidia-smi total {gpu.total_mib} MiB")
     return _as_marketed(gpu)
 
 
 def _as_marketed(gpu: Gpu) -> Usable:
-    return _less_share(gpu, _marketed_mib, smallest=0.0, shown=f"{gpu.marketed_gb:g} GB as marketed, read as GiB,")
+    return _less_share(gpu, _marketed_mib, smallest=0.0, size_text=f"{gpu.marketed_gb:g} GB as marketed, read as GiB,")
 
 
 def _as_sold(name: str, sold_gb: float) -> Usable:
@@ -72,7 +72,7 @@ def smallest_record(gpu: Gpu) -> Reported | None:
     return min((r for r in gpu.cuda_total_mib if r.os != "windows"), key=lambda r: r.mib, default=None)
 
 
-def _less_share(gpu: Gpu, size: Callable[[Gpu], int | None], *, smallest: float, shown: str) -> Usable:
+def _less_share(gpu: Gpu, size: Callable[[Gpu], int | None], *, smallest: float, size_text: str) -> Usable:
     """`size` of the card, scaled by the worst (reported / size) of its peers that have at least `smallest` of its size."""
     mib = size(gpu)
     if mib is None:
@@ -86,7 +86,7 @@ def _less_share(gpu: Gpu, size: Callable[[Gpu], int | None], *, smallest: float,
         and peer_mib >= smallest * mib
     )
     why = (
-        f"{shown} less {1 - share:.1%}, the largest share that {_runtime(gpu)} is known to leave out "
+        f"{size_text} less {1 - share:.1%}, the largest share that {_runtime(gpu)} is known to leave out "
         f"({peer}: {reported} of {of} MiB); not measured on this card{_with_ecc(gpu)}"
     )
     return Usable(mib * reported // of * MIB, why)
@@ -111,5 +111,5 @@ def _of_records(gpu: Gpu) -> str:
 
 def _with_ecc(gpu: Gpu) -> str:
     """Cards that are shipped with ECC off have less memory when someone turned it on, as some clouds do."""
-    shown = [variant.mib for variant in gpu.total_mib_variants if variant.when == "ECC on"]
-    return f"; with ECC on nvidia-smi shows {min(shown)} MiB" if shown else ""
+    with_ecc = [variant.mib for variant in gpu.total_mib_variants if variant.when == "ECC on"]
+    return f"; with ECC on nvidia-smi shows {min(with_ecc)} MiB" if with_ecc else ""

@@ -77,10 +77,10 @@ def model_class(config: Mapping[str, Any], hf_config: Any, *, name: str, task_ty
     """The class that the config's `architectures` names where it serves the task, else the one of `AutoModelFor…`."""
     transformers = _transformers()
     names = config.get("architectures")
-    stated = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    cls = getattr(transformers, stated, None)
+    class_name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    cls = getattr(transformers, class_name, None)
     known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
-    stated_task = task_of(stated, hf_config) if stated else None
+    stated_task = task_of(class_name, hf_config) if class_name else None
     if known and (not task_type or task_type == stated_task):
         return cls
     task = task_type or stated_task

@@ -85,13 +85,13 @@ def _buffer_dtype(buffer: torch.Tensor) -> str:
     return "model" if buffer.dtype == torch.bfloat16 else parse_dtype(buffer.dtype)
 
 
-def families(named: Iterable[tuple[str, Key]], *, apart: Container[str] = ()) -> list[tuple[str, tuple[int, ...] | None, Key]]:
+def families(pairs: Iterable[tuple[str, Key]], *, apart: Container[str] = ()) -> list[tuple[str, tuple[int, ...] | None, Key]]:
     """Names that differ only in their first numbered part, with equal properties, as one template and its indices.
 
     Names in `apart` stay as they are.
     """
     layers_of: dict[tuple[str, Key], list[int]] = {}
-    for name, key in named:
+    for name, key in pairs:
         parts = name.split(".")
         position = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
         if position is None or name in apart:

@@ -42,12 +42,12 @@ ALLOCATOR_VARIABLES = (
 
 def run_of(job: Job) -> Run:
     """The job as a record states it: the method's own fields, and every option that is set."""
-    named = job.method is not None and job.config is not None and not job.adapter
+    has_method = job.method is not None and job.config is not None and not job.adapter
     return Run(
         model=job.model if isinstance(job.model, str) else job.architecture.name,
-        method=job.method.name if named and job.method else None,
-        peft_config=None if named else _plain(job.adapter),
-        method_config=_plain(job.config.model_dump(mode="json", exclude_unset=True)) if named and job.config else {},
+        method=job.method.name if has_method and job.method else None,
+        peft_config=None if has_method else _plain(job.adapter),
+        method_config=_plain(job.config.model_dump(mode="json", exclude_unset=True)) if has_method and job.config else {},
         options=_plain(full_options(job.setup.model_dump(mode="json"))),
         script=job.script,
     )
@@ -56,12 +56,12 @@ def run_of(job: Job) -> Run:
 def kept_alive(job: Job) -> tuple[str, ...]:
     """What the job's trainer holds on to, from forward to the end of the step or longer."""
     setup = job.setup
-    kept = {
+    references = {
         "outputs": setup.keep_outputs,
         "kv cache": setup.keep_outputs and setup.use_cache and not setup.gradient_checkpointing,
         "gradients": setup.keep_gradients,
     }
-    return tuple(name for name, is_kept in kept.items() if is_kept)
+    return tuple(name for name, is_kept in references.items() if is_kept)
 
 
 def key(run: Run) -> str:

@@ -31,18 +31,18 @@ def _answer(record: Record, engine: Engine) -> Stated:
         return Stated(refused=f"{type(error).__name__}: {error}")
 
 
-def of_record(record: Record, stated: dict[Engine, Answer]) -> list[str]:
+def of_record(record: Record, answers: dict[Engine, Answer]) -> list[str]:
     """A record as lines: its title, each figure with every engine's drift, counts, and engines that state no peak."""
     title = f"{record.run.model} · {record.run.method_name} · {record.circumstances.gpu} · {record.outcome}"
     if record.error:
         return [title, record.error]
-    lines = [title, _row("", "measured", *stated)]
+    lines = [title, _row("", "measured", *answers)]
     for figure, measured in measured_figures(record):
-        lines.append(_row(figure, format_bytes(measured), *(_drift(answer, figure) for answer in stated.values())))
-    return [*lines, *_counts(record, stated), *_silent(stated)]
+        lines.append(_row(figure, format_bytes(measured), *(_drift(answer, figure) for answer in answers.values())))
+    return [*lines, *_counts(record, answers), *_silent(answers)]
 
 
-def of_run(done_number: int, of: int, record: Record, stated: dict[Engine, Answer], *, seconds: float) -> str:
+def of_run(done_number: int, of: int, record: Record, answers: dict[Engine, Answer], *, seconds: float) -> str:
     """One run of a suite: `[ 3/48] llama-3.2-1b lora ok  allocated 4.12 GiB (analytic +0.4 %)  reserved 4.50 GiB  12 s`."""
     parts = [f"[{done_number:>{len(str(of))}}/{of}] {record.run.model} {record.run.method_name} {record.outcome}"]
     if record.error:
@@ -50,17 +50,17 @@ def of_run(done_number: int, of: int, record: Record, stated: dict[Engine, Answe
     for name in ONE_LINE:
         measured = record.peaks.figure(name)  # type: ignore[arg-type]
         if measured:
-            drifts = [f"{engine} {text}" for engine, answer in stated.items() if (text := _drift(answer, name)) != "–"]
+            drifts = [f"{engine} {text}" for engine, answer in answers.items() if (text := _drift(answer, name)) != "–"]
             parts.append(f"{name} {format_bytes(measured)}" + (f" ({', '.join(drifts)})" if drifts else ""))
     return "  ".join([*parts, f"{seconds:.0f} s"])
 
 
-def of_suite(records: Iterable[Record], stated: Iterable[dict[Engine, Answer]]) -> list[str]:
+def of_suite(records: Iterable[Record], answers: Iterable[dict[Engine, Answer]]) -> list[str]:
     """A finished suite: outcomes, and the median and worst drift of each engine."""
     outcomes = [record.outcome for record in records]
     lines = [", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in ("ok", "oom", "failed"))]
     drifts: dict[tuple[str, str], list[float]] = {}
-    for answered in stated:
+    for answered in answers:
         for engine, answer in answered.items():
             for compared in answer.overall:
                 drifts.setdefault((engine, compared.figure), []).append(compared.drift)
@@ -75,16 +75,16 @@ def _drift(answer: Answer, figure: str) -> str:
     return "–" if compared is None else f"{compared.drift:+.2f} %"
 
 
-def _counts(record: Record, stated: dict[Engine, Answer]) -> list[str]:
+def _counts(record: Record, answers: dict[Engine, Answer]) -> list[str]:
     counts = record.counts
     text = f"trainable {counts.trainable:,} of {counts.total:,} parameters" if counts.trainable is not None else "not counted"
-    wrong = [f"{what}: {estimated:,} estimated" for answer in stated.values() for what, _, estimated in answer.miscounts]
+    wrong = [f"{what}: {estimated:,} estimated" for answer in answers.values() for what, _, estimated in answer.miscounts]
     return [f"{text}; {', '.join(dict.fromkeys(wrong)) or 'as estimated'}"]
 
 
-def _silent(stated: dict[Engine, Answer]) -> list[str]:
+def _silent(answers: dict[Engine, Answer]) -> list[str]:
     """Engines that state no peak, with the reason where there is one."""
-    silent = {engine: answer.stated.refused for engine, answer in stated.items() if not answer.compared}
+    silent = {engine: answer.stated.refused for engine, answer in answers.items() if not answer.compared}
     return [f"{engine}: {refused or 'gives no peak for this run'}" for engine, refused in silent.items()]
 
 

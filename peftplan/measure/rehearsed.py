@@ -53,7 +53,7 @@ def _circumstances(result: Rehearsal) -> Circumstances:
     card = find_gpu(result.gpus[0].gpu) if result.gpus else None
     rank = result.largest_rank
     facts = {} if card is None else {"gpu_id": card.id, "compute_capability": card.compute_capability}
-    stated = circumstances(gpu=card.name if card else NO_CARD, **facts)
+    facts_of_run = circumstances(gpu=card.name if card else NO_CARD, **facts)
     several = {"num_gpus": result.world_size, "rank": rank.rank if rank else 0}
-    libraries = {"versions": {**stated.versions, **result.versions}, "source": SOURCE, "framework": SOURCE}
-    return stated.model_copy(update={**libraries, **several})
+    libraries = {"versions": {**facts_of_run.versions, **result.versions}, "source": SOURCE, "framework": SOURCE}
+    return facts_of_run.model_copy(update={**libraries, **several})

@@ -20,8 +20,8 @@ def exact_names(arch: Architecture, targets: tuple[str, ...] | str) -> frozenset
     """The targets, name templates expanded, that name a whole module once peft has condensed them."""
     if isinstance(targets, str):
         return frozenset()
-    named = {m.name: tuple(m.names()) for m in arch.modules}
-    names = {name for target in targets for name in named.get(target, (target,))}
+    all_names = {m.name: tuple(m.names()) for m in arch.modules}
+    names = {name for target in targets for name in all_names.get(target, (target,))}
     if len(names) < CONDENSED_FROM:
         return frozenset(names)
     every = {name for m in arch.modules for name in (*m.names(), *_holders(m))}

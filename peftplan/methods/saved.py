@@ -87,10 +87,12 @@ def saved_copies(arch: Architecture, names: Iterable[str]) -> tuple[AddedTensor,
             for module in arch.modules:
                 if module.name != root and not module.name.startswith(root + "."):
                     continue
-                kept = [i for i in module.layers or (None,) if (layers is None or i in layers) and (module.name, i) not in copied]
-                copied |= {(module.name, i) for i in kept}
-                if kept:
-                    indices = None if module.layers is None else tuple(i for i in kept if i is not None)
+                copied_layers = [
+                    i for i in module.layers or (None,) if (layers is None or i in layers) and (module.name, i) not in copied
+                ]
+                copied |= {(module.name, i) for i in copied_layers}
+                if copied_layers:
+                    indices = None if module.layers is None else tuple(i for i in copied_layers if i is not None)
                     copies += _copies(arch, root, module if indices is None else restricted(module, indices))
     return tuple(copies)
 

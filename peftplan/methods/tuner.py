@@ -62,10 +62,10 @@ MAMBA_KEPT = ("out_proj", "conv1d")
 
 def refuse_mamba(arch: Architecture, matched: Iterable[Module]) -> None:
     """Raise RefusedError if LoRA or AdaLoRA would adapt a module whose weight Mamba's kernels read without its forward."""
-    kept = next((m for m in matched if m.leaf in MAMBA_KEPT), None)
-    if arch.model_type in MAMBA_TYPES and kept is not None:
-        remedy = f"leave it out: exclude_modules={kept.leaf}"
-        raise RefusedError(f"target_modules: peft refuses {kept.leaf} in {arch.model_type}; {remedy}")
+    module = next((m for m in matched if m.leaf in MAMBA_KEPT), None)
+    if arch.model_type in MAMBA_TYPES and module is not None:
+        remedy = f"leave it out: exclude_modules={module.leaf}"
+        raise RefusedError(f"target_modules: peft refuses {module.leaf} in {arch.model_type}; {remedy}")
 
 
 def require_kind(module: Module, supported: tuple[str, ...], *, method: str, by_peft: tuple[str, ...] = ()) -> None:

@@ -20,9 +20,9 @@ def unmatched_targets(arch: Architecture, config: MethodConfig | None, adapter: 
     names = _unmatched(arch, listed)
     if not names:
         return ()
-    shown = ", ".join(map(repr, names))
+    quoted = ", ".join(map(repr, names))
     verb = "adapts" if len(names) == 1 else "adapt"
-    return (f"target_modules: {shown} {verb} nothing: no module of {arch.model_type} matches; {_instead(arch, names, listed)}",)
+    return (f"target_modules: {quoted} {verb} nothing: no module of {arch.model_type} matches; {_instead(arch, names, listed)}",)
 
 
 def _unmatched(arch: Architecture, targets: tuple[str, ...]) -> tuple[str, ...]:

@@ -158,10 +158,10 @@ def causes(message: Message, earlier: Earlier = NOTHING) -> tuple[Cause, ...]:
     return (*certain, *where) or (_too_large(message),)
 
 
-def _kept(kept: Kept) -> Cause:
+def _kept(leak: Kept) -> Cause:
     return Cause(
         "kept",
-        f"{format_bytes(kept.bytes)} in {kept.blocks:,} blocks are alive that earlier steps would have freed: the program keeps "
+        f"{format_bytes(leak.bytes)} in {leak.blocks:,} blocks are alive that earlier steps would have freed: the program keeps "
         "them, or runs forward without backward and without torch.no_grad()",
         (
             "keep numbers, not tensors: loss.item(), outputs.detach().cpu()",
@@ -208,12 +208,12 @@ def _another_process(message: Message) -> Cause | None:
         return None
     own = message.process or (message.reserved or 0) + LARGEST_CONTEXT
     elsewhere = message.capacity - message.free - own
-    named = sum(message.others[1:])
-    if max(elsewhere, named) < OTHER_PROCESS or _beyond_the_card(message):
+    listed = sum(message.others[1:])
+    if max(elsewhere, listed) < OTHER_PROCESS or _beyond_the_card(message):
         return None
     return Cause(
         "another_process",
-        f"{format_bytes(max(elsewhere, named))} of the card are in use beyond this process",
+        f"{format_bytes(max(elsewhere, listed))} of the card are in use beyond this process",
         (
             "stop the other process (nvidia-smi lists them; a notebook or an earlier run keeps what it holds)",
             "choose a free card",

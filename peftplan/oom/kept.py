@@ -58,15 +58,15 @@ def earlier(entries: Sequence[Entry], failed: Entry, reserved: int) -> Earlier:
 
 
 def _kept(passes: _Passes, reserved: int) -> Kept | None:
-    kept: Counter[Alike] = Counter()
+    counts: Counter[Alike] = Counter()
     for alike, count in passes.alive.items():
         made_in = passes.made_in[alike]
         if passes.at_tops[alike] and count > passes.at_tops[alike]:
-            kept[alike] = count - passes.at_tops[alike]
+            counts[alike] = count - passes.at_tops[alike]
         if sum(number > 0 for number in made_in.values()) >= PASSES:
-            kept[alike] = max(kept[alike], count - max(made_in.values()))
-    total = sum(alike[0] * count for alike, count in kept.items())
-    return Kept(total, sum(kept.values()), passes.number) if total >= SHARE * reserved else None
+            counts[alike] = max(counts[alike], count - max(made_in.values()))
+    total = sum(alike[0] * count for alike, count in counts.items())
+    return Kept(total, sum(counts.values()), passes.number) if total >= SHARE * reserved else None
 
 
 class _Passes:

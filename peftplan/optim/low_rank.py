@@ -94,8 +94,8 @@ def _svd(param: Param, dtype: str, optim_args: OptimArgs) -> tuple[Matrix, tuple
     m, n = _matrix(param)
     k = min(m, n)
     r = min(_rank(optim_args), k)
-    kept = k if dtype == "fp32" else r
-    left, right = (m, kept), (kept, n)
+    columns = k if dtype == "fp32" else r
+    left, right = (m, columns), (columns, n)
     name = "projector.ortho_matrix"
     side = _side(m, n, _proj_type(optim_args))
     if side == "left":

@@ -48,8 +48,8 @@ def rmsprop(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
         "momentum_buffer": _momentum(optim_args) > 0,
         "grad_avg": optim_args.get("centered", "false").lower() in TRUE_FOR_TORCH_FLAGS,
     }
-    kept = tuple(like(param, name) for name, there in optional.items() if there)
-    return (scalar("step", place="host"), like(param, "square_avg"), *kept)
+    buffers = tuple(like(param, name) for name, there in optional.items() if there)
+    return (scalar("step", place="host"), like(param, "square_avg"), *buffers)
 
 
 def _momentum(optim_args: OptimArgs) -> float:

@@ -155,7 +155,7 @@ def _summary_facts(row: Summary) -> dict[str, object]:
 
 
 def _row_facts(answer: Answer) -> dict[str, object]:
-    record, stated = answer.record, answer.stated
+    record, predicted = answer.record, answer.stated
     return {
         "id": record.id,
         "file": shown(answer.case.path),
@@ -165,14 +165,14 @@ def _row_facts(answer: Answer) -> dict[str, object]:
         "method": record.run.method_name,
         "exact": record.exact,
         "setup": record.setup,
-        "refused": stated.refused,
+        "refused": predicted.refused,
         "figures": [
             {"peak": one.figure, "measured": one.measured, "stated": one.stated, "drift_percent": round(one.drift, 4)}
             for one in answer.compared
         ],
-        "trainable": {"printed": record.counts.trainable, "stated": stated.trainable},
-        "total": {"printed": record.counts.total, "stated": stated.total},
-        "verdict": stated.verdict,
+        "trainable": {"printed": record.counts.trainable, "stated": predicted.trainable},
+        "total": {"printed": record.counts.total, "stated": predicted.total},
+        "verdict": predicted.verdict,
         "wrong_verdicts": answer.wrong_verdicts,
     }
 

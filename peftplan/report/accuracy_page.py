@@ -51,7 +51,7 @@ def stored_answers(engine: Engine) -> list[Answer]:
     """What the baseline holds of every shipped record."""
     baseline = stored.load(stored.BASELINE)
     pairs = ((case, baseline.stated(engine, case.record.id)) for case in read_cases([]))
-    return [Answer(case, stated) for case, stated in pairs if stated is not None]
+    return [Answer(case, prediction) for case, prediction in pairs if prediction is not None]
 
 
 def text(answers: dict[Engine, list[Answer]]) -> str:

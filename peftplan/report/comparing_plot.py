@@ -59,12 +59,12 @@ def write(result: Comparison, path: str) -> None:
     for place, (name, row) in enumerate(methods.items()):
         words = format_bytes(row.peak_allocated or 0)
         axes.text(left[name] + 0.01 * longest, place, words, va="center", fontsize=9, bbox=OVER_LINES)
-    shown = {card: usable / GIB for card, usable in cards.items() if usable / GIB <= FARTHEST * longest}
-    for card, usable in shown.items():
+    cards_near = {card: usable / GIB for card, usable in cards.items() if usable / GIB <= FARTHEST * longest}
+    for card, usable in cards_near.items():
         axes.axvline(usable, color="black", linewidth=0.8, linestyle="--")
         axes.text(usable, 1.01, card, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
-    axes.set_xlim(0, 1.15 * max(longest, *shown.values(), 0.0))
-    axes.set_xlabel("; ".join(("GiB allocated at the peak", *_of_lines(shown, cards))))
+    axes.set_xlim(0, 1.15 * max(longest, *cards_near.values(), 0.0))
+    axes.set_xlabel("; ".join(("GiB allocated at the peak", *_of_lines(cards_near, cards))))
     axes.set_title(f"{result.model}: peak of a training step by method", loc="left", pad=18)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     for side in ("top", "right"):
@@ -73,9 +73,9 @@ def write(result: Comparison, path: str) -> None:
         figure.savefig(file, format=Path(path).suffix[1:], metadata={} if path.endswith(".svg") else {"Software": None})
 
 
-def _of_lines(shown: Collection[str], cards: Mapping[str, int]) -> Iterator[str]:
+def _of_lines(cards_near: Collection[str], cards: Mapping[str, int]) -> Iterator[str]:
     """What the dashed lines are, and the cards whose lines lie to the right of the figure."""
-    if shown:
+    if cards_near:
         yield "dashed: what a program can get of the card"
-    if beyond := [f"{card} {format_bytes(usable)}" for card, usable in cards.items() if card not in shown]:
+    if beyond := [f"{card} {format_bytes(usable)}" for card, usable in cards.items() if card not in cards_near]:
         yield f"to the right of it: {', '.join(beyond)}"

@@ -66,11 +66,11 @@ def estimate(result: Estimate, *, explain_peak: bool = False) -> None:
 
 def _counts(result: Estimate) -> Table:
     share = result.trainable_parameters / result.total_parameters
-    shown = table(Column("parameters"), Column("count", right=True), Column("", right=True), Column("", right=True))
+    grid = table(Column("parameters"), Column("count", right=True), Column("", right=True), Column("", right=True))
     trainable = result.trainable_parameters
-    shown.add_row("trainable", f"{trainable:,}", format_count(trainable), f"{share:.4%}")
-    shown.add_row("total", f"{result.total_parameters:,}", format_count(result.total_parameters), "")
-    return shown
+    grid.add_row("trainable", f"{trainable:,}", format_count(trainable), f"{share:.4%}")
+    grid.add_row("total", f"{result.total_parameters:,}", format_count(result.total_parameters), "")
+    return grid
 
 
 def _categories(result: Estimate) -> Table:
@@ -82,18 +82,18 @@ def _categories(result: Estimate) -> Table:
         f"{total:,}",
         format_bytes(total),
     )
-    shown = table(Column(title), Column("bytes", right=True), Column("", right=True), footer=footer)
+    grid = table(Column(title), Column("bytes", right=True), Column("", right=True), footer=footer)
     for row in category_rows(result):
-        shown.add_row(*row)
-    return shown
+        grid.add_row(*row)
+    return grid
 
 
 def _peaks(peaks: Peaks) -> list[RenderableType]:
     """Each phase's own peak, and what the allocator reserves."""
-    shown = table(Column("peak of each phase"), Column("bytes", right=True), Column("", right=True))
+    grid = table(Column("peak of each phase"), Column("bytes", right=True), Column("", right=True))
     for phase, num_bytes in peaks.by_phase.items():
-        shown.add_row(phase, f"{num_bytes:,}", format_bytes(num_bytes))
-    parts: list[RenderableType] = ["", shown]
+        grid.add_row(phase, f"{num_bytes:,}", format_bytes(num_bytes))
+    parts: list[RenderableType] = ["", grid]
     if peaks.reserved is not None:
         parts.append(f"reserved: {peaks.reserved:,} bytes, {format_bytes(peaks.reserved)} ({peaks.reserved_source})")
     return parts + [Text(f"incomplete: {what}", style="bold") for what in incomplete(peaks)]
@@ -112,7 +112,7 @@ def _largest(result: Estimate, *, everything: bool, wide: bool) -> Table:
     total = sum(row.bytes for row in groups)
     middle = (Column("what"), Column("tensor"), Column("made by")) if wide else ()
     blanks = [""] * len(middle)
-    shown = table(
+    grid = table(
         Column(f"largest at the peak, in {peak.peaks_of(result).phase}"),
         *middle,
         Column("copies", right=True),
@@ -120,15 +120,15 @@ def _largest(result: Estimate, *, everything: bool, wide: bool) -> Table:
         Column("share", right=True),
         footer=("sum, the peak", *blanks, f"{sum(row.copies for row in groups):,}", f"{total:,}", "100.0%"),
     )
-    shown.columns[0].no_wrap = False
+    grid.columns[0].no_wrap = False
     for row in rows:
         what = (row.category, peak.tensor(row), peak.operation(row))
         name = (peak.kind(row.name), *what) if wide else (f"{peak.kind(row.name)}\n  {' · '.join(filter(None, what))}",)
-        shown.add_row(*name, f"{row.copies:,}", f"{row.bytes:,}", f"{row.share:.1%}")
+        grid.add_row(*name, f"{row.copies:,}", f"{row.bytes:,}", f"{row.share:.1%}")
     if rest:
         copies, num_bytes = sum(row.copies for row in rest), sum(row.bytes for row in rest)
-        shown.add_row(f"… and {len(rest):,} more lines", *blanks, f"{copies:,}", f"{num_bytes:,}", f"{num_bytes / total:.1%}")
-    return shown
+        grid.add_row(f"… and {len(rest):,} more lines", *blanks, f"{copies:,}", f"{num_bytes:,}", f"{num_bytes / total:.1%}")
+    return grid
 
 
 def _verdicts(result: Estimate) -> Table:
@@ -136,14 +136,14 @@ def _verdicts(result: Estimate) -> Table:
         "(the trace is incomplete)" if result.peaks and not result.config else "(no peak)" if not result.peaks else "(a bound)"
     )
     numbers = (Column(name, right=True) for name in ("usable", "needed", "context", "left over"))
-    shown = table(Column("gpu"), *numbers, Column("verdict"))
-    shown.columns[0].no_wrap = False  # ids of up to 29 letters
-    shown.columns[-1].min_width = len("does not fit")
+    grid = table(Column("gpu"), *numbers, Column("verdict"))
+    grid.columns[0].no_wrap = False  # ids of up to 29 letters
+    grid.columns[-1].min_width = len("does not fit")
     for v in result.gpus:
         words = v.words + (f" {unknown}" if v.verdict == "unknown" else "")
         usable, needed, left = map(format_bytes, (v.usable_bytes, v.needed_bytes, v.headroom_bytes))
-        shown.add_row(v.gpu, usable, needed, context(v), left, words)
-    return shown
+        grid.add_row(v.gpu, usable, needed, context(v), left, words)
+    return grid
 
 
 def _advice(result: Estimate, gpu: str, advised: Advised) -> list[RenderableType]:
@@ -153,11 +153,11 @@ def _advice(result: Estimate, gpu: str, advised: Advised) -> list[RenderableType
     parts: list[RenderableType] = []
     if advised.changes:
         columns = (Column(name, right=name != "then") for name in advice.COLUMNS[1:])
-        shown = table(Column(advice.title(gpu, result.engine)), *columns)
-        shown.columns[0].no_wrap = False
+        grid = table(Column(advice.title(gpu, result.engine)), *columns)
+        grid.columns[0].no_wrap = False
         for row in advice.rows(result, advised.changes):
-            shown.add_row(*row)
-        parts.append(shown)
+            grid.add_row(*row)
+        parts.append(grid)
     sentence = advice.without_help(gpu, advised)
     return [*parts, sentence] if sentence else parts
 
@@ -168,10 +168,10 @@ def _host(result: Estimate) -> list[RenderableType]:
         return []
     from peftplan.report import host
 
-    shown = table(*host.COLUMNS)
+    grid = table(*host.COLUMNS)
     for row in host.cells(result.host):
-        shown.add_row(*row)
-    return [shown, *host.remarks(result.host)]
+        grid.add_row(*row)
+    return [grid, *host.remarks(result.host)]
 
 
 def _lines(result: Estimate, *, width: int) -> list[RenderableType]:
@@ -180,11 +180,11 @@ def _lines(result: Estimate, *, width: int) -> list[RenderableType]:
     parts: list[RenderableType] = [Text("Lines: bytes = copies × round512(itemsize × dims)", style="bold")]
     for (category, source, place), lines in groupby(line_facts(result), key=itemgetter("category", "source", "place")):
         where = "" if place == "device" else f" · {place} memory"
-        shown = table(Column(""), Column("", right=True), *((Column(""),) if wide else ()), header=False)
+        grid = table(Column(""), Column("", right=True), *((Column(""),) if wide else ()), header=False)
         for line in lines:
             cells = (f"  {line['name']}", f"{line['bytes']:,}", line["formula"])
-            shown.add_row(*(cells if wide else (f"{cells[0]}\n    {cells[2]}", cells[1])))
-        parts += [Text(f"{category} · {source}{where}", style="bold"), fitted(shown, width)]
+            grid.add_row(*(cells if wide else (f"{cells[0]}\n    {cells[2]}", cells[1])))
+        parts += [Text(f"{category} · {source}{where}", style="bold"), fitted(grid, width)]
     return parts
 
 

@@ -95,12 +95,12 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
 def _largest(result: Estimate, *, everything: bool) -> str:
     """The largest groups of tensors at the peak."""
     groups = peak.rows(result)
-    shown, rest = peak.split(groups, everything=everything)
+    largest, rest = peak.split(groups, everything=everything)
     total = sum(row.bytes for row in groups)
     cells = [
         (f"`{peak.kind(row.name)}`", row.category, peak.tensor(row), peak.operation(row), f"{row.copies:,}", f"{row.bytes:,}",
          f"{row.share:.1%}")
-        for row in shown
+        for row in largest
     ]  # fmt: skip
     if rest:
         copies, num_bytes = sum(row.copies for row in rest), sum(row.bytes for row in rest)

@@ -163,9 +163,9 @@ def _assumptions(assumptions: Mapping[str, object]) -> Html:
 
 def _rows(columns: Any, rows: list[Any]) -> Html:
     """A table of the first rows, and how many more there are."""
-    shown = markup.table(columns, rows[:MOST_ROWS])
+    html = markup.table(columns, rows[:MOST_ROWS])
     more = len(rows) - MOST_ROWS
-    return Html(shown + markup.paragraph(f"and {more:,} more rows")) if more > 0 else shown
+    return Html(html + markup.paragraph(f"and {more:,} more rows")) if more > 0 else html
 
 
 VIEWS: dict[str, Callable[[Any], Iterator[Html]]] = {

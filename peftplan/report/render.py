@@ -209,9 +209,9 @@ def configs(entries: Sequence[ConfigEntry], *, fmt: str) -> None:
     """A line for each file; text shows what a folder holds besides training configs as a number alone."""
     from peftplan.report.configs import COLUMNS, cells, listed, notes, summed
 
-    shown = listed(entries)
+    lines = listed(entries)
     facts = [fields(entry) for entry in entries]
-    rows(COLUMNS, [cells(entry) for entry in shown], facts, fmt=fmt, below=summed(entries), instead=notes(shown))
+    rows(COLUMNS, [cells(entry) for entry in lines], facts, fmt=fmt, below=summed(entries), instead=notes(lines))
 
 
 def inspection(result: Inspection, *, fmt: str) -> None:

@@ -93,8 +93,8 @@ def _out_of_memory(replayed: Replayed) -> list[str]:
 
 
 def _windows(replayed: Replayed) -> dict[str, Peaks]:
-    named = {phase: peaks for phase, peaks in replayed.result.by_phase.items() if phase}
-    return {**named, "whole run": replayed.result.peaks}
+    by_phase = {phase: peaks for phase, peaks in replayed.result.by_phase.items() if phase}
+    return {**by_phase, "whole run": replayed.result.peaks}
 
 
 def _bytes(peaks: Peaks) -> dict[str, int]:

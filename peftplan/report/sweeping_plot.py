@@ -71,8 +71,8 @@ class Map:
         if not several.keys() & {ACROSS, DOWN}:
             raise RefusedError("--plot: a map needs several batch sizes or sequence lengths")
         if panels > MOST_PANELS:
-            named = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in others.items())
-            raise RefusedError(f"--plot: {panels:,} maps would be drawn ({named}); accepted: up to {MOST_PANELS}")
+            options = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in others.items())
+            raise RefusedError(f"--plot: {panels:,} maps would be drawn ({options}); accepted: up to {MOST_PANELS}")
         if (cells := several.get(ACROSS, 1) * several.get(DOWN, 1)) > MOST_CELLS:
             raise RefusedError(f"--plot: a map would have {cells:,} points; accepted: up to {MOST_CELLS:,}")
         self._options = tuple(others)
@@ -102,8 +102,8 @@ class Map:
         drawn: Any = None
         for axes, (panel, by_card) in zip(places, self._panels.items(), strict=False):
             drawn = _draw(axes, by_card, top=top)
-            named = (f"{name.replace('_', ' ')} {value}" for name, value in zip(self._options, panel, strict=True))
-            axes.set_title(", ".join(named) or self._title, loc="left", fontsize=10)
+            labels = (f"{name.replace('_', ' ')} {value}" for name, value in zip(self._options, panel, strict=True))
+            axes.set_title(", ".join(labels) or self._title, loc="left", fontsize=10)
         for axes in places[len(self._panels) :]:
             axes.set_axis_off()
         figure.colorbar(drawn, ax=list(places), label="GiB requested by tensors at the peak", shrink=0.8)

@@ -61,12 +61,12 @@ def rows(
 ) -> None:
     """One table, with a line above and a line below it where there is something to say; `instead` of wide columns: more lines."""
     out = console()
-    kept = [index for index, column in enumerate(columns) if not column.wide or out.width >= WIDE]
-    shown = table(*(columns[index] for index in kept))
+    chosen = [index for index, column in enumerate(columns) if not column.wide or out.width >= WIDE]
+    grid = table(*(columns[index] for index in chosen))
     for row in cells:
-        shown.add_row(*(row[index] for index in kept))
-    left_out = ("", *instead) if instead and len(kept) < len(columns) else ()
-    show(out, (*((above, "") if above else ()), fitted(shown, out.width), *left_out, *(("", below) if below else ())))
+        grid.add_row(*(row[index] for index in chosen))
+    left_out = ("", *instead) if instead and len(chosen) < len(columns) else ()
+    show(out, (*((above, "") if above else ()), fitted(grid, out.width), *left_out, *(("", below) if below else ())))
 
 
 def table(*columns: Column, footer: Sequence[str] = (), header: bool = True) -> Table:

@@ -77,14 +77,14 @@ class OverGpus(NamedTuple):
     def to_dict(self) -> dict[str, object]:
         """The block `distributed` of the JSON."""
         strategy = self.strategy
-        stated = strategy.model_dump(mode="json", exclude_none=True, exclude=set(ALWAYS))
+        fields = strategy.model_dump(mode="json", exclude_none=True, exclude=set(ALWAYS))
         return {
             "strategy": strategy.strategy,
             "world_size": strategy.world_size,
             "gpus_per_node": strategy.gpus or 1,
             "nodes": strategy.nodes,
             "groups": {"shard": strategy.shards if strategy.facts.splits_weights else 1, "replicas": strategy.replicas},
-            "parameters": stated,
+            "parameters": fields,
             "batch_size_per_rank": self.batch_size,
             "global_batch_size": self.global_batch_size,
             "ranks": [group.to_dict() for group in self.ranks],

@@ -115,9 +115,9 @@ class Rehearsal:
 
     def to_dict(self) -> dict[str, object]:
         """As JSON states it."""
-        stated = asdict(replace(self, recording=None))
-        del stated["recording"]
+        fields = asdict(replace(self, recording=None))
+        del fields["recording"]
         verdicts = [verdict.to_dict() for verdict in self.gpus]
         largest = self.largest_rank
         peak = {"peak_allocated": largest.peak_allocated, "peak_reserved": largest.peak_reserved} if largest else {}
-        return {"schema_version": SCHEMA_VERSION, "engine": "rehearsed", **peak, **stated, "gpus": verdicts}
+        return {"schema_version": SCHEMA_VERSION, "engine": "rehearsed", **peak, **fields, "gpus": verdicts}

@@ -62,8 +62,8 @@ def extremes(levels: Sequence[int], *, most: int) -> list[int]:
     if len(levels) <= most:
         return list(range(len(levels)))
     stretch = -(-len(levels) // (most // 2))
-    kept = {0, len(levels) - 1}
+    turning = {0, len(levels) - 1}
     for start in range(0, len(levels), stretch):
         indices = range(start, min(start + stretch, len(levels)))
-        kept |= {max(indices, key=levels.__getitem__), min(indices, key=levels.__getitem__)}
-    return sorted(kept)
+        turning |= {max(indices, key=levels.__getitem__), min(indices, key=levels.__getitem__)}
+    return sorted(turning)

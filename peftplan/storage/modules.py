@@ -96,9 +96,9 @@ def skip_list(quant: QuantConfig, *, default: set[str], keep_in_fp32: tuple[str,
     Source: `HfQuantizer.get_modules_to_not_convert`, transformers/quantizers/base.py 5.24.0 (`add_default_skips` for
     awq). Modules kept in fp32 always join.
     """
-    named = set(quant.skip_modules or ())
-    kept = default if quant.skip_modules is None or quant.name == "awq" else set()
-    return kept | named | set(keep_in_fp32)
+    listed = set(quant.skip_modules or ())
+    skipped = default if quant.skip_modules is None or quant.name == "awq" else set()
+    return skipped | listed | set(keep_in_fp32)
 
 
 def is_skipped(name: str, patterns: Iterable[str]) -> bool:
