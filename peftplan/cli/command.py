@@ -37,8 +37,8 @@ class Option(click.Option):
 
     def make_metavar(self, ctx: click.Context) -> str:
         """The values, or NAME where they are too many for a line; the option's text lists them then."""
-        shown = super().make_metavar(ctx)
-        return shown if len(shown) <= WIDEST else "NAME"
+        metavar = super().make_metavar(ctx)
+        return metavar if len(metavar) <= WIDEST else "NAME"
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """The names that the option accepts."""
@@ -187,57 +187,57 @@ class _Translation:
             yield from self._option(word, rest) if word.startswith("--") else (word,)
 
     def _option(self, word: str, rest: list[str]) -> Iterator[str]:
-        shown, equals, value = word.partition("=")
-        spelling = "--" + shown[2:].replace("_", "-")
-        name = shown[2:].replace("-", "_")
-        stated = value if equals else None
+        typed, equals, value = word.partition("=")
+        spelling = "--" + typed[2:].replace("_", "-")
+        name = typed[2:].replace("-", "_")
+        attached = value if equals else None
         if (option := self.by_spelling.get(spelling)) is not None:
-            yield from self._ours(option, spelling, shown, stated, rest)
+            yield from self._ours(option, spelling, typed, attached, rest)
         elif name in NOT_COUNTED:
-            refuse(name, shown, (_next(rest, (*ON, *OFF)) or "true") if stated is None else stated)
+            refuse(name, typed, (_next(rest, (*ON, *OFF)) or "true") if attached is None else attached)
         elif name in MEANINGS and (option := self.by_name.get(MEANINGS[name].option)) is not None:
-            yield from self._theirs(option, name, shown, stated, rest)
+            yield from self._theirs(option, name, typed, attached, rest)
         else:
             yield word  # click says that there is no such option
 
-    def _ours(self, option: click.Option, spelling: str, shown: str, stated: str | None, rest: list[str]) -> Iterator[str]:
+    def _ours(self, option: click.Option, spelling: str, typed: str, attached: str | None, rest: list[str]) -> Iterator[str]:
         if option.is_flag:
-            stated = stated or _next(rest, ("true", "false", "True", "False"))
-            on = (stated or "true").lower() in ON
+            attached = attached or _next(rest, ("true", "false", "True", "False"))
+            on = (attached or "true").lower() in ON
             if on or option.secondary_opts:
-                self._set_by(option, shown)
+                self._set_by(option, typed)
                 yield spelling if on else _other(option, spelling)
             return
-        self._set_by(option, shown)
-        yield spelling if stated is None else f"{spelling}={stated}"
-        if stated is None and rest:
+        self._set_by(option, typed)
+        yield spelling if attached is None else f"{spelling}={attached}"
+        if attached is None and rest:
             yield rest.pop(0)
 
-    def _theirs(self, option: click.Option, name: str, shown: str, stated: str | None, rest: list[str]) -> Iterator[str]:
+    def _theirs(self, option: click.Option, name: str, typed: str, attached: str | None, rest: list[str]) -> Iterator[str]:
         meaning = MEANINGS[name]
-        if stated is None and meaning.switch:
-            stated = _next(rest, (*meaning.values, *ON, *OFF)) or "true"
-        elif stated is None:
+        if attached is None and meaning.switch:
+            attached = _next(rest, (*meaning.values, *ON, *OFF)) or "true"
+        elif attached is None:
             if not rest:
-                raise click.BadOptionUsage(shown, f"Option '{shown}' requires an argument.")
-            stated = rest.pop(0)
-        value = our_value(name, shown, stated)
+                raise click.BadOptionUsage(typed, f"Option '{typed}' requires an argument.")
+            attached = rest.pop(0)
+        value = our_value(name, typed, attached)
         if value is None:
             return
-        self._set_by(option, shown)
+        self._set_by(option, typed)
         if option.is_flag:
             yield option.opts[0] if value is True else _other(option, option.opts[0])
         else:
             yield f"{option.opts[0]}={value}"
 
-    def _set_by(self, option: click.Option, shown: str) -> None:
+    def _set_by(self, option: click.Option, typed: str) -> None:
         name = str(option.name)
-        if option.multiple or (option.is_flag and self.typed.get(name) == shown):
-            self.typed[name] = shown
+        if option.multiple or (option.is_flag and self.typed.get(name) == typed):
+            self.typed[name] = typed
             return
         if name in self.typed:
-            raise twice(self.typed[name], shown)
-        self.typed[name] = shown
+            raise twice(self.typed[name], typed)
+        self.typed[name] = typed
 
 
 def _next(rest: list[str], values: Iterable[str]) -> str | None:

@@ -61,9 +61,9 @@ def command(
         check(plot)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     gpus, number = options.counted(gpu, fields)
-    stated = options.chosen(fields | number) | options.circumstances(torch, transformers, context)
+    chosen = options.chosen(fields | number) | options.circumstances(torch, transformers, context)
     with options.computed_by(engine) as by_engine:
-        result = compare(model, methods=names, gpu=gpus, **by_engine, **stated)
+        result = compare(model, methods=names, gpu=gpus, **by_engine, **chosen)
     if plot is not None:
         from peftplan.report.comparing_plot import write
 

@@ -30,10 +30,10 @@ def command(source: str, model: str | None, fmt: str, **fields: object) -> int:
     from peftplan.oom.diagnosis import explain_oom
     from peftplan.report import render
 
-    stated = options.chosen(fields)
-    if stated and model is None:
+    chosen = options.chosen(fields)
+    if chosen and model is None:
         from peftplan.errors import RefusedError
 
-        raise RefusedError(f"--{next(iter(stated)).replace('_', '-')} describes a job: add --model MODEL")
-    render.oom(explain_oom(source, model=model, options=stated), fmt=fmt)
+        raise RefusedError(f"--{next(iter(chosen)).replace('_', '-')} describes a job: add --model MODEL")
+    render.oom(explain_oom(source, model=model, options=chosen), fmt=fmt)
     return 0

@@ -65,8 +65,8 @@ def command(
     from peftplan.planning.estimate import estimate
 
     wanted = options.chosen(raw) | options.circumstances(torch, transformers, context)
-    named = {"config": config, "tool": tool} if config else {}
-    exported = export(estimate(model, gpu=gpu, **named, **wanted), to=to, file=output)  # type: ignore[arg-type]
+    files = {"config": config, "tool": tool} if config else {}
+    exported = export(estimate(model, gpu=gpu, **files, **wanted), to=to, file=output)  # type: ignore[arg-type]
     if output is None:
         click.echo(exported.text, nl=False)
     else:

@@ -79,7 +79,7 @@ def command(
     """
     options.check_format(fmt)
     gpus, number = options.counted(gpu, fields)
-    stated = options.chosen(fields | number) | options.circumstances(torch, transformers, context)
+    chosen = options.chosen(fields | number) | options.circumstances(torch, transformers, context)
     from peftplan.report import render
 
     cards_named = ",".join(gpus) or None
@@ -87,10 +87,10 @@ def command(
         from peftplan.planning.choosing import family
 
         _check(gpu=cards_named, model=model, of_family=True)
-        stated.pop("method", None)
+        chosen.pop("method", None)
         with options.computed_by(engine) as by_engine:
             members = family(
-                model_family, gpu=str(cards_named), allow_tight=allow_tight, **_names(methods), **by_engine, **stated
+                model_family, gpu=str(cards_named), allow_tight=allow_tight, **_names(methods), **by_engine, **chosen
             )
         code = will_exit(1 if require_fit and not any(member.model for member in members) else 0)
         render.members(members, fmt=fmt, gpu=str(cards_named))
@@ -103,7 +103,7 @@ def command(
         if cards_named is not None:
             raise RefusedError("--which-gpu finds the card and takes no --gpu")
         with options.computed_by(engine) as by_engine:
-            cards = cards_for(model, allow_tight=allow_tight, **by_engine, **stated)
+            cards = cards_for(model, allow_tight=allow_tight, **by_engine, **chosen)
         code = will_exit(1 if require_fit and not cards else 0)
         render.cards(cards, fmt=fmt)
         return code
@@ -124,7 +124,7 @@ def command(
             allow_tight=allow_tight,
             **by_engine,
             **_names(methods),
-            **stated,
+            **chosen,
         )
     code = will_exit(1 if require_fit and not all(result.fits for result in results) else 0)
     render.fits(results, fmt=fmt)

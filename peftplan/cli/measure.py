@@ -104,12 +104,12 @@ def _suite(suite: str, output: Path, engines: tuple[Engine, ...], *, warmup: int
     already = len(entries) - len(pending(entries, output))
     if already:
         click.echo(f"{already} of {len(entries)} runs are in {output} already")
-    records, stated = [], []
+    records, answers = [], []
     for measured in run_suite(entries, output=output, timeout=timeout, warmup=warmup, steps=steps, starting=_starting):
         records.append(measured.record)
-        stated.append(lines.answers(measured.record, engines))
-        click.echo(lines.of_run(measured.number, measured.of, measured.record, stated[-1], seconds=measured.seconds))
-    click.echo("\n".join(lines.of_suite(records, stated)))
+        answers.append(lines.answers(measured.record, engines))
+        click.echo(lines.of_run(measured.number, measured.of, measured.record, answers[-1], seconds=measured.seconds))
+    click.echo("\n".join(lines.of_suite(records, answers)))
     return 1 if any(record.outcome == "failed" for record in records) else 0
 
 

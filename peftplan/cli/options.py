@@ -53,21 +53,21 @@ def chosen(options: dict[str, Any]) -> dict[str, Any]:
 
     Raises RefusedError for a field that is set twice.
     """
-    stated = {name: value for name, value in options.items() if name != "set" and value is not None}
+    set_options = {name: value for name, value in options.items() if name != "set" and value is not None}
     for name in INT_LISTS:
-        if name in stated:
-            stated[name] = _json(name, f"[{stated[name]}]", stated[name], "whole numbers, comma-separated")
+        if name in set_options:
+            set_options[name] = _json(name, f"[{set_options[name]}]", set_options[name], "whole numbers, comma-separated")
     for name in JSON_VALUES:
-        if name in stated:
-            stated[name] = _json(name, stated[name], stated[name], "a JSON object")
-    setters = {name: f"--{name.replace('_', '-')}" for name in stated}
+        if name in set_options:
+            set_options[name] = _json(name, set_options[name], set_options[name], "a JSON object")
+    setters = {name: f"--{name.replace('_', '-')}" for name in set_options}
     for word, value in map(_field, options["set"]):
         name = MEANINGS[word].option if word in MEANINGS else word
         if name in setters:
             raise twice(setters[name], f"--set {word}")
         setters[name] = f"--set {word}"
-        stated[word] = value
-    return stated
+        set_options[word] = value
+    return set_options
 
 
 def several(options: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
@@ -94,11 +94,11 @@ def _field(text: str) -> tuple[str, object]:
         return name, value
 
 
-def _json(name: str, text: str, shown: str, accepted: str) -> object:
+def _json(name: str, text: str, typed: str, accepted: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise InputError(name, shown, f"accepted: {accepted}") from None
+        raise InputError(name, typed, f"accepted: {accepted}") from None
 
 
 UNCOMPILED = "TORCHDYNAMO_DISABLE"
@@ -181,9 +181,9 @@ def counted(gpu: tuple[str, ...], fields: Mapping[str, object]) -> tuple[tuple[s
     return names, {"gpus": number}
 
 
-def check_model(model: str | None, stated: Mapping[str, object], *, also: str = "") -> None:
+def check_model(model: str | None, chosen: Mapping[str, object], *, also: str = "") -> None:
     """Raises RefusedError where nothing names a model; `also` is an option that may name one too."""
-    if model is None and stated.get("peft_config") is None:
+    if model is None and chosen.get("peft_config") is None:
         raise RefusedError(f"MODEL is missing: name a model, or {also}a --peft-config that names its base model")
 
 
