@@ -19,6 +19,7 @@ from peftplan.errors import InputError
 from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
+    from peftplan.rehearse.request import Request
     from peftplan.results.rehearsal import Rehearsal
 
 
@@ -84,7 +85,7 @@ def command(
     """
     options.check_format(fmt)
     from peftplan.job.prepare import prepare
-    from peftplan.rehearse import rehearse
+    from peftplan.rehearse import request, run
     from peftplan.report import render
     from peftplan.report.timeline import check, write
 
@@ -95,10 +96,7 @@ def command(
     if job is not None:
         model, setup = job_of(job)
         prepare(model, **setup)  # type: ignore[arg-type]  # before anything runs
-    _say_limits(max_host, keep_writes=keep_writes)
-    as_json = fmt == "json"
-    signal.signal(signal.SIGTERM, _told_to_end)
-    result = rehearse(
+    checked = request.read(
         command,
         gpu=gpu,
         steps=steps,
@@ -112,8 +110,10 @@ def command(
         record=timeline is not None,
         data=data,
         seq_len=seq_len,
-        stdout=sys.stderr.fileno() if as_json else None,
     )
+    _say_limits(checked)
+    signal.signal(signal.SIGTERM, _told_to_end)
+    result = run(checked, stdout=sys.stderr.fileno() if fmt == "json" else None)
     if timeline is not None:
         write(result, timeline)
     fits = not require_fit or (bool(result.gpus) and all(verdict.verdict == "fits" for verdict in result.gpus))
@@ -124,12 +124,12 @@ def command(
     return code
 
 
-def _say_limits(max_host: str | None, *, keep_writes: bool) -> None:
+def _say_limits(request: Request) -> None:
     """What a rehearsal may take of the host, before it starts."""
-    from peftplan.rehearse.request import host_limit
-
-    files = "what it writes to disk is not bounded" if keep_writes else "what it writes included; nothing is written to disk"
-    click.echo(f"peftplan: the program may take {format_bytes(host_limit(max_host))} of host memory, {files}", err=True)
+    files = (
+        "what it writes to disk is not bounded" if request.keep_writes else "what it writes included; nothing is written to disk"
+    )
+    click.echo(f"peftplan: the program may take {format_bytes(request.max_host)} of host memory, {files}", err=True)
 
 
 def _told_to_end(number: int, frame: FrameType | None) -> NoReturn:

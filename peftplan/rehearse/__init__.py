@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peftplan.rehearse.request import Request
     from peftplan.results.rehearsal import Rehearsal
 
 
@@ -40,7 +41,7 @@ def rehearse(
 
     Raises InputError for what no rehearsal can be, RefusedError where this machine allows none, MissingExtraError without torch.
     """
-    from peftplan.rehearse import program, request
+    from peftplan.rehearse import request
 
     checked = request.read(
         command,
@@ -57,6 +58,13 @@ def rehearse(
         data=data,
         seq_len=seq_len,
     )
+    return run(checked, stdout=stdout)
+
+
+def run(checked: Request, *, stdout: int | None = None) -> Rehearsal:
+    """Rehearse what was asked and checked, each rank that is wanted after the other."""
+    from peftplan.rehearse import program
+
     results = [program.rehearse(checked, rank=number, stdout=stdout) for number in checked.ranks]
     worst = max(results, key=lambda result: (result.oom is not None, result.needed_bytes))
     return replace(worst, ranks=tuple(rank for result in results for rank in result.ranks))

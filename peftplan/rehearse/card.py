@@ -53,7 +53,10 @@ def library() -> Path:
     Raises RefusedError for another platform, a CPU build of torch or a missing compiler, MissingExtraError without torch.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise RefusedError(f"rehearse runs on Linux on x86-64 only (this is {sys.platform} on {platform.machine()})")
+        raise RefusedError(
+            f"rehearse runs on Linux on x86-64 only (this is {sys.platform} on {platform.machine()}); "
+            "elsewhere in a container: docs/rehearse.md shows the command"
+        )
     packages = _packages()
     libraries = [*packages.glob("torch/lib/*.so"), *packages.glob("bitsandbytes/libbitsandbytes_cuda1[23]*.so")]
     spec = find_spec("pynvml")

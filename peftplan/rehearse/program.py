@@ -56,6 +56,7 @@ def rehearse(request: Request, *, rank: int = 0, stdout: int | None = None) -> R
             record=request.record,
             data=request.data,
             seq_len=request.seq_len,
+            network=request.network,
         )
         environment = _environment(settings, request, preload)
         layer = [sys.executable, "-m", "peftplan.rehearse.scratch", name, str(request.max_host // MIB)]
@@ -188,7 +189,7 @@ def _result(
         oom=ooms[0] if ooms else None,
         gpus=() if card is None or not (ranks or ooms) else (_verdict(card, ranks, out_of_memory=bool(ooms), steps=steps),),
         replaced=(),
-        notes=tuple(_notes(ranks, steps, settings)),
+        notes=(*_notes(ranks, steps, settings), *_alone(reports, request.cards, settings)),
         seconds=0.0,
         world_size=settings.world_size,
         versions=next((report["versions"] for report in reports), {}),
@@ -250,3 +251,14 @@ def _notes(ranks: Iterable[Rank], steps: int, settings: Settings) -> Iterator[st
         if len(peaks) > 2 and peaks[1] < peaks[-1]:
             more = peaks[-1] - peaks[1]
             yield f"rank {rank.rank}: step {len(peaks)} held {more:,} bytes more than step 2 (a longer batch, or a leak)"
+
+
+def _alone(reports: Iterable[Mapping[str, Any]], cards: int, settings: Settings) -> Iterator[str]:
+    """Several GPUs were asked for, and the program took one process, or one card, for the whole job."""
+    used = {device["device"] for report in reports for device in report["devices"]}
+    if not used or any(report["process_group"] for report in reports):
+        return
+    if settings.world_size > 1:
+        yield f"the program initialised no process group: it ran as one process, not as one of {settings.world_size} ranks"
+    elif cards > len(used):
+        yield f"the program used {len(used)} of {cards} cards: a launcher such as torchrun, or --world-size {cards}, makes ranks"

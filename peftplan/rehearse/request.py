@@ -93,7 +93,7 @@ def read(
         cards=cards,
         world_size=world,
         ranks=_ranks(rank, world),
-        max_host=host_limit(max_host),
+        max_host=_bytes(max_host) or free_host_bytes() * MOST_OF_FREE // 100,
         steps=steps,
         timeout=timeout,
         keep_writes=keep_writes,
@@ -103,11 +103,6 @@ def read(
         data=None if data is None else _columns(data),
         seq_len=seq_len or SEQ_LEN,
     )
-
-
-def host_limit(max_host: str | None) -> int:
-    """Bytes of host memory that a rehearsal may take: as stated, else most of what is free. Raises InputError."""
-    return _bytes(max_host) or free_host_bytes() * MOST_OF_FREE // 100
 
 
 def free_host_bytes() -> int:

@@ -14,7 +14,7 @@ class Settings(NamedTuple):
     """`folder`: where reports go. `steps`: after so many optimizer steps the program ends; 0 lets it end itself.
 
     `stand_ins`: whether what is missing may be written where libraries look for it. `record`: whether every allocation is kept.
-    `data`: column → kind of the rows that answer for missing data sets, of `seq_len` tokens.
+    `data`: column → kind of the rows that answer for missing data sets, of `seq_len` tokens. `network`: whether it is reached.
     """
 
     folder: str
@@ -26,6 +26,7 @@ class Settings(NamedTuple):
     record: bool = False
     data: Mapping[str, str] | None = None
     seq_len: int = 0
+    network: bool = False
 
     def to_text(self) -> str:
         """As the environment holds it."""

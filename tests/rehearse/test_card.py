@@ -55,3 +55,20 @@ def test_without_torch_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(card, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="rehearse"):
         card.library()
+
+
+def test_the_container_installs_what_a_missing_compiler_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    container = (Path(__file__).parents[2] / "Dockerfile").read_text(encoding="utf-8")
+    monkeypatch.setattr(card, "_packages", lambda: fake_torch(tmp_path, cuda="13.0"))
+    monkeypatch.setattr(card.shutil, "which", lambda name: None)
+    with pytest.raises(RefusedError) as refused:
+        card.library()
+    packages = str(refused.value).partition("install ")[2].split(" and ")
+    assert packages == ["gcc", "binutils"]
+    assert all(f" {package} " in container for package in packages)
+
+
+def test_another_platform_is_told_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card.sys, "platform", "darwin")
+    with pytest.raises(RefusedError, match=r"darwin on x86_64\); elsewhere in a container: docs/rehearse.md"):
+        card.library()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -227,3 +228,104 @@ def test_rows_answer_for_a_data_set_that_is_not_here(tmp_path: Path) -> None:
     result, _ = run(DATA, tmp_path, steps=0)
     assert result.exit_code == 1
     assert any("--data synthetic answers for it" in note for note in result.notes)
+
+
+POOLED = """
+import random, time, torch
+from concurrent.futures import ThreadPoolExecutor
+begun = []
+def copied(size):
+    time.sleep(random.random() / 50)
+    begun.append(size)
+    return torch.empty(size << 20, dtype=torch.uint8, device="cuda")
+torch.zeros(1, device="cuda")
+with ThreadPoolExecutor(4) as pool:
+    held = list(pool.map(copied, range(1, 20)))
+print("SEEN", begun)
+"""
+
+
+def test_threads_that_load_do_it_in_order(tmp_path: Path) -> None:
+    """In four threads, 19 sizes would begin in a random order."""
+    result, output = run(POOLED, tmp_path, steps=0)
+    assert seen(output) == list(range(1, 20))
+    assert any("threads copied to the card" in note for note in result.notes)
+
+
+def test_a_program_that_never_steps_is_reported_with_what_it_held(tmp_path: Path) -> None:
+    result, _ = run('import torch\nx = torch.zeros(1 << 28, device="cuda")', tmp_path)
+    rank = result.largest_rank
+    assert rank is not None
+    assert (result.exit_code, result.ended, result.steps, rank.peak_allocated) == (0, "program", 0, 2**30)
+    assert result.gpus[0].verdict == "unknown"
+    assert any("no optimizer step was completed" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "shown"),
+    [
+        ("sys.exit(7)", 7, ""),
+        ("os.kill(os.getpid(), signal.SIGUSR1)", 128 + signal.SIGUSR1, ""),
+        ('raise ValueError("mine")', 1, "ValueError: mine"),
+    ],
+)
+def test_a_program_that_exits_early_shows_its_own_end_and_a_report(
+    last: str, code: int, shown: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one_step = LOOP.replace("import gc", "import gc, os, signal").replace(
+        '    if "leak"', f'    if step == 1:\n        {last}\n    if "leak"'
+    )
+    result, _ = run(one_step, tmp_path)
+    assert (result.exit_code, result.ended) == (code, "program")
+    assert shown in capfd.readouterr().err
+    if code < 128:  # a signal without a handler leaves a process no time to report
+        assert (result.steps, result.to_dict()["program_exit"]) == (2, code)
+        assert any("ended after 2 of 3 steps" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"gpu": "8xrtx-4090"}, "the program used 1 of 8 cards"),
+        ({"gpu": "8xrtx-4090", "world_size": 8}, "initialised no process group"),
+    ],
+)
+def test_several_gpus_that_a_program_does_not_take_are_said(options: dict[str, Any], note: str, tmp_path: Path) -> None:
+    result, _ = run(LOOP, tmp_path, steps=1, **options)
+    assert any(note in text for text in result.notes)
+
+
+SAVING = """
+import json, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+    num_key_value_heads=1, vocab_size=64)).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+try:
+    for _ in range(3):
+        model(input_ids=torch.zeros(1, 8, dtype=torch.long, device="cuda")).logits.sum().backward()
+        optimizer.step()
+finally:
+    model.save_pretrained("out")
+    print("SEEN", json.dumps([model.push_to_hub("someone/something", commit_message="done").commit_message,
+        open("out/model.safetensors", "rb").read(8) != b"precious"]))
+"""
+
+
+def test_a_checkpoint_that_is_there_survives_and_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that listens where the Hub is said to be hears nothing."""
+    pytest.importorskip("transformers")
+    checkpoint = tmp_path / "out" / "model.safetensors"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"precious weights")
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        result, output = run(SAVING, tmp_path, steps=1)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert (result.ended, seen(output)) == ("steps", ["done", True])
+    assert any("nothing of create_commit went to someone/something" in note for note in result.notes)
+    assert checkpoint.read_bytes() == b"precious weights"
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["model.safetensors"]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from peftplan.rehearse.inside import rows, standins, workers
+from peftplan.rehearse.inside import rows, standins, uploads, workers
 from peftplan.rehearse.inside.after_import import AfterImport
 from peftplan.rehearse.settings import read
 
@@ -23,17 +23,20 @@ def begin() -> None:
         return say
 
     def torch_is_there(torch: object) -> None:
-        from peftplan.rehearse.inside import generation, holes, ranks, values, watch
+        from peftplan.rehearse.inside import generation, holes, pools, ranks, values, watch
 
         watch.start(settings)
         values.start()
         generation.start()
-        ranks.start()
+        ranks.start(into("notes.txt"))
+        pools.start(into("notes.txt"))
         if settings.stand_ins:
             holes.start()
 
     if settings.stand_ins:
         standins.start(into("stand-ins.txt"))
+    if not settings.network:
+        uploads.start(into("notes.txt"))
     workers.start(settings)
     rows.start(settings.data, settings.seq_len, into("stand-ins.txt"), into("notes.txt"))
     sys.meta_path.insert(0, AfterImport({"torch": torch_is_there}))

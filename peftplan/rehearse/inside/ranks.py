@@ -6,15 +6,19 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+groups: list[int] = []
+"""World size of each time that the program initialised its process group."""
 
-def start() -> None:
-    """Replace what needs the other ranks."""
+
+def start(say: Callable[[str], None]) -> None:
+    """Replace what needs the other ranks. `say`: is told of a model that is spread over cards without ranks."""
     import torch.distributed as dist
 
     _replace_process_groups(dist)
-    import torch.nn.parallel.distributed as ddp
+    import torch.nn.parallel as parallel
 
-    _watch_ddp(ddp)
+    _watch_ddp(parallel.distributed)
+    _watch_dp(parallel, say)
 
 
 def _replace_process_groups(dist: Any) -> None:
@@ -27,6 +31,7 @@ def _replace_process_groups(dist: Any) -> None:
         world_size = _stated(kwargs.get("world_size"), "WORLD_SIZE", 1)
         kept = {name: value for name, value in kwargs.items() if name in ("timeout", "group_name", "pg_options")}
         init("fake", store=FakeStore(), rank=rank, world_size=world_size, **kept)
+        groups.append(world_size)
 
     group = dist.distributed_c10d
     replaced: dict[str, Callable[..., Any]] = {
@@ -70,6 +75,17 @@ def _watch_ddp(module: Any) -> None:
         self.register_comm_hook(None, lambda state, bucket: _as_it_is(bucket))  # torch refuses other annotations than its own
 
     module.DistributedDataParallel.__init__ = with_hook
+
+
+def _watch_dp(module: Any, say: Callable[[str], None]) -> None:
+    init = module.DataParallel.__init__
+
+    def saying(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if len(getattr(self, "device_ids", ())) > 1:
+            say(f"torch.nn.DataParallel spreads each batch over {len(self.device_ids)} cards; a launcher makes ranks instead")
+
+    module.DataParallel.__init__ = saying
 
 
 def _as_it_is(bucket: Any) -> Any:

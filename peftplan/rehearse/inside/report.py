@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peftplan.rehearse.inside import alive, host, recording
+from peftplan.rehearse.inside import alive, host, ranks, recording
 from peftplan.rehearse.settings import Settings
 
 PHASES = ("load", "forward", "backward", "step")
@@ -44,6 +44,7 @@ def write(shown: Shown) -> None:
     report = {
         "rank": shown.settings.rank,
         "world_size": shown.settings.world_size,
+        "process_group": bool(ranks.groups),
         "process": os.getpid(),
         "program": sys.argv[:1],
         "steps_taken": shown.steps_done,

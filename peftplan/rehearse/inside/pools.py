@@ -1,0 +1,44 @@
+"""What a pool of threads is given is done in order, one after the other, so that a rehearsal is the same twice.
+
+Where blocks lie, and so what is reserved, depends on the order of allocations, and a block that is not split counts whole.
+Loaders that copy weights in threads (transformers, `core_model_loading.GLOBAL_WORKERS`) leave that order to timing. The order
+here is one that a real run may have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import torch
+
+PATIENCE = 10.0
+"""Seconds for which work is waited for. A pool whose work waits for the program itself is left alone from then on."""
+COPIED = "threads copied to the card; here one after the other, in order: a real run may reserve somewhat more or less each time"
+
+
+def start(say: Callable[[str], None]) -> None:
+    """Wait for whatever is given to a pool. `say`: is told once that threads allocated on the card."""
+    submit = ThreadPoolExecutor.submit
+    notes: list[str] = []
+
+    def submit_and_wait(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        before = _allocations()
+        future = submit(self, fn, *args, **kwargs)
+        if not getattr(self, "impatient", False):
+            self.impatient = not wait([future], PATIENCE).done  # type: ignore[attr-defined]
+        if not notes and _allocations() > before:
+            notes.append(COPIED)
+            say(COPIED)
+        return future
+
+    ThreadPoolExecutor.submit = submit_and_wait  # type: ignore[assignment,method-assign]
+
+
+def _allocations() -> int:
+    """Blocks that were given out so far, on every card in use."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return 0
+    counts = (torch._C._cuda_memoryStats(device)["allocation"]["all"]["allocated"] for device in range(torch.cuda.device_count()))
+    return sum(counts)
