@@ -1,18 +1,31 @@
-"""The options of `estimate`, `fit`, `compare` and `serving` as types, so that a type checker reports a wrong keyword."""
+"""The options of `estimate`, `fit`, `compare` and `serving` as types, so that a type checker reports a wrong keyword.
+
+`python -m tools.grid_options` writes those of `sweep` from them.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Literal, TypedDict
+from typing import Literal
+
+from typing_extensions import TypedDict
 
 from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
 from peftplan.job.script import Script
 from peftplan.job.trainers import Autocast, Loss, TrainerName
 
 
+class SizeOptions(TypedDict, total=False):
+    """Sizes, which `sweep` evaluates as arrays."""
+
+    batch_size: int
+    seq_len: int
+    r: int
+
+
 class SetupOptions(TypedDict, total=False):
-    """Options that `job.setup.Setup` checks."""
+    """Options that `job.setup.Setup` checks, without sizes."""
 
     trainer: TrainerName
     task_type: str | None
@@ -31,8 +44,6 @@ class SetupOptions(TypedDict, total=False):
     optim: str | None
     optim_args: str | None
     optim_target_modules: str | Iterable[str] | None
-    batch_size: int
-    seq_len: int
     gradient_accumulation_steps: int
     gradient_checkpointing: bool | None
     use_reentrant: bool
@@ -166,7 +177,6 @@ class MethodOptions(TypedDict, total=False):
     prompt_tuning_init: object
     prompt_tuning_init_text: object
     qalora_group_size: object
-    r: int
     random_loc_seed: object
     rank_dropout: float
     rank_dropout_scale: object
@@ -273,7 +283,7 @@ class OtherWords(TypedDict, total=False):
     use_liger: object
 
 
-class Options(SetupOptions, StrategyOptions, MethodOptions, OtherWords, total=False):
+class Options(SizeOptions, SetupOptions, StrategyOptions, MethodOptions, OtherWords, total=False):
     """All of them."""
 
 

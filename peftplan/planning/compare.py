@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from peftplan.errors import MissingExtraError, PeftplanError
 from peftplan.frames import as_html, dataframe
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from peftplan.job.options import JobOptions
+    from peftplan.planning.documents import CompareDocument, ComparedRow
 
 NOT_SERVED = frozenset({"training_args", "optim", "optim_args", "optim_target_modules", "script"})
 """Training options that do not affect the adapter file."""
@@ -59,20 +60,21 @@ class Comparison(NamedTuple):
     over: str | None = None
     """How several GPUs share each job, whose numbers are then those of one rank."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> CompareDocument:
         """The JSON, bytes as integers."""
-        rows = [row._asdict() for row in self.rows]
-        over = {"over": self.over} if self.over else {}
-        return {"schema_version": SCHEMA_VERSION, "engine": self.engine, "model": self.model, "rows": rows} | over
+        rows = [{**row._asdict(), "warnings": list(row.warnings)} for row in self.rows]
+        document = {"schema_version": SCHEMA_VERSION, "engine": self.engine, "model": self.model, "rows": rows}
+        return cast("CompareDocument", document | ({"over": self.over} if self.over else {}))
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[ComparedRow]:
         """Flat rows, as pandas and polars take them."""
-        return [
+        rows = [
             {name: value for name, value in row._asdict().items() if name not in ("by_category", "warnings")}
             | {"warnings": "; ".join(row.warnings)}
             | dict(row.by_category or {})
             for row in self.rows
         ]
+        return cast("list[ComparedRow]", rows)
 
     def to_dataframe(self) -> DataFrame:
         """`records()` as a pandas DataFrame."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from peftplan.frames import as_html, dataframe
 from peftplan.ledger import Line
@@ -13,6 +13,8 @@ from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+    from peftplan.planning.documents import FitDocument, PlanDocument, PlanRow
 
 SCHEMA_VERSION = 1
 
@@ -127,13 +129,13 @@ class Plan(NamedTuple):
         """Tokens of one micro batch on one card."""
         return self.batch_size * self.seq_len
 
-    def to_dict(self, size: str) -> dict[str, Any]:
+    def to_dict(self, size: str) -> PlanDocument:
         """One entry of `plans`: the size that was asked for is 0 where nothing fits, and the model None."""
         left_out = ("size", "model", "assumptions", "warnings", "origin", *(() if size == "model" else ("next_larger",)))
         facts = {name: value for name, value in self._asdict().items() if name not in left_out}
         facts["binding"] = None if self.binding is None else self.binding._asdict()
         largest = (self.model if self.size else None) if size == "model" else self.size
-        return {**facts, size: largest, "tokens_per_step": self.tokens_per_step if self.size else 0}
+        return cast("PlanDocument", {**facts, size: largest, "tokens_per_step": self.tokens_per_step if self.size else 0})
 
 
 class OtherCard(NamedTuple):
@@ -163,9 +165,9 @@ class Fit(NamedTuple):
         """Whether the job as typed fits at any size."""
         return self.plans[0].size > 0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> FitDocument:
         """The JSON, bytes as integers."""
-        return {
+        document = {
             "schema_version": SCHEMA_VERSION,
             "engine": self.engine,
             "model": self.model,
@@ -176,14 +178,15 @@ class Fit(NamedTuple):
             "nearest": [plan.to_dict(self.size) for plan in self.nearest],
             "other_card": None if self.other_card is None else self.other_card._asdict(),
         }
+        return cast("FitDocument", document)
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[PlanRow]:
         """One flat row per plan, as pandas and polars take them."""
         rows = []
         for plan in self.plans:
             changes = ", ".join(f"{name}={value}" for name, value in plan.changes.items())
             binding = plan.binding and plan.binding.text(grows=plan.size > 0)
-            rows.append({**plan.to_dict(self.size), "changes": changes, "binding": binding})
+            rows.append(cast("PlanRow", {**plan.to_dict(self.size), "changes": changes, "binding": binding}))
         return rows
 
     def to_dataframe(self) -> DataFrame:

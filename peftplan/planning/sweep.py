@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from peftplan.errors import BoundError, InputError, RefusedError
 from peftplan.job.words import MEANINGS
@@ -20,7 +20,11 @@ from peftplan.planning.sweep_points import MOST_REFUSED, SIZES, Chunk, Grid, fir
 from peftplan.planning.verdicts import find_cards
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from peftplan.hardware.gpus import Gpu
+    from peftplan.job.grid_options import GridOptions
+    from peftplan.planning.documents import SweepRow
 
 MOST_ROWS = 10_000_000
 """Rows that are made without being asked twice."""
@@ -66,16 +70,17 @@ class Sweep:
         """Rows; polars takes no iterable that has a length itself."""
         return self._grid.num_points() * max(len(self._cards), 1)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[SweepRow]:
         for chunk in self.chunks():
-            yield from (dict(zip(chunk, values, strict=True)) for values in zip(*chunk.values(), strict=True))
+            rows = (dict(zip(chunk, values, strict=True)) for values in zip(*chunk.values(), strict=True))
+            yield from cast("Iterator[SweepRow]", rows)
 
     def values_of(self, column: str) -> Values:
         """The values of an option that differs between points; empty for what does not."""
         named: Mapping[str, Values] = {"model": self._grid.models, "method": self._grid.methods, **self._grid.axes}
         return named.get(column, ())
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[SweepRow]:
         """All rows."""
         return list(self)
 
@@ -113,10 +118,11 @@ def sweep(
     *,
     gpu: str | Iterable[str] | None = None,
     context: float | None = None,
+    engine: str = "analytic",
     replays: int | None = REPLAYS,
     most_rows: int | None = MOST_ROWS,
     progress: Progress | None = None,
-    **options: object,
+    **options: Unpack[GridOptions],
 ) -> Sweep:
     """A job at every point of a grid, on each card of `gpu`.
 
@@ -125,9 +131,9 @@ def sweep(
     lists. Without `model`, each `peft_config` names its base. Fields of one method are left out for methods that have none of
     that name.
 
-    `replays`: how many points are replayed at most where bytes alone do not tell the verdict; None: all of them. `most_rows`:
-    raises RefusedError for a grid of more rows, before anything runs. `progress` is called with what is done and the share that
-    is behind.
+    `engine`: `analytic`; a trace counts one point at a time. `replays`: how many points are replayed at most where bytes alone do
+    not tell the verdict; None: all of them. `most_rows`: raises RefusedError for a grid of more rows, before anything runs.
+    `progress` is called with what is done and the share that is behind.
 
     Raises what `estimate` raises where no point of the grid makes sense; a combination that is refused has rows with `error`.
     """
@@ -137,7 +143,7 @@ def sweep(
         MEANINGS[name].option if name in MEANINGS and not MEANINGS[name].values else name: value
         for name, value in options.items()
     }
-    if (engine := renamed.pop("engine", "analytic")) != "analytic":
+    if engine != "analytic":
         raise InputError("engine", engine, f"accepted: analytic; {ONE_POINT}")
     axes, single = separated({name: value for name, value in renamed.items() if value is not None})
     if model is None and "peft_config" not in axes:

@@ -9,41 +9,19 @@ from typing_extensions import NotRequired, TypedDict
 from peftplan.allocator.oom import OutOfMemory
 from peftplan.arch.catalogue import ModelEntry
 from peftplan.hardware.gpus import OF_A_REQUEST, Gpu
-from peftplan.job.setup import Engine
-from peftplan.ledger import Category
 from peftplan.oom.causes import Cause
 from peftplan.oom.diagnosis import Expected
 from peftplan.oom.message import Message
 from peftplan.oom.snapshot import Alive
 from peftplan.planning.choosing import Member
-from peftplan.planning.compare import Compared
 from peftplan.planning.configs import ConfigEntry
-from peftplan.planning.fit_result import OtherCard, Plan
+from peftplan.planning.documents import CompareDocument, FitDocument, SweepRowDocument
 from peftplan.planning.inspection import Row
 from peftplan.planning.practice import Practice
 from peftplan.planning.serving_documents import ServingDocument
 from peftplan.report.check_documents import CheckDocument
-from peftplan.report.sweep_documents import SweepRowDocument
 from peftplan.results import rehearsal
 from peftplan.results.documents import EstimateDocument, VerdictDocument
-
-
-class FitDocument(TypedDict):
-    """Plans for one card."""
-
-    schema_version: Literal[1]
-    engine: Engine
-    model: str
-    gpu: str
-    max: Literal["batch_size", "seq_len", "r", "model"]
-    """The size that was made as large as it fits."""
-    warnings: list[str]
-    plans: list[Plan]
-    """The job as typed, then other plans that fit, ranked."""
-    nearest: list[Plan]
-    """Plans that come near and do not fit."""
-    other_card: OtherCard | None
-    """Where no plan fits: the smallest card that takes the one that comes nearest."""
 
 
 class FitsDocument(TypedDict):
@@ -51,17 +29,6 @@ class FitsDocument(TypedDict):
 
     schema_version: Literal[1]
     cards: list[FitDocument]
-
-
-class CompareDocument(TypedDict):
-    """A row for each method on each card."""
-
-    schema_version: Literal[1]
-    engine: Engine
-    model: str
-    rows: list[Compared]
-    over: NotRequired[str]
-    """On several GPUs: how they share each job."""
 
 
 class DiagnosisDocument(TypedDict):
@@ -201,13 +168,8 @@ SHAPES: dict[type, Shape] = {
     ),
     rehearsal.Alive: Shape(name="MadeBy"),
     rehearsal.OutOfMemory: Shape(name="FailedRequest"),
-    Plan: Shape(
-        ("size", "assumptions", "warnings", "origin"),
-        {"tokens_per_step": int, **dict.fromkeys(("model", "next_larger"), NotRequired[str | None])},
-    ),
     Member: Shape(added={"verdict": VerdictDocument | None}),
     Gpu: Shape(OF_A_REQUEST, {"usable_bytes": int, "usable_source": str}),
-    Compared: Shape(added={"by_category": dict[Category, int] | None}),
     OutOfMemory: Shape(
         added={
             **dict.fromkeys(("phase", "op", "module", "category", "name"), str | None),

@@ -10,7 +10,9 @@ import pytest
 import peftplan
 from peftplan.cli import main
 from peftplan.errors import InputError, PeftplanError
+from peftplan.ledger import EVERY_CATEGORY
 from peftplan.planning.compare import compare
+from peftplan.planning.documents import ComparedFacts, ComparedRow
 from peftplan.report import comparing
 from tests.cli.run import run
 
@@ -75,6 +77,10 @@ def test_a_method_that_does_not_run_says_so_in_words() -> None:
     assert result.rows[0].reason
     assert comparing.cells(result)[0][6] == "does not run"
     assert "t4: lora does not run: flash_attention_2 needs" in comparing.errors(result)[0]
+
+
+def test_a_row_has_a_field_for_every_category() -> None:
+    assert ComparedRow.__annotations__.keys() - ComparedFacts.__annotations__.keys() == {*EVERY_CATEGORY, "warnings"}
 
 
 def test_rows_are_flat_for_data_frames() -> None:
