@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import peftplan.methods as methods
 from peftplan.errors import PeftplanError
-from peftplan.job.prepare import PEFT_TASKS, prepare
+from peftplan.job.adapting import PEFT_TASKS
+from peftplan.job.prepare import prepare
 from peftplan.job.sources import load
 from peftplan.job.tasks import as_told
 from peftplan.memory.models import FORWARDS

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import peftplan.methods as methods
 from peftplan import versions
-from peftplan.arch.modules import Architecture
 from peftplan.distributed.names import OPTIONS
-from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
+from peftplan.errors import InputError, RefusedError
 from peftplan.job import sources as architectures
+from peftplan.job.adapting import adapted, ignored_fields, method_of
 from peftplan.job.job import Job
 from peftplan.job.launch import FILES, launch_options
 from peftplan.job.request import Request, read_request
 from peftplan.job.requirements import accepted_batch
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolved
-from peftplan.job.tasks import CALLED, as_told, check_task, without_vllm
+from peftplan.job.tasks import CALLED, check_task, without_vllm
 from peftplan.job.trainers import DEFAULT, TRAINERS
-from peftplan.job.words import MEANINGS, named_as_typed
-from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
+from peftplan.job.words import named_as_typed
+from peftplan.methods.adaptation import Adaptation
 from peftplan.methods.endless import refuse_endless
 from peftplan.methods.saved import SAVED_HEADS
 from peftplan.methods.unmatched import unmatched_targets
@@ -77,7 +77,7 @@ def prepared(request: Request) -> Job:
     launched, options = _launched(options)
     setup_options, method_options = _separate(options)
     distributed = _distributed(launched)
-    kind, config, adapter = _method(method, peft_config, method_options)
+    kind, config, adapter = method_of(method, peft_config, method_options)
     model = architectures.read(model)
     model_config = architectures.load_config(model)
     set_here = {k: v for k, v in setup_options.items() if v is not None}
@@ -123,14 +123,14 @@ def prepared(request: Request) -> Job:
     fields = vars(config) if config is not None else adapter
     refuse_endless(architecture, {**fields, "quant_skip_modules": setup.quant_skip_modules})
     check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *request.script.earlier_seq_lens)))
-    adaptation = _adapt(architecture, model, kind, config, adapter, setup)
+    adaptation = adapted(architecture, model, kind, config, adapter, setup)
     if as_loaded is not None and not as_loaded.adapter and (partial := as_loaded.adaptation()) is not None:
         kind, adaptation = PARTIAL, partial
     differing = loaded.differences(adaptation, adapted=as_loaded is not None) if loaded is not None else ()
     warnings = (
         *differing,
         *unmatched_targets(architecture, config, adapter),
-        *(_ignored(adapter) if config is None and peft_config else ()),
+        *(ignored_fields(adapter) if config is None and peft_config else ()),
         *without_vllm(setup),
         *(() if distributed is None else _traps(distributed, setup, quant, adaptation)),
     )
@@ -177,53 +177,6 @@ def _separate(options: Mapping[str, object]) -> tuple[dict[str, object], dict[st
     """(options of the setup, fields of the method)."""
     known = Setup.model_fields
     return {k: v for k, v in options.items() if k in known}, {k: v for k, v in options.items() if k not in known}
-
-
-def _method(
-    name: str | None, peft_config: Mapping[str, object] | None, options: Mapping[str, object]
-) -> tuple[methods.Method | None, MethodConfig | None, dict[str, object]]:
-    """The method and its checked config; without them, the adapter config that only peft itself can count.
-
-    A method named beside an adapter config must be of its peft type; it adds what its name presets (`lora-fa`, `qlora`).
-    """
-    if peft_config is None and (other := methods.other_peft_type(name)) is not None:
-        from peftplan.libraries.count import check_fields
-
-        raw = {"peft_type": other, **options}
-        check_fields(raw)
-        return None, None, raw
-    if peft_config is None:
-        beside = (*Setup.model_fields, *MEANINGS)
-        method, config = methods.configure("lora" if name is None else name, options, beside=beside)
-        return method, config, {}
-    raw = {"task_type": None, **peft_config}
-    _check_peft_task(raw)
-    named = methods.method_named(name) if name else None
-    if named is not None and named.peft_type != _peft_type(raw):
-        raise InputError("method", name, f"the peft_config is of type {_peft_type(raw)}; accepted: a method of that type")
-    presets = {key: value for key, value in (named.defaults if named else {}).items() if key != "target_modules"}
-    raw = {**raw, **presets, **options}
-    try:
-        method, config = methods.from_peft_config(raw)
-        return named or method, config, raw
-    except NeedsPeftError:
-        if presets:
-            raise
-        return named, None, raw
-
-
-PEFT_TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
-"""peft's `TaskType`; `PeftConfigMixin.__post_init__` refuses any other."""
-
-
-def _check_peft_task(raw: Mapping[str, object]) -> None:
-    task = getattr(raw.get("task_type"), "value", raw.get("task_type"))
-    if task is not None and (not isinstance(task, str) or task not in PEFT_TASKS):
-        raise UnknownNameError("peft_config: task_type", task, PEFT_TASKS)
-
-
-def _peft_type(raw: Mapping[str, object]) -> str:
-    return str(getattr(raw.get("peft_type"), "value", raw.get("peft_type")))
 
 
 def _stored(model_config: Mapping[str, object], set_here: Mapping[str, object]) -> dict[str, object]:
@@ -294,46 +247,6 @@ def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:
     return quant
 
 
-def _adapt(
-    architecture: Architecture,
-    model: object,
-    method: methods.Method | None,
-    config: MethodConfig | None,
-    adapter: Mapping[str, object],
-    setup: Setup,
-) -> Adaptation:
-    try:
-        if method is not None and config is not None:
-            return methods.adapt(as_told(architecture, adapter), method, config)
-    except NeedsPeftError:
-        if not adapter:
-            raise
-    from peftplan.libraries.count import count_with_peft
-
-    try:
-        return count_with_peft(config_of(model, setup), adapter, task_type=architecture.task_type)
-    except MissingExtraError as missing:
-        raise MissingExtraError(f"{_why_peft(adapter)}: counting with peft", missing.extra) from None
-
-
-def _why_peft(adapter: Mapping[str, object]) -> str:
-    """The part of an adapter config that has no formula here."""
-    try:
-        methods.from_peft_config(adapter)
-    except NeedsPeftError as reason:
-        return f"peft_config: no formula for {reason}"
-    return f"no formula for {_peft_type(adapter)} on this model"
-
-
-def _ignored(adapter: Mapping[str, object]) -> tuple[str, ...]:
-    """A warning for each set field that the installed peft does not know and therefore ignores."""
-    from peftplan.libraries.count import unknown_fields
-
-    names = [name for name in unknown_fields(adapter) if adapter[name] not in methods.UNSET]
-    peft_type = _peft_type(adapter)
-    return tuple(f"peft_config: {name!r} is ignored: the installed peft has no such field of {peft_type}" for name in names)
-
-
 def check_rank_allocator(job: Job) -> None:
     """Raises RefusedError for an AdaLoRA whose rank allocator fails when it first masks ranks.
 
@@ -349,9 +262,3 @@ def check_rank_allocator(job: Job) -> None:
             f"init_r: {init_r} leaves AdaLoRA nothing to mask down to target_r {target_r}, and {versions.named('peft')} "
             "then fails with a RuntimeError (kthvalue); accepted: an init_r above target_r"
         )
-
-
-def config_of(model: Any, setup: Setup) -> dict[str, Any]:
-    """The model's config with the setup's number of labels."""
-    labels = {} if setup.num_labels is None else {"num_labels": setup.num_labels}
-    return {**architectures.load_config(model), **labels}

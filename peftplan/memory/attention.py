@@ -3,8 +3,8 @@
 Letters: b batch, a query heads, g key/value heads, s queries, k keys, d head size. Queries, keys and values are (b, heads, s, d)
 views of projections that lie (b, s, heads, d), as transformers makes them.
 Sources: torch, aten/src/ATen/native/transformers/attention.cpp (`_scaled_dot_product_attention_math`), cuda/sdp_utils.cpp
-(the choice); transformers, integrations/sdpa_attention.py, masking_utils.py, models/llama/modeling_llama.py
-(`eager_attention_forward`). The fused kernels are in `fused_attention`.
+(the choice); transformers, integrations/sdpa_attention.py, models/llama/modeling_llama.py (`eager_attention_forward`). The fused
+kernels are in `fused_attention`, masks in `masks`.
 """
 
 from __future__ import annotations
@@ -28,44 +28,6 @@ FLASH_CAPABILITY = (8, 0)
 """FlashAttention needs sm80; older cards run the memory-efficient kernel, which has no grouped queries."""
 MAX_FLASH_HEAD = 256
 HALF = ("bf16", "fp16")
-
-
-def causal_mask(model: Model, dtype: str, window: int | None = None) -> Tensor | None:
-    """`create_causal_mask`: for eager a mask of the model's dtype; for sdpa a boolean one where there is padding, a window
-    no longer than the sequence, a prefix, or an older transformers; else none, since the kernels know causal attention.
-    """
-    f, s, running = model.tape, model.seq, model.running
-    windowed = window is not None and model.key_len >= window
-    if model.running.attention == "eager":
-        _seen = seen_keys(model, windowed=window is not None)
-        return f.new(("b", 1, s, model.keys), dtype, "attention_mask")
-    if running.attention == "sdpa" and (running.padding or running.masks_unpadded or windowed or model.keys != s):
-        return seen_keys(model, windowed=window is not None)
-    return None
-
-
-def seen_keys(model: Model, *, windowed: bool, padded: bool | None = None) -> Tensor:
-    """`sdpa_mask`: which keys a query sees, each condition `and`ed to those before (`and_masks`): the window, causality, and
-    padding or one sequence's number. `padded`: whether the class passes a mask of the padding; None: the one of the batch.
-    """
-    f = model.tape
-    of_all = (1, 1, model.seq, model.keys)
-    packed = padded is None and model.running.masks_unpadded and model.keys == model.seq
-    padded = packed or ("attention_mask" in model.batch if padded is None else padded)
-    if windowed:
-        near = f.new(of_all, "bool", "gt")
-        seen = f.new(of_all, "bool", "bitwise_and")
-        del near
-        causal = f.new(of_all, "bool", "le")
-        seen = f.new(of_all, "bool", "bitwise_and" if padded else "attention_mask")
-        del causal
-    else:
-        seen = f.new(of_all, "bool", "le" if padded else "attention_mask")
-    if padded:
-        seen = f.new(of_all, "bool", "bitwise_and")
-        _same = f.new(("b", *of_all[1:]), "bool", "eq") if packed else None
-        seen = f.new(("b", *of_all[1:]), "bool", "attention_mask")
-    return seen
 
 
 def attend(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from peftplan.memory.activations import power
 from peftplan.memory.model import Model
 from peftplan.tape import ops
+from peftplan.tape.norms import layernorm, rms_normed
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 
@@ -26,7 +27,7 @@ def rms_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -> Tenso
     """`GemmaRMSNorm`: `(1 + weight)`, computed after the normalized x, multiplies in fp32."""
     f = model.tape
     f.module = name
-    normed = ops.rms_normed(f, f.to(x, "fp32"))
+    normed = rms_normed(f, f.to(x, "fp32"))
     weight = model.part(name, layer).weight
     assert weight is not None
     normed = ops.mul(f, normed, ops.shift(f, f.to(weight, "fp32")))
@@ -43,7 +44,7 @@ def bare_layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Te
     """`OlmoLayerNorm`: in fp32, without parameters."""
     f = model.tape
     f.module = name
-    narrow: Tensor = f.to(ops.layernorm(f, f.to(x, "fp32"), None), x.dtype)
+    narrow: Tensor = f.to(layernorm(f, f.to(x, "fp32"), None), x.dtype)
     return narrow
 
 

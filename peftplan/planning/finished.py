@@ -12,9 +12,9 @@ from peftplan.deployment.merging import Need
 from peftplan.deployment.safetensors import StoredTensor, file_bytes
 from peftplan.deployment.scratch import Device
 from peftplan.errors import RefusedError
+from peftplan.job.adapting import config_of
 from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.job import Job
-from peftplan.job.prepare import config_of
 from peftplan.storage import QuantConfig
 
 LOADED_ADAPTER_DTYPE = "fp32"

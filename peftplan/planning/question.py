@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import NeedsTraceError, RefusedError
+from peftplan.job.adapting import config_of
 from peftplan.job.inventory import Inventory, inventory
 from peftplan.job.job import Job
-from peftplan.job.prepare import config_of, prepared
+from peftplan.job.prepare import prepared
 from peftplan.job.requirements import pair, refused_batch, unmet
 from peftplan.job.setup import AdviceSearch, Engine, check_length, check_logits_to_keep, parse_setup
 from peftplan.job.tasks import without_loss

@@ -11,9 +11,10 @@ from peftplan.deployment import adapter_file, kv_cache, residents
 from peftplan.deployment.decoding import step_bytes
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, MissingExtraError, NeedsTraceError, RefusedError
+from peftplan.job.adapting import config_of
 from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.job import Job
-from peftplan.job.prepare import config_of, prepare
+from peftplan.job.prepare import prepare
 from peftplan.job.setup import Count
 from peftplan.job.tasks import rotary_positions
 from peftplan.job.words import named_as_typed

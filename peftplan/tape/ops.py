@@ -8,7 +8,6 @@ functions allocate gradients in the order of that file's entries: by argument na
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeAlias
 
 from peftplan.tape.tape import Tape
@@ -236,54 +235,6 @@ def _matmul_backward(f: Tape, node: Node, saved: tuple[Tensor | None, Tensor | N
     return grad_a, grad_b
 
 
-def rmsnorm(f: Tape, x: Tensor, weight: Operand | None, *, cast_last: bool = False) -> Tensor:
-    """Llama's RMSNorm: `x32 * rsqrt(mean(x32²) + eps)`, cast back to the dtype of x, times the weight.
-
-    Saves the fp32 copy of x, the result of rsqrt, and the normalized x if the weight trains. `cast_last` (Gemma): multiplies by
-    the weight before the cast. Source: transformers, `LlamaRMSNorm.forward`.
-    """
-    normed = rms_normed(f, f.to(x, "fp32"))
-    if cast_last:
-        out = normed if weight is None else mul(f, weight, normed)  # `normed` stays alive until this returns
-        narrow: Tensor = f.to(out, x.dtype)
-        return narrow
-    low = f.to(normed, x.dtype)
-    out = low if weight is None else mul(f, weight, low)
-    del normed
-    return out
-
-
-def rms_normed(f: Tape, x32: Tensor) -> Tensor:
-    """`x32 * rsqrt(mean(x32²) + eps)` in fp32: saves both factors."""
-    return mul(f, x32, _inverse_rms(f, x32))
-
-
-def _inverse_rms(f: Tape, x32: Tensor) -> Tensor:
-    """`rsqrt(x.pow(2).mean(-1) + eps)`, one number per row: saves x and its result."""
-    row = (*x32.dims[:-1], 1)
-    node = f.record(_inverse_rms_backward, (x32,), x32)
-    squared = f.new(x32.dims, "fp32", "pow")
-    mean = f.new(row, "fp32", "mean")
-    del squared
-    shifted = f.new(row, "fp32", "add")
-    rstd = f.new(row, "fp32", "rsqrt", node)
-    f.keep(node, rstd.detach())
-    del shifted, mean
-    return rstd
-
-
-def _inverse_rms_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Tensor:
-    dims = saved[0].dims
-    inner = f.new(g.dims, "fp32", "mul")
-    spread = f.new(dims, "fp32", "div")
-    del inner
-    power = f.new(dims, "fp32", "pow")
-    doubled = f.new(dims, "fp32", "mul")
-    out = f.new(dims, "fp32", "mul")
-    del spread, power, doubled
-    return out
-
-
 RIGHT_BEHIND = 0.5
 """Added to a node's sequence number to place a view directly after its base in autograd's order, wherever it is called here."""
 
@@ -338,25 +289,6 @@ def dropout(f: Tape, x: Tensor, p: float) -> Tensor:
     out = f.new(x.dims, x.dtype, "dropout", node)
     f.keep(node, mask)
     return out
-
-
-def layernorm(f: Tape, x: Operand, weight: Operand | None, bias: Operand | None = None) -> Tensor:
-    """`native_layer_norm`: saves its inputs, and the mean and rstd of each row in fp32. Autocast runs it in fp32."""
-    if f.autocast:
-        x, weight, bias = f.cast_all("fp32", x, weight, bias)
-    row = (*x.dims[:-1], 1)
-    node = f.record(_layernorm_backward, (x, weight, bias), x, weight, bias)
-    out = f.new(x.dims, x.dtype, "layer_norm", node)
-    f.keep(node, f.new(row, "fp32", "mean"), f.new(row, "fp32", "rstd"))
-    return out
-
-
-def _layernorm_backward(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor) -> Gradients:
-    grad = f.new(saved[0].dims, g.dtype, "native_layer_norm_backward") if node.edges[0] else None
-    width = (saved[0].dims[-1],)
-    weight = f.new(width, g.dtype, "sum") if node.edges[1] else None
-    bias = f.new(width, g.dtype, "sum") if node.edges[2] else None
-    return grad, weight, bias
 
 
 KEEPS_OUTPUT = ("relu", "tanh", "sigmoid")

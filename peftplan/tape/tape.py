@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar, overload
 
 from peftplan.errors import RefusedError
-from peftplan.ledger import Category
+from peftplan.tape.allocations import Allocations
 from peftplan.tape.graph import RELEASED, Frame, Place, StopRecomputationError, reachable
-from peftplan.tape.tensors import Backward, Broadcast, Dims, Node, Operand, Parameter, Storage, Tensor
+from peftplan.tape.tensors import Backward, Broadcast, Dims, Node, Operand, Parameter, Tensor
 from peftplan.versions import named
 
 T = TypeVar("T")
@@ -48,54 +48,30 @@ class Modules(Protocol):
         """The gathered tensor that holds a parameter's bytes now."""
 
 
-class Tape:
-    """The log of one step. `log` holds the number of a storage where it is allocated, and its negative where it is freed."""
+class Tape(Allocations):
+    """The autograd of one step, and its log of allocations."""
 
     def __init__(self, *, autocast: str | None = None, several: bool = False) -> None:
-        self.log: list[int] = []
-        self.dims: list[Dims] = [()]
-        self.dtypes: list[str] = ["uint8"]
-        self.names: list[str] = [""]
-        self.made_as: dict[int, str] = {}
-        """Storage → the name of a tensor before it became the gradient of a parameter."""
-        self.made_in: list[int] = [0]
-        """Storage → the segment that allocated it, negative in backward. Storages count from 1."""
-        self.freed: dict[int, int] = {}
-        self.category: dict[int, Category] = {}
-        self.savers: dict[int, str] = {}
-        self.counts: dict[int, int] = {}
-        """Storage → how many equal tensors its number stands for, if more than one."""
-        self.module = ""
-        self.segment = 1
+        super().__init__()
         self.autocast = autocast
         self.several = several
         """Whether the batch has several sequences, whose rows are one matrix only where each row is contiguous."""
         self.grad_enabled = True
-        self.marks: list[tuple[int, str]] = []
+        self.savers: dict[int, str] = {}
         self.products: list[tuple[int, str]] = []
         """Positions in the log of matrix products that write into an existing tensor, and the library that computes them."""
         self.leaves: set[tuple[int, Dims]] = set()
         """Storages of leaf tensors that require a gradient: embeddings under `enable_input_require_grads`."""
-        self.views: set[int] = set()
-        """Storages of gradients that autograd's formulas return as views."""
-        self.permuted: set[int] = set()
-        """Storages of tensors whose elements do not lie in the order of their dims."""
         self.lasting: set[int] = set()
         """Storages that the backward of a layer allocates and that live until the backward of all layers is done."""
         self._sequence = 0
         self._frame: Frame | None = None
         self._casts: dict[Parameter | int, Operand] = {}
         self._replaying: Frame | None = None
-        self.streams: dict[int, int] = {}
-        """Storage → the CUDA stream that allocates it, if not the default one."""
         self.nested = False
         """Whether a nested backward runs. It may reach nodes that another backward has already run."""
-        self.accumulated: Callable[[Parameter], None] | None = None
-        """What is called when a parameter has its gradient: `register_post_accumulate_grad_hook`."""
         self.kept_inputs: list[object] | None = None
         """Detached inputs of reentrant checkpoints with their gradients, where hooks hold them until backward ends."""
-        self.arrived: list[Parameter] = []
-        """The parameter for which it is to be called."""
         self.modules: Modules | None = None
         """What is done around each module; None: nothing."""
         self.linear_in_python = False
@@ -120,66 +96,6 @@ class Tape:
     def replays(self) -> bool:
         """Whether a checkpointed layer is being recomputed."""
         return self._replaying is not None
-
-    def new(self, dims: Dims, dtype: str, op: str, node: Node | None = None) -> Tensor:
-        """Allocate a tensor of these dims. `node`: the autograd node that computes it; None if it requires no gradient."""
-        number = len(self.dims)
-        self.dims.append(dims)
-        self.dtypes.append(dtype)
-        self.names.append(f"{self.module} {op}" if self.module else op)
-        self.made_in.append(self.segment)
-        self.log.append(number)
-        return Tensor(Storage(self, number), dims, dtype, node)
-
-    def alike(self, x: Tensor, dtype: str, op: str) -> Tensor:
-        """Allocate the result of an operation on each element of x; its elements lie in the order of those of x."""
-        out = self.new(x.dims, dtype, op)
-        if self.is_permuted(x) and out.storage is not None:
-            self.permuted.add(out.storage.number)
-        return out
-
-    def is_permuted(self, x: Tensor | None) -> bool:
-        """Whether the elements of x do not lie in the order of its dims."""
-        return x is not None and x.storage is not None and x.storage.number in self.permuted
-
-    def many(self, dims: Dims, dtype: str, op: str, count: int) -> Tensor:
-        """Allocate `count` equal tensors with one lifetime, under one number in the log."""
-        tensor = self.new(dims, dtype, op)
-        assert tensor.storage is not None
-        self.counts[tensor.storage.number] = count
-        return tensor
-
-    def view_of(self, tensor: Tensor) -> Tensor:
-        """Mark a gradient as a view. A view refers to its base, so autograd never adds to it in place."""
-        if tensor.storage is not None:
-            self.views.add(tensor.storage.number)
-        return tensor
-
-    def sum_into(self, grads: list[Tensor | None], index: int, grad: Tensor) -> None:
-        """Add `grad` to the gradient at `index`: in place if nothing else refers to that tensor, else into a new one.
-
-        To find out, drop the reference: if that frees the tensor, undo the free and add in place. Source: torch,
-        csrc/autograd/input_buffer.cpp (`can_accumulate_inplace`).
-        """
-        before = grads[index]
-        if before is None:
-            grads[index] = grad
-            return
-        number = None if before.storage is None else before.storage.number
-        if number is not None and number not in self.views:
-            grads[index] = before = None
-            if self.log[-1] == -number:
-                self.log.pop()
-                del self.freed[number]
-                grads[index] = Tensor(Storage(self, number), grad.dims, grad.dtype)
-                return
-        grads[index] = total = self.new(grad.dims, grad.dtype, "add")
-        if number in self.permuted and total.storage is not None:
-            self.permuted.add(total.storage.number)
-
-    def mark(self, what: str) -> None:
-        """Mark this position in the log, such as the start of a phase or the end of a layer."""
-        self.marks.append((len(self.log), what))
 
     def record(self, backward: Backward, inputs: tuple[Operand | None, ...], *saved: object) -> Node | None:
         """The autograd node of an operation on `inputs` that saves `saved`; None if no input requires a gradient.

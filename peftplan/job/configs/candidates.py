@@ -52,9 +52,9 @@ def _of_rule(rule: Rule, option: str, value: object, reading: Reading) -> Values
     if stated is None or keys is None:
         return None
     for key, wanted in rule.get("when", {}).items():
-        if key == "program" or (wanted in ("set", "stated") and key not in keys and not reading.holds(key, wanted)):
+        if key == "program" or (wanted in ("set", "stated") and key not in keys and not reading.effective.holds(key, wanted)):
             return None
-        if wanted == "unset" or (isinstance(wanted, list) and not reading.holds(key, wanted) and key not in keys):
+        if wanted == "unset" or (isinstance(wanted, list) and not reading.effective.holds(key, wanted) and key not in keys):
             accepted = [each for each in wanted if each is not None] if isinstance(wanted, list) else []
             if any(isinstance(each, str) and each.startswith("~") for each in accepted):
                 return None

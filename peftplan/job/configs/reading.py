@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 from peftplan.errors import nearest, quoted
-from peftplan.job.configs.detect import runs
 from peftplan.job.configs.documents import Document, FileError, Values, by_word, flat, read_json, word
+from peftplan.job.configs.effective import NOTHING, Effective
 from peftplan.job.configs.facts import Facts, Known, Row, Rule
 from peftplan.job.configs.interpolation import resolved
 from peftplan.job.configs.launching import launched, of_comments
@@ -31,7 +30,6 @@ TEXTS = frozenset({"model", "optim", "method"})
 """Options that are strings."""
 OPEN = re.compile(r"\$|<[A-Za-z_]|EXPR\{|\{\{")
 """What a text holds that only the shell, the program or a template fills in."""
-NOTHING = ("none", "", "false", "no", "null", "[]", "{}", "0")
 
 
 def plan_of(document: Document, tool: Facts, *, file: str) -> ConfigPlan:
@@ -64,6 +62,7 @@ class Reading:
         if document.kind == "command":
             values = {key: self._object(key, value) for key, value in values.items()}
         self.values = flat(resolved(values))
+        self.effective = Effective(self.values, tool, document, file)
         self.options: Values = {}
         self.launch: Values = {}
         self.read: dict[str, Read] = {}
@@ -183,11 +182,11 @@ class Reading:
     def rule(self, rule: Rule) -> None:
         """Apply a rule whose keys have its values."""
         when = rule.get("when", {})
-        if not all(self.holds(key, accepted) for key, accepted in when.items()):
+        if not all(self.effective.holds(key, accepted) for key, accepted in when.items()):
             return
         why, at = rule.get("why", ""), rule.get("at", "")
         for option, stated_value in rule.get("set", {}).items():
-            value = self._value_of(stated_value)
+            value = self.effective.meant(stated_value)
             if value is None:
                 continue
             self._set({option: value})
@@ -224,82 +223,6 @@ class Reading:
                 value = self.read.pop(key).value
                 self.unsupported[key] = Unsupported(value, f"{quoted(value)} is not known to peftplan", option=row["names"])
 
-    def _effective(self, key: str) -> Any:
-        value = self.values.get(key)
-        if value is None:
-            inside = [name for name in self.values if name.startswith(f"{key}.")]
-            if inside:
-                return inside
-            known = self.tool.known(key)
-            value = known.default if known else None
-        return value
-
-    def holds(self, key: str, accepted: Any) -> bool:
-        """Whether a key of the file, or the tool's default for it, has one of the values of a rule."""
-        if key == "program":
-            return runs(self.document.program, accepted)
-        if accepted == "said":
-            return self.values.get(key) is not None
-        value = self._effective(key)
-        if accepted in ("set", "unset"):
-            return (word(value) not in NOTHING) is (str(accepted) == "set")
-        return any(self._equal(value, each) for each in accepted)
-
-    @staticmethod
-    def _equal(value: object, accepted: object) -> bool:
-        """`~text` is contained in the value, or in one of its entries."""
-        if isinstance(accepted, str) and accepted.startswith("~"):
-            return accepted[1:].lower() in str(value).lower()
-        same: bool = word(value) == word(accepted)
-        return same
-
-    def _value_of(self, stated: Any) -> Any:
-        if not isinstance(stated, Mapping):
-            return tuple(stated) if isinstance(stated, list) else stated
-        if stated.keys() == {"all"}:
-            return self.document.values
-        if "tags" in stated:
-            return self._tags(stated["tags"])
-        if "globs" in stated:
-            return _globs(self._effective(stated["globs"]))
-        if "names" in stated:
-            return self._names(stated["names"])
-        if "key" in stated:
-            value = self._effective(stated["key"])
-            return tuple(value) if isinstance(value, list) else value
-        how, keys = next(iter(stated.items()))
-        numbers = [self._effective(key) for key in keys]
-        if not all(re.fullmatch("[0-9]{1,10}", str(number)) for number in numbers):
-            return None
-        return prod(map(int, numbers)) if how == "product" else sum(map(int, numbers))
-
-    def _tags(self, groups: list[Mapping[str, list[str]]]) -> str:
-        """A regular expression of names that hold one tag of each group, in their order: tags of the switches that are on."""
-        parts = []
-        for switches in groups:
-            tags = [tag for key, meant in switches.items() if key == "" or self._effective(key) for tag in meant]
-            parts.append(f"(?:{'|'.join(tags)})")
-        return f".*?{'.*?'.join(parts[:-1])}.*?\\.{parts[-1]}"
-
-    def _names(self, keys: Mapping[str, Any]) -> tuple[str, ...] | None:
-        """Names of modules: of a key that lists them, theirs → ours; of a switch that is on, those that it stands for."""
-        names: list[str] = []
-        for key, meant in keys.items():
-            value = self._effective(key)
-            if isinstance(meant, Mapping):
-                names += [meant.get(name, name) for name in self._listed(key, value)]
-            elif value:
-                names += meant
-        return tuple(dict.fromkeys(names)) or None
-
-    def _listed(self, key: str, value: object) -> list[str]:
-        """The names that a key lists. Raises FileError where it lists something else."""
-        listed: list[object] = [] if value is None else value if isinstance(value, list) else [value]
-        names = [name for name in listed if isinstance(name, str)]
-        if len(names) < len(listed):
-            raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a list of names")
-        return names
-
     def plan(self) -> ConfigPlan:
         """What was read; options that the method does not have are left out."""
         if self.tool.tool in LAUNCHERS:
@@ -334,14 +257,6 @@ class Reading:
             self.kind,  # type: ignore[arg-type]
         )
         return replace(plan, model=named(self.model, self.tool)) if self.model else plan
-
-
-def _globs(value: Any) -> Any:
-    """Names of modules with `*` as a regular expression; names without it as they are."""
-    names = value if isinstance(value, list) else [value]
-    if not any("*" in str(name) for name in names):
-        return tuple(names)
-    return "|".join(f"(?:.*\\.)?{re.escape(str(name)).replace(re.escape('*'), '.*')}" for name in names)
 
 
 def _open(value: Any) -> bool:

@@ -234,7 +234,7 @@ class _Writing:
         """Values that the tool needs beside others."""
         keys: Values = {}
         for row in self.tool.write.get("beside", ()):
-            if all(reading.holds(key, wanted) for key, wanted in row["when"].items()):
+            if all(reading.effective.holds(key, wanted) for key, wanted in row["when"].items()):
                 keys |= {key: value for key, value in row["keys"].items() if key not in reading.values}
         return keys
 

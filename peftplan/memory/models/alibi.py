@@ -6,10 +6,12 @@ Sources: transformers, models/{bloom,mpt}/modeling_*.py; torch, derivatives.yaml
 from __future__ import annotations
 
 from peftplan.memory.activations import activation
-from peftplan.memory.attention import batched, causal_mask, gathered, product
+from peftplan.memory.attention import batched, gathered, product
 from peftplan.memory.calls import inputs, into_cache
+from peftplan.memory.masks import causal_mask
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import Call, Style, run_layers
+from peftplan.memory.models.decoder import run_layers
+from peftplan.memory.models.style import Call, Style
 from peftplan.memory.norms import layer_norm
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced, split

@@ -10,10 +10,11 @@ from peftplan.arch.modules import Attention, Block
 from peftplan.depth.stack import run_stack, shared
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.activations import activation
-from peftplan.memory.attention import attend, seen_keys
+from peftplan.memory.attention import attend
 from peftplan.memory.calls import into_cache
 from peftplan.memory.convolution import convolution
 from peftplan.memory.kinds import kinds_of
+from peftplan.memory.masks import seen_keys
 from peftplan.memory.methods import virtual_tokens
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import bidirectional_mask

@@ -9,9 +9,10 @@ from peftplan.arch.modules import Block
 from peftplan.depth.stack import run_stack
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.activations import activation
-from peftplan.memory.attention import attend, causal_mask
+from peftplan.memory.attention import attend
 from peftplan.memory.calls import inputs
 from peftplan.memory.kinds import kinds_of
+from peftplan.memory.masks import causal_mask
 from peftplan.memory.model import Model
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape

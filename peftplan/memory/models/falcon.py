@@ -11,7 +11,8 @@ from peftplan.errors import NeedsTraceError
 from peftplan.memory.attention import attend, batched, for_all, gathered
 from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import Call, Style, mlp, rotary_tables, rotate_all, run_layers
+from peftplan.memory.models.decoder import mlp, rotary_tables, run_layers
+from peftplan.memory.models.style import Call, Style, rotate_all
 from peftplan.memory.norms import layer_norm
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from peftplan.memory.models.decoder import Style, decoder
+from peftplan.memory.models.decoder import decoder
+from peftplan.memory.models.style import Style
 from peftplan.memory.norms import rms_plus_one
 
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from peftplan.memory.models.decoder import Style, decoder
+from peftplan.memory.models.decoder import decoder
+from peftplan.memory.models.style import Style
 from peftplan.memory.norms import bare_layer_norm, layer_norm, rms_cast_last
 from peftplan.tape.rotary import partly_rotary, partly_rotary_in_turn, rotary
 from peftplan.tape.tape import Tape

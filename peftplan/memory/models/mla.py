@@ -13,8 +13,9 @@ from functools import partial
 from peftplan.memory.attention import attend, eager
 from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import Call, Style, decoder, masks_of, rotate_all, run_layers
+from peftplan.memory.models.decoder import decoder, masks_of, run_layers
 from peftplan.memory.models.moe import deepseek_block, deepseek_v2_route, deepseek_v3_route
+from peftplan.memory.models.style import Call, Style, rotate_all
 from peftplan.tape import ops
 from peftplan.tape.rotary import halves_rotated
 from peftplan.tape.shaping import cat, sliced, split

@@ -14,7 +14,8 @@ from peftplan.errors import NeedsTraceError
 from peftplan.memory.activations import activation
 from peftplan.memory.experts import chunked_gate, divided_in_place, experts, row_sum, taken, top_k
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
-from peftplan.memory.models.decoder import Call, Style, decoder, gated_mlp
+from peftplan.memory.models.decoder import decoder, gated_mlp
+from peftplan.memory.models.style import Call, Style
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Node, Tensor

@@ -9,7 +9,8 @@ from peftplan.errors import NeedsTraceError
 from peftplan.memory.activations import activation
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import Call, Style, masks_of, run_layers
+from peftplan.memory.models.decoder import masks_of, run_layers
+from peftplan.memory.models.style import Call, Style
 from peftplan.memory.norms import layer_norm
 from peftplan.tape import ops
 from peftplan.tape.tensors import Tensor

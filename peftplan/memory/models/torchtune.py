@@ -13,9 +13,11 @@ from peftplan.arch.modules import Attention
 from peftplan.memory.attention import attend, repeat_kv
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import Call, Norm, Style, mlp, run_layers
+from peftplan.memory.models.decoder import mlp, run_layers
+from peftplan.memory.models.style import Call, Norm, Style
 from peftplan.memory.norms import rms_plus_one
 from peftplan.tape import ops
+from peftplan.tape.norms import rms_normed
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Node, Tensor
 
@@ -73,7 +75,7 @@ def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
     """`RMSNorm.forward`: normed in fp32, cast back, times the weight."""
     f, weight = model.tape, model.part(name, layer).own_weight
     f.module = name
-    return ops.mul(f, f.to(ops.rms_normed(f, f.to(x, "fp32")), x.dtype), weight)
+    return ops.mul(f, f.to(rms_normed(f, f.to(x, "fp32")), x.dtype), weight)
 
 
 def rotated_pairs(f: Tape, x: Tensor) -> Tensor:

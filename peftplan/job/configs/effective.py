@@ -1,0 +1,107 @@
+"""What holds for each key of a file: its value there, else the tool's default. Rules ask here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from peftplan.job.configs.detect import runs
+from peftplan.job.configs.documents import Document, FileError, Values, word
+from peftplan.job.configs.facts import Facts
+
+NOTHING = ("none", "", "false", "no", "null", "[]", "{}", "0")
+
+
+class Effective:
+    """The values of a file with the defaults of its tool behind them."""
+
+    def __init__(self, values: Values, tool: Facts, document: Document, file: str) -> None:
+        self.values, self.tool, self.document, self.file = values, tool, document, file
+
+    def of(self, key: str) -> Any:
+        """The value of a key; the names of its keys where it is a mapping."""
+        value = self.values.get(key)
+        if value is None:
+            inside = [name for name in self.values if name.startswith(f"{key}.")]
+            if inside:
+                return inside
+            known = self.tool.known(key)
+            value = known.default if known else None
+        return value
+
+    def holds(self, key: str, accepted: Any) -> bool:
+        """Whether a key of the file, or the tool's default for it, has one of the values of a rule."""
+        if key == "program":
+            return runs(self.document.program, accepted)
+        if accepted == "said":
+            return self.values.get(key) is not None
+        value = self.of(key)
+        if accepted in ("set", "unset"):
+            return (word(value) not in NOTHING) is (str(accepted) == "set")
+        return any(self._equal(value, each) for each in accepted)
+
+    @staticmethod
+    def _equal(value: object, accepted: object) -> bool:
+        """`~text` is contained in the value, or in one of its entries."""
+        if isinstance(accepted, str) and accepted.startswith("~"):
+            return accepted[1:].lower() in str(value).lower()
+        same: bool = word(value) == word(accepted)
+        return same
+
+    def meant(self, stated: Any) -> Any:
+        """The value that a rule sets: itself, or what it makes of keys; None where these say nothing."""
+        if not isinstance(stated, Mapping):
+            return tuple(stated) if isinstance(stated, list) else stated
+        if stated.keys() == {"all"}:
+            return self.document.values
+        if "tags" in stated:
+            return self._tags(stated["tags"])
+        if "globs" in stated:
+            return _globs(self.of(stated["globs"]))
+        if "names" in stated:
+            return self._names(stated["names"])
+        if "key" in stated:
+            value = self.of(stated["key"])
+            return tuple(value) if isinstance(value, list) else value
+        how, keys = next(iter(stated.items()))
+        numbers = [self.of(key) for key in keys]
+        if not all(re.fullmatch("[0-9]{1,10}", str(number)) for number in numbers):
+            return None
+        return prod(map(int, numbers)) if how == "product" else sum(map(int, numbers))
+
+    def _tags(self, groups: list[Mapping[str, list[str]]]) -> str:
+        """A regular expression of names that hold one tag of each group, in their order: tags of the switches that are on."""
+        parts = []
+        for switches in groups:
+            tags = [tag for key, meant in switches.items() if key == "" or self.of(key) for tag in meant]
+            parts.append(f"(?:{'|'.join(tags)})")
+        return f".*?{'.*?'.join(parts[:-1])}.*?\\.{parts[-1]}"
+
+    def _names(self, keys: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Names of modules: of a key that lists them, theirs → ours; of a switch that is on, those that it stands for."""
+        names: list[str] = []
+        for key, meant in keys.items():
+            value = self.of(key)
+            if isinstance(meant, Mapping):
+                names += [meant.get(name, name) for name in self._listed(key, value)]
+            elif value:
+                names += meant
+        return tuple(dict.fromkeys(names)) or None
+
+    def _listed(self, key: str, value: object) -> list[str]:
+        """The names that a key lists. Raises FileError where it lists something else."""
+        listed: list[object] = [] if value is None else value if isinstance(value, list) else [value]
+        names = [name for name in listed if isinstance(name, str)]
+        if len(names) < len(listed):
+            raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a list of names")
+        return names
+
+
+def _globs(value: Any) -> Any:
+    """Names of modules with `*` as a regular expression; names without it as they are."""
+    names = value if isinstance(value, list) else [value]
+    if not any("*" in str(name) for name in names):
+        return tuple(names)
+    return "|".join(f"(?:.*\\.)?{re.escape(str(name)).replace(re.escape('*'), '.*')}" for name in names)

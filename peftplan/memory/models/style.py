@@ -1,0 +1,161 @@
+"""What differs between decoders of the Llama shape, and what one of their layers reads when it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+from peftplan.arch.modules import Block
+from peftplan.job.kernels import Lora
+from peftplan.memory import lora_kernels
+from peftplan.memory.attention import attend, by_heads, gathered, product
+from peftplan.memory.calls import behind, into_cache
+from peftplan.memory.model import Model
+from peftplan.memory.norms import rms
+from peftplan.tape import ops
+from peftplan.tape.rotary import rotary
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
+
+Norm = Callable[[Model, str, Tensor, "int | None"], Tensor]
+Rotation = Callable[[Tape, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+"""q, k, cosines and sines → q and k rotated, and what else lives until attention returns."""
+
+
+class Call(NamedTuple):
+    """One layer's call: what it reads besides its input. `tables`: cosines and sines, or what else its attention adds."""
+
+    model: Model
+    style: Style
+    block: Block
+    number: int
+    tables: tuple[Tensor, ...]
+    mask: Tensor | None
+
+    @property
+    def tape(self) -> Tape:
+        """The tape."""
+        return self.model.tape
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """A linear layer of this layer."""
+        return self.model.linear(f"{self.style.stack}.{name}", x, self.number)
+
+    def adapted(self, kernel: Lora, names: Sequence[str]) -> list[lora_kernels.Projection] | None:
+        """Projections of this layer that a LoRA kernel takes; None where it does not take them."""
+        return lora_kernels.projections(self.model, kernel, [f"{self.style.stack}.{name}" for name in names], self.number)
+
+    @property
+    def lora_dropout(self) -> float:
+        """The dropout before an adapter."""
+        return float(self.model.running.config.lora_dropout)
+
+    def norm(self, name: str | None, x: Tensor) -> Tensor:
+        """A norm of this layer; x itself where it has none."""
+        return x if name is None else self.style.norm(self.model, f"{self.style.stack}.{name}", x, self.number)
+
+    def module(self, name: str, x: Tensor, function: Sublayer, *, by_name: bool = False) -> Tensor:
+        """A module of this layer that has no parameters of its own."""
+        return self.tape.call(f"{self.style.stack}.{name}", self.number, (), x, lambda x: function(self, x), by_name=by_name)
+
+    def at(self, name: str = "") -> Tape:
+        """The tape, for operations of the layer itself or of a module of it."""
+        self.model.tape.module = f"{self.style.stack}.{name}" if name else self.style.stack
+        return self.model.tape
+
+    def dropout(self, x: Tensor) -> Tensor:
+        """The dropout that follows sublayers."""
+        return ops.dropout(self.model.tape, x, self.model.arch.dropout.hidden)
+
+    def behind(self, part: str, x: Tensor) -> Tensor:
+        """The output of this layer's `attention` or `output`, through the adapter behind it."""
+        return behind(self.model, f"{self.style.stack}.{part}_adapters", x, self.number)
+
+    def cached(self, k: Tensor, v: Tensor, *, rotated: bool, at_once: bool = True) -> tuple[Tensor, Tensor]:
+        """Keys and values as a cache copies them: their gradients come back head by head. `at_once`: see `ops.heads`."""
+        if self.moved:
+            k = k if rotated else ops.heads(self.tape, k, k.dims, clones=True, at_once=at_once)
+            v = ops.heads(self.tape, v, v.dims, clones=True, at_once=at_once)
+        return into_cache(self.model, k, v)
+
+    @property
+    def moved(self) -> bool:
+        """Whether a cache copies keys and values, or joins them to those of a prefix."""
+        return self.model.joins
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, rotated: bool, split: bool = False) -> Tensor:
+        """Attention over keys and values that `cached` gave. `split`: parts of one projection, whose gradient joins theirs."""
+        a, dropout = self.block.attentions[0], self.model.arch.dropout.attention
+        if self.style.narrow_eager and self.model.running.attention == "eager":
+            return narrow_eager(self, q, k, v, dropout, rotated=rotated)
+        if a.softcap and not self.style.softcaps:
+            a = a._replace(softcap=False)
+        by_head, moved = self.style.by_head, self.moved or split
+        return attend(self.model, a, q, k, v, self.mask, dropout=dropout, rotated=rotated, by_head=by_head, moved=moved)
+
+
+def narrow_eager(c: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, rotated: bool) -> Tensor:
+    """GPT-2's and GPT-J's `eager_attention_forward`: softmax in the scores' dtype, its result in the values'."""
+    f, model = c.tape, c.model
+    q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=c.moved)
+    wide = (lambda y: f.to(y, "fp32")) if c.style.wide_scores else (lambda y: y)
+    weights = ops.scale(
+        f, product(model, wide(q), wide(k), (*q.dims[:3], k.dims[2]), joined=(False, model.joins), transposed=True)
+    )
+    if c.mask is not None:
+        weights = ops.add(f, weights, c.mask)
+    weights = ops.softmax(f, weights, "fp32" if f.autocast else weights.dtype)
+    weights = f.to(weights, v.dtype)
+    weights = ops.dropout(f, weights, dropout)
+    model.layer_locals.append(weights)
+    return gathered(model, product(model, weights, v, q.dims, joined=(True, model.joins)))
+
+
+Sublayer = Callable[[Call, Tensor], Tensor]
+
+
+def rotate_all(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`apply_rotary_pos_emb` of whole heads."""
+    q = rotary(f, q, cos, sin)
+    return q, rotary(f, k, cos, sin)
+
+
+class Style(NamedTuple):
+    """How a family differs from Llama: in its whole `layer`, its `attention`, its `mixture` of experts, or in parts of these.
+
+    `norms` are those before and after attention, before and after the MLP. `qk_norm`: on the projection as it comes (`flat`), on
+    its heads (`head`), on heads moved before the sequence (`moved`), or on each head with a norm of its own (`each`).
+    `norms_last`: q is normed once k and v are projected. `views_last`: heads are viewed once all three are there.
+    `output` and `plain` are names: of attention's last projection, of the two matrices of an MLP without gate. `multiplied`: the
+    embedding, and what a sublayer adds, are multiplied. `tables_by_window`: sliding layers have rotary tables of their own;
+    `wide_tables`: in fp32, whatever the hidden states are. `hands_out_weights`: a layer's outputs, attention weights among them,
+    live until the next layer's take their name. `softcaps`: attention heeds the config's cap. `by_head`: rotation leaves
+    copies that lie head by head. `both_masks`: of full and of sliding attention, whatever layers there are. `narrow_eager`:
+    eager attention is that of GPT-2, with `wide_scores` that of GPT-J. `mask_by_position`: layers take
+    the mask by position, not by name.
+    """
+
+    norm: Norm = rms
+    norms: tuple[str | None, str | None, str | None, str | None] = ("input_layernorm", None, "post_attention_layernorm", None)
+    rotate: Rotation = rotate_all
+    layer: Sublayer | None = None
+    attention: Sublayer | None = None
+    mixture: Sublayer | None = None
+    qk_norm: Literal["flat", "head", "moved", "each"] = "head"
+    qk_names: tuple[str, str] = ("q_norm", "k_norm")
+    norms_last: bool = False
+    views_last: bool = False
+    output: str = "o_proj"
+    plain: tuple[str, str] = ("mlp.c_fc", "mlp.c_proj")
+    stack: str = "model.layers.{}"
+    final_norm: str | None = "model.norm"
+    multiplied: bool = False
+    tables_by_window: bool = False
+    wide_tables: bool = False
+    hands_out_weights: bool = False
+    softcaps: bool = True
+    by_head: bool = False
+    both_masks: bool = False
+    narrow_eager: bool = False
+    wide_scores: bool = False
+    mask_by_position: bool = False
