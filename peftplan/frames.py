@@ -39,3 +39,6 @@ class Listing(list[Record], Generic[Record]):
     def to_dataframe(self) -> DataFrame:
         """The rows as a pandas DataFrame."""
         return dataframe(self.records())
+
+    def _repr_html_(self) -> str:
+        return as_html(self)

@@ -70,6 +70,11 @@ class Sweep:
         """Rows; polars takes no iterable that has a length itself."""
         return self._grid.num_points() * max(len(self._cards), 1)
 
+    def __repr__(self) -> str:
+        of_cards = f" on {', '.join(card.id for card in self._cards)}" if self._cards else ""
+        rows = f"{self.num_rows:,} row{'' if self.num_rows == 1 else 's'}"
+        return f"<Sweep of {self._grid.text() or '1 point'}{of_cards}: {rows}, evaluated while they are read>"
+
     def __iter__(self) -> Iterator[SweepRow]:
         for chunk in self.chunks():
             rows = (dict(zip(chunk, values, strict=True)) for values in zip(*chunk.values(), strict=True))

@@ -14,10 +14,14 @@ from peftplan.report.colours import COLOURS
 from peftplan.units import GIB, format_bytes
 
 SUFFIXES = (".png", ".svg")
-WIDTH, ROW = 10.0, 0.55
-"""Inches of the figure, and of one bar."""
+WIDTH, ROW = 7.0, 0.5
+"""Inches of the figure, and of one bar: narrow, so that its words can be read on a phone."""
 OVER_LINES = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
 """Ground of a number that a card's line crosses."""
+ROW_OF_NAMES = 11
+"""Points between names of cards that stand one above the other, where they would overlap in one row."""
+LETTER = 0.015
+"""Width of a letter of them, as a share of the figure's."""
 FARTHEST = 1.4
 """Times the longest bar at which a card still has its line."""
 
@@ -40,7 +44,7 @@ def write(result: Comparison, path: str) -> None:
 
     methods = {row.method: row for row in reversed(result.rows) if row.by_category}
     cards = {row.gpu: row.usable_bytes for row in result.rows if row.gpu and row.usable_bytes}
-    figure = Figure(figsize=(WIDTH, 1.6 + ROW * len(methods)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.1 + ROW * len(methods)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     left = dict.fromkeys(methods, 0.0)
@@ -60,17 +64,34 @@ def write(result: Comparison, path: str) -> None:
         words = format_bytes(row.peak_allocated or 0)
         axes.text(left[name] + 0.01 * longest, place, words, va="center", fontsize=9, bbox=OVER_LINES)
     cards_near = {card: usable / GIB for card, usable in cards.items() if usable / GIB <= FARTHEST * longest}
+    widest = 1.15 * max(longest, *cards_near.values(), 0.0)
+    rows = _rows(cards_near, widest)
     for card, usable in cards_near.items():
         axes.axvline(usable, color="black", linewidth=0.8, linestyle="--")
-        axes.text(usable, 1.01, card, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
-    axes.set_xlim(0, 1.15 * max(longest, *cards_near.values(), 0.0))
-    axes.set_xlabel("; ".join(("GiB allocated at the peak", *_of_lines(cards_near, cards))))
-    axes.set_title(f"{result.model}: peak of a training step by method", loc="left", pad=18)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+        offset = (0, 2 + ROW_OF_NAMES * rows[card])
+        top = axes.get_xaxis_transform()
+        axes.annotate(card, (usable, 1), offset, xycoords=top, textcoords="offset points", ha="center", va="bottom", fontsize=9)
+    axes.set_xlim(0, widest)
+    axes.set_xlabel("\n".join(("GiB allocated at the peak", *_of_lines(cards_near, cards))))
+    title = f"{result.model}: peak of a training step by method"
+    axes.set_title(title, loc="left", pad=6 + ROW_OF_NAMES * (1 + max(rows.values(), default=0)))
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     with replacing(path, field="--plot") as file:
         figure.savefig(file, format=Path(path).suffix[1:], metadata={} if path.endswith(".svg") else {"Software": None})
+
+
+def _rows(cards: Mapping[str, float], widest: float) -> dict[str, int]:
+    """Card → the row of its name, counted upwards: the lowest in which it does not touch another."""
+    rows: dict[str, int] = {}
+    ends: list[float] = []
+    for card, usable in sorted(cards.items(), key=lambda item: item[1]):
+        half = LETTER * widest * (len(card) + 1) / 2
+        row = next((row for row, end in enumerate(ends) if end <= usable - half), len(ends))
+        ends[row : row + 1] = [usable + half]
+        rows[card] = row
+    return rows
 
 
 def _of_lines(cards_near: Collection[str], cards: Mapping[str, int]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
@@ -28,11 +29,13 @@ text-align:left!important;vertical-align:top;background:none;color:inherit}
 .peftplan .scroll td:not(.k){min-width:11em}
 .peftplan details{margin:4px 0}
 .peftplan summary{cursor:pointer;opacity:.75}
+.peftplan .o{white-space:nowrap}
 .peftplan .green{color:#2f9e44}.peftplan .yellow{color:#d9730d}.peftplan .red{color:#e5484d}
 """.replace("\n", "")
 """Only names inside `.peftplan`; greys are see-through, so that the page's own background decides."""
 
 
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 SHORT = 24
 """Letters of a cell that is never folded."""
 
@@ -52,8 +55,8 @@ class Stretch(NamedTuple):
 
 
 def text(value: str) -> Html:
-    """Text as HTML; what is HTML already stays."""
-    return value if isinstance(value, Html) else Html(escape(printable(value)))
+    """Text as HTML, whose options are not broken at their hyphens; what is HTML already stays."""
+    return value if isinstance(value, Html) else Html(_OPTION.sub(r'<span class="o">\g<0></span>', escape(printable(value))))
 
 
 def page(*parts: Html) -> str:

@@ -1,11 +1,12 @@
-"""Results as notebooks show them: `_repr_html_` of an estimate, a comparison, a fit, a serving and an inspection."""
+"""Results as notebooks show them: `_repr_html_` of an estimate, a comparison, a fit, a serving, an inspection and a listing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
-from typing import Any
+from typing import Any, NamedTuple
 
+from peftplan.frames import Listing
 from peftplan.planning.compare import Compared, Comparison
 from peftplan.planning.fit_result import Fit
 from peftplan.planning.inspection import Inspection
@@ -156,6 +157,22 @@ def inspection(result: Inspection) -> Iterator[Html]:
     yield _rows(modules.columns(result), [tabular.texts(row) for row in modules.cells(result)])
 
 
+def listing(result: Listing[NamedTuple]) -> Iterator[Html]:
+    """A table of the records."""
+    records = result.records()
+    columns = [Column(name.replace("_", " "), right=isinstance(value, int)) for name, value in (records or [{}])[0].items()]
+    yield _rows(columns, [tuple(map(_cell, record.values())) for record in records])
+
+
+def _cell(value: object) -> str:
+    """A field of a record as text; nothing for what is not known, and for none."""
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def _assumptions(assumptions: Mapping[str, object]) -> Html:
     rows = tabular.assumption_rows(assumptions)
     return markup.folded(f"{len(rows)} assumptions", _rows((Column("assumption"), Column("value")), rows))
@@ -174,4 +191,5 @@ VIEWS: dict[str, Callable[[Any], Iterator[Html]]] = {
     "Fit": fit,
     "Serving": serving,
     "Inspection": inspection,
+    "Listing": listing,
 }

@@ -13,7 +13,7 @@ from peftplan.errors import InputError, PeftplanError
 from peftplan.ledger import EVERY_CATEGORY
 from peftplan.planning.compare import compare
 from peftplan.planning.documents import ComparedFacts, ComparedRow
-from peftplan.report import comparing
+from peftplan.report import comparing, comparing_plot
 from tests.cli.run import run
 
 
@@ -92,6 +92,12 @@ def test_rows_are_flat_for_data_frames() -> None:
 @pytest.mark.parametrize(("size", "blocks"), [(0, 0), (1, 1), (500, 12), (1000, 24)])
 def test_bars_are_in_proportion(size: int, blocks: int) -> None:
     assert comparing.bar(size, 1000) == "█" * blocks
+
+
+def test_names_of_near_cards_stand_one_above_the_other() -> None:
+    """They were drawn over each other; a name that has room stays in the lowest row."""
+    rows = comparing_plot._rows({"a10g": 22.0, "l4": 22.5, "rtx-4090": 23.6, "a100-80gb": 79.0}, 90.0)
+    assert rows == {"a10g": 0, "l4": 1, "rtx-4090": 2, "a100-80gb": 0}
 
 
 def test_the_command_and_its_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,12 @@ from peftplan.planning.sweep import sweep
 FIXED = ("model", "method", "batch_size", "seq_len", "r", "gpu")
 
 
+def test_a_sweep_says_what_it_is_before_it_runs() -> None:
+    rows = sweep("llama-3.2-1b", batch_size=[1, 2], seq_len=range(512, 8193, 512), gpu=["t4", "l4"])
+    assert repr(rows) == "<Sweep of batch size 2 × seq len 16 on t4, l4: 64 rows, evaluated while they are read>"
+    assert repr(sweep("gpt2")) == "<Sweep of 1 point: 1 row, evaluated while they are read>"
+
+
 def estimated(row: Mapping[str, Any], *options: str, **fixed: Any) -> peftplan.Estimate:
     """A direct estimate of a row."""
     named = {name: row[name] for name in (*FIXED[1:], *options) if row[name] is not None}

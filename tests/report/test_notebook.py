@@ -81,6 +81,22 @@ def test_a_wide_table_scrolls_alone(name: str) -> None:
     assert "overflow-x" not in re.findall(r"\.peftplan\{(.*?)\}", shown)[0]
 
 
+def test_an_option_is_not_broken_at_its_hyphens() -> None:
+    assert text("add --loss-type a--b") == 'add <span class="o">--loss-type</span> a--b'
+
+
+@pytest.mark.parametrize("make", [peftplan.models, peftplan.gpus, peftplan.methods, peftplan.practices])
+def test_a_listing_is_a_table(make: Callable[[], Any]) -> None:
+    """A row for each record; a list of hundreds of records as Python prints it is no answer."""
+    entries = make()
+    shown = entries._repr_html_()
+    reader = Balanced()
+    reader.feed(shown)
+    assert shown.count("<tr>") == 1 + len(entries)
+    assert len(re.findall("<th[ >]", shown)) == len(entries.records()[0])
+    assert peftplan.models("no such model")._repr_html_().count("<tr>") == 1
+
+
 @pytest.mark.parametrize(("name", "header"), [("comparison", "card"), ("fit", "plan")])
 def test_a_verdict_comes_before_the_numbers_of_its_row(name: str, header: str) -> None:
     """A phone is 390 pixels wide and shows four columns."""

@@ -52,7 +52,7 @@ def test_bars_and_lines_of_a_comparison_are_its_rows(drawn: list[Figure], tmp_pa
             name: size for name, size in row["by_category"].items() if size
         }
         assert round(ends[row["method"]] * GIB) == row["peak_allocated"]
-    words = {text.get_text(): text.get_position() for text in axes.texts}
+    words = {text.get_text(): getattr(text, "xy", text.get_position()) for text in axes.texts}
     for row in rows:
         assert words[f"{row['peak_allocated'] / GIB:.2f} GiB"][1] == methods.index(row["method"])
     # a card far beyond the longest bar has no line: the H200 has 140 GiB
