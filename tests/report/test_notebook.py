@@ -87,7 +87,7 @@ def test_an_option_is_not_broken_at_its_hyphens() -> None:
 
 @pytest.mark.parametrize("make", [peftplan.models, peftplan.gpus, peftplan.methods, peftplan.practices])
 def test_a_listing_is_a_table(make: Callable[[], Any]) -> None:
-    """A row for each record; a list of hundreds of records as Python prints it is no answer."""
+    """A row for each record; a list of hundreds of records as Python prints it does not answer."""
     entries = make()
     shown = entries._repr_html_()
     reader = Balanced()
