@@ -102,22 +102,24 @@ Steps = tuple[Step, ...]
 """The steps of a run. The last one is reported."""
 
 
-def last_step(inventory: Inventory, compute_capability: str) -> Step:
+def last_step(inventory: Inventory, compute_capability: str, *, late: bool = False) -> Step:
     """The step that is reported, with its sizes."""
-    compiled_job = compiled(inventory, compute_capability=compute_capability)
+    compiled_job = compiled(inventory, compute_capability=compute_capability, late=late)
     setup = inventory.job.setup
     return compiled_job, compiled_job.sizes(setup.batch_size, setup.seq_len)
 
 
-def steps_of(inventory: Inventory, compute_capability: str) -> Steps:
-    """The steps of a run: the reported one twice, or the earlier steps that the script names and then the reported one."""
+def steps_of(inventory: Inventory, compute_capability: str, *, late: bool = False) -> Steps:
+    """The steps of a run: the reported one twice, or the earlier steps that the script names and then the reported one. `late`:
+    as the allocator sees them where the GPU is as late as it may be.
+    """
     job, setup = inventory.job, inventory.job.setup
-    last = last_step(inventory, compute_capability)
+    last = last_step(inventory, compute_capability, late=late)
     before: list[Step] = []
     for tokens in job.script.earlier_seq_lens or ((setup.seq_len,) if setup.keep_gradients else ()):
         there = setup.keep_gradients and bool(before)  # the first step starts without gradients
         earlier = job._replace(setup=setup.model_copy(update={"seq_len": tokens, "keep_gradients": there}))
-        of_step = compiled(inventory._replace(job=earlier), compute_capability=compute_capability)
+        of_step = compiled(inventory._replace(job=earlier), compute_capability=compute_capability, late=late)
         before.append((of_step, of_step.sizes(setup.batch_size, tokens)))
     of_last, named = last
     first = last if of_last.first is None else (of_last.first, named)
@@ -129,8 +131,8 @@ COMPILED: OrderedDict[tuple[object, ...], Compiled] = OrderedDict()
 COMPILED_KEPT = 256
 
 
-def compiled(inventory: Inventory, *, compute_capability: str) -> Compiled:
-    """The job compiled for all sizes that run the same operations; cached.
+def compiled(inventory: Inventory, *, compute_capability: str, late: bool = False) -> Compiled:
+    """The job compiled for all sizes that run the same operations; cached. `late`: as in `steps_of`.
 
     Raises NeedsTraceError or NoEngineError if a part of the job has no formula.
     """
@@ -145,19 +147,20 @@ def compiled(inventory: Inventory, *, compute_capability: str) -> Compiled:
         job.script,
         *facts,
         job.distributed,
+        late,
         *(getattr(setup, name) for name in Setup.model_fields if name not in ("batch_size", "seq_len")),
     )
     if key in COMPILED:
         COMPILED.move_to_end(key)
         return COMPILED[key]
     check(job)
-    COMPILED[key] = compiled_job = _compile(inventory, compute_capability=compute_capability)
+    COMPILED[key] = compiled_job = _compile(inventory, compute_capability=compute_capability, late=late)
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
     return compiled_job
 
 
-def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
+def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Compiled:
     job, parameters, static, holding = inventory
     setup, computing, architecture = job.setup, parameters.all, job.architecture
     if job.distributed is not None:
@@ -181,7 +184,7 @@ def _compile(inventory: Inventory, *, compute_capability: str) -> Compiled:
     first = None
     if job.distributed is not None:
         first = ranks.first_step(inventory, lambda: new_model(Tape()), program)
-        program = ranks.divided(inventory, model, program, first)
+        program = ranks.divided(inventory, model, program, first, late=late)
     steady_step(model, program, reference=reference_of(job, model))
     of_step = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
     on_tape = "gradients" if holding is None else holding.on_tape

@@ -44,15 +44,27 @@ class InstantPeaks(Peaks):
     ends: Mapping[str, int]
     """Phase of a step → the number of events before its peak."""
 
-    def run(self) -> Run:
-        """The steps that are replayed."""
-        steps = steps_of(self.inventory, self.compute_capability)
+    @property
+    def _waits(self) -> bool:
+        """Whether freed blocks wait for the GPU: FSDP1 calls `record_stream`."""
+        distributed = self.inventory.job.distributed
+        return distributed is not None and distributed.strategy == "fsdp1"
+
+    def run(self, *, late: bool = False) -> Run:
+        """The steps that are replayed. `late`: the GPU is as late as it may be."""
+        steps = steps_of(self.inventory, self.compute_capability, late=late)
         generation = generation_of(self.inventory, steps[-1][0], compute_capability=self.compute_capability)
         return Run(steps, self.inventory.job.script, generation)
 
     def runs_within(self, capacity_bytes: int) -> bool:
-        """Whether the job runs if at most `capacity_bytes` can be reserved. The allocator releases its cache before it fails."""
-        return self.run().fits(capacity_bytes)
+        """Whether the job runs if at most `capacity_bytes` can be reserved, however late the GPU is. The allocator releases its
+        cache before it fails.
+        """
+        return self.run(late=self._waits).fits(capacity_bytes)
+
+    def may_run_within(self, capacity_bytes: int) -> bool:
+        """Whether the job runs there if the GPU is never late, and is not known to run otherwise."""
+        return self._waits and self.at_least <= capacity_bytes and self.run().fits(capacity_bytes)
 
     @cached_property
     def _replayed(self) -> Replayed:
@@ -67,6 +79,10 @@ class InstantPeaks(Peaks):
     @property
     def reserved(self) -> int:
         return self._replayed.reserved
+
+    @cached_property
+    def reserved_at_most(self) -> int:
+        return max(self.reserved, self.run(late=True).peaks().reserved) if self._waits else self.reserved
 
     @cached_property
     def by_phase(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import peftplan.versions as versions
+from peftplan.distributed.fsdp1 import Fsdp1, Lag
 from peftplan.distributed.shards import cast_on_rank
 from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.setup import Setup
@@ -69,7 +70,6 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "sync_each_batch": bool(distributed.sync_each_batch),
         "reduce_dtype": distributed.reduce_dtype not in (None, autocast),
         "autocast": autocast == "fp16",
-        "offload_params": distributed.offload_params == "cpu",
     }
     return {
         "reshard_after_forward": type(distributed.reshard_after_forward) is int,
@@ -187,10 +187,10 @@ def first_step(inventory: Inventory, recording: Callable[[], Model], program: Pr
     return model
 
 
-def divided(inventory: Inventory, model: Model, program: Program, before: Model | None) -> Program:
+def divided(inventory: Inventory, model: Model, program: Program, before: Model | None, *, late: bool = False) -> Program:
     """The program of the step on this rank. It also sets `model.units`, which gathers and reduces around its parts.
 
-    `before`: the model after the first step, where there is one.
+    `before`: the model after the first step, where there is one. `late`: the GPU is as late as FSDP1 lets it be.
     """
     job, parameters, _, holding = inventory
     if job.distributed is None or holding is None or job.distributed.strategy not in MODELLED:
@@ -198,6 +198,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
     if job.distributed.strategy in FSDP:
         dtype = computing_dtype(job.distributed, str(job.setup.autocast))
         model.units = units_of(model, parameters, holding.each or holding.parameters, job.distributed, dtype=dtype)
+        if late and isinstance(model.units, Fsdp1):
+            model.units.lag = Lag()
         if job.distributed.strategy == "fsdp1" and dtype not in (None, str(job.setup.adapter_dtype)):
             model.running = model.running._replace(adapter_shards=str(job.setup.adapter_dtype))
         return program._replace(shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch))

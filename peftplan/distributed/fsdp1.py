@@ -6,10 +6,14 @@ for each tensor, inside its layer's; here it is gathered and reduced with its la
     forward     unit: cast its shard, gather into the flat parameter, free the cast | layer | free
     backward    unit: gather, and the one before it ahead (BACKWARD_PRE) | layer | gradients into one flat tensor, free them, free
                 the flat parameter, make the shard of the gradient, free the flat gradient
+
+What another stream still reads is marked with `record_stream`: the allocator gives it out again when the GPU has read it.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
@@ -18,6 +22,8 @@ from peftplan.units import ceil_div
 
 PRE_UNSHARD, UNSHARD, POST_BACKWARD = 1, 2, 3
 """Streams besides the default one, 0."""
+IN_FLIGHT = 2
+"""Freed units that the GPU may not have passed when the next one is gathered (`_FreeEventQueue`, under `limit_all_gathers`)."""
 ALIGNMENT = 16
 """Bytes at whose multiples each tensor of a flat parameter begins (`_get_aligned_numel`)."""
 
@@ -41,6 +47,38 @@ def flats_of(unit: Unit, ranks: int) -> list[Flat]:
     return flats
 
 
+class Lag:
+    """What the host has freed and a GPU that is as late as it may be has not passed."""
+
+    def __init__(self) -> None:
+        self.read: list[Tensor] = []
+        """Shards that a gather reads, until its unit's layer has run."""
+        self._frees: deque[list[Tensor]] = deque()
+        self._reduced: deque[list[Tensor]] = deque()
+
+    def wait(self) -> None:
+        """Before a gather the host waits for the last free but one."""
+        if len(self._frees) >= IN_FLIGHT:
+            self._frees.popleft()
+
+    def free(self, unsharded: list[Tensor]) -> None:
+        """A unit is freed. With its layer the GPU has passed all reductions but the last, before which the layer may have been
+        gathered.
+        """
+        passed = [self._reduced.popleft() for _ in range(len(self._reduced) - 1)]
+        self._frees.append([*unsharded, *self.read, *(tensor for of_unit in passed for tensor in of_unit)])
+        self.read.clear()
+
+    def reduce(self, gradients: list[Tensor]) -> None:
+        """A unit's flat gradients are being reduced."""
+        self._reduced.append(gradients)
+
+    def clear(self) -> None:
+        """The host reads a value: Trainer that of the loss, after each backward (`logging_nan_inf_filter`)."""
+        for tensors in (self.read, self._frees, self._reduced):
+            tensors.clear()
+
+
 class Fsdp1(Fsdp2):
     """All units of a model, the root first. `prefetch`: when backward gathers ahead, `pre`, `post` or `none`."""
 
@@ -49,6 +87,10 @@ class Fsdp1(Fsdp2):
     in_checkpoints = False
     """Whether units lie in reentrant checkpoints. Then a frozen unit's hook holds its detached input, and with it the gradient,
     until backward ends (torch, autograd/graph.py, `register_multi_grad_hook`), and no layer is gathered ahead."""
+    lag: Lag | None = None
+    """None: the GPU passes every read at once."""
+    _saved: Sequence[Tensor] = ()
+    """Shards of gradients that the host has copied, which backward keeps until it ends (`_saved_grad_shard`)."""
     _reshards_late: Unit | None = None
     """A unit whose base is frozen. Its hook is on its input, behind that of the unit before it, which gathers first
     (`_register_post_backward_reshard_only_hook`)."""
@@ -57,13 +99,32 @@ class Fsdp1(Fsdp2):
         """`FlatParamHandle.unshard`: the gathered buffer is the flat parameter that the layer runs on."""
         if unit.unsharded or not unit.members:
             return
+        if self.lag is not None:
+            self.lag.wait()
         for flat in flats_of(unit, self.world_size):
             first, shard = flat.members[0], (flat.numel // self.world_size,)
-            moved = self._new(shard, first.master, "shard from the host", PRE_UNSHARD) if self.offloads else None
             narrow = self._new(shard, first.dtype, "cast of a shard", PRE_UNSHARD) if first.casts else None
+            moved = self._new(shard, first.master, "shard from the host", PRE_UNSHARD) if self.offloads else None
+            if moved is not None and narrow is None:  # the module's own tensors are views of it (`flat_param_to`)
+                unit.unsharded.append(moved)
+            del moved
             gathered = self._new((flat.numel,), first.dtype, f"{flat.name} gathered", UNSHARD, "gathered_weights")
             unit.unsharded.append(gathered)
-            del moved, narrow
+            if self.lag is not None and narrow is not None:
+                self.lag.read.append(narrow)
+            del narrow
+
+    def leave(self, name: str, x: Tensor) -> Tensor:
+        """After a unit's forward, whose output is `x`."""
+        unit = self.by_name.get(name)
+        if unit is not None and unit.reshards and not self.f.replays:
+            self._reshard(unit)
+        return super().leave(name, x)
+
+    def _reshard(self, unit: Unit) -> None:
+        if self.lag is not None and unit.unsharded:
+            self.lag.free(unit.unsharded)
+        unit.unsharded = []
 
     def _wait(self, unit: Unit, *, forward: bool) -> None:
         """Nothing is copied out."""
@@ -80,7 +141,7 @@ class Fsdp1(Fsdp2):
 
     def _reshard_late(self) -> None:
         if self._reshards_late is not None:
-            self._reshards_late.unsharded = []
+            self._reshard(self._reshards_late)
             self._reshards_late = None
 
     def _gather_before(self, unit: Unit) -> None:
@@ -94,7 +155,7 @@ class Fsdp1(Fsdp2):
         flats = [flat for flat in flats_of(unit, self.world_size) if any(m.name in gradients for m in flat.members)]
         whole = [self._flattened(flat, gradients) for flat in flats]
         if self.in_checkpoints or any(member.trainable and not member.apart for member in unit.members):
-            unit.unsharded = []
+            self._reshard(unit)
         else:
             self._reshard_late()
             self._reshards_late = unit
@@ -106,6 +167,8 @@ class Fsdp1(Fsdp2):
             unit.whole = whole
             return
         whole, unit.whole = unit.whole or whole, []
+        if self.lag is not None:
+            self.lag.reduce([*whole])
         for number, flat in enumerate(flats):
             self._reduce_grad(unit, flat, whole, number)
 
@@ -113,8 +176,11 @@ class Fsdp1(Fsdp2):
         """`_post_backward_final_callback`."""
         super().end_backward()
         self._reshard_late()
+        self._saved = ()
         if self.f.kept_inputs is not None:
             self.f.kept_inputs.clear()
+        if self.lag is not None:
+            self.lag.clear()
 
     def _flattened(self, flat: Flat, gradients: dict[str, Parameter]) -> Tensor:
         """The backward of the split into views: one tensor of all gradients, on the stream of the gather, as the split was."""
@@ -142,6 +208,8 @@ class Fsdp1(Fsdp2):
         if dtype != first.master:
             output = self._new(shard, first.master, "reduce-scatter output, cast", POST_BACKWARD)
         whole[number] = output  # the flat gradient is freed
+        if self.offloads:
+            self._saved = [*self._saved, output]
         if self.offloads or len(unit.gradients) > number:
             return
         unit.gradients.append(output)

@@ -123,15 +123,22 @@ def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str
     flats: dict[tuple[str, str, bool], list[Parameter]] = {}
     kept: list[Parameter] = []
     each: list[Parameter] = []
+    stepped: list[Parameter] = []
     for p in parameters.all:
         dtype = "fp32" if p.trainable and autocast != "none" and p.dtype in HALF else p.dtype
         p = p if dtype == p.dtype or p.quantized else p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape))
         each.append(_part(p, distributed.shards, place))
         alone = trained_apart and p.trainable
         flats.setdefault((p.name if alone else unit_of(p), p.dtype if not p.quantized else _packed(p), p.trainable), []).append(p)
-    for (unit, dtype, _), members in flats.items():
-        kept += _flat(unit, dtype, members, distributed.shards, place)
-    return Holding(parameters._replace(all=tuple(kept)), each=parameters._replace(all=tuple(each)))
+    for (unit, dtype, trained), members in flats.items():
+        flat = [*_flat(unit, dtype, members, distributed.shards, place)]
+        kept += flat
+        stepped += _views(flat[0], members) if trained else ()
+    return Holding(
+        parameters._replace(all=tuple(kept)),
+        states_of=parameters._replace(all=tuple(stepped)),
+        each=parameters._replace(all=tuple(each)),
+    )
 
 
 def _part(p: Parameter, shards: int, place: Place) -> Parameter:
@@ -172,6 +179,22 @@ def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: P
         rest = tuple(a for a in p.allocations if a.name != "weight")
         if rest and p.quantized:
             yield p._replace(shape=(0,), trainable=False, allocations=rest)
+
+
+def _views(flat: Parameter, members: list[Parameter]) -> Iterator[Parameter]:
+    """What the optimizer of rank 0 steps over: the parts of the tensors that lie in its shard (`use_orig_params`). Members of
+    different layers are not told apart.
+    """
+    if len({p.copies for p in members}) > 1:
+        yield flat
+        return
+    left = flat.numel
+    for p in members:
+        part = min(p.numel, left)
+        left -= part
+        if part:
+            (stored,) = flat.allocations
+            yield p._replace(shape=(part,), allocations=(stored._replace(dims=(part,)),))
 
 
 def _elements(p: Parameter) -> int:

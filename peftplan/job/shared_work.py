@@ -24,6 +24,11 @@ def check_distributed(distributed: Distributed, setup: Setup, architecture: Arch
             f"quant_storage: FSDP1 cannot flatten integer dtype tensors (torch, _flat_param.py), and {quant.name} stores "
             f"{quant.quant_storage if quant.name != 'int8' else 'int8'}; accepted: --quant-storage bf16 with nf4 or fp4"
         )
+    if strategy == "fsdp1" and setup.autocast == "fp16" and setup.optim == "adamw_torch_fused":
+        raise RefusedError(
+            "optim: adamw_torch_fused fails in the first step of FSDP1 in fp16 (torch, sharded_grad_scaler.py: its found_inf has "
+            "the shape [1], AdamW's step counts have none); accepted: --optim adamw_torch, or --autocast bf16"
+        )
     if strategy == "device-map" and distributed.nodes > 1:
         raise InputError("nodes", distributed.nodes, "device_map is one process, which sees the GPUs of one machine; accepted: 1")
     if strategy == "tp" and setup.optim in FOREACH:

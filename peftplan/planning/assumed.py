@@ -37,7 +37,7 @@ NOTED = 0.01
 """Less than this share of a model is not worth a note."""
 
 NCCL = "buffers of NCCL, outside torch's allocator"
-RECORDED = "reserved bytes of up to two gathered units that FSDP1 has freed and the GPU has not passed yet (record_stream)"
+RECORDED = "reserved bytes of units that FSDP1 has freed and a late GPU still reads (record_stream); verdicts count them"
 OUTSIDE = ("CUDA context",)
 """What is outside torch's allocator, and so in no peak."""
 

@@ -107,6 +107,7 @@ class _State:
         self.sized, self.points, self.requested, self.cards = sized, points, requested, cards
         self.allocated = np.full(count, -1, dtype=np.int64)
         self.reserved = np.full(count, -1, dtype=np.int64)
+        self.at_most = np.full(count, -1, dtype=np.int64)
         self.verdicts = np.zeros((len(cards), count), dtype=np.int8)
         self.by = np.zeros((len(cards), count), dtype=np.int8)
         self.replayed = 0
@@ -134,6 +135,7 @@ class _State:
         for done, at in enumerate(where.tolist()):
             peaks = self._peaks(at)
             self.allocated[at], self.reserved[at] = peaks.allocated, peaks.reserved
+            self.at_most[at] = peaks.reserved_at_most if self.cards else peaks.reserved
             for number in np.flatnonzero(self.verdicts[:, at] == 0).tolist():
                 decision = verdict(self.cards[number].card, 0, peaks, peaks.runs_within)
                 self._say(number, at, decision.verdict, "replay")
@@ -142,8 +144,8 @@ class _State:
 
     def bound(self) -> None:
         """Say `fits` where even the bound leaves enough."""
-        known = self.reserved >= 0
-        excess = max(float((self.reserved[known] / self.requested[known]).max()) - 1, 0.0)
+        known = self.at_most >= 0
+        excess = max(float((self.at_most[known] / self.requested[known]).max()) - 1, 0.0)
         most = self.requested * (1 + FLOOR + CAUTION * excess) + SEGMENTS
         for number, card in enumerate(self.cards):
             self._say(number, np.flatnonzero((self.verdicts[number] == 0) & (most <= card.fits)), "fits", "bound")

@@ -159,11 +159,13 @@ def verdict(
 ) -> Verdict:
     """Whether a job fits a card.
 
-    *Needed* are the bytes that the allocator reserves without a limit, and the CUDA context, assumed where it is not known.
+    *Needed* are the bytes that the allocator reserves without a limit, however late the GPU is, and the CUDA context, assumed
+    where it is not known.
     `fits`: at least 5 % of the usable bytes are left. `tight`: less is left, or less than nothing while the job runs where the
     allocator may take no more than is usable: it gives cached memory back before it fails. `does_not_fit`: it fails there.
     `does_not_run`: a library raises, for the reason `refused`. `unknown`: no peak, or a lower bound that is not too large, or an
-    upper one that is. `bound`: what the peak is where a file has keys that no option says: `at_least`, `at_most` or `unknown`.
+    upper one that is, or a run that depends on the GPU's pace. `bound`: what the peak is where a file has keys that no option
+    says: `at_least`, `at_most` or `unknown`.
 
     `static_bytes`: what lasts from step to step, a lower bound where there is no peak. `runs_within`: whether the job runs where
     the allocator can take so many bytes. `skip_unfit`: do not replay peaks whose tensors alone are too large. `vllm`: what vLLM
@@ -174,7 +176,7 @@ def verdict(
     beside = 0 if vllm is None or vllm.sleeps else taken
     room -= beside
     unfit = skip_unfit and peaks is not None and peaks.at_least > room
-    reserved = static_bytes if peaks is None else peaks.at_least if unfit else peaks.reserved or peaks.allocated
+    reserved = static_bytes if peaks is None else peaks.at_least if unfit else peaks.reserved_at_most or peaks.allocated
     lower_bound = peaks is None or bool(peaks.incomplete) or bound == "at_least"
     if vllm is not None and vllm.sleeps and static_bytes + taken > reserved:
         beside, reserved = taken, static_bytes
@@ -183,7 +185,8 @@ def verdict(
     if refused is not None:
         word = "does_not_run"
     elif reserved > room and not releases_cache:
-        word = "unknown" if bound in ("at_most", "unknown") else "does_not_fit"
+        may = bound in ("at_most", "unknown") or (peaks is not None and peaks.may_run_within(room))
+        word = "unknown" if may else "does_not_fit"
     elif lower_bound:
         word = "unknown"
     else:

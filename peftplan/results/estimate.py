@@ -75,6 +75,15 @@ class Peaks:
         return self.by_phase[self.phase]
 
     @property
+    def reserved_at_most(self) -> int | None:
+        """The same where the GPU is as late as it may be, which keeps blocks that FSDP1 has freed; `reserved` elsewhere."""
+        return self.reserved
+
+    def may_run_within(self, capacity_bytes: int) -> bool:
+        """Whether it depends on the GPU's pace that the job runs where the allocator can take so many bytes."""
+        return False
+
+    @property
     def at_least(self) -> int:
         """Bytes below which the overall peak is not: known without a replay."""
         return self.allocated

@@ -35,12 +35,8 @@ def test_a_rank_of_an_8b_model(cell: list[Any]) -> None:
         assert peaks.reserved == pytest.approx(reserved, rel=1e-2)
 
 
-OPEN = (
-    'fsdp1 full 4 config={"tie_word_embeddings": true} fsdp={"backward_prefetch": "pre"}',
-    'fsdp1 full 64 fsdp={"backward_prefetch": "pre"}',
-)
-"""Reserved +10 %, and a step of 0.25 GB -0.3 %: the formulas make states in one piece for each flat parameter, AdamW for each of
-its tensors (`use_orig_params`)."""
+OPEN = ('fsdp1 full 64 fsdp={"backward_prefetch": "pre"}', 'fsdp1 full 4 config={"hidden_size": 1000')
+"""Steps of 0.25 and 0.6 GB, -0.3 and +0.12 %: the tail of one block, 0.7 MB, where the allocator puts a state of AdamW."""
 ROWS = [row for row in rows() if "error" not in row]
 
 
@@ -56,8 +52,8 @@ def test_a_rehearsed_job(row: dict[str, Any]) -> None:
     assert shares is not None
     whole, zero = "uint8" in row["name"], row["strategy"].startswith("zero")
     for phase in PHASES:
-        assert abs(shares[phase]) <= (0.02 if whole else 0.01 if row["name"] in OPEN else 0.002 if zero else 0.001), (
+        assert abs(shares[phase]) <= (0.02 if whole else 0.01 if row["name"].startswith(OPEN) else 0.002 if zero else 0.001), (
             phase,
             shares,
         )
-    assert abs(shares["reserved"]) <= (0.1 if row["name"] in OPEN else 0.01 if zero else 0.005), shares
+    assert abs(shares["reserved"]) <= (0.01 if zero else 0.005), shares

@@ -107,6 +107,9 @@ def fsdp_options(fields: Mapping[str, object]) -> Options:
         raise InputError(f"{ACCELERATE}: fsdp_version", version, "accepted: 1, 2")
     sharding: Options = {"strategy": f"fsdp{version}"}
     for name, value in plain.items():
+        if name == "limit_all_gathers" and version == "1" and not asks(value):
+            why = "without it the host may free and gather any number of units ahead of the GPU, which is not counted"
+            raise OptionError(f"{ACCELERATE}: fsdp_{name}", value, why)
         if name in FSDP_SILENT:
             continue
         if name not in FSDP_FIELDS:
