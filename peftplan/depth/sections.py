@@ -28,6 +28,12 @@ def kinds(block_of: Mapping[int, int], partial: Sequence[Collection[int]]) -> tu
     )
 
 
+def seconds_apart(kinds: tuple[int, ...]) -> tuple[int, ...]:
+    """The second layer of each kind as a kind of its own: where a layer's outputs live until the next layer returns, it frees
+    those of the first, which nothing keeps for backward if nothing before it trains."""
+    return tuple(-1 - kind if kinds[:layer].count(kind) == 1 else kind for layer, kind in enumerate(kinds))
+
+
 def _interleaved(layers: Collection[int], every: int) -> bool:
     """Whether layers with and without a tensor alternate, so that no layer can be a copy of a distant one."""
     return sum((layer in layers) != (layer - 1 in layers) for layer in range(1, every)) > 1

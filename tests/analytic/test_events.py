@@ -188,6 +188,33 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"method": "boft", "trainer": "trl", "target_modules": ["q_proj", "v_proj"], "batch_size": 4, "seq_len": 512},
     ),
+    "flash-attn's backward holds its output until it returns": (
+        {
+            "model_type": "gpt_bigcode",
+            "architectures": ["GPTBigCodeForCausalLM"],
+            "multi_query": True,
+            "n_embd": 1024,
+            "n_head": 8,
+            "n_inner": 4096,
+            "n_layer": 2,
+            "n_positions": 2048,
+            "vocab_size": 4000,
+        },
+        {
+            "method": "dora",
+            "target_modules": "all-linear",
+            "dtype": "fp16",
+            "autocast": "fp16",
+            **CHECKPOINTED,
+            "attn_implementation": "flash_attention_2",
+            "batch_size": 4,
+            "seq_len": 512,
+        },
+    ),
+    "the second layer of BLOOM frees the weights that the first, which has no gradient, handed out": (
+        {**shallow("bloom-560m", 4), "vocab_size": 4000},
+        {"method": "lora", "target_modules": ["dense_4h_to_h"], **PLAIN, **KEPT, "batch_size": 2, "seq_len": 500},
+    ),
     "states of fp16 are clamped": (UNTIED, {"method": "lora", **PLAIN, "dtype": "fp16", **CHECKPOINTED, "batch_size": 4}),
 }
 Change = tuple[str, int]
@@ -247,13 +274,7 @@ def large(changes: Iterable[Change]) -> list[Change]:
     return kept + sorted(freed)
 
 
-OPEN = ("T5's gradients behind a prefix are copied after the slices",)
-"""Jobs whose order differs: the formulas copy the gradient of one layer's keys where the trace does not."""
-
-
-@pytest.mark.parametrize(
-    "job", [pytest.param(job, marks=pytest.mark.xfail(job in OPEN, reason="open", strict=True)) for job in JOBS]
-)
+@pytest.mark.parametrize("job", JOBS)
 def test_large_tensors_come_and_go_in_the_traces_order(job: str) -> None:
     for module in ("torch", "transformers", "peft"):
         pytest.importorskip(module)

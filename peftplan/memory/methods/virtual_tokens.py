@@ -104,12 +104,13 @@ def prefixed(model: Model, kinds: tuple[int, ...] | None = None) -> list[tuple[T
     sections, _ = sections_of(kinds, summing=model.translates)
     extra = len(kinds) - len(sections)
     layers = len(kinds)
+    x = Tensor(x.storage, x.dims, x.dtype, f.record(_viewed_backward, (x,), x.dims))
     parts = 2
     if model.translates:  # the same for cross-attention, which then takes none
         parts = 4
         x = f.new((*x.dims[:-1], _doubled(x.dims[-1])), x.dtype, "cat", f.record(_twice_backward, (x,), x.dims))
     one = ("b", a.cached_heads or a.num_key_value_heads, p, a.head_dim)
-    node = f.record(_permute_backward, (x,), x.dims, (parts, *one), (parts * layers, *one), extra)
+    node = f.record(_split_backward, (x,), (parts, *one), (parts * layers, *one), extra)
     pairs = []
     for number in range(len(sections)):
         pair = f.record(_unbind_backward, (Tensor(x.storage, (parts, *one), x.dtype, node, number),), (2, *one), (parts, *one))
@@ -130,14 +131,19 @@ def _twice_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tenso
     return f.new(saved[0], g.dtype, "add")
 
 
-def _permute_backward(f: Tape, node: Node, saved: tuple[Dims, Dims, Dims, int], *grads: Tensor | None) -> Tensor:
-    """`view`, `permute` and `split`: the gradients of all layers side by side, then in the order of the encoder's output."""
-    dims, pair, every, copies = saved
+def _viewed_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+    """`view` behind which `permute` came: its gradient in the order of the encoder's output is a copy."""
+    return f.new(saved[0], g.dtype, "clone")
+
+
+def _split_backward(f: Tape, node: Node, saved: tuple[Dims, Dims, int], *grads: Tensor | None) -> Tensor:
+    """`split`: the gradients of all layers side by side."""
+    pair, every, copies = saved
     dtype = next(g.dtype for g in grads if g is not None)
     others = f.many(pair, dtype, "slice_backward", copies) if copies else None
     joined = f.new(every, dtype, "cat")
     del others, grads
-    return f.new(dims, joined.dtype, "clone")
+    return joined
 
 
 def _unbind_backward(f: Tape, node: Node, saved: tuple[Dims, Dims], *grads: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from peftplan.arch.modules import Attention
+from peftplan.depth.sections import seconds_apart
 from peftplan.depth.stack import run_stack
 from peftplan.memory import fused_layers, lora_kernels
 from peftplan.memory.activations import activation
@@ -80,9 +81,12 @@ def run_layers(
 
     states = [x]  # no name holds it while the layers run
     del x
+    kinds = kinds_of(model)
+    if style.hands_out_weights and not model.past:  # a prefix trains before every layer
+        kinds = seconds_apart(kinds)
     x = run_stack(
         model,
-        kinds_of(model),
+        kinds,
         states.pop(),
         layer,
         name="layers",

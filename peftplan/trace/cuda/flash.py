@@ -69,7 +69,7 @@ class Dense(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        q, k, v, *_ = ctx.saved_tensors
+        q, k, v, *_saved = ctx.saved_tensors  # held until the kernel returns
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         head = grads[0].shape[-1]
         grad = pad_last(grads[0], HEAD_MULTIPLE)
@@ -97,7 +97,7 @@ class Unpadded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        q, k, v, _, _, cu_seqlens_q, *_ = ctx.saved_tensors
+        q, k, v, _out, _lse, cu_seqlens_q, *_saved = ctx.saved_tensors  # held until the kernel returns
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         head = grads[0].shape[-1]
         grad = pad_last(grads[0], HEAD_MULTIPLE)
