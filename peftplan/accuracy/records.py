@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import parse_setup
-from peftplan.job.trainers import Defaults
+from peftplan.job.trainer import Defaults
 
 SCHEMA_VERSION = 1
 

@@ -9,7 +9,7 @@ import click
 from peftplan.cli import options, texts
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will_exit
 from peftplan.errors import RefusedError
-from peftplan.job.trainers import TrainerName
+from peftplan.job.trainer import TrainerName
 
 SERVING: dict[str, str] = {
     "--adapters": "adapters served beside one base; default: 1",

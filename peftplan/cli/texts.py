@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
-from peftplan.job.trainers import Autocast, Loss, TrainerName
+from peftplan.job.trainer import Autocast, Loss, TrainerName
 
 METHOD: dict[str, str] = {
     "--method": "see `peftplan methods`; default: lora",

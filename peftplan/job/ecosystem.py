@@ -11,7 +11,8 @@ from typing import Any
 
 from peftplan import files
 from peftplan.errors import InputError, MissingError, quoted
-from peftplan.job.trainers import DEFAULT, TRAINERS, Trainer, TrainerName
+from peftplan.job.trainer import Trainer, TrainerName
+from peftplan.job.trainers import DEFAULT, TRAINERS
 
 MAX_ADAPTER_CONFIG_BYTES = 2**20
 """Far above any adapter_config.json: they have a few KB, also with a long list of targets."""

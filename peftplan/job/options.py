@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
 from peftplan.job.script import Script
-from peftplan.job.trainers import Autocast, Loss, TrainerName
+from peftplan.job.trainer import Autocast, Loss, TrainerName
 
 
 class SizeOptions(TypedDict, total=False):

@@ -10,7 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError
 from peftplan.job.kernels import named_kernels
-from peftplan.job.trainers import DEFAULT, TRAINERS, Autocast, Forward, Loss, Trainer, TrainerName
+from peftplan.job.trainer import Autocast, Forward, Loss, Trainer, TrainerName
+from peftplan.job.trainers import DEFAULT, TRAINERS
 from peftplan.validation import first_error, listed
 
 Engine = Literal["analytic", "trace"]

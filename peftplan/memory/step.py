@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import NamedTuple
 
-from peftplan.job.trainers import LOSS, Forward, Trainer
+from peftplan.job.trainer import LOSS, Forward, Trainer
 from peftplan.memory.batch import batch_of
 from peftplan.memory.heads import head_of
 from peftplan.memory.model import Model

@@ -1,0 +1,139 @@
+"""What a trainer does around a model's step, as a record of facts."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+TrainerName = Literal[
+    "plain",
+    "transformers",
+    "trl",
+    "qlora-paper",
+    "trl-dpo",
+    "trl-kto",
+    "trl-reward",
+    "trl-grpo",
+    "trl-rloo",
+    "trl-orpo",
+    "trl-cpo",
+    "torchtune",
+]
+Reference = Literal["none", "adapter_off", "copy"]
+"""Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
+Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth", "torchtune-linear"]
+Autocast = Literal["none", "bf16", "fp16"]
+
+
+class Defaults(NamedTuple):
+    """Values that a trainer sets unless the user does, by the names of the setup's options."""
+
+    autocast: Autocast = "bf16"
+    gradient_checkpointing: bool = True
+    optim: str = "adamw_torch_fused"
+    loss: Loss = "full"
+    keep_outputs: bool = False
+    use_cache: bool | None = False
+    """None: as the model's config says."""
+    kbit_prepare: bool = True
+
+
+class Forward(NamedTuple):
+    """A forward of a step: of the policy, which trains, or of the reference model, which does not."""
+
+    of: Literal["policy", "reference"]
+    trains: bool = False
+    """Whether its graph is kept for backward; else it runs under `no_grad`, and leaves a sum for each row."""
+    batch: str = ""
+    """The prefix of the batch's tensors that it reads. What a forward of such rows gives is dropped but for a sum of each row."""
+
+
+LOSS = (Forward("policy", trains=True),)
+"""A step that runs the model once, with its loss."""
+
+
+class Trainer(NamedTuple):
+    """A trainer's defaults, and what it does that no option changes. The facts unset are those of transformers' Trainer under
+    accelerate (`Trainer.training_step`, `Trainer.create_optimizer`).
+    """
+
+    name: TrainerName
+    called: str
+    """Its name in error messages."""
+    defaults: Defaults = Defaults()
+    drops_outputs: bool = True
+    """Whether the loss is computed in a function of its own, which drops the model's outputs before backward."""
+    prepares_model: bool = True
+    """Whether accelerate prepares the model: autocast returns fp32 copies of 16-bit outputs, and the loss of fp16 is scaled."""
+    clips_gradients: bool = True
+    makes_optimizer: bool = True
+    """Whether `Trainer.create_optimizer` makes the optimizer: its 8-bit optimizers keep embeddings in 32 bits."""
+    collates: bool = True
+    """Whether a collator makes the batches: transformers then makes no mask of its own (`Script.masks_unpadded`)."""
+    always_masks: bool = False
+    """Whether every batch has an attention mask, of ones where nothing is padded."""
+    loads_on_device: bool = False
+    """Whether the model is on its device before the adapter is made; Trainer moves both, unless the model is quantized."""
+    loads_in_fp32: bool = False
+    """Whether a model that is given by its name is loaded in fp32, whatever its config says."""
+    turns_cache_off: bool = False
+    """Whether the forward is called without a KV cache, whatever `use_cache` says."""
+    casts: tuple[str, ...] = ()
+    """Formats of the base on which all that trains is cast to bf16, DoRA's magnitudes excepted."""
+    losses: tuple[Loss, ...] | None = None
+    """The losses that it can compute; None: any."""
+    sums_tokens: bool = False
+    """Whether it makes the chunked loss itself, from the log-probabilities of the tokens that the forward returns."""
+    rows: int = 1
+    """Rows of the batch for each example of `batch_size`: 2 where it is a pair of completions."""
+    forwards: tuple[Forward, ...] = LOSS
+    """The forwards of a step, in order; what those before it gave is alive while one runs."""
+    token_outputs: tuple[str, ...] = ("entropy", "is_top1")
+    """What the chunked head gives for each token besides its log-probability (`add_fused_lm_head`)."""
+    sums_rows: bool = False
+    """Whether its loss is made of the log-probabilities of whole rows, summed from those of their tokens."""
+    of_logits: bool = False
+    """Whether its loss is made of all logits of pairs, which the model returns without a loss."""
+    without_extra_rows: tuple[str, ...] = ()
+    """Values of `loss_type` that leave out the forwards of extra rows (`Forward.batch`)."""
+    task: str | None = None
+    """The task of the models that it trains, where it is one."""
+    num_labels: int | None = None
+    """Scores of its head."""
+    completion: int | None = None
+    """The default of `max_completion_length`, where the policy writes the completions that it is trained on."""
+    beta: float | None = None
+    """The default of `beta`; 0 leaves the reference model out."""
+    num_generations: int | None = None
+    """The default of `num_generations`, completions of a prompt, all of which one generation holds."""
+    options: frozenset[str] = frozenset()
+    """The options of preference and RL trainers that it has."""
+    loss_types: tuple[str, ...] = ()
+    """What it accepts as `loss_type`."""
+    many_losses: bool = False
+    """Whether it adds up losses of several types."""
+    expandable_segments: bool = False
+    """Whether its package sets `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True` (torchtune/__init__.py)."""
+    own_modules: bool = False
+    """Whether it builds the model of modules of its own, on the card, with adapters in the model's dtype."""
+    package: str | None = None
+    """The package whose other trainers are not counted."""
+    arguments: str | None = None
+    """The class of its arguments, where it has one of its own."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether the policy writes the completions that it is trained on."""
+        return self.completion is not None
+
+    @property
+    def of_preferences(self) -> bool:
+        """Whether it trains on preferences or rewards: a step is more than a forward with its loss."""
+        return bool(self.options) or self.rows > 1
+
+    def adapter_on_host(self, *, quantized: bool) -> bool:
+        """Whether buffers that peft makes on the host stay there."""
+        return self.loads_on_device or quantized
+
+    def casts_adapter(self, quant: str | None) -> bool:
+        """Whether all that trains is cast to bf16 on a base of this format."""
+        return quant in self.casts
