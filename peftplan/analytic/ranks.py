@@ -41,7 +41,7 @@ def without_formula(job: Job) -> str | None:
     """Why a job over several GPUs has no peak formula, as a suffix for a message; None if it has one."""
     distributed = job.distributed
     assert distributed is not None
-    rehearsed = distributed.strategy == "ddp" and job.setup.by.sums_rows and job.reference != "copy"
+    rehearsed = distributed.strategy == "ddp" and job.reference in job.setup.by.under_ddp
     if job.setup.by.of_preferences and not rehearsed:
         return f" and {job.setup.by.called}"
     if distributed.strategy == "ddp":

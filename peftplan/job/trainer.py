@@ -95,6 +95,8 @@ class Trainer(NamedTuple):
     """Whether its loss is made of all logits of pairs, which the model returns without a loss."""
     without_extra_rows: tuple[str, ...] = ()
     """Values of `loss_type` that leave out the forwards of extra rows (`Forward.batch`)."""
+    under_ddp: tuple[Reference, ...] = ()
+    """Of a trainer of preferences or rewards: the references beside which it was rehearsed under DDP."""
     task: str | None = None
     """The task of the models that it trains, where it is one."""
     num_labels: int | None = None

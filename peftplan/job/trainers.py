@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftplan.job.trainer import LOSS, Defaults, Forward, Trainer, TrainerName
+from peftplan.job.trainer import LOSS, Defaults, Forward, Reference, Trainer, TrainerName
 from peftplan.versions import named
 
 # trl `SFTTrainer.__init__` asks for `is_loaded_in_4bit` and `is_loaded_in_8bit` before it casts, projects in chunks
@@ -23,8 +23,10 @@ TRL = Trainer(
     arguments="SFTConfig",
 )
 # The reference model scores what was generated before the step, when nothing of it is alive (`_generate_and_score_completions`).
+ANY_REFERENCE: tuple[Reference, ...] = ("none", "adapter_off", "copy")
 GENERATING = TRL._replace(
     losses=("trl-chunked",),
+    under_ddp=ANY_REFERENCE,
     forwards=(Forward("reference"), *LOSS),
     token_outputs=("entropy",),
     completion=512,
@@ -73,6 +75,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             forwards=(*LOSS, Forward("reference")),
             loss_types=DPO_LOSSES,
             many_losses=True,
+            under_ddp=ANY_REFERENCE,
             arguments="DPOConfig",
         ),
         # Completions of other prompts are scored too, by both models (`_compute_kl_logps`).
@@ -82,6 +85,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             forwards=(Forward("policy", batch="KL_"), *LOSS, Forward("reference", batch="KL_"), Forward("reference")),
             without_extra_rows=("apo_zero_unpaired",),
             loss_types=("kto", "apo_zero_unpaired"),
+            under_ddp=("none", "adapter_off"),  # a second model: reserved -3 %
             arguments="KTOConfig",
         ),
         TRL._replace(
@@ -93,6 +97,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             rows=2,
             task="SEQ_CLS",
             num_labels=1,
+            under_ddp=ANY_REFERENCE,
             arguments="RewardConfig",
         ),
         OF_LOGITS._replace(name="trl-orpo", called=f"ORPOTrainer of {named('trl')}", arguments="ORPOConfig"),

@@ -187,6 +187,14 @@ def test_several_gpus_have_no_formula_yet() -> None:
     assert "a step with FSDP2 over 2 GPUs and DPOTrainer of trl 1.16" in result.not_modelled[0]
 
 
+@pytest.mark.parametrize(("trainer", "has"), [("trl-dpo", True), ("trl-reward", True), ("trl-rloo", True), ("trl-kto", False)])
+def test_a_second_model_under_ddp(trainer: str, *, has: bool) -> None:
+    """Loaded on the host and moved, beside DDP's buckets: rehearsed for all trainers, and close for all but KTO's."""
+    options: dict[str, Any] = {"num_generations": 2, "batch_size": 2} if trainer == "trl-rloo" else {"batch_size": 2}
+    result = estimate(MODEL, method="full", trainer=trainer, seq_len=S, gpus=4, strategy="ddp", **options)
+    assert (result.peaks is not None) is has
+
+
 KTO: dict[str, Any] = {"trainer": "trl-kto", "seq_len": S}
 
 

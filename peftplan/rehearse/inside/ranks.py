@@ -61,8 +61,9 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 def _by_number(gather: Callable[..., Any]) -> Callable[..., Any]:
     """The backends of cards compare numbers of elements, the fake one shapes: a flat output takes a flat input."""
 
-    def gather_flat(output: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return gather(output, tensor.view(-1) if output.dim() == 1 else tensor, *args, **kwargs)
+    def gather_flat(output_tensor: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        flat = input_tensor.view(-1) if output_tensor.dim() == 1 else input_tensor
+        return gather(output_tensor, flat, *args, **kwargs)
 
     return gather_flat
 
