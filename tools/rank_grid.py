@@ -65,6 +65,25 @@ CUT = {
 """Built-in models of other kinds than Llama, and how many of their layers run."""
 CUT_FULL = ("gpt2", "gemma-3-1b-pt", "opt-1.3b", "bloom-1b1", "phi-2", "pythia-1b", "olmo-2-0425-1b", "stablelm-2-1-6b")
 """Those of which all weights are trained too."""
+COLWISE = ["q_proj", "v_proj", "k_proj", "gate_proj", "up_proj"]
+"""The targets of LoRA that tensor parallelism divides by their outputs."""
+DIVIDED = {
+    "qwen2.5-7b": 2,
+    "gemma-2-2b": 2,
+    "phi-2": 3,
+    "pythia-1b": 3,
+    "olmo-2-0425-1b": 3,
+    "gpt-j-6b": 2,
+    "c4ai-command-r7b-12-2024": 4,
+    "phi-3-mini-4k-instruct": 3,
+    "starcoder2-3b": 3,
+    "glm-4-9b-0414": 2,
+    "granite-3.1-2b-base": 3,
+    "olmo-1b": 3,
+    "smollm3-3b": 4,
+    "aya-23-8b": 2,
+}
+"""Models of other kinds that have a plan of tensor parallelism, and how many of their layers run."""
 Named = tuple[str, str, int, dict[str, Any]]
 """Strategy, method, ranks, and what else is set."""
 
@@ -102,7 +121,7 @@ def jobs() -> Iterator[dict[str, Any]]:
     yield job("ddp", "full", 8)
     yield job("ddp", "lora", 8)
     yield from zero_jobs()
-    for strategy, method, world, more in sharded_jobs():
+    for strategy, method, world, more in (*sharded_jobs(), *tensor_parallel_jobs()):
         yield job(strategy, method, world, **more)
 
 
@@ -206,6 +225,8 @@ def job(
         if (prefetch := config.pop("backward_prefetch", None)) is not None:
             config["backward_prefetch"] = f"backward_{prefetch}"
         program["arguments"] = {**arguments, "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", **config}}
+    if strategy == "tp":
+        program["tp"] = world
     if strategy == "ddp":
         # Trainer looks for unused parameters of a PeftModel, with a map in pinned memory, which no rehearsal has
         program["arguments"] = {"ddp_find_unused_parameters": False}
@@ -267,6 +288,23 @@ def fsdp1_jobs() -> Iterator[Named]:
         yield "fsdp1", method, 4, more
     for world, method in product((2, 64), METHODS):
         yield "fsdp1", method, world, {"fsdp": ahead}
+
+
+def tensor_parallel_jobs() -> Iterator[Named]:
+    """Jobs under transformers' own tensor parallelism. Of LoRA those whose adapters peft makes as wide as they must be."""
+    dividing: tuple[tuple[str, int], ...] = (("llama-3.1-8b", 2), ("llama-3.2-1b", 3), ("qwen3-8b", 2), ("mistral-7b-v0.3", 2))
+    for (model, layers), world in product(dividing, (2, 4, 8)):
+        yield "tp", "full", world, {"model": model, "layers": layers}
+        yield "tp", "lora", world, {"model": model, "layers": layers, "target_modules": COLWISE[: 2 if world == 4 else 5]}
+    for (model, layers), method in product(dividing, METHODS):
+        wide = {} if method == "full" else {"target_modules": COLWISE, "r": 64}
+        yield "tp", method, 2, {"model": model, "layers": layers, "checkpointing": False, **wide}
+    model = {"model": "llama-3.2-1b", "layers": 3}
+    for more in ({"accumulation": 3}, {"optim": "adamw_torch"}, {"batch_size": 2, "seq_len": 1024}):
+        yield "tp", "full", 4, {**model, **more}
+        yield "tp", "lora", 4, {**model, **more, "target_modules": COLWISE}
+    for name, layers in DIVIDED.items():
+        yield "tp", "full", 2, {"model": name, "layers": layers, "seq_len": 256}
 
 
 def cut(name: str, layers: int) -> dict[str, Any]:

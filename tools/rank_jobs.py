@@ -54,6 +54,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         **({"dtype": "fp16", "autocast": "fp16"} if program.get("autocast") == "fp16" else {}),
         **({"dp_shard_size": shards} if (shards := program.get("parallel", {}).get("dp_shard_size")) else {}),
         **({"reduce_dtype": "fp32"} if "policy" in program else {}),
+        **({"target_modules": program["target_modules"]} if "target_modules" in program else {}),
         **row["fsdp"],
         **({"zero3_init": False} if row["strategy"] == "zero3" else {}),  # the program makes its model first
     }
@@ -137,11 +138,12 @@ def compared(row: dict[str, Any]) -> dict[str, float] | None:
     peaks = result.peaks
     if peaks is None:
         return None
-    # a rehearsal's forward begins where the step ends, while gradients are still there; DeepSpeed has freed them
+    # a rehearsal's forward begins where the step ends, while gradients are still there; DeepSpeed has freed them, and in tensor
+    # parallel nothing is made before they are freed
     fused = row["program"].get("optim", "adamw_torch_fused") == "adamw_torch_fused"
     lasting = result.static.bytes() + peaks.ledgers["step"].bytes(["workspaces"])
     after_step = peaks.by_phase["step"] if fused else lasting
-    frees = row["strategy"].startswith("zero")
+    frees = row["strategy"].startswith(("zero", "tp"))
     ours = {**peaks.by_phase, "forward": max(peaks.by_phase["forward"], 0 if frees else after_step)}
     shares = {phase: ours[phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
     return {**shares, "reserved": (peaks.reserved or 0) / row["peak_reserved"] - 1}

@@ -163,14 +163,16 @@ def compiled(inventory: Inventory, *, compute_capability: str, late: bool = Fals
 def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Compiled:
     job, parameters, static, holding = inventory
     setup, computing, architecture = job.setup, parameters.all, job.architecture
+    on_rank = architecture
     if job.distributed is not None:
         from peftplan.analytic import ranks
 
         setup, computing = ranks.setup_on_rank(job), ranks.parameters_on_rank(inventory).all
+        on_rank = ranks.architecture_of(job)
     trained_again = _trained_again(job, parameters)
     new_model = partial(
         Model,
-        arch=architecture,
+        arch=on_rank,
         parameters=parameters._replace(
             all=tuple(p._replace(trainable=p.trainable or p.name in trained_again) for p in computing)
         ),
@@ -205,26 +207,26 @@ def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Co
     passing = load_passing(
         parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled, adapters_pass_in=_passed_in(job)
     )
+    arrives = job.distributed is not None and job.distributed.facts.loads_on_device
     load: Callable[[Memory[Any]], None] = partial(
         load_into,
-        parameters=parameters,
+        parameters=parameters if holding is None or not arrives else holding.parameters,
         quant=job.quant,
         dtype=setup.dtype,
         dtype_of=dtype_of,
         prepared=job.quant is not None and bool(setup.kbit_prepare),
         adapters_pass_in=_passed_in(job),
         moved=job.quant is None and not setup.by.loads_on_device,
+        arrives=arrives,
     )
     if job.reference == "copy":
         from peftplan.memory.reference_load import load_both
 
         load = partial(load_both, load=load, reference=parameters, moved=job.distributed is not None)
-    if model.units.every_layer:
+    if job.distributed is not None:
         load = ranks.loaded_on_rank(inventory, model, buffers, load)
-        passing = ranks.passing_on_rank(load, Ledger(loaded))
-    elif job.distributed is not None:
-        load = ranks.synced(parameters, buffers, holding.beside if holding else (), load)
-        passing = ranks.passing_on_rank(load, Ledger(loaded)) or passing
+        beyond = ranks.passing_on_rank(load, Ledger(loaded))
+        passing = beyond or (passing if job.distributed.strategy == "ddp" else ())
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is constructed after loading
         loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
@@ -265,7 +267,8 @@ def _trained_again(job: Job, parameters: Parameters) -> frozenset[str]:
 
 def _passed_in(job: Job) -> str | None:
     """The dtype of adapters before peft casts them to fp32: that of the stored base, if it is on the device and in 16 bits."""
-    if job.method is None or job.method.peft_type not in ADAPTERS or not (job.quant or job.setup.by.loads_on_device):
+    on_device = job.setup.by.loads_on_device or (job.distributed is not None and job.distributed.facts.loads_on_device)
+    if job.method is None or job.method.peft_type not in ADAPTERS or not (job.quant or on_device):
         return None
     stored = job.setup.dtype if job.quant is None else job.quant.quant_storage
     return stored if stored in HALF else None

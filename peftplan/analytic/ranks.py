@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import peftplan.versions as versions
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
 from peftplan.distributed.shards import cast_on_rank
+from peftplan.distributed.tensor_parallel import PLANS, architecture_on_rank, ranks_of
 from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
@@ -20,12 +21,14 @@ from peftplan.memory.sharded import computing, computing_dtype, flat_units, grou
 from peftplan.memory.sharded_load import Loading, whole_sizes
 from peftplan.memory.step import Program, steady_step
 from peftplan.memory.synced import of_model, send
+from peftplan.memory.tensor_parallel import TensorParallel
 from peftplan.memory.zero import Zero
 from peftplan.memory.zero3 import Zero3
 from peftplan.memory.zero_load import FlatLoading, PartLoading
 from peftplan.parameters import Parameters
 
 if TYPE_CHECKING:
+    from peftplan.arch.modules import Architecture
     from peftplan.distributed.strategy import Distributed
     from peftplan.job.inventory import Inventory
     from peftplan.job.job import Job
@@ -47,6 +50,8 @@ def without_formula(job: Job) -> str | None:
     if distributed.strategy == "ddp":
         views = bool(distributed.gradient_as_bucket_view or distributed.static_graph or distributed.find_unused_parameters)
         return " and gradient_as_bucket_view, static_graph or find_unused_parameters" if views else None
+    if distributed.strategy == "tp":
+        return _listed(_unknown_to_tp(job, distributed))
     if distributed.strategy not in MODELLED:
         return ""
     unknown = (_unknown_to_zero(job, distributed) if distributed.strategy in ZERO else _unknown_to_fsdp(job, distributed)) | {
@@ -55,8 +60,35 @@ def without_formula(job: Job) -> str | None:
         and not (distributed.strategy == "fsdp1" and job.script.checkpoints_units),
         **_unrehearsed(job),
     }
+    return _listed(unknown)
+
+
+def _listed(unknown: dict[str, bool]) -> str | None:
     names = [name for name, is_unknown in unknown.items() if is_unknown]
     return f" and {', '.join(names)}" if names else None
+
+
+def _unknown_to_tp(job: Job, distributed: Distributed) -> dict[str, bool]:
+    """Parameters under transformers' tensor parallelism whose values were not rehearsed, and whether the job sets them so."""
+    setup, architecture = job.setup, job.architecture
+    tables = (architecture.input_embedding, architecture.output_embedding)
+    method = job.method.name if job.method else "this adapter config"
+    return {
+        "tp_size": ranks_of(distributed) != distributed.world_size,
+        "ep_size": distributed.ep_size not in (None, 1),
+        "pp_size": distributed.pp_size not in (None, 1),
+        f"a vocabulary of {architecture.vocab_size:,}": bool((architecture.vocab_size or 0) % ranks_of(distributed)),
+        f"model type {architecture.model_type}": architecture.model_type not in PLANS,
+        f"task {architecture.task_type}": architecture.task_type != "CAUSAL_LM",
+        f"method {method}": method not in ("full", "lora") or bool(getattr(job.config, "use_dora", False)),
+        "target_modules": any(module.name in tables for module in job.adaptation.matched),
+        "modules_to_save": bool(getattr(job.config, "modules_to_save", None)),
+        f"quant {job.quant and job.quant.name}": job.quant is not None,
+        "loss": setup.loss != "full",
+        "use_reentrant": bool(setup.use_reentrant and setup.gradient_checkpointing),
+        "keep_gradients": bool(setup.keep_gradients),
+        f"optim {setup.optim}": setup.optim not in SHOWN_OPTIMIZERS,
+    }
 
 
 def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
@@ -159,10 +191,21 @@ def setup_on_rank(job: Job) -> Setup:
     return job.setup.model_copy(update={"autocast": "none"})
 
 
+def architecture_of(job: Job) -> Architecture:
+    """The architecture that a rank computes."""
+    if job.distributed is None or job.distributed.strategy != "tp":
+        return job.architecture
+    return architecture_on_rank(job.architecture, ranks_of(job.distributed))
+
+
 def parameters_on_rank(inventory: Inventory) -> Parameters:
     """The parameters that operations compute with: under FSDP gathered, under DeepSpeed in 16 bits."""
     job, parameters, _, holding = inventory
-    if job.distributed is None or holding is None or job.distributed.strategy not in MODELLED:
+    if job.distributed is None or holding is None:
+        return parameters
+    if job.distributed.strategy == "tp":
+        return holding.parameters
+    if job.distributed.strategy not in MODELLED:
         return parameters
     if job.distributed.strategy in ZERO:
         return _cast(job, parameters)
@@ -193,6 +236,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
     `before`: the model after the first step, where there is one. `late`: the GPU is as late as FSDP1 lets it be.
     """
     job, parameters, _, holding = inventory
+    if job.distributed is not None and job.distributed.strategy == "tp":
+        model.units = TensorParallel(model, job.distributed, parameters.all)
     if job.distributed is None or holding is None or job.distributed.strategy not in MODELLED:
         return program
     if job.distributed.strategy in FSDP:
@@ -213,11 +258,13 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
 
 
 def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_gpu: Loader) -> Loader:
-    """How a rank loads the model; `of_one_gpu` where no strategy of `MODELLED` divides it."""
+    """How a rank loads the model. `of_one_gpu`: how one GPU loads what is not divided."""
     job, parameters, _, holding = inventory
     distributed = job.distributed
-    if distributed is None or holding is None or distributed.strategy not in MODELLED:
+    if distributed is None or holding is None or distributed.facts.loads_on_device:
         return of_one_gpu
+    if distributed.strategy == "ddp":
+        return synced(parameters, buffers, holding.beside, of_one_gpu)
     if distributed.strategy == "fsdp1":
         accumulates = job.setup.gradient_accumulation_steps > 1 and not distributed.sync_each_batch
         return flat_units(model, buffers, accumulates=accumulates)

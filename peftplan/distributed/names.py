@@ -32,6 +32,8 @@ class Facts(NamedTuple):
     takes: tuple[str, ...] = ()
     splits_weights: bool = False
     """Whether a rank holds only a part of the weights between steps."""
+    loads_on_device: bool = False
+    """Whether `from_pretrained` loads each weight, or a rank's part of it, straight to its device."""
 
 
 STRATEGIES: dict[StrategyName, Facts] = {
@@ -44,8 +46,8 @@ STRATEGIES: dict[StrategyName, Facts] = {
     "zero1": Facts("ZeRO-1", OF_ZERO),
     "zero2": Facts("ZeRO-2", OF_ZERO),
     "zero3": Facts("ZeRO-3", (*OF_ZERO, *OF_ZERO_3), splits_weights=True),
-    "tp": Facts("tensor parallelism", ("tp_size", "ep_size", "pp_size"), splits_weights=True),
-    "device-map": Facts("device_map", splits_weights=True),
+    "tp": Facts("tensor parallelism", ("tp_size", "ep_size", "pp_size"), splits_weights=True, loads_on_device=True),
+    "device-map": Facts("device_map", splits_weights=True, loads_on_device=True),
 }
 ALWAYS = ("strategy", "gpus", "nodes", "accelerate")
 """Fields that every strategy has."""

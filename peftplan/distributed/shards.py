@@ -11,8 +11,10 @@ from math import prod
 from typing import NamedTuple
 
 import peftplan.versions as versions
+from peftplan.arch.modules import Architecture
 from peftplan.distributed.device_map import largest
 from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.tensor_parallel import ranks_of, shards_of
 from peftplan.distributed.zero import UNDECAYED, by_tensor, groups_of, partition, persistence, reduce_bucket, trained_groups
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Allocation, Category, Line, Place
@@ -38,7 +40,9 @@ class Holding(NamedTuple):
     """What the step makes and frees."""
 
 
-def holding(parameters: Parameters, distributed: Distributed, *, autocast: str, quantized: bool, hidden_size: int) -> Holding:
+def holding(
+    parameters: Parameters, distributed: Distributed, architecture: Architecture, *, autocast: str, quantized: bool
+) -> Holding:
     """What a rank holds of these parameters. `autocast`: accelerate's `mixed_precision`."""
     strategy = distributed.strategy
     if strategy == "fsdp2":
@@ -46,26 +50,12 @@ def holding(parameters: Parameters, distributed: Distributed, *, autocast: str, 
     if strategy == "fsdp1":
         return _of_fsdp1(parameters, distributed, autocast=autocast)
     if strategy in ("zero1", "zero2", "zero3"):
-        return _of_zero(parameters, distributed, autocast=autocast, hidden_size=hidden_size)
+        return _of_zero(parameters, distributed, autocast=autocast, hidden_size=architecture.hidden_size or 0)
     if strategy == "ddp":
         return Holding(parameters, _buckets(parameters, distributed))
     if strategy == "tp":
-        return _divided(parameters, distributed.tp_size or distributed.world_size)
+        return Holding(shards_of(parameters, architecture, ranks_of(distributed)))
     return Holding(largest(parameters, distributed.world_size))
-
-
-def _divided(parameters: Parameters, parts: int) -> Holding:
-    """Every matrix in equal parts, as in transformers' tensor-parallel plans, which leave vectors whole.
-
-    For adapters this is a lower bound of the largest part.
-    """
-    shards = []
-    for p in parameters.all:
-        divided = len(p.shape) > 1
-        numel = ceil_div(p.numel, parts) if divided else p.numel
-        allocations = tuple(a._replace(dims=(ceil_div(prod(a.dims), parts),)) if divided else a for a in p.allocations)
-        shards.append(p._replace(shape=(numel,) if divided else p.shape, allocations=allocations))
-    return Holding(parameters._replace(all=tuple(shards)))
 
 
 def _place(offload: str | None) -> Place:

@@ -114,7 +114,8 @@ class Distributed(BaseModel):
         """The number of ranks that read their own batches."""
         if self.strategy == "device-map":
             return 1
-        return self.world_size // ((self.tp_size or 1) * (self.cp_size or 1) * (self.pp_size or 1))
+        divided = self.tp_size or (self.world_size if self.strategy == "tp" else 1)
+        return self.world_size // (divided * (self.cp_size or 1) * (self.pp_size or 1))
 
     @property
     def facts(self) -> Facts:

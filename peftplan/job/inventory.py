@@ -50,8 +50,7 @@ def inventory(job: Job) -> Inventory:
     if job.distributed is not None:
         from peftplan.distributed.shards import holding
 
-        hidden_size = architecture.hidden_size or 0
-        own = holding(built, job.distributed, autocast=str(setup.autocast), quantized=quant is not None, hidden_size=hidden_size)
+        own = holding(built, job.distributed, architecture, autocast=str(setup.autocast), quantized=quant is not None)
     return Inventory(job, built, _lasting(job, built, own), own)
 
 

@@ -28,6 +28,7 @@ from peftplan.methods.unmatched import unmatched_targets
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
 
 if TYPE_CHECKING:
+    from peftplan.arch.modules import Architecture
     from peftplan.distributed.strategy import Distributed
 
 PARTIAL = methods.METHODS["full"]._replace(name="partial", summary="the parameters of the base that require gradients train")
@@ -132,7 +133,7 @@ def prepared(request: Request) -> Job:
         *unmatched_targets(architecture, config, adapter),
         *(ignored_fields(adapter) if config is None and peft_config else ()),
         *without_vllm(setup),
-        *(() if distributed is None else _traps(distributed, setup, quant, adaptation)),
+        *(() if distributed is None else _traps(distributed, setup, architecture, quant, adaptation)),
     )
     chosen |= frozenset(adapter)
     return Job(
@@ -150,9 +151,12 @@ def prepared(request: Request) -> Job:
     )
 
 
-def _traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, adaptation: Adaptation) -> tuple[str, ...]:
-    from peftplan.job.shared_work import traps
+def _traps(
+    distributed: Distributed, setup: Setup, architecture: Architecture, quant: QuantConfig | None, adaptation: Adaptation
+) -> tuple[str, ...]:
+    from peftplan.job.shared_work import check_targets, traps
 
+    check_targets(distributed, architecture, adaptation)
     return tuple(traps(distributed, setup, quant, adaptation))
 
 

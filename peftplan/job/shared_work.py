@@ -6,14 +6,16 @@ from collections.abc import Iterator
 
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.tensor_parallel import UNPLANNED, divides_heads, style_of
 from peftplan.errors import InputError, RefusedError
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation
 from peftplan.storage import QuantConfig
+from peftplan.versions import named
 
 FLOATS = ("fp16", "bf16", "fp32", "fp64")
-FOREACH = ("adamw_torch", "sgd", "adagrad", "rmsprop")
-"""Optimizers that step over lists of tensors (`foreach`)."""
+MIXED = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Optimizers that step over lists of tensors (`foreach`, `fused`), which may not be of several kinds."""
 
 
 def check_distributed(distributed: Distributed, setup: Setup, architecture: Architecture, quant: QuantConfig | None) -> None:
@@ -31,11 +33,8 @@ def check_distributed(distributed: Distributed, setup: Setup, architecture: Arch
         )
     if strategy == "device-map" and distributed.nodes > 1:
         raise InputError("nodes", distributed.nodes, "device_map is one process, which sees the GPUs of one machine; accepted: 1")
-    if strategy == "tp" and setup.optim in FOREACH:
-        raise RefusedError(
-            f"optim: {setup.optim} steps over lists of tensors, and fails on a model in tensor parallel: mixed torch.Tensor and "
-            "DTensor (the norms stay whole); accepted: one that steps tensor by tensor, such as adafactor"
-        )
+    if strategy == "tp":
+        _check_tensor_parallel(setup, architecture)
     if distributed.sync_each_batch is not None and setup.gradient_accumulation_steps == 1:
         raise InputError(
             "sync_each_batch", distributed.sync_each_batch, "accepted: with gradient_accumulation_steps of 2 or more"
@@ -43,13 +42,47 @@ def check_distributed(distributed: Distributed, setup: Setup, architecture: Arch
     _check_heads(distributed.tp_size or (distributed.world_size if strategy == "tp" else 1), architecture)
 
 
+def _check_tensor_parallel(setup: Setup, architecture: Architecture) -> None:
+    """Raise RefusedError for what transformers cannot run in tensor parallel."""
+    if architecture.model_type in UNPLANNED:
+        raise RefusedError(
+            f"strategy: tp divides a model by its tp_plan, and {architecture.model_class} has none in {named('transformers')}; "
+            "accepted: fsdp2 or zero3"
+        )
+    if setup.optim in MIXED and not setup.by.makes_optimizer:
+        raise RefusedError(
+            f"optim: {setup.optim} steps over lists of tensors, and a loop that passes it all parameters fails in tensor "
+            "parallel: mixed torch.Tensor and DTensor (the norms stay whole); accepted: one that steps tensor by tensor, such as "
+            "adafactor, or trainer transformers, which makes a group for each"
+        )
+
+
+def check_targets(distributed: Distributed, architecture: Architecture, adaptation: Adaptation) -> None:
+    """Raise RefusedError for a LoRA that peft makes too narrow beside a divided layer (peft, tuners/tuners_utils.py,
+    `_get_in_out_features`)."""
+    of_lora = any(".lora_A." in tensor.name for tensor in adaptation.added)
+    for module in adaptation.matched if distributed.strategy == "tp" and of_lora else ():
+        if (style := style_of(architecture, module.name)) not in (None, "colwise", "embedding_rowwise"):
+            raise RefusedError(
+                f"target_modules: {module.leaf} is {style}, and {named('peft')} makes its adapter as wide as a rank's part, "
+                "which does not fit what transformers passes in: RuntimeError in the first forward; accepted: the modules that "
+                f"are colwise, {', '.join(_colwise(architecture))}"
+            )
+
+
+def _colwise(architecture: Architecture) -> list[str]:
+    return sorted({module.leaf for module in architecture.modules if style_of(architecture, module.name) == "colwise"})
+
+
 def _check_heads(tp_size: int, architecture: Architecture) -> None:
-    """Raise InputError if attention heads cannot be divided (transformers, distributed/tensor_parallel.py: colwise)."""
-    for block in architecture.blocks if tp_size > 1 else ():
+    """Raise InputError if attention heads cannot be divided: a rank views its part of a projection as whole heads."""
+    for block in architecture.blocks if tp_size > 1 and divides_heads(architecture) else ():
         for attention in block.attentions:
-            heads = attention.num_attention_heads
+            heads, pairs = attention.num_attention_heads, attention.num_key_value_heads
             if heads % tp_size:
                 raise InputError("tp_size", tp_size, f"accepted: a divisor of the model's {heads} attention heads")
+            if pairs % tp_size:
+                raise InputError("tp_size", tp_size, f"accepted: a divisor of the model's {pairs} heads of keys and values")
 
 
 def traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, adaptation: Adaptation) -> Iterator[str]:
@@ -69,7 +102,5 @@ def traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, ada
         yield f"gpus: {distributed.shards} ranks share tensors of {rows} rows, of which each rank still holds one"
     if distributed.facts.splits_weights and str(setup.optim).startswith("paged_"):
         yield f"optim: {setup.optim} has not been tested under {called}; its states are counted as if they followed the shards"
-    if distributed.strategy == "tp" and setup.optim == "adamw_torch_fused" and not adaptation.added:
-        yield "optim: adamw_torch_fused fails in the first step of tensor parallelism: norms are no DTensor, matrices are"
     if distributed.find_unused_parameters and setup.gradient_checkpointing and setup.use_reentrant:
         yield "find_unused_parameters: with reentrant checkpointing DDP marks parameters ready twice and raises"

@@ -95,16 +95,18 @@ def load_into(
     prepared: bool,
     adapters_pass_in: str | None = None,
     moved: bool = False,
+    arrives: bool = False,
 ) -> None:
     """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`.
 
+    `arrives`: a dense base is loaded to its device as a quantized one is, by name and behind a warm-up block.
     `moved`: the adapted model is moved module by module, so that what is added to a module follows it.
     `adapters_pass_in`: the dtype in which peft's layers put their tensors beside a base that is on the device, before it casts
     them all (peft, `_move_adapter_to_device_of_base_layer`, `cast_adapter_dtype`); None where they arrive as they last.
     """
-    first, second, last = load_order(parameters, quantized=quant is not None, moved=moved)
+    first, second, last = load_order(parameters, by_name=quant is not None or arrives, moved=moved and not arrives)
     base = [p for p in parameters.all if p.owner == "base"]
-    if quant is not None:
+    if quant is not None or arrives:
         memory.release(memory.allocate(_warm_up(base, quant, dtype=dtype)))
         for a in parameters.shared:
             memory.keep((a.nbytes,))
@@ -146,11 +148,12 @@ Tensors = list[tuple[Parameter, int | None]]
 """Tensors of families, each with its layer."""
 
 
-def load_order(parameters: Parameters, *, quantized: bool, moved: bool) -> tuple[Tensors, Tensors, Tensors]:
+def load_order(parameters: Parameters, *, by_name: bool, moved: bool) -> tuple[Tensors, Tensors, Tensors]:
     """What reaches the device first, what once that is there, and what when the adapters are made.
 
-    A quantized base arrives by name, and then its buffers. A dense model is moved module by module, each with its children first,
-    then its own parameters, then its own buffers (torch, `nn/modules/module.py`, `_apply`): with its adapters where `moved`.
+    A base that is loaded to its device arrives by name, and then its buffers. A dense model is moved module by module, each with
+    its children first, then its own parameters, then its own buffers (torch, `nn/modules/module.py`, `_apply`): with its adapters
+    where `moved`.
     """
     base, added = ([p for p in parameters.all if p.owner == owner] for owner in ("base", "adapter"))
     own, of_adapter = ([p for p in parameters.buffers if p.owner == owner] for owner in ("base", "adapter"))
@@ -158,11 +161,11 @@ def load_order(parameters: Parameters, *, quantized: bool, moved: bool) -> tuple
     everything = by_module(base, [*added, *of_adapter, *own])
     if moved:
         return list(tensors(everything)), [], []
-    if not quantized:
+    if not by_name:
         return list(tensors(by_module(base, own))), [], list(tensors(by_module(added, of_adapter)))
     buffers = {id(p) for p in (*own, *of_adapter)}
-    by_name = sorted(tensors(base), key=lambda tensor: _key(*tensor))
-    return by_name, list(tensors(p for p in everything if id(p) in buffers)), list(tensors(added))
+    arriving = sorted(tensors(base), key=lambda tensor: _key(*tensor))
+    return arriving, list(tensors(p for p in everything if id(p) in buffers)), list(tensors(added))
 
 
 def _with_first_module(buffers: list[Parameter], added: list[Parameter]) -> list[Parameter]:
@@ -174,9 +177,10 @@ def _with_first_module(buffers: list[Parameter], added: list[Parameter]) -> list
     return [p if "." in p.name else p._replace(name=f"{module}.{p.name}", layers=layers) for p in buffers]
 
 
-def _warm_up(base: Iterable[Parameter], quant: QuantConfig, *, dtype: str) -> int:
+def _warm_up(base: Iterable[Parameter], quant: QuantConfig | None, *, dtype: str) -> int:
     """Bytes of the block that is reserved first: all weights as they will be stored, in whole elements of fp16."""
-    total = sum(p.copies * p.numel * (WARMUP_BYTES[quant.name] if p.quantized else ITEMSIZE[dtype]) for p in base)
+    packed = 0.0 if quant is None else WARMUP_BYTES[quant.name]
+    total = sum(p.copies * p.numel * (packed if p.quantized else ITEMSIZE[dtype]) for p in base)
     return int(total // ITEMSIZE["fp16"]) * ITEMSIZE["fp16"]
 
 

@@ -222,8 +222,6 @@ class Model(Weights):
             check_lora_embedding(self.arch.model_type, self.running.config)
             rows = self.asking_gradient(ops.embedding(self.tape, part.own_weight, dims, ids))  # its hook is on the base layer
             return lora_embedding(self.tape, part, rows, ids)
-        if name == self.arch.input_embedding:  # a unit of its own
-            return ops.embedding(self.tape, self.table(name, part), dims, ids)
         return self.tape.call(
             name, None, (part.weight,), ids, lambda ids: ops.embedding(self.tape, self.table(name, part), dims, ids)
         )

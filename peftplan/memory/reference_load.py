@@ -31,7 +31,7 @@ def load_both(memory: Memory[Handle], load: Load, reference: Parameters, *, move
     if not moved:
         weights = sum(a.nbytes * p.copies for p in base for a in p.allocations)
         memory.release(memory.allocate(warm_up(weights, cached_after(load))))
-    first, second, _ = load_order(reference._replace(all=base), quantized=not moved, moved=moved)
+    first, second, _ = load_order(reference._replace(all=base), by_name=not moved, moved=moved)
     for p, _ in (*first, *second):
         memory.keep(tuple(a.nbytes for a in p.allocations if a.place == "device"))
 

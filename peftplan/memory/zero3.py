@@ -88,6 +88,8 @@ class Zero3(Stage):
         by_name: bool,
     ) -> Tensor:
         """Call a module on `x`; `by_name`: it takes it as a keyword, which hooks do not see."""
+        if name == self.model.arch.input_embedding:  # a unit of its own
+            return function(x)
         module = self._module(name, layer, parameters)
         reads = any(p.name == f"{name}.lora_A.weight" for p in parameters)
         self.pre_forward(module, unknown=reads and module.name not in self.readers)

@@ -40,7 +40,7 @@ class FlatLoading(NamedTuple):
         """Load tensor by tensor."""
         trained: dict[str, list[Handle]] = {}
         if self.of_one_gpu is None:
-            for p, _ in (tensor for part in load_order(self.cast, quantized=False, moved=True) for tensor in part):
+            for p, _ in (tensor for part in load_order(self.cast, by_name=False, moved=True) for tensor in part):
                 self._put(memory, p, trained)
         else:
             self._cast_quantized(memory, trained)
@@ -83,7 +83,7 @@ class FlatLoading(NamedTuple):
         moves = {p.name for p in self.parameters.all if p.trainable or cast[p.name].dtype != p.dtype}
         passing = Passing(memory, {_sizes(p) for p in self.parameters.all if p.name in moves})
         self.of_one_gpu(passing)
-        for p, _ in (tensor for part in load_order(self.parameters, quantized=False, moved=True) for tensor in part):
+        for p, _ in (tensor for part in load_order(self.parameters, by_name=False, moved=True) for tensor in part):
             if p.name in moves:
                 self._put(memory, cast[p.name], trained)
                 passing.take(_sizes(p))
@@ -187,12 +187,12 @@ class PartLoading(NamedTuple):
         """The whole model reaches the device, a quantized one as on one GPU; then all is cast, tensor by tensor."""
         whole: dict[Key, list[Handle]] = {}
         if self.of_one_gpu is None:
-            for p, layer in (tensor for part in load_order(self.cast, quantized=False, moved=True) for tensor in part):
+            for p, layer in (tensor for part in load_order(self.cast, by_name=False, moved=True) for tensor in part):
                 whole.setdefault((p.name, layer), []).append(memory.allocate(ITEMSIZE[p.dtype] * p.numel))
         else:
             passing = Passing(memory, {_sizes(p)[:1] for p in self.parameters.all})
             self.of_one_gpu(passing)
-            by_name, _, added_last = load_order(self.parameters, quantized=True, moved=False)
+            by_name, _, added_last = load_order(self.parameters, by_name=True, moved=False)
             for p, layer in (*by_name, *added_last):
                 whole.setdefault((p.name, layer), []).append(passing.pop(_sizes(p)[:1]))
             self._cast(memory, whole)

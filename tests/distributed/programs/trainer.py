@@ -56,6 +56,12 @@ if job["method"] == "qlora":
     name = job.get("model", "meta-llama/Llama-3.2-1B")
     config = cut(name, job.get("layers", 3))
     model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=half, quantization_config=stored)
+elif "tp" in job:
+    from transformers.distributed import DistributedConfig
+
+    config = cut(job["model"], job["layers"])
+    divided = DistributedConfig(tp_size=job["tp"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], config=config, dtype=half, distributed_config=divided)
 else:
     with no_init_weights():
         if "model" in job:
@@ -67,7 +73,8 @@ else:
 if job["method"] != "full":
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(model, LoraConfig(r=job.get("r", 16), target_modules="all-linear", task_type="CAUSAL_LM"))
+    targets = job.get("target_modules", "all-linear")
+    model = get_peft_model(model, LoraConfig(r=job.get("r", 16), target_modules=targets, task_type="CAUSAL_LM"))
 if "deepspeed" in job.get("arguments", {}):  # ranks that are not there cannot be asked whether they agree
     import deepspeed.runtime.zero.partition_parameters
     import deepspeed.runtime.zero.stage3

@@ -1,0 +1,123 @@
+"""Tensor parallelism as transformers does it: which part of each matrix a rank holds.
+
+Source: transformers, `base_model_tp_plan` of each model's config and `_tp_plan` of its class; distributed/mixin.py
+(`init_parallel_plans`), distributed/tensor_parallel.py (`ColwiseParallel`, `RowwiseParallel`, `EmbeddingParallel`); peft,
+tuners/lora/model.py (`add_lora_tp_hooks_dtensor`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+from peftplan.arch.modules import Architecture, Attention
+from peftplan.distributed.strategy import Distributed
+from peftplan.parameters import Parameter, Parameters
+from peftplan.units import ceil_div
+
+Style = Literal["colwise", "colwise_gather_output", "rowwise", "rowwise_split_input", "embedding_rowwise"]
+"""`colwise` divides the outputs of a layer over the ranks, `rowwise` its inputs. `gather_output`: every rank gets all outputs;
+`split_input`: every rank has all inputs and takes its part."""
+Plan = Mapping[str, Style]
+"""Module of a layer → style."""
+
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ATTENTION: Plan = {**dict.fromkeys(PROJECTIONS, "colwise"), "self_attn.o_proj": "rowwise"}
+GATED: Plan = {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+FUSED: Plan = {"mlp.gate_up_proj": "colwise_gather_output", "mlp.down_proj": "rowwise_split_input"}
+WHOLE_HEADS: Plan = {**dict.fromkeys(PROJECTIONS, "colwise_gather_output"), "self_attn.o_proj": "rowwise_split_input"}
+LLAMA: Plan = {**ATTENTION, **GATED}
+PLANS: dict[str, Plan] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo"), LLAMA),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "cohere", "cohere2"), LLAMA),
+    "olmo2": {**WHOLE_HEADS, **GATED},
+    "phi3": {"self_attn.qkv_proj": "colwise_gather_output", "self_attn.o_proj": "rowwise_split_input", **FUSED},
+    "glm4": {**ATTENTION, **FUSED},
+    "starcoder2": {**ATTENTION, "mlp.c_fc": "colwise", "mlp.c_proj": "rowwise"},
+    "phi": {
+        **dict.fromkeys((*PROJECTIONS, "mlp.fc1"), "colwise"),
+        **dict.fromkeys(("self_attn.dense", "mlp.fc2"), "rowwise"),
+    },
+    "gptj": {
+        **dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"), "colwise"),
+        **dict.fromkeys(("attn.out_proj", "mlp.fc_out"), "rowwise"),
+    },
+    "gpt_neox": {
+        "attention.query_key_value": "colwise",
+        "attention.dense": "rowwise",
+        "mlp.dense_h_to_4h": "colwise",
+        "mlp.dense_4h_to_h": "rowwise",
+    },
+}
+"""Model type → plan of its layers. Norms of heads (`replicated_with_grad_allreduce`) stay whole."""
+UNPLANNED = (
+    *("stablelm", "gpt2", "gpt_bigcode", "opt", "bloom", "mpt", "falcon"),
+    *("bert", "roberta", "xlm-roberta", "bart", "whisper"),
+)
+"""Model types whose config and class state no plan."""
+
+
+def ranks_of(distributed: Distributed) -> int:
+    """The number of ranks that share a matrix."""
+    return distributed.tp_size or distributed.world_size
+
+
+def style_of(architecture: Architecture, module: str) -> Style | None:
+    """How a module is divided; None: every rank has all of it."""
+    if architecture.model_type not in PLANS:
+        return None
+    if module == architecture.input_embedding:
+        return "embedding_rowwise"
+    if module == architecture.output_embedding:
+        return "colwise_gather_output"
+    _, layered, of_layer = module.partition("{}.")
+    return PLANS[architecture.model_type].get(of_layer) if layered else None
+
+
+def divides_heads(architecture: Architecture) -> bool:
+    """Whether each rank computes its part of the attention heads."""
+    plan = PLANS.get(architecture.model_type, {})
+    return any(style == "colwise" for module, style in plan.items() if "attn" in module or "attention" in module)
+
+
+def architecture_on_rank(architecture: Architecture, ranks: int) -> Architecture:
+    """The architecture with the heads that a rank computes."""
+    if not divides_heads(architecture):
+        return architecture
+    blocks = (b._replace(attentions=tuple(_heads(a, ranks) for a in b.attentions)) for b in architecture.blocks)
+    return replace(architecture, blocks=tuple(blocks))
+
+
+def _heads(a: Attention, ranks: int) -> Attention:
+    return a._replace(num_attention_heads=a.num_attention_heads // ranks, num_key_value_heads=a.num_key_value_heads // ranks)
+
+
+def shards_of(parameters: Parameters, architecture: Architecture, ranks: int) -> Parameters:
+    """The part of each parameter that the first rank holds, ⌈n/W⌉ of the divided dim."""
+    return parameters._replace(all=tuple(_shard(p, architecture, ranks) for p in parameters.all))
+
+
+def _shard(p: Parameter, architecture: Architecture, ranks: int) -> Parameter:
+    dim = divided_dim(p, architecture)
+    if dim is None:
+        return p
+    shape = (*p.shape[:dim], ceil_div(p.shape[dim], ranks), *p.shape[dim + 1 :])
+    allocations = tuple(a._replace(dims=shape) if a.dims == p.shape else a for a in p.allocations)
+    return p._replace(shape=shape, allocations=allocations)
+
+
+def divided_dim(p: Parameter, architecture: Architecture) -> int | None:
+    """The dim of a parameter that is divided over the ranks. Of a pair of LoRA's matrices it is the one that the base layer's
+    divided dim belongs to; beside a layer that gathers or splits, peft leaves both whole."""
+    module, _, leaf = p.name.rpartition(".")
+    if p.owner == "adapter":
+        base, _, matrix = module.rpartition(".")
+        of_matrix = {"colwise": "lora_B", "rowwise": "lora_A"}.get(style_of(architecture, base) or "")
+        return None if matrix != of_matrix else (0 if matrix == "lora_B" else 1)
+    style = style_of(architecture, module)
+    if style is None:
+        return None
+    if style.startswith("rowwise"):
+        return 1 if leaf == "weight" else None
+    return 0

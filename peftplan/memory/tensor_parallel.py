@@ -1,0 +1,162 @@
+"""Tensor parallelism on the tape: what transformers' hooks around a divided layer make, in forward and in backward.
+
+Source: transformers, distributed/tensor_parallel.py (`transform_inputs_pre_forward`, `transform_output_post_forward`); torch,
+distributed/tensor/_api.py (`_FromTorchTensor`), _redistribute.py (`Redistribute`), placement_types.py (`_to_replicate_tensor`),
+_ops/_mask_buffer.py. A functional collective writes into a copy, and the hooks wait for it at once.
+
+    colwise                 backward: the gradient of the input, summed over the ranks into a copy
+    rowwise                 forward: the output, summed over the ranks into a copy
+    colwise_gather_output   forward: the parts of all ranks one below the other, then side by side | backward: the rank's part
+    rowwise_split_input     forward: the rank's part of the input, copied | backward: the parts of all ranks, as above
+    embedding_rowwise       forward: rows of other ranks are masked, and the sum written into a copy | backward: the gradient of
+                            the whole table, since indices and gradient are whole
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from peftplan.distributed.tensor_parallel import Style, ranks_of, style_of
+from peftplan.memory.model import Model
+from peftplan.memory.sharded import tied
+from peftplan.memory.units import OneGpu
+from peftplan.parameters import Parameter as Family
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Backward, Dims, Node, Parameter, Tensor
+
+if TYPE_CHECKING:
+    from peftplan.distributed.strategy import Distributed
+
+X = TypeVar("X")
+
+
+class TensorParallel(OneGpu):
+    """The hooks of one rank. `whole`: the undivided parameters."""
+
+    def __init__(self, model: Model, distributed: Distributed, whole: Iterable[Family]) -> None:
+        self.model, self.f, self.ranks = model, model.tape, ranks_of(distributed)
+        self.whole_dims = {p.name: p.shape for p in whole}
+        self.is_tied = tied(model.arch)
+        model.tape.modules = self
+
+    def call(
+        self,
+        name: str,
+        layer: int | None,
+        parameters: tuple[Parameter, ...],
+        x: X,
+        function: Callable[[X], Tensor],
+        *,
+        by_name: bool,
+    ) -> Tensor:
+        """Call a module on `x` between the hooks of its style."""
+        style = self._style(name)
+        if style == "embedding_rowwise":
+            return self._looked_up(function, x, parameters[0])
+        if style is None or not isinstance(x, Tensor):
+            return function(x)
+        if style.startswith("colwise"):
+            out = function(self._summed_in_backward(x))  # type: ignore[arg-type]
+            return self._gathered(out) if style == "colwise_gather_output" else out
+        return self._summed(function(self._part(x) if style == "rowwise_split_input" else x))  # type: ignore[arg-type]
+
+    def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
+        """Nothing: a rank has its part at all times."""
+
+    def whole(self, parameter: Parameter) -> Tensor | None:
+        """No tensor: nothing is gathered."""
+        return None
+
+    def groups(self, trained: list[Family]) -> Iterator[list[Family]]:
+        """All at once: a group of norms, which stay whole, is of no size. The step divides a gradient of the whole table, into a
+        copy."""
+        yield trained
+        table = f"{self.model.arch.input_embedding}.weight"
+        for p in trained if not self.is_tied else ():
+            if p.name == table and p.trainable:
+                self.f.new(p.shape, p.dtype, "part of a gradient")
+
+    def _style(self, name: str) -> Style | None:
+        """The style of a base layer, or of the matrix of an adapter that is divided as its base layer is."""
+        base, _, leaf = name.rpartition(".")
+        if leaf in ("lora_A", "lora_B"):
+            style = style_of(self.model.arch, base)
+            return style if (style, leaf) in (("rowwise", "lora_A"), ("colwise", "lora_B")) else None
+        return style_of(self.model.arch, name.removesuffix(".base_layer"))
+
+    def _looked_up(self, function: Callable[[X], Tensor], ids: X, table: Parameter) -> Tensor:
+        """Rows of the table, masked where another rank holds them."""
+        f = self.f
+        below, above = f.new(("b", "s"), "bool", "lt"), f.new(("b", "s"), "bool", "ge")
+        mask = f.new(("b", "s"), "bool", "bitwise_or")
+        del below, above
+        shifted = f.new(("b", "s"), "int64", "sub")
+        masked = f.new(("b", "s"), "int64", "index_put")
+        del shifted
+        with f.no_grad():
+            rows = function(ids)
+        del masked, mask
+        node = f.record(_whole_table_backward, (table,), self.whole_dims[table.name], table.dims if self.is_tied else None)
+        return f.new(rows.dims, rows.dtype, "all_reduce", node)
+
+    def _summed_in_backward(self, x: Tensor) -> Tensor:
+        return self._viewed(x, _copied_backward)
+
+    def _viewed(self, x: Tensor, backward: Backward) -> Tensor:
+        node = self._record(backward, x)
+        return x if node is None else Tensor(x.storage, x.dims, x.dtype, node)
+
+    def _summed(self, x: Tensor) -> Tensor:
+        return self.f.new(x.dims, x.dtype, "all_reduce", self._record(_handed_on, x))
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        node = self._record(_part_backward, x, x.dims)
+        return gather(self.f, x, self.ranks, node)
+
+    def _part(self, x: Tensor) -> Tensor:
+        """The rank's part of the last dim."""
+        node = self._record(_gather_backward, x, self.ranks)
+        *rows, width = x.dims
+        assert isinstance(width, int)
+        return self.f.new((*rows, width // self.ranks), x.dtype, "part of the ranks' input", node)
+
+    def _record(self, backward: Backward, x: Tensor, *saved: object) -> Node | None:
+        node = self.f.record(backward, (x,), *saved)
+        if node is not None:
+            node.in_python = True
+        return node
+
+
+def gather(f: Tape, x: Tensor, ranks: int, node: Node | None = None) -> Tensor:
+    """The parts of all ranks side by side, after they were one below the other."""
+    *rows, width = x.dims
+    assert isinstance(width, int)
+    _below = f.new((ranks, *x.dims), x.dtype, "all_gather")
+    return f.new((*rows, ranks * width), x.dtype, "cat", node)
+
+
+def _copied_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "all_reduce")
+
+
+def _handed_on(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+    return g
+
+
+def _part_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "part of a gradient")
+
+
+def _gather_backward(f: Tape, node: Node, saved: tuple[int], g: Tensor) -> Tensor:
+    return gather(f, g, saved[0])
+
+
+def _whole_table_backward(f: Tape, node: Node, saved: tuple[Dims, Dims | None], g: Tensor) -> Tensor:
+    """The gradient of the whole table. Of a tied one, the rank's part is copied and added to the head's."""
+    whole, part = saved
+    grad = f.new(whole, g.dtype, "embedding_dense_backward")
+    if part is None:
+        return grad
+    node.context = f.new(part, g.dtype, "part of a gradient")
+    return Tensor(grad.storage, part, grad.dtype)

@@ -1,0 +1,106 @@
+"""Tensor parallelism as transformers does it: its plans, what it refuses, and rehearsed loops."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.distributed.tensor_parallel import PLANS, UNPLANNED
+from peftplan.errors import PeftplanError
+from tools.rank_grid import cut
+
+REPLICATED = "replicated_with_grad_allreduce"
+
+
+def _stated(model_type: str) -> dict[str, str]:
+    """transformers' plan of a model: of its config, and of its class with the head."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = CONFIG_MAPPING[model_type]
+    of_class = MODEL_FOR_CAUSAL_LM_MAPPING[config]._tp_plan or {}
+    return {**(config.base_model_tp_plan or {}), **of_class}
+
+
+@pytest.mark.parametrize("model_type", PLANS)
+def test_plans_are_those_of_transformers(model_type: str) -> None:
+    """`lm_head` and the table of tokens are in every plan; norms of heads stay whole."""
+    stated = _stated(model_type)
+    assert stated.pop("lm_head") == "colwise_gather_output"
+    of_layers = {re.sub(r"^.*\.\*\.", "", name): style for name, style in stated.items() if "*" in name and style != REPLICATED}
+    assert of_layers == PLANS[model_type]
+    assert {style for name, style in stated.items() if "*" not in name} <= {"embedding_rowwise"}
+
+
+@pytest.mark.parametrize("model_type", UNPLANNED)
+def test_models_without_a_plan(model_type: str) -> None:
+    assert not _stated(model_type)
+
+
+LOOP: dict[int, tuple[int, int, int, int, int]] = {
+    2: (1_925_260_288, 8_554_826_240, 9_079_097_344, 9_294_111_744, 5_791_785_984),
+    4: (961_618_944, 5_663_902_208, 6_189_221_888, 5_176_878_080, 2_901_910_528),
+}
+"""Ranks → loaded, forward, backward, step and after the step, of Llama-3.1-8B cut to 4 layers in a loop: bf16, 2,048 tokens,
+checkpointing, AdamW that steps tensor by tensor; torch's own allocator on the emulated card (torch 2.13, transformers 5.24)."""
+
+
+@pytest.mark.parametrize("world", LOOP)
+def test_a_loop_of_four_layers(world: int) -> None:
+    """AdamW of single tensors makes two temporaries as large as the largest parameter, and the part of a gradient."""
+    loaded, forward, backward, step, after = LOOP[world]
+    result = peftplan.estimate(
+        cut("llama-3.1-8b", 4), method="full", gpus=world, strategy="tp", gpu="a100-80gb", seq_len=2048, autocast="none"
+    )
+    peaks = result.peaks
+    assert peaks is not None
+    weights, lasting = (result.static.bytes(categories) for categories in (["weights", "buffers"], ["gradients"]))
+    assert weights == pytest.approx(loaded, rel=2e-3)
+    assert peaks.by_phase["forward"] == pytest.approx(forward, rel=1e-3)
+    assert peaks.by_phase["backward"] == pytest.approx(backward, rel=1e-3)
+    part_of_table = 128_256 // world * 4096 * 2
+    assert peaks.by_phase["step"] + part_of_table == pytest.approx(step, rel=1e-3)
+    workspaces = peaks.ledgers["step"].bytes(["workspaces"])
+    assert result.static.bytes() - lasting + workspaces == pytest.approx(after, rel=1e-3)
+
+
+REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"model": "gpt2"}, "strategy: tp divides a model by its tp_plan, and GPT2LMHeadModel has none in transformers"),
+    ({"model": "qwen2.5-0.5b"}, "tp_size: 4 is not valid; accepted: a divisor of the model's 14 attention heads"),
+    ({"model": "gemma-3-1b-pt"}, "tp_size: 4 is not valid; accepted: a divisor of the model's 1 heads of keys and values"),
+    ({"model": "llama-3.2-1b", "trainer": "plain"}, "optim: adamw_torch steps over lists of tensors, and a loop that passes"),
+    (
+        {"model": "llama-3.2-1b", "method": "lora", "r": 8, "target_modules": "all-linear"},
+        "target_modules: o_proj is rowwise, and peft",
+    ),
+    (
+        {"model": "phi-3-mini-4k-instruct", "method": "lora", "r": 8, "target_modules": "qkv_proj"},
+        "target_modules: qkv_proj is colwise_gather_output, and peft",
+    ),
+)
+
+
+@pytest.mark.parametrize(("options", "line"), REFUSED, ids=[line[:40] for _, line in REFUSED])
+def test_what_the_libraries_refuse(options: dict[str, Any], line: str) -> None:
+    """Each was tried: peft 0.21 with transformers 5.24 ends in a RuntimeError about shapes."""
+    with pytest.raises(PeftplanError) as error:
+        peftplan.estimate(**{"method": "full", **options}, gpus=4, strategy="tp")
+    assert str(error.value).startswith(line)
+
+
+def test_ranks_read_the_same_batch() -> None:
+    result = peftplan.estimate("llama-3.2-1b", method="full", gpus=4, strategy="tp", batch_size=2)
+    assert result.distributed is not None
+    assert result.distributed.global_batch_size == 2
+    assert "batch size 2 per rank, 2 per step" in result.distributed.words
+
+
+def test_more_ranks_hold_less() -> None:
+    """The residual stream and its checkpoints are on every rank, matrices and heads are not."""
+    peaks = [peftplan.estimate("llama-3.1-8b", method="full", gpus=n, strategy="tp").peaks for n in (2, 4, 8)]
+    sizes = [max(of_world.by_phase.values()) for of_world in peaks if of_world is not None]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(sizes) == 3
