@@ -44,7 +44,7 @@ def estimate(result: Estimate, *, explain_peak: bool = False) -> None:
     if result.peaks:
         parts += _peaks(result.peaks)
     if explain_peak:
-        parts += ["", _largest(result, everything=True, wide=out.width >= WIDER)]
+        parts += ["", fitted(_largest(result, everything=True, wide=out.width >= WIDER), out.width)]
     if result.managed_bytes:
         managed = format_bytes(result.managed_bytes)
         parts.append(f"and {managed} of paged optimizer states in CUDA managed memory, outside torch's allocator")
@@ -102,7 +102,7 @@ def _peaks(peaks: Peaks) -> list[RenderableType]:
 def largest(result: Estimate) -> None:
     """The largest groups of tensors at the peak, below an answer."""
     out = console()
-    show(out, ("", _largest(result, everything=False, wide=out.width >= WIDER)))
+    show(out, ("", fitted(_largest(result, everything=False, wide=out.width >= WIDER), out.width)))
 
 
 def _largest(result: Estimate, *, everything: bool, wide: bool) -> Table:
@@ -120,7 +120,6 @@ def _largest(result: Estimate, *, everything: bool, wide: bool) -> Table:
         Column("share", right=True),
         footer=("sum, the peak", *blanks, f"{sum(row.copies for row in groups):,}", f"{total:,}", "100.0%"),
     )
-    grid.columns[0].no_wrap = False
     for row in rows:
         what = (row.category, peak.tensor(row), peak.operation(row))
         name = (peak.kind(row.name), *what) if wide else (f"{peak.kind(row.name)}\n  {' · '.join(filter(None, what))}",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -93,9 +94,26 @@ def fitted(table: Table, width: int) -> Table:
         room -= GAP + (longest if column.no_wrap else min(longest, READABLE))
     if _longest(names) > room:
         names.no_wrap, names.width = False, room
+        names._cells = [_folded(cell, room) if isinstance(cell, str) else cell for cell in names.cells]
     return table
+
+
+def _folded(names: str, room: int) -> str:
+    """Names in lines of at most so many letters: an option stays beside its value, and a module's name breaks behind a dot."""
+    lines: list[str] = []
+    for name in names.split("\n"):
+        lines.append(" " * (len(name) - len(name.lstrip())))
+        for word in re.findall(r"--\S+ (?!--)\S+|\S+", name):
+            joined = f"{lines[-1]} {word}" if lines[-1].strip() else f"{lines[-1]}{word}"
+            if len(joined) <= room or not lines[-1].strip():
+                lines[-1] = joined
+            else:
+                lines.append(word)
+            while len(lines[-1]) > room and (end := lines[-1].rfind(".", 0, room) + 1):
+                lines[-1:] = [lines[-1][:end], lines[-1][end:]]
+    return "\n".join(lines)
 
 
 def _longest(column: TableColumn) -> int:
     """Letters of the longest line of a column."""
-    return max(len(line) for cell in (column.header, *column.cells) for line in str(cell).split("\n"))
+    return max(len(line) for cell in (column.header, *column.cells, column.footer) for line in str(cell).split("\n"))

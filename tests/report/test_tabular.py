@@ -86,6 +86,18 @@ def test_wide_columns_are_left_out_of_a_narrow_terminal(monkeypatch, capsys) -> 
     assert shown[4] == f"a         1  {'b' * 500}"
 
 
+def test_names_break_where_a_reader_expects_it() -> None:
+    """Not between an option and its value, nor within a part of a module's name."""
+    assert terminal._folded("--method ia3 --trainer trl --loss trl-chunked", 34) == (
+        "--method ia3 --trainer trl\n--loss trl-chunked"
+    )
+    assert terminal._folded("--no-double-quant --loss liger", 20) == "--no-double-quant\n--loss liger"
+    assert terminal._folded("model.layers.*.mlp.up_proj.lora_B.weight.exp_avg\n  states · fp32 8×8", 45) == (
+        "model.layers.*.mlp.up_proj.lora_B.weight.\nexp_avg\n  states · fp32 8×8"
+    )
+    assert terminal._folded("x" * 50, 20) == "x" * 50, "the terminal cuts a word that has no better place"
+
+
 @pytest.mark.parametrize("columns", [80, 100, 120])
 def test_long_names_cut_no_number(columns: int) -> None:
     """`model.vision_model.global_transformer.layers.*.post_attention_layernorm`, 69 letters, beside numbers of eleven."""
