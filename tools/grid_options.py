@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 from peftplan.job import options
@@ -16,16 +18,8 @@ OWN = ("context",)
 """Options that `sweep` takes itself."""
 HEAD = '''"""The options of `sweep` as types: one value of each, or several. `python -m tools.grid_options` writes this file."""
 
-from __future__ import annotations
-
-import os
-from collections.abc import Iterable, Mapping
-from typing import Literal, TypeAlias, TypeVar
-
-from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
+{imports}
 from peftplan.job.options import OtherWords
-from peftplan.job.script import Script
-from peftplan.job.trainers import Autocast, Loss, TrainerName
 
 T = TypeVar("T")
 Axis: TypeAlias = T | Iterable[T] | str
@@ -40,15 +34,25 @@ class GridOptions(OtherWords, total=False):
 
 def written() -> str:
     """The file's text."""
+    tree = ast.parse(inspect.getsource(options))
+    lines = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imports = "\n".join(line for line in lines if "TypedDict" not in line) + "\nfrom typing import TypeAlias, TypeVar"
     fields = {
         node.target.id: ast.unparse(node.annotation).replace("'", '"')
-        for record in ast.parse(inspect.getsource(options)).body
+        for record in tree.body
         if isinstance(record, ast.ClassDef) and record.name != "OtherWords"
         for node in record.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id not in OWN
     }
     axes = {name: one if one == "object" else f"Axis[{one}]" for name, one in fields.items()}
-    return HEAD + "".join(f"    {name}: {axis}\n" for name, axis in axes.items())
+    text = HEAD.format(imports=imports) + "".join(f"    {name}: {axis}\n" for name, axis in axes.items())
+    return _in_order(text)
+
+
+def _in_order(text: str) -> str:
+    """The text with its imports as ruff sorts them."""
+    command = ["ruff", "check", "--quiet", "--fix", "--select", "I", "--stdin-filename", str(FILE), "-"]
+    return subprocess.run([sys.executable, "-m", *command], input=text, check=True, capture_output=True, text=True).stdout
 
 
 if __name__ == "__main__":

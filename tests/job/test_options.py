@@ -51,6 +51,7 @@ def test_every_word_of_other_tools_is_known() -> None:
 
 
 def test_a_sweep_takes_every_option_of_a_job() -> None:
+    pytest.importorskip("ruff")
     assert grid_options.FILE.read_text(encoding="utf-8") == grid_options.written(), "run `python -m tools.grid_options`"
     assert GridOptions.__annotations__.keys() == options.JobOptions.__annotations__.keys() - {*grid_options.OWN}
 
