@@ -82,7 +82,8 @@ class Persistent:
     def _name(self, tensor: Any, category: str) -> None:
         if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
             tensor = getattr(tensor, "_local_tensor", tensor)  # a DTensor's own part
-            self.category[tensor.untyped_storage().data_ptr()] = category
+            if (start := address(tensor)) is not None:
+                self.category[start] = category
 
 
 def objects() -> list[Any]:
@@ -93,6 +94,14 @@ def objects() -> list[Any]:
     if frozen:
         gc.freeze()
     return listed
+
+
+def address(tensor: Any) -> int | None:
+    """Where a tensor's storage lies; None of one without memory, as torch.compile keeps them of what it traced."""
+    try:
+        return int(tensor.untyped_storage().data_ptr()) or None
+    except RuntimeError:
+        return None
 
 
 def _parameters(optimizer: Any) -> Iterator[Any]:

@@ -22,6 +22,6 @@ def _pageable() -> int:
     for thing in alive.objects():
         if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
             tensor = getattr(thing, "_local_tensor", thing)
-            if not tensor.is_pinned():
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            if (address := alive.address(tensor)) is not None and not tensor.is_pinned():
+                storages[address] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
