@@ -11,6 +11,7 @@ from peftplan.arch import catalogue
 from peftplan.datafiles import load
 from peftplan.errors import PeftplanError
 from peftplan.job.configs.plan import ConfigPlan
+from peftplan.job.configs.with_file import effect_of
 from peftplan.planning.configs import ConfigEntry, of_plan
 from tests.job.configs.published import plan, records
 
@@ -48,7 +49,9 @@ def _why(case: Case, key: str) -> tuple[str, str]:
     """Why a key is not supported, and its effect; keys of kernels are read where the model and the launch have formulas."""
     row = case.plan.unsupported.get(key)
     return (
-        ("kernels of a package, without a formula for this model or launch", "lowers") if row is None else (row.why, row.effect)
+        ("kernels of a package, without a formula for this model or launch", effect_of(case.plan.options.get("kernels")))
+        if row is None
+        else (row.why, row.effect)
     )
 
 

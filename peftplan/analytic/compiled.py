@@ -9,8 +9,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.analytic.checks import check
-from peftplan.analytic.running import kernels, loss_sizes, program_of, reference_of, running_of, segments_grow, tokens_kept
-from peftplan.analytic.sizes import shape_facts, sizes
+from peftplan.analytic.running import kernels, limits_of, loss_sizes, program_of, reference_of, running_of, segments_grow
+from peftplan.analytic.sizes import NO_LIMITS, Limits, shape_facts, sizes
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES
@@ -64,15 +64,15 @@ class Compiled(NamedTuple):
     """The first step, where it allocates otherwise than all later ones."""
     expandable: bool = False
     """Whether the allocator's segments grow."""
-    tokens_kept: int | None = None
-    """Inputs of checkpointed layers of up to so many tokens stay on the card, whatever is offloaded."""
+    limits: Limits = NO_LIMITS
+    """Numbers of tokens above which the step allocates otherwise."""
     programs: dict[tuple[int, ...], Written] = {}  # noqa: RUF012
     """Cache of `analytic.reserved`: the programs of the runs that end with this step."""
 
     def facts(self, batch_size: Any, seq_len: Any) -> tuple[Any, ...]:
         """`shape_facts` of this job at these sizes, numbers or arrays."""
         length = seq_len + self.virtual_tokens
-        return shape_facts(batch_size * self.rows, length, self.architecture, self.loss, self.tokens_kept)
+        return shape_facts(batch_size * self.rows, length, self.architecture, self.loss, self.limits)
 
     def sizes(self, batch_size: Any, seq_len: Any) -> dict[str, object]:
         """Name → size for a batch size and a sequence length, numbers or arrays."""
@@ -139,7 +139,7 @@ def compiled(inventory: Inventory, *, compute_capability: str, late: bool = Fals
     job, setup = inventory.job, inventory.job.setup
     virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
     loss = loss_sizes(job)
-    facts = shape_facts(setup.rows, setup.seq_len + virtual_tokens, job.architecture, loss, tokens_kept(job))
+    facts = shape_facts(setup.rows, setup.seq_len + virtual_tokens, job.architecture, loss, limits_of(job))
     described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
     key = (
         id(job.architecture),
@@ -248,7 +248,7 @@ def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Co
         rows=setup.by.rows,
         on_host=tuple(model.on_host),
         expandable=segments_grow(setup),
-        tokens_kept=tokens_kept(job),
+        limits=limits_of(job),
         programs={},
     )
     if first is None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.context import cublas_workspace_bytes
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.job.setup import Setup
+from peftplan.job.tasks import rotary_positions
+from peftplan.ledger import Dim
 from peftplan.memory.attention import FLASH_CAPABILITY
 from peftplan.memory.model import Model
 from peftplan.memory.parts import Running
 from peftplan.memory.step import Program
 from peftplan.methods.adaptation import PROMPTED
 from peftplan.optim import parse_optim
+from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
@@ -55,6 +59,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         every_n_layers=setup.every_n_layers or 1,
         own_modules=setup.by.own_modules,
         kernels=kernels_of(setup.kernels or ()),
+        rotary_rows=rotary_rows(job)[0],
         hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (tokens_kept(job) or 0),
         token_outputs=setup.by.token_outputs,
         without_loss=setup.by.of_logits,
@@ -81,6 +86,31 @@ def tokens_kept(job: Job) -> int | None:
     if checkpoint is None or not job.setup.offload_checkpoints or not job.architecture.hidden_size:
         return None
     return checkpoint.least_bytes // (ITEMSIZE[job.setup.dtype] * job.architecture.hidden_size)
+
+
+def rotary_rows(job: Job) -> tuple[Dim, Limits]:
+    """Rows of the rotary tables that a package's decoder keeps, and the tokens above which they are more.
+
+    Without positions in the batch, as many as a row needs, but `positions` at least; with them all of the config. Source: unsloth
+    2026.10.9, models/llama.py (`_PerDeviceRopeCache`, `LlamaModel_fast_forward`).
+    """
+    kernels, setup = kernels_of(job.setup.kernels or ()), job.setup
+    if kernels.decoder is None:
+        return 0, NO_LIMITS
+    configured = rotary_positions(job.model, job.architecture) or kernels.decoder.positions
+    first = min(kernels.decoder.positions, configured)
+    if kernels.padding_free is None:
+        return (first if setup.seq_len <= first else f"s%{TABLE_MULTIPLE}"), Limits(of_row=(first,))
+    rows = first if configured == first else ceil_div(configured, TABLE_MULTIPLE) * TABLE_MULTIPLE
+    tokens = setup.rows * setup.seq_len
+    return (rows if tokens <= configured else f"b·s%{TABLE_MULTIPLE}"), Limits(of_batch=(configured,))
+
+
+def limits_of(job: Job) -> Limits:
+    """Numbers of tokens above which the kernels of a job allocate otherwise."""
+    of_tables = rotary_rows(job)[1]
+    kept = tokens_kept(job)
+    return of_tables if kept is None else of_tables._replace(of_batch=(kept, *of_tables.of_batch))
 
 
 def program_of(job: Job) -> Program:

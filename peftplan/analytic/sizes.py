@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftplan.arch.modules import Architecture
 from peftplan.job.loss_sizes import LossSizes
@@ -10,6 +10,8 @@ from peftplan.memory.fused_attention import MASK_GRADIENT_MULTIPLE, MASK_MULTIPL
 
 MULTIPLES = (8, 16, 32, 64, 128)
 """Multiples to which kernels round the sequence length up."""
+TABLE_MULTIPLE = 8192
+"""Multiple to which Unsloth rounds the rows of rotary tables up (`_round_rope_size`)."""
 BLOCK = 64
 """Rows that the memory-efficient attention kernel processes at a time."""
 
@@ -24,20 +26,29 @@ def windows_of(architecture: Architecture) -> tuple[int, ...]:
     return tuple(sorted({(a.window if a.causal else a.window // 2) - 1 for a in windowed if a.window}))
 
 
+class Limits(NamedTuple):
+    """Tokens of a batch, and of a row, above which the kernels of a package allocate otherwise."""
+
+    of_batch: tuple[int, ...] = ()
+    of_row: tuple[int, ...] = ()
+
+
+NO_LIMITS = Limits()
+
+
 def shape_facts(
-    batch_size: Any, seq_len: Any, architecture: Architecture, loss: LossSizes, tokens_kept: int | None = None
+    batch_size: Any, seq_len: Any, architecture: Architecture, loss: LossSizes, limits: Limits = NO_LIMITS
 ) -> tuple[Any, ...]:
     """The facts that decide which operations run: more than one sequence, unaligned masks, exceeded windows, chunks of the loss.
 
-    `batch_size` and `seq_len` are integers or arrays; `seq_len` includes virtual tokens. `tokens_kept`: inputs of checkpointed
-    layers of up to so many tokens stay on the card.
+    `batch_size` and `seq_len` are integers or arrays; `seq_len` includes virtual tokens.
     """
     positions = any(a.positions == "relative" for block in architecture.blocks for a in block.attentions)
     multiples = (MASK_MULTIPLE, MASK_GRADIENT_MULTIPLE) if positions else (MASK_MULTIPLE,)  # a mask of positions has a gradient
     ragged = (length % multiple > 0 for length in (seq_len, seq_len - loss.virtual_tokens) for multiple in multiples)
     exceeded = (seq_len > window for window in windows_of(architecture))
-    offloaded = () if tokens_kept is None else (batch_size * seq_len > tokens_kept,)
-    return (batch_size > 1, *offloaded, *ragged, *exceeded, *loss.facts(batch_size, loss.length(seq_len)))
+    limited = (*(batch_size * seq_len > most for most in limits.of_batch), *(seq_len > most for most in limits.of_row))
+    return (batch_size > 1, *limited, *ragged, *exceeded, *loss.facts(batch_size, loss.length(seq_len)))
 
 
 def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, Any]:
@@ -51,4 +62,5 @@ def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, 
     named |= {f"{name}{more:+}": named[name] + more for name in ("s", "k") for more in (1, -1)}
     named["b/2"] = b // 2
     named |= {f"b·{name}": b * named[name] for name in ("s", "k")}
+    named |= {f"{name}%{TABLE_MULTIPLE}": -(-named[name] // TABLE_MULTIPLE) * TABLE_MULTIPLE for name in ("s", "b·s")}
     return named | loss.named(b, loss.length(s + virtual_tokens))

@@ -58,7 +58,7 @@ TRAINING: dict[str, str] = {
     "--optim-args": "as in TrainingArguments",
     "--optim-target-modules": "modules that GaLore and APOLLO project",
     "--attn-implementation": "attention kernels; default: sdpa where the model has it",
-    "--kernels": "kernels in place of the model's: unsloth (not compiled, padded), axolotl, liger, or parts of them (liger.rope)",
+    "--kernels": "kernels in place of the model's: unsloth (layers not compiled), axolotl, liger, or parts of them (liger.rope)",
     "--loss": "how the loss is computed; default: auto, the trainer's",
     "--logits-to-keep": "compute logits for the last N tokens of each sequence only",
     "--padding/--no-padding": "batches with padding, and so a real attention mask",

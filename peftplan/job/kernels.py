@@ -1,8 +1,9 @@
 """Kernels of other packages that replace parts of a model: which function each is, and those facts of it that decide memory.
 
 A kernel is one autograd function. Its formula is written once for all packages (`memory.fused_layers`, `memory.lora_kernels`) and
-asks for the facts of these records; only this file compares names. Unsloth's formulas are of layers that torch does not compile
-(UNSLOTH_BLOCK_COMPILE=0) and of padded batches (UNSLOTH_DISABLE_AUTO_PADDING_FREE=1).
+asks for the facts of these records; only this file compares names. Unsloth's formulas are of layers that torch does not compile:
+by default a batch is one row without padding, whose layers run as they are; with UNSLOTH_BLOCK_COMPILE=0 those of a padded batch
+do too, which is every kernel of unsloth but `unsloth.padding_free`.
 """
 
 from __future__ import annotations
@@ -79,6 +80,15 @@ class Decoder(NamedTuple):
     expandable_segments: bool = True
 
 
+class PaddingFree(NamedTuple):
+    """Batches that are one row without padding: each row of the batch is a document, of which attention makes segments.
+
+    Positions are said, so that queries and keys are rotated into new tensors, and rotary tables have all positions of the model.
+    """
+
+    source: str
+
+
 class Checkpoint(NamedTuple):
     """Checkpointing that keeps the inputs of layers, the last one's excepted, in host memory.
 
@@ -90,7 +100,7 @@ class Checkpoint(NamedTuple):
     least_bytes: int
 
 
-Kernel: TypeAlias = Norm | Rotary | Gated | Lora | Decoder | Checkpoint | LayerNorms
+Kernel: TypeAlias = Norm | Rotary | Gated | Lora | Decoder | PaddingFree | Checkpoint | LayerNorms
 
 UNSLOTH_LORA = Lora("unsloth 2026.10.9, kernels/fast_lora.py", overwrites_input=True, global_buffer=True)
 AXOLOTL_LORA = Lora("axolotl 0.21.0, kernels/lora.py", saves_casts=True, wide_gradients=True, takes_bias=True, drops_outside=True)
@@ -99,6 +109,7 @@ KERNELS: dict[str, Kernel] = {
     "unsloth.decoder": Decoder(
         "unsloth 2026.10.9, models/llama.py (`LlamaModel_fast_forward`, `LlamaRotaryEmbedding`)", positions=4 * 8192
     ),
+    "unsloth.padding_free": PaddingFree("unsloth 2026.10.9, utils/attention_dispatch.py (`_sdpa_packed_segments`)"),
     "unsloth.checkpoint": Checkpoint(
         "unsloth_zoo 2026.10.9, gradient_checkpointing.py (`UnslothCheckpointFunction`)", buffers=2, least_bytes=2 * MIB
     ),
@@ -128,6 +139,7 @@ class Kernels(NamedTuple):
     """The kernel of each part of a model, None where the model's own code runs."""
 
     decoder: Decoder | None = None
+    padding_free: PaddingFree | None = None
     checkpoint: Checkpoint | None = None
     rms_norm: Norm | None = None
     layer_norm: LayerNorms | None = None

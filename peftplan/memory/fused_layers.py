@@ -36,10 +36,14 @@ def _rms_norm_backward(f: Tape, node: Node, saved: tuple[Norm, Tensor, Tensor, O
     return out, grad_weight
 
 
-def rotate(f: Tape, kernel: Rotary, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys turned where they lie, (b, heads, s, d) views of (b, s, heads, d): saves nothing of theirs."""
+def rotate(f: Tape, kernel: Rotary, q: Tensor, k: Tensor, *, in_place: bool = True) -> tuple[Tensor, Tensor]:
+    """Queries and keys turned where they lie, (b, heads, s, d) views of (b, s, heads, d), or into new tensors: saves neither."""
     node = _in_python(f.record(_rotate_backward, (q, k), kernel, q.dims, k.dims))
-    return Tensor(q.storage, q.dims, q.dtype, node), Tensor(k.storage, k.dims, k.dtype, node, 1)
+    if in_place:
+        return Tensor(q.storage, q.dims, q.dtype, node), Tensor(k.storage, k.dims, k.dtype, node, 1)
+    outs = f.new(q.dims, q.dtype, "rope", node), f.new(k.dims, k.dtype, "rope", node)
+    outs[1].index = 1
+    return outs
 
 
 def _rotate_backward(f: Tape, node: Node, saved: tuple[Rotary, Dims, Dims], dq: Tensor, dk: Tensor) -> Gradients:

@@ -19,7 +19,7 @@ def kept_on_card(model: Model) -> None:
     if decoder is not None:
         a = model.arch.blocks[0].attentions[0]
         width = a.head_dim if a.rotary_dim is None else a.rotary_dim
-        model.lasting = [f.new((decoder.positions, width), running.dtype, name) for name in ("cos", "sin")]
+        model.lasting = [f.new((running.rotary_rows, width), running.dtype, name) for name in ("cos", "sin")]
     if lora is not None and lora.global_buffer and model.quant is not None:
         largest = max(p.numel for p in model.parameters.all if p.quantized)
         model.lasting.append(f.new((largest,), running.dtype, "buffer of dequantized weights"))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from peftplan.job.kernels import Kernels
+from peftplan.ledger import Dim
 from peftplan.storage import QuantConfig
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter, Tensor
@@ -60,6 +61,8 @@ class Running(NamedTuple):
     """Whether the trainer builds the model of modules of its own."""
     kernels: Kernels = NO_KERNELS
     """The kernels of other packages that replace the model's own."""
+    rotary_rows: Dim = 0
+    """Rows of the rotary tables that such a package keeps."""
     hosted: bool = False
     """Whether the inputs of checkpointed layers wait on the host."""
 

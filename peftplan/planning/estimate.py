@@ -120,11 +120,11 @@ def _with_formula(job: Job, document: dict[str, Any]) -> tuple[Job, dict[str, An
     if not job.setup.kernels:
         return job, document
     from peftplan.analytic.checks import kernels_without_formula
-    from peftplan.job.configs.with_file import without_kernels
+    from peftplan.job.configs.with_file import effect_of, without_kernels
 
     if (why := kernels_without_formula(job)) is None:
         return job, document
-    return prepared(job.request.changed(kernels=None)), without_kernels(document, why)
+    return prepared(job.request.changed(kernels=None)), without_kernels(document, why, effect_of(job.setup.kernels))
 
 
 def _of_config(

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from peftplan import estimate
+from peftplan.job.kernels import KERNELS
 from tests.memory.engines import LLAMA, activation_bytes, kept_per_layer
 
 B, S, H, I, R, HEADS, KV, D = 4, 256, 256, 768, 8, 8, 4, 32  # noqa: E741
 N = B * S
 ALL = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 ADAPTED: dict[str, Any] = {"method": "lora", "r": R, "target_modules": ALL, "trainer": "plain", "use_cache": False}
+PADDED = tuple(name for name in KERNELS if name.startswith("unsloth.") and name != "unsloth.padding_free")
 ATTENTION = 2 * N * H + 4 * B * HEADS * S
 """FlashAttention's output and its logsumexp; q, k and v are saved where the projections wrote them."""
 
@@ -49,10 +51,24 @@ def test_the_last_input_stays_and_the_others_wait_on_the_host() -> None:
     assert activation_bytes(result.peaks.ledgers["forward"]) > 0  # type: ignore[union-attr]
 
 
+def test_documents_in_one_row_join_attention_s_results_once_more() -> None:
+    """Each document's attention keeps its own result; the row that joins them is what the output projection reads and saves."""
+    options: dict[str, Any] = {**ADAPTED, "method": "lora", "autocast": "bf16", "loss": "unsloth"}
+    of_one_row, padded = (kept_per_layer(LLAMA, **options, kernels=kernels) for kernels in ("unsloth", PADDED))
+    assert of_one_row - padded == 2 * N * H
+
+
+def test_unsloth_s_attention_on_older_cards_has_no_formula() -> None:
+    """There it repeats keys and values, or runs xformers where it is installed (utils/attention_dispatch.py)."""
+    result = estimate("llama-3.2-1b", **{**UNSLOTH, **QLORA, "kernels": "unsloth"}, gpu="t4")
+    assert result.peaks is None
+    assert [verdict.verdict for verdict in result.gpus] == ["unknown"]
+
+
 SEVEN = {"r": 16, "target_modules": ALL, "batch_size": 2, "seq_len": 2048}
 OF_TRAINER = {**SEVEN, "logits_to_keep": 8}
 UNSLOTH = {
-    **SEVEN, "trainer": "trl", "kernels": "unsloth", "loss": "unsloth", "optim": "adamw_8bit", "gradient_accumulation_steps": 2,
+    **SEVEN, "trainer": "trl", "kernels": PADDED, "loss": "unsloth", "optim": "adamw_8bit", "gradient_accumulation_steps": 2,
     "adapter_dtype": "fp32", "kbit_prepare": False, "use_reentrant": True, "offload_checkpoints": True,
 }  # fmt: skip
 QLORA = {"method": "qlora", "kbit_prepare": False}
@@ -74,6 +90,20 @@ REHEARSED: list[tuple[str, dict[str, Any], int, int]] = [
 
 @pytest.mark.parametrize(("model", "job", "allocated", "reserved"), REHEARSED)
 def test_as_the_packages_ran(model: str, job: dict[str, Any], allocated: int, reserved: int) -> None:
+    peaks = estimate(model, **job).peaks
+    assert peaks is not None
+    assert peaks.allocated == pytest.approx(allocated, rel=1e-4)
+    assert peaks.reserved == pytest.approx(reserved, rel=1e-3)
+
+
+OF_ONE_ROW: list[tuple[str, dict[str, Any], int, int]] = [
+    ("mistral-7b-v0.3", {**UNSLOTH, **QLORA, "kernels": "unsloth"}, 5_604_084_224, 5_660_213_248),
+]
+"""As above, with Unsloth's own choice of one row without padding: documents of 2,048 tokens."""
+
+
+@pytest.mark.parametrize(("model", "job", "allocated", "reserved"), OF_ONE_ROW)
+def test_rows_without_padding_as_unsloth_ran(model: str, job: dict[str, Any], allocated: int, reserved: int) -> None:
     peaks = estimate(model, **job).peaks
     assert peaks is not None
     assert peaks.allocated == pytest.approx(allocated, rel=1e-4)

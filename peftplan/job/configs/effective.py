@@ -37,6 +37,9 @@ class Effective:
             return runs(self.document.program, accepted)
         if accepted == "said":
             return self.values.get(key) is not None
+        if isinstance(accepted, Mapping):
+            product = self.meant({"product": [key, accepted["times"]]})
+            return product is not None and product >= accepted["at_least"]
         value = self.of(key)
         if accepted in ("set", "unset"):
             return (word(value) not in NOTHING) is (str(accepted) == "set")

@@ -48,7 +48,8 @@ class Rule(TypedDict, total=False):
     """What several keys mean together."""
 
     when: Mapping[str, Any]
-    """Key → a list of accepted values, `set` or `unset`, for which the tool's defaults count, or `said`: by the file."""
+    """Key → a list of accepted values, `set` or `unset`, for which the tool's defaults count, `said`: by the file, or
+    `{"at_least": number, "times": key}`: its product with another key's."""
     set: Mapping[str, Any]
     """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"sum": [names]}`, `{"names": {key: …}}` or `{"globs": key}`
     (`reading`)."""

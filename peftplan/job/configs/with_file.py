@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import peftplan.methods as methods
 from peftplan.distributed.names import OPTIONS
 from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
-from peftplan.job.configs.plan import ConfigPlan, Unsupported, bound
+from peftplan.job.configs.plan import ConfigPlan, Effect, Unsupported, bound
+from peftplan.job.kernels import kernels_of, named_kernels
 from peftplan.job.setup import OF_PREFERENCES, Setup
 from peftplan.job.trainers import DEFAULT, TRAINERS
 
@@ -70,16 +71,21 @@ def of_trainer(options: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in options.items() if name not in lacking}
 
 
-def without_kernels(document: Mapping[str, Any], why: str) -> dict[str, Any]:
+def effect_of(kernels: object) -> Effect:
+    """What kernels do to the peak of the model's own code: they save fewer tensors; rows without padding have larger tables."""
+    return "unknown" if kernels_of(named_kernels(kernels)).padding_free is not None else "lowers"
+
+
+def without_kernels(document: Mapping[str, Any], why: str, effect: Effect) -> dict[str, Any]:
     """The `config` field of a result whose kernels have no formula: the keys that name them are not supported.
 
-    They save fewer tensors than the model's own code, so the true peak is at most the one without them.
+    `effect`: theirs on the true peak (`effect_of`).
     """
     options = {name: value for name, value in document["options"].items() if name != "kernels"}
     named = {key: row for key, row in document["read"].items() if row["option"].split(", ") == ["kernels"]}
     read = {key: row for key, row in document["read"].items() if key not in named}
-    rows = {key: Unsupported(row["value"], f"{why} (no formula yet)", "lowers", "kernels") for key, row in named.items()}
-    rows = rows or {"kernels": Unsupported("by default", f"{why} (no formula yet)", "lowers", "kernels")}
+    rows = {key: Unsupported(row["value"], f"{why} (no formula yet)", effect, "kernels") for key, row in named.items()}
+    rows = rows or {"kernels": Unsupported("by default", f"{why} (no formula yet)", effect, "kernels")}
     unsupported = {key: Unsupported(**row) for key, row in document["unsupported"].items()} | rows
     assumed = {name: text for name, text in document["assumed"].items() if name != "kernels"}
     shown = {key: row._asdict() for key, row in unsupported.items()}

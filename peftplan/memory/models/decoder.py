@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from peftplan.arch.modules import Attention
 from peftplan.depth.sections import seconds_apart
 from peftplan.depth.stack import run_stack
+from peftplan.errors import NoEngineError
 from peftplan.memory import fused_layers, lora_kernels
 from peftplan.memory.activations import activation
 from peftplan.memory.calls import inputs
@@ -28,11 +29,15 @@ def decoder(model: Model, style: Style) -> Tensor:
     """`…Model.forward` of a rotary decoder."""
     f = model.tape
     replaced = model.running.kernels.decoder
+    if replaced and not model.running.flash:
+        raise NoEngineError("unsloth's attention on a card before compute capability 8.0 (no formula yet)")
     embedded = x = inputs(model)
     f.module = "model"
     if style.multiplied:
         embedded = x = ops.scale(f, x)
     _positions = None if replaced else f.new((model.seq,), "int64", "position_ids")
+    if model.running.kernels.padding_free is not None:
+        model.batch["positions"] = f.new(("b", model.seq), "int32", "to")
     windows = {block.attentions[0].window for block in model.arch.blocks} if style.tables_by_window else {None}
     masks = {} if replaced else masks_of(model, style, x.dtype)
     f.module = "model"
@@ -157,11 +162,16 @@ def attention(c: Call, x: Tensor) -> Tensor:
     if rotated and norms_in_rotation(c, a):
         q, k = fused_layers.norm_and_rotate(f, q, k)
     elif rotated and kernels.rope is not None:
-        q, k = fused_layers.rotate(f, kernels.rope, q, k)
+        q, k = fused_layers.rotate(f, kernels.rope, q, k, in_place=kernels.padding_free is None)
     elif rotated:
         q, k, *_kept_alive = c.style.rotate(f, q, k, *c.tables)
     k, v = c.cached(k, v, rotated=rotated)
+    if kernels.padding_free is not None:
+        v = ops.heads(f, v, v.dims, clones=True)
+        q, k, v = (sliced(f, side, side.dims) for side in (q, k, v))
     x = c.attend(q, k, v, rotated=rotated)
+    if kernels.padding_free is not None:
+        x = cat(f, [x], x.dims)  # of the documents' results
     if kernels.lora_o is not None and (ps := c.adapted(kernels.lora_o, [f"self_attn.{c.style.output}"])):
         return lora_kernels.output(f, kernels.lora_o, x, ps[0], c.lora_dropout)
     return c.linear(f"self_attn.{c.style.output}", x)
@@ -205,7 +215,9 @@ def _by_head(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
 
 def _clones(c: Call, a: Attention) -> bool:
     """Whether the gradient of a projection comes back head by head: from rotary embedding as transformers writes it."""
-    return a.positions == "rotary" and c.model.running.kernels.rope is None
+    kernels = c.model.running.kernels
+    separate = kernels.padding_free is not None and not norms_in_rotation(c, a)
+    return a.positions == "rotary" and (kernels.rope is None or separate)
 
 
 def _normed(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import peftplan
 from peftplan.errors import RefusedError
 from peftplan.job.configs.plan import ConfigPlan, Unsupported, bound
 from peftplan.job.configs.read import read_text, read_values
+from peftplan.job.kernels import named_kernels
 
 AXOLOTL = {
     "base_model": "meta-llama/Llama-3.1-8B",
@@ -161,33 +162,51 @@ import os
 from unsloth import FastLanguageModel
 model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Llama-3.2-1B", max_seq_length=2048)
 model = FastLanguageModel.get_peft_model(model, r=16)
-SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=2)).train()
+SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=2{arguments})).train()
 """
+COMPILED, LONG = {"UNSLOTH_BLOCK_COMPILE"}, {"UNSLOTH_PADDING_CHOICE"}
+PADDED = 'os.environ.setdefault("UNSLOTH_DISABLE_AUTO_PADDING_FREE", "1")'
 
 
 @pytest.mark.parametrize(
-    ("settings", "unsupported"),
+    ("settings", "arguments", "unsupported", "padding_free"),
     [
-        ("", {"UNSLOTH_BLOCK_COMPILE", "UNSLOTH_DISABLE_AUTO_PADDING_FREE"}),
-        ('os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"', {"UNSLOTH_DISABLE_AUTO_PADDING_FREE"}),
-        ('os.environ.setdefault("UNSLOTH_DISABLE_AUTO_PADDING_FREE", "1")', {"UNSLOTH_BLOCK_COMPILE"}),
-        ('os.environ["UNSLOTH_BLOCK_COMPILE"] = os.environ["UNSLOTH_DISABLE_AUTO_PADDING_FREE"] = "0"',
-         {"UNSLOTH_DISABLE_AUTO_PADDING_FREE"}),
-        ('os.environ["UNSLOTH_COMPILE_DISABLE"] = os.environ["UNSLOTH_DISABLE_AUTO_PADDING_FREE"] = "1"', set()),
+        ("", ", max_steps=60, gradient_accumulation_steps=4", set(), True),
+        ("", ", max_steps=1249, gradient_accumulation_steps=4", set(), True),
+        ("", ", max_steps=1250, gradient_accumulation_steps=4", LONG, True),
+        ('os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"', ", max_steps=5000", set(), True),
+        ('os.environ["UNSLOTH_DISABLE_AUTO_PADDING_FREE"] = "0"', ", max_steps=60", set(), True),
+        (PADDED, ", max_steps=60", COMPILED, False),
+        ('os.environ["UNSLOTH_PADDING_CHOICE"] = "padded"', ", max_steps=60", COMPILED, False),
+        ('os.environ["UNSLOTH_PADDING_CHOICE"] = "padding_free"', ", max_steps=5000", set(), True),
+        ("", ", max_steps=60, padding_free=False", COMPILED, False),
+        ("", ", max_steps=60), data_collator=DataCollatorForSeq2Seq(tokenizer=tokenizer", COMPILED, False),
+        (f'{PADDED}; os.environ["UNSLOTH_COMPILE_DISABLE"] = "1"', ", max_steps=60", set(), False),
     ],
 )  # fmt: skip
-def test_unsloth_compiles_layers_and_pads_nothing_unless_told(settings: str, unsupported: set[str]) -> None:
-    plan = read_text(UNSLOTH.format(settings=settings), file="train.py")
+def test_unsloth_compiles_layers_of_padded_batches(
+    settings: str, arguments: str, unsupported: set[str], padding_free: bool
+) -> None:
+    """unsloth 2026.10.9: a layer that gets lengths of documents runs as it is (models/_block_compile.py:929)."""
+    plan = read_text(UNSLOTH.format(settings=settings, arguments=arguments), file="train.py")
     assert set(plan.unsupported) == unsupported
+    assert ("unsloth.padding_free" in named_kernels(plan.options["kernels"])) is padding_free
     assert (peftplan.estimate(config=plan).peaks is None) == bool(unsupported)  # in which direction it changes is not known
     assert not peftplan.estimate(config=plan, kernels="unsloth").config["unsupported"]  # the user says how it runs
 
 
+def test_a_run_whose_length_the_data_decide_is_assumed_to_be_short() -> None:
+    plan = read_text(UNSLOTH.format(settings="", arguments=", num_train_epochs=3"), file="train.py")
+    assert not plan.unsupported
+    assert "5,000" in plan.assumed["padding"]
+
+
 def test_a_notebook_sets_variables_by_a_magic() -> None:
-    cells = ["%env UNSLOTH_BLOCK_COMPILE=0\n%env WANDB_PROJECT=mine", UNSLOTH.format(settings="")]
+    program = UNSLOTH.format(settings="", arguments=", padding_free=False")
+    cells = ["%env UNSLOTH_BLOCK_COMPILE=0\n%env WANDB_PROJECT=mine", program]
     notebook = json.dumps({"cells": [{"cell_type": "code", "source": [cell]} for cell in cells]})
     plan = read_text(notebook, file="train.ipynb")
-    assert set(plan.unsupported) == {"UNSLOTH_DISABLE_AUTO_PADDING_FREE"}
+    assert not plan.unsupported
     assert plan.read["environment.UNSLOTH_BLOCK_COMPILE"].value == "0"
 
 
