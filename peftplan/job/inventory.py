@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan import parameters
 from peftplan.job.job import Job
+from peftplan.job.lines import buffer_lines, gradient_lines, optimizer_lines, sensitivity_lines, weight_lines
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
@@ -69,12 +70,12 @@ def _lasting(job: Job, built: Parameters, own: Holding | None) -> Ledger:
     on_rank = built if own is None else own.parameters
     states_of = on_rank if own is None else own.states_of or on_rank
     return (
-        parameters.weight_lines(on_rank)
-        + parameters.buffer_lines(built)
-        + parameters.gradient_lines(on_rank, optimizer)
+        weight_lines(on_rank)
+        + buffer_lines(built)
+        + gradient_lines(on_rank, optimizer)
         + Ledger(() if own is None else own.beside)
         + _optimizer(states_of, optimizer, setup)
-        + parameters.sensitivity_lines(on_rank)
+        + sensitivity_lines(on_rank)
         + (reference_lines(on_rank) if job.reference == "copy" else Ledger(()))
     )
 
@@ -82,7 +83,7 @@ def _lasting(job: Job, built: Parameters, own: Holding | None) -> Ledger:
 def reference_lines(built: Parameters) -> Ledger:
     """The weights and buffers of a reference model that is a second model, in the dtypes of the policy (trl
     `DPOTrainer.__init__`: `ref_model_init_kwargs`)."""
-    lines = (*parameters.weight_lines(built), *parameters.buffer_lines(built))
+    lines = (*weight_lines(built), *buffer_lines(built))
     source = "trl: a second model, loaded as the policy is"
     return Ledger(tuple(line._replace(name=f"reference model: {line.name}", source=source) for line in lines))
 
@@ -94,8 +95,8 @@ def adapter_dtypes(setup: Setup) -> tuple[str, str | None]:
     return str(setup.adapter_dtype), None
 
 
-def _optimizer(built: parameters.Parameters, optimizer: Optimizer, setup: Setup) -> Ledger:
-    return parameters.optimizer_lines(
+def _optimizer(built: Parameters, optimizer: Optimizer, setup: Setup) -> Ledger:
+    return optimizer_lines(
         built,
         optimizer,
         parse_optim_args(setup.optim_args),

@@ -6,8 +6,8 @@ import pytest
 
 from peftplan.distributed.device_map import blocks_of, on_device, placed
 from peftplan.job.inventory import inventory
+from peftplan.job.lines import weight_lines
 from peftplan.job.prepare import prepare
-from peftplan.parameters import weight_lines
 
 
 def test_a_gpu_leaves_room_for_what_is_to_come() -> None:

@@ -11,8 +11,9 @@ import peftplan
 from peftplan.distributed.shards import holding
 from peftplan.distributed.strategy import Distributed
 from peftplan.job.inventory import inventory
+from peftplan.job.lines import gradient_lines, weight_lines
 from peftplan.job.prepare import prepare
-from peftplan.parameters import Parameters, gradient_lines, weight_lines
+from peftplan.parameters import Parameters
 from peftplan.results.estimate import Estimate
 
 WORLDS = (2, 3, 4, 8, 16, 64)
