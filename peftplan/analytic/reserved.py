@@ -277,7 +277,18 @@ class _Writer:
     def _repeat(self, layers: Sequence[Layers], timeline: Timeline, kinds: int) -> None:
         """Write the layers that the timeline only counts, in the order in which they run."""
         handed_on = {after: before for layer in layers for after, before in layer.handed_on.items()}
+        layers, released = _releasing(layers, handed_on)
+        beside: dict[int, int] = {}
+        """A hidden state, in the place of the one that a layer releases where such a layer follows → the storage that it is kept
+        under where none follows."""
         for after, before in sorted(handed_on.items()):
+            first = before
+            while handed_on.get(first, first) != first:
+                first = handed_on[first]
+            if first in released:
+                self._stacked[after] = self._stacked.get(released[first], released[first])
+                beside[after] = first
+                continue
             if before not in self._stacked and self._alive.get(before, 0) <= 0:  # these copies run before the layer they copy
                 in_its_place = self._alike(before, timeline)
                 self._stacked[before] = self._stacked.get(in_its_place, in_its_place)
@@ -287,13 +298,16 @@ class _Writer:
         for layer in layers:
             replaced = [n for n, place in layer.moved.items() if n not in there and self._alive.get(place, 0) <= 0]
             handed_on = {n: self._alike(n, timeline) for n in replaced}
-            of_kind.append(_events_of(layer, timeline, kinds, handed_on, self._stacked))
+            ways = (self._stacked, self._stacked | beside)
+            of_kind.append([_events_of(layer, timeline, kinds, handed_on, stacked) for stacked in ways])
         order = [kind for _, kind in sorted((turn, kind) for kind, layer in enumerate(layers) for turn in layer.turns)]
+        releases = [bool(released.keys() & set(layer.net)) for layer in layers]
         period = period_of(order)
         self._write(events.REPEAT, period)
         for place, kind in enumerate(order[:period]):
-            self._write(events.LAYER, len(order[place::period]), len(of_kind[kind]) // events.WIDTH)
-            self._events += of_kind[kind]
+            written = of_kind[kind][not releases[order[(place + 1) % period]]]
+            self._write(events.LAYER, len(order[place::period]), len(written) // events.WIDTH)
+            self._events += written
 
     def _alike(self, storage: int, timeline: Timeline) -> int:
         """The latest living tensor with the dims and dtype of `storage`: what the preceding layer, of another kind, handed on."""
@@ -309,6 +323,19 @@ class _Writer:
 
     def _write(self, what: int, a: int = 0, b: int = 0) -> None:
         self._events += (what, a, b, 0, 0)
+
+
+def _releasing(layers: Sequence[Layers], handed_on: Mapping[int, int]) -> tuple[list[Layers], dict[int, int]]:
+    """Of layers that take turns: one that frees its input in forward (a checkpoint on the host) while the next one keeps what it
+    returns. Both change what is alive, so neither stands in the other's place. The layers so, and output → input."""
+    released = {new: old for layer in layers for old, new in layer.moved.items() if new in handed_on.values()}
+    return [
+        layer._replace(
+            net=(*(n for new, old in released.items() if old in layer.moved for n in (-old, new)), *layer.net),
+            moved={old: new for old, new in layer.moved.items() if new not in released},
+        )
+        for layer in layers
+    ], released
 
 
 def period_of(order: Sequence[int]) -> int:

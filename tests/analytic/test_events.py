@@ -215,10 +215,23 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**shallow("bloom-560m", 4), "vocab_size": 4000},
         {"method": "lora", "target_modules": ["dense_4h_to_h"], **PLAIN, **KEPT, "batch_size": 2, "seq_len": 500},
     ),
+    "BOFT's blocks lie on a diagonal of their own dtype": (
+        {**shallow("qwen3-0.6b", 2), "vocab_size": 4000},
+        {
+            "method": "boft",
+            "trainer": "trl",
+            "quant": "nf4",
+            "kbit_prepare": False,
+            "autocast": "none",
+            **KEPT,
+            "batch_size": 1,
+            "seq_len": 500,
+        },
+    ),
     "states of fp16 are clamped": (UNTIED, {"method": "lora", **PLAIN, "dtype": "fp16", **CHECKPOINTED, "batch_size": 4}),
 }
-Change = tuple[str, int]
-"""What happens, and the bytes of the block."""
+Change = tuple[str, int, int]
+"""What happens, the bytes of the block, and which block it is."""
 
 
 class _Log:
@@ -227,18 +240,19 @@ class _Log:
     def __init__(self) -> None:
         self.changes: list[Change] = []
 
-    def allocate(self, nbytes: int, stream: int = 0) -> int:
-        self.changes.append(("alloc", nbytes))
-        return nbytes
+    def allocate(self, nbytes: int, stream: int = 0) -> tuple[int, int]:
+        block = nbytes, len(self.changes)
+        self.changes.append(("alloc", *block))
+        return block
 
-    def release(self, nbytes: int) -> None:
-        self.changes.append(("free", nbytes))
+    def release(self, block: tuple[int, int]) -> None:
+        self.changes.append(("free", *block))
 
     def begin_phase(self, phase: str) -> None:
         """Phases are not compared."""
 
     def empty_cache(self) -> None:
-        self.changes.append(("empty_cache", 0))
+        self.changes.append(("empty_cache", 0, 0))
 
 
 def analytic_changes(config: dict[str, Any], options: dict[str, Any]) -> list[Change]:
@@ -257,21 +271,34 @@ def traced_changes(config: dict[str, Any], options: dict[str, Any]) -> list[Chan
     for event in peaks.recording.events:  # type: ignore[union-attr]
         if event.kind == "alloc":
             nbytes[event.id] = event.nbytes
-        changes.append((event.kind, 0 if event.kind == "empty_cache" else nbytes.get(event.id, 0)))
+        changes.append((event.kind, 0 if event.kind == "empty_cache" else nbytes.get(event.id, 0), event.id))
     return changes
 
 
-def large(changes: Iterable[Change]) -> list[Change]:
+def large(changes: Iterable[Change]) -> list[tuple[str, int]]:
     """Those of large tensors; what is freed between two allocations in order of size, since the allocator does not care."""
-    kept: list[Change] = []
-    freed: list[Change] = []
-    for what, nbytes in changes:
+    kept: list[tuple[str, int]] = []
+    freed: list[tuple[str, int]] = []
+    for what, nbytes, _ in changes:
         if what == "free":
             freed += [(what, round512(nbytes))] * (nbytes >= 2 * MIB)
         elif nbytes >= 2 * MIB or what == "empty_cache":
             kept += [*sorted(freed), (what, round512(nbytes))]
             freed.clear()
     return kept + sorted(freed)
+
+
+def freed_blocks(changes: Iterable[Change]) -> list[list[int]]:
+    """Before each large allocation, which of the earlier ones are freed."""
+    numbers: dict[int, int] = {}
+    freed: list[list[int]] = [[]]
+    for what, nbytes, block in changes:
+        if what == "free" and block in numbers:
+            freed[-1] = sorted([*freed[-1], numbers.pop(block)])
+        elif what == "alloc" and nbytes >= 2 * MIB:
+            numbers[block] = len(freed)
+            freed.append([])
+    return freed
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -281,3 +308,20 @@ def test_large_tensors_come_and_go_in_the_traces_order(job: str) -> None:
     config, options = JOBS[job]
     options = {"seq_len": 384, **options}
     assert large(analytic_changes(config, options)) == large(traced_changes(config, options))
+
+
+SAME_BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a checkpoint on the host lets go of its input, the layer behind it keeps its own": (
+        {**shallow("phi-1-5", 9), "vocab_size": 4000},
+        {"method": "lora", **PLAIN, **CHECKPOINTED, "every_n_layers": 3, "offload_checkpoints": True, "batch_size": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("job", SAME_BLOCKS)
+def test_of_equal_tensors_the_same_ones_go(job: str) -> None:
+    for module in ("torch", "transformers", "peft"):
+        pytest.importorskip(module)
+    config, options = SAME_BLOCKS[job]
+    options = {"seq_len": 384, **options}
+    assert freed_blocks(analytic_changes(config, options)) == freed_blocks(traced_changes(config, options))

@@ -55,7 +55,7 @@ def _rotation(f: Tape, part: Part, identity: Tensor, running: Running) -> tuple[
     orthogonal = cayley(f, blocks, (m, n, k, k))
     if running.config.boft_dropout:
         orthogonal = _dropout(f, orthogonal, n)
-    diagonal = f.new((m, w, w), "fp32", "zeros", f.record(_blocks_backward, (orthogonal,), orthogonal))
+    diagonal = f.new((m, w, w), orthogonal.dtype, "zeros", f.record(_blocks_backward, (orthogonal,), orthogonal))
     copies = dtype != "fp32" or running.adapter_on_host
     places = f.new((m, w, w), dtype, "boft_P") if copies else None
     diagonal = f.to(diagonal, dtype)
