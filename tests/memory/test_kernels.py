@@ -97,17 +97,20 @@ def test_as_the_packages_ran(model: str, job: dict[str, Any], allocated: int, re
 
 
 OF_ONE_ROW: list[tuple[str, dict[str, Any], int, int]] = [
+    ("llama-3.2-1b", {**UNSLOTH, **LORA, "kernels": "unsloth"}, 3_049_502_208, 3_074_424_832),
     ("mistral-7b-v0.3", {**UNSLOTH, **QLORA, "kernels": "unsloth"}, 5_604_084_224, 5_660_213_248),
+    ("qwen3-0.6b", {**UNSLOTH, **QLORA, "kernels": "unsloth"}, 1_060_146_688, 1_082_130_432),
 ]
-"""As above, with Unsloth's own choice of one row without padding: documents of 2,048 tokens."""
+"""As above, with Unsloth's own choice of one row without padding: documents of 2,048 tokens. Qwen3's peak is in the loss, whose
+scalars and Unsloth's buffers of forward, 144,896 B, are not in the formula."""
 
 
 @pytest.mark.parametrize(("model", "job", "allocated", "reserved"), OF_ONE_ROW)
 def test_rows_without_padding_as_unsloth_ran(model: str, job: dict[str, Any], allocated: int, reserved: int) -> None:
     peaks = estimate(model, **job).peaks
     assert peaks is not None
-    assert peaks.allocated == pytest.approx(allocated, rel=1e-4)
-    assert peaks.reserved == pytest.approx(reserved, rel=1e-3)
+    assert peaks.allocated == pytest.approx(allocated, rel=2e-4)
+    assert peaks.reserved == pytest.approx(reserved, rel=1e-4)
 
 
 IN_THE_LOSS: list[tuple[str, dict[str, Any], int]] = [
