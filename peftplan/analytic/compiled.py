@@ -17,10 +17,10 @@ from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
-from peftplan.memory.load import Memory, load_into, load_passing
+from peftplan.memory.load import Memory, dtypes_before, load_into, load_passing
 from peftplan.memory.methods import ADAPTERS, adapter_of
 from peftplan.memory.model import Model
-from peftplan.memory.step import HALF, steady_step
+from peftplan.memory.step import steady_step
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters, loaded_dtype
@@ -265,13 +265,12 @@ def _trained_again(job: Job, parameters: Parameters) -> frozenset[str]:
     return frozenset(p.name for p in parameters.all if p.owner == "adapter" and ".lora_A." in p.name)
 
 
-def _passed_in(job: Job) -> str | None:
-    """The dtype of adapters before peft casts them to fp32: that of the stored base, if it is on the device and in 16 bits."""
+def _passed_in(job: Job) -> tuple[str, ...]:
+    """The dtypes of adapters before their own, where peft's layers put them beside a base on the device."""
     on_device = job.setup.by.loads_on_device or (job.distributed is not None and job.distributed.facts.loads_on_device)
     if job.method is None or job.method.peft_type not in ADAPTERS or not (job.quant or on_device):
-        return None
-    stored = job.setup.dtype if job.quant is None else job.quant.quant_storage
-    return stored if stored in HALF else None
+        return ()
+    return dtypes_before(job.setup, job.quant)
 
 
 def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import pairwise
 from math import prod
 from typing import Any, Protocol, TypeVar
 
 from peftplan.distributed.order import by_module, tensors
 from peftplan.dtypes import ITEMSIZE
+from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
+from peftplan.memory.parts import FOUR_BIT
 from peftplan.parameters import Parameter, Parameters
 from peftplan.storage import QuantConfig
 from peftplan.units import round512
@@ -25,6 +28,7 @@ from peftplan.versions import named
 SOURCE = f"{named('transformers')}: loading a quantized model"
 Key = tuple[tuple[bool, int, str], ...]
 Handle = TypeVar("Handle")
+HALF = ("fp16", "bf16")
 WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
 """Bytes per element that the warm-up counts for a quantized weight (transformers, `quantized_element_size`)."""
 
@@ -85,6 +89,15 @@ class Level:
         """Nothing."""
 
 
+def dtypes_before(setup: Setup, quant: QuantConfig | None) -> tuple[str, ...]:
+    """The dtypes that an adapter beside a base on the device has before its own: that of the base, or in which 4-bit layers
+    compute, if it is one of 16 bits; and peft's fp32 where TRL casts it again.
+    """
+    base = setup.dtype if quant is None else setup.compute_dtype if quant.name in FOUR_BIT else quant.quant_storage
+    narrow = (base,) if base in HALF else ()
+    return (*narrow, "fp32") if setup.by.casts_adapter(setup.quant) and setup.adapter_dtype == "bf16" else narrow
+
+
 def load_into(
     memory: Memory[Handle],
     parameters: Parameters,
@@ -93,7 +106,7 @@ def load_into(
     dtype: str,
     dtype_of: Callable[[str], str],
     prepared: bool,
-    adapters_pass_in: str | None = None,
+    adapters_pass_in: tuple[str, ...] = (),
     moved: bool = False,
     arrives: bool = False,
 ) -> None:
@@ -101,8 +114,8 @@ def load_into(
 
     `arrives`: a dense base is loaded to its device as a quantized one is, by name and behind a warm-up block.
     `moved`: the adapted model is moved module by module, so that what is added to a module follows it.
-    `adapters_pass_in`: the dtype in which peft's layers put their tensors beside a base that is on the device, before it casts
-    them all (peft, `_move_adapter_to_device_of_base_layer`, `cast_adapter_dtype`); None where they arrive as they last.
+    `adapters_pass_in`: `dtypes_before` of an adapter, one cast of all its tensors after the other (peft, tuners/tuners_utils.py,
+    `_move_adapter_to_device_of_base_layer`, `_get_base_layer_device_and_dtype`, `cast_adapter_dtype`; trl `SFTTrainer.__init__`).
     """
     first, second, last = load_order(parameters, by_name=quant is not None or arrives, moved=moved and not arrives)
     base = [p for p in parameters.all if p.owner == "base"]
@@ -132,16 +145,25 @@ def load_into(
             memory.release(narrow[p.name, layer].pop(0))
     if prepared:  # newer releases of peft
         memory.empty_cache()
-    cast = {id(p) for p in parameters.all if p.dtype == "fp32"} if adapters_pass_in else ()
-    temporaries = []
+    held: list[tuple[Parameter, Handle]] = []
+    cast = {id(p) for p in parameters.all if _is_cast(p, adapters_pass_in)}
     for p, _ in last:
-        if adapters_pass_in and id(p) in cast:
-            temporaries.append((p, memory.allocate(ITEMSIZE[adapters_pass_in] * p.numel)))
+        if id(p) in cast:
+            held.append((p, memory.allocate(ITEMSIZE[adapters_pass_in[0]] * p.numel)))
         else:
             memory.keep(sizes_of[id(p)])
-    for p, narrow_one in temporaries:
+    for dtype in adapters_pass_in[1:]:
+        for place, (p, before) in enumerate(held):
+            held[place] = p, memory.allocate(ITEMSIZE[dtype] * p.numel)
+            memory.release(before)
+    for p, before in held:
         memory.keep(sizes_of[id(p)])
-        memory.release(narrow_one)
+        memory.release(before)
+
+
+def _is_cast(p: Parameter, passing: tuple[str, ...]) -> bool:
+    """Whether a tensor of an adapter has other dtypes before its own."""
+    return p.owner == "adapter" and p.dtype in ("fp32", "bf16", "fp16") and passing[-1:] not in ((), (p.dtype,))
 
 
 Tensors = list[tuple[Parameter, int | None]]
@@ -208,7 +230,7 @@ def load_passing(
     dtype: str,
     dtype_of: Callable[[str], str],
     doubled: bool,
-    adapters_pass_in: str | None = None,
+    adapters_pass_in: tuple[str, ...] = (),
 ) -> tuple[Line, ...]:
     """What the peak of loading holds beyond the tensors that last: one line, or none where the end is the peak.
 
@@ -225,15 +247,16 @@ def load_passing(
     return (Line("weights while loading", "temporaries", "uint8", (peak - end,), 1, SOURCE),) if peak > end else ()
 
 
-def _casting(parameters: Parameters, dtype: str) -> int:
-    """How far the peak of casting adapters to fp32, tensor by tensor, lies above its end; negative if it does not."""
-    wide = [p for p, _ in tensors(p for p in parameters.all if p.owner == "adapter" and p.dtype == "fp32")]
-    narrow = [round512(ITEMSIZE[dtype] * p.numel) for p in wide]
-    above, still = [], 0
-    for p, temporaries in zip(reversed(wide), reversed(narrow), strict=True):
-        above.append(still + temporaries)
-        still += temporaries - _bytes(p)
-    return max(above, default=0)
+def _casting(parameters: Parameters, passing: tuple[str, ...]) -> int:
+    """How far the peak of casting adapters, tensor by tensor, lies above its end."""
+    cast = [p for p, _ in tensors(p for p in parameters.all if _is_cast(p, passing))]
+    sizes = [[round512(ITEMSIZE[dtype] * p.numel) for p in cast] for dtype in passing] + [[_bytes(p) for p in cast]]
+    peak = level = sum(sizes[0])
+    for before, after in pairwise(sizes):
+        for old, new in zip(before, after, strict=True):
+            peak = max(peak, level + new)
+            level += new - old
+    return peak - level
 
 
 def _quantizing(base: list[Parameter], loaded: dict[int, int], *, dtype: str, doubled: bool) -> int:

@@ -40,7 +40,7 @@ from peftplan.trace.events.workspaces import Workspaces
 from peftplan.trace.fake import FakeOn, fake_batch, fake_device, to_fake
 from peftplan.trace.fake_mode import DenseMode
 from peftplan.trace.inputs import Inputs, inputs
-from peftplan.trace.load import load
+from peftplan.trace.load import PASSES, load
 from peftplan.trace.model import Built, build
 from peftplan.trace.optimizers import make_optimizer
 from peftplan.trace.progress import Tell, part, silent
@@ -96,7 +96,8 @@ class Traced:
         if not self.prepared:
             return events
         loaded = [i for i, event in enumerate(events) if event.phase == "load"]
-        at = next((i for i in loaded if events[i].category == "adapter_weights"), loaded[-1] + 1)
+        of_adapters = (i for i in loaded if events[i].category == "adapter_weights" or events[i].op == PASSES)
+        at = next(of_adapters, loaded[-1] + 1)
         return [*events[:at], Event("empty_cache", phase="load"), *events[at:]]
 
     @property

@@ -23,13 +23,14 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
 from peftplan.libraries.quantized import QUANT_TENSORS
-from peftplan.memory.load import WARMUP_BYTES
-from peftplan.memory.step import HALF
+from peftplan.memory.load import WARMUP_BYTES, dtypes_before
 from peftplan.storage import QuantConfig, category, shared
 from peftplan.trace.cuda.tuner_layers import HOST_BUFFERS, LASTING, adapter_from_host, offloaded
 from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.model import Built
 
+PASSES = "adapter before it is cast"
+FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 Part = tuple[str, Any, str, torch.nn.Parameter]
 """Full name, module, name within the module, parameter."""
 
@@ -62,16 +63,8 @@ def _dense_model(built: Built, tracker: Tracker, setup: Setup) -> None:
             later.append(part)
         else:
             tracker.register(part.tensor, part.category, part.name)
-    halves = {}
-    for part in later:
-        if part.tuned and part.category != "buffers" and setup.dtype in HALF and part.tensor.dtype == torch.float32:
-            halves[part.name] = _dense(tracker, tuple(part.tensor.shape), setup.dtype, name=part.name)
-        else:
-            tracker.register(part.tensor, part.category, part.name)
-    for part in later:
-        if part.name in halves:
-            tracker.register(part.tensor, part.category, part.name)
-            tracker.end(halves[part.name])
+    passing = dtypes_before(setup, None)
+    _cast(tracker, [(part, passing if part.tuned and part.category != "buffers" else ()) for part in later])
     for name, tensor in _in_dicts(built):
         tracker.register(tensor, "buffers", name)
 
@@ -115,9 +108,29 @@ def _quantized_model(built: Built, tracker: Tracker, setup: Setup, quant: QuantC
         if name in halves:
             tracker.register(parameter, "weights", name)
             tracker.end(halves[name])
-    for name, _, _, parameter in _parts(built):
-        if built.owners[name] == "adapter_weights":
-            tracker.register(parameter, "adapter_weights", name)
+    passing = dtypes_before(setup, quant) if any(isinstance(m, BaseTunerLayer) for m in built.model.modules()) else ()
+    added = [(name, parameter) for name, _, _, parameter in _parts(built) if built.owners[name] == "adapter_weights"]
+    _cast(tracker, [(_Moved(name, parameter, "adapter_weights", True), passing) for name, parameter in added])
+
+
+def _cast(tracker: Tracker, parts: list[tuple[_Moved, tuple[str, ...]]]) -> None:
+    """Register tensors, each with the dtypes that it has before its own; one cast after the other goes through all of them."""
+    held: dict[str, Storage] = {}
+    waiting = [(part, passing) for part, passing in parts if passing and FLOATS.get(part.tensor.dtype) not in (None, passing[-1])]
+    names = {part.name for part, _ in waiting}
+    for part, passing in parts:
+        if part.name in names:
+            held[part.name] = _dense(tracker, tuple(part.tensor.shape), passing[0], name=part.name, op=PASSES)
+        else:
+            tracker.register(part.tensor, part.category, part.name)
+    for number in range(1, max((len(passing) for _, passing in waiting), default=0)):
+        for part, passing in waiting:
+            wide = _dense(tracker, tuple(part.tensor.shape), passing[number], name=part.name, op=PASSES)
+            tracker.end(held[part.name])
+            held[part.name] = wide
+    for part, _ in waiting:
+        tracker.register(part.tensor, part.category, part.name)
+        tracker.end(held[part.name])
 
 
 def _on_device(built: Built, setup: Setup, quant: QuantConfig | None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -155,8 +168,8 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
-def _dense(tracker: Tracker, shape: tuple[int, ...], dtype: str, *, name: str) -> Storage:
-    storage = tracker.passing(nbytes=ITEMSIZE[dtype] * prod(shape), shape=shape, dtype=dtype, op="load")
+def _dense(tracker: Tracker, shape: tuple[int, ...], dtype: str, *, name: str, op: str = "load") -> Storage:
+    storage = tracker.passing(nbytes=ITEMSIZE[dtype] * prod(shape), shape=shape, dtype=dtype, op=op)
     storage.name = name
     return storage
 

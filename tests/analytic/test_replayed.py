@@ -114,8 +114,9 @@ def test_weights_of_five_mebibytes_by_hand() -> None:
         {"method": "qlora"},
         {"method": "qlora", "double_quant": False, "kbit_prepare": False},
         {"method": "lora", "quant": "int8"},
+        {"method": "qlora", "trainer": "trl"},
     ],
-    ids=["full", "lora", "qlora", "nf4", "int8"],
+    ids=["full", "lora", "qlora", "nf4", "int8", "trl"],
 )
 def test_loading_is_the_traces_to_the_byte(options: dict[str, Any]) -> None:
     for module in ("torch", "transformers", "peft"):
