@@ -189,6 +189,21 @@ def zero3_jobs() -> Iterator[dict[str, Any]]:
     yield job("zero3", "lora", 4, zero=AUTO, config={"model_type": "qwen3", **CLASSES["qwen3"]}, checkpointing=False)
     for model, method in product(("gpt2", "opt-125m", "qwen2.5-0.5b", "qwen3-0.6b"), ("lora", "full")):
         yield published(model, method, strategy="zero3", trainer="transformers", seq_len=256)
+    for model, method in product(OTHER_ZERO3, METHODS):
+        yield job("zero3", method, 4, model=model, layers=CUT[model], seq_len=256, zero=AUTO)
+    for model in MIXTURES:
+        yield job("zero3", "full", 4, model=model, layers=CUT[model], seq_len=256, zero=AUTO)
+        yield job("zero3", "lora", 4, model=model, layers=CUT[model], seq_len=256, zero=AUTO, target_modules=ATTENTION)
+    for strategy, method in product(("zero3", "zero2"), METHODS):
+        yield job(strategy, method, 4, autocast="fp16", zero=AUTO if strategy == "zero3" else None)
+    for method in METHODS:
+        yield published("llama-3.2-1b", method, strategy="zero3", trainer="trl", seq_len=1024)
+
+
+OTHER_ZERO3 = ("gemma-3-1b-pt", "pythia-1b", "bloom-1b1")
+MIXTURES = ("mixtral-8x7b-v0.1", "qwen3-30b-a3b")
+"""Built-in models whose few layers ran under ZeRO-3 too; of a mixture's, the adapter is on its attention alone."""
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 FAMILIES = ("gemma-3-270m", "pythia-160m", "gpt2", "opt-125m", "bloom-560m", "qwen2.5-0.5b", "qwen3-0.6b")
@@ -231,16 +246,16 @@ def job(
         # Trainer looks for unused parameters of a PeftModel, with a map in pinned memory, which no rehearsal has
         program["arguments"] = {"ddp_find_unused_parameters": False}
     if strategy.startswith("zero"):
-        program["arguments"] = {"deepspeed": deepspeed(int(strategy[-1]), zero or {})}
+        program["arguments"] = {"deepspeed": deepspeed(int(strategy[-1]), zero or {}, settings.get("autocast", "bf16"))}
     return {"name": name, "strategy": strategy, "world": world, "program": program, "fsdp": fsdp or {}}
 
 
-def deepspeed(stage: int, zero: dict[str, Any]) -> dict[str, Any]:
+def deepspeed(stage: int, zero: dict[str, Any], autocast: str = "bf16") -> dict[str, Any]:
     """A config of DeepSpeed with what transformers fills in left to it."""
     automatic = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
     return {
         **dict.fromkeys(automatic, "auto"),
-        "bf16": {"enabled": True},
+        autocast: {"enabled": True},
         "zero_optimization": {"stage": stage, **zero},
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -283,6 +298,9 @@ def fsdp1_jobs() -> Iterator[Named]:
         {"config": {**SMALL, "vocab_size": 50001}},
         {"config": {"tie_word_embeddings": True}, "fsdp": ahead},
         {"optim": "adamw_torch"},
+        {"config": {"tie_word_embeddings": True}},
+        {"fsdp": {"offload_params": "cpu"}},
+        {"autocast": "fp16", "optim": "adamw_torch"},
     )
     for more, method in product(variants, METHODS):
         yield "fsdp1", method, 4, more

@@ -124,7 +124,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         "contiguous_gradients": distributed.contiguous_gradients is False,
         "deepspeed_optimizer": bool(distributed.deepspeed_optimizer),
         "offload_optimizer": distributed.offload_optimizer == "nvme",
-        "autocast": job.setup.autocast != "bf16",
+        "autocast": job.setup.autocast != "bf16" and not _in_fp16(job, distributed),
         "loss": job.setup.loss not in ("full", "trl-chunked"),
     }
     if distributed.strategy != "zero3":
@@ -139,6 +139,11 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         "bias": getattr(job.config, "bias", "none") != "none",
         "target_modules": any(module.name in tables for module in job.adaptation.matched),
     }
+
+
+def _in_fp16(job: Job, distributed: Distributed) -> bool:
+    """Whether the job is in fp16 as it was rehearsed: under ZeRO-3, on the GPU."""
+    return job.setup.autocast == "fp16" and distributed.strategy == "zero3" and distributed.offload_optimizer in (None, "none")
 
 
 def _unrehearsed(job: Job) -> dict[str, bool]:
@@ -167,6 +172,8 @@ def _is_decoder(job: Job) -> bool:
     decoders = architecture.blocks and all(block.stack == "decoder" for block in architecture.blocks)
     strategy = job.distributed.strategy if job.distributed else ""
     rehearsed = architecture.model_type in REHEARSED.get(strategy, (architecture.model_type,))
+    if job.method is not None and job.method.name == "full":
+        rehearsed = rehearsed and architecture.model_type not in REHEARSED_ADAPTED.get(strategy, ())
     return bool(forward and decoders and architecture.input_embedding and rehearsed)
 
 
@@ -179,9 +186,11 @@ MODELLED = (*FSDP, *ZERO)
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 REHEARSED = {
     **dict.fromkeys(FLAT, (*LLAMAS, "gemma3_text", "gpt_neox", "gpt2", "opt", "bloom")),
-    "zero3": (*LLAMAS, "gpt2", "opt"),
+    "zero3": (*LLAMAS, "gpt2", "opt", "gemma3_text", "gpt_neox", "bloom"),
 }
 """Model types whose steps were rehearsed under DeepSpeed; Mistral runs Llama's operations."""
+REHEARSED_ADAPTED = {"zero3": ("gemma3_text", "gpt_neox", "bloom")}
+"""Those that were rehearsed with adapters alone."""
 
 
 def setup_on_rank(job: Job) -> Setup:

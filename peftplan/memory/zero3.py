@@ -228,11 +228,21 @@ class Zero3(Stage):
     def before_step(self) -> None:
         """All parameters are released; each gradient's norm is taken, cast to fp64; then the first sub group is flattened."""
         self.coordinator.release_all(self.sharded.values())
+        if self.dtype == "fp16" and not self.offloads:
+            self._look_for_overflow()
         if not self.offloads:
             for p in (p for group in self.of_groups for p in group):
                 self._norm(p.part, 0)
             self._flatten(self.of_groups[0])
         self.norms.clear()
+
+    def _look_for_overflow(self) -> None:
+        """`has_overflow`: `isinf` of all gradients compares their magnitudes, `isnan` themselves."""
+        dims = (sum(p.part for group in self.of_groups for p in group),)
+        magnitudes = self._new(dims, self.dtype, "abs", self.stream, "temporaries")
+        self._new(dims, "bool", "isinf", self.stream, "temporaries")
+        del magnitudes
+        self._new(dims, "bool", "isnan", self.stream, "temporaries")
 
     def groups(self, trained: list[Family]) -> Iterator[list[Family]]:
         """What the optimizer steps over, sub group by sub group; nothing where it is on the host."""
