@@ -5,6 +5,8 @@ Source: accelerate, utils/fsdp_utils.py (`fsdp2_prepare_model`, `fsdp2_load_full
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from typing import Generic, NamedTuple
 
@@ -25,8 +27,8 @@ class Loading(NamedTuple):
     """Loads the whole model onto the GPU first, as a quantized one is; None: shards are made from the host."""
     one_by_one: bool
     """Whether each tensor is moved alone (`cpu_ram_efficient_loading`, on rank 0), not all of a unit."""
-    stays: frozenset[tuple[int, ...]]
-    """Sizes of tensors of quantized weights that are made together and never sharded."""
+    stays: Mapping[tuple[int, ...], int]
+    """Sizes of tensors of quantized weights that are made together and never sharded, and how many there are."""
     keeps_ends: bool
     """Whether accelerate's own variables hold the embedding and the head whole until the model is prepared."""
 
@@ -100,10 +102,10 @@ def _on_device(shard: Parameter) -> tuple[int, ...]:
 
 
 class Whole(Generic[Handle]):
-    """A memory where what is loaded for good is held by handles, but for sizes that stay."""
+    """A memory where what is loaded for good is held by handles, but for the first so many of some sizes, which stay."""
 
-    def __init__(self, memory: Memory[Handle], stays: frozenset[tuple[int, ...]]) -> None:
-        self.memory, self.stays = memory, stays
+    def __init__(self, memory: Memory[Handle], stays: Mapping[tuple[int, ...], int]) -> None:
+        self.memory, self.stays = memory, Counter(stays)
         self.handles: list[Handle] = []
 
     def allocate(self, nbytes: int) -> Handle:
@@ -112,7 +114,8 @@ class Whole(Generic[Handle]):
 
     def keep(self, sizes: tuple[int, ...], /) -> None:
         """Allocate tensors that stay until their shards are made."""
-        if sizes in self.stays:
+        if self.stays[sizes]:
+            self.stays[sizes] -= 1
             self.memory.keep(sizes)
         else:
             self.handles += [self.memory.allocate(nbytes) for nbytes in sizes]
@@ -126,11 +129,14 @@ class Whole(Generic[Handle]):
         self.memory.empty_cache()
 
 
-def whole_sizes(full: Parameters, shards: Parameters) -> frozenset[tuple[int, ...]]:
-    """Sizes of what every rank holds of quantized weights: absmax and code tables, and packed weights that are not sharded."""
-    sizes: set[tuple[int, ...]] = set()
+def whole_sizes(full: Parameters, shards: Parameters) -> Mapping[tuple[int, ...], int]:
+    """Sizes of what every rank holds of quantized weights, and how many there are: absmax and code tables, and packed weights
+    that are not sharded. An adapter of such a size is loaded behind them.
+    """
+    sizes: Counter[tuple[int, ...]] = Counter()
     for p, shard in zip(full.all, shards.all, strict=True):
         if p.quantized:
-            sizes.add(tuple(a.nbytes for a in p.allocations if a.name != "weight"))
-            sizes |= set() if is_sharded(p, shard) else {tuple(a.nbytes for a in p.allocations if a.name == "weight")}
-    return frozenset(sizes)
+            sizes[tuple(a.nbytes for a in p.allocations if a.name != "weight")] += p.copies
+            if not is_sharded(p, shard):
+                sizes[tuple(a.nbytes for a in p.allocations if a.name == "weight")] += p.copies
+    return sizes
