@@ -145,18 +145,18 @@ def load_into(
             memory.release(narrow[p.name, layer].pop(0))
     if prepared:  # newer releases of peft
         memory.empty_cache()
-    held: list[tuple[Parameter, Handle]] = []
+    uncast: list[tuple[Parameter, Handle]] = []
     cast = {id(p) for p in parameters.all if _is_cast(p, adapters_pass_in)}
     for p, _ in last:
         if id(p) in cast:
-            held.append((p, memory.allocate(ITEMSIZE[adapters_pass_in[0]] * p.numel)))
+            uncast.append((p, memory.allocate(ITEMSIZE[adapters_pass_in[0]] * p.numel)))
         else:
             memory.keep(sizes_of[id(p)])
     for dtype in adapters_pass_in[1:]:
-        for place, (p, before) in enumerate(held):
-            held[place] = p, memory.allocate(ITEMSIZE[dtype] * p.numel)
+        for place, (p, before) in enumerate(uncast):
+            uncast[place] = p, memory.allocate(ITEMSIZE[dtype] * p.numel)
             memory.release(before)
-    for p, before in held:
+    for p, before in uncast:
         memory.keep(sizes_of[id(p)])
         memory.release(before)
 

@@ -115,22 +115,22 @@ def _quantized_model(built: Built, tracker: Tracker, setup: Setup, quant: QuantC
 
 def _cast(tracker: Tracker, parts: list[tuple[_Moved, tuple[str, ...]]]) -> None:
     """Register tensors, each with the dtypes that it has before its own; one cast after the other goes through all of them."""
-    held: dict[str, Storage] = {}
+    uncast: dict[str, Storage] = {}
     waiting = [(part, passing) for part, passing in parts if passing and FLOATS.get(part.tensor.dtype) not in (None, passing[-1])]
     names = {part.name for part, _ in waiting}
     for part, passing in parts:
         if part.name in names:
-            held[part.name] = _dense(tracker, tuple(part.tensor.shape), passing[0], name=part.name, op=PASSES)
+            uncast[part.name] = _dense(tracker, tuple(part.tensor.shape), passing[0], name=part.name, op=PASSES)
         else:
             tracker.register(part.tensor, part.category, part.name)
     for number in range(1, max((len(passing) for _, passing in waiting), default=0)):
         for part, passing in waiting:
             wide = _dense(tracker, tuple(part.tensor.shape), passing[number], name=part.name, op=PASSES)
-            tracker.end(held[part.name])
-            held[part.name] = wide
+            tracker.end(uncast[part.name])
+            uncast[part.name] = wide
     for part, _ in waiting:
         tracker.register(part.tensor, part.category, part.name)
-        tracker.end(held[part.name])
+        tracker.end(uncast[part.name])
 
 
 def _on_device(built: Built, setup: Setup, quant: QuantConfig | None) -> Iterator[tuple[str, torch.Tensor]]:
