@@ -3,8 +3,8 @@
     python -m tools.referees [--write] [ID ...]
 
 `vramcalc bench` 0.1.2 trains a few steps and records its bytes; `data/runs/vramcalc_a6000.jsonl` holds what it recorded on an RTX
-A6000. Run it in an environment with vramcalc, its transformers (4.57.6), peft and the CUDA build of torch. `--write`
-puts the table between the marks of docs/rehearse.md.
+A6000 with torch 2.14.1 and transformers 4.57.6. Run it in an environment with vramcalc, transformers, peft and the CUDA build
+of torch. `--write` puts the table between the marks of docs/rehearse.md.
 """
 
 from __future__ import annotations
@@ -57,20 +57,38 @@ def measured(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = ["| `vramcalc bench`, RTX A6000 | it recorded | rehearsed | difference |", "| --- | --- | --- | --- |"]
+    """A row per published run as Markdown, with a column per environment that it was rehearsed in."""
+    environments = sorted({_environment(row) for row in rows}, reverse=True)
+    by_run: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        words = re.sub(r"--train |--batch 1 --seq 2048 ?", "", row["options"]).strip()
-        drift = 100 * (row["rehearsed"] / row["published"] - 1)
-        lines.append(f"| {row['model']} `{words}` | {row['published']:,} | {row['rehearsed']:,} | {drift:+.4f} % |")
+        by_run.setdefault(row["id"], {})[_environment(row)] = row
+    header = ["`vramcalc bench`, RTX A6000", "it recorded", *environments]
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header))]
+    for several in by_run.values():
+        first = next(iter(several.values()))
+        words = re.sub(r"--train |--batch 1 --seq 2048 ?", "", first["options"]).strip()
+        cells = [_cell(several.get(environment)) for environment in environments]
+        lines.append(f"| {first['model']} `{words}` | {first['published']:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _environment(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {row['versions'][name]}" for name in ("torch", "transformers"))
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    if row["rehearsed"] == row["published"]:
+        return f"{row['rehearsed']:,} (equal)"
+    return f"{row['rehearsed']:,} ({100 * (row['rehearsed'] / row['published'] - 1):+.4f} %)"
+
+
 def write(rows: list[dict[str, Any]]) -> None:
-    """Keep the rows beside those of other ids, and put the table into the page."""
+    """Keep the rows beside those of other runs and environments, and put the table into the page."""
     kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else []
-    by_id = {row["id"]: row for row in [*kept, *rows]}
-    rows = sorted(by_id.values(), key=lambda row: int(row["id"].rpartition("/")[2]))
+    by_run = {(row["id"], _environment(row)): row for row in [*kept, *rows]}
+    rows = sorted(by_run.values(), key=lambda row: (int(row["id"].rpartition("/")[2]), _environment(row)))
     KEPT.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]

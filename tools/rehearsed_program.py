@@ -12,12 +12,14 @@ import os
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
-from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     Trainer,
@@ -27,6 +29,9 @@ from transformers import (
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = 256
 FLAGS = argparse.BooleanOptionalAction
+CLASSIFIERS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
+PER_SAMPLE = ("ForSequenceClassification", "ForImageClassification")
+"""Ends of names of classes that want one label per sample."""
 OTHER_TRAINERS = ("trl-dpo", "trl-kto", "trl-reward", "trl-orpo", "trl-cpo", "trl-grpo", "trl-rloo", "trl-gkd")
 
 
@@ -35,6 +40,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("--method", default="lora", choices=("full", "lora", "qlora"))
+    parser.add_argument("--task-type", choices=tuple(CLASSIFIERS))
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--target-modules", default="all-linear")
     parser.add_argument("--use-dora", action=FLAGS, default=False)
@@ -70,6 +76,11 @@ def checkpoints(job: argparse.Namespace) -> bool:
     return job.trainer != "plain" if job.gradient_checkpointing is None else job.gradient_checkpointing
 
 
+def class_of(job: argparse.Namespace, config: Any) -> Any:
+    """The class that a task wants, else the one that the model's config names."""
+    return CLASSIFIERS[job.task_type] if job.task_type else getattr(transformers, config.architectures[0])
+
+
 def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any:
     """The model, as it is passed to a trainer."""
     quantization = None
@@ -81,7 +92,7 @@ def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any
             bnb_4bit_compute_dtype=DTYPES[job.dtype],
         )
     attention = {"attn_implementation": job.attn_implementation} if job.attn_implementation else {}
-    if auto_class is AutoModelForSequenceClassification:
+    if job.trainer == "trl-reward":
         attention["num_labels"] = 1
     return auto_class.from_pretrained(job.model, dtype=DTYPES[job.dtype], quantization_config=quantization, **attention)
 
@@ -91,8 +102,17 @@ def adapter(job: argparse.Namespace) -> LoraConfig | None:
     if job.method == "full":
         return None
     modules = job.target_modules if job.target_modules == "all-linear" else job.target_modules.split(",")
-    task = TaskType.SEQ_CLS if job.trainer == "trl-reward" else TaskType.CAUSAL_LM
-    return LoraConfig(r=job.r, target_modules=modules, use_dora=job.use_dora, use_rslora=job.use_rslora, task_type=task)
+    return LoraConfig(r=job.r, target_modules=modules, use_dora=job.use_dora, use_rslora=job.use_rslora, task_type=task_of(job))
+
+
+def task_of(job: argparse.Namespace) -> str | None:
+    """peft's task: that of the job, else the one that the model's class has."""
+    config = AutoConfig.from_pretrained(job.model)
+    if job.trainer == "trl-reward":
+        return "SEQ_CLS"
+    if config.is_encoder_decoder:
+        return "SEQ_2_SEQ_LM"
+    return job.task_type or ("CAUSAL_LM" if config.architectures[0].endswith(("ForCausalLM", "LMHeadModel")) else None)
 
 
 def sharding(job: argparse.Namespace, model: Any) -> dict[str, Any]:
@@ -144,10 +164,14 @@ def arguments(job: argparse.Namespace, model: Any) -> dict[str, Any]:
     }
 
 
-def rows(job: argparse.Namespace, model: Any) -> Dataset:
-    """Rows of as many tokens as the job says."""
+def rows(job: argparse.Namespace, model: Any) -> Any:
+    """Rows of as many tokens as the job says, or of one picture."""
+    if hasattr(model.config, "image_size"):
+        size, channels = model.config.image_size, model.config.num_channels
+        return [{"pixel_values": torch.zeros(channels, size, size), "labels": 0}] * ROWS
     tokens = [(7 * place) % model.config.get_text_config().vocab_size for place in range(job.seq_len)]
-    return Dataset.from_dict({"input_ids": [tokens] * ROWS, "labels": [tokens] * ROWS})
+    labels = 0 if type(model).__name__.endswith(PER_SAMPLE) else tokens
+    return Dataset.from_dict({"input_ids": [tokens] * ROWS, "labels": [labels] * ROWS})
 
 
 def with_trl(job: argparse.Namespace) -> None:
@@ -222,10 +246,11 @@ def texts(job: argparse.Namespace, name: str, tokenizer: Any) -> Dataset:
 def with_trainer(job: argparse.Namespace) -> None:
     """transformers' Trainer. Its arguments come first: under ZeRO-3 they decide how the model is loaded."""
     config = AutoConfig.from_pretrained(job.model)
+    wanted = class_of(job, config)
     with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(config)
+        shape = wanted.from_config(config) if job.task_type else wanted(config)
     training = TrainingArguments(**arguments(job, shape))
-    model = load(job)
+    model = load(job, wanted)
     if job.method == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpoints(job))
     if (peft := adapter(job)) is not None:

@@ -15,7 +15,7 @@ import torch
 
 PATIENCE = 10.0
 """Seconds for which work is waited for. A pool whose work waits for the program itself is left alone from then on."""
-COPIED = "threads copied to the card; here one after the other, in order: a real run may reserve somewhat more or less each time"
+COPIED = "threads copied to the card: here one after the other, in order; in a real run timing decides"
 
 
 def start(say: Callable[[str], None]) -> None:
