@@ -1,0 +1,8 @@
+"""The same as rank 0 of 1,024."""
+# gpu: 8xa100-80gb
+# launcher: torchrun --nnodes 128 --nproc-per-node 8
+
+import runpy
+from pathlib import Path
+
+runpy.run_path(str(Path(__file__).with_name("sft_fsdp2.py")), run_name="__main__")
