@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 
-from tools import referees
+from tools import referees, rehearsed_suite
 from tools.rehearsals import DATA, MARKS, PAGE, Program, programs, run, table
 
 
@@ -43,3 +44,12 @@ def test_another_tools_benchmark_records_what_it_recorded_on_a_real_card() -> No
     same = [row for row in rows if (row["versions"]["torch"], row["versions"]["transformers"]) == ("2.14.1", "4.57.6")]
     assert len(same) == len(referees.PUBLISHED.read_text(encoding="utf-8").splitlines())
     assert [row["rehearsed"] for row in same] == [pytest.approx(row["published"], rel=1e-3) for row in same]
+
+
+def test_the_trace_says_what_the_suite_holds_on_a_rehearsed_card() -> None:
+    rows = json.loads(rehearsed_suite.KEPT.read_text(encoding="utf-8"))
+    assert rehearsed_suite.table(rows) == between(rehearsed_suite.MARKS)
+    for figure, largest in (("allocated", 0.1), ("reserved", 0.5)):
+        drifts = [abs(drift) for row in rows if (drift := rehearsed_suite.drift(row, figure)) is not None]
+        assert statistics.median(drifts) <= largest / 5
+        assert max(drifts) <= largest
