@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 from peftplan.datafiles import load
 from peftplan.distributed.names import MOST_RANKS
-from peftplan.errors import PeftplanError
+from peftplan.errors import PeftplanError, RefusedError
 from peftplan.job.configs.documents import Values, nested, read_json, word
 from peftplan.job.configs.plan import Unsupported
 from peftplan.job.launch import accelerate, deepspeed
 
 SHIPPED = "configs/launch.json"
 """Launch files that tools ship: tool → name → source and values."""
+FILE = re.compile(r"[\w./-]+\.(?:json|yaml)\b")
+"""The path of a launch file in its source."""
 ASSUMED_GPUS = 8
 """Processes of a job whose file shards it and does not say over how many."""
 DIVIDED = {
@@ -128,9 +130,8 @@ def _named(result: Launched, tool: str, key: str, name: Any, read: Callable[[Any
     if text.startswith("{"):
         _from(result, key, lambda: read(read_json(text, file=key).values))
         return
-    shipped = load(SHIPPED).get(tool, {}).get(PurePath(text).stem)
-    if shipped is not None:
-        _from(result, key, lambda: read(shipped["values"]))
+    if (shipped := _shipped(tool, text)) is not None:
+        _from(result, key, lambda: read(shipped))
     elif os.path.isfile(text):
         _from(result, key, lambda: read(text))
     else:
@@ -139,15 +140,28 @@ def _named(result: Launched, tool: str, key: str, name: Any, read: Callable[[Any
         )
 
 
+def _shipped(tool: str, text: str) -> Any:
+    """The values of a launch file that a tool ships: by its name alone, or by its path, whose last folder is the file's own."""
+    files = load(SHIPPED).get(tool, {})
+    path = PurePath(text)
+    if not path.parent.name:
+        return files[path.stem]["values"] if path.stem in files else None
+    for file in files.values():
+        source = PurePath(FILE.findall(file["source"])[0])
+        if (path.parent.name, path.stem) == (source.parent.name, source.stem):
+            return file["values"]
+    return None
+
+
 def _deepspeed(source: Any) -> Mapping[str, Any]:
-    """What DeepSpeed's file says, without switches of ZeRO that are off; stage 0 is DDP."""
+    """What DeepSpeed's file says, without switches of ZeRO that are off."""
     if not isinstance(source, Mapping):
         return deepspeed.options(source)
     zero = source.get("zero_optimization")
     if not isinstance(zero, Mapping):
         return deepspeed.options(source)
     if word(zero.get("stage", 0)) == "0":
-        return {"strategy": "ddp"}
+        raise RefusedError("stage 0 reduces gradients in flat copies of DeepSpeed's own, beside fp32 weights in 16 bits")
     on = {name: value for name, value in zero.items() if not (name in OFF_BY_DEFAULT and word(value) in ("false", "1", "0"))}
     return deepspeed.options({**source, "zero_optimization": on})
 

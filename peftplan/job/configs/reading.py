@@ -26,9 +26,11 @@ WHOLE = frozenset(
     }
 )  # fmt: skip
 """Options that are integers."""
+CHECKPOINTED = {"gradient_checkpointing": True, "use_reentrant": False}
+"""What a launch file that checkpoints decides, whatever the trainer does."""
 TEXTS = frozenset({"model", "optim", "method"})
 """Options that are strings."""
-OPEN = re.compile(r"\$|<[A-Za-z_]|EXPR\{|\{\{")
+OPEN = re.compile(r"\$|<[A-Za-z_]|\{\{")
 """What a text holds that only the shell, the program or a template fills in."""
 
 
@@ -237,7 +239,10 @@ class Reading:
         self.unsupported |= launch.unsupported
         self.read = {key: row for key, row in self.read.items() if key not in launch.unsupported}
         self.assumed |= launch.assumed
-        options = fitting(of_trainer({**launch.options, **self.options}))
+        by_launch = (
+            {"gradient_checkpointing": True, "use_reentrant": False} if launch.options.get("gradient_checkpointing") else {}
+        )
+        options = fitting(of_trainer({**launch.options, **self.options, **by_launch}))
         for key, row in self.read.items():
             if row.option and not {"model", "launch", *options} & set(row.option.split(", ")):
                 whose = self.options.get("trainer") if row.option in OF_PREFERENCES else self.options.get("method")

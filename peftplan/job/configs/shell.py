@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,9 @@ PROGRAMS = (
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}|\$([A-Za-z_]\w*)")
 ARITHMETIC = re.compile(r"\$\(\(([^()]*)\)\)|\$\(expr ([^()]*)\)")
-SUM = re.compile(r"\s*(\d{1,9})\s*([-+*/])\s*(\d{1,9})\s*")
+SUM = re.compile(r"\s*\d{1,9}(?:\s*[-+]\s*\d{1,9})*\s*|\s*\d{1,9}(?:\s*[*/]\s*\d{1,9})*\s*")
+"""Numbers with operators of one precedence between them, so that they are taken from the left."""
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 MOST_COMMANDS = 200
 
 
@@ -81,13 +84,16 @@ def _filled(text: str, variables: Mapping[str, str]) -> str:
         return variables.get(name, match[2] if match[2] is not None else match[0])
 
     def total(match: re.Match[str]) -> str:
-        operands = SUM.fullmatch(match[1] or match[2] or "")
-        if operands is None:
+        text = match[1] or match[2] or ""
+        if not SUM.fullmatch(text):
             return match[0]
-        left, right = int(operands[1]), int(operands[3])
-        if operands[2] == "/":
-            return str(left // right) if right else match[0]
-        return str(left + right if operands[2] == "+" else left - right if operands[2] == "-" else left * right)
+        result, *rest = re.findall(r"[-+*/]|\d+", text)
+        result = int(result)
+        for sign, number in zip(rest[::2], rest[1::2], strict=True):
+            if sign == "/" and int(number) == 0:
+                return match[0]
+            result = OPERATIONS[sign](result, int(number))
+        return str(result)
 
     return ARITHMETIC.sub(total, VARIABLE.sub(value, text))
 

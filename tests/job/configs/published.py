@@ -9,6 +9,7 @@ from typing import Any
 
 from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.read import read_values
+from peftplan.job.configs.shell import commands_of
 
 FOLDER = Path(__file__).parent / "data"
 
@@ -23,10 +24,17 @@ def records(*names: str) -> Iterator[dict[str, Any]]:
                     yield record
 
 
+def _sum(value: Any) -> Any:
+    """The value of a shell's `$(expr 16 / 2)`, which records hold as `EXPR{16/2`."""
+    if not isinstance(value, str) or not value.startswith("EXPR{"):
+        return value
+    (command,) = commands_of(f"swift sft --value $(({value.removeprefix('EXPR{').rstrip('}')}))", file="a.sh")
+    return command.values["value"]
+
+
 def plan(record: dict[str, Any], *, tool: str | None = None) -> ConfigPlan:
     """What is read of a record."""
     kind = "calls" if "calls" in record["values"] else "command" if record.get("kind") == "command" else "values"
+    values = {key: _sum(value) for key, value in record["values"].items()} if kind == "command" else record["values"]
     environment = {name: value for name, value in record.get("env", {}).items() if name != "file"}
-    return read_values(
-        record["values"], file=record["path"], tool=tool, kind=kind, program=record.get("program", ""), **environment
-    )
+    return read_values(values, file=record["path"], tool=tool, kind=kind, program=record.get("program", ""), **environment)

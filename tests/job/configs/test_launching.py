@@ -148,3 +148,27 @@ def test_example_scripts_of_transformers(tmp_path: Path) -> None:
     path.write_text("python examples/pytorch/language-modeling/run_clm.py --model_name_or_path gpt2 --fp16 --block_size 512\n")
     plan = peftplan.read_config(path)
     assert (plan.tool, plan.options["seq_len"], plan.options["autocast"]) == ("transformers-examples", 512, "fp16")
+
+
+def test_a_shipped_file_is_known_by_its_folder_too() -> None:
+    """ms-swift ships two files of this name: `swift/config/fsdp2.json` and one for accelerate beside an example."""
+    read = options({**SWIFT, "config_file": "examples/train/multi-gpu/fsdp2_lora/fsdp2.json"})
+    assert (read["strategy"], read["gpus"], read["cpu_ram_efficient_loading"]) == ("fsdp2", 2, True)
+    elsewhere = read_values({**SWIFT, "deepspeed": "mine/zero2.json"}, file="a.sh")
+    assert elsewhere.unsupported["deepspeed"].why.startswith("the launch file is not among the files")
+
+
+def test_checkpointing_that_a_launch_file_asks_for_counts() -> None:
+    """accelerate wraps the layers itself, without reentry, whatever TrainingArguments say (accelerator.py:1697)."""
+    values = {**SWIFT, "gradient_checkpointing": False, "config_file": "examples/train/multi-gpu/fsdp2_lora/fsdp2.json"}
+    assert (options(values)["gradient_checkpointing"], options(values)["use_reentrant"]) == (True, False)
+
+
+def test_stage_0_of_deepspeed_cannot_be_said() -> None:
+    """Without ZeRO its engine keeps fp32 copies of 16-bit weights (deepspeed, runtime/fp16/fused_optimizer.py)."""
+    assert "deepspeed" in read_values({**SWIFT, "deepspeed": "zero0"}, file="a.sh", NPROC_PER_NODE="4").unsupported
+
+
+def test_a_sum_of_three_numbers_in_a_script() -> None:
+    script = "export N=2\nswift sft --model Qwen/Qwen2.5-7B --gradient_accumulation_steps $(expr 32 / 4 / $N)"
+    assert read_text(script, file="a.sh").options["gradient_accumulation_steps"] == 4
