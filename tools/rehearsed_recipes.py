@@ -75,7 +75,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         standins.write_repository(Path(folder), entry.repo_id)
         settings = [*_settings(config, folder, output, length=words[words.index("--seq-len") + 1]), *row["overrides"]]
         command = [sys.executable, str(recipes / f"{row['recipe']}.py"), "--config", str(config), *settings]
-        result = rehearse(command, timeout=900, stdout=sys.stderr.fileno())
+        ranks = int(words[words.index("--gpus") + 1]) if "--gpus" in words else None
+        result = rehearse(command, world_size=ranks, timeout=900, stdout=sys.stderr.fileno())
     rank = result.largest_rank
     if rank is None or result.ended != "steps":
         return row | {"ended": result.ended}
@@ -95,8 +96,11 @@ def _settings(config: Path, folder: str, output: str, *, length: str) -> Iterato
     files = sorted(path.name for path in Path(folder).glob("*.safetensors"))
     yield from (f"output_dir={output}", f"checkpointer.checkpoint_dir={folder}")
     yield f"checkpointer.checkpoint_files=[{','.join(files)}]"
-    yield from (f"tokenizer._component_={__name__}.tokenizer", f"dataset._component_={__name__}.rows", f"dataset.length={length}")
-    yield from (f"~{part}.{key}" for part in ("tokenizer", "dataset") for key in shipped[part] if key != "_component_")
+    parts = [part for part in ("tokenizer", "dataset", "dataset_val") if part in shipped]
+    yield f"tokenizer._component_={__name__}.tokenizer"
+    for part in parts[1:]:
+        yield from (f"{part}._component_={__name__}.rows", f"{part}.length={length}")
+    yield from (f"~{part}.{key}" for part in parts for key in shipped[part] if key != "_component_")
     yield from (f"metric_logger.log_dir={output}/logs", "gradient_accumulation_steps=1")
 
 

@@ -187,6 +187,10 @@ def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Co
     if job.distributed is not None:
         first = ranks.first_step(inventory, lambda: new_model(Tape()), program)
         program = ranks.divided(inventory, model, program, first, late=late)
+    elif setup.optimizer_in_backward:
+        from peftplan.memory.stepped import SteppedInBackward
+
+        model.units = SteppedInBackward(model.tape)
     steady_step(model, program, reference=reference_of(job, model))
     of_step = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
     on_tape = "gradients" if holding is None else holding.on_tape

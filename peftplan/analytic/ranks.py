@@ -111,7 +111,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "tp_size": distributed.tp_size not in (None, 1),
         "cp_size": distributed.cp_size not in (None, 1),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
-        "loss": job.setup.loss != "full",
+        "loss": job.setup.loss != "full" and not job.setup.by.own_modules,
         "forward_prefetch": bool(distributed.forward_prefetch),
         "use_orig_params": distributed.use_orig_params is False,
         **{f"{name} under FSDP1": flat and is_set for name, is_set in of_fsdp2.items()},
@@ -148,10 +148,11 @@ def _in_fp16(job: Job, distributed: Distributed) -> bool:
 
 def _unrehearsed(job: Job) -> dict[str, bool]:
     """What of a job was rehearsed under no sharding strategy, and whether it is so."""
+    assert job.distributed is not None
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
     return {
         f"optim {setup.optim}": setup.optim not in SHOWN_OPTIMIZERS,
-        "trainer": not setup.by.prepares_model,
+        "trainer": not (setup.by.prepares_model or (setup.by.own_modules and job.distributed.strategy == "fsdp2")),
         "keep_gradients": bool(setup.keep_gradients),
         f"method {method}": method not in SHOWN_METHODS or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
@@ -256,7 +257,9 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
             model.units.lag = Lag()
         if job.distributed.strategy == "fsdp1" and dtype not in (None, str(job.setup.adapter_dtype)):
             model.running = model.running._replace(adapter_shards=str(job.setup.adapter_dtype))
-        return program._replace(shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch))
+        return program._replace(
+            shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch) or job.setup.by.own_modules
+        )
     masters, dtype = holding.states_of.all if holding.states_of else (), str(job.setup.autocast)
     if job.distributed.strategy in FLAT:
         model.units = Zero(model, masters, job.distributed, dtype=dtype)
@@ -294,12 +297,13 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in groups_of(cast.all))
         return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole)
     return Loading(
-        grouped(job.architecture, parameters, holding.parameters, distributed),
+        grouped(job.architecture, parameters, holding.parameters, distributed, ends_apart=True),
         buffers,
         whole,
-        bool(distributed.cpu_ram_efficient_loading),
+        bool(distributed.cpu_ram_efficient_loading) or job.setup.by.own_modules,
         whole_sizes(parameters, holding.parameters),
         not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
+        job.setup.by.own_modules,
     )
 
 

@@ -57,6 +57,7 @@ TRAINING: dict[str, str] = {
     "--optim": "a name of TrainingArguments.optim",
     "--optim-args": "as in TrainingArguments",
     "--optim-target-modules": "modules that GaLore and APOLLO project",
+    "--optimizer-in-backward/--no-optimizer-in-backward": "step each parameter as soon as it has its gradient (torchtune)",
     "--attn-implementation": "attention kernels; default: sdpa where the model has it",
     "--kernels": "kernels in place of the model's: unsloth (layers not compiled), axolotl, liger, or parts of them (liger.rope)",
     "--loss": "how the loss is computed; default: auto, the trainer's",

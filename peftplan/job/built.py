@@ -11,12 +11,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from peftplan.arch.modules import Architecture, Buffer
+from peftplan.optim import parse_optim
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-BUILT = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+BUILT = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 """Model types whose forward is written as torchtune has it (`memory.models.torchtune`)."""
+EAGER = ("gemma2",)
+"""Of these, model types whose attention is plain operations, whatever `attn_implementation` says."""
 MOST_POSITIONS = {"qwen2": 32768}
 """Rows of the rotary table at most; else those of the model's config."""
 
@@ -53,9 +56,12 @@ def without_formula(job: Job) -> str | None:
         or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None,
         "autocast": setup.autocast != "none",
-        "eager attention": setup.attn_implementation == "eager",
+        "eager attention": setup.attn_implementation == "eager" and architecture.model_type not in EAGER,
         "padding": setup.padding,
-        "several GPUs": job.distributed is not None,
+        f"optimizer_in_backward with {setup.optim}": bool(setup.optimizer_in_backward)
+        and parse_optim(str(setup.optim)).step_implementation not in ("fused", "kernel"),
+        "optimizer_in_backward on several GPUs": bool(setup.optimizer_in_backward) and job.distributed is not None,
+        "several GPUs": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }
     missing = next((what for what, is_so in unknown.items() if is_so), None)
     return missing and f"torchtune's modules: {missing}"

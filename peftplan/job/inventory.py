@@ -67,12 +67,13 @@ def on_each_device(job: Job) -> list[Ledger]:
 
 def _lasting(job: Job, built: Parameters, own: Holding | None) -> Ledger:
     setup, optimizer = job.setup, parse_optim(str(job.setup.optim))
+    stepping = optimizer._replace(step_implementation="in-backward") if setup.optimizer_in_backward else optimizer
     on_rank = built if own is None else own.parameters
     states_of = on_rank if own is None else own.states_of or on_rank
     return (
         weight_lines(on_rank)
         + buffer_lines(built)
-        + gradient_lines(on_rank, optimizer)
+        + gradient_lines(on_rank, stepping)
         + Ledger(() if own is None else own.beside)
         + _optimizer(states_of, optimizer, setup)
         + sensitivity_lines(on_rank)

@@ -55,6 +55,7 @@ class Setup(BaseModel):
     optim: str | None = None
     optim_args: str | None = None
     optim_target_modules: Names | None = None
+    optimizer_in_backward: bool | None = None
     batch_size: Count = 1
     seq_len: Count = 2048
     gradient_accumulation_steps: Count = 1
@@ -235,6 +236,10 @@ def _check_trainer(setup: Setup) -> None:
         raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; add --trainer torchtune")
     if by.losses is not None and setup.loss not in by.losses:
         raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; accepted: {', '.join(by.losses)}")
+    if setup.optimizer_in_backward and not by.own_modules:
+        raise RefusedError(f"optimizer_in_backward: {by.called} steps after backward; add --trainer torchtune")
+    if setup.optimizer_in_backward and setup.gradient_accumulation_steps > 1:
+        raise RefusedError("optimizer_in_backward: torchtune's recipes accept it with gradient_accumulation_steps 1 alone")
     if setup.kernels and by.own_modules:
         raise RefusedError(f"kernels: {by.called} runs modules of its own, which no kernels replace; leave out --kernels")
     if setup.logits_to_keep is not None and setup.loss not in LOSSES_OF_SLICES:

@@ -56,7 +56,7 @@ def units_of(model: Model, full: Parameters, shards: Parameters, distributed: Di
             reshards=reshards and name not in (TAIL, ROOT),
             parameters=partial(_parameters_of, model, name, {p.name for p, _ in members}),
         )
-        for name, members in grouped(model.arch, full, shards, distributed).items()
+        for name, members in grouped(model.arch, full, shards, distributed, ends_apart=not model.running.own_modules).items()
     ]
     units_in_step = (Fsdp1 if of_fsdp1 else Fsdp2)(
         model.tape,
@@ -86,11 +86,17 @@ Pairs = list[tuple[Parameter, Parameter]]
 """Parameters with what a rank holds of them."""
 
 
-def grouped(arch: Architecture, full: Parameters, shards: Parameters, distributed: Distributed) -> dict[str, Pairs]:
-    """Unit → its parameters, in the order in which torch finds the units: the root first."""
+def grouped(
+    arch: Architecture, full: Parameters, shards: Parameters, distributed: Distributed, *, ends_apart: bool
+) -> dict[str, Pairs]:
+    """Unit → its parameters, in the order in which torch finds the units: the root first.
+
+    `ends_apart`: whether the embedding and the tail may be units, as accelerate makes them; torchtune leaves them to the root
+    (training/_distributed.py `shard_model`).
+    """
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
     is_tied, norm = tied(arch), final_norm(arch, full)
-    apart = distributed.strategy == "fsdp2" and not versions.FSDP2_TAIL_APART.after(distributed.accelerate)
+    apart = ends_apart and distributed.strategy == "fsdp2" and not versions.FSDP2_TAIL_APART.after(distributed.accelerate)
     layers = sorted({number for p in full.all if p.owner == "base" for number in p.layers or ()})
     groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if apart and not is_tied else {})}
     groups |= {layer(number): [] for number in layers} | ({TAIL: []} if apart else {})

@@ -31,20 +31,26 @@ class Loading(NamedTuple):
     """Sizes of tensors of quantized weights that are made together and never sharded, and how many there are."""
     keeps_ends: bool
     """Whether accelerate's own variables hold the embedding and the head whole until the model is prepared."""
+    as_torchtune: bool = False
+    """Whether buffers are there before the weights (`rope_init`), and a tied embedding comes before the layers."""
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
         if self.of_one_gpu is not None:
             self._from_whole(memory)
         elif self.one_by_one:
-            ends = (EMBEDDING, TAIL, ROOT)  # in the order of the state dict
-            layers = [name for name in self.groups if name not in ends]
-            for name in (name for name in (EMBEDDING, *layers, TAIL, ROOT) if name in self.groups):
+            layers = [name for name in self.groups if name not in (EMBEDDING, TAIL, ROOT)]
+            is_tied_first = self.as_torchtune and EMBEDDING not in self.groups
+            ordered = (TAIL, *layers, ROOT) if is_tied_first else (EMBEDDING, *layers, TAIL, ROOT)  # as in the state dict
+            if self.as_torchtune:
+                self._buffers(memory)
+            for name in (name for name in ordered if name in self.groups):
                 for p, shard in self.groups[name]:
                     whole = memory.allocate(ITEMSIZE[shard.dtype] * p.numel)
                     _keep_shard(memory, shard)
                     memory.release(whole)
-            self._buffers(memory)
+            if not self.as_torchtune:
+                self._buffers(memory)
         else:
             self._by_unit(memory)
 

@@ -192,9 +192,15 @@ def _forward(model: Model) -> list[Tensor]:
     model.units.enter(ROOT)
     model.units.enter(BACKBONE)
     forward = forward_of(model.arch.model_type, own_modules=model.running.own_modules)
-    outputs = [*head(model, model.units.leave(BACKBONE, forward(model))), *model.outputs]
-    outputs[0] = model.units.leave(ROOT, outputs[0])
-    model.units.end_forward()
+    hidden = model.units.leave(BACKBONE, forward(model))
+    if model.running.own_modules and model.running.loss != "full":  # the loss projects, behind the model
+        hidden = model.units.leave(ROOT, hidden)
+        model.units.end_forward()
+        outputs = [*head(model, hidden)]
+    else:
+        outputs = [*head(model, hidden), *model.outputs]
+        outputs[0] = model.units.leave(ROOT, outputs[0])
+        model.units.end_forward()
     if model.running.peft_type == "ADALORA" and model.running.loss != "trl-chunked":
         from peftplan.memory.methods.adalora import regularized
 

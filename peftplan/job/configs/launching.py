@@ -140,17 +140,16 @@ def _named(result: Launched, tool: str, key: str, name: Any, read: Callable[[Any
         )
 
 
-def _shipped(tool: str, text: str) -> Any:
+def _shipped(tool: str, text: str) -> Values | None:
     """The values of a launch file that a tool ships: by its name alone, or by its path, whose last folder is the file's own."""
     files = load(SHIPPED).get(tool, {})
     path = PurePath(text)
     if not path.parent.name:
         return files[path.stem]["values"] if path.stem in files else None
-    for file in files.values():
-        source = PurePath(FILE.findall(file["source"])[0])
-        if (path.parent.name, path.stem) == (source.parent.name, source.stem):
-            return file["values"]
-    return None
+    sources = {name: PurePath(FILE.findall(file["source"])[0]) for name, file in files.items()}
+    places = {(source.parent.name, source.stem): name for name, source in sources.items()}
+    name = places.get((path.parent.name, path.stem))
+    return None if name is None else files[name]["values"]
 
 
 def _deepspeed(source: Any) -> Mapping[str, Any]:

@@ -1,16 +1,17 @@
 """Decoders as torchtune builds them, of modules of its own. Weights have transformers' names here.
 
 Source: torchtune at bd2a0fc7, modules/{transformer,attention,feed_forward,rms_norm,position_embeddings}.py,
-models/qwen2/_positional_embeddings.py, models/gemma/rms_norm.py.
+models/qwen2/_positional_embeddings.py, models/gemma/rms_norm.py, models/gemma2/_attention.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from peftplan.arch.modules import Attention
-from peftplan.memory.attention import attend, repeat_kv
+from peftplan.memory.attention import attend, gathered, product, repeat_kv
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import mlp, run_layers
@@ -19,14 +20,21 @@ from peftplan.memory.norms import rms_plus_one
 from peftplan.tape import ops
 from peftplan.tape.norms import rms_normed
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Tensor
+from peftplan.tape.tensors import Dims, Node, Tensor
 
 Rotate = Callable[[Tape, Tensor], Tensor]
 
 
-def torchtune(model: Model, *, rotate: Rotate, norm: Norm) -> Tensor:
+class Layer(Protocol):
+    """A layer of one family."""
+
+    def __call__(self, c: Call, x: Tensor, *, rotate: Rotate) -> Tensor:
+        """Its forward."""
+
+
+def torchtune(model: Model, *, rotate: Rotate, norm: Norm, layer: Layer | None = None) -> Tensor:
     """`TransformerDecoder.forward` up to its output layer: without a mask, with rotary tables that are buffers."""
-    style = Style(norm=norm, layer=partial(_layer, rotate=rotate))
+    style = Style(norm=norm, layer=partial(layer or _layer, rotate=rotate))
     return run_layers(model, style, inputs(model), lambda _: (), masks={})
 
 
@@ -143,11 +151,81 @@ def _half(x: Tensor) -> int:
     return width // 2
 
 
+def _gemma2_layer(c: Call, x: Tensor, *, rotate: Rotate) -> Tensor:
+    """`TransformerSelfAttentionLayer.forward` with norms behind attention and MLP (`sa_scale`, `mlp_scale`)."""
+    attn_out = _gemma2_attention(c, c.norm("input_layernorm", x), rotate)
+    h = ops.add(c.at(), c.norm("post_attention_layernorm", attn_out), x)
+    mlp_out = mlp(c, c.norm("pre_feedforward_layernorm", h))
+    return ops.add(c.at(), h, c.norm("post_feedforward_layernorm", mlp_out))
+
+
+def _gemma2_attention(c: Call, x: Tensor, rotate: Rotate) -> Tensor:
+    """`Gemma2Attention.forward`: plain operations. The mask is fp32 and made anew in each layer, and so are the masked scores."""
+    a, f = c.block.attentions[0], c.tape
+    q = rotate(f, _by_head(c, a.num_attention_heads, c.linear("self_attn.q_proj", x)))
+    k = c.linear("self_attn.k_proj", x)
+    v = c.linear("self_attn.v_proj", x)
+    k = rotate(f, _by_head(c, a.num_key_value_heads, k))
+    v = _by_head(c, a.num_key_value_heads, v)
+    if a.num_attention_heads != a.num_key_value_heads:
+        k, v = _repeated(f, a, k), _repeated(f, a, v)
+    q = Tensor(q.storage, q.dims, q.dtype, f.record(_scaled_view_backward, (q,)))  # `q.mul_`, and q is a view
+    scores = product(c.model, q, k, (*q.dims[:3], k.dims[2]), joined=(False, False), transposed=True)
+    mask, *_locals = _fp32_masks(f, scores.dims[2:], windowed=bool(a.window))
+    scores = ops.scale(f, scores, "div")
+    scores = ops.keeps_output(f, scores, "tanh")
+    scores = ops.scale(f, scores)
+    scores = ops.add(f, scores, mask)
+    weights = f.to(ops.softmax(f, scores, "fp32"), q.dtype)
+    del scores
+    out = gathered(c.model, product(c.model, weights, v, (*q.dims[:3], v.dims[3]), joined=(True, False)))
+    return c.linear("self_attn.o_proj", out)
+
+
+def _scaled_view_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+    """`CopySlices`: the whole gradient, of which a copy of the part is scaled."""
+    whole = f.new(g.dims, g.dtype, "new_empty_strided")
+    part = f.new(g.dims, g.dtype, "clone")
+    product = f.new(g.dims, g.dtype, "mul")
+    del part, product
+    return whole
+
+
+def _fp32_masks(f: Tape, dims: Dims, *, windowed: bool) -> list[Tensor]:
+    """The mask, and the local variables that live as long."""
+    ones = f.new(dims, "bool", "ones")
+    lower = f.new(dims, "bool", "tril")
+    del ones
+    inverted = f.new(dims, "bool", "logical_not")
+    mask = f.new(dims, "fp32", "where")
+    del inverted, lower
+    if not windowed:
+        return [mask]
+    ones = f.new(dims, "fp32", "ones_like")
+    triangles = f.new(dims, "fp32", "triu"), f.new(dims, "fp32", "tril")
+    seen = f.new(dims, "fp32", "mul")
+    del triangles
+    is_seen = f.new(dims, "bool", "eq")
+    mask = f.new(dims, "fp32", "where")
+    del is_seen
+    return [mask, ones, seen]
+
+
+def _capped_at_the_end(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
+    """`GemmaRMSNorm`; behind the layers `Gemma2FinalNorm`, which caps the normed states."""
+    x, f = rms_plus_one(model, name, x, layer), model.tape
+    if layer is not None:
+        return x
+    x = ops.keeps_output(f, ops.scale(f, x, "div"), "tanh")
+    return ops.scale(f, x)
+
+
 BUILT = {
     "llama": partial(torchtune, rotate=rotated_pairs, norm=rms),
     "mistral": partial(torchtune, rotate=rotated_pairs, norm=rms),
     "qwen2": partial(torchtune, rotate=rotated_halves, norm=rms),
     "qwen3": partial(torchtune, rotate=rotated_halves, norm=rms),
     "gemma": partial(torchtune, rotate=rotated_pairs, norm=rms_plus_one),
+    "gemma2": partial(torchtune, rotate=rotated_pairs, norm=_capped_at_the_end, layer=_gemma2_layer),
 }
 """model type → torchtune's forward of it."""

@@ -36,5 +36,6 @@ def plan(record: dict[str, Any], *, tool: str | None = None) -> ConfigPlan:
     """What is read of a record."""
     kind = "calls" if "calls" in record["values"] else "command" if record.get("kind") == "command" else "values"
     values = {key: _sum(value) for key, value in record["values"].items()} if kind == "command" else record["values"]
-    environment = {name: value for name, value in record.get("env", {}).items() if name != "file"}
+    header = {"nproc_per_node": ranks} if (ranks := record.get("nproc_per_node")) else {}  # of a recipe of torchtune
+    environment = header | {name: value for name, value in record.get("env", {}).items() if name != "file"}
     return read_values(values, file=record["path"], tool=tool, kind=kind, program=record.get("program", ""), **environment)

@@ -418,3 +418,33 @@ def test_nemo_builds_some_models_itself() -> None:
     ):
         model = {**config["model"], "pretrained_model_name_or_path": name, "force_hf": force_hf}
         assert list(read({**config, "model": model}).unsupported) == expected
+
+
+def test_a_server_of_trl_trains_nothing() -> None:
+    plan = read({"model": "Qwen/Qwen2.5-7B", "tensor-parallel-size": 2}, kind="command", program="trl vllm-serve")
+    assert plan.kind == "other"
+
+
+def test_nemo_shards_its_own_way() -> None:
+    """Layers of a unit, fp32 reduction and explicit prefetch are NeMo's (components/distributed/parallelizer.py)."""
+    values = {
+        "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
+        "model": {"_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained", "pretrained_model_name_or_path": "gpt2"},
+        "step_scheduler": {"local_batch_size": 8},
+        "distributed": {"strategy": "fsdp2"},
+    }
+    assert "distributed.strategy" in read(values).unsupported
+    assert "distributed.strategy" not in read({**values, "distributed": {"strategy": "ddp"}}).unsupported
+
+
+def test_torchtune_over_the_processes_of_its_header() -> None:
+    values = {
+        "model": {"_component_": "torchtune.models.llama3_2.llama3_2_1b"},
+        "checkpointer": {"checkpoint_dir": "/tmp/Llama-3.2-1B-Instruct/"},
+        "optimizer": {"_component_": "torch.optim.AdamW", "fused": True},
+        "optimizer_in_bwd": True,
+    }
+    plan = read(values, nproc_per_node=4)
+    assert (plan.options["strategy"], plan.options["gpus"]) == ("fsdp2", 4)
+    assert plan.options["optimizer_in_backward"] is True
+    assert "custom_sharded_layers" in read({**values, "custom_sharded_layers": ["output"]}).unsupported
