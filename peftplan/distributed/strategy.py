@@ -63,6 +63,8 @@ class Distributed(BaseModel):
     wrap_policy: WrapPolicy | None = None
     transformer_cls_names_to_wrap: Names | None = None
     min_num_params: Size | None = None
+    custom_sharded_layers: Names | None = None
+    """Units beside the layers, as torchtune names them: `tok_embeddings`, `output`."""
     backward_prefetch: Prefetch | None = None
     forward_prefetch: bool | None = None
     use_orig_params: bool | None = None

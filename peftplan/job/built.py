@@ -11,13 +11,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from peftplan.arch.modules import Architecture, Buffer
+from peftplan.arch.readers import read_config
 from peftplan.optim import parse_optim
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-BUILT = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+BUILT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
 """Model types whose forward is written as torchtune has it (`memory.models.torchtune`)."""
+APART = ("phi3",)
+"""Of these, model types whose fused projections torchtune has apart, as Llama has them."""
 EAGER = ("gemma2",)
 """Of these, model types whose attention is plain operations, whatever `attn_implementation` says."""
 MOST_POSITIONS = {"qwen2": 32768}
@@ -30,13 +33,15 @@ def as_torchtune_builds(architecture: Architecture, config: Mapping[str, object]
     Layers share one, but builders with adapters make one in each layer (`lora_…_self_attention`), those of Llama 3.1 and later
     excepted.
     """
+    if architecture.model_type in APART:
+        architecture = _with_parts_apart(architecture, config)
     if architecture.model_type not in BUILT or not architecture.blocks:
         return architecture
     positions, width = config.get("max_position_embeddings"), architecture.blocks[0].attentions[0].head_dim
     if not isinstance(positions, int):
         return architecture
     rows = min(positions, MOST_POSITIONS.get(architecture.model_type, positions))
-    of_halves = architecture.model_type in ("qwen2", "qwen3")
+    of_halves = architecture.model_type in ("qwen2", "qwen3", *APART)
     table = (rows, 2 * width) if of_halves else (rows, width // 2, 2)
     scaled = config.get("rope_scaling") or config.get("rope_parameters") or {}
     shared = not adapted or (isinstance(scaled, Mapping) and scaled.get("rope_type") == "llama3")
@@ -44,6 +49,13 @@ def as_torchtune_builds(architecture: Architecture, config: Mapping[str, object]
     layers = None if shared else tuple(layer for block in architecture.blocks for layer in block.layers)
     buffers = (Buffer(f"{name}.theta", "fp32", (width // 2,), layers), Buffer(f"{name}.cache", "fp32", table, layers))
     return replace(architecture, buffers=buffers)
+
+
+def _with_parts_apart(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
+    """The architecture with queries, keys and values apart, and with gate and up."""
+    of_llama = {**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_scaling": None}
+    apart = read_config(of_llama, name=architecture.name, task_type=architecture.task_type)
+    return replace(architecture, modules=apart.modules, blocks=apart.blocks)
 
 
 def without_formula(job: Job) -> str | None:

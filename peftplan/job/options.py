@@ -89,6 +89,7 @@ class StrategyOptions(TypedDict, total=False):
     wrap_policy: WrapPolicy | None
     transformer_cls_names_to_wrap: str | Iterable[str] | None
     min_num_params: int | None
+    custom_sharded_layers: str | Iterable[str] | None
     backward_prefetch: Prefetch | None
     forward_prefetch: bool | None
     use_orig_params: bool | None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from peftplan.distributed.names import ALWAYS, OPTIONS
 from peftplan.errors import nearest, quoted
 from peftplan.job.configs.documents import Document, FileError, Values, by_word, flat, read_json, word
 from peftplan.job.configs.effective import NOTHING, Effective
@@ -243,6 +244,8 @@ class Reading:
             {"gradient_checkpointing": True, "use_reentrant": False} if launch.options.get("gradient_checkpointing") else {}
         )
         options = fitting(of_trainer({**launch.options, **self.options, **by_launch}))
+        if "strategy" not in options and options.get("gpus", 1) == 1:  # what says how to share, where nothing is shared
+            options = {name: value for name, value in options.items() if name in ALWAYS or name not in OPTIONS}
         for key, row in self.read.items():
             if row.option and not {"model", "launch", *options} & set(row.option.split(", ")):
                 whose = self.options.get("trainer") if row.option in OF_PREFERENCES else self.options.get("method")

@@ -1,7 +1,8 @@
 """Decoders as torchtune builds them, of modules of its own. Weights have transformers' names here.
 
 Source: torchtune at bd2a0fc7, modules/{transformer,attention,feed_forward,rms_norm,position_embeddings}.py,
-models/qwen2/_positional_embeddings.py, models/gemma/rms_norm.py, models/gemma2/_attention.py.
+models/qwen2/_positional_embeddings.py, models/gemma/rms_norm.py, models/gemma2/_attention.py,
+models/phi3/_position_embeddings.py.
 """
 
 from __future__ import annotations
@@ -145,6 +146,38 @@ def _halves_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return total
 
 
+def rotated_wide_halves(f: Tape, x: Tensor) -> Tensor:
+    """`Phi3RotaryPositionalEmbeddings.forward`: products with fp32 rows of the table, cast back."""
+    negated = f.new((*x.dims[:-1], _half(x)), x.dtype, "neg")
+    turned = f.new(x.dims, x.dtype, "cat")
+    del negated
+    node = f.record(_wide_halves_backward, (x,), x.dtype)
+    products = f.new(x.dims, "fp32", "mul"), f.new(x.dims, "fp32", "mul")
+    out = f.new(x.dims, "fp32", "add", node)
+    del products
+    out = f.to(out, x.dtype)
+    del turned
+    return out
+
+
+def _wide_halves_backward(f: Tape, node: Node, saved: tuple[str], g: Tensor) -> Tensor:
+    """Each product's fp32 gradient is cast to the dtype of x."""
+    (dtype,) = saved
+    narrow = []
+    for _ in range(2):
+        wide = f.new(g.dims, "fp32", "mul")
+        narrow.append(f.new(g.dims, dtype, "to"))
+        del wide
+    by_sin, total = narrow
+    narrow.clear()
+    negated = f.new((*g.dims[:-1], _half(g)), dtype, "neg")
+    more = f.new(g.dims, dtype, "slice_backward")
+    del negated, more
+    more = f.new(g.dims, dtype, "slice_backward")
+    del by_sin, more
+    return total
+
+
 def _half(x: Tensor) -> int:
     width = x.dims[-1]
     assert isinstance(width, int)
@@ -225,6 +258,7 @@ BUILT = {
     "mistral": partial(torchtune, rotate=rotated_pairs, norm=rms),
     "qwen2": partial(torchtune, rotate=rotated_halves, norm=rms),
     "qwen3": partial(torchtune, rotate=rotated_halves, norm=rms),
+    "phi3": partial(torchtune, rotate=rotated_wide_halves, norm=rms),
     "gemma": partial(torchtune, rotate=rotated_pairs, norm=rms_plus_one),
     "gemma2": partial(torchtune, rotate=rotated_pairs, norm=_capped_at_the_end, layer=_gemma2_layer),
 }

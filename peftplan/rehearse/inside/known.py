@@ -91,7 +91,7 @@ def _scripted(operation: Callable[..., Any], ours: Callable[..., Any]) -> Callab
 def _followed(operation: Callable[..., Any], *, counted: bool, limited: bool) -> Callable[..., Any]:
     def followed(*args: Any, **kwargs: Any) -> Any:
         is_known = any(hasattr(arg, "known") for arg in _flat(args))
-        if counted and (is_known or any(_is_mask(arg) for arg in _flat(args))):
+        if (counted or _finds_places(operation, args, kwargs)) and (is_known or any(_is_mask(arg) for arg in _flat(args))):
             trained = torch.is_grad_enabled() and any(getattr(arg, "requires_grad", False) for arg in args)
             with _answering(_count(operation, args, kwargs), backward=trained):
                 result = operation(*args, **kwargs)
@@ -104,6 +104,11 @@ def _followed(operation: Callable[..., Any], *, counted: bool, limited: bool) ->
         return result
 
     return followed
+
+
+def _finds_places(operation: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether it is `where(mask)`, which gives the true places of a mask as `nonzero` does."""
+    return operation.__name__ == "where" and len(args) == 1 and not kwargs
 
 
 def _flat(args: Any) -> Iterator[Any]:
