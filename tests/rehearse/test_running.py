@@ -163,6 +163,18 @@ def test_labels_that_a_loss_shifts_keep_their_values(tmp_path: Path) -> None:
     assert seen(run(SHIFTED, tmp_path, steps=0)[1]) == [14, 14]  # the last label of each row is ignored
 
 
+PLACES = """
+import torch
+labels = torch.tensor([[1, 2, -100], [4, 5, -100]]).cuda()
+print("SEEN", [len(torch.where(labels.reshape(-1) != -100)[0]), len((labels != -100).nonzero())])
+"""
+
+
+def test_where_gives_the_true_places_of_a_mask(tmp_path: Path) -> None:
+    """Labels that are shifted already: none of a row is left out but the one that is ignored."""
+    assert seen(run(PLACES, tmp_path, steps=0)[1]) == [4, 4]
+
+
 def test_a_program_that_hangs_is_ended_and_reported_up_to_there(tmp_path: Path) -> None:
     result, _ = run(LOOP, tmp_path, "hang", timeout=60)
     assert (result.exit_code, result.ended, result.steps) == (1, "timeout", 2)

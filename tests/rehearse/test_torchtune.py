@@ -45,6 +45,7 @@ def test_each_model_was_rehearsed() -> None:
         "qwen3": "qwen3-",
         "gemma": "gemma-2b",
         "gemma2": "gemma-2-",
+        "phi3": "phi-3-",
     }
     assert families.keys() == set(BUILT)
     assert [name for name in families.values() if not any(job.startswith(name) for job in jobs)] == []

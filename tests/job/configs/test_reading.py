@@ -447,4 +447,6 @@ def test_torchtune_over_the_processes_of_its_header() -> None:
     plan = read(values, nproc_per_node=4)
     assert (plan.options["strategy"], plan.options["gpus"]) == ("fsdp2", 4)
     assert plan.options["optimizer_in_backward"] is True
-    assert "custom_sharded_layers" in read({**values, "custom_sharded_layers": ["output"]}).unsupported
+    ends = {**values, "custom_sharded_layers": ["tok_embeddings", "output"], "fsdp_cpu_offload": True}
+    assert read(ends, nproc_per_node=4).options["custom_sharded_layers"] == ("tok_embeddings", "output")
+    assert "offload_params" not in read(ends).options
