@@ -112,8 +112,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "cp_size": distributed.cp_size not in (None, 1),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
         "loss": job.setup.loss != "full" and not job.setup.by.own_modules,
-        "custom_sharded_layers": bool(distributed.custom_sharded_layers)
-        and (not job.setup.by.own_modules or tied(job.architecture)),
+        "custom_sharded_layers": bool(distributed.custom_sharded_layers),
         "offload_params": distributed.offload_params == "cpu" and job.setup.by.own_modules,
         "forward_prefetch": bool(distributed.forward_prefetch),
         "use_orig_params": distributed.use_orig_params is False,
