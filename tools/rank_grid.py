@@ -55,16 +55,8 @@ CUT = {
     "starcoder2-3b": 3,
     "qwen1.5-moe-a2.7b": 2,
     "glm-4-9b-0414": 2,
-    "granite-3.1-2b-base": 3,
-    "starcoder": 2,
-    "olmo-1b": 3,
-    "smollm3-3b": 4,
-    "gemma-2b": 2,
-    "aya-23-8b": 2,
 }
 """Built-in models of other kinds than Llama, and how many of their layers run."""
-CUT_FULL = ("gpt2", "gemma-3-1b-pt", "opt-1.3b", "bloom-1b1", "phi-2", "pythia-1b", "olmo-2-0425-1b", "stablelm-2-1-6b")
-"""Those of which all weights are trained too."""
 COLWISE = ["q_proj", "v_proj", "k_proj", "gate_proj", "up_proj"]
 """The targets of LoRA that tensor parallelism divides by their outputs."""
 DIVIDED = {
@@ -110,16 +102,8 @@ def jobs() -> Iterator[dict[str, Any]]:
     yield job("fsdp2", "qlora", 4, quant_storage="uint8")
     for more, method in product(variants, ("full", "lora")):
         yield job("fsdp2", method, 8, **more)
-    for method, layers in product(("full", "lora"), (1, 2, 6)):
-        yield job("fsdp2", method, 4, config={"num_hidden_layers": layers})
     for world, method in product((2, 4, 64), ("full", "lora", "qlora")):
         yield job("fsdp2", method, world)
-    for r in (4, 64):
-        yield job("fsdp2", "lora", 16, r=r)
-    for more, method in product(variants, ("full", "lora")):
-        yield job("fsdp2", method, 3, **more)
-    yield job("ddp", "full", 8)
-    yield job("ddp", "lora", 8)
     yield from zero_jobs()
     for strategy, method, world, more in (*sharded_jobs(), *tensor_parallel_jobs()):
         yield job(strategy, method, world, **more)
@@ -191,19 +175,12 @@ def zero3_jobs() -> Iterator[dict[str, Any]]:
         yield published(model, method, strategy="zero3", trainer="transformers", seq_len=256)
     for model, method in product(OTHER_ZERO3, METHODS):
         yield job("zero3", method, 4, model=model, layers=CUT[model], seq_len=256, zero=AUTO)
-    for model in MIXTURES:
-        yield job("zero3", "full", 4, model=model, layers=CUT[model], seq_len=256, zero=AUTO)
-        yield job("zero3", "lora", 4, model=model, layers=CUT[model], seq_len=256, zero=AUTO, target_modules=ATTENTION)
     for strategy, method in product(("zero3", "zero2"), METHODS):
         yield job(strategy, method, 4, autocast="fp16", zero=AUTO if strategy == "zero3" else None)
-    for method in METHODS:
-        yield published("llama-3.2-1b", method, strategy="zero3", trainer="trl", seq_len=1024)
 
 
 OTHER_ZERO3 = ("gemma-3-1b-pt", "pythia-1b", "bloom-1b1")
-MIXTURES = ("mixtral-8x7b-v0.1", "qwen3-30b-a3b")
-"""Built-in models whose few layers ran under ZeRO-3 too; of a mixture's, the adapter is on its attention alone."""
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+"""Built-in models whose few layers ran under ZeRO-3 too."""
 
 
 FAMILIES = ("gemma-3-270m", "pythia-160m", "gpt2", "opt-125m", "bloom-560m", "qwen2.5-0.5b", "qwen3-0.6b")
@@ -275,16 +252,11 @@ def fsdp2_jobs() -> Iterator[Named]:
         {"parallel": {"dp_replicate_size": 2, "dp_shard_size": 4}},
         {"fsdp": {"sync_each_batch": True}, "accumulation": 3},
         {"policy": MASTERS},
-        {"fsdp": {"offload_params": "cpu"}, "accumulation": 2},
-        {"parallel": {"dp_replicate_size": 4, "dp_shard_size": 2}, "accumulation": 2},
-        {"policy": MASTERS, "accumulation": 2},
     )
     for more, method in product(variants, METHODS):
         yield "fsdp2", method, 8, more
     for model, layers in CUT.items():
         yield "fsdp2", "lora", 4, {"model": model, "layers": layers, "seq_len": 256}
-    for model in CUT_FULL:
-        yield "fsdp2", "full", 4, {"model": model, "layers": CUT[model], "seq_len": 256}
 
 
 def fsdp1_jobs() -> Iterator[Named]:

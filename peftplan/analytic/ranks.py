@@ -101,7 +101,6 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "reshard_after_forward": distributed.reshard_after_forward is False,
         "sync_each_batch": bool(distributed.sync_each_batch),
         "reduce_dtype": distributed.reduce_dtype not in (None, autocast),
-        "autocast": autocast == "fp16",
     }
     return {
         "reshard_after_forward": type(distributed.reshard_after_forward) is int,
@@ -144,8 +143,9 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
 
 
 def _in_fp16(job: Job, distributed: Distributed) -> bool:
-    """Whether the job is in fp16 as it was rehearsed: under ZeRO-3, on the GPU."""
-    return job.setup.autocast == "fp16" and distributed.strategy == "zero3" and distributed.offload_optimizer in (None, "none")
+    """Whether the job is in fp16 as it was rehearsed: under ZeRO-2 and ZeRO-3, on the GPU."""
+    on_gpu = distributed.offload_optimizer in (None, "none")
+    return job.setup.autocast == "fp16" and distributed.strategy in ("zero2", "zero3") and on_gpu
 
 
 def _unrehearsed(job: Job) -> dict[str, bool]:
@@ -192,7 +192,7 @@ REHEARSED = {
     "zero3": (*LLAMAS, "gpt2", "opt", "gemma3_text", "gpt_neox", "bloom"),
 }
 """Model types whose steps were rehearsed under DeepSpeed; Mistral runs Llama's operations."""
-REHEARSED_ADAPTED = {"zero3": ("gemma3_text", "gpt_neox", "bloom")}
+REHEARSED_ADAPTED = {"zero3": ("bloom",)}
 """Those that were rehearsed with adapters alone."""
 
 
