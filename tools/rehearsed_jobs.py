@@ -39,7 +39,10 @@ LOOP = Script(outputs_outlive_step=True)
 OF_THE_LOOP = "A loop's variable holds the outputs until the next forward has returned, and the engines are told so. "
 PROGRAMS = "as a program of transformers, TRL or torch alone on the emulated card (`tools/rehearsed_jobs.py`)"
 RECIPES = "recipes of torchtune"
-RAN = {RECIPES: "on the emulated card (`tools/rehearsed_recipes.py`)"}
+RAN = {
+    RECIPES: "on the emulated card (`tools/rehearsed_recipes.py`)",
+    "preferences and rewards": "as a program of TRL, axolotl or LLaMA-Factory on the emulated card (`tools/rehearsed_jobs.py`)",
+}
 """What jobs have in common → how they ran, where not as `PROGRAMS`."""
 PHASES = ("load", "forward", "backward", "step")
 

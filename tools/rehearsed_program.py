@@ -33,6 +33,9 @@ CLASSIFIERS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoM
 PER_SAMPLE = ("ForSequenceClassification", "ForImageClassification")
 """Ends of names of classes that want one label per sample."""
 OTHER_TRAINERS = ("trl-dpo", "trl-kto", "trl-reward", "trl-orpo", "trl-cpo", "trl-grpo", "trl-rloo", "trl-gkd")
+LLAMA_FACTORY = ("llamafactory-dpo", "llamafactory-kto")
+AXOLOTL = ("axolotl-dpo", "axolotl-kto", "axolotl-orpo", "axolotl-cpo")
+TRAINERS = ("transformers", "trl", "plain", *OTHER_TRAINERS, *AXOLOTL, *LLAMA_FACTORY)
 
 
 def options() -> argparse.Namespace:
@@ -42,12 +45,16 @@ def options() -> argparse.Namespace:
     parser.add_argument("--method", default="lora", choices=("full", "lora", "qlora"))
     parser.add_argument("--task-type", choices=tuple(CLASSIFIERS))
     parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--target-modules", default="all-linear")
+    parser.add_argument("--quant", choices=("int8",))
     parser.add_argument("--use-dora", action=FLAGS, default=False)
     parser.add_argument("--use-rslora", action=FLAGS, default=False)
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--autocast", choices=("none", "bf16", "fp16"))
-    parser.add_argument("--trainer", default="transformers", choices=("transformers", "trl", "plain", *OTHER_TRAINERS))
+    parser.add_argument(
+        "--trainer", default="transformers", choices=("transformers", "trl", "plain", *OTHER_TRAINERS, *AXOLOTL, *LLAMA_FACTORY)
+    )
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
@@ -63,6 +70,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps-per-generation", type=int)
     parser.add_argument("--padding", action=FLAGS, default=False)
     parser.add_argument("--strategy", choices=("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3"))
+    parser.add_argument("--overlap-comm", action=FLAGS, default=True)
     parser.add_argument("--offload-params", choices=("none", "cpu"), default="none")
     parser.add_argument("--offload-optimizer", choices=("none", "cpu"), default="none")
     parser.add_argument("--gpus", type=int, default=1)
@@ -91,9 +99,13 @@ def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[job.dtype],
         )
+    if job.quant == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
     attention = {"attn_implementation": job.attn_implementation} if job.attn_implementation else {}
     if job.trainer == "trl-reward":
         attention["num_labels"] = 1
+    if job.trainer in AXOLOTL:
+        attention["device_map"] = "auto"
     return auto_class.from_pretrained(job.model, dtype=DTYPES[job.dtype], quantization_config=quantization, **attention)
 
 
@@ -102,7 +114,8 @@ def adapter(job: argparse.Namespace) -> LoraConfig | None:
     if job.method == "full":
         return None
     modules = job.target_modules if job.target_modules == "all-linear" else job.target_modules.split(",")
-    return LoraConfig(r=job.r, target_modules=modules, use_dora=job.use_dora, use_rslora=job.use_rslora, task_type=task_of(job))
+    others = {"lora_dropout": job.lora_dropout, "use_dora": job.use_dora, "use_rslora": job.use_rslora}
+    return LoraConfig(r=job.r, target_modules=modules, task_type=task_of(job), **others)
 
 
 def task_of(job: argparse.Namespace) -> str | None:
@@ -129,7 +142,7 @@ def sharding(job: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 def deepspeed(job: argparse.Namespace, stage: int) -> dict[str, Any]:
     """DeepSpeed's config, with what transformers resolves left to it."""
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": True}
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": job.overlap_comm}
     if stage == 3:
         zero |= dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto")
     for what, place in (("offload_param", job.offload_params), ("offload_optimizer", job.offload_optimizer)):
@@ -187,12 +200,8 @@ def with_trl(job: argparse.Namespace) -> None:
 
 def with_preferences(job: argparse.Namespace) -> None:
     """TRL's trainers of pairs, of single completions with a label, and of completions that the model writes itself."""
-    import trl
-    from trl.experimental import cpo, gkd, orpo
-
-    homes = {"orpo": orpo, "cpo": cpo, "gkd": gkd}
-    name = job.trainer.removeprefix("trl-")
-    home, called = homes.get(name, trl), "Reward" if name == "reward" else name.upper()
+    name = job.trainer.partition("-")[2]
+    config_class, trainer_class = classes(job, name)
     stated = {
         "beta": job.beta,
         "loss_type": job.loss_type,
@@ -204,20 +213,89 @@ def with_preferences(job: argparse.Namespace) -> None:
     }
     model = load(job, AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM)
     fields = {key: value for key, value in stated.items() if value is not None}
-    config = getattr(home, f"{called}Config")(**fields, **arguments(job, model))
+    config = config_class(**fields, **arguments(job, model))
+    peft = adapter(job)
+    if job.trainer in AXOLOTL and name not in ("dpo", "kto") and peft is not None:  # HFRLTrainerBuilder.build
+        model, peft = get_peft_model(model, peft), None
+        model.enable_input_require_grads()
     rewards = (
         {"reward_funcs": lambda completions, **_: [float(len(text)) for text in completions]} if name in ("grpo", "rloo") else {}
     )
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    getattr(home, f"{called}Trainer")(
+    trainer_class(
         model=model,
         args=config,
         train_dataset=texts(job, name, tokenizer),
         processing_class=tokenizer,
-        peft_config=adapter(job),
+        **({} if peft is None else {"peft_config": peft}),
         **rewards,
+    ).train()
+
+
+def classes(job: argparse.Namespace, name: str) -> tuple[Any, Any]:
+    """The class of the arguments and that of the trainer."""
+    called = "Reward" if name == "reward" else name.upper()
+    if job.trainer in AXOLOTL:
+        return of_axolotl(called)
+    import trl
+    from trl.experimental import cpo, gkd, orpo
+
+    home = {"orpo": orpo, "cpo": cpo, "gkd": gkd}.get(name, trl)
+    return getattr(home, f"{called}Config"), getattr(home, f"{called}Trainer")
+
+
+def of_axolotl(called: str) -> tuple[Any, Any]:
+    """Those of axolotl, which replaces two functions of trl before it imports its trainers (`PatchManager`)."""
+    import trl.trainer.utils
+    from axolotl.monkeypatch.trainer.utils import entropy_from_logits, selective_log_softmax
+
+    trl.trainer.utils.selective_log_softmax = selective_log_softmax
+    trl.trainer.utils.entropy_from_logits = entropy_from_logits
+    from axolotl.core import training_args
+    from axolotl.core.trainers import dpo
+    from axolotl.core.trainers import trl as trainers
+
+    if called == "DPO":
+        return dpo.DPOStrategy.get_training_args_class(), dpo.DPOStrategy.get_trainer_class()
+    return getattr(training_args, f"Axolotl{called}Config"), getattr(trainers, f"Axolotl{called}Trainer")
+
+
+def with_llama_factory(job: argparse.Namespace) -> None:
+    """LLaMA-Factory's trainers of pairs and of single completions, with rows of one length."""
+    from llamafactory.hparams import FinetuningArguments
+    from llamafactory.train.dpo.trainer import CustomDPOTrainer
+    from llamafactory.train.kto.trainer import CustomKTOTrainer
+    from transformers import Seq2SeqTrainingArguments
+
+    model = load(job)
+    if (peft := adapter(job)) is not None:
+        model = get_peft_model(model, peft)
+        if checkpoints(job):
+            model.enable_input_require_grads()
+    pairs = job.trainer == "llamafactory-dpo"
+
+    def batch(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = (2 if pairs else 1) * len(examples)
+        tokens = torch.tensor([examples[0]["input_ids"]] * rows)
+        labels = tokens.masked_fill(
+            torch.arange(job.seq_len) < job.seq_len - (job.max_completion_length or job.seq_len - 1), -100
+        )
+        parts = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+        if pairs:
+            return parts
+        return {**parts, **{f"kl_{name}": part.clone() for name, part in parts.items()}, "kto_tags": torch.ones(rows).bool()}
+
+    (CustomDPOTrainer if pairs else CustomKTOTrainer)(
+        model=model,
+        ref_model=None,
+        args=Seq2SeqTrainingArguments(**arguments(job, model), remove_unused_columns=False),
+        finetuning_args=FinetuningArguments(stage=job.trainer.partition("-")[2], pref_loss=job.loss_type or "sigmoid"),
+        processor=None,
+        tokenizer=AutoTokenizer.from_pretrained(job.model),
+        data_collator=batch,
+        train_dataset=rows(job, model),
     ).train()
 
 
@@ -232,13 +310,16 @@ def texts(job: argparse.Namespace, name: str, tokenizer: Any) -> Dataset:
         return (word * tokens)[: every * tokens]
 
     completion = job.max_completion_length or job.seq_len - 1
-    prompt = text("ask ", job.seq_len - completion)
+    if job.trainer in AXOLOTL and name in ("orpo", "cpo") and tokenizer.bos_token_id is not None:
+        completion -= 1  # trl 1.9 cuts a row that is too long down to its first tokens
+    prompt = text("ask ", job.seq_len - (job.max_completion_length or job.seq_len - 1))
     others = completion // 2 if job.padding else completion
     if name in ("grpo", "rloo"):
         return Dataset.from_dict({"prompt": [prompt] * ROWS})
     if name == "kto":
         answers = [text("good", completion - 1), text("poor", others - 1)] * (ROWS // 2)
-        return Dataset.from_dict({"prompt": [prompt] * ROWS, "completion": answers, "label": [True, False] * (ROWS // 2)})
+        labels = [True, job.trainer in AXOLOTL] * (ROWS // 2)  # axolotl's memory depends on the kinds: of one, it is largest
+        return Dataset.from_dict({"prompt": [prompt] * ROWS, "completion": answers, "label": labels})
     pair = {"chosen": [text("good", completion - 1)] * ROWS, "rejected": [text("poor", others - 1)] * ROWS}
     return Dataset.from_dict({"prompt": [prompt] * ROWS, **pair})
 
@@ -287,4 +368,5 @@ def with_loop(job: argparse.Namespace) -> None:
 if __name__ == "__main__":
     settings = options()
     programs = {"trl": with_trl, "transformers": with_trainer, "plain": with_loop}
+    programs |= dict.fromkeys(LLAMA_FACTORY, with_llama_factory)
     programs.get(settings.trainer, with_preferences)(settings)

@@ -66,6 +66,8 @@ class Compiled(NamedTuple):
     """Whether the allocator's segments grow."""
     limits: Limits = NO_LIMITS
     """Numbers of tokens above which the step allocates otherwise."""
+    empties_cache: bool = False
+    """Whether cached segments are given back after each backward."""
     programs: dict[tuple[int, ...], Written] = {}  # noqa: RUF012
     """Cache of `analytic.reserved`: the programs of the runs that end with this step."""
 
@@ -181,7 +183,7 @@ def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Co
         quant=job.quant,
         adapter=adapter_of(job.method and job.method.peft_type),
     )
-    model = new_model(Tape(autocast=None if setup.autocast == "none" else setup.autocast, several=setup.batch_size > 1))
+    model = new_model(Tape(autocast=None if setup.autocast == "none" else setup.autocast, several=setup.rows > 1))
     program = program_of(job)._replace(left_alone=trained_again)
     first = None
     if job.distributed is not None:
@@ -229,6 +231,10 @@ def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Co
         load = partial(load_both, load=load, reference=parameters, moved=job.distributed is not None)
     if job.distributed is not None:
         load = ranks.loaded_on_rank(inventory, model, buffers, load)
+        if job.reference == "copy" and job.distributed.strategy != "ddp":
+            from peftplan.memory.reference_load import load_after_reference
+
+            load = partial(load_after_reference, load=load, reference=parameters)
         beyond = ranks.passing_on_rank(load, Ledger(loaded))
         passing = beyond or (passing if job.distributed.strategy == "ddp" else ())
     loading = Ledger(loaded + passing)
@@ -253,6 +259,7 @@ def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Co
         on_host=tuple(model.on_host),
         expandable=segments_grow(setup),
         limits=limits_of(job),
+        empties_cache=setup.by.empties_cache,
         programs={},
     )
     if first is None:

@@ -44,9 +44,10 @@ def without_formula(job: Job) -> str | None:
     """Why a job over several GPUs has no peak formula, as a suffix for a message; None if it has one."""
     distributed = job.distributed
     assert distributed is not None
-    rehearsed = distributed.strategy == "ddp" and job.reference in job.setup.by.under_ddp
-    if job.setup.by.of_preferences and not rehearsed:
-        return f" and {job.setup.by.called}"
+    by = job.setup.by
+    rehearsed = {"ddp": by.under_ddp, "zero2": by.under_zero2}.get(distributed.strategy, ())
+    if by.of_preferences and job.reference not in rehearsed:
+        return f" and {by.called}"
     if distributed.strategy == "ddp":
         views = bool(distributed.gradient_as_bucket_view or distributed.static_graph or distributed.find_unused_parameters)
         return " and gradient_as_bucket_view, static_graph or find_unused_parameters" if views else None
@@ -158,7 +159,7 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
         "keep_gradients": bool(setup.keep_gradients),
         f"method {method}": method not in SHOWN_METHODS or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
-        f"task {job.architecture.task_type}": job.architecture.task_type != "CAUSAL_LM",
+        f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task),
         f"model type {job.architecture.model_type}": not _is_decoder(job),
     }
 

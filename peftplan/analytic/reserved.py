@@ -74,8 +74,9 @@ class Run(NamedTuple):
 
 def _write(steps: list[Compiled], script: Script, load: Callable[[Memory[Any]], None], generation: Generation | None) -> Written:
     generated = 0 if generation is None else len(generation.timeline.kinds)
-    writer = _Writer(script, generated + sum(len(of_step.timeline.kinds) for of_step in steps))
     compiled = steps[-1]
+    num_kinds = generated + sum(len(of_step.timeline.kinds) for of_step in steps)
+    writer = _Writer(script, num_kinds, empties=compiled.empties_cache)
     writer.begin("load")
     load(writer)
     writer.take(compiled.early)
@@ -140,8 +141,9 @@ def _layers(name: str, copies: int) -> range:
 class _Writer:
     """Writes a program. In the table of sizes, those of a step's tensors come first, by kind; all others follow."""
 
-    def __init__(self, script: Script, num_kinds: int) -> None:
+    def __init__(self, script: Script, num_kinds: int, *, empties: bool) -> None:
         self.script = script
+        self._empties = empties
         self.sizes: dict[int, int] = {}
         self._num_kinds = num_kinds
         self._events: list[int] = []
@@ -210,7 +212,10 @@ class _Writer:
         outlives = len(timeline.events) if not self.script.outputs_outlive_step else timeline.windows[-1][1]
         self._storages = max(self._storages, len(timeline.kind_of))
         covered = 0
+        empties = {end for phase, _, end in timeline.windows if phase == "backward" and self._empties}
         for at, ((kind, count), storage) in enumerate(zip(timeline.events, timeline.storages, strict=True)):
+            if at in empties:
+                self.empty_cache()
             if at in borders:
                 self._begin(borders[at], counts=phases)
             if at in lasting:

@@ -16,7 +16,7 @@ from peftplan.memory.attention import FLASH_CAPABILITY
 from peftplan.memory.model import Model
 from peftplan.memory.parts import Running
 from peftplan.memory.step import Program
-from peftplan.methods.adaptation import PROMPTED
+from peftplan.methods.adaptation import PROMPTED, MethodConfig
 from peftplan.optim import parse_optim
 from peftplan.units import ceil_div
 
@@ -48,7 +48,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         logits_in_fp32=job.script.logits_in_fp32 and of_llama and not job.architecture.logits_ops,
         flash=kernels(compute_capability)[0],
         peft_type=None if job.method is None else job.method.peft_type,
-        config=job.config,
+        config=_dropping(job),
         seq_len=setup.seq_len,
         batch_size=setup.rows,
         dtype=setup.dtype,
@@ -62,8 +62,15 @@ def running_of(job: Job, compute_capability: str) -> Running:
         rotary_rows=rotary_rows(job)[0],
         hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (tokens_kept(job) or 0),
         token_outputs=setup.by.token_outputs,
-        without_loss=setup.by.of_logits,
+        without_loss=setup.by.scoring is not None,
     )
+
+
+def _dropping(job: Job) -> MethodConfig | None:
+    """The method's config as the trainer leaves it: without dropout where it disables that (trl `disable_dropout_in_model`)."""
+    if job.config is None or not job.setup.by.disables_dropout or not getattr(job.config, "lora_dropout", 0):
+        return job.config
+    return job.config.model_copy(update={"lora_dropout": 0.0})
 
 
 def loss_sizes(job: Job) -> LossSizes:

@@ -7,6 +7,20 @@ from typing import get_args
 from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
 from peftplan.job.trainer import Autocast, Loss, TrainerName
 
+
+def _by_tool(names: tuple[str, ...]) -> str:
+    """Names, with what they begin with said once: `trl-dpo|kto`."""
+    tools: dict[str, list[str]] = {}
+    for name in names:
+        tool, _, kind = name.partition("-")
+        tools.setdefault(tool, []).append(kind)
+    texts = []
+    for tool, kinds in tools.items():
+        named = "|".join(filter(None, kinds))
+        texts += [tool] * ("" in kinds) + [f"{tool}-{named}"] * bool(named)
+    return ", ".join(texts)
+
+
 METHOD: dict[str, str] = {
     "--method": "see `peftplan methods`; default: lora",
     "--peft-config": "a peft adapter_config.json of any method",
@@ -45,7 +59,7 @@ STORAGE: dict[str, str] = {
     "--kbit-prepare/--no-kbit-prepare": "prepare_model_for_kbit_training on a quantized base",
 }
 TRAINING: dict[str, str] = {
-    "--trainer": f"{', '.join(get_args(TrainerName))}; sets the defaults of what you leave unset; default: transformers",
+    "--trainer": f"{_by_tool(get_args(TrainerName))}; sets the defaults of the rest; default: transformers",
     "--batch-size": "sequences per device and step; default: the smallest the trainer accepts, 1 for most",
     "--seq-len": "tokens per sequence; default: 2048, or as many as the model holds",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",

@@ -76,7 +76,8 @@ class LossSizes(NamedTuple):
     def named(self, b: Any, length: Any) -> dict[str, Any]:
         """Name → size for b rows of `length` hidden states, integers or arrays."""
         if self.loss == "full":
-            return {}
+            n = self._scored(b, length)
+            return {"n": n, "n/2": n // 2}
         if self.loss == "liger":
             n, rows = self._liger(b, length)
             return {"n": n, "rows": rows, "rest": _rest(n, rows)}

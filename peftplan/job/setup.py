@@ -94,7 +94,8 @@ class Setup(BaseModel):
     def forwards(self) -> tuple[Forward, ...]:
         """The forwards of a step: those of the trainer that the options leave."""
         weight = self.by.beta if self.beta is None else self.beta
-        without = "reference" if self.precompute_ref_log_probs or (self.by.generates and not weight) else None
+        unused = self.loss_type in self.by.without_reference or (self.by.generates and not weight)
+        without = "reference" if self.precompute_ref_log_probs or unused else None
         extra_rows = self.loss_type not in self.by.without_extra_rows
         return tuple(f for f in self.by.forwards if f.of != without and (extra_rows or not f.batch))
 

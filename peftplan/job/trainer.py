@@ -16,12 +16,21 @@ TrainerName = Literal[
     "trl-rloo",
     "trl-orpo",
     "trl-cpo",
+    "axolotl-dpo",
+    "axolotl-kto",
+    "axolotl-orpo",
+    "axolotl-cpo",
+    "llamafactory-dpo",
+    "llamafactory-kto",
     "torchtune",
 ]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
 Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth", "torchtune-linear"]
 Autocast = Literal["none", "bf16", "fp16"]
+Scoring = Literal["kernel", "flat kernel", "softmax"]
+"""What makes log-probabilities of labels of all logits: a kernel that reads a slice of them, one that reads a copy of it, or
+`log_softmax` of all."""
 
 
 class Defaults(NamedTuple):
@@ -91,12 +100,26 @@ class Trainer(NamedTuple):
     """What the chunked head gives for each token besides its log-probability (`add_fused_lm_head`)."""
     sums_rows: bool = False
     """Whether its loss is made of the log-probabilities of whole rows, summed from those of their tokens."""
-    of_logits: bool = False
-    """Whether its loss is made of all logits of pairs, which the model returns without a loss."""
+    scoring: Scoring | None = None
+    """How its loss is made of all logits, which the model returns without a loss; None: it never holds them, or the model makes
+    the loss."""
+    keeps_logits: tuple[str, ...] = ()
+    """The models whose logits stay until the loss is made: `policy`, `reference`."""
+    kinds: Literal["together", "in the log", "after its forwards"] = "together"
+    """Whether and when the logits of rows are copied by their kind, chosen or rejected: all at the end for the log, or those of a
+    model when its forwards have returned."""
+    empties_cache: bool = False
+    """Whether `torch.cuda.empty_cache()` runs after each backward."""
     without_extra_rows: tuple[str, ...] = ()
     """Values of `loss_type` that leave out the forwards of extra rows (`Forward.batch`)."""
+    without_reference: tuple[str, ...] = ()
+    """Values of `loss_type` that need no reference model."""
+    disables_dropout: bool = False
+    """Whether no adapter drops activations: its `disable_dropout`, which is on by default."""
     under_ddp: tuple[Reference, ...] = ()
     """Of a trainer of preferences or rewards: the references beside which it was rehearsed under DDP."""
+    under_zero2: tuple[Reference, ...] = ()
+    """The same under ZeRO-2."""
     task: str | None = None
     """The task of the models that it trains, where it is one."""
     num_labels: int | None = None

@@ -27,6 +27,7 @@ ANY_REFERENCE: tuple[Reference, ...] = ("none", "adapter_off", "copy")
 GENERATING = TRL._replace(
     losses=("trl-chunked",),
     under_ddp=ANY_REFERENCE,
+    under_zero2=("none", "copy"),
     forwards=(Forward("reference"), *LOSS),
     token_outputs=("entropy",),
     completion=512,
@@ -39,6 +40,7 @@ GENERATING = TRL._replace(
 )
 OF_PREFERENCES = TRL._replace(
     losses=("trl-chunked",),
+    disables_dropout=True,
     sums_rows=True,
     token_outputs=("entropy", "mean_logits", "is_top1"),
     options=frozenset({"max_completion_length", "precompute_ref_log_probs", "beta", "loss_type"}),
@@ -52,8 +54,39 @@ OF_LOGITS = TRL._replace(
     losses=("full",),
     sums_tokens=False,
     rows=2,
-    of_logits=True,
+    disables_dropout=True,
+    scoring="kernel",
     options=frozenset({"beta"}),
+)
+# trl 1.9 in axolotl 0.19, which puts kernels of its own in place of `selective_log_softmax` and `entropy_from_logits`
+# (axolotl loaders/patch_manager.py, monkeypatch/trainer/utils.py).
+IN_AXOLOTL = OF_PREFERENCES._replace(
+    defaults=TRL.defaults._replace(loss="full"),
+    loads_in_fp32=False,
+    losses=("full",),
+    sums_tokens=False,
+    loads_on_device=True,
+    scoring="flat kernel",
+    keeps_logits=("policy", "reference"),
+    token_outputs=(),
+    package=None,
+    arguments=None,
+)
+OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
+    defaults=OF_LOGITS.defaults._replace(kbit_prepare=False),
+    loads_on_device=True,
+    scoring="flat kernel",
+    package=None,
+    arguments=None,
+)
+# LLaMA-Factory 0.9.5 (train/dpo/trainer.py, train/kto/trainer.py; train/trainer_utils.py, `get_batch_logps`), whose adapters
+# stay as they are.
+IN_LLAMA_FACTORY = IN_AXOLOTL._replace(
+    casts=(),
+    loads_on_device=False,
+    scoring="softmax",
+    keeps_logits=("policy",),
+    options=frozenset({"max_completion_length", "beta", "loss_type"}),
 )
 DPO_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero"),
@@ -76,6 +109,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             loss_types=DPO_LOSSES,
             many_losses=True,
             under_ddp=ANY_REFERENCE,
+            under_zero2=("none", "copy"),
             arguments="DPOConfig",
         ),
         # Completions of other prompts are scored too, by both models (`_compute_kl_logps`).
@@ -86,6 +120,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             without_extra_rows=("apo_zero_unpaired",),
             loss_types=("kto", "apo_zero_unpaired"),
             under_ddp=("none", "adapter_off"),  # a second model: reserved -3 %
+            under_zero2=("none", "copy"),
             arguments="KTOConfig",
         ),
         TRL._replace(
@@ -97,7 +132,9 @@ TRAINERS: dict[TrainerName, Trainer] = {
             rows=2,
             task="SEQ_CLS",
             num_labels=1,
+            disables_dropout=True,
             under_ddp=ANY_REFERENCE,
+            under_zero2=("none",),
             arguments="RewardConfig",
         ),
         OF_LOGITS._replace(name="trl-orpo", called=f"ORPOTrainer of {named('trl')}", arguments="ORPOConfig"),
@@ -119,6 +156,46 @@ TRAINERS: dict[TrainerName, Trainer] = {
         ),
         GENERATING._replace(
             name="trl-rloo", called=f"RLOOTrainer of {named('trl')}", beta=0.05, num_generations=2, arguments="RLOOConfig"
+        ),
+        IN_AXOLOTL._replace(
+            name="axolotl-dpo",
+            called="DPOTrainer of axolotl 0.19 (trl 1.9)",
+            rows=2,
+            forwards=(*LOSS, Forward("reference")),
+            loss_types=DPO_LOSSES,
+            many_losses=True,
+            empties_cache=True,
+        ),
+        IN_AXOLOTL._replace(
+            name="axolotl-kto",
+            called="KTOTrainer of axolotl 0.19 (trl 1.9)",
+            forwards=(Forward("policy", batch="KL_"), *LOSS, Forward("reference", batch="KL_"), Forward("reference")),
+            without_extra_rows=("apo_zero_unpaired",),
+            loss_types=("kto", "apo_zero_unpaired"),
+            kinds="in the log",
+        ),
+        OF_LOGITS_IN_AXOLOTL._replace(name="axolotl-orpo", called="ORPOTrainer of axolotl 0.19 (trl 1.9)"),
+        OF_LOGITS_IN_AXOLOTL._replace(
+            name="axolotl-cpo",
+            called="CPOTrainer of axolotl 0.19 (trl 1.9)",
+            options=OF_LOGITS.options | {"loss_type"},
+            loss_types=("sigmoid", "hinge", "ipo", "simpo", "alphapo"),
+        ),
+        IN_LLAMA_FACTORY._replace(
+            name="llamafactory-dpo",
+            called="DPOTrainer of LLaMA-Factory 0.9.5",
+            rows=2,
+            forwards=(*LOSS, Forward("reference")),
+            without_reference=("orpo", "simpo"),
+            loss_types=("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo"),
+        ),
+        IN_LLAMA_FACTORY._replace(
+            name="llamafactory-kto",
+            called="KTOTrainer of LLaMA-Factory 0.9.5",
+            forwards=(*LOSS, Forward("policy", batch="KL_"), Forward("reference"), Forward("reference", batch="KL_")),
+            keeps_logits=("policy", "reference"),
+            kinds="after its forwards",
+            options=IN_LLAMA_FACTORY.options - {"loss_type"},
         ),
         Trainer(
             "plain",

@@ -1,12 +1,14 @@
-"""A loss of pairs from all logits: the cross entropy of chosen rows, and the log-probabilities of all of them.
+"""Losses that trainers make of all logits: of chosen and rejected rows, or of rows that are one or the other.
 
-b rows, of which the first half is chosen; s tokens; v vocabulary. Source: trl `experimental/orpo/orpo_trainer.py` and
-`experimental/cpo/cpo_trainer.py` (`concatenated_forward`), `kernels/logprob_entropy.py` (`_LogProbEntropyFunction`; its Triton
-kernels take nothing).
+b rows, of pairs the first half chosen; s tokens; n of them in completions; v vocabulary. Source: trl
+`experimental/orpo/orpo_trainer.py` and `experimental/cpo/cpo_trainer.py` (`concatenated_forward`), `kernels/logprob_entropy.py`
+(`_LogProbEntropyFunction`; its Triton kernels take nothing); trl 1.9, trainer/dpo_trainer.py and trainer/kto_trainer.py
+(`_compute_loss`); axolotl 0.19, monkeypatch/trainer/utils.py (`_SelectiveLogSoftmaxTriton`).
 """
 
 from __future__ import annotations
 
+from peftplan.job.trainer import Scoring
 from peftplan.memory.loss import cross_entropy
 from peftplan.memory.model import Model
 from peftplan.memory.units import TAIL
@@ -28,8 +30,8 @@ def all_logits(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     return Tensor(None, (), "fp32"), logits
 
 
-def loss_of_pairs(f: Tape, logits: Tensor) -> Tensor:
-    """`concatenated_forward` and the loss of its results. `logits`: in fp32, as accelerate returns them."""
+def loss_of_pairs(f: Tape, logits: Tensor, scoring: Scoring) -> Tensor:
+    """`concatenated_forward` of ORPO and CPO, and the loss of its results. `logits`: in fp32."""
     batch = [f.new(("b", "s"), "int64", name) for name in ("input_ids", "attention_mask", "labels", "clone")]
     rows, seq, vocab = logits.dims
     shorter = f"{seq}-1"
@@ -37,13 +39,40 @@ def loss_of_pairs(f: Tape, logits: Tensor) -> Tensor:
     nll = cross_entropy(f, ops.copied(f, chosen, "contiguous", viewed=False))
     del chosen
     labels = f.new((rows, shorter), "int64", "clone")
-    mask = f.new((rows, shorter), "bool", "ne")
-    per_token = _log_probs(f, sliced(f, logits, (rows, shorter, vocab)), labels)
-    masked = f.new(per_token.dims, "fp32", "mul", f.record(_masked_backward, (per_token,), mask))
-    summed = f.new((rows,), "fp32", "sum", f.record(_sum_backward, (masked,), masked.dims))
-    del masked
-    del batch
+    summed = _summed(f, _log_probs(f, sliced(f, logits, (rows, shorter, vocab)), labels, scoring))
+    del labels, batch
     return f.new((), "fp32", "mean", f.record(_loss_backward, (summed, nll), summed.dims))
+
+
+def scored_rows(f: Tape, logits: Tensor, scoring: Scoring) -> Tensor:
+    """`selective_log_softmax` of labels that are a view of the batch, and its sum over each row's completion."""
+    rows, seq, vocab = logits.dims
+    return _summed(f, _log_probs(f, sliced(f, logits, (rows, f"{seq}-1", vocab)), None, scoring))
+
+
+def by_kind(f: Tape, logits: Tensor) -> Tensor:
+    """Copies of rows by their kind, chosen and rejected; together they are as large as the logits."""
+    return f.new(logits.dims, logits.dtype, "logits by kind")
+
+
+def mean_logits(f: Tape, logits: Tensor, *, copies: bool) -> None:
+    """The mean logits of chosen and of rejected completions, for the log: those of completions are copied.
+
+    `copies`: all rows are copied before, by their kind, and the rows of the batch are counted as of one kind.
+    """
+    rows, seq, vocab = logits.dims
+    of_kind = by_kind(f, logits.view((rows, f"{seq}-1", vocab))) if copies else None
+    copied = f.new(("n" if copies else "n/2", vocab), logits.dtype, "index")
+    means = f.new(copied.dims[:1], logits.dtype, "mean")
+    del of_kind, copied, means
+
+
+def _summed(f: Tape, per_token: Tensor) -> Tensor:
+    """The log-probabilities of labels that count, summed over each row."""
+    rows = per_token.dims[:1]
+    mask = f.new(per_token.dims, "bool", "ne")
+    masked = f.new(per_token.dims, "fp32", "mul", f.record(_masked_backward, (per_token,), mask))
+    return f.new(rows, "fp32", "sum", f.record(_sum_backward, (masked,), masked.dims))
 
 
 def _loss_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,8 +87,39 @@ def _masked_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "mul")
 
 
-def _log_probs(f: Tape, logits: Tensor, labels: Tensor) -> Tensor:
-    """The log-probability of each label; entropies are made beside them."""
+def _log_probs(f: Tape, logits: Tensor, labels: Tensor | None, scoring: Scoring) -> Tensor:
+    """The log-probability of each label. `labels`: None where they are a view of the batch."""
+    if scoring == "softmax":
+        return _by_softmax(f, logits)
+    return _by_kernel(f, logits, labels) if scoring == "kernel" else _by_flat_kernel(f, logits)
+
+
+def _by_softmax(f: Tape, logits: Tensor) -> Tensor:
+    """`gather` of all log-probabilities, which `log_softmax` keeps. Its kernel copies a slice of several rows (aten
+    cuda/SoftMax.cu, `input_.contiguous()`)."""
+    copied = f.new(logits.dims, logits.dtype, "contiguous") if f.several else None
+    every = ops.keeps_output(f, logits, "log_softmax")
+    del copied
+    return f.new(every.dims[:-1], "fp32", "gather", f.record(_gathered_backward, (every,), every.dims))
+
+
+def _gathered_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "zeros")
+
+
+def _by_flat_kernel(f: Tape, logits: Tensor) -> Tensor:
+    """A kernel over rows of logits, which copies the slice and keeps the copy."""
+    dims = logits.dims[:-1]
+    flat = ops.copied(f, logits, "reshape")
+    labels = f.new(dims, "int64", "contiguous")
+    node = f.record(_log_probs_backward, (flat,), flat.detach(), labels)
+    out = f.new(dims, "fp32", "log-probabilities", node)
+    f.keep(node, f.new(dims, "fp32", "log z"))
+    return out
+
+
+def _by_kernel(f: Tape, logits: Tensor, labels: Tensor | None) -> Tensor:
+    """A kernel that reads the slice of the logits; entropies are made beside the log-probabilities."""
     dims = logits.dims[:-1]
     node = f.record(_log_probs_backward, (logits,))
     out = f.new(dims, "fp32", "log-probabilities", node)

@@ -31,7 +31,17 @@ def load_both(memory: Memory[Handle], load: Load, reference: Parameters, *, move
     if not moved:
         weights = sum(a.nbytes * p.copies for p in base for a in p.allocations)
         memory.release(memory.allocate(warm_up(weights, cached_after(load))))
-    first, second, _ = load_order(reference._replace(all=base), by_name=not moved, moved=moved)
+    _keep(memory, reference._replace(all=base), moved=moved)
+
+
+def load_after_reference(memory: Memory[Handle], load: Load, reference: Parameters) -> None:
+    """Under DeepSpeed: the reference model comes from the host with `prepare_deepspeed`, the policy when training begins."""
+    _keep(memory, reference._replace(all=tuple(p for p in reference.all if p.owner == "base")), moved=True)
+    load(memory)
+
+
+def _keep(memory: Memory[Handle], reference: Parameters, *, moved: bool) -> None:
+    first, second, _ = load_order(reference, by_name=not moved, moved=moved)
     for p, _ in (*first, *second):
         memory.keep(tuple(a.nbytes for a in p.allocations if a.place == "device"))
 

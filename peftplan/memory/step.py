@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import NamedTuple
 
-from peftplan.job.trainer import LOSS, Forward, Trainer
+from peftplan.job.trainer import LOSS, Forward, Scoring, Trainer
 from peftplan.memory.batch import batch_of
 from peftplan.memory.heads import head_of
 from peftplan.memory.model import Model
@@ -73,7 +73,12 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
         f.segment = abs(f.segment) + 1  # forward code again, after the backward of the micro batch before
         f.mark("forward")
         if program.trainer.sums_rows:
-            loss = _preference_loss(model, program, reference)
+            scoring = program.trainer.scoring
+            loss = (
+                _preference_loss(model, program, reference)
+                if scoring is None
+                else _loss_of_logits(model, program, reference, scoring)
+            )
         else:
             loss = _loss_apart(model, program) if program.trainer.drops_outputs else _plain_loss(model, outputs, program)
         f.mark("backward")
@@ -123,13 +128,10 @@ def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor
 def _loss_apart(model: Model, program: Program) -> Tensor:
     """`compute_loss`, which drops the outputs, fp32 copies of them under accelerate's autocast."""
     f = model.tape
-    if program.trainer.of_logits:
+    if program.trainer.scoring is not None:
         from peftplan.memory.pair_logits import loss_of_pairs
 
-        logits = _forward(model)[1]
-        f.module = ""
-        logits = f.to(logits, "fp32")
-        return loss_of_pairs(f, logits)
+        return loss_of_pairs(f, _wide_logits(model), program.trainer.scoring)
     loss, *outputs = _prepared(model, program)
     if program.trainer.sums_tokens and model.running.loss == "trl-chunked":
         from peftplan.memory.chunked_loss import loss_of_trl
@@ -147,6 +149,14 @@ def _prepared(model: Model, program: Program) -> list[Tensor]:
     if f.autocast and program.trainer.prepares_model:
         outputs = [f.to(x.detach(), "fp32") if x.dtype in HALF else x for x in outputs]
     return [loss, *outputs]
+
+
+def _wide_logits(model: Model) -> Tensor:
+    """The logits of a model that returns no loss, in fp32, as accelerate returns them."""
+    f = model.tape
+    logits = _forward(model)[1]
+    f.module = ""
+    return f.to(logits, "fp32")
 
 
 def _preference_loss(model: Model, program: Program, reference: Model | None) -> Tensor:
@@ -173,6 +183,33 @@ def _preference_loss(model: Model, program: Program, reference: Model | None) ->
         else:
             kept.append(outputs)
         del outputs
+    loss = loss_of_rows(f, sums)
+    model.kept.clear()
+    return loss
+
+
+def _loss_of_logits(model: Model, program: Program, reference: Model | None, scoring: Scoring) -> Tensor:
+    """The same where a forward returns all logits: those that stay until the loss is made, and their copies."""
+    from peftplan.memory.chunked_loss import loss_of_rows
+    from peftplan.memory.pair_logits import by_kind, mean_logits, scored_rows
+
+    f, by = model.tape, program.trainer
+    kept: dict[str, Tensor] = {}
+    sums: list[Tensor] = []
+    last = {forward.of: forward for forward in program.forwards}
+    for number, forward in enumerate(program.forwards):
+        runs = model if forward.of == "policy" or reference is None else reference
+        runs.pass_name, runs.micro_batch, runs.batch = f"/{number}", model.micro_batch, model.batch
+        with nullcontext() if forward.trains else f.no_grad():
+            logits = _wide_logits(runs)
+            sums.append(scored_rows(f, logits, scoring))
+        if forward.of in by.keeps_logits and not forward.batch:
+            kept[forward.of] = logits.detach()
+        del logits
+        if by.kinds == "after its forwards" and forward is last[forward.of] and forward.of in kept:
+            kept[forward.of] = by_kind(f, kept[forward.of])
+    if by.kinds != "after its forwards" and kept:
+        mean_logits(f, kept["policy"], copies=by.kinds == "in the log")
     loss = loss_of_rows(f, sums)
     model.kept.clear()
     return loss

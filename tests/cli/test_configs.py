@@ -18,7 +18,7 @@ QLORA = (
 
 def test_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.yml").write_text(QLORA)
-    (tmp_path / "b.yml").write_text(QLORA + "rl: dpo\n")
+    (tmp_path / "b.yml").write_text(QLORA + "rl: grpo\n")
     (tmp_path / "c.yml").write_text("name: workflow\n")
     (tmp_path / "d.yml").write_text("base_model: somebody/else\nadapter: lora\nmicro_batch_size: 1\n")
     (tmp_path / "e.yml").write_text("a: [\n")
@@ -41,7 +41,7 @@ def test_a_folder(tmp_path: Path) -> None:
 
 def test_a_narrow_table_keeps_its_notes_and_counts_launch_files(tmp_path: Path) -> None:
     """The reason stood in a column that 80 columns left out, and a launch file was a row of dashes."""
-    (tmp_path / "a.yml").write_text(QLORA + "rl: dpo\n")
+    (tmp_path / "a.yml").write_text(QLORA + "rl: grpo\n")
     (tmp_path / "b.yml").write_text("base_model: somebody/else\nadapter: lora\nmicro_batch_size: 1\nlora_mlp_kernel: true\n")
     (tmp_path / "c.yml").write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 4\n")
     narrow = run("configs", str(tmp_path), "--gpu", "l4", columns=80).out

@@ -98,6 +98,43 @@ def test_orpo_holds_the_logits_of_both_and_their_gradients() -> None:
         assert sum(sizes) == 4 * 32_000 * (2 * 4 * S + 2 * S)
 
 
+@pytest.mark.parametrize(("trainer", "drops"), [("trl-dpo", False), ("trl-reward", False), ("trl-orpo", False), ("trl", True)])
+def test_trainers_of_preferences_disable_dropout(trainer: str, *, drops: bool) -> None:
+    """`disable_dropout` is on by default: adapters then keep no dropped copy of their input."""
+    options: dict[str, Any] = {"method": "lora", "trainer": trainer, "gradient_checkpointing": False}
+    assert (peak(**options, lora_dropout=0.05) > peak(**options)) is drops
+
+
+def logits_of(phase: str, **options: Any) -> int:
+    peaks = estimate(MODEL, **options).peaks
+    assert peaks is not None
+    return sum(line.bytes() for line in peaks.ledgers[phase] if line.category == "logits")
+
+
+def test_dpo_in_axolotl_copies_the_logits_of_both_models() -> None:
+    """Two pairs, 4 rows: fp32 logits of 256 positions and a copy of 255, of the policy and then of the reference model."""
+    options: dict[str, Any] = {"method": "lora", "trainer": "axolotl-dpo", "batch_size": 2, "seq_len": S}
+    assert logits_of("forward", **options) == 2 * 4 * 4 * 32_000 * (S + S - 1)
+
+
+def test_kto_in_llama_factory_keeps_what_the_policy_gave() -> None:
+    """Two rows. The reference model scores completions of other prompts while these are alive: the policy's log-probabilities
+    of 255 positions and copies of its logits by kind, the reference's own logits, those of the others, and their slice, which
+    `log_softmax` copies, beside its result."""
+    options: dict[str, Any] = {"method": "lora", "trainer": "llamafactory-kto", "batch_size": 2, "seq_len": S}
+    assert logits_of("forward", **options) == 2 * 4 * 32_000 * (S - 1 + S + S + S + 2 * (S - 1))
+
+
+def test_simpo_in_llama_factory_has_no_reference_model() -> None:
+    options: dict[str, Any] = {"method": "lora", "trainer": "llamafactory-dpo", "batch_size": 2, "seq_len": S}
+    assert logits_of("forward", **options, loss_type="simpo") < logits_of("forward", **options)
+
+
+def test_a_second_model_of_other_tools_has_no_formula_yet() -> None:
+    result = estimate(MODEL, method="full", trainer="axolotl-dpo", batch_size=2, seq_len=S)
+    assert (result.peaks, "a second model under DPOTrainer of axolotl" in result.not_modelled[0]) == (None, True)
+
+
 GRPO: dict[str, Any] = {"trainer": "trl-grpo", "batch_size": 2, "seq_len": S, "max_completion_length": C}
 
 
@@ -187,12 +224,14 @@ def test_several_gpus_have_no_formula_yet() -> None:
     assert "a step with FSDP2 over 2 GPUs and DPOTrainer of trl 1.16" in result.not_modelled[0]
 
 
-@pytest.mark.parametrize(("trainer", "has"), [("trl-dpo", True), ("trl-reward", True), ("trl-rloo", True), ("trl-kto", False)])
-def test_a_second_model_under_ddp(trainer: str, *, has: bool) -> None:
-    """Loaded on the host and moved, beside DDP's buckets: rehearsed for all trainers, and close for all but KTO's."""
-    options: dict[str, Any] = {"num_generations": 2, "batch_size": 2} if trainer == "trl-rloo" else {"batch_size": 2}
-    result = estimate(MODEL, method="full", trainer=trainer, seq_len=S, gpus=4, strategy="ddp", **options)
-    assert (result.peaks is not None) is has
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+@pytest.mark.parametrize("trainer", ["trl-dpo", "trl-reward", "trl-rloo", "trl-kto"])
+def test_full_fine_tuning_under_ddp_and_zero2(trainer: str, strategy: str) -> None:
+    """Beside a second model, loaded on the host and moved: rehearsed, and close but for KTO's under DDP."""
+    options: dict[str, Any] = {"trainer": trainer, "seq_len": S, "batch_size": 2}
+    options |= {"num_generations": 2} if trainer == "trl-rloo" else {}
+    result = estimate(MODEL, method="full", gpus=4, strategy=strategy, **options)
+    assert (result.peaks is None) is ((trainer, strategy) == ("trl-kto", "ddp"))
 
 
 KTO: dict[str, Any] = {"trainer": "trl-kto", "seq_len": S}

@@ -1,4 +1,4 @@
-"""Formulas against trainers of preferences and rewards that were rehearsed as programs of TRL."""
+"""Formulas against trainers of preferences and rewards that were rehearsed as programs of TRL and of tools that run it."""
 
 from __future__ import annotations
 

@@ -277,7 +277,7 @@ def test_an_option_takes_the_place_of_its_key() -> None:
 
 
 def test_a_key_of_unknown_effect_leaves_no_peak() -> None:
-    result = peftplan.estimate(config=read({**AXOLOTL, "rl": "dpo"}), gpu="h100-80gb")
+    result = peftplan.estimate(config=read({**AXOLOTL, "rl": "grpo"}), gpu="h100-80gb")
     assert result.peaks is None
     assert result.to_dict()["memory"]["peak_allocated"] is None
     assert result.gpus[0].verdict == "unknown"
@@ -291,7 +291,7 @@ def test_an_unknown_key_suggests_the_nearest() -> None:
 
 def test_strict_makes_it_an_error() -> None:
     with pytest.raises(RefusedError, match=r"run\.yml: rl is not supported"):
-        peftplan.estimate(config=read({**AXOLOTL, "rl": "dpo"}), strict=True)
+        peftplan.estimate(config=read({**AXOLOTL, "rl": "grpo"}), strict=True)
 
 
 TRL_SCRIPT = """
@@ -382,6 +382,41 @@ def test_trl_commands_of_preferences_and_rewards(program: str, values: dict[str,
     plan = read({**MODEL, **values}, kind="command", program=program)
     assert plan.unsupported == {}
     assert {name: plan.options.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {**AXOLOTL, "rl": "dpo", "precompute_ref_log_probs": True},
+            {"trainer": "axolotl-dpo", "precompute_ref_log_probs": True},
+        ),
+        ({**AXOLOTL, "rl": "ipo"}, {"trainer": "axolotl-dpo"}),
+        ({**AXOLOTL, "rl": "kto", "rl_beta": 0.5}, {"trainer": "axolotl-kto"}),
+        ({**AXOLOTL, "rl": "orpo", "orpo_alpha": 0.1}, {"trainer": "axolotl-orpo"}),
+        ({**AXOLOTL, "rl": "simpo"}, {"trainer": "axolotl-cpo", "loss_type": "simpo"}),
+        ({**LLAMAFACTORY, "stage": "dpo"}, {"trainer": "llamafactory-dpo", "loss_type": "sigmoid"}),
+        ({**LLAMAFACTORY, "stage": "dpo", "pref_loss": "orpo"}, {"trainer": "llamafactory-dpo", "loss_type": "orpo"}),
+        ({**LLAMAFACTORY, "stage": "kto"}, {"trainer": "llamafactory-kto", "loss_type": None}),
+    ],
+)
+def test_preferences_in_axolotl_and_llama_factory(values: dict[str, Any], expected: dict[str, Any]) -> None:
+    plan = read(values)
+    assert plan.unsupported == {}
+    assert {name: plan.options.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "effect"),
+    [
+        ({**AXOLOTL, "rl": "grpo"}, "rl", "unknown"),
+        ({**AXOLOTL, "rl": "dpo", "dpo_use_liger_kernel": True}, "dpo_use_liger_kernel", "lowers"),
+        ({**AXOLOTL, "rl": "dpo", "dpo_loss_type": ["sigmoid", "sft"]}, "dpo_loss_type", "raises"),
+        ({**LLAMAFACTORY, "stage": "ppo"}, "stage", "unknown"),
+    ],
+)
+def test_what_preferences_of_other_tools_do_beside(values: dict[str, Any], key: str, effect: str) -> None:
+    assert read(values).unsupported[key].effect == effect
 
 
 def test_options_of_another_trainer_are_left_out() -> None:
