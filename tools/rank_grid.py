@@ -105,7 +105,7 @@ def jobs() -> Iterator[dict[str, Any]]:
     for world, method in product((2, 4, 64), ("full", "lora", "qlora")):
         yield job("fsdp2", method, world)
     yield from zero_jobs()
-    for strategy, method, world, more in (*sharded_jobs(), *tensor_parallel_jobs()):
+    for strategy, method, world, more in (*sharded_jobs(), *device_map_jobs(), *tensor_parallel_jobs()):
         yield job(strategy, method, world, **more)
 
 
@@ -219,6 +219,8 @@ def job(
         program["arguments"] = {**arguments, "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", **config}}
     if strategy == "tp":
         program["tp"] = world
+    if strategy == "device-map":
+        program["device_map"] = "balanced"
     if strategy == "ddp":
         # Trainer looks for unused parameters of a PeftModel, with a map in pinned memory, which no rehearsal has
         program["arguments"] = {"ddp_find_unused_parameters": False}
@@ -278,6 +280,17 @@ def fsdp1_jobs() -> Iterator[Named]:
         yield "fsdp1", method, 4, more
     for world, method in product((2, 64), METHODS):
         yield "fsdp1", method, world, {"fsdp": ahead}
+
+
+def device_map_jobs() -> Iterator[Named]:
+    """Jobs of one process over several GPUs, with a head of its own and with a tied one."""
+    for (model, layers), method in product((("llama-3.1-8b", 4), ("llama-3.2-3b", 12), ("qwen3-8b", 4)), ("lora", "full")):
+        yield "device-map", method, 2, {"model": model, "layers": layers}
+    for method in ("lora", "full"):
+        yield "device-map", method, 4, {"model": "mistral-7b-v0.3", "layers": 8}
+        yield "device-map", method, 2, {"model": "mistral-7b-v0.3", "layers": 4, "checkpointing": False}
+    yield "device-map", "lora", 2, {"model": "qwen2.5-7b", "layers": 4, "batch_size": 2, "accumulation": 2}
+    yield "device-map", "lora", 4, {"model": "llama-3.1-8b", "layers": 6, "seq_len": 1024}
 
 
 def tensor_parallel_jobs() -> Iterator[Named]:

@@ -17,10 +17,13 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tools.rank_grid import AUTO, LLAMA, cut, jobs
 from tools.rehearsed_jobs import program_words
+
+if TYPE_CHECKING:
+    from peftplan.results.estimate import Estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "tests" / "distributed" / "programs" / "trainer.py"
@@ -83,7 +86,7 @@ def run(names: list[str], *, most: int | None) -> int:
         result = rehearse(
             command(each),
             gpu=f"{each['world']}x{CARD}",
-            world_size=each["world"],
+            world_size=1 if each["strategy"] == "device-map" else each["world"],
             rank=largest_rank(each),
             timeout=600,
             stdout=os.open(os.devnull, os.O_WRONLY),
@@ -95,6 +98,9 @@ def run(names: list[str], *, most: int | None) -> int:
             if rank is not None and complete
             else {"error": result.ended}
         )
+        if each["strategy"] == "device-map":
+            of_devices = sorted(result.ranks, key=lambda rank: rank.device)
+            shown["devices"] = [{"peak_by_phase": r.peak_by_phase, "peak_reserved": r.peak_reserved} for r in of_devices]
         with ROWS.open("a", encoding="utf-8") as file:
             file.write(
                 json.dumps({**each, **shown, "seconds": result.seconds, "versions": {n: version(n) for n in LIBRARIES}}) + "\n"
@@ -139,6 +145,8 @@ def compared(row: dict[str, Any]) -> dict[str, float] | None:
     peaks = result.peaks
     if peaks is None:
         return None
+    if "devices" in row:
+        return _of_devices(result, row)
     # a rehearsal's forward begins where the step ends, while gradients are still there; DeepSpeed has freed them, and in tensor
     # parallel nothing is made before they are freed
     fused = row["program"].get("optim", "adamw_torch_fused") == "adamw_torch_fused"
@@ -148,6 +156,17 @@ def compared(row: dict[str, Any]) -> dict[str, float] | None:
     ours = {**peaks.by_phase, "forward": max(peaks.by_phase["forward"], 0 if frees else after_step)}
     shares = {phase: ours[phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
     return {**shares, "reserved": (peaks.reserved or 0) / row["peak_reserved"] - 1}
+
+
+def _of_devices(result: Estimate, row: dict[str, Any]) -> dict[str, float]:
+    """Of a `device_map`, the difference of the GPU on which it is largest. The first GPU's forward begins with its gradients."""
+    assert result.distributed is not None
+    each: list[dict[str, float]] = []
+    for group, shown in zip(result.distributed.ranks, row["devices"], strict=False):
+        assert group.peaks is not None
+        shares = {phase: group.peaks.by_phase[phase] / shown["peak_by_phase"][phase] - 1 for phase in PHASES}
+        each.append({**shares, "reserved": (group.peaks.reserved or 0) / shown["peak_reserved"] - 1})
+    return {what: max((shares[what] for shares in each), key=abs) for what in each[0]}
 
 
 def table() -> tuple[list[str], str]:

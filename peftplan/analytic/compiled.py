@@ -13,7 +13,9 @@ from peftplan.analytic.running import kernels, limits_of, loss_sizes, program_of
 from peftplan.analytic.sizes import NO_LIMITS, Limits, shape_facts, sizes
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
+from peftplan.errors import NoEngineError
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES
+from peftplan.job.inventory import of_any_device
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
@@ -150,12 +152,15 @@ def compiled(inventory: Inventory, *, compute_capability: str, late: bool = Fals
         *facts,
         job.distributed,
         late,
+        inventory.holding and inventory.holding.device,
         *(getattr(setup, name) for name in Setup.model_fields if name not in ("batch_size", "seq_len")),
     )
     if key in COMPILED:
         COMPILED.move_to_end(key)
         return COMPILED[key]
     check(job)
+    if of_any_device(inventory):
+        raise NoEngineError("many sizes at once over a device_map (no formula yet)")
     COMPILED[key] = compiled_job = _compile(inventory, compute_capability=compute_capability, late=late)
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
@@ -183,7 +188,8 @@ def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Co
         quant=job.quant,
         adapter=adapter_of(job.method and job.method.peft_type),
     )
-    model = new_model(Tape(autocast=None if setup.autocast == "none" else setup.autocast, several=setup.rows > 1))
+    kind_of_tape = Tape if job.distributed is None else ranks.tape_of(job)
+    model = new_model(kind_of_tape(autocast=None if setup.autocast == "none" else setup.autocast, several=setup.rows > 1))
     program = program_of(job)._replace(left_alone=trained_again)
     first = None
     if job.distributed is not None:
@@ -194,7 +200,8 @@ def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Co
 
         model.units = SteppedInBackward(model.tape)
     steady_step(model, program, reference=reference_of(job, model))
-    of_step = timeline(model.tape, model.stacks, vocab=architecture.vocab_size)
+    seen = model.tape if job.distributed is None else ranks.seen(inventory, model.tape)
+    of_step = timeline(seen, model.stacks, vocab=architecture.vocab_size)
     on_tape = "gradients" if holding is None else holding.on_tape
     lasting = tuple(line for line in static if line.category != on_tape and line.place == "device")
     optimizer = parse_optim(str(setup.optim))
@@ -224,6 +231,7 @@ def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Co
         adapters_pass_in=_passed_in(job),
         moved=job.quant is None and not setup.by.loads_on_device,
         arrives=arrives,
+        device_map=holding is not None and holding.device is not None,
     )
     if job.reference == "copy":
         from peftplan.memory.reference_load import load_both

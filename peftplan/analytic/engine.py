@@ -5,14 +5,18 @@ from __future__ import annotations
 from peftplan.analytic.compiled import last_step
 from peftplan.analytic.generation import generation_of
 from peftplan.analytic.instant import InstantPeaks
-from peftplan.job.inventory import Inventory
+from peftplan.job.inventory import Inventory, of_any_device, on_each_device
 
 
 def analytic_peaks(inventory: Inventory, *, compute_capability: str) -> InstantPeaks:
     """The peaks of a steady step, in bytes. `compute_capability` such as `8.0` decides which kernels run.
 
-    Raises NeedsTraceError if only the trace engine knows the job, NoEngineError if neither does.
+    Of a `device_map` those of the GPU that needs most. Raises NeedsTraceError if only the trace engine knows the job,
+    NoEngineError if neither does.
     """
+    if of_any_device(inventory):
+        each = [analytic_peaks(of_device, compute_capability=compute_capability) for of_device in on_each_device(inventory.job)]
+        return max(each, key=lambda peaks: max(peaks.requested.values()))
     compiled_job, named = last_step(inventory, compute_capability)
     moments = compiled_job.timeline.peaks(named, compiled_job.standing_bytes)
     requested = {"load": compiled_job.loading_bytes, **{phase: nbytes for phase, (nbytes, _) in moments.items()}}

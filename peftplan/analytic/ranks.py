@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import peftplan.versions as versions
+from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
 from peftplan.distributed.shards import cast_on_rank
 from peftplan.distributed.tensor_parallel import PLANS, architecture_on_rank, ranks_of
@@ -26,6 +27,7 @@ from peftplan.memory.zero import Zero
 from peftplan.memory.zero3 import Zero3
 from peftplan.memory.zero_load import FlatLoading, PartLoading
 from peftplan.parameters import Parameters
+from peftplan.tape.tape import Tape
 
 if TYPE_CHECKING:
     from peftplan.arch.modules import Architecture
@@ -53,6 +55,8 @@ def without_formula(job: Job) -> str | None:
         return " and gradient_as_bucket_view, static_graph or find_unused_parameters" if views else None
     if distributed.strategy == "tp":
         return _listed(_unknown_to_tp(job, distributed))
+    if distributed.strategy == "device-map":
+        return _listed(_unknown_to_device_map(job))
     if distributed.strategy not in MODELLED:
         return ""
     unknown = (_unknown_to_zero(job, distributed) if distributed.strategy in ZERO else _unknown_to_fsdp(job, distributed)) | {
@@ -149,6 +153,22 @@ def _in_fp16(job: Job, distributed: Distributed) -> bool:
     return job.setup.autocast == "fp16" and distributed.strategy in ("zero2", "zero3") and on_gpu
 
 
+def _unknown_to_device_map(job: Job) -> dict[str, bool]:
+    """What of a job was not rehearsed over several GPUs of one process, and whether it is so."""
+    setup, method = job.setup, job.method.name if job.method else "this adapter config"
+    return {
+        f"model type {job.architecture.model_type}": job.architecture.model_type not in LLAMAS,
+        f"task {job.architecture.task_type}": job.architecture.task_type != "CAUSAL_LM",
+        f"method {method}": method not in ("full", "lora") or bool(getattr(job.config, "use_dora", False)),
+        f"quant {job.quant and job.quant.name}": job.quant is not None,
+        "trainer": not setup.by.prepares_model,
+        "loss": setup.loss != "full",
+        "use_reentrant": bool(setup.use_reentrant and setup.gradient_checkpointing),
+        "keep_gradients": bool(setup.keep_gradients),
+        f"optim {setup.optim}": setup.optim != "adamw_torch_fused",
+    }
+
+
 def _unrehearsed(job: Job) -> dict[str, bool]:
     """What of a job was rehearsed under no sharding strategy, and whether it is so."""
     assert job.distributed is not None
@@ -204,6 +224,26 @@ def setup_on_rank(job: Job) -> Setup:
     return job.setup.model_copy(update={"autocast": "none"})
 
 
+def tape_of(job: Job) -> type[Tape]:
+    """The kind of tape that a step runs on."""
+    if job.distributed is None or job.distributed.strategy != "device-map":
+        return Tape
+    from peftplan.tape.devices import DeviceTape
+
+    return DeviceTape
+
+
+def seen(inventory: Inventory, tape: Tape) -> Tape:
+    """What one GPU sees of a tape."""
+    device = inventory.holding and inventory.holding.device
+    if device is None:
+        return tape
+    from peftplan.tape.devices import DeviceTape
+
+    assert isinstance(tape, DeviceTape)
+    return tape.seen_on(device)
+
+
 def architecture_of(job: Job) -> Architecture:
     """The architecture that a rank computes."""
     if job.distributed is None or job.distributed.strategy != "tp":
@@ -251,6 +291,10 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
     job, parameters, _, holding = inventory
     if job.distributed is not None and job.distributed.strategy == "tp":
         model.units = TensorParallel(model, job.distributed, parameters.all)
+    if job.distributed is not None and job.distributed.strategy == "device-map":
+        from peftplan.memory.devices import Devices
+
+        model.units = Devices(model, places_of(parameters, job.distributed.world_size))
     if job.distributed is None or holding is None or job.distributed.strategy not in MODELLED:
         return program
     if job.distributed.strategy in FSDP:

@@ -112,7 +112,7 @@ def _lasting(states: list[Line], compiled: Compiled) -> dict[int, list[Line]]:
 def _by_group(states: list[Line], at: tuple[int, ...]) -> dict[int, list[Line]]:
     """Event → the states that are made before it: those of each group of parameters, which have as many each."""
     each = len(states) // max(len(at), 1)
-    if len(at) < 2 or each * len(at) != len(states):
+    if len(set(at)) < 2 or each * len(at) != len(states):
         return dict.fromkeys(at[:1], states)
     return {place: states[number * each : (number + 1) * each] for number, place in enumerate(at)}
 

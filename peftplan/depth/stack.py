@@ -39,6 +39,9 @@ class Runner(Protocol):
     def every_layer(self) -> bool:
         """Whether each layer is run, since no two are alike."""
 
+    def arrive(self, layer: int, x: Tensor) -> Tensor:
+        """What a layer, or its checkpoint, is called with: the hidden states on the layer's GPU."""
+
     def call_layer(self, layer: int, call: Callable[..., Outputs], x: Tensor, *others: object) -> Outputs:
         """Call a layer on the hidden states and what else it takes."""
 
@@ -136,6 +139,7 @@ def run_stack(
     model.stacks.append(stack)
     for number, layer in enumerate(sections):
         x = boundary(f, x, f"{name} {number}")
+        arrived = model.arrive(layer, x)
         of_layer = own(layer) if own else ()
         beside = every() if callable(every) else every
         stays = model.keeps_last and layer == last
@@ -143,13 +147,13 @@ def run_stack(
             count = 1 + sum(map(len, extra.get(number, {}).values()))
             model.on_host += [(y.dims, y.dtype, count) for y in (x, *beside) if type(y) is Tensor]
         if flags[layer]:
-            result = model.checkpoint(run, layer, of_layer, x, *beside, stays=stays)
+            result = model.checkpoint(run, layer, of_layer, arrived, *beside, stays=stays)
         else:
-            result = run(layer, of_layer, x, *beside)
+            result = run(layer, of_layer, arrived, *beside)
         x = result if isinstance(result, Tensor) else result[0]
         if outputs is not None and not isinstance(result, Tensor):
             outputs[:] = result[1:]
-        del result, beside
+        del result, arrived, beside
         if x.storage is not None:
             stack.passed.add(x.storage.number)
     return boundary(f, x, f"{name} end")

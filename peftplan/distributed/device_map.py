@@ -5,7 +5,7 @@ Source: transformers, integrations/accelerate.py (`get_balanced_memory`, `infer_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
@@ -62,6 +62,35 @@ def placed(sizes: Sequence[int], devices: int) -> list[int]:
     return places
 
 
+class Places(NamedTuple):
+    """The GPU of each layer, and of each module outside the layers."""
+
+    devices: int
+    layers: dict[int, int]
+    modules: dict[str, int]
+
+    def held_on(self, parameters: Iterable[Parameter], device: int) -> Iterator[Parameter]:
+        """What one GPU holds: each family with the copies that are there. An adapter is where its module is."""
+        for p in parameters:
+            if p.layers is None:
+                if any(p.name.startswith(f"{module}.") for module, place in self.modules.items() if place == device):
+                    yield p
+            elif here := frozenset(layer for layer in p.layers if self.layers[layer] == device):
+                yield p._replace(layers=here, copies=p.copies // len(p.layers) * len(here))
+
+
+def places_of(parameters: Parameters, devices: int) -> Places:
+    """Where transformers places a model."""
+    blocks = blocks_of(parameters)
+    layers, modules = {}, {}
+    for block, place in zip(blocks, placed([block.nbytes for block in blocks], devices), strict=True):
+        if block.layer is None:
+            modules[block.parameters[0].name.rpartition(".")[0]] = place
+        else:
+            layers[block.layer] = place
+    return Places(devices, layers, modules)
+
+
 def largest(parameters: Parameters, devices: int) -> Parameters:
     """What the GPU with the most bytes holds: weights, and gradients and two states of what trains."""
     return max((on_device(parameters, devices, device) for device in range(devices)), key=_bytes)
@@ -75,17 +104,5 @@ def _bytes(parameters: Parameters) -> int:
 
 
 def on_device(parameters: Parameters, devices: int, device: int) -> Parameters:
-    """What one GPU holds: each family with the copies that are there. An adapter is where its module is."""
-    blocks = blocks_of(parameters)
-    places = placed([block.nbytes for block in blocks], devices)
-    here = [block for block, place in zip(blocks, places, strict=True) if place == device]
-    layers = {block.layer for block in here if block.layer is not None}
-    outside = {block.parameters[0].name.rpartition(".")[0] for block in here if block.layer is None}
-    kept = []
-    for p in parameters.all:
-        if p.layers is None:
-            if any(p.name.startswith(f"{module}.") for module in outside):
-                kept.append(p)
-        elif of_family := p.layers & layers:
-            kept.append(p._replace(layers=of_family, copies=p.copies // len(p.layers) * len(of_family)))
-    return parameters._replace(all=tuple(kept))
+    """What one GPU holds."""
+    return parameters._replace(all=tuple(places_of(parameters, devices).held_on(parameters.all, device)))

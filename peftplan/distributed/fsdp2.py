@@ -18,6 +18,7 @@ from typing import NamedTuple
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Category
 from peftplan.parameters import Parameter as Shard
+from peftplan.tape.devices import OneDevice
 from peftplan.tape.hooks import hooked
 from peftplan.tape.streams import on_stream
 from peftplan.tape.tape import Tape
@@ -71,7 +72,7 @@ class Unit:
     indices: list[int] = field(default_factory=list)
 
 
-class Fsdp2:
+class Fsdp2(OneDevice):
     """All units of a model, in the order in which torch finds them: the root first."""
 
     every_layer = True

@@ -38,6 +38,8 @@ class Holding(NamedTuple):
     """The rank's part of each parameter, where `parameters` are flat."""
     on_tape: Category = "gradients"
     """What the step makes and frees."""
+    device: int | None = None
+    """Of a `device_map`, the GPU that holds it; None: one of them."""
 
 
 def holding(

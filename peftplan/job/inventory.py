@@ -55,14 +55,22 @@ def inventory(job: Job) -> Inventory:
     return Inventory(job, built, _lasting(job, built, own), own)
 
 
-def on_each_device(job: Job) -> list[Ledger]:
-    """What lasts on each GPU of a `device_map`."""
+def of_any_device(inventory: Inventory) -> bool:
+    """Whether a job of a `device_map` is seen by none of its GPUs in particular."""
+    distributed, holding = inventory.job.distributed, inventory.holding
+    maps = distributed is not None and distributed.strategy == "device-map"
+    return maps and (holding is None or holding.device is None)
+
+
+def on_each_device(job: Job) -> list[Inventory]:
+    """A job of a `device_map` as each of its GPUs sees it."""
     from peftplan.distributed.device_map import on_device
     from peftplan.distributed.shards import Holding
 
     assert job.distributed is not None
     built, devices = inventory(job).parameters, job.distributed.world_size
-    return [_lasting(job, built, Holding(on_device(built, devices, device))) for device in range(devices)]
+    holdings = (Holding(on_device(built, devices, device), device=device) for device in range(devices))
+    return [Inventory(job, built, _lasting(job, built, holding), holding) for holding in holdings]
 
 
 def _lasting(job: Job, built: Parameters, own: Holding | None) -> Ledger:

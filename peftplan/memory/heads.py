@@ -22,8 +22,7 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     """`…ForCausalLM.forward`: logits of every position, scaled or soft-capped where the class does, and their loss."""
     f = model.tape
     assert model.arch.output_embedding is not None
-    x = model.units.enter_with(TAIL, x)
-    logits = model.units.leave(TAIL, model.linear(model.arch.output_embedding, x))
+    logits = model.units.leave(TAIL, model.linear(model.arch.output_embedding, model.units.enter_with(TAIL, x)))
     f.module = ""
     for op in model.arch.logits_ops:
         if op == "scale":

@@ -29,6 +29,8 @@ SOURCE = f"{named('transformers')}: loading a quantized model"
 Key = tuple[tuple[bool, int, str], ...]
 Handle = TypeVar("Handle")
 HALF = ("fp16", "bf16")
+SMALL_SEGMENT = 2 * 2**20
+"""What the allocator takes for a small tensor (torch, CUDACachingAllocator.cpp, `kSmallBuffer`)."""
 WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
 """Bytes per element that the warm-up counts for a quantized weight (transformers, `quantized_element_size`)."""
 
@@ -109,18 +111,23 @@ def load_into(
     adapters_pass_in: tuple[str, ...] = (),
     moved: bool = False,
     arrives: bool = False,
+    device_map: bool = False,
 ) -> None:
     """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`.
 
     `arrives`: a dense base is loaded to its device as a quantized one is, by name and behind a warm-up block.
+    `device_map`: each GPU was asked how much room it has, with a tensor of 8 bytes; the warm-up leaves out what the allocator
+    kept of it (accelerate, `get_max_memory`).
     `moved`: the adapted model is moved module by module, so that what is added to a module follows it.
     `adapters_pass_in`: `dtypes_before` of an adapter, one cast of all its tensors after the other (peft, tuners/tuners_utils.py,
     `_move_adapter_to_device_of_base_layer`, `_get_base_layer_device_and_dtype`, `cast_adapter_dtype`; trl `SFTTrainer.__init__`).
     """
     first, second, last = load_order(parameters, by_name=quant is not None or arrives, moved=moved and not arrives)
     base = [p for p in parameters.all if p.owner == "base"]
+    if device_map:
+        memory.release(memory.allocate(8))
     if quant is not None or arrives:
-        memory.release(memory.allocate(_warm_up(base, quant, dtype=dtype)))
+        memory.release(memory.allocate(max(0, _warm_up(base, quant, dtype=dtype) - (SMALL_SEGMENT if device_map else 0))))
         for a in parameters.shared:
             memory.keep((a.nbytes,))
     doubled = quant is not None and bool(quant.double_quant)

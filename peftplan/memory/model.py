@@ -139,6 +139,10 @@ class Model(Weights):
         """Whether each layer is run, since no two are alike."""
         return self.units.every_layer
 
+    def arrive(self, layer: int, x: Tensor) -> Tensor:
+        """The hidden states on the layer's GPU."""
+        return self.units.arrive(layer, x)
+
     def call_layer(self, layer: int, call: Callable[..., Outputs], x: Tensor, *others: object) -> Outputs:
         """Call a layer between what its unit does before and after it."""
         try:

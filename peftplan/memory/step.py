@@ -237,6 +237,7 @@ def _forward(model: Model) -> list[Tensor]:
     else:
         outputs = [*head(model, hidden), *model.outputs]
         outputs[0] = model.units.leave(ROOT, outputs[0])
+        outputs = model.units.hand_out(outputs)
         model.units.end_forward()
     if model.running.peft_type == "ADALORA" and model.running.loss != "trl-chunked":
         from peftplan.memory.methods.adalora import regularized

@@ -204,10 +204,10 @@ def _products(tape: Tape) -> dict[tuple[str, str], int]:
     """
     first_product: dict[tuple[str, str], int] = {}
     thread = "forward"
-    marks = dict(tape.marks)
+    starts = {at: what for at, what in tape.marks if what in PHASES}
     for at, n in enumerate(tape.log):
-        if marks.get(at) in PHASES:
-            thread = "backward" if marks[at] == "backward" else "forward"
+        if at in starts:
+            thread = "backward" if starts[at] == "backward" else "forward"
         library = PRODUCTS.get(tape.made_as.get(n, tape.names[n]).rpartition(" ")[2]) if n > 0 else None
         if library is not None:
             first_product.setdefault((library, thread), at + 1)

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from peftplan.parameters import Parameter
+from peftplan.tape.devices import OneDevice
 from peftplan.tape.tensors import Tensor
 
+ROTARY = "model.rotary_emb"
 ROOT, BACKBONE, EMBEDDING, NORM, TAIL = "root", "backbone", "embedding", "norm", "tail"
 """The whole model; all of it but the head; the input embedding; the final norm; the head. A layer is called by its number."""
 
@@ -34,6 +36,15 @@ class Units(Protocol):
     def leave(self, name: str, x: Tensor) -> Tensor:
         """After it gave `x`: what is handed on."""
 
+    def arrive(self, layer: int, x: Tensor) -> Tensor:
+        """Before a layer, or its checkpoint, is called on `x`: what it is called on."""
+
+    def beside(self, layer: int, mask: Tensor | None, tables: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """What a layer is called with beside the hidden states: the mask, and the tables where it has its own."""
+
+    def hand_out(self, outputs: list[Tensor]) -> list[Tensor]:
+        """What the model returns to its caller."""
+
     def end_forward(self) -> None:
         """The model's forward has returned."""
 
@@ -53,7 +64,7 @@ class Units(Protocol):
         """What the optimizer steps over at once, one group after the other."""
 
 
-class OneGpu:
+class OneGpu(OneDevice):
     """Nothing happens."""
 
     every_layer = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.errors import NeedsTraceError, RefusedError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peftplan.analytic.grid import Grid
     from peftplan.hardware.gpus import Gpu
     from peftplan.results.advice import Advised
-    from peftplan.results.distributed import OverGpus
+    from peftplan.results.distributed import OverGpus, RankGroup
     from peftplan.results.host import Host
 
 
@@ -126,6 +126,7 @@ def analytic(question: Question, *, skip_unfit: bool = False) -> Estimate:
     from peftplan.analytic.running import kernels
 
     job = question.inventory.job
+    question = _of_fullest(question)
     by_kernels: dict[tuple[bool, int | None], Counted] = {}
 
     def peaks_on(compute_capability: str) -> Counted | str:
@@ -141,6 +142,20 @@ def analytic(question: Question, *, skip_unfit: bool = False) -> Estimate:
             return f"{missing}{missing.hint}"
 
     return _estimated(question, peaks_on, engine="analytic", skip_unfit=skip_unfit)
+
+
+def _of_fullest(question: Question) -> Question:
+    """Of a `device_map` the question about the GPU that needs most, where peaks say which it is."""
+    from peftplan.analytic.engine import analytic_peaks
+    from peftplan.job.inventory import of_any_device
+
+    if not of_any_device(question.inventory) or without_loss(question.inventory.job.model, question.inventory.job.architecture):
+        return question
+    try:
+        peaks = analytic_peaks(question.inventory, compute_capability=capability(question.cards[0] if question.cards else None))
+    except NeedsTraceError:
+        return question
+    return question._replace(inventory=peaks.inventory)
 
 
 def traced(question: Question, *, record: bool, progress: Callable[[str, float], None] | None) -> Estimate:
@@ -235,21 +250,30 @@ def _estimated(
         chosen=job.chosen - (question.config or {}).get("defaults", {}).keys(),
         asides=job.architecture.asides,
         origin=question,
-        distributed=_over_gpus(job, static, peaks),
+        distributed=_over_gpus(job, static, peaks, of_first),
         config=question.config,
     )
 
 
-def _over_gpus(job: Job, static: Ledger, peaks: Peaks | None) -> OverGpus | None:
+def _groups(job: Job, peaks: Peaks | None, compute_capability: str) -> Iterator[RankGroup]:
+    """The GPUs of a `device_map`, with their peaks where there are any."""
+    from peftplan.analytic.engine import analytic_peaks
+    from peftplan.job.inventory import on_each_device
+    from peftplan.results.distributed import RankGroup
+
+    for number, of_device in enumerate(on_each_device(job)):
+        own = None if peaks is None else analytic_peaks(of_device, compute_capability=compute_capability)
+        yield RankGroup((number,), of_device.static.bytes(), own)
+
+
+def _over_gpus(job: Job, static: Ledger, peaks: Peaks | None, compute_capability: str) -> OverGpus | None:
     """What the ranks hold. All are counted as the largest: rank 0 with its full shards, under ZeRO where most gradients are."""
     if job.distributed is None:
         return None
     from peftplan.results.distributed import OverGpus, RankGroup
 
     if job.distributed.strategy == "device-map":
-        from peftplan.job.inventory import on_each_device
-
-        groups = tuple(RankGroup((device,), lasting.bytes(), None) for device, lasting in enumerate(on_each_device(job)))
+        groups = tuple(_groups(job, peaks, compute_capability))
     else:
         groups = (RankGroup((0, job.distributed.world_size - 1), static.bytes(), peaks),)
     return OverGpus(

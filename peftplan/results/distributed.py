@@ -69,6 +69,8 @@ class OverGpus(NamedTuple):
     @property
     def words(self) -> str:
         """What the numbers are of, as a person reads it."""
+        if self.strategy.strategy == "device-map":
+            return f"{self.strategy.called}: bytes of the GPU that needs most; batch size {self.batch_size}"
         return (
             f"{self.strategy.called}: bytes of the largest rank; batch size {self.batch_size} per rank, "
             f"{self.global_batch_size} per step"

@@ -125,7 +125,9 @@ class Broadcast(Tensor):
 class Node:
     """One operation in the graph: what it saved, and where its gradients go."""
 
-    __slots__ = ("backward", "checkpointed", "context", "edges", "folds", "grads", "in_python", "module", "saved", "sequence")
+    __slots__ = (
+        *("backward", "checkpointed", "context", "device", "edges", "folds", "grads", "in_python", "module", "saved", "sequence"),
+    )
 
     def __init__(
         self, sequence: float, module: str, backward: Backward, edges: tuple[Edge | None, ...], *, checkpointed: bool
@@ -139,6 +141,8 @@ class Node:
         """Whether it is an `autograd.Function`. One releases its incoming gradients before the engine casts what it returns."""
         self.folds = False
         """Whether it computes on rows: a `view` makes one matrix of all sequences before it."""
+        self.device = 0
+        """The GPU that it runs on."""
         self.context: object = None
         """What an `autograd.Function` keeps outside `save_for_backward`. Checkpointing does not free it."""
         self.saved: Sequence[object] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import peftplan
 from peftplan.distributed.device_map import blocks_of, on_device, placed
 from peftplan.job.inventory import inventory
 from peftplan.job.lines import weight_lines
@@ -46,3 +47,36 @@ def test_transformers_places_them_so(name: str, devices: int) -> None:
         module = block.parameters[0].name.rpartition(".")[0].replace("{}", str(block.layer))
         at = next(device for prefix, device in theirs.items() if not prefix or f"{module}.".startswith(f"{prefix}."))
         assert at == place, (module, theirs)
+
+
+def test_numbers_are_those_of_the_gpu_that_needs_most() -> None:
+    """An untied head is on the last GPU, with the logits: there the peak is. The first one has the table and a copy of them."""
+    result = peftplan.estimate("llama-3.1-8b", method="lora", r=16, gpus=2, strategy="device-map", gpu="l4")
+    assert result.distributed is not None
+    first, last = (group.peaks for group in result.distributed.ranks)
+    assert result.peaks is not None
+    assert first is not None
+    assert last is not None
+    assert last.allocated > first.allocated
+    assert result.peaks.allocated == last.allocated
+    assert result.peaks.reserved == last.reserved
+    assert result.distributed.ranks[1].persistent == result.static.bytes()
+    assert result.distributed.words.startswith("device_map over 2 GPUs: bytes of the GPU that needs most")
+
+
+def test_logits_come_back_to_the_first_gpu() -> None:
+    """2,048 tokens x 128,256 words in 16 bits, and accelerate's copy of them in fp32."""
+    result = peftplan.estimate("llama-3.1-8b", method="lora", r=16, gpus=2, strategy="device-map")
+    assert result.distributed is not None
+    first = result.distributed.ranks[0].peaks
+    assert first is not None
+    lasting = result.distributed.ranks[0].persistent
+    logits = 2048 * 128_256 * (2 + 4)
+    assert first.by_phase["forward"] - lasting >= logits
+
+
+def test_more_gpus_hold_less() -> None:
+    sizes = [peftplan.estimate("mistral-7b-v0.3", method="lora", gpus=n, strategy="device-map").peaks for n in (2, 4, 8)]
+    needed = [peaks.allocated for peaks in sizes if peaks is not None]
+    assert needed == sorted(needed, reverse=True)
+    assert len(needed) == 3

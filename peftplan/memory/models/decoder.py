@@ -19,7 +19,7 @@ from peftplan.memory.kinds import kinds_of
 from peftplan.memory.masks import causal_mask
 from peftplan.memory.model import Model
 from peftplan.memory.models.style import Call, Style
-from peftplan.memory.units import NORM
+from peftplan.memory.units import NORM, ROTARY
 from peftplan.tape import ops
 from peftplan.tape.shaping import cat, sliced, split
 from peftplan.tape.tensors import Outputs, Tensor
@@ -75,14 +75,15 @@ def run_layers(
     masks_by_window = masks_of(model, style, dtype or x.dtype) if masks is None else masks
     outputs: list[Tensor] = []
 
-    def layer(number: int, x: Tensor, mask: Tensor | None) -> Outputs:
+    def layer(number: int, x: Tensor, mask: Tensor | None, *own_tables: Tensor) -> Outputs:
         block = blocks[number]
-        call = Call(model, style, block, number, tables(block.attentions[0].window), mask)
+        call = Call(model, style, block, number, own_tables or tables(block.attentions[0].window), mask)
         out = (style.layer or serial)(call, x)
         return (out, *model.layer_locals[-1:]) if style.hands_out_weights else out
 
-    def its_mask(number: int) -> tuple[Tensor | None]:
-        return (masks_by_window.get(blocks[number].attentions[0].window),)
+    def its_mask(number: int) -> tuple[Tensor | None, ...]:
+        window = blocks[number].attentions[0].window
+        return model.units.beside(number, masks_by_window.get(window), tables(window))
 
     states = [x]  # no name holds it while the layers run
     del x
@@ -111,7 +112,7 @@ def rotary_tables(model: Model, dtype: str) -> tuple[Tensor, Tensor]:
     a = model.arch.blocks[0].attentions[0]
     width = a.head_dim if a.rotary_dim is None else a.rotary_dim
     f, dims = model.tape, (1, model.seq, width)
-    model.units.enter("model.rotary_emb")
+    model.units.enter(ROTARY)
     f.module = "model.rotary_emb"
     positions = f.new((1, model.seq, 1), "fp32", "to")
     half = f.new((*dims[:-1], width // 2), "fp32", "mul")

@@ -56,6 +56,9 @@ if job["method"] == "qlora":
     name = job.get("model", "meta-llama/Llama-3.2-1B")
     config = cut(name, job.get("layers", 3))
     model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=half, quantization_config=stored)
+elif "device_map" in job:
+    config = cut(job["model"], job["layers"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], config=config, dtype=half, device_map=job["device_map"])
 elif "tp" in job:
     from transformers.distributed import DistributedConfig
 
