@@ -228,6 +228,14 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "seq_len": 500,
         },
     ),
+    "rotation copies StableLM's queries and keys, and nothing its values": (
+        {**shallow("stablelm-2-1_6b", 2), "vocab_size": 4000},
+        {"method": "lora", "use_cache": False, **EAGER, **KEPT, "batch_size": 2, "seq_len": 512},
+    ),
+    "Phi-3's values are slices of one projection, and copied all the same": (
+        {**shallow("phi-3-mini-4k", 2), "vocab_size": 33000},
+        {"method": "lora", "use_cache": False, **EAGER, **KEPT, "batch_size": 2, "seq_len": 512},
+    ),
     "states of fp16 are clamped": (UNTIED, {"method": "lora", **PLAIN, "dtype": "fp16", **CHECKPOINTED, "batch_size": 4}),
 }
 Change = tuple[str, int, int]

@@ -91,6 +91,8 @@ class Call(NamedTuple):
         if a.softcap and not self.style.softcaps:
             a = a._replace(softcap=False)
         by_head, moved = self.style.by_head, self.moved or split
+        if by_head and not moved and self.model.running.attention == "eager":  # rotation copies queries and keys alone
+            v = ops.heads(self.tape, v, v.dims, clones=True, at_once=not self.style.views_last)
         return attend(self.model, a, q, k, v, self.mask, dropout=dropout, rotated=rotated, by_head=by_head, moved=moved)
 
 
