@@ -196,8 +196,6 @@ def _is_decoder(job: Job) -> bool:
     decoders = architecture.blocks and all(block.stack == "decoder" for block in architecture.blocks)
     strategy = job.distributed.strategy if job.distributed else ""
     rehearsed = architecture.model_type in REHEARSED.get(strategy, (architecture.model_type,))
-    if job.method is not None and job.method.name == "full":
-        rehearsed = rehearsed and architecture.model_type not in REHEARSED_ADAPTED.get(strategy, ())
     return bool(forward and decoders and architecture.input_embedding and rehearsed)
 
 
@@ -213,8 +211,6 @@ REHEARSED = {
     "zero3": (*LLAMAS, "gpt2", "opt", "gemma3_text", "gpt_neox", "bloom"),
 }
 """Model types whose steps were rehearsed under DeepSpeed; Mistral runs Llama's operations."""
-REHEARSED_ADAPTED = {"zero3": ("bloom",)}
-"""Those that were rehearsed with adapters alone."""
 
 
 def setup_on_rank(job: Job) -> Setup:
