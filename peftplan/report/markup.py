@@ -27,6 +27,7 @@ text-align:left!important;vertical-align:top;background:none;color:inherit}
 .peftplan table .k{white-space:nowrap}
 .peftplan .scroll{overflow-x:auto;overflow-wrap:normal}
 .peftplan .scroll td:not(.k){min-width:11em}
+.peftplan .scroll td.l:not(.k){min-width:32em}
 .peftplan details{margin:4px 0}
 .peftplan summary{cursor:pointer;opacity:.75}
 .peftplan .o{white-space:nowrap}
@@ -35,9 +36,11 @@ text-align:left!important;vertical-align:top;background:none;color:inherit}
 """Only names inside `.peftplan`; greys are see-through, so that the page's own background decides."""
 
 
-_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+(?: [a-z0-9][\w-]*)?")
 SHORT = 24
 """Letters of a cell that is never folded."""
+LONG = 80
+"""Letters of a cell that gets a wide column, so that its row is not many lines high."""
 
 
 class Html(str):
@@ -55,7 +58,7 @@ class Stretch(NamedTuple):
 
 
 def text(value: str) -> Html:
-    """Text as HTML, whose options are not broken at their hyphens; what is HTML already stays."""
+    """Text as HTML, whose options and their values are not broken at hyphens; what is HTML already stays."""
     return value if isinstance(value, Html) else Html(_OPTION.sub(r'<span class="o">\g<0></span>', escape(printable(value))))
 
 
@@ -108,7 +111,8 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> Html:
 
 
 def _kind(column: Column, cell: str) -> str:
-    names = [*(["n"] if column.right else []), *(["k"] if isinstance(cell, Html) or len(cell) <= SHORT else [])]
+    short, long = isinstance(cell, Html) or len(cell) <= SHORT, len(cell) > LONG
+    names = [*(["n"] if column.right else []), *(["k"] if short else ["l"] if long else [])]
     return f' class="{" ".join(names)}"' if names else ""
 
 

@@ -82,7 +82,13 @@ def test_a_wide_table_scrolls_alone(name: str) -> None:
 
 
 def test_an_option_is_not_broken_at_its_hyphens() -> None:
-    assert text("add --loss-type a--b") == 'add <span class="o">--loss-type</span> a--b'
+    assert text("add --loss trl-chunked; a--b") == 'add <span class="o">--loss trl-chunked</span>; a--b'
+
+
+def test_a_long_cell_makes_no_high_row() -> None:
+    """A source of 200 letters in a column of eleven would be 18 lines."""
+    assert '<td class="l">' in table([Column("source")], [["word " * 40]])
+    assert '<td class="k">' in table([Column("source")], [["word"]])
 
 
 @pytest.mark.parametrize("make", [peftplan.models, peftplan.gpus, peftplan.methods, peftplan.practices])
