@@ -26,6 +26,7 @@ from peftplan.memory.step import steady_step
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters, loaded_dtype
+from peftplan.tape.sorted_indices import SortedRows
 from peftplan.tape.tape import Tape
 from peftplan.units import pinned
 
@@ -80,7 +81,9 @@ class Compiled(NamedTuple):
 
     def sizes(self, batch_size: Any, seq_len: Any) -> dict[str, object]:
         """Name → size for a batch size and a sequence length, numbers or arrays."""
-        return sizes(batch_size * self.rows, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
+        named = sizes(batch_size * self.rows, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
+        of_sorts = {name for _, names in self.timeline.sizes for name in names if isinstance(name, SortedRows)}
+        return named | {name: name.at(named) for name in sorted(of_sorts)}
 
     def assumed(self, named: Mapping[str, Any]) -> dict[str, int]:
         """Facts that a result states besides the setup: pinned host bytes of what is offloaded until backward."""

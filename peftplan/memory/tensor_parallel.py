@@ -22,6 +22,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.sharded import tied
 from peftplan.memory.units import OneGpu
 from peftplan.parameters import Parameter as Family
+from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Backward, Dims, Node, Parameter, Tensor
 
@@ -155,7 +156,7 @@ def _gather_backward(f: Tape, node: Node, saved: tuple[int], g: Tensor) -> Tenso
 def _whole_table_backward(f: Tape, node: Node, saved: tuple[Dims, Dims | None], g: Tensor) -> Tensor:
     """The gradient of the whole table. Of a tied one, the rank's part is copied and added to the head's."""
     whole, part = saved
-    grad = f.new(whole, g.dtype, "embedding_dense_backward")
+    grad = ops.table_gradient(f, whole, g.dims[:-1], g.dtype)
     if part is None:
         return grad
     node.context = f.new(part, g.dtype, "part of a gradient")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+from peftplan.tape.sorted_indices import BUFFERS, SortedRows
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Broadcast, Dims, Gradients, Node, Operand, Strided, Tensor
 
@@ -33,11 +34,22 @@ def of_broadcast(grad: Tensor, like: Dims | None) -> Tensor:
 
 def embedding(f: Tape, weight: Operand, rows: Dims, ids: Tensor | None = None) -> Tensor:
     """`embedding`: saves the indices. Pass `ids` only if the batch does not hold them. Its gradient covers the whole table."""
-    return f.new((*rows, weight.dims[1]), weight.dtype, "embedding", f.record(_embedding_backward, (weight,), weight.dims, ids))
+    node = f.record(_embedding_backward, (weight,), weight.dims, rows, ids)
+    return f.new((*rows, weight.dims[1]), weight.dtype, "embedding", node)
 
 
-def _embedding_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor | None], g: Tensor) -> Tensor:
-    return f.new(saved[0], g.dtype, "embedding_dense_backward")
+def _embedding_backward(f: Tape, node: Node, saved: tuple[Dims, Dims, Tensor | None], g: Tensor) -> Tensor:
+    return table_gradient(f, saved[0], saved[1], g.dtype)
+
+
+def table_gradient(f: Tape, table: Dims, indices: Dims, dtype: str) -> Tensor:
+    """The gradient of an embedding's table (`embedding_dense_backward`); many indices are sorted first (`sorted_indices`)."""
+    grad = f.new(table, dtype, "embedding_dense_backward")
+    if isinstance(rows := table[0], int):
+        buffers = [f.new((SortedRows(indices, rows, what),), "int64", f"sorted {what}") for what in BUFFERS]
+        buffers.append(f.new((SortedRows(indices, rows, "parts"), table[1]), "fp32", "sums of equal indices"))
+        del buffers
+    return grad
 
 
 Product: TypeAlias = tuple[Operand | None, Operand | None, Dims, Dims, Dims | None]

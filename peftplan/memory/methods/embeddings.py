@@ -30,16 +30,16 @@ def lora_embedding(f: Tape, part: Part, result: Tensor, ids: Tensor | None) -> T
     """`result + (embedding(x, Aᵀ) @ Bᵀ) * scaling`, in the adapter's dtype; `result` are the rows of the base layer."""
     a, b = part.params["lora_embedding_A"], part.params["lora_embedding_B"]
     dims, rank = result.dims[:-1], a.dims[0]
-    low = f.new((*dims, rank), a.dtype, "embedding", f.record(_transposed_backward, (a,), a.dims, ids))
+    low = f.new((*dims, rank), a.dtype, "embedding", f.record(_transposed_backward, (a,), a.dims, dims, ids))
     out = ops.scale(f, ops.linear(f, low, b))
     narrow: Tensor = f.to(ops.add(f, result, out), result.dtype)
     return narrow
 
 
-def _transposed_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor | None], g: Tensor) -> Tensor:
+def _transposed_backward(f: Tape, node: Node, saved: tuple[Dims, Dims, Tensor | None], g: Tensor) -> Tensor:
     """The gradient of Aᵀ, which is copied to lie as A does."""
     rank, rows = saved[0]
-    grad = f.new((rows, rank), g.dtype, "embedding_dense_backward")
+    grad = ops.table_gradient(f, (rows, rank), saved[1], g.dtype)
     return f.new((rank, rows), grad.dtype, "clone")
 
 

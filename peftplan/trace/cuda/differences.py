@@ -8,6 +8,7 @@
 | softmax(fp16, dtype=fp32) | CUDA's kernel reads fp16, writes fp32; CPU copies to fp32 first (ATen SoftMax.cpp) | `dispatcher` |
 | softmax backward | CUDA's kernel makes `grad * output` first (SoftMax.cu: `softmax_backward_cuda_out`) | `KERNEL_TEMPORARIES` |
 | `_safe_softmax` | on CUDA a composite, which compares the scores with minus infinity (SoftMax.cpp) | `KERNEL_TEMPORARIES` |
+| gradient of an embedding | CUDA sorts more than 3,072 indices, and sums equal ones in fp32 | `KERNEL_TEMPORARIES` |
 | cumsum of a boolean mask | CUDA copies it to int64 first (ReduceOps.cpp) | `KERNEL_TEMPORARIES` |
 | dropout's results | CUDA allocates the mask before the output (Dropout.cu) | `tracker.DROPOUT` |
 | counters of an optimizer | they live on the host, whatever the device | `tracker.LIFT_FRESH` |
@@ -24,14 +25,14 @@
 | flash-attn, Liger, Unsloth | kernels of packages that need CUDA | `flash`, `losses`, `unsloth` |
 
 Left out: scalars that live on the host on CUDA count here as 512 bytes each where the tracker cannot tell; staging buffers of
-large reductions, sorts of an embedding's gradient: temporaries of a few MB inside one kernel.
+large reductions, what CUB takes while it sorts: temporaries of a few MB inside one kernel.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -41,9 +42,17 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from peftplan.libraries.replacing import replaced
+from peftplan.tape.sorted_indices import BUFFERS, sorted_rows
 from peftplan.trace.cuda.hosted import SavedOnHost
 
 F = torch.nn.functional
+
+
+def _sorted(grad: torch.Tensor, indices: torch.Tensor, table: int) -> list[torch.Tensor]:
+    """The buffers of `peftplan.tape.sorted_indices`."""
+    rows = {what: sorted_rows(indices.numel(), table, what) for what in set(BUFFERS)}
+    sums = grad.new_empty((rows["parts"], grad.shape[-1]), dtype=torch.float32)
+    return [*(indices.new_empty(rows[what]) for what in BUFFERS), sums]
 
 
 class CudaLike(TorchFunctionMode):
@@ -84,12 +93,13 @@ RULES: dict[Any, Callable[[CudaLike, Any, Any, Any], Any]] = {
 }
 
 
-KERNEL_TEMPORARIES: dict[Any, Callable[..., torch.Tensor]] = {
+KERNEL_TEMPORARIES: dict[Any, Callable[..., torch.Tensor | Sequence[torch.Tensor]]] = {
     torch.ops.aten._softmax_backward_data.default: lambda grad, output, dim, input_dtype: grad,
     torch.ops.aten._safe_softmax.default: lambda x, *_, **__: x.new_empty(x.shape, dtype=torch.bool),
     torch.ops.aten.cumsum.default: lambda x, *_, **__: x.new_empty(x.shape if x.dtype == torch.bool else 0, dtype=torch.int64),
+    torch.ops.aten.embedding_dense_backward.default: lambda grad, indices, table, *_, **__: _sorted(grad, indices, table),
 }
-"""Operations whose CUDA kernel takes a further tensor while it runs → the argument that it is as large as."""
+"""Operations whose CUDA kernel takes further tensors while it runs → tensors as large as these."""
 
 
 _ATEN = torch.ops.aten

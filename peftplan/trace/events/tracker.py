@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,7 +68,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *,
         is_logits: Callable[[torch.Tensor], bool],
         scalar: Callable[[torch.Tensor], Any],
-        temporaries: Mapping[Any, Callable[..., torch.Tensor]],
+        temporaries: Mapping[Any, Callable[..., torch.Tensor | Sequence[torch.Tensor]]],
         after: Callable[[Tracker, Any, Any], None],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -128,7 +128,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is SUM and self.phase == "backward" and not torch.is_grad_enabled():
             self._note_sum(args[0], out)
         if func in self._temporaries:
-            self._pass_temporary(self._temporaries[func](*args, **(kwargs or {})), op=str(func))
+            self._pass_temporaries(self._temporaries[func](*args, **(kwargs or {})), op=str(func))
         return out
 
     def begin(self, phase: str) -> None:
@@ -137,10 +137,14 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.began.append((len(self.log), phase))
         self.on_begin()
 
-    def _pass_temporary(self, like: torch.Tensor, *, op: str) -> None:
-        nbytes = like.numel() * like.element_size()
-        if nbytes:
-            self.end(self.passing(nbytes=nbytes, shape=tuple(like.shape), dtype=parse_dtype(like.dtype), op=op))
+    def _pass_temporaries(self, like: torch.Tensor | Sequence[torch.Tensor], *, op: str) -> None:
+        temporaries = [
+            self.passing(nbytes=nbytes, shape=tuple(one.shape), dtype=parse_dtype(one.dtype), op=op)
+            for one in ([like] if isinstance(like, torch.Tensor) else like)
+            if (nbytes := one.numel() * one.element_size())
+        ]
+        for one in reversed(temporaries):
+            self.end(one)
 
     @property
     def module(self) -> str:

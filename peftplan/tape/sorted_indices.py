@@ -1,0 +1,55 @@
+"""What CUDA's backward of an embedding takes beside the gradient, where it sorts the indices.
+
+Source: torch, aten/src/ATen/native/cuda/Embedding.cu (`embedding_dense_backward_cuda`: it sorts more than 3,072 indices) and
+EmbeddingBackwardKernel.cu (`embedding_backward_cuda_kernel`). n indices of a table of v rows fall into at most min(n, v) segments
+of equal indices, and these into at most n // 10 + min(n, v) parts, whose sums are fp32. Left out: two scalars, and what the sort
+takes before the gradient is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, Literal
+
+from peftplan.ledger import Dim
+
+MOST_UNSORTED = 3072
+"""Indices up to which the kernel sorts nothing."""
+ROWS_PER_THREAD = 10
+
+What = Literal["indices", "segments", "parts"]
+
+
+class SortedRows(str):
+    """A named size: rows of a buffer of the sort; 0 where nothing is sorted. Equal to its name, as other named sizes are."""
+
+    indices: tuple[Dim, ...]
+    """Dims of the indices."""
+    table: int
+    what: What
+
+    def __new__(cls, indices: tuple[Dim, ...], table: int, what: What) -> SortedRows:
+        """The size called by what it counts."""
+        self = super().__new__(cls, f"{what} of {'·'.join(map(str, indices))} in {table}")
+        self.indices, self.table, self.what = indices, table, what
+        return self
+
+    def __getnewargs__(self) -> tuple[tuple[Dim, ...], int, What]:  # type: ignore[override]
+        """What a copy is made of."""
+        return self.indices, self.table, self.what
+
+    def at(self, sizes: Mapping[str, Any]) -> Any:
+        """The rows at these sizes, integers or arrays."""
+        return sorted_rows(prod(dim if isinstance(dim, int) else sizes[dim] for dim in self.indices), self.table, self.what)
+
+
+def sorted_rows(n: Any, table: int, what: What) -> Any:
+    """Rows of a buffer for n indices, an integer or an array; 0 where n indices are not sorted."""
+    segments = n - (n > table) * (n - table)
+    rows = {"indices": n, "segments": segments, "parts": n // ROWS_PER_THREAD + segments}[what]
+    return (n > MOST_UNSORTED) * rows
+
+
+BUFFERS: tuple[What, ...] = ("indices", "indices", "indices", "segments", "segments", "parts")
+"""The int64 buffers: sorted indices, their places, where segments begin; parts of each, their running sums; where parts begin."""
