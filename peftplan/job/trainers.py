@@ -58,8 +58,8 @@ OF_LOGITS = TRL._replace(
     scoring="kernel",
     options=frozenset({"beta"}),
 )
-# trl 1.9 in axolotl 0.19, which puts kernels of its own in place of `selective_log_softmax` and `entropy_from_logits`
-# (axolotl loaders/patch_manager.py, monkeypatch/trainer/utils.py).
+# axolotl 0.19 and the trl that it pins. axolotl puts kernels of its own in place of `selective_log_softmax` and
+# `entropy_from_logits` (loaders/patch_manager.py, monkeypatch/trainer/utils.py).
 IN_AXOLOTL = OF_PREFERENCES._replace(
     defaults=TRL.defaults._replace(loss="full"),
     loads_in_fp32=False,
@@ -159,7 +159,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
         ),
         IN_AXOLOTL._replace(
             name="axolotl-dpo",
-            called="DPOTrainer of axolotl 0.19 (trl 1.9)",
+            called="DPOTrainer of axolotl 0.19",
             rows=2,
             forwards=(*LOSS, Forward("reference")),
             loss_types=DPO_LOSSES,
@@ -168,16 +168,16 @@ TRAINERS: dict[TrainerName, Trainer] = {
         ),
         IN_AXOLOTL._replace(
             name="axolotl-kto",
-            called="KTOTrainer of axolotl 0.19 (trl 1.9)",
+            called="KTOTrainer of axolotl 0.19",
             forwards=(Forward("policy", batch="KL_"), *LOSS, Forward("reference", batch="KL_"), Forward("reference")),
             without_extra_rows=("apo_zero_unpaired",),
             loss_types=("kto", "apo_zero_unpaired"),
             kinds="in the log",
         ),
-        OF_LOGITS_IN_AXOLOTL._replace(name="axolotl-orpo", called="ORPOTrainer of axolotl 0.19 (trl 1.9)"),
+        OF_LOGITS_IN_AXOLOTL._replace(name="axolotl-orpo", called="ORPOTrainer of axolotl 0.19"),
         OF_LOGITS_IN_AXOLOTL._replace(
             name="axolotl-cpo",
-            called="CPOTrainer of axolotl 0.19 (trl 1.9)",
+            called="CPOTrainer of axolotl 0.19",
             options=OF_LOGITS.options | {"loss_type"},
             loss_types=("sigmoid", "hinge", "ipo", "simpo", "alphapo"),
         ),

@@ -2,8 +2,8 @@
 
 b rows, of pairs the first half chosen; s tokens; n of them in completions; v vocabulary. Source: trl
 `experimental/orpo/orpo_trainer.py` and `experimental/cpo/cpo_trainer.py` (`concatenated_forward`), `kernels/logprob_entropy.py`
-(`_LogProbEntropyFunction`; its Triton kernels take nothing); trl 1.9, trainer/dpo_trainer.py and trainer/kto_trainer.py
-(`_compute_loss`); axolotl 0.19, monkeypatch/trainer/utils.py (`_SelectiveLogSoftmaxTriton`).
+(`_LogProbEntropyFunction`; its Triton kernels take nothing); `_compute_loss` of trainer/dpo_trainer.py and
+trainer/kto_trainer.py in the trl that axolotl pins; axolotl 0.19, monkeypatch/trainer/utils.py (`_SelectiveLogSoftmaxTriton`).
 """
 
 from __future__ import annotations
