@@ -161,7 +161,12 @@ def write(rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the named programs, or all."""
+    """Run the named programs, or all; `--estimate`: run none, and ask the formulas again."""
+    if "--estimate" in arguments:
+        by_name = {program.path.stem: program for program in programs()}
+        recorded = json.loads(DATA.read_text(encoding="utf-8"))
+        write([row | {"estimated": estimated(by_name[row["program"]])} for row in recorded])
+        return
     names = [argument for argument in arguments if not argument.startswith("-")]
     rows = []
     for program in programs():

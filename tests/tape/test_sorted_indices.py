@@ -1,0 +1,40 @@
+"""Buffers of an embedding's backward: against torch's own allocator, and the trace against the formulas."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import peftplan
+from peftplan.tape.sorted_indices import SortedRows, sorted_rows
+
+
+@pytest.mark.parametrize(
+    ("n", "table", "width", "parts", "sums"),
+    [(4096, 128256, 2048, 36_040, 36_904_960), (4096, 2, 512, 3_288, 841_728), (4000, 1000, 512, 11_200, 2_867_200)],
+)
+def test_rows_are_those_that_torch_allocates(n: int, table: int, width: int, parts: int, sums: int) -> None:
+    """Bytes as the memory history of torch 2.13's CUDA build says them, on an emulated card."""
+    rows = sorted_rows(n, table, "parts")
+    assert (8 * rows, 4 * width * rows) == (parts, sums)
+    assert sorted_rows(n, table, "segments") == min(n, table)
+
+
+def test_few_indices_are_not_sorted() -> None:
+    rows = SortedRows(("b", "s"), 50257, "parts")
+    assert rows.at({"b": 3, "s": 1024}) == 0
+    assert rows.at({"b": 1, "s": 3073}) == 307 + 3073
+    assert rows.at({"b": np.array([3, 4]), "s": 1024}).tolist() == [0, 409 + 4096]
+    assert pickle.loads(pickle.dumps(rows)).at({"b": 4, "s": 1024}) == 409 + 4096
+
+
+def test_full_fine_tuning_peaks_with_the_sort() -> None:
+    """TRL's SFTTrainer as rehearsed, 4,096 tokens: at the end of backward all gradients are alive. It was 0.354 % low."""
+    rows = json.loads((Path(__file__).parents[1] / "rehearse" / "rehearsals.json").read_text(encoding="utf-8"))
+    rehearsed = next(row for row in rows if row["program"] == "sft_full")
+    estimate = peftplan.estimate("llama-3.2-1b", method="full", trainer="trl", batch_size=2, seq_len=2048)
+    assert estimate.to_dict()["memory"]["peak_allocated"] == pytest.approx(rehearsed["peak_allocated"], abs=2**13)
