@@ -155,6 +155,8 @@ class _Writer:
         self._phases: list[str] = []
         self._alive: dict[int, int] = {}
         """Storage of a step → how many of it are alive, in order of allocation."""
+        self._latest: dict[int, tuple[int, int]] = {}
+        """Stack → the last storage made in it since copied layers, and where in the events."""
         self._stacked: dict[int, int] = {}
         """A hidden state that a copied layer leaves alive → the first of its kind. All share one stack under that number."""
 
@@ -209,6 +211,7 @@ class _Writer:
         """
         borders = {start: phase for phase, start, _ in timeline.windows}
         layers = {repeated.first: repeated for repeated in timeline.repeated}
+        backward = next((start for phase, start, _ in timeline.windows if phase == "backward"), 0)
         outlives = len(timeline.events) if not self.script.outputs_outlive_step else timeline.windows[-1][1]
         self._storages = max(self._storages, len(timeline.kind_of))
         covered = 0
@@ -234,12 +237,18 @@ class _Writer:
                 stream = timeline.streams.get(storage, 0)
                 self._streams = max(self._streams, stream + 1)
                 stack = self._stacked.get(storage, storage)
+                self._latest[stack] = (storage, len(self._events))
                 self._events += (events.MAKE, stack, kinds + kind, 1, stream)
                 if count > 1:  # in two events, so that copied layers can free of these too
                     self._events += (events.MAKE, stack, kinds + kind, count - 1, 0)
             elif at < outlives or timeline.kinds[kind].category == "temporaries":
                 self._alive[storage] = self._alive.get(storage, 0) + count
-                self._events += (events.FREE, self._stacked.get(storage, storage), kinds + kind, -count, 0)
+                stack = self._stacked.get(storage, storage)
+                latest, since = self._latest.get(stack, (storage, 0))
+                if at < backward and latest != storage and self._alive.get(latest, 0) == 1 == -count:
+                    self._replace(stack, latest, since, kinds + kind)
+                else:
+                    self._events += (events.FREE, stack, kinds + kind, -count, 0)
             else:
                 self._write(events.OUTPUTS, self._stacked.get(storage, storage))
         if len(timeline.events) in borders:  # the last phase allocates nothing
@@ -247,6 +256,15 @@ class _Writer:
         self.take(lasting.get(len(timeline.events), ()))
         if self.script.empties_cache:
             self._write(events.EMPTY)
+
+    def _replace(self, stack: int, latest: int, since: int, size: int) -> None:
+        """A layer frees its input once it has made its output, which lies above it in one stack: the output takes its place."""
+        output, between = self._events[since : since + events.WIDTH], self._events[since + events.WIDTH :]
+        del self._events[since:]
+        self._latest = {other: (n, at) for other, (n, at) in self._latest.items() if at < since}
+        self._write(events.REPEAT, 1)
+        self._write(events.LAYER, 1, len(between) // events.WIDTH + 2)
+        self._events += (events.OWN, latest, output[2], 1, 0, *between, events.HAND, stack, latest, size, 1)
 
     def leave(self, storages: Iterable[int]) -> None:
         """Keep what is alive of these storages for good."""
@@ -258,6 +276,7 @@ class _Writer:
         self._write(events.END)
         self._alive.clear()
         self._stacked.clear()
+        self._latest.clear()
 
     def _begin(self, phase: str, *, counts: bool) -> None:
         if counts:
@@ -282,18 +301,7 @@ class _Writer:
     def _repeat(self, layers: Sequence[Layers], timeline: Timeline, kinds: int) -> None:
         """Write the layers that the timeline only counts, in the order in which they run."""
         handed_on = {after: before for layer in layers for after, before in layer.handed_on.items()}
-        layers, released = _releasing(layers, handed_on)
-        beside: dict[int, int] = {}
-        """A hidden state, in the place of the one that a layer releases where such a layer follows → the storage that it is kept
-        under where none follows."""
         for after, before in sorted(handed_on.items()):
-            first = before
-            while handed_on.get(first, first) != first:
-                first = handed_on[first]
-            if first in released:
-                self._stacked[after] = self._stacked.get(released[first], released[first])
-                beside[after] = first
-                continue
             if before not in self._stacked and self._alive.get(before, 0) <= 0:  # these copies run before the layer they copy
                 in_its_place = self._alike(before, timeline)
                 self._stacked[before] = self._stacked.get(in_its_place, in_its_place)
@@ -303,16 +311,14 @@ class _Writer:
         for layer in layers:
             replaced = [n for n, place in layer.moved.items() if n not in there and self._alive.get(place, 0) <= 0]
             handed_on = {n: self._alike(n, timeline) for n in replaced}
-            ways = (self._stacked, self._stacked | beside)
-            of_kind.append([_events_of(layer, timeline, kinds, handed_on, stacked) for stacked in ways])
+            of_kind.append(_events_of(layer, timeline, kinds, handed_on, self._stacked))
         order = [kind for _, kind in sorted((turn, kind) for kind, layer in enumerate(layers) for turn in layer.turns)]
-        releases = [bool(released.keys() & set(layer.net)) for layer in layers]
+        self._latest.clear()
         period = period_of(order)
         self._write(events.REPEAT, period)
         for place, kind in enumerate(order[:period]):
-            written = of_kind[kind][not releases[order[(place + 1) % period]]]
-            self._write(events.LAYER, len(order[place::period]), len(written) // events.WIDTH)
-            self._events += written
+            self._write(events.LAYER, len(order[place::period]), len(of_kind[kind]) // events.WIDTH)
+            self._events += of_kind[kind]
 
     def _alike(self, storage: int, timeline: Timeline) -> int:
         """The latest living tensor with the dims and dtype of `storage`: what the preceding layer, of another kind, handed on."""
@@ -328,19 +334,6 @@ class _Writer:
 
     def _write(self, what: int, a: int = 0, b: int = 0) -> None:
         self._events += (what, a, b, 0, 0)
-
-
-def _releasing(layers: Sequence[Layers], handed_on: Mapping[int, int]) -> tuple[list[Layers], dict[int, int]]:
-    """Of layers that take turns: one that frees its input in forward (a checkpoint on the host) while the next one keeps what it
-    returns. Both change what is alive, so neither stands in the other's place. The layers so, and output → input."""
-    released = {new: old for layer in layers for old, new in layer.moved.items() if new in handed_on.values()}
-    return [
-        layer._replace(
-            net=(*(n for new, old in released.items() if old in layer.moved for n in (-old, new)), *layer.net),
-            moved={old: new for old, new in layer.moved.items() if new not in released},
-        )
-        for layer in layers
-    ], released
 
 
 def period_of(order: Sequence[int]) -> int:

@@ -319,6 +319,10 @@ def test_large_tensors_come_and_go_in_the_traces_order(job: str) -> None:
 
 
 SAME_BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a layer that is not checkpointed lets go of its input, the checkpoint before it keeps its own": (
+        {**JOBS["flash-attn's backward holds its output until it returns"][0], "n_layer": 5},
+        {"method": "dora", "dtype": "fp16", "autocast": "fp16", **CHECKPOINTED, "every_n_layers": 2, "batch_size": 4},
+    ),
     "a checkpoint on the host lets go of its input, the layer behind it keeps its own": (
         {**shallow("phi-1-5", 9), "vocab_size": 4000},
         {"method": "lora", **PLAIN, **CHECKPOINTED, "every_n_layers": 3, "offload_checkpoints": True, "batch_size": 2},
