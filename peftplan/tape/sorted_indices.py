@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 from peftplan.ledger import Dim
 
@@ -39,13 +39,13 @@ class SortedRows(str):
         """What a copy is made of."""
         return self.indices, self.table, self.what
 
-    def at(self, sizes: Mapping[str, Any]) -> Any:
-        """The rows at these sizes, integers or arrays."""
+    def at(self, sizes: Mapping[str, int]) -> int:
+        """The rows at these sizes, which may be arrays as well as integers."""
         return sorted_rows(prod(dim if isinstance(dim, int) else sizes[dim] for dim in self.indices), self.table, self.what)
 
 
-def sorted_rows(n: Any, table: int, what: What) -> Any:
-    """Rows of a buffer for n indices, an integer or an array; 0 where n indices are not sorted."""
+def sorted_rows(n: int, table: int, what: What) -> int:
+    """Rows of a buffer for n indices; 0 where n indices are not sorted. n may be an array as well as an integer."""
     segments = n - (n > table) * (n - table)
     rows = {"indices": n, "segments": segments, "parts": n // ROWS_PER_THREAD + segments}[what]
     return (n > MOST_UNSORTED) * rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ def test_few_indices_are_not_sorted() -> None:
     rows = SortedRows(("b", "s"), 50257, "parts")
     assert rows.at({"b": 3, "s": 1024}) == 0
     assert rows.at({"b": 1, "s": 3073}) == 307 + 3073
-    assert rows.at({"b": np.array([3, 4]), "s": 1024}).tolist() == [0, 409 + 4096]
+    many: dict[str, Any] = {"b": np.array([3, 4]), "s": 1024}
+    assert np.asarray(rows.at(many)).tolist() == [0, 409 + 4096]
     assert pickle.loads(pickle.dumps(rows)).at({"b": 4, "s": 1024}) == 409 + 4096
 
 
