@@ -209,8 +209,8 @@ def loaded_dtype(arch: Architecture, name: str, *, dtype: str) -> str:
     Source: `_get_dtype_plan` (transformers, modeling_utils.py): `_keep_in_fp32_modules` when loaded in fp16, the strict
     list under bf16 as well; both are searched in the name (core_model_loading.py).
     """
-    kept = (*(arch.keep_in_fp32 if dtype == "fp16" else ()), *(arch.keep_in_fp32_strict if dtype != "fp32" else ()))
-    return "fp32" if any(re.search(pattern, name) for pattern in kept) else dtype
+    in_fp32 = (*(arch.keep_in_fp32 if dtype == "fp16" else ()), *(arch.keep_in_fp32_strict if dtype != "fp32" else ()))
+    return "fp32" if any(re.search(pattern, name) for pattern in in_fp32) else dtype
 
 
 def _split(module: Module, quantized: frozenset[int], trained: frozenset[int]) -> list[tuple[bool, bool, frozenset[int]]]:

@@ -81,14 +81,14 @@ class Compiled(NamedTuple):
 
     def sizes(self, batch_size: Any, seq_len: Any) -> dict[str, object]:
         """Name → size for a batch size and a sequence length, numbers or arrays."""
-        named = sizes(batch_size * self.rows, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
+        by_name = sizes(batch_size * self.rows, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
         of_sorts = {name for _, names in self.timeline.sizes for name in names if isinstance(name, SortedRows)}
-        return named | {name: name.at(named) for name in sorted(of_sorts)}
+        return by_name | {name: name.at(by_name) for name in sorted(of_sorts)}
 
-    def assumed(self, named: Mapping[str, Any]) -> dict[str, int]:
+    def assumed(self, by_name: Mapping[str, Any]) -> dict[str, int]:
         """Facts that a result states besides the setup: pinned host bytes of what is offloaded until backward."""
         nbytes = sum(
-            count * pinned(ITEMSIZE[dtype] * prod(dim if isinstance(dim, int) else named[dim] for dim in dims))
+            count * pinned(ITEMSIZE[dtype] * prod(dim if isinstance(dim, int) else by_name[dim] for dim in dims))
             for dims, dtype, count in self.on_host
         )
         return {"offloaded_bytes": nbytes} if nbytes else {}
@@ -128,8 +128,8 @@ def steps_of(inventory: Inventory, compute_capability: str, *, late: bool = Fals
         earlier = job._replace(setup=setup.model_copy(update={"seq_len": tokens, "keep_gradients": there}))
         of_step = compiled(inventory._replace(job=earlier), compute_capability=compute_capability, late=late)
         before.append((of_step, of_step.sizes(setup.batch_size, tokens)))
-    of_last, named = last
-    first = last if of_last.first is None else (of_last.first, named)
+    of_last, sizes_of_last = last
+    first = last if of_last.first is None else (of_last.first, sizes_of_last)
     return (*before, last) if before else (first, last)
 
 
@@ -210,8 +210,8 @@ def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Co
     optimizer = parse_optim(str(setup.optim))
     early = tuple(line for line in lasting if optimizer.made_with_states and line.source == optimizer.source)
     if not early and (idle := model.units.idle(model.idle())):  # a parameter without a gradient has no state
-        stated = (line for line in lasting if line.category == "optimizer_states")
-        stateless = {line.name for line in stated if line.name.rpartition(".")[0] in idle}
+        states = (line for line in lasting if line.category == "optimizer_states")
+        stateless = {line.name for line in states if line.name.rpartition(".")[0] in idle}
         lasting = tuple(line for line in lasting if line.name not in stateless)
     buffers = Ledger(tuple(line for line in lasting if line.category == "buffers"))
     dtype_of = partial(loaded_dtype, architecture, dtype=setup.dtype)

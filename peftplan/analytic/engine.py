@@ -17,11 +17,11 @@ def analytic_peaks(inventory: Inventory, *, compute_capability: str) -> InstantP
     if of_any_device(inventory):
         each = [analytic_peaks(of_device, compute_capability=compute_capability) for of_device in on_each_device(inventory.job)]
         return max(each, key=lambda peaks: max(peaks.requested.values()))
-    compiled_job, named = last_step(inventory, compute_capability)
-    moments = compiled_job.timeline.peaks(named, compiled_job.standing_bytes)
+    compiled_job, dims = last_step(inventory, compute_capability)
+    moments = compiled_job.timeline.peaks(dims, compiled_job.standing_bytes)
     requested = {"load": compiled_job.loading_bytes, **{phase: nbytes for phase, (nbytes, _) in moments.items()}}
     generation = generation_of(inventory, compiled_job, compute_capability=compute_capability)
     if generation is not None:
         requested["generate"] = compiled_job.standing_bytes + generation.peak[0]
     ends = {phase: at for phase, (_, at) in moments.items()}
-    return InstantPeaks(inventory, compute_capability, requested, ends, compiled_job.assumed(named))
+    return InstantPeaks(inventory, compute_capability, requested, ends, compiled_job.assumed(dims))

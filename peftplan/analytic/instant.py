@@ -107,14 +107,14 @@ class _Ledgers(Mapping[str, Ledger]):
         return self._written[phase]
 
     def _write(self, phase: str) -> Ledger:
-        compiled, named = last_step(self._peaks.inventory, self._peaks.compute_capability)
+        compiled, dims = last_step(self._peaks.inventory, self._peaks.compute_capability)
         if phase == "load":
             return compiled.loading
         if phase == "generate":
             generation = generation_of(self._peaks.inventory, compiled, compute_capability=self._peaks.compute_capability)
             assert generation is not None
             return compiled.standing + generation.lines
-        return compiled.standing + Ledger(compiled.timeline.lines(self._peaks.ends[phase], named))
+        return compiled.standing + Ledger(compiled.timeline.lines(self._peaks.ends[phase], dims))
 
     def __iter__(self) -> Iterator[str]:
         yield from self._peaks.requested

@@ -55,15 +55,15 @@ class Moments:
                 rows = np.unique(np.vstack([rows, self.by_phase[phase]]), axis=0)
             self.by_phase[phase] = _undominated(rows)
 
-    def peaks(self, named: Mapping[str, Any], standing: int) -> dict[str, Any]:
+    def peaks(self, dims_by_name: Mapping[str, Any], standing: int) -> dict[str, Any]:
         """Phase → bytes at its peak for every point, as int64. `named`: arrays of one length. `standing`: bytes to add.
 
         Raises InputError if a peak exceeds 8 PiB.
         """
-        length = len(next(iter(named.values())))
+        length = len(next(iter(dims_by_name.values())))
         by_phase = {phase: np.empty(length, dtype=np.int64) for phase in self.by_phase}
         for start in range(0, length, CHUNK):
-            part = {name: values[start : start + CHUNK].astype(np.float64) for name, values in named.items()}
+            part = {name: values[start : start + CHUNK].astype(np.float64) for name, values in dims_by_name.items()}
             points = len(next(iter(part.values())))
             blocks = np.empty((len(self.sizes), points))
             for row, (number, dims) in enumerate(self.sizes):
@@ -84,17 +84,17 @@ def _size(dtype: str, dims: tuple[Dim, ...]) -> tuple[Size, int]:
     number = ITEMSIZE[dtype]
     for dim in dims:
         number *= dim if isinstance(dim, int) else 1
-    named = tuple(sorted(dim for dim in dims if not isinstance(dim, int)))
-    if number % ALLOCATION_ROUNDING and named:
-        return (number, named), 1
-    return (0, named), -(-number // ALLOCATION_ROUNDING)
+    symbols = tuple(sorted(dim for dim in dims if not isinstance(dim, int)))
+    if number % ALLOCATION_ROUNDING and symbols:
+        return (number, symbols), 1
+    return (0, symbols), -(-number // ALLOCATION_ROUNDING)
 
 
 def _undominated(rows: Any) -> Any:
     """The rows that no other row dominates, that is, has at least as many tensors of every size."""
     order = np.argsort(-rows.sum(axis=1), kind="stable")
-    kept: list[object] = []
+    largest: list[object] = []
     for row in rows[order]:
-        if not kept or not (np.asarray(kept) >= row).all(axis=1).any():
-            kept.append(row)
-    return np.asarray(kept, dtype=np.float64)
+        if not largest or not (np.asarray(largest) >= row).all(axis=1).any():
+            largest.append(row)
+    return np.asarray(largest, dtype=np.float64)

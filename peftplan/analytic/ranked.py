@@ -152,10 +152,10 @@ def _holds(ranked: Ranked, compiled: Compiled, rank: int) -> bool:
     )
 
 
-def _bytes_of(timeline: Timeline, named: Mapping[str, int]) -> list[int]:
+def _bytes_of(timeline: Timeline, dims: Mapping[str, int]) -> list[int]:
     """Bytes that each event allocates, or negative, frees."""
     return [
-        count * ITEMSIZE[kind.dtype] * prod(dim if isinstance(dim, int) else named[dim] for dim in kind.dims)
+        count * ITEMSIZE[kind.dtype] * prod(dim if isinstance(dim, int) else dims[dim] for dim in kind.dims)
         for kind, count in ((timeline.kinds[number], count) for number, count in timeline.events)
     ]
 

@@ -86,7 +86,7 @@ def _write(steps: list[Compiled], script: Script, load: Callable[[Memory[Any]], 
         compiled.first_run(writer)
     there = (*compiled.early, *compiled.built)
     states = [line for line in compiled.standing if line.category == "optimizer_states" and line not in there]
-    kept = any(_makes_gradients(compiled.timeline, at) for at in range(compiled.timeline.windows[0][1]))
+    makes_gradients = any(_makes_gradients(compiled.timeline, at) for at in range(compiled.timeline.windows[0][1]))
     kinds = generated
     for number, of_step in enumerate(steps, start=1):
         if generation is not None:
@@ -94,7 +94,7 @@ def _write(steps: list[Compiled], script: Script, load: Callable[[Memory[Any]], 
             writer.end()
         lasting = _lasting(states, of_step) if number == 1 else {}
         writer.step(of_step.timeline, kinds, lasting, phases=number == len(steps))
-        if kept:
+        if makes_gradients:
             writer.leave(n for n, kind in enumerate(of_step.timeline.kind_of) if _is_gradient(of_step.timeline, kind))
         writer.end()
         kinds += len(of_step.timeline.kinds)

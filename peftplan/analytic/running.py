@@ -116,8 +116,8 @@ def rotary_rows(job: Job) -> tuple[Dim, Limits]:
 def limits_of(job: Job) -> Limits:
     """Numbers of tokens above which the kernels of a job allocate otherwise."""
     of_tables = rotary_rows(job)[1]
-    kept = tokens_kept(job)
-    return of_tables if kept is None else of_tables._replace(of_batch=(kept, *of_tables.of_batch))
+    tokens = tokens_kept(job)
+    return of_tables if tokens is None else of_tables._replace(of_batch=(tokens, *of_tables.of_batch))
 
 
 def program_of(job: Job) -> Program:

@@ -56,11 +56,11 @@ def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, 
 
     `s%64` is s rounded up to a multiple of 64, `s/64` the number of blocks of 64 rows, `s+1` one more.
     """
-    named = {"b": b, "s": s, "k": s + virtual_tokens}
-    named |= {f"{name}%{m}": -(-named[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
-    named |= {f"{name}/{BLOCK}": -(-named[name] // BLOCK) for name in ("s", "k")}
-    named |= {f"{name}{more:+}": named[name] + more for name in ("s", "k") for more in (1, -1)}
-    named["b/2"] = b // 2
-    named |= {f"b·{name}": b * named[name] for name in ("s", "k")}
-    named |= {f"{name}%{TABLE_MULTIPLE}": -(-named[name] // TABLE_MULTIPLE) * TABLE_MULTIPLE for name in ("s", "b·s")}
-    return named | loss.named(b, loss.length(s + virtual_tokens))
+    by_name = {"b": b, "s": s, "k": s + virtual_tokens}
+    by_name |= {f"{name}%{m}": -(-by_name[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
+    by_name |= {f"{name}/{BLOCK}": -(-by_name[name] // BLOCK) for name in ("s", "k")}
+    by_name |= {f"{name}{more:+}": by_name[name] + more for name in ("s", "k") for more in (1, -1)}
+    by_name["b/2"] = b // 2
+    by_name |= {f"b·{name}": b * by_name[name] for name in ("s", "k")}
+    by_name |= {f"{name}%{TABLE_MULTIPLE}": -(-by_name[name] // TABLE_MULTIPLE) * TABLE_MULTIPLE for name in ("s", "b·s")}
+    return by_name | loss.named(b, loss.length(s + virtual_tokens))

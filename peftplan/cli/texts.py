@@ -16,8 +16,8 @@ def _by_tool(names: tuple[str, ...]) -> str:
         tools.setdefault(tool, []).append(kind)
     texts = []
     for tool, kinds in tools.items():
-        named = "|".join(filter(None, kinds))
-        texts += [tool] * ("" in kinds) + [f"{tool}-{named}"] * bool(named)
+        words = "|".join(filter(None, kinds))
+        texts += [tool] * ("" in kinds) + [f"{tool}-{words}"] * bool(words)
     return ", ".join(texts)
 
 

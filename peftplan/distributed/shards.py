@@ -113,7 +113,7 @@ def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str
     place = _place(distributed.offload_params)
     trained_apart = any(p.owner == "adapter" and p.trainable for p in parameters.all)
     flats: dict[tuple[str, str, bool], list[Parameter]] = {}
-    kept: list[Parameter] = []
+    parameters_of_rank: list[Parameter] = []
     each: list[Parameter] = []
     stepped: list[Parameter] = []
     for p in parameters.all:
@@ -124,10 +124,10 @@ def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str
         flats.setdefault((p.name if alone else unit_of(p), p.dtype if not p.quantized else _packed(p), p.trainable), []).append(p)
     for (unit, dtype, trained), members in flats.items():
         flat = [*_flat(unit, dtype, members, distributed.shards, place)]
-        kept += flat
+        parameters_of_rank += flat
         stepped += _views(flat[0], members) if trained else ()
     return Holding(
-        parameters._replace(all=tuple(kept)),
+        parameters._replace(all=tuple(parameters_of_rank)),
         states_of=parameters._replace(all=tuple(stepped)),
         each=parameters._replace(all=tuple(each)),
     )

@@ -42,8 +42,8 @@ def adapter_config(peft_config: object) -> dict[str, object]:
     if isinstance(peft_config, (str, os.PathLike)):
         path = Path(os.fspath(peft_config))
         fields = _adapter_file(path / "adapter_config.json" if os.path.isdir(path) else path)
-    elif (stated := _fields(peft_config)) is not None:
-        fields = {name: _plain(value) for name, value in stated.items()}
+    elif (of_object := _fields(peft_config)) is not None:
+        fields = {name: _plain(value) for name, value in of_object.items()}
     else:
         accepted = "accepted: a path to an adapter_config.json, its dict, or a peft PeftConfig"
         raise InputError("peft_config", peft_config, accepted)

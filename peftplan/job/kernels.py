@@ -156,13 +156,13 @@ def named_kernels(value: object) -> tuple[str, ...]:
     Raises UnknownNameError for another name, InputError for two kernels of one part.
     """
     if value is None or isinstance(value, str):
-        stated: Iterable[object] = [] if value is None else value.split(",")
+        words: Iterable[object] = [] if value is None else value.split(",")
     elif isinstance(value, Iterable):
-        stated = value
+        words = value
     else:
-        stated = [value]
+        words = [value]
     names: set[str] = set()
-    for each in stated:
+    for each in words:
         name = each.strip() if isinstance(each, str) else each
         if name == NONE:
             continue
@@ -174,7 +174,7 @@ def named_kernels(value: object) -> tuple[str, ...]:
     twice = next((part for part in parts if parts.count(part) > 1), None)
     if twice is not None:
         both = " and ".join(name for name in chosen if name.partition(".")[2] == twice)
-        raise InputError("kernels", ", ".join(map(str, stated)), f"accepted: one kernel of each part, not {both}")
+        raise InputError("kernels", ", ".join(map(str, words)), f"accepted: one kernel of each part, not {both}")
     return chosen
 
 

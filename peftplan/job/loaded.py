@@ -132,11 +132,11 @@ def _options(model: object, base: Mapping[str, Tensor], added: Mapping[str, Tens
     options: dict[str, object] = {}
     quantized = getattr(config, "quantization_config", None) is not None
     dense = _dtype(base.values())
-    stated = _short(getattr(config, "dtype", None)) if quantized else None
-    options["dtype"] = stated or dense
+    dtype = _short(getattr(config, "dtype", None)) if quantized else None
+    options["dtype"] = dtype or dense
     if module is not model:
         options["adapter_dtype"] = _dtype(p for p in added.values() if p.requires_grad)
-        options["kbit_prepare"] = dense == "fp32" and stated != "fp32" if quantized else None
+        options["kbit_prepare"] = dense == "fp32" and dtype != "fp32" if quantized else None
     attention = getattr(config, "_attn_implementation", None)
     options["attn_implementation"] = attention if attention in ATTENTION else None
     name = next((name for name in CHECKPOINTING if hasattr(type(module), name)), CHECKPOINTING[-1])

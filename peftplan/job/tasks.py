@@ -127,15 +127,15 @@ def rotary_positions(model: Any, architecture: Architecture) -> int | None:
     if architecture.max_positions is not None:
         return None
     config = sources.load_config(model)
-    stated = (config.get("text_config") or config).get("max_position_embeddings")
-    return stated if isinstance(stated, int) else None
+    positions = (config.get("text_config") or config).get("max_position_embeddings")
+    return positions if isinstance(positions, int) else None
 
 
 def _has_pad_token(config: Mapping[str, Any]) -> bool:
     """Whether the config of a decoder, or its config class, says which token is padding."""
     of_text = config.get("text_config") or config
-    stated = "pad_token_id" in of_text
-    return of_text["pad_token_id"] is not None if stated else config.get("model_type") in WITH_PAD_TOKEN
+    in_config = "pad_token_id" in of_text
+    return of_text["pad_token_id"] is not None if in_config else config.get("model_type") in WITH_PAD_TOKEN
 
 
 def without_loss(model: object, architecture: Architecture) -> str | None:

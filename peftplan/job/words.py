@@ -99,33 +99,33 @@ ON = ("true", "1", "yes", "on")
 OFF = ("false", "0", "no", "off")
 
 
-def refuse(word: str, shown: str, value: object) -> None:
+def refuse(word: str, typed: str, value: object) -> None:
     """Raise RefusedError for a word that is set and that no engine counts."""
     if word in NOT_COUNTED and _text(value) not in (*OFF, "none"):
-        raise RefusedError(f"{shown}: {NOT_COUNTED[word]}")
+        raise RefusedError(f"{typed}: {NOT_COUNTED[word]}")
 
 
 def _text(value: object) -> str:
     return (value if isinstance(value, str) else quoted(value)).lower()
 
 
-def our_value(word: str, shown: str, value: object) -> object:
+def our_value(word: str, typed: str, value: object) -> object:
     """Our value for the value of a word; None sets nothing. Raises InputError for a switch that is neither on nor off."""
     values, switch = MEANINGS[word].values, MEANINGS[word].switch
     text = _text(value)
     if switch:
         text = "true" if text in ON else "false" if text in OFF else text
         if text not in values:
-            raise InputError(shown, value, f"accepted: {', '.join(values)}")
+            raise InputError(typed, value, f"accepted: {', '.join(values)}")
     return values.get(text, value)
 
 
 @contextmanager
 def named_as_typed(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Keywords under our names; an error about one of them names the word that was typed."""
-    named, typed = ours(options)
+    our_options, typed = ours(options)
     try:
-        yield named
+        yield our_options
     except InputError as error:
         error.named(typed.get(error.field, error.field))
         raise
@@ -136,7 +136,7 @@ def ours(options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, st
 
     Raises RefusedError if two words set one option, and for what is not supported.
     """
-    named: dict[str, object] = {}
+    our_options: dict[str, object] = {}
     typed: dict[str, str] = {}
     for word, value in options.items():
         option = word
@@ -147,14 +147,14 @@ def ours(options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, st
             option, value = MEANINGS[word].option, None if value is None else our_value(word, word, value)
         if value is None:
             if option == word:
-                named.setdefault(option, None)
+                our_options.setdefault(option, None)
             continue
-        if named.get(option) is not None:
+        if our_options.get(option) is not None:
             raise twice(typed.get(option, option), word)
-        named[option] = value
+        our_options[option] = value
         if option != word:
             typed[option] = word
-    return named, typed
+    return our_options, typed
 
 
 def twice(first: str, second: str) -> RefusedError:

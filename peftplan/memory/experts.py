@@ -87,8 +87,8 @@ def grouped(f: Tape, x: Tensor, weight: Operand, width: Dim, *, kernel: bool, bi
     """
     _check_rows(x, weight)
     x = f.to(x, weight.dtype)
-    kept = (x, weight) if not kernel else (x if weight.node else None, weight if x.node else None)
-    node = f.record(_grouped_backward, (x, weight), *kept, offsets, x.dims, weight.dims, kernel)
+    saved = (x, weight) if not kernel else (x if weight.node else None, weight if x.node else None)
+    node = f.record(_grouped_backward, (x, weight), *saved, offsets, x.dims, weight.dims, kernel)
     out = f.new((*x.dims[:-1], width), x.dtype, "grouped_mm", node)
     if bias is None:
         return out

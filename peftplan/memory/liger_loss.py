@@ -20,8 +20,8 @@ def liger(model: Model, x: Tensor) -> tuple[Tensor]:
     """`lce_forward` in training: a loss, no logits."""
     f = model.tape
     if type(x) is Strided:  # `LigerForCausalLMLoss` calls `view`
-        kept = model.running.logits_to_keep
-        raise InputError("logits_to_keep", kept, "liger keeps the logits of all tokens, or needs batch_size 1")
+        logits_to_keep = model.running.logits_to_keep
+        raise InputError("logits_to_keep", logits_to_keep, "liger keeps the logits of all tokens, or needs batch_size 1")
     head = projection(model)
     f.module = ""
     labels = _shifted_labels(model, x.dims[:-1])

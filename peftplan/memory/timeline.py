@@ -75,13 +75,13 @@ class Timeline(NamedTuple):
         rounded = [-(-nbytes // ALLOCATION_ROUNDING) * ALLOCATION_ROUNDING for nbytes in self._evaluated(sizes)]
         return self.waves.peaks([count * rounded[place] for place, count in self.moves], standing)
 
-    def requested(self, named: Mapping[str, int]) -> list[int]:
+    def requested(self, dims: Mapping[str, int]) -> list[int]:
         """Bytes of a tensor of each kind as asked for, before rounding."""
-        nbytes = self._evaluated(named)
+        nbytes = self._evaluated(dims)
         return [nbytes[place] for place in self.size_of]
 
-    def _evaluated(self, named: Mapping[str, int]) -> list[int]:
-        return [nbytes * prod([named[name] for name in names]) for nbytes, names in self.sizes]
+    def _evaluated(self, dims: Mapping[str, int]) -> list[int]:
+        return [nbytes * prod([dims[name] for name in names]) for nbytes, names in self.sizes]
 
     def lines(self, end: int, sizes: Mapping[str, int]) -> tuple[Line, ...]:
         """What the first `end` events leave alive.
@@ -226,9 +226,9 @@ def _source(saver: str | None) -> str:
 
 def _category(tape: Tape, number: int, vocab: int | None) -> Category:
     """As the trace engine sorts: stated, logits by their last dim, activations if forward code made it and something kept it."""
-    stated = tape.category.get(number)
-    if stated is not None:
-        return stated
+    category = tape.category.get(number)
+    if category is not None:
+        return category
     dims = tape.dims[number]
     if vocab is not None and len(dims) > 1 and dims[-1] == vocab and not isinstance(dims[0], int):
         return "logits"

@@ -59,7 +59,7 @@ def _cross_entropy(model: Model, hidden: Tensor, weight: Operand) -> Tensor:
     into_hidden, into_weight = hidden.node is not None, weight.node is not None
     node = f.record(_cross_entropy_backward, (hidden, weight))
     with f.no_grad():
-        kept = f.new(("n",), "int64", "kept")
+        indices = f.new(("n",), "int64", "kept")
         grad_hidden = f.new(hidden.dims, hidden.dtype, "grad_h") if into_hidden else None
         grad_weight = f.new(weight.dims, weight.dtype, "acc_w") if into_weight else None
         stored = None if weight.dtype == dtype else f.new(weight.dims, dtype, "to")
@@ -74,7 +74,7 @@ def _cross_entropy(model: Model, hidden: Tensor, weight: Operand) -> Tensor:
         wide = f.new(("n",), "fp64", "to")
         wide = f.new(("n",), "fp64", "neg")
     loss = f.new((), "fp32", "sum", node)
-    del wide, log_probs, stored, kept
+    del wide, log_probs, stored, indices
     f.keep(node, grad_hidden, grad_weight)
     return loss
 

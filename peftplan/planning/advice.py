@@ -47,8 +47,8 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     fitting = _fitting(replayed, everything=everything)
     shown_already = [row.options for row in fitting]
     failed = {str(row.options): row.verdict for row in replayed if row.verdict not in FITS}
-    shown = (change for change in singles if everything or not _loses_data_in_vain(change, unchanged, trials.room))
-    rest = [_row(trials, unchanged, change) for change in shown if change.options not in shown_already]
+    changes = (change for change in singles if everything or not _loses_data_in_vain(change, unchanged, trials.room))
+    rest = [_row(trials, unchanged, change) for change in changes if change.options not in shown_already]
     others = [row._replace(verdict=failed.get(str(row.options), row.verdict)) for row in rest]
     rows: list[Advice] = []
     for row in sorted(others, key=lambda row: -row.saving_bytes):

@@ -101,8 +101,8 @@ def assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
     assumed |= {} if quant is None else quant.options()
     assumed |= {key: list(value) if isinstance(value, tuple) else value for key, value in adaptation.resolved if value}
     if job.method is not None and job.config is not None:
-        stated = job.config.model_dump(mode="json", exclude_defaults=True, exclude_none=True, exclude=SAID_ELSEWHERE)
-        assumed |= {name: value for name, value in stated.items() if job.method.defaults.get(name) != value}
+        fields = job.config.model_dump(mode="json", exclude_defaults=True, exclude_none=True, exclude=SAID_ELSEWHERE)
+        assumed |= {name: value for name, value in fields.items() if job.method.defaults.get(name) != value}
     ran = {package: getattr(job.script, package) for package in EXAMPLES}
     assumed |= {package: version for package, version in ran.items() if version is not None}
     if adaptation.matched:

@@ -62,8 +62,8 @@ def family(
         raise InputError("model_family", name, "accepted: the beginning of built-in names, such as qwen3 (`peftplan models`)")
     if len(find_cards(gpu)) != 1:
         raise InputError("gpu", gpu, "accepted: one card, such as rtx-4090, or a capacity such as 24GiB")
-    named = known_methods(methods, "methods")
-    methods = [name for name in named if methods is not QUALITY or _is_complete(name, options)]
+    known = known_methods(methods, "methods")
+    methods = [name for name in known if methods is not QUALITY or _is_complete(name, options)]
     members = tuple(_largest(names, gpu, method, accepted, options) for method in methods)
     if all(member.model is None and member.error is not None for member in members):
         estimate(names[0][0], gpu=gpu, **options_for(methods[0], {**options, "method": methods[0]}))  # raises, where all do

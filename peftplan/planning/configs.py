@@ -58,8 +58,10 @@ def configs(
     there, and for a card, an engine or a tool that is not known.
     """
     _check(gpu, engine, tool)
-    named = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    return Listing(entry(file, gpu=gpu, engine=engine, tool=tool, online=online) for path in named for file in _files(Path(path)))
+    chosen = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    return Listing(
+        entry(file, gpu=gpu, engine=engine, tool=tool, online=online) for path in chosen for file in _files(Path(path))
+    )
 
 
 def _check(gpu: str | None, engine: str, tool: str | None) -> None:

@@ -78,15 +78,19 @@ def estimate(
     if advice not in SEARCHES:
         raise UnknownNameError("advice", advice, SEARCHES)
     gpu, count = _counted(gpu)
-    with named_as_typed({"method": method, **options}) as named:
+    with named_as_typed({"method": method, **options}) as our_options:
         config_document = None
         if config is not None:
-            model, named, config_document = _of_config(config, tool, model, named, objects=peft_config is not None, strict=strict)
-            peft_config = named.pop("peft_config", peft_config)
-        if count is not None and named.get("gpus") is not None:
-            raise OptionError("gpus", named["gpus"], f"the card says how many there are ({count}x…); accepted: one of the two")
+            model, our_options, config_document = _of_config(
+                config, tool, model, our_options, objects=peft_config is not None, strict=strict
+            )
+            peft_config = our_options.pop("peft_config", peft_config)
+        if count is not None and our_options.get("gpus") is not None:
+            raise OptionError(
+                "gpus", our_options["gpus"], f"the card says how many there are ({count}x…); accepted: one of the two"
+            )
         if count is not None:
-            named["gpus"] = count
+            our_options["gpus"] = count
         job = prepare(
             model,
             peft_config=peft_config,
@@ -94,7 +98,7 @@ def estimate(
             training_args=training_args,
             script=script,
             strict=strict,
-            **named,
+            **our_options,
         )
         if config_document is not None and options.get("kernels") is None:
             job, config_document = _with_formula(job, config_document)
@@ -128,7 +132,7 @@ def _with_formula(job: Job, document: dict[str, Any]) -> tuple[Job, dict[str, An
 
 
 def _of_config(
-    config: ConfigFiles, tool: str | None, model: object, named: Mapping[str, Any], *, objects: bool, strict: bool
+    config: ConfigFiles, tool: str | None, model: object, our_options: Mapping[str, Any], *, objects: bool, strict: bool
 ) -> WithFile:
     """What a file asks together with the user's options."""
     from peftplan.job.configs.plan import ConfigPlan
@@ -136,4 +140,4 @@ def _of_config(
     from peftplan.job.configs.with_file import with_file
 
     plan = config if isinstance(config, ConfigPlan) else read_config(config, tool=tool)
-    return with_file(plan, model, named, objects=objects, strict=strict)
+    return with_file(plan, model, our_options, objects=objects, strict=strict)

@@ -40,8 +40,8 @@ def _named(ledger: Ledger) -> list[str]:
     """What the named dims stand for."""
     sizes = next((line.sizes for line in ledger if line.sizes), {})
     used = {dim for line in ledger for dim in line.dims if isinstance(dim, str)}
-    named = ", ".join(f"{name} = {value}{_words(name)}" for name, value in sizes.items() if name in used)
-    return [named] if named else []
+    phrases = ", ".join(f"{name} = {value}{_words(name)}" for name, value in sizes.items() if name in used)
+    return [phrases] if phrases else []
 
 
 def _words(name: str) -> str:

@@ -50,9 +50,11 @@ class Exported(NamedTuple):
 
     def notes(self) -> Iterator[str]:
         """What differs from the job that was exported, a line each."""
-        named = {name: pair for name, pair in self.changed.items() if pair[0] is not None}  # the others follow from these
-        if named:
-            values = ", ".join(f"{name} {_shown(theirs)} (instead of {_shown(ours)})" for name, (ours, theirs) in named.items())
+        with_values = {name: pair for name, pair in self.changed.items() if pair[0] is not None}  # the others follow from these
+        if with_values:
+            values = ", ".join(
+                f"{name} {_shown(theirs)} (instead of {_shown(ours)})" for name, (ours, theirs) in with_values.items()
+            )
             yield f"{self.to}'s defaults where you set nothing: {values}"
         if self.left_out:
             yield f"not in the file, and without effect on memory: {', '.join(self.left_out)}"
@@ -187,8 +189,8 @@ def _launch_file(job: Job, to: str) -> Exported:
             f"strategy: {to}'s file has no setting for {distributed.strategy}; accepted: ddp, fsdp1, fsdp2, zero1 to zero3"
         )
     if to == "deepspeed" and (distributed is None or not distributed.strategy.startswith("zero")):
-        named = "one GPU" if distributed is None else distributed.strategy
-        raise RefusedError(f"strategy: DeepSpeed's file says a stage of ZeRO, not {named}; accepted: zero1, zero2, zero3")
+        strategy = "one GPU" if distributed is None else distributed.strategy
+        raise RefusedError(f"strategy: DeepSpeed's file says a stage of ZeRO, not {strategy}; accepted: zero1, zero2, zero3")
     if to == "deepspeed":
         assert distributed is not None
         values = deepspeed_file(distributed)

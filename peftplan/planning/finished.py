@@ -103,14 +103,14 @@ def file_of(job: Job, fields: Mapping[str, object]) -> AdapterFile:
         from peftplan.libraries.saved import saved_tensors
 
         base_dtype = "fp32" if job.setup.kbit_prepare else job.setup.dtype
-        kept = saved_tensors(
+        in_file = saved_tensors(
             config_of(job.model, job.setup),
             job.adapter,
             task_type=job.architecture.task_type,
             dtype=base_dtype,
             adapter_dtype=trained_dtype or adapter_dtype,
         )
-        return AdapterFile(file_bytes(kept), kept)
+        return AdapterFile(file_bytes(in_file), in_file)
     trained = parameters.build(
         job.architecture,
         job.adaptation,

@@ -102,7 +102,7 @@ def fit(
     model = base_of(options.get("peft_config")) if model is None else model
     if size not in (*CEILINGS, "model"):
         raise UnknownNameError("max", size, (*CEILINGS, "model"))
-    kept = kept_options(keep, size)
+    fixed = kept_options(keep, size)
     if engine not in get_args(Engine):
         raise UnknownNameError("engine", engine, get_args(Engine))
     methods = None if methods is None else known_methods(methods, "methods")
@@ -125,7 +125,7 @@ def fit(
         if engine == "trace":
             changes: Iterable[Options] = [{"method": name} for name in methods or () if name != first.method]
         else:
-            changes = changes_of(typed, first, size, methods, kept, min_seq_len)
+            changes = changes_of(typed, first, size, methods, fixed, min_seq_len)
         plans, nearest = ranked(first, typed, changes, plan, by_size=size == "model")
         elsewhere = (
             None

@@ -20,8 +20,8 @@ from peftplan.results.estimate import Estimate
 def members(family: str) -> list[tuple[str, int]]:
     """(name, parameters) of the built-in models whose name is the family's and a size, or that match a pattern; largest first."""
     pattern = family.lower() if any(character in family for character in "*?[") else f"{family.lower()}-[0-9]*"
-    named = [(entry.name, entry.num_parameters) for entry in models() if fnmatchcase(entry.name, pattern)]
-    return sorted(named, key=lambda member: (-member[1], len(member[0])))
+    sized = [(entry.name, entry.num_parameters) for entry in models() if fnmatchcase(entry.name, pattern)]
+    return sorted(sized, key=lambda member: (-member[1], len(member[0])))
 
 
 def candidates(model: object) -> list[object]:

@@ -56,8 +56,8 @@ def gpus(pattern: str | None = None) -> Listing[GpuEntry]:
     entries: Listing[GpuEntry] = Listing()
     for card in matching_cards(pattern):
         usable = usable_bytes(card)
-        stated = {name: getattr(card, name) for name in GpuEntry._fields if not name.startswith("usable")}
-        entries.append(GpuEntry(**stated, usable_bytes=usable.bytes, usable_source=usable.why))
+        fields = {name: getattr(card, name) for name in GpuEntry._fields if not name.startswith("usable")}
+        entries.append(GpuEntry(**fields, usable_bytes=usable.bytes, usable_source=usable.why))
     return entries
 
 

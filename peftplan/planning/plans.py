@@ -77,18 +77,18 @@ def changes_of(
     first: Plan,
     size: str,
     methods: Sequence[str] | None,
-    kept: frozenset[str],
+    fixed: frozenset[str],
     min_seq_len: int | None,
 ) -> Iterable[dict[str, object]]:
     """What the other plans change: the method, what saves memory, a shorter sequence, and these together."""
-    by_adapter = typed.get("peft_config") is not None or "method" in kept
+    by_adapter = typed.get("peft_config") is not None or "method" in fixed
     others: list[dict[str, object]] = [{}]
     names = QUALITY if methods is None else methods
     others += [] if by_adapter else [{"method": name} for name in names if name != first.method]
     own_loss = first.assumptions["trainer"] not in ONE_FORWARD or first.assumptions.get("kernels")
     saves = [change for change in SAVES if not (own_loss and change is CHUNKED)]
-    saving = [change for change in saves if kept.isdisjoint(change) and not change.items() <= first.assumptions.items()]
-    shorter = min_seq_len is not None and size != "seq_len" and "seq_len" not in kept and min_seq_len < first.seq_len
+    saving = [change for change in saves if fixed.isdisjoint(change) and not change.items() <= first.assumptions.items()]
+    shorter = min_seq_len is not None and size != "seq_len" and "seq_len" not in fixed and min_seq_len < first.seq_len
     lengths: list[dict[str, object]] = [{}, {"seq_len": min_seq_len}] if shorter else [{}]
     for method in others:
         for some in range(2 ** len(saving)):

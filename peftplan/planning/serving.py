@@ -78,16 +78,16 @@ def serving(
     `gpu`: names of cards, or sizes such as 24GiB; each gets a verdict, and how many adapters, tokens and sequences fit it.
     `merge` demands a merge: RefusedError where the method has none. Other errors as `estimate`.
     """
-    with named_as_typed({"method": method, **options}) as named:
-        method, batch_size = named.pop("method"), named.pop("batch_size", None)
-        job = prepare(model, method=method, peft_config=peft_config, quantization_config=quantization_config, **named)
-    stated = job.setup.dtype if serving_dtype is None else serving_dtype
+    with named_as_typed({"method": method, **options}) as our_options:
+        method, batch_size = our_options.pop("method"), our_options.pop("batch_size", None)
+        job = prepare(model, method=method, peft_config=peft_config, quantization_config=quantization_config, **our_options)
+    dtype = job.setup.dtype if serving_dtype is None else serving_dtype
     request = _request(
         adapters=adapters,
         batch_size=1 if batch_size is None else batch_size,
         context=job.setup.seq_len if context is None else context,
         encoder_context=encoder_context,
-        serving_dtype=parse_dtype(stated, field="serving_dtype", accepted=MODEL_DTYPES),
+        serving_dtype=parse_dtype(dtype, field="serving_dtype", accepted=MODEL_DTYPES),
     )
     if request.adapters > 1 and job.adaptation.trained:
         raise RefusedError(
@@ -97,7 +97,7 @@ def serving(
     if most is not None and request.context > most:
         raise InputError("context", request.context, f"accepted: up to {most}, the positions of the model")
     refused: dict[str, str] = {}
-    file = _unless_refused(refused, "adapter_file", lambda: file_of(job, {**job.adapter, **named}))
+    file = _unless_refused(refused, "adapter_file", lambda: file_of(job, {**job.adapter, **our_options}))
     merged = _unless_refused(refused, "merged_checkpoint", lambda: checkpoint_of(job))
     merges = _unless_refused(refused, "merge_memory", lambda: merges_of(job), required=merge) or ()
     if merges and job.quant is not None:

@@ -82,8 +82,8 @@ class Sweep:
 
     def values_of(self, column: str) -> Values:
         """The values of an option that differs between points; empty for what does not."""
-        named: Mapping[str, Values] = {"model": self._grid.models, "method": self._grid.methods, **self._grid.axes}
-        return named.get(column, ())
+        by_name: Mapping[str, Values] = {"model": self._grid.models, "method": self._grid.methods, **self._grid.axes}
+        return by_name.get(column, ())
 
     def records(self) -> list[SweepRow]:
         """All rows."""

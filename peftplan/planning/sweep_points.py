@@ -61,8 +61,8 @@ class Grid(NamedTuple):
 
     def text(self) -> str:
         """The axes and how many values each has."""
-        named: dict[str, Sequence[object]] = {"model": self.models, "method": self.methods, **self.axes}
-        return " × ".join(f"{name.replace('_', ' ')} {len(values):,}" for name, values in named.items() if len(values) > 1)
+        by_name: dict[str, Sequence[object]] = {"model": self.models, "method": self.methods, **self.axes}
+        return " × ".join(f"{name.replace('_', ' ')} {len(values):,}" for name, values in by_name.items() if len(values) > 1)
 
     def of_jobs(self) -> list[str]:
         """The options that differ between jobs, and `OF_RANKS`."""
@@ -91,8 +91,8 @@ class Grid(NamedTuple):
     def _any_job(self, changed: Mapping[str, object]) -> None:
         """Check a job of the first method that has these options, or that refuses them if none has."""
         method = next((method for method in self.methods if changed.keys() <= self.own(method, changed).keys()), self.methods[0])
-        named = {"method": method} if method else {}
-        counted(self.models[0], **{**self.own(method, self.single), **changed, **named})
+        method_option = {"method": method} if method else {}
+        counted(self.models[0], **{**self.own(method, self.single), **changed, **method_option})
 
     def jobs(self) -> Iterator[Job]:
         """One for each model, method, and combination of the options that are no sizes."""
@@ -101,8 +101,8 @@ class Grid(NamedTuple):
             sizes = {name: axes.pop(name) for name in SIZES if name in axes}
             single = self.own(method, self.single) | ({"method": method} if method else {})
             for values in product(*axes.values()):
-                shown = dict(zip(axes, values, strict=True))
-                yield Job(model, method, {**single, **shown}, {**self.of_ranks(), **shown}, sizes)
+                point = dict(zip(axes, values, strict=True))
+                yield Job(model, method, {**single, **point}, {**self.of_ranks(), **point}, sizes)
 
 
 class Job(NamedTuple):

@@ -51,8 +51,8 @@ def capability(card: Gpu | None) -> str:
     """The CUDA compute capability of a card, whose kernels an engine takes; a default where it has none."""
     from peftplan.hardware.context import DEFAULT_CAPABILITY
 
-    stated = card.compute_capability if card else None
-    return stated if stated and stated[0].isdigit() else ".".join(map(str, DEFAULT_CAPABILITY))
+    own = card.compute_capability if card else None
+    return own if own and own[0].isdigit() else ".".join(map(str, DEFAULT_CAPABILITY))
 
 
 _COUNTED = re.compile(r"\s*([0-9]+)\s*[x×]\s*(?=\S)", re.IGNORECASE)

@@ -70,8 +70,8 @@ def library() -> Path:
 def torch_version() -> tuple[str, str | None]:
     """The installed torch's version and its CUDA's, None for a CPU build, without importing it."""
     text = (_packages() / "torch" / "version.py").read_text(encoding="utf-8")
-    stated = dict(re.findall(r"^(\w+)(?:: [^=]+)? = '([^']+)'", text, re.MULTILINE))
-    return stated["__version__"], stated.get("cuda")
+    constants = dict(re.findall(r"^(\w+)(?:: [^=]+)? = '([^']+)'", text, re.MULTILINE))
+    return constants["__version__"], constants.get("cuda")
 
 
 def _packages() -> Path:

@@ -67,25 +67,25 @@ def answer(arguments: list[str]) -> Iterator[str]:
     parser.add_argument("-i", "--id")
     parser.add_argument("--query-gpu")
     parser.add_argument("--format", default="csv")
-    stated, others = parser.parse_known_args(arguments)
+    options, others = parser.parse_known_args(arguments)
     if others:
         _say(f"nvidia-smi {' '.join(arguments)} was not answered")
         sys.exit(f"nvidia-smi of a rehearsal does not answer {' '.join(others)}")
-    wanted = None if stated.id is None else stated.id.split(",")
-    shown = [card for card in cards() if wanted is None or card["index"] in wanted or card["uuid"] in wanted]
-    if stated.query_gpu:
-        yield from _table(shown, stated.query_gpu.split(","), stated.format.split(","))
-    for card in [] if stated.query_gpu else shown:
+    wanted = None if options.id is None else options.id.split(",")
+    chosen = [card for card in cards() if wanted is None or card["index"] in wanted or card["uuid"] in wanted]
+    if options.query_gpu:
+        yield from _table(chosen, options.query_gpu.split(","), options.format.split(","))
+    for card in [] if options.query_gpu else chosen:
         name = f"GPU {card['index']}: {card['name']} (UUID: {card['uuid']})"
-        yield name if stated.list_gpus else f"{name}  {card['memory.used']}MiB / {card['memory.total']}MiB"
+        yield name if options.list_gpus else f"{name}  {card['memory.used']}MiB / {card['memory.total']}MiB"
 
 
-def _table(shown: list[dict[str, str]], fields: list[str], form: list[str]) -> Iterator[str]:
+def _table(chosen: list[dict[str, str]], fields: list[str], form: list[str]) -> Iterator[str]:
     fields = [field.strip() for field in fields]
     units = {} if "nounits" in [part.strip() for part in form] else UNITS
     if "noheader" not in [part.strip() for part in form]:
         yield ", ".join(f"{field} [{UNITS[field]}]" if field in UNITS else field for field in fields)
-    for card in shown:
+    for card in chosen:
         yield ", ".join(f"{card.get(field, '[N/A]')} {units.get(field, '')}".strip() for field in fields)
 
 

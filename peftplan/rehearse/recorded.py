@@ -33,12 +33,12 @@ class Recorded:
     @classmethod
     def read(cls, path: Path) -> Recorded:
         """What the program's side wrote."""
-        stated = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
         events = [
             Event(kind, number, size, stream, phase, category=category, name=name)
-            for kind, number, size, stream, phase, category, name in stated["events"]
+            for kind, number, size, stream, phase, category, name in document["events"]
         ]
-        return cls(stated["device"], events, stated["reserved"])
+        return cls(document["device"], events, document["reserved"])
 
     @property
     def peak(self) -> int:
@@ -55,9 +55,9 @@ class Recorded:
         """
         line = replay(self.events, timeline=True).timeline
         assert line is not None
-        kept = extremes(line.allocated, most=MOST_POINTS)
+        points = extremes(line.allocated, most=MOST_POINTS)
         levels, largest = [], []
-        for by_category, groups, at in self._states(kept):
+        for by_category, groups, at in self._states(points):
             of_time = dict(by_category)
             if self.events[at].phase not in COMPUTING:
                 of_time["temporaries"] += of_time["activations"]
@@ -67,10 +67,10 @@ class Recorded:
             top = nlargest(LARGEST, groups.items(), key=lambda item: item[1][1])
             largest.append([Group(name, copies, size) for name, (copies, size) in top if size])
         return Series(
-            times=kept,
+            times=points,
             by_category={c: [of_time[c] for of_time in levels] for c in EVERY_CATEGORY if any(of_time[c] for of_time in levels)},
             phases=list(self._spans()),
-            reserved=[self.reserved[at] for at in kept],
+            reserved=[self.reserved[at] for at in points],
             largest=largest,
         )
 

@@ -115,15 +115,15 @@ def free_host_bytes() -> int:
     return max(free, 0)
 
 
-def _columns(stated: str) -> dict[str, str]:
+def _columns(text: str) -> dict[str, str]:
     """Column → kind, from `synthetic` or `synthetic:NAME,NAME=KIND`."""
-    word, _, names = stated.partition(":")
+    word, _, names = text.partition(":")
     kinds = {}
     for part in names.split(",") if names else ["text"]:
         name, _, kind = part.partition("=")
         kinds[name] = kind or KIND_OF.get(name, "text")
     if word != "synthetic" or "" in kinds or not set(kinds.values()) <= set(KINDS):
-        raise InputError("data", stated, f"accepted: synthetic, or synthetic:COLUMN,COLUMN=KIND with {', '.join(KINDS)}")
+        raise InputError("data", text, f"accepted: synthetic, or synthetic:COLUMN,COLUMN=KIND with {', '.join(KINDS)}")
     return kinds
 
 

@@ -81,15 +81,15 @@ def _cover_directory(source: Path, target: Path, points: Mapping[Path, str], lay
     else:
         os.chmod(target, source.stat().st_mode & 0o7777)
         for entry in os.scandir(source):
-            shown = target / entry.name
+            covered = target / entry.name
             if entry.is_symlink():
-                shown.symlink_to(os.readlink(entry.path))
+                covered.symlink_to(os.readlink(entry.path))
             elif entry.is_dir():
-                shown.mkdir()
-                _cover_directory(Path(entry.path), shown, points, layer, folder)
+                covered.mkdir()
+                _cover_directory(Path(entry.path), covered, points, layer, folder)
             else:
-                shown.touch()
-                _mount(entry.path, str(shown), None, MS_BIND)
+                covered.touch()
+                _mount(entry.path, str(covered), None, MS_BIND)
 
 
 def _cover_whole(source: Path, target: Path, layer: Path) -> None:

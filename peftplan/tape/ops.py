@@ -71,9 +71,9 @@ def linear(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = None, *, 
     op = "linear" if bias is None or type(x) is Strided else "addmm"
     if type(x) is Strided and weight.node is not None and not x.rows_are_a_view:
         x = copied(f, x, "clone")
-    kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None if bias is None else bias.dims)
+    saved = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None if bias is None else bias.dims)
     backward = _addmm_backward if op == "addmm" else _linear_backward
-    node = f.record(backward, (x, weight, bias), *kept)
+    node = f.record(backward, (x, weight, bias), *saved)
     if node is not None:
         node.folds = True
     return f.new((*x.dims[:-1], weight.dims[1 if transposed else 0]), x.dtype, op, node)
@@ -344,7 +344,7 @@ def product(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = None) ->
     if f.autocast:
         weight = f.to(weight, f.autocast)
         x = f.cast(x, f.autocast)
-    kept = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None)
-    node = f.record(_linear_backward, (x, weight, None), *kept)
+    saved = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None)
+    node = f.record(_linear_backward, (x, weight, None), *saved)
     out = f.new((*x.dims[:-1], weight.dims[0]), x.dtype, "mm", node)
     return out if bias is None else add(f, out, bias)

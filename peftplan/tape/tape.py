@@ -137,12 +137,12 @@ class Tape(Allocations):
         frame = self._replaying
         assert frame.recomputed is not None
         frame.replayed += 1
-        kept = value.detach() if type(value) is Tensor else value
+        packed = value.detach() if type(value) is Tensor else value
         if frame.replayed in frame.alive:
-            frame.recomputed[frame.replayed] = kept
+            frame.recomputed[frame.replayed] = packed
         if frame.replayed == frame.count:
             raise StopRecomputationError
-        return kept
+        return packed
 
     def backward(self, root: Tensor) -> None:
         """Run backward from `root`, the latest node first. Each node releases its saved tensors when it is done.

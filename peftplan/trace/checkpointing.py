@@ -20,15 +20,15 @@ def checkpoint_layers(model: Any, setup: Setup) -> None:
     if not model.supports_gradient_checkpointing:
         raise RefusedError(f"gradient_checkpointing: {type(model).__name__} does not support it in transformers; accepted: off")
     options = {"every_n_layers": setup.every_n_layers, "offload": setup.offload_checkpoints}
-    stated = {name: value for name, value in options.items() if value is not None}
+    arguments = {name: value for name, value in options.items() if value is not None}
     how = {"use_reentrant": setup.use_reentrant}
     try:
         if hasattr(model, "activation_checkpointing_enable"):
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=how, **stated)
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=how, **arguments)
         else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how, **stated)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how, **arguments)
     except TypeError as error:
-        if not stated:
+        if not arguments:
             raise
-        names = ", ".join("offload_checkpoints" if name == "offload" else name for name in stated)
+        names = ", ".join("offload_checkpoints" if name == "offload" else name for name in arguments)
         raise RefusedError(f"{names}: transformers {version('transformers')} does not have it; 5.17 does") from error

@@ -69,8 +69,8 @@ def to_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Non
                 module._buffers[name] = converter.tensor(buffer)
         for attribute in LASTING:
             if attribute in module.__dict__:
-                kept = module.__dict__[attribute]
-                kept.update({name: converter.tensor(tensor) for name, tensor in kept.items()})
+                value = module.__dict__[attribute]
+                value.update({name: converter.tensor(tensor) for name, tensor in value.items()})
         beside = module.__dict__.get(QUANT_TENSORS)
         if beside is not None:
             module.__dict__[QUANT_TENSORS] = {name: converter.tensor(tensor) for name, tensor in beside.items()}

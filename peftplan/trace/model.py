@@ -100,12 +100,12 @@ def _load_dtype(model: Any, dtype: str) -> None:
 
     It makes each parameter anew, so that what the class freezes trains too (`set_param_for_module`, core_model_loading.py).
     """
-    kept = (
+    keeps_fp32 = (
         *((model._keep_in_fp32_modules or ()) if dtype == "fp16" else ()),
         *((model._keep_in_fp32_modules_strict or ()) if dtype != "fp32" else ()),
     )
     for name, parameter in model.named_parameters():
-        target = torch.float32 if any(re.search(pattern, name) for pattern in kept) else TORCH_DTYPES[dtype]
+        target = torch.float32 if any(re.search(pattern, name) for pattern in keeps_fp32) else TORCH_DTYPES[dtype]
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(target)
             parameter.requires_grad_(True)

@@ -51,17 +51,17 @@ def make_optimizer(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
 def _of_setup(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
     optimizer = parse_optim(str(setup.optim))
     arguments = parse_optim_args(setup.optim_args)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if uses_lorafa(model, optimizer.name):
-        return Real(lorafa_optimizer(model, learning_rate=LEARNING_RATE), named, tracker, host_steps=False)
+        return Real(lorafa_optimizer(model, learning_rate=LEARNING_RATE), trainable, tracker, host_steps=False)
     if optimizer.untraced:
         raise RefusedError(f"optim: {optimizer.name} cannot be traced: {optimizer.untraced} by --engine analytic")
     if optimizer.step_implementation == "kernel":
         embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-        in_embedding = {name: setup.by.makes_optimizer and id(p) in embeddings for name, p in named}
-        return StandIn(optimizer, arguments, named, in_embedding, tracker)
-    real = _torch_optimizer(optimizer.name, [p for _, p in named], arguments)
-    return Real(real, named, tracker, host_steps=optimizer.step_implementation == "foreach")
+        in_embedding = {name: setup.by.makes_optimizer and id(p) in embeddings for name, p in trainable}
+        return StandIn(optimizer, arguments, trainable, in_embedding, tracker)
+    real = _torch_optimizer(optimizer.name, [p for _, p in trainable], arguments)
+    return Real(real, trainable, tracker, host_steps=optimizer.step_implementation == "foreach")
 
 
 def _torch_optimizer(name: str, params: list[nn.Parameter], arguments: Mapping[str, str]) -> Any:

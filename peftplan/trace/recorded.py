@@ -51,15 +51,15 @@ class Recorded:
         of_log = [event.kind != "empty_cache" for event in self.events]
         allocated, reserved = (list(compress(levels, of_log)) for levels in (line.allocated, line.reserved))
         # Entry i is the level after event i; time 0 is the level that the step meets, after event start - 1.
-        kept = extremes(allocated[start - 1 : end], most=MOST_POINTS)
-        levels, largest = _states(traced.log, [start + time for time in kept])
-        for of_time, time in zip(levels, kept, strict=True):
+        points = extremes(allocated[start - 1 : end], most=MOST_POINTS)
+        levels, largest = _states(traced.log, [start + time for time in points])
+        for of_time, time in zip(levels, points, strict=True):
             of_time["temporaries"] += allocated[start - 1 + time] - sum(of_time.values())
         return Series(
-            times=kept,
+            times=points,
             by_category={c: [of_time[c] for of_time in levels] for c in CATEGORIES if any(of_time[c] for of_time in levels)},
             phases=[Span(window.phase, window.start - start, window.end - start) for window in steady],
-            reserved=[reserved[start - 1 + time] for time in kept],
+            reserved=[reserved[start - 1 + time] for time in points],
             largest=largest,
         )
 

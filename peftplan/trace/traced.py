@@ -53,8 +53,8 @@ def trace_peaks(
     from peftplan.libraries.installed import require
 
     if setup.kernels:
-        named = packages_of(setup.kernels)
-        raise RefusedError(f"kernels: the trace engine runs the model's own, not {named}; leave out --engine trace")
+        packages = packages_of(setup.kernels)
+        raise RefusedError(f"kernels: the trace engine runs the model's own, not {packages}; leave out --engine trace")
     require("engine: trace")
     try:
         from peftplan.libraries.meta import quiet_transformers

@@ -60,8 +60,8 @@ def arguments(calls: Iterable[Values], kinds: Mapping[str, str]) -> Values:
             times = sum(key.startswith(f"later.{call['call']}") for key in values) + 1
             values[f"later.{call['call']}#{times}"] = "call"
             continue
-        stated = {str(index): value for index, value in enumerate(call["args"])} | call["kwargs"]
-        values[kind] = {"call": call["call"], **stated}
+        by_name = {str(index): value for index, value in enumerate(call["args"])} | call["kwargs"]
+        values[kind] = {"call": call["call"], **by_name}
     return values
 
 

@@ -47,9 +47,9 @@ def _of_rows(tool: Facts, option: str, value: object) -> Iterator[Values]:
 
 def _of_rule(rule: Rule, option: str, value: object, reading: Reading) -> Values | None:
     """The keys that make a rule hold and the option that it sets the value; none if they are all there, None if none do."""
-    stated = rule.get("set", {}).get(option)
-    keys = _reversed(stated, value) if isinstance(stated, Mapping) else {} if _equal(stated, value) else None
-    if stated is None or keys is None:
+    setting = rule.get("set", {}).get(option)
+    keys = _reversed(setting, value) if isinstance(setting, Mapping) else {} if _equal(setting, value) else None
+    if setting is None or keys is None:
         return None
     for key, wanted in rule.get("when", {}).items():
         if key == "program" or (wanted in ("set", "stated") and key not in keys and not reading.effective.holds(key, wanted)):
@@ -62,8 +62,8 @@ def _of_rule(rule: Rule, option: str, value: object, reading: Reading) -> Values
     return keys or _by_default(rule, reading)
 
 
-def _equal(stated: object, value: object) -> bool:
-    return (tuple(stated) if isinstance(stated, list) else stated) == value
+def _equal(setting: object, value: object) -> bool:
+    return (tuple(setting) if isinstance(setting, list) else setting) == value
 
 
 def _by_default(rule: Rule, reading: Reading) -> Values:
@@ -76,19 +76,19 @@ def _plain(value: object) -> object:
     return LITERALS.get(value, value) if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
 
 
-def _reversed(stated: Mapping[str, Any], value: object) -> Values | None:
+def _reversed(mapping: Mapping[str, Any], value: object) -> Values | None:
     """The keys from which a rule takes the value; None where it cannot be."""
-    if "key" in stated or "globs" in stated:
-        return {stated.get("key") or stated["globs"]: _plain(value)}
-    if "names" not in stated or not isinstance(value, tuple):
+    if "key" in mapping or "globs" in mapping:
+        return {mapping.get("key") or mapping["globs"]: _plain(value)}
+    if "names" not in mapping or not isinstance(value, tuple):
         return None
     keys: Values = {}
     rest = list(value)
-    for key, meant in stated["names"].items():
+    for key, meant in mapping["names"].items():
         if isinstance(meant, list) and all(name in rest for name in meant):
             keys[key] = True
             rest = [name for name in rest if name not in meant]
-    for key, meant in stated["names"].items():
+    for key, meant in mapping["names"].items():
         if isinstance(meant, Mapping):
             keys[key] = [next((theirs for theirs, ours in meant.items() if ours == name), name) for name in rest]
     return keys

@@ -53,22 +53,22 @@ class Effective:
         same: bool = word(value) == word(accepted)
         return same
 
-    def meant(self, stated: Any) -> Any:
+    def meant(self, template: Any) -> Any:
         """The value that a rule sets: itself, or what it makes of keys; None where these say nothing."""
-        if not isinstance(stated, Mapping):
-            return tuple(stated) if isinstance(stated, list) else stated
-        if stated.keys() == {"all"}:
+        if not isinstance(template, Mapping):
+            return tuple(template) if isinstance(template, list) else template
+        if template.keys() == {"all"}:
             return self.document.values
-        if "tags" in stated:
-            return self._tags(stated["tags"])
-        if "globs" in stated:
-            return _globs(self.of(stated["globs"]))
-        if "names" in stated:
-            return self._names(stated["names"])
-        if "key" in stated:
-            value = self.of(stated["key"])
+        if "tags" in template:
+            return self._tags(template["tags"])
+        if "globs" in template:
+            return _globs(self.of(template["globs"]))
+        if "names" in template:
+            return self._names(template["names"])
+        if "key" in template:
+            value = self.of(template["key"])
             return tuple(value) if isinstance(value, list) else value
-        how, keys = next(iter(stated.items()))
+        how, keys = next(iter(template.items()))
         numbers = [self.of(key) for key in keys]
         if not all(re.fullmatch("[0-9]{1,10}", str(number)) for number in numbers):
             return None

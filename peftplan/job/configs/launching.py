@@ -87,13 +87,13 @@ def launched(tool: str, launch: Mapping[str, Any], environment: Mapping[str, str
 def _processes(result: Launched, launch: Mapping[str, Any], environment: Mapping[str, str]) -> None:
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     nodes = _before_script(launch.get("nodes")) or environment.get("NNODES")
-    stated = _before_script(launch.get("gpus")) or environment.get("NPROC_PER_NODE") or environment.get("nproc_per_node")
-    if stated is None and (stated := _before_script(launch.get("processes"))) is not None:
-        whole = re.fullmatch("[0-9]{1,10}", str(stated)) and re.fullmatch("[1-9][0-9]{0,9}", str(nodes))
-        stated = int(str(stated)) // int(str(nodes)) if whole and int(str(stated)) % int(str(nodes)) == 0 else stated
-    if stated is None and launch.get("device_map") is None and visible.count(",") and "NPROC_PER_NODE" in environment:
-        stated = visible.count(",") + 1
-    for name, value in (("gpus", stated), ("nodes", nodes)):
+    count = _before_script(launch.get("gpus")) or environment.get("NPROC_PER_NODE") or environment.get("nproc_per_node")
+    if count is None and (count := _before_script(launch.get("processes"))) is not None:
+        whole = re.fullmatch("[0-9]{1,10}", str(count)) and re.fullmatch("[1-9][0-9]{0,9}", str(nodes))
+        count = int(str(count)) // int(str(nodes)) if whole and int(str(count)) % int(str(nodes)) == 0 else count
+    if count is None and launch.get("device_map") is None and visible.count(",") and "NPROC_PER_NODE" in environment:
+        count = visible.count(",") + 1
+    for name, value in (("gpus", count), ("nodes", nodes)):
         number = int(str(value)) if re.fullmatch("-?[0-9]{1,10}", str(value)) else None
         if number is not None and 0 < number <= MOST_RANKS:
             result.options[name] = number
@@ -188,6 +188,6 @@ def _fsdp(result: Launched, tool: str, launch: Mapping[str, Any]) -> None:
     }
     if (version := launch.get("fsdp_version")) is not None:
         fields["version"] = version
-    kept = {name: value for name, value in fields.items() if not name.endswith("final_state_dict_type")}
+    settings = {name: value for name, value in fields.items() if not name.endswith("final_state_dict_type")}
     switch = word(words) in ("none", "", "true")
-    _from(result, "fsdp_config", lambda: accelerate.fsdp_options({**kept, **({} if switch else accelerate.of_words(words))}))
+    _from(result, "fsdp_config", lambda: accelerate.fsdp_options({**settings, **({} if switch else accelerate.of_words(words))}))

@@ -30,8 +30,8 @@ def read_config(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     if not paths:
         raise RefusedError("config: name at least one file")
-    named = None if tool is None else check(tool)
-    plans = [_plan(Path(each), named if index == 0 else None) for index, each in enumerate(paths)]
+    chosen_tool = None if tool is None else check(tool)
+    plans = [_plan(Path(each), chosen_tool if index == 0 else None) for index, each in enumerate(paths)]
     return joined(plans)
 
 
@@ -39,8 +39,8 @@ def read_values(
     values: Mapping[str, Any], *, file: str, tool: str | None = None, kind: str = "values", program: str = "", **environment: Any
 ) -> ConfigPlan:
     """The plan of values that were parsed already: of a file, of a `command`, or the `calls` of a script."""
-    named = {str(name): str(value) for name, value in environment.items()}
-    document = Document(dict(values), kind=kind, program=program, environment=named)
+    variables = {str(name): str(value) for name, value in environment.items()}
+    document = Document(dict(values), kind=kind, program=program, environment=variables)
     return _of_document(document, file, None if tool is None else check(tool))
 
 

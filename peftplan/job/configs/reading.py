@@ -200,9 +200,9 @@ class Reading:
             self._set({option: (*self.options.get(option, ()), *names)})
             if rule.get("by_default"):
                 self.defaults[option] = self._place(at)
-        stated = [key for key in when if self.values.get(key) is not None and key not in self.unsupported]
+        set_keys = [key for key in when if self.values.get(key) is not None and key not in self.unsupported]
         if options := ", ".join((*rule.get("set", {}), *rule.get("add", {}))):
-            for key in stated:
+            for key in set_keys:
                 before = self.read.get(key)
                 rest = [before.option] if before and before.option and before.option != options else []
                 reason = f"{why} ({at})" if at and why else why or at

@@ -47,9 +47,9 @@ def fields_of(job: Job) -> Values:
         "dtype": job.setup.dtype,
     }
     if job.quant is not None:
-        named = {"bits": "quant_bits", "group_size": "quant_group_size", "blocksize": "quant_blocksize"}
-        named["skip_modules"] = "quant_skip_modules"
-        stored = {named.get(name, name): value for name, value in job.quant._asdict().items() if name != "name"}
+        renamed = {"bits": "quant_bits", "group_size": "quant_group_size", "blocksize": "quant_blocksize"}
+        renamed["skip_modules"] = "quant_skip_modules"
+        stored = {renamed.get(name, name): value for name, value in job.quant._asdict().items() if name != "name"}
         fields |= stored
     fields |= job.setup.model_dump(exclude={*WITHOUT_EFFECT, "dtype", "seq_len"})
     if fields["method"] == "full":
@@ -81,7 +81,7 @@ def spellings(job: Job, field: str, value: object) -> Iterator[object]:
         yield wanted or ALL_LINEAR
     elif wanted not in WORDS:
         yield wanted
-    named = dict(job.adaptation.resolved).get("target_modules")
-    if named and not any("{" in name for name in named):
-        yield tuple(named)
+    targets = dict(job.adaptation.resolved).get("target_modules")
+    if targets and not any("{" in name for name in targets):
+        yield tuple(targets)
     yield tuple(dict.fromkeys(module.name.rpartition(".")[2] for module in job.adaptation.matched))

@@ -50,17 +50,17 @@ def with_file(plan: ConfigPlan, model: Any, chosen: Mapping[str, Any], *, object
         raise RefusedError(f"config: {file} is {what}; accepted: a training config, then its launch files")
     if model is None and plan.model is None:
         raise RefusedError(f"config: {file} names no model; add MODEL")
-    stated = {name: value for name, value in chosen.items() if value is not None}
-    unsupported = plan.without(stated)
+    chosen_options = {name: value for name, value in chosen.items() if value is not None}
+    unsupported = plan.without(chosen_options)
     if strict and unsupported:
         key, row = next(iter(unsupported.items()))
         raise RefusedError(f"config: {file}: {key} is not supported: {row.why}")
     options = dict(plan.options)
     if objects:
         options = {name: value for name, value in options.items() if name in Setup.model_fields}
-    elif stated.get("method") not in (None, options.get("method")):
-        options = fitting({**options, "method": stated["method"]})
-    return WithFile(plan.model if model is None else model, {**options, **stated}, plan.to_dict(stated))
+    elif chosen_options.get("method") not in (None, options.get("method")):
+        options = fitting({**options, "method": chosen_options["method"]})
+    return WithFile(plan.model if model is None else model, {**options, **chosen_options}, plan.to_dict(chosen_options))
 
 
 def of_trainer(options: Mapping[str, object]) -> dict[str, object]:
@@ -82,14 +82,14 @@ def without_kernels(document: Mapping[str, Any], why: str, effect: Effect) -> di
     `effect`: theirs on the true peak (`effect_of`).
     """
     options = {name: value for name, value in document["options"].items() if name != "kernels"}
-    named = {key: row for key, row in document["read"].items() if row["option"].split(", ") == ["kernels"]}
-    read = {key: row for key, row in document["read"].items() if key not in named}
-    rows = {key: Unsupported(row["value"], f"{why} (no formula yet)", effect, "kernels") for key, row in named.items()}
+    kernel_rows = {key: row for key, row in document["read"].items() if row["option"].split(", ") == ["kernels"]}
+    read = {key: row for key, row in document["read"].items() if key not in kernel_rows}
+    rows = {key: Unsupported(row["value"], f"{why} (no formula yet)", effect, "kernels") for key, row in kernel_rows.items()}
     rows = rows or {"kernels": Unsupported("by default", f"{why} (no formula yet)", effect, "kernels")}
     unsupported = {key: Unsupported(**row) for key, row in document["unsupported"].items()} | rows
     assumed = {name: text for name, text in document["assumed"].items() if name != "kernels"}
-    shown = {key: row._asdict() for key, row in unsupported.items()}
-    changed = {"options": options, "read": read, "unsupported": shown, "assumed": assumed, "bound": bound(unsupported)}
+    not_said = {key: row._asdict() for key, row in unsupported.items()}
+    changed = {"options": options, "read": read, "unsupported": not_said, "assumed": assumed, "bound": bound(unsupported)}
     return {**document, **changed}
 
 
@@ -101,6 +101,6 @@ def fitting(options: Mapping[str, Any]) -> dict[str, Any]:
     except (UnknownNameError, PeftplanError):
         return dict(options)
     known = {"method", "peft_config", *Setup.model_fields, *OPTIONS, *fields}
-    kept = {name: value for name, value in options.items() if name in known}
-    stored = OF_A_STORED_BASE if method.name == "full" or kept.get("quant") == "none" else ()
-    return {name: value for name, value in kept.items() if name not in stored}
+    accepted = {name: value for name, value in options.items() if name in known}
+    stored = OF_A_STORED_BASE if method.name == "full" or accepted.get("quant") == "none" else ()
+    return {name: value for name, value in accepted.items() if name not in stored}

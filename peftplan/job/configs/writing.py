@@ -129,15 +129,15 @@ class _Writing:
     def _of_model(self) -> Values:
         """The keys that name the model. A tool with builders of its own has a row per model."""
         key = next(key for key, row in self.tool.rows.items() if row.get("to") == "model")
-        named = repository(self.job)
+        repo = repository(self.job)
         if (builders := self.tool.write.get("models")) is None:
-            return {key: named}
+            return {key: repo}
         row = builders.get(self.job.architecture.name)
         if row is None:
             raise RefusedError(
                 f"model: {self.tool.called} has no builder for {self.job.architecture.name}; accepted: {', '.join(builders)}"
             )
-        folder = f"/tmp/{named.rpartition('/')[2]}"
+        folder = f"/tmp/{repo.rpartition('/')[2]}"
         component, pattern = self.tool.write["builder"], row["builder"]
         self.tries = [
             {component: pattern.replace("*", prefix), **beside}
@@ -198,8 +198,8 @@ class _Writing:
             if there and all(now.values.get(key) == value for key, value in keys.items()):
                 return now
             trial = self._try({key: value for key, value in {**now.values, **keys}.items() if value is not None})
-            kept = all(trial.has(name, self.target) for name in earlier)
-            if trial.has(field, self.target) and kept and not self._made_unsupported(keys, trial, now):
+            keeps_earlier = all(trial.has(name, self.target) for name in earlier)
+            if trial.has(field, self.target) and keeps_earlier and not self._made_unsupported(keys, trial, now):
                 return trial
         return now
 
@@ -223,8 +223,8 @@ class _Writing:
                     if switch in now.values or accepted != [None]:
                         continue
                     trial = self._try({**now.values, switch: False})
-                    kept = all(trial.has(name, self.target) for name in self.order if now.has(name, self.target))
-                    if kept and key not in trial.plan.unsupported:
+                    keeps_all = all(trial.has(name, self.target) for name in self.order if now.has(name, self.target))
+                    if keeps_all and key not in trial.plan.unsupported:
                         self.off[switch] = now.plan.unsupported[key].why
                         now = trial
                         break
@@ -276,8 +276,10 @@ class _Writing:
     def _methods(self) -> list[str]:
         """The methods that the tool's keys name."""
         sets = [sets for row in self.tool.rows.values() for sets in row.get("sets", {}).values() if sets]
-        named = [each["method"] for each in [*sets, *(rule.get("set", {}) for rule in self.tool.rules)] if "method" in each]
-        return list(dict.fromkeys(named))
+        method_words = [
+            each["method"] for each in [*sets, *(rule.get("set", {}) for rule in self.tool.rules)] if "method" in each
+        ]
+        return list(dict.fromkeys(method_words))
 
     def _byteless(self, values: Values) -> tuple[Values, tuple[str, ...]]:
         """The values with options that move no byte, and the names of those that the tool has no key for."""
@@ -292,8 +294,8 @@ class _Writing:
         left = [name for name, default in BYTELESS.items() if name in config and name not in keys]
         left = [name for name in left if config[name] not in (None, BYTELESS[name])]
         known = {*self.target, *config, *BYTELESS, *Setup.model_fields, *Distributed.model_fields, *methods.BOOKKEEPING, *FILES}
-        stated = {**self.job.request.options, **self.job.adapter}
-        left += sorted(name for name in self.stated - known if name in stated and stated[name] not in methods.UNSET)
+        options = {**self.job.request.options, **self.job.adapter}
+        left += sorted(name for name in self.stated - known if name in options and options[name] not in methods.UNSET)
         return {**values, **scaling}, tuple(left)
 
 

@@ -17,8 +17,8 @@ FILES = {"accelerate_config": "accelerate", "deepspeed": "deepspeed"}
 def launch_options(options: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, ...]]:
     """What launch files say as options, and which files were read. Raises InputError for an option that says otherwise."""
     from_files: dict[str, object] = {}
-    named = [field for field in FILES if options.get(field) is not None]
-    for field in named:
+    given_files = [field for field in FILES if options.get(field) is not None]
+    for field in given_files:
         read = import_module(f"peftplan.job.launch.{FILES[field]}").options
         for name, value in read(options[field]).items():
             if name in from_files and from_files[name] != value and name != "strategy":
@@ -27,5 +27,5 @@ def launch_options(options: Mapping[str, object]) -> tuple[dict[str, object], tu
     for name, value in from_files.items():
         own = options.get(name)
         if own is not None and str(own).lower() != str(value).lower():
-            raise InputError(name, own, f"{' and '.join(named)} says {value}; accepted: one of the two")
-    return from_files, tuple(named)
+            raise InputError(name, own, f"{' and '.join(given_files)} says {value}; accepted: one of the two")
+    return from_files, tuple(given_files)

@@ -137,9 +137,9 @@ UNSHARDED = {
 def of_words(value: object) -> Options:
     """Fields of `fsdp_config` that the words of TrainingArguments' `fsdp` stand for, such as `full_shard auto_wrap offload`."""
     words = value.split() if isinstance(value, str) else value if isinstance(value, (list, tuple)) else ()
-    named = [str(getattr(word, "value", word)) for word in words]
+    texts = [str(getattr(word, "value", word)) for word in words]
     options: Options = {}
-    for word in named:
+    for word in texts:
         if word == "auto_wrap":
             options.setdefault("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
         elif word == "offload":

@@ -88,8 +88,8 @@ def _distance(f: Tape, p: Parameter) -> Tensor:
     """`norm(p @ p.T - I)`, of B's other side."""
     rank = _rank(p.name, p.dims)
     other, one = (f.to(p, f.autocast), f.cast(p, f.autocast)) if f.autocast else (p, p)
-    kept = [x for x in (one, other) if type(x) is Tensor]
-    node = f.record(_covariance_backward, (one, other), one.dims, *kept)
+    saved = [x for x in (one, other) if type(x) is Tensor]
+    node = f.record(_covariance_backward, (one, other), one.dims, *saved)
     covariance = f.new((rank, rank), one.dtype, "mm", node)
     identity = f.new((rank, rank), one.dtype, "eye")
     off: Tensor = f.new((rank, rank), one.dtype, "sub", f.record(_pass, (covariance,)))
@@ -159,14 +159,14 @@ def allocate(model: Model) -> None:
 
 def _mask(f: Tape, trained: list[Family]) -> None:
     """`mask_to_budget`: the score of each parameter, of which one number per rank stays."""
-    kept: list[Tensor] = []
+    saved: list[Tensor] = []
     before: Tensor | None = None
     for p in trained:
         score = f.new(p.shape, p.dtype, "score")
         if p.name.endswith("lora_E"):
-            kept.append(f.many(p.shape, p.dtype, "score", 2 * p.copies))  # and the sum over the three
+            saved.append(f.many(p.shape, p.dtype, "score", 2 * p.copies))  # and the sum over the three
         else:
-            kept.append(f.many((_rank(p.name, p.shape), 1), p.dtype, "mean", p.copies))
+            saved.append(f.many((_rank(p.name, p.shape), 1), p.dtype, "mean", p.copies))
         before = score
         del score
     del before

@@ -98,9 +98,9 @@ def _dropout(f: Tape, x: Tensor, n: int) -> Tensor:
     mask = f.new((n,), "fp32", "index")
     full = f.new((m, n, 1, 1), "fp32", "full_mask")
     identities = f.new((m, n, k, k), "fp32", "repeat")
-    kept = f.new(full.dims, "fp32", "rsub")
-    left = ops.mul(f, x, kept)
-    del kept
+    survivors = f.new(full.dims, "fp32", "rsub")
+    left = ops.mul(f, x, survivors)
+    del survivors
     replaced = ops.mul(f, identities, full)
     result = ops.add(f, left, replaced)
     del left, replaced, mask, full, identities

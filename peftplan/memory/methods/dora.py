@@ -44,10 +44,10 @@ def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tenso
         base_result = ops.linear(f, x, weight, transposed=turned)
     elif (bias := bias_of(part, base_result)) is not None:
         base_result = ops.add(f, base_result, bias)
-    kept = ops.mul(f, ops.shift(f, scale), base_result)
+    scaled_base = ops.mul(f, ops.shift(f, scale), base_result)
     scaled = ops.scale(f, ops.mul(f, scale, lora_result))
-    out = ops.add(f, kept, scaled)
-    del kept, scaled, lora_weight, weight, norm
+    out = ops.add(f, scaled_base, scaled)
+    del scaled_base, scaled, lora_weight, weight, norm
     return out
 
 

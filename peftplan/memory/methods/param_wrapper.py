@@ -117,8 +117,8 @@ Folded: TypeAlias = tuple[Tensor | None, Tensor | None, Dims, Dims, bool]
 
 def folded(f: Tape, weight: Parameter, left: Tensor, right: Tensor, *, scales: bool) -> Tensor:
     """`baddbmm(W, lhs, rhs, alpha)`: keeps each factor whose partner has a gradient; autocast is off."""
-    kept = (left if right.node and left.storage else None, right if left.node and right.storage else None)
-    node = f.record(_folded_backward, (left, right), *kept, left.dims, right.dims, scales)
+    saved = (left if right.node and left.storage else None, right if left.node and right.storage else None)
+    node = f.record(_folded_backward, (left, right), *saved, left.dims, right.dims, scales)
     return f.new(weight.dims, weight.dtype, "baddbmm", node)
 
 
@@ -150,8 +150,8 @@ def matrix(model: Model, name: str, layer: int) -> tuple[Operand, Tensor | None]
 def _product(f: Tape, a: Parameter, b: Parameter) -> Tensor:
     """`B @ A`."""
     left, right = f.cast_all(f.autocast, b, a) if f.autocast else (b, a)
-    kept = (None if type(left) is Parameter else left, None if type(right) is Parameter else right)
-    node = f.record(_product_backward, (left, right), *kept, left.dims, right.dims)
+    saved = (None if type(left) is Parameter else left, None if type(right) is Parameter else right)
+    node = f.record(_product_backward, (left, right), *saved, left.dims, right.dims)
     return f.new((left.dims[0], right.dims[1]), left.dtype, "mm", node)
 
 

@@ -176,12 +176,12 @@ class Scores:
             positions = ops.dropout(f, positions, model.arch.dropout.hidden)
             bias = self.bias(q, k, distances, positions)
             scores = ops.add(f, scores, bias)
-        shown = f.new(mask.dims, "bool", "bool")
+        visible = f.new(mask.dims, "bool", "bool")
         scores = masked_fill(f, scores, f.new(mask.dims, "bool", "not"))
         weights = ops.softmax(f, scores, "fp32" if f.autocast else scores.dtype)
         weights = ops.dropout(f, weights, model.arch.dropout.attention)
         out = ops.matmul(f, weights, v, q.dims)
-        del shown
+        del visible
         return ops.copied(f, out, "clone").view((q.dims[0], q.dims[2], self.a.num_attention_heads * self.a.head_dim))
 
     def bias(self, q: Tensor, k: Tensor, distances: Tensor, positions: Tensor) -> Tensor:

@@ -181,24 +181,24 @@ def categories(
     """Each block that was alive at a moment, with its category."""
     computing = phase_at(marks, moment) in ("forward", "backward")
     for block in blocks:
-        named = category(block, persistent, marks)
-        yield block, "temporaries" if named == "activations" and not computing else named
+        by_block = category(block, persistent, marks)
+        yield block, "temporaries" if by_block == "activations" and not computing else by_block
 
 
 def category(block: Block, persistent: Persistent, marks: list[tuple[int, int, str]]) -> str:
     """A block's category while forward or backward runs."""
-    named = persistent.category.get(block.address)
+    known = persistent.category.get(block.address)
     phase = phase_at(marks, block.time)
-    if named in ("weights", "adapter_weights", "quant_state", "buffers") and phase != "load":
-        named = None  # the address was used again
-    if (named == "gradients" and phase != "backward") or (named == "optimizer_states" and phase == "forward"):
-        named = None
-    if named is None:
-        named = _of_sharding(block)
-    if named is None:
-        kept = phase == "forward" or any(RECOMPUTING in frame["filename"] for frame in block.frames)
-        named = "activations" if kept else "temporaries"
-    return named
+    if known in ("weights", "adapter_weights", "quant_state", "buffers") and phase != "load":
+        known = None  # the address was used again
+    if (known == "gradients" and phase != "backward") or (known == "optimizer_states" and phase == "forward"):
+        known = None
+    if known is None:
+        known = _of_sharding(block)
+    if known is None:
+        needed_later = phase == "forward" or any(RECOMPUTING in frame["filename"] for frame in block.frames)
+        known = "activations" if needed_later else "temporaries"
+    return known
 
 
 def _of_sharding(block: Block) -> str | None:

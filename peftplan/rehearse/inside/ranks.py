@@ -29,8 +29,8 @@ def _replace_process_groups(dist: Any) -> None:
 
         rank = _stated(kwargs.get("rank"), "RANK", 0)
         world_size = _stated(kwargs.get("world_size"), "WORLD_SIZE", 1)
-        kept = {name: value for name, value in kwargs.items() if name in ("timeout", "group_name", "pg_options")}
-        init("fake", store=FakeStore(), rank=rank, world_size=world_size, **kept)
+        passed_on = {name: value for name, value in kwargs.items() if name in ("timeout", "group_name", "pg_options")}
+        init("fake", store=FakeStore(), rank=rank, world_size=world_size, **passed_on)
         groups.append(world_size)
 
     group = dist.distributed_c10d

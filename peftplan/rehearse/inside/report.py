@@ -34,49 +34,49 @@ class Shown(NamedTuple):
     out_of_memory: list[dict[str, Any]]
 
 
-def write(shown: Shown) -> None:
+def write(watched: Shown) -> None:
     """Write what a process that used a device showed; others write nothing."""
-    if not shown.figures:
+    if not watched.figures:
         return
-    folder = Path(shown.settings.folder)
-    if shown.settings.snapshot:
-        torch.cuda.memory._dump_snapshot(str(folder / f"rank{shown.settings.rank}.pickle"))  # type: ignore[no-untyped-call]
+    folder = Path(watched.settings.folder)
+    if watched.settings.snapshot:
+        torch.cuda.memory._dump_snapshot(str(folder / f"rank{watched.settings.rank}.pickle"))  # type: ignore[no-untyped-call]
     report = {
-        "rank": shown.settings.rank,
-        "world_size": shown.settings.world_size,
+        "rank": watched.settings.rank,
+        "world_size": watched.settings.world_size,
         "process_group": bool(ranks.groups),
         "process": os.getpid(),
         "program": sys.argv[:1],
-        "steps_taken": shown.steps_done,
-        "program_exit": shown.program_exit,
+        "steps_taken": watched.steps_done,
+        "program_exit": watched.program_exit,
         "host": host.host_bytes(),
         "versions": _versions(),
-        "devices": [_device(shown, device) for device in sorted({row[2] for row in shown.figures})],
-        "oom": shown.out_of_memory[-1] if shown.out_of_memory else None,
+        "devices": [_device(watched, device) for device in sorted({row[2] for row in watched.figures})],
+        "oom": watched.out_of_memory[-1] if watched.out_of_memory else None,
     }
-    for device in {row[2] for row in shown.figures} if shown.settings.record else ():
-        recording.write(folder / f"recorded{device}.{os.getpid()}.json", device, shown.persistent, shown.marks)
-    path = folder / f"rank{shown.settings.rank}.{os.getpid()}.json"
+    for device in {row[2] for row in watched.figures} if watched.settings.record else ():
+        recording.write(folder / f"recorded{device}.{os.getpid()}.json", device, watched.persistent, watched.marks)
+    path = folder / f"rank{watched.settings.rank}.{os.getpid()}.json"
     path.with_suffix(".tmp").write_text(json.dumps(report), encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def _versions() -> dict[str, str]:
     """Versions of the libraries that the program imported."""
-    stated = {name: getattr(sys.modules.get(name), "__version__", None) for name in PACKAGES}
-    return {name: str(version) for name, version in stated.items() if version is not None}
+    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in PACKAGES}
+    return {name: str(version) for name, version in versions.items() if version is not None}
 
 
-def _device(shown: Shown, device: int) -> dict[str, Any]:
-    rows = [row for row in shown.figures if row[2] == device]
+def _device(watched: Shown, device: int) -> dict[str, Any]:
+    rows = [row for row in watched.figures if row[2] == device]
     last = max(row[0] for row in rows)
     steady = [row for row in rows if row[1] == "load" or row[0] >= min(2, last)]
     stats = torch.cuda.memory_stats(device)
     moment, blocks = alive.at_peak(device)
-    shown.persistent.find_workspaces(device)
-    named = list(alive.categories(blocks, shown.persistent, shown.marks, moment))
+    watched.persistent.find_workspaces(device)
+    by_category = list(alive.categories(blocks, watched.persistent, watched.marks, moment))
     sums: dict[str, int] = {}
-    for block, category in named:
+    for block, category in by_category:
         sums[category] = sums.get(category, 0) + block.bytes
     return {
         "device": device,
@@ -89,7 +89,7 @@ def _device(shown: Shown, device: int) -> dict[str, Any]:
         ],
         "by_category": sums,
         "cache_released": stats.get("num_alloc_retries", 0),
-        "largest": alive.by_line(named),
+        "largest": alive.by_line(by_category),
     }
 
 

@@ -24,14 +24,14 @@ SPECIAL = re.compile(r"(\w+)_token_(?:id|index)")
 
 def vocabulary_size(config: Mapping[str, Any]) -> int:
     """How many tokens a model knows; where its config leaves that out, transformers' default for its kind."""
-    stated = (config.get("text_config") or config).get("vocab_size")
-    if stated is None and "model_type" in config:
+    size = (config.get("text_config") or config).get("vocab_size")
+    if size is None and "model_type" in config:
         from transformers import AutoConfig
 
         kind = str(config["model_type"])
         rest = {name: value for name, value in config.items() if name != "model_type"}
-        stated = getattr(AutoConfig.for_model(kind, **rest).get_text_config(), "vocab_size", None)
-    return int(stated or 32000)
+        size = getattr(AutoConfig.for_model(kind, **rest).get_text_config(), "vocab_size", None)
+    return int(size or 32000)
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, int]:
@@ -92,16 +92,16 @@ def tokenizer_files(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "chat_template.json", template
 
 
-def _first_id(stated: Any) -> int | None:
+def _first_id(ids: Any) -> int | None:
     """A config may state several end tokens."""
-    return next(iter(stated), None) if isinstance(stated, (list, tuple)) else stated
+    return next(iter(ids), None) if isinstance(ids, (list, tuple)) else ids
 
 
 def _bytes() -> list[str]:
     """The 256 characters that stand for bytes in a byte-level vocabulary, for classes that make their own model of it (GPT-2)."""
-    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return [chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256)]
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte if byte in printable else 256 + hidden.index(byte)) for byte in range(256)]
 
 
 def _chat(tokens: Mapping[str, str]) -> str:
@@ -127,9 +127,9 @@ def processor_files(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     if isinstance(vision.get("image_size"), int):
         sizes["size"] = {"height": vision["image_size"], "width": vision["image_size"]}
     processor = {"processor_class": processing_auto.PROCESSOR_MAPPING_NAMES.get(kind)}  # type: ignore[attr-defined]
-    stated = {name: _slow(value) for name, value in names.items() if value}
-    yield "preprocessor_config.json", {**stated, **sizes, **processor}
-    yield "video_preprocessor_config.json", {**stated, **sizes, **processor}
+    slow_classes = {name: _slow(value) for name, value in names.items() if value}
+    yield "preprocessor_config.json", {**slow_classes, **sizes, **processor}
+    yield "video_preprocessor_config.json", {**slow_classes, **sizes, **processor}
     if isinstance(config.get("mm_tokens_per_image"), int):
         processor["image_seq_length"] = config["mm_tokens_per_image"]
     yield "processor_config.json", processor

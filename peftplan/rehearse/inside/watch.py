@@ -164,8 +164,8 @@ class Watch:
             self.close()
             for optimizer in self.optimizers:
                 self.persistent.find_states(optimizer)
-            shown = (self.settings, self.figures, self.marks, self.persistent, self.steps_done, self.program_exit)
-            report.write(report.Shown(*shown, self.out_of_memory))
+            watched = (self.settings, self.figures, self.marks, self.persistent, self.steps_done, self.program_exit)
+            report.write(report.Shown(*watched, self.out_of_memory))
 
 
 def asking_line(frame: FrameType | None) -> dict[str, Any]:

@@ -170,9 +170,9 @@ def _with_dtype(name: str) -> Rule:
     names = [argument.name for argument in arguments]
 
     def rule(*args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(names, args, strict=False)) | kwargs
+        by_name = dict(zip(names, args, strict=False)) | kwargs
         with _without_autocast():
-            if named.get("dtype") is not None or args[0].dtype not in FLOATING:
+            if by_name.get("dtype") is not None or args[0].dtype not in FLOATING:
                 return plain(*args, **kwargs)
             if typed is not plain:  # it has no defaults
                 args = (*args, *(argument.default_value for argument in arguments[len(args) :]))

@@ -21,6 +21,6 @@ def kernel_packages(model: Any) -> tuple[str, ...]:
 def _missing(file: Any) -> Iterator[str]:
     for function in vars(file).values():
         if inspect.isfunction(function) and function.__closure__:
-            kept = inspect.getclosurevars(function).nonlocals
-            if "package" in kept and kept.get("is_new_implementation") is False:
-                yield str(kept["package"])
+            closure = inspect.getclosurevars(function).nonlocals
+            if "package" in closure and closure.get("is_new_implementation") is False:
+                yield str(closure["package"])

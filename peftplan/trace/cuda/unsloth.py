@@ -50,7 +50,7 @@ class FusedLinear(torch.autograd.Function):
         into_hidden, into_weight, into_bias = hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        kept = targets.new_empty(scored)
+        buffer = targets.new_empty(scored)
         grad_hidden = torch.zeros_like(hidden) if into_hidden else hidden.new_empty(0)
         grad_weight = torch.zeros_like(weight) if into_weight else hidden.new_empty(0)
         grad_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if into_bias else None
@@ -62,9 +62,9 @@ class FusedLinear(torch.autograd.Function):
         many = ceil_div(weight.shape[0], SPLIT_COLUMNS) > FEW_SPLITS
         with torch.autocast(device, enabled=False):
             if fp32 and modern and many and scored >= FLASH_FROM_ROWS and not (into_weight or into_bias):
-                _tiled(hidden, stored, kept, dtype)
+                _tiled(hidden, stored, buffer, dtype)
             else:
-                _chunked(hidden, stored, kept, dtype, fp32, grad_hidden, grad_weight if into_weight else None, grad_bias)
+                _chunked(hidden, stored, buffer, dtype, fp32, grad_hidden, grad_weight if into_weight else None, grad_bias)
         loss = (-log_probs.double()).sum().float()
         del full_bias, log_probs, stored
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -82,16 +82,16 @@ class FusedLinear(torch.autograd.Function):
         return out_hidden, out_weight, out_bias, None, None, None
 
 
-def _tiled(hidden: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, dtype: torch.dtype) -> None:
+def _tiled(hidden: torch.Tensor, weight: torch.Tensor, scored_rows: torch.Tensor, dtype: torch.dtype) -> None:
     """`_tiled_forward` with a gradient: tiles of logits become probabilities in place; an fp32 accumulator of [rows, h]."""
-    scored, (vocab, width) = kept.shape[0], weight.shape
+    scored, (vocab, width) = scored_rows.shape[0], weight.shape
     columns = SPLIT_COLUMNS  # 256 MiB (`_BWD_TILE_BYTES`) hold no more of 4096 fp32 rows
     rows, splits = min(MAX_ROWS, scored), ceil_div(vocab, SPLIT_COLUMNS)
     buffer = hidden.new_empty(rows, columns, dtype=torch.float32)
     accumulator = hidden.new_empty(rows, width, dtype=torch.float32)
     maximum, logsumexp = (hidden.new_empty(count, dtype=torch.float32) for count in (rows, scored))
     for first in range(0, scored, rows):
-        h = hidden.index_select(0, kept[first : first + rows]).to(dtype)
+        h = hidden.index_select(0, scored_rows[first : first + rows]).to(dtype)
         n = h.shape[0]
         partial = hidden.new_empty(PARTIAL_STATISTICS, splits, n, dtype=torch.float32)
         for start in range(0, vocab, columns):
@@ -104,7 +104,7 @@ def _tiled(hidden: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, dtype
 def _chunked(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    kept: torch.Tensor,
+    scored_rows: torch.Tensor,
     dtype: torch.dtype,
     fp32: bool,
     grad_hidden: torch.Tensor,
@@ -112,14 +112,14 @@ def _chunked(
     grad_bias: torch.Tensor | None,
 ) -> None:
     """The pass for trainable heads, few tokens and small vocabularies: one buffer of [rows, v] logits."""
-    scored, (vocab, width) = kept.shape[0], weight.shape
+    scored, (vocab, width) = scored_rows.shape[0], weight.shape
     itemsize = torch.float32.itemsize if fp32 else dtype.itemsize
     rows = chunk_rows(scored=scored, hidden_size=width, vocab_size=vocab, itemsize=itemsize)
     columns = ceil_div(vocab, COLUMN_MULTIPLE) * COLUMN_MULTIPLE
     buffer = hidden.new_empty(rows, columns, dtype=torch.float32 if fp32 else dtype)
     for first in range(0, scored, rows):
-        h = hidden.index_select(0, kept[first : first + rows]).to(dtype)
-        targets = kept.index_select(0, kept[first : first + rows])
+        h = hidden.index_select(0, scored_rows[first : first + rows]).to(dtype)
+        targets = scored_rows.index_select(0, scored_rows[first : first + rows])
         logits = buffer[: h.shape[0], :vocab]
         torch.mm(h, weight.t(), out=logits, **({"out_dtype": torch.float32} if fp32 else {}))
         splits = ceil_div(vocab, SPLIT_COLUMNS)
@@ -128,7 +128,7 @@ def _chunked(
         dz = (buffer.view(dtype) if fp32 else buffer)[: h.shape[0], :vocab]
         if grad_hidden.numel():
             product = torch.mm(dz, weight, **({"out_dtype": torch.float32} if dtype in HALF else {}))  # type: ignore[call-overload]
-            grad_hidden.index_copy_(0, kept[first : first + rows], product.to(grad_hidden.dtype))
+            grad_hidden.index_copy_(0, scored_rows[first : first + rows], product.to(grad_hidden.dtype))
         if grad_weight is not None:
             _into(grad_weight, dz.t(), h)
         if grad_bias is not None:
