@@ -53,7 +53,9 @@ IN_THREADS = (
 
 
 def of_ranks(distributed: Distributed) -> tuple[str, ...]:
-    """What the numbers of a rank leave out."""
+    """What the numbers of a rank leave out. One process runs a device_map, without NCCL."""
+    if distributed.strategy == "device-map":
+        return ()
     return (NCCL, RECORDED) if distributed.strategy == "fsdp1" else (NCCL,)
 
 

@@ -80,3 +80,8 @@ def test_more_gpus_hold_less() -> None:
     needed = [peaks.allocated for peaks in sizes if peaks is not None]
     assert needed == sorted(needed, reverse=True)
     assert len(needed) == 3
+
+
+def test_one_process_has_no_buffers_of_nccl() -> None:
+    estimate = peftplan.estimate("llama-3.2-1b", gpu="2xl4", strategy="device-map")
+    assert not any("NCCL" in text for text in estimate.to_dict()["not_modelled"])
