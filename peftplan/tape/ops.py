@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from peftplan.tape.sorted_indices import BUFFERS, SortedRows
+from peftplan.tape.sorted_indices import BUFFERS, sorted_dim
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Broadcast, Dims, Gradients, Node, Operand, Strided, Tensor
 
@@ -46,8 +46,8 @@ def table_gradient(f: Tape, table: Dims, indices: Dims, dtype: str) -> Tensor:
     """The gradient of an embedding's table (`embedding_dense_backward`); many indices are sorted first (`sorted_indices`)."""
     grad = f.new(table, dtype, "embedding_dense_backward")
     if isinstance(rows := table[0], int):
-        buffers = [f.new((SortedRows(indices, rows, what),), "int64", f"sorted {what}") for what in BUFFERS]
-        buffers.append(f.new((SortedRows(indices, rows, "parts"), table[1]), "fp32", "sums of equal indices"))
+        buffers = [f.new((sorted_dim(indices, rows, what),), "int64", f"sorted {what}") for what in BUFFERS]
+        buffers.append(f.new((sorted_dim(indices, rows, "parts"), table[1]), "fp32", "sums of equal indices"))
         del buffers
     return grad
 

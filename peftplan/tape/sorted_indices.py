@@ -51,5 +51,11 @@ def sorted_rows(n: int, table: int, what: What) -> int:
     return (n > MOST_UNSORTED) * rows
 
 
+def sorted_dim(indices: tuple[Dim, ...], table: int, what: What) -> Dim:
+    """Rows of a buffer as a dimension: a number where that of the indices is known, as that of virtual tokens is."""
+    known = [dim for dim in indices if isinstance(dim, int)]
+    return sorted_rows(prod(known), table, what) if len(known) == len(indices) else SortedRows(indices, table, what)
+
+
 BUFFERS: tuple[What, ...] = ("indices", "indices", "indices", "segments", "segments", "parts")
 """The int64 buffers: sorted indices, their places, where segments begin; parts of each, their running sums; where parts begin."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import peftplan
-from peftplan.tape.sorted_indices import SortedRows, sorted_rows
+from peftplan.tape.sorted_indices import SortedRows, sorted_dim, sorted_rows
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,7 @@ def test_few_indices_are_not_sorted() -> None:
     assert rows.at({"b": 1, "s": 3073}) == 307 + 3073
     many: dict[str, Any] = {"b": np.array([3, 4]), "s": 1024}
     assert np.asarray(rows.at(many)).tolist() == [0, 409 + 4096]
+    assert (sorted_dim((20,), 20, "parts"), sorted_dim(("b", 20), 20, "parts")) == (0, "parts of b·20 in 20")
     assert pickle.loads(pickle.dumps(rows)).at({"b": 4, "s": 1024}) == 409 + 4096
 
 
