@@ -27,8 +27,10 @@ SetupSaid = Literal["as labelled", "with an inferred stack", "leaves something o
 SETUPS: tuple[SetupSaid, ...] = ("as labelled", "with an inferred stack", "leaves something open")
 """What ran is known and labelled so; is known, but part of it was inferred (`Record.inferred`); or is not all known."""
 
-NumBytes = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=0)]
+MOST = 2**63 - 1
+"""Largest number of bytes or parameters: what torch's own counters hold."""
+NumBytes = Annotated[int, Field(ge=0, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
 Text = Annotated[str, Field(min_length=1)]
 
 PINNED = frozenset({"trainer", "dtype", "adapter_dtype", "batch_size", "seq_len", "gradient_accumulation_steps"}) | frozenset(

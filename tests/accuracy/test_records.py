@@ -76,6 +76,7 @@ def test_the_digest_is_sha256_of_the_canonical_json() -> None:
             signed({**PAYLOAD, "peaks": {"overall": {"allocated": 1.5}}}),
             "allocated must be a whole number (got 1.5)",
         ),
+        (signed({**PAYLOAD, "peaks": {"overall": {"allocated": 10**30}}}), "allocated must be at most 9,223,372,036,854,775,807"),
         (signed({**PAYLOAD, "peaks": {}}), "at least one overall peak"),
         (signed({**PAYLOAD, "run": {**PAYLOAD["run"], "options": {**OPTIONS, "seqlen": 1}}}), "did you mean seq_len?"),
         (
