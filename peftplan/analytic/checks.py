@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def check(job: Job) -> None:
     """Raise NeedsTraceError or NoEngineError if a part of the job has no formula."""
     if job.distributed is not None:
-        from peftplan.analytic import ranks
+        from peftplan.analytic import rehearsed
 
-        if (why := ranks.without_formula(job)) is not None:
+        if (why := rehearsed.without_formula(job)) is not None:
             raise NoEngineError(f"a step with {job.distributed.called}{why} (no formula yet)")
     if job.reference == "copy" and job.setup.by.scoring is not None:
         raise NoEngineError(f"a second model under {job.setup.by.called} (no formula yet)")
