@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +19,7 @@ from peftplan.job.inventory import of_any_device
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
-from peftplan.memory.load import Memory, dtypes_before, load_into, load_passing
+from peftplan.memory.load import Loader, dtypes_before, load_into, load_passing
 from peftplan.memory.methods import ADAPTERS, adapter_of
 from peftplan.memory.model import Model
 from peftplan.memory.step import steady_step
@@ -43,7 +43,7 @@ class Compiled(NamedTuple):
     timeline: Timeline
     standing: Ledger
     loading: Ledger
-    load: Callable[[Memory[Any]], None]
+    load: Loader
     """Loads the model tensor by tensor."""
     standing_bytes: int
     loading_bytes: int
@@ -55,9 +55,9 @@ class Compiled(NamedTuple):
     """Optimizer states that the constructor allocates before the first step."""
     built: tuple[Line, ...] = ()
     """What a strategy holds besides weights and states, such as fp32 masters; loading allocates it."""
-    first_run: Callable[[Memory[Any]], None] | None = None
+    first_run: Loader | None = None
     """What the first forward alone makes and frees."""
-    load_if_full: Callable[[Memory[Any]], None] | None = None
+    load_if_full: Loader | None = None
     """How a card that is too small for `load` is loaded, if there is another way."""
     workspaces: tuple[tuple[int, Line], ...] = ()
     """Each workspace, with the index of the event before which it is allocated."""
@@ -224,7 +224,7 @@ def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Co
         parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled, adapters_pass_in=_passed_in(job)
     )
     arrives = job.distributed is not None and job.distributed.facts.loads_on_device
-    load: Callable[[Memory[Any]], None] = partial(
+    load: Loader = partial(
         load_into,
         parameters=parameters if holding is None or not arrives else holding.parameters,
         quant=job.quant,

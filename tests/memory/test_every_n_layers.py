@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peftplan import estimate
-from peftplan.analytic.reserved import period_of
+from peftplan.analytic.writer import period_of
 from peftplan.depth.sections import sections_of, sections_of_periods
 from tests.memory.engines import LLAMA, TOLERANCE, phases, shallow
 from tests.memory.families import T5
