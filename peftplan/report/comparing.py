@@ -24,7 +24,7 @@ BAR = 24
 
 def heading(result: Comparison) -> str:
     """What the rows are about."""
-    over = f", {result.over}, per rank" if result.over else ""
+    over = f", {result.over}, per GPU" if result.over else ""
     methods = len({row.method for row in result.rows})
     return f"{result.model}: {methods} method{'s' if methods > 1 else ''}{', traced' if result.engine == 'trace' else ''}{over}"
 

@@ -47,9 +47,9 @@ WORDS = {"batch_size": "batch size", "seq_len": "sequence length", "r": "rank", 
 
 
 def _over(plan: Plan) -> str:
-    """The number of GPUs, of which the numbers are one rank's."""
+    """The number of GPUs, of which the numbers are those of the one that needs most."""
     world = plan.assumptions.get("world_size")
-    return f" over {world} GPUs ({plan.assumptions['strategy']}), per rank:" if world else ""
+    return f" over {world} GPUs ({plan.assumptions['strategy']}), per GPU:" if world else ""
 
 
 def headline(result: Fit, marks: Glyphs) -> str:

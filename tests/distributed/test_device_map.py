@@ -9,6 +9,8 @@ from peftplan.distributed.device_map import blocks_of, on_device, placed
 from peftplan.job.inventory import inventory
 from peftplan.job.lines import weight_lines
 from peftplan.job.prepare import prepare
+from peftplan.report import comparing, fitting
+from peftplan.report.screen import UNICODE
 
 
 def test_a_gpu_leaves_room_for_what_is_to_come() -> None:
@@ -62,6 +64,14 @@ def test_numbers_are_those_of_the_gpu_that_needs_most() -> None:
     assert result.peaks.reserved == last.reserved
     assert result.distributed.ranks[1].persistent == result.static.bytes()
     assert result.distributed.words.startswith("device_map over 2 GPUs: bytes of the GPU that needs most")
+
+
+def test_one_process_has_no_ranks_in_its_words() -> None:
+    """A comparison and a fit said `per rank`."""
+    compared = peftplan.compare("llama-3.2-1b", methods=["lora"], gpus=2, strategy="device-map")
+    assert comparing.heading(compared) == "llama-3.2-1b: 1 method, device_map over 2 GPUs, per GPU"
+    planned = peftplan.fit("llama-3.2-1b", gpu="l4", gpus=2, method="lora", strategy="device-map")
+    assert "lora over 2 GPUs (device-map), per GPU: fits up to" in fitting.headline(planned, UNICODE)
 
 
 def test_logits_come_back_to_the_first_gpu() -> None:
