@@ -159,7 +159,6 @@ METAVARS: dict[str, str] = {
     **dict.fromkeys(("--target-modules", "--exclude-modules", "--target-parameters", "--modules-to-save"), "NAMES"),
     **dict.fromkeys(("--quant-skip-modules", "--optim-target-modules", "--kernels"), "NAMES"),
     **dict.fromkeys(("--dtype", "--adapter-dtype", "--compute-dtype", "--serving-dtype"), "[bf16|fp16|fp32]"),
-    "--save-total-limit": "INT",
     "--peft-config": "FILE",
     "--lora-dropout": "FLOAT",
     "--layers-to-transform": "INTS",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from peftplan.analytic.engine import analytic_peaks
 from peftplan.analytic.running import kernels
@@ -16,9 +16,6 @@ from peftplan.planning.changes import Sizes
 from peftplan.planning.verdicts import capability, verdict
 from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import TIGHT, Verdict
-
-if TYPE_CHECKING:
-    pass
 
 NOT_FOR_RENT = ("laptop", "embedded")
 """Kinds of cards that nobody is sent to."""

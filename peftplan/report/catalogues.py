@@ -28,10 +28,10 @@ def methods(*, fmt: str) -> None:
 
     columns = (Column("method"), Column("what trains"), Column("source", wide=True))
     cells = [(m.name, m.summary, m.source) for m in METHODS.values()]
-    fields = ("name", "peft_type", "summary", "source", "quant")
+    keys = ("name", "peft_type", "summary", "source", "quant")
     others = ", ".join(other.lower().replace("_", "-") for other in OTHER_PEFT_TYPES)
     below = f"counted by the installed peft (extra trace): {others}"
-    rows(columns, cells, [{key: getattr(m, key) for key in fields} for m in METHODS.values()], fmt=fmt, below=below)
+    rows(columns, cells, [{key: getattr(m, key) for key in keys} for m in METHODS.values()], fmt=fmt, below=below)
 
 
 def method(name: str, *, fmt: str) -> None:
