@@ -73,6 +73,9 @@ def test_files_are_counted_before_any_is_read(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(planning_configs, "entry", None)
     with pytest.raises(peftplan.InputError, match="folders of at most 2 files"):
         list(peftplan.configs(tmp_path))
+    monkeypatch.setattr(planning_configs, "MOST_FILES", 3)
+    monkeypatch.setattr(planning_configs, "entry", lambda file, **_: file.name)
+    assert list(peftplan.configs(tmp_path)) == ["a.yml", "b.yml", "c.yml"]
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,9 @@ def test_names_of_near_cards_stand_one_above_the_other() -> None:
     """They were drawn over each other; a name that has room stays in the lowest row."""
     rows = comparing_plot._rows({"a10g": 22.0, "l4": 22.5, "rtx-4090": 23.6, "a100-80gb": 79.0}, 90.0)
     assert rows == {"a10g": 0, "l4": 1, "rtx-4090": 2, "a100-80gb": 0}
+    # a letter is 1.35 of 90: the first name ends at 22 + 5 / 2 * 1.35 = 25.4, the second begins 3 / 2 * 1.35 = 2.0 to the left
+    assert comparing_plot._rows({"a10g": 22.0, "l4": 27.0}, 90.0) == {"a10g": 0, "l4": 1}
+    assert comparing_plot._rows({"a10g": 22.0, "l4": 27.5}, 90.0) == {"a10g": 0, "l4": 0}
 
 
 def test_the_command_and_its_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
