@@ -76,11 +76,11 @@ class Peaks:
 
     @property
     def reserved_at_most(self) -> int | None:
-        """The same where the GPU is as late as it may be, which keeps blocks that FSDP1 has freed; `reserved` elsewhere."""
+        """Reserved bytes if the GPU is as late as it may be, with blocks that FSDP1 has freed; otherwise as `reserved`."""
         return self.reserved
 
     def may_run_within(self, capacity_bytes: int) -> bool:
-        """Whether it depends on the GPU's pace that the job runs where the allocator can take so many bytes."""
+        """Whether the GPU's pace decides if the job runs where the allocator can take so many bytes."""
         return False
 
     @property
