@@ -53,7 +53,7 @@ def units_of(model: Model, full: Parameters, shards: Parameters, distributed: Di
                 _member(p, shard, distributed.shards, dtype, apart=of_fsdp1 and trained_apart and p.trainable)
                 for p, shard in members
             ),
-            reshards=reshards and name != ROOT and (name != TAIL or model.running.own_modules),
+            reshards=reshards and name not in (TAIL, ROOT),
             parameters=partial(_parameters_of, model, name, {p.name for p, _ in members}),
         )
         for name, members in grouped(model.arch, full, shards, distributed, ends_apart=not model.running.own_modules).items()
@@ -65,9 +65,7 @@ def units_of(model: Model, full: Parameters, shards: Parameters, distributed: Di
         reduce_dtype=distributed.reduce_dtype,
         offloads=distributed.offload_params == "cpu",
         replicates=distributed.shards != distributed.world_size,
-        joined={}
-        if model.running.own_modules
-        else {
+        joined={
             **({EMBEDDING: TAIL} if tied(model.arch) else {}),
             **({NORM: TAIL} if final_norm(model.arch, full) else {}),
         },
@@ -100,16 +98,13 @@ def grouped(
     is_tied, norm = tied(arch), final_norm(arch, full)
     apart = ends_apart and distributed.strategy == "fsdp2" and not versions.FSDP2_TAIL_APART.after(distributed.accelerate)
     layers = sorted({number for p in full.all if p.owner == "base" for number in p.layers or ()})
-    custom = () if ends_apart else distributed.custom_sharded_layers or ()
-    ends = [name for name, module in ((EMBEDDING, "tok_embeddings"), (TAIL, "output")) if module in custom]
     groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if apart and not is_tied else {})}
-    groups |= {name: [] for name in ends if name == EMBEDDING}
-    groups |= {layer(number): [] for number in layers} | ({TAIL: []} if apart or TAIL in ends else {})
+    groups |= {layer(number): [] for number in layers} | ({TAIL: []} if apart else {})
     for p in in_module_order(full):
         if p.quantized and p.name.endswith("weight") and not is_sharded(*pairs[id(p)]):
             continue
-        for name in _units(p, arch, norm, is_tied=is_tied) if apart or p.layers or ends else (ROOT,):
-            groups[name if apart or p.layers or (name in ends and len(p.shape) > 1) else ROOT].append(pairs[id(p)])
+        for name in _units(p, arch, norm, is_tied=is_tied) if apart or p.layers else (ROOT,):
+            groups[name].append(pairs[id(p)])
     return groups
 
 
