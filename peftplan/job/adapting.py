@@ -37,18 +37,18 @@ def method_of(
         return method, config, {}
     raw = {"task_type": None, **peft_config}
     _check_peft_task(raw)
-    by_name = methods.method_named(name) if name else None
-    if by_name is not None and by_name.peft_type != _peft_type(raw):
+    named_method = methods.method_named(name) if name else None
+    if named_method is not None and named_method.peft_type != _peft_type(raw):
         raise InputError("method", name, f"the peft_config is of type {_peft_type(raw)}; accepted: a method of that type")
-    presets = {key: value for key, value in (by_name.defaults if by_name else {}).items() if key != "target_modules"}
+    presets = {key: value for key, value in (named_method.defaults if named_method else {}).items() if key != "target_modules"}
     raw = {**raw, **presets, **options}
     try:
         method, config = methods.from_peft_config(raw)
-        return by_name or method, config, raw
+        return named_method or method, config, raw
     except NeedsPeftError:
         if presets:
             raise
-        return by_name, None, raw
+        return named_method, None, raw
 
 
 def _check_peft_task(raw: Mapping[str, object]) -> None:

@@ -107,8 +107,8 @@ class LossSizes(NamedTuple):
             return (n > 0, n > TOKEN_TILE, n > 2 * TOKEN_TILE)
         if self.loss == "torchtune-linear":
             return (n >= CHUNKS, n % CHUNKS)
-        dims = self.named(b, length)
-        chunks = (MAX_ROWS, *(dims[f"rows{size}"] for size in (HALF, WIDE)))
+        sizes = self.named(b, length)
+        chunks = (MAX_ROWS, *(sizes[f"rows{size}"] for size in (HALF, WIDE)))
         return (n > 0, n >= FLASH_FROM_ROWS, *(n > times * rows for rows in chunks for times in (1, 2)))
 
     def _liger(self, b: Any, length: Any) -> tuple[Any, Any]:

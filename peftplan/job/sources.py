@@ -191,8 +191,8 @@ def _config_file(path: Path, text: str) -> Path:
 
 
 def _own_name(config: Mapping[str, object]) -> str:
-    path = config.get("_name_or_path")
-    return path if isinstance(path, str) and path else str(config["model_type"])
+    name = config.get("_name_or_path")
+    return name if isinstance(name, str) and name else str(config["model_type"])
 
 
 def _with_labels(config: Mapping[str, object], num_labels: int | None) -> Mapping[str, object]:

@@ -100,8 +100,8 @@ def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
     n_out, _ = _sizes(part)
     rows = x.dims[:-1]
     copied = type(x) is Strided and not x.rows_are_a_view
-    rows_saved = f.new(x.dims, x.dtype, "clone") if copied else x.detach()  # `reshape` to rows
-    half = rows_saved if x.dtype == "fp16" else f.new(x.dims, "fp16", "to")
+    input_rows = f.new(x.dims, x.dtype, "clone") if copied else x.detach()  # `reshape` to rows
+    half = input_rows if x.dtype == "fp16" else f.new(x.dims, "fp16", "to")
     scales = f.new(rows, "fp32", "row scales")
     quantized = f.new(x.dims, "int8", "int8 input")
     absolute = f.new(x.dims, "fp16", "abs")
@@ -113,7 +113,7 @@ def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
         out = f.new((*rows, n_out), x.dtype, "to")
     out.node = f.record(_linear8bit_backward, (x, part.bias), part)
     if out.node is not None:
-        out.node.context = rows_saved  # `ctx.kept`, which checkpointing does not reach and backward does not release
+        out.node.context = input_rows  # `ctx.tensors`, which checkpointing does not reach and backward does not release
     del quantized, scales, product
     return out
 

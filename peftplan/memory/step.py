@@ -167,7 +167,7 @@ def _preference_loss(model: Model, program: Program, reference: Model | None) ->
     from peftplan.memory.chunked_loss import loss_of_rows, sum_of_rows
 
     f = model.tape
-    saved: list[object] = []
+    alive: list[object] = []
     sums: list[Tensor] = []
     labels: dict[str, Tensor] = {}
     for number, forward in enumerate(program.forwards):
@@ -181,7 +181,7 @@ def _preference_loss(model: Model, program: Program, reference: Model | None) ->
         if forward.batch:
             del labels[forward.batch]
         else:
-            saved.append(outputs)
+            alive.append(outputs)
         del outputs
     loss = loss_of_rows(f, sums)
     model.kept.clear()
@@ -194,7 +194,7 @@ def _loss_of_logits(model: Model, program: Program, reference: Model | None, sco
     from peftplan.memory.pair_logits import by_kind, mean_logits, scored_rows
 
     f, by = model.tape, program.trainer
-    saved: dict[str, Tensor] = {}
+    logits_of: dict[str, Tensor] = {}
     sums: list[Tensor] = []
     last = {forward.of: forward for forward in program.forwards}
     for number, forward in enumerate(program.forwards):
@@ -204,12 +204,12 @@ def _loss_of_logits(model: Model, program: Program, reference: Model | None, sco
             logits = _wide_logits(runs)
             sums.append(scored_rows(f, logits, scoring))
         if forward.of in by.keeps_logits and not forward.batch:
-            saved[forward.of] = logits.detach()
+            logits_of[forward.of] = logits.detach()
         del logits
-        if by.kinds == "after its forwards" and forward is last[forward.of] and forward.of in saved:
-            saved[forward.of] = by_kind(f, saved[forward.of])
-    if by.kinds != "after its forwards" and saved:
-        mean_logits(f, saved["policy"], copies=by.kinds == "in the log")
+        if by.kinds == "after its forwards" and forward is last[forward.of] and forward.of in logits_of:
+            logits_of[forward.of] = by_kind(f, logits_of[forward.of])
+    if by.kinds != "after its forwards" and logits_of:
+        mean_logits(f, logits_of["policy"], copies=by.kinds == "in the log")
     loss = loss_of_rows(f, sums)
     model.kept.clear()
     return loss

@@ -75,13 +75,13 @@ class Timeline(NamedTuple):
         rounded = [-(-nbytes // ALLOCATION_ROUNDING) * ALLOCATION_ROUNDING for nbytes in self._evaluated(sizes)]
         return self.waves.peaks([count * rounded[place] for place, count in self.moves], standing)
 
-    def requested(self, dims: Mapping[str, int]) -> list[int]:
+    def requested(self, sizes: Mapping[str, int]) -> list[int]:
         """Bytes of a tensor of each kind as asked for, before rounding."""
-        nbytes = self._evaluated(dims)
+        nbytes = self._evaluated(sizes)
         return [nbytes[place] for place in self.size_of]
 
-    def _evaluated(self, dims: Mapping[str, int]) -> list[int]:
-        return [nbytes * prod([dims[name] for name in names]) for nbytes, names in self.sizes]
+    def _evaluated(self, sizes: Mapping[str, int]) -> list[int]:
+        return [nbytes * prod([sizes[name] for name in names]) for nbytes, names in self.sizes]
 
     def lines(self, end: int, sizes: Mapping[str, int]) -> tuple[Line, ...]:
         """What the first `end` events leave alive.

@@ -76,19 +76,19 @@ def _plain(value: object) -> object:
     return LITERALS.get(value, value) if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
 
 
-def _reversed(mapping: Mapping[str, Any], value: object) -> Values | None:
+def _reversed(setting: Mapping[str, Any], value: object) -> Values | None:
     """The keys from which a rule takes the value; None where it cannot be."""
-    if "key" in mapping or "globs" in mapping:
-        return {mapping.get("key") or mapping["globs"]: _plain(value)}
-    if "names" not in mapping or not isinstance(value, tuple):
+    if "key" in setting or "globs" in setting:
+        return {setting.get("key") or setting["globs"]: _plain(value)}
+    if "names" not in setting or not isinstance(value, tuple):
         return None
     keys: Values = {}
     rest = list(value)
-    for key, meant in mapping["names"].items():
+    for key, meant in setting["names"].items():
         if isinstance(meant, list) and all(name in rest for name in meant):
             keys[key] = True
             rest = [name for name in rest if name not in meant]
-    for key, meant in mapping["names"].items():
+    for key, meant in setting["names"].items():
         if isinstance(meant, Mapping):
             keys[key] = [next((theirs for theirs, ours in meant.items() if ours == name), name) for name in rest]
     return keys

@@ -53,22 +53,22 @@ class Effective:
         same: bool = word(value) == word(accepted)
         return same
 
-    def meant(self, template: Any) -> Any:
+    def meant(self, setting: Any) -> Any:
         """The value that a rule sets: itself, or what it makes of keys; None where these say nothing."""
-        if not isinstance(template, Mapping):
-            return tuple(template) if isinstance(template, list) else template
-        if template.keys() == {"all"}:
+        if not isinstance(setting, Mapping):
+            return tuple(setting) if isinstance(setting, list) else setting
+        if setting.keys() == {"all"}:
             return self.document.values
-        if "tags" in template:
-            return self._tags(template["tags"])
-        if "globs" in template:
-            return _globs(self.of(template["globs"]))
-        if "names" in template:
-            return self._names(template["names"])
-        if "key" in template:
-            value = self.of(template["key"])
+        if "tags" in setting:
+            return self._tags(setting["tags"])
+        if "globs" in setting:
+            return _globs(self.of(setting["globs"]))
+        if "names" in setting:
+            return self._names(setting["names"])
+        if "key" in setting:
+            value = self.of(setting["key"])
             return tuple(value) if isinstance(value, list) else value
-        how, keys = next(iter(template.items()))
+        how, keys = next(iter(setting.items()))
         numbers = [self.of(key) for key in keys]
         if not all(re.fullmatch("[0-9]{1,10}", str(number)) for number in numbers):
             return None

@@ -88,8 +88,8 @@ def without_kernels(document: Mapping[str, Any], why: str, effect: Effect) -> di
     rows = rows or {"kernels": Unsupported("by default", f"{why} (no formula yet)", effect, "kernels")}
     unsupported = {key: Unsupported(**row) for key, row in document["unsupported"].items()} | rows
     assumed = {name: text for name, text in document["assumed"].items() if name != "kernels"}
-    not_said = {key: row._asdict() for key, row in unsupported.items()}
-    changed = {"options": options, "read": read, "unsupported": not_said, "assumed": assumed, "bound": bound(unsupported)}
+    unsupported_rows = {key: row._asdict() for key, row in unsupported.items()}
+    changed = {"options": options, "read": read, "unsupported": unsupported_rows, "assumed": assumed, "bound": bound(unsupported)}
     return {**document, **changed}
 
 

@@ -159,14 +159,14 @@ def allocate(model: Model) -> None:
 
 def _mask(f: Tape, trained: list[Family]) -> None:
     """`mask_to_budget`: the score of each parameter, of which one number per rank stays."""
-    saved: list[Tensor] = []
+    scores: list[Tensor] = []
     before: Tensor | None = None
     for p in trained:
         score = f.new(p.shape, p.dtype, "score")
         if p.name.endswith("lora_E"):
-            saved.append(f.many(p.shape, p.dtype, "score", 2 * p.copies))  # and the sum over the three
+            scores.append(f.many(p.shape, p.dtype, "score", 2 * p.copies))  # and the sum over the three
         else:
-            saved.append(f.many((_rank(p.name, p.shape), 1), p.dtype, "mean", p.copies))
+            scores.append(f.many((_rank(p.name, p.shape), 1), p.dtype, "mean", p.copies))
         before = score
         del score
     del before
