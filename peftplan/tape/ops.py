@@ -45,10 +45,11 @@ def _embedding_backward(f: Tape, node: Node, saved: tuple[Dims, Dims, Tensor | N
 def table_gradient(f: Tape, table: Dims, indices: Dims, dtype: str) -> Tensor:
     """The gradient of an embedding's table (`embedding_dense_backward`); many indices are sorted first (`sorted_indices`)."""
     grad = f.new(table, dtype, "embedding_dense_backward")
-    if isinstance(rows := table[0], int):
-        buffers = [f.new((sorted_dim(indices, rows, what),), "int64", f"sorted {what}") for what in BUFFERS]
-        buffers.append(f.new((sorted_dim(indices, rows, "parts"), table[1]), "fp32", "sums of equal indices"))
-        del buffers
+    rows, width = table
+    assert isinstance(rows, int)
+    buffers = [f.new((sorted_dim(indices, rows, what),), "int64", f"sorted {what}") for what in BUFFERS]
+    buffers.append(f.new((sorted_dim(indices, rows, "parts"), width), "fp32", "sums of equal indices"))
+    del buffers
     return grad
 
 

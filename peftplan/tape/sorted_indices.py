@@ -1,4 +1,4 @@
-"""What CUDA's backward of an embedding takes beside the gradient, where it sorts the indices.
+"""What CUDA's backward of an embedding allocates beside the gradient where it sorts the indices.
 
 Source: torch, aten/src/ATen/native/cuda/Embedding.cu (`embedding_dense_backward_cuda`: it sorts more than 3,072 indices) and
 EmbeddingBackwardKernel.cu (`embedding_backward_cuda_kernel`). n indices of a table of v rows fall into at most min(n, v) segments
@@ -17,8 +17,11 @@ from peftplan.ledger import Dim
 MOST_UNSORTED = 3072
 """Indices up to which the kernel sorts nothing."""
 ROWS_PER_THREAD = 10
+"""Indices that one thread sums; a segment of more is cut into parts (`NROWS_PER_THREAD`)."""
 
 What = Literal["indices", "segments", "parts"]
+BUFFERS: tuple[What, ...] = ("indices", "indices", "indices", "segments", "segments", "parts")
+"""The int64 buffers: sorted indices, their places, where segments begin; parts of each, their running sums; where parts begin."""
 
 
 class SortedRows(str):
@@ -27,6 +30,7 @@ class SortedRows(str):
     indices: tuple[Dim, ...]
     """Dims of the indices."""
     table: int
+    """Rows of the table."""
     what: What
 
     def __new__(cls, indices: tuple[Dim, ...], table: int, what: What) -> SortedRows:
@@ -41,12 +45,13 @@ class SortedRows(str):
 
     def at(self, sizes: Mapping[str, int]) -> int:
         """The rows at these sizes, which may be arrays as well as integers."""
-        return sorted_rows(prod(dim if isinstance(dim, int) else sizes[dim] for dim in self.indices), self.table, self.what)
+        n = prod(dim if isinstance(dim, int) else sizes[dim] for dim in self.indices)
+        return sorted_rows(self.what, n=n, v=self.table)
 
 
-def sorted_rows(n: int, table: int, what: What) -> int:
-    """Rows of a buffer for n indices; 0 where n indices are not sorted. n may be an array as well as an integer."""
-    segments = n - (n > table) * (n - table)
+def sorted_rows(what: What, *, n: int, v: int) -> int:
+    """Rows of a buffer for n indices of v rows; 0 where n indices are not sorted. n may be an array as well as an integer."""
+    segments = n - (n > v) * (n - v)  # min(n, v)
     rows = {"indices": n, "segments": segments, "parts": n // ROWS_PER_THREAD + segments}[what]
     return (n > MOST_UNSORTED) * rows
 
@@ -54,8 +59,4 @@ def sorted_rows(n: int, table: int, what: What) -> int:
 def sorted_dim(indices: tuple[Dim, ...], table: int, what: What) -> Dim:
     """Rows of a buffer as a dimension: a number where that of the indices is known, as that of virtual tokens is."""
     known = [dim for dim in indices if isinstance(dim, int)]
-    return sorted_rows(prod(known), table, what) if len(known) == len(indices) else SortedRows(indices, table, what)
-
-
-BUFFERS: tuple[What, ...] = ("indices", "indices", "indices", "segments", "segments", "parts")
-"""The int64 buffers: sorted indices, their places, where segments begin; parts of each, their running sums; where parts begin."""
+    return sorted_rows(what, n=prod(known), v=table) if len(known) == len(indices) else SortedRows(indices, table, what)

@@ -20,9 +20,9 @@ from peftplan.tape.sorted_indices import SortedRows, sorted_dim, sorted_rows
 )
 def test_rows_are_those_that_torch_allocates(n: int, table: int, width: int, parts: int, sums: int) -> None:
     """Bytes as the memory history of torch 2.13's CUDA build says them, on an emulated card."""
-    rows = sorted_rows(n, table, "parts")
+    rows = sorted_rows("parts", n=n, v=table)
     assert (8 * rows, 4 * width * rows) == (parts, sums)
-    assert sorted_rows(n, table, "segments") == min(n, table)
+    assert sorted_rows("segments", n=n, v=table) == min(n, table)
 
 
 def test_few_indices_are_not_sorted() -> None:

@@ -50,7 +50,7 @@ F = torch.nn.functional
 
 def _sorted(grad: torch.Tensor, indices: torch.Tensor, table: int) -> list[torch.Tensor]:
     """The buffers of `peftplan.tape.sorted_indices`."""
-    rows = {what: sorted_rows(indices.numel(), table, what) for what in set(BUFFERS)}
+    rows = {what: sorted_rows(what, n=indices.numel(), v=table) for what in set(BUFFERS)}
     sums = grad.new_empty((rows["parts"], grad.shape[-1]), dtype=torch.float32)
     return [*(indices.new_empty(rows[what]) for what in BUFFERS), sums]
 
