@@ -240,9 +240,7 @@ class Reading:
         self.unsupported |= launch.unsupported
         self.read = {key: row for key, row in self.read.items() if key not in launch.unsupported}
         self.assumed |= launch.assumed
-        by_launch = (
-            {"gradient_checkpointing": True, "use_reentrant": False} if launch.options.get("gradient_checkpointing") else {}
-        )
+        by_launch = CHECKPOINTED if launch.options.get("gradient_checkpointing") else {}
         options = fitting(of_trainer({**launch.options, **self.options, **by_launch}))
         if "strategy" not in options and options.get("gpus", 1) == 1:  # what says how to share, where nothing is shared
             options = {name: value for name, value in options.items() if name in ALWAYS or name not in OPTIONS}
