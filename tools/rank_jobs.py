@@ -58,7 +58,6 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         **({"dtype": "fp16", "autocast": "fp16"} if program.get("autocast") == "fp16" else {}),
         **({"dp_shard_size": shards} if (shards := program.get("parallel", {}).get("dp_shard_size")) else {}),
         **({"reduce_dtype": "fp32"} if "policy" in program else {}),
-        **({"target_modules": program["target_modules"]} if "target_modules" in program else {}),
         **row["fsdp"],
         **({"zero3_init": False} if row["strategy"] == "zero3" else {}),  # the program makes its model first
     }
