@@ -171,8 +171,7 @@ def _preference_loss(model: Model, program: Program, reference: Model | None) ->
     sums: list[Tensor] = []
     labels: dict[str, Tensor] = {}
     for number, forward in enumerate(program.forwards):
-        runs = model if forward.of == "policy" or reference is None else reference
-        runs.pass_name, runs.micro_batch, runs.batch = f"/{number}", model.micro_batch, model.batch
+        runs = _run_by(forward, number, model, reference)
         if forward.batch or not labels:
             labels[forward.batch] = _labels(f)
         with nullcontext() if forward.trains else f.no_grad():
@@ -198,8 +197,7 @@ def _loss_of_logits(model: Model, program: Program, reference: Model | None, sco
     sums: list[Tensor] = []
     last = {forward.of: forward for forward in program.forwards}
     for number, forward in enumerate(program.forwards):
-        runs = model if forward.of == "policy" or reference is None else reference
-        runs.pass_name, runs.micro_batch, runs.batch = f"/{number}", model.micro_batch, model.batch
+        runs = _run_by(forward, number, model, reference)
         with nullcontext() if forward.trains else f.no_grad():
             logits = _wide_logits(runs)
             sums.append(scored_rows(f, logits, scoring))
@@ -213,6 +211,13 @@ def _loss_of_logits(model: Model, program: Program, reference: Model | None, sco
     loss = loss_of_rows(f, sums)
     model.kept.clear()
     return loss
+
+
+def _run_by(forward: Forward, number: int, model: Model, reference: Model | None) -> Model:
+    """The model that runs a forward, on the batch of the policy; without a second model it is the policy itself."""
+    runs = model if forward.of == "policy" or reference is None else reference
+    runs.pass_name, runs.micro_batch, runs.batch = f"/{number}", model.micro_batch, model.batch
+    return runs
 
 
 def _labels(f: Tape) -> Tensor:
