@@ -10,7 +10,7 @@ import pytest
 import peftplan
 from peftplan.distributed.tensor_parallel import PLANS, UNPLANNED
 from peftplan.errors import PeftplanError
-from tools.rank_grid import cut
+from tools.rank_grid import LLAMA, cut
 
 REPLICATED = "replicated_with_grad_allreduce"
 
@@ -65,6 +65,15 @@ def test_a_loop_of_four_layers(world: int) -> None:
     assert peaks.by_phase["step"] + part_of_table == pytest.approx(step, rel=1e-3)
     workspaces = peaks.ledgers["step"].bytes(["workspaces"])
     assert result.static.bytes() - lasting + workspaces == pytest.approx(after, rel=1e-3)
+
+
+def test_the_first_rank_holds_the_odd_row() -> None:
+    """DTensor divides as `torch.chunk` does: 50,257 = 4 x 12,564 + 1 rows make parts of 12,565, and a last one of 12,562."""
+    result = peftplan.estimate(LLAMA | {"vocab_size": 50_257}, method="full", gpus=4, strategy="tp")
+    shapes = {line.name: line.shape for line in result.static if line.category == "weights"}
+    assert shapes["model.embed_tokens.weight"] == (12_565, 2048)
+    assert shapes["lm_head.weight"] == (12_565, 2048)
+    assert shapes["model.layers.{}.mlp.down_proj.weight"] == (2048, 8192 // 4)
 
 
 REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
