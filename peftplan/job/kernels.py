@@ -1,9 +1,10 @@
 """Kernels of other packages that replace parts of a model: which function each is, and those facts of it that decide memory.
 
 A kernel is one autograd function. Its formula is written once for all packages (`memory.fused_layers`, `memory.lora_kernels`) and
-asks for the facts of these records; only this file compares names. Unsloth's formulas are of layers that torch does not compile:
-by default a batch is one row without padding, whose layers run as they are; with UNSLOTH_BLOCK_COMPILE=0 those of a padded batch
-do too, which is every kernel of unsloth but `unsloth.padding_free`.
+asks for the facts of these records; only this file compares names.
+
+Unsloth's formulas are of layers that torch does not compile. By default those are layers of batches without padding, packed into
+one row; with UNSLOTH_BLOCK_COMPILE=0 also layers of padded batches, which run every kernel of unsloth but `unsloth.padding_free`.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Decoder(NamedTuple):
 class PaddingFree(NamedTuple):
     """Batches that are one row without padding: each row of the batch is a document, of which attention makes segments.
 
-    Positions are said, so that queries and keys are rotated into new tensors, and rotary tables have all positions of the model.
+    Position ids are passed, so queries and keys are rotated into new tensors, and rotary tables cover all positions of the model.
     """
 
     source: str

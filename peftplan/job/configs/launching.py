@@ -160,7 +160,7 @@ def _deepspeed(source: Any) -> Mapping[str, Any]:
     if not isinstance(zero, Mapping):
         return deepspeed.options(source)
     if word(zero.get("stage", 0)) == "0":
-        raise RefusedError("stage 0 reduces gradients in flat copies of DeepSpeed's own, beside fp32 weights in 16 bits")
+        raise RefusedError("stage 0 copies gradients into DeepSpeed's own flat buffers, and keeps fp32 copies of 16-bit weights")
     on = {name: value for name, value in zero.items() if not (name in OFF_BY_DEFAULT and word(value) in ("false", "1", "0"))}
     return deepspeed.options({**source, "zero_optimization": on})
 
