@@ -67,7 +67,12 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         return {"model": LLAMA | tied, **ours, "quant_storage": storage, "kbit_prepare": False}
     if "model" in program:
         return {"model": cut(program["model"], program["layers"]), **ours}
-    return {"model": LLAMA | program.get("config", {}), **ours}
+    return {"model": llama(program), **ours}
+
+
+def llama(program: dict[str, Any]) -> dict[str, Any]:
+    """The config of a job that names no model."""
+    return LLAMA | program.get("config", {})
 
 
 def run(names: list[str], *, most: int | None) -> int:
@@ -111,8 +116,9 @@ def run(names: list[str], *, most: int | None) -> int:
 def command(row: dict[str, Any]) -> tuple[str, ...]:
     """The program of a job, with what it is told."""
     if "model" not in row:
-        model = {"model": program_words([row["program"]["model"]])[0]} if "model" in row["program"] else {}
-        return (sys.executable, str(PROGRAM), json.dumps(row["program"] | model))
+        program = row["program"]
+        model = {"model": program_words([program["model"]])[0]} if "model" in program else {"config": llama(program)}
+        return (sys.executable, str(PROGRAM), json.dumps(program | model))
     words = [word for name, value in row["program"].items() for word in (f"--{name.replace('_', '-')}", str(value))]
     where = ["--strategy", row["strategy"], "--gpus", str(row["world"])]
     return (sys.executable, str(BUILT_IN), *program_words([row["model"], *words, *where]))

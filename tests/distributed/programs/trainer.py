@@ -10,17 +10,6 @@ from transformers.initialization import no_init_weights
 
 job = json.loads(sys.argv[1])
 half = torch.float16 if job.get("autocast") == "fp16" else torch.bfloat16
-shapes = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 128256,
-    "num_hidden_layers": 3,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 131072,
-}
 
 
 class Tokens(Dataset):
@@ -70,7 +59,7 @@ else:
         if "model" in job:
             config = cut(job["model"], job["layers"])
         else:
-            config = AutoConfig.for_model(**{"model_type": "llama"} | shapes | job.get("config", {}))
+            config = AutoConfig.for_model(**job["config"])
         model = AutoModelForCausalLM.from_config(config, dtype=half)
     model.tie_weights()
 if job["method"] != "full":
