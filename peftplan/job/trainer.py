@@ -29,8 +29,8 @@ Reference = Literal["none", "adapter_off", "copy"]
 Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth", "torchtune-linear"]
 Autocast = Literal["none", "bf16", "fp16"]
 Scoring = Literal["kernel", "flat kernel", "softmax"]
-"""What makes log-probabilities of labels of all logits: a kernel that reads a slice of them, one that reads a copy of it, or
-`log_softmax` of all."""
+"""How log-probabilities of labels are made from all logits: by a kernel that reads a slice of them, by one that reads a copy of
+the slice, or by `log_softmax` of all."""
 
 
 class Defaults(NamedTuple):
@@ -61,7 +61,7 @@ LOSS = (Forward("policy", trains=True),)
 
 
 class Trainer(NamedTuple):
-    """A trainer's defaults, and what it does that no option changes. The facts unset are those of transformers' Trainer under
+    """A trainer's defaults, and what it does that no option changes. Facts that are not set are those of transformers' Trainer under
     accelerate (`Trainer.training_step`, `Trainer.create_optimizer`).
     """
 

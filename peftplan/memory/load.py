@@ -159,9 +159,9 @@ def load_into(
             uncast.append((p, memory.allocate(ITEMSIZE[adapters_pass_in[0]] * p.numel)))
         else:
             memory.keep(sizes_of[id(p)])
-    for dtype in adapters_pass_in[1:]:
+    for passing in adapters_pass_in[1:]:
         for place, (p, before) in enumerate(uncast):
-            uncast[place] = p, memory.allocate(ITEMSIZE[dtype] * p.numel)
+            uncast[place] = p, memory.allocate(ITEMSIZE[passing] * p.numel)
             memory.release(before)
     for p, before in uncast:
         memory.keep(sizes_of[id(p)])
