@@ -15,13 +15,13 @@ from peftplan.tape.sorted_indices import SortedRows, sorted_dim, sorted_rows
 
 
 @pytest.mark.parametrize(
-    ("n", "table", "width", "parts", "sums"),
+    ("n", "table", "width", "parts_bytes", "sums_bytes"),
     [(4096, 128256, 2048, 36_040, 36_904_960), (4096, 2, 512, 3_288, 841_728), (4000, 1000, 512, 11_200, 2_867_200)],
 )
-def test_rows_are_those_that_torch_allocates(n: int, table: int, width: int, parts: int, sums: int) -> None:
-    """Bytes as the memory history of torch 2.13's CUDA build says them, on an emulated card."""
-    rows = sorted_rows("parts", n=n, v=table)
-    assert (8 * rows, 4 * width * rows) == (parts, sums)
+def test_buffers_are_those_that_torch_allocates(n: int, table: int, width: int, parts_bytes: int, sums_bytes: int) -> None:
+    """int64 counts and fp32 sums of the parts, in the memory history of torch 2.13's CUDA build on an emulated card."""
+    parts = sorted_rows("parts", n=n, v=table)
+    assert (8 * parts, 4 * width * parts) == (parts_bytes, sums_bytes)
     assert sorted_rows("segments", n=n, v=table) == min(n, table)
 
 
