@@ -61,8 +61,8 @@ LOSS = (Forward("policy", trains=True),)
 
 
 class Trainer(NamedTuple):
-    """A trainer's defaults, and what it does that no option changes. Facts that are not set are those of transformers' Trainer under
-    accelerate (`Trainer.training_step`, `Trainer.create_optimizer`).
+    """A trainer's defaults, and what it does that no option changes. Facts that are not set are those of transformers' Trainer
+    under accelerate (`Trainer.training_step`, `Trainer.create_optimizer`).
     """
 
     name: TrainerName

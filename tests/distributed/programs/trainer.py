@@ -56,10 +56,7 @@ elif "tp" in job:
     model = AutoModelForCausalLM.from_pretrained(job["model"], config=config, dtype=half, distributed_config=divided)
 else:
     with no_init_weights():
-        if "model" in job:
-            config = cut(job["model"], job["layers"])
-        else:
-            config = AutoConfig.for_model(**job["config"])
+        config = cut(job["model"], job["layers"]) if "model" in job else AutoConfig.for_model(**job["config"])
         model = AutoModelForCausalLM.from_config(config, dtype=half)
     model.tie_weights()
 if job["method"] != "full":
