@@ -19,6 +19,7 @@ from typing import Any
 
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
+from tools import marked
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "data" / "runs" / "vramcalc_a6000.jsonl"
@@ -90,9 +91,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     by_run = {(row["id"], _environment(row)): row for row in [*kept, *rows]}
     rows = sorted(by_run.values(), key=lambda row: (int(row["id"].rpartition("/")[2]), _environment(row)))
     KEPT.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
-    PAGE.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{after}", encoding="utf-8")
+    marked.write(PAGE, MARKS, table(rows))
 
 
 def main(arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
     python -m tools.rehearsals [NAME ...]      prints a row of JSON per program
     python -m tools.rehearsals --write         also writes tests/rehearse/rehearsals.json and the table of docs/rehearse.md
+    python -m tools.rehearsals --estimate      runs none, asks the formulas again about what is kept, and writes both
 
 Comments at the head of a program say its card (`# gpu:`), its launcher (`# launcher:`), its own arguments (`# arguments:`), the
 exit code (`# exit:`), a model that has to lie in a folder as its config, a tokenizer and a checkpoint of holes (`# prepare:`;
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 from peftplan.cli import main as peftplan_main
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
+from tools import marked
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "tests" / "rehearse" / "programs"
@@ -155,9 +157,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     by_name = {row["program"]: row for row in [*kept, *rows]}
     rows = [by_name[program.path.stem] for program in programs() if program.path.stem in by_name]
     DATA.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
-    PAGE.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{after}", encoding="utf-8")
+    marked.write(PAGE, MARKS, table(rows))
 
 
 def main(arguments: list[str]) -> None:

@@ -22,6 +22,7 @@ from peftplan.accuracy.jsonl import read
 from peftplan.accuracy.records import Record
 from peftplan.measure.identity import key
 from peftplan.measure.suite import read_suite
+from tools import marked
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = ROOT / "data" / "suites" / "default.jsonl"
@@ -86,9 +87,7 @@ def title(run: dict[str, Any]) -> str:
 def write(rows: list[dict[str, Any]]) -> None:
     """Keep the rows, and put the table into the page."""
     KEPT.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
-    PAGE.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{after}", encoding="utf-8")
+    marked.write(PAGE, MARKS, table(rows))
 
 
 if __name__ == "__main__":
