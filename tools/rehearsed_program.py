@@ -52,9 +52,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--use-rslora", action=FLAGS, default=False)
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--autocast", choices=("none", "bf16", "fp16"))
-    parser.add_argument(
-        "--trainer", default="transformers", choices=("transformers", "trl", "plain", *OTHER_TRAINERS, *AXOLOTL, *LLAMA_FACTORY)
-    )
+    parser.add_argument("--trainer", default="transformers", choices=TRAINERS)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
