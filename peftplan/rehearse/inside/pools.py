@@ -1,8 +1,11 @@
-"""What a pool of threads is given is done in order, one after the other, so that a rehearsal is the same twice.
+"""Tasks of a thread pool run one after the other, in the order in which they are submitted: a rehearsal is then the same twice.
 
 Where blocks lie, and so what is reserved, depends on the order of allocations, and a block that is not split counts whole.
 Loaders that copy weights in threads (transformers, `core_model_loading.GLOBAL_WORKERS`) leave that order to timing. The order
 here is one that a real run may have.
+
+`submit` returns when its task is done, or after `PATIENCE`. So a task that waits for what the program does next hangs nothing:
+the program loses these seconds once per pool. Such a task fails if its own time limit is shorter.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ from typing import Any
 import torch
 
 PATIENCE = 10.0
-"""Seconds for which work is waited for. A pool whose work waits for the program itself is left alone from then on."""
+"""Seconds for which `submit` waits. A pool with a task that takes longer runs as it would without us from then on."""
 COPIED = "threads copied to the card: here one after the other, in order; in a real run timing decides"
+LEFT_ALONE = f"a task of a thread pool took longer than {PATIENCE:.0f} s: from then on timing decides the order of its tasks"
 
 
 def start(say: Callable[[str], None]) -> None:
-    """Wait for whatever is given to a pool. `say`: is told once that threads allocated on the card."""
+    """Wait for each task of a pool. `say`: is told once that threads copied to the card, and of pools that are left alone."""
     submit = ThreadPoolExecutor.submit
     notes: list[str] = []
 
@@ -28,6 +32,8 @@ def start(say: Callable[[str], None]) -> None:
         future = submit(self, fn, *args, **kwargs)
         if not getattr(self, "impatient", False):
             self.impatient = not wait([future], PATIENCE).done  # type: ignore[attr-defined]
+            if self.impatient:  # type: ignore[attr-defined]
+                say(LEFT_ALONE)
         if not notes and _allocations() > before:
             notes.append(COPIED)
             say(COPIED)
