@@ -1,4 +1,4 @@
-"""Buffers of an embedding's backward: against torch's own allocator, and the trace against the formulas."""
+"""Buffers of an embedding's backward: against torch's own allocator, and a rehearsed job with them."""
 
 from __future__ import annotations
 

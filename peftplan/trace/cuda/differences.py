@@ -8,7 +8,7 @@
 | softmax(fp16, dtype=fp32) | CUDA's kernel reads fp16, writes fp32; CPU copies to fp32 first (ATen SoftMax.cpp) | `dispatcher` |
 | softmax backward | CUDA's kernel makes `grad * output` first (SoftMax.cu: `softmax_backward_cuda_out`) | `KERNEL_TEMPORARIES` |
 | `_safe_softmax` | on CUDA a composite, which compares the scores with minus infinity (SoftMax.cpp) | `KERNEL_TEMPORARIES` |
-| gradient of an embedding | CUDA sorts more than 3,072 indices, and sums equal ones in fp32 | `KERNEL_TEMPORARIES` |
+| gradient of an embedding | CUDA sorts more than 3,072 indices, and sums rows in fp32 (Embedding.cu) | `KERNEL_TEMPORARIES` |
 | cumsum of a boolean mask | CUDA copies it to int64 first (ReduceOps.cpp) | `KERNEL_TEMPORARIES` |
 | dropout's results | CUDA allocates the mask before the output (Dropout.cu) | `tracker.DROPOUT` |
 | counters of an optimizer | they live on the host, whatever the device | `tracker.LIFT_FRESH` |
@@ -25,7 +25,7 @@
 | flash-attn, Liger, Unsloth | kernels of packages that need CUDA | `flash`, `losses`, `unsloth` |
 
 Left out: scalars that live on the host on CUDA count here as 512 bytes each where the tracker cannot tell; staging buffers of
-large reductions, what CUB takes while it sorts: temporaries of a few MB inside one kernel.
+large reductions, and what CUB takes to sort indices: temporaries of a few MB inside one kernel.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from peftplan.trace.cuda.hosted import SavedOnHost
 F = torch.nn.functional
 
 
-def _sorted(grad: torch.Tensor, indices: torch.Tensor, table: int) -> list[torch.Tensor]:
-    """The buffers of `peftplan.tape.sorted_indices`."""
+def _of_sorting(grad: torch.Tensor, indices: torch.Tensor, table: int) -> list[torch.Tensor]:
+    """What the gradient of a table of so many rows takes to sort the indices (`peftplan.tape.sorted_indices`)."""
     rows = {what: sorted_rows(what, n=indices.numel(), v=table) for what in set(BUFFERS)}
-    sums = grad.new_empty((rows["parts"], grad.shape[-1]), dtype=torch.float32)
-    return [*(indices.new_empty(rows[what]) for what in BUFFERS), sums]
+    buffers = [indices.new_empty(rows[what]) for what in BUFFERS]
+    return [*buffers, grad.new_empty((rows["parts"], grad.shape[-1]), dtype=torch.float32)]
 
 
 class CudaLike(TorchFunctionMode):
@@ -93,13 +93,13 @@ RULES: dict[Any, Callable[[CudaLike, Any, Any, Any], Any]] = {
 }
 
 
-KERNEL_TEMPORARIES: dict[Any, Callable[..., torch.Tensor | Sequence[torch.Tensor]]] = {
-    torch.ops.aten._softmax_backward_data.default: lambda grad, output, dim, input_dtype: grad,
-    torch.ops.aten._safe_softmax.default: lambda x, *_, **__: x.new_empty(x.shape, dtype=torch.bool),
-    torch.ops.aten.cumsum.default: lambda x, *_, **__: x.new_empty(x.shape if x.dtype == torch.bool else 0, dtype=torch.int64),
-    torch.ops.aten.embedding_dense_backward.default: lambda grad, indices, table, *_, **__: _sorted(grad, indices, table),
+KERNEL_TEMPORARIES: dict[Any, Callable[..., Sequence[torch.Tensor]]] = {
+    torch.ops.aten._softmax_backward_data.default: lambda grad, output, dim, input_dtype: [grad],
+    torch.ops.aten._safe_softmax.default: lambda x, *_, **__: [x.new_empty(x.shape, dtype=torch.bool)],
+    torch.ops.aten.cumsum.default: lambda x, *_, **__: [x.new_empty(x.shape if x.dtype == torch.bool else 0, dtype=torch.int64)],
+    torch.ops.aten.embedding_dense_backward.default: lambda grad, indices, rows, *_, **__: _of_sorting(grad, indices, rows),
 }
-"""Operations whose CUDA kernel takes further tensors while it runs → tensors as large as these."""
+"""Operations whose CUDA kernel allocates further tensors while it runs → tensors of the same sizes."""
 
 
 _ATEN = torch.ops.aten

@@ -68,7 +68,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *,
         is_logits: Callable[[torch.Tensor], bool],
         scalar: Callable[[torch.Tensor], Any],
-        temporaries: Mapping[Any, Callable[..., torch.Tensor | Sequence[torch.Tensor]]],
+        temporaries: Mapping[Any, Callable[..., Sequence[torch.Tensor]]],
         after: Callable[[Tracker, Any, Any], None],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -137,14 +137,15 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.began.append((len(self.log), phase))
         self.on_begin()
 
-    def _pass_temporaries(self, like: torch.Tensor | Sequence[torch.Tensor], *, op: str) -> None:
+    def _pass_temporaries(self, like: Sequence[torch.Tensor], *, op: str) -> None:
+        """Record tensors as large as these, which the operation allocates one after the other and frees in reverse."""
         temporaries = [
-            self.passing(nbytes=nbytes, shape=tuple(one.shape), dtype=parse_dtype(one.dtype), op=op)
-            for one in ([like] if isinstance(like, torch.Tensor) else like)
-            if (nbytes := one.numel() * one.element_size())
+            self.passing(nbytes=tensor.nbytes, shape=tuple(tensor.shape), dtype=parse_dtype(tensor.dtype), op=op)
+            for tensor in like
+            if tensor.numel()
         ]
-        for one in reversed(temporaries):
-            self.end(one)
+        for temporary in reversed(temporaries):
+            self.end(temporary)
 
     @property
     def module(self) -> str:
