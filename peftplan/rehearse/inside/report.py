@@ -18,8 +18,8 @@ PHASES = ("load", "forward", "backward", "step")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "deepspeed", "triton")
 
 
-class Shown(NamedTuple):
-    """What a process showed.
+class Watched(NamedTuple):
+    """What was watched in a process.
 
     `figures`: a row per phase that ended, (step, phase, device, allocated, reserved). `marks`: when each phase began, (µs, step,
     phase).
@@ -34,7 +34,7 @@ class Shown(NamedTuple):
     out_of_memory: list[dict[str, Any]]
 
 
-def write(watched: Shown) -> None:
+def write(watched: Watched) -> None:
     """Write what a process that used a device showed; others write nothing."""
     if not watched.figures:
         return
@@ -67,7 +67,7 @@ def _versions() -> dict[str, str]:
     return {name: str(version) for name, version in versions.items() if version is not None}
 
 
-def _device(watched: Shown, device: int) -> dict[str, Any]:
+def _device(watched: Watched, device: int) -> dict[str, Any]:
     rows = [row for row in watched.figures if row[2] == device]
     last = max(row[0] for row in rows)
     steady = [row for row in rows if row[1] == "load" or row[0] >= min(2, last)]

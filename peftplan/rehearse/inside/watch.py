@@ -165,7 +165,7 @@ class Watch:
             for optimizer in self.optimizers:
                 self.persistent.find_states(optimizer)
             watched = (self.settings, self.figures, self.marks, self.persistent, self.steps_done, self.program_exit)
-            report.write(report.Shown(*watched, self.out_of_memory))
+            report.write(report.Watched(*watched, self.out_of_memory))
 
 
 def asking_line(frame: FrameType | None) -> dict[str, Any]:
