@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
+from importlib.metadata import version
 
 import pytest
 
+import peftplan
 from tools import marked, referees, rehearsed_suite
 from tools.rehearsals import DATA, MARKS, PAGE, Program, programs, run, table
 
@@ -49,3 +51,14 @@ def test_the_trace_says_what_the_suite_holds_on_a_rehearsed_card() -> None:
         drifts = [abs(drift) for row in rows if (drift := rehearsed_suite.drift(row, figure)) is not None]
         assert statistics.median(drifts) <= largest / 5
         assert max(drifts) <= largest
+
+
+def test_the_trace_still_says_what_is_kept_of_it() -> None:
+    pytest.importorskip("transformers")
+    rows = json.loads(rehearsed_suite.KEPT.read_text(encoding="utf-8"))
+    row = next(row for row in rows if row["run"]["model"] == "gpt2")  # the quickest to trace
+    if any(version(name).partition("+")[0] != row["versions"][name] for name in ("torch", "transformers")):
+        pytest.skip("kept with another torch or transformers")
+    peaks = peftplan.estimate(**row["run"], engine="trace").peaks
+    assert peaks is not None
+    assert row["traced"] == {"allocated": peaks.allocated, "reserved": peaks.reserved, **peaks.by_phase}
