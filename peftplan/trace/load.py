@@ -19,7 +19,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from peftplan.depth.log import Storage
-from peftplan.dtypes import ITEMSIZE
+from peftplan.dtypes import ITEMSIZE, parse_dtype
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
 from peftplan.libraries.quantized import QUANT_TENSORS
@@ -30,7 +30,6 @@ from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.model import Built
 
 PASSES = "adapter before it is cast"
-FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 Part = tuple[str, Any, str, torch.nn.Parameter]
 """Full name, module, name within the module, parameter."""
 
@@ -42,6 +41,11 @@ class _Moved(NamedTuple):
     tensor: torch.Tensor
     category: Category
     tuned: bool
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a parameter that peft may cast."""
+        return self.tuned and self.category != "buffers" and self.tensor.is_floating_point()
 
 
 def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
@@ -63,8 +67,7 @@ def _dense_model(built: Built, tracker: Tracker, setup: Setup) -> None:
             later.append(part)
         else:
             tracker.register(part.tensor, part.category, part.name)
-    passing = dtypes_before(setup, None)
-    _cast(tracker, [(part, passing if part.tuned and part.category != "buffers" else ()) for part in later])
+    _cast(tracker, later, dtypes_before(setup, None))
     for name, tensor in _in_dicts(built):
         tracker.register(tensor, "buffers", name)
 
@@ -110,25 +113,25 @@ def _quantized_model(built: Built, tracker: Tracker, setup: Setup, quant: QuantC
             tracker.end(halves[name])
     passing = dtypes_before(setup, quant) if any(isinstance(m, BaseTunerLayer) for m in built.model.modules()) else ()
     added = [(name, parameter) for name, _, _, parameter in _parts(built) if built.owners[name] == "adapter_weights"]
-    _cast(tracker, [(_Moved(name, parameter, "adapter_weights", True), passing) for name, parameter in added])
+    _cast(tracker, [_Moved(name, parameter, "adapter_weights", True) for name, parameter in added], passing)
 
 
-def _cast(tracker: Tracker, parts: list[tuple[_Moved, tuple[str, ...]]]) -> None:
-    """Register tensors, each with the dtypes that it has before its own; one cast after the other goes through all of them."""
+def _cast(tracker: Tracker, parts: list[_Moved], passing: tuple[str, ...]) -> None:
+    """Register tensors. Parameters of an adapter have these dtypes before their own; each cast goes over all of them."""
+    waiting = [part for part in parts if passing and part.is_adapter and parse_dtype(part.tensor.dtype) != passing[-1]]
+    names = {part.name for part in waiting}
     uncast: dict[str, Storage] = {}
-    waiting = [(part, passing) for part, passing in parts if passing and FLOATS.get(part.tensor.dtype) not in (None, passing[-1])]
-    names = {part.name for part, _ in waiting}
-    for part, passing in parts:
+    for part in parts:
         if part.name in names:
             uncast[part.name] = _dense(tracker, tuple(part.tensor.shape), passing[0], name=part.name, op=PASSES)
         else:
             tracker.register(part.tensor, part.category, part.name)
-    for number in range(1, max((len(passing) for _, passing in waiting), default=0)):
-        for part, passing in waiting:
-            wide = _dense(tracker, tuple(part.tensor.shape), passing[number], name=part.name, op=PASSES)
+    for dtype in passing[1:]:
+        for part in waiting:
+            after = _dense(tracker, tuple(part.tensor.shape), dtype, name=part.name, op=PASSES)
             tracker.end(uncast[part.name])
-            uncast[part.name] = wide
-    for part, _ in waiting:
+            uncast[part.name] = after
+    for part in waiting:
         tracker.register(part.tensor, part.category, part.name)
         tracker.end(uncast[part.name])
 
