@@ -71,19 +71,19 @@ def rehearse(request: Request, *, rank: int = 0, stdout: int | None = None) -> R
             raise InputError("COMMAND", request.command[0], f"it does not start: {reason}; accepted: a program on PATH")
         reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rank*.json"))]
         stand_ins, remarks = _lines(folder / "stand-ins.txt"), _lines(folder / "notes.txt")
-        written = keeper.read(folder)
+        host = keeper.read(folder)
         recording = _recording(folder, request)
         if request.snapshot is not None and (pickles := sorted(folder.glob("*.pickle"))):
             request.snapshot.write_bytes(pickles[0].read_bytes())
     world_size = max((report["world_size"] for report in reports), default=request.world_size)  # a launcher says it
     settings = settings._replace(world_size=world_size)
-    result = _result(request, reports, code, timed_out=timed_out, over=written.over, settings=settings)
+    result = _result(request, reports, code, timed_out=timed_out, over=host.over, settings=settings)
     return replace(
         result,
         replaced=(*stand_ins, *_replaced(settings, request)),
         notes=(*result.notes, *remarks),
         seconds=round(seconds, 1),
-        host_bytes=written.host_bytes,
+        host_bytes=host.host_bytes,
         recording=recording,
     )
 

@@ -338,6 +338,6 @@ def test_a_checkpoint_that_is_there_survives_and_nothing_is_sent(tmp_path: Path,
         with pytest.raises(BlockingIOError):
             server.accept()
     assert (result.ended, seen(output)) == ("steps", ["done", True])
-    assert any("nothing of create_commit went to someone/something" in note for note in result.notes)
+    assert any("create_commit of someone/something was left out" in note for note in result.notes)
     assert checkpoint.read_bytes() == b"precious weights"
     assert [path.name for path in checkpoint.parent.iterdir()] == ["model.safetensors"]

@@ -181,8 +181,8 @@ def categories(
     """Each block that was alive at a moment, with its category."""
     computing = phase_at(marks, moment) in ("forward", "backward")
     for block in blocks:
-        by_block = category(block, persistent, marks)
-        yield block, "temporaries" if by_block == "activations" and not computing else by_block
+        while_computing = category(block, persistent, marks)
+        yield block, "temporaries" if while_computing == "activations" and not computing else while_computing
 
 
 def category(block: Block, persistent: Persistent, marks: list[tuple[int, int, str]]) -> str:

@@ -74,9 +74,9 @@ def _device(watched: Watched, device: int) -> dict[str, Any]:
     stats = torch.cuda.memory_stats(device)
     moment, blocks = alive.at_peak(device)
     watched.persistent.find_workspaces(device)
-    by_category = list(alive.categories(blocks, watched.persistent, watched.marks, moment))
+    categorised = list(alive.categories(blocks, watched.persistent, watched.marks, moment))
     sums: dict[str, int] = {}
-    for block, category in by_category:
+    for block, category in categorised:
         sums[category] = sums.get(category, 0) + block.bytes
     return {
         "device": device,
@@ -89,7 +89,7 @@ def _device(watched: Watched, device: int) -> dict[str, Any]:
         ],
         "by_category": sums,
         "cache_released": stats.get("num_alloc_retries", 0),
-        "largest": alive.by_line(by_category),
+        "largest": alive.by_line(categorised),
     }
 
 

@@ -28,14 +28,14 @@ def _answer(module: Any, say: Callable[[str], None]) -> None:
     endpoint = module.constants.ENDPOINT
 
     def create_repo(self: Any, repo_id: str, **_: Any) -> Any:
-        say(f"push_to_hub is left out: {repo_id} was not made on the Hub")
+        say(f"nothing goes to the Hub: {repo_id} was not created")
         owned = repo_id if "/" in repo_id else f"{WHO['name']}/{repo_id}"
         return module.RepoUrl(f"{endpoint}/{owned}", endpoint=endpoint)
 
     def commit(name: str) -> Callable[..., Any]:
         def not_sent(self: Any, *args: Any, run_as_future: bool = False, **kwargs: Any) -> Any:
             repo_id = kwargs.get("repo_id") or next((arg for arg in args if isinstance(arg, str)), "a repository")
-            say(f"push_to_hub is left out: nothing of {name} went to {repo_id}")
+            say(f"nothing goes to the Hub: {name} of {repo_id} was left out")
             fields = {"commit_message": str(kwargs.get("commit_message")), "commit_description": "", "oid": "0" * 40}
             info = module.CommitInfo(commit_url=f"{endpoint}/{repo_id}/commit/{'0' * 40}", **fields)
             if not run_as_future:

@@ -50,7 +50,7 @@ class FusedLinear(torch.autograd.Function):
         into_hidden, into_weight, into_bias = hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        buffer = targets.new_empty(scored)
+        scored_rows = targets.new_empty(scored)
         grad_hidden = torch.zeros_like(hidden) if into_hidden else hidden.new_empty(0)
         grad_weight = torch.zeros_like(weight) if into_weight else hidden.new_empty(0)
         grad_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if into_bias else None
@@ -62,9 +62,9 @@ class FusedLinear(torch.autograd.Function):
         many = ceil_div(weight.shape[0], SPLIT_COLUMNS) > FEW_SPLITS
         with torch.autocast(device, enabled=False):
             if fp32 and modern and many and scored >= FLASH_FROM_ROWS and not (into_weight or into_bias):
-                _tiled(hidden, stored, buffer, dtype)
+                _tiled(hidden, stored, scored_rows, dtype)
             else:
-                _chunked(hidden, stored, buffer, dtype, fp32, grad_hidden, grad_weight if into_weight else None, grad_bias)
+                _chunked(hidden, stored, scored_rows, dtype, fp32, grad_hidden, grad_weight if into_weight else None, grad_bias)
         loss = (-log_probs.double()).sum().float()
         del full_bias, log_probs, stored
         ctx.save_for_backward(grad_hidden, grad_weight)
