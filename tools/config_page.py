@@ -1,9 +1,16 @@
-"""Write docs/configs.md: what is read of every published training config that is kept here: `python -m tools.config_page`."""
+"""Write docs/configs.md: what is read of every published training config that is kept here: `python -m tools.config_page`.
+
+With `--trace` the configs that have no formula, but a model that can be traced, are traced again (half a minute of a core each)
+and kept in `tests/job/configs/traced.json`, which the page reads.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +21,8 @@ from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.with_file import effect_of
 from peftplan.planning.configs import ConfigEntry, of_plan
 from tests.job.configs.published import plan, records
+
+TRACED = Path(__file__).parents[1] / "tests" / "job" / "configs" / "traced.json"
 
 PAGE = Path(__file__).parents[1] / "docs" / "configs.md"
 MOST_KEYS, MOST_MODELS, MOST_REASONS = 40, 40, 15
@@ -39,10 +48,41 @@ class Case(NamedTuple):
         return self.plan.model is not None and catalogue.find(self.plan.model) is not None
 
     @property
+    def has_pictures(self) -> bool:
+        """Whether the model reads more than text (transformers' `vision_config`, `audio_config`)."""
+        entry = catalogue.find(self.plan.model) if self.plan.model is not None else None
+        return entry is not None and any(entry.facts()["config"].get(key) for key in ("vision_config", "audio_config"))
+
+    @property
+    def by_trace(self) -> bool:
+        """Whether the trace engine has an exact peak, and no formula has."""
+        traced = _traced().get(self.path)
+        has_peak = traced is not None and traced["peak_allocated"] is not None and traced["bound"] is None
+        return has_peak and self.entry.peak_allocated is None and not self.entry.unsupported
+
+    @property
     def kind(self) -> str:
         """What the file is: `training`, `launch`, `other`, or training by Megatron."""
         megatron = any(MEGATRON in entry.why for entry in self.plan.unsupported.values())
         return MEGATRON if megatron and self.plan.kind == "training" else self.plan.kind
+
+
+@cache
+def _traced() -> dict[str, dict[str, int | str | None]]:
+    """What the trace engine says of configs, by path."""
+    return dict(json.loads(TRACED.read_text(encoding="utf-8")))
+
+
+def trace(read: Sequence[Case]) -> None:
+    """Trace what has no formula, and keep the peaks."""
+    rows = {}
+    for case in read:
+        could = "--engine trace" in (case.entry.error or "") and not case.entry.unsupported
+        if could and case.kind == "training" and case.known:
+            entry = of_plan(case.plan, engine="trace")
+            print(entry, flush=True)
+            rows[case.path] = {key: getattr(entry, key) for key in ("peak_allocated", "peak_reserved", "scope", "bound", "error")}
+    TRACED.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n", encoding="utf-8")
 
 
 def _why(case: Case, key: str) -> tuple[str, str]:
@@ -76,10 +116,11 @@ def row(name: str, of: Sequence[Case]) -> tuple[str, ...]:
     peaks = [case for case in counted if case.entry.peak_allocated is not None]
     exact = [case for case in peaks if case.entry.bound is None]
     by_keys = [case for case in counted if case.entry.peak_allocated is None and case.entry.bound == "unknown"]
-    numbers = (len(counted), len(exact), len(peaks) - len(exact), len(by_keys))
+    traced = [case for case in counted if case.by_trace]
+    shares = (_of(len(counted), len(known)), _of(len(exact), len(known)))
+    numbers = (len(traced), len(peaks) - len(exact), len(by_keys))
     by_tool = sum(refused_by(case) is not None for case in known)
-    rest = (len(counted) - len(peaks) - len(by_keys), len(known) - len(counted) - by_tool, by_tool)
-    shares = (share(len(counted), len(known)), share(len(exact), len(known)))
+    rest = (len(counted) - len(peaks) - len(by_keys) - len(traced), len(known) - len(counted) - by_tool, by_tool)
     return (name, str(len(of)), str(len(known)), *shares, *map(str, numbers + rest))
 
 
@@ -89,6 +130,11 @@ def refused_by(case: Case) -> str | None:
     if case.entry.total_parameters is not None:
         return None
     return next((place for text, place in TOOLS_REFUSE.items() if text in error), None)
+
+
+def _of(part: int, whole: int) -> str:
+    """A number, and its share of the whole."""
+    return f"{part} ({share(part, whole)})" if whole else str(part)
 
 
 def share(part: int, whole: int) -> str:
@@ -108,6 +154,7 @@ def page(read: Sequence[Case]) -> str:
     """The page."""
     training = [case for case in read if case.kind == "training"]
     known = [case for case in training if case.known]
+    text = [case for case in known if not case.has_pictures]
     tools = sorted({case.plan.tool for case in training})
     rows = [row(tool, [case for case in training if case.plan.tool == tool]) for tool in tools]
     kinds = Counter(case.kind for case in read)
@@ -126,34 +173,39 @@ path, commit and licence), by the analytic engine. {kinds["training"]:,} of them
         kinds["other"]
     } do something else (inference, export, evaluation, data, tools without a reader).
 
-*Counted* are parameters. *Exact* peaks have no unsupported key; a *bound* has keys whose direction is known; a *null*
-peak has keys whose effect is not known; *no formula* needs the trace engine, or has none; a *refusal* is an error with its
-reason, in a column of its own where a library of the tool raises it. Shares are of the configs whose model is built in.
+*Counted* are parameters. *Exact* peaks have no unsupported key; peaks *by trace* neither, but only `--engine trace` has them,
+for the text of a vision-language model (`scope: "text"`); a *bound* has keys whose direction is known; a *null* peak has keys
+whose effect is not known; *no formula* has no peak by either engine; a *refusal* is an error with its reason, in a column of its
+own where a library of the tool raises it (*tool refuses*). Shares are of the configs whose model is *built in*.
 
 {
         table(
             (
                 "tool",
                 "training",
-                "model built in",
-                "share counted",
-                "share exact",
+                "built in",
                 "counted",
                 "exact peak",
+                "by trace",
                 "bound",
                 "null",
                 "no formula",
                 "refusal",
-                "refused by the tool",
+                "tool refuses",
             ),
-            [*rows, row("all", training)],
+            [
+                *rows,
+                row("built in: text models", text),
+                row("built in: vision-language models", [case for case in known if case.has_pictures]),
+                row("all", training),
+            ],
         )
     }
 
 Targets, of the configs whose model is built in: counts for 95 %, and exact peaks for 90 % of the text models. Counts are at
-{_counted(known)} of {len(known)} ({_counted(known) / len(known):.1%}), exact peaks at {
-        share(_exact(known), len(known))
-    } (vision-language models included). Of all training configs {share(_counted(known), len(training))} are counted.
+{_counted(known)} of {len(known)} ({_counted(known) / len(known):.1%}), exact peaks at {_exact(text)} of {len(text)} ({
+        share(_exact(text), len(text))
+    }). Of all training configs {share(_counted(known), len(training))} are counted.
 
 ## Unsupported keys, most frequent first
 
@@ -210,4 +262,7 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(cases()), encoding="utf-8")
+    everything = cases()
+    if "--trace" in sys.argv:
+        trace(everything)
+    PAGE.write_text(page(everything), encoding="utf-8")

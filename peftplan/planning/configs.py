@@ -16,7 +16,7 @@ from peftplan.job.configs.plan import ConfigPlan, Tool
 from peftplan.job.configs.read import read_config, read_document
 from peftplan.job.setup import ENGINES, Engine
 from peftplan.planning.estimate import estimate
-from peftplan.planning.verdicts import counted_cards, find_cards
+from peftplan.planning.verdicts import counted_cards, find_cards, scope_of
 from peftplan.results.documents import VerdictName
 
 SUFFIXES = (".yml", ".yaml", ".json", ".sh", ".py", ".ipynb")
@@ -41,6 +41,8 @@ class ConfigEntry(NamedTuple):
     error: str | None = None
     """Why there is no estimate, or no peak."""
     bound: Literal["at_most", "at_least", "unknown"] | None = None
+    scope: str | None = None
+    """`text` where the peak is that of the text of a vision-language model: pictures are not counted."""
 
 
 def configs(
@@ -141,6 +143,7 @@ def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analy
         verdict=result.gpus[0].verdict if result.gpus else None,  # type: ignore[arg-type]
         error=None if peaks else result.not_modelled[0],
         bound=read["bound"],
+        scope=scope_of(peaks) if peaks else None,
         unsupported=tuple(read["unsupported"]),
     )
 

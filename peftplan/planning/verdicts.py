@@ -199,9 +199,14 @@ def verdict(
         lower_bound=lower_bound,
         upper_bound=bound == "at_most" and not lower_bound,
         runs_by_releasing_cache=releases_cache and word == "tight",
-        scope=TEXT if peaks is not None and peaks.assumed.get("images_per_sample") == 0 else None,
+        scope=None if peaks is None else scope_of(peaks),
         reason=refused,
     )
+
+
+def scope_of(peaks: Peaks) -> str | None:
+    """`text` where pictures are not counted; None where all of a sample is."""
+    return TEXT if peaks.assumed.get("images_per_sample") == 0 else None
 
 
 def usable_and_room(card: Gpu) -> tuple[int, int]:

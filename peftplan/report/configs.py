@@ -55,13 +55,15 @@ def cells(entry: ConfigEntry) -> tuple[str | int | None, ...]:
 
 
 def note(entry: ConfigEntry) -> str | None:
-    """Why there is no peak, or which keys make it a bound."""
+    """Why there is no peak, which keys make it a bound, and of what it is the peak."""
     if entry.tool in LAUNCHERS:
         return LAUNCH_FILE
     keys = ", ".join(entry.unsupported[:MOST_NAMES])
     more = len(entry.unsupported) - MOST_NAMES
     unsupported = f"unsupported: {keys}{f' and {more} more' if more > 0 else ''}" if keys else None
-    return unsupported if entry.total_parameters is not None and unsupported else entry.error or unsupported
+    of_keys = unsupported if entry.total_parameters is not None and unsupported else entry.error or unsupported
+    scope = f"{entry.scope} only: pictures are not counted" if entry.scope else None
+    return "; ".join(filter(None, (of_keys, scope))) or None
 
 
 def notes(entries: Sequence[ConfigEntry]) -> list[str]:
@@ -77,9 +79,11 @@ def summed(entries: Sequence[ConfigEntry]) -> str:
     others = sum(entry.tool == "other" for entry in entries)
     counted = sum(entry.total_parameters is not None for entry in entries)
     peaks = [entry for entry in entries if entry.peak_allocated is not None]
-    exact = sum(not entry.unsupported for entry in peaks)
+    exact = sum(not entry.unsupported and entry.scope is None for entry in peaks)
+    of_text = sum(entry.scope is not None for entry in peaks)
     training = len(entries) - launching - others
-    figures = f": {counted} counted, {len(peaks)} with a peak, {exact} exact" if training else ""
+    text = f", {of_text} of text only" if of_text else ""
+    figures = f": {counted} counted, {len(peaks)} with a peak, {exact} exact{text}" if training else ""
     parts = [_files(training, "training config") + figures]
     parts += [_files(number, what) for number, what in ((launching, "launch file"), (others, "other file")) if number]
     legend = [f"{SIGNS[bound]}{text}" for bound, text in SIGN_MEANS.items() if any(entry.bound == bound for entry in peaks)]

@@ -106,6 +106,15 @@ def test_a_trace_without_pictures_says_text_only(tmp_path: Path) -> None:
     job = ("estimate", str(config), "--gpu", "h100", "--engine", "trace", "--seq-len", "64", "--require-fit")
     assert run(*job).code == 1
     assert run(*job, "--text-only").code == 0
+    axolotl = tmp_path / "lora.yml"
+    axolotl.write_text(
+        f"base_model: {config}\nadapter: lora\nlora_r: 8\nlora_target_linear: true\nlora_mlp_kernel: false\n"
+        "micro_batch_size: 1\nsequence_len: 64\n",
+        encoding="utf-8",
+    )
+    many = run("configs", str(axolotl), "--engine", "trace", columns=140).out
+    assert "text only: pictures are not counted" in many
+    assert "1 training config: 1 counted, 1 with a peak, 0 exact, 1 of text only" in many
 
 
 @pytest.mark.parametrize("method", ["houlsby", "pfeiffer"])
