@@ -51,11 +51,25 @@ def as_torchtune_builds(architecture: Architecture, config: Mapping[str, object]
     return replace(architecture, buffers=buffers)
 
 
+def as_unsloth_loads(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
+    """The architecture of the checkpoint that Unsloth loads in its place: Phi-3's is Mistral's there.
+
+    Source: unsloth 2026.10.9, models/mapper.py (`unsloth/Phi-3-medium-4k-instruct`), whose printed counts are those of seven
+    projections.
+    """
+    return _apart(architecture, config, "mistral") if architecture.model_type in APART else architecture
+
+
 def _with_parts_apart(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
     """The architecture with queries, keys and values apart, and with gate and up."""
-    of_llama = {**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_scaling": None}
-    apart = read_config(of_llama, name=architecture.name, task_type=architecture.task_type)
+    apart = _apart(architecture, config, "llama")
     return replace(architecture, modules=apart.modules, blocks=apart.blocks)
+
+
+def _apart(architecture: Architecture, config: Mapping[str, object], model_type: str) -> Architecture:
+    name = f"{model_type.capitalize()}ForCausalLM"
+    of_type = {**config, "model_type": model_type, "architectures": [name], "rope_scaling": None}
+    return read_config(of_type, name=architecture.name, task_type=architecture.task_type)
 
 
 def without_formula(job: Job) -> str | None:

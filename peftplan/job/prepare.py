@@ -13,6 +13,7 @@ from peftplan.errors import InputError, RefusedError
 from peftplan.job import sources as architectures
 from peftplan.job.adapting import adapted, ignored_fields, method_of
 from peftplan.job.job import Job
+from peftplan.job.kernels import kernels_of
 from peftplan.job.launch import FILES, launch_options
 from peftplan.job.request import Request, read_request
 from peftplan.job.requirements import accepted_batch
@@ -100,6 +101,10 @@ def prepared(request: Request) -> Job:
         from peftplan.job.built import as_torchtune_builds
 
         architecture = as_torchtune_builds(architecture, model_config, adapted=bool(kind and kind.peft_type))
+    if kernels_of(setup.kernels or ()).decoder is not None:
+        from peftplan.job.built import as_unsloth_loads
+
+        architecture = as_unsloth_loads(architecture, model_config)
     quant = _quant(setup, kind)
     setup = resolved(
         setup,

@@ -35,6 +35,8 @@ class Effective:
         """Whether a key of the file, or the tool's default for it, has one of the values of a rule."""
         if key == "program":
             return runs(self.document.program, accepted)
+        if key == "file":
+            return any(self._equal(self.file, each) for each in accepted)
         if accepted == "said":
             return self.values.get(key) is not None
         if isinstance(accepted, Mapping):

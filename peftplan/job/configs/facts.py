@@ -49,7 +49,7 @@ class Rule(TypedDict, total=False):
 
     when: Mapping[str, Any]
     """Key → a list of accepted values, `set` or `unset`, for which the tool's defaults count, `said`: by the file, or
-    `{"at_least": number, "times": key}`: its product with another key's."""
+    `{"at_least": number, "times": key}`: its product with another key's. `file` and `program` are what is read."""
     set: Mapping[str, Any]
     """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"sum": [names]}`, `{"names": {key: …}}` or `{"globs": key}`
     (`reading`)."""
@@ -62,6 +62,7 @@ class Rule(TypedDict, total=False):
     supports: list[str]
     """Keys that rules before this one called unsupported, and that are supported here."""
     assumed: Mapping[str, str]
+    """What is assumed: of a rule with `supports`, where one of its keys was unsupported."""
     kind: str
     why: str
     at: str

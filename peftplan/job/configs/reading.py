@@ -214,9 +214,9 @@ class Reading:
             self.unsupported[row["key"]] = Unsupported(value, row["why"], row.get("effect", "unknown"), row.get("option"))
             self.read.pop(row["key"], None)
             self.ignored.pop(row["key"], None)
-        for key in rule.get("supports", ()):
-            self.unsupported.pop(key, None)
-        self.assumed |= rule.get("assumed", {})
+        settled = [self.unsupported.pop(key, None) for key in rule.get("supports", ())]
+        if any(settled) or not settled:
+            self.assumed |= rule.get("assumed", {})
         self.kind = rule.get("kind", self.kind)
 
     def refuse_unknown_names(self) -> None:

@@ -195,6 +195,38 @@ def test_unsloth_compiles_layers_of_padded_batches(
     assert not peftplan.estimate(config=plan, kernels="unsloth").config["unsupported"]  # the user says how it runs
 
 
+@pytest.mark.parametrize(
+    ("settings", "arguments", "assumed"),
+    [
+        ("", ", padding_free=False", True),
+        ("%env UNSLOTH_BLOCK_COMPILE=0", ", padding_free=False", False),
+        ("%env UNSLOTH_BLOCK_COMPILE_LEGACY=1", ", padding_free=False", False),
+        ("", "", False),
+    ],
+)
+def test_a_notebook_is_assumed_to_have_a_torch_before_layers_compile(settings: str, arguments: str, assumed: bool) -> None:
+    """unsloth 2026.10.9, models/llama.py:3431; where nothing is left to torch's release, nothing is assumed."""
+    program = UNSLOTH.format(settings="", arguments=f"{arguments}, max_steps=60")
+    plan = read_text(
+        json.dumps({"cells": [{"cell_type": "code", "source": [cell]} for cell in (settings, program)]}), file="a.ipynb"
+    )
+    assert ("2.11" in plan.assumed.get("torch", "")) is assumed
+    assert set(plan.unsupported) == (COMPILED if "LEGACY" in settings else set())
+
+
+def test_unsloth_loads_phi_with_its_projections_apart() -> None:
+    """The seven projections of Phi-3 medium: 65,536,000 trainable parameters, as its notebook prints them."""
+    plan = read_text(
+        UNSLOTH.format(settings="", arguments=", max_steps=60").replace("Llama-3.2-1B", "Phi-3-medium-4k-instruct"), file="a.py"
+    )
+    assert not plan.unsupported
+    result = peftplan.estimate(config=plan)
+    assert result.trainable_parameters == 65_536_000
+    assert result.peaks is not None
+    fused = peftplan.estimate("phi-3-medium-4k-instruct", method="lora", r=16, target_modules=["qkv_proj", "gate_up_proj"])
+    assert fused.trainable_parameters != result.trainable_parameters
+
+
 def test_a_run_whose_length_the_data_decide_is_assumed_to_be_short() -> None:
     plan = read_text(UNSLOTH.format(settings="", arguments=", num_train_epochs=3"), file="train.py")
     assert not plan.unsupported
