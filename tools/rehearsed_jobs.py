@@ -116,10 +116,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def estimated(job: str, engine: str) -> dict[str, Any]:
-    """The same job's peaks by an engine of ours, or `error`."""
+def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
+    """The same job's peaks by an engine of ours, or `error`. `options` of a row are those that launch files alone set."""
     try:
-        model, options = job_of(job)
+        model, options = job_of(row["job"])
+        options = {**options, **row.get("options", {})}
         result = estimate(model, engine=engine, script=LOOP if options.get("trainer") == "plain" else NO_SCRIPT, **options)
     except PeftplanError as error:
         return {"error": str(error)}
@@ -132,7 +133,7 @@ def estimated(job: str, engine: str) -> dict[str, Any]:
 
 def drifts(row: dict[str, Any], engine: str) -> dict[str, float] | None:
     """What → signed per cent of an engine's number against the rehearsal's; None where one has no number."""
-    stated = estimated(row["job"], engine)
+    stated = estimated(row, engine)
     if "allocated" not in row or stated.get("allocated") is None:
         return None
     pairs = {what: (stated[what], row[what]) for what in ("allocated", "reserved")}
@@ -168,10 +169,15 @@ def page(results: list[tuple[str, dict[str, Any], dict[str, float] | None]], *, 
                 lines.append(f"| {engine} | {what} | {len(values)} | {' | '.join(cells)} |")
     lines += ["", "## Jobs", "", "| job | " + " | ".join(f"{e} allocated / reserved" for e in engines) + " |"]
     lines += ["| --- |" + " --- |" * len(engines)]
-    for job in dict.fromkeys(row["job"] for _, row, _ in results):
-        by_engine = {engine: drift for engine, row, drift in results if row["job"] == job}
+    for job in dict.fromkeys(_spelled(row) for _, row, _ in results):
+        by_engine = {engine: drift for engine, row, drift in results if _spelled(row) == job}
         lines.append(f"| `{job}` | " + " | ".join(_cell(by_engine.get(engine)) for engine in engines) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _spelled(row: dict[str, Any]) -> str:
+    options = (f"{name}: {', '.join(values)}" for name, values in row.get("options", {}).items())
+    return "; ".join((str(row["job"]), *options))
 
 
 def _cell(drift: dict[str, float] | None) -> str:

@@ -236,6 +236,12 @@ def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Co
         arrives=arrives,
         device_map=holding is not None and holding.device is not None,
     )
+    if job.quant is not None and job.quant.by_torchao:
+        from peftplan.analytic import ranks
+        from peftplan.memory.torchao_load import load_nf4
+
+        load = partial(load_nf4, parameters=parameters, quant=job.quant, dtype=setup.dtype)
+        passing = ranks.passing_on_rank(load, Ledger(loaded))
     if job.reference == "copy":
         from peftplan.memory.reference_load import load_both
 

@@ -110,12 +110,24 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "cp_size": distributed.cp_size not in (None, 1),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
         "loss": job.setup.loss != "full" and not job.setup.by.own_modules,
-        "custom_sharded_layers": bool(distributed.custom_sharded_layers),
+        "custom_sharded_layers": bool(distributed.custom_sharded_layers) and not _knows_ends(job, distributed),
         "offload_params": distributed.offload_params == "cpu" and job.setup.by.own_modules,
         "forward_prefetch": bool(distributed.forward_prefetch),
         "use_orig_params": distributed.use_orig_params is False,
         **{f"{name} under FSDP1": flat and is_set for name, is_set in of_fsdp2.items()},
     }
+
+
+def _knows_ends(job: Job, distributed: Distributed) -> bool:
+    """Whether a recipe of torchtune was rehearsed that shards these layers apart: of a model with a head of its own."""
+    from peftplan.memory.sharded import BY_TORCHTUNE, tied
+
+    return (
+        job.setup.by.own_modules
+        and not tied(job.architecture)
+        and job.setup.loss == "torchtune-linear"
+        and set(distributed.custom_sharded_layers or ()) == BY_TORCHTUNE.keys()
+    )
 
 
 def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:

@@ -248,6 +248,8 @@ def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:
         quant_storage=setup.quant_storage,
         skip_modules=setup.quant_skip_modules,
     )
+    if quant is not None and quant.name == "nf4" and setup.by.own_modules:
+        quant = quant._replace(by_torchao=True, double_quant=True)
     check_trainable(quant)
     if quant is not None and method is not None and method.name == "full":
         raise RefusedError(f"quant: a base stored as {quant.name} cannot be trained in full; use a PEFT method or --quant none")

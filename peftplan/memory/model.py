@@ -86,7 +86,7 @@ class Model(Weights):
             return ops.linear(f, x, part.own_weight, part.bias, transposed=part.kind == "Conv1D")
         from peftplan.memory.quantized import QUANTIZED
 
-        return QUANTIZED[part.quant.name](f, part, x)
+        return QUANTIZED[part.quant.layout](f, part, x)
 
     @property
     def virtual_tokens(self) -> int:

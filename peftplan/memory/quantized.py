@@ -1,6 +1,7 @@
-"""Linear layers of bitsandbytes: what the packed weight takes while it is used.
+"""Quantized linear layers: what the packed weight takes while it is used.
 
-Source: bitsandbytes, `autograd/_functions.py` (`MatMul4Bit`, `MatMul8bitLt`), `backends/cuda/ops.py`, `nn/modules.py`.
+Source: bitsandbytes, `autograd/_functions.py` (`MatMul4Bit`, `MatMul8bitLt`), `backends/cuda/ops.py`, `nn/modules.py`; torchao
+0.18, quantization/quantize_/workflows/nf4/nf4_tensor.py.
 Left out: the fused 4-bit kernel of some cards for up to 1536 tokens, and int8's outlier columns, which depend on the data.
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftplan.storage.config import TORCHAO_NF4
+from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Strided, Tensor
 from peftplan.units import ceil_div
@@ -135,5 +138,53 @@ def _linear8bit_backward(f: Tape, node: Node, saved: tuple[Part], g: Tensor) -> 
     return grad, bias
 
 
-QUANTIZED = {"nf4": linear4bit, "fp4": linear4bit, "int8": linear8bit}
-"""Formats whose layers the engines run; the others have no peak (`storage.without_peak`), or train nowhere."""
+def linear_of_torchao(f: Tape, part: Part, x: Tensor) -> Tensor:
+    """`LinearNF4`, and its bias (torchtune, modules/low_precision/nf4_linear.py): both passes restore the weight."""
+    n_out, _ = _sizes(part)
+    node = f.record(_linear_of_torchao_backward, (x,), part, x.dims)
+    if node is not None:
+        node.in_python = True
+    weight = _restored(f, part)
+    out = f.new((*x.dims[:-1], n_out), x.dtype, "linear", node)
+    del weight
+    return out if part.bias is None else ops.add(f, out, part.bias)
+
+
+def _linear_of_torchao_backward(f: Tape, node: Node, saved: tuple[Part, Dims], g: Tensor) -> Tensor:
+    part, x_dims = saved
+    weight = _restored(f, part)
+    grad = f.new(x_dims, g.dtype, "mm")
+    del weight
+    return grad
+
+
+def _restored(f: Tape, part: Part) -> Tensor:
+    """`NF4Tensor.get_original_weight`, whose local variables live to its end: int64 indices of both halves of the bytes, and each
+    half in the dtype of the weight before and after it is scaled.
+    """
+    assert part.quant is not None
+    n_out, n_in = _sizes(part)
+    assert isinstance(n_out, int)
+    assert isinstance(n_in, int)
+    half, scalers, dtype = (n_out * n_in // 2,), (n_out * n_in // part.quant.blocksize,), part.own_weight.dtype
+    indices = []
+    for op in (">>", "&"):
+        nibbles = f.new(half, "uint8", op)
+        indices.append(f.new(half, "int64", "to"))
+        del nibbles
+    values = [f.new(half, dtype, "index") for _ in indices]
+    quotient = f.new(scalers, dtype, "div")
+    of_blocks = f.new(scalers, dtype, "add")
+    del quotient
+    scaled = []
+    for _ in values:
+        repeated = f.new(half, dtype, "flatten")
+        scaled.append(f.new(half, dtype, "mul"))
+        del repeated
+    weight = f.new((n_out, n_in), dtype, "stack")
+    del indices, values, of_blocks, scaled
+    return weight
+
+
+QUANTIZED = {"nf4": linear4bit, "fp4": linear4bit, "int8": linear8bit, TORCHAO_NF4: linear_of_torchao}
+"""Layouts whose layers the engines run; the others have no peak (`storage.without_peak`), or train nowhere."""

@@ -25,6 +25,8 @@ from peftplan.parameters import Parameter, Parameters
 from peftplan.tape.tensors import Parameter as TapeParameter
 
 FLOATS = ("fp64", "fp32", "fp16", "bf16")
+BY_TORCHTUNE = {"tok_embeddings": EMBEDDING, "output": TAIL}
+"""Names in `custom_sharded_layers` → units."""
 
 
 def computing_dtype(distributed: Distributed, autocast: str) -> str | None:
@@ -53,7 +55,7 @@ def units_of(model: Model, full: Parameters, shards: Parameters, distributed: Di
                 _member(p, shard, distributed.shards, dtype, apart=of_fsdp1 and trained_apart and p.trainable)
                 for p, shard in members
             ),
-            reshards=reshards and name not in (TAIL, ROOT),
+            reshards=reshards and name not in ((ROOT,) if model.running.own_modules else (TAIL, ROOT)),
             parameters=partial(_parameters_of, model, name, {p.name for p, _ in members}),
         )
         for name, members in grouped(model.arch, full, shards, distributed, ends_apart=not model.running.own_modules).items()
@@ -67,7 +69,7 @@ def units_of(model: Model, full: Parameters, shards: Parameters, distributed: Di
         replicates=distributed.shards != distributed.world_size,
         joined={
             **({EMBEDDING: TAIL} if tied(model.arch) else {}),
-            **({NORM: TAIL} if final_norm(model.arch, full) else {}),
+            **({NORM: TAIL} if final_norm(model.arch, full) and not model.running.own_modules else {}),
         },
     )
     if isinstance(units_in_step, Fsdp1):
@@ -92,19 +94,21 @@ def grouped(
     """Unit → its parameters, in the order in which torch finds the units: the root first.
 
     `ends_apart`: whether the embedding and the tail may be units, as accelerate makes them; torchtune leaves them to the root
-    (training/_distributed.py `shard_model`).
+    unless `custom_sharded_layers` names them (training/_distributed.py `shard_model`). Then the final norm is the root's.
     """
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
     is_tied, norm = tied(arch), final_norm(arch, full)
     apart = ends_apart and distributed.strategy == "fsdp2" and not versions.FSDP2_TAIL_APART.after(distributed.accelerate)
     layers = sorted({number for p in full.all if p.owner == "base" for number in p.layers or ()})
     groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if apart and not is_tied else {})}
-    groups |= {layer(number): [] for number in layers} | ({TAIL: []} if apart else {})
+    named = {BY_TORCHTUNE[name] for name in distributed.custom_sharded_layers or ()}
+    groups |= {EMBEDDING: []} if EMBEDDING in named else {}
+    groups |= {layer(number): [] for number in layers} | ({TAIL: []} if apart or TAIL in named else {})
     for p in in_module_order(full):
         if p.quantized and p.name.endswith("weight") and not is_sharded(*pairs[id(p)]):
             continue
-        for name in _units(p, arch, norm, is_tied=is_tied) if apart or p.layers else (ROOT,):
-            groups[name].append(pairs[id(p)])
+        for name in _units(p, arch, None if named else norm, is_tied=is_tied) if apart or named or p.layers else (ROOT,):
+            groups[name if name in groups else ROOT].append(pairs[id(p)])
     return groups
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from peftplan.job.loss_sizes import CHUNKS
 from peftplan.memory.loss import causal_lm_loss
 from peftplan.memory.model import Model
+from peftplan.memory.units import TAIL
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
@@ -49,9 +50,11 @@ def _scored_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor], g: Tensor)
 
 
 def _of_chunk(model: Model, head: str, x: Tensor) -> Tensor:
-    """`compute_cross_entropy`: the summed loss of one chunk."""
+    """`compute_cross_entropy`: the summed loss of one chunk. Under FSDP2 each call of the head is a forward of its own
+    (`iter_forward_root`)."""
     f = model.tape
-    logits = model.linear(head, x)
+    logits = model.units.leave(TAIL, model.linear(head, model.units.enter_with(TAIL, x)))
+    model.units.end_forward()
     f.module = ""
     log_probabilities = ops.keeps_output(f, f.to(logits, "fp32"), "log_softmax")
     node = f.record(_nll_backward, (log_probabilities,), log_probabilities.dims)

@@ -12,7 +12,7 @@ from importlib import import_module
 from peftplan.errors import InputError
 from peftplan.ledger import Allocation, Category
 from peftplan.storage import bnb
-from peftplan.storage.config import FORMATS, Format, QuantConfig, check_trainable, parse_quant, without_peak
+from peftplan.storage.config import FORMATS, TORCHAO_NF4, Format, QuantConfig, check_trainable, parse_quant, without_peak
 from peftplan.storage.dense import dense
 from peftplan.storage.modules import is_skipped, keys_to_not_convert, quantized_modules, skip_list
 
@@ -53,6 +53,7 @@ _LAYOUTS: dict[str, Callable[..., tuple[Allocation, ...]]] = {
     "gptq": _lazily("packed", "gptq"),
     "awq": _lazily("packed", "awq"),
     "hqq": _lazily("packed", "hqq"),
+    TORCHAO_NF4: _lazily("torchao", "nf4"),
 }
 
 _RANKS: dict[str, tuple[int, ...]] = {"fp8": (2, 3), "mxfp4": (3,)}
@@ -74,15 +75,16 @@ def stored(quant: QuantConfig | None, *, shape: tuple[int, ...], dtype: str, kin
     if len(shape) not in ranks:
         accepted = " or ".join(map(str, ranks))
         raise InputError("shape", shape, f"{quant.name} stores weights of {accepted} dimensions")
-    return _LAYOUTS[quant.name](quant, shape=shape[::-1] if kind == "Conv1D" else shape, dtype=dtype)
+    return _LAYOUTS[quant.layout](quant, shape=shape[::-1] if kind == "Conv1D" else shape, dtype=dtype)
 
 
 def shared(quant: QuantConfig | None) -> tuple[Allocation, ...]:
     """The tensors that all weights of a process share: one dynamic map for double quantization, else nothing.
 
-    It is created when a weight is quantized, so a checkpoint that is already double quantized has none.
+    It is created when a weight is quantized, so a checkpoint that is already double quantized has none. torchao has none.
     """
-    return (bnb.dynamic_map(),) if quant and quant.double_quant and not quant.pre_quantized else ()
+    codes = quant is not None and quant.double_quant and not (quant.pre_quantized or quant.by_torchao)
+    return (bnb.dynamic_map(),) if codes else ()
 
 
 def category(name: str) -> Category:

@@ -84,6 +84,10 @@ unless bitsandbytes is called directly.
 """
 
 
+TORCHAO_NF4 = "nf4 of torchao"
+"""A layout that no word of `--quant` names: torchtune's recipes store nf4 so."""
+
+
 class QuantConfig(NamedTuple):
     """How the linear layers of a frozen base model are stored; made by `parse_quant`.
 
@@ -103,6 +107,13 @@ class QuantConfig(NamedTuple):
     quant_storage: str = "uint8"
     skip_modules: tuple[str, ...] | None = None
     pre_quantized: bool = False
+    by_torchao: bool = False
+    """Whether torchao stores it, and not the library of the format."""
+
+    @property
+    def layout(self) -> str:
+        """The name of how its weights lie and are used: the format's, unless torchao stores them."""
+        return TORCHAO_NF4 if self.by_torchao else self.name
 
     def options(self) -> dict[str, object]:
         """The options of this format by their names on the command line. A block size appears only if it was set."""

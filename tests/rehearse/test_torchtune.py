@@ -10,6 +10,7 @@ import pytest
 import peftplan
 from peftplan.errors import RefusedError
 from peftplan.job.built import BUILT
+from peftplan.storage import parse_quant, stored
 from tools.rehearsed_jobs import RECIPES, compared, page, read
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +109,39 @@ def test_no_gradient_outlives_backward_where_the_optimizer_steps_in_it() -> None
     assert after is not None
     assert within is not None
     assert after.by_phase["step"] - within.by_phase["step"] == 1_235_814_400 * 2
+
+
+def test_nf4_is_stored_as_torchao_stores_it() -> None:
+    """n elements: half a byte each, a byte for 64, a bf16 factor for 64 x 256; mean and table take a block of 512 each."""
+    result = peftplan.estimate("llama-3.2-1b", trainer="torchtune", method="qlora", r=8, target_modules="q_proj")
+    n, layers = 2048 * 2048, 16
+    of_projection = [line for line in result.static if line.name.startswith("model.layers.{}.self_attn.q_proj.")][:5]
+    assert [(line.name.rpartition(".")[2], line.bytes()) for line in of_projection] == [
+        ("weight", layers * n // 2),
+        ("quantized_scalers", layers * n // 64),
+        ("quantization_factor", layers * 512),  # 256 factors
+        ("scaler_mean", layers * 512),
+        ("code", layers * 512),
+    ]
+
+
+def test_restoring_a_weight_takes_fourteen_bytes_an_element() -> None:
+    """int64 indices, values and scaled values of all elements, and the weight: 8 + 2 + 2 + 2; scalers are 2 B for 64 elements."""
+    job = {"trainer": "torchtune", "method": "qlora", "r": 8, "target_modules": "q_proj"}
+    peaks = peftplan.estimate("llama-3.2-1b", **job).peaks  # type: ignore[arg-type]
+    assert peaks is not None
+    n = 8192 * 2048
+    (passing,) = (line for line in peaks.ledgers["load"] if line.category == "temporaries")
+    assert passing.bytes() == 14 * n + 2 * n // 64
+
+
+def test_torchao_stores_whole_blocks_alone() -> None:
+    quant = parse_quant("nf4")
+    assert quant is not None
+    with pytest.raises(
+        RefusedError, match="torchao stores whole blocks of 16384 elements in nf4, and a 100 × 100 weight has 10000"
+    ):
+        stored(quant._replace(by_torchao=True), shape=(100, 100), dtype="bf16")
 
 
 def test_other_strategies_of_torchtune_have_no_formula() -> None:

@@ -18,7 +18,7 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     result = base(x)
     a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
     dtype = result.dtype
-    if part.quant is not None and part.quant.name in FOUR_BIT:
+    if part.quant is not None and part.quant.layout in FOUR_BIT:
         result = ops.copied(f, result, "clone", viewed=False)
     converts = part.quant is None or running.autocast is None
     if converts:

@@ -408,6 +408,11 @@ MODEL = {"model_name_or_path": "Qwen/Qwen2.5-0.5B"}
         ("trl grpo", {"use_vllm": True, "vllm_mode": "server"}, {"use_vllm": True, "vllm_mode": "server"}),
         ("python examples/scripts/orpo.py", {"beta": 0.1}, {"trainer": "trl-orpo", "beta": 0.1}),
         ("python trl/scripts/rloo.py", {"beta": 0.1}, {"trainer": "trl-rloo", "beta": 0.1}),
+        (
+            "python examples/scripts/prm.py",
+            {},
+            {"trainer": "transformers", "task_type": "TOKEN_CLS", "num_labels": 2, "dtype": "bf16", "seq_len": 1024},
+        ),
     ],
 )
 def test_trl_commands_of_preferences_and_rewards(program: str, values: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -459,7 +464,7 @@ def test_options_of_another_trainer_are_left_out() -> None:
     assert {"vllm_server_host", "reward_funcs"} <= grpo.ignored.keys()
 
 
-@pytest.mark.parametrize("script", ["bco", "tpo", "gkd", "prm"])
+@pytest.mark.parametrize("script", ["bco", "tpo", "gkd"])
 def test_a_script_of_another_trainer_is_not_read_as_sft(script: str) -> None:
     plan = read(MODEL, kind="command", program=f"python examples/scripts/{script}.py")
     assert plan.unsupported["trainer"].effect == "unknown"
