@@ -142,6 +142,28 @@ def zero_jobs() -> Iterator[dict[str, Any]]:
     for model, method in product(FAMILIES, ("lora", "full")):
         yield published(model, method, trainer="transformers", seq_len=256)
     yield from zero3_jobs()
+    yield from classifying_jobs()
+
+
+CLASSIFYING = {"task_type": "SEQ_CLS", "seq_len": 128, "batch_size": 1, "gradient_checkpointing": False}
+"""A sentence, and what it says, as the examples of transformers and DeepSpeed tune encoders."""
+WIDE = {"dtype": "fp32", "autocast": "fp16"}
+
+
+def classifying_jobs() -> Iterator[dict[str, Any]]:
+    """Jobs of encoders under DeepSpeed, and models that are made in fp32 and trained in fp16."""
+    for strategy, method in product(("zero1", "zero2", "zero3"), ("full", "lora")):
+        yield variant("distilbert-base-uncased", method, strategy, **CLASSIFYING, **WIDE)
+    for model, strategy in product(("bert-base-uncased", "roberta-base", "deberta-v3-base"), ("zero2", "zero3")):
+        yield variant(model, "full", strategy, **CLASSIFYING)
+    for strategy in ("zero1", "zero2", "zero3"):
+        yield variant("gpt2", "full", strategy, **WIDE, gradient_checkpointing=False, batch_size=1, seq_len=1024)
+
+
+def variant(model: str, method: str, strategy: str, **settings: Any) -> dict[str, Any]:
+    """A job of a built-in model with other settings, which its name says."""
+    row = published(model, method, strategy=strategy, trainer="transformers", **settings)
+    return {**row, "name": " ".join([row["name"], *(f"{k}={v}" for k, v in settings.items())])}
 
 
 AUTO = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto")
@@ -173,10 +195,20 @@ def zero3_jobs() -> Iterator[dict[str, Any]]:
     yield job("zero3", "lora", 4, zero=AUTO, config={"model_type": "qwen3", **CLASSES["qwen3"]}, checkpointing=False)
     for model, method in product(("gpt2", "opt-125m", "qwen2.5-0.5b", "qwen3-0.6b"), ("lora", "full")):
         yield published(model, method, strategy="zero3", trainer="transformers", seq_len=256)
+    for model, method in product(("llama-3.2-1b", "pythia-160m", "qwen2.5-0.5b"), ("lora", "full")):
+        yield published(model, method, strategy="zero3", trainer="trl", seq_len=1024)
     for model, method in product(OTHER_ZERO3, METHODS):
         yield job("zero3", method, 4, model=model, layers=CUT[model], seq_len=256, zero=AUTO)
+    for model, method in product(("mixtral-8x7b-v0.1", "qwen3-30b-a3b", "qwen1.5-moe-a2.7b"), METHODS):
+        targets = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]} if method == "lora" else {}
+        yield job("zero3", method, 4, model=model, layers=2, seq_len=256, **targets, zero=AUTO)
     for strategy, method in product(("zero3", "zero2"), METHODS):
         yield job(strategy, method, 4, autocast="fp16", zero=AUTO if strategy == "zero3" else None)
+    for method in METHODS:
+        yield job("zero1", method, 4, autocast="fp16")
+        yield job("zero3", method, 4, loss="liger", zero=AUTO)
+        yield job("zero2", method, 4, loss="liger")
+    yield job("zero3", "full", 4, loss="liger", zero=AUTO, config={"tie_word_embeddings": True}, seq_len=1024)
 
 
 OTHER_ZERO3 = ("gemma-3-1b-pt", "pythia-1b", "bloom-1b1")
@@ -275,6 +307,8 @@ def fsdp1_jobs() -> Iterator[Named]:
         {"config": {"tie_word_embeddings": True}},
         {"fsdp": {"offload_params": "cpu"}},
         {"autocast": "fp16", "optim": "adamw_torch"},
+        {"fsdp": {"use_orig_params": False}},
+        {"fsdp": {"forward_prefetch": True, **ahead}},
     )
     for more, method in product(variants, METHODS):
         yield "fsdp1", method, 4, more

@@ -55,6 +55,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         "optim": program.get("optim", "adamw_torch_fused"),
         **({} if program["method"] == "full" else {"r": program.get("r", 16)}),
         **({"target_modules": targets} if (targets := program.get("target_modules")) else {}),
+        **({"loss": program["loss"]} if "loss" in program else {}),
         **({"dtype": "fp16", "autocast": "fp16"} if program.get("autocast") == "fp16" else {}),
         **({"dp_shard_size": shards} if (shards := program.get("parallel", {}).get("dp_shard_size")) else {}),
         **({"reduce_dtype": "fp32"} if "policy" in program else {}),
@@ -119,9 +120,15 @@ def command(row: dict[str, Any]) -> tuple[str, ...]:
         program = row["program"]
         model = {"model": program_words([program["model"]])[0]} if "model" in program else {"config": llama(program)}
         return (sys.executable, str(PROGRAM), json.dumps(program | model))
-    words = [word for name, value in row["program"].items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = [word for name, value in row["program"].items() for word in spelled(name, value)]
     where = ["--strategy", row["strategy"], "--gpus", str(row["world"])]
     return (sys.executable, str(BUILT_IN), *program_words([row["model"], *words, *where]))
+
+
+def spelled(name: str, value: object) -> tuple[str, ...]:
+    """An option of the program."""
+    option = name.replace("_", "-")
+    return (f"--{option}" if value else f"--no-{option}",) if isinstance(value, bool) else (f"--{option}", str(value))
 
 
 def largest_rank(row: dict[str, Any]) -> int:

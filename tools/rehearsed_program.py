@@ -186,11 +186,13 @@ def rows(job: argparse.Namespace, model: Any) -> Any:
 
 
 def with_trl(job: argparse.Namespace) -> None:
-    """SFTTrainer, which makes the adapter itself."""
+    """SFTTrainer, which makes the adapter itself. Its arguments come first: under ZeRO-3 they decide how the model is loaded."""
     from trl import SFTConfig, SFTTrainer
 
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.model))
+    config = SFTConfig(max_length=job.seq_len, **arguments(job, shape))
     model = load(job)
-    config = SFTConfig(max_length=job.seq_len, **arguments(job, model))
     SFTTrainer(
         model=model, args=config, train_dataset=rows(job, model).remove_columns("labels"), peft_config=adapter(job)
     ).train()

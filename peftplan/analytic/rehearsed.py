@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import peftplan.versions as versions
 from peftplan.distributed.tensor_parallel import PLANS, ranks_of
 from peftplan.memory.models import FORWARDS
+from peftplan.memory.zero3 import LEAVES
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -22,8 +23,10 @@ FSDP = ("fsdp1", "fsdp2")
 SHARDING = (*FSDP, *ZERO)
 UNDER_DEVICE_MAP = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose steps were rehearsed; Mistral runs Llama's operations."""
-UNDER_DEEPSPEED = (*UNDER_DEVICE_MAP, "gemma3_text", "gpt_neox", "gpt2", "opt", "bloom")
+UNDER_DEEPSPEED = (*UNDER_DEVICE_MAP, "gemma3_text", "gpt_neox", "gpt2", "opt", "bloom", "mixtral", "qwen3_moe", "qwen2_moe")
 """The same under DeepSpeed."""
+CLASSIFIERS_UNDER_DEEPSPEED = ("distilbert",)
+"""Encoders that were rehearsed there as classifiers of sequences."""
 
 
 def without_formula(job: Job) -> str | None:
@@ -44,7 +47,8 @@ def without_formula(job: Job) -> str | None:
     unknown = (_unknown_to_zero(job, distributed) if distributed.strategy in ZERO else _unknown_to_fsdp(job, distributed)) | {
         "use_reentrant": job.setup.use_reentrant
         and bool(job.setup.gradient_checkpointing)
-        and not (distributed.strategy == "fsdp1" and job.script.checkpoints_units),
+        and not (distributed.strategy == "fsdp1" and job.script.checkpoints_units)
+        and distributed.strategy != "zero3",
         **_unrehearsed(job),
     }
     return _listed(unknown)
@@ -112,8 +116,6 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "loss": job.setup.loss != "full" and not job.setup.by.own_modules,
         "custom_sharded_layers": bool(distributed.custom_sharded_layers) and not _knows_ends(job, distributed),
         "offload_params": distributed.offload_params == "cpu" and job.setup.by.own_modules,
-        "forward_prefetch": bool(distributed.forward_prefetch),
-        "use_orig_params": distributed.use_orig_params is False,
         **{f"{name} under FSDP1": flat and is_set for name, is_set in of_fsdp2.items()},
     }
 
@@ -137,26 +139,26 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         "deepspeed_optimizer": bool(distributed.deepspeed_optimizer),
         "offload_optimizer": distributed.offload_optimizer == "nvme",
         "autocast": job.setup.autocast != "bf16" and not _in_fp16(job, distributed),
-        "loss": job.setup.loss not in ("full", "trl-chunked"),
+        "loss": job.setup.loss not in ("full", "trl-chunked", "liger"),
     }
     if distributed.strategy != "zero3":
         return unknown
     tables = (job.architecture.input_embedding, job.architecture.output_embedding)
+    leaf = LEAVES.get(job.architecture.model_type)
     return unknown | {
         "reduce_scatter": distributed.reduce_scatter is False,
         "zero3_init": bool(distributed.zero3_init) and job.quant is not None,
         "offload_params": distributed.offload_params == "nvme",
-        "loss": job.setup.loss != "full",
         "modules_to_save": bool(getattr(job.config, "modules_to_save", None)),
         "bias": getattr(job.config, "bias", "none") != "none",
-        "target_modules": any(module.name in tables for module in job.adaptation.matched),
+        "target_modules": any(module.name in tables for module in job.adaptation.matched)
+        or any(leaf is not None and tensor.name.startswith(leaf) for tensor in job.adaptation.added),
     }
 
 
 def _in_fp16(job: Job, distributed: Distributed) -> bool:
-    """Whether the job is in fp16 as it was rehearsed: under ZeRO-2 and ZeRO-3, on the GPU."""
-    on_gpu = distributed.offload_optimizer in (None, "none")
-    return job.setup.autocast == "fp16" and distributed.strategy in ("zero2", "zero3") and on_gpu
+    """Whether the job is in fp16 as it was rehearsed, on the GPU."""
+    return job.setup.autocast == "fp16" and distributed.offload_optimizer in (None, "none")
 
 
 def _unrehearsed(job: Job) -> dict[str, bool]:
@@ -169,14 +171,22 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
         "keep_gradients": bool(setup.keep_gradients),
         f"method {method}": method not in SHOWN_METHODS or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
-        f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task),
-        f"model type {job.architecture.model_type}": not _is_decoder(job),
+        f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task)
+        and not _classifies(job),
+        f"model type {job.architecture.model_type}": not (_is_decoder(job) or _classifies(job)),
     }
 
 
 def _layer_classes(job: Job) -> tuple[str, ...]:
     """The name of the class of the model's layers."""
     return (f"{job.architecture.model_class.removesuffix('ForCausalLM')}DecoderLayer",)
+
+
+def _classifies(job: Job) -> bool:
+    """Whether the model is an encoder under DeepSpeed that classifies sequences."""
+    assert job.distributed is not None
+    known = job.distributed.strategy in ZERO and job.architecture.model_type in CLASSIFIERS_UNDER_DEEPSPEED
+    return known and job.architecture.task_type == "SEQ_CLS"
 
 
 def _is_decoder(job: Job) -> bool:

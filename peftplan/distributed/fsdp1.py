@@ -84,6 +84,8 @@ class Fsdp1(Fsdp2):
 
     micro_batches = 3
     prefetch = "none"
+    prefetches_forward = False
+    """Whether forward gathers the next unit while one runs (`_PrefetchMode.FORWARD`)."""
     in_checkpoints = False
     """Whether units lie in reentrant checkpoints. Then a frozen unit's hook holds its detached input, and with it the gradient,
     until backward ends (torch, autograd/graph.py, `register_multi_grad_hook`), and no layer is gathered ahead."""
@@ -114,9 +116,23 @@ class Fsdp1(Fsdp2):
                 self.lag.read.append(narrow)
             del narrow
 
-    def leave(self, name: str, x: Tensor) -> Tensor:
-        """After a unit's forward, whose output is `x`."""
+    def enter(self, name: str) -> None:
+        """Before a unit's forward."""
+        super().enter(name)
         unit = self.by_name.get(name)
+        if unit is not None and not self.f.replays and not any(member.apart for member in unit.members):
+            self._gather_next(unit)
+
+    def _gather_next(self, unit: Unit) -> None:
+        following = self.units.index(unit) + 1
+        if self.prefetches_forward and following < len(self.units):
+            self._unshard(self.units[following])
+
+    def leave(self, name: str, x: Tensor) -> Tensor:
+        """After a unit's forward, whose output is `x`. In an adapted layer the last adapter gathers the next one."""
+        unit = self.by_name.get(name)
+        if unit is not None and not self.f.replays and any(member.apart for member in unit.members):
+            self._gather_next(unit)
         if unit is not None and unit.reshards and not self.f.replays:
             self._reshard(unit)
         return super().leave(name, x)

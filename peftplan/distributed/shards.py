@@ -125,7 +125,8 @@ def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str
     for (unit, dtype, trained), members in flats.items():
         flat = [*_flat(unit, dtype, members, distributed.shards, place)]
         parameters_of_rank += flat
-        stepped += _views(flat[0], members) if trained else ()
+        if trained:
+            stepped += flat[:1] if distributed.use_orig_params is False else _views(flat[0], members)
     return Holding(
         parameters._replace(all=tuple(parameters_of_rank)),
         states_of=parameters._replace(all=tuple(stepped)),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -58,6 +58,8 @@ class Module(NamedTuple):
 
     name: str
     parameters: tuple[Sharded, ...]
+    leaf: bool = False
+    """Whether they are those of all modules inside, which have no hooks (`z3_leaf_module`)."""
 
 
 class Handle:
@@ -82,9 +84,19 @@ class Coordinator:
     """`PartitionedParameterCoordinator`. `order`: the modules in the order of forward and backward; None records it."""
 
     def __init__(
-        self, f: Tape, order: Sequence[Module] | None, limits: Limits, *, world_size: int, overlaps: bool, offloads: bool
+        self,
+        f: Tape,
+        order: Sequence[Module] | None,
+        limits: Limits,
+        *,
+        world_size: int,
+        overlaps: bool,
+        offloads: bool,
+        inside: Callable[[Module], Iterable[Sharded]] = lambda module: module.parameters,
     ) -> None:
+        """`inside`: the parameters of a module and of all modules inside it."""
         self.f, self.limits, self.world_size, self.offloads = f, limits, world_size, offloads
+        self.inside = inside
         self.stream = GATHER if overlaps else 0
         self.order: tuple[Module, ...] = ()
         self.recorded: list[Module] | None = [] if order is None else None
@@ -100,9 +112,10 @@ class Coordinator:
 
     def _complete(self, order: Sequence[Module]) -> None:
         self.order, self.recorded = tuple(order), None
-        self._before = [0, *accumulate(sum(p.numel for p in module.parameters) for module in self.order)]
-        for place, module in enumerate(self.order):
-            for p in module.parameters:
+        own = [() if module.leaf else module.parameters for module in self.order]
+        self._before = [0, *accumulate(sum(p.numel for p in parameters) for parameters in own)]
+        for place, parameters in enumerate(own):
+            for p in parameters:
                 self._uses.setdefault(p, []).append(place)
 
     def reset_step(self) -> None:
@@ -203,22 +216,34 @@ class Coordinator:
         also = [*also]
         for p in (*module.parameters, *also):
             p.active.discard(module.name)
+        soon = self._inside_soon() if self.order and module.leaf else None
         for p in module.parameters:
-            if not self.order or not (p.persists or self._is_needed_soon(p)):
+            needed = self._latest.get(p, -1) > self.step or (self._is_needed_soon(p) if soon is None else p in soon)
+            if not self.order or not (p.persists or needed):
                 self.free(p)
         for p in also:
             if not p.persists:
                 self.free(p)
 
     def _is_needed_soon(self, p: Sharded) -> bool:
-        """`__params_to_release`: a later use was skipped by the prefetch, or is near."""
-        if self._latest.get(p, -1) > self.step:
-            return True
-        uses = self._uses[p]
+        """`__params_to_release`: whether a later use is near. Modules without hooks inside count as if they had no parameters."""
+        uses = self._uses.get(p, [])
         following = bisect_left(uses, self.step)
         if following == len(uses):
             return False
         return self._before[uses[following]] - self._before[self.step] < self.limits.max_reuse
+
+    def _inside_soon(self) -> set[Sharded]:
+        """The same for such a module: it looks into all modules that come next, those that hold others too."""
+        soon: set[Sharded] = set()
+        traversed = 0
+        for module in self.order[self.step :]:
+            if traversed >= self.limits.max_reuse:
+                break
+            parameters = [*self.inside(module)]
+            soon.update(parameters)
+            traversed += sum(p.numel for p in parameters)
+        return soon
 
     def free(self, p: Sharded) -> None:
         """`__release_param`."""

@@ -119,8 +119,10 @@ def prepared(request: Request) -> Job:
         setup = setup.model_copy(update={"batch_size": accepted_batch(setup, replicas)})
     check_task(model, architecture, setup)
     if distributed is not None:
-        from peftplan.job.shared_work import check_distributed
+        from peftplan.job.shared_work import changed_by_trainer, check_distributed
 
+        if adapter or (kind is not None and kind.peft_type):
+            setup = changed_by_trainer(setup, distributed, casts=quant is None and set_here.get("adapter_dtype") is None)
         check_distributed(distributed, setup, architecture, quant)
     if kind is not None and kind.module == "virtual_tokens":
         from peftplan.job.virtual_tokens import check_prompted_task

@@ -42,6 +42,16 @@ def check_distributed(distributed: Distributed, setup: Setup, architecture: Arch
     _check_heads(distributed.tp_size or (distributed.world_size if strategy == "tp" else 1), architecture)
 
 
+def changed_by_trainer(setup: Setup, distributed: Distributed, *, casts: bool) -> Setup:
+    """The setup of an adapted model as its trainer makes it under a strategy (`Trainer.reenters_zero3`). `casts`: whether peft
+    would cast the adapter to fp32.
+    """
+    if distributed.strategy != "zero3" or not setup.by.reenters_zero3:
+        return setup
+    narrow = {"adapter_dtype": setup.dtype} if casts else {}
+    return setup.model_copy(update={"use_reentrant": bool(setup.gradient_checkpointing), **narrow})
+
+
 def _check_tensor_parallel(setup: Setup, architecture: Architecture) -> None:
     """Raise RefusedError for what transformers cannot run in tensor parallel."""
     if architecture.model_type in UNPLANNED:

@@ -90,6 +90,9 @@ class Trainer(NamedTuple):
     """Formats of the base on which all that trains is cast to bf16, DoRA's magnitudes excepted."""
     losses: tuple[Loss, ...] | None = None
     """The losses that it can compute; None: any."""
+    reenters_zero3: bool = False
+    """Whether under ZeRO-3 checkpoints of an adapted model are reentrant, and its adapter stays in the dtype of a base in 16 bits
+    (trl, `use_reentrant` and `autocast_adapter_dtype` in each constructor)."""
     sums_tokens: bool = False
     """Whether it makes the chunked loss itself, from the log-probabilities of the tokens that the forward returns."""
     rows: int = 1

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from peftplan.job.loss_sizes import VOCAB_TILE
 from peftplan.ledger import Dim
-from peftplan.memory.loss import chunks, projection
+from peftplan.memory.loss import chunks, projection, read_by_loss
 from peftplan.memory.model import Model
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
@@ -29,6 +29,7 @@ def trl_chunked(model: Model, x: Tensor) -> tuple[Tensor, ...]:
     f = model.tape
     hidden = sliced(f, x, (*LABELS, x.dims[-1]))
     head = projection(model)
+    read_by_loss(f, head)
     f.module = ""
     mask = f.new(LABELS, "bool", "label mask")
     chosen = _rows(f, hidden, mask)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from peftplan.errors import InputError
 from peftplan.ledger import Dim
 from peftplan.memory.attention import HALF
-from peftplan.memory.loss import chunks, projection
+from peftplan.memory.loss import chunks, projection, read_by_loss
 from peftplan.memory.model import Model
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
@@ -23,6 +23,7 @@ def liger(model: Model, x: Tensor) -> tuple[Tensor]:
         logits_to_keep = model.running.logits_to_keep
         raise InputError("logits_to_keep", logits_to_keep, "liger keeps the logits of all tokens, or needs batch_size 1")
     head = projection(model)
+    read_by_loss(f, head)
     f.module = ""
     labels = _shifted_labels(model, x.dims[:-1])
     hidden = ops.reshaped(f, x)

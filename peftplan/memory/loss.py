@@ -10,6 +10,7 @@ from peftplan.errors import RefusedError
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
 from peftplan.memory.parts import Part
+from peftplan.memory.units import ROOT
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
@@ -64,6 +65,13 @@ def chunks(model: Model) -> tuple[Dim, ...]:
     """Tokens of each chunk, those between the first and the last once: they are equal."""
     tokens, *more = model.running.loss_facts[:3]
     return (*("rows",) * sum(more), "rest") if tokens else ()
+
+
+def read_by_loss(f: Tape, head: Part) -> None:
+    """The model's forward reads the head's parameters itself."""
+    for p in (head.weight, head.bias):
+        if f.modules is not None and p is not None:
+            f.modules.read(ROOT, None, p)
 
 
 def projection(model: Model) -> Part:

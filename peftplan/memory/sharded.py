@@ -75,6 +75,7 @@ def units_of(model: Model, full: Parameters, shards: Parameters, distributed: Di
     if isinstance(units_in_step, Fsdp1):
         units_in_step.in_checkpoints = model.running.reentrant and model.running.checkpointing
         units_in_step.prefetch = "none" if units_in_step.in_checkpoints else distributed.backward_prefetch or "none"
+        units_in_step.prefetches_forward = bool(distributed.forward_prefetch) and not units_in_step.in_checkpoints
         model.tape.kept_inputs = [] if units_in_step.in_checkpoints and trained_apart else None
     return units_in_step
 

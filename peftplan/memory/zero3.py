@@ -22,6 +22,9 @@ from peftplan.tape.tape import X
 from peftplan.tape.tensors import Parameter, Tensor
 from peftplan.units import ceil_div
 
+LEAVES = dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), "model.layers.{}.mlp")
+"""Model type → the block of experts that is a module without hooks inside: all of it is gathered at once, and its gradients stay
+until the block's backward has ended (runtime/zero/leaf_module_config.py)."""
 NORM_PART = 250_000_000
 """Elements that an offloaded gradient's norm reads at once (stage3.py, `_constant_buffered_norm2`)."""
 
@@ -52,11 +55,12 @@ class Zero3(Stage):
         own = list(self.sharded.values())
         self.coordinator = Coordinator(
             self.f,
-            None if order is None else [Module(module.name, tuple(own[p.number] for p in module.parameters)) for module in order],
+            None if order is None else [m._replace(parameters=tuple(own[p.number] for p in m.parameters)) for m in order],
             limits(distributed, hidden_size),
             world_size=self.world_size,
             overlaps=self.overlaps,
             offloads=distributed.offload_params == "cpu",
+            inside=self._inside,
         )
         self.stream = REDUCE if self.overlaps else 0
         self.bucketed: list[Sharded] = []
@@ -66,7 +70,20 @@ class Zero3(Stage):
         """Module → frozen parameters that were gathered for a recomputation while backward was in it."""
         self.readers: set[str] = set() if order is None else {module.name for module in order}
         """Modules of which it is known that they read a parameter of another one."""
-        self.wrapped = ("tuner", "base model") if model.running.peft_type else ()
+        self.leaf = LEAVES.get(model.arch.model_type)
+        self.in_leaf = False
+        self.of_leaf: dict[str, list[Sharded]] = {}
+        """A block without hooks inside → its parameters."""
+        self.of_module: dict[str, list[Sharded]] = {}
+        """Module → its parameters, with those of modules inside."""
+        self.waiting: dict[Sharded, Parameter] = {}
+        """Those of them that have their gradient, which waits for the end of the block's backward."""
+        for (family, number), p in self.sharded.items() if self.leaf else ():
+            if number is not None and ".mlp." in family and self._routes(number):
+                self.of_leaf.setdefault(str(self.leaf).format(number), []).append(p)
+        self.wrapped = ("peft model", "tuner") if model.running.peft_type else ()
+        self.of_loss = model.arch.output_embedding if model.running.loss in ("trl-chunked", "liger") else None
+        """A module whose parameters the model's forward reads itself, for the loss."""
         self.f.accumulated = self.accumulated
         self.f.modules, self.f.linear_in_python = self, True
 
@@ -90,6 +107,10 @@ class Zero3(Stage):
         """Call a module on `x`; `by_name`: it takes it as a keyword, which hooks do not see."""
         if name == self.model.arch.input_embedding:  # a unit of its own
             return function(x)
+        if self.in_leaf:
+            return function(x)
+        if (inside := self.of_leaf.get(name.format(layer))) is not None:
+            return self._call_leaf(Module(name.format(layer), tuple(inside), leaf=True), x, function)
         module = self._module(name, layer, parameters)
         reads = any(p.name == f"{name}.lora_A.weight" for p in parameters)
         self.pre_forward(module, unknown=reads and module.name not in self.readers)
@@ -99,10 +120,45 @@ class Zero3(Stage):
         self.coordinator.release(module)
         return hooked(self.f, out, self.pre_backward, module)
 
+    def _call_leaf(self, module: Module, x: X, function: Callable[[X], Tensor]) -> Tensor:
+        """A block of experts."""
+        assert isinstance(x, Tensor)
+        self.pre_forward(module)
+        x = hooked(self.f, hooked(self.f, x, self.post_backward, module), self._reduce_leaf, module)  # type: ignore[assignment]
+        self.in_leaf = True
+        try:
+            out = function(x)
+        finally:  # a recomputation may end within
+            self.in_leaf = False
+        self.coordinator.release(module)
+        return hooked(self.f, out, self.pre_backward, module)
+
+    def _reduce_leaf(self, module: Module) -> None:
+        """`reduce_leaf_module_grads`: the gradients of a block that has run backward, in the optimizer's order."""
+        for p in (p for group in self.of_groups for p in group if p in module.parameters):
+            self._reduce(p, self.waiting.pop(p))
+
+    def _inside(self, module: Module) -> Iterable[Sharded]:
+        """The parameters of a module and of all modules inside it."""
+        if module.name == ROOT or module.name in self.wrapped:
+            return self.sharded.values()
+        assert self.leaf is not None
+        name = f"{self.leaf.rpartition('.')[0].format(module.name[6:])}" if module.name.startswith("layer ") else module.name
+        if name not in self.of_module:
+            within = [p for (family, number), p in self.sharded.items() if family.format(number).startswith(f"{name}.")]
+            self.of_module[name] = within or [*module.parameters]
+        return self.of_module[name]
+
+    def _routes(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return any(layer in block.layers and block.mlp.num_experts for block in self.model.arch.blocks)
+
     def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
         """A module's forward reads a parameter of another one: it is gathered, and from now on with the module."""
+        if self.in_leaf:
+            return
         self.readers.add(name.format(layer))
-        if not self.f.replays:
+        if not self.f.recomputes:
             self.coordinator.gather_alone(self.sharded[self._key(parameter)])
 
     def whole(self, parameter: Parameter) -> Tensor | None:
@@ -115,7 +171,7 @@ class Zero3(Stage):
     def pre_forward(self, module: Module, *, unknown: bool = False) -> None:
         """`pre_sub_module_forward_function`. Frozen parameters of a recomputation belong to the module that backward is in."""
         self.coordinator.fetch(module, unknown=unknown)
-        if self.f.replays and self.running:
+        if self.f.recomputes and self.running:
             frozen = [p for p in module.parameters if not p.trainable]
             last = next(reversed(self.running))
             self.recomputed.setdefault(last, []).extend(frozen)
@@ -140,7 +196,7 @@ class Zero3(Stage):
             self._gather_persistent()
             self.coordinator.reset_step()
         for module in self._parts(name):
-            self.pre_forward(module)
+            self.pre_forward(module, unknown=name == ROOT and bool(module.parameters) and name not in self.readers)
 
     def enter_with(self, name: str, x: Tensor) -> Tensor:
         """Before a layer runs on `x`."""
@@ -167,7 +223,17 @@ class Zero3(Stage):
             return [self._module(embedding, None, [self.model.part(embedding).own_weight])]
         if name == BACKBONE:  # OPT's head calls `model.decoder` itself
             return [Module(embedding.rpartition(".")[0], ())]
-        return [Module(name, ()), *(Module(inner, ()) for inner in self.wrapped if name == ROOT)]
+        if name == ROOT:
+            read = () if self.of_loss is None else self.model.part(self.of_loss).params.values()
+            return [*(Module(outer, ()) for outer in self.wrapped), self._module(ROOT, None, read)]
+        return [Module(name, ())]
+
+    def hand_out(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Backward begins in whichever output the caller makes its loss of; the first one has its hooks."""
+        loss, *others = outputs
+        for module in reversed(self._parts(ROOT)):
+            others = [hooked(self.f, x, self.pre_backward, module) for x in others]
+        return [loss, *others]
 
     def _gather_persistent(self) -> None:
         """What the step before gathered at its end (`_post_step`)."""
@@ -178,9 +244,16 @@ class Zero3(Stage):
     # -- backward ----------------------------------------------------------------------------------------------------------------
 
     def accumulated(self, p: Parameter) -> None:
-        """`reduce_independent_p_g_buckets_and_remove_grads`: a gradient moves into the bucket, after a full one is reduced."""
+        """The hook of a parameter that has its gradient."""
         sharded = self.sharded[self._key(p)]
         self.reduced.add(p.name)
+        if any(sharded in inside for inside in self.of_leaf.values()):
+            self.waiting[sharded] = p
+            return
+        self._reduce(sharded, p)
+
+    def _reduce(self, sharded: Sharded, p: Parameter) -> None:
+        """`reduce_independent_p_g_buckets_and_remove_grads`: a gradient moves into the bucket, after a full one is reduced."""
         if self.bucketed and self._elements() + sharded.numel > self.bucket_size:
             self.reduce_and_partition()
         if self._elements() + sharded.numel > self.bucket_size:

@@ -168,9 +168,52 @@ def test_quantized_shards_made_at_once_are_unknown() -> None:
     assert "zero3_init" in estimated(4, method="qlora", zero3_init=True).to_dict()["not_modelled"][0]
 
 
-def test_a_mixture_has_no_peak() -> None:
-    result = peftplan.estimate("qwen3-30b-a3b", method="lora", gpus=8, strategy="zero3")
-    assert result.peaks is None
+@pytest.mark.parametrize(("targets", "has_peak"), [(["q_proj", "v_proj"], True), ("all-linear", False)])
+def test_adapters_of_experts_have_no_peak(targets: Any, *, has_peak: bool) -> None:
+    result = peftplan.estimate("qwen3-30b-a3b", method="lora", gpus=8, strategy="zero3", target_modules=targets)
+    assert (result.peaks is not None) == has_peak
+    if not has_peak:
+        assert "target_modules" in result.to_dict()["not_modelled"][0]
+
+
+def test_a_block_of_experts_hides_its_size() -> None:
+    """Modules between a release and the next use count with their own parameters, of which a block of experts has none
+    (`__params_to_release`, `iter_params(module, recurse=z3_leaf_module(submodule_to_release))`).
+    """
+    for leaf in (False, True):
+        first, block = Module("m0", (sharded(0, 100),)), Module("m1", (sharded(1, 1000),), leaf=leaf)
+        zero = coordinator([first, block, first], bucket=0, reuse=500)
+        zero.fetch(first)
+        zero.release(first)
+        assert gathered([first]) == [leaf]
+
+
+def test_a_block_of_experts_looks_inside_what_follows() -> None:
+    """A layer that holds the block names it again, though it has no parameters of its own."""
+    block, layer = Module("m1", (sharded(1, 1000),), leaf=True), Module("layer", ())
+    for inside in ((), block.parameters):
+        limits = Limits(0, 10**9, 500)
+        zero = Coordinator(
+            *(Tape(), [block, layer, Module("m2", ())], limits),
+            world_size=2,
+            overlaps=True,
+            offloads=False,
+            inside=lambda module, inside=inside: inside if module is layer else module.parameters,
+        )
+        zero.reset_step()
+        zero.fetch(block)
+        zero.release(block)
+        assert gathered([block]) == [bool(inside)]
+
+
+@pytest.mark.parametrize(("trainer", "changes"), [("trl", True), ("trl-dpo", True), ("trl-orpo", False), ("transformers", False)])
+def test_trl_checkpoints_an_adapted_model_reentrantly(trainer: Any, *, changes: bool) -> None:
+    """trl 1.16 sets both in the constructors of its trainers; ORPOTrainer, which is experimental, sets neither."""
+    options: dict[str, Any] = {"gpus": 4, "strategy": "zero3", "trainer": trainer}
+    setup = prepare("llama-3.2-1b", method="lora", **options).setup
+    assert (setup.use_reentrant, setup.adapter_dtype) == ((True, "bf16") if changes else (False, "fp32"))
+    assert not prepare("llama-3.2-1b", method="full", **options).setup.use_reentrant
+    assert not prepare("llama-3.2-1b", method="lora", **options | {"strategy": "zero2"}).setup.use_reentrant
 
 
 def test_weights_on_the_host_pass_through_the_device() -> None:

@@ -87,6 +87,8 @@ arguments = TrainingArguments(
     report_to="none",
     save_strategy="no",
     logging_steps=100,
+    use_liger_kernel="loss" in job,
+    liger_kernel_config={"fused_linear_cross_entropy": True, "rope": False, "rms_norm": False, "swiglu": False},
     **job.get("arguments", {}),
 )
 trainer = Trainer(model=model, args=arguments, train_dataset=Tokens())
