@@ -12,7 +12,7 @@ from peftplan import files
 from peftplan.allocator.pickles import MAGIC
 from peftplan.errors import InputError
 from peftplan.oom import message as messages
-from peftplan.oom.causes import Cause, causes
+from peftplan.oom.causes import Cause, causes, wordless
 from peftplan.oom.kept import Earlier
 from peftplan.oom.message import Message
 from peftplan.oom.snapshot import Alive, alive_in
@@ -44,7 +44,7 @@ class Expected(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """Why memory ran out. `message` is None where a snapshot has none, `alive` empty where there is no snapshot."""
+    """Why memory ran out. `message` is None where there is none with figures, `alive` empty where there is no snapshot."""
 
     message: Message | None
     causes: tuple[Cause, ...]
@@ -76,19 +76,24 @@ def explain_oom(source: str | PathLike[str], *, model: Any = None, options: Mapp
     if not isinstance(source, (str, PathLike)):
         raise InputError("source", source, "accepted: a path, or - for standard input")
     source = fspath(source)
+    by_causes: tuple[Cause, ...] = ()
     content = _content(source)
     if content.startswith(MAGIC):
         message, alive, before = alive_in(source)
     else:
-        message, alive, before = messages.find(content.decode("utf-8", errors="replace")), (), Earlier()
-        if message is None:
+        log = content.decode("utf-8", errors="replace")
+        message, alive, before = messages.find(log), (), Earlier()
+        if message is None and (cause := wordless(log)) is not None:
+            by_causes = (cause,)
+        elif message is None:
             raise InputError(
                 "source",
                 source,
                 "it holds no out-of-memory message; accepted: torch's message, a log with one, or a memory snapshot",
             )
+    by_causes = causes(message, before) if message else by_causes
     expected = None if model is None else _expected(estimate(model, **(options or {})), message)
-    return Diagnosis(message, causes(message, before) if message else (), alive, expected)
+    return Diagnosis(message, by_causes, alive, expected)
 
 
 def _content(source: str) -> bytes:
@@ -107,9 +112,12 @@ def _expected(result: Estimate, message: Message | None) -> Expected | None:
     if reached is None:
         text = f"the job is expected to peak at {format_bytes(peak)} in {result.peaks.phase}"
     elif reached <= MORE * peak:
+        capacity = message.capacity if message is not None else None
+        room = capacity is not None and (result.peaks.reserved or peak) <= capacity
         text = (
             f"the job was expected to need {format_bytes(peak)} (in {result.peaks.phase}) and had reached "
-            f"{format_bytes(reached)}: it does what it should, and the card is too small for it"
+            f"{format_bytes(reached)}: it does what it should, and the card "
+            + ("has room for it if nothing else takes that" if room else "is too small for it")
         )
     else:
         tokens = _tokens(result, reached)

@@ -8,7 +8,7 @@ from typing import Any
 from peftplan.analytic.grid import Grid
 from peftplan.analytic.running import kernels
 from peftplan.analytic.sized import Points, Sized
-from peftplan.errors import InputError, MissingExtraError
+from peftplan.errors import InputError, MissingExtraError, RefusedError
 from peftplan.hardware.gpus import Gpu
 from peftplan.job.inventory import Inventory
 from peftplan.job.setup import MOST, check_length, check_logits_to_keep
@@ -34,10 +34,15 @@ def grid(
     """The job at every point of `sizes` (whole numbers, lists or arrays, broadcast against each other).
 
     `job_with`: other options of the job → the job. Raises InputError for sizes below 1, and for sequences longer than the model's
-    positions or shorter than `logits_to_keep`.
+    positions or shorter than `logits_to_keep`; RefusedError for arrays whose shapes do not agree.
     """
-    at = dict(zip(sizes, np.broadcast_arrays(*(_whole(name, values) for name, values in sizes.items())), strict=True))
-    shape = next(iter(at.values())).shape
+    arrays = {name: _whole(name, values) for name, values in sizes.items()}
+    try:
+        shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
+    except ValueError:
+        shapes = ", ".join(f"{name} has {'×'.join(map(str, array.shape))}" for name, array in arrays.items() if array.shape)
+        raise RefusedError(f"sizes must broadcast against each other: {shapes}; a grid is [[1], [2]] beside [512, 1024]") from None
+    at = {name: np.broadcast_to(array, shape) for name, array in arrays.items()}
     flat = {name: values.ravel() for name, values in at.items()}
     count = len(next(iter(flat.values())))
     by_phase: dict[str, Any] = {}

@@ -37,7 +37,7 @@ def ranked(
     *,
     by_size: bool = False,
 ) -> tuple[tuple[Plan, ...], tuple[Plan, ...]]:
-    """The job as typed and the plans that fit, ranked; and the two nearest that do not, of different methods.
+    """The job as typed and the plans that fit, ranked; and the two nearest that do not, of different methods where there are.
 
     `plan`: the options of a job and what they change → its plan; where it raises, the method or the option does not exist for the
     model. `by_size`: a larger size comes before more tokens per step.
@@ -52,23 +52,24 @@ def ranked(
             continue
         (plans if other.size else misses).append(other)
     near = (other for other in misses if other is not first and other.verdict != "does_not_run")
-    nearest: dict[str, Plan] = {}
-    for other in sorted(near, key=lambda other: -other.headroom_bytes):
-        nearest.setdefault(other.method, other)
+    by_room = sorted(near, key=lambda other: -other.headroom_bytes)
+    nearest = {other.method: other for other in reversed(by_room)}  # of each method the one that comes nearest
+    closest = sorted(by_room, key=lambda other: nearest[other.method] is not other)[:2]
     others = sorted(_undominated(plans)[1:], key=lambda plan: _rank(plan, by_size=by_size))
-    return (first, *others), tuple(nearest.values())[:2]
+    return (first, *others), tuple(sorted(closest, key=lambda other: -other.headroom_bytes))
 
 
 def kept_options(keep: object, size: str) -> frozenset[str]:
     """The options that no plan may change. Raises UnknownNameError for a name that no plan changes."""
     changeable = ("method", "seq_len", *(name for options in SAVES for name in options))
+    typed = [name.replace("_", "-") for name in changeable]
     each = listed(keep)
     if not isinstance(each, Iterable) or not all(isinstance(name, str) for name in each):
-        raise InputError("keep", keep, f"accepted: {', '.join(changeable)}")
+        raise InputError("keep", keep, f"accepted: {', '.join(typed)}")
     names = frozenset(name.strip().replace("-", "_") for name in each)
     for name in names - {size}:
         if name not in changeable:
-            raise UnknownNameError("keep", name, changeable)
+            raise UnknownNameError("keep", name, typed)
     return names
 
 

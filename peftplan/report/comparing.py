@@ -18,6 +18,7 @@ COLUMNS = (
     Column("adapter", right=True, wide=True),
     Column("peak, against the largest", wide=True),
 )
+OF_CARDS = ("card", "needs", "left", "verdict")
 BAR = 24
 """Blocks of the longest bar."""
 
@@ -41,6 +42,24 @@ def cells(result: Comparison) -> list[tuple[str, ...]]:
         rows.append((*shared, row.gpu or "", *_needs_and_left(row), (row.verdict or "").replace("_", " "), *last))
         before = row.method
     return rows
+
+
+def visible(result: Comparison) -> tuple[tuple[Column, ...], list[tuple[str, ...]]]:
+    """Columns and rows; without a card, those of the methods alone, for which every terminal has room."""
+    if any(row.gpu for row in result.rows):
+        return COLUMNS, cells(result)
+    of_method = [index for index, column in enumerate(COLUMNS) if column.header not in OF_CARDS]
+    columns = tuple(COLUMNS[index]._replace(wide=False) for index in of_method)
+    return columns, [tuple(row[index] for index in of_method) for row in cells(result)]
+
+
+def below(result: Comparison) -> list[str]:
+    """The wide columns in lines of their own, one per method, for a terminal that has no room for them."""
+    wide = [index for index, column in enumerate(COLUMNS) if column.wide]
+    lines = [("", *(COLUMNS[index].header for index in wide))]
+    lines += [(row[0], *(row[index] for index in wide)) for row in cells(result) if row[0]]
+    names, sizes = (max(len(line[at]) for line in lines) for at in (0, 1))
+    return [f"{name.ljust(names)}  {size.rjust(sizes)}  {blocks}".rstrip() for name, size, blocks in lines]
 
 
 def errors(result: Comparison) -> list[str]:

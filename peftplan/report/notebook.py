@@ -77,16 +77,14 @@ def comparison(result: Comparison) -> Iterator[Html]:
     """A row per method and card, each method with a bar of its peak by category."""
     largest = max((row.peak_allocated or 0 for row in result.rows), default=0)
     yield markup.paragraph(comparing.heading(result), strong=True)
-    drawn = [(*cells[:-1], _peak_bar(row, largest) if cells[0] else "") for cells, row in _paired(result)]
-    columns = (*comparing.COLUMNS[:-1], Column("peak by part"))
+    columns, cells = comparing.visible(result)
+    bars = (_peak_bar(row, largest) for row in result.rows)
+    drawn = [(*texts[:-1], bar if texts[0] else "") for texts, bar in zip(cells, bars, strict=True)]
+    columns = (*columns[:-1], Column("peak by part"))
     yield markup.table(*_verdict_behind("card", columns, drawn))
     categories = {name for row in result.rows for name in row.by_category or {}}
     yield markup.legend([Stretch(COLOURS[name], 0, name.replace("_", " ")) for name in COLOURS if name in categories])
     yield from map(markup.paragraph, comparing.errors(result))
-
-
-def _paired(result: Comparison) -> Iterator[tuple[tuple[str, ...], Compared]]:
-    return zip(comparing.cells(result), result.rows, strict=True)
 
 
 def _peak_bar(row: Compared, largest: int) -> Html:
@@ -100,8 +98,10 @@ def _peak_bar(row: Compared, largest: int) -> Html:
 def _verdict_behind(
     header: str, columns: Sequence[Column], rows: Iterable[Sequence[str]]
 ) -> tuple[list[Column], list[tuple[str, ...]]]:
-    """A table with its coloured verdicts moved to behind a column, where a phone shows them."""
+    """A table with its coloured verdicts moved to behind a column, where a phone shows them; as it is, where it has none."""
     headers = [column.header for column in columns]
+    if "verdict" not in headers:
+        return [*columns], [tuple(row) for row in rows]
     verdict, behind = headers.index("verdict"), headers.index(header) + 1
     order = [*range(behind), verdict, *(at for at in range(behind, len(columns)) if at != verdict)]
     moved = [tuple(_verdict(row[at]) if at == verdict else row[at] for at in order) for row in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peftplan.oom.diagnosis import Diagnosis
+from peftplan.report.screen import Glyphs
 from peftplan.units import format_bytes
 
 FIGURES = {
@@ -16,11 +17,11 @@ FIGURES = {
 }
 
 
-def lines(result: Diagnosis) -> Iterator[str]:
+def lines(result: Diagnosis, marks: Glyphs) -> Iterator[str]:
     """The whole answer, a line each."""
     for number, cause in enumerate(result.causes):
-        yield f"{'✗ ' if not number else ''}{cause.name.replace('_', ' ')}: {cause.evidence}."
-        yield from (f"  → {step}" for step in cause.advice)
+        yield f"{f'{marks.fails} ' if not number else ''}{cause.name.replace('_', ' ')}: {cause.evidence}."
+        yield from (f"  {marks.step} {step}" for step in cause.advice)
     if result.message is not None:
         figures = ((text, getattr(result.message, name)) for name, text in FIGURES.items())
         yield ""

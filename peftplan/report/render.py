@@ -148,8 +148,9 @@ def comparison(result: Comparison, *, fmt: str) -> None:
     if fmt == "json":
         as_json(result.to_dict())
         return
-    cells, below = comparing.cells(result), "\n".join(comparing.errors(result)) or None
-    rows(comparing.COLUMNS, cells, result.records(), fmt=fmt, above=comparing.heading(result), below=below)
+    (columns, cells), below = comparing.visible(result), "\n".join(comparing.errors(result)) or None
+    above, instead = comparing.heading(result), comparing.below(result)
+    rows(columns, cells, result.records(), fmt=fmt, above=above, below=below, instead=instead)
     if fmt == "markdown" and below:
         print(f"\n{in_markdown(below)}")
 
@@ -157,13 +158,14 @@ def comparison(result: Comparison, *, fmt: str) -> None:
 def oom(result: Diagnosis, *, fmt: str) -> None:
     """Why memory ran out: the cause first."""
     from peftplan.report import oom as report
+    from peftplan.report import screen
 
     if fmt == "json":
         as_json(result.to_dict())
     elif fmt == "csv":
         tabular.write_csv(report.facts(result), sys.stdout)
     else:
-        remarks(list(report.lines(result)), fmt=fmt)
+        remarks(list(report.lines(result, screen.glyphs())), fmt=fmt)
 
 
 def rehearsal(result: Rehearsal, *, fmt: str) -> None:

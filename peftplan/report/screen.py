@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -18,6 +19,8 @@ PIPE_WIDTH = 10_000
 INDENT = "  "
 TIED = "\xa0"
 """A blank at which no line breaks."""
+MEASURE = re.compile(r"(?<=\d) (?=(?:[KMGT]i?B|[BKMT]|bytes?|tokens?|blocks?|GPUs?|ms|s|%)(?!\w))")
+"""The blank between a number and its unit, as `format_bytes` and `format_count` write them."""
 
 Colour = Literal["green", "yellow", "red", "bold"]
 SHADES: dict[Colour, int] = {"green": 28, "yellow": 136, "red": 160}
@@ -48,6 +51,7 @@ class Glyphs(NamedTuple):
     free: str
     edge: str
     dot: str
+    step: str
 
 
 class Screen(NamedTuple):
@@ -57,8 +61,8 @@ class Screen(NamedTuple):
     glyphs: Glyphs
 
 
-UNICODE = Glyphs(fits="✓", tight="!", fails="✗", unknown="?", shades="█▓▒░", free="·", edge="│", dot=" · ")
-ASCII = Glyphs(fits="+", tight="!", fails="x", unknown="?", shades="#=%:", free=".", edge="|", dot=", ")
+UNICODE = Glyphs(fits="✓", tight="!", fails="✗", unknown="?", shades="█▓▒░", free="·", edge="│", dot=" · ", step="→")
+ASCII = Glyphs(fits="+", tight="!", fails="x", unknown="?", shades="#=%:", free=".", edge="|", dot=", ", step="-")
 
 
 def width() -> int:
@@ -93,10 +97,24 @@ def show(rows: Iterable[Row]) -> None:
         print(line if paint else line.rstrip())
 
 
+def tied(text: str, blank: str = TIED) -> str:
+    """Text whose numbers stay beside their units: `blank` takes the place of the blank between them."""
+    return MEASURE.sub(blank, text)
+
+
+def folded(text: str, columns: int) -> str:
+    """Lines of text as paragraphs of at most so many columns; what follows a line's first row stands two blanks further in."""
+    rows: list[Row] = []
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip(" "))) + INDENT
+        rows += wrapped(line, columns, indent=indent) or [()]
+    return "\n".join("".join(part.text for part in row) for row in rows)
+
+
 def wrapped(text: str, columns: int, *, colour: Colour | None = None, indent: str = INDENT) -> list[Row]:
     """Text in lines of at most so many columns, those after the first indented; words break only where they are longer."""
     text = "".join(letter if letter == TIED else printable(letter) for letter in text)
-    lines = textwrap.wrap(text, columns, subsequent_indent=indent, break_on_hyphens=False)
+    lines = textwrap.wrap(tied(text), columns, subsequent_indent=indent, break_on_hyphens=False)
     return [(Part(line.replace(TIED, " "), colour),) for line in lines]
 
 

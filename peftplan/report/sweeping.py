@@ -31,7 +31,10 @@ TEXTS = ("model", "method", "gpu", "verdict", "decided_by", "error")
 def format_of(fmt: str | None, output: str | None) -> str:
     """The format, from its name or from the file's. Raises before any work is done."""
     if fmt is None:
-        fmt = BY_SUFFIX.get(Path(output).suffix.lower(), "csv") if output else "csv"
+        suffix = Path(output or "").suffix.lower()
+        if suffix and suffix not in BY_SUFFIX:
+            raise InputError("--output", output, f"accepted: a name that ends with {', '.join(BY_SUFFIX)}, or --format beside it")
+        fmt = BY_SUFFIX.get(suffix, "csv")
     if fmt not in FORMATS:
         raise UnknownNameError("--format", fmt, FORMATS)
     if fmt == "parquet":

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Column as TableColumn
 from rich.table import Table
 from rich.text import Text
 
-from peftplan.report.screen import NARROWEST, PIPE_WIDTH
+from peftplan.report.screen import NARROWEST, PIPE_WIDTH, folded, tied
 from peftplan.report.tabular import Column, printable
 
 WIDE = 110
@@ -25,11 +26,22 @@ READABLE = 10
 """Letters that a column of words keeps beside long names."""
 
 
+NO_BREAK = "\ue000"
+"""Stands for a blank at which rich breaks no line; it would at any blank, also at one that is not to break."""
+
+
 class _Printable(Console):
-    """A console on which no name of a file or a config moves the cursor or changes colours."""
+    """A console on which no name of a file or a config moves the cursor or changes colours, and no number loses its unit."""
 
     def render_str(self, text: str, **style: Any) -> Text:
-        return super().render_str(printable(text), **style)
+        return super().render_str(tied(printable(text), NO_BREAK), **style)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        if isinstance(renderable, Text):
+            renderable = renderable.copy()
+            renderable.plain = tied(renderable.plain, NO_BREAK)
+        for segment in super().render(renderable, options):
+            yield segment._replace(text=segment.text.replace(NO_BREAK, " "))
 
 
 def console() -> Console:
@@ -41,7 +53,8 @@ def console() -> Console:
 
 
 def show(out: Console, parts: Iterable[RenderableType]) -> None:
-    """Print to the console; what is no terminal gets no colour and no trailing blanks."""
+    """Print to the console, texts as paragraphs; what is no terminal gets no colour and no trailing blanks."""
+    parts = [folded(part, out.width) if isinstance(part, str) else part for part in parts]
     if out.is_terminal:
         for part in parts:
             out.print(part)

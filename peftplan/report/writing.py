@@ -51,9 +51,9 @@ def remarks(lines: Sequence[str], *, fmt: str) -> None:
     if fmt == "markdown":
         print("\n\n".join(map(in_markdown, lines)))
     else:
-        from peftplan.report import terminal
+        from peftplan.report import screen
 
-        terminal.show(terminal.console(), lines)
+        print(*(screen.folded(line, screen.width()) for line in lines), sep="\n")
 
 
 def in_markdown(text: str) -> str:

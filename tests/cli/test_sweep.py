@@ -157,3 +157,13 @@ def test_a_map_is_drawn(tmp_path: Path) -> None:
     stopped = run(*GRID, "--method", "lora,full", "--plot", str(tmp_path / "map.svg"))
     assert stopped.code == 0
     assert "<svg" in (tmp_path / "map.svg").read_text(encoding="utf-8")
+
+
+def test_a_file_that_ends_otherwise_needs_a_format(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    refused = run("sweep", "gpt2", "--output", str(file))
+    assert refused.code == 2
+    assert "--output: " in refused.err
+    assert ".csv, .jsonl, .ndjson, .parquet, or --format beside it" in refused.err
+    assert run("sweep", "gpt2", "--output", str(file), "--format", "jsonl").code == 0
+    assert json.loads(file.read_text())["model"] == "gpt2"

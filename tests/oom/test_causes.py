@@ -196,6 +196,43 @@ def test_a_log_without_a_message_is_bad_input(tmp_path: Path) -> None:
         explain_oom(str(file))
 
 
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        ("RuntimeError: CUDA error: out of memory\nCUDA kernel errors might be reported later", "driver"),
+        ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "library"),
+        ("RuntimeError: [enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried ...", "host"),
+        ("torch.distributed.elastic.multiprocessing.errors.ChildFailedError\n  exitcode  : 1\n  exitcode: -9 (pid: 42)", "host"),
+        ("100%|##| 3/3\nKilled\n", "host"),
+        ("kernel: Out of memory: Killed process 42 (python) total-vm:1kB", "host"),
+    ],
+)
+def test_a_log_without_figures_has_a_cause_too(log: str, cause: str, tmp_path: Path) -> None:
+    file = tmp_path / "train.log"
+    file.write_text(log)
+    diagnosis = explain_oom(file)
+    assert diagnosis.message is None
+    assert [each.name for each in diagnosis.causes] == [cause]
+
+
+@pytest.mark.parametrize("log", ["it was not Killed here", "exitcode: -91", "MemoryErrors", "status: allocated"])
+def test_a_log_that_only_sounds_like_one_has_none(log: str, tmp_path: Path) -> None:
+    file = tmp_path / "train.log"
+    file.write_text(log)
+    with pytest.raises(InputError, match="no out-of-memory message"):
+        explain_oom(file)
+
+
+@pytest.mark.parametrize(("capacity", "says"), [("23.52 GiB", "has room for it"), ("15.00 GiB", "is too small for it")])
+def test_a_job_that_stays_below_its_estimate_has_another_cause_than_its_size(capacity: str, says: str, tmp_path: Path) -> None:
+    """Llama 3.1 8B's weights alone are 14.96 GiB: beyond a card of 15 GiB, and not the reason on one of 23.5 GiB."""
+    file = tmp_path / "train.log"
+    file.write_text(modern("1.96 GiB", capacity, "0.20 GiB", own("11.31 GiB"), "10.66 GiB", "200.19 MiB"))
+    expected = explain_oom(file, model="llama-3.1-8b", options={"method": "lora", "seq_len": 512}).expected
+    assert expected is not None
+    assert says in expected.text
+
+
 @pytest.mark.parametrize("fmt", ["table", "json", "csv", "markdown"])
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], fmt: str) -> None:
     file = tmp_path / "train.log"

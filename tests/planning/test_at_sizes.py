@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 import peftplan
-from peftplan.errors import InputError
+from peftplan.errors import InputError, RefusedError
 
 np = pytest.importorskip("numpy")
 
@@ -69,3 +69,8 @@ def test_other_sizes_are_made_ready_for_each_value() -> None:
 def test_bad_sizes_are_one_line(sizes: dict[str, list[int]]) -> None:
     with pytest.raises(InputError):
         peftplan.estimate("gpt2").at(**sizes)
+
+
+def test_arrays_whose_shapes_do_not_agree_are_named() -> None:
+    with pytest.raises(RefusedError, match=r"batch_size has 2, seq_len has 3"):
+        peftplan.estimate("gpt2").at(batch_size=[1, 2], seq_len=[128, 256, 512])

@@ -121,3 +121,18 @@ def test_bad_input_is_one_line(args: list[str], expected: str, capsys: pytest.Ca
     captured = capsys.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)
     assert expected in captured.err
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("card", ["--gpu l4", ""])
+def test_every_terminal_shows_the_adapter_and_a_bar_for_each_method(card: str, columns: int) -> None:
+    """LoRA r=8 on all linear layers of Llama 3.2 1B: 5,636,096 parameters in fp32 take 21.5 MiB."""
+    done = run("compare", "llama-3.2-1b", "--method", "lora,full", *card.split(), columns=columns)
+    assert "21.5" in done.out
+    assert done.out.count("peak, against the largest") == 1
+    assert [line.count("█") for line in done.out.splitlines() if "█" in line][-1] == comparing.BAR
+    assert ("verdict" in done.out) == bool(card)
+
+
+def test_a_notebook_leaves_out_the_columns_of_cards_too() -> None:
+    assert "verdict" not in compare("llama-3.2-1b", methods=("lora",))._repr_html_()

@@ -256,3 +256,22 @@ def test_several_cards_get_an_answer_each() -> None:
     ]
     stopped = run("fit", "qwen3", "--max", "model", "--gpu", "t4", "--gpu", "l4", "--methods", "qlora", "--format", "csv")
     assert {line.split(",")[0] for line in stopped.out.splitlines()} == {"gpu", "t4", "l4"}
+
+
+def test_what_may_be_kept_is_named_as_it_is_typed() -> None:
+    wrong = run("fit", "llama-3.2-1b", "--gpu", "l4", "--keep", "color")
+    assert wrong.code == 2
+    assert "accepted: gradient-checkpointing, loss, method, seq-len, trainer" in wrong.err
+
+
+def test_a_size_that_is_searched_and_typed_is_said_to_be_unused() -> None:
+    done = run("fit", "llama-3.2-1b", "--gpu", "l4", "--keep", "method,loss", "--batch-size", "4")
+    assert done.code == 0
+    assert done.err == "peftplan: --batch-size 4 is not used: it is the size that --max searches\n"
+
+
+def test_two_nearest_plans_are_named_where_only_one_method_fails() -> None:
+    nearest = fit("llama-3.1-8b", gpu="rtx-4090", methods=("full",)).nearest
+    assert [plan.method for plan in nearest] == ["full", "full"]
+    assert nearest[0].headroom_bytes >= nearest[1].headroom_bytes
+    assert nearest[0].changes != nearest[1].changes
