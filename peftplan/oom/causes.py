@@ -279,7 +279,7 @@ WORDLESS: tuple[Wordless, ...] = (
         re.compile(r"CU(?:BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED"),
         Cause(
             "library",
-            "a library of CUDA found no memory for its own workspace: torch's allocator, or another process, holds the whole card",
+            "a library of CUDA had no memory for its own workspace: torch's allocator, or another process, holds the whole card",
             (
                 "make the micro batch smaller: `peftplan fit MODEL --gpu CARD` says which size leaves room",
                 "run once with CUDA_LAUNCH_BLOCKING=1: an index beyond a table may be reported so too",
@@ -299,8 +299,8 @@ WORDLESS: tuple[Wordless, ...] = (
     ),
     Wordless(
         re.compile(
-            r"DefaultCPUAllocator: (?:can't allocate|not enough) memory|^MemoryError\b|^Killed$|exitcode: ?-9\b|Signal 9 \(SIGKILL\)"
-            r"|Out of memory: Killed process|oom-kill",
+            r"DefaultCPUAllocator: (?:can't allocate|not enough) memory|^MemoryError\b|^Killed$|exitcode: ?-9\b"
+            r"|Signal 9 \(SIGKILL\)|Out of memory: Killed process|oom-kill",
             re.MULTILINE,
         ),
         Cause(

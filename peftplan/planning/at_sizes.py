@@ -41,7 +41,7 @@ def grid(
         shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
     except ValueError:
         shapes = ", ".join(f"{name} has {'×'.join(map(str, array.shape))}" for name, array in arrays.items() if array.shape)
-        raise RefusedError(f"sizes must broadcast against each other: {shapes}; a grid is [[1], [2]] beside [512, 1024]") from None
+        raise RefusedError(f"sizes must broadcast against each other: {shapes}; [[1], [2]] beside [512, 1024] do") from None
     at = {name: np.broadcast_to(array, shape) for name, array in arrays.items()}
     flat = {name: values.ravel() for name, values in at.items()}
     count = len(next(iter(flat.values())))
