@@ -1,7 +1,5 @@
 """The ledger: every byte belongs to a line, a line is a tensor with named sizes, and totals are sums over lines."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -106,10 +104,10 @@ class Ledger:
     def __iter__(self) -> Iterator[Line]:
         return iter(self.lines)
 
-    def __add__(self, other: Ledger) -> Ledger:
+    def __add__(self, other: "Ledger") -> "Ledger":
         return Ledger(self.lines + other.lines)
 
-    def with_tails(self, allocated: int) -> Ledger:
+    def with_tails(self, allocated: int) -> "Ledger":
         """These lines, and what the allocator counts beyond them: the tails of blocks that it hands out whole."""
         tails = allocated - self.bytes()
         if tails <= 0:

@@ -3,8 +3,6 @@
 Counts, weights, gradients and optimizer states are sums over this one list, so two wrongs cannot cancel.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from itertools import islice

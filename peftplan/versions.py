@@ -2,8 +2,6 @@
 a step holds. Only this file compares versions.
 """
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

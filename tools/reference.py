@@ -183,7 +183,9 @@ def members(value: type) -> Iterator[tuple[str, str]]:
     for attribute, member in vars(value).items():
         getter = getattr(member, "fget", None) or (getattr(member, "func", None) if "cached" in type(member).__name__ else None)
         if getter is not None and not attribute.startswith("_"):
-            yield f"{attribute}: {getter.__annotations__.get('return', '')}", " ".join((getter.__doc__ or "").split())
+            returned = getter.__annotations__.get("return", "")
+            text = returned if isinstance(returned, str) else inspect.formatannotation(returned)
+            yield f"{attribute}: {text}", " ".join((getter.__doc__ or "").split())
 
 
 def docstring(value: object) -> Iterator[str]:

@@ -5,8 +5,6 @@ batch size is another table. `replay` feeds it to a model of torch's caching all
 `_replay` where it was built, else event by event to `allocator` (`interpret`). Both give the same bytes.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -64,7 +62,7 @@ class Replayed(NamedTuple):
     reserved: int
 
 
-def of_log(log: Iterable[Event]) -> tuple[Program, list[int]]:
+def of_log(log: "Iterable[Event]") -> tuple[Program, list[int]]:
     """A log of allocations on one stream, frees and emptied caches as a program, with its table of sizes."""
     handles: dict[int, int] = {}
     sizes: dict[int, int] = {}
@@ -144,7 +142,7 @@ def interpret(
 class _Run:
     """Blocks by the storage of the tape that they are for."""
 
-    def __init__(self, program: Program, sizes: Sequence[int], allocator: Allocator) -> None:
+    def __init__(self, program: Program, sizes: Sequence[int], allocator: "Allocator") -> None:
         self.program = memoryview(program.events).cast("q")
         self.phases, self.sizes, self.allocator = program.phases, sizes, allocator
         self._handles: dict[int, Block | None] = {}
@@ -197,10 +195,10 @@ class _Run:
             elif what == LEAVE:
                 self._live.pop(a, None)
 
-    def _allocate(self, size: int, count: int, stream: int = 0) -> list[Block | None]:
+    def _allocate(self, size: int, count: int, stream: int = 0) -> "list[Block | None]":
         return [self.allocator.allocate(self.sizes[size], stream) for _ in range(count)]
 
-    def _release(self, blocks: Sequence[Block | None]) -> None:
+    def _release(self, blocks: "Sequence[Block | None]") -> None:
         for block in blocks:
             self.allocator.release(block)
 
@@ -244,5 +242,5 @@ class _Run:
             if blocks:
                 self.allocator.release(blocks.pop())
 
-    def _other(self, size: int) -> list[Block | None]:
+    def _other(self, size: int) -> "list[Block | None]":
         return next((self._live[s] for s in self._spare.get(self.sizes[size], ()) if self._live.get(s)), [])

@@ -1,7 +1,5 @@
 """Compile a job: run its step once on a tape with symbolic sizes, and cache it for all sizes that run the same operations."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
@@ -63,7 +61,7 @@ class Compiled(NamedTuple):
     """Each workspace, with the index of the event before which it is allocated."""
     on_host: tuple[tuple[tuple[Any, ...], str, int], ...] = ()
     """Dims, dtype and count of the tensors that are offloaded to the host until backward."""
-    first: Compiled | None = None
+    first: "Compiled | None" = None
     """The first step, where it allocates otherwise than all later ones."""
     expandable: bool = False
     """Whether the allocator's segments grow."""
@@ -71,7 +69,7 @@ class Compiled(NamedTuple):
     """Numbers of tokens above which the step allocates otherwise."""
     empties_cache: bool = False
     """Whether cached segments are given back after each backward."""
-    programs: dict[tuple[int, ...], Written] = {}  # noqa: RUF012
+    programs: "dict[tuple[int, ...], Written]" = {}  # noqa: RUF012
     """Cache of `analytic.reserved`: the programs of the runs that end with this step."""
 
     def facts(self, batch_size: Any, seq_len: Any) -> tuple[Any, ...]:
@@ -97,9 +95,9 @@ class Compiled(NamedTuple):
 class Written(NamedTuple):
     """A program, the last sizes of its table, and its steps. The cache's key holds their ids, so they must stay alive."""
 
-    program: events.Program
+    program: "events.Program"
     sizes: list[int]
-    steps: list[Compiled]
+    steps: "list[Compiled]"
     generation: object = None
 
 
@@ -109,14 +107,14 @@ Steps = tuple[Step, ...]
 """The steps of a run. The last one is reported."""
 
 
-def last_step(inventory: Inventory, compute_capability: str, *, late: bool = False) -> Step:
+def last_step(inventory: "Inventory", compute_capability: str, *, late: bool = False) -> Step:
     """The step that is reported, with its sizes."""
     compiled_job = compiled(inventory, compute_capability=compute_capability, late=late)
     setup = inventory.job.setup
     return compiled_job, compiled_job.sizes(setup.batch_size, setup.seq_len)
 
 
-def steps_of(inventory: Inventory, compute_capability: str, *, late: bool = False) -> Steps:
+def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = False) -> Steps:
     """The steps of a run: the reported one twice, or the earlier steps that the script names and then the reported one. `late`:
     as the allocator sees them where the GPU is as late as it may be.
     """
@@ -133,12 +131,12 @@ def steps_of(inventory: Inventory, compute_capability: str, *, late: bool = Fals
     return (*before, last) if before else (first, last)
 
 
-COMPILED: OrderedDict[tuple[object, ...], Compiled] = OrderedDict()
+COMPILED: "OrderedDict[tuple[object, ...], Compiled]" = OrderedDict()
 """The jobs compiled last. Each is valid for all sizes with the same `shape_facts`."""
 COMPILED_KEPT = 256
 
 
-def compiled(inventory: Inventory, *, compute_capability: str, late: bool = False) -> Compiled:
+def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = False) -> "Compiled":
     """The job compiled for all sizes that run the same operations; cached. `late`: as in `steps_of`.
 
     Raises NeedsTraceError or NoEngineError if a part of the job has no formula.
@@ -170,7 +168,7 @@ def compiled(inventory: Inventory, *, compute_capability: str, late: bool = Fals
     return compiled_job
 
 
-def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Compiled:
+def _compile(inventory: "Inventory", *, compute_capability: str, late: bool) -> "Compiled":
     job, parameters, static, holding = inventory
     setup, computing, architecture = job.setup, parameters.all, job.architecture
     on_rank = architecture
@@ -286,14 +284,14 @@ def _compile(inventory: Inventory, *, compute_capability: str, late: bool) -> Co
     return compiled_job._replace(first=compiled_job._replace(timeline=of_first, workspaces=workspaces))
 
 
-def _trained_again(job: Job, parameters: Parameters) -> frozenset[str]:
+def _trained_again(job: "Job", parameters: Parameters) -> frozenset[str]:
     """Names of LoRA-FA's frozen A matrices if the script makes adapters require gradients again."""
     if not (job.script.enables_adapters_again and getattr(job.config, "freeze_a", False)):
         return frozenset()
     return frozenset(p.name for p in parameters.all if p.owner == "adapter" and ".lora_A." in p.name)
 
 
-def _passed_in(job: Job) -> tuple[str, ...]:
+def _passed_in(job: "Job") -> tuple[str, ...]:
     """The dtypes of adapters before their own, where peft's layers put them beside a base on the device."""
     on_device = job.setup.by.loads_on_device or (job.distributed is not None and job.distributed.facts.loads_on_device)
     if job.method is None or job.method.peft_type not in ADAPTERS or not (job.quant or on_device):

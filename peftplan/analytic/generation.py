@@ -10,8 +10,6 @@ wrap); transformers, generation/utils.py (`_sample`, without top-k and top-p). L
 allocator keeps what it outgrows.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -5,8 +5,6 @@ steady one. A script may name other steps (`job.script`). The timeline only coun
 kind; here each of them repeats the events of the last one.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from peftplan.allocator.program import Program, Replayed, replay

@@ -1,7 +1,5 @@
 """The named sizes of a job, and the facts about batch and sequence that decide which operations run."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from peftplan.arch.modules import Architecture

@@ -4,8 +4,6 @@
 `data/models/<name>.json` a model's config and where that came from.
 """
 
-from __future__ import annotations
-
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, NamedTuple

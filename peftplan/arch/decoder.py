@@ -3,8 +3,6 @@
 Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and `configuration_<model_type>.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 

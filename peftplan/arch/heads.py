@@ -1,7 +1,5 @@
 """Builds the model class of a task from a backbone (what `AutoModel` builds): prefixed names, a head, and ties."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 

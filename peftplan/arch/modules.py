@@ -4,8 +4,6 @@ A *family* is one module, or one per layer: `model.layers.{}.self_attn.q_proj` f
 tests expand names; everything else counts a family once and multiplies by its number of copies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -12,8 +12,6 @@ attention; DeepSeek caches before it expands (`modeling_deepseek_v3.py`). Left o
 the prefill until the next token, and one tensor more of a layer lives while a token is appended (`growing_bytes`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from math import prod
 from typing import NamedTuple

@@ -5,8 +5,6 @@ the whole adapter, so the true peak is lower by the adapter tensors of the modul
 Source: peft, `tuners/tuners_utils.py` (`_unload_and_optionally_merge`).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple

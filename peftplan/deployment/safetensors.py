@@ -3,8 +3,6 @@
 Source: safetensors 0.8.0, `safetensors/src/tensor.rs` (`prepare`, `Dtype`); the format's README.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from math import prod

@@ -5,8 +5,6 @@ a tensor takes its own bytes, and an operation on mixed dtypes first makes copie
 place, of its output (torch, `aten/src/ATen/TensorIterator.cpp`, `compute_types`). Left out: Python's numbers, 8 bytes there.
 """
 
-from __future__ import annotations
-
 from math import prod
 from typing import Literal, NamedTuple
 

@@ -6,8 +6,6 @@ header, and ends with a data descriptor); CPython's `Modules/_pickle.c` (`save_d
 is not written: its opcodes are counted. Tensors must be contiguous and own their storage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import NamedTuple
@@ -56,26 +54,32 @@ def file_bytes(value: Value, *, stem: str) -> int:
     """Bytes of `torch.save(value, f"{stem}.pt")`. A text that occurs again is one object, as Python interns names."""
     pickle = _Pickle()
     pickle.write(value)
-    records = [("data.pkl", pickle.size + len(b"\x80\x02.")), *BEFORE]
-    records += [(f"data/{number}", size) for number, size in enumerate(pickle.storages)]
-    return _archive([(f"{stem}/{name}", size) for name, size in (*records, *AFTER)])
+    folder = len(f"{stem}/")
+    before = (("data.pkl", pickle.size + len(b"\x80\x02.")), *BEFORE)
+    records = [(folder + len(name), size) for name, size in before]
+    records += [(folder + len("data/") + len(str(number)), size) for number, size in enumerate(pickle.storages)]
+    return _archive(records + [(folder + len(name), size) for name, size in AFTER])
 
 
-def _archive(records: Sequence[tuple[str, int]]) -> int:
-    """Bytes of the archive with these records, in this order."""
+def _archive(records: Sequence[tuple[int, int]]) -> int:
+    """Bytes of the archive with these records, in this order: characters of the name, bytes."""
     end, central = 0, 0
     for name, size in records:
         large, far = size >= LARGE, end >= LARGE
-        header = LOCAL_HEADER + len(name) + _zip64_field(large=large, far=far) + PADDING_HEADER
+        field = 4 + 16 * large + 8 * far if large or far else 0  # ZIP64: sizes or an offset that do not fit four bytes
+        header = LOCAL_HEADER + name + field + PADDING_HEADER
         start = -(-(end + header) // ALIGNMENT) * ALIGNMENT
-        central += CENTRAL_HEADER + len(name) + _zip64_field(large=large, far=far)
+        central += CENTRAL_HEADER + name + field
         end = start + size + DESCRIPTOR + (8 if large or far else 0)
     return end + central + END
 
 
-def _zip64_field(*, large: bool, far: bool) -> int:
-    """The field of an entry whose sizes or whose offset do not fit four bytes."""
-    return 4 + 16 * large + 8 * far if large or far else 0
+class _Repeated(NamedTuple):
+    """What a dict of tensors takes when written again: bytes without its tensors' numbers, entries of the memo, storages."""
+
+    size: int
+    entries: int
+    storages: tuple[int, ...]
 
 
 class _Pickle:
@@ -89,6 +93,8 @@ class _Pickle:
         self._met: set[SavedTensor] = set()
         self._again: dict[SavedTensor, tuple[int, int]] = {}
         """Tensor → bytes without its number, and entries of the memo, once all that it refers to is in the memo's later part."""
+        self._repeated: dict[int, _Repeated] = {}
+        """The same, of dicts whose tensors and keys have all been met; by identity, as equal layers share one dict."""
 
     def write(self, value: Value) -> None:
         """One value."""
@@ -151,6 +157,15 @@ class _Pickle:
         self.size += len(values) if len(values) < 2 else 2 * -(-len(values) // BATCH)
 
     def _dict(self, values: Mapping[str, Value] | Mapping[int, Value]) -> None:
+        repeated = self._repeated.get(id(values))
+        if repeated is not None:
+            first = len(self.storages)
+            self.storages += repeated.storages
+            self.size += repeated.size + _digits(first, len(self.storages))
+            self._entries += repeated.entries
+            return
+        known = all(isinstance(v, SavedTensor) and v in self._again and key in self._memo for key, v in values.items())
+        size, entries, first = self.size, self._entries, len(self.storages)
         self.size += 1
         self._put()
         for key, value in values.items():
@@ -158,6 +173,9 @@ class _Pickle:
             self.write(value)
         count = len(values)
         self.size += count if count < 2 else 2 * (count // BATCH + 1)  # a whole batch is followed by another, even an empty one
+        if known and entries > LAST_SHORT_MEMO:
+            written = self.size - size - _digits(first, len(self.storages))
+            self._repeated[id(values)] = _Repeated(written, self._entries - entries, tuple(self.storages[first:]))
 
     def _numbered(self, tensor: SavedTensor) -> None:
         """A tensor; one like those before it takes as many bytes, but for the digits of its number."""
@@ -198,6 +216,11 @@ class _Pickle:
         self.size += 1
         self._put()
         self.storages.append(tensor.nbytes)
+
+
+def _digits(first: int, end: int) -> int:
+    """Digits of the numbers from the first up to, but without, the end."""
+    return sum(len(str(number)) for number in range(first, end))
 
 
 def _int_bytes(value: int) -> int:

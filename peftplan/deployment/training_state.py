@@ -6,8 +6,6 @@ states by number, then groups), `optim/lr_scheduler.py` (`LambdaLR.state_dict`).
 states are, and their file is taken as laid out like AdamW's: bitsandbytes and Adafactor write some fields more.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -45,7 +43,7 @@ STEPS = 1000
 class Trained(NamedTuple):
     """A tensor that trains, and its optimizer states; `order` is its place in `named_parameters()`."""
 
-    name: str
+    family: str
     order: tuple[int, ...]
     states: tuple[Allocation, ...]
 
@@ -53,10 +51,9 @@ class Trained(NamedTuple):
 def optimizer_file_bytes(trained: Iterable[Trained], *, cls: str, device: str = "cuda:0") -> int:
     """Bytes of `optimizer.pt`: states of the tensors with weight decay, then of the others, each in their order."""
     ordered = sorted(trained, key=lambda tensor: tensor.order)
-    decayed: list[Trained] = []
-    others: list[Trained] = []
-    for tensor in ordered:
-        (others if NO_DECAY.search(tensor.name.lower()) else decayed).append(tensor)
+    spared = {family: NO_DECAY.search(family.lower()) is not None for family in {tensor.family for tensor in ordered}}
+    decayed = [tensor for tensor in ordered if not spared[tensor.family]]
+    others = [tensor for tensor in ordered if spared[tensor.family]]
     saved = {
         states: {a.name: SavedTensor(a.dtype, a.dims, "cpu" if a.place == "host" else device) for a in states}
         for states in {tensor.states for tensor in ordered}
@@ -79,13 +76,12 @@ def scheduler_file_bytes() -> int:
     return file_bytes(value, stem="scheduler")
 
 
-def in_order(parameters: Iterable[Parameter]) -> Iterator[tuple[Parameter, str, tuple[int, ...]]]:
-    """Every tensor of a list of families with its name and its place: neighbouring families take turns, layer by layer."""
+def in_order(parameters: Iterable[Parameter]) -> Iterator[tuple[Parameter, tuple[int, ...]]]:
+    """Every tensor of a list of families with its place: neighbouring families take turns, layer by layer."""
     run, before = 0, False
     for number, family in enumerate(parameters):
         layered = family.layers is not None
         run += layered != before
         before = layered
         for layer in sorted(family.layers) if family.layers is not None else (0,):
-            name = family.name.replace("{}", str(layer)) if layered else family.name
-            yield family, name, (run, layer, number)
+            yield family, (run, layer, number)

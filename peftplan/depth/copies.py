@@ -7,8 +7,6 @@ between two boundaries. For four equal layers, of which 0 and 3 are run, the log
     backward    layer 3 | 2 copies of layer 3 | layer 0
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple

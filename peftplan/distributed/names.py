@@ -1,7 +1,5 @@
 """Names of the strategies and of their parameters, for whom needs no more: a job on one GPU has no strategy to check."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 StrategyName = Literal["ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3", "tp", "device-map"]

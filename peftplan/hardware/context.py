@@ -6,8 +6,6 @@ none is known it assumes one that was measured on another card (`context_for_ver
 Source: data/context.json, each row with its own source.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -80,7 +78,7 @@ class Looked(NamedTuple):
     source: str | None = None
 
 
-def context_measurements(gpu: Gpu) -> tuple[ContextMeasurement, ...]:
+def context_measurements(gpu: "Gpu") -> tuple[ContextMeasurement, ...]:
     """Every public measurement on exactly this card, in whatever state and with whatever software."""
     return tuple(m for m in _measurements() if m.gpu == gpu.id)
 
@@ -90,7 +88,7 @@ def _measurements() -> tuple[ContextMeasurement, ...]:
     return tuple(ContextMeasurement(**row) for row in datafiles.load("context.json")["measurements"])
 
 
-def context_bytes(gpu: Gpu) -> Looked:
+def context_bytes(gpu: "Gpu") -> Looked:
     """The context of a process with today's lazy module loading: after a training step if measured so, else as created.
 
     The largest such figure of this card. Left out where only a created context was measured: the kernels that training
@@ -117,7 +115,7 @@ class Context(NamedTuple):
     assumed: bool
 
 
-def context_for_verdict(gpu: Gpu) -> Context:
+def context_for_verdict(gpu: "Gpu") -> Context:
     """The context of a card: as given, else as measured on it, else the largest current one of its generation, else of all.
 
     Current means loaded lazily, in whatever state (`EAGER` is left out). A size without a card, and generations without a

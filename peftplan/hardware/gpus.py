@@ -5,8 +5,6 @@ marketed (`RTX 4090, 24 GB`) > `nvidia-smi` total (24,564 MiB) > CUDA device tot
 the `nvidia-smi` total). Source: data/gpus.json, each row with its own sources.
 """
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """A job with its tensors: the parameters, and the ledger of tensors that last from step to step."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan import parameters
@@ -22,7 +20,7 @@ class Inventory(NamedTuple):
     job: Job
     parameters: Parameters
     static: Ledger
-    holding: Holding | None = None
+    holding: "Holding | None" = None
     """The part of the parameters that a rank holds; None on one GPU."""
 
 
@@ -73,7 +71,7 @@ def on_each_device(job: Job) -> list[Inventory]:
     return [Inventory(job, built, _lasting(job, built, holding), holding) for holding in holdings]
 
 
-def _lasting(job: Job, built: Parameters, own: Holding | None) -> Ledger:
+def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
     setup, optimizer = job.setup, parse_optim(str(job.setup.optim))
     stepping = optimizer._replace(step_implementation="in-backward") if setup.optimizer_in_backward else optimizer
     on_rank = built if own is None else own.parameters

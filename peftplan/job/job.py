@@ -1,7 +1,5 @@
 """A job: a model, a method and a setup, checked and resolved, before an engine looks at it."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peftplan.methods as methods
@@ -36,7 +34,7 @@ class Job(NamedTuple):
     """Options that have no effect, shown with every result."""
     chosen: frozenset[str] = frozenset()
     """Options and fields of the method that the user set. The others were filled in."""
-    distributed: Distributed | None = None
+    distributed: "Distributed | None" = None
     """The strategy that divides the job over several GPUs; None on one."""
 
     @property

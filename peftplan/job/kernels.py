@@ -7,8 +7,6 @@ Unsloth's formulas are of layers that torch does not compile. By default those a
 one row; with UNSLOTH_BLOCK_COMPILE=0 also layers of padded batches, which run every kernel of unsloth but `unsloth.padding_free`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple, TypeAlias
 

@@ -5,8 +5,6 @@ Sources: trl `kernels/chunked_logprob.py`; liger-kernel `ops/fused_linear_cross_
 `fused_losses/fused_linear.py` (`fused_linear_rows`).
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from peftplan.errors import RefusedError

@@ -1,7 +1,5 @@
 """A request, read once: objects of other libraries become plain data, so that it can be repeated with changes."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.job import sources
@@ -25,15 +23,15 @@ class Request(NamedTuple):
     """Options from `training_args`."""
     script: Script = NO_SCRIPT
     options: dict[str, object] = {}  # noqa: RUF012
-    loaded: Loaded | None = None
+    loaded: "Loaded | None" = None
 
-    def changed(self, **changes: Any) -> Request:
+    def changed(self, **changes: Any) -> "Request":
         """The same request with another method or other options."""
         method = changes.pop("method", self.method)
         return self._replace(method=method, options={**self.options, **changes})
 
     @property
-    def as_loaded(self) -> Loaded | None:
+    def as_loaded(self) -> "Loaded | None":
         """The loaded model, if it decides what trains: neither a method nor an adapter config is set."""
         return self.loaded if self.method is None and self.adapter is None else None
 
@@ -60,7 +58,7 @@ def read_request(
     training_args: object,
     script: Script,
     **options: object,
-) -> Request:
+) -> "Request":
     """Read the arguments of `estimate`. Raises InputError for an object of no known class."""
     loaded = None
     if model is None:

@@ -6,8 +6,6 @@ Options that are only slower or different there have no row: torch emulates bf16
 the rows compare CUDA's compute capability, and flash-attn has other kernels for AMD.
 """
 
-from __future__ import annotations
-
 from math import gcd
 from typing import NamedTuple
 

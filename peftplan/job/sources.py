@@ -5,8 +5,6 @@ with a reader is read by it; a built-in model without one has a weight table; an
 on the meta device (extra `trace`). No code from a model repository is ever executed.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """What a trainer does around a model's step, as a record of facts."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 TrainerName = Literal[

@@ -5,8 +5,6 @@ One table: their word → our option, with their values for ours where those dif
 and LLaMA-Factory's configs, ms-swift, Unsloth, torchtune, DeepSpeed, accelerate, and the QLoRA paper's script.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ Sources: `LoRA_QKV`, `LoRA_W` and `LoRA_MLP` of unsloth, kernels/fast_lora.py, `
 kernels/lora.py, which descends from them. The facts of `job.kernels.Lora` are where they differ.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -122,7 +120,7 @@ class Saved(NamedTuple):
     projections: tuple[Projection, ...]
 
 
-def _record(f: Tape, backward: Backward, kernel: Lora, xs: Inputs, ps: Sequence[Projection]) -> Node | None:
+def _record(f: Tape, backward: Backward, kernel: Lora, xs: "Inputs", ps: Sequence[Projection]) -> Node | None:
     node = f.record(backward, (*xs, *(side for p in ps for side in (p.a, p.b))))
     if node is not None:
         node.in_python = True
@@ -134,11 +132,11 @@ Inputs: TypeAlias = tuple[Tensor, Tensor | None]
 """What a kernel reads: x, and what dropout made of it for the adapter, if it ran."""
 
 
-def _dropped(f: Tape, kernel: Lora, x: Tensor, p: float) -> Inputs:
+def _dropped(f: Tape, kernel: Lora, x: Tensor, p: float) -> "Inputs":
     return x, ops.dropout(f, x, p) if p and kernel.drops_outside else None
 
 
-def _save(f: Tape, node: Node | None, kernel: Lora, xs: Inputs, ps: Sequence[Projection], *more: Tensor) -> None:
+def _save(f: Tape, node: Node | None, kernel: Lora, xs: "Inputs", ps: Sequence[Projection], *more: Tensor) -> None:
     """`save_for_backward`: the inputs, what else is needed, and the adapter, in the input's dtype or as it is."""
     x, dropped = xs
     casts = [_cast(f, side, x.dtype) for p in ps for side in (p.a, p.b)] if kernel.saves_casts else []
@@ -178,7 +176,7 @@ def _of_dropped(f: Tape, dropped: Tensor | None, *, output: bool) -> Tensor | No
 
 
 def _projected_backward(
-    f: Tape, kernel: Lora, xs: Inputs, ps: Sequence[Projection], grads: Sequence[Tensor], casts: Sequence[Tensor]
+    f: Tape, kernel: Lora, xs: "Inputs", ps: Sequence[Projection], grads: Sequence[Tensor], casts: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, of what dropout made of it, and of the adapters: of projections that read the same x."""
     x, dropped = xs

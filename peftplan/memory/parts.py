@@ -1,7 +1,5 @@
 """What a run is made of: how it runs, and one module of one layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Source: transformers, trainer.py (`training_step`, `compute_loss`); trl, `SFTTra
 utils/operations.py (`ConvertOutputsToFp32`). The same programs as `trace.steps` runs.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import NamedTuple
 

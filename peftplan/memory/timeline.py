@@ -4,8 +4,6 @@ The log holds two layers of each kind. The layers between are copies: what the l
 two boundaries, times their number (`depth.copies`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from types import MappingProxyType

@@ -9,8 +9,6 @@ times, about once a layer. There are few different waves and few different stret
     stretches  of two waves each                            one
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

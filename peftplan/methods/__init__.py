@@ -3,8 +3,6 @@
 Importing this package loads none of the methods; each has its own module, which is imported on first use.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -157,13 +155,13 @@ def other_peft_type(name: object) -> str | None:
     return key if key in OTHER_PEFT_TYPES else None
 
 
-def config_class(method: Method) -> type[MethodConfig]:
+def config_class(method: Method) -> "type[MethodConfig]":
     """The configuration class of a method."""
     cls: type[MethodConfig] = getattr(import_module(f"peftplan.methods.{method.module}"), method.config)
     return cls
 
 
-def configure(name: str, options: Mapping[str, object], *, beside: Iterable[str] = ()) -> tuple[Method, MethodConfig]:
+def configure(name: str, options: Mapping[str, object], *, beside: Iterable[str] = ()) -> "tuple[Method, MethodConfig]":
     """The method of that name with its checked options: peft's field names, including those without effect on a tensor.
 
     `beside`: names of other options, of which a near one is suggested too.
@@ -178,7 +176,7 @@ def configure(name: str, options: Mapping[str, object], *, beside: Iterable[str]
     return method, _validated(cls, {**method.defaults, **effective})
 
 
-def from_peft_config(raw: Mapping[str, object]) -> tuple[Method, MethodConfig]:
+def from_peft_config(raw: Mapping[str, object]) -> "tuple[Method, MethodConfig]":
     """The method and configuration of a peft `adapter_config.json`.
 
     Fields that describe the checkpoint or change no tensor are left out. Raises NeedsPeftError for a peft type, or a field that
@@ -206,14 +204,14 @@ def from_peft_config(raw: Mapping[str, object]) -> tuple[Method, MethodConfig]:
     return method, _validated(cls, known)
 
 
-def adapt(arch: Architecture, method: Method, config: MethodConfig) -> Adaptation:
+def adapt(arch: "Architecture", method: Method, config: "MethodConfig") -> "Adaptation":
     """What the method adds to the architecture, and what it trains."""
     function = getattr(import_module(f"peftplan.methods.{method.module}"), method.function)
     adaptation: Adaptation = function(arch, config)
     return adaptation
 
 
-def _validated(cls: type[MethodConfig], values: Mapping[str, object]) -> MethodConfig:
+def _validated(cls: "type[MethodConfig]", values: Mapping[str, object]) -> "MethodConfig":
     from pydantic import ValidationError
 
     from peftplan.validation import first_error

@@ -1,7 +1,5 @@
 """What a PEFT method does to a model: the tensors that it adds, and the parameters of the base that it trains."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple

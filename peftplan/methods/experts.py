@@ -3,8 +3,6 @@
 Source: peft, `utils/transformers_weight_conversion.py` (`_convert_peft_config_moe`, `_resolve_string_target_modules`).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType

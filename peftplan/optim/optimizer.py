@@ -1,7 +1,5 @@
 """One optimizer: a function from a parameter to the tensors that the first step creates for it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple

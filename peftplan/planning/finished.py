@@ -1,7 +1,5 @@
 """What training leaves: an adapter's file or a merged model's, and what merging takes. The sums lie in `peftplan.deployment`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple

@@ -100,4 +100,4 @@ def _trained(job: Job, built: Parameters) -> list[Trained]:
         )
         for p in families
     }
-    return [Trained(name, order, of_family[p]) for p, name, order in in_order(families)]
+    return [Trained(p.name, order, of_family[p]) for p, order in in_order(families)]

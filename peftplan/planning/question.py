@@ -1,7 +1,5 @@
 """A job and its cards, as data: what an estimate is made from, and made again from at other sizes or with changes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +29,7 @@ class Question(NamedTuple):
     """What `Estimate.origin` is: a job with its tensors, the cards, and how widely advice is searched."""
 
     inventory: Inventory
-    cards: tuple[Gpu, ...] = ()
+    cards: "tuple[Gpu, ...]" = ()
     search: AdviceSearch = "best"
     config: Mapping[str, Any] | None = None
     """What the file of another tool says (`job.configs.plan.ConfigPlan.to_dict`)."""
@@ -49,7 +47,7 @@ class Question(NamedTuple):
         keys = [key for key, row in self.config["unsupported"].items() if row["effect"] == "unknown"]
         return f"unsupported keys ({', '.join(keys or self.config['unsupported'])})"
 
-    def at(self, sizes: Mapping[str, Any], *, replays: int | None) -> Estimate | Grid:
+    def at(self, sizes: Mapping[str, Any], *, replays: int | None) -> "Estimate | Grid":
         """The job at other sizes: an Estimate for whole numbers, a Grid where one of them is a list or an array."""
         sizes = {name: value for name, value in sizes.items() if value is not None}
         if not any(isinstance(value, (list, tuple, range)) or getattr(value, "shape", ()) for value in sizes.values()):
@@ -69,7 +67,7 @@ class Question(NamedTuple):
         """The job with other options."""
         return inventory(prepared(self.inventory.job.request.changed(**options))) if options else self.inventory
 
-    def _resized(self, batch_size: object, seq_len: object, *, sets_length: bool) -> Question:
+    def _resized(self, batch_size: object, seq_len: object, *, sets_length: bool) -> "Question":
         job = self.inventory.job
         sizes = {"batch_size": batch_size} | ({"seq_len": seq_len} if sets_length else {})
         setup = parse_setup({**job.setup.model_dump(exclude_unset=True), **sizes})
@@ -78,13 +76,13 @@ class Question(NamedTuple):
         resized = job._replace(setup=setup, request=job.request.changed(**sizes))
         return self._replace(inventory=self.inventory._replace(job=resized))
 
-    def advice(self, estimate: Estimate) -> dict[str, Advised]:
+    def advice(self, estimate: Estimate) -> "dict[str, Advised]":
         """What to change for each card that the job does not fit."""
         from peftplan.planning.advising import advice
 
         return advice(estimate)
 
-    def advise(self, on_card: Verdict) -> Advised:
+    def advise(self, on_card: Verdict) -> "Advised":
         """What to change so that the job fits a card."""
         from peftplan.planning.advice import advise
         from peftplan.planning.trials import trials
@@ -95,12 +93,12 @@ class Question(NamedTuple):
         def changed(**changes: object) -> Inventory:
             return inventory(prepared(job.request.changed(**changes))) if changes else self.inventory
 
-        def judged(other: Inventory, cards: list[Gpu]) -> Estimate:
+        def judged(other: Inventory, cards: "list[Gpu]") -> Estimate:
             return analytic(Question(other, tuple(cards)), skip_unfit=True)
 
         return advise(job, trials(card, on_card, job.setup, changed, judged), everything=self.search == "all")
 
-    def host(self, offloaded: int) -> Host:
+    def host(self, offloaded: int) -> "Host":
         """What the job needs besides the card; `offloaded` are bytes of checkpointed inputs in host memory."""
         from peftplan.planning.host import host
 
@@ -117,7 +115,7 @@ class Counted(NamedTuple):
     runs_within: Callable[[int], bool] | None = None
 
 
-def analytic(question: Question, *, skip_unfit: bool = False) -> Estimate:
+def analytic(question: "Question", *, skip_unfit: bool = False) -> Estimate:
     """The estimate by formula, without peaks where a part of the job has none.
 
     `skip_unfit`: no replay for a job whose tensors alone do not fit a card.
@@ -144,7 +142,7 @@ def analytic(question: Question, *, skip_unfit: bool = False) -> Estimate:
     return _estimated(question, peaks_on, engine="analytic", skip_unfit=skip_unfit)
 
 
-def _of_fullest(question: Question) -> Question:
+def _of_fullest(question: "Question") -> "Question":
     """Of a `device_map` the question about the GPU that needs most, where peaks say which it is."""
     from peftplan.analytic.engine import analytic_peaks
     from peftplan.job.inventory import of_any_device
@@ -158,7 +156,7 @@ def _of_fullest(question: Question) -> Question:
     return question._replace(inventory=peaks.inventory)
 
 
-def traced(question: Question, *, record: bool, progress: Callable[[str, float], None] | None) -> Estimate:
+def traced(question: "Question", *, record: bool, progress: Callable[[str, float], None] | None) -> Estimate:
     """The estimate by a trace. Raises RefusedError for a model without a loss."""
     job = question.inventory.job
     if job.distributed is not None:
@@ -198,7 +196,7 @@ def _trace(job: Job, compute_capability: str, *, record: bool, progress: Callabl
 
 
 def _estimated(
-    question: Question, peaks_on: Callable[[str], Counted | str], *, engine: Engine, skip_unfit: bool = False
+    question: "Question", peaks_on: Callable[[str], Counted | str], *, engine: Engine, skip_unfit: bool = False
 ) -> Estimate:
     """The result: peaks and lines are those of the first card, the verdict on each card is from its own.
 
@@ -255,7 +253,7 @@ def _estimated(
     )
 
 
-def _groups(job: Job, peaks: Peaks | None, compute_capability: str) -> Iterator[RankGroup]:
+def _groups(job: Job, peaks: Peaks | None, compute_capability: str) -> "Iterator[RankGroup]":
     """The GPUs of a `device_map`, with their peaks where there are any."""
     from peftplan.analytic.engine import analytic_peaks
     from peftplan.job.inventory import on_each_device
@@ -266,7 +264,7 @@ def _groups(job: Job, peaks: Peaks | None, compute_capability: str) -> Iterator[
         yield RankGroup((number,), of_device.static.bytes(), own)
 
 
-def _over_gpus(job: Job, static: Ledger, peaks: Peaks | None, compute_capability: str) -> OverGpus | None:
+def _over_gpus(job: Job, static: Ledger, peaks: Peaks | None, compute_capability: str) -> "OverGpus | None":
     """What the ranks hold. All are counted as the largest: rank 0 with its full shards, under ZeRO where most gradients are."""
     if job.distributed is None:
         return None

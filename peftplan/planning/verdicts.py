@@ -1,7 +1,5 @@
 """The cards of a request, and whether a job fits each; the catalogue is read only where a card is named."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,7 +45,7 @@ def vllm_of(setup: Setup) -> Vllm | None:
     return Vllm(setup.vllm_share, bool(setup.vllm_enable_sleep_mode)) if setup.vllm_share else None
 
 
-def capability(card: Gpu | None) -> str:
+def capability(card: "Gpu | None") -> str:
     """The CUDA compute capability of a card, whose kernels an engine takes; a default where it has none."""
     from peftplan.hardware.context import DEFAULT_CAPABILITY
 
@@ -82,7 +80,7 @@ def _number(counted: re.Match[str]) -> int:
     return int(digits)
 
 
-def find_cards(gpu: str | Iterable[str] | None, *, context: object = None) -> list[Gpu]:
+def find_cards(gpu: str | Iterable[str] | None, *, context: object = None) -> "list[Gpu]":
     """The cards named by `gpu`, each once, in the order of their first names: one name, several, or none.
 
     `context`: MiB of CUDA context to count on each; None leaves it to what is known. Raises InputError or UnknownNameError.
@@ -116,7 +114,7 @@ def parse_context(context: object) -> float:
     return mib
 
 
-def card_notes(cards: Iterable[Gpu], setup: Setup, quant: QuantConfig | None) -> list[str]:
+def card_notes(cards: "Iterable[Gpu]", setup: Setup, quant: QuantConfig | None) -> list[str]:
     """What a card does otherwise than the setup says, which no number shows.
 
     torch emulates bf16 below compute capability 8.0; transformers dequantizes a format that the card is too old for.
@@ -124,7 +122,7 @@ def card_notes(cards: Iterable[Gpu], setup: Setup, quant: QuantConfig | None) ->
     return [f"{card.id}: {note}" for card in dict.fromkeys(cards) for note in _notes(card, setup, quant)]
 
 
-def _notes(card: Gpu, setup: Setup, quant: QuantConfig | None) -> Iterator[str]:
+def _notes(card: "Gpu", setup: Setup, quant: QuantConfig | None) -> Iterator[str]:
     has = capability(card)
     if (vllm := vllm_of(setup)) is not None:
         from peftplan.hardware.usable import usable_bytes
@@ -147,7 +145,7 @@ def _notes(card: Gpu, setup: Setup, quant: QuantConfig | None) -> Iterator[str]:
 
 
 def verdict(
-    card: Gpu,
+    card: "Gpu",
     static_bytes: int,
     peaks: Peaks | None,
     runs_within: Callable[[int], bool] | None = None,
@@ -209,7 +207,7 @@ def scope_of(peaks: Peaks) -> str | None:
     return TEXT if peaks.assumed.get("images_per_sample") == 0 else None
 
 
-def usable_and_room(card: Gpu) -> tuple[int, int]:
+def usable_and_room(card: "Gpu") -> tuple[int, int]:
     """Bytes of a card that a program can use, and what the CUDA context leaves of them to the allocator."""
     from peftplan.hardware.context import context_for_verdict
     from peftplan.hardware.usable import usable_bytes
@@ -219,7 +217,7 @@ def usable_and_room(card: Gpu) -> tuple[int, int]:
 
 
 def stated(
-    card: Gpu,
+    card: "Gpu",
     word: str,
     reserved: int,
     *,

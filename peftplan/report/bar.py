@@ -1,7 +1,5 @@
 """The peak as one bar: a shade per category, against what a card has."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple

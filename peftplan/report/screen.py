@@ -1,7 +1,5 @@
 """Plain lines for a terminal or a pipe, without rich: width, colour, the letters that its encoding has, and wrapping."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

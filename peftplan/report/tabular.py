@@ -1,7 +1,5 @@
 """Rows that every format shares: cells of text for people, facts for programs."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence

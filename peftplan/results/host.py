@@ -1,7 +1,5 @@
 """Host memory and disk: what a job needs besides the card."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 SMALL_FILES = "adapter_config.json or config.json, rng_state.pth, trainer_state.json, training_args.bin and tokenizer files"

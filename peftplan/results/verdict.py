@@ -1,7 +1,5 @@
 """Whether a job fits a card, as data."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 if TYPE_CHECKING:
@@ -63,7 +61,7 @@ class Verdict(NamedTuple):
         """What nvidia-smi shows for the process; None where the context or the peak is not known."""
         return None if self.context_assumed or self.lower_bound or self.upper_bound else self.needed_bytes
 
-    def to_dict(self) -> VerdictDocument:
+    def to_dict(self) -> "VerdictDocument":
         """One entry of `gpus` in the JSON."""
         scope = {} if self.scope is None else {"scope": self.scope}
         facts = {

@@ -1,7 +1,5 @@
 """The formats of `--quant`: the options of each, its defaults, and whether such a model can be fine-tuned."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype

@@ -24,13 +24,18 @@ def real(value: Any) -> Any:
     return [real(item) for item in value] if isinstance(value, list) else value
 
 
-def state(count: int, *, shapes: list[tuple[int, ...]], dtype: str = "fp32", device: str = "cpu") -> dict[str, Any]:
-    """What an AdamW of `count` parameters saves."""
+def state(
+    count: int, *, shapes: list[tuple[int, ...]], dtype: str = "fp32", device: str = "cpu", shared: bool = False
+) -> dict[str, Any]:
+    """What an AdamW of `count` parameters saves; `shared`: equal states are one dict, as those of equal layers are."""
     draw = random.Random(count)
-    states = {}
+    states, of_shape = {}, {}
     for number in range(count):
-        moment = SavedTensor(dtype, draw.choice(shapes), device)
+        shape = draw.choice(shapes)
+        moment = SavedTensor(dtype, shape, device)
         states[number] = {"step": SavedTensor("fp32", (), device), "exp_avg": moment, "exp_avg_sq": moment}
+        if shared:
+            states[number] = of_shape.setdefault(shape, states[number])
     group = {"lr": 0.5, "foreach": None, "fused": True, "large": 2**40, "negative": -1, "params": list(range(count))}
     return {"state": states, "param_groups": [group, {**group, "params": []}], "betas": tuple(float(n) for n in range(count % 5))}
 
@@ -38,9 +43,10 @@ def state(count: int, *, shapes: list[tuple[int, ...]], dtype: str = "fp32", dev
 SHAPES = [(3, 5), (7,), (64, 64), (1,), (700, 2), (4, 64, 3)]
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 40, 100, 999, 1000, 1001])
-def test_a_state_on_the_cpu(count: int, tmp_path: Path) -> None:
-    saved = state(count, shapes=SHAPES, dtype=random.Random(count).choice(list(DTYPES)))
+def test_a_state_on_the_cpu(count: int, shared: bool, tmp_path: Path) -> None:
+    saved = state(count, shapes=SHAPES, dtype=random.Random(count).choice(list(DTYPES)), shared=shared)
     torch.save(real(saved), tmp_path / "optimizer.pt")
     assert file_bytes(saved, stem="optimizer") == (tmp_path / "optimizer.pt").stat().st_size
 

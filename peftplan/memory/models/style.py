@@ -1,7 +1,5 @@
 """What differs between decoders of the Llama shape, and what one of their layers reads when it is called."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -26,7 +24,7 @@ class Call(NamedTuple):
     """One layer's call: what it reads besides its input. `tables`: cosines and sines, or what else its attention adds."""
 
     model: Model
-    style: Style
+    style: "Style"
     block: Block
     number: int
     tables: tuple[Tensor, ...]
@@ -54,7 +52,7 @@ class Call(NamedTuple):
         """A norm of this layer; x itself where it has none."""
         return x if name is None else self.style.norm(self.model, f"{self.style.stack}.{name}", x, self.number)
 
-    def module(self, name: str, x: Tensor, function: Sublayer, *, by_name: bool = False) -> Tensor:
+    def module(self, name: str, x: Tensor, function: "Sublayer", *, by_name: bool = False) -> Tensor:
         """A module of this layer that has no parameters of its own."""
         return self.tape.call(f"{self.style.stack}.{name}", self.number, (), x, lambda x: function(self, x), by_name=by_name)
 
@@ -140,9 +138,9 @@ class Style(NamedTuple):
     norm: Norm = rms
     norms: tuple[str | None, str | None, str | None, str | None] = ("input_layernorm", None, "post_attention_layernorm", None)
     rotate: Rotation = rotate_all
-    layer: Sublayer | None = None
-    attention: Sublayer | None = None
-    mixture: Sublayer | None = None
+    layer: "Sublayer | None" = None
+    attention: "Sublayer | None" = None
+    mixture: "Sublayer | None" = None
     qk_norm: Literal["flat", "head", "moved", "each"] = "head"
     qk_names: tuple[str, str] = ("q_norm", "k_norm")
     norms_last: bool = False
