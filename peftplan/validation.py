@@ -34,6 +34,19 @@ BOUNDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
+SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,9})?) ?(tib|gib|mib|tb|gb|mb)?", re.IGNORECASE)
+UNITS = {"tib": 2**40, "gib": 2**30, "mib": 2**20, "tb": 10**12, "gb": 10**9, "mb": 10**6, "": 1}
+
+
+def size_in_bytes(value: object, *, field: str) -> int:
+    """Bytes of a size such as `512GiB` or `512 GB`; a bare number is bytes. Raises InputError."""
+    text = SIZE.fullmatch(str(value).strip()) if isinstance(value, (int, str)) and not isinstance(value, bool) else None
+    size = round(float(text[1]) * UNITS[(text[2] or "").lower()]) if text is not None else 0
+    if not 1 <= size <= 2**60:
+        raise InputError(field, value, "accepted: a size such as 512GiB, 512GB or a number of bytes")
+    return size
+
+
 def listed(value: object) -> object:
     """A comma-separated string as the names in it, with or without spaces around them; anything else as it is."""
     return tuple(name.strip(" ") for name in value.split(",")) if isinstance(value, str) else value

@@ -66,6 +66,7 @@ class GridOptions(OtherWords, total=False):
     kbit_prepare: Axis[bool | None]
     use_cache: Axis[bool | None]
     save_total_limit: Axis[int | None]
+    host_memory: Axis[int | str | None]
     trust_remote_code: Axis[bool]
     accelerate_config: Axis[str | os.PathLike[str] | Mapping[str, object] | None]
     deepspeed: Axis[str | os.PathLike[str] | Mapping[str, object] | None]

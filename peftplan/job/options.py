@@ -71,6 +71,7 @@ class SetupOptions(TypedDict, total=False):
     kbit_prepare: bool | None
     use_cache: bool | None
     save_total_limit: int | None
+    host_memory: int | str | None
     trust_remote_code: bool
 
 

@@ -12,7 +12,7 @@ from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameEr
 from peftplan.job.kernels import named_kernels
 from peftplan.job.trainer import Autocast, Forward, Loss, Trainer, TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
-from peftplan.validation import first_error, listed
+from peftplan.validation import first_error, listed, size_in_bytes
 
 Engine = Literal["analytic", "trace"]
 ENGINES: tuple[Engine, ...] = ("analytic", "trace")
@@ -22,6 +22,10 @@ SEARCHES: tuple[AdviceSearch, ...] = ("best", "all")
 
 def _dtype(field: str) -> BeforeValidator:
     return BeforeValidator(lambda v: v if v is None else parse_dtype(v, field=field, accepted=MODEL_DTYPES))
+
+
+def _size(field: str) -> BeforeValidator:
+    return BeforeValidator(lambda v: v if v is None else size_in_bytes(v, field=field))
 
 
 ModelDtype = Annotated[str, _dtype("dtype")]
@@ -43,6 +47,8 @@ class Setup(BaseModel):
     quant: str | None = None
     double_quant: bool | None = None
     save_total_limit: Count | None = None
+    host_memory: Annotated[int | None, _size("host_memory")] = None
+    """Bytes of a node."""
     quant_bits: int | None = None
     quant_group_size: int | None = None
     quant_blocksize: int | None = None

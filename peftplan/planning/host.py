@@ -10,6 +10,8 @@ Sources: transformers, `modeling_utils.py` and `core_model_loading.py` (`from_pr
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from peftplan.deployment import residents
 from peftplan.deployment.training_state import GROUPS, Trained, in_order, optimizer_file_bytes, scheduler_file_bytes
 from peftplan.errors import PeftplanError
@@ -19,6 +21,9 @@ from peftplan.optim import parse_optim, parse_optim_args, states
 from peftplan.parameters import Parameters
 from peftplan.planning import finished
 from peftplan.results.host import CheckpointFiles, Host, Loading
+
+if TYPE_CHECKING:
+    from peftplan.distributed.strategy import Distributed
 
 
 def host(job: Job, built: Parameters, static: Ledger, offloaded: int) -> Host:
@@ -30,7 +35,17 @@ def host(job: Job, built: Parameters, static: Ledger, offloaded: int) -> Host:
         merging=_merging(job),
         checkpoint=_checkpoint(job, built),
         save_total_limit=job.setup.save_total_limit,
+        ranks=_ranks(job),
+        loading_ranks=1 if job.distributed is not None and job.distributed.cpu_ram_efficient_loading else _ranks(job),
+        memory=job.setup.host_memory,
     )
+
+
+def _ranks(job: Job) -> int:
+    """Processes of a node."""
+    if job.distributed is None or job.distributed.strategy == "device-map":
+        return 1
+    return job.distributed.gpus or 1
 
 
 def _loading(job: Job, built: Parameters) -> Loading:
@@ -43,6 +58,8 @@ def _loading(job: Job, built: Parameters) -> Loading:
     largest = max((a.nbytes for p in dense.all if p.owner == "base" for a in p.allocations), default=0)
     if job.quant is not None:
         return Loading(0, largest, f"tensor by tensor to the card, where each is stored as {job.quant.name}")
+    if job.distributed is not None and (job.distributed.facts.loads_on_device or _by_tensor(job.distributed)):
+        return Loading(0, largest, "tensor by tensor to the cards")
     if job.setup.by.loads_on_device:
         return Loading(
             0, largest, "tensor by tensor to the card (device_map); without it all of the model is in host memory first"
@@ -53,6 +70,11 @@ def _loading(job: Job, built: Parameters) -> Loading:
         "the whole model, which Trainer then moves to the card (none of it with device_map); a base whose file has its dtype is "
         "mapped, and only the adapter is memory of the process",
     )
+
+
+def _by_tensor(distributed: Distributed) -> bool:
+    """Whether a dense model is divided while it loads (`deepspeed.zero.Init`)."""
+    return distributed.strategy == "zero3" and distributed.zero3_init is not False
 
 
 def _merging(job: Job) -> int | None:

@@ -219,6 +219,8 @@ def _estimated(
         assumed["notes"] = [*assumed.get("notes", ()), *notes]
     if peaks is not None:
         assumed |= {"compute_capability": of_first, **peaks.assumed}
+    if setup.host_memory is not None:
+        refused = refused or question.host(assumed.get("offloaded_bytes", 0)).short
     return Estimate(
         engine=engine,
         model=model_facts(job.architecture),
@@ -244,7 +246,9 @@ def _estimated(
             for card, of in ((card, capability(card)) for card in cards)
         ),
         peaks=peaks,
-        warnings=job.warnings if refused is None or cards else (*job.warnings, f"batch_size: {refused}"),
+        warnings=job.warnings
+        if refused is None or cards
+        else (*job.warnings, refused if refused.startswith("host memory") else f"batch_size: {refused}"),
         chosen=job.chosen - (question.config or {}).get("defaults", {}).keys(),
         asides=job.architecture.asides,
         origin=question,

@@ -106,6 +106,16 @@ class CheckpointFilesDocument(TypedDict):
     total: int
 
 
+class NodeDocument(TypedDict):
+    """Host memory of a node, in bytes of all its ranks."""
+
+    loading: int
+    """What its ranks load; pages of a file that is mapped are counted, though they share them."""
+    offloaded: int
+    memory: int | None
+    """What it has (`host_memory`)."""
+
+
 class HostDocument(TypedDict):
     """Host memory and disk."""
 
@@ -122,6 +132,8 @@ class HostDocument(TypedDict):
     """All checkpoints that are kept; `null` without `save_total_limit`."""
     disk_peak: int | None
     """The same while a new checkpoint is written beside them."""
+    ranks_per_node: int
+    per_node: NodeDocument
 
 
 class LargestLineDocument(TypedDict):

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from peftplan.units import format_bytes
+
 SMALL_FILES = "adapter_config.json or config.json, rng_state.pth, trainer_state.json, training_args.bin and tokenizer files"
 """What the sum of a checkpoint leaves out: about 30 KB, and the tokenizer's few MB where Trainer is given one."""
 
@@ -46,6 +48,30 @@ class Host(NamedTuple):
     merging: int | None
     checkpoint: CheckpointFiles
     save_total_limit: int | None
+    ranks: int = 1
+    """Processes of a node, each of which has what is above but for disk."""
+    loading_ranks: int = 1
+    """Those of them that load the model."""
+    memory: int | None = None
+    """What a node has, if the user says so."""
+
+    @property
+    def per_node(self) -> int:
+        """What a node holds pinned while it trains, all ranks together: the kernel cannot take it back."""
+        return self.offloaded * self.ranks
+
+    @property
+    def loading_per_node(self) -> int:
+        """What the ranks of a node load, all together."""
+        return self.loading.bytes * self.loading_ranks
+
+    @property
+    def short(self) -> str | None:
+        """Why a node has too little memory; None where it has enough, or what it has is not known."""
+        if self.memory is None or self.per_node <= self.memory:
+            return None
+        of = f"{self.ranks} ranks on a node keep" if self.ranks > 1 else "the job keeps"
+        return f"host memory: {of} {format_bytes(self.per_node)} there, and it has {format_bytes(self.memory)}"
 
     @property
     def disk_kept(self) -> int | None:
@@ -68,4 +94,6 @@ class Host(NamedTuple):
             "save_total_limit": self.save_total_limit,
             "disk_kept": self.disk_kept,
             "disk_peak": self.disk_peak,
+            "ranks_per_node": self.ranks,
+            "per_node": {"loading": self.loading_per_node, "offloaded": self.per_node, "memory": self.memory},
         }

@@ -94,3 +94,52 @@ def test_the_answer_stays_short_and_v_says_it() -> None:
     output = run(*line, "-v").out
     assert "checkpoint: optimizer.pt" in output
     assert "2 checkpoints, as kept" in output
+
+
+def test_ranks_of_a_node_share_its_memory() -> None:
+    """ZeRO-2, its optimizer on the host: 4 B masters, 8 B moments, 6 B gradients of each of 1,235,814,400 parameters, 2 nodes."""
+    options: dict[str, Any] = {"method": "full", "gpus": 4, "nodes": 2, "strategy": "zero2", "offload_optimizer": "cpu"}
+    facts = peftplan.estimate("llama-3.2-1b", **options).host
+    assert facts is not None
+    assert facts.per_node == 4 * facts.offloaded == pytest.approx(18 * 1_235_814_400 / 2, rel=1e-3)
+    assert facts.loading_per_node == 4 * facts.loading.bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "loads"),
+    [
+        ({"strategy": "tp", "target_modules": "q_proj"}, 4, 0),
+        ({"strategy": "device-map"}, 1, 0),
+        ({"strategy": "zero3"}, 4, 0),
+        ({"strategy": "zero3", "zero3_init": False}, 4, 4),
+        ({"strategy": "fsdp2", "cpu_ram_efficient_loading": True}, 4, 1),
+        ({"strategy": "fsdp2"}, 4, 4),
+    ],
+)
+def test_how_many_models_a_node_loads(options: dict[str, Any], ranks: int, loads: int) -> None:
+    """Under tensor parallelism and `device_map` weights go to the cards one by one; `cpu_ram_efficient_loading` leaves them to
+    the first rank (transformers, `is_local_dist_rank_0`)."""
+    alone = peftplan.estimate("llama-3.2-1b", method="lora", target_modules=options.get("target_modules", "all-linear")).host
+    facts = peftplan.estimate("llama-3.2-1b", method="lora", gpus=4, **options).host
+    assert alone is not None
+    assert facts is not None
+    assert facts.ranks == ranks
+    assert facts.loading_per_node == loads * alone.loading.bytes
+
+
+def test_a_node_without_the_memory_does_not_run_the_job() -> None:
+    """149.58 GiB: 20 B for each of 8,030,261,248 parameters."""
+    options = ("llama-3.1-8b", "--method", "full", "--strategy", "zero3", "--offload-params", "cpu", "--offload-optimizer", "cpu")
+    line = ("estimate", *options, "--gpu", "8xrtx-4090")
+    assert run(*line, "--host-memory", "256GiB", "--require-fit").code == 0
+    short = run(*line, "--host-memory", "128GiB", "--require-fit")
+    assert short.code == 1
+    assert "host memory: 8 ranks on a node keep 149.58 GiB there, and it has 128.00 GiB" in " ".join(short.out.split())
+    assert "host memory" in run("estimate", *options, "--gpus", "8", "--host-memory", "1GB").out
+
+
+@pytest.mark.parametrize("size", ["5xx", "0", "-1GiB", "GiB", "1e3GiB", "9" * 30])
+def test_a_size_that_is_none_is_refused(size: str) -> None:
+    refused = run("estimate", "gpt2", f"--host-memory={size}")
+    assert refused.code == 2
+    assert refused.err.startswith(f"peftplan: --host-memory: '{size}' is not valid; accepted: a size such as 512GiB")
