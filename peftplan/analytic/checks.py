@@ -17,6 +17,10 @@ from peftplan.storage import without_peak
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
+    from peftplan.job.setup import Setup
+
+FEWEST_PACKED = 2
+"""Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
 
 
 def check(job: Job) -> None:
@@ -61,12 +65,15 @@ def _check_kernels(job: Job) -> None:
 def kernels_without_formula(job: Job) -> str | None:
     """Why a step with the job's kernels has no formula; None where it has one."""
     setup, architecture = job.setup, job.architecture
+    if setup.packs_completions:
+        if (why := _grpo_without_formula(setup)) is not None:
+            return f"Unsloth's GRPO {why}"
+    elif setup.kernels and setup.by.of_preferences:
+        return f"kernels with {setup.by.called}"
     if not setup.kernels:
         return None
     if job.distributed is not None:
         return f"kernels with {job.distributed.called}"
-    if setup.by.of_preferences:
-        return f"kernels with {setup.by.called}"
     if setup.attn_implementation == "eager":
         return "kernels with eager attention"
     if (why := without_formula(setup.kernels, architecture.model_type, architecture.task_type)) is not None:
@@ -86,6 +93,18 @@ def kernels_without_formula(job: Job) -> str | None:
         return f"LoRA kernels over {job.quant.name}"
     drops = getattr(job.config, "lora_dropout", 0) and not all(kernel.drops_outside for kernel in of_lora)
     return "LoRA kernels with dropout or DoRA" if drops or getattr(job.config, "use_dora", False) else None
+
+
+def _grpo_without_formula(setup: Setup) -> str | None:
+    """What of Unsloth's GRPO has no formula; None where all of it has one: vLLM writes two completions or more, which are packed
+    (unsloth_zoo 2026.10.9, `grpo_accumulated_loss`), and no forward before scores them (`compute_efficient`)."""
+    missing = {
+        "with layers of the model's own": kernels_of(setup.kernels or ()).padding_free is None,
+        "where its own generation writes": not setup.use_vllm,
+        "with a reference": len(setup.forwards) > 1,
+        "of one completion a step": setup.batch_size < FEWEST_PACKED,
+    }
+    return next((what for what, is_so in missing.items() if is_so), None)
 
 
 def _unread(adapter: Mapping[str, object]) -> str:

@@ -53,6 +53,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         batch_size=setup.rows,
         dtype=setup.dtype,
         loss=setup.loss,
+        holds_hidden_states=setup.packs_completions,  # unsloth, models/rl.py:2089
         loss_facts=loss.facts(setup.rows, loss.length(setup.seq_len + loss.virtual_tokens)),
         logits_to_keep=setup.logits_to_keep,
         reentrant=setup.use_reentrant,

@@ -148,9 +148,11 @@ TRAINERS: dict[TrainerName, Trainer] = {
             loss_types=("sigmoid", "hinge", "ipo", "simpo", "alphapo"),
             arguments="CPOConfig",
         ),
+        # Unsloth's GRPO (unsloth_zoo `grpo_accumulated_loss`) packs the completions of a step into one row.
         GENERATING._replace(
             name="trl-grpo",
             called=f"GRPOTrainer of {named('trl')}",
+            losses=("trl-chunked", "unsloth"),
             beta=0.0,
             num_generations=8,
             options=GENERATING.options | {"loss_type"},

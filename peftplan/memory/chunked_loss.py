@@ -32,8 +32,8 @@ def trl_chunked(model: Model, x: Tensor) -> tuple[Tensor, ...]:
     read_by_loss(f, head)
     f.module = ""
     mask = f.new(LABELS, "bool", "label mask")
-    chosen = _rows(f, hidden, mask)
-    targets = _rows(f, Tensor(None, LABELS, "int64"), mask)
+    chosen = rows_of(f, hidden, mask)
+    targets = rows_of(f, Tensor(None, LABELS, "int64"), mask)
     per_label = _log_probs(model, chosen, head.own_weight, head.bias, targets)
     del chosen, targets
     log_probs, *others = (_scattered(f, part, mask) for part in per_label)
@@ -96,7 +96,7 @@ def _sum_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
     return Tensor(g.storage, saved[0], g.dtype)  # expanded, a view
 
 
-def _rows(f: Tape, x: Tensor, mask: Tensor) -> Tensor:
+def rows_of(f: Tape, x: Tensor, mask: Tensor) -> Tensor:
     """`x[mask]`: indices of the chosen in passing, then their rows."""
     rest = x.dims[len(mask.dims) :]
     node = f.record(_rows_backward, (x,), mask, x.dims)

@@ -108,6 +108,8 @@ def _head_of(model: Model) -> Head:
         return _imported(("pair_logits", "all_logits"))
     if loss != "full" and (task != "CAUSAL_LM" or (model_type, task) in OF_MODEL or loss not in OF_LOSS):
         raise NeedsTraceError(f"the {loss} loss of {model_type} for {task}")
+    if loss == "unsloth" and model.running.holds_hidden_states:
+        return _imported(("unsloth_loss", "of_completions"))
     if loss != "full":
         return _imported(OF_LOSS[loss])
     if model.running.own_modules:

@@ -43,6 +43,8 @@ class Running(NamedTuple):
     logits_in_fp32: bool = False
     """Whether logits are fp32 before any loss."""
     loss: str = "full"
+    holds_hidden_states: bool = False
+    """Whether the input of every layer stays on the card until the model returns, as for Unsloth's GRPO."""
     loss_facts: tuple[bool, ...] = ()
     """The facts of the batch that decide which operations the loss runs (`LossSizes.facts`)."""
     token_outputs: tuple[str, ...] = ()

@@ -10,9 +10,11 @@ from peftplan.errors import NeedsTraceError
 from peftplan.job.loss_sizes import HALF, SPLIT_COLUMNS, WIDE
 from peftplan.ledger import Dim
 from peftplan.memory.attention import HALF as HALF_DTYPES
+from peftplan.memory.chunked_loss import rows_of
 from peftplan.memory.loss import projection
 from peftplan.memory.model import Model
 from peftplan.tape import ops
+from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Gradients, Node, Operand, Tensor
 from peftplan.units import ceil_div
@@ -45,13 +47,34 @@ def unsloth(model: Model, x: Tensor) -> tuple[Tensor]:
     return (loss,)
 
 
+def of_completions(model: Model, x: Tensor) -> tuple[Tensor]:
+    """`grpo_accumulated_loss` of completions in one packed row: the log-probabilities of their tokens, whose hidden states are
+    copied. Left out: numbers of tokens after these. Raises NeedsTraceError for a head that trains or has a bias.
+
+    Source: unsloth_zoo 2026.10.9 `rl_replacements.py` (`grpo_accumulated_loss`, sequence packing), `fused_losses/fused_linear.py`
+    (`_logprobs_impl` with `want_u`, `_lp_backward`).
+    """
+    f = model.tape
+    head = projection(model)
+    f.module = ""
+    weight = model.table(head.name, head)
+    if head.bias is not None or weight.node is not None:
+        raise NeedsTraceError(f"Unsloth's GRPO of {model.arch.model_type} with a head that trains or has a bias")
+    mask = f.new(x.dims[:-1], "bool", "completions")
+    chosen = rows_of(f, sliced(f, x, x.dims), mask)
+    targets = f.new(("n",), "int64", "index")
+    loss = _cross_entropy(model, chosen, weight, copies=False)
+    del targets, mask
+    return (loss,)
+
+
 def _chunks(model: Model, name: str) -> tuple[Dim, ...]:
     """Tokens of each chunk, those between the first and the last once."""
     facts, at = model.running.loss_facts, OF_TILES[name]
     return (*(name,) * sum(facts[at : at + 2]), f"{name} rest") if facts[0] else ()
 
 
-def _cross_entropy(model: Model, hidden: Tensor, weight: Operand) -> Tensor:
+def _cross_entropy(model: Model, hidden: Tensor, weight: Operand, *, copies: bool = True) -> Tensor:
     f = model.tape
     vocab = weight.dims[0]
     assert isinstance(vocab, int)
@@ -68,9 +91,9 @@ def _cross_entropy(model: Model, hidden: Tensor, weight: Operand) -> Tensor:
         fp32 = dtype == "fp16" or (dtype == "bf16" and modern)
         many = ceil_div(vocab, SPLIT_COLUMNS) > FEW_SPLITS
         if fp32 and modern and many and model.running.loss_facts[TILED_FROM] and not into_weight:
-            _tiled(model, hidden, vocab, dtype)
+            _tiled(model, hidden, vocab, dtype, copies=copies)
         else:
-            _chunked(model, hidden, weight, dtype, fp32=fp32, trains=(into_hidden, grad_weight))
+            _chunked(model, hidden, weight, dtype, fp32=fp32, trains=(into_hidden, grad_weight), copies=copies)
         wide = f.new(("n",), "fp64", "to")
         wide = f.new(("n",), "fp64", "neg")
     loss = f.new((), "fp32", "sum", node)
@@ -86,7 +109,7 @@ def _logits(f: Tape, dims: tuple[Dim, ...], dtype: str) -> Tensor:
     return buffer
 
 
-def _tiled(model: Model, hidden: Tensor, vocab: int, dtype: str) -> None:
+def _tiled(model: Model, hidden: Tensor, vocab: int, dtype: str, *, copies: bool) -> None:
     """`_tiled_forward`: a tile of logits becomes probabilities in place; an fp32 accumulator of a chunk's gradient."""
     f, splits = model.tape, ceil_div(vocab, SPLIT_COLUMNS)
     log_sums = f.new(("n",), "fp32", "lse")
@@ -95,7 +118,7 @@ def _tiled(model: Model, hidden: Tensor, vocab: int, dtype: str) -> None:
     maximum = f.new(("tile",), "fp32", "m_run")
     chunk = part = None
     for rows in _chunks(model, "tile"):
-        chunk = _chosen(f, rows, hidden, dtype)
+        chunk = _chosen(f, rows, hidden, dtype) if copies else None
         part = f.new((PARTIAL_STATISTICS, splits, rows), "fp32", "part")
         f.products.append((len(f.log), "cuBLAS"))
     del chunk, part, maximum, accumulator, buffer, log_sums
@@ -108,7 +131,7 @@ def _chosen(f: Tape, rows: Dim, hidden: Tensor, dtype: str) -> Tensor:
 
 
 def _chunked(
-    model: Model, hidden: Tensor, weight: Operand, dtype: str, *, fp32: bool, trains: tuple[bool, Tensor | None]
+    model: Model, hidden: Tensor, weight: Operand, dtype: str, *, fp32: bool, trains: tuple[bool, Tensor | None], copies: bool
 ) -> None:
     """One buffer of a chunk's logits, which become their gradient in place."""
     f, (vocab, width) = model.tape, weight.dims
@@ -119,8 +142,9 @@ def _chunked(
     buffer = _logits(f, (name, columns), "fp32" if fp32 else dtype)
     chunk = targets = product = None
     for rows in _chunks(model, name):
-        chunk = _chosen(f, rows, hidden, dtype)
-        targets = f.new((rows,), "int64", "index_select")
+        if copies:
+            chunk = _chosen(f, rows, hidden, dtype)
+            targets = f.new((rows,), "int64", "index_select")
         f.products.append((len(f.log), "cuBLAS"))
         statistics = f.new((STATISTICS, splits, rows), "fp32", "part") if splits > FEW_SPLITS else None
         del statistics

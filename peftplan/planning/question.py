@@ -209,7 +209,7 @@ def _estimated(
     peaks = by_capability[of_first].peaks
     setup = job.setup
     refused = refused_batch(setup, job.replicas)
-    vllm = vllm_of(setup)
+    vllm = vllm_of(setup, static.bytes(("weights", "quant_state")) if setup.use_vllm else 0)
     standing = static.bytes() if vllm or any(peaks.peaks is None for peaks in by_capability.values()) else 0
     assumed = assumptions(job, quantized=built.quantized)
     notes = card_notes(cards, job.setup, job.quant)
@@ -240,7 +240,7 @@ def _estimated(
                 *by_capability[of],
                 refused=refused or unmet(setup, pair(of)),
                 skip_unfit=skip_unfit,
-                bound=question.bound,
+                bound=question.bound or ("at_least" if setup.packs_completions else None),
                 vllm=vllm,
             )
             for card, of in ((card, capability(card)) for card in cards)

@@ -29,20 +29,24 @@ class Vllm(NamedTuple):
     """vLLM on the training GPU: the part of the card that it takes, beside torch's allocator of the trainer.
 
     `sleeps`: it gives that back while the policy trains (trl `VLLMGeneration`, `sleep(level=2)`), and then what lasts of the
-    trainer is beside it, whose cache was emptied. Left out: the context and graphs that a sleeping engine keeps.
+    trainer is beside it, whose cache was emptied. Left out: the context and graphs that a sleeping engine keeps. `shared`: bytes
+    of its share that are the trainer's own, as Unsloth trains on vLLM's weights (unsloth_zoo `vllm_utils.py`).
     """
 
     share: float
     sleeps: bool
+    shared: int = 0
 
     def taken(self, usable: int) -> int:
-        """Bytes of a card that it takes while it generates."""
-        return int(self.share * usable)
+        """Bytes of a card that it takes while it generates, beside those of the trainer."""
+        return max(int(self.share * usable) - self.shared, 0)
 
 
-def vllm_of(setup: Setup) -> Vllm | None:
-    """vLLM as a job runs it on the training GPU; None where it does not."""
-    return Vllm(setup.vllm_share, bool(setup.vllm_enable_sleep_mode)) if setup.vllm_share else None
+def vllm_of(setup: Setup, weights: int = 0) -> Vllm | None:
+    """vLLM as a job with so many bytes of base weights runs it on the training GPU; None where it does not."""
+    if not setup.vllm_share:
+        return None
+    return Vllm(setup.vllm_share, bool(setup.vllm_enable_sleep_mode), weights if setup.packs_completions else 0)
 
 
 def capability(card: "Gpu | None") -> str:
@@ -129,7 +133,8 @@ def _notes(card: "Gpu", setup: Setup, quant: QuantConfig | None) -> Iterator[str
 
         when = "while it generates, and sleeps while the policy trains" if vllm.sleeps else "beside the trainer"
         taken = format_bytes(vllm.taken(usable_bytes(card).bytes))
-        yield f"vLLM takes {taken} {when} (--vllm-gpu-memory-utilization {vllm.share})"
+        weights = ", the weights that it trains on included" if setup.packs_completions else ""
+        yield f"vLLM takes {taken} {when}{weights} (--vllm-gpu-memory-utilization {vllm.share})"
     if card.sold_gb is not None:
         from peftplan.hardware.usable import usable_bytes
 

@@ -116,6 +116,37 @@ def test_rows_without_padding_as_unsloth_ran(model: str, job: dict[str, Any], al
     assert peaks.reserved == pytest.approx(reserved, rel=1e-4)
 
 
+GRPO = {**UNSLOTH, **QLORA, "kernels": "unsloth", "trainer": "trl-grpo", "use_vllm": True, "gradient_accumulation_steps": 1}
+
+
+OF_GRPO: list[tuple[str, dict[str, Any], dict[str, int]]] = [
+    ("llama-3.2-1b", {"r": 32, "batch_size": 4}, {"forward": 1_777_456_640, "backward": 1_740_126_720, "step": 1_346_465_792}),
+    ("qwen3-0.6b", {"r": 16, "batch_size": 6}, {"forward": 1_173_597_696, "backward": 1_063_215_616, "step": 709_924_864}),
+]
+"""Model, job of completions of 768 tokens after prompts of 256, and the peaks of its second step, as above: GRPOTrainer of trl
+1.15.0 under Unsloth, with completions handed to it in place of vLLM's."""
+
+
+@pytest.mark.parametrize(("model", "changed", "by_phase"), OF_GRPO)
+def test_unsloth_s_grpo_as_it_ran(model: str, changed: dict[str, Any], by_phase: dict[str, int]) -> None:
+    """One row of all completions: the layers run as those of documents do, but the model hands out the inputs of all of them
+    (models/rl.py:2089), which stay on the card until it returns."""
+    job = {**GRPO, "seq_len": 1024, "max_completion_length": 768, "optim": "paged_adamw_8bit", **changed}
+    peaks = estimate(model, **job, num_generations=changed["batch_size"]).peaks
+    assert peaks is not None
+    assert {phase: peaks.by_phase[phase] for phase in by_phase} == pytest.approx(by_phase, rel=4e-4)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"use_vllm": False}, {"beta": 0.1}, {"batch_size": 1, "gradient_accumulation_steps": 4}, {"kernels": None}]
+)
+def test_what_of_unsloth_s_grpo_has_no_formula(changed: dict[str, Any]) -> None:
+    job = {**GRPO, "batch_size": 4, "seq_len": 1024, "max_completion_length": 768, "num_generations": 4, **changed}
+    result = estimate("llama-3.2-1b", **job)
+    assert result.peaks is None
+    assert "Unsloth's GRPO" in result.not_modelled[0]
+
+
 IN_THE_LOSS: list[tuple[str, dict[str, Any], int]] = [
     ("llama-3.2-1b", {**UNSLOTH, **LORA}, 3_001_064_448),
     ("qwen2.5-0.5b", {**UNSLOTH, **QLORA}, 951_031_808),

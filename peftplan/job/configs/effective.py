@@ -41,6 +41,9 @@ class Effective:
             return self.values.get(key) is not None
         if isinstance(accepted, Mapping):
             product = self.meant({"product": [key, accepted["times"]]})
+            if "multiple_of" in accepted:
+                unit = self.meant({"sum": [accepted["multiple_of"]]})
+                return bool(product and unit) and product % unit == 0
             return product is not None and product >= accepted["at_least"]
         value = self.of(key)
         if accepted in ("set", "unset"):

@@ -49,7 +49,8 @@ class Rule(TypedDict, total=False):
 
     when: Mapping[str, Any]
     """Key → a list of accepted values, `set` or `unset`, for which the tool's defaults count, `said`: by the file, or
-    `{"at_least": number, "times": key}`: its product with another key's. `file` and `program` are what is read."""
+    `{"at_least": number, "times": key}`: its product with another key's, or `{"multiple_of": key, "times": key}`. `file` and
+    `program` are what is read."""
     set: Mapping[str, Any]
     """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"sum": [names]}`, `{"names": {key: …}}` or `{"globs": key}`
     (`reading`)."""

@@ -10,8 +10,10 @@ from peftplan.job.configs.facts import Facts
 
 
 def named(text: str, tool: Facts) -> str:
-    """A built-in name where a tool's own name, an id, or the last part of a local path is one; else the text as it is."""
+    """A built-in name where a tool's own name, in any case, an id, or the last part of a local path is one; else the text."""
     own = tool.models.get(text) or tool.models.get(text.rpartition(".")[2])
+    if own is None:
+        own = next((name for known, name in tool.models.items() if known.lower() == text.lower()), None)
     if own is None:
         own = next((name for pattern, name in tool.models.items() if "*" in pattern and fnmatchcase(text, pattern)), None)
     if own is not None:

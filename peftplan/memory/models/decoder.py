@@ -74,9 +74,13 @@ def run_layers(
     blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
     masks_by_window = masks_of(model, style, dtype or x.dtype) if masks is None else masks
     outputs: list[Tensor] = []
+    layer_inputs: list[Tensor] = []
+    holds = model.running.holds_hidden_states
 
     def layer(number: int, x: Tensor, mask: Tensor | None, *own_tables: Tensor) -> Outputs:
         block = blocks[number]
+        if holds:
+            layer_inputs.append(x.detach())
         call = Call(model, style, block, number, own_tables or tables(block.attentions[0].window), mask)
         out = (style.layer or serial)(call, x)
         return (out, *model.layer_locals[-1:]) if style.hands_out_weights else out
@@ -90,6 +94,8 @@ def run_layers(
     kinds = kinds_of(model)
     if style.hands_out_weights and not model.past:  # a prefix trains before every layer
         kinds = seconds_apart(kinds)
+    if holds:  # how long a layer's output lives is the next layer's matter too: each is run
+        kinds = tuple(range(len(kinds)))
     x = run_stack(
         model,
         kinds,
@@ -100,10 +106,13 @@ def run_layers(
         own=None if style.mask_by_position else its_mask,
         every=its_mask(0) if style.mask_by_position else (),
         outputs=outputs if style.hands_out_weights else None,
+        holds=holds,
     )
+    holds = False
     if style.final_norm is not None:
         x = style.norm(model, style.final_norm, model.units.enter_with(NORM, x), None)
     outputs.clear()
+    layer_inputs.clear()  # which frames refer to
     return x
 
 

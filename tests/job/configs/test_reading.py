@@ -214,6 +214,40 @@ def test_a_notebook_is_assumed_to_have_a_torch_before_layers_compile(settings: s
     assert set(plan.unsupported) == (COMPILED if "LEGACY" in settings else set())
 
 
+def test_unsloth_takes_its_names_in_any_case() -> None:
+    """unsloth 2026.10.9, models/loader_utils.py: the mapper's names are looked up in lower case."""
+    plan = read_text(UNSLOTH.format(settings="", arguments=", max_steps=60").replace("Llama-3.2-1B", "Phi-4"), file="a.py")
+    assert plan.model == "phi-4"
+
+
+GRPO = """
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained(
+    "unsloth/Llama-3.2-1B", max_seq_length=1024, fast_inference=True, gpu_memory_utilization=0.6
+)
+model = FastLanguageModel.get_peft_model(model, r=32)
+args = GRPOConfig(per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation}, num_generations=6,
+    max_prompt_length=256, max_completion_length=768, max_steps=50, optim="paged_adamw_8bit")
+GRPOTrainer(model=model, args=args).train()
+"""
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "rows"), [(1, 1, 6), (12, 1, 12), (2, 3, 2), (4, 1, 6)])
+def test_unsloth_s_grpo_of_a_notebook(batch: int, accumulation: int, rows: int) -> None:
+    """A batch that is no multiple of num_generations becomes one of them (models/rl.py:3598); vLLM shares the weights."""
+    source = GRPO.format(batch=batch, accumulation=accumulation)
+    plan = read_text(json.dumps({"cells": [{"cell_type": "code", "source": [source]}]}), file="grpo.ipynb")
+    assert not plan.unsupported
+    assert (plan.options["batch_size"], plan.options["vllm_gpu_memory_utilization"]) == (rows, 0.6)
+    assert "0.22.2" in plan.assumed["trl"]
+    result = peftplan.estimate(config=plan, gpu="a100-80gb")
+    assert result.peaks is not None
+    (card,) = result.gpus
+    weights = result.static.bytes(("weights", "quant_state"))
+    assert card.vllm_bytes == int(0.6 * card.usable_bytes) - weights
+    assert read_text(source, file="grpo.py").unsupported  # a script says nothing of its trl
+
+
 def test_unsloth_loads_phi_with_its_projections_apart() -> None:
     """The seven projections of Phi-3 medium: 65,536,000 trainable parameters, as its notebook prints them."""
     plan = read_text(
