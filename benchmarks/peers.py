@@ -104,28 +104,28 @@ def answers_of(name: str, records: list[Record], folders: Path) -> Tool | None:
         installed = version(name)
     except PackageNotFoundError:
         return None
-    stated: dict[str, dict[str, int]] = {}
+    answers: dict[str, dict[str, int]] = {}
     refused: Counter[str] = Counter()
     for record in records:
         try:
-            stated[record.id] = offered(name, record, folders)
+            answers[record.id] = offered(name, record, folders)
         except Refused as error:
             refused[str(error)] += 1
-    return Tool(version=installed, cold_seconds=cold(name, folders), stated=stated, refused=dict(refused.most_common()))
+    return Tool(version=installed, cold_seconds=cold(name, folders), stated=answers, refused=dict(refused.most_common()))
 
 
 def ours(records: list[Record], folders: Path) -> Tool:
     """The analytic engine on the same records."""
-    stated: dict[str, dict[str, int]] = {}
+    answers: dict[str, dict[str, int]] = {}
     refused: Counter[str] = Counter()
     for record in records:
         answer = ask(record, "analytic")
         figures = {figure: answer.figures[figure] for figure in ("allocated", "reserved", "device") if figure in answer.figures}
         if figures:
-            stated[record.id] = figures
+            answers[record.id] = figures
         else:
             refused[answer.refused or "no peak stated"] += 1
-    return Tool(version=peftplan_version(), cold_seconds=cold(OURS, folders), stated=stated, refused=dict(refused.most_common()))
+    return Tool(version=peftplan_version(), cold_seconds=cold(OURS, folders), stated=answers, refused=dict(refused.most_common()))
 
 
 def peftplan_version() -> str:

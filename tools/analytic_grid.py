@@ -186,10 +186,10 @@ def cells(*, model_types: Iterable[str] | None = None) -> Iterator[Cell]:
                 yield _cell(model_type, method, random.Random(f"{model_type} {sorted(method.items())} {number}"))
     checkpointed = [method for method in METHODS if method["method"] != "prefix-tuning"]
     for model_type in chosen:
-        for way, (draws, stated) in CHECKPOINTED.items():
+        for way, (draws, settings) in CHECKPOINTED.items():
             for number in range(draws):
                 draw = random.Random(f"{model_type} {way} {number}")
-                yield _cell(model_type, draw.choice(checkpointed), draw, gradient_checkpointing=True, **stated)
+                yield _cell(model_type, draw.choice(checkpointed), draw, gradient_checkpointing=True, **settings)
 
 
 def further_cells(*, model_types: Iterable[str] | None = None) -> Iterator[Cell]:
@@ -199,14 +199,14 @@ def further_cells(*, model_types: Iterable[str] | None = None) -> Iterator[Cell]
         for name in others:
             method = {"method": name, **OF_METHOD.get(name, {"target_modules": "attention"})}
             yield _cell(model_type, method, random.Random(f"{model_type} {name}"))
-        for rare, stated in RARE.items():
+        for rare, settings in RARE.items():
             draw = random.Random(f"{model_type} {rare}")
             method = draw.choice([method for method in METHODS if method["method"] in ("lora", "dora", "ia3")])
-            method = method if "quant" in stated else draw.choice(TRAINING)
-            yield _cell(model_type, method, draw, **stated)._replace(rare=rare)
+            method = method if "quant" in settings else draw.choice(TRAINING)
+            yield _cell(model_type, method, draw, **settings)._replace(rare=rare)
 
 
-def _cell(model_type: str, method: Options, draw: random.Random, **stated: Any) -> Cell:
+def _cell(model_type: str, method: Options, draw: random.Random, **settings: Any) -> Cell:
     options: Options = dict(method)
     for axis, choices in AXES.items():
         if axis == "dropout" and method["method"] not in DROPOUT_METHODS:
@@ -215,7 +215,7 @@ def _cell(model_type: str, method: Options, draw: random.Random, **stated: Any) 
     if options["method"] in ("qlora", "qdora") and options["dtype"] == "fp32":
         options["dtype"] = "bf16"
     options |= draw.choice(TASKS.get(model_type, ({},)))
-    return Cell(model_type, _model_of(model_type), tuple((options | stated).items()))
+    return Cell(model_type, _model_of(model_type), tuple((options | settings).items()))
 
 
 def outcome(cell: Cell, traced: Peaks | None = None) -> Outcome:
@@ -250,11 +250,11 @@ def page(outcomes: list[Outcome], *, worst: int = 25) -> str:
             groups[key(o)].append(o)
         rows = [(name, *_summary(members, "peak"), *_summary(members, RESERVED)[1:]) for name, members in groups.items() if name]
         parts.append(table((title, "cells", *DRIFTS, *(f"{RESERVED}: {name}" for name in DRIFTS)), rows))
-    shown = ("peak", *PHASES, RESERVED)
+    columns = ("peak", *PHASES, RESERVED)
     for title, farthest in (("The farthest cells", _farthest), ("The farthest of reserved bytes", _farthest_reserved)):
         ordered = sorted(scored, key=farthest, reverse=True)[:worst]
-        rows = [(*(_percent(o.drift(name)) for name in shown), f"`{o.cell.command}`") for o in ordered]
-        parts.append(f"## {title}\n\n" + table((*shown, "repeat"), rows))
+        rows = [(*(_percent(o.drift(name)) for name in columns), f"`{o.cell.command}`") for o in ordered]
+        parts.append(f"## {title}\n\n" + table((*columns, "repeat"), rows))
     refused = Counter((reason(o.analytic), reason(o.traced)) for o in outcomes if _refused_by_both(o))
     rows = [(str(count), ours, "the same" if ours == theirs else theirs) for (ours, theirs), count in refused.most_common()]
     parts.append("## Cells that both engines refuse\n\n" + table(("cells", "analytic", "traced"), rows))
@@ -302,8 +302,8 @@ def _summary(outcomes: list[Outcome], phase: str) -> tuple[str, ...]:
     drifts = [d for o in outcomes if (d := o.drift(phase)) is not None]
     if not drifts:
         return ("0", "", "", "", "")
-    shown = (median(map(abs, drifts)), median(drifts), min(drifts), max(drifts))
-    return (str(len(drifts)), f"{100 * shown[0]:.3f} %", *map(_percent, shown[1:]))
+    statistics = (median(map(abs, drifts)), median(drifts), min(drifts), max(drifts))
+    return (str(len(drifts)), f"{100 * statistics[0]:.3f} %", *map(_percent, statistics[1:]))
 
 
 def _percent(drift: float | None) -> str:

@@ -26,7 +26,7 @@ from peftplan.job.configs.documents import flat
 from peftplan.job.configs.read import document_of_text
 from tests.job.configs.drawn import SEED, Trip, trips
 
-KEPT = DATA / "configs" / "checked.json"
+CHECKED = DATA / "configs" / "checked.json"
 OPEN = (
     "model",
     "base_model",
@@ -202,11 +202,13 @@ def check(tool: str) -> dict[str, Any]:
 def main(tools: list[str]) -> None:
     """Check the tools that are named; keep what the others accepted before."""
     os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
-    kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+    checked = json.loads(CHECKED.read_text(encoding="utf-8")) if CHECKED.exists() else {}
     for tool in tools:
-        kept[tool] = check(tool)
-    rows = ",\n".join(f" {json.dumps(tool)}: {json.dumps(kept[tool], ensure_ascii=False)}" for tool in CHECKS if tool in kept)
-    KEPT.write_text("{\n" + rows + "\n}\n", encoding="utf-8")
+        checked[tool] = check(tool)
+    rows = ",\n".join(
+        f" {json.dumps(tool)}: {json.dumps(checked[tool], ensure_ascii=False)}" for tool in CHECKS if tool in checked
+    )
+    CHECKED.write_text("{\n" + rows + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

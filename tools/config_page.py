@@ -241,8 +241,8 @@ job as the tool runs it where nobody set an option (`tests/job/configs/test_writ
         table(
             ("tool", "version", "jobs", "accepted", "checked by"),
             [
-                (tool, kept["version"], str(kept["plans"]), str(kept["accepted"]), f"`{kept['by']}`")
-                for tool, kept in load("configs/checked.json").items()
+                (tool, result["version"], str(result["plans"]), str(result["accepted"]), f"`{result['by']}`")
+                for tool, result in load("configs/checked.json").items()
             ],
         )
     }

@@ -63,8 +63,8 @@ def fields(tree: ast.Module, names: tuple[str, ...]) -> Iterator[tuple[str, int,
 def default_of(value: ast.expr | None) -> Any:
     """The default as JSON; None where it is computed."""
     if isinstance(value, ast.Call):
-        stated = {keyword.arg: keyword.value for keyword in value.keywords}
-        value = stated.get("default", value.args[0] if value.args and "Field" in ast.unparse(value.func) else None)
+        keywords = {keyword.arg: keyword.value for keyword in value.keywords}
+        value = keywords.get("default", value.args[0] if value.args and "Field" in ast.unparse(value.func) else None)
     try:
         literal = ast.literal_eval(value) if value is not None else None
         json.dumps(literal)

@@ -70,8 +70,8 @@ def _draw_fields(draw: random.Random, config: dict[str, Any]) -> dict[str, Any]:
         del fields["target_modules"]
     task = load(config).task_type  # peft has no name for masked language models and for pictures
     task = task if task in PEFT_TASKS else "FEATURE_EXTRACTION"
-    stated = {"task_type": task} if method in PROMPTS or draw.random() < 0.7 else {}
-    return {"peft_type": TYPES[method], **stated, **fields}
+    task_field = {"task_type": task} if method in PROMPTS or draw.random() < 0.7 else {}
+    return {"peft_type": TYPES[method], **task_field, **fields}
 
 
 def counts(config: dict[str, Any], adapter: dict[str, Any]) -> Counts:

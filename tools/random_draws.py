@@ -98,12 +98,12 @@ def _shallower(config: Mapping[str, Any], depth: int, layers: int) -> dict[str, 
 def _sizes(draw: random.Random, config: Mapping[str, Any]) -> dict[str, Any]:
     """Other widths, heads, MLPs, experts and vocabulary, with the dims of a head as they are: tables of RoPE depend on them."""
     width, heads = _first(config, WIDTH_FIELDS), _first(config, HEAD_FIELDS)
-    stated = config.get("head_dim") or config.get("d_kv") or config.get("qk_nope_head_dim")
-    head_dim = stated or width // heads
+    stated_head_dim = config.get("head_dim") or config.get("d_kv") or config.get("qk_nope_head_dim")
+    head_dim = stated_head_dim or width // heads
     low, high = WIDTHS
     heads = draw.choice([n for n in range(2, 65) if low <= n * head_dim <= high])
     step = lcm(64, heads)  # transformers asks for a width that the heads divide, whatever they measure
-    width = step * draw.randint(-(-low // step), high // step) if stated else heads * head_dim
+    width = step * draw.randint(-(-low // step), high // step) if stated_head_dim else heads * head_dim
     pairs = [n for n in range(1, heads + 1) if heads % n == 0]
     key_values = heads if config.get("kv_lora_rank") else draw.choice(pairs)
     mlp = 32 * draw.randint(width // 32, 5 * width // 32)
@@ -206,7 +206,7 @@ CARDS: Choices = ((5, {}), *((1, {"gpu": name}) for name in ("t4", "l4", "a100-4
 TRACED_OPTIMIZERS = sorted(name for name, optimizer in OPTIMIZERS.items() if not optimizer.untraced)
 """Optimizers that step inside backward have no step that either engine knows, and are left out."""
 LORAS = ("lora", "qlora", "dora", "qdora", "rslora", "lora-fa", "lora+")
-NAMED: Choices = ((30, "lora"), (15, "qlora"), (10, "full"), (6, "dora"), *((2, name) for name in METHODS))
+METHOD_CHOICES: Choices = ((30, "lora"), (15, "qlora"), (10, "full"), (6, "dora"), *((2, name) for name in METHODS))
 RANKS = (1, 4, 8, 16, 16, 32, 64, 128, 256)
 PROMPTS = ("prefix-tuning", "prompt-tuning", "p-tuning")
 
@@ -227,7 +227,7 @@ def draw_options(draw: random.Random, config: Mapping[str, Any]) -> Options:
     usual = [tokens for tokens in (256, 300, 512, 1000, 1024, 2048) if tokens <= longest]
     options["seq_len"] = draw.choice([*usual, draw.randint(min(TOKENS[0], longest), min(TOKENS[1], longest))])
     options["batch_size"] = draw.choice(BATCHES)
-    method = _one(draw, NAMED)
+    method = _one(draw, METHOD_CHOICES)
     return options | {"method": method} | draw_method(draw, method, config, options.get("task_type"))
 
 

@@ -76,7 +76,7 @@ DIVIDED = {
     "aya-23-8b": 2,
 }
 """Models of other kinds that have a plan of tensor parallelism, and how many of their layers run."""
-Named = tuple[str, str, int, dict[str, Any]]
+JobName = tuple[str, str, int, dict[str, Any]]
 """Strategy, method, ranks, and what else is set."""
 
 
@@ -236,8 +236,8 @@ def job(
     **settings: Any,
 ) -> dict[str, Any]:
     """One job by its name: what decides it."""
-    named = {**settings, **({"fsdp": fsdp} if fsdp else {}), **({"zero": zero} if zero else {})}
-    name = " ".join([strategy, method, str(world), *(f"{k}={json.dumps(v)}" for k, v in named.items())])
+    circumstances = {**settings, **({"fsdp": fsdp} if fsdp else {}), **({"zero": zero} if zero else {})}
+    name = " ".join([strategy, method, str(world), *(f"{k}={json.dumps(v)}" for k, v in circumstances.items())])
     program = {"method": method, **settings}
     if strategy in ("fsdp1", "fsdp2"):
         config = {"version": int(strategy[-1]), **(fsdp or {})}
@@ -272,13 +272,13 @@ def deepspeed(stage: int, zero: dict[str, Any], autocast: str = "bf16") -> dict[
     }
 
 
-def sharded_jobs() -> Iterator[Named]:
+def sharded_jobs() -> Iterator[JobName]:
     """Jobs of FSDP1, and of FSDP2's other parameters and models."""
     yield from fsdp2_jobs()
     yield from fsdp1_jobs()
 
 
-def fsdp2_jobs() -> Iterator[Named]:
+def fsdp2_jobs() -> Iterator[JobName]:
     """Parameters of FSDP2, then models."""
     variants: tuple[dict[str, Any], ...] = (
         {"fsdp": {"offload_params": "cpu"}},
@@ -293,7 +293,7 @@ def fsdp2_jobs() -> Iterator[Named]:
         yield "fsdp2", "lora", 4, {"model": model, "layers": layers, "seq_len": 256}
 
 
-def fsdp1_jobs() -> Iterator[Named]:
+def fsdp1_jobs() -> Iterator[JobName]:
     """Parameters of FSDP1, and numbers of ranks."""
     ahead = {"backward_prefetch": "pre"}
     variants: tuple[dict[str, Any], ...] = (
@@ -316,7 +316,7 @@ def fsdp1_jobs() -> Iterator[Named]:
         yield "fsdp1", method, world, {"fsdp": ahead}
 
 
-def device_map_jobs() -> Iterator[Named]:
+def device_map_jobs() -> Iterator[JobName]:
     """Jobs of one process over several GPUs, with a head of its own and with a tied one."""
     for (model, layers), method in product((("llama-3.1-8b", 4), ("llama-3.2-3b", 12), ("qwen3-8b", 4)), ("lora", "full")):
         yield "device-map", method, 2, {"model": model, "layers": layers}
@@ -327,7 +327,7 @@ def device_map_jobs() -> Iterator[Named]:
     yield "device-map", "lora", 4, {"model": "llama-3.1-8b", "layers": 6, "seq_len": 1024}
 
 
-def tensor_parallel_jobs() -> Iterator[Named]:
+def tensor_parallel_jobs() -> Iterator[JobName]:
     """Jobs under transformers' own tensor parallelism. Of LoRA those whose adapters peft makes as wide as they must be."""
     dividing: tuple[tuple[str, int], ...] = (("llama-3.1-8b", 2), ("llama-3.2-1b", 3), ("qwen3-8b", 2), ("mistral-7b-v0.3", 2))
     for (model, layers), world in product(dividing, (2, 4, 8)):

@@ -98,19 +98,19 @@ def run(names: list[str], *, most: int | None) -> int:
         )
         rank = result.largest_rank
         complete = rank is not None and set(PHASES) <= rank.peak_by_phase.keys()
-        shown = (
+        measured = (
             {"peak_by_phase": rank.peak_by_phase, "peak_reserved": rank.peak_reserved}
             if rank is not None and complete
             else {"error": result.ended}
         )
         if each["strategy"] == "device-map":
             of_devices = sorted(result.ranks, key=lambda rank: rank.device)
-            shown["devices"] = [{"peak_by_phase": r.peak_by_phase, "peak_reserved": r.peak_reserved} for r in of_devices]
+            measured["devices"] = [{"peak_by_phase": r.peak_by_phase, "peak_reserved": r.peak_reserved} for r in of_devices]
         with ROWS.open("a", encoding="utf-8") as file:
             file.write(
-                json.dumps({**each, **shown, "seconds": result.seconds, "versions": {n: version(n) for n in LIBRARIES}}) + "\n"
+                json.dumps({**each, **measured, "seconds": result.seconds, "versions": {n: version(n) for n in LIBRARIES}}) + "\n"
             )
-        print(each["name"], shown, file=sys.stderr, flush=True)
+        print(each["name"], measured, file=sys.stderr, flush=True)
     return count
 
 
@@ -174,10 +174,10 @@ def _of_devices(result: Estimate, row: dict[str, Any]) -> dict[str, float]:
     """Of a `device_map`, the difference of the GPU on which it is largest. The first GPU's forward begins with its gradients."""
     assert result.distributed is not None
     each: list[dict[str, float]] = []
-    for group, shown in zip(result.distributed.ranks, row["devices"], strict=False):
+    for group, rehearsed in zip(result.distributed.ranks, row["devices"], strict=False):
         assert group.peaks is not None
-        shares = {phase: group.peaks.by_phase[phase] / shown["peak_by_phase"][phase] - 1 for phase in PHASES}
-        each.append({**shares, "reserved": (group.peaks.reserved or 0) / shown["peak_reserved"] - 1})
+        shares = {phase: group.peaks.by_phase[phase] / rehearsed["peak_by_phase"][phase] - 1 for phase in PHASES}
+        each.append({**shares, "reserved": (group.peaks.reserved or 0) / rehearsed["peak_reserved"] - 1})
     return {what: max((shares[what] for shares in each), key=abs) for what in each[0]}
 
 
@@ -190,12 +190,12 @@ def table() -> tuple[list[str], str]:
             continue
         shares = compared(row)
         if shares is None:
-            lines.append(f"| {_shown(row['name'])} | – | – | – | – | – |")
+            lines.append(f"| {_without_json_marks(row['name'])} | – | – | – | – | – |")
             continue
         for what, share in shares.items():
             every.setdefault(row["strategy"], {}).setdefault(what, []).append(share)
         cells = [f"{round(100 * share, 4) + 0.0:+.4f} %" for share in shares.values()]  # no negative zero
-        lines.append(f"| {_shown(row['name'])} | {' | '.join(cells)} |")
+        lines.append(f"| {_without_json_marks(row['name'])} | {' | '.join(cells)} |")
     summary = []
     for strategy, of_strategy in every.items():
         words = [
@@ -206,7 +206,7 @@ def table() -> tuple[list[str], str]:
     return lines, "\n".join(summary)
 
 
-def _shown(name: str) -> str:
+def _without_json_marks(name: str) -> str:
     """A job's name without the marks of JSON, and without the class that follows from the model type."""
     return re.sub(r', "architectures": \[[^]]*\]', "", name).translate(str.maketrans("", "", '{}"'))
 

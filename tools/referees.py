@@ -23,25 +23,25 @@ from tools import marked
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "data" / "runs" / "vramcalc_a6000.jsonl"
-KEPT = ROOT / "tests" / "rehearse" / "referees.json"
+ROWS = ROOT / "tests" / "rehearse" / "referees.json"
 PAGE = ROOT / "docs" / "rehearse.md"
 MARKS = ("<!-- referees -->", "<!-- end of referees -->")
 
 
 def options(run: dict[str, Any]) -> list[str]:
     """The benchmark's options for a published row."""
-    stated = run["options"]
+    chosen = run["options"]
     words = [
         "--train",
         "--attn",
-        stated["attn_implementation"],
+        chosen["attn_implementation"],
         "--batch",
-        str(stated["batch_size"]),
+        str(chosen["batch_size"]),
         "--seq",
-        str(stated["seq_len"]),
+        str(chosen["seq_len"]),
     ]
-    words += ["--precision", "pure"] if stated["autocast"] == "none" else []
-    words += ["--grad-checkpoint"] if stated["gradient_checkpointing"] else []
+    words += ["--precision", "pure"] if chosen["autocast"] == "none" else []
+    words += ["--grad-checkpoint"] if chosen["gradient_checkpointing"] else []
     return words + (["--lora", str(run["method_config"]["r"])] if run["method"] == "lora" else [])
 
 
@@ -87,10 +87,10 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def write(rows: list[dict[str, Any]]) -> None:
     """Keep the rows beside those of other runs and environments, and put the table into the page."""
-    kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else []
-    by_run = {(row["id"], _environment(row)): row for row in [*kept, *rows]}
+    earlier = json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else []
+    by_run = {(row["id"], _environment(row)): row for row in [*earlier, *rows]}
     rows = sorted(by_run.values(), key=lambda row: (int(row["id"].rpartition("/")[2]), _environment(row)))
-    KEPT.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     marked.write(PAGE, MARKS, table(rows))
 
 

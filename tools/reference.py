@@ -144,17 +144,17 @@ def function(name: str, value: Object, *, level: int) -> Iterator[str]:
 
 def signature(name: str, value: Object) -> str:
     """A signature, one parameter a line where it is long. A default that is an object is `…`."""
-    stated = inspect.signature(value)
-    parameters = [p for p in stated.parameters.values() if p.name != "self"]
-    shown = [str(p.replace(default="…")) if not plain(p.default) else str(p) for p in parameters]
-    shown = [re.sub(r"'([^']*)'(?= = |$)", r"\1", text.replace("= '…'", "= …"), count=1) for text in shown]
+    of_function = inspect.signature(value)
+    parameters = [p for p in of_function.parameters.values() if p.name != "self"]
+    lines = [str(p.replace(default="…")) if not plain(p.default) else str(p) for p in parameters]
+    lines = [re.sub(r"'([^']*)'(?= = |$)", r"\1", text.replace("= '…'", "= …"), count=1) for text in lines]
     for index, parameter in enumerate(parameters):
         if parameter.kind is parameter.KEYWORD_ONLY:
-            shown.insert(index, "*")
+            lines.insert(index, "*")
             break
-    returns = f" -> {stated.return_annotation}" if stated.return_annotation is not inspect.Signature.empty else ""
-    line = f"{name}({', '.join(shown)}){returns}"
-    return line if len(line) <= 90 else f"{name}(\n" + "".join(f"    {text},\n" for text in shown) + f"){returns}"
+    returns = f" -> {of_function.return_annotation}" if of_function.return_annotation is not inspect.Signature.empty else ""
+    line = f"{name}({', '.join(lines)}){returns}"
+    return line if len(line) <= 90 else f"{name}(\n" + "".join(f"    {text},\n" for text in lines) + f"){returns}"
 
 
 def plain(default: object) -> bool:

@@ -21,7 +21,7 @@ does not know.
 def json_page() -> str:
     """The whole page: a section for each document, a list of fields for each record, records that several share once."""
     parts = ["<!-- python -m tools.reference writes this page. -->", INTRO]
-    shown: set[str] = set()
+    described: set[str] = set()
     for name, document in DOCUMENTS.items():
         schema = json_schema(name)
         parts += [f"## {document.command}", schema["description"], f"The schema: `peftplan schema {name}`."]
@@ -30,8 +30,8 @@ def json_page() -> str:
         else:
             parts.append("\n".join(fields(schema)))
         for record, definition in schema["$defs"].items():
-            if record not in shown:
-                shown.add(record)
+            if record not in described:
+                described.add(record)
                 parts += [f"### {record}", definition["description"], "\n".join(fields(definition))]
     return "\n\n".join(parts) + "\n"
 

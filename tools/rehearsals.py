@@ -112,7 +112,7 @@ def run(program: Program) -> dict[str, Any]:
         "seconds": result.seconds,
         "estimated": estimated(program),
         "host": dict(rank.host) if rank else {},
-        "versions": {name: stated for name in (*LIBRARIES, *program.needs) if (stated := _version(name)) is not None},
+        "versions": {name: release for name in (*LIBRARIES, *program.needs) if (release := _version(name)) is not None},
     }
 
 
@@ -153,8 +153,8 @@ def _row(cells: Iterable[object]) -> str:
 
 def write(rows: list[dict[str, Any]]) -> None:
     """Keep the rows in place of those of the same programs, and put the table between the page's marks."""
-    kept = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else []
-    by_name = {row["program"]: row for row in [*kept, *rows]}
+    earlier = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else []
+    by_name = {row["program"]: row for row in [*earlier, *rows]}
     rows = [by_name[program.path.stem] for program in programs() if program.path.stem in by_name]
     DATA.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     marked.write(PAGE, MARKS, table(rows))

@@ -133,11 +133,11 @@ def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
 
 def drifts(row: dict[str, Any], engine: str) -> dict[str, float] | None:
     """What → signed per cent of an engine's number against the rehearsal's; None where one has no number."""
-    stated = estimated(row, engine)
-    if "allocated" not in row or stated.get("allocated") is None:
+    of_engine = estimated(row, engine)
+    if "allocated" not in row or of_engine.get("allocated") is None:
         return None
-    pairs = {what: (stated[what], row[what]) for what in ("allocated", "reserved")}
-    pairs |= {phase: (stated["by_phase"].get(phase), row["by_phase"].get(phase)) for phase in PHASES}
+    pairs = {what: (of_engine[what], row[what]) for what in ("allocated", "reserved")}
+    pairs |= {phase: (of_engine["by_phase"].get(phase), row["by_phase"].get(phase)) for phase in PHASES}
     return {what: 100 * (ours / theirs - 1) for what, (ours, theirs) in pairs.items() if ours and theirs}
 
 

@@ -202,7 +202,7 @@ def with_preferences(job: argparse.Namespace) -> None:
     """TRL's trainers of pairs, of single completions with a label, and of completions that the model writes itself."""
     name = job.trainer.partition("-")[2]
     config_class, trainer_class = classes(job, name)
-    stated = {
+    settings = {
         "beta": job.beta,
         "loss_type": job.loss_type,
         "precompute_ref_log_probs": job.precompute_ref_log_probs or None,
@@ -212,7 +212,7 @@ def with_preferences(job: argparse.Namespace) -> None:
         "max_length": None if name in ("grpo", "rloo") else job.seq_len,
     }
     model = load(job, AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM)
-    fields = {key: value for key, value in stated.items() if value is not None}
+    fields = {key: value for key, value in settings.items() if value is not None}
     config = config_class(**fields, **arguments(job, model))
     peft = adapter(job)
     if job.trainer in AXOLOTL and name not in ("dpo", "kto") and peft is not None:  # HFRLTrainerBuilder.build

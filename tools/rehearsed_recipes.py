@@ -106,11 +106,11 @@ def _settings(config: Path, folder: str, output: str, *, length: str) -> Iterato
 
 def main(file: Path) -> None:
     """Run what the file does not hold yet, and write it again after each job."""
-    kept = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    for place, row in enumerate(kept):
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for place, row in enumerate(rows):
         if "allocated" not in row:
-            kept[place] = run(row)
-            file.write_text("".join(f"{json.dumps(each)}\n" for each in kept), encoding="utf-8")
+            rows[place] = run(row)
+            file.write_text("".join(f"{json.dumps(each)}\n" for each in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,16 +26,16 @@ from tools import marked
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = ROOT / "data" / "suites" / "default.jsonl"
-KEPT = ROOT / "tests" / "rehearse" / "suite.json"
+ROWS = ROOT / "tests" / "rehearse" / "suite.json"
 PAGE = ROOT / "docs" / "rehearse.md"
 MARKS = ("<!-- suite -->", "<!-- end of the suite -->")
-SHOWN: tuple[Figure, ...] = ("allocated", "reserved", *BY_PHASE)
+FIGURES: tuple[Figure, ...] = ("allocated", "reserved", *BY_PHASE)
 
 
-def compared(records: Iterable[Record], kept: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def compared(records: Iterable[Record], earlier: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """A row per run of the suite that was rehearsed, in the suite's order: what it held, and what the trace says."""
     by_key = {key(record.run): record for record in records}
-    by_title = {title(row["run"]): row for row in kept}
+    by_title = {title(row["run"]): row for row in earlier}
     lines = SUITE.read_text(encoding="utf-8").splitlines()
     for entry in read_suite(SUITE):
         run = json.loads(lines[entry.line - 1])
@@ -43,8 +43,8 @@ def compared(records: Iterable[Record], kept: Iterable[dict[str, Any]]) -> Itera
         if title(run) in by_title:
             yield by_title[title(run)]
         elif record is not None:
-            rehearsed = {name: bytes_ for name, bytes_ in measured_figures(record) if name in SHOWN}
-            traced = {name: bytes_ for name, bytes_ in ask(record, "trace").figures.items() if name in SHOWN}
+            rehearsed = {name: bytes_ for name, bytes_ in measured_figures(record) if name in FIGURES}
+            traced = {name: bytes_ for name, bytes_ in ask(record, "trace").figures.items() if name in FIGURES}
             versions = dict(record.circumstances.versions)
             yield {"run": run, "outcome": record.outcome, "rehearsed": rehearsed, "traced": traced, "versions": versions}
 
@@ -58,7 +58,7 @@ def drift(row: dict[str, Any], figure: str) -> float | None:
 def table(rows: list[dict[str, Any]]) -> str:
     """How far all are apart, then each run."""
     lines = ["| trace against rehearsal | runs | median absolute | lowest | highest |", "| --- | --- | --- | --- | --- |"]
-    for figure in SHOWN:
+    for figure in FIGURES:
         drifts = [one for row in rows if (one := drift(row, figure)) is not None]
         cells = (f"{statistics.median(map(abs, drifts)):.4f} %", f"{min(drifts):+.4f} %", f"{max(drifts):+.4f} %")
         lines.append(f"| {figure} | {len(drifts)} | {' | '.join(cells)} |")
@@ -86,10 +86,10 @@ def title(run: dict[str, Any]) -> str:
 
 def write(rows: list[dict[str, Any]]) -> None:
     """Keep the rows, and put the table into the page."""
-    KEPT.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+    ROWS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
     marked.write(PAGE, MARKS, table(rows))
 
 
 if __name__ == "__main__":
-    before = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else []
+    before = json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else []
     write(list(compared(read(Path(sys.argv[1])), before)))

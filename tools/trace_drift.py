@@ -281,8 +281,8 @@ def part_metamath(lengths: Sequence[Lengths], *, other_peft: str | None = None) 
 def part_unscored(lengths: Sequence[Lengths]) -> str:
     """The benchmark's configurations that nobody measured."""
     lines, refused = _unscored(lengths[-1])
-    shown = table(("configuration", "trainable", "traced reserved, GB"), lines)
-    return "\n\n".join([shown, *_not_traced(refused)])
+    rows_table = table(("configuration", "trainable", "traced reserved, GB"), lines)
+    return "\n\n".join([rows_table, *_not_traced(refused)])
 
 
 def _not_traced(refused: Sequence[Refused]) -> list[str]:

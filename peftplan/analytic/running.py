@@ -10,7 +10,7 @@ from peftplan.hardware.context import cublas_workspace_bytes
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.job.setup import Setup
-from peftplan.job.tasks import rotary_positions
+from peftplan.job.tasks import as_told, rotary_positions
 from peftplan.ledger import Dim
 from peftplan.memory.attention import FLASH_CAPABILITY
 from peftplan.memory.model import Model
@@ -48,6 +48,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         logits_in_fp32=job.script.logits_in_fp32 and of_llama and not job.architecture.logits_ops,
         flash=kernels(compute_capability)[0],
         peft_type=None if job.method is None else job.method.peft_type,
+        peft_task=as_told(job.architecture, job.adapter).task_type,
         config=_dropping(job),
         seq_len=setup.seq_len,
         batch_size=setup.rows,

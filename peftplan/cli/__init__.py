@@ -102,7 +102,7 @@ class LazyGroup(click.Group):
 @click.version_option(package_name="peftplan")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """peftplan tells what a fine-tuning run needs before you rent a GPU.
+    """peftplan tells you what a fine-tuning run needs before you rent a GPU.
 
     \b
     peftplan estimate llama-3.1-8b --method qlora --gpu rtx-4090
@@ -135,6 +135,8 @@ def main(args: list[str] | None = None) -> None:
         alike = [f"--{name}" for name in nearest(error.option_name.lstrip("-"), names)]
         near = f"; did you mean {' or '.join(alike)}?" if alike else ""
         _stop(f"no such option: {error.option_name}{near} (see --help)")
+    except click.MissingParameter as error:
+        _stop(f"{error.param.human_readable_name if error.param else 'an argument'} is missing (see --help)")
     except click.ClickException as error:
         _stop(f"{error.format_message().rstrip('.')} (see --help)")
     except (click.Abort, KeyboardInterrupt) as stopped:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from peftplan.cli.command import Command, argument, option, will_exit
+from peftplan.cli.command import INT, POSITIVE, Command, argument, option, will_exit
 
 if TYPE_CHECKING:
     from peftplan.accuracy.drift import Answer
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 @argument("files", nargs=-1, type=Path, metavar="FILE")
 @option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="the engine to compare")
 @option("--id", "ids", multiple=True, metavar="ID", help="only this record; repeatable")
-@option("--sample", type=click.IntRange(1), metavar="INT", help="check only N records, drawn with --seed")
-@option("--seed", type=int, default=0, metavar="INT", show_default=True, help="of --sample")
+@option("--sample", type=POSITIVE, metavar="INT", help="check only this many records, drawn with --seed")
+@option("--seed", type=INT, default=0, metavar="INT", show_default=True, help="seed of --sample")
 @option("--baseline", type=Path, metavar="FILE", help="default: data/runs/baseline.json")
 @option("--update-baseline", is_flag=True, help="store today's predictions as the baseline instead of comparing")
 @option("--report", is_flag=True, help="write docs/accuracy.md and its plots (needs matplotlib: extra plot)")

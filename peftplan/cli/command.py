@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peftplan.errors import InputError, PeftplanError, UnknownOptionError
+from peftplan.errors import BoundError, InputError, PeftplanError, UnknownOptionError
 from peftplan.job.words import MEANINGS, NOT_COUNTED, OFF, ON, our_value, refuse, twice
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
+
+    NumberType = click.ParamType[int | float]
+else:
+    NumberType = click.ParamType  # generic in the types of click alone
 
 EXIT_CODE = "peftplan.exit_code"
 """Key of `Context.meta`: the code that holds even where the reader of the output goes early."""
@@ -57,6 +61,29 @@ class Argument(click.Argument):
         return values(f"{ctx.info_name} {self.name}", "", incomplete)
 
 
+class Number(NumberType):
+    """A number, at least `least`: what else is typed is an error in the words of the library."""
+
+    name = "number"
+
+    def __init__(self, kind: type[int] | type[float], accepted: str, *, least: int | None = None) -> None:
+        self.kind, self.accepted, self.least = kind, accepted, least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        """The number. Raises BoundError."""
+        name = param.opts[0] if param is not None else self.name
+        try:
+            number = self.kind(value)
+        except ValueError:
+            raise BoundError(name, value, self.accepted) from None
+        if self.least is not None and number < self.least:
+            raise BoundError(name, number, f"at least {self.least}")
+        return number
+
+
+INT = Number(int, "a whole number")
+POSITIVE = Number(int, "a whole number", least=1)
+SECONDS = Number(float, "a number")
 option = partial(click.option, cls=Option)
 argument = partial(click.argument, cls=Argument)
 
@@ -88,7 +115,7 @@ class Command(click.Command):
                 formatter.write_dl(records)
         if self.num_rare and not whole:
             formatter.write_paragraph()
-            formatter.write_text(f"{self.num_rare} more options: {ctx.command_path} --help-all")
+            formatter.write_text(f"{self.num_rare} more option{'s' * (self.num_rare > 1)}: {ctx.command_path} --help-all")
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the notes that belong to the whole help."""
@@ -120,6 +147,10 @@ class Command(click.Command):
         in_file = {name for param in options if getattr(param, "heading", "") == METHOD_HEADING for name in _names(param)}
         fields = {name: text for name, text in spellings.items() if "peft_config" not in typed or name not in in_file}
         words = [text.partition("=")[0] for text in ctx.params.get("set") or ()]
+        if "--set" in spellings.values() and "peft_config" not in typed:
+            from peftplan.job.options import MethodOptions
+
+            fields = {name: f"--set {name}" for name in MethodOptions.__annotations__} | fields
         typed = typed | {word.replace("-", "_"): f"--set {word}" for word in words}
         return as_typed(error, arguments | fields | typed, spellings)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peftplan.cli import options, texts
-from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will_exit
+from peftplan.cli.command import INT, METHOD_HEADING, Command, argument, option, will_exit
 from peftplan.errors import RefusedError, quoted
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ SIZES: dict[str, Size] = {"batch-size": "batch_size", "seq-len": "seq_len", "r":
 )
 @option("--methods", default=None, metavar="NAMES", help="other methods to try, comma-separated; default: all ranked ones")
 @option("--keep", default=None, metavar="OPTIONS", help="what no plan may change: method, seq-len, loss, gradient-checkpointing")
-@option("--min-seq-len", type=int, default=None, metavar="INT", help="plans may shorten sequences down to this many tokens")
+@option("--min-seq-len", type=INT, default=None, metavar="INT", help="plans may shorten sequences down to this many tokens")
 @option("--allow-tight", is_flag=True, help="a plan may leave less than 5 % of the card")
 @option("--which-gpu", is_flag=True, help="list the smallest cards that take the job as typed, not plans")
 @option("--model-family", default=None, metavar="NAME", help="the largest model of a family per method, such as qwen3")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from peftplan.cli import options
-from peftplan.cli.command import Command, argument, option
+from peftplan.cli.command import INT, Command, argument, option
 
 
 @click.command("inspect", cls=Command)
@@ -22,7 +22,7 @@ from peftplan.cli.command import Command, argument, option
 @option("--all", "expand", is_flag=True, help="list every module by its full name instead of one row per family")
 @option("--dtype", default="bf16", metavar="[bf16|fp16|fp32]", show_default=True, help="dtype of the weights")
 @option("--task-type", default=None, metavar="NAME", help="peft's task type: CAUSAL_LM, SEQ_CLS, …")
-@option("--num-labels", default=None, type=int, metavar="INT", help="classes of a classification head")
+@option("--num-labels", default=None, type=INT, metavar="INT", help="classes of a classification head")
 @options.format_option
 def command(model: str, pattern: str | None, expand: bool, dtype: str, fmt: str, **task: Any) -> int:
     """The module tree of MODEL: shapes, parameters, bytes, and which modules a pattern matches.

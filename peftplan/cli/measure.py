@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peftplan.cli import options, texts
-from peftplan.cli.command import METHOD_HEADING, Command, argument, option
+from peftplan.cli.command import INT, METHOD_HEADING, SECONDS, Command, argument, option
 from peftplan.errors import InputError, MissingError, MissingExtraError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -25,17 +25,17 @@ ENGINES = ("analytic", "trace")
 @options.group("Model", texts.MODEL)
 @options.group("Precision and storage", texts.STORAGE)
 @options.group("Training", texts.TRAINING)
-@option("--steps", type=int, default=2, show_default=True, metavar="INT", help="measured optimizer steps")
+@option("--steps", type=INT, default=2, show_default=True, metavar="INT", help="measured optimizer steps")
 @option(
     "--warmup",
-    type=int,
+    type=INT,
     default=1,
     show_default=True,
     metavar="INT",
     help="warm-up steps before them, which create the optimizer states",
 )
 @option("--suite", default=None, metavar="FILE", help="measure every line of a suite, each in its own process")
-@option("--timeout", type=float, default=600, show_default=True, metavar="SECONDS", help="limit for each run of a suite")
+@option("--timeout", type=SECONDS, default=600, show_default=True, metavar="SECONDS", help="limit for each run of a suite")
 @option(
     "--engine",
     default="analytic",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from peftplan.cli import options
-from peftplan.cli.command import Command, argument, option, will_exit
+from peftplan.cli.command import INT, SECONDS, Command, argument, option, will_exit
 from peftplan.errors import InputError
 from peftplan.units import format_bytes
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 @click.command("rehearse", cls=Command)
 @argument("command", nargs=-1, type=click.UNPROCESSED)
 @option("--gpu", default=None, metavar="NAME", help="the card, or several of one kind: 8xh100; without it there is no limit")
-@option("--steps", type=int, default=3, show_default=True, metavar="INT", help="optimizer steps; 0: until the program ends")
+@option("--steps", type=INT, default=3, show_default=True, metavar="INT", help="optimizer steps; 0: until the program ends")
 @option(
-    "--world-size", type=int, default=None, metavar="INT", help="ranks of the job; a launcher such as torchrun says them itself"
+    "--world-size", type=INT, default=None, metavar="INT", help="ranks of the job; a launcher such as torchrun sets them itself"
 )
 @option("--rank", default="0", show_default=True, metavar="INT|all", help="the rank to play")
-@option("--timeout", type=float, default=None, metavar="SECONDS", help="stop the program after this long")
+@option("--timeout", type=SECONDS, default=None, metavar="SECONDS", help="stop the program after this long")
 @option(
     "--data",
     default=None,
     metavar="synthetic",
     help="rows for data sets that are not here; synthetic:COLUMN,COLUMN names them",
 )
-@option("--seq-len", type=int, default=None, metavar="INT", help="tokens of such a row; default: 2048")
+@option("--seq-len", type=INT, default=None, metavar="INT", help="tokens of such a row; default: 2048")
 @option("--max-host", default=None, metavar="SIZE", help="host memory that it and its files may take (80 % of what is free)")
 @option("--keep-writes", is_flag=True, help="let the program write to your files")
 @option("--network", is_flag=True, help="let the program use the network")
@@ -74,8 +74,8 @@ def command(
 ) -> int:
     """Run a training program without a GPU, and read what it needs from torch's own allocator.
 
-    COMMAND runs as it is, on an emulated card whose kernels do nothing. Weights that are not there become holes; what it writes
-    goes to a scratch layer; it has no network. It ends after a few optimizer steps.
+    COMMAND runs as it is, on an emulated card whose kernels do nothing. Missing weights are replaced by sparse files,
+    what it writes goes to a scratch layer, and there is no network. It ends after a few optimizer steps.
 
     Exit code: 0 after those steps or the program's own end, 1 if it ran out of memory or time, else the program's own.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from peftplan.cli import options
-from peftplan.cli.command import Command, argument, option, will_exit
+from peftplan.cli.command import INT, Command, argument, option, will_exit
 from peftplan.errors import InputError, RefusedError
 
 
@@ -14,7 +14,7 @@ from peftplan.errors import InputError, RefusedError
 @option("--capacity", default=None, metavar="SIZE", help="memory limit: a size such as 24GiB, or a card")
 @option("--alloc-conf", default=None, metavar="OPTIONS", help="as in PYTORCH_ALLOC_CONF: expandable_segments:True,…")
 @options.torch_option
-@option("--device", default=0, metavar="INT", type=int, show_default=True, help="which device of a snapshot")
+@option("--device", default=0, metavar="INT", type=INT, show_default=True, help="which device of a snapshot")
 @option("--device-memory", default=None, metavar="SIZE", help="total memory of the device, for per_process_memory_fraction")
 @option("--require-fit", is_flag=True, help="exit 1 if memory runs out")
 @options.format_option

@@ -23,6 +23,8 @@ class Running(NamedTuple):
     flash: bool = True
     """Whether the card has FlashAttention (compute capability 8.0 and newer)."""
     peft_type: str | None = None
+    peft_task: str = ""
+    """The task that peft gets; empty where an adapter config names none."""
     config: Any = None
     seq_len: int = 2048
     batch_size: int = 1

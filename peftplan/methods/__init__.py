@@ -164,14 +164,15 @@ def config_class(method: Method) -> "type[MethodConfig]":
 def configure(name: str, options: Mapping[str, object], *, beside: Iterable[str] = ()) -> "tuple[Method, MethodConfig]":
     """The method of that name with its checked options: peft's field names, including those without effect on a tensor.
 
-    `beside`: names of other options, of which a near one is suggested too.
+    `beside`: names of other options, of which a near one is suggested too unless another method has the option as it is spelled.
     Raises UnknownNameError for an unknown method or option, InputError for a value that is not accepted.
     """
     method = method_named(name)
     cls = config_class(method)
     for option in options:
         if option not in cls.model_fields and option not in cls.no_effect:
-            raise UnknownOptionError(option, method.name, cls.model_fields, beside=beside)
+            elsewhere = any(option in config_class(other).model_fields for other in METHODS.values())
+            raise UnknownOptionError(option, method.name, cls.model_fields, beside=() if elsewhere else beside)
     effective = {key: value for key, value in options.items() if key not in cls.no_effect}
     return method, _validated(cls, {**method.defaults, **effective})
 

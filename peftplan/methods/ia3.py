@@ -47,9 +47,7 @@ def ia3(arch: Architecture, config: IA3Config) -> Adaptation:
 def _default_feedforward(arch: Architecture) -> tuple[str, ...]:
     mapping = datafiles.load("peft_targets.json")["feedforward_modules"]["IA3"]
     if arch.model_type not in mapping:
-        raise RefusedError(
-            f"feedforward_modules: peft has no default for model_type {arch.model_type!r}; please specify `feedforward_modules`"
-        )
+        raise RefusedError(f"feedforward_modules: peft has no default for model_type {arch.model_type!r}; name them")
     return tuple(mapping[arch.model_type])
 
 

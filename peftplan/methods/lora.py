@@ -156,8 +156,8 @@ def _features(module: Module) -> tuple[int, int]:
     if module.kind in LINEAR_KINDS or module.kind == "Embedding":
         return module.in_features, module.out_features
     if module.kind.startswith("Conv"):
-        raise NeedsPeftError(f"LoRA on {module.name}, a {module.kind}")
+        raise NeedsPeftError(f"LoRA on {module.name} of class {module.kind}")
     raise RefusedError(
-        f"target_modules: {module.name} is a {module.kind}, which peft refuses as not supported "
+        f"target_modules: {module.name} is of class {module.kind}, which peft does not support "
         "(torch.nn.Linear, Embedding, Conv1d, Conv2d, Conv3d, Conv1D and MultiheadAttention are)"
     )

@@ -134,8 +134,7 @@ def resolve_targets(arch: Architecture, target_modules: tuple[str, ...] | str | 
         mapping = _defaults(peft_type)
         if arch.model_type not in mapping:
             raise RefusedError(
-                f"target_modules: peft has no default {peft_type} targets for model_type {arch.model_type!r}; "
-                "please specify `target_modules`"
+                f"target_modules: peft has no default {peft_type} targets for model_type {arch.model_type!r}; name them"
             )
         defaults = mapping[arch.model_type]
         return defaults if isinstance(defaults, str) else tuple(defaults)

@@ -71,7 +71,7 @@ def refuse_mamba(arch: Architecture, matched: Iterable[Module]) -> None:
 def require_kind(module: Module, supported: tuple[str, ...], *, method: str, by_peft: tuple[str, ...] = ()) -> None:
     """Raise RefusedError for a kind of module that the method does not support, NeedsPeftError for one that only peft counts."""
     if module.kind in by_peft:
-        raise NeedsPeftError(f"{method} on {module.name}, a {module.kind}")
+        raise NeedsPeftError(f"{method} on {module.name} of class {module.kind}")
     if module.kind not in supported:
         kinds = ", ".join(k for k in (*supported, *by_peft) if k != "LinearSubclass")
-        raise RefusedError(f"target_modules: {module.name} is a {module.kind}; peft's {method} supports {kinds}")
+        raise RefusedError(f"target_modules: {module.name} is of class {module.kind}; peft's {method} supports {kinds}")

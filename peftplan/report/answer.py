@@ -39,16 +39,13 @@ BY_WEIGHT = (
 
 
 def answer(result: Estimate, screen: Screen) -> list[Row]:
-    """The lines; assumptions are cut where they would be too many."""
-    rows = [*head(result, screen), BLANK, *_counts(result, screen), *peak(result, screen)]
-    rows += [*changes(result, screen), *_notes(result, screen)]
-    assumed = _assumptions(result, screen)
-    room = MOST_LINES - len(rows) - 1
-    if len(assumed) > room:
-        rows = [row for row in rows if row]
-        room = max(MOST_LINES - len(rows), 1)
-        return [*rows, *_cut(assumed, room)]
-    return [*rows, BLANK, *assumed]
+    """The lines; notes and assumptions are cut where they would be too many."""
+    rows = [*head(result, screen), BLANK, *_counts(result, screen), *peak(result, screen), *changes(result, screen)]
+    notes, assumed = _notes(result, screen), _assumptions(result, screen)
+    if len(rows) + len(notes) + 1 + len(assumed) <= MOST_LINES:
+        return [*rows, *notes, BLANK, *assumed]
+    rows = [row for row in rows if row]
+    return [*rows, *_cut([row for row in (*notes, *assumed) if row], max(MOST_LINES - len(rows), 1))]
 
 
 def head(result: Estimate, screen: Screen) -> list[Row]:

@@ -88,3 +88,8 @@ def test_help_all_lists_every_option(name: str) -> None:
     stated = {param.opts[-1] for param in loaded.params if isinstance(param, click.Option)}
     missing = {spelling for spelling in stated if not re.search(rf"(?<![\w-]){spelling}(?![\w-])", whole)}
     assert missing == set()
+
+
+def test_counts_and_ranges_read_as_sentences() -> None:
+    assert "1 more option: peftplan replay --help-all" in run("replay", "--help").out
+    assert "[x>=" not in "".join(run(name, "--help").out for name in COMMANDS)

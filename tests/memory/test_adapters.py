@@ -84,3 +84,20 @@ def test_boft_leaves_its_permutation_on_the_host_in_a_plain_loop() -> None:
     both = (estimate(LLAMA, **{"batch_size": BATCH, "seq_len": TOKENS, **options, **loop}).peaks for loop in (PLAIN, OFF))
     plain, trainer = (peaks.ledgers["load"].by_category()["buffers"] for peaks in both if peaks is not None)
     assert trainer - plain == 5 * 4 * 256 * 256
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_adalora_adds_its_loss_only_where_the_adapter_config_names_a_task(task: str | None) -> None:
+    """Without one `PeftModel.forward` calls the base model itself. The trace runs peft's own classes."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    config = {
+        "peft_type": "ADALORA",
+        "target_modules": ["q_proj"],
+        "init_r": 64,
+        "target_r": 8,
+        "total_step": 100,
+        "task_type": task,
+    }
+    analytic, traced = (phases(LLAMA, engine, peft_config=config, **SHORT) for engine in ("analytic", "trace"))
+    assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}

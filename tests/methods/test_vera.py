@@ -41,7 +41,7 @@ def test_equal_to_peft(model: str, task: str | None, options: dict[str, Any]) ->
 
 
 def test_embedding_is_refused_by_both() -> None:
-    with pytest.raises(RefusedError, match="is a Embedding"):
+    with pytest.raises(RefusedError, match="is of class Embedding"):
         ours("llama", "vera", target_modules=["q_proj", "embed_tokens"])
     with pytest.raises((TypeError, ValueError, AttributeError)):
         peft_of("llama", "vera", device="cpu", target_modules=["q_proj", "embed_tokens"])

@@ -37,7 +37,7 @@ def test_the_page_shows_what_was_kept() -> None:
 
 def test_another_tools_benchmark_records_what_it_recorded_on_a_real_card() -> None:
     """With the torch and transformers of the published runs; with others the page says what differs."""
-    rows = json.loads(referees.KEPT.read_text(encoding="utf-8"))
+    rows = json.loads(referees.ROWS.read_text(encoding="utf-8"))
     assert referees.table(rows) == marked.part(PAGE, referees.MARKS)
     same = [row for row in rows if (row["versions"]["torch"], row["versions"]["transformers"]) == ("2.14.1", "4.57.6")]
     assert len(same) == len(referees.PUBLISHED.read_text(encoding="utf-8").splitlines())
@@ -45,7 +45,7 @@ def test_another_tools_benchmark_records_what_it_recorded_on_a_real_card() -> No
 
 
 def test_the_trace_says_what_the_suite_holds_on_a_rehearsed_card() -> None:
-    rows = json.loads(rehearsed_suite.KEPT.read_text(encoding="utf-8"))
+    rows = json.loads(rehearsed_suite.ROWS.read_text(encoding="utf-8"))
     assert rehearsed_suite.table(rows) == marked.part(PAGE, rehearsed_suite.MARKS)
     for figure, largest in (("allocated", 0.1), ("reserved", 0.5)):
         drifts = [abs(drift) for row in rows if (drift := rehearsed_suite.drift(row, figure)) is not None]
@@ -55,7 +55,7 @@ def test_the_trace_says_what_the_suite_holds_on_a_rehearsed_card() -> None:
 
 def test_the_trace_still_says_what_is_kept_of_it() -> None:
     pytest.importorskip("transformers")
-    rows = json.loads(rehearsed_suite.KEPT.read_text(encoding="utf-8"))
+    rows = json.loads(rehearsed_suite.ROWS.read_text(encoding="utf-8"))
     row = next(row for row in rows if row["run"]["model"] == "gpt2")  # the quickest to trace
     if any(version(name).partition("+")[0] != row["versions"][name] for name in ("torch", "transformers")):
         pytest.skip("kept with another torch or transformers")

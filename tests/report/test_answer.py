@@ -35,6 +35,8 @@ JOBS = (
     f"phi-4 --target-modules q_proj,k_proj,o_proj --gpu {FOUR}",
     f"llama-2-7b --loss unsloth --gpu {FOUR}",
     "gpt2 --method ia3 --trainer plain",
+    "llama-7b --method ia3 --batch-size 8 --trainer trl-dpo --attn-implementation flash_attention_2 "
+    "--gpu 2xrtx-a4000,2xrtx-4080-laptop,2xv100-pcie-32gb,2xrtx-a5500-laptop",
     f"t5-small --method prompt-tuning --num-virtual-tokens 16 --gpu {FOUR}",
 )
 

@@ -91,7 +91,7 @@ def fuzz(numbers: list[int], *, seed: str, workers: int, trace: bool) -> list[Ou
 
 def _tell(outcome: Outcome) -> None:
     if outcome.kind == "fault":
-        print(f"{outcome.number}: {outcome.why}\n    {outcome.shown[:1500]}", flush=True)
+        print(f"{outcome.number}: {outcome.why}\n    {outcome.text[:1500]}", flush=True)
 
 
 def main() -> int:

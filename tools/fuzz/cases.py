@@ -43,7 +43,7 @@ TRAINING_OBJECT = (
 class Case(NamedTuple):
     """A command line, or a call with its text. `strict`: what the command prints must be JSON."""
 
-    shown: str
+    text: str
     args: tuple[str, ...] | None = None
     call: Callable[[], Any] | None = None
     strict: bool = False
@@ -117,7 +117,7 @@ def _call(dice: Random, folder: Path) -> Case:
         model = odd_object(dice) if dice.random() < 0.5 else paths.damaged(dice, TINY, changes=2)
     elif kind == "script":
         facts = {name: field_value(dice, name) for name in dice.sample(sorted(Script.model_fields), 2)}
-        return Case(_shown("Script", facts), call=lambda: peftplan.estimate("gpt2", script=_script(facts)).to_dict())
+        return Case(_as_text("Script", facts), call=lambda: peftplan.estimate("gpt2", script=_script(facts)).to_dict())
     elif kind == "inspect":
         few = {
             "pattern": field_value(dice, "pattern"),
@@ -125,16 +125,16 @@ def _call(dice: Random, folder: Path) -> Case:
             "task_type": field_value(dice, "task_type"),
         }
         few = {name: few[name] for name in dice.sample(sorted(few), dice.randint(1, 2))}
-        return Case(_shown("inspect", {"model": model, **few}), call=lambda: peftplan.inspect(model, **few) and {})
+        return Case(_as_text("inspect", {"model": model, **few}), call=lambda: peftplan.inspect(model, **few) and {})
     elif kind == "serving":
         options |= {name: field_value(dice, name) for name in dice.sample(["adapters", "batch_size", "context", "merge"], 2)}
-        return Case(_shown("serving", {"model": model, **options}), call=lambda: peftplan.serving(model, **options).to_dict())
+        return Case(_as_text("serving", {"model": model, **options}), call=lambda: peftplan.serving(model, **options).to_dict())
     elif kind == "at":
         sizes = {name: field_value(dice, name) for name in ("batch_size", "seq_len")}
         known = dice.choice(sorted(METHODS))
         call = lambda: peftplan.estimate(dice.choice(["gpt2", "t5-small"]), method=known).at(**sizes).to_dict()  # noqa: E731
-        return Case(_shown(f"estimate(…, method={known!r}).at", sizes), call=call)
-    return Case(_shown("estimate", {"model": model, **options}), call=lambda: _answered(model, options))
+        return Case(_as_text(f"estimate(…, method={known!r}).at", sizes), call=call)
+    return Case(_as_text("estimate", {"model": model, **options}), call=lambda: _answered(model, options))
 
 
 def _script(facts: dict[str, Any]) -> Any:
@@ -186,10 +186,10 @@ def _traced(dice: Random, folder: Path) -> Case:
     )
     options = {name: field_value(dice, name) for name in dice.sample(names, dice.choice([0, 1, 1, 2, 3]))}
     whole = {"model": model, "engine": "trace", **options}
-    return Case(_shown("estimate", whole), call=lambda: peftplan.estimate(model, engine="trace", **options).to_dict())
+    return Case(_as_text("estimate", whole), call=lambda: peftplan.estimate(model, engine="trace", **options).to_dict())
 
 
-def _shown(function: str, arguments: dict[str, Any]) -> str:
+def _as_text(function: str, arguments: dict[str, Any]) -> str:
     from peftplan.errors import quoted
 
     return f"{function}({', '.join(f'{name}={quoted(value)}' for name, value in arguments.items())})"

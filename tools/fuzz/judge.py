@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
     number: int
     kind: str
     why: str
-    shown: str
+    text: str
     seconds: float
 
 
@@ -70,7 +70,7 @@ def _judged(number: int, seed: str, folder: Path, *, trace: bool) -> Outcome:
         kind, why = "fault", f"{seconds:.0f} CPU-seconds"
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > MOST_BYTES:
         kind, why = "fault", "more than 3 GiB"
-    return Outcome(number, kind, why, case.shown, seconds)
+    return Outcome(number, kind, why, case.text, seconds)
 
 
 @contextlib.contextmanager

@@ -27,8 +27,8 @@ RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
 
 def not_expressible(row: Row, why: str) -> str:
     """One line of what no setup describes: the row's source, what it measured, and why."""
-    kept = ("id", "source", "repo", "path", "commit", "licence", "model", "method", "gpu", "metric_class", "value_bytes")
-    fields = {name: row[name] for name in kept if row.get(name) is not None} | {"why": why}
+    names = ("id", "source", "repo", "path", "commit", "licence", "model", "method", "gpu", "metric_class", "value_bytes")
+    fields = {name: row[name] for name in names if row.get(name) is not None} | {"why": why}
     return json.dumps({**fields, "digest": digest(fields)}, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 

@@ -69,7 +69,7 @@ def regularized(model: Model, loss: Tensor) -> Tensor:
     Backward makes these gradients first, for all layers together; they wait for those that come through the layers. Without a
     class for the task, `PeftModel.forward` calls the base model itself, and nothing is added.
     """
-    if model.arch.task_type not in PEFT_TASKS or model.arch.model_type in SOUND:
+    if model.running.peft_task not in PEFT_TASKS or model.arch.model_type in SOUND:
         return loss
     f = model.tape
     f.module = ""
