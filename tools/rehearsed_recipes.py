@@ -23,6 +23,7 @@ import yaml
 from peftplan.arch import catalogue
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
+from peftplan.results.rehearsal import Rehearsal
 
 IGNORED = -100
 ROWS = 64
@@ -76,11 +77,15 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         settings = [*_settings(config, folder, output, length=words[words.index("--seq-len") + 1]), *row["overrides"]]
         command = [sys.executable, str(recipes / f"{row['recipe']}.py"), "--config", str(config), *settings]
         ranks = int(words[words.index("--gpus") + 1]) if "--gpus" in words else None
-        result = rehearse(command, world_size=ranks, timeout=900, stdout=sys.stderr.fileno())
+        return row | kept_of(rehearse(command, world_size=ranks, timeout=900, stdout=sys.stderr.fileno()))
+
+
+def kept_of(result: Rehearsal) -> dict[str, Any]:
+    """What a row keeps of a rehearsal."""
     rank = result.largest_rank
     if rank is None or result.ended != "steps":
-        return row | {"ended": result.ended}
-    return row | {
+        return {"ended": result.ended}
+    return {
         "ended": "steps",
         "allocated": rank.peak_allocated,
         "reserved": rank.peak_reserved,

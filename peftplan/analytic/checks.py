@@ -58,6 +58,10 @@ def _check_kernels(job: Job) -> None:
         from peftplan.job import built
 
         why = built.without_formula(job)
+    if why is None and job.setup.by.own_lora:
+        from peftplan.job import automodel
+
+        why = automodel.without_formula(job)
     if why is not None:
         raise NoEngineError(f"{why} (no formula yet)")
 

@@ -187,7 +187,7 @@ def _compile(inventory: "Inventory", *, compute_capability: str, late: bool) -> 
         adaptation=job.adaptation,
         running=running_of(job._replace(setup=setup), compute_capability),
         quant=job.quant,
-        adapter=adapter_of(job.method and job.method.peft_type),
+        adapter=adapter_of(job.method and job.method.peft_type, own_lora=setup.by.own_lora),
     )
     kind_of_tape = Tape if job.distributed is None else ranks.tape_of(job)
     model = new_model(kind_of_tape(autocast=None if setup.autocast == "none" else setup.autocast, several=setup.rows > 1))

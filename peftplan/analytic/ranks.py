@@ -10,6 +10,7 @@ import peftplan.versions as versions
 from peftplan.analytic.rehearsed import FLAT, FSDP, SHARDING, ZERO
 from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
+from peftplan.distributed.layout import ACCELERATE
 from peftplan.distributed.shards import cast_on_rank
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of
 from peftplan.distributed.zero import groups_of, partition
@@ -116,14 +117,14 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
     if job.distributed is None or holding is None or job.distributed.strategy not in SHARDING:
         return program
     if job.distributed.strategy in FSDP:
-        dtype = computing_dtype(job.distributed, str(job.setup.autocast))
-        model.units = units_of(model, parameters, holding.each or holding.parameters, job.distributed, dtype=dtype)
+        dtype, by = computing_dtype(job.distributed, str(job.setup.autocast)), job.setup.by
+        model.units = units_of(model, parameters, holding.each or holding.parameters, job.distributed, by.layout, dtype=dtype)
         if late and isinstance(model.units, Fsdp1):
             model.units.lag = Lag()
         if job.distributed.strategy == "fsdp1" and dtype not in (None, str(job.setup.adapter_dtype)):
             model.running = model.running._replace(adapter_shards=str(job.setup.adapter_dtype))
         return program._replace(
-            shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch) or job.setup.by.own_modules
+            shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch) or by.layout.syncs_each_batch
         )
     masters, dtype = holding.states_of.all if holding.states_of else (), str(job.setup.autocast)
     if job.distributed.strategy in FLAT:
@@ -162,13 +163,13 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in groups_of(cast.all))
         return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole)
     return Loading(
-        grouped(job.architecture, parameters, holding.parameters, distributed, ends_apart=True),
+        grouped(job.architecture, parameters, holding.parameters, distributed, ACCELERATE),
         buffers,
         whole,
-        bool(distributed.cpu_ram_efficient_loading) or job.setup.by.own_modules,
+        job.setup.by.layout,
+        bool(distributed.cpu_ram_efficient_loading),
         whole_sizes(parameters, holding.parameters),
         not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
-        job.setup.by.own_modules,
     )
 
 

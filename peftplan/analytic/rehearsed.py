@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
+from peftplan.distributed.layout import ACCELERATE
 from peftplan.distributed.tensor_parallel import PLANS, ranks_of
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.zero3 import LEAVES
@@ -107,7 +108,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
     }
     return {
         "reshard_after_forward": type(distributed.reshard_after_forward) is int,
-        "param_dtype": distributed.param_dtype not in (None, autocast),
+        "param_dtype": distributed.param_dtype not in (None, autocast, job.setup.by.layout.param_dtype),
         "wrap_policy": distributed.wrap_policy not in (None, "transformer"),
         "transformer_cls_names_to_wrap": classes is not None and classes != _layer_classes(job),
         "tp_size": distributed.tp_size not in (None, 1),
@@ -167,7 +168,7 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
     return {
         f"optim {setup.optim}": setup.optim not in SHOWN_OPTIMIZERS,
-        "trainer": not (setup.by.prepares_model or (setup.by.own_modules and job.distributed.strategy == "fsdp2")),
+        "trainer": not (setup.by.prepares_model or (setup.by.layout is not ACCELERATE and job.distributed.strategy == "fsdp2")),
         "keep_gradients": bool(setup.keep_gradients),
         f"method {method}": method not in SHOWN_METHODS or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),

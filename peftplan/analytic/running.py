@@ -60,11 +60,12 @@ def running_of(job: Job, compute_capability: str) -> Running:
         reentrant=setup.use_reentrant,
         every_n_layers=setup.every_n_layers or 1,
         own_modules=setup.by.own_modules,
+        hooks_inputs=setup.by.hooks_inputs,
         kernels=kernels_of(setup.kernels or ()),
         rotary_rows=rotary_rows(job)[0],
         hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (tokens_kept(job) or 0),
         token_outputs=setup.by.token_outputs,
-        without_loss=setup.by.scoring is not None,
+        without_loss=setup.by.scoring is not None or setup.by.loss_apart,
     )
 
 

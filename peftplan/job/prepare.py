@@ -97,6 +97,8 @@ def prepared(request: Request) -> Job:
         raise
     if loaded is not None:
         architecture = replace(architecture, source=loaded.architecture.source)
+    if distributed is not None and distributed.strategy == "fsdp2":
+        distributed = setup.by.layout.of_tool(distributed)
     if setup.by.own_modules:
         from peftplan.job.built import as_torchtune_builds
 

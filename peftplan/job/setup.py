@@ -180,7 +180,7 @@ def resolved(
         filled["use_cache"] = use_cache
     if setup.adapter_dtype is None:
         narrow = "bf16" if quantized and setup.by.casts_adapter(setup.quant) else "fp32"
-        filled["adapter_dtype"] = setup.dtype if setup.by.own_modules else narrow
+        filled["adapter_dtype"] = setup.dtype if setup.by.adapters_as_base else narrow
     if setup.attn_implementation is None:
         filled["attn_implementation"] = "sdpa" if supports_sdpa else "eager"
     elif setup.attn_implementation == "sdpa" and not supports_sdpa:

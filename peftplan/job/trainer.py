@@ -2,6 +2,8 @@
 
 from typing import Literal, NamedTuple
 
+from peftplan.distributed.layout import ACCELERATE, Layout
+
 TrainerName = Literal[
     "plain",
     "transformers",
@@ -21,6 +23,7 @@ TrainerName = Literal[
     "llamafactory-dpo",
     "llamafactory-kto",
     "torchtune",
+    "automodel",
 ]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
@@ -104,6 +107,8 @@ class Trainer(NamedTuple):
     scoring: Scoring | None = None
     """How its loss is made of all logits, which the model returns without a loss; None: it never holds them, or the model makes
     the loss."""
+    loss_apart: bool = False
+    """Whether the model returns logits alone, of which the loop makes the cross entropy when the model has returned."""
     keeps_logits: tuple[str, ...] = ()
     """The models whose logits stay until the loss is made: `policy`, `reference`."""
     kinds: Literal["together", "in the log", "after its forwards"] = "together"
@@ -140,7 +145,15 @@ class Trainer(NamedTuple):
     expandable_segments: bool = False
     """Whether its package sets `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True` (torchtune/__init__.py)."""
     own_modules: bool = False
-    """Whether it builds the model of modules of its own, on the card, with adapters in the model's dtype."""
+    """Whether it builds the model of modules of its own, on the card."""
+    hooks_inputs: bool = True
+    """Whether under checkpointing the embeddings are made to require gradients (`enable_input_require_grads`)."""
+    own_lora: bool = False
+    """Whether LoRA is an autograd function of its own, in place of peft's layers (`memory.methods.automodel_lora`)."""
+    adapters_as_base: bool = False
+    """Whether adapters are in the model's dtype."""
+    layout: Layout = ACCELERATE
+    """How it shards a model under FSDP2."""
     package: str | None = None
     """The package whose other trainers are not counted."""
     arguments: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peftplan.distributed.layout import AUTOMODEL, TORCHTUNE
 from peftplan.job.trainer import LOSS, Defaults, Forward, Reference, Trainer, TrainerName
 from peftplan.versions import named
 
@@ -227,6 +228,26 @@ TRAINERS: dict[TrainerName, Trainer] = {
             task="CAUSAL_LM",
             expandable_segments=True,
             own_modules=True,
+            hooks_inputs=False,
+            adapters_as_base=True,
+            layout=TORCHTUNE,
+        ),
+        # recipes/llm/train_ft.py: a loop that computes the loss apart from the model, which it calls without labels.
+        Trainer(
+            "automodel",
+            "NeMo Automodel's recipe",
+            Defaults("none", gradient_checkpointing=False, optim="adamw_torch", use_cache=None, kbit_prepare=False),
+            prepares_model=False,
+            clips_gradients=False,
+            makes_optimizer=False,
+            always_masks=True,
+            loads_on_device=True,
+            losses=("full",),
+            loss_apart=True,
+            hooks_inputs=False,
+            own_lora=True,
+            adapters_as_base=True,
+            layout=AUTOMODEL,
         ),
         Trainer("qlora-paper", "Trainer as the QLoRA paper ran it (arXiv 2305.14314)", Defaults(optim="paged_adamw_32bit")),
     )

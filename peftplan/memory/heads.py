@@ -19,7 +19,15 @@ Head = Callable[[Model, Tensor], tuple[Tensor, ...]]
 
 
 def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`…ForCausalLM.forward`: logits of every position, scaled or soft-capped where the class does, and their loss."""
+    """`…ForCausalLM.forward`: logits of every position and their loss."""
+    logits = logits_of(model, x)
+    if model.running.logits_in_fp32:
+        logits = model.tape.to(logits, "fp32")
+    return causal_lm_loss(model.tape, logits, shifts=model.running.shifts_logits), logits
+
+
+def logits_of(model: Model, x: Tensor) -> Tensor:
+    """Logits of every position, scaled or soft-capped where the class does."""
     f = model.tape
     assert model.arch.output_embedding is not None
     logits = model.units.leave(TAIL, model.linear(model.arch.output_embedding, model.units.enter_with(TAIL, x)))
@@ -31,9 +39,7 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = ops.scale(f, logits, "div")  # soft-capped
         logits = ops.keeps_output(f, logits, "tanh")
         logits = ops.scale(f, logits)
-    if model.running.logits_in_fp32:
-        logits = f.to(logits, "fp32")
-    return causal_lm_loss(f, logits, shifts=model.running.shifts_logits), logits
+    return logits
 
 
 def of_last_tokens(head: Head, model: Model, x: Tensor) -> tuple[Tensor, ...]:

@@ -9,9 +9,9 @@ trainer/kto_trainer.py in the trl that axolotl pins; axolotl 0.19, monkeypatch/t
 from __future__ import annotations
 
 from peftplan.job.trainer import Scoring
+from peftplan.memory.heads import logits_of
 from peftplan.memory.loss import cross_entropy
 from peftplan.memory.model import Model
-from peftplan.memory.units import TAIL
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
@@ -23,11 +23,7 @@ CHOSEN = "b/2"
 
 def all_logits(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     """The logits of every position; no loss, as the batch has no labels."""
-    assert model.arch.output_embedding is not None
-    logits = model.units.leave(TAIL, model.linear(model.arch.output_embedding, x))
-    for op in model.arch.logits_ops:
-        logits = ops.scale(model.tape, logits) if op == "scale" else ops.keeps_output(model.tape, logits, "tanh")
-    return Tensor(None, (), "fp32"), logits
+    return Tensor(None, (), "fp32"), logits_of(model, x)
 
 
 def loss_of_pairs(f: Tape, logits: Tensor, scoring: Scoring) -> Tensor:

@@ -1,7 +1,7 @@
 """Units of a model under FSDP: the parameters that are gathered and reduced together.
 
-Source: accelerate, utils/fsdp_utils.py (`fsdp2_prepare_model`): each layer is a unit, and since `versions.FSDP2_TAIL_APART` the
-embedding too, and the final norm with the head, which is not freed after forward; the root has what is left.
+Each layer is a unit, and the root has what is left; of embedding and head the tool decides (`distributed.layout`). accelerate
+(`fsdp2_prepare_model`) makes units of them since `versions.FSDP2_TAIL_APART`. The head is not freed after forward.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import peftplan.versions as versions
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.fsdp1 import Flat, Fsdp1, flats_of
 from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
+from peftplan.distributed.layout import Layout
 from peftplan.distributed.order import in_module_order
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
@@ -43,11 +44,18 @@ def computing(parameters: Parameters, dtype: str | None) -> Parameters:
     )
 
 
-def units_of(model: Model, full: Parameters, shards: Parameters, distributed: Distributed, *, dtype: str | None) -> Fsdp2:
+def units_of(
+    model: Model, full: Parameters, shards: Parameters, distributed: Distributed, layout: Layout, *, dtype: str | None
+) -> Fsdp2:
     """The units of a model. `full` are its parameters, `shards` what the rank holds of each of them."""
     reshards = distributed.reshard_after_forward is not False
+    groups = grouped(model.arch, full, shards, distributed, layout)
+    last = (
+        [name for name in groups if name != TAIL][-1:] if layout.keeps_last and distributed.reshard_after_forward is None else []
+    )
     of_fsdp1 = distributed.strategy == "fsdp1"
     trained_apart = any(p.owner == "adapter" and p.trainable for p in full.all)
+    ends = () if layout.ends == "root" else (TAIL,)  # torchtune frees a head that is a unit
     units = [
         Unit(
             name,
@@ -55,10 +63,10 @@ def units_of(model: Model, full: Parameters, shards: Parameters, distributed: Di
                 _member(p, shard, distributed.shards, dtype, apart=of_fsdp1 and trained_apart and p.trainable)
                 for p, shard in members
             ),
-            reshards=reshards and name not in ((ROOT,) if model.running.own_modules else (TAIL, ROOT)),
+            reshards=reshards and name not in (ROOT, *ends, *last),
             parameters=partial(_parameters_of, model, name, {p.name for p, _ in members}),
         )
-        for name, members in grouped(model.arch, full, shards, distributed, ends_apart=not model.running.own_modules).items()
+        for name, members in groups.items()
     ]
     units_in_step = (Fsdp1 if of_fsdp1 else Fsdp2)(
         model.tape,
@@ -69,7 +77,7 @@ def units_of(model: Model, full: Parameters, shards: Parameters, distributed: Di
         replicates=distributed.shards != distributed.world_size,
         joined={
             **({EMBEDDING: TAIL} if tied(model.arch) else {}),
-            **({NORM: TAIL} if final_norm(model.arch, full) and not model.running.own_modules else {}),
+            **({NORM: TAIL} if layout.ends == "units" and final_norm(model.arch, full) else {}),
         },
     )
     if isinstance(units_in_step, Fsdp1):
@@ -90,16 +98,15 @@ Pairs = list[tuple[Parameter, Parameter]]
 
 
 def grouped(
-    arch: Architecture, full: Parameters, shards: Parameters, distributed: Distributed, *, ends_apart: bool
+    arch: Architecture, full: Parameters, shards: Parameters, distributed: Distributed, layout: Layout
 ) -> dict[str, Pairs]:
     """Unit → its parameters, in the order in which torch finds the units: the root first.
 
-    `ends_apart`: whether the embedding and the tail may be units, as accelerate makes them; torchtune leaves them to the root
-    unless `custom_sharded_layers` names them (training/_distributed.py `shard_model`). Then the final norm is the root's.
+    torchtune leaves embedding and tail to the root unless `custom_sharded_layers` names them (`shard_model`).
     """
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
-    is_tied, norm = tied(arch), final_norm(arch, full)
-    apart = ends_apart and distributed.strategy == "fsdp2" and not versions.FSDP2_TAIL_APART.after(distributed.accelerate)
+    is_tied, norm = tied(arch), final_norm(arch, full) if layout.ends == "units" else None
+    apart = distributed.strategy == "fsdp2" and _ends_are_units(arch, full, distributed, layout)
     layers = sorted({number for p in full.all if p.owner == "base" for number in p.layers or ()})
     groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if apart and not is_tied else {})}
     named = {BY_TORCHTUNE[name] for name in distributed.custom_sharded_layers or ()}
@@ -111,6 +118,13 @@ def grouped(
         for name in _units(p, arch, None if named else norm, is_tied=is_tied) if apart or named or p.layers else (ROOT,):
             groups[name if name in groups else ROOT].append(pairs[id(p)])
     return groups
+
+
+def _ends_are_units(arch: Architecture, full: Parameters, distributed: Distributed, layout: Layout) -> bool:
+    if layout.ends == "tables":
+        tables = [p for p in full.all if p.name in (f"{arch.input_embedding}.weight", f"{arch.output_embedding}.weight")]
+        return not tied(arch) and all(p.trainable for p in tables)
+    return layout.ends == "units" and not versions.FSDP2_TAIL_APART.after(distributed.accelerate)
 
 
 def _units(p: Parameter, arch: Architecture, norm: str | None, *, is_tied: bool) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """How a rank loads under FSDP2: shards are made from the host, or from the whole of a quantized model on the GPU.
 
-Source: accelerate, utils/fsdp_utils.py (`fsdp2_prepare_model`, `fsdp2_load_full_state_dict`).
+Source: that of the tool's `distributed.layout`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Generic, NamedTuple
 
+from peftplan.distributed.layout import Layout
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
 from peftplan.memory.load import Handle, Loader, Memory
@@ -25,34 +26,46 @@ class Loading(NamedTuple):
     buffers: Ledger
     of_one_gpu: Loader | None
     """Loads the whole model onto the GPU first, as a quantized one is; None: shards are made from the host."""
+    layout: Layout
     one_by_one: bool
     """Whether each tensor is moved alone (`cpu_ram_efficient_loading`, on rank 0), not all of a unit."""
     stays: Mapping[tuple[int, ...], int]
     """Sizes of tensors of quantized weights that are made together and never sharded, and how many there are."""
     keeps_ends: bool
     """Whether accelerate's own variables hold the embedding and the head whole until the model is prepared."""
-    as_torchtune: bool = False
-    """Whether buffers are there before the weights (`rope_init`), and a tied embedding comes before the layers."""
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
         if self.of_one_gpu is not None:
             self._from_whole(memory)
-        elif self.one_by_one:
+        elif self.layout.loads == "shards":
+            self._empty(memory)
+        elif self.one_by_one or self.layout.loads == "tensors":
             layers = [name for name in self.groups if name not in (EMBEDDING, TAIL, ROOT)]
-            is_tied_first = self.as_torchtune and EMBEDDING not in self.groups
+            is_tied_first = self.layout.buffers_first and EMBEDDING not in self.groups
             ordered = (TAIL, *layers, ROOT) if is_tied_first else (EMBEDDING, *layers, TAIL, ROOT)  # as in the state dict
-            if self.as_torchtune:
+            if self.layout.buffers_first:
                 self._buffers(memory)
             for name in (name for name in ordered if name in self.groups):
                 for p, shard in self.groups[name]:
                     whole = memory.allocate(ITEMSIZE[shard.dtype] * p.numel)
                     _keep_shard(memory, shard)
                     memory.release(whole)
-            if not self.as_torchtune:
+            if not self.layout.buffers_first:
                 self._buffers(memory)
         else:
             self._by_unit(memory)
+
+    def _empty(self, memory: Memory[Handle]) -> None:
+        """Shards are made empty, also one of a tied head, which goes when the head is tied again behind the weights."""
+        for _, shard in (pair for members in self.groups.values() for pair in members):
+            _keep_shard(memory, shard)
+        tables = [shard for p, shard in self.groups.get(TAIL, ()) if len(p.shape) > 1 and p.owner == "base"]
+        of_head = [memory.allocate(n) for shard in tables for n in _on_device(shard)] if EMBEDDING not in self.groups else []
+        self._buffers(memory)
+        for handle in of_head:
+            memory.release(handle)
+        memory.empty_cache()
 
     def _by_unit(self, memory: Memory[Handle]) -> None:
         """All of a unit is moved, then each tensor leaves its shard (torch, distributed/fsdp/_fully_shard/_fsdp_init.py,

@@ -130,6 +130,14 @@ def _loss_apart(model: Model, program: Program) -> Tensor:
         from peftplan.memory.pair_logits import loss_of_pairs
 
         return loss_of_pairs(f, _wide_logits(model), program.trainer.scoring)
+    if program.trainer.loss_apart:
+        from peftplan.memory.loss import cross_entropy
+
+        _, logits = _forward(model)
+        f.module = ""
+        loss = cross_entropy(f, logits)
+        model.kept.clear()
+        return loss
     loss, *outputs = _prepared(model, program)
     if program.trainer.sums_tokens and model.running.loss == "trl-chunked":
         from peftplan.memory.chunked_loss import loss_of_trl
@@ -239,7 +247,8 @@ def _forward(model: Model) -> list[Tensor]:
         outputs = [*head(model, hidden)]
     else:
         outputs = [*head(model, hidden), *model.outputs]
-        outputs[0] = model.units.leave(ROOT, outputs[0])
+        of_model = 1 if model.running.without_loss else 0
+        outputs[of_model] = model.units.leave(ROOT, outputs[of_model])
         outputs = model.units.hand_out(outputs)
         model.units.end_forward()
     if model.running.peft_type == "ADALORA" and model.running.loss != "trl-chunked":

@@ -94,6 +94,8 @@ class Facts:
     """What `export` adds to the tables (`writing`)."""
     strategy: str | None = None
     """What the tool does on several GPUs, where its files do not say it."""
+    batches: tuple[str, ...] = ()
+    """Keys of the rows of a step on all ranks and of a micro batch on one, where the tool divides them to accumulate."""
     prefixes: tuple[str, ...] = ()
     """What stands before the keys of other tools that it takes too."""
 
@@ -164,5 +166,6 @@ def facts(tool: Tool) -> Facts:
         raw.get("models", {}),
         {**raw.get("write", {}), "models": raw.get("builders")},
         raw.get("strategy"),
+        tuple(raw.get("batches", ())),
         tuple(raw["includes"]) if isinstance(raw.get("includes"), Mapping) else (),
     )

@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from peftplan.datafiles import load
-from peftplan.distributed.names import MOST_RANKS
+from peftplan.distributed.names import MOST_RANKS, STRATEGIES
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.job.configs.documents import Values, nested, read_json, word
 from peftplan.job.configs.plan import Unsupported
@@ -72,6 +72,8 @@ def launched(tool: str, launch: Mapping[str, Any], environment: Mapping[str, str
     elif isinstance(own, str) and word(own) not in ("none", "false", ""):
         _named(result, tool, "deepspeed", own, _deepspeed)
     _fsdp(result, tool, launch)
+    if (strategy := launch.get("distributed.strategy")) in STRATEGIES:
+        result.options["strategy"] = strategy
     for fact, what in DIVIDED.items():
         value = launch.get(fact, any(key.startswith(f"{fact}.") for key in launch))
         if word(value) not in ("none", "false", "1", "-1", "", "0"):
@@ -87,7 +89,11 @@ def launched(tool: str, launch: Mapping[str, Any], environment: Mapping[str, str
 def _processes(result: Launched, launch: Mapping[str, Any], environment: Mapping[str, str]) -> None:
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     nodes = _before_script(launch.get("nodes")) or environment.get("NNODES")
-    count = _before_script(launch.get("gpus")) or environment.get("NPROC_PER_NODE") or environment.get("nproc_per_node")
+    count = (
+        _before_script(launch.get("gpus", launch.get("distributed.dp_size")))
+        or environment.get("NPROC_PER_NODE")
+        or environment.get("nproc_per_node")
+    )
     if count is None and (count := _before_script(launch.get("processes"))) is not None:
         whole = re.fullmatch("[0-9]{1,10}", str(count)) and re.fullmatch("[1-9][0-9]{0,9}", str(nodes))
         count = int(str(count)) // int(str(nodes)) if whole and int(str(count)) % int(str(nodes)) == 0 else count

@@ -226,6 +226,14 @@ class Reading:
                 value = self.read.pop(key).value
                 self.unsupported[key] = Unsupported(value, f"{quoted(value)} is not known to peftplan", option=row["names"])
 
+    def _accumulate(self, launch: Mapping[str, Any]) -> None:
+        """The micro batches of a step, where the file has the rows of the step on all ranks (`Facts.batches`)."""
+        numbers = [str(self.effective.of(key)) for key in self.tool.batches]
+        if numbers and all(re.fullmatch("[1-9][0-9]{0,9}", number) for number in numbers):
+            rows, of_rank = map(int, numbers)
+            ranks = launch.get("gpus", 1) * launch.get("nodes", 1)
+            self.options["gradient_accumulation_steps"] = max(rows // (of_rank * ranks), 1)
+
     def plan(self) -> ConfigPlan:
         """What was read; options that the method does not have are left out."""
         if self.tool.tool in LAUNCHERS:
@@ -240,6 +248,7 @@ class Reading:
         self.unsupported |= launch.unsupported
         self.read = {key: row for key, row in self.read.items() if key not in launch.unsupported}
         self.assumed |= launch.assumed
+        self._accumulate(launch.options)
         by_launch = CHECKPOINTED if launch.options.get("gradient_checkpointing") else {}
         options = fitting(of_trainer({**launch.options, **self.options, **by_launch}))
         if "strategy" not in options and options.get("gpus", 1) == 1:  # what says how to share, where nothing is shared

@@ -21,10 +21,13 @@ ADAPTERS: dict[str, tuple[str, str]] = {
 tensors to modules, need the trace engine."""
 
 
-def adapter_of(peft_type: str | None) -> Adapter | None:
-    """How a peft type wraps a linear layer; None for those that do not."""
+OWN_LORA = ("automodel_lora", "lora")
+
+
+def adapter_of(peft_type: str | None, *, own_lora: bool = False) -> Adapter | None:
+    """How a peft type wraps a linear layer; None for those that do not. `own_lora`: the trainer has its own for LoRA."""
     if peft_type not in ADAPTERS:
         return None
-    module, function = ADAPTERS[peft_type]
+    module, function = OWN_LORA if own_lora and peft_type == "LORA" else ADAPTERS[peft_type]
     adapter: Adapter = getattr(import_module(f"peftplan.memory.methods.{module}"), function)
     return adapter

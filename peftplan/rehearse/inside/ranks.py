@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+NAMED = ("nccl", "gloo")
+"""Backends under whose name a program finds the fake one."""
 groups: list[int] = []
 """World size of each time that the program initialised its process group."""
 
@@ -32,10 +34,13 @@ def _replace_process_groups(dist: Any) -> None:
         passed_on = {name: value for name, value in kwargs.items() if name in ("timeout", "group_name", "pg_options")}
         init("fake", store=FakeStore(), rank=rank, world_size=world_size, **passed_on)
         groups.append(world_size)
+        if backend in NAMED:  # programs choose a device by it; torch's own modules ask `distributed_c10d`
+            dist.get_backend = lambda group=None: backend
 
     group = dist.distributed_c10d
     replaced: dict[str, Callable[..., Any]] = {
         "init_process_group": init_fake,
+        "new_group": _of_the_same_backend(dist.new_group),
         "all_gather_into_tensor": _by_number(dist.all_gather_into_tensor),
         "all_gather_object": _all_gather_object,
         "gather_object": _gather_object,
@@ -47,11 +52,23 @@ def _replace_process_groups(dist: Any) -> None:
     for name, function in replaced.items():
         setattr(dist, name, function)
         setattr(group, name, function)
+    dist.device_mesh.new_group = replaced["new_group"]  # imported by name
 
 
 def _stated(argument: int | None, variable: str, otherwise: int) -> int:
     """A number that a program says itself, else its environment's."""
     return argument if argument is not None and argument >= 0 else int(os.environ.get(variable, otherwise))
+
+
+def _of_the_same_backend(new_group: Callable[..., Any]) -> Callable[..., Any]:
+    """A group for another backend, such as gloo beside NCCL, would wait for the other ranks; options are those of a backend."""
+
+    def new_fake_group(
+        ranks: Any = None, timeout: Any = None, backend: object = None, pg_options: object = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        return new_group(ranks, timeout, None, None, *args, **kwargs)
+
+    return new_fake_group
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -69,11 +69,11 @@ def _write_texts(folder: Path, config: Mapping[str, Any]) -> None:
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
 
 
-def write_repository(folder: Path, name: str) -> None:
-    """Write a model's built-in config, a tokenizer and a checkpoint of holes. Raises InputError for an unknown name."""
+def write_repository(folder: Path, model: str | Mapping[str, Any]) -> None:
+    """Write the config of a model or its name, a tokenizer and a checkpoint of holes. Raises InputError for an unknown name."""
     from peftplan.job.sources import load_config
 
-    _write_texts(folder, load_config(name))
+    _write_texts(folder, load_config(model))
     write_checkpoint(folder)
 
 

@@ -531,16 +531,49 @@ def test_a_server_of_trl_trains_nothing() -> None:
     assert plan.kind == "other"
 
 
-def test_nemo_shards_its_own_way() -> None:
-    """Layers of a unit, fp32 reduction and explicit prefetch are NeMo's (components/distributed/parallelizer.py)."""
+def of_nemo(distributed: dict[str, object], **more: object) -> ConfigPlan:
     values = {
         "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
         "model": {"_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained", "pretrained_model_name_or_path": "gpt2"},
-        "step_scheduler": {"local_batch_size": 8},
-        "distributed": {"strategy": "fsdp2"},
+        "step_scheduler": {"local_batch_size": 4, "global_batch_size": 64},
+        "distributed": distributed,
     }
-    assert "distributed.strategy" in read(values).unsupported
-    assert "distributed.strategy" not in read({**values, "distributed": {"strategy": "ddp"}}).unsupported
+    return read({**values, **more})
+
+
+def test_nemo_divides_the_global_batch() -> None:
+    """`grad_acc_steps = global_batch_size // (local_batch_size * dp_size)` (components/training/step_scheduler.py)."""
+    plan = of_nemo({"strategy": "fsdp2", "dp_size": "none", "tp_size": 1})
+    assert plan.unsupported == {}
+    assert plan.assumed["gpus"] == "the launcher decides; 8 are assumed"
+    assert [plan.options[name] for name in ("trainer", "strategy", "gpus")] == ["automodel", "fsdp2", 8]
+    assert plan.options["gradient_accumulation_steps"] == 64 // (4 * 8)
+    assert of_nemo({"strategy": "fsdp2", "dp_size": 2}).options["gradient_accumulation_steps"] == 64 // (4 * 2)
+
+
+@pytest.mark.parametrize(
+    "distributed",
+    [
+        {"strategy": "megatron_fsdp"},
+        {"strategy": "fsdp2", "tp_size": 2},
+        {"strategy": "fsdp2", "cp_size": 2},
+        {"strategy": "fsdp2", "activation_checkpointing": "selective"},
+        {"strategy": "fsdp2", "offload_policy": {"_target_": "torch.distributed.fsdp.CPUOffloadPolicy"}},
+    ],
+)
+def test_what_nemo_shards_otherwise_is_not_supported(distributed: dict[str, object]) -> None:
+    assert len(of_nemo(distributed).unsupported) == 1
+
+
+def test_losses_and_optimizers_of_nemo() -> None:
+    """Adam adds decayed weights to copies of all gradients (torch, optim/adam.py); only the masked cross entropy is known."""
+    loss = "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy"
+    adam = {"_target_": "torch.optim.Adam", "weight_decay": 0}
+    sharded = {"strategy": "fsdp2"}
+    assert of_nemo(sharded, loss_fn={"_target_": loss}, optimizer=adam).unsupported == {}
+    assert of_nemo(sharded, optimizer={**adam, "weight_decay": 0.1}).unsupported.keys() == {"optimizer.weight_decay"}
+    others = of_nemo(sharded, loss_fn={"_target_": "nemo_automodel.components.loss.te_parallel_ce.TEParallelCrossEntropy"})
+    assert others.unsupported.keys() == {"loss_fn._target_"}
 
 
 def test_torchtune_over_the_processes_of_its_header() -> None:

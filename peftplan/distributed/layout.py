@@ -1,0 +1,53 @@
+"""How a tool shards a model under FSDP2: which modules it calls `fully_shard` on, and how a rank comes to its shards."""
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from peftplan.distributed.strategy import Distributed
+
+
+class Layout(NamedTuple):
+    """The units besides the layers, and what a rank does around them. The defaults are accelerate's."""
+
+    source: str = "accelerate, utils/fsdp_utils.py (`fsdp2_prepare_model`, `fsdp2_load_full_state_dict`)"
+    ends: Literal["units", "tables", "root"] = "units"
+    """Embedding and head: `units`, the final norm with the head where accelerate finds it; `tables`, each a unit where it trains
+    and is not tied; or part of the `root`."""
+    param_dtype: str | None = None
+    """The dtype in which weights are gathered, where the tool sets it."""
+    reduce_dtype: str | None = None
+    """The same of gradients as they are reduced."""
+    keeps_last: bool = False
+    """Whether the last layer stays gathered after forward."""
+    syncs_each_batch: bool = False
+    """Whether gradients are reduced in every micro batch."""
+    loads: Literal["modules", "tensors", "shards"] = "modules"
+    """What is whole on the device while shards are made: a unit (a tensor if `cpu_ram_efficient_loading`), a tensor, or nothing,
+    since shards are made empty and then filled."""
+    buffers_first: bool = False
+    """Whether buffers are there before the weights, and a tied embedding comes before the layers."""
+
+    def of_tool(self, distributed: "Distributed") -> "Distributed":
+        """The strategy with the dtypes that the tool sets where the user sets none."""
+        dtypes = {"param_dtype": self.param_dtype, "reduce_dtype": self.reduce_dtype}
+        unset = {name: dtype for name, dtype in dtypes.items() if dtype is not None and getattr(distributed, name) is None}
+        return distributed.model_copy(update=unset) if unset else distributed
+
+
+ACCELERATE = Layout()
+TORCHTUNE = Layout(
+    "torchtune at bd2a0fc7, training/_distributed.py (`shard_model`, `load_from_full_model_state_dict`)",
+    ends="root",
+    syncs_each_batch=True,
+    loads="tensors",
+    buffers_first=True,
+)
+AUTOMODEL = Layout(
+    "nemo_automodel 0.7.0, components/distributed/parallelizer.py (`apply_fsdp2_sharding_recursively`, "
+    "`_fully_shard_untied_input_output_embeddings`), components/checkpoint/checkpointing.py (`initialize_model_weights`)",
+    ends="tables",
+    param_dtype="bf16",
+    reduce_dtype="fp32",
+    keeps_last=True,
+    loads="shards",
+)

@@ -1,0 +1,33 @@
+"""What of a job has no formula as NeMo Automodel's recipe runs it: what was not rehearsed (tests/rehearse/automodel.jsonl)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peftplan.optim import parse_optim
+
+if TYPE_CHECKING:
+    from peftplan.job.job import Job
+
+REHEARSED = ("mistral", "gemma2", "gemma3_text", "phi", "phi3", "cohere2")
+"""Model types, which the tool leaves to transformers."""
+
+
+def without_formula(job: Job) -> str | None:
+    """Why a step of the recipe has no formula; None where it has one."""
+    architecture, setup = job.architecture, job.setup
+    unknown = {
+        f"model type {architecture.model_type}": architecture.model_type not in REHEARSED,
+        f"method {job.method.name if job.method else 'this adapter config'}": job.method is None
+        or job.method.peft_type not in (None, "LORA")
+        or bool(getattr(job.config, "use_dora", False)),
+        "lora_dropout": bool(getattr(job.config, "lora_dropout", 0)),
+        f"quant {setup.quant}": job.quant is not None,
+        "autocast": setup.autocast != "none",
+        "padding": setup.padding,
+        f"optim {setup.optim}": parse_optim(str(setup.optim)).name not in ("adamw_torch", "adamw_torch_fused"),
+        "one GPU": job.distributed is None,
+        "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
+    }
+    missing = next((what for what, is_so in unknown.items() if is_so), None)
+    return missing and f"{setup.by.called} with {missing}"

@@ -1,0 +1,41 @@
+"""LoRA as NeMo Automodel runs it: one autograd function, into whose result the base layer's is added in place.
+
+n tokens, r rank. Source: nemo_automodel 0.7.0, components/_peft/lora.py (`LinearLoRA.forward`, `LoRATritonFunction`) and
+lora_kernel.py. With `use_triton` its kernels write what is here a product; without it the forward holds two more (n, r) tensors
+for a moment. Left out: the 256 MiB with which Triton's autotuner fills the cache before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peftplan.memory.parts import Part, Running
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Gradients, Node, Parameter, Tensor
+
+
+def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
+    """`lora_B(lora_A(x) * scale) + base(x)`: saves x, A and B."""
+    result = base(x)
+    a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
+    f.module = part.name
+    node = f.record(_backward, (x, a, b, result))
+    out = f.new(result.dims, x.dtype, "lora", node)
+    if node is not None:
+        node.in_python = True
+    f.keep(node, x.detach(), a, b)
+    return out
+
+
+def _backward(f: Tape, node: Node, saved: tuple[Tensor, Parameter, Parameter], g: Tensor) -> Gradients:
+    """dx and g @ B, then the gradients of A and B, each of a product that is dropped; that of the base is g itself."""
+    x, a, b = saved
+    rows, rank = x.dims[:-1], a.dims[0]
+    grad_x = f.new(x.dims, x.dtype, "dx")
+    low = f.new((*rows, rank), x.dtype, "dy @ B")
+    grad_a = f.new(a.dims, a.dtype, "mm")
+    del low
+    low = f.new((*rows, rank), x.dtype, "x @ A")
+    grad_b = f.new(b.dims, b.dtype, "mm")
+    del low
+    return grad_x if node.edges[0] else None, grad_a, grad_b, g

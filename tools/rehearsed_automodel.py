@@ -1,0 +1,113 @@
+"""Rehearse NeMo Automodel's fine-tuning recipe and keep what it held beside the options of `peftplan estimate` of the same job.
+
+    python -m tools.rehearsed_automodel FILE     runs the jobs of FILE that hold nothing yet
+
+FILE holds a row of JSON per job: `model` and how many of its `layers` run, the dtype of its `checkpoint` if not bfloat16, the
+`options` of the estimate, and what else the recipe's config says of `peft`. Rows are as long as `seq_len` says, and each token is
+scored. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from peftplan.rehearse import rehearse
+from peftplan.rehearse.inside import standins
+from tools.rank_grid import cut
+from tools.rehearsed_recipes import kept_of
+
+SHARED: dict[str, Any] = {"trainer": "automodel", "strategy": "fsdp2", "gpus": 8}
+"""Options of every job."""
+PROJECTIONS = "*_proj"
+STEPS = 5
+CARD = "8xa100-80gb"
+"""On newer cards the recipe prefers the attention of cuDNN, which the emulated card does not run."""
+
+
+class Rows:
+    """Rows of one length, with the fields that the tool's own data sets have."""
+
+    def __init__(self, length: int, count: int) -> None:
+        self.length, self.count = length, count
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, list[int]]:
+        """Tokens, and labels as the recipe's loss takes them."""
+        tokens = [(7 * number + place) % 90 + 5 for place in range(self.length)]
+        return {"input_ids": tokens, "labels": [*tokens], "attention_mask": [1] * self.length}
+
+
+def rows(length: int, count: int) -> Rows:
+    """A component of a config."""
+    return Rows(length, count)
+
+
+def options(row: dict[str, Any]) -> dict[str, Any]:
+    """The job as `peftplan.estimate` takes it."""
+    return {"model": cut(row["model"], row["layers"]), **SHARED, **row["options"]}
+
+
+def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
+    """The job as the recipe takes it."""
+    job = options(row)
+    batch = job.get("batch_size", 1)
+    step = batch * job["gpus"] * job.get("gradient_accumulation_steps", 1)
+    tool, attention = "nemo_automodel.components", job.get("attn_implementation")
+    optimizer = {"_target_": "torch.optim.Adam", "lr": 1e-5, "weight_decay": 0}
+    peft = {"_target_": f"{tool}._peft.lora.PeftConfig", "target_modules": PROJECTIONS, "dim": job.get("r"), "alpha": 32}
+    return {
+        "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
+        "step_scheduler": {"global_batch_size": step, "local_batch_size": batch, "max_steps": STEPS},
+        "dist_env": {"backend": "nccl", "timeout_minutes": 1},
+        "model": {
+            "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained",
+            "pretrained_model_name_or_path": folder,
+            "torch_dtype": "bfloat16",
+            **({"attn_implementation": attention} if attention else {}),
+        },
+        "distributed": {"strategy": job["strategy"], "activation_checkpointing": job.get("gradient_checkpointing", False)},
+        "loss_fn": {"_target_": f"{tool}.loss.masked_ce.MaskedCrossEntropy"},
+        "checkpoint": {"enabled": False, "checkpoint_dir": output},
+        "dataset": {"_target_": f"{__name__}.rows", "length": job["seq_len"], "count": step * (STEPS + 1)},
+        "dataloader": {
+            "_target_": "torchdata.stateful_dataloader.StatefulDataLoader",
+            "collate_fn": f"{tool}.datasets.utils.default_collater",
+            "shuffle": False,
+        },
+        "optimizer": optimizer,
+        **({} if job["method"] == "full" else {"peft": peft | row.get("peft", {})}),
+    }
+
+
+def run(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what the recipe held."""
+    with TemporaryDirectory() as folder, TemporaryDirectory() as output:
+        standins.write_repository(Path(folder), {**cut(row["model"], row["layers"]), "dtype": row.get("checkpoint", "bfloat16")})
+        file = Path(output) / "recipe.yaml"
+        file.write_text(yaml.safe_dump(config(row, folder, output)), encoding="utf-8")
+        command = [sys.executable, "-m", "nemo_automodel.recipes.llm.train_ft", "--config", str(file)]
+        return row | kept_of(rehearse(command, world_size=SHARED["gpus"], gpu=CARD, timeout=3000, stdout=sys.stderr.fileno()))
+
+
+def main(file: Path) -> None:
+    """Run what the file does not hold yet, and write it again after each job."""
+    kept = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for place, row in enumerate(kept):
+        if "ended" not in row:
+            kept[place] = run(row)
+            file.write_text("".join(f"{json.dumps(each)}\n" for each in kept), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    from tools import rehearsed_automodel  # under the name that a config can import
+
+    rehearsed_automodel.main(Path(sys.argv[1]))
