@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import peftplan.methods as methods
 from peftplan.errors import NeedsTraceError, NoEngineError
-from peftplan.job.kernels import KERNELS, Lora, kernels_of, without_formula
+from peftplan.job.kernels import KERNELS, OF_TORCHTUNE, Lora, kernels_of, without_formula
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS
@@ -74,7 +74,7 @@ def kernels_without_formula(job: Job) -> str | None:
             return f"Unsloth's GRPO {why}"
     elif setup.kernels and setup.by.of_preferences:
         return f"kernels with {setup.by.called}"
-    if not setup.kernels:
+    if not setup.kernels or setup.kernels == OF_TORCHTUNE:
         return None
     if job.distributed is not None:
         return f"kernels with {job.distributed.called}"

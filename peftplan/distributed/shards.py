@@ -24,6 +24,7 @@ from peftplan.units import ceil_div
 
 FLOATS = ("fp64", "fp32", "fp16", "bf16")
 HALF = ("fp16", "bf16")
+GATHERED_BY_TORCHAO = ("quantized_scalers", "quantization_factor", "weight")
 
 
 class Holding(NamedTuple):
@@ -91,16 +92,28 @@ def _upcast(p: Parameter, distributed: Distributed, *, upcasts: bool) -> Paramet
 
 def _fsdp2_shard(p: Parameter, shards: int, place: Place) -> Parameter:
     """Rank 0's shard. A 4-bit weight that is not stored in a float dtype stays whole (accelerate excludes it), and so do its
-    absmax and code tables.
+    absmax and code tables. torchao's tensors are sharded, the mean and the table excepted.
     """
     if not p.shape:
         return p
     allocations = []
+    gathered = gathered_by_torchao(p)
     for a in p.allocations:
-        if a.name == "weight" and (not p.quantized or a.dtype in FLOATS or a.dtype == "int8"):
+        if a in gathered or (a.name == "weight" and (not p.quantized or a.dtype in FLOATS or a.dtype == "int8")):
             a = a._replace(dims=(ceil_div(a.dims[0], shards), *a.dims[1:]), place=place)
         allocations.append(a)
     return p._replace(shape=(ceil_div(p.shape[0], shards), *p.shape[1:]), allocations=tuple(allocations))
+
+
+def gathered_by_torchao(p: Parameter) -> tuple[Allocation, ...]:
+    """The tensors of a weight in torchao's nf4 that ranks share out, in the order in which they are gathered; empty for others.
+
+    Source: torchao 0.18, `NF4Tensor.fsdp_pre_all_gather`.
+    """
+    by_name = {a.name: a for a in p.allocations}
+    if not by_name.keys() >= set(GATHERED_BY_TORCHAO):
+        return ()
+    return tuple(by_name[name] for name in GATHERED_BY_TORCHAO)
 
 
 # -- FSDP1 ---------------------------------------------------------------------------------------------------------------------

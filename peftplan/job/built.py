@@ -80,7 +80,7 @@ def without_formula(job: Job) -> str | None:
         f"method {job.method.name if job.method else 'this adapter config'}": job.method is None
         or job.method.peft_type not in (None, "LORA")
         or bool(getattr(job.config, "use_dora", False)),
-        f"quant {setup.quant}": job.quant is not None and (not job.quant.by_torchao or job.distributed is not None),
+        f"quant {setup.quant}": job.quant is not None and not job.quant.by_torchao,
         "autocast": setup.autocast != "none",
         "eager attention": setup.attn_implementation == "eager" and architecture.model_type not in EAGER,
         "padding": setup.padding,

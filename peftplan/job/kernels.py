@@ -99,7 +99,14 @@ class Checkpoint(NamedTuple):
     least_bytes: int
 
 
-Kernel: TypeAlias = Norm | Rotary | Gated | Lora | Decoder | PaddingFree | Checkpoint | LayerNorms
+class FakeQuantized(NamedTuple):
+    """Linear layers whose inputs and weights are rounded to few values in forward, weights by groups of so many of a row."""
+
+    source: str
+    group: int
+
+
+Kernel: TypeAlias = FakeQuantized | Norm | Rotary | Gated | Lora | Decoder | PaddingFree | Checkpoint | LayerNorms
 
 UNSLOTH_LORA = Lora("unsloth 2026.10.9, kernels/fast_lora.py", overwrites_input=True, global_buffer=True)
 AXOLOTL_LORA = Lora("axolotl 0.21.0, kernels/lora.py", saves_casts=True, wide_gradients=True, takes_bias=True, drops_outside=True)
@@ -127,11 +134,14 @@ KERNELS: dict[str, Kernel] = {
     "liger.rms_norm": Norm("liger-kernel, ops/rms_norm.py (`LigerRMSNormFunction`)"),
     "liger.layer_norm": LayerNorms("liger-kernel, ops/layer_norm.py (`LigerLayerNormFunction`)"),
     "liger.rope": Rotary("liger-kernel, ops/rope.py (`LigerRopeFunction`)", backward_in_place=True),
+    "torchao.fake_quant": FakeQuantized("torchao 0.18, quantization/qat/linear.py (`Int8DynActInt4WeightQATLinear`)", group=256),
     "liger.glu": Gated("liger-kernel, ops/swiglu.py (`LigerSiLUMulFunction`), ops/geglu.py (`LigerGELUMulFunction`)"),
 }
 """Package and part → the kernel."""
 PACKAGES = tuple(dict.fromkeys(name.partition(".")[0] for name in KERNELS))
 NONE = "none"
+OF_TORCHTUNE = ("torchao.fake_quant",)
+"""Kernels of torchtune's recipes, and of no other trainer."""
 
 
 class Kernels(NamedTuple):
@@ -147,6 +157,7 @@ class Kernels(NamedTuple):
     lora_mlp: Lora | None = None
     lora_qkv: Lora | None = None
     lora_o: Lora | None = None
+    fake_quant: FakeQuantized | None = None
 
 
 def named_kernels(value: object) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError
-from peftplan.job.kernels import named_kernels
+from peftplan.job.kernels import OF_TORCHTUNE, named_kernels
 from peftplan.job.trainer import Autocast, Forward, Loss, Trainer, TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
 from peftplan.validation import first_error, listed, size_in_bytes
@@ -253,8 +253,10 @@ def _check_trainer(setup: Setup) -> None:
         raise RefusedError(f"optimizer_in_backward: {by.called} steps after backward; add --trainer torchtune")
     if setup.optimizer_in_backward and setup.gradient_accumulation_steps > 1:
         raise RefusedError("optimizer_in_backward: torchtune's recipes accept it with gradient_accumulation_steps 1 alone")
-    if setup.kernels and by.own_modules:
-        raise RefusedError(f"kernels: {by.called} runs modules of its own, which no kernels replace; leave out --kernels")
+    if setup.kernels and by.own_modules and setup.kernels != OF_TORCHTUNE:
+        raise RefusedError(f"kernels: {by.called} runs modules of its own, which only torchao's replace; leave out --kernels")
+    if OF_TORCHTUNE[0] in (setup.kernels or ()) and not by.own_modules:
+        raise RefusedError(f"kernels: {by.called} has no fake-quantized layers of torchao; add --trainer torchtune")
     if setup.logits_to_keep is not None and setup.loss not in LOSSES_OF_SLICES:
         raise InputError(
             "logits_to_keep", setup.logits_to_keep, f"accepted: with loss {' or '.join(LOSSES_OF_SLICES)}, not {setup.loss}"

@@ -9,7 +9,7 @@ from functools import partial
 from peftplan.depth.copies import Stack
 from peftplan.depth.sections import checkpointed_layers
 from peftplan.ledger import Dim
-from peftplan.memory import fused_layers, units
+from peftplan.memory import fake_quantized, fused_layers, units
 from peftplan.memory.parts import Adapter, Part
 from peftplan.memory.units import ONE_GPU, Units
 from peftplan.memory.weights import Weights
@@ -49,6 +49,8 @@ class Model(Weights):
     """Tensors of the hidden states' dims that stay on the card, through which offloaded inputs come back."""
     lasting: list[Tensor] = field(default_factory=list)
     """What else a package keeps on the card from step to step."""
+    scales: fake_quantized.Scales = field(default_factory=dict)
+    """Scales that fake-quantized layers keep until their next forward."""
     on_host: list[tuple[Dims, str, int]] = field(default_factory=list)
     """Dims and dtype of tensors that wait on the host while a micro batch runs, and how many there are."""
     micro_batch: int = 0
@@ -61,7 +63,7 @@ class Model(Weights):
     def linear(self, name: str, x: Tensor, layer: int | None = None) -> Tensor:
         """Call a linear layer, through its adapter if it has one."""
         part = self.part(name, layer)
-        if self.adapter is not None and len(part.params) > 1 and any(key not in ("weight", "bias") for key in part.params):
+        if self.adapter is not None and _is_adapted(part):
             read = part.params.get("lora_A.weight")
             return self.tape.call(name, layer, (read,), x, lambda x: self._adapted(part, x))
         return self._called(name, part, x)
@@ -80,6 +82,9 @@ class Model(Weights):
         if part.name in self.token_adapters:
             rows = self.table(part.name, part)  # a local variable of the layer's forward holds them beside autocast's copy
             return ops.linear(f, x, rows)
+        fake = self.running.kernels.fake_quant
+        if fake is not None and self._is_fake_quantized(part) and fake_quantized.quantizes(part, group=fake.group):
+            return fake_quantized.linear(f, part, x, self.scales, group=fake.group)
         if part.kind == "LinearSubclass" and part.quant is None:
             return ops.product(f, x, part.own_weight, part.bias)
         if part.quant is None:
@@ -87,6 +92,12 @@ class Model(Weights):
         from peftplan.memory.quantized import QUANTIZED
 
         return QUANTIZED[part.quant.layout](f, part, x)
+
+    def _is_fake_quantized(self, part: Part) -> bool:
+        """Beside adapters the adapted layers; else those with a weight of their own: torchtune's tied head is no `nn.Linear`."""
+        if self.adapter is not None:
+            return _is_adapted(part)
+        return not any(tied == f"{part.name}.weight" for tied, _ in self.arch.ties)
 
     @property
     def virtual_tokens(self) -> int:
@@ -265,6 +276,10 @@ class Model(Weights):
             return norms.layernorm(self.tape, x, part.weight, part.bias)
 
         return self.tape.call(name, layer, (part.weight, part.bias), x, norm)
+
+
+def _is_adapted(part: Part) -> bool:
+    return len(part.params) > 1 and any(key not in ("weight", "bias") for key in part.params)
 
 
 def _leaf_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[()]:

@@ -16,6 +16,7 @@ from peftplan.distributed.fsdp1 import Flat, Fsdp1, flats_of
 from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
 from peftplan.distributed.layout import Layout
 from peftplan.distributed.order import in_module_order
+from peftplan.distributed.shards import gathered_by_torchao
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
@@ -60,8 +61,9 @@ def units_of(
         Unit(
             name,
             tuple(
-                _member(p, shard, distributed.shards, dtype, apart=of_fsdp1 and trained_apart and p.trainable)
+                member
                 for p, shard in members
+                for member in _members(p, shard, distributed.shards, dtype, apart=of_fsdp1 and trained_apart and p.trainable)
             ),
             reshards=reshards and name not in (ROOT, *ends, *last),
             parameters=partial(_parameters_of, model, name, {p.name for p, _ in members}),
@@ -152,6 +154,16 @@ def is_sharded(p: Parameter, shard: Parameter) -> bool:
     return next(a.dims for a in p.allocations if a.name == "weight") != next(
         a.dims for a in shard.allocations if a.name == "weight"
     )
+
+
+def _members(p: Parameter, shard: Parameter, ranks: int, dtype: str | None, *, apart: bool) -> Iterator[Member]:
+    """What is gathered of a parameter: one tensor, or those of torchao's nf4."""
+    wholes = gathered_by_torchao(p)
+    if not wholes:
+        yield _member(p, shard, ranks, dtype, apart=apart)
+    for whole, a in zip(wholes, gathered_by_torchao(shard), strict=True):
+        numel = prod(a.dims)
+        yield Member(p.name, numel * ranks, numel, a.dtype, False, a.dtype, False, prod(whole.dims), a.dtype, apart)
 
 
 def _member(p: Parameter, shard: Parameter, ranks: int, dtype: str | None, *, apart: bool) -> Member:

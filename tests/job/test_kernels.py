@@ -27,7 +27,7 @@ def test_every_part_has_a_place() -> None:
     ("names", "message"),
     [
         ("unslot", "kernels: 'unslot' is not valid; did you mean unsloth"),
-        ("nonsense", "kernels: 'nonsense' is not valid; accepted: axolotl, liger, none, unsloth"),
+        ("nonsense", "kernels: 'nonsense' is not valid; accepted: axolotl, liger, none, torchao, unsloth"),
         ("liger,unsloth.rope", "accepted: one kernel of each part, not unsloth.rope and liger.rope"),
         (3, "kernels: 3 is not valid"),
     ],

@@ -135,6 +135,37 @@ def test_restoring_a_weight_takes_fourteen_bytes_an_element() -> None:
     assert passing.bytes() == 14 * n + 2 * n // 64
 
 
+def test_fake_quantized_layers_keep_their_values_in_fp32() -> None:
+    """Of a layer's projections backward waits for the fp32 values before `clamp`, of inputs and weights, and their fp32 steps."""
+    job = {"trainer": "torchtune", "method": "full", "batch_size": 2, "seq_len": 512}
+    plain, fake = (peftplan.estimate("qwen3-0.6b", kernels=kernels, **job).peaks for kernels in (None, "torchao"))  # type: ignore[arg-type]
+    assert plain is not None
+    assert fake is not None
+    tokens, h, i, attended, kv, layers = 2 * 512, 1024, 3072, 2048, 1024, 28
+    inputs = tokens * (5 * h + attended + i)  # of q, k, v, gate and up; of o; of down
+    weights = h * (2 * attended + 2 * kv + 3 * i)
+    grown = fake.by_phase["forward"] - plain.by_phase["forward"]
+    assert layers * 4 * (inputs + weights) < grown < layers * (4 + 2 + 0.1) * (inputs + weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"trainer": "torchtune", "kernels": "liger"},
+            "torchtune's recipe runs modules of its own, which only torchao's",
+        ),
+        (
+            {"trainer": "trl", "kernels": "torchao"},
+            "SFTTrainer of trl 1.16 has no fake-quantized layers of torchao; add",
+        ),
+    ],
+)
+def test_torchaos_layers_are_torchtunes(options: dict[str, str], message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        peftplan.estimate("llama-3.2-1b", method="full", **options)  # type: ignore[arg-type]
+
+
 def test_torchao_stores_whole_blocks_alone() -> None:
     quant = parse_quant("nf4")
     assert quant is not None

@@ -73,7 +73,8 @@ def of_trainer(options: Mapping[str, object]) -> dict[str, object]:
 
 def effect_of(kernels: object) -> Effect:
     """What kernels do to the peak of the model's own code: they save fewer tensors; rows without padding have larger tables."""
-    return "unknown" if kernels_of(named_kernels(kernels)).padding_free is not None else "lowers"
+    chosen = kernels_of(named_kernels(kernels))
+    return "unknown" if chosen.padding_free is not None else "raises" if chosen.fake_quant is not None else "lowers"
 
 
 def without_kernels(document: Mapping[str, Any], why: str, effect: Effect) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""Linear layers that torchao fake-quantizes: int8 activations by token, int4 weights by groups of a row, computed in 16 bits.
+
+Source: torchao 0.18, quantization/qat/linear.py (`FakeQuantizedLinear.forward`), qat/fake_quantizer.py (`IntxFakeQuantizer`),
+quant_primitives.py (`_do_fake_quantize_affine`). Left out: the smallest and largest value of each token and group, and what
+is made of them on the way to its scale.
+"""
+
+from __future__ import annotations
+
+from peftplan.memory.parts import Part
+from peftplan.tape import ops
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Node, Operand, Tensor
+
+Scales = dict[tuple[str, int | None, str], tuple[Tensor, Tensor]]
+"""Module, layer and what is quantized → scale and zero point of its last forward, which the quantizer keeps."""
+
+
+def linear(f: Tape, part: Part, x: Tensor, scales: Scales, *, group: int) -> Tensor:
+    """`FakeQuantizedLinear.forward`."""
+    weight = part.own_weight
+    rows, columns = weight.dims
+    assert isinstance(columns, int)
+    kept = scales[part.name, part.layer, "input"] = _scales(f, (*x.dims[:-1], 1))
+    x = _fake_quantized(f, x, kept)
+    kept = scales[part.name, part.layer, "weight"] = _scales(f, (rows, columns // group))
+    fake = _fake_quantized(f, weight, kept)
+    return ops.linear(f, x, fake, part.bias)
+
+
+def quantizes(part: Part, *, group: int) -> bool:
+    """Whether a layer is replaced: one whose rows are whole groups."""
+    columns = part.own_weight.dims[1]
+    return isinstance(columns, int) and columns % group == 0
+
+
+def _scales(f: Tape, dims: Dims) -> tuple[Tensor, Tensor]:
+    return f.new(dims, "fp32", "scale"), f.new(dims, "fp32", "zero point")
+
+
+def _fake_quantized(f: Tape, x: Operand, scales: tuple[Tensor, Tensor]) -> Tensor:
+    """Rounded to few values and back. The fp32 values before `clamp` wait for backward; after it they live until this returns."""
+    scale, _ = scales
+    inverse = f.new(scale.dims, "fp32", "reciprocal")
+    wide = ops.mul(f, x, inverse)
+    del inverse
+    rounded = _passing(f, wide, "round")
+    del wide
+    shifted = _passing(f, rounded, "add")
+    del rounded
+    quantized = f.new(x.dims, "fp32", "clamp", f.record(_clamp_backward, (shifted,), shifted))
+    del shifted
+    narrow = f.to(quantized, x.dtype)
+    narrow_zero_point = f.new(scale.dims, x.dtype, "to")
+    centred = _passing(f, narrow, "sub")
+    del narrow, narrow_zero_point
+    wide = ops.mul(f, centred, scale)
+    del centred
+    out = f.to(wide, x.dtype)
+    del wide, quantized
+    return out
+
+
+def _passing(f: Tape, x: Tensor, op: str) -> Tensor:
+    """An operation that saves nothing and hands its gradient on."""
+    return f.new(x.dims, x.dtype, op, f.record(_passing_backward, (x,)))
+
+
+def _passing_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+    return g
+
+
+def _clamp_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Tensor:
+    (shifted,) = saved
+    masks = [f.new(shifted.dims, "bool", op) for op in ("ge", "le")]
+    out = f.new(g.dims, g.dtype, "where")
+    del masks
+    return out
