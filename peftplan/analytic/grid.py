@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftplan.errors import MissingExtraError
+from peftplan.frames import as_html, dataframe
+from peftplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 try:
     import numpy as np
@@ -14,7 +19,7 @@ except ImportError:
     raise MissingExtraError("a grid of sizes (numpy)", "sweep") from None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Grid:
     """A job at many sizes. All arrays have the broadcast shape of `sizes`; bytes are int64.
 
@@ -54,3 +59,44 @@ class Grid:
     def peak_requested_bytes(self) -> object:
         """The highest peak of all phases at each point, in requested bytes."""
         return np.maximum.reduce(list(self.requested_by_phase.values()))
+
+    def __repr__(self) -> str:
+        peak = np.asarray(self.peak_requested_bytes)
+        on = f" on {', '.join(self.verdicts)}" if self.verdicts else ""
+        least, most = format_bytes(int(peak.min())), format_bytes(int(peak.max()))
+        return f"<Grid of {' × '.join(map(str, peak.shape)) or 1} points over {', '.join(self.sizes)}{on}: {least} to {most}>"
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """A row per point and card, named as those of `peftplan.sweep`.
+
+        Bytes are those of the first card's kernels, None where nothing was replayed.
+        """
+        peak = np.asarray(self.peak_requested_bytes).ravel().tolist()
+        sizes = {name: np.asarray(values).ravel().tolist() for name, values in self.sizes.items()}
+        replayed: dict[str, Any] = {"peak_allocated": self.allocated_bytes, "peak_reserved": self.reserved_bytes}
+        memory = {name: values.ravel().tolist() for name, values in replayed.items() if values is not None}
+        words: dict[str, tuple[Any, Any]] = {card: (self.verdicts[card], self.decided_by[card]) for card in self.verdicts}
+        by_card = {card: [values.ravel().tolist() for values in both] for card, both in words.items()}
+        for point, requested in enumerate(peak):
+            row = {name: values[point] for name, values in sizes.items()} | {"requested_bytes": requested}
+            row |= {name: values[point] for name, values in memory.items()}
+            for card, (verdicts, by) in by_card.items():
+                yield {**row, "gpu": card, "verdict": verdicts[point], "decided_by": by[point]}
+            if not by_card:
+                yield row
+
+    @property
+    def num_rows(self) -> int:
+        """Rows: points × cards."""
+        return int(np.asarray(self.peak_requested_bytes).size) * max(len(self.verdicts), 1)
+
+    def records(self) -> list[dict[str, Any]]:
+        """All rows, as pandas and polars take them."""
+        return list(self)
+
+    def to_dataframe(self) -> DataFrame:
+        """`records()` as a pandas DataFrame."""
+        return dataframe(self.records())
+
+    def _repr_html_(self) -> str:
+        return as_html(self)

@@ -79,18 +79,18 @@ def estimate(
         raise UnknownNameError("advice", advice, SEARCHES)
     gpu, count = _counted(gpu)
     with named_as_typed({"method": method, **options}) as our_options:
-        config_document = None
-        if config is not None:
-            model, our_options, config_document = _of_config(
-                config, tool, model, our_options, objects=peft_config is not None, strict=strict
-            )
-            peft_config = our_options.pop("peft_config", peft_config)
         if count is not None and our_options.get("gpus") is not None:
             raise OptionError(
                 "gpus", our_options["gpus"], f"the card says how many there are ({count}x…); accepted: one of the two"
             )
         if count is not None:
             our_options["gpus"] = count
+        config_document = None
+        if config is not None:
+            model, our_options, config_document = _of_config(
+                config, tool, model, our_options, objects=peft_config is not None, strict=strict
+            )
+            peft_config = our_options.pop("peft_config", peft_config)
         job = prepare(
             model,
             peft_config=peft_config,

@@ -17,7 +17,7 @@ from peftplan.job.setup import Engine
 from peftplan.planning.choosing import which_gpu
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_model import model_plan
-from peftplan.planning.fit_result import Binding, Fit, OtherCard, Plan
+from peftplan.planning.fit_result import CEILINGS, Binding, Fit, OtherCard, Plan
 from peftplan.planning.fit_traced import GUESSES, largest_traced
 from peftplan.planning.for_method import base_of, known_methods, options_for, without_formula
 from peftplan.planning.largest import MOST_ASKED, Largest, Probe, largest
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 Size = Literal["batch_size", "seq_len", "r", "model"]
 Progress = Callable[[str, float], None]
-CEILINGS: dict[Size, int] = {"batch_size": 2**16, "seq_len": 2**22, "r": 2**14}
-"""Upper limits of the searches: no job is that large."""
 
 ASKED_OF_OTHERS = 128
 """Sizes that are asked one by one for a plan that changes the job: `asked_from` says how far down that came."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from peftplan.planning.documents import FitDocument, PlanDocument, PlanRow
 
 SCHEMA_VERSION = 1
+CEILINGS = {"batch_size": 2**16, "seq_len": 2**22, "r": 2**14}
+"""Upper limits of the searches: no job is that large."""
 
 
 class Binding(NamedTuple):

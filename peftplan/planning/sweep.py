@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from peftplan.errors import BoundError, InputError, RefusedError
+from peftplan.errors import BoundError, InputError, MissingExtraError, RefusedError
 from peftplan.job.words import MEANINGS
 from peftplan.planning.axes import Values, separated, values_of
 from peftplan.planning.for_method import ONE_POINT, base_of, known_methods
@@ -79,6 +79,16 @@ class Sweep:
         for chunk in self.chunks():
             rows = (dict(zip(chunk, values, strict=True)) for values in zip(*chunk.values(), strict=True))
             yield from cast("Iterator[SweepRow]", rows)
+
+    @property
+    def __arrow_c_stream__(self) -> Callable[..., object]:
+        """The rows under one schema, for polars and other readers of Arrow's PyCapsule interface, where pyarrow is installed."""
+        try:
+            from peftplan.planning import sweep_arrow
+        except MissingExtraError as error:
+            raise AttributeError(str(error)) from None
+        stream: Callable[..., object] = sweep_arrow.reader(self).__arrow_c_stream__
+        return stream
 
     def values_of(self, column: str) -> Values:
         """The values of an option that differs between points; empty for what does not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from peftplan.planning.choosing import Member
-from peftplan.planning.fit_result import Fit, Plan
+from peftplan.planning.fit_result import CEILINGS, Fit, Plan
 from peftplan.report.cards import card_name
 from peftplan.report.screen import Glyphs
 from peftplan.report.tabular import Column
@@ -61,6 +61,8 @@ def headline(result: Fit, marks: Glyphs) -> str:
     needs = f"needs {format_bytes(first.needed_bytes)} of {format_bytes(first.usable_bytes)}{_assumed(first)}"
     if not first.size and first.verdict == "tight":
         return f"{marks.tight} {job} is tight at the smallest {word}, and fits at none: {needs} (--allow-tight accepts it)"
+    if not first.size and result.size == "seq_len" and first.seq_len > 1:
+        return f"{marks.fails} {job} does not fit at {first.seq_len:,} tokens, nor at more: it {needs}"
     if not first.size:
         where = "with" if result.size == "model" else "at"
         return f"{marks.fails} {job} does not fit {where} any {word}: {where} the smallest it {needs}"
@@ -68,7 +70,10 @@ def headline(result: Fit, marks: Glyphs) -> str:
     if result.size == "model":
         largest = "the largest there is" if first.bounded else "the largest that does"
         return f"{marks.fits} {job} {verb} with {first.model}, {largest}; it {needs}"
-    more = ", and more: the search ended there" if first.bounded else ""
+    more = ""
+    if first.bounded:
+        of_model = result.size == "seq_len" and first.size < CEILINGS["seq_len"]
+        more = " (all that the model has)" if of_model else ", and more: the search ended there"
     return f"{marks.fits} {job} {verb} up to {word} {first.size:,}{more}; it {needs}"
 
 

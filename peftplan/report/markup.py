@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
-from peftplan.report.screen import Colour, Row
+from peftplan.report.screen import Colour, Row, tied
 from peftplan.report.tabular import Column, printable
 
 STYLE = """
@@ -59,7 +59,9 @@ class Stretch(NamedTuple):
 
 def text(value: str) -> Html:
     """Text as HTML, whose options and their values are not broken at hyphens; what is HTML already stays."""
-    return value if isinstance(value, Html) else Html(_OPTION.sub(r'<span class="o">\g<0></span>', escape(printable(value))))
+    return (
+        value if isinstance(value, Html) else Html(_OPTION.sub(r'<span class="o">\g<0></span>', escape(tied(printable(value)))))
+    )
 
 
 def page(*parts: Html) -> str:

@@ -1,10 +1,10 @@
-"""Results as notebooks show them: `_repr_html_` of an estimate, a comparison, a fit, a serving, an inspection and a listing."""
+"""Results as notebooks show them: `_repr_html_` of an estimate, a comparison, a fit, a serving, an inspection, lists of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import cycle
-from typing import Any, NamedTuple
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftplan.frames import Listing
 from peftplan.planning.compare import Compared, Comparison
@@ -22,6 +22,9 @@ from peftplan.report.tabular import Column
 from peftplan.results.estimate import Estimate
 from peftplan.results.verdict import Verdict
 from peftplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from peftplan.analytic.grid import Grid
 
 WHOLE_LINES = Screen(10**6, UNICODE)
 """A notebook folds its lines itself."""
@@ -159,9 +162,19 @@ def inspection(result: Inspection) -> Iterator[Html]:
 
 def listing(result: Listing[NamedTuple]) -> Iterator[Html]:
     """A table of the records."""
-    records = result.records()
-    columns = [Column(name.replace("_", " "), right=isinstance(value, int)) for name, value in (records or [{}])[0].items()]
-    yield _rows(columns, [tuple(map(_cell, record.values())) for record in records])
+    yield _records(result.records(), len(result))
+
+
+def grid(result: Grid) -> Iterator[Html]:
+    """What a grid is about, and its first rows."""
+    yield markup.paragraph(repr(result)[1:-1], strong=True)
+    yield _records(list(islice(result, MOST_ROWS)), result.num_rows)
+
+
+def _records(first: Sequence[Mapping[str, object]], count: int) -> Html:
+    """A table of the first of so many records."""
+    columns = [Column(name.replace("_", " "), right=isinstance(value, int)) for name, value in (first or [{}])[0].items()]
+    return _rows(columns, [tuple(map(_cell, record.values())) for record in first], count)
 
 
 def _cell(value: object) -> str:
@@ -178,10 +191,10 @@ def _assumptions(assumptions: Mapping[str, object]) -> Html:
     return markup.folded(f"{len(rows)} assumptions", _rows((Column("assumption"), Column("value")), rows))
 
 
-def _rows(columns: Any, rows: list[Any]) -> Html:
-    """A table of the first rows, and how many more there are."""
+def _rows(columns: Any, rows: list[Any], count: int = 0) -> Html:
+    """A table of the first rows, and how many more there are; `count`: of all rows, where these are the first alone."""
     html = markup.table(columns, rows[:MOST_ROWS])
-    more = len(rows) - MOST_ROWS
+    more = max(count, len(rows)) - MOST_ROWS
     return Html(html + markup.paragraph(f"and {more:,} more rows")) if more > 0 else html
 
 
@@ -192,4 +205,5 @@ VIEWS: dict[str, Callable[[Any], Iterator[Html]]] = {
     "Serving": serving,
     "Inspection": inspection,
     "Listing": listing,
+    "Grid": grid,
 }

@@ -43,6 +43,8 @@ def verdicts(result: Serving, marks: Glyphs) -> Iterator[tuple[str, Colour]]:
         yield f"{getattr(marks, mark)} {card_name(card.gpu)}: {card.verdict.replace('_', ' ')}, {needs}", colour
         if sizes := _largest(card.most):
             yield f"  fits with up to {sizes}", "bold"
+        elif any(size == 0 for size in card.most[:-1]):
+            yield "  no fewer adapters, tokens or sequences make it fit", "bold"
 
 
 LOOKS: dict[str, tuple[str, Colour]] = {"fits": ("fits", "green"), "tight": ("tight", "yellow"), "does_not_fit": ("fails", "red")}
@@ -55,11 +57,11 @@ def _largest(most: Limits) -> str:
     sizes = []
     for name, word in words.items():
         size = getattr(most, name)
-        if size is None:
+        if not size:
             continue
         tokens = " of context" if name == "context" else ""
         more = "" if name not in most.bounded else " (all that the model has)" if tokens else " or more"
-        sizes.append(f"{_counted(size, word) if size else f'no {word}'}{tokens}{more}")
+        sizes.append(f"{_counted(size, word)}{tokens}{more}")
     return ", or ".join(sizes)
 
 

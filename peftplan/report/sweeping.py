@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,15 +17,11 @@ from peftplan.errors import InputError, MissingExtraError, PeftplanError, Refuse
 from peftplan.files import replacing
 
 if TYPE_CHECKING:
-    import pyarrow
-
     from peftplan.planning.sweep import Sweep, Tally
     from peftplan.planning.sweep_points import Chunk
 
 FORMATS = ("csv", "jsonl", "parquet")
 BY_SUFFIX = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-TEXTS = ("model", "method", "gpu", "verdict", "decided_by", "error")
-"""Columns of text; an option has the type of its values, and all others are whole numbers."""
 
 
 def format_of(fmt: str | None, output: str | None) -> str:
@@ -128,36 +124,15 @@ def _write(handle: int, text: str, name: str) -> None:
 
 
 def _parquet(result: Sweep, output: str, each: Callable[[Chunk], None]) -> None:
-    import pyarrow
     from pyarrow import parquet
 
-    schema = _schema(result)
+    from peftplan.planning import sweep_arrow
+
+    schema = sweep_arrow.schema(result)
     with replacing(output, field="--output") as file, parquet.ParquetWriter(file, schema) as writer:
         for chunk in result.chunks():
-            columns = {
-                name: list(map(_text, values)) if pyarrow.types.is_string(schema.field(name).type) else values
-                for name, values in chunk.items()
-            }
-            writer.write_table(pyarrow.table(columns, schema=schema))
+            writer.write_batch(sweep_arrow.batch(chunk, schema))
             each(chunk)
-
-
-def _text(value: object) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _schema(result: Sweep) -> pyarrow.Schema:
-    import pyarrow
-
-    types: Mapping[type, pyarrow.DataType] = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
-
-    def of(name: str) -> pyarrow.DataType:
-        if name in TEXTS:
-            return pyarrow.string()
-        kinds = {type(value) for value in result.values_of(name) if value is not None}
-        return types.get(kinds.pop(), pyarrow.string()) if len(kinds) == 1 else pyarrow.string() if kinds else pyarrow.int64()
-
-    return pyarrow.schema([(name, of(name)) for name in result.columns])
 
 
 def summary(tally: Tally) -> str:

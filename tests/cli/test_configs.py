@@ -102,3 +102,15 @@ def test_a_file_with_a_wrong_value_has_its_tool(tmp_path: Path) -> None:
     (row,) = json.loads(run("configs", str(tmp_path), "--format", "json").out)
     assert row["tool"] == "axolotl"
     assert "a.yml:4: lora_r: -16 is not valid" in row["error"]
+
+
+def test_a_card_that_says_how_many_there_are_wins_over_the_command_in_the_comments(tmp_path: Path) -> None:
+    """The recipe's header launches 2 processes; the card says 8, whose shards are smaller."""
+    command = "# tune run --nproc_per_node 2 lora_finetune_distributed --config a.yml\n"
+    recipe = "model:\n  _component_: torchtune.models.llama3_1.lora_llama3_1_8b\n  lora_attn_modules: [q_proj]\n"
+    file = tmp_path / "a.yml"
+    file.write_text(command + recipe + "checkpointer:\n  checkpoint_dir: /tmp/Llama-3.1-8B\n")
+    entries = [peftplan.configs(file, gpu=gpu)[0] for gpu in ("a100-80gb", "2xa100-80gb", "8xa100-80gb")]
+    assert [entry.error for entry in entries] == [None, None, None]
+    alone, two, eight = (entry.peak_allocated or 0 for entry in entries)
+    assert alone == two > eight > 0

@@ -275,3 +275,11 @@ def test_two_nearest_plans_are_named_where_only_one_method_fails() -> None:
     assert [plan.method for plan in nearest] == ["full", "full"]
     assert nearest[0].headroom_bytes >= nearest[1].headroom_bytes
     assert nearest[0].changes != nearest[1].changes
+
+
+def test_where_the_search_for_a_length_ends_is_said() -> None:
+    """BERT has a table of 512 positions; a `min_seq_len` is no sign that shorter sequences do not fit."""
+    bert = run("fit", "bert-base-uncased", "--task-type", "SEQ_CLS", "--gpu", "t4", "--max", "seq-len", "--keep", "method")
+    assert "up to sequence length 512 (all that the model has); it needs" in " ".join(bert.out.split())
+    long = run("fit", "gpt2", "--gpu", "1GiB", "--max", "seq-len", "--min-seq-len", "1000", "--keep", "method,loss")
+    assert "does not fit at 1,000 tokens, nor at more: it needs" in " ".join(long.out.split())
