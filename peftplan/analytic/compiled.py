@@ -11,7 +11,6 @@ from peftplan.analytic.running import kernels, limits_of, loss_sizes, program_of
 from peftplan.analytic.sizes import NO_LIMITS, Limits, shape_facts, sizes
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import ITEMSIZE
-from peftplan.errors import NoEngineError
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES
 from peftplan.job.inventory import of_any_device
 from peftplan.job.loss_sizes import LossSizes
@@ -134,6 +133,8 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
 COMPILED: "OrderedDict[tuple[object, ...], Compiled]" = OrderedDict()
 """The jobs compiled last. Each is valid for all sizes with the same `shape_facts`."""
 COMPILED_KEPT = 256
+_RUN: "dict[tuple[object, ...], tuple[Model, Model | None]]" = {}
+"""The last step over a `device_map`: all GPUs see the same one."""
 
 
 def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = False) -> "Compiled":
@@ -147,31 +148,40 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
     facts = shape_facts(setup.rows, setup.seq_len + virtual_tokens, job.architecture, loss, limits_of(job))
     described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
     key = (
+        inventory.holding and inventory.holding.device,
         id(job.architecture),
         *described,
         job.script,
         *facts,
         job.distributed,
         late,
-        inventory.holding and inventory.holding.device,
         *(getattr(setup, name) for name in Setup.model_fields if name not in ("batch_size", "seq_len")),
     )
     if key in COMPILED:
         COMPILED.move_to_end(key)
         return COMPILED[key]
     check(job)
-    if of_any_device(inventory):
-        raise NoEngineError("many sizes at once over a device_map (no formula yet)")
-    COMPILED[key] = compiled_job = _compile(inventory, compute_capability=compute_capability, late=late)
+    assert not of_any_device(inventory), "each GPU is compiled apart"
+    COMPILED[key] = compiled_job = _compile(inventory, key, compute_capability=compute_capability, late=late)
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
     return compiled_job
 
 
-def _compile(inventory: "Inventory", *, compute_capability: str, late: bool) -> "Compiled":
-    job, parameters, static, holding = inventory
-    setup, computing, architecture = job.setup, parameters.all, job.architecture
-    on_rank = architecture
+def _run(inventory: "Inventory", key: tuple[object, ...], *, compute_capability: str, late: bool) -> "tuple[Model, Model | None]":
+    """The model after its steady step, and after the first one where that differs."""
+    if inventory.holding is None or inventory.holding.device is None:
+        return _steady(inventory, compute_capability=compute_capability, late=late)
+    _, *of_any = key
+    if tuple(of_any) not in _RUN:
+        _RUN.clear()
+        _RUN[tuple(of_any)] = _steady(inventory, compute_capability=compute_capability, late=late)
+    return _RUN[tuple(of_any)]
+
+
+def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "tuple[Model, Model | None]":
+    job, parameters, _, _ = inventory
+    setup, computing, on_rank = job.setup, parameters.all, job.architecture
     if job.distributed is not None:
         from peftplan.analytic import ranks
 
@@ -201,6 +211,17 @@ def _compile(inventory: "Inventory", *, compute_capability: str, late: bool) -> 
 
         model.units = SteppedInBackward(model.tape)
     steady_step(model, program, reference=reference_of(job, model))
+    return model, first
+
+
+def _compile(inventory: "Inventory", key: tuple[object, ...], *, compute_capability: str, late: bool) -> "Compiled":
+    job, parameters, static, holding = inventory
+    setup, architecture = job.setup, job.architecture
+    if job.distributed is not None:
+        from peftplan.analytic import ranks
+
+        setup = ranks.setup_on_rank(job)
+    model, first = _run(inventory, key, compute_capability=compute_capability, late=late)
     seen = model.tape if job.distributed is None else ranks.seen(inventory, model.tape)
     of_step = timeline(seen, model.stacks, vocab=architecture.vocab_size)
     on_tape = "gradients" if holding is None else holding.on_tape

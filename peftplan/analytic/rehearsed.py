@@ -26,7 +26,7 @@ UNDER_DEVICE_MAP = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose steps were rehearsed; Mistral runs Llama's operations."""
 UNDER_DEEPSPEED = (*UNDER_DEVICE_MAP, "gemma3_text", "gpt_neox", "gpt2", "opt", "bloom", "mixtral", "qwen3_moe", "qwen2_moe")
 """The same under DeepSpeed."""
-CLASSIFIERS_UNDER_DEEPSPEED = ("distilbert", "bert")
+CLASSIFIERS_UNDER_DEEPSPEED = ("distilbert", "bert", "roberta")
 """Encoders that were rehearsed there as classifiers of sequences."""
 
 

@@ -12,7 +12,7 @@ from peftplan.analytic.instant import InstantPeaks
 from peftplan.analytic.moments import Moments
 from peftplan.analytic.ranked import Ranked, of_all_ranks, of_one_rank
 from peftplan.errors import BoundError, InputError, MissingExtraError, RefusedError
-from peftplan.job.inventory import Inventory
+from peftplan.job.inventory import Inventory, of_any_device, on_each_device
 from peftplan.job.setup import MOST
 
 try:
@@ -54,11 +54,24 @@ class Sized:
             raise RefusedError(
                 "use_vllm: the share of the card that vLLM takes is not known at many sizes yet; accepted: estimate"
             )
+        self.of_each = self._of_each() if of_any_device(self.first) else ()
+        """The GPUs of a `device_map`."""
         self._ranked: dict[tuple[int, int | None], tuple[Ranked, Moments]] = {}
         self._on_lines: dict[int, bool] = {}
 
+    def _of_each(self) -> tuple[Sized, ...]:
+        each = lru_cache(maxsize=JOBS_KEPT)(lambda rank: on_each_device(self.at_rank(rank).job))
+
+        def on(device: int) -> Sized:
+            return Sized(lambda rank: each(rank)[device], self.ranks, compute_capability=self.compute_capability)
+
+        return tuple(map(on, range(len(each(self.ranks[0] if self.ranks else None)))))
+
     def requested(self, points: Points) -> dict[str, Any]:
-        """Phase → bytes that the tensors at its peak request, for each point, as int64."""
+        """Phase → bytes that the tensors at its peak request, for each point, as int64; of a `device_map` on the GPU where they
+        are most."""
+        if self.of_each:
+            return _of_fullest([sized.requested(points) for sized in self.of_each])
         by_phase: dict[str, Any] = {}
         for where, ranked, moments in self._alike(points):
             part = points.take(where)
@@ -130,6 +143,12 @@ class Sized:
             ranked = of_one_rank(self._compiled(batch_size, seq_len, rank))
             self._ranked[code, rank] = ranked, Moments(ranked.timeline)
         return self._ranked[code, rank]
+
+
+def _of_fullest(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """At each point the phases of the GPU whose overall peak is largest."""
+    fullest = np.argmax([np.maximum.reduce(list(by_phase.values())) for by_phase in each], axis=0)
+    return {phase: np.stack([of[phase] for of in each])[fullest, np.arange(len(fullest))] for phase in each[0]}
 
 
 def checked(name: str, values: Sequence[Any]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import peftplan
@@ -95,3 +97,15 @@ def test_more_gpus_hold_less() -> None:
 def test_one_process_has_no_buffers_of_nccl() -> None:
     estimate = peftplan.estimate("llama-3.2-1b", gpu="2xl4", strategy="device-map")
     assert not any("NCCL" in text for text in estimate.to_dict()["not_modelled"])
+
+
+@pytest.mark.parametrize("strategy", ["device-map", "tp"])
+def test_many_sizes_at_once_are_each_one_alone(strategy: Any) -> None:
+    """Of a `device_map` it is the GPU that needs most at each size."""
+    options: dict[str, Any] = {"method": "lora", "gpus": 2, "strategy": strategy, "target_modules": "q_proj,v_proj"}
+    rows = [*peftplan.sweep("llama-3.2-1b", seq_len=[128, 2048], r=[8, 64], **options)]
+    assert len(rows) == 4
+    for row in rows:
+        alone = peftplan.estimate("llama-3.2-1b", seq_len=row["seq_len"], r=row["r"], **options).peaks
+        assert alone is not None
+        assert (row["peak_allocated"], row["peak_reserved"]) == (alone.allocated, alone.reserved)

@@ -39,6 +39,40 @@ def test_more_ranks_never_hold_more(strategy: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("strategy", ["fsdp1", "zero3"])
+def test_flat_shards_sum_to_the_model_and_its_padding(strategy: Any, world: int) -> None:
+    """Units of FSDP1 and tensors of ZeRO-3 are padded to equal parts: less than one element per rank and tensor, but for FSDP1's
+    alignment of each tensor to 16 B. Small tensors of ZeRO-3 are whole besides (`gathered_weights`).
+    """
+    counted = inventory(prepare("llama-3.2-1b", method="full", dtype="fp32"))
+    built, architecture = counted.parameters, counted.job.architecture
+    tensors = sum(p.copies for p in built.all)
+    shards = holding(built, Distributed(strategy=strategy, gpus=world), architecture, autocast="none", quantized=False).parameters
+    of_rank = sum(p.copies * sum(a.numel for a in p.allocations if a.name == "weight") for p in shards.all)
+    assert 0 <= of_rank * world - built.num_total < tensors * (world + 4)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_parts_of_tensor_parallelism_sum_to_the_model(world: int) -> None:
+    """Norms are on every rank, all else is divided evenly."""
+    counted = inventory(prepare("llama-3.2-1b", method="full"))
+    built, architecture = counted.parameters, counted.job.architecture
+    part = holding(built, Distributed(strategy="tp", gpus=world), architecture, autocast="none", quantized=False).parameters
+    norms = sum(p.copies * p.numel for p in built.all if "norm" in p.name)
+    assert world * (sum(p.copies * p.numel for p in part.all) - norms) + norms == built.num_total
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gpus_of_a_device_map_hold_the_model_between_them(world: int) -> None:
+    """Each tensor is on one of them; the buffers are on all."""
+    result = peftplan.estimate("llama-3.2-1b", method="full", gpus=world, strategy="device-map")
+    assert result.distributed is not None
+    buffers = result.static.bytes(["buffers"])
+    alone = peftplan.estimate("llama-3.2-1b", method="full").persistent_bytes
+    assert sum(group.persistent - buffers for group in result.distributed.ranks) == alone - buffers
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_shards_sum_to_the_model_and_its_padding(world: int) -> None:
     """FSDP2 pads each tensor's first dim: less than one row per rank and tensor."""
     counted = inventory(prepare("llama-3.2-1b", method="lora", r=16))
@@ -49,7 +83,7 @@ def test_shards_sum_to_the_model_and_its_padding(world: int) -> None:
         assert p.numel <= shard.numel * world < p.numel + world * row
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp1", "tp", "device-map", "ddp"])
 def test_one_rank_is_one_gpu(strategy: Any) -> None:
     """Weights and gradients; DDP has its buckets besides."""
     counted = inventory(prepare("llama-3.2-1b", method="lora", r=16))
@@ -85,11 +119,22 @@ def test_ddp_is_one_gpu_and_its_buckets() -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [("fsdp2", {"offload_params": "cpu"}), ("zero3", {"offload_params": "cpu"}), ("zero2", {"offload_optimizer": "cpu"})],
+    [
+        ("fsdp2", {"offload_params": "cpu"}),
+        ("fsdp1", {"offload_params": "cpu"}),
+        ("zero1", {"offload_optimizer": "cpu"}),
+        ("zero2", {"offload_optimizer": "cpu"}),
+        ("zero3", {"offload_params": "cpu"}),
+        ("zero3", {"offload_optimizer": "cpu"}),
+        ("zero3", {"offload_params": "cpu", "offload_optimizer": "cpu"}),
+    ],
 )
 def test_offloading_never_takes_more_of_the_device(strategy: str, options: dict[str, Any]) -> None:
     without, with_it = estimated(strategy, 4), estimated(strategy, 4, **options)
     assert with_it.persistent_bytes < without.persistent_bytes
+    assert with_it.peaks is not None
+    assert without.peaks is not None
+    assert with_it.peaks.by_phase["step"] <= without.peaks.by_phase["step"]
     assert with_it.distributed is not None
     assert with_it.distributed.host_bytes > 0
 
