@@ -9,8 +9,10 @@ from peftplan.optim import parse_optim
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-REHEARSED = ("mistral", "gemma2", "gemma3_text", "phi", "phi3", "cohere2")
-"""Model types, which the tool leaves to transformers."""
+REHEARSED = ("mistral", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "llama", "qwen2", "qwen3")
+"""Model types."""
+BUILT = ("llama", "qwen2", "qwen3")
+"""Of these, model types that the tool builds of modules of its own (`memory.models.automodel`)."""
 
 
 def without_formula(job: Job) -> str | None:
@@ -21,6 +23,8 @@ def without_formula(job: Job) -> str | None:
         f"method {job.method.name if job.method else 'this adapter config'}": job.method is None
         or job.method.peft_type not in (None, "LORA")
         or bool(getattr(job.config, "use_dora", False)),
+        "gradient_checkpointing, part by part": bool(setup.gradient_checkpointing) and architecture.model_type in BUILT,
+        "eager attention": setup.attn_implementation == "eager" and architecture.model_type in BUILT,
         "lora_dropout": bool(getattr(job.config, "lora_dropout", 0)),
         f"quant {setup.quant}": job.quant is not None,
         "autocast": setup.autocast != "none",

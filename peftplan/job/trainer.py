@@ -148,6 +148,8 @@ class Trainer(NamedTuple):
     """Whether it builds the model of modules of its own, on the card."""
     hooks_inputs: bool = True
     """Whether under checkpointing the embeddings are made to require gradients (`enable_input_require_grads`)."""
+    own_decoders: bool = False
+    """Whether it builds models of some types of modules of its own, unless it is told not to (`memory.models.automodel`)."""
     own_lora: bool = False
     """Whether LoRA is an autograd function of its own, in place of peft's layers (`memory.methods.automodel_lora`)."""
     adapters_as_base: bool = False

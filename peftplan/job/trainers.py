@@ -245,6 +245,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             losses=("full",),
             loss_apart=True,
             hooks_inputs=False,
+            own_decoders=True,
             own_lora=True,
             adapters_as_base=True,
             layout=AUTOMODEL,

@@ -1,6 +1,7 @@
-"""What packages of kernels keep on the card from step to step besides the model.
+"""What packages of kernels, and decoders of a tool's own, keep on the card from step to step besides the model.
 
-Source: unsloth, kernels/utils.py (`_scratch`), models/llama.py (`LlamaRotaryEmbedding`); unsloth_zoo, gradient_checkpointing.py.
+Source: unsloth, kernels/utils.py (`_scratch`), models/llama.py (`LlamaRotaryEmbedding`); unsloth_zoo, gradient_checkpointing.py;
+nemo_automodel, components/models/llama/rope_utils.py (`_build_cache`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ def kept_on_card(model: Model) -> None:
     if checkpoint is not None and running.hosted:
         dims = ("b", model.seq, model.arch.hidden_size or 0)
         model.buffers = [f.new(dims, running.dtype, "buffer of offloaded inputs") for _ in range(checkpoint.buffers)]
-    if decoder is not None:
+    if decoder is not None or running.own_decoders:
         a = model.arch.blocks[0].attentions[0]
         width = a.head_dim if a.rotary_dim is None else a.rotary_dim
-        model.lasting = [f.new((running.rotary_rows, width), running.dtype, name) for name in ("cos", "sin")]
+        rows, dtype = (model.seq, "fp32") if decoder is None else (running.rotary_rows, running.dtype)
+        model.lasting = [f.new((rows, width), dtype, name) for name in ("cos", "sin")]
     if lora is not None and lora.global_buffer and model.quant is not None:
         largest = max(p.numel for p in model.parameters.all if p.quantized)
         model.lasting.append(f.new((largest,), running.dtype, "buffer of dequantized weights"))

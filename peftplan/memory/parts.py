@@ -61,6 +61,8 @@ class Running(NamedTuple):
     """Which layers checkpointing reaches: those whose number it divides."""
     own_modules: bool = False
     """Whether the trainer builds the model of modules of its own."""
+    own_decoders: bool = False
+    """Whether the trainer builds models of some types of modules of its own."""
     hooks_inputs: bool = True
     """Whether under checkpointing the embeddings are made to require gradients."""
     kernels: Kernels = NO_KERNELS

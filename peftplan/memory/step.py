@@ -50,7 +50,8 @@ class Program(NamedTuple):
 def steady_step(model: Model, program: Program, reference: Model | None = None) -> None:
     """One steady optimizer step. `reference`: the model that the policy is compared with, where a forward runs it."""
     f = model.tape
-    if model.running.kernels.decoder is not None or model.running.kernels.checkpoint is not None:
+    kernels = model.running.kernels
+    if kernels.decoder is not None or kernels.checkpoint is not None or model.running.own_decoders:
         from peftplan.memory.lasting import kept_on_card
 
         kept_on_card(model)
@@ -239,7 +240,7 @@ def _forward(model: Model) -> list[Tensor]:
     head = head_of(model)
     model.units.enter(ROOT)
     model.units.enter(BACKBONE)
-    forward = forward_of(model.arch.model_type, own_modules=model.running.own_modules)
+    forward = forward_of(model.arch.model_type, own_modules=model.running.own_modules, own_decoders=model.running.own_decoders)
     hidden = model.units.leave(BACKBONE, forward(model))
     if model.running.own_modules and model.running.loss != "full":  # the loss projects, behind the model
         hidden = model.units.leave(ROOT, hidden)

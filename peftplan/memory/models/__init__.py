@@ -59,12 +59,16 @@ FORWARDS: dict[str, tuple[str, str]] = {
 """model type → module of this folder and its function: from token ids to the last hidden states."""
 
 
-def forward_of(model_type: str, *, own_modules: bool = False) -> Forward:
-    """The forward of a model type in `FORWARDS`, or of one that torchtune builds."""
+def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool = False) -> Forward:
+    """The forward of a model type in `FORWARDS`, or of one that torchtune or NeMo Automodel builds."""
     if own_modules:
         from peftplan.memory.models.torchtune import BUILT
 
         return BUILT[model_type]
+    if own_decoders:
+        from peftplan.memory.models.automodel import FORWARDS as OF_AUTOMODEL
+
+        return OF_AUTOMODEL[model_type]
     module, function = FORWARDS[model_type]
     forward: Forward = getattr(import_module(f"peftplan.memory.models.{module}"), function)
     return forward

@@ -43,9 +43,9 @@ def _opaque_backward(f: Tape, node: Node, saved: tuple[Tensor, Operand], g: Tens
 
 
 of_llama = partial(decoder, style=Style(norm=opaque_rms, rotate=rotated_in_fp32, wide_tables=True))
-BUILT = {
+FORWARDS = {
     "llama": of_llama,
     "qwen2": of_llama,
     "qwen3": partial(decoder, style=Style(rotate=rotated_in_fp32, wide_tables=True)),
 }
-"""model type → the tool's forward of it; others it leaves to transformers."""
+"""model type → the tool's forward of it."""

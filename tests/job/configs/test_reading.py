@@ -512,14 +512,16 @@ def test_keys_of_swifts_rollouts_are_known() -> None:
 
 
 def test_nemo_builds_some_models_itself() -> None:
-    """Classes in its registry are modules of its own, unless `force_hf`; their peak was stated as transformers' model has it."""
+    """Classes in its registry are modules of its own, unless `force_hf`. Dense Llama, Qwen2 and Qwen3 have formulas as it builds
+    them, and none as transformers does."""
     config = {
         "model": {"_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained"},
         "step_scheduler": {"local_batch_size": 1},
     }
     for name, force_hf, expected in (
-        ("meta-llama/Llama-3.2-1B", None, ["model"]),
-        ("meta-llama/Llama-3.2-1B", True, []),
+        ("nvidia/NVIDIA-Nemotron-Nano-9B-v2", None, ["model"]),
+        ("meta-llama/Llama-3.2-1B", None, []),
+        ("meta-llama/Llama-3.2-1B", True, ["model.force_hf"]),
         ("mistralai/Mistral-7B-v0.1", None, []),
     ):
         model = {**config["model"], "pretrained_model_name_or_path": name, "force_hf": force_hf}
