@@ -100,13 +100,16 @@ def kernels_without_formula(job: Job) -> str | None:
 
 
 def _grpo_without_formula(setup: Setup) -> str | None:
-    """What of Unsloth's GRPO has no formula; None where all of it has one: vLLM writes two completions or more, which are packed
+    """What of Unsloth's GRPO has no formula; None where all of it has one: vLLM writes the completions, two or more are packed
     (unsloth_zoo 2026.10.9, `grpo_accumulated_loss`), and no forward before scores them (`compute_efficient`)."""
+    kernels = kernels_of(setup.kernels or ())
+    packed = kernels.padding_free is not None
     missing = {
-        "with layers of the model's own": kernels_of(setup.kernels or ()).padding_free is None,
+        "with layers of the model's own": kernels.decoder is None,
         "where its own generation writes": not setup.use_vllm,
         "with a reference": len(setup.forwards) > 1,
-        "of one completion a step": setup.batch_size < FEWEST_PACKED,
+        "of a packed completion": packed and setup.batch_size < FEWEST_PACKED,
+        "of padded completions": not packed and setup.batch_size > 1,
     }
     return next((what for what, is_so in missing.items() if is_so), None)
 

@@ -163,6 +163,7 @@ def reference_of(job: Job, policy: Model) -> Model | None:
 
 
 def segments_grow(setup: Setup) -> bool:
-    """Whether the trainer's package, or that of the kernels, sets `expandable_segments`."""
+    """Whether the trainer's package, or that of the kernels, sets `expandable_segments`; Unsloth not where its vLLM sleeps."""
     decoder = kernels_of(setup.kernels or ()).decoder
-    return setup.by.expandable_segments or (decoder is not None and decoder.expandable_segments)
+    sleeps = setup.packs_completions and setup.vllm_enable_sleep_mode  # unsloth_zoo, __init__.py:335
+    return setup.by.expandable_segments or (decoder is not None and decoder.expandable_segments and not sleeps)

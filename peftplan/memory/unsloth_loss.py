@@ -48,8 +48,10 @@ def unsloth(model: Model, x: Tensor) -> tuple[Tensor]:
 
 
 def of_completions(model: Model, x: Tensor) -> tuple[Tensor]:
-    """`grpo_accumulated_loss` of completions in one packed row: the log-probabilities of their tokens, whose hidden states are
-    copied. Left out: numbers of tokens after these. Raises NeedsTraceError for a head that trains or has a bias.
+    """`grpo_accumulated_loss`: the log-probabilities of the completions' tokens.
+
+    Their hidden states are copied from a packed row, and read where they lie in a row of one completion. Left out: numbers of
+    tokens after these. Raises NeedsTraceError for a head that trains or has a bias.
 
     Source: unsloth_zoo 2026.10.9 `rl_replacements.py` (`grpo_accumulated_loss`, sequence packing), `fused_losses/fused_linear.py`
     (`_logprobs_impl` with `want_u`, `_lp_backward`).
@@ -61,7 +63,10 @@ def of_completions(model: Model, x: Tensor) -> tuple[Tensor]:
     if head.bias is not None or weight.node is not None:
         raise NeedsTraceError(f"Unsloth's GRPO of {model.arch.model_type} with a head that trains or has a bias")
     mask = f.new(x.dims[:-1], "bool", "completions")
-    chosen = rows_of(f, sliced(f, x, x.dims), mask)
+    if model.running.kernels.padding_free is None:
+        chosen = sliced(f, sliced(f, x, x.dims), ("n", x.dims[-1]))
+    else:
+        chosen = rows_of(f, sliced(f, x, x.dims), mask)
     targets = f.new(("n",), "int64", "index")
     loss = _cross_entropy(model, chosen, weight, copies=False)
     del targets, mask
@@ -150,8 +155,10 @@ def _chunked(
         del statistics
         if into_hidden:
             product = f.new((rows, width), "fp32" if dtype in HALF_DTYPES else dtype, "mm")
-            narrow = f.to(product.detach(), hidden.dtype)
+            narrow = f.to(product.detach(), hidden.dtype) if copies else None
             del narrow
+            if not copies:
+                product = None
         if grad_weight is not None:
             _into(f, weight, rows, dtype)
     del chunk, targets, product, buffer

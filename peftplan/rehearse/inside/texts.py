@@ -16,8 +16,8 @@ CONTENT = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}PICTURE{% endif %}{% endfor %}{% endif %}"
 )
-RESERVED = "<|reserved_special_token_0|>"
-"""A special token without a role, of which large vocabularies have many: what is in need of one takes it."""
+RESERVED = ("<|reserved_special_token_0|>", "<|endoftext|>")
+"""Special tokens without a role: what is in need of one takes the first, and Qwen's tokenizers add the second where it lacks."""
 SPECIAL = re.compile(r"(\w+)_token_(?:id|index)")
 """Fields of a config that hold the number of a special token."""
 
@@ -52,7 +52,7 @@ def tokenizer_files(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     special_names = {number: f"<{role}>" for role, number in special.items()}
     names = dict(special_names)
     plain, *spare = (number for number in range(size - 1, max(-1, size - 9), -1) if number not in names)
-    special_names |= dict.fromkeys(spare[:1], RESERVED)
+    special_names |= dict(zip(spare, RESERVED, strict=False))
     names |= special_names
     usual = [number for number in range(size) if number not in names and number != plain]
     names |= {plain: "<unk>", **dict(zip(usual, _bytes(), strict=False))}

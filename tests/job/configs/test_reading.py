@@ -232,7 +232,7 @@ GRPOTrainer(model=model, args=args).train()
 """
 
 
-@pytest.mark.parametrize(("batch", "accumulation", "rows"), [(1, 1, 6), (12, 1, 12), (2, 3, 2), (4, 1, 6)])
+@pytest.mark.parametrize(("batch", "accumulation", "rows"), [(1, 1, 6), (12, 1, 12), (2, 3, 2), (4, 1, 6), (1, 6, 1)])
 def test_unsloth_s_grpo_of_a_notebook(batch: int, accumulation: int, rows: int) -> None:
     """A batch that is no multiple of num_generations becomes one of them (models/rl.py:3598); vLLM shares the weights."""
     source = GRPO.format(batch=batch, accumulation=accumulation)
@@ -242,6 +242,7 @@ def test_unsloth_s_grpo_of_a_notebook(batch: int, accumulation: int, rows: int) 
     assert "0.22.2" in plan.assumed["trl"]
     result = peftplan.estimate(config=plan, gpu="a100-80gb")
     assert result.peaks is not None
+    assert ("unsloth.padding_free" in result.assumptions["kernels"]) is (rows > 1)
     (card,) = result.gpus
     weights = result.static.bytes(("weights", "quant_state"))
     assert card.vllm_bytes == int(0.6 * card.usable_bytes) - weights
