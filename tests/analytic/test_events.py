@@ -33,6 +33,10 @@ UNTIED: dict[str, Any] = {**T5, "tie_word_embeddings": False}
 ROWS: dict[str, Any] = {"batch_size": 1, "seq_len": 520}
 """No multiple of 16: the gradient of a mask is a slice of longer rows."""
 JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "GPT-J's scores live until the softmax of them is cast": (
+        shallow("gpt-j-6b", 3),
+        {"method": "ia3", "trainer": "trl", "dtype": "fp16", "autocast": "none", **EAGER, "padding": True, "batch_size": 3},
+    ),
     "the math kernel's causal mask is made of booleans; a norm of heads gets no gradient that is summed": (
         shallow("qwen3-0.6b", 3),
         {"method": "pfeiffer", "dtype": "fp16", "autocast": "fp16", **KEPT, "gpu": "t4", "batch_size": 1, "seq_len": 1377},

@@ -104,8 +104,10 @@ def narrow_eager(c: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, ro
     )
     if c.mask is not None:
         weights = ops.add(f, weights, c.mask)
+    scores = weights if c.style.wide_scores else None  # GPT-J's name holds them until the cast has been made
     weights = ops.softmax(f, weights, "fp32" if f.autocast else weights.dtype)
     weights = f.to(weights, v.dtype)
+    del scores
     weights = ops.dropout(f, weights, dropout)
     model.layer_locals.append(weights)
     return gathered(model, product(model, weights, v, q.dims, joined=(True, model.joins)))
