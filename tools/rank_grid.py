@@ -198,8 +198,6 @@ def zero3_jobs() -> Iterator[dict[str, Any]]:
     for model, method in product(("llama-3.2-1b", "pythia-160m", "qwen2.5-0.5b"), ("lora", "full")):
         yield published(model, method, strategy="zero3", trainer="trl", seq_len=1024)
     yield published("qwen2.5-0.5b", "qlora", strategy="zero3", trainer="trl", seq_len=1024)
-    for method in METHODS:
-        yield variant("pythia-160m", method, "zero3", use_reentrant=True, seq_len=1024)
     for model, method in product(OTHER_ZERO3, METHODS):
         yield job("zero3", method, 4, model=model, layers=CUT[model], seq_len=256, zero=AUTO)
     for model, method in product(("mixtral-8x7b-v0.1", "qwen3-30b-a3b", "qwen1.5-moe-a2.7b"), METHODS):

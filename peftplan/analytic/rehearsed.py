@@ -48,8 +48,7 @@ def without_formula(job: Job) -> str | None:
     unknown = (_unknown_to_zero(job, distributed) if distributed.strategy in ZERO else _unknown_to_fsdp(job, distributed)) | {
         "use_reentrant": job.setup.use_reentrant
         and bool(job.setup.gradient_checkpointing)
-        and not (distributed.strategy == "fsdp1" and job.script.checkpoints_units)
-        and distributed.strategy != "zero3",
+        and not (distributed.strategy == "fsdp1" and job.script.checkpoints_units),
         **_unrehearsed(job),
     }
     return _listed(unknown)

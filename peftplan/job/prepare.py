@@ -123,8 +123,8 @@ def prepared(request: Request) -> Job:
     if distributed is not None:
         from peftplan.job.shared_work import changed_by_trainer, check_distributed
 
-        if adapter or (kind is not None and kind.peft_type):
-            setup = changed_by_trainer(setup, distributed, casts=quant is None and set_here.get("adapter_dtype") is None)
+        if quant is None and set_here.get("adapter_dtype") is None:
+            setup = changed_by_trainer(setup, distributed)
         check_distributed(distributed, setup, architecture, quant)
     if kind is not None and kind.module == "virtual_tokens":
         from peftplan.job.virtual_tokens import check_prompted_task

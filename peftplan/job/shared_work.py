@@ -42,14 +42,11 @@ def check_distributed(distributed: Distributed, setup: Setup, architecture: Arch
     _check_heads(distributed.tp_size or (distributed.world_size if strategy == "tp" else 1), architecture)
 
 
-def changed_by_trainer(setup: Setup, distributed: Distributed, *, casts: bool) -> Setup:
-    """The setup of an adapted model as its trainer makes it under a strategy (`Trainer.reenters_zero3`). `casts`: whether peft
-    would cast the adapter to fp32.
-    """
-    if distributed.strategy != "zero3" or not setup.by.reenters_zero3:
-        return setup
-    narrow = {"adapter_dtype": setup.dtype} if casts else {}
-    return setup.model_copy(update={"use_reentrant": bool(setup.gradient_checkpointing), **narrow})
+def changed_by_trainer(setup: Setup, distributed: Distributed) -> Setup:
+    """The setup as its trainer makes it under a strategy, where peft would cast an adapter to fp32
+    (`Trainer.narrow_under_zero3`)."""
+    narrow = distributed.strategy == "zero3" and setup.by.narrow_under_zero3
+    return setup.model_copy(update={"adapter_dtype": setup.dtype}) if narrow else setup
 
 
 def _check_tensor_parallel(setup: Setup, architecture: Architecture) -> None:

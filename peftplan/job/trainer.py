@@ -91,9 +91,10 @@ class Trainer(NamedTuple):
     """Formats of the base on which all that trains is cast to bf16, DoRA's magnitudes excepted."""
     losses: tuple[Loss, ...] | None = None
     """The losses that it can compute; None: any."""
-    reenters_zero3: bool = False
-    """Whether under ZeRO-3 checkpoints of an adapted model are reentrant, and its adapter stays in the dtype of a base in 16 bits
-    (trl, `use_reentrant` and `autocast_adapter_dtype` in each constructor)."""
+    narrow_under_zero3: bool = False
+    """Whether under ZeRO-3 an adapter stays in the dtype of a base in 16 bits (trl, `autocast_adapter_dtype` in each
+    constructor). Those constructors also ask for reentrant checkpoints, in a field that Trainer has read by then
+    (transformers, training_args.py: `gradient_checkpointing_kwargs` is an alias of `activation_checkpointing_kwargs`)."""
     sums_tokens: bool = False
     """Whether it makes the chunked loss itself, from the log-probabilities of the tokens that the forward returns."""
     rows: int = 1

@@ -16,7 +16,7 @@ TRL = Trainer(
     always_masks=True,
     loads_in_fp32=True,
     turns_cache_off=True,
-    reenters_zero3=True,
+    narrow_under_zero3=True,
     casts=("nf4", "fp4", "int8"),
     losses=("trl-chunked", "unsloth"),
     sums_tokens=True,
@@ -52,7 +52,7 @@ OF_PREFERENCES = TRL._replace(
 OF_LOGITS = TRL._replace(
     defaults=TRL.defaults._replace(loss="full", kbit_prepare=True),
     loads_in_fp32=False,
-    reenters_zero3=False,
+    narrow_under_zero3=False,
     casts=(),
     losses=("full",),
     sums_tokens=False,
@@ -66,7 +66,7 @@ OF_LOGITS = TRL._replace(
 IN_AXOLOTL = OF_PREFERENCES._replace(
     defaults=TRL.defaults._replace(loss="full"),
     loads_in_fp32=False,
-    reenters_zero3=False,
+    narrow_under_zero3=False,
     losses=("full",),
     sums_tokens=False,
     loads_on_device=True,

@@ -158,7 +158,7 @@ class Zero3(Stage):
         if self.in_leaf:
             return
         self.readers.add(name.format(layer))
-        if not self.f.recomputes:
+        if not self.f.replays:
             self.coordinator.gather_alone(self.sharded[self._key(parameter)])
 
     def whole(self, parameter: Parameter) -> Tensor | None:
@@ -171,7 +171,7 @@ class Zero3(Stage):
     def pre_forward(self, module: Module, *, unknown: bool = False) -> None:
         """`pre_sub_module_forward_function`. Frozen parameters of a recomputation belong to the module that backward is in."""
         self.coordinator.fetch(module, unknown=unknown)
-        if self.f.recomputes and self.running:
+        if self.f.replays and self.running:
             frozen = [p for p in module.parameters if not p.trainable]
             last = next(reversed(self.running))
             self.recomputed.setdefault(last, []).extend(frozen)

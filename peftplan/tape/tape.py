@@ -68,8 +68,6 @@ class Tape(Allocations):
         self._frame: Frame | None = None
         self._casts: dict[Parameter | int, Operand] = {}
         self._replaying: Frame | None = None
-        self.recomputes = False
-        """Whether forward code runs in backward, for a checkpoint of either kind."""
         self.nested = False
         """Whether a nested backward runs. It may reach nodes that another backward has already run."""
         self.kept_inputs: list[object] | None = None
@@ -96,7 +94,7 @@ class Tape(Allocations):
 
     @property
     def replays(self) -> bool:
-        """Whether a checkpointed layer runs again, not reentrant."""
+        """Whether a checkpointed layer is being recomputed."""
         return self._replaying is not None
 
     def record(self, backward: Backward, inputs: tuple[Operand | None, ...], *saved: object) -> Node | None:
@@ -239,9 +237,8 @@ class Tape(Allocations):
         """Run forward code during backward, with an autocast cache of its own."""
         module, casts = self.module, self._casts
         self.segment = abs(self.segment) + 1
-        self._casts, self.recomputes = {}, True
+        self._casts = {}
         yield
-        self.recomputes = False
         self._casts.clear()
         self._casts, self.module = casts, module
         self.segment = -(self.segment + 1)

@@ -206,14 +206,15 @@ def test_a_block_of_experts_looks_inside_what_follows() -> None:
         assert gathered([block]) == [bool(inside)]
 
 
-@pytest.mark.parametrize(("trainer", "changes"), [("trl", True), ("trl-dpo", True), ("trl-orpo", False), ("transformers", False)])
-def test_trl_checkpoints_an_adapted_model_reentrantly(trainer: Any, *, changes: bool) -> None:
-    """trl 1.16 sets both in the constructors of its trainers; ORPOTrainer, which is experimental, sets neither."""
+@pytest.mark.parametrize(
+    ("trainer", "dtype"), [("trl", "bf16"), ("trl-dpo", "bf16"), ("trl-orpo", "fp32"), ("transformers", "fp32")]
+)
+def test_trl_keeps_an_adapter_in_16_bits(trainer: Any, dtype: str) -> None:
+    """trl 1.16 sets `autocast_adapter_dtype` in the constructors of its trainers, but for experimental ones."""
     options: dict[str, Any] = {"gpus": 4, "strategy": "zero3", "trainer": trainer}
-    setup = prepare("llama-3.2-1b", method="lora", **options).setup
-    assert (setup.use_reentrant, setup.adapter_dtype) == ((True, "bf16") if changes else (False, "fp32"))
-    assert not prepare("llama-3.2-1b", method="full", **options).setup.use_reentrant
-    assert not prepare("llama-3.2-1b", method="lora", **options | {"strategy": "zero2"}).setup.use_reentrant
+    assert prepare("llama-3.2-1b", method="lora", **options).setup.adapter_dtype == dtype
+    assert prepare("llama-3.2-1b", method="lora", **options, adapter_dtype="fp32").setup.adapter_dtype == "fp32"
+    assert prepare("llama-3.2-1b", method="lora", **options | {"strategy": "zero2"}).setup.adapter_dtype == "fp32"
 
 
 def test_weights_on_the_host_pass_through_the_device() -> None:
