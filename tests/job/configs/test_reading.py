@@ -428,6 +428,21 @@ def test_an_optimizer_of_a_package_is_not_supported() -> None:
     assert peftplan.estimate(config=plan).trainable_parameters > 0
 
 
+@pytest.mark.parametrize(
+    ("group", "component", "kernels", "unsupported"),
+    [
+        (256, "Int8DynActInt4WeightQATQuantizer", ("torchao.fake_quant",), set()),
+        (128, "Int8DynActInt4WeightQATQuantizer", ("torchao.fake_quant",), {"quantizer.groupsize"}),
+        (256, "Int4WeightOnlyQATQuantizer", None, {"quantizer._component_"}),
+    ],
+)
+def test_quantizers_of_torchtune(group: int, component: str, kernels: tuple[str, ...] | None, unsupported: set[str]) -> None:
+    quantizer = {"_component_": f"torchtune.training.quantization.{component}", "groupsize": group}
+    plan = read({**TORCHTUNE, "quantizer": quantizer})
+    assert plan.unsupported.keys() == unsupported
+    assert (named_kernels(plan.options.get("kernels")) or None) == kernels
+
+
 MODEL = {"model_name_or_path": "Qwen/Qwen2.5-0.5B"}
 
 
