@@ -170,6 +170,18 @@ def test_what_of_unsloth_s_grpo_has_no_formula(changed: dict[str, Any]) -> None:
     assert "Unsloth's GRPO" in result.not_modelled[0]
 
 
+def test_embeddings_that_unsloth_trains_in_full_as_they_ran() -> None:
+    """Copies in bf16, whose frozen originals Trainer moves back to the card; states of the embedding have 32 bits.
+
+    Rehearsed with padded, compiled layers, which backward depends on; forward peaks in the loss.
+    """
+    job = {**UNSLOTH, **QLORA, "kernels": "unsloth", "r": 128, "modules_to_save": ["embed_tokens", "lm_head"]}
+    peaks = estimate("mistral-7b-v0.3", **{**job, "gradient_accumulation_steps": 8}).peaks
+    assert peaks is not None
+    by_phase = {"forward": 10_897_946_112, "step": 10_142_890_496}
+    assert {phase: peaks.by_phase[phase] for phase in by_phase} == pytest.approx(by_phase, rel=2e-5)
+
+
 IN_THE_LOSS: list[tuple[str, dict[str, Any], int]] = [
     ("llama-3.2-1b", {**UNSLOTH, **LORA}, 3_001_064_448),
     ("qwen2.5-0.5b", {**UNSLOTH, **QLORA}, 951_031_808),

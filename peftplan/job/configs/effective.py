@@ -88,12 +88,13 @@ class Effective:
         return f".*?{'.*?'.join(parts[:-1])}.*?\\.{parts[-1]}"
 
     def _names(self, keys: Mapping[str, Any]) -> tuple[str, ...] | None:
-        """Names of modules: of a key that lists them, theirs → ours; of a switch that is on, those that it stands for."""
+        """Names of modules: of a key that lists them, theirs → ours or null; of a switch that is on, those it stands for."""
         names: list[str] = []
         for key, meant in keys.items():
             value = self.of(key)
             if isinstance(meant, Mapping):
-                names += [meant.get(name, name) for name in self._listed(key, value)]
+                ours = (meant.get(name, name) for name in self._listed(key, value))
+                names += [name for name in ours if name is not None]
             elif value:
                 names += meant
         return tuple(dict.fromkeys(names)) or None

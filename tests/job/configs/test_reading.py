@@ -214,6 +214,16 @@ def test_a_notebook_is_assumed_to_have_a_torch_before_layers_compile(settings: s
     assert set(plan.unsupported) == (COMPILED if "LEGACY" in settings else set())
 
 
+def test_unsloth_trains_embeddings_that_are_named_as_targets_in_full() -> None:
+    """models/llama.py:4884; 603,979,776 trainable parameters, as the notebook of Mistral's text completion prints them."""
+    modules = '"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"'
+    source = UNSLOTH.format(settings="", arguments=", max_steps=60").replace("r=16", f"r=128, target_modules=[{modules}]")
+    plan = read_text(source.replace("Llama-3.2-1B", "mistral-7b-v0.3"), file="a.py")
+    assert not plan.unsupported
+    assert plan.options["modules_to_save"] == ("embed_tokens", "lm_head")
+    assert peftplan.estimate(config=plan).trainable_parameters == 603_979_776
+
+
 def test_unsloth_takes_its_names_in_any_case() -> None:
     """unsloth 2026.10.9, models/loader_utils.py: the mapper's names are looked up in lower case."""
     plan = read_text(UNSLOTH.format(settings="", arguments=", max_steps=60").replace("Llama-3.2-1B", "Phi-4"), file="a.py")
