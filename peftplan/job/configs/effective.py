@@ -108,7 +108,7 @@ class Effective:
         return names
 
 
-def _globs(value: Any) -> Any:
+def _globs(value: object) -> object:
     """Names of modules with `*` as a regular expression; names without it as they are."""
     names = value if isinstance(value, list) else [value]
     if not any("*" in str(name) for name in names):
