@@ -121,6 +121,8 @@ def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
     try:
         model, options = job_of(row["job"])
         options = {**options, **row.get("options", {})}
+        if not options.get("strategy") and not str(options.get("trainer")).startswith("axolotl"):
+            options.setdefault("device_map", "none")  # the program passes a model that it has loaded on the host
         result = estimate(model, engine=engine, script=LOOP if options.get("trainer") == "plain" else NO_SCRIPT, **options)
     except PeftplanError as error:
         return {"error": str(error)}

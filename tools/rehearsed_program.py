@@ -51,6 +51,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--use-dora", action=FLAGS, default=False)
     parser.add_argument("--use-rslora", action=FLAGS, default=False)
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
+    parser.add_argument("--device-map", choices=("none", "auto", "cuda"))
     parser.add_argument("--autocast", choices=("none", "bf16", "fp16"))
     parser.add_argument("--trainer", default="transformers", choices=TRAINERS)
     parser.add_argument("--batch-size", type=int, default=1)
@@ -102,8 +103,9 @@ def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any
     attention = {"attn_implementation": job.attn_implementation} if job.attn_implementation else {}
     if job.trainer == "trl-reward":
         attention["num_labels"] = 1
-    if job.trainer in AXOLOTL:
-        attention["device_map"] = "auto"
+    device_map = job.device_map or ("auto" if job.trainer in AXOLOTL else "none")
+    if device_map != "none":
+        attention["device_map"] = device_map
     return auto_class.from_pretrained(job.model, dtype=DTYPES[job.dtype], quantization_config=quantization, **attention)
 
 

@@ -86,8 +86,11 @@ class Run(Part):
         return self.method or str((self.peft_config or {}).get("peft_type", "")).lower()
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of `peftplan.estimate` besides the model, the card and the engine."""
+        """The keyword arguments of `peftplan.estimate` besides the model, the card and the engine. A record that says no
+        `device_map` is of a model that was loaded on the host.
+        """
         return {
+            "device_map": "none",
             "method": self.method,
             "peft_config": self.peft_config,
             **self.method_config,

@@ -242,7 +242,8 @@ def _compile(inventory: "Inventory", key: tuple[object, ...], *, compute_capabil
     passing = load_passing(
         parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled, adapters_pass_in=_passed_in(job)
     )
-    arrives = job.distributed is not None and job.distributed.facts.loads_on_device
+    by_map = setup.device_map != "none"
+    arrives = by_map or (job.distributed is not None and job.distributed.facts.loads_on_device)
     load: Loader = partial(
         load_into,
         parameters=parameters if holding is None or not arrives else holding.parameters,
@@ -253,7 +254,7 @@ def _compile(inventory: "Inventory", key: tuple[object, ...], *, compute_capabil
         adapters_pass_in=_passed_in(job),
         moved=job.quant is None and not setup.by.loads_on_device,
         arrives=arrives,
-        device_map=holding is not None and holding.device is not None,
+        asks_for_room=setup.device_map == "auto" or (holding is not None and holding.device is not None),
     )
     if job.quant is not None and job.quant.by_torchao:
         from peftplan.analytic import ranks
@@ -314,7 +315,7 @@ def _trained_again(job: "Job", parameters: Parameters) -> frozenset[str]:
 
 def _passed_in(job: "Job") -> tuple[str, ...]:
     """The dtypes of adapters before their own, where peft's layers put them beside a base on the device."""
-    on_device = job.setup.by.loads_on_device or (job.distributed is not None and job.distributed.facts.loads_on_device)
+    on_device = job.setup.adapter_on_device or (job.distributed is not None and job.distributed.facts.loads_on_device)
     if job.method is None or job.method.peft_type not in ADAPTERS or not (job.quant or on_device):
         return ()
     return dtypes_before(job.setup, job.quant)

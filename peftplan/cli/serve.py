@@ -21,7 +21,7 @@ SERVING: dict[str, str] = {
 STORAGE = {
     name: text
     for name, text in texts.STORAGE.items()
-    if name not in ("--autocast", "--kbit-prepare/--no-kbit-prepare", "--compute-dtype")
+    if name not in ("--autocast", "--device-map", "--kbit-prepare/--no-kbit-prepare", "--compute-dtype")
 } | {"--trainer": f"{' | '.join(get_args(TrainerName))}: decides the dtype of the saved adapter"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
-from peftplan.job.trainer import Autocast, Loss, TrainerName
+from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
 
 
 def _by_tool(names: tuple[str, ...]) -> str:
@@ -46,6 +46,7 @@ MODEL: dict[str, str] = {
 }
 STORAGE: dict[str, str] = {
     "--dtype": "dtype of the base model; default: bf16",
+    "--device-map": "how from_pretrained places the model on one GPU; default: auto for a trainer of TRL, which loads it by name",
     "--adapter-dtype": "dtype of the adapter; peft's default is fp32",
     "--autocast": "dtype that autocast computes in; default: the trainer's",
     "--quant": "storage of the frozen base; default: the method's",
@@ -184,6 +185,7 @@ METAVARS: dict[str, str] = {
     "--transformer-cls-names-to-wrap": "NAMES",
     "--bucket-cap-mb": "FLOAT",
     "--autocast": _choices(Autocast),
+    "--device-map": _choices(DeviceMap),
     "--quant": "[none|nf4|fp4|int8|fp8|mxfp4|gptq|awq|hqq]",
     "--trainer": _choices(TrainerName),
     "--attn-implementation": "[sdpa|eager|flash_attention_2]",

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, TypeVar
 from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
 from peftplan.job.options import OtherWords
 from peftplan.job.script import Script
-from peftplan.job.trainer import Autocast, Loss, TrainerName
+from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
 
 T = TypeVar("T")
 Axis: TypeAlias = T | Iterable[T] | str
@@ -35,6 +35,7 @@ class GridOptions(OtherWords, total=False):
     compute_dtype: object
     dtype: object
     adapter_dtype: object
+    device_map: Axis[DeviceMap | None]
     autocast: Axis[Autocast | None]
     optim: Axis[str | None]
     optim_args: Axis[str | None]

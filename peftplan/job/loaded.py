@@ -137,6 +137,7 @@ def _options(model: object, base: Mapping[str, Tensor], added: Mapping[str, Tens
     if module is not model:
         options["adapter_dtype"] = _dtype(p for p in added.values() if p.requires_grad)
         options["kbit_prepare"] = dense == "fp32" and dtype != "fp32" if quantized else None
+    options["device_map"] = None if quantized or hasattr(module, "hf_device_map") else "none"
     attention = getattr(config, "_attn_implementation", None)
     options["attn_implementation"] = attention if attention in ATTENTION else None
     name = next((name for name in CHECKPOINTING if hasattr(type(module), name)), CHECKPOINTING[-1])

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
 from peftplan.job.script import Script
-from peftplan.job.trainer import Autocast, Loss, TrainerName
+from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
 
 
 class SizeOptions(TypedDict, total=False):
@@ -40,6 +40,7 @@ class SetupOptions(TypedDict, total=False):
     compute_dtype: object
     dtype: object
     adapter_dtype: object
+    device_map: DeviceMap | None
     autocast: Autocast | None
     optim: str | None
     optim_args: str | None

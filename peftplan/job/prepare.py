@@ -121,8 +121,9 @@ def prepared(request: Request) -> Job:
         setup = setup.model_copy(update={"batch_size": accepted_batch(setup, replicas)})
     check_task(model, architecture, setup)
     if distributed is not None:
-        from peftplan.job.shared_work import changed_by_trainer, check_distributed
+        from peftplan.job.shared_work import changed_by_trainer, check_distributed, loaded_by_rank
 
+        setup = loaded_by_rank(setup, chosen=set_here.get("device_map"))
         if quant is None and set_here.get("adapter_dtype") is None:
             setup = changed_by_trainer(setup, distributed)
         check_distributed(distributed, setup, architecture, quant)

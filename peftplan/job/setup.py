@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError
 from peftplan.job.kernels import OF_TORCHTUNE, named_kernels
-from peftplan.job.trainer import Autocast, Forward, Loss, Trainer, TrainerName
+from peftplan.job.trainer import Autocast, DeviceMap, Forward, Loss, Trainer, TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
 from peftplan.validation import first_error, listed, size_in_bytes
 
@@ -56,6 +56,7 @@ class Setup(BaseModel):
     quant_storage: str | None = None
     compute_dtype: Annotated[str | None, _dtype("compute_dtype")] = None
     dtype: ModelDtype = "bf16"
+    device_map: DeviceMap | None = None
     adapter_dtype: Annotated[str | None, _dtype("adapter_dtype")] = None
     autocast: Autocast | None = None
     optim: str | None = None
@@ -95,6 +96,11 @@ class Setup(BaseModel):
     def by(self) -> Trainer:
         """What the trainer does."""
         return TRAINERS[self.trainer]
+
+    @property
+    def adapter_on_device(self) -> bool:
+        """Whether a dense base is on the card before its adapter is made."""
+        return self.by.loads_on_device or self.device_map != "none"
 
     @property
     def forwards(self) -> tuple[Forward, ...]:
@@ -253,6 +259,8 @@ def _check_trainer(setup: Setup) -> None:
         raise RefusedError(f"optimizer_in_backward: {by.called} steps after backward; add --trainer torchtune")
     if setup.optimizer_in_backward and setup.gradient_accumulation_steps > 1:
         raise RefusedError("optimizer_in_backward: torchtune's recipes accept it with gradient_accumulation_steps 1 alone")
+    if setup.device_map != "none" and by.own_modules:
+        raise RefusedError(f"device_map: {by.called} builds the model on its card; accepted: none")
     if setup.kernels and by.own_modules and setup.kernels != OF_TORCHTUNE:
         raise RefusedError(f"kernels: {by.called} runs modules of its own, which only torchao's replace; leave out --kernels")
     if OF_TORCHTUNE[0] in (setup.kernels or ()) and not by.own_modules:

@@ -18,6 +18,18 @@ MIXED = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers that step over lists of tensors (`foreach`, `fused`), which may not be of several kinds."""
 
 
+def loaded_by_rank(setup: Setup) -> Setup:
+    """The setup of a rank, which loads no model on a device map (trl, `SFTTrainer.__init__`: it "fails" in distributed training).
+
+    Raises InputError for one that is set.
+    """
+    if setup.device_map != "none" and "device_map" in setup.model_fields_set:
+        raise InputError(
+            "device_map", setup.device_map, "accepted: none under a strategy; --strategy device-map puts layers on several GPUs"
+        )
+    return setup.model_copy(update={"device_map": "none"})
+
+
 def check_distributed(distributed: Distributed, setup: Setup, architecture: Architecture, quant: QuantConfig | None) -> None:
     """Raise RefusedError or InputError for what torch, accelerate, transformers or bitsandbytes refuse under a strategy."""
     strategy = distributed.strategy

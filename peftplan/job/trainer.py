@@ -29,6 +29,8 @@ Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
 Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth", "torchtune-linear"]
 Autocast = Literal["none", "bf16", "fp16"]
+DeviceMap = Literal["none", "auto", "cuda"]
+"""How `from_pretrained` places a model: on the host, by accelerate's plan, or on one device, such as `cuda`, `{"": 0}`."""
 Scoring = Literal["kernel", "flat kernel", "softmax"]
 """How log-probabilities of labels are made from all logits: by a kernel that reads a slice of them, by one that reads a copy of
 the slice, or by `log_softmax` of all."""
@@ -45,6 +47,8 @@ class Defaults(NamedTuple):
     use_cache: bool | None = False
     """None: as the model's config says."""
     kbit_prepare: bool = True
+    device_map: DeviceMap = "none"
+    """Of a model that the trainer or its program loads by name, on one GPU."""
 
 
 class Forward(NamedTuple):

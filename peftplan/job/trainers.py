@@ -12,7 +12,7 @@ from peftplan.versions import named
 TRL = Trainer(
     "trl",
     f"SFTTrainer of {named('trl')}",
-    Defaults(loss="trl-chunked", kbit_prepare=False),
+    Defaults(loss="trl-chunked", kbit_prepare=False, device_map="auto"),
     always_masks=True,
     loads_in_fp32=True,
     turns_cache_off=True,
@@ -69,7 +69,6 @@ IN_AXOLOTL = OF_PREFERENCES._replace(
     narrow_under_zero3=False,
     losses=("full",),
     sums_tokens=False,
-    loads_on_device=True,
     scoring="flat kernel",
     keeps_logits=("policy", "reference"),
     token_outputs=(),
@@ -78,16 +77,15 @@ IN_AXOLOTL = OF_PREFERENCES._replace(
 )
 OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
     defaults=OF_LOGITS.defaults._replace(kbit_prepare=False),
-    loads_on_device=True,
     scoring="flat kernel",
     package=None,
     arguments=None,
 )
-# LLaMA-Factory 0.9.5 (train/dpo/trainer.py, train/kto/trainer.py; train/trainer_utils.py, `get_batch_logps`), whose adapters
-# stay as they are.
+# LLaMA-Factory 0.9.5 (hparams/parser.py, `get_train_args`; train/dpo/trainer.py, train/kto/trainer.py; train/trainer_utils.py,
+# `get_batch_logps`), whose adapters stay as they are.
 IN_LLAMA_FACTORY = IN_AXOLOTL._replace(
+    defaults=IN_AXOLOTL.defaults._replace(device_map="cuda"),
     casts=(),
-    loads_on_device=False,
     scoring="softmax",
     keeps_logits=("policy",),
     options=frozenset({"max_completion_length", "beta", "loss_type"}),

@@ -99,20 +99,23 @@ def _without_bars() -> Iterator[None]:
 
 
 def load(job: Job, device: torch.device) -> Any:
-    """The base model: a quantized one is loaded on the device, a dense one on the host."""
+    """The base model: loaded on the host unless it is quantized or `device_map` says otherwise."""
     setup, config = job.setup, config_of(job)
     hf_config = build_config(config, name="model")
     if hf_config.is_encoder_decoder:
         _start_decoder(hf_config)
     cls = model_class(config, hf_config, name="model", task_type=job.architecture.task_type)
     state = weights(build_model(config, hf_config, cls, name="model"), TORCH_DTYPES[setup.dtype])
-    quantized = {} if job.quant is None else {"quantization_config": _bnb_config(job.quant), "device_map": {"": device}}
+    device_map = setup.device_map if setup.device_map == "auto" else {"": device}
+    placed = {"device_map": device_map} if setup.device_map != "none" or job.quant is not None else {}
+    quantized = {} if job.quant is None else {"quantization_config": _bnb_config(job.quant)}
     return cls.from_pretrained(
         None,
         config=hf_config,
         state_dict=state,
         dtype=TORCH_DTYPES[setup.dtype],
         attn_implementation=setup.attn_implementation,
+        **placed,
         **quantized,
     )
 

@@ -111,12 +111,12 @@ def load_into(
     adapters_pass_in: tuple[str, ...] = (),
     moved: bool = False,
     arrives: bool = False,
-    device_map: bool = False,
+    asks_for_room: bool = False,
 ) -> None:
     """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`.
 
     `arrives`: a dense base is loaded to its device as a quantized one is, by name and behind a warm-up block.
-    `device_map`: each GPU was asked how much room it has, with a tensor of 8 bytes; the warm-up leaves out what the allocator
+    `asks_for_room`: `device_map="auto"` puts a tensor of 8 bytes on each GPU first; the warm-up leaves out what the allocator
     kept of it (accelerate, `get_max_memory`).
     `moved`: the adapted model is moved module by module, so that what is added to a module follows it.
     `adapters_pass_in`: `dtypes_before` of an adapter, one cast of all its tensors after the other (peft, tuners/tuners_utils.py,
@@ -124,10 +124,10 @@ def load_into(
     """
     first, second, last = load_order(parameters, by_name=quant is not None or arrives, moved=moved and not arrives)
     base = [p for p in parameters.all if p.owner == "base"]
-    if device_map:
+    if asks_for_room:
         memory.release(memory.allocate(8))
     if quant is not None or arrives:
-        memory.release(memory.allocate(max(0, _warm_up(base, quant, dtype=dtype) - (SMALL_SEGMENT if device_map else 0))))
+        memory.release(memory.allocate(max(0, _warm_up(base, quant, dtype=dtype) - (SMALL_SEGMENT if asks_for_room else 0))))
         for a in parameters.shared:
             memory.keep((a.nbytes,))
     doubled = quant is not None and bool(quant.double_quant)

@@ -60,7 +60,7 @@ def _loading(job: Job, built: Parameters) -> Loading:
         return Loading(0, largest, f"tensor by tensor to the card, where each is stored as {job.quant.name}")
     if job.distributed is not None and (job.distributed.facts.loads_on_device or _by_tensor(job.distributed)):
         return Loading(0, largest, "tensor by tensor to the cards")
-    if job.setup.by.loads_on_device:
+    if job.setup.adapter_on_device:
         return Loading(
             0, largest, "tensor by tensor to the card (device_map); without it all of the model is in host memory first"
         )

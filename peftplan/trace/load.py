@@ -1,12 +1,12 @@
 """The load phase: how weights reach the device, tensor by tensor. It decides which free blocks later allocations find.
 
-A quantized model is loaded on the device: transformers reserves one block of the size of the stored weights, frees it, then
-copies each tensor in the order of its name, and quantizes it there. A dense model is moved module by module, with its adapters
-where a trainer does it; in a plain loop they come later, each in the dtype of its base, and are cast once all are there. Source:
-transformers `core_model_loading.py` (`convert_and_load_state_dict_in_model`), `modeling_utils.py`
-(`caching_allocator_warmup`), bitsandbytes `functional.py` (`quantize_4bit`), torch `nn/modules/module.py` (`_apply`),
-peft `prepare_model_for_kbit_training`, `tuners/tuners_utils.py` (`_move_adapter_to_device_of_base_layer`,
-`cast_adapter_dtype`). Left out: buffers of adapters, such as VeRA's projections, pass in the base's dtype too.
+A quantized model, or one with a device map, is loaded on the device: transformers reserves one block of the size of the stored
+weights, frees it, then copies each tensor in the order of its name, and quantizes it there. A dense model is moved module by
+module, with its adapters where a trainer does it; in a plain loop they come later, each in the dtype of its base, and are cast
+once all are there. Source: transformers `core_model_loading.py` (`convert_and_load_state_dict_in_model`), `modeling_utils.py`
+(`caching_allocator_warmup`), bitsandbytes `functional.py` (`quantize_4bit`), torch `nn/modules/module.py` (`_apply`), peft
+`prepare_model_for_kbit_training`, `tuners/tuners_utils.py` (`_move_adapter_to_device_of_base_layer`, `cast_adapter_dtype`).
+Left out: buffers of adapters, such as VeRA's projections, pass in the base's dtype too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peftplan.dtypes import ITEMSIZE, parse_dtype
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
 from peftplan.libraries.quantized import QUANT_TENSORS
-from peftplan.memory.load import WARMUP_BYTES, dtypes_before
+from peftplan.memory.load import SMALL_SEGMENT, WARMUP_BYTES, dtypes_before
 from peftplan.storage import QuantConfig, category, shared
 from peftplan.trace.cuda.tuner_layers import HOST_BUFFERS, LASTING, adapter_from_host, offloaded
 from peftplan.trace.events.tracker import Tracker
@@ -50,10 +50,10 @@ class _Moved(NamedTuple):
 
 def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
     """Register every tensor that lasts, and the temporaries of loading."""
-    if quant is None:
+    if quant is None and setup.device_map == "none":
         _dense_model(built, tracker, setup)
     else:
-        _quantized_model(built, tracker, setup, quant)
+        _on_arrival(built, tracker, setup, quant)
 
 
 def _dense_model(built: Built, tracker: Tracker, setup: Setup) -> None:
@@ -90,12 +90,13 @@ def _moved(built: Built) -> Iterator[_Moved]:
     return below(built.model, "", tuned=False)
 
 
-def _quantized_model(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig) -> None:
+def _on_arrival(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
+    """Load each weight to the device by its name, and quantize it there."""
     parts = [part for part in _parts(built) if built.owners[part[0]] == "weights"]
     halves: dict[str, Storage] = {}
     parts.sort(key=lambda part: _natural(_base_name(built, part)))
-    _warm_up(parts, tracker, quant, dtype=setup.dtype)
-    for a in shared(quant):
+    _warm_up(parts, tracker, setup, quant)
+    for a in shared(quant) if quant is not None else ():
         tensor = tracker.passing(nbytes=a.nbytes, shape=a.dims, dtype=a.dtype, op="load", category="quant_state")
         tensor.name = a.name
     for name, module, leaf, parameter in parts:
@@ -177,14 +178,19 @@ def _dense(tracker: Tracker, shape: tuple[int, ...], dtype: str, *, name: str, o
     return storage
 
 
-def _warm_up(parts: list[Part], tracker: Tracker, quant: QuantConfig, *, dtype: str) -> None:
-    """One allocation of the bytes of all weights as they will be stored, freed at once."""
-    total = 0.0
+def _warm_up(parts: list[Part], tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
+    """One allocation of the bytes of all weights as they will be stored, freed at once. `device_map="auto"` puts a small tensor
+    on the device first (accelerate, `get_max_memory`), and the segment that the allocator keeps of it is left out.
+    """
+    asks_for_room = setup.device_map == "auto"
+    if asks_for_room:
+        tracker.end(_dense(tracker, (1,), "int64", name="room"))
+    total = float(-SMALL_SEGMENT if asks_for_room else 0)
     for _, module, leaf, parameter in parts:
         packed = leaf == "weight" and QUANT_TENSORS in module.__dict__
         numel = module.in_features * module.out_features if packed else parameter.numel()
-        total += numel * (WARMUP_BYTES[quant.name] if packed else ITEMSIZE[dtype])
-    tracker.end(_dense(tracker, (int(total // ITEMSIZE["fp16"]),), "fp16", name="warm-up"))
+        total += numel * (WARMUP_BYTES[quant.name] if packed and quant is not None else ITEMSIZE[setup.dtype])
+    tracker.end(_dense(tracker, (max(0, int(total // ITEMSIZE["fp16"])),), "fp16", name="warm-up"))
 
 
 def _quantized(tracker: Tracker, name: str, module: Any, *, dtype: str) -> None:

@@ -18,6 +18,9 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "in a decoder's stack and an encoder's": (shallow("bart-base", 2), {"method": "boft", **ATTENTION}),
     "the first layer holds what all layers share": (LLAMA, {"method": "vera", **ATTENTION}),
     "a plain loop makes adapters last, each with its buffers": (LLAMA, {"method": "vera", "trainer": "plain", **ATTENTION}),
+    "a trainer that loads by name reads the weights by name": (LLAMA, {"method": "vera", "trainer": "trl", **ATTENTION}),
+    "on one device without asking for room": (LLAMA, {"method": "lora", "device_map": "cuda"}),
+    "a quantized base behind a question for room": (LLAMA, {"method": "qlora", "trainer": "trl"}),
     "a quantized base has its buffers behind its weights": (LLAMA, {"method": "qlora"}),
 }
 
@@ -61,7 +64,7 @@ def _traced(config: dict[str, Any], options: dict[str, Any]) -> list[int]:
     assert peaks is not None
     noted, alive = [], {}
     for event in peaks.recording.events:
-        if event.phase != "load":
+        if event.phase != "load" or event.category == "activations":  # the batch
             break
         if event.kind == "alloc":
             alive[event.id] = round512(event.nbytes)

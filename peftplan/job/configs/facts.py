@@ -96,6 +96,8 @@ class Facts:
     """What the tool does on several GPUs, where its files do not say it."""
     batches: tuple[str, ...] = ()
     """Keys of the rows of a step on all ranks and of a micro batch on one, where the tool divides them to accumulate."""
+    device_map: str | None = None
+    """How it loads a model on one GPU, where its keys do not say it."""
     prefixes: tuple[str, ...] = ()
     """What stands before the keys of other tools that it takes too."""
 
@@ -167,5 +169,6 @@ def facts(tool: Tool) -> Facts:
         {**raw.get("write", {}), "models": raw.get("builders")},
         raw.get("strategy"),
         tuple(raw.get("batches", ())),
+        (raw.get("device_map") or [None])[0],
         tuple(raw["includes"]) if isinstance(raw.get("includes"), Mapping) else (),
     )

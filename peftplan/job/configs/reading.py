@@ -253,6 +253,8 @@ class Reading:
         options = fitting(of_trainer({**launch.options, **self.options, **by_launch}))
         if "strategy" not in options and options.get("gpus", 1) == 1:  # what says how to share, where nothing is shared
             options = {name: value for name, value in options.items() if name in ALWAYS or name not in OPTIONS}
+            if self.tool.device_map and self.kind == "training":
+                options.setdefault("device_map", self.tool.device_map)
         for key, row in self.read.items():
             if row.option and not {"model", "launch", *options} & set(row.option.split(", ")):
                 whose = self.options.get("trainer") if row.option in OF_PREFERENCES else self.options.get("method")
