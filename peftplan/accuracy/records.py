@@ -35,8 +35,10 @@ Text = Annotated[str, Field(min_length=1)]
 
 PINNED = frozenset({"trainer", "dtype", "adapter_dtype", "batch_size", "seq_len", "gradient_accumulation_steps"}) | frozenset(
     {"attn_implementation", "padding", "keep_gradients", *Defaults._fields}
-)
-"""Options that every record states, so that no default of a later peftplan changes what was measured."""
+) - {"device_map"}
+"""Options that every record states, so that no default of a later peftplan changes what was measured. Records without a
+`device_map` are of models that were loaded on the host.
+"""
 
 
 class Part(BaseModel):
@@ -86,9 +88,7 @@ class Run(Part):
         return self.method or str((self.peft_config or {}).get("peft_type", "")).lower()
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of `peftplan.estimate` besides the model, the card and the engine. A record that says no
-        `device_map` is of a model that was loaded on the host.
-        """
+        """The keyword arguments of `peftplan.estimate` besides the model, the card and the engine."""
         return {
             "device_map": "none",
             "method": self.method,

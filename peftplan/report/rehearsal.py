@@ -70,6 +70,8 @@ def _out_of_memory(oom: OutOfMemory, screen: Screen) -> list[Row]:
     where = f"{_short(oom.file)}:{oom.line}" + (f": {oom.code}" if oom.code else "") if oom.file else "no line of the program"
     request = f"the program asked for {format_bytes(oom.requested_bytes)} more in {oom.phase}, step {oom.step}, rank {oom.rank}"
     lines = wrapped(request, screen.columns) + wrapped(f"at {where}", screen.columns)
+    if not oom.alive:
+        return [*lines, (Part("nothing was alive then"),)]
     return [*lines, BLANK, (Part("alive then, by the line that made it:"),), *_lines(oom.alive, screen)]
 
 

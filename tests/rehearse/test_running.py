@@ -159,6 +159,13 @@ def test_out_of_memory_says_who_asked_and_what_was_alive(tmp_path: Path) -> None
     assert {row["category"] for row in oom["alive"]} >= {"weights", "optimizer_states"}
 
 
+def test_a_first_tensor_that_is_too_large_is_out_of_memory(tmp_path: Path) -> None:
+    result, _ = run('import torch\ntorch.zeros(1 << 36, device="cuda")\n', tmp_path)
+    assert (result.exit_code, result.ended, result.gpus[0].verdict) == (1, "out_of_memory", "does_not_fit")
+    assert result.oom is not None
+    assert (result.oom.requested_bytes, result.oom.line, result.oom.alive) == (2**38, 2, ())
+
+
 def test_labels_that_a_loss_shifts_keep_their_values(tmp_path: Path) -> None:
     assert seen(run(SHIFTED, tmp_path, steps=0)[1]) == [14, 14]  # the last label of each row is ignored
 

@@ -21,6 +21,8 @@ OF_STORAGE = ("quant", "double_quant", "quant_bits", "quant_group_size", "quant_
 WITHOUT_EFFECT = (*OF_STORAGE, "compute_dtype", "trust_remote_code", "task_type")
 """Fields of a setup that `fields_of` takes from elsewhere, or that change nothing."""
 ROLES = frozenset(Distributed.model_fields)
+OF_TOOL = frozenset({"device_map"})
+"""Fields that a tool decides, whoever chose them."""
 FIRM = frozenset({"model", "task_type", "method", "quant", "batch_size", "seq_len", "gpus", "nodes"})
 """Fields of which a tool's own value is never taken, chosen or not."""
 
@@ -64,7 +66,7 @@ def fields_of(job: Job) -> Values:
 def firm(name: str, chosen: frozenset[str]) -> bool:
     """Whether a tool must say this field as it is: somebody chose it, or it decides what trains."""
     filled_in = name in Setup.model_fields or name in ROLES or name in OF_STORAGE or name in ("compute_dtype", "pre_quantized")
-    return name in FIRM or name in chosen or not filled_in
+    return name not in OF_TOOL and (name in FIRM or name in chosen or not filled_in)
 
 
 def spellings(job: Job, field: str, value: object) -> Iterator[object]:

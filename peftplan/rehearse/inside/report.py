@@ -35,8 +35,8 @@ class Watched(NamedTuple):
 
 
 def write(watched: Watched) -> None:
-    """Write what a process that used a device showed; others write nothing."""
-    if not watched.figures:
+    """Write what a process that used a device showed, or asked one for too much; others write nothing."""
+    if not (watched.figures or watched.out_of_memory):
         return
     folder = Path(watched.settings.folder)
     if watched.settings.snapshot:

@@ -212,7 +212,7 @@ def test_repository(model: str, repository: str) -> None:
 
 
 def test_a_plan_of_fit() -> None:
-    result = peftplan.fit("qwen2.5-0.5b", gpu="t4", method="lora", seq_len=1024, methods="lora")
+    result = peftplan.fit("qwen2.5-0.5b", gpu="t4", method="lora", seq_len=1024, methods="lora", device_map="cuda")
     plan = result.plans[0]
     exported = export(plan, to="llamafactory")
     assert f"per_device_train_batch_size: {plan.batch_size}\n" in exported.text
