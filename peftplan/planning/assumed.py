@@ -93,7 +93,8 @@ def assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
     """Every value that the numbers rest on, defaults included; of the method's fields those that were set."""
     setup, quant, architecture, adaptation = job.setup, job.quant, job.architecture, job.adaptation
     assumed: dict[str, object] = {"model": architecture.source, "model_class": architecture.model_class}
-    unread = OF_TOKENS if architecture.task_type == PICTURES else ()
+    unread = set(OF_TOKENS if architecture.task_type == PICTURES else ())
+    unread |= {"device_map"} if setup.device_map == "none" else set()
     assumed |= {key: value for key, value in setup.model_dump(mode="json").items() if value is not None and key not in unread}
     if job.setup.by.of_preferences:
         assumed["reference"] = job.reference
