@@ -18,14 +18,14 @@ MIXED = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers that step over lists of tensors (`foreach`, `fused`), which may not be of several kinds."""
 
 
-def loaded_by_rank(setup: Setup, *, asked: object) -> Setup:
+def loaded_by_rank(setup: Setup, *, chosen: object) -> Setup:
     """The setup of a rank, which loads no model on a device map (trl, `SFTTrainer.__init__`: it "fails" in distributed training).
 
-    Raises InputError where one is `asked` for.
+    Raises InputError where one is `chosen`.
     """
-    if asked not in (None, "none"):
+    if chosen not in (None, "none"):
         raise InputError(
-            "device_map", asked, "accepted: none under a strategy; --strategy device-map puts layers on several GPUs"
+            "device_map", chosen, "accepted: none under a strategy; --strategy device-map puts layers on several GPUs"
         )
     return setup.model_copy(update={"device_map": "none"})
 
