@@ -124,7 +124,6 @@ def prepared(request: Request) -> Job:
         from peftplan.job.shared_work import changed_by_trainer, check_distributed, loaded_by_rank
 
         setup = loaded_by_rank(setup, chosen=set_here.get("device_map"))
-        setup = loaded_by_rank(setup, chosen=set_here.get("device_map"))
         if quant is None and set_here.get("adapter_dtype") is None:
             setup = changed_by_trainer(setup, distributed)
         check_distributed(distributed, setup, architecture, quant)
