@@ -146,6 +146,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
     tables = (job.architecture.input_embedding, job.architecture.output_embedding)
     leaf = LEAVES.get(job.architecture.model_type)
     return unknown | {
+        "loss": unknown["loss"] or (job.quant is not None and job.setup.loss != "full"),
         "reduce_scatter": distributed.reduce_scatter is False,
         "zero3_init": bool(distributed.zero3_init) and job.quant is not None,
         "offload_params": distributed.offload_params == "nvme",
@@ -183,10 +184,10 @@ def _layer_classes(job: Job) -> tuple[str, ...]:
 
 
 def _classifies(job: Job) -> bool:
-    """Whether the model is an encoder under DeepSpeed that classifies sequences."""
+    """Whether the model is an encoder under DeepSpeed that classifies sequences, fully trained."""
     assert job.distributed is not None
     known = job.distributed.strategy in ZERO and job.architecture.model_type in CLASSIFIERS_UNDER_DEEPSPEED
-    return known and job.architecture.task_type == "SEQ_CLS"
+    return known and job.architecture.task_type == "SEQ_CLS" and job.method is not None and job.method.name == "full"
 
 
 def _is_decoder(job: Job) -> bool:
