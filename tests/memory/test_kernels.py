@@ -171,15 +171,13 @@ def test_what_of_unsloth_s_grpo_has_no_formula(changed: dict[str, Any]) -> None:
 
 
 def test_embeddings_that_unsloth_trains_in_full_as_they_ran() -> None:
-    """Copies in bf16, whose frozen originals Trainer moves back to the card; states of the embedding have 32 bits.
-
-    Rehearsed with padded, compiled layers, which backward depends on; forward peaks in the loss.
-    """
+    """Copies in bf16, whose frozen originals Trainer moves back to the card; states of the embedding have 32 bits."""
     job = {**UNSLOTH, **QLORA, "kernels": "unsloth", "r": 128, "modules_to_save": ["embed_tokens", "lm_head"]}
     peaks = estimate("mistral-7b-v0.3", **{**job, "gradient_accumulation_steps": 8}).peaks
     assert peaks is not None
-    by_phase = {"forward": 10_897_946_112, "step": 10_142_890_496}
-    assert {phase: peaks.by_phase[phase] for phase in by_phase} == pytest.approx(by_phase, rel=2e-5)
+    by_phase = {"forward": 10_898_589_696, "backward": 10_962_998_784, "step": 10_143_484_928}
+    assert {phase: peaks.by_phase[phase] for phase in by_phase} == pytest.approx(by_phase, rel=1e-4)
+    assert peaks.reserved == pytest.approx(11_156_848_640, rel=0.02)
 
 
 IN_THE_LOSS: list[tuple[str, dict[str, Any], int]] = [
