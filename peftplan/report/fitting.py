@@ -119,7 +119,7 @@ def ranking(result: Fit) -> str | None:
 def plan_columns(result: Fit) -> tuple[Column, ...]:
     """The columns of the plans: the model too, where that is what plans differ in."""
     first, *others = PLAN_COLUMNS
-    return (first, Column("model"), *others) if result.size == "model" else PLAN_COLUMNS
+    return (first, Column("model", whole=True), *others) if result.size == "model" else PLAN_COLUMNS
 
 
 def plan_cells(result: Fit) -> list[tuple[str, ...]]:

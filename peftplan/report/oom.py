@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from peftplan.oom.diagnosis import Diagnosis
 from peftplan.report.screen import Glyphs
@@ -34,10 +34,19 @@ def lines(result: Diagnosis, marks: Glyphs) -> Iterator[str]:
         yield "Alive, by the line that allocated it:"
         for alive in result.alive:
             where = f"{alive.file}:{alive.line} in {alive.function}" if alive.file else "no Python line recorded"
-            yield f"  {format_bytes(alive.bytes):>12}  {alive.blocks:>6,} blocks  {where}"
+            yield f"  {format_bytes(alive.bytes):>12}  {alive.blocks:>6,} {'block ' if alive.blocks == 1 else 'blocks'}  {where}"
     if result.expected is not None:
         yield ""
         yield f"Expected: {result.expected.text}."
+
+
+def in_markdown(texts: Iterable[str]) -> list[str]:
+    """The lines as paragraphs: those that stand further in as items of a list, and no blank ones."""
+    return [
+        f"- {' '.join(text.split()).removeprefix('→ ').removeprefix('- ')}" if text.startswith("  ") else text
+        for text in texts
+        if text
+    ]
 
 
 def facts(result: Diagnosis) -> list[dict[str, object]]:

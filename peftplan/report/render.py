@@ -165,7 +165,8 @@ def oom(result: Diagnosis, *, fmt: str) -> None:
     elif fmt == "csv":
         tabular.write_csv(report.facts(result), sys.stdout)
     else:
-        remarks(list(report.lines(result, screen.glyphs())), fmt=fmt)
+        lines = list(report.lines(result, screen.glyphs()))
+        remarks(report.in_markdown(lines) if fmt == "markdown" else lines, fmt=fmt)
 
 
 def rehearsal(result: Rehearsal, *, fmt: str) -> None:

@@ -14,11 +14,12 @@ LINE_COLUMNS = ("category", "name", "bytes", "place", "formula", "source")
 
 
 class Column(NamedTuple):
-    """One column of a table; numbers stand to the right, and `wide` ones are left out of a narrow terminal."""
+    """One column of a table: numbers stand to the right, a narrow terminal leaves `wide` ones out, `whole` ones never wrap."""
 
     header: str
     right: bool = False
     wide: bool = False
+    whole: bool = False
 
 
 def line_facts(result: Estimate) -> list[dict[str, Any]]:

@@ -93,7 +93,7 @@ def table(*columns: Column, footer: Sequence[str] = (), header: bool = True) -> 
             justify="right" if column.right else "left",
             overflow="fold",
             footer=footer[index] if footer else "",
-            no_wrap=column.right or index == 0,
+            no_wrap=column.right or column.whole or index == 0,
         )
     return styled
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +309,16 @@ def test_what_is_kept_is_counted(program: str, blocks: int, size: int, tmp_path:
     file = tmp_path / "snapshot.pickle"
     file.write_bytes(_recorded(program))
     assert f"{format_bytes(blocks * size)} in {blocks} blocks" in explain_oom(file).causes[0].evidence
+
+
+def test_markdown_of_a_snapshot_is_paragraphs_and_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Markdown reads a line that begins with four blanks as code."""
+    file = tmp_path / "snapshot.pickle"
+    file.write_bytes(_recorded("outputs_kept"))
+    with pytest.raises(SystemExit):
+        main(["explain-oom", str(file), "--format", "markdown"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "- evaluate under torch.no_grad(), and drop outputs before the next batch" in lines
+    assert "- 1,000.00 MiB 3 blocks /app/outputs_kept.py:16 in \\<module\\>" in lines
+    assert not any(line.startswith(" ") for line in lines)
+    assert not any(above == below == "" for above, below in pairwise(lines))

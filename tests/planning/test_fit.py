@@ -283,3 +283,9 @@ def test_where_the_search_for_a_length_ends_is_said() -> None:
     assert "up to sequence length 512 (all that the model has); it needs" in " ".join(bert.out.split())
     long = run("fit", "gpt2", "--gpu", "1GiB", "--max", "seq-len", "--min-seq-len", "1000", "--keep", "method,loss")
     assert "does not fit at 1,000 tokens, nor at more: it needs" in " ".join(long.out.split())
+
+
+def test_the_name_of_a_model_is_never_parted() -> None:
+    done = run("fit", "llama-3.2-1b,gpt2", "--gpu", "l4", "--max", "model", "--methods", "dora")
+    (row,) = (line for line in done.out.splitlines() if line.startswith("as typed"))
+    assert "  llama-3.2-1b  " in row
