@@ -93,8 +93,7 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.num_rare:
-            self.params.append(_help_all())
+        self.params.append(_help_all(hidden=not self.num_rare))
 
     @property
     def num_rare(self) -> int:
@@ -155,8 +154,8 @@ class Command(click.Command):
         return as_typed(error, arguments | fields | typed, spellings)
 
 
-def _help_all() -> click.Option:
-    """The switch that prints help with the rare options."""
+def _help_all(*, hidden: bool) -> click.Option:
+    """The switch that prints help with the rare options; a command without any takes it for --help."""
 
     def show(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         if value and not ctx.resilient_parsing:
@@ -165,7 +164,7 @@ def _help_all() -> click.Option:
             ctx.exit()
 
     text = "Show every option and exit."
-    return click.Option(["--help-all"], is_flag=True, expose_value=False, is_eager=True, callback=show, help=text)
+    return click.Option(["--help-all"], is_flag=True, expose_value=False, is_eager=True, callback=show, help=text, hidden=hidden)
 
 
 def _names(param: click.Option) -> tuple[str, str]:
