@@ -77,7 +77,7 @@ def attend(
     if f.autocast:
         q, k, v = f.cast_all(f.autocast, q, k, v)
     if kernel == "flash":
-        out = flash(f, q, k, v, by_head=by_head)
+        out = flash(f, q, k, v, copies_output=by_head and model.running.attention == "sdpa")
         del q, k, v  # autocast's copies
         if head != out.dims[3]:
             out = sliced(f, out, (*out.dims[:3], head))

@@ -47,15 +47,16 @@ def blocks(dim: Dim, size: int) -> Dim:
     return ceil_div(dim, size) if isinstance(dim, int) else f"{dim}/{size}"
 
 
-def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, by_head: bool = False) -> Tensor:
+def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, copies_output: bool = False) -> Tensor:
     """FlashAttention-2: keeps q, k, v, its output and an fp32 logsumexp; dims (b, a, s, d), (b, g, k, d).
 
-    `by_head`: the output lies as the queries do, so that backward copies it.
+    `copies_output`: backward copies the output, as torch's does where it lies head by head like the queries
+    (attention_backward.cu); that of the package flash-attn does not.
     """
     b, a, s, d = q.dims
     if number(d) % HEAD_MULTIPLE:
         q, k, v = (padded_head(f, x, padded(d, HEAD_MULTIPLE)) for x in (q, k, v))
-    node = f.record(_flash_backward, (q, k, v), q.detach(), k.detach(), v.detach(), by_head)
+    node = f.record(_flash_backward, (q, k, v), q.detach(), k.detach(), v.detach(), copies_output)
     out = f.new((b, s, a, q.dims[3]), q.dtype, "flash attention", node)
     logsumexp = f.new((b, a, s), "fp32", "logsumexp")
     f.keep(node, out.detach(), logsumexp, f.new((2,), "int64", "rng state"), f.new((), "int64", "unused"))

@@ -192,6 +192,17 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"method": "boft", "trainer": "trl", "target_modules": ["q_proj", "v_proj"], "batch_size": 4, "seq_len": 512},
     ),
+    "flash-attn's backward copies no output, however it lies": (
+        shallow("phi-3-mini-4k-instruct", 3),
+        {
+            "method": "lora",
+            "dtype": "bf16",
+            "autocast": "none",
+            "attn_implementation": "flash_attention_2",
+            **KEPT,
+            "batch_size": 3,
+        },
+    ),
     "flash-attn's backward holds its output until it returns": (
         {
             "model_type": "gpt_bigcode",
