@@ -214,8 +214,11 @@ class Reading:
             self.unsupported[row["key"]] = Unsupported(value, row["why"], row.get("effect", "unknown"), row.get("option"))
             self.read.pop(row["key"], None)
             self.ignored.pop(row["key"], None)
-        settled = [self.unsupported.pop(key, None) for key in rule.get("supports", ())]
-        if any(settled) or not settled:
+        settled = [key for key in rule.get("supports", ()) if self.unsupported.pop(key, None)]
+        for key in settled:
+            if self.values.get(key) is not None:
+                self.read[key] = Read(self.values[key], options if key in when else "", why)
+        if settled or "supports" not in rule:
             self.assumed |= rule.get("assumed", {})
         self.kind = rule.get("kind", self.kind)
 

@@ -221,6 +221,7 @@ def test_unsloth_trains_embeddings_that_are_named_as_targets_in_full() -> None:
     plan = read_text(source.replace("Llama-3.2-1B", "mistral-7b-v0.3"), file="a.py")
     assert not plan.unsupported
     assert plan.options["modules_to_save"] == ("embed_tokens", "lm_head")
+    assert "modules_to_save" in plan.read["lora.target_modules"].option
     assert peftplan.estimate(config=plan).trainable_parameters == 603_979_776
 
 
